@@ -19,9 +19,14 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+$(VENV)/.slow: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[dev,hub,buckets,emulators]'
+	touch $@
+
 $(VENV)/.reference: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[dev,reference,parquet,onnx,preflight,tfds]'
+	  -e '.[dev,reference,parquet,onnx,preflight,tfds,trackers]'
 	touch $@
 
 # Trains the paper's objectives on built-in scenes, evaluates and exports.
@@ -42,7 +47,7 @@ quickstart: $(VENV)/.base
 test: $(VENV)/.dev
 	$(PYTEST) -m 'not slow and not reference'
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.slow
 	$(PYTEST) -m 'slow and not reference'
 
 test-reference: $(VENV)/.reference

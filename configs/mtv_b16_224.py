@@ -41,6 +41,9 @@ Expected: the released MTV B/16, trained on 100 million images (epochs are not
 published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
 NYUv2 (MTV, Table 5).
 
+`:shared_crop` encodes the whole image once for all objectives, with patches of
+every second image masked: 79 % of the FLOPs (docs/results.md).
+
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 configs/mtv_tiny.py is the recipe for a CPU.
 """
@@ -49,10 +52,14 @@ from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
+  arg = parse_arg(
+    arg, tiny=False, batch=0, res=224, variant="B", tokenizer="",
+    shared_crop=False,
+  )  # fmt: skip
   # Towers, optimizer, evaluations and mesh of SigLIP. The released model uses
   # its 32k SentencePiece model too: tokenizer=PATH.model.
-  config = read_config("siglip_b16_224", **arg)
+  siglip = {k: v for k, v in arg.items() if k != "shared_crop"}
+  config = read_config("siglip_b16_224", **siglip)
   config.batch_size = arg.batch or (16 if arg.tiny else 16_384)
   ops = "decode|canvas(384)|caption(64)|depth(128)|regions(4)"
   config.data.ops = ops
@@ -75,6 +82,8 @@ def get_config(arg=None):
     depth=dict(weight=1.0),
     grounding=dict(weight=1.0, regions=4, init_bias=-10.0),
   )
+  if arg.shared_crop:
+    share_crop(config, f"resize({arg.res})", patch=16)
   # Constant: beside text, a momentum annealed to 1 keeps the teacher from
   # learning what the text teaches (SILC).
   config.teacher = dict(momentum=0.994)
@@ -99,12 +108,28 @@ def get_config(arg=None):
       ),
       evals=dict(zero_shot=dict(count=100), retrieval=dict(count=100)),
     )
+    if arg.shared_crop:
+      share_crop(config, "resize(32)", patch=8)
     config.log.gradients_steps = None
   else:
     config.balance = dict(every_steps=100)
     config.total_examples = 1_000_000_000
     config.log.gradients_steps = 2000
   return config
+
+
+def share_crop(config, ops, patch):
+  """All objectives read the global crop, made by `ops`.
+
+  Masks as DINOv2's, which leave every second image whole.
+  """
+  if "image" in config.views:
+    del config.views["image"]
+  masks = f"blocks(0.1, 0.5, p=0.5, patch={patch})"
+  config.views["global"] = dict(count=1, ops=f"{ops}|{masks}")
+  config.objectives.contrastive.view = "global"
+  for name in ("depth", "grounding"):
+    config.objectives[name].update(view="global", allow_masked=True)
 
 
 def views(size, local, patch):

@@ -22,7 +22,7 @@ from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="")
+  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="", shared_crop=False)
   config = read_config("mtv_b16_224", res=256, variant="L", **arg)
   if not arg.tiny:
     # Parameters and optimizer state of L beside its activations exceed a chip.

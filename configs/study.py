@@ -11,12 +11,18 @@ Command (scenes are rendered once to `cache`, which all runs share):
 Hyper-parameters are tuned with split=validation and reported with split=test,
 on other scenes.
 
+shared_crop: one crop for all objectives (configs/mtv_b16_224.py). With folders
+of runs of this recipe, vl=RUN,ssl=RUN, all objectives are replaced by the
+features of these teachers; `mtv-jax study teachers` compares each of them with
+both (docs/study.md).
+
 Hardware, time and result: two CPU cores, see docs/study/world.md.
 """
 
 from ml_collections import ConfigDict
 
 from mtv_jax.config.schema import parse_arg
+from mtv_jax.configs.mtv_b16_224 import share_crop
 from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
@@ -35,6 +41,9 @@ def get_config(arg=None):
     images=30_000,
     size=48,
     split="test",
+    shared_crop=False,
+    vl="",
+    ssl="",
   )
   if arg.tiny:
     arg.update(steps=20, batch=16, images=100)
@@ -90,6 +99,8 @@ def get_config(arg=None):
     grounding=dict(weight=0.5, regions=2, init_bias=-4.0),
     depth=dict(weight=0.5, features=8, channels=(8, 8, 8, 8), head_features=8),
   )
+  if arg.shared_crop:
+    share_crop(config, f"resize({arg.size})", patch=8)
   config.teacher = dict(momentum=0.99)
   # Learns more in 1,500 steps than AdamW in 2,500 (docs/study/world.md).
   config.optim = dict(name="muon", lr=2e-3, weight_decay=1e-4, b2=0.95)
@@ -98,7 +109,22 @@ def get_config(arg=None):
   config.evals = evaluations(arg, scenes)
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=200)
+  if arg.vl or arg.ssl:
+    distil(config, arg)
   return config
+
+
+def distil(config, arg):
+  """Replaces the objectives by the features of other runs."""
+  paths = {name: arg[name] for name in ("vl", "ssl") if arg[name]}
+  config.teachers = {name: dict(path=path) for name, path in paths.items()}
+  config.objectives = dict(feature_distillation=dict(view="student"))
+  crop = f"crop({arg.size}, 0.4, 1.0)|flip|jitter(0.4)"
+  config.views.student = dict(ops=crop)
+  config.model.text = config.interference = None
+  # Without a text tower and heads.
+  for name in ("zero_shot", "retrieval", "grounding", "relative_depth"):
+    del config.evals[name]
 
 
 def evaluations(arg, scenes):

@@ -29,6 +29,30 @@ def shared_data() -> pathlib.Path:
   return path
 
 
+@pytest.fixture(scope="session")
+def gs():
+  """The URL of a bucket in an emulator of Google's store."""
+  import emulators
+
+  with emulators.google_storage() as url:
+    yield url
+
+
+@pytest.fixture(scope="session")
+def s3():
+  """The URL of a bucket in an emulator of Amazon's store."""
+  import emulators
+
+  with emulators.amazon_s3() as url:
+    yield url
+
+
+@pytest.fixture(scope="session", params=["gs", "s3"])
+def bucket(request):
+  """The URL of a bucket, of each store in turn."""
+  return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def colours():
   from colour_encoder import ColourEncoder
@@ -56,3 +80,24 @@ def write_classes(write_image):
         write_image(root / colour / f"{i}.png", colour)
 
   return write
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints the table of the hostile corpus (`hostile.harness`)."""
+  from hostile import harness
+
+  reports = [
+    report
+    for reports in terminalreporter.stats.values()
+    for report in reports
+    if getattr(report, "when", "") == "call"
+  ]
+  results = [
+    result
+    for report in reports
+    for name, result in report.user_properties
+    if name == "hostile"
+  ]
+  if results:
+    terminalreporter.section("hostile corpus")
+    terminalreporter.write_line(harness.table(results))

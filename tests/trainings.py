@@ -13,11 +13,20 @@ from collections.abc import Iterator
 import numpy as np
 from xla_options import xla_flags
 
-from mtv_jax.checkpoint.checkpointer import load_tree
+from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.utils.tree import flatten_with_names
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "tests" / "configs" / "smallest.py"
+CONFIGS = ROOT / "tests" / "configs"
+CONFIG = CONFIGS / "smallest.py"
+# `python -m mtv_jax.main`, without what it inherits if the tests themselves run
+# by `nohup` or in the background: SIGHUP and SIGINT ignored.
+_MAIN = """
+import runpy, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("mtv_jax.main", run_name="__main__", alter_sys=True)
+"""
 # Self-distillation on the smallest config's one view.
 DISTILLATION = dict(
   view_global="image",
@@ -30,9 +39,13 @@ DISTILLATION = dict(
 
 
 def launch(
-  workdir: pathlib.Path, *args: str, devices: int = 1, arg: str = ""
+  workdir: pathlib.Path,
+  *args: str,
+  devices: int = 1,
+  arg: str = "",
+  config: pathlib.Path = CONFIG,
 ) -> subprocess.Popen:
-  """Starts `python -m mtv_jax.main` on the smallest config."""
+  """Starts `python -m mtv_jax.main`, by default on the smallest config."""
   env = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
@@ -41,8 +54,8 @@ def launch(
     "PYTHONWARNINGS": "default",
   }
   command = [
-    sys.executable, '-m', 'mtv_jax.main',
-    f'--config={CONFIG}:{arg}' if arg else f'--config={CONFIG}',
+    sys.executable, '-c', _MAIN,
+    f'--config={config}:{arg}' if arg else f'--config={config}',
     f'--workdir={workdir}', *args,
   ]  # fmt: skip
   workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +103,7 @@ def together(
   finally:
     for process in running:
       process.kill()
+      process.wait()
 
 
 def pair(

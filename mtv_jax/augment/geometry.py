@@ -235,6 +235,28 @@ def crop_maps(
   return jnp.where(labelled, total / jnp.maximum(weight, 0.5), 0.0), labelled
 
 
+def crop_features(
+  features: Float[Array, "b p d"],
+  box: Float[Array, "b count 4"],
+  flipped: Bool[Array, "b count"],
+  *,
+  size: int,
+) -> Float[Array, "b count {size}*{size} d"]:
+  """Patch features of the canvas, cropped and flipped as the views.
+
+  They are on a square grid, row by row, and resampled as pixels to `size` x
+  `size`.
+  """
+  b, patches, channels = features.shape
+  grid = round(patches**0.5)
+  planes = jnp.moveaxis(features.reshape(b, grid, grid, channels), -1, 1)
+  cut = functools.partial(resample, size=size)
+  cut = jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(planes, box, flipped)
+  # [b, count, d, y, x] -> [b, count, y x, d]
+  cut = jnp.moveaxis(cut, 2, -1)
+  return cut.reshape(b, box.shape[1], size * size, channels)
+
+
 def crop_boxes(
   boxes: Float[Array, "b m 4"],
   valid: Bool[Array, "b m"],

@@ -248,6 +248,21 @@ def _run_pipeline(
   return jax.vmap(row)(planes, image_size, keys, masked)
 
 
+def resize_view(view: View, size: int) -> View:
+  """A view whose crops, flips and colours are those of another one.
+
+  It has `size` pixels per side and no mask; its name is `VIEW@SIZE`. A blur has
+  as many pixels as in the other view.
+  """
+  pipelines = tuple(
+    dataclasses.replace(
+      p, box_op=dataclasses.replace(p.box_op, size=size), mask=None
+    )
+    for p in view.pipelines
+  )
+  return View(f"{view.name}@{size}", pipelines, view.crops_of or view.name)
+
+
 def build_views(
   config: Mapping[str, Any],
   *,

@@ -1,37 +1,54 @@
-"""Orbax checkpoints of the train state: save, restore, and read a part.
+"""Orbax checkpoints of the train state: save, retry, restore.
 
-A checkpoint is one folder per step, committed by a rename:
-
-  checkpoints/STEP/state    the train state's arrays, as nested dictionaries of
-                            names: independent of the state's classes
-  checkpoints/STEP/timing   the clock of the run, as JSON
-
-Uses `orbax.checkpoint`'s v0 interface; v1 is still experimental.
+Uses `orbax.checkpoint`'s v0 interface; v1 is still experimental. The files of a
+checkpoint are described in `reading.py`.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
-from etils import epath
 
+from mtv_jax.checkpoint import checksums, reading
 from mtv_jax.checkpoint.partial_restore import (
   CheckpointMismatchError,
   first_lines,
 )
-from mtv_jax.utils.errors import InputError, MissingFileError, UserError
+from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
+from mtv_jax.parallel.distributed import any_process
+from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
-Path = str | epath.PathLike
+log = logging.getLogger(__name__)
+
+# Several processes look for the end of a save on multiples of this, as they
+# wait for their devices to agree.
+_POLL_STEPS = 10
 
 
-class DamagedCheckpointError(InputError):
-  """A checkpoint with missing or unreadable files."""
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _is_no_abandoned_write(record: logging.LogRecord) -> bool:
+  """False for the writes that Orbax gives up once another one has failed.
+
+  Each would be a traceback.
+  """
+  return not record.getMessage().startswith(
+    "_GatheringFuture exception was never retrieved"
+  )
+
+
+class CheckpointSaveError(UserError, OSError):
+  """A checkpoint that can't be written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +67,11 @@ class Checkpointer:
   waits on exit for the save in progress, which an exiting interpreter would
   abort.
 
+  A save that fails is logged, and due again after a sixteenth of `every_steps`,
+  then after an eighth, and so on up to the whole. Saved checkpoints stay.
+  `CheckpointSaveError` is raised if no retry is left, at once if the run has no
+  checkpoint at all, and by `wait`.
+
   Args:
     folder: the run's `checkpoints` folder, created if missing. Unfinished
       checkpoints of a killed run are never read, and on file systems deleted.
@@ -57,6 +79,8 @@ class Checkpointer:
     keep: number of latest checkpoints that are not deleted.
     keep_every: nor are those at multiples of this many steps; None or 0 for
       none.
+    retries: number of retries of a save, with the state of a later step.
+    before_save: called before a save starts.
   """
 
   def __init__(
@@ -66,14 +90,32 @@ class Checkpointer:
     every_steps: int,
     keep: int = 2,
     keep_every: int | None = None,
+    retries: int = 5,
+    before_save: Callable[[], Any] = lambda: None,
   ):
-    self.folder = epath.Path(folder).absolute()
+    self.folder = reading.absolute(folder)
     self.every_steps = every_steps
-    self._manager = ocp.CheckpointManager(
+    # A failed save is one line here, with its cause.
+    logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
+    logging.getLogger("asyncio").addFilter(_is_no_abandoned_write)
+    self._keep, self._keep_every = keep, keep_every
+    self._retries = retries
+    self._before_save = before_save
+    self._failures = 0  # Since the last complete save.
+    self._retry_at: int | None = None  # A step.
+    self._pending: int | None = None  # Step of a save with unknown outcome.
+    self._error: Exception | None = None  # Of its start.
+    self._manager, self._is_open = self._open(), True
+    self._is_abandoned = False
+    # Whether the storage is known to hold checkpoints.
+    self._has_saved = bool(self._manager.all_steps())
+
+  def _open(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_every or None,
+        max_to_keep=self._keep,
+        keep_period=self._keep_every or None,
         # Object stores lack renames: a checkpoint without Orbax's commit file
         # counts as unfinished there, also one that was copied.
         cleanup_tmp_directories="://" not in str(self.folder),
@@ -82,8 +124,12 @@ class Checkpointer:
     )
 
   def due(self, step: int) -> bool:
-    """Whether `step` is a multiple of `every_steps`."""
-    return step % self.every_steps == 0
+    """Whether to save: a multiple of `every_steps`, step 1, or a retry.
+
+    Step 1, so that storage that can't hold checkpoints is known then.
+    """
+    retry = self._retry_at is not None and step >= self._retry_at
+    return step == 1 or step % self.every_steps == 0 or retry
 
   def preempted(self, step: int) -> bool:
     """Whether to save and exit now, after SIGTERM to one of several processes.
@@ -98,39 +144,125 @@ class Checkpointer:
   ) -> None:
     """Starts saving, and returns once the arrays may be donated.
 
-    Writes in the background. Raises the error of an earlier save that failed.
-    Saving an existing step does nothing.
+    Writes in the background; `poll` and `wait` see whether that fails. Waits
+    for an earlier save. Saving an existing step does nothing.
 
     Args:
       step: the number of updates done.
       state: a tree of arrays.
       timing: JSON-able; restored with the state.
     """
-    if not self.saving:
-      self.wait()
+    if error := self._finish():
+      log.warning("%s", error)
     if step in self._manager.all_steps():
       return
+    self._before_save()
     flat = _flat(state)
     for name, leaf in flat.items():
       if not isinstance(leaf, jax.Array | np.ndarray):
         raise TypeError(f"state/{name} is {leaf!r}, expected an array.")
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(unflatten_names(flat)),
-        timing=ocp.args.JsonSave(dict(timing or {})),
-      ),
-      force=True,  # The caller decides when to save.
+    items = reading.make_json_items(flat, timing or {})
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(unflatten_names(flat)),
+      **{name: ocp.args.JsonSave(item) for name, item in items.items()},
     )
+    self._pending = step
+    try:
+      if not self._is_open:
+        self._manager = self._open()
+        self._is_open = True
+      # The caller decides when to save.
+      self._manager.save(step, args=args, force=True)
+    except Exception as error:
+      self._error = error
 
   @property
   def saving(self) -> bool:
     """Whether a save is in progress."""
-    return self._manager.is_saving_in_progress()
+    return self._error is None and self._manager.is_saving_in_progress()
+
+  def poll(self, step: int) -> None:
+    """Looks whether the save in progress has ended; to be called every step.
+
+    Raises:
+      CheckpointSaveError: it failed, and is not retried.
+    """
+    if self._pending is None:
+      return
+    if jax.process_count() > 1 and step % _POLL_STEPS:
+      return
+    # Where no retry is left, the outcome of this one decides.
+    if any_process(self.saving) and self._failures <= self._retries:
+      return
+    if error := self._finish():
+      if not self._has_saved or self._failures > self._retries:
+        raise error
+      fraction = 2 ** (self._failures - 1) / 16
+      self._retry_at = step + max(1, int(self.every_steps * min(1, fraction)))
+      log.warning(
+        "%s Training continues; retry %d of %d after step %d.",
+        error,
+        self._failures,
+        self._retries,
+        self._retry_at,
+      )
 
   def wait(self) -> None:
-    """Waits for the save in progress and raises its error, if any."""
-    self._manager.wait_until_finished()
+    """Waits for the save in progress.
+
+    Raises:
+      CheckpointSaveError: it failed.
+    """
+    if error := self._finish():
+      raise error
+
+  def _finish(self) -> CheckpointSaveError | None:
+    """Waits for the save in progress, and returns its error, if any."""
+    if self._pending is None:
+      return None
+    step, error = self._pending, self._error
+    self._pending = self._error = None
+    try:
+      self._manager.wait_until_finished()
+    except Exception as failure:
+      error = error or failure
+    cause = "another process failed"
+    if error is not None:
+      cause = f"{type(error).__name__}: {_shorten(str(error))}"
+    saved = not any_process(error is not None)
+    if not saved:
+      # Also removes what was written, as the disk may be full.
+      self._reopen()
+      steps = self._list_steps()
+      if saved := step in steps:
+        log.warning("Saved step %d in %s, but %s.", step, self.folder, cause)
+    if saved:
+      self._has_saved, self._failures, self._retry_at = True, 0, None
+      return None
+    self._failures += 1
+    last = f"the last one is of step {max(steps)}" if steps else "there is none"
+    failed = CheckpointSaveError(
+      f"the checkpoint of step {step} can't be written to {self.folder}"
+      f" ({last}): {cause}."
+    )
+    failed.__cause__ = error
+    return failed
+
+  def _reopen(self) -> None:
+    """Replaces the manager, whose state is undefined after a failed save."""
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    try:
+      self._manager, self._is_open = self._open(), True
+    except Exception as error:
+      self._is_open = False
+      log.warning("%s can't be opened: %s", self.folder, error)
+
+  def _list_steps(self) -> list[int]:
+    try:
+      return reading.list_steps(self.folder)
+    except OSError:
+      return []
 
   def steps(self) -> list[int]:
     """All complete checkpoints; waits for a save in progress."""
@@ -138,14 +270,20 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def restore(
-    self, abstract_state: Any, *, step: int | None = None
+    self,
+    abstract_state: Any,
+    *,
+    step: int | None = None,
+    latest_good: bool = False,
   ) -> Restored | None:
-    """Restores a checkpoint into the current mesh, even from another mesh.
+    """Restores and verifies a checkpoint, even from another mesh.
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
         arrays). Leaves without a sharding go to the default device.
       step: the latest by default.
+      latest_good: whether to take the one before a damaged checkpoint, which is
+        then renamed to `STEP.damaged`.
 
     Returns:
       None if the run has no checkpoint and no step is given.
@@ -153,42 +291,115 @@ class Checkpointer:
     Raises:
       MissingFileError: no such step.
       CheckpointMismatchError: names, shapes or types differ; lists them.
-      DamagedCheckpointError: files of it are missing or truncated.
+      DamagedCheckpointError: files of it are missing, truncated or changed.
+      StorageError: its files can't be read now.
     """
     steps = self.steps()
     if step is None and not steps:
       return None
     step = steps[-1] if step is None else step
-    _require_step(self.folder, step, steps)
+    reading.require_step(self.folder, step, steps)
+    candidates = [s for s in reversed(steps) if s <= step]
+    damaged = []
+    for candidate in candidates:
+      try:
+        restored = self._restore(abstract_state, candidate, steps)
+      except DamagedCheckpointError as error:
+        if not latest_good or candidate == candidates[-1]:
+          raise
+        log.warning("%s", error)
+        damaged.append(candidate)
+      else:
+        break
+    # Not before, so that a run without any good one keeps them all.
+    for bad in damaged:
+      self._set_aside(bad)
+    return restored
+
+  def _restore(
+    self, abstract_state: Any, step: int, steps: Sequence[int]
+  ) -> Restored:
+    path, error = self.folder / str(step), None
     flat = _flat(abstract_state)
     restore_args = {name: _restore_args(leaf) for name, leaf in flat.items()}
-    with _reading(self.folder, step, steps):
-      saved = _saved(self.folder / str(step) / "state")
-      _require_same(saved, flat, f"{self.folder}/{step}")
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.PyTreeRestore(
-            unflatten_names(flat), restore_args=unflatten_names(restore_args)
-          ),
-          timing=ocp.args.JsonRestore(),
-        ),
+    try:
+      with reading.report_damage(self.folder, step, steps):
+        stored = reading.read_checksums(path)
+        saved = reading.read_index(path / "state", stored)
+        _require_same(saved, flat, str(path))
+        arrays = reading.read_arrays(path / "state", flat, restore_args)
+        timing = reading.read_timing(path)
+    except DamagedCheckpointError as damage:
+      error = damage
+    if any_process(error is not None):
+      raise error or DamagedCheckpointError(
+        f"{path} is damaged: another process can't read it."
       )
-    arrays = _flat(restored["state"])
+    with reading.report_damage(self.folder, step, steps):
+      reading.verify_arrays(arrays, stored)
     state = jax.tree.unflatten(
-      jax.tree.structure(abstract_state), [arrays[name] for name in flat]
+      jax.tree.structure(abstract_state), arrays.values()
     )
-    return Restored(state, restored["timing"], step)
+    return Restored(state, timing, step)
+
+  def _set_aside(self, step: int) -> None:
+    """Renames a damaged checkpoint, so that its step can be saved again."""
+    path, error = self.folder / str(step), None
+    name = next(
+      name
+      for name in (f"{step}.damaged{i or ''}" for i in itertools.count())
+      if not (self.folder / name).exists()
+    )
+    if jax.process_index() == 0:
+      try:
+        path.rename(self.folder / name)
+      except OSError as failure:
+        error = failure
+    if any_process(error is not None):
+      cause = error or "process 0 failed"
+      raise CheckpointSaveError(
+        f"the damaged checkpoint {path} can't be renamed to {name}: {cause}."
+      ) from error
+    log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
+    self._manager.reload()
+
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps, which a run computes again."""
+    for later in self.steps():
+      if later > step:
+        self._manager.delete(later)
 
   def close(self) -> None:
     """Waits for the save in progress, raises its error, frees the threads."""
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def abandon(self) -> None:
+    """Does not wait on exit: other processes, which take part, are lost."""
+    self._is_abandoned = True
 
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *error: object) -> None:
-    self.close()
+  def __exit__(
+    self, kind: type | None, error: BaseException | None, trace: object
+  ) -> None:
+    if self._is_abandoned:
+      return
+    try:
+      self.close()
+    except CheckpointSaveError as failed:
+      if error is None:
+        raise
+      log.warning("%s", failed)  # The other error is what ended the run.
+
+
+def _shorten(text: str) -> str:
+  """Both ends of TensorStore's messages, without its sources and specs."""
+  text = re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
+  return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -206,44 +417,6 @@ def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
   )
 
 
-def _saved(item: epath.Path) -> dict[str, Any]:
-  """Shape and dtype of a checkpoint's arrays by name."""
-  # Where the index is corrupt, Orbax would raise from one of many concurrent
-  # reads, and the others would fail in a closed event loop.
-  base = str(item) if "://" in str(item) else f"file://{item}"
-  store = {"driver": "ocdbt", "base": f"{base}/"}
-  ts.KvStore.open(store).result().list().result()
-  return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
-
-
-def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
-  if step not in steps:
-    raise MissingFileError(
-      f"no checkpoint of step {step} in {folder}. Its steps are:"
-      f" {', '.join(map(str, sorted(steps))) or 'none'}."
-    )
-
-
-@contextlib.contextmanager
-def _reading(
-  folder: epath.Path, step: int, steps: Sequence[int]
-) -> Iterator[None]:
-  """Raises DamagedCheckpointError for the libraries' read errors."""
-  try:
-    yield
-  except UserError:
-    raise
-  except (ValueError, OSError, LookupError) as error:
-    earlier = [s for s in steps if s < step]
-    instead = "There is no earlier one."
-    if earlier:
-      instead = f"Move it away to resume from step {max(earlier)}."
-    raise DamagedCheckpointError(
-      f"{folder}/{step} can't be read: files in it are missing or corrupt."
-      f" {instead} Cause: {type(error).__name__}: {str(error)[:300]}"
-    ) from error
-
-
 def _require_same(
   saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str
 ) -> None:
@@ -251,10 +424,8 @@ def _require_same(
   lines = []
   for name in sorted({*saved, *wanted}):
     old, new = (
-      f"{np.dtype(t[name].dtype).name}[{','.join(map(str, t[name].shape))}]"
-      if name in t
-      else ""
-      for t in (saved, wanted)
+      checksums.describe(tree[name]) if name in tree else ""
+      for tree in (saved, wanted)
     )
     if old != new:
       lines += [f"- {name}  {old}"] if old else []
@@ -267,70 +438,3 @@ def _require_same(
       "Resume with the config that started the run (its config.json), or load"
       " what fits into a new run through config.init."
     )
-
-
-# ---------------------------------------------------------------------------
-# Reading a part, for evaluation, export and initialisation.
-
-
-def saved_steps(folder: Path) -> list[int]:
-  """Steps of the complete checkpoints of a run, of its folder's names alone."""
-  folder = epath.Path(folder).absolute() / "checkpoints"
-  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
-
-
-def load_tree(
-  folder: Path, *, step: int | None = None, part: str = "params"
-) -> Any:
-  """Reads one part of a checkpoint as numpy arrays, on any machine.
-
-  Writes nothing, so that it may be called during training.
-
-  Args:
-    folder: a run's folder or its `checkpoints` folder.
-    step: the latest by default.
-    part: 'params', 'teacher', 'ema', 'params/image' or any other branch of
-      the state.
-
-  Returns:
-    Nested dictionaries of numpy arrays (or one array, if the part is one).
-
-  Raises:
-    MissingFileError: no such checkpoint.
-    DamagedCheckpointError: files of it are missing or truncated.
-    InputError: the checkpoint lacks the part; names its parts.
-  """
-  folder = epath.Path(folder).absolute()
-  if (folder / "checkpoints").exists():
-    folder = folder / "checkpoints"
-  if not folder.exists():
-    raise MissingFileError(f"{folder} does not exist.")
-  steps = ocp.utils.checkpoint_steps(folder)
-  if not steps:
-    raise MissingFileError(f"no complete checkpoint in {folder}.")
-  step = max(steps) if step is None else step
-  _require_step(folder, step, steps)
-  item = folder / str(step) / "state"
-  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  with _reading(folder, step, steps):
-    saved = _saved(item)
-    flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
-    if not flat:
-      raise InputError(
-        f"{item} has no {part!r}. Its parts are:"
-        f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
-      )
-    # The bare handler has no barriers: one process of many may read alone.
-    restored = ocp.PyTreeCheckpointHandler().restore(
-      item,
-      args=ocp.args.PyTreeRestore(
-        unflatten_names(
-          {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in flat.items()}
-        ),
-        restore_args=unflatten_names(dict.fromkeys(flat, as_numpy)),
-        partial_restore=True,
-      ),
-    )
-  for name in part.split("/"):
-    restored = restored[name]
-  return restored

@@ -36,6 +36,7 @@ class MergeReport:
   # Shapes in the source and in the target, if they differ.
   mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
   coverage: float  # Loaded / wanted, counted in elements.
+  untouched: tuple[str, ...] = ()  # Optional groups that the source lacks.
 
   def __str__(self) -> str:
     shapes = [f"{n}  {a} -> {b}" for n, (a, b) in self.mismatched.items()]
@@ -47,6 +48,7 @@ class MergeReport:
       ("missing from the source", self.missing),
       ("unexpected in the source", self.unexpected),
       ("of another shape", shapes),
+      ("unchanged, as the source lacks them", self.untouched),
     ]:
       if names:
         lines.append(f"{title} ({len(names)}):\n{first_lines(names, 10)}")
@@ -60,6 +62,7 @@ def merge_params(
   include: Sequence[str] = (".",),
   rename: Sequence[Sequence[str]] = (),
   min_coverage: float = 0.99,
+  optional: str | None = None,
 ) -> tuple[Any, MergeReport]:
   """Copies matching arrays of a source tree into a copy of `target_params`.
 
@@ -70,6 +73,9 @@ def merge_params(
     rename: pairs (regex, replacement), applied to each source name, all of
       them in order, by `re.sub`.
     min_coverage: the least share of the wanted parameters to load.
+    optional: a regex; what it matches at the beginning of names is a group,
+      such as a head, that is left as it is, and not wanted, unless the source
+      has all of it in the same shapes.
 
   Returns:
     The parameters, of which the loaded ones are numpy arrays of the target's
@@ -84,6 +90,9 @@ def merge_params(
   rules = [(pattern, True) for pattern in include]
   matches = match_rules(target, rules, what="init.include")
   wanted = [match.name for match in matches if match.value]
+  untouched = _lacking_groups(optional, wanted, target, source)
+  if untouched:
+    wanted = [name for name in wanted if not name.startswith(untouched)]
   out = dict(target)
   loaded, missing, mismatched = [], [], {}
   for name in wanted:
@@ -103,6 +112,7 @@ def merge_params(
     tuple(name for name in source if name not in target),
     mismatched,
     size / total if total else 1.0,
+    untouched,
   )
   if report.coverage < min_coverage:
     hint = ""
@@ -117,6 +127,21 @@ def merge_params(
     )
   structure = jax.tree.structure(target_params)
   return jax.tree.unflatten(structure, list(out.values())), report
+
+
+def _lacking_groups(
+  optional: str | None,
+  names: Sequence[str],
+  target: Mapping[str, Any],
+  source: Mapping[str, Any],
+) -> tuple[str, ...]:
+  """The optional groups of which the source lacks a part."""
+  lacking = {}  # In order.
+  for name in names:
+    same = name in source and source[name].shape == target[name].shape
+    if optional and not same and (match := re.match(optional, name)):
+      lacking[match[0]] = None
+  return tuple(lacking)
 
 
 def _rename(

@@ -53,8 +53,13 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
 
 def add_encoder(parser: argparse.ArgumentParser, **options: Any) -> None:
   """--encoder, --weights and --dtype."""
+  parser.add_argument("--encoder", required=True, **options)
+  add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+  """--weights and --dtype."""
   add = parser.add_argument
-  add("--encoder", required=True, **options)
   text = "student, teacher or ema; default: the run's config.weights"
   add("--weights", help=text)
   dtypes = ("float32", "bfloat16")

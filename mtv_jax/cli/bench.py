@@ -1,6 +1,7 @@
 """Benchmarks of this machine, each with a limit measured in the same run.
 
   mtv-jax bench data --data='cc3m/*.tar' --tokenizer=spiece.model
+  mtv-jax bench decoding --data='cc3m/*.tar' --megapixels=0,1,4
   mtv-jax bench step --config=siglip_b16_224:tiny
   mtv-jax bench views --config=mtv_b16_224:tiny
   mtv-jax bench interference --config=mtv_tiny
@@ -23,10 +24,12 @@ from pathlib import Path
 import jax
 
 from mtv_jax.cli import arguments
+from mtv_jax.utils import atomic
 
 # By name: the function, and the help.
 COMMANDS = {
   "data": ("bench.data:run", "input pipeline against decoding alone"),
+  "decoding": ("bench.decoding:run", "canvases of photos, DINOv2's views"),
   "step": ("bench.step:run", "train step against matrix products"),
   "views": ("bench.step:time_views", "views against the step and decoding"),
   "interference": (
@@ -73,4 +76,4 @@ def run(args: argparse.Namespace) -> None:
     result = args.function(**options)
   print(result)
   if args.json:
-    args.json.write_text(result.to_json() + "\n")
+    atomic.write_text(args.json, result.to_json() + "\n")

@@ -11,18 +11,18 @@ folder for mtv_jax.load and a config's `init`. PyTorch is not needed.
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from mtv_jax.convert import big_vision, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import BUILT_IN_TOKENIZERS, TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
-  "from_hf": "a SigLIP, CLIP or DINOv2 folder of Hugging Face to ours",
+  "from_hf": "a Hugging Face folder (docs/conversion.md) to ours",
   "from_big_vision": "a SigLIP .npz of big_vision to ours",
 }
 
@@ -56,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Converts and prints the files written."""
   setup_logging()
-  if Path(args.source).resolve() == Path(args.output).resolve():
+  if path_lib.is_same(args.source, args.output):
     raise InputError(
       f"{args.output} is the source: name another folder to write."
     )
   model = read_source(args)
   if args.tokenizer:
-    files = TokenizerFiles(Path(args.tokenizer), args.clean)
+    files = TokenizerFiles(path_lib.local_copy(args.tokenizer), args.clean)
     if args.tokenizer in BUILT_IN_TOKENIZERS:
       files = TokenizerFiles(None, args.clean, args.tokenizer)
     model = dataclasses.replace(model, tokenizer=files)
@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> None:
     model = model.resize(args.image_size)
   write = huggingface.write if args.command == "to_hf" else native.write
   folder = write(args.output, model)
-  print(f"Wrote {folder}: {sorted(p.name for p in folder.iterdir())}")
+  print(f"Wrote {folder}: {path_lib.list_folder(folder)}")
 
 
 def read_source(args: argparse.Namespace) -> ConvertedModel:
   """Reads the model to convert."""
   if args.command == "from_big_vision":
-    return big_vision.read(args.source)
+    return big_vision.read(path_lib.local_copy(args.source))
   if args.command == "to_hf" and loading.is_run(args.source):
     return loading.read_run(args.source, weights=args.weights, step=args.step)
   return huggingface.read(args.source)

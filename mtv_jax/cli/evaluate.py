@@ -24,6 +24,7 @@ from mtv_jax.cli import arguments
 from mtv_jax.evals import run as evals
 from mtv_jax.evals import suite
 from mtv_jax.evals.core import base, results
+from mtv_jax.evals.encoder_requests import parse_requests
 from mtv_jax.evals.report import references, tables
 
 _OPTIONS = {
@@ -40,14 +41,25 @@ _OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax evaluate`."""
-  parser.epilog = f"evaluations: {', '.join(base.EVALUATORS)}"
-  add = parser.add_argument
   arguments.add_encoder(
     parser,
     action="append",
     help="folder to load, or a baseline (pixels:64, random:B/16@224); PATH@ema"
-    " selects the weights; may be repeated, a column each",
+    " selects the weights, NAME=PATH its name in tables; may be repeated, a"
+    " column each",
   )
+  add_evaluations(parser)
+  add = parser.add_argument
+  add("--output", help="folder for tables, sheets and the page")
+  add("--compare", help="earlier results.json files, separated by commas")
+  add("--json", help="file to write")
+  arguments.add_distributed(parser)
+
+
+def add_evaluations(parser: argparse.ArgumentParser) -> None:
+  """The options that choose evaluations and data, and --reference."""
+  parser.epilog = f"evaluations: {', '.join(base.EVALUATORS)}"
+  add = parser.add_argument
   add("--evals", default="all", help="names separated by commas, or all")
   add(
     "--data",
@@ -67,22 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="train probes for the whole published schedule; by default on few "
     "images for at most 100 passes over them, and on scenes for less",
   )
-  add("--output", help="folder for tables, sheets and the page")
-  add("--compare", help="earlier results.json files, separated by commas")
   add(
     "--reference",
     default="base",
     choices=(*references.SIZES, "none"),
     help="published encoders in the chart, for the same data sets",
   )
-  add("--json", help="file to write")
-  arguments.add_distributed(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-  """Evaluates, prints and writes; SystemExit lists failed evaluations."""
-  arguments.initialize_distributed(args)
-  chosen = evals.plan(
+def read_plan(args: argparse.Namespace) -> evals.Plan:
+  """The evaluations by the options of `add_evaluations`."""
+  return evals.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
     options={name: getattr(args, name) for name in _OPTIONS}
@@ -90,16 +97,29 @@ def run(args: argparse.Namespace) -> None:
     preferences={"pictures": 8} if args.output else {},
     assignments=args.set,
   )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Evaluates, prints and writes; SystemExit lists failed evaluations."""
+  arguments.initialize_distributed(args)
+  chosen = read_plan(args)
   earlier = args.compare.split(",") if args.compare else []
   compared = [outcome for path in earlier for outcome in results.read(path)]
+  requests = parse_requests(args.encoder, weights=args.weights)
   encoders = {
     request.name: mtv_jax.load(
       request.path, weights=request.weights, dtype=args.dtype
     )
-    for request in suite.parse_requests(args.encoder, weights=args.weights)
+    for request in requests
   }
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
-  outcomes = suite.evaluate(encoders, chosen, folder=args.output, log_fn=log_fn)
+  outcomes = suite.evaluate(
+    encoders,
+    chosen,
+    checkpoints={request.name: request.checkpoint for request in requests},
+    folder=args.output,
+    log_fn=log_fn,
+  )
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
       print(tables.format_results([*outcomes, *compared]))

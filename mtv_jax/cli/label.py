@@ -5,6 +5,9 @@
   mtv-jax label --expert=boxes --weights=owlv2-base-patch16-ensemble \\
       --data='shards/*.tar' --output=labels/boxes --phrases=ngrams
 
+  mtv-jax label --expert=features --weights=dinov2-large \\
+      --data='shards/*.tar' --output=labels/dino --dtype=bfloat16
+
 On a pod every host runs the same command with --distributed; hosts started by
 hand on one shared folder need no option. They divide the shards among
 themselves, and the same command resumes an interrupted one. Afterwards,
@@ -38,6 +41,8 @@ _OPTIONS = {
   "preprocess": (str, "of the images, for depth: original, ..."),
   "size": (int, "of the expert's input images"),
   "side": (int, "side of a stored map, in pixels"),
+  "canvas": (int, "of data.ops in training, for features"),
+  "format": (str, "of features: float8 or int8"),
   "dtype": (str, "of the computation: float32 or bfloat16"),
   "batch_size": (int, "images per step and device"),
 }
@@ -47,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax label`."""
   add = parser.add_argument
   add("--expert", required=True, choices=KINDS, help="kind of the labels")
-  text = "folder of Depth Anything V2 or OWLv2, .onnx file, run or export"
+  text = (
+    "folder of Depth Anything V2 or OWLv2, .onnx file, run or export; of "
+    "features, any encoder"
+  )
   add("--weights", required=True, help=text)
   arguments.add_shards(parser)
   add("--output", required=True, help="folder of the label set")

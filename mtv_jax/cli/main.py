@@ -13,10 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mtv_jax.cli import errors
+from mtv_jax.utils.errors import InputError
 
 COMMANDS = {
   "train": "train a config",
   "evaluate": "evaluate encoders and write a report",
+  "compare": "compare encoders side by side on a page",
+  "supervise": "restart a training command until it is done",
+  "chaos": "kill a run at random moments and compare it",
+  "soak": "memory and step time of a long run",
   "study": "train runs that compare objectives, sizes or balancing",
   "knn": "k-NN classification",
   "linear_probe": "linear classification",
@@ -28,6 +33,7 @@ COMMANDS = {
   "make_prompts": "write ImageNet's class names and prompts",
   "score_vqa": "score answers to questions about images",
   "convert": "convert to and from Hugging Face and big_vision",
+  "push": "upload an export to the Hugging Face hub",
   "preflight": "compile a config for a topology without one",
   "bench": "benchmarks against limits of this machine",
   "report": "put runs on one page",
@@ -62,11 +68,14 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     name: the command's name.
     argv: arguments; default: the process's. `--config.KEY=VALUE` is the same as
       `--set=KEY=VALUE`, and a hyphen in an option's name as an underscore.
+      What follows `--` stays as it is.
 
   Returns:
     The exit status.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
+  end = argv.index("--") if "--" in argv else len(argv)
+  argv, rest = argv[:end], argv[end:]
   debug = "--debug" in argv
   with errors.readable_errors(name, debug=debug):
     module = importlib.import_module(f"mtv_jax.cli.{_MODULES.get(name, name)}")
@@ -80,13 +89,29 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     )
     parser.set_defaults(command_name=name)
     module.add_arguments(parser)
-    args = parser.parse_args(_normalize(a for a in argv if a != "--debug"))
+    own = _normalize(a for a in argv if a != "--debug")
+    args = parser.parse_args([*own, *rest])
+    _check_outputs(name, args)
     return module.run(args) or 0
 
 
 def command(name: str) -> Callable[..., int]:
   """The `main(argv=None)` of a script that runs one command."""
   return functools.partial(run_command, name)
+
+
+def _check_outputs(name: str, args: argparse.Namespace) -> None:
+  """Rejects outputs in buckets, where a folder named `gs:` would be made."""
+  if name in ("chaos", "convert"):
+    return
+  for option in ("output", "json", "table", "profile"):
+    value = getattr(args, option, None)
+    # A `Path` has one slash.
+    if re.match("(gs|s3):/", str(value)):
+      raise InputError(
+        f"--{option}={value}: this command writes files and folders only. Copy"
+        " them to the bucket."
+      )
 
 
 def _normalize(argv):

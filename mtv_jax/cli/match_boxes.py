@@ -13,10 +13,10 @@ defines which boxes match.
 
 import argparse
 import json
-from pathlib import Path
 
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts.labelling import box_matching
+from mtv_jax.utils import atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
   )
   if args.json:
     text = json.dumps(agreement.to_dict(), indent=1) + "\n"
-    Path(args.json).write_text(text, encoding="utf-8")
+    atomic.write_text(args.json, text)
   print(f"{agreement.images:,} images with true boxes, IoU >= {args.iou:g}")
   if agreement.unlabelled:
     print(f"{agreement.unlabelled:,} of them have no label")

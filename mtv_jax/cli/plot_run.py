@@ -5,8 +5,10 @@ mtv-jax plot_run runs/a --names='^depth/|_r1$' --output=depth.png
 """
 
 import argparse
+import pathlib
 
-from mtv_jax.utils import curves
+from mtv_jax.utils import atomic, curves
+from mtv_jax.utils.errors import check_choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,5 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Writes the plot."""
   series = curves.read_metrics(args.run)
-  curves.plot_metrics(series, args.names).savefig(args.output)
+  figure = curves.plot_metrics(series, args.names)
+  output = pathlib.Path(args.output)
+  kind = output.suffix[1:]
+  check_choice("the suffix", kind, figure.canvas.get_supported_filetypes())
+  with atomic.replace_file(output) as temporary:
+    figure.savefig(temporary, format=kind)
   print(f"wrote {args.output}")

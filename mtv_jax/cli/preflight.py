@@ -6,7 +6,8 @@ Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
 compiler. Prints the batch, the parameters and their sharding, memory and FLOPs
 of a chip, its collectives, and the rate that the input pipeline must deliver.
 Exits with 1 if the step does not fit; --propose then compiles changes until one
-fits. Overrides are written --config.KEY=VALUE.
+fits. --config.model.remat=auto finds the least recomputation that fits.
+Overrides are written --config.KEY=VALUE.
 
   mtv-jax preflight --table=docs/pods.md
 
@@ -27,7 +28,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import schema
+from mtv_jax.config import overrides, schema
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.progress import track
 
@@ -42,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--propose", action="store_true", help="compile changes until one fits")
   text = "compile the objectives' gradient norms as well"
   add("--norms", action="store_true", help=text)
+  text = "GiB of a chip for --config.model.remat=auto; default: 95 %% of it"
+  add("--budget", type=float, help=text)
   add("--mfu", type=float, default=0.4, help="assumed share of the chips' peak")
   add("--examples", type=int, help="examples per epoch")
   add("--table", type=pathlib.Path, help="update the table in this page")
@@ -77,10 +81,11 @@ def _report(args: argparse.Namespace, topology: Any) -> int:
     tables="all" if args.tables else "short",
     examples_per_epoch=args.examples,
     norms=args.norms,
+    budget=args.budget and int(args.budget * 2**30),
   )
   print(result)
   if args.json:
-    args.json.write_text(result.to_json() + "\n")
+    atomic.write_text(args.json, result.to_json() + "\n")
   if not result.compiled.fits and args.propose:
     print("\nchanges, compiled:")
     for proposal in propose.propose(config, topology):
@@ -95,17 +100,16 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   from mtv_jax.perf.preflight import report
 
   selected = [
-    (config, topology)
-    for config, topology in report.ROWS
-    if all(w in f"{config} {topology}" for w in words)
+    row for row in report.ROWS if all(w in " ".join(row) for w in words)
   ]
-  for config, topology in track(selected, "table", unit="configs"):
+  for config, topology, *changes in track(selected, "table", unit="configs"):
     result = report.preflight(
-      schema.read_config(config), topologies.parse(topology)
+      overrides.override(schema.read_config(config), changes),
+      topologies.parse(topology),
     )
-    row = report.table_row(config, result)
+    row = report.table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
-    page.write_text(text, encoding="utf-8")
+    atomic.write_text(page, text)
     print(row, flush=True)
   return 0
 
@@ -120,6 +124,6 @@ def _compile_scaling(args: argparse.Namespace) -> int:
   jobs = list(itertools.product(subjects, scaling.TOPOLOGIES))
   rows = [compile(*job) for job in track(jobs, "scaling", unit="programs")]
   if args.json:
-    args.json.write_text(json.dumps(scaling.to_dict(rows)) + "\n")
+    atomic.write_text(args.json, json.dumps(scaling.to_dict(rows)) + "\n")
   print(scaling.format_table(rows))
   return 0

@@ -10,9 +10,11 @@ The folder receives `report.html`, which needs no other file, and the same as
 
 import argparse
 import pathlib
+import tempfile
 
 from mtv_jax.studies import runner
 from mtv_jax.studies.report import report
+from mtv_jax.train import workdir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Writes the report."""
-  first = pathlib.Path(args.runs[0])
-  if len(args.runs) == 1 and (first / runner.STUDY).exists():
-    paths = report.write_study(first, args.output)
-  else:
-    paths = report.write_runs(args.runs, args.output)
+  with tempfile.TemporaryDirectory() as temporary:
+    runs = [
+      workdir.copy_run(run, pathlib.Path(temporary) / f"{i}")
+      for i, run in enumerate(args.runs)
+    ]
+    if len(runs) == 1 and (runs[0] / runner.STUDY).exists():
+      paths = report.write_study(runs[0], args.output)
+    else:
+      paths = report.write_runs(runs, args.output)
   for path in paths:
     print(f"wrote {path}")

@@ -12,10 +12,10 @@ exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
 import argparse
 import dataclasses
 import json
-import pathlib
 
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.vqa import answer_files
+from mtv_jax.utils import atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,4 +49,4 @@ def run(args: argparse.Namespace) -> None:
     print(f"  {name}: {value}")
   if args.json:
     text = json.dumps(dataclasses.asdict(scores), indent=2) + "\n"
-    pathlib.Path(args.json).write_text(text, encoding="utf-8")
+    atomic.write_text(args.json, text)

@@ -122,5 +122,5 @@ def run(args: argparse.Namespace) -> None:
   draw = scene_sheet if args.view == "labels" else scene_tiles
   options = {"size": args.size, "difficulty": args.difficulty}
   sheet = draw(indices, seed=args.seed, **options)
-  Image.fromarray(sheet).save(args.output)
+  plots.save_image(sheet, args.output)
   print(f"wrote {args.count} scenes from {args.first} on to {args.output}")

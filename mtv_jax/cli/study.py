@@ -11,7 +11,7 @@
 Expands a config into runs, trains them one after another and reads their
 evaluations. The same command resumes a study. Several runners may share the
 folder; --index gives each of them its part. Exit status: 0, 1 if runs have
-failed or there is no report, 143 after SIGTERM.
+failed or there is no report, 2 if the command is wrong, 143 after SIGTERM.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
   """Expands, trains and reports; the exit status."""
+  runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
   if not args.dry_run:
     # The runs need the accelerator, and this process does not.

@@ -20,6 +20,7 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import schema
+from mtv_jax.perf.preflight import remat
 from mtv_jax.studies.report import report
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
@@ -41,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="folder of compiled programs, or none; auto (the default) is"
     " WORKDIR/compiled, and none on a CPU",
   )
+  add(
+    "--restore",
+    default="latest",
+    choices=("latest", "latest_good"),
+    help="which checkpoint to resume from; latest_good skips damaged ones",
+  )
+  text = "stop at the first update that is not finite, and name the operation"
+  add("--debug_nans", action="store_true", help=text)
   arguments.add_distributed(parser)
 
 
@@ -56,7 +65,13 @@ def run(args: argparse.Namespace) -> None:
     xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
     if jax.default_backend() == "cpu":
       xla_flags.retain_freed_memory()
-    train(config, args.workdir, command=_format_command(args))
+    train(
+      remat.resolve_remat(config, args.workdir),
+      args.workdir,
+      command=_format_command(args),
+      restore=args.restore,
+      debug_nans=args.debug_nans,
+    )
     if process == 0:
       write_report(args.workdir)
 
@@ -65,12 +80,19 @@ def write_report(folder: str) -> None:
   """Prints the last metrics with chance, and writes the run's report.
 
   An error is logged: the run is complete without a report.
+
+  Raises:
+    UploadError: it is not in the run's bucket.
   """
   try:
-    if text := report.format_run(folder):
-      print(f"\n{text}\n", flush=True)
-    pages = report.write_runs([folder], folder)
-    log.info("Wrote %s", ", ".join(map(str, pages)))
+    with workdir.open_run_folder(folder) as run:
+      if text := report.format_run(run.folder):
+        print(f"\n{text}\n", flush=True)
+      pages = report.write_runs([run.folder], run.folder)
+      names = (f"{folder}/{page.name}" for page in pages)
+      log.info("Wrote %s", ", ".join(names))
+  except workdir.UploadError:
+    raise
   except Exception as error:
     log.warning("No report of %s: %r", folder, error)
 

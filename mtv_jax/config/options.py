@@ -21,12 +21,18 @@ import math
 import numbers
 import os
 import pkgutil
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  did_you_mean,
+  printable,
+)
 
 T = TypeVar("T")
 _UNIONS = (typing.Union, types.UnionType)
@@ -203,12 +209,23 @@ def check_value(value: Any, annotation: Any, where: str) -> Any:
     value = value.to_dict()
   try:
     return _convert(value, annotation)
-  except ValueError:
+  except (ValueError, OverflowError):  # An integer beyond all floats.
     pass
-  choices = _choices(annotation)
+  choices, shown = _choices(annotation), shorten_repr(value)
   if choices and isinstance(value, str):
-    raise ConfigError(f"{where} is {value!r}. {did_you_mean(value, choices)}")
-  raise ConfigError(f"{where} is {value!r}, expected {describe(annotation)}.")
+    raise ConfigError(f"{where} is {shown}. {did_you_mean(value, choices)}")
+  raise ConfigError(f"{where} is {shown}, expected {describe(annotation)}.")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def shorten_repr(value: Any) -> str:
+  """A value as Python writes it, without the middle of long and deep ones."""
+  return printable(_REPR.repr(value))
 
 
 def _convert(value: Any, annotation: Any) -> Any:

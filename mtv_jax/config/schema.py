@@ -84,11 +84,14 @@ SCHEMA = dict(
     dtype=(Literal["bfloat16", "float32"], "bfloat16"),
     remat=(str, "none"),
     scan=(bool, True),
+    # See `models/attention.py`.
+    attention=(Literal["auto", "xla", "cudnn", "splash"], "auto"),
+    quantization=(Literal["none", "int8", "fp8"], "none"),
     init=(str, "big_vision"),  # See `models/init.py`.
     # Of the channels in 0..1, or one number for all three.
     image_mean=(float | tuple[float, float, float], 0.5),
     image_std=(float | tuple[float, float, float], 0.5),
-    # Of the image tower in training: see `layers.drop_path_scales`.
+    # Of the image tower in training: see `stack.drop_path_scales`.
     drop_path=(Annotated[float, Range(min=0, below=1)], 0.0),
     drop_path_uniform=(bool, True),
     text=(
@@ -173,8 +176,18 @@ SCHEMA = dict(
     weights=(Literal["student", "teacher", "ema"], None),
     update_every=Duration(None),
     max_updates=(PositiveInt, None),
+    # Pixels per side that the teacher sees. None: those of the view, or in
+    # `feature_distillation` its own.
+    size=(PositiveInt, None),
+    # Blocks whose patch tokens `feature_distillation` learns, -1 for the last.
+    # None: the final ones, after the norm.
+    layers=(tuple[int, ...], None),
+    # Its features are read from label sets of this format, and it is not run.
+    cached=(Literal["float8", "int8"], None),
     # Filled in from the path. None: the student's.
     model=(Open(), None),
+    image_mean=(float | tuple[float, float, float], None),
+    image_std=(float | tuple[float, float, float], None),
   ),
   # What evaluation and export take unless told otherwise; self-distillation on
   # images alone publishes the teacher.
@@ -190,6 +203,11 @@ SCHEMA = dict(
       # Whether the EMA teacher starts as the source run's, and not as a copy of
       # the student.
       teacher=(bool, False),
+      # Whether heads that the source lacks, or has in another shape, start at
+      # random values; else they are an error.
+      grow_heads=(bool, False),
+      # Whether the text tower may get another tokenizer than the source's.
+      new_tokenizer=(bool, False),
       include=(List, None),
       rename=(List, ()),
       min_coverage=(Fraction, 0.99),
@@ -201,9 +219,36 @@ SCHEMA = dict(
     every=Duration(1000, PositiveFloat),
     keep=(PositiveInt, 2),
     keep_every=(NonNegativeInt, None),
+    # How often a save that failed is tried again before the run ends.
+    retries=(NonNegativeInt, 5),
   ),
-  # gradients: how often each objective's gradient norm is measured.
-  log=dict(every=Duration(50, PositiveFloat), gradients=Duration(None)),
+  log=dict(
+    every=Duration(50, PositiveFloat),
+    # How often each objective's gradient norm is measured.
+    gradients=Duration(None),
+    # A gradient norm of so many times the usual one is logged with them; 0:
+    # none.
+    spikes=(NonNegativeFloat, 10.0),
+    # Op strings, see `train/metrics/trackers.py`.
+    trackers=(str | tuple[str, ...], ("jsonl", "tensorboard")),
+    # The first and the last step of a profile, both included.
+    profile_steps=(tuple[PositiveInt, PositiveInt], None),
+  ),
+  # Updates that are not finite are skipped. After more than max_consecutive the
+  # run returns to the checkpoint before them, and leaves out their rows.
+  nonfinite=dict(
+    max_consecutive=(NonNegativeInt, 10),
+    then=(Literal["rollback", "stop"], "rollback"),
+    max_rollbacks=(NonNegativeInt, 3),
+  ),
+  # A step that takes `factor` times the median, and min_seconds, ends the run,
+  # as a process that does not answer for peer_seconds. 0: none does.
+  watchdog=dict(
+    factor=(NonNegativeFloat, 20.0),
+    min_seconds=(PositiveFloat, 300.0),
+    grace_seconds=(PositiveFloat, 60.0),
+    peer_seconds=(NonNegativeFloat, 60.0),
+  ),
 )
 
 
@@ -228,6 +273,12 @@ def check_config(config: Config) -> ConfigDict:
       )
   if not train:
     raise ConfigError("config.data.train is empty: no data to train on.")
+  first, last = resolved["log"]["profile_steps"] or (1, 1)
+  if last < first:
+    raise ConfigError(
+      f"config.log.profile_steps is ({first}, {last}), expected the first and"
+      " the last step of a profile."
+    )
   return ConfigDict(resolved)
 
 

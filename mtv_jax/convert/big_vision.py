@@ -7,18 +7,25 @@ blocks are stacked in one `encoderblock`, others are `encoderblock_0`, ...
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import logging
+import math
 import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from mtv_jax.config import foreign, options
 from mtv_jax.convert import tables, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models.layers import Depth
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -82,38 +89,58 @@ _PREPROCESS = {
 
 
 class _Archive:
-  """An archive's parameters, with stacked blocks under numbered names."""
+  """An archive's parameters, with stacked blocks under numbered names.
+
+  Names and shapes are read from the arrays' headers: an array that belongs to
+  another model, or that would take all memory, is never read.
+  """
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self._arrays: dict[str, np.ndarray] = {}
-    for name, array in _read_arrays(path).items():
+    self._shapes: dict[str, tuple[int, ...]] = {}
+    # Of each name the array in the file, and the layer of a stacked one.
+    self._members: dict[str, tuple[str, int | None]] = {}
+    # The last arrays read, as every layer is read from the same ones.
+    self._load = functools.lru_cache(maxsize=4)(self._read_member)
+    for name, (member, shape) in _read_headers(path).items():
       if "/encoderblock/" not in name:
-        self._arrays[name] = array
+        self._members[name], self._shapes[name] = (member, None), shape
         continue
-      for i, layer in enumerate(array):
+      depth = shape[0] if shape else 0
+      options.check_value(depth, Depth, f"{path}: the layers of {name!r}")
+      for i in range(depth):
         block = name.replace("/encoderblock/", f"/encoderblock_{i}/")
-        self._arrays[block] = layer
+        self._members[block], self._shapes[block] = (member, i), shape[1:]
 
   @property
   def names(self) -> list[str]:
-    return list(self._arrays)
+    return list(self._shapes)
 
-  def shape(self, name: str) -> tuple[int, ...]:
-    if name not in self._arrays:
+  def shape(self, name: str, axes: int | None = None) -> tuple[int, ...]:
+    """An array's shape; with `axes`, one that must have so many."""
+    if name not in self._shapes:
       raise ConversionError(
         f"The archive lacks {name!r}, so it is not a SigLIP of big_vision. "
-        f"{did_you_mean(name, self._arrays, limit=8)}"
+        f"{did_you_mean(name, self._shapes, limit=8)}"
       )
-    return self._arrays[name].shape
+    shape = self._shapes[name]
+    if axes is not None and len(shape) != axes:
+      raise ConversionError(f"{name} is {shape}, expected {axes} axes.")
+    return shape
 
   def read(self, name: str) -> np.ndarray:
-    array = self._arrays[name]
-    if array.dtype.kind != "V":
+    member, layer = self._members[name]
+    array = self._load(member)
+    array = array if layer is None else array[layer]
+    if array.dtype != np.dtype("V2"):
       return array
     # NumPy stores bfloat16, the upper half of a float32, as two raw bytes.
     halves = np.ascontiguousarray(array).view(np.uint16).reshape(array.shape)
     return (halves.astype(np.uint32) << 16).view(np.float32)
+
+  def _read_member(self, member: str) -> np.ndarray:
+    with _archive_errors(self.path), np.load(self.path) as archive:
+      return archive[member]
 
 
 def read(path: str | os.PathLike) -> ConvertedModel:
@@ -130,7 +157,8 @@ def read(path: str | os.PathLike) -> ConvertedModel:
       are missing, unexpected or of another shape, each named.
   """
   store = _Archive(pathlib.Path(path))
-  spec = _read_spec(store)
+  with foreign.errors_of(path):
+    spec = _read_spec(store)
   return ConvertedModel(
     spec=spec,
     params=tensors.load(_rules(spec, store.names), store),
@@ -138,8 +166,23 @@ def read(path: str | os.PathLike) -> ConvertedModel:
   )
 
 
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The archive's parameters, without the optimizer's state."""
+@contextlib.contextmanager
+def _archive_errors(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except (
+    ValueError, EOFError, OSError, MemoryError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error,
+  ) as error:  # fmt: skip
+    raise ConversionError(
+      f"{path} is not an .npz archive, or is damaged: {error}"
+    ) from None
+
+
+def _read_headers(
+  path: pathlib.Path,
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+  """Name in the archive and shape of each parameter, without an optimizer's."""
   if not path.is_file():
     raise MissingFileError(f"There is no file {path}; a .npz is expected.")
   # NumPy would take other files for pickles, and advise to load them as such.
@@ -151,21 +194,30 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
       f" {start!r}. Expected a checkpoint of big_vision; from_hf converts"
       " Hugging Face folders."
     )
-  try:
-    with np.load(path, allow_pickle=False) as archive:
-      prefixes = [
-        prefix
-        for prefix in ("params/", "opt/target/")
-        if any(name.startswith(prefix) for name in archive.files)
-      ]
-      prefix = prefixes[0] if prefixes else ""
-      return {
-        name.removeprefix(prefix): archive[name]
-        for name in archive.files
-        if name.startswith(prefix)
-      }
-  except (ValueError, zipfile.BadZipFile, EOFError) as error:
-    raise ConversionError(f"{path} is not an .npz archive: {error}") from None
+  shapes = {}
+  with _archive_errors(path), zipfile.ZipFile(path) as archive:
+    for member in archive.namelist():
+      with archive.open(member) as stream:
+        shapes[member.removesuffix(".npy")] = _read_shape(stream)
+  for prefix in ("params/", "opt/target/", ""):
+    if names := [name for name in shapes if name.startswith(prefix)]:
+      break
+  return {name.removeprefix(prefix): (name, shapes[name]) for name in names}
+
+
+def _read_shape(stream: io.BufferedIOBase) -> tuple[int, ...]:
+  """The shape in an array's header."""
+  version = np.lib.format.read_magic(stream)
+  read_header = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+  }.get(version)
+  if read_header is None:
+    raise ValueError(f"NumPy's format {version} is not supported")
+  shape, _, dtype = read_header(stream)
+  if dtype.hasobject:
+    raise ValueError("it has a pickled array, and pickles are not read")
+  return shape
 
 
 def _read_trunk(store: _Archive, prefix: str) -> dict[str, int]:
@@ -175,8 +227,8 @@ def _read_trunk(store: _Archive, prefix: str) -> dict[str, int]:
   blocks = {int(match[1]) for match in matches}
   first = f"{prefix}/encoderblock_0"
   query, hidden = _BLOCKS["attention/qkv"][0], _BLOCKS["mlp/fc1"]
-  width, heads, _ = store.shape(f"{first}/{query}/kernel")
-  _, mlp_dim = store.shape(f"{first}/{hidden}/kernel")
+  width, heads, _ = store.shape(f"{first}/{query}/kernel", 3)
+  _, mlp_dim = store.shape(f"{first}/{hidden}/kernel", 2)
   return {
     "width": width,
     "depth": max(blocks) + 1,
@@ -203,7 +255,7 @@ def _read_spec(store: _Archive) -> ModelSpec:
   pool = "map" if "img/MAPHead_0/probe" in names else "mean"
   if "img/cls" in names:
     pool = "cls"
-  grid = round(store.shape("img/pos_embedding")[1] ** 0.5)
+  grid = math.isqrt(store.shape("img/pos_embedding", 3)[1])
   image = ViTSpec(
     image_size=grid * kernel[0],
     patch_size=kernel[0],
@@ -215,9 +267,9 @@ def _read_spec(store: _Archive) -> ModelSpec:
     return ModelSpec(image=image)
   log.warning("No tokenizer in the archive: give one to encode text.")
   text = TextSpec(
-    vocab_size=store.shape("txt/Embed_0/embedding")[0],
-    length=store.shape("txt/pos_embedding")[1],
-    projection=store.shape("txt/head/kernel")[1],
+    vocab_size=store.shape("txt/Embed_0/embedding", 2)[0],
+    length=store.shape("txt/pos_embedding", 3)[1],
+    projection=store.shape("txt/head/kernel", 2)[1],
     **_read_trunk(store, "txt/Encoder_0"),
   )
   return ModelSpec(image=image, text=text)

@@ -1,8 +1,10 @@
 """Model card of an exported folder."""
 
+import re
 from collections.abc import Sequence
 
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.errors import InputError
 
 _TWO_TOWERS = """\
 ```python
@@ -49,7 +51,7 @@ pipeline_tag: {task}
 # A vision encoder trained with mtv_jax
 
 ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
-{size} x {size} pixels, pooled by {pooled}.
+{size} x {size} pixels, pooled by {pooled}; in transformers a `{class_name}`.
 
 ## With transformers
 
@@ -62,24 +64,32 @@ mtv_jax gives.
 
 ```python
 import mtv_jax
+from PIL import Image
 
 encoder = mtv_jax.load(folder)
-features = encoder.image([image])  # uint8 [H, W, 3]; pooled and patches
+features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 ```
 {heads}"""
 
+# What follows is written by `complete_card`.
+_COMPLETED = "<!-- mtv-jax push -->"
+
 _POOLED = {
-  "map": "attention; the architecture of SigLIP",
-  "cls": "its CLS token; the architecture of CLIP",
+  "map": "attention",
+  "query": "attention",
+  "cls": "its CLS token",
 }
 
 
-def write_card(spec: ModelSpec, others: Sequence[str]) -> str:
+def write_card(
+  spec: ModelSpec, others: Sequence[str], *, class_name: str
+) -> str:
   """A short README with runnable code.
 
   Args:
     spec: the model's spec.
     others: names of the parameters in `heads.safetensors`.
+    class_name: of transformers.
   """
   task, usage = "image-feature-extraction", _IMAGES
   if spec.text is not None:
@@ -96,7 +106,55 @@ def write_card(spec: ModelSpec, others: Sequence[str]) -> str:
     depth=spec.image.depth,
     patch=spec.image.patch_size,
     size=spec.image.image_size,
+    class_name=class_name,
     pooled=_POOLED[spec.image.pool],
     usage=usage,
     heads=note if others else "",
   )
+
+
+def complete_card(
+  readme: str,
+  *,
+  repo: str,
+  licence: str,
+  data: str,
+  base_model: str | None = None,
+  results: str = "",
+) -> str:
+  """A folder's README as the card of a model of the hub.
+
+  Its code loads the model from the hub. The metadata get the licence and the
+  base model.
+
+  Args:
+    readme: of `write_card`, or an earlier result.
+    repo: `ORG/NAME`.
+    licence: the hub's identifier of it, such as `apache-2.0`.
+    data: what the model was trained on, Markdown.
+    base_model: `ORG/NAME` or a description of what it was continued from.
+    results: metrics with their protocols, Markdown.
+
+  Raises:
+    InputError: the README has no metadata.
+  """
+  match = re.match(r"---\n(.*?)---\n(.*)", readme, re.DOTALL)
+  if match is None:
+    raise InputError(
+      "README.md does not begin with metadata between lines '---': write the "
+      "folder again with `mtv-jax convert to_hf`."
+    )
+  metadata, body = match.groups()
+  metadata = re.sub(r"(?m)^(license|base_model|tags):.*\n", "", metadata)
+  metadata += f"license: {licence}\ntags: [mtv_jax]\n"
+  if base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+    metadata += f"base_model: {base_model}\n"
+  body = body.partition(_COMPLETED)[0].replace("(folder)", f'("{repo}")')
+  parts = [
+    f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED}",
+    f"## Training data\n\n{data}",
+    f"## Base model\n\n{base_model or 'None: trained from random weights.'}",
+    f"## Results\n\n{results or 'No evaluation was recorded.'}",
+    f"## Licence\n\n{licence}",
+  ]
+  return "\n\n".join(parts) + "\n"

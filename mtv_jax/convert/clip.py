@@ -6,12 +6,13 @@ Our own models of this architecture are exported as CLIP.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mtv_jax.convert import folders, siglip, tables
-from mtv_jax.convert.tables import Rule
+from mtv_jax.convert import folders, processors, siglip, tables
+from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
+_EOS_ID = 49_407
 _DEFAULTS = {
   "num_hidden_layers": 12,
   "projection_dim": 512,
@@ -33,7 +34,7 @@ TEXT_DEFAULTS = {
   "intermediate_size": 2048,
   "num_attention_heads": 8,
   "max_position_embeddings": 77,
-  "eos_token_id": 49_407,
+  "eos_token_id": _EOS_ID,
 }
 _VISION = {
   "patch_embed": "embeddings.patch_embedding",
@@ -49,26 +50,24 @@ _REQUIRED = {
   "image": {
     "pool": "cls",
     "cls_token": True,
-    "registers": 0,
-    "layer_scale": None,
-    "mlp": "plain",
     "pre_norm": True,
     "patch_bias": False,
-    "positions": "learned",
   },
   "text": {"pool": "eos", "causal": True, "projection_bias": False},
 }
 IGNORE = r"position_ids$|^classifier\."
+NEUTRAL = ()
+PROCESSOR = "CLIP"
 
 
 def _section(
   config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
   """One tower's config. Early files have two, of which the second one wins."""
-  section = folders.with_defaults(config.get(name), defaults)
+  section = folders.with_defaults(config.get(name), defaults, name)
   second = config.get(f"{name}_dict")
   if second is not None:
-    section.update(folders.with_defaults(second, defaults))
+    section |= folders.with_defaults(second, defaults, f"{name}_dict")
   return section
 
 
@@ -83,6 +82,13 @@ def _read_vision(config: Mapping[str, Any], projection: int | None) -> ViTSpec:
   )
 
 
+def read_eos_id(value: int | list[int]) -> int:
+  """The first one of `eos_token_id`."""
+  if value == []:
+    raise ConversionError("text_config.eos_token_id is empty.")
+  return value[0] if isinstance(value, list) else value
+
+
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
   """The model that a `config.json` of type clip(_vision_model) describes."""
   is_projected = "visual_projection.weight" in names
@@ -90,21 +96,32 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
     vision = folders.with_defaults(config, _VISION_DEFAULTS)
     projection = vision["projection_dim"] if is_projected else None
     return ModelSpec(image=_read_vision(vision, projection))
-  width, text = config.get("projection_dim") or 512, None
+  width, text = folders.with_defaults(config, _DEFAULTS)["projection_dim"], None
   if folders.has_text_tower(names):
     section = _section(config, "text_config", TEXT_DEFAULTS)
-    eos_id = section["eos_token_id"]
     text = TextSpec(
       pool="eos",
       causal=True,
       projection=width,
       projection_bias=False,
-      eos_id=eos_id[0] if isinstance(eos_id, list) else eos_id,
+      eos_id=read_eos_id(section["eos_token_id"]),
       **folders.read_text(section),
     )
   vision = _section(config, "vision_config", _VISION_DEFAULTS)
   projection = width if is_projected or text is not None else None
   return ModelSpec(image=_read_vision(vision, projection), text=text)
+
+
+def default_preprocess(spec: ModelSpec) -> dict[str, Any]:
+  """Fields of `Preprocess` without a processor: the central square."""
+  return {
+    "size": spec.image.image_size,
+    "interpolation": "bicubic",
+    "resize": "shortest",
+    "crop": "center",
+    "mean": processors.CLIP_MEAN,
+    "std": processors.CLIP_STD,
+  }
 
 
 def rules(spec: ModelSpec, *, prefix: str = "vision_model.") -> list[Rule]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from mtv_jax.config import foreign
 from mtv_jax.convert import dinov2, folders, processors, tables, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
@@ -94,7 +95,8 @@ def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
     folder, model_type="depth_anything", example="Depth-Anything-V2-Small-hf"
   )
   with folders.open_weights(path) as store:
-    spec = read_spec(config, store.names)
+    with foreign.errors_of(path / "config.json"):
+      spec = read_spec(config, store.names)
     return spec, tensors.load(rules(spec), store, ignore=_IGNORE)
 
 
@@ -148,12 +150,13 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
     ConversionError: a value that is not supported.
   """
   backbone = config.get("backbone_config") or _BACKBONE
+  name = "backbone_config"
   if config.get("backbone") and backbone is _BACKBONE:
     raise ConversionError(
       f"backbone={config['backbone']!r}: only a backbone_config of model_type "
       "'dinov2' is supported."
     )
-  backbone = folders.with_defaults(backbone, _BACKBONE_DEFAULTS)
+  backbone = folders.with_defaults(backbone, _BACKBONE_DEFAULTS, name)
   if backbone.get("model_type") != "dinov2":
     raise ConversionError(
       f"backbone_config.model_type={backbone.get('model_type')!r}: only "
@@ -161,7 +164,7 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
     )
   config = folders.with_defaults(config, _DEFAULTS)
   prefixed = [n for n in names if n.startswith("backbone.")]
-  image = dinov2.read_spec(backbone, prefixed).image
+  image = dinov2.read_spec(backbone, prefixed, section=name).image
   _check_supported(config, backbone, image)
   head = dpt.DPT(
     features=config["fusion_hidden_size"],
@@ -170,7 +173,7 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
     tap_norm="none",
     activation="relu",
   )
-  return DepthSpec(image, _read_taps(backbone, image.depth), head)
+  return DepthSpec(image, read_taps(backbone, image.depth), head)
 
 
 def _check_supported(
@@ -199,7 +202,7 @@ def _check_supported(
       )
 
 
-def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+def read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
   """The blocks whose outputs the head reads, from 0.
 
   Files count from the embedding, which is stage 0 and called 'stem'.
@@ -207,14 +210,6 @@ def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
   stages = ["stem", *(f"stage{i + 1}" for i in range(depth))]
   indices = backbone.get("out_indices")
   names = backbone.get("out_features") or []
-  for field, values in (
-    ("out_indices", indices or []),
-    ("out_features", names),
-  ):
-    if not isinstance(values, list | tuple):
-      raise ConversionError(
-        f"backbone_config.{field}={values!r}: expected a list."
-      )
   if indices is None:
     for name in names:
       if name not in stages:

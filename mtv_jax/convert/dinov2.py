@@ -1,12 +1,16 @@
-"""Reader of Hugging Face's DINOv2, with or without registers."""
+"""Hugging Face's DINOv2, with or without registers: read and export.
+
+Our own models that pool the CLS token (DINO, DINOv2, MAE) are exported as
+DINOv2.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.convert import folders, tables
-from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.convert import folders, processors, tables
+from mtv_jax.convert.tables import Rule
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
@@ -48,20 +52,26 @@ _NAMES = {
   "norm": "layernorm",
 }
 IGNORE = r"^classifier\."
+NEUTRAL = ("layer_scale", "mask_token")
+# Of exports; its pixels are Pillow's.
+PROCESSOR = "Bit"
+# What `Dinov2Model` and `Dinov2WithRegistersModel` can express.
+_REQUIRED = {
+  "pool": "cls",
+  "cls_token": True,
+  "registers": folders.ANY,
+  "layer_scale": folders.ANY,
+  "mlp": folders.ANY,
+}
 
 
-def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
+def read_spec(
+  config: Mapping[str, Any], names: Collection[str], *, section: str = ""
+) -> ModelSpec:
   """Model spec from a `config.json` of type dinov2(_with_registers)."""
-  config = folders.with_defaults(config, _DEFAULTS)
-  if not config["qkv_bias"]:
-    raise ConversionError(
-      "qkv_bias=False is not supported: our attention always has biases."
-    )
-  mlp, mlp_dim = "plain", int(config["hidden_size"] * config["mlp_ratio"])
-  if config["use_swiglu_ffn"]:
-    # Two thirds of the hidden units, rounded up to a multiple of eight, so
-    # that three kernels have the parameters of two.
-    mlp, mlp_dim = "swiglu", (int(mlp_dim * 2 / 3) + 7) // 8 * 8
+  config = folders.with_defaults(config, _DEFAULTS, section)
+  folders.require(config, {"qkv_bias": True})
+  mlp, mlp_dim = read_mlp(config)
   registers, position_resize = 0, "bicubic"
   if config["model_type"] == "dinov2_with_registers":
     registers = config.get("num_register_tokens", 4)
@@ -79,6 +89,37 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
   return ModelSpec(image=image)
 
 
+def read_mlp(config: Mapping[str, Any]) -> tuple[str, int]:
+  """`ViTSpec.mlp` and `mlp_dim` of a complete config."""
+  mlp_dim = int(config["hidden_size"] * config["mlp_ratio"])
+  if config["use_swiglu_ffn"]:
+    return "swiglu", _swiglu_dim(mlp_dim)
+  return "plain", mlp_dim
+
+
+def _swiglu_dim(mlp_dim: int) -> int:
+  """Hidden units of a SwiGLU with the parameters of an MLP of `mlp_dim`.
+
+  Two thirds, rounded up to a multiple of eight: it has three kernels, not two.
+  """
+  return (int(mlp_dim * 2 / 3) + 7) // 8 * 8
+
+
+def default_preprocess(spec: ModelSpec) -> dict[str, Any]:
+  """Fields of `Preprocess` without a processor: 224 of 256 pixels."""
+  size = spec.image.image_size
+  return {
+    "size": size,
+    "interpolation": "bicubic",
+    "resize": "shortest",
+    "crop": "center",
+    # Whatever the position embedding's size.
+    "resize_size": round(size * 256 / 224),
+    "mean": processors.IMAGENET_MEAN,
+    "std": processors.IMAGENET_STD,
+  }
+
+
 def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
   """Conversion rules for DINOv2; `prefix`: a classifier's or a detector's."""
   special = [
@@ -92,7 +133,7 @@ def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
   names = dict(tables.nest("image/", prefix, _NAMES))
   if spec.image.mlp == "swiglu":
     mlp = f"{prefix}encoder.layer.{{i}}.mlp"
-    special += _swiglu_input(f"{mlp}.weights_in", spec.image)
+    special += swiglu_input(f"{mlp}.weights_in", spec.image)
     names["image/blocks/mlp/fc2"] = f"{mlp}.weights_out"
   return tables.tower_rules(
     spec,
@@ -102,7 +143,7 @@ def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
   )
 
 
-def _swiglu_input(layer: str, spec: ViTSpec) -> list[Rule]:
+def swiglu_input(layer: str, spec: ViTSpec) -> list[Rule]:
   """Gate and value of a SwiGLU, one tensor in the file."""
   mlp = "image/blocks/mlp"
   return [
@@ -111,6 +152,7 @@ def _swiglu_input(layer: str, spec: ViTSpec) -> list[Rule]:
       (f"{layer}.{name}",),
       ((2 * spec.mlp_dim, *columns),),
       read=lambda a: tuple(half.T for half in np.split(a, 2)),
+      write=lambda gate, value: (np.concatenate([gate.T, value.T]),),
       depth=spec.depth,
     )
     for leaf, name, columns in (
@@ -118,3 +160,67 @@ def _swiglu_input(layer: str, spec: ViTSpec) -> list[Rule]:
       ("bias", "bias", ()),
     )
   ]
+
+
+def mlp_ratio(spec: ViTSpec, *, integer: bool = True) -> int | float | None:
+  """The config's `mlp_ratio`, maybe an integer; None if there is none."""
+  is_gated = spec.mlp == "swiglu"
+  ratios = [*range(1, 65)]
+  if not integer:
+    ratio = spec.mlp_dim / spec.width * (1.5 if is_gated else 1.0)
+    ratios += [ratio, np.nextafter(ratio, np.inf)]
+  for ratio in ratios:
+    dim = int(spec.width * ratio)
+    if (_swiglu_dim(dim) if is_gated else dim) == spec.mlp_dim:
+      return ratio
+  return None
+
+
+def mlp_mismatches(spec: ViTSpec, *, integer: bool = True) -> list[str]:
+  """A line if no `mlp_ratio` gives the width of the MLP."""
+  if mlp_ratio(spec, integer=integer) is not None:
+    return []
+  return [
+    f"  image.mlp_dim is {spec.mlp_dim} and would have to be a multiple of the "
+    f"width {spec.width}\n"
+  ]
+
+
+def to_hf_config(
+  spec: ModelSpec, *, pad_id: int | None = None
+) -> dict[str, Any]:
+  """The `config.json` of a model without `mismatches`."""
+  del pad_id  # There is no text.
+  image = spec.image
+  config = folders.tower_config(image)
+  del config["intermediate_size"], config["attention_dropout"]
+  with_registers = {
+    "architectures": ["Dinov2WithRegistersModel"],
+    "model_type": "dinov2_with_registers",
+    "num_register_tokens": image.registers,
+  }
+  return {
+    "dtype": "float32",
+    "torch_dtype": "float32",
+    "architectures": ["Dinov2Model"],
+    "model_type": "dinov2",
+    **(with_registers if image.registers else {}),
+    **config,
+    "mlp_ratio": mlp_ratio(image),
+    "num_channels": 3,
+    "layerscale_value": image.layer_scale,
+    "use_swiglu_ffn": image.mlp == "swiglu",
+    "qkv_bias": True,
+  }
+
+
+def mismatches(spec: ModelSpec) -> list[str]:
+  """What `Dinov2Model` can't express, a line for each field."""
+  lines = folders.list_mismatches(spec, {"image": _REQUIRED})
+  resize = spec.image.position_resize
+  if resize not in ("bicubic", "antialiased"):
+    lines.append(
+      f"  image.position_resize is {resize!r} and would have to be 'bicubic' or"
+      " 'antialiased'\n"
+    )
+  return lines + mlp_mismatches(spec.image)

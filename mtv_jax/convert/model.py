@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,29 @@ class ConvertedModel:
       params={**self.params, "image": image},
     )
 
+  def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
+    """The same model with parameters that change no output.
+
+    Args:
+      kinds: which to add where the model lacks them: 'layer_scale' (ones) and
+        'mask_token' (zeros).
+    """
+    tower, image = self.spec.image, dict(self.params["image"])
+    fields: dict[str, Any] = {}
+    if "layer_scale" in kinds and tower.layer_scale is None:
+      fields["layer_scale"] = 1.0
+      ones = np.ones((tower.depth, tower.width), np.float32)
+      image["blocks"] = {**image["blocks"], "scale1": ones, "scale2": ones}
+    if "mask_token" in kinds and not tower.mask_token:
+      fields["mask_token"] = True
+      image["mask_token"] = np.zeros(tower.width, np.float32)
+    tower = dataclasses.replace(tower, **fields)
+    return dataclasses.replace(
+      self,
+      spec=dataclasses.replace(self.spec, image=tower),
+      params={**self.params, "image": image},
+    )
+
   def resize(self, image_size: int) -> ConvertedModel:
     """The model for images of another size in pixels.
 
@@ -65,7 +88,7 @@ class ConvertedModel:
       return self.store_positions().resize(image_size)
     params = dict(self.params)
     # Rotary positions have no parameters.
-    if rows != tower.grid and tower.positions == "learned":
+    if rows != tower.grid and "learned" in tower.positions:
       old = tower.grid
       table = np.asarray(params["image"]["position_embedding"], np.float64)
       matrix = positions.resize_matrix(old, rows, tower.position_resize)

@@ -5,54 +5,65 @@ folded into the CLS token) under our names. A Hugging Face export has the same
 `mtv_jax.json`, from which `huggingface.read` restores the model.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
-from typing import Any
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
-from mtv_jax.convert import folders
+from mtv_jax.config import foreign, options
+from mtv_jax.convert import folders, tensors
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.convert.processors import Cleaning, TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 PARAMS = "params.safetensors"
 DESCRIPTION = "mtv_jax.json"
 _FORMAT = 1
+_MAX_LINES = 20  # Of an error.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 
 
-def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
+def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   """Writes any model as a native folder, for `read` and training's init.
 
   Args:
     folder: new, empty, or of an earlier conversion, which it replaces.
     model: any kind of model.
   """
-  path = pathlib.Path(folder)
   leaves = numpy_leaves(model.params)
   check_params(model.spec, leaves)
-  prepare_folder(path, _WRITTEN, tokenizer=model.tokenizer)
-  folders.write_tensors(path / PARAMS, leaves)
-  tokenizer = copy_tokenizer(path, model.tokenizer)
-  write_description(path, dataclasses.replace(model, tokenizer=tokenizer))
-  return path
+  with replace_conversion(path_lib.as_path(folder), _WRITTEN) as path:
+    folders.write_tensors(path / PARAMS, leaves)
+    tokenizer = copy_tokenizer(path, model.tokenizer)
+    write_description(path, dataclasses.replace(model, tokenizer=tokenizer))
+  return path_lib.as_path(folder)
 
 
 def read(folder: pathlib.Path) -> ConvertedModel:
   """Reads a native folder."""
   description = read_description(folder)
+  if description is None:
+    raise ConversionError(
+      f"{folder} lacks {DESCRIPTION}, which a conversion writes last: it did "
+      "not finish. Convert again."
+    )
   with folders.TensorFiles(folder / PARAMS) as store:
-    leaves = {name: store.read(name) for name in store.names}
+    leaves = {name: tensors.read_float(store, name) for name in store.names}
   return restore_model(folder, description, leaves)
 
 
@@ -82,24 +93,73 @@ def write_description(
   folders.write_json(folder / DESCRIPTION, description)
 
 
-def read_description(folder: pathlib.Path) -> dict[str, Any]:
-  """The folder's `mtv_jax.json`, {} if it has none.
+@dataclasses.dataclass(frozen=True)
+class _Tokenizer:
+  file: str | None
+  clean: Cleaning
+  built_in: Literal["bytes", "words"] = "bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+  """Name of the head of an export's temperature, and which leaves it has."""
+
+  name: str
+  leaves: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """Content of a `mtv_jax.json`."""
+
+  model: ModelSpec
+  preprocess: Mapping[str, Any]
+  tokenizer: _Tokenizer | None
+  contrastive: Contrastive | None
+  prediction_heads: Mapping[str, heads_lib.PredictionHead]
+  weights: Literal["student", "teacher", "ema"]
+
+
+def read_description(folder: pathlib.Path) -> Description | None:
+  """The folder's `mtv_jax.json`, None if it has none.
 
   Raises:
     ConversionError: it has another format.
+    InputError: a key is missing or has another type; names it.
   """
-  description = folders.read_json(folder / DESCRIPTION)
-  if description and description.get("format") != _FORMAT:
+  path = folder / DESCRIPTION
+  content = foreign.read_object(path)
+  if not content and not path.is_file():
+    return None
+  if content.get("format") != _FORMAT:
     raise ConversionError(
-      f"{folder / DESCRIPTION} has format {description.get('format')!r}, and "
+      f"{path} has format {options.shorten_repr(content.get('format'))}, and "
       f"this version reads {_FORMAT}: convert the folder again."
     )
-  return description
+  read = functools.partial(foreign.read_field, content)
+
+  def build(key: str, kind: type) -> Any:
+    fields = read(key, dict, default=None)
+    return fields and options.build(kind, fields, where=key)
+
+  with foreign.errors_of(path):
+    return Description(
+      model=ModelSpec.from_dict(read("model", dict)),
+      preprocess=read("preprocess", dict),
+      tokenizer=build("tokenizer", _Tokenizer),
+      contrastive=build("contrastive", Contrastive),
+      prediction_heads=heads_lib.described_heads(
+        read("predictors", dict[str, dict], default={})
+      ),
+      weights=read(
+        "weights", Literal["student", "teacher", "ema"], default="student"
+      ),
+    )
 
 
 def restore_model(
   folder: pathlib.Path,
-  description: Mapping[str, Any],
+  description: Description,
   leaves: Mapping[str, np.ndarray],
 ) -> ConvertedModel:
   """The model of a description and flat parameters.
@@ -107,47 +167,57 @@ def restore_model(
   Raises:
     ConversionError: they don't match, or the tokenizer's file is missing.
   """
-  spec = ModelSpec.from_dict(description["model"])
-  check_params(spec, leaves)
-  tokenizer = None
-  if fields := description.get("tokenizer"):
-    path = folder / fields["file"] if fields["file"] else None
-    if path and not path.is_file():
-      raise ConversionError(f"{folder / DESCRIPTION} names {path}: missing.")
-    built_in = fields.get("built_in", "bytes")
-    tokenizer = TokenizerFiles(path, fields["clean"], built_in)
+  check_params(description.model, leaves)
+  model = describe_model(folder, description)
+  return dataclasses.replace(model, params=unflatten_names(leaves))
+
+
+def describe_model(
+  folder: pathlib.Path, description: Description
+) -> ConvertedModel:
+  """The model of a description without parameters.
+
+  Raises:
+    ConversionError: the tokenizer's file is missing.
+  """
+  tokenizer, fields = None, description.tokenizer
+  if fields:
+    path, where = None, folder / DESCRIPTION
+    if fields.file:
+      path = foreign.resolve_name(folder, fields.file, where=where)
+      if not path.is_file():
+        raise ConversionError(f"{where} names {path}: missing.")
+    tokenizer = TokenizerFiles(path, fields.clean, fields.built_in)
   return ConvertedModel(
-    spec=spec,
-    params=unflatten_names(leaves),
-    preprocess=description["preprocess"],
+    spec=description.model,
+    params={},
+    preprocess=description.preprocess,
     tokenizer=tokenizer,
-    prediction_heads=heads_lib.described_heads(
-      description.get("predictors", {})
-    ),
-    weights=description.get("weights", "student"),
+    prediction_heads=description.prediction_heads,
+    weights=description.weights,
   )
 
 
-def prepare_folder(
-  folder: pathlib.Path,
-  names: Iterable[str],
-  *,
-  tokenizer: TokenizerFiles | None,
-) -> None:
-  """Creates a folder, or removes an earlier conversion's files from it.
+@contextlib.contextmanager
+def replace_conversion(
+  folder: pathlib.PurePath, names: Collection[str]
+) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder for a conversion, which becomes `folder`.
 
-  Old heads or an old tokenizer would be read with the new weights.
+  Of an earlier conversion no file stays: old heads or an old tokenizer would be
+  read with the new weights. A killed one leaves `folder` as it was; in a bucket
+  it is not read as a model.
 
   Args:
-    folder: to write to.
+    folder: new, empty, or of an earlier conversion; other files in it stay.
     names: the files that a conversion of this form writes.
-    tokenizer: to be copied, so its file must not be removed.
 
   Raises:
-    ConversionError: the folder contains other files, or the tokenizer's source.
+    ConversionError: the folder is not of an earlier conversion of this form.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  present = sorted(p.name for p in folder.iterdir())
+  if path_lib.exists(folder) and not path_lib.is_folder(folder):
+    raise ConversionError(f"{folder} is a file: name an empty or a new folder.")
+  present = path_lib.list_folder(folder)
   if present and DESCRIPTION not in present:
     raise ConversionError(
       f"{folder} is not empty and not an earlier conversion (it contains "
@@ -159,13 +229,20 @@ def prepare_folder(
       f"{folder} contains another format's conversion ({', '.join(others)}), "
       "which would be read instead of the new one: name another folder."
     )
-  source = tokenizer and tokenizer.path
-  if source and source.resolve().parent == folder.resolve():
-    raise ConversionError(
-      f"The tokenizer {source} is in {folder} itself: write to another folder."
+  if not path_lib.is_remote(folder):
+    with atomic.replace_folder(folder, replaced={*names, DESCRIPTION}) as path:
+      yield path
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    path = pathlib.Path(temporary)
+    yield path
+    # Without these it is not read as a model.
+    path_lib.upload_folder(
+      path, folder, last=["config.json", PARAMS, DESCRIPTION]
     )
-  for name in names:
-    (folder / name).unlink(missing_ok=True)
+    for name in {*names}.intersection(present):
+      if not (path / name).exists():
+        path_lib.remove(folder / name)
 
 
 def copy_tokenizer(
@@ -213,6 +290,8 @@ def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
     elif shape != expected[name]:
       lines.append(f"  {name}: {shape}, and the model has {expected[name]}")
   if lines:
+    more = len(lines) - _MAX_LINES
+    lines = lines[:_MAX_LINES] + [f"  ... and {more} more"] * (more > 0)
     raise ConversionError(
       "The parameters are not those of the spec:\n" + "\n".join(lines)
     )

@@ -4,14 +4,16 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from mtv_jax.config import foreign
 from mtv_jax.convert import folders
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.models.layers import Side
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_MEAN_STD = (0.5, 0.5, 0.5)
+HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,49 +22,31 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 
-def _default_preprocess(family: str, image_size: int) -> dict[str, Any]:
-  """Fields of `Preprocess` for a family ('siglip', 'clip', 'dinov2')."""
-  fields = {"size": image_size, "interpolation": "bicubic"}
-  if family == "siglip":
-    return {
-      **fields,
-      "resize": "squash",
-      "mean": _DEFAULT_MEAN_STD,
-      "std": _DEFAULT_MEAN_STD,
-    }
-  fields |= {"resize": "shortest", "crop": "center"}
-  if family == "clip":
-    return {**fields, "mean": CLIP_MEAN, "std": CLIP_STD}
-  # DINOv2 crops 224 from 256, whatever its position embedding's size.
-  resize = round(image_size * 256 / 224)
-  normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-  return {**fields, "resize_size": resize, **normal}
-
-
 def read_preprocess(
-  folder: pathlib.Path, family: str, *, image_size: int, patch_size: int
+  folder: pathlib.Path, defaults: Mapping[str, Any], *, patch_size: int
 ) -> dict[str, Any]:
   """Fields of `encoder.preprocess.Preprocess` from a folder's processor.
 
   Args:
     folder: the checkpoint's folder.
-    family: whose defaults apply if the folder has no processor.
-    image_size: the model's image size.
+    defaults: the family's fields, where the folder's processor has none.
     patch_size: the model's patch size.
 
   Raises:
     ConversionError: the processor does something that `Preprocess` does not.
   """
-  defaults = _default_preprocess(family, image_size)
+  defaults = dict(defaults)
   path, processor = folders.read_processor(folder)
   if not processor:
     log.info("%s has no image processor; assuming %s.", folder, defaults)
     return defaults
-  try:
-    fields = _read_resize(processor, defaults, family)
-  except ConversionError as error:
-    raise ConversionError(f"{path}: {error}") from None
-  fields |= _read_normalization(processor, defaults)
+  with foreign.errors_of(path):
+    fields = _read_resize(processor, defaults)
+    fields |= _read_normalization(processor, defaults)
+    return _fit_patches(fields, patch_size)
+
+
+def _fit_patches(fields: dict[str, Any], patch_size: int) -> dict[str, Any]:
   # transformers ignores pixels that fill no patch, at the right and the bottom
   # (SigLIP So400m/14 at 384: 378 are read). We shrink the whole image instead.
   size = fields["size"] // patch_size * patch_size
@@ -83,23 +67,29 @@ def read_preprocess(
 
 
 def _read_resize(
-  processor: Mapping[str, Any], defaults: Mapping[str, Any], family: str
+  processor: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
   fields = dict(defaults)
-  resample = processor.get("resample", 3)
-  if resample not in _RESAMPLE:
+  resample = processor.get("resample")
+  if resample is not None and resample not in _RESAMPLE:
     raise ConversionError(
       f"resample={resample!r}; bilinear (2) and bicubic (3) are supported."
     )
-  fields["interpolation"] = _RESAMPLE[resample]
+  if resample is not None:
+    fields["interpolation"] = _RESAMPLE[resample]
+  if fields["resize"] == "native":
+    fields["max_patches"] = processor.get(
+      "max_num_patches", fields["max_patches"]
+    )
+    return fields
   if not processor.get("do_resize", True):
     log.info("do_resize=False: images are resized to the model's size.")
     fields |= {"resize": "squash", "crop": "none"}
     fields.pop("resize_size", None)
     return fields
   if "size" in processor:
-    fields |= _read_size(processor["size"], family)
-  if processor.get("do_center_crop", family != "siglip"):
+    fields |= _read_size(processor["size"], defaults["resize"])
+  if processor.get("do_center_crop", defaults.get("crop") == "center"):
     resized = fields.get("resize_size") or fields["size"]
     crop = _read_edge(processor.get("crop_size", fields["size"]), "crop_size")
     fields |= {"crop": "center", "size": crop, "resize_size": resized}
@@ -107,6 +97,10 @@ def _read_resize(
     fields["crop"] = "none"
   if fields.get("resize_size") == fields["size"]:
     del fields["resize_size"]
+  if fields.get("resize_size", fields["size"]) < fields["size"]:
+    raise ConversionError(
+      f"crop_size={fields['size']} is larger than size={fields['resize_size']}."
+    )
   if fields["resize"] == "shortest" and fields["crop"] == "none":
     raise ConversionError(
       "it resizes the shorter side without a crop, so images have different "
@@ -135,18 +129,18 @@ def _read_normalization(
   }
 
 
-def _read_size(size: Any, family: str) -> dict[str, Any]:
-  """`size`, a number in earlier versions."""
+def _read_size(size: Any, resize: str) -> dict[str, Any]:
+  """`size`; a number, in earlier versions, is meant as the family resizes."""
   if isinstance(size, Mapping) and "shortest_edge" in size:
     if size.get("longest_edge"):
       raise ConversionError(
         f"size={dict(size)}: a limit on the longer side is not supported."
       )
-    edge, mode = int(size["shortest_edge"]), "shortest"
+    edge = foreign.read_field(size, "shortest_edge", Side, where="size.")
+    mode = "shortest"
   else:
     edge = _read_edge(size, "size")
-    is_square = isinstance(size, Mapping) or family == "siglip"
-    mode = "squash" if is_square else "shortest"
+    mode = "squash" if isinstance(size, Mapping) else resize
   return {"resize": mode, "size": edge, "resize_size": edge}
 
 
@@ -169,21 +163,23 @@ def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def write_processor(
-  fields: Mapping[str, Any], image_size: int, *, family: str = "siglip"
+  fields: Mapping[str, Any], image_size: int, *, name: str = "Siglip"
 ) -> dict[str, Any]:
-  """`preprocessor_config.json` of a SigLIP or a CLIP.
+  """`preprocessor_config.json` of an export.
 
   Args:
     fields: values of `Preprocess`'s fields.
     image_size: the model's image size.
-    family: `siglip`, or `clip`, which can crop.
+    name: of the processor's class without its ending: 'Siglip', 'Siglip2', or
+      others, which can crop.
 
   Raises:
     ConversionError: the family's processor can't express it.
   """
-  is_cropped = family == "clip" and fields.get("crop") == "center"
+  if name == "Siglip2":
+    return _write_native(fields)
+  is_cropped = name != "Siglip" and fields.get("crop") == "center"
   squash = "Export with the images squashed to a square."
-  name = {"siglip": "SigLIP", "clip": "CLIP"}[family]
   for field, expected, fix in (
     ("resize", "shortest" if is_cropped else "squash", squash),
     ("crop", "center" if is_cropped else "none", squash),
@@ -192,38 +188,55 @@ def write_processor(
     value = fields.get(field, expected)
     if value != expected:
       raise ConversionError(
-        f"preprocess.{field} is {value!r}; transformers' {name} needs "
-        f"{expected!r}. {fix}"
+        f"preprocess.{field} is {value!r}; transformers' {name}ImageProcessor "
+        f"needs {expected!r}. {fix}"
       )
   if not fields.get("antialias", True):
     log.warning(
       "transformers antialiases when it shrinks an image, and this model's "
       "preprocessing does not: its pixels will differ a little."
     )
-  interpolation = fields.get("interpolation", "bilinear")
   square = {"height": image_size, "width": image_size}
   size, crop = square, {}
-  if family == "clip":
+  if name != "Siglip":
     crop = {"do_center_crop": is_cropped, "crop_size": square}
   if is_cropped:
     size = {"shortest_edge": fields.get("resize_size") or image_size}
-  name = {"siglip": "Siglip", "clip": "CLIP"}[family]
+  resizing = {"do_resize": True, "size": size, **crop}
+  return _describe_processor(name, fields, resizing)
+
+
+def _write_native(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """`preprocessor_config.json` of SigLIP 2 NaFlex."""
+  if fields.get("resize") != "native":
+    raise ConversionError(
+      f"preprocess.resize is {fields.get('resize')!r}; transformers' "
+      "Siglip2ImageProcessor needs 'native'."
+    )
+  names = {"patch_size": "patch_size", "max_num_patches": "max_patches"}
+  sizes = {name: fields[field] for name, field in names.items()}
+  return _describe_processor("Siglip2", fields, {"do_resize": True, **sizes})
+
+
+def _describe_processor(
+  name: str, fields: Mapping[str, Any], resizing: Mapping[str, Any]
+) -> dict[str, Any]:
+  interpolation = fields.get("interpolation", "bilinear")
   return {
     "image_processor_type": f"{name}ImageProcessor",
     "processor_class": f"{name}Processor",
     "do_convert_rgb": True,
-    "do_resize": True,
-    "size": size,
-    **crop,
+    **resizing,
     "resample": {name: n for n, name in _RESAMPLE.items()}[interpolation],
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(fields.get("mean", _DEFAULT_MEAN_STD)),
-    "image_std": list(fields.get("std", _DEFAULT_MEAN_STD)),
+    "image_mean": list(fields.get("mean", HALF)),
+    "image_std": list(fields.get("std", HALF)),
   }
 
 
+Cleaning = Literal["none", "lower", "canonicalize"]
 # Tokenizers that need no file: keys of `data.tokenizers.BUILT_IN`.
 BUILT_IN_TOKENIZERS = ("bytes", "words")
 
@@ -253,13 +266,17 @@ class TokenizerFiles:
 
 def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   """The tokenizer of a Hugging Face folder, None if it has none."""
-  config = folders.read_json(folder / "tokenizer_config.json")
+  path = folder / "tokenizer_config.json"
+  with foreign.errors_of(path):
+    config = foreign.read_fields(
+      foreign.read_object(path), {"clean": Cleaning, "do_lower_case": bool}
+    )
   spiece_path, json_path = folder / "spiece.model", folder / "tokenizer.json"
   if clean := config.get("clean"):
     # An export of ours without its mtv_jax.json.
     is_spiece = spiece_path.is_file()
     return TokenizerFiles(spiece_path if is_spiece else json_path, clean)
-  if family == "siglip" and spiece_path.is_file():
+  if family in ("siglip", "siglip2") and spiece_path.is_file():
     # SiglipTokenizer removes punctuation first, then lower-cases.
     if not config.get("do_lower_case", True):
       log.warning("do_lower_case=False is ignored; text is lower-cased.")
@@ -267,7 +284,8 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   if json_path.is_file():
     # SigLIP 2 was trained on lower-cased text; not every version of its
     # tokenizer.json lower-cases.
-    return TokenizerFiles(json_path, "lower" if family == "siglip" else "none")
+    is_lower = family in ("siglip", "siglip2", "tipsv2")
+    return TokenizerFiles(json_path, "lower" if is_lower else "none")
   if family == "clip" and (folder / "merges.txt").is_file():
     log.warning(
       "%s lacks a tokenizer.json, so text can't be encoded: save its tokenizer "

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mtv_jax.convert import folders, tables
+from mtv_jax.convert import folders, processors, tables
 from mtv_jax.convert.tables import Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -67,38 +67,36 @@ TEXT = {
   "norm": "text_model.final_layer_norm",
 }
 IGNORE = r"position_ids$|^classifier\."
+NEUTRAL = ()
+PROCESSOR = "Siglip"
 # What `SiglipModel` can express.
 _REQUIRED = {
-  "image": {
-    "pool": "map",
-    "cls_token": False,
-    "registers": 0,
-    "layer_scale": None,
-    "mlp": "plain",
-    "pre_norm": False,
-    "patch_bias": True,
-    "positions": "learned",
-    "projection": None,
-  },
+  "image": {"pool": "map", "cls_token": False},
   "text": {"pool": "last", "causal": False, "projection_bias": True},
 }
 
 
-def _read_vision(config: Mapping[str, Any] | None) -> ViTSpec:
-  config = folders.with_defaults(config, _VISION_DEFAULTS)
+def _read_vision(config: Any, section: str = "", **fields: Any) -> ViTSpec:
+  config = folders.with_defaults(config, _VISION_DEFAULTS, section)
   pool = "map" if config["vision_use_head"] else "mean"
   if pool == "mean":
     log.info("vision_use_head=False: pooled is the mean of the patches.")
-  return ViTSpec(pool=pool, **folders.read_vision(config))
+  return ViTSpec(pool=pool, **folders.read_vision(config), **fields)
 
 
-def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
-  """The model that a `config.json` of type siglip(_vision_model) describes."""
+def read_spec(
+  config: Mapping[str, Any], names: Collection[str], **fields: Any
+) -> ModelSpec:
+  """The model that a `config.json` of type siglip(_vision_model) describes.
+
+  `fields` are further ones of the image tower.
+  """
   if config["model_type"] == "siglip_vision_model":
-    return ModelSpec(image=_read_vision(config))
+    return ModelSpec(image=_read_vision(config, **fields))
   text = None
   if folders.has_text_tower(names):
-    section = folders.with_defaults(config.get("text_config"), _TEXT_DEFAULTS)
+    name = "text_config"
+    section = folders.with_defaults(config.get(name), _TEXT_DEFAULTS, name)
     text = TextSpec(
       pool="last",
       causal=False,
@@ -107,12 +105,30 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
       eos_id=_EOS_ID,
       **folders.read_text(section),
     )
-  return ModelSpec(image=_read_vision(config.get("vision_config")), text=text)
+  name = "vision_config"
+  image = _read_vision(config.get(name), name, **fields)
+  return ModelSpec(image=image, text=text)
 
 
-def rules(spec: ModelSpec, *, prefix: str = "vision_model.") -> list[Rule]:
-  """Conversion rules for SigLIP; `prefix` is the vision tower's."""
-  special = []
+def default_preprocess(spec: ModelSpec) -> dict[str, Any]:
+  """Fields of `Preprocess` without a processor: squashed to a square."""
+  return {
+    "size": spec.image.image_size,
+    "interpolation": "bicubic",
+    "resize": "squash",
+    "mean": processors.HALF,
+    "std": processors.HALF,
+  }
+
+
+def rules(
+  spec: ModelSpec, *special: Rule, prefix: str = "vision_model."
+) -> list[Rule]:
+  """Conversion rules for SigLIP.
+
+  `prefix` is the vision tower's; `special` rules replace those of their leaves.
+  """
+  special = [*special]
   if spec.image.pool == "map":
     special += tables.in_projection(
       "image/pool/attention",

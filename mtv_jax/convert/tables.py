@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from mtv_jax.models import two_tower
+from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -53,6 +55,7 @@ class Rule:
     read: maps arrays in the order of `tensors` to those of `leaves`.
     write: the inverse; None if export is not supported.
     depth: number of blocks, 0 outside of them.
+    default: arrays for tensors that a file may lack.
   """
 
   leaves: tuple[str, ...]
@@ -61,6 +64,7 @@ class Rule:
   read: Callable[..., Arrays]
   write: Callable[..., Arrays] | None = None
   depth: int = 0
+  default: Arrays | None = None
 
   def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor's name and shape, those of each block included."""
@@ -159,6 +163,8 @@ def transpose_rule(
   shape: tuple[int, ...],
   axes: tuple[int, ...],
   order: tuple[int, ...] | None = None,
+  *,
+  file_shape: tuple[int, ...] | None = None,
 ) -> Rule:
   """A rule for a leaf whose axes are transposed in the file.
 
@@ -168,19 +174,22 @@ def transpose_rule(
     shape: our leaf's shape.
     axes: sizes of the axes that our leaf is split into.
     order: how the file orders these axes; unchanged if None.
+    file_shape: of its tensors, which may join some of these axes.
   """
   tensors = (tensors,) if isinstance(tensors, str) else tuple(tensors)
   order = tuple(range(len(axes))) if order is None else order
   inverse = tuple(np.argsort(order))
+  file_axes = tuple(axes[i] for i in order)
+  joined = file_axes if file_shape is None else file_shape
   return Rule(
     (leaf,),
     tensors,
-    (tuple(axes[i] for i in order),) * len(tensors),
+    (joined,) * len(tensors),
     read=lambda *arrays: tuple(
-      a.transpose(inverse).reshape(shape) for a in arrays
+      a.reshape(file_axes).transpose(inverse).reshape(shape) for a in arrays
     ),
     write=lambda *arrays: tuple(
-      a.reshape(axes).transpose(order) for a in arrays
+      a.reshape(axes).transpose(order).reshape(joined) for a in arrays
     ),
   )
 
@@ -237,6 +246,101 @@ def in_projection(
       ("bias", "in_proj_bias", (3 * width,)),
     )
   ]
+
+
+def fused_qkv(
+  layer: str,
+  spec: ViTSpec | TextSpec,
+  kernel: str,
+  bias: str | None,
+  *,
+  order: Int[np.ndarray, "c"] | None = None,
+) -> list[Rule]:
+  """Queries, keys and values of blocks as one tensor, rows (q|k|v, head, dim).
+
+  Args:
+    layer: our layer, 'image/blocks/attention/qkv'.
+    spec: the tower's.
+    kernel: name in the file.
+    bias: likewise; None if there is none.
+    order: which of the file's channels of a head each of our channels of
+      queries and keys is, for rotary positions of another layout.
+  """
+  heads, width = spec.heads, spec.width
+  order = np.arange(width // heads) if order is None else order
+
+  def permute(part: np.ndarray, order: np.ndarray) -> np.ndarray:
+    split = part.reshape(*part.shape[:-1], heads, -1)[..., order]
+    return split.reshape(part.shape)
+
+  def read(rows: np.ndarray) -> Arrays:
+    q, k, v = (part.T for part in np.split(rows, 3))
+    return (fuse([permute(q, order), permute(k, order), v], heads),)
+
+  def write(fused: np.ndarray) -> Arrays:
+    q, k, v = unfuse(fused, 3, heads)
+    inverse = np.argsort(order)
+    parts = (permute(q, inverse), permute(k, inverse), v)
+    return (np.concatenate([part.T for part in parts]),)
+
+  rule = functools.partial(Rule, read=read, write=write, depth=spec.depth)
+  rules = [rule((f"{layer}/kernel",), (kernel,), ((3 * width, width),))]
+  if bias is not None:
+    rules.append(rule((f"{layer}/bias",), (bias,), ((3 * width,),)))
+  return rules
+
+
+def fused_kv(
+  layer: str, width: int, heads: int, kernel: str, bias: str
+) -> list[Rule]:
+  """Keys and values as one tensor, rows (k|v, head, dim); names in the file."""
+
+  def read(rows: np.ndarray) -> Arrays:
+    return (fuse([part.T for part in np.split(rows, 2)], heads),)
+
+  def write(fused: np.ndarray) -> Arrays:
+    return (np.concatenate([part.T for part in unfuse(fused, 2, heads)]),)
+
+  rule = functools.partial(Rule, read=read, write=write)
+  return [
+    rule((f"{layer}/kernel",), (kernel,), ((2 * width, width),)),
+    rule((f"{layer}/bias",), (bias,), ((2 * width,),)),
+  ]
+
+
+def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
+  """The bias of a tower with `qkv_bias` 'query_value', without that of keys.
+
+  `query` and `value` are names in the file.
+  """
+
+  def read(q: np.ndarray, v: np.ndarray) -> Arrays:
+    return (fuse([q, np.zeros_like(q), v], spec.heads),)
+
+  def write(bias: np.ndarray) -> Arrays:
+    q, _, v = unfuse(bias, 3, spec.heads)
+    return q, v
+
+  return Rule(
+    ("image/blocks/attention/qkv/bias",),
+    (query, value),
+    ((spec.width,),) * 2,
+    read,
+    write,
+    depth=spec.depth,
+  )
+
+
+def constant(tensor: str, value: np.ndarray, dtype: str = "float32") -> Rule:
+  """A tensor that the file has and the model has no parameter for."""
+  value = np.asarray(value, dtype)
+  return Rule(
+    (),
+    (tensor,),
+    (value.shape,),
+    read=lambda _: (),
+    write=lambda: (value,),
+  )
 
 
 def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:

@@ -4,12 +4,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.tree import unflatten_names
+
+_MAX_LINES = 10  # Of an error, for each kind of difference.
 
 
 @runtime_checkable
@@ -43,13 +46,17 @@ def load(
     ConversionError: names every missing, unexpected or mismatched tensor.
   """
   check_tensors(rules, store, ignore=ignore)
+  present = set(store.names)
   leaves: dict[str, np.ndarray] = {}
   for rule in rules:
     for i in range(max(rule.depth, 1)):
-      arrays = [
-        np.asarray(store.read(name.replace("{i}", str(i))), np.float32)
-        for name in rule.tensors
-      ]
+      names = [name.replace("{i}", str(i)) for name in rule.tensors]
+      is_default = rule.default and not present.intersection(names)
+      arrays = (
+        rule.default
+        if is_default
+        else [read_float(store, name) for name in names]
+      )
       for name, value in zip(rule.leaves, rule.read(*arrays), strict=True):
         if not rule.depth:
           leaves[name] = np.ascontiguousarray(value).reshape(value.shape)
@@ -58,6 +65,28 @@ def load(
           leaves[name] = np.empty((rule.depth, *value.shape), np.float32)
         leaves[name][i] = value
   return unflatten_names(leaves)
+
+
+def read_float(store: Store, name: str) -> Float32[np.ndarray, "..."]:
+  """A tensor of weights.
+
+  Raises:
+    ConversionError: its values are not of a floating-point type, or not finite.
+  """
+  array = store.read(name)
+  if not jnp.issubdtype(array.dtype, np.floating):
+    raise ConversionError(
+      f"{store.path}: {name!r} is of type {array.dtype}; expected a floating-"
+      "point type. Quantized weights are not supported."
+    )
+  with np.errstate(over="ignore"):  # Found below.
+    array = np.asarray(array, np.float32)
+  if not (finite := np.isfinite(array)).all():
+    raise ConversionError(
+      f"{store.path}: {name!r} has {array.size - finite.sum():,} of"
+      f" {array.size:,} values that are not finite in float32."
+    )
+  return array
 
 
 def save(
@@ -84,7 +113,8 @@ def check_tensors(rules: Sequence[Rule], store: Store, *, ignore: str) -> None:
   """Compares a file's names and shapes with a table; see `load`."""
   expected = dict(pair for rule in rules for pair in rule.expected_shapes())
   present = set(store.names)
-  missing = [n for n in expected if n not in present]
+  optional = {name for rule in rules if rule.default for name in rule.tensors}
+  missing = [n for n in expected if n not in present | optional]
   unexpected = sorted(
     n for n in present - set(expected) if not re.search(ignore, n)
   )
@@ -103,7 +133,9 @@ def check_tensors(rules: Sequence[Rule], store: Store, *, ignore: str) -> None:
   ):
     if names:
       lines.append(f"  {title} ({len(names)}):")
-      lines.extend(f"    {name}" for name in names)
+      lines.extend(f"    {name}" for name in names[:_MAX_LINES])
+      if len(names) > _MAX_LINES:
+        lines.append(f"    ... and {len(names) - _MAX_LINES} more")
   lines.append("  " + _likely_cause(missing, unexpected, mismatched))
   raise ConversionError("\n".join(lines))
 

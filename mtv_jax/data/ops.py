@@ -12,20 +12,31 @@ import abc
 import dataclasses
 import functools
 import inspect
+import itertools
 import zlib
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from mtv_jax.config.feature_layout import FeatureLayout, field_name
 from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.config.options import PositiveInt, Range
 from mtv_jax.data import canvas as canvas_lib
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.records import BadRecord, Record, count_dropped
+from mtv_jax.data.records import (
+  BadRecord,
+  Record,
+  content_errors,
+  count_dropped,
+)
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
+
+# Of a caption or a phrase: tokenizers can take seconds for a megabyte.
+_MAX_CHARACTERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +95,21 @@ class TextOp(HostOp):
   def _token_ids(
     self, text: str, length: int, key: str
   ) -> Int32[np.ndarray, " length"]:
+    if len(text) > _MAX_CHARACTERS:
+      raise BadRecord(
+        key,
+        f"a text has {len(text):,} characters; at most {_MAX_CHARACTERS:,} are"
+        " tokenized",
+      )
     try:
       return self.tokenizer.encode([text], length)[0]
     except UnicodeError as error:
       reason = f"the text {text!r} is not Unicode ({error})"
       raise BadRecord(key, reason) from error
+
+
+# A batch field without an op: the index of a row's source in `data.train`.
+SOURCE = "source"
 
 
 class Ops:
@@ -100,17 +121,23 @@ class Ops:
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
     self._text = text
-    self._ops = [(op, zlib.crc32(name.encode())) for name, op in ops.items()]
+    self._ops = [(k, op, zlib.crc32(k.encode())) for k, op in ops.items()]
     self.fields = {k: v for op in ops.values() for k, v in op.fields.items()}
     self.labels = frozenset().union(*(op.record_fields for op in ops.values()))
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
-    """The record with the batch's `fields`; raises BadRecord."""
+    """The record with the batch's `fields`; raises BadRecord.
+
+    An op sees only the record's content, so that whatever it raises is about
+    that record; where each record fails, the config is wrong, and the pipeline
+    stops with the reason.
+    """
     seed = int(rng.integers(2**63))
-    for op, name_hash in self._ops:
+    for name, op, name_hash in self._ops:
       # An op's random numbers do not depend on the other ops of the config.
       op_rng = np.random.default_rng((seed, name_hash)) if op.random else None
-      record = op(record, op_rng)
+      with content_errors(record["key"], f"the op `{name}` can't use it"):
+        record = op(record, op_rng)
     return record
 
   def __repr__(self) -> str:
@@ -122,31 +149,40 @@ def build_ops(
   *,
   tokenizer: Tokenizer | None = None,
   wanted: Collection[str] | None = None,
+  features: Mapping[str, FeatureLayout] = MappingProxyType({}),
 ) -> Ops:
   """The ops that `text` names.
 
   Args:
     text: such as "decode|canvas(384)|caption(64, pick='first')".
     tokenizer: the text tower's, for `caption` and `regions`.
-    wanted: batch fields that the run reads, None for all; optional ops that
-      add none of them are left out.
+    wanted: batch fields that the run reads, None for all of the ops; optional
+      ops that add none of them are left out.
+    features: of teachers, for `features`.
   """
-  registry = {
-    name: functools.partial(op, tokenizer=tokenizer)
-    if issubclass(op, TextOp)
-    else op
-    for name, op in OPS.items()
-  }
+  given = {TextOp: dict(tokenizer=tokenizer), Features: dict(layouts=features)}
+  registry = dict(OPS)
+  for name, op in OPS.items():
+    for kind, arguments in given.items():
+      if issubclass(op, kind):
+        registry[name] = functools.partial(op, **arguments)
 
   def is_read(name: str) -> bool:
     if wanted is None or name not in OPS or not OPS[name].is_optional:
       return True
+    if OPS[name] is Features:
+      return bool(features)
     return not OPS[name].batch_fields.keys().isdisjoint(wanted)
 
   # Optional ops are left out before they are built, which may need a tokenizer.
   parsed = filter(lambda op: is_read(op.name), parse_ops(text, unique=True))
   ops = {op.name: build_op(op, registry, "data op") for op in parsed}
+  for name, following in itertools.pairwise(ops):
+    if (name, following) == ("decode", "canvas") and not ops[name].exact:
+      ops[name] = DecodeToCanvas(ops[following].size, ops[name].max_pixels)
   built = Ops(text, ops)
+  if wanted is not None and SOURCE in wanted:
+    built.fields[SOURCE] = Field((), np.dtype(np.int32))
   if not built.fields:
     raise InputError(
       f"data.ops={text!r} adds no field of the batch; write for example"
@@ -167,17 +203,41 @@ def phrase_length(text: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Decode(HostOp):
-  """Decodes an image file to RGB; converts arrays to RGB."""
+  """Decodes an image file to RGB; converts arrays to RGB.
+
+  Followed by `canvas`, it is replaced by `DecodeToCanvas` unless it is to be
+  `exact`.
+  """
 
   max_pixels: PositiveInt = canvas_lib.MAX_PIXELS
+  exact: bool = False
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image, key = _get(record, "image"), record["key"]
     if isinstance(image, np.ndarray):
-      image = _as_rgb(image, key)
-    else:
-      image = canvas_lib.decode(image, key=key, max_pixels=self.max_pixels)
+      return record | {"image": _as_rgb(image, key)}
+    image = canvas_lib.decode(image, key=key, max_pixels=self.max_pixels)
     return record | {"image": image}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeToCanvas(HostOp):
+  """Decodes an image file to a canvas, large JPEGs from a reduced scale.
+
+  See `canvas.decode_to_canvas`. Configs write "decode|canvas(384)".
+  """
+
+  size: PositiveInt
+  max_pixels: PositiveInt
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    image, key = _get(record, "image"), record["key"]
+    if isinstance(image, np.ndarray):
+      return record | {"image": _as_rgb(image, key)}
+    image, shape = canvas_lib.decode_to_canvas(
+      image, self.size, key=key, max_pixels=self.max_pixels
+    )
+    return record | {"image": image, "image_size": np.array(shape, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +258,8 @@ class Canvas(HostOp):
         f"canvas({self.size}) got the image as {type(image).__name__}; put"
         " `decode` before it in data.ops."
       )
-    size = np.array(image.shape[:2], np.int32)
+    # `DecodeToCanvas` records it: the image is a canvas already.
+    size = record.get("image_size", np.array(image.shape[:2], np.int32))
     image = canvas_lib.squash(image, self.size)
     return record | {"image": image, "image_size": size}
 
@@ -330,12 +391,53 @@ class Regions(TextOp):
     return _add_cut(record | row, "phrases", cut)
 
 
+@dataclasses.dataclass(frozen=True)
+class Features(HostOp):
+  """Features of the teachers that a run reads from label sets, in 8 bits."""
+
+  layouts: Mapping[str, FeatureLayout] = dataclasses.field(
+    default_factory=dict, kw_only=True
+  )
+
+  is_optional = True
+  record_fields = frozenset(["features"])
+
+  @property
+  def fields(self) -> dict[str, Field]:
+    return {
+      name: Field(shape, np.dtype(dtype))
+      for teacher, layout in self.layouts.items()
+      for name, (shape, dtype) in layout.fields(teacher).items()
+    }
+
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
+    row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
+    labels = record.get("features") or {}
+    for teacher, layout in self.layouts.items():
+      label = labels.get(teacher)
+      if label is None:
+        continue
+      if problem := label.problem_with(layout):
+        raise InputError(
+          f"The features of {teacher!r} in its label set {problem}. Label the "
+          "shards with the size, layers and format of "
+          f"config.teachers.{teacher}."
+        )
+      row[field_name(teacher, "valid")] = np.bool_(True)
+      for name in layout.shapes:
+        array = label.arrays[name]
+        row[field_name(teacher, name)] = array.codes
+        row[field_name(teacher, name, "scale")] = array.scale
+    return record | row
+
+
 OPS: dict[str, type[HostOp]] = {
   "decode": Decode,
   "canvas": Canvas,
   "caption": Caption,
   "depth": Depth,
   "regions": Regions,
+  "features": Features,
 }
 
 

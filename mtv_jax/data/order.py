@@ -1,4 +1,4 @@
-"""Data order: shuffling and mixing of records by index arithmetic.
+"""Data order: shuffling, mixing and skipping by index arithmetic.
 
 The training data is an endless sequence of rows. `addresses` computes the
 source and the record of each row without reading anything, so that a run
@@ -149,3 +149,41 @@ class BlockShuffle:
     runs = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     rng = np.random.default_rng((self._seed, epoch, window))
     return rng.permutation(np.concatenate(runs))
+
+
+# ---------------------------------------------------------------------------
+# Batches that a run skips after damage.
+
+# (first, count) of ranges of batches, ascending and apart from each other.
+SkippedBatches = tuple[tuple[int, int], ...]
+
+
+def batch_of_step(step: int, skipped: SkippedBatches) -> int:
+  """The batch of step `step` (from 0) of a run that skips some."""
+  batch = step
+  for first, count in skipped:
+    if batch >= first:
+      batch += count
+  return batch
+
+
+def is_skipped(batch: int | None, skipped: SkippedBatches) -> bool:
+  """Whether a run leaves a batch out."""
+  return isinstance(batch, int) and any(
+    first <= batch < first + count for first, count in skipped
+  )
+
+
+def skip_steps(
+  first: int, last: int, skipped: SkippedBatches
+) -> SkippedBatches:
+  """`skipped` with the batches of steps `first` to `last` (from 0) as well."""
+  batches = {b for start, count in skipped for b in range(start, start + count)}
+  batches |= {batch_of_step(s, skipped) for s in range(first, last + 1)}
+  ranges: list[tuple[int, int]] = []
+  for batch in sorted(batches):
+    if ranges and sum(ranges[-1]) == batch:
+      ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
+    else:
+      ranges.append((batch, 1))
+  return tuple(ranges)

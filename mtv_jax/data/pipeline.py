@@ -4,6 +4,8 @@ Of the endless sequence of rows (`order.addresses`), step t takes rows
 `[t B, (t + 1) B)`, and host h of n the h-th of n equal parts of them. A row's
 random numbers derive from the seed and its position. So any number of hosts
 reads the same rows, and a run resumes at any step without reading earlier ones.
+Batches that a run skips after damage (`order.SkippedBatches`) shift the later
+ones.
 
 Threads fill the rows of a batch: reading, decoding and resizing release the
 GIL. Grain prefetches whole batches, in this process or in worker processes.
@@ -13,7 +15,6 @@ are copied between processes.
 No module of `mtv_jax.data` imports JAX, and no worker starts a JAX backend.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -28,63 +29,29 @@ import grain
 import numpy as np
 from absl import flags
 
+from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt, build
 from mtv_jax.data import order
-from mtv_jax.data.ops import Field, Ops, build_ops
+from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
+from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.cores import available_cores
-from mtv_jax.utils.errors import InputError, UserError
+from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
+# Processes that each read whole blocks of buckets: all read every block, and
+# more of them read single records.
+_MAX_BLOCK_READERS = 4
 # More bad records in a row are not accidental.
 _MAX_BAD_RUN = 256
-# Records, or an epoch, after which the shares of bad ones and of cut texts are
-# checked.
-_CHECKED_AFTER = 1000
-# The share of texts cut by their length from which on it is warned of.
-_MAX_CUT = 0.2
-_LENGTHENED_BY = {
-  "captions": "the length of `caption` with model.text.length",
-  "phrases": "phrase_length of `regions`",
-}
-# Bad records that are logged: the first ones, then one of many.
-_MAX_LOGGED, _LOG_EVERY = 20, 100
-
-
-class CorruptDataError(UserError, RuntimeError):
-  """More records can't be used than `data.max_corrupt` allows."""
-
-
-@dataclasses.dataclass
-class Stats:
-  """Counts of the records in this host's batches so far."""
-
-  read: int = 0  # Bad ones included.
-  corrupt: int = 0  # Bad ones, again in every epoch.
-  # Why records are bad by "source/key", of the first thousand.
-  reasons: dict[str, str] = dataclasses.field(default_factory=dict)
-  # Labels or parts of them left out, by "source: reason".
-  dropped: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  # Texts in batches, `captions` and `phrases`, and those with too many tokens.
-  texts: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  texts_cut: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-
-  @property
-  def cut_shares(self) -> dict[str, float]:
-    """The share of the texts of each kind that were cut."""
-    return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
+# Batches that may be read ahead of the step that asks for their counts.
+_MAX_AHEAD = 16
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -107,6 +74,7 @@ class HostBatches:
   rows: int
   start_step: int
   threads: int
+  skipped: order.SkippedBatches = ()
 
   def __post_init__(self):
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
@@ -116,9 +84,7 @@ class HostBatches:
     return sys.maxsize
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    step = self.start_step + int(index)
-    first = step * self.batch_size + self.first_row
-    positions = range(first, first + self.rows)
+    positions = self._positions(self.start_step + int(index))
     with self._lock:
       # Grain sets up its datasets at the first access, which must be alone.
       addresses = [self.addresses[position] for position in positions]
@@ -138,6 +104,24 @@ class HostBatches:
     bad, dropped, cut = (sum(parts, []) for parts in lists)
     return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
 
+  def _positions(self, step: int) -> range:
+    """The positions of this host's rows of a step's batch."""
+    batch = order.batch_of_step(step, self.skipped)
+    first = batch * self.batch_size + self.first_row
+    return range(first, first + self.rows)
+
+  def read_keys(self, step: int) -> list[str]:
+    """The keys of this host's rows of a step, as "source/key".
+
+    Of a row whose record is unusable the key of that record.
+    """
+    keys = []
+    for position in self._positions(step):
+      source, record = self.addresses[position]
+      source = self.sources[source]
+      keys.append(f"{source.name}/{source.read_metadata(record)['key']}")
+    return keys
+
   def _fill_row(
     self, batch: Batch, position: int, address: tuple[int, int]
   ) -> tuple[
@@ -153,7 +137,7 @@ class HostBatches:
       number %= len(source)
       try:
         rng = np.random.default_rng((self.seed, position))
-        record = self.ops(source[number], rng)
+        record = self.ops(source[number], rng) | {SOURCE: address[0]}
         row = (position - self.first_row) % self.batch_size
         for name, values in batch.items():
           values[row] = record[name]
@@ -168,8 +152,8 @@ class HostBatches:
         raise
     raise CorruptDataError(
       f"{tries} consecutive records of {source!r}, from {first} on, can't be"
-      f" used. The first: {_describe(*bad[0])}. The last:"
-      f" {_describe(*bad[-1])}."
+      f" used. The first: {describe_bad(*bad[0])}. The last:"
+      f" {describe_bad(*bad[-1])}."
     )
 
   def close(self) -> None:
@@ -201,6 +185,13 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
 
+  def __post_init__(self):
+    self._snapshots = {self.step: self.stats.snapshot()}
+
+  def stats_at(self, step: int) -> Stats:
+    """The counts after `step` batches, of which more may have been read."""
+    return self._snapshots[step]
+
   def __next__(self) -> Batch:
     """The next batch; a CorruptDataError if too many records are bad."""
     element = next(self.iterator)
@@ -208,62 +199,15 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     self.step += 1
     self.stats.read += len(next(iter(rows.values()))) + len(bad)
     for entry in bad:
-      self._count_bad(*entry)
+      self.stats.count_bad(*entry)
     for entry in element["dropped"]:
-      self._count_dropped(*entry)
-    self._count_cut(element["cut"])
-    self._check_corrupt()
+      self.stats.count_dropped(*entry)
+    epoch = self.examples_per_epoch
+    self.stats.count_cut(element["cut"], ops=self.batches.ops, epoch=epoch)
+    self.stats.check_corrupt(self.max_corrupt, epoch=epoch)
+    self._snapshots[self.step] = self.stats.snapshot()
+    self._snapshots.pop(self.step - _MAX_AHEAD, None)
     return {name: rows[name] for name in self.fields}
-
-  def _count_bad(self, source: str, key: str, reason: str) -> None:
-    stats = self.stats
-    stats.corrupt += 1
-    if len(stats.reasons) < 1000:
-      stats.reasons[f"{source}/{key}"] = reason
-    if stats.corrupt <= _MAX_LOGGED or stats.corrupt % _LOG_EVERY == 0:
-      log.warning(
-        f"Bad record {stats.corrupt} of {stats.read} read:"
-        f" {_describe(source, key, reason)}"
-      )
-
-  def _count_dropped(self, source: str, reason: str, count: int) -> None:
-    name = f"{source}: {reason}"
-    before = self.stats.dropped[name]
-    after = self.stats.dropped[name] = before + count
-    # The first one, and then each time that there are ten times as many.
-    if not before or len(str(after)) > len(str(before)):
-      log.warning(
-        "Labels of %s (%d in %d records read)", name, after, self.stats.read
-      )
-
-  def _count_cut(self, cut: Sequence[tuple[str, bool]]) -> None:
-    stats, before = self.stats, self.stats.texts.copy()
-    stats.texts.update(kind for kind, _ in cut)
-    stats.texts_cut.update(kind for kind, is_cut in cut if is_cut)
-    first = min(_CHECKED_AFTER, self.examples_per_epoch)
-    for kind, share in stats.cut_shares.items():
-      # Once, when there are enough of them.
-      if before[kind] < first <= stats.texts[kind] and share > _MAX_CUT:
-        log.warning(
-          "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
-          " Raise %s, or use a tokenizer of longer pieces (`bytes` has an id"
-          " for each byte).",
-          *(100 * share, stats.texts[kind], kind, self.batches.ops),
-          _LENGTHENED_BY[kind],
-        )
-
-  def _check_corrupt(self) -> None:
-    stats = self.stats
-    if stats.read < min(_CHECKED_AFTER, self.examples_per_epoch):
-      return
-    if stats.corrupt > self.max_corrupt * stats.read:
-      reasons = [f"{key}: {reason}" for key, reason in stats.reasons.items()]
-      raise CorruptDataError(
-        f"{stats.corrupt} of {stats.read} records read can't be used,"
-        f" {stats.corrupt / stats.read:.2%}; data.max_corrupt allows"
-        f" {self.max_corrupt:.2%}. Repair or remove them, or raise"
-        " data.max_corrupt. Among them:\n  " + "\n  ".join(reasons[:10])
-      )
 
   def close(self) -> None:
     """Stops prefetching and ends the iteration."""
@@ -291,11 +235,14 @@ def make_loader(
   batch_size: int,
   seed: int,
   start_step: int = 0,
+  skipped: order.SkippedBatches = (),
   process_index: int = 0,
   process_count: int = 1,
   tokenizer: Tokenizer | None = None,
   wanted: Collection[str] | None = None,
   sources: Sequence[Source] | None = None,
+  stats: Stats | None = None,
+  features: Mapping[str, FeatureLayout] | None = None,
 ) -> Loader:
   """The loader of a config's `data` section.
 
@@ -304,12 +251,15 @@ def make_loader(
     batch_size: global, over all hosts.
     seed: seed of the order and of all random choices.
     start_step: step of the first batch.
+    skipped: batches that the run leaves out.
     process_index: index of this host.
     process_count: number of hosts.
     tokenizer: the text tower's.
     wanted: batch fields that the run reads; see `build_ops`.
     sources: instead of building those that `train` describes, one for each
       entry; without `train` all weigh the same.
+    stats: counts of the run's earlier batches.
+    features: of teachers, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     raise InputError(
@@ -322,7 +272,12 @@ def make_loader(
     )
   options = {k: v for k, v in data_config.items() if v is not None}
   entries = options.pop("train", ())
-  ops = build_ops(options.pop("ops"), tokenizer=tokenizer, wanted=wanted)
+  ops = build_ops(
+    options.pop("ops"),
+    tokenizer=tokenizer,
+    wanted=wanted,
+    features=features or {},
+  )
   options = build(_Options, options, where="data")
   if sources is None:
     sources = [build_source(entry) for entry in entries]
@@ -330,6 +285,9 @@ def make_loader(
   _check_labels(ops, sources)
   rows = batch_size // process_count
   weights = weights or [1.0] * len(sources)
+  if options.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
+    for source in sources:
+      source.read_in_blocks(order.BLOCK * order.WINDOW)
   batches = HostBatches(
     sources,
     order.addresses(
@@ -341,6 +299,7 @@ def make_loader(
     first_row=process_index * rows,
     rows=rows,
     start_step=start_step,
+    skipped=skipped,
     threads=options.threads
     or max(available_cores() // max(options.workers, 1), 1),
   )
@@ -361,6 +320,7 @@ def make_loader(
     step=start_step,
     examples_per_epoch=sum(len(source) for source in sources),
     max_corrupt=options.max_corrupt,
+    stats=stats or Stats(),
   )
 
 
@@ -373,7 +333,3 @@ def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
       f" have only {sorted(given)}. Add labels=dict(...) to a source, or leave"
       " the op out of data.ops."
     )
-
-
-def _describe(source: str, key: str, reason: str) -> str:
-  return f"{source}: record {key!r}: {reason}"

@@ -19,12 +19,13 @@ length-prefixed byte strings: a reader needs only `struct`, and unlike a pickle
 a file can't contain code.
 """
 
+import contextlib
 import itertools
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, UserError, printable
 
 Record = dict[str, Any]
 
@@ -39,13 +40,36 @@ class BadRecord(InputError):
   """
 
   def __init__(self, key: str, reason: str):
-    super().__init__(f"record {key!r}: {reason}")
-    self.key = key
-    self.reason = reason
+    # A reason quotes the content, which may be long or not printable.
+    self.key, self.reason = key, printable(reason)
+    super().__init__(f"record {printable(repr(key))}: {self.reason}")
 
   def __reduce__(self) -> tuple:
     # Pickled by its constructor's arguments, for worker processes.
     return type(self), (self.key, self.reason)
+
+
+@contextlib.contextmanager
+def content_errors(key: str, problem: str) -> Iterator[None]:
+  """Raises a BadRecord for whatever a library raises on a record's content.
+
+  For code that parses bytes in memory, not for code that reads them: errors of
+  storage (an OSError with a number), of memory, of the user's input and the end
+  of the process pass unchanged. Panics of Rust libraries are no `Exception`.
+
+  Args:
+    key: of the record.
+    problem: such as "the image can't be decoded"; the error follows.
+  """
+  try:
+    yield
+  except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    raise
+  except BaseException as error:
+    if isinstance(error, OSError) and error.errno is not None:
+      raise
+    reason = f"{problem} ({type(error).__name__}: {error})"
+    raise BadRecord(key, reason) from error
 
 
 def caption_list(captions: Any) -> list[str]:

@@ -10,6 +10,7 @@ from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import LimitedSource, Paths, Source
+from mtv_jax.data.sources.folder import FolderSource
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
@@ -18,6 +19,7 @@ from mtv_jax.utils.errors import InputError
 # By their `type` in a config.
 SOURCES: dict[str, type[Source]] = {
   "array_record": ArrayRecordSource,
+  "folder": FolderSource,
   "parquet": ParquetSource,
   "scenes": SceneSource,
   "tfds": TFDSSource,

@@ -7,7 +7,7 @@ encoders of one architecture share them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,18 +34,24 @@ def image_function(
 ) -> Function:
   """The image tower: normalised `[B, H, W, 3]` to float32 features.
 
+  Or the rows of `Preprocess.patches`, with patches and layers `[B, N, D]`.
   `patches` and `layerI` are `[B, h, w, D]`, `prefix` and `prefixI` `[B, P, D]`,
   `pooled` `[B, E]`. Compiled for each image size.
   """
   tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
   first = spec.image.prefix
 
-  def run(params, images):
-    out = tower.apply({"params": params}, images, taps=taps)
+  def run(params, rows):
+    is_native = isinstance(rows, Mapping)
+    images = rows["patches"] if is_native else rows
+    grids = rows["grids"] if is_native else None
+    out = tower.apply({"params": params}, images, grids=grids, taps=taps)
     features = {name: getattr(out, name) for name in outputs}
     for tap in taps:
       features[f"layer{tap}"] = out.taps[tap][:, first:]
       features[f"prefix{tap}"] = out.taps[tap][:, :first]
+    if is_native:
+      return {**features, "grids": grids}
     grid = spec.image.grid_of(*images.shape[1:3])
     for name, value in features.items():
       if name == "patches" or name.startswith("layer"):

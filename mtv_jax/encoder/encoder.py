@@ -141,12 +141,14 @@ class Encoder:
       InputError: for an unknown layer or output.
     """
     check_images(images, "image")
-    size = (self.preprocess.size,) * 2
+    prepare_image, blank = self.preprocess, self._blank(self.preprocess)
+    if self.preprocess.resize == "native":
+      prepare_image = self.preprocess.patches
 
     def prepare(i):
-      return self.preprocess(as_image(images[i], f"image {i}"))
+      return prepare_image(as_image(images[i], f"image {i}"))
 
-    return self._features(images, prepare, size, layers, outputs, batch_size)
+    return self._features(images, prepare, blank, layers, outputs, batch_size)
 
   def dense(
     self,
@@ -174,7 +176,8 @@ class Encoder:
       pixels = as_pixels(images[i], f"image {i}", size=size)
       return self.preprocess.normalize(pixels)
 
-    return self._features(images, prepare, size, layers, outputs, batch_size)
+    blank = np.zeros((*size, 3), np.float32)
+    return self._features(images, prepare, blank, layers, outputs, batch_size)
 
   def text(
     self,
@@ -297,17 +300,18 @@ class Encoder:
     head = self.prediction_heads[name]
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
 
-    size = (self.preprocess.size,) * 2
+    preprocess = self.preprocess.squashed()
+    size = (preprocess.size,) * 2
     if not resize:
       size = as_pixels(images[0], "image 0").shape[:2]
       self.spec.image.grid_of(*size)
 
     def prepare(i):
       if resize:
-        pixels = self.preprocess(as_image(images[i], f"image {i}"))
+        pixels = preprocess(as_image(images[i], f"image {i}"))
       else:
         pixels = as_pixels(images[i], f"image {i}", size=size)
-        pixels = self.preprocess.normalize(pixels)
+        pixels = preprocess.normalize(pixels)
       return {"images": pixels, **{k: p.values[i] for k, p in padded.items()}}
 
     blank = {"images": np.zeros((*size, 3), np.float32)}
@@ -448,20 +452,30 @@ class Encoder:
     rows = [[table[s] for s in strings] for strings in values]
     return batched.pad(rows, channels=vectors.shape[1], what=what)
 
-  def _features(self, images, prepare, size, layers, outputs, batch_size):
+  def _blank(self, preprocess):
+    """A padding row of `image`."""
+    if preprocess.resize != "native":
+      return np.zeros((preprocess.size, preprocess.size, 3), np.float32)
+    shape = preprocess.max_patches, 3 * self.spec.image.patch_size**2
+    return {
+      "patches": np.zeros(shape, np.float32),
+      "grids": np.ones(2, np.int32),
+    }
+
+  def _features(self, images, prepare, blank, layers, outputs, batch_size):
     check_outputs(outputs)
     taps = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(
       tuple(sorted(set(taps.values()))),
       tuple(o for o in OUTPUTS if o in outputs),
     )
-    blank = np.zeros((*size, 3), np.float32)
     run = functools.partial(function, self.params["image"])
     out = self._run(run, prepare, len(images), blank, batch_size)
     return ImageFeatures(
       **{name: out.get(name) for name in OUTPUTS},
       layers={i: out[f"layer{t}"] for i, t in taps.items()},
       prefix_layers={i: out[f"prefix{t}"] for i, t in taps.items()},
+      grids=out.get("grids"),
     )
 
 

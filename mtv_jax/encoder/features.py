@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from mtv_jax.utils.errors import InputError
 
@@ -19,20 +19,24 @@ class ImageFeatures:
 
   Attributes:
     pooled: the embedding, not normalised.
-    patches: patch tokens after the final norm, on their grid.
+    patches: patch tokens after the final norm, on their grid `[n, h, w, d]`.
     prefix: the CLS token and registers after the final norm.
     layers: each requested block's patch tokens before the final norm.
     prefix_layers: each requested block's CLS token and registers before the
       final norm.
+    grids: with the preprocessing `native`, rows and columns of each image's
+      patches. `patches` and `layers` are then `[n, l, d]`, row by row, of which
+      the first rows * columns are meaningful.
   """
 
   pooled: Float32[np.ndarray, "n e"] | None
-  patches: Float32[np.ndarray, "n h w d"] | None
+  patches: Float32[np.ndarray, "n *grid d"] | None
   prefix: Float32[np.ndarray, "n p d"] | None
-  layers: dict[int, Float32[np.ndarray, "n h w d"]]
+  layers: dict[int, Float32[np.ndarray, "n *grid d"]]
   prefix_layers: dict[int, Float32[np.ndarray, "n p d"]] = dataclasses.field(
     default_factory=dict
   )
+  grids: Int32[np.ndarray, "n 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

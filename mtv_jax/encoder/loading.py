@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mtv_jax.checkpoint.checkpointer import load_tree
-from mtv_jax.convert import folders, huggingface, native, processors
+from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.config import foreign
+from mtv_jax.convert import huggingface, native, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import ops
-from mtv_jax.encoder import baselines
+from mtv_jax.encoder import baselines, hub
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 log = logging.getLogger(__name__)
@@ -38,9 +41,10 @@ def load(
   """Opens a folder as an `Encoder`.
 
   Args:
-    path: a training run (`config.json` and `checkpoints/`), an export or
-      native folder of `mtv-jax convert`, a Hugging Face folder (SigLIP, SigLIP
-      2 of fixed resolution, CLIP, DINOv2, Depth Anything V2), or a baseline
+    path: a training run (`config.json` and `checkpoints/`), an export or native
+      folder of `mtv-jax convert`, a Hugging Face folder of a family of
+      docs/conversion.md, each in a bucket too; a model of the hub (`ORG/NAME`
+      or `hf:ORG/NAME`, with `@REVISION`, see `hub.py`); or a baseline
       (`pixels:SIZE`, `random:VARIANT`, see `baselines.py`).
     weights: a run's `student`, `teacher` (its image encoder, with the
       student's text tower) or `ema`; by default the run's `config.weights`.
@@ -57,10 +61,12 @@ def load(
     _require_one_set(path, weights, step)
     return baselines.load(os.fspath(path), dtype=dtype, mesh=mesh)
   model = read_model(path, weights=weights, step=step)
+  with foreign.errors_of(path):
+    preprocess = Preprocess.from_dict(model.preprocess)
   return Encoder(
     model.spec,
     model.params,
-    Preprocess.from_dict(model.preprocess),
+    preprocess,
     model.tokenizer.build() if model.tokenizer else None,
     mesh,
     dtype=dtype,
@@ -137,6 +143,7 @@ def read_teacher(
       f"init.teacher: {path} is not a training run and has no teacher. Set "
       "init.teacher=False to start the teacher as a copy of the student."
     )
+  path = open_folder(path)
   teacher = {"heads": load_tree(path, step=step, part="teacher/heads")}
   if image:
     params = read_params(path, spec=spec, weights="teacher", step=step)
@@ -153,11 +160,23 @@ def read_model(
   """A folder's model as NumPy arrays; arguments and errors as of `load`."""
   if weights is not None:
     check_choice("weights", weights, WEIGHTS)
-  folder = pathlib.Path(path)
+  folder = open_folder(path)
   if is_run(folder):
     return read_run(folder, weights=weights, step=step)
   _require_one_set(folder, weights, step)
   return huggingface.read(folder)
+
+
+def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
+  """The folder itself, or a local copy of one in s3:// or of the hub.
+
+  Orbax can't read s3://; of a folder in gs:// only what is needed is read.
+  """
+  if hub.is_name(path):
+    return hub.download(os.fspath(path))
+  folder = path_lib.as_path(path)
+  is_s3 = path_lib.is_remote(path) and not str(path).startswith("gs://")
+  return path_lib.local_copy(path) if is_s3 else folder
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -166,16 +185,17 @@ def is_run(path: str | os.PathLike) -> bool:
   Raises:
     MissingFileError: for a folder of no known kind.
   """
-  folder = pathlib.Path(path)
-  config = folders.read_json(folder / "config.json")
+  folder = open_folder(path)
+  config = foreign.read_object(folder / "config.json")
   if "model" in config and "model_type" not in config:
     return True
-  if "model_type" in config or (folder / native.PARAMS).is_file():
+  is_foreign = "model_type" in config or "architecture" in config
+  if is_foreign or path_lib.is_file(folder / native.PARAMS):
     return False
-  if not folder.is_dir():
-    content = "is a file" if folder.exists() else "does not exist"
+  if not path_lib.is_folder(folder):
+    content = "is a file" if path_lib.exists(folder) else "does not exist"
   else:
-    names = sorted(p.name for p in folder.iterdir())
+    names = path_lib.list_folder(folder)
     content = "has " + ", ".join(names[:8]) + ", ..." * (len(names) > 8)
     content = content if names else "is empty"
   raise MissingFileError(
@@ -186,16 +206,14 @@ def is_run(path: str | os.PathLike) -> bool:
   )
 
 
-def _suggestion(folder: pathlib.Path) -> str:
-  """Suggests the right path for a checkpoint's folder or a hub name."""
+def _suggestion(folder: pathlib.PurePath) -> str:
+  """Suggests the right path for a checkpoint's folder."""
+  if path_lib.is_remote(folder):
+    return ""
+  folder = pathlib.Path(folder)
   for run in folder.parents[:2]:
     if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
       return f" Give the run's own folder, {run}; `step` chooses a checkpoint."
-  if len(folder.parts) == 2 and not folder.parent.exists():
-    return (
-      " Models are not downloaded: for a model of the hub, run "
-      f"`hf download {folder} --local-dir FOLDER` and give FOLDER."
-    )
   return ""
 
 
@@ -205,9 +223,13 @@ def default_weights(path: str | os.PathLike) -> str:
   Those that a run's `config.weights` names; runs before that key, and folders
   with one set of weights, have "student".
   """
-  config = folders.read_json(pathlib.Path(path) / "config.json")
+  config = foreign.read_object(open_folder(path) / "config.json")
   is_run_config = "model" in config and "model_type" not in config
-  return config.get("weights", "student") if is_run_config else "student"
+  if not is_run_config:
+    return "student"
+  with foreign.errors_of(path_lib.as_path(path) / "config.json"):
+    kind = Literal["student", "teacher", "ema"]
+    return foreign.read_field(config, "weights", kind, default="student")
 
 
 def read_run(
@@ -217,11 +239,10 @@ def read_run(
   step: int | None = None,
 ) -> ConvertedModel:
   """A training run's model as NumPy arrays; arguments as of `load`."""
-  folder = pathlib.Path(path)
-  config = ConfigDict(folders.read_json(folder / "config.json"))
+  folder = open_folder(path)
+  config, model = read_run_config(folder)
   weights = weights or default_weights(folder)
   log.info("%s: reads the %s weights.", folder, weights)
-  spec = ModelSpec.from_config(config.model)
   part = "ema" if weights == "ema" else "params"
   params = load_tree(folder, step=step, part=part)
   if weights == "teacher":
@@ -230,20 +251,39 @@ def read_run(
     image = load_tree(folder, step=step, part="teacher/image")
     params = {**params, "image": image}
   try:
-    native.check_params(spec, native.numpy_leaves(params))
+    native.check_params(model.spec, native.numpy_leaves(params))
   except ConversionError as error:
     raise ConversionError(
       f"{folder / 'config.json'} describes another model than the run's "
       f"checkpoints; config.json.old beside it may be theirs. {error}"
     ) from None
-  return ConvertedModel(
+  return dataclasses.replace(model, params=params, weights=weights)
+
+
+def read_run_config(
+  folder: pathlib.PurePath,
+) -> tuple[ConfigDict, ConvertedModel]:
+  """A run's config, and its model without parameters."""
+  config = ConfigDict(foreign.read_object(folder / "config.json"))
+  with foreign.errors_of(folder / "config.json"):
+    if not isinstance(config.model, ConfigDict):
+      raise InputError("'model' is no object.")
+    try:
+      spec = ModelSpec.from_config(config.model)
+      preprocess = preprocess_from_config(config).to_dict()
+      heads = prediction_heads(config, spec)
+    except (LookupError, TypeError, AttributeError) as error:
+      raise InputError(
+        f"it is not the config that a run writes ({error!r})."
+      ) from error
+  model = ConvertedModel(
     spec=spec,
-    params=params,
-    preprocess=preprocess_from_config(config).to_dict(),
+    params={},
+    preprocess=preprocess,
     tokenizer=_tokenizer(folder, config),
-    prediction_heads=prediction_heads(config, spec),
-    weights=weights,
+    prediction_heads=heads,
   )
+  return config, model
 
 
 def prediction_heads(
@@ -258,7 +298,7 @@ def prediction_heads(
 
 
 def _tokenizer(
-  folder: pathlib.Path, config: ConfigDict
+  folder: pathlib.PurePath, config: ConfigDict
 ) -> processors.TokenizerFiles | None:
   """The run's copy of the tokenizer, or the file that the config names."""
   text = config.model.get("text")
@@ -268,9 +308,9 @@ def _tokenizer(
   if spec in processors.BUILT_IN_TOKENIZERS:
     return processors.TokenizerFiles(None, clean, spec)
   copy = folder / "tokenizer" / pathlib.PurePath(spec).name
-  for file in (copy, pathlib.Path(spec)):
-    if file.is_file():
-      return processors.TokenizerFiles(file, clean)
+  for file in (copy, path_lib.as_path(spec)):
+    if path_lib.is_file(file):
+      return processors.TokenizerFiles(path_lib.local_copy(file), clean)
   raise MissingFileError(
     f"the tokenizer of this run is at neither {copy} nor {spec}; copy it to "
     "the first"

@@ -15,11 +15,12 @@ from jaxtyping import Float32, UInt8
 
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import parse_ops
-from mtv_jax.config.options import PositiveInt
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.config.schema import Config, pixel_statistics
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import ConfigError, InputError
 
+_LATER = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -35,7 +36,9 @@ class Preprocess:
   Attributes:
     size: side of the resulting square in pixels.
     resize: `squash` resizes to a square, `shortest` resizes the shorter side to
-      `resize_size` at constant aspect ratio (the longer side is rounded down).
+      `resize_size` at constant aspect ratio (the longer side is rounded down),
+      `native` to the largest size of at most `max_patches` patches at nearly
+      constant aspect ratio (SigLIP 2 NaFlex).
     crop: `center` takes the middle `size` x `size`; `none` needs `squash`.
     crop_rounding: of an odd margin's half, `down` as transformers and
       big_vision, or to the `nearest` even number as torchvision.
@@ -43,22 +46,30 @@ class Preprocess:
     mean, std: of the three channels, in 0..1.
     resize_size: the size before a smaller crop (DINOv2: 256, then 224); `size`
       if None.
+    patch_size, max_patches: of `native`.
   """
 
   size: PositiveInt
-  resize: Literal["squash", "shortest"] = "squash"
+  resize: Literal["squash", "shortest", "native"] = "squash"
   crop: Literal["none", "center"] = "none"
   interpolation: Literal["bilinear", "bicubic"] = "bilinear"
   antialias: bool = True
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
   resize_size: int | None = None
   crop_rounding: Literal["down", "nearest"] = "down"
+  patch_size: PositiveInt | None = None
+  max_patches: PositiveInt | None = None
 
   def __post_init__(self):
     for name in ("mean", "std"):
       object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
     options.check_fields(self)
+    is_native = self.resize == "native"
+    if is_native and not (self.patch_size and self.max_patches):
+      raise ConfigError("resize='native' needs patch_size and max_patches")
+    if is_native and self.crop != "none":
+      raise ConfigError("resize='native' takes the whole image: crop='none'")
     if self.resize == "shortest" and self.crop == "none":
       raise ConfigError(
         "resize='shortest' gives images of different shapes, which can't be "
@@ -76,11 +87,18 @@ class Preprocess:
 
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
-  ) -> Float32[np.ndarray, "s s 3"]:
-    """One image of any size to float32 `[size, size, 3]`, normalised."""
+  ) -> Float32[np.ndarray, "h2 w2 3"]:
+    """One image of any size to float32 `[size, size, 3]`, normalised.
+
+    With `native` to a height and a width that the patch divides.
+    """
     if isinstance(image, PIL.Image.Image):
       image = np.asarray(image.convert("RGB"))
     height = width = self.resize_size or self.size
+    if self.resize == "native":
+      height, width = native_shape(
+        *image.shape[:2], patch_size=self.patch_size, limit=self.max_patches
+      )
     if self.resize == "shortest":
       size, short = height, min(image.shape[:2])
       height, width = (int(size * side / short) for side in image.shape[:2])
@@ -109,22 +127,73 @@ class Preprocess:
     mean, std = np.float32(self.mean), np.float32(self.std)
     return (scaled - mean) / std
 
+  def patches(
+    self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
+  ) -> dict[str, np.ndarray]:
+    """One image as a row of a batch of the `native` resize.
+
+    `patches` are row by row, features ordered (y, x, channel), padded with
+    zeros to `[max_patches, F]`; `grids` are their rows and columns.
+    """
+    pixels, p = self(image), self.patch_size
+    rows, columns = (side // p for side in pixels.shape[:2])
+    split = pixels.reshape(rows, p, columns, p, 3).swapaxes(1, 2)
+    padded = np.zeros((self.max_patches, 3 * p * p), np.float32)
+    padded[: rows * columns] = split.reshape(rows * columns, -1)
+    return {"patches": padded, "grids": np.array((rows, columns), np.int32)}
+
+  def squashed(self) -> Preprocess:
+    """The same without `native`, for heads that need a square."""
+    if self.resize != "native":
+      return self
+    return dataclasses.replace(
+      self, resize="squash", patch_size=None, max_patches=None
+    )
+
   def to_dict(self) -> dict[str, Any]:
     """The fields as a dictionary for JSON.
 
-    The later field `crop_rounding` is left out at its default, so that earlier
-    versions read the file.
+    Later fields are left out at their defaults, so that earlier versions read
+    the file.
     """
     lists = {"mean": list(self.mean), "std": list(self.std)}
     fields = dataclasses.asdict(self) | lists
-    if self.crop_rounding == "down":
-      del fields["crop_rounding"]
+    for name, default in _LATER.items():
+      if fields[name] == default:
+        del fields[name]
     return fields
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
     """The inverse of `to_dict`; an unknown field is an error."""
     return options.build(cls, fields, where="Preprocess")
+
+
+def native_shape(
+  height: int, width: int, *, patch_size: int, limit: int
+) -> tuple[int, int]:
+  """Rows and columns of an image of at most `limit` patches.
+
+  Each side is scaled by one factor and rounded up to whole patches. The factor
+  is the largest one that bisection finds to 1e-5, as in the image processor of
+  `transformers`, whose sizes these are.
+  """
+
+  def patches(scale: float) -> tuple[int, int]:
+    rows, columns = (
+      max(1, math.ceil(side * scale / patch_size)) for side in (height, width)
+    )
+    return rows, columns
+
+  low, high = 1e-6, 100.0
+  while high - low >= 1e-5:
+    middle = (low + high) / 2
+    if math.prod(patches(middle)) <= limit:
+      low = middle
+    else:
+      high = middle
+  rows, columns = patches(low)
+  return rows * patch_size, columns * patch_size
 
 
 def nearest_multiple(side: float, multiple: int, *, least: int = 0) -> int:
@@ -153,9 +222,15 @@ def lower_bound_shape(
 def preprocess_from_config(config: Config) -> Preprocess:
   """Preprocessing of a run's encoder, from its config.
 
-  Squashes to a square and normalises as `views.py` on the device. Size and
-  interpolation are those of the view `image`, else the model's and bilinear.
+  That of `config.model.preprocess` (fields but for mean and deviation), as
+  `continue_from` takes it from a checkpoint. By default it squashes to a
+  square, and size and interpolation are those of the view `image`, else the
+  model's and bilinear. It normalises as `views.py` on the device.
   """
+  mean, std = pixel_statistics(config["model"])
+  if fields := config["model"].get("preprocess"):
+    fields = {**fields, "mean": mean, "std": std}
+    return options.build(Preprocess, fields, where="config.model.preprocess")
   size, interpolation = config["model"]["image_size"], "bilinear"
   view = config.get("views", {}).get("image")
   if view is not None:
@@ -164,7 +239,6 @@ def preprocess_from_config(config: Config) -> Preprocess:
       if op.name in ("resize", "crop"):
         size = op.args[0] if op.args else op.kwargs["size"]
         interpolation = op.kwargs.get("method", interpolation)
-  mean, std = pixel_statistics(config["model"])
   return Preprocess(
     size=int(size), interpolation=interpolation, mean=mean, std=std
   )

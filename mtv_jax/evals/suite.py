@@ -2,121 +2,151 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
-from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals import run
 from mtv_jax.evals.core import results
+from mtv_jax.evals.core.base import Evaluator
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import report as report_lib
 from mtv_jax.evals.report import sections
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.evals.store import Store
+from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.pages import write_pages
 
-_WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
 
+class StoredEncoder(NamedTuple):
+  """An encoder with a folder of results, which is loaded if one is missing."""
 
-class Request(NamedTuple):
-  """An encoder that a command line requests."""
-
-  path: str
-  weights: str  # `student`, `teacher` or `ema`.
-  name: str  # in tables
-
-
-def parse_requests(
-  encoders: Sequence[str], *, weights: str | None
-) -> list[Request]:
-  """Parses the values of `--encoder`: PATH or PATH@WEIGHTS, in order.
-
-  The name of an encoder in tables is the last part of its path, or as many of
-  the last parts as distinguish it from the others.
-
-  Args:
-    encoders: at least one.
-    weights: for those without @WEIGHTS; None for each one's default.
-
-  Raises:
-    ConfigError: for the same one twice.
-  """
-  split = []
-  for given in encoders:
-    match = _WEIGHTS.fullmatch(given)
-    # A baseline has one set of weights.
-    default = "student" if baselines.is_baseline(given) else weights
-    default = default or loading.default_weights(given)
-    split.append(match.groups() if match else (given, default))
-  if len(set(split)) < len(split):
-    twice = next(s for s in split if split.count(s) > 1)
-    raise ConfigError(
-      f"--encoder={twice[0]} is given twice ({twice[1]} weights)"
-    )
-  paths = [path for path, _ in split]
-  requests = []
-  for (path, which), name in zip(split, distinct_names(paths), strict=True):
-    name += f"@{which}" if paths.count(path) > 1 else ""
-    requests.append(Request(path, which, name))
-  return requests
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-  """The last part of each path, or as many as distinguish it from the others.
-
-  A path that is there twice has the same name twice.
-  """
-  names = []
-  for path in paths:
-    others = {n for p in paths if p != path for n in _short_names(p)}
-    names.append(next((n for n in _short_names(path) if n not in others), path))
-  return names
-
-
-def _short_names(path: str) -> list[str]:
-  """The last part of a path, the last two, ... A baseline has one name."""
-  if baselines.is_baseline(path):
-    return [path]
-  parts = pathlib.PurePath(path).parts
-  return ["/".join(parts[-k:]) for k in range(1, len(parts) + 1)] or [path]
+  load: Callable[[], Encoder]
+  store: Store
 
 
 def evaluate(
-  encoders: Mapping[str, Encoder],
+  encoders: Mapping[str, Encoder | StoredEncoder],
   chosen: run.Plan,
   *,
+  checkpoints: Mapping[str, str] | None = None,
   folder: str | os.PathLike | None = None,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
   """Runs a plan on encoders by name, and records errors of single evaluations.
 
   Writes `results.json` to the folder after each evaluation, so that a killed
-  process loses one evaluation only. Raises as `run.prepare`; `log_fn` is called
-  with lines of progress.
+  process loses one evaluation only. Raises as `run.prepare`. Without encoders
+  no data are opened.
+
+  Args:
+    encoders: by name in tables; stored results are not computed again.
+    chosen: the evaluations.
+    checkpoints: `Outcome.checkpoint` of the encoders by name.
+    folder: of `results.json`.
+    log_fn: called with lines of progress.
   """
+  if not encoders:
+    return []
   evaluators, skipped, failed = run.prepare(chosen, log_fn=log_fn)
   outcomes: list[Outcome] = []
   for name, encoder in encoders.items():
-    # Which weights: the student's, the teacher's or their average.
-    log_fn(f"{name}: {encoder!r}")
     outcome = Outcome(
       name=name,
-      encoder=encoder.source,
-      weights=encoder.weights,
+      encoder="",
+      weights="",
       skipped=dict(skipped),
       failed=dict(failed),
-      protocol=encoder.protocol(),
+      checkpoint=(checkpoints or {}).get(name, ""),
     )
     outcomes.append(outcome)
-    for _ in run.attempt(encoder, evaluators, outcome, log_fn=log_fn):
+    for partial in _evaluate(
+      encoder, chosen, evaluators, outcome, log_fn=log_fn
+    ):
+      outcomes[-1] = partial
       if folder is not None and jax.process_index() == 0:
         results.write(pathlib.Path(folder) / "results.json", outcomes)
   return outcomes
+
+
+def _evaluate(
+  encoder: Encoder | StoredEncoder,
+  chosen: run.Plan,
+  evaluators: Mapping[str, Evaluator],
+  outcome: Outcome,
+  *,
+  log_fn: Callable[[str], None],
+) -> Iterator[Outcome]:
+  """Yields the outcome of an encoder after each evaluation; at least one."""
+  store, found = None, {}
+  if isinstance(encoder, StoredEncoder):
+    encoder, store = encoder
+    found = _find_stored(store, chosen, evaluators)
+    for name, stored in found.items():
+      log_fn(f"{outcome.name}: reuses the stored result of {name}")
+      outcome = _describe(outcome, stored)
+      outcome.results.update(stored.results)
+      outcome.skipped.update(stored.skipped)
+  missing = {k: e for k, e in evaluators.items() if k not in found}
+  if missing or not found:
+    encoder = encoder() if store else encoder
+    # Which weights: the student's, the teacher's or their average.
+    log_fn(f"{outcome.name}: {encoder!r}")
+    described = Outcome("", encoder.source, encoder.weights)
+    protocol = encoder.protocol()
+    outcome = _describe(
+      outcome, dataclasses.replace(described, protocol=protocol)
+    )
+  if not missing:
+    yield sort_results(outcome, chosen)
+    return
+  for name, _ in zip(
+    missing, run.attempt(encoder, missing, outcome, log_fn=log_fn), strict=True
+  ):
+    # On several hosts an evaluation that raises has none of both.
+    has_outcome = name in outcome.results or name in outcome.skipped
+    if store and has_outcome and jax.process_index() == 0:
+      store.write(name, chosen.entries[name], outcome)
+    yield sort_results(outcome, chosen)
+
+
+def _find_stored(
+  store: Store, chosen: run.Plan, evaluators: Mapping[str, Evaluator]
+) -> dict[str, Outcome]:
+  """The evaluations that are stored, as the first process sees it.
+
+  Other processes, which write no file, get empty outcomes.
+  """
+  is_first = jax.process_index() == 0
+  found = {}
+  for name in evaluators:
+    stored = store.find(name, chosen.entries[name]) if is_first else None
+    if any_process(stored is not None):
+      found[name] = stored or Outcome("", "", "")
+  return found
+
+
+def _describe(outcome: Outcome, source: Outcome) -> Outcome:
+  """The outcome with what another one says of the encoder."""
+  return dataclasses.replace(
+    outcome,
+    encoder=source.encoder,
+    weights=source.weights,
+    protocol=source.protocol,
+  )
+
+
+def sort_results(outcome: Outcome, chosen: run.Plan) -> Outcome:
+  """The outcome with results, skips and failures in the order of the plan."""
+  ordered = {}
+  for field in ("results", "skipped", "failed"):
+    values = getattr(outcome, field)
+    ordered[field] = {n: values[n] for n in chosen.entries if n in values}
+  return dataclasses.replace(outcome, **ordered)
 
 
 def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
@@ -127,9 +157,9 @@ def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
   """
   lines = []
   for outcome in outcomes:
-    of = f" ({outcome.name})" if len(outcomes) > 1 else ""
-    lines += [f"{k}{of} failed: {why}" for k, why in outcome.failed.items()]
-  for name in chosen.entries:
+    suffix = f" ({outcome.name})" if len(outcomes) > 1 else ""
+    lines += [f"{k}{suffix} failed: {why}" for k, why in outcome.failed.items()]
+  for name in chosen.entries if outcomes else ():
     reasons = [o.skipped[name] for o in outcomes if name in o.skipped]
     if name in chosen.named and len(reasons) == len(outcomes):
       why = "; ".join(dict.fromkeys(reasons))

@@ -33,7 +33,7 @@ class Expert(Protocol):
   and device.
   """
 
-  kind: str  # Kind of the labels, "depth" or "boxes".
+  kind: str  # Kind of the labels, of `label_values.KINDS`.
   # All that determines the labels (JSON), for the manifest: the model and a
   # hash of its weights, sizes, thresholds.
   settings: Mapping[str, Any]

@@ -3,15 +3,16 @@
 import ast
 import importlib
 import inspect
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtv_jax.config import foreign
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import build_phrases
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
   MissingFileError,
@@ -33,9 +34,10 @@ def build_expert(
   """Opens the expert for a folder or file of weights and a kind of labels.
 
   Args:
-    kind: "depth" or "boxes".
+    kind: "depth", "boxes" or "features".
     weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
-      or a run or export of this package.
+      or a run or export of this package; of features, what `mtv_jax.load`
+      reads.
     options: for the module's `load_expert`; `phrases` by the name of their
       source, with the options of `build_phrases`.
 
@@ -46,8 +48,10 @@ def build_expert(
     ImportError: a package that it needs is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)
-  path = pathlib.Path(weights).expanduser()
+  path = path_lib.local_copy(weights).expanduser()
   name, reason = _select_module(path)
+  if kind == "features":
+    name, reason = "feature_expert", ""
   module = importlib.import_module(f"mtv_jax.experts.{name}")
   parameters = inspect.signature(module.load_expert).parameters
   by_kind = getattr(module, "OPTIONS_BY_KIND", {})
@@ -95,8 +99,9 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
     reason = f"it has no config.json, which {families} needs."
   else:
     try:
-      family = json.loads(file.read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+      content = foreign.read_object(file)
+      family = foreign.read_field(content, "model_type", str, default=None)
+    except InputError as error:
       reason = f"its config.json can't be read ({error}): copy it again."
     else:
       if family in _FAMILIES:

@@ -1,15 +1,18 @@
-"""Multi-head attention pooling (MAP)."""
+"""Attention pooling: MAP of SigLIP, and that of AIMv2."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mtv_jax.models import layers
+
+KINDS = ("map", "query")  # Values of `ViTSpec.pool` that are attention.
 
 
 class MapPool(nn.Module):
@@ -25,25 +28,75 @@ class MapPool(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-    d = tokens.shape[-1]
-    # big_vision's: xavier_uniform of a [1, 1, D] array.
-    init = nn.initializers.xavier_uniform()
-    probe = self.param("probe", lambda key: init(key, (1, d), jnp.float32)[0])
+  def __call__(
+    self,
+    tokens: Float[Array, "b n d"],
+    valid: Bool[Array, "b n"] | None = None,
+  ) -> Float[Array, "b d"]:
+    """Pools the tokens, of which `valid` may leave out some."""
     x = layers.CrossAttention(
-      self.heads, self.dtype, _attend, name="attention"
-    )(probe, tokens)
+      self.heads,
+      self.dtype,
+      functools.partial(_attend, valid=valid),
+      name="attention",
+    )(_probe(self, tokens), tokens)
     y = layers.norm(self.norm_eps, self.dtype, "norm")(x)
     mlp = layers.Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name="mlp")
     return x + mlp(y)
 
 
+class QueryPool(nn.Module):
+  """Attention of a learnt query, then a linear layer (AIMv2).
+
+  The query is not projected, keys and values have no bias, and there is no MLP.
+  """
+
+  heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Float[Array, "b n d"],
+    valid: Bool[Array, "b n"] | None = None,
+  ) -> Float[Array, "b d"]:
+    """Pools the tokens, of which `valid` may leave out some."""
+    return layers.CrossAttention(
+      self.heads,
+      self.dtype,
+      functools.partial(_attend, valid=valid),
+      projects_queries=False,
+      name="attention",
+    )(_probe(self, tokens), tokens)
+
+
+def build(spec: Any, dtype: Any) -> MapPool | QueryPool:
+  """The module `pool` of an image tower's spec whose `pool` is attention."""
+  heads = spec.pool_heads or spec.heads
+  if spec.pool == "query":
+    return QueryPool(heads, dtype, name="pool")
+  mlp_dim = spec.pool_mlp_dim or spec.mlp_dim
+  return MapPool(heads, mlp_dim, spec.gelu, spec.norm_eps, dtype, name="pool")
+
+
+def _probe(module: nn.Module, tokens: Array) -> Float[Array, "d"]:
+  # big_vision's: xavier_uniform of a [1, 1, D] array.
+  init, shape = nn.initializers.xavier_uniform(), (1, tokens.shape[-1])
+  return module.param("probe", lambda key: init(key, shape, jnp.float32)[0])
+
+
 def _attend(
-  q: Float[Array, "h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"]
+  q: Float[Array, "h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+  *,
+  valid: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b h d"]:
   """Attention of one query, the same for every example."""
   # Not jax.nn.dot_product_attention: XLA for CPUs may fail to compile its
   # gradient for one query in bfloat16.
   logits = jnp.einsum("hd,bnhd->bhn", q, k, preferred_element_type=jnp.float32)
+  if valid is not None:
+    logits = jnp.where(valid[:, None], logits, jnp.finfo(logits.dtype).min)
   weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
   return jnp.einsum("bhn,bnhd->bhd", weights, v)

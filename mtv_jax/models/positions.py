@@ -13,13 +13,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, Key
+from jaxtyping import Array, Float, Float32, Float64, Int, Key
 
 from mtv_jax.config import options
-from mtv_jax.config.options import PositiveFloat
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.utils.errors import InputError
 
-RESIZES = ("bicubic", "antialiased")
+# Of `resize_matrix`.
+METHODS = ("bicubic", "antialiased", "bilinear", "bilinear_antialiased")
+# Of towers; 'crop': the leading part of a square that is resampled bilinearly
+# (RADIO).
+RESIZES = ("bicubic", "antialiased", "bilinear_antialiased", "crop")
 
 
 @functools.lru_cache(maxsize=32)
@@ -67,9 +71,9 @@ def resize_matrix(
   `interpolate`, which released models were evaluated with.
 
   The methods are 'bicubic' (a = -0.75, edge values repeated: PyTorch's default;
-  SigLIP, DINOv2) and 'antialiased' (a = -0.5, the kernel widened when shrinking
+  SigLIP, DINOv2), 'antialiased' (a = -0.5, the kernel widened when shrinking
   and cut at the edges: PyTorch's antialias=True, Pillow; DINOv2 with
-  registers).
+  registers), 'bilinear_antialiased' (SigLIP 2 NaFlex, TIPS) and 'bilinear'.
   """
   scale = size / new_size
   centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
@@ -79,9 +83,17 @@ def resize_matrix(
     taps = np.floor(centre).astype(int) + np.arange(-1, 3)
     weights = _cubic(taps - centre, -0.75)
     np.add.at(matrix, (rows, np.clip(taps, 0, size - 1)), weights)
+  elif method == "bilinear":
+    low = np.floor(np.clip(centre, 0, size - 1)).astype(int)
+    weight = np.clip(centre, 0, size - 1) - low
+    np.add.at(matrix, (rows, low), 1 - weight)
+    np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), weight)
   else:
-    widen = max(scale, 1.0)
-    matrix[:] = _cubic((np.arange(size) - centre) / widen, -0.5)
+    distance = (np.arange(size) - centre) / max(scale, 1.0)
+    if method == "antialiased":
+      matrix[:] = _cubic(distance, -0.5)
+    else:
+      matrix[:] = np.maximum(1 - np.abs(distance), 0)
     matrix /= matrix.sum(axis=1, keepdims=True)
   matrix.setflags(write=False)  # cached, so shared by every caller
   return matrix
@@ -91,6 +103,9 @@ def resize_grid(
   grid: Float[Array, "h w d"], size: tuple[int, int], method: str = "bicubic"
 ) -> Float[Array, "h2 w2 d"]:
   """Resamples a grid of embeddings to `size` = (rows, columns), in float32."""
+  if method == "crop":
+    square = resize_grid(grid, (max(size),) * 2, "bilinear")
+    return square[: size[0], : size[1]]
   if grid.shape[:2] == size:
     return grid
   rows, columns = (
@@ -105,6 +120,64 @@ def resize_grid(
     grid,
     precision=jax.lax.Precision.HIGHEST,
   )
+
+
+def resize_patches(
+  patches: Float[Array, "*b p d"], count: int, method: str = "bicubic"
+) -> Float[Array, "*b {count} d"]:
+  """Resamples a square grid of patches to `count`.
+
+  By default bicubic as DINOv3's Gram teacher: four neighbours of a = -0.75
+  without antialiasing, as torch's `interpolate`.
+  """
+  old, new = (round(n**0.5) for n in (patches.shape[-2], count))
+  if old == new:
+    return patches
+  matrix = jnp.asarray(resize_matrix(old, new, method), jnp.float32)
+  grid = patches.astype(jnp.float32)
+  grid = grid.reshape(*grid.shape[:-2], old, old, grid.shape[-1])
+  grid = jnp.einsum(
+    "yh,xw,...hwd->...yxd", matrix, matrix, grid, precision="highest"
+  )
+  return grid.reshape(*grid.shape[:-3], count, grid.shape[-1])
+
+
+def resize_grids(
+  grid: Float[Array, "h w d"], sizes: Int[Array, "b 2"], length: int
+) -> Float[Array, "b {length} d"]:
+  """`resize_grid` by 'bilinear_antialiased' to a size of each image.
+
+  Row by row, padded to `length`; the padding is finite.
+  """
+  index = jnp.arange(length)[None]
+  places = index // sizes[:, 1:], index % sizes[:, 1:]  # [B, N] each
+  weights = []
+  for axis, place in enumerate(places):
+    old, new = grid.shape[axis], sizes[:, axis, None]
+    scale = old / new.astype(jnp.float32)  # [B, 1]
+    place = jnp.minimum(place, new - 1)
+    centre = (place + 0.5) * scale - 0.5  # [B, N]
+    distance = jnp.arange(old) - centre[..., None]  # [B, N, old]
+    weight = 1 - jnp.abs(distance) / jnp.maximum(scale, 1)[..., None]
+    weight = jnp.maximum(weight, 0)
+    weights.append(weight / weight.sum(-1, keepdims=True))
+  return jnp.einsum(
+    "bny,bnx,yxd->bnd", *weights, grid, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def sinusoidal_positions(
+  length: int, width: int
+) -> Float32[np.ndarray, "{length} {width}"]:
+  """Sines, then cosines, of `position / 10000^(i / (m - 1))`, m = width / 2.
+
+  Tensor2Tensor's layout of Vaswani et al. (2017), as in TIPS.
+  """
+  half = width // 2
+  rates = 10_000.0 ** -(np.arange(half) / (half - 1))
+  angles = np.arange(length)[:, None] * rates
+  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+  return table.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +197,11 @@ class Rope:
 
   base: PositiveFloat = 100.0
   # Whether an axis is divided by its own length, or both by the lesser or
-  # greater one.
-  normalize: Literal["separate", "min", "max"] = "separate"
+  # greater one. 'index': coordinates are `(i + offset) * reference / length`
+  # for rows and columns i, and angles have no 2 pi (Perception Encoder).
+  normalize: Literal["separate", "min", "max", "index"] = "separate"
+  reference: PositiveInt | None = None  # The grid of pretraining, of 'index'.
+  offset: float = 0.0
   shift: PositiveFloat | None = None  # Of an axis, uniform in +-shift.
   # Factors, log-uniform in 1 / value .. value: of each axis, and of both.
   jitter: PositiveFloat | None = None
@@ -141,6 +217,10 @@ class Rope:
 
   def coordinates(self, grid: tuple[int, int]) -> Float32[np.ndarray, "n 2"]:
     """Coordinates (y, x) of a grid's patches, row by row."""
+    if self.normalize == "index":
+      axes = np.indices(grid).reshape(2, -1).T + self.offset
+      scale = np.array([(self.reference or n) / n for n in grid])
+      return (axes * scale / (2 * np.pi)).astype(np.float32)
     lengths = {
       "separate": grid,
       "min": (min(grid),) * 2,

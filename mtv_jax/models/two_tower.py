@@ -13,8 +13,11 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from mtv_jax.config import options
-from mtv_jax.models import init, layers
+from mtv_jax.models import init
+from mtv_jax.models.attention import CHOICES
+from mtv_jax.models.linear import build_linear_fn
 from mtv_jax.models.positions import Rope
+from mtv_jax.models.remat import build_policy
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
 from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
@@ -40,11 +43,24 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 # Keys of a config's `model` other than the architecture.
 _DROP_PATH = ("drop_path", "drop_path_uniform")  # Of the image tower.
-RUNTIME = ("dtype", "remat", "scan", *_DROP_PATH)
-_TRAINING = (*RUNTIME, "init", "image_mean", "image_std")
+RUNTIME = (
+  "dtype", "remat", "scan", "attention", "quantization", *_DROP_PATH
+)  # fmt: skip
+_TRAINING = (*RUNTIME, "init", "image_mean", "image_std", "preprocess")
 _TEXT_INPUT = ("tokenizer", "clean")
-# Fields of `ViTSpec` that the first `mtv_jax.json` lacked.
-_LATER = ("positions", "rope")
+# Fields that every `mtv_jax.json` has; others are left out at their defaults:
+# files stay as they were, and earlier versions read them.
+_WRITTEN = {
+  "image": (
+    "image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "pool",
+    "cls_token", "registers", "layer_scale", "pre_norm", "patch_bias", "gelu",
+    "mlp", "norm_eps", "projection", "mask_token", "position_resize",
+  ),
+  "text": (
+    "vocab_size", "length", "width", "depth", "heads", "mlp_dim", "pool",
+    "causal", "gelu", "norm_eps", "projection", "projection_bias", "eos_id",
+  ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +113,10 @@ class ModelSpec:
     )
     if text is None:
       return cls(image=image)
+    if not isinstance(text, Mapping):
+      raise InputError(
+        f"config.model.text is {text!r}, expected the options of a text tower."
+      )
     text = _expand(text, "model.text", ignored=_TEXT_INPUT, patch=False)
     text.setdefault("projection", image.embed_dim)
     reserved = ("variant", *_TEXT_INPUT)
@@ -106,15 +126,17 @@ class ModelSpec:
     return cls(image=image, text=text)
 
   def to_dict(self) -> dict[str, Any]:
-    """The spec as plain dicts, for JSON.
-
-    Later fields of the image tower are left out at their defaults: files stay
-    as they were, and readable by earlier versions.
-    """
+    """The spec as plain dicts, for JSON; see `_WRITTEN`."""
     fields = dataclasses.asdict(self)
-    for field in dataclasses.fields(ViTSpec):
-      if field.name in _LATER and fields["image"][field.name] == field.default:
-        del fields["image"][field.name]
+    for tower, spec in (("image", self.image), ("text", self.text)):
+      for field in dataclasses.fields(spec) if spec else ():
+        is_default = getattr(spec, field.name) == field.default
+        if is_default and field.name not in _WRITTEN[tower]:
+          del fields[tower][field.name]
+    rope = fields["image"].get("rope")
+    for name in ("reference", "offset"):
+      if rope and not rope[name]:
+        del rope[name]
     return fields
 
   @classmethod
@@ -129,6 +151,9 @@ class ModelSpec:
     for name, kind in kinds.items():
       if fields.get(name) is not None:
         where = f"the model's {name}"
+        if not isinstance(fields[name], Mapping):
+          value = options.shorten_repr(fields[name])
+          raise InputError(f"{where} is {value}, expected an object.")
         specs[name] = options.build(
           kind, _build_rope(fields[name], where), where=where
         )
@@ -176,10 +201,23 @@ def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
 
 
 def _tower_options(
-  *, dtype: Any = "float32", remat: str = "none", scan: bool = True
+  *,
+  dtype: Any = "float32",
+  remat: str = "none",
+  scan: bool = True,
+  attention: str = "auto",
+  quantization: str = "none",
 ) -> dict[str, Any]:
-  check_choice("remat", remat, layers.REMAT)
-  return {"dtype": jnp.dtype(dtype), "remat": remat, "scan": scan}
+  build_policy(remat)
+  check_choice("config.model.attention", attention, CHOICES)
+  build_linear_fn(quantization)
+  return {
+    "dtype": jnp.dtype(dtype),
+    "remat": remat,
+    "scan": scan,
+    "attention": attention,
+    "quantization": quantization,
+  }
 
 
 def runtime(model: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +269,7 @@ def _expand(
   name = fields.pop("variant", None)
   if name is None:
     return fields
-  shape = variant(name)
+  shape = variant(options.check_value(name, str, f"config.{where}.variant"))
   if patch and not {"patch_size"} & {*shape, *fields}:
     raise InputError(
       f"{where}.variant '{name}' names no patch size; write it like "

@@ -1,24 +1,30 @@
 """Image tower: a ViT (Dosovitskiy et al. 2021) with the options of `ViTSpec`.
 
-They cover the towers of SigLIP, CLIP and DINOv2.
+They cover the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS and
+the Perception Encoder (PE).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mtv_jax.config.options import PositiveFloat, Range
 from mtv_jax.models import layers, pooling
 from mtv_jax.models import positions as positions_lib
+from mtv_jax.models import stack as stack_lib
+from mtv_jax.models.layers import Depth, Side, Width
 from mtv_jax.parallel.constraints import constrain_batch
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
-POSITIONS = ("learned", "sincos", "rope")
+POSITIONS = ("learned", "sincos", "sincos_xy", "rope", "learned_rope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,35 +32,49 @@ class ViTSpec:
   """Architecture of an image tower; InputError for inconsistent fields."""
 
   # Pixels per side that positions are stored for, resampled for other sizes.
-  image_size: int = 224
-  patch_size: int = 16
-  width: int = 768  # Channels of a token (D).
-  depth: int = 12
-  heads: int = 12
-  mlp_dim: int = 3072  # For SwiGLU, the width of each half.
-  # How `pooled` is computed: 'map' (attention pooling of the patches), 'cls'
-  # (the CLS token after the final norm) or 'mean' (of the patches after it).
+  image_size: Side = 224
+  patch_size: Side = 16
+  width: Width = 768  # Channels of a token (D).
+  depth: Depth = 12
+  heads: Width = 12
+  mlp_dim: Width = 3072  # For SwiGLU, the width of each half.
+  # How `pooled` is computed: 'map' or 'query' (attention pooling of the
+  # patches, see `pooling`), 'cls' (the CLS token after the final norm) or
+  # 'mean' (of the patches after it).
   pool: str = "map"
+  # Prefix tokens whose concatenation 'cls' is (RADIO: several CLS tokens).
+  pool_tokens: tuple[int, ...] = (0,)
+  pool_prefix: bool = False  # Whether attention pools the prefix too (PE).
+  pool_heads: Width | None = None  # Of attention pooling; None: `heads`.
+  pool_mlp_dim: Width | None = None  # Likewise; None: `mlp_dim`.
   # 'learned'; 'sincos': fixed ones, which are no parameters (MAE); both are
-  # stored for `image_size`. 'rope': rotations of queries and keys (DINOv3).
+  # stored for `image_size`. 'sincos_xy': fixed ones of each image's own grid,
+  # columns first (AIMv2). 'rope': rotations of queries and keys (DINOv3);
+  # 'learned_rope': both (PE).
   positions: str = "learned"
-  rope: positions_lib.Rope | None = None  # Defaults to `Rope()` for 'rope'.
+  rope: positions_lib.Rope | None = None  # Defaults to `Rope()` with rotations.
   cls_token: bool = False  # It has no position embedding.
-  registers: int = 0  # Darcet et al. 2024.
+  registers: Annotated[int, Range(min=0, max=1 << 10)] = (
+    0  # Darcet et al. 2024.
+  )
   layer_scale: float | None = None  # Initial value, or no layer scale.
-  pre_norm: bool = False  # LayerNorm between embedding and blocks (CLIP).
+  pre_norm: bool = False  # Norm between embedding and blocks (CLIP).
+  patch_norm: bool = False  # Norm before the positions are added (AIMv2).
+  final_norm: bool = True  # Norm after the blocks; RADIO has none.
+  norm_kind: layers.NormKind = "layer"  # Or 'rms' (AIMv2).
   patch_bias: bool = True  # Bias of the patch embedding; CLIP has none.
   gelu: str = "tanh"  # SigLIP's; DINOv2's is 'exact', CLIP's 'quick'.
-  mlp: str = "plain"  # Or 'swiglu' (DINOv2's giant), without GELU.
-  norm_eps: float = 1e-6
-  projection: int | None = None  # Channels of a projection of `pooled`.
+  mlp: str = "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
+  qkv_bias: layers.QkvBias = "all"
+  bias: bool = True  # Of the blocks' other linear layers; AIMv2 has none.
+  norm_eps: PositiveFloat = 1e-6
+  projection: Width | None = None  # Channels of a projection of `pooled`.
   mask_token: bool = False
   position_resize: str = "bicubic"  # See `positions.resize_matrix`.
 
   def __post_init__(self):
-    layers.check_tower(self)
-    check_choice("ViTSpec.pool", self.pool, ("map", "cls", "mean"))
-    check_choice("ViTSpec.mlp", self.mlp, ("plain", "swiglu"))
+    stack_lib.check_tower(self)
+    check_choice("ViTSpec.pool", self.pool, (*pooling.KINDS, "cls", "mean"))
     check_choice("ViTSpec.positions", self.positions, POSITIONS)
     check_choice(
       "ViTSpec.position_resize", self.position_resize, positions_lib.RESIZES
@@ -65,15 +85,15 @@ class ViTSpec:
         "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or pool "
         "'map' or 'mean'."
       )
-    if self.patch_size < 1 or self.registers < 0:
+    if not all(0 <= i < max(self.prefix, 1) for i in self.pool_tokens):
       raise InputError(
-        f"ViTSpec: patch_size {self.patch_size} must be at least 1 and "
-        f"registers {self.registers} at least 0."
+        f"ViTSpec.pool_tokens {self.pool_tokens} are not all among the "
+        f"{self.prefix} prefix tokens."
       )
     self.grid_of(self.image_size, self.image_size)
 
   def _check_rope(self):
-    if self.positions != "rope":
+    if "rope" not in self.positions:
       if self.rope is not None:
         raise InputError(
           f"ViTSpec.rope is set, and positions is {self.positions!r}: make it "
@@ -82,7 +102,8 @@ class ViTSpec:
       return
     if self.width // self.heads % 4:
       raise InputError(
-        f"ViTSpec.positions 'rope' needs heads of channels that 4 divides; "
+        f"ViTSpec.positions {self.positions!r} needs heads of channels that 4 "
+        "divides; "
         f"width {self.width} has {self.width // self.heads} for each of "
         f"{self.heads} heads."
       )
@@ -102,7 +123,9 @@ class ViTSpec:
   @property
   def embed_dim(self) -> int:
     """Channels of `pooled` (E)."""
-    return self.projection or self.width
+    if self.projection:
+      return self.projection
+    return self.width * (len(self.pool_tokens) if self.pool == "cls" else 1)
 
   def grid_of(self, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of patches of an image of `height` x `width` pixels.
@@ -141,18 +164,19 @@ def patchify(
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
 
 
-class ViT(layers.Tower):
+class ViT(stack_lib.Tower):
   """The image tower."""
 
   spec: ViTSpec
-  drop_path: float = 0.0  # See `layers.drop_path_scales`, as of the other one.
+  drop_path: float = 0.0  # See `stack.drop_path_scales`, as of the other one.
   drop_path_uniform: bool = True
 
   @nn.compact
   def __call__(
     self,
-    images: Float[Array, "b h w c"],
+    images: Float[Array, "b h w c"] | Float[Array, "b n f"],
     *,
+    grids: Int[Array, "b 2"] | None = None,
     taps: Sequence[int] = (),
     mask: Bool[Array, "b n"] | None = None,
     keep: Int[Array, "b k"] | None = None,
@@ -162,7 +186,11 @@ class ViT(layers.Tower):
     """Encodes images.
 
     Args:
-      images: normalised, three channels, any size that the patch divides.
+      images: normalised, three channels, any size that the patch divides; with
+        `grids` as patches (see `patchify`), padded.
+      grids: rows and columns of each image's patches. Others than these are not
+        attended to, and their outputs are to be ignored. With learned
+        positions that are resampled by 'bilinear_antialiased' alone.
       taps: layers whose output to return, from 0.
       mask: True where the mask token replaces a patch.
       keep: indices of the patches to encode, in this order; the others are not
@@ -174,41 +202,56 @@ class ViT(layers.Tower):
       InputError: for a size, channel count, tap or mask that does not fit.
     """
     spec = self.spec
-    x = self._embed(images, mask)  # [B, N, D]
+    x = self._embed(images, mask, grids)  # [B, N, D]
     if keep is not None:
       x = jnp.take_along_axis(x, keep[:, :, None], axis=1)  # [B, K, D]
     x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)  # [B, P + N, D]
     if spec.pre_norm:
-      x = layers.norm(spec.norm_eps, self.dtype, "pre_norm")(x)
+      x = self._norm("pre_norm")(x)
+    valid = None
+    if grids is not None:
+      count = spec.prefix + grids.prod(axis=1)[:, None]
+      valid = jnp.arange(x.shape[1]) < count  # [B, P + N]
+    context = self._coordinates(images, keep)
+    if valid is not None:
+      context = (None, valid)
     x, tapped = self.run_blocks(
       x,
       taps=taps,
       layer_inputs=self._layer_inputs(drop_path_keys, rope_key),
-      context=self._coordinates(images, keep),
-      rope=spec.rope,
-      mlp=spec.mlp,
-      layer_scale=spec.layer_scale,
+      context=context,
     )
     prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
     return ImageOutput(
       patches=patches,
       prefix=prefix,
-      pooled=self._pool(prefix, patches),
+      pooled=self._pool(x, valid),
       taps=tapped,
     )
 
-  def _embed(self, images, mask):
-    """Patch embedding, mask token, position: [B, N, D]."""
+  def _norm(self, name):
     spec = self.spec
-    b, h, w, channels = images.shape
-    if channels != 3:
+    return layers.norm(spec.norm_eps, self.dtype, name, spec.norm_kind)
+
+  def _patchify(self, images):
+    """Patches of images [B, N, F], and their grid."""
+    channels = images.shape[-1]
+    if images.ndim != 4 or channels != 3:
       raise InputError(
         f"Images are [batch, height, width, 3]; these have {channels} channels "
         f"(shape {images.shape}). Grey images: repeat the channel; channels "
         "first: transpose."
       )
-    grid = spec.grid_of(h, w)
-    x = patchify(images.astype(self.dtype), spec.patch_size)
+    grid = self.spec.grid_of(*images.shape[1:3])
+    return patchify(images.astype(self.dtype), self.spec.patch_size), grid
+
+  def _embed(self, images, mask, grids):
+    """Patch embedding, mask token, position: [B, N, D]."""
+    spec = self.spec
+    if grids is None:
+      x, grid = self._patchify(images)
+    else:
+      x, grid = images.astype(self.dtype), None
     x = layers.Dense(
       spec.width,
       use_bias=spec.patch_bias,
@@ -230,18 +273,28 @@ class ViT(layers.Tower):
           "A mask needs a mask token: set mask_token=True in the model."
         )
       if mask.shape != x.shape[:2]:
+        count = "x".join(map(str, grid or x.shape[1:2]))
         raise InputError(
-          f"The mask is {mask.shape}; {b} images of {grid[0]}x{grid[1]} "
-          f"patches need {x.shape[:2]}."
+          f"The mask is {mask.shape}; {x.shape[0]} images of {count} patches "
+          f"need {x.shape[:2]}."
         )
       x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
+    if spec.patch_norm:
+      x = self._norm("patch_norm")(x)
     if spec.positions == "rope":
       return x
-    return x + self._positions(grid).astype(x.dtype)
+    return x + self._positions(grid, grids, x.shape[1]).astype(x.dtype)
 
-  def _positions(self, grid):
-    """The position embedding of a grid, float32 [N, D]."""
+  def _positions(self, grid, grids, length):
+    """The position embedding of a grid, float32 [N, D], or of grids."""
     spec = self.spec
+    if spec.positions == "sincos_xy":
+      if grids is not None:
+        self._check_native()
+      rows, columns = np.split(
+        positions_lib.sincos_positions(grid, spec.width), 2, axis=1
+      )
+      return jnp.concatenate([columns, rows], axis=1)
     if spec.positions == "sincos":
       size = (spec.grid, spec.grid)
       table = jnp.asarray(positions_lib.sincos_positions(size, spec.width))
@@ -252,8 +305,21 @@ class ViT(layers.Tower):
         (spec.grid**2, spec.width),
       )
     stored = table.reshape(spec.grid, spec.grid, spec.width)
+    if grids is not None:
+      self._check_native()
+      return positions_lib.resize_grids(stored, grids, length)
     resized = positions_lib.resize_grid(stored, grid, spec.position_resize)
     return resized.reshape(-1, spec.width)
+
+  def _check_native(self):
+    spec = self.spec
+    resize = "bilinear_antialiased"
+    if (spec.positions, spec.position_resize) != ("learned", resize):
+      raise InputError(
+        "Images of different grids need positions 'learned' and "
+        f"position_resize {resize!r}; this tower has {spec.positions!r} and "
+        f"{spec.position_resize!r}."
+      )
 
   def _prefix(self, batch):
     """CLS and register tokens, each [B, n, D], in that order."""
@@ -289,7 +355,7 @@ class ViT(layers.Tower):
     if rope is not None and rope.is_random and rope_key is not None:
       inputs["rope_draw"] = rope.draw(rope_key, self.spec.depth)
     if self.drop_path and drop_path_keys is not None:
-      scales = layers.drop_path_scales(
+      scales = stack_lib.drop_path_scales(
         drop_path_keys,
         self.drop_path,
         self.spec.depth,
@@ -299,20 +365,17 @@ class ViT(layers.Tower):
       inputs["drop_path"] = jnp.swapaxes(scales, 0, 1)  # [depth, B, 2]
     return inputs
 
-  def _pool(self, prefix, patches):
-    """Pooled embeddings, float32 [B, E]."""
+  def _pool(self, x, valid):
+    """Pooled embeddings, float32 [B, E], of all tokens."""
     spec = self.spec
-    if spec.pool == "map":
-      pooled = pooling.MapPool(
-        spec.heads,
-        spec.mlp_dim,
-        spec.gelu,
-        spec.norm_eps,
-        self.dtype,
-        name="pool",
-      )(patches)
+    first = 0 if spec.pool_prefix else spec.prefix
+    if valid is not None:
+      valid = valid[:, first:]
+    if spec.pool in pooling.KINDS:
+      pooled = pooling.build(spec, self.dtype)(x[:, first:], valid)
     elif spec.pool == "cls":
-      pooled = prefix[:, 0]
+      pooled = x[:, np.array(spec.pool_tokens)].reshape(x.shape[0], -1)
     else:
-      pooled = patches.mean(axis=1, dtype=jnp.float32)
+      weights = None if valid is None else valid[..., None]
+      pooled = x[:, first:].mean(axis=1, dtype=jnp.float32, where=weights)
     return layers.project(pooled, spec.projection)

@@ -12,6 +12,7 @@ from mtv_jax.objectives.captioning import Captioning
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.objectives.depth import Depth
 from mtv_jax.objectives.distillation import Distillation
+from mtv_jax.objectives.feature_distillation import FeatureDistillation
 from mtv_jax.objectives.gram import Gram
 from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.masked_latent import MaskedLatent
@@ -28,6 +29,7 @@ REGISTRY: dict[str, type[base.Objective]] = {
   "masked_latent": MaskedLatent,
   "gram": Gram,
   "captioning": Captioning,
+  "feature_distillation": FeatureDistillation,
 }
 
 

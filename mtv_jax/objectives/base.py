@@ -9,17 +9,20 @@ computation comes before it. The same cut makes gradient accumulation exact.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.models.heads.base import PredictionHead
+from mtv_jax.models.standardization import Moments
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -36,12 +39,22 @@ class Encoding:
   view: str
   # The student's, its EMA teacher's, or a name in `config.teachers`.
   weights: str = STUDENT
+  # Pixels per side of the view's crops for this encoding; 0: as the view has.
+  size: int = 0
+  # Texts that a device encodes, as a share of its rows: each distinct text once
+  # where they are no more than that, else all. 1: all.
+  distinct: float = 1.0
 
   def __post_init__(self):
     check_choice("Encoding.tower", self.tower, ("image", "text"))
 
   def __str__(self):
-    return f"{self.tower}({self.view}, {self.weights})"
+    return f"{self.tower}({self.view_name}, {self.weights})"
+
+  @property
+  def view_name(self) -> str:
+    """The view at this size, by its name in `StepSpec.views`."""
+    return f"{self.view}@{self.size}" if self.size else self.view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +65,10 @@ class Needs:
   # final output alone.
   encodings: Mapping[Encoding, tuple[int, ...]]
   fields: tuple[str, ...] = ()  # Batch fields: labels and masks.
+  # Features of label sets, by teacher.
+  features: Mapping[str, FeatureLayout] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +177,38 @@ class Context:
   mesh: Mesh | None = None  # Over which the batch is sharded.
 
 
-def check_visible(objective: str, name: str, views: Mapping[str, Any]) -> None:
-  """Raises ConfigError if the view `name` hides patches from the student."""
-  if name in views and views[name].patch is not None:
-    raise ConfigError(
-      f"{objective} reads the view {name!r}, which hides patches; it needs all "
-      "of them. Name a view without blocks and keep."
-    )
+def check_visible(
+  objective: str,
+  name: str,
+  views: Mapping[str, Any],
+  *,
+  allow_masked: bool = False,
+) -> None:
+  """Raises ConfigError if the view `name` hides patches from the student.
+
+  `allow_masked` permits masked ones, for which there are outputs.
+  """
+  view = views.get(name)
+  if view is None or view.patch is None or (allow_masked and view.max_masked):
+    return
+  masked = "" if not view.max_masked else ", or set allow_masked=True"
+  raise ConfigError(
+    f"{objective} reads the view {name!r}, which hides patches; it needs all "
+    f"of them. Name a view without blocks and keep{masked}."
+  )
+
+
+def check_all_patches(
+  objective: str, names: Sequence[str], views: Mapping[str, Any]
+) -> None:
+  """Raises ConfigError if a view drops patches; masked ones are allowed."""
+  for name in names:
+    view = views.get(name)
+    if view and view.patch is not None and not view.max_masked:
+      raise ConfigError(
+        f"{objective}: the view {name!r} drops patches (keep), and it compares "
+        "all of them. Name a view without it."
+      )
 
 
 class Objective:
@@ -193,6 +235,21 @@ class Objective:
     del spec, views
     return self
 
+  def resolve_teachers(
+    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
+  ) -> Objective:
+    """The resolved objective with what it takes from `config.teachers`.
+
+    Args:
+      spec, views: as of `resolve`, which precedes it.
+      teachers: `train.teachers.FrozenTeacher` by name, read or not.
+
+    Raises:
+      ConfigError: for teachers that it can't train with.
+    """
+    del spec, views, teachers
+    return self
+
   @property
   def image(self) -> Encoding:
     """The student's encoding of the view that the field `view` names."""
@@ -210,6 +267,29 @@ class Objective:
     """Running statistics (such as DINO's centre) at step 0."""
     return {}
 
+  @property
+  def num_statistics_examples(self) -> int:
+    """Examples that `fit_statistics` takes before step 0; 0 for none."""
+    return 0
+
+  def statistics_features(
+    self, encodings: Encodings, batch: Batch
+  ) -> dict[str, tuple[Array, Array]]:
+    """The features of `fit_statistics`, by name.
+
+    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. Arguments as of
+    `loss_inputs`; there are encodings of frozen teachers alone.
+    """
+    del encodings, batch
+    return {}
+
+  def fit_statistics(
+    self, moments: Mapping[str, Moments]
+  ) -> dict[str, np.ndarray]:
+    """Statistics from the moments of `statistics_features`; on the host."""
+    del moments
+    return {}
+
   def loss_inputs(
     self, encodings: Encodings, heads: BoundHeads, batch: Batch
   ) -> Any:
@@ -218,8 +298,9 @@ class Objective:
     Args:
       encodings: the outputs of `needs().encodings`.
       heads: heads with their parameters.
-      batch: the batch's fields, `views`: `views.ViewBatch` by name, and `keys`:
-        random keys `[b]` of the rows by view, for draws beside the view's own.
+      batch: the batch's fields, `views`: `views.ViewBatch` by name, `keys`:
+        random keys `[b]` of the rows by view, for draws beside the view's own,
+        and `statistics`: the objective's running statistics.
     """
     raise NotImplementedError
 

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mtv_jax.augment import geometry
 from mtv_jax.augment import random as random_lib
 from mtv_jax.config import options
-from mtv_jax.models import layers
 from mtv_jax.models.heads import caption_decoder as decoders
 from mtv_jax.models.heads import caption_sequences as sequences
+from mtv_jax.models.remat import build_policy
 from mtv_jax.objectives import base, prototypes
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -102,8 +102,11 @@ class Captioning(base.Objective):
   min_size: float = 1 / 56
   # Columns of the vocabulary at a time, to bound memory; None for all.
   chunk: options.PositiveInt | None = 8192
-  remat: layers.Remat = "none"  # See `layers.run_stack`.
+  remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
   scan: bool = True
+
+  def __post_init__(self):
+    build_policy(self.remat, where="Captioning.remat")
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Captioning:
     base.check_visible("captioning", self.view, views)

@@ -192,6 +192,8 @@ class Depth(base.Objective):
   # A config gives the head's options beside these.
   head: dpt.DepthHead = dpt.DepthHead()
   view: str = "image"
+  # Whether `blocks` may mask patches of the view, which iBOT then shares.
+  allow_masked: bool = False
   gradient_weight: float = 2.0  # Weight of gradient matching beside SSI error.
   scales: options.NonNegativeInt = 4  # Number of scales of gradient matching.
   # Share of the largest residuals that the SSI error trims.
@@ -200,7 +202,9 @@ class Depth(base.Objective):
   min_pixels: options.PositiveInt = 16
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
-    base.check_visible("depth", self.view, views)
+    base.check_visible(
+      "depth", self.view, views, allow_masked=self.allow_masked
+    )
     return dataclasses.replace(self, head=self.head.resolve(spec))
 
   def needs(self) -> base.Needs:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mtv_jax.config import options
 from mtv_jax.models import positions
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base
@@ -59,25 +60,6 @@ def gram_losses(
   return jnp.sum(sums, axis=0) / patches**2
 
 
-def resize_patches(
-  patches: Float[Array, "*b p d"], count: int
-) -> Float[Array, "*b {count} d"]:
-  """Resamples a square grid of patches to `count`, bicubic as in DINOv3.
-
-  Four neighbours of a = -0.75 without antialiasing, as torch's `interpolate`.
-  """
-  old, new = (round(n**0.5) for n in (patches.shape[-2], count))
-  if old == new:
-    return patches
-  matrix = jnp.asarray(positions.resize_matrix(old, new), jnp.float32)
-  grid = patches.astype(jnp.float32)
-  grid = grid.reshape(*grid.shape[:-2], old, old, grid.shape[-1])
-  grid = jnp.einsum(
-    "yh,xw,...hwd->...yxd", matrix, matrix, grid, precision="highest"
-  )
-  return grid.reshape(*grid.shape[:-3], count, grid.shape[-1])
-
-
 @dataclasses.dataclass(frozen=True)
 class Gram(base.Objective):
   """Gram anchoring of the student's patches to those of a teacher.
@@ -91,17 +73,15 @@ class Gram(base.Objective):
   # twice the student's, whose features are then smoother). None: `view`.
   view_teacher: str | None = None
   teacher: str = "gram"  # Of `config.teachers`, or 'teacher': the EMA teacher.
+  # Pixels per side that the teacher sees; `resolve_teachers` takes it from
+  # `config.teachers`. None: those of the view.
+  teacher_size: options.PositiveInt | None = None
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Gram:
     names = [self.view, self._teacher.view]
     if not all(name in views for name in names):
       return self
-    for name in names:
-      if views[name].patch is not None and not views[name].max_masked:
-        raise ConfigError(
-          f"gram: the view {name!r} drops patches (keep), which have no "
-          "similarities. Name a view without it."
-        )
+    base.check_all_patches("gram", names, views)
     student, teacher = (views[name] for name in names)
     if student is not teacher and teacher.crops_of != self.view:
       raise ConfigError(
@@ -110,10 +90,19 @@ class Gram(base.Objective):
       )
     return self
 
+  def resolve_teachers(
+    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
+  ) -> Gram:
+    frozen, view = teachers.get(self.teacher), views.get(self._teacher.view)
+    if frozen is None or view is None or frozen.size in (None, view.size):
+      return self
+    return dataclasses.replace(self, teacher_size=frozen.size)
+
   @property
   def _teacher(self) -> base.Encoding:
     view = self.view if self.view_teacher is None else self.view_teacher
-    return base.Encoding("image", view, self.teacher)
+    size = self.teacher_size or 0
+    return base.Encoding("image", view, self.teacher, size)
 
   def needs(self) -> base.Needs:
     return base.Needs(encodings={self.image: (), self._teacher: ()})
@@ -124,7 +113,9 @@ class Gram(base.Objective):
     """The loss of each crop, since it depends on no other image."""
     student = encodings[self.image].patches.astype(jnp.float32)  # [b, n, P, D]
     teacher = encodings[self._teacher].patches.astype(jnp.float32)
-    teacher = resize_patches(teacher, student.shape[-2])  # [b, n, P, E]
+    teacher = positions.resize_patches(
+      teacher, student.shape[-2]
+    )  # [b, n, P, E]
     return gram_losses(student, teacher)
 
   def loss(

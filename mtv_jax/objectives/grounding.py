@@ -25,8 +25,6 @@ from mtv_jax.parallel import ring
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
-PHRASE = base.Encoding("text", "box_phrase")
-
 
 @pytree_dataclass
 class RegionLosses:
@@ -209,6 +207,8 @@ class Grounding(base.Objective):
   # Prompter and locator; a config gives their options beside these.
   head: prompter.GroundingHead = prompter.GroundingHead()
   view: str = "image"  # Of several crops each image's first.
+  # Whether `blocks` may mask patches of the view, which iBOT then shares.
+  allow_masked: bool = False
   # Maximum number of the regions visible in the view. CLOC: 4, and 2 do about
   # as well.
   regions: options.PositiveInt = 4
@@ -223,11 +223,16 @@ class Grounding(base.Objective):
   # for all of the batch. In the ring a chunk is a device's texts.
   chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
+  # Below 1, a device encodes equal phrases once, and has room for this share of
+  # its phrases; in a batch with more distinct ones all are encoded.
+  distinct_phrases: options.PositiveFraction = 1.0
   # Weight of the box regression, 0 for none. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Grounding:
-    base.check_visible("grounding", self.view, views)
+    base.check_visible(
+      "grounding", self.view, views, allow_masked=self.allow_masked
+    )
     if spec.text is None:
       raise ConfigError(
         "grounding compares regions with phrases, and this model has no text "
@@ -235,9 +240,14 @@ class Grounding(base.Objective):
       )
     return self
 
+  @property
+  def phrase(self) -> base.Encoding:
+    """The phrases of the regions."""
+    return base.Encoding("text", "box_phrase", distinct=self.distinct_phrases)
+
   def needs(self) -> base.Needs:
     return base.Needs(
-      encodings={self.image: (), PHRASE: ()},
+      encodings={self.image: (), self.phrase: ()},
       fields=(
         "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid",
       ),
@@ -266,7 +276,9 @@ class Grounding(base.Objective):
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    text = geometry.take_boxes(encodings[PHRASE].pooled, chosen)  # [b, m, d]
+    text = geometry.take_boxes(
+      encodings[self.phrase].pooled, chosen
+    )  # [b, m, d]
     if self.stop_text_gradient:
       text = jax.lax.stop_gradient(text)
     text = unit(text)

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from mtv_jax.augment import masks
 from mtv_jax.config import options
-from mtv_jax.models import layers, vit
+from mtv_jax.models import vit
 from mtv_jax.models.heads import mae_decoder
+from mtv_jax.models.remat import build_policy
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
@@ -63,10 +64,11 @@ class MaskedPixels(base.Objective):
   decoder_width: options.PositiveInt = 512
   decoder_depth: options.PositiveInt = 8
   decoder_heads: options.PositiveInt = 16
-  remat: layers.Remat = "none"  # See `layers.run_stack`.
+  remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
   scan: bool = True
 
   def __post_init__(self):
+    build_policy(self.remat, where="MaskedPixels.remat")
     width, heads = self.decoder_width, self.decoder_heads
     if width % heads or width % 4:
       raise ConfigError(

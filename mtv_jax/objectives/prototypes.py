@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtv_jax.models import kernels
+from mtv_jax.models import linear
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -35,7 +35,7 @@ class PrototypeLogits:
     """Logits / temperature of a chunk of the prototypes."""
     # In the backend's default precision: by far the largest product. Both sides
     # have unit length, and bfloat16 inputs change a logit by about 2e-4.
-    return kernels.linear(self.vectors, prototypes) / self.temperature
+    return linear.linear(self.vectors, prototypes) / self.temperature
 
 
 @pytree_dataclass

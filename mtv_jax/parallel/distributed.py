@@ -1,6 +1,11 @@
-"""Initialisation of JAX's distributed runtime."""
+"""JAX's distributed runtime: initialisation, and what processes agree on."""
+
+import json
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mtv_jax.utils.errors import InputError
 
@@ -28,3 +33,31 @@ def initialize(
     )
   if distributed or coordinator:
     jax.distributed.initialize(*given)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether a flag is set in any process; waits for all, unless there is one.
+
+  Every process calls it at the same point of the program.
+  """
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def gather_json(value: Any) -> list[Any]:
+  """A JSON value of each process, process 0's first; waits for all.
+
+  Every process calls it at the same point of the program.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: data.size] = data
+  rows = multihost_utils.process_allgather(padded)  # [processes, bytes]
+  return [
+    json.loads(np.asarray(row[:size]).tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]

@@ -22,11 +22,13 @@ from jaxtyping import PyTree
 
 from mtv_jax.config import schema
 from mtv_jax.data import ops, tokenizers
+from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import encodings as encodings_lib
 from mtv_jax.train import losses
+from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
 from mtv_jax.train.step_spec import StepSpec, abstract_state
 from mtv_jax.train.train_step import build_step_spec
@@ -46,7 +48,9 @@ def count(
   """Counts the FLOPs of a function from its jaxpr; computes nothing.
 
   Dead code is free, repeated code counts once, and the body of a loop counts as
-  often as it runs. `keep` are the needed leaves of the result, all by default.
+  often as it runs. Of a conditional the branch of False counts, see
+  `hlo.Module.run_counts`. `keep` are the needed leaves of the result, all by
+  default.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   return _count_live(jaxpr, list(keep or [True] * len(jaxpr.outvars)))
@@ -122,7 +126,7 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
       return _count_live(body, needed)
   if bodies and name == "cond":
     costs, reads = zip(*(_count_live(b, needed) for b in bodies), strict=True)
-    return Cost(max(costs), [True, *map(any, zip(*reads, strict=True))])
+    return Cost(costs[0], [True, *map(any, zip(*reads, strict=True))])
   # A loop needs all of its results: the next iteration reads them.
   costs = [_count_live(b, [True] * len(b.outvars)).flops for b in bodies]
   return Cost(sum(costs, 0.0) * eqn.params.get("length", 1), every)
@@ -184,6 +188,7 @@ def run(
     compile: "no", or "whole" for XLA's count as well, see `step_flops`.
   """
   config = schema.check_config(config)
+  read_teacher_models(config)
   spec = build_long_step_spec(config)
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
@@ -212,7 +217,10 @@ def batch_fields(
   # The shapes are the same with any tokenizer.
   tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None
   return ops.build_ops(
-    config.data.ops, tokenizer=tokenizer, wanted=spec.fields()
+    config.data.ops,
+    tokenizer=tokenizer,
+    wanted=spec.fields(),
+    features=spec.feature_layouts,
   ).fields
 
 
@@ -245,14 +253,21 @@ def make_views(
 
 def without_recomputation(spec: StepSpec) -> StepSpec:
   """The same step with nothing computed twice to save memory."""
+  none = dict(chunk=None, remat="none")
   objectives = {
-    name: dataclasses.replace(objective, chunk=None)
-    if hasattr(objective, "chunk")
-    else objective
+    name: dataclasses.replace(
+      objective, **{k: v for k, v in none.items() if hasattr(objective, k)}
+    )
     for name, objective in spec.objectives.items()
   }
-  changes = dict(runtime={**spec.runtime, "remat": "none"}, accumulate=1)
-  return dataclasses.replace(spec, objectives=objectives, **changes)
+  return dataclasses.replace(
+    spec,
+    objectives=objectives,
+    remat=Remat("none"),
+    accumulate=1,
+    # Kernels hide their products, which are those of the plain formula.
+    runtime={**spec.runtime, "attention": "xla"},
+  )
 
 
 def model_flops(
@@ -326,7 +341,9 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
   def encode(plan, params, *rest):
     params = losses.stop_gradient_frozen(spec, params)
-    return encodings_lib.encode(plan, spec.tower_of, params, *rest)
+    return encodings_lib.encode(
+      plan, spec.tower_of, params, *rest, convert_pixels=spec.convert_pixels
+    )
 
   args = (state.params, state.fixed_params, views, batch)
   encoded = jax.eval_shape(functools.partial(encode, spec.plan), *args)
@@ -363,7 +380,9 @@ def _loss_inputs(spec, encoded, params, state, batch, views):
   keys = losses.view_keys(spec, state.step, len(batch["image"]), None)
   batch = {**batch, "views": views, "keys": keys}
   return {
-    name: objective.loss_inputs(encoded, heads, batch)
+    name: objective.loss_inputs(
+      encoded, heads, {**batch, "statistics": state.statistics[name]}
+    )
     for name, objective in spec.objectives.items()
   }
 

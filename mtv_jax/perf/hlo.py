@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.models import attention
 from mtv_jax.utils.errors import InputError
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -31,6 +32,7 @@ _CALLED = re.compile(
   r"\b(calls|to_apply|body|condition|branch_computations|called_computations|"
   r"true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
 )
+_KERNEL_FLOPS = re.compile(r'"cost_estimate": ?\{[^}]*"flops": ?"?(\d+)')
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -91,7 +93,11 @@ class Module:
 
   @functools.cached_property
   def run_counts(self) -> dict[str, float]:
-    """How often each computation runs; all branches of a conditional count."""
+    """How often each computation runs.
+
+    Of a conditional the branch of False counts, or of index 0: the train step
+    has the rare case, a fallback, in the other one.
+    """
     counts: dict[str, float] = collections.defaultdict(float)
 
     def visit(name, times):
@@ -100,12 +106,26 @@ class Module:
         inner = times
         if instruction.opcode == "while":
           inner *= _trip_count(self, name, instruction)
-        for _, called in instruction.called_computations():
-          if called in self.computations:
-            visit(called, inner)
+        called = instruction.called_computations()
+        if instruction.opcode == "conditional":
+          called = [c for c in called if c[0] != "true_computation"][:1]
+        for _, computation in called:
+          if computation in self.computations:
+            visit(computation, inner)
 
     visit(self.entry, 1.0)
     return dict(counts)
+
+  @functools.cached_property
+  def fused(self) -> frozenset[str]:
+    """Computations inside of an instruction, which allocate nothing."""
+    return frozenset(
+      called
+      for computation in self.computations.values()
+      for instruction in computation.values()
+      if instruction.opcode not in ("while", "conditional", "call")
+      for _, called in instruction.called_computations()
+    )
 
   def executed(self) -> Iterator[tuple[Instruction, Computation, float]]:
     """Instructions that run, with their computation and run count."""
@@ -124,20 +144,26 @@ def parse(program: Any) -> Module:
   if isinstance(program, Module):
     return program
   hlo_text = program if isinstance(program, str) else program.as_text()
-  computations, roots, entry, current = {}, {}, None, None
+  computations, roots, entry, current, new = {}, {}, None, None, None
   for line in hlo_text.splitlines():
     if current is None:
       if match := _HEADER.match(line):
         current = match[2]
-        computations[current] = {}
+        computations[current], new = {}, None
         entry = current if match[1] else entry
-    elif line.startswith("}"):
+    elif line.startswith("}") and not line.startswith("}}"):
       current = None
     elif match := _INSTRUCTION.match(line):
       root, name, result, opcode, arguments, text = match.groups()
       new = Instruction(name, opcode, parse_shapes(result), arguments, text)
       computations[current][name] = new
       if root:
+        roots[current] = new
+    elif new is not None:
+      # The metadata of Pallas kernels contain line breaks.
+      new = dataclasses.replace(new, text=f"{new.text}\n{line}")
+      computations[current][new.name] = new
+      if current in roots and roots[current].name == new.name:
         roots[current] = new
   if entry is None:
     raise InputError("expected the text of a compiled program: it has no ENTRY")
@@ -310,7 +336,7 @@ def sum_by_kind(rows: Iterable[Collective]) -> dict[str, tuple[float, float]]:
 
 
 # Instructions that allocate no array.
-_ALIASES = (
+ALIASES = (
   "parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant",
   "conditional", "call", "after-all", "opt-barrier",
 )  # fmt: skip
@@ -326,20 +352,12 @@ def largest_temporaries(
     of an instruction that computes it, `scope`, and the `count` of arrays.
   """
   module = parse(program)
-  # Instructions inside of a fusion allocate nothing.
-  fused = {
-    called
-    for computation in module.computations.values()
-    for instruction in computation.values()
-    if instruction.opcode not in ("while", "conditional", "call")
-    for _, called in instruction.called_computations()
-  }
   rows: dict[tuple[str, str], dict[str, Any]] = {}
   for name, computation in module.computations.items():
-    if name in fused or name not in module.run_counts:
+    if name in module.fused or name not in module.run_counts:
       continue
     for instruction in computation.values():
-      if instruction.opcode in _ALIASES or instruction.opcode.endswith("-done"):
+      if instruction.opcode in ALIASES or instruction.opcode.endswith("-done"):
         continue
       name, scope = instruction.name, instruction.scope
       for shape in instruction.shapes:
@@ -351,13 +369,23 @@ def largest_temporaries(
 
 
 def count_flops(program: Any) -> float:
-  """FLOPs of the matrix products and convolutions of one chip."""
+  """FLOPs of the matrix products and convolutions of one chip.
+
+  Of Pallas kernels their estimate, or `attention.kernel_flops`; else 0.
+  """
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
   total = 0.0
   for instruction, computation, times in parse(program).executed():
     if instruction.opcode in costs:
       operands = (computation[o].shapes[0].dims for o in instruction.operands)
       total += times * costs[instruction.opcode](instruction, *operands)
+    elif estimate := _KERNEL_FLOPS.search(instruction.text):
+      total += times * int(estimate[1])
+    elif '"tpu_custom_call"' in instruction.text:
+      dims = [
+        s.dims for o in instruction.operands for s in computation[o].shapes
+      ]
+      total += times * attention.kernel_flops(instruction.scope, dims)
   return total
 
 

@@ -12,6 +12,7 @@ import re
 
 import jax
 
+from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 
@@ -23,15 +24,18 @@ class Chip:
   hbm_bytes: int | None  # Limit for a program; None if unknown.
   peak_bf16_flops: float | None  # Dense FLOP/s; None if unknown.
   axes: int = 0  # Dimensions of the torus; 0 for no torus.
+  hbm_bandwidth: float | None = None  # Bytes per second.
+  # Bytes per second that a chip receives over all links; None if unknown.
+  link_bandwidth: float | None = None
 
 
-# FLOP/s: cloud.google.com/tpu/docs. Memory: as the compiler reports it for a
-# program that does not fit.
+# FLOP/s and bandwidths: cloud.google.com/tpu/docs. Memory: as the compiler
+# reports it for a program that does not fit.
 TPUS = {
-  "v4": Chip("v4", int(30.75 * 2**30), 275e12, axes=3),
-  "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, axes=2),
-  "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, axes=3),
-  "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, axes=2),
+  "v4": Chip("v4", int(30.75 * 2**30), 275e12, 3, 1200e9, 300e9),
+  "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, 2, 819e9, 200e9),
+  "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, 3, 2765e9, 600e9),
+  "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, 2, 1600e9, 400e9),
 }
 _GPUS_PER_HOST = 8
 
@@ -58,6 +62,11 @@ _NAME = re.compile(
   r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)(?P<sign>[:-])(?P<shape>[\w.-]+)"
 )
 _ALIASES = {"v5litepod": "v5e"}
+# JAX's `device_kind` of the chips.
+_DEVICE_KINDS = {
+  "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
+  "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+}  # fmt: skip
 EXAMPLES = "v5e:16x16, v4:4x4x8, 2xv5e:16x16 (two slices), cpu:8, gpu:8xH100"
 
 
@@ -72,6 +81,7 @@ class Topology:
   shape: str = ""  # Torus of a slice, such as '16x16'; '' for none.
   slices: int = 1  # Connected by the data-centre network.
   host_bounds: tuple[int, int, int] = (1, 1, 1)  # Chips of a host by axis.
+  is_local: bool = False  # The devices that JAX has, see `describe_local`.
 
   @property
   def is_tpu(self) -> bool:
@@ -167,6 +177,30 @@ def _parse_tpus(
   return Topology(name, chip, slices * chips, hosts, shape, slices, bounds)
 
 
+def describe_local() -> Topology:
+  """The devices of this run, of all processes, which call it together.
+
+  The memory of GPUs is the least of all processes.
+
+  Raises:
+    ConfigError: TPUs of an unknown kind.
+  """
+  # The first of all devices has memory statistics in its own process alone.
+  device = jax.local_devices()[0]
+  kind = device.device_kind
+  if device.platform == "cpu":
+    chip = Chip("cpu", None, None)
+  elif device.platform == "tpu":
+    if kind not in _DEVICE_KINDS:
+      raise ConfigError(f"{kind}: its memory is not known; {sorted(TPUS)} are")
+    chip = TPUS[_DEVICE_KINDS[kind]]
+  else:
+    limits = gather_json((device.memory_stats() or {}).get("bytes_limit"))
+    chip = Chip(kind, None if None in limits else min(limits), None)
+  count, hosts = jax.device_count(), jax.process_count()
+  return Topology("local", chip, count, hosts, is_local=True)
+
+
 def _number(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise ConfigError(
@@ -185,6 +219,8 @@ def devices(topology: Topology) -> list[jax.Device]:
     ConfigError: libtpu is not installed or rejects the topology, or this
       process has too few CPU devices.
   """
+  if topology.is_local:
+    return jax.devices()
   if not topology.is_tpu:
     cpus = jax.devices("cpu")
     if len(cpus) < topology.chips:

@@ -108,8 +108,8 @@ def group_objectives(
   """The config's objectives by group.
 
   Raises:
-    ConfigError: `order` names a group twice, or one without objectives in this
-      config.
+    ConfigError: the config has no objectives, or `order` names a group twice
+      or one without objectives in this config.
   """
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
   group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
@@ -117,6 +117,8 @@ def group_objectives(
     group = group_of.get(entry.type, entry.type)
     groups[group] = (*groups.get(group, ()), name)
   groups = {group: names for group, names in groups.items() if names}
+  if not groups:
+    raise ConfigError("this config has no objectives to compare.")
   for group in order:
     if order.count(group) > 1:
       raise ConfigError(f"--groups has {group!r} twice.")
@@ -295,6 +297,19 @@ def _set_weights(config: ConfigDict, text: str, fixed: tuple[str, ...]) -> Arm:
   return Arm(name, (*fixed, *changes))
 
 
+def _teachers(config: ConfigDict, options: Options) -> Arms:
+  """Each teacher of a folder alone, and all of them."""
+  del options
+  names = [n for n, t in config.teachers.items() if t.path is not None]
+  arms = [
+    Arm(name, tuple(f"teachers.{n}=None" for n in names if n != name))
+    for name in names
+  ]
+  if len(names) > 1:
+    arms.append(Arm("+".join(names)))
+  return Arms(arms, names[0] if names else "")
+
+
 # By name: the function, and the fields of `Options` that it takes.
 KINDS: dict[str, tuple[Callable[[ConfigDict, Options], Arms], tuple[str, ...]]]
 KINDS = {
@@ -303,4 +318,5 @@ KINDS = {
   "pairs": (_pairs, ("groups",)),
   "scaling": (_scaling, ("models", "images")),
   "balance": (_balance, ("methods", "weights")),
+  "teachers": (_teachers, ()),
 }

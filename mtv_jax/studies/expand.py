@@ -314,9 +314,12 @@ def _set_length(
 
 def _read_rules(config: ConfigDict) -> list[tuple[str, dict[str, Any]]]:
   """The optimizer's rules; none if one is wrong, which a run reports."""
-  rules = [tuple(rule) for rule in overrides_lib.to_plain(config.optim.rules)]
-  pairs = all(len(r) == 2 and isinstance(r[1], Mapping) for r in rules)
-  return rules if pairs else []
+  rules = overrides_lib.to_plain(config.optim.rules)
+  pairs = all(
+    isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[1], Mapping)
+    for r in rules
+  )
+  return [tuple(rule) for rule in rules] if pairs else []
 
 
 def _scale(
@@ -363,10 +366,18 @@ def _adapt(base: ConfigDict, arm: Arm, length: schema.RunLength) -> list[str]:
     ("sharding", base.get("sharding")),
   ):
     if rules:
-      kept = [r for r in rules if any(re.search(r[0], n) for n in names)]
+      kept = [r for r in rules if _is_used(r, names)]
       if len(kept) < len(rules):
         changes.append(f"{key}={overrides_lib.to_plain(kept)}")
   return changes
+
+
+def _is_used(rule: Any, names: Sequence[str]) -> bool:
+  """Whether a rule is for some parameter; a run reports a wrong one."""
+  try:
+    return any(re.search(rule[0], name) for name in names)
+  except (TypeError, LookupError, re.error):
+    return True
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.utils.curves import read_metrics, read_rows
@@ -70,7 +72,7 @@ def read_run(
   return RunFolder(
     name=name,
     arm=arm or name,
-    seed=int(config.get("seed") or 0),
+    seed=config.get("seed") or 0,
     folder=folder,
     config=config,
     series=read_metrics(folder) if has_metrics else {},
@@ -84,6 +86,30 @@ def read_run(
     interference=_read_interference(folder / "interference.jsonl"),
     command=command.read_text("utf-8").strip() if command.is_file() else "",
   )
+
+
+def name_arms(runs: Sequence[RunFolder]) -> list[RunFolder]:
+  """Gives the runs whose configs differ by the seed alone a common arm.
+
+  Runs of one seed stay apart. The arm's name is what their names have in common
+  before a last part, as `a` of `a_0` and `a_1`, if that is one, else the first
+  run's.
+  """
+  groups: dict[str, list[RunFolder]] = {}
+  for run in runs:
+    config = json.dumps(run.config | {"seed": None}, sort_keys=True)
+    groups.setdefault(config, []).append(run)
+  arms: dict[str, str] = {}
+  for members in groups.values():
+    names = [run.name for run in members]
+    if len({run.seed for run in members}) < len(members):
+      arms |= dict(zip(names, names, strict=True))
+      continue
+    stems = {re.sub(r"[-_.]?s?\d+$", "", name) for name in names}
+    stem = stems.pop() if len(stems) == 1 else ""
+    is_free = len(names) > 1 and stem and stem not in arms.values()
+    arms |= dict.fromkeys(names, stem if is_free else names[0])
+  return [dataclasses.replace(run, arm=arms[run.name]) for run in runs]
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -104,7 +130,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     raise InputError(
       f"{path} is not JSON ({error}). Resume the run, which writes it again."
     ) from None
-  if not isinstance(config, dict):
+  seed = config.get("seed") if isinstance(config, dict) else ""
+  if not isinstance(seed, int | None):
     raise InputError(f"{path} is not the config of a run.")
   return config
 
@@ -113,14 +140,22 @@ def find_evaluations(
   folder: pathlib.Path, step: int | None = None
 ) -> dict[str, pathlib.Path]:
   """The file `evals/NAME_STEP.json` of each evaluation, by default the last."""
-  found: dict[str, tuple[int, pathlib.Path]] = {}
+  return {
+    name: files[max(files) if step is None else step]
+    for name, files in list_evaluations(folder).items()
+    if step is None or step in files
+  }
+
+
+def list_evaluations(
+  folder: pathlib.Path,
+) -> dict[str, dict[int, pathlib.Path]]:
+  """The files of each evaluation by step, in order."""
+  found: dict[str, dict[int, pathlib.Path]] = {}
   for path in sorted((folder / "evals").glob("*.json")):
-    match = _EVALUATION.fullmatch(path.name)
-    if not match or step not in (None, int(match[2])):
-      continue
-    if int(match[2]) >= found.get(match[1], (-1,))[0]:
-      found[match[1]] = int(match[2]), path
-  return {name: path for name, (_, path) in found.items()}
+    if match := _EVALUATION.fullmatch(path.name):
+      found.setdefault(match[1], {})[int(match[2])] = path
+  return {name: dict(sorted(files.items())) for name, files in found.items()}
 
 
 def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
@@ -133,7 +168,31 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Measurements in order, the last one of each step; none if missing."""
+  """Measurements in order, the last one of each step; none if missing.
+
+  Raises:
+    InputError: a row is not one of `interference.interference_row`.
+  """
   rows = read_rows(path) if path.is_file() else []
+  for row in rows:
+    if not _is_measurement(row):
+      raise InputError(
+        f"{path}: the row of step {row['step']} is not a measurement of "
+        "gradients. Remove it."
+      )
   by_step = {row["step"]: row for row in rows}
   return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_measurement(row: dict[str, Any]) -> bool:
+  """Whether a row has its objectives O, blocks B, and arrays of their shape."""
+  try:
+    o, b = len(row["objectives"]), len(row["blocks"])
+    shapes = dict(norms=(o, b), cosines=(o, o, b), transfer=(o, o))
+    return all(
+      np.asarray(row[name], float).shape == shape
+      for name, shape in shapes.items()
+      if row.get(name) is not None
+    )
+  except (KeyError, TypeError, ValueError):
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import read_resamples
@@ -34,8 +34,7 @@ def read_study(folder: pathlib.Path) -> StudyResults:
       the study's, or a file can't be read.
   """
   study = runner.read(folder)
-  arms = dict.fromkeys(run.arm for run in study.runs)
-  values, errors, resamples = ({arm: {} for arm in arms} for _ in range(3))
+  arms = {run.arm: {} for run in study.runs}
   metrics: dict[str, Metric] = {}
   read, unfinished = [], []
   for run in study.runs:
@@ -44,28 +43,52 @@ def read_study(folder: pathlib.Path) -> StudyResults:
       continue
     path = folder / runner.RUNS / run.name
     read.append(read_run(path, name=run.name, arm=run.arm, step=run.steps))
-    evaluations = _select_results(read[-1], run.settings["evals"])
-    for into, kind in ((values, "metrics"), (errors, "errors")):
-      into[run.arm][run.seed] = {
-        f"{name}/{metric}": value
-        for name, result in evaluations.items()
-        for metric, value in getattr(result, kind).items()
-      }
-    resamples[run.arm][run.seed] = {
-      f"{name}/{metric}": array
-      for name in evaluations
-      for metric, array in read_resamples(read[-1].files[name]).items()
+    evaluations = {
+      name: with_resamples(result, read[-1].files[name])
+      for name, result in _select_results(
+        read[-1], run.settings["evals"]
+      ).items()
     }
+    arms[run.arm][run.seed] = evaluations
     for name, result in evaluations.items():
       for metric in describe_metrics(name, result):
         metrics.setdefault(metric.name, metric)
   return StudyResults(
     study,
     tuple(read),
-    Measurements(values, errors, resamples),
+    collect_measurements(arms),
     tuple(metrics.values()),
     tuple(unfinished),
   )
+
+
+def with_resamples(result: Result, file: pathlib.Path) -> Result:
+  """A result with the resamples beside its JSON, if there are any."""
+  return dataclasses.replace(result, resamples=read_resamples(file))
+
+
+def collect_measurements(
+  arms: Mapping[str, Mapping[int, Mapping[str, Result]]],
+) -> Measurements:
+  """The results of arms, by seed and evaluation, as the statistics take them.
+
+  Metrics become `EVALUATION/METRIC`.
+  """
+  fields = [
+    {
+      arm: {
+        seed: {
+          f"{name}/{metric}": value
+          for name, result in results.items()
+          for metric, value in getattr(result, field).items()
+        }
+        for seed, results in seeds.items()
+      }
+      for arm, seeds in arms.items()
+    }
+    for field in ("metrics", "errors", "resamples")
+  ]
+  return Measurements(*fields)
 
 
 def _select_results(run: RunFolder, names: Iterable[str]) -> dict[str, Result]:

@@ -14,17 +14,22 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mtv_jax.checkpoint.partial_restore import first_lines
+from mtv_jax.config import options
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
-from mtv_jax.studies.expand import FORMAT, Run, Study
-from mtv_jax.train import preemption, workdir
+from mtv_jax.studies.arms import KINDS
+from mtv_jax.studies.expand import FORMAT, MATCHES, Run, Study
+from mtv_jax.train import workdir
+from mtv_jax.train.runtime import preemption
+from mtv_jax.train.runtime.launch import launch
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 from mtv_jax.utils.leases import Leases
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
@@ -43,6 +48,12 @@ class StudyStatus:
   leased: dict[str, str] = dataclasses.field(default_factory=dict)  # elsewhere
 
 
+def check_index(index: str | None) -> None:
+  """Raises ConfigError unless `--index` is `I`, `I/N` or not given."""
+  if index is not None and not re.fullmatch(r"\d+(/[1-9]\d*)?", index):
+    raise ConfigError(f"--index={index}: write I from 0, or I/N.")
+
+
 def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
   """The runs of `--index=I` or `--index=I/N`, all by default.
 
@@ -51,12 +62,10 @@ def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
   Raises:
     ConfigError: for another text, or a number that is out of range.
   """
+  check_index(index)
   if index is None:
     return list(runs)
-  match = re.fullmatch(r"(\d+)(?:/([1-9]\d*))?", index)
-  if not match:
-    raise ConfigError(f"--index={index}: write I from 0, or I/N.")
-  first, count = int(match[1]), int(match[2] or 0)
+  first, count = (int(n or 0) for n in index.partition("/")[::2])
   limit = count or len(runs)
   if first >= limit:
     raise ConfigError(
@@ -86,9 +95,32 @@ def read(folder: pathlib.Path) -> Study:
   if known != FORMAT:
     raise InputError(f"{path} has format {known}; this version reads {FORMAT}.")
   try:
+    _check_fields(fields)
     return Study.from_dict(fields)
+  except ConfigError as error:
+    raise InputError(f"{path}: {error}") from None
   except (KeyError, TypeError, AttributeError) as error:
     raise InputError(f"{path} is not a study: {error!r}.") from None
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+  """Raises ConfigError for values of `study.json` that no command writes."""
+  check_choice("kind", fields["kind"], KINDS)
+  check_choice("match", fields["match"], MATCHES)
+  for name, annotation in dict(config=str, baseline=str, budget=float).items():
+    options.check_value(fields[name], annotation, name)
+  annotations = dict(name=str, arm=str, seed=int, steps=PositiveInt)
+  annotations |= dict(flops=float | None, settings=dict)
+  runs = fields["runs"]
+  for i, run in enumerate(runs):
+    for name, annotation in annotations.items():
+      options.check_value(run[name], annotation, f"runs[{i}].{name}")
+  for what, values in (
+    ("name", [run["name"] for run in runs]),
+    ("arm and seed", [(run["arm"], run["seed"]) for run in runs]),
+  ):
+    if len({*values}) < len(values):
+      raise ConfigError(f"two runs have the same {what}.")
 
 
 def write(folder: pathlib.Path, study: Study) -> None:
@@ -241,12 +273,6 @@ def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
       time.sleep(_POLL_SECONDS)
 
 
-def command(study: Study, run: Run, path: pathlib.Path) -> list[str]:
-  """The arguments of `mtv-jax train` for a run."""
-  sets = [f"--set={assignment}" for assignment in run.overrides]
-  return [f"--config={study.config}", f"--workdir={path}", *sets]
-
-
 def _train(
   folder: pathlib.Path, study: Study, run: Run, log: pathlib.Path
 ) -> str | None:
@@ -255,21 +281,17 @@ def _train(
   Raises:
     preemption.Preempted: the process has exited after SIGTERM.
   """
-  arguments = command(study, run, folder / RUNS / run.name)
-  with log.open("ab") as stream:
-    size = stream.tell()
-    process = subprocess.Popen(
-      [sys.executable, "-m", "mtv_jax.main", *arguments],
-      stdout=stream,
-      stderr=subprocess.STDOUT,
-    )
-    with _forward_sigterm(process) as notice:
-      try:
-        code = process.wait()
-      except BaseException:
-        # Ctrl-C, which a terminal sends to the process as well.
-        process.wait()
-        raise
+  size = log.stat().st_size if log.exists() else 0
+  (process,) = launch(
+    study.config, folder / RUNS / run.name, run.overrides, log=log
+  )
+  with _forward_sigterm(process) as notice:
+    try:
+      code = process.wait()
+    except BaseException:
+      # Ctrl-C, which a terminal sends to the process as well.
+      process.wait()
+      raise
   if code == preemption.EXIT_CODE or notice.received:
     raise preemption.Preempted(
       f"received SIGTERM in run {run.name}, see {log}. The same command "
@@ -296,7 +318,7 @@ def _forward_sigterm(
     return
 
   def receive(*_):
-    notice.received = True
+    notice.signal_number = signal.SIGTERM
     process.send_signal(signal.SIGTERM)
 
   old = signal.signal(signal.SIGTERM, receive)

@@ -189,7 +189,11 @@ class _Law:
   @property
   def formula(self) -> str:
     """Of the error e."""
-    terms = [f"c ({name} / {name}₀)^-a" for name in self.names]
+    marks = [""] if len(self.names) == 1 else ["₁", "₂"]
+    terms = [
+      f"c{mark} ({name} / {name}₀)^-a{mark}"
+      for name, mark in zip(self.names, marks, strict=True)
+    ]
     return "e = " + " + ".join(["e₀"] * self.saturating + terms)
 
   def find_obstacle(self, points: Float[np.ndarray, "v n"]) -> str:
@@ -293,9 +297,10 @@ class _Law:
     low = 0.0 if self.count > 2 else -_MAX_EXPONENT
     for name, exponent in zip(self.names, exponents, strict=True):
       if not low + 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
+        bound = _MAX_EXPONENT if exponent > low + 1e-3 else low
         return (
-          f"not identifiable: the exponent of {name} runs to {exponent:.3g}, "
-          "the bound of the search"
+          f"not identifiable: the exponent of {name} runs to {bound:g}, the "
+          "bound of the search"
         )
     jacobian = self.jacobian(theta, x)
     unit = jacobian / np.linalg.norm(jacobian, axis=0).clip(1e-300)

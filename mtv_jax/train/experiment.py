@@ -13,24 +13,31 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.partial_restore import first_lines
+from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, schema
-from mtv_jax.data import ops, pipeline, tokenizers
+from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
+from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
-from mtv_jax.train.initialization import read_teacher_models
+from mtv_jax.train import bounds, metrics
+from mtv_jax.train.initialization import (
+  check_source_tokenizer,
+  read_teacher_models,
+)
 from mtv_jax.train.optim import param_rules
 from mtv_jax.train.train_step import (
   TrainStep,
   build_train_step,
   make_config_mesh,
 )
-from mtv_jax.train.workdir import read_recorded_config
+from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -40,10 +47,12 @@ log = logging.getLogger(__name__)
 class Experiment(TrainStep):
   """A checked config and everything that is built from it."""
 
-  workdir: pathlib.Path
+  workdir: pathlib.PurePath  # As given; `train` replaces a bucket's.
   tokenizer: Any  # None for a model without text.
   sources: list[Any]  # Of `config.data.train`, in order.
   evaluators: dict[str, evals_base.Evaluator]
+  trackers: dict[str, metrics.Tracker]  # Not opened yet.
+  bounds: dict[str, bounds.Bound | None]  # Of the evaluations, by name.
 
 
 def build_experiment(
@@ -55,15 +64,14 @@ def build_experiment(
     ConfigError: for anything in the config that can't be used.
   """
   config = schema.check_config(config)
-  if "://" in str(workdir):
-    raise ConfigError(
-      f"--workdir={workdir}: a run is not written to a bucket directly. Mount "
-      "it, for example with gcsfuse, and give the folder's path."
-    )
+  check_workdir(workdir)
+  trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  read_teacher_models(config, pathlib.Path(workdir))
+  read_teacher_models(config, path_lib.as_path(workdir))
   # Before the data, which may take long to open.
   tokenizer = _build_tokenizer(config)
+  if not saved_steps(path_lib.as_path(workdir)):
+    check_source_tokenizer(config, tokenizer)
   entries = config.data.to_dict()["train"]
   # As labels are aligned to whole sources, limits come last.
   whole = [
@@ -80,7 +88,10 @@ def build_experiment(
     head.check_tokenizer(tokenizer)
   # Labels that no objective reads are not opened.
   read = ops.build_ops(
-    config.data.ops, tokenizer=tokenizer, wanted=step.step_spec.fields()
+    config.data.ops,
+    tokenizer=tokenizer,
+    wanted=step.step_spec.fields(),
+    features=step.step_spec.feature_layouts,
   ).labels
   sources = [
     sources_lib.complete_source(
@@ -90,10 +101,12 @@ def build_experiment(
   ]
   return Experiment(
     **vars(step),
-    workdir=pathlib.Path(workdir),
+    workdir=path_lib.as_path(workdir),
     tokenizer=tokenizer,
     sources=sources,
     evaluators=_prepare_evaluators(config, step),
+    trackers=trackers,
+    bounds={n: bounds.read_bound(n, e) for n, e in config.evals.items()},
   )
 
 
@@ -113,7 +126,7 @@ def build_evaluators(config: ConfigDict) -> dict[str, evals_base.Evaluator]:
   entries = {}
   for name, entry in config.evals.items():
     entries[name] = entry.to_dict()
-    for key in ("at_start", "weights"):  # The trainer's.
+    for key in ("at_start", "weights", "bound"):  # The trainer's.
       entries[name].pop(key, None)
   return evals_lib.build(entries)
 
@@ -152,7 +165,12 @@ def _prepare_evaluators(
   return evaluators
 
 
-def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
+def make_loader(
+  experiment: Experiment,
+  start_step: int,
+  skipped: order.SkippedBatches = (),
+  stats: Stats | None = None,
+) -> pipeline.Loader:
   """Builds the loader of this process's batch rows, from a step on.
 
   Raises:
@@ -166,11 +184,14 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
     batch_size=config.batch_size,
     seed=config.seed,
     start_step=start_step,
+    skipped=skipped,
     process_index=rows.index,
     process_count=rows.count,
     tokenizer=experiment.tokenizer,
     wanted=experiment.step_spec.fields(),
+    features=experiment.step_spec.feature_layouts,
     sources=experiment.sources,
+    stats=stats,
   )
   experiment.require_fields(loader.fields)
   if config.model.text and "caption" in loader.fields:
@@ -192,6 +213,9 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   if jax.process_index() != 0:
     return
   experiment.workdir.mkdir(parents=True, exist_ok=True)
+  # Of sessions that were killed.
+  for folder in (experiment.workdir, experiment.workdir / "evals"):
+    atomic.remove_abandoned(folder)
   path = experiment.workdir / "config.json"
   text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
   old = path.read_text() if path.exists() else None
@@ -210,13 +234,15 @@ def save_config(experiment: Experiment, command: str = "") -> None:
     # A resumed run and a study read it, also after a kill at this moment.
     atomic.write(path, text.encode())
   if command:
-    path.with_name("command.txt").write_text(command + "\n", encoding="utf-8")
+    atomic.write_text(path.with_name("command.txt"), command + "\n")
   if source := getattr(experiment.tokenizer, "path", None):
     folder = experiment.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
     target = folder / pathlib.Path(source).name
     if not target.exists():
-      shutil.copyfile(source, target)
+      # A later start would take a part of a file for the file.
+      with atomic.replace_file(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def log_experiment(experiment: Experiment) -> None:

@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.augment.random import step_key
+from mtv_jax.models.standardization import batch_moments
 from mtv_jax.train.losses import (
   Batch,
   Loss,
   compute_loss_inputs,
   compute_losses,
+  compute_statistics_features,
   float_leaves,
   linearize_encoder,
   replace_float_leaves,
@@ -131,6 +133,25 @@ def accumulate_gradients(
   )
   heads = jax.tree.map(jnp.add, grads["heads"], head_grads)
   return result, {**grads, "heads": heads}
+
+
+def compute_feature_moments(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
+) -> dict[str, dict[str, tuple[Array, Array, Array]]]:
+  """Moments of the features whose statistics the objectives fit.
+
+  Count `[parts]`, mean `[parts, d]` and covariance `[parts, d, d]` of each of
+  the `spec.accumulate` parts of a batch, by objective and feature.
+  """
+
+  def moments(part):
+    features = compute_statistics_features(spec, state, *part, mesh)
+    return {
+      name: {key: batch_moments(*pair) for key, pair in of_objective.items()}
+      for name, of_objective in features.items()
+    }
+
+  return jax.lax.map(moments, _split_batch(spec, state, batch, mesh))
 
 
 # ---------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import jax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from mtv_jax.checkpoint.checkpointer import saved_steps
 from mtv_jax.checkpoint.partial_restore import merge_params
+from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import schema
-from mtv_jax.encoder import loading
+from mtv_jax.encoder import description, loading
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
 from mtv_jax.train.state import TrainState
@@ -28,6 +28,14 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
+
+# Tokenizers that encode these equally are taken for equal: cases, punctuation,
+# digits, spaces, and letters beyond ASCII.
+_PROBE_TEXTS = (
+  "A photo of 2 dogs, playing!  It's Mary's red-and-white BALL.",
+  "ein Mädchen im Café \u2013 \u00bfd\u00f3nde? \u732b\u3068\u72ac",
+  "a small blue circle left of a large green square",
+)
 
 
 def initialize_state(train_step: TrainStep) -> TrainState:
@@ -56,6 +64,7 @@ def initialize_state(train_step: TrainStep) -> TrainState:
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
+      optional=r"heads/[^/]+/" if init.grow_heads else None,
     )
     log.info("Initialised from %s:\n%s", init.path, report)
     if init.teacher:
@@ -63,6 +72,32 @@ def initialize_state(train_step: TrainStep) -> TrainState:
   return train_step.program.init(
     params, read_teacher_params(train_step), teacher
   )
+
+
+def check_source_tokenizer(config: ConfigDict, tokenizer: Any) -> None:
+  """Raises ConfigError if a loaded text tower would read other tokens.
+
+  That is, where the tokenizer and its cleaning encode a text otherwise than
+  those of the folder that `config.init` names.
+  """
+  init, name = config.init, "text/token_embedding/embedding"
+  if not init or init.new_tokenizer or tokenizer is None:
+    return
+  if not any(re.search(regex, name) for regex in init.include or ("",)):
+    return
+  files = description.describe(init.path).tokenizer
+  if files is None:
+    return
+  source, length = files.build(), config.model.text.length
+  for text in _PROBE_TEXTS:
+    theirs, ours = (t.encode([text], length)[0] for t in (source, tokenizer))
+    if list(theirs) != list(ours):
+      raise ConfigError(
+        f"config.model.text: {init.path} was trained with {source!r}, this run "
+        f"has {tokenizer!r}, which encodes {text!r} otherwise. Take the "
+        "source's tokenizer and clean, or set config.init.new_tokenizer=True "
+        "to learn new token embeddings."
+      )
 
 
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
@@ -125,17 +160,13 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
 
 
 def read_teacher_models(
-  config: ConfigDict, workdir: pathlib.Path | None = None
+  config: ConfigDict, workdir: pathlib.PurePath | None = None
 ) -> None:
-  """Records the architectures of teachers with a path in a resolved config.
+  """Records the architectures and pixel statistics of teachers with a path.
 
   A run that resumes has recorded them, and their parameters are in its
   checkpoints: the teachers' own folders are not read.
-
-  Raises:
-    ConfigError: one was trained with other pixel statistics than this run's.
   """
-  ours = preprocess_from_config(config)
   recorded = {}
   if config.teachers and workdir is not None and saved_steps(workdir):
     recorded = read_recorded_config(workdir).get("teachers") or {}
@@ -148,15 +179,13 @@ def read_teacher_models(
     named = all(same.get(k) == entry[k] for k in ("path", "weights", "step"))
     if named and same.get("model"):
       entry.model = same["model"]
+      # Before these keys, teachers had the run's pixels.
+      for key in ("image_mean", "image_std"):
+        entry[key] = same.get(key)
       continue
     model = loading.read_model(
       entry.path, weights=entry.weights, step=entry.step
     )
-    theirs = Preprocess.from_dict(model.preprocess)
-    if (theirs.mean, theirs.std) != (ours.mean, ours.std):
-      raise ConfigError(
-        f"config.teachers.{name}: {entry.path} takes pixels of mean "
-        f"{theirs.mean} and deviation {theirs.std}, this run's views have "
-        f"{ours.mean} and {ours.std}. Train with the teacher's."
-      )
+    pixels = Preprocess.from_dict(model.preprocess)
+    entry.image_mean, entry.image_std = pixels.mean, pixels.std
     entry.model = model.spec.to_dict()["image"]

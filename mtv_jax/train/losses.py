@@ -34,7 +34,7 @@ def view_keys(
 ) -> dict[str, jax.Array]:
   """Random keys `[size]` for each view that is read."""
   seed = jax.random.key(spec.seed)
-  names = {e.view for e in spec.plan if e.tower == "image"}
+  names = {e.view_name for e in spec.plan if e.tower == "image"}
   keys = {
     n: row_keys(seed, spec.views[n].crops_of or n, step, size)
     for n in sorted(names)
@@ -123,7 +123,7 @@ def compute_loss_inputs(
   Args:
     spec: of the objectives to compute.
     params: the student's, by which the result is differentiated.
-    state: its teachers; its other parameters are not read.
+    state: its teachers and statistics; its other parameters are not read.
     batch: batch fields `[b, ...]`.
     keys: random keys `[b]` of the rows by view, see `view_keys`.
     mesh: over which the rows are sharded; None on one device.
@@ -136,8 +136,30 @@ def compute_loss_inputs(
   encoded = _encode(spec, spec.plan, params, state, batch, mesh)
   heads = bind_heads(spec, params["heads"], state)
   return {
-    name: _compute_loss_inputs_of(spec, name, encoded, heads, batch, mesh)
+    name: _compute_loss_inputs_of(
+      spec, name, encoded, heads, state, batch, mesh
+    )
     for name in spec.objectives
+  }
+
+
+def compute_statistics_features(
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, dict[str, tuple[Array, Array]]]:
+  """`Objective.statistics_features` of each objective; arguments as above."""
+  params, state = _gather_state(spec, state.params, state, mesh)
+  plan = {
+    e: taps for e, taps in spec.plan.items() if e.weights in spec.teachers
+  }
+  batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
+  encoded = _encode(spec, plan, params, state, batch, mesh)
+  return {
+    name: objective.statistics_features(encoded, batch)
+    for name, objective in spec.objectives.items()
   }
 
 
@@ -160,6 +182,7 @@ def _encode(
     mesh,
     batch["keys"],
     rope_keys(spec, state.step),
+    spec.convert_pixels,
   )
   return constrain_batch(encoded, mesh)
 
@@ -169,10 +192,12 @@ def _compute_loss_inputs_of(
   name: str,
   encoded: base.Encodings,
   heads: base.BoundHeads,
+  state: TrainState,
   batch: Batch,
   mesh: Mesh | None,
 ) -> Any:
   """The loss inputs of one objective."""
+  batch = {**batch, "statistics": state.statistics[name]}
   with jax.named_scope(name):
     inputs = spec.objectives[name].loss_inputs(encoded, heads, batch)
   return constrain_batch(inputs, mesh)
@@ -220,7 +245,7 @@ def linearize_encoder(
 
     def loss_inputs(read):
       inputs = _compute_loss_inputs_of(
-        spec, name, {**encoded, **read}, heads, batch, mesh
+        spec, name, {**encoded, **read}, heads, state, batch, mesh
       )
       return float_leaves(inputs), inputs
 

@@ -93,8 +93,11 @@ def make_update_fn(
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]:
   """`(state, batch) -> (state, metrics)`, not yet compiled.
 
-  Metrics are scalars by name: `loss`, `grad_norm`, `update_norm`, and for each
-  objective `NAME/loss`, `NAME/weight` and what it reports.
+  Metrics are scalars by name: `loss`, `grad_norm`, `update_norm`, `skipped`,
+  and for each objective `NAME/loss`, `NAME/weight` and what it reports.
+
+  Where the loss or gradient is not finite, `skipped` is 1 and the new state is
+  the old one, but for its step.
 
   `spec` has all objectives, as the state; `active_spec` those that this update
   computes.
@@ -124,8 +127,11 @@ def make_update_fn(
       metrics[f"{name}/weight"] = weights[name]
       for key, mean in term.report.items():
         metrics[f"{name}/{key}"] = mean.value()
-    return TrainState(
-      step=state.step + 1,
+    # Known before the update, so that no second state has to wait for it.
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["skipped"] = 1.0 - finite
+    new = TrainState(
+      step=state.step,
       params=params,
       opt_state=opt_state,
       teacher=update_teacher(active_spec, state.teacher, params, state.step),
@@ -137,7 +143,9 @@ def make_update_fn(
         {name: term.loss for name, term in terms.items()},
         active_spec.config_weights(state.step),
       ),
-    ), metrics
+    )
+    new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+    return new.replace(step=state.step + 1), metrics
 
   return update
 
@@ -221,6 +229,18 @@ class Program:
       return gradients.compute_encoder_grad_norms(spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
+
+  @functools.cached_property
+  def feature_moments(self) -> Any:
+    """`(state, batch, step, active) -> moments`, see `gradients`."""
+
+    def moments(state, batch, step, active):
+      spec = self.spec.select_objectives(active)
+      state = state.replace(step=step)
+      return gradients.compute_feature_moments(spec, state, batch, self.mesh)
+
+    replicated = replicated_sharding(self.mesh)
+    return self._jit(moments, replicated, replicated, static_argnums=3)
 
   @functools.cached_property
   def interference(self) -> Any:

@@ -17,12 +17,15 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.augment import views as views_lib
+from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.models import two_tower as model_lib
+from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.train import balance as balance_lib
 from mtv_jax.train import encodings
 from mtv_jax.train.optim.schedules import half_cosine
 from mtv_jax.train.state import TrainState
+from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -49,33 +52,6 @@ class ObjectiveWeight:
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenTeacher:
-  """A frozen image encoder, or a snapshot of the EMA teacher.
-
-  A snapshot is copied before the first update that reads it. With
-  `update_every` it is copied again after as many updates, `max_updates` times
-  at most, as DINOv3's Gram teacher (arXiv 2508.10104, section 4.2).
-  """
-
-  model: model_lib.ModelSpec
-  snapshot: bool = False  # Whether it starts as a copy of the EMA teacher.
-  update_every: int | None = None
-  max_updates: int | None = None
-
-  @property
-  def copies(self) -> bool:
-    """Whether it is ever copied from the EMA teacher."""
-    return self.snapshot or self.update_every is not None
-
-  def due(self, since: int) -> bool:
-    """Whether to copy it `since` updates after the first that reads it."""
-    if since <= 0 or not self.update_every:
-      return since == 0 and self.snapshot
-    count, rest = divmod(since, self.update_every)
-    return rest == 0 and (self.max_updates is None or count <= self.max_updates)
-
-
-@dataclasses.dataclass(frozen=True)
 class StepSpec:
   """Everything that the train step computes."""
 
@@ -87,8 +63,9 @@ class StepSpec:
   seed: int
   total_steps: int
   init: str = "big_vision"  # Of the towers, see `models/init.py`.
-  # Options of the towers that are not architecture (remat, scan, drop_path).
+  # Options of the towers that are not architecture (scan, drop_path).
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  remat: Remat = Remat("none")  # Of the towers, by encoding.
   teacher_momentum: float = 0.996  # EMA momentum at the start.
   teacher_end: float | None = None  # After half a cosine; None for constant.
   # What the teacher is an EMA of: `all`, or `heads` on the student's encoder.
@@ -111,6 +88,16 @@ class StepSpec:
     for name, objective in self.objectives.items():
       for encoding in objective.needs().encodings:
         self._check_encoding(f"config.objectives.{name}", encoding)
+    object.__setattr__(self, "views", self._add_sizes())
+
+  def _add_sizes(self) -> dict[str, views_lib.View]:
+    """The views, and those at other sizes that encodings read."""
+    resized = {
+      e.view_name: views_lib.resize_view(self.views[e.view], e.size)
+      for e in self.plan
+      if e.size
+    }
+    return {**self.views, **resized}
 
   def _check_encoding(self, where: str, encoding: base.Encoding) -> None:
     """Raises ConfigError unless the config has the encoding's parts."""
@@ -208,15 +195,24 @@ class StepSpec:
   @functools.cached_property
   def _teacher_towers(self) -> dict[str, Any]:
     options = dict(dtype=self.dtype, **self.runtime)
+    options["quantization"] = "none"  # Features of a teacher are targets.
     return {
       name: model_lib.image_tower(teacher.model, **options)
       for name, teacher in self.teachers.items()
     }
 
+  def convert_pixels(self, encoding: base.Encoding, images: Array) -> Array:
+    """Images of a view in the normalisation of an encoding's tower."""
+    teacher = self.teachers.get(encoding.weights)
+    if teacher is None or teacher.pixels is None:
+      return images
+    return teacher.pixels(images)
+
   def tower_of(self, encoding: base.Encoding) -> Any:
     """The linen module of an encoding."""
     frozen = self._teacher_towers.get(encoding.weights)
-    return self.towers[encoding.tower] if frozen is None else frozen
+    tower = self.towers[encoding.tower] if frozen is None else frozen
+    return tower.clone(remat=self.remat.choose(encoding.tower, encoding.view))
 
   @property
   def attention_heads(self) -> dict[str, int]:
@@ -281,11 +277,29 @@ class StepSpec:
     """Whether an objective reads a teacher's encoding."""
     return any(e.weights == base.TEACHER for e in self.plan)
 
+  @functools.cached_property
+  def feature_layouts(self) -> dict[str, FeatureLayout]:
+    """The features of label sets that objectives read, by teacher."""
+    layouts: dict[str, FeatureLayout] = {}
+    for objective in self.objectives.values():
+      for name, layout in objective.needs().features.items():
+        shapes = layouts[name].shapes if name in layouts else {}
+        layouts[name] = FeatureLayout(
+          layout.format, {**shapes, **layout.shapes}
+        )
+    return layouts
+
   def fields(self) -> dict[str, list[str]]:
     """Batch fields by name, each with the objectives that read it."""
     readers = {f: list(self.objectives) for f in ("image", "image_size")}
     for name, objective in self.objectives.items():
-      for field in objective.needs().fields:
+      needs = objective.needs()
+      of_features = [
+        field
+        for teacher, layout in needs.features.items()
+        for field in layout.fields(teacher)
+      ]
+      for field in (*needs.fields, *of_features):
         readers.setdefault(field, []).append(name)
     return readers
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mtv_jax.augment import views
 from mtv_jax.config import options, schema
 from mtv_jax.models import two_tower as model_lib
+from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import check_batch_size, make_mesh
 from mtv_jax.parallel.rules import check_sharding_rules
@@ -20,12 +21,12 @@ from mtv_jax.train.optim import param_rules
 from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.step_spec import (
-  FrozenTeacher,
   ObjectiveWeight,
   StepSpec,
   abstract_params,
   find_first_reads,
 )
+from mtv_jax.train.teachers import build_teachers, select_teachers
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -137,8 +138,11 @@ def build_step_spec(
   mean, std = schema.pixel_statistics(config.model)
   built_views = views.build_views(config.views.to_dict(), mean=mean, std=std)
   model = model_lib.ModelSpec.from_config(config.model)
+  teachers = build_teachers(config, model, length)
   objectives = {
-    name: build_objective(name, entry).resolve(model, built_views)
+    name: build_objective(name, entry)
+    .resolve(model, built_views)
+    .resolve_teachers(model, built_views, teachers)
     for name, entry in config.objectives.items()
   }
   _resolve_model(config, objectives, built_views)
@@ -147,6 +151,7 @@ def build_step_spec(
   spec = StepSpec(
     model=model,
     dtype=jnp.dtype(runtime.pop("dtype", "float32")),
+    remat=_read_remat(runtime.pop("remat", "none"), objectives),
     runtime=runtime,
     objectives=objectives,
     weights=weights,
@@ -160,8 +165,10 @@ def build_step_spec(
     teacher_ema=config.teacher.ema,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
-    teachers=_build_frozen_teachers(
-      config, model, find_first_reads(objectives, weights), length
+    teachers=select_teachers(
+      build_teachers(config, model, length),
+      model,
+      find_first_reads(objectives, weights),
     ),
   )
   if not config.optim.rules:
@@ -172,6 +179,17 @@ def build_step_spec(
   if all(r.frozen for r in table if r.name.startswith("image/")):
     _reject_encoder_gradients(config, spec.balance)
   return dataclasses.replace(spec, frozen=frozen)
+
+
+def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
+  """The towers' rematerialisation; entries are of encodings that are trained.
+
+  Raises:
+    ConfigError: for an unknown encoding, policy or array.
+  """
+  read = {e for o in objectives.values() for e in o.needs().encodings}
+  trained = [e for e in read if e.weights == base.STUDENT]
+  return Remat.parse(text, {key for e in trained for key in (e.tower, e.view)})
 
 
 def _reject_encoder_gradients(
@@ -252,50 +270,3 @@ def _build_balance(
   if every is not None:
     given["every_steps"] = every
   return options.build(method, given, where=where, reserved=(key,))
-
-
-def _build_frozen_teachers(
-  config: ConfigDict,
-  model: model_lib.ModelSpec,
-  first_reads: Mapping[str, int],
-  length: schema.RunLength,
-) -> dict[str, FrozenTeacher]:
-  """The frozen teachers of a config that objectives read."""
-  teachers = {}
-  for name, entry in config.teachers.items():
-    where = f"config.teachers.{name}"
-    if name in (base.STUDENT, base.TEACHER):
-      raise ConfigError(f"{where}: the name is taken; choose another.")
-    if name not in first_reads:
-      log.warning("No objective reads %s: it is not loaded.", where)
-      continue
-    spec = model_lib.ModelSpec(image=model.image)
-    if entry.model is not None:
-      spec = model_lib.ModelSpec.from_dict({"image": entry.model.to_dict()})
-    teacher = FrozenTeacher(
-      model=spec,
-      snapshot=entry.path is None,
-      update_every=length.steps("update_every", entry, default=None),
-      max_updates=entry.max_updates,
-    )
-    if teacher.copies and base.TEACHER not in first_reads:
-      raise ConfigError(
-        f"{where} is copied from the EMA teacher, which no objective reads. "
-        "Give a path without update_every, or add a self-distillation."
-      )
-    copied = first_reads[name]
-    if not teacher.snapshot:
-      copied += teacher.update_every or 0
-    if teacher.copies and copied < first_reads[base.TEACHER]:
-      raise ConfigError(
-        f"{where} is copied from the EMA teacher at step {copied}, which "
-        f"starts at step {first_reads[base.TEACHER]}. Start the objective that "
-        f"reads {name} later, or self-distillation earlier."
-      )
-    if teacher.copies and spec.image != model.image:
-      raise ConfigError(
-        f"{where} is copied from the EMA teacher and must have the student's "
-        "architecture: leave its `model` out."
-      )
-    teachers[name] = teacher
-  return teachers

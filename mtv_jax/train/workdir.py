@@ -1,18 +1,58 @@
-"""A run's folder: its lock and its recorded config."""
+"""A run's folder: its lock, its recorded config, and its copy in a bucket.
+
+A run in a bucket (`gs://`) writes its checkpoints there directly. All other
+files are written to a folder of this machine, from which they are uploaded:
+objects can't be appended to. At a start, the bucket's files replace those of
+the folder.
+"""
 
 import contextlib
+import dataclasses
+import hashlib
 import json
+import logging
 import os
 import pathlib
+import shutil
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
 
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.train.runtime.sessions import (
+  ALIVE_SECONDS,
+  read_alive,
+  read_sessions,
+  seconds_since,
+)
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError, StorageError, printable
+
+log = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".lock.owner"
+CHECKPOINTS = "checkpoints"
+UPLOAD_SECONDS = 30.0
+# Within which a run in a bucket shows that it goes on.
+WATCH_SECONDS = ALIVE_SECONDS + UPLOAD_SECONDS + 15.0
+# Beside the folder of a run in a bucket: its files that are not uploaded.
+_NOT_UPLOADED = "not_uploaded.json"
+# What Orbax and JAX write to the bucket themselves, and what no start reads.
+_NOT_STAGED = (CHECKPOINTS, "compiled", "events.out.*", "profile")
+
+
+class LockedError(ConfigError):
+  """Another process trains in the folder."""
+
+  exit_code = 1  # A restart may find it unlocked.
+
+
+class UploadError(StorageError):
+  """Files of a run are on this machine, and not in its bucket."""
 
 
 @contextlib.contextmanager
@@ -20,19 +60,24 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   """Locks a run's folder, created if missing, so that a second run is rejected.
 
   Two runs would delete each other's unfinished checkpoints. One process locks
-  it for all, until it exits. File systems that can't lock are trusted.
+  it for all, until it exits. File systems that can't lock are trusted. Buckets
+  have no locks: of a run there, one on another machine is known by its liveness
+  file, see `check_other_hosts`.
 
   Raises:
-    ConfigError: it is a file, contains a model that is not a run, or is locked.
+    ConfigError: it is a file, contains a model that is not a run, or is in a
+      bucket that can't hold a run.
+    LockedError: another process has locked it.
   """
-  if "://" in str(folder):
-    # `build_experiment` rejects it; no folder named `gs:` is created here.
-    yield
-    return
-  path = pathlib.Path(folder)
-  if path.exists() and not path.is_dir():
-    raise ConfigError(f"--workdir={folder} is a file; a folder is expected.")
-  read_recorded_config(path)
+  check_workdir(folder)
+  read_recorded_config(folder)
+  if path_lib.is_remote(folder):
+    path = _staging_folder(folder)
+    check_other_hosts(folder)
+  else:
+    path = pathlib.Path(folder)
+    if path.exists() and not path.is_dir():
+      raise ConfigError(f"--workdir={folder} is a file; a folder is expected.")
   path.mkdir(parents=True, exist_ok=True)
   owner = path / OWNER
   lock = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
@@ -40,17 +85,59 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
     lock.acquire()
   except filelock.Timeout:
     by = owner.read_text() if owner.exists() else "another process"
-    raise ConfigError(
+    raise LockedError(
       f"--workdir={folder} is locked by {by}. Wait, or give another folder."
     ) from None
   except (NotImplementedError, OSError):
     yield
     return
   try:
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    with contextlib.suppress(OSError):  # A full disk.
+      owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     yield
   finally:
     lock.release()
+
+
+def check_other_hosts(
+  workdir: str | os.PathLike, *, seconds: float | int = WATCH_SECONDS
+) -> None:
+  """Raises LockedError if a process of another machine trains in a folder.
+
+  Such a process writes the folder's liveness file again within `seconds`,
+  unless it compiles or evaluates for longer. A file that is an hour old, or
+  says that its process exits, is not waited for.
+  """
+  alive = read_alive(workdir)
+  if (
+    alive is None
+    or alive.get("activity") == "exit"
+    or alive.get("host") == socket.gethostname()
+    or seconds_since(alive) > 3600
+  ):
+    return
+  by = f"process {alive.get('process')} on {alive.get('host')}"
+  log.info(
+    "%s was trained by %s until %s without an exit. Waits up to %g s to see "
+    "whether it still is.",
+    workdir, by, alive.get("time"), seconds,
+  )  # fmt: skip
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    time.sleep(min(seconds / 10, 5.0))
+    if read_alive(workdir) != alive:
+      raise LockedError(
+        f"--workdir={workdir} is trained by {by}. Wait, or give another folder."
+      )
+
+
+def check_workdir(folder: str | os.PathLike) -> None:
+  """Raises ConfigError for a bucket that can't hold a run."""
+  if path_lib.is_remote(folder) and not str(folder).startswith("gs://"):
+    raise ConfigError(
+      f"--workdir={folder}: checkpoints can't be written to s3://. Give a "
+      "folder or gs://, and copy the run to S3 when it is complete."
+    )
 
 
 def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -61,12 +148,8 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
   Raises:
     ConfigError: config.json was not written by a run.
   """
-  path = pathlib.Path(folder) / "config.json"
-  if not path.is_file():
-    return {}
-  try:
-    content = json.loads(path.read_bytes())
-  except ValueError:
+  content = path_lib.read_json(path_lib.as_path(folder) / "config.json")
+  if content is None:
     return {}
   if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
@@ -74,3 +157,235 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
       " exported model?) and would be replaced. Give another folder."
     )
   return content
+
+
+# ---------------------------------------------------------------------------
+# Runs in buckets.
+
+
+@dataclasses.dataclass
+class RunFolder:
+  """Where a run's files are written on this machine."""
+
+  url: str | os.PathLike  # As given.
+  folder: pathlib.Path  # The same, unless it is in a bucket.
+  uploads: bool = False  # To a bucket, from this process.
+
+  def __post_init__(self):
+    self._lock = threading.Lock()
+    self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
+
+  def list_files(self) -> dict[pathlib.Path, tuple[int, int]]:
+    """Modification time and size of the files to upload."""
+    files = {}
+    for file in self.folder.rglob("*"):
+      with contextlib.suppress(FileNotFoundError):  # A file that was replaced.
+        if file.is_file() and not atomic.is_temporary(file):
+          state = file.stat()
+          files[file] = state.st_mtime_ns, state.st_size
+    return files
+
+  def upload(self) -> bool:
+    """Uploads the files that have changed; whether that succeeded.
+
+    An error is a warning: the next upload tries again.
+    """
+    if not self.uploads:
+      return True
+    try:
+      self.upload_changed()
+    except OSError as error:
+      log.warning("%s can't be uploaded: %s", self.url, error)
+      return False
+    return True
+
+  def upload_changed(self) -> None:
+    """Uploads the files that have changed.
+
+    Raises:
+      OSError: the bucket can't be written.
+    """
+    with self._lock:
+      for file, state in self._list_changed().items():
+        # Read at once, as rows may be appended meanwhile.
+        self._upload_file(str(file.relative_to(self.folder)))
+        self._uploaded[file] = state
+
+  def upload_last(self) -> None:
+    """Uploads the files that have changed, which no session will change.
+
+    Raises:
+      UploadError: names those that are not in the bucket. The next session on
+        this machine uploads them, see `upload_remaining`.
+    """
+    try:
+      self.upload_changed()
+    except OSError as error:
+      changed = self._list_changed()
+      names = sorted(str(f.relative_to(self.folder)) for f in changed)
+      with contextlib.suppress(OSError):  # A full disk.
+        atomic.write_text(self._record, json.dumps(names))
+      raise UploadError(
+        f"{self.url} lacks files of the run: {printable(', '.join(names))}."
+        f" {error}. They are in {self.folder}. Run the same command on this"
+        " machine, which uploads them, or upload them by: gcloud storage cp"
+        f" --recursive '{self.folder}/*' {self.url}/"
+      ) from error
+
+  def upload_remaining(self) -> None:
+    """Uploads what the last session on this machine could not.
+
+    Where another machine has trained the run since, its files are newer, and a
+    run that was deleted from the bucket starts anew: the files of this machine
+    are left in a folder of their own.
+
+    Raises:
+      OSError: the bucket can't be read or written.
+    """
+    names = path_lib.read_json(self._record, tolerant=True)
+    if not isinstance(names, list) or not self.folder.is_dir():
+      return
+    problem = self._find_newer()
+    if problem is None:
+      missing = [n for n in names if not (self.folder / n).is_file()]
+      if missing:
+        log.warning(
+          "%s lacks files that are no longer in %s either: %s.",
+          *(self.url, self.folder, printable(", ".join(missing))),
+        )
+      for name in names:
+        if name not in missing:
+          self._upload_file(name)
+      count = len(names) - len(missing)
+      log.info("Uploaded %d files that %s lacked.", count, self.url)
+    else:
+      old = f"{self.folder.name}.{time.time_ns()}"
+      self.folder.rename(self.folder.with_name(old))
+      log.warning(
+        "%s %s since a session here that could not upload %d files. They are in"
+        " %s.",
+        *(self.url, problem, len(names), self.folder.with_name(old)),
+      )
+    self._record.unlink()
+
+  def _find_newer(self) -> str | None:
+    """What happened to the run since the session here; None for nothing."""
+    known = _list_starts(read_sessions(self.folder))
+    # An error of the bucket would read as a run without sessions.
+    there = _list_starts(read_sessions(self.url, tolerant=False))
+    if not there <= known:
+      return "was trained on another machine"
+    # The session may have written checkpoints, and no record.
+    if not there and not path_lib.list_folder(self.url):
+      return "was deleted"
+    return None
+
+  @property
+  def _record(self) -> pathlib.Path:
+    return self.folder.with_name(_NOT_UPLOADED)
+
+  def _list_changed(self) -> dict[pathlib.Path, tuple[int, int]]:
+    return {
+      file: state
+      for file, state in self.list_files().items()
+      if self._uploaded.get(file) != state
+    }
+
+  def _upload_file(self, name: str) -> None:
+    data = (self.folder / name).read_bytes()
+    path_lib.write_bytes(path_lib.as_path(self.url) / name, data)
+
+
+def _warn_of_remaining(workdir: str | os.PathLike) -> None:
+  """Warns of files of a session in which this machine had process 0."""
+  folder = local_folder(workdir)
+  names = path_lib.read_json(folder.with_name(_NOT_UPLOADED), tolerant=True)
+  if isinstance(names, list) and folder.is_dir():
+    log.warning(
+      "%s may lack %d files of a session that had process 0 on this machine."
+      " They are in %s. A start with process 0 on this machine uploads them.",
+      *(workdir, len(names), folder),
+    )
+
+
+def _list_starts(sessions: Sequence[dict[str, Any]]) -> set[str]:
+  return {f"{s.get('started')} {s.get('host')}" for s in sessions}
+
+
+@contextlib.contextmanager
+def open_run_folder(
+  workdir: str | os.PathLike, *, process_index: int = 0
+) -> Iterator[RunFolder]:
+  """Yields the folder to write to, and uploads it if `workdir` is in a bucket.
+
+  Process 0 uploads what has changed every `UPLOAD_SECONDS`, and on exit. Every
+  process reads the bucket's files.
+
+  Raises:
+    OSError: the bucket can't be read, or lacks files of the last session on
+      this machine and can't be written.
+    UploadError: files can't be uploaded on exit. Logged where the context ends
+      by another error.
+  """
+  if not path_lib.is_remote(workdir):
+    yield RunFolder(workdir, pathlib.Path(workdir))
+    return
+  check_workdir(workdir)
+  folder = local_folder(workdir, process_index=process_index)
+  run = RunFolder(workdir, folder, uploads=process_index == 0)
+  if run.uploads:
+    run.upload_remaining()
+  else:
+    _warn_of_remaining(workdir)
+  shutil.rmtree(folder, ignore_errors=True)
+  run.folder.mkdir(parents=True)
+  path_lib.download_folder(workdir, folder, ignore=_NOT_STAGED)
+  run._uploaded = run.list_files()
+  exits = threading.Event()
+
+  def upload_repeatedly() -> None:
+    while not exits.wait(UPLOAD_SECONDS):
+      run.upload()
+
+  thread = threading.Thread(target=upload_repeatedly, daemon=True)
+  thread.start()
+  failed = True
+  try:
+    yield run
+    failed = False
+  finally:
+    exits.set()
+    thread.join()
+    if run.uploads:
+      try:
+        run.upload_last()
+      except UploadError as error:
+        if not failed:
+          raise
+        log.error("%s", error)
+
+
+def local_folder(
+  workdir: str | os.PathLike, *, process_index: int = 0
+) -> pathlib.Path:
+  """The folder of this machine to which a process writes a run's files."""
+  if not path_lib.is_remote(workdir):
+    return pathlib.Path(workdir)
+  name = path_lib.as_path(workdir).name
+  return _staging_folder(workdir) / f"{process_index}" / name
+
+
+def copy_run(workdir: str | os.PathLike, folder: pathlib.Path) -> pathlib.Path:
+  """A run's folder, or its files except checkpoints copied into `folder`."""
+  if not path_lib.is_remote(workdir):
+    return pathlib.Path(workdir)
+  target = folder / path_lib.as_path(workdir).name
+  target.mkdir(parents=True)
+  path_lib.download_folder(workdir, target, ignore=_NOT_STAGED)
+  return target
+
+
+def _staging_folder(workdir: str | os.PathLike) -> pathlib.Path:
+  url = os.fspath(workdir).rstrip("/")
+  digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+  return path_lib.cache_folder() / "runs" / digest

@@ -1,11 +1,14 @@
 """Atomic writes, and removal of the temporary files of killed processes.
 
-A file is written as `.NAME.OWNER.NUMBER.tmp` and renamed when it is complete.
-The owner is the writing process. Temporary files of this machine's dead
-processes are abandoned at once, those of other machines after `STALE_SECONDS`.
+A file or a folder is written as `.NAME.OWNER.NUMBER.tmp` and renamed when it is
+complete. The owner is the writing process. Temporary files of this machine's
+dead processes are abandoned at once, those of other machines after
+`STALE_SECONDS`.
 """
 
 import contextlib
+import ctypes
+import errno
 import functools
 import glob
 import hashlib
@@ -14,14 +17,21 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
+
+from mtv_jax.utils.errors import InputError
 
 STALE_SECONDS = 300.0
 
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+\.tmp")
+_OWNED = r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+"
+_TEMPORARY = re.compile(_OWNED + r"\.tmp")
+# A folder that is being replaced, where two folders can't be exchanged.
+_REPLACED = re.compile(_OWNED + r"\.old")
 _numbers = itertools.count()
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 
 class Owner(NamedTuple):
@@ -81,27 +91,151 @@ def temporary_path(file: pathlib.Path) -> pathlib.Path:
   )
 
 
+def is_temporary(path: pathlib.Path) -> bool:
+  """Whether a path is named like an unfinished file or folder."""
+  return _TEMPORARY.fullmatch(path.name) is not None
+
+
 @contextlib.contextmanager
 def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path, and renames it to `file` on success.
 
-  Readers see the old content or the new one, never a part.
+  Readers see the old content or the new one, never a part. Pipes and devices
+  (`/dev/stdout`) are written to, and links are followed.
   """
+  if file.exists() and not (file.is_file() or file.is_dir()):
+    yield file
+    return
+  if file.is_symlink():
+    file = file.resolve()
   temporary = temporary_path(file)
   try:
     yield temporary
-    # Without it, a crash of the machine may keep the rename and lose the bytes.
-    with temporary.open("rb") as stream:
-      os.fsync(stream.fileno())
+    _sync(temporary)
     os.replace(temporary, file)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_folder(
+  folder: pathlib.Path, *, replaced: Collection[str] = ()
+) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder, and renames it to `folder` on success.
+
+  Readers see the old folder or the new one, never a part, also after a kill.
+  First removes what killed processes left of the same folder.
+
+  Args:
+    folder: new, or an existing one, which is replaced.
+    replaced: the names in an existing folder that the new one stands for; all
+      others stay in it.
+
+  Raises:
+    InputError: the folder can't be renamed, as that of a mount.
+  """
+  folder = folder.resolve()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  remove_abandoned(folder.parent, name=f"{folder.name}.")
+  _restore_replaced(folder)
+  temporary = temporary_path(folder)
+  temporary.mkdir()
+  try:
+    yield temporary
+    for file in temporary.rglob("*"):
+      if file.is_file():
+        _sync(file)
+    if folder.exists():
+      _link_others(folder, temporary, replaced)
+    try:
+      _exchange(temporary, folder)
+    except OSError as error:
+      if error.errno not in (errno.EBUSY, errno.EXDEV):
+        raise
+      raise InputError(
+        f"{folder} can't be replaced ({error.strerror}): it is the folder of a "
+        "mount. Name a folder in it."
+      ) from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(file: pathlib.Path) -> None:
+  """Without it, a crash of the machine may keep a rename and lose the bytes."""
+  with file.open("rb") as stream:
+    os.fsync(stream.fileno())
+
+
+def _link_others(
+  folder: pathlib.Path, new: pathlib.Path, replaced: Collection[str]
+) -> None:
+  """Takes the files that are not `replaced` over into a new folder."""
+
+  def link(source: str, target: str) -> None:
+    if os.path.exists(target):
+      return
+    try:
+      os.link(source, target)
+    except OSError:  # No hard links on this file system.
+      shutil.copy2(source, target)
+
+  def ignore(parent: str, names: list[str]) -> list[str]:
+    is_top = pathlib.Path(parent) == folder
+    return [n for n in names if is_top and n in replaced]
+
+  shutil.copytree(
+    folder,
+    new,
+    symlinks=True,
+    ignore=ignore,
+    copy_function=link,
+    dirs_exist_ok=True,
+  )
+
+
+def _exchange(new: pathlib.Path, folder: pathlib.Path) -> None:
+  """Renames a folder to another one, whose content is then under `new`."""
+  if not folder.exists() or not any(folder.iterdir()):
+    os.replace(new, folder)
+    return
+  renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+  if renameat2 is not None:
+    paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(folder))
+    if renameat2(*paths, _RENAME_EXCHANGE) == 0:
+      return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+      raise OSError(code, os.strerror(code), str(folder))
+  # Some network file systems, and not Linux: the folder is absent for a moment.
+  old = temporary_path(folder).with_suffix(".old")
+  os.utime(folder)  # Other machines know by it that this process is alive.
+  os.replace(folder, old)
+  os.replace(new, folder)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore_replaced(folder: pathlib.Path) -> None:
+  """Restores or removes what a process killed in `_exchange` had renamed."""
+  for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+    match = _REPLACED.fullmatch(old.name)
+    with contextlib.suppress(FileNotFoundError):
+      if not match or not is_abandoned(old, Owner.parse(match[1])):
+        continue
+      if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+      else:
+        os.replace(old, folder)
 
 
 def write(file: pathlib.Path, data: bytes) -> None:
   """Writes a file with `replace_file`."""
   with replace_file(file) as temporary:
     temporary.write_bytes(data)
+
+
+def write_text(file: str | os.PathLike, text: str) -> None:
+  """Writes a UTF-8 file with `replace_file`; lone surrogates become '?'."""
+  write(pathlib.Path(file), text.encode("utf-8", "replace"))
 
 
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
@@ -130,13 +264,17 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 def seconds_since_modified(file: pathlib.Path) -> float:
   """Seconds since a file was modified, by the file system's clock.
 
+  A folder's last change is that of any file in it.
+
   Raises:
     FileNotFoundError: the file does not exist.
   """
   clock = temporary_path(file)
   try:
     clock.touch()
-    return clock.stat().st_mtime - file.stat().st_mtime
+    files = [file, *file.rglob("*")] if file.is_dir() else [file]
+    latest = max(f.lstat().st_mtime for f in files)
+    return clock.stat().st_mtime - latest
   finally:
     clock.unlink(missing_ok=True)
 
@@ -155,10 +293,10 @@ def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
 
 
 def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
-  """Removes abandoned temporary files of a folder and returns their number.
+  """Removes abandoned temporary files and folders; returns their number.
 
   Args:
-    folder: the files' folder.
+    folder: where they are.
     name: how the names of the complete files start.
   """
   removed = 0
@@ -166,6 +304,9 @@ def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
     match = _TEMPORARY.fullmatch(file.name)
     with contextlib.suppress(FileNotFoundError):
       if match and is_abandoned(file, Owner.parse(match[1])):
-        file.unlink()
+        if file.is_dir():
+          shutil.rmtree(file, ignore_errors=True)
+        else:
+          file.unlink()
         removed += 1
   return removed

@@ -5,15 +5,21 @@ defect and keeps its traceback.
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
   """Base class: an option, a file or a data set that can't be used."""
 
+  exit_code = 1  # Of a command.
+
 
 class ConfigError(UserError, ValueError):
   """An invalid config key, option or argument."""
+
+  exit_code = 2  # As argparse: the same command fails again.
 
 
 class InputError(UserError, ValueError):
@@ -22,6 +28,23 @@ class InputError(UserError, ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
   """A file or folder that does not exist."""
+
+
+class StorageError(UserError, OSError):
+  """A file or folder that can't be written, or a bucket that can't be read."""
+
+
+class FolderError(UserError, IsADirectoryError):
+  """A folder where a file is expected."""
+
+
+def printable(value: object, limit: int = 400) -> str:
+  """Text for a message: cut in its middle, lone surrogates escaped."""
+  text = str(value)
+  if len(text) > limit:
+    head, tail = text[: limit - limit // 4], text[-(limit // 4) :]
+    text = f"{head} [... {len(text) - limit} characters ...] {tail}"
+  return text.encode(errors="backslashreplace").decode()
 
 
 def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
@@ -49,3 +72,13 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     raise ConfigError(
       f"{what} is {value!r}. {did_you_mean(str(value), choices)}"
     )
+
+
+def import_extra(module: str, extra: str) -> Any:
+  """Imports a package of an optional dependency; ImportError without it."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise ImportError(
+      f"{module} is not installed: pip install 'mtv_jax[{extra}]'."
+    ) from error

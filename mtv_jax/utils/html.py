@@ -219,5 +219,7 @@ a { color: var(--link); text-decoration: none; }
 @media (max-width: 600px) {
   body { margin: 1em auto; padding: 0 1em; }
   .several figure { max-width: 100%; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere;
+    min-width: 8em; }
 }
 """

@@ -143,7 +143,7 @@ def _number(file: pathlib.Path) -> int:
 def _create(file: pathlib.Path) -> int | None:
   with contextlib.suppress(FileExistsError):
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-    return os.open(file, flags, 0o644)
+    return os.open(file, flags, 0o666)
   return None
 
 

@@ -10,9 +10,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from mtv_jax.utils import atomic, charts, html, markdown
+from mtv_jax.utils import atomic, charts, html, markdown, plots
 
 
 class ImageFile(NamedTuple):
@@ -61,8 +60,9 @@ def write_pages(
     "\n\n".join(_render(blocks, markdown)) + "\n",
   )
   for name, text in zip(names, texts, strict=True):
-    # Lone surrogates of file names have no encoding.
-    atomic.write(output / name, text.encode("utf-8", "replace"))
+    atomic.write_text(output / name, text)
+  for folder in {output, *(file.parent for file in files)}:
+    atomic.remove_abandoned(folder)
   return [*(output / name for name in names), *files]
 
 
@@ -101,10 +101,11 @@ def _write_image(image: ImageFile, output: pathlib.Path) -> pathlib.Path:
   path = output / image.path
   if image.source is None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.image).save(path)
+    plots.save_image(image.image, path)
   elif not path.exists() or not path.samefile(image.source):
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(image.source, path)
+    with atomic.replace_file(path) as temporary:
+      shutil.copyfile(image.source, temporary)
   return path
 
 

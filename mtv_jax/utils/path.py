@@ -1,133 +1,342 @@
-"""Paths in configs: brace ranges, globs and lists.
+"""Paths in configs, on file systems and on object stores (`gs://`, `s3://`).
 
-A path may be a brace range (`cc3m/{00000..00331}.tar`), a brace list
-(`{train,restval}.tar`), a glob (`cc3m/*.tar`), several of these separated by
-commas, or a list of any of them.
+A local path is a `pathlib.Path`, one in a bucket an `epath.Path`, both
+`PurePath`s; the functions here read and write both.
 """
 
-import glob
+import datetime
+import fnmatch
+import hashlib
+import io
+import json
+import logging
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
+import shutil
+import stat as stat_lib
+from collections.abc import Iterable, Sequence
+from concurrent import futures
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
-from mtv_jax.utils.errors import InputError, MissingFileError
+import filelock
 
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_REMOTE = re.compile(r"^[a-z][a-z0-9+.-]*://|^pipe:", re.IGNORECASE)
+from mtv_jax.utils import atomic, buckets
+from mtv_jax.utils.buckets import AnyPath
+from mtv_jax.utils.buckets import is_remote as is_remote
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+)
+
+log = logging.getLogger(__name__)
+
+# Folder of this machine for copies of files in buckets.
+CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
+_COPY_THREADS = 8
+_LARGE = 1 << 26  # Bytes of a copy that is logged.
+_READ_AHEAD = 1 << 24  # Bytes of a request, where a file is read in order.
 
 
-def expand_path(
-  path: str | os.PathLike | Sequence[str | os.PathLike],
-  *,
-  suffix: str = ".tar",
-) -> list[Path]:
-  """The existing files that `path` stands for, globs sorted, no file twice.
+def as_path(path: AnyPath) -> PurePath:
+  """A `pathlib.Path`, or the `epath.Path` of a URL."""
+  if not is_remote(path):
+    return Path(path)
+  from etils import epath
+
+  buckets.configure()
+  return epath.Path(path)
+
+
+def is_same(path: AnyPath, other: AnyPath) -> bool:
+  """Whether two paths name one file or folder."""
+  if is_remote(path) or is_remote(other):
+    return os.fspath(path).rstrip("/") == os.fspath(other).rstrip("/")
+  return os.path.realpath(path) == os.path.realpath(other)
+
+
+def refuse_remote(path: AnyPath, what: str, instead: str) -> None:
+  """Raises InputError for a path in a bucket, where only files work."""
+  if is_remote(path):
+    raise InputError(f"{what} {os.fspath(path)} is in a bucket. {instead}")
+
+
+# ---------------------------------------------------------------------------
+# Files in buckets.
+
+
+class Stat(NamedTuple):
+  """Size and modification time, named as in `os.stat_result`."""
+
+  st_size: int
+  st_mtime_ns: int
+
+
+def stat(path: PurePath) -> os.stat_result | Stat:
+  """Size and modification time of a file; FileNotFoundError if missing."""
+  if not is_remote(path):
+    return os.stat(path)
+  info = buckets.request(path, "read", "info")
+  modified = info.get("LastModified") or info.get("mtime")
+  if not isinstance(modified, datetime.datetime):
+    return Stat(info["size"], 0)
+  # In integers: a float has no nanoseconds.
+  epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+  microseconds = (modified - epoch) // datetime.timedelta(microseconds=1)
+  return Stat(info["size"], 1000 * microseconds)
+
+
+def exists(path: AnyPath) -> bool:
+  """Whether there is a file or a folder."""
+  if not is_remote(path):
+    return os.path.exists(path)
+  return buckets.request(path, "read", "exists")
+
+
+def is_file(path: AnyPath) -> bool:
+  """Whether there is a file."""
+  if not is_remote(path):
+    return os.path.isfile(path)
+  return buckets.request(path, "read", "isfile")
+
+
+def is_folder(path: AnyPath) -> bool:
+  """Whether a path is a folder; in a bucket, whether objects are below it."""
+  if not is_remote(path):
+    return os.path.isdir(path)
+  return buckets.request(path, "read", "isdir")
+
+
+def list_folder(path: AnyPath) -> list[str]:
+  """The names in a folder, sorted; none if it does not exist."""
+  if not is_remote(path):
+    return sorted(os.listdir(path)) if os.path.isdir(path) else []
+  return sorted(buckets.list_objects(os.fspath(path)))
+
+
+def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
+  """Opens a file that is read mostly in order; of a bucket in long ranges."""
+  if not is_remote(path):
+    return open(path, "rb", buffering=buffering)
+  return io.BufferedReader(_RangedFile(path), _READ_AHEAD)
+
+
+class _RangedFile(io.RawIOBase):
+  """A file of a bucket; each read is a request, repeated where it fails."""
+
+  def __init__(self, path: PurePath):
+    super().__init__()
+    self._path, self._at = path, 0
+    self._size = stat(path).st_size
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._at
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
+    self._at = base[whence] + offset
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    size = max(min(len(buffer), self._size - self._at), 0)
+    data = read_range(self._path, self._at, size) if size else b""
+    buffer[: len(data)] = data
+    self._at += len(data)
+    return len(data)
+
+
+def read_bytes(path: PurePath) -> bytes:
+  """The content of a file."""
+  if not is_remote(path):
+    return Path(path).read_bytes()
+  return buckets.request(path, "read", "cat_file")
+
+
+def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
+  """The content of a JSON file; None without one, or for one that is none.
+
+  Of files that a run writes for its later sessions, and a crash may truncate.
 
   Args:
-    path: brace ranges, brace lists, globs, commas or a list of them.
-    suffix: how such files end, for the hint in errors.
+    path: of the file.
+    tolerant: whether a file that can't be read is as none.
 
   Raises:
-    MissingFileError: a glob matches nothing, or files of a range or a plain
-      name are missing.
-    InputError: a file appears twice, a brace is malformed or the path is on an
-      object store.
+    OSError: the file can't be read.
   """
-  files: list[Path] = []
-  missing: list[str] = []
-  patterns = [p for item in _as_list(path) for p in _braces(item)]
-  if not patterns:
-    raise InputError(f"The path {path!r} names no file.")
-  for pattern in patterns:
-    if _REMOTE.match(pattern):
-      raise InputError(
-        f"{pattern!r} is not on a file system. Mount the bucket (gcsfuse, s3fs)"
-        " or copy the files: records are read at random offsets."
-      )
-    pattern = os.path.expanduser(pattern)
-    if os.path.exists(pattern):
-      # Before the glob, since a file's name may have brackets.
-      files.append(Path(pattern))
-    elif glob.has_magic(pattern):
-      matches = sorted(glob.glob(pattern, recursive=True))
-      if not matches:
-        prefix = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-        raise MissingFileError(
-          f"{pattern!r} matches no file. "
-          + _describe_folder(Path(prefix + "x").parent, suffix)
-        )
-      files.extend(map(Path, matches))
-    else:
-      missing.append(pattern)
-  if missing:
-    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    raise MissingFileError(
-      f"{len(missing)} of {len(patterns)} files are missing:"
-      f" {', '.join(missing[:8])}{more}."
-      f" {_describe_folder(Path(missing[0]).parent, suffix)} Add the missing"
-      " files, or leave them out of the path (with a glob)."
-    )
-  # Not resolve(): a system call per file and component adds up on network
-  # disks, and the check of the keys detects two links to a file.
-  names: set[str] = set()
-  for file in files:
-    if file.is_dir():
-      raise IsADirectoryError(
-        f"{file} is a folder; write {str(file / ('*' + suffix))!r}."
-      )
-    if os.path.abspath(file) in names:
-      raise InputError(
-        f"{file} is in the path twice; to see data more often, raise the"
-        " `weight` of its entry."
-      )
-    names.add(os.path.abspath(file))
-  return files
+  try:
+    data = read_bytes(path)
+  except OSError as error:
+    missing = FileNotFoundError | IsADirectoryError | NotADirectoryError
+    if tolerant or isinstance(error, missing):
+      return None
+    raise
+  try:
+    return json.loads(data)
+  except ValueError:
+    return None
 
 
-def _as_list(path: str | os.PathLike | Sequence) -> list[str]:
-  """Splits lists and commas, the latter only outside braces."""
-  if not isinstance(path, str | os.PathLike):
-    return [part for item in path for part in _as_list(item)]
-  parts = re.split(r",(?![^{]*\})", os.fspath(path))
-  return [part.strip() for part in parts if part.strip()]
+def check_regular(file: PurePath) -> None:
+  """Raises InputError for a pipe or a device, which may never end."""
+  if is_remote(file):
+    return
+  mode = os.stat(file).st_mode
+  if not stat_lib.S_ISREG(mode):
+    kinds = {stat_lib.S_IFIFO: "a pipe", stat_lib.S_IFSOCK: "a socket"}
+    kinds[stat_lib.S_IFDIR] = "a folder"
+    kind = kinds.get(stat_lib.S_IFMT(mode), "a device")
+    raise InputError(f"{file} is {kind}, expected a regular file.")
 
 
-def _braces(pattern: str) -> list[str]:
-  """`a{08..10}` -> a08 a09 a10; `{x,y}z` -> xz yz; products of several."""
-  before, opening, rest = pattern.partition("{")
-  inside, closing, after = rest.partition("}")
-  if not opening and "}" not in pattern:
-    return [pattern]
-  if not closing:
-    raise InputError(f"{pattern!r} has unbalanced braces.")
-  if match := _RANGE.fullmatch(inside.strip()):
-    first, last = match.groups()
-    if int(last) < int(first):
-      raise InputError(f"The range {{{inside}}} of {pattern!r} is empty.")
-    # Leading zeros as in the first number, like bash.
-    width = len(first) if first.startswith("0") else 0
-    options = [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
-  elif "," in inside:
-    options = [option.strip() for option in inside.split(",")]
-  else:
-    raise InputError(
-      f"{{{inside}}} of {pattern!r} is not a range; write {{00000..00012}} or"
-      " {a,b}."
-    )
-  tails = _braces(after)
-  return [before + option + tail for option in options for tail in tails]
+def read_regular(file: PurePath, *, limit: int | None = None) -> bytes:
+  """The bytes of a regular file of at most `limit`; else an InputError."""
+  check_regular(file)
+  if limit is not None and (size := stat(file).st_size) > limit:
+    raise InputError(f"{file} has {size:,} bytes; at most {limit:,} are read.")
+  return read_bytes(file)
 
 
-def _describe_folder(folder: Path, suffix: str) -> str:
-  if not folder.is_dir():
-    return f"There is no folder {folder}."
-  names = sorted(entry.name for entry in folder.iterdir())
-  if not names:
-    return f"{folder} is empty."
-  ending = [name for name in names if name.endswith(suffix)]
-  shown = ending or names
-  return (
-    f"{folder} has {len(ending)} of {len(names)} names in {suffix!r},"
-    f" {shown[0]} to {shown[-1]}."
-  )
+def read_range(path: PurePath, offset: int, size: int) -> bytes:
+  """Bytes of a file in a bucket, in one request; fewer at its end."""
+  span = dict(start=offset, end=offset + size)
+  return buckets.request(path, "read", "cat_file", **span)
+
+
+def write_bytes(path: PurePath, data: bytes) -> None:
+  """Writes a file; readers see the old content or the new one.
+
+  Creates its folder. An object of a bucket appears when it is complete.
+  """
+  if is_remote(path):
+    buckets.request(path, "written", "pipe_file", data)
+    return
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  atomic.write(Path(path), data)
+
+
+def remove(path: PurePath) -> None:
+  """Removes a file, if it exists."""
+  if not is_remote(path):
+    Path(path).unlink(missing_ok=True)
+  elif exists(path):
+    buckets.request(path, "removed", "rm_file")
+
+
+def remove_folder(path: PurePath) -> None:
+  """Removes a folder with all that is below it, if it exists."""
+  if not is_remote(path):
+    shutil.rmtree(path, ignore_errors=True)
+  elif exists(path):
+    buckets.request(path, "removed", "rm", recursive=True)
+
+
+def upload(file: Path, path: PurePath) -> None:
+  """Copies a local file to a bucket."""
+  put = buckets.get_store(path).put_file
+  buckets.retry(path, "written", put, os.fspath(file), os.fspath(path))
+
+
+def upload_folder(
+  folder: Path, path: PurePath, *, last: Sequence[str] = ()
+) -> None:
+  """Copies the files of a local folder to a bucket.
+
+  Args:
+    folder: the local folder.
+    path: the folder in the bucket.
+    last: names that are removed first and written last, in this order: a folder
+      without them is not complete.
+  """
+  names = [f.relative_to(folder) for f in folder.rglob("*") if f.is_file()]
+  order = sorted(names, key=lambda n: (str(n) in last, str(n)))
+  order = [n for n in order if str(n) not in last]
+  for name in last:
+    remove(path / name)
+  for name in (*order, *(PurePath(n) for n in last if PurePath(n) in names)):
+    upload(folder / name, path / name)
+
+
+def cache_folder() -> Path:
+  """This machine's folder for copies of files in buckets."""
+  if given := os.environ.get(CACHE_VARIABLE):
+    return Path(given).expanduser()
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return Path(base) / "mtv_jax"
+
+
+def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
+  """A local path itself, or a local copy of a file or a folder of a bucket.
+
+  The copy is renewed when the object changes. Of several processes one copies.
+
+  Args:
+    path: a file, or a folder, which is copied with all that is below it.
+    cache: the folder for copies; `cache_folder()` by default.
+
+  Raises:
+    MissingFileError: there is nothing at the URL.
+    StorageError: the bucket can't be read.
+  """
+  if not is_remote(path):
+    return Path(path)
+  url = os.fspath(path).rstrip("/")
+  files = buckets.list_tree(url)
+  if not files:
+    raise MissingFileError(f"There is nothing at {url}.")
+  lines = [
+    f"{n}\0{i['size']}\0{buckets.object_version(i)}"
+    for n, i in sorted(files.items())
+  ]
+  digest = hashlib.blake2b("\n".join([url, *lines]).encode(), digest_size=12)
+  base = cache_folder() if cache is None else Path(cache).expanduser()
+  folder = base / digest.hexdigest()
+  target = folder / url.rsplit("/", 1)[-1]
+  if target.exists():
+    return target
+  base.mkdir(parents=True, exist_ok=True)
+  with filelock.FileLock(f"{folder}.lock"):
+    if not target.exists():
+      size = sum(info["size"] for info in files.values())
+      level = logging.INFO if size > _LARGE else logging.DEBUG
+      log.log(level, "Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
+      with atomic.replace_folder(folder) as temporary:
+        _download(url, files, temporary / target.name)
+  return target
+
+
+def download_folder(
+  path: AnyPath, folder: Path, *, ignore: Sequence[str] = ()
+) -> None:
+  """Copies a folder of a bucket, if it exists, to a local one.
+
+  Args:
+    path: the folder in the bucket.
+    folder: the local folder.
+    ignore: patterns of names in the folder that are left out.
+  """
+  url = os.fspath(path).rstrip("/")
+  names = [
+    name
+    for name in buckets.list_tree(url)
+    if not any(fnmatch.fnmatch(name.split("/")[0], p) for p in ignore)
+  ]
+  _download(url, names, folder)
+
+
+def _download(url: str, names: Iterable[str], target: Path) -> None:
+  """Copies the files of a folder; of a file, whose only name is empty."""
+
+  def copy(name: str) -> None:
+    file = target / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    source = f"{url}/{name}" if name else url
+    buckets.request(source, "read", "get_file", str(file))
+
+  with futures.ThreadPoolExecutor(_COPY_THREADS) as pool:
+    list(pool.map(copy, names))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 
 INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
@@ -23,6 +25,25 @@ CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
 _ELLIPSIS = "…"
 _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
+
+
+def save_image(
+  pixels: UInt8[np.ndarray, "h w 3"], path: str | os.PathLike
+) -> None:
+  """Writes an image of the format that the path's suffix names.
+
+  Raises:
+    InputError: no such format.
+  """
+  path = Path(path)
+  known = Image.registered_extensions()
+  if path.suffix.lower() not in known:
+    raise InputError(
+      f"{path} has the suffix {path.suffix!r}; expected that of an image, such "
+      "as .png or .jpg."
+    )
+  with atomic.replace_file(path) as temporary:
+    Image.fromarray(pixels).save(temporary, format=known[path.suffix.lower()])
 
 
 def palette(n: int) -> UInt8[np.ndarray, "n 3"]:

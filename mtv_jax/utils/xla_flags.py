@@ -11,6 +11,8 @@ import pathlib
 import jax
 from jax.sharding import Mesh
 
+from mtv_jax.utils import path as path_lib
+
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,8 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
 
   Args:
     choice: "auto" for `workdir/compiled`, but no cache on CPUs, where
-      compilation is short; "none" for no cache; else a folder.
+      compilation is short; "none" for no cache; else a folder or
+      a URL.
     workdir: the run's folder.
   """
   if choice == "none":
@@ -55,12 +58,13 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
     return
   if choice == "auto":
     given = jax.config.jax_compilation_cache_dir
-    # `build_experiment` rejects a bucket as the run's folder.
-    if given or jax.default_backend() == "cpu" or "://" in str(workdir):
+    if given or jax.default_backend() == "cpu":
       return
     choice = os.path.join(workdir, "compiled")
-  folder = pathlib.Path(choice).absolute()
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = path_lib.as_path(choice)
+  if not path_lib.is_remote(folder):
+    folder = pathlib.Path(choice).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))
   log.info("Compilation cache: %s.", folder)
 

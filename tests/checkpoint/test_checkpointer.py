@@ -1,5 +1,8 @@
 """Round trips across meshes, kills, failures, mismatches, reading a part."""
 
+import asyncio
+import contextlib
+import gc
 import os
 import pathlib
 import shutil
@@ -10,97 +13,32 @@ import sys
 import textwrap
 import time
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from checkpoint_samples import (
+  abstract,
+  assert_same,
+  make_mesh,
+  make_state,
+  open_checkpointer,
+)
 
 from mtv_jax.checkpoint import checkpointer
-from mtv_jax.checkpoint.checkpointer import (
-  Checkpointer,
-  DamagedCheckpointError,
-  load_tree,
-)
+from mtv_jax.checkpoint.checkpointer import CheckpointSaveError
 from mtv_jax.checkpoint.partial_restore import CheckpointMismatchError
-from mtv_jax.utils.tree import flatten_with_names
+from mtv_jax.checkpoint.reading import load_tree
 
 ROOT = pathlib.Path(checkpointer.__file__).parents[2]
-
-
-@flax.struct.dataclass
-class State:
-  step: jax.Array
-  params: dict
-  opt_state: tuple
-  teacher: dict
-  ema: dict
-
-
-def mesh(*shape):
-  axis_types = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=axis_types)
-
-
-def spec(leaf):
-  return P(None, "fsdp") if leaf.ndim == 2 else P()
-
-
-def shardings(tree, m):
-  return jax.tree.map(lambda x: NamedSharding(m, spec(x)), tree)
-
-
-def make_state(m, seed=0):
-  rng = np.random.default_rng(seed)
-  params = {
-    "image": {
-      "kernel": rng.normal(size=(6, 8)).astype(np.float32),
-      "bias": rng.normal(size=3).astype(jnp.bfloat16),
-    },
-    "heads": {"logit_scale": np.float32(rng.normal()).reshape(())},
-  }
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-  state = State(
-    step=jnp.int32(seed),
-    params=params,
-    opt_state=tx.init(jax.tree.map(lambda x: x + x, params)),
-    teacher={"image": params["image"]},
-    ema={},
-  )
-  return jax.device_put(state, shardings(state, m))
-
-
-def abstract(state, m):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(m, spec(x))
-    ),
-    state,
-  )
-
-
-def assert_same(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (name, x), (_, y) in zip(
-    flatten_with_names(a), flatten_with_names(b), strict=True
-  ):
-    assert x.dtype == y.dtype, name
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
-
-
-def open_(folder, **kwargs):
-  return Checkpointer(folder, **({"every_steps": 1, "keep": 3} | kwargs))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """A run's folder with a checkpoint of step 7, and the state saved there."""
   folder = tmp_path_factory.mktemp("run")
-  state = make_state(mesh(8, 1, 1), seed=7)
-  with open_(folder / "checkpoints") as ckpt:
+  state = make_state(make_mesh(8, 1, 1), seed=7)
+  with open_checkpointer(folder / "checkpoints") as ckpt:
     ckpt.save(7, state, timing={"train": 1.5, "wait": 0.25})
   return folder, state
 
@@ -111,8 +49,8 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 2, 4)])
 def test_restores_into_the_current_mesh(run, shape):
   folder, state = run
-  wanted = abstract(state, mesh(*shape))
-  with open_(folder / "checkpoints") as ckpt:
+  wanted = abstract(state, make_mesh(*shape))
+  with open_checkpointer(folder / "checkpoints") as ckpt:
     restored = ckpt.restore(wanted)
   assert restored.step == 7
   assert restored.timing == {"train": 1.5, "wait": 0.25}
@@ -126,15 +64,15 @@ def test_restores_into_the_current_mesh(run, shape):
 def test_restores_without_shardings(run):
   folder, state = run
   plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-  with open_(folder / "checkpoints") as ckpt:
+  with open_checkpointer(folder / "checkpoints") as ckpt:
     restored = ckpt.restore(plain, step=7)
   assert_same(restored.state, state)
   assert restored.state.step.devices() == {jax.devices()[0]}
 
 
 def test_a_new_run_has_nothing_to_restore(tmp_path):
-  state = make_state(mesh(8, 1, 1))
-  with open_(tmp_path / "new") as ckpt:
+  state = make_state(make_mesh(8, 1, 1))
+  with open_checkpointer(tmp_path / "new") as ckpt:
     assert ckpt.restore(state) is None
     assert ckpt.steps() == []
     with pytest.raises(FileNotFoundError, match="step 3.*steps are: none"):
@@ -142,77 +80,237 @@ def test_a_new_run_has_nothing_to_restore(tmp_path):
 
 
 def test_saved_state_may_be_donated_and_a_step_is_saved_once(tmp_path):
-  state = make_state(mesh(8, 1, 1), seed=1)
+  state = make_state(make_mesh(8, 1, 1), seed=1)
   saved = jax.tree.map(np.asarray, state)
-  with open_(tmp_path) as ckpt:
+  with open_checkpointer(tmp_path) as ckpt:
     ckpt.save(1, state, timing={"train": 1.0})
     jax.tree.map(lambda x: x.delete(), state)  # As a donating step does.
-    ckpt.save(1, make_state(mesh(8, 1, 1), seed=2))
-    restored = ckpt.restore(abstract(saved, mesh(2, 4, 1)))
+    ckpt.save(1, make_state(make_mesh(8, 1, 1), seed=2))
+    restored = ckpt.restore(abstract(saved, make_mesh(2, 4, 1)))
     assert restored.timing == {"train": 1.0}
     assert_same(restored.state, saved)
-    ckpt.save(1, make_state(mesh(8, 1, 1), seed=2))
+    ckpt.save(1, make_state(make_mesh(8, 1, 1), seed=2))
     assert ckpt.steps() == [1]
 
 
 def test_keeps_the_latest_and_the_periodic_ones(tmp_path):
   state = {"x": jnp.zeros(2)}
-  with open_(tmp_path, every_steps=2, keep=2, keep_every=6) as ckpt:
-    assert [s for s in range(1, 9) if ckpt.due(s)] == [2, 4, 6, 8]
+  with open_checkpointer(tmp_path, every_steps=2, keep=2, keep_every=6) as ckpt:
+    assert [s for s in range(1, 9) if ckpt.due(s)] == [1, 2, 4, 6, 8]
     for step in (2, 4, 6, 8, 10, 12, 14):
       ckpt.save(step, state)
     assert ckpt.steps() == [6, 12, 14]
   assert sorted(p.name for p in tmp_path.iterdir()) == ["12", "14", "6"]
-  with open_(tmp_path, keep=1) as ckpt:
+  with open_checkpointer(tmp_path, keep=1) as ckpt:
     ckpt.save(15, state)
     assert ckpt.steps() == [15]
 
 
 def test_bad_arguments(tmp_path):
   with (
-    open_(tmp_path) as ckpt,
+    open_checkpointer(tmp_path) as ckpt,
     pytest.raises(TypeError, match="state/step is 3, expected an array"),
   ):
     ckpt.save(1, {"step": 3})
 
 
-@pytest.mark.parametrize("call", ["save", "wait", "close"])
-def test_a_failed_save_is_raised_at_the_next_call(tmp_path, monkeypatch, call):
-  state = {"x": jnp.zeros(2)}
-  ckpt = open_(tmp_path)
-  ckpt.save(1, state)
-  ckpt.wait()
+@pytest.fixture
+def failing_commit(monkeypatch):
+  """A context in which no checkpoint can be committed."""
 
   def full(*args, **kwargs):
     raise OSError("no space left")
 
-  with monkeypatch.context() as patch:
-    # The commit of a checkpoint is a rename.
-    patch.setattr(os, "rename", full)
-    patch.setattr(os, "replace", full)
+  @contextlib.contextmanager
+  def fail():
+    with monkeypatch.context() as patch:
+      # The commit of a checkpoint is a rename.
+      patch.setattr(os, "rename", full)
+      patch.setattr(os, "replace", full)
+      yield
+
+  return fail
+
+
+def warnings(caplog):
+  """This package's: Orbax logs tracebacks, which a run does not show."""
+  return [r.getMessage() for r in caplog.records if "mtv_jax" in r.name]
+
+
+def wait_while(condition):
+  deadline = time.monotonic() + 30
+  while condition() and time.monotonic() < deadline:
+    time.sleep(0.01)
+
+
+def wait_while_saving(ckpt):
+  wait_while(lambda: ckpt.saving)
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close", "poll"])
+def test_a_failed_save_is_seen(tmp_path, failing_commit, caplog, call):
+  state = {"x": jnp.zeros(2)}
+  ckpt = open_checkpointer(tmp_path)
+  ckpt.save(1, state)
+  ckpt.wait()
+  with failing_commit():
     ckpt.save(2, state)
-    deadline = time.monotonic() + 30
-    while ckpt.saving and time.monotonic() < deadline:
-      time.sleep(0.01)
-  with pytest.raises(OSError, match="no space left"):
-    ckpt.save(3, state) if call == "save" else getattr(ckpt, call)()
-  # Raised once; the failed step does not count as saved.
+    wait_while_saving(ckpt)
+  if call in ("wait", "close"):
+    with pytest.raises(CheckpointSaveError) as raised:
+      getattr(ckpt, call)()
+    text = str(raised.value)
+  else:
+    ckpt.save(2, {"x": jnp.ones(2)}) if call == "save" else ckpt.poll(3)
+    (text,) = warnings(caplog)
+  assert "step 2 can't be written" in text and "is of step 1" in text
+  assert "no space left" in text
+  if call == "close":
+    return
+  # Told once; the failed step does not count as saved.
   ckpt.save(2, {"x": jnp.ones(2)})
   assert ckpt.steps() == [1, 2]
   assert (ckpt.restore(state).state["x"] == 1).all()
   ckpt.close()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_failed_save_is_retried_after_growing_waits(tmp_path, failing_commit):
+  state = {"x": jnp.zeros(2)}
+  tried = []
+  with open_checkpointer(tmp_path, every_steps=32, retries=5) as ckpt:
+    ckpt.save(1, state)
+    ckpt.wait()
+    with failing_commit(), pytest.raises(CheckpointSaveError, match="step 64"):
+      for step in range(32, 200):
+        if ckpt.due(step):
+          tried.append(step)
+          ckpt.save(step, state)
+        wait_while_saving(ckpt)
+        ckpt.poll(step)
+    # After 2, 4, 8, 16 steps; step 64 is due anyway.
+    assert tried == [32, 34, 38, 46, 62, 64]
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+  """A small file system, and a function that fills it but for some bytes."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+  if shutil.which("mount") is None or subprocess.run(command).returncode:
+    pytest.skip("file systems can be mounted by root alone")
+
+  def fill(free):
+    available = os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize
+    (folder / "filler").write_bytes(bytes(available - free))
+
+  try:
+    yield folder, fill
+  finally:
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 100_000])
+def test_a_full_disk_keeps_the_last_checkpoint_until_there_is_space(
+  full_disk, free
+):
+  folder, fill = full_disk
+  values = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+  state = {"x": jnp.asarray(values)}
+  with open_checkpointer(folder / "checkpoints") as ckpt:
+    ckpt.save(1, state)
+    ckpt.wait()
+    fill(free)
+    for step in (2, 3):
+      ckpt.save(step, state)
+      with pytest.raises(CheckpointSaveError) as raised:
+        ckpt.wait()
+      assert "No space left on device" in str(raised.value)
+      assert "(the last one is of step 1)" in str(raised.value)
+    # Orbax deletes what was written in the background.
+    wait_while(lambda: len(list((folder / "checkpoints").iterdir())) > 1)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["1"]
+    np.testing.assert_array_equal(ckpt.restore(state).state["x"], values)
+    (folder / "filler").unlink()
+    ckpt.save(4, state)
+    assert ckpt.steps() == [1, 4]
+
+
+def test_the_writes_that_orbax_abandons_log_no_tracebacks(tmp_path, caplog):
+  with open_checkpointer(tmp_path):
+    pass
+
+  async def fail():
+    raise ValueError
+
+  async def abandon():
+    asyncio.gather(fail())
+    await asyncio.sleep(0.01)
+
+  asyncio.run(abandon())
+  gc.collect()
+  assert not caplog.records
+
+
+def test_storage_that_can_not_hold_the_first_checkpoint_ends_the_run(
+  tmp_path, failing_commit
+):
+  with (
+    open_checkpointer(tmp_path) as ckpt,
+    failing_commit(),
+    pytest.raises(CheckpointSaveError, match="step 1 .*there is none"),
+  ):
+    ckpt.save(1, {"x": jnp.zeros(2)})
+    wait_while_saving(ckpt)
+    ckpt.poll(2)
+
+
+def test_a_folder_deleted_during_a_run_is_created_again(tmp_path):
+  state = {"x": jnp.arange(3.0)}
+  folder = tmp_path / "run" / "checkpoints"
+  with open_checkpointer(folder) as ckpt:
+    ckpt.save(1, state)
+    ckpt.wait()
+    shutil.rmtree(tmp_path / "run")
+    ckpt.save(2, state)
+    ckpt.wait()
+    ckpt.save(3, state)
+    ckpt.wait()
+  assert (load_tree(folder, step=3, part="x") == state["x"]).all()
+
+
+def test_a_file_in_place_of_the_folder_is_a_named_error(tmp_path):
+  state = {"x": jnp.arange(3.0)}
+  folder = tmp_path / "checkpoints"
+  with open_checkpointer(folder) as ckpt:
+    ckpt.save(1, state)
+    ckpt.wait()
+    shutil.rmtree(folder)
+    folder.write_text("")
+    for step in (2, 3):
+      ckpt.save(step, state)
+      with pytest.raises(CheckpointSaveError, match=f"step {step} can't be"):
+        ckpt.wait()
+    folder.unlink()
+    # A thread of the save before may still fail, which is seen as this one's.
+    with contextlib.suppress(CheckpointSaveError):
+      ckpt.save(4, state)
+      ckpt.wait()
+    ckpt.save(5, state)
+    assert ckpt.steps()[-1] == 5
 
 
 def test_another_shape_prints_a_diff(run):
   folder, state = run
-  other = abstract(state, mesh(8, 1, 1))
+  other = abstract(state, make_mesh(8, 1, 1))
   image = dict(other.params["image"])
   image["kernel"] = jax.ShapeDtypeStruct((6, 9), jnp.float32)
   image["scale"] = jax.ShapeDtypeStruct((3,), jnp.float32)
   del image["bias"]
   other = other.replace(params={**other.params, "image": image})
   with (
-    open_(folder / "checkpoints") as ckpt,
+    open_checkpointer(folder / "checkpoints") as ckpt,
     pytest.raises(CheckpointMismatchError) as e,
   ):
     ckpt.restore(other)
@@ -283,7 +381,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, how):
   wanted = {"x": jax.ShapeDtypeStruct((4_000_000,), jnp.float32)}
   tree = load_tree(tmp_path, part="x")
   assert (tree == 1).all()
-  with open_(tmp_path) as ckpt:
+  with open_checkpointer(tmp_path) as ckpt:
     restored = ckpt.restore(wanted)
     assert restored.step == 1 and (restored.state["x"] == 1).all()
     ckpt.save(2, {"x": jnp.full((4_000_000,), 3.0)})
@@ -305,7 +403,7 @@ WORKER = """
   import json, sys
   import jax, jax.numpy as jnp, numpy as np
   from jax.sharding import NamedSharding, PartitionSpec as P
-  from mtv_jax.checkpoint import checkpointer as checkpoint
+  from mtv_jax.checkpoint import checkpointer as checkpoint, reading
 
   folder, port, index = sys.argv[1:]
   jax.config.update("jax_num_cpu_devices", 2)
@@ -328,7 +426,7 @@ WORKER = """
     assert not ckpt.preempted(2)
     # One process alone may read, as a tool beside the run would.
     if index == "1":
-      tree = checkpoint.load_tree(folder, part="w")
+      tree = reading.load_tree(folder, part="w")
       assert (tree == value).all()
   print("done")
 """
@@ -338,7 +436,7 @@ WORKER = """
 def test_two_processes_continue_what_one_wrote_and_back(tmp_path):
   value = np.arange(8.0, dtype=np.float32).reshape(4, 2)
   one = {"w": jnp.asarray(2 * value), "step": jnp.int32(1)}
-  with open_(tmp_path) as ckpt:
+  with open_checkpointer(tmp_path) as ckpt:
     ckpt.save(1, one, timing={"train": 1.0})
   with socket.socket() as s:
     s.bind(("localhost", 0))
@@ -357,54 +455,7 @@ def test_two_processes_continue_what_one_wrote_and_back(tmp_path):
   for worker in workers:
     out, err = worker.communicate(timeout=180)
     assert out.strip().endswith("done"), err[-3000:]
-  with open_(tmp_path) as ckpt:
+  with open_checkpointer(tmp_path) as ckpt:
     restored = ckpt.restore(one)
   assert restored.step == 2 and restored.timing == {"train": 2.0}
   np.testing.assert_array_equal(restored.state["w"], value)
-
-
-# --- reading a part ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  "lost",
-  [("state/d", "state/ocdbt.process_0"), ("state/_METADATA",), ("state",)],
-)
-def test_lost_files_are_named_with_the_step_before(run, tmp_path, lost):
-  folder, state = tmp_path / "checkpoints", run[1]
-  shutil.copytree(run[0] / "checkpoints", folder)
-  shutil.copytree(folder / "7", folder / "3")
-  for name in lost:
-    path = folder / "7" / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-  match = r"checkpoints/7 can't be read.*resume from step 3"
-  with (
-    open_(folder) as ckpt,
-    pytest.raises(DamagedCheckpointError, match=match),
-  ):
-    ckpt.restore(abstract(state, mesh(8, 1, 1)))
-  with pytest.raises(DamagedCheckpointError, match=match):
-    load_tree(folder)
-  assert load_tree(folder, step=3)
-
-
-def test_load_tree(run):
-  folder, state = run
-  for path in (folder, folder / "checkpoints", str(folder)):
-    assert_same(load_tree(path), jax.tree.map(np.asarray, state.params))
-  bias = load_tree(folder, part="teacher/image")["bias"]
-  assert isinstance(bias, np.ndarray) and bias.dtype == jnp.bfloat16
-  before = sorted(p.name for p in (folder / "checkpoints").iterdir())
-  assert before == ["7"]
-
-
-def test_load_tree_errors(run, tmp_path):
-  folder, _ = run
-  with pytest.raises(ValueError, match="no 'ema'. Its parts are: opt_state, p"):
-    load_tree(folder, part="ema")
-  with pytest.raises(FileNotFoundError, match="step 3 in .*steps are: 7"):
-    load_tree(folder, step=3)
-  with pytest.raises(FileNotFoundError, match="does not exist"):
-    load_tree(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-    load_tree(tmp_path)

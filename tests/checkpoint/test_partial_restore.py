@@ -41,6 +41,25 @@ def test_merge_loads_what_fits():
   assert "loaded 2 arrays, 100.0 % of the wanted" in str(report)
 
 
+def test_optional_groups_are_loaded_whole_or_left():
+  """Of two heads, one has another shape in the source."""
+  shapes = dict(heads__a__kernel=(4, 10), heads__a__bias=(10,))
+  target = arrays(image__norm=(10,), heads__b__bias=(3,), **shapes)
+  source = arrays(image__norm=(10,), heads__b__bias=(3,), **shapes)
+  source = jax.tree.map(lambda x: 2 * x, source)
+  source["heads"]["a"]["bias"] = np.ones(11)
+  params, report = merge_params(target, source, optional="heads/[^/]+/")
+  assert report.untouched == ("heads/a/",) and report.coverage == 1
+  assert {*report.loaded} == {"heads/b/bias", "image/norm"}
+  assert (params["heads"]["a"]["kernel"] == 1).all()
+  assert (params["heads"]["b"]["bias"] == 2).all()
+  assert "unchanged, as the source lacks them (1):" in str(report)
+  # What is no optional group has to be there.
+  del source["image"]
+  with pytest.raises(CheckpointMismatchError, match="image/norm"):
+    merge_params(target, source, optional="heads/[^/]+/")
+
+
 def test_merge_fails_when_little_is_loaded():
   source = arrays(
     image__block__kernel=(4, 10), image__norm__scale=(11,), heads__bias=(50,)

@@ -1,14 +1,22 @@
 """The command line of tools/convert.py."""
 
+import pathlib
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
+import mtv_jax
 from mtv_jax.cli.main import command
 from mtv_jax.convert import huggingface
 from mtv_jax.convert import native as native_lib
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import path
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 main = command("convert")
@@ -16,19 +24,23 @@ main = command("convert")
 
 @pytest.fixture
 def native(tmp_path):
-  text = {"variant": "mu", "depth": 1, "length": 8, "vocab_size": 258}
+  return _write_native(tmp_path / "native")
+
+
+def _write_native(folder, vocab_size=258, seed=0):
+  text = {"variant": "mu", "depth": 1, "length": 8, "vocab_size": vocab_size}
   config = {"variant": "mu/16", "image_size": 32, "text": text}
   spec = ModelSpec.from_config(config)
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   leaves = {
-    name: rng.normal(size=leaf.shape).astype(np.float32)
+    name: rng.random(leaf.shape, np.float32)
     for name, leaf in flatten_with_names(models.abstract_params(spec))
   }
   leaves["heads/contrastive/logit_scale"] = np.float32(2)
   leaves["heads/contrastive/logit_bias"] = np.float32(-9)
   preprocess = {"size": 32, "mean": (0.5,) * 3}
   model = ConvertedModel(spec, unflatten_names(leaves), preprocess)
-  return native_lib.write(tmp_path / "native", model)
+  return native_lib.write(folder, model)
 
 
 def _leaves(folder):
@@ -82,3 +94,67 @@ def test_a_source_is_never_written_over(native, tmp_path):
     main(["to_hf", str(out), str(native)])
   assert {p.name: p.read_bytes() for p in native.iterdir()} == before
   assert (out / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_leaves_the_old_one(native, tmp_path):
+  out = tmp_path / "hf"
+  main(["to_hf", str(native), str(out)])
+  before = {p.name: p.read_bytes() for p in out.iterdir()}
+  # 120 MB take long enough to be caught while they are written.
+  large = _write_native(tmp_path / "large", vocab_size=470_000, seed=1)
+  tool = pathlib.Path(__file__).parents[2] / "tools" / "convert.py"
+  command = [sys.executable, str(tool), "to_hf", str(large), str(out)]
+  process = subprocess.Popen(command)
+  while not (unfinished := list(tmp_path.glob(".hf.*.tmp/*"))):
+    assert process.poll() is None, "It ended before it was killed."
+    time.sleep(0.0005)
+  process.kill()
+  process.wait()
+  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+  _leaves(out)
+  (left,) = tmp_path.glob(".hf.*.tmp")
+  assert unfinished[0].parent == left
+  assert "README.md" not in {p.name for p in left.iterdir()}
+  with pytest.raises(ConversionError, match="unfinished conversion"):
+    huggingface.read(left)
+  subprocess.run(command, check=True)
+  assert not list(tmp_path.glob(".hf.*"))
+  table = huggingface.read(out).params["text"]["token_embedding"]
+  assert table.shape == (470_000, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  out, back = f"{bucket}/hf", f"{bucket}/native"
+  main(["to_hf", str(native), out, "--tokenizer=bytes", "--clean=lower"])
+  main(["from_hf", out, back])
+  want, got = _leaves(native), _leaves(back)
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+  images = [np.full((40, 48, 3), 90, np.uint8)]
+  expected = mtv_jax.load(native).image(images).pooled
+  for folder in (out, back):
+    actual = mtv_jax.load(folder).image(images).pooled
+    np.testing.assert_array_equal(actual, expected)
+  # Again, over the earlier conversion; not over another one.
+  main(["to_hf", back, out])
+  assert sorted(path.list_folder(out)) == sorted(
+    p.name for p in path.local_copy(out).iterdir()
+  )
+  with pytest.raises(SystemExit, match="another format's conversion"):
+    main(["to_hf", out, back])
+  # An upload that ended early is no model.
+  path.remove(path.as_path(out) / "config.json")
+  with pytest.raises(SystemExit, match=r"has no config\.json"):
+    main(["from_hf", out, f"{bucket}/third"])
+
+
+def test_other_outputs_are_folders():
+  with pytest.raises(SystemExit, match="writes files and folders only"):
+    command("report")(["runs/a", "--output=gs://bucket/report"])
+  with pytest.raises(SystemExit, match="writes files and folders only"):
+    command("preflight")(["--config=study", "--json=s3://bucket/a.json"])

@@ -20,6 +20,7 @@ from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.encoder_requests import parse_requests
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
@@ -386,7 +387,7 @@ def test_command_fails_with_the_failed_evaluations(
   ],
 )
 def test_names_of_encoders(given, names):
-  requests = suite.parse_requests(given, weights="student")
+  requests = parse_requests(given, weights="student")
   assert [r.name for r in requests] == names
   assert [f"{r.path}@{r.weights}" for r in requests] == [
     g if g.endswith("@ema") else f"{g}@student" for g in given
@@ -394,13 +395,13 @@ def test_names_of_encoders(given, names):
 
 
 def test_baselines_ignore_weights():
-  requests = suite.parse_requests(["runs/a", "pixels:64"], weights="ema")
+  requests = parse_requests(["runs/a", "pixels:64"], weights="ema")
   assert [r.weights for r in requests] == ["ema", "student"]
 
 
 def test_repeated_encoders_raise():
-  with pytest.raises(ValueError, match="--encoder=a is given twice"):
-    suite.parse_requests(["a", "a@ema"], weights="ema")
+  with pytest.raises(ValueError, match="the encoder a is given twice"):
+    parse_requests(["a", "a@ema"], weights="ema")
 
 
 def test_all_requests_are_checked_before_loading(colours):

@@ -189,7 +189,10 @@ def test_a_missing_required_option(tmp_path):
   ("config", "message"),
   [
     (None, "has no config.json"),
-    ('{"model_type":', r"config.json can't be read \(Expecting value.*copy it"),
+    (
+      '{"model_type":',
+      r"config.json can't be read \(.*Expecting value.*copy it",
+    ),
     (
       '{"model_type": "siglip"}',
       "model_type is 'siglip', not 'depth_anything'",

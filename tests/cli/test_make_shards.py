@@ -143,8 +143,14 @@ def test_coco_captions(photos, tmp_path):
       {"images": [], "annotations": [{"caption": "a"}]},
       r"annotations\[0\] has no 'image_id', only \['caption'\]",
     ),
-    ({"images": {}, "annotations": []}, "'images' is a dict, expected a list"),
-    ({"images": [3], "annotations": []}, r"images\[0\] has no 'id', only 3;"),
+    (
+      {"images": {}, "annotations": []},
+      "'images' is of type dict; expected a list",
+    ),
+    (
+      {"images": [3], "annotations": []},
+      r"images\[0\] is of type int; expected an object",
+    ),
     (
       {"images": [{"id": 1}], "annotations": []},
       r"images\[0\] has no 'file_name'",

@@ -53,7 +53,7 @@ EVALS = "zero_shot,knn,retrieval,relative_depth,grounding,patch_pca"
 PHRASES = ["a red ball", "two blue boxes on grass", ""]
 BOXES = [[(0.1, 0.2, 0.6, 0.9), (0, 0, 1, 1)], [], [(0.5, 0.25, 0.75, 0.5)]]
 # Keys of JSON files that hold times, or that name this run of the comparison.
-IGNORED = ("seconds", "speed", "timing", "hosts", "time")
+IGNORED = ("seconds", "speed", "goodput", "timing", "hosts", "time")
 
 # ---------------------------------------------------------------------------
 # Names that may move. The new ones first.

@@ -254,7 +254,7 @@ def train(name: str, config: dict, scratch: pathlib.Path) -> dict:
   remove_unreferenced(folder / "checkpoints" / str(SAVED) / "state")
   return {
     "metrics": [
-      {k: v for k, v in row.items() if not k.startswith("speed/")}
+      {k: v for k, v in row.items() if not k.startswith(("speed/", "goodput/"))}
       for row in rows
       if row["step"] > SAVED
     ]

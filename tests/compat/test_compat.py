@@ -56,6 +56,7 @@ def run_tool(name, *arguments):
   return output.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", reference.ENCODERS)
 def test_encoders_give_the_same_figures(fixtures, expected, name):
   figures = reference.encoder_figures(fixtures, name)

@@ -165,12 +165,12 @@ def test_a_misspelt_override_is_an_unknown_key(assignment, match):
 # Errors of the command lines.
 
 
-def test_user_errors_exit_with_their_message():
+def test_user_errors_exit_with_their_message(capsys):
   with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
     schema.check_config({})
-  assert ending.value.code == (
-    "train: config.batch_size is missing; it has no default."
-  )
+  text = "train: config.batch_size is missing; it has no default."
+  assert ending.value.code == 2 and str(ending.value) == text
+  assert capsys.readouterr().err == f"{text}\n"
   with pytest.raises(SystemExit, match="record 'image'"):  # noqa: SIM117
     with errors.readable_errors("train"):
       decode(b"no image")
@@ -216,7 +216,7 @@ def test_the_training_command_prints_one_message(tmp_path):
     cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True, text=True, check=False,
   )  # fmt: skip
-  assert done.returncode == 1
+  assert done.returncode == 2
   assert (
     done.stderr.strip()
     .splitlines()[-1]

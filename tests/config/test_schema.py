@@ -254,6 +254,7 @@ def test_check_keeps_given_values_and_units():
     ({"checkpoint__every_epoch": 1}, "Did you mean 'every_epochs'"),
     ({"data__shufle": "none"}, "config.data.shufle"),
     ({"batch_size": None}, "config.batch_size is missing"),
+    ({"log__profile_steps": (5, 3)}, r"profile_steps is \(5, 3\), expected"),
     ({"batch_size": "8"}, "config.batch_size is '8', expected an int"),
     ({"batch_size": True}, "config.batch_size is True"),
     ({"batch_size": 0}, "config.batch_size is 0, expected an integer >= 1"),

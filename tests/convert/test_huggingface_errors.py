@@ -14,6 +14,7 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 PREPROCESS = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
@@ -71,15 +72,17 @@ def test_models_that_siglip_cannot_express(
   assert not (tmp_path / "a").exists()
 
 
-def test_an_image_tower_alone_is_compared_with_siglip(spec, params, tmp_path):
+def test_an_image_tower_alone_is_compared_with_vision_models(
+  spec, params, tmp_path
+):
   """A CLIPModel has two towers, so its fields would be misleading."""
   image = dataclasses.replace(
-    spec.image, pool="cls", cls_token=True, registers=2
+    spec.image, pool="cls", cls_token=True, pre_norm=True
   )
   odd = ModelSpec(image=image)
-  with pytest.raises(ConversionError, match=r"registers is 2") as error:
+  with pytest.raises(ConversionError, match=r"pre_norm is True") as error:
     huggingface.write(tmp_path / "a", ConvertedModel(odd, params, PREPROCESS))
-  assert "image.pool is 'cls'" in str(error.value)
+  assert "Dinov2Model" in str(error.value)
   assert "CLIPModel" not in str(error.value)
 
 
@@ -130,7 +133,7 @@ def test_depth_anything_configs_of_wrong_types(field, value):
   config = DEPTH | change
   if field in BACKBONE and field != "patch_size":
     config = DEPTH | {"backbone_config": BACKBONE | change}
-  with pytest.raises(ConversionError):
+  with pytest.raises(InputError, match=field):
     depth_anything.read_spec(config, names)
 
 
@@ -216,7 +219,7 @@ def test_a_config_of_another_model(export, field, value, cause):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({"model_type": "siglip2"}, "NaFlex"),
+    ({"model_type": "siglip2_text_model"}, "text tower alone"),
     ({"model_type": "siglp"}, "Did you mean 'siglip'"),
     ({"model": {}}, "training run"),
     ({}, "no config.json"),

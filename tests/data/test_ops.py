@@ -136,6 +136,7 @@ def test_bad_image_names_the_key(tokenizer):
     ("caption(8, pick='fisrt')", ValueError, "Did you mean 'first'"),
     ("caption(8, pick='random', tokenizer=1)", ConfigError, "expected a Token"),
     ("decode|canvas(8)|canvas(4)", ConfigError, "canvas"),
+    ("decode(canvas_size=4)|canvas(8)", ConfigError, "canvas_size"),
     ("decode", ValueError, "no field"),
     ("decode|canvas(", ConfigError, "character"),
   ],
@@ -164,12 +165,12 @@ def test_phrase_length_of_ops(text, length):
 
 
 def test_canvas_before_decode(record):
-  with pytest.raises(TypeError, match="put `decode` before"):
+  with pytest.raises(BadRecord, match="put `decode` before"):
     build_ops("canvas(8)")(record, rng())
 
 
 def test_missing_field():
-  with pytest.raises(KeyError, match="'image'"):
+  with pytest.raises(BadRecord, match="`decode` .*KeyError.*'image'"):
     build_ops("decode|canvas(8)")({"key": "k", "img": b""}, rng())
 
 

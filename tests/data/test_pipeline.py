@@ -4,6 +4,7 @@ import ast
 import collections
 import importlib
 import itertools
+import json
 import logging
 import pathlib
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from mtv_jax.data import order, pipeline
-from mtv_jax.data.pipeline import CorruptDataError, make_loader
+from mtv_jax.data.order import skip_steps
+from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
+from mtv_jax.data.stats import CorruptDataError, Stats
 from mtv_jax.data.tokenizers import build_tokenizer
 
 OPS = "decode|canvas(2)|caption(8)"
@@ -185,6 +188,15 @@ def test_mixture_is_even_throughout(weights):
   assert np.abs(picks - share * np.arange(1, 1001)).max() < 2
 
 
+def test_rows_have_the_index_of_their_source():
+  sources = [Numbers("a", 30), Numbers("b", 50, mark=1)]
+  wanted = {"image", "source"}
+  batch = next(loader(sources, weights=[1, 1], wanted=wanted))
+  np.testing.assert_array_equal(batch["source"], batch["image"][:, 0, 0, 2])
+  assert {*batch["source"].tolist()} == {0, 1}
+  assert "source" not in next(loader(sources, wanted={"image"}))
+
+
 def test_each_source_repeats_by_itself():
   rows = order.addresses(
     two_sources(), weights=(1.0, 1.0), shuffle="global", seed=3
@@ -262,6 +274,33 @@ def test_resuming_among_bad_records():
   whole = take(10, source, max_corrupt=0.5)
   rest = take(4, source, max_corrupt=0.5, start_step=6, threads=3)
   assert_equal(rest, whole[6:])
+
+
+def test_counts_resume_with_the_batches():
+  source, options = [Numbers("n", 37, bad=[4, 5, 36])], dict(max_corrupt=0.5)
+  with loader(source, **options) as batches:
+    list(itertools.islice(batches, 10))
+    # Those after step 6, though more batches have been read.
+    saved = json.loads(json.dumps(batches.stats_at(6).to_dict()))
+    whole = batches.stats.to_dict()
+  assert 0 < saved["corrupt"] < whole["corrupt"]
+  stats = Stats.from_dict(saved)
+  with loader(source, start_step=6, stats=stats, **options) as batches:
+    list(itertools.islice(batches, 4))
+    assert batches.stats.to_dict() == whole
+
+
+def test_skipped_batches_shift_the_later_ones():
+  whole = take(9, two_sources())
+  skipped = skip_steps(2, 3, ())
+  assert skipped == ((2, 2),)
+  rest = take(4, two_sources(), skipped=skipped)
+  assert_equal(rest, [whole[i] for i in (0, 1, 4, 5)])
+  # Step 2 of that run is batch 4; without it, step 4 is batch 7.
+  more = skip_steps(4, 4, skip_steps(2, 2, skipped))
+  assert more == ((2, 3), (7, 1))
+  rest = take(5, two_sources(), skipped=more)
+  assert_equal(rest, [whole[i] for i in (0, 1, 5, 6, 8)])
 
 
 def test_too_many_bad_records_stop_the_run():

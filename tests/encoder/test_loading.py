@@ -127,10 +127,11 @@ def test_a_native_folder(tmp_path, images, run):
     mtv_jax.load(tmp_path / "native", weights="ema")
 
 
-def test_unknown_folders_raise(tmp_path, run):
+def test_unknown_folders_raise(tmp_path, run, monkeypatch):
   with pytest.raises(FileNotFoundError, match="does not exist.*Expected a"):
     mtv_jax.load(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match="hf download google/siglip-x "):
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  with pytest.raises(FileNotFoundError, match=r"no local path, and .*\[hub\]"):
     mtv_jax.load("google/siglip-x")
   for inside in ("checkpoints", "checkpoints/7"):
     with pytest.raises(FileNotFoundError, match=f"run's own folder, {run};"):

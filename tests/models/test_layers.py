@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from mtv_jax.models import layers
+from mtv_jax.models import stack as stack_lib
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "qkv,mlp_hidden"])
 def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
   """Parameters sharded along fsdp are saved as shards and gathered again."""
   mesh = make_mesh(dict(fsdp=8))
@@ -22,7 +23,7 @@ def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
   stack = jax.device_put(stack, tree_shardings(stack, mesh))
 
   def loss(stack, x):
-    y, _ = layers.run_stack(block, stack, x, remat=remat, mesh=mesh)
+    y, _ = stack_lib.run_stack(block, stack, x, remat=remat, mesh=mesh)
     return y.astype(jnp.float32).sum()
 
   program = jax.jit(jax.grad(loss)).lower(stack, x.astype(dtype)).compile()
@@ -40,7 +41,9 @@ def test_drop_path_rates(uniform):
   keys = jax.random.split(jax.random.key(0), rows)
   scales = jax.device_get(
     jax.jit(
-      lambda keys: layers.drop_path_scales(keys, rate, depth, uniform=uniform)
+      lambda keys: stack_lib.drop_path_scales(
+        keys, rate, depth, uniform=uniform
+      )
     )(keys)
   )
   assert scales.shape == (rows, depth, 2)
@@ -74,3 +77,29 @@ def test_drop_path_of_a_block_is_its_formula():
   np.testing.assert_allclose(
     out[2], (2 * attention - x)[2], rtol=1e-5, atol=1e-6
   )
+
+
+def test_biases_of_keys_are_fixed_at_zero():
+  """With 'query_value' the fused bias has a part that nothing depends on."""
+  module = layers.Attention(heads=2, qkv_bias="query_value")
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 8)), "float32")
+  params = module.init(jax.random.key(0), x)["params"]
+  grads = jax.grad(lambda p: module.apply({"params": p}, x).sum())(params)
+  parts = grads["qkv"]["bias"].reshape(2, 3, 4)
+  assert np.abs(parts[:, 2]).min() > 0
+  np.testing.assert_array_equal(parts[:, 1], 0)
+  module = layers.Attention(heads=2, qkv_bias="none", out_bias=False)
+  params = module.init(jax.random.key(0), x)["params"]
+  assert [*params["qkv"], *params["out"]] == ["kernel", "kernel"]
+
+
+def test_tokens_that_are_not_valid_change_nothing():
+  module = layers.Attention(heads=2)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), "float32")
+  params = module.init(jax.random.key(0), x)
+  valid = jnp.arange(5) < jnp.asarray([[3], [5]])
+  masked = module.apply(params, x, None, valid)
+  np.testing.assert_allclose(
+    masked[0, :3], module.apply(params, x[:1, :3])[0], atol=1e-6
+  )
+  np.testing.assert_allclose(masked[1], module.apply(params, x)[1], atol=1e-6)

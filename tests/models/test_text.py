@@ -171,7 +171,7 @@ def test_too_long(params_of):
   [
     ({"heads": 3}, "width 32 is not divisible by its 3 heads"),
     ({"pool": "eot"}, "Did you mean 'eos'"),
-    ({"gelu": "relu"}, "quick"),
+    ({"gelu": "swish"}, "quick"),
     ({"vocab_size": 0}, "vocab_size is 0"),
     ({"mlp_dim": -4}, "mlp_dim is -4"),
   ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.models import kernels, layers, positions
+from mtv_jax.models import attention, layers, positions
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT, ViTSpec, patchify
 
@@ -362,7 +362,7 @@ def test_fixed_positions_are_no_parameters(params_of):
     dataclasses.replace(BASE, positions="sincoss")
 
 
-@pytest.mark.parametrize("method", positions.RESIZES)
+@pytest.mark.parametrize("method", positions.METHODS)
 def test_resize_matrix(method):
   for old, new in ((4, 7), (7, 4), (14, 37), (16, 5)):
     matrix = positions.resize_matrix(old, new, method)
@@ -375,7 +375,7 @@ def test_resize_matrix(method):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("method", positions.RESIZES)
+@pytest.mark.parametrize("method", positions.METHODS)
 def test_positions_equal_torch(method):
   torch = pytest.importorskip("torch")
 
@@ -383,9 +383,9 @@ def test_positions_equal_torch(method):
     y = torch.nn.functional.interpolate(
       torch.from_numpy(x).permute(2, 0, 1)[None],
       size=size,
-      mode="bicubic",
+      mode="bilinear" if "bilinear" in method else "bicubic",
       align_corners=False,
-      antialias=method == "antialiased",
+      antialias="antialiased" in method,
     )
     return y[0].permute(1, 2, 0).numpy()
 
@@ -476,7 +476,7 @@ def test_outputs_are_a_pytree(params_of):
     ({"pool": "mapp"}, "Did you mean 'map'"),
     ({"gelu": "fast"}, "exact"),
     ({"depth": 0}, "depth is 0"),
-    ({"registers": -1}, "registers -1"),
+    ({"registers": -1}, "registers is -1"),
     ({"position_resize": "cubic"}, "bicubic"),
   ],
 )
@@ -610,7 +610,7 @@ def test_rope_attention_equals_torch_in_value_and_gradient():
     angles = rope.angles(jnp.asarray(rope.coordinates(grid))[None], d)
     angles = jnp.pad(angles, ((0, 0), (2, 0), (0, 0)))
     rotate = positions.rotate
-    return kernels.attention(rotate(q, angles), rotate(k, angles), v)
+    return attention.attention(rotate(q, angles), rotate(k, angles), v)
 
   inputs = [jnp.asarray(a, jnp.float32) for a in arrays]
   out, pull = jax.vjp(attend, *inputs[:3])
@@ -646,3 +646,18 @@ def test_rope_attention_equals_torch_in_value_and_gradient():
   ours = rope.angles(jnp.asarray(rope.coordinates(grid)), d)
   np.testing.assert_allclose(np.tile(np.cos(ours), 2), cos, atol=1e-5)
   np.testing.assert_allclose(np.tile(np.sin(ours), 2), sin, atol=1e-5)
+
+
+def test_positions_of_many_grids_are_those_of_each():
+  table = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 3)))
+  sizes = [(4, 4), (2, 7), (5, 1)]
+  method = "bilinear_antialiased"
+  together = positions.resize_grids(table, jnp.asarray(sizes), 16)
+  for row, size in zip(together, sizes, strict=True):
+    alone = positions.resize_grid(table, size, method).reshape(-1, 3)
+    np.testing.assert_allclose(row[: len(alone)], alone, atol=1e-6)
+    assert np.isfinite(row).all()
+  # Of a square, cut: what a larger image has there too.
+  cut = positions.resize_grid(table, (2, 6), "crop")
+  whole = positions.resize_grid(table, (6, 6), "bilinear")
+  np.testing.assert_array_equal(cut, whole[:2])

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from mtv_jax.augment import views
+from mtv_jax.models import positions
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.objectives import base, build_objective, gram
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
@@ -63,9 +64,9 @@ def test_features_of_twice_the_resolution_are_resampled_by_keys_cubic():
     part = padded[:, i : i + 7 : 2, j : j + 7 : 2]
     want += weights[i] * weights[j] * part
   patches = jnp.asarray(grid.reshape(2, 64, 5), jnp.float32)
-  got = gram.resize_patches(patches, 16)
+  got = positions.resize_patches(patches, 16)
   np.testing.assert_allclose(got, want.reshape(2, 16, 5), atol=1e-6)
-  assert gram.resize_patches(patches, 64) is patches
+  assert positions.resize_patches(patches, 64) is patches
 
 
 # ---------------------------------------------------------------------------
@@ -146,6 +147,7 @@ def test_the_step_trains_the_student_alone():
   assert moments == 2 * student + 1 and teacher > student
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_sharded_and_accumulated_equal_single(accumulate):
   mesh = make_mesh(dict(zip(MESH_AXES, (2, 2, 2), strict=True)))
@@ -170,6 +172,23 @@ def test_the_teacher_sees_the_same_crops_undistorted():
   # The student's are solarised.
   np.testing.assert_allclose(teacher.images, 240 / 127.5 - 1, atol=1e-5)
   np.testing.assert_allclose(student.images, 1 - 240 / 127.5, atol=1e-5)
+
+
+def test_the_size_of_a_teacher_makes_its_view():
+  built = views.build_views({"global": VIEWS["global"]})
+  spec = make_spec()
+  teachers = {"gram": dataclasses.replace(spec.teachers["gram"], size=32)}
+  objective = gram.Gram().resolve(spec.model, built)
+  objective = objective.resolve_teachers(spec.model, built, teachers)
+  sized = dataclasses.replace(
+    spec, objectives={"gram": objective}, views=built, teachers=teachers
+  )
+  assert sorted(map(str, sized.plan)) == [
+    "image(global, student)", "image(global@32, gram)",
+  ]  # fmt: skip
+  view = sized.views["global@32"]
+  assert (view.size, view.count, view.patch) == (32, 2, None)
+  assert view.crops_of == "global"
 
 
 def test_the_cost_of_a_teacher_is_a_forward_pass():

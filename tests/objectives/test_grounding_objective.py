@@ -378,6 +378,22 @@ def test_a_view_that_hides_patches_raises(ops):
     build().resolve(SPEC, built)
 
 
+def test_masked_patches_are_allowed_and_dropped_ones_are_not():
+  def resolve(ops):
+    built = views.build_views({"image": dict(ops=f"resize(64)|{ops}")})
+    return build(allow_masked=True).resolve(SPEC, built)
+
+  assert resolve("blocks(0.2, 0.5)").allow_masked
+  with pytest.raises(ConfigError, match="without blocks and keep.$"):
+    resolve("keep(0.25)")
+
+
+def test_equal_phrases_may_be_encoded_once():
+  phrase = build(distinct_phrases=0.5).phrase
+  assert phrase != PHRASE and phrase.distinct == 0.5
+  assert phrase in build(distinct_phrases=0.5).needs().encodings
+
+
 def test_a_model_without_text_tower_raises():
   with pytest.raises(ConfigError, match="text tower"):
     build().resolve(ModelSpec(image=SPEC.image), {})

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtv_jax.models import kernels
+from mtv_jax.models import linear
 from mtv_jax.models.two_tower import ModelSpec, image_tower
 from mtv_jax.perf import flops
 
@@ -39,10 +39,10 @@ def test_custom_gradients_count_like_derived_ones():
   once = 2 * 4 * 8 * 8
 
   def twice(x, w):
-    return kernels.linear(x, w), kernels.linear(x, w) + 1
+    return linear.linear(x, w), linear.linear(x, w) + 1
 
   assert flops.count(twice, *args).flops == once
-  grads = jax.grad(lambda *a: kernels.linear(*a).sum(), argnums=(0, 1))
+  grads = jax.grad(lambda *a: linear.linear(*a).sum(), argnums=(0, 1))
   # Linear in both: the value itself is not needed.
   assert flops.count(grads, *args).flops == 2 * once
   cost = flops.count(grads, *args, keep=[False, True])

@@ -50,6 +50,21 @@ metadata={op_name="jit(f)/narrow"}
 """.replace("\\\n", "")
 
 
+def test_kernels_count_by_their_estimate():
+  """A Pallas call's backend_config, as jax.experimental.pallas writes it."""
+  text = """HloModule jit_f
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %y = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config": {"body": "TUzvUg==", "cost_estimate": \
+{"transcendentals": 8, "flops": 4096, "bytes_accessed": 64}}}
+  ROOT %z = f32[8,128]{1,0} custom-call(%y), custom_call_target="Sharding"
+}
+""".replace("\\\n", "")
+  assert hlo.count_flops(text) == 4096
+
+
 def test_collectives_in_loops_are_multiplied():
   rows = {row.kind: row for row in hlo.collectives(TPU)}
   # The counter goes from 1 by 2 to below 11; three other chips send.
@@ -113,6 +128,42 @@ frontend_attributes={{chain_id="0"}}
   assert (row.count, row.bytes) == (1, 3 * 64 * 4)
 
 
+def test_products_of_splash_attention_count_in_every_layer():
+  """A kernel's metadata spans lines, of which one starts with braces."""
+  text = """HloModule m, num_partitions=1
+
+%body (x: (s32[], bf16[2,3,256,64])) -> (s32[], bf16[2,3,256,64]) {
+  %x = (s32[], bf16[2,3,256,64]{3,2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%x), index=0
+  %q = bf16[2,3,256,64]{3,2,1,0} get-tuple-element(%x), index=1
+  %mask = s8[1,1,1]{2,1,0} constant({...})
+  %fwd = bf16[2,3,256,64]{3,2,1,0} custom-call(%mask, %q, %q, %q), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(f)/splash_mha_fwd_residuals/pallas_call"}
+  %dkv = bf16[2,3,256,64]{3,2,1,0} custom-call(%mask, %q, %q, %q, %fwd), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(f)/splash_mha_dkv_no_residuals/pallas_call"}
+  ROOT %y = (s32[], bf16[2,3,256,64]{3,2,1,0}) tuple(%i, %dkv)
+}
+
+%condition (x: (s32[], bf16[2,3,256,64])) -> pred[] {
+  %x = (s32[], bf16[2,3,256,64]{3,2,1,0}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %e (x: (s32[], bf16[2,3,256,64])) -> (s32[], bf16[2,3,256,64]) {
+  %x = (s32[], bf16[2,3,256,64]{3,2,1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[2,3,256,64]{3,2,1,0}) while(%x), \
+condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"12"}}
+}
+""".replace("\\\n", "")
+  products = 12 * (2 + 5)
+  assert hlo.count_flops(text) == products * 2 * 2 * 3 * 256**2 * 64
+
+
 def test_text_without_entry_raises():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.parse("nothing")
@@ -158,3 +209,12 @@ window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
 """.replace("\\\n", "")
   # At either edge one of the 3 taps reads padding: 8 * 3 - 2 per axis.
   assert hlo.count_flops(text) == 2 * 22 * 22 * 3 * 4 * 5
+
+
+def test_the_usual_branch_of_a_conditional_counts():
+  def f(rare, x):
+    return jax.lax.cond(rare, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+  x = jnp.ones((64, 64))
+  compiled = jax.jit(f).lower(False, x).compile()
+  assert hlo.count_flops(compiled) == 2 * 64**3

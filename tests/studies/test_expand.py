@@ -44,6 +44,28 @@ def write_recipe(folder: pathlib.Path, body: str) -> str:
   return str(file)
 
 
+def test_each_teacher_alone_and_all_of_them(tmp_path):
+  """A teacher is one entry: without it, its losses and heads are gone."""
+  recipe = write_recipe(
+    tmp_path,
+    "shape = dict(variant='mu/8', image_size=16, depth=1)\n"
+    "config.teachers = dict(a=dict(path='a', model=shape))\n"
+    "config.teachers.b = dict(path='b', model={**shape, 'width': 32})\n"
+    "config.objectives = dict(feature_distillation={})\n"
+    "config.model.text, config.evals = None, {}\n",
+  )
+  study = expand("teachers", recipe)
+  assert {run.arm: {*run.settings["teachers"]} for run in study.runs} == {
+    "a": {"a"}, "b": {"b"}, "a+b": {"a", "b"},
+  }  # fmt: skip
+  heads = {
+    run.arm: {*build_step_spec(ConfigDict(run.settings), 9).heads}
+    for run in study.runs
+  }
+  assert heads["a+b"] == heads["a"] | heads["b"]
+  assert heads["a"] == {"adaptor_a_patches", "adaptor_a_pooled"}
+
+
 def test_ladder_of_every_objective():
   study = expand("ladder", TINY)
   assert trained(study) == {
@@ -309,6 +331,7 @@ def test_a_study_survives_its_json():
   assert ConfigDict(dict(study.runs[0].settings)).objectives
 
 
+@pytest.mark.slow
 def test_runs_of_a_seed_share_parameters_rows_and_crops():
   runs = {run.arm: run for run in expand("ladder", TINY).runs}
   specs, params, batches, keys = {}, {}, {}, {}

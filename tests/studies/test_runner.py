@@ -1,5 +1,6 @@
 """Studies in a folder: refusals, shares, leases, failures, kills."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -81,6 +82,24 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
     (tmp_path / "study.json").write_text(text)
     with pytest.raises(InputError, match=message):
       runner.read(tmp_path)
+
+
+def test_a_study_edited_by_hand_is_refused(tmp_path):
+  whole = make_study(2).to_dict()
+  first, second = whole["runs"]
+  for change, message in (
+    ({"kind": "lader"}, "Did you mean 'ladder'"),
+    ({"budget": "half"}, "budget is 'half'"),
+    ({"runs": [{**first, "steps": "5"}]}, r"runs\[0\].steps is '5'"),
+    ({"runs": [first, {**second, "arm": 3}]}, r"runs\[1\].arm is 3"),
+    ({"runs": [{**first, "settings": "x"}]}, "settings is 'x'"),
+    ({"runs": [first, first]}, "the same name"),
+    ({"runs": [first, {**second, "arm": "a0"}]}, "the same arm and seed"),
+  ):
+    (tmp_path / "study.json").write_text(json.dumps({**whole, **change}))
+    with pytest.raises(InputError, match=message) as caught:
+      runner.read(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
 
 
 def test_flops_are_those_of_this_code(tmp_path):
@@ -255,19 +274,33 @@ def get_config(arg=None):
 """
 
 
-def start(recipe, output):
-  env = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": xla_flags(1),
-    "PYTHONPATH": str(ROOT),
-  }
-  return subprocess.Popen(
-    [sys.executable, ROOT / "tools" / "study.py", "ladder",
-     f"--config={recipe}", f"--output={output}"],
-    cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    text=True, start_new_session=True,
-  )  # fmt: skip
+@pytest.fixture
+def start():
+  """Starts a study; what still runs at the end of the test is killed."""
+  started = []
+
+  def start(recipe, output):
+    env = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": xla_flags(1),
+      "PYTHONPATH": str(ROOT),
+    }
+    process = subprocess.Popen(
+      [sys.executable, ROOT / "tools" / "study.py", "ladder",
+       f"--config={recipe}", f"--output={output}"],
+      cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      text=True, start_new_session=True,
+    )  # fmt: skip
+    started.append(process)
+    return process
+
+  yield start
+  for process in started:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
 
 
 def read_pages(output):
@@ -287,7 +320,9 @@ def steps_logged(output):
 
 
 @pytest.mark.slow
-def test_a_study_killed_at_random_moments_gives_the_same_report(tmp_path):
+def test_a_study_killed_at_random_moments_gives_the_same_report(
+  tmp_path, start
+):
   recipe = tmp_path / "recipe.py"
   smallest = ROOT / "tests" / "configs" / "smallest.py"
   recipe.write_text(RECIPE.format(smallest=smallest))

@@ -87,6 +87,13 @@ def test_what_the_points_cannot_tell_is_refused():
   x = {"images": IMAGES, "parameters": np.full(6, 4e6)}
   fit = fit_scaling(TOP1, x, np.linspace(0.2, 0.5, 6))
   assert fit.note == "not identifiable: all points have the same parameters"
+  # An error that grows with the images.
+  x = {"images": np.tile(IMAGES, 2), "parameters": np.repeat([1e6, 9e6], 6)}
+  error = 0.1 * (x["images"] / 1e5) ** 0.1
+  error += 0.2 * (x["parameters"] / 3e6) ** -0.3
+  fit = fit_scaling(TOP1, x, 1 - error, saturating=False)
+  assert fit.note.endswith("of images runs to 0, the bound of the search")
+  assert "c₁ (images / images₀)^-a₁ + c₂ (parameters" in fit.formula
   # Two variables that grow together.
   x = {"images": IMAGES, "parameters": IMAGES * 10}
   error = 0.3 + 0.2 * (IMAGES / 1e5) ** -0.3

@@ -197,6 +197,7 @@ def two_updates(method, shape=(1, 1, 1), accumulate=1):
   return jax.device_get((state.params, state.balance)), rows
 
 
+@pytest.mark.slow
 def test_uncertainty_in_the_step():
   (_, state), (first, second) = two_updates("uncertainty")
   losses = [first[f"{n}/loss"] for n in WEIGHTS]
@@ -213,6 +214,7 @@ def test_uncertainty_in_the_step():
   assert all(state[n]["log_variance"] > 0.15 for n in WEIGHTS)
 
 
+@pytest.mark.slow
 def test_gradnorm_in_the_step():
   _, (first, second) = two_updates("gradnorm")
   norms = [first["norms"][n] / w for n, w in WEIGHTS.items()]
@@ -236,6 +238,7 @@ def flat_gradients(spec, state, names):
   return dict(flatten_with_names(tree))
 
 
+@pytest.mark.slow
 def test_pcgrad_in_the_step():
   """Against the projections, in NumPy, of each objective's own gradient."""
   spec = make_spec(balance=METHODS["pcgrad"])

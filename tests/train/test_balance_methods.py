@@ -188,6 +188,15 @@ def test_gradnorm_with_late_objectives_and_missing_labels():
   jax.tree.map(np.testing.assert_array_equal, state, old)
 
 
+def test_gradnorm_makes_no_nan_between_measurements():
+  # Most updates have no measurement before them.
+  balance, weights = GradNorm(every_steps=10), scalars(a=1, b=1)
+  state = balance.init(("a", "b"))
+  with jax.debug_nans(True):
+    new = balance.update(state, {n: mean(2.0) for n in weights}, weights)
+  jax.tree.map(np.testing.assert_array_equal, new, state)
+
+
 def project(gradients, orders):
   """Algorithm 1 of Yu et al. (2020) on the rows of `gradients`."""
   projected = gradients.copy()

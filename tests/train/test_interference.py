@@ -199,15 +199,8 @@ def test_transfer_equals_differences_of_losses(params, one_device, brute_force):
 PAIR = ("contrastive", "distillation")
 
 
-@pytest.mark.parametrize(
-  "shape",
-  [
-    (1, 8, 1),
-    pytest.param((8, 1, 1), marks=pytest.mark.slow),
-    pytest.param((2, 2, 2), marks=pytest.mark.slow),
-  ],
-  ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (8, 1, 1), (2, 2, 2)], ids=str)
 def test_a_pair_on_eight_devices(params, brute_force, shape):
   check_against(measure(params, PAIR, shape), brute_force, PAIR)
 

@@ -146,6 +146,20 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   assert "depth" not in batch and "boxes" in batch
 
 
+def test_one_crop_for_all_objectives(tmp_path):
+  config = schema.read_config("mtv_b16_224:tiny,shared_crop")
+  config.objectives.grounding.distinct_phrases = 0.5
+  experiment = build_experiment(config, tmp_path)
+  assert {str(e) for e in experiment.step_spec.plan} == {
+    "image(global, student)",
+    "image(global, teacher)",
+    "image(local, student)",
+    "text(caption, student)",
+    "text(box_phrase, student)",
+  }
+  assert "image" not in experiment.step_spec.views
+
+
 def test_without_text_there_is_no_text_tower(tmp_path):
   config = tiny_mtv.read()
   for name in ("contrastive", "grounding"):

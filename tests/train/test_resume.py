@@ -65,6 +65,19 @@ def test_resume_after_sigkill_is_bit_exact(uninterrupted, tmp_path, seed):
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
 
 
+def test_a_resume_with_other_threads_and_workers_is_bit_exact(
+  uninterrupted, tmp_path
+):
+  workdir = tmp_path / "run"
+  process = trainings.launch(workdir, "--config.data.threads=1")
+  kill_when(process, (workdir / "checkpoints" / "4").exists)
+  assert step_of_last_line(workdir) < 12
+  trainings.train(workdir, "--config.data.workers=2", "--config.data.threads=3")
+  assert "Resumed" in trainings.log(workdir)
+  assert_same_params(trainings.params(workdir), trainings.params(uninterrupted))
+  assert trainings.losses(workdir) == trainings.losses(uninterrupted)
+
+
 def test_resume_after_sigkill_during_a_save_is_bit_exact(
   uninterrupted, tmp_path
 ):

@@ -1,16 +1,25 @@
 """`config.teachers`: read from a folder, copied from the EMA teacher."""
 
+import json
+import os
+
 import jax
 import numpy as np
 import pytest
+import trainings
 
-from mtv_jax.checkpoint.checkpointer import load_tree
+from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import schema
-from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.convert import native
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models.two_tower import ModelSpec, init_params
+from mtv_jax.train import statistics
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.loop import train
-from mtv_jax.train.step_spec import FrozenTeacher
+from mtv_jax.train.teachers import FrozenTeacher
+from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -125,3 +134,124 @@ def test_a_snapshot_needs_an_ema_teacher(tmp_path):
   config["objectives"]["distillation"]["weight"] = dict(start_steps=2)
   with pytest.raises(ConfigError, match="at step 0, which starts at step 2"):
     build_experiment(config, tmp_path)
+
+
+# ---------------------------------------------------------------------------
+# Distillation from two encoders.
+
+TOWER = dict(image_size=16, width=16, depth=1, heads=2, mlp_dim=16)
+
+
+def write_encoder(folder, seed, *, mean=0.5, **fields):
+  """An encoder of random weights in a folder that `mtv_jax.load` reads."""
+  spec = ModelSpec.from_config(dict(TOWER, **fields))
+  size = spec.image.image_size
+  preprocess = Preprocess(size=size, mean=(mean,) * 3).to_dict()
+  params = jax.device_get(init_params(spec, jax.random.key(seed)))
+  native.write(folder, ConvertedModel(spec, params, preprocess))
+  return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("encoders")
+  return dict(
+    near=write_encoder(folder / "near", 1, variant="mu/8"),
+    # Of other pixels, patches and size, with a CLS token.
+    far=write_encoder(
+      folder / "far", 2, mean=0.4, variant="mu/4", pool="cls", image_size=12
+    ),
+  )
+
+
+def distillation(encoders, *, steps=4, **teacher):
+  return dict(
+    seed=0,
+    batch_size=8,
+    total_steps=steps,
+    data=dict(
+      train=[dict(type="scenes", size=24, length=40)], ops="decode|canvas(24)"
+    ),
+    views=dict(image=dict(ops="crop(16, 0.5, 1.0)|flip")),
+    model=dict(variant="mu/8", dtype="float32", **TOWER),
+    objectives=dict(feature_distillation=dict(statistics_examples=16)),
+    teachers={n: dict(path=p, **teacher) for n, p in encoders.items()},
+    optim=dict(lr=1e-2),
+    schedule=dict(name="constant"),
+    checkpoint=dict(every_steps=2),
+    log=dict(every_steps=1, trackers="jsonl"),
+  )
+
+
+@pytest.fixture(scope="module")
+def distilled(encoders, tmp_path_factory):
+  """The folder of a run of two teachers, and its last state."""
+  folder = tmp_path_factory.mktemp("distilled") / "run"
+  return folder, train(distillation(encoders), folder)
+
+
+def test_two_teachers(encoders, distilled):
+  """One entry a teacher; both are learned, of other pixels and patches."""
+  folder, state = distilled
+  rows = (folder / "metrics.jsonl").read_text().splitlines()
+  for name in encoders:
+    key = f"feature_distillation/{name}_patches_loss"
+    losses = [json.loads(row)[key] for row in rows]
+    assert losses[-1] < losses[0]
+    fitted = state.statistics["feature_distillation"]
+    assert np.abs(fitted[f"{name}_patches_mean"]).max() > 0
+  recorded = read_recorded_config(folder)["teachers"]["far"]
+  assert recorded["image_mean"] == [0.4] * 3
+
+
+@pytest.mark.slow
+def test_a_resumed_run_fits_no_statistics(
+  encoders, distilled, tmp_path, monkeypatch
+):
+  """It equals the uninterrupted one, and reads no teacher's folder again."""
+  config, part = distillation(encoders), tmp_path / "part"
+  train({**config, "total_steps": 2}, part)
+  monkeypatch.setattr(statistics, "make_loader", None)
+  for path in encoders.values():
+    os.rename(path, f"{path}.moved")
+  try:
+    train(config, part)
+  finally:
+    for path in encoders.values():
+      os.rename(f"{path}.moved", path)
+  for branch in ("params", "statistics", "teachers"):
+    assert_equal(leaves(part, branch, 4), leaves(distilled[0], branch, 4))
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_statistics_of_one(encoders, tmp_path):
+  """Each process reads its rows; the statistics are of all of them."""
+  options = "dict(statistics_examples=32, normalize='standardize')"
+  args = (
+    f"--config.teachers.far=dict(path={encoders['far']!r})",
+    f"--config.objectives.feature_distillation={options}",
+    "--config.evals.retrieval=None",
+  )
+  one, two = tmp_path / "one", tmp_path / "two"
+  trainings.train(one, *args, devices=2, arg="steps=2,save=2")
+  trainings.pair(two, *args, devices=1, arg="steps=2,save=2")
+  want, got = leaves(one, "statistics", 2), leaves(two, "statistics", 2)
+  assert np.abs(want["feature_distillation/far_patches_mean"]).max() > 0
+  for name, value in want.items():
+    np.testing.assert_allclose(
+      got[name], value, rtol=1e-4, atol=1e-5, err_msg=name
+    )
+  assert trainings.losses(two) == pytest.approx(trainings.losses(one), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("teacher", "message"),
+  [
+    (dict(size=18), "config.teachers.far.size: An image of 18x18"),
+    (dict(layers=[1]), "teachers.far.layers: 1 of an encoder with 1 blocks"),
+  ],
+  ids=["size", "layers"],
+)
+def test_sizes_and_layers_are_checked(teacher, message, encoders, tmp_path):
+  with pytest.raises(ConfigError, match=message):
+    build_experiment(distillation(encoders, **teacher), tmp_path)

@@ -111,3 +111,102 @@ def test_remove_abandoned(tmp_path):
   }  # fmt: skip
   assert atomic.remove_abandoned(tmp_path) == 1
   assert not files["gone too"].exists()
+
+
+def test_pipes_and_links_are_written_to(tmp_path):
+  target = tmp_path / "target"
+  target.write_bytes(b"old")
+  (tmp_path / "link").symlink_to(target)
+  atomic.write(tmp_path / "link", b"new")
+  assert (tmp_path / "link").is_symlink() and target.read_bytes() == b"new"
+  os.mkfifo(tmp_path / "pipe")
+  reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+  atomic.write(tmp_path / "pipe", b"x")
+  assert os.read(reader, 2) == b"x"
+  os.close(reader)
+
+
+def _write_folder(folder, names, **options):
+  with atomic.replace_folder(folder, **options) as new:
+    for name in names:
+      (new / name).write_text(str(new.name))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replace_folder(tmp_path, monkeypatch, exchange):
+  if not exchange:
+    monkeypatch.setattr(atomic, "_RENAME_EXCHANGE", 1 << 20)  # EINVAL
+  folder = tmp_path / "a" / "out"
+  _write_folder(folder, ["x", "y"], replaced={"x", "y"})
+  assert {p.name for p in folder.iterdir()} == {"x", "y"}
+  (folder / "mine").mkdir()
+  (folder / "mine" / "z").write_text("mine")
+  (folder / "mine" / "z").chmod(0o640)
+  _write_folder(folder, ["x"], replaced={"x", "y"})
+  assert {p.name for p in folder.iterdir()} == {"x", "mine"}
+  assert (folder / "mine" / "z").stat().st_mode & 0o777 == 0o640
+  old = (folder / "x").read_text()
+  with (
+    pytest.raises(ZeroDivisionError),
+    atomic.replace_folder(folder) as new,
+  ):
+    (new / "x").write_text("half")
+    _ = 1 / 0
+  assert (folder / "x").read_text() == old
+  assert os.listdir(tmp_path / "a") == ["out"]
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_kill_between_two_renames_loses_no_folder(tmp_path, replaced):
+  """Where folders can't be exchanged: after the first rename, or the second."""
+  folder = tmp_path / "out"
+  dead = atomic.current_process()._replace(pid=10**7)
+  live = atomic.temporary_path(folder).with_suffix(".old")
+  old = tmp_path / f".out.{dead}.0.old"
+  for path in (old, live):
+    _write_folder(path, ["x"])
+  if replaced:
+    _write_folder(folder, ["x"])
+  else:
+    with atomic.replace_folder(folder) as new:
+      assert (folder / "x").exists()
+      (new / "y").touch()
+    assert {p.name for p in folder.iterdir()} == {"x", "y"}
+  assert {p.name for p in tmp_path.iterdir()} == {"out", live.name}
+
+
+def test_outputs_honour_the_umask(tmp_path):
+  old = os.umask(0o027)
+  try:
+    _write_folder(tmp_path / "out", ["x"])
+    atomic.write(tmp_path / "file", b"1")
+  finally:
+    os.umask(old)
+  modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("out", "file")]
+  assert modes == [0o750, 0o640]
+  assert (tmp_path / "out" / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_killed_process_leaves_the_old_folder(tmp_path):
+  folder = tmp_path / "out"
+  _write_folder(folder, ["x"])
+  old = (folder / "x").read_text()
+  code = (
+    "import pathlib, sys, time; from mtv_jax.utils import atomic\n"
+    "with atomic.replace_folder(pathlib.Path(sys.argv[1])) as new:\n"
+    "  (new / 'x').write_text('half'); print('ready', flush=True)\n"
+    "  time.sleep(60)"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE
+  )
+  assert process.stdout.readline() == b"ready\n"
+  process.kill()
+  process.wait()
+  process.stdout.close()
+  assert (folder / "x").read_text() == old
+  (left,) = (p for p in tmp_path.iterdir() if p != folder)
+  assert atomic.is_temporary(left) and (left / "x").read_text() == "half"
+  _write_folder(folder, ["x"])
+  assert (folder / "x").read_text() != old
+  assert os.listdir(tmp_path) == ["out"]

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from mtv_jax.config.options import Range
+from mtv_jax.config import foreign
+from mtv_jax.config.options import Range, shorten_repr
 from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import LabelOutcome, no_label
@@ -30,6 +31,8 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
+_ID = (int, str)
+_MAX_SIDE = 1_000_000  # Of an image, in pixels.
 MATCHES = ("name", "image_id", "key")
 _CHUNK = 256  # Records per chunk that is given to the thread pool.
 # On |log(aspect1 / aspect2)|, in addition to rounding of the sides.
@@ -167,9 +170,14 @@ class Instances:
     content = listings.read_coco(
       path,
       {
-        "images": ("id", "height", "width", image_key),
-        "annotations": ("bbox", "category_id", "image_id"),
-        "categories": ("id", "name"),
+        "images": {
+          "id": _ID,
+          "height": int,
+          "width": int,
+          image_key: _ID,
+        },
+        "annotations": {"bbox": list, "category_id": _ID, "image_id": _ID},
+        "categories": {"id": _ID, "name": str},
       },
       hint="give instances_*.json",
     )
@@ -183,7 +191,12 @@ class Instances:
           f"{path}: the image {key!r} is listed twice, in this file or an"
           " earlier one. Give each file once, or match by image_id."
         )
-      annotated = _Annotated(image["height"], image["width"])
+      height, width = image["height"], image["width"]
+      if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
+        raise InputError(
+          f"{path}: the image {key!r} has {height} x {width} pixels."
+        )
+      annotated = _Annotated(height, width)
       self._images[key] = images[image["id"]] = annotated
     for annotation in content["annotations"]:
       if (image := images.get(annotation["image_id"])) is None:
@@ -194,8 +207,17 @@ class Instances:
       if annotation.get("iscrowd"):
         image.crowds += 1
         continue
-      image.boxes.append(annotation["bbox"])
-      image.phrases.append(names[annotation["category_id"]])
+      box, category = annotation["bbox"], annotation["category_id"]
+      # NaN and boxes outside of the image are counted when labels are made.
+      numbers = [v for v in box if type(v) in (int, float)]
+      if category not in names or not len(numbers) == len(box) == 4:
+        raise InputError(
+          f"{path}: annotation {annotation.get('id')} has category_id"
+          f" {category!r} and bbox {shorten_repr(box)}; expected the id of a"
+          " category and [x, y, width, height] in pixels."
+        )
+      image.boxes.append([_to_float(number) for number in box])
+      image.phrases.append(names[category])
 
   def __call__(self, item: Item) -> LabelOutcome:
     """The boxes of a record."""
@@ -213,6 +235,13 @@ class Instances:
     outcome = label_values.make_boxes(boxes, image.phrases)
     crowds = {"boxes: a crowd, left out": image.crowds} if image.crowds else {}
     return LabelOutcome(outcome.label, {**outcome.counts, **crowds})
+
+
+def _to_float(number: float | int) -> float:
+  try:
+    return float(number)
+  except OverflowError:  # An integer beyond all floats.
+    return math.inf
 
 
 @dataclasses.dataclass
@@ -276,11 +305,14 @@ class DepthImages:
         f"pattern={self.pattern!r} can't be filled in ({error!r}); it needs"
         f" one of {known}."
       ) from error
-    return Path(self.folder) / name
+    return foreign.resolve_name(self.folder, name, where="pattern")
 
   def __call__(self, item: Item) -> LabelOutcome:
     """The depth of a record."""
-    file = self._path(item)
+    try:
+      file = self._path(item)
+    except InputError:
+      return no_label("depth: a name that leaves the folder")
     if not file.exists():
       return no_label("depth: no file for the image")
     if "{stem}" in self.pattern and "{key}" not in self.pattern:
@@ -290,7 +322,8 @@ class DepthImages:
         if image.mode not in ("L", "I", "I;16", "I;16B"):
           return no_label(f"depth: a file of mode {image.mode}, not grey")
         raw = np.asarray(image)
-    except (OSError, SyntaxError, ValueError):
+    # Pillow raises errors of many types for damaged files.
+    except Exception:
       return no_label("depth: a file that is no image, or damaged")
     if not item.has_shape(*raw.shape):
       return no_label("depth: a file of another shape than the image")

@@ -5,6 +5,8 @@ An entry of `data.train` names them by kind:
   dict(type="webdataset", path="shards/*.tar",
        labels=dict(depth="labels/depth", boxes="labels/boxes"))
 
+Features are named by the teacher, `features=dict(dino="labels/dino")`.
+
 A set of the same shards is joined by position, which costs one read. A set of
 another copy of the data, with other shards or missing records, is joined by
 key: `boxes=dict(path="labels/boxes", join="key")`. Both compare the key that
@@ -16,7 +18,7 @@ import functools
 import logging
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -24,26 +26,32 @@ from jaxtyping import Int64, UInt64
 
 from mtv_jax.config import options as options_lib
 from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels.feature_values import FeatureLabel
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
+from mtv_jax.utils.path import refuse_remote
 
 log = logging.getLogger(__name__)
 
 FIELDS = {
   "depth": frozenset(["depth"]),
   "boxes": frozenset(["boxes", "phrases", "box_scores"]),
+  "features": frozenset(["features"]),
 }
 JOINS = ("aligned", "key")
+_REMOVE = "Remove this file; it is written again from the label set."
 # Records of the base that are checked before a run starts.
 _MAX_CHECKED = 1024
 
 
 class JoinedLabels(abc.ABC):
   """A label set, joined to a source."""
+
+  teacher: str | None = None  # Of features.
 
   def __init__(self, label_set: LabelSet):
     self.kind = label_set.kind
@@ -81,6 +89,9 @@ class LabelledSource(Source):
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
     return self._source.blocks
 
+  def read_in_blocks(self, window: int) -> None:
+    self._source.read_in_blocks(window)
+
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Record `i` with its labels."""
     i = i.__index__()
@@ -89,6 +100,8 @@ class LabelledSource(Source):
       label = labels.get(i, record)
       if isinstance(label, DepthLabel):
         record["depth"] = label.values
+      elif isinstance(label, FeatureLabel):
+        record.setdefault("features", {})[labels.teacher] = label
       elif label is not None:
         record["boxes"] = label.boxes
         record["phrases"] = list(label.phrases)
@@ -107,7 +120,8 @@ def join_labels(
 
   Args:
     source: any source for a join by key; otherwise a source of files.
-    labels: for each kind a set's folder, or options of `open_labels`.
+    labels: for each kind a set's folder, or options of `open_labels`; for
+      features these by teacher.
     fields: the fields that are read; None for all. Sets of other fields are
       not opened; without any set the source is returned unchanged.
 
@@ -132,10 +146,28 @@ def join_labels(
         f"{source!r} has {', '.join(sorted(both))} already: remove the label"
         f" set of {kind} from its `labels`."
       )
-    options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    build = functools.partial(open_labels, source, kind)
-    joined.append(options_lib.build(build, options, where=f"labels.{kind}"))
+    if kind != "features":
+      joined.append(_open_entry(source, kind, entry, f"labels.{kind}"))
+      continue
+    if not isinstance(entry, Mapping):
+      raise ConfigError(
+        f"labels.features={entry!r}; expected a dict of folders by teacher, "
+        "such as dict(dino='labels/dino')."
+      )
+    for teacher, of_teacher in entry.items():
+      where = f"labels.features.{teacher}"
+      joined.append(_open_entry(source, kind, of_teacher, where))
+      joined[-1].teacher = teacher
   return LabelledSource(source, joined) if joined else source
+
+
+def _open_entry(
+  source: Source, kind: str, entry: Any, where: str
+) -> JoinedLabels:
+  """The label set of a folder, or of options of `open_labels`."""
+  options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+  build = functools.partial(open_labels, source, kind)
+  return options_lib.build(build, options, where=where)
 
 
 def open_labels(
@@ -217,7 +249,7 @@ class AlignedLabels(JoinedLabels):
     ]
     chosen = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
 
-    def check(sample: tuple[int, Path, str, str]) -> None:
+    def check(sample: tuple[int, PurePath, str, str]) -> None:
       i, file, *expected = sample
       stored = label_sets.read_sample(source, i) or expected
       (key, image), (stored_key, stored_image) = expected, stored
@@ -260,7 +292,7 @@ class KeyedLabels(JoinedLabels):
 
   Raises:
     LabelError: none of the source's records has a label.
-    OSError: the table can't be written.
+    StorageError: the table can't be written.
   """
 
   def __init__(
@@ -271,17 +303,20 @@ class KeyedLabels(JoinedLabels):
     index_dir: str | os.PathLike | None = None,
   ):
     super().__init__(labels)
-    folder = Path(labels.folder if index_dir is None else index_dir)
+    folder = labels.folder if index_dir is None else Path(index_dir)
+    if index_dir is not None:
+      refuse_remote(index_dir, "index_dir", "Name a folder of this machine.")
     # The digest distinguishes the tables of several sets.
     self._file = folder.expanduser() / f"keys-{labels.digest}.npy"
     self._ends = np.cumsum(labels.counts, dtype=np.int64)
-    if not self._file.exists():
+    if not self._file.is_file():
       _write_table(self._file, labels)
     self._log_coverage(source)
 
   @functools.cached_property
   def _table(self) -> np.ndarray:
-    return np.load(self._file, mmap_mode="r", allow_pickle=False)
+    shape = 2, len(self.label_set)
+    return label_sets.load_array(self._file, shape, fix=_REMOVE)
 
   def __getstate__(self) -> dict[str, Any]:
     # Pickling a memory map copies all of its bytes.
@@ -317,6 +352,8 @@ class KeyedLabels(JoinedLabels):
     at = int(np.searchsorted(hashes, target))
     while at < len(hashes) and hashes[at] == target:
       position = int(positions[at])
+      if position >= len(self.label_set):
+        raise LabelError(f"{self._file} is damaged. {_REMOVE}")
       shard = int(np.searchsorted(self._ends, position, side="right"))
       start = int(self._ends[shard]) - self.label_set.counts[shard]
       stored = self.label_set.read(shard, position - start)
@@ -350,7 +387,7 @@ def _write_table(file: Path, labels: LabelSet) -> None:
     ):
       np.save(stream, table, allow_pickle=False)
   except OSError as error:
-    raise OSError(
+    raise StorageError(
       f"A join by key needs the table {file}, which can't be written"
       f" ({error.strerror or error}). Set index_dir to a writable folder."
     ) from error

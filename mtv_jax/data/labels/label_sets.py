@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import InputError, MissingFileError
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError, MissingFileError, printable
 
 VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -35,13 +36,15 @@ _SUFFIXES = (".tar", ".array_record", ".parquet")
 # Of differences in errors: lines, and characters of a value.
 _MAX_LINES, _MAX_CHARACTERS = 12, 60
 _ABSENT = object()
+# Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
+_MAX_MANIFEST = 1 << 25
 
 
 class LabelError(InputError):
   """A label set that can't be used with these shards, or at all."""
 
 
-def stem(file: Path) -> str:
+def stem(file: PurePath) -> str:
   """The name that a base shard and its labels share, such as "00000"."""
   return file.stem if file.suffix in _SUFFIXES else file.name
 
@@ -67,7 +70,7 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
 
 
 class LabelSet:
-  """The labels of a folder, by shard and number.
+  """The labels of a folder, by shard and number; of a bucket, of a copy.
 
   Attributes:
     digest: hash of the manifest, which identifies the set.
@@ -80,7 +83,8 @@ class LabelSet:
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
-    self.folder = Path(folder).expanduser()
+    # Whole, as readers of ArrayRecord take local files only.
+    self.folder = path_lib.local_copy(folder).expanduser()
     self.kind = kind
     self.manifest, self.digest = _load_manifest(self.folder, kind)
     shards = self.manifest["shards"]
@@ -93,7 +97,7 @@ class LabelSet:
 
   def _check_files(self) -> None:
     files = self._files
-    if missing := [file.name for file in files if not file.exists()]:
+    if missing := [file.name for file in files if not file.is_file()]:
       raise MissingFileError(
         f"{len(missing)} of {len(files)} files of the label set {self.folder}"
         f" are missing: {', '.join(missing[:8])}. Copy or write them again."
@@ -118,21 +122,38 @@ class LabelSet:
   def key_hashes(self, shard: int) -> UInt64[np.ndarray, "n"]:
     """`hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
-    if not file.exists():
+    if not file.is_file():
       raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
         " needs. Copy it from the original set, or write the set again."
       )
-    hashes = np.load(file, allow_pickle=False)
-    if hashes.shape != (self.counts[shard],):
-      raise LabelError(
-        f"{file} has shape {hashes.shape}, expected ({self.counts[shard]},): it"
-        " belongs to another label set. Write the set again."
-      )
-    return hashes.astype(np.uint64)
+    return np.array(load_array(file, (self.counts[shard],)))
 
   def __repr__(self) -> str:
     return f"LabelSet({self.kind}, {self.folder}, {len(self)} records)"
+
+
+def load_array(
+  file: Path, shape: tuple[int, ...], *, fix: str = "Write the set again."
+) -> UInt64[np.ndarray, "..."]:
+  """Maps a .npy file of unsigned 64-bit integers into memory.
+
+  Raises:
+    LabelError: it is damaged, or has another shape or type.
+  """
+  try:
+    # Unlike a read, a map takes no memory where the header is wrong.
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError, OverflowError, SyntaxError) as error:
+    raise LabelError(
+      f"{file} is not a .npy file, or damaged ({printable(error)}). {fix}"
+    ) from error
+  if (array.shape, array.dtype) != (shape, np.uint64):
+    raise LabelError(
+      f"{file} has shape {array.shape}, expected {shape}, of {array.dtype},"
+      f" expected uint64: it belongs to another label set. {fix}"
+    )
+  return array
 
 
 def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
@@ -140,32 +161,55 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
   file = folder / MANIFEST
   if not folder.is_dir():
     raise MissingFileError(f"There is no folder of labels {folder}.")
-  if not file.exists():
+  if not file.is_file():
     raise MissingFileError(
       f"{folder} has no {MANIFEST}: it is not a label set, or not finished. The"
       " command that writes it resumes it."
+    )
+  if (size := file.stat().st_size) > _MAX_MANIFEST:
+    raise LabelError(
+      f"{file} has {size:,} bytes; a manifest has at most {_MAX_MANIFEST:,}."
     )
   data = file.read_bytes()
   try:
     manifest = json.loads(data)
     version, stored = manifest["version"], manifest["kind"]
-    for shard in manifest["shards"]:
-      _ = shard["base"], shard["records"], shard["samples"]
-  except (ValueError, KeyError, TypeError) as error:
+    _check_shards(manifest["shards"])
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise LabelError(
-      f"{file} is not a manifest of a label set ({error!r})."
+      f"{file} is not a manifest of a label set ({printable(repr(error))})."
+      " Copy it again, or write the labels again."
     ) from error
   if version != VERSION:
     raise LabelError(
-      f"{file} is of version {version}, this code reads {VERSION}: write the"
-      " labels again."
+      f"{file} is of version {printable(version)}, this code reads {VERSION}:"
+      " write the labels again."
     )
   if stored != kind:
+    stored = printable(stored)
     raise LabelError(
       f"{folder} contains labels of kind {stored!r}, given as {kind!r}. Write"
       f" labels=dict({stored}={str(folder)!r})."
     )
   return manifest, hash_bytes(data)
+
+
+def _check_shards(shards: Any) -> None:
+  """Raises ValueError unless these are the shards of a manifest."""
+  if not isinstance(shards, list):
+    raise ValueError(f"'shards' is a {type(shards).__name__}, not a list")
+  names = set()
+  for shard in shards:
+    base, records = shard["base"], shard["records"]
+    if not isinstance(base, str) or type(records) is not int or records < 0:
+      raise ValueError(f"a shard has base={base!r}, records={records!r}")
+    if "/" in base or "\0" in base or stem(Path(base)) in names:
+      raise ValueError(f"the shard {base!r} is listed twice, or is a path")
+    names.add(stem(Path(base)))
+    for at, key, image in shard["samples"]:
+      given = type(at), type(key), type(image)
+      if given != (int, str, str) or at < 0:
+        raise ValueError(f"a sample of {base!r} is {[at, key, image]!r}")
 
 
 def describe_settings(

@@ -1,4 +1,4 @@
-"""Label values (depth, boxes): validation and serialization.
+"""Label values (depth, boxes, features): validation and serialization.
 
 Depth is inverse depth (larger is nearer) over the whole image, squashed to a
 square and scaled to 16 bits. Boxes are in the unit square, each with a phrase
@@ -7,11 +7,13 @@ them by reason.
 
 A serialized label is a msgpack map: `key`, `valid` and, if valid, for depth
 `png16` (an image file), `lo`, `hi`, `side`, for boxes `boxes` (uint16, 65535
-times the coordinate), `scores` (float32) and `phrases`.
+times the coordinate), `scores` (float32) and `phrases`. Features are in
+`feature_values.py`.
 """
 
 import dataclasses
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,16 +22,20 @@ import msgpack
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt16
 
-from mtv_jax.data.records import BadRecord
+from mtv_jax.data.labels import packing
+from mtv_jax.data.labels.feature_values import FeatureLabel
+from mtv_jax.data.records import content_errors
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError
 
-KINDS = ("depth", "boxes")
+KINDS = ("depth", "boxes", "features")
 
 TOP = 65535
 # Labelled pixels of a map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
+# Of a stored label: far above what experts and data sets have.
+_MAX_SIDE = 4096
 # Relative range below which a map is constant, up to float32 rounding.
 _CONSTANT = 1e-5
 # Distance outside the image that is attributed to rounding.
@@ -65,7 +71,7 @@ class BoxLabel:
   scores: Float32[np.ndarray, "n"]
 
 
-Label = DepthLabel | BoxLabel
+Label = DepthLabel | BoxLabel | FeatureLabel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +229,8 @@ def encode(key: str, label: Label | None) -> bytes:
       "scores": label.scores.astype("<f4").tobytes(),
       "phrases": list(label.phrases),
     }
+  elif isinstance(label, FeatureLabel):
+    packed |= label.pack()
   return msgpack.packb(packed)
 
 
@@ -230,37 +238,56 @@ def decode(data: bytes, *, kind: str, where: str) -> Stored:
   """Deserializes a label.
 
   Raises:
-    BadRecord: at `where`, corrupt bytes or a label of another kind.
+    BadRecord: at `where`, corrupt bytes or a label of another kind, or one too
+      large, which is seen before it is decoded.
   """
-  unpack = {"depth": _unpack_depth, "boxes": _unpack_boxes}[kind]
-  invalid = (ValueError, TypeError, KeyError, msgpack.UnpackException)
-  try:
-    packed = msgpack.unpackb(data)
-    key, valid = packed["key"], packed["valid"]
+  unpack = {
+    "depth": _unpack_depth,
+    "boxes": _unpack_boxes,
+    "features": FeatureLabel.unpack,
+  }[kind]
+  with content_errors(where, f"is not a {kind} label"):
+    packed = packing.unpack(data)
+    key, valid = (
+      packing.field(packed, "key", str),
+      packing.field(packed, "valid", bool),
+    )
     return Stored(key, unpack(packed) if valid else None)
-  except (*invalid, cv2.error) as error:
-    raise BadRecord(
-      where, f"is not a {kind} label ({type(error).__name__}: {error})"
-    ) from error
 
 
 def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
-  png = np.frombuffer(packed["png16"], np.uint8)
-  values = cv2.imdecode(png, cv2.IMREAD_UNCHANGED)
-  side = packed["side"]
+  png, side = (
+    packing.field(packed, "png16", bytes),
+    packing.field(packed, "side", int),
+  )
+  low, high = (packing.field(packed, k, float, int) for k in ("lo", "hi"))
+  if not np.isfinite([low, high]).all():
+    raise ValueError(f"its range is {low} to {high}")
+  if not 1 <= side <= _MAX_SIDE:
+    raise ValueError(f"side is {side}, expected 1 to {_MAX_SIDE}")
+  header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", side, side)
+  # Of 16 bits a pixel, grey.
+  if png[: len(header) + 2] != header + b"\x10\0":
+    raise ValueError(f"png16 is not a 16-bit grey PNG of {side}x{side}")
+  array = np.frombuffer(png, np.uint8)
+  values = cv2.imdecode(array, cv2.IMREAD_UNCHANGED)
   if values is None or values.dtype != np.uint16:
-    raise ValueError("png16 is not a 16-bit PNG")
+    raise ValueError("png16 is damaged")
   if values.shape != (side, side):
     raise ValueError(f"png16 is {values.shape}, side is {side}")
-  return DepthLabel(values, packed["lo"], packed["hi"])
+  return DepthLabel(values, low, high)
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
-  stored = np.frombuffer(packed["boxes"], "<u2").reshape(-1, 4)
-  boxes = stored.astype(np.float32) / np.float32(TOP)
-  scores = np.frombuffer(packed["scores"], "<f4").astype(np.float32)
-  phrases = tuple(packed["phrases"])
-  counts = [len(boxes), len(phrases), len(scores)]
+  stored = np.frombuffer(packing.field(packed, "boxes", bytes), "<u2").reshape(
+    -1, 4
+  )
+  scores = np.frombuffer(packing.field(packed, "scores", bytes), "<f4")
+  phrases = tuple(packing.field(packed, "phrases", list))
+  counts = [len(stored), len(phrases), len(scores)]
   if len(set(counts)) > 1:
     raise ValueError(f"numbers of boxes, phrases and scores are {counts}")
-  return BoxLabel(boxes, phrases, scores)
+  if wrong := [p for p in phrases if not isinstance(p, str)]:
+    raise ValueError(f"a phrase is a {type(wrong[0]).__name__}, not a text")
+  boxes = stored.astype(np.float32) / np.float32(TOP)
+  return BoxLabel(boxes, phrases, scores.astype(np.float32))

@@ -25,6 +25,7 @@ from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.path import refuse_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class LabelWriter:
 
   Args:
     out: the folder; created if missing.
-    kind: "depth" or "boxes".
+    kind: one of `label_values.KINDS`.
     base: a source of files.
     settings: all that determines the labels (JSON).
 
@@ -99,6 +100,12 @@ class LabelWriter:
     settings: Mapping[str, Any],
   ):
     check_choice("kind", kind, label_values.KINDS)
+    refuse_remote(
+      out,
+      "The output",
+      "Write labels to a folder, from which `gcloud storage cp -r` or `aws s3"
+      " cp --recursive` copies them.",
+    )
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base

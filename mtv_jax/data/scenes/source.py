@@ -14,6 +14,7 @@ from mtv_jax.data.scenes.difficulty import DIFFICULTIES, Level
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.process_cache import ProcessCache
 
 
@@ -94,5 +95,6 @@ class SceneSource(Source):
     settings = {name: getattr(self, name) for name in names}
     # Also the ranges, which may change with the version.
     settings["ranges"] = dataclasses.asdict(DIFFICULTIES[self.difficulty])
+    refuse_remote(self.cache, "The cache", "Name a folder of this machine.")
     folder = pathlib.Path(self.cache)
     return cache_lib.open_cache(folder, settings, self._render, self.length)

@@ -5,15 +5,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
 from mtv_jax.data import records
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import BadRecord, Record, content_errors
 from mtv_jax.data.sources.base import FileSource, Paths, map_threads
 from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.path import expand_path
+from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 
 # Larger groups would be decompressed whole for each record read at random.
@@ -24,7 +25,10 @@ class ArrayRecordSource(FileSource):
   """Records of ArrayRecord files.
 
   Args:
-    path: brace ranges, globs, commas or a list; see `expand_path`.
+    path: brace ranges, globs, commas or a list; see `expand_path`. Files of a
+      bucket are copied whole: their reader takes local files only.
+    cache: folder of this machine for these copies; `utils.path.cache_folder()`
+      by default.
 
   Raises:
     InputError: a file is corrupt, or was written in groups of records.
@@ -32,12 +36,14 @@ class ArrayRecordSource(FileSource):
 
   suffix = ".array_record"
 
-  def __init__(self, path: Paths):
+  def __init__(self, path: Paths, *, cache: str | os.PathLike | None = None):
     files = expand_path(path, suffix=self.suffix)
-    super().__init__(files, map_threads(count_records, files))
+    copy = functools.partial(path_lib.local_copy, cache=cache)
+    copies = map_threads(copy, files)
+    super().__init__(files, map_threads(count_records, copies))
     if not len(self):
       raise InputError(f"{self.name} has no record.")
-    self._readers = open_readers(self.files)
+    self._readers = open_readers(copies)
     # A shard's metadata is megabytes, and only labelling reads it.
     self._sidecars = ProcessCache(
       functools.partial(_read_sidecar, self.files), limit=8
@@ -48,8 +54,9 @@ class ArrayRecordSource(FileSource):
     shard, at = self._locate(i)
     where = f"{self.files[shard].name}:{at}"
     data = read_bytes(self._readers.get(shard), at, where=where)
-    record = records.decode(data, where=where)
-    record["captions"] = records.caption_list(record["captions"])
+    with content_errors(where, "can't be decoded"):
+      record = records.decode(data, where=where)
+      record["captions"] = records.caption_list(record["captions"])
     if not record["captions"]:
       raise BadRecord(record["key"], f"its caption in {where} is empty")
     return record
@@ -61,13 +68,19 @@ class ArrayRecordSource(FileSource):
 
 
 def _read_sidecar(
-  files: Sequence[Path], shard: int
+  files: Sequence[PurePath], shard: int
 ) -> dict[str, Mapping[str, Any]]:
   """The lines of NAME_meta.jsonl beside a shard, by key."""
   name = files[shard].name.removesuffix(ArrayRecordSource.suffix)
   file = files[shard].with_name(name + "_meta.jsonl")
   # Not splitlines, which also cuts where a caption contains U+2028.
-  lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+  try:
+    text = path_lib.read_bytes(file).decode() if path_lib.is_file(file) else ""
+  except UnicodeDecodeError as error:
+    raise InputError(
+      f"{file} is not UTF-8 ({error}). Copy the file again, or remove it."
+    ) from error
+  lines = text.split("\n")
   by_key = {}
   for number, line in enumerate(lines, 1):
     if not line:
@@ -75,7 +88,7 @@ def _read_sidecar(
     try:
       metadata = json.loads(line)
       by_key[metadata["key"]] = metadata
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
       raise InputError(
         f"{file}: line {number} is not a JSON object with a 'key' ({error!r})."
         " Copy the file again, or remove it."

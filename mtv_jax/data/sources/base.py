@@ -1,11 +1,10 @@
 """Source contract: random access to the records of a data set."""
 
 import abc
-import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal, SupportsIndex
 
 import numpy as np
@@ -14,7 +13,7 @@ from jaxtyping import Int64
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils.errors import InputError
 
-# A path or several: brace ranges, globs, commas; see `utils.path.expand_path`.
+# A path or several: brace ranges, globs, commas; see `utils.path_patterns`.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 # Whether every record needs a caption, has none, or may lack one.
@@ -40,7 +39,7 @@ class Source(abc.ABC):
   # Cumulative record counts; the last is the length.
   shards: Int64[np.ndarray, " shards"]
   # Shards that label sets are aligned to; empty if it has no files.
-  files: tuple[Path, ...] = ()
+  files: tuple[PurePath, ...] = ()
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
@@ -49,6 +48,13 @@ class Source(abc.ABC):
     A shuffle in blocks keeps the records of a run near each other.
     """
     return self.shards
+
+  def read_in_blocks(self, window: int) -> None:
+    """Prepares for an order that stays long within `window` records.
+
+    A source in a bucket then reads ahead. Called before it is pickled.
+    """
+    del window
 
   def __len__(self) -> int:
     return int(self.shards[-1])
@@ -107,7 +113,7 @@ class FileSource(Source):
 
   def __init__(
     self,
-    files: Sequence[Path],
+    files: Sequence[PurePath],
     counts: Sequence[int],
     *,
     captions: CaptionMode = "required",
@@ -151,6 +157,10 @@ class LimitedSource(Source):
     """As in the base class."""
     return self._count_before(self._source.blocks)
 
+  def read_in_blocks(self, window: int) -> None:
+    """As in the base class."""
+    self._source.read_in_blocks(window * len(self._source) // self._limit)
+
   def _index(self, i: SupportsIndex) -> int:
     self._locate(i)
     return i.__index__() * len(self._source) // self._limit
@@ -168,13 +178,3 @@ def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
   """Maps a function over items, in threads that wait for the disk."""
   with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
     return list(pool.map(function, items))
-
-
-def import_extra(module: str, extra: str) -> Any:
-  """Imports a package of an optional dependency; ImportError without it."""
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    raise ImportError(
-      f"{module} is not installed: pip install 'mtv_jax[{extra}]'."
-    ) from error

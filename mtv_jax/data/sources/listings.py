@@ -2,17 +2,25 @@
 
 import csv
 import dataclasses
-import json
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from mtv_jax.config import foreign
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.parquet import open_parquet
-from mtv_jax.data.sources.webdataset import parse_captions
-from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
+from mtv_jax.data.sources.webdataset import MAX_TEXT, parse_captions
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+  did_you_mean,
+  printable,
+)
+from mtv_jax.utils.path import check_regular, read_regular
 
+_JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 _IMAGE_SUFFIXES = (
   ".jpg",
   ".jpeg",
@@ -23,6 +31,16 @@ _IMAGE_SUFFIXES = (
   ".tif",
   ".tiff",
 )
+_MAX_LINE = 1 << 22  # Characters, of a table.
+# Of one file and not of its storage: missing, links in a circle, permissions.
+_FILE_ERRORS = (
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.ELOOP,
+  errno.EACCES,
+  errno.EPERM,
+)
+NO_CAPTION = "no caption"  # The problem of an image without captions.
 
 
 @dataclasses.dataclass
@@ -37,8 +55,11 @@ class Example:
 
   def __post_init__(self):
     self.captions = [s for c in self.captions if (s := c.strip())]
+    texts = "".join([self.name, *self.captions])
+    if not self.problem and texts != printable(texts, len(texts)):
+      self.problem = "its name or a caption is not Unicode"
     if not self.captions and not self.problem:
-      self.problem = "no caption"
+      self.problem = NO_CAPTION
 
 
 def read(
@@ -67,11 +88,14 @@ def read(
     InputError: its kind is unknown, it lacks a column or lists no image.
   """
   path = Path(path)
-  if not path.exists():
-    raise MissingFileError(f"There is no {path}.")
+  # Not its methods, which raise for names that are too long.
+  if not os.path.exists(path):
+    raise MissingFileError(f"There is no {printable(path)}.")
+  if not path.is_dir():
+    check_regular(path)
   root = Path(images) if images is not None else path.parent
   if not root.is_dir():
-    raise MissingFileError(f"There is no folder of images {root}.")
+    raise MissingFileError(f"There is no folder of images {printable(root)}.")
   kind = path.suffix.lower()
   read_rows = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
   if path.is_dir():
@@ -86,68 +110,115 @@ def read(
       f"{path}: a listing is a folder or ends in .json, .csv, .tsv or .parquet."
     )
   if not examples:
-    raise InputError(f"{path} lists no image.")
+    raise InputError(f"{printable(path)} lists no image.")
   return examples
+
+
+def list_images(folder: str | os.PathLike) -> list[Example]:
+  """The images of a folder and its subfolders, without their captions.
+
+  Their problem is `NO_CAPTION`.
+  """
+  if not os.path.isdir(folder):
+    raise MissingFileError(f"There is no folder {printable(folder)}.")
+  examples = []
+  for file in _list_files(folder):
+    if file.suffix.lower() in _IMAGE_SUFFIXES:
+      examples.append(Example(str(file.relative_to(folder)), file, []))
+  return examples
+
+
+def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
+  """The files of a folder by name, then those of each of its subfolders.
+
+  Links to folders are not followed. `os.walk` recurses before Python 3.12, and
+  leaves out folders that can't be read.
+  """
+  left = [os.fspath(folder)]
+  while left:
+    parent = left.pop()
+    try:
+      with os.scandir(parent) as listed:
+        entries = sorted(listed, key=lambda entry: entry.name)
+    except OSError as error:
+      raise InputError(
+        f"The folder {printable(parent)} can't be read: {error.strerror}."
+      ) from error
+    folders = []
+    for entry in entries:
+      if not os.path.isdir(entry):
+        yield Path(entry)
+      elif not entry.is_symlink():
+        folders.append(entry.path)
+    left += reversed(folders)
+
+
+def require_images(examples: Sequence[Example]) -> None:
+  """Raises MissingFileError, with their names, unless all images are files."""
+  missing = [e.path for e in examples if not os.path.isfile(e.path)]
+  if missing:
+    names = ", ".join(printable(path) for path in missing[:3])
+    raise MissingFileError(
+      f"{len(missing)} of {len(examples)} listed images are missing: {names}"
+      f"{', ...' if len(missing) > 3 else ''}. Name their folder with `images`."
+    )
 
 
 def _read_captions(path: Path, root: Path) -> list[Example]:
   """COCO's caption annotations; images and captions in the file's order."""
   content = read_coco(
     path,
-    {"images": ("id", "file_name"), "annotations": ("image_id", "caption")},
+    {
+      "images": {"id": (int, str), "file_name": str},
+      "annotations": {"image_id": (int, str), "caption": _JSON_TYPES},
+    },
     hint="give captions_*.json, not instances_*.json",
   )
   captions: dict[Any, list[str]] = {}
   for entry in content["annotations"]:
     if isinstance(entry["caption"], str):
       captions.setdefault(entry["image_id"], []).append(entry["caption"])
-  images = [(image["id"], image["file_name"]) for image in content["images"]]
-  return [
-    Example(name, root / name, captions.get(id_, []), {"image_id": id_})
-    for id_, name in images
-  ]
+  examples = []
+  for image in content["images"]:
+    name, id_, problem = image["file_name"], image["id"], ""
+    try:
+      file = foreign.resolve_name(root, name, where=path)
+    except InputError:
+      file, problem = root, "a file name that leaves the folder"
+    texts = captions.get(id_, [])
+    examples.append(Example(name, file, texts, {"image_id": id_}, problem))
+  return examples
 
 
 def read_coco(
-  path: Path, fields: Mapping[str, Sequence[str]], *, hint: str
+  path: Path,
+  fields: Mapping[str, Mapping[str, type | tuple[type, ...]]],
+  *,
+  hint: str,
 ) -> dict[str, Any]:
   """The content of a COCO annotation file.
 
   Args:
     path: the file.
-    fields: required lists, and the keys that each of their entries must have.
+    fields: required lists, and the keys of their entries with their types.
     hint: ends the error about a missing key.
   """
-  try:
-    content = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from error
-  given = sorted(content) if isinstance(content, dict) else type(content)
+  content = foreign.read_untrusted_json(path)
+  given = sorted(content)[:8] if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not fields.keys() <= content.keys():
     needed = " and ".join(map(repr, fields))
     raise InputError(
       f"{path} is not a COCO file: it needs {needed}, it has {given}."
     )
-  for field, keys in fields.items():
-    entries = content[field]
-    if not isinstance(entries, list):
-      raise InputError(
-        f"{path}: {field!r} is a {type(entries).__name__}, expected a list."
-      )
-    for number, entry in enumerate(entries):
-      given = sorted(entry) if isinstance(entry, dict) else []
-      if lacking := [key for key in keys if key not in given]:
-        raise InputError(
-          f"{path}: {field}[{number}] has no {lacking[0]!r}, only"
-          f" {given or repr(entry)}; {hint}."
-        )
+  for key, kinds in fields.items():
+    foreign.read_rows(path, content, key, kinds, hint=hint)
   return content
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
   delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
   with path.open(encoding="utf-8-sig", newline="") as file:
-    reader = csv.DictReader(file, delimiter=delimiter)
+    reader = csv.DictReader(_read_lines(path, file), delimiter=delimiter)
     try:
       _check_columns(path, reader.fieldnames or [], columns)
       for row in reader:
@@ -168,6 +239,16 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
         f"{path}, near line {reader.line_num + 1}: {error}. Is a quotation"
         " mark not closed?"
       ) from error
+
+
+def _read_lines(path: Path, file: TextIO) -> Iterator[str]:
+  while line := file.readline(_MAX_LINE):
+    if len(line) == _MAX_LINE:
+      raise InputError(
+        f"{path} has a line of {_MAX_LINE:,} characters or more; expected a"
+        " table of text."
+      )
+    yield line
 
 
 def _parquet_rows(
@@ -210,21 +291,18 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
 def _read_folder(folder: Path) -> list[Example]:
   """Images and the .txt or .json beside them, in subfolders too."""
   groups: dict[str, dict[str, Path]] = {}
-  for parent, folders, names in os.walk(folder):
-    folders.sort()
-    for name in sorted(names):
-      file = Path(parent, name)
-      kind = file.suffix.lower()
-      kind = "image" if kind in _IMAGE_SUFFIXES else kind
-      if kind not in ("image", ".txt", ".json"):
-        continue
-      stem = str(file.relative_to(folder).with_suffix(""))
-      other = groups.setdefault(stem, {}).setdefault(kind, file)
-      if other is not file:
-        raise InputError(
-          f"{other} and {file} are two files for one example: rename or remove"
-          " one of them."
-        )
+  for file in _list_files(folder):
+    kind = file.suffix.lower()
+    kind = "image" if kind in _IMAGE_SUFFIXES else kind
+    if kind not in ("image", ".txt", ".json"):
+      continue
+    stem = str(file.relative_to(folder))[: -len(file.suffix)]
+    other = groups.setdefault(stem, {}).setdefault(kind, file)
+    if other is not file:
+      raise InputError(
+        f"{printable(other)} and {printable(file)} are two files for one"
+        " example: rename or remove one of them."
+      )
   examples = []
   for stem, files in groups.items():
     main = files.get("image") or files.get(".txt") or files[".json"]
@@ -233,11 +311,41 @@ def _read_folder(folder: Path) -> list[Example]:
     if "image" not in files:
       example.problem = "no image beside it"
     elif len(files) > 1:
-      beside = (files.get(kind) for kind in (".txt", ".json"))
-      texts = (file and file.read_bytes() for file in beside)
       try:
-        example.captions = parse_captions(stem, *texts)
-        example.problem = ""
+        texts = [_read_beside(stem, files.get(k)) for k in (".txt", ".json")]
+        captions = parse_captions(stem, *texts)
+        example = examples[-1] = Example(example.name, main, captions)
       except BadRecord as error:
         example.problem = error.reason
   return examples
+
+
+def _read_beside(stem: str, file: Path | None) -> bytes | None:
+  """The content of the .txt or .json of an example, if there is one."""
+  if file is None:
+    return None
+  return read_content(stem, file.suffix, file, limit=MAX_TEXT)
+
+
+def read_content(key: str, what: str, file: Path, *, limit: int) -> bytes:
+  """The bytes of one file of an example.
+
+  Args:
+    key: the record's.
+    what: the file is, for the error.
+    file: its path.
+    limit: largest number of bytes.
+
+  Raises:
+    BadRecord: the file is missing, no regular file, too large or not readable.
+    OSError: the storage can't be read.
+  """
+  try:
+    return read_regular(file, limit=limit)
+  except InputError as error:
+    raise BadRecord(key, printable(error)) from error
+  except OSError as error:
+    if error.errno not in _FILE_ERRORS:
+      raise
+    reason = f"its {what} can't be read ({error.strerror})"
+    raise BadRecord(key, reason) from error

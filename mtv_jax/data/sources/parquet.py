@@ -2,16 +2,27 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.data.records import BadRecord, Record, caption_list
+from mtv_jax.data.records import (
+  BadRecord,
+  Record,
+  caption_list,
+  content_errors,
+)
 from mtv_jax.data.sources import base
-from mtv_jax.utils.errors import InputError, did_you_mean
-from mtv_jax.utils.path import expand_path
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import (
+  InputError,
+  StorageError,
+  did_you_mean,
+  import_extra,
+)
+from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 
 # Default columns, where exactly one of these exists.
@@ -20,6 +31,8 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # A shuffle in blocks mixes 16 of them (`data.order.WINDOW`); the others are
 # for rows of the next window that are read ahead.
 _MAX_CACHED_GROUPS = 24
+# Of a row group, which is decoded whole, in several threads at once.
+_MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
 
 
 class ParquetSource(base.FileSource):
@@ -60,7 +73,7 @@ class ParquetSource(base.FileSource):
     _pyarrow()  # Its absence is the first error.
     files = expand_path(path, suffix=self.suffix)
     self._stems = [file.name.removesuffix(self.suffix) for file in files]
-    by_stem: dict[str, Path] = {}
+    by_stem: dict[str, PurePath] = {}
     for stem, file in zip(self._stems, files, strict=True):
       if (other := by_stem.setdefault(stem, file)) is not file:
         raise InputError(
@@ -108,7 +121,8 @@ class ParquetSource(base.FileSource):
     captions = row[self._caption] if self._caption is not None else []
     if not isinstance(captions, list):
       captions = [captions]
-    record["captions"] = caption_list([c for c in captions if c is not None])
+    with content_errors(key, "its captions can't be read"):
+      record["captions"] = caption_list([c for c in captions if c is not None])
     if self._captions == "required" and not record["captions"]:
       raise BadRecord(key, f"its caption in column {self._caption!r} is empty")
     return record
@@ -130,23 +144,25 @@ class ParquetSource(base.FileSource):
       table = self._groups.get(group)
     except (_pyarrow().ArrowException, OSError) as error:
       # Arrow's decoders raise OSError too; an error of the disk has a number.
-      if getattr(error, "errno", None):
+      if getattr(error, "errno", None) or isinstance(error, StorageError):
         raise
       raise BadRecord(
         key, f"its row group can't be decoded ({error})"
       ) from error
     row = i.__index__() - int(self._starts[group])
-    return key, {name: table[name][row].as_py() for name in table.column_names}
+    with content_errors(key, "its row can't be decoded"):
+      names = table.column_names
+      return key, {name: table[name][row].as_py() for name in names}
 
   def _read_group(self, group: int) -> Any:
     """The image and caption columns of a row group, a `pyarrow.Table`."""
-    parquet = base.import_extra("pyarrow.parquet", "parquet")
+    parquet = import_extra("pyarrow.parquet", "parquet")
     shard = int(np.searchsorted(self._first, group, side="right")) - 1
     number = group - int(self._first[shard])
     columns = [self._image] + [self._caption] * (self._caption is not None)
     rows = self._starts[group + 1] - self._starts[group]
     # Reads of one ParquetFile by several threads are not safe.
-    with parquet.ParquetFile(self.files[shard]) as file:
+    with parquet.ParquetFile(_open(self.files[shard])) as file:
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
       if number >= groups or row_group(number).num_rows != rows:
         raise InputError(
@@ -162,13 +178,13 @@ def _split_image(image: Any) -> tuple[bytes | None, str | None]:
   return image, None
 
 
-def open_parquet(file: Path) -> Any:
+def open_parquet(file: PurePath) -> Any:
   """Opens a `pyarrow.parquet.ParquetFile`; an InputError if it is corrupt."""
   arrow = _pyarrow()
   try:
-    return base.import_extra("pyarrow.parquet", "parquet").ParquetFile(file)
+    return import_extra("pyarrow.parquet", "parquet").ParquetFile(_open(file))
   except (arrow.ArrowException, OSError) as error:
-    if getattr(error, "errno", None):
+    if getattr(error, "errno", None) or isinstance(error, StorageError):
       raise
     raise InputError(
       f"{file} is not a Parquet file, or is truncated ({error}). Fetch or write"
@@ -176,16 +192,30 @@ def open_parquet(file: Path) -> Any:
     ) from error
 
 
-def _read_footer(file: Path) -> tuple[Any, list[int]]:
+def _open(file: PurePath) -> Any:
+  """What `ParquetFile` reads: the path, or an opened file of a bucket."""
+  return path_lib.open_file(file) if path_lib.is_remote(file) else file
+
+
+def _read_footer(file: PurePath) -> tuple[Any, list[int]]:
   """The Arrow schema of a file and the row counts of its groups."""
   with open_parquet(file) as opened:
     metadata = opened.metadata
-    groups = range(metadata.num_row_groups)
-    counts = [metadata.row_group(group).num_rows for group in groups]
-    return opened.schema_arrow, counts
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+    if not all(
+      0 <= rows <= _MAX_ROWS and 0 <= size <= _MAX_BYTES for rows, size in sizes
+    ):
+      rows, size = max(sizes)
+      raise InputError(
+        f"{file} has a row group of {rows:,} rows and {size:,} bytes, and a"
+        f" record is read with its whole group; at most {_MAX_ROWS:,} rows and"
+        f" {_MAX_BYTES:,} bytes are read. Write it with smaller row groups."
+      )
+    return opened.schema_arrow, [rows for rows, _ in sizes]
 
 
-def _default_column(file: Path, schema: Any, role: str) -> str:
+def _default_column(file: PurePath, schema: Any, role: str) -> str:
   if role == "caption":
     columns = [name for name in _CAPTION_COLUMNS if name in schema.names]
   else:
@@ -207,7 +237,11 @@ def _default_column(file: Path, schema: Any, role: str) -> str:
 
 
 def _check_column(
-  file: Path, schema: Any, role: str, name: str, accepts: Callable[[Any], bool]
+  file: PurePath,
+  schema: Any,
+  role: str,
+  name: str,
+  accepts: Callable[[Any], bool],
 ) -> None:
   if schema.names.count(name) != 1:
     raise InputError(
@@ -245,4 +279,4 @@ def _is_caption(kind: Any) -> bool:
 
 
 def _pyarrow() -> Any:
-  return base.import_extra("pyarrow", "parquet")
+  return import_extra("pyarrow", "parquet")

@@ -24,13 +24,14 @@ from typing import Any
 import cv2
 
 from mtv_jax.config.options import PositiveInt, check_value
-from mtv_jax.data import canvas
+from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
 from mtv_jax.utils.cores import available_cores
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError, check_choice, printable
+from mtv_jax.utils.path import read_regular, refuse_remote
 
 # Images in memory at a time.
 _CHUNK = 64
@@ -98,6 +99,7 @@ def write(
   sizes = {"records_per_shard": records_per_shard, "max_side": max_side}
   for name, size in sizes.items():
     check_value(size, PositiveInt | None, name)
+  refuse_remote(out, "The output", "Write to a folder, and copy it.")
   out = Path(out).expanduser()
   if out.exists() and not out.is_dir():
     raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
@@ -127,7 +129,9 @@ def write(
       progress(report)
   listing = out / "skipped.jsonl"
   listing.unlink(missing_ok=True)
-  entries = [{"name": e.name, "reason": e.problem} for e in report.skipped]
+  entries = [
+    {"name": printable(e.name), "reason": e.problem} for e in report.skipped
+  ]
   if lines := [json.dumps(e, ensure_ascii=False) + "\n" for e in entries]:
     atomic.write(listing, "".join(lines).encode())
   if not report.written:
@@ -135,7 +139,7 @@ def write(
     counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
       f"None of the {report.total} examples can be used: {counts}. The first"
-      f" was expected at {examples[0].path}. See {listing}."
+      f" was expected at {printable(examples[0].path)}. See {listing}."
     )
   return report
 
@@ -165,12 +169,14 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
   if example.problem:
     return example.problem
   try:
-    data = example.path.read_bytes()
+    data = read_regular(example.path, limit=image_limits.MAX_BYTES)
     image = canvas.decode(data, key=example.name)
-  except OSError as error:
-    return error.strerror or str(error)
   except BadRecord as error:
     return error.reason
+  except OSError as error:
+    return error.strerror or str(error)
+  except ValueError as error:  # Not a file, or not a file's name.
+    return printable(error)
   height, width = image.shape[:2]
   original = {"original_width": width, "original_height": height}
   original["sha256"] = hashlib.sha256(data).hexdigest()

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,10 @@ import numpy as np
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.data.sources.base import OPEN_THREADS
 from mtv_jax.data.sources.tar_scan import Scan, TarError
-from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.errors import StorageError
+from mtv_jax.utils.path import check_regular
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class Header(NamedTuple):
 class TarIndex:
   """An index, with the least and the greatest of its keys."""
 
-  tar: Path
-  file: Path
+  tar: PurePath
+  file: Path  # Of a bucket, a local copy.
   header: Header
   smallest: str
   largest: str
@@ -90,17 +92,21 @@ class TarIndex:
     return [data[a:b].decode() for a, b in itertools.pairwise([0, *ends])]
 
 
-def index_file(tar: Path, index_dir: Path | None) -> Path:
+def index_file(tar: PurePath, index_dir: PurePath | None) -> PurePath:
   """The path of a tar's index."""
   if index_dir is None:
     return tar.with_name(tar.name + ".index")
   # Tars of several folders share names such as 00000.tar.
-  folder = hashlib.blake2s(os.path.abspath(tar.parent).encode(), digest_size=4)
+  folder = hashlib.blake2s(_absolute(tar.parent).encode(), digest_size=4)
   return index_dir / f"{tar.stem}-{folder.hexdigest()}{tar.suffix}.index"
 
 
+def _absolute(path: PurePath) -> str:
+  return str(path) if path_lib.is_remote(path) else os.path.abspath(path)
+
+
 def build_indices(
-  tars: Sequence[Path], *, index_dir: Path | None = None
+  tars: Sequence[PurePath], *, index_dir: PurePath | None = None
 ) -> list[TarIndex]:
   """The indices of `tars`, in their order; builds those that are missing.
 
@@ -110,7 +116,7 @@ def build_indices(
 
   Raises:
     TarError: names all tars that can't be used, with the reason for each.
-    OSError: an index can't be written.
+    StorageError: an index can't be written, or a bucket can't be read.
   """
   with _workers(tars, index_dir):
     indices, errors = _build(tars, index_dir, OPEN_THREADS)
@@ -126,7 +132,7 @@ def build_indices(
 
 
 def _build(
-  tars: Sequence[Path], index_dir: Path | None, threads: int
+  tars: Sequence[PurePath], index_dir: PurePath | None, threads: int
 ) -> tuple[dict[int, TarIndex], dict[int, TarError]]:
   """Indices and errors by the tars' positions in the list."""
   indices: dict[int, TarIndex] = {}
@@ -156,7 +162,9 @@ def _build(
 
 
 @contextlib.contextmanager
-def _workers(tars: Sequence[Path], index_dir: Path | None) -> Iterator[None]:
+def _workers(
+  tars: Sequence[PurePath], index_dir: PurePath | None
+) -> Iterator[None]:
   """Runs processes that build indices as another host would.
 
   They are neither forked (a process that runs JAX can't be) nor
@@ -165,10 +173,12 @@ def _workers(tars: Sequence[Path], index_dir: Path | None) -> Iterator[None]:
   if len(tars) < _MIN_TARS:
     yield
     return
-  missing = sum(not index_file(tar, index_dir).exists() for tar in tars)
+  with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
+    files = [index_file(tar, index_dir) for tar in tars]
+    missing = sum(not exists for exists in pool.map(path_lib.exists, files))
   count = missing // (_MIN_TARS // 2)
   count = min(available_cores() - 1, _MAX_WORKERS, count)
-  job = json.dumps([[os.path.abspath(t) for t in tars], str(index_dir or "")])
+  job = json.dumps([[_absolute(t) for t in tars], str(index_dir or "")])
   path = os.pathsep.join(filter(None, sys.path))
   workers = []
   try:
@@ -191,36 +201,40 @@ def _workers(tars: Sequence[Path], index_dir: Path | None) -> Iterator[None]:
       worker.wait()
 
 
-def _load_or_build(tar: Path, index_dir: Path | None) -> tuple[TarIndex, bool]:
+def _load_or_build(
+  tar: PurePath, index_dir: PurePath | None
+) -> tuple[TarIndex, bool]:
   """The index of one tar, and whether it is new."""
   file = index_file(tar, index_dir)
-  state = tar.stat()
+  state = path_lib.stat(tar)
   reason = "it has none"
-  if file.exists():
+  if path_lib.exists(file):
+    check_regular(file)
     index, reason = _load(file, tar, state)
     if index is not None:
       return index, False
     log.warning("%s: its index %s is rebuilt: %s.", tar, file, reason)
   data = _serialise(tar_scan.scan(tar), state, tar)
   try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(file, data)
+    path_lib.write_bytes(file, data)
   except OSError as error:
-    raise OSError(
+    raise StorageError(
       f"{tar} needs an index ({reason}) and {file} can't be written"
       f" ({error.strerror or error}). Set index_dir of this source to a"
       " writable folder."
     ) from error
-  index, reason = _load(file, tar, tar.stat())
+  index, reason = _load(file, tar, path_lib.stat(tar))
   if index is None:
     raise TarError(f"{tar} changed while it was indexed: {reason}.")
   return index, True
 
 
 def _load(
-  file: Path, tar: Path, state: os.stat_result
+  file: PurePath, tar: PurePath, state: os.stat_result | path_lib.Stat
 ) -> tuple[TarIndex | None, str]:
   """The index in `file`, or None and why it does not fit the tar."""
+  # It is memory-mapped.
+  file = path_lib.local_copy(file)
   with file.open("rb") as stream:
     data = stream.read(HEADER.size)
     if len(data) < HEADER.size or not data.startswith(_MAGIC):
@@ -232,18 +246,24 @@ def _load(
     if header.tar_time != time_ns:
       times = _time(time_ns), _time(header.tar_time)
       return None, "the tar was modified at {}, and before at {}".format(*times)
-    entries_size = header.count * ENTRY.itemsize
-    stream.seek(HEADER.size + entries_size + header.keys_size)
+    start = HEADER.size + header.count * ENTRY.itemsize + header.keys_size
     split = header.smallest_size
     size = split + header.largest_size
-    keys = stream.read(size + 1)
-    if len(keys) != size:
-      return None, "it is truncated"
-  smallest, largest = keys[:split].decode(), keys[split:].decode()
+    is_complete = os.fstat(stream.fileno()).st_size == start + size
+    if not is_complete or header.captioned > header.count:
+      return None, "it is truncated, or damaged"
+    stream.seek(start)
+    keys = stream.read(size)
+  try:
+    smallest, largest = keys[:split].decode(), keys[split:].decode()
+  except UnicodeDecodeError:
+    return None, "it is damaged"
   return TarIndex(tar, file, header, smallest, largest), ""
 
 
-def _serialise(scan: Scan, stat: os.stat_result, tar: Path) -> bytes:
+def _serialise(
+  scan: Scan, stat: os.stat_result | path_lib.Stat, tar: PurePath
+) -> bytes:
   missing = {"no image": scan.no_image}
   missing["neither .txt nor .json"] = scan.no_caption
   for problem, keys in missing.items():
@@ -286,11 +306,11 @@ def _time(nanoseconds: int) -> str:
 def _run_worker() -> None:
   """Main function of a worker process; reads its job from standard input."""
   tars, index_dir = json.load(sys.stdin)
-  index_dir = Path(index_dir) if index_dir else None
+  index_dir = path_lib.as_path(index_dir) if index_dir else None
   # The process that started it raises the same errors and reports them.
   with contextlib.suppress(OSError):
     # Few threads: if the parent builds the same index, the work is wasted.
-    _build([Path(tar) for tar in tars], index_dir, threads=2)
+    _build([path_lib.as_path(tar) for tar in tars], index_dir, threads=2)
 
 
 if __name__ == "__main__":

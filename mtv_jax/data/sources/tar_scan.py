@@ -9,9 +9,10 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import NamedTuple
 
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ _BLOCK = 512
 _BUFFER = 8192
 # Longer names are garbage, and are not read.
 _MAX_NAME = 1 << 20
+# Of a decimal number in a pax header.
+_MAX_DIGITS = 20
 _FIX = "Fetch it again, or leave it out of the path."
 
 
@@ -47,7 +50,7 @@ class Scan:
   others: int  # Members that belong to no record.
 
 
-def scan(path: Path) -> Scan:
+def scan(path: PurePath) -> Scan:
   """Reads the headers of a tar.
 
   The key of a member is its name up to the first dot after the last slash, as
@@ -94,11 +97,11 @@ def split_name(name: str) -> tuple[str, str]:
   return (folder + slash + stem if stem else ""), extension.lower()
 
 
-def members(path: Path) -> Iterator[tuple[str, Span]]:
+def members(path: PurePath) -> Iterator[tuple[str, Span]]:
   """Name and span of each regular file in the tar."""
   # One read covers the caption files between two images and the next header.
-  with path.open("rb", buffering=_BUFFER) as file:
-    total = os.fstat(file.fileno()).st_size
+  with path_lib.open_file(path, buffering=_BUFFER) as file:
+    total = file.seek(0, os.SEEK_END)
     if total == 0:
       raise TarError(f"{path} is empty (0 bytes): fetch it again.")
     offset = 0
@@ -138,7 +141,7 @@ def members(path: Path) -> Iterator[tuple[str, Span]]:
     )
 
 
-def _check_header(header: bytes, path: Path, offset: int) -> None:
+def _check_header(header: bytes, path: PurePath, offset: int) -> None:
   """Compares a header's checksum, whose field counts as blanks."""
   field = header[148:156]
   try:
@@ -159,7 +162,7 @@ def _check_header(header: bytes, path: Path, offset: int) -> None:
 
 
 def _truncated(
-  path: Path, offset: int, needed: int, total: int, part: str
+  path: PurePath, offset: int, needed: int, total: int, part: str
 ) -> TarError:
   return TarError(
     f"{path} is truncated: {part} at offset {offset} needs {needed} bytes, the"
@@ -167,16 +170,17 @@ def _truncated(
   )
 
 
-def _parse_number(field: bytes, path: Path, offset: int) -> int:
+def _parse_number(field: bytes, path: PurePath, offset: int) -> int:
   """Octal digits, or GNU's binary form for sizes from 8 GiB."""
-  if field[0] & 0x80:
-    return int.from_bytes(field, "big") & ((1 << 88) - 1)
-  try:
-    return int(field.strip(b" \0") or b"0", 8)
-  except ValueError:
-    raise TarError(
-      f"{path} is corrupt: size {field!r} at offset {offset}. {_FIX}"
-    ) from None
+  if field[0] == 0x80:
+    return int.from_bytes(field[1:], "big")
+  digits = field.strip(b" \0") or b"0"
+  # `int` takes signs and underscores too; a size must not be negative.
+  if digits.isdigit() and not digits.strip(b"01234567"):
+    return int(digits, 8)
+  raise TarError(
+    f"{path} is corrupt: size {field!r} at offset {offset}. {_FIX}"
+  )
 
 
 def _header_name(header: bytes) -> str:
@@ -188,21 +192,27 @@ def _header_name(header: bytes) -> str:
 
 
 def _parse_pax(
-  data: bytes, name: str, size: int, path: Path, offset: int
+  data: bytes, name: str, size: int, path: PurePath, offset: int
 ) -> tuple[str, int]:
   """`path` and `size` of a pax header, lines of "length key=value"."""
+  at, last = 0, len(data.rstrip(b"\0"))
   try:
-    while data.strip(b"\0"):
-      digits, _, _ = data.partition(b" ")
-      length = int(digits)
-      if length <= 0:
-        raise ValueError(length)
-      key, _, value = data[len(digits) + 1 : length - 1].partition(b"=")
+    while at < last:
+      space = data.find(b" ", at, at + _MAX_DIGITS)
+      digits = data[at:space]
+      if space < 0 or not digits.isdigit() or not int(digits):
+        raise ValueError(digits)
+      end = at + int(digits)
+      if end > len(data):
+        raise ValueError(digits)
+      key, _, value = data[space + 1 : end - 1].partition(b"=")
       if key == b"path":
         name = _decode(value)
       elif key == b"size":
+        if len(value) > _MAX_DIGITS or not value.isdigit():
+          raise ValueError(value)
         size = int(value)
-      data = data[length:]
+      at = end
   except ValueError:
     raise TarError(
       f"{path} is corrupt: unreadable pax header at offset {offset}. {_FIX}"

@@ -15,9 +15,20 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from mtv_jax.data.records import BadRecord, Record, caption_list
-from mtv_jax.data.sources.base import Source, import_extra
-from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
+from mtv_jax.data.records import (
+  BadRecord,
+  Record,
+  caption_list,
+  content_errors,
+)
+from mtv_jax.data.sources.base import Source
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+  did_you_mean,
+  import_extra,
+)
+from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.process_cache import ProcessCache
 
 # Paths of captions in the tree of features; the first that exists is read.
@@ -51,7 +62,10 @@ class TFDSSource(Source):
     self.name = f"{name}/{split}"
     self._name = name
     self._split = split
-    self._data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    if data_dir is not None:
+      data_dir = os.path.expanduser(data_dir)
+      refuse_remote(data_dir, "data_dir", "Copy the prepared set to a folder.")
+    self._data_dir = data_dir
     tfds = _tfds()
     info = self._builder(tfds).info
     features = dict(info.features.items())
@@ -126,7 +140,8 @@ class TFDSSource(Source):
       captions: Any = example
       for part in self._captions:
         captions = captions[part]
-      record["captions"] = caption_list(captions)
+      with content_errors(key, "its captions can't be read"):
+        record["captions"] = caption_list(captions)
       if not record["captions"]:
         raise BadRecord(key, "its caption is empty")
     if self._label:

@@ -1,5 +1,6 @@
 """WebDataset tars in img2dataset's layout, with random access."""
 
+import abc
 import functools
 import itertools
 import json
@@ -7,16 +8,20 @@ import logging
 import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
-from mtv_jax.data.records import BadRecord, Record
+import numpy as np
+
+from mtv_jax.data.image_limits import MAX_BYTES
+from mtv_jax.data.records import BadRecord, Record, content_errors
 from mtv_jax.data.sources import tar_index
 from mtv_jax.data.sources.base import CaptionMode, FileSource, Paths
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
-from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.path import expand_path
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError, printable
+from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 
 log = logging.getLogger(__name__)
@@ -24,12 +29,22 @@ log = logging.getLogger(__name__)
 # Members of a record with at most this many other bytes between them are read
 # at once.
 _MAX_GAP = 1 << 16
+# Of a record's .txt and .json: parsed JSON takes up to twenty times its bytes.
+MAX_TEXT = 1 << 24
+# Of tars in buckets: bytes of a request that reads ahead, those kept in memory,
+# and the bytes of a window's records up to which they are read ahead.
+_BLOCK = 1 << 23
+_MAX_BLOCKS = 128
+_MAX_WINDOW = _BLOCK * _MAX_BLOCKS * 3 // 4
 # Keys of tars whose ranges overlap are compared up to this many records.
 _MAX_COMPARED = 2_000_000
 
 
 class WebDatasetSource(FileSource):
-  """Records of tars, read by `pread` at offsets of a memory-mapped index.
+  """Records of tars, read at offsets of a memory-mapped index.
+
+  Of a tar in a bucket a record is one ranged request, or, where an order in
+  blocks allows it, a part of a longer one that is read ahead.
 
   A record is the members that share a key: an image (.jpg, .jpeg, .png or
   .webp) and its captions. These are the list `captions` of KEY.json if it has
@@ -39,6 +54,8 @@ class WebDatasetSource(FileSource):
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
     index_dir: folder of the indices; default: the tars' folders.
+    cache: folder of this machine for whole copies of tars in a bucket, each
+      made when the tar is first read; None reads ranges of them.
     captions: "required" leaves out records that have neither .txt nor .json;
       "ignored" takes every image, and its records have no captions;
       "optional" takes every image and those of its captions that are not
@@ -46,7 +63,8 @@ class WebDatasetSource(FileSource):
 
   Raises:
     TarError: a tar is truncated, corrupt, compressed or repeats a key.
-    OSError: an index is missing or out of date and can't be written.
+    OSError: an index is missing or out of date and can't be written, or a
+      bucket can't be read.
     InputError: the tars contain no record.
   """
 
@@ -58,10 +76,12 @@ class WebDatasetSource(FileSource):
     *,
     index_dir: str | os.PathLike | None = None,
     captions: CaptionMode = "required",
+    cache: str | os.PathLike | None = None,
   ):
+    if index_dir is not None:
+      index_dir = path_lib.as_path(os.path.expanduser(index_dir))
     tars = tar_index.build_indices(
-      expand_path(path, suffix=self.suffix),
-      index_dir=Path(index_dir).expanduser() if index_dir is not None else None,
+      expand_path(path, suffix=self.suffix), index_dir=index_dir
     )
     required = captions == "required"
     super().__init__(
@@ -72,9 +92,22 @@ class WebDatasetSource(FileSource):
     self._captions = captions
     self._report_skipped(tars)
     _check_duplicates(tars)
+    self._tars, self._cache = tars, cache
     # Two: the tar, and the memory map of its index.
-    load = functools.partial(_OpenTar, tars)
+    load = functools.partial(_open_tar, tars, cache=cache)
     self._open_tars = ProcessCache(load, descriptors=2)
+
+  def read_in_blocks(self, window: int) -> None:
+    """Reads tars in buckets in blocks, if those of a window fit in memory."""
+    if self._cache is not None:
+      return
+    tars = [t for t in self._tars if path_lib.is_remote(t.tar)]
+    records = sum(t.header.count for t in tars)
+    size = sum(t.header.tar_size for t in tars)
+    if records and size * window <= records * _MAX_WINDOW:
+      blocks = Blocks(self._tars)
+      load = functools.partial(_open_tar, self._tars, blocks=blocks)
+      self._open_tars = ProcessCache(load, descriptors=1)
 
   def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
     no_image = sum(t.header.no_image for t in tars)
@@ -118,7 +151,10 @@ class WebDatasetSource(FileSource):
   def read_metadata(self, i: SupportsIndex) -> dict[str, Any]:
     """The object in KEY.json of record `i` (or none), and its `key`."""
     shard, at = self._locate(i)
-    key, _, _, sidecar = self._open_tars.get(shard).read(at)
+    try:
+      key, _, _, sidecar = self._open_tars.get(shard).read(at)
+    except BadRecord as error:
+      return {"key": error.key}
     return _parse_metadata(key, sidecar)
 
   def read_with_metadata(self, i: SupportsIndex) -> Record:
@@ -129,7 +165,7 @@ class WebDatasetSource(FileSource):
 def _parse_metadata(key: str, sidecar: bytes | None) -> dict[str, Any]:
   try:
     fields = json.loads(sidecar or b"{}")
-  except ValueError:
+  except (ValueError, RecursionError):
     fields = {}
   return (fields if isinstance(fields, dict) else {}) | {"key": key}
 
@@ -138,12 +174,19 @@ def parse_captions(
   key: str, text: bytes | None, sidecar: bytes | None
 ) -> list[str]:
   """The captions that are not blank; BadRecord if there is none."""
+  with content_errors(key, "its captions can't be read"):
+    return _parse_captions(key, text, sidecar)
+
+
+def _parse_captions(
+  key: str, text: bytes | None, sidecar: bytes | None
+) -> list[str]:
   captions: list[Any] = []
   # Parsing a .json costs more than reading it, and most are not needed.
   if sidecar is not None and (text is None or b'"captions"' in sidecar):
     try:
       fields = json.loads(sidecar)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise BadRecord(key, f"its .json can't be parsed ({error})") from error
     if not isinstance(fields, dict):
       raise BadRecord(key, "its .json is not an object")
@@ -156,7 +199,8 @@ def parse_captions(
       raise BadRecord(
         key,
         "its .json has neither 'captions' nor 'caption', only"
-        f" {', '.join(sorted(fields)) or 'nothing'}; and there is no .txt",
+        f" {printable(', '.join(sorted(fields))) or 'nothing'}; and there is no"
+        " .txt",
       )
   if not captions and text is not None:
     try:
@@ -164,39 +208,82 @@ def parse_captions(
     except UnicodeDecodeError as error:
       raise BadRecord(key, f"its .txt is not UTF-8 ({error})") from error
   if wrong := [c for c in captions if not isinstance(c, str)]:
-    raise BadRecord(key, f"a caption of its .json is {wrong[0]!r}, not a text")
+    value = printable(repr(wrong[0]), 80)
+    raise BadRecord(key, f"a caption of its .json is {value}, not a text")
   captions = [stripped for c in captions if (stripped := c.strip())]
   if not captions:
     raise BadRecord(key, "its caption is empty")
   return captions
 
 
-class _OpenTar:
+class Blocks:
+  """The most recently read blocks of tars in buckets, at most 1 GiB."""
+
+  def __init__(self, tars: Sequence[TarIndex]):
+    self._tars = tars
+    counts = [-(-t.header.tar_size // _BLOCK) for t in tars]
+    self._starts = np.cumsum([0, *counts])
+    self._cache = ProcessCache(self._load, limit=_MAX_BLOCKS)
+
+  def _load(self, block: int) -> bytes:
+    shard = int(np.searchsorted(self._starts, block, side="right")) - 1
+    start = (block - int(self._starts[shard])) * _BLOCK
+    size = min(_BLOCK, self._tars[shard].header.tar_size - start)
+    return path_lib.read_range(self._tars[shard].tar, start, size)
+
+  def read(self, shard: int, offset: int, size: int) -> bytes:
+    """Bytes of a tar."""
+    first, last = offset // _BLOCK, (offset + max(size, 1) - 1) // _BLOCK
+    start = int(self._starts[shard])
+    parts = [self._cache.get(start + n) for n in range(first, last + 1)]
+    offset -= first * _BLOCK
+    return b"".join(parts)[offset : offset + size]
+
+
+def _open_tar(
+  tars: Sequence[TarIndex],
+  shard: int,
+  *,
+  cache: str | os.PathLike | None = None,
+  blocks: Blocks | None = None,
+) -> "_OpenTar":
+  tar = tars[shard].tar
+  if path_lib.is_remote(tar) and cache is None:
+    return _RemoteTar(tars[shard], shard, blocks)
+  return _LocalTar(tars[shard], path_lib.local_copy(tar, cache=cache))
+
+
+class _OpenTar(abc.ABC):
   """The open files of one tar."""
 
-  def __init__(self, tars: Sequence[TarIndex], shard: int):
-    index = tars[shard]
-    self.path = index.tar
+  def __init__(self, index: TarIndex):
+    self.path, self._index = index.tar, index.file
+    self._size = index.header.tar_size
     self._entries, self._keys = index.open()
-    self._fd = os.open(index.tar, os.O_RDONLY | os.O_CLOEXEC)
-    # Not __del__, which runs too late where the interpreter ends.
-    weakref.finalize(self, os.close, self._fd)
-    size = os.fstat(self._fd).st_size
-    if size != index.header.tar_size:
-      raise TarError(
-        f"{index.tar} has {size} bytes, and had {index.header.tar_size} when"
-        " this run started: start again, which rebuilds its index."
-      )
 
   def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
     """Key, and bytes of image, text and JSON."""
     *spans, key_end = self._entries[i].item()
     key_start = int(self._entries["key_end"][i - 1]) if i else 0
-    key = self._keys[key_start:key_end].tobytes().decode()
     spans = list(zip(spans[:3], spans[3:], strict=True))
     present = [(at, size) for at, size in spans if at]
+    ends = [at + size for at, size in present]
+    if (
+      not key_start < key_end <= len(self._keys)
+      or max(ends, default=self._size + 1) > self._size
+    ):
+      raise TarError(
+        f"The index {self._index} of {self.path} is damaged at record {i}:"
+        " remove it; it is built again."
+      )
+    key = self._keys[key_start:key_end].tobytes().decode(errors="replace")
+    for role, (_, size) in zip(("image", ".txt", ".json"), spans, strict=True):
+      limit = MAX_BYTES if role == "image" else MAX_TEXT
+      if size > limit:
+        where = f"its {role} in {self.path.name} has {size:,} bytes"
+        raise BadRecord(key, f"{where}; at most {limit:,} are read")
     start = min(at for at, _ in present)
-    end = max(at + size for at, size in present)
+    end = max(ends)
     if end - start <= sum(size for _, size in present) + _MAX_GAP:
       data = self._pread(start, end - start)
       parts = [data[a - start : a - start + n] if a else None for a, n in spans]
@@ -204,6 +291,29 @@ class _OpenTar:
       parts = [self._pread(at, size) if at else None for at, size in spans]
     image, text, sidecar = parts
     return key, image or b"", text, sidecar
+
+  @abc.abstractmethod
+  def _pread(self, offset: int, size: int) -> bytes:
+    """Bytes of the tar; a TarError if it is shorter."""
+
+
+class _LocalTar(_OpenTar):
+  """A tar on a file system."""
+
+  def __init__(self, index: TarIndex, file: Path):
+    super().__init__(index)
+    self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    # Not __del__, which runs too late where the interpreter ends.
+    weakref.finalize(self, os.close, self._fd)
+    stat, header = os.fstat(self._fd), index.header
+    # A copy of a tar in a bucket has a time of its own.
+    same_time = file != index.tar or stat.st_mtime_ns == header.tar_time
+    if stat.st_size != header.tar_size or not same_time:
+      raise TarError(
+        f"{index.tar} has changed since this run started (from"
+        f" {header.tar_size} to {stat.st_size} bytes): start again, which"
+        " rebuilds its index."
+      )
 
   def _pread(self, offset: int, size: int) -> bytes:
     try:
@@ -220,6 +330,26 @@ class _OpenTar:
         data += more
     except OSError as error:
       raise OSError(error.errno, error.strerror, str(self.path)) from error
+    return data
+
+
+class _RemoteTar(_OpenTar):
+  """A tar in a bucket, read in ranges."""
+
+  def __init__(self, index: TarIndex, shard: int, blocks: Blocks | None):
+    super().__init__(index)
+    self._shard, self._blocks = shard, blocks
+
+  def _pread(self, offset: int, size: int) -> bytes:
+    if self._blocks is not None:
+      data = self._blocks.read(self._shard, offset, size)
+    else:
+      data = path_lib.read_range(self.path, offset, size)
+    if len(data) != size:
+      raise TarError(
+        f"{self.path} ends before its record at offset {offset + size}: it was"
+        " replaced during this run. Restore it and start again."
+      )
     return data
 
 
@@ -243,7 +373,7 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
       f" are not compared, as there are {total}; records may be duplicated."
     )
     return
-  owner: dict[str, Path] = {}
+  owner: dict[str, PurePath] = {}
   for tar in suspects:
     for key in tar.read_keys():
       if (other := owner.setdefault(key, tar.tar)) is not tar.tar:

@@ -1,6 +1,7 @@
 """Tokenizers: bytes, words of scenes, SentencePiece, Hugging Face files."""
 
 import os
+import shutil
 from pathlib import Path
 
 from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
@@ -11,6 +12,7 @@ from mtv_jax.data.tokenizers.byte import ByteTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from mtv_jax.data.tokenizers.words import SceneWordTokenizer
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,
@@ -59,6 +61,8 @@ def build_tokenizer(
       " built-in scenes), a SentencePiece file '*.model' or a Hugging Face"
       " 'tokenizer.json'."
     )
+  if path_lib.is_remote(spec):
+    return _TYPES[suffix](os.fspath(_copy_remote(spec)), clean)
   if not Path(spec).is_file():
     folder = Path(spec).absolute().parent
     hint = f"There is no folder {folder}."
@@ -71,3 +75,13 @@ def build_tokenizer(
       " file."
     )
   return _TYPES[suffix](spec, clean)
+
+
+def _copy_remote(url: str) -> Path:
+  """A local copy of a tokenizer's file, with the special tokens beside it."""
+  file = path_lib.local_copy(url)
+  if file.suffix == ".json":
+    config = path_lib.as_path(url).with_name("tokenizer_config.json")
+    if path_lib.is_file(config):
+      shutil.copyfile(path_lib.local_copy(config), file.with_name(config.name))
+  return file

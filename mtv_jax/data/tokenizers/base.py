@@ -148,6 +148,15 @@ def add_special_tokens(
   )
 
 
+def check_ids(path: str, vocab_size: int) -> None:
+  """Raises InputError for a file without tokens, or with ids beyond int32."""
+  if not 1 <= vocab_size <= np.iinfo(np.int32).max:
+    raise InputError(
+      f"{path} has ids up to {vocab_size - 1}; expected at least one token, and"
+      " 32-bit ids. It is damaged, or not a tokenizer of texts."
+    )
+
+
 def check_vocabulary(
   tokenizer: Tokenizer, vocab_size: int, where: str = "model.text.vocab_size"
 ) -> None:

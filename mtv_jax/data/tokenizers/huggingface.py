@@ -1,14 +1,14 @@
 """Hugging Face fast tokenizer, read from a `tokenizer.json`."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
-from mtv_jax.data.tokenizers.base import Tokenizer
-from mtv_jax.utils.errors import InputError
+from mtv_jax.config import foreign
+from mtv_jax.data.tokenizers.base import Tokenizer, check_ids
+from mtv_jax.utils.errors import InputError, printable
 
 # Names of the end-of-sequence and padding tokens in common vocabularies, most
 # specific first; tried only where no file names them.
@@ -34,14 +34,20 @@ class HuggingFaceTokenizer(Tokenizer):
     try:
       self._text = Path(path).read_text(encoding="utf-8")
       model = tokenizers.Tokenizer.from_str(self._text)
-    except Exception as error:
-      # The library raises a bare Exception for a file that it can't parse.
+      # Encodes, so that a file that can be parsed and not used is an error now.
+      model.encode("a")
+    except (OSError, MemoryError, KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:
+      # The library raises a bare Exception for a file that it can't parse, and
+      # its panics are no Exception.
       raise InputError(
-        f"{path} is not a tokenizer.json ({error}); expected the file that"
-        " `tokenizers` and the fast tokenizers of `transformers` save."
+        f"{path} is not a tokenizer.json ({printable(error)}); expected the"
+        " file that `tokenizers` and fast tokenizers of `transformers` save."
       ) from error
     vocabulary = model.get_vocab(with_added_tokens=True)
-    self.vocab_size = max(vocabulary.values()) + 1
+    self.vocab_size = max(vocabulary.values(), default=-1) + 1
+    check_ids(path, self.vocab_size)
     names = _special_names(Path(path).with_name("tokenizer_config.json"))
     self.eos_id = _find_id(vocabulary, names.get("eos_token"), _EOS_NAMES)
     padding = model.padding or {}
@@ -73,14 +79,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _special_names(path: Path) -> dict[str, str]:
   """The special tokens that a tokenizer_config.json names, as strings."""
-  if not path.is_file():
-    return {}
+  content = foreign.read_object(path)
   names = {}
-  for key, value in json.loads(path.read_text(encoding="utf-8")).items():
-    if isinstance(value, dict):
-      value = value.get("content")
-    if key.endswith("_token") and isinstance(value, str):
-      names[key] = value
+  with foreign.errors_of(path):
+    for key in ("eos_token", "pad_token"):
+      value = foreign.read_field(content, key, str | dict, default=None)
+      if isinstance(value, dict):
+        value = foreign.read_field(value, "content", str, where=f"{key}.")
+      if value is not None:
+        names[key] = value
   return names
 
 

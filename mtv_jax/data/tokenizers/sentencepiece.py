@@ -7,8 +7,12 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
-from mtv_jax.utils.errors import InputError
+from mtv_jax.data.tokenizers.base import (
+  Tokenizer,
+  add_special_tokens,
+  check_ids,
+)
+from mtv_jax.utils.errors import InputError, printable
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -31,13 +35,16 @@ class SentencePieceTokenizer(Tokenizer):
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
+      if getattr(error, "errno", None):
+        raise
       raise InputError(
-        f"{path} is not a SentencePiece model ({error}); expected the binary"
-        " file that its trainer writes, often called spiece.model."
+        f"{path} is not a SentencePiece model ({printable(error)}); expected"
+        " the binary file that its trainer writes, often called spiece.model."
       ) from error
     self.vocab_size = self._model.vocab_size()
+    check_ids(path, self.vocab_size)
     self.pad_id = self.eos_id = self._model.eos_id()
-    if self.eos_id < 0:
+    if not 0 <= self.eos_id < self.vocab_size:
       raise InputError(
         f"{path} has no end-of-sequence piece; train it with --eos_id set."
       )
@@ -61,6 +68,12 @@ class SentencePieceTokenizer(Tokenizer):
         " ones have a tokenizer.json. Train with the tokenizer.json of the same"
         " tokenizer instead (model.text.tokenizer)."
       )
+    for field in ("eos_id", "unk_id"):
+      if not 0 <= getattr(trainer, field) < len(proto.pieces):
+        raise InputError(
+          f"{self.path}: its {field} is {getattr(trainer, field)}, of"
+          f" {len(proto.pieces)} pieces."
+        )
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     model = tokenizers.Tokenizer(
       models.Unigram(

@@ -47,6 +47,7 @@ EVALUATORS = {
     "grounding": "grounding.grounding:Grounding",
     "captioning": "captioning.captioning:Captioning",
     "patch_pca": "segmentation.patch_pca:PatchPca",
+    "drift": "drift.drift:Drift",
   }.items()
 }
 

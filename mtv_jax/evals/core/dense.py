@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
+# Batches of items that a smaller batch of another group may wait for.
+_MAX_WAIT = 8
 # The encoder's input, and the labels or the depth of its pixels.
 Example = tuple[np.ndarray, np.ndarray]
 
@@ -110,6 +112,50 @@ def threaded_map(
         yield pending.popleft().result()
     while pending:
       yield pending.popleft().result()
+
+
+def map_by_group(
+  function: Callable[[list[Any]], Iterable[Any]],
+  items: Iterable[Any],
+  group: Callable[[Any], Hashable],
+  *,
+  batch_size: int,
+) -> Iterator[Any]:
+  """A function of batches, whose items are of one group, in the items' order.
+
+  Batches are full, but for each group's last one and those that eight batches
+  of later items wait for. They depend on the order of the items alone: the
+  hosts of a pod get the same ones.
+
+  Args:
+    function: maps at most `batch_size` items to as many results.
+    items: read as they are needed.
+    group: of an item, such as its shape.
+    batch_size: items at a time.
+  """
+  # By group, in the order of the groups' first items; the first is due next.
+  waiting: dict[Hashable, list[tuple[int, Any]]] = {}
+  results: dict[int, Any] = {}
+  due = 0
+
+  def run(key: Hashable) -> None:
+    positions, batch = zip(*waiting.pop(key), strict=True)
+    results.update(zip(positions, function(list(batch)), strict=True))
+
+  for position, item in enumerate(items):
+    key = group(item)
+    waiting.setdefault(key, []).append((position, item))
+    if len(waiting[key]) == batch_size:
+      run(key)
+    if position - due >= _MAX_WAIT * batch_size and due not in results:
+      run(next(iter(waiting)))
+    while due in results:
+      yield results.pop(due)
+      due += 1
+  for key in list(waiting):
+    run(key)
+  for position in sorted(results):
+    yield results[position]
 
 
 def encode_batches(

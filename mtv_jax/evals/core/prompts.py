@@ -9,6 +9,8 @@ import os
 import pathlib
 from typing import Any
 
+from mtv_jax.config import foreign
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 DEFAULT_TEMPLATES = (
@@ -135,12 +137,9 @@ def _read_lines(path: pathlib.Path) -> tuple[str, ...]:
 
 def _read_object(path: pathlib.Path) -> Prompts:
   """Prompts of a JSON file."""
-  try:
-    content = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
+  content = foreign.read_untrusted_json(path)
   if not isinstance(content, dict) or "classes" not in content:
-    got = sorted(content) if isinstance(content, dict) else type(content)
+    got = sorted(content)[:8] if isinstance(content, dict) else type(content)
     raise InputError(
       f"{path}: expected an object with 'classes', and optionally 'templates' "
       f"and 'ids'; got {got}"
@@ -163,7 +162,7 @@ def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
   if prompts.ids is not None:
     content["ids"] = prompts.ids
   text = json.dumps(content, indent=1, ensure_ascii=False)
-  pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+  atomic.write_text(path, text + "\n")
 
 
 def imagenet_prompts() -> Prompts:

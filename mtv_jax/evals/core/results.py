@@ -16,7 +16,7 @@ import pathlib
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from PIL import Image
 import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.base import Result
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, plots
 from mtv_jax.utils.errors import InputError
 
 
@@ -42,6 +42,8 @@ class Outcome:
   # The encoder's own protocol; its results' protocols begin with it.
   protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
   version: str = mtv_jax.__version__
+  # The released checkpoint that it is said to be; see `report/published.py`.
+  checkpoint: str = ""
 
 
 def write_json(
@@ -59,17 +61,17 @@ def write_json(
   )
 
 
-def write_arrays(stem: pathlib.Path, result: Result) -> None:
-  """Writes what the JSON lacks: `STEM/SHEET.png` and `STEM.npz`.
+def write_arrays(
+  stem: pathlib.Path, result: Result, *, sheets: bool = True
+) -> None:
+  """Writes what the JSON lacks: `STEM/SHEET.png` if `sheets`, and `STEM.npz`.
 
   The latter has the metrics of resamples of the items, by name; nothing is
   written for a result without any.
   """
-  for name, sheet in result.sheets.items():
+  for name, file in _sheet_files(stem, result.sheets if sheets else ()).items():
     stem.mkdir(parents=True, exist_ok=True)
-    file = re.sub(r"[^\w.-]+", "-", name)
-    with atomic.replace_file(stem / f"{file}.png") as temporary:
-      Image.fromarray(sheet).save(temporary, format="png")
+    plots.save_image(result.sheets[name], file)
   if result.resamples:
     stem.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # NumPy would add a suffix to a path.
@@ -87,7 +89,8 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
   if not file.exists():
     return {}
   try:
-    with np.load(file) as arrays:
+    # Of a path, NumPy leaves the file open if it is damaged.
+    with np.load(io.BytesIO(file.read_bytes())) as arrays:
       return dict(arrays)
   except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise InputError(
@@ -96,8 +99,41 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
     ) from None
 
 
-def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
-  """Writes the results of any number of encoders, with skips and failures."""
+def read_sheets(
+  stem: pathlib.Path, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """The sheets that `write_arrays` wrote, by their names, in that order.
+
+  Raises:
+    OSError, SyntaxError: a file is missing or damaged (PIL's errors).
+  """
+  sheets = {}
+  for name, file in _sheet_files(stem, names).items():
+    with Image.open(file) as image:
+      sheets[name] = np.asarray(image.convert("RGB"))
+  return sheets
+
+
+def _sheet_files(
+  stem: pathlib.Path, names: Iterable[str]
+) -> dict[str, pathlib.Path]:
+  """A file for each sheet, as `STEM/a-b.png` of the names "a b" and "a/b"."""
+  files = {}
+  for name in names:
+    file = re.sub(r"[^\w.-]+", "-", name)
+    while stem / f"{file}.png" in files.values():
+      file += "-"
+    files[name] = stem / f"{file}.png"
+  return files
+
+
+def write(
+  path: str | os.PathLike, outcomes: Sequence[Outcome], **more: Any
+) -> None:
+  """Writes the results of any number of encoders, with skips and failures.
+
+  `more` are further entries of a file of one encoder.
+  """
   encoders = []
   for outcome in outcomes:
     fields = dict(vars(outcome))
@@ -106,7 +142,7 @@ def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
     fields["evals"] = {name: result.to_dict() for name, result in results}
     encoders.append(fields)
   content = {"mtv_jax": mtv_jax.__version__, "encoders": encoders}
-  _write(path, encoders[0] if len(encoders) == 1 else content)
+  _write(path, {**encoders[0], **more} if len(encoders) == 1 else content)
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
@@ -119,7 +155,7 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   path = pathlib.Path(path)
   try:
     content = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(
       f"{path} is not JSON ({error}). Evaluate again, or remove it."
     ) from None
@@ -129,6 +165,8 @@ def read(path: str | os.PathLike) -> list[Outcome]:
       f"{path} has {keys}; expected the results of `evaluate` or of a run"
     )
   entries = content.get("encoders", [content])
+  if not isinstance(entries, list):
+    raise InputError(f'{path}: "encoders" is {entries!r:.60}, expected a list')
   return [_outcome(path, entry, content) for entry in entries]
 
 
@@ -145,6 +183,7 @@ def _outcome(
       failed=dict(entry.get("failed", {})),
       protocol=dict(entry.get("protocol", {})),
       version=entry.get("mtv_jax", content.get("mtv_jax", "")),
+      checkpoint=entry.get("checkpoint", ""),
     )
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise InputError(

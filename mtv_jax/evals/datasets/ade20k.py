@@ -16,6 +16,7 @@ import re
 import numpy as np
 from jaxtyping import UInt8
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
@@ -71,8 +72,12 @@ def _list_files(
   root: pathlib.Path, folder: str, listing: str
 ) -> list[LabelledFile]:
   if (root / listing).is_file():
-    names = (root / listing).read_text(encoding="utf-8").split()
+    names = files.read_text(root / listing).split()
     names = [name.removeprefix("images/") for name in names]
+    if not names:
+      raise InputError(f"{root / listing} names no image; expected one a line")
+    for name in names:
+      foreign.resolve_name(root, name, where=root / listing)
   else:
     files.require_layout(
       root,
@@ -101,7 +106,7 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
   if not path.is_file():
     return None
   names = []
-  for line in path.read_text(encoding="utf-8").splitlines():
+  for line in files.read_text(path).splitlines():
     if re.match(r"\s*\d", line):
       cells = line.split("\t") if "\t" in line else line.split(",", 5)
       names.append(re.split("[;,]", cells[-1])[0].strip())

@@ -17,7 +17,6 @@ file or above its folder, or given.
 from __future__ import annotations
 
 import collections
-import math
 import os
 import pathlib
 import re
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config import foreign, options
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files
@@ -57,6 +57,7 @@ _IMAGE_FOLDERS = (
   "flickr30k_images/flickr30k_images",
 )
 _INSTANCES = "annotations/instances_val2017.json"
+_MAX_SIDE = 1_000_000  # of an image and a box, in pixels
 _MIN_SIDE = 1.0  # smallest side of a box, in pixels
 _ID = (int, str)
 
@@ -79,9 +80,9 @@ def find_captions(path: pathlib.Path) -> pathlib.Path | None:
   return path if path.is_file() and path.suffix in suffixes else None
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_annotations(path: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file; NotApplicable for JSON of another type."""
-  content = files.read_json(path)
+  content = foreign.read_untrusted_json(path)
   if not isinstance(content, dict):
     raise NotApplicable(
       f"{path} contains a {type(content).__name__}, expected an object"
@@ -103,7 +104,7 @@ def open_captions(
   """
   stem = path.stem.removeprefix("captions_")
   if path.suffix == ".json":
-    content = read_json(path)
+    content = read_annotations(path)
     if "sentences" in _first(content, "images"):
       rows = _karpathy_rows(path, content, split)
     elif "annotations" in content:
@@ -137,7 +138,7 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
       "COCO's captions_*.json"
     )
   fields = {"image_id": _ID, "caption": str}
-  for row in files.read_rows(path, content, "annotations", fields):
+  for row in foreign.read_rows(path, content, "annotations", fields):
     captions[row["image_id"]].append(row["caption"])
   _require_images(path, captions, names)
   return [(names[i], captions[i]) for i in names if captions[i]]
@@ -148,12 +149,12 @@ def _karpathy_rows(
 ) -> Rows:
   rows = []
   fields = {"split": str, "filename": str, "sentences": list}
-  images = files.read_rows(path, content, "images", fields)
+  images = foreign.read_rows(path, content, "images", fields)
   for row in images:
     if row["split"] == split:
       folder = str(row.get("filepath") or "")  # Flickr30k has none.
       name = pathlib.PurePosixPath(folder, row["filename"])
-      texts = files.read_rows(path, row, "sentences", {"raw": str})
+      texts = foreign.read_rows(path, row, "sentences", {"raw": str})
       rows.append((str(name), [text["raw"] for text in texts]))
   if not rows:
     splits = sorted({row["split"] for row in images})
@@ -201,11 +202,11 @@ def _index_images(
 ) -> list[tuple[int, Mapping[str, Any]]]:
   """Id and entry of each image; InputError if it lacks a field."""
   fields = {"id": _ID, "file_name": str, **dict.fromkeys(sides, int)}
-  rows = files.read_rows(path, content, "images", fields)
+  rows = foreign.read_rows(path, content, "images", fields)
   for row in rows:
-    if any(row[side] < 1 for side in sides):
+    if any(not 1 <= row[side] <= _MAX_SIDE for side in sides):
       raise InputError(
-        f"{path}: the image {row['file_name']} has sides of "
+        f"{path}: the image {row['file_name']!r} has sides of "
         f"{[row[side] for side in sides]} pixels"
       )
   return [(row["id"], row) for row in rows]
@@ -240,13 +241,20 @@ def _find_images(
     if stem not in _IMAGE_FOLDERS:
       usual += _IMAGE_FOLDERS
     folders = [root / folder for folder in usual for root in above]
-    folders = [f for f in folders if any((f / n).is_file() for n in names)]
+    folders = [
+      folder
+      for folder in folders
+      if any(
+        foreign.resolve_name(folder, name, where=path).is_file()
+        for name in names
+      )
+    ]
   if not folders:
     raise MissingFileError(
       f"{path}: its images ({names[0] if names else 'none listed'}, ...) are "
       "not beside it; set images= to their folder"
     )
-  paths = [folders[0] / name for name in names]
+  paths = [foreign.resolve_name(folders[0], n, where=path) for n in names]
   files.require_files(paths, path)
   return paths
 
@@ -266,7 +274,7 @@ def open_boxes(
   if path.is_dir():
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
     path = path / _INSTANCES
-  content = read_json(path)
+  content = read_annotations(path)
   if (
     "bbox" not in _first(content, "annotations") or "categories" not in content
   ):
@@ -275,10 +283,10 @@ def open_boxes(
     )
   infos = dict(_index_images(path, content, "height", "width"))
   fields = {"image_id": _ID, "category_id": _ID, "bbox": list}
-  rows = files.read_rows(path, content, "annotations", fields)
+  rows = foreign.read_rows(path, content, "annotations", fields)
   _require_images(path, (row["image_id"] for row in rows), infos)
   fields = {"id": _ID, "name": str}
-  categories = files.read_rows(path, content, "categories", fields)
+  categories = foreign.read_rows(path, content, "categories", fields)
   index = {row["id"]: i for i, row in enumerate(categories)}
   left_out = {"crowds": 0, "thinner than a pixel": 0}
   annotated = collections.defaultdict(list)
@@ -287,11 +295,16 @@ def open_boxes(
     if row["category_id"] not in index or not _is_box(row["bbox"]):
       raise InputError(
         f"{path}: an annotation has category_id {row['category_id']!r} and "
-        f"bbox {row['bbox']!r}; expected the id of a category and [x, y, "
-        "width, height] in pixels"
+        f"bbox {options.shorten_repr(row['bbox'])}; expected the id of a "
+        "category and [x, y, width, height] in pixels"
       )
     box = _corners(row["bbox"], info)
     sides = box[2:] - box[:2]
+    if row.get("iscrowd") not in (None, 0, 1):
+      raise InputError(
+        f"{path}: an annotation has iscrowd "
+        f"{options.shorten_repr(row['iscrowd'])}; expected 0 or 1"
+      )
     if row.get("iscrowd"):
       left_out["crowds"] += 1
     elif min(sides * (info["height"], info["width"])) < _MIN_SIDE:
@@ -323,7 +336,7 @@ def open_boxes(
 
 def _is_box(values: Sequence[Any]) -> bool:
   return len(values) == 4 and all(
-    isinstance(v, int | float) and math.isfinite(v) for v in values
+    type(v) in (int, float) and abs(v) <= _MAX_SIDE for v in values
   )
 
 

@@ -14,6 +14,7 @@ import pathlib
 
 import numpy as np
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError
@@ -53,6 +54,7 @@ def open_videos(
     raise InputError(f"{folder / _LIST} names no video; expected one a line")
   digest, videos = examples.Digest(), []
   for name in examples.subsample(names, count):
+    foreign.resolve_name(folder / _IMAGES, name, where=folder / _LIST)
     frames = sorted((folder / _IMAGES / name).glob("*.jpg"))
     masks = [folder / _MASKS / name / f"{f.stem}.png" for f in frames]
     if len(frames) < MIN_FRAMES:

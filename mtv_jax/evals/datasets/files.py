@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from mtv_jax.config import foreign
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
@@ -138,12 +139,15 @@ def find_list(
 
 def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
   """Image and depth of each line "rgb depth focal", as relative paths."""
-  rows = [line.split() for line in path.read_text().splitlines() if line]
+  rows = [line.split() for line in read_text(path).splitlines() if line]
   bad = [row for row in rows if len(row) not in (2, 3)]
   if bad or not rows:
-    got = f"the line {' '.join(bad[0])!r}" if bad else "an empty file"
+    got = f"the line {' '.join(bad[0])[:80]!r}" if bad else "an empty file"
     raise InputError(f"{path}: expected lines 'rgb depth focal', got {got}")
-  return [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows]
+  pairs = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows]
+  for name in itertools.chain(*pairs):
+    foreign.resolve_name(path.parent, name, where=path)
+  return pairs
 
 
 def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
@@ -161,52 +165,6 @@ def read_text(path: pathlib.Path) -> str:
     raise InputError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_rows(
-  path: pathlib.Path,
-  content: Mapping[str, Any],
-  key: str,
-  fields: Mapping[str, type | tuple[type, ...]],
-) -> list[Mapping[str, Any]]:
-  """The objects in the list `content[key]` of a JSON file.
-
-  Raises InputError for one that lacks a field or has another type there.
-  """
-  rows = content.get(key)
-  if not isinstance(rows, list):
-    raise InputError(
-      f"{path}: {key!r} is {_type_name(rows)}; expected a list of objects"
-    )
-  for row in rows:
-    if not isinstance(row, dict):
-      raise InputError(
-        f"{path}: {key!r} has {_type_name(row)} in it; expected objects"
-      )
-    if lacking := sorted({*fields} - {*row}):
-      raise InputError(
-        f"{path}: an object of {key!r} has {sorted(row)} and no "
-        f"{lacking[0]!r}; expected {sorted(fields)}"
-      )
-    for name, kind in fields.items():
-      if not isinstance(row[name], kind):
-        raise InputError(
-          f"{path}: {name!r} of an object of {key!r} is {row[name]!r}, "
-          f"{_type_name(row[name])}"
-        )
-  return rows
-
-
-def _type_name(value: Any) -> str:
-  return "missing" if value is None else f"of type {type(value).__name__}"
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """The content of a JSON file; raises InputError if it is not JSON."""
-  try:
-    return json.loads(path.read_bytes())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
-
-
 def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   """Reads a single-channel image, `[h, w]`.
 
@@ -217,9 +175,8 @@ def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   try:
     with PIL.Image.open(path) as image:
       mode, values = image.mode, np.asarray(image)
-  except (
-    OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError,
-  ) as error:  # fmt: skip
+  # Pillow raises errors of many types for damaged files.
+  except Exception as error:
     raise InputError(f"{path} can't be read as an image: {error}") from None
   if mode not in modes:
     raise InputError(

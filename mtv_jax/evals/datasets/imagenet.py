@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config import foreign
 from mtv_jax.data import canvas
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
@@ -204,7 +205,7 @@ def read_real(
       f"no file {path}; ReaL's labels are real.json of "
       "github.com/google-research/reassessed-imagenet"
     )
-  lists = files.read_json(path)
+  lists = foreign.read_untrusted_json(path)
   if not isinstance(lists, list) or not all(map(_is_labels, lists)):
     raise InputError(
       f"{path}: expected ReaL's list with a list of labels (0 to "
@@ -335,7 +336,7 @@ def _read_mappings(
 
 def _read_object(path: pathlib.Path, kind: type) -> Mapping[str, Any]:
   """A JSON object whose values are of `kind`."""
-  content = files.read_json(path)
+  content = foreign.read_untrusted_json(path)
   if (
     not isinstance(content, dict)
     or not content

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.evals.datasets.posed import PosedFrames, open_frames
@@ -102,14 +103,18 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
     raise MissingFileError(
       f"{folder} has no annotations.json. Is the object unpacked in full?"
     )
-  content = files.read_json(path)
+  content = foreign.read_untrusted_json(path)
   try:
     rows = sorted(content, key=lambda r: r["filename"])
     for row in rows:
+      foreign.resolve_name(folder / "images", row["filename"], where=path)
       camera = row["camera"]
       for name in ("q", "t", "focal_length"):
-        np.asarray(camera[name], np.float64)
+        if not np.isfinite(np.asarray(camera[name], np.float64)).all():
+          raise ValueError(f"{name} is {camera[name]}")
       float(camera["focal_length"])
+  except InputError:
+    raise
   except (KeyError, TypeError, ValueError) as error:
     raise InputError(
       f"{path}: expected a list of {{filename, camera: {{q, t, focal_length}}}}"

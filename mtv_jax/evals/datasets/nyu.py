@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.sources.base import import_extra
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, import_extra
 
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
 # Where the lists' paths begin in the folders that BTS's scripts write.

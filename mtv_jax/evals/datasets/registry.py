@@ -57,6 +57,7 @@ from mtv_jax.evals.datasets import (
 from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, check_choice
 
 # Keyed by the name shown in errors; folders are recognised in this order.
@@ -95,16 +96,16 @@ def open_classification(
   chosen: dict[str, Any] = {"count": count}
   # Before the sources, as it may be a tar.
   if _is_flat_imagenet(data) and split == "test":
-    return imagenet.open_validation(pathlib.Path(data), real=real, **chosen)
+    return imagenet.open_validation(_local(data), real=real, **chosen)
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
-  if real is not None and (config is not None or not os.path.isdir(data)):
+  if real is not None and (config is not None or not _local(data).is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
       f"set, and data={data!r} is no folder of them"
     )
   if config is not None:
     return source_records.open_labelled(config, split=split, **chosen)
-  path = pathlib.Path(data)
+  path = _local(data)
   if path.is_dir():
     _reject_other_layouts(path)
     if clip_benchmark.matches(path):
@@ -125,9 +126,9 @@ def open_classification(
 
 
 def _is_flat_imagenet(data: examples.Data) -> bool:
-  return not _is_source(data) and imagenet.matches_validation(
-    pathlib.Path(data)
-  )
+  if _is_source(data) or (path_lib.is_remote(data) and ".tar" in str(data)):
+    return False  # Of a bucket, the tars of a source.
+  return imagenet.matches_validation(_local(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +169,10 @@ def open_splits(
   """
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
-  elif os.path.isdir(data):
+  elif _local(data).is_dir():
     # First, as other data sets have a folder for training too.
-    _reject_other_layouts(pathlib.Path(data))
-    path = pathlib.Path(data)
+    _reject_other_layouts(_local(data))
+    path = _local(data)
     has_both = class_folders.has_splits(path) or clip_benchmark.has_split(
       path, "train"
     )
@@ -240,16 +241,47 @@ def open_captions(
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
   if config is not None:
     return source_records.open_captions(config, **chosen)
-  path = pathlib.Path(data)
+  path = _local(data)
   if path.is_dir() and clip_benchmark.is_retrieval(path):
     return clip_benchmark.open_captions(path, split=split, **chosen)
   if file := coco.find_captions(path):
-    return coco.open_captions(file, images=images, split=split, **chosen)
+    return coco.open_captions(
+      file, images=images and _local(images), split=split, **chosen
+    )
   raise unknown_layout(
     data,
     "Retrieval reads scenes, COCO's folder or captions_*.json, Karpathy's "
     "dataset_*.json beside val2014/ or flickr30k-images/, Flickr30k's results "
     "(.token, .csv), tars, or CLIP_benchmark's tars with dataset_type.txt.",
+  )
+
+
+def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
+  """The images of any data set, of any source, or of any folder."""
+  errors = []
+  for opener in (open_classification, open_captions):
+    try:
+      return opener(data, count=count)
+    except ValueError as error:
+      errors.append(str(error))
+  config = _source_config(data, length=count)
+  if config is not None:
+    return source_records.open_images(config, count=count)
+  root = _local(data)
+  # JPEGs first: where there are both, PNGs tend to be maps.
+  files = []
+  for suffixes in ((".jpg", ".jpeg"), (".png", ".webp")):
+    files = files or sorted(
+      file for file in root.rglob("*") if file.suffix.lower() in suffixes
+    )
+  if not files:
+    raise NotApplicable(f"there are no images in {data}: {'; '.join(errors)}")
+  files = examples.subsample(files, count)
+  digest = examples.Digest()
+  for file in files:
+    digest.add(file.relative_to(root), file.stat().st_size)
+  return examples.ImageSet(
+    name=str(data), images=examples.open_images(files), digest=digest.hex()
   )
 
 
@@ -316,7 +348,7 @@ def open_depth(
     return scenes.open_depth(data, size=size, **options)
   if isinstance(data, Mapping):
     return nyu.open_tfds(data, **options)
-  root = pathlib.Path(data)
+  root = _local(data)
   if kind == "nyu":
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
@@ -343,7 +375,9 @@ def open_boxes(
       "instances_*.json, or a source with labels of boxes.",
       (
         lambda p: coco.matches(p) or (p.is_file() and p.suffix == ".json"),
-        lambda p: coco.open_boxes(p, images=images, count=count),
+        lambda p: coco.open_boxes(
+          p, images=images and _local(images), count=count
+        ),
       ),
     )
   if not len(boxes.images):
@@ -407,11 +441,16 @@ def _open_layout(
   *readers: tuple[Callable[..., bool], Callable[..., Any]],
 ) -> Any:
   """The result of the first reader, (matches, open), that matches a path."""
-  path = pathlib.Path(data)
+  path = _local(data)
   for matches, open_path in readers:
     if matches(path):
       return open_path(path)
   raise unknown_layout(data, expected)
+
+
+def _local(data: str | os.PathLike) -> pathlib.Path:
+  """The path of a data set; of a bucket, of a copy."""
+  return path_lib.local_copy(data)
 
 
 def _is_source(data: examples.Data) -> bool:

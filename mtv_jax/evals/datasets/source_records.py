@@ -60,6 +60,19 @@ def _open(
   return name, source, examples.subsample(range(len(source)), count)
 
 
+def open_images(
+  config: Mapping[str, Any], *, count: int | None
+) -> examples.ImageSet:
+  """The records' images."""
+  name, source, indices = _open(split_config(config, "test"), count)
+  digest = examples.Digest()
+  for _, record in _read_records(source, indices):
+    digest.add(record["key"], _describe_size(record["image"]))
+  return examples.ImageSet(
+    name=name, images=_images(source, indices), digest=digest.hex()
+  )
+
+
 def open_labelled(
   config: Mapping[str, Any], *, split: str, count: int | None
 ) -> examples.ClassificationSet:

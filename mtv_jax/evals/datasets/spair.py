@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core.examples import (
   Digest,
   KeyPointPair,
@@ -53,7 +54,7 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     what="SPair-71k (cvlab.postech.ac.kr)",
   )
   paths = sorted((root / "PairAnnotation" / split).glob("*.json"))
-  rows = sorted(map(_read_row, paths), key=lambda row: row["pair_id"])
+  rows = sorted(map(_read_row, paths), key=lambda row: int(row["pair_id"]))
   pair_images = [
     [
       root / "JPEGImages" / row["category"] / row[f"{side}_imname"]
@@ -84,7 +85,7 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
 
 
 def _read_row(path: pathlib.Path) -> dict[str, Any]:
-  content = files.read_json(path)
+  content = foreign.read_untrusted_json(path)
   content = content if isinstance(content, dict) else {}
   missing = [key for key in _KEYS if key not in content]
   if missing:
@@ -94,14 +95,23 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
   row = {key: content[key] for key in _KEYS}
   try:
     counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
-    pathlib.Path(row["category"], row["src_imname"], row["trg_imname"])
+    for key in ("category", "src_imname", "trg_imname"):
+      foreign.resolve_name("JPEGImages", row[key], where=path)
     int(row["pair_id"])
+    for side in ("src", "trg"):
+      size, points = row[f"{side}_imsize"], row[f"{side}_kps"]
+      if not all(type(n) is int and n > 0 for n in size) or len(size) < 2:
+        raise ValueError(f"{side}_imsize is {size!r}, not positive sizes")
+      if not np.isfinite(np.array(points, np.float64)).all():
+        raise ValueError(f"{side}_kps has values that are not finite")
     box = np.array(row["trg_bndbox"], np.float64)
     if box.shape != (4,) or not np.isfinite(box).all():
       raise ValueError(f"trg_bndbox is {row['trg_bndbox']}, not 4 numbers")
     if counts[0] == counts[1]:
       _make_pair(row, 0, 0)
-  except (TypeError, ValueError) as error:
+  except InputError:
+    raise
+  except (TypeError, ValueError, OverflowError, LookupError) as error:
     raise InputError(f"{path}: {type(error).__name__}: {error}") from None
   if counts[0] != counts[1]:
     raise InputError(

@@ -13,9 +13,10 @@ protocol here, `midas` the default, and each step of it is an option.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import cv2
@@ -199,26 +200,33 @@ class RelativeDepth(DepthEvaluator):
   ) -> Iterator[Prediction]:
     """Predictions at the image's size, in order."""
 
-    def read(i: int) -> list[np.ndarray]:
+    def read(i: int) -> tuple[np.ndarray, ...]:
       pair = dense.read_pair(data.name, data.images, data.depths, i)
-      return [cut(x, protocol.cut) for x in pair]
+      image, truth = (cut(x, protocol.cut) for x in pair)
+      if aspect != "keep":
+        return image, truth, image
+      size = self.input_size or encoder.preprocess.size
+      multiple = encoder.spec.image.patch_size
+      pixels = resize_at_aspect(image, size=size, multiple=multiple)
+      return image, truth, pixels
 
-    pairs = map(read, range(len(data.images)))
-    while block := list(itertools.islice(pairs, 4 * self.batch_size)):
-      images = [image for image, _ in block]
-      if aspect == "keep":
-        size = self.input_size or encoder.preprocess.size
-        maps = predict_at_aspect(
-          encoder, images, size=size, batch_size=self.batch_size
-        )
-      else:
-        maps = encoder.depth(images, batch_size=self.batch_size)
-      for (image, truth), inverse in zip(block, maps, strict=True):
-        yield (
-          image,
-          truth,
-          resizing.resize_maps(inverse, truth.shape, method=protocol.resize),
-        )
+    pairs: collections.deque[tuple[np.ndarray, ...]] = collections.deque()
+
+    def inputs() -> Iterator[np.ndarray]:
+      for *pair, pixels in dense.threaded_map(read, range(len(data.images))):
+        pairs.append(pair)
+        yield pixels
+
+    maps = predict_maps(
+      encoder, inputs(), resize=aspect != "keep", batch_size=self.batch_size
+    )
+    for inverse in maps:
+      image, truth = pairs.popleft()
+      yield (
+        image,
+        truth,
+        resizing.resize_maps(inverse, truth.shape, method=protocol.resize),
+      )
 
   def _protocol(
     self, encoder: Encoder, data: DepthSet, protocol: Protocol, aspect: str
@@ -256,35 +264,42 @@ class RelativeDepth(DepthEvaluator):
     }
 
 
-def predict_at_aspect(
+def resize_at_aspect(
+  image: UInt8[np.ndarray, "_ _ 3"], *, size: int, multiple: int
+) -> Float32[np.ndarray, "_ _ 3"]:
+  """An image at its aspect ratio, as Depth Anything resizes.
+
+  The shorter side is at least `size`; both are multiples of the patch.
+  """
+  shape = lower_bound_shape(*image.shape[:2], size=size, multiple=multiple)
+  pixels = image.astype(np.float32)
+  return cv2.resize(pixels, shape[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def predict_maps(
   encoder: Encoder,
-  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  images: Iterable[np.ndarray],
   *,
-  size: int,
+  resize: bool,
   batch_size: int,
-) -> list[Float32[np.ndarray, "_ _"]]:
-  """Inverse depth of images at their aspect ratio, as Depth Anything resizes.
+) -> Iterator[Float32[np.ndarray, "_ _"]]:
+  """Inverse depth of images, in their order.
 
   Args:
     encoder: has a depth head.
-    images: of any sizes; those with inputs of one shape share batches.
-    size: the least shorter side of an input.
+    images: read as they are needed.
+    resize: whether the encoder resizes them. Else they are its inputs, and
+      those of one shape share batches.
     batch_size: images per step.
   """
-  multiple = encoder.spec.image.patch_size
-  inputs: dict[tuple[int, int], dict[int, np.ndarray]] = {}
-  for i, image in enumerate(images):
-    shape = lower_bound_shape(*image.shape[:2], size=size, multiple=multiple)
-    inputs.setdefault(shape, {})[i] = cv2.resize(
-      image.astype(np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC
-    )
-  maps: dict[int, np.ndarray] = {}
-  for group in inputs.values():
-    predicted = encoder.depth(
-      list(group.values()), batch_size=batch_size, resize=False
-    )
-    maps |= dict(zip(group, predicted, strict=True))
-  return [maps[i] for i in range(len(images))]
+  options = {} if resize else {"resize": False}
+  return dense.map_by_group(
+    functools.partial(encoder.depth, batch_size=batch_size, **options),
+    images,
+    (lambda image: None) if resize else np.shape,
+    # The encoder resizes ahead of the devices.
+    batch_size=4 * batch_size if resize else batch_size,
+  )
 
 
 def _align_map(

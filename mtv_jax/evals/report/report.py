@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.report import references, tables
+from mtv_jax.evals.report import published, references, tables
+from mtv_jax.evals.report.tables import MetricRow
 from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Row
 from mtv_jax.utils.pages import ImageFile
@@ -41,6 +42,8 @@ class Report(NamedTuple):
   charts: Sequence[Chart]  # one for each main metric
   sheets: Sequence[Sheet]  # all encoders' sheets
   quoted: Sequence[str]  # columns of `references.COLUMNS` with the same data
+  rows: Sequence[MetricRow]  # with a value for each column
+  published: Sequence[published.Match]
 
 
 def build_report(
@@ -48,6 +51,7 @@ def build_report(
   *,
   compared: Sequence[Outcome] = (),
   size: str | None = "base",
+  split: bool = False,
 ) -> Report:
   """Collects the content of a report.
 
@@ -55,16 +59,19 @@ def build_report(
     outcomes: one per evaluated encoder.
     compared: earlier outcomes, shown where the data are the same.
     size: model size of the charted published encoders; None for none.
+    split: see `tables.compare`.
   """
   columns = _number_equal_names([*outcomes, *compared])
-  rows = tables.compare(columns)
+  rows = tables.compare(columns, split=split)
   shown, left_out = columns[: len(outcomes)], []
   for i, outcome in enumerate(columns[len(outcomes) :], len(outcomes)):
     if any(row.values[i] is not None for row in rows):
       shown.append(outcome)
     else:
       left_out.append(outcome.name)
-  drawn, quoted = draw_charts(shown, size=size)
+  if left_out:
+    rows = tables.compare(shown, split=split)
+  drawn, quoted = draw_charts(shown, rows, size=size)
   return Report(
     outcomes=shown[: len(outcomes)],
     columns=shown,
@@ -72,6 +79,8 @@ def build_report(
     charts=drawn,
     sheets=_list_sheets(shown[: len(outcomes)]),
     quoted=quoted,
+    rows=rows,
+    published=published.find_matches(shown, rows),
   )
 
 
@@ -86,32 +95,38 @@ def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def draw_charts(
-  columns: Sequence[Outcome], *, size: str | None
+  columns: Sequence[Outcome], rows: Sequence[MetricRow], *, size: str | None
 ) -> tuple[list[Chart], list[str]]:
   """Charts of the main metrics, from chance to the best known value.
 
   Bars are 1.96 standard errors to both sides. Published values of encoders of
   a size are hollow, where the data are the same.
 
+  Args:
+    columns: one per encoder.
+    rows: of the columns, by `tables.compare`.
+    size: model size of the published encoders; None for none.
+
   Returns:
     The charts, and the columns of `references.COLUMNS` among them.
   """
-  published = [r for r in references.REFERENCES if r.size == size]
+  others = [r for r in references.REFERENCES if r.size == size]
   drawn, quoted = [], []
-  for row in tables.compare(columns):
-    first = next(o for o in columns if row.evaluation in o.results)
-    result = first.results[row.evaluation]
-    if not is_main(row.evaluation, row.metric, [*result.metrics]):
+  for row in rows:
+    known = [i for i, value in enumerate(row.values) if value is not None]
+    if not known:
       continue
-    if row.values.count(None) == len(columns):
+    result = columns[known[0]].results[row.evaluation]
+    if not is_main(row.evaluation, row.metric, [*result.metrics]):
       continue
     title, more = "", []
     column = references.matching_column(
       row.evaluation, row.metric, result.protocol
     )
-    if column and published:
+    if column in references.TABLE_5 and others:
       quoted.append(column)
       title = references.COLUMNS[column].label
+      title += f" (protocol {row.variant})" * bool(row.variant)
       more = [
         Row(
           r.name,
@@ -120,26 +135,36 @@ def draw_charts(
           colour=_PUBLISHED_COLOUR,
           hollow=True,
         )
-        for r in published
+        for r in others
       ]
     names = [outcome.name for outcome in columns]
+    if row.variant:  # The others have rows of their own.
+      names = [name if i in known else None for i, name in enumerate(names)]
     drawn.append(draw_metric(row, names, title=title, more=more))
-  return drawn, quoted
+  return drawn, list(dict.fromkeys(quoted))
 
 
 def draw_metric(
-  row: tables.MetricRow,
-  names: Sequence[str],
+  row: MetricRow,
+  names: Sequence[str | None],
   *,
   title: str = "",
   more: Sequence[Row] = (),
 ) -> Chart:
-  """A chart of one metric with a row for each of `names`, then `more` rows."""
-  rows = [interval_row(row, i, name, i) for i, name in enumerate(names)]
+  """A chart of one metric with a row for each of `names`, then `more` rows.
+
+  A name of None has no row.
+  """
+  rows = [
+    interval_row(row, i, name, i)
+    for i, name in enumerate(names)
+    if name is not None
+  ]
+  metric = row.label.removesuffix(" ↓")
   return charts.interval_plot(
-    title or f"{row.evaluation} {row.metric}",
+    title or f"{row.evaluation} {metric}",
     [*rows, *more],
-    name=file_name("metric", row.evaluation, row.metric),
+    name=file_name("metric", row.evaluation, metric),
     unit=row.unit,
     lower=row.lower,
   )
@@ -150,7 +175,7 @@ def is_main(evaluation: str, metric: str, metrics: Sequence[str]) -> bool:
   return metric in _HEADLINES.get(evaluation, tuple(metrics)[:1])
 
 
-def interval_row(row: tables.MetricRow, i: int, name: str, colour: int) -> Row:
+def interval_row(row: MetricRow, i: int, name: str, colour: int) -> Row:
   """The i-th value of a row with chance and 1.96 standard errors."""
   value, error = row.values[i], row.errors[i]
   known = value is not None and error is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from mtv_jax.evals.report import references, tables
+from mtv_jax.evals.report import published, references, tables
 from mtv_jax.evals.report.report import Report
 from mtv_jax.utils.pages import Block
 
@@ -12,6 +12,9 @@ _NOTE = (
   "Chance is what random embeddings or guesses would give. A dash is a missing "
   "value, or one on other data than the first column's. ↓: lower is better. "
   f"±: standard error over the items of the set. Bold: {tables.BEST_NOTE}."
+)
+_PROTOCOLS_NOTE = (
+  "These results have different protocols, and rows of their own:"
 )
 _CHARTS_NOTE = (
   "Charts: axes span chance and the best known values; bars are 1.96 standard "
@@ -23,11 +26,21 @@ _PUBLISHED_NOTE = (
 )
 
 
-def describe_report(report: Report) -> Iterator[Block]:
-  """Metrics, charts, encoders, what is missing, sheets and protocols."""
+def describe_report(
+  report: Report, *, further: Sequence[Block] = ()
+) -> Iterator[Block]:
+  """Metrics, charts, encoders, what is missing, sheets and protocols.
+
+  `further` follows the charts of the metrics.
+  """
   yield Block("heading", "Metrics")
-  yield Block("table", tables.metrics_table(report.columns), {"numbers": 2})
+  further_cells = _published_cells(report) if report.published else None
+  table = tables.metrics_table(report.columns, report.rows, further_cells)
+  yield Block("table", table, {"numbers": 2})
   yield Block("note", _NOTE)
+  if lines := _other_protocols(report):
+    yield Block("note", _PROTOCOLS_NOTE)
+    yield Block("bullets", lines)
   if report.left_out:
     names = ", ".join(report.left_out)
     yield Block("note", f"Not shown, for lack of the same data: {names}.")
@@ -36,6 +49,8 @@ def describe_report(report: Report) -> Iterator[Block]:
   if report.quoted:
     yield Block("note", _PUBLISHED_NOTE)
     yield Block("table", _published_table(report))
+  yield from further
+  yield from published.describe_matches(report.columns, report.rows)
   yield Block("heading", "Encoders")
   yield Block("table", tables.encoder_table(report.columns))
   for title, lines in _missing(report):
@@ -50,6 +65,30 @@ def describe_report(report: Report) -> Iterator[Block]:
     protocol = tables.compare_protocols(report.columns, name)
     inner = tuple(Block("table", table) for table in protocol.tables())
     yield Block("details", "Protocol", inner=inner)
+
+
+def _published_cells(report: Report) -> list[str]:
+  """The cells of the table's last column: a header, then one per row."""
+  cells = ["published"]
+  for row in report.rows:
+    matches = [m for m in report.published if m.row == row]
+    cells.append(
+      "\n".join(
+        f"{report.columns[m.encoder].name}: {published.format_figure(m)}"
+        for m in matches
+      )
+    )
+  return cells
+
+
+def _other_protocols(report: Report) -> list[str]:
+  """A line for each difference for which results have rows of their own."""
+  names = dict.fromkeys(row.evaluation for row in report.rows if row.variant)
+  return [
+    line
+    for name in names
+    for line in tables.describe_differences(report.columns, name)
+  ]
 
 
 def _published_table(report: Report) -> list[list[str]]:
@@ -73,7 +112,7 @@ def _missing(report: Report) -> Iterator[tuple[str, list[str]]]:
         encoders.setdefault(key, []).append(outcome.name)
     lines = []
     for (name, reason), names in encoders.items():
-      of = f" ({', '.join(names)})" if len(report.outcomes) > 1 else ""
-      lines.append(f"{name}{of}: {reason}")
+      suffix = f" ({', '.join(names)})" if len(report.outcomes) > 1 else ""
+      lines.append(f"{name}{suffix}: {reason}")
     if lines:
       yield field.capitalize(), lines

@@ -38,25 +38,51 @@ class MetricRow(NamedTuple):
   values: tuple[float | None, ...]  # None if missing or from other data
   errors: tuple[float | None, ...]  # standard errors; None if unknown
   best: int | None  # index of the value that `_find_best` selects
+  # Which of the protocols, from 1, if an evaluation has several rows of a
+  # metric; else 0.
+  variant: int = 0
+
+  @property
+  def label(self) -> str:
+    """The metric, and which protocol."""
+    protocol = f" (protocol {self.variant})" if self.variant else ""
+    return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
 
 
-def compare(outcomes: Sequence[Outcome]) -> list[MetricRow]:
+def compare(
+  outcomes: Sequence[Outcome], *, split: bool = False
+) -> list[MetricRow]:
   """Every metric of several encoders, in order.
 
   Results on other data than the first encoder's are left out: the values of a
-  row are comparable.
+  row are comparable. With `split` they have rows of their own, as have those
+  of other protocols or options.
   """
   rows = []
   for name in evaluation_names(outcomes):
     results = [outcome.results.get(name) for outcome in outcomes]
-    first = next(r for r in results if r is not None)
-    data = first.protocol.get("data_hash")
-    results = [
-      r if r and r.protocol.get("data_hash") == data else None for r in results
-    ]
-    for metric in dict.fromkeys(m for r in results if r for m in r.metrics):
-      rows.append(_row(name, metric, results))
+    keys = [r and protocol_key(r, whole=split) for r in results]
+    groups = list(dict.fromkeys(key for key in keys if key is not None))
+    for number, group in enumerate(groups if split else groups[:1], 1):
+      members = [
+        r if key == group else None
+        for r, key in zip(results, keys, strict=True)
+      ]
+      variant = number if split and len(groups) > 1 else 0
+      for metric in dict.fromkeys(m for r in members if r for m in r.metrics):
+        row = _row(name, metric, members)
+        rows.append(row._replace(variant=variant))
   return rows
+
+
+def protocol_key(result: Result, *, whole: bool = True) -> str:
+  """Equal for results that a row may have: on the same data.
+
+  With `whole` the protocols and options are the same too.
+  """
+  keys = ["data_hash", *_COMPARED] if whole else ["data_hash"]
+  values = [jsonable(result.protocol.get(key)) for key in keys]
+  return json.dumps(values, default=str)
 
 
 def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
@@ -161,14 +187,14 @@ def format_encoder(results: Mapping[str, Result]) -> str:
   )
 
 
-def format_metrics(outcomes: Sequence[Outcome]) -> str:
+def format_metrics(outcomes: Sequence[Outcome], *, split: bool = False) -> str:
   """The metrics as a text table with a column for each encoder.
 
   Values are followed by their standard errors; the best of several has a star.
   """
   names = [outcome.name for outcome in outcomes]
   cells = [("evaluation", "metric", "unit", *names, "chance")]
-  rows = compare(outcomes)
+  rows = compare(outcomes, split=split)
   for row in rows:
     unit = f"{row.unit} (lower)".strip() if row.lower else row.unit
     values = [
@@ -178,7 +204,8 @@ def format_metrics(outcomes: Sequence[Outcome]) -> str:
       )
     ]
     chance = "" if row.chance is None else format_number(row.chance, row.unit)
-    cells.append((row.evaluation, row.metric, unit, *values, chance))
+    metric = row.label.removesuffix(" ↓")
+    cells.append((row.evaluation, metric, unit, *values, chance))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   aligned = [f"{{:{'<' if i < 3 else '>'}{w}}}" for i, w in enumerate(widths)]
   lines = ["  ".join(aligned).format(*line).rstrip() for line in cells]
@@ -190,22 +217,31 @@ def format_metrics(outcomes: Sequence[Outcome]) -> str:
   return "\n".join(lines)
 
 
-def metrics_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
-  """The metrics with errors: a header, then rows; bold is `MetricRow.best`."""
+def metrics_table(
+  outcomes: Sequence[Outcome],
+  rows: Sequence[MetricRow] | None = None,
+  further: Sequence[str] | None = None,
+) -> list[list[str]]:
+  """The metrics with errors: a header, then rows; bold is `MetricRow.best`.
+
+  Args:
+    outcomes: a column each.
+    rows: by default those of `compare`.
+    further: cells of a last column, its header first.
+  """
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]
-  for row in compare(outcomes):
+  for row in compare(outcomes) if rows is None else rows:
     texts = [
       format_value(value, row.unit, error)
       for value, error in zip(row.values, row.errors, strict=True)
     ]
-    line = [
-      Link(row.evaluation),
-      f"{row.metric} ↓" if row.lower else row.metric,
-    ]
+    line = [Link(row.evaluation), row.label]
     line += [Bold(t) if i == row.best else t for i, t in enumerate(texts)]
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])
+  if further is not None:
+    lines = [[*line, cell] for line, cell in zip(lines, further, strict=True)]
   return lines
 
 
@@ -260,10 +296,10 @@ def describe_differences(outcomes: Sequence[Outcome], name: str) -> list[str]:
   _, differing, encoders = compare_protocols(outcomes, name)
   lines = []
   for key in ("data_hash", *_COMPARED):
-    names: dict[str, list[str]] = {}
+    by_value: dict[str, list[str]] = {}
     for value, encoder in zip(differing.get(key, ()), encoders, strict=False):
-      names.setdefault(shorten(value), []).append(encoder)
-    parts = [f"{value} in {', '.join(of)}" for value, of in names.items()]
+      by_value.setdefault(shorten(value), []).append(encoder)
+    parts = [f"{value} in {', '.join(ns)}" for value, ns in by_value.items()]
     if parts:
       lines.append(f"{name}: {key} {'; '.join(parts)}")
   return lines

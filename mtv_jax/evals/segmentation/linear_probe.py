@@ -266,15 +266,15 @@ class Segmentation(SegmentationEvaluator):
     """Features of all windows; raises InputError if they exceed the cache."""
     train, _ = self._set
 
-    def cut_windows(i: int) -> Iterator[dense.Example]:
+    def cut_windows(i: int) -> list[dense.Example]:
       image, labels = dense.read_pair(train.name, train.images, train.maps, i)
       shape = slide.shape(*image.shape[:2])
       labels = resizing.resize_maps(labels, shape, method="nearest")
       pixels = sliding_window.resize_image(image, shape, slide.interpolation)
       windows = (sliding_window.cut(x, slide) for x in (pixels, labels))
-      return zip(*windows, strict=True)
+      return list(zip(*windows, strict=True))
 
-    windows = map(cut_windows, range(len(train.images)))
+    windows = dense.threaded_map(cut_windows, range(len(train.images)))
     windows = itertools.chain.from_iterable(windows)
     total = 0
     for batch in dense.encode_batches(

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,7 +22,7 @@ from jaxtyping import Bool, Float32, Float64, UInt8
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, bootstrap, examples, ranking
-from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.examples import Data, ImageSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
@@ -55,7 +53,7 @@ class PatchPca(Evaluator):
 
   @functools.cached_property
   def _set(self) -> ImageSet:
-    return _open_images(self.data, self.count)
+    return registry.open_images(self.data, count=self.count)
 
   def run(self, encoder: Encoder) -> Result:
     """The share of variance in three components; `pca` as a sheet."""
@@ -221,29 +219,6 @@ def foreground(
   if above[:, border].mean() > above[:, ~border].mean():
     above = ~above
   return above if above.any() else all_patches
-
-
-def _open_images(data: Data, count: int) -> ImageSet:
-  """The images in any data set or any folder of JPEGs."""
-  errors = []
-  for opener in (registry.open_classification, registry.open_captions):
-    try:
-      return opener(data, count=count)
-    except ValueError as error:
-      errors.append(str(error))
-  root = pathlib.Path(data) if isinstance(data, str | os.PathLike) else None
-  files = sorted(root.rglob("*.jp*g")) if root and root.is_dir() else []
-  if not files:
-    raise NotApplicable(
-      f"patch_pca finds no images in {data}: {'; '.join(errors)}"
-    )
-  files = examples.subsample(files, count)
-  digest = examples.Digest()
-  for file in files:
-    digest.add(file.relative_to(root), file.stat().st_size)
-  return ImageSet(
-    name=str(data), images=examples.open_images(files), digest=digest.hex()
-  )
 
 
 def component_colours(

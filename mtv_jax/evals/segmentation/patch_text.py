@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Float32
 from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import layers, pooling
+from mtv_jax.models import stack as stack_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError, check_choice
@@ -39,7 +40,9 @@ from mtv_jax.utils.errors import InputError, check_choice
 def default_last_block(encoder: Encoder) -> str:
   """`attention` for attention pooling or a single block, else `values`."""
   image = encoder.spec.image
-  return "attention" if image.pool == "map" or image.depth < 2 else "values"
+  return (
+    "attention" if image.pool in pooling.KINDS or image.depth < 2 else "values"
+  )
 
 
 def embed_patches(
@@ -83,7 +86,7 @@ def check(encoder: Encoder, last_block: str) -> None:
   """Raises ValueError if an encoder's patches can't be embedded."""
   check_choice("last_block", last_block, ("attention", "values"))
   spec, params = encoder.spec.image, encoder.params["image"]
-  required = ["pool"] if spec.pool == "map" else []
+  required = ["pool"] if spec.pool in pooling.KINDS else []
   if spec.projection:
     required.append("projection")
   if last_block == "values":
@@ -137,23 +140,9 @@ class _TokenTower(nn.Module):
     x = x[:, None].astype(self.dtype)  # [N, 1, D]
     if self.block:
       x = layers.Block(
-        heads=spec.heads,
-        mlp_dim=spec.mlp_dim,
-        gelu=spec.gelu,
-        mlp=spec.mlp,
-        layer_scale=spec.layer_scale,
-        norm_eps=spec.norm_eps,
-        dtype=self.dtype,
-        name="block",
+        **stack_lib.block_options(spec), dtype=self.dtype, name="block"
       )(x)
-      x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
-    if spec.pool == "map":
-      x = pooling.MapPool(
-        spec.heads,
-        spec.mlp_dim,
-        spec.gelu,
-        spec.norm_eps,
-        self.dtype,
-        name="pool",
-      )(x)  # [N, D]
+      x = stack_lib.final_norm(spec, self.dtype)(x)
+    if spec.pool in pooling.KINDS:
+      x = pooling.build(spec, self.dtype)(x)  # [N, D]
     return layers.project(x.reshape(-1, x.shape[-1]), spec.projection)

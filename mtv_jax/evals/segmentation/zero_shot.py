@@ -29,6 +29,7 @@ from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import patch_text, sliding_window
 from mtv_jax.evals.segmentation.base import SegmentationEvaluator
+from mtv_jax.models import pooling
 from mtv_jax.utils.errors import InputError
 
 _SIZE, _STRIDE = 448, 336
@@ -90,7 +91,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     predictions = self._predict(encoder, score, data, slide)
     sums = predictions.sums[:, 0]
     estimate = metrics_lib.estimate(sums)
-    pooled = encoder.spec.image.pool == "map"
+    pooled = encoder.spec.image.pool in pooling.KINDS
     protocol = {
       **self._common_protocol(encoder, data, slide),
       **named.protocol(),

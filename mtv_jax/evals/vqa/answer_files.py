@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config.options import shorten_repr
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.vqa import metrics as metrics_lib
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 _IDS = ("question_id", "questionId", "id")
 _ANSWERS = ("answer", "prediction", "text")
@@ -57,16 +58,19 @@ class Scores:
 
 def read_answers(path: str | os.PathLike) -> dict[str, str]:
   """Answers by question; InputError for other files, or a repeated question."""
-  content = _read_json(path)
+  content = _read_json_or_lines(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
   rows = _rows_by_question(path, content)
-  return {key: str(_get(path, row, _ANSWERS)) for key, row in rows.items()}
+  return {
+    key: _text(path, _get(path, row, _ANSWERS), f"the answer of {key!r}")
+    for key, row in rows.items()
+  }
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
   """Truths by question; InputError for other files, or a repeated question."""
-  content = _read_json(path)
+  content = _read_json_or_lines(path)
   if isinstance(content, Mapping):
     lists = [content.get(key) for key in ("annotations", "data")]
     lists = [rows for rows in lists if isinstance(rows, list)]
@@ -90,50 +94,68 @@ def _rows_by_question(
     raise InputError(f"{path}: expected rows of questions; got {got}")
   by_question = {}
   for row in rows:
-    key = str(_get(path, row, _IDS))
+    key = _text(path, _get(path, row, _IDS), "the id of a question")
     if key in by_question:
-      raise InputError(f"{path}: question {key} occurs twice")
+      raise InputError(f"{path}: question {key!r} occurs twice")
     by_question[key] = row
   return by_question
 
 
 def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
-  options = next((row[name] for name in _OPTIONS if name in row), ())
+  options = next((row[name] for name in _OPTIONS if name in row), None) or []
+  if not isinstance(options, list):
+    raise InputError(
+      f"{path}: expected a list of options, got {shorten_repr(options)}"
+    )
   truths = _get(path, row, _TRUTHS)
   truths = truths if isinstance(truths, list) else [truths]
   plain = [
     _get(path, t, ("answer",)) if isinstance(t, Mapping) else t for t in truths
   ]
   if options:
-    if isinstance(options, str):
-      raise InputError(f"{path}: expected a list of options, got {options!r}")
     beyond = [
       t for t in plain if type(t) is int and t not in range(len(options))
     ]
     if beyond:
       raise InputError(
-        f"{path}: {beyond[0]} is no index of the options of {row}"
+        f"{path}: {shorten_repr(beyond[0])} is no index of the options of "
+        f"{shorten_repr(row)}"
       )
-    plain = [chr(ord("A") + t) if isinstance(t, int) else t for t in plain]
+    plain = [chr(ord("A") + t) if type(t) is int else t for t in plain]
   if not plain:
-    raise InputError(f"{path}: a question without an answer: {row}")
+    raise InputError(
+      f"{path}: a question without an answer: {shorten_repr(row)}"
+    )
   kind = row.get("answer_type")
   return Question(
-    tuple(map(str, plain)), tuple(map(str, options)), kind and str(kind)
+    tuple(_text(path, truth, "a correct answer") for truth in plain),
+    tuple(_text(path, option, "an option") for option in options),
+    None if kind is None else _text(path, kind, "an answer_type"),
   )
 
 
-def _read_json(path: str | os.PathLike) -> Any:
+def _text(path: str | os.PathLike, value: Any, what: str) -> str:
+  """A string, a number or a bool as text."""
+  if not isinstance(value, str | int | float):
+    raise InputError(
+      f"{path}: {what} is {shorten_repr(value)}; expected a text or a number"
+    )
+  return str(value)
+
+
+def _read_json_or_lines(path: str | os.PathLike) -> Any:
+  if not os.path.isfile(path):
+    raise MissingFileError(f"There is no file {path}.")
   try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
+    text = pathlib.Path(path).read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
     raise InputError(f"{path} is not UTF-8 text: {error}") from None
   try:
     return json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     try:
       return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError:
+    except (ValueError, RecursionError):
       raise InputError(
         f"{path} is neither JSON ({error}) nor one object per line"
       ) from None

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image
 
 from mtv_jax.config.options import PositiveInt, Range, check_value
 from mtv_jax.data import registry
@@ -19,6 +18,7 @@ from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import JOINS, open_labels
 from mtv_jax.experts.inspection import cards, findings, page, statistics
 from mtv_jax.experts.inspection.findings import percent
+from mtv_jax.utils import atomic, plots
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.plots import one_line
@@ -116,11 +116,12 @@ def inspect(
   names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
   title = f"{', '.join(data)}: {', '.join(names)}"
   sheet = cards.draw_sheet(draw(size), title=title, size=size)
-  Image.fromarray(sheet).save(folder / "sheet.png")
+  plots.save_image(sheet, folder / "sheet.png")
   html = page.render(summary, draw(max(size, _PAGE_SIZE)))
-  (folder / "index.html").write_text(html, encoding="utf-8")
+  atomic.write_text(folder / "index.html", html)
   text = json.dumps(summary, ensure_ascii=False, indent=1)
-  (folder / "statistics.json").write_text(f"{text}\n", encoding="utf-8")
+  atomic.write_text(folder / "statistics.json", f"{text}\n")
+  atomic.remove_abandoned(folder)
   return summary
 
 

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from mtv_jax.data.labels import label_sets, label_values
+from mtv_jax.data.labels.feature_values import FeatureLabel
 from mtv_jax.data.labels.join import AlignedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, Label
@@ -31,6 +32,7 @@ class Report:
   max_difference: int = 0  # Largest difference of the maps, in 16-bit steps.
   total_difference: int = 0
   pixels: int = 0
+  max_error: float = 0.0  # Largest distance of feature vectors, by length.
 
   def __str__(self) -> str:
     lines = [
@@ -42,6 +44,10 @@ class Report:
       lines.append(
         f"16-bit maps differ by at most {self.max_difference} steps of"
         f" {label_values.TOP}, {mean:.4g} on average."
+      )
+    elif self.kind == "features":
+      lines.append(
+        f"Vectors differ by at most {self.max_error:.3g} of their length."
       )
     else:
       lines.append(
@@ -62,6 +68,8 @@ class Report:
     self.labelled += 1
     if isinstance(old, DepthLabel):
       return self._compare_depth(old, new)
+    if isinstance(old, FeatureLabel):
+      return self._compare_features(old, new)
     return self._compare_boxes(old, new)
 
   def _compare_depth(self, old: DepthLabel, new: DepthLabel) -> str:
@@ -80,6 +88,22 @@ class Report:
     if ranges[0] != ranges[1]:
       return f"inverse depth from {ranges[0]}, now {ranges[1]}"
     return ""
+
+  def _compare_features(self, old: FeatureLabel, new: FeatureLabel) -> str:
+    shapes = [
+      {n: a.codes.shape for n, a in label.arrays.items()}
+      for label in (old, new)
+    ]
+    if shapes[0] != shapes[1]:
+      return f"features of {shapes[0]}, now {shapes[1]}"
+    worst = 0.0
+    for name, array in old.arrays.items():
+      x, y = array.values(old.format), new.arrays[name].values(new.format)
+      length = np.linalg.norm(x, axis=1)
+      error = np.linalg.norm(x - y, axis=1) / np.maximum(length, 1e-12)
+      worst = max(worst, float(error.max(initial=0.0)))
+    self.max_error = max(self.max_error, worst)
+    return f"vectors differ by up to {worst:.3g} of their length" * (worst > 0)
 
   def _compare_boxes(self, old: BoxLabel, new: BoxLabel) -> str:
     count = len(old.boxes)

@@ -90,6 +90,8 @@ class FastestDet:
         " mtv_jax/experts/onnx/decoders.py)."
       )
     channels = shapes[0][1]
+    if classes < 1:
+      raise InputError("there is no class name; give one per line.")
     if isinstance(channels, int) and channels != 5 + classes:
       raise InputError(
         f"the output has {channels} channels: {channels - 5} classes after 5 of"

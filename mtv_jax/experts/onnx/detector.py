@@ -28,6 +28,8 @@ from mtv_jax.experts.onnx.decoders import get_decoder
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError
 
+_MAX_SIDE = 1 << 13  # Of an input, in pixels.
+
 
 class OnnxDetector:
   """A detector in an ONNX file as an expert of boxes.
@@ -162,6 +164,12 @@ def _read_input(
   batch, channels, *sides = inputs[0].shape
   if isinstance(channels, int) and channels != 3:
     raise InputError(f"expected 3 channels in the input; the file has {listed}")
+  known = [n for n in (batch, *sides) if isinstance(n, int)]
+  if min(known, default=1) < 1 or max(known, default=1) > _MAX_SIDE:
+    raise InputError(
+      f"expected an input of 1 to {_MAX_SIDE} images and pixels a side; the "
+      f"file has {listed}"
+    )
   given = (size, size) if isinstance(size, int) else size
   is_fixed = [isinstance(side, int) for side in sides]
   if given is None and not all(is_fixed):
@@ -172,6 +180,8 @@ def _read_input(
     side if fixed else other
     for side, fixed, other in zip(sides, is_fixed, given or sides, strict=True)
   )
+  if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
+    raise InputError(f"size={size}; expected 1 to {_MAX_SIDE} pixels.")
   if given and (height, width) != tuple(given):
     raise InputError(
       f"size={size}, and the file takes {(height, width)} only ({listed})"

@@ -51,8 +51,10 @@ class ClipTokenizer:
       model = models.BPE(
         vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END
       )
-    except Exception as error:
-      # The library raises bare Exception.
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:
+      # The library raises bare Exception, and its panics are none.
       raise InputError(
         f"{files[0]} and {MERGES} are not CLIP's ({error!r}): expected ids of "
         f"tokens, with {_START} and {_END}, and a pair of tokens per line."

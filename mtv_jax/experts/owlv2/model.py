@@ -63,7 +63,7 @@ class Owlv2(nn.Module):
     spec: its towers' spec; patch tokens are not projected.
     dtype: compute dtype of the towers and the heads' hidden layers; last layers
       are float32.
-    scan: whether blocks run in a loop, see `layers.run_stack`.
+    scan: whether blocks run in a loop, see `stack.run_stack`.
   """
 
   spec: ModelSpec

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from mtv_jax.config import foreign
 from mtv_jax.convert import clip, folders, processors, tables, tensors
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.data import tokenizers
@@ -66,7 +67,8 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
   path, config = folders.read_config(
     folder, model_type="owlv2", example="google/owlv2-base-patch16-ensemble"
   )
-  spec = read_spec(config)
+  with foreign.errors_of(path / "config.json"):
+    spec = read_spec(config)
   with folders.open_weights(path) as store:
     params = tensors.load(rules(spec), store, ignore=_IGNORE)
   # CLIP's temperature, which is for whole images, is unused.
@@ -92,9 +94,11 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   Raises:
     ConversionError: phrases and patches have different widths.
   """
-  text = folders.with_defaults(config.get("text_config"), _TEXT)
+  name = "text_config"
+  text = folders.with_defaults(config.get(name), _TEXT, name)
   text.setdefault("hidden_size", clip.TEXT_DEFAULTS["hidden_size"])
-  width = config.get("projection_dim") or 512
+  width = folders.with_defaults(config, {"projection_dim": 512})
+  width = width["projection_dim"]
   if width != text["hidden_size"]:
     raise ConversionError(
       f"projection_dim={width} differs from the text tower's hidden_size, "
@@ -102,7 +106,8 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
   # A text ends at its highest id whatever eos_token_id is; 2 stands for that.
   text["eos_token_id"] = 2
-  vision = folders.with_defaults(config.get("vision_config"), _VISION)
+  name = "vision_config"
+  vision = folders.with_defaults(config.get(name), _VISION, name)
   sections = dict(vision_config=vision, text_config=text, projection_dim=width)
   return clip.read_spec({"model_type": "clip", **sections}, ["text_model."])
 

@@ -13,6 +13,11 @@ from mtv_jax.models.heads.caption_decoder import (
   ReferringHead,
   RegionCaptionHead,
 )
+from mtv_jax.models.heads.dense_dpt import (
+  MetricDepthHead,
+  NormalsHead,
+  SegmentationHead,
+)
 from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.heads.prompter import GroundingHead, LocatorHead
 from mtv_jax.utils.errors import InputError, did_you_mean
@@ -20,6 +25,9 @@ from mtv_jax.utils.errors import InputError, did_you_mean
 # By the name that `Encoder.predict` takes.
 HEADS: dict[str, type[PredictionHead]] = {
   "depth": DepthHead,
+  "metric_depth": MetricDepthHead,
+  "normals": NormalsHead,
+  "segmentation": SegmentationHead,
   "grounding": GroundingHead,
   "locator": LocatorHead,
   "caption": CaptionHead,

@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.config import options
-from mtv_jax.models import kernels, layers
+from mtv_jax.models import layers, linear
+from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
 from mtv_jax.models.heads import caption_sequences as sequences
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -48,7 +50,7 @@ class TokenLogits:
     self, kernel: Float[Array, "d c"], bias: Float[Array, " c"]
   ) -> Float[Array, "b s l c"]:
     """The logits of some columns."""
-    return kernels.linear(self.vectors, kernel, bias)
+    return linear.linear(self.vectors, kernel, bias)
 
 
 class DecoderBlock(nn.Module):
@@ -74,7 +76,8 @@ class DecoderBlock(nn.Module):
 
     def attend(q, k, v, causal=False):
       del causal
-      return jax.nn.dot_product_attention(q, k, v, mask=mask)
+      y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+      return checkpoint_name(y, "attention")
 
     def norm(i):
       return layers.norm(self.norm_eps, self.dtype, f"norm{i}")
@@ -110,7 +113,7 @@ class CaptionDecoder(nn.Module):
   mlp_dim: int
   gelu: str
   norm_eps: float
-  remat: str = "none"  # And scan and mesh: see `layers.run_stack`.
+  remat: str = "none"  # And scan and mesh: see `stack.run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
 
@@ -151,7 +154,7 @@ class CaptionDecoder(nn.Module):
       dtype=dtype,
       parent=None,
     )
-    x, _ = layers.run_blocks(
+    x, _ = stack_lib.run_blocks(
       self,
       block,
       x,

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32
 
 from mtv_jax.config import options
 from mtv_jax.models import layers
+from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
 from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 
@@ -199,11 +200,13 @@ class Reassemble(nn.Module):
 class Residual(nn.Module):
   """Pre-activation residual unit x + conv(relu(conv(relu(x))))."""
 
+  use_bias: bool = True
+
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    y = x
+    y, bias = x, self.use_bias
     for name in ("conv1", "conv2"):
-      y = conv(x.shape[-1], 3, x.dtype, name)(jax.nn.relu(y))
+      y = conv(x.shape[-1], 3, x.dtype, name, use_bias=bias)(jax.nn.relu(y))
     return x + y
 
 
@@ -214,6 +217,7 @@ class Fusion(nn.Module):
   """
 
   resize: str = "products"  # See `resize_corners`.
+  use_bias: bool = True  # Of the residual units.
 
   @nn.compact
   def __call__(
@@ -223,8 +227,8 @@ class Fusion(nn.Module):
     size: tuple[int, int],
   ) -> Float[Array, "b h2 w2 c"]:
     if stage is not None:
-      x = x + Residual(name="residual1")(stage)
-    x = Residual(name="residual2")(x)
+      x = x + Residual(self.use_bias, name="residual1")(stage)
+    x = Residual(self.use_bias, name="residual2")(x)
     # Released code projects after resizing. Interpolation weights sum to one,
     # so the order does not matter, and this needs a quarter of the products.
     x = Pointwise(x.shape[-1], x.dtype, name="projection")(x)
@@ -333,7 +337,7 @@ class DepthHead(base.PredictionHead):
     """
     image = spec.image
     taps = self.taps or quarter_taps(image.depth)
-    layers.check_taps(taps, image.depth)
+    stack_lib.check_taps(taps, image.depth)
     return dataclasses.replace(
       self,
       taps=taps,

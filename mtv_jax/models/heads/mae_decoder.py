@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models import layers
+from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.positions import sincos_positions
 
 
@@ -42,7 +43,7 @@ class MaskedDecoder(nn.Module):
   depth: int = 8
   heads: int = 16
   mlp_ratio: int = 4
-  remat: str = "none"  # And scan and mesh: see `layers.run_stack`.
+  remat: str = "none"  # And scan and mesh: see `stack.run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
 
@@ -83,7 +84,7 @@ class MaskedDecoder(nn.Module):
       dtype=dtype,
       parent=None,
     )
-    x, _ = layers.run_blocks(self, block, x, depth=self.depth)
+    x, _ = stack_lib.run_blocks(self, block, x, depth=self.depth)
     x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
     y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
     return y.astype(jnp.float32)

@@ -1,6 +1,8 @@
-"""Prototype head of DINO and iBOT, and L2 normalisation."""
+"""Prototype head of DINO and iBOT, adaptor of RADIO, L2 normalisation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +62,34 @@ class PrototypeHead(nn.Module):
     return self.last_layer(self.bottleneck)
 
 
+class Adaptor(nn.Module):
+  """Adaptor head of AM-RADIO (Ranzinger et al. 2023, section 3.2).
+
+  A linear layer, layer norm, GELU and a linear layer, from the student's
+  features to a teacher's. Later releases may have residual blocks between.
+  """
+
+  out: int  # Channels of the teacher's features (E).
+  hidden: int
+
+  def setup(self):
+    self.mlp = _Mlp(
+      self.hidden, self.out, 2, norm=True, kernel_init=layers.kernel_init
+    )
+
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
+    """Predicted features, float32; computes in the dtype of `x`."""
+    return self.mlp(x).astype(jnp.float32)
+
+
 class _Mlp(nn.Module):
-  """Layers fc1 .. fcN with GELU (exact) between them."""
+  """Layers fc1 .. fcN with GELU (exact) between them, after a norm if asked."""
 
   hidden: int
   out: int
   layers: int
+  norm: bool = False
+  kernel_init: Callable = _mlp_init
 
   @nn.compact
   def __call__(self, x):
@@ -74,10 +98,12 @@ class _Mlp(nn.Module):
       x = layers.Dense(
         self.out if last else self.hidden,
         dtype=x.dtype,
-        kernel_init=_mlp_init,
+        kernel_init=self.kernel_init,
         name=f"fc{i}",
       )(x)
       if not last:
+        if self.norm:
+          x = layers.norm(1e-6, x.dtype, f"norm{i}")(x)
         x = jax.nn.gelu(x, approximate=False)
     return x
 

@@ -8,10 +8,12 @@ import tempfile
 import jax
 import numpy as np
 
+from mtv_jax.checkpoint import checksums
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.config import schema
 from mtv_jax.perf.bench import harness
 from mtv_jax.perf.bench.step import StepTimer
+from mtv_jax.utils.tree import flatten_with_names
 
 _CHUNK, _CHUNKS = 1 << 24, 16  # Bytes written at once, and how often.
 
@@ -42,6 +44,8 @@ def run(
         saver.save(1, timer.state)
         saver.wait()
         disk_bytes = drop_page_cache(path / "checkpoints" / "1")
+      arrays = dict(flatten_with_names(timer.state))
+      checksum = harness.time_call(lambda: checksums.describe_arrays(arrays))
       abstract = timer.experiment.program.abstract
       with harness.Stopwatch() as restoring:
         jax.block_until_ready(saver.restore(abstract).state)
@@ -64,6 +68,8 @@ def run(
   text = "{{:.0f}} MB/s; disk alone {:.0f} MB/s".format
   label, limit = "save, until on disk", text(disk["write"] / 1e6)
   add("save", size / saving.wall, label, limit, 1e6)
+  of_save = f"{{:.2f}} s ({checksum / saving.wall:.1%} of the save)"
+  add("checksum", checksum, "  its checksums", of_save)
   limit = text(disk["read"] / 1e6)
   add("restore", size / restoring.wall, "restore", limit, 1e6)
   add("step", step, "a step", "{:.2f} s")

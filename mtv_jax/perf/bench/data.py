@@ -1,6 +1,7 @@
 """Input pipeline benchmark: shards to batches against decoding alone."""
 
 import concurrent.futures
+import io
 import statistics
 import tarfile
 import tempfile
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from mtv_jax.data import order, pipeline
+from mtv_jax.data import canvas, order, pipeline
 from mtv_jax.data.registry import open_files
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.base import Source
@@ -126,8 +128,10 @@ def _read_images(source: Source, first: int, count: int) -> list[bytes]:
 def _time_decoding(
   files: Sequence[bytes], size: int, threads: int
 ) -> harness.Stopwatch:
-  def decode(data: bytes) -> None:
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+  flags = [_imread_flags(data, size) for data in files]
+
+  def decode(data: bytes, flags: int) -> None:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
 
   cv2.setNumThreads(1)
@@ -135,9 +139,17 @@ def _time_decoding(
     concurrent.futures.ThreadPoolExecutor(threads) as pool,
     harness.Stopwatch() as watch,
   ):
-    for _ in pool.map(decode, files):
+    for _ in pool.map(decode, files, flags):
       pass
   return watch
+
+
+def _imread_flags(data: bytes, size: int) -> int:
+  """Flags by which `decode` reads a file for a canvas."""
+  with Image.open(io.BytesIO(data)) as image:
+    is_jpeg, (width, height) = image.format == "JPEG", image.size
+  divisor = canvas.choose_divisor(height, width, size) if is_jpeg else 1
+  return canvas.imread_flags(divisor)
 
 
 def _write_scenes_tar(folder: Path, size: int, count: int = 64) -> str:

@@ -17,7 +17,7 @@ from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.interference import measure_interference
-from mtv_jax.train.loop import prefetch_to_device
+from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import check_choice
 
 
@@ -128,7 +128,7 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
     )
     return 1e3 * statistics.median(times[:, 0]) / rows
 
-  names = sorted({e.view for e in spec.plan if e.tower == "image"})
+  names = sorted({e.view_name for e in spec.plan if e.tower == "image"})
   step = 1e3 * timer.median_step(steps) / rows
   views, together = {n: time_alone([n]) for n in names}, time_alone(names)
   result = harness.Result(

@@ -16,7 +16,8 @@ from mtv_jax.config import overrides, schema
 from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
-from mtv_jax.perf import hlo, topologies
+from mtv_jax.perf import hlo, roofline, topologies
+from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.train_step import (
   TrainStep,
   build_train_step,
@@ -57,6 +58,11 @@ class Plan(TrainStep):
     measures = config.interference or balance.every_steps
     return bool(measures or self.duration("gradients", config.log))
 
+  @property
+  def runs_norms(self) -> bool:
+    """Whether the run may measure them, also at spikes of the gradient."""
+    return self.measures_norms or bool(self.config.log.spikes)
+
   def lower_norms(self) -> jax.stages.Lowered:
     """Lowers the program of those norms, or of the interference meter."""
     inputs = (self.program.abstract, self.abstract_batch())
@@ -74,7 +80,9 @@ def make_plan(
   *,
   examples_per_epoch: int | None = None,
 ) -> Plan:
-  """Builds the step of a config; opens no data, weights or tokenizer.
+  """Builds the step of a config; opens no data or tokenizer.
+
+  The folders of frozen teachers are read, unless their `model` is given.
 
   `changes` are overrides, 'KEY=VALUE', of the resolved config.
 
@@ -83,6 +91,7 @@ def make_plan(
   """
   config = overrides.override(schema.check_config(config), changes)
   config = schema.check_config(config)
+  read_teacher_models(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
   fields = flops_lib.batch_fields(config, step.step_spec)
@@ -126,6 +135,7 @@ class Compiled:
   seconds: float = 0.0  # Of lowering and compiling.
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
   flops: float = 0.0  # With recomputation, see `hlo.count_flops`; 0: unknown.
+  hbm_bytes: float = 0.0  # Read and written, see `roofline`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
   # Batch size of `largest`; smaller than the config's if the step does not fit.
   largest_at: int = 0
@@ -142,12 +152,13 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
   if program is None:
     arrays, batch = _largest_of_smaller_batch(plan, largest)
     return dataclasses.replace(result, largest=arrays, largest_at=batch)
-  module = hlo.parse(program)
+  module, is_tpu = hlo.parse(program), plan.topology.is_tpu
   return dataclasses.replace(
     result,
     collectives=hlo.collectives(module),
     # Other backends call libraries, whose FLOPs the HLO does not show.
-    flops=hlo.count_flops(module) if plan.topology.is_tpu else 0.0,
+    flops=hlo.count_flops(module) if is_tpu else 0.0,
+    hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
     largest=hlo.largest_temporaries(module, limit=largest),
     largest_at=plan.config.batch_size,
   )

@@ -14,11 +14,14 @@ import numpy as np
 import tqdm
 
 from mtv_jax.config import schema
+from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
+from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.perf.preflight import remat as remat_lib
 from mtv_jax.utils.errors import ConfigError
 
 _NUM_SHORT = 12  # Rows of the short parameter table.
@@ -35,6 +38,7 @@ class Report:
   norms: compile_lib.Compiled | None = None
   mfu: float = 0.4  # Assumed; what large ViTs reach on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
+  trials: tuple[remat_lib.Trial, ...] = ()  # Of `remat` 'auto'.
 
   @property
   def fits(self) -> bool:
@@ -47,6 +51,21 @@ class Report:
     if not self.compiled.flops:
       return None
     return self.model_flops / self.plan.mesh.size / self.compiled.flops
+
+  @property
+  def roofline(self) -> roofline_lib.Roofline | None:
+    """Lower bound of a step's time; None if unknown, or for several slices.
+
+    Their links and the network between them have different rates.
+    """
+    if self.plan.topology.slices > 1:
+      return None
+    return roofline_lib.estimate(
+      self.plan.topology.chip,
+      flops=self.compiled.flops,
+      hbm_bytes=self.compiled.hbm_bytes,
+      received=sum((row.bytes for row in self.compiled.collectives), 0.0),
+    )
 
   @property
   def row_bytes(self) -> int:
@@ -81,6 +100,7 @@ class Report:
     """The whole report as plain values."""
     plan, compiled, topology = self.plan, self.compiled, self.plan.topology
     config, rate = plan.config, self.examples_per_second
+    bound = self.roofline
     hosts, norms = topology.hosts, self.norms and dataclasses.asdict(self.norms)
     return {
       "topology": topology.name,
@@ -91,6 +111,7 @@ class Report:
       "batch_size": config.batch_size,
       "accumulate": config.accumulate,
       "remat": config.model.remat,
+      "remat_trials": [dataclasses.asdict(trial) for trial in self.trials],
       "batch": {
         name: {"shape": list(f.shape), "dtype": str(f.dtype)}
         for name, f in plan.fields.items()
@@ -109,6 +130,9 @@ class Report:
       "model_flops": self.model_flops,
       "compiled_flops_per_chip": compiled.flops or None,
       "useful": self.useful,
+      "hbm_bytes_per_chip": compiled.hbm_bytes or None,
+      "roofline_seconds": bound
+      and {**dataclasses.asdict(bound), "total": bound.total},
       "collectives": {
         kind: {"count": count, "bytes_per_chip": size}
         for kind, (count, size) in hlo.sum_by_kind(compiled.collectives).items()
@@ -133,6 +157,7 @@ class Report:
       self._machine(),
       self._batch(),
       self._parameters(),
+      self._remat(),
       self._memory(),
       self._norms(),
       self._flops(),
@@ -185,6 +210,13 @@ class Report:
     if more := len(self.params) - len(rows):
       lines.append(f"  and {more} more (--tables)")
     return lines
+
+  def _remat(self) -> list[str]:
+    if not self.trials:
+      return []
+    lines = ["rematerialisation, compiled:"]
+    lines += [f"  {trial}" for trial in self.trials]
+    return [*lines, f"  --config.model.remat='{self.plan.config.model.remat}'"]
 
   def _memory(self) -> list[str]:
     compiled, memory = self.compiled, self.compiled.memory
@@ -241,6 +273,11 @@ class Report:
         f"  the program does {self.compiled.flops:.4g} per chip: "
         f"{self.useful:.1%} of it is useful, the rest is recomputation"
       )
+    if bound := self.roofline:
+      lines.append(
+        f"  roofline of a step: compute {bound.compute:.3f} s, memory "
+        f"{bound.memory:.3f} s, links {bound.links:.3f} s"
+      )
     return lines
 
   def _collectives(self) -> list[str]:
@@ -275,27 +312,41 @@ def preflight(
   *,
   examples_per_epoch: int | None = None,
   norms: bool = False,
+  budget: int | None = None,
   **options: Any,
 ) -> Report:
   """Compiles the train step of a config for a topology.
 
   Opens neither data nor weights. With `norms`, compiles the objectives'
   gradient norms as well if the config measures them, which doubles the time.
-  `options` are further fields of the report.
+  With `remat` 'auto', compiles several choices for a `budget` in bytes, and the
+  norms with each if the run may measure them, see
+  `remat.find_remat`. `options` are further fields of the report.
 
   Raises:
     ConfigError: for an invalid config, or a topology that cannot be used.
   """
-  plan = compile_lib.make_plan(
-    config, topology, examples_per_epoch=examples_per_epoch
-  )
-  batch_size = plan.config.batch_size
+  config = schema.check_config(config)
+  if config.model.remat == AUTO:
+    choice = remat_lib.find_remat(
+      config, topology, budget=budget, examples_per_epoch=examples_per_epoch
+    )
+    plan, options["trials"] = choice.plan, choice.trials
+    compiled, compiled_norms = choice.compiled, choice.norms
+  else:
+    compiled = compiled_norms = None
+    plan = compile_lib.make_plan(
+      config, topology, examples_per_epoch=examples_per_epoch
+    )
+  config, batch_size = plan.config, plan.config.batch_size
   jobs = {
     "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size).total,
-    "compile the step": lambda: compile_lib.compile_step(plan),
+    "compile the step": lambda: compiled or compile_lib.compile_step(plan),
   }
-  if norms and plan.measures_norms:
-    jobs["compile the gradient norms"] = lambda: compile_lib.compile_norms(plan)
+  if compiled_norms or (norms and plan.measures_norms):
+    jobs["compile the gradient norms"] = lambda: (
+      compiled_norms or compile_lib.compile_norms(plan)
+    )
   results = []
   with tqdm.tqdm(jobs.items(), disable=None) as bar:
     for description, job in bar:
@@ -322,9 +373,16 @@ def format_bytes(count: float | int) -> str:
   return f"{count:.2f} GiB"
 
 
-# Config and topology of each row of the table in docs/pods.md.
+# Config, topology and changes of each row of the table in docs/pods.md.
+_AUTO = "model.remat=auto"
 ROWS = (
   ("configs/mtv_b16_224.py", "v5e:16x16"),
+  ("configs/mtv_b16_224.py", "v5e:16x16", _AUTO),
+  ("configs/mtv_b16_224.py", "v5p:4x8x8", _AUTO),
+  ("configs/mtv_b16_224.py", "v6e:16x16", _AUTO),
+  ("configs/mtv_l16_256.py", "v5e:16x16", _AUTO),
+  ("configs/mtv_l16_256.py", "v5p:4x8x8", _AUTO),
+  ("configs/mtv_l16_256.py", "v6e:16x16", _AUTO),
   ("configs/mtv_l16_256.py", "v5e:16x16"),
   ("configs/mtv_l16_256.py", "v4:4x4x8"),
   ("configs/mtv_l16_256.py", "v5p:4x4x8"),
@@ -341,13 +399,13 @@ ROWS = (
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 
 
-def table_row(config: str, report: Report) -> str:
+def table_row(config: str, report: Report, *changes: str) -> str:
   """A report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
   file, colon, arguments = config.partition(":")
   cells = [
-    f"{pathlib.Path(file).stem}{colon}{arguments}",
+    " ".join([f"{pathlib.Path(file).stem}{colon}{arguments}", *changes]),
     topology.name,
     f"{report.plan.config.batch_size:,}",
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from mtv_jax.evals import suite
+from mtv_jax.evals.encoder_requests import distinct_names
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.report.report import file_name
-from mtv_jax.studies import results, runner
-from mtv_jax.studies.folders import RunFolder, read_run
-from mtv_jax.studies.report import run_figures
+from mtv_jax.studies import changes, results, runner
+from mtv_jax.studies.folders import RunFolder, name_arms, read_run
+from mtv_jax.studies.report import change_figures, run_figures
 from mtv_jax.studies.report.study_sections import describe_study
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.pages import Block, ImageFile, write_pages
@@ -36,6 +36,12 @@ _GRADIENTS_NOTE = (
   "Means over the measurements of a run. Where the cosine is negative, a step "
   "along one gradient raises the other loss, to first order. In the fall of "
   "losses, rows are the objectives whose gradient is followed."
+)
+_CHANGES_NOTE = (
+  "Main metrics that were evaluated before the first step, on the same items. "
+  "Intervals are 95 % over items, and over seeds too where there are several; "
+  "the last column counts evaluations that are worse than the start beyond "
+  "theirs. They are not corrected for the number of evaluations."
 )
 _MAX_WIDTH = 1200  # Pixels of a sheet on the page.
 _MAX_NAMES = 4  # Of runs in the title.
@@ -66,8 +72,9 @@ def write_runs(
       raise ConfigError(
         f"{path} is a study. Give it alone, or its runs: {path}/{runner.RUNS}/*"
       )
-  names = suite.distinct_names(paths)
+  names = distinct_names(paths)
   read = [read_run(p, name=n) for p, n in zip(paths, names, strict=True)]
+  read = name_arms(read)
   title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(names)
   if len(read) > _MAX_NAMES:
     title = f"{len(read)} runs"
@@ -116,7 +123,7 @@ def format_run(folder: str | os.PathLike) -> str:
 def _describe_runs(
   runs: Sequence[RunFolder], output: str | os.PathLike
 ) -> Iterator[Block]:
-  """The report's sections on runs, each of which is an arm of its own."""
+  """The report's sections on runs; those that differ by the seed are an arm."""
   yield Block("table", run_figures.runs_table(runs), {"numbers": 1})
   evaluated = [run for run in runs if run.outcome.results]
   if evaluated:
@@ -132,10 +139,29 @@ def _describe_runs(
         yield Block("details", "Further metrics", inner=inner)
     else:
       yield Block("charts", run_figures.draw_run_metrics(runs[0]))
+  yield from describe_changes(runs)
   yield from describe_training(runs)
   yield from describe_gradients(runs)
   yield from describe_sheets(runs, output)
   yield from describe_configs(runs)
+
+
+def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
+  """How evaluations have changed since before the first step, if any was."""
+  arms = run_figures.group_by_arm(runs)
+  found = [c for arm in arms.values() for c in changes.measure_changes(arm)]
+  if not found:
+    return
+  names = [*dict.fromkeys(c.metric.name for c in found)]
+  found.sort(key=lambda change: names.index(change.metric.name))
+  yield Block("heading", "Changes since the start")
+  table = change_figures.changes_table(found)
+  yield Block("table", table, {"numbers": 2})
+  yield Block("note", _CHANGES_NOTE)
+  colours = {arm: i for i, arm in enumerate(arms)}
+  yield Block("charts", change_figures.draw_changes(found, colours))
+  inner = (Block("table", change_figures.list_changes(found), {"numbers": 2}),)
+  yield Block("details", "Every evaluation", inner=inner)
 
 
 def describe_training(

@@ -57,7 +57,9 @@ def values_table(
   rows = [["metric", *data.values, "chance"]]
   for metric in metrics:
     summaries = [statistics.summarise_arm(data, metric, a) for a in data.values]
-    chance = "" if metric.chance is None else _number(metric.chance, metric)
+    chance = (
+      "" if metric.chance is None else format_value(metric.chance, metric)
+    )
     rows.append([label(metric), *(_mean(s, metric) for s in summaries), chance])
   return rows
 
@@ -68,13 +70,15 @@ def label(metric: Metric) -> str:
   return f"{metric.name}{unit}{' ↓' if metric.lower else ''}"
 
 
-def _scale(metric: Metric) -> float:
+def unit_scale(metric: Metric) -> float:
+  """The factor from a metric to the unit that it is shown in."""
   return 100.0 if metric.unit == "%" else 1.0
 
 
-def _number(value: float, metric: Metric, *, signed: bool = False) -> str:
+def format_value(value: float, metric: Metric, *, signed: bool = False) -> str:
+  """A value in its unit, without it."""
   digits = 1 if metric.unit == "%" else 3
-  text = f"{_scale(metric) * value:{'+' if signed else ''}.{digits}f}"
+  text = f"{unit_scale(metric) * value:{'+' if signed else ''}.{digits}f}"
   return text.replace("-", "\u2212")
 
 
@@ -93,9 +97,9 @@ def _interval(summary: Summary) -> tuple[float, float] | None:
 def _mean(summary: Summary, metric: Metric) -> str:
   if summary.mean is None:
     return _EMPTY
-  text = _number(summary.mean, metric)
+  text = format_value(summary.mean, metric)
   if interval := _interval(summary):
-    text += f" [{', '.join(_number(v, metric) for v in interval)}]"
+    text += f" [{', '.join(format_value(v, metric) for v in interval)}]"
   return text
 
 
@@ -108,7 +112,7 @@ def draw_arms(
   verdicts = {(c.metric, c.arm): c for c in comparisons}
   drawn = []
   for metric in metrics:
-    factor, rows = _scale(metric), []
+    factor, rows = unit_scale(metric), []
     for colour, arm in enumerate(data.values):
       summary = statistics.summarise_arm(data, metric, arm)
       low, high = _interval(summary) or (None, None)
@@ -161,12 +165,12 @@ def _difference(contrast: Contrast, metric: Metric) -> str:
   """The difference, its interval (over seeds, else over items), the verdict."""
   if contrast.difference is None:
     return contrast.verdict
-  text = _number(contrast.difference, metric, signed=True)
+  text = format_value(contrast.difference, metric, signed=True)
   ends = [contrast.low, contrast.high]
   if ends[0] is None:
     ends = [contrast.item_low, contrast.item_high]
   if ends[0] is not None:
-    ends = [_number(v, metric, signed=True) for v in ends]
+    ends = [format_value(v, metric, signed=True) for v in ends]
     text += f" [{', '.join(ends)}]"
   text += f"\n{contrast.verdict}"
   is_distinct = contrast.verdict in (contrasts.BETTER, contrasts.WORSE)
@@ -184,11 +188,13 @@ def contrast_table(
     def ends(low: float | None, high: float | None, metric=metric) -> str:
       if low is None or high is None:
         return _EMPTY
-      return ", ".join(_number(v, metric, signed=True) for v in (low, high))
+      return ", ".join(
+        format_value(v, metric, signed=True) for v in (low, high)
+      )
 
     difference = _EMPTY
     if c.difference is not None:
-      difference = _number(c.difference, metric, signed=True)
+      difference = format_value(c.difference, metric, signed=True)
     table.append(
       [
         name,
@@ -227,7 +233,7 @@ def draw_synergies(
         (s.over_additive, (k, i)),
       ):
         if contrast is not None and contrast.gain is not None:
-          values[a][b] = _scale(metric) * contrast.gain
+          values[a][b] = unit_scale(metric) * contrast.gain
           marks[a][b] = contrast.verdict in (contrasts.BETTER, contrasts.WORSE)
     if any(v is not None for row in values for v in row):
       drawn.append(
@@ -307,7 +313,7 @@ def draw_scaling(
     models[sizes[arm]["model"]].append(arm)
   drawn = []
   for metric in metrics:
-    factor, lines = _scale(metric), []
+    factor, lines = unit_scale(metric), []
     for colour, (model, arms) in enumerate(models.items()):
       points, intervals = [], []
       for arm in sorted(arms, key=lambda a: sizes[a]["images"]):

@@ -226,10 +226,11 @@ class GradNorm(Balance):
     factor, norm, first = map(stack, ("factor", "norm", "initial_loss"))
     loss = jnp.stack([loss.value() for loss in losses.values()])
     valid = (norm > 0) & jnp.isfinite(loss) & (loss > 0)
-    count = jnp.maximum(jnp.sum(valid), 1)
+    count = jnp.sum(valid)
 
-    def mean(values):
-      return jnp.sum(jnp.where(valid, values, 0.0)) / count
+    def mean(values):  # Of the valid ones; 1 where none is, as it divides.
+      total = jnp.sum(jnp.where(valid, values, 0.0))
+      return jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)
 
     first = jnp.where(valid & (first == 0), loss, first)
     ratio = jnp.where(valid, loss / jnp.where(valid, first, 1.0), 1.0)
@@ -241,7 +242,7 @@ class GradNorm(Balance):
       new[name] = _learn(self.lr, entry, "factor", gradient[i], valid[i])
     learned = jnp.stack([new[name]["factor"] for name in losses])
     learned = jnp.clip(learned, 1 / self.max_factor, self.max_factor)
-    scaled = learned * mean(factor) / jnp.where(count, mean(learned), 1.0)
+    scaled = learned * mean(factor) / mean(learned)
     for i, name in enumerate(losses):
       new[name]["factor"] = jnp.where(valid[i], scaled[i], factor[i])
     return {**state, **new}

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from mtv_jax.utils import atomic
 from mtv_jax.utils.html import SVG_STYLE, THEME, escape
 from mtv_jax.utils.plots import one_line, shorten
 
@@ -157,5 +158,5 @@ def write_files(
   paths = [folder / f"charts/{chart.name}.svg" for chart in drawn]
   (folder / "charts").mkdir(parents=True, exist_ok=True)
   for path, chart in zip(paths, drawn, strict=True):
-    path.write_text(to_file(chart), encoding="utf-8")
+    atomic.write_text(path, to_file(chart))
   return paths

@@ -258,7 +258,7 @@ def test_a_tar_that_shrinks_during_the_run(tmp_path):
   with pytest.raises(TarError, match=r"x\.tar ends at offset 20000"):
     source[49]
   fresh = pickle.loads(pickle.dumps(source))
-  with pytest.raises(TarError, match="has 20000 bytes, and had"):
+  with pytest.raises(TarError, match="from .* to 20000 bytes"):
     fresh[0]
 
 

@@ -139,6 +139,7 @@ def test_words_of_scenes():
   assert tokenizer.decode(ids.tolist())[0] == "a red ball on grass"
 
 
+@pytest.mark.slow
 def test_words_include_those_of_all_scenes():
   tokenizer, texts = build_tokenizer("words"), [*prompts.DEFAULT_TEMPLATES]
   for difficulty in ("easy", "medium", "hard"):

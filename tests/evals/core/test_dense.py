@@ -84,6 +84,43 @@ def test_threaded_map_has_the_order_and_the_errors_of_map():
     list(squares)
 
 
+def test_map_by_group_fills_batches_and_has_the_order_of_map():
+  rng, read, batches = np.random.default_rng(0), [], []
+
+  def items():
+    for i, side in enumerate(rng.integers(1, 4, 200)):
+      read.append(i)
+      yield np.full((side, 2), i)
+
+  def double(batch):
+    assert len({x.shape for x in batch}) == 1
+    batches.append(len(batch))
+    return [2 * x for x in batch]
+
+  results = dense.map_by_group(double, items(), np.shape, batch_size=8)
+  for i, result in enumerate(results):
+    assert (result == 2 * i).all()
+    # Items are read as they are needed, and at most eight batches wait.
+    assert len(read) <= i + 8 * 8 + 1
+  assert i == 199
+  # Only the last batch of each of the three shapes may be smaller.
+  assert sum(batches) == 200 and sum(b < 8 for b in batches) <= 3
+
+
+def test_map_by_group_bounds_the_wait_of_a_rare_group():
+  batches = []
+  groups = [0, *[1] * 80, 0, *[1] * 80]
+  results = dense.map_by_group(
+    lambda batch: batches.append(batch) or batch,
+    groups,
+    lambda item: item,
+    batch_size=8,
+  )
+  assert list(results) == groups
+  assert [b for b in batches if 0 in b] == [[0], [0]]
+  assert list(dense.map_by_group(list, [], len, batch_size=8)) == []
+
+
 def test_examples_depend_only_on_seed_step_and_row():
   def read(i, rng):
     return np.full((2, 2), i), rng.random((2, 2))

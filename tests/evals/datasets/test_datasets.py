@@ -204,7 +204,7 @@ _READY = {
   "cifar10_jpg": {"zero_shot", "patch_pca", *_PROBES},
   "coco": {"retrieval", "grounding", "captioning", "patch_pca"},
   "imagenet_samples": {"zero_shot", "patch_pca"},
-  "kitti_object": {"relative_depth"},
+  "kitti_object": {"relative_depth", "patch_pca"},
   "nyuv2": {
     "segmentation",
     "zero_shot_segmentation",

@@ -343,8 +343,12 @@ def test_inputs_have_the_images_aspect_ratio(shared_data):
     np.full((height, width, 3), 10 * i, np.uint8)
     for i, (height, width) in enumerate([(30, 60), (60, 30), (30, 60)])
   ]
-  maps = relative_depth.predict_at_aspect(
-    encoder, images, size=16, batch_size=2
+  inputs = (
+    relative_depth.resize_at_aspect(image, size=16, multiple=8)
+    for image in images
+  )
+  maps = list(
+    relative_depth.predict_maps(encoder, inputs, resize=False, batch_size=2)
   )
   assert [m.shape for m in maps] == [(16, 32), (32, 16), (16, 32)]
   assert [m.mean() for m in maps] == pytest.approx([0, 10, 20], abs=1e-4)

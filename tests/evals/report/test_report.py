@@ -245,8 +245,12 @@ def rows_of(chart):
   return values, [t.partition(":")[0] for css, t in titles if css == "hollow"]
 
 
+def draw(columns, *, size):
+  return report.draw_charts(columns, tables.compare(columns), size=size)
+
+
 def test_published_figures_need_the_same_data():
-  drawn, quoted = report.draw_charts([whole()], size="base")
+  drawn, quoted = draw([whole()], size="base")
   assert quoted == ["imagenet", "coco_t2i", "coco_i2t"]
   assert [chart.title for chart in drawn] == [
     "ImageNet zero-shot",
@@ -259,7 +263,7 @@ def test_published_figures_need_the_same_data():
   assert "MTV L/16" not in values
   assert drawn[0].svg.count("chance: 0.1 %") == len(values)
   # A subset of ImageNet counts as different data.
-  drawn, quoted = report.draw_charts([whole(images=500)], size="large")
+  drawn, quoted = draw([whole(images=500)], size="large")
   assert quoted == ["coco_t2i", "coco_i2t"]
   assert rows_of(drawn[0]) == ({"ours": 70.0}, [])
   assert rows_of(drawn[1])[0]["MTV L/16"] == 43.0
@@ -268,7 +272,7 @@ def test_published_figures_need_the_same_data():
   assert any("arXiv" in b.content for b in blocks if b.function == "note")
   rows = [row for b in blocks if b.function == "table" for row in b.content]
   assert ["MTV L/16", "43", "58.1"] in rows
-  drawn, quoted = report.draw_charts([whole()], size=None)
+  drawn, quoted = draw([whole()], size=None)
   assert quoted == [] and rows_of(drawn[0])[0] == {"ours": 70.0}
 
 

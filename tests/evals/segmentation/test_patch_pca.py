@@ -145,7 +145,7 @@ def test_any_folder_of_photos(tmp_path, write_image):
   assert (sheet[:20, :192] == 255).all() and (sheet[:20, 200:392] == 255).all()
   assert not (sheet[96, 200:392] == 255).all()
   (tmp_path / "none").mkdir()
-  with pytest.raises(NotApplicable, match="finds no images"):
+  with pytest.raises(NotApplicable, match="no images in"):
     PatchPca(data=str(tmp_path / "none")).prepare()
   with pytest.raises(FileNotFoundError, match="does not exist"):
     PatchPca(data=str(tmp_path / "absent")).prepare()

@@ -319,7 +319,7 @@ def test_file_forms_of_other_benchmarks(tmp_path):
 
 def test_invalid_files_and_answers(tmp_path):
   repeated = write(tmp_path / "repeated.json", [{"id": 1, "answer": "x"}] * 2)
-  with pytest.raises(ValueError, match="question 1 occurs twice"):
+  with pytest.raises(ValueError, match="question .1. occurs twice"):
     answer_files.read_answers(repeated)
   misspelled = write(tmp_path / "misspelled.json", [{"id": 1, "anwser": "x"}])
   with pytest.raises(ValueError, match=r"\['anwser', 'id'\].*'prediction'"):

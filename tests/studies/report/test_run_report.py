@@ -7,6 +7,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import study_samples
 from page_checks import Outline, check_layout
@@ -14,7 +15,10 @@ from PIL import Image
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides
-from mtv_jax.studies import folders
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.results import write_arrays
+from mtv_jax.studies import changes, folders
 from mtv_jax.studies.report import report, run_figures
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
@@ -122,12 +126,16 @@ SHEET = "evals/depth_probe_400/examples.png"
     ("config.json", lambda x: x[:9], "Resume the run"),
     ("config.json", lambda x: b"[1]", "not the config of a run"),
     (ZERO_SHOT, lambda x: x[:-9], "Evaluate again, or remove it"),
+    ("config.json", lambda x: b'{"seed": "a"}', "not the config of a run"),
     (ZERO_SHOT, lambda x: b"{}", "expected the results"),
+    (ZERO_SHOT, lambda x: b'{"encoders": 5}', "expected a list"),
     (ZERO_SHOT, lambda x: re.sub(rb"0\.\d+", b'"a"', x), "can't be read"),
     # A crash, after which another program appended.
     ("metrics.jsonl", lambda x: b'{"step": 1, "lo' + x, "line 1 is not a row"),
     ("metrics.jsonl", lambda x: b"{}\n" + x, "line 1 is not a row"),
     ("interference.jsonl", lambda x: b"\xff\n" + x, "line 1 is not a row"),
+    ("interference.jsonl", lambda x: b'{"step": 1}\n' + x, "step 1 is not"),
+    ("interference.jsonl", lambda x: x.replace(b"[[", b"[", 1), "not a"),
     (SHEET, lambda x: x[:200], "not a whole image"),
   ],
 )
@@ -182,8 +190,8 @@ def test_runs_without_a_common_metric(tmp_path):
 def test_many_runs_have_a_short_title_and_room_for_names(tmp_path):
   runs = [
     study_samples.write_run(
-      tmp_path / f"run {i}", objectives=("depth",), sheets=(), seed=i,
-      interference=False,
+      tmp_path / f"run {i}", objectives=("depth",), sheets=(),
+      variant=f"mu/{i}", interference=False,
     )
     for i in range(20)
   ]  # fmt: skip
@@ -244,3 +252,103 @@ def test_browser_shows_runs(runs, tmp_path, browser, width):
   report.write_runs(runs, tmp_path)
   for dark in (False, True):
     check_layout(browser, tmp_path / "report.html", width, dark=dark)
+
+
+def write_evaluation(run, step, *, hits, rmse, data="scenes"):
+  """k-NN on as many items as `hits`, and an error without resamples."""
+  knn = bootstrap.means({"top1_k10": np.asarray(hits, bool)})
+  protocol = {"data_hash": data}
+  result = Result(
+    knn.metrics, protocol, errors=knn.errors, resamples=knn.resamples
+  )
+  stem = run / "evals" / f"knn_{step}"
+  content = {"encoder": "a", "weights": "student", "mtv_jax": "0"}
+  evals = {"knn": result.to_dict()}
+  stem.with_suffix(".json").write_text(json.dumps(content | {"evals": evals}))
+  write_arrays(stem, result)
+  result = Result(
+    {"rmse": rmse}, protocol, lower=("rmse",), units={"rmse": "m"}
+  )
+  path = stem.with_name(f"depth_probe_{step}.json")
+  evals = {"depth_probe": result.to_dict()}
+  path.write_text(json.dumps(content | {"evals": evals}))
+
+
+def write_continued_runs(folder):
+  """Two seeds of two arms: one loses half its hits and regains them."""
+  rng = np.random.default_rng(0)
+  hits = rng.random(1000) < 0.6
+  noisy = hits ^ (rng.random(1000) < 0.02)
+  runs = []
+  for arm, low in (("naive", hits & (rng.random(1000) < 0.5)), ("kept", noisy)):
+    for seed in range(2):
+      run = folder / f"{arm}_s{seed}"
+      (run / "evals").mkdir(parents=True)
+      config = {"seed": seed, "optim": {"name": arm}}
+      (run / "config.json").write_text(json.dumps(config))
+      for step, values in ((0, hits), (10, low), (20, hits)):
+        write_evaluation(run, step, hits=values, rmse=1.0 + step / 100)
+      runs.append(run)
+  return runs
+
+
+def test_changes_since_the_start(tmp_path):
+  runs = write_continued_runs(tmp_path)
+  report.write_runs(runs, tmp_path / "report")
+  page = Outline((tmp_path / "report/report.html").read_text())
+  assert "Changes since the start" in page.headings
+  text = (tmp_path / "report/report.md").read_text()
+  rows = [line for line in text.splitlines() if "naive" in line]
+  assert any("| 1 of 2 |" in row for row in rows)
+  read = folders.name_arms([folders.read_run(run) for run in runs])
+  assert [run.arm for run in read] == ["naive"] * 2 + ["kept"] * 2
+  by_name = {c.metric.name: c for c in changes.measure_changes(read[:2])}
+  naive = by_name["knn/top1_k10"]
+  assert naive.start == pytest.approx(0.6, abs=0.05)
+  steps = naive.worst_step, naive.best_step, naive.num_below_start
+  assert steps == (10, 20, 1)
+  lost = naive.by_step[10]
+  assert lost.difference == pytest.approx(-0.3, abs=0.05)
+  # The paired interval over 1,000 items.
+  half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
+  assert lost.item_low == pytest.approx(lost.difference - half, abs=0.01)
+  assert lost.item_high == pytest.approx(lost.difference + half, abs=0.01)
+  assert naive.by_step[20].difference == 0
+  # Lower is better, and no interval is known.
+  error = by_name["depth_probe/rmse"]
+  steps = error.worst_step, error.best_step, error.num_below_start
+  assert steps == (20, 10, None)
+  kept = [c for c in changes.measure_changes(read[2:]) if not c.metric.lower]
+  assert kept[0].num_below_start == 0
+
+
+def test_changes_of_collapsed_and_of_other_evaluations(tmp_path):
+  (run, _, *_) = write_continued_runs(tmp_path)
+  write_evaluation(run, 10, hits=np.ones(8), rmse=math.nan)
+  write_evaluation(run, 30, hits=np.ones(1000), rmse=0.5, data="other")
+  report.write_runs([run], tmp_path / "report")
+  by_name = {
+    c.metric.name: c for c in changes.measure_changes([folders.read_run(run)])
+  }
+  assert list(by_name["depth_probe/rmse"].by_step) == [20]
+  assert list(by_name["knn/top1_k10"].by_step) == [10, 20]
+
+
+def test_arms_are_runs_of_distinct_seeds(tmp_path):
+  def names(*runs):
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    read = []
+    for name, seed in runs:
+      (folder / name).mkdir(parents=True)
+      (folder / name / "config.json").write_text(json.dumps({"seed": seed}))
+      read.append(folders.read_run(folder / name))
+    return [run.arm for run in folders.name_arms(read)]
+
+  assert names(("run_10", 0), ("run_11", 1)) == ["run", "run"]
+  assert names(("a-s0", 0), ("a-s1", 1), ("b", 2)) == ["a-s0"] * 3
+  assert names(("a-s0", 0), ("a-s1", 1)) == ["a", "a"]
+  assert names(("first", 0), ("again", 0)) == ["first", "again"]
+
+
+def test_runs_without_an_evaluation_at_the_start_have_no_changes(runs):
+  assert changes.measure_changes([folders.read_run(runs[0])]) == []

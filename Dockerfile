@@ -1,0 +1,16 @@
+# The image of the commands in docs/pods.md.
+#
+#   docker build -t $IMAGE --build-arg REVISION=$(git rev-parse HEAD) .
+#
+# On GPUs with --build-arg EXTRA=cuda.
+FROM python:3.11-slim
+
+ARG EXTRA=tpu
+ARG REVISION=
+# Recorded in a run's run.json, as the image has no .git.
+ENV MTV_JAX_REVISION=$REVISION PYTHONUNBUFFERED=1
+
+COPY . /opt/mtv_jax
+RUN pip install --no-cache-dir "/opt/mtv_jax[$EXTRA,buckets,trackers]"
+
+CMD ["mtv-jax", "--help"]

@@ -1,0 +1,150 @@
+"""Continues to train a released encoder, or one of one's own, on other data.
+
+Shapes, tokenizer and preprocessing are the checkpoint's: of a run, an export or
+a Hugging Face folder. On images with captions (a folder with a .txt or .json
+beside each, COCO's, a table, tars), with the checkpoint's own loss:
+  python -m mtv_jax.main --workdir=/data/runs/mine \
+    --config=configs/continue_from.py:path=/data/siglip,data=/data/photos
+
+and on images alone, with DINO and iBOT, the same with `,images_only`. Guards
+keep what the start knows, and `guards=False` has none of them:
+  grow=5      percent in which new heads are trained on a frozen tower
+  warmup=2    percent; layer_decay=0.85: the rate falls towards the input
+  anchor=1    weight of the Gram loss (DINOv3) to patches of the start;
+  features=0  of the distance to its features themselves, on images of
+  keep=PATH,  what it must not lose, if given: keep_share=0.5 of the batch
+  bound=0     share of neighbours on images of `gauge` that stay the start's
+See docs/continue.md. `:tiny` continues random weights on the built-in scenes.
+
+Hardware: one accelerator of 16 GB at B/16, not tried here.
+"""
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config.schema import parse_arg
+from mtv_jax.utils.errors import ConfigError
+
+
+def get_config(arg=None):
+  arg = parse_arg(
+    arg, tiny=False, path="", data="", images="", images_only=False, batch=0,
+    steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.0,
+    keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0, anchor=1.0,
+    layer_decay=0.85, features=0.0,
+  )  # fmt: skip
+  if not arg.guards:
+    arg.update(dict.fromkeys(("grow", "warmup", "anchor"), 0.0))
+    arg.update(layer_decay=1.0, features=0.0, bound=0.0, keep="")
+  if arg.tiny:
+    arg.update(dtype="float32", prototypes=64, data=arg.data or "scenes")
+  if not ((arg.path or arg.tiny) and arg.data):
+    raise ConfigError("continue_from: give path=CHECKPOINT and data=PATH.")
+
+  config = ConfigDict(dict(seed=0))
+  config.batch_size = arg.batch or (16 if arg.tiny else 256)
+  config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
+  config.model, loss_type, weights = read_model(arg)
+  size = config.model.preprocess["size"]
+  train = [source(arg, arg.data, size, 1 - arg.keep_share if arg.keep else 1)]
+  if arg.keep:
+    train.append(source(arg, arg.keep, size, arg.keep_share))
+  config.data = dict(train=train, ops=f"decode|canvas({size})")
+  if arg.images_only:
+    self_supervision(config, arg, size, config.model.patch_size)
+  else:
+    image_text(config, arg, size, loss_type)
+  if arg.path:
+    config.init = dict(path=arg.path, weights=weights, grow_heads=True)
+    guard(config, arg, weights, size)
+
+  tower = dict(layer_decay=arg.layer_decay) if arg.layer_decay != 1 else {}
+  if arg.grow and (arg.images_only or loss_type is None):
+    tower["start_percent"] = arg.grow
+  config.optim = dict(name="adamw", lr=arg.lr, weight_decay=1e-2, b2=0.95)
+  towers = ("image",) if config.model.text is None else ("image", "text")
+  config.optim.rules = [(f"^{t}/", tower) for t in towers if tower]
+  config.schedule = dict(name="cosine", warmup_percent=arg.warmup)
+  config.checkpoint = dict(every_percent=5, keep=2)
+  return config
+
+
+def guard(config, arg, weights, size):
+  """The drift gauge and the anchors."""
+  drift = dict(data=arg.gauge or dict(config.data.train[-1]), at_start=True)
+  drift |= dict(reference=arg.path, reference_weights=weights, every_percent=5)
+  if arg.bound:
+    drift["bound"] = dict(metric="neighbours", min=arg.bound)
+  config.evals = dict(drift=drift)
+  if not (arg.anchor or arg.features):
+    return
+  config.teachers = dict(start=dict(path=arg.path, weights=weights, size=size))
+  if arg.images_only:
+    # Global crops have masked patches, whose features are not the start's.
+    config.views.image = dict(ops=f"resize({size}, method='bicubic')")
+  gram = dict(type="gram", teacher="start", view="image", weight=arg.anchor)
+  if arg.anchor:
+    config.objectives.anchor = gram
+  if arg.features:
+    config.objectives.features = dict(
+      type="feature_distillation", adaptor="none", normalize="none",
+      view="image", weight=arg.features, sources=(1,) if arg.keep else None,
+    )  # fmt: skip
+
+
+def read_model(arg):
+  """The section `model`, the contrast's loss and the weights to start from."""
+  # Imported late, as it takes JAX.
+  from mtv_jax.encoder import description
+
+  if not arg.path:
+    model = dict(variant="mu/8", patch_size=8, image_size=32, dtype=arg.dtype)
+    text = dict(variant="mu", length=64, tokenizer="bytes", vocab_size=258)
+    model |= dict(text=None if arg.images_only else text)
+    return ConfigDict(model | dict(preprocess=dict(size=32))), None, "student"
+  described = description.describe(arg.path)
+  model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
+  if arg.images_only:
+    model.text = None
+  elif model.text is None:
+    raise ConfigError(f"{arg.path} has no text tower; add images_only.")
+  return model, described.loss_type, described.weights
+
+
+def source(arg, path, size, weight):
+  """An entry of `data.train`."""
+  if path == "scenes":
+    return dict(type="scenes", size=size, weight=weight)
+  kind = "webdataset" if ".tar" in path else "folder"
+  captions = dict(captions="ignored") if arg.images_only else {}
+  images = dict(images=arg.images) if arg.images and path == arg.data else {}
+  return dict(type=kind, path=path, weight=weight, **captions, **images)
+
+
+def image_text(config, arg, size, loss_type):
+  """Contrast on whole images, as in siglip_b16_224."""
+  method = config.model.preprocess.get("interpolation", "bilinear")
+  config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
+  config.data.ops += f"|caption({config.model.text.length})"
+  scale = dict(max_scale=100) if loss_type == "softmax" else {}
+  contrast = dict(weight=1.0, loss_type=loss_type or "sigmoid", **scale)
+  config.objectives = dict(contrastive=contrast)
+
+
+def self_supervision(config, arg, size, patch):
+  """DINO and iBOT, as in dinov2_l16, with smaller heads."""
+  local = max(patch, round(0.43 * size / patch) * patch)
+  crop = f"crop({size}, 0.32, 1.0, method='bicubic')|flip|jitter(0.4)"
+  least = max(0.1, 1.5 * (patch / size) ** 2)  # One patch.
+  masks = f"|blocks({least:.3g}, 0.5, p=0.5, patch={patch})"
+  config.views = dict(
+    local=dict(count=4, ops=f"crop({local}, 0.05, 0.32)|flip|jitter(0.4)")
+  )
+  config.views["global"] = dict(count=2, ops=crop + masks)
+  head = dict(prototypes=arg.prototypes, target="sinkhorn")
+  if arg.prototypes < 1024:
+    head |= dict(hidden=64, bottleneck=32, chunk=None)
+  config.objectives = dict(
+    distillation=dict(koleo_weight=0.1, **head), masked_latent=head
+  )
+  config.teacher = dict(momentum=0.994)
+  config.weights = "teacher"

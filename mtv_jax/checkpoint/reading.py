@@ -1,0 +1,325 @@
+"""Reading a verified checkpoint, or a part of it, without a run.
+
+A checkpoint is one folder per step, committed by a rename:
+
+  checkpoints/STEP/state      the train state's arrays, as nested dictionaries
+                              of names: independent of the state's classes
+  checkpoints/STEP/timing     the clock of the run, as JSON; says whether there
+                              are checksums
+  checkpoints/STEP/checksums  those of the arrays and of the clock, as JSON
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from mtv_jax.checkpoint import checksums
+from mtv_jax.checkpoint.partial_restore import first_lines
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+  StorageError,
+  UserError,
+)
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
+
+log = logging.getLogger(__name__)
+
+Path = str | epath.PathLike
+_VERSION = 1  # Of the checksums.
+_HAS_CHECKSUMS = "checksums"  # Key of the timing; earlier versions lack it.
+
+# What TensorStore and the system report of a storage that does not answer.
+_STATUS = re.compile(
+  r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
+)
+_ERRNOS = {
+  errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH,
+  errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
+
+
+class DamagedCheckpointError(InputError):
+  """A checkpoint with missing, unreadable or changed files."""
+
+
+class _ChecksumError(Exception):
+  """What differs from the stored checksums."""
+
+
+def saved_steps(folder: Path) -> list[int]:
+  """Steps of the complete checkpoints of a run, of its folder's names alone."""
+  return list_steps(absolute(folder) / "checkpoints")
+
+
+def absolute(folder: Path) -> epath.Path:
+  """A folder as Orbax takes it."""
+  path = epath.Path(path_lib.as_path(folder))
+  # `absolute` of a URL is a local path.
+  return path if path_lib.is_remote(path) else path.absolute()
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+  """Steps of the complete checkpoints in a `checkpoints` folder."""
+  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
+def load_tree(
+  folder: Path, *, step: int | None = None, part: str = "params"
+) -> Any:
+  """Reads and verifies one part of a checkpoint as numpy arrays.
+
+  Works on any machine, and writes nothing, so that it may be called during
+  training.
+
+  Args:
+    folder: a run's folder or its `checkpoints` folder.
+    step: the latest by default.
+    part: 'params', 'teacher', 'ema', 'params/image' or any other branch of
+      the state.
+
+  Returns:
+    Nested dictionaries of numpy arrays (or one array, if the part is one).
+
+  Raises:
+    MissingFileError: no such checkpoint.
+    DamagedCheckpointError: its files are missing, truncated or changed.
+    StorageError: they can't be read now.
+    InputError: the checkpoint lacks the part; names its parts.
+  """
+  folder = absolute(folder)
+  if (folder / "checkpoints").exists():
+    folder = folder / "checkpoints"
+  if not folder.exists():
+    raise MissingFileError(f"{folder} does not exist.")
+  steps = list_steps(folder)
+  if not steps:
+    raise MissingFileError(f"no complete checkpoint in {folder}.")
+  step = max(steps) if step is None else step
+  require_step(folder, step, steps)
+  item = folder / str(step) / "state"
+  with report_damage(folder, step, steps):
+    stored = read_checksums(folder / str(step))
+    saved = read_index(item, stored)
+    wanted = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
+    if not wanted:
+      raise InputError(
+        f"{item} has no {part!r}. Its parts are:"
+        f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
+      )
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    arrays = read_arrays(item, wanted, dict.fromkeys(wanted, as_numpy))
+    verify_arrays(arrays, stored)
+  tree = unflatten_names(arrays)
+  for name in part.split("/"):
+    tree = tree[name]
+  return tree
+
+
+def read_index(
+  item: epath.Path, stored: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """Shape and dtype of a checkpoint's arrays by name."""
+  # Where the index is corrupt, Orbax would raise from one of many concurrent
+  # reads, and the others would fail in a closed event loop.
+  base = str(item) if "://" in str(item) else f"file://{item}"
+  store = {"driver": "ocdbt", "base": f"{base}/"}
+  ts.KvStore.open(store).result().list().result()
+  metadata = ocp.PyTreeCheckpointHandler().metadata(item).tree
+  saved = dict(flatten_with_names(metadata))
+  if stored is not None:
+    # Otherwise an array that lost its name would be absent from its part.
+    expected = {name: text.split()[0] for name, text in stored.items()}
+    actual = {name: checksums.describe(x) for name, x in saved.items()}
+    _require_equal(actual, expected, "names or shapes")
+  return saved
+
+
+def read_arrays(
+  item: epath.Path,
+  wanted: Mapping[str, Any],
+  restore_args: Mapping[str, ocp.RestoreArgs],
+) -> dict[str, Any]:
+  """The arrays of some names of a checkpoint's state, by name.
+
+  The bare handler has no barriers: one process of many may read alone.
+  """
+  _ignore_abandoned_reads()
+  restored = ocp.PyTreeCheckpointHandler().restore(
+    item,
+    args=ocp.args.PyTreeRestore(
+      unflatten_names(
+        {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in wanted.items()}
+      ),
+      restore_args=unflatten_names(restore_args),
+      partial_restore=True,
+    ),
+  )
+  arrays = dict(flatten_with_names(restored))
+  return {name: arrays[name] for name in wanted}
+
+
+@functools.cache
+def _ignore_abandoned_reads() -> None:
+  """Keeps reads that Orbax abandons from printing hundreds of tracebacks.
+
+  Once one of its concurrent reads has failed and was raised, the others end in
+  a closed event loop, or as coroutines that are never resumed.
+  """
+  print_exception = sys.unraisablehook
+
+  def print_others(unraisable: Any) -> None:
+    text = str(unraisable.exc_value)
+    if not text.startswith(
+      ("Event loop is closed", "Encountered error while reading array index")
+    ):
+      print_exception(unraisable)
+
+  sys.unraisablehook = print_others
+
+
+def restore_json_item(item: epath.Path) -> Any:
+  """A JSON item of a checkpoint."""
+  return ocp.JsonCheckpointHandler().restore(item, args=ocp.args.JsonRestore())
+
+
+# ---------------------------------------------------------------------------
+# Checksums.
+
+
+def make_json_items(
+  arrays: checksums.Flat, timing: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """The items `timing` and `checksums`; every process calls it."""
+  timing = {**timing, _HAS_CHECKSUMS: _VERSION}
+  stored = {
+    "version": _VERSION,
+    "arrays": checksums.describe_arrays(arrays),
+    "timing": _hash(timing),
+  }
+  return {"timing": timing, "checksums": stored}
+
+
+def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
+  """Dtype, shape and checksum of a checkpoint's arrays by name.
+
+  None, with a line in the log, for a checkpoint of a version without checksums.
+  """
+  if not (checkpoint / "checksums").exists():
+    if _HAS_CHECKSUMS in restore_json_item(checkpoint / "timing"):
+      raise _ChecksumError("its checksums are missing")
+    log.info("%s has no checksums and can't be verified.", checkpoint)
+    return None
+  stored = restore_json_item(checkpoint / "checksums")
+  if stored["version"] != _VERSION:
+    raise _ChecksumError(f"its checksums have version {stored['version']!r}")
+  return dict(stored["arrays"])
+
+
+def read_timing(checkpoint: epath.Path) -> dict[str, Any]:
+  """The clock of a checkpoint, verified if it has checksums."""
+  timing = restore_json_item(checkpoint / "timing")
+  if (checkpoint / "checksums").exists():
+    stored = restore_json_item(checkpoint / "checksums")["timing"]
+    _require_equal({"timing": _hash(timing)}, {"timing": stored}, "checksums")
+  timing.pop(_HAS_CHECKSUMS, None)
+  return timing
+
+
+def verify_arrays(
+  arrays: checksums.Flat, stored: Mapping[str, str] | None
+) -> None:
+  """Compares arrays with their stored checksums; every process calls it."""
+  if stored is not None:
+    actual = checksums.describe_arrays(arrays)
+    _require_equal(actual, {name: stored[name] for name in arrays}, "checksums")
+
+
+def _hash(content: Any) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require_equal(
+  actual: Mapping[str, str], stored: Mapping[str, str], what: str
+) -> None:
+  names = sorted({*actual, *stored})
+  wrong = [name for name in names if actual.get(name) != stored.get(name)]
+  if wrong:
+    raise _ChecksumError(
+      f"the {what} of {len(wrong)} of {len(names)} arrays differ from those"
+      f" stored with them:\n{first_lines(wrong, 5)}"
+    )
+
+
+# ---------------------------------------------------------------------------
+# Errors.
+
+
+def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
+  """Raises MissingFileError if a step is not one of the saved ones."""
+  if step not in steps:
+    raise MissingFileError(
+      f"no checkpoint of step {step} in {folder}. Its steps are:"
+      f" {', '.join(map(str, sorted(steps))) or 'none'}."
+    )
+
+
+@contextlib.contextmanager
+def report_damage(
+  folder: epath.Path, step: int, steps: Sequence[int]
+) -> Iterator[None]:
+  """Raises DamagedCheckpointError for what damaged files make libraries raise.
+
+  That is almost any exception, as few of them expect a changed bit. A lack of
+  permission or memory says nothing about the files.
+
+  Raises:
+    StorageError: nor does a storage that does not answer.
+  """
+  try:
+    yield
+  except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    if _is_storage_error(error):
+      raise StorageError(
+        f"{folder}/{step} can't be read ({type(error).__name__}:"
+        f" {str(error)[:300]}). Try again when its storage answers."
+      ) from error
+    earlier = [s for s in steps if s < step]
+    instead = "There is no earlier one."
+    if earlier:
+      instead = (
+        f"Training with --restore=latest_good can resume from step "
+        f"{max(earlier)}, the checkpoint before it."
+      )
+    cause = str(error)[:300]
+    if not isinstance(error, _ChecksumError):
+      cause = (
+        f"its files are missing or corrupt ({type(error).__name__}: {cause})"
+      )
+    raise DamagedCheckpointError(
+      f"{folder}/{step} is damaged: {cause}.\n{instead}"
+    ) from error
+
+
+def _is_storage_error(error: Exception) -> bool:
+  if isinstance(error, ConnectionError | TimeoutError):
+    return True
+  number = error.errno if isinstance(error, OSError) else None
+  return number in _ERRNOS or bool(_STATUS.search(str(error)))

@@ -1,0 +1,134 @@
+"""Compares encoders under the same evaluations, side by side on a page.
+
+    mtv-jax compare runs/a runs/b --evals=knn,retrieval --output=compared
+    mtv-jax compare siglip=siglip-base dino=hf:facebook/dinov2-base runs/a \\
+      --evals=zero_shot,knn --data=imagenet --output=compared
+    mtv-jax compare old=results/old/results.json runs/new --output=compared
+
+An encoder is `[NAME=]PATH[@WEIGHTS][@CHECKPOINT]`, with the paths of `evaluate
+--encoder`. `@CHECKPOINT`, an id of the Hugging Face hub, says that a folder is
+that released checkpoint: figures published for it stand beside the metrics. A
+path on the hub without a revision says so itself. A `.json` file is the results
+of `evaluate` or `compare`; of such files alone, nothing is evaluated.
+
+The folder receives report.html, which needs no other file, the same as
+report.md with its images, results.json, and under encoders/ the results of each
+evaluation. The same command resumes: it evaluates only what has no stored
+result of the same settings, encoder and data files. Results of another
+protocol, or on other data, have rows of their own.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+
+import mtv_jax
+from mtv_jax.cli import arguments, evaluate
+from mtv_jax.evals import encoder_requests, store, suite
+from mtv_jax.evals.core import results
+from mtv_jax.evals.core.results import Outcome
+from mtv_jax.evals.encoder_requests import Request
+from mtv_jax.evals.report import tables
+from mtv_jax.evals.report.report import file_name
+from mtv_jax.studies.report import encoder_report
+
+_ENCODERS = "encoders"  # Folder of the stored results.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax compare`."""
+  add = parser.add_argument
+  add(
+    "encoders",
+    nargs="+",
+    metavar="ENCODER",
+    help="[NAME=]PATH[@WEIGHTS][@CHECKPOINT], or the .json of earlier results",
+  )
+  arguments.add_weights(parser)
+  evaluate.add_evaluations(parser)
+  text = "encoder that the others are compared with; default: the first one"
+  add("--baseline", metavar="NAME", help=text)
+  add("--output", required=True, help="folder of the report and the results")
+  arguments.add_distributed(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Evaluates what is missing and writes; SystemExit lists failures."""
+  arguments.initialize_distributed(args)
+  chosen = evaluate.read_plan(args)
+  columns = _read_columns(args.encoders, weights=args.weights)
+  names = [column.name for column in columns]
+  encoder_requests.check_names(names)
+  baseline = args.baseline or names[0]
+  encoder_report.check_baseline(baseline, names)
+  requests = [column for column in columns if isinstance(column, Request)]
+  log_fn = functools.partial(print, file=sys.stderr, flush=True)
+  evaluated = suite.evaluate(
+    _stored_encoders(requests, pathlib.Path(args.output), args.dtype),
+    chosen,
+    checkpoints={request.name: request.checkpoint for request in requests},
+    log_fn=log_fn,
+  )
+  by_name = {outcome.name: outcome for outcome in evaluated}
+  outcomes = [by_name.get(column.name, column) for column in columns]
+  if jax.process_index() == 0:
+    if any(outcome.results for outcome in outcomes):
+      print(tables.format_metrics(outcomes, split=True))
+    size = None if args.reference == "none" else args.reference
+    files = encoder_report.write_encoders(
+      outcomes, args.output, baseline=baseline, size=size
+    )
+    print("\nWritten:", *files, sep="\n  ")
+  if failed := suite.errors(evaluated, chosen):
+    raise SystemExit("compare: " + "\n".join(failed))
+
+
+def _read_columns(
+  given: Sequence[str], *, weights: str | None
+) -> list[Request | Outcome]:
+  """The encoders to evaluate, and the outcomes of earlier results, in order."""
+  is_results = [text.endswith(".json") for text in given]
+  paths = [t for t, known in zip(given, is_results, strict=True) if not known]
+  requests = iter(encoder_requests.parse_requests(paths, weights=weights))
+  columns = []
+  for text, known in zip(given, is_results, strict=True):
+    if not known:
+      columns.append(next(requests))
+      continue
+    name, path = encoder_requests.split_name(text)
+    outcomes = results.read(path)
+    for outcome in outcomes:
+      column = name or outcome.name
+      if name and len(outcomes) > 1:
+        column = f"{name} {outcome.name}"
+      columns.append(dataclasses.replace(outcome, name=column))
+  return columns
+
+
+def _stored_encoders(
+  requests: Sequence[Request], output: pathlib.Path, dtype: str
+) -> dict[str, suite.StoredEncoder]:
+  """The encoders by name; each path is checked, and none is loaded."""
+  folders: dict[str, str] = {}
+  for request in requests:
+    folder = file_name(request.name)
+    while folder in folders.values():  # As of "a/b" and "a:b".
+      folder += "-"
+    folders[request.name] = folder
+  return {
+    request.name: suite.StoredEncoder(
+      functools.partial(
+        mtv_jax.load, request.path, weights=request.weights, dtype=dtype
+      ),
+      store.Store(
+        output / _ENCODERS / folders[request.name],
+        store.describe_encoder(request.path, request.weights, dtype),
+      ),
+    )
+    for request in requests
+  }

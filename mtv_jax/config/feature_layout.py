@@ -1,0 +1,33 @@
+"""Layout of teachers' features in a batch, between data and objectives."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+# Numbers of 8 bits; float8 is e4m3.
+Format = Literal["float8", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureLayout:
+  """Shapes of one teacher's features in a batch."""
+
+  format: Format
+  shapes: Mapping[str, tuple[int, int]]  # Vectors and channels, by name.
+
+  def fields(self, teacher: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of the rows of each batch field."""
+    fields: dict[str, tuple[tuple[int, ...], Any]] = {
+      field_name(teacher, "valid"): ((), np.bool_)
+    }
+    for name, shape in self.shapes.items():
+      fields[field_name(teacher, name)] = (shape, np.uint8)
+      fields[field_name(teacher, name, "scale")] = (shape[:1], np.float32)
+    return fields
+
+
+def field_name(teacher: str, name: str, part: str = "") -> str:
+  """A batch field of a teacher's features."""
+  return "_".join(filter(None, ("features", teacher, name, part)))

@@ -1,0 +1,196 @@
+"""Reader of timm's Perception Encoders (`vit_pe_*`; transformers has none).
+
+timm's `config.json` names the architecture, and the shapes of the tensors give
+its sizes. Rotary positions are of pairs of neighbouring channels, columns
+first; ours are of the two halves of a head, rows first: the channels of queries
+and keys are permuted, which leaves their products as they are.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.config import foreign
+from mtv_jax.convert import processors, tables
+from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models.positions import Rope
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ViTSpec
+
+_NAME = re.compile(
+  r"vit_pe_(core|lang|spatial)_(tiny|small|base|large|gigantic)"
+  r"_patch(\d{1,3})_(\d{1,4})(?:\..*)?"
+)
+_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "gigantic": 16}
+_POOL_HEADS = 8
+_NORM_EPS = 1e-5
+_NAMES = {
+  "patch_embed": "patch_embed.proj",
+  "pre_norm": "norm_pre",
+  **tables.nest(
+    "blocks/",
+    "blocks.{i}.",
+    {
+      "norm1": "norm1",
+      "attention/out": "attn.proj",
+      "scale1": "gamma_1",
+      "norm2": "norm2",
+      "mlp/fc1": "mlp.fc1",
+      "mlp/fc2": "mlp.fc2",
+      "scale2": "gamma_2",
+    },
+  ),
+  "norm": "norm",
+  "pool/probe": "attn_pool.latent",
+  "pool/attention/q": "attn_pool.q",
+  "pool/attention/out": "attn_pool.proj",
+  "pool/norm": "attn_pool.norm",
+  "pool/mlp/fc1": "attn_pool.mlp.fc1",
+  "pool/mlp/fc2": "attn_pool.mlp.fc2",
+}
+IGNORE = r"^rope\.|^head\."
+EXAMPLE = "vit_pe_core_base_patch16_224"
+
+
+def is_architecture(name: Any) -> bool:
+  """Whether timm's `architecture` is a Perception Encoder."""
+  return isinstance(name, str) and bool(_NAME.fullmatch(name))
+
+
+def read_spec(
+  config: Mapping[str, Any],
+  names: Collection[str],
+  shape_of: Callable[[str], tuple[int, ...]],
+) -> ModelSpec:
+  """The model of a timm `config.json` and its tensors.
+
+  Args:
+    config: with the key `architecture`.
+    names: of the tensors.
+    shape_of: a tensor's shape.
+
+  Raises:
+    ConversionError: a tensor of the architecture is missing.
+  """
+  match = _NAME.fullmatch(config["architecture"])
+  kind, size, patch, side = match[1], match[2], int(match[3]), int(match[4])
+
+  def shape(name: str, axes: int) -> tuple[int, ...]:
+    if name not in names:
+      raise ConversionError(
+        f"{name!r} is missing: it is not a whole {config['architecture']}."
+      )
+    if len(found := shape_of(name)) != axes:
+      raise ConversionError(f"{name} is {found}, expected {axes} axes.")
+    return found
+
+  blocks = {int(m[1]) for n in names if (m := re.match(r"blocks\.(\d+)\.", n))}
+  mlp_dim, width = shape("blocks.0.mlp.fc1.weight", 2)
+  has_cls = "cls_token" in names
+  grid = math.isqrt(shape("pos_embed", 3)[1] - has_cls)
+  is_pooled = kind == "core"
+  pool: dict[str, Any] = {"pool": "mean"}
+  if is_pooled:
+    pool = {
+      "pool": "map",
+      "pool_prefix": True,
+      "pool_heads": _POOL_HEADS,
+      "pool_mlp_dim": shape("attn_pool.mlp.fc1.weight", 2)[0],
+    }
+  image = ViTSpec(
+    image_size=grid * patch,
+    patch_size=patch,
+    width=width,
+    depth=max(blocks) + 1,
+    heads=_HEADS[size],
+    mlp_dim=mlp_dim,
+    cls_token=has_cls,
+    layer_scale=0.1 if "blocks.0.gamma_1" in names else None,
+    pre_norm=True,
+    final_norm=is_pooled,
+    patch_bias=False,
+    gelu="exact",
+    norm_eps=_NORM_EPS,
+    position_resize="antialiased",
+    positions="learned_rope",
+    rope=Rope(
+      base=10_000.0,
+      normalize="index",
+      # Positions of other grids are rescaled to that of pretraining.
+      reference=side // patch,
+      offset=float(has_cls),
+    ),
+    **pool,
+  )
+  return ModelSpec(image=image)
+
+
+def read_preprocess(
+  config: Mapping[str, Any], spec: ModelSpec
+) -> dict[str, Any]:
+  """Fields of `Preprocess` of timm's `pretrained_cfg`."""
+  fields = config.get("pretrained_cfg") or {}
+  three = tuple[float, float, float]
+  mean, std = (
+    foreign.read_field(
+      fields, key, three, where="pretrained_cfg.", default=processors.HALF
+    )
+    for key in ("mean", "std")
+  )
+  interpolation = foreign.read_field(
+    fields, "interpolation", str, where="pretrained_cfg.", default="bicubic"
+  )
+  return {
+    "size": spec.image.image_size,
+    "resize": "squash",
+    "interpolation": interpolation,
+    "mean": mean,
+    "std": std,
+  }
+
+
+def _channel_order(channels: int) -> np.ndarray:
+  """timm's channel of a head for each of ours."""
+  quarter = channels // 4
+  # Ours are angles of rows, then of columns; of two halves.
+  pairs = np.concatenate([np.arange(quarter) + quarter, np.arange(quarter)])
+  return np.concatenate([2 * pairs, 2 * pairs + 1])
+
+
+def rules(spec: ModelSpec) -> list[Rule]:
+  """Conversion rules for a Perception Encoder."""
+  image = spec.image
+  special = tables.fused_qkv(
+    "image/blocks/attention/qkv",
+    image,
+    "blocks.{i}.attn.qkv.weight",
+    "blocks.{i}.attn.qkv.bias",
+    order=_channel_order(image.width // image.heads),
+  )
+  if image.cls_token:
+    special.append(
+      tables.folded_positions(
+        "cls_token", "pos_embed", unit_axes=(2, 1), spec=spec
+      )
+    )
+  if image.pool == "map":
+    special += tables.fused_kv(
+      "image/pool/attention/kv",
+      image.width,
+      image.pool_heads,
+      "attn_pool.kv.weight",
+      "attn_pool.kv.bias",
+    )
+  names = {
+    **tables.nest("image/", "", _NAMES),
+    "image/position_embedding": "pos_embed",
+  }
+  return tables.tower_rules(
+    spec,
+    names,
+    *special,
+    unit_axes={"image/pool/probe": 2, "image/position_embedding": 1},
+  )

@@ -1,0 +1,181 @@
+"""Reader of TIPSv2 with its dense heads: depth, normals, segmentation."""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from mtv_jax.config import foreign
+from mtv_jax.convert import folders, processors, tables, tensors, tipsv2
+from mtv_jax.convert.depth_anything import read_taps
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models.heads import dense_dpt, dpt
+from mtv_jax.models.two_tower import ModelSpec
+
+_FACTORS = (4, 2, 1, 0.5)
+_DEFAULTS = {
+  "neck_hidden_sizes": (96, 192, 384, 768),
+  "fusion_hidden_size": 256,
+  "reassemble_factors": _FACTORS,
+  "readout_activation": "gelu_pytorch_tanh",
+  "num_depth_bins": 256,
+  "min_depth": 0.001,
+  "max_depth": 10.0,
+  "depth_decoder_activation": "relu",
+}
+_BACKBONE = {
+  "model_type": "tipsv2_vision_model",
+  "out_indices": (3, 6, 9, 12),
+  "apply_layernorm": True,
+}
+# Names in the file by that of the head.
+_FILES = {
+  "metric_depth": "depth_head",
+  "normals": "normals_head",
+  "segmentation": "segmentation_head",
+}
+_PREFIX = "vision_encoder."
+
+
+def read_model(folder: str | os.PathLike) -> ConvertedModel:
+  """A folder as an encoder with the heads that it has.
+
+  Raises:
+    MissingFileError: the folder is missing.
+    ConversionError: another or an unsupported model, or tensors that are
+      missing, unexpected or of another shape, each named.
+  """
+  path, config = folders.read_config(
+    folder, model_type="tipsv2_dpt", example="google/tipsv2-b14-dpt"
+  )
+  with folders.open_weights(path) as store:
+    with foreign.errors_of(path / "config.json"):
+      spec, heads = read_spec(config, {n: store.shape(n) for n in store.names})
+    rules = tipsv2.rules(spec, prefix=_PREFIX)
+    for name, head in heads.items():
+      rules += _head_rules(spec, name, head)
+    params = tensors.load(rules, store)
+  # The backbone's last norm is that of every stage.
+  norms = {f"norm{i + 1}": params["image"]["norm"] for i in range(dpt.STAGES)}
+  params["heads"] = {
+    name: {**leaves, **norms} for name, leaves in params["heads"].items()
+  }
+  preprocess = processors.read_preprocess(
+    path, tipsv2.default_preprocess(spec), patch_size=spec.image.patch_size
+  )
+  return ConvertedModel(spec, params, preprocess, prediction_heads=heads)
+
+
+def read_spec(
+  config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[ModelSpec, dict[str, dense_dpt.DenseHead]]:
+  """The tower and the heads of a `config.json` and of the tensors' shapes.
+
+  Raises:
+    ConversionError: a value that is not supported, or no head.
+  """
+  backbone = config.get("backbone_config")
+  backbone = folders.with_defaults(backbone, _BACKBONE, "backbone_config")
+  folders.require(backbone, {"model_type": "tipsv2_vision_model"})
+  folders.require(backbone, {"apply_layernorm": True})
+  config = folders.with_defaults(config, _DEFAULTS)
+  for key in ("readout_activation", "depth_decoder_activation"):
+    folders.require(config, {key: _DEFAULTS[key]})
+  if tuple(config["reassemble_factors"]) != _FACTORS:
+    raise ConversionError(
+      f"reassemble_factors={list(config['reassemble_factors'])} is not "
+      f"supported; expected {list(_FACTORS)}."
+    )
+  if len(config["neck_hidden_sizes"]) != dpt.STAGES:
+    raise ConversionError(
+      f"neck_hidden_sizes has {len(config['neck_hidden_sizes'])} sizes; "
+      f"expected {dpt.STAGES}."
+    )
+  names = [n for n in shapes if n.startswith(_PREFIX)]
+  spec = tipsv2.read_spec(backbone, names)
+  common = {
+    "taps": read_taps(backbone, spec.image.depth),
+    "features": config["fusion_hidden_size"],
+    "channels": tuple(config["neck_hidden_sizes"]),
+    "norm_eps": spec.image.norm_eps,
+  }
+  heads: dict[str, dense_dpt.DenseHead] = {}
+  if any(n.startswith("depth_head.") for n in shapes):
+    heads["metric_depth"] = dense_dpt.MetricDepthHead(
+      **common,
+      outputs=config["num_depth_bins"],
+      min_depth=config["min_depth"],
+      max_depth=config["max_depth"],
+    )
+  if any(n.startswith("normals_head.") for n in shapes):
+    heads["normals"] = dense_dpt.NormalsHead(**common)
+  last = "segmentation_head.segmentation_head.weight"
+  if last in shapes:
+    heads["segmentation"] = dense_dpt.SegmentationHead(
+      **common, outputs=shapes[last][0]
+    )
+  if not heads:
+    raise ConversionError("the file has none of the heads of a TIPSv2-DPT.")
+  return spec, heads
+
+
+def _head_rules(
+  spec: ModelSpec, name: str, head: dense_dpt.DenseHead
+) -> list[Rule]:
+  file, ours = f"{_FILES[name]}.", f"heads/{name}/"
+  names = {
+    f"{ours}conv1": f"{file}project",
+    # A linear layer in the file.
+    f"{ours}conv2": f"{file}{_FILES[name]}",
+  }
+  special = [
+    tables.transpose_rule(
+      f"{ours}conv2/kernel",
+      f"{file}{_FILES[name]}.weight",
+      (1, 1, head.features, head.outputs),
+      (head.features, head.outputs),
+      (1, 0),
+    )
+  ]
+  for i in range(dpt.STAGES):
+    block = f"{file}fusion_blocks.{dpt.STAGES - 1 - i}."
+    fusion = f"{ours}fusion{i + 1}/"
+    reassemble = f"{file}reassemble."
+    names |= {
+      f"{ours}readout{i + 1}": f"{reassemble}readout_projects.{i}",
+      f"{ours}reassemble{i + 1}/projection": f"{reassemble}out_projections.{i}",
+      f"{ours}reassemble{i + 1}/resize": f"{reassemble}resize_layers.{i}",
+      f"{ours}lateral{i + 1}": f"{file}convs.{i}",
+      f"{fusion}projection": f"{block}out_conv",
+    }
+    for unit, residual in (("residual_unit", 1), ("main_unit", 2)):
+      for k in (1, 2):
+        names[f"{fusion}residual{residual}/conv{k}"] = f"{block}{unit}.conv{k}"
+    if _FACTORS[i] > 1:
+      # Transposed convolutions are [in, out, y, x]; our columns (y, x, out).
+      factor, channels = _FACTORS[i], head.channels[i]
+      special.append(
+        tables.transpose_rule(
+          f"{ours}reassemble{i + 1}/resize/kernel",
+          f"{reassemble}resize_layers.{i}.weight",
+          (channels, factor**2 * channels),
+          (channels, factor, factor, channels),
+          (0, 3, 1, 2),
+        )
+      )
+  params = {"heads": {name: _abstract_params(spec, head)}}
+  return [*special, *tables.leaf_rules(params, names, *special)]
+
+
+def _abstract_params(
+  spec: ModelSpec, head: dense_dpt.DenseHead
+) -> dict[str, PyTree]:
+  """Shapes of the head's parameters, without those of the backbone's norm."""
+  stages, grid = head.example(spec)
+  init = functools.partial(head.module().init, grid=grid)
+  params = jax.eval_shape(init, jax.random.key(0), stages)["params"]
+  return {k: v for k, v in params.items() if not k.startswith("norm")}

@@ -1,0 +1,175 @@
+"""Bounds on the work of decoding an image, checked from its file's structure.
+
+Decoders take time for each scan of a JPEG, and Pillow for each chunk of a PNG,
+block of a GIF or strip of a TIFF, so that a small file can take minutes. The
+limits are far above what encoders write.
+"""
+
+import re
+import struct
+
+from PIL import Image
+
+from mtv_jax.data.records import BadRecord
+
+# 80 million pixels of 8-bit RGB are 240 MB without compression.
+MAX_BYTES = 1 << 28
+# A progressive JPEG has about ten. One of 80 million pixels takes 0.1 s.
+MAX_SCANS = 50
+# Of a PNG, blocks before the first image of a GIF, strips or tiles of a TIFF.
+MAX_PARTS = 100_000
+# Of formats that Pillow decodes in Python, a microsecond a number or more:
+# text, 16-bit colour and other unusual PPM, and BMP with run lengths.
+MAX_SLOW_PIXELS = 1 << 18
+# The largest side of a JPEG.
+MAX_SIDE = 65_535
+# Bytes of the header of a PPM, with its comments.
+_MAX_HEAD = 4096
+# Bytes of a PPM of text for each pixel.
+_MAX_TEXT = 32
+
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_SOS, _EOI = 0xDA, 0xD9
+# TIFF tags of offsets and sizes of strips and tiles.
+_STRIP_TAGS = (273, 279, 324, 325)
+
+
+def check_file(data: bytes, key: str) -> None:
+  """Rejects a file whose structure takes long to decode, or is too large.
+
+  Raises:
+    BadRecord: names the part and the limit.
+  """
+  if len(data) > MAX_BYTES:
+    raise _exceeds(key, len(data), "bytes", MAX_BYTES)
+  if data[:2] == b"\xff\xd8":
+    # In pixels the bytes are no marker; counting them is fast.
+    if data.count(b"\xff\xda") > MAX_SCANS:
+      _check(key, _count_scans(data), "scans", MAX_SCANS)
+  elif data[:8] == b"\x89PNG\r\n\x1a\n":
+    _check(key, _count_chunks(data), "chunks", MAX_PARTS)
+  elif data[:4] == b"GIF8":
+    _check(key, _count_blocks(data), "blocks", MAX_PARTS)
+  elif data[:1] == b"P" and data[1:2] in b"123456":
+    # Pillow reads a header byte by byte.
+    head = re.sub(rb"#[^\r\n]*", b"", data[:_MAX_HEAD])
+    if len(head.split()) < 4 and len(data) > _MAX_HEAD:
+      raise _exceeds(key, _MAX_HEAD + 1, "bytes of header", _MAX_HEAD)
+  elif data[:2] in (b"II", b"MM"):
+    _check(key, _count_strips(data), "strips or tiles", MAX_PARTS)
+
+
+def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
+  """Rejects an image of too many pixels, by its header."""
+  if width * height > max_pixels or max(width, height) > MAX_SIDE:
+    raise BadRecord(
+      key,
+      f"the image is {width}x{height}, {width * height / 1e6:.0f} million"
+      f" pixels; at most {max_pixels / 1e6:.0f} million, and {MAX_SIDE} on a"
+      " side, are decoded",
+    )
+
+
+def check_opened(
+  image: Image.Image, size: int, key: str, max_pixels: int
+) -> None:
+  """Rejects an image that Pillow would decode slowly or in much memory.
+
+  Args:
+    image: opened and not decoded.
+    size: bytes of its file.
+    key: of the record.
+    max_pixels: of a JPEG. Others take twice the time and memory, and are
+      rejected from half of it on.
+  """
+  is_jpeg = image.format in ("JPEG", "MPO")
+  limit = max_pixels if is_jpeg else max_pixels // 2
+  check_size(image.width, image.height, key, limit)
+  # Not public: (decoder, extents, offset, arguments) of each part.
+  decoders = {tile[0] for tile in getattr(image, "tile", ())}
+  slow = decoders & Image.DECODERS.keys()
+  pixels = image.width * image.height
+  if slow and pixels > MAX_SLOW_PIXELS:
+    what = f"pixels of an uncommon kind of {image.format}"
+    raise _exceeds(key, pixels, what, MAX_SLOW_PIXELS)
+  if "ppm_plain" in slow and size > _MAX_TEXT * pixels + 4096:
+    raise _exceeds(key, size, "bytes of text", _MAX_TEXT * pixels + 4096)
+
+
+def _check(key: str, count: int, what: str, limit: int) -> None:
+  if count > limit:
+    raise _exceeds(key, count, what, limit)
+
+
+def _exceeds(key: str, count: int, what: str, limit: int) -> BadRecord:
+  return BadRecord(
+    key,
+    f"the image has {count:,} {what} or more; at most {limit:,} are decoded",
+  )
+
+
+def _count_scans(data: bytes) -> int:
+  """Scans of a JPEG, up to its end, without those of thumbnails."""
+  scans, at = 0, 2
+  while found := _MARKER.search(data, at):
+    at, marker = found.end(), data[found.end() - 1]
+    if marker == _EOI or at + 2 > len(data):
+      break
+    scans += marker == _SOS
+    if scans > MAX_SCANS:
+      break
+    if marker >= 0xC0 and marker != 0xD8:  # Has a length.
+      at += int.from_bytes(data[at : at + 2], "big")
+  return scans
+
+
+def _count_chunks(data: bytes) -> int:
+  count, at = 0, 8
+  while at + 8 <= len(data) and count <= MAX_PARTS:
+    (length,) = struct.unpack_from(">I", data, at)
+    at += length + 12
+    count += 1
+  return count
+
+
+def _count_blocks(data: bytes) -> int:
+  """Extensions and their sub-blocks before a GIF's first image."""
+  at = 13
+  if len(data) > at and data[10] & 0x80:
+    at += 3 << ((data[10] & 7) + 1)
+  count = 0
+  while at + 2 < len(data) and count <= MAX_PARTS and data[at] != 0x2C:
+    # Pillow skips bytes that start no block, one by one.
+    count += 1
+    if data[at] != 0x21:
+      at += 1
+      continue
+    at += 2
+    while at < len(data) and data[at] and count <= MAX_PARTS:
+      at += data[at] + 1
+      count += 1
+    at += 1
+  return count
+
+
+def _count_strips(data: bytes) -> int:
+  """The most values of a tag with offsets, in a TIFF's first directory."""
+  order = "<" if data[:2] == b"II" else ">"
+  if len(data) < 16:
+    return 0
+  is_big = struct.unpack_from(order + "H", data, 2)[0] == 43
+  offset, number, entry = ("Q", "Q", "HHQ8x") if is_big else ("I", "H", "HHI4x")
+  number, entry = order + number, order + entry
+  (at,) = struct.unpack_from(order + offset, data, 4 + 4 * is_big)
+  if at + struct.calcsize(number) > len(data):
+    return 0
+  (count,) = struct.unpack_from(number, data, at)
+  if count > MAX_PARTS:
+    return count
+  at += struct.calcsize(number)
+  most, size = 0, struct.calcsize(entry)
+  for start in range(at, min(at + count * size, len(data) - size + 1), size):
+    tag, _, values = struct.unpack_from(entry, data, start)
+    if tag in _STRIP_TAGS:
+      most = max(most, values)
+  return most

@@ -1,0 +1,102 @@
+"""Image files with captions: a folder, or a listing of files."""
+
+import collections
+import logging
+import os
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from mtv_jax.data.image_limits import MAX_BYTES
+from mtv_jax.data.records import Record
+from mtv_jax.data.sources import listings
+from mtv_jax.data.sources.base import CaptionMode, Source
+from mtv_jax.utils.errors import InputError, printable
+from mtv_jax.utils.path import refuse_remote
+
+log = logging.getLogger(__name__)
+
+
+class FolderSource(Source):
+  """Image files, read one by one, with the captions of their listing.
+
+  For data sets of up to some hundred thousand files on a local disk; others
+  read faster from shards (`mtv-jax make_shards` takes the same listings). A
+  record's key is the name of its file, relative to the folder.
+
+  Args:
+    path: a folder of images, in subfolders too, with the captions of each in
+      a .txt or .json of the same name; or a listing: COCO's captions (.json),
+      or a table (.csv, .tsv, .parquet), see `listings.read`.
+    images: the folder of a listing's images; default: that of the listing.
+    image_column: a table's column of file names.
+    caption_column: a table's column of captions.
+    captions: "required" leaves out images without any; "ignored" takes every
+      image, and its records have no captions; "optional" takes every image
+      whose captions can be read or are missing.
+
+  Raises:
+    MissingFileError: the path, or a file that the listing names, is missing.
+    InputError: it lists no usable image.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    captions: CaptionMode = "required",
+  ):
+    refuse_remote(path, "A folder of images", "Write shards, or copy it.")
+    path = os.path.expanduser(path)
+    if captions == "ignored" and os.path.isdir(path):
+      found = listings.list_images(path)
+    else:
+      found = listings.read(
+        path,
+        images=images,
+        image_column=image_column,
+        caption_column=caption_column,
+      )
+    allowed = {""} if captions == "required" else {"", listings.NO_CAPTION}
+    self._examples = [e for e in found if e.problem in allowed]
+    self.name = printable(path)
+    self._report_left_out([e for e in found if e.problem not in allowed])
+    listings.require_images(self._examples)
+    fields = ["key", "image"] + ["captions"] * (captions != "ignored")
+    self.fields = frozenset(fields)
+    # Files are no shards: one, for a shuffle by blocks.
+    self.shards = np.array([len(self._examples)], np.int64)
+
+  def _report_left_out(self, examples: list[listings.Example]) -> None:
+    counts = collections.Counter(e.problem for e in examples)
+    reasons = "; ".join(f"{n} {why}" for why, n in counts.most_common(3))
+    if not self._examples:
+      raise InputError(
+        f"{self.name} has no usable image ({reasons or 'no file'}). Expected"
+        " images with a .txt or .json of the same name, or a listing; for"
+        " images alone set captions='ignored'."
+      )
+    if examples:
+      log.warning(
+        f"{self.name}: left out {len(examples)} images ({reasons});"
+        f" {len(self._examples)} remain."
+      )
+
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    """Record `i`; raises BadRecord for a file that is missing or changed."""
+    _, i = self._locate(i)
+    example = self._examples[i]
+    data = listings.read_content(
+      example.name, "image", example.path, limit=MAX_BYTES
+    )
+    record: Record = {"key": example.name, "image": data}
+    if "captions" in self.fields:
+      record["captions"] = list(example.captions)
+    return record
+
+  def _metadata(self, i: int, key: str) -> dict[str, Any]:
+    example = self._examples[i]
+    return {**example.extra, "file_name": example.name, "key": key}

@@ -1,0 +1,136 @@
+"""Counts of the records read: bad ones, labels left out, texts cut."""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtv_jax.utils.errors import UserError, printable
+
+log = logging.getLogger(__name__)
+
+# Records, or an epoch, after which the shares of bad ones and of cut texts are
+# checked.
+_CHECKED_AFTER = 1000
+# The share of texts cut by their length from which on it is warned of.
+_MAX_CUT = 0.2
+_LENGTHENED_BY = {
+  "captions": "the length of `caption` with model.text.length",
+  "phrases": "phrase_length of `regions`",
+}
+# Bad records that are logged: the first ones, then one of many.
+_MAX_LOGGED, _LOG_EVERY = 20, 100
+# Fields of `Stats`.
+_COUNTERS = ("dropped", "texts", "texts_cut")
+
+
+class CorruptDataError(UserError, RuntimeError):
+  """More records can't be used than `data.max_corrupt` allows."""
+
+
+@dataclasses.dataclass
+class Stats:
+  """Counts of the records in this host's batches so far."""
+
+  read: int = 0  # Bad ones included.
+  corrupt: int = 0  # Bad ones, again in every epoch.
+  # Why records are bad by "source/key", of the first thousand.
+  reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+  # Labels or parts of them left out, by "source: reason".
+  dropped: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  # Texts in batches, `captions` and `phrases`, and those with too many tokens.
+  texts: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  texts_cut: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+
+  def snapshot(self) -> "Stats":
+    """A copy, without the reasons."""
+    counts = {k: getattr(self, k).copy() for k in _COUNTERS}
+    return dataclasses.replace(self, reasons={}, **counts)
+
+  def to_dict(self) -> dict[str, Any]:
+    """The counts, for a checkpoint."""
+    counts = {k: dict(getattr(self, k)) for k in _COUNTERS}
+    return {"read": self.read, "corrupt": self.corrupt, **counts}
+
+  @classmethod
+  def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
+    """The inverse of `to_dict`; what is missing is zero."""
+    counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
+    return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
+
+  @property
+  def cut_shares(self) -> dict[str, float]:
+    """The share of the texts of each kind that were cut."""
+    return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
+
+  def count_bad(self, source: str, key: str, reason: str) -> None:
+    """Counts a bad record, and logs some of them."""
+    self.corrupt += 1
+    if len(self.reasons) < 1000:
+      self.reasons[f"{source}/{printable(key)}"] = reason
+    if self.corrupt <= _MAX_LOGGED or self.corrupt % _LOG_EVERY == 0:
+      log.warning(
+        f"Bad record {self.corrupt} of {self.read} read:"
+        f" {describe_bad(source, key, reason)}"
+      )
+
+  def count_dropped(self, source: str, reason: str, count: int) -> None:
+    """Counts labels that are left out, and logs powers of ten of them."""
+    name = f"{source}: {reason}"
+    before = self.dropped[name]
+    after = self.dropped[name] = before + count
+    # The first one, and then each time that there are ten times as many.
+    if not before or len(str(after)) > len(str(before)):
+      log.warning(
+        "Labels of %s (%d in %d records read)", name, after, self.read
+      )
+
+  def count_cut(
+    self, cut: Sequence[tuple[str, bool]], *, ops: object, epoch: int
+  ) -> None:
+    """Counts texts; warns once if many are cut.
+
+    Args:
+      cut: (kind, whether it was cut) of each text.
+      ops: the host ops, for the warning.
+      epoch: records in an epoch, of which there may be few.
+    """
+    before = self.texts.copy()
+    self.texts.update(kind for kind, _ in cut)
+    self.texts_cut.update(kind for kind, is_cut in cut if is_cut)
+    first = min(_CHECKED_AFTER, epoch)
+    for kind, share in self.cut_shares.items():
+      # Once, when there are enough of them.
+      if before[kind] < first <= self.texts[kind] and share > _MAX_CUT:
+        log.warning(
+          "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
+          " Raise %s, or use a tokenizer of longer pieces (`bytes` has an id"
+          " for each byte).",
+          *(100 * share, self.texts[kind], kind, ops),
+          _LENGTHENED_BY[kind],
+        )
+
+  def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:
+    """Raises CorruptDataError above a share of bad records."""
+    if self.read < min(_CHECKED_AFTER, epoch):
+      return
+    if self.corrupt > max_corrupt * self.read:
+      reasons = [f"{key}: {reason}" for key, reason in self.reasons.items()]
+      raise CorruptDataError(
+        f"{self.corrupt} of {self.read} records read can't be used,"
+        f" {self.corrupt / self.read:.2%}; data.max_corrupt allows"
+        f" {max_corrupt:.2%}. Repair or remove them, or raise"
+        " data.max_corrupt. Among them:\n  " + "\n  ".join(reasons[:10])
+      )
+
+
+def describe_bad(source: str, key: str, reason: str) -> str:
+  """A bad record, for messages."""
+  return f"{source}: record {printable(repr(key))}: {reason}"

@@ -1,0 +1,167 @@
+"""Drift of an encoder's features from those of another one, its start.
+
+A continued run can lose what its start knew long before a loss shows it. This
+gauge compares the features of both on the same images, without labels: 1 where
+they are equal. `config.evals.NAME.bound` stops a run, or returns it to a
+checkpoint, when a metric falls below a bound (see docs/continue.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import bootstrap, ranking
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.examples import Data, ImageSet, select_images
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.drift import similarity
+from mtv_jax.utils.errors import InputError
+
+
+class Features(NamedTuple):
+  """Features of n images."""
+
+  pooled: Float32[np.ndarray, "n e"]
+  patches: Float32[np.ndarray, "n h w d"]  # After the final norm.
+  layers: tuple[Float32[np.ndarray, "n d"], ...]  # Mean patch of each block.
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift(Evaluator):
+  """Agreement with a reference encoder on the same images.
+
+  `neighbours` is the share of an image's k nearest neighbours that both
+  encoders agree on, `cka` linear CKA of the pooled embeddings, `cosine` their
+  mean cosine, `cosine_patches` that of patches, and `cosine_layer_i` that of
+  the mean patch after block i. Cosines are left out where the two have other
+  widths. Chance is that of images in another order for one of the encoders: of
+  `cka` far above 0 where there are fewer images than channels.
+
+  Attributes:
+    reference: folder of the reference, as for `mtv_jax.load`.
+    reference_weights: of a run; by default those that its config names.
+    reference_step: of a run; by default the last.
+    data: see `datasets/registry.py`; labels are not needed.
+    count: images, evenly spaced.
+    k: neighbours.
+  """
+
+  reference: str | None = None
+  reference_weights: Literal["student", "teacher", "ema"] | None = None
+  reference_step: int | None = None
+  data: Data = "scenes"
+  count: PositiveInt = 256
+  k: PositiveInt = 10
+  batch_size: PositiveInt = 32
+
+  @functools.cached_property
+  def _set(self) -> ImageSet:
+    if self.reference is None:
+      raise NotApplicable(
+        "drift compares with another encoder: give its folder as reference"
+      )
+    loading.is_run(self.reference)  # An error if it is no model.
+    data = registry.open_images(self.data, count=self.count)
+    if len(data.images) <= self.k:
+      raise InputError(
+        f"{data.name} has {len(data.images)} images; k={self.k} neighbours "
+        "need more"
+      )
+    return data
+
+  @functools.cached_property
+  def _references(self) -> dict[str, Features]:
+    """Features of the reference by compute dtype, once they are read."""
+    return {}
+
+  def run(self, encoder: Encoder) -> Result:
+    """Compares an encoder with the reference, in the encoder's dtype."""
+    data = self._set
+    ours = encode(encoder, data, batch_size=self.batch_size)
+    if encoder.dtype not in self._references:
+      reference = loading.load(
+        self.reference,
+        weights=self.reference_weights,
+        step=self.reference_step,
+        dtype=encoder.dtype,
+        mesh=encoder.mesh,
+      )
+      self._references[encoder.dtype] = encode(
+        reference, data, batch_size=self.batch_size
+      )
+    theirs = self._references[encoder.dtype]
+    ranking.check_finite(pooled=ours.pooled, patches=ours.patches)
+    estimate = bootstrap.means(self._per_image(ours, theirs))
+    metrics = dict(estimate.metrics)
+    metrics["cka"] = similarity.linear_cka(ours.pooled, theirs.pooled)
+    order = np.random.default_rng(0).permutation(len(data.images))
+    chance = {
+      "neighbours": self.k / (len(data.images) - 1),
+      "cka": similarity.linear_cka(ours.pooled, theirs.pooled[order]),
+    }
+    return Result(
+      metrics,
+      self._protocol(encoder, data),
+      chance=chance,
+      errors=estimate.errors,
+      resamples=estimate.resamples,
+    )
+
+  def _per_image(
+    self, ours: Features, theirs: Features
+  ) -> dict[str, np.ndarray]:
+    """The metrics of each image that are averaged."""
+    values = {
+      "neighbours": similarity.neighbour_agreement(
+        ours.pooled, theirs.pooled, self.k
+      )
+    }
+    if ours.pooled.shape == theirs.pooled.shape:
+      values["cosine"] = similarity.cosines(ours.pooled, theirs.pooled)
+    if ours.patches.shape == theirs.patches.shape:
+      patches = similarity.cosines(ours.patches, theirs.patches)
+      values["cosine_patches"] = patches.mean(axis=(1, 2))
+    if len(ours.layers) == len(theirs.layers):
+      pairs = zip(ours.layers, theirs.layers, strict=True)
+      for i, (a, b) in enumerate(pairs):
+        if a.shape == b.shape:
+          values[f"cosine_layer_{i}"] = similarity.cosines(a, b)
+    return values
+
+  def _protocol(self, encoder: Encoder, data: ImageSet) -> dict[str, Any]:
+    return {
+      **encoder.protocol(),
+      "data": data.name,
+      "data_hash": data.digest,
+      "images": len(data.images),
+      "reference": self.reference,
+      "reference_weights": self.reference_weights or "as published",
+      "k": self.k,
+      "similarity": "cosine, float64; of equals the lower index first",
+    }
+
+
+def encode(encoder: Encoder, data: ImageSet, *, batch_size: int) -> Features:
+  """An encoder's features of images, of which layers are reduced in batches."""
+  depth = encoder.spec.image.depth
+  parts = []
+  for start in range(0, len(data.images), batch_size):
+    indices = range(start, min(start + batch_size, len(data.images)))
+    out = encoder.image(
+      select_images(data.images, indices),
+      layers=tuple(range(depth)),
+      outputs=("pooled", "patches"),
+      batch_size=batch_size,
+    )
+    layers = [out.layers[i].mean(axis=(1, 2)) for i in range(depth)]
+    parts.append([out.pooled, out.patches, *layers])
+  pooled, patches, *layers = map(np.concatenate, zip(*parts, strict=True))
+  return Features(pooled, patches, tuple(layers))

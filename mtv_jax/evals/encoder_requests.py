@@ -1,0 +1,128 @@
+"""Encoders that a command line requests: paths, weights, names."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mtv_jax.encoder import baselines, hub, loading
+from mtv_jax.evals.report import published
+from mtv_jax.utils.errors import ConfigError, did_you_mean
+
+_WEIGHTS = re.compile(rf"(.+)@({'|'.join(loading.WEIGHTS)})")
+# A name has no part of a path.
+_NAMED = re.compile(r"([^=/:@]+)=(.+)")
+
+
+class Request(NamedTuple):
+  """An encoder that a command line requests."""
+
+  path: str
+  weights: str  # `student`, `teacher` or `ema`.
+  name: str  # in tables
+  # The released checkpoint that it is, by its id on the Hugging Face hub, if
+  # figures of it are published (`published.FIGURES`); else "".
+  checkpoint: str = ""
+
+
+def parse_requests(
+  encoders: Sequence[str], *, weights: str | None
+) -> list[Request]:
+  """Parses `[NAME=]PATH[@WEIGHTS][@CHECKPOINT]`, in order.
+
+  The name of an encoder in tables is by default the last part of its path, or
+  as many of the last parts as distinguish it from the others. What checkpoint a
+  folder is, its shape or name does not prove: @CHECKPOINT says so, and a path
+  on the hub that is its id. With @REVISION it may have other weights.
+
+  Args:
+    encoders: any number.
+    weights: for those without @WEIGHTS; None for each one's default.
+
+  Raises:
+    ConfigError: for the same one or the same name twice, or an unknown
+      @WEIGHTS or @CHECKPOINT.
+    MissingFileError: for a folder of no known kind.
+  """
+  split = [_split(given, weights) for given in encoders]
+  known = [request[:2] for request in split]
+  if len(set(known)) < len(known):
+    path, which = next(k for k in known if known.count(k) > 1)
+    raise ConfigError(f"the encoder {path} is given twice ({which} weights).")
+  paths = [request.path for request in split]
+  requests = []
+  for request, name in zip(split, distinct_names(paths), strict=True):
+    name += f"@{request.weights}" if paths.count(request.path) > 1 else ""
+    requests.append(request._replace(name=request.name or name))
+  check_names([request.name for request in requests])
+  return requests
+
+
+def check_names(names: Sequence[str]) -> None:
+  """Raises ConfigError for the same name twice."""
+  if len(set(names)) < len(names):
+    name = next(n for n in names if names.count(n) > 1)
+    raise ConfigError(
+      f"two encoders have the name {name!r}. Give each its own: NAME=PATH."
+    )
+
+
+def split_name(given: str) -> tuple[str, str]:
+  """The name and the path of NAME=PATH; the name of a path alone is ""."""
+  match = _NAMED.fullmatch(given)
+  return match.groups() if match and not os.path.exists(given) else ("", given)
+
+
+def _split(given: str, weights: str | None) -> Request:
+  """A request, whose name is "" if none is given."""
+  name, path = split_name(given)
+  which, checkpoint = None, ""
+  for known in published.FIGURES:
+    if path.endswith(f"@{known}"):
+      path, checkpoint = path.removesuffix(f"@{known}"), known
+  if match := _WEIGHTS.fullmatch(path):
+    path, which = match.groups()
+  if hub.is_name(path):
+    repository = path.removeprefix(hub.PREFIX)
+    checkpoint = checkpoint or repository * (repository in published.FIGURES)
+  elif not baselines.is_baseline(path):
+    _check_suffix(path)
+  if which is None:
+    # A baseline has one set of weights.
+    default = "student" if baselines.is_baseline(path) else weights
+    which = default or loading.default_weights(path)
+  return Request(path, which, name, checkpoint)
+
+
+def _check_suffix(path: str) -> None:
+  """Raises ConfigError for an unknown @SUFFIX of a folder that exists."""
+  folder, at, suffix = path.partition("@")
+  if at and not os.path.exists(path) and os.path.exists(folder):
+    known = [*loading.WEIGHTS, *published.FIGURES]
+    raise ConfigError(
+      f"{path}: {suffix!r} is neither weights nor a checkpoint with published "
+      f"figures. {did_you_mean(suffix, known)}"
+    )
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+  """The last part of each path, or as many as distinguish it from the others.
+
+  A path that is there twice has the same name twice.
+  """
+  names = []
+  for path in paths:
+    others = {n for p in paths if p != path for n in _short_names(p)}
+    names.append(next((n for n in _short_names(path) if n not in others), path))
+  return names
+
+
+def _short_names(path: str) -> list[str]:
+  """The last part of a path, the last two, ... A baseline has one name."""
+  if baselines.is_baseline(path):
+    return [path]
+  parts = pathlib.PurePath(path).parts
+  return ["/".join(parts[-k:]) for k in range(1, len(parts) + 1)] or [path]

@@ -1,0 +1,178 @@
+"""Results of an encoder in a folder, reused while their settings are equal.
+
+FOLDER/EVALUATION.json       the result, or why it is skipped; its settings
+FOLDER/EVALUATION.npz        metrics of resamples of the items
+FOLDER/EVALUATION/*.png      sheets of images
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import mtv_jax
+from mtv_jax.checkpoint import reading
+from mtv_jax.config import foreign
+from mtv_jax.encoder import baselines, loading
+from mtv_jax.evals.core import results
+from mtv_jax.evals.core.results import Outcome
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils import path_patterns
+from mtv_jax.utils.errors import InputError, MissingFileError
+
+log = logging.getLogger(__name__)
+
+# Options that name an encoder, whose checkpoint counts.
+_ENCODERS = ("reference",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+  """The folder of an encoder's results.
+
+  `settings` are those that all results of the encoder depend on; those of an
+  evaluation, its entry of `run.Plan`, are added to them.
+  """
+
+  folder: pathlib.Path
+  settings: Mapping[str, Any]
+
+  def find(self, name: str, entry: Mapping[str, Any]) -> Outcome | None:
+    """The stored outcome of an evaluation, if it has these settings.
+
+    A file that can't be read is like none: it is written again.
+    """
+    try:
+      return self._read(name, entry)
+    except Exception as error:
+      # Any error: on several hosts the others wait for what this one finds.
+      log.warning(
+        "%s can't be read (%r): evaluates again.", self._file(name), error
+      )
+      return None
+
+  def _read(self, name: str, entry: Mapping[str, Any]) -> Outcome | None:
+    file = self._file(name)
+    content = foreign.read_object(file)
+    if not content or content.get("settings") != self._settings(entry):
+      return None
+    (outcome,) = results.read(file)
+    if name in outcome.skipped:
+      return outcome
+    if name not in outcome.results:
+      return None
+    outcome.results[name] = dataclasses.replace(
+      outcome.results[name],
+      sheets=results.read_sheets(
+        file.with_suffix(""),
+        foreign.read_field(content, "sheets", tuple[str, ...]),
+      ),
+      resamples=results.read_resamples(file),
+    )
+    return outcome
+
+  def write(
+    self, name: str, entry: Mapping[str, Any], outcome: Outcome
+  ) -> None:
+    """Writes the outcome of an evaluation that has run or is skipped."""
+    file = self._file(name)
+    stem = file.with_suffix("")
+    # Sheets and resamples of other settings would be read with this result.
+    file.unlink(missing_ok=True)
+    shutil.rmtree(stem, ignore_errors=True)
+    stem.with_suffix(".npz").unlink(missing_ok=True)
+    fields = {
+      field: {k: v for k, v in getattr(outcome, field).items() if k == name}
+      for field in ("results", "skipped")
+    }
+    more: dict[str, Any] = {"settings": self._settings(entry)}
+    if result := fields["results"].get(name):
+      results.write_arrays(stem, result)
+      more["sheets"] = list(result.sheets)
+    # Last: a file means that all of it is stored.
+    outcome = dataclasses.replace(outcome, **fields, failed={})
+    results.write(file, [outcome], **more)
+
+  def _file(self, name: str) -> pathlib.Path:
+    return self.folder / f"{name}.json"
+
+  def _settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON, to compare them with those of a file."""
+    settings = {**self.settings, "evaluation": entry}
+    settings["mtv_jax"] = mtv_jax.__version__
+    settings["data"] = _describe_files(entry)
+    return json.loads(json.dumps(results.jsonable(settings), default=str))
+
+
+def describe_encoder(path: str, weights: str, dtype: str) -> dict[str, Any]:
+  """The settings of a `Store`: they change when the encoder does.
+
+  Raises:
+    MissingFileError: for a path of no known kind.
+  """
+  settings = {"encoder": path, "weights": weights, "dtype": dtype}
+  return {**settings, **describe_weights(path)}
+
+
+def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
+  """The config and the last step of a run, or the files of another encoder.
+
+  Raises:
+    MissingFileError: for a path of no known kind.
+  """
+  if baselines.is_baseline(os.fspath(path)):
+    return {}
+  folder = loading.open_folder(path)
+  if loading.is_run(path):
+    config = path_lib.read_bytes(folder / "config.json")
+    steps = reading.saved_steps(folder)
+    return {
+      "config": hashlib.sha256(config).hexdigest()[:16],
+      "step": steps[-1] if steps else None,
+    }
+  return {"files": fingerprint(folder)}
+
+
+def _describe_files(options: Mapping[str, Any]) -> dict[str, Any]:
+  """The files that options name, by option; any text may be a path."""
+  described: dict[str, Any] = {}
+  for option, value in options.items():
+    if isinstance(value, Mapping):
+      described[option] = _describe_files(value)
+    elif option in _ENCODERS and value is not None:
+      described[option] = describe_weights(value)
+    elif isinstance(value, str | os.PathLike) and option != "type":
+      described[option] = fingerprint(value)
+  return described
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """A hash of the names, sizes and times of files.
+
+  Those of a file, of the files in a folder (not of its subfolders), or of the
+  tars that a pattern stands for; "" for any other text.
+  """
+  text, path = os.fspath(path), path_lib.as_path(path)
+  files = [path] if path_lib.is_file(path) else []
+  if path_lib.is_folder(path):
+    files = [path / name for name in path_lib.list_folder(path)]
+  elif not files and ".tar" in text:
+    with contextlib.suppress(InputError, MissingFileError):
+      files = path_patterns.expand_path(text)
+  digest = hashlib.sha256()
+  for file in files:
+    if path_lib.is_file(file):
+      stat = path_lib.stat(file)
+      line = f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n"
+      digest.update(line.encode("utf-8", "replace"))
+    else:
+      digest.update(f"{file.name}/\n".encode("utf-8", "replace"))
+  return digest.hexdigest()[:16] if files else ""

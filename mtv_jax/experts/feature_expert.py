@@ -1,0 +1,172 @@
+"""Any encoder that `mtv_jax.load` reads as an expert of features.
+
+The images are those of training: squashed to a canvas, from which the view is
+resized on the device. Features are those of `feature_distillation`.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree, UInt8
+
+from mtv_jax.augment import views as views_lib
+from mtv_jax.config.feature_layout import Format
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.data import canvas as canvas_lib
+from mtv_jax.data.labels.feature_values import FeatureLabel, Quantized
+from mtv_jax.data.labels.label_values import LabelOutcome, no_label
+from mtv_jax.data.records import Record
+from mtv_jax.encoder import apply_fns, loading
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import block_index
+from mtv_jax.experts import local_mesh
+from mtv_jax.experts.base import PreparedInput, check_options
+from mtv_jax.models import two_tower
+
+
+class FeatureExpert:
+  """Pooled and patch features of an encoder with a mesh of this host.
+
+  Args:
+    encoder: of its preprocessing, only mean and deviation apply.
+    size: pixels per side that the encoder sees.
+    canvas: of the canvas that they are resized from, `data.ops` in training.
+    layers: blocks whose patch tokens are stored; () for the final patches.
+    format: of the numbers.
+    batch_size: images per device.
+  """
+
+  kind = "features"
+
+  def __init__(
+    self,
+    encoder: Encoder,
+    *,
+    size: int,
+    canvas: int,
+    layers: tuple[int, ...],
+    format: Format,
+    batch_size: int,
+  ):
+    self._mesh, self._canvas, self._format = encoder.mesh, canvas, format
+    params = {"image": encoder.params["image"]}
+    protocol = encoder.protocol()
+    self.rows = batch_size * encoder.mesh.size
+    self.settings = {
+      "expert": "encoder",
+      "hash": local_mesh.fingerprint(params),
+      **{key: protocol[key] for key in ("weights", "dtype", "preprocess")},
+      "size": size,
+      "canvas": canvas,
+      "layers": list(layers),
+      "format": format,
+      "batch_size": batch_size,
+    }
+    self._params = local_mesh.replicate(params["image"], encoder.mesh)
+    function = feature_function(encoder, size, layers)
+    self._function = local_mesh.jit_per_device(function, encoder.mesh)
+
+  def prepare(
+    self, image: UInt8[np.ndarray, "h w 3"], record: Record
+  ) -> PreparedInput:
+    """The canvas of the image."""
+    del record
+    size = np.array(image.shape[:2], np.int32)
+    pixels = canvas_lib.squash(image, self._canvas)
+    return PreparedInput(None, {"image": pixels, "image_size": size})
+
+  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """`pooled` `[rows, 1, e]`, `patches` or `layerI` `[rows, p, d]`."""
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+
+  def finish(
+    self, outputs: Mapping[str, np.ndarray], meta: Any
+  ) -> LabelOutcome:
+    """The label of one image."""
+    del meta
+    if not all(np.isfinite(x).all() for x in outputs.values()):
+      return no_label("features: NaN or infinite")
+    arrays = {n: Quantized.of(x, self._format) for n, x in outputs.items()}
+    return LabelOutcome(FeatureLabel(arrays, self._format))
+
+
+def feature_function(
+  encoder: Encoder, size: int, layers: tuple[int, ...]
+) -> apply_fns.Function:
+  """From canvases to features, float32, as the train step computes them."""
+  spec, preprocess = encoder.spec, encoder.preprocess
+  views = views_lib.build_views(
+    {"image": dict(ops=f"resize({size})")},
+    mean=preprocess.mean,
+    std=preprocess.std,
+  )
+  dtype = jnp.dtype(encoder.dtype)
+  tower = two_tower.image_tower(spec, dtype=dtype)
+
+  def run(params: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(batch["image"]))
+    view = views["image"](batch["image"], batch["image_size"], keys, dtype)
+    with apply_fns.precision(encoder.dtype):
+      out = tower.apply({"params": params}, view.images[:, 0], taps=layers)
+    features = {
+      f"layer{i}": out.taps[i][:, spec.image.prefix :] for i in layers
+    }
+    features = features or {"patches": out.patches}
+    features["pooled"] = out.pooled[:, None]
+    return {n: x.astype(jnp.float32) for n, x in features.items()}
+
+  return run
+
+
+@check_options
+def load_expert(
+  folder: str | os.PathLike,
+  *,
+  mesh: Mesh | None = None,
+  batch_size: PositiveInt = 1,
+  dtype: str = "float32",
+  weights: Literal["student", "teacher", "ema"] | None = None,
+  step: int | None = None,
+  size: PositiveInt | None = None,
+  canvas: PositiveInt | None = None,
+  layers: tuple[int, ...] = (),
+  format: Format = "float8",
+) -> FeatureExpert:
+  """Opens an encoder as an expert of features.
+
+  Args:
+    folder: see `loading.load`.
+    mesh: this host's mesh; all its devices by default.
+    batch_size: images per device.
+    dtype: computation dtype.
+    weights, step: of a run, see `loading.load`.
+    size: pixels per side that it sees; the encoder's own by default.
+    canvas: pixels per side of the run's `canvas` op; `size` by default.
+    layers: blocks whose patch tokens are stored, -1 for the last; by default
+      the final patches.
+    format: `float8` or `int8`.
+
+  Raises:
+    MissingFileError: the folder can't be opened.
+    InputError: for a size or layers that the encoder can't have.
+  """
+  mesh = local_mesh.local_mesh() if mesh is None else mesh
+  encoder = loading.load(
+    folder, dtype=dtype, mesh=mesh, weights=weights, step=step
+  )
+  image = encoder.spec.image
+  size = size or image.image_size
+  image.grid_of(size, size)
+  return FeatureExpert(
+    encoder,
+    size=size,
+    canvas=canvas or size,
+    layers=tuple(sorted({block_index(i, image.depth) for i in layers})),
+    format=format,
+    batch_size=batch_size,
+  )

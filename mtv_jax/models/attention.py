@@ -1,0 +1,327 @@
+"""Self-attention of the towers, by a kernel for each accelerator.
+
+`config.model.attention` is one of `CHOICES`. A kernel runs on its platform; on
+others the same config computes what XLA compiles, so that it resumes and is
+evaluated anywhere. All choices are softmax(q k^T / sqrt(d)) v, the softmax in
+float32, in value and gradient.
+
+- `auto`: cuDNN on GPUs where it supports the dtype and the heads, else `xla`.
+- `xla`: the plain formula; long sequences in blocks of queries.
+- `cudnn`: flash attention of cuDNN, in bfloat16 or float16.
+- `splash`: Pallas splash attention on TPUs, of `SPLASH_LENGTH` tokens or more.
+
+An image of 960 pixels in patches of 16 has 3601 tokens, whose logits take 0.6
+GB per layer and image in float32. Every query sees all keys at once, so blocks
+of queries need no online softmax; memory grows with the tokens instead of their
+square, and the backward pass recomputes each block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from mtv_jax.parallel.mesh import MESH_AXES
+from mtv_jax.parallel.rules import partition_spec
+from mtv_jax.utils.errors import InputError, check_choice
+
+CHOICES = ("auto", "xla", "cudnn", "splash")
+# As `remat.NAMES`: the result, and what a fused backward pass reads of it.
+_NAME = "attention"
+
+# Sequence lengths from which attention runs in blocks; queries per block. A
+# CPU gains long before memory is short: a block's logits stay in its cache.
+CPU_BLOCKWISE_LENGTH = 512
+BLOCKWISE_LENGTH = 2048
+CPU_BLOCK = 64
+BLOCK = 512
+# Blocks are multiples of a CPU's lanes and of a TPU's tiles.
+MULTIPLE = 16
+
+# Splash attention: the least tokens, as shorter sequences are mostly padding;
+# the unit of its blocks, and the largest one.
+SPLASH_LENGTH = 128
+SPLASH_UNIT = 128
+SPLASH_BLOCK = 512
+# Products [n, n, d] of its kernels. Forward: logits, outputs. Backward: logits
+# again, and the gradients of weights, values, keys and queries.
+_SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
+SPLASH_PLATFORMS = ("tpu",)  # Elsewhere it is interpreted, slowly, in tests.
+
+
+def build_attention(
+  choice: str = "auto", mesh: Mesh | None = None
+) -> Callable[..., Array]:
+  """The function (q, k, v, causal=, valid=) of a choice.
+
+  Args:
+    choice: one of `CHOICES`.
+    mesh: over which rows and heads are sharded; its devices decide about the
+      kernel. None for the default devices.
+
+  Raises:
+    InputError: for an unknown choice.
+  """
+  check_choice("config.model.attention", choice, CHOICES)
+  device = (jax.devices() if mesh is None else mesh.devices.flat)[0]
+  if choice == "splash" and device.platform in SPLASH_PLATFORMS:
+    interpret = device.platform != "tpu"
+    return functools.partial(splash_attention, mesh=mesh, interpret=interpret)
+  if choice in ("auto", "cudnn") and device.platform == "gpu":
+    return functools.partial(
+      _gpu_attention, device=device, required=choice == "cudnn"
+    )
+  return attention
+
+
+def attention(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+  *,
+  causal: bool = False,
+  valid: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b n h d"]:
+  """softmax(q k^T / sqrt(d)) v as XLA compiles it, the softmax in float32.
+
+  With `causal`, where a token sees only itself and those before it, or with
+  `valid`, where it sees only these, always by `jax.nn.dot_product_attention`.
+  """
+  return checkpoint_name(_attention(q, k, v, causal, valid), _NAME)
+
+
+def _attention(q, k, v, causal, valid):
+  plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+  if valid is not None:
+    return plain(q, k, v, mask=valid[:, None, None, :])
+  n = q.shape[1]
+  if causal or n < CPU_BLOCKWISE_LENGTH:
+    return plain(q, k, v)
+  default = blockwise_attention if n >= BLOCKWISE_LENGTH else plain
+  return jax.lax.platform_dependent(q, k, v, cpu=cpu_attention, default=default)
+
+
+def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
+  """cuDNN's flash attention, or `attention` for what it lacks.
+
+  Masks of tokens always take the latter: cuDNN would read them as a bias
+  `[b, h, n, n]`, and differentiate it.
+  """
+  lacks = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
+  if lacks and required:
+    raise InputError(
+      f"config.model.attention is 'cudnn', which needs {lacks}. Set 'auto' or "
+      "'xla'."
+    )
+  if lacks or valid is not None:
+    return attention(q, k, v, causal=causal, valid=valid)
+  y = jax.nn.dot_product_attention(
+    q, k, v, is_causal=causal, implementation="cudnn"
+  )
+  return checkpoint_name(y, _NAME)
+
+
+def cudnn_lacks(q: Any, compute_capability: str) -> str | None:
+  """What cuDNN needs that queries `[b, n, h, d]` or the GPU lack."""
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"config.model.dtype 'bfloat16', not {q.dtype}"
+  if q.shape[-1] % 8 or q.shape[-1] > 128:
+    return f"heads of a multiple of 8 up to 128 channels, not {q.shape[-1]}"
+  if float(compute_capability) < 8:
+    return f"compute capability 8.0, not {compute_capability}"
+  return None
+
+
+def splash_attention(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+  *,
+  causal: bool = False,
+  valid: Bool[Array, "b n"] | None = None,
+  mesh: Mesh | None = None,
+  interpret: bool = False,
+) -> Float[Array, "b n h d"]:
+  """Pallas splash attention: online softmax in blocks of queries and keys.
+
+  Sequences are padded to a multiple of `SPLASH_UNIT`, and queries see no
+  padding. Sequences below `SPLASH_LENGTH` take `attention`.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    causal: see `attention`.
+    valid: see `attention`.
+    mesh: whose devices run the kernel on their rows and heads.
+    interpret: runs the kernel without a TPU.
+  """
+  if q.shape[1] < SPLASH_LENGTH:
+    return attention(q, k, v, causal=causal, valid=valid)
+  run = functools.partial(_splash, causal=causal, interpret=interpret)
+  if mesh is None or mesh.size == 1:
+    return run(q, k, v, valid)
+  axes = partition_spec((MESH_AXES[:2], None, "tensor", None), q.shape, mesh)
+  rows = jax.P(axes[0], None)
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(axes, axes, axes, None if valid is None else rows),
+    out_specs=axes,
+    check_vma=False,  # Kernels don't say over which axes results vary.
+  )(q, k, v, valid)
+
+
+def _splash(q, k, v, valid, *, causal, interpret):
+  """Splash attention of one device's rows and heads."""
+  # Imported where it is used: Pallas takes half a second.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  b, n, heads, d = q.shape
+  length = -(-n // SPLASH_UNIT) * SPLASH_UNIT
+  blocks = range(SPLASH_UNIT, SPLASH_BLOCK + 1, SPLASH_UNIT)
+  size = max(block for block in blocks if length % block == 0)
+  mask = splash.CausalMask if causal else splash.FullMask
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask((length, length))] * heads),
+    head_shards=1,
+    q_seq_shards=1,
+    block_sizes=splash.BlockSizes(
+      block_q=size,
+      block_kv=size,
+      block_q_dkv=size,
+      block_kv_dkv=size,
+      use_fused_bwd_kernel=True,
+    ),
+    residual_checkpoint_name=_NAME,
+    interpret=interpret,
+  )
+  if valid is not None:
+    # Where no token is valid, all weights are equal, as in `attention`.
+    some = valid.any(1, keepdims=True)  # [B, 1]
+    q = jnp.where(some[..., None, None], q, 0)
+    valid |= ~some
+  elif length > n:
+    valid = jnp.ones((b, n), bool)
+  segments = None
+  if valid is not None:
+    keys = _pad(valid, length).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.ones_like(keys), keys)
+  q = (q * d**-0.5).astype(q.dtype)
+  q, k, v = (_pad(x, length).swapaxes(1, 2) for x in (q, k, v))  # [B, H, N, d]
+  y = jax.vmap(kernel)(q, k, v, segments)
+  return y.swapaxes(1, 2)[:, :n]
+
+
+def kernel_flops(name: str, operands: Sequence[Sequence[int]]) -> float:
+  """FLOPs of the products inside a splash kernel, 0 for other operations.
+
+  Blocks that a causal mask skips count too.
+
+  Args:
+    name: `op_name` of the compiled operation.
+    operands: shapes, of which the first of rank 4 is queries `[b, h, n, d]`.
+  """
+  for phase, products in _SPLASH_PRODUCTS.items():
+    if f"splash_mha_{phase}" in name:
+      b, heads, n, d = next(dims for dims in operands if len(dims) == 4)
+      return 2.0 * products * b * heads * n * n * d
+  return 0.0
+
+
+def blockwise_attention(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+) -> Float[Array, "b n h d"]:
+  """Attention of `BLOCK` queries at a time, of all heads."""
+  block = _save_only_args(jax.nn.dot_product_attention)
+  blocks = jnp.moveaxis(_split_blocks(q, BLOCK), 1, 0)  # [c, b, s, h, d]
+  out = jax.lax.map(lambda queries: block(queries, k, v), blocks)
+  return _join_blocks(jnp.moveaxis(out, 0, 1), q.shape[1])
+
+
+def cpu_attention(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+) -> Float[Array, "b n h d"]:
+  """Attention of `CPU_BLOCK` queries of a head at a time, each a column.
+
+  XLA for CPUs vectorises sums and maxima over a leading dimension, not over the
+  last one: so the keys, which softmax sums over, come first.
+  """
+  width = q.shape[-1]
+
+  @_save_only_args
+  def block(queries, keys, values):
+    logits = jnp.einsum(
+      "bnd,bds->bns", keys, queries, preferred_element_type=jnp.float32
+    )
+    logits *= width**-0.5
+    # The maximum only prevents an overflow of exp.
+    top = jax.lax.stop_gradient(logits.max(1, keepdims=True))
+    weights = jnp.exp(logits - top)
+    total = weights.sum(1, keepdims=True)
+    out = jnp.einsum(
+      "bdn,bns->bds",
+      values,
+      weights.astype(values.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return (out / total).astype(values.dtype)
+
+  def head(queries, keys, values):
+    return jax.lax.map(lambda x: block(x, keys, values), queries)
+
+  queries = _split_blocks(q, CPU_BLOCK).transpose(3, 1, 0, 4, 2)  # h c b d s
+  keys = k.transpose(2, 0, 1, 3)  # h b n d
+  values = v.transpose(2, 0, 3, 1)  # h b d n
+  out = jax.lax.map(lambda x: head(*x), (queries, keys, values))
+  return _join_blocks(out.transpose(2, 1, 4, 0, 3), q.shape[1])
+
+
+def _save_only_args(function: Callable[..., Array]) -> Callable[..., Array]:
+  """A function whose backward pass saves its arguments and recomputes the rest.
+
+  Not by `jax.checkpoint`: a policy of the block around it that saves matrix
+  products would save those in here too.
+  """
+  wrapped = jax.custom_vjp(function)
+
+  def forward(*args):
+    return function(*args), args
+
+  def backward(args, cotangent):
+    return jax.vjp(function, *args)[1](cotangent)
+
+  wrapped.defvjp(forward, backward)
+  return wrapped
+
+
+def _split_blocks(x: Array, block: int) -> Array:
+  """[b, n, ...] as [b, count, size, ...], padded with zeros."""
+  n = x.shape[1]
+  count = -(-n // block)
+  size = -(-n // (count * MULTIPLE)) * MULTIPLE
+  x = _pad(x, count * size)
+  return x.reshape(x.shape[0], count, size, *x.shape[2:])
+
+
+def _join_blocks(x: Array, n: int) -> Array:
+  """The inverse of `_split_blocks`."""
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]
+
+
+def _pad(x: Array, length: int) -> Array:
+  """[b, n, ...] as [b, length, ...], padded with zeros."""
+  padding = [(0, 0)] * x.ndim
+  padding[1] = (0, length - x.shape[1])
+  return jnp.pad(x, padding)

@@ -1,0 +1,121 @@
+"""The matrix products x W + b of blocks: plain, or in 8 bits by Qwix.
+
+`linear` is what `layers.Dense` computes by default. It equals the plain formula
+in value and gradient: accelerators run that formula, CPUs one that XLA compiles
+to faster code.
+
+With `config.model.quantization` both operands of a product are rounded to 8
+bits, with one scale for each token
+and each column of a kernel, from their largest magnitudes in that step. So
+there is no state: parameters, checkpoints and exports are those of a run
+without.
+
+Rounded are the forward product and the gradient of its input. The gradient of a
+kernel, a sum over the tokens of all examples, takes operands of the compute
+dtype, as in AQT's recipe of training (`config_v4`, Lew et al. 2022), here
+without stochastic rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtv_jax.utils.errors import check_choice, import_extra
+
+# Of operands, and of gradients. float8: Micikevicius et al. 2022.
+DTYPES = {
+  "int8": ("int8", "int8"),
+  "fp8": ("float8_e4m3fn", "float8_e5m2"),
+}
+
+
+def _plain_linear(x, kernel, bias):
+  y = x @ kernel
+  return y if bias is None else y + bias
+
+
+@jax.custom_vjp
+def linear(
+  x: Float[Array, "*b d"],
+  kernel: Float[Array, "d e"],
+  bias: Float[Array, " e"] | None = None,
+) -> Float[Array, "*b e"]:
+  """x kernel + bias, with gradients that are fast on CPUs too.
+
+  XLA for CPUs copies one operand of a product of three-dimensional arrays, and
+  sums the gradient of a bias value by value, in three times the time of a
+  product with a row of ones. Forward-mode differentiation is not supported.
+  """
+  return _plain_linear(x, kernel, bias)
+
+
+def _linear_forward(x, kernel, bias):
+  return _plain_linear(x, kernel, bias), (x, kernel, bias)
+
+
+def _linear_backward(residuals, cotangent):
+  def cpu(x, kernel, bias, cotangent):
+    rows = cotangent.reshape(-1, cotangent.shape[-1])  # [B, e]
+    if bias is not None:
+      bias = (jnp.ones((1, len(rows)), rows.dtype) @ rows)[0]
+    return (
+      (rows @ kernel.T).reshape(x.shape),
+      x.reshape(-1, x.shape[-1]).T @ rows,
+      bias,
+    )
+
+  def default(x, kernel, bias, cotangent):
+    return jax.vjp(_plain_linear, x, kernel, bias)[1](cotangent)
+
+  return jax.lax.platform_dependent(
+    *residuals, cotangent, cpu=cpu, default=default
+  )
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.cache
+def build_linear_fn(quantization: str) -> Callable[..., Array]:
+  """x W + b as `layers.Dense` calls it, by products of this precision.
+
+  Raises:
+    ConfigError: for an unknown value.
+    ImportError: Qwix is not installed.
+  """
+  check_choice("config.model.quantization", quantization, ("none", *DTYPES))
+  if quantization == "none":
+    return linear
+  return functools.partial(
+    _quantized_linear, _build_provider(*DTYPES[quantization])
+  )
+
+
+def _build_provider(dtype: str, grad_dtype: str) -> Any:
+  qwix = import_extra("qwix", "quantization")
+  options = dict(
+    use_original_residuals=True, dlhs_residual_qtype=dtype, drhs_grad_qtype=None
+  )
+  rule = qwix.QtRule(
+    weight_qtype=dtype,
+    act_qtype=dtype,
+    bwd_qtype=grad_dtype,
+    additional_qt_config=options,
+  )
+  return qwix.QtProvider([rule])
+
+
+def _quantized_linear(
+  provider: Any,
+  x: Float[Array, "*b d"],
+  kernel: Float[Array, "d e"],
+  bias: Float[Array, " e"] | None = None,
+) -> Float[Array, "*b e"]:
+  y = provider.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+  return y if bias is None else y + bias

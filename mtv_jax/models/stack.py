@@ -1,0 +1,264 @@
+"""Stacks of blocks, and the towers that are made of one.
+
+The parameters of a stack are one tree whose leaves have a leading `[depth]`,
+whether it is scanned or unrolled, with any remat policy and any taps. So
+checkpoints don't depend on how a model was run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, PyTree
+
+from mtv_jax.config import options
+from mtv_jax.models import attention as attention_lib
+from mtv_jax.models.layers import Block, norm
+from mtv_jax.models.linear import build_linear_fn
+from mtv_jax.models.remat import build_policy
+from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+
+
+def drop_path_scales(
+  keys: Key[Array, "b"], rate: float, depth: int, *, uniform: bool = True
+) -> Float[Array, "b {depth} 2"]:
+  """Multipliers of the two branches of each block and example (drop path).
+
+  Stochastic depth (Huang et al. 2016): 0 with the probability `p` of the layer,
+  else 1 / (1 - p), so that the expectation is the block without it. Each number
+  is a function of the example's key, the layer and the branch alone.
+
+  DINOv2 drops `p * b` random examples of a batch at rates above 0.1, and does
+  not compute them: the same marginals, with a fixed number of examples.
+
+  Args:
+    keys: one for each example.
+    rate: the probability, below 1.
+    depth: number of blocks.
+    uniform: whether all layers have this rate (DINOv2, DINOv3); else it rises
+      linearly from 0 at the first one to `rate` at the last one (Huang et al.,
+      DeiT).
+  """
+  rates = np.full(depth, rate) if uniform else np.linspace(0, rate, depth)
+  keep = jnp.asarray(1 - rates, jnp.float32)[:, None]  # [depth, 1]
+  u = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+  return jnp.where(u < keep, 1 / keep, 0.0)  # [B, depth, 2]
+
+
+def stacked_init(
+  block: nn.Module, depth: int, width: int, context: Sequence[Array | None] = ()
+) -> Callable:
+  """Initialiser of the stacked parameters of `depth` blocks `[b, n, width]`.
+
+  `block` is a detached module (`parent=None`), `context` as of `run_stack`.
+  """
+
+  def example(x):
+    if x is None:
+      return None
+    if x.dtype == bool:  # A mask of tokens.
+      return jnp.ones((1,) * x.ndim, bool)
+    return jnp.zeros((*[1] * (x.ndim - 1), x.shape[-1]), x.dtype)
+
+  def init_block(key):
+    x = jnp.zeros((1, 1, width))
+    return block.init(key, x, *map(example, context))["params"]
+
+  return lambda key: jax.vmap(init_block)(jax.random.split(key, depth))
+
+
+def run_stack(
+  block: nn.Module,
+  stack: Mapping[str, Any],
+  x: Float[Array, "b n d"],
+  *,
+  context: Sequence[Array | None] = (),
+  taps: Sequence[int] = (),
+  remat: str = "none",
+  scan: bool = True,
+  mesh: Mesh | None = None,
+  layer_inputs: Mapping[str, PyTree] | None = None,
+) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
+  """Runs a stack of blocks.
+
+  Args:
+    block: the detached module that `stacked_init` took.
+    stack: its stacked parameters.
+    x: in the block's compute dtype.
+    context: further arguments of every block, such as the tokens that a
+      decoder attends to.
+    taps: layers whose output to return, from 0. The scan runs over static
+      slices of the stack that end at these layers, so that a tap costs only
+      the array it returns.
+    remat: what is saved for the backward pass, see `remat.build_policy`.
+    scan: False unrolls the blocks, to count FLOPs or to let the compiler
+      schedule across them. The values are the same.
+    mesh: over which rows and parameters are sharded. Rows then stay on their
+      devices, and each block's parameters are gathered over `fsdp` for the
+      block, and again in the backward pass. Without this constraint the
+      compiler may split channels over an axis of the batch.
+    layer_inputs: further arguments of the block by name, whose leaves have a
+      leading `[depth]`.
+
+  Returns:
+    The last block's output, and {layer: output} for the taps.
+
+  Raises:
+    InputError: for a tap outside the stack.
+    ConfigError: for an unknown remat policy.
+  """
+  depth = jax.tree.leaves(stack)[0].shape[0]
+  check_taps(taps, depth)
+  policy = build_policy(remat)
+
+  def step(x, layer):
+    params, inputs = layer
+    x = constrain_batch(x, mesh)
+    params = all_gather_params(params, mesh, dtype=block.dtype)
+    return block.apply({"params": params}, x, *context, **inputs), None
+
+  if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
+    policy = _save_all_but_gathered
+  if policy is not None:
+    # In a scan the loop keeps XLA from merging the recomputation with the
+    # forward pass; unrolled blocks need a barrier.
+    step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
+
+  layers = (stack, dict(layer_inputs or {}))
+  tapped = {}
+  start = 0
+  for end in sorted({*taps, depth - 1}):
+    piece = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], layers)
+    if scan:
+      x, _ = jax.lax.scan(step, x, piece)
+    else:
+      for i in range(end + 1 - start):
+        x, _ = step(x, jax.tree.map(lambda p, i=i: p[i], piece))
+    if end in taps:
+      tapped[end] = x
+    start = end + 1
+  return x, tapped
+
+
+def run_blocks(
+  module: nn.Module,
+  block: nn.Module,
+  x: Float[Array, "b n d"],
+  *,
+  depth: int,
+  context: Sequence[Array | None] = (),
+  taps: Sequence[int] = (),
+  **inputs: Any,
+) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
+  """`run_stack` of `depth` blocks, the parameter `blocks` of the module.
+
+  `remat`, `scan` and `mesh` are attributes of the module.
+  """
+  init = stacked_init(block, depth, x.shape[-1], context)
+  return run_stack(
+    block,
+    module.param("blocks", init),
+    x,
+    context=context,
+    taps=taps,
+    remat=module.remat,
+    scan=module.scan,
+    mesh=module.mesh,
+    **inputs,
+  )
+
+
+def block_options(spec: Any) -> dict[str, Any]:
+  """The options of `Block` that a tower's spec has."""
+  names = {f.name for f in dataclasses.fields(Block)}
+  options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+  return {name: options[name] for name in names & options.keys()}
+
+
+def final_norm(spec: Any, dtype: Any) -> Callable[[Array], Array]:
+  """The norm after a tower's blocks, or the identity."""
+  if not getattr(spec, "final_norm", True):
+    return lambda x: x
+  return norm(spec.norm_eps, dtype, "norm", spec.norm_kind)
+
+
+class Tower(nn.Module):
+  """Base class of the image and the text tower."""
+
+  spec: Any
+  dtype: Any = jnp.float32
+  remat: str = "none"  # And scan and mesh: see `run_stack`.
+  scan: bool = True
+  mesh: Mesh | None = None
+  attention: str = "auto"  # See `attention.CHOICES`.
+  quantization: str = "none"  # See `linear.DTYPES`.
+
+  def run_blocks(
+    self,
+    x: Float[Array, "b n d"],
+    *,
+    taps: Sequence[int] = (),
+    layer_inputs: Mapping[str, PyTree] | None = None,
+    context: Sequence[Array | None] = (),
+  ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
+    """Runs the tower's blocks, see `run_stack`, and its final norm, if any.
+
+    Taps are before the final norm.
+    """
+    spec = self.spec
+    block = Block(
+      **block_options(spec),
+      dtype=self.dtype,
+      attention_fn=attention_lib.build_attention(self.attention, self.mesh),
+      linear_fn=build_linear_fn(self.quantization),
+      parent=None,
+    )
+    x, tapped = run_blocks(
+      self,
+      block,
+      x.astype(self.dtype),
+      depth=spec.depth,
+      taps=taps,
+      layer_inputs=layer_inputs,
+      context=context,
+    )
+    return final_norm(spec, self.dtype)(x), tapped
+
+
+def _save_all_but_gathered(primitive, *_, **__) -> bool:
+  """Checkpoint policy that saves everything but gathered parameters."""
+  return primitive.name != "sharding_constraint"
+
+
+def check_taps(taps: Sequence[int], depth: int) -> None:
+  """Raises InputError unless every tap is a layer, 0 .. depth - 1."""
+  bad = [i for i in taps if not 0 <= i < depth]
+  if bad:
+    raise InputError(
+      f"taps {bad} are not layers of a tower of depth {depth}, which are "
+      f"numbered 0 (output of the first block) to {depth - 1}."
+    )
+
+
+def check_tower(spec: Any) -> None:
+  """Raises InputError for invalid fields that both towers' specs have."""
+  name = type(spec).__name__
+  try:
+    options.check_fields(spec)
+  except ConfigError as error:
+    raise InputError(str(error)) from None
+  if spec.width % spec.heads:
+    raise InputError(
+      f"{name}.width {spec.width} is not divisible by its {spec.heads} heads. "
+      f"Choose heads that divide it, or a multiple of {spec.heads} as width."
+    )
+  check_choice(f"{name}.gelu", spec.gelu, ("tanh", "exact", "quick", "relu"))
+  check_choice(f"{name}.mlp", spec.mlp, ("plain", "swiglu"))

@@ -1,0 +1,137 @@
+"""Features of frozen teachers, as targets of `feature_distillation`.
+
+In the step from a teacher's encoding, or from label sets in 8 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtv_jax.augment import geometry
+from mtv_jax.augment.geometry import Resize
+from mtv_jax.config.feature_layout import Format, field_name
+from mtv_jax.models import positions
+from mtv_jax.objectives import base
+
+SUMMARY = "pooled"
+# Of label sets, by format.
+_DTYPES = {"float8": jnp.float8_e4m3fn, "int8": jnp.int8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Features of a teacher, which the student predicts."""
+
+  teacher: str
+  kind: str  # 'pooled', 'patches' (after the final norm) or 'layerI'.
+  channels: int
+  encoding: base.Encoding
+  grid: int  # Patches along a side at which features are compared.
+  stored_grid: int  # Patches along a side of the teacher's.
+  tap: int | None = None  # The block of 'layerI'.
+  prefix: int = 0  # Tokens before the patches in the taps.
+  cached: Format | None = None  # Of the label set, if it is in one.
+  changed: bool = False  # Whether the view crops or flips the canvas.
+
+  @property
+  def name(self) -> str:
+    """Its name among heads and statistics."""
+    return f"{self.teacher}_{self.kind}"
+
+  @property
+  def num_vectors(self) -> int:
+    """Vectors of an image in a label set."""
+    return 1 if self.kind == SUMMARY else self.stored_grid**2
+
+  def read(self, encodings: base.Encodings, batch: base.Batch) -> Array:
+    """The features of the view's crops: `[b, n, E]` or `[b, n, p, D]`."""
+    if self.cached:
+      return self._read_cached(batch)
+    output = encodings[self.encoding]
+    if self.kind == SUMMARY:
+      return output.pooled
+    if self.tap is None:
+      return self.resize(output.patches)
+    return self.resize(output.taps[self.tap][:, :, self.prefix :])
+
+  def _read_cached(self, batch: base.Batch) -> Float[Array, "b n *p d"]:
+    """Those of the canvas, of which patches are cropped as depth maps are."""
+    codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
+    scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
+    numbers = jax.lax.bitcast_convert_type(codes, _DTYPES[self.cached])
+    x = numbers.astype(jnp.float32) * scale[..., None]
+    view = batch["views"][self.encoding.view]
+    b, count = view.flipped.shape
+    if self.kind == SUMMARY:
+      return jnp.broadcast_to(x, (b, count, x.shape[-1]))
+    if self.changed:
+      return geometry.crop_features(x, view.box, view.flipped, size=self.grid)
+    x = self.resize(x)
+    return jnp.broadcast_to(x[:, None], (b, count, *x.shape[1:]))
+
+  def read_valid(self, batch: base.Batch, rows: int) -> Float[Array, " b"]:
+    """1 for rows with a label, and for all of them without label sets."""
+    if self.cached:
+      return batch[field_name(self.teacher, "valid")].astype(jnp.float32)
+    return jnp.ones(rows)
+
+  def resize(self, patches: Float[Array, "*b p d"]) -> Float[Array, "*b q d"]:
+    """Patches, of the teacher or of the student, on the grid of comparison."""
+    return positions.resize_patches(patches, self.grid**2, "antialiased")
+
+
+def is_cropped(view: Any) -> bool:
+  """Whether a view shows other boxes than whole images."""
+  return not all(isinstance(p.box_op, Resize) for p in view.pipelines)
+
+
+def make_targets(
+  name: str,
+  teacher: Any,
+  student: Any,
+  view: Any,
+  *,
+  summary: bool,
+  features: bool,
+) -> list[Target]:
+  """The targets of one teacher.
+
+  Args:
+    name: of the teacher.
+    teacher: a `train.teachers.FrozenTeacher`.
+    student: its `models.vit.ViTSpec`.
+    view: the student's `views.View`, whose crops the teacher sees.
+    summary: whether its pooled features are one.
+    features: whether its patches are, of each of its layers.
+  """
+  image = teacher.model.image
+  size = teacher.size or image.image_size
+  stored_grid = image.grid_of(size, size)[0]
+  common = dict(
+    teacher=name,
+    # The view itself where it has the size, so that both see equal pixels.
+    encoding=base.Encoding(
+      "image", view.name, name, 0 if size == view.size else size
+    ),
+    grid=min(stored_grid, view.size // student.patch_size),
+    stored_grid=stored_grid,
+    cached=teacher.cached,
+    changed=is_cropped(view) or any(p.flip for p in view.pipelines),
+  )
+  targets = []
+  if summary:
+    targets.append(Target(kind=SUMMARY, channels=image.embed_dim, **common))
+  common |= dict(channels=image.width)
+  if features and not teacher.layers:
+    targets.append(Target(kind="patches", **common))
+  if features:
+    targets += [
+      Target(kind=f"layer{i}", tap=i, prefix=image.prefix, **common)
+      for i in teacher.layers
+    ]
+  return targets

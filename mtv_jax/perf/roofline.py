@@ -1,0 +1,138 @@
+"""Roofline of a compiled step: a lower bound of its time on a chip.
+
+The compute units, the memory and the links of a chip each take at least their
+work over their peak rate. If they overlap perfectly, the slowest is the bound.
+
+It leaves out the network between slices, and the bytes that a broadcast or an
+iota writes outside of fusions.
+"""
+
+import dataclasses
+from typing import Any
+
+from mtv_jax.perf import hlo, topologies
+
+# These read and write nothing, or are left out.
+_FREE = (*hlo.ALIASES, "partition-id", "replica-id", "iota", "broadcast")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Seconds of a chip's step, by resource."""
+
+  compute: float  # Matrix products, in bfloat16.
+  memory: float  # Reads and writes of HBM.
+  links: float  # Bytes received, over all links of the torus at once.
+
+  @property
+  def total(self) -> float:
+    """The bound: the slowest resource."""
+    return max(dataclasses.astuple(self))
+
+
+def estimate(
+  chip: topologies.Chip, *, flops: float, hbm_bytes: float, received: float
+) -> Roofline | None:
+  """The roofline of a step on a chip; None if its rates are unknown."""
+  rates = chip.peak_bf16_flops, chip.hbm_bandwidth, chip.link_bandwidth
+  if None in rates or not flops:
+    return None
+  work = flops, hbm_bytes, received
+  return Roofline(*(w / rate for w, rate in zip(work, rates, strict=True)))
+
+
+def count_hbm_bytes(program: Any) -> float:
+  """Bytes of HBM that a program reads and writes, with padding.
+
+  Each instruction reads its operands and writes its result. A slice reads what
+  it takes, and an update in place writes what it changes, also inside of a
+  fusion. Arrays in other memories are free.
+  """
+  module = hlo.parse(program)
+  total = 0.0
+  for name, times in module.run_counts.items():
+    if name in module.fused:
+      continue
+    computation = module.computations[name]
+    for instruction in computation.values():
+      opcode = instruction.opcode
+      if opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+        total += times * _traffic(module, computation, instruction)
+  return total
+
+
+def _traffic(module, computation, instruction) -> int:
+  """Bytes that an instruction reads and writes."""
+  operands = list(dict.fromkeys(instruction.operands))
+  reads = sum(
+    _read(module, computation, instruction, operand) for operand in operands
+  )
+  return reads + _written(module, computation, instruction)
+
+
+def _size(shapes) -> int:
+  return sum(shape.padded for shape in shapes if shape.space == 0)
+
+
+def _read(module, computation, user, operand) -> int:
+  """Bytes of an operand that an instruction reads."""
+  if operand not in computation:
+    return 0
+  whole = _size(computation[operand].shapes)
+  if user.opcode in _SLICES and operand == user.operands[0]:
+    return min(whole, sum(shape.padded for shape in user.shapes))
+  if user.opcode == "dynamic-update-slice" and operand == user.operands[0]:
+    return 0
+  if user.opcode != "fusion" or not whole:
+    return whole
+  ((_, called),) = user.called_computations()
+  body = module.computations[called]
+  parameters = {
+    i.arguments: name for name, i in body.items() if i.opcode == "parameter"
+  }
+  return sum(
+    _read_inside(module, body, parameters[str(i)], whole)
+    for i, name in enumerate(user.operands)
+    if name == operand
+  )
+
+
+def _read_inside(module, body, name, whole) -> int:
+  """Bytes that the body of a fusion reads of a parameter, at most `whole`."""
+  total = 0
+  for user in body.values():
+    if name not in user.operands:
+      continue
+    if user.opcode == "bitcast":
+      total += _read_inside(module, body, user.name, whole)
+    elif user.opcode != "tuple":
+      total += _read(module, body, user, name)
+  return min(total, whole)
+
+
+def _written(module, computation, instruction) -> int:
+  """Bytes that an instruction writes."""
+  whole = _size(instruction.shapes)
+  if instruction.opcode.endswith("-start"):
+    # Of the tuple (operand, result, ...), or of a copy (result, operand, ...).
+    first = 0 if instruction.opcode == "copy-start" else 1
+    return _size(instruction.shapes[first : first + 1])
+  if instruction.opcode == "dynamic-update-slice":
+    update = instruction.operands[1]
+    return min(whole, _size(computation[update].shapes))
+  if instruction.opcode == "fusion" and whole:
+    ((_, called),) = instruction.called_computations()
+    body, root = module.computations[called], module.roots[called]
+    outputs = [root]
+    if root.opcode == "tuple":
+      outputs = [body[name] for name in root.operands]
+    # Shapes inside of a fusion may lack the memory space of its result.
+    updates = 0
+    for output, shape in zip(outputs, instruction.shapes, strict=False):
+      while output.opcode == "bitcast":
+        output = body[output.operands[0]]
+      inner = _written(module, body, output)
+      updates += min(shape.padded, inner) if shape.space == 0 else 0
+    return updates
+  return whole

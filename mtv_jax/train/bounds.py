@@ -1,0 +1,95 @@
+"""Bounds of evaluations' metrics, at which a run rolls back or stops."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from mtv_jax.config import options
+from mtv_jax.config.schema import Config
+from mtv_jax.train.numerics import RollbackError
+from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
+
+
+class BoundError(UserError):
+  """A metric is beyond its bound, and the run does not roll back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An evaluation's `bound`: least and greatest value of one metric.
+
+  Beyond it, `rollback` returns to the last checkpoint at which the evaluation
+  was within it, and leaves out the rows since then, at most
+  `config.nonfinite.max_rollbacks` times; `stop` ends the run.
+  """
+
+  metric: str
+  min: float | None = None
+  max: float | None = None
+  then: Literal["rollback", "stop"] = "rollback"
+
+  def check(
+    self, name: str, metrics: Mapping[str, float], step: int, within: int
+  ) -> None:
+    """Checks the metrics of evaluation `name` after a step.
+
+    `within` is the step of the evaluation before, which was within the bound.
+
+    Raises:
+      ConfigError: the evaluation has no such metric.
+      BoundError: the bound is not met at step 0.
+      RollbackError: it is not met later.
+    """
+    value = self.value(name, metrics)
+    if self.is_met(value):
+      return
+    low = self.min is not None and not value >= self.min
+    side = f"below {self.min:g}" if low else f"above {self.max:g}"
+    what = f"{name}/{self.metric} is {value:.4g} at step {step}, {side}"
+    if step == 0:
+      raise BoundError(
+        f"{what}: the run starts beyond config.evals.{name}.bound."
+      )
+    raise RollbackError(
+      within + 1,
+      step,
+      what=what,
+      hint=(
+        "Resume with a lower learning rate, a stronger anchor or lower "
+        "layer_decay, or loosen the bound."
+      ),
+      then=self.then,
+      then_key=f"config.evals.{name}.bound.then",
+      error_type=BoundError,
+    )
+
+  def value(self, name: str, metrics: Mapping[str, float]) -> float:
+    """The metric of evaluation `name`; ConfigError if it has none such."""
+    if self.metric not in metrics:
+      raise ConfigError(
+        f"config.evals.{name}.bound.metric: {name} has no {self.metric!r}. "
+        f"{did_you_mean(self.metric, metrics)}"
+      )
+    return metrics[self.metric]
+
+  def is_met(self, value: float) -> bool:
+    """Whether a value is within the bound; NaN is not."""
+    low = self.min is not None and not value >= self.min
+    high = self.max is not None and not value <= self.max
+    return not (low or high)
+
+
+def read_bound(name: str, entry: Config) -> Bound | None:
+  """The bound of an entry of `config.evals`; None if it has none.
+
+  Raises:
+    ConfigError: it has an unknown key, or neither `min` nor `max`.
+  """
+  fields = entry.get("bound")
+  if fields is None:
+    return None
+  where = f"config.evals.{name}.bound"
+  bound = options.build(Bound, dict(fields), where=where)
+  if bound.min is None and bound.max is None:
+    raise ConfigError(f"{where} has neither min nor max: give one of them.")
+  return bound

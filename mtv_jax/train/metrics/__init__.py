@@ -1,0 +1,28 @@
+"""Metrics of a run: the clock, log lines and trackers.
+
+Nothing here imports JAX; values may be JAX arrays. `MetricWriter` gives the
+metrics of a step to the trackers of `config.log.trackers`, one class each in
+`trackers.py`.
+"""
+
+from mtv_jax.train.metrics.chrono import Chrono, Rates
+from mtv_jax.train.metrics.console import (
+  console_line,
+  format_duration,
+  format_number,
+  setup_logging,
+)
+from mtv_jax.train.metrics.trackers import Tracker, build_trackers
+from mtv_jax.train.metrics.writer import MetricWriter
+
+__all__ = [
+  "Chrono",
+  "MetricWriter",
+  "Rates",
+  "Tracker",
+  "build_trackers",
+  "console_line",
+  "format_duration",
+  "format_number",
+  "setup_logging",
+]

@@ -1,0 +1,95 @@
+"""Log lines: their format, and the metrics of a step as one line."""
+
+import itertools
+import logging
+import math
+import socket
+import sys
+from collections.abc import Mapping
+
+from mtv_jax.train.metrics.chrono import Rates
+
+WIDTH = 120
+
+
+class _Console(logging.Handler):
+  """Writes to the current `sys.stdout`, which tests replace."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print(self.format(record), file=sys.stdout, flush=True)
+
+
+def setup_logging(*, process_index: int = 0) -> None:
+  """Sends the package's lines to standard output, from process 0 only.
+
+  Lines carry the time, the host and the process. Of libraries only warnings
+  are shown (Orbax and Grain log about 20 lines a checkpoint through absl).
+  """
+  package = logging.getLogger("mtv_jax")
+  package.setLevel(logging.INFO if process_index == 0 else logging.WARNING)
+  package.propagate = False
+  handler = _Console()
+  host = f"{socket.gethostname()}:{process_index}".replace("%", "%%")
+  handler.setFormatter(
+    logging.Formatter(
+      f"%(levelname).1s %(asctime)s {host}] %(message)s", "%m%d %H:%M:%S"
+    )
+  )
+  package.handlers[:] = [handler]
+  for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
+    logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def console_line(
+  step: int,
+  total_steps: int,
+  numbers: Mapping[str, float],
+  *,
+  rates: Rates | None = None,
+) -> str:
+  """One line, such as
+
+    step 120/2000  6.0%  loss 3.412  lr 8.1e-04  812 img/s  wait 1%  eta 3m12s
+
+  Metrics that don't fit in `WIDTH` are collapsed to "+N more".
+  """
+  # Rounded down, so that only the last step is at 100 %.
+  percent = 1000 * step // max(total_steps, 1) / 10
+  width = len(str(total_steps))
+  head = f"step {step:>{width}}/{total_steps} {percent:5.1f}%"
+  tail = []
+  if rates is not None:
+    tail.append(f"{rates.images_per_second:,.0f} img/s")
+    tail.append(f"wait {100 * rates.wait:.0f}%")
+    tail.append(f"eta {format_duration(rates.eta)}")
+  parts, space = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
+  for name, value in numbers.items():
+    part = f"{name} {format_number(value)}"
+    space -= len(part) + 2
+    if space < 0:
+      parts.append(f"+{len(numbers) - len(parts)} more")
+      break
+    parts.append(part)
+  return "  ".join([head, *parts, *tail])
+
+
+def format_number(value: float) -> str:
+  """A short form of a number: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
+  if not math.isfinite(value):
+    return str(value)
+  if value == int(value) and abs(value) < 1e6:
+    return str(int(value))
+  if not 0.01 <= abs(value) < 1e5:
+    return f"{value:.1e}"
+  return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def format_duration(seconds: float) -> str:
+  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
+  if not math.isfinite(seconds):
+    return "?"
+  left, units = round(seconds), [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
+  for (size, unit), (smaller, lower) in itertools.pairwise(units):
+    if left >= size:
+      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
+  return f"{left}s"

@@ -1,0 +1,356 @@
+"""Trackers: where the metrics of a run are written.
+
+`config.log.trackers` names them, with options where they take some:
+
+  config.log.trackers = ("jsonl", "tensorboard", "wandb(project='mtv')")
+
+A tracker is one class here and a line in `TRACKERS`. Its fields are its
+options. `MetricWriter` opens it on process 0, and survives its errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+
+from mtv_jax.config.op_strings import build_op, parse_ops
+from mtv_jax.train.metrics.jsonl import JsonlFile
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_IDS = "trackers.json"
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a tracker is told of a run.
+
+  It resumes from `start_step`. Later steps that an earlier session logged are
+  done again, with equal metrics: a tracker drops their rows, or does not write
+  them again.
+  """
+
+  folder: pathlib.Path
+  name: str
+  start_step: int = 0  # 0 for a new run.
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def read_id(self, tracker: str) -> str | None:
+    """The tracker's identifier of the run; None for a new run."""
+    return self._ids().get(tracker) if self.start_step else None
+
+  def write_id(self, tracker: str, value: str) -> None:
+    """Stores the tracker's identifier, for the sessions that resume."""
+    ids = self._ids() | {tracker: value}
+    path = self.folder / _IDS
+    atomic.write(path, json.dumps(ids, indent=1).encode() + b"\n")
+
+  def _ids(self) -> dict[str, str]:
+    ids = path_lib.read_json(self.folder / _IDS, tolerant=True)
+    return ids if isinstance(ids, dict) else {}
+
+
+@dataclasses.dataclass
+class Tracker:
+  """Base class: a place where scalars are written."""
+
+  # The package that it needs, and the command that installs it.
+  package: ClassVar[str | None] = None
+  install: ClassVar[str] = "pip install 'mtv_jax[trackers]'"
+  # Files are tried again after each error of the file system. Other trackers
+  # are disabled after several errors in a row, of any kind.
+  is_file: ClassVar[bool] = False
+
+  def open(self, run: Run) -> None:
+    """Starts or continues the run."""
+    raise NotImplementedError
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    """Writes the metrics of a step; a killed process does not lose them."""
+    raise NotImplementedError
+
+  def close(self, *, failed: bool = False) -> None:
+    """Ends this session of the run."""
+
+
+@dataclasses.dataclass
+class Jsonl(Tracker):
+  """metrics.jsonl: a row for each measurement; not finite is null."""
+
+  is_file = True
+
+  def open(self, run: Run) -> None:
+    self._file = JsonlFile(
+      run.folder / "metrics.jsonl", start_step=run.start_step
+    )
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    # NaN is not valid JSON.
+    row = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+    self._file.append({"step": step, **row})
+
+
+@dataclasses.dataclass
+class TensorBoard(Tracker):
+  """Event files in the run's folder; numbers that are not finite are left out.
+
+  Written without tensorboardX's `SummaryWriter`, whose thread ends at the first
+  error, so that the next call blocks forever. After an error, and where the
+  file is gone, a new file is started: a reader stops at a truncated record.
+  """
+
+  is_file = True
+
+  def open(self, run: Run) -> None:
+    self._folder = run.folder
+    # TensorBoard hides what an earlier session wrote from here on.
+    self._purge_step = run.start_step + 1 if run.start_step else 0
+    self._records = None
+    self._start_file()
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    if self._records is None or not os.path.exists(self._records.path):
+      self._discard()
+      self._start_file()
+    values = [
+      value
+      for name, number in numbers.items()
+      if math.isfinite(number)
+      for value in summary.scalar(name, number).value
+    ]
+    self._write(step=step, summary=summary.Summary(value=values))
+
+  def _start_file(self) -> None:
+    parts = (int(time.time()), socket.gethostname(), os.getpid())
+    name = ".".join(map(str, ("events.out.tfevents", *parts, next(_numbers))))
+    path = self._folder / name
+    try:
+      self._records = RecordWriter(str(path))
+      self._write(file_version="brain.Event:2")
+      if self._purge_step is not None:
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=self._purge_step, session_log=start)
+        self._purge_step = None
+    except OSError:
+      path.unlink(missing_ok=True)
+      raise
+
+  def _write(self, **fields: Any) -> None:
+    event = event_pb2.Event(wall_time=time.time(), **fields)
+    try:
+      self._records.write(event.SerializeToString())
+      self._records.flush()
+    except OSError:
+      self._discard()
+      raise
+
+  def _discard(self) -> None:
+    records, self._records = self._records, None
+    if records is not None:
+      with contextlib.suppress(OSError):
+        records.close()
+
+  def close(self, *, failed: bool = False) -> None:
+    self._discard()
+
+
+@dataclasses.dataclass
+class Wandb(Tracker):
+  """Weights & Biases. A resumed run continues the same run there.
+
+  W&B keeps the first values of a step, so that steps done again are not sent.
+  Login and mode are those of the package: WANDB_API_KEY, WANDB_MODE=offline.
+  """
+
+  project: str = "mtv_jax"
+  entity: str | None = None
+  name: str | None = None  # The folder's name by default.
+  group: str | None = None
+  tags: tuple[str, ...] = ()
+
+  package = "wandb"
+
+  def open(self, run: Run) -> None:
+    import wandb
+
+    self._run = wandb.init(
+      project=self.project,
+      entity=self.entity,
+      name=self.name or run.name,
+      group=self.group,
+      tags=self.tags or None,
+      id=run.read_id("wandb"),
+      resume="allow",
+      dir=str(run.folder),
+      config=dict(run.config),
+      # The log is the console's; W&B would capture it a second time.
+      settings=wandb.Settings(console="off"),
+    )
+    run.write_id("wandb", self._run.id)
+    # The server's count of steps; 0 for a new run and offline.
+    self._first = self._run.starting_step
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    if step >= self._first:
+      self._run.log(dict(numbers), step=step)
+
+  def close(self, *, failed: bool = False) -> None:
+    self._run.finish(exit_code=int(failed))
+
+
+@dataclasses.dataclass
+class MLflow(Tracker):
+  """MLflow. A resumed run continues the same run there.
+
+  MLflow keeps every value of a step: steps before the last one that was logged
+  are not sent again. By default runs are in the folder `mlruns` of the run's,
+  or where MLFLOW_TRACKING_URI says.
+  """
+
+  experiment: str = "mtv_jax"
+  name: str | None = None  # The folder's name by default.
+  uri: str | None = None
+
+  package = "mlflow"
+
+  def open(self, run: Run) -> None:
+    # A server that does not answer holds up training for seconds, not minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # Of the two local stores, the one that needs no SQLAlchemy.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient, entities, exceptions
+
+    self._entities = entities
+    local = (run.folder / "mlruns").absolute().as_uri()
+    uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or local
+    self._client = MlflowClient(tracking_uri=uri)
+    self._id, self._first = run.read_id("mlflow"), 0
+    if self._id is not None:
+      try:
+        self._client.update_run(self._id, status="RUNNING")
+        losses = self._client.get_metric_history(self._id, "loss")
+        self._first = max((value.step for value in losses), default=0)
+        return
+      except exceptions.MlflowException as error:
+        log.warning(
+          "MLflow lacks the run %s, and starts one: %s", self._id, error
+        )
+    experiment = self._client.get_experiment_by_name(self.experiment)
+    if experiment is None:
+      experiment_id = self._client.create_experiment(self.experiment)
+    else:
+      experiment_id = experiment.experiment_id
+    name = self.name or run.name
+    self._id = self._client.create_run(experiment_id, run_name=name).info.run_id
+    params = [
+      entities.Param(key, str(value)[:500])
+      for key, value in _flatten(run.config)
+    ]
+    for i in range(0, len(params), 100):  # The limit of a request.
+      self._client.log_batch(self._id, params=params[i : i + 100])
+    run.write_id("mlflow", self._id)
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    if step < self._first:
+      return
+    now = int(1000 * time.time())
+    metrics = [
+      self._entities.Metric(name, value, now, step)
+      for name, value in numbers.items()
+      if math.isfinite(value)
+    ]
+    self._client.log_batch(self._id, metrics=metrics)
+
+  def close(self, *, failed: bool = False) -> None:
+    status = "FAILED" if failed else "FINISHED"
+    self._client.set_terminated(self._id, status=status)
+
+
+@dataclasses.dataclass
+class Clu(Tracker):
+  """`clu.metric_writers`: TensorFlow's event files, in the folder `clu`.
+
+  TensorBoard shows the steps that a resumed run does again twice.
+  """
+
+  package = "tensorflow"
+  install = "pip install tensorflow tensorboard"
+
+  def open(self, run: Run) -> None:
+    from clu import metric_writers
+
+    self._writer = metric_writers.SummaryWriter(str(run.folder / "clu"))
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    self._writer.write_scalars(step, numbers)
+    self._writer.flush()
+
+  def close(self, *, failed: bool = False) -> None:
+    self._writer.close()
+
+
+TRACKERS: dict[str, type[Tracker]] = {
+  "jsonl": Jsonl,
+  "tensorboard": TensorBoard,
+  "wandb": Wandb,
+  "mlflow": MLflow,
+  "clu": Clu,
+}
+
+
+def build_trackers(names: str | Sequence[str]) -> dict[str, Tracker]:
+  """The trackers of `config.log.trackers`, not opened yet.
+
+  Args:
+    names: op strings: "jsonl", "wandb(project='mtv')", "jsonl|tensorboard".
+
+  Raises:
+    ConfigError: an unknown name or option, or a package is not installed.
+  """
+  text = names if isinstance(names, str) else "|".join(names)
+  trackers = {}
+  try:
+    for op in parse_ops(text, unique=True):
+      trackers[op.name] = build_op(op, TRACKERS, "tracker")
+  except ConfigError as error:
+    raise ConfigError(f"config.log.trackers: {error}") from None
+  for name, tracker in trackers.items():
+    package = tracker.package
+    if package and importlib.util.find_spec(package) is None:
+      raise ConfigError(
+        f"config.log.trackers: {name} needs the package {package}, which is not"
+        f" installed: {tracker.install}."
+      )
+  return trackers
+
+
+def _flatten(config: Any, path: str = "") -> list[tuple[str, Any]]:
+  """Dotted keys and values of nested dictionaries."""
+  if not isinstance(config, Mapping):
+    return [(path, config)]
+  return [
+    pair
+    for key, value in config.items()
+    for pair in _flatten(value, f"{path}.{key}" if path else str(key))
+  ]

@@ -1,0 +1,186 @@
+"""Detection of lost processes: the others exit with a sentence.
+
+JAX's own service aborts them after 100 s. Where process 0 dies, which runs that
+service, and its connections are closed, JAX's client aborts them at once
+(`PollForError`): no option of JAX 0.10 or 0.12 changes that, neither
+`jax_enable_recoverability` nor the timeouts of `jax.distributed.initialize`.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+
+from mtv_jax.train.runtime import preemption
+from mtv_jax.train.runtime.watchdog import EXIT_CODE
+from mtv_jax.utils.errors import UserError
+
+# In messages of collectives and of the service, not of compilation or memory.
+_SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection", "coordination")
+_PREFIX = "mtv_jax/alive"
+_LOST = "mtv_jax/lost"
+_CHECKS = 6  # Of the other processes, within the time that they have to answer.
+
+
+def exit_now(reason: str) -> NoReturn:
+  """Prints one line and exits, without the barriers of a shutdown."""
+  print(
+    f"train: {reason}. The same command on all hosts resumes from the last"
+    " checkpoint.",
+    file=sys.__stderr__,
+    flush=True,
+  )
+  preemption.exit_now(EXIT_CODE)
+
+
+def exit_if_lost(error: Exception) -> None:
+  """Exits if the error, of JAX, is that another process is lost."""
+  text = str(error)
+  if isinstance(error, UserError):
+    return
+  if jax.process_count() > 1 and any(sign in text for sign in _SIGNS):
+    exit_now(
+      "another process of the run is lost, or the network between them"
+      f" ({text.splitlines()[0][:200]})"
+    )
+
+
+@dataclasses.dataclass
+class _Requests:
+  """What the thread of the requests tells the one that waits for answers."""
+
+  closed: threading.Event = dataclasses.field(default_factory=threading.Event)
+  answered: threading.Event = dataclasses.field(default_factory=threading.Event)
+  joined: threading.Event = dataclasses.field(default_factory=threading.Event)
+  error: Exception | None = None  # Of the last request; None if it succeeded.
+
+
+@contextlib.contextmanager
+def watch_peers(
+  seconds: float | int, *, when_alone: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+  """Exits when another process has not answered for `seconds`; 0 for never.
+
+  Process 0 watches all; the others learn from it, and watch it. A process that
+  leaves the context is watched no longer, and one that leaves it by an error
+  ends the others. Where they have not failed alike, it calls `when_alone`, and
+  exits without the barriers of a shutdown: nothing may wait for them any more.
+  """
+  if not seconds or jax.process_count() == 1:
+    yield
+    return
+  # No public interface has the key-value store; Orbax takes it here as well.
+  from jax._src import distributed
+
+  client, index = distributed.global_state.client, jax.process_index()
+  requests = _Requests()
+  thread = threading.Thread(
+    target=_watch,
+    args=(client, index, seconds, requests),
+    name="peers",
+    daemon=True,
+  )
+  thread.start()
+  threading.Thread(
+    target=_watch_service,
+    args=(seconds, requests),
+    name="peers_service",
+    daemon=True,
+  ).start()
+  own = f"{_PREFIX}/{index}"
+  try:
+    yield
+  except preemption.RunStoppedError:
+    raise
+  except BaseException as error:
+    reason = f"process {index} failed: {error!r}"[:300]
+    with contextlib.suppress(Exception):
+      client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
+    # Half the time to the next check, at which the other processes exit, and
+    # with process 0 its service.
+    if not _all_fail(client, seconds / _CHECKS / 2):
+      preemption.abandon_threads("the other processes have not failed")
+      when_alone()
+    raise
+  finally:
+    requests.closed.set()
+    thread.join()
+    requests.joined.set()
+    requests.answered.set()
+    with contextlib.suppress(Exception):
+      client.key_value_set(own, "done", allow_overwrite=True)
+
+
+def _all_fail(client: Any, seconds: float) -> bool:
+  """Whether every process calls this within some seconds."""
+  try:
+    client.wait_at_barrier(f"{_LOST}/barrier", int(1000 * seconds))
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
+
+
+def _watch_service(seconds: float | int, requests: _Requests) -> None:
+  """Exits when `_watch` has had no answer, for which its requests wait."""
+  while not requests.joined.is_set():
+    if not requests.answered.wait(seconds):
+      exit_now(_describe_silence(seconds, requests.error))
+    requests.answered.clear()
+
+
+def _describe_silence(seconds: float | int, error: Exception | None) -> str:
+  if error is None:
+    return f"process 0 has not answered for {seconds:.0f} s"
+  line = (str(error).splitlines() or [""])[0][:200]
+  return (
+    f"requests to process 0 have failed for {seconds:.0f} s"
+    f" ({type(error).__name__}: {line})"
+  )
+
+
+def _watch(
+  client: Any, index: int, seconds: float | int, requests: _Requests
+) -> None:
+  period = seconds / _CHECKS
+  count, seen = 0, {}
+  while not requests.closed.wait(period):
+    count += 1
+    try:
+      own = f"{_PREFIX}/{index}"
+      client.key_value_set(own, str(count), allow_overwrite=True)
+      lost = next((v for _, v in client.key_value_dir_get(_LOST)), None)
+      if lost is None and index == 0:
+        lost = _find_silent(client, seconds, seen)
+        if lost is not None:
+          client.key_value_set(f"{_LOST}/reason", lost, allow_overwrite=True)
+    # Of any kind: a thread that ends by an error would look like a process 0
+    # that does not answer.
+    except Exception as error:
+      requests.error = error
+      if not requests.closed.is_set():
+        exit_if_lost(error)
+      continue
+    requests.error = None
+    requests.answered.set()
+    if lost is not None and not requests.closed.wait(period):
+      # The time is for an error of this process itself.
+      exit_now(lost)
+
+
+def _find_silent(
+  client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
+) -> str | None:
+  """Names a process whose counter has not changed for `seconds`, or None."""
+  now = time.monotonic()
+  for name, value in client.key_value_dir_get(_PREFIX):
+    if seen.get(name, ("", 0.0))[0] != value:
+      seen[name] = value, now
+    elif value != "done" and now - seen[name][1] > seconds:
+      number = name.rpartition("/")[2]
+      return f"process {number} has not answered for {seconds:.0f} s"
+  return None

@@ -1,0 +1,154 @@
+"""Signals that stop a run: save a checkpoint, then exit.
+
+Schedulers and clouds send SIGTERM some time before they take a machine away, a
+closed terminal sends SIGHUP, Ctrl-C SIGINT. `trainer.py` polls the notice after
+each step and while it waits for data; several hosts agree on a step through
+`Checkpointer.preempted`. `cli/errors.py` exits with the error's `exit_code`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+from mtv_jax.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# 128 + SIGTERM, as shells report it, so that the run does not look finished.
+EXIT_CODE = 143
+
+# Signals with the handlers that are replaced.
+_HANDLED = {
+  signal.SIGTERM: signal.SIG_DFL,
+  signal.SIGHUP: signal.SIG_DFL,
+  signal.SIGINT: signal.default_int_handler,
+}
+
+
+class RunStoppedError(UserError, RuntimeError):
+  """The run has stopped before its last step, and a restart resumes it."""
+
+  exit_code = 1
+
+
+class Preempted(RunStoppedError):
+  """Raised after a signal, once a checkpoint is saved."""
+
+  def __init__(self, message: str, signal_number: int = signal.SIGTERM):
+    super().__init__(message)
+    self.exit_code = 128 + signal_number
+
+
+@dataclasses.dataclass
+class Notice:
+  """The signal that asks the run to stop, None so far."""
+
+  signal_number: int | None = None
+
+  @property
+  def received(self) -> bool:
+    """Whether to save and exit."""
+    return self.signal_number is not None
+
+  @property
+  def name(self) -> str:
+    """The signal's name."""
+    return signal.Signals(self.signal_number or signal.SIGTERM).name
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Notice]:
+  """Notes SIGTERM, SIGHUP and SIGINT inside the context instead of exiting.
+
+  Repeated signals change nothing, as some programs send one to a process and
+  one to its group; but a second SIGINT interrupts. Leaves signals alone that
+  have another handler, and all of them outside the main thread. Under
+  `jax.distributed`, whose service makes hosts agree on a step after SIGTERM,
+  the others are passed on as SIGTERM, and the notice stays empty.
+  """
+  import jax  # Imported late: cli/errors.py needs this module without it.
+
+  notice, interrupts = Notice(), []
+  if threading.current_thread() is not threading.main_thread():
+    yield notice
+    return
+
+  def receive(number, frame):
+    # Not an Event: a second signal would wait for its lock, held by the first.
+    if number == signal.SIGINT:
+      if interrupts:
+        signal.default_int_handler(number, frame)
+      interrupts.append(number)
+    if is_distributed:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      notice.signal_number = notice.signal_number or number
+
+  is_distributed = jax.distributed.is_initialized()
+  handlers = dict.fromkeys(_HANDLED, receive)
+  if is_distributed:
+    del handlers[signal.SIGTERM]
+  handlers = {
+    number: handler
+    for number, handler in handlers.items()
+    if signal.getsignal(number) == _HANDLED[number]
+  }
+  for number, handler in handlers.items():
+    signal.signal(number, handler)
+  try:
+    yield notice
+  finally:
+    for number in handlers:
+      signal.signal(number, _HANDLED[number])
+
+
+# ---------------------------------------------------------------------------
+# Threads that don't end, such as readers of a storage that doesn't answer.
+
+_abandoned: list[str] = []
+
+
+def abandon_threads(reason: str) -> None:
+  """Has the command exit without joining its threads."""
+  log.warning("The process exits without its threads: %s.", reason)
+  _abandoned.append(reason)
+
+
+def exit_without_threads(error: BaseException | None = None) -> None:
+  """Exits at once if threads were abandoned, which Python would join.
+
+  Prints what Python prints of `error`, and has the same exit code.
+  """
+  if not _abandoned:
+    return
+  code = 0
+  if isinstance(error, SystemExit):
+    code = error.code or 0
+    if not isinstance(code, int):
+      print(code, file=sys.stderr)
+      code = 1
+  elif error is not None:
+    traceback.print_exception(error)
+    code = 1
+  exit_now(code)
+
+
+def exit_now(code: int) -> NoReturn:
+  """Kills the data workers, flushes the standard streams and exits.
+
+  Workers that read from a storage that does not answer would stay.
+  """
+  for child in multiprocessing.active_children():
+    child.kill()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(Exception):
+      stream.flush()
+  os._exit(code)

@@ -1,0 +1,91 @@
+"""Batches from the loader to the devices, with waits that end at a signal."""
+
+import collections
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mtv_jax.data import pipeline
+from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.train.runtime import preemption
+
+# Between looks at `interrupted`; a batch that arrives ends the wait at once.
+_POLL_SECONDS = 0.1
+# For the reads that are in progress when a run ends.
+_CLOSE_SECONDS = 10.0
+
+
+class Interrupted(Exception):
+  """Raised instead of a batch once the run is to stop."""
+
+
+class BackgroundLoader(contextlib.AbstractContextManager):
+  """Reads the batches of a loader in a thread, one for each `next`.
+
+  The main thread, on which Python runs signal handlers, waits only briefly at a
+  time, so that a reader that stalls holds up no signal.
+
+  Args:
+    loader: closed with this.
+    interrupted: `next` raises Interrupted once it is true.
+  """
+
+  def __init__(self, loader: pipeline.Loader, interrupted: Callable[[], bool]):
+    self.loader = loader
+    self._interrupted = interrupted
+    self._calls: queue.SimpleQueue = queue.SimpleQueue()
+    self._replies: queue.SimpleQueue = queue.SimpleQueue()
+    self._thread = threading.Thread(
+      target=self._read, name="loader", daemon=True
+    )
+    self._thread.start()
+
+  def _read(self) -> None:
+    while (call := self._calls.get()) is not None:
+      try:
+        self._replies.put((call(self.loader), None))
+      except BaseException as error:
+        self._replies.put((None, error))
+
+  def __iter__(self) -> Iterator[pipeline.Batch]:
+    return self
+
+  def __next__(self) -> pipeline.Batch:
+    self._calls.put(next)
+    while True:
+      try:
+        batch, error = self._replies.get(timeout=_POLL_SECONDS)
+      except queue.Empty:
+        if self._interrupted():
+          raise Interrupted from None
+        continue
+      if error is not None:
+        raise error
+      return batch
+
+  def close(self) -> None:
+    """Closes the loader, or abandons its threads if they don't end."""
+    self._calls.put(pipeline.Loader.close)
+    self._calls.put(None)
+    self._thread.join(_CLOSE_SECONDS)
+    if self._thread.is_alive():
+      preemption.abandon_threads("a reader does not answer")
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
+
+
+def prefetch_to_device(
+  batches: Iterable[pipeline.Batch], mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+  """Batches on the devices, transferred one step ahead."""
+  ahead: collections.deque[Any] = collections.deque()
+  for batch in batches:
+    ahead.append(shard_batch(batch, mesh))
+    if len(ahead) > 1:
+      yield ahead.popleft()

@@ -1,0 +1,245 @@
+"""Sessions of a run: run.json and the liveness file.
+
+A session is a part of a run, from a start, a resume or a return to an earlier
+checkpoint to its exit.
+
+  run.json   what trained which steps: code, packages, devices, exit of each
+             session
+  alive      written while the loop runs; its age tells whether it still does,
+             its content the step: {"step": 1200, "activity": "train", ...}
+
+Process 0 writes both.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import mtv_jax
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
+
+log = logging.getLogger(__name__)
+
+RECORD, ALIVE = "run.json", "alive"
+ALIVE_SECONDS = 15.0  # Between two writes of the file.
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+  "libtpu",
+)
+
+
+class Session(contextlib.AbstractContextManager):
+  """This process's session: appends to run.json, writes the liveness file.
+
+  A file that can't be written is a warning.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    start_step: int,
+    devices: Mapping[str, Any],
+    command: str = "",
+    process_index: int = 0,
+  ):
+    """Starts the session.
+
+    Args:
+      workdir: the run's folder.
+      start_step: number of steps of earlier sessions.
+      devices: of `describe_devices`, for the record.
+      command: the command line, for the record.
+      process_index: of this process.
+    """
+    self.folder = pathlib.Path(workdir)
+    self.step = start_step
+    self._active = process_index == 0
+    if not self._active:
+      return
+    self._activity: str | None = None
+    self._last_write = 0.0
+    self._warned = False
+    sessions = read_sessions(workdir)
+    if sessions and not sessions[-1].get("ended"):
+      sessions[-1] |= self._describe_unreported_exit()
+    self._record = {
+      "started": _format_time(time.time()),
+      "ended": None,
+      "exit": None,
+      "start_step": start_step,
+      "last_step": None,
+      "host": socket.gethostname(),
+      "revision": code_revision(),
+      "command": command,
+      "packages": package_versions(),
+      **devices,
+    }
+    self._sessions = [*sessions, self._record]
+    with self._tolerate_errors():
+      self.folder.mkdir(parents=True, exist_ok=True)
+    self._write_record()
+    self.report(start_step, "start")
+
+  def report(self, step: int, activity: str = "train") -> None:
+    """Writes the liveness file, if it is due: `step` updates are done."""
+    self.step = step
+    if not self._active:
+      return
+    now = time.monotonic()
+    is_due = now - self._last_write >= ALIVE_SECONDS
+    if not is_due and activity == self._activity:
+      return
+    self._last_write, self._activity = now, activity
+    content = {
+      "step": step,
+      "activity": activity,
+      "time": _format_time(time.time()),
+      "host": socket.gethostname(),
+      "process": os.getpid(),
+    }
+    with self._tolerate_errors():
+      atomic.write(self.folder / ALIVE, json.dumps(content).encode() + b"\n")
+
+  def _describe_unreported_exit(self) -> dict[str, Any]:
+    """How the session before this one ended, if it could not write it."""
+    alive = read_alive(self.folder) or {}
+    return {
+      "ended": alive.get("time", "unknown"),
+      "exit": "without a report",
+      "last_step": alive.get("step"),
+    }
+
+  def _write_record(self) -> None:
+    content = {
+      "name": self.folder.absolute().name,
+      "sessions": self._sessions,
+    }
+    with self._tolerate_errors():
+      text = json.dumps(content, indent=1) + "\n"
+      atomic.write(self.folder / RECORD, text.encode())
+
+  @contextlib.contextmanager
+  def _tolerate_errors(self):
+    try:
+      yield
+    except OSError as error:
+      if not self._warned:
+        log.warning("run.json and alive are not written: %s", error)
+      self._warned = True
+    else:
+      self._warned = False
+
+  def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+    if not self._active:
+      return
+    reason = "finished"
+    if error is not None:
+      lines = str(error).splitlines() or [""]
+      reason = f"{type(error).__name__}: {lines[0][:300]}"
+    self.report(self.step, "exit")
+    self._record |= {
+      "ended": _format_time(time.time()),
+      "exit": reason,
+      "last_step": self.step,
+    }
+    self._write_record()
+
+
+def read_alive(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """The liveness file's content; None without one that can be read."""
+  content = path_lib.read_json(path_lib.as_path(workdir) / ALIVE, tolerant=True)
+  return content if isinstance(content, dict) else None
+
+
+def seconds_since(alive: Mapping[str, Any]) -> float:
+  """Age of a liveness file's content by this machine's clock; 0 if unknown."""
+  try:
+    written = datetime.datetime.fromisoformat(alive["time"]).timestamp()
+  except (KeyError, TypeError, ValueError):
+    return 0.0
+  return time.time() - written
+
+
+def read_sessions(
+  workdir: str | os.PathLike, *, tolerant: bool = True
+) -> list[dict[str, Any]]:
+  """The sessions of a run, oldest first; empty without a record.
+
+  Args:
+    workdir: the run's folder.
+    tolerant: whether a record that can't be read is as none.
+
+  Raises:
+    OSError: the record can't be read.
+  """
+  content = path_lib.read_json(
+    path_lib.as_path(workdir) / RECORD, tolerant=tolerant
+  )
+  sessions = content.get("sessions") if isinstance(content, dict) else None
+  sessions = sessions if isinstance(sessions, list) else []
+  return [session for session in sessions if isinstance(session, dict)]
+
+
+def describe_devices() -> dict[str, Any]:
+  """Kind and number of the devices and processes, for run.json."""
+  import jax  # Imported late: the supervisor reads files without it.
+
+  return {
+    "device_kind": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+  }
+
+
+def code_revision() -> str:
+  """The git revision of a checkout, "-dirty" with changes; else the version.
+
+  Where MTV_JAX_REVISION is set, as in an image without .git, that.
+  """
+  if revision := os.environ.get("MTV_JAX_REVISION"):
+    return revision
+  package = pathlib.Path(mtv_jax.__file__).parent
+  git = ["git", "-C", str(package)]
+  try:
+    # Not the repository that a virtual environment may lie in.
+    tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40"]
+    for command in (tracked, [*git, *describe, "--exclude=*"]):
+      done = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=True
+      )
+    return done.stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return mtv_jax.__version__
+
+
+def package_versions() -> dict[str, str]:
+  """Versions of the installed packages that a run depends on."""
+  versions = {"mtv_jax": mtv_jax.__version__}
+  for name in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
+def _format_time(seconds: float) -> str:
+  """UTC as ISO 8601, to the second."""
+  when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+  return when.isoformat(timespec="seconds")

@@ -1,0 +1,145 @@
+"""A supervisor: restarts a training command until it is done.
+
+Progress is a larger step in the liveness file of the run (see `sessions.py`),
+or, where no folder is known, a session longer than `min_seconds`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+from mtv_jax.train.runtime.sessions import read_alive
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Exit codes of commands that fail again: of a usage or a config error, and of
+# shells for a file that can't be executed or is not found.
+FINAL_CODES = (2, 126, 127)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclasses.dataclass
+class Supervisor:
+  """Runs a command until it exits with 0.
+
+  A signal to the supervisor is passed on to the command, and is the end: the
+  supervisor exits with the command's code.
+  """
+
+  command: Sequence[str]
+  workdir: str | os.PathLike | None = None  # Of the run, for its progress.
+  max_failures: int = 5  # In a row, without progress.
+  backoff: float = 10.0  # Seconds before the first restart; then doubled.
+  max_backoff: float = 600.0
+  min_seconds: float = 600.0
+
+  def __post_init__(self):
+    if self.workdir is None:
+      self.workdir = find_workdir(self.command)
+    self._child: subprocess.Popen | None = None
+    self._signal: int | None = None
+
+  def run(self) -> int:
+    """Runs the command, again after failures, and returns its last exit code.
+
+    A code is as shells report it: 128 + the signal that ended the command.
+
+    Raises:
+      ConfigError: the command can't be started.
+    """
+    failures, reached = 0, self._read_step()
+    with self._pass_on_signals():
+      while True:
+        start = time.monotonic()
+        code = self._run_once()
+        seconds = time.monotonic() - start
+        if code == 0 or self._signal is not None:
+          return code
+        if code in FINAL_CODES:
+          log.error("Exit code %d: a restart would fail again.", code)
+          return code
+        step = self._read_step()
+        if self._has_advanced(reached, step, seconds):
+          failures = 0
+        failures += 1
+        reached = max(reached, step)
+        if failures > self.max_failures:
+          log.error(
+            "Exit code %d. Gives up after %d failures without progress.",
+            code,
+            failures,
+          )
+          return code
+        delay = min(self.backoff * 2 ** (failures - 1), self.max_backoff)
+        where = f" at step {step}" if step else ""
+        log.warning("Exit code %d%s. Restart in %.3g s.", code, where, delay)
+        if not self._sleep(delay):
+          return code
+
+  def _run_once(self) -> int:
+    try:
+      # A group of its own, as a terminal sends Ctrl-C to the whole group.
+      self._child = subprocess.Popen(self.command, process_group=0)
+    except OSError as error:
+      raise ConfigError(f"{self.command[0]!r} can't be started: {error}") from (
+        error
+      )
+    if self._signal is not None:  # It came before the command was there.
+      self._child.send_signal(self._signal)
+    code = self._child.wait()
+    self._child = None
+    return code if code >= 0 else 128 - code
+
+  def _has_advanced(self, reached: int, step: int, seconds: float) -> bool:
+    if self.workdir is None:
+      return seconds >= self.min_seconds
+    return step > reached
+
+  def _read_step(self) -> int:
+    """The step of the liveness file; 0 where it is not known."""
+    alive = read_alive(self.workdir) if self.workdir is not None else None
+    step = (alive or {}).get("step")
+    return step if isinstance(step, int) else 0
+
+  def _sleep(self, seconds: float) -> bool:
+    """Waits; False as soon as a signal was received."""
+    deadline = time.monotonic() + seconds
+    while self._signal is None:
+      left = deadline - time.monotonic()
+      if left <= 0:
+        return True
+      time.sleep(min(left, 0.2))
+    return False
+
+  @contextlib.contextmanager
+  def _pass_on_signals(self) -> Iterator[None]:
+    def receive(number, _):
+      self._signal = number
+      child = self._child
+      if child is not None:
+        with contextlib.suppress(ProcessLookupError):
+          child.send_signal(number)
+
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def find_workdir(command: Sequence[str]) -> pathlib.PurePath | None:
+  """The `--workdir` of a training command; None without one."""
+  for word, following in zip(command, [*command[1:], ""], strict=True):
+    name, equals, value = word.partition("=")
+    if name == "--workdir" and (equals or following):
+      return path_lib.as_path(value if equals else following)
+  return None

@@ -1,0 +1,140 @@
+"""Watchdog of the training loop: a step that hangs ends the run.
+
+A reader whose storage does not answer, a collective that waits for a dead host
+or a device that hangs would otherwise hold the machines until someone looks.
+"""
+
+import collections
+import contextlib
+import faulthandler
+import logging
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mtv_jax.train.runtime import preemption
+
+log = logging.getLogger(__name__)
+
+# EX_TEMPFAIL of sysexits.h: the same command may succeed.
+EXIT_CODE = 75
+
+# Steps of which the median is taken.
+_WINDOW = 100
+
+
+class StalledError(preemption.RunStoppedError):
+  """A step took too long, or another process of the run is lost."""
+
+  exit_code = EXIT_CODE
+
+
+class Watchdog(contextlib.AbstractContextManager):
+  """Expires when a step takes `factor` times the median of recent steps.
+
+  A thread then prints the stacks of all threads and sets `expired`, at which
+  the loop saves and stops. If the loop does not call `stopping` within
+  `grace_seconds`, as it waits for a device, the process exits.
+
+  Args:
+    factor: of the median of the last 100 steps.
+    min_seconds: no step expires before; also the time to save after `stopping`.
+    grace_seconds: time for the loop to react.
+    exit_fn: for tests.
+  """
+
+  def __init__(
+    self,
+    *,
+    factor: float | int,
+    min_seconds: float | int,
+    grace_seconds: float | int,
+    exit_fn: Callable[[int], Any] = preemption.exit_now,
+  ):
+    self.expired = False
+    self._factor, self._min_seconds = factor, min_seconds
+    self._grace_seconds, self._exit_fn = grace_seconds, exit_fn
+    self._durations = collections.deque(maxlen=_WINDOW)
+    self._started: float | None = None  # None while nothing is timed.
+    self._step = 0
+    self._stopping, self._closed = threading.Event(), threading.Event()
+    self._thread = threading.Thread(
+      target=self._watch, name="watchdog", daemon=True
+    )
+    self._thread.start()
+
+  def step(self, number: int) -> None:
+    """Step `number` is complete, and the next one starts."""
+    now = time.monotonic()
+    if self._started is not None:
+      self._durations.append(now - self._started)
+    self._step, self._started = number, now
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Excludes the time inside, which has no usual length."""
+    started, before = self._started, time.monotonic()
+    self._started = None
+    try:
+      yield
+    finally:
+      if started is not None:
+        self._started = started + time.monotonic() - before
+
+  def restart(self) -> None:
+    """Does not time the current step, which compiles."""
+    self._started = None
+
+  def stopping(self) -> None:
+    """The loop saves and stops."""
+    self._stopping.set()
+
+  @property
+  def limit(self) -> float:
+    """Seconds after which a step expires."""
+    # A copy: the loop's thread appends.
+    durations = list(self._durations)
+    median = statistics.median(durations) if durations else 0.0
+    return max(self._min_seconds, self._factor * median)
+
+  def _watch(self) -> None:
+    period = min(1.0, self._min_seconds / 10)
+    while not self._closed.wait(period):
+      started = self._started
+      if started is not None and time.monotonic() - started > self.limit:
+        self._expire()
+        return
+
+  def _expire(self) -> None:
+    log.error(
+      "Step %d is not complete after %.0f s. The stacks of all threads follow.",
+      self._step + 1,
+      self.limit,
+    )
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    self.expired = True
+    if self._stopping.wait(self._grace_seconds):
+      left = self._closed.wait(self._min_seconds)
+      done = "the checkpoint was not saved in time"
+    else:
+      left = self._closed.is_set()
+      done = "the step did not end, and nothing could be saved"
+    if not left:
+      print(
+        f"train: step {self._step + 1} has stalled; {done}. A device or another"
+        " process of the run does not answer. The same command resumes from"
+        " the last checkpoint.",
+        file=sys.__stderr__,
+        flush=True,
+      )
+      self._exit_fn(EXIT_CODE)
+
+  def close(self) -> None:
+    """Stops watching."""
+    self._closed.set()
+
+  def __exit__(self, *error: object) -> None:
+    self.close()

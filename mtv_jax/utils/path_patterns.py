@@ -1,0 +1,211 @@
+"""Paths that stand for many files.
+
+A path may be a brace range (`cc3m/{00000..00331}.tar`), a brace list
+(`{train,restval}.tar`), a glob (`cc3m/*.tar`), several of these separated by
+commas, or a list of any of them; in folders and in buckets.
+"""
+
+import functools
+import glob
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+
+from mtv_jax.utils import buckets
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.buckets import AnyPath
+from mtv_jax.utils.errors import (
+  FolderError,
+  InputError,
+  MissingFileError,
+  printable,
+)
+
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+# Files of one path; more are a slip of the keyboard.
+_MAX_FILES = 1_000_000
+# Characters of a path with its braces.
+_MAX_TEXT = 1 << 20
+_MAX_NAME = 4096  # Characters of a file's path.
+
+
+def expand_path(
+  path: AnyPath | Sequence[AnyPath], *, suffix: str = ".tar"
+) -> list[PurePath]:
+  """The existing files that `path` stands for, globs sorted, no file twice.
+
+  Args:
+    path: brace ranges, brace lists, globs, commas or a list of them, of files
+      or of objects in buckets.
+    suffix: how such files end, for the hint in errors.
+
+  Raises:
+    MissingFileError: a glob matches nothing, or files of a range or a plain
+      name are missing.
+    InputError: a file appears twice or is none (a folder, a pipe, a device), a
+      brace is malformed or endless, or a URL is of another kind.
+    StorageError: a bucket can't be read.
+  """
+  files: list[PurePath] = []
+  missing: list[str] = []
+  patterns = [p for item in split_paths(path) for p in expand_braces(item)]
+  if not patterns:
+    raise InputError(f"The path {printable(repr(path))} names no file.")
+  # One listing of each folder of a bucket, instead of a request for each file.
+  listing = functools.cache(buckets.list_objects)
+  for pattern in patterns:
+    if len(pattern) > _MAX_NAME:
+      raise InputError(
+        f"{printable(repr(pattern), 80)} has {len(pattern):,} characters; a"
+        f" file's path has at most {_MAX_NAME:,}."
+      )
+    remote = path_lib.is_remote(pattern)
+    pattern = pattern if remote else os.path.expanduser(pattern)
+    if _file_exists(pattern, listing):
+      # Before the glob, since a file's name may have brackets.
+      files.append(path_lib.as_path(pattern))
+    elif glob.has_magic(pattern):
+      matches = _glob(pattern)
+      if not matches:
+        prefix = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        raise MissingFileError(
+          f"{pattern!r} matches no file. "
+          + _describe_folder(path_lib.as_path(prefix + "x").parent, suffix)
+        )
+      files.extend(map(path_lib.as_path, matches))
+    else:
+      missing.append(pattern)
+  if missing:
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    folder = path_lib.as_path(missing[0]).parent
+    raise MissingFileError(
+      f"{len(missing)} of {len(patterns)} files are missing:"
+      f" {printable(', '.join(missing[:8]), 1000)}{more}."
+      f" {_describe_folder(folder, suffix)} Add the missing files, or leave"
+      " them out of the path (with a glob)."
+    )
+  # Not resolve(): a system call per file and component adds up on network
+  # disks, and the check of the keys detects two links to a file.
+  names: set[str] = set()
+  for file in files:
+    remote = path_lib.is_remote(file)
+    if _is_folder(file, listing):
+      raise FolderError(
+        f"{file} is a folder; write {str(file / ('*' + suffix))!r}."
+      )
+    path_lib.check_regular(file)
+    name = str(file) if remote else os.path.abspath(file)
+    if name in names:
+      raise InputError(
+        f"{file} is in the path twice; to see data more often, raise the"
+        " `weight` of its entry."
+      )
+    names.add(name)
+  return files
+
+
+def _file_exists(file: str, listing: Callable[[str], Mapping]) -> bool:
+  if not path_lib.is_remote(file):
+    return os.path.exists(file)
+  folder, _, name = file.rstrip("/").rpartition("/")
+  # A listing of what is before the first slash of a glob may be endless.
+  return not glob.has_magic(folder) and name in listing(folder)
+
+
+def _is_folder(file: PurePath, listing: Callable[[str], Mapping]) -> bool:
+  if not path_lib.is_remote(file):
+    return Path(file).is_dir()
+  info = listing(os.fspath(file.parent)).get(file.name, {})
+  return info.get("type") == "directory"
+
+
+def _glob(pattern: str) -> list[str]:
+  if not path_lib.is_remote(pattern):
+    return sorted(glob.glob(pattern, recursive=True))
+  scheme = pattern.partition("://")[0]
+  names = buckets.request(pattern, "read", "glob")
+  return sorted(f"{scheme}://{name}" for name in names)
+
+
+def _describe_folder(folder: PurePath, suffix: str) -> str:
+  if not path_lib.is_folder(folder):
+    return f"There is no folder {printable(folder)}."
+  names = path_lib.list_folder(folder)
+  if not names:
+    return f"{folder} is empty."
+  ending = [name for name in names if name.endswith(suffix)]
+  shown = ending or names
+  return (
+    f"{folder} has {len(ending)} of {len(names)} names in {suffix!r},"
+    f" {shown[0]} to {shown[-1]}."
+  )
+
+
+def split_paths(path: str | os.PathLike | Sequence) -> list[str]:
+  """Splits lists and commas, the latter only outside braces."""
+  if isinstance(path, list | tuple):
+    return [part for item in path for part in split_paths(item)]
+  if not isinstance(path, str | os.PathLike):
+    raise InputError(
+      f"{printable(repr(path))} is not a path; expected a text or a list of"
+      " them."
+    )
+  parts, text = [""], os.fspath(path)
+  if not isinstance(text, str) or len(text) > _MAX_TEXT:
+    raise InputError(
+      f"{printable(repr(text), 80)} is not a path; expected a text of at most"
+      f" {_MAX_TEXT:,} characters."
+    )
+  for piece in re.findall(r"\{[^{}]*\}|,|[^,{}]+|[{}]", text):
+    if piece == ",":
+      parts.append("")
+    else:
+      parts[-1] += piece
+  return [part.strip() for part in parts if part.strip()]
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+  """`a{08..10}` -> a08 a09 a10; `{x,y}z` -> xz yz; products of several."""
+  texts = re.split(r"(\{[^{}]*\})", pattern)
+  if any("{" in text or "}" in text for text in texts[::2]):
+    raise InputError(
+      f"{printable(repr(pattern))} has unbalanced or nested braces."
+    )
+  options = [_brace_options(text, pattern) for text in texts[1::2]]
+  if math.prod(map(len, options)) > _MAX_FILES:
+    raise _too_many(pattern)
+  for chosen in itertools.product(*options):
+    parts = itertools.zip_longest(texts[::2], chosen, fillvalue="")
+    yield "".join(itertools.chain.from_iterable(parts))
+
+
+def _brace_options(text: str, pattern: str) -> Sequence[str]:
+  """What a brace of a pattern stands for."""
+  inside = text[1:-1]
+  if match := _RANGE.fullmatch(inside.strip()):
+    first, last = match.groups()
+    if max(len(first), len(last)) > 18 or int(last) - int(first) > _MAX_FILES:
+      raise _too_many(pattern)
+    if int(last) < int(first):
+      raise InputError(
+        f"The range {text} of {printable(repr(pattern))} is empty."
+      )
+    # Leading zeros as in the first number, like bash.
+    width = len(first) if first.startswith("0") else 0
+    return [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
+  if "," in inside:
+    return [option.strip() for option in inside.split(",")]
+  raise InputError(
+    f"{printable(text)} of {printable(repr(pattern))} is not a range; write"
+    " {00000..00012} or {a,b}."
+  )
+
+
+def _too_many(pattern: str) -> InputError:
+  return InputError(
+    f"{printable(repr(pattern))} stands for more than {_MAX_FILES:,} files."
+    " Check the numbers in its braces."
+  )

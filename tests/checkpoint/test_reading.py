@@ -1,0 +1,254 @@
+"""Reading a part, and damaged files: lost ones, flipped bits, old versions."""
+
+import errno
+import json
+import logging
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_samples import (
+  abstract,
+  assert_same,
+  make_mesh,
+  make_state,
+  open_checkpointer,
+)
+
+from mtv_jax.checkpoint import reading
+from mtv_jax.checkpoint.reading import DamagedCheckpointError, load_tree
+from mtv_jax.utils.errors import StorageError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run's folder with a checkpoint of step 7, and the state saved there."""
+  folder = tmp_path_factory.mktemp("run")
+  state = make_state(make_mesh(8, 1, 1), seed=7)
+  with open_checkpointer(folder / "checkpoints") as ckpt:
+    ckpt.save(7, state, timing={"train": 1.5, "wait": 0.25})
+  return folder, state
+
+
+@pytest.fixture
+def damaged(run, tmp_path):
+  """A copy of the checkpoint at steps 3 and 7."""
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(run[0] / "checkpoints", folder)
+  shutil.copytree(folder / "7", folder / "3")
+  return folder
+
+
+def on_two_devices():
+  devices = jax.devices()[:2]
+  axis_types = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh(
+    (1, 2, 1), ("data", "fsdp", "tensor"), axis_types=axis_types,
+    devices=devices,
+  )  # fmt: skip
+
+
+# --- reading a part ----------------------------------------------------------
+
+
+def test_load_tree(run):
+  folder, state = run
+  for path in (folder, folder / "checkpoints", str(folder)):
+    assert_same(load_tree(path), jax.tree.map(np.asarray, state.params))
+  bias = load_tree(folder, part="teacher/image")["bias"]
+  assert isinstance(bias, np.ndarray) and bias.dtype == jnp.bfloat16
+  before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+  assert before == ["7"]
+
+
+def test_load_tree_errors(run, tmp_path):
+  folder, _ = run
+  with pytest.raises(ValueError, match="no 'ema'. Its parts are: opt_state, p"):
+    load_tree(folder, part="ema")
+  with pytest.raises(FileNotFoundError, match="step 3 in .*steps are: 7"):
+    load_tree(folder, step=3)
+  with pytest.raises(FileNotFoundError, match="does not exist"):
+    load_tree(tmp_path / "nowhere")
+  with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    load_tree(tmp_path)
+
+
+# --- damage ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "lost",
+  [("state/d", "state/ocdbt.process_0"), ("state/_METADATA",), ("state",)],
+)
+def test_lost_files_are_named_with_the_step_before(run, damaged, lost):
+  for name in lost:
+    path = damaged / "7" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  match = r"(?s)checkpoints/7 is damaged.*resume from step 3"
+  with (
+    open_checkpointer(damaged) as ckpt,
+    pytest.raises(DamagedCheckpointError, match=match),
+  ):
+    ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)))
+  with pytest.raises(DamagedCheckpointError, match=match):
+    load_tree(damaged)
+  assert load_tree(damaged, step=3)
+
+
+def change_checksum(folder, name="params/image/kernel", step=7):
+  """As if the array had changed: its stored checksum is another."""
+  path = folder / str(step) / "checksums" / "metadata"
+  stored = json.loads(path.read_text())
+  old = stored["arrays"][name]
+  stored["arrays"][name] = old[:-1] + ("0" if old[-1] != "0" else "1")
+  path.write_text(json.dumps(stored))
+
+
+def test_a_changed_array_is_named(run, damaged):
+  change_checksum(damaged)
+  wanted = abstract(run[1], on_two_devices())
+  match = "(?s)7 is damaged: the checksums of 1 of .* differ.*image/kernel"
+  with (
+    open_checkpointer(damaged) as ckpt,
+    pytest.raises(DamagedCheckpointError, match=match),
+  ):
+    ckpt.restore(wanted)
+  with pytest.raises(DamagedCheckpointError, match=match):
+    load_tree(damaged)
+  # What is not read is not checked.
+  assert load_tree(damaged, part="params/heads")
+
+
+def test_latest_good_takes_the_checkpoint_before_and_frees_the_step(
+  run, damaged, caplog
+):
+  state = run[1]
+  wanted = abstract(state, on_two_devices())
+  change_checksum(damaged)
+  with open_checkpointer(damaged) as ckpt:
+    restored = ckpt.restore(wanted, latest_good=True)
+    assert restored.step == 3 and ckpt.steps() == [3]
+    assert_same(restored.state, state)
+    said = "\n".join(r.getMessage() for r in caplog.records)
+    assert "7 is damaged" in said and "to 7.damaged" in said
+    ckpt.save(7, restored.state)
+    assert ckpt.steps() == [3, 7]
+    # Again: the name is taken.
+    change_checksum(damaged)
+    assert ckpt.restore(wanted, latest_good=True).step == 3
+  names = sorted(p.name for p in damaged.iterdir())
+  assert names == ["3", "7.damaged", "7.damaged1"]
+  assert (damaged / "7.damaged" / "state" / "_METADATA").exists()
+
+
+def test_without_any_good_checkpoint_nothing_is_renamed(run, damaged):
+  for step in (3, 7):
+    change_checksum(damaged, step=step)
+  with (
+    open_checkpointer(damaged) as ckpt,
+    pytest.raises(DamagedCheckpointError, match="(?s)3 is.*no earlier one"),
+  ):
+    ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)), latest_good=True)
+  assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    ValueError("UNAVAILABLE: Error reading gs://bucket/run/checkpoints/7"),
+    TimeoutError("no answer"),
+    OSError(errno.EMFILE, "Too many open files"),
+  ],
+)
+def test_a_storage_that_does_not_answer_is_not_damage(
+  run, damaged, monkeypatch, error
+):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(reading, "read_arrays", fail)
+  with (
+    open_checkpointer(damaged) as ckpt,
+    pytest.raises(StorageError, match="7 can't be read"),
+  ):
+    ckpt.restore(abstract(run[1], on_two_devices()), latest_good=True)
+  assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
+
+
+def test_an_old_checkpoint_is_read_with_a_note(run, damaged, caplog):
+  caplog.set_level(logging.INFO)
+  shutil.rmtree(damaged / "7" / "checksums")
+  path = damaged / "7" / "timing" / "metadata"
+  path.write_text(json.dumps({"train": 1.5, "wait": 0.25}))
+  with open_checkpointer(damaged) as ckpt:
+    restored = ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)))
+  assert_same(restored.state, run[1])
+  assert restored.timing == {"train": 1.5, "wait": 0.25}
+  notes = [r.getMessage() for r in caplog.records if "mtv_jax" in r.name]
+  (note,) = notes
+  assert "7 has no checksums and can't be verified" in note
+
+
+def test_lost_checksums_are_damage(run, damaged):
+  shutil.rmtree(damaged / "7" / "checksums")
+  match = "7 is damaged: its checksums are missing"
+  with pytest.raises(DamagedCheckpointError, match=match):
+    load_tree(damaged)
+  wanted = abstract(run[1], make_mesh(8, 1, 1))
+  with open_checkpointer(damaged) as ckpt:
+    with pytest.raises(DamagedCheckpointError, match=match):
+      ckpt.restore(wanted)
+    assert ckpt.restore(wanted, latest_good=True).step == 3
+
+
+def flip_bits(folder, seed, count):
+  """Yields a place, with one random bit of a checkpoint's files flipped."""
+  files = sorted(p for p in folder.rglob("*") if p.is_file())
+  generator = random.Random(seed)
+  for _ in range(count):
+    path = generator.choice(files)
+    content = path.read_bytes()
+    bit = generator.randrange(8 * len(content))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(changed)
+    yield f"bit {bit} of {path.relative_to(folder)}"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ("seed", "count"),
+  [(0, 10), pytest.param(1, 100, marks=pytest.mark.slow)],
+)
+def test_a_flipped_bit_never_changes_a_value_unseen(run, damaged, seed, count):
+  """Saved on eight devices, read on two."""
+  state = run[1]
+  wanted = abstract(state, on_two_devices())
+  params = jax.tree.map(np.asarray, state.params)
+  raised = 0
+
+  def restore():
+    with open_checkpointer(damaged) as ckpt:
+      restored = ckpt.restore(wanted)
+    assert restored.step == 7
+    assert_same(restored.state, state)
+    assert restored.timing == {"train": 1.5, "wait": 0.25}
+
+  def load():
+    assert_same(load_tree(damaged), params)
+
+  for place in flip_bits(damaged / "7", seed, count):
+    for read in (restore, load):
+      try:
+        read()
+      except DamagedCheckpointError as error:
+        raised += 1
+        assert "7 is damaged" in str(error), place
+      except BaseException as error:
+        error.add_note(place)
+        raise
+  # Names of files are random, and so is how many flips hit the arrays' data.
+  assert raised > count / 5

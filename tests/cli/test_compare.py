@@ -1,0 +1,153 @@
+"""The command `compare`: from encoders to a page, and its resume."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mtv_jax.cli import compare
+from mtv_jax.cli.main import command
+from mtv_jax.encoder import baselines
+from mtv_jax.evals.classification.knn import KNN
+from mtv_jax.evals.core import results
+
+ENCODERS = ["coarse=pixels:8/8", "fine=pixels:16/8"]
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+  """Noisy images of two colours in a folder of splits, some mislabelled."""
+  from PIL import Image
+
+  root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+  for split, count in (("train", 6), ("val", 10)):
+    for label, level in (("dark", 90), ("light", 150)):
+      folder = root / split / label
+      folder.mkdir(parents=True)
+      for i in range(count):
+        image = np.clip(rng.normal(level, 60, (12, 12, 3)), 0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+  return root
+
+
+def run(*arguments, data, output):
+  command("compare")(
+    [
+      *arguments,
+      "--evals=knn",
+      f"--data={data}",
+      "--set=knn.k=(2,)",
+      "--set=knn.view=encoder",
+      f"--output={output}",
+    ]
+  )
+
+
+@pytest.fixture(scope="module")
+def compared(splits, tmp_path_factory):
+  output = tmp_path_factory.mktemp("compared")
+  run(*ENCODERS, data=splits, output=output)
+  return output
+
+
+def test_report_has_columns_and_paired_differences(compared):
+  text = (compared / "report.md").read_text()
+  assert "| evaluation | metric | coarse | fine | chance |" in text
+  assert "Differences from coarse" in text
+  assert "All are paired" in text
+  outcomes = results.read(compared / "results.json")
+  assert [o.name for o in outcomes] == ["coarse", "fine"]
+  assert [o.encoder for o in outcomes] == ["pixels:8/8", "pixels:16/8"]
+  folder = compared / "encoders" / "fine"
+  assert sorted(p.name for p in folder.iterdir()) == ["knn.json", "knn.npz"]
+  settings = json.loads((folder / "knn.json").read_text())["settings"]
+  assert settings["encoder"] == "pixels:16/8"
+  assert settings["evaluation"]["k"] == [2]
+
+
+def test_resume_evaluates_what_is_missing(
+  compared, splits, tmp_path, monkeypatch
+):
+  before = (compared / "report.md").read_text()
+  loaded, ran = [], []
+
+  def load(path, **options):
+    loaded.append(path)
+    return baselines.load(path)
+
+  def count_runs(self, encoder, evaluate=KNN.run):
+    ran.append(encoder.source)
+    return evaluate(self, encoder)
+
+  monkeypatch.setattr(compare.mtv_jax, "load", load)
+  monkeypatch.setattr(KNN, "run", count_runs)
+  run(*ENCODERS, data=splits, output=compared)
+  assert loaded == ran == []
+  assert (compared / "report.md").read_text() == before
+  # Another option: both are evaluated again. Another column: it alone.
+  run(*ENCODERS, "--set=knn.temperature=0.1", data=splits, output=compared)
+  assert loaded == ran == ["pixels:8/8", "pixels:16/8"]
+  run(*ENCODERS, data=splits, output=compared)
+  loaded.clear()
+  run(*ENCODERS, "pixels:8/4", data=splits, output=compared)
+  assert loaded == ["pixels:8/4"]
+  header = "| evaluation | metric | coarse | fine | pixels:8/4 | chance |"
+  assert header in (compared / "report.md").read_text()
+
+
+def test_earlier_results_of_another_protocol_have_their_own_row(
+  compared, splits, tmp_path
+):
+  earlier = tmp_path / "earlier.json"
+  (outcome, *_) = results.read(compared / "results.json")
+  outcome.results["knn"].protocol["options"] = {"k": [2], "temperature": 9}
+  results.write(earlier, [outcome])
+  output = tmp_path / "out"
+  run(ENCODERS[0], f"old={earlier}", data=splits, output=output)
+  text = (output / "report.md").read_text()
+  rows = [line for line in text.splitlines() if "| top1_k2 (" in line]
+  value = f"{100 * outcome.results['knn'].metrics['top1_k2']:.2f} ±"
+  first, second = ([c.strip() for c in row.split("|")[3:5]] for row in rows)
+  assert first[0].strip("*").startswith(value) and first[1] == "-"
+  assert second[0] == "-" and second[1].strip("*").startswith(value)
+  assert "and rows of their own:" in text
+  assert "temperature" in text and '"temperature": 9' in text
+
+
+def test_earlier_results_alone_need_no_data(compared, tmp_path):
+  file = tmp_path / "earlier.json"
+  (outcome, *_) = results.read(compared / "results.json")
+  results.write(file, [outcome])
+  output = tmp_path / "out"
+  run(f"old={file}", f"new={file}", data=tmp_path / "none", output=output)
+  text = (output / "report.md").read_text()
+  assert "| evaluation | metric | old | new | chance |" in text
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["a=pixels:8/8", "a=pixels:16/8"], "two encoders have the name 'a'"),
+    (["pixels:8/8", "x=pixels:8/8"], "pixels:8/8 is given twice"),
+    (["no/such/folder"], "does not exist"),
+    (["pixels:8/8", "no.json"], "no.json"),
+    (["pixels:8/8", "--baseline=b"], "--baseline=b: no encoder has this name"),
+    (["pixels:8/8", "--evals=knnn"], "Did you mean 'knn'"),
+    (["pixels:8/8", "--data=no/data"], "no/data"),
+  ],
+)
+def test_mistakes_are_found_before_anything_runs(
+  arguments, message, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "no").mkdir()
+  monkeypatch.setattr(KNN, "run", None)
+  with pytest.raises(SystemExit, match=f"compare: .*{message}"):
+    command("compare")(["--evals=knn", *arguments, "--output=out"])
+  assert not (tmp_path / "out").exists()
+
+
+def test_output_is_required(capsys):
+  with pytest.raises(SystemExit):
+    command("compare")(["pixels:8/8"])
+  assert "--output" in capsys.readouterr().err

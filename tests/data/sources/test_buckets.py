@@ -1,0 +1,176 @@
+"""Sources and labels in buckets give the records of local files."""
+
+import pickle
+
+import label_samples
+import numpy as np
+import pytest
+
+from mtv_jax.data import order
+from mtv_jax.data.labels.label_writer import LabelWriter
+from mtv_jax.data.pipeline import make_loader
+from mtv_jax.data.registry import build_source, open_files
+from mtv_jax.data.sources import webdataset
+from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.utils import path
+from mtv_jax.utils.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+  """Tars with labels, the same as ArrayRecord and Parquet."""
+  folder = tmp_path_factory.mktemp("local")
+  base = label_samples.open_base(label_samples.make_base(folder))
+  for kind in ("depth", "boxes"):
+    label_samples.make_set(folder / kind, base, kind)
+  label_samples.make_base(folder / "records", format="array_record")
+  # The copy in a bucket has an index of its own.
+  for file in (folder / "base").glob("*.index"):
+    file.unlink()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def remote(bucket, local):
+  """A copy of these files in a bucket."""
+  url = f"{bucket}/sources"
+  for name in ("base", "depth", "boxes", "records/base"):
+    path.upload_folder(local / name, path.as_path(url) / name)
+  return url
+
+
+def records(source):
+  return [source[i] for i in range(len(source))]
+
+
+def test_tars_and_labels(remote, local, cache):
+  entries = [
+    dict(
+      type="webdataset",
+      path=f"{root}/base/*.tar",
+      labels=dict(depth=f"{root}/depth", boxes=f"{root}/boxes"),
+    )
+    for root in (str(local), remote)
+  ]
+  batches = []
+  for entry in entries:
+    data = dict(train=[entry], ops="decode|canvas(8)|depth(8)|regions(4)")
+    tokenizer = build_tokenizer("bytes")
+    with make_loader(data, batch_size=4, seed=0, tokenizer=tokenizer) as loader:
+      batches.append([next(loader) for _ in range(3)])
+  for wanted, actual in zip(*batches, strict=True):
+    for name, values in wanted.items():
+      np.testing.assert_array_equal(actual[name], values, err_msg=name)
+  # Beside the tars, for other hosts.
+  assert "00000.tar.index" in path.list_folder(f"{remote}/base")
+
+
+def test_a_block_is_read_in_one_request(remote, monkeypatch):
+  source = build_source(dict(type="webdataset", path=f"{remote}/base/*.tar"))
+  source.read_in_blocks(order.BLOCK * order.WINDOW)
+  source = pickle.loads(pickle.dumps(source))
+  requests, read_range = [], path.read_range
+
+  def count(file, offset, size):
+    requests.append((str(file), offset))
+    return read_range(file, offset, size)
+
+  monkeypatch.setattr(webdataset.path_lib, "read_range", count)
+  images = [record["image"] for record in records(source)]
+  assert images == [label_samples.png(i) for i in range(len(source))]
+  # One of each of the three tars.
+  assert len(requests) == len(set(requests)) == len(source.files) == 3
+
+
+def test_records_across_blocks(remote, local, monkeypatch):
+  monkeypatch.setattr(webdataset, "_BLOCK", 700)
+  source = open_files(f"{remote}/base/*.tar")
+  source.read_in_blocks(1)
+  assert records(source) == records(open_files(f"{local}/base/*.tar"))
+
+
+def test_whole_tars_are_cached(remote, local, tmp_path, monkeypatch):
+  entry = dict(type="webdataset", cache=str(tmp_path / "tars"))
+  source = build_source(entry | dict(path=f"{remote}/base/*.tar"))
+  expected = records(open_files(f"{local}/base/*.tar"))
+  assert records(source) == expected
+  monkeypatch.setattr(
+    webdataset.path_lib, "read_range", lambda *_: pytest.fail("a request")
+  )
+  assert records(source) == expected
+  assert len(list((tmp_path / "tars").rglob("*.tar"))) == 3
+
+
+def test_array_record(remote, local):
+  actual = open_files(f"{remote}/records/base/*.array_record")
+  expected = open_files(f"{local}/records/base/*.array_record")
+  assert records(actual) == records(expected)
+  assert actual.read_metadata(5) == expected.read_metadata(5)
+
+
+def test_parquet(bucket, tmp_path):
+  pa = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  table = pa.table(
+    {
+      "image": pa.array([label_samples.png(i) for i in range(10)], pa.binary()),
+      "caption": [f"c{i}" for i in range(10)],
+    }
+  )
+  parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+  url = f"{bucket}/parquet/a.parquet"
+  path.upload(tmp_path / "a.parquet", path.as_path(url))
+  expected = records(open_files(tmp_path / "a.parquet"))
+  assert records(open_files(url)) == expected and len(expected) == 10
+
+
+def test_a_tar_that_changes_is_named(bucket, local):
+  url = f"{bucket}/changed/00001.tar"
+  data = (local / "base" / "00001.tar").read_bytes()
+  path.write_bytes(path.as_path(url), data)
+  source = open_files(url)
+  path.write_bytes(path.as_path(url), data[:600])
+  with pytest.raises(TarError, match=rf"{url} ends before its record"):
+    records(source)
+  with pytest.raises(TarError, match=rf"{url} is truncated"):
+    open_files(url)
+
+
+def test_what_works_on_folders_only(bucket, local, tmp_path):
+  base = open_files(f"{local}/base/*.tar")
+  with pytest.raises(InputError, match="Write labels to a folder"):
+    LabelWriter(f"{bucket}/out", kind="depth", base=base, settings={})
+  with pytest.raises(InputError, match="Name a folder of this machine"):
+    scenes = dict(type="scenes", size=16, length=2, cache=f"{bucket}/scenes")
+    records(build_source(scenes))
+
+
+def test_tokenizer(bucket, tmp_path):
+  import tokenizers
+
+  model = tokenizers.models.WordLevel(
+    {"<pad>": 0, "a": 1, "</s>": 2, "?": 3}, "?"
+  )
+  file = tmp_path / "tokenizer.json"
+  tokenizers.Tokenizer(model).save(str(file))
+  for name, text in (
+    ("tokenizer.json", file.read_text()),
+    ("tokenizer_config.json", '{"pad_token": "<pad>", "eos_token": "</s>"}'),
+  ):
+    path.write_bytes(path.as_path(f"{bucket}/tok/{name}"), text.encode())
+  (tmp_path / "tokenizer_config.json").write_text(
+    '{"pad_token": "<pad>", "eos_token": "</s>"}'
+  )
+  expected = build_tokenizer(file)
+  actual = build_tokenizer(f"{bucket}/tok/tokenizer.json")
+  assert (actual.pad_id, actual.eos_id) == (expected.pad_id, expected.eos_id)
+  assert actual.vocab_size == expected.vocab_size

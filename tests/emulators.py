@@ -1,0 +1,166 @@
+"""Emulators of object stores, in processes of their own.
+
+`python tests/emulators.py gs|s3 PORT` is one. That of Google's store adds to
+gcp-storage-emulator what tensorstore needs for writes that depend on a read:
+the header of an object's generation, and the condition on it. It refuses to
+write objects whose names match the regular expression that `REFUSED` contains.
+"""
+
+import contextlib
+import ctypes
+import http
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+REFUSED = ".refused"  # An object of the bucket.
+
+
+def _require(*modules: str) -> None:
+  # Without an import: gcsfs reads its variables then.
+  if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
+    pytest.skip(f"no {missing[0]}: pip install -e '.[buckets,emulators]'")
+
+
+def _free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _run_server(
+  store: str, *, port: int, env: dict[str, str]
+) -> Iterator[None]:
+  """Runs a server with these variables in this process's environment."""
+  with tempfile.TemporaryFile() as log, pytest.MonkeyPatch.context() as patch:
+    process = subprocess.Popen(
+      [sys.executable, __file__, store, str(port)],
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env={**os.environ, "PYTHONWARNINGS": "default"},
+    )
+    try:
+      deadline = time.monotonic() + 60
+      while True:
+        try:
+          urllib.request.urlopen(f"http://localhost:{port}", timeout=5).close()
+          break
+        except urllib.error.HTTPError as error:
+          error.close()
+          break
+        except OSError:
+          assert process.poll() is None and time.monotonic() < deadline
+          time.sleep(0.1)
+      for name, value in env.items():
+        patch.setenv(name, value)
+      yield
+    finally:
+      process.kill()
+      process.wait()
+
+
+@contextlib.contextmanager
+def google_storage() -> Iterator[str]:
+  """The URL of a bucket of Google's store."""
+  _require("gcsfs", "gcp_storage_emulator")
+  port = _free_port()
+  url = f"http://localhost:{port}"
+  env = {
+    "STORAGE_EMULATOR_HOST": url,
+    "TENSORSTORE_GCS_HTTP_URL": url,
+    # Only asks Google which kind a bucket is.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "NO_GCE_CHECK": "true",
+  }
+  with _run_server("gs", port=port, env=env):
+    yield "gs://bucket"
+
+
+@contextlib.contextmanager
+def amazon_s3() -> Iterator[str]:
+  """The URL of a bucket of Amazon's store."""
+  _require("s3fs", "moto")
+  port = _free_port()
+  env = {
+    "AWS_ENDPOINT_URL": f"http://localhost:{port}",
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+  }
+  with _run_server("s3", port=port, env=env):
+    import fsspec
+
+    fsspec.filesystem("s3").mkdir("s3://bucket")
+    yield "s3://bucket"
+
+
+def _serve_google_storage(port: int) -> None:
+  from gcp_storage_emulator import server
+  from gcp_storage_emulator.exceptions import NotFound
+  from gcp_storage_emulator.handlers import objects
+
+  def read_generation(storage, bucket, name):
+    try:
+      return storage.get_file_obj(bucket, name)["generation"]
+    except NotFound:
+      return "0"
+
+  def download(request, response, storage, *args, **kwargs):
+    send(request, response, storage, *args, **kwargs)
+    where = request.params["bucket_name"], request.params["object_id"]
+    response["x-goog-generation"] = read_generation(storage, *where)
+
+  def is_refused(request, storage):
+    bucket, data = request.params["bucket_name"], request.data
+    metadata = data.get("meta", data) if isinstance(data, dict) else {}
+    (name,) = request.query.get("name", [metadata.get("name")])
+    try:
+      pattern = storage.get_file(bucket, REFUSED).decode()
+    except NotFound:
+      return False
+    return re.search(pattern, name) is not None
+
+  def insert(request, response, storage, *args, **kwargs):
+    if is_refused(request, storage):
+      response.status = http.HTTPStatus.FORBIDDEN
+      return
+    (wanted,) = request.query.get("ifGenerationMatch", [None])
+    if wanted is not None:
+      where = request.params["bucket_name"], request.query["name"][0]
+      if read_generation(storage, *where) != wanted:
+        response.status = http.HTTPStatus.PRECONDITION_FAILED
+        return
+    write(request, response, storage, *args, **kwargs)
+
+  send, write = objects.download, objects.insert
+  objects.download, objects.insert = download, insert
+  replaced = {send: download, write: insert}
+  for _, handlers in server.HANDLERS:
+    for method, handler in handlers.items():
+      handlers[method] = replaced.get(handler, handler)
+  thread = server.create_server("localhost", port, True, "bucket")
+  thread.run()
+
+
+def _serve_amazon_s3(port: int) -> None:
+  from moto import server
+
+  server.main(["-p", str(port)])
+
+
+if __name__ == "__main__":
+  # Linux: PR_SET_PDEATHSIG, SIGKILL. A test that is killed leaves no server.
+  ctypes.CDLL(None).prctl(1, 9)
+  serve = {"gs": _serve_google_storage, "s3": _serve_amazon_s3}
+  serve[sys.argv[1]](int(sys.argv[2]))

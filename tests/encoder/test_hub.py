@@ -1,0 +1,138 @@
+"""Models of the hub, against a local stand-in: download, push, cards."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from hub_server import serve
+
+import mtv_jax
+from mtv_jax.cli.main import run_command
+from mtv_jax.convert import huggingface
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder import description, hub, loading
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower
+from mtv_jax.utils.errors import InputError, MissingFileError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server(tmp_path):
+  hub.download.cache_clear()
+  with serve(tmp_path / "cache") as found:
+    yield found
+  hub.download.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+  """An export of an image tower with random weights."""
+  shape = dict(width=32, depth=1, heads=2, mlp_dim=32)
+  spec = two_tower.ModelSpec.from_config(
+    dict(patch_size=8, image_size=16, pool="map", **shape)
+  )
+  params = jax.device_get(two_tower.init_params(spec, jax.random.key(0)))
+  preprocess = Preprocess(size=16).to_dict()
+  folder = tmp_path_factory.mktemp("hub") / "export"
+  huggingface.write(folder, ConvertedModel(spec, params, preprocess))
+  return folder
+
+
+def files_of(folder):
+  return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
+
+
+def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
+  server.create("lab/model")
+  files = files_of(export) | {"pytorch_model.bin": b"not read"}
+  first = server.commit("lab/model", "main", files)
+  want = loading.read_model(export)
+  got = loading.read_model("lab/model")
+  jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+  assert not any("pytorch_model" in line for line in server.requests)
+  # Once for a process; by another name the cache has the files.
+  count = len(server.requests)
+  assert description.describe("lab/model").spec == want.spec
+  assert len(server.requests) == count
+  assert mtv_jax.load(f"hf:lab/model@{first}").source == f"hf:lab/model@{first}"
+  # A later revision of the branch is taken by the next process.
+  config = files["mtv_jax.json"].replace(b'"size": 16', b'"size": 8')
+  assert config != files["mtv_jax.json"]
+  server.commit("lab/model", "main", {"mtv_jax.json": config})
+  assert description.describe("lab/model").preprocess.size == 16
+  hub.download.cache_clear()
+  assert description.describe("lab/model").preprocess.size == 8
+  assert description.describe(f"lab/model@{first}").preprocess.size == 16
+  # Without a network the cache is read.
+  hub.download.cache_clear()
+  monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
+  assert description.describe("hf:lab/model").preprocess.size == 8
+
+
+def test_what_is_no_model(server, tmp_path, monkeypatch):
+  with pytest.raises(MissingFileError, match="lab/none is no local path.*404"):
+    mtv_jax.load("lab/none")
+  server.create("lab/model")
+  with pytest.raises(MissingFileError, match="lab/model@v9"):
+    mtv_jax.load("hf:lab/model@v9")
+  for name in ("hf:model", "hf:a/b/c", "hf:../x"):
+    with pytest.raises(InputError, match="expected hf:ORG/NAME"):
+      mtv_jax.load(name)
+  # A folder of that name is a path.
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "lab").mkdir()
+  assert not hub.is_name("lab/model") and hub.is_name("hf:lab/model")
+  with pytest.raises(MissingFileError, match="lab/model does not exist"):
+    mtv_jax.load("lab/model")
+
+
+def test_push(server, export, tmp_path, capsys, monkeypatch):
+  """The card's code runs, on what was uploaded."""
+  results = tmp_path / "results.json"
+  run_command(
+    "evaluate",
+    [
+      f"--encoder={export}",
+      "--evals=patch_pca",
+      "--count=2",
+      f"--json={results}",
+    ],
+  )
+  options = ["--license=apache-2.0", "--data=40 photos", "--base_model=lab/b"]
+  for _ in range(2):  # A second time replaces the card's sections.
+    command = ["push", str(export), "lab/new", *options]
+    run_command(command[0], [*command[1:], f"--results={results}"])
+  assert "to lab/new: http" in capsys.readouterr().out
+  commit = server.commits[server.revisions["lab/new"]["main"]]
+  assert commit.keys() == files_of(export).keys()
+  text = commit["README.md"].decode()
+  head, body = text.split("---\n", 2)[1:]
+  assert (
+    head.count("license: apache-2.0") == head.count("base_model: lab/b") == 1
+  )
+  assert text.count("## Training data\n\n40 photos") == 1
+  assert "explained_by_3" in body and "data_hash" in body
+  code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)[-1]
+  assert 'mtv_jax.load("lab/new")' in code
+  monkeypatch.chdir(tmp_path)
+  PIL.Image.new("RGB", (20, 16), "red").save("photo.jpg")
+  names = {}
+  exec(code, names)
+  assert names["features"].pooled.shape == (1, 32)
+
+
+def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
+  options = ["--license=mit", "--data=x"]
+  with pytest.raises(SystemExit, match="expected ORG/NAME"):
+    run_command("push", [str(export), "new", *options])
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(SystemExit, match="is no export"):
+    run_command("push", [str(tmp_path / "empty"), "lab/new", *options])
+  monkeypatch.setenv("HF_TOKEN", "")
+  with pytest.raises(SystemExit, match="can't be uploaded.*HF_TOKEN"):
+    run_command("push", [str(export), "lab/new", *options])

@@ -1,0 +1,91 @@
+"""The drift gauge on encoders that differ by a known change."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.convert import native
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.core.base import NotApplicable, build_evaluator
+from mtv_jax.models import two_tower
+from mtv_jax.utils.errors import InputError
+
+_SHAPE = dict(width=32, depth=2, heads=2, mlp_dim=32)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """The folder of a model with random weights."""
+  fields = dict(patch_size=8, image_size=16, pool="mean", **_SHAPE)
+  spec = two_tower.ModelSpec.from_config(fields)
+  params = jax.device_get(two_tower.init_params(spec, jax.random.key(0)))
+  folder = tmp_path_factory.mktemp("start")
+  preprocess = Preprocess(size=16).to_dict()
+  native.write(folder, ConvertedModel(spec, params, preprocess))
+  return folder
+
+
+def gauge(folder, **options):
+  data = dict(type="scenes", size=16, length=24)
+  return build_evaluator(
+    "drift", dict(reference=str(folder), data=data, k=4) | options
+  )
+
+
+def changed(encoder, change):
+  """A copy whose second block has other parameters."""
+  params = jax.tree.map(np.array, encoder.params)
+  rng = np.random.default_rng(0)
+  kernel = params["image"]["blocks"]["mlp"]["fc2"]["kernel"]
+  kernel[1] += change * rng.normal(size=kernel[1].shape)
+  return type(encoder)(
+    encoder.spec, params, encoder.preprocess, None, encoder.mesh
+  )
+
+
+def test_equal_encoders_read_one(start):
+  encoder = loading.load(start)
+  evaluator = gauge(start)
+  result = evaluator.run(encoder)
+  assert set(result.metrics) == {
+    "neighbours", "cka", "cosine", "cosine_patches",
+    "cosine_layer_0", "cosine_layer_1",
+  }  # fmt: skip
+  for name, value in result.metrics.items():
+    assert value == pytest.approx(1, abs=1e-12), name
+  assert result.metrics["neighbours"] == 1
+  assert result.chance["neighbours"] == 4 / 23
+  assert 0 < result.chance["cka"] < 0.9
+  assert result.protocol["images"] == 24
+
+  # A change of the second block leaves the first as it is; a larger one of
+  # the same direction leaves less of the rest. The reference is read once.
+  values = [result.metrics]
+  for change in (0.05, 0.5):
+    values.append(evaluator.run(changed(encoder, change)).metrics)
+    assert values[-1]["cosine_layer_0"] == pytest.approx(1, abs=1e-12)
+  for name in ("neighbours", "cka", "cosine", "cosine_patches"):
+    assert values[0][name] > values[1][name] > values[2][name], name
+
+
+def test_encoders_of_other_widths_have_neighbours_only(start):
+  fields = dict(patch_size=8, image_size=16, pool="mean", **_SHAPE)
+  spec = two_tower.ModelSpec.from_config(fields | dict(width=48))
+  encoder = loading.load(start)
+  params = two_tower.init_params(spec, jax.random.key(1))
+  other = type(encoder)(spec, params, encoder.preprocess, None, encoder.mesh)
+  metrics = gauge(start).run(other).metrics
+  assert set(metrics) == {"neighbours", "cka"}
+
+
+def test_what_is_not_applicable(start, tmp_path):
+  with pytest.raises(NotApplicable, match="give its folder as reference"):
+    build_evaluator("drift", {}).prepare()
+  with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    gauge(tmp_path / "nowhere").prepare()
+  with pytest.raises(InputError, match="has 24 images; k=24"):
+    dataclasses.replace(gauge(start), k=24).prepare()

@@ -1,0 +1,324 @@
+"""Small valid folders of models, one of each family, for hostile changes."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import safetensors.numpy
+
+from mtv_jax.convert import (
+  aimv2,
+  big_vision,
+  clip,
+  depth_anything,
+  dinov2,
+  dinov3,
+  huggingface,
+  native,
+  radio,
+  siglip,
+  siglip2,
+  tipsv2,
+)
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.encoder import loading
+from mtv_jax.experts.owlv2 import weights as owlv2
+from mtv_jax.models import two_tower
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
+
+HUGE, NAN = 10**30, float("nan")
+WRONG = {
+  "text": "x",
+  "zero": 0,
+  "negative": -1,
+  "huge": HUGE,
+  "nan": NAN,
+  "list": [1, 2, 3],
+  "object": {"a": 1},
+}
+OUTSIDE = {
+  "a parent": "../x.json",
+  "an absolute path": "/etc/passwd",
+  "a number": 3,
+  "empty": "",
+  "a null byte": "a\0b.json",
+  "a lone surrogate": "\ud800.json",
+  "a name of 5,000 bytes": "a" * 5000,
+  "a path of 9,000 bytes": "a/" * 4500 + "a",
+}
+BROKEN = {
+  "empty": b"",
+  "not JSON": b"{]",
+  "binary": bytes(range(256)),
+  "a list": b"[1]",
+  "a string": b'"x"',
+  "null": b"null",
+  "truncated": b'{"model_type": "sig',
+  "nested 100,000 deep": b'{"a":' * 100_000,
+  "a number of 10,000 digits": b'{"model_type": ' + b"9" * 10_000 + b"}",
+  "UTF-16 without a mark": '{"a": 1}'.encode("utf-16-le")[:-1],
+}
+_TOWER = {
+  "hidden_size": 32,
+  "intermediate_size": 64,
+  "num_attention_heads": 2,
+  "num_hidden_layers": 1,
+  "layer_norm_eps": 1e-6,
+}
+_VISION = {**_TOWER, "image_size": 32, "patch_size": 16}
+_TEXT = {**_TOWER, "vocab_size": 64, "max_position_embeddings": 8}
+_BACKBONE = {
+  **_VISION,
+  "model_type": "dinov2",
+  "image_size": 28,
+  "patch_size": 14,
+  "num_hidden_layers": 4,
+  "mlp_ratio": 2,
+  "out_indices": [1, 2, 3, 4],
+}
+CONFIGS = {
+  "siglip": {
+    "model_type": "siglip",
+    "vision_config": _VISION,
+    "text_config": {**_TEXT, "projection_size": 32},
+  },
+  "clip": {
+    "model_type": "clip",
+    "projection_dim": 32,
+    "vision_config": _VISION,
+    "text_config": {**_TEXT, "eos_token_id": 1},
+  },
+  "dinov2": {**_BACKBONE, "out_indices": None},
+  "dinov3": {**_VISION, "model_type": "dinov3_vit", "num_register_tokens": 2},
+  "siglip2": {
+    **_TOWER,
+    "model_type": "siglip2_vision_model",
+    "num_patches": 4,
+  },
+  "aimv2": {**_VISION, "model_type": "aimv2_vision_model"},
+  "radio": {
+    **_VISION,
+    "model_type": "radio",
+    "mlp_ratio": 2.0,
+    "max_img_size": 64,
+  },
+  "tipsv2": {**_VISION, "model_type": "tipsv2_vision_model", "mlp_ratio": 2},
+  "depth_anything": {
+    "model_type": "depth_anything",
+    "backbone_config": _BACKBONE,
+    "reassemble_hidden_size": 32,
+    "neck_hidden_sizes": [8, 16, 24, 32],
+    "fusion_hidden_size": 8,
+    "head_hidden_size": 4,
+  },
+  "owlv2": {
+    "model_type": "owlv2",
+    "projection_dim": 32,
+    "vision_config": _VISION,
+    "text_config": _TEXT,
+  },
+}
+_TEXT_NAMES = ["text_model.x"]
+_RULES = {
+  "siglip": lambda c: siglip.rules(siglip.read_spec(c, _TEXT_NAMES)),
+  "clip": lambda c: clip.rules(clip.read_spec(c, _TEXT_NAMES)),
+  "dinov2": lambda c: dinov2.rules(dinov2.read_spec(c, ())),
+  "dinov3": lambda c: dinov3.rules(dinov3.read_spec(c, ())),
+  "siglip2": lambda c: siglip2.rules(siglip2.read_spec(c, ()), prefix=""),
+  "aimv2": lambda c: aimv2.rules(aimv2.read_spec(c, ())),
+  "radio": lambda c: radio.rules(radio.read_spec(c, ())),
+  "tipsv2": lambda c: tipsv2.rules(tipsv2.read_spec(c, ())),
+  "depth_anything": lambda c: depth_anything.rules(
+    depth_anything.read_spec(c, ())
+  ),
+  "owlv2": lambda c: owlv2.rules(owlv2.read_spec(c)),
+}
+READERS = {"depth_anything": depth_anything.read, "owlv2": owlv2.read}
+TOKENS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "<pad>": 3}
+TOKENIZER = {
+  "version": "1.0",
+  "truncation": None,
+  "padding": None,
+  "added_tokens": [],
+  "normalizer": None,
+  "pre_tokenizer": None,
+  "post_processor": None,
+  "decoder": None,
+  "model": {"type": "WordLevel", "vocab": TOKENS, "unk_token": "a"},
+}
+PROCESSOR = {"size": {"height": 32, "width": 32}, "resample": 3}
+
+
+@functools.cache
+def _bases() -> pathlib.Path:
+  return pathlib.Path(tempfile.mkdtemp(prefix="foreign"))
+
+
+@functools.cache
+def base(family: str) -> pathlib.Path:
+  """A valid folder of a family, which nobody changes."""
+  folder = _bases() / family
+  if family in ("native", "export"):
+    write = native.write if family == "native" else huggingface.write
+    return write(folder, _model())
+  folder.mkdir()
+  config = CONFIGS[family]
+  rng = np.random.default_rng(0)
+  tensors = {
+    name: rng.normal(size=shape).astype(np.float32)
+    for rule in _RULES[family](config)
+    for name, shape in rule.expected_shapes()
+  }
+  save_tensors(folder, tensors)
+  write_json(folder / "config.json", config)
+  write_json(folder / "preprocessor_config.json", PROCESSOR)
+  write_json(folder / "tokenizer.json", TOKENIZER)
+  return folder
+
+
+def _model() -> ConvertedModel:
+  shape = {"width": 32, "heads": 2, "mlp_dim": 64, "depth": 1}
+  text = {**shape, "length": 8, "vocab_size": 258}
+  image = {**shape, "patch_size": 16, "image_size": 32}
+  spec = ModelSpec.from_config({**image, "text": text})
+  leaves = {
+    name: np.ones(leaf.shape, np.float32)
+    for name, leaf in flatten_with_names(two_tower.abstract_params(spec))
+  }
+  for leaf in ("logit_scale", "logit_bias"):
+    leaves[f"heads/contrastive/{leaf}"] = np.float32(1)
+  params = unflatten_names(leaves)
+  return ConvertedModel(spec, params, {"size": 32}, TokenizerFiles(None))
+
+
+def copy(family: str, folder: pathlib.Path) -> pathlib.Path:
+  """A copy of a valid folder."""
+  return pathlib.Path(shutil.copytree(base(family), folder / family))
+
+
+def read(family: str, folder: pathlib.Path) -> object:
+  """Reads a folder, as `mtv_jax.load` or the expert does."""
+  if family in READERS:
+    return READERS[family](folder)
+  return loading.load(folder)
+
+
+def write_json(path: pathlib.Path, content: object) -> None:
+  path.write_text(json.dumps(content))
+
+
+def change_json(path: pathlib.Path, keys: str, value: object) -> None:
+  """Sets, or with `...` removes, the value at dotted keys."""
+  content = json.loads(path.read_text())
+  *parents, last = keys.split(".")
+  inner = content
+  for key in parents:
+    inner = inner[key]
+  if value is ...:
+    del inner[last]
+  else:
+    inner[last] = value
+  write_json(path, content)
+
+
+def save_tensors(folder: pathlib.Path, tensors: dict) -> None:
+  """Writes `model.safetensors`."""
+  path = folder / "model.safetensors"
+  safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_tensors(folder: pathlib.Path) -> dict:
+  """Reads `model.safetensors`."""
+  return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+@functools.cache
+def npz_arrays() -> dict:
+  """A SigLIP of big_vision."""
+  width, mlp, grid, heads = 32, 64, 2, 2
+  dim = width // heads
+  arrays = {}
+
+  def layer(name: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> None:
+    arrays[f"{name}/kernel"], arrays[f"{name}/bias"] = shape, bias
+
+  def norm(name: str) -> None:
+    arrays[f"{name}/scale"] = arrays[f"{name}/bias"] = (width,)
+
+  def attention(name: str) -> None:
+    for part in ("query", "key", "value"):
+      layer(f"{name}/{part}", (width, heads, dim), (heads, dim))
+    layer(f"{name}/out", (heads, dim, width), (width,))
+
+  def mlp_block(name: str) -> None:
+    layer(f"{name}/Dense_0", (width, mlp), (mlp,))
+    layer(f"{name}/Dense_1", (mlp, width), (width,))
+
+  for trunk in ("img/Transformer", "txt/Encoder_0"):
+    block = f"{trunk}/encoderblock_0"
+    norm(f"{block}/LayerNorm_0")
+    norm(f"{block}/LayerNorm_1")
+    attention(f"{block}/MultiHeadDotProductAttention_0")
+    mlp_block(f"{block}/MlpBlock_0")
+    norm(f"{trunk}/encoder_norm")
+  pool = "img/MAPHead_0"
+  arrays[f"{pool}/probe"] = (1, 1, width)
+  attention(f"{pool}/MultiHeadDotProductAttention_0")
+  norm(f"{pool}/LayerNorm_0")
+  mlp_block(f"{pool}/MlpBlock_0")
+  layer("img/embedding", (16, 16, 3, width), (width,))
+  arrays["img/pos_embedding"] = (1, grid**2, width)
+  arrays["txt/Embed_0/embedding"] = (64, width)
+  arrays["txt/pos_embedding"] = (1, 8, width)
+  layer("txt/head", (width, width), (width,))
+  arrays["t"] = arrays["b"] = (1,)
+  return {
+    f"params/{name}": np.ones(shape, np.float32)
+    for name, shape in arrays.items()
+  }
+
+
+def read_npz(folder: pathlib.Path, **changed: np.ndarray) -> object:
+  """Writes an archive with changed or, if None, removed arrays; reads it."""
+  arrays = {**npz_arrays(), **{f"params/{k}": v for k, v in changed.items()}}
+  arrays = {k: v for k, v in arrays.items() if v is not None}
+  np.savez(folder / "a.npz", **arrays)
+  return big_vision.read(folder / "a.npz")
+
+
+def replacing(
+  family: str, name: str, change: Callable[[bytes], bytes]
+) -> Callable[[pathlib.Path], object]:
+  """A case that reads a family's folder with other bytes in a file."""
+
+  def run(folder):
+    path = copy(family, folder)
+    data = change((path / name).read_bytes())
+    (path / name).write_bytes(data)
+    return read(family, path)
+
+  return run
+
+
+def write(folder: pathlib.Path, name: str, content: object) -> pathlib.Path:
+  """Writes bytes, or anything else as JSON."""
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  data = content if isinstance(content, bytes) else json.dumps(content).encode()
+  path.write_bytes(data)
+  return path
+
+
+def pipe(folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Makes a pipe that nobody writes to, whose reader would wait."""
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  os.mkfifo(path)
+  return path

@@ -1,0 +1,109 @@
+"""The harness itself: what it lets pass, and what it kills."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from hostile import harness
+from hostile.harness import Cases, Runner
+
+from mtv_jax.data.records import BadRecord
+from mtv_jax.utils.errors import InputError
+
+SAMPLES = Cases(__file__, "harness")
+
+
+@SAMPLES.add("error", match="is wrong")
+def _error(folder):
+  raise InputError(f"{folder.name} is wrong")
+
+
+@SAMPLES.add("skip", expects="skip")
+def _skip(folder):
+  raise BadRecord("a", "b")
+
+
+@SAMPLES.add("skip with a reason", expects="skip", match="why")
+def _reason(folder):
+  return "skip", "why"
+
+
+@SAMPLES.add("used", expects="used")
+def _used(folder):
+  return 3
+
+
+@SAMPLES.add("defect")
+def _defect(folder):
+  raise KeyError("k")
+
+
+@SAMPLES.add("surrogate")
+def _surrogate(folder):
+  raise InputError("\ud800")
+
+
+@SAMPLES.add("crash")
+def _crash(folder):
+  os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@SAMPLES.add("hang")
+def _hang(folder):
+  time.sleep(60)
+
+
+@SAMPLES.add("memory")
+def _memory(folder):
+  pages = np.zeros(128 << 20, np.uint8)
+  pages[::4096] = 1
+  time.sleep(1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  monkeypatch.setattr(harness, "MAX_SECONDS", 3.0)
+  monkeypatch.setattr(harness, "MAX_BYTES", 64 << 20)
+  runner = Runner()
+  cases = {case.name: case for case in SAMPLES}
+
+  def check(name):
+    folder = tmp_path / "case"
+    folder.mkdir(exist_ok=True)
+    return runner.check(cases[name], folder)
+
+  yield check
+  runner.close()
+
+
+def test_outcomes_and_limits(run):
+  assert run("error").outcome == "error"
+  assert run("skip").outcome == "skip"
+  assert run("skip with a reason").detail == "why"
+  assert run("used").outcome == "used"
+  with pytest.raises(AssertionError, match="got defect .*KeyError: 'k'"):
+    run("defect")
+  with pytest.raises(UnicodeEncodeError):
+    run("surrogate")
+  for name, outcome in [
+    ("crash", "got crash .* exit code -11"),
+    ("hang", "got slow after 3"),
+    ("memory", "got large"),
+  ]:
+    with pytest.raises(AssertionError, match=outcome):
+      run(name)
+    # The next case runs in a new process.
+    assert run("used").outcome == "used"
+
+
+def test_table_counts_by_subject():
+  results = [("tars", "error", 0.5, 3 << 20), ("tars", "failed", 2.0, 0)]
+  lines = harness.table([*results, ("text", "skip", 0.0, 0)]).splitlines()
+  rows = [" ".join(line.split()) for line in lines[1:]]
+  assert rows == [
+    "tars 2 1 0 0 1 2.0 s 3 MiB",
+    "text 1 0 1 0 0 0.0 s 0 MiB",
+    "all 3 1 1 0 1 2.0 s 3 MiB",
+  ]

@@ -1,0 +1,153 @@
+"""A local stand-in of the Hugging Face hub: models in memory, by commit."""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+
+import pytest
+
+EMPTY = "0" * 40
+
+
+class Hub:
+  """Models as `{repo: {revision: commit}}` and `{commit: {path: bytes}}`."""
+
+  def __init__(self):
+    self.revisions: dict[str, dict[str, str]] = {}
+    self.commits: dict[str, dict[str, bytes]] = {EMPTY: {}}
+    self.requests: list[str] = []
+
+  def create(self, repo: str) -> None:
+    self.revisions.setdefault(repo, {"main": EMPTY})
+
+  def commit(self, repo: str, revision: str, files: dict[str, bytes]) -> str:
+    old = self.commits[self.revisions[repo].get(revision, EMPTY)]
+    content = old | files
+    digest = hashlib.sha1(repr(sorted(content.items())).encode()).hexdigest()
+    self.commits[digest] = content
+    self.revisions[repo][revision] = digest
+    return digest
+
+  def find(self, repo: str, revision: str) -> str | None:
+    commit = self.revisions.get(repo, {}).get(revision, revision)
+    return commit if commit in self.commits else None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """The endpoints that huggingface_hub uses to download and to upload."""
+
+  hub: Hub
+
+  def log_message(self, *args):
+    pass
+
+  def reply(self, status, content, **headers):
+    data = content if isinstance(content, bytes) else json.dumps(content)
+    data = data if isinstance(data, bytes) else data.encode()
+    self.send_response(status)
+    for name, value in headers.items():
+      self.send_header(name.replace("_", "-"), value)
+    self.send_header("Content-Length", str(len(data)))
+    self.end_headers()
+    if self.command != "HEAD":
+      self.wfile.write(data)
+
+  def missing(self, code):
+    self.reply(404, {"error": code}, X_Error_Code=code)
+
+  def do_HEAD(self):
+    self.do_GET()
+
+  def do_GET(self):
+    path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+    self.hub.requests.append(f"{self.command} {path}")
+    parts = path.strip("/").split("/")
+    if parts[:2] == ["api", "models"]:
+      repo, rest = "/".join(parts[2:4]), parts[4:]
+      if repo not in self.hub.revisions:
+        return self.missing("RepoNotFound")
+      revision = rest[1] if len(rest) > 1 else "main"
+      commit = self.hub.find(repo, revision)
+      if commit is None:
+        return self.missing("RevisionNotFound")
+      files = self.hub.commits[commit]
+      if rest[:1] == ["tree"]:
+        return self.reply(
+          200,
+          [
+            {
+              "type": "file",
+              "path": name,
+              "size": len(data),
+              "oid": hashlib.sha1(data).hexdigest(),
+            }
+            for name, data in files.items()
+          ],
+        )
+      names = [{"rfilename": name} for name in files]
+      return self.reply(200, {"id": repo, "sha": commit, "siblings": names})
+    repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+    commit = self.hub.find(repo, revision)
+    data = self.hub.commits.get(commit, {}).get(name)
+    if data is None:
+      return self.missing("EntryNotFound")
+    etag = f'"{hashlib.sha1(data).hexdigest()}"'
+    return self.reply(200, data, ETag=etag, X_Repo_Commit=commit)
+
+  def do_POST(self):
+    body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+    self.hub.requests.append(f"{self.command} {path}")
+    parts = path.strip("/").split("/")
+    if "authorization" not in {name.lower() for name in self.headers}:
+      return self.reply(401, {"error": "log in"})
+    if path == "/api/repos/create":
+      fields = json.loads(body)
+      repo = "/".join(
+        filter(None, [fields.get("organization"), fields["name"]])
+      )
+      self.hub.create(repo)
+      return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}"})
+    if path == "/api/validate-yaml":
+      return self.reply(200, {"warnings": [], "errors": []})
+    repo, action, revision = "/".join(parts[2:4]), parts[4], parts[5]
+    if action == "preupload":
+      files = [
+        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+        for f in json.loads(body)["files"]
+      ]
+      return self.reply(200, {"files": files})
+    rows = [json.loads(line) for line in body.splitlines()]
+    files = {
+      row["value"]["path"]: base64.b64decode(row["value"]["content"])
+      for row in rows
+      if row["key"] == "file"
+    }
+    commit = self.hub.commit(repo, revision, files)
+    url = f"http://{self.headers['Host']}/{repo}/commit/{commit}"
+    return self.reply(200, {"commitUrl": url, "commitOid": commit})
+
+
+@contextlib.contextmanager
+def serve(cache) -> Iterator[Hub]:
+  """Runs a hub, at which `HF_ENDPOINT` points, with an empty cache."""
+  constants = pytest.importorskip("huggingface_hub.constants")
+  handler = type("BoundHandler", (Handler,), {"hub": Hub()})
+  server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("HF_ENDPOINT", f"http://localhost:{server.server_port}")
+    patch.setenv("HF_TOKEN", "hf_test")
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    yield handler.hub
+  server.shutdown()
+  server.server_close()
+  thread.join()

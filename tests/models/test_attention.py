@@ -1,0 +1,176 @@
+"""Attention of every choice against the plain formula, value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.models import attention
+from mtv_jax.utils.errors import ConfigError, InputError
+
+
+def inputs(n, seed=0):
+  rng = np.random.default_rng(seed)
+  qkv = rng.normal(size=(3, 2, n, 3, 8)).astype(np.float32)
+  qkv[0, 0, 3 % n] *= 100  # exp of its logits would overflow.
+  return list(jnp.asarray(qkv))
+
+
+def attention_in_numpy(q, k, v):
+  logits = np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / np.sqrt(8)
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  return np.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@pytest.mark.parametrize(
+  "how", [attention.cpu_attention, attention.blockwise_attention]
+)
+def test_blockwise_attention_equals_numpy(how, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", 32)
+  monkeypatch.setattr(attention, "CPU_BLOCK", 32)
+  q, k, v = inputs(77)
+  expected = attention_in_numpy(q, k, v)
+  np.testing.assert_allclose(how(q, k, v), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "how", [attention.cpu_attention, attention.blockwise_attention]
+)
+def test_logits_are_not_saved_under_any_remat_policy(how, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", 32)
+  monkeypatch.setattr(attention, "CPU_BLOCK", 32)
+  q, k, v = inputs(77)
+  saving = jax.checkpoint(
+    how, policy=jax.checkpoint_policies.everything_saveable
+  )
+  residuals = jax.eval_shape(lambda *qkv: jax.vjp(saving, *qkv)[1], q, k, v)
+  largest = max(leaf.size for leaf in jax.tree.leaves(residuals))
+  assert q.size <= largest < 2 * q.size  # Blocks of 32 are padded.
+
+
+@pytest.mark.slow
+def test_gradients_equal_plain_attention(monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", 32)
+  monkeypatch.setattr(attention, "CPU_BLOCK", 32)
+  q, k, v = inputs(77)
+  q = q / 100  # Large logits round differently.
+  target = inputs(77, seed=1)[1]
+
+  def gradients(how):
+    def loss(*qkv):
+      return jnp.sum(how(*qkv) * target)
+
+    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+  expected = gradients(jax.nn.dot_product_attention)
+  for how in (attention.cpu_attention, attention.blockwise_attention):
+    for ours, plain in zip(gradients(how), expected, strict=True):
+      np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+def test_short_sequences_use_plain_attention():
+  text = jax.jit(attention.attention).lower(*inputs(8)).as_text()
+  assert "while" not in text
+
+
+def value_and_gradients(how, arrays, target):
+  def loss(*qkv):
+    out = how(*qkv)
+    return jnp.sum(out * target), out
+
+  grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+  return (out, *grads)
+
+
+@pytest.mark.parametrize(
+  ("n", "causal", "masked"),
+  [
+    (130, False, False),  # Padded.
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [
+        (128, False, False),
+        (128, True, False),
+        (130, True, False),
+        (128, False, True),
+        (650, True, True),  # Several blocks.
+      ]
+    ),
+  ],
+)
+def test_splash_attention_equals_plain_attention(n, causal, masked):
+  rng = np.random.default_rng(0)
+  q, k, v, target = (
+    jnp.asarray(x) for x in rng.normal(size=(4, 3, n, 2, 8)).astype(np.float32)
+  )
+  masks = dict(causal=causal)
+  if masked:
+    valid = rng.random((3, n)) < 0.7
+    valid[:, 0] = True
+    masks["valid"] = jnp.asarray(valid)
+
+  def splash(*qkv):
+    return attention.splash_attention(*qkv, **masks, interpret=True)
+
+  def plain(*qkv):
+    return attention.attention(*qkv, **masks)
+
+  actual = value_and_gradients(splash, (q, k, v), target)
+  expected = value_and_gradients(plain, (q, k, v), target)
+  for a, b in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_splash_attention_to_no_valid_token_is_uniform():
+  q, k, v = (jnp.tile(x, (1, 2, 1, 1)) for x in inputs(130))
+  valid = jnp.zeros(q.shape[:2], bool)
+  out = attention.splash_attention(q, k, v, valid=valid, interpret=True)
+  plain = attention.attention(q, k, v, valid=valid)
+  np.testing.assert_allclose(out, plain, atol=1e-6)
+  np.testing.assert_allclose(out[:, 0], v.mean(1), atol=1e-6)
+
+
+def test_an_unknown_choice_is_an_error():
+  with pytest.raises(ConfigError, match="'flash'"):
+    attention.build_attention("flash")
+
+
+@pytest.mark.parametrize("choice", attention.CHOICES)
+def test_cpus_take_the_plain_formula(choice):
+  assert attention.build_attention(choice) is attention.attention
+
+
+@pytest.mark.parametrize(
+  ("dtype", "width", "capability", "lacks"),
+  [
+    ("bfloat16", 64, "9.0", None),
+    ("float16", 72, "8.0", None),
+    ("float32", 64, "9.0", "not float32"),
+    ("bfloat16", 60, "9.0", "not 60"),
+    ("bfloat16", 136, "9.0", "not 136"),
+    ("bfloat16", 64, "7.5", "not 7.5"),
+  ],
+)
+def test_what_cudnn_lacks(dtype, width, capability, lacks):
+  q = jax.ShapeDtypeStruct((1, 8, 2, width), dtype)
+  reason = attention.cudnn_lacks(q, capability)
+  assert reason is None if lacks is None else lacks in reason
+
+
+class Gpu:
+  """Stand-in for a GPU."""
+
+  platform = "gpu"
+  compute_capability = "9.0"
+
+
+def test_cudnn_is_not_given_what_it_lacks(monkeypatch):
+  """Float32 is rejected where cuDNN is required, else it takes XLA's."""
+  arrays = inputs(8)
+  monkeypatch.setattr(attention.jax, "devices", lambda: [Gpu()])
+  with pytest.raises(InputError, match="'cudnn', which needs.*not float32"):
+    attention.build_attention("cudnn")(*arrays)
+  out = attention.build_attention("auto")(*arrays)
+  np.testing.assert_array_equal(out, attention.attention(*arrays))

@@ -1,0 +1,92 @@
+"""Rematerialisation by name: choices, what they save, what they recompute."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mtv_jax.models import layers, remat
+from mtv_jax.models import stack as stack_lib
+from mtv_jax.perf import flops
+from mtv_jax.utils.errors import ConfigError
+
+ROWS, TOKENS, WIDTH, HIDDEN, DEPTH, HEADS = 4, 6, 16, 40, 3, 2
+
+
+@functools.cache
+def saved_and_flops(choice, mlp="plain", layer_scale=None):
+  """Elements saved beside the weights, and FLOPs of value and gradient."""
+  block = layers.Block(
+    HEADS, HIDDEN, mlp=mlp, layer_scale=layer_scale, parent=None
+  )
+  init = stack_lib.stacked_init(block, DEPTH, WIDTH)
+  stack = jax.eval_shape(init, jax.random.key(0))
+  x = jax.ShapeDtypeStruct((ROWS, TOKENS, WIDTH), jnp.float32)
+
+  def loss(stack, x):
+    return stack_lib.run_stack(block, stack, x, remat=choice)[0].sum()
+
+  _, pull = jax.eval_shape(functools.partial(jax.vjp, loss), stack, x)
+  weights = sum(leaf.size for leaf in jax.tree.leaves(stack))
+  saved = sum(leaf.size for leaf in jax.tree.leaves(pull)) - weights
+  return saved, flops.count(jax.value_and_grad(loss), stack, x).flops
+
+
+@pytest.mark.parametrize("mlp, layer_scale", [("plain", None), ("swiglu", 0.1)])
+def test_a_name_saves_its_array_and_the_product_that_computes_it(
+  mlp, layer_scale
+):
+  """By the shapes of a block; what is not read is neither saved nor computed.
+
+  The output of the MLP is read by layer scale alone.
+  """
+  halves = 2 if mlp == "swiglu" else 1
+  tokens = ROWS * TOKENS * DEPTH
+  arrays = {
+    "qkv": (3 * WIDTH, 2 * WIDTH * 3 * WIDTH),
+    "attention": (WIDTH, 2 * TOKENS * WIDTH),
+    "attention_out": (WIDTH, 2 * WIDTH * WIDTH),
+    "mlp_hidden": (halves * HIDDEN, halves * 2 * WIDTH * HIDDEN),
+    "mlp_out": (WIDTH, 2 * HIDDEN * WIDTH),
+  }
+  assert tuple(arrays) == remat.NAMES
+  if layer_scale is None:
+    arrays["mlp_out"] = (0, 0)
+  measure = functools.partial(saved_and_flops, mlp=mlp, layer_scale=layer_scale)
+  saved, cost = measure("full")
+  for name, (channels, saving) in arrays.items():
+    more, less = measure(name)
+    assert more - saved == tokens * channels, name
+    assert cost - less == tokens * saving, name
+  # All of them recompute the attention's weights alone.
+  everything = measure(",".join(remat.NAMES))
+  assert everything[0] - saved == tokens * sum(c for c, _ in arrays.values())
+  assert everything[1] - measure("none")[1] == tokens * 2 * TOKENS * WIDTH
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("qkvs", r"'qkvs' is none of them. Did you mean 'qkv'.*mlp_hidden"),
+    ("qkv,full", "'full' is none of them"),
+    ("full|image", "'image' is not VIEW=CHOICE.*: caption, image, local"),
+    ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),
+    ("full|local=mlp", "'mlp' is none of them"),
+    ("", "'' is none of them"),
+  ],
+)
+def test_unknown_names_are_errors_that_list_the_others(text, message):
+  with pytest.raises(ConfigError, match=message):
+    remat.Remat.parse(text, {"image", "local", "caption"})
+
+
+def test_choices_of_encodings():
+  """A view's entry precedes its tower's, and that the default."""
+  text = "full|image=qkv,mlp_hidden|local=none|text=dots"
+  parsed = remat.Remat.parse(text)
+  assert str(parsed) == text
+  assert parsed.choose("image", "local") == "none"
+  assert parsed.choose("image", "global") == "qkv,mlp_hidden"
+  assert parsed.choose("text", "caption") == "dots"
+  assert remat.Remat.parse("local=qkv").choose("text", "caption") == "full"

@@ -1,0 +1,197 @@
+"""Search for the least recomputation that fits a chip."""
+
+import json
+
+import pytest
+
+from mtv_jax.config import schema
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.perf import topologies
+from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.perf.preflight import remat, report
+from mtv_jax.utils.errors import ConfigError
+
+MIB = 2**20
+SAVINGS = [
+  remat.Saving(view, name, size * MIB, size * ratio)
+  for view, name, size, ratio in (
+    ("local", "mlp_hidden", 400, 8.0),
+    ("image", "mlp_hidden", 300, 8.0),
+    ("local", "qkv", 200, 8.0),
+    ("image", "qkv", 150, 8.0),
+    ("image", "attention_out", 50, 8.0),
+    ("image", "attention", 50, 2.0),
+  )
+]
+
+
+@pytest.fixture
+def tiny(repo_root):
+  path = repo_root / "configs/siglip_b16_224.py"
+  return schema.check_config(schema.read_config(f"{path}:tiny"))
+
+
+def test_savings_follow_from_the_shapes(tiny):
+  """Of a chip's rows: bytes of each array, and FLOPs of its product."""
+  tiny.accumulate = 2
+  tiny.model.remat = "full"
+  plan = compile_lib.make_plan(tiny, topologies.parse("cpu:8"))
+  savings = {(s.view, s.name): s for s in remat.list_savings(plan)}
+  spec = ModelSpec.from_config(tiny.model)
+  rows = tiny.batch_size // 8 // 2
+  for view, tower, count in (
+    ("image", spec.image, spec.image.grid**2),
+    ("caption", spec.text, spec.text.length),
+  ):
+    tokens = rows * count * tower.depth
+    for name, channels, product in (
+      ("qkv", 3 * tower.width, 3 * tower.width**2),
+      ("attention", tower.width, count * tower.width),
+      ("attention_out", tower.width, tower.width**2),
+      ("mlp_hidden", tower.mlp_dim, tower.width * tower.mlp_dim),
+    ):
+      saving = savings.pop((view, name))
+      assert saving.bytes == 4 * tokens * channels
+      assert saving.flops == 2 * tokens * product
+  assert not savings  # Without layer scale nothing reads `mlp_out`.
+
+
+def search(budget, padding=1.25, free=0):
+  """Trials on a chip where saved arrays take `padding` times their size."""
+
+  def measure_peak(choice):
+    saved = sum(s.bytes for s in SAVINGS if is_saved(s, choice))
+    return 1000 * MIB + max(int(padding * saved) - free * MIB, 0)
+
+  return list(remat.search(SAVINGS, measure_peak, budget * MIB))
+
+
+def is_saved(saving, choice):
+  entries = dict(part.split("=") for part in choice.split("|")[1:])
+  return saving.name in entries.get(saving.view, "").split(",")
+
+
+@pytest.mark.parametrize("padding, free", [(1.0, 0), (1.4, 0), (1.2, 300)])
+@pytest.mark.parametrize("budget", [1100, 1300, 1700, 2100])
+def test_the_search_ends_next_to_the_budget(budget, padding, free):
+  trials = search(budget, padding, free)
+  assert trials == search(budget, padding, free)
+  assert trials[0].remat == "full" and len(trials) <= remat.COMPILATIONS
+  best = max((t for t in trials if t.fits), key=lambda t: t.flops)
+  assert best.peak <= budget * MIB
+  # What could be saved within the budget, by the same rule.
+  capacity = ((budget - 1000 + free) * MIB) / padding
+  most = sum(s.flops for s in remat.choose_savings(SAVINGS, capacity))
+  assert best.flops >= 0.85 * most
+
+
+def test_everything_is_saved_where_it_fits():
+  trials = search(4000)
+  assert [t.remat for t in trials] == [
+    "full",
+    "full|image=qkv,attention,attention_out,mlp_hidden|local=qkv,mlp_hidden",
+  ]
+
+
+def test_nothing_else_is_compiled_where_full_does_not_fit():
+  (trial,) = search(900)
+  assert not trial.fits and trial.remat == "full"
+
+
+def test_a_capacity_takes_the_best_first_and_smaller_ones_after_it():
+  names = [(s.view, s.name) for s in remat.choose_savings(SAVINGS, 520 * MIB)]
+  assert names == [("local", "mlp_hidden"), ("image", "attention_out")] + [
+    ("image", "attention")
+  ]
+
+
+def test_auto_of_a_run(tiny, tmp_path):
+  """'none' on CPUs; a resumed run has that of its recorded config."""
+  tiny.model.remat = "auto"
+  assert remat.resolve_remat(tiny, tmp_path).model.remat == "none"
+  recorded = dict(objectives={}, model=dict(remat="full|image=qkv"))
+  (tmp_path / "config.json").write_text(json.dumps(recorded))
+  assert remat.resolve_remat(tiny, tmp_path).model.remat == "full|image=qkv"
+  tiny.model.remat = "dots"
+  assert remat.resolve_remat(tiny, tmp_path).model.remat == "dots"
+
+
+def test_auto_without_a_compiler_is_an_error_that_says_what_to_do(tiny):
+  tiny.model.remat = "auto"
+  topology = topologies.parse("cpu:1")
+  with pytest.raises(ConfigError, match=r"memory of cpu .*--budget"):
+    report.preflight(tiny, topology)
+  with pytest.raises(ValueError, match="'auto', which `mtv-jax train`"):
+    compile_lib.make_plan(tiny, topology)
+
+
+@pytest.mark.parametrize("norms", [None, 1500, 3000])
+def test_the_gradient_norms_fit_too_where_the_run_may_measure_them(
+  norms, tiny, monkeypatch
+):
+  """The peak is that of the larger program; MiB beside the saved arrays."""
+
+  class Plan(compile_lib.Plan):
+    runs_norms = norms is not None
+
+    def __init__(self, choice):
+      saved = sum(s.bytes for s in SAVINGS if is_saved(s, choice))
+      object.__setattr__(self, "saved", saved)
+
+  def make_plan(config, topology, changes, **options):
+    return Plan(changes[0].removeprefix("model.remat="))
+
+  def make_compile(base):
+    def compile_program(plan, **options):
+      peak = base * MIB + plan.saved
+      return compile_lib.Compiled(compile_lib.Memory(0, 0, 0, peak, None))
+
+    return compile_program
+
+  monkeypatch.setattr(remat, "list_savings", lambda plan: SAVINGS)
+  monkeypatch.setattr(compile_lib, "make_plan", make_plan)
+  monkeypatch.setattr(compile_lib, "compile_step", make_compile(1000))
+  monkeypatch.setattr(compile_lib, "compile_norms", make_compile(norms))
+  topology = topologies.parse("gpu:8xH100")
+  if norms == 3000:
+    with pytest.raises(ConfigError, match="program of gradient norms does not"):
+      remat.find_remat(tiny, topology, budget=2000 * MIB)
+    return
+  choice = remat.find_remat(tiny, topology, budget=2000 * MIB)
+  capacity = (2000 - (norms or 1000)) * MIB
+  best = max((t for t in choice.trials if t.fits), key=lambda t: t.flops)
+  assert best.saved == sum(
+    s.bytes for s in remat.choose_savings(SAVINGS, capacity)
+  )
+  assert best.peak == (norms or 1000) * MIB + best.saved
+  assert choice.plan.saved == best.saved
+  assert (choice.norms is None) == (norms is None)
+
+
+def test_a_run_may_measure_norms_at_spikes(tiny):
+  topology = topologies.parse("cpu:1")
+  plan = compile_lib.make_plan(tiny, topology)
+  assert plan.runs_norms and not plan.measures_norms
+  tiny.log.spikes = 0
+  assert not compile_lib.make_plan(tiny, topology).runs_norms
+
+
+@pytest.mark.slow
+def test_auto_within_a_budget(tiny):
+  """The compiler's memory on a CPU: full < auto <= budget < everything."""
+  topology, peaks = topologies.parse("cpu:1"), {}
+  tiny.log.spikes = 0
+  tiny.views = dict(image=dict(count=1, ops="resize(64)"))
+  tiny.model.update(image_size=64, width=128, mlp_dim=512, heads=2)
+  everything = "qkv,attention,attention_out,mlp_hidden"
+  for choice in ("full", everything):
+    tiny.model.remat = choice
+    plan = compile_lib.make_plan(tiny, topology)
+    peaks[choice] = compile_lib.compile_step(plan).memory.peak
+  budget = (peaks["full"] + peaks[everything]) // 2
+  tiny.model.remat = "auto"
+  result = report.preflight(tiny, topology, budget=budget)
+  assert peaks["full"] < result.compiled.memory.peak <= budget
+  assert f"--config.model.remat='{result.plan.config.model.remat}'" in str(
+    result
+  )

@@ -1,0 +1,69 @@
+"""Bytes of HBM that a compiled program reads and writes."""
+
+import pytest
+
+from mtv_jax.perf import roofline, topologies
+
+# A loop of four iterations: each reads a row of %x, and writes a row of %y in
+# place. The last array is in another memory.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%fused (p.0: s32[], p.1: f32[4,1024], p.2: f32[4,1024]) -> f32[4,1024] {
+  %p.0 = s32[]{:T(128)} parameter(0)
+  %p.1 = f32[4,1024]{1,0:T(4,128)} parameter(1)
+  %p.2 = f32[4,1024]{1,0:T(4,128)} parameter(2)
+  %b.1 = f32[4,1024]{1,0:T(4,128)} bitcast(%p.1)
+  %row = f32[1,1024]{1,0:T(1,128)} dynamic-slice(%b.1, %p.0, %p.0)
+  %sum = f32[1,1024]{1,0:T(1,128)} add(%row, %row)
+  ROOT %dus = f32[4,1024]{1,0:T(4,128)} dynamic-update-slice(%p.2, %sum, \
+%p.0, %p.0)
+}
+
+%body (p: (s32[], f32[4,1024], f32[4,1024])) -> (s32[], f32[4,1024], \
+f32[4,1024]) {
+  %p = (s32[]{:T(128)S(6)}, f32[4,1024]{1,0:T(4,128)}, \
+f32[4,1024]{1,0:T(4,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
+  %x = f32[4,1024]{1,0:T(4,128)} get-tuple-element(%p), index=1
+  %y = f32[4,1024]{1,0:T(4,128)} get-tuple-element(%p), index=2
+  %new = f32[4,1024]{1,0:T(4,128)} fusion(%i, %x, %y), kind=kLoop, calls=%fused
+  ROOT %out = (s32[], f32[4,1024], f32[4,1024]) tuple(%i, %x, %new)
+}
+
+%condition (q: (s32[], f32[4,1024], f32[4,1024])) -> pred[] {
+  %q = (s32[], f32[4,1024], f32[4,1024]) parameter(0)
+  ROOT %t = pred[]{:T(512)S(6)} constant(true)
+}
+
+ENTRY %main (x: f32[4,1024]) -> f32[4,1024] {
+  %x.1 = f32[4,1024]{1,0:T(4,128)} parameter(0)
+  %y.1 = f32[4,1024]{1,0:T(4,128)} copy(%x.1)
+  %zero = s32[]{:T(128)S(6)} constant(0)
+  %start = (s32[], f32[4,1024], f32[4,1024]) tuple(%zero, %x.1, %y.1)
+  %loop = (s32[], f32[4,1024], f32[4,1024]) while(%start), \
+condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+  %y.2 = f32[4,1024]{1,0:T(4,128)} get-tuple-element(%loop), index=2
+  %go = (f32[4,1024]{1,0:T(4,128)S(1)}, f32[4,1024]{1,0:T(4,128)}, u32[]) \
+copy-start(%y.2)
+  %fast = f32[4,1024]{1,0:T(4,128)S(1)} copy-done(%go)
+  ROOT %z = f32[4,1024]{1,0:T(4,128)} negate(%fast)
+}
+""".replace("\\\n", "")
+
+
+def test_slices_and_updates_in_place_count_what_they_touch():
+  whole, row = 4 * 1024 * 4, 1024 * 4
+  copy, loop = 2 * whole, 4 * 2 * row
+  prefetch = whole  # Read, and written to another memory.
+  assert roofline.count_hbm_bytes(TPU) == copy + loop + prefetch + whole
+
+
+def test_the_slowest_resource_is_the_bound():
+  chip = topologies.TPUS["v5e"]
+  work = dict(flops=197e12, hbm_bytes=2 * 819e9, received=100e9)
+  bound = roofline.estimate(chip, **work)
+  assert bound.compute == 1 and bound.total == bound.memory == 2
+  assert bound.links == pytest.approx(0.5)
+  gpu = topologies.GPUS["H100"]
+  assert roofline.estimate(gpu, **work) is None

@@ -1,0 +1,116 @@
+"""Comparison of towers with those of transformers and timm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtv_jax.models import two_tower
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
+
+TOLERANCE = 1e-4
+
+
+def add_noise(model, *, seed=0, scale=0.1):
+  """Adds noise to a torch model, so that no parameter is zero or one."""
+  import torch
+
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      noise = torch.randn(parameter.shape, generator=generator)
+      parameter.add_(scale * noise)
+  return model.eval()
+
+
+def random_params(spec, *, seed=0):
+  """Random parameters of a spec, none of them zero or one.
+
+  Those that are fixed at zero (biases of keys) are zero.
+  """
+  rng = np.random.default_rng(seed)
+  leaves = {}
+  for name, leaf in flatten_with_names(two_tower.abstract_params(spec)):
+    scale = 0.02 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
+    value = rng.normal(size=leaf.shape).astype(np.float32) * np.float32(scale)
+    leaves[name] = value + ("scale" in name)
+  name = "image/blocks/attention/qkv/bias"
+  if spec.image.qkv_bias == "query_value":
+    depth, heads = spec.image.depth, spec.image.heads
+    parts = leaves[name].reshape(depth, heads, 3, -1)
+    parts[:, :, 1] = 0
+  return unflatten_names(leaves)
+
+
+def pixels(batch, height, width, *, seed=1):
+  """Normalised images `[batch, height, width, 3]`."""
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(batch, height, width, 3)).astype(np.float32)
+
+
+def as_torch(images):
+  """Images with the channels first."""
+  import torch
+
+  return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def run_image(model, images):
+  """Output of the image tower of a `ConvertedModel`, all layers tapped."""
+  tower = two_tower.image_tower(model.spec)
+  taps = tuple(range(model.spec.image.depth))
+  params = jax.tree.map(jnp.asarray, model.params["image"])
+  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=taps))
+  return apply(params, jnp.asarray(images))
+
+
+def run_text(model, tokens):
+  """Output of the text tower."""
+  tower = two_tower.text_tower(model.spec)
+  params = jax.tree.map(jnp.asarray, model.params["text"])
+  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x))
+  return apply(params, jnp.asarray(tokens))
+
+
+def largest_difference(pairs):
+  """The largest difference of arrays `{name: (ours, theirs)}`, checked."""
+  worst = 0.0
+  for name, (ours, theirs) in pairs.items():
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, name
+    assert np.ptp(theirs) > 1e-3, name
+    difference = float(np.abs(ours - theirs).max())
+    assert difference <= TOLERANCE, f"{name}: {difference:.2e}"
+    worst = max(worst, difference)
+  return worst
+
+
+def image_pairs(out, theirs):
+  """Arrays to compare of `ImageOutput` and transformers' output."""
+  tokens = np.concatenate([out.prefix, out.patches], axis=1)
+  pairs = {"last": (tokens, theirs.last_hidden_state)}
+  for layer, tap in out.taps.items():
+    pairs[f"layer {layer}"] = (tap, theirs.hidden_states[layer + 1])
+  if getattr(theirs, "pooler_output", None) is not None:
+    pairs["pooled"] = (out.pooled, theirs.pooler_output)
+  return pairs
+
+
+def assert_same_params(got, want):
+  """The parameters are identical."""
+  got, want = (dict(flatten_with_names(tree)) for tree in (got, want))
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    assert got[name].dtype == np.float32
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def assert_loads_whole(folder, class_name):
+  """transformers opens a folder without missing or unexpected tensors."""
+  import transformers
+
+  model, info = transformers.AutoModel.from_pretrained(
+    folder, output_loading_info=True
+  )
+  assert type(model).__name__ == class_name
+  assert not any(info.values()), info
+  return model.eval()

@@ -1,0 +1,245 @@
+"""Files of a run: contents, resumes, and disks that can't be written."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mtv_jax.train.metrics import MetricWriter, Rates
+
+
+def test_metrics_imports_no_jax():
+  code = "import sys, mtv_jax.train.metrics; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def read_jsonl(folder):
+  text = (folder / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def read_board(folder):
+  """(step, tag, value) of all event files, and the steps of restarts."""
+  scalars, restarts = [], []
+  for path in sorted(folder.glob("events*")):
+    data = path.read_bytes()
+    while data:
+      # TFRecord: length, its checksum, the record, its checksum.
+      size = int.from_bytes(data[:8], "little")
+      event = event_pb2.Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
+      if event.HasField("session_log"):
+        restarts.append(event.step)
+      scalars += [
+        (event.step, v.tag, v.simple_value) for v in event.summary.value
+      ]
+  return scalars, restarts
+
+
+RATES = Rates(812.3, 0.012, 0.5, 192.0, 1.5)
+
+
+def test_writers_write_files(tmp_path):
+  with MetricWriter(tmp_path / "run", total_steps=10) as writers:
+    writers.write_scalars(
+      1, {"loss": np.float32(2.5), "n": np.array([3])}, RATES
+    )
+    writers.write_scalars(1, {"eval/top1": 0.25, "bad": float("nan")})
+  rows = read_jsonl(tmp_path / "run")
+  assert rows[0]["loss"] == 2.5 and rows[0]["n"] == 3
+  assert rows[0]["speed/images_per_second"] == 812.3
+  assert rows[1] == {"step": 1, "eval/top1": 0.25, "bad": None}
+  scalars, _ = read_board(tmp_path / "run")
+  assert (1, "loss", 2.5) in scalars and (1, "eval/top1", 0.25) in scalars
+  assert "bad" not in [tag for _, tag, _ in scalars]
+
+
+def test_resume_repeats_no_step(tmp_path):
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    for step in range(1, 7):
+      writers.write_scalars(step, {"loss": float(step)})
+  with (tmp_path / "metrics.jsonl").open("a") as f:
+    f.write('{"step": 7, "lo')  # Killed while writing.
+  with MetricWriter(tmp_path, total_steps=10, start_step=4) as writers:
+    for step in range(5, 9):
+      writers.write_scalars(step, {"loss": 10.0 * step})
+  rows = read_jsonl(tmp_path)
+  assert [row["step"] for row in rows] == list(range(1, 9))
+  assert [row["loss"] for row in rows] == [1, 2, 3, 4, 50, 60, 70, 80]
+  _, restarts = read_board(tmp_path)
+  assert restarts[-1] == 5
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    writers.write_scalars(0, {"loss": 0.5})
+  assert read_jsonl(tmp_path) == [{"step": 0, "loss": 0.5}]
+
+
+def test_resume_leaves_a_complete_file_alone(tmp_path):
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    writers.write_scalars(3, {"loss": 1.0})
+  before = (tmp_path / "metrics.jsonl").stat()
+  MetricWriter(tmp_path, total_steps=10, start_step=3).close()
+  after = (tmp_path / "metrics.jsonl").stat()
+  assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
+
+
+def test_rows_of_a_table_are_repeated_by_no_resume(tmp_path):
+  values = dict(names=["a", "b"], share=1 / 3, norms=np.float32([0.1, np.nan]))
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    for step in (2, 4, 6):
+      writers.write_row("interference", step, values)
+  with MetricWriter(tmp_path, total_steps=10, start_step=5) as writers:
+    writers.write_row("interference", 6, values)
+  lines = (tmp_path / "interference.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row.pop("step") for row in rows] == [2, 4, 6]
+  expected = dict(names=["a", "b"], share=0.3333333, norms=[0.1, None])
+  assert rows == [expected] * 3
+  MetricWriter(tmp_path, total_steps=10).close()
+  assert not (tmp_path / "interference.jsonl").read_text()
+
+
+def test_rows_of_skipped_batches_are_kept(tmp_path):
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    for step in (2, 4, 6):
+      writers.write_row("nonfinite", step, dict(batch=10**8 + step))
+  with MetricWriter(
+    tmp_path,
+    total_steps=10,
+    start_step=3,
+    keep_row=lambda row: row["batch"] == 10**8 + 4,
+  ) as writers:
+    writers.write_row("nonfinite", 4, dict(batch=10**8 + 7))
+  lines = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row["step"] for row in rows] == [2, 4, 4]
+  assert [row["batch"] - 10**8 for row in rows] == [2, 4, 7]
+
+
+def test_only_process_0_writes(tmp_path, caplog):
+  with (
+    caplog.at_level(logging.INFO),
+    MetricWriter(tmp_path / "run", total_steps=10, process_index=1) as writers,
+  ):
+    writers.write_scalars(1, {"loss": 1.0})
+    writers.write_scalars(1, {"loss": 1.0}, RATES)
+  assert not (tmp_path / "run").exists() and not caplog.records
+
+
+def test_a_metric_is_a_scalar(tmp_path):
+  with (
+    MetricWriter(tmp_path, total_steps=10) as writers,
+    pytest.raises(ValueError, match=r"'grads' has shape \(2,\)"),
+  ):
+    writers.write_scalars(1, {"grads": np.ones(2)})
+
+
+# --- errors ------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 64 kB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+  if subprocess.run(command, capture_output=True).returncode:
+    pytest.skip("mounting a tmpfs needs root")
+  yield folder
+  subprocess.run(["umount", str(folder)], check=True)
+
+
+def warnings(caplog):
+  return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_a_full_disk_is_a_warning_and_loses_no_row(small_disk, caplog):
+  with MetricWriter(small_disk, total_steps=100) as writers:
+    writers.write_scalars(1, {"loss": 1.0})
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+      while True:
+        file.write(bytes(100))
+    # More than is left of the last page.
+    for step in range(2, 60):
+      writers.write_scalars(step, {f"metric_{i}": i / 7 for i in range(10)})
+      writers.write_row("interference", step, {"norms": np.arange(20) / 7})
+    text = (small_disk / "metrics.jsonl").read_text()
+    assert text.endswith("\n") and json.loads(text.splitlines()[-1])
+    found = warnings(caplog)
+    assert sorted(w.split(";")[0] for w in found) == [
+      f"Metrics can't be written to {name}"
+      for name in ("interference.jsonl", "jsonl", "tensorboard")
+    ]
+    assert all("No space left" in w for w in found)
+    assert len([*small_disk.glob("events*")]) == 1
+    ballast.unlink()
+    writers.write_scalars(60, {"loss": 2.0})
+    writers.write_row("interference", 60, {"norms": [1.0]})
+  assert [row["step"] for row in read_jsonl(small_disk)] == [*range(1, 61)]
+  lines = (small_disk / "interference.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [*range(2, 61)]
+  assert len(warnings(caplog)) == 6  # And "written again".
+
+
+def test_a_deleted_folder_is_a_warning(tmp_path, caplog):
+  folder, moved = tmp_path / "run", tmp_path / "moved"
+  with MetricWriter(folder, total_steps=10) as writers:
+    writers.write_scalars(1, {"loss": 1.0})
+    folder.rename(moved)
+    writers.write_scalars(2, {"loss": 2.0})
+    writers.write_scalars(3, {"loss": 3.0})
+    assert len(warnings(caplog)) == 2 and not folder.exists()
+    moved.rename(folder)
+    writers.write_scalars(4, {"loss": 4.0})
+  assert [row["loss"] for row in read_jsonl(folder)] == [1, 2, 3, 4]
+  scalars, _ = read_board(folder)
+  assert (1, "loss", 1.0) in scalars and (4, "loss", 4.0) in scalars
+
+
+def test_a_truncated_row_is_repaired_by_the_next(tmp_path):
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    writers.write_scalars(1, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+      f.write('{"step": 2, "lo')
+    writers.write_scalars(2, {"loss": 2.0})
+  assert [row["loss"] for row in read_jsonl(tmp_path)] == [1, 2]
+
+
+def test_a_row_is_in_the_file_before_its_line_is_logged(tmp_path):
+  seen = []
+
+  class Reader(logging.Handler):
+    def emit(self, record):
+      seen.append([row["step"] for row in read_jsonl(tmp_path)])
+
+  logger, reader = logging.getLogger("mtv_jax.train.metrics.writer"), Reader()
+  level = logger.level
+  logger.addHandler(reader)
+  logger.setLevel(logging.INFO)
+  try:
+    with MetricWriter(tmp_path, total_steps=10) as writers:
+      for step in (1, 2):
+        writers.write_scalars(step, {"loss": 1.0})
+  finally:
+    logger.removeHandler(reader)
+    logger.setLevel(level)
+  assert seen == [[1], [1, 2]]
+
+
+def test_a_killed_process_loses_no_row(tmp_path):
+  code = f"""
+import os, signal
+from mtv_jax.train.metrics import MetricWriter
+writers = MetricWriter({str(tmp_path)!r}, total_steps=10)
+for step in range(1, 4):
+  writers.write_scalars(step, dict(loss=float(step)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+  subprocess.run([sys.executable, "-c", code])
+  assert [row["loss"] for row in read_jsonl(tmp_path)] == [1, 2, 3]
+  scalars, _ = read_board(tmp_path)
+  assert [value for _, _, value in scalars] == [1, 2, 3]

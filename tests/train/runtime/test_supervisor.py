@@ -1,0 +1,187 @@
+"""The supervisor, with real processes and real signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import trainings
+from xla_options import xla_flags
+
+from mtv_jax.train.runtime.sessions import read_alive, read_sessions
+from mtv_jax.train.runtime.supervisor import Supervisor, find_workdir
+from mtv_jax.utils.errors import ConfigError
+
+# A run that takes an action of `actions` each time it starts: a step to reach,
+# and a code to exit with (negative: a signal that kills it).
+CHILD = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1].partition("=")[2])
+starts = folder / "starts"
+with starts.open("a") as file:
+  file.write("x")
+step, code = json.loads(sys.argv[2])[starts.stat().st_size - 1]
+if step is not None:
+  (folder / "alive").write_text(json.dumps({"step": step}))
+os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
+"""
+
+
+def supervise(folder, actions, **options):
+  """The supervisor's exit code, and how often it started the command."""
+  command = [
+    sys.executable,
+    "-S",
+    "-c",
+    CHILD,
+    f"--workdir={folder}",
+    json.dumps(actions),
+  ]
+  options = dict(backoff=0.0, max_failures=2) | options
+  code = Supervisor(command, **options).run()
+  return code, (folder / "starts").stat().st_size
+
+
+@pytest.mark.parametrize(
+  ("actions", "expected"),
+  [
+    ([(5, 0)], (0, 1)),
+    # Each failure after progress counts as the first.
+    ([(s, 1) for s in range(1, 6)] + [(6, 0)], (0, 6)),
+    ([(5, -signal.SIGKILL), (5, 143), (9, 0)], (0, 3)),
+    # The same step again is no progress, nor is an earlier one.
+    ([(5, 1), (4, 1), (5, 1), (5, 1)], (1, 3)),
+    ([(None, -signal.SIGKILL)] * 3, (137, 3)),
+    # A restart fails again.
+    ([(5, 1), (5, 2)], (2, 2)),
+  ],
+)
+def test_a_command_is_restarted_while_it_makes_progress(
+  tmp_path, actions, expected
+):
+  assert supervise(tmp_path, actions) == expected
+
+
+def test_pauses_double_without_progress(tmp_path, caplog):
+  actions = [(1, 1), (1, 1), (1, 1), (2, 1), (2, 1), (2, 0)]
+  options = dict(backoff=0.02, max_backoff=0.05, max_failures=3)
+  assert supervise(tmp_path, actions, **options) == (0, 6)
+  pauses = [float(r.getMessage().split()[-2]) for r in caplog.records]
+  assert pauses == [0.02, 0.04, 0.05, 0.02, 0.04]
+
+
+def test_without_a_folder_a_long_session_is_progress(tmp_path):
+  file = tmp_path / "starts"
+  code = f"open({str(file)!r}, 'a').write('x'); raise SystemExit(7)"
+  command = [sys.executable, "-S", "-c", code]
+  options = dict(backoff=0.0, max_failures=1)
+  assert Supervisor(command, min_seconds=100.0, **options).run() == 7
+  assert file.read_text() == "xx"
+  count = "import pathlib; n = len(pathlib.Path(f).read_text())"
+  code = f"f = {str(file)!r}; {code.partition(';')[0]}; {count}; exit(n < 6)"
+  command = [sys.executable, "-S", "-c", f"from sys import exit; {code}"]
+  assert Supervisor(command, min_seconds=0.0, **options).run() == 0
+  assert len(file.read_text()) == 6
+
+
+def test_a_command_that_cannot_be_started_is_an_error(tmp_path):
+  with pytest.raises(ConfigError, match="'/no/such' can't be started"):
+    Supervisor(["/no/such"]).run()
+
+
+def test_the_folder_is_read_from_the_command():
+  assert find_workdir(["train", "--workdir=a/b"]) == pathlib.Path("a/b")
+  assert find_workdir(["train", "--workdir", "a"]) == pathlib.Path("a")
+  assert find_workdir(["train", "--workdir"]) is None
+  assert find_workdir(["train", "--work=a"]) is None
+
+
+def launch(repo_root, *arguments):
+  return subprocess.Popen(
+    [sys.executable, str(repo_root / "tools" / "supervise.py"), *arguments],
+    env={
+      **os.environ,
+      "PYTHONPATH": str(repo_root),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": xla_flags(devices=1),
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for(condition):
+  deadline = time.monotonic() + 200
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_passed_on_and_end_it(tmp_path, repo_root, number):
+  # Saves, and exits with the code of a run after a signal.
+  code = f"""
+import pathlib, signal, sys, time
+folder = pathlib.Path({str(tmp_path)!r})
+def save(number, _):
+  time.sleep(0.3)
+  (folder / "saved").write_text(" ".join(sys.argv[1:]))
+  sys.exit(128 + number)
+signal.signal({int(number)}, save)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+  child = ("--", sys.executable, "-S", "-c", code, "--debug", "--config.a=1")
+  with launch(repo_root, *child) as process:
+    wait_for((tmp_path / "ready").exists)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+  assert process.returncode == 128 + number, output
+  # The command's own options are passed on as they are.
+  assert (tmp_path / "saved").read_text() == "--debug --config.a=1"
+
+
+def test_a_signal_ends_a_pause(tmp_path, repo_root):
+  options = (
+    f"--backoff={100}",
+    "--",
+    sys.executable,
+    "-S",
+    "-c",
+    "raise SystemExit(5)",
+  )
+  with launch(repo_root, *options) as process:
+    line = process.stdout.readline()
+    assert "Exit code 5. Restart in 100 s." in line
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 5
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twice_completes(tmp_path, repo_root):
+  """The metrics are those of an untouched run, and goodput counts the loss."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  options = "steps=40,save=5"
+  trainings.train(whole, arg=options)
+  command = (sys.executable, "-m", "mtv_jax.main", f"--workdir={killed}")
+  child = ("--", *command, f"--config={trainings.CONFIG}:{options}")
+  with launch(repo_root, "--backoff=0.1", *child) as process:
+    for saved in (5, 15):
+      wait_for((killed / "checkpoints" / str(saved)).exists)
+      os.kill(read_alive(killed)["process"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=400)
+  assert process.returncode == 0, output
+  assert output.count("Exit code 137") == 2
+  assert trainings.losses(killed) == trainings.losses(whole)
+  sessions = read_sessions(killed)
+  exits = [session["exit"] for session in sessions]
+  assert exits == ["without a report"] * 2 + ["finished"]
+  assert sessions[1]["start_step"] >= 5 and sessions[2]["start_step"] >= 15
+  last = [r for r in trainings.rows(killed) if "goodput/lost" in r][-1]
+  shares = [v for k, v in last.items() if k.startswith("goodput/")]
+  assert sum(shares) == pytest.approx(1.0) and last["goodput/lost"] > 0.05

@@ -1,0 +1,114 @@
+"""The watchdog: which steps expire, and what it does then."""
+
+import functools
+import time
+
+import pytest
+import trainings
+
+from mtv_jax.checkpoint.checkpointer import Checkpointer
+from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.config import schema
+from mtv_jax.train import loop
+from mtv_jax.train.metrics import MetricWriter
+from mtv_jax.train.runtime.watchdog import EXIT_CODE, Watchdog
+
+
+def wait_for(condition, seconds=10.0):
+  deadline = time.monotonic() + seconds
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return condition()
+
+
+@pytest.fixture
+def exits():
+  return []
+
+
+@pytest.fixture
+def watch(exits):
+  watchdogs = []
+
+  def start(**options):
+    options = dict(factor=3, min_seconds=0.2, grace_seconds=0.2) | options
+    watchdogs.append(Watchdog(**options, exit_fn=exits.append))
+    return watchdogs[-1]
+
+  yield start
+  for watchdog in watchdogs:
+    watchdog.close()
+
+
+def test_a_step_that_hangs_prints_stacks_and_exits(watch, exits, capfd):
+  watchdog = watch()
+  watchdog.step(6)
+  assert wait_for(lambda: exits)
+  assert watchdog.expired and exits == [EXIT_CODE]
+  errors = capfd.readouterr().err
+  assert "test_watchdog.py" in errors  # This thread's stack.
+  assert "step 7 has stalled" in errors and "nothing could be saved" in errors
+
+
+def test_a_loop_that_stops_in_time_is_left_alone(watch, exits):
+  watchdog = watch(min_seconds=0.5)
+  watchdog.step(1)
+  assert wait_for(lambda: watchdog.expired)
+  watchdog.stopping()
+  watchdog.close()
+  time.sleep(0.8)
+  assert not exits
+
+
+def test_a_save_that_hangs_ends_the_process(watch, exits, capfd):
+  watchdog = watch()
+  watchdog.step(1)
+  assert wait_for(lambda: watchdog.expired)
+  watchdog.stopping()
+  assert wait_for(lambda: exits)
+  assert "not saved in time" in capfd.readouterr().err
+
+
+def test_the_limit_follows_the_median(watch):
+  watchdog = watch(min_seconds=0.05, factor=100)
+  watchdog.step(0)
+  for step in range(1, 6):
+    time.sleep(0.02)
+    watchdog.step(step)
+  assert 2 <= watchdog.limit < 20
+
+
+def test_pauses_and_compilation_do_not_count(watch):
+  watchdog = watch()
+  watchdog.step(1)
+  with watchdog.pause():
+    time.sleep(0.5)
+  assert not watchdog.expired
+  watchdog.restart()
+  time.sleep(0.5)
+  assert not watchdog.expired
+
+
+@pytest.mark.slow
+def test_a_slow_last_step_and_its_save_end_the_run(
+  tmp_path, exits, monkeypatch
+):
+  write_scalars, wait = MetricWriter.write_scalars, Checkpointer.wait
+
+  def write_slowly(self, step, *args):
+    write_scalars(self, step, *args)
+    time.sleep(2.5 if step == 3 else 0)
+
+  def wait_slowly(self):
+    time.sleep(5)
+    wait(self)
+
+  monkeypatch.setattr(MetricWriter, "write_scalars", write_slowly)
+  monkeypatch.setattr(Checkpointer, "wait", wait_slowly)
+  watchdog = functools.partial(Watchdog, exit_fn=exits.append)
+  monkeypatch.setattr(loop, "Watchdog", watchdog)
+  config = schema.read_config(f"{trainings.CONFIG}:save=100")
+  config.update(total_steps=3, evals={})
+  config.watchdog = dict(factor=1, min_seconds=2.0, grace_seconds=4.0)
+  loop.train(config, tmp_path / "run")
+  assert not exits and saved_steps(tmp_path / "run") == [1, 3]

@@ -1,0 +1,202 @@
+"""configs/continue_from.py: a run, exported, is continued on other data."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import trainings
+
+from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.config import schema
+from mtv_jax.convert import huggingface
+from mtv_jax.data.registry import build_source
+from mtv_jax.encoder import description, loading
+from mtv_jax.evals import run as evals_run
+from mtv_jax.train.bounds import BoundError
+from mtv_jax.train.experiment import build_experiment
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.loop import train
+from mtv_jax.utils import plots
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names
+
+pytestmark = pytest.mark.slow
+_OPTIONS = "dtype=float32,batch=8,steps=4,lr=0.01,prototypes=16"
+_RETRIEVAL = dict(
+  type="retrieval", data=dict(type="scenes", size=16, length=12)
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """A run of the smallest config, as a Hugging Face folder."""
+  root = tmp_path_factory.mktemp("continuation")
+  config = schema.read_config(f"{trainings.CONFIG}:steps=2,save=2")
+  config.evals = {}
+  config.model.image_mean, config.model.image_std = 0.4, 0.25
+  train(config, root / "run")
+  huggingface.write(root / "export", loading.read_model(root / "run"))
+  return root / "export"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """A folder of images with captions beside them."""
+  folder = tmp_path_factory.mktemp("photos")
+  source = build_source(dict(type="scenes", size=24, length=24, first=500))
+  for i in range(24):
+    plots.save_image(source[i]["image"], folder / f"{i}.png")
+    (folder / f"{i}.txt").write_text(source[i]["captions"][0])
+  return folder
+
+
+def read(start, data, options=""):
+  return schema.read_config(
+    f"continue_from:path={start},data={data},{_OPTIONS}{options}"
+  )
+
+
+def leaves(workdir, step, part="params/image"):
+  return dict(flatten_with_names(load_tree(workdir, part=part, step=step)))
+
+
+def drift(workdir, step):
+  path = workdir / "evals" / f"drift_{step}.json"
+  return json.loads(path.read_text())["evals"]["drift"]["metrics"]
+
+
+def test_all_comes_from_the_checkpoint(start, photos, tmp_path):
+  described = description.describe(start)
+  model = loading.read_model(start)
+  assert described.spec == model.spec and described.loss_type == "sigmoid"
+  assert described.preprocess.to_dict() == {**model.preprocess}
+  experiment = build_experiment(read(start, photos), tmp_path)
+  assert experiment.step_spec.model == model.spec
+  encoder = loading.load(start)
+  tokenizer = experiment.tokenizer
+  assert (tokenizer.kind, tokenizer.clean) == ("bytes", "lower")
+  config = experiment.config
+  assert loading.preprocess_from_config(config) == encoder.preprocess
+  assert encoder.preprocess.mean == (0.4,) * 3
+  assert config.views.image.ops.startswith("resize(16, ")
+  assert experiment.step_spec.heads.keys() == {"contrastive"}
+
+  for changes, message in (
+    (dict(clean="none"), "encodes .A photo of 2 dogs.*new_tokenizer"),
+    (dict(tokenizer="words"), "encodes .* otherwise"),
+  ):
+    other = read(start, photos)
+    other.model.text.update(changes)
+    with pytest.raises(ConfigError, match=message):
+      build_experiment(other, tmp_path)
+  other.model.text.update(tokenizer="bytes", clean="none")
+  other.init.new_tokenizer = True
+  build_experiment(other, tmp_path)
+  with pytest.raises(ConfigError, match="path=CHECKPOINT and data="):
+    schema.read_config(f"continue_from:path={start}")
+
+
+def test_images_with_captions(start, photos, tmp_path):
+  workdir = tmp_path / "run"
+  trainings.train(
+    workdir,
+    f"--config.evals.retrieval={_RETRIEVAL | dict(at_start=True)}",
+    config="continue_from",
+    arg=f"path={start},data={photos},{_OPTIONS},features=0.5",
+  )
+  at_start = drift(workdir, 0)
+  assert at_start["neighbours"] == 1
+  for name, value in at_start.items():
+    assert value == pytest.approx(1, abs=1e-6), name
+  assert drift(workdir, 4)["cosine"] < 0.9999
+  # The continued model at step 0 is the start.
+  path = workdir / "evals" / "retrieval_0.json"
+  got = json.loads(path.read_text())["evals"]["retrieval"]["metrics"]
+  evaluators = evals_run.build({"retrieval": _RETRIEVAL})
+  want = evals_run.evaluate(loading.load(start), evaluators)["retrieval"]
+  assert got == want.metrics
+  # The anchor is the start, and is part of the checkpoint.
+  anchor = leaves(workdir, 4, "teachers/start/image")
+  source = flatten_with_names(loading.read_model(start).params["image"])
+  for name, value in source:
+    np.testing.assert_array_equal(anchor[name], value, err_msg=name)
+  losses = [row for row in trainings.rows(workdir) if "anchor/loss" in row]
+  assert losses[0]["anchor/loss"] == pytest.approx(0, abs=1e-6)
+  assert losses[-1]["anchor/loss"] > 1e-7
+  assert losses[0]["features/loss"] == pytest.approx(0, abs=1e-6)
+  assert losses[-1]["features/loss"] > 1e-3
+  # Its weights are an encoder with the start's preprocessing and tokenizer.
+  assert loading.load(workdir).preprocess == loading.load(start).preprocess
+
+
+def test_images_alone(start, photos, tmp_path):
+  """The tower is frozen while DINO's and iBOT's heads grow."""
+  workdir = tmp_path / "run"
+  config = read(start, photos, ",images_only,grow=50.0,warmup=0.0")
+  config.checkpoint = dict(every_steps=1, keep=9)
+  config.evals.drift.every_percent = None
+  config.evals.drift.every_steps = 2
+  train(config, workdir)
+  source = dict(flatten_with_names(loading.read_model(start).params["image"]))
+  for step in (1, 2):
+    for name, value in leaves(workdir, step).items():
+      if name != "mask_token":
+        np.testing.assert_array_equal(value, source[name], err_msg=name)
+  heads = [leaves(workdir, step, "params/heads/dino") for step in (1, 2)]
+  assert any((heads[0][name] != heads[1][name]).any() for name in heads[0])
+  moved = leaves(workdir, 4)
+  name = "blocks/mlp/fc1/kernel"
+  assert (moved[name] != source[name]).any()
+  for step in (0, 2):
+    values = drift(workdir, step)
+    assert values["neighbours"] == 1
+    assert min(values.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_anchors_are_zero_at_the_start_and_images_are_kept(
+  start, photos, tmp_path
+):
+  """Also where patches of the global crops are masked."""
+  options = ",images_only,features=1.0,keep=scenes,keep_share=0.25"
+  config = read(start, photos, options)
+  kinds = [(s["type"], s["weight"]) for s in config.data.train]
+  assert kinds == [("folder", 0.75), ("scenes", 0.25)]
+  config.evals, config.log = {}, dict(every_steps=1)
+  train(config, tmp_path)
+  losses = {row["step"]: row for row in trainings.rows(tmp_path)}
+  for name in ("anchor/loss", "features/loss"):
+    assert losses[1][name] < 1e-6 < losses[4][name]
+
+
+def test_naive_continuation_differs_by_its_guards(start, photos, tmp_path):
+  naive = schema.check_config(read(start, photos, ",images_only,guards=False"))
+  guarded = schema.check_config(read(start, photos, ",images_only"))
+  assert not naive.teachers and not naive.optim.rules
+  changed = {k for k in naive if naive[k] != guarded[k]}
+  assert changed == {"objectives", "optim", "schedule", "teachers", "views"}
+  state = initialize_state(build_experiment(naive, tmp_path))
+  source = loading.read_model(start).params["image"]
+  got = jax.device_get(state.params["image"])
+  got.pop("mask_token")
+  jax.tree.map(np.testing.assert_array_equal, got, dict(source))
+
+
+def test_coco_photos(start, shared_data, tmp_path):
+  """Real photos and COCO's captions, with a bound that ends the run."""
+  coco = shared_data / "coco"
+  data = coco / "annotations" / "captions_train2017.json"
+  options = f",images={coco / 'train2017'},bound=0.99999,anchor=0.0"
+  config = read(start, data, options)
+  config.evals.drift.update(every_percent=None, every_steps=2, count=64)
+  config.checkpoint = dict(every_steps=1, keep=9)
+  config.optim.lr = 0.1
+  workdir = tmp_path / "run"
+  messages = []
+  for _ in range(2):
+    with pytest.raises(BoundError, match="drift/neighbours is") as caught:
+      train(config, workdir)
+    messages.append(str(caught.value))
+  # The second time from the checkpoint of step 1, to the same bit.
+  assert messages[0] == messages[1]
+  assert "no checkpoint precedes" in messages[0]

@@ -1,0 +1,132 @@
+"""Texts that are encoded once: values, gradients, cost, meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from step_samples import mesh_of
+
+from mtv_jax.models.text import TextOutput
+from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.perf import flops, hlo
+from mtv_jax.train import encodings
+
+B, M, T, D = 16, 4, 6, 5
+
+
+def make_tokens(distinct, seed=0):
+  """`[B, M, T]` phrases, of so many distinct ones on any device."""
+  rng = np.random.default_rng(seed)
+  table = rng.integers(2, 50, (distinct, T), dtype=np.int32)
+  return table[rng.integers(0, distinct, (B, M))]
+
+
+def tower(params, tokens):
+  """Something that depends on the order of tokens, and on each of them."""
+  x = jnp.take(params["table"], tokens, axis=0) * params["position"][:, None]
+  return TextOutput(tokens=x, pooled=jnp.tanh(x).sum(1) @ params["out"])
+
+
+def make_params():
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = dict(table=(50, D), position=(T,), out=(D, D))
+  return {
+    name: jax.random.normal(key, shape)
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+  }
+
+
+def loss(params, tokens, *, share, mesh=None):
+  apply = functools.partial(tower, params)
+  if share is None:
+    output = encodings._encode_text(apply, tokens, mesh)
+  else:
+    output = encodings._encode_distinct(apply, tokens, share, mesh)
+  weights = jnp.arange(B * M * D, dtype=jnp.float32).reshape(B, M, D)
+  total = (output.pooled * weights / 100).sum() + (output.tokens**2).sum()
+  return total, output
+
+
+def value_and_grad(tokens, **options):
+  function = jax.value_and_grad(
+    functools.partial(loss, **options), has_aux=True
+  )
+  return jax.jit(function)(make_params(), tokens)
+
+
+# Two rows of 64 that differ, or as many distinct ones as there is room for, are
+# shared; more of them are not.
+@pytest.mark.parametrize("distinct", [1, 10, 30, 60])
+def test_distinct_texts_are_exact(distinct):
+  tokens = make_tokens(distinct)
+  want = value_and_grad(tokens, share=None)
+  got = value_and_grad(tokens, share=0.25)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    got,
+    want,
+  )
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("distinct", [3, 60])
+def test_distinct_texts_of_each_device(shape, distinct):
+  mesh = mesh_of(shape)
+  tokens = make_tokens(distinct)
+  want = value_and_grad(tokens, share=None)
+  sharded = shard_batch({"tokens": tokens}, mesh)["tokens"]
+  got = value_and_grad(sharded, share=0.5, mesh=mesh)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    got,
+    want,
+  )
+
+
+def test_texts_stay_on_their_device():
+  mesh = mesh_of((8, 1, 1))
+  apply = functools.partial(tower, make_params())
+
+  def pooled(tokens):
+    return encodings._encode_distinct(apply, tokens, 0.5, mesh).pooled
+
+  sharded = shard_batch({"tokens": make_tokens(3)}, mesh)["tokens"]
+  compiled = jax.jit(pooled).lower(sharded).compile()
+  # Whether any device has too many.
+  moved = [r for r in hlo.collectives(compiled) if r.bytes > 64]
+  assert moved == []
+
+
+def test_the_cost_is_that_of_the_room():
+  tokens = jnp.asarray(make_tokens(3))
+
+  def cost(share):
+    return flops.count(
+      lambda params: loss(params, tokens, share=share)[0], make_params()
+    ).flops
+
+  assert cost(0.25) == cost(None) / 4
+
+
+@pytest.mark.parametrize("distinct", [1, 7, 40])
+def test_distinct_rows(distinct):
+  rows = make_tokens(distinct, seed=3).reshape(-1, T)
+  unique = np.unique(rows, axis=0)
+  found = encodings.find_distinct(jnp.asarray(rows), limit=20)
+  assert found.count == len(unique)
+  if len(unique) <= 20:
+    np.testing.assert_array_equal(rows[found.first][found.slot], rows)
+    assert len({*np.asarray(found.first[: len(unique)]).tolist()}) == len(
+      unique
+    )
+
+
+def test_rows_of_one_hash_are_told_apart():
+  # 0x01000193 and its square are the weights of the two columns.
+  power = 0x01000193
+  rows = np.array([[power, 0], [0, 1], [power, 0], [0, 1]], np.int32)
+  found = encodings.find_distinct(jnp.asarray(rows), limit=4)
+  np.testing.assert_array_equal(rows[found.first][found.slot], rows)
+  assert 2 <= found.count <= 4

@@ -1,0 +1,245 @@
+"""Updates that are not finite are skipped, counted and, at last, avoided."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trainings
+
+from mtv_jax.checkpoint.reading import (
+  DamagedCheckpointError,
+  load_tree,
+  saved_steps,
+)
+from mtv_jax.config import schema
+from mtv_jax.models import layers
+from mtv_jax.train import gradients, loop, numerics
+from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.loop import train
+from mtv_jax.train.numerics import (
+  NonFiniteError,
+  RollbackError,
+  UpdateMonitor,
+)
+from mtv_jax.train.runtime.sessions import read_sessions
+from mtv_jax.utils.tree import flatten_with_names
+
+
+def smallest(**changes):
+  config = schema.read_config(f"{trainings.CONFIG}:save=1")
+  config.checkpoint.keep = 20
+  config.evals = {}
+  config.update(changes)
+  return config
+
+
+@pytest.fixture
+def damage(monkeypatch):
+  """Makes the loss NaN at steps whose batch, or number, is among some."""
+  original = gradients.compute_gradients
+  bad_steps, bad_batches = set(), []
+
+  def compute_gradients(spec, state, batch, mesh=None):
+    (loss, terms), grads = original(spec, state, batch, mesh)
+    total = batch["image"].astype(jnp.float32).sum()
+    bad = jnp.isin(state.step, jnp.array([-1, *bad_steps]))
+    bad |= jnp.isin(total, jnp.array([-1.0, *bad_batches]))
+    poison = jnp.where(bad, jnp.nan, 1.0)
+    grads = jax.tree.map(lambda g: g * poison, grads)
+    return (loss, terms), grads
+
+  monkeypatch.setattr(gradients, "compute_gradients", compute_gradients)
+  return bad_steps, bad_batches
+
+
+def nonfinite_rows(workdir):
+  text = (workdir / "nonfinite.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def params(workdir, step):
+  return dict(flatten_with_names(load_tree(workdir, step=step)))
+
+
+def assert_equal(actual, expected):
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(value, actual[name], err_msg=name)
+
+
+def batch_sums(config, workdir, count):
+  """The sums over the images of the first batches."""
+  with make_loader(build_experiment(config, workdir), 0) as loader:
+    return [float(next(loader)["image"].sum()) for _ in range(count)]
+
+
+@pytest.mark.slow
+def test_a_skipped_update_changes_nothing_and_is_counted(tmp_path, damage):
+  damage[0].add(5)
+  workdir = tmp_path / "run"
+  state = train(smallest(total_steps=6), workdir)
+  assert int(state.step) == 6
+  assert_equal(params(workdir, 6), params(workdir, 5))
+  counts = {r["step"]: r["skipped_updates"] for r in trainings.rows(workdir)}
+  assert counts == {s: float(s >= 6) for s in range(1, 7)}
+  (row,) = nonfinite_rows(workdir)
+  assert row["step"] == 6 and "grad_norm" in row["metrics"]
+  assert len(row["keys"]) == 16 and "scenes" in row["keys"][0]
+
+
+@pytest.mark.slow
+def test_a_run_returns_to_the_checkpoint_before_the_damage(tmp_path, damage):
+  """Batches 4 to 6 are left out, also by a run that resumes afterwards."""
+  workdir = tmp_path / "run"
+  config = smallest(nonfinite=dict(max_consecutive=2))
+  sums = batch_sums(config, workdir, 8)
+  damage[1].extend(sums[4:7])
+  train(config, workdir)
+  final = params(workdir, 12)
+  timing = next((workdir / "checkpoints" / "12" / "timing").iterdir())
+  assert json.loads(timing.read_text())["skipped_batches"] == [[4, 3]]
+  rows = trainings.rows(workdir)
+  assert [r["step"] for r in rows] == list(range(1, 13))
+  assert {r["skipped_updates"] for r in rows} == {0.0}
+  damaged = nonfinite_rows(workdir)
+  assert [(r["step"], r["batch"]) for r in damaged] == [(5, 4), (6, 5), (7, 6)]
+  for step in range(6, 13):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  train(config, workdir)
+  assert_equal(params(workdir, 12), final)
+  assert nonfinite_rows(workdir) == damaged
+  # Without the rollback, the skipped updates leave another state.
+  other = tmp_path / "other"
+  train(smallest(), other)
+  assert trainings.rows(other)[-1]["skipped_updates"] == 3
+  assert trainings.losses(other)[8] != trainings.losses(workdir)[8]
+
+
+@pytest.mark.slow
+def test_no_checkpoint_amid_the_damage_replaces_the_one_before(
+  tmp_path, damage
+):
+  config = smallest(total_steps=8, nonfinite=dict(max_consecutive=2))
+  config.checkpoint.keep = 1
+  sums = batch_sums(config, tmp_path / "run", 6)
+  damage[1].extend(sums[3:6])
+  train(config, tmp_path / "run")
+  rows = trainings.rows(tmp_path / "run")
+  assert [r["step"] for r in rows] == list(range(1, 9))
+  assert {r["skipped_updates"] for r in rows} == {0.0}
+  _, session = read_sessions(tmp_path / "run")
+  assert session["start_step"] == 3
+
+
+@pytest.mark.slow
+def test_a_save_that_is_due_amid_the_damage_is_postponed(tmp_path, damage):
+  damage[0].update((3, 4))
+  config = smallest(total_steps=8)
+  config.checkpoint.every_steps = 4
+  train(config, tmp_path / "run")
+  assert saved_steps(tmp_path / "run") == [1, 6, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restore", ["latest", "latest_good"])
+def test_a_return_to_a_damaged_checkpoint(
+  tmp_path, damage, monkeypatch, restore
+):
+  """It is named, and the one before it taken if that is asked for."""
+  workdir = tmp_path / "run"
+  config = smallest(total_steps=8, nonfinite=dict(max_consecutive=2))
+  config.checkpoint.keep = 3
+  damage[1].extend(batch_sums(config, workdir, 7)[4:7])
+  restore_before = loop._restore_before
+
+  def damage_files(experiment, checkpoints, *args, **kwargs):
+    checkpoints.wait()  # The save of step 4 may be in progress.
+    shutil.rmtree(workdir / "checkpoints" / "4" / "timing")
+    return restore_before(experiment, checkpoints, *args, **kwargs)
+
+  monkeypatch.setattr(loop, "_restore_before", damage_files)
+  if restore == "latest":
+    with pytest.raises(
+      DamagedCheckpointError, match="(?s)4 is damaged.*step 3"
+    ):
+      train(config, workdir)
+    assert saved_steps(workdir) == [2, 3, 4]
+  else:
+    train(config, workdir, restore=restore)
+    assert saved_steps(workdir) == [6, 7, 8]
+    assert (workdir / "checkpoints" / "4.damaged").exists()
+    steps = [r["step"] for r in trainings.rows(workdir)]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("first", "options", "message"),
+  [
+    (0, {}, "steps 1 to 3 .* no checkpoint precedes"),
+    (5, dict(then="stop"), "steps 6 to 8 .*then is 'stop'.*steps: 1, .*, 5\\."),
+    (5, dict(max_rollbacks=2), "returned to a checkpoint 2 times"),
+  ],
+)
+def test_a_run_that_does_not_recover_stops(
+  tmp_path, damage, first, options, message
+):
+  damage[0].update(range(first, 12))
+  config = smallest(nonfinite=dict(max_consecutive=2, **options))
+  with pytest.raises(NonFiniteError, match=message):
+    train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_spike_is_logged_with_the_norms_of_all_objectives(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(numerics, "_FEWEST", 2)
+  config = smallest(total_steps=4, log=dict(spikes=1e-3))
+  train(config, tmp_path / "run")
+  (text,) = (
+    r.getMessage() for r in caplog.records if "the median" in r.getMessage()
+  )
+  assert text.startswith("Step 3: the gradient's norm is ")
+  norms = re.findall(r"(\w+)/encoder_grad_norm ([0-9.e+-]+)", text.rstrip("."))
+  assert {name for name, _ in norms} == {*config.objectives}
+  assert all(float(norm) > 0 for _, norm in norms)
+
+
+@pytest.mark.slow
+def test_debug_nans_names_the_layer(tmp_path, monkeypatch):
+  call = layers.Mlp.__call__
+
+  def divide_by_zero(self, x, *args, **kwargs):
+    return call(self, x, *args, **kwargs) / (x.sum() - x.sum())
+
+  monkeypatch.setattr(layers.Mlp, "__call__", divide_by_zero)
+  message = r"at step 1: .* > models/layers.py:\d+ "
+  with pytest.raises(NonFiniteError, match=message):
+    train(smallest(), tmp_path / "run", debug_nans=True)
+
+
+def test_too_many_in_a_row():
+  monitor = UpdateMonitor(max_consecutive=2, spike_factor=None)
+  for step, skipped in enumerate([0, 1, 1, 0, 1, 1], 1):
+    monitor.observe(step, bool(skipped), 1.0)
+  assert monitor.to_dict() == {"skipped_updates": 4, "nonfinite_since": 5}
+  # As after a resume.
+  resumed = UpdateMonitor(
+    max_consecutive=2, spike_factor=None, **monitor.to_dict()
+  )
+  with pytest.raises(RollbackError) as error:
+    resumed.observe(7, True, np.nan)
+  assert (error.value.first, error.value.last) == (5, 7)
+
+
+def test_spikes_are_multiples_of_the_median():
+  monitor = UpdateMonitor(max_consecutive=0, spike_factor=10.0)
+  norms = [2.0] * 60 + [19.0, 50.0, 50.0, 2.0]
+  factors = [monitor.observe(s, False, n) for s, n in enumerate(norms)]
+  # The second of them is too near the first.
+  assert [f for f in factors if f is not None] == [25.0]

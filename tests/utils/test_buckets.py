@@ -1,0 +1,120 @@
+"""Files in buckets, in emulators of both stores."""
+
+import logging
+import threading
+
+import pytest
+
+from mtv_jax.utils import buckets, path
+from mtv_jax.utils.errors import MissingFileError, StorageError
+from mtv_jax.utils.path_patterns import expand_path
+
+
+def test_a_failed_request_is_repeated_and_names_the_file(monkeypatch, caplog):
+  waits, calls = [], []
+  monkeypatch.setattr(buckets.time, "sleep", waits.append)
+
+  def fail(*args):
+    calls.append(args)
+    raise ConnectionError("reset by peer")
+
+  with pytest.raises(
+    StorageError, match=r"gs://b/1\.tar can't be read: .*reset"
+  ):
+    buckets.retry("gs://b/1.tar", "read", fail, 7)
+  assert calls == [(7,)] * 5
+  assert all(a < b for a, b in zip(waits, waits[1:], strict=False)), waits
+
+  def recover(*args):
+    return "data" if len(calls) > 6 else fail(*args)
+
+  with caplog.at_level(logging.WARNING):
+    assert buckets.retry("gs://b/1.tar", "read", recover, 7) == "data"
+  assert "gs://b/1.tar can't be read" in caplog.text
+
+
+def test_what_is_not_allowed_is_not_repeated(monkeypatch):
+  monkeypatch.setattr(buckets.time, "sleep", lambda _: pytest.fail("waited"))
+
+  def forbid():
+    raise OSError("Forbidden: https://storage.googleapis.com/b/1.tar")
+
+  with pytest.raises(StorageError, match="Forbidden"):
+    buckets.retry("gs://b/1.tar", "read", forbid)
+  with pytest.raises(MissingFileError, match=r"There is no gs://b/1\.tar"):
+    buckets.retry("gs://b/1.tar", "read", open, "/nonexistent")
+
+
+@pytest.mark.slow
+def test_files(bucket, tmp_path, monkeypatch):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  folder = path.as_path(f"{bucket}/files")
+  file = folder / "a.bin"
+  data = bytes(range(256)) * 40
+  path.write_bytes(file, data)
+  assert str(file) == f"{bucket}/files/a.bin"
+  assert path.exists(file) and path.is_file(file) and path.is_folder(folder)
+  assert not path.is_file(folder) and not path.exists(folder / "b.bin")
+  assert path.stat(file).st_size == len(data)
+  assert path.read_bytes(file) == data
+  assert path.read_range(file, 300, 20) == data[300:320]
+  with path.open_file(file) as opened:
+    assert opened.seek(0, 2) == len(data)
+    opened.seek(1000)
+    assert opened.read(24) == data[1000:1024]
+    assert opened.read() == data[1024:] and opened.read() == b""
+  assert path.list_folder(folder) == ["a.bin"]
+  copy = path.local_copy(file)
+  assert copy.read_bytes() == data and path.local_copy(file) == copy
+  path.write_bytes(file, b"new")
+  assert path.local_copy(file).read_bytes() == b"new"
+  path.remove(file)
+  with pytest.raises(MissingFileError, match=r"files/a\.bin"):
+    path.read_bytes(file)
+  with pytest.raises(MissingFileError, match="nothing at"):
+    path.local_copy(folder)
+
+
+@pytest.mark.slow
+def test_folders_are_copied_whole_by_one_of_many(bucket, tmp_path):
+  local = tmp_path / "made"
+  (local / "sub").mkdir(parents=True)
+  for name in ("config.json", "weights", "sub/x"):
+    (local / name).write_text(name)
+  folder = path.as_path(f"{bucket}/folders/model")
+  path.upload_folder(local, folder, last=["config.json"])
+  copies = []
+
+  def copy():
+    copies.append(path.local_copy(folder, cache=tmp_path / "cache"))
+
+  threads = [threading.Thread(target=copy) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(copies) == 4 and len(set(copies)) == 1
+  names = {str(f.relative_to(copies[0])) for f in copies[0].rglob("*")}
+  assert names == {"config.json", "weights", "sub", "sub/x"}
+  assert (copies[0] / "sub" / "x").read_text() == "sub/x"
+
+
+@pytest.mark.slow
+def test_patterns(bucket):
+  folder = f"{bucket}/patterns"
+  for i in range(4):
+    path.write_bytes(path.as_path(f"{folder}/{i:05d}.tar"), b"x")
+  files = [f"{folder}/{i:05d}.tar" for i in range(4)]
+  for pattern in ("*.tar", "{00000..00003}.tar", "0000{0,1,2,3}.tar"):
+    assert list(map(str, expand_path(f"{folder}/{pattern}"))) == files
+  assert list(map(str, expand_path(files))) == files
+  with pytest.raises(
+    MissingFileError, match=r"2 of 3 files .*00004\.tar.*4 of 4"
+  ):
+    expand_path(f"{folder}/{{00003..00005}}.tar")
+  with pytest.raises(MissingFileError, match="no folder"):
+    expand_path(f"{folder}/nothing/*.tar")
+  with pytest.raises(IsADirectoryError, match=r"write '.*/\*\.tar'"):
+    expand_path(folder)
+  with pytest.raises(ValueError, match="in the path twice"):
+    expand_path([files[0], f"{folder}/*.tar"])

@@ -1,0 +1,10 @@
+"""`mtv-jax compare`: compare encoders side by side on a page."""
+
+import sys
+
+from mtv_jax.cli.main import command
+
+main = command("compare")
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,10 @@
+"""`mtv-jax supervise`: restart a training command until it is done."""
+
+import sys
+
+from mtv_jax.cli.main import command
+
+main = command("supervise")
+
+if __name__ == "__main__":
+  sys.exit(main())
