@@ -27,7 +27,7 @@ ARGUMENTS = {"dinov3_l16": ",gram"}
 RUNS = [
   f"{name}:tiny{ARGUMENTS.get(name, '')}" for name in NAMES if name not in SAME
 ]
-MOST_STEPS = 60  # Of the longer ones, such as mtv_tiny.
+MOST_STEPS = 30  # Of the longer ones, such as mtv_tiny.
 
 
 def train(run, workdir):

@@ -140,6 +140,7 @@ def test_cached_equals_in_step(folders):
     batch_of(base, out, make_spec("float8"))
 
 
+@pytest.mark.slow
 def test_cached_patches_follow_crop_and_flip(folders):
   """A mirrored crop has the features of its part of the image."""
   _, base, out = label(folders, "int8")

@@ -406,6 +406,7 @@ def test_statistics_give_the_targets_unit_variance():
   np.testing.assert_allclose(output.var(0), 1, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_moments_do_not_depend_on_the_mesh():
   for key, sharded in moments_on((2, 2, 2), accumulate=2).items():
     single = moments_on((1, 1, 1))[key]

@@ -135,6 +135,7 @@ def on_one_device():
   return two_steps(make_mesh(dict(data=1), jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_the_step_trains_the_student_alone():
   (first, second), _ = on_one_device()
   assert 0 < second < first

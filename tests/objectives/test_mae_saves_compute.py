@@ -19,7 +19,7 @@ from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
 
 # Rows enough that gradients and the update, which no mask makes smaller, weigh
 # little: they cost a batch of any size the same.
-SIZE, PATCH, ROWS, ROUNDS = 224, 16, 16, 4
+SIZE, PATCH, ROWS, ROUNDS = 224, 16, 16, 3
 # ViT-B/16 and MAE's decoder, both at half their depth: the share of each in
 # the whole is that of the recipe, and the run takes half as long.
 SPEC = ModelSpec.from_config(

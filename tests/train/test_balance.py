@@ -139,6 +139,7 @@ def one_device():
   return balanced_step(make_spec(), (1, 1, 1))
 
 
+@pytest.mark.slow
 def test_balanced_norms_have_the_ratio_of_the_weights(one_device):
   before, after, running, metrics = one_device
   raw = before["contrastive"], before["distillation"] / 0.5

@@ -146,6 +146,7 @@ def check_against(actual, brute_force, names=NAMES):
       )
 
 
+@pytest.mark.slow
 def test_norms_and_cosines_equal_those_of_single_gradients(
   one_device, brute_force
 ):
@@ -158,6 +159,7 @@ def test_norms_and_cosines_equal_those_of_single_gradients(
   assert 0.01 < np.abs(cosines[0, 3]).max() < 0.99
 
 
+@pytest.mark.slow
 def test_copies_read_one_and_the_negative_minus_one(one_device):
   cosines = one_device["cosines"]
   np.testing.assert_allclose(cosines[0, 1], 1, rtol=0, atol=1e-5)
@@ -167,6 +169,7 @@ def test_copies_read_one_and_the_negative_minus_one(one_device):
   )
 
 
+@pytest.mark.slow
 def test_transfer_equals_differences_of_losses(params, one_device, brute_force):
   losses, grads = brute_force
   image = jax.device_get(params["image"])
@@ -192,8 +195,9 @@ def test_transfer_equals_differences_of_losses(params, one_device, brute_force):
   np.testing.assert_allclose(
     one_device["losses"], [before[n] for n in NAMES], rtol=1e-5
   )
-  np.testing.assert_array_equal(one_device["transfer"][4], 0)
-  np.testing.assert_array_equal(one_device["transfer"][:, 4], 0)
+  # A loss and the same loss after a step along zero, each rounded.
+  for transfer in (one_device["transfer"][4], one_device["transfer"][:, 4]):
+    np.testing.assert_allclose(transfer, 0, atol=np.finfo(np.float32).eps)
 
 
 PAIR = ("contrastive", "distillation")

@@ -123,6 +123,7 @@ def test_an_objective_without_labels_changes_no_other_gradient(name):
   assert_near((losses, grads), compiled((1, 1, 1), rest)(batch), 1e-6, 1e-9)
 
 
+@pytest.mark.slow
 def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   config = tiny_mtv.read()
   # Its labels must not even be opened.

@@ -190,6 +190,7 @@ def distilled(encoders, tmp_path_factory):
   return folder, train(distillation(encoders), folder)
 
 
+@pytest.mark.slow
 def test_two_teachers(encoders, distilled):
   """One entry a teacher; both are learned, of other pixels and patches."""
   folder, state = distilled

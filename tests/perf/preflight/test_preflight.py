@@ -67,6 +67,7 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
   assert tried[0].peak == 128 * 2**30
 
 
+@pytest.mark.slow
 def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(
   repo_root, monkeypatch
 ):
