@@ -35,7 +35,8 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    print(f"\n{program}: interrupted.", file=sys.stderr)
+    with contextlib.suppress(OSError):  # A closed terminal.
+      print(f"\n{program}: interrupted.", file=sys.stderr)
     if debug:
       raise
     raise SystemExit(130) from None  # 128 + SIGINT, as shells have it.
@@ -55,7 +56,8 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
     ending = SystemExit(f"{program}: {message(error)}")
     if (code := getattr(error, "exit_code", 1)) != 1:
       # Python prints a message as the code alone, and exits with 1.
-      print(ending, file=sys.stderr)
+      with contextlib.suppress(OSError):  # A closed terminal.
+        print(ending, file=sys.stderr)
       ending.code = code
     raise ending from error
 

@@ -87,7 +87,8 @@ def write_report(folder: str) -> None:
   try:
     with workdir.open_run_folder(folder) as run:
       if text := report.format_run(run.folder):
-        print(f"\n{text}\n", flush=True)
+        with contextlib.suppress(OSError):  # A full disk, a closed terminal.
+          print(f"\n{text}\n", flush=True)
       pages = report.write_runs([run.folder], run.folder)
       names = (f"{folder}/{page.name}" for page in pages)
       log.info("Wrote %s", ", ".join(names))

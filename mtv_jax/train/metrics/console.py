@@ -1,8 +1,11 @@
 """Log lines: their format, and the metrics of a step as one line."""
 
+import atexit
+import contextlib
 import itertools
 import logging
 import math
+import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -13,10 +16,35 @@ WIDTH = 120
 
 
 class _Console(logging.Handler):
-  """Writes to the current `sys.stdout`, which tests replace."""
+  """Writes to the current `sys.stdout`, which tests replace.
+
+  A line that can't be written is dropped: a full disk, a closed terminal or a
+  pipe whose reader has exited ends no run.
+  """
 
   def emit(self, record: logging.LogRecord) -> None:
-    print(self.format(record), file=sys.stdout, flush=True)
+    line = self.format(record)
+    with contextlib.suppress(OSError):
+      try:
+        print(line, file=sys.stdout, flush=True)
+      except UnicodeEncodeError:  # Lone surrogates, or an encoding without it.
+        line = line.encode("ascii", "backslashreplace").decode()
+        print(line, file=sys.stdout, flush=True)
+
+
+def _drop_unwritable() -> None:
+  """Points standard streams that can't be written to the null device.
+
+  Python, which flushes them at exit, would replace the exit code by 120.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:
+        stream.flush()
+    except OSError:
+      null = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(null, stream.fileno())
+      os.close(null)
 
 
 def setup_logging(*, process_index: int = 0) -> None:
@@ -36,6 +64,8 @@ def setup_logging(*, process_index: int = 0) -> None:
     )
   )
   package.handlers[:] = [handler]
+  atexit.unregister(_drop_unwritable)  # Of an earlier call.
+  atexit.register(_drop_unwritable)
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)
 

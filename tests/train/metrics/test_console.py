@@ -2,7 +2,10 @@
 
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +88,50 @@ def test_setup_logging(capsys):
     package.handlers[:], package.level, package.propagate = state
     for name, level in levels.items():
       logging.getLogger(name).setLevel(level)
+
+
+# A command that logs, and exits with another code than 0 and 1.
+COMMAND = r"""
+import logging
+from mtv_jax.cli import errors
+from mtv_jax.train.metrics import setup_logging
+from mtv_jax.train.runtime import preemption
+with errors.readable_errors("train"):
+  setup_logging()
+  for i in range(3):
+    logging.getLogger("mtv_jax.train").info("r\xf6w \udce9")
+  raise preemption.Preempted("received SIGTERM")
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
+@pytest.mark.parametrize("output", ["full disk", "closed pipe", "closed"])
+def test_output_that_cannot_be_written_changes_no_exit_code(output):
+  if output == "full disk":
+    fd = os.open("/dev/full", os.O_WRONLY)
+  else:
+    reader, fd = os.pipe()
+    os.close(reader)
+  command = [sys.executable, "-c", COMMAND]
+  if output == "closed":
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
+  try:
+    done = subprocess.run(command, stdout=fd, stderr=fd, timeout=60)
+  finally:
+    os.close(fd)
+  assert done.returncode == 143
+
+
+def test_characters_that_the_output_lacks_are_escaped():
+  env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+  done = subprocess.run(
+    [sys.executable, "-c", COMMAND],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 143, done.stderr
+  lines = done.stdout.splitlines()
+  assert len(lines) == 3
+  assert all(line.endswith(r"r\xf6w \udce9") for line in lines)
