@@ -31,7 +31,8 @@ class Supervisor:
   """Runs a command until it exits with 0.
 
   A signal to the supervisor is passed on to the command, and is the end: the
-  supervisor exits with the command's code.
+  supervisor exits with the command's code. One that is ignored, as SIGHUP is
+  under nohup, stays ignored.
   """
 
   command: Sequence[str]
@@ -128,7 +129,11 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError):
           child.send_signal(number)
 
-    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    before = {
+      number: signal.signal(number, receive)
+      for number in SIGNALS
+      if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
       yield
     finally:

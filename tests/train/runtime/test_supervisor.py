@@ -30,6 +30,15 @@ if step is not None:
 os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 """
 
+# `tools/supervise.py`, without ignored signals, see `trainings`.
+MAIN = """
+import runpy, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def supervise(folder, actions, **options):
   """The supervisor's exit code, and how often it started the command."""
@@ -102,7 +111,10 @@ def test_the_folder_is_read_from_the_command():
 
 def launch(repo_root, *arguments):
   return subprocess.Popen(
-    [sys.executable, str(repo_root / "tools" / "supervise.py"), *arguments],
+    [
+      *(sys.executable, "-c", MAIN),
+      *(str(repo_root / "tools" / "supervise.py"), *arguments),
+    ],
     env={
       **os.environ,
       "PYTHONPATH": str(repo_root),
@@ -144,6 +156,26 @@ time.sleep(60)
   assert process.returncode == 128 + number, output
   # The command's own options are passed on as they are.
   assert (tmp_path / "saved").read_text() == "--debug --config.a=1"
+
+
+def test_an_ignored_signal_ends_nothing(tmp_path):
+  """A command under nohup is restarted after its terminal was closed."""
+  file = tmp_path / "starts"
+  code = f"""
+import os, signal
+with open({str(file)!r}, "a") as file:
+  file.write("x")
+os.kill(os.getppid(), signal.SIGHUP)
+raise SystemExit(os.path.getsize(file.name) < 2)
+"""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    command = [sys.executable, "-S", "-c", code]
+    assert Supervisor(command, backoff=0.0).run() == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+  assert file.read_text() == "xx"
 
 
 def test_a_signal_ends_a_pause(tmp_path, repo_root):
