@@ -8,7 +8,6 @@ service, and its connections are closed, JAX's client aborts them at once
 
 import contextlib
 import dataclasses
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +28,9 @@ _CHECKS = 6  # Of the other processes, within the time that they have to answer.
 
 def exit_now(reason: str) -> NoReturn:
   """Prints one line and exits, without the barriers of a shutdown."""
-  print(
+  preemption.print_error(
     f"train: {reason}. The same command on all hosts resumes from the last"
-    " checkpoint.",
-    file=sys.__stderr__,
-    flush=True,
+    " checkpoint."
   )
   preemption.exit_now(EXIT_CODE)
 

@@ -141,6 +141,15 @@ def exit_without_threads(error: BaseException | None = None) -> None:
   exit_now(code)
 
 
+def print_error(text: str) -> None:
+  """Prints to standard error, if it can be written.
+
+  A thread that ends by this error would not end the process.
+  """
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.__stderr__, flush=True)
+
+
 def exit_now(code: int) -> NoReturn:
   """Kills the data workers, flushes the standard streams and exits.
 

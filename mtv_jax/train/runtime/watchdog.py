@@ -114,7 +114,8 @@ class Watchdog(contextlib.AbstractContextManager):
       self._step + 1,
       self.limit,
     )
-    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    with contextlib.suppress(Exception):  # Without standard error.
+      faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
     self.expired = True
     if self._stopping.wait(self._grace_seconds):
       left = self._closed.wait(self._min_seconds)
@@ -123,12 +124,10 @@ class Watchdog(contextlib.AbstractContextManager):
       left = self._closed.is_set()
       done = "the step did not end, and nothing could be saved"
     if not left:
-      print(
+      preemption.print_error(
         f"train: step {self._step + 1} has stalled; {done}. A device or another"
         " process of the run does not answer. The same command resumes from"
-        " the last checkpoint.",
-        file=sys.__stderr__,
-        flush=True,
+        " the last checkpoint."
       )
       self._exit_fn(EXIT_CODE)
 

@@ -1,6 +1,9 @@
 """The watchdog: which steps expire, and what it does then."""
 
 import functools
+import io
+import os
+import sys
 import time
 
 import pytest
@@ -48,6 +51,23 @@ def test_a_step_that_hangs_prints_stacks_and_exits(watch, exits, capfd):
   errors = capfd.readouterr().err
   assert "test_watchdog.py" in errors  # This thread's stack.
   assert "step 7 has stalled" in errors and "nothing could be saved" in errors
+
+
+@pytest.mark.parametrize("closed", ["stream", "pipe"])
+def test_a_step_that_hangs_exits_without_standard_error(
+  watch, exits, monkeypatch, closed
+):
+  reader, writer = os.pipe()
+  os.close(reader)
+  # Unbuffered, so that closing it raises no second error.
+  with open(writer, "wb", buffering=0) as raw:
+    stderr = None
+    if closed == "pipe":
+      stderr = io.TextIOWrapper(raw, write_through=True)
+    monkeypatch.setattr(sys, "__stderr__", stderr)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    watch().step(6)
+    assert wait_for(lambda: exits) == [EXIT_CODE]
 
 
 def test_a_loop_that_stops_in_time_is_left_alone(watch, exits):
