@@ -188,7 +188,7 @@ class Trainer:
         log.warning(
           "Step %d: the gradient's norm is %.3g, %.0f times the median of the"
           " steps before. Norms on the encoder: %s.",
-          *(step, norm, spike, numerics.format_values(norms)),
+          *(step, norm, spike, numerics.format_values(norms) or "unknown"),
         )
 
   def report_skipped(self, step: int, values: Any, batch: Any) -> None:
@@ -221,12 +221,25 @@ class Trainer:
       raise NonFiniteError(f"at step {step}: {where}")
 
   def measure_norms(self, batch: Any) -> dict[str, float]:
-    """Each objective's gradient norm of a batch, on the encoder, now."""
+    """Each objective's gradient norm of a batch, on the encoder, now.
+
+    Takes more memory than an update: none where the devices lack it.
+    """
     with self.paused("measure"):
-      norms = self.experiment.program.encoder_grad_norms(
-        self.state, batch, self.active
-      )
-      norms = jax.device_get(norms)
+      try:
+        norms = self.experiment.program.encoder_grad_norms(
+          self.state, batch, self.active
+        )
+        norms = jax.device_get(norms)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        log.warning(
+          "The objectives' gradient norms are unknown, as their measurement"
+          " takes more memory than there is. %s",
+          str(error).splitlines()[0],
+        )
+        return {}
     return {f"{n}/encoder_grad_norm": float(v) for n, v in norms.items()}
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:

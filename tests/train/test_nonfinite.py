@@ -26,6 +26,7 @@ from mtv_jax.train.numerics import (
   UpdateMonitor,
 )
 from mtv_jax.train.runtime.sessions import read_sessions
+from mtv_jax.train.step import Program
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -89,6 +90,20 @@ def test_a_skipped_update_changes_nothing_and_is_counted(tmp_path, damage):
   (row,) = nonfinite_rows(workdir)
   assert row["step"] == 6 and "grad_norm" in row["metrics"]
   assert len(row["keys"]) == 16 and "scenes" in row["keys"][0]
+
+
+@pytest.mark.slow
+def test_no_memory_for_the_norms_ends_no_run(
+  tmp_path, damage, monkeypatch, caplog
+):
+  def exhaust(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ...")
+
+  monkeypatch.setattr(Program, "encoder_grad_norms", exhaust)
+  damage[0].add(2)
+  train(smallest(total_steps=4), tmp_path / "run")
+  assert "more memory than there is. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
+  assert [r["step"] for r in nonfinite_rows(tmp_path / "run")] == [3]
 
 
 @pytest.mark.slow
