@@ -67,13 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Runs one benchmark, prints its result and writes it."""
   flags = inspect.signature(args.function).parameters
-  options = {name: getattr(args, name) for name in flags}
-  if "config" in options:
-    options["config"] = arguments.read_config(args)
+  values = {name: getattr(args, name) for name in flags}
+  if "config" in values:
+    values["config"] = arguments.read_config(args)
   with contextlib.ExitStack() as stack:
     if args.profile:
-      stack.enter_context(jax.profiler.trace(args.profile))
-    result = args.function(**options)
+      # Python's calls, most of them of compilations, would be gigabytes.
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0
+      trace = jax.profiler.trace(args.profile, profiler_options=options)
+      stack.enter_context(trace)
+    result = args.function(**values)
   print(result)
   if args.json:
     atomic.write_text(args.json, result.to_json() + "\n")

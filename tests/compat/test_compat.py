@@ -142,7 +142,7 @@ def test_a_run_resumes_to_the_same_losses(fixtures, name):
       **os.environ,
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": xla_flags(devices=1),
+      "XLA_FLAGS": xla_flags(devices=1, exact=True),
     },
     capture_output=True,
     text=True,

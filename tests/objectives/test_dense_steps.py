@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from xla_options import EXACT
 
 from mtv_jax.augment import views
 from mtv_jax.data.labels import label_values
@@ -108,7 +109,9 @@ def compiled(shape):
     (_, terms), grads = gradients.compute_gradients(built, state, batch)
     return {name: term.loss.value() for name, term in terms.items()}, grads
 
-  jitted = jax.jit(compute, out_shardings=replicated_sharding(mesh))
+  jitted = jax.jit(
+    compute, out_shardings=replicated_sharding(mesh), compiler_options=EXACT
+  )
 
   def call(batch):
     placed = shard_batch(batch, mesh)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from xla_options import EXACT
 
 from mtv_jax.augment import views
 from mtv_jax.data import ops, tokenizers
@@ -458,7 +459,8 @@ def loss_and_gradients(spec, params, batch):
     (loss, terms), grads = gradients.compute_gradients(spec, state, batch)
     return loss, terms, grads
 
-  loss, terms, grads = jax.device_get(jax.jit(compute)(params, batch))
+  jitted = jax.jit(compute, compiler_options=EXACT)
+  loss, terms, grads = jax.device_get(jitted(params, batch))
   return loss, terms, dict(flatten_with_names(grads))
 
 
