@@ -1,15 +1,20 @@
 """Image processors and tokenizer files of Hugging Face folders."""
 
 import dataclasses
+import hashlib
 import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import filelock
+
 from mtv_jax.config import foreign
 from mtv_jax.convert import folders
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.layers import Side
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +244,8 @@ def _describe_processor(
 Cleaning = Literal["none", "lower", "canonicalize"]
 # Tokenizers that need no file: keys of `data.tokenizers.BUILT_IN`.
 BUILT_IN_TOKENIZERS = ("bytes", "words")
+# Families trained on lower-cased texts.
+_LOWER_CASE = ("siglip", "siglip2", "tipsv2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +271,25 @@ class TokenizerFiles:
     return tokenizers.build_tokenizer(spec, clean=self.clean)
 
 
+def _convert_sentencepiece(
+  path: pathlib.Path, *, add_end: bool
+) -> pathlib.Path:
+  """The `tokenizer.json` of a `tokenizer.model`, in the cache."""
+  # Imported late: reading a model needs no tokenizer library.
+  from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+
+  content = b"%d%s" % (add_end, path.read_bytes())
+  digest = hashlib.blake2b(content, digest_size=12)
+  folder = path_lib.cache_folder() / f"tokenizer-{digest.hexdigest()}"
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with filelock.FileLock(f"{folder}.lock"):
+    if not folder.exists():
+      tokenizer = SentencePieceTokenizer(str(path), "lower")
+      with atomic.replace_folder(folder) as temporary:
+        tokenizer.write_folder(temporary, add_end=add_end)
+  return folder / "tokenizer.json"
+
+
 def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   """The tokenizer of a Hugging Face folder, None if it has none."""
   path = folder / "tokenizer_config.json"
@@ -284,8 +310,12 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   if json_path.is_file():
     # SigLIP 2 was trained on lower-cased text; not every version of its
     # tokenizer.json lower-cases.
-    is_lower = family in ("siglip", "siglip2", "tipsv2")
+    is_lower = family in _LOWER_CASE
     return TokenizerFiles(json_path, "lower" if is_lower else "none")
+  model_path = folder / "tokenizer.model"
+  if family in _LOWER_CASE and model_path.is_file():
+    path = _convert_sentencepiece(model_path, add_end=family != "tipsv2")
+    return TokenizerFiles(path, "lower")
   if family == "clip" and (folder / "merges.txt").is_file():
     log.warning(
       "%s lacks a tokenizer.json, so text can't be encoded: save its tokenizer "

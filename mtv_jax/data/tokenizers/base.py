@@ -11,8 +11,9 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -35,15 +36,24 @@ def canonicalize(text: str) -> str:
   return _SPACES.sub(" ", text).strip()
 
 
+def _lower(text: str) -> str:
+  """Lower case of each character, as `tokenizers`: without final sigmas."""
+  return "".join(map(str.lower, text)) if "\u03a3" in text else text.lower()
+
+
+# A sigma after a cased letter and before none, as `str.lower` has it.
+_CASED = r"\p{Lu}\p{Ll}\p{Lt}"
+_FINAL_SIGMA = Regex(rf"(?<=[{_CASED}\p{{M}}])\u03a3(?!\p{{M}}*[{_CASED}])")
 # Each cleaning, and the same as normalizers of a `tokenizer.json`.
 _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
   "none": (str, []),
-  "lower": (str.lower, [normalizers.Lowercase()]),
+  "lower": (_lower, [normalizers.Lowercase()]),
   "canonicalize": (
     canonicalize,
     [
       normalizers.Replace("_", " "),
       normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+      normalizers.Replace(_FINAL_SIGMA, "\u03c2"),
       normalizers.Lowercase(),
       normalizers.Replace(Regex(r"\s+"), " "),
       normalizers.Strip(),
@@ -179,21 +189,26 @@ def check_vocabulary(
 
 
 def export_files(
-  tokenizer: Tokenizer, folder: str | os.PathLike, *, length: int = 64
+  tokenizer: Tokenizer,
+  folder: str | os.PathLike,
+  *,
+  length: int = 64,
+  fields: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers`.
 
   `AutoTokenizer` then returns equal ids with `padding="max_length"`,
-  `truncation=True`, cleaning included. Only `input_ids` are named as model
-  inputs: the text towers are trained with attention over the padding.
+  `truncation=True`, cleaning included. By default only `input_ids` are named as
+  model inputs: most text towers are trained with attention over the padding.
 
   Args:
     tokenizer: to export.
     folder: existing; usually that of the exported model.
     length: the default `max_length`, in tokens.
+    fields: of `tokenizer_config.json`, beside or instead of these.
 
   Raises:
-    InputError: a SentencePiece model of another kind than unigram.
+    InputError: a SentencePiece model that is neither unigram nor BPE.
   """
   model = tokenizer.to_model()
   model.no_padding()
@@ -211,6 +226,7 @@ def export_files(
     # For our own reader; a part of tokenizer.json.
     "clean": tokenizer.clean,
     "pad_token": model.id_to_token(tokenizer.pad_id),
+    **(fields or {}),
   }
   if tokenizer.eos_id is not None:
     config["eos_token"] = model.id_to_token(tokenizer.eos_id)

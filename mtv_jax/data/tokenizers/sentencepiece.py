@@ -1,11 +1,22 @@
 """SentencePiece tokenizer, read from a `*.model` file."""
 
+import json
+import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+  AddedToken,
+  Regex,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+)
 
 from mtv_jax.data.tokenizers.base import (
   Tokenizer,
@@ -57,16 +68,41 @@ class SentencePieceTokenizer(Tokenizer):
     return [self._model.decode(list(row)) for row in rows]
 
   def to_model(self) -> tokenizers.Tokenizer:
-    """A unigram model; raises InputError for other kinds."""
+    """A unigram or BPE model; raises InputError for other kinds."""
+    proto = self._read_proto()
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    model = tokenizers.Tokenizer(self._build_pieces(proto))
+    steps = []
+    if rules.precompiled_charsmap:
+      steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+      steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+    scheme = "always" if rules.add_dummy_prefix else "never"
+    # Pieces of a BPE may be of several spaces.
+    space = {"prepend_scheme": scheme, "split": _is_unigram(trainer)}
+    model.pre_tokenizer = pre_tokenizers.Metaspace(**space)
+    model.decoder = decoders.Metaspace(**space)
+    if trainer.byte_fallback:
+      model.decoder = decoders.Sequence(
+        [model.decoder, decoders.ByteFallback(), decoders.Fuse()]
+      )
+    eos, unknown = (
+      proto.pieces[i].piece for i in (trainer.eos_id, trainer.unk_id)
+    )
+    add_special_tokens(model, (eos, unknown), eos, trainer.eos_id)
+    model.normalizer = normalizers.Sequence(steps)
+    return model
+
+  def _read_proto(self) -> sentencepiece_model_pb2.ModelProto:
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(self._model.serialized_model_proto())
-    trainer, rules = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != trainer.UNIGRAM:
+    trainer = proto.trainer_spec
+    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
       kind = trainer.ModelType.Name(trainer.model_type)
       raise InputError(
-        f"{self.path} is a SentencePiece model of kind {kind}; only UNIGRAM"
-        " ones have a tokenizer.json. Train with the tokenizer.json of the same"
-        " tokenizer instead (model.text.tokenizer)."
+        f"{self.path} is a SentencePiece model of kind {kind}; only UNIGRAM and"
+        " BPE ones have a tokenizer.json. Train with the tokenizer.json of the"
+        " same tokenizer instead (model.text.tokenizer)."
       )
     for field in ("eos_id", "unk_id"):
       if not 0 <= getattr(trainer, field) < len(proto.pieces):
@@ -74,21 +110,80 @@ class SentencePieceTokenizer(Tokenizer):
           f"{self.path}: its {field} is {getattr(trainer, field)}, of"
           f" {len(proto.pieces)} pieces."
         )
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    model = tokenizers.Tokenizer(
-      models.Unigram(
-        pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback
-      )
+    return proto
+
+  def _build_pieces(self, proto: sentencepiece_model_pb2.ModelProto) -> Any:
+    trainer = proto.trainer_spec
+    fallback = {"byte_fallback": trainer.byte_fallback}
+    if _is_unigram(trainer):
+      pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+      return models.Unigram(pieces, unk_id=trainer.unk_id, **fallback)
+    return models.BPE(
+      {piece.piece: i for i, piece in enumerate(proto.pieces)},
+      _list_merges(proto),
+      unk_token=proto.pieces[trainer.unk_id].piece,
+      fuse_unk=True,
+      **fallback,
     )
-    steps = []
-    if rules.precompiled_charsmap:
-      steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
-      steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    scheme = "always" if rules.add_dummy_prefix else "never"
-    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    model.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    eos, unknown = pieces[trainer.eos_id][0], pieces[trainer.unk_id][0]
-    add_special_tokens(model, (eos, unknown), eos, trainer.eos_id)
-    model.normalizer = normalizers.Sequence(steps)
-    return model
+
+  def write_folder(self, folder: pathlib.Path, *, add_end: bool) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`.
+
+    As `transformers` reads a folder's `tokenizer.model`: texts are padded with
+    the model's padding, and its control and user-defined pieces are matched in
+    texts.
+
+    Args:
+      folder: existing.
+      add_end: whether texts end with the end of sequence.
+
+    Raises:
+      InputError: the model is neither unigram nor BPE, or has no padding.
+    """
+    model, proto = self.to_model(), self._read_proto()
+    pad_id = proto.trainer_spec.pad_id
+    if not 0 <= pad_id < len(proto.pieces):
+      raise InputError(
+        f"{self.path} has no padding piece; train it with --pad_id set."
+      )
+    kinds = proto.SentencePiece
+    for kind, add in (
+      (kinds.CONTROL, model.add_special_tokens),
+      (kinds.USER_DEFINED, model.add_tokens),
+    ):
+      names = [piece.piece for piece in proto.pieces if piece.type == kind]
+      add([AddedToken(n, normalized=False) for n in names])
+    if not add_end:
+      model.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[]
+      )
+    config = {"pad_token": proto.pieces[pad_id].piece}
+    if add_end:
+      config["eos_token"] = proto.pieces[self.eos_id].piece
+    for name, text in (
+      ("tokenizer.json", model.to_str()),
+      ("tokenizer_config.json", json.dumps(config)),
+    ):
+      (folder / name).write_text(text, encoding="utf-8")
+
+
+def _is_unigram(trainer: sentencepiece_model_pb2.TrainerSpec) -> bool:
+  return trainer.model_type == trainer.UNIGRAM
+
+
+def _list_merges(
+  proto: sentencepiece_model_pb2.ModelProto,
+) -> list[tuple[str, str]]:
+  """Pairs of pieces that a BPE joins, of the highest score first."""
+  kinds = proto.SentencePiece
+  pieces = {
+    piece.piece: piece.score
+    for piece in proto.pieces
+    if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)
+  }
+  merges = [
+    (text[:i], text[i:])
+    for text in sorted(pieces, key=pieces.__getitem__, reverse=True)
+    for i in range(1, len(text))
+  ]
+  return [(a, b) for a, b in merges if a in pieces and b in pieces]

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizer_parity
 import tokenizers as hf
 
 from mtv_jax.data import tokenizers
@@ -41,6 +42,8 @@ ODD = [
   "a\u200bb",
   "\u201cquoted\u201d",
   "x\u3000y ",
+  "\u03a3\u0391\u03a3 \u03a3 \u03a3a 1\u03a3.",
+  "a\u03a3\u0301\u0392 a\u0301\u03a3",
   "many words " * 50,
 ]
 
@@ -306,20 +309,54 @@ def test_exported_files_give_equal_ids(clean, small, words_json, tmp_path):
     assert again.eos_id == tokenizer.eos_id
 
 
-def test_other_sentencepiece_kinds_are_not_exported(small, tmp_path):
-  sentencepiece.SentencePieceTrainer.train(
-    input=small.replace("small.model", "text"),
-    model_prefix=str(tmp_path / "bpe"),
+@pytest.mark.parametrize("fallback", [False, True])
+def test_exported_bpe_gives_equal_ids(fallback, tmp_path):
+  texts = [*ODD, "two dogs  and 3 cats"]
+  tokenizer_parity.train_sentencepiece(
+    tmp_path / "bpe.model",
     model_type="bpe",
-    vocab_size=34,
-    minloglevel=2,
-    eos_id=1,
-    unk_id=2,
-    bos_id=0,
+    vocab_size=400 if fallback else 120,
+    byte_fallback=fallback,
+    bos_id=-1,
+    eos_id=0,
+    unk_id=1,
+    pad_id=-1,
   )
   tokenizer = build_tokenizer(tmp_path / "bpe.model")
-  with pytest.raises(ValueError, match="kind BPE"):
+  export_files(tokenizer, tmp_path)
+  again = build_tokenizer(tmp_path / "tokenizer.json")
+  ids = tokenizer.encode(texts, 64)
+  np.testing.assert_array_equal(again.encode(texts, 64), ids)
+  assert again.decode(ids[-1:].tolist()) == ["two dogs and 3 cats"]
+
+
+@pytest.mark.parametrize("add_end", [False, True])
+def test_a_sentencepiece_model_as_a_folder_of_transformers(add_end, tmp_path):
+  path = tmp_path / "tokenizer.model"
+  tokenizer_parity.train_sentencepiece(path, **tokenizer_parity.TIPS)
+  model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  build_tokenizer(path).write_folder(tmp_path, add_end=add_end)
+  tokenizer = build_tokenizer(tmp_path / "tokenizer.json", clean="lower")
+  assert tokenizer.pad_id == 0
+  texts = [t for t in tokenizer_parity.TEXTS if "<pad>" not in t]
+  ids = tokenizer.encode(texts, 64)
+  assert (ids[:, -1] == 0).sum() > 10
+  for text, row in zip(texts, ids, strict=True):
+    pieces = model.encode(tokenizer.clean_text(text))[: 64 - add_end]
+    expected = pieces + [1] * add_end
+    expected += [0] * (64 - len(expected))
+    np.testing.assert_array_equal(row, expected, err_msg=repr(text))
+
+
+def test_other_sentencepiece_kinds_are_not_exported(small, tmp_path):
+  path = tmp_path / "word.model"
+  tokenizer_parity.train_sentencepiece(path, model_type="word", vocab_size=30)
+  tokenizer = build_tokenizer(path)
+  with pytest.raises(ValueError, match="kind WORD"):
     export_files(tokenizer, tmp_path)
+  tokenizer_parity.train_sentencepiece(path, vocab_size=60)
+  with pytest.raises(ValueError, match="no padding piece.*pad_id"):
+    build_tokenizer(path).write_folder(tmp_path, add_end=True)
 
 
 @pytest.mark.reference
