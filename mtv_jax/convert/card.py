@@ -19,7 +19,7 @@ inputs = processor(
   text=["a photo of a cat", "a photo of a dog"],
   padding="max_length",
   truncation=True,
-  return_tensors="pt",
+{patches}  return_tensors="pt",
 )
 with torch.no_grad():
   logits = model(**inputs).logits_per_image
@@ -27,6 +27,11 @@ with torch.no_grad():
 
 `padding="max_length"` is needed: the model was trained on texts padded to
 {length} tokens.
+"""
+# The defaults of `Siglip2Processor` hide those of its image processor.
+_PATCHES = """\
+  max_num_patches={},
+  patch_size={},
 """
 _IMAGES = """\
 ```python
@@ -82,7 +87,11 @@ _POOLED = {
 
 
 def write_card(
-  spec: ModelSpec, others: Sequence[str], *, class_name: str
+  spec: ModelSpec,
+  others: Sequence[str],
+  *,
+  class_name: str,
+  max_patches: int | None = None,
 ) -> str:
   """A short README with runnable code.
 
@@ -90,11 +99,15 @@ def write_card(
     spec: the model's spec.
     others: names of the parameters in `heads.safetensors`.
     class_name: of transformers.
+    max_patches: of images at their native aspect ratio.
   """
   task, usage = "image-feature-extraction", _IMAGES
   if spec.text is not None:
     task = "zero-shot-image-classification"
-    usage = _TWO_TOWERS.format(length=spec.text.length)
+    patches = max_patches and _PATCHES.format(
+      max_patches, spec.image.patch_size
+    )
+    usage = _TWO_TOWERS.format(length=spec.text.length, patches=patches or "")
   heads = ", ".join(
     sorted({n.split("/")[1] for n in others if n.startswith("heads/")})
   )

@@ -305,9 +305,12 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
       folders.write_tensors(path / _HEADS, others)
     folders.write_json(path / "config.json", config)
     folders.write_json(path / "preprocessor_config.json", processor)
-    files = _export_tokenizer(path, model, tokenizer)
+    files = _export_tokenizer(path, model, tokenizer, module=module)
     readme = card.write_card(
-      spec, sorted(others), class_name=config["architectures"][0]
+      spec,
+      sorted(others),
+      class_name=config["architectures"][0],
+      max_patches=model.preprocess.get("max_patches"),
     )
     (path / "README.md").write_text(readme, "utf-8")
     native.write_description(
@@ -368,10 +371,15 @@ def _split_leaves(
 
 
 def _export_tokenizer(
-  path: pathlib.Path, model: ConvertedModel, tokenizer: Any | None
+  path: pathlib.Path,
+  model: ConvertedModel,
+  tokenizer: Any | None,
+  *,
+  module: ModuleType,
 ) -> TokenizerFiles | None:
   """Writes the tokenizer's files; returns those that `read` builds."""
-  if model.spec.text is None:
+  text = model.spec.text
+  if text is None:
     return None
   if tokenizer is None:
     log.warning("No tokenizer: AutoProcessor needs one beside the model.")
@@ -379,7 +387,14 @@ def _export_tokenizer(
   # Imported late: reading a model needs no tokenizer library.
   from mtv_jax.data import tokenizers
 
-  tokenizers.export_files(tokenizer, path, length=model.spec.text.length)
+  config: dict[str, Any] = {}
+  if module in (aimv2, tipsv2):
+    # Without a mask, padding is attended to, and AIMv2's texts are not causal.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+  if module is siglip2:
+    # The default of its processor is 64, whatever the tokenizer's.
+    config["max_length"] = text.length
+  tokenizers.export_files(tokenizer, path, length=text.length, fields=config)
   if tokenizer.kind == "json":
     # The file cleans texts itself now; cleaning twice changes nothing.
     return TokenizerFiles(path / "tokenizer.json", tokenizer.clean)

@@ -4,7 +4,10 @@ import json
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
+import tokenizer_parity
+import tokenizers
 import tower_parity as parity
 
 import mtv_jax
@@ -207,6 +210,91 @@ def test_texts_and_logits_equal_transformers(kind, tmp_path, record_property):
   record_property("difference", worst)
   print(
     f"{kind} text: {worst:.2e}, logits {np.abs(logits - expected).max():.2e}"
+  )
+
+
+def _save_with_tokenizer(folder, kind):
+  """A model with a tokenizer as in the released folders."""
+  transformers = pytest.importorskip("transformers")
+  folder.mkdir()
+  if kind == "tipsv2":
+    path = folder / "tokenizer.model"
+    tokenizer_parity.train_sentencepiece(path, **tokenizer_parity.TIPS)
+    fields, size, special = {}, 400, {}
+  else:
+    size = _save_clip_tokenizer(transformers, folder)
+    special = {"eos_token_id": size - 1}
+    fields = {
+      "image_processor_type": "CLIPImageProcessor",
+      "size": {"shortest_edge": 64},
+      "crop_size": {"height": 64, "width": 64},
+      "resample": 3,
+    }
+
+  def build(t, kind):
+    model, sizes = _build(t, kind)
+    config = model.config
+    config.text_config.update({"vocab_size": size, **special})
+    return type(model)(config), sizes
+
+  _saved(folder, kind, build=build)
+  if fields:
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+  return folder
+
+
+def _save_clip_tokenizer(transformers, folder):
+  """A byte-level BPE whose words have an end; returns its size."""
+  letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  names = [*letters, *(f"{letter}</w>" for letter in letters)]
+  merges = [("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("p", "h")]
+  names += [*map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+  vocab = {name: i for i, name in enumerate(names)}
+  tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges)
+  tokenizer.save_pretrained(folder)
+  return len(vocab)
+
+
+@reference
+@quiet
+@pytest.mark.parametrize("kind", ["aimv2", "tipsv2"])
+def test_processors_equal_the_encoder(kind, tmp_path, monkeypatch):
+  """Ids of the folder's tokenizer; ids, pixels and logits of the export."""
+  import transformers
+
+  monkeypatch.setenv("MTV_JAX_CACHE_DIR", str(tmp_path / "cache"))
+  source = _save_with_tokenizer(tmp_path / "a", kind)
+  encoder = mtv_jax.load(source)
+  theirs = transformers.AutoTokenizer.from_pretrained(source)
+  for length in (64, 12, 5):
+    tokenizer_parity.assert_equal_ids(encoder.tokenizer, theirs, length)
+  folder = huggingface.write(tmp_path / "b", huggingface.read(source))
+  processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+  tokenizer_parity.assert_equal_ids(encoder.tokenizer, processor, 12)
+  rng = np.random.default_rng(0)
+  images = [
+    rng.integers(0, 256, (*shape, 3), np.uint8)
+    for shape in ((90, 60), (40, 200), (64, 64))
+  ]
+  # A text is not padding alone, and the tower masks what it contains of it.
+  texts = [t for t in tokenizer_parity.TEXTS if t.strip() and "<pad>" not in t]
+  inputs = processor(
+    images=[PIL.Image.fromarray(image) for image in images],
+    text=texts,
+    padding="max_length",
+    truncation=True,
+    return_tensors="pt",
+  )
+  pixels = np.stack([encoder.preprocess(image) for image in images])
+  np.testing.assert_allclose(
+    pixels.transpose(0, 3, 1, 2), inputs["pixel_values"], atol=1e-6
+  )
+  theirs = transformers.AutoModel.from_pretrained(folder)(**inputs)
+  encoder = mtv_jax.load(folder)
+  np.testing.assert_allclose(
+    encoder.similarity(encoder.image(images).pooled, encoder.text(texts)),
+    theirs.logits_per_image.detach(),
+    atol=2e-4,
   )
 
 

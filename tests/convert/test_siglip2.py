@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import tokenizer_parity
 import tower_parity as parity
 
 import mtv_jax
@@ -155,6 +156,125 @@ def test_native_aspect_of_true_shape_equals_transformers(
   difference = _compare(tmp_path, model)
   record_property("difference", difference)
   print(f"SigLIP 2 NaFlex B: largest difference {difference:.2e}")
+
+
+GEMMA_CONFIG = {
+  "tokenizer_class": "GemmaTokenizer",
+  "add_bos_token": False,
+  "add_eos_token": True,
+  "padding_side": "right",
+  "do_lower_case": True,
+  "model_input_names": ["input_ids"],
+  "model_max_length": 64,
+}
+TOKENS = {
+  "vocab_size": 400,
+  "bos_token_id": 2,
+  "eos_token_id": 1,
+  "pad_token_id": 0,
+}
+
+
+def _save_with_gemma(folder, kind, files, *, length=64):
+  """A model with a tokenizer in the form that a released folder has."""
+  transformers = pytest.importorskip("transformers")
+  text = {**TEXT, **TOKENS, "max_position_embeddings": length}
+  vision = {**VISION, "num_hidden_layers": 1, "image_size": 64, "patch_size": 8}
+  config = getattr(transformers, f"{kind}Config")(
+    vision_config=vision, text_config=text
+  )
+  model = getattr(transformers, f"{kind}Model")(config)
+  model.save_pretrained(folder)
+  fields = {"image_processor_type": f"{kind}ImageProcessor"}
+  if kind == "Siglip":
+    fields["size"] = {"height": 64, "width": 64}
+  else:
+    fields |= {"max_num_patches": 40, "patch_size": 8}
+  (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+  path = folder / "tokenizer.model"
+  tokenizer_parity.train_sentencepiece(path, **tokenizer_parity.GEMMA)
+  config = folder / "tokenizer_config.json"
+  config.write_text(json.dumps(GEMMA_CONFIG))
+  if files == "tokenizer.json":
+    tokenizer = transformers.GemmaTokenizer.from_pretrained(folder)
+    path.unlink()
+    tokenizer.save_pretrained(folder)
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps(saved | GEMMA_CONFIG))
+  return folder
+
+
+@reference
+@quiet
+@pytest.mark.parametrize("files", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
+def test_ids_equal_those_of_transformers(tmp_path, monkeypatch, kind, files):
+  monkeypatch.setenv("MTV_JAX_CACHE_DIR", str(tmp_path / "cache"))
+  folder = _save_with_gemma(tmp_path / "a", kind, files)
+  encoder = mtv_jax.load(folder)
+  texts = tokenizer_parity.TEXTS
+  if kind == "Siglip":
+    # GemmaTokenizer does not lower-case, so that its users have to.
+    texts = [encoder.tokenizer.clean_text(text) for text in texts]
+  processor = _open_processor(folder)
+  for theirs in (processor, processor.tokenizer):
+    for length in (64, 5):
+      tokenizer_parity.assert_equal_ids(
+        encoder.tokenizer, theirs, length, texts
+      )
+
+
+@reference
+@quiet
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
+def test_processors_of_exports_equal_the_encoder(tmp_path, kind):
+  import transformers
+
+  length = 20
+  source = _save_with_gemma(
+    tmp_path / "a", kind, "tokenizer.json", length=length
+  )
+  folder = huggingface.write(tmp_path / "b", huggingface.read(source))
+  encoder = mtv_jax.load(folder)
+  processor = _open_processor(folder)
+  assert type(processor).__name__ == f"{kind}Processor"
+  tokenizer_parity.assert_equal_ids(encoder.tokenizer, processor, length)
+  texts, images = tokenizer_parity.TEXTS, _images()
+  # As the card has it, but for the backend.
+  card = (folder / "README.md").read_text()
+  assert ("max_num_patches=40,\n  patch_size=8" in card) == (kind == "Siglip2")
+  patches = {"max_num_patches": 40, "patch_size": 8}
+  inputs = processor(
+    images=[PIL.Image.fromarray(image) for image in images],
+    text=texts,
+    padding="max_length",
+    truncation=True,
+    **(patches if kind == "Siglip2" else {}),
+    return_tensors="pt",
+  )
+  np.testing.assert_array_equal(
+    encoder.tokenizer.encode(texts, length), inputs["input_ids"]
+  )
+  pixels = inputs["pixel_values"].numpy()
+  if kind == "Siglip2":
+    rows = [encoder.preprocess.patches(image)["patches"] for image in images]
+    np.testing.assert_array_equal(np.stack(rows), pixels)
+  else:
+    rows = np.stack([encoder.preprocess(image) for image in images])
+    np.testing.assert_allclose(rows.transpose(0, 3, 1, 2), pixels, atol=1e-6)
+  logits = transformers.AutoModel.from_pretrained(folder)(**inputs)
+  image = encoder.image(images).pooled
+  np.testing.assert_allclose(
+    encoder.similarity(image, encoder.text(texts)),
+    logits.logits_per_image.detach(),
+    atol=1e-4,
+  )
+
+
+def _open_processor(folder):
+  import transformers
+
+  return transformers.AutoProcessor.from_pretrained(folder, backend="pil")
 
 
 def _tower(**fields):
