@@ -363,6 +363,12 @@ class Checkpointer:
     log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
     self._manager.reload()
 
+  def survives_save(self, step: int) -> bool:
+    """Whether the checkpoint of a step is not deleted when one is saved now."""
+    later = sum(s > step for s in self._manager.all_steps())
+    is_periodic = bool(self._keep_every) and step % self._keep_every == 0
+    return is_periodic or later + 1 < self._keep
+
   def delete_after(self, step: int) -> None:
     """Deletes the checkpoints of later steps, which a run computes again."""
     for later in self.steps():

@@ -424,6 +424,14 @@ class Trainer:
       timing["data"] = self.loader.loader.stats_at(step).to_dict()
       self.checkpoints.save(step, self.state, timing=timing)
 
+  def save_deletes_rollback_target(self) -> bool:
+    """Whether a save deletes the checkpoint before non-finite updates."""
+    since = self.monitor.nonfinite_since
+    if since is None:
+      return False
+    before = [s for s in self.checkpoints.steps() if s < since]
+    return bool(before) and not self.checkpoints.survives_save(before[-1])
+
   def save_and_exit(self, step: int) -> NoReturn:
     """Saves a checkpoint, unless the step has one, and raises.
 
@@ -438,7 +446,14 @@ class Trainer:
     done = f"saved step {step}" if step else "completed no step"
     done += f" of {self.experiment.total_steps}"
     try:
-      if step > self.first:
+      self.observe()
+      if step > self.first and self.save_deletes_rollback_target():
+        done = (
+          "saved nothing, as the updates since step"
+          f" {self.monitor.nonfinite_since} are not finite and the checkpoint"
+          " before them would be deleted (config.checkpoint.keep),"
+        )
+      elif step > self.first:
         self.save(step)
         with self.paused("save"):
           self.checkpoints.wait()

@@ -100,10 +100,12 @@ def test_keeps_the_latest_and_the_periodic_ones(tmp_path):
     for step in (2, 4, 6, 8, 10, 12, 14):
       ckpt.save(step, state)
     assert ckpt.steps() == [6, 12, 14]
+    assert ckpt.survives_save(12) and ckpt.survives_save(14)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["12", "14", "6"]
   with open_checkpointer(tmp_path, keep=1) as ckpt:
     ckpt.save(15, state)
     assert ckpt.steps() == [15]
+    assert not ckpt.survives_save(15)
 
 
 def test_bad_arguments(tmp_path):

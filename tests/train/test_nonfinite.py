@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import signal
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +13,28 @@ import numpy as np
 import pytest
 import trainings
 
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import (
   DamagedCheckpointError,
   load_tree,
   saved_steps,
 )
 from mtv_jax.config import schema
+from mtv_jax.data.stats import Stats
 from mtv_jax.models import layers
 from mtv_jax.train import gradients, loop, numerics
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.loop import train
+from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.numerics import (
   NonFiniteError,
   RollbackError,
   UpdateMonitor,
 )
+from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.sessions import read_sessions
 from mtv_jax.train.step import Program
+from mtv_jax.train.trainer import Trainer
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -148,6 +156,41 @@ def test_no_checkpoint_amid_the_damage_replaces_the_one_before(
   assert {r["skipped_updates"] for r in rows} == {0.0}
   _, session = read_sessions(tmp_path / "run")
   assert session["start_step"] == 3
+
+
+@pytest.mark.parametrize(
+  ("keep", "since", "saved", "message"),
+  [
+    (2, 3, [2, 4], "saved step 4 of 9 in"),
+    (1, None, [4], "saved step 4 of 9 in"),
+    (1, 1, [4], "saved step 4 of 9 in"),  # No checkpoint precedes them.
+    (1, 3, [2], "saved nothing, as the updates since step 3 are not finite"),
+  ],
+)
+def test_a_signal_amid_the_damage_leaves_the_checkpoint_to_return_to(
+  tmp_path, keep, since, saved, message
+):
+  state = {"x": jnp.zeros(2)}
+  with Checkpointer(tmp_path, every_steps=1, keep=keep) as checkpoints:
+    checkpoints.save(2, state)
+    checkpoints.wait()
+    trainer = Trainer.__new__(Trainer)  # With what an exit reads.
+    vars(trainer).update(
+      experiment=types.SimpleNamespace(total_steps=9),
+      state=state,
+      first=2,
+      loader=mock.Mock(**{"loader.stats_at.return_value": Stats()}),
+      skipped=(),
+      checkpoints=checkpoints,
+      chrono=Chrono(total_steps=9, batch_size=1),
+      notice=preemption.Notice(signal.SIGTERM),
+      watchdog=None,
+      monitor=UpdateMonitor(5, None, nonfinite_since=since),
+      in_flight=(),
+    )
+    with pytest.raises(preemption.Preempted, match=message):
+      trainer.save_and_exit(4)
+    assert checkpoints.steps() == saved
 
 
 @pytest.mark.slow
