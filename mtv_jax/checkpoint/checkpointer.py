@@ -197,8 +197,8 @@ class Checkpointer:
     if error := self._finish():
       if not self._has_saved or self._failures > self._retries:
         raise error
-      fraction = 2 ** (self._failures - 1) / 16
-      self._retry_at = step + max(1, int(self.every_steps * min(1, fraction)))
+      fraction = 2.0 ** min(self._failures - 5, 0)  # 1/16, 1/8, ..., 1
+      self._retry_at = step + max(1, int(self.every_steps * fraction))
       log.warning(
         "%s Training continues; retry %d of %d after step %d.",
         error,

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Runs the command until it is done; returns its exit code."""
-  if min(args.backoff, args.max_backoff, args.max_failures) < 0:
+  numbers = (args.backoff, args.max_backoff, args.max_failures)
+  if not all(number >= 0 for number in numbers):  # Nor NaN.
     raise ConfigError(
       "--backoff, --max_backoff and --max_failures must be at least 0."
     )

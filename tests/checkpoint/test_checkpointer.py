@@ -194,6 +194,19 @@ def test_a_failed_save_is_retried_after_growing_waits(tmp_path, failing_commit):
     assert tried == [32, 34, 38, 46, 62, 64]
 
 
+def test_any_number_of_saves_may_fail(tmp_path, failing_commit):
+  state = {"x": jnp.zeros(2)}
+  with open_checkpointer(tmp_path, every_steps=32, retries=10**6) as ckpt:
+    ckpt.save(1, state)
+    ckpt.wait()
+    ckpt._failures = 2000
+    with failing_commit():
+      ckpt.save(32, state)
+      wait_while_saving(ckpt)
+      ckpt.poll(32)
+    assert [s for s in range(33, 70) if ckpt.due(s)][0] == 64
+
+
 @pytest.fixture
 def full_disk(tmp_path):
   """A small file system, and a function that fills it but for some bytes."""

@@ -79,7 +79,9 @@ class Supervisor:
             failures,
           )
           return code
-        delay = min(self.backoff * 2 ** (failures - 1), self.max_backoff)
+        # A power of more failures would be no float.
+        delay = self.backoff * 2.0 ** min(failures - 1, 100)
+        delay = min(delay, self.max_backoff)
         where = f" at step {step}" if step else ""
         log.warning("Exit code %d%s. Restart in %.3g s.", code, where, delay)
         if not self._sleep(delay):

@@ -12,6 +12,7 @@ import pytest
 import trainings
 from xla_options import xla_flags
 
+from mtv_jax.cli.main import command
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
 from mtv_jax.train.runtime.supervisor import Supervisor, find_workdir
 from mtv_jax.utils.errors import ConfigError
@@ -81,6 +82,24 @@ def test_pauses_double_without_progress(tmp_path, caplog):
   assert supervise(tmp_path, actions, **options) == (0, 6)
   pauses = [float(r.getMessage().split()[-2]) for r in caplog.records]
   assert pauses == [0.02, 0.04, 0.05, 0.02, 0.04]
+
+
+def test_pauses_have_a_limit_after_any_number_of_failures(monkeypatch):
+  pauses = []
+  monkeypatch.setattr(Supervisor, "_run_once", lambda self: 9)
+  monkeypatch.setattr(
+    Supervisor, "_sleep", lambda self, s: pauses.append(s) or True
+  )
+  assert Supervisor(["a"], max_failures=3000, max_backoff=60.0).run() == 9
+  assert len(pauses) == 3000 and pauses[:4] == [10.0, 20.0, 40.0, 60.0]
+  assert set(pauses[3:]) == {60.0}
+
+
+@pytest.mark.parametrize("option", ["backoff=nan", "max_backoff=-1"])
+def test_times_that_are_none_are_rejected(option):
+  with pytest.raises(SystemExit) as raised:
+    command("supervise")([f"--{option}", "--", "true"])
+  assert raised.value.code == 2
 
 
 def test_without_a_folder_a_long_session_is_progress(tmp_path):
