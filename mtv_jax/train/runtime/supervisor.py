@@ -6,6 +6,7 @@ or, where no folder is known, a session longer than `min_seconds`.
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -92,6 +93,9 @@ class Supervisor:
       # A group of its own, as a terminal sends Ctrl-C to the whole group.
       self._child = subprocess.Popen(self.command, process_group=0)
     except OSError as error:
+      if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        log.warning("%r can't be started now: %s", self.command[0], error)
+        return os.EX_TEMPFAIL
       raise ConfigError(f"{self.command[0]!r} can't be started: {error}") from (
         error
       )

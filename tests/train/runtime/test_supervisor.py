@@ -1,5 +1,6 @@
 """The supervisor, with real processes and real signals."""
 
+import errno
 import json
 import os
 import pathlib
@@ -119,6 +120,19 @@ def test_without_a_folder_a_long_session_is_progress(tmp_path):
 def test_a_command_that_cannot_be_started_is_an_error(tmp_path):
   with pytest.raises(ConfigError, match="'/no/such' can't be started"):
     Supervisor(["/no/such"]).run()
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_a_machine_without_memory_is_waited_for(tmp_path, monkeypatch, number):
+  popen, left = subprocess.Popen, [number] * 2
+
+  def start(*args, **kwargs):
+    if left:
+      raise OSError(left.pop(), "no memory")
+    return popen(*args, **kwargs)
+
+  monkeypatch.setattr(subprocess, "Popen", start)
+  assert supervise(tmp_path, [(1, 0)]) == (0, 1)
 
 
 def test_the_folder_is_read_from_the_command():
