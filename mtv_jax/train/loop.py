@@ -122,6 +122,8 @@ def train(
         config.watchdog.peer_seconds, when_alone=checkpoints.abandon
       )
     )
+    # Before the contexts above are left, which wait for the other processes.
+    stack.enter_context(peers.exit_on_lost_peer())
     saved = checkpoints.restore(
       experiment.program.abstract, latest_good=restore == "latest_good"
     )
@@ -142,9 +144,6 @@ def train(
         )
       except RollbackError as error:
         damage = error.with_traceback(None)
-      except (jax.errors.JaxRuntimeError, ValueError) as error:
-        peers.exit_if_lost(error)
-        raise
       # Outside the handler, which keeps the old state alive.
       rollbacks += 1
       saved = _restore_before(

@@ -35,6 +35,16 @@ def exit_now(reason: str) -> NoReturn:
   preemption.exit_now(EXIT_CODE)
 
 
+@contextlib.contextmanager
+def exit_on_lost_peer() -> Iterator[None]:
+  """Exits at an error of JAX that tells of a lost process."""
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    exit_if_lost(error)
+    raise
+
+
 def exit_if_lost(error: Exception) -> None:
   """Exits if the error, of JAX, is that another process is lost."""
   text = str(error)

@@ -6,8 +6,12 @@ import types
 
 import jax
 import pytest
+import trainings
 from jax._src import distributed
 
+from mtv_jax.checkpoint.checkpointer import Checkpointer
+from mtv_jax.config import schema
+from mtv_jax.train.loop import train
 from mtv_jax.train.runtime import peers
 
 SECONDS = 1.0
@@ -97,3 +101,17 @@ def test_a_lost_process_is_known_by_the_error(watch):
   error = jax.errors.JaxRuntimeError("UNAVAILABLE: gone")
   line = watch(Client(error, failures=10**6), exits=True)
   assert line.startswith("another process of the run is lost")
+
+
+def test_a_process_lost_amid_a_restore_is_known_by_the_error(
+  monkeypatch, tmp_path
+):
+  def restore(*_, **__):
+    raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed")
+
+  errors = []
+  monkeypatch.setattr(Checkpointer, "restore", restore)
+  monkeypatch.setattr(peers, "exit_if_lost", errors.append)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="AllGather"):
+    train(schema.read_config(str(trainings.CONFIG)), tmp_path)
+  assert len(errors) == 1
