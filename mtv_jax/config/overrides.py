@@ -62,6 +62,10 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
       )
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
     _set(tree, parts, text, key)
+    try:
+      ConfigDict(tree)
+    except (ValueError, TypeError) as error:  # Names with dots, or no strings.
+      raise ConfigError(f"--config.{assignment}: {error}") from error
   return ConfigDict(tree)
 
 

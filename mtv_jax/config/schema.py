@@ -273,6 +273,12 @@ def check_config(config: Config) -> ConfigDict:
       )
   if not train:
     raise ConfigError("config.data.train is empty: no data to train on.")
+  for name in resolved["evals"]:
+    if "/" in name:
+      raise ConfigError(
+        f"config.evals has an entry {name!r}: its results are written to files"
+        " of that name, which can't have a '/'."
+      )
   first, last = resolved["log"]["profile_steps"] or (1, 1)
   if last < first:
     raise ConfigError(

@@ -133,6 +133,10 @@ def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
     ("data.ops[0]=3", "config.data.ops is 'decode.*not a list"),
     ("mesh[0]=3", "config.mesh is|config.mesh has|not a list"),
     ("data..ops=3", "'data..ops' is not a key"),
+    (
+      "evals={'a.b': dict(count=3)}",
+      r"config.evals={'a.b.*does not accept dots",
+    ),
     ("data.train[-1].size=3", "is not a key"),
     ("batch_size", None),
   ],

@@ -306,6 +306,7 @@ def test_check_keeps_given_values_and_units():
     ({"data__train": []}, "config.data.train is empty"),
     ({"data__train": ["a"]}, r"config.data.train\[0\] is 'a'"),
     ({"data__train": [{}]}, r"config.data.train\[0\]"),
+    ({"evals": {"a/b": {"type": "retrieval"}}}, "evals has an entry 'a/b'"),
   ],
 )
 def test_check_errors(changes, message):
