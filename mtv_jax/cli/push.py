@@ -52,6 +52,9 @@ def run(args: argparse.Namespace) -> None:
     raise InputError(
       f"{folder} is no export: write one with `mtv-jax convert to_hf`."
     )
+  native.describe_model(folder, described)  # Names a missing tokenizer.
+  with folders.open_weights(folder):  # Names missing weights.
+    pass
   text = card.complete_card(
     readme.read_text("utf-8"),
     repo=args.repo,

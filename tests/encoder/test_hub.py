@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -133,6 +134,12 @@ def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
   (tmp_path / "empty").mkdir()
   with pytest.raises(SystemExit, match="is no export"):
     run_command("push", [str(tmp_path / "empty"), "lab/new", *options])
+  folder = shutil.copytree(export, tmp_path / "part")
+  (folder / "model.safetensors").unlink()
+  before = (folder / "README.md").read_text()
+  with pytest.raises(SystemExit, match=r"push: .*lacks model.safetensors"):
+    run_command("push", [str(folder), "lab/new", *options])
+  assert (folder / "README.md").read_text() == before
   monkeypatch.setenv("HF_TOKEN", "")
   with pytest.raises(SystemExit, match="can't be uploaded.*HF_TOKEN"):
     run_command("push", [str(export), "lab/new", *options])
