@@ -3,6 +3,8 @@
 import argparse
 import functools
 import inspect
+import os
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides, schema
 from mtv_jax.parallel import distributed
+from mtv_jax.utils.errors import InputError
 
 
 def add_options(
@@ -126,3 +129,17 @@ def _integer(least: int, text: str) -> int:
   if value < least:
     raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
   return value
+
+
+def check_output(folder: str) -> None:
+  """Checks that a folder of results can be written, which takes long to fill.
+
+  Raises:
+    InputError: it, or a folder above it, is a file or not writable.
+  """
+  path = pathlib.Path(folder).absolute()
+  existing = next(p for p in (path, *path.parents) if p.exists())
+  if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+    return
+  why = "is not writable" if existing.is_dir() else "is a file"
+  raise InputError(f"--output={folder}: {existing} {why}; name another folder.")

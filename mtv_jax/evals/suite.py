@@ -19,6 +19,7 @@ from mtv_jax.evals.report import report as report_lib
 from mtv_jax.evals.report import sections
 from mtv_jax.evals.store import Store
 from mtv_jax.parallel.distributed import any_process
+from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.pages import write_pages
 
 
@@ -81,7 +82,10 @@ def _evaluate(
   *,
   log_fn: Callable[[str], None],
 ) -> Iterator[Outcome]:
-  """Yields the outcome of an encoder after each evaluation; at least one."""
+  """Yields the outcome of an encoder after each evaluation; at least one.
+
+  One that can't be loaded fails in each evaluation without a stored result.
+  """
   store, found = None, {}
   if isinstance(encoder, StoredEncoder):
     encoder, store = encoder
@@ -93,7 +97,15 @@ def _evaluate(
       outcome.skipped.update(stored.skipped)
   missing = {k: e for k, e in evaluators.items() if k not in found}
   if missing or not found:
-    encoder = encoder() if store else encoder
+    try:
+      encoder = encoder() if store else encoder
+    except UserError as error:
+      # Other encoders don't wait for this one; on several hosts they would.
+      if not missing or jax.process_count() > 1:
+        raise
+      outcome.failed.update(dict.fromkeys(missing, str(error)))
+      yield sort_results(outcome, chosen)
+      return
     # Which weights: the student's, the teacher's or their average.
     log_fn(f"{outcome.name}: {encoder!r}")
     described = Outcome("", encoder.source, encoder.weights)

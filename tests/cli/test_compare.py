@@ -124,6 +124,19 @@ def test_earlier_results_alone_need_no_data(compared, tmp_path):
   assert "| evaluation | metric | old | new | chance |" in text
 
 
+def test_an_encoder_that_can_not_be_loaded_stops_no_other(splits, tmp_path):
+  broken = tmp_path / "broken"
+  broken.mkdir()
+  (broken / "config.json").write_text('{"model_type": "siglip"}')
+  (broken / "model.safetensors").write_bytes(b"cut")
+  output = tmp_path / "out"
+  with pytest.raises(SystemExit, match=r"knn \(broken\) failed: .*not a whole"):
+    run(str(broken), *ENCODERS, data=splits, output=output)
+  outcomes = results.read(output / "results.json")
+  assert [o.name for o in outcomes] == ["broken", "coarse", "fine"]
+  assert [list(o.results) for o in outcomes] == [[], ["knn"], ["knn"]]
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -145,6 +158,21 @@ def test_mistakes_are_found_before_anything_runs(
   with pytest.raises(SystemExit, match=f"compare: .*{message}"):
     command("compare")(["--evals=knn", *arguments, "--output=out"])
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments"), [("compare", []), ("evaluate", ["--encoder"])]
+)
+def test_an_output_that_is_a_file_is_found_before_anything_runs(
+  name, arguments, tmp_path, monkeypatch
+):
+  (tmp_path / "file").touch()
+  monkeypatch.setattr(KNN, "run", None)
+  output = tmp_path / "file" / "out"
+  with pytest.raises(SystemExit, match=f"{name}: --output=.*file is a file"):
+    command(name)(
+      [*arguments, "pixels:8/8", "--evals=knn", f"--output={output}"]
+    )
 
 
 def test_output_is_required(capsys):
