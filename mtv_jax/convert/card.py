@@ -149,8 +149,13 @@ def complete_card(
     results: metrics with their protocols, Markdown.
 
   Raises:
-    InputError: the README has no metadata.
+    InputError: the README has no metadata, or the licence is no identifier.
   """
+  if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+    raise InputError(
+      f"the licence {licence!r} is no identifier of the hub, such as apache-2.0 "
+      "or, for any other one, other."
+    )
   match = re.match(r"---\n(.*?)---\n(.*)", readme, re.DOTALL)
   if match is None:
     raise InputError(
@@ -162,7 +167,11 @@ def complete_card(
   metadata += f"license: {licence}\ntags: [mtv_jax]\n"
   if base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
     metadata += f"base_model: {base_model}\n"
-  body = body.partition(_COMPLETED)[0].replace("(folder)", f'("{repo}")')
+  body = re.sub(
+    r'(from_pretrained|load)\((folder|"[\w.-]+/[\w.-]+")\)',
+    rf'\1("{repo}")',
+    body.partition(_COMPLETED)[0],
+  )
   parts = [
     f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED}",
     f"## Training data\n\n{data}",

@@ -27,13 +27,15 @@ ARGUMENTS = {"dinov3_l16": ",gram"}
 RUNS = [
   f"{name}:tiny{ARGUMENTS.get(name, '')}" for name in NAMES if name not in SAME
 ]
-MOST_STEPS = 30  # Of the longer ones, such as mtv_tiny.
+# Of the larger ones, such as mtv_tiny.
+MOST_STEPS, MOST_ROWS = 30, 32
 
 
 def train(run, workdir):
   """The losses of each update on one device, by name."""
   config = schema.read_config(run)
   config.evals, config.init = {}, None
+  config.batch_size = min(config.batch_size, MOST_ROWS)
   experiment = build_experiment(config, workdir)
   spec, tx = experiment.step_spec, experiment.optimizer.tx
   mesh = make_mesh(dict(data=1), jax.devices()[:1])

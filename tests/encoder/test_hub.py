@@ -105,8 +105,8 @@ def test_push(server, export, tmp_path, capsys, monkeypatch):
     ],
   )
   options = ["--license=apache-2.0", "--data=40 photos", "--base_model=lab/b"]
-  for _ in range(2):  # A second time replaces the card's sections.
-    command = ["push", str(export), "lab/new", *options]
+  for repo in ("lab/old", "lab/new"):  # The second replaces the card's parts.
+    command = ["push", str(export), repo, *options]
     run_command(command[0], [*command[1:], f"--results={results}"])
   assert "to lab/new: http" in capsys.readouterr().out
   commit = server.commits[server.revisions["lab/new"]["main"]]
@@ -118,6 +118,7 @@ def test_push(server, export, tmp_path, capsys, monkeypatch):
   )
   assert text.count("## Training data\n\n40 photos") == 1
   assert "explained_by_3" in body and "data_hash" in body
+  assert "lab/old" not in text
   code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)[-1]
   assert 'mtv_jax.load("lab/new")' in code
   monkeypatch.chdir(tmp_path)
@@ -134,6 +135,10 @@ def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
   (tmp_path / "empty").mkdir()
   with pytest.raises(SystemExit, match="is no export"):
     run_command("push", [str(tmp_path / "empty"), "lab/new", *options])
+  with pytest.raises(SystemExit, match="'my: own' is no identifier"):
+    run_command(
+      "push", [str(export), "lab/new", "--license=my: own", "--data=x"]
+    )
   folder = shutil.copytree(export, tmp_path / "part")
   (folder / "model.safetensors").unlink()
   before = (folder / "README.md").read_text()
