@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides, schema
 from mtv_jax.parallel import distributed
+from mtv_jax.train.runtime import peers
 from mtv_jax.utils.errors import InputError
 
 
@@ -78,7 +79,7 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def add_distributed(parser: argparse.ArgumentParser) -> None:
-  """--distributed, --coordinator, --processes and --process."""
+  """--distributed and what it takes where nothing else tells it."""
   add = parser.add_argument
   add(
     "--distributed",
@@ -89,12 +90,19 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
   add("--coordinator", help="host:port of process 0; implies --distributed")
   add("--processes", type=int, help="number of processes")
   add("--process", type=int, help="index of this process, from 0")
+  text = "exit when not all processes have connected by then (default: 300)"
+  add("--connect_seconds", type=int, default=300, help=text)
 
 
 def initialize_distributed(args: argparse.Namespace) -> None:
   """Joins the other hosts by the flags of `add_distributed`."""
   names = ("distributed", "coordinator", "processes", "process")
-  distributed.initialize(**{name: getattr(args, name) for name in names})
+  with peers.limit_connecting(args.connect_seconds):
+    distributed.initialize(
+      **{name: getattr(args, name) for name in names},
+      # JAX aborts the process at its own limit.
+      seconds=args.connect_seconds + 60,
+    )
 
 
 def add_parameters(

@@ -153,8 +153,8 @@ def complete_card(
   """
   if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
     raise InputError(
-      f"the licence {licence!r} is no identifier of the hub, such as apache-2.0 "
-      "or, for any other one, other."
+      f"the licence {licence!r} is no identifier of the hub, such as apache-2.0"
+      " or, for any other one, other."
     )
   match = re.match(r"---\n(.*?)---\n(.*)", readme, re.DOTALL)
   if match is None:

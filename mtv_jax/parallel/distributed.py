@@ -16,11 +16,13 @@ def initialize(
   coordinator: str | None = None,
   processes: int | None = None,
   process: int | None = None,
+  seconds: int = 300,
 ) -> None:
   """`jax.distributed.initialize`, before anything else touches a device.
 
   On TPU pods, SLURM and Open MPI the hosts find each other; elsewhere give the
   coordinator (host:port of process 0), the number of processes and this one's.
+  JAX aborts a process whose others have not connected after some seconds.
 
   Raises:
     InputError: only some of the last three are given.
@@ -32,7 +34,7 @@ def initialize(
       f"coordinator={given[0]}, processes={given[1]}, process={given[2]}."
     )
   if distributed or coordinator:
-    jax.distributed.initialize(*given)
+    jax.distributed.initialize(*given, initialization_timeout=seconds)
 
 
 def any_process(flag: bool) -> bool:

@@ -32,7 +32,8 @@ def launch(
     with socket.socket() as free:
       free.bind(("localhost", 0))
       join = [f"--coordinator=localhost:{free.getsockname()[1]}"]
-    join.append(f"--processes={processes}")
+    # They start together.
+    join += [f"--processes={processes}", "--connect_seconds=100"]
     joins = [[*join, f"--process={i}"] for i in range(processes)]
   log.parent.mkdir(parents=True, exist_ok=True)
   with log.open("ab") as stream:

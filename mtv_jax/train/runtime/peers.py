@@ -36,6 +36,26 @@ def exit_now(reason: str) -> NoReturn:
 
 
 @contextlib.contextmanager
+def limit_connecting(seconds: float | int) -> Iterator[None]:
+  """Exits when the context, in which processes connect, takes `seconds`."""
+
+  def give_up():
+    preemption.print_error(
+      f"Not all processes have connected within {seconds:.0f} s: one has not "
+      "started, has ended, or can't reach process 0 (--coordinator)."
+    )
+    preemption.exit_now(EXIT_CODE)
+
+  timer = threading.Timer(seconds, give_up)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+@contextlib.contextmanager
 def exit_on_lost_peer() -> Iterator[None]:
   """Exits at an error of JAX that tells of a lost process."""
   try:

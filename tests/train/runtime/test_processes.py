@@ -124,6 +124,18 @@ def test_the_others_exit_when_a_process_is_lost(
   assert seconds < 30
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_without_its_others_exits(tmp_path, process):
+  workdir = tmp_path / "run"
+  with trainings.together(workdir, 2, "--connect_seconds=20") as running:
+    running[1 - process].kill()
+    code = running[process].wait(timeout=120)
+  log = trainings.log(workdir)
+  assert code == 75, log
+  assert "Not all processes have connected within 20 s: one" in log
+  assert "Check failure" not in log and "Traceback" not in log
+
+
 def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
   workdir = tmp_path / "run"
   long = "steps=100000,save=100000"
