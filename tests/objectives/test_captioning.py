@@ -413,6 +413,7 @@ def test_sharded_and_accumulated_equal_one_step(shape, accumulate):
     assert np.linalg.norm(moved[name] - leaf) <= 1e-5 * change + 1e-6, name
 
 
+@pytest.mark.slow
 def test_flops_of_the_decoder_equal_the_formula():
   """Products of the forward pass times 3, for one caption and 2 x 3 regions."""
   spec, batch = flops.without_recomputation(make_spec()), make_batch()

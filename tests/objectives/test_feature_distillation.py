@@ -462,6 +462,7 @@ def test_a_teacher_sees_the_crops_at_its_size_in_its_pixels():
   )
 
 
+@pytest.mark.slow
 def test_the_cost_is_that_of_its_parts():
   batch = {
     k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in make_batch(4).items()

@@ -160,6 +160,7 @@ def test_sharded_and_accumulated_equal_single(accumulate):
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_the_same_crops_undistorted():
   spec, batch = make_spec(), make_batch(4)
   batch["image"][:] = 240
@@ -192,6 +193,7 @@ def test_the_size_of_a_teacher_makes_its_view():
   assert view.crops_of == "global"
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_teacher_is_a_forward_pass():
   batch = {
     k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in make_batch(4).items()

@@ -39,6 +39,7 @@ def parts(config):
   return actual.parts, actual
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
   trained, _ = parts(smallest())
   frozen, actual = parts(locked())
