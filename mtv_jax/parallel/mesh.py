@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -70,16 +71,16 @@ def make_mesh(
         f"the slices, such as dcn=dict(data=1, fsdp={len(slices)})."
       )
   inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
-  types = (AxisType.Auto,) * len(MESH_AXES)
-  # Within a slice, JAX orders the devices by its network.
+  # Within a slice, JAX orders the devices by its network. `jax.make_mesh` may
+  # split an axis of the network on v5e alone.
   blocks = [
-    jax.make_mesh(inner, MESH_AXES, axis_types=types, devices=part).devices
+    mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
     for part in slices
   ]
   grid = np.stack(blocks).reshape(*outer, *inner)
   # Per axis, first the slice, then the index within it.
   grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
-  return Mesh(grid, MESH_AXES, axis_types=types)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _sizes(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import topologies
 
 
@@ -67,3 +68,13 @@ def test_libtpu_has_as_many_chips_and_hosts(name):
   devices = topologies.devices(parsed)
   assert len(devices) == parsed.chips
   assert len({device.process_index for device in devices}) == parsed.hosts
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["v5e:16x16", "v6e:16x16", "v5p:4x4x8"])
+@pytest.mark.parametrize("fsdp", [1, 2, 8, 32])
+def test_a_mesh_may_split_an_axis_of_the_network(name, fsdp):
+  devices = topologies.devices(topologies.parse(name))
+  mesh = make_mesh(dict(data=-1, fsdp=fsdp), devices)
+  assert mesh.shape["fsdp"] == fsdp
+  assert set(mesh.devices.flat) == set(devices)
