@@ -91,7 +91,8 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
   add("--processes", type=int, help="number of processes")
   add("--process", type=int, help="index of this process, from 0")
   text = "exit when not all processes have connected by then (default: 300)"
-  add("--connect_seconds", type=int, default=300, help=text)
+  seconds = functools.partial(_integer, 1)
+  add("--connect_seconds", type=seconds, default=300, help=text)
 
 
 def initialize_distributed(args: argparse.Namespace) -> None:
@@ -139,8 +140,8 @@ def _integer(least: int, text: str) -> int:
   return value
 
 
-def check_output(folder: str) -> None:
-  """Checks that a folder of results can be written, which takes long to fill.
+def check_writable(folder: str) -> None:
+  """Checks that a folder can be written, before the work on its contents.
 
   Raises:
     InputError: it, or a folder above it, is a file or not writable.

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
   """Evaluates what is missing and writes; SystemExit lists failures."""
   arguments.initialize_distributed(args)
   chosen = evaluate.read_plan(args)
-  arguments.check_output(args.output)
+  arguments.check_writable(args.output)
   columns = _read_columns(args.encoders, weights=args.weights)
   names = [column.name for column in columns]
   encoder_requests.check_names(names)

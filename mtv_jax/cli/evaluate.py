@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
   arguments.initialize_distributed(args)
   chosen = read_plan(args)
   if args.output:
-    arguments.check_output(args.output)
+    arguments.check_writable(args.output)
   earlier = args.compare.split(",") if args.compare else []
   compared = [outcome for path in earlier for outcome in results.read(path)]
   requests = parse_requests(args.encoder, weights=args.weights)

@@ -55,6 +55,14 @@ def test_process_options_go_together():
     main.main(["train", "--config=mtv_tiny:tiny", "--workdir=x", "--process=0"])
 
 
+def test_processes_need_time_to_connect(capsys):
+  with pytest.raises(SystemExit):
+    main.main(
+      ["train", "--config=mtv_tiny", "--workdir=x", "--connect_seconds=0"]
+    )
+  assert "--connect_seconds: 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_flags_follow_the_signature_and_docstring():
   def function(name: str, *, count: int = 3, workers: int = 0):
     """Does nothing.

@@ -37,7 +37,7 @@ def exit_now(reason: str) -> NoReturn:
 
 @contextlib.contextmanager
 def limit_connecting(seconds: float | int) -> Iterator[None]:
-  """Exits when the context, in which processes connect, takes `seconds`."""
+  """Exits with one line when connecting, the context, takes `seconds`."""
 
   def give_up():
     preemption.print_error(
