@@ -1,9 +1,10 @@
 """Rematerialisation: what each block saves for its backward pass.
 
 A choice is the name of a policy in `POLICIES`, or names of `NAMES` with commas,
-which are saved while the rest is recomputed. A tower's choice can differ by
-encoding, see `Remat`. Nothing is offloaded to the host: a byte of a product of
-768 channels takes 4 ps to recompute at 197 TFLOP/s, and 60 at PCIe's 16 GB/s.
+which are saved while the rest is recomputed. 'mlp_hidden:host' saves an array
+in the host's memory: for steps that don't fit otherwise, since a byte of a
+product of 768 channels takes 4 ps to recompute at 197 TFLOP/s, and 60 to move
+at PCIe's 16 GB/s. A tower's choice can differ by encoding, see `Remat`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ POLICIES: dict[str, Callable | None] = {
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# Suffix of a name that is saved in the host's memory.
+HOST = ":host"
 # As a config's value: what fits the chip, see `perf/preflight/remat.py`.
 AUTO = "auto"
 
@@ -46,15 +49,24 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
   """
   if choice in POLICIES:
     return POLICIES[choice]
-  names = [name.strip() for name in choice.split(",")]
+  parts = [part.strip() for part in choice.split(",")]
+  names = {part.removesuffix(HOST): part.endswith(HOST) for part in parts}
   for name in names:
     if name not in NAMES:
       raise ConfigError(
         f"{where} is {choice!r}, expected one of {', '.join(POLICIES)} or, "
-        f"with commas, arrays of a block: {', '.join(NAMES)}. {name!r} is none "
-        f"of them. {did_you_mean(name, (*POLICIES, *NAMES))}"
+        f"with commas, arrays of a block: {', '.join(NAMES)}, with {HOST!r} to "
+        f"save them in the host's memory. {name!r} is none of them. "
+        f"{did_you_mean(name, (*POLICIES, *NAMES))}"
       )
-  return jax.checkpoint_policies.save_only_these_names(*names)
+  if len(names) < len(parts):
+    raise ConfigError(f"{where} is {choice!r}, which names an array twice.")
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[n for n, on_host in names.items() if not on_host],
+    names_which_can_be_offloaded=[n for n, on_host in names.items() if on_host],
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ _CALLED = re.compile(
   r"true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _KERNEL_FLOPS = re.compile(r'"cost_estimate": ?\{[^}]*"flops": ?"?(\d+)')
+_CYCLES = re.compile(r'"estimated_cycles": ?"?(\d+)')
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -386,6 +387,19 @@ def count_flops(program: Any) -> float:
         s.dims for o in instruction.operands for s in computation[o].shapes
       ]
       total += times * attention.kernel_flops(instruction.scope, dims)
+  return total
+
+
+def count_cycles(program: Any) -> float:
+  """Clock cycles of a step as the TPU compiler estimates them.
+
+  It plans its schedule by them, and leaves out collectives, transfers and
+  Pallas kernels.
+  """
+  total = 0.0
+  for instruction, _, times in parse(program).executed():
+    if estimate := _CYCLES.search(instruction.text):
+      total += times * int(estimate[1])
   return total
 
 

@@ -1,7 +1,8 @@
 """Roofline of a compiled step: a lower bound of its time on a chip.
 
-The compute units, the memory and the links of a chip each take at least their
-work over their peak rate. If they overlap perfectly, the slowest is the bound.
+The compute units, the memory, the links and the connection to the host of a
+chip each take at least their work over their peak rate. If they overlap
+perfectly, the slowest is the bound.
 
 It leaves out the network between slices, and the bytes that a broadcast or an
 iota writes outside of fusions.
@@ -15,6 +16,7 @@ from mtv_jax.perf import hlo, topologies
 # These read and write nothing, or are left out.
 _FREE = (*hlo.ALIASES, "partition-id", "replica-id", "iota", "broadcast")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_HOST = 5  # Memory space of the host.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Roofline:
   compute: float  # Matrix products, in bfloat16.
   memory: float  # Reads and writes of HBM.
   links: float  # Bytes received, over all links of the torus at once.
+  host: float  # Bytes from and to the host's memory, one after another.
 
   @property
   def total(self) -> float:
@@ -32,13 +35,23 @@ class Roofline:
 
 
 def estimate(
-  chip: topologies.Chip, *, flops: float, hbm_bytes: float, received: float
+  chip: topologies.Chip,
+  *,
+  flops: float | int,
+  hbm_bytes: float | int,
+  received: float | int,
+  host_bytes: float | int = 0,
 ) -> Roofline | None:
   """The roofline of a step on a chip; None if its rates are unknown."""
-  rates = chip.peak_bf16_flops, chip.hbm_bandwidth, chip.link_bandwidth
+  rates = (
+    chip.peak_bf16_flops,
+    chip.hbm_bandwidth,
+    chip.link_bandwidth,
+    chip.host_bandwidth,
+  )
   if None in rates or not flops:
     return None
-  work = flops, hbm_bytes, received
+  work = flops, hbm_bytes, received, host_bytes
   return Roofline(*(w / rate for w, rate in zip(work, rates, strict=True)))
 
 
@@ -62,6 +75,18 @@ def count_hbm_bytes(program: Any) -> float:
   return total
 
 
+def count_host_bytes(program: Any) -> float:
+  """Bytes that a program moves between HBM and the host's memory."""
+  total = 0.0
+  for instruction, _, times in hlo.parse(program).executed():
+    if instruction.opcode.endswith("-start"):
+      # A whole and a part of it, or equal ones.
+      arrays = _arrays(instruction)
+      if _HOST in [array.space for array in arrays]:
+        total += times * min(array.padded for array in arrays)
+  return total
+
+
 def _traffic(module, computation, instruction) -> int:
   """Bytes that an instruction reads and writes."""
   operands = list(dict.fromkeys(instruction.operands))
@@ -69,6 +94,14 @@ def _traffic(module, computation, instruction) -> int:
     _read(module, computation, instruction, operand) for operand in operands
   )
   return reads + _written(module, computation, instruction)
+
+
+def _arrays(instruction) -> list[hlo.Shape]:
+  """Arrays of an instruction's type, without indices and semaphores.
+
+  Of a start (operand, result), of a copy's or an update's (result, operand).
+  """
+  return [shape for shape in instruction.shapes if shape.dims]
 
 
 def _size(shapes) -> int:
@@ -80,9 +113,10 @@ def _read(module, computation, user, operand) -> int:
   if operand not in computation:
     return 0
   whole = _size(computation[operand].shapes)
-  if user.opcode in _SLICES and operand == user.operands[0]:
-    return min(whole, sum(shape.padded for shape in user.shapes))
-  if user.opcode == "dynamic-update-slice" and operand == user.operands[0]:
+  opcode = user.opcode.removesuffix("-start")
+  if opcode in _SLICES and operand == user.operands[0]:
+    return min(whole, sum(shape.padded for shape in _arrays(user)[-1:]))
+  if opcode == "dynamic-update-slice" and operand == user.operands[0]:
     return 0
   if user.opcode != "fusion" or not whole:
     return whole
@@ -113,15 +147,16 @@ def _read_inside(module, body, name, whole) -> int:
 
 def _written(module, computation, instruction) -> int:
   """Bytes that an instruction writes."""
-  whole = _size(instruction.shapes)
-  if instruction.opcode.endswith("-start"):
-    # Of the tuple (operand, result, ...), or of a copy (result, operand, ...).
-    first = 0 if instruction.opcode == "copy-start" else 1
-    return _size(instruction.shapes[first : first + 1])
-  if instruction.opcode == "dynamic-update-slice":
+  results = instruction.shapes
+  opcode = instruction.opcode.removesuffix("-start")
+  if opcode != instruction.opcode:
+    result = 0 if opcode in ("copy", "dynamic-update-slice") else 1
+    results = _arrays(instruction)[result : result + 1]
+  whole = _size(results)
+  if opcode == "dynamic-update-slice":
     update = instruction.operands[1]
     return min(whole, _size(computation[update].shapes))
-  if instruction.opcode == "fusion" and whole:
+  if opcode == "fusion" and whole:
     ((_, called),) = instruction.called_computations()
     body, root = module.computations[called], module.roots[called]
     outputs = [root]

@@ -27,15 +27,17 @@ class Chip:
   hbm_bandwidth: float | None = None  # Bytes per second.
   # Bytes per second that a chip receives over all links; None if unknown.
   link_bandwidth: float | None = None
+  host_bandwidth: float | None = None  # Bytes per second from or to its host.
 
 
 # FLOP/s and bandwidths: cloud.google.com/tpu/docs. Memory: as the compiler
-# reports it for a program that does not fit.
+# reports it for a program that does not fit. To the host: PCIe 3 with 16 lanes.
+_PCIE = 16e9
 TPUS = {
-  "v4": Chip("v4", int(30.75 * 2**30), 275e12, 3, 1200e9, 300e9),
-  "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, 2, 819e9, 200e9),
-  "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, 3, 2765e9, 600e9),
-  "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, 2, 1600e9, 400e9),
+  "v4": Chip("v4", int(30.75 * 2**30), 275e12, 3, 1200e9, 300e9, _PCIE),
+  "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, 2, 819e9, 200e9, _PCIE),
+  "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, 3, 2765e9, 600e9, _PCIE),
+  "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, 2, 1600e9, 400e9, _PCIE),
 }
 _GPUS_PER_HOST = 8
 

@@ -1,8 +1,8 @@
-"""Bytes of HBM that a compiled program reads and writes."""
+"""Bytes that a compiled program reads and writes, in HBM and on the host."""
 
 import pytest
 
-from mtv_jax.perf import roofline, topologies
+from mtv_jax.perf import hlo, roofline, topologies
 
 # A loop of four iterations: each reads a row of %x, and writes a row of %y in
 # place. The last array is in another memory.
@@ -59,11 +59,50 @@ def test_slices_and_updates_in_place_count_what_they_touch():
   assert roofline.count_hbm_bytes(TPU) == copy + loop + prefetch + whole
 
 
+# A row is written to an array in the host's memory, and read back.
+OFFLOADING = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: bf16[1,4096]) -> bf16[1,4096] {
+  %x = bf16[1,4096]{1,0:T(2,128)(2,1)} parameter(0)
+  %host = bf16[3,4096]{1,0:T(4,128)(2,1)S(5)} custom-call(), \
+custom_call_target="AllocateBuffer"
+  %zero = s32[]{:T(128)S(6)} constant(0)
+  %out = ((bf16[3,4096]{1,0:T(4,128)(2,1)S(5)}, \
+bf16[1,4096]{1,0:T(2,128)(2,1)}, s32[], s32[]), \
+bf16[3,4096]{1,0:T(4,128)(2,1)S(5)}, u32[]{:S(2)}) \
+dynamic-update-slice-start(%host, %x, %zero, %zero)
+  %held = bf16[3,4096]{1,0:T(4,128)(2,1)S(5)} dynamic-update-slice-done(%out)
+  %in = ((bf16[3,4096]{1,0:T(4,128)(2,1)S(5)}, s32[], s32[]), \
+bf16[1,4096]{1,0:T(2,128)(2,1)}, u32[]{:S(2)}) \
+dynamic-slice-start(%held, %zero, %zero)
+  %back = bf16[1,4096]{1,0:T(2,128)(2,1)} dynamic-slice-done(%in)
+  ROOT %y = bf16[1,4096]{1,0:T(2,128)(2,1)} fusion(%back), kind=kLoop, \
+calls=%f, backend_config={"estimated_cycles":"700"}
+}
+
+%f (p: bf16[1,4096]) -> bf16[1,4096] {
+  %p = bf16[1,4096]{1,0:T(2,128)(2,1)} parameter(0)
+  ROOT %n = bf16[1,4096]{1,0:T(2,128)(2,1)} negate(%p)
+}
+""".replace("\\\n", "")
+
+
+def test_arrays_on_the_host_count_as_they_are_moved():
+  row = 2 * 4096 * 2  # Padded to two rows.
+  assert roofline.count_host_bytes(OFFLOADING) == 2 * row
+  # Read to be sent, written as it returns, and negated.
+  assert roofline.count_hbm_bytes(OFFLOADING) == 4 * row
+  assert roofline.count_host_bytes(TPU) == 0
+  assert hlo.count_cycles(OFFLOADING) == 700
+
+
 def test_the_slowest_resource_is_the_bound():
   chip = topologies.TPUS["v5e"]
   work = dict(flops=197e12, hbm_bytes=2 * 819e9, received=100e9)
   bound = roofline.estimate(chip, **work)
   assert bound.compute == 1 and bound.total == bound.memory == 2
   assert bound.links == pytest.approx(0.5)
+  assert bound.host == 0
+  assert roofline.estimate(chip, **work, host_bytes=64e9).total == 4
   gpu = topologies.GPUS["H100"]
   assert roofline.estimate(gpu, **work) is None

@@ -26,6 +26,7 @@ CHOICES = (
   *(name for name in POLICIES if name != "none"),
   *NAMES,
   ",".join(NAMES),
+  "mlp_hidden:host,qkv",
   "full|image=qkv,mlp_hidden|caption=attention",
 )
 
@@ -121,6 +122,19 @@ def test_an_encoding_that_is_not_trained_is_an_error():
   config.model.remat = "full|globals=qkv"
   with pytest.raises(ConfigError, match="'globals=qkv'.*box_phrase, caption"):
     build_step_spec(config, total_steps=100)
+
+
+@pytest.mark.parametrize(
+  ("choice", "message"),
+  [
+    ("qkv:disk", "'qkv:disk' is none of them"),
+    ("full:host", "'full' is none of them"),
+    ("qkv,qkv:host", "names an array twice"),
+  ],
+)
+def test_a_wrong_place_is_an_error(choice, message):
+  with pytest.raises(ConfigError, match=message):
+    Remat.parse(choice)
 
 
 @pytest.mark.parametrize("name", ["captioning", "masked_pixels"])

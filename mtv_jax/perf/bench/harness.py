@@ -8,6 +8,9 @@ benchmarks of the input pipeline run without it.
 from __future__ import annotations
 
 import json
+import pathlib
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +22,14 @@ import numpy as np
 class Result:
   """Measurements of one benchmark: a table to print and values for `--json`.
 
-  `context` describes the run, such as its `batch_size`, in the table's title.
+  `context` describes the run, such as its `batch_size`, in the table's title,
+  and the processor.
   """
 
   def __init__(self, **context: Any):
-    self.values = context
+    self.values = context | {"processor": describe_processor()}
     self._title = ", ".join(
-      f"{name.replace('_', ' ')} {value}" for name, value in context.items()
+      f"{name.replace('_', ' ')} {value}" for name, value in self.values.items()
     )
     self._rows: list[tuple[str, str]] = []
 
@@ -76,6 +80,20 @@ class Result:
   def to_json(self) -> str:
     """The values as one line of JSON."""
     return json.dumps(self.values)
+
+
+def describe_processor(info: str | None = None) -> str:
+  """The processor's name, and whether it has AVX-512.
+
+  `info`: the text of /proc/cpuinfo; of this machine by default.
+  """
+  path = pathlib.Path("/proc/cpuinfo")
+  if info is None:
+    info = path.read_text() if path.exists() else ""
+  fields = dict(re.findall(r"^([^\t:]+)\t*: *(.*)$", info, re.MULTILINE))
+  name = fields.get("model name") or platform.processor() or platform.machine()
+  has = "with" if "avx512f" in fields.get("flags", "").split() else "without"
+  return f"{name} {has} AVX-512"
 
 
 class Stopwatch:

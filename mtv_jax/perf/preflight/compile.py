@@ -108,6 +108,7 @@ class Memory:
   output: int  # Most of it aliases donated arguments.
   peak: int  # The most that is live at a time.
   limit: int | None  # The chip's limit; None if unknown.
+  host: int = 0  # In the host's memory.
 
   @property
   def fits(self) -> bool:
@@ -123,7 +124,8 @@ class Memory:
     output = analysis.output_size_in_bytes
     live = arguments + output - analysis.alias_size_in_bytes + temporaries
     peak = max(live, analysis.peak_memory_in_bytes)
-    return cls(arguments, temporaries, output, peak, limit)
+    host = analysis.host_temp_size_in_bytes
+    return cls(arguments, temporaries, output, peak, limit, host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Compiled:
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
   flops: float = 0.0  # With recomputation, see `hlo.count_flops`; 0: unknown.
   hbm_bytes: float = 0.0  # Read and written, see `roofline`; 0: unknown.
+  host_bytes: float = 0.0  # Moved from and to the host's memory.
+  cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
   # Batch size of `largest`; smaller than the config's if the step does not fit.
   largest_at: int = 0
@@ -159,6 +163,8 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
     # Other backends call libraries, whose FLOPs the HLO does not show.
     flops=hlo.count_flops(module) if is_tpu else 0.0,
     hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
+    host_bytes=roofline.count_host_bytes(module),
+    cycles=hlo.count_cycles(module),
     largest=hlo.largest_temporaries(module, limit=largest),
     largest_at=plan.config.batch_size,
   )

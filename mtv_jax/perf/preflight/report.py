@@ -64,6 +64,7 @@ class Report:
       self.plan.topology.chip,
       flops=self.compiled.flops,
       hbm_bytes=self.compiled.hbm_bytes,
+      host_bytes=self.compiled.host_bytes,
       received=sum((row.bytes for row in self.compiled.collectives), 0.0),
     )
 
@@ -131,6 +132,8 @@ class Report:
       "compiled_flops_per_chip": compiled.flops or None,
       "useful": self.useful,
       "hbm_bytes_per_chip": compiled.hbm_bytes or None,
+      "host_bytes_per_chip": compiled.host_bytes,
+      "estimated_cycles": compiled.cycles or None,
       "roofline_seconds": bound
       and {**dataclasses.asdict(bound), "total": bound.total},
       "collectives": {
@@ -239,6 +242,8 @@ class Report:
       f"{format_bytes(memory.temporaries)}, output "
       f"{format_bytes(memory.output)}",
     ]
+    if memory.host:
+      lines.append(f"  in the host's memory {format_bytes(memory.host)}")
     if not memory.fits:
       lines += ["  the largest arrays:", *arrays]
     return lines
@@ -276,7 +281,13 @@ class Report:
     if bound := self.roofline:
       lines.append(
         f"  roofline of a step: compute {bound.compute:.3f} s, memory "
-        f"{bound.memory:.3f} s, links {bound.links:.3f} s"
+        f"{bound.memory:.3f} s, links {bound.links:.3f} s, host "
+        f"{bound.host:.3f} s"
+      )
+    if self.compiled.cycles:
+      lines.append(
+        f"  the compiler estimates {self.compiled.cycles:.3e} cycles, without "
+        "collectives and kernels"
       )
     return lines
 
