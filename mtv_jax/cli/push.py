@@ -14,6 +14,7 @@ import argparse
 import pathlib
 import re
 
+from mtv_jax.config import foreign
 from mtv_jax.convert import card, folders, native
 from mtv_jax.encoder import hub
 from mtv_jax.evals.core import results as results_lib
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
   with folders.open_weights(folder):  # Names missing weights.
     pass
   text = card.complete_card(
-    readme.read_text("utf-8"),
+    foreign.read_text(readme),
     repo=args.repo,
     licence=args.license,
     data=args.data,

@@ -1,4 +1,4 @@
-"""Files that others wrote: JSON with typed fields, names of files in a folder.
+"""Files that others wrote: text, JSON with typed fields, names in a folder.
 
 What is wrong with such a file is an error that names the file, the key, the
 value and what was expected.
@@ -29,6 +29,14 @@ _MAX_BYTES = 8 << 30
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
 _MAX_MESSAGE = 2000  # Characters of an error; a file may have long values.
 _REQUIRED = object()
+
+
+def read_text(path: pathlib.Path) -> str:
+  """A text file without its byte order mark; InputError if not UTF-8."""
+  try:
+    return path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def read_untrusted_json(

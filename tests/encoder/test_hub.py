@@ -145,6 +145,10 @@ def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
   with pytest.raises(SystemExit, match=r"push: .*lacks model.safetensors"):
     run_command("push", [str(folder), "lab/new", *options])
   assert (folder / "README.md").read_text() == before
+  folder = shutil.copytree(export, tmp_path / "latin")
+  (folder / "README.md").write_bytes(b"---\n---\ncaf\xe9")
+  with pytest.raises(SystemExit, match=r"push: .*README.md is not UTF-8 text"):
+    run_command("push", [str(folder), "lab/new", *options])
   monkeypatch.setenv("HF_TOKEN", "")
   with pytest.raises(SystemExit, match="can't be uploaded.*HF_TOKEN"):
     run_command("push", [str(export), "lab/new", *options])

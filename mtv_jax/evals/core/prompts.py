@@ -128,10 +128,7 @@ def _read_lines(path: pathlib.Path) -> tuple[str, ...]:
     raise MissingFileError(
       f"no file {path}; expected a name or a prompt a line"
     )
-  try:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-  except UnicodeDecodeError as error:
-    raise InputError(f"{path} is not UTF-8 text: {error}") from None
+  lines = foreign.read_text(path).splitlines()
   return tuple(line.strip() for line in lines if line.strip())
 
 

@@ -72,7 +72,7 @@ def _list_files(
   root: pathlib.Path, folder: str, listing: str
 ) -> list[LabelledFile]:
   if (root / listing).is_file():
-    names = files.read_text(root / listing).split()
+    names = foreign.read_text(root / listing).split()
     names = [name.removeprefix("images/") for name in names]
     if not names:
       raise InputError(f"{root / listing} names no image; expected one a line")
@@ -106,7 +106,7 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
   if not path.is_file():
     return None
   names = []
-  for line in files.read_text(path).splitlines():
+  for line in foreign.read_text(path).splitlines():
     if re.match(r"\s*\d", line):
       cells = line.split("\t") if "\t" in line else line.split(",", 5)
       names.append(re.split("[;,]", cells[-1])[0].strip())

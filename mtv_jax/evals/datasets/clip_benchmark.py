@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtv_jax.config import foreign
 from mtv_jax.data import canvas
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples, prompts
@@ -48,7 +49,7 @@ def has_split(root: pathlib.Path, split: str) -> bool:
 def is_retrieval(root: pathlib.Path) -> bool:
   """Whether the images have captions instead of classes."""
   path = root / "dataset_type.txt"
-  return path.is_file() and files.read_text(path).strip() == "retrieval"
+  return path.is_file() and foreign.read_text(path).strip() == "retrieval"
 
 
 def open_classification(
@@ -144,7 +145,7 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
   listing = folder / "nshards.txt"
   if not listing.is_file():
     return sorted(folder.glob("*.tar"), key=lambda p: (len(p.name), p.name))
-  number = files.read_text(listing).strip()
+  number = foreign.read_text(listing).strip()
   if not number.isdecimal():
     raise InputError(f"{listing}: expected a number of tars, got {number!r}")
   tars = [folder / f"{i}.tar" for i in range(int(number))]

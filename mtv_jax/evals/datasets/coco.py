@@ -164,7 +164,7 @@ def _karpathy_rows(
 
 def _flickr_rows(path: pathlib.Path) -> Rows:
   """File name and captions of each image of a text file of captions."""
-  lines = files.read_text(path).splitlines() or [""]
+  lines = foreign.read_text(path).splitlines() or [""]
   header = "" if _JPEG.search(lines[0]) else lines.pop(0)
   if "|" in header:
     # One line of Kaggle's file lacks the second bar.

@@ -49,7 +49,7 @@ def open_videos(
     [_LIST, f"{_IMAGES}/*/*.jpg", f"{_MASKS}/*/*.png"],
     what="DAVIS 2017's TrainVal at 480p (davischallenge.org)",
   )
-  names = files.read_text(folder / _LIST).split()
+  names = foreign.read_text(folder / _LIST).split()
   if not names:
     raise InputError(f"{folder / _LIST} names no video; expected one a line")
   digest, videos = examples.Digest(), []

@@ -157,14 +157,6 @@ def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
     return file.read(span.size)
 
 
-def read_text(path: pathlib.Path) -> str:
-  """A text file without its byte order mark; InputError if not UTF-8."""
-  try:
-    return path.read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise InputError(f"{path} is not UTF-8 text: {error}") from None
-
-
 def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   """Reads a single-channel image, `[h, w]`.
 

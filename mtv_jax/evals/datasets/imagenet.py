@@ -307,7 +307,7 @@ def _read_mappings(
   folder_names = _read_object(root / _FOLDERS, str)
   overlap = _read_object(root / _OVERLAP, str)
   order = _read_object(root / _ORDER, int)
-  lines = files.read_text(root / _NAMES).splitlines()
+  lines = foreign.read_text(root / _NAMES).splitlines()
   lines = [line.strip() for line in lines if line.strip()]
   labels = {number: label for label, number in order.items()}
   # Both the labels and their lines are 0 to 999.

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, Float32, Float64
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
@@ -171,7 +172,7 @@ def read_calibration(
   if not path.is_file():
     raise MissingFileError(f"{path}: this frame has no calibration")
   matrices = {}
-  for line in files.read_text(path).splitlines():
+  for line in foreign.read_text(path).splitlines():
     name, _, numbers = line.partition(":")
     try:
       values = np.array(numbers.split(), np.float64)

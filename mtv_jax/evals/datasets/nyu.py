@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
@@ -156,7 +157,9 @@ def _numbered_files(
 
 def _read_ids(path: pathlib.Path) -> list[int]:
   """0-based numbers in the .mat file: the first word of each line."""
-  lines = [line for line in files.read_text(path).splitlines() if line.strip()]
+  lines = [
+    line for line in foreign.read_text(path).splitlines() if line.strip()
+  ]
   words = [line.split()[0] for line in lines]
   wrong = [word for word in words if not word.isdecimal()]
   if wrong or not words:

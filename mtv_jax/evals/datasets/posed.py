@@ -19,9 +19,10 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.examples import Digest, open_images, subsample
-from mtv_jax.evals.datasets.files import LabelledFile, read_text
+from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, did_you_mean
 
@@ -371,7 +372,8 @@ def read_pairs(
   """
   index = {name: i for i, name in enumerate(frames.names)}
   pairs = []
-  for number, line in enumerate(read_text(pathlib.Path(path)).splitlines(), 1):
+  lines = foreign.read_text(pathlib.Path(path)).splitlines()
+  for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     fields = line.split()

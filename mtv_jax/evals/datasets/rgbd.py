@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from mtv_jax.config import foreign
 from mtv_jax.evals.datasets.class_folders import list_folders
 from mtv_jax.evals.datasets.files import (
   LabelledFile,
   read_channel,
-  read_text,
   require_layout,
 )
 from mtv_jax.evals.datasets.posed import PosedFrames, motion, open_frames
@@ -165,7 +165,7 @@ def _read_intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
 
 def _read_matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
   try:
-    values = np.array(read_text(path).split(), np.float64)
+    values = np.array(foreign.read_text(path).split(), np.float64)
   except ValueError as error:
     raise InputError(f"{path}: {error}") from None
   if values.size != shape[0] * shape[1]:

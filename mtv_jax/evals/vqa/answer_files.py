@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config import foreign
 from mtv_jax.config.options import shorten_repr
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.bootstrap import Estimate
@@ -146,10 +147,7 @@ def _text(path: str | os.PathLike, value: Any, what: str) -> str:
 def _read_json_or_lines(path: str | os.PathLike) -> Any:
   if not os.path.isfile(path):
     raise MissingFileError(f"There is no file {path}.")
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise InputError(f"{path} is not UTF-8 text: {error}") from None
+  text = foreign.read_text(pathlib.Path(path))
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtv_jax.config import foreign
 from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data.labels.label_sets import hash_bytes
 from mtv_jax.data.records import BadRecord, Record
@@ -170,10 +171,7 @@ class Tags(Phrases):
 def _read_vocabulary(file: str) -> "Vocabulary":
   """The phrases of a file, without blank and repeated lines."""
   path = Path(file).expanduser()
-  try:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-  except UnicodeDecodeError as error:
-    raise InputError(f"{file} is not UTF-8 ({error}).") from error
+  lines = foreign.read_text(path).splitlines()
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
