@@ -140,13 +140,17 @@ def _integer(least: int, text: str) -> int:
   return value
 
 
-def check_writable(folder: str) -> None:
+def check_writable(folder: str, *parts: str) -> None:
   """Checks that a folder can be written, before the work on its contents.
+
+  Args:
+    folder: --output.
+    *parts: of the path of a folder in it.
 
   Raises:
     InputError: it, or a folder above it, is a file or not writable.
   """
-  path = pathlib.Path(folder).absolute()
+  path = pathlib.Path(folder, *parts).absolute()
   existing = next(p for p in (path, *path.parents) if p.exists())
   if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
     return

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
   requests = [column for column in columns if isinstance(column, Request)]
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
   evaluated = suite.evaluate(
-    _stored_encoders(requests, pathlib.Path(args.output), args.dtype),
+    _stored_encoders(requests, args.output, args.dtype),
     chosen,
     checkpoints={request.name: request.checkpoint for request in requests},
     log_fn=log_fn,
@@ -112,22 +112,23 @@ def _read_columns(
 
 
 def _stored_encoders(
-  requests: Sequence[Request], output: pathlib.Path, dtype: str
+  requests: Sequence[Request], output: str, dtype: str
 ) -> dict[str, suite.StoredEncoder]:
-  """The encoders by name; each path is checked, and none is loaded."""
+  """The encoders by name; their paths and folders are checked, none loaded."""
   folders: dict[str, str] = {}
   for request in requests:
     folder = file_name(request.name)
     while folder in folders.values():  # As of "a/b" and "a:b".
       folder += "-"
     folders[request.name] = folder
+    arguments.check_writable(output, _ENCODERS, folder)
   return {
     request.name: suite.StoredEncoder(
       functools.partial(
         mtv_jax.load, request.path, weights=request.weights, dtype=dtype
       ),
       store.Store(
-        output / _ENCODERS / folders[request.name],
+        pathlib.Path(output, _ENCODERS, folders[request.name]),
         store.describe_encoder(request.path, request.weights, dtype),
       ),
     )

@@ -175,6 +175,18 @@ def test_an_output_that_is_a_file_is_found_before_anything_runs(
     )
 
 
+@pytest.mark.parametrize("name", ["encoders", "encoders/coarse"])
+def test_a_file_in_place_of_stored_results_is_found_before_anything_runs(
+  name, tmp_path, monkeypatch
+):
+  file = tmp_path / name
+  file.parent.mkdir(exist_ok=True)
+  file.touch()
+  monkeypatch.setattr(KNN, "run", None)
+  with pytest.raises(SystemExit, match=f"--output=.*{name} is a file"):
+    command("compare")([*ENCODERS, "--evals=knn", f"--output={tmp_path}"])
+
+
 def test_output_is_required(capsys):
   with pytest.raises(SystemExit):
     command("compare")(["pixels:8/8"])
