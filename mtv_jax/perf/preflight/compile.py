@@ -123,8 +123,9 @@ class Memory:
     temporaries = analysis.temp_size_in_bytes
     output = analysis.output_size_in_bytes
     live = arguments + output - analysis.alias_size_in_bytes + temporaries
-    peak = max(live, analysis.peak_memory_in_bytes)
     host = analysis.host_temp_size_in_bytes
+    # XLA's peak is that of both memories together.
+    peak = max(live, analysis.peak_memory_in_bytes - host)
     return cls(arguments, temporaries, output, peak, limit, host)
 
 

@@ -205,3 +205,28 @@ def test_a_config_that_does_not_fit_exits_with_1_and_lists_large_arrays(
   assert "exceeds available HBM (15.75G)" in completed.stdout
   assert "the largest arrays of a chip, at a batch of" in completed.stdout
   assert "masked_pixels" in completed.stdout.split("the largest arrays")[1]
+
+
+@pytest.mark.reference
+def test_arrays_on_the_host_leave_the_chips_memory(repo_root, tmp_path):
+  reports = []
+  for choice in ("mlp_hidden", "mlp_hidden:host"):
+    out = tmp_path / f"{len(reports)}.json"
+    completed = run(
+      repo_root,
+      f"--config={CONFIG}",
+      "--topology=v5e:1x1",
+      "--config.batch_size=4096",
+      f"--config.model.remat={choice}",
+      f"--json={out}",
+    )
+    assert completed.returncode == 0, completed.stderr
+    reports.append(json.loads(out.read_text()))
+  chip, host = reports
+  size = host["memory"]["host"]
+  assert size > 2**29 and chip["memory"]["host"] == 0
+  # There and back.
+  assert host["host_bytes_per_chip"] == 2 * size
+  assert chip["host_bytes_per_chip"] == 0
+  assert chip["memory"]["peak"] - host["memory"]["peak"] > 0.9 * size
+  assert host["roofline_seconds"]["host"] == 2 * size / 16e9
