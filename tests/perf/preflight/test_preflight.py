@@ -223,10 +223,11 @@ def test_arrays_on_the_host_leave_the_chips_memory(repo_root, tmp_path):
     assert completed.returncode == 0, completed.stderr
     reports.append(json.loads(out.read_text()))
   chip, host = reports
-  size = host["memory"]["host"]
-  assert size > 2**29 and chip["memory"]["host"] == 0
+  # In float32, of two layers: 16 patches, 64 text tokens, 256 hidden units.
+  size = 4 * 2 * 4096 * (16 + 64) * 256
+  assert host["memory"]["host"] >= size and chip["memory"]["host"] == 0
+  assert chip["memory"]["peak"] - host["memory"]["peak"] > 0.9 * size
   # There and back.
   assert host["host_bytes_per_chip"] == 2 * size
   assert chip["host_bytes_per_chip"] == 0
-  assert chip["memory"]["peak"] - host["memory"]["peak"] > 0.9 * size
   assert host["roofline_seconds"]["host"] == 2 * size / 16e9
