@@ -1,4 +1,4 @@
-"""Running the real training command in processes of its own."""
+"""Running the real training command, or code, in processes of its own."""
 
 import contextlib
 import json
@@ -78,17 +78,53 @@ def train(workdir: pathlib.Path, *args: str, **options) -> None:
   finish(launch(workdir, *args, **options), workdir)
 
 
+def free_address() -> str:
+  """An address for `jax.distributed`."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return f"localhost:{s.getsockname()[1]}"
+
+
+def run_pair(code: str, *args: str, devices: int) -> None:
+  """Runs Python code in two processes that `jax.distributed` joins.
+
+  `process` is 0 or 1 there, and `args` follow in `sys.argv[1:]`.
+  """
+  address = free_address()
+  env = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": xla_flags(devices),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+  }
+  join = (
+    "import jax; process = {}\n"
+    "jax.config.update('jax_cpu_collectives_implementation', 'gloo')\n"
+    "jax.distributed.initialize({!r}, 2, process)\n"
+  )
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", join.format(i, address) + code, *args], env=env
+    )
+    for i in range(2)
+  ]
+  try:
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
 @contextlib.contextmanager
 def together(
   workdir: pathlib.Path, count: int, *args: str, **options
 ) -> Iterator[list[subprocess.Popen]]:
   """Runs in `count` processes, joined by `jax.distributed` if several."""
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
+  address = free_address()
   joins = [
     (
-      f"--coordinator=localhost:{port}",
+      f"--coordinator={address}",
       f"--processes={count}",
       f"--process={i}",
     )

@@ -167,3 +167,81 @@ def test_a_process_that_fails_alone_tells_why_and_exits(
   # Whichever the other one sees first.
   assert "failed: CorruptDataError" in log or "run is lost" in log
   assert "Check failure" not in log and "Traceback" not in log
+
+
+AUTO_REMAT = """
+import dataclasses, json, sys
+from mtv_jax.cli.main import run_command
+from mtv_jax.perf import topologies
+from mtv_jax.perf.preflight import compile as compile_lib, remat
+
+describe, resolve_remat = topologies.describe_local, remat.resolve_remat
+savings = [
+  remat.Saving(view, name, 100, flops)
+  for view in ("image", "caption")
+  for name, flops in (("mlp_hidden", 200.0), ("qkv", 100.0))
+]
+
+
+def describe_local():
+  topology = describe()
+  limit = int(budget / remat.SHARE) + 1
+  chip = dataclasses.replace(topology.chip, kind="chip", hbm_bytes=limit)
+  return dataclasses.replace(topology, chip=chip)
+
+
+def compile_step(plan, **options):
+  # Of process 1, whose kernels need more, half of the arrays fit.
+  choice = plan.config.model.remat
+  compiled.append(choice)
+  count = choice.count("mlp_hidden") + choice.count("qkv")
+  peak = 1000 + 100 * count * (1 + process)
+  return compile_lib.Compiled(compile_lib.Memory(0, 0, 0, peak, None))
+
+
+def resolve(*args):
+  config = resolve_remat(*args)
+  resolved.append(config.model.remat)
+  return config
+
+
+topologies.describe_local = describe_local
+compile_lib.compile_step = compile_step
+remat.list_savings = lambda plan: savings
+remat.resolve_remat = resolve
+compiled, resolved, statuses = [], [], []
+for budget, steps in ((1450, 3), (9000, 4)):
+  statuses.append(run_command("train", [
+    f"--config={sys.argv[1]}:steps={steps},save=3",
+    f"--workdir={sys.argv[2]}",
+    "--config.model.remat=auto",
+    "--config.log.spikes=0",
+    "--config.evals.retrieval=None",
+  ]))
+  compiled.append("end of session")
+with open(f"{sys.argv[2]}.{process}.json", "w") as file:
+  json.dump([statuses, compiled, resolved], file)
+"""
+
+
+def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
+  tmp_path,
+):
+  """What fits in each of two, also where one alone would save more."""
+  workdir = tmp_path / "run"
+  trainings.run_pair(AUTO_REMAT, str(trainings.CONFIG), str(workdir), devices=1)
+  first, second = (
+    json.loads((tmp_path / f"run.{i}.json").read_text()) for i in range(2)
+  )
+  assert first == second
+  statuses, compiled, resolved = first
+  assert statuses == [0, 0]
+  best = "full|image=qkv,mlp_hidden"
+  assert resolved == [best, best]
+  # The second session has memory for all arrays, and searches no more.
+  all_arrays = "full|caption=qkv,mlp_hidden|image=qkv,mlp_hidden"
+  ends = ["end of session"] * 2
+  assert compiled == ["full", all_arrays, best, *ends]
+  recorded = json.loads((workdir / "config.json").read_text())
+  assert recorded["model"]["remat"] == best
+  assert sorted(trainings.losses(workdir)) == [1, 2, 3, 4]
