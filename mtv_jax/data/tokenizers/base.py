@@ -101,7 +101,7 @@ class Tokenizer(abc.ABC):
       raise InputError(f"length={length}: a text has at least 1 token.")
     ids = np.full((len(strings), length), self.pad_id, np.int32)
     for row, text in zip(ids, strings, strict=True):
-      tokens = self._ids(self.clean_text(text), length)
+      tokens = self._ids(text, length)
       row[: len(tokens)] = tokens
     return ids
 
@@ -110,7 +110,7 @@ class Tokenizer(abc.ABC):
 
     Raises UnicodeError for a string that is not valid Unicode.
     """
-    return len(self._ids(self.clean_text(text), length + 1)) > length
+    return len(self._ids(text, length + 1)) > length
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The text of each row of ids, without special tokens."""
@@ -127,7 +127,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _ids(self, text: str, length: int) -> Sequence[int]:
-    """At most `length` ids of a cleaned text, with the end of sequence."""
+    """Cleans a text; returns at most `length` ids, with the end of sequence."""
 
   @abc.abstractmethod
   def to_model(self) -> tokenizers.Tokenizer:
@@ -142,6 +142,17 @@ class Tokenizer(abc.ABC):
       f"Tokenizer({self.path or self.kind}, clean={self.clean},"
       f" vocab_size={self.vocab_size})"
     )
+
+
+def add_cleaning(model: tokenizers.Tokenizer, clean: str) -> None:
+  """Cleans texts before the model's own normalizer.
+
+  As in `transformers`, special tokens are matched before: `<EOS>` is no end of
+  sequence.
+  """
+  if steps := list(_CLEANERS[clean][1]):
+    steps += [model.normalizer] if model.normalizer else []
+    model.normalizer = normalizers.Sequence(steps)
 
 
 def add_special_tokens(
@@ -213,9 +224,7 @@ def export_files(
   model = tokenizer.to_model()
   model.no_padding()
   model.no_truncation()
-  if steps := list(_CLEANERS[tokenizer.clean][1]):
-    steps += [model.normalizer] if model.normalizer else []
-    model.normalizer = normalizers.Sequence(steps)
+  add_cleaning(model, tokenizer.clean)
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_input_names": ["input_ids"],

@@ -15,7 +15,7 @@ class ByteTokenizer(Tokenizer):
   vocab_size, pad_id, eos_id = 258, 0, 1
 
   def _ids(self, text: str, length: int) -> Sequence[int]:
-    data = text.encode()[: length - 1]
+    data = self.clean_text(text).encode()[: length - 1]
     return [*(byte + 2 for byte in data), self.eos_id]
 
   def to_model(self) -> tokenizers.Tokenizer:

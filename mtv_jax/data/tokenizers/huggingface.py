@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from mtv_jax.config import foreign
-from mtv_jax.data.tokenizers.base import Tokenizer, check_ids
+from mtv_jax.data.tokenizers.base import Tokenizer, add_cleaning, check_ids
 from mtv_jax.utils.errors import InputError, printable
 
 # Names of the end-of-sequence and padding tokens in common vocabularies, most
@@ -66,6 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
     # Truncation is a setting of the object, which threads with different
     # lengths can't share.
     model = tokenizers.Tokenizer.from_str(self._text)
+    add_cleaning(model, self.clean)
     model.no_padding()
     model.enable_truncation(length)
     return model

@@ -61,7 +61,8 @@ class SentencePieceTokenizer(Tokenizer):
       )
 
   def _ids(self, text: str, length: int) -> Sequence[int]:
-    return [*self._model.encode(text)[: length - 1], self.eos_id]
+    ids = self._model.encode(self.clean_text(text))
+    return [*ids[: length - 1], self.eos_id]
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
     # Also of models that have no `to_model`.

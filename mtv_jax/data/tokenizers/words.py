@@ -37,6 +37,7 @@ class SceneWordTokenizer(Tokenizer):
   _table = {word: len(_SPECIAL) + i for i, word in enumerate(_WORDS)}
 
   def _ids(self, text: str, length: int) -> Sequence[int]:
+    text = self.clean_text(text)
     text.encode()  # Raises UnicodeError, as the tokenizer of bytes does.
     words = text.replace(",", " ").replace(":", " ").split()
     unknown = _SPECIAL.index("<unk>")

@@ -219,6 +219,25 @@ def test_json_special_tokens_from_tokenizer_config(words_json, tmp_path):
   assert (tokenizer.pad_id, tokenizer.eos_id) == (2, 1)
 
 
+def test_json_special_tokens_are_matched_before_cleaning(words_json, tmp_path):
+  model = hf.Tokenizer.from_file(words_json)
+  model.add_special_tokens(["</s>", "<pad>"])
+  model.add_tokens(["Fish"])  # Matched after cleaning, as transformers does.
+  model.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = build_tokenizer(tmp_path / "tokenizer.json", clean="lower")
+  texts = ["A </s> DOG", "A </S> dog", "A FISH Fish fish"]
+  ids = tokenizer.encode(texts, 9)
+  assert ids.tolist() == [
+    [1, 4, 2, 5, 2, 0, 0, 0, 0],
+    [1, 4, 3, 3, 3, 5, 2, 0, 0],
+    [1, 4, 8, 8, 8, 2, 0, 0, 0],
+  ]
+  (tmp_path / "out").mkdir()
+  export_files(tokenizer, tmp_path / "out")
+  again = build_tokenizer(tmp_path / "out" / "tokenizer.json", clean="none")
+  np.testing.assert_array_equal(again.encode(texts, 9), ids)
+
+
 def open_text(path: str) -> str:
   with open(path, encoding="utf-8") as file:
     return file.read()
