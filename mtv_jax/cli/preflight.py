@@ -29,6 +29,7 @@ from typing import Any
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import overrides, schema
+from mtv_jax.models.remat import AUTO
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.progress import track
@@ -74,6 +75,13 @@ def _report(args: argparse.Namespace, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
   config = arguments.read_config(args)
+  if args.budget is not None and (
+    args.budget <= 0 or config.model.remat != AUTO
+  ):
+    raise ConfigError(
+      f"--budget is {args.budget:g}: expected more than 0 GiB, and with "
+      f"config.model.remat={AUTO!r}; it is {config.model.remat!r}"
+    )
   result = report.preflight(
     config,
     topology,

@@ -134,7 +134,11 @@ def cudnn_lacks(q: Any, compute_capability: str) -> str | None:
     return f"config.model.dtype 'bfloat16', not {q.dtype}"
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"heads of a multiple of 8 up to 128 channels, not {q.shape[-1]}"
-  if float(compute_capability) < 8:
+  try:
+    capability = float(compute_capability)
+  except ValueError:  # AMD's is the name of an architecture.
+    return f"an NVIDIA GPU, not {compute_capability}"
+  if capability < 8:
     return f"compute capability 8.0, not {compute_capability}"
   return None
 

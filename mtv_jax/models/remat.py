@@ -3,7 +3,7 @@
 A choice is the name of a policy in `POLICIES`, or names of `NAMES` with commas,
 which are saved while the rest is recomputed. 'mlp_hidden:host' saves an array
 in the host's memory: for steps that don't fit otherwise, since a byte of a
-product of 768 channels takes 4 ps to recompute at 197 TFLOP/s, and 60 to move
+product of 768 channels takes 4 ps to recompute at 197 TFLOP/s, and 60 each way
 at PCIe's 16 GB/s. A tower's choice can differ by encoding, see `Remat`.
 """
 
@@ -110,6 +110,8 @@ class Remat:
           f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an "
           f"encoding that this config trains{expected}."
         )
+      if key in entries:
+        raise ConfigError(f"{where}: two entries of {key!r} in {text!r}.")
       build_policy(choice, where=where)
       entries[key] = choice
     return cls(default, entries)

@@ -132,7 +132,11 @@ def _encode_distinct(
   limit = math.ceil(share * rows.shape[1])  # K
   found = jax.vmap(functools.partial(find_distinct, limit=limit))(rows)
 
+  @functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
+  )
   def encode_all(rows, found):
+    # A conditional has memory for what either branch saves: nothing here.
     del found
     return _encode_text(apply, rows, mesh)
 

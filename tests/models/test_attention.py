@@ -151,6 +151,7 @@ def test_cpus_take_the_plain_formula(choice):
     ("bfloat16", 60, "9.0", "not 60"),
     ("bfloat16", 136, "9.0", "not 136"),
     ("bfloat16", 64, "7.5", "not 7.5"),
+    ("bfloat16", 64, "gfx942", "not gfx942"),
   ],
 )
 def test_what_cudnn_lacks(dtype, width, capability, lacks):

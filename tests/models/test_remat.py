@@ -74,6 +74,7 @@ def test_a_name_saves_its_array_and_the_product_that_computes_it(
     ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),
     ("full|local=mlp", "'mlp' is none of them"),
     ("", "'' is none of them"),
+    ("full|local=none|local=full", "two entries of 'local'"),
   ],
 )
 def test_unknown_names_are_errors_that_list_the_others(text, message):

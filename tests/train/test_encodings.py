@@ -110,6 +110,35 @@ def test_the_cost_is_that_of_the_room():
   assert cost(0.25) == cost(None) / 4
 
 
+def test_the_other_branch_saves_nothing():
+  """Bytes that a deep tower saves for its backward pass."""
+  tokens = jnp.asarray(make_tokens(3))
+
+  def deep(params, tokens):
+    x = jnp.take(params["table"], tokens, axis=0)
+    for _ in range(10):
+      x = jnp.sin(x)  # Whose derivative reads its input.
+    return TextOutput(tokens=x, pooled=x.sum(1))
+
+  def saved(encode):
+    _, pull = jax.eval_shape(
+      lambda params: jax.vjp(lambda p: encode(p).pooled, params),
+      make_params(),
+    )
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
+
+  whole = saved(
+    lambda p: encodings._encode_text(functools.partial(deep, p), tokens, None)
+  )
+  shared = saved(
+    lambda p: encodings._encode_distinct(
+      functools.partial(deep, p), tokens, 0.25, None
+    )
+  )
+  # A quarter of the ten arrays, the indices, and the output.
+  assert shared < 0.5 * whole
+
+
 @pytest.mark.parametrize("distinct", [1, 7, 40])
 def test_distinct_rows(distinct):
   rows = make_tokens(distinct, seed=3).reshape(-1, T)

@@ -116,14 +116,19 @@ def choose_savings(
   return tuple(chosen)
 
 
-def format_choice(savings: Sequence[Saving]) -> str:
-  """Savings as a value of `config.model.remat`."""
-  entries: dict[str, list[str]] = {}
-  for saving in savings:
-    entries.setdefault(saving.view, []).append(saving.name)
+def format_choice(chosen: Sequence[Saving], savings: Sequence[Saving]) -> str:
+  """Some of all savings as a value of `config.model.remat`.
+
+  Each view has its entry, since that of 'image' would be its tower's.
+  """
+  if not chosen:
+    return "full"
+  entries = {view: [] for view in sorted({s.view for s in savings})}
+  for saving in chosen:
+    entries[saving.view].append(saving.name)
   names = {
-    view: ",".join(sorted(entries[view], key=NAMES.index))
-    for view in sorted(entries)
+    view: ",".join(sorted(arrays, key=NAMES.index)) or "full"
+    for view, arrays in entries.items()
   }
   return str(Remat("full", names))
 
@@ -165,7 +170,7 @@ def search(
   """
 
   def compile_choice(chosen):
-    remat = format_choice(chosen)
+    remat = format_choice(chosen, savings)
     peak = measure_peak(remat)
     size = sum(s.bytes for s in chosen)
     cost = sum((s.flops for s in chosen), 0.0)
@@ -182,7 +187,7 @@ def search(
     if beyond is not None and capacity >= beyond.saved:
       capacity = (fits.saved + beyond.saved) / 2
     chosen = choose_savings(savings, capacity)
-    if format_choice(chosen) in tried:
+    if format_choice(chosen, savings) in tried:
       return
     trial = compile_choice(chosen)
     yield trial

@@ -168,6 +168,8 @@ def test_user_errors_are_one_message(repo_root):
     main([f"--config={config}", "--topology=v5:2x2"])
   with pytest.raises(SystemExit, match="--topology are needed"):
     main([f"--config={config}"])
+  with pytest.raises(SystemExit, match="--budget is 9: .*it is 'none'"):
+    main([f"--config={config}", "--topology=v5e:2x2", "--budget=9"])
 
 
 @pytest.mark.reference

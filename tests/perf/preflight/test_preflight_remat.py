@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mtv_jax.config import schema
+from mtv_jax.models.remat import Remat
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
@@ -67,8 +68,19 @@ def search(budget, padding=1.25, free=0):
 
 
 def is_saved(saving, choice):
-  entries = dict(part.split("=") for part in choice.split("|")[1:])
-  return saving.name in entries.get(saving.view, "").split(",")
+  """Whether the encoding saves it, of the tower 'image'."""
+  chosen = Remat.parse(choice).choose("image", saving.view)
+  return saving.name in chosen.split(",")
+
+
+@pytest.mark.parametrize("capacity", range(0, 1200, 100))
+def test_what_is_written_is_what_was_chosen(capacity):
+  """Also of a view that is named as its tower."""
+  chosen = remat.choose_savings(SAVINGS, capacity * MIB)
+  choice = remat.format_choice(chosen, SAVINGS)
+  assert [s for s in SAVINGS if is_saved(s, choice)] == [
+    s for s in SAVINGS if s in chosen
+  ]
 
 
 @pytest.mark.parametrize("padding, free", [(1.0, 0), (1.4, 0), (1.2, 300)])
