@@ -39,6 +39,8 @@ def get_config(arg=None):
     arg.update(dtype="float32", prototypes=64, data=arg.data or "scenes")
   if not ((arg.path or arg.tiny) and arg.data):
     raise ConfigError("continue_from: give path=CHECKPOINT and data=PATH.")
+  if not 0 < arg.keep_share < 1:
+    raise ConfigError(f"keep_share={arg.keep_share}: expected between 0 and 1.")
 
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch or (16 if arg.tiny else 256)
@@ -93,8 +95,7 @@ def guard(config, arg, weights, size):
 
 def read_model(arg):
   """The section `model`, the contrast's loss and the weights to start from."""
-  # Imported late, as it takes JAX.
-  from mtv_jax.encoder import description
+  from mtv_jax.encoder import description  # Late, as it takes JAX.
 
   if not arg.path:
     model = dict(variant="mu/8", patch_size=8, image_size=32, dtype=arg.dtype)
@@ -136,9 +137,8 @@ def self_supervision(config, arg, size, patch):
   crop = f"crop({size}, 0.32, 1.0, method='bicubic')|flip|jitter(0.4)"
   least = max(0.1, 1.5 * (patch / size) ** 2)  # One patch.
   masks = f"|blocks({least:.3g}, 0.5, p=0.5, patch={patch})"
-  config.views = dict(
-    local=dict(count=4, ops=f"crop({local}, 0.05, 0.32)|flip|jitter(0.4)")
-  )
+  small = f"crop({local}, 0.05, 0.32)|flip|jitter(0.4)"
+  config.views = dict(local=dict(count=4, ops=small))
   config.views["global"] = dict(count=2, ops=crop + masks)
   head = dict(prototypes=arg.prototypes, target="sinkhorn")
   if arg.prototypes < 1024:

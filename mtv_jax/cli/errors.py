@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from mtv_jax.train.runtime import preemption
 from mtv_jax.utils.errors import UserError
 
+# In notes of JAX and Grain about frames that they remove.
+_TRACEBACK_FLAGS = ("JAX_TRACEBACK_FILTERING", "grain_py_traceback_filtering")
+
 
 @contextlib.contextmanager
 def readable_errors(program: str, *, debug: bool = False) -> Iterator[None]:
@@ -63,10 +66,10 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
 
 
 def message(error: BaseException) -> str:
-  """An error's text with its notes, without JAX's note on tracebacks."""
+  """An error's text with its notes, without those on shortened tracebacks."""
   notes = [
     note
     for note in getattr(error, "__notes__", ())
-    if "JAX_TRACEBACK_FILTERING" not in note
+    if not any(flag in note for flag in _TRACEBACK_FLAGS)
   ]
   return "\n".join([str(error), *notes])

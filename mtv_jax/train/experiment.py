@@ -18,7 +18,7 @@ from mtv_jax.config import overrides, schema
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.stats import Stats
-from mtv_jax.encoder import loading
+from mtv_jax.encoder import description, loading
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import two_tower as model_lib
@@ -38,7 +38,7 @@ from mtv_jax.train.train_step import (
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,14 @@ def _build_tokenizer(config: ConfigDict) -> Any:
   """The tokenizer of a resolved config; None for a model without text."""
   if not (text := config.model.text):
     return None
+  if not text.tokenizer and config.init:
+    path = config.init.path
+    if description.describe(path).tokenizer is None:
+      raise ConfigError(
+        f"config.model.text.tokenizer is not set, and {path} has no tokenizer "
+        "that can be read (tokenizer.json, spiece.model or tokenizer.model). "
+        "Add the file, or set --config.model.text.tokenizer=FILE."
+      )
   tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
@@ -161,7 +169,11 @@ def _prepare_evaluators(
         f"config.evals.{name} evaluates {what}, which this run does not train."
         f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
       )
-    evaluator.prepare()
+    try:
+      evaluator.prepare()
+    except UserError as error:
+      error.add_note(f"(in config.evals.{name})")
+      raise
   return evaluators
 
 
