@@ -54,12 +54,20 @@ def gather_json(value: Any) -> list[Any]:
   """
   if jax.process_count() == 1:
     return [value]
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32))
-  padded = np.zeros(sizes.max(), np.uint8)
-  padded[: data.size] = data
+  return [json.loads(row) for row in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+  """Bytes of each process, process 0's first; waits for all.
+
+  Every process calls it at the same point of the program. Padded to a power of
+  two, so that few shapes are compiled.
+  """
+  sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
+  padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
+  padded[: len(data)] = np.frombuffer(data, np.uint8)
   rows = multihost_utils.process_allgather(padded)  # [processes, bytes]
   return [
-    json.loads(np.asarray(row[:size]).tobytes())
+    np.asarray(row[:size]).tobytes()
     for row, size in zip(rows, sizes, strict=True)
   ]

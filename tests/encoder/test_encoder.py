@@ -6,18 +6,14 @@ Also `Encoder.dense`, features at the size of the images.
 import dataclasses
 import io
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from xla_options import xla_flags
+import trainings
 
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched, preprocess
@@ -401,9 +397,6 @@ def test_padded_batch():
 
 PROCESS = """
 import sys
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import two_tower as models
@@ -432,28 +425,15 @@ encoder = Encoder(spec, params, Preprocess(size=16),
                   tokenizers.build_tokenizer("bytes"))
 out = encoder.image(photos, layers=(0,), batch_size=4)
 text = encoder.text(["a", "b", "c"])
-np.savez(sys.argv[3], pooled=out.pooled, layer=out.layers[0], text=text,
-         read=sorted(photos.read))
+np.savez(f"{sys.argv[1]}/{process}", pooled=out.pooled, layer=out.layers[0],
+         text=text, read=sorted(photos.read))
 """
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path, repo_root):
+def test_two_processes(tmp_path):
   """Each decodes its own half; both get everything, as one process does."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  env = {
-    **os.environ,
-    "XLA_FLAGS": xla_flags(devices=2),
-    "PYTHONPATH": str(repo_root),
-  }
-  code = [sys.executable, "-c", PROCESS, address]
-  processes = [
-    subprocess.Popen([*code, str(i), str(tmp_path / f"{i}.npz")], env=env)
-    for i in range(2)
-  ]
-  assert [p.wait(timeout=300) for p in processes] == [0, 0]
+  trainings.run_pair(PROCESS, str(tmp_path), devices=2)
   first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
   assert sorted([*first["read"], *second["read"]]) == list(range(11))
   assert len(first["read"]) == 6

@@ -5,21 +5,27 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
+import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.global_features import final_norm
+from mtv_jax.parallel.distributed import gather_bytes
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
 # Batches of items that a smaller batch of another group may wait for.
 _MAX_WAIT = 8
+# Items that processes exchange at a time, and exchanges computed in advance.
+# Both are equal in all processes, however many cores each has.
+_ROUND, _ROUNDS_AHEAD = 16, 2
 # The encoder's input, and the labels or the depth of its pixels.
 Example = tuple[np.ndarray, np.ndarray]
 
@@ -114,6 +120,62 @@ def threaded_map(
       yield pending.popleft().result()
 
 
+def shared_map(
+  function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
+) -> Iterator[Any]:
+  """`threaded_map` whose items are divided among the processes of a pod.
+
+  Of P processes each computes every P-th item and gets all results. Every
+  process iterates equal items at the same point of the program; an error in one
+  of them is raised in all.
+
+  Args:
+    function: its results can be pickled, such as NumPy arrays.
+    items, ahead: as for `threaded_map`, with one process.
+
+  Raises:
+    InputError: if `function` raises in another process.
+  """
+  processes, process = jax.process_count(), jax.process_index()
+  if processes == 1:
+    yield from threaded_map(function, items, ahead=ahead)
+    return
+  items = iter(items)
+  size = processes * -(-_ROUND // processes)
+  pending: collections.deque = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
+    while True:
+      if batch := list(itertools.islice(items, size)):
+        own = batch[process::processes]
+        pending.append((len(batch), [pool.submit(function, x) for x in own]))
+        if len(pending) <= _ROUNDS_AHEAD:
+          continue
+      if not pending:
+        return
+      count, futures = pending.popleft()
+      parts = _gather_results(futures)
+      yield from (parts[i % processes][i // processes] for i in range(count))
+
+
+def _gather_results(
+  futures: Sequence[concurrent.futures.Future],
+) -> list[list[Any]]:
+  """The results of each process, or the error of one of them in all."""
+  results, failure = [], None
+  try:
+    results = [future.result() for future in futures]
+  except Exception as error:
+    failure = error
+  own = (results, failure and f"{type(failure).__name__}: {failure}")
+  parts = [pickle.loads(data) for data in gather_bytes(pickle.dumps(own))]
+  if failure:
+    raise failure
+  for process, (_, message) in enumerate(parts):
+    if message:
+      raise InputError(f"process {process} failed: {message}")
+  return [results for results, _ in parts]
+
+
 def map_by_group(
   function: Callable[[list[Any]], Iterable[Any]],
   items: Iterable[Any],
@@ -179,9 +241,9 @@ def training_batches(
 ) -> Iterator[probe.Batch]:
   """Batches of augmented examples for `probe.fit`.
 
-  Threads read the next batch while the devices process this one. An example
-  depends only on the seed, the step and the row: `read` takes its index, below
-  `count`, and random numbers.
+  Threads read the next batch while the devices process this one, and each
+  process its share of the rows. An example depends only on the seed, the step
+  and the row: `read` takes its index, below `count`, and random numbers.
   """
   order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
 
@@ -191,7 +253,7 @@ def training_batches(
     return read(int(order(step)[row]), rng)
 
   rows = range(steps * batch_size)
-  examples = threaded_map(read_row, rows, ahead=batch_size)
+  examples = shared_map(read_row, rows, ahead=batch_size)
   return encode_batches(encode, examples, batch_size=batch_size)
 
 

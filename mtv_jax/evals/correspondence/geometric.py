@@ -199,7 +199,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     # The ratio test needs two points.
     valid = (
       (i, views)
-      for i, views in enumerate(dense.threaded_map(read_views, pairs))
+      for i, views in enumerate(dense.shared_map(read_views, pairs))
       if all(v is not None and v.valid.sum() >= 2 for v in views)
     )
     while chunk := list(itertools.islice(valid, _CHUNK)):

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import examples, probe
+from mtv_jax.evals.core import dense, examples, probe
 from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import registry, scenes
@@ -259,8 +259,8 @@ def score(
 def _mean_depth(data: DepthSet, setup: Setup) -> float:
   """Mean over the valid pixels of some training images, in metres."""
   total, count = 0.0, 0
-  for i in examples.subsample(range(len(data.depths)), _MEAN_IMAGES):
-    depth = setup.example(data, i).depth
+  chosen = examples.subsample(range(len(data.depths)), _MEAN_IMAGES)
+  for depth in dense.shared_map(lambda i: setup.example(data, i).depth, chosen):
     valid = metrics.valid_mask(depth, high=setup.max_depth)
     total += float(depth[valid].sum(dtype=np.float64))
     count += int(valid.sum())

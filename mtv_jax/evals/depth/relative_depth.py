@@ -213,7 +213,7 @@ class RelativeDepth(DepthEvaluator):
     pairs: collections.deque[tuple[np.ndarray, ...]] = collections.deque()
 
     def inputs() -> Iterator[np.ndarray]:
-      for *pair, pixels in dense.threaded_map(read, range(len(data.images))):
+      for *pair, pixels in dense.shared_map(read, range(len(data.images))):
         pairs.append(pair)
         yield pixels
 

@@ -136,7 +136,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
   values = math.prod(view.grid) * head.channels + math.prod(size)
   if protocol.augment == "none" and 4 * count * values <= _CACHE_BYTES:
-    examples = dense.threaded_map(read, range(count))
+    examples = dense.shared_map(read, range(count))
     encoded = dense.encode_batches(
       setup.features, examples, batch_size=4 * protocol.batch_size
     )
@@ -169,7 +169,7 @@ def predict(
   size = setup.example(data, 0).depth.shape
   view = setup.view(size, size)
   read = functools.partial(setup.example, data)
-  examples = dense.threaded_map(read, range(len(data.images)))
+  examples = dense.shared_map(read, range(len(data.images)))
   rows = setup.protocol.batch_size
   while batch := list(itertools.islice(examples, rows)):
     images = [example.image for example in batch]

@@ -71,26 +71,32 @@ class SegmentationEvaluator(Evaluator):
     """Sums of all heads for each image of a set, and chosen images."""
     indices = range(len(data.images))
     chosen = subsample(indices, self.pictures) if self.pictures else ()
-    sums, rows = [], []
     names = data.classes or [str(i) for i in range(data.class_count)]
-    predictions = sliding_window.predict(
-      data.images,
-      score,
-      slide,
-      batch_size=self.encode_batch,
-    )
-    for i, predicted in enumerate(predictions):
+
+    def summarize(
+      i: int, predicted: sliding_window.ClassMaps
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
       truth = data.maps[i]
       dense.check_same_size(data.name, i, predicted[0], truth)
       counts = [
         metrics_lib.confusion(truth, p, classes=data.class_count)
         for p in predicted
       ]
-      sums.append(metrics_lib.class_sums(np.stack(counts)))
+      row = []
       if i in chosen:
         image = data.images[i]
-        rows.append([_draw_row(image, (truth, p), names) for p in predicted])
-    return Predictions(np.stack(sums), rows)
+        row = [_draw_row(image, (truth, p), names) for p in predicted]
+      return metrics_lib.class_sums(np.stack(counts)), row
+
+    predictions = sliding_window.predict(
+      data.images,
+      score,
+      slide,
+      batch_size=self.encode_batch,
+      summarize=summarize,
+    )
+    sums, rows = zip(*predictions, strict=True)
+    return Predictions(np.stack(sums), [row for row in rows if row])
 
   def _common_protocol(
     self,

@@ -274,7 +274,7 @@ class Segmentation(SegmentationEvaluator):
       windows = (sliding_window.cut(x, slide) for x in (pixels, labels))
       return list(zip(*windows, strict=True))
 
-    windows = dense.threaded_map(cut_windows, range(len(train.images)))
+    windows = dense.shared_map(cut_windows, range(len(train.images)))
     windows = itertools.chain.from_iterable(windows)
     total = 0
     for batch in dense.encode_batches(

@@ -254,6 +254,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
   return x
 
 
+ClassMaps = list[UInt8[np.ndarray, "h w"]]  # of each head
 Score = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w heads k"]]
 
 
@@ -263,23 +264,26 @@ def predict(
   slide: Slide,
   *,
   batch_size: int,
-) -> Iterator[list[UInt8[np.ndarray, "h w"]]]:
+  summarize: Callable[[int, ClassMaps], Any] = lambda i, maps: maps,
+) -> Iterator[Any]:
   """The class maps of images, in their order, one per head.
 
-  Threads read images ahead and compute maps, while the caller's thread scores
-  batches of windows of one shape across images, so that few shapes are
-  compiled.
+  Threads read images ahead and compute maps, each process those of its share of
+  the images, while the caller's thread scores batches of windows of one shape
+  across images, so that few shapes are compiled.
 
   Args:
     images: of any sizes, read when they are needed.
     score: maps windows to the scores of every head on the patch grid.
     slide: windows, scales and flips.
     batch_size: windows to score at a time.
+    summarize: what to yield instead of the maps, from the image's index and its
+      maps; called from threads.
   """
 
   def read(i: int) -> _Job:
     image = images[i]
-    return _Job(cut_views(image, slide), slide, image.shape[:2])
+    return _Job(i, cut_views(image, slide), slide, image.shape[:2])
 
   def score_batch(batch: list[tuple[list[np.ndarray], np.ndarray]]) -> None:
     scores = score([window for _, window in batch])
@@ -291,7 +295,7 @@ def predict(
     # Windows by their shape, each with its view's list of scores.
     batches = collections.defaultdict(list)
     jobs: collections.deque[_Job] = collections.deque()
-    for job in dense.threaded_map(read, range(len(images))):
+    for job in dense.shared_map(read, range(len(images))):
       jobs.append(job)
       for view, target in zip(job.views, job.scores, strict=True):
         for window in view.windows:
@@ -308,13 +312,18 @@ def predict(
       score_batch(batch)
     yield from jobs
 
-  return dense.threaded_map(_Job.class_maps, score_windows())
+  return dense.shared_map(
+    lambda job: summarize(job.index, job.class_maps()), score_windows()
+  )
 
 
 class _Job:
   """An image's views, with the scores of their windows computed so far."""
 
-  def __init__(self, views: list[View], slide: Slide, size: tuple[int, int]):
+  def __init__(
+    self, index: int, views: list[View], slide: Slide, size: tuple[int, int]
+  ):
+    self.index = index
     self.views, self.slide, self.size = views, slide, size
     self.scores: list[list[np.ndarray]] = [[] for _ in views]
 
@@ -324,7 +333,7 @@ class _Job:
     pairs = zip(self.views, self.scores, strict=True)
     return all(len(view.windows) == len(scores) for view, scores in pairs)
 
-  def class_maps(self) -> list[np.ndarray]:
+  def class_maps(self) -> ClassMaps:
     """The class map of each head."""
     parts = [np.stack(scores) for scores in self.scores]
     return [

@@ -1,14 +1,25 @@
-"""Dense features of blocks, and their batches."""
+"""Dense features of blocks, their batches, and the work shared by hosts."""
 
+import collections
 import dataclasses
+import json
 
+import jax
 import numpy as np
 import pytest
+import trainings
 
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import ImageFeatures
-from mtv_jax.evals.core import dense
+from mtv_jax.evals.core import dense, examples
+from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
+from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
+from mtv_jax.evals.datasets import posed
+from mtv_jax.evals.depth.probe import DepthProbe
+from mtv_jax.evals.segmentation.linear_probe import Segmentation
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils.errors import InputError
 
 IMAGES = [np.zeros((16, 24, 3), np.float32)] * 5
 
@@ -159,3 +170,83 @@ def test_cached_batches_have_the_order_of_training():
     got = cached(step)
     np.testing.assert_array_equal(got["features"], batch["features"])
     np.testing.assert_array_equal(got["targets"], -got["features"])
+
+
+# Steps train on images that are read once.
+_SMALL = {"steps": 2, "train_count": 40, "count": 40}
+EVALUATORS = {
+  "depth": DepthProbe(augment="flip", batch_size=20, **_SMALL),
+  "segmentation": Segmentation(**_SMALL),
+  "geometric": GeometricCorrespondence(count=40),
+  "semantic": SemanticCorrespondence(count=40),
+}
+
+
+def evaluate(devices):
+  """Metrics, errors and numbers of decoded images of the evaluations."""
+  reads: list[str] = []  # Threads append to it.
+  encoder = baselines.load(
+    "pixels:32/8", mesh=make_mesh({"data": len(devices)}, devices)
+  )
+  output = {}
+
+  def counted(read):
+    def read_item(*args, **options):
+      reads.append(read.__name__)
+      return read(*args, **options)
+
+    return read_item
+
+  with pytest.MonkeyPatch.context() as patch:
+    for owner, name in (
+      (examples.LazySequence, "__getitem__"),
+      (posed, "make_view"),
+    ):
+      patch.setattr(owner, name, counted(getattr(owner, name)))
+    for name, evaluator in EVALUATORS.items():
+      reads.clear()
+      result = evaluator.run(encoder)
+      count = max(collections.Counter(reads).values())
+      output[name] = [result.metrics, result.errors, count]
+  return output
+
+
+def write_shared(path):
+  """What one of two processes evaluates, and the error of the other one."""
+  output = evaluate(jax.devices())
+
+  def read(i):
+    if i == 21:
+      raise ValueError("no item 21")
+    return i
+
+  with pytest.raises((InputError, ValueError)) as raised:
+    list(dense.shared_map(read, range(40)))
+  output["error"] = f"{raised.typename}: {raised.value}"
+  with open(path, "w") as file:
+    json.dump(output, file)
+
+
+@pytest.mark.slow
+def test_two_processes_decode_their_shares(tmp_path):
+  """Each half of the images; both get the result of one process."""
+  code = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import test_dense
+test_dense.write_shared(f"{sys.argv[1]}/{process}.json")
+"""
+  folder = str(trainings.ROOT / "tests" / "evals" / "core")
+  trainings.run_pair(code, str(tmp_path), folder, devices=1)
+  shared = [json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1)]
+  assert [s.pop("error") for s in shared] == [
+    "InputError: process 1 failed: ValueError: no item 21",
+    "ValueError: no item 21",
+  ]
+  alone = evaluate(jax.devices()[:2])
+  for name, (metrics, errors, reads) in alone.items():
+    for got in shared:
+      assert got[name][0] == pytest.approx(metrics, rel=1e-5), name
+      assert got[name][1] == pytest.approx(errors, rel=1e-4), name
+      # All read a few images, such as the first one for its size.
+      assert got[name][2] <= reads / 2 + 6, name
