@@ -236,7 +236,7 @@ def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
   assert first == second
   statuses, compiled, resolved = first
   assert statuses == [0, 0]
-  best = "full|image=qkv,mlp_hidden"
+  best = "full|caption=full|image=qkv,mlp_hidden"
   assert resolved == [best, best]
   # The second session has memory for all arrays, and searches no more.
   all_arrays = "full|caption=qkv,mlp_hidden|image=qkv,mlp_hidden"
