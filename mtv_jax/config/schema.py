@@ -188,6 +188,8 @@ SCHEMA = dict(
     model=(Open(), None),
     image_mean=(float | tuple[float, float, float], None),
     image_std=(float | tuple[float, float, float], None),
+    # Pixels per side of its preprocessing. None: those of its model.
+    input_size=(PositiveInt, None),
   ),
   # What evaluation and export take unless told otherwise; self-distillation on
   # images alone publishes the teacher.

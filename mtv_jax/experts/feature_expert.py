@@ -145,7 +145,7 @@ def load_expert(
     batch_size: images per device.
     dtype: computation dtype.
     weights, step: of a run, see `loading.load`.
-    size: pixels per side that it sees; the encoder's own by default.
+    size: pixels per side that it sees; those of its preprocessing by default.
     canvas: pixels per side of the run's `canvas` op; `size` by default.
     layers: blocks whose patch tokens are stored, -1 for the last; by default
       the final patches.
@@ -160,7 +160,7 @@ def load_expert(
     folder, dtype=dtype, mesh=mesh, weights=weights, step=step
   )
   image = encoder.spec.image
-  size = size or image.image_size
+  size = size or encoder.preprocess.size
   image.grid_of(size, size)
   return FeatureExpert(
     encoder,

@@ -110,7 +110,7 @@ def make_targets(
     features: whether its patches are, of each of its layers.
   """
   image = teacher.model.image
-  size = teacher.size or image.image_size
+  size = teacher.size or teacher.input_size or image.image_size
   stored_grid = image.grid_of(size, size)[0]
   common = dict(
     teacher=name,

@@ -180,7 +180,7 @@ def read_teacher_models(
     if named and same.get("model"):
       entry.model = same["model"]
       # Before these keys, teachers had the run's pixels.
-      for key in ("image_mean", "image_std"):
+      for key in ("image_mean", "image_std", "input_size"):
         entry[key] = same.get(key)
       continue
     model = loading.read_model(
@@ -188,4 +188,5 @@ def read_teacher_models(
     )
     pixels = Preprocess.from_dict(model.preprocess)
     entry.image_mean, entry.image_std = pixels.mean, pixels.std
+    entry.input_size = pixels.size
     entry.model = model.spec.to_dict()["image"]

@@ -57,6 +57,7 @@ class FrozenTeacher:
   max_updates: int | None = None
   # Pixels per side that it sees. None: the objective's choice.
   size: int | None = None
+  input_size: int | None = None  # Of its preprocessing; None: its model's.
   layers: tuple[int, ...] = ()  # Blocks whose tokens are distilled, from 0.
   pixels: PixelMap | None = None  # From the views' pixels to its own.
   cached: str | None = None  # Format of its label sets, if they replace it.
@@ -106,6 +107,7 @@ def build_teachers(
       update_every=length.steps("update_every", entry, default=None),
       max_updates=entry.max_updates,
       size=_check_size(where, entry.size, spec),
+      input_size=entry.input_size,
       layers=_check_layers(where, entry.layers or (), spec.image.depth),
       pixels=PixelMap.between(ours, theirs),
       cached=entry.cached,

@@ -174,6 +174,14 @@ def test_pooled_features_need_whole_images():
     make_spec("int8", "crop(16, 0.25, 1.0)")
 
 
+def test_the_default_size_is_that_of_the_preprocessing(folders, tmp_path):
+  params = jax.device_get(init_params(TEACHER, jax.random.key(3)))
+  preprocess = Preprocess(size=8).to_dict()
+  native.write(tmp_path / "a", ConvertedModel(TEACHER, params, preprocess))
+  settings = build_expert("features", tmp_path / "a").settings
+  assert settings["size"] == settings["canvas"] == 8
+
+
 def test_wrong_options_are_rejected(folders):
   def build(**options):
     build_expert("features", folders / "teacher", options=options)

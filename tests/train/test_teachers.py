@@ -142,10 +142,10 @@ def test_a_snapshot_needs_an_ema_teacher(tmp_path):
 TOWER = dict(image_size=16, width=16, depth=1, heads=2, mlp_dim=16)
 
 
-def write_encoder(folder, seed, *, mean=0.5, **fields):
+def write_encoder(folder, seed, *, mean=0.5, size=None, **fields):
   """An encoder of random weights in a folder that `mtv_jax.load` reads."""
   spec = ModelSpec.from_config(dict(TOWER, **fields))
-  size = spec.image.image_size
+  size = size or spec.image.image_size
   preprocess = Preprocess(size=size, mean=(mean,) * 3).to_dict()
   params = jax.device_get(init_params(spec, jax.random.key(seed)))
   native.write(folder, ConvertedModel(spec, params, preprocess))
@@ -256,3 +256,23 @@ def test_two_processes_fit_the_statistics_of_one(encoders, tmp_path):
 def test_sizes_and_layers_are_checked(teacher, message, encoders, tmp_path):
   with pytest.raises(ConfigError, match=message):
     build_experiment(distillation(encoders, **teacher), tmp_path)
+
+
+def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
+  """And not of the size of its stored positions."""
+  folder = tmp_path / "large"
+  path = write_encoder(folder, 1, variant="mu/8", image_size=48, size=24)
+
+  def grid(**teacher):
+    config = distillation({"large": path}, **teacher)
+    built = build_experiment(config, tmp_path / "run")
+    objective = built.step_spec.objectives["feature_distillation"]
+    return built.config, objective.targets[1].stored_grid
+
+  config, stored = grid()
+  assert stored == 3 and config.teachers.large.input_size == 24
+  assert config.teachers.large.size is None  # `gram` takes the view's.
+  assert grid(size=48)[1] == 6
+  # Of runs before this key.
+  model = config.teachers.large.model.to_dict()
+  assert grid(model=model)[1] == 6
