@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from xla_options import xla_flags
@@ -46,6 +46,19 @@ def launch(
   config: pathlib.Path = CONFIG,
 ) -> subprocess.Popen:
   """Starts `python -m mtv_jax.main`, by default on the smallest config."""
+  return spawn(
+    workdir,
+    '-c', _MAIN,
+    f'--config={config}:{arg}' if arg else f'--config={config}',
+    f'--workdir={workdir}', *args,
+    devices=devices,
+  )  # fmt: skip
+
+
+def spawn(
+  workdir: pathlib.Path, *args: str, devices: int = 1
+) -> subprocess.Popen:
+  """Starts Python with arguments; `finish` shows what it prints."""
   env = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
@@ -53,16 +66,15 @@ def launch(
     "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "default",
   }
-  command = [
-    sys.executable, '-c', _MAIN,
-    f'--config={config}:{arg}' if arg else f'--config={config}',
-    f'--workdir={workdir}', *args,
-  ]  # fmt: skip
   workdir.parent.mkdir(parents=True, exist_ok=True)
   # The child process has its own handle.
   with open(f"{workdir}.log", "a") as log:
     return subprocess.Popen(
-      command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+      [sys.executable, *args],
+      cwd=ROOT,
+      env=env,
+      stdout=log,
+      stderr=subprocess.STDOUT,
     )
 
 
@@ -118,9 +130,16 @@ def run_pair(code: str, *args: str, devices: int) -> None:
 
 @contextlib.contextmanager
 def together(
-  workdir: pathlib.Path, count: int, *args: str, **options
+  workdir: pathlib.Path,
+  count: int,
+  *args: str,
+  start: Callable[..., subprocess.Popen] = launch,
+  **options,
 ) -> Iterator[list[subprocess.Popen]]:
-  """Runs in `count` processes, joined by `jax.distributed` if several."""
+  """Runs in `count` processes, joined by `jax.distributed` if several.
+
+  Arguments and options are those of `start`.
+  """
   address = free_address()
   joins = [
     (
@@ -131,7 +150,7 @@ def together(
     for i in range(count)
   ]
   running = [
-    launch(workdir, *(join if count > 1 else ()), *args, **options)
+    start(workdir, *(join if count > 1 else ()), *args, **options)
     for join in joins
   ]
   try:

@@ -2,14 +2,20 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+import trainings
 
 from mtv_jax.cli import compare
 from mtv_jax.cli.main import command
+from mtv_jax.convert import huggingface
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import baselines
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification.knn import KNN
 from mtv_jax.evals.core import results
+from mtv_jax.models import two_tower
 
 ENCODERS = ["coarse=pixels:8/8", "fine=pixels:16/8"]
 
@@ -30,17 +36,18 @@ def splits(tmp_path_factory):
   return root
 
 
+def options(data, output):
+  return [
+    "--evals=knn",
+    f"--data={data}",
+    "--set=knn.k=(2,)",
+    "--set=knn.view=encoder",
+    f"--output={output}",
+  ]
+
+
 def run(*arguments, data, output):
-  command("compare")(
-    [
-      *arguments,
-      "--evals=knn",
-      f"--data={data}",
-      "--set=knn.k=(2,)",
-      "--set=knn.view=encoder",
-      f"--output={output}",
-    ]
-  )
+  command("compare")([*arguments, *options(data, output)])
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +192,40 @@ def test_a_file_in_place_of_stored_results_is_found_before_anything_runs(
   monkeypatch.setattr(KNN, "run", None)
   with pytest.raises(SystemExit, match=f"--output=.*{name} is a file"):
     command("compare")([*ENCODERS, "--evals=knn", f"--output={tmp_path}"])
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(splits, tmp_path):
+  spec = two_tower.ModelSpec.from_config(
+    dict(patch_size=8, image_size=16, width=32, depth=1, heads=2, mlp_dim=32)
+  )
+  params = jax.device_get(two_tower.init_params(spec, jax.random.key(0)))
+  export = huggingface.write(
+    tmp_path / "export",
+    ConvertedModel(spec, params, Preprocess(size=16).to_dict()),
+  )
+  encoders = [str(export), ENCODERS[0]]
+  one, two = tmp_path / "one", tmp_path / "two"
+  run(*encoders, data=splits, output=one)
+
+  def start(output, *arguments):
+    code = "from mtv_jax.cli.main import main; main()"
+    return trainings.spawn(output, "-c", code, "compare", *arguments)
+
+  # The second time, both reuse what the first process has stored.
+  for _ in range(2):
+    with trainings.together(
+      two, 2, *encoders, *options(splits, two), start=start
+    ) as running:
+      for process in running:
+        trainings.finish(process, two)
+    got, want = (results.read(f / "results.json") for f in (two, one))
+    assert [o.name for o in got] == ["export", "coarse"]
+    for ours, theirs in zip(got, want, strict=True):
+      assert ours.results["knn"].metrics == theirs.results["knn"].metrics
+    text = [(f / "report.md").read_text() for f in (two, one)]
+    assert text[0] == text[1]
+  assert trainings.log(two).count("reuses the stored result") == 4
 
 
 def test_output_is_required(capsys):
