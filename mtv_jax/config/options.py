@@ -67,6 +67,9 @@ NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 PositiveFraction = Annotated[float, Range(above=0, max=1)]
 
+# Of `ViTSpec`; here, as the schema of configs imports no model.
+Pool = Literal["map", "query", "cls", "mean"]
+
 
 def build_entry(
   registry: Mapping[str, Any],

@@ -16,6 +16,7 @@ from mtv_jax.config.options import (
   Fraction,
   NonNegativeFloat,
   NonNegativeInt,
+  Pool,
   PositiveFloat,
   PositiveInt,
   Range,
@@ -80,7 +81,7 @@ SCHEMA = dict(
   model=Open(
     variant=(str, "B/16"),
     image_size=(int, 224),  # Resolution of the stored position embedding.
-    pool=(Literal["map", "cls", "mean"], "map"),
+    pool=(Pool, "map"),
     dtype=(Literal["bfloat16", "float32"], "bfloat16"),
     remat=(str, "none"),
     scan=(bool, True),

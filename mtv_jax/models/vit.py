@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mtv_jax.config.options import PositiveFloat, Range
+from mtv_jax.config.options import Pool, PositiveFloat, Range
 from mtv_jax.models import layers, pooling
 from mtv_jax.models import positions as positions_lib
 from mtv_jax.models import stack as stack_lib
@@ -41,7 +41,7 @@ class ViTSpec:
   # How `pooled` is computed: 'map' or 'query' (attention pooling of the
   # patches, see `pooling`), 'cls' (the CLS token after the final norm) or
   # 'mean' (of the patches after it).
-  pool: str = "map"
+  pool: Pool = "map"
   # Prefix tokens whose concatenation 'cls' is (RADIO: several CLS tokens).
   pool_tokens: tuple[int, ...] = (0,)
   pool_prefix: bool = False  # Whether attention pools the prefix too (PE).
@@ -74,7 +74,7 @@ class ViTSpec:
 
   def __post_init__(self):
     stack_lib.check_tower(self)
-    check_choice("ViTSpec.pool", self.pool, (*pooling.KINDS, "cls", "mean"))
+    check_choice("ViTSpec.pool", self.pool, get_args(Pool))
     check_choice("ViTSpec.positions", self.positions, POSITIONS)
     check_choice(
       "ViTSpec.position_resize", self.position_resize, positions_lib.RESIZES

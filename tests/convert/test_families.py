@@ -9,6 +9,7 @@ import pytest
 import tokenizer_parity
 import tokenizers
 import tower_parity as parity
+from family_specs import EXPORTED
 
 import mtv_jax
 from mtv_jax.convert import (
@@ -502,43 +503,13 @@ def test_a_perception_encoder_of_true_shape_equals_timm(
 # ---------------------------------------------------------------------------
 # Wrong folders, without transformers.
 
-BLOCK = {"variant": "mu/16", "depth": 1, "image_size": 64}
-AIM = {
-  **BLOCK,
-  "pool": "query",
-  "patch_norm": True,
-  "norm_kind": "rms",
-  "mlp": "swiglu",
-  "qkv_bias": "none",
-  "bias": False,
-}
-SPECS = {
-  "aimv2_vision_model": AIM,
-  "radio": {
-    **BLOCK,
-    "pool": "cls",
-    "registers": 3,
-    "pool_tokens": (0, 1),
-    "patch_bias": False,
-    "final_norm": False,
-    "position_resize": "crop",
-  },
-  "tipsv2_vision_model": {
-    **BLOCK,
-    "pool": "cls",
-    "registers": 1,
-    "layer_scale": 1.0,
-    "position_resize": "bilinear_antialiased",
-  },
-}
-
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
   """An export of each family, without our description."""
   folder = tmp_path_factory.mktemp("exports")
   preprocess = Preprocess(64).to_dict()
-  for kind, fields in SPECS.items():
+  for kind, fields in EXPORTED.items():
     spec = ModelSpec.from_config(fields)
     params = parity.random_params(spec)
     path = huggingface.write(

@@ -1,0 +1,66 @@
+"""Tiny image towers with the options of each family, as sections `model`."""
+
+_BLOCK = {"variant": "mu/16", "depth": 2, "image_size": 64}
+# Written by `huggingface.write`, by model type.
+EXPORTED = {
+  "aimv2_vision_model": {
+    **_BLOCK,
+    "pool": "query",
+    "patch_norm": True,
+    "norm_kind": "rms",
+    "mlp": "swiglu",
+    "qkv_bias": "none",
+    "bias": False,
+  },
+  "radio": {
+    **_BLOCK,
+    "pool": "cls",
+    "registers": 3,
+    "pool_tokens": (0, 1),
+    "patch_bias": False,
+    "final_norm": False,
+    "position_resize": "crop",
+  },
+  "tipsv2_vision_model": {
+    **_BLOCK,
+    "pool": "cls",
+    "registers": 1,
+    "layer_scale": 1.0,
+    "position_resize": "bilinear_antialiased",
+  },
+}
+SPECS = {
+  **EXPORTED,
+  "dinov3_vit": {
+    **_BLOCK,
+    "pool": "cls",
+    "registers": 4,
+    "layer_scale": 1.0,
+    "positions": "rope",
+    "qkv_bias": "query_value",
+    "mask_token": True,
+  },
+  "perception_encoder": {  # The spatial one.
+    **_BLOCK,
+    "pool": "mean",
+    "positions": "learned_rope",
+    "layer_scale": 0.1,
+    "pre_norm": True,
+    "final_norm": False,
+    "patch_bias": False,
+    "position_resize": "antialiased",
+  },
+  "siglip2_vision_model": {  # NaFlex.
+    **_BLOCK,
+    "pool": "map",
+    "position_resize": "bilinear_antialiased",
+  },
+}
+
+
+def preprocess_of(kind):
+  """Fields of `Preprocess`."""
+  fields = {"size": 64}
+  if kind == "siglip2_vision_model":
+    fields |= {"resize": "native", "patch_size": 16, "max_patches": 16}
+  return fields
