@@ -5,10 +5,9 @@ in value and gradient: accelerators run that formula, CPUs one that XLA compiles
 to faster code.
 
 With `config.model.quantization` both operands of a product are rounded to 8
-bits, with one scale for each token
-and each column of a kernel, from their largest magnitudes in that step. So
-there is no state: parameters, checkpoints and exports are those of a run
-without.
+bits, with one scale for each token and each column of a kernel, from their
+largest magnitudes in that step. So there is no state: parameters, checkpoints
+and exports are those of a run without.
 
 Rounded are the forward product and the gradient of its input. The gradient of a
 kernel, a sum over the tokens of all examples, takes operands of the compute

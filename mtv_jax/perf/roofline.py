@@ -42,7 +42,11 @@ def estimate(
   received: float | int,
   host_bytes: float | int = 0,
 ) -> Roofline | None:
-  """The roofline of a step on a chip; None if its rates are unknown."""
+  """The roofline of a chip's step, of its FLOPs and bytes.
+
+  All products are timed at the bfloat16 peak. None if the chip's rates are
+  unknown.
+  """
   rates = (
     chip.peak_bf16_flops,
     chip.hbm_bandwidth,
