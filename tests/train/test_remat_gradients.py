@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -103,7 +104,7 @@ def test_gradients_of_all_objectives(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("remat", ["none", "attention"])
+@pytest.mark.parametrize("remat", ["none", "attention", "qkv,mlp_hidden"])
 def test_gradients_of_splash_attention(remat, shape, monkeypatch):
   """Interpreted, on sequences that are mostly padding."""
   monkeypatch.setattr(attention, "SPLASH_PLATFORMS", ("cpu",))
@@ -115,6 +116,21 @@ def test_gradients_of_splash_attention(remat, shape, monkeypatch):
   assert built == {"splash"}
   expected = contrast_and_dino("none", (1, 1, 1))
   assert_near(gradients_of(spec, params, make_batch(), shape), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_gradients_of_attention_in_blocks(shape, monkeypatch):
+  """As long sequences take it on CPUs."""
+  monkeypatch.setattr(attention, "CPU_BLOCKWISE_LENGTH", 1)
+  monkeypatch.setattr(attention, "CPU_BLOCK", 16)
+  in_blocks = mock.Mock(wraps=attention.cpu_attention)
+  monkeypatch.setattr(attention, "cpu_attention", in_blocks)
+  spec = dataclasses.replace(spec_of("full"), runtime=dict(attention="xla"))
+  params = step_samples.params_of(spec_of("none"))
+  expected = contrast_and_dino("none", (1, 1, 1))
+  assert_near(gradients_of(spec, params, make_batch(), shape), expected)
+  assert in_blocks.called
 
 
 def test_an_encoding_that_is_not_trained_is_an_error():
