@@ -33,7 +33,7 @@ from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
 CHOICES = ("auto", "xla", "cudnn", "splash")
-# As `remat.NAMES`: the result, and what a fused backward pass reads of it.
+# As `remat.NAMES`: the result, and what splash attention's backward pass reads.
 _NAME = "attention"
 
 # Sequence lengths from which attention runs in blocks; queries per block. A

@@ -175,3 +175,20 @@ def test_cudnn_is_not_given_what_it_lacks(monkeypatch):
     attention.build_attention("cudnn")(*arrays)
   out = attention.build_attention("auto")(*arrays)
   np.testing.assert_array_equal(out, attention.attention(*arrays))
+
+
+@pytest.mark.parametrize("choice", ["auto", "cudnn"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_takes_what_it_supports(choice, causal, monkeypatch):
+  arrays = [x.astype(jnp.bfloat16) for x in inputs(8)]
+  plain = jax.nn.dot_product_attention
+  options = []
+
+  def record(*arrays, implementation=None, **others):
+    options.append(dict(others, implementation=implementation))
+    return plain(*arrays, **others)
+
+  monkeypatch.setattr(attention.jax, "devices", lambda: [Gpu()])
+  monkeypatch.setattr(attention.jax.nn, "dot_product_attention", record)
+  attention.build_attention(choice)(*arrays, causal=causal)
+  assert options == [dict(is_causal=causal, implementation="cudnn")]
