@@ -1,14 +1,21 @@
-"""Encoder benchmark: images to features, and a k-NN evaluation end to end."""
+"""Encoder benchmark: images to features, and a k-NN evaluation end to end.
+
+Also dense features of images of several shapes, batched by shape as in the
+evaluations against one image at a time.
+"""
 
 import statistics
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.batched import padded_batch
+from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals import run as evals_lib
+from mtv_jax.evals.core import dense
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf.bench import data, harness
 
@@ -55,6 +62,7 @@ def run(
   )
   with harness.Stopwatch() as evaluation:
     results = evals_lib.evaluate(loaded, evaluators)
+  shaped = _time_shapes(loaded, images, batch_size=batch_size, rounds=rounds)
   result = harness.Result(
     encoder=repr(loaded),
     images=images,
@@ -69,4 +77,41 @@ def run(
   add("accuracy", max(results["knn"].metrics.values()))
   share = encode_rate / forward_rate
   add("share", share, "Encoder.image / forward", "{:.1%}")
+  for name, times, label in zip(
+    ("by_shape", "one_by_one"),
+    shaped.T,
+    ("Encoder.dense, four shapes in batches", "the same, one image at a time"),
+    strict=True,
+  ):
+    add(name, images / statistics.median(times), label, rate)
+  label = "batches / one image at a time"
+  result.add_ratio("batching", shaped[:, 1], shaped[:, 0], label, ".2f")
   return result
+
+
+def _time_shapes(
+  encoder: Encoder, count: int, *, batch_size: int, rounds: int
+) -> np.ndarray:
+  """Seconds `[rounds, 2]` of `dense` in batches by shape, and one by one.
+
+  Shapes follow each other at random, as those of a data set's images.
+  """
+  size, patch = encoder.preprocess.size, encoder.spec.image.patch_size
+  rng = np.random.default_rng(0)
+  images = [
+    np.zeros((size, size + patch * extra, 3), np.uint8)
+    for extra in rng.integers(0, 4, count)
+  ]
+
+  def encode(rows):
+    def encode_batch(batch):
+      return encoder.dense(batch, batch_size=rows).patches
+
+    for _ in dense.map_by_group(
+      encode_batch, images, np.shape, batch_size=rows
+    ):
+      pass
+
+  return harness.time_rounds(
+    [lambda: encode(batch_size), lambda: encode(1)], rounds=rounds
+  )

@@ -106,4 +106,9 @@ def test_each_benchmark_measures_its_limit(
   if limit in ("peak", "decode"):
     assert 0 < result["share"] < 1.5
   assert "share" in result
+  if limit == "forward":
+    ratio = result["by_shape"] / result["one_by_one"]
+    assert min(result["batchings"]) <= ratio * 1.01
+    assert ratio <= max(result["batchings"]) * 1.01
+    assert len(result["batchings"]) == 3
   assert list(trace.rglob("*.xplane.pb"))
