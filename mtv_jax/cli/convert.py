@@ -77,6 +77,7 @@ def read_source(args: argparse.Namespace) -> ConvertedModel:
   """Reads the model to convert."""
   if args.command == "from_big_vision":
     return big_vision.read(path_lib.local_copy(args.source))
-  if args.command == "to_hf" and loading.is_run(args.source):
-    return loading.read_run(args.source, weights=args.weights, step=args.step)
-  return huggingface.read(args.source)
+  folder = loading.open_folder(args.source)
+  if args.command == "to_hf" and loading.is_run(folder):
+    return loading.read_run(folder, weights=args.weights, step=args.step)
+  return huggingface.read(folder)

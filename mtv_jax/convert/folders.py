@@ -149,8 +149,8 @@ def require_folder(folder: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     raise ConversionError(f"{path} is a file; a folder is expected.")
   raise MissingFileError(
-    f"There is no folder {path}. Download a model of the Hub first: nothing is "
-    "downloaded here."
+    f"There is no folder {path}. A model of the Hugging Face hub is hf:ORG/NAME, "
+    "in mtv_jax.load and in `mtv-jax convert`."
   )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtv_jax.config import foreign
 from mtv_jax.data.labels.label_values import KINDS
+from mtv_jax.encoder import loading
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import build_phrases
 from mtv_jax.utils import path as path_lib
@@ -36,8 +37,8 @@ def build_expert(
   Args:
     kind: "depth", "boxes" or "features".
     weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
-      or a run or export of this package; of features, what `mtv_jax.load`
-      reads.
+      or a run or export of this package; of features, any folder that
+      `mtv_jax.load` reads. Folders may be of the hub (`ORG/NAME`).
     options: for the module's `load_expert`; `phrases` by the name of their
       source, with the options of `build_phrases`.
 
@@ -48,7 +49,7 @@ def build_expert(
     ImportError: a package that it needs is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)
-  path = path_lib.local_copy(weights).expanduser()
+  path = path_lib.local_copy(loading.open_folder(weights)).expanduser()
   name, reason = _select_module(path)
   if kind == "features":
     name, reason = "feature_expert", ""
@@ -87,8 +88,8 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
   if not path.exists():
     raise MissingFileError(
       f"No weights at {path}. Expected: a folder of Depth Anything V2 or OWLv2"
-      " (config.json, model.safetensors), an .onnx file, or a run or export of"
-      " this package."
+      " (config.json, model.safetensors), an .onnx file, a run or export of"
+      " this package, or a model of the hub (hf:ORG/NAME)."
     )
   if path.suffix == ".onnx":
     return "onnx.detector", ""

@@ -16,6 +16,7 @@ from mtv_jax.convert import huggingface
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import description, hub, loading
 from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.experts.build import build_expert
 from mtv_jax.models import two_tower
 from mtv_jax.utils.errors import InputError, MissingFileError
 
@@ -73,6 +74,19 @@ def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
   hub.download.cache_clear()
   monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
   assert description.describe("hf:lab/model").preprocess.size == 8
+
+
+def test_commands_open_models_of_the_hub(server, export, tmp_path):
+  server.create("lab/model")
+  server.commit("lab/model", "main", files_of(export))
+  want = loading.read_model(export)
+  for command, name in (("from_hf", "lab/model"), ("to_hf", "hf:lab/model")):
+    run_command("convert", [command, name, str(tmp_path / command)])
+    got = loading.read_model(tmp_path / command)
+    jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+  assert build_expert("features", "lab/model").settings["size"] == 16
+  with pytest.raises(MissingFileError, match="lab/none is no local path"):
+    build_expert("features", "lab/none")
 
 
 def test_what_is_no_model(server, tmp_path, monkeypatch):
