@@ -80,8 +80,12 @@ class DepthSpec:
   head: dpt.DPT
 
 
-def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
+def read(
+  folder: str | os.PathLike, *, with_params: bool = True
+) -> tuple[DepthSpec, dict[str, Any]]:
   """Reads a folder of `DepthAnythingForDepthEstimation.save_pretrained`.
+
+  `with_params=False` leaves the parameters out, and does not read them.
 
   Returns:
     The architecture, and the parameters `image` and `depth` as NumPy arrays.
@@ -97,24 +101,27 @@ def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
   with folders.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
       spec = read_spec(config, store.names)
-    return spec, tensors.load(rules(spec), store, ignore=_IGNORE)
+    params = {}
+    if with_params:
+      params = tensors.load(rules(spec), store, ignore=_IGNORE)
+    return spec, params
 
 
-def read_model(folder: str | os.PathLike) -> ConvertedModel:
-  """A folder as an encoder with the head `depth`; errors as of `read`.
+def read_model(
+  folder: str | os.PathLike, *, with_params: bool = True
+) -> ConvertedModel:
+  """A folder as an encoder with the head `depth`; arguments as of `read`.
 
   The head normalises each stage by the encoder's last norm, which becomes its
   own norm of every stage. By default the encoder sees the image squashed to the
   size of pretraining; `relative_depth` gives it the published input.
   """
-  spec, params = read(folder)
+  spec, params = read(folder, with_params=with_params)
   if spec.image.norm_eps != _NORM_EPS:
     raise ConversionError(
       f"backbone_config.layer_norm_eps={spec.image.norm_eps} is not supported; "
       f"expected {_NORM_EPS}."
     )
-  norm = params["image"]["norm"]
-  norms = {f"norm{i + 1}": norm for i in range(dpt.STAGES)}
   head = dpt.DepthHead(
     taps=spec.taps,
     features=spec.head.features,
@@ -125,12 +132,14 @@ def read_model(folder: str | os.PathLike) -> ConvertedModel:
     upsample=2,
     activation=spec.head.activation,
   )
+  if params:
+    norm = params["image"]["norm"]
+    norms = {f"norm{i + 1}": norm for i in range(dpt.STAGES)}
+    leaves = {**params["depth"], **norms}
+    params = {"image": params["image"], "heads": {head.params_key: leaves}}
   return ConvertedModel(
     ModelSpec(image=spec.image),
-    {
-      "image": params["image"],
-      "heads": {head.params_key: {**params["depth"], **norms}},
-    },
+    params,
     {
       "size": spec.image.image_size,
       "interpolation": "bicubic",

@@ -149,8 +149,8 @@ def require_folder(folder: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     raise ConversionError(f"{path} is a file; a folder is expected.")
   raise MissingFileError(
-    f"There is no folder {path}. A model of the Hugging Face hub is hf:ORG/NAME, "
-    "in mtv_jax.load and in `mtv-jax convert`."
+    f"There is no folder {path}. mtv_jax.load and `mtv-jax convert` also take "
+    "a model of the Hugging Face hub, as hf:ORG/NAME."
   )
 
 

@@ -127,11 +127,11 @@ def read(
     return native.read(path)
   config = foreign.read_object(path / "config.json")
   if config.get("model_type") == "depth_anything":
-    return depth_anything.read_model(path)
+    return depth_anything.read_model(path, with_params=with_params)
   if config.get("model_type") == "tipsv2_dpt":
-    return tipsv2_dpt.read_model(path)
+    return tipsv2_dpt.read_model(path, with_params=with_params)
   if "model_type" not in config and "architecture" in config:
-    return _read_timm(path, config)
+    return _read_timm(path, config, with_params=with_params)
   module = _find_family(path, config)
   description = native.read_description(path)
   with folders.open_weights(path) as store:
@@ -153,7 +153,9 @@ def read(
   return ConvertedModel(spec, params, preprocess, tokenizer)
 
 
-def _read_timm(path: pathlib.Path, config: Mapping[str, Any]) -> ConvertedModel:
+def _read_timm(
+  path: pathlib.Path, config: Mapping[str, Any], *, with_params: bool
+) -> ConvertedModel:
   """A folder of timm."""
   module, name = perception_encoder, config["architecture"]
   if not module.is_architecture(name):
@@ -166,7 +168,9 @@ def _read_timm(path: pathlib.Path, config: Mapping[str, Any]) -> ConvertedModel:
     with foreign.errors_of(path / "config.json"):
       spec = module.read_spec(config, set(store.names), store.shape)
       preprocess = module.read_preprocess(config, spec)
-    params = tensors.load(module.rules(spec), store, ignore=module.IGNORE)
+    params = {}
+    if with_params:
+      params = tensors.load(module.rules(spec), store, ignore=module.IGNORE)
   return ConvertedModel(spec, params, preprocess)
 
 

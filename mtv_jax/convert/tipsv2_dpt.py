@@ -41,8 +41,12 @@ _FILES = {
 _PREFIX = "vision_encoder."
 
 
-def read_model(folder: str | os.PathLike) -> ConvertedModel:
+def read_model(
+  folder: str | os.PathLike, *, with_params: bool = True
+) -> ConvertedModel:
   """A folder as an encoder with the heads that it has.
+
+  `with_params=False` leaves the parameters out, and does not read them.
 
   Raises:
     MissingFileError: the folder is missing.
@@ -55,19 +59,28 @@ def read_model(folder: str | os.PathLike) -> ConvertedModel:
   with folders.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
       spec, heads = read_spec(config, {n: store.shape(n) for n in store.names})
-    rules = tipsv2.rules(spec, prefix=_PREFIX)
-    for name, head in heads.items():
-      rules += _head_rules(spec, name, head)
-    params = tensors.load(rules, store)
+    params = _read_params(spec, heads, store) if with_params else {}
+  preprocess = processors.read_preprocess(
+    path, tipsv2.default_preprocess(spec), patch_size=spec.image.patch_size
+  )
+  return ConvertedModel(spec, params, preprocess, prediction_heads=heads)
+
+
+def _read_params(
+  spec: ModelSpec,
+  heads: Mapping[str, dense_dpt.DenseHead],
+  store: folders.TensorFiles,
+) -> dict[str, Any]:
+  rules = tipsv2.rules(spec, prefix=_PREFIX)
+  for name, head in heads.items():
+    rules += _head_rules(spec, name, head)
+  params = tensors.load(rules, store)
   # The backbone's last norm is that of every stage.
   norms = {f"norm{i + 1}": params["image"]["norm"] for i in range(dpt.STAGES)}
   params["heads"] = {
     name: {**leaves, **norms} for name, leaves in params["heads"].items()
   }
-  preprocess = processors.read_preprocess(
-    path, tipsv2.default_preprocess(spec), patch_size=spec.image.patch_size
-  )
-  return ConvertedModel(spec, params, preprocess, prediction_heads=heads)
+  return params
 
 
 def read_spec(

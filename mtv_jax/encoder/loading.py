@@ -158,13 +158,21 @@ def read_model(
   step: int | None = None,
 ) -> ConvertedModel:
   """A folder's model as NumPy arrays; arguments and errors as of `load`."""
-  if weights is not None:
-    check_choice("weights", weights, WEIGHTS)
+  check_weights(path, weights=weights, step=step)
   folder = open_folder(path)
   if is_run(folder):
     return read_run(folder, weights=weights, step=step)
-  _require_one_set(folder, weights, step)
   return huggingface.read(folder)
+
+
+def check_weights(
+  path: str | os.PathLike, *, weights: str | None, step: int | None
+) -> None:
+  """Raises InputError for weights or a step of a folder with one set."""
+  if weights is not None:
+    check_choice("weights", weights, WEIGHTS)
+  if not is_run(path):
+    _require_one_set(path, weights, step)
 
 
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:

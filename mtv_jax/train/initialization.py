@@ -18,7 +18,7 @@ from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import schema
 from mtv_jax.encoder import description, loading
-from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
+from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import init_params, teacher_params
@@ -183,10 +183,9 @@ def read_teacher_models(
       for key in ("image_mean", "image_std", "input_size"):
         entry[key] = same.get(key)
       continue
-    model = loading.read_model(
-      entry.path, weights=entry.weights, step=entry.step
-    )
-    pixels = Preprocess.from_dict(model.preprocess)
+    loading.check_weights(entry.path, weights=entry.weights, step=entry.step)
+    described = description.describe(entry.path)
+    pixels = described.preprocess
     entry.image_mean, entry.image_std = pixels.mean, pixels.std
     entry.input_size = pixels.size
-    entry.model = model.spec.to_dict()["image"]
+    entry.model = described.spec.to_dict()["image"]

@@ -351,6 +351,8 @@ def test_dense_heads_of_tips_equal_transformers(
         # As initialised, maps grow to thousands.
         parameter.mul_(0.5)
   model.save_pretrained(tmp_path)
+  described = huggingface.read(tmp_path, with_params=False)
+  assert described.params == {} and len(described.prediction_heads) == 3
   encoder = mtv_jax.load(tmp_path)
   images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
   with torch.no_grad():
@@ -438,6 +440,8 @@ def test_perception_encoders_equal_timm(name, tmp_path, record_property):
   )
   record_property("difference", worst)
   print(f"{name}: {worst:.2e}")
+  described = huggingface.read(tmp_path, with_params=False)
+  assert described.params == {} and described.spec == ours.spec
   encoder = mtv_jax.load(tmp_path)
   assert encoder.preprocess.mean == (0.5, 0.4, 0.5)
   assert encoder.preprocess.interpolation == "bilinear"

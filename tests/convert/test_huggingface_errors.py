@@ -249,7 +249,7 @@ def test_other_kinds_of_weights(export):
   path.write_text(json.dumps(index))
   with pytest.raises(ConversionError, match=r"00001-of-00002.*is missing"):
     huggingface.read(export)
-  with pytest.raises(FileNotFoundError, match="hub is hf:ORG/NAME"):
+  with pytest.raises(FileNotFoundError, match="hub, as hf:ORG/NAME"):
     huggingface.read(export / "google" / "siglip-base-patch16-224")
 
 

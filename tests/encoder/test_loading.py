@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from hostile import foreign_samples as samples
 
 import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.convert import native
+from mtv_jax.convert import huggingface, native, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
@@ -256,3 +257,13 @@ def test_hugging_face_folders(name, tmp_path, images):
     got = ours.layers[layer].reshape(want.shape)
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert np.abs(want).max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["siglip", "depth_anything", "export"])
+def test_a_model_without_its_parameters(family, monkeypatch):
+  folder = samples.base(family)
+  want = huggingface.read(folder)
+  monkeypatch.setattr(tensors, "load", None)
+  got = huggingface.read(folder, with_params=False)
+  assert got.spec == want.spec and got.preprocess == want.preprocess
+  assert got.prediction_heads == want.prediction_heads and got.params == {}

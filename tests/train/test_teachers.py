@@ -12,6 +12,7 @@ from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import schema
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.train import statistics
@@ -20,7 +21,7 @@ from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.loop import train
 from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -256,6 +257,15 @@ def test_two_processes_fit_the_statistics_of_one(encoders, tmp_path):
 def test_sizes_and_layers_are_checked(teacher, message, encoders, tmp_path):
   with pytest.raises(ConfigError, match=message):
     build_experiment(distillation(encoders, **teacher), tmp_path)
+
+
+def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
+  """When they are needed: building an experiment reads none."""
+  monkeypatch.setattr(loading, "read_model", None)
+  build_experiment(distillation(encoders), tmp_path)
+  for options in (dict(weights="ema"), dict(step=3)):
+    with pytest.raises(InputError, match="is not a training run, and has one"):
+      build_experiment(distillation(encoders, **options), tmp_path)
 
 
 def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
