@@ -1,22 +1,14 @@
 """Continues to train a released encoder, or one of one's own, on other data.
 
-Shapes, tokenizer and preprocessing are the checkpoint's: of a run, an export or
-a Hugging Face folder. On images with captions (a folder with a .txt or .json
-beside each, COCO's, a table, tars), with the checkpoint's own loss:
+Shapes, tokenizer, preprocessing and, on images with captions, the loss are the
+checkpoint's: of a run, an export or a Hugging Face folder (docs/continue.md):
   python -m mtv_jax.main --workdir=/data/runs/mine \
     --config=configs/continue_from.py:path=/data/siglip,data=/data/photos
 
 and on images alone, with DINO and iBOT, the same with `,images_only`. Guards
-keep what the start knows, and `guards=False` has none of them:
-  grow=5      percent in which new heads are trained on a frozen tower
-  warmup=2    percent; layer_decay=0.85: the rate falls towards the input
-  anchor=1    weight of the Gram loss (DINOv3) to patches of the start;
-  features=0  of the distance to its features themselves, on images of
-  keep=PATH,  what it must not lose, if given: keep_share=0.5 of the batch
-  bound=0     share of neighbours on images of `gauge` that stay the start's
-See docs/continue.md. `:tiny` continues random weights on the built-in scenes.
-
-Hardware: one accelerator of 16 GB at B/16, not tried here.
+against forgetting are grow, warmup, layer_decay, anchor, features, keep and
+bound; with `guards=False` there is none. `:tiny` continues random weights on
+the built-in scenes. Hardware: one accelerator of 16 GB at B/16, not tried here.
 """
 
 from ml_collections import ConfigDict
@@ -26,31 +18,39 @@ from mtv_jax.utils.errors import ConfigError
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, path="", data="", images="", images_only=False, batch=0,
+  defaults = dict(
+    tiny=False, path="", data="", images="", images_only=False, batch=0,
     steps=0, lr=1e-5, dtype="bfloat16", prototypes=8192, gauge="", bound=0.0,
     keep="", keep_share=0.5, guards=True, grow=5.0, warmup=2.0, anchor=1.0,
     layer_decay=0.85, features=0.0,
   )  # fmt: skip
+  text, arg = arg, parse_arg(arg, **defaults)
   if not arg.guards:
-    arg.update(dict.fromkeys(("grow", "warmup", "anchor"), 0.0))
-    arg.update(layer_decay=1.0, features=0.0, bound=0.0, keep="")
+    off = dict.fromkeys(("grow", "warmup", "anchor", "features", "bound"), 0.0)
+    off |= dict(layer_decay=1.0, keep="")
+    arg = parse_arg(text, **defaults | off)
+    if given := [key for key, value in off.items() if arg[key] != value]:
+      raise ConfigError(f"guards=False and {given[0]}=...: leave out either.")
   if arg.tiny:
     arg.update(dtype="float32", prototypes=64, data=arg.data or "scenes")
   if not ((arg.path or arg.tiny) and arg.data):
     raise ConfigError("continue_from: give path=CHECKPOINT and data=PATH.")
   if not 0 < arg.keep_share < 1:
     raise ConfigError(f"keep_share={arg.keep_share}: expected between 0 and 1.")
+  if arg.keep_share != defaults["keep_share"] and not arg.keep:
+    raise ConfigError("keep_share has no effect without keep=PATH.")
 
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch or (16 if arg.tiny else 256)
   config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
   config.model, loss_type, weights = read_model(arg)
   size = config.model.preprocess["size"]
-  train = [source(arg, arg.data, size, 1 - arg.keep_share if arg.keep else 1)]
+  # Crops of 32 % of such a canvas have the encoder's pixels.
+  canvas = round(1.7 * size) if arg.images_only else size
+  train = [source(arg, arg.data, canvas, 1 - arg.keep_share if arg.keep else 1)]
   if arg.keep:
-    train.append(source(arg, arg.keep, size, arg.keep_share))
-  config.data = dict(train=train, ops=f"decode|canvas({size})")
+    train.append(source(arg, arg.keep, canvas, arg.keep_share))
+  config.data = dict(train=train, ops=f"decode|canvas({canvas})")
   if arg.images_only:
     self_supervision(config, arg, size, config.model.patch_size)
   else:
@@ -58,7 +58,6 @@ def get_config(arg=None):
   if arg.path:
     config.init = dict(path=arg.path, weights=weights, grow_heads=True)
     guard(config, arg, weights, size)
-
   tower = dict(layer_decay=arg.layer_decay) if arg.layer_decay != 1 else {}
   if arg.grow and (arg.images_only or loss_type is None):
     tower["start_percent"] = arg.grow
@@ -98,10 +97,11 @@ def read_model(arg):
   from mtv_jax.encoder import description  # Late, as it takes JAX.
 
   if not arg.path:
-    model = dict(variant="mu/8", patch_size=8, image_size=32, dtype=arg.dtype)
     text = dict(variant="mu", length=64, tokenizer="bytes", vocab_size=258)
-    model |= dict(text=None if arg.images_only else text)
-    return ConfigDict(model | dict(preprocess=dict(size=32))), None, "student"
+    text = None if arg.images_only else text
+    model = dict(variant="mu/8", patch_size=8, image_size=32, text=text)
+    model |= dict(preprocess=dict(size=32), dtype=arg.dtype)
+    return ConfigDict(model), None, "student"
   described = description.describe(arg.path)
   model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
   if arg.images_only:
@@ -113,11 +113,11 @@ def read_model(arg):
 
 def source(arg, path, size, weight):
   """An entry of `data.train`."""
+  images = dict(images=arg.images) if arg.images and path == arg.data else {}
   if path == "scenes":
-    return dict(type="scenes", size=size, weight=weight)
+    return dict(type="scenes", size=size, weight=weight, **images)
   kind = "webdataset" if ".tar" in path else "folder"
   captions = dict(captions="ignored") if arg.images_only else {}
-  images = dict(images=arg.images) if arg.images and path == arg.data else {}
   return dict(type=kind, path=path, weight=weight, **captions, **images)
 
 

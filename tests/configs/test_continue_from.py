@@ -1,9 +1,10 @@
-"""Inputs of configs/continue_from.py that can't be used, and their errors."""
+"""Arguments of configs/continue_from.py: what they set, and their errors."""
 
 import pytest
 from hostile import foreign_samples as samples
 
 from mtv_jax.config import schema
+from mtv_jax.data.registry import build_source
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.utils.errors import ConfigError, MissingFileError
 
@@ -12,6 +13,64 @@ def build(folder, options=""):
   arguments = f"path={folder},data=scenes,batch=8,steps=20,dtype=float32"
   config = schema.read_config(f"continue_from:{arguments}{options}")
   return build_experiment(config, folder / "run")
+
+
+def read(options):
+  folder = samples.base("siglip")
+  return schema.read_config(f"continue_from:path={folder},data=scenes{options}")
+
+
+def test_guards_have_their_values():
+  config = read(",images_only,keep=scenes,features=3.0,bound=0.5,gauge=photos")
+  tower = dict(layer_decay=0.85, start_percent=5.0)
+  assert list(config.optim.rules) == [("^image/", tower)]
+  assert config.schedule.warmup_percent == 2.0
+  anchor, features = config.objectives.anchor, config.objectives.features
+  assert (anchor.type, anchor.weight, anchor.teacher) == ("gram", 1.0, "start")
+  assert (features.weight, tuple(features.sources)) == (3.0, (1,))
+  assert config.teachers.start.path == config.init.path
+  drift = config.evals.drift
+  assert drift.bound.to_dict() == dict(metric="neighbours", min=0.5)
+  assert (drift.data, drift.reference) == ("photos", config.init.path)
+  # Of towers with text; the checkpoint has the contrast's head.
+  config = read("")
+  rules = [
+    (f"^{tower}/", dict(layer_decay=0.85)) for tower in ("image", "text")
+  ]
+  assert list(config.optim.rules) == rules
+  config = read(",guards=False,images_only")
+  assert not config.optim.rules and not config.schedule.warmup_percent
+  assert "teachers" not in config and "anchor" not in config.objectives
+  assert "bound" not in config.evals.drift
+
+
+def test_canvases_have_the_pixels_of_crops():
+  for options, canvas in (("", 32), (",images_only", 54)):
+    config = schema.read_config(f"continue_from:tiny{options}")
+    assert config.model.preprocess["size"] == 32
+    assert config.data.ops.startswith(f"decode|canvas({canvas})")
+    assert config.data.train[0]["size"] == canvas
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ("guards=False,features=10", "guards=False and features=...: leave out"),
+    ("keep=scenes,guards=False", "guards=False and keep="),
+    ("guards=False,layer_decay=0.85", "guards=False and layer_decay="),
+    ("keep_share=0.25", "keep_share has no effect without keep=PATH"),
+  ],
+)
+def test_arguments_that_contradict_each_other(options, message):
+  with pytest.raises(ConfigError, match=message):
+    schema.read_config(f"continue_from:tiny,{options}")
+  schema.read_config("continue_from:tiny,guards=False,anchor=0,warmup=0.0")
+
+
+def test_images_are_of_a_listing():
+  config = schema.read_config("continue_from:tiny,images=photos")
+  with pytest.raises(ConfigError, match="'images'"):
+    build_source(config.data.train[0])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5])

@@ -51,6 +51,11 @@ class FolderSource(Source):
   ):
     refuse_remote(path, "A folder of images", "Write shards, or copy it.")
     path = os.path.expanduser(path)
+    if images is not None and os.path.isdir(path):
+      raise InputError(
+        f"{printable(path)} is a folder of images: leave out `images`, which is"
+        " the folder of a listing's."
+      )
     if captions == "ignored" and os.path.isdir(path):
       found = listings.list_images(path)
     else:

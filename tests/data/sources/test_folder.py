@@ -44,6 +44,13 @@ def test_captions_beside_the_images(folder, caplog):
     source[2]
 
 
+def test_a_folder_has_no_folder_of_images(folder):
+  for captions in ("required", "ignored"):
+    entry = dict(type="folder", path=str(folder), captions=captions)
+    with pytest.raises(InputError, match="leave out `images`"):
+      build_source(entry | dict(images=str(folder)))
+
+
 def test_images_without_captions(folder):
   optional = build_source(
     dict(type="folder", path=str(folder), captions="optional")
