@@ -39,6 +39,22 @@ class ImageFeatures:
   grids: Int32[np.ndarray, "n 2"] | None = None
 
 
+def mean_patches(
+  tokens: Float[np.ndarray, "n *grid d"],
+  grids: Int32[np.ndarray, "n 2"] | None = None,
+) -> Float[np.ndarray, "n d"]:
+  """The mean of each image's patch tokens.
+
+  Args:
+    tokens: `[n, h, w, d]`; with grids `[n, l, d]`, padded.
+    grids: see `ImageFeatures`.
+  """
+  if grids is None:
+    return tokens.mean(axis=(1, 2))
+  valid = np.arange(tokens.shape[1]) < grids.prod(axis=1)[:, None]
+  return tokens.mean(axis=1, where=valid[..., None])
+
+
 @dataclasses.dataclass(frozen=True)
 class Regions:
   """Unit-length embeddings of at most m boxes of n images; zero if invalid."""

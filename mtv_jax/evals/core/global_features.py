@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import mean_patches
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
@@ -172,13 +173,14 @@ def last_blocks(
       outputs=("patches", "prefix" if cls else "pooled"),
       batch_size=batch_size,
     )
-    mean = out.patches.mean(axis=(1, 2))
+    mean = mean_patches(out.patches, out.grids)
     parts.append([mean, out.prefix[:, 0] if cls else out.pooled])
     for layer in layers:
       if cls:
         token = final_norm(encoder, out.prefix_layers[layer][:, 0])
       else:
-        token = final_norm(encoder, out.layers[layer]).mean(axis=(1, 2))
+        token = final_norm(encoder, out.layers[layer])
+        token = mean_patches(token, out.grids)
       parts[-1].append(token)
   mean, *tokens = map(np.concatenate, zip(*parts, strict=True))
   return LastBlocks(tokens=tuple(tokens), mean=mean)

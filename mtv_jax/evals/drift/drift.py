@@ -13,11 +13,12 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import mean_patches
 from mtv_jax.evals.core import bootstrap, ranking
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import Data, ImageSet, select_images
@@ -30,8 +31,9 @@ class Features(NamedTuple):
   """Features of n images."""
 
   pooled: Float32[np.ndarray, "n e"]
-  patches: Float32[np.ndarray, "n h w d"]  # After the final norm.
+  patches: Float32[np.ndarray, "n *grid d"]  # After the final norm.
   layers: tuple[Float32[np.ndarray, "n d"], ...]  # Mean patch of each block.
+  grids: Int32[np.ndarray, "n 2"] | None  # See `ImageFeatures`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Drift(Evaluator):
   encoders agree on, `cka` linear CKA of the pooled embeddings, `cosine` their
   mean cosine, `cosine_patches` that of patches, and `cosine_layer_i` that of
   the mean patch after block i. Cosines are left out where the two have other
-  widths. Chance is that of images in another order for one of the encoders: of
-  `cka` far above 0 where there are fewer images than channels.
+  widths, or patches of other grids. Chance is that of images in another order
+  for one of the encoders: of `cka` far above 0 where there are fewer images
+  than channels.
 
   Attributes:
     reference: folder of the reference, as for `mtv_jax.load`.
@@ -126,9 +129,12 @@ class Drift(Evaluator):
     }
     if ours.pooled.shape == theirs.pooled.shape:
       values["cosine"] = similarity.cosines(ours.pooled, theirs.pooled)
-    if ours.patches.shape == theirs.patches.shape:
+    if ours.patches.shape == theirs.patches.shape and _equal_grids(
+      ours.grids, theirs.grids
+    ):
       patches = similarity.cosines(ours.patches, theirs.patches)
-      values["cosine_patches"] = patches.mean(axis=(1, 2))
+      means = mean_patches(patches[..., None], ours.grids)
+      values["cosine_patches"] = means[:, 0]
     if len(ours.layers) == len(theirs.layers):
       pairs = zip(ours.layers, theirs.layers, strict=True)
       for i, (a, b) in enumerate(pairs):
@@ -161,7 +167,16 @@ def encode(encoder: Encoder, data: ImageSet, *, batch_size: int) -> Features:
       outputs=("pooled", "patches"),
       batch_size=batch_size,
     )
-    layers = [out.layers[i].mean(axis=(1, 2)) for i in range(depth)]
-    parts.append([out.pooled, out.patches, *layers])
-  pooled, patches, *layers = map(np.concatenate, zip(*parts, strict=True))
-  return Features(pooled, patches, tuple(layers))
+    layers = [mean_patches(out.layers[i], out.grids) for i in range(depth)]
+    grids = [] if out.grids is None else [out.grids]
+    parts.append([out.pooled, out.patches, *layers, *grids])
+  arrays = [*map(np.concatenate, zip(*parts, strict=True))]
+  pooled, patches, *layers = arrays[: 2 + depth]
+  grids = next(iter(arrays[2 + depth :]), None)
+  return Features(pooled, patches, tuple(layers), grids)
+
+
+def _equal_grids(x: np.ndarray | None, y: np.ndarray | None) -> bool:
+  if x is None or y is None:
+    return x is y
+  return np.array_equal(x, y)

@@ -161,11 +161,12 @@ def crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _with_squash(encoder: Encoder) -> Encoder:
-  """The encoder with images squashed rather than cropped."""
-  if not hasattr(encoder, "preprocess") or encoder.preprocess.crop == "none":
+  """The encoder with images squashed, not cropped or of native aspect ratio."""
+  if not hasattr(encoder, "preprocess"):
     return encoder
-  return encoder.with_preprocess(
-    dataclasses.replace(
-      encoder.preprocess, resize="squash", crop="none", resize_size=None
+  preprocess = encoder.preprocess.squashed()
+  if preprocess.crop != "none":
+    preprocess = dataclasses.replace(
+      preprocess, resize="squash", crop="none", resize_size=None
     )
-  )
+  return encoder.with_preprocess(preprocess)

@@ -58,6 +58,8 @@ class PatchPca(Evaluator):
   def run(self, encoder: Encoder) -> Result:
     """The share of variance in three components; `pca` as a sheet."""
     data = self._set
+    if encoder.preprocess.resize == "native":
+      encoder = encoder.with_preprocess(encoder.preprocess.squashed())
     patches = self._patches(encoder, data.images)
     mask = np.ones(patches.shape[:3], bool)
     if self.foreground == "threshold":

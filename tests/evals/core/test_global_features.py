@@ -77,6 +77,25 @@ def test_last_blocks_of_a_tower_without(images):
     global_features.embed(encoder, labelled(images), feature="cls")
 
 
+def test_means_of_native_images_leave_out_padding():
+  rng = np.random.default_rng(2)
+  images = [
+    rng.integers(0, 256, s, np.uint8) for s in ((9, 40, 3), (20, 20, 3))
+  ]
+  encoder = make(pool="mean", position_resize="bilinear_antialiased")
+  preprocess = Preprocess(16, "native", patch_size=8, max_patches=5)
+  encoder = encoder.with_preprocess(preprocess)
+  got = global_features.last_blocks(encoder, images, blocks=2)
+  for i, grid in enumerate(((1, 5), (2, 2))):
+    image = images[i]
+    alone = encoder.dense((encoder.preprocess(image)[None] + 1) * 127.5)
+    assert alone.patches.shape[1:3] == grid
+    mean = alone.patches.mean(axis=(1, 2))[0]
+    np.testing.assert_allclose(got.mean[i], mean, atol=1e-4)
+  mean = global_features.embed(encoder, labelled(images), feature="mean")
+  np.testing.assert_allclose(mean, got.mean, atol=1e-5)
+
+
 def labelled(images):
   return ClassificationSet(
     name="x",

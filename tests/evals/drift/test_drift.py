@@ -20,13 +20,18 @@ _SHAPE = dict(width=32, depth=2, heads=2, mlp_dim=32)
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
   """The folder of a model with random weights."""
+  folder = tmp_path_factory.mktemp("start")
+  return write_start(folder, Preprocess(size=16))
+
+
+def write_start(folder, preprocess):
   fields = dict(patch_size=8, image_size=16, pool="mean", **_SHAPE)
+  fields["position_resize"] = "bilinear_antialiased"
   spec = two_tower.ModelSpec.from_config(fields)
   params = jax.device_get(two_tower.init_params(spec, jax.random.key(0)))
-  folder = tmp_path_factory.mktemp("start")
-  preprocess = Preprocess(size=16).to_dict()
-  native.write(folder, ConvertedModel(spec, params, preprocess))
-  return folder
+  return native.write(
+    folder, ConvertedModel(spec, params, preprocess.to_dict())
+  )
 
 
 def gauge(folder, **options):
@@ -70,6 +75,21 @@ def test_equal_encoders_read_one(start):
     assert values[-1]["cosine_layer_0"] == pytest.approx(1, abs=1e-12)
   for name in ("neighbours", "cka", "cosine", "cosine_patches"):
     assert values[0][name] > values[1][name] > values[2][name], name
+
+
+def test_padding_of_native_images_is_left_out(start, tmp_path):
+  """Squares of 2 x 2 patches, padded to 5, drift as without padding."""
+  preprocess = Preprocess(16, "native", patch_size=8, max_patches=5)
+  folder = write_start(tmp_path / "native", preprocess)
+  encoder = changed(loading.load(folder), 0.5)
+  got = gauge(folder).run(encoder).metrics
+  want = gauge(start).run(changed(loading.load(start), 0.5)).metrics
+  assert got.keys() == want.keys() and want["cosine_patches"] < 0.99
+  for name, value in want.items():
+    assert got[name] == pytest.approx(value, abs=1e-5), name
+  # Patches of other grids are not compared.
+  other = gauge(start).run(encoder).metrics
+  assert got.keys() - other.keys() == {"cosine_patches"}
 
 
 def test_encoders_of_other_widths_have_neighbours_only(start):

@@ -97,6 +97,22 @@ def test_crops_are_warped_for_every_preprocessing(images):
   np.testing.assert_allclose(got[:2], want, atol=1e-5)
 
 
+def test_native_images_are_squashed(images):
+  mean = tower(
+    pool="mean", projection=16, position_resize="bilinear_antialiased"
+  )
+  native = Preprocess(32, "native", patch_size=8, max_patches=16)
+  boxes = [np.float32([[0.1, 0.5, 0.9, 0.625]])] * 3
+  for method in ("pool", "crop"):
+    got, want = (
+      region_features.embed(
+        build(mean, preprocess=preprocess), images, boxes, method=method
+      )
+      for preprocess in (native, Preprocess(size=32))
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_protocol_of_the_preprocessing():
   """For an encoder that crops, only mean and standard deviation apply."""
   cropping = Preprocess(

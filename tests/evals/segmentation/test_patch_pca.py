@@ -183,3 +183,22 @@ def test_one_device_and_eight_agree():
   assert share[0] == pytest.approx(share[1], abs=1e-5)
   sheet = [result.sheets["pca"].astype(int) for result in got]
   assert np.abs(sheet[0] - sheet[1]).max() <= 1
+
+
+def test_native_images_are_squashed():
+  spec = models.ModelSpec.from_config(
+    dict(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16)
+    | dict(position_resize="bilinear_antialiased")
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
+    models.abstract_params(spec),
+  )
+  native = Preprocess(16, "native", patch_size=8, max_patches=5)
+  got, want = (
+    PatchPca(count=5).run(Encoder(spec, params, preprocess))
+    for preprocess in (native, Preprocess(size=16))
+  )
+  assert got.metrics == want.metrics
+  assert got.protocol == want.protocol
