@@ -12,7 +12,6 @@ protocols, and code that loads the model; --dry_run writes it alone. Then
 
 import argparse
 import pathlib
-import re
 
 from mtv_jax.config import foreign
 from mtv_jax.convert import card, folders, native
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Writes the card, uploads the folder and prints where it is."""
   folder = pathlib.Path(args.folder)
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
+  if not card.is_repo(args.repo):
     raise InputError(f"{args.repo!r} is no name of a model: expected ORG/NAME.")
   readme = folder / "README.md"
   described = native.read_description(folders.require_folder(folder))

@@ -76,14 +76,21 @@ features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 ```
 {heads}"""
 
-# What follows is written by `complete_card`.
-_COMPLETED = "<!-- mtv-jax push -->"
+# What follows is written by `complete_card`, which names the model.
+_COMPLETED = "<!-- mtv-jax push: {} -->"
+_MARK = re.compile(re.escape(_COMPLETED).replace(r"\{\}", r"(\S+)"))
+_REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 _POOLED = {
   "map": "attention",
   "query": "attention",
   "cls": "its CLS token",
 }
+
+
+def is_repo(name: str) -> bool:
+  """Whether a name is `ORG/NAME`, as the hub allows it."""
+  return bool(_REPO.fullmatch(name)) and not re.search(r"--|\.\.", name)
 
 
 def write_card(
@@ -137,8 +144,8 @@ def complete_card(
 ) -> str:
   """A folder's README as the card of a model of the hub.
 
-  Its code loads the model from the hub. The metadata get the licence and the
-  base model.
+  Its code loads the model from the hub, where it named the folder, or the model
+  of the earlier result. The metadata get the licence and the base model.
 
   Args:
     readme: of `write_card`, or an earlier result.
@@ -165,15 +172,20 @@ def complete_card(
   metadata, body = match.groups()
   metadata = re.sub(r"(?m)^(license|base_model|tags):.*\n", "", metadata)
   metadata += f"license: {licence}\ntags: [mtv_jax]\n"
-  if base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+  if base_model and is_repo(base_model):
     metadata += f"base_model: {base_model}\n"
+  mark = _MARK.search(body)
+  loaded = ["folder"]
+  if mark:
+    body = body[: mark.start()]
+    loaded.append(re.escape(f'"{mark[1]}"'))
   body = re.sub(
-    r'(from_pretrained|load)\((folder|"[\w.-]+/[\w.-]+")\)',
+    rf"(from_pretrained|load)\(({'|'.join(loaded)})\)",
     rf'\1("{repo}")',
-    body.partition(_COMPLETED)[0],
+    body,
   )
   parts = [
-    f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED}",
+    f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED.format(repo)}",
     f"## Training data\n\n{data}",
     f"## Base model\n\n{base_model or 'None: trained from random weights.'}",
     f"## Results\n\n{results or 'No evaluation was recorded.'}",

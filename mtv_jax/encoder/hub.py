@@ -11,12 +11,11 @@ import pathlib
 import re
 from typing import Any
 
+from mtv_jax.convert import card
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 
 PREFIX = "hf:"
-_NAME = re.compile(
-  r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?"
-)
+_REVISION = re.compile(r"[\w./-]+")
 # Files that the readers of `convert` open; weights of PyTorch are left out.
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
@@ -30,8 +29,16 @@ def is_name(path: str | os.PathLike) -> bool:
   text = os.fspath(path)
   if text.startswith(PREFIX):
     return True
-  match = _NAME.fullmatch(text)
-  return bool(match) and not os.path.exists(match["repo"].partition("/")[0])
+  parts = _split(text)
+  return bool(parts) and not os.path.exists(parts[0].partition("/")[0])
+
+
+def _split(name: str) -> tuple[str, str | None] | None:
+  """The model and the revision of `ORG/NAME@REVISION`; None for others."""
+  repo, at, revision = name.partition("@")
+  if not card.is_repo(repo) or (at and not _REVISION.fullmatch(revision)):
+    return None
+  return repo, revision or None
 
 
 @functools.lru_cache
@@ -46,8 +53,8 @@ def download(name: str) -> pathlib.Path:
     MissingFileError: the hub has no such model, or can't be reached, or its
       package is not installed.
   """
-  match = _NAME.fullmatch(name.removeprefix(PREFIX))
-  if match is None:
+  parts = _split(name.removeprefix(PREFIX))
+  if parts is None:
     raise InputError(
       f"{printable(name)!r} is no model of the hub; expected hf:ORG/NAME or "
       "hf:ORG/NAME@REVISION."
@@ -58,12 +65,12 @@ def download(name: str) -> pathlib.Path:
     raise MissingFileError(f"{name} is no local path, and {error}") from error
   try:
     folder = hub.snapshot_download(
-      match["repo"],
-      revision=match["revision"],
+      parts[0],
+      revision=parts[1],
       allow_patterns=list(_FILES),
       endpoint=endpoint(),
     )
-  except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+  except _errors(hub) as error:
     reason = printable(" ".join(str(error).split()))
     raise MissingFileError(
       f"{name} is no local path, and can't be read from the hub: {reason}"
@@ -96,13 +103,27 @@ def upload(
       revision=revision,
       commit_message=message,
     )
-  except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-    reason = printable(" ".join(str(error).split()))
+  except _errors(hub) as error:
+    reason = printable(" ".join(str(error).split())).rstrip(".")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    hint = (
+      " Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+      if status in (401, 403)
+      else ""
+    )
     raise InputError(
-      f"{folder} can't be uploaded to {repo}: {reason}. Log in with `hf auth "
-      "login`, or set HF_TOKEN to a token that may write."
+      f"{folder} can't be uploaded to {repo}: {reason}.{hint}"
     ) from error
   return str(commit.commit_url)
+
+
+def _errors(hub: Any) -> tuple[type[Exception], ...]:
+  """What its functions raise, also where the hub can't be reached.
+
+  The base of `HfHubHTTPError` is the one of its HTTP library, of which there
+  are several.
+  """
+  return (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def endpoint() -> str | None:

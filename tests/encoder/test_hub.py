@@ -12,7 +12,7 @@ from hub_server import serve
 
 import mtv_jax
 from mtv_jax.cli.main import run_command
-from mtv_jax.convert import huggingface
+from mtv_jax.convert import card, huggingface
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import description, hub, loading
 from mtv_jax.encoder.preprocess import Preprocess
@@ -95,7 +95,7 @@ def test_what_is_no_model(server, tmp_path, monkeypatch):
   server.create("lab/model")
   with pytest.raises(MissingFileError, match="lab/model@v9"):
     mtv_jax.load("hf:lab/model@v9")
-  for name in ("hf:model", "hf:a/b/c", "hf:../x"):
+  for name in ("hf:model", "hf:a/b/c", "hf:../x", "hf:-a/b", "hf:a/b..c"):
     with pytest.raises(InputError, match="expected hf:ORG/NAME"):
       mtv_jax.load(name)
   # A folder of that name is a path.
@@ -144,8 +144,9 @@ def test_push(server, export, tmp_path, capsys, monkeypatch):
 
 def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
   options = ["--license=mit", "--data=x"]
-  with pytest.raises(SystemExit, match="expected ORG/NAME"):
-    run_command("push", [str(export), "new", *options])
+  for repo in ("new", "-a/..b", "a/b--c"):
+    with pytest.raises(SystemExit, match="expected ORG/NAME"):
+      run_command("push", [*options, "--", str(export), repo])
   (tmp_path / "empty").mkdir()
   with pytest.raises(SystemExit, match="is no export"):
     run_command("push", [str(tmp_path / "empty"), "lab/new", *options])
@@ -163,6 +164,25 @@ def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
   (folder / "README.md").write_bytes(b"---\n---\ncaf\xe9")
   with pytest.raises(SystemExit, match=r"push: .*README.md is not UTF-8 text"):
     run_command("push", [str(folder), "lab/new", *options])
+  # Logging in helps against what is not allowed alone.
+  with monkeypatch.context() as patch:
+    patch.setenv("HF_ENDPOINT", "http://localhost:9")
+    with pytest.raises(SystemExit, match=r"can't be uploaded.*\.$") as caught:
+      run_command("push", [str(export), "lab/new", *options])
+    assert "HF_TOKEN" not in str(caught.value)
   monkeypatch.setenv("HF_TOKEN", "")
   with pytest.raises(SystemExit, match="can't be uploaded.*HF_TOKEN"):
     run_command("push", [str(export), "lab/new", *options])
+
+
+def test_a_card_keeps_what_its_owner_wrote(export):
+  readme = (export / "README.md").read_text()
+  own = 'As `AutoModel.from_pretrained("lab/base")` and `load("lab/other")`.'
+  readme = readme.replace("## With mtv_jax", f"{own}\n\n## With mtv_jax")
+  facts = dict(licence="mit", data="x")
+  text = readme
+  for repo in ("lab/old", "lab/new"):
+    text = card.complete_card(text, repo=repo, **facts)
+    assert own in text and f'mtv_jax.load("{repo}")' in text
+  assert "lab/old" not in text
+  assert text == card.complete_card(readme, repo="lab/new", **facts)
