@@ -85,6 +85,7 @@ class PixelEncoder(Encoder):
       heads=1,
       mlp_dim=1,
       pool="mean",
+      final_norm=False,
       projection=3 * THUMBNAIL**2,
     )
     super().__init__(

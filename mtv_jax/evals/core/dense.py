@@ -45,13 +45,10 @@ def features(
     encoder: any.
     images: in 0..255, all of one size that the patch divides.
     blocks: counted from 0.
-    norm: `final` applies the encoder's last LayerNorm to the tokens of every
-      block, `none` does not.
+    norm: `final` applies the encoder's final norm, if it has one, to the tokens
+      of every block, `none` does not.
     cls: whether to append the block's CLS token to each of its patches.
     batch_size: images per step.
-
-  Raises:
-    InputError: if the encoder lacks a final norm that is to be applied.
   """
   last = encoder.spec.image.depth - 1
   # The last block's normalised tokens come from the encoder itself.

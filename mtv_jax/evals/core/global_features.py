@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Float32
 
@@ -16,6 +17,7 @@ from mtv_jax.encoder.features import mean_patches
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
+from mtv_jax.models import stack as stack_lib
 from mtv_jax.utils.errors import InputError
 
 View = Literal["center", "squash_center", "squash", "encoder"]
@@ -133,9 +135,10 @@ class LastBlocks:
 
 def token_kinds(encoder: Encoder) -> str:
   """Description of `LastBlocks.tokens`, for the protocol."""
+  after = " after the final norm" if encoder.spec.image.final_norm else ""
   if encoder.spec.image.cls_token:
-    return "CLS token after the final norm"
-  return "embedding; of earlier blocks the mean patch after the final norm"
+    return f"CLS token{after}"
+  return f"embedding; of earlier blocks the mean patch{after}"
 
 
 def last_blocks(
@@ -189,16 +192,10 @@ def last_blocks(
 def final_norm(
   encoder: Encoder, x: Float32[np.ndarray, "*n d"]
 ) -> Float32[np.ndarray, "*n d"]:
-  """Tokens of a block through the LayerNorm that follows the last block.
-
-  Raises:
-    InputError: if the encoder has none.
-  """
-  norm = encoder.params["image"].get("norm")
-  if norm is None:
-    raise InputError(f"{encoder!r} has no final norm to apply; use norm='none'")
-  scale, bias = np.asarray(norm["scale"]), np.asarray(norm["bias"])
-  x = x - x.mean(axis=-1, keepdims=True)
-  var = np.mean(np.square(x), axis=-1, keepdims=True)
-  eps = np.float32(encoder.spec.image.norm_eps)
-  return x / np.sqrt(var + eps) * scale + bias
+  """Tokens of a block through the norm after the last block, if it has one."""
+  spec = encoder.spec.image
+  norm = stack_lib.final_norm(spec, np.float32)
+  if not spec.final_norm:
+    return norm(x)
+  params = jax.tree.map(np.asarray, encoder.params["image"]["norm"])
+  return np.asarray(norm.apply({"params": params}, x))

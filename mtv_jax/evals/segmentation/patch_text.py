@@ -90,7 +90,7 @@ def check(encoder: Encoder, last_block: str) -> None:
   if spec.projection:
     required.append("projection")
   if last_block == "values":
-    required += ["blocks", "norm"]
+    required += ["blocks", *(["norm"] if spec.final_norm else [])]
     if spec.depth < 2:
       raise InputError(
         "last_block='values' reads the output of the block before the last, "

@@ -30,7 +30,8 @@ class TokenEncoder(Encoder):
   def __init__(self):
     rng = np.random.default_rng(0)
     spec = baselines.load("pixels:32/8").spec
-    image = dataclasses.replace(spec.image, width=3, depth=4, cls_token=True)
+    fields = dict(width=3, depth=4, cls_token=True, final_norm=True)
+    image = dataclasses.replace(spec.image, **fields)
     self.spec = dataclasses.replace(spec, image=image)
     norm = {
       name: rng.normal(size=3).astype(np.float32) for name in ("scale", "bias")

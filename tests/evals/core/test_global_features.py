@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import family_specs
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+import tower_parity as parity
 
 import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
@@ -75,6 +77,26 @@ def test_last_blocks_of_a_tower_without(images):
   assert "mean patch" in global_features.token_kinds(encoder)
   with pytest.raises(ValueError, match="no CLS token"):
     global_features.embed(encoder, labelled(images), feature="cls")
+
+
+@pytest.mark.parametrize("kind", family_specs.SPECS)
+def test_earlier_blocks_pass_the_norm_of_every_family(kind, images):
+  """Of the last block, it gives the tower's own output."""
+  spec = models.ModelSpec.from_config(family_specs.SPECS[kind])
+  preprocess = Preprocess(size=64)
+  encoder = Encoder(spec, parity.random_params(spec), preprocess)
+  out = encoder.image(images, layers=(0, 1), outputs=("patches",))
+  got = global_features.final_norm(encoder, out.layers[1])
+  np.testing.assert_allclose(got, out.patches, atol=1e-4)
+  blocks = global_features.last_blocks(encoder, images, blocks=2)
+  first = out.layers[0].mean(axis=(1, 2))
+  if spec.image.cls_token:
+    first = encoder.image(images, layers=(0,)).prefix_layers[0][:, 0]
+  assert (np.abs(blocks.tokens[1] - first).max() > 0.01) == (
+    spec.image.final_norm
+  )
+  kinds = global_features.token_kinds(encoder)
+  assert ("final norm" in kinds) == spec.image.final_norm
 
 
 def test_means_of_native_images_leave_out_padding():
