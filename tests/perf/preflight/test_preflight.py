@@ -112,6 +112,10 @@ def test_update_table_leaves_other_rows():
   newer = old.replace("old", "newer")
   page = report.update_table(page, newer)
   assert page == f"{begin}{newer}\n{new}\n{end}"
+  bars = "| mtv_b16_224 model.remat=full\\|image=qkv | v5e:16x16 | {} |"
+  page = report.update_table(page, bars.format("old"))
+  page = report.update_table(page, bars.format("new"))
+  assert page == f"{begin}{newer}\n{new}\n{bars.format('new')}\n{end}"
   for invalid in ("nothing", f"{report.BEGIN}\nno table\n{report.END}"):
     with pytest.raises(ValueError, match="fits: begin"):
       report.update_table(invalid, new)
