@@ -34,6 +34,7 @@ _CALLED = re.compile(
 )
 _KERNEL_FLOPS = re.compile(r'"cost_estimate": ?\{[^}]*"flops": ?"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles": ?"?(\d+)')
+_UNKNOWN_CYCLES = 2**63
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -398,7 +399,8 @@ def count_cycles(program: Any) -> float:
   """
   total = 0.0
   for instruction, _, times in parse(program).executed():
-    if estimate := _CYCLES.search(instruction.text):
+    estimate = _CYCLES.search(instruction.text)
+    if estimate and int(estimate[1]) < _UNKNOWN_CYCLES:
       total += times * int(estimate[1])
   return total
 

@@ -94,6 +94,8 @@ def test_arrays_on_the_host_count_as_they_are_moved():
   assert roofline.count_hbm_bytes(OFFLOADING) == 4 * row
   assert roofline.count_host_bytes(TPU) == 0
   assert hlo.count_cycles(OFFLOADING) == 700
+  unknown = OFFLOADING.replace("700", str(2**64 - 1))
+  assert hlo.count_cycles(unknown) == 0
 
 
 def test_the_slowest_resource_is_the_bound():
