@@ -93,12 +93,11 @@ def _read_columns(
   given: Sequence[str], *, weights: str | None
 ) -> list[Request | Outcome]:
   """The encoders to evaluate, and the outcomes of earlier results, in order."""
-  is_results = [text.endswith(".json") for text in given]
-  paths = [t for t, known in zip(given, is_results, strict=True) if not known]
+  paths = [text for text in given if not _is_results(text)]
   requests = iter(encoder_requests.parse_requests(paths, weights=weights))
   columns = []
-  for text, known in zip(given, is_results, strict=True):
-    if not known:
+  for text in given:
+    if not _is_results(text):
       columns.append(next(requests))
       continue
     name, path = encoder_requests.split_name(text)
@@ -109,6 +108,11 @@ def _read_columns(
         column = f"{name} {outcome.name}"
       columns.append(dataclasses.replace(outcome, name=column))
   return columns
+
+
+def _is_results(text: str) -> bool:
+  """Whether an argument names earlier results, not an encoder."""
+  return text.endswith(".json")
 
 
 def _stored_encoders(

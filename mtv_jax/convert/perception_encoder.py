@@ -83,9 +83,10 @@ def read_spec(
       raise ConversionError(
         f"{name!r} is missing: it is not a whole {config['architecture']}."
       )
-    if len(found := shape_of(name)) != axes:
-      raise ConversionError(f"{name} is {found}, expected {axes} axes.")
-    return found
+    sizes = shape_of(name)
+    if len(sizes) != axes:
+      raise ConversionError(f"{name} is {sizes}, expected {axes} axes.")
+    return sizes
 
   blocks = {int(m[1]) for n in names if (m := re.match(r"blocks\.(\d+)\.", n))}
   mlp_dim, width = shape("blocks.0.mlp.fc1.weight", 2)

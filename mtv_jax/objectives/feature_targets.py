@@ -36,7 +36,7 @@ class Target:
   tap: int | None = None  # The block of 'layerI'.
   prefix: int = 0  # Tokens before the patches in the taps.
   cached: Format | None = None  # Of the label set, if it is in one.
-  changed: bool = False  # Whether the view crops or flips the canvas.
+  is_cropped_or_flipped: bool = False  # Whether the view does so to canvases.
 
   @property
   def name(self) -> str:
@@ -69,7 +69,7 @@ class Target:
     b, count = view.flipped.shape
     if self.kind == SUMMARY:
       return jnp.broadcast_to(x, (b, count, x.shape[-1]))
-    if self.changed:
+    if self.is_cropped_or_flipped:
       return geometry.crop_features(x, view.box, view.flipped, size=self.grid)
     x = self.resize(x)
     return jnp.broadcast_to(x[:, None], (b, count, *x.shape[1:]))
@@ -121,7 +121,9 @@ def make_targets(
     grid=min(stored_grid, view.size // student.patch_size),
     stored_grid=stored_grid,
     cached=teacher.cached,
-    changed=is_cropped(view) or any(p.flip for p in view.pipelines),
+    is_cropped_or_flipped=(
+      is_cropped(view) or any(p.flip for p in view.pipelines)
+    ),
   )
   targets = []
   if summary:

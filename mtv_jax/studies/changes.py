@@ -76,7 +76,7 @@ def measure_changes(runs: Sequence[RunFolder]) -> list[Changes]:
   """
   files = {run.seed: list_evaluations(run.folder) for run in runs}
   first = next(iter(files.values()))
-  found = []
+  measured = []
   for name, steps in first.items():
     by_step = {
       step: {seed: _read(files[seed][name][step], name) for seed in files}
@@ -95,8 +95,8 @@ def measure_changes(runs: Sequence[RunFolder]) -> list[Changes]:
     for metric in describe_metrics(name, start):
       short = metric.name.removeprefix(f"{name}/")
       if is_main(name, short, [*start.metrics]):
-        found.append(_measure(runs[0].arm, metric, name, same))
-  return [changes for changes in found if changes is not None]
+        measured.append(_measure(runs[0].arm, metric, name, same))
+  return [changes for changes in measured if changes is not None]
 
 
 def _measure(

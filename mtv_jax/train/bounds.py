@@ -18,9 +18,10 @@ class BoundError(UserError):
 class Bound:
   """An evaluation's `bound`: least and greatest value of one metric.
 
-  Beyond it, `rollback` returns to the last checkpoint at which the evaluation
-  was within it, and leaves out the rows since then, at most
-  `config.nonfinite.max_rollbacks` times; `stop` ends the run.
+  Either of `min` and `max`, or both. Beyond it, `rollback` returns to the last
+  checkpoint at which the evaluation was within it, and leaves out the rows
+  since then, at most `config.nonfinite.max_rollbacks` times; `stop` ends the
+  run.
   """
 
   metric: str
@@ -29,11 +30,16 @@ class Bound:
   then: Literal["rollback", "stop"] = "rollback"
 
   def check(
-    self, name: str, metrics: Mapping[str, float], step: int, within: int
+    self,
+    name: str,
+    metrics: Mapping[str, float],
+    step: int,
+    last_step_within: int,
   ) -> None:
     """Checks the metrics of evaluation `name` after a step.
 
-    `within` is the step of the evaluation before, which was within the bound.
+    `last_step_within` is that of the evaluation before, which was within the
+    bound.
 
     Raises:
       ConfigError: the evaluation has no such metric.
@@ -51,7 +57,7 @@ class Bound:
         f"{what}: the run starts beyond config.evals.{name}.bound."
       )
     raise RollbackError(
-      within + 1,
+      last_step_within + 1,
       step,
       what=what,
       hint=(
@@ -91,5 +97,5 @@ def read_bound(name: str, entry: Config) -> Bound | None:
   where = f"config.evals.{name}.bound"
   bound = options.build(Bound, dict(fields), where=where)
   if bound.min is None and bound.max is None:
-    raise ConfigError(f"{where} has neither min nor max: give one of them.")
+    raise ConfigError(f"{where} has neither min nor max: give one or both.")
   return bound

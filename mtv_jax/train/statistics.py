@@ -55,7 +55,11 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
 
 
 def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
-  """Adds the moments of the parts of a batch, each `[parts, ...]`."""
+  """Adds the moments of the parts of a batch to those of `key`.
+
+  `arrays` are count, mean and covariance: `[parts]`, `[parts, d]` and
+  `[parts, d, d]`.
+  """
   for part in zip(*map(np.float64, arrays), strict=True):
     new = Moments(float(part[0]), *part[1:])
     moments[key] = moments[key].merge(new) if key in moments else new

@@ -22,7 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PixelMap:
-  """The map of pixels from one mean and deviation of channels to others."""
+  """The map of pixels from one mean and deviation of channels to others.
+
+  Attributes:
+    scale: of each channel, the old deviation over the new one.
+    offset: of each channel, in units of the new deviation.
+  """
 
   scale: tuple[float, ...]
   offset: tuple[float, ...]
@@ -98,9 +103,9 @@ def build_teachers(
     spec = model_lib.ModelSpec(image=model.image)
     if entry.model is not None:
       spec = _read_spec(entry.model.to_dict())
-    own = {k: v for k, v in entry.items() if v is not None}
-    given = not own.keys().isdisjoint(("image_mean", "image_std"))
-    theirs = schema.pixel_statistics(own) if given else ours
+    fields = {k: v for k, v in entry.items() if v is not None}
+    has_statistics = not fields.keys().isdisjoint(("image_mean", "image_std"))
+    theirs = schema.pixel_statistics(fields) if has_statistics else ours
     teachers[name] = FrozenTeacher(
       model=spec,
       snapshot=entry.path is None and not entry.cached,

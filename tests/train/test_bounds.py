@@ -21,20 +21,20 @@ from mtv_jax.utils.errors import ConfigError
 
 def test_when_a_bound_is_not_met():
   least = Bound("x", min=0.5)
-  least.check("drift", {"x": 0.5}, 8, within=4)
+  least.check("drift", {"x": 0.5}, 8, last_step_within=4)
   with pytest.raises(RollbackError, match="drift/x is 0.4 at .* 8, below 0.5"):
-    least.check("drift", {"x": 0.4}, 8, within=4)
+    least.check("drift", {"x": 0.4}, 8, last_step_within=4)
   with pytest.raises(RollbackError) as caught:
-    least.check("drift", {"x": float("nan")}, 8, within=4)
+    least.check("drift", {"x": float("nan")}, 8, last_step_within=4)
   assert (caught.value.first, caught.value.last) == (5, 8)
   with pytest.raises(RollbackError, match="above 1"):
-    Bound("x", max=1.0).check("drift", {"x": 1.5}, 8, within=4)
+    Bound("x", max=1.0).check("drift", {"x": 1.5}, 8, last_step_within=4)
   with pytest.raises(
     BoundError, match="starts beyond config.evals.drift.bound"
   ):
-    least.check("drift", {"x": 0.4}, 0, within=0)
+    least.check("drift", {"x": 0.4}, 0, last_step_within=0)
   with pytest.raises(ConfigError, match="has no 'x'. There are: y"):
-    least.check("drift", {"y": 0.4}, 8, within=4)
+    least.check("drift", {"y": 0.4}, 8, last_step_within=4)
 
 
 @pytest.mark.parametrize(
