@@ -11,6 +11,7 @@ protocols, and code that loads the model; --dry_run writes it alone. Then
 """
 
 import argparse
+import logging
 import pathlib
 
 from mtv_jax.config import foreign
@@ -21,6 +22,8 @@ from mtv_jax.evals.report import tables
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax push`."""
@@ -29,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("repo", help="the model's name on the hub, ORG/NAME")
   text = "the hub's identifier of the licence, such as apache-2.0"
   add("--license", required=True, help=text)
+  text = "of --license=other: the licence's identifier"
+  add("--license_name", help=text)
+  text = "of --license=other: URL of its text, or its file in the folder"
+  add("--license_link", help=text)
   text = "what the model was trained on, for the card"
   add("--data", required=True, help=text)
   text = "what it was continued from, such as ORG/NAME"
@@ -59,10 +66,18 @@ def run(args: argparse.Namespace) -> None:
     foreign.read_text(readme),
     repo=args.repo,
     licence=args.license,
+    licence_name=args.license_name,
+    licence_link=args.license_link,
     data=args.data,
     base_model=args.base_model,
     results=format_results(args.results) if args.results else "",
   )
+  if args.license == "other" and not (args.license_name and args.license_link):
+    log.warning(
+      "The hub asks for --license_name and --license_link of 'other'."
+    )
+  if not args.results:
+    log.warning("The card has no metrics: give them as --results=FILE.")
   atomic.write_text(readme, text)
   if args.dry_run:
     print(f"Wrote {readme}.")

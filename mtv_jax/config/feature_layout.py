@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-# Numbers of 8 bits; float8 is e4m3.
+# Numbers of 8 bits, and the names of their dtypes, which ml_dtypes registers.
 Format = Literal["float8", "int8"]
+DTYPES = {"float8": "float8_e4m3fn", "int8": "int8"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Model card of an exported folder."""
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -79,6 +80,7 @@ features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 # What follows is written by `complete_card`, which names the model.
 _COMPLETED = "<!-- mtv-jax push: {} -->"
 _MARK = re.compile(re.escape(_COMPLETED).replace(r"\{\}", r"(\S+)"))
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 _POOLED = {
@@ -139,6 +141,8 @@ def complete_card(
   repo: str,
   licence: str,
   data: str,
+  licence_name: str | None = None,
+  licence_link: str | None = None,
   base_model: str | None = None,
   results: str = "",
 ) -> str:
@@ -151,17 +155,25 @@ def complete_card(
     readme: of `write_card`, or an earlier result.
     repo: `ORG/NAME`.
     licence: the hub's identifier of it, such as `apache-2.0`.
+    licence_name: identifier of a licence for which the hub has none, `other`.
+    licence_link: URL or file of the model with its text.
     data: what the model was trained on, Markdown.
     base_model: `ORG/NAME` or a description of what it was continued from.
     results: metrics with their protocols, Markdown.
 
   Raises:
-    InputError: the README has no metadata, or the licence is no identifier.
+    InputError: the README has no metadata, or the licence is no identifier, or
+      has a name or a link though it is not `other`.
   """
-  if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+  for name in filter(None, (licence, licence_name)):
+    if not _LICENCE.fullmatch(name):
+      raise InputError(
+        f"the licence {name!r} is no identifier of the hub, such as apache-2.0"
+        " or, for any other one, other."
+      )
+  if (licence_name or licence_link) and licence != "other":
     raise InputError(
-      f"the licence {licence!r} is no identifier of the hub, such as apache-2.0"
-      " or, for any other one, other."
+      f"a name and a link are of the licence 'other', not {licence!r}."
     )
   match = re.match(r"---\n(.*?)---\n(.*)", readme, re.DOTALL)
   if match is None:
@@ -170,8 +182,13 @@ def complete_card(
       "folder again with `mtv-jax convert to_hf`."
     )
   metadata, body = match.groups()
-  metadata = re.sub(r"(?m)^(license|base_model|tags):.*\n", "", metadata)
+  keys = "license|license_name|license_link|base_model|tags"
+  metadata = re.sub(rf"(?m)^({keys}):.*\n", "", metadata)
   metadata += f"license: {licence}\ntags: [mtv_jax]\n"
+  if licence_name:
+    metadata += f"license_name: {licence_name}\n"
+  if licence_link:
+    metadata += f"license_link: {json.dumps(licence_link)}\n"
   if base_model and is_repo(base_model):
     metadata += f"base_model: {base_model}\n"
   mark = _MARK.search(body)
@@ -184,11 +201,12 @@ def complete_card(
     rf'\1("{repo}")',
     body,
   )
+  named = (licence_name or licence, licence_link)
   parts = [
     f"---\n{metadata}---\n{body.rstrip()}\n\n{_COMPLETED.format(repo)}",
     f"## Training data\n\n{data}",
     f"## Base model\n\n{base_model or 'None: trained from random weights.'}",
     f"## Results\n\n{results or 'No evaluation was recorded.'}",
-    f"## Licence\n\n{licence}",
+    f"## Licence\n\n{' '.join(filter(None, named))}",
   ]
   return "\n\n".join(parts) + "\n"

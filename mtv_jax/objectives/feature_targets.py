@@ -14,13 +14,11 @@ from jaxtyping import Array, Float
 
 from mtv_jax.augment import geometry
 from mtv_jax.augment.geometry import Resize
-from mtv_jax.config.feature_layout import Format, field_name
+from mtv_jax.config.feature_layout import DTYPES, Format, field_name
 from mtv_jax.models import positions
 from mtv_jax.objectives import base
 
 SUMMARY = "pooled"
-# Of label sets, by format.
-_DTYPES = {"float8": jnp.float8_e4m3fn, "int8": jnp.int8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Target:
     """Those of the canvas, of which patches are cropped as depth maps are."""
     codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
     scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
-    numbers = jax.lax.bitcast_convert_type(codes, _DTYPES[self.cached])
+    numbers = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
     x = numbers.astype(jnp.float32) * scale[..., None]
     view = batch["views"][self.encoding.view]
     b, count = view.flipped.shape

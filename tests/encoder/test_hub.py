@@ -175,6 +175,29 @@ def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
     run_command("push", [str(export), "lab/new", *options])
 
 
+def test_cards_without_metrics_and_of_other_licences(export, tmp_path, caplog):
+  folder = shutil.copytree(export, tmp_path / "export")
+
+  def push(*options):
+    caplog.clear()
+    command = [str(folder), "lab/new", "--data=x", "--dry_run", *options]
+    run_command("push", command)
+    return (folder / "README.md").read_text().split("---\n")[1]
+
+  assert "license: other\n" in push("--license=other")
+  assert "no metrics: give them as --results" in caplog.text
+  assert "asks for --license_name and --license_link" in caplog.text
+  named = ("--license_name=lab-1.0", "--license_link=LICENSE")
+  for _ in range(2):
+    head = push("--license=other", *named)
+  assert head.count("license_name: lab-1.0\n") == 1
+  assert head.count('license_link: "LICENSE"\n') == 1
+  assert "asks for" not in caplog.text
+  assert "license_" not in push("--license=mit")
+  with pytest.raises(SystemExit, match="of the licence 'other', not 'mit'"):
+    push("--license=mit", *named)
+
+
 def test_a_card_keeps_what_its_owner_wrote(export):
   readme = (export / "README.md").read_text()
   own = 'As `AutoModel.from_pretrained("lab/base")` and `load("lab/other")`.'

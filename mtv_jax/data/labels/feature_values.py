@@ -13,17 +13,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  NumPy knows float8 by it.
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from mtv_jax.config.feature_layout import FeatureLayout, Format
+from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, Format
 from mtv_jax.data.labels import packing
 
-DTYPES = {
-  "float8": np.dtype(ml_dtypes.float8_e4m3fn),
-  "int8": np.dtype(np.int8),
-}
 _LARGEST = {"float8": 448.0, "int8": 127.0}
 _MAX_WIDTH = 1 << 16
 
@@ -44,11 +40,11 @@ class Quantized:
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
     codes = np.clip(x / scale[:, None], -_LARGEST[format], _LARGEST[format])
     codes = np.rint(codes) if format == "int8" else codes
-    return cls(codes.astype(DTYPES[format]).view(np.uint8), scale)
+    return cls(codes.astype(np.dtype(DTYPES[format])).view(np.uint8), scale)
 
   def values(self, format: Format) -> Float32[np.ndarray, "n d"]:
     """The vectors, up to rounding."""
-    codes = self.codes.view(DTYPES[format]).astype(np.float32)
+    codes = self.codes.view(np.dtype(DTYPES[format])).astype(np.float32)
     return codes * self.scale[:, None]
 
 
