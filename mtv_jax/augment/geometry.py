@@ -46,7 +46,7 @@ class BoxOp(ViewOp):
   size: PositiveInt  # Pixels per side of the view.
 
   def box(
-    self, image_size: Int[Array, "2"], u: Float[Array, "uniforms"]
+    self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]
   ) -> Float[Array, "4"]:
     """Samples a view's box on the canvas, for an image's height and width."""
     raise NotImplementedError(f"{type(self).__name__} lacks box()")
@@ -95,7 +95,7 @@ class Crop(BoxOp, name="crop"):
     return 2 * CANDIDATES + 2
 
   def box(
-    self, image_size: Int[Array, "2"], u: Float[Array, "uniforms"]
+    self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]
   ) -> Float[Array, "4"]:
     height_width = jnp.maximum(image_size, 1).astype(jnp.float32)
     shape = height_width[1] / height_width[0]  # Width over height.

@@ -60,7 +60,7 @@ class MaskOp(ViewOp):
     self.count(size)
 
   def __call__(
-    self, u: Float[Array, "uniforms"], masked: Bool[Array, ""], *, size: int
+    self, u: Float[Array, " uniforms"], masked: Bool[Array, ""], *, size: int
   ) -> Array:
     """The value of `field` for one image, patches in row-major order.
 
@@ -109,8 +109,8 @@ class Blocks(MaskOp, name="blocks"):
     return 1 + 4 * PROPOSALS + patch_grid("blocks", size, self.patch) ** 2
 
   def __call__(
-    self, u: Float[Array, "uniforms"], masked: Bool[Array, ""], *, size: int
-  ) -> Bool[Array, "patches"]:
+    self, u: Float[Array, " uniforms"], masked: Bool[Array, ""], *, size: int
+  ) -> Bool[Array, " patches"]:
     grid = patch_grid("blocks", size, self.patch)
     ratio = uniform(u[0], self.min_ratio, self.max_ratio)
     count = jnp.round(ratio * grid**2).astype(jnp.int32)
@@ -127,7 +127,7 @@ def max_masked_images(shares: Sequence[float | int]) -> int:
 
 def sample_masked_images(
   u: Float[Array, ""], shares: Sequence[float | int]
-) -> Bool[Array, "n"]:
+) -> Bool[Array, " n"]:
   """Which of a row's images are masked, by systematic sampling.
 
   The shares, probabilities of the images, are intervals end to end; an image is
@@ -169,15 +169,15 @@ class Keep(MaskOp, name="keep"):
     return patch_grid("keep", size, self.patch) ** 2
 
   def __call__(
-    self, u: Float[Array, "patches"], masked: Bool[Array, ""], *, size: int
-  ) -> Int[Array, "visible"]:
+    self, u: Float[Array, " patches"], masked: Bool[Array, ""], *, size: int
+  ) -> Int[Array, " visible"]:
     del masked
     visible = jnp.argsort(u)[: self.count(size)]
     return jnp.sort(visible).astype(jnp.int32)
 
 
 def block_mask(
-  u: Float[Array, "uniforms"], count: Int[Array, ""], *, grid: int
+  u: Float[Array, " uniforms"], count: Int[Array, ""], *, grid: int
 ) -> Bool[Array, "{grid} {grid}"]:
   """Random rectangles that together mask exactly `count` patches.
 

@@ -167,7 +167,7 @@ class PhotometricOp(ViewOp):
   p: Fraction = 0.0  # Probability; each op has another default.
 
   def __call__(
-    self, image: Image, u: Float[Array, "uniforms"], dtype: Any
+    self, image: Image, u: Float[Array, " uniforms"], dtype: Any
   ) -> Image:
     """The augmented image, or with probability 1 - p the image itself.
 

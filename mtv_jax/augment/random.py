@@ -18,7 +18,7 @@ def step_key(
 
 def row_keys(
   seed_key: Key[Array, ""], name: str, step: Int[Array, ""] | int, rows: int
-) -> Key[Array, "{rows}"]:
+) -> Key[Array, " {rows}"]:
   """A key for each row of the global batch, from seed, view, step and row.
 
   Independent of the mesh and of the number of hosts, so that a run resumed on
@@ -29,8 +29,8 @@ def row_keys(
 
 
 def image_keys(
-  keys: Key[Array, "b"], name: str, count: int
-) -> Key[Array, "b*{count}"]:
+  keys: Key[Array, " b"], name: str, count: int
+) -> Key[Array, " b*{count}"]:
   """Keys of the `count` images of each row for the use `name`.
 
   In the order of the images of a view, `[b, count]` flattened.
@@ -56,7 +56,7 @@ def uniform(
   return low + u * (high - low)
 
 
-def ranks(u: Float[Array, "n"]) -> Int[Array, "n"]:
+def ranks(u: Float[Array, " n"]) -> Int[Array, " n"]:
   """The rank of each entry in ascending order.
 
   Compares all pairs, which for a few hundred numbers is cheaper than sorting

@@ -184,7 +184,7 @@ class View:
     self,
     canvas: UInt8[Array, "b s s 3"],
     image_size: Int[Array, "b 2"],
-    keys: Key[Array, "b"],
+    keys: Key[Array, " b"],
     dtype: Any,
   ) -> ViewBatch:
     """Computes the view; each row depends on its canvas, size and key alone.
@@ -220,7 +220,7 @@ class View:
       lambda *arrays: jnp.concatenate(arrays, axis=1)[:, order], *parts
     )
 
-  def _sample_masked(self, key: Key[Array, ""]) -> Bool[Array, "n"]:
+  def _sample_masked(self, key: Key[Array, ""]) -> Bool[Array, " n"]:
     """Which of a row's images `blocks` masks."""
     # Images fold in 0 to count - 1.
     u = jax.random.uniform(jax.random.fold_in(key, self.count))
@@ -231,7 +231,7 @@ def _run_pipeline(
   pipeline: Pipeline,
   planes: Float[Array, "b 3 s s"],
   image_size: Int[Array, "b 2"],
-  keys: Key[Array, "b"],
+  keys: Key[Array, " b"],
   masked: Bool[Array, "b n"],
   indices: list[int],
 ) -> ViewBatch:

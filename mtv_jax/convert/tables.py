@@ -254,7 +254,7 @@ def fused_qkv(
   kernel: str,
   bias: str | None,
   *,
-  order: Int[np.ndarray, "c"] | None = None,
+  order: Int[np.ndarray, " c"] | None = None,
 ) -> list[Rule]:
   """Queries, keys and values of blocks as one tensor, rows (q|k|v, head, dim).
 

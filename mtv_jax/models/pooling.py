@@ -79,7 +79,7 @@ def build(spec: Any, dtype: Any) -> MapPool | QueryPool:
   return MapPool(heads, mlp_dim, spec.gelu, spec.norm_eps, dtype, name="pool")
 
 
-def _probe(module: nn.Module, tokens: Array) -> Float[Array, "d"]:
+def _probe(module: nn.Module, tokens: Array) -> Float[Array, " d"]:
   # big_vision's: xavier_uniform of a [1, 1, D] array.
   init, shape = nn.initializers.xavier_uniform(), (1, tokens.shape[-1])
   return module.param("probe", lambda key: init(key, shape, jnp.float32)[0])

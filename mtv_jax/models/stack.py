@@ -28,7 +28,7 @@ from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 
 
 def drop_path_scales(
-  keys: Key[Array, "b"], rate: float, depth: int, *, uniform: bool = True
+  keys: Key[Array, " b"], rate: float, depth: int, *, uniform: bool = True
 ) -> Float[Array, "b {depth} 2"]:
   """Multipliers of the two branches of each block and example (drop path).
 

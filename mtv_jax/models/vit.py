@@ -180,7 +180,7 @@ class ViT(stack_lib.Tower):
     taps: Sequence[int] = (),
     mask: Bool[Array, "b n"] | None = None,
     keep: Int[Array, "b k"] | None = None,
-    drop_path_keys: Key[Array, "b"] | None = None,
+    drop_path_keys: Key[Array, " b"] | None = None,
     rope_key: Key[Array, ""] | None = None,
   ) -> ImageOutput:
     """Encodes images.

@@ -239,7 +239,7 @@ class Captioning(base.Objective):
     return base.Terms(loss=base.WeightedMean(loss, count), report=report)
 
 
-def _draw_parallel(keys: Key[Array, "b"], share: float) -> Bool[Array, " b"]:
+def _draw_parallel(keys: Key[Array, " b"], share: float) -> Bool[Array, " b"]:
   """Whether each row's caption is predicted in parallel."""
   keys = random_lib.image_keys(keys, "captioning", 1)
 

@@ -29,7 +29,7 @@ SCALE_FLOOR = 1e-3
 
 
 def _mean(
-  x: Float[Array, "b *n"], valid: Bool[Array, "b *n"]
+  x: Float[Array, " b *n"], valid: Bool[Array, " b *n"]
 ) -> Float[Array, " b"]:
   """Mean over the valid entries of each row; 0, with no gradient, if none."""
   axes = tuple(range(1, x.ndim))

@@ -56,7 +56,7 @@ def smooth_l1(
   return jnp.mean(smooth, axis=-1)
 
 
-def mean_of_row(x: Float[Array, "b *n"]) -> Float[Array, " b"]:
+def mean_of_row(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
   """The mean over all but the first axis."""
   return jnp.mean(x.reshape(len(x), -1), axis=1)
 

@@ -41,7 +41,7 @@ def encode(
   views: Mapping[str, Any],
   batch: Mapping[str, Array],
   mesh: Mesh | None = None,
-  keys: Mapping[str, Key[Array, "b"]] | None = None,
+  keys: Mapping[str, Key[Array, " b"]] | None = None,
   rope_keys: Mapping[str, Key[Array, ""]] | None = None,
   convert_pixels: Callable[[base.Encoding, Array], Array] | None = None,
 ) -> dict[base.Encoding, Any]:

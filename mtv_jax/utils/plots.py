@@ -254,7 +254,7 @@ def draw_matches(
   ends: Int[np.ndarray, "n 2"],
   *,
   colours: UInt8[np.ndarray, "n 3"] | None = None,
-  correct: Bool[np.ndarray, "n"] | None = None,
+  correct: Bool[np.ndarray, " n"] | None = None,
 ) -> UInt8[np.ndarray, "h w1 3"]:
   """Two images side by side with a line for each pair of points (y, x).
 

@@ -119,7 +119,7 @@ class LabelSet:
     data = array_record.read_bytes(self._readers.get(shard), at, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
-  def key_hashes(self, shard: int) -> UInt64[np.ndarray, "n"]:
+  def key_hashes(self, shard: int) -> UInt64[np.ndarray, " n"]:
     """`hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
     if not file.is_file():

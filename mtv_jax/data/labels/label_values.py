@@ -68,7 +68,7 @@ class BoxLabel:
 
   boxes: Float32[np.ndarray, "n 4"]
   phrases: tuple[str, ...]
-  scores: Float32[np.ndarray, "n"]
+  scores: Float32[np.ndarray, " n"]
 
 
 Label = DepthLabel | BoxLabel | FeatureLabel
@@ -147,7 +147,7 @@ def _squash(
 def make_boxes(
   boxes: Float[np.ndarray, "n 4"],
   phrases: Sequence[str],
-  scores: Float[np.ndarray, "n"] | None = None,
+  scores: Float[np.ndarray, " n"] | None = None,
 ) -> LabelOutcome:
   """The box label of an image: boxes clipped to it, without unusable ones.
 

@@ -139,7 +139,7 @@ def find_list(
 
 def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
   """Image and depth of each line "rgb depth focal", as relative paths."""
-  rows = [line.split() for line in read_text(path).splitlines() if line]
+  rows = [line.split() for line in foreign.read_text(path).splitlines() if line]
   bad = [row for row in rows if len(row) not in (2, 3)]
   if bad or not rows:
     got = f"the line {' '.join(bad[0])[:80]!r}" if bad else "an empty file"

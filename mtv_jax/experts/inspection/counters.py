@@ -27,7 +27,7 @@ class Histogram:
 
   def __init__(
     self,
-    edges: Float64[np.ndarray, "n"],
+    edges: Float64[np.ndarray, " n"],
     *,
     values: Literal["real", "whole"] = "real",
   ):
@@ -156,7 +156,7 @@ class PhraseCounts:
       )
       self.short_by += floor
 
-  def _smallest_hashes(self) -> UInt64[np.ndarray, "n"]:
+  def _smallest_hashes(self) -> UInt64[np.ndarray, " n"]:
     hashes = np.fromiter(map(hash_key, self._counts), np.uint64)
     return np.unique(np.concatenate([self._hashes, hashes]))[:_SKETCH]
 

@@ -18,16 +18,16 @@ class Detections:
   """Raw detections: boxes (y0, x0, y1, x1) in the unit square or beyond."""
 
   boxes: Float32[np.ndarray, "n 4"]
-  scores: Float32[np.ndarray, "n"]
+  scores: Float32[np.ndarray, " n"]
   phrases: tuple[str, ...]
 
 
 def suppress(
   boxes: Float[np.ndarray, "n 4"],
-  scores: Float[np.ndarray, "n"],
+  scores: Float[np.ndarray, " n"],
   *,
   iou: float,
-) -> Int[np.ndarray, "k"]:
+) -> Int[np.ndarray, " k"]:
   """Class-agnostic non-maximum suppression; of equal scores the earlier wins.
 
   Args:
@@ -106,6 +106,6 @@ def select(
   return LabelOutcome(outcome.label, {**counts, **outcome.counts})
 
 
-def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
+def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
   """Area of each box; 0 for an inverted one."""
   return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

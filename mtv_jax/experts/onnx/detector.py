@@ -125,7 +125,7 @@ class OnnxDetector:
 
   def run(
     self, arrays: Mapping[str, np.ndarray]
-  ) -> dict[str, Float[np.ndarray, "rows *_"]]:
+  ) -> dict[str, Float[np.ndarray, " rows *_"]]:
     """The file's outputs by name; blocks until they are computed."""
     images = arrays["image"]
 

@@ -76,7 +76,7 @@ class PCGrad(Balance):
 
 
 def projection_coefficients(
-  products: Float[Array, "t t"], keys: Key[Array, "t"]
+  products: Float[Array, "t t"], keys: Key[Array, " t"]
 ) -> Float[Array, "t t"]:
   """PCGrad's projections, row i of which are g_i's coefficients of all g_j.
 
