@@ -43,7 +43,7 @@ def get_config(arg=None):
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch or (16 if arg.tiny else 256)
   config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
-  config.model, loss_type, weights = read_model(arg)
+  config.model, contrast, weights = read_model(arg)
   size = config.model.preprocess["size"]
   # Crops of 32 % of such a canvas have the encoder's pixels.
   canvas = round(1.7 * size) if arg.images_only else size
@@ -54,12 +54,12 @@ def get_config(arg=None):
   if arg.images_only:
     self_supervision(config, arg, size, config.model.patch_size)
   else:
-    image_text(config, arg, size, loss_type)
+    image_text(config, size, contrast)
   if arg.path:
     config.init = dict(path=arg.path, weights=weights, grow_heads=True)
     guard(config, arg, weights, size)
   tower = dict(layer_decay=arg.layer_decay) if arg.layer_decay != 1 else {}
-  if arg.grow and (arg.images_only or loss_type is None):
+  if arg.grow and (arg.images_only or not contrast):
     tower["start_percent"] = arg.grow
   config.optim = dict(name="adamw", lr=arg.lr, weight_decay=1e-2, b2=0.95)
   towers = ("image",) if config.model.text is None else ("image", "text")
@@ -101,14 +101,14 @@ def read_model(arg):
     text = None if arg.images_only else text
     model = dict(variant="mu/8", patch_size=8, image_size=32, text=text)
     model |= dict(preprocess=dict(size=32), dtype=arg.dtype)
-    return ConfigDict(model), None, "student"
+    return ConfigDict(model), {}, "student"
   described = description.describe(arg.path)
   model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
   if arg.images_only:
     model.text = None
   elif model.text is None:
     raise ConfigError(f"{arg.path} has no text tower; add images_only.")
-  return model, described.loss_type, described.weights
+  return model, described.contrast, described.weights
 
 
 def source(arg, path, size, weight):
@@ -121,14 +121,12 @@ def source(arg, path, size, weight):
   return dict(type=kind, path=path, weight=weight, **captions, **images)
 
 
-def image_text(config, arg, size, loss_type):
+def image_text(config, size, contrast):
   """Contrast on whole images, as in siglip_b16_224."""
   method = config.model.preprocess.get("interpolation", "bilinear")
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.data.ops += f"|caption({config.model.text.length})"
-  scale = dict(max_scale=100) if loss_type == "softmax" else {}
-  contrast = dict(weight=1.0, loss_type=loss_type or "sigmoid", **scale)
-  config.objectives = dict(contrastive=contrast)
+  config.objectives = dict(contrastive=dict(weight=1.0) | contrast)
 
 
 def self_supervision(config, arg, size, patch):

@@ -57,6 +57,40 @@ SPECS = {
   },
 }
 
+_TEXT = {"variant": "mu", "length": 12, "vocab_size": 258}
+_AIM = EXPORTED["aimv2_vision_model"]
+_AIM_BLOCK = {k: _AIM[k] for k in ("norm_kind", "mlp", "qkv_bias", "bias")}
+_EOS = {"pool": "eos", "causal": True, "projection_bias": False}
+# With text towers, also written by `huggingface.write`.
+TEXT_SPECS = {
+  "siglip": {**_BLOCK, "text": _TEXT},
+  "clip": {
+    **_BLOCK,
+    "pool": "cls",
+    "pre_norm": True,
+    "patch_bias": False,
+    "projection": 64,
+    "text": {**_TEXT, **_EOS},
+  },
+  "aimv2": {
+    **_AIM,
+    "projection": 64,
+    "text": {**_TEXT, **_EOS, **_AIM_BLOCK},
+  },
+  "tipsv2": {
+    **EXPORTED["tipsv2_vision_model"],
+    "text": {
+      **_TEXT,
+      "pool": "mean",
+      "projection": None,
+      "projection_bias": False,
+      "positions": "sinusoidal",
+      "token_scale": True,
+      "pad_id": 0,
+    },
+  },
+}
+
 
 def preprocess_of(kind):
   """Fields of `Preprocess`."""

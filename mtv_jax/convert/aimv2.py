@@ -66,6 +66,7 @@ _TEXT = {
 }
 IGNORE = r"position_ids$"
 NEUTRAL = ()
+LOSS = "softmax"
 PROCESSOR = "CLIP"
 # What `Aimv2Model` and `Aimv2VisionModel` can express.
 _BLOCK = {

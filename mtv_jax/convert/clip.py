@@ -57,6 +57,7 @@ _REQUIRED = {
 }
 IGNORE = r"position_ids$|^classifier\."
 NEUTRAL = ()
+LOSS = "softmax"
 PROCESSOR = "CLIP"
 
 

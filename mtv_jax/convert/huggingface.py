@@ -7,6 +7,7 @@ open without custom code.
 
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from mtv_jax.convert import (
   tipsv2,
   tipsv2_dpt,
 )
-from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.model import ConvertedModel, LossType
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models import two_tower
@@ -176,10 +177,34 @@ def _read_timm(
 
 def read_contrastive(
   folder: str | os.PathLike,
-) -> native.Contrastive | None:
-  """The head of an export's temperature; None for other folders."""
-  described = native.read_description(folders.require_folder(folder))
-  return described and described.contrastive
+) -> tuple[LossType, float] | None:
+  """The loss of a folder's image-text contrast, and its scale.
+
+  Of a model with a text tower; None for a native folder that has no
+  temperature. The towers' parameters are not read.
+  """
+  path = folders.require_folder(folder)
+  if (path / native.PARAMS).is_file():
+    if (leaves := native.read_contrastive(path)) is None:
+      return None
+    scale, bias = leaves
+    # A conversion of CLIP has a bias of 0.
+    return ("sigmoid" if bias else "softmax"), math.exp(scale)
+  config = foreign.read_object(path / "config.json")
+  module, described = _find_family(path, config), native.read_description(path)
+  with folders.open_weights(path) as store:
+    spec = module.read_spec(config, store.names)
+    rules = [
+      rule
+      for rule in module.rules(spec)
+      if any(name.startswith("heads/contrastive/") for name in rule.leaves)
+    ]
+    leaves = tensors.load(rules, store, ignore="")["heads"]["contrastive"]
+  loss_type = module.LOSS
+  if described and described.contrastive:
+    has_bias = "logit_bias" in described.contrastive.leaves
+    loss_type = "sigmoid" if has_bias else "softmax"
+  return loss_type, math.exp(leaves["logit_scale"])
 
 
 def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from mtv_jax.convert import processors
 from mtv_jax.models import positions
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
+
+# Of image-text contrast: SigLIP's or CLIP's.
+LossType = Literal["sigmoid", "softmax"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,27 @@ def read(folder: pathlib.Path) -> ConvertedModel:
   return restore_model(folder, description, leaves)
 
 
+def read_contrastive(folder: pathlib.Path) -> tuple[float, float] | None:
+  """The logarithm of a native folder's scale, and its bias; 0 without one.
+
+  None for a folder that has no temperature.
+  """
+  with folders.TensorFiles(folder / PARAMS) as store:
+    heads: dict[str, dict[str, str]] = {}
+    for name in store.names:
+      if name.startswith("heads/") and name.count("/") == 2:
+        _, head, leaf = name.split("/")
+        heads.setdefault(head, {})[leaf] = name
+    try:
+      names = heads[heads_lib.contrastive_head(heads)]
+    except ValueError:
+      return None
+    scale = float(tensors.read_float(store, names["logit_scale"]))
+    if "logit_bias" not in names:
+      return scale, 0.0
+    return scale, float(tensors.read_float(store, names["logit_bias"]))
+
+
 def write_description(
   folder: pathlib.Path, model: ConvertedModel, **fields: Any
 ) -> None:

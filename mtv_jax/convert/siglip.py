@@ -68,6 +68,7 @@ TEXT = {
 }
 IGNORE = r"position_ids$|^classifier\."
 NEUTRAL = ()
+LOSS = "sigmoid"
 PROCESSOR = "Siglip"
 # What `SiglipModel` can express.
 _REQUIRED = {

@@ -18,6 +18,7 @@ _NUM_PATCHES = 256
 _PATCH_SIZE = 16
 IGNORE = siglip.IGNORE
 NEUTRAL = ()
+LOSS = siglip.LOSS
 PROCESSOR = "Siglip2"
 
 

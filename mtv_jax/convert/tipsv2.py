@@ -74,6 +74,7 @@ _TEXT = {
 }
 IGNORE = r"(?!)"
 NEUTRAL = ("layer_scale", "mask_token")
+LOSS = "softmax"
 PROCESSOR = "CLIP"
 # What `Tipsv2Model` and `Tipsv2VisionModel` can express.
 _REQUIRED = {

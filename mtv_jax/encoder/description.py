@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,7 +20,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import VARIANTS, ModelSpec
 
-LossType = Literal["sigmoid", "softmax"]
+_MAX_SCALE = 100.0  # CLIP's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Description:
     spec: architecture of the towers.
     preprocess: of the encoder's images.
     tokenizer: None if there is none.
-    loss_type: of its image-text contrast; None for a model without.
+    contrast: options of the objective `contrastive`, {} for a model without:
+      its loss and, of a softmax loss, the highest scale. That is a run's own,
+      and of other folders 100, or their scale where that is greater.
     weights: which weights of a run `mtv_jax.load` takes; "student" of other
       folders, which have one set.
   """
@@ -38,7 +41,7 @@ class Description:
   spec: ModelSpec
   preprocess: Preprocess
   tokenizer: TokenizerFiles | None
-  loss_type: LossType | None
+  contrast: Mapping[str, Any]
   weights: str
 
   def model_config(self) -> dict[str, Any]:
@@ -76,29 +79,33 @@ def describe(path: str | os.PathLike) -> Description:
   folder = loading.open_folder(path)
   if loading.is_run(folder):
     config, model = loading.read_run_config(folder)
-    loss_type = _of_objectives(config)
+    contrast = _of_objectives(config)
     weights = loading.default_weights(folder)
   else:
     model, weights = huggingface.read(folder, with_params=False), "student"
-    loss_type = _of_export(folder, model.spec)
+    contrast = _of_export(folder, model.spec)
   with foreign.errors_of(path):
     preprocess = Preprocess.from_dict(model.preprocess)
-  return Description(
-    model.spec, preprocess, model.tokenizer, loss_type, weights
-  )
+  return Description(model.spec, preprocess, model.tokenizer, contrast, weights)
 
 
-def _of_objectives(config: ConfigDict) -> LossType | None:
+def _of_objectives(config: ConfigDict) -> dict[str, Any]:
   for name, entry in (config.get("objectives") or {}).items():
     if entry.get("type", name) == "contrastive":
-      return entry.get("loss_type", "sigmoid")
-  return None
+      options = {"loss_type": entry.get("loss_type", "sigmoid")}
+      if (max_scale := entry.get("max_scale")) is not None:
+        options["max_scale"] = max_scale
+      return options
+  return {}
 
 
-def _of_export(folder: pathlib.PurePath, spec: ModelSpec) -> LossType | None:
+def _of_export(folder: pathlib.PurePath, spec: ModelSpec) -> dict[str, Any]:
   if spec.text is None:
-    return None
-  if (described := huggingface.read_contrastive(folder)) is not None:
-    return "sigmoid" if "logit_bias" in described.leaves else "softmax"
-  # CLIP's texts are causal, and its loss has no bias.
-  return "softmax" if spec.text.causal else "sigmoid"
+    return {}
+  if (contrast := huggingface.read_contrastive(folder)) is None:
+    return {}
+  loss_type, scale = contrast
+  options: dict[str, Any] = {"loss_type": loss_type}
+  if loss_type == "softmax":
+    options["max_scale"] = max(_MAX_SCALE, scale)
+  return options

@@ -69,7 +69,9 @@ def drift(workdir, step):
 def test_all_comes_from_the_checkpoint(start, photos, tmp_path):
   described = description.describe(start)
   model = loading.read_model(start)
-  assert described.spec == model.spec and described.loss_type == "sigmoid"
+  assert described.spec == model.spec and described.contrast == dict(
+    loss_type="sigmoid"
+  )
   assert described.preprocess.to_dict() == {**model.preprocess}
   experiment = build_experiment(read(start, photos), tmp_path)
   assert experiment.step_spec.model == model.spec
