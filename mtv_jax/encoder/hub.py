@@ -41,6 +41,18 @@ def _split(name: str) -> tuple[str, str | None] | None:
   return repo, revision or None
 
 
+def pin_name(path: str | os.PathLike) -> str:
+  """A model's name with its commit, `ORG/NAME@COMMIT`; other paths unchanged.
+
+  Raises as `download`.
+  """
+  text = os.fspath(path)
+  if not is_name(text):
+    return text
+  # The folder of a snapshot is named after its commit.
+  return f"{text.partition('@')[0]}@{download(text).name}"
+
+
 @functools.lru_cache
 def download(name: str) -> pathlib.Path:
   """The folder of a model in the cache, downloaded if it is not there.

@@ -71,7 +71,7 @@ def load(
     mesh,
     dtype=dtype,
     weights=model.weights,
-    source=str(path),
+    source=hub.pin_name(path),
     prediction_heads=model.prediction_heads,
   )
 

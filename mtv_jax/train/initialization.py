@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import schema
-from mtv_jax.encoder import description, loading
+from mtv_jax.encoder import description, hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
 from mtv_jax.train.state import TrainState
@@ -66,7 +66,7 @@ def initialize_state(train_step: TrainStep) -> TrainState:
       min_coverage=init.min_coverage,
       optional=r"heads/[^/]+/" if init.grow_heads else None,
     )
-    log.info("Initialised from %s:\n%s", init.path, report)
+    log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
       teacher = init_teacher(train_step, params)
   return train_step.program.init(
@@ -155,7 +155,8 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
     loaded[name], report = merge_params(
       abstract[name], {"image": source["image"]}, min_coverage=1.0
     )
-    log.info("Teacher %s, from %s: %s", name, entry.path, report)
+    source = hub.pin_name(entry.path)
+    log.info("Teacher %s, from %s: %s", name, source, report)
   return loaded
 
 

@@ -61,7 +61,11 @@ def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
   count = len(server.requests)
   assert description.describe("lab/model").spec == want.spec
   assert len(server.requests) == count
-  assert mtv_jax.load(f"hf:lab/model@{first}").source == f"hf:lab/model@{first}"
+  for name in ("hf:lab/model", f"hf:lab/model@{first}"):
+    encoder = mtv_jax.load(name)
+    assert encoder.source == encoder.protocol()["encoder"]
+    assert encoder.source == f"hf:lab/model@{first}"
+  assert mtv_jax.load(export).source == str(export)
   # A later revision of the branch is taken by the next process.
   config = files["mtv_jax.json"].replace(b'"size": 16', b'"size": 8')
   assert config != files["mtv_jax.json"]
