@@ -79,17 +79,17 @@ def describe(path: str | os.PathLike) -> Description:
   folder = loading.open_folder(path)
   if loading.is_run(folder):
     config, model = loading.read_run_config(folder)
-    contrast = _of_objectives(config)
+    contrast = _contrast_of_objectives(config)
     weights = loading.default_weights(folder)
   else:
     model, weights = huggingface.read(folder, with_params=False), "student"
-    contrast = _of_export(folder, model.spec)
+    contrast = _contrast_of_export(folder, model.spec)
   with foreign.errors_of(path):
     preprocess = Preprocess.from_dict(model.preprocess)
   return Description(model.spec, preprocess, model.tokenizer, contrast, weights)
 
 
-def _of_objectives(config: ConfigDict) -> dict[str, Any]:
+def _contrast_of_objectives(config: ConfigDict) -> dict[str, Any]:
   for name, entry in (config.get("objectives") or {}).items():
     if entry.get("type", name) == "contrastive":
       options = {"loss_type": entry.get("loss_type", "sigmoid")}
@@ -99,7 +99,9 @@ def _of_objectives(config: ConfigDict) -> dict[str, Any]:
   return {}
 
 
-def _of_export(folder: pathlib.PurePath, spec: ModelSpec) -> dict[str, Any]:
+def _contrast_of_export(
+  folder: pathlib.PurePath, spec: ModelSpec
+) -> dict[str, Any]:
   if spec.text is None:
     return {}
   if (contrast := huggingface.read_contrastive(folder)) is None:
