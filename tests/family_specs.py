@@ -1,10 +1,10 @@
 """Tiny image towers with the options of each family, as sections `model`."""
 
-_BLOCK = {"variant": "mu/16", "depth": 2, "image_size": 64}
+BLOCK = {"variant": "mu/16", "depth": 2, "image_size": 64}
 # Written by `huggingface.write`, by model type.
 EXPORTED = {
   "aimv2_vision_model": {
-    **_BLOCK,
+    **BLOCK,
     "pool": "query",
     "patch_norm": True,
     "norm_kind": "rms",
@@ -13,7 +13,7 @@ EXPORTED = {
     "bias": False,
   },
   "radio": {
-    **_BLOCK,
+    **BLOCK,
     "pool": "cls",
     "registers": 3,
     "pool_tokens": (0, 1),
@@ -22,7 +22,7 @@ EXPORTED = {
     "position_resize": "crop",
   },
   "tipsv2_vision_model": {
-    **_BLOCK,
+    **BLOCK,
     "pool": "cls",
     "registers": 1,
     "layer_scale": 1.0,
@@ -32,7 +32,7 @@ EXPORTED = {
 SPECS = {
   **EXPORTED,
   "dinov3_vit": {
-    **_BLOCK,
+    **BLOCK,
     "pool": "cls",
     "registers": 4,
     "layer_scale": 1.0,
@@ -41,7 +41,7 @@ SPECS = {
     "mask_token": True,
   },
   "perception_encoder": {  # The spatial one.
-    **_BLOCK,
+    **BLOCK,
     "pool": "mean",
     "positions": "learned_rope",
     "layer_scale": 0.1,
@@ -51,7 +51,7 @@ SPECS = {
     "position_resize": "antialiased",
   },
   "siglip2_vision_model": {  # NaFlex.
-    **_BLOCK,
+    **BLOCK,
     "pool": "map",
     "position_resize": "bilinear_antialiased",
   },
@@ -63,9 +63,9 @@ _AIM_BLOCK = {k: _AIM[k] for k in ("norm_kind", "mlp", "qkv_bias", "bias")}
 _EOS = {"pool": "eos", "causal": True, "projection_bias": False}
 # With text towers, also written by `huggingface.write`.
 TEXT_SPECS = {
-  "siglip": {**_BLOCK, "text": _TEXT},
+  "siglip": {**BLOCK, "text": _TEXT},
   "clip": {
-    **_BLOCK,
+    **BLOCK,
     "pool": "cls",
     "pre_norm": True,
     "patch_bias": False,

@@ -174,7 +174,7 @@ def to_hf_config(
     "model_type": "aimv2_vision_model",
     **_section(spec.image),
     "num_channels": 3,
-    "use_head": True,
+    "use_head": spec.image.pool == "query",
     "is_native": spec.image.positions == "sincos_xy",
   }
   if spec.text is None:
@@ -198,6 +198,9 @@ def mismatches(spec: ModelSpec) -> list[str]:
   # The two towers are projected, and an image tower alone is not.
   projection = None if spec.text is None else spec.embed_dim
   required = {"image": {**_REQUIRED["image"], "projection": projection}}
+  if spec.text is None and spec.image.pool == "mean":
+    # Without its head, `Aimv2VisionModel` returns the patches alone.
+    required["image"]["pool"] = "mean"
   if spec.text is not None:
     required["text"] = _REQUIRED["text"]
   lines = folders.list_mismatches(spec, required)

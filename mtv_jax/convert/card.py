@@ -45,9 +45,19 @@ processor = AutoImageProcessor.from_pretrained(folder)
 inputs = processor(images=[Image.open("photo.jpg")], return_tensors="pt")
 with torch.no_grad():
   outputs = model(**inputs)
-embedding, patches = outputs.pooler_output, outputs.last_hidden_state
+{embedding}
 ```
 """
+_POOLER = """\
+embedding, patches = outputs.pooler_output, outputs.last_hidden_state"""
+# Classes without a head return no `pooler_output`.
+_MEAN = """\
+patches = outputs.last_hidden_state
+embedding = patches.mean(dim=1)"""
+_NATIVE_MEAN = """\
+patches = outputs.last_hidden_state
+valid = inputs["pixel_attention_mask"][..., None]
+embedding = (patches * valid).sum(dim=1) / valid.sum(dim=1)"""
 _TEMPLATE = """\
 ---
 library_name: transformers
@@ -87,6 +97,7 @@ _POOLED = {
   "map": "attention",
   "query": "attention",
   "cls": "its CLS token",
+  "mean": "the mean of its patches",
 }
 
 
@@ -110,7 +121,11 @@ def write_card(
     class_name: of transformers.
     max_patches: of images at their native aspect ratio.
   """
-  task, usage = "image-feature-extraction", _IMAGES
+  embedding = _POOLER
+  if spec.image.pool == "mean":
+    embedding = _NATIVE_MEAN if max_patches else _MEAN
+  task = "image-feature-extraction"
+  usage = _IMAGES.format(embedding=embedding)
   if spec.text is not None:
     task = "zero-shot-image-classification"
     patches = max_patches and _PATCHES.format(

@@ -70,7 +70,7 @@ IGNORE = r"position_ids$|^classifier\."
 NEUTRAL = ()
 LOSS = "sigmoid"
 PROCESSOR = "Siglip"
-# What `SiglipModel` can express.
+# What `SiglipModel` can express; an image tower alone may lack its head.
 _REQUIRED = {
   "image": {"pool": "map", "cls_token": False},
   "text": {"pool": "last", "causal": False, "projection_bias": True},
@@ -163,7 +163,7 @@ def to_hf_config(
     "model_type": "siglip_vision_model",
     **folders.tower_config(spec.image),
     "num_channels": 3,
-    "vision_use_head": True,
+    "vision_use_head": spec.image.pool == "map",
   }
   if spec.text is None:
     return {**vision, **common, "architectures": ["SiglipVisionModel"]}
@@ -185,6 +185,9 @@ def to_hf_config(
 def mismatches(spec: ModelSpec) -> list[str]:
   """What `SiglipModel` can't express, a line for each field."""
   required = {"image": _REQUIRED["image"]}
+  if spec.text is None and spec.image.pool == "mean":
+    # Without its head, `SiglipVisionModel` returns the patches alone.
+    required = {"image": {**required["image"], "pool": "mean"}}
   if spec.text is not None:
     # SigLIP projects the text to the image's width.
     required["text"] = {**_REQUIRED["text"], "projection": spec.image.width}

@@ -1,6 +1,7 @@
 """AIMv2, RADIO, TIPSv2 and Perception Encoders against their libraries."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tokenizer_parity
 import tokenizers
 import tower_parity as parity
-from family_specs import EXPORTED
+from family_specs import BLOCK, EXPORTED, SPECS, preprocess_of
 
 import mtv_jax
 from mtv_jax.convert import (
@@ -19,6 +20,7 @@ from mtv_jax.convert import (
   tensors,
 )
 from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec
@@ -86,7 +88,8 @@ def _build(t, kind):
 
 KINDS = {
   "aimv2_vision": "Aimv2VisionModel",
-  "aimv2_vision_headless_native": None,
+  "aimv2_vision_headless": "Aimv2VisionModel",
+  "aimv2_vision_headless_native": "Aimv2VisionModel",
   "aimv2_vision_native": "Aimv2VisionModel",
   "aimv2": "Aimv2Model",
   "radio": "RadioModel",
@@ -152,8 +155,6 @@ def test_families_equal_transformers(kind, tmp_path, record_property):
     worst = max(worst, parity.largest_difference(pairs))
   record_property("difference", worst)
   print(f"{kind}: {worst:.2e}")
-  if KINDS[kind] is None:
-    return
   folder = huggingface.write(tmp_path / "b", ours)
   back = huggingface.read(folder)
   assert back.spec == ours.spec
@@ -525,6 +526,70 @@ def exports(tmp_path_factory):
     (path / "mtv_jax.json").unlink()
     assert json.loads((path / "config.json").read_text())["model_type"] == kind
   return folder
+
+
+@pytest.mark.parametrize(
+  ("kind", "field"),
+  [
+    ("aimv2_vision_model", "use_head"),
+    ("siglip_vision_model", "vision_use_head"),
+    ("siglip2_vision_model", "vision_use_head"),
+  ],
+)
+def test_means_of_patches_are_exported_without_a_head(kind, field, tmp_path):
+  fields = {**SPECS, "siglip_vision_model": BLOCK}[kind]
+  spec = ModelSpec.from_config({**fields, "pool": "mean"})
+  model = ConvertedModel(spec, parity.random_params(spec), preprocess_of(kind))
+  folder = huggingface.write(tmp_path / "a", model)
+  config = json.loads((folder / "config.json").read_text())
+  assert config["model_type"] == kind and config[field] is False
+  (folder / "mtv_jax.json").unlink()
+  back = huggingface.read(folder)
+  assert back.spec == spec
+  parity.assert_same_params(back.params, model.params)
+  # A model with texts reads them by its head.
+  text = {**fields, "pool": "mean", "text": {"variant": "mu"}}
+  spec = ModelSpec.from_config(text)
+  model = ConvertedModel(spec, parity.random_params(spec), {"size": 64})
+  with pytest.raises(ConversionError, match=r"image\.pool is 'mean'"):
+    huggingface.write(tmp_path / "b", model)
+
+
+@reference
+@quiet
+@pytest.mark.parametrize(
+  ("kind", "class_name"),
+  [
+    ("aimv2_vision_model", "Aimv2VisionModel"),
+    ("siglip_vision_model", "SiglipVisionModel"),
+    ("siglip2_vision_model", "Siglip2VisionModel"),
+  ],
+)
+def test_readmes_of_exports_without_a_head_run(
+  kind, class_name, tmp_path, monkeypatch
+):
+  """Their embedding is the encoder's `pooled`."""
+  monkeypatch.chdir(tmp_path)
+  fields = {**SPECS, "siglip_vision_model": BLOCK}[kind]
+  spec = ModelSpec.from_config({**fields, "pool": "mean"})
+  preprocess = preprocess_of(kind)
+  if "max_patches" in preprocess:
+    preprocess["max_patches"] = 18  # Of an image of 4 x 4, two are padding.
+  model = ConvertedModel(spec, parity.random_params(spec), preprocess)
+  folder = huggingface.write(tmp_path / "a", model)
+  parity.assert_loads_whole(folder, class_name)
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+  PIL.Image.fromarray(image).save("photo.png")
+  readme = (folder / "README.md").read_text()
+  code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+  scope = {"folder": str(folder)}
+  for block in code:
+    exec(block.replace("photo.jpg", "photo.png"), scope)
+  assert scope["features"].pooled.shape == (1, 64)
+  np.testing.assert_allclose(
+    scope["embedding"].numpy(), scope["features"].pooled, atol=1e-4
+  )
 
 
 @pytest.mark.parametrize(
