@@ -1,8 +1,11 @@
 """Models of the hub, against a local stand-in: download, push, cards."""
 
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -144,6 +147,27 @@ def test_push(server, export, tmp_path, capsys, monkeypatch):
   names = {}
   exec(code, names)
   assert names["features"].pooled.shape == (1, 32)
+
+
+@pytest.mark.reference
+def test_transformers_runs_the_code_of_a_card(server, export, tmp_path):
+  """In a process of its own, which reads HF_ENDPOINT as it is imported."""
+  pytest.importorskip("transformers")
+  run_command("push", [str(export), "lab/new", "--license=mit", "--data=x"])
+  commit = server.commits[server.revisions["lab/new"]["main"]]
+  text = commit["README.md"].decode()
+  code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+  assert 'AutoModel.from_pretrained("lab/new")' in code
+  PIL.Image.new("RGB", (20, 16), "red").save(tmp_path / "photo.jpg")
+  done = subprocess.run(
+    [sys.executable, "-c", f"{code}\nprint(tuple(embedding.shape))"],
+    cwd=tmp_path,
+    env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.strip().endswith("(1, 32)"), done.stderr
 
 
 def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
