@@ -164,7 +164,8 @@ def complete_card(
   """A folder's README as the card of a model of the hub.
 
   Its code loads the model from the hub, where it named the folder, or the model
-  of the earlier result. The metadata get the licence and the base model.
+  of the earlier result. The metadata get the licence and the base model, and
+  keep their own tags.
 
   Args:
     readme: of `write_card`, or an earlier result.
@@ -190,16 +191,19 @@ def complete_card(
     raise InputError(
       f"a name and a link are of the licence 'other', not {licence!r}."
     )
-  match = re.match(r"---\n(.*?)---\n(.*)", readme, re.DOTALL)
+  match = re.match(r"---\n((?:.*\n)*?)---\n((?s:.*))", readme)
   if match is None:
     raise InputError(
       "README.md does not begin with metadata between lines '---': write the "
       "folder again with `mtv-jax convert to_hf`."
     )
   metadata, body = match.groups()
-  keys = "license|license_name|license_link|base_model|tags"
-  metadata = re.sub(rf"(?m)^({keys}):.*\n", "", metadata)
-  metadata += f"license: {licence}\ntags: [mtv_jax]\n"
+  keys = "license|license_name|license_link|base_model"
+  # With the lines of a list or an indented value.
+  metadata = re.sub(rf"(?m)^({keys}):.*\n([ -].*\n)*", "", metadata)
+  if not re.search(r"(?m)^tags:", metadata):
+    metadata += "tags: [mtv_jax]\n"
+  metadata += f"license: {licence}\n"
   if licence_name:
     metadata += f"license_name: {licence_name}\n"
   if licence_link:

@@ -237,3 +237,15 @@ def test_a_card_keeps_what_its_owner_wrote(export):
     assert own in text and f'mtv_jax.load("{repo}")' in text
   assert "lab/old" not in text
   assert text == card.complete_card(readme, repo="lab/new", **facts)
+
+
+def test_metadata_of_several_lines():
+  own = "tags:\n- photos\n- animals\nnote: see ---\n"
+  lists = "base_model:\n- lab/a\n- lab/b\nlicense:\n  - mit\n"
+  text = f"---\n{lists}{own}---\n# A model\n"
+  for _ in range(2):
+    text = card.complete_card(
+      text, repo="lab/new", licence="mit", data="x", base_model="lab/c"
+    )
+  completed = f"---\n{own}license: mit\nbase_model: lab/c\n---\n# A model\n"
+  assert text.startswith(completed)
