@@ -23,6 +23,7 @@ alone. Both write --json as well.
 import argparse
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -75,12 +76,13 @@ def _report(args: argparse.Namespace, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
   config = arguments.read_config(args)
+  remat = schema.check_config(config).model.remat
   if args.budget is not None and (
-    args.budget <= 0 or config.model.remat != AUTO
+    not 0 < args.budget < math.inf or remat != AUTO
   ):
     raise ConfigError(
       f"--budget is {args.budget:g}: expected more than 0 GiB, and with "
-      f"config.model.remat={AUTO!r}; it is {config.model.remat!r}"
+      f"config.model.remat={AUTO!r}; it is {remat!r}"
     )
   result = report.preflight(
     config,

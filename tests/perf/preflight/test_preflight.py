@@ -174,6 +174,12 @@ def test_user_errors_are_one_message(repo_root):
     main([f"--config={config}"])
   with pytest.raises(SystemExit, match="--budget is 9: .*it is 'none'"):
     main([f"--config={config}", "--topology=v5e:2x2", "--budget=9"])
+  command = ["--config=continue_from:tiny", "--topology=cpu:1"]
+  with pytest.raises(SystemExit, match="--budget is 9: .*it is 'none'"):
+    main([*command, "--budget=9"])  # Its recipe has no `remat`.
+  for budget in ("nan", "inf", "0"):
+    with pytest.raises(SystemExit, match=f"--budget is {budget}: expected"):
+      main([*command, "--config.model.remat=auto", f"--budget={budget}"])
 
 
 @pytest.mark.reference
