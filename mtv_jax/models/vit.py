@@ -41,7 +41,7 @@ class ViTSpec:
   # How `pooled` is computed: 'map' or 'query' (attention pooling of the
   # patches, see `pooling`), 'cls' (the CLS token after the final norm) or
   # 'mean' (of the patches after it).
-  pool: Pool = "map"
+  pool: str = "map"  # One of `Pool`.
   # Prefix tokens whose concatenation 'cls' is (RADIO: several CLS tokens).
   pool_tokens: tuple[int, ...] = (0,)
   pool_prefix: bool = False  # Whether attention pools the prefix too (PE).

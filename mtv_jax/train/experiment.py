@@ -1,5 +1,6 @@
 """An experiment: a checked config and everything that is built from it."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -38,7 +39,7 @@ from mtv_jax.train.train_step import (
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import ConfigError, UserError
+from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +117,15 @@ def _build_tokenizer(config: ConfigDict) -> Any:
     return None
   if not text.tokenizer and config.init:
     path = config.init.path
-    if description.describe(path).tokenizer is None:
-      raise ConfigError(
-        f"config.model.text.tokenizer is not set, and {path} has no tokenizer "
-        "that can be read (tokenizer.json, spiece.model or tokenizer.model). "
-        "Add the file, or set --config.model.text.tokenizer=FILE."
-      )
+    # Without such a folder, what is missing is the recipe's own tokenizer.
+    with contextlib.suppress(MissingFileError):
+      if description.describe(path).tokenizer is None:
+        raise ConfigError(
+          f"config.model.text.tokenizer is not set, and {path} has no "
+          "tokenizer that can be read (tokenizer.json, spiece.model or "
+          "tokenizer.model). Add the file, or set "
+          "--config.model.text.tokenizer=FILE."
+        )
   tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
