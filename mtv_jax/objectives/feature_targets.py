@@ -17,6 +17,7 @@ from mtv_jax.augment.geometry import Resize
 from mtv_jax.config.feature_layout import DTYPES, Format, field_name
 from mtv_jax.models import positions
 from mtv_jax.objectives import base
+from mtv_jax.utils.errors import ConfigError, InputError
 
 SUMMARY = "pooled"
 
@@ -106,10 +107,16 @@ def make_targets(
     view: the student's `views.View`, whose crops the teacher sees.
     summary: whether its pooled features are one.
     features: whether its patches are, of each of its layers.
+
+  Raises:
+    ConfigError: if its patches don't divide the size that it sees.
   """
   image = teacher.model.image
   size = teacher.size or teacher.input_size or image.image_size
-  stored_grid = image.grid_of(size, size)[0]
+  try:
+    stored_grid = image.grid_of(size, size)[0]
+  except InputError as error:
+    raise ConfigError(f"config.teachers.{name}.size: {error}") from None
   common = dict(
     teacher=name,
     # The view itself where it has the size, so that both see equal pixels.

@@ -286,3 +286,6 @@ def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
   # Of runs before this key.
   model = config.teachers.large.model.to_dict()
   assert grid(model=model)[1] == 6
+  path = write_encoder(tmp_path / "odd", 1, variant="mu/8", size=20)
+  with pytest.raises(ConfigError, match="config.teachers.large.size: .*20x20"):
+    grid()
