@@ -47,11 +47,17 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
   Raises:
     ConfigError: for a name that is neither a policy nor an array.
   """
+  choice = choice.strip()
   if choice in POLICIES:
     return POLICIES[choice]
   parts = [part.strip() for part in choice.split(",")]
-  names = {part.removesuffix(HOST): part.endswith(HOST) for part in parts}
+  names = {
+    part.removesuffix(HOST).strip(): part.endswith(HOST) for part in parts
+  }
   for name in names:
+    if name in (*POLICIES, AUTO):
+      whole = "all of config.model.remat" if name == AUTO else "a whole choice"
+      raise ConfigError(f"{where} is {choice!r}: {name!r} can be {whole} only.")
     if name not in NAMES:
       raise ConfigError(
         f"{where} is {choice!r}, expected one of {', '.join(POLICIES)} or, "
@@ -97,13 +103,13 @@ class Remat:
         f"{where} is {AUTO!r}, which `mtv-jax train` and `mtv-jax preflight` "
         "replace by what fits the chip, and print. Set it to that value."
       )
-    default, *rest = text.split("|")
+    default, *rest = (part.strip() for part in text.split("|"))
     if "=" in default:
       default, rest = "full", [default, *rest]
     build_policy(default, where=where)
     entries = {}
     for part in rest:
-      key, equals, choice = part.partition("=")
+      key, equals, choice = (word.strip() for word in part.partition("="))
       if not equals or (keys is not None and key not in keys):
         expected = "" if keys is None else f": {', '.join(sorted(keys))}"
         raise ConfigError(

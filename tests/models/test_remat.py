@@ -69,7 +69,8 @@ def test_a_name_saves_its_array_and_the_product_that_computes_it(
   "text, message",
   [
     ("qkvs", r"'qkvs' is none of them. Did you mean 'qkv'.*mlp_hidden"),
-    ("qkv,full", "'full' is none of them"),
+    ("qkv,full", "'full' can be a whole choice only"),
+    ("full|image=auto", "'auto' can be all of config.model.remat only"),
     ("full|image", "'image' is not VIEW=CHOICE.*: caption, image, local"),
     ("full|locals=qkv", "'locals=qkv' is not VIEW=CHOICE"),
     ("full|local=mlp", "'mlp' is none of them"),
@@ -91,3 +92,6 @@ def test_choices_of_encodings():
   assert parsed.choose("image", "global") == "qkv,mlp_hidden"
   assert parsed.choose("text", "caption") == "dots"
   assert remat.Remat.parse("local=qkv").choose("text", "caption") == "full"
+  spaced = " full | image = qkv, mlp_hidden |local=none| text=dots "
+  assert remat.Remat.parse(spaced).choose("image", "local") == "none"
+  assert remat.Remat.parse(spaced).choose("text", "caption") == "dots"

@@ -144,7 +144,7 @@ def test_an_encoding_that_is_not_trained_is_an_error():
   ("choice", "message"),
   [
     ("qkv:disk", "'qkv:disk' is none of them"),
-    ("full:host", "'full' is none of them"),
+    ("full:host", "'full' can be a whole choice only"),
     ("qkv,qkv:host", "names an array twice"),
   ],
 )
