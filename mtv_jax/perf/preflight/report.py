@@ -420,7 +420,7 @@ ROWS = (
   ("configs/tips_b14.py", "v5e:16x16"),
 )
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
-BAR = r"\|"  # In a cell.
+_BAR = r"\|"  # In a cell.
 
 
 def table_row(config: str, report: Report, *changes: str) -> str:
@@ -439,7 +439,7 @@ def table_row(config: str, report: Report, *changes: str) -> str:
     f"{received:.2f} GB",
     importlib.metadata.version("libtpu") if topology.is_tpu else "",
   ]
-  return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
+  return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
 
 
 def update_table(page: str, row: str) -> str:
