@@ -57,6 +57,10 @@ def watch(monkeypatch):
       assert done.wait(30)
       client.left = 0
       client.released.set()
+    # A thread that ends after its test would fail the next one.
+    for thread in threading.enumerate():
+      if thread.name.startswith("peers"):
+        thread.join(30)
     return lines[0] if lines else None
 
   lines, exited = [], threading.Event()
