@@ -370,17 +370,25 @@ def largest_temporaries(
   return sorted(rows.values(), key=lambda row: -row["bytes"])[:limit]
 
 
-def count_flops(program: Any) -> float:
+def count_flops(program: Any, dtype: str = "") -> float:
   """FLOPs of the matrix products and convolutions of one chip.
 
   Of Pallas kernels their estimate, or `attention.kernel_flops`; else 0.
+
+  Args:
+    program: see `parse`.
+    dtype: counts only products whose operands all have it, such as "s8".
   """
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
   total = 0.0
   for instruction, computation, times in parse(program).executed():
     if instruction.opcode in costs:
-      operands = (computation[o].shapes[0].dims for o in instruction.operands)
-      total += times * costs[instruction.opcode](instruction, *operands)
+      operands = [computation[o].shapes[0] for o in instruction.operands]
+      if all(shape.text.startswith(dtype) for shape in operands):
+        dims = (shape.dims for shape in operands)
+        total += times * costs[instruction.opcode](instruction, *dims)
+    elif dtype:  # Kernels have no 8-bit products.
+      continue
     elif estimate := _KERNEL_FLOPS.search(instruction.text):
       total += times * int(estimate[1])
     elif '"tpu_custom_call"' in instruction.text:

@@ -23,7 +23,7 @@ _HOST = 5  # Memory space of the host.
 class Roofline:
   """Seconds of a chip's step, by resource."""
 
-  compute: float  # Matrix products, in bfloat16.
+  compute: float  # Matrix products.
   memory: float  # Reads and writes of HBM.
   links: float  # Bytes received, over all links of the torus at once.
   host: float  # Bytes from and to the host's memory, one after another.
@@ -41,22 +41,25 @@ def estimate(
   hbm_bytes: float | int,
   received: float | int,
   host_bytes: float | int = 0,
+  int8_flops: float | int = 0,
 ) -> Roofline | None:
   """The roofline of a chip's step, of its FLOPs and bytes.
 
-  All products are timed at the bfloat16 peak. None if the chip's rates are
-  unknown.
+  `int8_flops` of its `flops` have operands of 8-bit integers; all others are
+  timed at the bfloat16 peak. None if the chip's rates are unknown.
   """
   rates = (
     chip.peak_bf16_flops,
+    chip.peak_int8_flops,
     chip.hbm_bandwidth,
     chip.link_bandwidth,
     chip.host_bandwidth,
   )
   if None in rates or not flops:
     return None
-  work = flops, hbm_bytes, received, host_bytes
-  return Roofline(*(w / rate for w, rate in zip(work, rates, strict=True)))
+  work = flops - int8_flops, int8_flops, hbm_bytes, received, host_bytes
+  compute, int8, *rest = (w / r for w, r in zip(work, rates, strict=True))
+  return Roofline(compute + int8, *rest)
 
 
 def count_hbm_bytes(program: Any) -> float:

@@ -28,16 +28,42 @@ class Chip:
   # Bytes per second that a chip receives over all links; None if unknown.
   link_bandwidth: float | None = None
   host_bandwidth: float | None = None  # Bytes per second from or to its host.
+  peak_int8_flops: float | None = None  # Operations per second.
 
 
-# FLOP/s and bandwidths: cloud.google.com/tpu/docs. Memory: as the compiler
-# reports it for a program that does not fit. To the host: PCIe 3 with 16 lanes.
-_PCIE = 16e9
+def _tpu(
+  kind: str,
+  gib: float,
+  axes: int,
+  *,
+  bf16: float,
+  int8: float,
+  hbm: float,
+  links: float,
+) -> Chip:
+  return Chip(
+    kind,
+    int(gib * 2**30),
+    bf16,
+    axes,
+    hbm_bandwidth=hbm,
+    link_bandwidth=links,
+    host_bandwidth=16e9,  # PCIe 3 with 16 lanes.
+    peak_int8_flops=int8,
+  )
+
+
+# Rates: cloud.google.com/tpu/docs. Memory: as the compiler reports it for a
+# program that does not fit.
 TPUS = {
-  "v4": Chip("v4", int(30.75 * 2**30), 275e12, 3, 1200e9, 300e9, _PCIE),
-  "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, 2, 819e9, 200e9, _PCIE),
-  "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, 3, 2765e9, 600e9, _PCIE),
-  "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, 2, 1600e9, 400e9, _PCIE),
+  "v4": _tpu("v4", 30.75, 3, bf16=275e12, int8=275e12, hbm=1.2e12, links=3e11),
+  "v5e": _tpu("v5e", 15.75, 2, bf16=197e12, int8=393e12, hbm=819e9, links=2e11),
+  "v5p": _tpu(
+    "v5p", 95.73, 3, bf16=459e12, int8=918e12, hbm=2765e9, links=6e11
+  ),
+  "v6e": _tpu(
+    "v6e", 31.24, 2, bf16=918e12, int8=1836e12, hbm=1.6e12, links=4e11
+  ),
 }
 _GPUS_PER_HOST = 8
 

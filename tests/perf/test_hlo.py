@@ -209,6 +209,11 @@ window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
 """.replace("\\\n", "")
   # At either edge one of the 3 taps reads padding: 8 * 3 - 2 per axis.
   assert hlo.count_flops(text) == 2 * 22 * 22 * 3 * 4 * 5
+  assert hlo.count_flops(text, "s8") == 0
+  eight = text.replace("f32[4,8,8,3]", "s8[4,8,8,3]")
+  assert hlo.count_flops(eight, "s8") == 0  # Of one operand.
+  eight = eight.replace("f32[3,3,3,5]", "s8[3,3,3,5]")
+  assert hlo.count_flops(eight, "s8") == hlo.count_flops(text)
 
 
 def test_the_usual_branch_of_a_conditional_counts():

@@ -106,5 +106,7 @@ def test_the_slowest_resource_is_the_bound():
   assert bound.links == pytest.approx(0.5)
   assert bound.host == 0
   assert roofline.estimate(chip, **work, host_bytes=64e9).total == 4
+  half = roofline.estimate(chip, **work, int8_flops=197e12 / 2)
+  assert half.compute == pytest.approx(0.75, rel=1e-2)
   gpu = topologies.GPUS["H100"]
   assert roofline.estimate(gpu, **work) is None

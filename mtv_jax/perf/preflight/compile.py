@@ -138,6 +138,7 @@ class Compiled:
   seconds: float = 0.0  # Of lowering and compiling.
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
   flops: float = 0.0  # With recomputation, see `hlo.count_flops`; 0: unknown.
+  int8_flops: float = 0.0  # Those of them with operands of 8-bit integers.
   hbm_bytes: float = 0.0  # Read and written, see `roofline`; 0: unknown.
   host_bytes: float = 0.0  # Moved from and to the host's memory.
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
@@ -163,6 +164,7 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
     collectives=hlo.collectives(module),
     # Other backends call libraries, whose FLOPs the HLO does not show.
     flops=hlo.count_flops(module) if is_tpu else 0.0,
+    int8_flops=hlo.count_flops(module, "s8") if is_tpu else 0.0,
     hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
     host_bytes=roofline.count_host_bytes(module),
     cycles=hlo.count_cycles(module),

@@ -63,6 +63,7 @@ class Report:
     return roofline_lib.estimate(
       self.plan.topology.chip,
       flops=self.compiled.flops,
+      int8_flops=self.compiled.int8_flops,
       hbm_bytes=self.compiled.hbm_bytes,
       host_bytes=self.compiled.host_bytes,
       received=sum((row.bytes for row in self.compiled.collectives), 0.0),
