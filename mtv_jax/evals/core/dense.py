@@ -19,6 +19,7 @@ from mtv_jax.evals.core.global_features import final_norm
 from mtv_jax.parallel.distributed import gather_bytes
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.grouping import Grouper
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
 # Batches of items that a smaller batch of another group may wait for.
@@ -183,8 +184,7 @@ def map_by_group(
   """A function of batches, whose items are of one group, in the items' order.
 
   Batches are full, but for each group's last one and those that eight batches
-  of later items wait for. They depend on the order of the items alone: the
-  hosts of a pod get the same ones.
+  of later items wait for.
 
   Args:
     function: maps at most `batch_size` items to as many results.
@@ -192,27 +192,21 @@ def map_by_group(
     group: of an item, such as its shape.
     batch_size: items at a time.
   """
-  # By group, in the order of the groups' first items; the first is due next.
-  waiting: dict[Hashable, list[tuple[int, Any]]] = {}
+  grouper = Grouper(batch_size, max_age=_MAX_WAIT * batch_size)
   results: dict[int, Any] = {}
   due = 0
 
-  def run(key: Hashable) -> None:
-    positions, batch = zip(*waiting.pop(key), strict=True)
-    results.update(zip(positions, function(list(batch)), strict=True))
+  def run(batches: Iterable[list[tuple[int, Any]]]) -> None:
+    for batch in batches:
+      positions, members = zip(*batch, strict=True)
+      results.update(zip(positions, function(list(members)), strict=True))
 
   for position, item in enumerate(items):
-    key = group(item)
-    waiting.setdefault(key, []).append((position, item))
-    if len(waiting[key]) == batch_size:
-      run(key)
-    if position - due >= _MAX_WAIT * batch_size and due not in results:
-      run(next(iter(waiting)))
+    run(grouper.add(position, group(item), item))
     while due in results:
       yield results.pop(due)
       due += 1
-  for key in list(waiting):
-    run(key)
+  run(grouper.flush())
   for position in sorted(results):
     yield results[position]
 

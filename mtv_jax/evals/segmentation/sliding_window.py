@@ -28,8 +28,6 @@ from mtv_jax.utils.errors import ConfigError
 
 # Bytes of full-size scores at a time, of each thread.
 _BLOCK = 2**25
-# Images that may wait for windows of one shape to fill a batch.
-_MAX_PENDING = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +252,8 @@ def _softmax(x: np.ndarray) -> np.ndarray:
   return x
 
 
+# The scores of its view, to which its own are added, and its pixels.
+_Window = tuple[list[np.ndarray], np.ndarray]
 ClassMaps = list[UInt8[np.ndarray, "h w"]]  # of each head
 Score = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w heads k"]]
 
@@ -285,32 +285,28 @@ def predict(
     image = images[i]
     return _Job(i, cut_views(image, slide), slide, image.shape[:2])
 
-  def score_batch(batch: list[tuple[list[np.ndarray], np.ndarray]]) -> None:
-    scores = score([window for _, window in batch])
-    for (target, _), window_scores in zip(batch, scores, strict=True):
-      target.append(window_scores)
-    batch.clear()
+  def score_batch(batch: list[_Window]) -> Iterator[Any]:
+    scores = score([pixels for _, pixels in batch])
+    return zip((target for target, _ in batch), scores, strict=True)
 
   def score_windows() -> Iterator[_Job]:
-    # Windows by their shape, each with its view's list of scores.
-    batches = collections.defaultdict(list)
     jobs: collections.deque[_Job] = collections.deque()
-    for job in dense.shared_map(read, range(len(images))):
-      jobs.append(job)
-      for view, target in zip(job.views, job.scores, strict=True):
-        for window in view.windows:
-          batch = batches[window.shape]
-          batch.append((target, window))
-          if len(batch) == batch_size:
-            score_batch(batch)
-      if len(jobs) > _MAX_PENDING:
-        for batch in filter(None, batches.values()):
-          score_batch(batch)
-      while jobs and jobs[0].is_scored:
+
+    def windows() -> Iterator[_Window]:
+      for job in dense.shared_map(read, range(len(images))):
+        jobs.append(job)
+        for view, target in zip(job.views, job.scores, strict=True):
+          yield from ((target, pixels) for pixels in view.windows)
+
+    for target, window_scores in dense.map_by_group(
+      score_batch,
+      windows(),
+      lambda window: window[1].shape,
+      batch_size=batch_size,
+    ):
+      target.append(window_scores)
+      if jobs[0].is_scored:
         yield jobs.popleft()
-    for batch in filter(None, batches.values()):
-      score_batch(batch)
-    yield from jobs
 
   return dense.shared_map(
     lambda job: summarize(job.index, job.class_maps()), score_windows()

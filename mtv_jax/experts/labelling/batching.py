@@ -8,7 +8,7 @@ Batches depend on the order of the records alone, never on the threads' timing.
 import collections
 import dataclasses
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 
 import jax
@@ -21,6 +21,7 @@ from mtv_jax.data.labels.label_writer import Entry
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
+from mtv_jax.utils.grouping import Grouper
 
 # Total size of prepared records that wait for others of their group.
 _MAX_BYTES = 2 << 30
@@ -41,46 +42,11 @@ def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
   return {name: np.stack([x[name] for x in chosen]) for name in chosen[0]}
 
 
-class Grouper:
-  """Collects records of the same group until they fill a batch of `rows`.
-
-  The oldest batch is released incomplete if the arrays of several groups
-  exceed `max_bytes`, or after `max_age` records.
-  """
-
-  def __init__(
-    self, rows: int, *, max_bytes: int = _MAX_BYTES, max_age: int = _MAX_AGE
-  ):
-    self._rows = rows
-    self._max_bytes = max_bytes
-    self._max_age = max_age
-    # By group, in the order of the groups' first records.
-    self._waiting: dict[Hashable, Batch] = {}
-    self._bytes = 0
-
-  def add(self, position: int, prepared: PreparedInput) -> Iterator[Batch]:
-    """Adds a record; yields the batches that are due."""
-    waiting = self._waiting.setdefault(prepared.group, [])
-    waiting.append((position, prepared))
-    self._bytes += _size(prepared)
-    if len(waiting) == self._rows:
-      yield self._pop(prepared.group)
-    while self._waiting:
-      oldest = next(iter(self._waiting))
-      many = len(self._waiting) > 1 and self._bytes > self._max_bytes
-      if not many and position - self._waiting[oldest][0][0] < self._max_age:
-        return
-      yield self._pop(oldest)
-
-  def flush(self) -> Iterator[Batch]:
-    """Yields the waiting batches, oldest first."""
-    while self._waiting:
-      yield self._pop(next(iter(self._waiting)))
-
-  def _pop(self, group: Hashable) -> Batch:
-    batch = self._waiting.pop(group)
-    self._bytes -= sum(_size(prepared) for _, prepared in batch)
-    return batch
+def make_grouper(
+  rows: int, *, max_bytes: int = _MAX_BYTES, max_age: int = _MAX_AGE
+) -> Grouper[PreparedInput]:
+  """Collects records of one group, whose total size is bounded."""
+  return Grouper(rows, max_age=max_age, max_bytes=max_bytes, item_bytes=_size)
 
 
 def _size(prepared: PreparedInput) -> int:
@@ -151,7 +117,7 @@ class _Pipeline:
   def __init__(self, expert: Expert, pool: futures.ThreadPoolExecutor):
     self._expert = expert
     self._pool = pool
-    self._grouper = Grouper(expert.rows)
+    self._grouper = make_grouper(expert.rows)
     self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
     self._finishing: list[futures.Future[LabelOutcome]] = []
     # By position; removed in order.
@@ -163,7 +129,7 @@ class _Pipeline:
     position, self._added = self._added, self._added + 1
     self._items[position] = item
     if prepared is not None:
-      for batch in self._grouper.add(position, prepared):
+      for batch in self._grouper.add(position, prepared.group, prepared):
         self._start(batch)
     yield from self._pop_finished()
 

@@ -37,7 +37,6 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
 from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
-from mtv_jax.experts.labelling.batching import Grouper
 from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.parallel.mesh import HostRows
 
@@ -185,11 +184,11 @@ def prepared(group, size=1):
 
 
 def group_batches(groups, rows=3, size=1, **limits):
-  grouper = Grouper(rows, **limits)
+  grouper = batching.make_grouper(rows, **limits)
   batches = []
   for position, group in enumerate(groups):
     if group != " ":
-      batches += grouper.add(position, prepared(group, size))
+      batches += grouper.add(position, group, prepared(group, size))
   before = len(batches)
   batches += grouper.flush()
   return [[position for position, _ in batch] for batch in batches], before

@@ -1,0 +1,66 @@
+"""Batches of items of one group, such as arrays of one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Grouper(Generic[T]):
+  """Collects items of the same group until they fill a batch.
+
+  The oldest batch is released incomplete after `max_age` later items, or if the
+  items of several groups exceed `max_bytes`. Batches depend on the order of the
+  items alone: the hosts of a pod get the same ones.
+
+  Args:
+    batch_size: items of a full batch.
+    max_age: items after a waiting one.
+    max_bytes: total size of the waiting items.
+    item_bytes: the size of an item.
+  """
+
+  def __init__(
+    self,
+    batch_size: int,
+    *,
+    max_age: int,
+    max_bytes: float | int = math.inf,
+    item_bytes: Callable[[T], int] = lambda item: 0,
+  ):
+    self._batch_size = batch_size
+    self._max_age = max_age
+    self._max_bytes = max_bytes
+    self._item_bytes = item_bytes
+    # By group, in the order of the groups' first items.
+    self._waiting: dict[Hashable, list[tuple[int, T]]] = {}
+    self._bytes = 0
+
+  def add(
+    self, position: int, group: Hashable, item: T
+  ) -> Iterator[list[tuple[int, T]]]:
+    """Adds an item; yields the batches that are due, with positions."""
+    waiting = self._waiting.setdefault(group, [])
+    waiting.append((position, item))
+    self._bytes += self._item_bytes(item)
+    if len(waiting) == self._batch_size:
+      yield self._pop(group)
+    while self._waiting:
+      oldest = next(iter(self._waiting))
+      many = len(self._waiting) > 1 and self._bytes > self._max_bytes
+      if not many and position - self._waiting[oldest][0][0] < self._max_age:
+        return
+      yield self._pop(oldest)
+
+  def flush(self) -> Iterator[list[tuple[int, T]]]:
+    """Yields the waiting batches, oldest first."""
+    while self._waiting:
+      yield self._pop(next(iter(self._waiting)))
+
+  def _pop(self, group: Hashable) -> list[tuple[int, T]]:
+    batch = self._waiting.pop(group)
+    self._bytes -= sum(self._item_bytes(item) for _, item in batch)
+    return batch
