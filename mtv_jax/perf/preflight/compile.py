@@ -26,6 +26,7 @@ from mtv_jax.train.train_step import (
 
 # Examples per epoch by default; changes nothing that is measured here.
 EPOCH = 1_000_000
+_LARGEST = 8  # Arrays in a report.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +153,16 @@ class Compiled:
     return self.memory is not None and self.memory.fits
 
 
-def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
-  """Compiles the train step of a plan; lists the largest arrays."""
+def compile_step(plan: Plan, *, explain: bool = True) -> Compiled:
+  """Compiles the train step of a plan; lists the largest arrays.
+
+  With `explain`, a step that does not fit is compiled with fewer rows for them.
+  """
   result, program = _compile(plan.lower, plan)
   if program is None:
-    arrays, batch = _largest_of_smaller_batch(plan, largest)
+    if not explain:
+      return result
+    arrays, batch = _largest_of_smaller_batch(plan)
     return dataclasses.replace(result, largest=arrays, largest_at=batch)
   module, is_tpu = hlo.parse(program), plan.topology.is_tpu
   return dataclasses.replace(
@@ -168,7 +174,7 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
     hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
     host_bytes=roofline.count_host_bytes(module),
     cycles=hlo.count_cycles(module),
-    largest=hlo.largest_temporaries(module, limit=largest),
+    largest=hlo.largest_temporaries(module, limit=_LARGEST),
     largest_at=plan.config.batch_size,
   )
 
@@ -195,17 +201,17 @@ def _compile(
 
 
 def _largest_of_smaller_batch(
-  plan: Plan, count: int
+  plan: Plan,
 ) -> tuple[Sequence[dict[str, Any]], int]:
   """The largest arrays of the same step on fewer rows, and the rows."""
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
-  for divisor in (16, 256) if count else ():
+  for divisor in (16, 256):
     # Not the config at this batch size, whose durations in examples would be
     # other numbers of steps, beyond int32 for long runs.
     batch = max(plan.config.batch_size // divisor // least, 1) * least
     _, program = _compile(functools.partial(plan.lower, batch), plan)
     if program is not None:
-      return hlo.largest_temporaries(program, limit=count), batch
+      return hlo.largest_temporaries(program, limit=_LARGEST), batch
   return (), 0
 
 

@@ -69,7 +69,7 @@ def propose(
     if 1 < factor < excess / 2:
       continue
     plan = compile_lib.make_plan(config, topology, changes)
-    compiled = compile_lib.compile_step(plan, largest=0)
+    compiled = compile_lib.compile_step(plan, explain=False)
     peak = compiled.memory.peak if compiled.memory else None
     needed = peak or compile_lib.required_bytes(compiled.refusal)
     if factor == 1 and needed and limit:

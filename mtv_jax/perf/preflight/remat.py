@@ -261,7 +261,7 @@ def find_remat(
 
   def measure_peak(remat):
     plan = make_plan(remat)
-    compiled = compile_lib.compile_step(plan, largest=0)
+    compiled = compile_lib.compile_step(plan, explain=False)
     peak, norms = _agree_on_peak(compiled), None
     if plan.runs_norms and peak is not None and peak <= budget:
       norms = compile_lib.compile_norms(plan)

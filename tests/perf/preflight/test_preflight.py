@@ -43,7 +43,7 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
   """On a chip whose memory fits 4 rows of any recipe."""
   compiled = []
 
-  def compile_step(plan, largest):
+  def compile_step(plan, explain):
     rows = plan.config.batch_size // plan.config.accumulate // plan.mesh.size
     compiled.append(rows)
     refusal = f"required for HLO temporaries ({4 * rows}.00G) exceeds"

@@ -204,6 +204,7 @@ def test_auto_within_a_budget(tiny):
   tiny.model.remat = "auto"
   result = report.preflight(tiny, topology, budget=budget)
   assert peaks["full"] < result.compiled.memory.peak <= budget
+  assert result.compiled.largest
   assert f"--config.model.remat='{result.plan.config.model.remat}'" in str(
     result
   )
