@@ -144,10 +144,20 @@ def decode_to_canvas(
 def choose_divisor(height: int, width: int, size: int) -> int:
   """The divisor, 8, 4, 2 or 1, by which a JPEG is reduced for a canvas.
 
-  The largest one that leaves no side shorter than the canvas.
+  The largest one that leaves no side shorter than the canvas, unless OpenCV
+  would copy the reduced image, and cut it, instead of resizing it.
   """
   short = min(height, width)
-  return next((d for d in _REDUCED if short >= d * size), 1)
+
+  def is_copied(divisor):
+    least = divisor * size
+    # Sides of the reduced image, and as OpenCV rounds those of the canvas.
+    sides = [(-(-side // divisor), side) for side in (height, width)]
+    same = all(round(n * least / side) == n for n, side in sides)
+    return same and (height, width) != (least, least)
+
+  fitting = (d for d in _REDUCED if short >= d * size and not is_copied(d))
+  return next(fitting, 1)
 
 
 def imread_flags(divisor: int) -> int:
@@ -179,17 +189,33 @@ def _decode_reduced(
 
 
 def _orientation(exif: bytes) -> int | None:
-  """EXIF orientation, 1 to 8; None if the metadata can't be read."""
+  """EXIF orientation, 1 to 8; None if `decode` is to judge the metadata.
+
+  That is wherever OpenCV and Pillow may differ: other values, types and counts
+  than those of the standard, and damaged tags.
+  """
   if not exif:
     return 1
-  try:
-    tags = Image.Exif()
-    tags.load(exif)
-    value = tags.get(_EXIF_ORIENTATION, 1)
-  # Of any kind: the tags are damaged, and `decode` is to judge them.
-  except Exception:
+  tiff = exif[6:]
+  order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+  if order is None:
     return None
-  return value if value in range(1, 9) else None
+  try:
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, start)
+    tags = [
+      struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * i)
+      for i in range(count)
+    ]
+  except struct.error:
+    return None
+  entries = [tag[1:] for tag in tags if tag[0] == _EXIF_ORIENTATION]
+  match entries:
+    case []:
+      return 1
+    case [(3, 1, value)] if 1 <= value <= 8:  # A SHORT.
+      return value
+  return None
 
 
 def _rotate(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import struct
 
 import cv2
 import numpy as np
@@ -132,13 +133,50 @@ def test_a_partial_last_block_does_not_shift_the_image(orientation):
   # 100 periods across 8 n + 1 pixels, of which a reduced one covers 8.
   x = np.arange(8 * 400 + 1)
   wave = 127 + 100 * np.sin(2 * np.pi * 100 * (x + 0.5) / len(x))
-  image = np.broadcast_to(wave[None, :, None], (3200, len(x), 3))
+  image = np.broadcast_to(wave[None, :, None], (3210, len(x), 3))
   exif = Image.Exif()
   exif[0x0112] = orientation
   data = encoded(image.astype(np.uint8), exif=exif)
-  assert canvas.choose_divisor(3200, len(x), 400) == 8
+  assert canvas.choose_divisor(3210, len(x), 400) == 8
   # A shift of one pixel of the canvas would be 140.
   assert np.abs(differences(data, 400)).max() < 20
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "divisor"),
+  [(128, 128, 8), (128, 131, 4), (131, 131, 4), (130, 140, 8), (65, 65, 2)],
+)
+def test_reduced_images_of_nearly_the_canvas_are_resized(
+  height, width, divisor
+):
+  """OpenCV copies them where its rounded size is the reduced image's."""
+  y, x = np.mgrid[:height, :width]
+  ramps = np.stack([255 * y / height, 255 * x / width, 0 * x], axis=-1)
+  data = encoded(ramps.astype(np.uint8), quality=98, subsampling=0)
+  assert canvas.choose_divisor(height, width, 16) == divisor
+  # The last column would be a quarter of a pixel off, or by 4 of 255.
+  assert np.abs(differences(data, 16)).max() < 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+  ("kind", "count"), [(3, 1), (3, 2), (3, 0), (4, 1), (4, 2), (9, 1)]
+)
+def test_orientations_of_other_types_are_judged_by_full_decoding(
+  data, order, kind, count
+):
+  """The standard's is one SHORT (3); OpenCV and Pillow read others apart."""
+  value = (
+    struct.pack(f"{order}HH", 5, 0)
+    if kind == 3
+    else struct.pack(f"{order}I", 5)
+  )
+  entry = struct.pack(f"{order}HHI", 0x0112, kind, count) + value
+  magic = b"II*\0" if order == "<" else b"MM\0*"
+  tiff = magic + struct.pack(f"{order}IH", 8, 1) + entry + bytes(4)
+  segment = b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff
+  errors = differences(data[:2] + segment + data[2:], 100)
+  assert (summary(errors) < TOLERANCE).all(), summary(errors)
 
 
 def outcome(decode, data: bytes) -> str | tuple[int, int]:
