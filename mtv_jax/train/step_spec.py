@@ -115,6 +115,27 @@ class StepSpec:
       raise ConfigError(
         f"{where} reads text, but config.model.text is not set."
       )
+    if encoding.tower == "image":
+      self._check_patch_size(encoding)
+
+  def _check_patch_size(self, encoding: base.Encoding) -> None:
+    """Raises ConfigError if a view masks other patches than a tower's."""
+    mask = self.views[encoding.view].pipelines[0].mask
+    is_student = encoding.weights == base.STUDENT
+    # Teachers see what `blocks` masks. Views at another size have no mask.
+    if (
+      mask is None or encoding.size or not (is_student or mask.field == "keep")
+    ):
+      return
+    teacher = self.teachers.get(encoding.weights)
+    spec = self.model if teacher is None else teacher.model
+    patch = spec.image.patch_size
+    if mask.patch != patch:
+      raise ConfigError(
+        f"config.views.{encoding.view}: {mask.name}() is of patches of "
+        f"{mask.patch} pixels, and {encoding} has patches of {patch}: write "
+        f"{mask.name}(..., patch={patch})."
+      )
 
   def _check_head_only_teacher(self) -> None:
     """Raises ConfigError if an objective needs a teacher's encoder."""

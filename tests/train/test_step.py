@@ -14,6 +14,7 @@ import step_samples
 import tiny_mtv
 from step_samples import dino, make_batch, make_spec, mesh_of
 
+from mtv_jax.augment.views import build_views
 from mtv_jax.models.positions import Rope
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import (
@@ -264,6 +265,20 @@ def test_invalid_step_specs_are_rejected():
   weights = {"gram": ObjectiveWeight(1.0)}
   with pytest.raises(ValueError, match="gram would compare the student with"):
     make_spec(objectives=gram, weights=weights, teacher_ema="heads")
+
+
+@pytest.mark.parametrize("op", ["keep(0.5", "blocks(0.5"])
+def test_masks_have_the_patches_of_the_model(op):
+  """Indices of other patches would select wrong ones, or none."""
+  views = [
+    build_views({"image": dict(ops=f"resize(32)|{op}{patch})")})
+    for patch in ("", ", patch=8")  # Of 16 by default.
+  ]
+  name = op.partition("(")[0]
+  message = rf"views.image: {name}\(\) .* write {name}\(..., patch=8\)"
+  with pytest.raises(ConfigError, match=message):
+    make_spec(views=views[0])
+  make_spec(views=views[1])
 
 
 def test_objective_weight_start_and_ramp():
