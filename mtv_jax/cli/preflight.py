@@ -76,7 +76,7 @@ def _report(args: argparse.Namespace, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
   config = arguments.read_config(args)
-  remat = schema.check_config(config).model.remat
+  remat = schema.check_config(config).model.remat.strip()
   if args.budget is not None and (
     not 0 < args.budget < math.inf or remat != AUTO
   ):

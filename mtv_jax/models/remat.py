@@ -98,7 +98,7 @@ class Remat:
       ConfigError: for an unknown key or choice.
     """
     where = "config.model.remat"
-    if text == AUTO:
+    if text.strip() == AUTO:
       raise ConfigError(
         f"{where} is {AUTO!r}, which `mtv-jax train` and `mtv-jax preflight` "
         "replace by what fits the chip, and print. Set it to that value."

@@ -309,7 +309,7 @@ def resolve_remat(
     ConfigError: as `find_remat`.
   """
   config = schema.check_config(config)
-  if config.model.remat != AUTO:
+  if config.model.remat.strip() != AUTO:
     return config
   recorded = AUTO
   if jax.process_index() == 0:  # Which writes it, maybe before others read it.

@@ -339,7 +339,7 @@ def preflight(
     ConfigError: for an invalid config, or a topology that cannot be used.
   """
   config = schema.check_config(config)
-  if config.model.remat == AUTO:
+  if config.model.remat.strip() == AUTO:
     choice = remat_lib.find_remat(
       config, topology, budget=budget, examples_per_epoch=examples_per_epoch
     )

@@ -119,7 +119,7 @@ def test_a_capacity_takes_the_best_first_and_smaller_ones_after_it():
 
 def test_auto_of_a_run(tiny, tmp_path):
   """'none' on CPUs; a resumed run has that of its recorded config."""
-  tiny.model.remat = "auto"
+  tiny.model.remat = " auto "
   assert remat.resolve_remat(tiny, tmp_path).model.remat == "none"
   recorded = dict(objectives={}, model=dict(remat="full|image=qkv"))
   (tmp_path / "config.json").write_text(json.dumps(recorded))
@@ -133,6 +133,7 @@ def test_auto_without_a_compiler_is_an_error_that_says_what_to_do(tiny):
   topology = topologies.parse("cpu:1")
   with pytest.raises(ConfigError, match=r"memory of cpu .*--budget"):
     report.preflight(tiny, topology)
+  tiny.model.remat = "auto "
   with pytest.raises(ValueError, match="'auto', which `mtv-jax train`"):
     compile_lib.make_plan(tiny, topology)
 
