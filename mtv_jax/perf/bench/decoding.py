@@ -51,6 +51,7 @@ def run(
     rounds: rounds of all, in turn, after one that does not count.
     threads: of PyTorch and OpenCV.
   """
+  numbers = _parse_megapixels(megapixels)
   result = harness.Result(size=size, images=images, threads=threads)
   files = _read_files(data, size, images)
   with _limit_threads(threads):
@@ -59,7 +60,7 @@ def run(
       "exact": lambda file: canvas.squash(canvas.decode(file), size),
       "views": make_dinov2_views(),
     }
-    for number in _parse_megapixels(megapixels):
+    for number in numbers:
       photos = files if not number else _enlarge(files, number)
       times = _time_methods(methods, photos, rounds)
       _add_times(result, number, photos, times)
@@ -126,9 +127,12 @@ def _parse_megapixels(megapixels: str) -> list[float]:
     numbers = [float(part) for part in megapixels.split(",")]
   except ValueError:
     numbers = [-1.0]
-  if min(numbers) < 0:
+  # Sides are rounded, and may have more pixels.
+  least, most = 1e-4, canvas.MAX_PIXELS // 1_010_000
+  if not all(n == 0 or least <= n <= most for n in numbers):
     example = "numbers with commas, such as '0,1,4'"
-    raise InputError(f"megapixels={megapixels!r}; expected {example}")
+    limits = f"each 0, or from {least:g} to {most:g}"
+    raise InputError(f"megapixels={megapixels!r}; expected {example}: {limits}")
   return numbers
 
 

@@ -38,7 +38,9 @@ def test_views_have_the_sizes_of_dinov2():
   assert [v.shape[-1] for v in views] == [224] * 2 + [96] * 8
 
 
-@pytest.mark.parametrize("text", ["", "one", "1,-4"])
+@pytest.mark.parametrize(
+  "text", ["", "one", "1,-4", "nan", "0,inf", "1e-9", "1e9"]
+)
 def test_megapixels_that_are_no_sizes(text):
   with pytest.raises(InputError, match="megapixels"):
     decoding._parse_megapixels(text)
