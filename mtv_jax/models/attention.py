@@ -33,6 +33,7 @@ from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
 CHOICES = ("auto", "xla", "cudnn", "splash")
+PLAIN = "plain"  # Beside them, for counts of FLOPs: see `plain_attention`.
 # As `remat.NAMES`: the result, and what splash attention's backward pass reads.
 _NAME = "attention"
 
@@ -62,13 +63,15 @@ def build_attention(
   """The function (q, k, v, causal=, valid=) of a choice.
 
   Args:
-    choice: one of `CHOICES`.
+    choice: one of `CHOICES`, or `PLAIN`.
     mesh: over which rows and heads are sharded; its devices decide about the
       kernel. None for the default devices.
 
   Raises:
     InputError: for an unknown choice.
   """
+  if choice == PLAIN:
+    return plain_attention
   check_choice("config.model.attention", choice, CHOICES)
   device = (jax.devices() if mesh is None else mesh.devices.flat)[0]
   if choice == "splash" and device.platform in SPLASH_PLATFORMS:
@@ -95,6 +98,20 @@ def attention(
   `valid`, where it sees only these, always by `jax.nn.dot_product_attention`.
   """
   return checkpoint_name(_attention(q, k, v, causal, valid), _NAME)
+
+
+def plain_attention(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+  *,
+  causal: bool = False,
+  valid: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b n h d"]:
+  """`attention` without blocks at any length: it recomputes nothing."""
+  mask = None if valid is None else valid[:, None, None, :]
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+  return checkpoint_name(y, _NAME)
 
 
 def _attention(q, k, v, causal, valid):

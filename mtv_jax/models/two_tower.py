@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import options
 from mtv_jax.models import init
-from mtv_jax.models.attention import CHOICES
+from mtv_jax.models.attention import CHOICES, PLAIN
 from mtv_jax.models.linear import build_linear_fn
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.remat import build_policy
@@ -209,7 +209,8 @@ def _tower_options(
   quantization: str = "none",
 ) -> dict[str, Any]:
   build_policy(remat)
-  check_choice("config.model.attention", attention, CHOICES)
+  if attention != PLAIN:
+    check_choice("config.model.attention", attention, CHOICES)
   build_linear_fn(quantization)
   return {
     "dtype": jnp.dtype(dtype),

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 
 from mtv_jax.config import schema
 from mtv_jax.data import ops, tokenizers
+from mtv_jax.models import attention
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
@@ -265,8 +266,8 @@ def without_recomputation(spec: StepSpec) -> StepSpec:
     objectives=objectives,
     remat=Remat("none"),
     accumulate=1,
-    # Kernels hide their products, which are those of the plain formula.
-    runtime={**spec.runtime, "attention": "xla"},
+    # Kernels hide their products, and blocks of queries are recomputed.
+    runtime={**spec.runtime, "attention": attention.PLAIN},
   )
 
 

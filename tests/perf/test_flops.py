@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from step_samples import make_spec
 
 from mtv_jax.models import linear
 from mtv_jax.models.two_tower import ModelSpec, image_tower
@@ -78,6 +79,33 @@ def test_tower_flops_equal_the_formula(positions, scan):
 
   cost = flops.count(apply, params, images)
   assert cost.flops == 2 * 2 * products
+
+
+@pytest.mark.parametrize("side", [6, 24])
+def test_attention_of_long_sequences_counts_without_recomputation(side):
+  """Forward, and twice as many products backward, as with short ones.
+
+  CPUs compute 576 tokens in blocks of queries, and each block again.
+  """
+  image_size = 8 * side
+  text = dict(variant="mu", length=8, vocab_size=32)
+  model = dict(variant="mu/8", image_size=image_size, text=text)
+  spec = make_spec(model=ModelSpec.from_config(model))
+  tower = flops.without_recomputation(spec).towers["image"]
+  images = shape(2, image_size, image_size, 3)
+  params = jax.eval_shape(tower.init, jax.random.key(0), images)
+
+  def loss(params, images):
+    return (tower.apply(params, images).patches ** 2).sum()
+
+  n, size = side**2, spec.model.image
+  block = 4 * n * size.width**2 + 2 * n * size.width * size.mlp_dim
+  block += 2 * n**2 * size.width
+  # Pixels have no gradient.
+  products = 2 * n * 3 * 8**2 * size.width + 3 * size.depth * block
+  cost = flops.count(jax.value_and_grad(loss), params, images)
+  # The gradients of biases are products of a row.
+  assert cost.flops == pytest.approx(2 * 2 * products, rel=0.01)
 
 
 @pytest.mark.parametrize(
