@@ -223,8 +223,8 @@ class Grounding(base.Objective):
   # for all of the batch. In the ring a chunk is a device's texts.
   chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
-  # Below 1, a device encodes equal phrases once, and has room for this share of
-  # its phrases; in a batch with more distinct ones all are encoded.
+  # Below 1, a device encodes equal phrases once, at most this share of its
+  # phrases; in a batch with more distinct ones all are encoded.
   distinct_phrases: options.PositiveFraction = 1.0
   # Weight of the box regression, 0 for none. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
