@@ -34,7 +34,7 @@ _CALLED = re.compile(
 )
 _KERNEL_FLOPS = re.compile(r'"cost_estimate": ?\{[^}]*"flops": ?"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles": ?"?(\d+)')
-_UNKNOWN_CYCLES = 2**63
+_UNKNOWN_CYCLES = 2**48  # Days of a chip; of some loops it gives 2^64 - 1.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 

@@ -15,6 +15,8 @@ from mtv_jax.perf import hlo, topologies
 
 # These read and write nothing, or are left out.
 _FREE = (*hlo.ALIASES, "partition-id", "replica-id", "iota", "broadcast")
+# Calls that name memory: of a loop's results, and of slices side by side.
+_FREE_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 _SLICES = ("dynamic-slice", "slice", "gather")
 _HOST = 5  # Memory space of the host.
 
@@ -76,8 +78,7 @@ def count_hbm_bytes(program: Any) -> float:
       continue
     computation = module.computations[name]
     for instruction in computation.values():
-      opcode = instruction.opcode
-      if opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+      if not _is_free(instruction):
         total += times * _traffic(module, computation, instruction)
   return total
 
@@ -92,6 +93,13 @@ def count_host_bytes(program: Any) -> float:
       if _HOST in [array.space for array in arrays]:
         total += times * min(array.padded for array in arrays)
   return total
+
+
+def _is_free(instruction) -> bool:
+  opcode = instruction.opcode
+  if opcode == "custom-call":
+    return any(target in instruction.text for target in _FREE_CALLS)
+  return opcode in _FREE or opcode.endswith(("-done", "-update"))
 
 
 def _traffic(module, computation, instruction) -> int:
