@@ -404,6 +404,7 @@ ROWS = (
     _SAVED,
   ),
   ("configs/mtv_b16_224.py:tokenizer=bytes", "v6e:16x16", _SAVED),
+  ("configs/mtv_b16_224.py:tokenizer=bytes", "v5p:4x4x8", _SAVED),
   ("configs/mtv_l16_256.py:tokenizer=bytes", "v5e:16x16", _HOST),
   ("configs/mtv_l16_256.py:tokenizer=bytes", "v6e:16x16", _HOST),
   ("configs/mtv_l16_256.py:tokenizer=bytes", "v5p:4x4x8", _SAVED),
