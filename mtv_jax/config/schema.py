@@ -86,10 +86,7 @@ SCHEMA = dict(
     remat=(str, "none"),
     scan=(bool, True),
     # See `models/attention.py`.
-    attention=(
-      Literal["auto", "xla", "bf16_logits", "cudnn", "splash"],
-      "auto",
-    ),
+    attention=(Literal["auto", "xla", "cudnn", "splash"], "auto"),
     quantization=(Literal["none", "int8", "fp8"], "none"),
     init=(str, "big_vision"),  # See `models/init.py`.
     # Of the channels in 0..1, or one number for all three.

@@ -3,12 +3,10 @@
 `config.model.attention` is one of `CHOICES`. A kernel runs on its platform; on
 others the same config computes what XLA compiles, so that it resumes and is
 evaluated anywhere. All choices are softmax(q k^T / sqrt(d)) v, the softmax in
-float32, in value and gradient; `bf16_logits` alone rounds the logits.
+float32, in value and gradient.
 
 - `auto`: cuDNN on GPUs where it supports the dtype and the heads, else `xla`.
 - `xla`: the plain formula; long sequences in blocks of queries.
-- `bf16_logits`: as `xla`, with logits in bfloat16 if the model is, as in Flax's
-  own attention. On TPUs float32 logits are most of a step's memory traffic.
 - `cudnn`: flash attention of cuDNN, in bfloat16 or float16.
 - `splash`: Pallas splash attention on TPUs, of `SPLASH_LENGTH` tokens or more.
 
@@ -34,7 +32,7 @@ from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
-CHOICES = ("auto", "xla", "bf16_logits", "cudnn", "splash")
+CHOICES = ("auto", "xla", "cudnn", "splash")
 PLAIN = "plain"  # Beside them, for counts of FLOPs: see `plain_attention`.
 # As `remat.NAMES`: the result, and what splash attention's backward pass reads.
 _NAME = "attention"
@@ -79,8 +77,6 @@ def build_attention(
   if choice == "splash" and device.platform in SPLASH_PLATFORMS:
     interpret = device.platform != "tpu"
     return functools.partial(splash_attention, mesh=mesh, interpret=interpret)
-  if choice == "bf16_logits":
-    return bf16_logits_attention
   if choice in ("auto", "cudnn") and device.platform == "gpu":
     return functools.partial(
       _gpu_attention, device=device, required=choice == "cudnn"
@@ -127,33 +123,6 @@ def _attention(q, k, v, causal, valid):
     return plain(q, k, v)
   default = blockwise_attention if n >= BLOCKWISE_LENGTH else plain
   return jax.lax.platform_dependent(q, k, v, cpu=cpu_attention, default=default)
-
-
-def bf16_logits_attention(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b n h d"],
-  v: Float[Array, "b n h d"],
-  *,
-  causal: bool = False,
-  valid: Bool[Array, "b n"] | None = None,
-) -> Float[Array, "b n h d"]:
-  """`attention` with logits in bfloat16, and their softmax in float32.
-
-  Other dtypes take `attention`, and so do sequences that it splits on
-  accelerators.
-  """
-  n, width = q.shape[1], q.shape[-1]
-  if q.dtype != jnp.bfloat16 or n >= BLOCKWISE_LENGTH:
-    return attention(q, k, v, causal=causal, valid=valid)
-  logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)  # [b, h, n, n]
-  logits = logits.astype(jnp.float32) * width**-0.5
-  lowest = jnp.finfo(jnp.float32).min
-  if causal:
-    logits = jnp.where(jnp.tri(n, dtype=bool), logits, lowest)
-  if valid is not None:
-    logits = jnp.where(valid[:, None, None, :], logits, lowest)
-  weights = jax.nn.softmax(logits).astype(q.dtype)
-  return checkpoint_name(jnp.einsum("bhqk,bkhd->bqhd", weights, v), _NAME)
 
 
 def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
