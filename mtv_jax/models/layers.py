@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,11 @@ Side = Annotated[int, Range(min=1, max=1 << 13)]  # Pixels.
 # Which projections of attention have a bias: all, none, or those of queries and
 # values (BEiT, DINOv3).
 QkvBias = Literal["all", "query_value", "none"]
+_QKV_BIASES = {
+  "all": (True, True, True),
+  "query_value": (True, False, True),
+  "none": (False, False, False),
+}
 NormKind = Literal["layer", "rms"]
 
 # Glorot and Bengio 2010; MLP biases start as in big_vision's ViT.
@@ -101,7 +107,6 @@ class Dense(nn.Module):
   bias_init: Callable = nn.initializers.zeros
   dtype: Any = jnp.float32  # Computation dtype; parameters are float32.
   use_bias: bool = True
-  bias_mask: tuple[bool, ...] | None = None  # False: this bias is fixed at 0.
   linear_fn: Callable[..., Array] = linear  # (x, W, b) -> x W + b
 
   @nn.compact
@@ -109,19 +114,48 @@ class Dense(nn.Module):
     shape = (x.shape[-1], self.features)
     arrays = [x, self.param("kernel", self.kernel_init, shape)]
     if self.use_bias:
-      bias = self.param("bias", self.bias_init, (self.features,))
-      if self.bias_mask is not None:
-        bias = jnp.where(np.array(self.bias_mask), bias, 0)
-      arrays.append(bias)
+      arrays.append(self.param("bias", self.bias_init, (self.features,)))
     return self.linear_fn(*(a.astype(self.dtype) for a in arrays))
 
 
-class Attention(nn.Module):
-  """Multi-head self-attention with one fused projection.
+class FusedDense(nn.Module):
+  """Linear layers with one kernel: of queries, keys and values, or of two.
 
-  The columns of `qkv` are ordered (head, q|k|v, dim), so that splitting them
-  over devices splits whole heads and adds no communication.
+  Its columns are ordered (head, q|k|v, dim), so that splitting them over
+  devices splits whole heads and adds no communication. Each layer is a product
+  of its own: TPUs would copy a joint result to divide it.
   """
+
+  features: int  # Of each layer.
+  heads: int
+  use_bias: tuple[bool, ...]  # Of each layer; False: its bias is fixed at 0.
+  dtype: Any = jnp.float32
+  linear_fn: Callable[..., Array] = linear  # Of `Dense`.
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b n e"]
+  ) -> tuple[Float[Array, "b n h d"], ...]:
+    shape = (self.heads, len(self.use_bias), self.features // self.heads)
+    width = math.prod(shape)
+    kernel = self.param("kernel", fused_init, (x.shape[-1], width))
+    kernel = kernel.astype(self.dtype).reshape(-1, *shape)  # [E, H, 3, d]
+    if any(self.use_bias):
+      bias = self.param("bias", nn.initializers.zeros, (width,))
+      bias = bias.astype(self.dtype).reshape(shape)  # [H, 3, d]
+    x = x.astype(self.dtype)
+    outputs = []
+    for i, has_bias in enumerate(self.use_bias):
+      arrays = [kernel[:, :, i].reshape(-1, self.features)]
+      if has_bias:
+        arrays.append(bias[:, i].reshape(-1))
+      y = checkpoint_name(self.linear_fn(x, *arrays), "qkv")
+      outputs.append(y.reshape(*x.shape[:-1], self.heads, -1))
+    return tuple(outputs)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with one fused projection, see `FusedDense`."""
 
   heads: int
   causal: bool = False  # Whether a token sees only itself and those before it.
@@ -144,22 +178,14 @@ class Attention(nn.Module):
     `angles` rotate queries and keys, see `positions.rotate`.
     """
     b, n, d = x.shape
-    mask = None
-    if self.qkv_bias == "query_value":
-      parts = np.tile((True, False, True), self.heads)
-      mask = tuple(np.repeat(parts, d // self.heads).tolist())
-    qkv = Dense(
-      3 * d,
-      fused_init,
+    q, k, v = FusedDense(
+      d,
+      self.heads,
+      _QKV_BIASES[self.qkv_bias],
       dtype=self.dtype,
-      use_bias=self.qkv_bias != "none",
-      bias_mask=mask,
       linear_fn=self.linear_fn,
       name="qkv",
     )(x)
-    qkv = checkpoint_name(qkv, "qkv")
-    qkv = qkv.reshape(b, n, self.heads, 3, d // self.heads)  # [B, N, H, 3, d]
-    q, k, v = (qkv[:, :, :, i] for i in range(3))
     if angles is not None:
       q, k = positions.rotate(q, angles), positions.rotate(k, angles)
     masks = {} if valid is None else {"valid": valid}
@@ -175,10 +201,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Multi-head attention of queries to tokens, maybe of another width.
-
-  The columns of `kv` are ordered (head, k|v, dim), see `Attention`.
-  """
+  """Multi-head attention of queries to tokens, maybe of another width."""
 
   heads: int
   dtype: Any
@@ -191,22 +214,17 @@ class CrossAttention(nn.Module):
   def __call__(
     self, queries: Float[Array, "*q d"], tokens: Float[Array, "b n e"]
   ) -> Float[Array, "b *y d"]:
-    b, n, _ = tokens.shape
     d = queries.shape[-1]
     q = queries.astype(self.dtype)
     if self.projects_queries:
       q = Dense(d, dtype=self.dtype, name="q")(queries)
-    kv = Dense(
-      2 * d,
-      fused_init,
-      dtype=self.dtype,
-      use_bias=self.projects_queries,
-      name="kv",
-    )(tokens)
-    q, kv = checkpoint_name(q, "qkv"), checkpoint_name(kv, "qkv")
+    q = checkpoint_name(q, "qkv")
     q = q.reshape(*q.shape[:-1], self.heads, -1)  # [..., H, d]
-    kv = kv.reshape(b, n, self.heads, 2, d // self.heads)  # [B, N, H, 2, d]
-    y = self.attention_fn(q, kv[:, :, :, 0], kv[:, :, :, 1])
+    biases = (self.projects_queries,) * 2
+    k, v = FusedDense(d, self.heads, biases, dtype=self.dtype, name="kv")(
+      tokens
+    )
+    y = self.attention_fn(q, k, v)
     y = checkpoint_name(y.reshape(*y.shape[:-2], d), "attention")
     out = Dense(d, dtype=self.dtype, name="out")
     return checkpoint_name(out(y), "attention_out")
