@@ -134,7 +134,12 @@ def add_parameters(
 
 
 def _integer(least: int, text: str) -> int:
-  value = int(text)
+  try:
+    value = int(text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r}: expected an integer of at least {least}"
+    ) from None
   if value < least:
     raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
   return value

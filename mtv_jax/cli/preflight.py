@@ -62,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
   whole = args.config and (args.topology or args.scaling)
   if not (whole or args.table or args.scaling == "loss"):
     raise ConfigError("--config and --topology are needed")
+  if args.budget is not None and (args.table or args.scaling):
+    raise ConfigError("--budget is read with one --config and --topology alone")
+  if not 0 < args.mfu <= 1:
+    raise ConfigError(f"--mfu is {args.mfu:g}: expected a share, such as 0.4")
+  if args.examples is not None and args.examples < 1:
+    raise ConfigError(f"--examples is {args.examples}: expected at least 1")
   topology = topologies.parse(args.topology) if args.topology else None
   # JAX must not start another backend.
   topologies.use_cpu(topology)

@@ -55,12 +55,17 @@ def test_process_options_go_together():
     main.main(["train", "--config=mtv_tiny:tiny", "--workdir=x", "--process=0"])
 
 
-def test_processes_need_time_to_connect(capsys):
+@pytest.mark.parametrize(
+  ("seconds", "message"),
+  [("0", "0: expected at least 1"), ("1m", "'1m': expected an integer of at")],
+)
+def test_processes_need_time_to_connect(seconds, message, capsys):
   with pytest.raises(SystemExit):
     main.main(
-      ["train", "--config=mtv_tiny", "--workdir=x", "--connect_seconds=0"]
+      ["train", "--config=mtv_tiny", "--workdir=x"]
+      + [f"--connect_seconds={seconds}"]
     )
-  assert "--connect_seconds: 0: expected at least 1" in capsys.readouterr().err
+  assert f"--connect_seconds: {message}" in capsys.readouterr().err
 
 
 def test_flags_follow_the_signature_and_docstring():

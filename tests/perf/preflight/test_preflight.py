@@ -180,6 +180,14 @@ def test_user_errors_are_one_message(repo_root):
   for budget in ("nan", "inf", "0"):
     with pytest.raises(SystemExit, match=f"--budget is {budget}: expected"):
       main([*command, "--config.model.remat=auto", f"--budget={budget}"])
+  for flags, message in (
+    (["--scaling=loss", "--budget=9"], "--budget is read with one --config"),
+    ([*command, "--mfu=nan"], "--mfu is nan: expected a share"),
+    ([*command, "--mfu=40"], "--mfu is 40: expected a share"),
+    ([*command, "--examples=0"], "--examples is 0: expected at least 1"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      main(flags)
 
 
 @pytest.mark.reference
