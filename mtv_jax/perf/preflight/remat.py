@@ -315,12 +315,12 @@ def resolve_remat(
   if jax.process_index() == 0:  # Which writes it, maybe before others read it.
     recorded = read_recorded_config(workdir).get("model", {}).get("remat", AUTO)
   recorded = gather_json(recorded)[0]
-  topology = topologies.describe_local()
+  topology, source = topologies.describe_local(), ""
   if recorded != AUTO:
-    config.model.remat = recorded
+    config.model.remat, source = recorded, ", as in the run's config.json"
   elif topology.chip.kind == "cpu":
     config.model.remat = "none"
   else:
     config.model.remat = find_remat(config, topology).remat
-  log.info("config.model.remat='auto' is %r.", config.model.remat)
+  log.info("config.model.remat='auto' is %r%s.", config.model.remat, source)
   return config

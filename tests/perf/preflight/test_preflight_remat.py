@@ -117,13 +117,16 @@ def test_a_capacity_takes_the_best_first_and_smaller_ones_after_it():
   ]
 
 
-def test_auto_of_a_run(tiny, tmp_path):
+def test_auto_of_a_run(tiny, tmp_path, caplog):
   """'none' on CPUs; a resumed run has that of its recorded config."""
+  caplog.set_level("INFO")
   tiny.model.remat = " auto "
   assert remat.resolve_remat(tiny, tmp_path).model.remat == "none"
+  assert "remat='auto' is 'none'." in caplog.text
   recorded = dict(objectives={}, model=dict(remat="full|image=qkv"))
   (tmp_path / "config.json").write_text(json.dumps(recorded))
   assert remat.resolve_remat(tiny, tmp_path).model.remat == "full|image=qkv"
+  assert "'full|image=qkv', as in the run's config.json." in caplog.text
   tiny.model.remat = "dots"
   assert remat.resolve_remat(tiny, tmp_path).model.remat == "dots"
 
