@@ -148,7 +148,7 @@ def test_an_encoding_that_is_not_trained_is_an_error():
     ("qkv,qkv:host", "names an array twice"),
   ],
 )
-def test_a_wrong_place_is_an_error(choice, message):
+def test_an_invalid_choice_is_an_error(choice, message):
   with pytest.raises(ConfigError, match=message):
     Remat.parse(choice)
 
