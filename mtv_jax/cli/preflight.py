@@ -118,6 +118,12 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   selected = [
     row for row in report.ROWS if all(w in " ".join(row) for w in words)
   ]
+  if not selected:
+    configs = dict.fromkeys(config for config, *_ in report.ROWS)
+    raise ConfigError(
+      f"--rows {' '.join(words)}: no row of the table has all of these words; "
+      f"rows are of {', '.join(configs)}"
+    )
   for config, topology, *changes in track(selected, "table", unit="configs"):
     result = report.preflight(
       overrides.override(schema.read_config(config), changes),

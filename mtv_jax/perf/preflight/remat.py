@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -39,9 +39,9 @@ COMPILATIONS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-  """An array that the blocks of an encoding can save, on one chip."""
+  """An array that the blocks of a view's encodings can save, on one chip."""
 
-  view: str  # The encoding's view or text field.
+  view: str  # Or a text field.
   name: str  # One of `remat.NAMES`.
   bytes: int
   flops: float  # That are not recomputed if it is saved.
@@ -64,7 +64,6 @@ def list_savings(plan: compile_lib.Plan) -> list[Saving]:
     if encoding.weights != base.STUDENT:
       continue
 
-    @functools.cache
     def measure(choice, encoding=encoding, taps=taps):
       """Bytes that are saved, and FLOPs of the value and its gradient."""
       chosen = dataclasses.replace(spec, remat=Remat(choice))
@@ -96,12 +95,21 @@ def list_savings(plan: compile_lib.Plan) -> list[Saving]:
     for name in NAMES:
       more, less = measure(name)
       savings.append(Saving(encoding.view, name, more - size, cost - less))
-  savings = [s for s in savings if s.bytes > 0 and s.flops > 0]
   return sorted(
-    savings,
+    (s for s in merge_savings(savings) if s.bytes > 0 and s.flops > 0),
     # Rounded, as the gradients of biases differ.
     key=lambda s: (-round(s.flops / s.bytes), -s.bytes, s.view, s.name),
   )
+
+
+def merge_savings(savings: Iterable[Saving]) -> list[Saving]:
+  """The sums by view and name: a choice is that of all encodings of a view."""
+  sums: dict[tuple[str, str], Saving] = {}
+  for s in savings:
+    key = s.view, s.name
+    before = sums.get(key, Saving(*key, 0, 0.0))
+    sums[key] = Saving(*key, before.bytes + s.bytes, before.flops + s.flops)
+  return list(sums.values())
 
 
 def choose_savings(
@@ -239,7 +247,8 @@ def find_remat(
     examples_per_epoch: of the data.
 
   Raises:
-    ConfigError: nothing fits, or the chip's memory is unknown.
+    ConfigError: nothing fits, the chip's memory is unknown, or the budget
+      exceeds it.
   """
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
@@ -247,6 +256,12 @@ def find_remat(
       f"config.model.remat is 'auto', and the memory of {topology.chip.kind} "
       "is unknown. Give a budget in GiB (mtv-jax preflight --budget), or set "
       "remat to 'none', 'full', or arrays to save."
+    )
+  if budget is not None and limit is not None and budget > limit:
+    raise ConfigError(
+      f"the budget is {budget / 2**30:.2f} GiB, more than the "
+      f"{limit / 2**30:.2f} GiB of {topology.chip.kind}. Without one, "
+      f"{SHARE:.0%} of them are planned for."
     )
   budget = int(limit * SHARE) if budget is None else budget
   programs = {}

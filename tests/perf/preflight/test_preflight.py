@@ -185,6 +185,10 @@ def test_user_errors_are_one_message(repo_root):
     ([*command, "--mfu=nan"], "--mfu is nan: expected a share"),
     ([*command, "--mfu=40"], "--mfu is 40: expected a share"),
     ([*command, "--examples=0"], "--examples is 0: expected at least 1"),
+    (
+      ["--table=x", "--rows", "mtv", "v9"],
+      "--rows mtv v9: no row.*mtv_b16_224",
+    ),
   ):
     with pytest.raises(SystemExit, match=message):
       main(flags)

@@ -57,6 +57,24 @@ def test_savings_follow_from_the_shapes(tiny):
   assert not savings  # Without layer scale nothing reads `mlp_out`.
 
 
+def test_encodings_of_one_view_are_saved_together():
+  """As of two objectives that encode a text field differently."""
+  twice = remat.merge_savings([*SAVINGS, SAVINGS[2]])
+  choice = remat.format_choice(twice, twice)
+  assert choice == remat.format_choice(SAVINGS, SAVINGS)
+  assert Remat.parse(choice).choose("image", "local") == "qkv,mlp_hidden"
+  sizes = [saving.bytes // MIB for saving in twice]
+  assert sizes == [400, 300, 400, 150, 50, 50]
+  assert [MIB * s.flops / s.bytes for s in twice] == [8, 8, 8, 8, 8, 2]
+
+
+def test_a_budget_above_the_memory_is_an_error(tiny):
+  tiny.model.remat = "auto"
+  topology = topologies.parse("v5e:2x2")
+  with pytest.raises(ConfigError, match="16.00 GiB, more than the 15.75 GiB"):
+    report.preflight(tiny, topology, budget=16 * 2**30)
+
+
 def search(budget, padding=1.25, free=0):
   """Trials on a chip where saved arrays take `padding` times their size."""
 
