@@ -130,27 +130,30 @@ def _encode_distinct(
   rows = tokens.reshape(shards, -1, tokens.shape[-1])  # [S, R, T]
   rows = constrain_batch(rows, mesh)
   limit = math.ceil(share * rows.shape[1])  # K
-  found = jax.vmap(functools.partial(find_distinct, limit=limit))(rows)
+  distinct_rows = jax.vmap(functools.partial(find_distinct, limit=limit))(rows)
 
   @functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
   )
-  def encode_all(rows, found):
+  def encode_all(rows, distinct_rows):
     # A conditional has memory for what either branch saves: nothing here.
-    del found
+    del distinct_rows
     return _encode_text(apply, rows, mesh)
 
-  def encode_distinct(rows, found):
-    distinct = jnp.take_along_axis(rows, found.first[..., None], axis=1)
-    encoded = _encode_text(apply, distinct, mesh)  # [S, K, ...]
+  def encode_distinct(rows, distinct_rows):
+    texts = jnp.take_along_axis(rows, distinct_rows.first[..., None], axis=1)
+    encoded = _encode_text(apply, texts, mesh)  # [S, K, ...]
     return jax.tree.map(
-      lambda x: jax.vmap(lambda y, slot: y[slot])(x, found.slot), encoded
+      lambda x: jax.vmap(lambda y, slot: y[slot])(x, distinct_rows.slot),
+      encoded,
     )
 
   # The branch of False comes first: FLOPs are counted as that of the usual
   # case.
-  overflow = jnp.any(found.count > limit)
-  output = jax.lax.cond(overflow, encode_all, encode_distinct, rows, found)
+  overflow = jnp.any(distinct_rows.count > limit)
+  output = jax.lax.cond(
+    overflow, encode_all, encode_distinct, rows, distinct_rows
+  )
   return jax.tree.map(
     lambda x: x.reshape(*tokens.shape[:-1], *x.shape[2:]), output
   )

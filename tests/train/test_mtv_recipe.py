@@ -295,10 +295,14 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
 @pytest.mark.parametrize(
   ("name", "most", "compile"),
   # XLA takes minutes for L/16, whose program differs in its sizes alone.
-  [("mtv_b16_224", 0.71, "whole"), ("mtv_l16_256", 0.69, "no")],
+  [
+    ("mtv_b16_224.py", 0.71, "whole"),
+    ("mtv_l16_256.py", 0.69, "no"),
+    ("mtv_b16_224.py:shared_crop", 0.6, "no"),
+  ],
 )
 def test_the_step_computes_each_encoding_once(name, most, compile):
-  config = schema.read_config(str(tiny_mtv.ROOT / "configs" / f"{name}.py"))
+  config = schema.read_config(str(tiny_mtv.ROOT / "configs" / name))
   cost = flops.run(config, batch_size=16, compile=compile)
   print(f"\n{cost}")
   assert cost.share <= most
