@@ -40,6 +40,7 @@ from mtv_jax.utils.tree import flatten_with_names
 
 # 16, 64 and 256 chips.
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
+_FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
 def embedding_bytes(plan: Plan) -> int:
@@ -83,8 +84,9 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
   """Reductions of gradients that a step needs: `{elements: how many}`.
 
   A parameter's gradient is reduced once for each encoding that uses it and each
-  part of an accumulated batch, by block and by chunk of prototypes. With `fsdp`
-  a chip may contribute the whole gradient or its shard; both sizes are allowed.
+  part of an accumulated batch, by block, by chunk of prototypes and by layer of
+  a fused kernel. With `fsdp` a chip may contribute the whole gradient or its
+  shard; both sizes are allowed.
   """
   spec, sizes = plan.step_spec, collections.Counter()
   encodings = collections.Counter(
@@ -103,9 +105,11 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
     axes = axis_names(tuple(leaf.sharding.spec))
     # After the all-gather over `fsdp`.
     gathered = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
-    parts = -(-whole // chunk)
+    layers = _FUSED.get(name.split("/")[-2], 1)
+    parts = -(-whole // chunk) * layers
     for size in {shard, gathered}:
-      sizes[size * chunk // whole] += parts * times * plan.config.accumulate
+      size = size * chunk // whole // layers
+      sizes[size] += parts * times * plan.config.accumulate
   return sizes
 
 
