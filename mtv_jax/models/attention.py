@@ -97,7 +97,14 @@ def attention(
   With `causal`, where a token sees only itself and those before it, or with
   `valid`, where it sees only these, always by `jax.nn.dot_product_attention`.
   """
-  return checkpoint_name(_attention(q, k, v, causal, valid), _NAME)
+  n = q.shape[1]
+  if causal or valid is not None or n < CPU_BLOCKWISE_LENGTH:
+    return plain_attention(q, k, v, causal=causal, valid=valid)
+  default = jax.nn.dot_product_attention
+  if n >= BLOCKWISE_LENGTH:
+    default = blockwise_attention
+  y = jax.lax.platform_dependent(q, k, v, cpu=cpu_attention, default=default)
+  return checkpoint_name(y, _NAME)
 
 
 def plain_attention(
@@ -112,17 +119,6 @@ def plain_attention(
   mask = None if valid is None else valid[:, None, None, :]
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
   return checkpoint_name(y, _NAME)
-
-
-def _attention(q, k, v, causal, valid):
-  plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-  if valid is not None:
-    return plain(q, k, v, mask=valid[:, None, None, :])
-  n = q.shape[1]
-  if causal or n < CPU_BLOCKWISE_LENGTH:
-    return plain(q, k, v)
-  default = blockwise_attention if n >= BLOCKWISE_LENGTH else plain
-  return jax.lax.platform_dependent(q, k, v, cpu=cpu_attention, default=default)
 
 
 def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
