@@ -58,6 +58,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tools/unused.py
+	$(BIN)/python tools/ast_nodes.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

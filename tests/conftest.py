@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import filelock
 import pytest
 import selection
 from xla_options import xla_flags
@@ -50,6 +51,24 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip("no real data beside this checkout (../shared/data)")
   return path
+
+
+@pytest.fixture(scope="session")
+def smallest_run(tmp_path_factory, worker_id) -> pathlib.Path:
+  """The folder of a run of the smallest config, one for all workers.
+
+  Do not change it.
+  """
+  import trainings
+
+  root = tmp_path_factory.getbasetemp()
+  if worker_id != "master":
+    root = root.parent
+  folder = root / "smallest" / "run"
+  with filelock.FileLock(root / "smallest.lock"):
+    if not (folder / "report.html").exists():
+      trainings.train(folder)
+  return folder
 
 
 @pytest.fixture(scope="session")
