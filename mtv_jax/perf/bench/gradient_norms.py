@@ -44,9 +44,6 @@ def read_norms(
   """Names, norms `[steps, names]`, and norms without the balance's factors.
 
   Of the steps above `after` at which they were logged.
-
-  Raises:
-    InputError: there is none.
   """
   config = json.loads((workdir / "config.json").read_text())["objectives"]
   weights = {name: entry["weight"] for name, entry in config.items()}

@@ -32,10 +32,10 @@ class Report:
   """Result of `preflight`."""
 
   plan: compile_lib.Plan
-  compiled: compile_lib.Compiled  # The train step.
+  compiled: compile_lib.CompileResult  # The train step.
   model_flops: float  # Per step on all chips, without recomputation.
   # The program of the objectives' gradient norms, if it was compiled.
-  norms: compile_lib.Compiled | None = None
+  norms: compile_lib.CompileResult | None = None
   mfu: float = 0.4  # Assumed; what large ViTs reach on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
   trials: tuple[remat_lib.Trial, ...] = ()  # Of `remat` 'auto'.
@@ -334,9 +334,6 @@ def preflight(
   With `remat` 'auto', compiles several choices for a `budget` in bytes, and the
   norms with each if the run may measure them, see
   `remat.find_remat`. `options` are further fields of the report.
-
-  Raises:
-    ConfigError: for an invalid config, or a topology that cannot be used.
   """
   config = schema.check_config(config)
   if config.model.remat.strip() == AUTO:
@@ -445,11 +442,7 @@ def table_row(config: str, report: Report, *changes: str) -> str:
 
 
 def update_table(page: str, row: str) -> str:
-  """A page with a row of its table replaced, or added at its end.
-
-  Raises:
-    ConfigError: the page lacks a table between the lines `BEGIN` and `END`.
-  """
+  """A page with a row of its table replaced, or added at its end."""
   match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
   if match is None:
     raise ConfigError(f"the page needs a table between {BEGIN} and {END}")

@@ -1,5 +1,6 @@
 """Inspection of label sets: statistics, findings, sheet and page."""
 
+import functools
 import html.parser
 import json
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.data.labels.join import AlignedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
@@ -18,7 +19,7 @@ from mtv_jax.experts.inspection import cards, findings, statistics
 from mtv_jax.experts.inspection.counters import Histogram, PhraseCounts
 from mtv_jax.utils import plots
 
-main = command("inspect_labels")
+main = functools.partial(run_command, "inspect_labels")
 
 CELLS = np.arange(64).reshape(8, 8)
 BAD = "<b>&\"'</b>"

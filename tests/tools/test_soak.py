@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mtv_jax.perf import soak
+from tools import soak
 
 
 @pytest.mark.parametrize("leak", [0.0, 60.0])

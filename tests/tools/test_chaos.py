@@ -9,8 +9,8 @@ import pytest
 import trainings
 from xla_options import xla_flags
 
-from mtv_jax.perf import chaos
 from mtv_jax.utils import path
+from tools import chaos
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def run_chaos(monkeypatch, output, kills):
   assert "State, metrics and evaluations are equal." in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_equals_an_untouched_one(tmp_path, monkeypatch):
   run_chaos(monkeypatch, tmp_path, kills=5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_in_a_bucket_equals_an_untouched_one(
   gs, tmp_path, monkeypatch
 ):

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# install.sh PYTHON [EXTRAS]: installs the checkout into a virtual environment,
+# editable. By uv, which resolves all extras in seconds; pip takes minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath --no-symlinks "$1") extras=${2:-}
+"$python" -m pip install --quiet --disable-pip-version-check uv
+# uv does not read pip's configuration.
+configure() {
+  local value
+  value=$("$python" -m pip config get "global.$1" 2> /dev/null) || return 0
+  export "$2=$value"
+}
+configure index-url UV_DEFAULT_INDEX
+configure find-links UV_FIND_LINKS
+configure constraint UV_CONSTRAINT
+exec "$python" -m uv pip install --quiet --python "$python" \
+  -e ".${extras:+[$extras]}"
