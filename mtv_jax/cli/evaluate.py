@@ -25,7 +25,8 @@ from mtv_jax.evals import run as evals
 from mtv_jax.evals import suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.encoder_requests import parse_requests
-from mtv_jax.evals.report import references, tables
+from mtv_jax.evals.published import SIZES
+from mtv_jax.report import evaluations, tables
 
 _OPTIONS = {
   "images": (str, "folder of images, if it is not beside the JSON"),
@@ -82,7 +83,7 @@ def add_evaluations(parser: argparse.ArgumentParser) -> None:
   add(
     "--reference",
     default="base",
-    choices=(*references.SIZES, "none"),
+    choices=(*SIZES, "none"),
     help="published encoders in the chart, for the same data sets",
   )
 
@@ -129,7 +130,9 @@ def run(args: argparse.Namespace) -> None:
       results.write(args.json, outcomes)
     if args.output:
       size = None if args.reference == "none" else args.reference
-      files = suite.write(args.output, outcomes, compared=compared, size=size)
+      files = evaluations.write_evaluation(
+        args.output, outcomes, compared=compared, size=size
+      )
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))

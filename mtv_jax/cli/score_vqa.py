@@ -13,8 +13,8 @@ import argparse
 import dataclasses
 import json
 
-from mtv_jax.evals.report import tables
 from mtv_jax.evals.vqa import answer_files
+from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 
 

@@ -86,7 +86,7 @@ def read(folder: pathlib.Path) -> Study:
     fields = json.loads(path.read_bytes())
   except FileNotFoundError:
     raise InputError(f"{folder} has no {STUDY}: it is not a study.") from None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(
       f"{path} is not JSON ({error}). Remove it: the command of the study "
       "writes it again."
