@@ -107,11 +107,7 @@ def measure_changes(runs: Sequence[RunFolder]) -> list[Changes]:
   Evaluations under another protocol than at step 0 are left out, and those
   without a finite value in every seed.
 
-  Args:
-    runs: of one arm, with distinct seeds.
-
-  Raises:
-    InputError: a file of an evaluation can't be read.
+  `runs` are one arm's, with distinct seeds.
   """
   files = {run.seed: list_evaluations(run.folder) for run in runs}
   first = next(iter(files.values()))

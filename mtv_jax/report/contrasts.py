@@ -325,9 +325,8 @@ def _estimate_items(
   arms, as if independent, and the error over seeds are added in squares; the
   mean over seeds of an arm's error is not divided by their number.
 
-  Returns:
-    Low, high, standard error, and what they are from; None and "" where
-    neither is known.
+  Returns low, high, standard error, and what they are from; None and "" where
+  neither is known.
   """
   drawn = _drawn_sums(data, metric, weights, used, paired=paired)
   if drawn is not None:

@@ -16,20 +16,8 @@ from mtv_jax.evals.published import (
   TABLE_5,
   matching_column,
 )
-from mtv_jax.report import charts, differences, published, tables
+from mtv_jax.report import charts, differences, page, published, tables
 from mtv_jax.report.charts import Chart, Row
-from mtv_jax.report.page import (
-  Block,
-  Bullets,
-  Charts,
-  Details,
-  Heading,
-  ImageFile,
-  Images,
-  Note,
-  Table,
-  write_pages,
-)
 from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.text import file_name
@@ -89,17 +77,14 @@ def write_evaluation(
   `results.json`, `results.md`, `report.html`, `sheets/*.png`, `charts/*.svg`.
   Files of the same names are replaced.
 
-  Args:
-    folder: to write to.
-    outcomes: one per evaluated encoder.
-    compared: earlier outcomes, shown where the data are the same.
-    size: model size of the charted published encoders; None for none.
+  `compared` are earlier outcomes, shown where the data are the same; `size` is
+  the model size of the charted published encoders, None for none.
   """
   blocks = describe_outcomes(outcomes, compared=compared, size=size)
   path = pathlib.Path(folder) / "results.json"
   results.write(path, outcomes)
   names = ("report.html", "results.md")
-  return [*write_pages("Evaluation", blocks, folder, names=names), path]
+  return [*page.write_pages("Evaluation", blocks, folder, names=names), path]
 
 
 def write_comparison(
@@ -114,14 +99,7 @@ def write_comparison(
   A row for each protocol, and the differences from one of the encoders, paired
   by item where the results have resamples of the items.
 
-  Args:
-    outcomes: one per encoder, with different names.
-    output: folder of `report.html`, `report.md`, `results.json` and images.
-    baseline: the encoder that the others are compared with.
-    size: model size of the charted published encoders; None for none.
-
-  Raises:
-    ConfigError: there is no encoder of the baseline's name.
+  `size` is the model size of the charted published encoders, None for none.
   """
   names = [outcome.name for outcome in outcomes]
   check_baseline(baseline, names)
@@ -129,7 +107,7 @@ def write_comparison(
   path = pathlib.Path(output) / "results.json"
   results.write(path, outcomes)
   title = f"Comparison of {', '.join(names)}"
-  return [*write_pages(title, blocks, output), path]
+  return [*page.write_pages(title, blocks, output), path]
 
 
 def check_baseline(baseline: str, names: Sequence[str]) -> None:
@@ -147,7 +125,7 @@ def describe_outcomes(
   compared: Sequence[Outcome] = (),
   baseline: str | None = None,
   size: str | None = "base",
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   """Metrics, charts, encoders, what is missing, sheets and protocols.
 
   With a baseline, results of other protocols have rows of their own, and the
@@ -168,35 +146,39 @@ def describe_outcomes(
     columns = [o for i, o in enumerate(columns) if i not in left_out]
     rows = tables.compare(columns, split=split, baseline=index)
   matches = published.find_matches(columns, rows)
-  yield Heading("Metrics")
+  yield page.Heading("Metrics")
   cells = _published_cells(columns, rows, matches) if matches else None
-  yield Table(tables.metrics_table(columns, rows, cells), numbers=2)
-  yield Note(_NOTE)
+  yield page.Table(tables.metrics_table(columns, rows, cells), numbers=2)
+  yield page.Note(_NOTE)
   variants = dict.fromkeys(row.evaluation for row in rows if row.variant)
   if variants:
-    yield Note(_PROTOCOLS_NOTE)
-    yield Bullets(
+    yield page.Note(_PROTOCOLS_NOTE)
+    yield page.Bullets(
       [line for n in variants for line in tables.list_differing(columns, n)]
     )
   if missing:
-    yield Note(f"Not shown, for lack of the same data: {', '.join(missing)}.")
-  yield Note(_CHARTS_NOTE)
+    yield page.Note(
+      f"Not shown, for lack of the same data: {', '.join(missing)}."
+    )
+  yield page.Note(_CHARTS_NOTE)
   drawn, quoted = draw_charts(columns, rows, size=size)
-  yield Charts(drawn)
+  yield page.Charts(drawn)
   if quoted:
-    yield Note(_PUBLISHED_NOTE)
-    yield Table(_published_table(quoted))
+    yield page.Note(_PUBLISHED_NOTE)
+    yield page.Table(_published_table(quoted))
   if split and len(outcomes) > 1:
     yield from _describe_differences(outcomes, rows, index)
   yield from published.describe_matches(columns, matches)
-  yield Heading("Encoders")
-  yield Table(tables.encoder_table(columns))
+  yield page.Heading("Encoders")
+  yield page.Table(tables.encoder_table(columns))
   yield from _describe_missing(outcomes)
   for name in tables.evaluation_names(columns):
-    yield Heading(name)
+    yield page.Heading(name)
     yield from _list_sheets(outcomes, name)
     protocol = tables.compare_protocols(columns, name)
-    yield Details("Protocol", [Table(table) for table in protocol.tables()])
+    yield page.Details(
+      "Protocol", [page.Table(table) for table in protocol.tables()]
+    )
 
 
 def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -217,8 +199,7 @@ def draw_charts(
   Published values of encoders of a size are hollow, where the data are the
   same.
 
-  Returns:
-    The charts, and the columns of `published.COLUMNS` among them.
+  Returns the charts, and the columns of `published.COLUMNS` among them.
   """
   references = [r for r in REFERENCES if r.size == size]
   drawn, quoted = [], []
@@ -301,13 +282,13 @@ def _published_table(quoted: Sequence[str]) -> list[list[str]]:
 
 def _describe_differences(
   outcomes: Sequence[Outcome], rows: Sequence[MetricRow], baseline: int
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   """The differences from the baseline, if there are any."""
   main = [r for r in rows if r.is_main and r.values[baseline] is not None]
   if not any(row.differences for row in main):
     return
   name = outcomes[baseline].name
-  yield Heading(f"Differences from {name}")
+  yield page.Heading(f"Differences from {name}")
   others = [i for i in range(len(outcomes)) if i != baseline]
   table = [["metric", *(outcomes[i].name for i in others)]]
   details, unpaired = [], []
@@ -320,16 +301,16 @@ def _describe_differences(
         details.append((f"{outcomes[i].name} − {name}", metric, c))
         if c.items == "errors":
           unpaired.append(f"{outcomes[i].name}, {metric.name}")
-  yield Table(table)
+  yield page.Table(table)
   how = _UNPAIRED.format("; ".join(unpaired)) if unpaired else _PAIRED
-  yield Note(_DIFFERENCES_NOTE + how)
+  yield page.Note(_DIFFERENCES_NOTE + how)
   whole = differences.contrast_table(details)
   chosen = [whole[0].index(column) for column in _CONTRAST]
-  table = Table([[line[k] for k in chosen] for line in whole])
-  yield Details("Intervals and p values", [table])
+  table = page.Table([[line[k] for k in chosen] for line in whole])
+  yield page.Details("Intervals and p values", [table])
 
 
-def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[Block]:
+def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:
   """A line for each evaluation without a result."""
   for field in ("failed", "skipped"):
     encoders: dict[tuple[str, str], list[str]] = {}
@@ -341,21 +322,21 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[Block]:
       suffix = f" ({', '.join(names)})" if len(outcomes) > 1 else ""
       lines.append(f"{name}{suffix}: {reason}")
     if lines:
-      yield Heading(field.capitalize())
-      yield Bullets(lines)
+      yield page.Heading(field.capitalize())
+      yield page.Bullets(lines)
 
 
 def _list_sheets(
   outcomes: Sequence[Outcome], evaluation: str
-) -> Iterator[Images]:
+) -> Iterator[page.Images]:
   """The sheets of an evaluation, those of one name side by side."""
-  sheets: dict[str, list[ImageFile]] = {}
+  sheets: dict[str, list[page.ImageFile]] = {}
   for outcome in outcomes:
     result = outcome.results.get(evaluation)
     for name, image in (result.sheets if result else {}).items():
       parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
       path = f"sheets/{file_name(*parts)}.png"
-      file = ImageFile(f"{name}, {outcome.name}", image, path)
+      file = page.ImageFile(f"{name}, {outcome.name}", image, path)
       sheets.setdefault(name, []).append(file)
   for files in sheets.values():
-    yield Images(files)
+    yield page.Images(files)

@@ -20,17 +20,7 @@ from mtv_jax.data.labels.join import JOINS, open_labels
 from mtv_jax.data.labels.label_sets import flatten
 from mtv_jax.experts.inspection import cards, findings, statistics
 from mtv_jax.experts.inspection.cards import Card, count_names
-from mtv_jax.report import charts
-from mtv_jax.report.page import (
-  Bullets,
-  Charts,
-  Details,
-  Heading,
-  Note,
-  Table,
-  html_image,
-  html_page,
-)
+from mtv_jax.report import charts, page
 from mtv_jax.report.style import escape
 from mtv_jax.utils import atomic, plots
 from mtv_jax.utils.cores import available_cores
@@ -88,27 +78,12 @@ def inspect_labels(
 ) -> dict[str, Any]:
   """Writes `sheet.png`, `index.html` and `statistics.json`.
 
-  Args:
-    data: the shards.
-    depth, boxes: folders of label sets, at least one of them.
-    out: folder to write to; created if missing.
-    count, seed: number of records in the images, and of their selection.
-    size: longer side of an image.
-    min_score: minimum score of a box, in images and statistics.
-    records: the most labels of a set in the statistics, evenly spaced; None
-      for all.
-    index_dir: folder of the indices of tar files, and of keys to join by.
-    join: "aligned", for sets of these shards, with statistics of the shards of
-      `data`; "key", for other copies, with statistics of the whole set.
-    progress: called with the kind, the number of labels read and to read.
-
-  Returns:
-    The statistics as written.
-
-  Raises:
-    ConfigError: there is no label set, or a number is out of range.
-    FileNotFoundError: a folder or a file is missing.
-    LabelError: a set has another kind or belongs to other records.
+  Returns the statistics as written. `count` random records are drawn, `size` is
+  the longer side of an image on the sheet, `min_score` the minimum of a box in
+  images and statistics. These read at most `records` labels of a set, evenly
+  spaced: with `join="aligned"` of the shards of `data`, with "key" (sets of
+  another copy of the images) of the whole set. `progress` is called with the
+  kind, the number of labels read and to read.
   """
   folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}
   if not folders:
@@ -192,7 +167,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
   """The page as HTML: the summary of `inspect`, and cards of some records."""
   title = f"Labels of {', '.join(summary['data'])}"
-  body = [Heading(title, level=1).html()]
+  body = [page.Heading(title, level=1).html()]
   for kind, stats in summary["sets"].items():
     read = stats["read"]["records"]
     part = f" Statistics of {read:,} labels, evenly spaced."
@@ -210,30 +185,30 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
     body += [f"<div class='cards{several}'>", *map(_render_card, cards)]
     body += ["</div>"]
   for kind, stats in summary["sets"].items():
-    body += [Heading(kind.capitalize()).html(), *_render_statistics(stats)]
-  return html_page(title, body, style=_STYLE)
+    body += [page.Heading(kind.capitalize()).html(), *_render_statistics(stats)]
+  return page.html_page(title, body, style=_STYLE)
 
 
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
-  yield Table([("statistic", ""), *describe(stats)]).html()
+  yield page.Table([("statistic", ""), *describe(stats)]).html()
   drawn = [
     _draw_histogram(histogram, title)
     for title, histogram in _histograms(stats).items()
     if histogram["count"]
   ]
-  yield Charts(drawn).html()
+  yield page.Charts(drawn).html()
   if stats.get("boxes"):
     yield _render_phrases(stats)
   if stats["reasons"]:
     rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
-    yield Note("From the manifest:").html()
-    yield Table([("times", "dropped or changed"), *rows]).html()
+    yield page.Note("From the manifest:").html()
+    yield page.Table([("times", "dropped or changed"), *rows]).html()
   rows = [
     (name, format_setting(value, _VALUE))
     for name, value in flatten(stats["settings"])
   ]
-  table = Table([("setting", ""), *rows])
-  yield Details("Settings of the label set", [table]).html()
+  table = page.Table([("setting", ""), *rows])
+  yield page.Details("Settings of the label set", [table]).html()
 
 
 def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
@@ -248,7 +223,7 @@ def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
 
 def _render_card(card: Card) -> str:
   images = "".join(
-    html_image(image, f"{kind} of {card.key}")
+    page.html_image(image, f"{kind} of {card.key}")
     for kind, image in card.images.items()
   )
   lines = [f"<b>{escape(card.key)}</b> <span class=note>{card.size}</span>"]
@@ -256,7 +231,9 @@ def _render_card(card: Card) -> str:
   lines += [f"<span class=note>{escape(note)}</span>" for note in card.notes]
   text = "".join(f"<div>{line}</div>" for line in lines)
   if more := card.captions[1:]:
-    text += Details(f"{len(more)} more captions", [Bullets(more)]).html()
+    text += page.Details(
+      f"{len(more)} more captions", [page.Bullets(more)]
+    ).html()
   names = [f"<i>{escape(name)}</i> " for name in count_names(card.names)]
   if names:
     text += f"<div class=names>{''.join(names[:_NAMES])}</div>"

@@ -324,8 +324,7 @@ def write_pages(
 ) -> list[pathlib.Path]:
   """Writes blocks as HTML, and as Markdown with its charts and images.
 
-  Returns:
-    The two pages, then the images and charts.
+  Returns the two pages, then the images and charts.
   """
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)

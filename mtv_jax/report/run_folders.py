@@ -65,15 +65,8 @@ def read_run(
 ) -> RunFolder:
   """Reads the folder of a run, finished or not.
 
-  Args:
-    folder: of the run.
-    name: by default the folder's.
-    arm: by default the name.
-    step: of the evaluations; by default the last one of each.
-
-  Raises:
-    MissingFileError: if it has no config.
-    InputError: for a file that can't be read.
+  `step` is the step of the evaluations, by default the last one of each.
+  MissingFileError without a config, InputError for a file that can't be read.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder)
@@ -138,12 +131,7 @@ def group_by_arm(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The resolved config of a run.
-
-  Raises:
-    MissingFileError: if there is none.
-    InputError: if a crash has truncated it, or it is not a config.
-  """
+  """The resolved config of a run."""
   path = folder / "config.json"
   if not path.is_file():
     raise MissingFileError(
@@ -169,9 +157,6 @@ def read_metrics(folder: pathlib.Path) -> Series:
   """The metrics of a run's `metrics.jsonl` by name; none without the file.
 
   Values that are not finite, or too large for a chart, are left out.
-
-  Raises:
-    InputError: for a file of another kind.
   """
   series = collections.defaultdict(dict)
   path = folder / "metrics.jsonl"
@@ -185,11 +170,7 @@ def read_metrics(folder: pathlib.Path) -> Series:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Rows of a run's JSON Lines, without a last one that a crash truncated.
-
-  Raises:
-    InputError: another line is not a row with a `step`.
-  """
+  """Rows of a run's JSON Lines, without a last one that a crash truncated."""
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
   rows = []
   for i, line in enumerate(lines, 1):
@@ -245,11 +226,7 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Measurements in order, the last one of each step; none if missing.
-
-  Raises:
-    InputError: a row is not one of `interference.interference_row`.
-  """
+  """Measurements in order, the last one of each step; none if missing."""
   rows = read_rows(path) if path.is_file() else []
   for row in rows:
     if not _is_measurement(row):

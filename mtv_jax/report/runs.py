@@ -14,23 +14,10 @@ from PIL import Image
 
 from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.encoder_requests import distinct_names
-from mtv_jax.report import charts, tables
+from mtv_jax.report import charts, page, tables
 from mtv_jax.report.changes import describe_changes
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.evaluations import draw_metric, interval_row
-from mtv_jax.report.page import (
-  Block,
-  Charts,
-  Code,
-  Details,
-  Heading,
-  ImageFile,
-  Images,
-  Note,
-  Swatch,
-  Table,
-  write_pages,
-)
 from mtv_jax.report.run_folders import (
   RunFolder,
   group_by_arm,
@@ -71,18 +58,8 @@ def write_runs(
 ) -> list[pathlib.Path]:
   """Writes the report of one run, or of several over each other.
 
-  Args:
-    runs: folders of runs, finished or not.
-    output: folder of `report.html`, `report.md` and the images of the latter.
-    names: regular expression of logged metrics to draw beside the default ones.
-
-  Returns:
-    The two pages.
-
-  Raises:
-    ConfigError: for the same folder twice, or a study among them.
-    MissingFileError: for a folder that is not a run's.
-    InputError: for a file that can't be read, or `names` that match nothing.
+  `names` is a regular expression of logged metrics to draw beside the default
+  ones. Returns the two pages.
   """
   paths = [str(pathlib.Path(run)) for run in runs]
   if len({*map(os.path.realpath, paths)}) < len(paths):
@@ -100,7 +77,7 @@ def write_runs(
   if len(read) > _MAX_NAMES:
     title = f"{len(read)} runs"
   blocks = _describe_runs(read, pathlib.Path(output), names)
-  return write_pages(title, blocks, output)[:2]
+  return page.write_pages(title, blocks, output)[:2]
 
 
 def format_run(folder: str | os.PathLike) -> str:
@@ -111,9 +88,9 @@ def format_run(folder: str | os.PathLike) -> str:
 
 def _describe_runs(
   runs: Sequence[RunFolder], output: pathlib.Path, names: str | None
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   """The sections on runs; runs that differ in the seed alone are an arm."""
-  yield Table(runs_table(runs), numbers=1)
+  yield page.Table(runs_table(runs), numbers=1)
   if any(run.outcome.results for run in runs):
     yield from _describe_metrics(runs)
   yield from describe_changes(runs)
@@ -123,11 +100,11 @@ def _describe_runs(
   yield from describe_configs(runs)
 
 
-def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[Block]:
+def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
   """The last metrics with errors and chance, and their charts."""
   outcomes = [run.outcome for run in runs]
   rows = tables.compare(outcomes)
-  yield Heading("Metrics")
+  yield page.Heading("Metrics")
   # Without links, as there is no heading for each evaluation, and without
   # columns of runs that have no result.
   kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
@@ -137,21 +114,21 @@ def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[Block]:
       outcomes, rows
     )
   ]
-  yield Table(table, numbers=2)
-  yield Note(_VALUES_NOTE)
+  yield page.Table(table, numbers=2)
+  yield page.Note(_VALUES_NOTE)
   rows = [row for row in rows if row.evaluation not in tables.DESCRIPTIVE]
   rows = [row for row in rows if any(v is not None for v in row.values)]
   if len(runs) == 1:
-    yield Charts(_draw_evaluations(rows))
+    yield page.Charts(_draw_evaluations(rows))
     return
-  yield Note(f"Bold: {tables.BEST_NOTE}.")
+  yield page.Note(f"Bold: {tables.BEST_NOTE}.")
   drawn = {True: [], False: []}
   for row in rows:
     names = {i: run.name for i, run in enumerate(runs)}
     drawn[row.is_main].append(draw_metric(row, names))
-  yield Charts(drawn[True])
+  yield page.Charts(drawn[True])
   if drawn[False]:
-    yield Details("Further metrics", [Charts(drawn[False])])
+    yield page.Details("Further metrics", [page.Charts(drawn[False])])
 
 
 def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
@@ -169,17 +146,17 @@ def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
 
 def describe_training(
   runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   """Training curves of arms over each other, also of the speed if `timed`."""
   curves, further = draw_training_curves(runs, timed=timed, names=names)
   if not curves and not further:
     return
-  yield Heading("Training")
-  yield Note(_CURVES_NOTE)
-  yield Charts(curves)
+  yield page.Heading("Training")
+  yield page.Note(_CURVES_NOTE)
+  yield page.Charts(curves)
   if further:
     title = "Further metrics, gradient norms, weights, speed"
-    yield Details(title, [Charts(further)])
+    yield page.Details(title, [page.Charts(further)])
 
 
 def draw_training_curves(
@@ -282,18 +259,18 @@ def _find_unit(
   return "", None
 
 
-def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[Block]:
+def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
   """Conflicts between the gradients of objectives, where they are measured."""
   arms = group_by_arm(runs).items()
   drawn = {arm: draw_interference(runs) for arm, runs in arms}
   drawn = {arm: maps for arm, maps in drawn.items() if maps}
   if not drawn:
     return
-  yield Heading("Gradients of objectives")
-  yield Note(_GRADIENTS_NOTE)
+  yield page.Heading("Gradients of objectives")
+  yield page.Note(_GRADIENTS_NOTE)
   for arm, maps in drawn.items():
-    yield Heading(arm, level=3)
-    yield Charts(maps)
+    yield page.Heading(arm, level=3)
+    yield page.Charts(maps)
 
 
 def draw_interference(runs: Sequence[RunFolder]) -> list[Chart]:
@@ -361,21 +338,21 @@ def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
 
 def describe_sheets(
   runs: Sequence[RunFolder], output: pathlib.Path
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   """Images of evaluations, those of the runs side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
   if keys:
-    yield Heading("Images")
+    yield page.Heading("Images")
   for key in keys:
-    yield Heading(": ".join(key), level=3)
-    yield Images(
+    yield page.Heading(": ".join(key), level=3)
+    yield page.Images(
       [_read_sheet(run, *key, output) for run in runs if key in run.sheets]
     )
 
 
 def _read_sheet(
   run: RunFolder, evaluation: str, name: str, output: pathlib.Path
-) -> ImageFile:
+) -> page.ImageFile:
   source = run.sheets[evaluation, name].resolve()
   try:
     with Image.open(source) as file:
@@ -391,22 +368,26 @@ def _read_sheet(
     path = source.relative_to(output.resolve()).as_posix()
   else:
     path = f"sheets/{file_name(run.name, evaluation, name)}.png"
-  return ImageFile(run.name, np.asarray(image), path, source)
+  return page.ImageFile(run.name, np.asarray(image), path, source)
 
 
-def describe_configs(runs: Sequence[RunFolder]) -> Iterator[Block]:
+def describe_configs(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
   """Commands, configs, and what differs between them."""
   commands = [run.command for run in runs if run.command]
   if commands:
-    yield Heading("Commands")
-    yield Code("\n".join(commands))
-  yield Heading("Configs")
+    yield page.Heading("Commands")
+    yield page.Code("\n".join(commands))
+  yield page.Heading("Configs")
   if len(runs) > 1:
     table = config_table(runs)
-    yield Table(table) if len(table) > 1 else Note("The configs are equal.")
+    yield (
+      page.Table(table)
+      if len(table) > 1
+      else page.Note("The configs are equal.")
+    )
   for run in runs:
     text = json.dumps(run.config, indent=1, sort_keys=True)
-    yield Details(f"Config of {run.name}", [Code(text)])
+    yield page.Details(f"Config of {run.name}", [page.Code(text)])
 
 
 def runs_table(
@@ -421,7 +402,7 @@ def runs_table(
     total = run.config.get("total_steps")
     progress = f"{steps:,}"
     progress += "" if total in (None, steps) else f"/{total:,}"
-    name = Swatch(run.name, colours[run.arm])
+    name = page.Swatch(run.name, colours[run.arm])
     rows.append([name, str(run.seed), progress, f"{steps * batch:,}"])
     if timed:
       rows[-1].append(_last(run, "speed/images_per_second", ".0f"))

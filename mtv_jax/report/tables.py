@@ -293,10 +293,8 @@ def metrics_table(
 ) -> list[list[str]]:
   """The metrics with errors: a header, then rows; bold is `MetricRow.best`.
 
-  Args:
-    outcomes: a column each.
-    rows: by default those of `compare`.
-    further: cells of a last column, its header first.
+  A column for each outcome; `further` are cells of a last column, its header
+  first.
   """
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]

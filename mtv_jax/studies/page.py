@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mtv_jax.perf.flops import build_long_step_spec
-from mtv_jax.report import charts, differences, runs, tables
+from mtv_jax.report import charts, differences, page, runs, tables
 from mtv_jax.report.charts import Chart, Row
 from mtv_jax.report.contrasts import (
   DISTINCT,
@@ -23,16 +23,6 @@ from mtv_jax.report.contrasts import (
   Metric,
 )
 from mtv_jax.report.differences import EMPTY, format_ends, format_value
-from mtv_jax.report.page import (
-  Block,
-  Bullets,
-  Charts,
-  Details,
-  Heading,
-  Note,
-  Table,
-  write_pages,
-)
 from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import Run
@@ -73,52 +63,43 @@ def write_study(
 ) -> list[pathlib.Path]:
   """Writes the report of a study, from the runs that are finished.
 
-  Args:
-    folder: of the study.
-    output: folder of the pages; default: the study's.
-
-  Returns:
-    The two pages.
-
-  Raises:
-    InputError: it is not a study, a run has other settings than the study's,
-      or a file can't be read.
+  Into the folder of the study by default. Returns the two pages.
   """
   results = statistics.read_study(pathlib.Path(folder))
   output = pathlib.Path(folder if output is None else output)
   title = f"Study: {results.study.kind}"
   blocks = [*_describe_study(results), *_describe_runs(results, output)]
-  return write_pages(title, blocks, output)[:2]
+  return page.write_pages(title, blocks, output)[:2]
 
 
-def _describe_study(results: StudyResults) -> Iterator[Block]:
+def _describe_study(results: StudyResults) -> Iterator[page.Block]:
   """What the study says, from its finished runs."""
   study, data = results.study, results.measurements
-  yield Bullets(_summarise(results))
+  yield page.Bullets(_summarise(results))
   main = select_main(results.metrics)
   if not main:
-    yield Note("No run is finished.")
+    yield page.Note("No run is finished.")
     return
   compared = statistics.compare(data, main, baseline=study.baseline)
-  yield Heading("Arms")
-  yield Table(values_table(data, main), numbers=1)
-  yield Note(_ARMS_NOTE)
+  yield page.Heading("Arms")
+  yield page.Table(values_table(data, main), numbers=1)
+  yield page.Note(_ARMS_NOTE)
   if differing := _describe_protocols(results):
-    yield Note(_PROTOCOLS_NOTE)
-    yield Bullets(differing)
-  yield Charts(draw_arms(data, main, compared))
+    yield page.Note(_PROTOCOLS_NOTE)
+    yield page.Bullets(differing)
+  yield page.Charts(draw_arms(data, main, compared))
   further = [metric for metric in results.metrics if metric not in main]
   if further:
-    table = Table(values_table(data, further), numbers=1)
-    yield Details("Further metrics", [table])
+    table = page.Table(values_table(data, further), numbers=1)
+    yield page.Details("Further metrics", [table])
   if study.kind == "scaling":
     yield from _describe_scaling(results, main)
     return
-  yield Heading(f"Differences from {study.baseline}")
+  yield page.Heading(f"Differences from {study.baseline}")
   yield from _describe_differences(compared, main)
-  yield Note(_DIFFERENCES_NOTE)
+  yield page.Note(_DIFFERENCES_NOTE)
   if study.kind == "ladder" and len(data.values) > 2:
-    yield Heading("Differences from the arm before")
+    yield page.Heading("Differences from the arm before")
     steps = statistics.compare_in_order(data, main)
     yield from _describe_differences(steps, main)
   if study.kind == "pairs":
@@ -127,7 +108,7 @@ def _describe_study(results: StudyResults) -> Iterator[Block]:
 
 def _describe_runs(
   results: StudyResults, output: pathlib.Path
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   """Curves, gradients and sheets of the finished runs, and their configs."""
   if not results.runs:
     return
@@ -136,8 +117,8 @@ def _describe_runs(
   yield from runs.describe_training(results.runs, timed=False)
   yield from runs.describe_gradients(results.runs)
   yield from runs.describe_sheets(first, output)
-  yield Heading("Runs")
-  yield Table(runs.runs_table(results.runs, timed=False), numbers=1)
+  yield page.Heading("Runs")
+  yield page.Table(runs.runs_table(results.runs, timed=False), numbers=1)
   yield from runs.describe_configs(first)
 
 
@@ -254,8 +235,8 @@ def draw_arms(
 
 def _describe_differences(
   compared: Sequence[Comparison], metrics: Sequence[Metric]
-) -> Iterator[Block]:
-  yield Table(differences_table(compared, metrics))
+) -> Iterator[page.Block]:
+  yield page.Table(differences_table(compared, metrics))
   by_name = {metric.name: metric for metric in metrics}
   yield _details(
     [(f"{c.arm} − {c.baseline}", by_name[c.metric], c) for c in compared]
@@ -279,18 +260,18 @@ def differences_table(
   ]
 
 
-def _details(rows: Sequence[tuple[str, Metric, Contrast]]) -> Block:
-  table = Table(differences.contrast_table(rows))
-  return Details("Intervals and p values", [table])
+def _details(rows: Sequence[tuple[str, Metric, Contrast]]) -> page.Block:
+  table = page.Table(differences.contrast_table(rows))
+  return page.Details("Intervals and p values", [table])
 
 
 def _describe_synergy(
   results: StudyResults, metrics: Sequence[Metric]
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   synergies = statistics.find_synergies(results.measurements, metrics)
-  yield Heading("Synergy")
-  yield Note(_SYNERGY_NOTE)
-  yield Charts(draw_synergies(synergies, metrics))
+  yield page.Heading("Synergy")
+  yield page.Note(_SYNERGY_NOTE)
+  yield page.Charts(draw_synergies(synergies, metrics))
   yield _details(synergy_rows(synergies, metrics))
 
 
@@ -338,19 +319,19 @@ def synergy_rows(
 
 def _describe_scaling(
   results: StudyResults, metrics: Sequence[Metric]
-) -> Iterator[Block]:
+) -> Iterator[page.Block]:
   first = {run.arm: run for run in reversed(results.study.runs)}
   sizes = {arm: measure_size(run) for arm, run in first.items()}
   data = results.measurements
   fits = scaling.fit_metrics(data, metrics, sizes)
-  yield Heading("Scaling")
+  yield page.Heading("Scaling")
   # Without limits all arms have the data's images, and may see more or fewer.
   limited = all(_count_distinct(run.arm) for run in results.study.runs)
   x_label = "distinct images" if limited else "images seen"
-  yield Charts(scaling.draw_scaling(data, metrics, sizes, fits, x_label))
-  yield Note(_SCALING_NOTE)
-  yield Bullets(scaling.describe_laws(fits))
-  yield Table(scaling.fits_table(fits), numbers=1)
+  yield page.Charts(scaling.draw_scaling(data, metrics, sizes, fits, x_label))
+  yield page.Note(_SCALING_NOTE)
+  yield page.Bullets(scaling.describe_laws(fits))
+  yield page.Table(scaling.fits_table(fits), numbers=1)
 
 
 def measure_size(run: Run) -> dict[str, Any]:

@@ -75,11 +75,7 @@ class ScalingFit:
   def predict(
     self, x: Mapping[str, Float[np.ndarray, " m"]]
   ) -> Float[np.ndarray, " m"]:
-    """Values of the metric at m points.
-
-    Raises:
-      InputError: without a fit.
-    """
+    """Values of the metric at m points."""
     if not self.is_identifiable:
       raise InputError(
         f"the fit of {self.metric} has no parameters: {self.note}"
@@ -109,18 +105,8 @@ def fit_scaling(
   the ratio of Student's t to the normal distribution, as so few points tell
   their size badly: for a linear law this gives the t interval (our choice).
 
-  Args:
-    metric: a fraction where higher is better (e = 1 - metric), or a metric
-      where lower is better (e = metric).
-    x: `images`, `parameters` or both, of each point.
-    values: of the metric; points without a finite one are left out.
-    saturating: whether the error has a floor e_0.
-    resamples: number of fits for the intervals.
-    seed: of the resamples.
-
-  Raises:
-    InputError: for a metric that is no error, or values or variables that are
-      not positive.
+  The metric is a fraction where higher is better (e = 1 - metric), or lower is
+  better (e = metric); points without a finite value are left out.
   """
   if not metric.lower and metric.unit != "%":
     raise InputError(
@@ -325,11 +311,8 @@ def fit_metrics(
 ) -> dict[str, ScalingFit]:
   """A scaling law of each metric that is an error or a fraction.
 
-  Args:
-    data: of all arms; each run is a point.
-    metrics: those to fit.
-    sizes: `images` and `parameters` of each arm; a variable that does not vary
-      is left out.
+  Each run is a point; `sizes` has `images` and `parameters` of each arm, and a
+  variable that does not vary is left out.
   """
   fits = {}
   for metric in metrics:

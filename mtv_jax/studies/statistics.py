@@ -65,12 +65,7 @@ class Summary:
 
 
 def read_study(folder: pathlib.Path) -> StudyResults:
-  """Reads the finished runs of a study.
-
-  Raises:
-    InputError: it is not a study, the folder of a run has other settings than
-      the study's, or a file can't be read.
-  """
+  """Reads the finished runs of a study."""
   study = runner.read(folder)
   arms = {run.arm: {} for run in study.runs}
   metrics: dict[str, Metric] = {}
@@ -105,11 +100,7 @@ def _get_result(run: RunFolder, name: str) -> Result:
 def compare(
   data: Measurements, metrics: Sequence[Metric], *, baseline: str
 ) -> list[Comparison]:
-  """Compares every other arm with the baseline on each metric, as one family.
-
-  Raises:
-    InputError: if there is no such arm.
-  """
+  """Compares the other arms with the baseline on each metric, as one family."""
   arms = [arm for arm in data.values if arm != baseline]
   if len(arms) == len(data.values):
     names = ", ".join(data.values)
@@ -143,11 +134,6 @@ def find_synergies(
 
   The better of A and B is chosen by its mean, which is then on average too
   good by a part of its error: the gain over it is rather too small.
-
-  Args:
-    data: of all arms; those whose parts are not arms are left out.
-    metrics: rows, in order.
-    baseline: the arm with neither A nor B; None for chance.
   """
   pairs = [(arm, *arm.split("+")) for arm in data.values if arm.count("+") == 1]
   pairs = [pair for pair in pairs if {*pair} <= {*data.values}]

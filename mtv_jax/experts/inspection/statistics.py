@@ -53,19 +53,8 @@ def gather(
 ) -> dict[str, Any]:
   """Statistics of a label set.
 
-  Args:
-    labels: the set.
-    shards: names of the shards to read; None for all.
-    records: the most labels to read, evenly spaced; None for all.
-    min_score: minimum score of a box, as in training.
-    progress: called with the number of labels read and to read.
-
-  Returns:
-    For JSON: `records`, `labelled` and `reasons` of the manifest, the rest of
-    the labels that were `read`.
-
-  Raises:
-    ConfigError: `records` is not positive.
+  Reads at most `records` labels, evenly spaced, of the named `shards` (None: of
+  all), and boxes that score `min_score` or more, as in training.
   """
   check_value(records, PositiveInt | None, "records")
   chosen = [

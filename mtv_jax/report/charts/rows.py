@@ -25,7 +25,7 @@ from mtv_jax.utils.plots import shorten, text_width
 
 _ROW = 24  # Height of a row.
 _CELL = 44  # Width of a cell; its height is `_ROW`.
-_BARS = (248, 84)  # Width and height of the bars of a histogram.
+_BARS = (276, 84)  # Width and height of the bars of a histogram.
 
 
 class Row(NamedTuple):
@@ -146,15 +146,9 @@ def heat_map(
 ) -> Chart:
   """A table of numbers, coloured by sign and size.
 
-  Args:
-    title: above the chart.
-    values: one list a row; None leaves a cell empty.
-    rows: names of the rows.
-    columns: names of the columns.
-    name: of the chart's file.
-    limit: the size at which the colour is full; default: the largest.
-    x_label: what the columns are.
-    marks: cells whose number is in bold.
+  `limit` is the size at which the colour is full, by default the largest;
+  `x_label` is what the columns are; numbers with `marks` are in bold, and None
+  leaves a cell empty.
   """
   known = [abs(v) for row in values for v in row if is_drawn(v)]
   limit = limit or max(known, default=0) or 1.0
