@@ -95,6 +95,18 @@ def bucket(request):
   return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(scope="session")
+def browser():
+  """A headless Chromium; skips where there is none."""
+  import chromium
+
+  path = chromium.find_browser()
+  if path is None:
+    pytest.skip(f"needs one of {', '.join(chromium.NAMES)}")
+  with chromium.launch(path) as browser:
+    yield browser
+
+
 @pytest.fixture
 def colours():
   from colour_encoder import ColourEncoder

@@ -20,9 +20,9 @@ from typing import Any
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.main import run_module
+from mtv_jax.report.charts import Series, line_chart, thin_out, write_files
 from mtv_jax.train.runtime.launch import launch
 from mtv_jax.utils import atomic
-from mtv_jax.utils.charts import Series, line_chart, thin_out, write_files
 
 _PERIOD = 1.0
 _MAX_GROWTH = 50.0  # MB

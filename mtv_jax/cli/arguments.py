@@ -202,6 +202,8 @@ def check_writable(folder: str, *parts: str) -> None:
   Raises:
     InputError: it, or a folder above it, is a file or not writable.
   """
+  if "\0" in folder:
+    raise InputError(f"--output={folder!r} has the character NUL.")
   path = pathlib.Path(folder, *parts).absolute()
   existing = next(p for p in (path, *path.parents) if p.exists())
   if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):

@@ -32,9 +32,8 @@ from mtv_jax.evals import encoder_requests, store, suite
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.encoder_requests import Request
-from mtv_jax.evals.report import tables
-from mtv_jax.evals.report.report import file_name
-from mtv_jax.studies.report import encoder_report
+from mtv_jax.report import evaluations, tables
+from mtv_jax.utils.text import file_name
 
 _ENCODERS = "encoders"  # Folder of the stored results.
 
@@ -73,7 +72,7 @@ def run(
   names = [column.name for column in columns]
   encoder_requests.check_names(names)
   baseline = args.baseline or names[0]
-  encoder_report.check_baseline(baseline, names)
+  evaluations.check_baseline(baseline, names)
   requests = [column for column in columns if isinstance(column, Request)]
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
   evaluated = suite.evaluate(
@@ -86,9 +85,10 @@ def run(
   outcomes = [by_name.get(column.name, column) for column in columns]
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
-      print(tables.format_metrics(outcomes, split=True))
+      index = names.index(baseline)
+      print(tables.format_metrics(outcomes, split=True, baseline=index))
     size = None if args.reference == "none" else args.reference
-    files = encoder_report.write_encoders(
+    files = evaluations.write_comparison(
       outcomes, args.output, baseline=baseline, size=size
     )
     print("\nWritten:", *files, sep="\n  ")

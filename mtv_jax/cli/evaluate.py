@@ -26,7 +26,8 @@ from mtv_jax.evals import run as evals
 from mtv_jax.evals import suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.encoder_requests import parse_requests
-from mtv_jax.evals.report import references, tables
+from mtv_jax.evals.published import SIZES
+from mtv_jax.report import evaluations, tables
 
 
 class DataOptions(arguments.Flags):
@@ -71,7 +72,7 @@ class Evaluations(DataOptions):
   data: list[str] = ()
   set: list[str] = ()
   published: bool = False
-  reference: Literal[*references.SIZES, "none"] = "base"
+  reference: Literal[*SIZES, "none"] = "base"
 
 
 class Flags(Evaluations, arguments.Weights, arguments.Distributed):
@@ -140,7 +141,9 @@ def run(args: Flags) -> None:
       results.write(args.json, outcomes)
     if args.output:
       size = None if args.reference == "none" else args.reference
-      files = suite.write(args.output, outcomes, compared=compared, size=size)
+      files = evaluations.write_evaluation(
+        args.output, outcomes, compared=compared, size=size
+      )
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))

@@ -22,7 +22,7 @@ from typing import Literal
 from mtv_jax.cli import arguments
 from mtv_jax.data.labels.join import JOINS
 from mtv_jax.data.labels.label_values import KINDS
-from mtv_jax.experts.inspection import inspect_labels
+from mtv_jax.report import labels
 from mtv_jax.utils.progress import Progress
 
 
@@ -58,7 +58,7 @@ def run(args: Flags) -> None:
   """Writes the files and prints a summary."""
   bars = {kind: Progress(unit=f"labels of {kind}") for kind in KINDS}
   names = "depth boxes count seed size min_score records index_dir join"
-  summary = inspect_labels.inspect(
+  summary = labels.inspect_labels(
     args.data,
     out=args.output,
     progress=lambda kind, done, total: bars[kind](done, total),
@@ -67,6 +67,6 @@ def run(args: Flags) -> None:
   if args.json:
     print(json.dumps(summary, ensure_ascii=False, indent=1))
     return
-  print(inspect_labels.format_summary(summary))
+  print(labels.format_summary(summary))
   for name in ("sheet.png", "index.html", "statistics.json"):
     print(f"wrote {args.output}/{name}")

@@ -37,7 +37,6 @@ COMMANDS = {
   "preflight": "compile a config for a topology without one",
   "bench": "benchmarks against limits of this machine",
   "report": "put runs on one page",
-  "plot_run": "plot a run's metrics",
   "show_scenes": "draw built-in scenes with their labels",
 }
 # Functions of commands other than `run` in the module of that name.

@@ -20,7 +20,7 @@ from mtv_jax.cli import arguments
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals
 from mtv_jax.evals.core import results as results_lib
-from mtv_jax.evals.report import tables
+from mtv_jax.report import tables
 
 
 class Flags(arguments.Weights, arguments.Distributed):

@@ -18,7 +18,7 @@ from mtv_jax.config import foreign
 from mtv_jax.convert import card, folders, native
 from mtv_jax.encoder import hub
 from mtv_jax.evals.core import results as results_lib
-from mtv_jax.evals.report import tables
+from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 

@@ -14,8 +14,8 @@ import json
 from typing import Literal
 
 from mtv_jax.cli import arguments
-from mtv_jax.evals.report import tables
 from mtv_jax.evals.vqa import answer_files
+from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 
 

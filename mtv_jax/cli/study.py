@@ -25,8 +25,7 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
-from mtv_jax.studies import arms, expand, runner, table
-from mtv_jax.studies.report import report
+from mtv_jax.studies import arms, expand, page, runner, table
 from mtv_jax.utils.errors import UserError
 
 
@@ -118,7 +117,7 @@ def run(
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
   """Writes the report; an error is printed, as the runs are complete."""
   try:
-    paths = report.write_study(folder)
+    paths = page.write_study(folder)
   except (UserError, OSError) as error:
     print(f"study: no report: {message(error)}", file=sys.stderr)
   except Exception:

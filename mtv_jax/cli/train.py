@@ -21,7 +21,6 @@ import jax
 from mtv_jax.cli import arguments
 from mtv_jax.config import schema
 from mtv_jax.perf.preflight import remat
-from mtv_jax.studies.report import report
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
@@ -80,11 +79,13 @@ def write_report(folder: str) -> None:
     UploadError: it is not in the run's bucket.
   """
   try:
+    from mtv_jax.report import runs  # Not before training: it is large.
+
     with workdir.open_run_folder(folder) as run:
-      if text := report.format_run(run.folder):
+      if text := runs.format_run(run.folder):
         with contextlib.suppress(OSError):  # A full disk, a closed terminal.
           print(f"\n{text}\n", flush=True)
-      pages = report.write_runs([run.folder], run.folder)
+      pages = runs.write_runs([run.folder], run.folder)
       names = (f"{folder}/{page.name}" for page in pages)
       log.info("Wrote %s", ", ".join(names))
   except workdir.UploadError:

@@ -67,12 +67,7 @@ class Options:
 
 
 def make_arms(kind: str, config: ConfigDict, options: Options) -> Arms:
-  """The arms of a study of a checked config.
-
-  Raises:
-    ConfigError: for an unknown kind, options of another kind, or a config that
-      gives fewer than two arms.
-  """
+  """The arms of a study of a checked config."""
   if kind not in KINDS:
     raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
   make, taken = KINDS[kind]
@@ -105,12 +100,7 @@ def make_arms(kind: str, config: ConfigDict, options: Options) -> Arms:
 def group_objectives(
   config: ConfigDict, order: Sequence[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-  """The config's objectives by group.
-
-  Raises:
-    ConfigError: the config has no objectives, or `order` names a group twice
-      or one without objectives in this config.
-  """
+  """The config's objectives by group."""
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
   group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
   for name, entry in config.objectives.items():

@@ -22,9 +22,9 @@ from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.encoder_requests import parse_requests
-from mtv_jax.evals.report import tables
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
+from mtv_jax.report import tables
 from mtv_jax.utils.errors import ConfigError, InputError
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mtv_jax.studies.contrasts import Metric
-from mtv_jax.studies.scaling_fits import fit_scaling
+from mtv_jax.report.contrasts import Metric
+from mtv_jax.studies.scaling import fit_scaling
 from mtv_jax.utils.errors import InputError
 
 TOP1, RMSE = Metric("top1"), Metric("rmse", unit="m", lower=True)

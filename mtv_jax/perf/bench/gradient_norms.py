@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from mtv_jax.perf.bench import harness
-from mtv_jax.utils.curves import read_rows
+from mtv_jax.report.run_folders import read_rows
 from mtv_jax.utils.errors import InputError
 
 
