@@ -5,11 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath --no-symlinks "$1") extras=${2:-}
 "$python" -m pip install --quiet --disable-pip-version-check uv
-# uv does not read pip's configuration.
+# uv does not read pip's configuration, neither its files nor its variables.
+settings=$("$python" -m pip config list)
 configure() {
   local value
-  value=$("$python" -m pip config get "global.$1" 2> /dev/null) || return 0
-  export "$2=$value"
+  value=$(sed -n "s/^.*\.$1='\(.*\)'$/\1/p" <<< "$settings" | tail -n 1)
+  [ -z "$value" ] || export "$2=$value"
 }
 configure index-url UV_DEFAULT_INDEX
 configure find-links UV_FIND_LINKS
