@@ -92,7 +92,7 @@ def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
   members = [[c for c in found if c.metric.name == name] for name in names]
   yield Charts([_draw_metric(changes, colours) for changes in members])
   rows = [
-    (f"{change.arm}, step {step:,}", change.metric, contrast)
+    (f"{change.arm}, step {step:,}", contrast)
     for change in found
     for step, contrast in change.by_step.items()
   ]
@@ -203,7 +203,7 @@ def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
         change.arm,
         format_value(change.start, change.metric),
         *(
-          format_difference(change.by_step[step], change.metric, seeds=False)
+          format_difference(change.by_step[step], seeds=False)
           + f"\nat step {step:,}"
           for step in steps
         ),

@@ -293,14 +293,14 @@ def _describe_differences(
   table = [["metric", *(outcomes[i].name for i in others)]]
   details, unpaired = [], []
   for row in main:
-    metric = tables.describe_metric(row)
     cells = [row.differences.get(i) for i in others]
-    table.append([metric.label, *(differences.cell(c, metric) for c in cells)])
+    label = tables.describe_metric(row).label
+    table.append([label, *map(differences.format_verdict, cells)])
     for i, c in zip(others, cells, strict=True):
       if c is not None:
-        details.append((f"{outcomes[i].name} − {name}", metric, c))
+        details.append((f"{outcomes[i].name} − {name}", c))
         if c.items == "errors":
-          unpaired.append(f"{outcomes[i].name}, {metric.name}")
+          unpaired.append(f"{outcomes[i].name}, {c.metric.name}")
   yield page.Table(table)
   how = _UNPAIRED.format("; ".join(unpaired)) if unpaired else _PAIRED
   yield page.Note(_DIFFERENCES_NOTE + how)
