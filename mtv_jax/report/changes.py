@@ -167,7 +167,7 @@ def _read(path: pathlib.Path, name: str) -> Result:
   for outcome in read_outcomes(path):
     if name in outcome.results:
       return outcome.results[name]
-  raise InputError(f"{path} has no results of {name!r}.")
+  raise InputError(f"{path} lacks results of {name!r}.")
 
 
 def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:

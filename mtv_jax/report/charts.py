@@ -184,7 +184,7 @@ class Series(NamedTuple):
   colour: int = 0
   # (x, low, high), drawn as an area, or as bars through dots.
   intervals: Sequence[tuple[Number, Number, Number]] = ()
-  style: str = "line"  # or "dots", or "dashed", which has no label
+  style: str = "line"  # or "dots", or "dashed" (without a label)
 
 
 def line_chart(

@@ -31,7 +31,7 @@ DISTINCT = (BETTER, WORSE)
 LEVEL = 0.95
 # Draws of seeds for each resample of the items.
 _SEED_DRAWS = 10
-# Of the values: differences that vary less are equal up to rounding.
+# Relative to the values: differences that vary less are equal.
 _EQUAL = 1e-9
 
 
@@ -214,7 +214,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Holm's step-down adjusted p values (Holm 1979).
 
   In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value is no test, and does not count.
+  most 1. A missing p value does not count as a test.
   """
   tested = [i for i, p in enumerate(p_values) if p is not None]
   adjusted: list[float | None] = [None] * len(p_values)
@@ -284,7 +284,7 @@ def estimate_contrast(
     data, metric, weights, used, paired=is_paired, seed_error=error or 0.0
   )
   if source:
-    # Of the difference without its constant.
+    # The resamples give the difference without its constant.
     item_low, item_high = item_low + constant, item_high + constant
   if p is None and source and item_error > 0:
     test = "items"
@@ -401,7 +401,7 @@ def _welch_error(
 
 
 def standard_error(values: np.ndarray) -> float:
-  """Of the mean of two values or more."""
+  """The standard error of the mean of two or more values."""
   return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 

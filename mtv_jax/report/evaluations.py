@@ -45,13 +45,13 @@ _DIFFERENCES_NOTE = (
   "test set, for these encoders: the variation over seeds of a training is not "
   "included. A difference is better or worse if the interval excludes 0 and p, "
   "corrected for all comparisons of main metrics on this page (Holm 1979), is "
-  "below 0.05; it is missing if an encoder has no result by the other one's "
+  "below 0.05; it is missing if an encoder lacks a result by the other one's "
   "protocol. "
 )
 _PAIRED = "All are paired: both encoders' metrics on the same resamples."
 _UNPAIRED = (
-  "Not paired, from the standard errors of both, which is wider: {}. The "
-  "others are of both encoders' metrics on the same resamples."
+  "Not paired, from the standard errors of both, which is wider: {}. All other "
+  "differences are between both metrics on the same resamples."
 )
 # Columns of `differences.contrast_table` without the intervals over seeds.
 _CONTRAST = (
@@ -329,7 +329,7 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:
 def _list_sheets(
   outcomes: Sequence[Outcome], evaluation: str
 ) -> Iterator[page.Images]:
-  """The sheets of an evaluation, those of one name side by side."""
+  """The sheets of an evaluation; sheets of one name are side by side."""
   sheets: dict[str, list[page.ImageFile]] = {}
   for outcome in outcomes:
     result = outcome.results.get(evaluation)

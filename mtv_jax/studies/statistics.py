@@ -92,7 +92,7 @@ def read_study(folder: pathlib.Path) -> StudyResults:
 
 def _get_result(run: RunFolder, name: str) -> Result:
   if name not in run.outcome.results:
-    raise InputError(f"{run.files[name]} has no results of {name!r}.")
+    raise InputError(f"{run.files[name]} lacks results of {name!r}.")
   return run.outcome.results[name]
 
 
