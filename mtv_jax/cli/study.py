@@ -107,7 +107,7 @@ def run(
   status = runner.run_study(folder, study, index=args.index, log_fn=log)
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
-  # Of several runners, the last one to finish has all results.
+  # If several runners share the study, the last one has all results.
   reported = True
   if status.finished and not status.leased:
     reported = write_report(folder, log)

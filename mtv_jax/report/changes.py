@@ -92,7 +92,7 @@ def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
   members = [[c for c in found if c.metric.name == name] for name in names]
   yield Charts([_draw_metric(changes, colours) for changes in members])
   rows = [
-    (f"{change.arm}, step {step:,}", change.metric, contrast)
+    (f"{change.arm}, step {step:,}", contrast)
     for change in found
     for step, contrast in change.by_step.items()
   ]
@@ -167,7 +167,7 @@ def _read(path: pathlib.Path, name: str) -> Result:
   for outcome in read_outcomes(path):
     if name in outcome.results:
       return outcome.results[name]
-  raise InputError(f"{path} has no results of {name!r}.")
+  raise InputError(f"{path} lacks results of {name!r}.")
 
 
 def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
@@ -203,7 +203,7 @@ def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
         change.arm,
         format_value(change.start, change.metric),
         *(
-          format_difference(change.by_step[step], change.metric, seeds=False)
+          format_difference(change.by_step[step], seeds=False)
           + f"\nat step {step:,}"
           for step in steps
         ),

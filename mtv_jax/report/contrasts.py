@@ -31,7 +31,7 @@ DISTINCT = (BETTER, WORSE)
 LEVEL = 0.95
 # Draws of seeds for each resample of the items.
 _SEED_DRAWS = 10
-# Of the values: differences that vary less are equal up to rounding.
+# Relative to the values: differences that vary less are equal.
 _EQUAL = 1e-9
 
 
@@ -87,7 +87,7 @@ class Contrast:
   An interval or a p value is None where it can't be computed; `note` says why.
   """
 
-  lower: bool  # whether lower is better
+  metric: Metric
   n: int  # seeds that all arms have; 0 if the test is not paired
   test: Literal["paired t", "Welch t", "items", ""]  # that gives `p`
   difference: float | None
@@ -107,7 +107,7 @@ class Contrast:
     """The difference, positive if it is an improvement."""
     if self.difference is None:
       return None
-    return -self.difference if self.lower else self.difference
+    return self.metric.sign * self.difference
 
   @property
   def verdict(self) -> str:
@@ -130,9 +130,13 @@ class Contrast:
 class Comparison(Contrast):
   """An arm minus the baseline."""
 
-  metric: str
   arm: str
   baseline: str
+
+  @property
+  def name(self) -> str:
+    """What is subtracted from what."""
+    return f"{self.arm} − {self.baseline}"
 
   def reverse(self) -> Comparison:
     """The baseline minus the arm."""
@@ -190,8 +194,7 @@ def compare_arms(
 ) -> Comparison:
   """An arm minus the baseline on one metric, uncorrected."""
   contrast = estimate_contrast(data, metric, {arm: 1.0, baseline: -1.0})
-  names = dict(metric=metric.name, arm=arm, baseline=baseline)
-  return Comparison(**vars(contrast), **names)
+  return Comparison(**vars(contrast), arm=arm, baseline=baseline)
 
 
 C = TypeVar("C", bound=Contrast)
@@ -211,7 +214,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Holm's step-down adjusted p values (Holm 1979).
 
   In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value is no test, and does not count.
+  most 1. A missing p value does not count as a test.
   """
   tested = [i for i, p in enumerate(p_values) if p is not None]
   adjusted: list[float | None] = [None] * len(p_values)
@@ -281,13 +284,13 @@ def estimate_contrast(
     data, metric, weights, used, paired=is_paired, seed_error=error or 0.0
   )
   if source:
-    # Of the difference without its constant.
+    # The resamples give the difference without its constant.
     item_low, item_high = item_low + constant, item_high + constant
   if p is None and source and item_error > 0:
     test = "items"
     p = float(2 * special.ndtr(-abs(difference) / item_error))
   return Contrast(
-    lower=metric.lower,
+    metric=metric,
     n=n,
     test=test,
     difference=float(difference),
@@ -305,7 +308,7 @@ def estimate_contrast(
 def _missing(metric: Metric, note: str) -> Contrast:
   names = [f.name for f in dataclasses.fields(Contrast)]
   fields = dict.fromkeys(names) | dict(n=0, test="", items="", note=note)
-  return Contrast(**fields | dict(lower=metric.lower))
+  return Contrast(**fields | dict(metric=metric))
 
 
 def _estimate_items(
@@ -398,7 +401,7 @@ def _welch_error(
 
 
 def standard_error(values: np.ndarray) -> float:
-  """Of the mean of two values or more."""
+  """The standard error of the mean of two or more values."""
   return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 

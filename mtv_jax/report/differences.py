@@ -27,41 +27,37 @@ def format_ends(
   return ", ".join(format_value(v, metric, signed=signed) for v in (low, high))
 
 
-def format_difference(
-  c: Contrast, metric: Metric, *, seeds: bool = True
-) -> str:
+def format_difference(c: Contrast, *, seeds: bool = True) -> str:
   """The difference and its interval, over seeds (if `seeds`) or over items."""
-  ends = format_ends(c.low, c.high, metric) if seeds else ""
-  ends = ends or format_ends(c.item_low, c.item_high, metric)
-  text = format_value(c.difference, metric, signed=True)
+  ends = format_ends(c.low, c.high, c.metric) if seeds else ""
+  ends = ends or format_ends(c.item_low, c.item_high, c.metric)
+  text = format_value(c.difference, c.metric, signed=True)
   return f"{text} [{ends}]" if ends else text
 
 
-def cell(contrast: Contrast | None, metric: Metric) -> str:
+def format_verdict(contrast: Contrast | None) -> str:
   """The difference, its interval and the verdict."""
   if contrast is None or contrast.difference is None:
     return MISSING
-  text = f"{format_difference(contrast, metric)}\n{contrast.verdict}"
+  text = f"{format_difference(contrast)}\n{contrast.verdict}"
   return Bold(text) if contrast.verdict in DISTINCT else text
 
 
-def contrast_table(
-  rows: Sequence[tuple[str, Metric, Contrast]],
-) -> list[list[str]]:
-  """Everything about contrasts: a header, then a row for each (name, ...)."""
+def contrast_table(rows: Sequence[tuple[str, Contrast]]) -> list[list[str]]:
+  """Everything about contrasts: a header, then a row for each name."""
   head = ["comparison", "metric", "difference", "seeds 95 %", "items 95 %"]
   table = [[*head, "p", "p Holm", "n", "test", "verdict", "note"]]
-  for name, metric, c in rows:
+  for name, c in rows:
     difference = EMPTY
     if c.difference is not None:
-      difference = format_value(c.difference, metric, signed=True)
+      difference = format_value(c.difference, c.metric, signed=True)
     table.append(
       [
         name,
-        metric.label,
+        c.metric.label,
         difference,
-        format_ends(c.low, c.high, metric) or EMPTY,
-        format_ends(c.item_low, c.item_high, metric) or EMPTY,
+        format_ends(c.low, c.high, c.metric) or EMPTY,
+        format_ends(c.item_low, c.item_high, c.metric) or EMPTY,
         *(EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm)),
         str(c.n),
         c.test or EMPTY,

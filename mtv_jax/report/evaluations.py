@@ -45,13 +45,13 @@ _DIFFERENCES_NOTE = (
   "test set, for these encoders: the variation over seeds of a training is not "
   "included. A difference is better or worse if the interval excludes 0 and p, "
   "corrected for all comparisons of main metrics on this page (Holm 1979), is "
-  "below 0.05; it is missing if an encoder has no result by the other one's "
+  "below 0.05; it is missing if an encoder lacks a result by the other one's "
   "protocol. "
 )
 _PAIRED = "All are paired: both encoders' metrics on the same resamples."
 _UNPAIRED = (
-  "Not paired, from the standard errors of both, which is wider: {}. The "
-  "others are of both encoders' metrics on the same resamples."
+  "Not paired, from the standard errors of both, which is wider: {}. All other "
+  "differences are between both metrics on the same resamples."
 )
 # Columns of `differences.contrast_table` without the intervals over seeds.
 _CONTRAST = (
@@ -293,14 +293,14 @@ def _describe_differences(
   table = [["metric", *(outcomes[i].name for i in others)]]
   details, unpaired = [], []
   for row in main:
-    metric = tables.describe_metric(row)
     cells = [row.differences.get(i) for i in others]
-    table.append([metric.label, *(differences.cell(c, metric) for c in cells)])
+    label = tables.describe_metric(row).label
+    table.append([label, *map(differences.format_verdict, cells)])
     for i, c in zip(others, cells, strict=True):
       if c is not None:
-        details.append((f"{outcomes[i].name} − {name}", metric, c))
+        details.append((f"{outcomes[i].name} − {name}", c))
         if c.items == "errors":
-          unpaired.append(f"{outcomes[i].name}, {metric.name}")
+          unpaired.append(f"{outcomes[i].name}, {c.metric.name}")
   yield page.Table(table)
   how = _UNPAIRED.format("; ".join(unpaired)) if unpaired else _PAIRED
   yield page.Note(_DIFFERENCES_NOTE + how)
@@ -329,7 +329,7 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:
 def _list_sheets(
   outcomes: Sequence[Outcome], evaluation: str
 ) -> Iterator[page.Images]:
-  """The sheets of an evaluation, those of one name side by side."""
+  """The sheets of an evaluation; sheets of one name are side by side."""
   sheets: dict[str, list[page.ImageFile]] = {}
   for outcome in outcomes:
     result = outcome.results.get(evaluation)

@@ -297,7 +297,7 @@ def _link_image(title: str, path: str) -> str:
 
 
 def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
-  """A whole page of HTML parts, with CSS beside that of every page."""
+  """A whole page of HTML parts, with further CSS."""
   body = "\n".join(parts)
   return f"""<!DOCTYPE html>
 <html lang="en">

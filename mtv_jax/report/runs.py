@@ -41,7 +41,7 @@ _GRADIENTS_NOTE = (
   "along one gradient raises the other loss, to first order. In the fall of "
   "losses, rows are the objectives whose gradient is followed."
 )
-# Metrics that are drawn below those of the evaluations.
+# Metrics that are drawn below the evaluations' metrics.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
 _TIMES = ("speed/images_per_second", "speed/wait")
 _DASH = "–"
@@ -105,7 +105,7 @@ def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
   outcomes = [run.outcome for run in runs]
   rows = tables.compare(outcomes)
   yield page.Heading("Metrics")
-  # Without links, as there is no heading for each evaluation, and without
+  # Without links, since evaluations lack headings here, and without
   # columns of runs that have no result.
   kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
   table = [
@@ -165,8 +165,8 @@ def draw_training_curves(
   """Metrics over steps, of each arm: losses and main metrics, then others.
 
   The curve of an arm of several seeds is their mean, within an area from the
-  least to the largest. The total loss is not drawn where the arms' objectives
-  differ, as it is then not one quantity. Metrics that the regular expression
+  least to the largest. The total loss is not drawn if the arms' objectives
+  differ, since it is then not one quantity. Metrics that the regular expression
   `names` finds are among the first.
   """
   logged = dict.fromkeys(name for run in runs for name in run.series)
@@ -339,7 +339,7 @@ def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
 def describe_sheets(
   runs: Sequence[RunFolder], output: pathlib.Path
 ) -> Iterator[page.Block]:
-  """Images of evaluations, those of the runs side by side."""
+  """Images of evaluations; the runs' images are side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
   if keys:
     yield page.Heading("Images")
@@ -419,7 +419,7 @@ def config_table(runs: Sequence[RunFolder]) -> list[list[str]]:
   """Keys whose values differ: a header, then a row for each; seeds left out."""
   rows = [["key", *(run.name for run in runs)]]
   for key, values in list_differences([run.config for run in runs]):
-    # A key that is None has no effect, as one that is absent.
+    # A key that is None has the same effect as an absent key.
     if key == "seed" or all(value in (None, ABSENT) for value in values):
       continue
     rows.append([key])

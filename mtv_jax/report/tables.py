@@ -140,9 +140,9 @@ def _add_verdicts(
 ) -> list[MetricRow]:
   """The rows with their best values and their differences from the baseline.
 
-  Both are read from the same contrasts: of each value with the row's leading
-  one, and with the baseline's. Those of the main metrics, and those of all
-  others, are corrected as one family each.
+  Both are read from the same contrasts: each value with the row's leading one,
+  and each value with the baseline's. The contrasts of the main metrics are one
+  family of Holm's correction, the contrasts of all other metrics a second one.
   """
   leading = [_find_leading(*pair) for pair in zip(rows, members, strict=True)]
   compared: dict[tuple[int, int, int], Comparison] = {}
@@ -346,7 +346,7 @@ def compare_protocols(outcomes: Sequence[Outcome], name: str) -> Protocols:
   protocols = [outcome.results[name].protocol for outcome in outcomes]
   common, differing = {}, {}
   for key in dict.fromkeys(k for p in protocols for k in p):
-    # Results read from JSON have lists, others tuples.
+    # Results read from JSON have lists, new results tuples.
     values = [jsonable(p.get(key, _ABSENT)) for p in protocols]
     encoders = [jsonable(o.protocol.get(key, _ABSENT)) for o in outcomes]
     if values == encoders:

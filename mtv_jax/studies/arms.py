@@ -179,7 +179,7 @@ def _pairs(config: ConfigDict, options: Options) -> Arms:
 def _scaling(config: ConfigDict, options: Options) -> Arms:
   """Models times numbers of images."""
   variants = [text for text in options.models if ":" not in text]
-  # Of one patch size, the shape alone names the model.
+  # With one patch size, the shape alone names the model.
   one_patch = len({text.partition("/")[2] for text in variants}) < 2
   models = [_scale_model(config, text, one_patch) for text in options.models]
   models = models or [Arm(config.model.variant.partition("/")[0])]

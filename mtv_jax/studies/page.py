@@ -96,12 +96,12 @@ def _describe_study(results: StudyResults) -> Iterator[page.Block]:
     yield from _describe_scaling(results, main)
     return
   yield page.Heading(f"Differences from {study.baseline}")
-  yield from _describe_differences(compared, main)
+  yield from _describe_differences(compared)
   yield page.Note(_DIFFERENCES_NOTE)
   if study.kind == "ladder" and len(data.values) > 2:
     yield page.Heading("Differences from the arm before")
     steps = statistics.compare_in_order(data, main)
-    yield from _describe_differences(steps, main)
+    yield from _describe_differences(steps)
   if study.kind == "pairs":
     yield from _describe_synergy(results, main)
 
@@ -210,7 +210,7 @@ def draw_arms(
         factor * data.values[arm][s][metric.name]
         for s in data.seeds(arm, metric.name)
       ]
-      compared, note = verdicts.get((metric.name, arm)), ""
+      compared, note = verdicts.get((metric, arm)), ""
       if compared:
         than = "than" if compared.verdict in DISTINCT else "from"
         note = f"{compared.verdict} {than} {compared.baseline}"
@@ -234,33 +234,25 @@ def draw_arms(
 
 
 def _describe_differences(
-  compared: Sequence[Comparison], metrics: Sequence[Metric]
+  compared: Sequence[Comparison],
 ) -> Iterator[page.Block]:
-  yield page.Table(differences_table(compared, metrics))
-  by_name = {metric.name: metric for metric in metrics}
-  yield _details(
-    [(f"{c.arm} − {c.baseline}", by_name[c.metric], c) for c in compared]
-  )
+  yield page.Table(differences_table(compared))
+  yield _details([(c.name, c) for c in compared])
 
 
-def differences_table(
-  comparisons: Sequence[Comparison], metrics: Sequence[Metric]
-) -> list[list[str]]:
+def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
   """Differences with intervals and verdicts: a header, a row per metric."""
-  cells = {(c.metric, c.arm): c for c in comparisons}
-  before = {c.arm: c.baseline for c in comparisons}
+  before = {c.arm: c.baseline for c in compared}
   several = len({*before.values()}) > 1
+  rows: dict[Metric, list[str]] = {}
+  for c in compared:
+    row = rows.setdefault(c.metric, [c.metric.label])
+    row.append(differences.format_verdict(c))
   head = [f"{a} − {before[a]}" if several else a for a in before]
-  return [
-    ["metric", *head],
-    *(
-      [m.label, *(differences.cell(cells[m.name, a], m) for a in before)]
-      for m in metrics
-    ),
-  ]
+  return [["metric", *head], *rows.values()]
 
 
-def _details(rows: Sequence[tuple[str, Metric, Contrast]]) -> page.Block:
+def _details(rows: Sequence[tuple[str, Contrast]]) -> page.Block:
   table = page.Table(differences.contrast_table(rows))
   return page.Details("Intervals and p values", [table])
 
@@ -271,21 +263,21 @@ def _describe_synergy(
   synergies = statistics.find_synergies(results.measurements, metrics)
   yield page.Heading("Synergy")
   yield page.Note(_SYNERGY_NOTE)
-  yield page.Charts(draw_synergies(synergies, metrics))
-  yield _details(synergy_rows(synergies, metrics))
+  yield page.Charts(draw_synergies(synergies))
+  yield _details(synergy_rows(synergies))
 
 
-def draw_synergies(
-  synergies: Sequence[Synergy], metrics: Sequence[Metric]
-) -> list[Chart]:
+def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
   """A matrix for each metric.
 
   Right of the diagonal the gain of a pair over the better of the two, left of
   it the gain over the sum of both; gains are positive. Bold: distinguishable.
   """
+  groups: dict[Metric, list[Synergy]] = {}
+  for synergy in synergies:
+    groups.setdefault(synergy.over_better.metric, []).append(synergy)
   drawn = []
-  for metric in metrics:
-    rows = [s for s in synergies if s.metric == metric.name]
+  for metric, rows in groups.items():
     names = list(dict.fromkeys(n for s in rows for n in (s.first, s.second)))
     values = [[None] * len(names) for _ in names]
     marks = [[False] * len(names) for _ in names]
@@ -303,17 +295,13 @@ def draw_synergies(
   return drawn
 
 
-def synergy_rows(
-  synergies: Sequence[Synergy], metrics: Sequence[Metric]
-) -> list[tuple[str, Metric, Contrast]]:
+def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
   """Rows of `differences.contrast_table`."""
-  by_name = {metric.name: metric for metric in metrics}
   rows = []
   for s in synergies:
-    metric = by_name[s.metric]
-    rows.append((f"{s.arm} − {s.better}", metric, s.over_better))
+    rows.append((f"{s.arm} − {s.better}", s.over_better))
     if s.over_additive is not None:
-      rows.append((f"{s.arm} − sum of both", metric, s.over_additive))
+      rows.append((f"{s.arm} − sum of both", s.over_additive))
   return rows
 
 

@@ -162,7 +162,7 @@ def is_finished(folder: pathlib.Path, run: Run) -> bool:
   path = folder / RUNS / run.name
   try:
     config = json.loads((path / "config.json").read_bytes())
-  except (FileNotFoundError, ValueError):
+  except (FileNotFoundError, ValueError, RecursionError):
     # Not started, or killed while its config was written.
     return False
   if config != run.settings:

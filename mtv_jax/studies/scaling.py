@@ -35,7 +35,7 @@ from mtv_jax.utils.text import file_name
 # Starts of the search: exponents that papers report are 0.05 to 0.5.
 _EXPONENTS, _FLOORS = (0.1, 0.4, 1.0), (0.1, 0.5, 0.9)
 _MAX_EXPONENT = 5.0
-# Of the law in one search; most take 10, those without a minimum all.
+# Evaluations of the law in one search: most take 10; without a minimum, all.
 _EVALUATIONS = 100
 # Smallest singular value of a Jacobian whose columns have unit length.
 _SINGULAR = 1e-6
@@ -65,7 +65,7 @@ class ScalingFit:
   r2: float | None  # of log e
   residuals: tuple[float, ...]  # log e minus the fit, by point
   is_complement: bool  # whether e is 1 - metric, else the metric itself
-  note: str  # why there is no fit, or ""
+  note: str  # why the fit is missing, or ""
 
   @property
   def is_identifiable(self) -> bool:
@@ -78,7 +78,7 @@ class ScalingFit:
     """Values of the metric at m points."""
     if not self.is_identifiable:
       raise InputError(
-        f"the fit of {self.metric} has no parameters: {self.note}"
+        f"the fit of {self.metric} lacks parameters: {self.note}"
       )
     theta = {name: p.value for name, p in self.parameters.items()}
     error = np.full(len(next(iter(x.values()))), theta.get("floor", 0.0))
@@ -181,7 +181,7 @@ class _Law:
 
   @property
   def formula(self) -> str:
-    """Of the error e."""
+    """The formula of the error e."""
     marks = [""] if len(self.names) == 1 else ["₁", "₂"]
     terms = [
       f"c{mark} ({name} / {name}₀)^-a{mark}"
@@ -243,7 +243,7 @@ class _Law:
 
   def _bounds(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     variables = len(self.names)
-    # A floor of a millionth is none; a floor above all points is no floor.
+    # A floor between a millionth of the points and their maximum.
     floor = [(target.min() - np.log(1e6), target.max())] * self.saturating
     scale = [(target.min() - np.log(1e6), target.max() + np.log(1e6))]
     # Beside a floor, a term that grows would only mirror it.
@@ -297,7 +297,7 @@ class _Law:
         )
     jacobian = self.jacobian(theta, x)
     unit = jacobian / np.linalg.norm(jacobian, axis=0).clip(1e-300)
-    # A floor of nothing has no derivative, and is no ambiguity.
+    # The derivative of a floor near 0 vanishes; that is not an ambiguity.
     shown = np.linalg.norm(jacobian, axis=0) > 1e-4
     if np.linalg.svd(unit[:, shown], compute_uv=False)[-1] < _SINGULAR:
       return "not identifiable: the points don't determine all parameters"

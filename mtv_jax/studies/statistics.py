@@ -44,13 +44,12 @@ class StudyResults:
 class Synergy:
   """What a pair of objectives gives beyond each of the two."""
 
-  metric: str
   arm: str  # trained with both
   first: str
   second: str
   better: str  # of first and second, by their means
   over_better: Contrast  # arm - better
-  # arm - (first + second - baseline); None if the baseline is not known.
+  # arm - (first + second - chance); None if chance is not known.
   over_additive: Contrast | None
 
 
@@ -93,7 +92,7 @@ def read_study(folder: pathlib.Path) -> StudyResults:
 
 def _get_result(run: RunFolder, name: str) -> Result:
   if name not in run.outcome.results:
-    raise InputError(f"{run.files[name]} has no results of {name!r}.")
+    raise InputError(f"{run.files[name]} lacks results of {name!r}.")
   return run.outcome.results[name]
 
 
@@ -125,10 +124,7 @@ def compare_in_order(
 
 
 def find_synergies(
-  data: Measurements,
-  metrics: Sequence[Metric],
-  *,
-  baseline: str | None = None,
+  data: Measurements, metrics: Sequence[Metric]
 ) -> list[Synergy]:
   """Compares the arms `A+B` with the arms `A` and `B`.
 
@@ -138,7 +134,7 @@ def find_synergies(
   pairs = [(arm, *arm.split("+")) for arm in data.values if arm.count("+") == 1]
   pairs = [pair for pair in pairs if {*pair} <= {*data.values}]
   rows = [
-    _estimate_synergy(data, metric, pair, baseline)
+    _estimate_synergy(data, metric, pair)
     for metric in metrics
     for pair in pairs
   ]
@@ -159,7 +155,6 @@ def _estimate_synergy(
   data: Measurements,
   metric: Metric,
   pair: tuple[str, str, str],
-  baseline: str | None,
 ) -> Synergy:
   arm, first, second = pair
   means = {
@@ -171,15 +166,13 @@ def _estimate_synergy(
   over_better = contrasts.estimate_contrast(
     data, metric, {arm: 1.0, better: -1.0}
   )
-  weights, constant = {arm: 1.0, first: -1.0, second: -1.0}, metric.chance
-  if baseline is not None:
-    weights[baseline], constant = 1.0, 0.0
+  weights = {arm: 1.0, first: -1.0, second: -1.0}
   over_additive = None
-  if constant is not None:
-    over_additive = contrasts.estimate_contrast(data, metric, weights, constant)
-  return Synergy(
-    metric.name, arm, first, second, better, over_better, over_additive
-  )
+  if metric.chance is not None:
+    over_additive = contrasts.estimate_contrast(
+      data, metric, weights, metric.chance
+    )
+  return Synergy(arm, first, second, better, over_better, over_additive)
 
 
 def summarise_arm(data: Measurements, metric: Metric, arm: str) -> Summary:

@@ -91,8 +91,8 @@ def _measure_rate(
 ) -> tuple[float | None, str]:
   """FLOPs per second, and what they are from.
 
-  Of the study's runs where some have trained; else, if `measure`, the rate of a
-  matrix product on this process's device, which no run reaches.
+  The study's own rate if some runs have trained; else, if `measure`, the rate
+  of a matrix product on this process's device, which no run reaches.
   """
   rates = [
     run.flops / run.images * speed

@@ -39,8 +39,8 @@ def save_image(
   known = Image.registered_extensions()
   if path.suffix.lower() not in known:
     raise InputError(
-      f"{path} has the suffix {path.suffix!r}; expected that of an image, such "
-      "as .png or .jpg."
+      f"{path} has the suffix {path.suffix!r}; expected an image's, such as "
+      ".png or .jpg."
     )
   with atomic.replace_file(path) as temporary:
     Image.fromarray(pixels).save(temporary, format=known[path.suffix.lower()])

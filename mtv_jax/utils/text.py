@@ -43,7 +43,7 @@ def file_name(*parts: str) -> str:
 def align_columns(
   rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> list[str]:
-  """Lines of a text table: the columns `left` align left, the others right."""
+  """Lines of a text table; columns align right, except for `left`."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   form = "  ".join(
     f"{{:{'<' if i in left else '>'}{w}}}" for i, w in enumerate(widths)

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.report import charts
-from mtv_jax.report.charts import Row, Series, base, lines
-from mtv_jax.report.charts import rows as row_charts
-from mtv_jax.report.charts.base import Scale
+from mtv_jax.report.charts import Row, Scale, Series
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "a<script>&\"'\x00|b"
@@ -41,12 +39,12 @@ def test_scales_map_ends_and_logarithms():
   assert [scale(1), scale(2), scale(3)] == [10, 30, 50]
   log = Scale(1, 100, 0, 100, log=True)
   assert log(10) == pytest.approx(50)
-  made = base.make_scale([0, 10, np.nan], 0, 120, margin=0.1)
+  made = charts.make_scale([0, 10, np.nan], 0, 120, margin=0.1)
   assert (made.low, made.high) == (-1, 11)
-  equal = base.make_scale([2, 2], 0, 10, margin=0)
+  equal = charts.make_scale([2, 2], 0, 10, margin=0)
   assert (equal.low, equal.high, equal(2)) == (1.5, 2.5, 5)
-  assert base.make_scale([], 0, 1).high > base.make_scale([], 0, 1).low
-  log = base.make_scale([-1, 4, 16], 0, 1, log=True, margin=0)
+  assert charts.make_scale([], 0, 1).high > charts.make_scale([], 0, 1).low
+  log = charts.make_scale([-1, 4, 16], 0, 1, log=True, margin=0)
   assert (log.low, log.high) == (4, 16)
 
 
@@ -65,7 +63,7 @@ def test_scales_map_ends_and_logarithms():
   ],
 )
 def test_ticks_are_round_and_within_the_scale(low, high, log, want):
-  ticks = base.list_ticks(Scale(low, high, 0, 100, log))
+  ticks = charts.list_ticks(Scale(low, high, 0, 100, log))
   np.testing.assert_allclose(ticks, want, atol=1e-12)
 
 
@@ -82,7 +80,7 @@ def test_a_line_passes_through_its_points_and_stops_at_a_missing_one():
   assert x3 - x0 == pytest.approx(3 * (x1 - x0), abs=0.2)
   assert (y0 - y3) == pytest.approx(4 * (y0 - y1), abs=0.3)
   assert y4 == pytest.approx((y0 + y3) / 2, abs=0.2)
-  assert 0 < x0 < x4 < base.WIDTH
+  assert 0 < x0 < x4 < charts.WIDTH
   assert find(root, "g", "c2") and not find(root, "g", "c0")
   assert {"loss", "step", "a"} <= {*texts(root)}
   assert len(find(root, "circle")) == 5  # Of four points and the label.
@@ -121,14 +119,14 @@ def test_logarithmic_lines_leave_out_zero():
 
 def test_labels_don_t_overlap_and_keep_their_order():
   heights = [50.0, 51.0, 52.0, 90.0, 10.0]
-  placed = lines.spread(heights, low=0, high=100, gap=14)
+  placed = charts.spread(heights, low=0, high=100, gap=14)
   order = np.argsort(heights)
   assert (np.diff(np.array(placed)[order]) >= 14 - 1e-9).all()
   # Labels with space stay; the middle of three stays in the middle.
   assert placed[3:] == [90, 10]
   assert placed[:3] == pytest.approx([37, 51, 65])
-  assert max(lines.spread([99, 99, 99], low=0, high=100)) <= 100
-  assert lines.spread([], low=0, high=1) == []
+  assert max(charts.spread([99, 99, 99], low=0, high=100)) <= 100
+  assert charts.spread([], low=0, high=1) == []
 
 
 def test_interval_plot_coordinates():
@@ -198,7 +196,7 @@ def test_heat_map_cells():
   [(-0.001, 1, "0.00"), (12.34, 20, "12.3"), (3e5, 3e5, "3e+05")],
 )
 def test_cell_texts(value, limit, want):
-  assert row_charts._cell_text(value, limit) == want
+  assert charts._cell_text(value, limit) == want
 
 
 def test_histogram_bars():

@@ -63,16 +63,17 @@ def test_values_are_means_with_t_intervals():
 
 def test_differences_have_verdicts():
   rows = statistics.compare(DATA, [TOP1, RMSE], baseline="vl")
-  head, top1, rmse = study_page.differences_table(rows, [TOP1, RMSE])
+  head, top1, rmse = study_page.differences_table(rows)
   assert head == ["metric", "all"]
   assert isinstance(top1[1], Bold) and top1[1].endswith("\nbetter")
   assert top1[1].startswith("+20.0 [+19.")
   assert not isinstance(rmse[1], Bold)
   assert rmse[1].startswith("−0.183 [−")
   assert rmse[1].endswith("\nnot distinguishable")
-  table = contrast_table([("all − vl", TOP1, rows[0])])
+  table = contrast_table([(rows[0].name, rows[0])])
   row = dict(zip(*table, strict=True))
-  assert row["verdict"] == "better" and row["test"] == "paired t"
+  assert row["comparison"] == "all − vl" and row["verdict"] == "better"
+  assert row["test"] == "paired t"
   assert row["n"] == "3" and float(row["p Holm"]) < 0.05
   assert row["items 95 %"] == "–"
 
@@ -101,7 +102,7 @@ def test_steps_are_compared_with_the_arm_before():
   rows = statistics.compare_in_order(data, [TOP1])
   assert [(r.arm, r.baseline) for r in rows] == [("b", "a"), ("c", "b")]
   np.testing.assert_allclose([r.difference for r in rows], [0.2, 0.3])
-  head = study_page.differences_table(rows, [TOP1])[0]
+  head = study_page.differences_table(rows)[0]
   assert head == ["metric", "b − a", "c − b"]
 
 
@@ -114,7 +115,7 @@ def test_synergy_matrix():
     }
   )
   synergies = statistics.find_synergies(data, [TOP1, RMSE])
-  top1, rmse = study_page.draw_synergies(synergies, [TOP1, RMSE])
+  top1, rmse = study_page.draw_synergies(synergies)
   cells = re.findall(r"<title>([ab], [ab]): ([^<]*)</title>", top1.svg)
   values = dict(cells)
   assert values["a, a"] == values["b, b"] == "no value"
@@ -124,8 +125,8 @@ def test_synergy_matrix():
   # Lower is better: the gain is positive.
   values = dict(re.findall(r"<title>([ab], [ab]): ([^<]*)</title>", rmse.svg))
   assert float(values["a, b"]) == pytest.approx(0.3)
-  rows = study_page.synergy_rows(synergies, [TOP1, RMSE])
-  assert [name for name, _, _ in rows[:2]] == ["a+b − b", "a+b − sum of both"]
+  rows = study_page.synergy_rows(synergies)
+  assert [name for name, _ in rows[:2]] == ["a+b − b", "a+b − sum of both"]
 
 
 def test_scaling_curves_follow_their_fit():

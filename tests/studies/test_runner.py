@@ -167,7 +167,7 @@ def test_damaged_results_are_named_and_give_no_report(tmp_path, capsys):
   stem.with_suffix(".npz").unlink()
   text = stem.with_suffix(".json").read_text()
   stem.with_suffix(".json").write_text(text.replace('"retrieval"', '"other"'))
-  with pytest.raises(InputError, match="has no results of 'retrieval'"):
+  with pytest.raises(InputError, match="lacks results of 'retrieval'"):
     read_study(tmp_path)
 
 

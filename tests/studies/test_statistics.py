@@ -184,7 +184,7 @@ def test_a_table_is_one_family():
     for arm, level in dict(vl=0.3, ssl=0.33, depth=0.36).items()
   }
   rows = statistics.compare(Measurements(values), [TOP1, RMSE], baseline="vl")
-  names = [(row.metric, row.arm) for row in rows]
+  names = [(row.metric.name, row.arm) for row in rows]
   assert names == [(m, a) for m in ("top1", "rmse") for a in ("ssl", "depth")]
   smallest = min(rows, key=lambda row: row.p)
   assert smallest.p_holm == pytest.approx(4 * smallest.p)
@@ -211,21 +211,20 @@ def test_synergy_by_hand():
     "ssl+depth": [1.2, 1.25, 1.32],
   }
   data = measure(RMSE, arms)
-  [row] = statistics.find_synergies(data, [RMSE], baseline="vl")
+  [row] = statistics.find_synergies(data, [RMSE])
   assert (row.first, row.second, row.better) == ("ssl", "depth", "depth")
   x = {arm: np.array(values) for arm, values in arms.items()}
   expected = stats.ttest_rel(x["ssl+depth"], x["depth"])
   assert row.over_better.p == pytest.approx(expected.pvalue)
   assert row.over_better.gain == pytest.approx(0.29333333)
-  additive = x["ssl"] + x["depth"] - x["vl"]
+  # Over the sum of both gains over chance.
+  additive = x["ssl"] + x["depth"] - 3.0
   expected = stats.ttest_rel(x["ssl+depth"], additive)
   interval = expected.confidence_interval(0.95)
   assert row.over_additive.p == pytest.approx(expected.pvalue)
   assert row.over_additive.low == pytest.approx(interval.low)
-  # Without a baseline, gains are those over chance.
-  [row] = statistics.find_synergies(data, [RMSE])
-  expected = x["ssl+depth"] - (x["ssl"] + x["depth"] - 3.0)
-  assert row.over_additive.difference == pytest.approx(expected.mean())
+  expected = (x["ssl+depth"] - additive).mean()
+  assert row.over_additive.difference == pytest.approx(expected)
   no_chance = Metric("rmse", lower=True)
   assert statistics.find_synergies(data, [no_chance])[0].over_additive is None
 

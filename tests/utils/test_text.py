@@ -1,5 +1,7 @@
 """Numbers and names as short texts."""
 
+import math
+
 import pytest
 
 from mtv_jax.utils import text
@@ -13,6 +15,21 @@ from mtv_jax.utils import text
       for value, want in {
         0: "0", 0.25: "0.25", 2e-5: "2e-05", 400: "400", 12_000: "12k",
         1.5e6: "1.5M", 0.1 + 0.2: "0.3",
+      }.items()
+    ),
+    *(
+      (text.format_number(value), want)
+      for value, want in {
+        0.0: "0", 96.0: "96", 3.41234: "3.412", -0.4312: "-0.431",
+        1234.56: "1234.6", 8.1e-4: "8.1e-04", -2.5e7: "-2.5e+07",
+        math.inf: "inf", math.nan: "nan",
+      }.items()
+    ),
+    *(
+      (text.format_duration(seconds), want)
+      for seconds, want in {
+        0.2: "0s", 59.6: "1m00s", 192.0: "3m12s", 18_420.0: "5h07m",
+        183_600.0: "2d03h", math.nan: "?",
       }.items()
     ),
     (text.format_metric(12.3456, "%"), "12.35"),

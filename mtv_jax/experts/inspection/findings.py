@@ -69,7 +69,7 @@ def _read_rules(stats: Mapping[str, Any]) -> _Rules:
   read = stats["read"]
   example = next(iter(read["examples"]), None)
   missing = 1 - stats["labelled"] / max(stats["records"], 1)
-  # The reasons include those of changed labels.
+  # Changed labels have reasons, too.
   reasons = list(stats["reasons"].items())[:2]
   why = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
   why = why and f" The most frequent reasons in the manifest: {why}."

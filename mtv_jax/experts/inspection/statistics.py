@@ -374,7 +374,7 @@ class Histogram:
 
 
 class PhraseCounts:
-  """Frequencies of phrases, of which any number may be distinct.
+  """Frequencies of any number of distinct phrases.
 
   Exact up to `2 * limit` distinct phrases. Beyond, rare phrases are dropped and
   the other counts lowered (Misra and Gries 1982, merged as in Agarwal et al.

@@ -23,6 +23,7 @@ from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import remat as remat_lib
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.text import format_bytes
 
 _NUM_SHORT = 12  # Rows of the short parameter table.
 
@@ -371,15 +372,6 @@ def _indent(text: str) -> list[str]:
 
 def _format_shape(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "-"
-
-
-def format_bytes(count: float | int) -> str:
-  """A size in powers of 1024."""
-  for unit in ("B", "KiB", "MiB"):
-    if abs(count) < 1024:
-      return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-    count /= 1024
-  return f"{count:.2f} GiB"
 
 
 # Less recomputation: most arrays saved, or some in the host's memory.

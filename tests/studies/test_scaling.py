@@ -76,7 +76,7 @@ def test_too_few_points_are_refused():
   assert "2 different points" in fit.note
   fit = fit_scaling(RMSE, {"images": IMAGES}, [2.0, 1.9, 1.8, *[np.nan] * 3])
   assert fit.points == 3 and not fit.is_identifiable
-  with pytest.raises(InputError, match="no parameters: not identifiable"):
+  with pytest.raises(InputError, match="lacks parameters: not identifiable"):
     fit.predict({"images": IMAGES})
 
 
