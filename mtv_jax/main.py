@@ -2,9 +2,13 @@
 
 import sys
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 
-main = command("train")
+
+def main() -> int:
+  """Trains by the arguments of the process; returns the exit status."""
+  return run_command("train")
+
 
 if __name__ == "__main__":
   sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
 from mtv_jax.parallel import distributed
 from mtv_jax.train.runtime import peers
 from mtv_jax.utils.errors import InputError
@@ -52,7 +52,7 @@ def add_config(
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
   """The config with its overrides."""
-  return overrides.override(schema.read_config(args.config), args.set)
+  return overrides.override(recipes.read_config(args.config), args.set)
 
 
 def add_encoder(parser: argparse.ArgumentParser, **options: Any) -> None:

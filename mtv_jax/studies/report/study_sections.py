@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mtv_jax.evals.report import tables
 from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.studies import statistics
@@ -16,6 +14,7 @@ from mtv_jax.studies.contrasts import Contrast, Metric
 from mtv_jax.studies.expand import Run
 from mtv_jax.studies.report import study_figures
 from mtv_jax.studies.results import StudyResults
+from mtv_jax.train.run import resolve
 from mtv_jax.train.step_spec import abstract_params
 from mtv_jax.utils.pages import Block
 from mtv_jax.utils.tree import flatten_with_names
@@ -189,6 +188,6 @@ def count_distinct(arm: str) -> int | None:
 
 def count_parameters(settings: Mapping[str, Any]) -> int:
   """Parameters of the image tower of a resolved config."""
-  spec = build_long_step_spec(ConfigDict(dict(settings)))
+  spec = build_long_step_spec(resolve(settings))
   image = abstract_params(spec)["image"]
   return sum(math.prod(x.shape) for _, x in flatten_with_names(image))
