@@ -22,6 +22,8 @@ from mtv_jax.checkpoint.partial_restore import (
   first_lines,
 )
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
+from mtv_jax.config.durations import Duration, PositiveDuration
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
@@ -31,6 +33,17 @@ log = logging.getLogger(__name__)
 # Several processes look for the end of a save on multiples of this, as they
 # wait for their devices to agree.
 _POLL_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """`config.checkpoint`; see `Checkpointer`."""
+
+  every: PositiveDuration = Duration(1000)
+  keep: PositiveInt = 2
+  keep_every: NonNegativeInt | None = None
+  # How often a save that failed is tried again before the run ends.
+  retries: NonNegativeInt = 5
 
 
 class CheckpointSaveError(UserError, OSError):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
 from mtv_jax.parallel import distributed
 from mtv_jax.train.runtime import peers
 from mtv_jax.utils.errors import InputError
@@ -134,7 +134,7 @@ class Config(Flags):
 
 def read_config(args: Config) -> ConfigDict:
   """The config with its overrides."""
-  return overrides.override(schema.read_config(args.config), args.set)
+  return overrides.override(recipes.read_config(args.config), args.set)
 
 
 class Weights(Flags):

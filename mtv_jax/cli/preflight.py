@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
 from mtv_jax.models.remat import AUTO
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
@@ -92,7 +92,7 @@ def _report(args: Flags, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
   config = arguments.read_config(args)
-  remat = schema.check_config(config).model.remat.strip()
+  remat = str((config.get("model") or {}).get("remat", "none")).strip()
   if args.budget is not None and (
     not 0 < args.budget < math.inf or remat != AUTO
   ):
@@ -136,7 +136,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     )
   for config, topology, *changes in track(selected, "table", unit="configs"):
     result = report.preflight(
-      overrides.override(schema.read_config(config), changes),
+      overrides.override(recipes.read_config(config), changes),
       topologies.parse(topology),
     )
     row = report.table_row(config, result, *changes)

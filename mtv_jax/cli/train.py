@@ -12,6 +12,7 @@ pod, every host runs the same command with --distributed.
 """
 
 import contextlib
+import dataclasses
 import logging
 import shlex
 from typing import Literal
@@ -19,11 +20,12 @@ from typing import Literal
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import schema
-from mtv_jax.perf.preflight import remat
+from mtv_jax.models.remat import AUTO
+from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils import xla_flags
 
 log = logging.getLogger(__name__)
@@ -49,10 +51,10 @@ class Flags(arguments.Config, arguments.Distributed):
 
 def run(args: Flags) -> None:
   """Trains; resumes if the workdir has a checkpoint."""
-  config = schema.check_config(arguments.read_config(args))
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
+  config = resolve(arguments.read_config(args), args.workdir)
   with contextlib.ExitStack() as stack:
     if process == 0:
       stack.enter_context(workdir.lock_workdir(args.workdir))
@@ -60,7 +62,7 @@ def run(args: Flags) -> None:
     if jax.default_backend() == "cpu":
       xla_flags.retain_freed_memory()
     train(
-      remat.resolve_remat(config, args.workdir),
+      choose_remat(config, args.workdir),
       args.workdir,
       command=_format_command(args),
       restore=args.restore,
@@ -68,6 +70,36 @@ def run(args: Flags) -> None:
     )
     if process == 0:
       write_report(args.workdir)
+
+
+def choose_remat(config: RunConfig, folder: str) -> RunConfig:
+  """Replaces `remat` 'auto' by 'auto:CHOICE', equal in all processes.
+
+  A resumed run takes the choice that its folder records. CPUs take 'none';
+  `perf.preflight.remat.find_remat` searches for other devices, by compiling.
+
+  Raises:
+    ConfigError: see `find_remat`.
+  """
+  if config.model.remat.strip() != AUTO:
+    return config
+  choice, source = AUTO, ""
+  if jax.process_index() == 0:  # Which writes it, maybe before others read it.
+    recorded = workdir.read_recorded_config(folder).get("model", {})
+    choice = recorded.get("remat", AUTO).removeprefix(f"{AUTO}:")
+  choice = gather_json(choice)[0]
+  if choice != AUTO:
+    source = ", as in the run's config.json"
+  else:
+    from mtv_jax.perf import topologies
+    from mtv_jax.perf.preflight.remat import find_remat
+
+    choice, topology = "none", topologies.describe_local()
+    if topology.chip.kind != "cpu":
+      choice = find_remat(config, topology).remat
+  log.info("config.model.remat='auto' is %r%s.", choice, source)
+  model = dataclasses.replace(config.model, remat=f"{AUTO}:{choice}")
+  return dataclasses.replace(config, model=model)
 
 
 def write_report(folder: str) -> None:

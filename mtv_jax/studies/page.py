@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.report import charts, differences, page, runs, tables
 from mtv_jax.report.charts import Chart, Row
@@ -27,6 +25,7 @@ from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import Run
 from mtv_jax.studies.statistics import StudyResults, Synergy
+from mtv_jax.train.run import resolve
 from mtv_jax.train.step_spec import abstract_params
 from mtv_jax.utils.text import file_name
 from mtv_jax.utils.tree import flatten_with_names
@@ -343,6 +342,6 @@ def _count_distinct(arm: str) -> int | None:
 
 def count_parameters(settings: Mapping[str, Any]) -> int:
   """Parameters of the image tower of a resolved config."""
-  spec = build_long_step_spec(ConfigDict(dict(settings)))
+  spec = build_long_step_spec(resolve(settings))
   image = abstract_params(spec)["image"]
   return sum(math.prod(x.shape) for _, x in flatten_with_names(image))

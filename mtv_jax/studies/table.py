@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from mtv_jax.perf import flops
 from mtv_jax.report.run_folders import read_metrics
 from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Run, Study, code_version
+from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.text import align_columns, format_duration
 
@@ -29,7 +29,7 @@ def count_flops(settings: Mapping[str, Any]) -> float:
 
   Of `settings`, a resolved config; see `flops.model_flops`.
   """
-  config = ConfigDict(dict(settings))
+  config = resolve(settings)
   spec = flops.build_long_step_spec(config)
   rows = min(config.batch_size, _ROWS)
   batch = flops.abstract_batch(rows, flops.batch_fields(config, spec))

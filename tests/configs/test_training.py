@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight.compile import make_plan
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.run import resolve
 from mtv_jax.train.step import make_program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ MOST_STEPS, MOST_ROWS = 30, 32
 
 def train(run, workdir):
   """The losses of each update on one device, by name."""
-  config = schema.read_config(run)
+  config = recipes.read_config(run)
   config.evals, config.init = {}, None
   config.batch_size = min(config.batch_size, MOST_ROWS)
   experiment = build_experiment(config, workdir)
@@ -82,19 +83,19 @@ def quick_compilation():
 
 @pytest.mark.parametrize(("name", "other"), SAME.items())
 def test_a_recipe_that_is_not_trained_is_another_one(name, other):
-  tiny, same = (schema.read_config(f"{n}:tiny") for n in (name, other))
-  assert schema.check_config(tiny) == schema.check_config(same)
+  tiny, same = (recipes.read_config(f"{n}:tiny") for n in (name, other))
+  assert resolve(tiny) == resolve(same)
 
 
 @pytest.mark.parametrize(("name", "other"), COVERED.items())
 def test_the_objectives_of_every_recipe_are_trained(name, other):
   assert f"{other}:tiny" in RUNS
-  one, two = (schema.read_config(f"{n}:tiny") for n in (name, other))
+  one, two = (recipes.read_config(f"{n}:tiny") for n in (name, other))
   assert one.objectives.keys() <= two.objectives.keys()
 
 
 def objective_types(run):
-  objectives = schema.read_config(run).objectives
+  objectives = recipes.read_config(run).objectives
   return {entry.get("type", name) for name, entry in objectives.items()}
 
 
@@ -106,7 +107,7 @@ def test_every_objective_is_trained():
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [run for run in RUNS if run not in TRAINED])
 def test_the_update_lowers(run):
-  plan = make_plan(schema.read_config(run), topologies.parse("cpu:1"))
+  plan = make_plan(recipes.read_config(run), topologies.parse("cpu:1"))
   state, metrics = plan.lower().out_info
 
   def shapes(tree):

@@ -263,7 +263,7 @@ def test_a_locked_run_is_waited_for(tmp_path, trainings, monkeypatch):
 
 
 RECIPE = """
-from mtv_jax.config.schema import read_config
+from mtv_jax.config.recipes import read_config
 
 
 def get_config(arg=None):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
@@ -22,6 +22,7 @@ from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import remat as remat_lib
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
 
@@ -184,8 +185,8 @@ class Report:
         "chips' own program are unknown."
       )
     sections = (config, config.schedule, config.log, config.checkpoint)
-    durations = [item for section in sections for item in section.items()]
-    if any("epochs" in k and v is not None for k, v in durations):
+    durations = [v for s in sections for v in vars(s).values()]
+    if any(getattr(v, "unit", None) == "epochs" for v in durations):
       examples = f"{plan.length.examples_per_epoch:,} examples per epoch"
       lines.append(f"Assumes {examples} (--examples).")
     return lines
@@ -320,7 +321,7 @@ class Report:
 
 
 def preflight(
-  config: schema.Config,
+  config: Config | RunConfig,
   topology: topologies.Topology,
   *,
   examples_per_epoch: int | None = None,
@@ -336,7 +337,7 @@ def preflight(
   norms with each if the run may measure them, see
   `remat.find_remat`. `options` are further fields of the report.
   """
-  config = schema.check_config(config)
+  config = resolve(config)
   if config.model.remat.strip() == AUTO:
     choice = remat_lib.find_remat(
       config, topology, budget=budget, examples_per_epoch=examples_per_epoch

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.objectives import (
   base,
   build_objective,
@@ -197,7 +197,7 @@ def _infinite_ring_bytes(row: hlo.Collective) -> float:
 
 
 def compile_row(
-  config: schema.Config, topology: str, *, rows: int = 64
+  config: Config, topology: str, *, rows: int = 64
 ) -> dict[str, Any]:
   """Compiles a config's step for a topology, with `rows` per chip."""
   parsed = topologies.parse(topology)

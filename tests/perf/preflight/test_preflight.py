@@ -8,16 +8,17 @@ import sys
 import pytest
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import propose, report
+from mtv_jax.train.run import resolve
 
 CONFIG = "configs/siglip_b16_224.py:tiny"
 
 
 def test_plan_opens_no_data_and_no_tokenizer(repo_root):
-  config = schema.read_config(str(repo_root / CONFIG))
+  config = recipes.read_config(str(repo_root / CONFIG))
   config.data.train = [dict(type="webdataset", path="/nowhere/{0..9}.tar")]
   config.model.text.tokenizer = "/nowhere/spiece.model"
   plan = compile_lib.make_plan(config, topologies.parse("cpu:8"))
@@ -28,8 +29,8 @@ def test_plan_opens_no_data_and_no_tokenizer(repo_root):
 
 
 def test_candidates_go_from_cheap_to_expensive(repo_root):
-  config = schema.read_config(str(repo_root / CONFIG))
-  tried, factors = zip(*propose.candidates(config, 4), strict=True)
+  config = recipes.read_config(str(repo_root / CONFIG))
+  tried, factors = zip(*propose.candidates(resolve(config), 4), strict=True)
   assert tried[0] == ("model.remat=full",)
   assert ("model.remat=full", "mesh.fsdp=4") in tried
   assert ("model.remat=full", "mesh.fsdp=8") not in tried
@@ -52,7 +53,7 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
     return compile_lib.CompileResult(memory, "" if memory else refusal)
 
   monkeypatch.setattr(propose.compile_lib, "compile_step", compile_step)
-  config = schema.read_config(
+  config = recipes.read_config(
     str(repo_root / "configs/mae_b16_224.py") + ":tiny"
   )
   config.batch_size = 64
@@ -82,7 +83,7 @@ def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(
     return compile_lib.CompileResult(None, "refused"), None
 
   monkeypatch.setattr(compile_lib, "_compile", compile)
-  config = schema.read_config(
+  config = recipes.read_config(
     str(repo_root / "configs/mae_b16_224.py") + ":tiny"
   )
   del config["total_steps"]
@@ -135,7 +136,7 @@ def run(repo_root, *arguments):
 
 
 def test_gradient_norms_decide_whether_the_config_fits(repo_root):
-  config = schema.read_config(str(repo_root / CONFIG))
+  config = recipes.read_config(str(repo_root / CONFIG))
   machine = topologies.parse("gpu:1xL4")
   without = compile_lib.make_plan(config, machine)
   config.log.gradients_steps = 10
@@ -156,7 +157,7 @@ def test_gradient_norms_decide_whether_the_config_fits(repo_root):
 
 @pytest.mark.slow
 def test_gradient_norms_are_compiled_if_the_config_measures_them(repo_root):
-  config = schema.read_config(str(repo_root / CONFIG))
+  config = recipes.read_config(str(repo_root / CONFIG))
   result = report.preflight(config, topologies.parse("cpu:1"), norms=True)
   assert result.norms is None
   config.log.gradients_steps = 10

@@ -14,7 +14,7 @@ import trainings
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.cli import errors
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.train import loop, trainer
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import MetricWriter
@@ -23,7 +23,7 @@ from mtv_jax.train.runtime.prefetch import prefetch_to_device
 
 
 def smallest(**changes):
-  config = schema.read_config(f"{trainings.CONFIG}:save=100")
+  config = recipes.read_config(f"{trainings.CONFIG}:save=100")
   config.update(changes)
   return config
 

@@ -171,11 +171,12 @@ def test_a_process_that_fails_alone_tells_why_and_exits(
 
 AUTO_REMAT = """
 import dataclasses, json, sys
+from mtv_jax.cli import train
 from mtv_jax.cli.main import run_command
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib, remat
 
-describe, resolve_remat = topologies.describe_local, remat.resolve_remat
+describe, choose_remat = topologies.describe_local, train.choose_remat
 savings = [
   remat.Saving(view, name, 100, flops)
   for view in ("image", "caption")
@@ -199,8 +200,8 @@ def compile_step(plan, **options):
   return compile_lib.CompileResult(compile_lib.Memory(0, 0, 0, peak, None))
 
 
-def resolve(*args):
-  config = resolve_remat(*args)
+def choose(*args):
+  config = choose_remat(*args)
   resolved.append(config.model.remat)
   return config
 
@@ -208,7 +209,7 @@ def resolve(*args):
 topologies.describe_local = describe_local
 compile_lib.compile_step = compile_step
 remat.list_savings = lambda plan: savings
-remat.resolve_remat = resolve
+train.choose_remat = choose
 compiled, resolved, statuses = [], [], []
 for budget, steps in ((1450, 3), (9000, 4)):
   statuses.append(run_command("train", [
@@ -237,11 +238,11 @@ def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
   statuses, compiled, resolved = first
   assert statuses == [0, 0]
   best = "full|caption=full|image=qkv,mlp_hidden"
-  assert resolved == [best, best]
+  assert resolved == [f"auto:{best}"] * 2
   # The second session has memory for all arrays, and searches no more.
   all_arrays = "full|caption=qkv,mlp_hidden|image=qkv,mlp_hidden"
   ends = ["end of session"] * 2
   assert compiled == ["full", all_arrays, best, *ends]
   recorded = json.loads((workdir / "config.json").read_text())
-  assert recorded["model"]["remat"] == best
+  assert recorded["model"]["remat"] == f"auto:{best}"
   assert sorted(trainings.losses(workdir)) == [1, 2, 3, 4]
