@@ -13,15 +13,15 @@ import argparse
 import dataclasses
 import json
 
+from mtv_jax.evals import vqa
 from mtv_jax.evals.report import tables
-from mtv_jax.evals.vqa import answer_files
 from mtv_jax.utils import atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax score_vqa`."""
   add = parser.add_argument
-  add("--rule", required=True, choices=list(answer_files.RULES))
+  add("--rule", required=True, choices=list(vqa.RULES))
   add("--answers", required=True, help="JSON, or one object per line")
   add("--truths", required=True, help="the benchmark's own file")
   add(
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Scores the answers and prints the metrics."""
-  scores = answer_files.score(
-    answer_files.read_answers(args.answers),
-    answer_files.read_questions(args.truths),
+  scores = vqa.score(
+    vqa.read_answers(args.answers),
+    vqa.read_questions(args.truths),
     rule=args.rule,
     missing=args.missing,
   )
