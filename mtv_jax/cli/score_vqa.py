@@ -14,7 +14,7 @@ import json
 from typing import Literal
 
 from mtv_jax.cli import arguments
-from mtv_jax.evals.vqa import answer_files
+from mtv_jax.evals import vqa
 from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 
@@ -30,7 +30,7 @@ class Flags(arguments.Flags):
     json: file to write.
   """
 
-  rule: Literal[tuple(answer_files.RULES)]
+  rule: Literal[tuple(vqa.RULES)]
   answers: str
   truths: str
   missing: Literal["error", "wrong"] = "error"
@@ -39,9 +39,9 @@ class Flags(arguments.Flags):
 
 def run(args: Flags) -> None:
   """Scores the answers and prints the metrics."""
-  scores = answer_files.score(
-    answer_files.read_answers(args.answers),
-    answer_files.read_questions(args.truths),
+  scores = vqa.score(
+    vqa.read_answers(args.answers),
+    vqa.read_questions(args.truths),
     rule=args.rule,
     missing=args.missing,
   )

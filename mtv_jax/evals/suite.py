@@ -40,13 +40,6 @@ def evaluate(
   Writes `results.json` to the folder after each evaluation, so that a killed
   process loses one evaluation only. Raises as `run.prepare`. Without encoders
   no data are opened.
-
-  Args:
-    encoders: by name in tables; stored results are not computed again.
-    chosen: the evaluations.
-    checkpoints: `Outcome.checkpoint` of the encoders by name.
-    folder: of `results.json`.
-    log_fn: called with lines of progress.
   """
   if not encoders:
     return []

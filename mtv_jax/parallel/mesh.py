@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from mtv_jax.config import sections
 from mtv_jax.utils.errors import ConfigError, did_you_mean
@@ -245,3 +245,33 @@ def shard_batch(
     name: jax.make_array_from_process_local_data(sharding, value)
     for name, value in batch.items()
   }
+
+
+def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
+  """The global array of an array that every host holds in full."""
+  value = np.asarray(value)
+  return jax.make_array_from_callback(
+    value.shape, sharding, lambda index: value[index]
+  )
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Replicates arrays over the devices of the mesh."""
+  sharding = replicated_sharding(mesh)
+  return jax.tree.map(lambda leaf: put_array(leaf, sharding), tree)
+
+
+def shard_replicated(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Shards a batch that every host holds in full over the mesh, by rows.
+
+  An array whose rows the data axes do not divide is replicated.
+  """
+  parts, sharded = num_batch_shards(mesh), NamedSharding(mesh, BATCH_SPEC)
+
+  def put(value: np.ndarray) -> jax.Array:
+    splits = np.ndim(value) and len(value) % parts == 0
+    return put_array(value, sharded if splits else replicated_sharding(mesh))
+
+  return {name: put(value) for name, value in batch.items()}

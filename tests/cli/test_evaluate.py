@@ -17,12 +17,11 @@ from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals import run, suite
+from mtv_jax.evals import retrieval, run, suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.encoder_requests import parse_requests
-from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
 from mtv_jax.report import tables
 from mtv_jax.utils.errors import ConfigError, InputError

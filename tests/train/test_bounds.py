@@ -10,7 +10,7 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import recipes, sections
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.retrieval.retrieval import Retrieval
+from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.train.bounds import Bound, BoundError
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.loop import train

@@ -43,10 +43,6 @@ def matrix(
     bilinear_antialiased: antialias=True; Pillow's BILINEAR.
     bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
     bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
-
-  Raises:
-    ConfigError: for a method that is not in `LINEAR`.
-    InputError: for an empty axis.
   """
   check_choice("resizing method", method, LINEAR)
   if size < 1 or new_size < 1:
@@ -92,9 +88,6 @@ def indices(
   `nearest` reads at the pixel's upper left corner (16 to 4 takes 0, 4, 8, 12:
   torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at its centre (2,
   6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
-
-  Raises:
-    ConfigError: for a method that is not in `NEAREST`.
   """
   check_choice("resizing method", method, NEAREST)
   # In float32, as PyTorch computes them: rounding decides positions that are
@@ -116,9 +109,6 @@ def resize(
   """Resizes feature maps or images with channels, on the host or the device.
 
   The result has the dtype of `x`; linear methods make float32 of integers.
-
-  Raises:
-    ConfigError: for a method that is not in `METHODS`.
   """
   return _resize(x, size, method=method, axis=x.ndim - 3)
 

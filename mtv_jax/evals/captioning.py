@@ -10,8 +10,8 @@ With the names (and colours) that a generated text mentions,
     referred = mean over (image, phrase) of  IoU >= 0.5 of the predicted box
                with any of the phrase's boxes there
 
-The chance is that of the same answers, each compared with every other image.
-The protocols are those of this project.
+The chance compares each answer with every other image. The protocols are this
+project's own.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from mtv_jax.config.options import PositiveInt
 from mtv_jax.data.scenes import captions as scene_captions
 from mtv_jax.data.scenes import world
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals import grounding
 from mtv_jax.evals.core import bootstrap, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import BoxSet, Data
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.grounding import grounding
 
 COLOURS = tuple(world.COLOURS)
 # Words between a colour and its object: "red and white striped ball".
@@ -46,14 +46,12 @@ Scored = tuple[Estimate, dict[str, float]]  # Metrics with errors, and chance.
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioning(Evaluator):
+class CaptioningEvaluator(Evaluator):
   """Names and colours in captions, region captions, referred boxes.
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
-    images: the folder of COCO's images, if it is not beside the JSON.
     tasks: by default those that the decoder was trained for.
-    count: images to use, evenly spaced; all by default (of the scenes 128).
   """
 
   requires = frozenset({"captioning"})
@@ -92,20 +90,16 @@ class Captioning(Evaluator):
       chance |= part_chance
     protocol = {
       **encoder.protocol(),
-      "data": data.name,
-      "data_hash": data.digest,
-      "images": len(data.images),
+      **data.protocol(),
       "boxes": sum(map(len, data.boxes)),
       "decoding": "greedy",
       "referred": "IoU >= 0.5 with any box of the phrase in the image",
       "chance": "the same answers in the other images",
     }
-    return Result(
-      estimate.metrics,
+    return Result.from_estimate(
+      estimate,
       protocol,
       chance,
-      errors=estimate.errors,
-      resamples=estimate.resamples,
     )
 
 

@@ -5,30 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+import PIL.Image
+from jaxtyping import Float, Float32, Int, UInt8
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import (
   bootstrap,
-  crops,
   global_features,
   probe,
   ranking,
 )
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.bootstrap import Estimate
-from mtv_jax.evals.core.examples import ClassificationSet, Data, Images
+from mtv_jax.evals.core.examples import ClassificationSet, Data, LazySequence
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
-# Images that a hyper-parameter is selected on, see `split_for_selection`.
+# LazySequence that a hyper-parameter is selected on, see `split_for_selection`.
 Select = Literal["val", "train_split"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 
@@ -46,14 +47,14 @@ class ClassificationProbe(Evaluator):
     data: a data set with a training split (`datasets/registry.py`), or the test
       images alone.
     train: the training images, if `data` has no training split.
-    view: see `global_features.view`; on scenes `encoder`.
+    view: see `global_features.with_view`; on scenes `encoder`.
     count: test images, evenly spaced; all by default, 400 scenes.
     train_count: training images, evenly spaced; all by default, 800 scenes.
   """
 
   data: Data = "scenes"
   train: Data | None = None
-  view: global_features.View | None = None
+  view: global_features.ViewName | None = None
   count: PositiveInt | None = None
   train_count: PositiveInt | None = None
   batch_size: PositiveInt = 64
@@ -78,16 +79,14 @@ class ClassificationProbe(Evaluator):
   def run(self, encoder: Encoder) -> Result:
     """The probe's metrics, see the class."""
     view = self._view_name()
-    encoder = global_features.view(encoder, view)
+    encoder = global_features.with_view(encoder, view)
     data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    return Result(
-      estimate.metrics,
+    return Result.from_estimate(
+      estimate,
       described | protocol,
       chance_accuracies(estimate.metrics, data.classes),
-      errors=estimate.errors,
-      resamples=estimate.resamples,
     )
 
   def _view_name(self) -> str:
@@ -131,8 +130,8 @@ class TrainedProbe(ClassificationProbe):
       costs steps x batch forward passes; `cached` trains on features that are
       computed once. `crops` by default, but `cached` on scenes and where the
       published schedule has more than 100 passes over the training images.
-    published: trains as published, also on scenes and on few images, of which a
-      schedule has at most 100 passes otherwise (`probe.resolve_schedule`).
+    published: trains the whole published schedule, also on scenes and on few
+      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
     seed: seed of batches, crops and heads.
   """
 
@@ -183,7 +182,7 @@ class TrainedProbe(ClassificationProbe):
     )
     cached = self._features(encoder, train) if augment == "cached" else None
 
-    def batch(step: int) -> probe.Batch:
+    def batch(step: int) -> probe.FeatureBatch:
       items = indices(step)
       label = train.labels[items]
       if cached is not None:
@@ -192,9 +191,9 @@ class TrainedProbe(ClassificationProbe):
       def crop(row: int) -> np.ndarray:
         image = train.images[int(items[row])]
         rng = np.random.default_rng((self.seed, step, row))
-        return crops.random_crop(image, size=encoder.preprocess.size, rng=rng)
+        return random_crop(image, size=encoder.preprocess.size, rng=rng)
 
-      images = Images(crop, len(items))
+      images = LazySequence(crop, len(items))
       data = dataclasses.replace(train, images=images, labels=label)
       x = self._features(encoder, data, pixels="crops")
       return {"x": x, "label": label}
@@ -208,7 +207,7 @@ class TrainedProbe(ClassificationProbe):
     return {
       "steps": steps,
       "train_batch": batch_size,
-      "augment": crops.PROTOCOL if encoded else "none",
+      "augment": CROP_PROTOCOL if encoded else "none",
       "crops_encoded": steps * batch_size if encoded else 0,
       "last_loss": float(fitted.losses[-1]),
       "seed": self.seed,
@@ -227,9 +226,6 @@ def split_for_selection(
   Returns:
     Indices to train on, indices to select on (None for the test images), and
     the protocol's description.
-
-  Raises:
-    InputError: for `train_split` of a set with one image per class.
   """
   if select == "val":
     how = "the best on the test images themselves, as published"
@@ -313,3 +309,45 @@ def map_rows(
       for s in range(0, len(arrays[0]), rows)
     ]
   )
+
+
+CROP_PROTOCOL = "random crop (area 0.08..1, ratio 3/4..4/3, bicubic), flip 0.5"
+_ATTEMPTS = 10
+
+
+def crop_box(
+  height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+  """A crop (left, top, right, bottom) in pixels.
+
+  After ten draws of an area and a ratio that don't fit, the middle of the image
+  at the nearest allowed ratio.
+  """
+  area = height * width
+  for _ in range(_ATTEMPTS):
+    target = area * rng.uniform(0.08, 1)
+    ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w = round(math.sqrt(target * ratio))
+    h = round(math.sqrt(target / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      top = int(rng.integers(0, height - h + 1))
+      left = int(rng.integers(0, width - w + 1))
+      return left, top, left + w, top + h
+  w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def random_crop(
+  image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A random `size` x `size` crop of an image, flipped half the time.
+
+  "Inception" crops (Szegedy et al. 2015) with torchvision's constants: an area
+  of 8 to 100 % of the image, of an aspect ratio between 3/4 and 4/3 (uniform in
+  its logarithm), resized with antialiased bicubic resampling.
+  """
+  height, width = image.shape[:2]
+  crop = PIL.Image.fromarray(image).crop(crop_box(height, width, rng))
+  crop = np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))
+  return crop[:, ::-1] if rng.random() < 0.5 else crop

@@ -17,7 +17,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, UInt8
+from PIL import Image, ImageDraw
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
@@ -27,7 +28,8 @@ from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.retrieval import sheets
+from mtv_jax.utils import plots
+from mtv_jax.utils.plots import GAP, INK, LINE_HEIGHT, PAPER
 
 AT = (1, 5, 10)
 # Prefixes of the metrics: captions retrieve images, images retrieve captions.
@@ -39,14 +41,11 @@ class Retrieval(Evaluator):
   """Image-text retrieval: R@1, 5 and 10 in both directions.
 
   Attributes:
-    data: see `datasets/registry.py`.
-    images: the folder of images, if it is not beside the JSON.
     split: Karpathy split.
     max_captions: the first captions of an image to use; all by default. (Of
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
-      `global_features.view`.
-    count: images to use, evenly spaced; all by default.
+      `global_features.with_view`.
   """
 
   requires = frozenset({"text"})
@@ -55,7 +54,7 @@ class Retrieval(Evaluator):
   images: str | None = None
   split: str = "test"
   max_captions: PositiveInt | None = None
-  view: global_features.View = "encoder"
+  view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
   # Images on the sheet `captions`, captions on the sheet `images`.
@@ -75,7 +74,7 @@ class Retrieval(Evaluator):
     """Metrics, and the sheets `captions` and `images`."""
     require_text(encoder)
     data = self._set
-    encoder = global_features.view(encoder, self.view)
+    encoder = global_features.with_view(encoder, self.view)
     image = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     ).pooled
@@ -86,10 +85,8 @@ class Retrieval(Evaluator):
     protocol = {
       **encoder.protocol(),
       "view": self.view,
-      "data": data.name,
-      "data_hash": data.digest,
+      **data.protocol(),
       **({"split": data.split} if data.split else {}),
-      "images": len(data.images),
       "captions": len(data.captions),
       "captions_distinct": len(distinct),
       "max_captions": self.max_captions or "all",
@@ -102,12 +99,10 @@ class Retrieval(Evaluator):
     if self.pictures:
       sheets = _draw_sheets(data, image, text, self.pictures)
     estimate = recalls(image, text, owner=data.owner)
-    return Result(
-      estimate.metrics,
+    return Result.from_estimate(
+      estimate,
       protocol,
       chance(data.owner),
-      errors=estimate.errors,
-      resamples=estimate.resamples,
       sheets=sheets,
     )
 
@@ -167,13 +162,13 @@ def _draw_sheets(
   correct[data.owner, index] = True
   queries = np.searchsorted(data.owner, chosen)
   return {
-    "captions": sheets.ranked_captions(
+    "captions": ranked_captions(
       [data.images[i] for i in chosen],
       image[chosen] @ text[first].T,
       distinct,
       correct[chosen],
     ),
-    "images": sheets.ranked_images(
+    "images": ranked_images(
       [data.captions[j] for j in queries],
       text[queries] @ image.T,
       data.images,
@@ -198,3 +193,78 @@ def chance(
     hits = [1 - math.comb(m - int(c), min(k, m)) / total for c in counts]
     rates[f"{names[1]}_r{k}"] = float(np.mean(hits))
   return rates
+
+
+MATCH = (0, 140, 90)  # colour of the correct captions and images
+_FRAME = 4
+
+
+def ranked_captions(
+  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  scores: Float[np.ndarray, "n m"],
+  captions: Sequence[str],
+  correct: Bool[np.ndarray, "n m"],
+  *,
+  top: int = 5,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Images, each beside the captions of the highest scores.
+
+  Correct captions are green and marked. If none is in the top, the best-ranked
+  one is appended with its rank.
+  """
+  size = 144  # side of an image
+  width = size + 4 * GAP + 460
+  height = max(size, (top + 1) * LINE_HEIGHT + GAP) + GAP
+  sheet = Image.new("RGB", (width, height * len(images)), PAPER)
+  draw = ImageDraw.Draw(sheet)
+  x = size + GAP
+  for i, image in enumerate(images):
+    sheet.paste(plots.fit_image(image, size), (0, i * height))
+    order = np.argsort(-scores[i], kind="stable")
+    ranks = list(range(min(top, len(order))))
+    if not correct[i, order[:top]].any() and correct[i].any():
+      ranks.append(int(np.argmax(correct[i, order])))
+    for k, rank in enumerate(ranks):
+      j, y = order[rank], i * height + k * LINE_HEIGHT
+      if correct[i, j]:
+        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
+      text = f"{rank + 1}.  {scores[i, j]:.3f}  {captions[j]}"
+      text = plots.shorten(text, width - x - 2 * GAP)
+      ink = MATCH if correct[i, j] else INK
+      draw.text((x + 10, y), text, ink, plots.font())
+  return np.asarray(sheet)
+
+
+def ranked_images(
+  captions: Sequence[str],
+  scores: Float[np.ndarray, "n m"],
+  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  owner: Sequence[int],
+  *,
+  top: int = 5,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Captions, each above the images of the highest scores.
+
+  The caption's own image has a green frame, or its rank is beside the caption.
+  """
+  size = 120  # side of an image
+  side = size + GAP
+  top = min(top, len(images))
+  width = max(top * side - GAP, 520)
+  height = LINE_HEIGHT + 4 + side
+  sheet = Image.new("RGB", (width, height * len(captions)), PAPER)
+  draw = ImageDraw.Draw(sheet)
+  for i, caption in enumerate(captions):
+    order = np.argsort(-scores[i], kind="stable")
+    rank = int(np.flatnonzero(order == owner[i])[0])
+    suffix = "" if rank < top else f"  (own image: rank {rank + 1})"
+    text = plots.shorten(caption, width - plots.text_width(suffix)) + suffix
+    draw.text((0, i * height), text, INK, plots.font())
+    for k, j in enumerate(order[:top]):
+      x, y = k * side, i * height + LINE_HEIGHT + 2
+      image = plots.fit_image(images[int(j)], size)
+      sheet.paste(image, (x, y))
+      if j == owner[i]:
+        frame = (x, y, x + image.width - 1, y + image.height - 1)
+        draw.rectangle(frame, outline=MATCH, width=_FRAME)
+  return np.asarray(sheet)

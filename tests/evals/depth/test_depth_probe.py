@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import Images
+from mtv_jax.evals.core.examples import LazySequence
 from mtv_jax.evals.core.padded_views import PaddedView
 from mtv_jax.evals.depth import augment, metrics, training
-from mtv_jax.evals.depth.augment import Example
-from mtv_jax.evals.depth.probe import DepthProbe, score
+from mtv_jax.evals.depth.augment import DepthExample
+from mtv_jax.evals.depth.depth_probe import DepthProbe, score
 from mtv_jax.evals.depth.protocols import PROTOCOLS
-from mtv_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def nyu_like():
   depth = cv2.resize(small, (640, 480), interpolation=cv2.INTER_NEAREST)
   depth[100:200, 300:400] = 0
   image = np.repeat(depth[..., None] * 18, 3, axis=-1)
-  return Example(image, depth)
+  return DepthExample(image, depth)
 
 
 @pytest.mark.parametrize("name", ["flip", "toolbox", "probe3d"])
@@ -61,14 +59,14 @@ def test_image_and_depth_stay_aligned(nyu_like, name):
 def test_toolbox_crops_the_border(nyu_like):
   image = np.full((480, 640, 3), 255, np.float32)
   image[45:472, 43:608] = 100
-  example = Example(image, nyu_like.depth)
+  example = DepthExample(image, nyu_like.depth)
   for seed in range(6):
     augmented = augment.AUGMENTS["toolbox"](
       example, np.random.default_rng(seed)
     )
     assert augmented.image.max() < 255 * 0.75
   with pytest.raises(ValueError, match="480 x 640 and this one is 4 x 4"):
-    small = Example(image[:4, :4], nyu_like.depth[:4, :4])
+    small = DepthExample(image[:4, :4], nyu_like.depth[:4, :4])
     augment.AUGMENTS["toolbox"](small, np.random.default_rng(0))
 
 
@@ -76,7 +74,7 @@ def test_rotation_is_clockwise_and_interpolates_no_depth(nyu_like):
   image = np.zeros((101, 101, 3), np.float32)
   depth = np.full((101, 101), 3.0, np.float32)
   image[50, 90] = 255
-  turned = augment.rotate(Example(image, depth), 90.0)
+  turned = augment.rotate(DepthExample(image, depth), 90.0)
   assert turned.image[90, 50, 0] == pytest.approx(255, abs=1)
   depth = augment.rotate(nyu_like, 2.0).depth
   assert set(np.unique(depth)) <= {*np.unique(nyu_like.depth), 0.0}
@@ -155,7 +153,7 @@ def test_features_of_the_protocols(protocol, cls_token, width):
   encoder = tower_of(cls_token)
   setup = DepthProbe(protocol=protocol)._resolve(encoder, scenes())
   assert setup.has_cls == (cls_token and protocol == "lin1")
-  assert setup.head().channels == width
+  assert setup.channels == width
   last = {"linear": (11,), "lin1": (11,), "dpt": (2, 5, 8, 11)}
   assert setup.layers == last[protocol]
 
@@ -177,8 +175,8 @@ def test_dpt_reads_the_class_token_of_the_dino_family():
     image = dataclasses.replace(encoder.spec.image, **fields)
     encoder.spec = dataclasses.replace(encoder.spec, image=image)
     setup = DepthProbe(protocol="dpt", cls=cls)._resolve(encoder, data)
-    assert setup.has_cls == (setup.head().channels == 2 * 4 * 768)
-    return setup.head().channels
+    assert setup.has_cls == (setup.channels == 2 * 4 * 768)
+    return setup.channels
 
   dino = {"pool": "cls", "layer_scale": 1e-5, "width": 768, "heads": 12}
   assert channels(**dino) == 4 * 1536
@@ -225,16 +223,7 @@ def test_scenes_end_to_end(result):
   assert sheet.std() > 10
 
 
-def test_one_device_and_eight_agree(pixels, result):
-  assert pixels.mesh.size == 8
-  mesh = make_mesh({"data": -1}, jax.devices()[:1])
-  single = baselines.load("pixels:32/8", mesh=mesh)
-  again = DepthProbe(**SMALL).run(single)
-  for name, value in result.metrics.items():
-    assert again.metrics[name] == pytest.approx(value, rel=1e-3), name
-
-
-def torch_prediction(image, params, state, max_depth):
+def torch_prediction(image, model, max_depth):
   """The linear probe on one image of raw pixels, in PyTorch."""
   import torch
   from torch.nn import functional
@@ -243,66 +232,50 @@ def torch_prediction(image, params, state, max_depth):
   normalised = (pixels / 255 - 0.5) / 0.5
   # The pixels of each patch, ordered (y, x, channel).
   patches = normalised.reshape(1, 3, 4, 8, 4, 8).permute(0, 3, 5, 1, 2, 4)
-  x = patches.reshape(1, 192, 4, 4)
-  leaf = {k: torch.from_numpy(np.array(v)) for k, v in params["norm"].items()}
-  mean, var = (torch.from_numpy(np.array(state[k])) for k in ("mean", "var"))
-  x = functional.batch_norm(x, mean, var, leaf["scale"], leaf["bias"])
-  weight = torch.from_numpy(np.array(params["kernel"])).T[..., None, None]
-  bias = torch.from_numpy(np.array(params["bias"]))
-  weights = torch.relu(functional.conv2d(x, weight, bias)) + 0.1
+  weights = torch.relu(model(patches.reshape(1, 192, 4, 4))) + 0.1
   bins = torch.linspace(0.001, max_depth, 256)[:, None, None]
   depth = (weights * bins).sum(1) / weights.sum(1)
-  return functional.interpolate(
+  depth = functional.interpolate(
     depth[None], (32, 32), mode="bilinear", align_corners=False
-  )[0, 0].numpy()
+  )
+  return depth[0, 0].detach().numpy()
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("tta", ["none", "flip"])
 def test_predictions_match_torch(pixels, tta):
   """From the image to the clipped depth map, given equal weights."""
+  from probe_head_parity import random_head, torch_head
+
   evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6.0)
   data = evaluator._set("test", 32)
   setup = evaluator._resolve(pixels, data)
-  rng = np.random.default_rng(0)
-  params, state = jax.tree.map(
-    lambda x: rng.uniform(-0.5, 1, x.shape).astype(np.float32),
-    setup.head().init(jax.random.key(0)),
-  )
-  state["var"] += 0.6
+  params, state = random_head(setup.head, setup.channels)
   # Weights that grow with the bin, or every depth would be near the mean.
-  params["kernel"] *= np.linspace(-1, 1, 256, dtype=np.float32)
+  kernel = np.random.default_rng(0).uniform(-0.5, 1, (setup.channels, 256))
+  kernel *= np.linspace(-1, 1, 256)
+  params["logits"]["kernel"] = kernel.astype(np.float32)
+  model = torch_head(setup.head, params, state).eval()
   fitted = probe.FitResult(params, {"head": state}, np.zeros(1, np.float32))
   predicted = list(training.predict(setup, data, fitted))
   assert len(predicted) == 3
   for i, (_, truth, depth) in enumerate(predicted):
     image = data.images[i].astype(np.float32)
-    want = torch_prediction(image, params, state, 6.0)
+    want = torch_prediction(image, model, 6.0)
     if tta == "flip":
-      other = torch_prediction(image[:, ::-1], params, state, 6.0)
+      other = torch_prediction(image[:, ::-1], model, 6.0)
       want = (want + other[:, ::-1]) / 2
-    np.testing.assert_array_equal(truth, data.depths[i])
+    np.testing.assert_array_equal(truth, data.maps[i])
     np.testing.assert_allclose(depth, want.clip(1e-3, 6), atol=1e-5)
     assert np.ptp(depth) > 0.5
 
 
-def test_options_are_checked():
-  for option, value, known in (
-    ("protocol", "lin5", "lin4"),
-    ("augment", "tolbox", "toolbox"),
-    ("crop", "nyu_eigne", "nyu_eigen"),
-  ):
-    with pytest.raises(ValueError, match=f"Did you mean '{known}'"):
-      build_evaluator("depth_probe", {option: value})
-  with pytest.raises(FileNotFoundError, match="does not exist"):
-    DepthProbe(data="lost").prepare()
+def test_scenes_as_a_mapping():
   # The defaults for scenes hold for every way to name them.
   scenes = DepthProbe(data={"type": "scenes", "length": 2})
   scenes.prepare()
   assert len(scenes._set("train", 32).images) == 2
   assert scenes._set("test", 32).images[0].shape == (32, 32, 3)
-  built = build_evaluator("depth_probe", {"layers": [3], "every_steps": 1})
-  assert built == DepthProbe(layers=(3,))
 
 
 @pytest.mark.parametrize(
@@ -340,13 +313,13 @@ def test_published_values_for_real_data(tmp_path):
   assert setup.protocol == PROTOCOLS["linear"]
   # By default at most 100 passes: of NYUv2's 795 images, not of its 24,231.
   for images, length in ((24_231, (38_400, 16)), (795, (4969, 16))):
-    some = dataclasses.replace(train, images=Images(len, images))
+    some = dataclasses.replace(train, images=LazySequence(len, images))
     capped = DepthProbe(data="nyu")._resolve(tower_of(), some)
     assert (capped.protocol.steps, capped.protocol.batch_size) == length
     assert ("instead of 38400" in capped.schedule.why) == (images == 795)
   assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
   assert (setup.layers, setup.max_depth) == ((11,), 10)
-  many = dataclasses.replace(train, images=Images(len, 795))
+  many = dataclasses.replace(train, images=LazySequence(len, 795))
   dpt = DepthProbe(protocol="dpt")._resolve(tower_of(), many)
   assert dpt.protocol == dataclasses.replace(PROTOCOLS["dpt"], steps=990)
   assert (dpt.protocol.batch_size, dpt.protocol.lr) == (8, 5e-4)

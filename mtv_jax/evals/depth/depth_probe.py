@@ -3,8 +3,8 @@
 A head is trained on frozen features and scored by RMSE, AbsRel, delta and
 others. `protocols.py` has the published probes: DINOv3's linear probe (the
 default), DINOv2's over one or four layers, Probe3D's DPT, with their learning
-rates and loss weights; `heads.py` the heads, `losses.py` the terms of the loss,
-`training.py` their sum and the training, `metrics.py` the metrics.
+rates and loss weights; `heads.py` the heads, `training.py` the loss and the
+training, `metrics.py` the metrics.
 Results of different protocols are not comparable.
 """
 
@@ -24,8 +24,8 @@ from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.depth import augment, heads, metrics, training
-from mtv_jax.evals.depth.base import DepthEvaluator
-from mtv_jax.evals.depth.protocols import PROTOCOLS, Protocol
+from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator
+from mtv_jax.evals.depth.protocols import PROTOCOLS, ProbeProtocol
 from mtv_jax.evals.depth.training import Setup
 from mtv_jax.utils.errors import InputError
 
@@ -59,9 +59,8 @@ class DepthProbe(DepthEvaluator):
     cls: `concat` appends the CLS token, if there is one, to every patch. By
       default `lin1` and `lin4` do so, and `dpt` for the DINO family.
     train_count: training images to use, evenly spaced; all by default.
-    published: trains as long as published, also on scenes and on few images, of
-      which a schedule has at most 100 passes otherwise
-      (`core.probe.resolve_schedule`).
+    published: trains the whole published schedule, also on scenes and on few
+      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
     lr: peak learning rate.
     augment: training augmentation, see `augment.py`.
     input_size: rows and columns to which a whole image is resized before it is
@@ -72,7 +71,7 @@ class DepthProbe(DepthEvaluator):
     dpt_features: channels of the DPT head.
   """
 
-  # The batch is that of the training.
+  # `batch_size` is the training's.
   _neutral = DepthEvaluator._neutral - {"batch_size"}
 
   protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"
@@ -86,7 +85,7 @@ class DepthProbe(DepthEvaluator):
   augment: Literal["toolbox", "probe3d", "flip", "none"] | None = None
   input_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
   tta: Literal["flip", "none"] | None = None
-  crop: metrics.Crop | None = None
+  crop: metrics.CropName | None = None
   max_depth: PositiveFloat | None = None
   dpt_features: PositiveInt | None = None
   seed: int = 0
@@ -153,7 +152,9 @@ class DepthProbe(DepthEvaluator):
     return Setup(
       encoder=encoder,
       protocol=protocol,
-      layers=tuple(self.layers or protocol.taps(encoder.spec.image.depth)),
+      layers=tuple(
+        self.layers or protocol.out_indices(encoder.spec.image.depth)
+      ),
       max_depth=self.max_depth or _MAX_DEPTH[train.kind],
       dpt_features=self.dpt_features or dpt_features,
       input_size=(size, size) if isinstance(size, int) else size,
@@ -161,14 +162,16 @@ class DepthProbe(DepthEvaluator):
       schedule=schedule,
     )
 
-  def _schedule(self, protocol: Protocol, train: DepthSet) -> probe.Schedule:
+  def _schedule(
+    self, protocol: ProbeProtocol, train: DepthSet
+  ) -> probe.ProbeSchedule:
     """Steps and images per step, on this data."""
     size, images = protocol.batch_size, len(train.images)
     if protocol.steps is None:
       steps = protocol.epochs * max(1, images // size)
-      return probe.Schedule(steps, size, f"{protocol.epochs} epochs")
+      return probe.ProbeSchedule(steps, size, f"{protocol.epochs} epochs")
     if train.kind == "scenes" and not self.published:
-      return probe.Schedule(protocol.steps, size, "scenes")
+      return probe.ProbeSchedule(protocol.steps, size, "scenes")
     return probe.resolve_schedule(
       (protocol.steps, size),
       images=images,
@@ -234,22 +237,16 @@ def score(
   mean: float,
   scale_invariant: bool,
 ) -> dict[str, float]:
-  """Metrics of the valid pixels of one image.
-
-  Args:
-    predicted: metres; None for the chance level.
-    truth: metres.
-    mean: depth that the chance level predicts everywhere.
-    scale_invariant: adds `si_*`, after the best scale and shift. The best
-      constant is the image's mean depth.
-  """
+  """Metrics of the valid pixels of one image."""
   is_chance = predicted is None
   predicted = np.full(len(truth), mean) if is_chance else predicted
   scores = metrics.image_metrics(predicted, truth)
   if scale_invariant:
     affine = metrics.fit_affine(predicted, truth)
     if is_chance:
-      affine = metrics.Affine(0.0, float(np.mean(truth, dtype=np.float64)))
+      affine = metrics.ScaleAndShift(
+        0.0, float(np.mean(truth, dtype=np.float64))
+      )
     names = ("rmse", *metrics.DELTAS)
     aligned = metrics.image_metrics(affine(predicted), truth, names)
     scores |= {f"si_{name}": value for name, value in aligned.items()}
@@ -259,7 +256,7 @@ def score(
 def _mean_depth(data: DepthSet, setup: Setup) -> float:
   """Mean over the valid pixels of some training images, in metres."""
   total, count = 0.0, 0
-  chosen = examples.subsample(range(len(data.depths)), _MEAN_IMAGES)
+  chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
   for depth in dense.shared_map(lambda i: setup.example(data, i).depth, chosen):
     valid = metrics.valid_mask(depth, high=setup.max_depth)
     total += float(depth[valid].sum(dtype=np.float64))

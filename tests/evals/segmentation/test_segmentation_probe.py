@@ -13,18 +13,16 @@ import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
-from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
+from mtv_jax.evals.core.examples import LazySequence, SegmentationSet
+from mtv_jax.evals.core.probe_heads import ProbeHead, init_head, predict_fn
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.segmentation import (
   augment,
-  conv_head,
-  linear_head,
+  segmentation_probe,
   sliding_window,
 )
-from mtv_jax.evals.segmentation.linear_probe import Segmentation
-from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.evals.segmentation.segmentation_probe import Segmentation
 
 FILL = np.full(3, 127.5, np.float32)
 
@@ -71,8 +69,8 @@ def stripes(count, *, seed):
   return SegmentationSet(
     kind="ade20k",
     name="stripes",
-    images=Images(lambda i: images[i], count),
-    maps=LabelMaps(lambda i: maps[i], count),
+    images=LazySequence(lambda i: images[i], count),
+    maps=LazySequence(lambda i: maps[i], count),
     classes=("red", "green", "blue"),
     class_count=3,
     digest=f"stripes{seed}",
@@ -88,7 +86,9 @@ def striped(monkeypatch):
 
 
 def test_schedule_golden():
-  rate = linear_head.schedule(1e-3, steps=40_000, warmup=1500)
+  rate = segmentation_probe.learning_rate_schedule(
+    1e-3, steps=40_000, warmup=1500
+  )
   golden = {
     0: 1e-9,
     1: 6.677e-7,
@@ -100,16 +100,16 @@ def test_schedule_golden():
   }
   for step, value in golden.items():
     assert float(rate(step)) == pytest.approx(value, rel=2e-4, abs=1e-12), step
-  assert round(40_000 * linear_head.WARMUP) == 1500
+  assert round(40_000 * segmentation_probe.WARMUP) == 1500
 
 
-def test_taps():
-  assert linear_head.taps("LAST", 12) == (11,)
-  assert linear_head.taps("FOUR_LAST", 12) == (8, 9, 10, 11)
-  assert linear_head.taps("FOUR_EVEN", 12) == (2, 5, 8, 11)
-  assert linear_head.taps("FOUR_EVEN", 24) == (4, 11, 17, 23)
+def test_out_indices():
+  assert segmentation_probe.out_indices("LAST", 12) == (11,)
+  assert segmentation_probe.out_indices("FOUR_LAST", 12) == (8, 9, 10, 11)
+  assert segmentation_probe.out_indices("FOUR_EVEN", 12) == (2, 5, 8, 11)
+  assert segmentation_probe.out_indices("FOUR_EVEN", 24) == (4, 11, 17, 23)
   with pytest.raises(ValueError, match="this encoder has 2"):
-    linear_head.taps("FOUR_LAST", 2)
+    segmentation_probe.out_indices("FOUR_LAST", 2)
 
 
 def test_the_loss_counts_ignored_pixels_in_its_mean():
@@ -123,53 +123,10 @@ def test_the_loss_counts_ignored_pixels_in_its_mean():
     if labels[index] != 255:
       each = full[index]
       total += np.log(np.exp(each).sum()) - each[labels[index]]
-  got = jax.jit(linear_head.pixel_loss)(
+  got = jax.jit(segmentation_probe.pixel_loss)(
     jnp.asarray(logits), jnp.asarray(labels)
   )
   np.testing.assert_allclose(got, total / labels.size, rtol=1e-5)
-
-
-def test_channel_dropout():
-  # With half of the channels dropped, the norm reads 0 or twice the value.
-  seen = []
-
-  def spy(x, stats, *, affine):
-    seen.append(np.asarray(x))
-    return x, stats
-
-  params, state = linear_head.init(64, 3)
-  batch = {
-    "features": jnp.ones((5, 2, 2, 64)),
-    "targets": np.zeros((5, 4, 4), np.uint8),
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(probe, "batch_norm_train", spy)
-    patch.setattr(linear_head, "pixel_loss", lambda logits, labels: 0.0)
-    loss = linear_head.make_loss(0.5)
-    loss(params, state, batch, jax.random.key(0))
-  (x,) = seen
-  assert set(np.unique(x)) == {0.0, 2.0}
-  assert (x == x[:, :1, :1]).all()
-  assert 0.4 < (x[:, 0, 0] == 0).mean() < 0.6
-  # Sampled for each image independently.
-  assert (x[0] != x[1]).any()
-
-
-def test_folded_heads_equal_batch_norm_and_convolution():
-  rng = np.random.default_rng(1)
-  trained = []
-  for _ in range(2):
-    draw = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
-    norm = {"scale": draw(6), "bias": draw(6)}
-    params = {"norm": norm, "kernel": draw(6, 4), "bias": draw(4)}
-    trained.append((params, {"mean": draw(6), "var": draw(6) ** 2}))
-  x = rng.normal(size=(2, 3, 3, 6)).astype(np.float32)
-  got = linear_head.fold(trained)(x)
-  assert got.shape == (2, 3, 3, 2, 4)
-  for i, (params, stats) in enumerate(trained):
-    y = probe.batch_norm_eval(jnp.asarray(x), stats, affine=params["norm"])
-    expected = y @ params["kernel"] + params["bias"]
-    np.testing.assert_allclose(got[..., i, :], expected, atol=2e-4)
 
 
 def test_heads_read_their_blocks():
@@ -197,8 +154,8 @@ def shifted(count, *, seed):
   colours = np.uint8([[220, 30, 30], [30, 220, 30], [30, 30, 220]])
   return dataclasses.replace(
     stripes(1, seed=0),
-    images=Images(lambda i: colours[shown[i]], count),
-    maps=LabelMaps(lambda i: maps[i], count),
+    images=LazySequence(lambda i: colours[shown[i]], count),
+    maps=LazySequence(lambda i: maps[i], count),
     digest=f"shifted{seed}",
   )
 
@@ -229,72 +186,6 @@ def test_convolutions_read_neighbours(monkeypatch):
   assert 0.75 < conv.metrics["aacc"] < 0.95
   assert conv.protocol["kept_steps"] == [50, 80]
   assert "two 3x3 convolutions of 16 channels" in conv.protocol["head"]
-
-
-_STATS = ("mean", "var")
-
-
-@pytest.mark.reference
-def test_convolutional_head_equals_torch():
-  import torch
-
-  rng = np.random.default_rng(0)
-  params, stats = conv_head.init(6, 5, features=8, seed=1)
-  params, stats = jax.tree.map(
-    lambda x: (np.asarray(x) + rng.uniform(0, 0.3, x.shape)).astype(np.float32),
-    (params, stats),
-  )
-
-  def norm(name, affine):
-    layer = torch.nn.BatchNorm2d(len(stats[name]["mean"]))
-    values = (affine["scale"], affine["bias"], *map(stats[name].get, _STATS))
-    targets = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-    for target, value in zip(targets, values, strict=True):
-      target.data.copy_(torch.from_numpy(value))
-    return layer
-
-  layers = [norm("norm", params["norm"])]
-  for name in ("conv1", "conv2"):
-    kernel = params[name]["kernel"]
-    layer = torch.nn.Conv2d(*kernel.shape[2:], 3, padding=1, bias=False)
-    layer.weight.data.copy_(torch.from_numpy(kernel.transpose(3, 2, 0, 1)))
-    layers += [layer, norm(name, params[name]["norm"]), torch.nn.ReLU()]
-  last = torch.nn.Conv2d(8, 5, 1)
-  last.weight.data.copy_(torch.from_numpy(params["kernel"].T[..., None, None]))
-  last.bias.data.copy_(torch.from_numpy(params["bias"]))
-  model = torch.nn.Sequential(*layers, last).eval()
-  x = rng.normal(size=(3, 4, 7, 6)).astype(np.float32)
-  with torch.no_grad():
-    want = model(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-  mesh = make_mesh({"data": 1}, jax.devices()[:1])
-  scores = conv_head.predict_fn([(params, stats)] * 2, mesh=mesh, batch_size=4)
-  got = scores(x)
-  assert got.shape == (3, 4, 7, 2, 5)
-  np.testing.assert_allclose(got[..., 0, :], want.numpy(), atol=1e-5)
-  np.testing.assert_array_equal(got[..., 1, :], got[..., 0, :])
-  # In training: batch statistics, and their running means.
-  model.train()
-  labels = rng.integers(0, 5, (3, 4, 7)).astype(np.uint8)
-  logits = model(torch.from_numpy(x).permute(0, 3, 1, 2))
-  loss = torch.nn.functional.cross_entropy(
-    logits, torch.from_numpy(labels).long()
-  )
-  loss.backward()
-  batch = {"features": x, "targets": labels}
-  function = jax.value_and_grad(conv_head.make_loss(0.0), has_aux=True)
-  (value, new), grads = function(
-    params, stats, jax.tree.map(jnp.asarray, batch), jax.random.key(0)
-  )
-  assert value == pytest.approx(loss.item(), rel=1e-5)
-  np.testing.assert_allclose(
-    grads["conv1"]["kernel"].transpose(3, 2, 0, 1),
-    layers[1].weight.grad.numpy(),
-    atol=1e-5,
-  )
-  for name, layer in (("norm", layers[0]), ("conv2", layers[5])):
-    np.testing.assert_allclose(
-      new[name]["var"], layer.running_var.numpy(), rtol=1e-4
-    )
 
 
 def test_crops_of_pixels_and_labels_are_aligned(monkeypatch):
@@ -400,36 +291,9 @@ def test_defaults_of_real_data_are_the_published_ones(striped):
   assert (short.augment, short.rate) == (plan.augment, plan.rate)
 
 
-def test_invalid_options_are_rejected():
-  for options, message in (
-    ({"layers": "FOUR_LATS"}, "Did you mean 'FOUR_LAST'"),
-    ({"flips": "horizontal"}, "flips is 'horizontal'"),
-    ({"dropout": 1.0}, "dropout is 1.0, expected a number below 1"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      build_evaluator("segmentation", options)
+def test_a_size_that_the_patch_does_not_divide():
   with pytest.raises(ValueError, match="the nearest size that is: 64x64"):
     Segmentation(size=65)._plan(PatchColours())
-  evaluator = build_evaluator("segmentation", {"data": "/nowhere"})
-  with pytest.raises(FileNotFoundError, match="does not exist"):
-    evaluator.prepare()
-
-
-@pytest.mark.slow
-def test_scenes_on_one_device_and_eight():
-  results = []
-  for devices in (jax.devices()[:1], jax.devices()):
-    mesh = make_mesh({"data": -1}, devices)
-    encoder = mtv_jax.load("random:mu/8@64", mesh=mesh)
-    evaluator = Segmentation(
-      train_count=64, count=16, steps=60, encode_batch=len(devices) + 4
-    )
-    results.append(evaluator.run(encoder))
-  one, eight = results
-  assert one.metrics["miou"] > 2 * one.chance["miou"]
-  assert one.metrics["aacc"] > 0.4
-  for name, value in one.metrics.items():
-    assert eight.metrics[name] == pytest.approx(value, abs=2e-3)
 
 
 @pytest.mark.slow
@@ -486,26 +350,23 @@ def test_real_nyu40(shared_data):
 def test_training_equals_torch():
   import torch
   import torch.nn.functional as F
+  from probe_head_parity import as_torch, eval_biased, torch_head
 
   rng = np.random.default_rng(0)
   x = rng.normal(1, 2, (6, 3, 4, 5)).astype(np.float32)
   labels = rng.integers(0, 4, (6, 12, 16)).astype(np.uint8)
   labels[rng.random(labels.shape) < 0.3] = 255
-  params, state = linear_head.init(5, 4, seed=3)
-  rate = linear_head.schedule(0.05, steps=8, warmup=3)
+  head = ProbeHead(4)
+  params, state = init_head(head, 5, rng.standard_normal)
+  rate = segmentation_probe.learning_rate_schedule(0.05, steps=8, warmup=3)
 
-  norm, conv = torch.nn.BatchNorm2d(5), torch.nn.Conv2d(5, 4, 1)
-  with torch.no_grad():
-    conv.weight.copy_(torch.from_numpy(params["kernel"].T[..., None, None]))
-    conv.bias.zero_()
-  weights = [*norm.parameters(), *conv.parameters()]
-  optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=1e-3)
-  planes = torch.from_numpy(x).permute(0, 3, 1, 2)
+  model = torch_head(head, params, state)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-3)
   target = torch.from_numpy(labels.astype(np.int64))
   losses = []
   for step in range(8):
     optimizer.param_groups[0]["lr"] = float(rate(step))
-    logits = F.interpolate(conv(norm(planes)), size=(12, 16), mode="bilinear")
+    logits = F.interpolate(model(as_torch(x)), size=(12, 16), mode="bilinear")
     loss = F.cross_entropy(
       logits, target, ignore_index=255, reduction="none"
     ).mean()
@@ -515,7 +376,7 @@ def test_training_equals_torch():
     losses.append(loss.item())
 
   fitted = probe.fit(
-    linear_head.make_loss(0.0),
+    segmentation_probe.make_loss(head),
     params,
     lambda step: {"features": x, "targets": labels},
     optimizer=optax.adamw(rate, weight_decay=1e-3),
@@ -525,10 +386,11 @@ def test_training_equals_torch():
   )
   np.testing.assert_allclose(fitted.losses, losses, rtol=2e-5)
   assert losses[-1] < losses[0] - 1e-3
-  norm.eval()
   with torch.no_grad():
-    theirs = conv(norm(planes)).permute(0, 2, 3, 1).numpy()
-  ours = linear_head.fold([fitted.snapshots[8]])(x)[..., 0, :]
+    eval_biased(model, (0.9**8, [np.ones(5, np.float32)]), 6 * 3 * 4)
+    theirs = model(as_torch(x)).permute(0, 2, 3, 1).numpy()
+  trained, new = fitted.snapshots[8]
+  ours = head.apply({"params": trained, **new}, x)
   np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
@@ -537,30 +399,16 @@ def test_predictions_equal_torch():
   """The evaluation from features to classes, with equal weights."""
   import torch
   import torch.nn.functional as F
+  from probe_head_parity import as_torch, random_head, torch_head
 
-  rng = np.random.default_rng(2)
-  encoder, data = PatchColours(), stripes(2, seed=9)
-  draw = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
-  params = {
-    "norm": {"scale": draw(3), "bias": draw(3)},
-    "kernel": draw(3, 4),
-    "bias": draw(4),
-  }
-  stats = {"mean": draw(3), "var": draw(3) ** 2}
-  norm, conv = torch.nn.BatchNorm2d(3).eval(), torch.nn.Conv2d(3, 4, 1)
-  with torch.no_grad():
-    norm.weight.copy_(torch.from_numpy(params["norm"]["scale"]))
-    norm.bias.copy_(torch.from_numpy(params["norm"]["bias"]))
-    norm.running_mean.copy_(torch.from_numpy(stats["mean"]))
-    norm.running_var.copy_(torch.from_numpy(stats["var"]))
-    conv.weight.copy_(torch.from_numpy(params["kernel"].T[..., None, None]))
-    conv.bias.copy_(torch.from_numpy(params["bias"]))
-
+  encoder, data, head = PatchColours(), stripes(2, seed=9), ProbeHead(4)
+  params, state = random_head(head, 3, seed=2)
+  model = torch_head(head, params, state).eval()
   slide = sliding_window.Slide(size=32, stride=21, short=40)
-  heads = linear_head.fold([(params, stats)])
+  predict = predict_fn(head, [(params, state)], mesh=encoder.mesh, batch_size=4)
   predictions = sliding_window.predict(
     data.images,
-    lambda windows: heads(encoder.dense(windows).patches),
+    lambda windows: np.stack(predict(encoder.dense(windows).patches), axis=-2),
     slide,
     batch_size=4,
   )
@@ -571,8 +419,7 @@ def test_predictions_equal_torch():
       for y in (0, 8):
         for x in (0, 21, 28):
           window = pixels[y : y + 32, x : x + 32]
-          tokens = torch.from_numpy(encoder.dense([window]).patches)
-          logits = conv(norm(tokens.permute(0, 3, 1, 2)))
+          logits = model(as_torch(encoder.dense([window]).patches))
           total[:, :, y : y + 32, x : x + 32] += F.interpolate(
             logits, size=(32, 32), mode="bilinear", align_corners=False
           )

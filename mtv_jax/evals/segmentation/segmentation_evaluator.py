@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
 from mtv_jax.evals.core.examples import (
   IGNORE,
@@ -36,11 +35,9 @@ class SegmentationEvaluator(Evaluator):
   None means the published value on real data and a small one on scenes.
 
   Attributes:
-    data: see `datasets/registry.py`.
     size: side of windows and shorter side of evaluated images: the published
       one, or the next that the patch divides; for scenes the encoder's own.
     stride: pixels between windows; by default a share of `size`.
-    count: images to test on, evenly spaced; all by default.
     encode_batch: windows that are encoded at a time.
   """
 
@@ -49,7 +46,7 @@ class SegmentationEvaluator(Evaluator):
   stride: PositiveInt | None = None
   count: PositiveInt | None = None
   encode_batch: PositiveInt = 16
-  pictures: NonNegativeInt = 0  # Images on the sheet.
+  pictures: NonNegativeInt = 0
 
   def _window_size(self, encoder: Encoder, published: int) -> int:
     """Side of a window; raises InputError if the patch does not divide it."""
@@ -77,7 +74,7 @@ class SegmentationEvaluator(Evaluator):
       i: int, predicted: sliding_window.ClassMaps
     ) -> tuple[np.ndarray, list[np.ndarray]]:
       truth = data.maps[i]
-      dense.check_same_size(data.name, i, predicted[0], truth)
+      data.check_size(i, predicted[0].shape, truth)
       counts = [
         metrics_lib.confusion(truth, p, classes=data.class_count)
         for p in predicted
@@ -106,9 +103,7 @@ class SegmentationEvaluator(Evaluator):
   ) -> dict[str, Any]:
     return {
       **encoder.protocol(),
-      "data": data.name,
-      "data_hash": data.digest,
-      "images": len(data.images),
+      **data.protocol(),
       "classes": data.class_count,
       "ignored": "label 255: no pixel of truth, prediction or union",
       "input_size": [slide.size, slide.size],

@@ -12,15 +12,12 @@ from jaxtyping import Float32, UInt8
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.convert import processors
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import block_index
 from mtv_jax.evals.core import dense, examples
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
 from mtv_jax.evals.core.examples import Data
 from mtv_jax.evals.core.padded_views import PaddedView
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import ConfigError
 
-# Of the columns of a sheet.
 _TITLES = ("first image", "second image")
 
 
@@ -29,7 +26,6 @@ class CorrespondenceEvaluator(Evaluator):
   """Base class of the correspondence evaluations.
 
   Attributes:
-    data: see `datasets/registry.py`.
     size: side of the encoded square; the published one by default.
     fit: what to do where the patch does not divide the published size. `grid`
       encodes a square of as many patches as it has of 16 pixels (DINOv3: 448
@@ -52,11 +48,7 @@ class CorrespondenceEvaluator(Evaluator):
   pictures: NonNegativeInt = 0  # Pairs on the sheet.
 
   def _input_size(self, encoder: Encoder, published: int) -> int:
-    """Side of the square, without padding.
-
-    Raises:
-      InputError: for a size that the patch does not divide, without padding.
-    """
+    """Side of the square, without padding."""
     image, size = encoder.spec.image, self.size
     if self.fit == "pad":
       return size or published
@@ -87,22 +79,14 @@ class CorrespondenceEvaluator(Evaluator):
   def _features(
     self, encoder: Encoder, images: Sequence[np.ndarray]
   ) -> Float32[np.ndarray, "n h w d"]:
-    """Patch tokens of squares of one size, padded to a multiple of the patch.
-
-    Raises:
-      ConfigError: for the final norm of another block than the last.
-    """
-    depth = encoder.spec.image.depth
-    block = block_index(self.layer, depth)
-    if self.norm == "final" and block != depth - 1:
-      raise ConfigError(
-        f"norm='final' with layer={self.layer}: the final norm follows the "
-        f"last block only, -1 or {depth - 1}; use norm='none'"
-      )
+    """Patch tokens of squares of one size, padded to whole patches."""
+    block = dense.matched_block(
+      self.layer, norm=self.norm, depth=encoder.spec.image.depth
+    )
     size = images[0].shape[0]
     if size % encoder.spec.image.patch_size:
       squares, view = images, self._padded(encoder, size)
-      images = examples.Images(
+      images = examples.LazySequence(
         lambda i: view.pad(squares[i].astype(np.float32)), len(squares)
       )
     return dense.features(

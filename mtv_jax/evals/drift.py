@@ -1,4 +1,4 @@
-"""Drift of an encoder's features from those of another one, its start.
+"""Drift of an encoder's features from its start's, another encoder.
 
 A continued run can lose what its start knew long before a loss shows it. This
 gauge compares the features of both on the same images, without labels: 1 where
@@ -13,7 +13,7 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Float64, Int32
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder import loading
@@ -23,12 +23,11 @@ from mtv_jax.evals.core import bootstrap, ranking
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import Data, ImageSet, select_images
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.drift import similarity
 from mtv_jax.utils.errors import InputError
 
 
-class Features(NamedTuple):
-  """Features of n images."""
+class DriftFeatures(NamedTuple):
+  """DriftFeatures of n images."""
 
   pooled: Float32[np.ndarray, "n e"]
   patches: Float32[np.ndarray, "n *grid d"]  # After the final norm.
@@ -42,18 +41,16 @@ class Drift(Evaluator):
 
   `neighbours` is the share of an image's k nearest neighbours that both
   encoders agree on, `cka` linear CKA of the pooled embeddings, `cosine` their
-  mean cosine, `cosine_patches` that of patches, and `cosine_layer_i` that of
-  the mean patch after block i. Cosines are left out where the two have other
-  widths, or patches of other grids. Chance is that of images in another order
-  for one of the encoders: of `cka` far above 0 where there are fewer images
-  than channels.
+  mean cosine, `cosine_patches` the patches', and `cosine_layer_i` that of the
+  mean patch after block i. Cosines are left out where the two have other
+  widths, or patches of other grids. Chance has the images in another order for
+  one of the encoders; `cka`'s is far above 0 if there are fewer images than
+  channels.
 
   Attributes:
     reference: folder of the reference, as for `mtv_jax.load`.
     reference_weights: of a run; by default those that its config names.
     reference_step: of a run; by default the last.
-    data: see `datasets/registry.py`; labels are not needed.
-    count: images, evenly spaced.
     k: neighbours.
   """
 
@@ -81,8 +78,8 @@ class Drift(Evaluator):
     return data
 
   @functools.cached_property
-  def _references(self) -> dict[str, Features]:
-    """Features of the reference by compute dtype, once they are read."""
+  def _references(self) -> dict[str, DriftFeatures]:
+    """DriftFeatures of the reference by compute dtype, once they are read."""
     return {}
 
   def run(self, encoder: Encoder) -> Result:
@@ -104,11 +101,11 @@ class Drift(Evaluator):
     ranking.check_finite(pooled=ours.pooled, patches=ours.patches)
     estimate = bootstrap.means(self._per_image(ours, theirs))
     metrics = dict(estimate.metrics)
-    metrics["cka"] = similarity.linear_cka(ours.pooled, theirs.pooled)
+    metrics["cka"] = linear_cka(ours.pooled, theirs.pooled)
     order = np.random.default_rng(0).permutation(len(data.images))
     chance = {
       "neighbours": self.k / (len(data.images) - 1),
-      "cka": similarity.linear_cka(ours.pooled, theirs.pooled[order]),
+      "cka": linear_cka(ours.pooled, theirs.pooled[order]),
     }
     return Result(
       metrics,
@@ -119,35 +116,31 @@ class Drift(Evaluator):
     )
 
   def _per_image(
-    self, ours: Features, theirs: Features
+    self, ours: DriftFeatures, theirs: DriftFeatures
   ) -> dict[str, np.ndarray]:
     """The metrics of each image that are averaged."""
     values = {
-      "neighbours": similarity.neighbour_agreement(
-        ours.pooled, theirs.pooled, self.k
-      )
+      "neighbours": neighbour_agreement(ours.pooled, theirs.pooled, self.k)
     }
     if ours.pooled.shape == theirs.pooled.shape:
-      values["cosine"] = similarity.cosines(ours.pooled, theirs.pooled)
+      values["cosine"] = cosines(ours.pooled, theirs.pooled)
     if ours.patches.shape == theirs.patches.shape and _equal_grids(
       ours.grids, theirs.grids
     ):
-      patches = similarity.cosines(ours.patches, theirs.patches)
+      patches = cosines(ours.patches, theirs.patches)
       means = mean_patches(patches[..., None], ours.grids)
       values["cosine_patches"] = means[:, 0]
     if len(ours.layers) == len(theirs.layers):
       pairs = zip(ours.layers, theirs.layers, strict=True)
       for i, (a, b) in enumerate(pairs):
         if a.shape == b.shape:
-          values[f"cosine_layer_{i}"] = similarity.cosines(a, b)
+          values[f"cosine_layer_{i}"] = cosines(a, b)
     return values
 
   def _protocol(self, encoder: Encoder, data: ImageSet) -> dict[str, Any]:
     return {
       **encoder.protocol(),
-      "data": data.name,
-      "data_hash": data.digest,
-      "images": len(data.images),
+      **data.protocol(),
       "reference": self.reference,
       "reference_weights": self.reference_weights or "as published",
       "k": self.k,
@@ -155,8 +148,10 @@ class Drift(Evaluator):
     }
 
 
-def encode(encoder: Encoder, data: ImageSet, *, batch_size: int) -> Features:
-  """An encoder's features of images, of which layers are reduced in batches."""
+def encode(
+  encoder: Encoder, data: ImageSet, *, batch_size: int
+) -> DriftFeatures:
+  """An encoder's features of images; layers are reduced in batches."""
   depth = encoder.spec.image.depth
   parts = []
   for start in range(0, len(data.images), batch_size):
@@ -173,10 +168,62 @@ def encode(encoder: Encoder, data: ImageSet, *, batch_size: int) -> Features:
   arrays = [*map(np.concatenate, zip(*parts, strict=True))]
   pooled, patches, *layers = arrays[: 2 + depth]
   grids = next(iter(arrays[2 + depth :]), None)
-  return Features(pooled, patches, tuple(layers), grids)
+  return DriftFeatures(pooled, patches, tuple(layers), grids)
 
 
 def _equal_grids(x: np.ndarray | None, y: np.ndarray | None) -> bool:
   if x is None or y is None:
     return x is y
   return np.array_equal(x, y)
+
+
+_TINY = np.finfo(np.float64).tiny
+
+
+def cosines(
+  x: Float[np.ndarray, "*n d"], y: Float[np.ndarray, "*n d"]
+) -> Float64[np.ndarray, "*n"]:
+  """The cosine of each pair of vectors; 0 where one of them is 0."""
+  x, y = (np.asarray(a, np.float64) for a in (x, y))
+  norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+  return np.sum(x * y, axis=-1) / np.maximum(norms, _TINY)
+
+
+def neighbour_agreement(
+  x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n e"], k: int
+) -> Float64[np.ndarray, " n"]:
+  """The share of each example's k nearest neighbours that both agree on.
+
+  By cosine, among the other examples; of equal ones the lower index is nearer.
+  The mutual k-nearest-neighbour metric of Huh et al. 2024, appendix A.
+  """
+  first, second = (_nearest(a, k) for a in (x, y))
+  return np.array(
+    [len(np.intersect1d(a, b)) / k for a, b in zip(first, second, strict=True)]
+  )
+
+
+def _nearest(x: Float[np.ndarray, "n d"], k: int) -> np.ndarray:
+  x = np.asarray(x, np.float64)
+  x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _TINY)
+  scores = x @ x.T
+  np.fill_diagonal(scores, -np.inf)
+  return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def linear_cka(
+  x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n e"]
+) -> float:
+  """Linear centred kernel alignment (Kornblith et al. 2019, section 3).
+
+      CKA = |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F),  columns centred
+
+  1 for representations that differ by a rotation and a scale. 0 where one of
+  them is constant. Of few examples it is biased upwards: independent normal
+  features of d channels have about d / (n + d).
+  """
+  x, y = (np.asarray(a, np.float64) for a in (x, y))
+  x, y = (a - a.mean(axis=0) for a in (x, y))
+  between = np.linalg.norm(y.T @ x) ** 2
+  within = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+  return float(between / max(within, _TINY))

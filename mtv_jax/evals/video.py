@@ -9,13 +9,20 @@ With f the normalised patch tokens of the last block, the labels of patch q are
 over the 5 most similar patches p of the first and the 7 preceding frames that
 are at most 12 patches from q along either axis. Each object's scores are scaled
 to 0..1 in the frame; a pixel has the object of the largest.
+
+The metrics are DAVIS's (Perazzi et al. 2016, section 5), as the official
+evaluation computes them: J is the IoU of an object's masks, F the F-measure of
+their boundaries, where a boundary pixel is matched if the other boundary has
+one within 0.8 % of the image's diagonal, rounded up. An object's figure is the
+mean over its frames without the first and the last, the set's the mean over
+objects; the recall is the share of frames above 0.5.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -23,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Float64, UInt8
 
 from mtv_jax.config.options import (
   NonNegativeInt,
@@ -31,7 +38,7 @@ from mtv_jax.config.options import (
   PositiveInt,
 )
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import block_index, normalize
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.core import bootstrap, dense, resizing
 from mtv_jax.evals.core.base import Evaluator, Result, preprocess_protocol
 from mtv_jax.evals.core.examples import (
@@ -42,9 +49,8 @@ from mtv_jax.evals.core.examples import (
   subsample,
 )
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.video import metrics as metrics_lib
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import InputError
 
 _SIZE, _STEP = 480, 64  # shorter side; the longer one is a multiple of 64
 _PATCH = 16  # of the published encoders
@@ -61,7 +67,6 @@ class VideoSegmentation(Evaluator):
   None means the published value for DAVIS and a small one for scenes.
 
   Attributes:
-    data: see `datasets/registry.py`.
     size: shorter side of the encoded frames; the longer one is rounded down to
       a multiple of 64. 480 as published; where the patch divides neither, the
       sides have as many patches. For scenes the encoder's own.
@@ -93,14 +98,9 @@ class VideoSegmentation(Evaluator):
     return registry.open_videos(self.data, count=self.count)
 
   def run(self, encoder: Encoder) -> Result:
-    """Metrics; as their chance, those of the first masks in every frame."""
+    """Metrics; their chance repeats the first masks in every frame."""
     data, depth = self._set, encoder.spec.image.depth
-    block = block_index(self.layer, depth)
-    if self.norm == "final" and block != depth - 1:
-      raise ConfigError(
-        f"norm='final' with layer={self.layer}: the final norm follows the "
-        f"last block only, -1 or {depth - 1}; use norm='none'"
-      )
+    block = dense.matched_block(self.layer, norm=self.norm, depth=depth)
     channels = 1 + max(video.objects for video in data.videos)
     chosen = subsample(range(len(data.videos)), self.pictures or 1)
     scores, copies, groups, rows, sizes = [], [], [], [], set()
@@ -112,9 +112,7 @@ class VideoSegmentation(Evaluator):
       _check_sizes(video, truth)
       predicted = list(self._predict(encoder, video, size, block, channels))
       for total, maps in ((scores, predicted), (copies, copied)):
-        total.append(
-          metrics_lib.score_video(truth, maps, objects=video.objects)
-        )
+        total.append(score_video(truth, maps, objects=video.objects))
       groups += [i] * video.objects
       if self.pictures and i in chosen:
         rows.append(_draw_row(video, truth, predicted))
@@ -123,12 +121,10 @@ class VideoSegmentation(Evaluator):
       for total in (scores, copies)
     )
     estimate = bootstrap.means(values, groups=np.asarray(groups))
-    return Result(
-      estimate.metrics,
+    return Result.from_estimate(
+      estimate,
       self._protocol(encoder, sizes, len(groups)),
       {name: float(np.mean(x)) for name, x in copied.items()},
-      errors=estimate.errors,
-      resamples=estimate.resamples,
       sheets={"video_segmentation": plots.stack_rows(rows, _TITLES)}
       if rows
       else {},
@@ -250,13 +246,7 @@ def propagate(
   neighbourhood: int,
   temperature: float,
 ) -> Iterator[Float32[Array, "h w c"]]:
-  """Soft labels of the second and later frames.
-
-  Args:
-    features: patch tokens of each frame, the first one's too.
-    first: labels of the first frame's patches.
-    frames, top_k, neighbourhood, temperature: see `VideoSegmentation`.
-  """
+  """Soft labels of the second and later frames."""
   h, w, c = first.shape
   keys = labels = None
   for t, feature in enumerate(features):
@@ -296,7 +286,7 @@ def _propagate_frame(
   neighbourhood: int,
   temperature: float,
 ) -> Float[Array, "n c"]:
-  """Labels of a frame's patches from those of the valid frames."""
+  """Labels of a frame's patches from the valid frames' labels."""
   rows, columns = (x.reshape(-1) for x in jnp.indices(grid))
   near = jnp.ones((len(query),) * 2, bool)
   if neighbourhood:
@@ -356,3 +346,71 @@ def _draw_row(
   return plots.image_with_maps(
     video.frames[len(truth)], maps, height=_SHEET_HEIGHT
   )
+
+
+_BOUND = 0.008  # of the diagonal
+_RECALL = 0.5
+
+
+def region_iou(
+  truth: Bool[np.ndarray, "h w"], predicted: Bool[np.ndarray, "h w"]
+) -> float:
+  """J: intersection over union; 1 if both masks are empty."""
+  union = np.count_nonzero(truth | predicted)
+  return np.count_nonzero(truth & predicted) / union if union else 1.0
+
+
+def boundary(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+  """Pixels that differ from the next one to the right, below or diagonally.
+
+  Beyond the last row and column the mask goes on as it is there.
+  """
+  padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+  right, below = padded[:-1, 1:], padded[1:, :-1]
+  return (mask != right) | (mask != below) | (mask != padded[1:, 1:])
+
+
+def boundary_f(
+  truth: Bool[np.ndarray, "h w"], predicted: Bool[np.ndarray, "h w"]
+) -> float:
+  """F: harmonic mean of the boundaries' precision and recall.
+
+  1 if neither mask has a boundary, 0 if one has.
+  """
+  lines = [boundary(mask) for mask in (predicted, truth)]
+  counts = [np.count_nonzero(line) for line in lines]
+  if not all(counts):
+    return float(not any(counts))
+  radius = int(np.ceil(_BOUND * np.hypot(*truth.shape)))
+  y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+  disk = (x**2 + y**2 <= radius**2).astype(np.uint8)
+  near = [cv2.dilate(line.view(np.uint8), disk) > 0 for line in lines]
+  precision = np.count_nonzero(lines[0] & near[1]) / counts[0]
+  recall = np.count_nonzero(lines[1] & near[0]) / counts[1]
+  total = precision + recall
+  return 2 * precision * recall / total if total else 0.0
+
+
+def score_video(
+  truth: Sequence[UInt8[np.ndarray, "h w"]],
+  predicted: Sequence[UInt8[np.ndarray, "h w"]],
+  *,
+  objects: int,
+) -> dict[str, Float64[np.ndarray, " {objects}"]]:
+  """Figures of each object of a video, by metric.
+
+  Both are the maps of the scored frames, with 1 to `objects` for an object.
+  """
+  j = np.empty((objects, len(truth)))
+  f = np.empty((objects, len(truth)))
+  for t, maps in enumerate(zip(truth, predicted, strict=True)):
+    for k in range(objects):
+      masks = [labels == k + 1 for labels in maps]
+      j[k, t], f[k, t] = region_iou(*masks), boundary_f(*masks)
+  return {
+    "j_and_f": (j.mean(axis=1) + f.mean(axis=1)) / 2,
+    "j": j.mean(axis=1),
+    "f": f.mean(axis=1),
+    "j_recall": (j > _RECALL).mean(axis=1),
+    "f_recall": (f > _RECALL).mean(axis=1),
+  }

@@ -10,10 +10,9 @@ Protocol B, DINOv2's, is options: `dropout=0`, and for its "+ms" metrics
 `head="multilayer"`, `size=640`, several `scales` and `flips="both"`.
 
 `head` selects the decoder: `linear` is DINOv3's on the last block; `multilayer`
-that of DINOv2's "+ms", the same on the last four blocks without dropout; `conv`
-has two 3x3 convolutions before it (see `conv_head.py`), on four blocks, one of
-each quarter. `conv` is no published protocol of frozen encoders but our choice,
-as a decoder stronger than a linear one.
+DINOv2's "+ms" head, on the last four blocks without dropout; `conv`
+has two 3x3 convolutions before it, on four blocks, one of each quarter: our
+choice of a decoder stronger than a linear one, not a published protocol.
 """
 
 from __future__ import annotations
@@ -21,30 +20,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, UInt8
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense, probe, resizing
+from mtv_jax.evals.core import dense, probe, probe_heads, resizing
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.core.examples import SegmentationSet
+from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
+from mtv_jax.evals.core.probe_heads import ProbeHead
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.evals.segmentation import (
-  augment,
-  conv_head,
-  linear_head,
-  sliding_window,
-)
+from mtv_jax.evals.segmentation import augment, sliding_window
 from mtv_jax.evals.segmentation import metrics as metrics_lib
-from mtv_jax.evals.segmentation.base import (
+from mtv_jax.evals.segmentation.segmentation_evaluator import (
   SegmentationEvaluator,
   padding_colour,
 )
+from mtv_jax.models.heads import dpt
 from mtv_jax.utils.errors import ConfigError, InputError
 
 _PUBLISHED = (40_000, 16)  # steps, images per step
@@ -70,18 +70,18 @@ class Segmentation(SegmentationEvaluator):
 
   Attributes:
     head: the decoder, see above.
-    layers: blocks whose tokens are concatenated, see `linear_head.taps`: `LAST`
-      for `linear`, `FOUR_LAST` for `multilayer`, `FOUR_EVEN` for `conv`.
+    layers: blocks whose tokens are concatenated, see `out_indices`:
+      `LAST` for `linear`, `FOUR_LAST` for `multilayer`, `FOUR_EVEN` for `conv`.
     norm: `final` applies the encoder's last norm to every layer, `none` does
       not.
     scales, flips: views whose softmax is averaged, see `Slide`.
     augment: `official` computes features of augmented crops at every step;
-      `none` those of evaluation's windows, once.
+      `none` features of the evaluation's windows, once.
     steps: updates of the head: 40,000, fewer for less than 6,400 training
       images, or 300 on scenes.
     batch_size: images of an update: 16.
-    published: trains as published, also on scenes and on few images, of which a
-      schedule has at most 100 passes otherwise (`probe.resolve_schedule`).
+    published: trains the whole published schedule, also on scenes and on few
+      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
     learning_rate: peak of the schedule: 1e-3, or 1e-2 on scenes.
     dropout: probability that a channel is dropped: 0.1, or 0 of `multilayer`.
     conv_features: channels of the convolutions: 256, or 64 on scenes.
@@ -89,10 +89,9 @@ class Segmentation(SegmentationEvaluator):
       all of them on scenes. The best and the last are reported.
     train_split: `test` trains on the test images, which checks that everything
       runs and measures nothing: for fragments of a data set.
-    train_count: images to train on, evenly spaced.
   """
 
-  # `batch_size` is that of the training.
+  # `batch_size` is the training's.
   _neutral = SegmentationEvaluator._neutral - {"batch_size"}
 
   head: Literal["linear", "multilayer", "conv"] = "linear"
@@ -138,16 +137,24 @@ class Segmentation(SegmentationEvaluator):
       norm=self.norm,
       batch_size=self.encode_batch,
     )
-    fitted, windows = self._fit(encoder, plan, features)
-    trained = list(fitted.snapshots.values())
-    if self.head == "conv":
-      heads = conv_head.predict_fn(
-        trained, mesh=encoder.mesh, batch_size=self.encode_batch
-      )
-    else:
-      heads = linear_head.fold(trained)
+    head = probe_heads.ProbeHead(
+      test.class_count,
+      dropout=plan.dropout,
+      convs=2 if self.head == "conv" else 0,
+      conv_features=plan.conv_features,
+    )
+    fitted, windows = self._fit(encoder, head, plan, features)
+    predict = probe_heads.predict_fn(
+      head,
+      list(fitted.snapshots.values()),
+      mesh=encoder.mesh,
+      batch_size=self.encode_batch,
+    )
     predictions = self._predict(
-      encoder, lambda windows: heads(features(windows)), test, plan.slide
+      encoder,
+      lambda windows: np.stack(predict(features(windows)), axis=-2),
+      test,
+      plan.slide,
     )
     totals = predictions.sums.sum(axis=0)  # [heads, 3, K]
     mious = [metrics_lib.scores(total)["miou"] for total in totals]
@@ -165,12 +172,10 @@ class Segmentation(SegmentationEvaluator):
       "final_loss": float(fitted.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
-    return Result(
-      estimate.metrics,
+    return Result.from_estimate(
+      estimate,
       protocol,
       chance,
-      errors=estimate.errors,
-      resamples=estimate.resamples,
       sheets=sheets,
     )
 
@@ -180,7 +185,7 @@ class Segmentation(SegmentationEvaluator):
     layers = self.layers or _LAYERS[self.head]
     small = scenes and not self.published
     if small:
-      schedule = probe.Schedule(
+      schedule = probe.ProbeSchedule(
         self.steps or 300, self.batch_size or _PUBLISHED[1], "scenes"
       )
     else:
@@ -204,17 +209,21 @@ class Segmentation(SegmentationEvaluator):
       ),
       augment=self.augment or ("none" if small else "official"),
       schedule=schedule,
-      warmup=round(steps * linear_head.WARMUP),
+      warmup=round(steps * WARMUP),
       rate=self.learning_rate or (1e-2 if small else 1e-3),
       saved_steps=(*range(every, steps, every), steps),
       layers=layers,
-      blocks=linear_head.taps(layers, encoder.spec.image.depth),
+      blocks=out_indices(layers, encoder.spec.image.depth),
       dropout=_DROPOUTS[self.head] if self.dropout is None else self.dropout,
-      conv_features=self.conv_features or (64 if small else conv_head.FEATURES),
+      conv_features=self.conv_features or (64 if small else 256),
     )
 
   def _fit(
-    self, encoder: Encoder, plan: _Plan, features: dense.Encode
+    self,
+    encoder: Encoder,
+    head: probe_heads.ProbeHead,
+    plan: _Plan,
+    features: dense.Encode,
   ) -> tuple[probe.FitResult, int | str]:
     """The head with its snapshots, and how many windows it was trained on."""
     train, _ = self._set
@@ -228,7 +237,7 @@ class Segmentation(SegmentationEvaluator):
       batches = dense.training_batches(
         features,
         lambda i, rng: augment.augment(
-          *dense.read_pair(train.name, train.images, train.maps, i),
+          *train.read_pair(i),
           rng,
           size=plan.slide.size,
           fill=padding_colour(encoder),
@@ -239,16 +248,14 @@ class Segmentation(SegmentationEvaluator):
         **options,
       )
     channels = encoder.spec.image.width * len(plan.blocks)
-    shape = {"seed": self.seed}
-    module = linear_head
-    if self.head == "conv":
-      module, shape["features"] = conv_head, plan.conv_features
-    params, state = module.init(channels, train.class_count, **shape)
-    rate = linear_head.schedule(
+    params, state = probe_heads.init_head(
+      head, channels, np.random.default_rng(self.seed).standard_normal
+    )
+    rate = learning_rate_schedule(
       plan.rate, steps=plan.schedule.steps, warmup=plan.warmup
     )
     fitted = probe.fit(
-      module.make_loss(plan.dropout),
+      make_loss(head),
       params,
       batches,
       optimizer=optax.adamw(rate, weight_decay=self.weight_decay),
@@ -262,12 +269,12 @@ class Segmentation(SegmentationEvaluator):
 
   def _encode_windows(
     self, features: dense.Encode, slide: sliding_window.Slide
-  ) -> Iterator[probe.Batch]:
+  ) -> Iterator[probe.FeatureBatch]:
     """Features of all windows; raises InputError if they exceed the cache."""
     train, _ = self._set
 
-    def cut_windows(i: int) -> list[dense.Example]:
-      image, labels = dense.read_pair(train.name, train.images, train.maps, i)
+    def cut_windows(i: int) -> list[dense.LabelledInput]:
+      image, labels = train.read_pair(i)
       shape = slide.shape(*image.shape[:2])
       labels = resizing.resize_maps(labels, shape, method="nearest")
       pixels = sliding_window.resize_image(image, shape, slide.interpolation)
@@ -325,7 +332,7 @@ class _Plan:
 
   slide: sliding_window.Slide
   augment: str
-  schedule: probe.Schedule
+  schedule: probe.ProbeSchedule
   warmup: int
   rate: float
   saved_steps: tuple[int, ...]
@@ -333,3 +340,99 @@ class _Plan:
   blocks: tuple[int, ...]
   dropout: float
   conv_features: int
+
+
+# Share of the steps with a rising learning rate: 1,500 of 40,000.
+WARMUP = 1500 / 40000
+_START = 1e-6  # learning rate at step 0, as a fraction of the peak
+_ROW_PARTS = 8
+
+
+def out_indices(layers: str, depth: int) -> tuple[int, ...]:
+  """The blocks that a head reads.
+
+  `LAST`, `FOUR_LAST`, or the last of each quarter (`FOUR_EVEN`: 2, 5, 8, 11 of
+  12; 4, 11, 17, 23 of 24).
+  """
+  if layers == "LAST":
+    return (depth - 1,)
+  if depth < 4:
+    raise InputError(
+      f"layers={layers!r} reads four blocks and this encoder has {depth}; use "
+      "layers='LAST'"
+    )
+  if layers == "FOUR_LAST":
+    return tuple(range(depth - 4, depth))
+  return dpt.quarter_taps(depth)
+
+
+def learning_rate_schedule(
+  peak: float, *, steps: int, warmup: int
+) -> Callable[[Any], Float[Array, ""]]:
+  """DINOv3's learning rate by step s, with W warm-up steps of T.
+
+  For s < W: peak * (1 - (1 - s / W) (1 - 1e-6)) * (1 - s / T), then
+  peak / 2 * (1 + cos(pi (s + 1) / T)).
+  """
+
+  def rate(step):
+    s = jnp.asarray(step, jnp.float32)
+    share = s / max(warmup, 1)
+    # 1 - (1 - share) (1 - 1e-6), without cancellation at small shares.
+    rising = share + _START * (1 - share)
+    linear = peak * rising * (1 - s / steps)
+    cosine = peak / 2 * (1 + jnp.cos(jnp.pi * (s + 1) / steps))
+    return jnp.where(s < warmup, linear, cosine)
+
+  return rate
+
+
+def make_loss(head: ProbeHead) -> probe.ProbeLoss:
+  """Cross-entropy of `features` and label maps `targets`, for `probe.fit`."""
+
+  def loss(params, state, batch, rng):
+    logits, state = head.apply(
+      {"params": params, **state},
+      batch["features"],  # [B, h, w, C]
+      train=True,
+      rng=rng,
+      mutable=["batch_stats"],
+    )
+    return pixel_loss(logits, batch["targets"]), state
+
+  return loss
+
+
+def pixel_loss(
+  logits: Float[Array, "b h w k"], labels: UInt8[Array, "b H W"]
+) -> Float[Array, ""]:
+  """Cross-entropy at full size, mean over all pixels.
+
+  As in mmsegmentation, an ignored pixel has a loss of 0 and counts in the mean.
+
+  The logits of all pixels would be the largest arrays by far (2.5 GB for 16
+  crops of 512 pixels and 150 classes). They exist for an eighth of the rows at
+  a time, and the backward pass recomputes them.
+  """
+  b, height, width = labels.shape
+  parts = math.gcd(height, _ROW_PARTS)
+  wide = resizing.resize(logits, (logits.shape[1], width))  # [b, h, W, k]
+  rows = resizing.matrix(logits.shape[1], height).astype(np.float32)
+
+  @jax.checkpoint
+  def part(total, block):
+    rows, labels = block
+    full = jnp.einsum(
+      "yh,bhxk->byxk", rows, wide, precision=jax.lax.Precision.HIGHEST
+    )
+    valid = labels != IGNORE
+    target = jnp.where(valid, labels, 0).astype(jnp.int32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(full, target)
+    return total + jnp.sum(jnp.where(valid, losses, 0.0)), None
+
+  blocks = (
+    jnp.asarray(rows.reshape(parts, height // parts, -1)),
+    labels.reshape(b, parts, height // parts, width).swapaxes(0, 1),
+  )
+  total, _ = jax.lax.scan(part, jnp.float32(0), blocks)
+  return total / labels.size

@@ -18,7 +18,6 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.depth import metrics
 from mtv_jax.utils import plots
 
-# Of the columns of a sheet.
 _TITLES = ("image", "true depth", "predicted depth")
 
 # Image in 0..255, true depth in metres (0 where unknown), predicted map.
@@ -30,8 +29,6 @@ class DepthEvaluator(Evaluator):
   """Base class of the depth evaluations.
 
   Attributes:
-    data: see `datasets/registry.py`.
-    count: test images to use, evenly spaced; all by default.
     truth: NYUv2's `raw` or `filled` depth, where a layout has both.
   """
 
@@ -47,7 +44,7 @@ class DepthEvaluator(Evaluator):
   def open_split(self, split: str, size: int, **options) -> DepthSet:
     """Opens a split once; `size` is the side of scenes.
 
-    Further options are those of `registry.open_depth`.
+    Further options: see `registry.open_depth`.
     """
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
@@ -90,14 +87,12 @@ class DepthEvaluator(Evaluator):
         rows.append(depth_row(image, truth, depth, valid))
     means = metrics.average(scores, skipped=skipped)
     units = {k: u for k, u in metrics.UNITS.items() if k in means.metrics}
-    return Result(
-      means.metrics,
+    return Result.from_estimate(
+      means,
       protocol | {"images": len(scores), "images_skipped": skipped},
       metrics.average(chance).metrics,
       units=units,
       lower=tuple(units),
-      errors=means.errors,
-      resamples=means.resamples,
       sheets={"depth": plots.stack_rows(rows, _TITLES)} if rows else {},
     )
 
