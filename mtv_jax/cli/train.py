@@ -11,11 +11,11 @@ end the folder has a report.html with curves, metrics and images. On a
 pod, every host runs the same command with --distributed.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import logging
 import shlex
+from typing import Literal
 
 import jax
 
@@ -31,30 +31,25 @@ from mtv_jax.utils import xla_flags
 log = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax train`."""
-  arguments.add_config(parser)
-  add = parser.add_argument
-  text = "the run's folder: config, metrics, checkpoints, evaluations"
-  add("--workdir", required=True, help=text)
-  add(
-    "--compile_cache",
-    default="auto",
-    help="folder of compiled programs, or none; auto (the default) is"
-    " WORKDIR/compiled, and none on a CPU",
-  )
-  add(
-    "--restore",
-    default="latest",
-    choices=("latest", "latest_good"),
-    help="which checkpoint to resume from; latest_good skips damaged ones",
-  )
-  text = "stop at the first update that is not finite, and name the operation"
-  add("--debug_nans", action="store_true", help=text)
-  arguments.add_distributed(parser)
+class Flags(arguments.Config, arguments.Distributed):
+  """Flags of `mtv-jax train`.
+
+  Args:
+    workdir: the run's folder: config, metrics, checkpoints, evaluations.
+    compile_cache: folder of compiled programs, or none; auto (the default) is
+      WORKDIR/compiled, and none on a CPU.
+    restore: which checkpoint to resume from; latest_good skips damaged ones.
+    debug_nans: stop at the first update that is not finite, and name the
+      operation.
+  """
+
+  workdir: str
+  compile_cache: str = "auto"
+  restore: Literal["latest", "latest_good"] = "latest"
+  debug_nans: bool = False
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Flags) -> None:
   """Trains; resumes if the workdir has a checkpoint."""
   arguments.initialize_distributed(args)
   process = jax.process_index()
@@ -115,14 +110,14 @@ def write_report(folder: str) -> None:
   Raises:
     UploadError: it is not in the run's bucket.
   """
-  from mtv_jax.studies.report import report
-
   try:
+    from mtv_jax.report import runs  # Not before training: it is large.
+
     with workdir.open_run_folder(folder) as run:
-      if text := report.format_run(run.folder):
+      if text := runs.format_run(run.folder):
         with contextlib.suppress(OSError):  # A full disk, a closed terminal.
           print(f"\n{text}\n", flush=True)
-      pages = report.write_runs([run.folder], run.folder)
+      pages = runs.write_runs([run.folder], run.folder)
       names = (f"{folder}/{page.name}" for page in pages)
       log.info("Wrote %s", ", ".join(names))
   except workdir.UploadError:
@@ -131,7 +126,7 @@ def write_report(folder: str) -> None:
     log.warning("No report of %s: %r", folder, error)
 
 
-def _format_command(args: argparse.Namespace) -> str:
+def _format_command(args: Flags) -> str:
   """The command without the options of this machine."""
   words = [f"--config={args.config}", *(f"--config.{s}" for s in args.set)]
   words.append(f"--workdir={args.workdir}")

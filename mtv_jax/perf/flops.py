@@ -201,9 +201,6 @@ def build_long_step_spec(config: RunConfig) -> StepSpec:
 
   Every objective starts before its last step, also one that starts at a share
   of the steps or after some epochs.
-
-  Raises:
-    ConfigError: as `build_step_spec`.
   """
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size

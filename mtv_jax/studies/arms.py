@@ -66,12 +66,7 @@ class Options:
 
 
 def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
-  """The arms of a study of a checked config.
-
-  Raises:
-    ConfigError: for an unknown kind, options of another kind, or a config that
-      gives fewer than two arms.
-  """
+  """The arms of a study of a checked config."""
   if kind not in KINDS:
     raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
   make, taken = KINDS[kind]
@@ -104,12 +99,7 @@ def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
 def group_objectives(
   config: RunConfig, order: Sequence[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-  """The config's objectives by group.
-
-  Raises:
-    ConfigError: the config has no objectives, or `order` names a group twice
-      or one without objectives in this config.
-  """
+  """The config's objectives by group."""
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
   group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
   for name, entry in config.objectives.items():
@@ -188,7 +178,7 @@ def _pairs(config: RunConfig, options: Options) -> Arms:
 def _scaling(config: RunConfig, options: Options) -> Arms:
   """Models times numbers of images."""
   variants = [text for text in options.models if ":" not in text]
-  # Of one patch size, the shape alone names the model.
+  # With one patch size, the shape alone names the model.
   one_patch = len({text.partition("/")[2] for text in variants}) < 2
   models = [_scale_model(config, text, one_patch) for text in options.models]
   models = models or [Arm(config.model.variant.partition("/")[0])]

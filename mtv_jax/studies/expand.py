@@ -150,21 +150,8 @@ def expand(
 ) -> Study:
   """Expands a config into the runs of a study.
 
-  Args:
-    kind: one of `arms.KINDS`.
-    config: file or name of a recipe, with its arguments.
-    assignments: overrides of all runs, `KEY=VALUE`.
-    options: of the kind.
-    seeds: number of seeds, of all arms or by arm: `3`, `vl:5,depth:5,3`.
-    match: what all runs have in common: the images seen, or the FLOPs of
-      training, those of the config's own run.
-    budget: share of the config's steps.
-    cost_fn: counts FLOPs per image; None to count none.
-    costs: FLOPs per image that are known, see `Study.costs`.
-
-  Raises:
-    ConfigError: for a config or options that don't fit each other; it names the
-      arm.
+  `assignments` are overrides of all runs. `cost_fn` counts FLOPs per image, and
+  `costs` are known ones (see `Study.costs`). A ConfigError names the arm.
   """
   check_choice("--match", match, MATCHES)
   if not 0 < budget <= 1:

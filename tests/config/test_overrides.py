@@ -4,7 +4,6 @@ import copy
 import os
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.cli import errors
+from mtv_jax.cli.main import run_command
 from mtv_jax.config import overrides
 from mtv_jax.data.canvas import decode
 from mtv_jax.train.run import resolve
@@ -242,14 +242,12 @@ def test_the_training_command_prints_one_message(tmp_path):
     (["data", "--tokenizer=x.model"], "bench: tokenizer='x.model': there is"),
   ],
 )
-def test_bench_prints_one_message(repo_root, arguments, message):
-  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+def test_bench_prints_one_message(arguments, message):
   with pytest.raises(SystemExit, match=message):
-    main(arguments)
+    run_command("bench", arguments)
 
 
-def test_the_bench_takes_no_zeros(repo_root, capsys):
-  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+def test_the_bench_takes_no_zeros(capsys):
   with pytest.raises(SystemExit):
-    main(["data", "--batch_size=0"])
+    run_command("bench", ["data", "--batch_size=0"])
   assert "--batch_size: 0: expected at least 1" in capsys.readouterr().err

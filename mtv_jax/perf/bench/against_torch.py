@@ -74,11 +74,8 @@ def compare(
   replaces fields of the model, for a small one.
   """
   check_choice("what", what, BENCHMARKS)
-  import torch
-
-  from mtv_jax.perf.bench import torch_steps
-
-  torch.set_num_threads(threads)
+  torch_steps = harness.import_oracle("torch_steps")
+  torch_steps.torch.set_num_threads(threads)
   spec, ours, params, batch = _our_step(what, batch_size, model)
   if what == "siglip":
     theirs = torch_steps.siglip_step(spec, params, batch, OPTIM)

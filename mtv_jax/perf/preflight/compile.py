@@ -87,9 +87,6 @@ def make_plan(
   The folders of frozen teachers are read, unless their `model` is given.
 
   `changes` are overrides, 'KEY=VALUE', of the config.
-
-  Raises:
-    ConfigError: for an invalid config.
   """
   if changes:
     config = overrides.override(config, changes)
@@ -132,7 +129,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompileResult:
   """Result of compiling a program; sizes and FLOPs are per chip and step."""
 
   memory: Memory | None  # None if the compiler ran out of memory.
@@ -154,7 +151,7 @@ class Compiled:
     return self.memory is not None and self.memory.fits
 
 
-def compile_step(plan: Plan, *, explain: bool = True) -> Compiled:
+def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
   """Compiles the train step of a plan; lists the largest arrays.
 
   With `explain`, a step that does not fit is compiled with fewer rows for them.
@@ -180,14 +177,14 @@ def compile_step(plan: Plan, *, explain: bool = True) -> Compiled:
   )
 
 
-def compile_norms(plan: Plan) -> Compiled:
+def compile_norms(plan: Plan) -> CompileResult:
   """Compiles the program that a run which measures gradients runs as well."""
   return _compile(plan.lower_norms, plan)[0]
 
 
 def _compile(
   lower: Callable[[], jax.stages.Lowered], plan: Plan
-) -> tuple[Compiled, jax.stages.Compiled | None]:
+) -> tuple[CompileResult, jax.stages.Compiled | None]:
   begin = time.perf_counter()
   lowered = lower()
   try:
@@ -198,7 +195,7 @@ def _compile(
       raise
     program, refusal, memory = None, str(error), None
   seconds = time.perf_counter() - begin
-  return Compiled(memory, refusal, seconds), program
+  return CompileResult(memory, refusal, seconds), program
 
 
 def _largest_of_smaller_batch(

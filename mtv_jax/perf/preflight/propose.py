@@ -31,8 +31,7 @@ def candidates(
 ) -> Iterator[tuple[tuple[str, ...], int]]:
   """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
 
-  Yields:
-    'KEY=VALUE' strings, and the factor by which they divide the activations.
+  'KEY=VALUE' strings, and the factor by which they divide the activations.
   """
   base = ()
   if config.model.remat != "full":
@@ -59,10 +58,8 @@ def propose(
 ) -> Iterator[Proposal]:
   """Compiles changes of a config that does not fit, until one does.
 
-  Skips changes that the last refusal shows to be too small.
-
-  Yields:
-    All proposals that were compiled, at most `tries`, in order.
+  Skips changes that the last refusal shows to be too small, and yields all
+  proposals that were compiled, at most `tries`.
   """
   config = resolve(config)
   limit, excess = topology.chip.hbm_bytes, 1.0

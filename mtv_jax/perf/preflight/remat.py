@@ -164,15 +164,9 @@ def search(
 ) -> Iterator[Trial]:
   """Compiles choices, from 'full' on, toward the budget from both sides.
 
-  Args:
-    savings: of `list_savings`.
-    measure_peak: bytes that the step with a `remat` needs; None if unknown and
-      too many.
-    budget: bytes of a chip.
-    compilations: at most so many.
-
-  Yields:
-    Each trial. They are a function of the peaks alone.
+  Yields each trial; they are a function of the peaks alone. `measure_peak`
+  gives the bytes that the step with a `remat` needs; None if that is unknown
+  and too much.
   """
 
   def compile_choice(chosen):
@@ -214,8 +208,8 @@ class Choice:
   """Result of a search: the best trial that fits, and its programs."""
 
   plan: compile_lib.Plan
-  compiled: compile_lib.Compiled
-  norms: compile_lib.Compiled | None  # None if the run measures none.
+  compiled: compile_lib.CompileResult
+  norms: compile_lib.CompileResult | None  # None if the run measures none.
   trials: tuple[Trial, ...]
 
   @property
@@ -238,15 +232,7 @@ def find_remat(
   share the search for kernels between processes, and the largest peak of all
   counts, so that all find the same.
 
-  Args:
-    config: with any `remat`.
-    topology: to compile for.
-    budget: bytes of a chip; `SHARE` of its memory by default.
-    examples_per_epoch: of the data.
-
-  Raises:
-    ConfigError: nothing fits, the chip's memory is unknown, or the budget
-      exceeds it.
+  The budget is in bytes of a chip; `SHARE` of its memory by default.
   """
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
@@ -300,7 +286,7 @@ def find_remat(
   return Choice(*programs[best.remat], tuple(trials))
 
 
-def _agree_on_peak(compiled: compile_lib.Compiled) -> int | None:
+def _agree_on_peak(compiled: compile_lib.CompileResult) -> int | None:
   """The largest peak of a program in all processes; None if one is unknown."""
   if compiled.memory is None:
     peak = compile_lib.required_bytes(compiled.refusal)

@@ -192,7 +192,7 @@ def test_the_gradient_norms_fit_too_where_the_run_may_measure_them(
   def make_compile(base):
     def compile_program(plan, **options):
       peak = base * MIB + plan.saved
-      return compile_lib.Compiled(compile_lib.Memory(0, 0, 0, peak, None))
+      return compile_lib.CompileResult(compile_lib.Memory(0, 0, 0, peak, None))
 
     return compile_program
 

@@ -30,7 +30,7 @@ def row(kind, shape, *, count=1.0, size=100.0, scope="", group=CHIPS):
 def step_row(plan, collectives):
   memory = compile_lib.Memory(0, 0, 0, 1, None)
   return scaling.step_row(
-    plan, compile_lib.Compiled(memory, collectives=tuple(collectives))
+    plan, compile_lib.CompileResult(memory, collectives=tuple(collectives))
   )
 
 

@@ -233,7 +233,11 @@ with errors.readable_errors("train"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "number"),
-  [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)],
+  [
+    (2, signal.SIGTERM),
+    pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+    pytest.param(2, signal.SIGINT, marks=pytest.mark.long),
+  ],
 )
 def test_all_processes_save_the_same_step_after_a_signal_to_one(
   tmp_path, count, number
