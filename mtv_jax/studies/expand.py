@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 import mtv_jax
 from mtv_jax.config import overrides as overrides_lib
-from mtv_jax.config import recipes
+from mtv_jax.config import recipes, sections
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_long_step_spec
@@ -266,17 +266,15 @@ def _read_length(config: RunConfig) -> RunLength:
 
 def _durations(config: RunConfig) -> dict[str, Duration | None]:
   """The durations that depend on a run's length, by key without unit."""
-  sections = {
-    "schedule": (config.schedule, ("warmup", "cooldown", "timescale"))
-  }
+  groups = {"schedule": (config.schedule, ("warmup", "cooldown", "timescale"))}
   for name, entry in config.objectives.items():
     if isinstance(entry.weight, WeightConfig):
-      sections[f"objectives.{name}.weight"] = entry.weight, ("start", "ramp")
+      groups[f"objectives.{name}.weight"] = entry.weight, ("start", "ramp")
   for name, teacher in config.teachers.items():
-    sections[f"teachers.{name}"] = teacher, ("update_every",)
+    groups[f"teachers.{name}"] = teacher, ("update_every",)
   return {
     f"{path}.{name}": getattr(section, name)
-    for path, (section, names) in sections.items()
+    for path, (section, names) in groups.items()
     for name in names
   }
 
@@ -377,7 +375,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     if rules:
       kept = [r for r in rules if _is_used(r, names)]
       if len(kept) < len(rules):
-        changes.append(f"{key}={overrides_lib.to_plain(kept)}")
+        changes.append(f"{key}={sections.to_dict(kept)}")
   return changes
 
 

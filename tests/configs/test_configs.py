@@ -67,7 +67,7 @@ def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
 def test_the_whole_recipe_is_a_config(name):
   config = recipes.read_config(name)
   for entry in config.get("teachers", {}).values():
-    if entry.path:  # Of a folder that is not here.
+    if entry.get("path"):  # Of a folder that is not here.
       entry.model = dict(variant=config.model.variant)
   config = resolve(config)
   # What a run writes opens to the same.

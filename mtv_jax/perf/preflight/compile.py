@@ -89,8 +89,7 @@ def make_plan(
   `changes` are overrides, 'KEY=VALUE', of the config.
   """
   if changes:
-    plain = config.to_dict() if isinstance(config, RunConfig) else config
-    config = overrides.override(plain, changes)
+    config = overrides.override(config, changes)
   config = resolve(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
