@@ -17,8 +17,12 @@ FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
 every = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 # It takes all from a checkpoint: tests/train/test_continuation.py.
 WHOLE = [f for f in FILES if f.stem != "continue_from"]
-# Shrunk, a derived recipe differs from its base by a line or two.
-DERIVED = ("mtv_l16_256", "mtv_g14_224", "mtv_b16_512", "siglip_l16_256")
+# Shrunk, a derived recipe differs from its base by a line or two, and others
+# have the objectives and views of one that is built.
+DERIVED = (
+  "mtv_l16_256", "mtv_g14_224", "mtv_b16_512", "siglip_l16_256",
+  "tips_b16_224", "coco_photos", "mtv_photos", "mtv_tiny", "dino_b16_224",
+)  # fmt: skip
 each_tiny = pytest.mark.parametrize(
   "file",
   [
