@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: quickstart test test-slow test-reference lint format clean
+.PHONY: quickstart test test-slow test-reference test-long lint format clean
 
 # One stamp per set of extras; a changed setup.cfg reinstalls.
 $(VENV)/.base: setup.cfg pyproject.toml
@@ -45,13 +45,17 @@ quickstart: $(VENV)/.base
 	@echo "  $(RUN)/huggingface      for transformers' AutoModel"
 
 test: $(VENV)/.dev
-	$(PYTEST) -m 'not slow and not reference'
+	$(PYTEST) -m 'not slow and not reference and not long'
 
 test-slow: $(VENV)/.slow
-	$(PYTEST) -m 'slow and not reference'
+	$(PYTEST) -m 'slow and not reference and not long'
 
 test-reference: $(VENV)/.reference
-	$(PYTEST) -m 'reference'
+	$(PYTEST) -m 'reference and not long'
+
+# Kills, hostile cases and old runs by the dozen: outside CI.
+test-long: $(VENV)/.slow
+	$(PYTEST) -m 'long'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
