@@ -2,8 +2,8 @@
 
     mtv-jax make_prompts --output=imagenet.json
 
-The strings come from an installed open_clip, so that a zero-shot figure uses
-those of the published ones.
+The strings come from an installed open_clip, which published zero-shot figures
+use.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
   _print_summary(report, args.output)
 
 
-def _print_summary(report: shard_writer.Report, out: str) -> None:
+def _print_summary(report: shard_writer.ShardReport, out: str) -> None:
   print(
     f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
     f" {len(report.skipped):,} skipped."

@@ -48,7 +48,7 @@ def read_untrusted_json(
     InputError: it is no regular file, not JSON, nested too deep or larger than
       `max_bytes`.
   """
-  path_lib.check_regular(path)
+  path_lib.check_regular_file(path)
   if (size := path.stat().st_size) > max_bytes:
     raise InputError(
       f"{path} has {size:,} bytes; expected at most {max_bytes:,} of JSON."

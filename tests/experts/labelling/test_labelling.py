@@ -336,17 +336,6 @@ def make_array_records(folder, shards):
   return ArrayRecordSource(f"{folder}/*.array_record")
 
 
-@pytest.mark.parametrize("line", ['{"key": "0.1', "[1]", '{"tags": []}'])
-def test_damaged_metadata(tmp_path, line):
-  source = make_array_records(tmp_path / "base", 1)
-  file = tmp_path / "base" / "00000_meta.jsonl"
-  file.write_text(f'{{"key": "0.0"}}\n\n{line}')
-  with pytest.raises(
-    ValueError, match=r"00000_meta\.jsonl: line 3 is not a JSON"
-  ):
-    labelling.run(FakeBoxes(), source, tmp_path / "out", threads=2)
-
-
 def test_verify_caches_metadata_of_few_shards(tmp_path):
   source = make_array_records(tmp_path / "base", 12)
   labelling.run(FakeDepth(), source, tmp_path / "out", threads=1)
