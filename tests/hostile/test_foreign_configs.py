@@ -268,10 +268,12 @@ _add(
     "tokenizer": ["x"],
     "tokenizer.clean": [..., "x", LONG],
     "tokenizer.built_in": ["x"],
-    "predictors": ["x", {"x": {}}, {"depth": 1}, {"depth": {"x": 1}}],
+    "predictors": ["x", {"depth": 1}],
     "weights": ["best"],
   },
 )
+_heads = {"predictors": [{"x": {}}, {"depth": {"x": 1}}]}
+_add(EXPORTS, "native", "mtv_jax.json", _heads, match="heads' description")
 for _family, _values in {
   "native": {
     "tokenizer.file": ["tokenizer.json", *filter(None, OUTSIDE.values())]
