@@ -11,9 +11,9 @@ from mtv_jax.convert import depth_anything as weights
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
+from mtv_jax.experts import depth_anything
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.depth_anything import expert as depth_anything
-from mtv_jax.experts.depth_anything.preprocess import (
+from mtv_jax.experts.depth_anything import (
   MEAN,
   STD,
   DepthPreprocess,
