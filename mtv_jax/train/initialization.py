@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import schema
-from mtv_jax.encoder import description, hub, loading
+from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
 from mtv_jax.train.state import TrainState
@@ -85,7 +85,7 @@ def check_source_tokenizer(config: ConfigDict, tokenizer: Any) -> None:
     return
   if not any(re.search(regex, name) for regex in init.include or ("",)):
     return
-  files = description.describe(init.path).tokenizer
+  files = loading.read_model_info(init.path).tokenizer
   if files is None:
     return
   source, length = files.build(), config.model.text.length
@@ -185,7 +185,7 @@ def read_teacher_models(
         entry[key] = same.get(key)
       continue
     loading.check_weights(entry.path, weights=entry.weights, step=entry.step)
-    described = description.describe(entry.path)
+    described = loading.read_model_info(entry.path)
     pixels = described.preprocess
     entry.image_mean, entry.image_std = pixels.mean, pixels.std
     entry.input_size = pixels.size
