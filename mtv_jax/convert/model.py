@@ -56,9 +56,8 @@ class ConvertedModel:
   def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
     """The same model with parameters that change no output.
 
-    Args:
-      kinds: which to add where the model lacks them: 'layer_scale' (ones) and
-        'mask_token' (zeros).
+    `kinds` are added if the model lacks them: 'layer_scale' (ones) and
+    'mask_token' (zeros).
     """
     tower, image = self.spec.image, dict(self.params["image"])
     fields: dict[str, Any] = {}
@@ -81,9 +80,6 @@ class ConvertedModel:
 
     The position embedding is resampled as the tower does it on the fly, and
     then stored.
-
-    Raises:
-      InputError: the patch doesn't divide the size.
     """
     tower = self.spec.image
     rows, columns = tower.grid_of(image_size, image_size)

@@ -44,7 +44,7 @@ def _tensors(config=CONFIG):
   rng = np.random.default_rng(0)
   spec = weights.read_spec(config, ["backbone.embeddings.mask_token"])
   tensors = {}
-  for rule in weights.rules(spec):
+  for rule in weights.param_mapping(spec):
     for name, shape in rule.expected_shapes():
       scale = max(1, int(np.prod(shape[1:]))) ** -0.5
       tensors[name] = (scale * rng.normal(size=shape)).astype(np.float32)

@@ -7,7 +7,7 @@ import trainings
 
 from mtv_jax.config import recipes
 from mtv_jax.data import tokenizers
-from mtv_jax.encoder import description
+from mtv_jax.encoder import loading
 from mtv_jax.train.initialization import check_source_tokenizer
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
@@ -30,7 +30,7 @@ def test_other_tokens_than_the_source(options, is_rejected, monkeypatch):
     build=lambda: tokenizers.build_tokenizer("bytes", clean="none")
   )
   described = types.SimpleNamespace(tokenizer=files)
-  monkeypatch.setattr(description, "describe", lambda path: described)
+  monkeypatch.setattr(loading, "read_model_info", lambda path: described)
   config = recipes.read_config(str(trainings.CONFIG))
   config.init = dict(path="source", **options)
   ours = tokenizers.build_tokenizer("bytes", clean="lower")
