@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mtv_jax.config import aliases
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 _MAX_VALUE = 120  # Characters of a value in the line of a difference.
@@ -52,7 +53,7 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
       number or section it replaces; only a fraction may replace an integer, and
       `schema.check_config` rejects it where the key takes integers alone.
   """
-  tree = to_plain(config, tuples_as_lists=True)
+  tree = aliases.rename_old_keys(to_plain(config, tuples_as_lists=True))
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     if not _KEY.fullmatch(key):
@@ -61,7 +62,7 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
         " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
       )
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
-    _set(tree, parts, text, key)
+    _set(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)
     except (ValueError, TypeError) as error:  # Names with dots, or no strings.

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import options, overrides
+from mtv_jax import configs
+from mtv_jax.config import aliases, options, overrides
 from mtv_jax.config.options import (
   Fraction,
   NonNegativeFloat,
@@ -265,7 +266,8 @@ def check_config(config: Config) -> ConfigDict:
     ConfigError: an unknown or missing key, or a value of another type or out
       of range; names the full key.
   """
-  resolved = _section("config", SCHEMA, overrides.to_plain(config))
+  config = aliases.rename_old_keys(overrides.to_plain(config))
+  resolved = _section("config", SCHEMA, config)
   pixel_statistics(resolved["model"])
   train = resolved["data"]["train"]
   for i, source in enumerate(train):
@@ -477,13 +479,15 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
-    folder = pathlib.Path(__file__).parents[1] / "configs"
+    folder = pathlib.Path(configs.__path__[0])
     recipes = sorted(file.stem for file in folder.glob("[!_]*.py"))
-    if name not in recipes:
+    # Outside of a checkout `configs/NAME.py` is the packaged recipe, too.
+    recipe = name.removeprefix("configs/").removesuffix(".py")
+    if recipe not in recipes:
       raise ConfigError(
         f"there is no config {name!r}. {did_you_mean(name, recipes)}"
       )
-    file = folder / f"{name}.py"
+    file = folder / f"{recipe}.py"
   values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from mtv_jax.config import aliases
 from mtv_jax.data import registry
 from mtv_jax.models import two_tower
 from mtv_jax.train.balance import METHODS
@@ -22,7 +23,7 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 # Types of objectives by group, in the order of the paper's ladder.
 GROUPS = {
   "vl": ("contrastive", "captioning"),
-  "ssl": ("distillation", "masked_latent", "masked_pixels", "gram"),
+  "ssl": ("dino", "ibot", "mae", "gram"),
   "grounding": ("grounding",),
   "depth": ("depth",),
 }
@@ -286,6 +287,7 @@ def _set_weights(config: ConfigDict, text: str, fixed: tuple[str, ...]) -> Arm:
   changes = []
   for part in rest.split(","):
     objective, equals, weight = part.partition("=")
+    objective = aliases.new_name(objective)
     if objective not in config.objectives or not equals:
       raise ConfigError(
         f"--weights={text}: {part!r} is not OBJECTIVE=WEIGHT. "

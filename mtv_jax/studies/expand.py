@@ -26,8 +26,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import mtv_jax
+from mtv_jax.config import aliases, schema
 from mtv_jax.config import overrides as overrides_lib
-from mtv_jax.config import schema
 from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
@@ -106,7 +106,13 @@ class Study:
     """The inverse of `to_dict`."""
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     runs = tuple(
-      Run(**{**run, "overrides": tuple(run["overrides"])})
+      Run(
+        **{
+          **run,
+          "overrides": tuple(run["overrides"]),
+          "settings": aliases.rename_old_keys(run["settings"]),
+        }
+      )
       for run in fields["runs"]
     )
     known = {name: fields[name] for name in names & fields.keys()}

@@ -140,9 +140,7 @@ def build_step_spec(
   model = model_lib.ModelSpec.from_config(config.model)
   teachers = build_teachers(config, model, length)
   objectives = {
-    name: build_objective(name, entry)
-    .resolve(model, built_views)
-    .resolve_teachers(model, built_views, teachers)
+    name: build_objective(name, entry).resolve(model, built_views, teachers)
     for name, entry in config.objectives.items()
   }
   _resolve_model(config, objectives, built_views)

@@ -64,9 +64,7 @@ OTHERS = {
 
 def make(names=("fine", "coarse"), **options):
   teachers = {name: {**TEACHERS, **OTHERS}[name] for name in names}
-  objective = build_objective(NAME, options)
-  resolved = objective.resolve(STUDENT, VIEWS)
-  return resolved.resolve_teachers(STUDENT, VIEWS, teachers)
+  return build_objective(NAME, options).resolve(STUDENT, VIEWS, teachers)
 
 
 # ---------------------------------------------------------------------------
@@ -211,9 +209,7 @@ def test_loss_equals_numpy(feature_loss, normalize):
 def test_without_adaptors_equal_features_have_no_loss():
   same = FrozenTeacher(STUDENT)
   objective = build_objective(NAME, dict(adaptor="none"))
-  objective = objective.resolve(STUDENT, VIEWS).resolve_teachers(
-    STUDENT, VIEWS, {"same": same}
-  )
+  objective = objective.resolve(STUDENT, VIEWS, {"same": same})
   assert objective.heads() == {}
   student = next(iter(random_outputs(make(["coarse"])).values()))
   outputs = dict.fromkeys(objective.needs().encodings, student)
@@ -259,12 +255,12 @@ def test_every_patch_of_a_finer_grid_is_learned():
 
 def test_all_teachers_with_a_path_by_default():
   snapshot = FrozenTeacher(STUDENT, snapshot=True)
-  objective = build_objective(NAME, {}).resolve(STUDENT, VIEWS)
+  objective = build_objective(NAME, {})
   every = {**TEACHERS, "ema": snapshot}
-  resolved = objective.resolve_teachers(STUDENT, VIEWS, every)
+  resolved = objective.resolve(STUDENT, VIEWS, every)
   assert resolved.teachers == ("fine", "coarse")
   # Adding a teacher changes no head of the others.
-  one = objective.resolve_teachers(STUDENT, VIEWS, {"fine": TEACHERS["fine"]})
+  one = objective.resolve(STUDENT, VIEWS, {"fine": TEACHERS["fine"]})
   assert one.heads().items() <= resolved.heads().items()
 
 
@@ -327,33 +323,15 @@ def initial_state(program):
   return program.init(params(jax.random.key(1)), frozen_params())
 
 
-def two_steps(mesh, accumulate=1):
-  program = make_program(make_spec(accumulate), optax.sgd(0.5), mesh)
+@pytest.mark.slow
+def test_the_loss_falls():
+  mesh = mesh_of((1, 1, 1))
+  program = make_program(make_spec(), optax.sgd(0.5), mesh)
   state, values = initial_state(program), []
   for _ in range(2):
     state, metrics = program.update(state, shard_batch(make_batch(), mesh))
     values.append(float(metrics[f"{NAME}/loss"]))
-  return values, jax.device_get(state.params)
-
-
-@functools.cache
-def on_one_device():
-  return two_steps(mesh_of((1, 1, 1)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ("shape", "accumulate"), [((2, 2, 2), 2), ((8, 1, 1), 1)]
-)
-def test_sharded_and_accumulated_equal_single(shape, accumulate):
-  values, params = two_steps(mesh_of(shape), accumulate)
-  first, second = on_one_device()[0]
-  assert 0 < second < first
-  assert values == pytest.approx([first, second], rel=1e-5)
-  for a, b in zip(
-    jax.tree.leaves(params), jax.tree.leaves(on_one_device()[1]), strict=True
-  ):
-    np.testing.assert_allclose(a, b, atol=3e-6)
+  assert 0 < values[1] < values[0]
 
 
 @functools.cache
