@@ -19,7 +19,7 @@ def dino(**options):
   own = dict(
     view_global="image", view_local=None, same_crop="include", prototypes=8
   )
-  return build_objective("distillation", own | options)
+  return build_objective("dino", own | options)
 
 
 def make_spec(**changes):

@@ -286,8 +286,8 @@ def distillation_step(
   count = views["global"].images.shape[1]
   student = Encoder(spec, params)
   teacher = copy.deepcopy(student).requires_grad_(False)
-  dino = spec.objectives["distillation"]
-  ibot = spec.objectives["masked_latent"]
+  dino = spec.objectives["dino"]
+  ibot = spec.objectives["ibot"]
   # The masked patches of a crop are averaged, then the crops.
   weights = (1.0 / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(mask)
   weights = weights[mask] / len(mask)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import sections
+from mtv_jax.config import aliases, sections
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 _MAX_VALUE = 120  # Characters of a value in the line of a difference.
@@ -53,7 +53,7 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
       value of another type. A fraction may replace an integer here, and
       `train.run.resolve` rejects it if the key takes integers only.
   """
-  tree = sections.to_dict(config)
+  tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     if not _KEY.fullmatch(key):
@@ -62,7 +62,7 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
         " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
       )
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
-    _set(tree, parts, text, key)
+    _set(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)
     except (ValueError, TypeError) as error:  # Names with dots, or no strings.

@@ -25,8 +25,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import mtv_jax
+from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
-from mtv_jax.config import recipes, sections
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_long_step_spec
@@ -109,7 +109,13 @@ class Study:
     """The inverse of `to_dict`."""
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     runs = tuple(
-      Run(**{**run, "overrides": tuple(run["overrides"])})
+      Run(
+        **{
+          **run,
+          "overrides": tuple(run["overrides"]),
+          "settings": aliases.rename_old_keys(run["settings"]),
+        }
+      )
       for run in fields["runs"]
     )
     known = {name: fields[name] for name in names & fields.keys()}

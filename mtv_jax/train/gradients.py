@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.augment.random import step_key
+from mtv_jax.config import aliases
 from mtv_jax.models.standardization import batch_moments
 from mtv_jax.train.losses import (
   Batch,
@@ -57,7 +58,8 @@ def combine_gradients(
       spec.select_objectives((name,)), state, batch, mesh
     )
     total, terms = total + loss, {**terms, **term}
-    keys[name] = step_key(seed, f"balance/{name}", state.step)
+    folded = f"balance/{aliases.name_in_key(name)}"
+    keys[name] = step_key(seed, folded, state.step)
   combined = spec.balance.combine_gradients(grads, spec.shared_modules, keys)
   return (total, terms), combined
 

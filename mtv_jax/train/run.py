@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from mtv_jax.augment import views as views_lib
 from mtv_jax.checkpoint.checkpointer import CheckpointConfig
-from mtv_jax.config import sections
+from mtv_jax.config import aliases, sections
 from mtv_jax.config.durations import Duration, PositiveDuration, TotalDuration
 from mtv_jax.config.options import (
   Fraction,
@@ -231,7 +231,7 @@ def resolve(
   """
   if isinstance(config, RunConfig):
     return config
-  plain = sections.to_dict(config)
+  plain = aliases.rename_old_keys(sections.to_dict(config))
   run = sections.read(RunConfig, plain, "config")
   teachers = read_teacher_models(run.teachers, workdir)
   run = dataclasses.replace(run, teachers=teachers)

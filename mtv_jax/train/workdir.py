@@ -22,6 +22,7 @@ from typing import Any
 
 import filelock
 
+from mtv_jax.config import aliases
 from mtv_jax.train.runtime.sessions import (
   ALIVE_SECONDS,
   read_alive,
@@ -156,7 +157,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
       f"--workdir={folder} contains a config.json that is not a run's (an"
       " exported model?) and would be replaced. Give another folder."
     )
-  return content
+  return aliases.rename_old_keys(content)
 
 
 # ---------------------------------------------------------------------------

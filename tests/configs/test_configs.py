@@ -192,11 +192,10 @@ def test_tips_is_trained_as_published(arguments, batch, steps, crops):
   assert (built["local"].count, built["local"].size) == (crops, 98)
   assert built["masked"].max_masked == round(0.75 * 256)
   weights = [
-    config.objectives[name].weight
-    for name in ("contrastive", "distillation", "masked_latent")
+    config.objectives[name].weight for name in ("contrastive", "dino", "ibot")
   ]
   assert weights == [1.0, 1.0, 2.0]
-  assert config.parts.objectives["masked_latent"].prototypes == 32_768
+  assert config.parts.objectives["ibot"].prototypes == 32_768
 
 
 def test_a_file_of_words_needs_its_number_of_ids():

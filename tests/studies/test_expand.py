@@ -20,7 +20,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 TINY = "mtv_tiny:tiny"
-SSL = {"distillation", "masked_latent", "masked_pixels"}
+SSL = {"dino", "ibot", "mae"}
 
 
 def trained(study):

@@ -132,7 +132,7 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   # Its labels must not even be opened.
   config.data.train[0]["labels"] = dict(depth=str(tmp_path / "nowhere"))
   config.data.train[0]["type"] = "scenes"
-  for name in ("depth", "masked_pixels", "distillation", "masked_latent"):
+  for name in ("depth", "mae", "dino", "ibot"):
     del config.objectives[name]
   del config.evals["relative_depth"]
   experiment = build_experiment(config, tmp_path)
@@ -242,7 +242,7 @@ def test_heads_of_one_name_must_read_the_same_width():
   config = tiny_mtv.read()
   config.model.projection = 16
   config.model.text.projection = 16
-  config.objectives.masked_latent.head = "dino"
+  config.objectives.ibot.head = "dino"
   with pytest.raises(ConfigError, match="both declare heads/dino"):
     _ = build_step_spec(resolve(config), total_steps=100).heads
 
@@ -279,11 +279,11 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
     objectives = {
       name: dataclasses.replace(objective, chunk=chunk)
       for name, objective in tiny_mtv.built()
-      .select_objectives(("masked_latent",))
+      .select_objectives(("ibot",))
       .objectives.items()
     }
     spec = dataclasses.replace(
-      tiny_mtv.built().select_objectives(("masked_latent",)),
+      tiny_mtv.built().select_objectives(("ibot",)),
       objectives=objectives,
     )
     return flops.step_flops(spec, batch, optax.sgd(0.1)).traced

@@ -39,9 +39,9 @@ def spec_of(remat):
   return make_spec(
     objectives={
       "contrastive": build_objective("contrastive", dict(init_bias=-2.0)),
-      "distillation": dino(),
+      "dino": dino(),
     },
-    weights={n: ObjectiveWeight(1.0) for n in ("contrastive", "distillation")},
+    weights={n: ObjectiveWeight(1.0) for n in ("contrastive", "dino")},
     remat=Remat.parse(remat),
   )
 
@@ -93,7 +93,7 @@ def test_gradients_of_all_objectives():
     "full|image=qkv,mlp_hidden|local=attention_out|global=dots|text=mlp_hidden"
     "|box_phrase=none"
   )
-  config.objectives.masked_pixels.remat = "qkv,mlp_hidden"
+  config.objectives.mae.remat = "qkv,mlp_hidden"
   chosen = build_step_spec(resolve(config), total_steps=100)
   assert str(chosen.remat) == config.model.remat
   params = step_samples.params_of(spec)
@@ -157,7 +157,7 @@ def test_an_invalid_choice_is_an_error(choice, message):
     Remat.parse(choice)
 
 
-@pytest.mark.parametrize("name", ["captioning", "masked_pixels"])
+@pytest.mark.parametrize("name", ["captioning", "mae"])
 def test_an_unknown_choice_of_a_decoder_names_its_config_key(name):
   message = rf"config.objectives.{name}.remat is 'qvk'.*Did you mean 'qkv'"
   with pytest.raises(ConfigError, match=message):

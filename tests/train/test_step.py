@@ -214,8 +214,8 @@ def test_the_teacher_exists_if_an_objective_reads_it():
 def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
   """TIPSv2: equal to a teacher whose encoder is the student's copy."""
   spec = make_spec(
-    objectives={"distillation": dino()},
-    weights={"distillation": ObjectiveWeight(1.0)},
+    objectives={"dino": dino()},
+    weights={"dino": ObjectiveWeight(1.0)},
     teacher_momentum=0.5,
     teacher_ema="heads",
   )
@@ -436,11 +436,11 @@ def test_no_activation_is_all_gathered(shape):
   mesh = mesh_of(shape)
   spec = tiny_mtv.built()
   # KoLeo's groups are the rows of a device, as at the size of a pod.
-  distillation = dataclasses.replace(
-    spec.objectives["distillation"], koleo_group=tiny_mtv.ROWS // 8
+  dino_objective = dataclasses.replace(
+    spec.objectives["dino"], koleo_group=tiny_mtv.ROWS // 8
   )
   spec = dataclasses.replace(
-    spec, objectives={**spec.objectives, "distillation": distillation}
+    spec, objectives={**spec.objectives, "dino": dino_objective}
   )
   program = make_program(spec, optax.sgd(0.1), mesh)
   split = jax.sharding.NamedSharding(mesh, BATCH_SPEC)

@@ -147,9 +147,7 @@ def _make_config(
       "global": dict(count=2, ops=crop),
       "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
     }
-    config["objectives"] = dict(
-      distillation=dict(koleo_weight=0.1, **head), masked_latent=head
-    )
+    config["objectives"] = dict(dino=dict(koleo_weight=0.1, **head), ibot=head)
     config["teacher"] = dict(momentum=0.994)
   config["model"] |= model
   return config
