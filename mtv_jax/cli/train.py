@@ -23,8 +23,8 @@ from mtv_jax.config import schema
 from mtv_jax.perf.preflight import remat
 from mtv_jax.studies.report import report
 from mtv_jax.train import workdir
-from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.train.train import train
 from mtv_jax.utils import xla_flags
 
 log = logging.getLogger(__name__)

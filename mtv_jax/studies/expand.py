@@ -34,7 +34,7 @@ from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
 from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.optim.optimizer import make_optimizer
-from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
   UserError,

@@ -40,11 +40,6 @@ class Bound:
 
     `last_step_within` is that of the evaluation before, which was within the
     bound.
-
-    Raises:
-      ConfigError: the evaluation has no such metric.
-      BoundError: the bound is not met at step 0.
-      RollbackError: it is not met later.
     """
     value = self.value(name, metrics)
     if self.is_met(value):
@@ -86,11 +81,7 @@ class Bound:
 
 
 def read_bound(name: str, entry: Config) -> Bound | None:
-  """The bound of an entry of `config.evals`; None if it has none.
-
-  Raises:
-    ConfigError: it has an unknown key, or neither `min` nor `max`.
-  """
+  """The bound of an entry of `config.evals`; None if it has none."""
   fields = entry.get("bound")
   if fields is None:
     return None

@@ -19,13 +19,13 @@ from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train import balance as balance_lib
 from mtv_jax.train.optim import param_rules
 from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
-from mtv_jax.train.step import Program, make_program
-from mtv_jax.train.step_spec import (
+from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   abstract_params,
   find_first_reads,
 )
+from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.teachers import build_teachers, select_teachers
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names

@@ -21,8 +21,8 @@ from mtv_jax.parallel.mesh import (
   shard_batch,
 )
 from mtv_jax.train import gradients
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec, abstract_params
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 SPEC = ModelSpec.from_config(

@@ -14,8 +14,8 @@ from mtv_jax.models import vit
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, masked_pixels
 from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec, init_params
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
 
 # Rows enough that gradients and the update, which no mask makes smaller, weigh
 # little: they cost a batch of any size the same.
@@ -64,7 +64,7 @@ def make_step(kind, ops, batch):
   state = program.init(params(jax.random.key(0)))
   # The tests otherwise compile to LLVM's cheapest code, where the element-wise
   # rest weighs more than it does in a run.
-  update = program.jitted_update().lower(state, batch)
+  update = program.update.lower(state, batch)
   return update.compile({"xla_backend_optimization_level": 3}), state
 
 

@@ -17,6 +17,7 @@ from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.interference import measure_interference
+from mtv_jax.train.measurements import Measurements
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import check_choice
 
@@ -162,14 +163,14 @@ def time_interference(
     config = schema.check_config({**config.to_dict(), "interference": {}})
   timer = StepTimer(config, compile=measure == "time")
   experiment = timer.experiment
-  spec, program = experiment.step_spec, experiment.program
+  spec, measurements = experiment.step_spec, Measurements(experiment.program)
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
   every = experiment.duration("every", experiment.config.interference)
   meters = (("norms and cosines", None), ("with the transfer", lr))
 
   def run_meter(lr):
     active = tuple(spec.objectives)
-    arrays = program.interference(timer.state, timer.batch, active, lr)
+    arrays = measurements.interference(timer.state, timer.batch, active, lr)
     jax.block_until_ready(arrays)
 
   result = harness.Result(

@@ -16,7 +16,7 @@ from mtv_jax.studies.contrasts import Contrast, Metric
 from mtv_jax.studies.expand import Run
 from mtv_jax.studies.report import study_figures
 from mtv_jax.studies.results import StudyResults
-from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.pages import Block
 from mtv_jax.utils.tree import flatten_with_names
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from mtv_jax.config import schema
-from mtv_jax.train import step_spec, train_step
+from mtv_jax.train import spec as step_spec
+from mtv_jax.train import train_step
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
