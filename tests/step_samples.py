@@ -11,7 +11,7 @@ from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec, init_params
 
 
 def dino(**options):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtv_jax.convert import tables
-from mtv_jax.train.step_spec import StepSpec
+from mtv_jax.train.spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
 # Of our step at its start, NumPy arrays.

@@ -36,7 +36,7 @@ from mtv_jax.train import experiment
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
 from mtv_jax.train.run import RunConfig, WeightConfig, resolve
-from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,

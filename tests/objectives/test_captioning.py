@@ -22,12 +22,12 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, captioning
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import (
+from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   init_params,
 )
+from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 

@@ -15,8 +15,8 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.train import gradients
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec, abstract_params
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 SPEC = ModelSpec.from_config(

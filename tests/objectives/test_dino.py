@@ -15,7 +15,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, dino
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
 from mtv_jax.perf import hlo
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec
 
 SMALL = dict(
   prototypes=8,

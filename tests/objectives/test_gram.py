@@ -15,7 +15,7 @@ from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.objectives import base, build_objective, gram
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.train import step_spec
+from mtv_jax.train import spec as step_spec
 from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 

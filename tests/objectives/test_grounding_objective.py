@@ -23,13 +23,13 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, grounding
 from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh, shard_batch
 from mtv_jax.train import gradients
-from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import (
+from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   init_params,
   init_state,
 )
+from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 

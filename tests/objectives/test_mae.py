@@ -13,7 +13,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective, mae
 from mtv_jax.perf import flops
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec
 from mtv_jax.utils.errors import ConfigError
 
 

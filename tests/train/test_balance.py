@@ -31,15 +31,16 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
-from mtv_jax.train.loop import train
+from mtv_jax.train.measurements import Measurements, is_balance_due
 from mtv_jax.train.run import resolve
-from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import (
+from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   abstract_state,
   init_params,
 )
+from mtv_jax.train.step import make_program
+from mtv_jax.train.train import train
 from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -127,9 +128,10 @@ def balanced_step(spec, shape):
     shard_batch(step_samples.make_batch(), mesh),
   )
   active = tuple(spec.objectives)
-  before = program.encoder_grad_norms(state, batch, active)
-  state = program.update_balance(state, before)
-  after = program.encoder_grad_norms(state, batch, active)
+  measurements = Measurements(program)
+  before = measurements.encoder_grad_norms(state, batch, active)
+  state = measurements.update_balance(state, before)
+  after = measurements.encoder_grad_norms(state, batch, active)
   running = jax.device_get(state.balance)  # The update donates it.
   state, metrics = program.update(state, batch, active)
   return jax.device_get((before, after, running, metrics))
@@ -187,13 +189,14 @@ def two_updates(method, shape=(1, 1, 1), accumulate=1):
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
   state, rows = program.init(params), []
+  measurements = Measurements(program)
   for step in range(2):
     batch, row = shard_batch(step_samples.make_batch(), mesh), {}
-    if spec.measures_balance(step):
-      row["norms"] = program.encoder_grad_norms(
+    if is_balance_due(spec, step):
+      row["norms"] = measurements.encoder_grad_norms(
         state, batch, tuple(spec.objectives)
       )
-      state = program.update_balance(state, row["norms"])
+      state = measurements.update_balance(state, row["norms"])
     state, metrics = program.update(state, batch)
     rows.append(jax.device_get(row | metrics))
   return jax.device_get((state.params, state.balance)), rows
@@ -309,9 +312,9 @@ def test_norms_are_measured_as_a_function_of_the_step():
     "dino": ObjectiveWeight(1.0, start=13),
   }
   spec = make_spec(weights=late)
-  steps = [s for s in range(30) if spec.measures_balance(s)]
+  steps = [s for s in range(30) if is_balance_due(spec, s)]
   assert steps == [0, 10, 13, 20]
-  assert not make_spec(balance=Balance()).measures_balance(0)
+  assert not is_balance_due(make_spec(balance=Balance()), 0)
 
 
 def config_of(**changes):

@@ -16,8 +16,8 @@ from mtv_jax.evals import run as evals_run
 from mtv_jax.train.bounds import BoundError
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.run import resolve
+from mtv_jax.train.train import train
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names

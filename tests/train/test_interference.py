@@ -18,10 +18,11 @@ from mtv_jax.objectives import base, build_objective
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import interference
-from mtv_jax.train.loop import train
-from mtv_jax.train.losses import total_loss
+from mtv_jax.train.forward import total_loss
+from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight
+from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
 LR = 1e-3
@@ -76,7 +77,9 @@ def measure(params, names=NAMES, shape=(1, 1, 1), lr=None, **changes):
   state = program.init(params)
   batch = shard_batch(step_samples.make_batch(), mesh)
   lr = lr if lr is None else np.float32(lr)
-  return jax.device_get(program.interference(state, batch, names, lr))
+  return jax.device_get(
+    Measurements(program).interference(state, batch, names, lr)
+  )
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from mtv_jax.train.experiment import (
   save_config,
 )
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
-from mtv_jax.train.step_spec import ObjectiveWeight
+from mtv_jax.train.spec import ObjectiveWeight
+from mtv_jax.train.train import train
 from mtv_jax.utils import atomic
 
 

@@ -18,8 +18,8 @@ from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.train import statistics
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.teachers import FrozenTeacher
+from mtv_jax.train.train import train
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
