@@ -149,7 +149,9 @@ def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
   assert "JAX distributed service" in log or "run is lost" in log
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+  "failing", [0, pytest.param(1, marks=pytest.mark.long)]
+)
 def test_a_process_that_fails_alone_tells_why_and_exits(
   tmp_path, monkeypatch, failing
 ):
