@@ -13,7 +13,7 @@ the built-in scenes. Hardware: one accelerator of 16 GB at B/16, not tried here.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 from mtv_jax.utils.errors import ConfigError
 
 

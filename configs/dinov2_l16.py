@@ -51,7 +51,7 @@ Expected: 81.6 % k-NN and 82.9 % linear on ImageNet (dinov2's README); vitl14
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):

@@ -63,7 +63,7 @@ yaml's header). For the stages at size L: no published figure.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 from mtv_jax.utils.errors import ConfigError
 
 

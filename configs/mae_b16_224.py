@@ -39,7 +39,7 @@ reaches 68.0 % in a linear probe and 83.6 % fine-tuned.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):

@@ -48,7 +48,7 @@ every second image masked: 79 % of the FLOPs (docs/results.md).
 configs/mtv_tiny.py is the recipe for a CPU.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):

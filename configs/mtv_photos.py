@@ -15,7 +15,7 @@ Hardware, time and result: docs/results.md. A few hundred photos do not
 generalise: each loss has to fall, and the held-out figures have to improve.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):

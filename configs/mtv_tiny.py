@@ -9,7 +9,7 @@ Hardware, time and result: two CPU cores, see docs/results.md.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):

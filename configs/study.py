@@ -21,7 +21,7 @@ Hardware, time and result: two CPU cores, see docs/study/world.md.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 from mtv_jax.configs.mtv_b16_224 import share_crop
 from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError

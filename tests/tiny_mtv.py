@@ -3,8 +3,9 @@
 import functools
 import pathlib
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.run import resolve
 from mtv_jax.train.train_step import build_step_spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -18,9 +19,7 @@ LABELS = {
 
 def read():
   """The recipe of configs/mtv_tiny.py, smaller yet."""
-  config = schema.check_config(
-    schema.read_config(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
-  )
+  config = recipes.read_config(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
   config.batch_size = ROWS
   config.data.train[0]["size"] = 32
   config.data.ops = (
@@ -40,8 +39,7 @@ def read():
 
 @functools.cache
 def built():
-  config = read()
-  return build_step_spec(config, total_steps=100)
+  return build_step_spec(resolve(read()), total_steps=100)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Overrides of a config, --config.KEY=VALUE, and differences of two configs.
 
 Keys that the config's file leaves out can be given as well;
-`schema.check_config` rejects unknown ones.
+`train.run.resolve` rejects unknown ones.
 """
 
 import ast
@@ -48,9 +48,9 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
   does 'none' unless the key accepts that string.
 
   Raises:
-    ConfigError: an invalid path, or a value whose type differs from that of the
-      number or section it replaces; only a fraction may replace an integer, and
-      `schema.check_config` rejects it where the key takes integers alone.
+    ConfigError: an invalid path, or a number or section would be replaced by a
+      value of another type. A fraction may replace an integer here, and
+      `train.run.resolve` rejects it if the key takes integers only.
   """
   tree = to_plain(config, tuples_as_lists=True)
   for assignment in assignments:

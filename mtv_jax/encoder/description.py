@@ -11,8 +11,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mtv_jax.config import foreign
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.processors import TokenizerFiles
@@ -89,7 +87,7 @@ def describe(path: str | os.PathLike) -> Description:
   return Description(model.spec, preprocess, model.tokenizer, contrast, weights)
 
 
-def _contrast_of_objectives(config: ConfigDict) -> dict[str, Any]:
+def _contrast_of_objectives(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, entry in (config.get("objectives") or {}).items():
     if entry.get("type", name) == "contrastive":
       options = {"loss_type": entry.get("loss_type", "sigmoid")}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtv_jax.encoder import baselines, hub, loading
-from mtv_jax.evals.report import published
+from mtv_jax.evals import published
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _WEIGHTS = re.compile(rf"(.+)@({'|'.join(loading.WEIGHTS)})")

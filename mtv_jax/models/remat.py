@@ -37,7 +37,8 @@ POLICIES: dict[str, Callable | None] = {
 }
 # Suffix of a name that is saved in the host's memory.
 HOST = ":host"
-# As a config's value: what fits the chip, see `perf/preflight/remat.py`.
+# As a config's value: what fits the chip, see `perf/preflight/remat.py`. A run
+# records its choice as 'auto:CHOICE'.
 AUTO = "auto"
 
 
@@ -98,6 +99,7 @@ class Remat:
       ConfigError: for an unknown key or choice.
     """
     where = "config.model.remat"
+    text = text.removeprefix(f"{AUTO}:")
     if text.strip() == AUTO:
       raise ConfigError(
         f"{where} is {AUTO!r}, which `mtv-jax train` and `mtv-jax preflight` "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mtv_jax.config import options as options_lib
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base
 from mtv_jax.objectives.captioning import Captioning
@@ -33,7 +33,7 @@ REGISTRY: dict[str, type[base.Objective]] = {
 }
 
 
-def build_objective(name: str, entry: schema.Config) -> base.Objective:
+def build_objective(name: str, entry: Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
   Args:

@@ -26,6 +26,7 @@ from mtv_jax.models.standardization import Moments
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
+ByName = Mapping[str, Any]
 STUDENT = "student"
 TEACHER = "teacher"
 
@@ -220,32 +221,20 @@ class Objective:
   an instance of its class without arguments (`models.heads.base`).
   """
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:
-    """The objective with open options filled in from the model.
+  def resolve(
+    self, spec: Any, views: ByName, teachers: ByName | None = None
+  ) -> Objective:
+    """The objective with open options filled in.
 
     The trainer rejects a missing view, for all objectives.
 
     Args:
       spec: `two_tower.ModelSpec`.
       views: `views.View` by name.
-
-    Raises:
-      ConfigError: for a model or views that it can't train on.
-    """
-    del spec, views
-    return self
-
-  def resolve_teachers(
-    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
-  ) -> Objective:
-    """The resolved objective with what it takes from `config.teachers`.
-
-    Args:
-      spec, views: as of `resolve`, which precedes it.
       teachers: `train.teachers.FrozenTeacher` by name, read or not.
 
     Raises:
-      ConfigError: for teachers that it can't train with.
+      ConfigError: for a model, views or teachers that it can't train with.
     """
     del spec, views, teachers
     return self

@@ -108,7 +108,9 @@ class Captioning(base.Objective):
   def __post_init__(self):
     build_policy(self.remat, where="Captioning.remat")
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Captioning:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> Captioning:
     base.check_visible("captioning", self.view, views)
     return dataclasses.replace(self, head=self.head.resolve(spec))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
@@ -201,7 +200,9 @@ class Depth(base.Objective):
   # A crop with fewer labelled pixels counts as unlabelled.
   min_pixels: options.PositiveInt = 16
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> Depth:
     base.check_visible(
       "depth", self.view, views, allow_masked=self.allow_masked
     )

@@ -7,7 +7,6 @@ an image (Caron et al. 2021).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -134,7 +133,9 @@ class Distillation(SelfDistillation):
   # Whether a global crop is compared with itself; DINO excludes it.
   same_crop: Literal["exclude", "include"] = "exclude"
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Distillation:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> Distillation:
     names = [self.view_global, self.view_local]
     counts = [views[n].count if n in views else 0 for n in names]
     if self.view_global in views:

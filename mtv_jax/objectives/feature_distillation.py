@@ -106,7 +106,7 @@ class FeatureDistillation(base.Objective):
   normalize: standardization.Method = "phi_s"
   # Of the run, from which mean and covariance are estimated before step 0.
   statistics_examples: options.PositiveInt = 2048
-  # Of `resolve_teachers`.
+  # Filled in by `resolve`.
   targets: tuple[Target, ...] | None = None
   width: options.PositiveInt | None = None  # Of the student.
 
@@ -114,14 +114,11 @@ class FeatureDistillation(base.Objective):
     if not self.summary_weight and not self.feature_weight:
       raise ConfigError("summary_weight and feature_weight are both 0.")
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> FeatureDistillation:
-    base.check_all_patches("feature_distillation", [self.view], views)
-    return dataclasses.replace(self, width=spec.image.width)
-
-  def resolve_teachers(
-    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
   ) -> FeatureDistillation:
-    names = self.teachers
+    base.check_all_patches("feature_distillation", [self.view], views)
+    teachers, names = teachers or {}, self.teachers
     if names is None:
       names = tuple(n for n, t in teachers.items() if not t.snapshot)
     if not names:
@@ -144,7 +141,9 @@ class FeatureDistillation(base.Objective):
     for name in names:
       self._check_normalize(name, teachers[name])
       targets += self._targets_of(name, teachers[name], spec, views[self.view])
-    return dataclasses.replace(self, teachers=names, targets=tuple(targets))
+    return dataclasses.replace(
+      self, teachers=names, targets=tuple(targets), width=spec.image.width
+    )
 
   def _check_normalize(self, name: str, teacher: Any) -> None:
     """Raises ConfigError for a teacher that `normalize` does not fit."""
@@ -200,8 +199,7 @@ class FeatureDistillation(base.Objective):
   def _resolved(self) -> tuple[Target, ...]:
     if self.targets is None:
       raise ConfigError(
-        "feature_distillation: the teachers are not known; resolve() it, then "
-        "resolve_teachers()."
+        "feature_distillation: the teachers are not known; resolve() it."
       )
     return self.targets
 

@@ -7,7 +7,6 @@ teacher, an encoder of an earlier iteration whose patch features are cleaner.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,11 +72,13 @@ class Gram(base.Objective):
   # twice the student's, whose features are then smoother). None: `view`.
   view_teacher: str | None = None
   teacher: str = "gram"  # Of `config.teachers`, or 'teacher': the EMA teacher.
-  # Pixels per side that the teacher sees; `resolve_teachers` takes it from
+  # Pixels per side that the teacher sees; `resolve` takes it from
   # `config.teachers`. None: those of the view.
   teacher_size: options.PositiveInt | None = None
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Gram:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> Gram:
     names = [self.view, self._teacher.view]
     if not all(name in views for name in names):
       return self
@@ -88,13 +89,8 @@ class Gram(base.Objective):
         f"gram: the crops of {names[1]!r} are not those of {self.view!r}. Set "
         f"config.views.{names[1]}.crops_of={self.view!r}."
       )
-    return self
-
-  def resolve_teachers(
-    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
-  ) -> Gram:
-    frozen, view = teachers.get(self.teacher), views.get(self._teacher.view)
-    if frozen is None or view is None or frozen.size in (None, view.size):
+    frozen = (teachers or {}).get(self.teacher)
+    if frozen is None or frozen.size in (None, teacher.size):
       return self
     return dataclasses.replace(self, teacher_size=frozen.size)
 

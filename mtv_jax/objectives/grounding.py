@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -229,7 +228,9 @@ class Grounding(base.Objective):
   # Weight of the box regression, 0 for none. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Grounding:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> Grounding:
     base.check_visible(
       "grounding", self.view, views, allow_masked=self.allow_masked
     )

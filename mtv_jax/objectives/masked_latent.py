@@ -7,7 +7,6 @@ teacher's prototype assignments of the same patches, which it sees.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -66,7 +65,9 @@ class MaskedLatent(SelfDistillation):
   # the view. Without it the head runs on all patches, with the same result.
   max_masked: options.PositiveInt | None = None
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedLatent:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> MaskedLatent:
     if self.view not in views:
       return self
     view, patch = views[self.view], spec.image.patch_size

@@ -7,7 +7,6 @@ others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -76,7 +75,9 @@ class MaskedPixels(base.Objective):
         f"decoder_heads ({heads}) and of 4, which 2-D positions need."
       )
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedPixels:
+  def resolve(
+    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
+  ) -> MaskedPixels:
     patch = spec.image.patch_size
     if self.patch not in (None, patch):
       raise ConfigError(

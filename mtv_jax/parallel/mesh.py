@@ -7,6 +7,7 @@ Three axes: `data` (replicas), `fsdp` (the batch and the parameters), `tensor`
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,16 +18,34 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
-from mtv_jax.config import schema
+from mtv_jax.config import sections
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 MESH_AXES = ("data", "fsdp", "tensor")
-_DEFAULT_DCN = {"data": -1, "fsdp": 1, "tensor": 1}
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+  """A number for each axis; -1 for what the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(MeshAxes):
+  """`config.mesh`; see `make_mesh`."""
+
+  dcn: MeshAxes = MeshAxes()  # Parts of an axis that lie on different slices.
+
+
+_DEFAULT_DCN = sections.to_dict(MeshAxes())
+
+
 def make_mesh(
-  shape: schema.Config, devices: Sequence[Any] | None = None
+  shape: MeshConfig | Mapping[str, Any], devices: Sequence[Any] | None = None
 ) -> Mesh:
   """The mesh `(data, fsdp, tensor)`.
 
@@ -47,6 +66,7 @@ def make_mesh(
       number of devices, or of slices.
   """
   devices = list(jax.devices() if devices is None else devices)
+  shape = sections.to_dict(shape)
   sizes = {name: size for name, size in shape.items() if name != "dcn"}
   whole = _sizes("config.mesh", sizes, len(devices), "devices")
   slices = _slices(devices)

@@ -20,7 +20,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.data import ops, tokenizers
 from mtv_jax.models import attention
 from mtv_jax.models.remat import Remat
@@ -29,7 +29,7 @@ from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import encodings as encodings_lib
 from mtv_jax.train import losses
-from mtv_jax.train.initialization import read_teacher_models
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
 from mtv_jax.train.step_spec import StepSpec, abstract_state
 from mtv_jax.train.train_step import build_step_spec
@@ -177,7 +177,7 @@ class StepFlops:
 
 
 def run(
-  config: schema.Config, *, batch_size: int = 64, compile: str = "no"
+  config: Config | RunConfig, *, batch_size: int = 64, compile: str = "no"
 ) -> StepFlops:
   """Counts the train step of a config; opens no data, needs no accelerator.
 
@@ -188,8 +188,7 @@ def run(
     batch_size: the counted step's; the cost per image hardly depends on it.
     compile: "no", or "whole" for XLA's count as well, see `step_flops`.
   """
-  config = schema.check_config(config)
-  read_teacher_models(config)
+  config = resolve(config)
   spec = build_long_step_spec(config)
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
@@ -197,26 +196,22 @@ def run(
   )
 
 
-def build_long_step_spec(config: schema.Config) -> StepSpec:
-  """The train step of a resolved config, of a run without end; opens no data.
+def build_long_step_spec(config: RunConfig) -> StepSpec:
+  """The train step of a config, of a run without end; opens no data.
 
   Every objective starts before its last step, also one that starts at a share
   of the steps or after some epochs.
-
-  Raises:
-    ConfigError: as `build_step_spec`.
   """
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
 
 
-def batch_fields(
-  config: schema.Config, spec: StepSpec
-) -> Mapping[str, ops.Field]:
+def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
   """Shapes and dtypes of a batch's rows; opens no data and no tokenizer."""
   # The shapes are the same with any tokenizer.
-  tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None
+  text = config.model.text
+  tokenizer = tokenizers.build_tokenizer("bytes") if text else None
   return ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,

@@ -12,6 +12,7 @@ so the step here has the length `lr * |theta|`, the trust ratio of LARS (You et
 al. 2017); our choice.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
+from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.train import gradients
 from mtv_jax.train.losses import Batch
 from mtv_jax.train.state import TrainState
@@ -31,6 +33,14 @@ from mtv_jax.utils.tree import flatten_with_names
 
 # Parameters of the image encoder after its blocks; all others are before.
 _AFTER_BLOCKS = r"^(norm|pool|projection)/"
+
+
+@dataclasses.dataclass(frozen=True)
+class InterferenceConfig:
+  """`config.interference`."""
+
+  every: PositiveDuration = Duration(100)  # Between measurements.
+  transfer: bool = True  # Whether to measure it too.
 
 
 def block_names(depth: int) -> list[str]:

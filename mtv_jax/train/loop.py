@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
 from mtv_jax.train import numerics
@@ -23,6 +23,7 @@ from mtv_jax.train.experiment import (
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.numerics import RollbackError, UpdateMonitor
+from mtv_jax.train.run import RunConfig
 from mtv_jax.train.runtime import peers, preemption, sessions
 from mtv_jax.train.runtime.prefetch import BackgroundLoader
 from mtv_jax.train.runtime.profiling import StepProfiler
@@ -42,21 +43,20 @@ log = logging.getLogger(__name__)
 
 
 def check_balance_unchanged(
-  config: schema.Config, workdir: str | os.PathLike
+  config: RunConfig, workdir: str | os.PathLike
 ) -> None:
   """Raises ConfigError if a run was trained with another balancing method.
 
   Some methods have no state, so that their checkpoints fit others too.
   """
 
-  def method(section):
-    # Earlier configs have no `method`, and no weights are fixed ones.
-    return section.get("method", "grad_norm_mean") if section else "fixed"
-
   recorded = read_recorded_config(workdir)
   if not recorded:
     return
-  old, new = method(recorded.get("balance")), method(config.balance)
+  # Earlier configs have no `method`, and no weights are fixed ones.
+  section = recorded.get("balance")
+  old = section.get("method", "grad_norm_mean") if section else "fixed"
+  new = config.balance.method if config.balance else "fixed"
   if old != new:
     raise ConfigError(
       f"config.balance.method is {new!r}, but {workdir} was trained by {old!r} "
@@ -66,7 +66,7 @@ def check_balance_unchanged(
 
 
 def train(
-  config: schema.Config,
+  config: Config | RunConfig,
   workdir: str | os.PathLike,
   *,
   command: str = "",
@@ -106,7 +106,7 @@ def train(
     checkpoints = stack.enter_context(
       Checkpointer(
         path_lib.as_path(workdir) / CHECKPOINTS,
-        every_steps=experiment.duration("every", config.checkpoint),
+        every_steps=experiment.length.steps(config.checkpoint.every),
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         retries=config.checkpoint.retries,
@@ -233,10 +233,14 @@ def _train_from(
   with contextlib.ExitStack() as stack:
     watchdog = None
     if config.watchdog.factor:
-      options = {
-        k: v for k, v in config.watchdog.items() if k != "peer_seconds"
-      }
-      watchdog = stack.enter_context(Watchdog(**options))
+      options = config.watchdog
+      watchdog = stack.enter_context(
+        Watchdog(
+          factor=options.factor,
+          min_seconds=options.min_seconds,
+          grace_seconds=options.grace_seconds,
+        )
+      )
 
     def interrupted() -> bool:
       # Of several processes none may stop alone, as they save together: where

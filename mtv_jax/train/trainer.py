@@ -15,7 +15,6 @@ import numpy as np
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.data import order
-from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
@@ -72,15 +71,13 @@ class Trainer:
 
   def run(self) -> TrainState:
     """Trains to the last step."""
-    config, last = self.experiment.config, self.experiment.total_steps
-    duration = self.experiment.duration
-    log_every = duration("every", config.log)
+    experiment, config = self.experiment, self.experiment.config
+    last = experiment.total_steps
     batches = prefetch_to_device(self.loader, self.experiment.mesh)
     if self.first == 0:
       # Those with a bound, so that a misspelt metric shows at once.
-      keys = ("at_start", "bound")
-      at_start = [n for n, e in config.evals.items() if any(map(e.get, keys))]
-      self.evaluate(0, at_start)
+      evals = config.evals.items()
+      self.evaluate(0, [n for n, e in evals if e.at_start or e.bound])
     else:
       # After a signal in the step that was saved.
       self.evaluate(self.first, self.missing_evaluations(self.first))
@@ -94,7 +91,8 @@ class Trainer:
       measured = self.update(step, batch)
       self.profiler.stop(step, self.values)
       self.session.report(step)
-      is_due = step % log_every == 0 or bool(measured) or step in (1, last)
+      is_due = experiment.is_due(config.log.every, step)
+      is_due = is_due or bool(measured) or step in (1, last)
       if is_due or step == self.first + 1:
         self.log(step, measured, to_files=is_due)
       # Before the evaluations, for which there may be no time.
@@ -248,15 +246,13 @@ class Trainer:
     Updates the balance, and writes the interference of each pair.
     """
     experiment, program = self.experiment, self.experiment.program
-
-    def is_due(section, name):
-      every = section and experiment.duration(name, section)
-      return bool(every) and step % every == 0
-
     config, active = experiment.config, self.active
     balances = experiment.step_spec.measures_balance(step - 1)
-    compares = is_due(config.interference, "every")
-    if not (balances or compares or is_due(config.log, "gradients")):
+    every = config.interference and config.interference.every
+    compares = experiment.is_due(every, step)
+    if not (
+      balances or compares or experiment.is_due(config.log.gradients, step)
+    ):
       return {}
     values = {}
     with self.paused("measure"):
@@ -305,10 +301,12 @@ class Trainer:
 
   def due_evaluations(self, step: int) -> list[str]:
     """The evaluations after a step: all of them after the last one."""
-    duration, evals = self.experiment.duration, self.experiment.config.evals
-    every = {name: duration("every", entry) for name, entry in evals.items()}
-    is_last = step >= self.experiment.total_steps
-    return [n for n, e in every.items() if is_last or (e and step % e == 0)]
+    experiment = self.experiment
+    return [
+      name
+      for name, entry in experiment.config.evals.items()
+      if step >= experiment.total_steps or experiment.is_due(entry.every, step)
+    ]
 
   def missing_evaluations(self, step: int) -> list[str]:
     """Those of `due_evaluations` without a file, or beyond their bound.
@@ -326,7 +324,8 @@ class Trainer:
 
   def is_evaluated(self, name: str, step: int) -> bool:
     """Whether an evaluation has a file, whose metric is within the bound."""
-    path, bound = self.evals_path(name, step), self.experiment.bounds[name]
+    path = self.evals_path(name, step)
+    bound = self.experiment.config.evals[name].bound
     try:
       if not path.exists() or bound is None:
         return path.exists()
@@ -358,7 +357,7 @@ class Trainer:
         return  # The resumed run finds it missing.
       self.session.report(step, f"evaluate {name}")
       with self.paused("evaluate"):
-        weights = config.evals[name].get("weights", config.weights)
+        weights = config.evals[name].weights or config.weights
         encoder = self.build_encoder(step, weights)
         evaluators = {name: experiment.evaluators[name]}
         results = evals_lib.evaluate(encoder, evaluators)
@@ -372,9 +371,9 @@ class Trainer:
         metrics = results[name].metrics
         scalars = {f"{name}/{k}": v for k, v in metrics.items()}
         self.writer.write_scalars(step, scalars)
-      if (bound := experiment.bounds[name]) is None:
+      if (bound := config.evals[name].bound) is None:
         continue
-      if step or config.evals[name].get("at_start"):
+      if step or config.evals[name].at_start:
         bound.check(name, metrics, step, self.previous_evaluation(name, step))
       else:
         bound.value(name, metrics)
@@ -382,7 +381,7 @@ class Trainer:
   def previous_evaluation(self, name: str, step: int) -> int:
     """The step of an evaluation's last run before a step; 0 if it had none."""
     entry = self.experiment.config.evals[name]
-    every = self.experiment.duration("every", entry)
+    every = self.experiment.length.steps(entry.every)
     return (step - 1) // every * every if every and step else 0
 
   def build_encoder(self, step: int, weights: str) -> Encoder:
@@ -392,13 +391,13 @@ class Trainer:
     return Encoder(
       spec.model,
       self.state.weights(weights),
-      preprocess_from_config(config),
+      preprocess_from_config(config.model, config.views),
       experiment.tokenizer,
       experiment.mesh,
       dtype=str(spec.dtype),
       weights=weights,
       source=f"{experiment.workdir.name} at step {step}",
-      prediction_heads=loading.prediction_heads(config, spec.model),
+      prediction_heads=experiment.prediction_heads,
     )
 
   def save_if_due(self, step: int) -> None:

@@ -26,6 +26,7 @@ from mtv_jax.utils.buckets import is_remote as is_remote
 from mtv_jax.utils.errors import (
   InputError,
   MissingFileError,
+  printable,
 )
 
 log = logging.getLogger(__name__)
@@ -281,6 +282,7 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
 
   Raises:
     MissingFileError: there is nothing at the URL.
+    InputError: an object's name leads out of the folder.
     StorageError: the bucket can't be read.
   """
   if not is_remote(path):
@@ -296,7 +298,7 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   digest = hashlib.blake2b("\n".join([url, *lines]).encode(), digest_size=12)
   base = cache_folder() if cache is None else Path(cache).expanduser()
   folder = base / digest.hexdigest()
-  target = folder / url.rsplit("/", 1)[-1]
+  target = _resolve_object(folder, url.rsplit("/", 1)[-1], url)
   if target.exists():
     return target
   base.mkdir(parents=True, exist_ok=True)
@@ -331,12 +333,28 @@ def download_folder(
 
 def _download(url: str, names: Iterable[str], target: Path) -> None:
   """Copies the files of a folder; of a file, whose only name is empty."""
+  files = {name: _resolve_object(target, name, url) for name in names}
 
   def copy(name: str) -> None:
-    file = target / name
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files[name].parent.mkdir(parents=True, exist_ok=True)
     source = f"{url}/{name}" if name else url
-    buckets.request(source, "read", "get_file", str(file))
+    buckets.request(source, "read", "get_file", str(files[name]))
 
   with futures.ThreadPoolExecutor(_COPY_THREADS) as pool:
-    list(pool.map(copy, names))
+    list(pool.map(copy, files))
+
+
+def _resolve_object(folder: Path, name: str, url: str) -> Path:
+  """An object's path in a local folder; InputError for one outside of it.
+
+  A store's names are any text, also with `..`, and whoever may write to a
+  bucket chooses them.
+  """
+  path = PurePath(name)
+  if path.is_absolute() or ".." in path.parts or "\0" in name:
+    raise InputError(
+      f"{url} has an object named {printable(repr(name))}, which can't be"
+      " copied to a folder: expected a relative path without '..'. Rename or"
+      " remove it."
+    )
+  return folder / path

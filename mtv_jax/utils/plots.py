@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import one_line
 
 INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
@@ -39,8 +39,8 @@ def save_image(
   known = Image.registered_extensions()
   if path.suffix.lower() not in known:
     raise InputError(
-      f"{path} has the suffix {path.suffix!r}; expected that of an image, such "
-      "as .png or .jpg."
+      f"{path} has the suffix {path.suffix!r}; expected an image's, such as "
+      ".png or .jpg."
     )
   with atomic.replace_file(path) as temporary:
     Image.fromarray(pixels).save(temporary, format=known[path.suffix.lower()])
@@ -89,21 +89,14 @@ def hatch(
 @functools.cache
 def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
   """DejaVu Sans: Pillow's default font lacks letters beyond English."""
-  fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+  file = Path(__file__).parent / "fonts" / "DejaVuSans.ttf"
   # The other layout engine is an optional dependency.
-  basic = ImageFont.Layout.BASIC
-  return ImageFont.truetype(fonts / "DejaVuSans.ttf", size, layout_engine=basic)
+  return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def text_width(text: str, size: int = TEXT_SIZE) -> float:
   """Width of one line of text, in pixels."""
   return font(size).getlength(text)
-
-
-def one_line(text: str) -> str:
-  """Text without line breaks, runs of spaces and unprintable characters."""
-  text = " ".join(text.split())
-  return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def shorten(text: str, width: float | int, size: int = TEXT_SIZE) -> str:

@@ -61,13 +61,11 @@ def make_spec(cached, ops="resize(16)", **options):
     TEACHER, size=SIZE, layers=(1,), pixels=PIXELS, cached=cached
   )
   built = views.build_views({"image": dict(count=2, ops=ops)})
-  objective = build_objective(NAME, options).resolve(STUDENT, built)
+  objective = build_objective(NAME, options)
   return step_spec.StepSpec(
     model=STUDENT,
     dtype="float32",
-    objectives={
-      NAME: objective.resolve_teachers(STUDENT, built, {"t": teacher})
-    },
+    objectives={NAME: objective.resolve(STUDENT, built, {"t": teacher})},
     weights={NAME: step_spec.ObjectiveWeight(1.0)},
     views=built,
     seed=0,

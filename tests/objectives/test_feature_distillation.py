@@ -64,9 +64,7 @@ OTHERS = {
 
 def make(names=("fine", "coarse"), **options):
   teachers = {name: {**TEACHERS, **OTHERS}[name] for name in names}
-  objective = build_objective(NAME, options)
-  resolved = objective.resolve(STUDENT, VIEWS)
-  return resolved.resolve_teachers(STUDENT, VIEWS, teachers)
+  return build_objective(NAME, options).resolve(STUDENT, VIEWS, teachers)
 
 
 # ---------------------------------------------------------------------------
@@ -211,9 +209,7 @@ def test_loss_equals_numpy(feature_loss, normalize):
 def test_without_adaptors_equal_features_have_no_loss():
   same = FrozenTeacher(STUDENT)
   objective = build_objective(NAME, dict(adaptor="none"))
-  objective = objective.resolve(STUDENT, VIEWS).resolve_teachers(
-    STUDENT, VIEWS, {"same": same}
-  )
+  objective = objective.resolve(STUDENT, VIEWS, {"same": same})
   assert objective.heads() == {}
   student = next(iter(random_outputs(make(["coarse"])).values()))
   outputs = dict.fromkeys(objective.needs().encodings, student)
@@ -259,12 +255,12 @@ def test_every_patch_of_a_finer_grid_is_learned():
 
 def test_all_teachers_with_a_path_by_default():
   snapshot = FrozenTeacher(STUDENT, snapshot=True)
-  objective = build_objective(NAME, {}).resolve(STUDENT, VIEWS)
+  objective = build_objective(NAME, {})
   every = {**TEACHERS, "ema": snapshot}
-  resolved = objective.resolve_teachers(STUDENT, VIEWS, every)
+  resolved = objective.resolve(STUDENT, VIEWS, every)
   assert resolved.teachers == ("fine", "coarse")
   # Adding a teacher changes no head of the others.
-  one = objective.resolve_teachers(STUDENT, VIEWS, {"fine": TEACHERS["fine"]})
+  one = objective.resolve(STUDENT, VIEWS, {"fine": TEACHERS["fine"]})
   assert one.heads().items() <= resolved.heads().items()
 
 

@@ -180,8 +180,7 @@ def test_the_size_of_a_teacher_makes_its_view():
   built = views.build_views({"global": VIEWS["global"]})
   spec = make_spec()
   teachers = {"gram": dataclasses.replace(spec.teachers["gram"], size=32)}
-  objective = gram.Gram().resolve(spec.model, built)
-  objective = objective.resolve_teachers(spec.model, built, teachers)
+  objective = gram.Gram().resolve(spec.model, built, teachers)
   sized = dataclasses.replace(
     spec, objectives={"gram": objective}, views=built, teachers=teachers
   )

@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optim_samples
 import prototype_samples as samples
 import pytest
 
 from mtv_jax.augment import views
-from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, masked_latent
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.train import gradients
-from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
 from mtv_jax.utils.tree import flatten_with_names
@@ -311,11 +310,10 @@ def by_name(tree):
 
 
 def make_tx(spec, **options):
-  return make_optimizer(
+  return optim_samples.build(
     {"lr": 1e-3, **options},
-    {"name": "constant"},
-    length=schema.RunLength(8, None, spec.total_steps),
     params=make_params(),
+    total_steps=spec.total_steps,
     start_steps=spec.start_steps,
   ).tx
 

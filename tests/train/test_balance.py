@@ -17,7 +17,7 @@ import step_samples
 import trainings
 
 from mtv_jax.augment import views
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
@@ -32,6 +32,7 @@ from mtv_jax.train.balance import (
   Uncertainty,
 )
 from mtv_jax.train.loop import train
+from mtv_jax.train.run import resolve
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import (
   ObjectiveWeight,
@@ -287,7 +288,7 @@ def test_methods_are_the_same_on_meshes_and_accumulated(
 @pytest.mark.slow
 def test_pcgrad_costs_little_more_than_a_step_of_mtv_tiny():
   """In FLOPs of the gradients; the figure of docs/results.md."""
-  config = schema.check_config(schema.read_config("mtv_tiny"))
+  config = resolve(recipes.read_config("mtv_tiny"))
   fields = flops.batch_fields(config, build_step_spec(config, 100))
   batch = flops.abstract_batch(64, fields, None)
 
@@ -314,7 +315,7 @@ def test_norms_are_measured_as_a_function_of_the_step():
 
 
 def config_of(**changes):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(
     total_steps=4,
     evals={},

@@ -13,7 +13,7 @@ import pytest
 import step_samples
 import trainings
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
@@ -250,7 +250,7 @@ def test_conflicts_of_a_case_by_hand():
 
 def config_of(**changes):
   """The second objective starts after three updates."""
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(
     total_steps=6,
     evals={},

@@ -11,7 +11,7 @@ import pytest
 import trainings
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.encoder import loading
 from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train.experiment import (
@@ -28,7 +28,7 @@ from mtv_jax.utils import atomic
 
 
 def smallest(**changes):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(changes)
   return config
 

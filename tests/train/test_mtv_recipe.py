@@ -11,7 +11,7 @@ import pytest
 import tiny_mtv
 
 from mtv_jax import objectives
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.parallel.mesh import (
   MESH_AXES,
   make_mesh,
@@ -21,6 +21,7 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.perf import flops
 from mtv_jax.train import gradients
 from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.run import resolve
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import abstract_params, init_params, init_state
 from mtv_jax.train.train_step import build_step_spec
@@ -32,7 +33,7 @@ from mtv_jax.utils.tree import flatten_with_names, map_with_names
 def test_dropping_an_objective_changes_no_other_initial_value():
   config, key = tiny_mtv.read(), jax.random.key(3)
   config.objectives.captioning = dict(depth=1, regions=2, bins=8, chunk=None)
-  spec = build_step_spec(schema.check_config(config), total_steps=100)
+  spec = build_step_spec(resolve(config), total_steps=100)
   whole = dict(flatten_with_names(init_params(spec, key)))
   # Gram anchoring has no parameters, and feature distillation needs a teacher's
   # folder.
@@ -150,7 +151,7 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
 
 
 def test_one_crop_for_all_objectives(tmp_path):
-  config = schema.read_config("mtv_b16_224:tiny,shared_crop")
+  config = recipes.read_config("mtv_b16_224:tiny,shared_crop")
   config.objectives.grounding.distinct_phrases = 0.5
   experiment = build_experiment(config, tmp_path)
   assert {str(e) for e in experiment.step_spec.plan} == {
@@ -176,7 +177,7 @@ def test_without_text_there_is_no_text_tower(tmp_path):
 
 
 def test_a_text_tower_that_no_objective_trains_is_frozen(tmp_path, caplog):
-  config = schema.read_config("captioning_scenes:tiny")
+  config = recipes.read_config("captioning_scenes:tiny")
   experiment = build_experiment(config, tmp_path)
   assert "it is frozen, at random values" in caplog.text
   text = [row for row in experiment.optimizer.table if "text/" in row.name]
@@ -188,7 +189,7 @@ def test_a_text_tower_that_no_objective_trains_is_frozen(tmp_path, caplog):
   ]
   assert not moments
   # The resolved config builds the same.
-  again = build_experiment(experiment.config, tmp_path)
+  again = build_experiment(experiment.config.to_dict(), tmp_path)
   assert again.config == experiment.config
   config.objectives.contrastive = dict(weight=1.0)
   both = build_experiment(config, tmp_path)
@@ -234,7 +235,7 @@ def test_invalid_objective_weights(weight, match):
   with config.objectives.depth.ignore_type():
     config.objectives.depth.weight = weight
   with pytest.raises(ConfigError, match=match):
-    build_step_spec(schema.check_config(config), total_steps=100)
+    build_step_spec(resolve(config), total_steps=100)
 
 
 def test_heads_of_one_name_must_read_the_same_width():
@@ -243,7 +244,7 @@ def test_heads_of_one_name_must_read_the_same_width():
   config.model.text.projection = 16
   config.objectives.masked_latent.head = "dino"
   with pytest.raises(ConfigError, match="both declare heads/dino"):
-    _ = build_step_spec(config, total_steps=100).heads
+    _ = build_step_spec(resolve(config), total_steps=100).heads
 
 
 @pytest.mark.slow
@@ -302,7 +303,7 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
   ],
 )
 def test_the_step_computes_each_encoding_once(name, most, compile):
-  config = schema.read_config(str(tiny_mtv.ROOT / "configs" / name))
+  config = recipes.read_config(str(tiny_mtv.ROOT / "configs" / name))
   cost = flops.run(config, batch_size=16, compile=compile)
   print(f"\n{cost}")
   assert cost.share <= most

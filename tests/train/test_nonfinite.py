@@ -19,7 +19,7 @@ from mtv_jax.checkpoint.reading import (
   load_tree,
   saved_steps,
 )
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.data.stats import Stats
 from mtv_jax.models import layers
 from mtv_jax.train import gradients, loop, numerics
@@ -39,7 +39,7 @@ from mtv_jax.utils.tree import flatten_with_names
 
 
 def smallest(**changes):
-  config = schema.read_config(f"{trainings.CONFIG}:save=1")
+  config = recipes.read_config(f"{trainings.CONFIG}:save=1")
   config.checkpoint.keep = 20
   config.evals = {}
   config.update(changes)

@@ -17,6 +17,7 @@ from mtv_jax.models.remat import NAMES, POLICIES, Remat
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train import gradients
+from mtv_jax.train.run import resolve
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight
 from mtv_jax.train.train_step import build_step_spec
@@ -93,7 +94,7 @@ def test_gradients_of_all_objectives():
     "|box_phrase=none"
   )
   config.objectives.masked_pixels.remat = "qkv,mlp_hidden"
-  chosen = build_step_spec(config, total_steps=100)
+  chosen = build_step_spec(resolve(config), total_steps=100)
   assert str(chosen.remat) == config.model.remat
   params = step_samples.params_of(spec)
   batch = tiny_mtv.rows()
@@ -140,7 +141,7 @@ def test_an_encoding_that_is_not_trained_is_an_error():
   config = tiny_mtv.read()
   config.model.remat = "full|globals=qkv"
   with pytest.raises(ConfigError, match="'globals=qkv'.*box_phrase, caption"):
-    build_step_spec(config, total_steps=100)
+    build_step_spec(resolve(config), total_steps=100)
 
 
 @pytest.mark.parametrize(

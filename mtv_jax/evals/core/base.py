@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mtv_jax.config import options as options_lib
-from mtv_jax.config.schema import UNITS
+from mtv_jax.config.durations import UNITS
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import InputError

@@ -17,6 +17,7 @@ from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.utils.errors import InputError, MissingFileError
+from mtv_jax.utils.text import list_first
 
 
 class LabelledFile(NamedTuple):
@@ -107,7 +108,7 @@ def _list_folder(root: pathlib.Path) -> str:
   if not root.is_dir():
     return "nothing (it is not a folder)"
   names = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
-  return ", ".join([*names[:8], *["..."] * (len(names) > 8)]) or "nothing"
+  return list_first(names, 8) or "nothing"
 
 
 def find_list(

@@ -9,14 +9,12 @@ what a choice needs, from which the next capacity follows.
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-from ml_collections import ConfigDict
 
-from mtv_jax.config import schema
-from mtv_jax.models.remat import AUTO, NAMES, Remat
+from mtv_jax.config.sections import Config
+from mtv_jax.models.remat import NAMES, Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.parallel.mesh import num_batch_shards
@@ -25,8 +23,8 @@ from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.train import encodings as encodings_lib
 from mtv_jax.train import losses
+from mtv_jax.train.run import RunConfig
 from mtv_jax.train.step_spec import abstract_state
-from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -166,15 +164,9 @@ def search(
 ) -> Iterator[Trial]:
   """Compiles choices, from 'full' on, toward the budget from both sides.
 
-  Args:
-    savings: of `list_savings`.
-    measure_peak: bytes that the step with a `remat` needs; None if unknown and
-      too many.
-    budget: bytes of a chip.
-    compilations: at most so many.
-
-  Yields:
-    Each trial. They are a function of the peaks alone.
+  Yields each trial; they are a function of the peaks alone. `measure_peak`
+  gives the bytes that the step with a `remat` needs; None if that is unknown
+  and too much.
   """
 
   def compile_choice(chosen):
@@ -216,8 +208,8 @@ class Choice:
   """Result of a search: the best trial that fits, and its programs."""
 
   plan: compile_lib.Plan
-  compiled: compile_lib.Compiled
-  norms: compile_lib.Compiled | None  # None if the run measures none.
+  compiled: compile_lib.CompileResult
+  norms: compile_lib.CompileResult | None  # None if the run measures none.
   trials: tuple[Trial, ...]
 
   @property
@@ -227,7 +219,7 @@ class Choice:
 
 
 def find_remat(
-  config: schema.Config,
+  config: Config | RunConfig,
   topology: topologies.Topology,
   *,
   budget: int | None = None,
@@ -240,15 +232,7 @@ def find_remat(
   share the search for kernels between processes, and the largest peak of all
   counts, so that all find the same.
 
-  Args:
-    config: with any `remat`.
-    topology: to compile for.
-    budget: bytes of a chip; `SHARE` of its memory by default.
-    examples_per_epoch: of the data.
-
-  Raises:
-    ConfigError: nothing fits, the chip's memory is unknown, or the budget
-      exceeds it.
+  The budget is in bytes of a chip; `SHARE` of its memory by default.
   """
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
@@ -302,7 +286,7 @@ def find_remat(
   return Choice(*programs[best.remat], tuple(trials))
 
 
-def _agree_on_peak(compiled: compile_lib.Compiled) -> int | None:
+def _agree_on_peak(compiled: compile_lib.CompileResult) -> int | None:
   """The largest peak of a program in all processes; None if one is unknown."""
   if compiled.memory is None:
     peak = compile_lib.required_bytes(compiled.refusal)
@@ -310,32 +294,3 @@ def _agree_on_peak(compiled: compile_lib.Compiled) -> int | None:
     peak = compiled.memory.peak
   peaks = gather_json(peak)
   return None if None in peaks else max(peaks)
-
-
-def resolve_remat(
-  config: schema.Config, workdir: str | os.PathLike
-) -> ConfigDict:
-  """A run's config with `remat` 'auto' replaced, the same in all processes.
-
-  By the value of the folder's recorded config, so that a resumed run computes
-  the same; by 'none' on CPUs; else by `find_remat` for the run's devices.
-
-  Raises:
-    ConfigError: as `find_remat`.
-  """
-  config = schema.check_config(config)
-  if config.model.remat.strip() != AUTO:
-    return config
-  recorded = AUTO
-  if jax.process_index() == 0:  # Which writes it, maybe before others read it.
-    recorded = read_recorded_config(workdir).get("model", {}).get("remat", AUTO)
-  recorded = gather_json(recorded)[0]
-  topology, source = topologies.describe_local(), ""
-  if recorded != AUTO:
-    config.model.remat, source = recorded, ", as in the run's config.json"
-  elif topology.chip.kind == "cpu":
-    config.model.remat = "none"
-  else:
-    config.model.remat = find_remat(config, topology).remat
-  log.info("config.model.remat='auto' is %r%s.", config.model.remat, source)
-  return config

@@ -1,5 +1,6 @@
 """k-NN: ties, blocks, devices, scikit-learn, and memory that stays bounded."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
@@ -159,7 +160,7 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
   "name", ["knn", pytest.param("linear_probe", marks=pytest.mark.slow)]
 )
 def test_probe_commands(tmp_path, capsys, name):
-  main = command(name)
+  main = functools.partial(run_command, name)
   out = tmp_path / "out.json"
   argv = ["--encoder=pixels:16/8", "--set=count=8", "--set=train_count=24"]
   if name == "linear_probe":

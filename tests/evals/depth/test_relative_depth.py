@@ -351,9 +351,9 @@ def test_depth_anything_equals_the_original_steps(tmp_path, shared_data):
   """A ViT-S of random weights on NYUv2: resize, network, upsampling, fit."""
   torch = pytest.importorskip("torch")
   pytest.importorskip("transformers")
-  from mtv_jax.perf.bench import depth_anything as bench
+  from tools.transformers_experts import write_depth_anything
 
-  model = bench.write("S", tmp_path)
+  model = write_depth_anything("S", tmp_path)
   mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
   def infer(image):

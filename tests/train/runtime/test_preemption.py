@@ -14,7 +14,7 @@ import trainings
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.cli import errors
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.train import loop, trainer
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import MetricWriter
@@ -23,7 +23,7 @@ from mtv_jax.train.runtime.prefetch import prefetch_to_device
 
 
 def smallest(**changes):
-  config = schema.read_config(f"{trainings.CONFIG}:save=100")
+  config = recipes.read_config(f"{trainings.CONFIG}:save=100")
   config.update(changes)
   return config
 
@@ -233,7 +233,11 @@ with errors.readable_errors("train"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "number"),
-  [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)],
+  [
+    (2, signal.SIGTERM),
+    pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+    pytest.param(2, signal.SIGINT, marks=pytest.mark.long),
+  ],
 )
 def test_all_processes_save_the_same_step_after_a_signal_to_one(
   tmp_path, count, number

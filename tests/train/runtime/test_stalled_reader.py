@@ -34,7 +34,12 @@ def saved_steps(workdir):
 
 
 @pytest.mark.parametrize(
-  "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+  "number",
+  [
+    signal.SIGTERM,
+    signal.SIGINT,
+    pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+  ],
 )
 def test_a_signal_saves_and_exits(tmp_path, launch, number):
   workdir = tmp_path / "run"
