@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import filelock
 import pytest
@@ -36,6 +37,17 @@ def pytest_collection_modifyitems(items):
   """The longest first: files whose tests start processes of their own."""
   trainings = selection.TESTS / "trainings.py"
   items.sort(key=lambda item: trainings not in selection.imported(item.path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limit_memory():
+  """Frees compiled programs after a file if the process has more than 4 GiB."""
+  yield
+  statm = pathlib.Path("/proc/self/statm")
+  if "jax" in sys.modules and statm.exists():
+    pages = int(statm.read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30:
+      sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,23 @@ def built():
 
 
 @functools.cache
+def everything(accumulate=1):
+  """The step of every objective, with rotary positions and drop path.
+
+  But for feature distillation, whose teacher is a folder.
+  """
+  config = read()
+  config.model.update(
+    positions="rope", rope=dict(jitter=1.2, rescale=1.5), drop_path=0.3
+  )
+  config.objectives.captioning = dict(depth=1, regions=2, bins=8, chunk=None)
+  config.objectives.gram = dict(teacher="anchor")
+  config.teachers = dict(anchor=dict())
+  config.accumulate = accumulate
+  return build_step_spec(resolve(config), total_steps=100)
+
+
+@functools.cache
 def rows():
   """A batch off the real pipeline, with fewer labels on some devices."""
   experiment = build_experiment(read(), "unused")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtv_jax.convert import tables
-from mtv_jax.train.step_spec import StepSpec
+from mtv_jax.train.spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
 # Of our step at its start, NumPy arrays.
@@ -286,8 +286,8 @@ def distillation_step(
   count = views["global"].images.shape[1]
   student = Encoder(spec, params)
   teacher = copy.deepcopy(student).requires_grad_(False)
-  dino = spec.objectives["distillation"]
-  ibot = spec.objectives["masked_latent"]
+  dino = spec.objectives["dino"]
+  ibot = spec.objectives["ibot"]
   # The masked patches of a crop are averaged, then the crops.
   weights = (1.0 / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(mask)
   weights = weights[mask] / len(mask)

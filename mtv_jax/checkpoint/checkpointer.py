@@ -22,6 +22,7 @@ from mtv_jax.checkpoint.partial_restore import (
   first_lines,
 )
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
+from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import any_process
@@ -356,13 +357,16 @@ class Checkpointer:
     self, abstract_state: Any, step: int, steps: Sequence[int]
   ) -> Restored:
     path, error = self.folder / str(step), None
-    flat = _flat(abstract_state)
-    restore_args = {name: _restore_args(leaf) for name, leaf in flat.items()}
     try:
       with reading.report_damage(self.folder, step, steps):
         stored = reading.read_checksums(path)
         saved = reading.read_index(path / "state", stored)
+        flat = {
+          aliases.find_stored_name(name, saved): leaf
+          for name, leaf in _flat(abstract_state).items()
+        }
         _require_same(saved, flat, str(path))
+        restore_args = {name: _restore_args(x) for name, x in flat.items()}
         arrays = reading.read_arrays(path / "state", flat, restore_args)
         timing = reading.read_timing(path)
     except DamagedCheckpointError as damage:

@@ -2,8 +2,8 @@
 
     mtv-jax make_prompts --output=imagenet.json
 
-The strings come from an installed open_clip, so that a zero-shot figure uses
-the strings of the published one.
+The strings come from an installed open_clip, which published zero-shot figures
+use.
 """
 
 from mtv_jax.evals.core import prompts

@@ -72,7 +72,7 @@ def run(
   _print_summary(report, output)
 
 
-def _print_summary(report: shard_writer.Report, out: str) -> None:
+def _print_summary(report: shard_writer.ShardReport, out: str) -> None:
   print(
     f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
     f" {len(report.skipped):,} skipped."

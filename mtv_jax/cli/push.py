@@ -15,7 +15,7 @@ import pathlib
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import foreign
-from mtv_jax.convert import card, folders, native
+from mtv_jax.convert import card, hf_files, native
 from mtv_jax.encoder import hub
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.report import tables
@@ -68,13 +68,13 @@ def run(
   if not card.is_repo(repo):
     raise InputError(f"{repo!r} is no name of a model: expected ORG/NAME.")
   readme = folder / "README.md"
-  described = native.read_description(folders.require_folder(folder))
-  if described is None or not readme.is_file():
+  info = native.read_info(hf_files.require_folder(folder))
+  if info is None or not readme.is_file():
     raise InputError(
       f"{folder} is no export: write one with `mtv-jax convert to_hf`."
     )
-  native.describe_model(folder, described)  # Names a missing tokenizer.
-  with folders.open_weights(folder):  # Names missing weights.
+  native.restore_model(folder, info, None)  # Names a missing tokenizer.
+  with hf_files.open_weights(folder):  # Names missing weights.
     pass
   text = card.complete_card(
     foreign.read_text(readme),

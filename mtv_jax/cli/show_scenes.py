@@ -44,7 +44,7 @@ def scene_row(
   """One built-in scene with all its labels.
 
   Image, inverse depth, segmentation, named boxes, and the two views with
-  matches, above the captions. `options` are those of `render`.
+  matches, above the captions. `options` go to `render`.
   """
   pair = scenes.render_pair(index, size=size, **options)
   scene = pair.first

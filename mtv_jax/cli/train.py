@@ -23,9 +23,9 @@ from mtv_jax.cli import arguments
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.train import workdir
-from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.train import train
 from mtv_jax.utils import xla_flags
 
 log = logging.getLogger(__name__)

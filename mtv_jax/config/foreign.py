@@ -45,7 +45,7 @@ def read_untrusted_json(
 
   Raises InputError unless it is a regular file of JSON of at most `max_bytes`.
   """
-  path_lib.check_regular(path)
+  path_lib.check_regular_file(path)
   if (size := path.stat().st_size) > max_bytes:
     raise InputError(
       f"{path} has {size:,} bytes; expected at most {max_bytes:,} of JSON."

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mtv_jax import configs
 from mtv_jax.config import overrides
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
@@ -48,13 +49,15 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
-    folder = pathlib.Path(__file__).parents[1] / "configs"
+    folder = pathlib.Path(configs.__path__[0])
     recipes = sorted(file.stem for file in folder.glob("[!_]*.py"))
-    if name not in recipes:
+    # Outside of a checkout `configs/NAME.py` is the packaged recipe, too.
+    recipe = name.removeprefix("configs/").removesuffix(".py")
+    if recipe not in recipes:
       raise ConfigError(
         f"there is no config {name!r}. {did_you_mean(name, recipes)}"
       )
-    file = folder / f"{name}.py"
+    file = folder / f"{recipe}.py"
   values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")

@@ -111,7 +111,12 @@ def read(cls: type[T], entry: Any, where: str) -> T:
 
 
 def to_dict(value: Any) -> Any:
-  """The inverse of `read`: dictionaries and lists, as in JSON."""
+  """The inverse of `read`: dictionaries and lists, as in JSON.
+
+  Of a `ConfigDict` too, and of what is in either.
+  """
+  if isinstance(value, ConfigDict):
+    value = value.to_dict()
   if isinstance(value, Mapping):
     return {key: to_dict(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
 """Input pipeline: the batch of a step is a function of the step alone.
 
-Of the endless sequence of rows (`order.addresses`), step t takes rows
-`[t B, (t + 1) B)`, and host h of n the h-th of n equal parts of them. A row's
+Step t takes rows `[t B, (t + 1) B)` of the endless sequence
+(`order.addresses`), and host h of n the h-th of n equal parts of them. A row's
 random numbers derive from the seed and its position. So any number of hosts
-reads the same rows, and a run resumes at any step without reading earlier ones.
+reads these rows, and a run resumes at any step without reading earlier ones.
 Batches that a run skips after damage (`order.SkippedBatches`) shift the later
 ones.
 
@@ -114,7 +114,7 @@ class HostBatches:
   def read_keys(self, step: int) -> list[str]:
     """The keys of this host's rows of a step, as "source/key".
 
-    Of a row whose record is unusable the key of that record.
+    If a row's record is unusable, the key is that record's.
     """
     keys = []
     for position in self._positions(step):
@@ -190,7 +190,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     self._snapshots = {self.step: self.stats.snapshot()}
 
   def stats_at(self, step: int) -> Stats:
-    """The counts after `step` batches, of which more may have been read."""
+    """The counts after `step` batches; more may have been read."""
     return self._snapshots[step]
 
   def __next__(self) -> Batch:
@@ -253,17 +253,15 @@ def make_loader(
   Args:
     config: the section, or its keys.
     batch_size: global, over all hosts.
-    seed: seed of the order and of all random choices.
+    seed: of the order and of all random choices.
     start_step: step of the first batch.
     skipped: batches that the run leaves out.
-    process_index: index of this host.
-    process_count: number of hosts.
+    process_index, process_count: this host, and the number of hosts.
     tokenizer: the text tower's.
-    wanted: batch fields that the run reads; see `build_ops`.
+    wanted, features: see `build_ops`.
     sources: instead of building those that `train` describes, one for each
-      entry; without `train` all weigh the same.
+      entry; without `train` all weigh 1.
     stats: counts of the run's earlier batches.
-    features: of teachers, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     raise InputError(

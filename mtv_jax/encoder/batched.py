@@ -31,17 +31,11 @@ def in_batches(
 ) -> dict[str, np.ndarray]:
   """Runs `function` on items 0..count-1, in batches sharded over the mesh.
 
+  `prepare` maps an item's index to its row, in several threads; `blank` is a
+  padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
   Every host prepares the rows of its own devices, and gets all results. While
   the devices compute one batch, threads prepare the next one and fetch the
   results of the last one.
-
-  Args:
-    function: maps a tree of `[B, ...]` to a dictionary of `[B, ...]`, each
-      replicated over the mesh.
-    prepare: maps an item's index to its row; called from several threads.
-    count: at least 1.
-    blank: a padding row, of the structure, shapes and dtypes of every row.
-    batch_size: rows per batch over the whole mesh, see `padded_batch`.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
@@ -135,11 +129,9 @@ class Padded:
 
 
 def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
-  """Lists of `[m_i, channels]`; m is at least 1.
+  """Lists of `[m_i, channels]`, finite; m is at least 1.
 
-  Raises:
-    InputError: for another shape, or numbers that are not finite; `what` and
-      the index name the list.
+  `what` and the index name a list in an error.
   """
   arrays = []
   for i, item in enumerate(lists):

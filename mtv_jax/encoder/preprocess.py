@@ -224,10 +224,10 @@ def preprocess_from_config(
 ) -> Preprocess:
   """Preprocessing of a run's encoder, from the sections of its config.
 
-  By default it squashes to a square, and size and interpolation are those of
-  the view `image`, else the model's and bilinear. `model.preprocess` (the
-  fields but for mean and deviation), as `continue_from` takes it from a
-  checkpoint, replaces these. It normalises as `views.py` on the device.
+  `model.preprocess` has its fields without mean and deviation, as
+  `continue_from` takes them from a checkpoint. By default it squashes images to
+  a square with the size and the interpolation of the view `image`, or else the
+  model's size and bilinear. It normalises like `views.py` on the device.
   """
   mean, std = model.pixels
   if fields := model.options.get("preprocess"):
@@ -302,9 +302,7 @@ def as_pixels(
 ) -> np.ndarray:
   """Pixels to encode without a resize, of `size` if that is given.
 
-  Raises:
-    TypeError: for an item that is neither uint8 nor float32 `[H, W, 3]`.
-    InputError: for another size than that of the other images.
+  They must be uint8 or float32 `[H, W, 3]`.
   """
   if not _is_rgb(item, np.uint8, np.float32):
     got = [type(item).__name__]

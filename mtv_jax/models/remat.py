@@ -43,11 +43,7 @@ AUTO = "auto"
 
 
 def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
-  """The policy of `jax.checkpoint` for a choice; None to save everything.
-
-  Raises:
-    ConfigError: for a name that is neither a policy nor an array.
-  """
+  """The policy of `jax.checkpoint` for a choice; None to save everything."""
   choice = choice.strip()
   if choice in POLICIES:
     return POLICIES[choice]
@@ -94,9 +90,6 @@ class Remat:
     """Parses the value of `config.model.remat`.
 
     `keys` are those that entries may have; any by default.
-
-    Raises:
-      ConfigError: for an unknown key or choice.
     """
     where = "config.model.remat"
     text = text.removeprefix(f"{AUTO}:")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtv_jax.config import options, overrides, sections
+from mtv_jax.config import options, sections
 from mtv_jax.config.options import Pool, Range
 from mtv_jax.models import init
 from mtv_jax.models.attention import CHOICES, PLAIN
@@ -185,7 +185,7 @@ class ModelSpec:
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.
     """
-    fields = overrides.to_plain(model)
+    fields = sections.to_dict(model)
     text = fields.pop("text", None)
     fields = _expand(fields, "model", ignored=_TRAINING, patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")

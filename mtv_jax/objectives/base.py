@@ -1,7 +1,7 @@
 """The contract of an objective: `needs`, `heads`, `loss_inputs` and `loss`.
 
 `loss_inputs` runs on any part of the batch and returns small per-example
-arrays; `loss` sees those of the whole global batch at once. Contrast, Sinkhorn
+arrays; `loss` sees the arrays of the whole global batch. Contrast, Sinkhorn
 and KoLeo need the whole batch, so they belong in `loss`; all expensive
 computation comes before it. The same cut makes gradient accumulation exact.
 """
@@ -9,6 +9,7 @@ computation comes before it. The same cut makes gradient accumulation exact.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,9 @@ from mtv_jax.models.standardization import Moments
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
-ByName = Mapping[str, Any]
 STUDENT = "student"
 TEACHER = "teacher"
+NO_TEACHERS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -222,11 +223,14 @@ class Objective:
   """
 
   def resolve(
-    self, spec: Any, views: ByName, teachers: ByName | None = None
+    self,
+    spec: Any,
+    views: Mapping[str, Any],
+    teachers: Mapping[str, Any] = NO_TEACHERS,
   ) -> Objective:
-    """The objective with open options filled in.
+    """The objective with open options filled in from model, views, teachers.
 
-    The trainer rejects a missing view, for all objectives.
+    A missing view is left to the trainer, which rejects it for any objective.
 
     Args:
       spec: `two_tower.ModelSpec`.
@@ -266,8 +270,8 @@ class Objective:
   ) -> dict[str, tuple[Array, Array]]:
     """The features of `fit_statistics`, by name.
 
-    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. Arguments as of
-    `loss_inputs`; there are encodings of frozen teachers alone.
+    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. The arguments are
+    `loss_inputs`'s, with the encodings of frozen teachers alone.
     """
     del encodings, batch
     return {}

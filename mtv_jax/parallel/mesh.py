@@ -178,11 +178,7 @@ class HostRows(NamedTuple):
 
 
 def host_rows(mesh: Mesh) -> HostRows:
-  """The part of a global batch that goes to this process's devices.
-
-  Raises:
-    ConfigError: the processes' parts are not equal, or this one has none.
-  """
+  """The part of a global batch that goes to this process's devices."""
   parts = _parts(mesh)
   for i, (_, processes) in enumerate(parts):
     if jax.process_index() in processes:
@@ -200,9 +196,6 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   consecutive on the mesh: on 4 x 4 chips in hosts of 2 x 2, the first row of
   chips belongs to two hosts. A batch on the mesh is then a permutation of the
   data's; random numbers of an example follow its row of the data.
-
-  Raises:
-    ConfigError: the processes' parts are not equal.
   """
   size = batch_size // num_batch_shards(mesh)
   shards = np.concatenate([shards for shards, _ in _parts(mesh)])

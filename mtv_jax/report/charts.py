@@ -196,14 +196,13 @@ def line_chart(
   log_x: bool = False,
   log_y: bool = False,
   chance: Number | None = None,
-  height: int = 210,
 ) -> Chart:
   """Curves with their names at the right; a dashed line at `chance`."""
   labelled = [s for s in series if s.style != "dashed" and s.points]
   names = [shorten(s.name, 84, TEXT) for s in labelled]
   right = 14 + max([text_width(n, TEXT) for n in names], default=0)
   # Room for the names below each other.
-  height = max(height, TITLE + _GAP * len(names) + 34)
+  height = max(210, TITLE + _GAP * len(names) + 34)
   xs = [x for s in series for x, _ in s.points]
   ys = [y for s in series for _, y in s.points if y is not None]
   ys += [v for s in series for _, *ends in s.intervals for v in ends]
@@ -314,9 +313,9 @@ def trace(
 
 
 def spread(
-  heights: Sequence[Number], *, low: Number, high: Number, gap: Number = _GAP
+  heights: Sequence[Number], *, low: Number, high: Number
 ) -> list[Number]:
-  """Positions of labels, `gap` apart, in order and near their heights.
+  """Positions of labels, `_GAP` apart, in order and near their heights.
 
   Labels that don't fit between `low` and `high` go on below.
   """
@@ -327,24 +326,24 @@ def spread(
     block = [i]
     while True:
       # The mean of what each label of the block would like.
-      top = sum(heights[k] - gap * n for n, k in enumerate(block)) / len(block)
-      top = max(min(top, high - gap * (len(block) - 1)), low)
-      if not blocks or blocks[-1][0] + gap * len(blocks[-1][1]) <= top:
+      top = sum(heights[k] - _GAP * n for n, k in enumerate(block)) / len(block)
+      top = max(min(top, high - _GAP * (len(block) - 1)), low)
+      if not blocks or blocks[-1][0] + _GAP * len(blocks[-1][1]) <= top:
         break
       block = blocks.pop()[1] + block
     blocks.append((top, block))
   placed = [0.0] * len(heights)
   for top, block in blocks:
     for n, i in enumerate(block):
-      placed[i] = top + gap * n
+      placed[i] = top + _GAP * n
   return placed
 
 
 def thin_out(
-  points: Sequence[tuple[Number, Number]], *, count: int = 160
+  points: Sequence[tuple[Number, Number]],
 ) -> list[tuple[Number, Number]]:
-  """At most `count` points: the means of equal numbers of neighbours."""
-  size = math.ceil(len(points) / count)
+  """At most 160 points: the means of equal numbers of neighbours."""
+  size = math.ceil(len(points) / 160)
   if size <= 1:
     return list(points)
   groups = [points[i : i + size] for i in range(0, len(points), size)]

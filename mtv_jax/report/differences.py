@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from mtv_jax.report.contrasts import DISTINCT, MISSING, Contrast, Metric
-from mtv_jax.report.page import Bold
+from mtv_jax.report.contrasts import (
+  DISTINCT,
+  MISSING,
+  Comparison,
+  Contrast,
+  Metric,
+)
+from mtv_jax.report.page import Block, Bold, Details, Table
 from mtv_jax.utils.text import format_metric
 
 EMPTY = "–"
@@ -35,12 +41,35 @@ def format_difference(c: Contrast, *, seeds: bool = True) -> str:
   return f"{text} [{ends}]" if ends else text
 
 
-def format_verdict(contrast: Contrast | None) -> str:
-  """The difference, its interval and the verdict."""
-  if contrast is None or contrast.difference is None:
-    return MISSING
-  text = f"{format_difference(contrast)}\n{contrast.verdict}"
-  return Bold(text) if contrast.verdict in DISTINCT else text
+def describe_differences(compared: Sequence[Comparison]) -> Iterator[Block]:
+  """The differences with verdicts, and everything about them."""
+  yield Table(differences_table(compared))
+  yield list_contrasts([(c.name, c) for c in compared])
+
+
+def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
+  """Differences with intervals and verdicts: a header, a row per metric."""
+  before = {c.arm: c.baseline for c in compared}
+  several = len({*before.values()}) > 1
+  rows: dict[Metric, list[str]] = {}
+  for c in compared:
+    text = MISSING
+    if c.difference is not None:
+      text = f"{format_difference(c)}\n{c.verdict}"
+    row = rows.setdefault(c.metric, [c.metric.label])
+    row.append(Bold(text) if c.verdict in DISTINCT else text)
+  head = [f"{a} − {before[a]}" if several else a for a in before]
+  return [["metric", *head], *rows.values()]
+
+
+def list_contrasts(
+  rows: Sequence[tuple[str, Contrast]], columns: Sequence[str] = ()
+) -> Block:
+  """A `contrast_table`, or some of its columns, behind its title."""
+  head, *lines = contrast_table(rows)
+  kept = [k for k, name in enumerate(head) if name in (columns or head)]
+  table = Table([[line[k] for k in kept] for line in (head, *lines)])
+  return Details("Intervals and p values", [table])
 
 
 def contrast_table(rows: Sequence[tuple[str, Contrast]]) -> list[list[str]]:

@@ -167,7 +167,7 @@ def describe_outcomes(
     yield page.Note(_PUBLISHED_NOTE)
     yield page.Table(_published_table(quoted))
   if split and len(outcomes) > 1:
-    yield from _describe_differences(outcomes, rows, index)
+    yield from _describe_differences(rows, baseline)
   yield from published.describe_matches(columns, matches)
   yield page.Heading("Encoders")
   yield page.Table(tables.encoder_table(columns))
@@ -281,33 +281,19 @@ def _published_table(quoted: Sequence[str]) -> list[list[str]]:
 
 
 def _describe_differences(
-  outcomes: Sequence[Outcome], rows: Sequence[MetricRow], baseline: int
+  rows: Sequence[MetricRow], baseline: str
 ) -> Iterator[page.Block]:
   """The differences from the baseline, if there are any."""
-  main = [r for r in rows if r.is_main and r.values[baseline] is not None]
-  if not any(row.differences for row in main):
+  compared = [c for r in rows if r.is_main for c in r.differences]
+  known = [c for c in compared if c.difference is not None]
+  if not known:
     return
-  name = outcomes[baseline].name
-  yield page.Heading(f"Differences from {name}")
-  others = [i for i in range(len(outcomes)) if i != baseline]
-  table = [["metric", *(outcomes[i].name for i in others)]]
-  details, unpaired = [], []
-  for row in main:
-    cells = [row.differences.get(i) for i in others]
-    label = tables.describe_metric(row).label
-    table.append([label, *map(differences.format_verdict, cells)])
-    for i, c in zip(others, cells, strict=True):
-      if c is not None:
-        details.append((f"{outcomes[i].name} − {name}", c))
-        if c.items == "errors":
-          unpaired.append(f"{outcomes[i].name}, {c.metric.name}")
-  yield page.Table(table)
-  how = _UNPAIRED.format("; ".join(unpaired)) if unpaired else _PAIRED
+  yield page.Heading(f"Differences from {baseline}")
+  yield page.Table(differences.differences_table(compared))
+  names = [f"{c.arm}, {c.metric.name}" for c in known if c.items == "errors"]
+  how = _UNPAIRED.format("; ".join(names)) if names else _PAIRED
   yield page.Note(_DIFFERENCES_NOTE + how)
-  whole = differences.contrast_table(details)
-  chosen = [whole[0].index(column) for column in _CONTRAST]
-  table = page.Table([[line[k] for k in chosen] for line in whole])
-  yield page.Details("Intervals and p values", [table])
+  yield differences.list_contrasts([(c.name, c) for c in known], _CONTRAST)
 
 
 def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:

@@ -100,7 +100,7 @@ def inspect_labels(
   }
   folder = Path(out).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
-  shards = {label_sets.stem(file) for file in source.files}
+  shards = {label_sets.shard_name(file) for file in source.files}
   stats = {
     kind: statistics.gather(
       labels.label_set,

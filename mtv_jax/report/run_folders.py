@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config import aliases
 from mtv_jax.config.options import check_value
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
@@ -83,7 +84,7 @@ def read_run(
     seed=config.get("seed") or 0,
     folder=folder,
     config=config,
-    series=read_metrics(folder),
+    series=_read_series(folder),
     outcome=_read_outcome(name, list(files.values())),
     files=files,
     sheets={
@@ -150,7 +151,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       check_value(config.get(name), annotation, name)
   except ConfigError as error:
     raise InputError(f"{path} is not the config of a run: {error}") from None
-  return config
+  return aliases.rename_old_keys(config)
 
 
 def read_metrics(folder: pathlib.Path) -> Series:
@@ -225,6 +226,14 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
   return dataclasses.replace(outcomes[-1], name=name, results=merged)
 
 
+def _read_series(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+  """The run's metrics; a resumed run may have two names of an objective."""
+  series: dict[str, dict[int, float]] = {}
+  for name, points in read_metrics(folder).items():
+    series.setdefault(aliases.rename_metric(name), {}).update(points)
+  return {name: sorted(points.items()) for name, points in series.items()}
+
+
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
   """Measurements in order, the last one of each step; none if missing."""
   rows = read_rows(path) if path.is_file() else []
@@ -234,7 +243,7 @@ def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
         f"{path}: the row of step {row['step']} is not a measurement of "
         "gradients. Remove it."
       )
-  by_step = {row["step"]: row for row in rows}
+  by_step = {row["step"]: aliases.rename_interference(row) for row in rows}
   return [by_step[step] for step in sorted(by_step)]
 
 

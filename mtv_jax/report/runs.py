@@ -185,13 +185,14 @@ def draw_training_curves(
     for metric in result.metrics
   }
   main = losses + [n for n in logged if evaluated.get(n)]
-  main += _find_names(logged, names) if names is not None else []
+  named = _find_names(logged, names) if names is not None else []
+  main += named
   further = [n for n in logged if evaluated.get(n) is False]
   further += [n for n in logged if re.search(_FURTHER, n)]
   further += [n for n in logged if timed and n in _TIMES]
   main = dict.fromkeys(main)
   further = [n for n in dict.fromkeys(further) if n not in main]
-  drawn = [_draw_curve(runs, name) for name in main]
+  drawn = [_draw_curve(runs, name, least=2 - (name in named)) for name in main]
   rest = [_draw_curve(runs, name) for name in further]
   return [c for c in drawn if c], [c for c in rest if c]
 
@@ -211,8 +212,10 @@ def _find_names(logged: Collection[str], pattern: str) -> list[str]:
   return found
 
 
-def _draw_curve(runs: Sequence[RunFolder], name: str) -> Chart | None:
-  """One metric over steps; None if no run has two values of it."""
+def _draw_curve(
+  runs: Sequence[RunFolder], name: str, *, least: int = 2
+) -> Chart | None:
+  """One metric over steps; None if no run has `least` values of it."""
   curves, values = [], []
   unit, chance = _find_unit(runs, name)
   factor = 100.0 if unit == "%" else 1.0
@@ -234,7 +237,7 @@ def _draw_curve(runs: Sequence[RunFolder], name: str) -> Chart | None:
       area = [(x, a, b) for (x, a), (_, b) in zip(low, high, strict=True)]
     curves.append(Series(arm, mean, colour, area))
     values += [y for _, y in mean]
-  if not any(len(curve.points) > 1 for curve in curves):
+  if not any(len(curve.points) >= least for curve in curves):
     return None
   positive = min(values) > 0
   return charts.line_chart(

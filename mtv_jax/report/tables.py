@@ -52,8 +52,8 @@ class MetricRow(NamedTuple):
   # Which of the protocols, from 1, if an evaluation has several rows of a
   # metric; else 0.
   variant: int = 0
-  # Differences from the baseline's value, by index; in the metric's own unit.
-  differences: Mapping[int, Comparison] = {}  # noqa: RUF012
+  # Differences of all others from the baseline's value, if it has one.
+  differences: tuple[Comparison, ...] = ()
 
   @property
   def label(self) -> str:
@@ -94,7 +94,7 @@ def compare(
       for metric in dict.fromkeys(m for r in chosen if r for m in r.metrics):
         rows.append(_row(name, metric, chosen)._replace(variant=variant))
         members.append(chosen)
-  return _add_verdicts(rows, members, baseline)
+  return _add_verdicts(rows, members, outcomes, baseline)
 
 
 def protocol_key(result: Result, *, whole: bool = True) -> str:
@@ -136,6 +136,7 @@ def _row(name: str, metric: str, results: Sequence[Result | None]) -> MetricRow:
 def _add_verdicts(
   rows: Sequence[MetricRow],
   members: Sequence[Sequence[Result | None]],
+  outcomes: Sequence[Outcome],
   baseline: int | None,
 ) -> list[MetricRow]:
   """The rows with their best values and their differences from the baseline.
@@ -145,30 +146,37 @@ def _add_verdicts(
   family of Holm's correction, the contrasts of all other metrics a second one.
   """
   leading = [_find_leading(*pair) for pair in zip(rows, members, strict=True)]
-  compared: dict[tuple[int, int, int], Comparison] = {}
   data = [_measure(*pair) for pair in zip(rows, members, strict=True)]
-  for k, row in enumerate(rows):
-    known = [i for i, value in enumerate(row.values) if value is not None]
-    for j in {baseline, leading[k]} & {*known}:
-      for i in known:
-        if i != j and (k, j, i) not in compared:
-          compared[k, i, j] = contrasts.compare_arms(*data[k], str(i), str(j))
+  names = [outcome.name for outcome in outcomes]
+  # By row and the indices of arm and reference, in both orders.
+  compared: dict[tuple[int, int, int], Comparison] = {}
   for main in (True, False):
-    keys = [key for key in compared if rows[key[0]].is_main == main]
-    family = contrasts.correct_contrasts(compared[key] for key in keys)
-    compared |= dict(zip(keys, family, strict=True))
-  # Both orders of each pair.
-  compared |= {(k, j, i): c.reverse() for (k, i, j), c in compared.items()}
+    family = {}
+    for k, row in enumerate(rows):
+      known = [i for i, value in enumerate(row.values) if value is not None]
+      for j in {baseline, leading[k]} & {*known}:
+        for i in range(len(names)):
+          if row.is_main == main and i != j and (k, j, i) not in family:
+            c = contrasts.compare_arms(*data[k], str(i), str(j))
+            c = dataclasses.replace(c, arm=names[i], baseline=names[j])
+            family[k, i, j] = c
+    corrected = contrasts.correct_contrasts(family.values())
+    for (k, i, j), c in zip(family, corrected, strict=True):
+      compared[k, i, j], compared[k, j, i] = c, c.reverse()
   judged = []
   for k, row in enumerate(rows):
     best = leading[k]
     if best is not None:
-      others = [c for (n, i, _), c in compared.items() if (n, i) == (k, best)]
-      is_best = all(c.verdict == contrasts.BETTER for c in others)
+      verdicts = {
+        c.verdict for (n, i, _), c in compared.items() if (n, i) == (k, best)
+      }
+      is_best = verdicts <= {contrasts.BETTER, contrasts.MISSING}
       best = best if is_best and _beats_chance(*data[k], str(best)) else None
-    differences = {
-      i: c for (n, i, j), c in compared.items() if (n, j) == (k, baseline)
-    }
+    differences = tuple(
+      compared[k, i, baseline]
+      for i in range(len(names))
+      if (k, i, baseline) in compared
+    )
     judged.append(row._replace(best=best, differences=differences))
   return judged
 

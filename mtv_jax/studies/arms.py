@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from mtv_jax.config import aliases
 from mtv_jax.data import registry
 from mtv_jax.models import two_tower
 from mtv_jax.train.balance import METHODS
@@ -21,7 +22,7 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 # Types of objectives by group, in the order of the paper's ladder.
 GROUPS = {
   "vl": ("contrastive", "captioning"),
-  "ssl": ("distillation", "masked_latent", "masked_pixels", "gram"),
+  "ssl": ("dino", "ibot", "mae", "gram"),
   "grounding": ("grounding",),
   "depth": ("depth",),
 }
@@ -275,6 +276,7 @@ def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
   changes = []
   for part in rest.split(","):
     objective, equals, weight = part.partition("=")
+    objective = aliases.new_name(objective)
     if objective not in config.objectives or not equals:
       raise ConfigError(
         f"--weights={text}: {part!r} is not OBJECTIVE=WEIGHT. "

@@ -25,8 +25,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import mtv_jax
+from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
-from mtv_jax.config import recipes
 from mtv_jax.config.durations import UNITS, Duration, RunLength
 from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_long_step_spec
@@ -36,7 +36,7 @@ from mtv_jax.train import experiment
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
 from mtv_jax.train.run import RunConfig, WeightConfig, resolve
-from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,
@@ -109,7 +109,13 @@ class Study:
     """The inverse of `to_dict`."""
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     runs = tuple(
-      Run(**{**run, "overrides": tuple(run["overrides"])})
+      Run(
+        **{
+          **run,
+          "overrides": tuple(run["overrides"]),
+          "settings": aliases.rename_old_keys(run["settings"]),
+        }
+      )
       for run in fields["runs"]
     )
     known = {name: fields[name] for name in names & fields.keys()}
@@ -266,17 +272,15 @@ def _read_length(config: RunConfig) -> RunLength:
 
 def _durations(config: RunConfig) -> dict[str, Duration | None]:
   """The durations that depend on a run's length, by key without unit."""
-  sections = {
-    "schedule": (config.schedule, ("warmup", "cooldown", "timescale"))
-  }
+  groups = {"schedule": (config.schedule, ("warmup", "cooldown", "timescale"))}
   for name, entry in config.objectives.items():
     if isinstance(entry.weight, WeightConfig):
-      sections[f"objectives.{name}.weight"] = entry.weight, ("start", "ramp")
+      groups[f"objectives.{name}.weight"] = entry.weight, ("start", "ramp")
   for name, teacher in config.teachers.items():
-    sections[f"teachers.{name}"] = teacher, ("update_every",)
+    groups[f"teachers.{name}"] = teacher, ("update_every",)
   return {
     f"{path}.{name}": getattr(section, name)
-    for path, (section, names) in sections.items()
+    for path, (section, names) in groups.items()
     for name in names
   }
 
@@ -377,7 +381,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
     if rules:
       kept = [r for r in rules if _is_used(r, names)]
       if len(kept) < len(rules):
-        changes.append(f"{key}={overrides_lib.to_plain(kept)}")
+        changes.append(f"{key}={sections.to_dict(kept)}")
   return changes
 
 

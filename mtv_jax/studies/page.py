@@ -26,7 +26,7 @@ from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import Run
 from mtv_jax.studies.statistics import StudyResults, Synergy
 from mtv_jax.train.run import resolve
-from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.text import file_name
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -95,12 +95,12 @@ def _describe_study(results: StudyResults) -> Iterator[page.Block]:
     yield from _describe_scaling(results, main)
     return
   yield page.Heading(f"Differences from {study.baseline}")
-  yield from _describe_differences(compared)
+  yield from differences.describe_differences(compared)
   yield page.Note(_DIFFERENCES_NOTE)
   if study.kind == "ladder" and len(data.values) > 2:
     yield page.Heading("Differences from the arm before")
     steps = statistics.compare_in_order(data, main)
-    yield from _describe_differences(steps)
+    yield from differences.describe_differences(steps)
   if study.kind == "pairs":
     yield from _describe_synergy(results, main)
 
@@ -232,30 +232,6 @@ def draw_arms(
   return drawn
 
 
-def _describe_differences(
-  compared: Sequence[Comparison],
-) -> Iterator[page.Block]:
-  yield page.Table(differences_table(compared))
-  yield _details([(c.name, c) for c in compared])
-
-
-def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
-  """Differences with intervals and verdicts: a header, a row per metric."""
-  before = {c.arm: c.baseline for c in compared}
-  several = len({*before.values()}) > 1
-  rows: dict[Metric, list[str]] = {}
-  for c in compared:
-    row = rows.setdefault(c.metric, [c.metric.label])
-    row.append(differences.format_verdict(c))
-  head = [f"{a} − {before[a]}" if several else a for a in before]
-  return [["metric", *head], *rows.values()]
-
-
-def _details(rows: Sequence[tuple[str, Contrast]]) -> page.Block:
-  table = page.Table(differences.contrast_table(rows))
-  return page.Details("Intervals and p values", [table])
-
-
 def _describe_synergy(
   results: StudyResults, metrics: Sequence[Metric]
 ) -> Iterator[page.Block]:
@@ -263,7 +239,7 @@ def _describe_synergy(
   yield page.Heading("Synergy")
   yield page.Note(_SYNERGY_NOTE)
   yield page.Charts(draw_synergies(synergies))
-  yield _details(synergy_rows(synergies))
+  yield differences.list_contrasts(synergy_rows(synergies))
 
 
 def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.checkpoint.partial_restore import first_lines
-from mtv_jax.config import options
+from mtv_jax.config import aliases, options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.studies.arms import KINDS
@@ -165,6 +165,7 @@ def is_finished(folder: pathlib.Path, run: Run) -> bool:
   except (FileNotFoundError, ValueError, RecursionError):
     # Not started, or killed while its config was written.
     return False
+  config = aliases.rename_old_keys(config)
   if config != run.settings:
     lines = describe_difference(run.settings, config)
     raise InputError(

@@ -1,16 +1,14 @@
 """Scaling laws: fits of an error against images and parameters.
 
 With x_v the images or the parameters, relative to their geometric mean over the
-points:
+points, the saturating power law is
 
-  power law                e = sum over v of c_v x_v^-a_v
-  saturating power law     e = e_0 + sum over v of c_v x_v^-a_v
+  e = e_0 + sum over v of c_v x_v^-a_v
 
-The first with one variable is Kaplan et al. 2020, equations 1.1 and 1.2, and
-Cherti et al. 2023 (arXiv 2212.07143) for the error of CLIP; the second with two
-is Hoffmann et al. 2022, equation 2. c_v is then the error at the geometric mean
-that more of v would remove. Fitted by least squares of log e: Hoffmann et al.
-take a Huber loss of the same residuals, for more points than a study has.
+With two variables it is Hoffmann et al. 2022, equation 2. c_v is the error at
+the geometric mean that more of v would remove. Fitted by least squares of log
+e: Hoffmann et al. take a Huber loss of the same residuals, for more points than
+a study has.
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ _EXPONENTS, _FLOORS = (0.1, 0.4, 1.0), (0.1, 0.5, 0.9)
 _MAX_EXPONENT = 5.0
 # Evaluations of the law in one search: most take 10; without a minimum, all.
 _EVALUATIONS = 100
+_RESAMPLES = 100  # Fits for the intervals.
 # Smallest singular value of a Jacobian whose columns have unit length.
 _SINGULAR = 1e-6
 
@@ -59,7 +58,7 @@ class ScalingFit:
   points: int
   # Geometric mean of each variable, which x is relative to.
   centres: dict[str, float]
-  # "floor" of a saturating law; "coefficient VARIABLE", "exponent VARIABLE".
+  # "floor", "coefficient VARIABLE", "exponent VARIABLE".
   # Empty if they are not identifiable.
   parameters: dict[str, Parameter]
   r2: float | None  # of log e
@@ -81,7 +80,7 @@ class ScalingFit:
         f"the fit of {self.metric} lacks parameters: {self.note}"
       )
     theta = {name: p.value for name, p in self.parameters.items()}
-    error = np.full(len(next(iter(x.values()))), theta.get("floor", 0.0))
+    error = np.full(len(next(iter(x.values()))), theta["floor"])
     for name, centre in self.centres.items():
       relative = np.asarray(x[name], np.float64) / centre
       power = relative ** -theta[f"exponent {name}"]
@@ -93,12 +92,8 @@ def fit_scaling(
   metric: Metric,
   x: Mapping[str, Sequence[float | int] | np.ndarray],
   values: Sequence[float | int] | np.ndarray,
-  *,
-  saturating: bool = True,
-  resamples: int = 100,
-  seed: int = 0,
 ) -> ScalingFit:
-  """Fits a scaling law to n points.
+  """Fits the scaling law to n points.
 
   Intervals are percentiles of fits to resampled residuals. These are enlarged
   first, by sqrt(n / (n - parameters)), as a fit makes them too small, and by
@@ -123,7 +118,7 @@ def fit_scaling(
       f"the scaling law of {metric.name} needs errors, images and parameters "
       "above 0"
     )
-  law = _Law(names, saturating)
+  law = _Law(names)
   note = law.find_obstacle(points)
   centres = np.exp(np.log(points).sum(axis=1) / max(len(error), 1))
   fit = ScalingFit(
@@ -146,7 +141,7 @@ def fit_scaling(
     return dataclasses.replace(fit, note=note)
   fitted = law.predict(theta, scaled)
   residuals = target - fitted
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   degrees = len(target) - law.count
   quantile = (1 + LEVEL) / 2
   widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
@@ -155,7 +150,7 @@ def fit_scaling(
   drawn = np.stack(
     [
       law.fit(scaled, fitted + rng.choice(enlarged, len(target)), theta)
-      for _ in range(resamples)
+      for _ in range(_RESAMPLES)
     ]
   )
   spread = np.sum((target - target.mean()) ** 2)
@@ -169,15 +164,14 @@ def fit_scaling(
 
 @dataclasses.dataclass(frozen=True)
 class _Law:
-  """A form: theta is log floor (if any), log coefficients, exponents."""
+  """The law: theta is log floor, log coefficients, exponents."""
 
   names: list[str]
-  saturating: bool
 
   @property
   def count(self) -> int:
     """Number of parameters."""
-    return 2 * len(self.names) + self.saturating
+    return 2 * len(self.names) + 1
 
   @property
   def formula(self) -> str:
@@ -187,7 +181,7 @@ class _Law:
       f"c{mark} ({name} / {name}₀)^-a{mark}"
       for name, mark in zip(self.names, marks, strict=True)
     ]
-    return "e = " + " + ".join(["e₀"] * self.saturating + terms)
+    return "e = " + " + ".join(["e₀", *terms])
 
   def find_obstacle(self, points: Float[np.ndarray, "v n"]) -> str:
     """Why the points can't determine the parameters, or ""."""
@@ -211,12 +205,11 @@ class _Law:
     """Derivatives [N, P] of `predict`: shares of e, and those times -x."""
     terms = self._log_terms(theta, x)
     shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
-    return np.concatenate([shares, -x * shares[self.saturating :]]).T
+    return np.concatenate([shares, -x * shares[1:]]).T
 
   def _log_terms(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-    floor, rest = theta[: self.saturating], theta[self.saturating :]
-    scales, exponents = rest.reshape(2, len(x), 1)
-    floors = np.broadcast_to(floor[:, None], (len(floor), x.shape[1]))
+    scales, exponents = theta[1:].reshape(2, len(x), 1)
+    floors = np.full((1, x.shape[1]), theta[0])
     return np.concatenate([floors, scales - exponents * x])  # [terms, N]
 
   def fit(
@@ -244,23 +237,22 @@ class _Law:
   def _bounds(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     variables = len(self.names)
     # A floor between a millionth of the points and their maximum.
-    floor = [(target.min() - np.log(1e6), target.max())] * self.saturating
+    floor = (target.min() - np.log(1e6), target.max())
     scale = [(target.min() - np.log(1e6), target.max() + np.log(1e6))]
     # Beside a floor, a term that grows would only mirror it.
-    smallest = 0.0 if self.count > 2 else -_MAX_EXPONENT
-    exponents = [(smallest, _MAX_EXPONENT)] * variables
-    low, high = np.array([*floor, *scale * variables, *exponents]).T
+    exponents = [(0.0, _MAX_EXPONENT)] * variables
+    low, high = np.array([floor, *scale * variables, *exponents]).T
     return low, high
 
   def _starts(self, target: np.ndarray) -> list[np.ndarray]:
     variables = len(self.names)
     starts = []
-    for share in _FLOORS if self.saturating else (0.0,):
+    for share in _FLOORS:
       terms = target.mean() + np.log((1 - share) / variables)
-      floor = [target.mean() + np.log(share)] if self.saturating else []
+      floor = target.mean() + np.log(share)
       for exponent in _EXPONENTS:
         rest = [terms] * variables + [exponent] * variables
-        starts.append(np.array([*floor, *rest]))
+        starts.append(np.array([floor, *rest]))
     return starts
 
   def name_parameters(
@@ -274,8 +266,7 @@ class _Law:
       x[..., :logarithms] = np.exp(x[..., :logarithms])
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
-    names = ["floor"] * self.saturating
-    names += [f"coefficient {name}" for name in self.names]
+    names = ["floor", *(f"coefficient {name}" for name in self.names)]
     names += [f"exponent {name}" for name in self.names]
     return {
       name: Parameter(float(theta[i]), float(low[i]), float(high[i]))
@@ -287,10 +278,9 @@ class _Law:
   ) -> str:
     """Why a fit does not determine its parameters, or ""."""
     exponents = theta[-len(self.names) :]
-    low = 0.0 if self.count > 2 else -_MAX_EXPONENT
     for name, exponent in zip(self.names, exponents, strict=True):
-      if not low + 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
-        bound = _MAX_EXPONENT if exponent > low + 1e-3 else low
+      if not 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
+        bound = _MAX_EXPONENT if exponent > 1e-3 else 0.0
         return (
           f"not identifiable: the exponent of {name} runs to {bound:g}, the "
           "bound of the search"

@@ -119,13 +119,14 @@ def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
   return float(np.median(speeds)) if speeds else None
 
 
-def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+def _matmul_rate() -> float:
   """FLOPs per second of a float32 product of square matrices."""
+  size = 1024
   x = jnp.ones((size, size))
   multiply = jax.jit(jnp.matmul)
   multiply(x, x).block_until_ready()
   seconds = []
-  for _ in range(repeats):
+  for _ in range(5):
     start = time.perf_counter()
     multiply(x, x).block_until_ready()
     seconds.append(time.perf_counter() - start)

@@ -43,11 +43,6 @@ class Bound:
 
     `last_step_within` is that of the evaluation before, which was within the
     bound.
-
-    Raises:
-      ConfigError: the evaluation has no such metric.
-      BoundError: the bound is not met at step 0.
-      RollbackError: it is not met later.
     """
     value = self.value(name, metrics)
     if self.is_met(value):

@@ -19,7 +19,7 @@ from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.stats import Stats
-from mtv_jax.encoder import description, loading
+from mtv_jax.encoder import loading
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
@@ -117,7 +117,7 @@ def _build_tokenizer(config: RunConfig) -> Any:
     path = config.init.path
     # Without such a folder, what is missing is the recipe's own tokenizer.
     with contextlib.suppress(MissingFileError):
-      if description.describe(path).tokenizer is None:
+      if loading.read_model_info(path).tokenizer is None:
         raise ConfigError(
           f"config.model.text.tokenizer is not set, and {path} has no "
           "tokenizer that can be read (tokenizer.json, spiece.model or "

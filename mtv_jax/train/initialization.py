@@ -8,12 +8,12 @@ import jax
 from jaxtyping import PyTree
 
 from mtv_jax.checkpoint.partial_restore import merge_params
-from mtv_jax.encoder import description, hub, loading
+from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
 from mtv_jax.train.run import RunConfig
+from mtv_jax.train.spec import init_params, teacher_params
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import init_params, teacher_params
 from mtv_jax.train.train_step import TrainStep
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
@@ -78,7 +78,7 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     return
   if not select_names(["text/token_embedding"], init.include or ("",)):
     return
-  files = description.describe(init.path).tokenizer
+  files = loading.read_model_info(init.path).tokenizer
   if files is None:
     return
   source, length = files.build(), config.model.text.length

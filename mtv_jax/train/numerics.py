@@ -109,11 +109,7 @@ class UpdateMonitor:
     self._last_spike = -_WINDOW
 
   def observe(self, step: int, skipped: bool, grad_norm: float) -> float | None:
-    """Takes the numbers of a step; returns the factor of a spike, or None.
-
-    Raises:
-      RollbackError: too many steps in a row were skipped.
-    """
+    """Takes the numbers of a step; returns the factor of a spike, or None."""
     if skipped:
       self.skipped_updates += 1
       first = self.nonfinite_since = self.nonfinite_since or step

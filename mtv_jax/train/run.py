@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from mtv_jax.augment import views as views_lib
 from mtv_jax.checkpoint.checkpointer import CheckpointConfig
-from mtv_jax.config import sections
+from mtv_jax.config import aliases, sections
 from mtv_jax.config.durations import Duration, PositiveDuration, TotalDuration
 from mtv_jax.config.options import (
   Fraction,
@@ -22,7 +22,6 @@ from mtv_jax.config.options import (
   PositiveInt,
   Range,
 )
-from mtv_jax.config.overrides import to_plain
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
@@ -219,12 +218,12 @@ def resolve(
 ) -> RunConfig:
   """Checks a config, and fills in what follows from it.
 
-  The architectures of teachers, the mask token and the text tower. A resolved
-  config is returned as it is.
+  That is the teachers' architectures, the mask token and the text tower. A
+  resolved config is returned as it is.
 
   Args:
-    config: a recipe's, or the content of a `config.json`.
-    workdir: the run's folder, whose `config.json` knows the teachers.
+    config: a recipe's config, or the content of a `config.json`.
+    workdir: the run's folder, whose `config.json` records the teachers.
 
   Raises:
     ConfigError: an unknown or missing key, a value of another type or out of
@@ -232,13 +231,14 @@ def resolve(
   """
   if isinstance(config, RunConfig):
     return config
-  plain = to_plain(config, tuples_as_lists=True)
+  plain = aliases.rename_old_keys(sections.to_dict(config))
   run = sections.read(RunConfig, plain, "config")
   teachers = read_teacher_models(run.teachers, workdir)
   run = dataclasses.replace(run, teachers=teachers)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec
+  # Teachers without an architecture of their own.
   shared = {
     name: dataclasses.replace(teacher, model=ModelSpec(image=model.image))
     for name, teacher in parts.teachers.items()

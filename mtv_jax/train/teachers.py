@@ -17,7 +17,7 @@ from mtv_jax.config import sections
 from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.config.feature_layout import Format
 from mtv_jax.config.options import PositiveInt
-from mtv_jax.encoder import description, loading
+from mtv_jax.encoder import loading
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base
 from mtv_jax.train.workdir import read_recorded_config
@@ -93,7 +93,7 @@ def _read_teacher_model(
     )
   path = teacher.path
   loading.check_weights(path, weights=teacher.weights, step=teacher.step)
-  described = description.describe(path)
+  described = loading.read_model_info(path)
   pixels = described.preprocess
   return dataclasses.replace(
     teacher,

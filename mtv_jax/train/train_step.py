@@ -17,13 +17,13 @@ from mtv_jax.train.balance import Balance, build_balance
 from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
 from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
 from mtv_jax.train.run import RunConfig, WeightConfig
-from mtv_jax.train.step import Program, make_program
-from mtv_jax.train.step_spec import (
+from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   abstract_params,
   find_first_reads,
 )
+from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.teachers import select_teachers
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names

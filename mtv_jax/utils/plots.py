@@ -23,6 +23,7 @@ from mtv_jax.utils.text import one_line
 INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
+_PLATE_SIZE = 11  # Height of the letters of a box's name.
 _ELLIPSIS = "…"
 _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 
@@ -145,13 +146,13 @@ def draw_lines(
 
 
 def add_title_bar(
-  image: UInt8[np.ndarray, "h w 3"], text: str, *, size: int = TEXT_SIZE
+  image: UInt8[np.ndarray, "h w 3"], text: str
 ) -> UInt8[np.ndarray, "h w 3"]:
   """The image with text on a dark bar along its upper edge."""
   canvas = Image.fromarray(image)
   draw = ImageDraw.Draw(canvas)
-  draw.rectangle((0, 0, canvas.width, size + 8), fill=INK)
-  draw.text((5, 3), shorten(text, canvas.width - 10, size), PAPER, font(size))
+  draw.rectangle((0, 0, canvas.width, TEXT_SIZE + 8), fill=INK)
+  draw.text((5, 3), shorten(text, canvas.width - 10), PAPER, font())
   return np.asarray(canvas)
 
 
@@ -162,7 +163,6 @@ def draw_boxes(
   *,
   colours: UInt8[np.ndarray, "n 3"] | None = None,
   suffixes: Sequence[str] = (),
-  size: int = 11,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, ...]]:
   """Draws boxes, each with its name on a plate of its colour.
 
@@ -173,7 +173,7 @@ def draw_boxes(
     The image, and the indices of the boxes whose plate did not fit.
   """
   height, width = image.shape[:2]
-  canvas = Image.fromarray(image)
+  canvas, size = Image.fromarray(image), _PLATE_SIZE
   draw = ImageDraw.Draw(canvas)
   if colours is None:
     colours = palette(len(names) + 1)[1:]

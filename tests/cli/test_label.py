@@ -156,7 +156,7 @@ def test_weights_select_the_expert(tmp_path, monkeypatch):
   ):
     build.build_expert("depth", path, options={"side": 7})
   assert names == [
-    "depth_anything.expert",
+    "depth_anything",
     "owlv2.expert",
     "mtv_expert",
     "mtv_expert",

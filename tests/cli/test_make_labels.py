@@ -147,7 +147,7 @@ def test_inconsistent_instances(tmp_path):
   with pytest.raises(ValueError, match="image '7' is listed twice"):
     Instances([file, file])
   coco(file, [{"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5}])
-  with pytest.raises(ValueError, match="annotation 0 is of the image 5, which"):
+  with pytest.raises(ValueError, match="annotated image ids .* such as 5"):
     Instances([file])
   coco(file, [{"caption": "a cat"}])
   with pytest.raises(ValueError, match="has no 'bbox'.*give instances_"):

@@ -10,21 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import safetensors.numpy
+from hostile.samples import BROKEN_JSON, OUTSIDE, as_bytes  # noqa: F401
 
-from mtv_jax.convert import (
-  aimv2,
-  big_vision,
-  clip,
-  depth_anything,
-  dinov2,
-  dinov3,
-  huggingface,
-  native,
-  radio,
-  siglip,
-  siglip2,
-  tipsv2,
-)
+from mtv_jax.convert import big_vision, depth_anything, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
@@ -43,28 +31,7 @@ WRONG = {
   "list": [1, 2, 3],
   "object": {"a": 1},
 }
-OUTSIDE = {
-  "a parent": "../x.json",
-  "an absolute path": "/etc/passwd",
-  "a number": 3,
-  "empty": "",
-  "a null byte": "a\0b.json",
-  "a lone surrogate": "\ud800.json",
-  "a name of 5,000 bytes": "a" * 5000,
-  "a path of 9,000 bytes": "a/" * 4500 + "a",
-}
-BROKEN = {
-  "empty": b"",
-  "not JSON": b"{]",
-  "binary": bytes(range(256)),
-  "a list": b"[1]",
-  "a string": b'"x"',
-  "null": b"null",
-  "truncated": b'{"model_type": "sig',
-  "nested 100,000 deep": b'{"a":' * 100_000,
-  "a number of 10,000 digits": b'{"model_type": ' + b"9" * 10_000 + b"}",
-  "UTF-16 without a mark": '{"a": 1}'.encode("utf-16-le")[:-1],
-}
+BROKEN = BROKEN_JSON
 _TOWER = {
   "hidden_size": 32,
   "intermediate_size": 64,
@@ -126,20 +93,23 @@ CONFIGS = {
   },
 }
 _TEXT_NAMES = ["text_model.x"]
-_RULES = {
-  "siglip": lambda c: siglip.rules(siglip.read_spec(c, _TEXT_NAMES)),
-  "clip": lambda c: clip.rules(clip.read_spec(c, _TEXT_NAMES)),
-  "dinov2": lambda c: dinov2.rules(dinov2.read_spec(c, ())),
-  "dinov3": lambda c: dinov3.rules(dinov3.read_spec(c, ())),
-  "siglip2": lambda c: siglip2.rules(siglip2.read_spec(c, ()), prefix=""),
-  "aimv2": lambda c: aimv2.rules(aimv2.read_spec(c, ())),
-  "radio": lambda c: radio.rules(radio.read_spec(c, ())),
-  "tipsv2": lambda c: tipsv2.rules(tipsv2.read_spec(c, ())),
-  "depth_anything": lambda c: depth_anything.rules(
+_OTHERS = {
+  "depth_anything": lambda c: depth_anything.param_mapping(
     depth_anything.read_spec(c, ())
   ),
-  "owlv2": lambda c: owlv2.rules(owlv2.read_spec(c)),
+  "owlv2": lambda c: owlv2.param_mapping(owlv2.read_spec(c)),
 }
+
+
+def _param_mapping(config):
+  if config["model_type"] in _OTHERS:
+    return _OTHERS[config["model_type"]](config)
+  (family,) = (
+    f for f in huggingface.FAMILIES if config["model_type"] in f.model_types()
+  )
+  return family.param_mapping(family.read_spec(config, _TEXT_NAMES))
+
+
 READERS = {"depth_anything": depth_anything.read, "owlv2": owlv2.read}
 TOKENS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "<pad>": 3}
 TOKENIZER = {
@@ -173,7 +143,7 @@ def base(family: str) -> pathlib.Path:
   rng = np.random.default_rng(0)
   tensors = {
     name: rng.normal(size=shape).astype(np.float32)
-    for rule in _RULES[family](config)
+    for rule in _param_mapping(config)
     for name, shape in rule.expected_shapes()
   }
   save_tensors(folder, tensors)
@@ -311,8 +281,7 @@ def write(folder: pathlib.Path, name: str, content: object) -> pathlib.Path:
   """Writes bytes, or anything else as JSON."""
   path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
-  data = content if isinstance(content, bytes) else json.dumps(content).encode()
-  path.write_bytes(data)
+  path.write_bytes(as_bytes(content))
   return path
 
 

@@ -202,25 +202,21 @@ def encoders():
 
 
 def differences_of(outcomes):
-  """The differences from the first one by (evaluation, metric, index)."""
+  """The differences from the first one by metric and encoder."""
   rows = tables.compare(outcomes, split=True, baseline=0)
-  return {
-    (row.evaluation, row.metric, i): c
-    for row in rows
-    for i, c in row.differences.items()
-  }
+  return {(c.metric.name, c.arm): c for row in rows for c in row.differences}
 
 
 def test_differences_are_paired_by_item(encoders):
   found = differences_of(encoders)
-  one = found["knn", "top1_k20", 1]
+  one = found["knn/top1_k20", "second"]
   first, second, _ = (o.results["knn"].metrics["top1_k20"] for o in encoders)
   assert one.difference == pytest.approx(second - first)
   assert one.items == "resamples" and one.verdict == "better"
   # Far narrower than of independent errors: sqrt(d (1 - d) / n).
   error = np.sqrt(one.difference * (1 - one.difference) / 400)
   assert one.item_high - one.item_low == pytest.approx(3.92 * error, rel=0.15)
-  assert found["zero_shot", "top1", 1].items == "errors"
+  assert found["zero_shot/top1", "second"].items == "errors"
 
 
 def test_results_of_another_protocol_have_no_difference(encoders, tmp_path):
@@ -228,7 +224,9 @@ def test_results_of_another_protocol_have_no_difference(encoders, tmp_path):
   knn = second.results["knn"]
   other = dataclasses.replace(knn, protocol={**knn.protocol, "options": "x"})
   second = dataclasses.replace(second, results={**second.results, "knn": other})
-  assert {*differences_of([first, second])} == {("zero_shot", "top1", 1)}
+  found = differences_of([first, second])
+  assert found["knn/top1_k20", "second"].verdict == "missing"
+  assert found["zero_shot/top1", "second"].verdict == "not distinguishable"
   evaluations.write_comparison([first, second], tmp_path, baseline="first")
   text = (tmp_path / "report.md").read_text()
   assert "| knn/top1_k20 (%) | missing |" in text

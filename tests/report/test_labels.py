@@ -263,74 +263,56 @@ def bad_boxes(i):
   )
 
 
+NOTHING = make_boxes(np.zeros((0, 4)), [])
+RAMP = label_samples.ramp(8, 8)
+
+
 @pytest.mark.parametrize(
-  ("make", "expected"),
+  ("kind", "make", "expected"),
   [
-    (good, set()),
-    (lambda i: good(i) if i % 4 else no_label("x"), {"without_label"}),
-    (lambda i: good(i) if i % 5 else no_label("x"), set()),
+    ("boxes", good, ""),
+    ("boxes", lambda i: good(i) if i % 4 else no_label("x"), "without_label"),
+    ("boxes", lambda i: good(i) if i % 5 else no_label("x"), ""),
+    ("boxes", lambda i: NOTHING if i % 3 else good(i), "images_without_boxes"),
     (
-      lambda i: good(i) if i % 3 == 0 else make_boxes(np.zeros((0, 4)), []),
-      {"images_without_boxes"},
-    ),
-    (
+      "boxes",
       bad_boxes,
-      {
-        "large_boxes",
-        "at_most",
-        "one_phrase",
-        "repeated_phrases",
-        "scores_beyond",
-      },
+      "large_boxes at_most one_phrase repeated_phrases scores_beyond",
     ),
     (
+      "boxes",
       lambda i: make_boxes(np.array([[0, 0, 0.04, 0.5]]), [f"thing {i}"]),
-      {"small_boxes", "scores_of_1"},
+      "small_boxes scores_of_1",
+    ),
+    ("depth", lambda i: make_depth(RAMP, side=8), ""),
+    ("depth", lambda i: make_depth(1 + 1e-2 * RAMP, side=8), "constant_maps"),
+    (
+      "depth",
+      lambda i: make_depth(np.where(CELLS == 9, 99, RAMP), side=8 + i % 2),
+      "narrow_maps sides",
+    ),
+    (
+      "depth",
+      lambda i: make_depth(RAMP, side=8, valid=CELLS < 20),
+      "sparse_maps",
     ),
   ],
 )
-def test_findings_of_boxes(tmp_path, make, expected):
-  assert finding_names(tmp_path, make) == expected
-
-
-def test_threshold_above_all_scores(tmp_path):
-  assert finding_names(tmp_path, good, min_score=0.95) == {"no_boxes"}
-  (finding,) = findings.find(gathered(tmp_path, "boxes", min_score=0.95))
-  assert finding["text"] == "No box at all scores 0.95 or more."
-
-
-def test_labels_without_boxes(tmp_path):
-  nothing = make_boxes(np.zeros((0, 4)), [])
-  assert finding_names(tmp_path, lambda i: nothing) == {"no_boxes"}
-  (finding,) = findings.find(gathered(tmp_path, "boxes"))
-  assert finding["text"] == "No box at all is in any label."
+def test_findings(tmp_path, kind, make, expected):
+  assert finding_names(tmp_path, make, kind=kind) == {*expected.split()}
 
 
 @pytest.mark.parametrize(
-  ("make", "expected"),
+  ("make", "least", "text"),
   [
-    (lambda i: make_depth(label_samples.ramp(8, 8), side=8), set()),
-    (
-      lambda i: make_depth(1 + 1e-2 * label_samples.ramp(8, 8), side=8),
-      {"constant_maps"},
-    ),
-    (
-      lambda i: make_depth(
-        np.where(
-          np.arange(64).reshape(8, 8) == 9, 99, label_samples.ramp(8, 8)
-        ),
-        side=8 + i % 2,
-      ),
-      {"narrow_maps", "sides"},
-    ),
-    (
-      lambda i: make_depth(label_samples.ramp(8, 8), side=8, valid=CELLS < 20),
-      {"sparse_maps"},
-    ),
+    (good, 0.95, "No box at all scores 0.95 or more."),
+    (lambda i: NOTHING, 0.0, "No box at all is in any label."),
   ],
 )
-def test_findings_of_depth(tmp_path, make, expected):
-  assert finding_names(tmp_path, make, kind="depth") == expected
+def test_labels_without_boxes(tmp_path, make, least, text):
+  assert finding_names(tmp_path, make, min_score=least) == {"no_boxes"}
+  (finding,) = findings.find(gathered(tmp_path, "boxes", min_score=least))
+  assert finding["text"] == text
 
 
 def grey_card(folder, make, *, kind, image=None):

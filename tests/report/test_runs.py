@@ -172,9 +172,12 @@ def test_texts_and_numbers_of_any_size_are_drawn(tmp_path):
 
 def test_figures_of_named_metrics(runs, tmp_path):
   argv = [str(runs[0]), f"--output={tmp_path}"]
+  with (runs[0] / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 400, "speed/core_count": 8}\n')
   assert run_command("report", [*argv, "--names=^speed/core"]) == 0
   text = (tmp_path / "report.md").read_text()
-  assert "![speed/core_hours](charts/curve_speed-core_hours.svg)" in text
+  for name in ("core_hours", "core_count"):  # The latter has one value.
+    assert f"![speed/{name}](charts/curve_speed-{name}.svg)" in text
   for names, message in (
     ("x{", "matches no metric of"),
     ("(", "not a regular"),

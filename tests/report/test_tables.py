@@ -160,7 +160,7 @@ def test_a_page_has_one_verdict_for_a_pair(baseline):
     rows = tables.compare(outcomes, split=True, baseline=baseline)
     # The same family with each of the others as baseline.
     for row in rows:
-      verdicts = {i: c.verdict for i, c in row.differences.items()}
+      verdicts = {int(c.arm): c.verdict for c in row.differences}
       assert {*verdicts} == {0, 1, 2} - {baseline}
       if row.best == baseline:
         assert {*verdicts.values()} == {"worse"}
@@ -172,7 +172,7 @@ def test_a_page_has_one_verdict_for_a_pair(baseline):
       num_best += row.best is not None
       num_open += row.best is None
     # Main metrics are one family: two metrics, two or three pairs each.
-    main = [c for row in rows if row.is_main for c in row.differences.values()]
+    main = [c for row in rows if row.is_main for c in row.differences]
     smallest = min(main, key=lambda c: c.p)
     size = round(smallest.p_holm / smallest.p, 6)
     assert size in (4, 5, 6) or smallest.p_holm == 1

@@ -14,13 +14,13 @@ from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.expand import expand
 from mtv_jax.train.gradients import view_keys
 from mtv_jax.train.run import resolve
-from mtv_jax.train.step_spec import init_params
+from mtv_jax.train.spec import init_params
 from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 TINY = "mtv_tiny:tiny"
-SSL = {"distillation", "masked_latent", "masked_pixels"}
+SSL = {"dino", "ibot", "mae"}
 
 
 def trained(study):
@@ -213,17 +213,17 @@ def test_durations_in_epochs_are_those_of_all_images(tmp_path):
   for budget, start in ((1.0, 20), (0.5, 10)):
     study = expand("scaling", recipe, options=options, budget=budget)
     for run in study.runs:
-      length = RunLength.from_config(
-        run.settings, run.settings["data"]["train"][0]["limit"]
+      config = resolve(run.settings)
+      length = RunLength.of_total(
+        config.total, config.batch_size, config.data.train[0]["limit"]
       )
       assert run.steps == length.total_steps == 2 * start
-      schedule = run.settings["schedule"]
-      assert length.steps("warmup", schedule) == start / 2
-      weight = run.settings["objectives"]["depth"]["weight"]
-      assert length.steps("start", weight) == start
-      assert length.steps("ramp", weight) == start / 2
-      ((_, rule),) = run.settings["optim"]["rules"]
-      assert length.steps("start", rule) == start and rule["lr"] == 0.5
+      assert length.steps(config.schedule.warmup) == start / 2
+      weight = config.objectives["depth"].weight
+      assert length.steps(weight.start) == start
+      assert length.steps(weight.ramp) == start / 2
+      ((_, rule),) = config.optim.rules
+      assert rule == dict(lr=0.5, start_epochs=None, start_steps=start)
   options = arms_lib.Options(images=(80, 321))
   with pytest.raises(ConfigError, match="images=321.*has 320 records"):
     expand("scaling", recipe, options=options)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.report.contrasts import Measurements, Metric
-from mtv_jax.report.differences import contrast_table
+from mtv_jax.report.differences import contrast_table, differences_table
 from mtv_jax.report.page import Bold
 from mtv_jax.studies import page as study_page
 from mtv_jax.studies import runner, scaling, statistics
@@ -63,7 +63,7 @@ def test_values_are_means_with_t_intervals():
 
 def test_differences_have_verdicts():
   rows = statistics.compare(DATA, [TOP1, RMSE], baseline="vl")
-  head, top1, rmse = study_page.differences_table(rows)
+  head, top1, rmse = differences_table(rows)
   assert head == ["metric", "all"]
   assert isinstance(top1[1], Bold) and top1[1].endswith("\nbetter")
   assert top1[1].startswith("+20.0 [+19.")
@@ -102,7 +102,7 @@ def test_steps_are_compared_with_the_arm_before():
   rows = statistics.compare_in_order(data, [TOP1])
   assert [(r.arm, r.baseline) for r in rows] == [("b", "a"), ("c", "b")]
   np.testing.assert_allclose([r.difference for r in rows], [0.2, 0.3])
-  head = study_page.differences_table(rows)[0]
+  head = differences_table(rows)[0]
   assert head == ["metric", "b − a", "c − b"]
 
 

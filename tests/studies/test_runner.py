@@ -321,9 +321,17 @@ def steps_logged(output):
   )
 
 
-@pytest.mark.slow
+# In each run: a kill of its runner with it, of the runner alone, or SIGTERM.
+@pytest.mark.parametrize(
+  "kills",
+  [
+    pytest.param(("runner", "term"), marks=pytest.mark.slow),
+    pytest.param(("group", "runner", "term"), marks=pytest.mark.long),
+  ],
+  ids=len,
+)
 def test_a_study_killed_at_random_moments_gives_the_same_report(
-  tmp_path, start
+  tmp_path, start, kills
 ):
   recipe = tmp_path / "recipe.py"
   smallest = ROOT / "tests" / "configs" / "smallest.py"
@@ -334,12 +342,9 @@ def test_a_study_killed_at_random_moments_gives_the_same_report(
   assert process.returncode == 0, text
   base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
   rng = random.Random(base)
-  # In each run: once with its runner, once the runner alone, once by SIGTERM.
-  for at, kill in (
-    (rng.randint(1, 6), "group"),
-    (rng.randint(7, 9), "runner"),
-    (rng.randint(10, 13), "term"),
-  ):
+  lines = 13 // len(kills)  # Of the two runs.
+  for i, kill in enumerate(kills):
+    at = rng.randint(i * lines + 1, (i + 1) * lines)
     print(f"MTV_JAX_SEED={base}: {kill} after {at} lines")
     process = start(recipe, killed)
     while steps_logged(killed) < at and process.poll() is None:

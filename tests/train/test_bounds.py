@@ -13,10 +13,10 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.train.bounds import Bound, BoundError
 from mtv_jax.train.experiment import build_experiment
-from mtv_jax.train.loop import train
 from mtv_jax.train.numerics import RollbackError
 from mtv_jax.train.run import EvalConfig
-from mtv_jax.train.trainer import Trainer
+from mtv_jax.train.train import train
+from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.errors import ConfigError
 
 

@@ -11,13 +11,13 @@ from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface
 from mtv_jax.data.registry import build_source
-from mtv_jax.encoder import description, loading
+from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals_run
 from mtv_jax.train.bounds import BoundError
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.run import resolve
+from mtv_jax.train.train import train
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -68,7 +68,7 @@ def drift(workdir, step):
 
 
 def test_all_comes_from_the_checkpoint(start, photos, tmp_path):
-  described = description.describe(start)
+  described = loading.read_model_info(start)
   model = loading.read_model(start)
   assert described.spec == model.spec and described.contrast == dict(
     loss_type="sigmoid"

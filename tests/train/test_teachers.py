@@ -18,8 +18,8 @@ from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.train import statistics
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.teachers import FrozenTeacher
+from mtv_jax.train.train import train
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
@@ -29,8 +29,8 @@ def recipe(**teacher):
   config = recipes.read_config("dino_b16_224:tiny,batch=8")
   config.total_steps = 5
   head = dict(prototypes=8, hidden=8, bottleneck=8)
-  config.objectives.distillation.update(head, view_local=None, koleo_weight=0.0)
-  config.objectives.masked_latent = None
+  config.objectives.dino.update(head, view_local=None, koleo_weight=0.0)
+  config.objectives.ibot = None
   config.objectives["gram"] = dict(weight=dict(value=2.0, start_steps=1))
   crop = "crop(16, 0.4, 1.0)"
   config.views = {"global": dict(count=2, ops=crop)}
@@ -131,7 +131,7 @@ def test_a_snapshot_needs_an_ema_teacher(tmp_path):
     build_experiment(config, tmp_path)
   config = recipe().to_dict()
   config["objectives"]["gram"]["weight"] = 1.0
-  config["objectives"]["distillation"]["weight"] = dict(start_steps=2)
+  config["objectives"]["dino"]["weight"] = dict(start_steps=2)
   with pytest.raises(ConfigError, match="at step 0, which starts at step 2"):
     build_experiment(config, tmp_path)
 

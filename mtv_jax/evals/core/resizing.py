@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Shaped
 
 from mtv_jax.augment import geometry
-from mtv_jax.models import positions
-from mtv_jax.models.heads import dpt
 from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.resampling import resize_matrix
 
 LINEAR = (
   "bilinear",
@@ -48,10 +47,11 @@ def matrix(
   if size < 1 or new_size < 1:
     raise InputError(f"resizing {size} values to {new_size}; expected >= 1")
   if method == "bilinear_corners":
-    weights = np.array(dpt.corner_matrix(size, new_size), np.float64)
+    weights = resize_matrix(size, new_size, method)
+    weights = np.array(weights.astype(np.float32), np.float64)
   elif method in ("bicubic", "bicubic_antialiased"):
     kind = method.removeprefix("bicubic_")
-    weights = np.array(positions.resize_matrix(size, new_size, kind))
+    weights = np.array(resize_matrix(size, new_size, kind))
   elif method == "bilinear_antialiased":
     # Concrete even while a caller is being traced: it depends on sizes only.
     with jax.ensure_compile_time_eval():

@@ -81,11 +81,7 @@ def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
 
 
 def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
-  """The inverse of `describe_heads`.
-
-  Raises:
-    InputError: for an unknown objective or option.
-  """
+  """The inverse of `describe_heads`."""
   known = {kind.objective for kind in HEADS.values()}
   for name in described:
     if name not in known:

@@ -22,7 +22,7 @@ from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import harness
 from mtv_jax.train.run import RunConfig, resolve
-from mtv_jax.train.step_spec import StepSpec, init_params
+from mtv_jax.train.spec import StepSpec, init_params
 from mtv_jax.train.train_step import build_train_step
 from mtv_jax.utils.errors import check_choice
 
@@ -147,9 +147,7 @@ def _make_config(
       "global": dict(count=2, ops=crop),
       "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
     }
-    config["objectives"] = dict(
-      distillation=dict(koleo_weight=0.1, **head), masked_latent=head
-    )
+    config["objectives"] = dict(dino=dict(koleo_weight=0.1, **head), ibot=head)
     config["teacher"] = dict(momentum=0.994)
   config["model"] |= model
   return config

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtv_jax.convert import depth_anything as weights
-from mtv_jax.experts.depth_anything import expert as expert_lib
+from mtv_jax.experts import depth_anything as expert_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
 from mtv_jax.perf.bench import experts

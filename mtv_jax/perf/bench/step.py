@@ -18,6 +18,7 @@ from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.interference import InterferenceConfig, measure_interference
+from mtv_jax.train.measurements import Measurements
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import check_choice
@@ -164,14 +165,14 @@ def time_interference(
     run = dataclasses.replace(run, interference=InterferenceConfig())
   timer = StepTimer(run, compile=measure == "time")
   experiment = timer.experiment
-  spec, program = experiment.step_spec, experiment.program
+  spec, measurements = experiment.step_spec, Measurements(experiment.program)
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
   every = experiment.length.steps(run.interference.every)
   meters = (("norms and cosines", None), ("with the transfer", lr))
 
   def run_meter(lr):
     active = tuple(spec.objectives)
-    arrays = program.interference(timer.state, timer.batch, active, lr)
+    arrays = measurements.interference(timer.state, timer.batch, active, lr)
     jax.block_until_ready(arrays)
 
   result = harness.Result(

@@ -18,6 +18,7 @@ from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, roofline, topologies
+from mtv_jax.train.measurements import Measurements
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.train_step import (
   TrainStep,
@@ -50,8 +51,8 @@ class Plan(TrainStep):
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of so many rows."""
-    update = self.program.jitted_update()
-    return update.lower(self.program.abstract, self.abstract_batch(rows))
+    inputs = self.program.abstract, self.abstract_batch(rows)
+    return self.program.update.lower(*inputs)
 
   @property
   def measures_norms(self) -> bool:
@@ -69,10 +70,11 @@ class Plan(TrainStep):
     """Lowers the program of those norms, or of the interference meter."""
     inputs = (self.program.abstract, self.abstract_batch())
     objectives = tuple(self.step_spec.objectives)
+    measurements = Measurements(self.program)
     if section := self.config.interference:
       lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
-      return self.program.interference.lower(*inputs, objectives, lr)
-    return self.program.encoder_grad_norms.lower(*inputs, objectives)
+      return measurements.interference.lower(*inputs, objectives, lr)
+    return measurements.encoder_grad_norms.lower(*inputs, objectives)
 
 
 def make_plan(
@@ -89,8 +91,7 @@ def make_plan(
   `changes` are overrides, 'KEY=VALUE', of the config.
   """
   if changes:
-    plain = config.to_dict() if isinstance(config, RunConfig) else config
-    config = overrides.override(plain, changes)
+    config = overrides.override(config, changes)
   config = resolve(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)

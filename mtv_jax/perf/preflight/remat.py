@@ -21,10 +21,10 @@ from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.train import encodings as encodings_lib
-from mtv_jax.train import losses
+from mtv_jax.train import forward as forward_lib
+from mtv_jax.train.gradients import float_leaves
 from mtv_jax.train.run import RunConfig
-from mtv_jax.train.step_spec import abstract_state
+from mtv_jax.train.spec import abstract_state
 from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -67,15 +67,11 @@ def list_savings(plan: compile_lib.Plan) -> list[Saving]:
       chosen = dataclasses.replace(spec, remat=Remat(choice))
 
       def forward(params, views, batch):
-        outputs = encodings_lib.encode(
-          {encoding: taps},
-          chosen.tower_of,
-          losses.stop_gradient_frozen(spec, params),
-          {},
-          views,
-          batch,
-        )
-        return losses.float_leaves(outputs)
+        params = forward_lib.stop_gradient_frozen(spec, params)
+        batch = {**batch, "views": views}
+        plan = {encoding: taps}
+        outputs = forward_lib.encode(chosen, params, {}, batch, plan=plan)
+        return float_leaves(outputs)
 
       args = state.params, views, batch
       values, pull = jax.eval_shape(

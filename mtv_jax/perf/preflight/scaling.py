@@ -21,7 +21,7 @@ from mtv_jax.objectives import (
   build_objective,
   captioning,
   contrastive,
-  distillation,
+  dino,
   grounding,
 )
 from mtv_jax.parallel import ring
@@ -56,7 +56,7 @@ def embedding_bytes(plan: Plan) -> int:
     rows, width = plan.config.batch_size // chips, spec.model.embed_dim
     method = getattr(objective, "method", "ring")
     use_ring = ring.should_use_ring(method, plan.mesh)
-    if isinstance(objective, distillation.Distillation):
+    if isinstance(objective, dino.DINO):
       if objective.koleo_weight and rows % objective.koleo_group:
         others = min(math.ceil(objective.koleo_group / rows), chips - 1)
         views = spec.views[objective.view_global].count

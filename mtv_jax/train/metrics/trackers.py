@@ -338,9 +338,6 @@ def build_trackers(names: str | Sequence[str]) -> dict[str, Tracker]:
 
   Args:
     names: op strings: "jsonl", "wandb(project='mtv')", "jsonl|tensorboard".
-
-  Raises:
-    ConfigError: an unknown name or option, or a package is not installed.
   """
   text = names if isinstance(names, str) else "|".join(names)
   trackers = {}

@@ -229,7 +229,7 @@ def test_a_config_that_does_not_fit_exits_with_1_and_lists_large_arrays(
   assert "DOES NOT FIT" in completed.stdout
   assert "exceeds available HBM (15.75G)" in completed.stdout
   assert "the largest arrays of a chip, at a batch of" in completed.stdout
-  assert "masked_pixels" in completed.stdout.split("the largest arrays")[1]
+  assert "mae" in completed.stdout.split("the largest arrays")[1]
 
 
 @pytest.mark.long

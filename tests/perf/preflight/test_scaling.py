@@ -43,20 +43,20 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   # A group of 64 is all 32 images; groups of 4 are those of a chip.
   koleo = 2 * 7 * ROWS * 4 * width
   assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
-  local = make_plan(repo_root, "objectives.distillation.koleo_group=4")
+  local = make_plan(repo_root, "objectives.dino.koleo_group=4")
   assert scaling.embedding_bytes(local) == contrast + grounding
   gathered = make_plan(
     repo_root,
     "objectives.contrastive.method=gathered",
     "objectives.grounding.method=gathered",
-    "objectives.distillation.koleo_weight=0",
+    "objectives.dino.koleo_weight=0",
   )
   expected = 2 * 7 * 5 * ROWS * 4 * width
   assert scaling.embedding_bytes(gathered) == expected
 
 
 def test_gradients_are_reduced_once_per_encoding(repo_root):
-  plan = make_plan(repo_root, "objectives.distillation.prototypes=66")
+  plan = make_plan(repo_root, "objectives.dino.prototypes=66")
   sizes = scaling.gradient_sizes(plan)
   params = plan.program.abstract.params
   fc1 = params["text"]["blocks"]["mlp"]["fc1"]["kernel"]
@@ -68,8 +68,8 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   assert sizes[params["text"]["token_embedding"].size] == 2
   chunked = make_plan(
     repo_root,
-    "objectives.distillation.prototypes=66",
-    "objectives.distillation.chunk=11",
+    "objectives.dino.prototypes=66",
+    "objectives.dino.chunk=11",
   )
   matrix = params["heads"]["dino"]["last_layer"]["kernel"]
   assert sizes[matrix.size] == 1

@@ -21,7 +21,8 @@ import pytest
 
 from mtv_jax.config import recipes
 from mtv_jax.config.durations import RunLength
-from mtv_jax.train import step_spec, train_step
+from mtv_jax.train import spec as step_spec
+from mtv_jax.train import train_step
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.optim.param_rules import match_param_rules
 from mtv_jax.train.run import resolve

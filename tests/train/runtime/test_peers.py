@@ -11,8 +11,8 @@ from jax._src import distributed
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.config import recipes
-from mtv_jax.train.loop import train
 from mtv_jax.train.runtime import peers
+from mtv_jax.train.train import train
 
 SECONDS = 1.0
 

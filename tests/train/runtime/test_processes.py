@@ -124,7 +124,9 @@ def test_the_others_exit_when_a_process_is_lost(
   assert seconds < 30
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(
+  "process", [pytest.param(0, marks=pytest.mark.long), 1]
+)
 def test_a_process_without_its_others_exits(tmp_path, process):
   workdir = tmp_path / "run"
   with trainings.together(workdir, 2, "--connect_seconds=5") as running:
@@ -149,7 +151,9 @@ def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
   assert "JAX distributed service" in log or "run is lost" in log
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+  "failing", [0, pytest.param(1, marks=pytest.mark.long)]
+)
 def test_a_process_that_fails_alone_tells_why_and_exits(
   tmp_path, monkeypatch, failing
 ):

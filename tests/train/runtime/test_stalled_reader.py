@@ -37,8 +37,10 @@ def saved_steps(workdir):
   "number",
   [
     signal.SIGTERM,
-    signal.SIGINT,
-    pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    *(
+      pytest.param(n, marks=pytest.mark.long)
+      for n in (signal.SIGHUP, signal.SIGINT)
+    ),
   ],
 )
 def test_a_signal_saves_and_exits(tmp_path, launch, number):

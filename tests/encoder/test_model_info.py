@@ -1,4 +1,4 @@
-"""Descriptions of folders: the loss of their image-text contrast."""
+"""Information on a folder's model: the loss of its image-text contrast."""
 
 import json
 
@@ -10,7 +10,7 @@ import tower_parity as parity
 from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface, native
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.encoder import description
+from mtv_jax.encoder import loading
 from mtv_jax.models.two_tower import ModelSpec
 
 # By family: the scale of a checkpoint, the loss and the highest scale.
@@ -36,7 +36,7 @@ def test_the_loss_is_the_checkpoints(kind, tmp_path):
   bias = -12.0 if kind == "siglip" else 0.0
   model = model_of(kind, scale, logit_bias=bias)
   folder = huggingface.write(tmp_path / "a", model)
-  (folder / native.DESCRIPTION).unlink()
+  (folder / native.INFO).unlink()
   config = json.loads((folder / "config.json").read_text())
   assert config["model_type"] == kind
   # Also as `mtv-jax convert from_hf` writes it.
@@ -58,7 +58,7 @@ def test_the_loss_of_an_export_is_the_runs(tmp_path):
   """SigLIP's towers trained with a softmax loss, whose exports have no bias."""
   model = model_of("siglip", 120.0)
   for write, name in ((huggingface.write, "a"), (native.write, "b")):
-    contrast = description.describe(write(tmp_path / name, model)).contrast
+    contrast = loading.read_model_info(write(tmp_path / name, model)).contrast
     assert contrast["loss_type"] == "softmax"
     assert contrast["max_scale"] == pytest.approx(120, rel=1e-4)
 
@@ -67,4 +67,4 @@ def test_a_folder_without_a_temperature_has_no_loss(tmp_path):
   model = model_of("siglip", 1.0)
   del model.params["heads"]
   folder = native.write(tmp_path / "a", model)
-  assert description.describe(folder).contrast == {}
+  assert loading.read_model_info(folder).contrast == {}

@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding
 
 from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.objectives import base, build_objective, distillation
+from mtv_jax.objectives import base, build_objective, dino
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
 from mtv_jax.perf import hlo
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec
 
 SMALL = dict(
   prototypes=8,
@@ -29,7 +29,7 @@ SMALL = dict(
 
 
 def make(**options):
-  return build_objective("distillation", {**SMALL, **options})
+  return build_objective("dino", {**SMALL, **options})
 
 
 def make_loss_inputs(rows=4, crops=2, local=3, channels=5, seed=0):
@@ -38,7 +38,7 @@ def make_loss_inputs(rows=4, crops=2, local=3, channels=5, seed=0):
   def unit(*shape):
     return jnp.asarray(samples.unit(rng.normal(size=shape)), jnp.float32)
 
-  return distillation.LossInputs(
+  return dino.LossInputs(
     teacher=unit(rows, crops, 4),
     student=unit(rows, crops + local, 4),
     pooled=jnp.asarray(rng.normal(size=(rows, crops, channels)), jnp.float32),
@@ -147,7 +147,7 @@ def test_sharded_equals_single_device(target):
 
 def koleo_of(vectors, valid, group=64):
   def loss(x):
-    return distillation.koleo(x, jnp.asarray(valid), group=group).value()
+    return dino.koleo(x, jnp.asarray(valid), group=group).value()
 
   return jax.jit(jax.value_and_grad(loss))(jnp.asarray(vectors, jnp.float32))
 
@@ -212,7 +212,7 @@ def test_koleo_on_a_mesh_equals_one_device(group):
   valid = np.arange(64) % 5 > 0
 
   def loss(x, mesh=None):
-    mean = distillation.koleo(x, jnp.asarray(valid), group=group, mesh=mesh)
+    mean = dino.koleo(x, jnp.asarray(valid), group=group, mesh=mesh)
     return mean.value()
 
   expected = jax.jit(jax.value_and_grad(loss))(vectors)
@@ -237,8 +237,8 @@ def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
   """As on a pod whose hosts' devices are not consecutive on the mesh."""
   mesh = make_mesh(dict(data=8))
   order = np.arange(16).reshape(8, 2)[[0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
-  monkeypatch.setattr(distillation, "data_rows", lambda rows, mesh: order)
-  groups = distillation.group_rows(jnp.asarray(order), 8, mesh)
+  monkeypatch.setattr(dino, "data_rows", lambda rows, mesh: order)
+  groups = dino.group_rows(jnp.asarray(order), 8, mesh)
   np.testing.assert_array_equal(groups, np.arange(16).reshape(2, 8))
 
 
@@ -247,8 +247,8 @@ def same_class_share(features, labels, group, mesh):
 
   @jax.jit
   def nearest(x):
-    x = distillation.group_rows(x, group, mesh)
-    return distillation.nearest_neighbours(x, jnp.ones(x.shape[:2], bool))
+    x = dino.group_rows(x, group, mesh)
+    return dino.nearest_neighbours(x, jnp.ones(x.shape[:2], bool))
 
   index = nearest(jax.device_put(features, NamedSharding(mesh, BATCH_SPEC)))
   classes = labels.reshape(index.shape[0], -1)
@@ -365,12 +365,12 @@ def test_last_layer_is_frozen_for_the_first_percent_of_the_run():
 
 
 def test_pair_weights_equal_dinov2():
-  weights = distillation.pair_weights(2, 8, same_crop="exclude")
+  weights = dino.pair_weights(2, 8, same_crop="exclude")
   assert weights.shape == (2, 10)
   assert weights[0, 0] == weights[1, 1] == 0
   np.testing.assert_allclose(np.unique(weights), [0, 1 / 18])
   with pytest.raises(ValueError, match="nothing is left to compare"):
-    distillation.pair_weights(1, 0, same_crop="exclude")
+    dino.pair_weights(1, 0, same_crop="exclude")
 
 
 def test_views_without_pairs_raise():

@@ -7,7 +7,7 @@ teacher's prototype assignments of the same patches, which it sees.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.config import options
 from mtv_jax.objectives import base
-from mtv_jax.objectives.self_distillation import SelfDistillation
+from mtv_jax.objectives.prototypes import PrototypeObjective
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -47,7 +47,7 @@ def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedLatent(SelfDistillation):
+class IBOT(PrototypeObjective):
   """iBOT masked-patch loss.
 
   The loss is the mean over all crops. Crops without masked patches add 0, as in
@@ -56,7 +56,7 @@ class MaskedLatent(SelfDistillation):
   """
 
   # Separate, as in DINOv2's large models and DINOv3; 'dino' shares the head of
-  # distillation.
+  # DINO.
   head: str = "ibot"
   view: str = "global"  # With masked patches; the teacher sees it unmasked.
   # All: targets on the visible patches of every crop too (iBOT++ of TIPSv2).
@@ -65,15 +65,13 @@ class MaskedLatent(SelfDistillation):
   # the view. Without it the head runs on all patches, with the same result.
   max_masked: options.PositiveInt | None = None
 
-  def resolve(
-    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
-  ) -> MaskedLatent:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> IBOT:
     if self.view not in views:
       return self
     view, patch = views[self.view], spec.image.patch_size
     if not view.max_masked:
       raise ConfigError(
-        f"masked_latent: the view '{self.view}' hides no patches. Add an op "
+        f"ibot: the view '{self.view}' hides no patches. Add an op "
         "such as blocks(0.1, 0.5) to its ops, or name another view."
       )
     if view.patch != patch:
@@ -83,7 +81,7 @@ class MaskedLatent(SelfDistillation):
       )
     if self.max_masked not in (None, view.max_masked):
       raise ConfigError(
-        f"masked_latent: max_masked is {self.max_masked}, but the view "
+        f"ibot: max_masked is {self.max_masked}, but the view "
         f"'{self.view}' hides up to {view.max_masked}. Leave it out."
       )
     return dataclasses.replace(self, max_masked=view.max_masked)

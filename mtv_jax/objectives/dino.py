@@ -7,7 +7,7 @@ an image (Caron et al. 2021).
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from mtv_jax.config import options
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base
-from mtv_jax.objectives.self_distillation import SelfDistillation
+from mtv_jax.objectives.prototypes import PrototypeObjective
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
@@ -98,7 +98,7 @@ def pair_weights(
     pairs[:, :global_views] -= np.eye(global_views, dtype=np.float32)
   if not pairs.any():
     raise ConfigError(
-      "distillation has one global crop and no local ones: nothing is left to "
+      "dino has one global crop and no local ones: nothing is left to "
       "compare. Give the global view count=2, name a local view, or set "
       "same_crop='include' where the global view has masked patches."
     )
@@ -115,7 +115,7 @@ class LossInputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(SelfDistillation):
+class DINO(PrototypeObjective):
   """DINO loss (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
 
   The teacher encodes the global crops unmasked, the student the global crops,
@@ -133,9 +133,7 @@ class Distillation(SelfDistillation):
   # Whether a global crop is compared with itself; DINO excludes it.
   same_crop: Literal["exclude", "include"] = "exclude"
 
-  def resolve(
-    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
-  ) -> Distillation:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> DINO:
     names = [self.view_global, self.view_local]
     counts = [views[n].count if n in views else 0 for n in names]
     if self.view_global in views:
@@ -207,7 +205,7 @@ class Distillation(SelfDistillation):
     rows, crops = pooled.shape[:2]
     if rows < 2:
       raise ConfigError(
-        f"distillation: koleo_weight={self.koleo_weight} compares images of "
+        f"dino: koleo_weight={self.koleo_weight} compares images of "
         f"the global batch, which has {rows}; it needs at least 2. Raise "
         "batch_size or set koleo_weight=0."
       )

@@ -1,4 +1,4 @@
-"""Specification of the train step, as a config gives it."""
+"""Specification of the train step, and its initial state."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.augment import views as views_lib
@@ -21,8 +22,7 @@ from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
-from mtv_jax.train import balance as balance_lib
-from mtv_jax.train import encodings
+from mtv_jax.train.balance.base import Balance
 from mtv_jax.train.optim.schedules import half_cosine
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.teachers import FrozenTeacher
@@ -78,7 +78,9 @@ class StepSpec:
   teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
     default_factory=dict
   )
-  balance: balance_lib.Balance = balance_lib.Balance()  # Fixed weights.
+  # The tower of each encoding, built from the fields above.
+  encoders: Mapping[base.Encoding, nn.Module] = dataclasses.field(init=False)
+  balance: Balance = Balance()  # By default the weights of the config.
 
   def __post_init__(self):
     if not self.objectives:
@@ -88,16 +90,14 @@ class StepSpec:
     for name, objective in self.objectives.items():
       for encoding in objective.needs().encodings:
         self._check_encoding(f"config.objectives.{name}", encoding)
-    object.__setattr__(self, "views", self._add_sizes())
-
-  def _add_sizes(self) -> dict[str, views_lib.View]:
-    """The views, and those at other sizes that encodings read."""
+    # Views at the sizes that encodings ask for.
     resized = {
       e.view_name: views_lib.resize_view(self.views[e.view], e.size)
       for e in self.plan
       if e.size
     }
-    return {**self.views, **resized}
+    object.__setattr__(self, "views", {**self.views, **resized})
+    object.__setattr__(self, "encoders", self._build_encoders())
 
   def _check_encoding(self, where: str, encoding: base.Encoding) -> None:
     """Raises ConfigError unless the config has the encoding's parts."""
@@ -153,8 +153,12 @@ class StepSpec:
 
   @functools.cached_property
   def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
-    """The distinct encodings with their taps."""
-    return encodings.collect_encodings(self.objectives.values())
+    """The distinct encodings, with the union of the layers that are read."""
+    union: dict[base.Encoding, set[int]] = {}
+    for objective in self.objectives.values():
+      for encoding, layers in objective.needs().encodings.items():
+        union.setdefault(encoding, set()).update(layers)
+    return {e: tuple(sorted(union[e])) for e in sorted(union)}
 
   @functools.cached_property
   def first_reads(self) -> dict[str, int]:
@@ -204,36 +208,21 @@ class StepSpec:
           starts[name] = min(step, starts.get(name, step))
     return starts
 
-  @functools.cached_property
-  def towers(self) -> dict[str, Any]:
-    """The linen modules `image` and, if the model has one, `text`."""
+  def _build_encoders(self) -> dict[base.Encoding, nn.Module]:
+    """The tower that computes each encoding, as a linen module."""
     options = dict(dtype=self.dtype, **self.runtime)
-    towers = {"image": model_lib.image_tower(self.model, **options)}
-    if self.model.text is not None:
-      towers["text"] = model_lib.text_tower(self.model, **options)
+    towers = {}
+    for e in self.plan:
+      remat = {"remat": self.remat.choose(e.tower, e.view)}
+      if e.weights in self.teachers:  # Features are targets: not quantized.
+        fixed = {**options, **remat, "quantization": "none"}
+        model = self.teachers[e.weights].model
+        towers[e] = model_lib.image_tower(model, **fixed)
+      elif e.tower == "image":
+        towers[e] = model_lib.image_tower(self.model, **options, **remat)
+      else:
+        towers[e] = model_lib.text_tower(self.model, **options, **remat)
     return towers
-
-  @functools.cached_property
-  def _teacher_towers(self) -> dict[str, Any]:
-    options = dict(dtype=self.dtype, **self.runtime)
-    options["quantization"] = "none"  # Features of a teacher are targets.
-    return {
-      name: model_lib.image_tower(teacher.model, **options)
-      for name, teacher in self.teachers.items()
-    }
-
-  def convert_pixels(self, encoding: base.Encoding, images: Array) -> Array:
-    """Images of a view in the normalisation of an encoding's tower."""
-    teacher = self.teachers.get(encoding.weights)
-    if teacher is None or teacher.pixels is None:
-      return images
-    return teacher.pixels(images)
-
-  def tower_of(self, encoding: base.Encoding) -> Any:
-    """The linen module of an encoding."""
-    frozen = self._teacher_towers.get(encoding.weights)
-    tower = self.towers[encoding.tower] if frozen is None else frozen
-    return tower.clone(remat=self.remat.choose(encoding.tower, encoding.view))
 
   @property
   def attention_heads(self) -> dict[str, int]:
@@ -248,19 +237,18 @@ class StepSpec:
 
   def select_objectives(self, names: tuple[str, ...]) -> StepSpec:
     """The same step with some of the objectives."""
+    if tuple(names) == tuple(self.objectives):
+      return self
     return dataclasses.replace(
       self,
       objectives={name: self.objectives[name] for name in names},
       weights={name: self.weights[name] for name in names},
     )
 
-  def measures_balance(self, step: int) -> bool:
-    """Whether to measure norms before the update after `step` others."""
-    every = self.balance.every_steps
-    if every is None:
-      return False
-    starts = {weight.start for weight in self.weights.values()}
-    return step in starts or step % every == 0
+  @functools.cached_property
+  def has_balance(self) -> bool:
+    """Whether a method weights losses or combines gradients."""
+    return type(self.balance) is not Balance
 
   def config_weights(self, step: Any) -> dict[str, Array]:
     """Each objective's weight of the config, with its ramp."""
@@ -268,23 +256,10 @@ class StepSpec:
 
   def loss_weights(self, state: TrainState) -> Mapping[str, Array]:
     """Each objective's weight in the total loss."""
-    weights = self.config_weights(state.step)
+    weights = {n: weight(state.step) for n, weight in self.weights.items()}
+    if not self.has_balance:
+      return weights
     return self.balance.loss_weights(weights, state.balance)
-
-  def teacher_starts(self, step: int) -> bool:
-    """Whether a teacher is first read in the update after `step` others."""
-    return step > 0 and self.first_reads.get(base.TEACHER) == step
-
-  def teachers_due(self, step: int) -> tuple[str, ...]:
-    """The frozen teachers to copy from the EMA teacher before an update.
-
-    `step` is the number of updates done.
-    """
-    return tuple(
-      name
-      for name, teacher in self.teachers.items()
-      if teacher.due(step - self.first_reads[name])
-    )
 
   def momentum(self, step: Any) -> Float[Array, ""]:
     """The teacher's momentum in the update after `step` others."""

@@ -17,9 +17,6 @@ from mtv_jax.config import foreign, options
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.layers import Depth, Length, Side, Vocabulary, Width
-from mtv_jax.models.text import TextSpec
-from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import MissingFileError
@@ -35,80 +32,53 @@ _OTHERS = {
   "*.h5": "TensorFlow weights",
   "*.npz": "NumPy archives; from_big_vision converts big_vision's",
 }
-# Activations of transformers by those of our specs; the first one is written.
-_ACTIVATIONS = {
-  "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
-  "exact": ("gelu", "gelu_python"),
-  "quick": ("quick_gelu",),
-  "relu": ("relu",),
-}
-_GELUS = {name: gelu for gelu, names in _ACTIVATIONS.items() for name in names}
-_GATE = "silu"  # Of a SwiGLU.
 SIDES = Side | tuple[Side, Side]
 _THREE = tuple[float, float, float]
 _SCALES = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-# What is known of the keys of a config.json and its sections, of any family.
+# Types of the keys of a config.json and its sections, in any family.
+_TYPED_KEYS = (
+  (bool, (
+    "apply_layernorm", "is_native", "key_bias", "mlp_bias", "proj_bias",
+    "qkv_bias", "query_bias", "scale_sqrt_depth", "use_gated_mlp", "use_head",
+    "use_swiglu_ffn", "value_bias", "vision_use_head",
+  )),
+  (str, (
+    "backbone", "depth_decoder_activation", "depth_estimation_type",
+    "hidden_act", "model_type", "readout_activation",
+  )),
+  (int, (
+    "head_in_index", "num_channels", "pad_token_id",
+    "video_temporal_patch_size",
+  )),
+  (PositiveFloat, (
+    "layer_norm_eps", "max_depth", "min_depth", "pos_embed_jitter",
+    "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps", "rope_theta",
+    "temperature_init_value",
+  )),
+  (Width, (
+    "fusion_hidden_size", "head_hidden_size", "hidden_size",
+    "intermediate_size", "num_attention_heads", "num_depth_bins",
+    "projection_dim", "projection_size", "reassemble_hidden_size",
+  )),
+  (Length, ("max_position_embeddings", "num_patches")),
+  (NonNegativeInt, ("num_register_tokens", "num_registers")),
+  (SIDES, ("image_size", "patch_size")),
+)  # fmt: skip
 _CONFIG_FIELDS = {
-  "apply_layernorm": bool,
-  "backbone": str,
-  "depth_decoder_activation": str,
-  "depth_estimation_type": str,
+  **{key: kind for kind, keys in _TYPED_KEYS for key in keys},
   "eos_token_id": int | list[int],
-  "fusion_hidden_size": Width,
-  "head_hidden_size": Width,
-  "head_in_index": int,
-  "hidden_act": str,
-  "hidden_size": Width,
-  "image_size": SIDES,
-  "is_native": bool,
-  "intermediate_size": Width,
-  "layer_norm_eps": PositiveFloat,
-  "key_bias": bool,
   "layerscale_value": float,
-  "max_depth": PositiveFloat,
   "max_img_size": Side,
-  "max_position_embeddings": Length,
-  "min_depth": PositiveFloat,
-  "mlp_bias": bool,
   "mlp_ratio": Annotated[float, Range(above=0, max=64)],
-  "model_type": str,
   "neck_hidden_sizes": tuple[Width, ...],
-  "num_depth_bins": Width,
   "norm_mean": _THREE,
   "norm_std": _SCALES,
-  "num_attention_heads": Width,
-  "num_channels": int,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
   "num_hidden_layers": Depth,
-  "num_patches": Length,
-  "num_register_tokens": NonNegativeInt,
-  "num_registers": NonNegativeInt,
   "out_features": list[str],
   "out_indices": list[int],
-  "pad_token_id": int,
-  "patch_size": SIDES,
-  "pos_embed_jitter": PositiveFloat,
-  "pos_embed_rescale": PositiveFloat,
-  "pos_embed_shift": PositiveFloat,
-  "proj_bias": bool,
-  "projection_dim": Width,
-  "projection_size": Width,
-  "qkv_bias": bool,
-  "query_bias": bool,
-  "readout_activation": str,
   "reassemble_factors": tuple[float, ...],
-  "reassemble_hidden_size": Width,
-  "rms_norm_eps": PositiveFloat,
-  "rope_theta": PositiveFloat,
-  "scale_sqrt_depth": bool,
   "summary_idxs": tuple[int, ...],
-  "temperature_init_value": PositiveFloat,
-  "use_gated_mlp": bool,
-  "use_head": bool,
-  "use_swiglu_ffn": bool,
-  "value_bias": bool,
-  "video_temporal_patch_size": int,
-  "vision_use_head": bool,
   "vocab_size": Vocabulary,
 }
 _PROCESSOR_FIELDS = {
@@ -122,25 +92,10 @@ _PROCESSOR_FIELDS = {
   "rescale_factor": PositiveFloat,
   "resample": int,
 }
-# Fields of SigLIP's and CLIP's config sections by those of our specs.
-_TOWER_FIELDS = {
-  "width": "hidden_size",
-  "depth": "num_hidden_layers",
-  "heads": "num_attention_heads",
-  "mlp_dim": "intermediate_size",
-  "norm_eps": "layer_norm_eps",
-}
-_TEXT_FIELDS = {"vocab_size": "vocab_size", "length": "max_position_embeddings"}
-_VISION_FIELDS = {"image_size": "image_size", "patch_size": "patch_size"}
 
 
 def require_folder(folder: str | os.PathLike) -> pathlib.Path:
-  """The folder as a path; of a bucket, of a local copy.
-
-  Raises:
-    MissingFileError: it does not exist.
-    ConversionError: it is a file.
-  """
+  """The folder as a path; a folder in a bucket as its local copy."""
   path = path_lib.local_copy(folder)
   if atomic.is_temporary(path):
     raise ConversionError(f"{path} is what an unfinished conversion left.")
@@ -157,12 +112,7 @@ def require_folder(folder: str | os.PathLike) -> pathlib.Path:
 def read_config(
   folder: str | os.PathLike, *, model_type: str, example: str
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-  """A folder's path and its `config.json`.
-
-  Raises:
-    MissingFileError: there is no folder.
-    ConversionError: it has another model type; `example` names a valid model.
-  """
+  """A folder's path and its `config.json`; `example` names a valid model."""
   path = require_folder(folder)
   config = foreign.read_object(path / "config.json")
   if config.get("model_type") != model_type:
@@ -193,15 +143,7 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 class TensorFiles:
   """Tensors of safetensors files, memory-mapped and read one at a time.
 
-  A context manager.
-
-  Args:
-    path: the file, or the index of several files.
-    files: all of them; only `path` by default.
-
-  Raises:
-    ConversionError: a file is missing, truncated or only a pointer, or a tensor
-      can't be read.
+  A context manager. `path` is the file, or the index of several `files`.
   """
 
   def __init__(
@@ -255,11 +197,7 @@ def _open(path: pathlib.Path) -> Any:
 
 
 def open_weights(folder: pathlib.Path) -> TensorFiles:
-  """The weights of a Hugging Face folder, one file or shards.
-
-  Raises:
-    ConversionError: there are none that can be read.
-  """
+  """The weights of a Hugging Face folder, one file or shards."""
   path = folder / WEIGHTS
   if path.is_file():
     return TensorFiles(path)
@@ -299,13 +237,8 @@ def with_defaults(
 ) -> dict[str, Any]:
   """A config's section with transformers' defaults, which files leave out.
 
-  Args:
-    config: the section, None where the file leaves it out.
-    defaults: by key.
-    section: its name in the file, "" for the file itself.
-
-  Raises:
-    InputError: it is no object, or a known key has another type or range.
+  `section` is its name in the file, "" for the file itself; `config` is None if
+  the file leaves the section out.
   """
   where = section and f"{section}."
   given = {} if config is None else config
@@ -319,144 +252,6 @@ def require(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
       raise ConversionError(
         f"{key}={config[key]!r} is not supported; expected {value!r}."
       )
-
-
-def has_text_tower(names: Iterable[str], prefix: str = "text_model.") -> bool:
-  """Whether a file with these tensors has a text tower."""
-  if any(name.startswith(prefix) for name in names):
-    return True
-  log.info("No text tower in the file: only images can be encoded.")
-  return False
-
-
-def read_text(
-  config: Mapping[str, Any], *, gated: bool = False
-) -> dict[str, Any]:
-  """Fields of `TextSpec` that a complete config section sets."""
-  fields = {k: config[name] for k, name in _TEXT_FIELDS.items()}
-  return {**fields, **_read_tower(config, gated=gated)}
-
-
-def read_vision(
-  config: Mapping[str, Any], *, gated: bool = False
-) -> dict[str, Any]:
-  """Fields of `ViTSpec` that a complete config section sets.
-
-  Args:
-    config: the section.
-    gated: whether the MLP is a SwiGLU, and `hidden_act` that of its gate.
-
-  Raises:
-    ConversionError: images or patches are not square or not RGB, or an unknown
-      activation.
-  """
-  if config.get("num_channels", 3) != 3:
-    raise ConversionError(
-      f"num_channels={config['num_channels']}: only RGB models convert."
-    )
-  size, patch = (read_side(config[k], k) for k in _VISION_FIELDS)
-  if patch > size:
-    raise ConversionError(
-      f"image_size={size} is smaller than patch_size={patch}."
-    )
-  # transformers drops pixels that do not fill a patch.
-  sizes = {"image_size": size // patch * patch, "patch_size": patch}
-  return {**sizes, **_read_tower(config, gated=gated)}
-
-
-def _read_tower(
-  config: Mapping[str, Any], *, gated: bool = False
-) -> dict[str, Any]:
-  fields = {k: config[name] for k, name in _TOWER_FIELDS.items()}
-  activation = config["hidden_act"]
-  if gated and activation == _GATE:
-    return fields
-  if gated:
-    raise ConversionError(
-      f"hidden_act={activation!r} of a gated MLP is not supported; expected "
-      f"{_GATE!r}."
-    )
-  if activation not in _GELUS:
-    raise ConversionError(
-      f"hidden_act={activation!r} is not supported; expected one of "
-      f"{sorted(_GELUS)}."
-    )
-  return {**fields, "gelu": _GELUS[activation]}
-
-
-def tower_config(
-  spec: ViTSpec | TextSpec, *, gated: bool = False
-) -> dict[str, Any]:
-  """The config section of a tower; the inverse of reading."""
-  extra = _TEXT_FIELDS if isinstance(spec, TextSpec) else _VISION_FIELDS
-  fields = {**_TOWER_FIELDS, **extra}
-  return {
-    **{key: getattr(spec, field) for field, key in fields.items()},
-    "hidden_act": _GATE if gated else _ACTIVATIONS[spec.gelu][0],
-    "attention_dropout": 0.0,
-  }
-
-
-def text_ids(spec: TextSpec, pad_id: int | None) -> dict[str, int | None]:
-  """Special tokens of a text section; the defaults would be CLIP's ids."""
-  pad_id = spec.eos_id if pad_id is None else pad_id
-  return {
-    "bos_token_id": None,
-    "eos_token_id": spec.eos_id,
-    "pad_token_id": pad_id,
-  }
-
-
-# Fields of towers that most classes can't express otherwise than so.
-_PLAIN = {
-  "image": {
-    "pool_tokens": (0,),
-    "pool_prefix": False,
-    "pool_heads": None,
-    "pool_mlp_dim": None,
-    "positions": "learned",
-    "registers": 0,
-    "layer_scale": None,
-    "mlp": "plain",
-    "pre_norm": False,
-    "patch_norm": False,
-    "final_norm": True,
-    "norm_kind": "layer",
-    "patch_bias": True,
-    "qkv_bias": "all",
-    "bias": True,
-    "projection": None,
-  },
-  "text": {
-    "mlp": "plain",
-    "qkv_bias": "all",
-    "bias": True,
-    "norm_kind": "layer",
-    "positions": "learned",
-    "token_scale": False,
-    "pad_id": None,
-  },
-}
-ANY = object()  # A value of `list_mismatches`.
-
-
-def list_mismatches(
-  spec: ModelSpec, required: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-  """A line for each field of a tower with another value than a class has.
-
-  Args:
-    spec: the model's.
-    required: by tower and field; `ANY` for fields that the class has. Others
-      are as in SigLIP.
-  """
-  return [
-    f"  {tower}.{field} is {value!r} and would have to be {expected!r}\n"
-    for tower, fields in required.items()
-    for field, expected in {**_PLAIN[tower], **fields}.items()
-    if expected is not ANY
-    and (value := getattr(getattr(spec, tower), field)) != expected
-  ]
 
 
 def read_side(value: Any, field: str) -> int:

@@ -1,8 +1,9 @@
-"""The steps of a training session: update, log, evaluate, save."""
+"""The loop over the steps of a session: update, log, evaluate, save."""
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -14,15 +15,20 @@ import jax
 import numpy as np
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.data import order
+from mtv_jax.data import order, pipeline
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.parallel.distributed import any_process
-from mtv_jax.train import interference, numerics
+from mtv_jax.train import numerics
 from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
+from mtv_jax.train.measurements import (
+  Measurements,
+  is_balance_due,
+  norm_metrics,
+)
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.numerics import (
   NonFiniteError,
@@ -38,6 +44,7 @@ from mtv_jax.train.runtime.prefetch import (
 from mtv_jax.train.runtime.profiling import StepProfiler
 from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
 from mtv_jax.train.state import TrainState
+from mtv_jax.train.teacher_copies import TeacherCopies
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +56,8 @@ class Trainer:
   experiment: Experiment
   state: TrainState
   first: int  # Number of updates of earlier sessions.
-  loader: BackgroundLoader
+  loader: pipeline.Loader
+  batches: BackgroundLoader  # Of the loader.
   skipped: order.SkippedBatches
   checkpoints: Checkpointer
   writer: MetricWriter
@@ -68,12 +76,20 @@ class Trainer:
     # Step, metrics and batch of the updates in flight.
     self.in_flight = collections.deque()
     self.save_postponed = False
+    program, self.copy_teachers = self.experiment.program, None
+    if TeacherCopies.are_needed(program.spec):
+      self.copy_teachers = TeacherCopies(program)
+
+  @functools.cached_property
+  def measurements(self) -> Measurements:
+    """Norms and interference of the objectives' gradients."""
+    return Measurements(self.experiment.program)
 
   def run(self) -> TrainState:
     """Trains to the last step."""
     experiment, config = self.experiment, self.experiment.config
     last = experiment.total_steps
-    batches = prefetch_to_device(self.loader, self.experiment.mesh)
+    batches = prefetch_to_device(self.batches, self.experiment.mesh)
     if self.first == 0:
       # Those with a bound, so that a misspelt metric shows at once.
       evals = config.evals.items()
@@ -156,11 +172,8 @@ class Trainer:
       self.chrono.expect_compilation()
     if self.chrono.compiling and self.watchdog:
       self.watchdog.restart()
-    if spec.teacher_starts(step - 1):
-      self.state = program.restart_teacher(self.state)
-    if due := spec.teachers_due(step - 1):
-      log.info("Step %d copies the EMA teacher to %s.", step, ", ".join(due))
-      self.state = program.update_teachers(self.state, due)
+    if self.copy_teachers is not None:
+      self.state = self.copy_teachers(self.state, step - 1)
     measured = self.measure_gradients(step, batch)
     self.state, self.values = program.update(self.state, batch, self.active)
     self.in_flight.append((step, self.values, batch))
@@ -170,11 +183,7 @@ class Trainer:
     return measured
 
   def observe(self, keep: int = 0) -> None:
-    """Checks the numbers of updates until only `keep` are in flight.
-
-    Raises:
-      RollbackError: too many in a row are not finite.
-    """
+    """Checks the numbers of updates until only `keep` are in flight."""
     while len(self.in_flight) > keep:
       step, values, batch = self.in_flight.popleft()
       skipped, norm = jax.device_get((values["skipped"], values["grad_norm"]))
@@ -197,7 +206,7 @@ class Trainer:
       # The losses are finite; which of the gradients is not?
       names += numerics.list_non_finite(self.measure_norms(batch))
     try:
-      keys = self.loader.loader.batches.read_keys(step - 1)
+      keys = self.loader.batches.read_keys(step - 1)
     except Exception as error:
       keys = [f"unknown: {error}"]
     log.warning(
@@ -219,61 +228,36 @@ class Trainer:
       raise NonFiniteError(f"at step {step}: {where}")
 
   def measure_norms(self, batch: Any) -> dict[str, float]:
-    """Each objective's gradient norm of a batch, on the encoder, now.
-
-    Takes more memory than an update: none where the devices lack it.
-    """
+    """Each objective's gradient norm of a batch, on the encoder, now."""
     with self.paused("measure"):
-      try:
-        norms = self.experiment.program.encoder_grad_norms(
-          self.state, batch, self.active
-        )
-        norms = jax.device_get(norms)
-      except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-          raise
-        log.warning(
-          "The objectives' gradient norms are unknown, as their measurement"
-          " takes more memory than there is. %s",
-          str(error).splitlines()[0],
-        )
-        return {}
-    return {f"{n}/encoder_grad_norm": float(v) for n, v in norms.items()}
+      return self.measurements.norms_or_warning(self.state, batch, self.active)
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
     """Gradient norms and interference, as metrics, if they are due.
 
     Updates the balance, and writes the interference of each pair.
     """
-    experiment, program = self.experiment, self.experiment.program
-    config, active = experiment.config, self.active
-    balances = experiment.step_spec.measures_balance(step - 1)
+    experiment, config = self.experiment, self.experiment.config
+    balances = is_balance_due(experiment.step_spec, step - 1)
     every = config.interference and config.interference.every
     compares = experiment.is_due(every, step)
     if not (
       balances or compares or experiment.is_due(config.log.gradients, step)
     ):
       return {}
-    values = {}
+    values, args = {}, (self.state, batch, self.active)
     with self.paused("measure"):
       if compares:
         lr = None
         if config.interference.transfer:
           lr = np.float32(experiment.optimizer.schedule(step - 1))
-        measured = jax.device_get(
-          program.interference(self.state, batch, active, lr)
-        )
-        row = interference.interference_row(active, measured)
+        row, values, norms = self.measurements.measure_interference(*args, lr)
         self.writer.write_row("interference", step, row)
-        values = interference.interference_scalars(measured)
-        norms = np.linalg.norm(measured["norms"], axis=1)
-        norms = dict(zip(active, norms, strict=True))
       else:
-        norms = program.encoder_grad_norms(self.state, batch, active)
+        norms = self.measurements.encoder_grad_norms(*args)
       if balances:
-        self.state = program.update_balance(self.state, norms)
-      norms = jax.device_get(norms)
-    return {**{f"{n}/encoder_grad_norm": v for n, v in norms.items()}, **values}
+        self.state = self.measurements.update_balance(self.state, norms)
+      return {**norm_metrics(norms), **values}
 
   def log(
     self, step: int, measured: Mapping[str, Any], *, to_files: bool
@@ -285,7 +269,7 @@ class Trainer:
     """
     self.observe()
     self.values = jax.device_get(self.values)
-    stats = self.loader.loader.stats_at(step)
+    stats = self.loader.stats_at(step)
     values = {k: v for k, v in self.values.items() if k != "skipped"} | {
       "skipped_updates": self.monitor.skipped_updates,
       **self.experiment.optimizer.hyperparameters(step - 1),
@@ -347,9 +331,6 @@ class Trainer:
     Writes the metrics, with their protocol `evals/NAME_STEP.json`, and the
     metrics of resamples of the items, `evals/NAME_STEP.npz`. After the last
     step also the sheets of images, `evals/NAME_STEP/SHEET.png`.
-
-    Raises:
-      RollbackError: a metric is beyond its bound.
     """
     experiment, config = self.experiment, self.experiment.config
     for name in names:
@@ -420,7 +401,7 @@ class Trainer:
     with self.paused("save"):
       timing = self.chrono.to_dict() | self.monitor.to_dict()
       timing["skipped_batches"] = self.skipped
-      timing["data"] = self.loader.loader.stats_at(step).to_dict()
+      timing["data"] = self.loader.stats_at(step).to_dict()
       self.checkpoints.save(step, self.state, timing=timing)
 
   def save_deletes_rollback_target(self) -> bool:
@@ -435,10 +416,6 @@ class Trainer:
     """Saves a checkpoint, unless the step has one, and raises.
 
     Every process calls it after the same step, as they save together.
-
-    Raises:
-      Preempted: after a signal.
-      StalledError: the watchdog has expired.
     """
     if self.watchdog:
       self.watchdog.stopping()

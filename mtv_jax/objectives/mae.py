@@ -54,7 +54,7 @@ class LossInputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedPixels(base.Objective):
+class MAE(base.Objective):
   """MAE loss: squared errors of the pixels of hidden patches."""
 
   view: str = "mae"  # Its ops end in `keep(ratio)`.
@@ -67,7 +67,7 @@ class MaskedPixels(base.Objective):
   scan: bool = True
 
   def __post_init__(self):
-    build_policy(self.remat, where="MaskedPixels.remat")
+    build_policy(self.remat, where="MAE.remat")
     width, heads = self.decoder_width, self.decoder_heads
     if width % heads or width % 4:
       raise ConfigError(
@@ -75,20 +75,17 @@ class MaskedPixels(base.Objective):
         f"decoder_heads ({heads}) and of 4, which 2-D positions need."
       )
 
-  def resolve(
-    self, spec: Any, views: base.ByName, teachers: base.ByName | None = None
-  ) -> MaskedPixels:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> MAE:
     patch = spec.image.patch_size
     if self.patch not in (None, patch):
       raise ConfigError(
-        f"masked_pixels: patch is {self.patch}, the model's is {patch}. Leave "
-        "it out."
+        f"mae: patch is {self.patch}, the model's is {patch}. Leave it out."
       )
     for pipeline in views[self.view].pipelines if self.view in views else ():
       op = pipeline.mask
       if not isinstance(op, masks.Keep):
         raise ConfigError(
-          f"masked_pixels reads the view {self.view!r}, which hides no patch "
+          f"mae reads the view {self.view!r}, which hides no patch "
           "from the encoder. End its ops in keep(0.25), or name another view."
         )
       if op.patch != patch:
@@ -100,7 +97,7 @@ class MaskedPixels(base.Objective):
       patches = (pipeline.size // patch) ** 2
       if op.count(pipeline.size) >= patches:
         raise ConfigError(
-          f"masked_pixels: the view {self.view!r} keeps all {patches} patches, "
+          f"mae: the view {self.view!r} keeps all {patches} patches, "
           "which leaves none to predict; lower the ratio of keep(0.25)."
         )
     return dataclasses.replace(self, patch=patch)
@@ -111,7 +108,7 @@ class MaskedPixels(base.Objective):
   def heads(self) -> dict[str, base.Head]:
     if self.patch is None:
       raise ConfigError(
-        "masked_pixels: the patch size is not known; give patch=16, or "
+        "mae: the patch size is not known; give patch=16, or "
         "resolve() it with the model."
       )
     module = mae_decoder.MaskedDecoder(

@@ -1,4 +1,4 @@
-"""Training: build, restore, run the steps, return to earlier checkpoints."""
+"""Training of a config: build, restore, run the steps, roll back."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from mtv_jax.train.runtime.profiling import StepProfiler
 from mtv_jax.train.runtime.watchdog import Watchdog
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.statistics import fit_statistics
-from mtv_jax.train.trainer import Trainer
+from mtv_jax.train.train_loop import Trainer
 from mtv_jax.train.workdir import (
   CHECKPOINTS,
   open_run_folder,
@@ -173,9 +173,6 @@ def _restore_before(
   """The checkpoint before the steps of `damage`; deletes later ones.
 
   With `latest_good` the one before it, if it is damaged.
-
-  Raises:
-    UserError: there is none, or the run is to stop; of `damage.error_type`.
   """
   options = experiment.config.nonfinite
   steps = checkpoints.steps()
@@ -216,11 +213,7 @@ def _train_from(
   command: str,
   debug_nans: bool,
 ) -> TrainState:
-  """Trains from a checkpoint, None for the start, to the last step.
-
-  Raises:
-    RollbackError: too many updates in a row are not finite.
-  """
+  """Trains from a checkpoint, None for the start, to the last step."""
   config = experiment.config
   first = saved.step if saved else 0
   timing = saved.timing if saved else {}
@@ -248,11 +241,8 @@ def _train_from(
       stalled = bool(watchdog and watchdog.expired)
       return jax.process_count() == 1 and (notice.received or stalled)
 
-    loader = stack.enter_context(
-      BackgroundLoader(
-        make_loader(experiment, first, skipped, stats), interrupted
-      )
-    )
+    loader = make_loader(experiment, first, skipped, stats)
+    batches = stack.enter_context(BackgroundLoader(loader, interrupted))
     writer = stack.enter_context(
       MetricWriter(
         experiment.workdir,
@@ -294,6 +284,7 @@ def _train_from(
       state=state,
       first=first,
       loader=loader,
+      batches=batches,
       skipped=skipped,
       checkpoints=checkpoints,
       writer=writer,

@@ -11,9 +11,9 @@ from mtv_jax.convert import depth_anything as weights
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
+from mtv_jax.experts import depth_anything
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.depth_anything import expert as depth_anything
-from mtv_jax.experts.depth_anything.preprocess import (
+from mtv_jax.experts.depth_anything import (
   MEAN,
   STD,
   DepthPreprocess,
@@ -44,7 +44,7 @@ def _tensors(config=CONFIG):
   rng = np.random.default_rng(0)
   spec = weights.read_spec(config, ["backbone.embeddings.mask_token"])
   tensors = {}
-  for rule in weights.rules(spec):
+  for rule in weights.param_mapping(spec):
     for name, shape in rule.expected_shapes():
       scale = max(1, int(np.prod(shape[1:]))) ** -0.5
       tensors[name] = (scale * rng.normal(size=shape)).astype(np.float32)
