@@ -57,7 +57,7 @@ def matrix(
     with jax.ensure_compile_time_eval():
       weights = np.array(_triangles(size, new_size), np.float64)
   else:
-    weights = _areas(size, new_size)
+    weights = np.array(resize_matrix(size, new_size, method))
   weights.setflags(write=False)  # cached, so shared by every caller
   return weights
 
@@ -66,17 +66,6 @@ def matrix(
 def _triangles(size: int, new_size: int) -> Array:
   zero, one = jnp.float32(0), jnp.float32(1)
   return geometry.resample_matrix(zero, one, source=size, target=new_size)
-
-
-def _areas(size: int, new_size: int) -> np.ndarray:
-  position = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-  position = np.clip(position, 0, size - 1)
-  low = np.floor(position).astype(int)
-  weights = np.zeros((new_size, size))
-  rows, share = np.arange(new_size), position - low
-  np.add.at(weights, (rows, low), 1 - share)
-  np.add.at(weights, (rows, np.minimum(low + 1, size - 1)), share)
-  return weights
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import LazySequence
 from mtv_jax.evals.core.padded_views import PaddedView
-from mtv_jax.evals.depth import augment, metrics, training
+from mtv_jax.evals.depth import augment, heads, metrics, training
 from mtv_jax.evals.depth.augment import DepthExample
 from mtv_jax.evals.depth.depth_probe import DepthProbe, score
 from mtv_jax.evals.depth.protocols import PROTOCOLS
@@ -245,16 +245,19 @@ def torch_prediction(image, model, max_depth):
 @pytest.mark.parametrize("tta", ["none", "flip"])
 def test_predictions_match_torch(pixels, tta):
   """From the image to the clipped depth map, given equal weights."""
-  from probe_head_parity import random_head, torch_head
+  from probe_head_parity import torch_head
 
   evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6.0)
   data = evaluator._set("test", 32)
   setup = evaluator._resolve(pixels, data)
-  params, state = random_head(setup.head, setup.channels)
+  rng = np.random.default_rng(0)
+  params, state = jax.tree.map(
+    lambda x: rng.uniform(-0.5, 1, x.shape).astype(np.float32),
+    heads.init_depth_head(setup.head, setup.channels, seed=0),
+  )
+  state["batch_stats"]["norm"]["var"] += 0.6
   # Weights that grow with the bin, or every depth would be near the mean.
-  kernel = np.random.default_rng(0).uniform(-0.5, 1, (setup.channels, 256))
-  kernel *= np.linspace(-1, 1, 256)
-  params["logits"]["kernel"] = kernel.astype(np.float32)
+  params["logits"]["kernel"] *= np.linspace(-1, 1, 256, dtype=np.float32)
   model = torch_head(setup.head, params, state).eval()
   fitted = probe.FitResult(params, {"head": state}, np.zeros(1, np.float32))
   predicted = list(training.predict(setup, data, fitted))
