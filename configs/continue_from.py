@@ -13,7 +13,7 @@ the built-in scenes. Hardware: one accelerator of 16 GB at B/16, not tried here.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -94,7 +94,7 @@ def guard(config, arg, weights, size):
 
 def read_model(arg):
   """The section `model`, the contrast's loss and the weights to start from."""
-  from mtv_jax.encoder import description  # Late, as it takes JAX.
+  from mtv_jax.encoder import loading  # Late, as it takes JAX.
 
   if not arg.path:
     text = dict(variant="mu", length=64, tokenizer="bytes", vocab_size=258)
@@ -102,7 +102,7 @@ def read_model(arg):
     model = dict(variant="mu/8", patch_size=8, image_size=32, text=text)
     model |= dict(preprocess=dict(size=32), dtype=arg.dtype)
     return ConfigDict(model), {}, "student"
-  described = description.describe(arg.path)
+  described = loading.read_model_info(arg.path)
   model = ConfigDict(described.model_config() | dict(dtype=arg.dtype))
   if arg.images_only:
     model.text = None
@@ -141,8 +141,6 @@ def self_supervision(config, arg, size, patch):
   head = dict(prototypes=arg.prototypes, target="sinkhorn")
   if arg.prototypes < 1024:
     head |= dict(hidden=64, bottleneck=32, chunk=None)
-  config.objectives = dict(
-    distillation=dict(koleo_weight=0.1, **head), masked_latent=head
-  )
+  config.objectives = dict(dino=dict(koleo_weight=0.1, **head), ibot=head)
   config.teacher = dict(momentum=0.994)
   config.weights = "teacher"

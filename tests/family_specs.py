@@ -1,20 +1,38 @@
-"""Tiny image towers with the options of each family, as sections `model`."""
+"""Tiny towers with the options of each family, as sections `model`."""
 
 BLOCK = {"variant": "mu/16", "depth": 2, "image_size": 64}
-# Written by `huggingface.write`, by model type.
+_CLS = {**BLOCK, "pool": "cls"}
+_ROPE = {**_CLS, "positions": "rope"}
+_AIM_BLOCK = {
+  "norm_kind": "rms",
+  "mlp": "swiglu",
+  "qkv_bias": "none",
+  "bias": False,
+}
+# Image towers that `huggingface.write` exports, by model type.
 EXPORTED = {
+  "siglip_vision_model": BLOCK,
+  "siglip2_vision_model": {  # NaFlex.
+    **BLOCK,
+    "position_resize": "bilinear_antialiased",
+  },
+  "dinov2": _CLS,
+  "dinov2_with_registers": {**_CLS, "registers": 2, "layer_scale": 0.1},
+  "dinov3_vit": {
+    **_ROPE,
+    "registers": 4,
+    "layer_scale": 1.0,
+    "qkv_bias": "query_value",
+    "mask_token": True,
+  },
   "aimv2_vision_model": {
     **BLOCK,
+    **_AIM_BLOCK,
     "pool": "query",
     "patch_norm": True,
-    "norm_kind": "rms",
-    "mlp": "swiglu",
-    "qkv_bias": "none",
-    "bias": False,
   },
   "radio": {
-    **BLOCK,
-    "pool": "cls",
+    **_CLS,
     "registers": 3,
     "pool_tokens": (0, 1),
     "patch_bias": False,
@@ -22,24 +40,29 @@ EXPORTED = {
     "position_resize": "crop",
   },
   "tipsv2_vision_model": {
-    **BLOCK,
-    "pool": "cls",
+    **_CLS,
     "registers": 1,
     "layer_scale": 1.0,
     "position_resize": "bilinear_antialiased",
   },
 }
-SPECS = {
-  **EXPORTED,
-  "dinov3_vit": {
-    **BLOCK,
-    "pool": "cls",
-    "registers": 4,
-    "layer_scale": 1.0,
-    "positions": "rope",
-    "qkv_bias": "query_value",
-    "mask_token": True,
+# Further models, by the model type that they are exported as.
+VARIANTS = {
+  "dinov2": {
+    "DINO": {"gelu": "exact"},
+    "swiglu": {"layer_scale": 0.1, "mlp": "swiglu", "mlp_dim": 128},
+    "MAE": {"positions": "sincos", "norm_eps": 1e-5},
   },
+  "dinov3_vit": {
+    "jitter": {"rope": {"jitter": 1.5}, "layer_scale": None},
+    "gated": {"registers": 0, "mlp": "swiglu", "mlp_dim": 120},
+  },
+  "siglip_vision_model": {"headless": {"pool": "mean"}},
+  "siglip2_vision_model": {"headless": {"pool": "mean"}},
+  "aimv2_vision_model": {"headless": {"pool": "mean"}},
+}
+_NAMES = ("siglip2", "dinov3", "aimv2", "radio", "tipsv2")
+SPECS = {k: v for k, v in EXPORTED.items() if k.startswith(_NAMES)} | {
   "perception_encoder": {  # The spatial one.
     **BLOCK,
     "pool": "mean",
@@ -50,30 +73,22 @@ SPECS = {
     "patch_bias": False,
     "position_resize": "antialiased",
   },
-  "siglip2_vision_model": {  # NaFlex.
-    **BLOCK,
-    "pool": "map",
-    "position_resize": "bilinear_antialiased",
-  },
 }
 
 _TEXT = {"variant": "mu", "length": 12, "vocab_size": 258}
-_AIM = EXPORTED["aimv2_vision_model"]
-_AIM_BLOCK = {k: _AIM[k] for k in ("norm_kind", "mlp", "qkv_bias", "bias")}
 _EOS = {"pool": "eos", "causal": True, "projection_bias": False}
 # With text towers, also written by `huggingface.write`.
 TEXT_SPECS = {
   "siglip": {**BLOCK, "text": _TEXT},
   "clip": {
-    **BLOCK,
-    "pool": "cls",
+    **_CLS,
     "pre_norm": True,
     "patch_bias": False,
     "projection": 64,
     "text": {**_TEXT, **_EOS},
   },
   "aimv2": {
-    **_AIM,
+    **EXPORTED["aimv2_vision_model"],
     "projection": 64,
     "text": {**_TEXT, **_EOS, **_AIM_BLOCK},
   },
@@ -92,9 +107,18 @@ TEXT_SPECS = {
 }
 
 
+def exported_cases():
+  """(model type, section `model`) of every exported image tower, by name."""
+  cases = {kind: (kind, fields) for kind, fields in EXPORTED.items()}
+  for kind, variants in VARIANTS.items():
+    for name, fields in variants.items():
+      cases[f"{kind}_{name}"] = (kind, {**EXPORTED[kind], **fields})
+  return cases
+
+
 def preprocess_of(kind):
   """Fields of `Preprocess`."""
   fields = {"size": 64}
-  if kind == "siglip2_vision_model":
+  if kind.startswith("siglip2"):
     fields |= {"resize": "native", "patch_size": 16, "max_patches": 16}
   return fields

@@ -1,8 +1,11 @@
 """Comparison of towers with those of transformers and timm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mtv_jax.models import two_tower
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
@@ -20,6 +23,44 @@ def add_noise(model, *, seed=0, scale=0.1):
       noise = torch.randn(parameter.shape, generator=generator)
       parameter.add_(scale * noise)
   return model.eval()
+
+
+def save_model(
+  folder,
+  class_name,
+  *,
+  scale=0.1,
+  dtype=None,
+  change=None,
+  options=(),
+  **config,
+):
+  """Saves a model of transformers of random weights, and returns it.
+
+  `options` are those of `save_pretrained`, `change` changes the model.
+  """
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  kind = getattr(transformers, class_name)
+  model = kind(kind.config_class(**config))
+  # TIPSv2 divides by its temperature.
+  temperature = getattr(model, "temperature", None)
+  before = temperature is not None and temperature.detach().clone()
+  model = add_noise(model, scale=scale)
+  if temperature is not None:
+    temperature.data.copy_(before)
+  if change:
+    change(model)
+  model = model.to(dtype or torch.float32)
+  model.save_pretrained(folder, **dict(options))
+  return model
+
+
+def remove_normalization(model):
+  """RADIO normalises pixels itself; the towers are compared after that."""
+  if hasattr(model, "input_conditioner"):
+    model.make_preprocessor_external()
 
 
 def random_params(spec, *, seed=0):
@@ -54,21 +95,28 @@ def as_torch(images):
   return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
+@functools.cache
+def _image_function(spec):
+  tower, layers = two_tower.image_tower(spec), tuple(range(spec.image.depth))
+  return jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=layers))
+
+
 def run_image(model, images):
-  """Output of the image tower of a `ConvertedModel`, all layers tapped."""
-  tower = two_tower.image_tower(model.spec)
-  taps = tuple(range(model.spec.image.depth))
+  """Output of the image tower of a `ConvertedModel` with all its layers."""
   params = jax.tree.map(jnp.asarray, model.params["image"])
-  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=taps))
-  return apply(params, jnp.asarray(images))
+  return _image_function(model.spec)(params, jnp.asarray(images))
+
+
+@functools.cache
+def _text_function(spec):
+  tower = two_tower.text_tower(spec)
+  return jax.jit(lambda p, x: tower.apply({"params": p}, x))
 
 
 def run_text(model, tokens):
   """Output of the text tower."""
-  tower = two_tower.text_tower(model.spec)
   params = jax.tree.map(jnp.asarray, model.params["text"])
-  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x))
-  return apply(params, jnp.asarray(tokens))
+  return _text_function(model.spec)(params, jnp.asarray(tokens))
 
 
 def largest_difference(pairs):
@@ -88,8 +136,8 @@ def image_pairs(out, theirs):
   """Arrays to compare of `ImageOutput` and transformers' output."""
   tokens = np.concatenate([out.prefix, out.patches], axis=1)
   pairs = {"last": (tokens, theirs.last_hidden_state)}
-  for layer, tap in out.taps.items():
-    pairs[f"layer {layer}"] = (tap, theirs.hidden_states[layer + 1])
+  for layer, tokens in out.taps.items():
+    pairs[f"layer {layer}"] = (tokens, theirs.hidden_states[layer + 1])
   if getattr(theirs, "pooler_output", None) is not None:
     pairs["pooled"] = (out.pooled, theirs.pooler_output)
   return pairs

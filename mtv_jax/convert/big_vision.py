@@ -1,8 +1,8 @@
 """Reader of big_vision's SigLIP checkpoints (NumPy archives).
 
-Parameters are those of its two-tower model: `img` (a ViT), `txt` (a transformer
-with a dense `head`), `t` (log of the inverse temperature) and `b`. Scanned
-blocks are stacked in one `encoderblock`, others are `encoderblock_0`, ...
+A two-tower model has `img` (a ViT), `txt` (a transformer with a dense `head`),
+`t` (log of the inverse temperature) and `b`. Scanned blocks are stacked in one
+`encoderblock`; without a scan they are `encoderblock_0`, ...
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class _Archive:
   def __init__(self, path: pathlib.Path):
     self.path = path
     self._shapes: dict[str, tuple[int, ...]] = {}
-    # Of each name the array in the file, and the layer of a stacked one.
+    # By name: the array in the file, and the layer if it is a stack.
     self._members: dict[str, tuple[str, int | None]] = {}
-    # The last arrays read, as every layer is read from the same ones.
+    # Every layer is read from the same few arrays.
     self._load = functools.lru_cache(maxsize=4)(self._read_member)
     for name, (member, shape) in _read_headers(path).items():
       if "/encoderblock/" not in name:
@@ -146,22 +146,15 @@ class _Archive:
 def read(path: str | os.PathLike) -> ConvertedModel:
   """Reads a SigLIP (or SigLIP 2, fixed resolution) checkpoint.
 
-  The archive has no tokenizer.
-
-  Args:
-    path: the `.npz`, with or without an optimizer's state.
-
-  Raises:
-    MissingFileError: the file does not exist.
-    ConversionError: not an archive, a NaFlex or another model, or arrays that
-      are missing, unexpected or of another shape, each named.
+  The `.npz` lacks a tokenizer, and may have an optimizer's state. Arrays that
+  are missing, unexpected or of another shape are named.
   """
   store = _Archive(pathlib.Path(path))
   with foreign.errors_of(path):
     spec = _read_spec(store)
   return ConvertedModel(
     spec=spec,
-    params=tensors.load(_rules(spec, store.names), store),
+    params=tensors.load(_param_mapping(spec, store.names), store),
     preprocess={"size": spec.image.image_size, **_PREPROCESS},
   )
 
@@ -185,7 +178,7 @@ def _read_headers(
   """Name in the archive and shape of each parameter, without an optimizer's."""
   if not path.is_file():
     raise MissingFileError(f"There is no file {path}; a .npz is expected.")
-  # NumPy would take other files for pickles, and advise to load them as such.
+  # NumPy takes any other file for a pickle, and advises to load it as one.
   if not zipfile.is_zipfile(path):
     with path.open("rb") as file:
       start = file.read(16)
@@ -275,7 +268,7 @@ def _read_spec(store: _Archive) -> ModelSpec:
   return ModelSpec(image=image, text=text)
 
 
-def _rules(spec: ModelSpec, names: Collection[str]) -> list[Rule]:
+def _param_mapping(spec: ModelSpec, names: Collection[str]) -> list[Rule]:
   special = []
   if spec.text is not None and "b" in names:
     special = tables.scale_and_bias("t", "b")

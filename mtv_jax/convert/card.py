@@ -29,7 +29,7 @@ with torch.no_grad():
 `padding="max_length"` is needed: the model was trained on texts padded to
 {length} tokens.
 """
-# The defaults of `Siglip2Processor` hide those of its image processor.
+# `Siglip2Processor` replaces the settings of its image processor.
 _PATCHES = """\
   max_num_patches={},
   patch_size={},
@@ -113,13 +113,10 @@ def write_card(
   class_name: str,
   max_patches: int | None = None,
 ) -> str:
-  """A short README with runnable code.
+  """A short README with runnable code for transformers' `class_name`.
 
-  Args:
-    spec: the model's spec.
-    others: names of the parameters in `heads.safetensors`.
-    class_name: of transformers.
-    max_patches: of images at their native aspect ratio.
+  `others` are the parameters in `heads.safetensors`, `max_patches` is set for
+  images at their native aspect ratio.
   """
   embedding = _POOLER
   if spec.image.pool == "mean":
@@ -163,23 +160,10 @@ def complete_card(
 ) -> str:
   """A folder's README as the card of a model of the hub.
 
-  Its code loads the model from the hub, where it named the folder, or the model
-  of the earlier result. The metadata get the licence and the base model, and
-  keep their own tags.
-
-  Args:
-    readme: of `write_card`, or an earlier result.
-    repo: `ORG/NAME`.
-    licence: the hub's identifier of it, such as `apache-2.0`.
-    licence_name: identifier of a licence for which the hub has none, `other`.
-    licence_link: URL or file of the model with its text.
-    data: what the model was trained on, Markdown.
-    base_model: `ORG/NAME` or a description of what it was continued from.
-    results: metrics with their protocols, Markdown.
-
-  Raises:
-    InputError: the README has no metadata, or the licence is no identifier, or
-      has a name or a link though it is not `other`.
+  `readme` is from `write_card`, or an earlier result. Its code then loads the
+  model `repo` (ORG/NAME) from the hub. The metadata get the licence (an
+  identifier of the hub, or `other` with a name and a link) and the base model,
+  and keep their own tags. `data` and `results` are Markdown.
   """
   for name in filter(None, (licence, licence_name)):
     if not _LICENCE.fullmatch(name):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
-from mtv_jax.convert import dinov2, folders, processors, tables, tensors
+from mtv_jax.convert import dinov2, hf_files, processors, tables, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models import two_tower
@@ -76,7 +76,7 @@ class DepthSpec:
 
   image: ViTSpec
   # Blocks that the head reads, from 0, each after the encoder's last norm.
-  taps: tuple[int, ...]
+  layers: tuple[int, ...]
   head: dpt.DPT
 
 
@@ -85,32 +85,25 @@ def read(
 ) -> tuple[DepthSpec, dict[str, Any]]:
   """Reads a folder of `DepthAnythingForDepthEstimation.save_pretrained`.
 
-  `with_params=False` leaves the parameters out, and does not read them.
-
-  Returns:
-    The architecture, and the parameters `image` and `depth` as NumPy arrays.
-
-  Raises:
-    MissingFileError: the folder is missing.
-    ConversionError: another or an unsupported model, or tensors that are
-      missing, unexpected or of another shape, each named.
+  Returns the architecture, and the parameters `image` and `depth` as NumPy
+  arrays; `with_params=False` does not read them.
   """
-  path, config = folders.read_config(
+  path, config = hf_files.read_config(
     folder, model_type="depth_anything", example="Depth-Anything-V2-Small-hf"
   )
-  with folders.open_weights(path) as store:
+  with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
       spec = read_spec(config, store.names)
     params = {}
     if with_params:
-      params = tensors.load(rules(spec), store, ignore=_IGNORE)
+      params = tensors.load(param_mapping(spec), store, ignore=_IGNORE)
     return spec, params
 
 
 def read_model(
   folder: str | os.PathLike, *, with_params: bool = True
 ) -> ConvertedModel:
-  """A folder as an encoder with the head `depth`; arguments as of `read`.
+  """A folder as an encoder with the head `depth`; arguments see `read`.
 
   The head normalises each stage by the encoder's last norm, which becomes its
   own norm of every stage. By default the encoder sees the image squashed to the
@@ -123,7 +116,7 @@ def read_model(
       f"expected {_NORM_EPS}."
     )
   head = dpt.DepthHead(
-    taps=spec.taps,
+    taps=spec.layers,
     features=spec.head.features,
     channels=spec.head.channels,
     tap_norm="layer",
@@ -151,13 +144,7 @@ def read_model(
 
 
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
-  """The architecture that a `config.json` describes.
-
-  `names` are those of the tensors.
-
-  Raises:
-    ConversionError: a value that is not supported.
-  """
+  """The architecture that a `config.json` describes; `names`: the tensors'."""
   backbone = config.get("backbone_config") or _BACKBONE
   name = "backbone_config"
   if config.get("backbone") and backbone is _BACKBONE:
@@ -165,15 +152,15 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
       f"backbone={config['backbone']!r}: only a backbone_config of model_type "
       "'dinov2' is supported."
     )
-  backbone = folders.with_defaults(backbone, _BACKBONE_DEFAULTS, name)
+  backbone = hf_files.with_defaults(backbone, _BACKBONE_DEFAULTS, name)
   if backbone.get("model_type") != "dinov2":
     raise ConversionError(
       f"backbone_config.model_type={backbone.get('model_type')!r}: only "
       "'dinov2' is supported."
     )
-  config = folders.with_defaults(config, _DEFAULTS)
+  config = hf_files.with_defaults(config, _DEFAULTS)
   prefixed = [n for n in names if n.startswith("backbone.")]
-  image = dinov2.read_spec(backbone, prefixed, section=name).image
+  image = dinov2.DINOV2.read_spec(backbone, prefixed).image
   _check_supported(config, backbone, image)
   head = dpt.DPT(
     features=config["fusion_hidden_size"],
@@ -182,7 +169,7 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
     tap_norm="none",
     activation="relu",
   )
-  return DepthSpec(image, read_taps(backbone, image.depth), head)
+  return DepthSpec(image, read_layers(backbone, image.depth), head)
 
 
 def _check_supported(
@@ -194,7 +181,7 @@ def _check_supported(
       "inverse depth, which only a 'relative' model predicts, such as "
       "Depth-Anything-V2-Small-hf, -Base-hf or -Large-hf."
     )
-  patch = folders.read_side(config["patch_size"], "patch_size")
+  patch = hf_files.read_side(config["patch_size"], "patch_size")
   head_index = config["head_in_index"]
   for field, value, expected in (
     ("reassemble_factors", tuple(config["reassemble_factors"]), _FACTORS),
@@ -211,7 +198,7 @@ def _check_supported(
       )
 
 
-def read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+def read_layers(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
   """The blocks whose outputs the head reads, from 0.
 
   Files count from the embedding, which is stage 0 and called 'stem'.
@@ -229,33 +216,29 @@ def read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
     indices = [stages.index(name) for name in names]
   count = len(stages)
   known = [i for i in indices if type(i) is int and -count <= i < count]
-  taps = sorted(i % count - 1 for i in known)
-  if not len(indices) == len(taps) == dpt.STAGES or min(taps) < 0:
+  layers = sorted(i % count - 1 for i in known)
+  if not len(indices) == len(layers) == dpt.STAGES or min(layers) < 0:
     raise ConversionError(
       f"backbone_config.out_indices={list(indices)}: expected {dpt.STAGES} of "
-      f"1..{depth}, such as {[t + 1 for t in dpt.quarter_taps(depth)]}."
+      f"1..{depth}, such as {[i + 1 for i in dpt.quarter_taps(depth)]}."
     )
-  return tuple(taps)
+  return tuple(layers)
 
 
-def rules(spec: DepthSpec) -> list[Rule]:
+def param_mapping(spec: DepthSpec) -> list[Rule]:
   """Conversion rules for Depth Anything V2."""
   params = {"depth": abstract_params(spec)["depth"]}
-  # Transposed convolutions are [in, out, y, x]; our columns are (y, x, out).
   resize = [
-    tables.transpose_rule(
+    tables.transposed_conv_rule(
       f"depth/reassemble{i + 1}/resize/kernel",
       f"neck.reassemble_stage.layers.{i}.resize.weight",
-      (channels, factor**2 * channels),
-      (channels, factor, factor, channels),
-      (0, 3, 1, 2),
+      _FACTORS[i],
+      spec.head.channels[i],
     )
-    for i, (factor, channels) in enumerate(
-      zip(_FACTORS[:2], spec.head.channels[:2], strict=True)
-    )
+    for i in range(2)
   ]
   return [
-    *dinov2.rules(ModelSpec(image=spec.image), prefix="backbone."),
+    *dinov2.DINOV2.param_mapping(ModelSpec(image=spec.image), "backbone."),
     *resize,
     *tables.leaf_rules(params, _NAMES, *resize),
   ]

@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,17 @@ from mtv_jax.convert import (
   depth_anything,
   dinov2,
   dinov3,
-  folders,
+  hf_files,
   native,
   perception_encoder,
   processors,
   radio,
   siglip,
-  siglip2,
   tensors,
   tipsv2,
   tipsv2_dpt,
 )
+from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel, LossType
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError, Rule
@@ -48,52 +47,30 @@ from mtv_jax.utils.tree import flatten_with_names
 log = logging.getLogger(__name__)
 
 _HEADS = "heads.safetensors"
-# By model_type.
-_FAMILIES: dict[str, ModuleType] = {
-  "siglip": siglip,
-  "siglip_vision_model": siglip,
-  "siglip2": siglip2,
-  "siglip2_vision_model": siglip2,
-  "clip": clip,
-  "clip_vision_model": clip,
-  "dinov2": dinov2,
-  "dinov2_with_registers": dinov2,
-  "dinov3_vit": dinov3,
-  "aimv2": aimv2,
-  "aimv2_vision_model": aimv2,
-  "radio": radio,
-  "tipsv2": tipsv2,
-  "tipsv2_vision_model": tipsv2,
+# `write` takes the first class for which the model needs fewest changes.
+FAMILIES: tuple[Family, ...] = (
+  siglip.SIGLIP2,
+  siglip.SIGLIP,
+  clip.CLIP,
+  dinov2.DINOV2,
+  dinov2.DINOV2_WITH_REGISTERS,
+  dinov3.DINOV3,
+  aimv2.AIMV2,
+  radio.RADIO,
+  tipsv2.TIPSV2,
+)
+_BY_MODEL_TYPE = {
+  name: family for family in FAMILIES for name in family.model_types()
 }
-# Families that `write` exports to, and the classes: of towers with text, and of
-# an image tower alone, the first one for which the model needs fewest changes.
-_TEXT_EXPORTERS = {
-  siglip2: "Siglip2Model",
-  siglip: "SiglipModel",
-  clip: "CLIPModel",
-  aimv2: "Aimv2Model",
-  tipsv2: "Tipsv2Model",
-}
-_IMAGE_EXPORTERS = {
-  siglip2: "Siglip2VisionModel",
-  siglip: "SiglipVisionModel",
-  dinov2: "Dinov2Model",
-  dinov3: "DINOv3ViTModel",
-  aimv2: "Aimv2VisionModel",
-  radio: "RadioModel",
-  tipsv2: "Tipsv2VisionModel",
-}
-_TEXT_ONLY = "A text tower alone does not encode images."
-_UNSUPPORTED = {
-  "siglip_text_model": _TEXT_ONLY,
-  "siglip2_text_model": _TEXT_ONLY,
-  "aimv2_text_model": _TEXT_ONLY,
-  "tipsv2_text_model": _TEXT_ONLY,
-  "clip_text_model": _TEXT_ONLY,
+_TEXT_ONLY = [f"{family.name}_text_model" for family in FAMILIES if family.text]
+# Models with heads, by model_type.
+_READERS = {
+  "depth_anything": depth_anything.read_model,
+  "tipsv2_dpt": tipsv2_dpt.read_model,
 }
 # Every file that an export may contain.
 _EXPORTED = (
-  folders.WEIGHTS,
+  hf_files.WEIGHTS,
   _HEADS,
   "README.md",
   "config.json",
@@ -121,69 +98,43 @@ def read(
     ConversionError: another kind of model or weights, or tensors that are
       missing, unexpected or of another shape, each named.
   """
-  path = folders.require_folder(folder)
-  if not with_params and (described := native.read_description(path)):
-    return native.describe_model(path, described)
+  path = hf_files.require_folder(folder)
+  info = native.read_info(path)
+  if info and not with_params:
+    return native.restore_model(path, info, None)
   if (path / native.PARAMS).is_file():
-    return native.read(path)
+    return native.read(path, info)
   config = foreign.read_object(path / "config.json")
-  if config.get("model_type") == "depth_anything":
-    return depth_anything.read_model(path, with_params=with_params)
-  if config.get("model_type") == "tipsv2_dpt":
-    return tipsv2_dpt.read_model(path, with_params=with_params)
+  kind = config.get("model_type")
+  if isinstance(kind, str) and kind in _READERS:
+    return _READERS[kind](path, with_params=with_params)
   if "model_type" not in config and "architecture" in config:
-    return _read_timm(path, config, with_params=with_params)
-  module = _find_family(path, config)
-  description = native.read_description(path)
-  with folders.open_weights(path) as store:
+    return perception_encoder.read_model(path, config, with_params=with_params)
+  family = _find_family(path, config)
+  with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
-      spec = module.read_spec(config, store.names)
+      spec = family.read_spec(config, store.names)
     params = {}
     if with_params:
-      rules = module.rules(spec, prefix=_image_prefix(config, store.names))
-      params = tensors.load(rules, store, ignore=module.IGNORE)
-  if description:
-    return _restore_export(path, description, params)
-  preprocess = processors.read_preprocess(
-    path, module.default_preprocess(spec), patch_size=spec.image.patch_size
-  )
-  if module is radio:
-    preprocess = radio.adapt_preprocess(config, preprocess)
-  family = module.__name__.rpartition(".")[2]
-  tokenizer = spec.text and processors.read_tokenizer(path, family)
+      prefix = family.find_prefix(config, store.names)
+      mapping = family.param_mapping(spec, prefix)
+      params = tensors.load(mapping, store, ignore=family.ignored)
+  if info:
+    return _restore_export(path, info, params)
+  preprocess = family.read_preprocess(path, config, spec)
+  tokenizer = spec.text and family.read_tokenizer(path)
   return ConvertedModel(spec, params, preprocess, tokenizer)
-
-
-def _read_timm(
-  path: pathlib.Path, config: Mapping[str, Any], *, with_params: bool
-) -> ConvertedModel:
-  """A folder of timm."""
-  module, name = perception_encoder, config["architecture"]
-  if not module.is_architecture(name):
-    raise ConversionError(
-      f"{path / 'config.json'} has timm's architecture "
-      f"{options.shorten_repr(name)}; only Perception Encoders are supported, "
-      f"such as {module.EXAMPLE!r}."
-    )
-  with folders.open_weights(path) as store:
-    with foreign.errors_of(path / "config.json"):
-      spec = module.read_spec(config, set(store.names), store.shape)
-      preprocess = module.read_preprocess(config, spec)
-    params = {}
-    if with_params:
-      params = tensors.load(module.rules(spec), store, ignore=module.IGNORE)
-  return ConvertedModel(spec, params, preprocess)
 
 
 def read_contrastive(
   folder: str | os.PathLike,
 ) -> tuple[LossType, float] | None:
-  """The loss of a folder's image-text contrast, and its scale.
+  """The loss of the image-text contrast of a model with text, and its scale.
 
-  Of a model with a text tower; None for a native folder that has no
-  temperature. The towers' parameters are not read.
+  None for a native folder without a temperature. The towers' parameters are not
+  read.
   """
-  path = folders.require_folder(folder)
+  path = hf_files.require_folder(folder)
   if (path / native.PARAMS).is_file():
     if (leaves := native.read_contrastive(path)) is None:
       return None
@@ -191,23 +142,23 @@ def read_contrastive(
     # A conversion of CLIP has a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
   config = foreign.read_object(path / "config.json")
-  module, described = _find_family(path, config), native.read_description(path)
-  with folders.open_weights(path) as store:
-    spec = module.read_spec(config, store.names)
-    rules = [
+  family, info = _find_family(path, config), native.read_info(path)
+  with hf_files.open_weights(path) as store:
+    spec = family.read_spec(config, store.names)
+    mapping = [
       rule
-      for rule in module.rules(spec)
+      for rule in family.param_mapping(spec)
       if any(name.startswith("heads/contrastive/") for name in rule.leaves)
     ]
-    leaves = tensors.load(rules, store, ignore="")["heads"]["contrastive"]
-  loss_type = module.LOSS
-  if described and described.contrastive:
-    has_bias = "logit_bias" in described.contrastive.leaves
+    leaves = tensors.load(mapping, store, ignore="")["heads"]["contrastive"]
+  loss_type = family.loss
+  if info and info.contrastive:
+    has_bias = "logit_bias" in info.contrastive.leaves
     loss_type = "sigmoid" if has_bias else "softmax"
   return loss_type, math.exp(leaves["logit_scale"])
 
 
-def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> ModuleType:
+def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if not config:
     present = sorted(p.name for p in path.iterdir())[:8]
     raise ConversionError(
@@ -226,55 +177,44 @@ def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> ModuleType:
       f"{path / 'config.json'}: model_type is {options.shorten_repr(kind)}, "
       "expected a string."
     )
-  if kind in _UNSUPPORTED:
-    raise ConversionError(f"{path}: model_type {kind!r}. {_UNSUPPORTED[kind]}")
-  if kind not in _FAMILIES:
+  if kind in _TEXT_ONLY:
+    raise ConversionError(
+      f"{path}: model_type {kind!r}. A text tower alone does not encode images."
+    )
+  if kind not in _BY_MODEL_TYPE:
     raise ConversionError(
       f"{path}: model_type {options.shorten_repr(kind)} is not supported. "
-      f"{did_you_mean(kind, _FAMILIES)}"
+      f"{did_you_mean(kind, _BY_MODEL_TYPE)}"
     )
-  return _FAMILIES[kind]
-
-
-def _image_prefix(config: Mapping[str, Any], names: Sequence[str]) -> str:
-  """Prefix of the image tower's tensors.
-
-  `vision_model.` in two-tower files and, before transformers 5, in files of a
-  vision tower; `dinov2.` in a classifier's.
-  """
-  kind = config["model_type"]
-  for prefix in ("vision_model.", "vision_encoder.", f"{kind}."):
-    if any(name.startswith(prefix) for name in names):
-      return prefix
-  return "vision_model." if kind in ("siglip", "siglip2", "clip") else ""
+  return _BY_MODEL_TYPE[kind]
 
 
 def _restore_export(
-  path: pathlib.Path, description: native.Description, params: dict[str, Any]
+  path: pathlib.Path, info: native.ExportInfo, params: dict[str, Any]
 ) -> ConvertedModel:
-  """An export's model with the heads' original names, and the other heads."""
+  """An export's model with all heads under their original names."""
   leaves = dict(flatten_with_names(params))
-  contrastive = description.contrastive
+  contrastive = info.contrastive
   for name in [n for n in leaves if n.startswith("heads/contrastive/")]:
     value, leaf = leaves.pop(name), name.rsplit("/", 1)[1]
     if contrastive and leaf in contrastive.leaves:
       leaves[f"heads/{contrastive.name}/{leaf}"] = value
   if (path / _HEADS).is_file():
-    with folders.TensorFiles(path / _HEADS) as store:
+    with hf_files.TensorFiles(path / _HEADS) as store:
       leaves |= {name: tensors.read_float(store, name) for name in store.names}
-  expected = flatten_with_names(two_tower.abstract_params(description.model))
+  expected = flatten_with_names(two_tower.abstract_params(info.model))
   unused = leaves.keys() - dict(expected).keys()
   for name in [n for n in unused if _is_neutral(n, leaves[n])]:
     del leaves[name]
   try:
-    native.check_params(description.model, leaves)
+    native.check_params(info.model, leaves)
   except ConversionError as error:
     raise ConversionError(
-      f"{path / native.DESCRIPTION} and config.json describe different "
-      f"models. {error}\nDelete {native.DESCRIPTION} to read the folder as any "
+      f"{path / native.INFO} and config.json describe different "
+      f"models. {error}\nDelete {native.INFO} to read the folder as any "
       "Hugging Face folder."
     ) from None
-  return native.restore_model(path, description, leaves)
+  return native.restore_model(path, info, leaves)
 
 
 def _is_neutral(name: str, leaf: np.ndarray) -> bool:
@@ -303,38 +243,37 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   model = model.store_positions()
   spec = model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
-  module = _find_exporter(spec)
+  family = _find_exporter(spec)
   native.check_params(spec, native.numpy_leaves(model.params))
-  full = model.add_neutral(module.NEUTRAL)
-  config = module.to_hf_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
+  full = model.add_neutral(family.neutral)
+  config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
   size = spec.image.image_size
   if spec.image.position_resize == "crop":
     # Positions are of the largest image.
     size = model.preprocess["size"]
   processor = processors.write_processor(
-    model.preprocess, size, name=module.PROCESSOR
+    model.preprocess, size, name=family.processor
   )
   if spec.text is None:
     processor.pop("processor_class", None)
-  rules = module.rules(full.spec)
-  leaves, others, contrastive = _split_leaves(full, rules)
+  mapping = family.param_mapping(full.spec)
+  leaves, others, contrastive = _split_leaves(full, mapping)
   bias = leaves.get("heads/contrastive/logit_bias", 0)
-  if module in (clip, aimv2, tipsv2) and bias != 0:
+  if family.loss == "softmax" and bias != 0:
     raise ConversionError(
-      f"transformers' {_TEXT_EXPORTERS[module]} has no bias of the similarity, "
-      f"which is {float(bias):g} here: only the softmax loss has none."
+      f"transformers' {family.full_class_name(spec)} has no bias of the "
+      f"similarity, which is {float(bias):g} here: only the softmax loss has "
+      "none."
     )
-  if module is radio:
-    rules += radio.file_rules(full.spec)
-  weights = tensors.save(rules, leaves)
+  weights = tensors.save([*mapping, *family.constants(full.spec)], leaves)
 
   with native.replace_conversion(path_lib.as_path(folder), _EXPORTED) as path:
-    folders.write_tensors(path / folders.WEIGHTS, weights)
+    hf_files.write_tensors(path / hf_files.WEIGHTS, weights)
     if others:
-      folders.write_tensors(path / _HEADS, others)
-    folders.write_json(path / "config.json", config)
-    folders.write_json(path / "preprocessor_config.json", processor)
-    files = _export_tokenizer(path, model, tokenizer, module=module)
+      hf_files.write_tensors(path / _HEADS, others)
+    hf_files.write_json(path / "config.json", config)
+    hf_files.write_json(path / "preprocessor_config.json", processor)
+    files = _export_tokenizer(path, model, tokenizer, family)
     readme = card.write_card(
       spec,
       sorted(others),
@@ -342,7 +281,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
       max_patches=model.preprocess.get("max_patches"),
     )
     (path / "README.md").write_text(readme, "utf-8")
-    native.write_description(
+    native.write_info(
       path,
       dataclasses.replace(model, tokenizer=files),
       contrastive=contrastive,
@@ -350,34 +289,37 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   return path_lib.as_path(folder)
 
 
-def _find_exporter(spec: ModelSpec) -> ModuleType:
+def _find_exporter(spec: ModelSpec) -> Family:
   """The family of an export; ConversionError if none can express the model."""
-  exporters = _IMAGE_EXPORTERS if spec.text is None else _TEXT_EXPORTERS
-  lines, module = min(
-    ((module.mismatches(spec), module) for module in exporters),
+  lines, family = min(
+    (
+      (family.unsupported_fields(spec), family)
+      for family in FAMILIES
+      if family.can_export(spec)
+    ),
     key=lambda pair: len(pair[0]),
   )
   if lines:
-    name = exporters[module]
+    name = family.full_class_name(spec)
     raise ConversionError(
       f"transformers' {name} can't express this model:\n"
       + "".join(lines)
       + "Train with these settings to export it, or keep a native folder "
       "(from_hf), which mtv_jax.load opens."
     )
-  return module
+  return family
 
 
 def _split_leaves(
-  model: ConvertedModel, rules: Sequence[Rule]
+  model: ConvertedModel, mapping: Sequence[Rule]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-  """Splits parameters into those of `transformers` and those only we read.
+  """Splits parameters into `transformers`' and those that only we read.
 
   Also returns which head became the temperature and bias, and which of its
   leaves exist.
   """
   exported, others = {}, {}
-  named = {leaf for rule in rules for leaf in rule.leaves}
+  named = {leaf for rule in mapping for leaf in rule.leaves}
   for name, leaf in native.numpy_leaves(model.params).items():
     is_other = name.startswith("heads/") or name not in named
     (others if is_other else exported)[name] = leaf
@@ -403,10 +345,9 @@ def _export_tokenizer(
   path: pathlib.Path,
   model: ConvertedModel,
   tokenizer: Any | None,
-  *,
-  module: ModuleType,
+  family: Family,
 ) -> TokenizerFiles | None:
-  """Writes the tokenizer's files; returns those that `read` builds."""
+  """Writes the tokenizer's files; returns what `read` builds."""
   text = model.spec.text
   if text is None:
     return None
@@ -416,14 +357,8 @@ def _export_tokenizer(
   # Imported late: reading a model needs no tokenizer library.
   from mtv_jax.data import tokenizers
 
-  config: dict[str, Any] = {}
-  if module in (aimv2, tipsv2):
-    # Without a mask, padding is attended to, and AIMv2's texts are not causal.
-    config["model_input_names"] = ["input_ids", "attention_mask"]
-  if module is siglip2:
-    # The default of its processor is 64, whatever the tokenizer's.
-    config["max_length"] = text.length
-  tokenizers.export_files(tokenizer, path, length=text.length, fields=config)
+  fields = family.tokenizer_config(text)
+  tokenizers.export_files(tokenizer, path, length=text.length, fields=fields)
   if tokenizer.kind == "json":
     # The file cleans texts itself now; cleaning twice changes nothing.
     return TokenizerFiles(path / "tokenizer.json", tokenizer.clean)

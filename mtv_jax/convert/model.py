@@ -12,6 +12,7 @@ from mtv_jax.convert import processors
 from mtv_jax.models import positions
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.resampling import resize_matrix
 
 # Of image-text contrast: SigLIP's or CLIP's.
 LossType = Literal["sigmoid", "softmax"]
@@ -56,9 +57,8 @@ class ConvertedModel:
   def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
     """The same model with parameters that change no output.
 
-    Args:
-      kinds: which to add where the model lacks them: 'layer_scale' (ones) and
-        'mask_token' (zeros).
+    `kinds` are added if the model lacks them: 'layer_scale' (ones) and
+    'mask_token' (zeros).
     """
     tower, image = self.spec.image, dict(self.params["image"])
     fields: dict[str, Any] = {}
@@ -81,9 +81,6 @@ class ConvertedModel:
 
     The position embedding is resampled as the tower does it on the fly, and
     then stored.
-
-    Raises:
-      InputError: the patch doesn't divide the size.
     """
     tower = self.spec.image
     rows, columns = tower.grid_of(image_size, image_size)
@@ -94,7 +91,7 @@ class ConvertedModel:
     if rows != tower.grid and "learned" in tower.positions:
       old = tower.grid
       table = np.asarray(params["image"]["position_embedding"], np.float64)
-      matrix = positions.resize_matrix(old, rows, tower.position_resize)
+      matrix = resize_matrix(old, rows, tower.position_resize)
       grid = np.einsum(
         "yh,xw,hwd->yxd",
         matrix,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mtv_jax.config import foreign, options
-from mtv_jax.convert import folders, tensors
+from mtv_jax.convert import hf_files, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import Cleaning, TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
@@ -31,87 +31,11 @@ from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 PARAMS = "params.safetensors"
-DESCRIPTION = "mtv_jax.json"
+INFO = "mtv_jax.json"
 _FORMAT = 1
-_MAX_LINES = 20  # Of an error.
+_MAX_LINES = 20  # In an error.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
-
-
-def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
-  """Writes any model as a native folder, for `read` and training's init.
-
-  Args:
-    folder: new, empty, or of an earlier conversion, which it replaces.
-    model: any kind of model.
-  """
-  leaves = numpy_leaves(model.params)
-  check_params(model.spec, leaves)
-  with replace_conversion(path_lib.as_path(folder), _WRITTEN) as path:
-    folders.write_tensors(path / PARAMS, leaves)
-    tokenizer = copy_tokenizer(path, model.tokenizer)
-    write_description(path, dataclasses.replace(model, tokenizer=tokenizer))
-  return path_lib.as_path(folder)
-
-
-def read(folder: pathlib.Path) -> ConvertedModel:
-  """Reads a native folder."""
-  description = read_description(folder)
-  if description is None:
-    raise ConversionError(
-      f"{folder} lacks {DESCRIPTION}, which a conversion writes last: it did "
-      "not finish. Convert again."
-    )
-  with folders.TensorFiles(folder / PARAMS) as store:
-    leaves = {name: tensors.read_float(store, name) for name in store.names}
-  return restore_model(folder, description, leaves)
-
-
-def read_contrastive(folder: pathlib.Path) -> tuple[float, float] | None:
-  """The logarithm of a native folder's scale, and its bias; 0 without one.
-
-  None for a folder that has no temperature.
-  """
-  with folders.TensorFiles(folder / PARAMS) as store:
-    heads: dict[str, dict[str, str]] = {}
-    for name in store.names:
-      if name.startswith("heads/") and name.count("/") == 2:
-        _, head, leaf = name.split("/")
-        heads.setdefault(head, {})[leaf] = name
-    try:
-      names = heads[heads_lib.contrastive_head(heads)]
-    except ValueError:
-      return None
-    scale = float(tensors.read_float(store, names["logit_scale"]))
-    if "logit_bias" not in names:
-      return scale, 0.0
-    return scale, float(tensors.read_float(store, names["logit_bias"]))
-
-
-def write_description(
-  folder: pathlib.Path, model: ConvertedModel, **fields: Any
-) -> None:
-  """Writes `mtv_jax.json`; the model's tokenizer is in the folder."""
-  description = {
-    "format": _FORMAT,
-    "model": model.spec.to_dict(),
-    "preprocess": model.preprocess,
-    **fields,
-  }
-  if model.tokenizer is not None:
-    path = model.tokenizer.path
-    description["tokenizer"] = {
-      "file": path and path.name,
-      "clean": model.tokenizer.clean,
-    }
-    if path is None and model.tokenizer.built_in != "bytes":
-      description["tokenizer"]["built_in"] = model.tokenizer.built_in
-  if model.weights != "student":
-    description["weights"] = model.weights
-  if model.prediction_heads:
-    heads = heads_lib.describe_heads(model.prediction_heads)
-    description["predictors"] = heads
-  folders.write_json(folder / DESCRIPTION, description)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +54,7 @@ class Contrastive:
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class ExportInfo:
   """Content of a `mtv_jax.json`."""
 
   model: ModelSpec
@@ -141,14 +65,84 @@ class Description:
   weights: Literal["student", "teacher", "ema"]
 
 
-def read_description(folder: pathlib.Path) -> Description | None:
-  """The folder's `mtv_jax.json`, None if it has none.
+def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
+  """Writes any model as a native folder, for `read` and training's init.
 
-  Raises:
-    ConversionError: it has another format.
-    InputError: a key is missing or has another type; names it.
+  Args:
+    folder: new, empty, or of an earlier conversion, which it replaces.
+    model: any kind of model.
   """
-  path = folder / DESCRIPTION
+  leaves = numpy_leaves(model.params)
+  check_params(model.spec, leaves)
+  with replace_conversion(path_lib.as_path(folder), _WRITTEN) as path:
+    hf_files.write_tensors(path / PARAMS, leaves)
+    tokenizer = copy_tokenizer(path, model.tokenizer)
+    write_info(path, dataclasses.replace(model, tokenizer=tokenizer))
+  return path_lib.as_path(folder)
+
+
+def read(folder: pathlib.Path, info: ExportInfo | None) -> ConvertedModel:
+  """Reads a native folder with its `mtv_jax.json`."""
+  if info is None:
+    raise ConversionError(
+      f"{folder} lacks {INFO}, which a conversion writes last: it did not "
+      "finish. Convert again."
+    )
+  with hf_files.TensorFiles(folder / PARAMS) as store:
+    leaves = {name: tensors.read_float(store, name) for name in store.names}
+  return restore_model(folder, info, leaves)
+
+
+def read_contrastive(folder: pathlib.Path) -> tuple[float, float] | None:
+  """The logarithm of a native folder's scale, and its bias; 0 without one.
+
+  None for a folder without a temperature.
+  """
+  with hf_files.TensorFiles(folder / PARAMS) as store:
+    heads: dict[str, dict[str, str]] = {}
+    for name in store.names:
+      if name.startswith("heads/") and name.count("/") == 2:
+        _, head, leaf = name.split("/")
+        heads.setdefault(head, {})[leaf] = name
+    try:
+      names = heads[heads_lib.contrastive_head(heads)]
+    except ValueError:
+      return None
+    scale = float(tensors.read_float(store, names["logit_scale"]))
+    if "logit_bias" not in names:
+      return scale, 0.0
+    return scale, float(tensors.read_float(store, names["logit_bias"]))
+
+
+def write_info(
+  folder: pathlib.Path, model: ConvertedModel, **fields: Any
+) -> None:
+  """Writes `mtv_jax.json`; the model's tokenizer is in the folder."""
+  info = {
+    "format": _FORMAT,
+    "model": model.spec.to_dict(),
+    "preprocess": model.preprocess,
+    **fields,
+  }
+  if model.tokenizer is not None:
+    path = model.tokenizer.path
+    info["tokenizer"] = {
+      "file": path and path.name,
+      "clean": model.tokenizer.clean,
+    }
+    if path is None and model.tokenizer.built_in != "bytes":
+      info["tokenizer"]["built_in"] = model.tokenizer.built_in
+  if model.weights != "student":
+    info["weights"] = model.weights
+  if model.prediction_heads:
+    heads = heads_lib.describe_heads(model.prediction_heads)
+    info["predictors"] = heads
+  hf_files.write_json(folder / INFO, info)
+
+
+def read_info(folder: pathlib.Path) -> ExportInfo | None:
+  """The folder's `mtv_jax.json`; None without one."""
+  path = folder / INFO
   content = foreign.read_object(path)
   if not content and not path.is_file():
     return None
@@ -164,7 +158,7 @@ def read_description(folder: pathlib.Path) -> Description | None:
     return fields and options.build(kind, fields, where=key)
 
   with foreign.errors_of(path):
-    return Description(
+    return ExportInfo(
       model=ModelSpec.from_dict(read("model", dict)),
       preprocess=read("preprocess", dict),
       tokenizer=build("tokenizer", _Tokenizer),
@@ -180,42 +174,27 @@ def read_description(folder: pathlib.Path) -> Description | None:
 
 def restore_model(
   folder: pathlib.Path,
-  description: Description,
-  leaves: Mapping[str, np.ndarray],
+  info: ExportInfo,
+  leaves: Mapping[str, np.ndarray] | None,
 ) -> ConvertedModel:
-  """The model of a description and flat parameters.
-
-  Raises:
-    ConversionError: they don't match, or the tokenizer's file is missing.
-  """
-  check_params(description.model, leaves)
-  model = describe_model(folder, description)
-  return dataclasses.replace(model, params=unflatten_names(leaves))
-
-
-def describe_model(
-  folder: pathlib.Path, description: Description
-) -> ConvertedModel:
-  """The model of a description without parameters.
-
-  Raises:
-    ConversionError: the tokenizer's file is missing.
-  """
-  tokenizer, fields = None, description.tokenizer
+  """The model of a `mtv_jax.json` and flat parameters; None leaves them out."""
+  if leaves is not None:
+    check_params(info.model, leaves)
+  tokenizer, fields = None, info.tokenizer
   if fields:
-    path, where = None, folder / DESCRIPTION
+    path, where = None, folder / INFO
     if fields.file:
       path = foreign.resolve_name(folder, fields.file, where=where)
       if not path.is_file():
         raise ConversionError(f"{where} names {path}: missing.")
     tokenizer = TokenizerFiles(path, fields.clean, fields.built_in)
   return ConvertedModel(
-    spec=description.model,
-    params={},
-    preprocess=description.preprocess,
+    spec=info.model,
+    params=unflatten_names(leaves or {}),
+    preprocess=info.preprocess,
     tokenizer=tokenizer,
-    prediction_heads=description.prediction_heads,
-    weights=description.weights,
+    prediction_heads=info.prediction_heads,
+    weights=info.weights,
   )
 
 
@@ -225,42 +204,34 @@ def replace_conversion(
 ) -> Iterator[pathlib.Path]:
   """Yields a temporary folder for a conversion, which becomes `folder`.
 
-  Of an earlier conversion no file stays: old heads or an old tokenizer would be
-  read with the new weights. A killed one leaves `folder` as it was; in a bucket
-  it is not read as a model.
-
-  Args:
-    folder: new, empty, or of an earlier conversion; other files in it stay.
-    names: the files that a conversion of this form writes.
-
-  Raises:
-    ConversionError: the folder is not of an earlier conversion of this form.
+  The folder is new, empty, or of an earlier conversion, whose files, `names`,
+  are all removed: old heads or an old tokenizer would be read with the new
+  weights. Other files stay. A conversion that is killed leaves `folder` as it
+  was; in a bucket it is not read as a model.
   """
   if path_lib.exists(folder) and not path_lib.is_folder(folder):
     raise ConversionError(f"{folder} is a file: name an empty or a new folder.")
   present = path_lib.list_folder(folder)
-  if present and DESCRIPTION not in present:
+  if present and INFO not in present:
     raise ConversionError(
       f"{folder} is not empty and not an earlier conversion (it contains "
       f"{', '.join(present[:5])}): name an empty or a new folder."
     )
-  others = {PARAMS, folders.WEIGHTS}.difference(names).intersection(present)
+  others = {PARAMS, hf_files.WEIGHTS}.difference(names).intersection(present)
   if others:
     raise ConversionError(
       f"{folder} contains another format's conversion ({', '.join(others)}), "
       "which would be read instead of the new one: name another folder."
     )
   if not path_lib.is_remote(folder):
-    with atomic.replace_folder(folder, replaced={*names, DESCRIPTION}) as path:
+    with atomic.replace_folder(folder, replaced={*names, INFO}) as path:
       yield path
     return
   with tempfile.TemporaryDirectory() as temporary:
     path = pathlib.Path(temporary)
     yield path
     # Without these it is not read as a model.
-    path_lib.upload_folder(
-      path, folder, last=["config.json", PARAMS, DESCRIPTION]
-    )
+    path_lib.upload_folder(path, folder, last=["config.json", PARAMS, INFO])
     for name in {*names}.intersection(present):
       if not (path / name).exists():
         path_lib.remove(folder / name)
@@ -291,11 +262,7 @@ def numpy_leaves(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
-  """Checks the towers' leaves (not the heads') against a spec.
-
-  Raises:
-    ConversionError: names every missing, unknown or mismatched leaf.
-  """
+  """Checks the towers' leaves (not the heads') against a spec."""
   abstract = models.abstract_params(spec)
   expected = {n: tuple(a.shape) for n, a in flatten_with_names(abstract)}
   shapes = {

@@ -7,14 +7,16 @@ and keys are permuted, which leaves their products as they are.
 """
 
 import math
+import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.config import foreign
-from mtv_jax.convert import processors, tables
+from mtv_jax.config import foreign, options
+from mtv_jax.convert import hf_files, processors, tables, tensors
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
@@ -51,13 +53,28 @@ _NAMES = {
   "pool/mlp/fc1": "attn_pool.mlp.fc1",
   "pool/mlp/fc2": "attn_pool.mlp.fc2",
 }
-IGNORE = r"^rope\.|^head\."
-EXAMPLE = "vit_pe_core_base_patch16_224"
+_IGNORED = r"^rope\.|^head\."
 
 
-def is_architecture(name: Any) -> bool:
-  """Whether timm's `architecture` is a Perception Encoder."""
-  return isinstance(name, str) and bool(_NAME.fullmatch(name))
+def read_model(
+  folder: pathlib.Path, config: Mapping[str, Any], *, with_params: bool = True
+) -> ConvertedModel:
+  """A folder of timm, with or without its parameters."""
+  path, name = folder / "config.json", config["architecture"]
+  if not isinstance(name, str) or not _NAME.fullmatch(name):
+    raise ConversionError(
+      f"{path} has timm's architecture {options.shorten_repr(name)}; only "
+      "Perception Encoders are supported, such as "
+      "'vit_pe_core_base_patch16_224'."
+    )
+  with hf_files.open_weights(folder) as store:
+    with foreign.errors_of(path):
+      spec = read_spec(config, set(store.names), store.shape)
+      preprocess = read_preprocess(config, spec)
+    params = {}
+    if with_params:
+      params = tensors.load(param_mapping(spec), store, ignore=_IGNORED)
+  return ConvertedModel(spec, params, preprocess)
 
 
 def read_spec(
@@ -65,16 +82,7 @@ def read_spec(
   names: Collection[str],
   shape_of: Callable[[str], tuple[int, ...]],
 ) -> ModelSpec:
-  """The model of a timm `config.json` and its tensors.
-
-  Args:
-    config: with the key `architecture`.
-    names: of the tensors.
-    shape_of: a tensor's shape.
-
-  Raises:
-    ConversionError: a tensor of the architecture is missing.
-  """
+  """The model of a timm `config.json` and of the shapes of its tensors."""
   match = _NAME.fullmatch(config["architecture"])
   kind, size, patch, side = match[1], match[2], int(match[3]), int(match[4])
 
@@ -120,7 +128,7 @@ def read_spec(
     rope=Rope(
       base=10_000.0,
       normalize="index",
-      # Positions of other grids are rescaled to that of pretraining.
+      # Positions of any grid are rescaled to the grid of pretraining.
       reference=side // patch,
       offset=float(has_cls),
     ),
@@ -161,14 +169,15 @@ def _channel_order(channels: int) -> np.ndarray:
   return np.concatenate([2 * pairs, 2 * pairs + 1])
 
 
-def rules(spec: ModelSpec) -> list[Rule]:
+def param_mapping(spec: ModelSpec) -> list[Rule]:
   """Conversion rules for a Perception Encoder."""
   image = spec.image
-  special = tables.fused_qkv(
-    "image/blocks/attention/qkv",
-    image,
-    "blocks.{i}.attn.qkv.weight",
-    "blocks.{i}.attn.qkv.bias",
+  special = tables.stacked_projections(
+    {"image/blocks/attention/qkv": 3},
+    "blocks.{i}.attn.qkv.",
+    image.width,
+    image.heads,
+    depth=image.depth,
     order=_channel_order(image.width // image.heads),
   )
   if image.cls_token:
@@ -178,12 +187,11 @@ def rules(spec: ModelSpec) -> list[Rule]:
       )
     )
   if image.pool == "map":
-    special += tables.fused_kv(
-      "image/pool/attention/kv",
+    special += tables.stacked_projections(
+      {"image/pool/attention/kv": 2},
+      "attn_pool.kv.",
       image.width,
       image.pool_heads,
-      "attn_pool.kv.weight",
-      "attn_pool.kv.bias",
     )
   names = {
     **tables.nest("image/", "", _NAMES),

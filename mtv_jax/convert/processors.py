@@ -10,7 +10,7 @@ from typing import Any, Literal
 import filelock
 
 from mtv_jax.config import foreign
-from mtv_jax.convert import folders
+from mtv_jax.convert import hf_files
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.layers import Side
 from mtv_jax.utils import atomic
@@ -32,16 +32,10 @@ def read_preprocess(
 ) -> dict[str, Any]:
   """Fields of `encoder.preprocess.Preprocess` from a folder's processor.
 
-  Args:
-    folder: the checkpoint's folder.
-    defaults: the family's fields, where the folder's processor has none.
-    patch_size: the model's patch size.
-
-  Raises:
-    ConversionError: the processor does something that `Preprocess` does not.
+  `defaults` are the family's fields, for what the processor does not say.
   """
   defaults = dict(defaults)
-  path, processor = folders.read_processor(folder)
+  path, processor = hf_files.read_processor(folder)
   if not processor:
     log.info("%s has no image processor; assuming %s.", folder, defaults)
     return defaults
@@ -156,7 +150,7 @@ def _read_edge(value: Any, field: str) -> int:
         f"{field}={dict(value)}; height and width are expected."
       )
     value = [value["height"], value["width"]]
-  return folders.read_side(value, field)
+  return hf_files.read_side(value, field)
 
 
 def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -170,16 +164,10 @@ def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 def write_processor(
   fields: Mapping[str, Any], image_size: int, *, name: str = "Siglip"
 ) -> dict[str, Any]:
-  """`preprocessor_config.json` of an export.
+  """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
 
-  Args:
-    fields: values of `Preprocess`'s fields.
-    image_size: the model's image size.
-    name: of the processor's class without its ending: 'Siglip', 'Siglip2', or
-      others, which can crop.
-
-  Raises:
-    ConversionError: the family's processor can't express it.
+  `name` is the processor's class without its ending: 'Siglip', 'Siglip2', or
+  another one, which can crop.
   """
   if name == "Siglip2":
     return _write_native(fields)
@@ -244,8 +232,6 @@ def _describe_processor(
 Cleaning = Literal["none", "lower", "canonicalize"]
 # Tokenizers that need no file: keys of `data.tokenizers.BUILT_IN`.
 BUILT_IN_TOKENIZERS = ("bytes", "words")
-# Families trained on lower-cased texts.
-_LOWER_CASE = ("siglip", "siglip2", "tipsv2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,8 +276,13 @@ def _convert_sentencepiece(
   return folder / "tokenizer.json"
 
 
-def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
-  """The tokenizer of a Hugging Face folder, None if it has none."""
+def read_tokenizer(
+  folder: pathlib.Path, *, lower_case: bool, add_end: bool
+) -> TokenizerFiles | None:
+  """The tokenizer of a Hugging Face folder, None if it has none.
+
+  For `lower_case` and `add_end` see `family.Family`.
+  """
   path = folder / "tokenizer_config.json"
   with foreign.errors_of(path):
     config = foreign.read_fields(
@@ -302,7 +293,7 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
     # An export of ours without its mtv_jax.json.
     is_spiece = spiece_path.is_file()
     return TokenizerFiles(spiece_path if is_spiece else json_path, clean)
-  if family in ("siglip", "siglip2") and spiece_path.is_file():
+  if lower_case and spiece_path.is_file():
     # SiglipTokenizer removes punctuation first, then lower-cases.
     if not config.get("do_lower_case", True):
       log.warning("do_lower_case=False is ignored; text is lower-cased.")
@@ -310,13 +301,12 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   if json_path.is_file():
     # SigLIP 2 was trained on lower-cased text; not every version of its
     # tokenizer.json lower-cases.
-    is_lower = family in _LOWER_CASE
-    return TokenizerFiles(json_path, "lower" if is_lower else "none")
+    return TokenizerFiles(json_path, "lower" if lower_case else "none")
   model_path = folder / "tokenizer.model"
-  if family in _LOWER_CASE and model_path.is_file():
-    path = _convert_sentencepiece(model_path, add_end=family != "tipsv2")
+  if lower_case and model_path.is_file():
+    path = _convert_sentencepiece(model_path, add_end=add_end)
     return TokenizerFiles(path, "lower")
-  if family == "clip" and (folder / "merges.txt").is_file():
+  if (folder / "merges.txt").is_file():
     log.warning(
       "%s lacks a tokenizer.json, so text can't be encoded: save its tokenizer "
       "once with transformers.",

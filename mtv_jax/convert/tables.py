@@ -7,7 +7,6 @@ reading, checking and writing. Our fused projections have columns ordered
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -16,7 +15,6 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from mtv_jax.models import two_tower
-from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import InputError
@@ -52,8 +50,8 @@ class Rule:
     tensors: names of the file's tensors; `{i}` is the index of a block, and
       our leaves then have a leading [depth].
     shapes: the file's, one per tensor.
-    read: maps arrays in the order of `tensors` to those of `leaves`.
-    write: the inverse; None if export is not supported.
+    read: maps arrays in the order of `tensors` to arrays in that of `leaves`.
+    write: the inverse.
     depth: number of blocks, 0 outside of them.
     default: arrays for tensors that a file may lack.
   """
@@ -62,12 +60,12 @@ class Rule:
   tensors: tuple[str, ...]
   shapes: tuple[tuple[int, ...], ...]
   read: Callable[..., Arrays]
-  write: Callable[..., Arrays] | None = None
+  write: Callable[..., Arrays]
   depth: int = 0
   default: Arrays | None = None
 
   def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's name and shape, those of each block included."""
+    """Every tensor's name and shape, block by block."""
     for i in range(max(self.depth, 1)):
       for name, shape in zip(self.tensors, self.shapes, strict=True):
         yield name.replace("{i}", str(i)), shape
@@ -104,15 +102,10 @@ def leaf_rules(
   layout: Layout = "torch",
   unit_axes: Mapping[str, int] | None = None,
 ) -> list[Rule]:
-  """One rule per leaf of a parameter tree.
+  """One rule for each leaf of a tree of arrays or shapes.
 
-  Args:
-    params: arrays or their shapes.
-    names: the family's table.
-    *special: rules of other leaves, which are skipped here.
-    heads: number of attention heads.
-    layout: the file's layout.
-    unit_axes: number of leading axes of size 1 that a leaf has in the file.
+  The leaves of `special` rules are skipped. `unit_axes` are the numbers of
+  leading axes of size 1 that leaves have in the file.
   """
   skipped = {name for rule in special for name in rule.leaves}
   rules = []
@@ -168,13 +161,9 @@ def transpose_rule(
 ) -> Rule:
   """A rule for a leaf whose axes are transposed in the file.
 
-  Args:
-    leaf: name of our leaf.
-    tensors: name of its tensor, or of several of one shape.
-    shape: our leaf's shape.
-    axes: sizes of the axes that our leaf is split into.
-    order: how the file orders these axes; unchanged if None.
-    file_shape: of its tensors, which may join some of these axes.
+  The leaf, of `shape`, is split into `axes`, which the file has in `order`, by
+  default the same one. `file_shape` may join some of them. Several tensors have
+  one shape.
   """
   tensors = (tensors,) if isinstance(tensors, str) else tuple(tensors)
   order = tuple(range(len(axes))) if order is None else order
@@ -191,6 +180,22 @@ def transpose_rule(
     write=lambda *arrays: tuple(
       a.reshape(axes).transpose(order).reshape(joined) for a in arrays
     ),
+  )
+
+
+def transposed_conv_rule(
+  leaf: str, tensor: str, factor: int, channels: int
+) -> Rule:
+  """The kernel of a transposed convolution whose stride is its size.
+
+  The file's is [in, out, y, x]; our columns are (y, x, out).
+  """
+  return transpose_rule(
+    leaf,
+    tensor,
+    (channels, factor**2 * channels),
+    (channels, factor, factor, channels),
+    (0, 3, 1, 2),
   )
 
 
@@ -218,98 +223,65 @@ def unfuse(fused: np.ndarray, n: int, heads: int) -> Arrays:
   return tuple(parts[..., k, :].reshape(*lead, -1) for k in range(n))
 
 
-def in_projection(
-  layer: str, file_layer: str, width: int, heads: int
-) -> list[Rule]:
-  """The input of PyTorch's `nn.MultiheadAttention`: one tensor, rows q, k, v.
-
-  A pooling head has two: q of the probe, and kv with columns (head, k|v, dim).
-  """
-
-  def read(stacked: np.ndarray) -> Arrays:
-    # A transpose leaves a bias as it is.
-    q, k, v = (part.T for part in np.split(stacked, 3))
-    return q, fuse([k, v], heads)
-
-  def write(q: np.ndarray, kv: np.ndarray) -> Arrays:
-    return (np.concatenate([p.T for p in (q, *unfuse(kv, 2, heads))]),)
-
-  rule = functools.partial(Rule, read=read, write=write)
-  return [
-    rule(
-      (f"{layer}/q/{leaf}", f"{layer}/kv/{leaf}"),
-      (f"{file_layer}.{name}",),
-      (shape,),
-    )
-    for leaf, name, shape in (
-      ("kernel", "in_proj_weight", (3 * width, width)),
-      ("bias", "in_proj_bias", (3 * width,)),
-    )
-  ]
-
-
-def fused_qkv(
-  layer: str,
-  spec: ViTSpec | TextSpec,
-  kernel: str,
-  bias: str | None,
+def stacked_projections(
+  layers: Mapping[str, int],
+  file_layer: str,
+  width: int,
+  heads: int,
   *,
+  depth: int = 0,
   order: Int[np.ndarray, " c"] | None = None,
 ) -> list[Rule]:
-  """Queries, keys and values of blocks as one tensor, rows (q|k|v, head, dim).
+  """Projections that are one tensor in the file, rows (part, head, dim).
 
-  Args:
-    layer: our layer, 'image/blocks/attention/qkv'.
-    spec: the tower's.
-    kernel: name in the file.
-    bias: likewise; None if there is none.
-    order: which of the file's channels of a head each of our channels of
-      queries and keys is, for rotary positions of another layout.
+  `layers` are ours, with the number of parts that each fuses: {"qkv": 3}, or
+  {"q": 1, "kv": 2} for the input of a pooling `nn.MultiheadAttention`. The
+  names in the file are `file_layer` with "weight" and "bias". `order` says
+  which of the file's channels of a head each of our channels of queries and
+  keys is, for rotary positions of another layout.
   """
-  heads, width = spec.heads, spec.width
-  order = np.arange(width // heads) if order is None else order
+  counts = tuple(layers.values())
 
-  def permute(part: np.ndarray, order: np.ndarray) -> np.ndarray:
-    split = part.reshape(*part.shape[:-1], heads, -1)[..., order]
-    return split.reshape(part.shape)
+  def permute(parts: Sequence[np.ndarray], inverse: bool) -> list[np.ndarray]:
+    if order is None:
+      return [*parts]
+    channels = np.argsort(order) if inverse else order
 
-  def read(rows: np.ndarray) -> Arrays:
-    q, k, v = (part.T for part in np.split(rows, 3))
-    return (fuse([permute(q, order), permute(k, order), v], heads),)
+    def split(part: np.ndarray) -> np.ndarray:
+      return part.reshape(*part.shape[:-1], heads, -1)
 
-  def write(fused: np.ndarray) -> Arrays:
-    q, k, v = unfuse(fused, 3, heads)
-    inverse = np.argsort(order)
-    parts = (permute(q, inverse), permute(k, inverse), v)
-    return (np.concatenate([part.T for part in parts]),)
-
-  rule = functools.partial(Rule, read=read, write=write, depth=spec.depth)
-  rules = [rule((f"{layer}/kernel",), (kernel,), ((3 * width, width),))]
-  if bias is not None:
-    rules.append(rule((f"{layer}/bias",), (bias,), ((3 * width,),)))
-  return rules
-
-
-def fused_kv(
-  layer: str, width: int, heads: int, kernel: str, bias: str
-) -> list[Rule]:
-  """Keys and values as one tensor, rows (k|v, head, dim); names in the file."""
+    rotated = [split(p)[..., channels].reshape(p.shape) for p in parts[:2]]
+    return [*rotated, *parts[2:]]
 
   def read(rows: np.ndarray) -> Arrays:
-    return (fuse([part.T for part in np.split(rows, 2)], heads),)
+    # A transpose leaves a bias as it is.
+    parts = iter(permute([p.T for p in np.split(rows, sum(counts))], False))
+    return tuple(fuse([next(parts) for _ in range(n)], heads) for n in counts)
 
-  def write(fused: np.ndarray) -> Arrays:
-    return (np.concatenate([part.T for part in unfuse(fused, 2, heads)]),)
+  def write(*arrays: np.ndarray) -> Arrays:
+    pairs = zip(arrays, counts, strict=True)
+    parts = [part for array, n in pairs for part in unfuse(array, n, heads)]
+    return (np.concatenate([part.T for part in permute(parts, True)]),)
 
-  rule = functools.partial(Rule, read=read, write=write)
+  rows = sum(counts) * width
   return [
-    rule((f"{layer}/kernel",), (kernel,), ((2 * width, width),)),
-    rule((f"{layer}/bias",), (bias,), ((2 * width,),)),
+    Rule(
+      tuple(f"{layer}/{leaf}" for layer in layers),
+      (f"{file_layer}{name}",),
+      (shape,),
+      read,
+      write,
+      depth,
+    )
+    for leaf, name, shape in (
+      ("kernel", "weight", (rows, width)),
+      ("bias", "bias", (rows,)),
+    )
   ]
 
 
 def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
-  """The bias of a tower with `qkv_bias` 'query_value', without that of keys.
+  """The bias of queries and values alone, for `qkv_bias` 'query_value'.
 
   `query` and `value` are names in the file.
   """
@@ -332,7 +304,7 @@ def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
 
 
 def constant(tensor: str, value: np.ndarray, dtype: str = "float32") -> Rule:
-  """A tensor that the file has and the model has no parameter for."""
+  """A tensor of the file that corresponds to no parameter."""
   value = np.asarray(value, dtype)
   return Rule(
     (),
@@ -367,11 +339,8 @@ def folded_positions(
 ) -> Rule:
   """A CLS token with its constant position embedding added.
 
-  Args:
-    cls_token: name in the file.
-    positions: name in the file, the CLS token's first.
-    unit_axes: number of leading axes of size 1 of the two.
-    spec: the model's spec.
+  `cls_token` and `positions`, whose first row is the CLS token's, are names in
+  the file, `unit_axes` their numbers of leading axes of size 1.
   """
   width, rows = spec.image.width, spec.image.grid**2 + 1
 
@@ -380,7 +349,7 @@ def folded_positions(
     return token.reshape(width) + table[0], table[1:]
 
   def write(token: np.ndarray, table: np.ndarray) -> Arrays:
-    # Ours has no position of the CLS token: it stays in the token.
+    # Our CLS token includes its position.
     table = np.concatenate([np.zeros_like(table[:1]), table])
     return token.reshape(shapes[0]), table.reshape(shapes[1])
 

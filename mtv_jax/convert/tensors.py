@@ -12,7 +12,7 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.tree import unflatten_names
 
-_MAX_LINES = 10  # Of an error, for each kind of difference.
+_MAX_LINES = 10  # In an error, for each kind of difference.
 
 
 @runtime_checkable
@@ -32,18 +32,10 @@ class Store(Protocol):
 def load(
   rules: Sequence[Rule], store: Store, *, ignore: str = r"(?!)"
 ) -> dict[str, Any]:
-  """Reads our parameter tree.
+  """Reads our parameter tree, contiguous float32 arrays.
 
-  Args:
-    rules: the model's rules.
-    store: the file.
-    ignore: a regular expression of names that may be present unused.
-
-  Returns:
-    A nested dict of contiguous float32 arrays.
-
-  Raises:
-    ConversionError: names every missing, unexpected or mismatched tensor.
+  `ignore` is a regular expression of names that may be present unused; every
+  missing, unexpected or mismatched tensor is named.
   """
   check_tensors(rules, store, ignore=ignore)
   present = set(store.names)
@@ -68,11 +60,7 @@ def load(
 
 
 def read_float(store: Store, name: str) -> Float32[np.ndarray, "..."]:
-  """A tensor of weights.
-
-  Raises:
-    ConversionError: its values are not of a floating-point type, or not finite.
-  """
+  """A tensor of weights, which must be finite."""
   array = store.read(name)
   if not jnp.issubdtype(array.dtype, np.floating):
     raise ConversionError(
@@ -95,10 +83,6 @@ def save(
   """The file's tensors from our flat leaves; the inverse of `load`."""
   tensors: dict[str, np.ndarray] = {}
   for rule in rules:
-    if rule.write is None:
-      raise ConversionError(
-        f"{rule.leaves[0]} can't be exported: {rule.tensors}."
-      )
     for i in range(max(rule.depth, 1)):
       arrays = [leaves[n][i] if rule.depth else leaves[n] for n in rule.leaves]
       values = rule.write(*arrays)

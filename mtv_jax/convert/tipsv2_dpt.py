@@ -9,8 +9,8 @@ import jax
 from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
-from mtv_jax.convert import folders, processors, tables, tensors, tipsv2
-from mtv_jax.convert.depth_anything import read_taps
+from mtv_jax.convert import hf_files, processors, tables, tensors, tipsv2
+from mtv_jax.convert.depth_anything import read_layers
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.heads import dense_dpt, dpt
@@ -32,7 +32,7 @@ _BACKBONE = {
   "out_indices": (3, 6, 9, 12),
   "apply_layernorm": True,
 }
-# Names in the file by that of the head.
+# Prefixes in the file by head.
 _FILES = {
   "metric_depth": "depth_head",
   "normals": "normals_head",
@@ -46,22 +46,19 @@ def read_model(
 ) -> ConvertedModel:
   """A folder as an encoder with the heads that it has.
 
-  `with_params=False` leaves the parameters out, and does not read them.
-
-  Raises:
-    MissingFileError: the folder is missing.
-    ConversionError: another or an unsupported model, or tensors that are
-      missing, unexpected or of another shape, each named.
+  `with_params=False` does not read the parameters.
   """
-  path, config = folders.read_config(
+  path, config = hf_files.read_config(
     folder, model_type="tipsv2_dpt", example="google/tipsv2-b14-dpt"
   )
-  with folders.open_weights(path) as store:
+  with hf_files.open_weights(path) as store:
     with foreign.errors_of(path / "config.json"):
       spec, heads = read_spec(config, {n: store.shape(n) for n in store.names})
     params = _read_params(spec, heads, store) if with_params else {}
   preprocess = processors.read_preprocess(
-    path, tipsv2.default_preprocess(spec), patch_size=spec.image.patch_size
+    path,
+    tipsv2.TIPSV2.default_preprocess(spec),
+    patch_size=spec.image.patch_size,
   )
   return ConvertedModel(spec, params, preprocess, prediction_heads=heads)
 
@@ -69,13 +66,13 @@ def read_model(
 def _read_params(
   spec: ModelSpec,
   heads: Mapping[str, dense_dpt.DenseHead],
-  store: folders.TensorFiles,
+  store: hf_files.TensorFiles,
 ) -> dict[str, Any]:
-  rules = tipsv2.rules(spec, prefix=_PREFIX)
+  rules = tipsv2.TIPSV2.param_mapping(spec, _PREFIX)
   for name, head in heads.items():
     rules += _head_rules(spec, name, head)
   params = tensors.load(rules, store)
-  # The backbone's last norm is that of every stage.
+  # Every stage is normalised by the backbone's last norm.
   norms = {f"norm{i + 1}": params["image"]["norm"] for i in range(dpt.STAGES)}
   params["heads"] = {
     name: {**leaves, **norms} for name, leaves in params["heads"].items()
@@ -86,18 +83,14 @@ def _read_params(
 def read_spec(
   config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[ModelSpec, dict[str, dense_dpt.DenseHead]]:
-  """The tower and the heads of a `config.json` and of the tensors' shapes.
-
-  Raises:
-    ConversionError: a value that is not supported, or no head.
-  """
+  """The tower and the heads of a `config.json` and of the tensors' shapes."""
   backbone = config.get("backbone_config")
-  backbone = folders.with_defaults(backbone, _BACKBONE, "backbone_config")
-  folders.require(backbone, {"model_type": "tipsv2_vision_model"})
-  folders.require(backbone, {"apply_layernorm": True})
-  config = folders.with_defaults(config, _DEFAULTS)
+  backbone = hf_files.with_defaults(backbone, _BACKBONE, "backbone_config")
+  hf_files.require(backbone, {"model_type": "tipsv2_vision_model"})
+  hf_files.require(backbone, {"apply_layernorm": True})
+  config = hf_files.with_defaults(config, _DEFAULTS)
   for key in ("readout_activation", "depth_decoder_activation"):
-    folders.require(config, {key: _DEFAULTS[key]})
+    hf_files.require(config, {key: _DEFAULTS[key]})
   if tuple(config["reassemble_factors"]) != _FACTORS:
     raise ConversionError(
       f"reassemble_factors={list(config['reassemble_factors'])} is not "
@@ -109,9 +102,9 @@ def read_spec(
       f"expected {dpt.STAGES}."
     )
   names = [n for n in shapes if n.startswith(_PREFIX)]
-  spec = tipsv2.read_spec(backbone, names)
+  spec = tipsv2.TIPSV2.read_spec(backbone, names)
   common = {
-    "taps": read_taps(backbone, spec.image.depth),
+    "taps": read_layers(backbone, spec.image.depth),
     "features": config["fusion_hidden_size"],
     "channels": tuple(config["neck_hidden_sizes"]),
     "norm_eps": spec.image.norm_eps,
@@ -169,17 +162,13 @@ def _head_rules(
       for k in (1, 2):
         names[f"{fusion}residual{residual}/conv{k}"] = f"{block}{unit}.conv{k}"
     if _FACTORS[i] > 1:
-      # Transposed convolutions are [in, out, y, x]; our columns (y, x, out).
-      factor, channels = _FACTORS[i], head.channels[i]
-      special.append(
-        tables.transpose_rule(
-          f"{ours}reassemble{i + 1}/resize/kernel",
-          f"{reassemble}resize_layers.{i}.weight",
-          (channels, factor**2 * channels),
-          (channels, factor, factor, channels),
-          (0, 3, 1, 2),
-        )
+      resize = tables.transposed_conv_rule(
+        f"{ours}reassemble{i + 1}/resize/kernel",
+        f"{reassemble}resize_layers.{i}.weight",
+        _FACTORS[i],
+        head.channels[i],
       )
+      special.append(resize)
   params = {"heads": {name: _abstract_params(spec, head)}}
   return [*special, *tables.leaf_rules(params, names, *special)]
 
@@ -187,7 +176,7 @@ def _head_rules(
 def _abstract_params(
   spec: ModelSpec, head: dense_dpt.DenseHead
 ) -> dict[str, PyTree]:
-  """Shapes of the head's parameters, without those of the backbone's norm."""
+  """Shapes of the head's parameters, without the backbone's norm."""
   stages, grid = head.example(spec)
   init = functools.partial(head.module().init, grid=grid)
   params = jax.eval_shape(init, jax.random.key(0), stages)["params"]

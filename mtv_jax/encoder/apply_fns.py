@@ -28,7 +28,7 @@ Function = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 def image_function(
   spec: models.ModelSpec,
   dtype: str,
-  taps: tuple[int, ...],
+  layers: tuple[int, ...],
   outputs: tuple[str, ...],
   mesh: Mesh,
 ) -> Function:
@@ -45,11 +45,11 @@ def image_function(
     is_native = isinstance(rows, Mapping)
     images = rows["patches"] if is_native else rows
     grids = rows["grids"] if is_native else None
-    out = tower.apply({"params": params}, images, grids=grids, taps=taps)
+    out = tower.apply({"params": params}, images, grids=grids, taps=layers)
     features = {name: getattr(out, name) for name in outputs}
-    for tap in taps:
-      features[f"layer{tap}"] = out.taps[tap][:, first:]
-      features[f"prefix{tap}"] = out.taps[tap][:, :first]
+    for layer in layers:
+      features[f"layer{layer}"] = out.taps[layer][:, first:]
+      features[f"prefix{layer}"] = out.taps[layer][:, :first]
     if is_native:
       return {**features, "grids": grids}
     grid = spec.image.grid_of(*images.shape[1:3])

@@ -33,12 +33,7 @@ def is_baseline(name: str) -> bool:
 
 
 def load(name: str, **options: Any) -> Encoder:
-  """Builds the baseline `name`; options are `dtype` and `mesh` of `Encoder`.
-
-  Raises:
-    InputError: for another name, an unknown variant, or a size that the patch
-      does not divide.
-  """
+  """Builds the baseline `name`; options are `dtype` and `mesh` of `Encoder`."""
   if match := _PIXELS.fullmatch(name):
     return PixelEncoder(*map(int, match.groups("16")), **options)
   if match := _RANDOM.fullmatch(name):
@@ -100,12 +95,12 @@ class PixelEncoder(Encoder):
   def protocol(self):
     return {**super().protocol(), "image_pool": f"{THUMBNAIL}x{THUMBNAIL} area"}
 
-  def _image_function(self, taps, outputs):
-    return _pixel_function(self.spec, taps, outputs, self.mesh)
+  def _image_function(self, layers, outputs):
+    return _pixel_function(self.spec, layers, outputs, self.mesh)
 
 
 @functools.lru_cache(maxsize=64)
-def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
+def _pixel_function(spec, layers, outputs, mesh) -> apply_fns.Function:
   patch = spec.image.patch_size
 
   def run(params, images):
@@ -117,8 +112,8 @@ def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
     pooled = _thumbnail(images).reshape(b, -1)
     features = {"patches": patches, "prefix": prefix, "pooled": pooled}
     features = {name: features[name] for name in outputs}
-    for tap in taps:
-      features |= {f"layer{tap}": patches, f"prefix{tap}": prefix}
+    for i in layers:
+      features |= {f"layer{i}": patches, f"prefix{i}": prefix}
     return features
 
   return jax.jit(run, out_shardings=replicated_sharding(mesh))

@@ -14,7 +14,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
-from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards, put_array
 from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
@@ -31,17 +31,11 @@ def in_batches(
 ) -> dict[str, np.ndarray]:
   """Runs `function` on items 0..count-1, in batches sharded over the mesh.
 
+  `prepare` maps an item's index to its row, in several threads; `blank` is a
+  padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
   Every host prepares the rows of its own devices, and gets all results. While
   the devices compute one batch, threads prepare the next one and fetch the
   results of the last one.
-
-  Args:
-    function: maps a tree of `[B, ...]` to a dictionary of `[B, ...]`, each
-      replicated over the mesh.
-    prepare: maps an item's index to its row; called from several threads.
-    count: at least 1.
-    blank: a padding row, of the structure, shapes and dtypes of every row.
-    batch_size: rows per batch over the whole mesh, see `padded_batch`.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
@@ -70,14 +64,6 @@ def in_batches(
       running = (out, start)
     collect(*running)
   return {name: np.concatenate(parts) for name, parts in results.items()}
-
-
-def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
-  """The global array of an array that every host holds in full."""
-  value = np.asarray(value)
-  return jax.make_array_from_callback(
-    value.shape, sharding, lambda index: value[index]
-  )
 
 
 def mesh_of(leaf: Any) -> Mesh | None:
@@ -143,11 +129,9 @@ class Padded:
 
 
 def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
-  """Lists of `[m_i, channels]`; m is at least 1.
+  """Lists of `[m_i, channels]`, finite; m is at least 1.
 
-  Raises:
-    InputError: for another shape, or numbers that are not finite; `what` and
-      the index name the list.
+  `what` and the index name a list in an error.
   """
   arrays = []
   for i, item in enumerate(lists):

@@ -78,7 +78,7 @@ class Encoder:
         further heads. NumPy arrays are sharded over the mesh by
         `parallel.rules`.
       tokenizer: `encode(strings, length)`; only `text` needs it.
-      mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
+      mesh: `(data, fsdp, tensor)`; by default the parameters' mesh, else
         all devices on `data`.
       dtype: compute dtype. float32 uses the highest matmul precision.
       weights: `student`, `teacher` or `ema`, for the protocol.
@@ -160,9 +160,9 @@ class Encoder:
   ) -> ImageFeatures:
     """Features of images at their own size.
 
-    Of the preprocessing only mean and standard deviation apply; nothing is
+    Only mean and standard deviation of the preprocessing apply; nothing is
     resized or cropped, and the position embedding is resampled to the grid.
-    Other arguments and errors: see `image`.
+    For further arguments and errors see `image`.
 
     Args:
       images: a sequence, maybe lazy, of `[H, W, 3]` arrays of one size, uint8
@@ -218,7 +218,7 @@ class Encoder:
   def phrases(
     self, strings: Sequence[str], *, batch_size: int = 256
   ) -> Float32[np.ndarray, "n e"]:
-    """Embeddings `[n, E]` of phrases, to compare with those of `ground`.
+    """Embeddings `[n, E]` of phrases, to compare with the boxes' of `ground`.
 
     Like `text`, but cut or padded to `phrase_length` tokens as in pre-training:
     towers that attend to padding embed a text of another length otherwise.
@@ -405,8 +405,8 @@ class Encoder:
       }
     return protocol
 
-  def _image_function(self, taps, outputs) -> apply_fns.Function:
-    args = self.spec, self.dtype, taps, outputs, self.mesh
+  def _image_function(self, layers, outputs) -> apply_fns.Function:
+    args = self.spec, self.dtype, layers, outputs, self.mesh
     return apply_fns.image_function(*args)
 
   def _run(self, function, prepare, count, blank, batch_size):
@@ -464,17 +464,17 @@ class Encoder:
 
   def _features(self, images, prepare, blank, layers, outputs, batch_size):
     check_outputs(outputs)
-    taps = {i: block_index(i, self.spec.image.depth) for i in layers}
+    blocks = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(
-      tuple(sorted(set(taps.values()))),
+      tuple(sorted(set(blocks.values()))),
       tuple(o for o in OUTPUTS if o in outputs),
     )
     run = functools.partial(function, self.params["image"])
     out = self._run(run, prepare, len(images), blank, batch_size)
     return ImageFeatures(
       **{name: out.get(name) for name in OUTPUTS},
-      layers={i: out[f"layer{t}"] for i, t in taps.items()},
-      prefix_layers={i: out[f"prefix{t}"] for i, t in taps.items()},
+      layers={i: out[f"layer{b}"] for i, b in blocks.items()},
+      prefix_layers={i: out[f"prefix{b}"] for i, b in blocks.items()},
       grids=out.get("grids"),
     )
 

@@ -25,8 +25,8 @@ class ImageFeatures:
     prefix_layers: each requested block's CLS token and registers before the
       final norm.
     grids: with the preprocessing `native`, rows and columns of each image's
-      patches. `patches` and `layers` are then `[n, l, d]`, row by row, of which
-      the first rows * columns are meaningful.
+      patches. `patches` and `layers` are then `[n, l, d]`, row by row; the
+      first rows * columns of them are meaningful.
   """
 
   pooled: Float32[np.ndarray, "n e"] | None
@@ -45,9 +45,7 @@ def mean_patches(
 ) -> Float[np.ndarray, "n d"]:
   """The mean of each image's patch tokens.
 
-  Args:
-    tokens: `[n, h, w, d]`; with grids `[n, l, d]`, padded.
-    grids: see `ImageFeatures`.
+  With `grids` (see `ImageFeatures`) tokens are `[n, l, d]`, padded.
   """
   if grids is None:
     return tokens.mean(axis=(1, 2))

@@ -23,8 +23,8 @@ _FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 def is_name(path: str | os.PathLike) -> bool:
   """Whether a path is a model of the hub.
 
-  That is, `hf:ORG/NAME`, or `ORG/NAME` where there is no folder ORG; each with
-  an optional `@REVISION`.
+  That is `hf:ORG/NAME`, or `ORG/NAME` if there is no folder ORG, each with an
+  optional `@REVISION`.
   """
   text = os.fspath(path)
   if text.startswith(PREFIX):
@@ -34,7 +34,7 @@ def is_name(path: str | os.PathLike) -> bool:
 
 
 def _split(name: str) -> tuple[str, str | None] | None:
-  """The model and the revision of `ORG/NAME@REVISION`; None for others."""
+  """The model and the revision of `ORG/NAME@REVISION`; None for another."""
   repo, at, revision = name.partition("@")
   if not card.is_repo(repo) or (at and not _REVISION.fullmatch(revision)):
     return None
@@ -42,10 +42,7 @@ def _split(name: str) -> tuple[str, str | None] | None:
 
 
 def pin_name(path: str | os.PathLike) -> str:
-  """A model's name with its commit, `ORG/NAME@COMMIT`; other paths unchanged.
-
-  Raises as `download`.
-  """
+  """`ORG/NAME@COMMIT` for a name of the hub; other paths are unchanged."""
   text = os.fspath(path)
   if not is_name(text):
     return text
@@ -57,13 +54,8 @@ def pin_name(path: str | os.PathLike) -> str:
 def download(name: str) -> pathlib.Path:
   """The folder of a model in the cache, downloaded if it is not there.
 
-  Within a process a name is one revision. Without a network the revision that
-  was downloaded last is taken.
-
-  Raises:
-    InputError: for a name of another form.
-    MissingFileError: the hub has no such model, or can't be reached, or its
-      package is not installed.
+  Within a process a name is one revision. Without a network it is the revision
+  that was downloaded last.
   """
   parts = _split(name.removeprefix(PREFIX))
   if parts is None:
@@ -98,12 +90,9 @@ def upload(
   revision: str | None = None,
   message: str = "Upload with mtv_jax",
 ) -> str:
-  """Uploads the files of a folder to a model of the hub, which it creates.
+  """Uploads a folder to a model of the hub, created if it is missing.
 
   Returns the URL of the commit.
-
-  Raises:
-    InputError: the hub refuses it, or can't be reached.
   """
   hub = import_hub()
   api = hub.HfApi(endpoint=endpoint())
@@ -130,10 +119,9 @@ def upload(
 
 
 def _errors(hub: Any) -> tuple[type[Exception], ...]:
-  """What its functions raise, also where the hub can't be reached.
+  """What its functions raise, also if the hub can't be reached.
 
-  The base of `HfHubHTTPError` is the one of its HTTP library, of which there
-  are several.
+  The base of `HfHubHTTPError` depends on its HTTP library.
   """
   return (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
 

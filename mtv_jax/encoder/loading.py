@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.reading import load_tree
-from mtv_jax.config import foreign
+from mtv_jax.config import foreign, sections
 from mtv_jax.convert import huggingface, native, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
@@ -22,12 +22,18 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
-from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.two_tower import (
+  VARIANTS,
+  ModelConfig,
+  ModelSpec,
+  TextConfig,
+)
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("student", "teacher", "ema")
+_MAX_SCALE = 100.0  # CLIP's limit on the scale of a softmax loss.
 
 
 def load(
@@ -88,7 +94,7 @@ def read_params(
   The position embedding is resampled to the grid of `spec`, the new model, and
   stored if it was fixed and is now learnt; the caller checks the parameters'
   shapes. Differences that no shape shows, from `spec` and from `preprocess`,
-  are logged. Other arguments as of `load`.
+  are logged. For the other arguments see `load`.
   """
   model = read_model(path, **options)
   if differences := _hidden_differences(model, spec, preprocess):
@@ -133,10 +139,7 @@ def read_teacher(
 ) -> dict[str, Any]:
   """A run's EMA teacher, to initialise another's: `image` and `heads`.
 
-  Arguments as of `read_params`; `image`: whether to read the encoder.
-
-  Raises:
-    InputError: the folder is not a run, or has no such teacher.
+  `image` says whether to read the encoder; see also `read_params`.
   """
   if not is_run(path):
     raise InputError(
@@ -157,7 +160,7 @@ def read_model(
   weights: str | None = None,
   step: int | None = None,
 ) -> ConvertedModel:
-  """A folder's model as NumPy arrays; arguments and errors as of `load`."""
+  """A folder's model as NumPy arrays; for arguments and errors see `load`."""
   check_weights(path, weights=weights, step=step)
   folder = open_folder(path)
   if is_run(folder):
@@ -178,7 +181,7 @@ def check_weights(
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
   """The folder itself, or a local copy of one in s3:// or of the hub.
 
-  Orbax can't read s3://; of a folder in gs:// only what is needed is read.
+  Orbax can't read s3://; from a folder in gs:// only what is needed is read.
   """
   if hub.is_name(path):
     return hub.download(os.fspath(path))
@@ -188,11 +191,7 @@ def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
 
 
 def is_run(path: str | os.PathLike) -> bool:
-  """Whether a folder is a training run.
-
-  Raises:
-    MissingFileError: for a folder of no known kind.
-  """
+  """Whether a folder is a training run; an error for an unknown kind."""
   folder = open_folder(path)
   config = foreign.read_object(folder / "config.json")
   if "model" in config and "model_type" not in config:
@@ -226,10 +225,10 @@ def _suggestion(folder: pathlib.PurePath) -> str:
 
 
 def default_weights(path: str | os.PathLike) -> str:
-  """The weights that are read unless told otherwise.
+  """The weights that are read by default.
 
-  Those that a run's `config.weights` names; runs before that key, and folders
-  with one set of weights, have "student".
+  A run's `config.weights`; "student" for runs before that key and for folders
+  with one set of weights.
   """
   config = foreign.read_object(open_folder(path) / "config.json")
   is_run_config = "model" in config and "model_type" not in config
@@ -246,7 +245,7 @@ def read_run(
   weights: str | None = None,
   step: int | None = None,
 ) -> ConvertedModel:
-  """A training run's model as NumPy arrays; arguments as of `load`."""
+  """A training run's model as NumPy arrays; for arguments see `load`."""
   folder = open_folder(path)
   config, model = read_run_config(folder)
   weights = weights or default_weights(folder)
@@ -270,15 +269,15 @@ def read_run(
 
 def read_run_config(
   folder: pathlib.PurePath,
-) -> tuple[ConfigDict, ConvertedModel]:
+) -> tuple[dict[str, Any], ConvertedModel]:
   """A run's config, and its model without parameters."""
-  config = ConfigDict(foreign.read_object(folder / "config.json"))
+  config = foreign.read_object(folder / "config.json")
   with foreign.errors_of(folder / "config.json"):
-    if not isinstance(config.model, ConfigDict):
-      raise InputError("'model' is no object.")
     try:
-      spec = ModelSpec.from_config(config.model)
-      preprocess = preprocess_from_config(config).to_dict()
+      section = sections.read(ModelConfig, config["model"], "config.model")
+      spec = section.spec
+      views = config.get("views", {})
+      preprocess = preprocess_from_config(section, views).to_dict()
       heads = prediction_heads(config, spec)
     except (LookupError, TypeError, AttributeError) as error:
       raise InputError(
@@ -288,16 +287,103 @@ def read_run_config(
     spec=spec,
     params={},
     preprocess=preprocess,
-    tokenizer=_tokenizer(folder, config),
+    tokenizer=_tokenizer(folder, section.text),
     prediction_heads=heads,
   )
   return config, model
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+  """A folder's model without its parameters, and as sections of a config.
+
+  Recipes read it before JAX may use its devices: it makes no array.
+
+  Attributes:
+    spec: architecture of the towers.
+    preprocess: of the encoder's images.
+    tokenizer: None if there is none.
+    contrast: options of the objective `contrastive`, {} for a model without
+      one: its loss and, with a softmax loss, the highest scale. A run's config
+      says which; it is 100 for other folders, or their scale if that is higher.
+    weights: which weights of a run `mtv_jax.load` takes; "student" for other
+      folders, which have one set.
+  """
+
+  spec: ModelSpec
+  preprocess: Preprocess
+  tokenizer: processors.TokenizerFiles | None
+  contrast: Mapping[str, Any]
+  weights: str
+
+  def model_config(self) -> dict[str, Any]:
+    """The section `model` of a config whose run has this model.
+
+    Also its pixel statistics, its preprocessing and its tokenizer.
+    """
+    image = dataclasses.asdict(self.spec.image)
+    for name, shape in VARIANTS.items():
+      if all(image[key] == value for key, value in shape.items()):
+        image["variant"] = f"{name}/{self.spec.image.patch_size}"
+    if image["rope"] is None:
+      del image["rope"]
+    preprocess = self.preprocess.to_dict()
+    image |= {f"image_{key}": preprocess.pop(key) for key in ("mean", "std")}
+    text = None
+    if self.spec.text is not None:
+      text = dataclasses.asdict(self.spec.text)
+      if self.tokenizer is not None:
+        files = self.tokenizer
+        text["tokenizer"] = str(files.path or files.built_in)
+        text["clean"] = files.clean
+      else:
+        text["tokenizer"] = ""  # Training asks for one.
+    return {**image, "preprocess": preprocess, "text": text}
+
+
+def read_model_info(path: str | os.PathLike) -> ModelInfo:
+  """Reads what a run, an export or a Hugging Face folder says of its model."""
+  folder = open_folder(path)
+  if is_run(folder):
+    config, model = read_run_config(folder)
+    contrast = _contrast_of_objectives(config)
+    weights = default_weights(folder)
+  else:
+    model, weights = huggingface.read(folder, with_params=False), "student"
+    contrast = _contrast_of_export(folder, model.spec)
+  with foreign.errors_of(path):
+    preprocess = Preprocess.from_dict(model.preprocess)
+  return ModelInfo(model.spec, preprocess, model.tokenizer, contrast, weights)
+
+
+def _contrast_of_objectives(config: Mapping[str, Any]) -> dict[str, Any]:
+  for name, entry in (config.get("objectives") or {}).items():
+    if entry.get("type", name) == "contrastive":
+      options = {"loss_type": entry.get("loss_type", "sigmoid")}
+      if (max_scale := entry.get("max_scale")) is not None:
+        options["max_scale"] = max_scale
+      return options
+  return {}
+
+
+def _contrast_of_export(
+  folder: pathlib.PurePath, spec: ModelSpec
+) -> dict[str, Any]:
+  if spec.text is None:
+    return {}
+  if (contrast := huggingface.read_contrastive(folder)) is None:
+    return {}
+  loss_type, scale = contrast
+  options: dict[str, Any] = {"loss_type": loss_type}
+  if loss_type == "softmax":
+    options["max_scale"] = max(_MAX_SCALE, scale)
+  return options
+
+
 def prediction_heads(
-  config: ConfigDict, spec: ModelSpec
+  config: Mapping[str, Any], spec: ModelSpec
 ) -> dict[str, PredictionHead]:
-  """The heads that a run of a config trains on its model."""
+  """The heads that a run trains on its model, by its `config.json`."""
   text = (config.get("data") or {}).get("ops")
   length = ops.phrase_length(text) if text else None
   if spec.text is not None and length == spec.text.length:
@@ -306,13 +392,12 @@ def prediction_heads(
 
 
 def _tokenizer(
-  folder: pathlib.PurePath, config: ConfigDict
+  folder: pathlib.PurePath, text: TextConfig | None
 ) -> processors.TokenizerFiles | None:
   """The run's copy of the tokenizer, or the file that the config names."""
-  text = config.model.get("text")
-  if not text:
+  if text is None:
     return None
-  spec, clean = text.get("tokenizer", "bytes"), text.get("clean", "lower")
+  spec, clean = text.tokenizer, text.clean
   if spec in processors.BUILT_IN_TOKENIZERS:
     return processors.TokenizerFiles(None, clean, spec)
   copy = folder / "tokenizer" / pathlib.PurePath(spec).name

@@ -1,5 +1,6 @@
 """Label sets from annotations: COCO's boxes, depth images."""
 
+import functools
 import io
 import json
 import tarfile
@@ -8,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.config.options import build
 from mtv_jax.data.labels import annotations
 from mtv_jax.data.labels.annotations import (
@@ -23,7 +24,7 @@ from mtv_jax.data.sources import listings
 from mtv_jax.data.sources import shard_writer as shards_lib
 from mtv_jax.data.sources.base import Source
 
-main = command("make_labels")
+main = functools.partial(run_command, "make_labels")
 
 
 def item(name="7.jpg", size=(100, 200), **fields):

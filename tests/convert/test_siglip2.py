@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import tokenizer_parity
 import tower_parity as parity
 
 import mtv_jax
 from mtv_jax.convert import huggingface
-from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder.preprocess import Preprocess, native_shape
 from mtv_jax.models import two_tower
 from mtv_jax.models.two_tower import ModelSpec
@@ -51,13 +49,13 @@ SHAPES = ((90, 60), (40, 200), (64, 64), (300, 299))
 
 
 def _saved(folder, vision, *, scale=0.1, patches):
-  torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
-  torch.manual_seed(0)
-  text = {**TEXT, "hidden_size": vision["hidden_size"]}
-  config = transformers.Siglip2Config(vision_config=vision, text_config=text)
-  model = parity.add_noise(transformers.Siglip2Model(config), scale=scale)
-  model.save_pretrained(folder)
+  model = parity.save_model(
+    folder,
+    "Siglip2Model",
+    scale=scale,
+    vision_config=vision,
+    text_config={**TEXT, "hidden_size": vision["hidden_size"]},
+  )
   fields = {
     "image_processor_type": "Siglip2ImageProcessor",
     "patch_size": 16,
@@ -158,125 +156,6 @@ def test_native_aspect_of_true_shape_equals_transformers(
   print(f"SigLIP 2 NaFlex B: largest difference {difference:.2e}")
 
 
-GEMMA_CONFIG = {
-  "tokenizer_class": "GemmaTokenizer",
-  "add_bos_token": False,
-  "add_eos_token": True,
-  "padding_side": "right",
-  "do_lower_case": True,
-  "model_input_names": ["input_ids"],
-  "model_max_length": 64,
-}
-TOKENS = {
-  "vocab_size": 400,
-  "bos_token_id": 2,
-  "eos_token_id": 1,
-  "pad_token_id": 0,
-}
-
-
-def _save_with_gemma(folder, kind, files, *, length=64):
-  """A model with a tokenizer in the form that a released folder has."""
-  transformers = pytest.importorskip("transformers")
-  text = {**TEXT, **TOKENS, "max_position_embeddings": length}
-  vision = {**VISION, "num_hidden_layers": 1, "image_size": 64, "patch_size": 8}
-  config = getattr(transformers, f"{kind}Config")(
-    vision_config=vision, text_config=text
-  )
-  model = getattr(transformers, f"{kind}Model")(config)
-  model.save_pretrained(folder)
-  fields = {"image_processor_type": f"{kind}ImageProcessor"}
-  if kind == "Siglip":
-    fields["size"] = {"height": 64, "width": 64}
-  else:
-    fields |= {"max_num_patches": 40, "patch_size": 8}
-  (folder / "preprocessor_config.json").write_text(json.dumps(fields))
-  path = folder / "tokenizer.model"
-  tokenizer_parity.train_sentencepiece(path, **tokenizer_parity.GEMMA)
-  config = folder / "tokenizer_config.json"
-  config.write_text(json.dumps(GEMMA_CONFIG))
-  if files == "tokenizer.json":
-    tokenizer = transformers.GemmaTokenizer.from_pretrained(folder)
-    path.unlink()
-    tokenizer.save_pretrained(folder)
-    saved = json.loads(config.read_text())
-    config.write_text(json.dumps(saved | GEMMA_CONFIG))
-  return folder
-
-
-@reference
-@quiet
-@pytest.mark.parametrize("files", ["tokenizer.json", "tokenizer.model"])
-@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
-def test_ids_equal_those_of_transformers(tmp_path, monkeypatch, kind, files):
-  monkeypatch.setenv("MTV_JAX_CACHE_DIR", str(tmp_path / "cache"))
-  folder = _save_with_gemma(tmp_path / "a", kind, files)
-  encoder = mtv_jax.load(folder)
-  texts = tokenizer_parity.TEXTS
-  if kind == "Siglip":
-    # GemmaTokenizer does not lower-case, so that its users have to.
-    texts = [encoder.tokenizer.clean_text(text) for text in texts]
-  processor = _open_processor(folder)
-  for theirs in (processor, processor.tokenizer):
-    for length in (64, 5):
-      tokenizer_parity.assert_equal_ids(
-        encoder.tokenizer, theirs, length, texts
-      )
-
-
-@reference
-@quiet
-@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
-def test_processors_of_exports_equal_the_encoder(tmp_path, kind):
-  import transformers
-
-  length = 20
-  source = _save_with_gemma(
-    tmp_path / "a", kind, "tokenizer.json", length=length
-  )
-  folder = huggingface.write(tmp_path / "b", huggingface.read(source))
-  encoder = mtv_jax.load(folder)
-  processor = _open_processor(folder)
-  assert type(processor).__name__ == f"{kind}Processor"
-  tokenizer_parity.assert_equal_ids(encoder.tokenizer, processor, length)
-  texts, images = tokenizer_parity.TEXTS, _images()
-  # As the card has it, but for the backend.
-  card = (folder / "README.md").read_text()
-  assert ("max_num_patches=40,\n  patch_size=8" in card) == (kind == "Siglip2")
-  patches = {"max_num_patches": 40, "patch_size": 8}
-  inputs = processor(
-    images=[PIL.Image.fromarray(image) for image in images],
-    text=texts,
-    padding="max_length",
-    truncation=True,
-    **(patches if kind == "Siglip2" else {}),
-    return_tensors="pt",
-  )
-  np.testing.assert_array_equal(
-    encoder.tokenizer.encode(texts, length), inputs["input_ids"]
-  )
-  pixels = inputs["pixel_values"].numpy()
-  if kind == "Siglip2":
-    rows = [encoder.preprocess.patches(image)["patches"] for image in images]
-    np.testing.assert_array_equal(np.stack(rows), pixels)
-  else:
-    rows = np.stack([encoder.preprocess(image) for image in images])
-    np.testing.assert_allclose(rows.transpose(0, 3, 1, 2), pixels, atol=1e-6)
-  logits = transformers.AutoModel.from_pretrained(folder)(**inputs)
-  image = encoder.image(images).pooled
-  np.testing.assert_allclose(
-    encoder.similarity(image, encoder.text(texts)),
-    logits.logits_per_image.detach(),
-    atol=1e-4,
-  )
-
-
-def _open_processor(folder):
-  import transformers
-
-  return transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-
-
 def _tower(**fields):
   spec = ModelSpec.from_config(
     {
@@ -335,25 +214,3 @@ def test_native_shapes_fill_the_limit(shape):
   # One patch more along each side would be too many.
   scale = max((rows + 1e-3) / shape[0], (columns + 1e-3) / shape[1]) * 16
   assert np.prod([np.ceil(side * scale / 16) for side in shape]) > 256
-
-
-@pytest.mark.parametrize(
-  ("change", "match"),
-  [
-    ({"num_patches": 250}, "num_patches=250 is not a square"),
-    ({"num_patches": "x"}, "num_patches"),
-    ({"hidden_size": 128}, "sizes"),
-    ({"hidden_act": "swish"}, "hidden_act='swish'"),
-  ],
-)
-def test_wrong_folders_are_named(change, match, tmp_path):
-  spec, params = _tower()
-  preprocess = Preprocess(64, "native", patch_size=16, max_patches=20)
-  model = ConvertedModel(spec, {"image": params}, preprocess.to_dict())
-  folder = huggingface.write(tmp_path / "a", model)
-  assert huggingface.read(folder).preprocess["max_patches"] == 20
-  (folder / "mtv_jax.json").unlink()
-  path = folder / "config.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  with pytest.raises(ValueError, match=match):
-    huggingface.read(folder)

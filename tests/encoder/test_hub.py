@@ -17,7 +17,7 @@ import mtv_jax
 from mtv_jax.cli.main import run_command
 from mtv_jax.convert import card, huggingface
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.encoder import description, hub, loading
+from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.experts.build import build_expert
 from mtv_jax.models import two_tower
@@ -62,7 +62,7 @@ def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
   assert not any("pytorch_model" in line for line in server.requests)
   # Once for a process; by another name the cache has the files.
   count = len(server.requests)
-  assert description.describe("lab/model").spec == want.spec
+  assert loading.read_model_info("lab/model").spec == want.spec
   assert len(server.requests) == count
   for name in ("hf:lab/model", f"hf:lab/model@{first}"):
     encoder = mtv_jax.load(name)
@@ -73,14 +73,14 @@ def test_a_model_of_the_hub_and_its_revisions(server, export, monkeypatch):
   config = files["mtv_jax.json"].replace(b'"size": 16', b'"size": 8')
   assert config != files["mtv_jax.json"]
   server.commit("lab/model", "main", {"mtv_jax.json": config})
-  assert description.describe("lab/model").preprocess.size == 16
+  assert loading.read_model_info("lab/model").preprocess.size == 16
   hub.download.cache_clear()
-  assert description.describe("lab/model").preprocess.size == 8
-  assert description.describe(f"lab/model@{first}").preprocess.size == 16
+  assert loading.read_model_info("lab/model").preprocess.size == 8
+  assert loading.read_model_info(f"lab/model@{first}").preprocess.size == 16
   # Without a network the cache is read.
   hub.download.cache_clear()
   monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
-  assert description.describe("hf:lab/model").preprocess.size == 8
+  assert loading.read_model_info("hf:lab/model").preprocess.size == 8
 
 
 def test_commands_open_models_of_the_hub(server, export, tmp_path):

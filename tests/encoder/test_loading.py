@@ -7,7 +7,6 @@ import sys
 
 import jax
 import numpy as np
-import PIL.Image
 import pytest
 from hostile import foreign_samples as samples
 
@@ -180,83 +179,6 @@ def test_the_package_imports_nothing_heavy(repo_root):
   subprocess.run([sys.executable, "-c", code], check=True, cwd=repo_root)
   with pytest.raises(AttributeError, match="no attribute 'loads'"):
     mtv_jax.loads  # noqa: B018
-
-
-# ---------------------------------------------------------------------------
-# Against transformers: models of random weights, saved by it.
-
-
-def _vision(transformers, name):
-  shape = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-  }
-  mlp = {"intermediate_size": 64}
-  text = {
-    "vocab_size": 99,
-    "max_position_embeddings": 12,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    **mlp,
-  }
-  if name == "siglip":
-    config = transformers.SiglipConfig(
-      vision_config={**shape, **mlp}, text_config=text
-    )
-    return transformers.SiglipModel(config)
-  if name == "clip":
-    config = transformers.CLIPConfig(
-      vision_config={**shape, **mlp}, text_config=text, projection_dim=24
-    )
-    return transformers.CLIPModel(config)
-  config = transformers.Dinov2Config(**shape, mlp_ratio=2)
-  return transformers.Dinov2Model(config)
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
-def test_hugging_face_folders(name, tmp_path, images):
-  torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
-  torch.manual_seed(0)
-  theirs = _vision(transformers, name).eval()
-  for parameter in theirs.parameters():
-    if parameter.ndim < 2 and parameter.numel() > 1:
-      parameter.data += 0.1 * torch.randn_like(parameter)
-  theirs.save_pretrained(tmp_path)
-  kinds = {
-    "siglip": transformers.SiglipImageProcessorPil,
-    "clip": transformers.CLIPImageProcessorPil,
-    "dinov2": transformers.BitImageProcessorPil,
-  }
-  square = {"height": 32, "width": 32}
-  options = {"size": square if name == "siglip" else {"shortest_edge": 36}}
-  if name != "siglip":
-    options["crop_size"] = square
-  processor = kinds[name](**options)
-  processor.save_pretrained(tmp_path)
-
-  encoder = mtv_jax.load(tmp_path)
-  ours = encoder.image(images, layers=(0, 1, -1))
-  pil_images = [PIL.Image.fromarray(image) for image in images]
-  pixels = processor(pil_images, return_tensors="pt")["pixel_values"]
-  vision = theirs.vision_model if name != "dinov2" else theirs
-  with torch.no_grad():
-    out = vision(pixels, output_hidden_states=True)
-  pooled = out.pooler_output
-  if name == "clip":
-    pooled = theirs.visual_projection(pooled).detach()
-  skip = 0 if name == "siglip" else 1
-  np.testing.assert_allclose(ours.pooled, pooled.numpy(), atol=1e-4)
-  for layer, number in ((0, 1), (1, 2), (-1, 3)):
-    want = out.hidden_states[number][:, skip:].numpy()
-    got = ours.layers[layer].reshape(want.shape)
-    np.testing.assert_allclose(got, want, atol=1e-4)
-    assert np.abs(want).max() > 0.1
 
 
 @pytest.mark.parametrize("family", ["siglip", "depth_anything", "export"])

@@ -40,7 +40,7 @@ def _tensors(config=CONFIG):
   rng = np.random.default_rng(0)
   spec = weights.read_spec(config, ["backbone.embeddings.mask_token"])
   tensors = {}
-  for rule in weights.rules(spec):
+  for rule in weights.param_mapping(spec):
     for name, shape in rule.expected_shapes():
       scale = max(1, int(np.prod(shape[1:]))) ** -0.5
       tensors[name] = (scale * rng.normal(size=shape)).astype(np.float32)
@@ -326,7 +326,7 @@ def _both(model, folder, images, **options):
 def test_small_equals_transformers(tmp_path, shared_data):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  from mtv_jax.perf.bench.depth_anything import randomise
+  from tools.transformers_experts import randomise
 
   backbone = transformers.Dinov2Config(
     image_size=70,
@@ -356,9 +356,9 @@ def test_small_equals_transformers(tmp_path, shared_data):
 @pytest.mark.parametrize(("variant", "count"), [("S", 2), ("B", 1)])
 def test_true_shapes_equal_transformers(variant, count, tmp_path, shared_data):
   pytest.importorskip("transformers")
-  from mtv_jax.perf.bench import depth_anything as bench
+  from tools.transformers_experts import write_depth_anything
 
-  model = bench.write(variant, tmp_path)
+  model = write_depth_anything(variant, tmp_path)
   _both(model, tmp_path, _photos(shared_data, count))
 
 

@@ -12,20 +12,7 @@ import numpy as np
 import safetensors.numpy
 from hostile.samples import BROKEN_JSON, OUTSIDE, as_bytes  # noqa: F401
 
-from mtv_jax.convert import (
-  aimv2,
-  big_vision,
-  clip,
-  depth_anything,
-  dinov2,
-  dinov3,
-  huggingface,
-  native,
-  radio,
-  siglip,
-  siglip2,
-  tipsv2,
-)
+from mtv_jax.convert import big_vision, depth_anything, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
@@ -102,20 +89,23 @@ CONFIGS = {
   },
 }
 _TEXT_NAMES = ["text_model.x"]
-_RULES = {
-  "siglip": lambda c: siglip.rules(siglip.read_spec(c, _TEXT_NAMES)),
-  "clip": lambda c: clip.rules(clip.read_spec(c, _TEXT_NAMES)),
-  "dinov2": lambda c: dinov2.rules(dinov2.read_spec(c, ())),
-  "dinov3": lambda c: dinov3.rules(dinov3.read_spec(c, ())),
-  "siglip2": lambda c: siglip2.rules(siglip2.read_spec(c, ()), prefix=""),
-  "aimv2": lambda c: aimv2.rules(aimv2.read_spec(c, ())),
-  "radio": lambda c: radio.rules(radio.read_spec(c, ())),
-  "tipsv2": lambda c: tipsv2.rules(tipsv2.read_spec(c, ())),
-  "depth_anything": lambda c: depth_anything.rules(
+_OTHERS = {
+  "depth_anything": lambda c: depth_anything.param_mapping(
     depth_anything.read_spec(c, ())
   ),
-  "owlv2": lambda c: owlv2.rules(owlv2.read_spec(c)),
+  "owlv2": lambda c: owlv2.param_mapping(owlv2.read_spec(c)),
 }
+
+
+def _param_mapping(config):
+  if config["model_type"] in _OTHERS:
+    return _OTHERS[config["model_type"]](config)
+  (family,) = (
+    f for f in huggingface.FAMILIES if config["model_type"] in f.model_types()
+  )
+  return family.param_mapping(family.read_spec(config, _TEXT_NAMES))
+
+
 READERS = {"depth_anything": depth_anything.read, "owlv2": owlv2.read}
 TOKENS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "<pad>": 3}
 TOKENIZER = {
@@ -149,7 +139,7 @@ def base(family: str) -> pathlib.Path:
   rng = np.random.default_rng(0)
   tensors = {
     name: rng.normal(size=shape).astype(np.float32)
-    for rule in _RULES[family](config)
+    for rule in _param_mapping(config)
     for name, shape in rule.expected_shapes()
   }
   save_tensors(folder, tensors)

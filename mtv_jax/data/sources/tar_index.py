@@ -33,6 +33,7 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import StorageError
 from mtv_jax.utils.path import check_regular_file
+from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import IO_THREADS, map_threads
 
 log = logging.getLogger(__name__)
@@ -263,7 +264,7 @@ def _serialise(
   missing["neither .txt nor .json"] = scan.no_caption
   for problem, keys in missing.items():
     if keys:
-      some = ", ".join(keys[:5] + ["..."] * (len(keys) > 5))
+      some = list_first(keys, 5)
       log.warning("%s: %d records have %s: %s.", tar, len(keys), problem, some)
   uncaptioned = set(scan.no_caption)
   # A stable sort: both parts keep the tar's order.

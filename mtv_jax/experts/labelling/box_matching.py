@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
 from mtv_jax.data.tokenizers import canonicalize
-from mtv_jax.evals.grounding import grounding
+from mtv_jax.evals import grounding
 from mtv_jax.utils.errors import InputError
 
 

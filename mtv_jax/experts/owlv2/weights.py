@@ -1,4 +1,4 @@
-"""Reader of Hugging Face's OWLv2 folders."""
+"""Reader of Hugging Face's OWLv2 hf_files."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from mtv_jax.config import foreign
-from mtv_jax.convert import clip, folders, processors, tables, tensors
+from mtv_jax.convert import clip, hf_files, processors, tables, tensors
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.data import tokenizers
 from mtv_jax.experts.owlv2.clip_tokenizer import (
@@ -64,16 +64,16 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
     ConversionError: another kind of model, or tensors that are missing,
       unexpected or of another shape, each named.
   """
-  path, config = folders.read_config(
+  path, config = hf_files.read_config(
     folder, model_type="owlv2", example="google/owlv2-base-patch16-ensemble"
   )
   with foreign.errors_of(path / "config.json"):
     spec = read_spec(config)
-  with folders.open_weights(path) as store:
-    params = tensors.load(rules(spec), store, ignore=_IGNORE)
+  with hf_files.open_weights(path) as store:
+    params = tensors.load(param_mapping(spec), store, ignore=_IGNORE)
   # CLIP's temperature, which is for whole images, is unused.
   del params["heads"]
-  _, processor = folders.read_processor(path)
+  _, processor = hf_files.read_processor(path)
   digest = hashlib.blake2b(digest_size=8)
   for name in ("tokenizer.json", VOCABULARY, MERGES):
     if (path / name).is_file():
@@ -91,9 +91,9 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   """The towers that a `config.json` describes."""
   name = "text_config"
-  text = folders.with_defaults(config.get(name), _TEXT, name)
-  text.setdefault("hidden_size", clip.TEXT_DEFAULTS["hidden_size"])
-  width = folders.with_defaults(config, {"projection_dim": 512})
+  text = hf_files.with_defaults(config.get(name), _TEXT, name)
+  text.setdefault("hidden_size", clip.Clip.text.defaults["hidden_size"])
+  width = hf_files.with_defaults(config, {"projection_dim": 512})
   width = width["projection_dim"]
   if width != text["hidden_size"]:
     raise ConversionError(
@@ -103,9 +103,11 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   # A text ends at its highest id whatever eos_token_id is; 2 stands for that.
   text["eos_token_id"] = 2
   name = "vision_config"
-  vision = folders.with_defaults(config.get(name), _VISION, name)
+  vision = hf_files.with_defaults(config.get(name), _VISION, name)
   sections = dict(vision_config=vision, text_config=text, projection_dim=width)
-  return clip.read_spec({"model_type": "clip", **sections}, ["text_model."])
+  return clip.CLIP.read_spec(
+    {"model_type": "clip", **sections}, ["text_model."]
+  )
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, PyTree]:
@@ -119,7 +121,7 @@ def abstract_params(spec: ModelSpec) -> dict[str, PyTree]:
   )["params"]
 
 
-def rules(spec: ModelSpec) -> list[Rule]:
+def param_mapping(spec: ModelSpec) -> list[Rule]:
   """Conversion rules for OWLv2."""
   params = abstract_params(spec)
   heads = {k: v for k, v in params.items() if k not in ("image", "text")}
@@ -130,7 +132,7 @@ def rules(spec: ModelSpec) -> list[Rule]:
 
   towers = [
     dataclasses.replace(rule, tensors=tuple(map(rename, rule.tensors)))
-    for rule in clip.rules(spec)
+    for rule in clip.CLIP.param_mapping(spec)
   ]
   return [*towers, *tables.leaf_rules(heads, _HEADS)]
 

@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
   rng = np.random.default_rng(0)
   tensors = {
     name: rng.normal(0, 0.3, shape).astype(np.float32)
-    for rule in owlv2_weights.rules(owlv2_weights.read_spec(TINY))
+    for rule in owlv2_weights.param_mapping(owlv2_weights.read_spec(TINY))
     for name, shape in rule.expected_shapes()
   }
   safetensors.numpy.save_file(tensors, path / "model.safetensors")

@@ -1,0 +1,450 @@
+"""Families of released models, each as a table of config keys and tensors.
+
+A family's tables serve to read a `config.json`, to write one, to convert the
+parameters both ways, and to name what its classes in `transformers` lack.
+"""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
+
+from mtv_jax.convert import hf_files, processors, tables
+from mtv_jax.convert.model import LossType
+from mtv_jax.convert.tables import ConversionError, Names, Rule
+from mtv_jax.models.text import TextSpec
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ViTSpec
+
+log = logging.getLogger(__name__)
+
+Spec = ViTSpec | TextSpec
+Section = Mapping[str, Any]
+# Names of transformers by our activations; the first name is written.
+_ACTIVATIONS = {
+  "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
+  "exact": ("gelu", "gelu_python"),
+  "quick": ("quick_gelu",),
+  "relu": ("relu",),
+}
+_GELUS = {name: gelu for gelu, names in _ACTIVATIONS.items() for name in names}
+_GATE = "silu"  # Activation of a SwiGLU.
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """How a key of a config section relates to a tower's spec.
+
+  Without `field` and `read`, the key's default is the only supported value.
+
+  Attributes:
+    field: the field of the spec that the key decides.
+    read: fields of the spec from a complete section; by default `field` has the
+      key's value.
+    write: the key's value from a spec; by default the value of `field`, or the
+      key's default without a field.
+    check: the reason why a spec can't be written, None if it can.
+  """
+
+  field: str | None = None
+  read: Callable[[Section], dict[str, Any]] | None = None
+  write: Callable[[Any], Any] | None = None
+  check: Callable[[Any], str | None] = lambda _: None
+
+
+def ignore(section: Section) -> dict[str, Any]:
+  """`Key.read` of a key that no field depends on."""
+  del section
+  return {}
+
+
+def read_activation(section: Section, *, gated: bool = False) -> dict[str, Any]:
+  """The activation of the MLP, or of its gate in a SwiGLU."""
+  value = section["hidden_act"]
+  if gated and value != _GATE:
+    raise ConversionError(
+      f"hidden_act={value!r} of a gated MLP is not supported; expected "
+      f"{_GATE!r}."
+    )
+  if not gated and value not in _GELUS:
+    raise ConversionError(
+      f"hidden_act={value!r} is not supported; expected one of "
+      f"{sorted(_GELUS)}."
+    )
+  return {} if gated else {"gelu": _GELUS[value]}
+
+
+def write_activation(spec: Spec, *, gated: bool = False) -> str:
+  """The inverse of `read_activation`."""
+  return _GATE if gated else _ACTIVATIONS[spec.gelu][0]
+
+
+def read_sizes(section: Section, key: str = "image_size") -> dict[str, Any]:
+  """`image_size` and `patch_size` of the spec."""
+  size = hf_files.read_side(section[key], key)
+  patch = hf_files.read_side(section["patch_size"], "patch_size")
+  if patch > size:
+    raise ConversionError(
+      f"image_size={size} is smaller than patch_size={patch}."
+    )
+  # transformers drops pixels that do not fill a patch.
+  return {"image_size": size // patch * patch, "patch_size": patch}
+
+
+# Keys with one meaning in every family.
+KEYS = {
+  "attention_dropout": Key(read=ignore),
+  "bos_token_id": Key(read=ignore),
+  "eos_token_id": Key("eos_id"),
+  "hidden_act": Key("gelu", read_activation, write_activation),
+  "hidden_size": Key("width"),
+  "image_size": Key("image_size", read_sizes),
+  "intermediate_size": Key("mlp_dim"),
+  "layer_norm_eps": Key("norm_eps"),
+  "layerscale_value": Key(
+    "layer_scale", lambda c: {"layer_scale": float(c["layerscale_value"])}
+  ),
+  "max_position_embeddings": Key("length"),
+  "num_attention_heads": Key("heads"),
+  "num_hidden_layers": Key("depth"),
+  "num_register_tokens": Key("registers"),
+  # Only written: from the tokenizer, see `Family.write_config`.
+  "pad_token_id": Key(read=ignore, write=lambda spec: spec.pad_id),
+  "patch_size": Key("patch_size", ignore),
+  # The sections repeat the width that the config names for both towers.
+  "projection_dim": Key(read=ignore, write=lambda spec: spec.projection),
+  "rms_norm_eps": Key("norm_eps"),
+  # Whether attention pools the patches, or nothing does.
+  "use_head": Key(
+    read=lambda c: {"pool": "query" if c["use_head"] else "mean"},
+    write=lambda spec: spec.pool == "query",
+  ),
+  "vision_use_head": Key(
+    read=lambda c: {"pool": "map" if c["vision_use_head"] else "mean"},
+    write=lambda spec: spec.pool == "map",
+  ),
+  "vocab_size": Key("vocab_size"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOf:
+  """Values of a field that a class can have; the first one is read."""
+
+  values: tuple[Any, ...]
+
+
+# Values of the fields that neither a key nor `TowerTable.fields` decides.
+_PLAIN: Mapping[str, Mapping[str, Any]] = {
+  "image": {
+    "pool_tokens": (0,),
+    "pool_prefix": False,
+    "pool_heads": None,
+    "pool_mlp_dim": None,
+    "positions": "learned",
+    "registers": 0,
+    "layer_scale": None,
+    "mlp": "plain",
+    "pre_norm": False,
+    "patch_norm": False,
+    "final_norm": True,
+    "norm_kind": "layer",
+    "patch_bias": True,
+    "qkv_bias": "all",
+    "bias": True,
+    "projection": None,
+  },
+  "text": {
+    "mlp": "plain",
+    "qkv_bias": "all",
+    "bias": True,
+    "norm_kind": "layer",
+    "positions": "learned",
+    "token_scale": False,
+    "pad_id": None,
+  },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerTable:
+  """Table of one tower.
+
+  Attributes:
+    defaults: transformers' default of each key of the tower's config section,
+      in the order in which they are written.
+    fields: fields of the spec that the class fixes, maybe to `AnyOf`.
+    names: tensors by our layers, see `tables.Names`.
+    gated: names that differ if the MLP is a SwiGLU.
+    keys: keys that mean something else than in `KEYS`.
+  """
+
+  defaults: Mapping[str, Any]
+  fields: Mapping[str, Any]
+  names: Names
+  gated: Names = dataclasses.field(default_factory=dict)
+  keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
+
+  def read_fields(self, section: Section) -> dict[str, Any]:
+    """Fields of the spec from a complete section."""
+    fields = {
+      name: value.values[0] if isinstance(value, AnyOf) else value
+      for name, value in self.fields.items()
+    }
+    for name, default in self.defaults.items():
+      key = self._key(name)
+      if key.read:
+        fields |= key.read(section)
+      elif key.field:
+        fields[key.field] = section[name]
+      elif section[name] != default:
+        raise ConversionError(
+          f"{name}={section[name]!r} is not supported; expected {default!r}."
+        )
+    return fields
+
+  def write_section(self, spec: Spec) -> dict[str, Any]:
+    """The config section; the inverse of `read_fields`."""
+    section = {}
+    for name, default in self.defaults.items():
+      key = self._key(name)
+      value = getattr(spec, key.field) if key.field else default
+      section[name] = key.write(spec) if key.write else value
+    return section
+
+  def unsupported_fields(
+    self, spec: Spec, tower: str, **fields: Any
+  ) -> list[str]:
+    """A line for each field of a tower that the class lacks.
+
+    `fields` override the layout's.
+    """
+    keys = [self._key(name) for name in self.defaults]
+    free = {key.field for key in keys}
+    lines = [reason for key in keys if (reason := key.check(spec))]
+    for name, value in {**_PLAIN[tower], **self.fields, **fields}.items():
+      expected = value.values if isinstance(value, AnyOf) else (value,)
+      if name not in free and (got := getattr(spec, name)) not in expected:
+        choices = " or ".join(map(repr, expected))
+        lines.append(f"{name} is {got!r} and would have to be {choices}")
+    return [f"  {tower}.{line}\n" for line in lines]
+
+  def _key(self, name: str) -> Key:
+    return self.keys.get(name) or KEYS.get(name) or Key()
+
+
+class Family:
+  """A released layout: an image tower, in some families with a text tower."""
+
+  # The model_type. In a family with text towers, an image tower alone has the
+  # model_type `NAME_vision_model`.
+  name: ClassVar[str]
+  # Class in transformers, without the ending "Model" or "VisionModel".
+  class_name: ClassVar[str]
+  image: ClassVar[TowerTable]
+  text: ClassVar[TowerTable | None] = None
+  # Default width that both towers are projected to; None without projections.
+  projection_dim: ClassVar[int | None] = None
+  # Prefixes of the image tower's tensors, beside a text tower and alone, and of
+  # the text tower's.
+  image_prefix: ClassVar[str] = ""
+  alone_prefix: ClassVar[str] = ""
+  text_prefix: ClassVar[str] = "text_model."
+  unit_axes: ClassVar[Mapping[str, int]] = {}  # See `tables.leaf_rules`.
+  ignored: ClassVar[str] = r"(?!)"  # Pattern of tensors that are not read.
+  # Loss of the image-text contrast.
+  loss: ClassVar[LossType] = "softmax"
+  # Whether an image tower alone can be exported.
+  exports_image: ClassVar[bool] = True
+  # Parameters that an export always has, see `ConvertedModel.add_neutral`.
+  neutral: ClassVar[tuple[str, ...]] = ()
+  config: ClassVar[Mapping[str, Any]] = {}  # Further keys of a `config.json`.
+  processor: ClassVar[str] = "CLIP"  # Image processor of an export.
+  # Fields of `Preprocess` of a folder without an image processor.
+  preprocess: ClassVar[Mapping[str, Any]] = {}
+  # Whether texts are lower-cased and get an end token, if the tokenizer's file
+  # does not say so.
+  lower_case: ClassVar[bool] = False
+  add_end: ClassVar[bool] = True
+
+  def model_types(self) -> list[str]:
+    """The values of `model_type` that are read."""
+    return [self.name, *([f"{self.name}_vision_model"] if self.text else ())]
+
+  def full_class_name(self, spec: ModelSpec) -> str:
+    """The class of transformers that opens an export."""
+    is_alone = self.text is not None and spec.text is None
+    return f"{self.class_name}{'VisionModel' if is_alone else 'Model'}"
+
+  def can_export(self, spec: ModelSpec) -> bool:
+    """Whether the family has a class with the model's towers."""
+    return self.exports_image if spec.text is None else self.text is not None
+
+  def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
+    """The model that a `config.json` describes.
+
+    `names` are the file's tensors.
+    """
+    if self.text is None or config["model_type"] != self.name:
+      section = hf_files.with_defaults(config, self.image.defaults)
+      return ModelSpec(image=self._read_image(section, config, names))
+    text = None
+    if any(name.startswith(self.text_prefix) for name in names):
+      section = _read_section(config, "text_config", self.text.defaults)
+      fields = self.text.read_fields(section)
+      if self.projection_dim:
+        fields["projection"] = self._read_width(config)
+      text = TextSpec(**fields)
+    else:
+      log.info("No text tower in the file: only images can be encoded.")
+    section = _read_section(config, "vision_config", self.image.defaults)
+    image = self._read_image(section, config, names, text)
+    return ModelSpec(image=image, text=text)
+
+  def _read_image(
+    self,
+    section: Section,
+    config: Section,
+    names: Collection[str],
+    text: TextSpec | None = None,
+  ) -> ViTSpec:
+    fields = self.image.read_fields(section)
+    mask = self.image.names.get("mask_token")
+    if mask and any(name.endswith(mask) for name in names):
+      fields["mask_token"] = True
+    is_projected = text is not None or "visual_projection.weight" in names
+    if self.projection_dim and is_projected:
+      fields["projection"] = self._read_width(config)
+    return ViTSpec(**fields)
+
+  def _read_width(self, config: Section) -> int:
+    default = {"projection_dim": self.projection_dim}
+    return hf_files.with_defaults(config, default)["projection_dim"]
+
+  def read_preprocess(
+    self, folder: pathlib.Path, config: Section, spec: ModelSpec
+  ) -> dict[str, Any]:
+    """Fields of `Preprocess` for a folder."""
+    del config
+    defaults, patch = self.default_preprocess(spec), spec.image.patch_size
+    return processors.read_preprocess(folder, defaults, patch_size=patch)
+
+  def default_preprocess(self, spec: ModelSpec) -> dict[str, Any]:
+    """Fields of `Preprocess` for a folder without an image processor."""
+    return {"size": spec.image.image_size, **self.preprocess}
+
+  def read_tokenizer(
+    self, folder: pathlib.Path
+  ) -> processors.TokenizerFiles | None:
+    """The folder's tokenizer."""
+    return processors.read_tokenizer(
+      folder, lower_case=self.lower_case, add_end=self.add_end
+    )
+
+  def tokenizer_config(self, spec: TextSpec) -> dict[str, Any]:
+    """Fields of an export's `tokenizer_config.json`."""
+    del spec
+    return {}
+
+  def find_prefix(self, config: Section, names: Collection[str]) -> str:
+    """Prefix of the image tower's tensors in a file.
+
+    `vision_model.` in two-tower files and, before transformers 5, in files of a
+    vision tower; `dinov2.` in a classifier's.
+    """
+    kind = config["model_type"]
+    for prefix in ("vision_model.", "vision_encoder.", f"{kind}."):
+      if any(name.startswith(prefix) for name in names):
+        return prefix
+    return self.image_prefix if kind == self.name else ""
+
+  def param_mapping(
+    self, spec: ModelSpec, prefix: str | None = None
+  ) -> list[Rule]:
+    """The conversion of every parameter; `prefix` is the image tower's."""
+    if prefix is None:
+      prefix = self.image_prefix if spec.text else self.alone_prefix
+    image = dict(self.image.names)
+    if spec.image.mlp == "swiglu":
+      image |= self.image.gated
+    names = {
+      **tables.nest("image/", prefix, image),
+      "image/projection": "visual_projection",
+    }
+    special = self.special_rules(spec, prefix)
+    if self.text is not None and spec.text is not None:
+      names |= tables.nest("text/", "", self.text.names)
+      special += self.temperature_rules()
+    return tables.tower_rules(spec, names, *special, unit_axes=self.unit_axes)
+
+  def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
+    """Rules of parameters that `names` can't express."""
+    del spec, prefix
+    return []
+
+  def temperature_rules(self) -> list[Rule]:
+    """Rules of the contrast's temperature and bias."""
+    if self.loss == "sigmoid":
+      return tables.scale_and_bias("logit_scale", "logit_bias")
+    return [tables.scale_without_bias("logit_scale", ())]
+
+  def constants(self, spec: ModelSpec) -> list[Rule]:
+    """Tensors of an export that depend on no parameter."""
+    del spec
+    return []
+
+  def write_config(
+    self, spec: ModelSpec, *, pad_id: int | None = None
+  ) -> dict[str, Any]:
+    """The `config.json` of a model without `unsupported_fields`.
+
+    `pad_id` is the tokenizer's; by default texts are padded with their end.
+    """
+    common = {
+      "dtype": "float32",
+      "torch_dtype": "float32",
+      "architectures": [self.full_class_name(spec)],
+    }
+    image, text = self.image.write_section(spec.image), spec.text
+    if self.text is None:
+      return {**common, "model_type": self.name, **image}
+    image = {"model_type": f"{self.name}_vision_model", **image}
+    if text is None:
+      return {**image, **common}
+    if text.pad_id is None:
+      pad_id = text.eos_id if pad_id is None else pad_id
+      text = dataclasses.replace(text, pad_id=pad_id)
+    width = {"projection_dim": spec.embed_dim} if self.projection_dim else {}
+    kind = {"model_type": f"{self.name}_text_model"}
+    return {
+      **common,
+      "model_type": self.name,
+      **self.config,
+      **width,
+      "vision_config": image,
+      "text_config": {**kind, **self.text.write_section(text)},
+    }
+
+  def unsupported_fields(self, spec: ModelSpec) -> list[str]:
+    """What the class can't express, a line for each field."""
+    fields = {}
+    if self.projection_dim and spec.text is not None:
+      fields["projection"] = spec.embed_dim
+    lines = []
+    if self.text is not None and spec.text is not None:
+      lines = self.text.unsupported_fields(spec.text, "text", **fields)
+    elif {"use_head", "vision_use_head"} & self.image.defaults.keys():
+      # Without its head, an image tower returns the patches alone.
+      fields["pool"] = AnyOf((self.image.fields["pool"], "mean"))
+    return self.image.unsupported_fields(spec.image, "image", **fields) + lines
+
+
+def _read_section(
+  config: Section, name: str, defaults: Section
+) -> dict[str, Any]:
+  """One tower's section. Early CLIPs have two, and the second one wins."""
+  section = hf_files.with_defaults(config.get(name), defaults, name)
+  if (second := config.get(f"{name}_dict")) is not None:
+    section |= hf_files.with_defaults(second, defaults, f"{name}_dict")
+  return section

@@ -1,0 +1,266 @@
+"""Files of a Hugging Face folder: config fields, JSON and safetensors."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mtv_jax.config import foreign, options
+from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range
+from mtv_jax.convert.tables import ConversionError
+from mtv_jax.models.layers import Depth, Length, Side, Vocabulary, Width
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import MissingFileError
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+_LFS = b"version https://git-lfs"
+# Weight formats that are not read, and the reason.
+_OTHERS = {
+  **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), "unsafe pickles"),
+  "*.msgpack": "Flax weights",
+  "*.h5": "TensorFlow weights",
+  "*.npz": "NumPy archives; from_big_vision converts big_vision's",
+}
+SIDES = Side | tuple[Side, Side]
+_THREE = tuple[float, float, float]
+_SCALES = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+# Types of the keys of a config.json and its sections, in any family.
+_TYPED_KEYS = (
+  (bool, (
+    "apply_layernorm", "is_native", "key_bias", "mlp_bias", "proj_bias",
+    "qkv_bias", "query_bias", "scale_sqrt_depth", "use_gated_mlp", "use_head",
+    "use_swiglu_ffn", "value_bias", "vision_use_head",
+  )),
+  (str, (
+    "backbone", "depth_decoder_activation", "depth_estimation_type",
+    "hidden_act", "model_type", "readout_activation",
+  )),
+  (int, (
+    "head_in_index", "num_channels", "pad_token_id",
+    "video_temporal_patch_size",
+  )),
+  (PositiveFloat, (
+    "layer_norm_eps", "max_depth", "min_depth", "pos_embed_jitter",
+    "pos_embed_rescale", "pos_embed_shift", "rms_norm_eps", "rope_theta",
+    "temperature_init_value",
+  )),
+  (Width, (
+    "fusion_hidden_size", "head_hidden_size", "hidden_size",
+    "intermediate_size", "num_attention_heads", "num_depth_bins",
+    "projection_dim", "projection_size", "reassemble_hidden_size",
+  )),
+  (Length, ("max_position_embeddings", "num_patches")),
+  (NonNegativeInt, ("num_register_tokens", "num_registers")),
+  (SIDES, ("image_size", "patch_size")),
+)  # fmt: skip
+_CONFIG_FIELDS = {
+  **{key: kind for kind, keys in _TYPED_KEYS for key in keys},
+  "eos_token_id": int | list[int],
+  "layerscale_value": float,
+  "max_img_size": Side,
+  "mlp_ratio": Annotated[float, Range(above=0, max=64)],
+  "neck_hidden_sizes": tuple[Width, ...],
+  "norm_mean": _THREE,
+  "norm_std": _SCALES,
+  "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
+  "num_hidden_layers": Depth,
+  "out_features": list[str],
+  "out_indices": list[int],
+  "reassemble_factors": tuple[float, ...],
+  "summary_idxs": tuple[int, ...],
+  "vocab_size": Vocabulary,
+}
+_PROCESSOR_FIELDS = {
+  **dict.fromkeys(
+    ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), bool
+  ),
+  "image_mean": _THREE,
+  "image_std": _SCALES,
+  "max_num_patches": Length,
+  "patch_size": Side,
+  "rescale_factor": PositiveFloat,
+  "resample": int,
+}
+
+
+def require_folder(folder: str | os.PathLike) -> pathlib.Path:
+  """The folder as a path; a folder in a bucket as its local copy."""
+  path = path_lib.local_copy(folder)
+  if atomic.is_temporary(path):
+    raise ConversionError(f"{path} is what an unfinished conversion left.")
+  if path.is_dir():
+    return path
+  if path.exists():
+    raise ConversionError(f"{path} is a file; a folder is expected.")
+  raise MissingFileError(
+    f"There is no folder {path}. mtv_jax.load and `mtv-jax convert` also take "
+    "a model of the Hugging Face hub, as hf:ORG/NAME."
+  )
+
+
+def read_config(
+  folder: str | os.PathLike, *, model_type: str, example: str
+) -> tuple[pathlib.Path, dict[str, Any]]:
+  """A folder's path and its `config.json`; `example` names a valid model."""
+  path = require_folder(folder)
+  config = foreign.read_object(path / "config.json")
+  if config.get("model_type") != model_type:
+    raise ConversionError(
+      f"{path / 'config.json'} has model_type {config.get('model_type')!r}; "
+      f"expected {model_type!r}, as in {example}."
+    )
+  return path, config
+
+
+def read_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+  """The image processor's file and its fields, {} if there is none."""
+  # From transformers 5 on, one file contains the processors of all modalities.
+  path = folder / "processor_config.json"
+  fields = foreign.read_object(path).get("image_processor")
+  if not fields:
+    path = folder / "preprocessor_config.json"
+    fields = foreign.read_object(path)
+  with foreign.errors_of(path):
+    return path, foreign.read_fields(fields, _PROCESSOR_FIELDS)
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  text = json.dumps(dict(value), indent=2, ensure_ascii=False)
+  path.write_text(text + "\n", "utf-8")
+
+
+class TensorFiles:
+  """Tensors of safetensors files, memory-mapped and read one at a time.
+
+  A context manager. `path` is the file, or the index of several `files`.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, files: Iterable[pathlib.Path] | None = None
+  ):
+    self.path = path
+    self._files: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+      for file in [path] if files is None else files:
+        handle = stack.enter_context(_open(file))
+        self._files.update(dict.fromkeys(handle.keys(), handle))
+      self._stack = stack.pop_all()
+
+  def __enter__(self) -> "TensorFiles":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._stack.close()
+
+  @property
+  def names(self) -> list[str]:
+    return list(self._files)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._files[name].get_slice(name).get_shape())
+
+  def read(self, name: str) -> np.ndarray:
+    try:
+      return self._files[name].get_tensor(name)
+    # The library raises errors of several types for types without a NumPy one.
+    except Exception as error:
+      raise ConversionError(f"{self.path}: {name!r}: {error}") from None
+
+
+def _open(path: pathlib.Path) -> Any:
+  if not path.is_file():
+    raise ConversionError(
+      f"{path}, named by the index beside it, is missing: download it too."
+    )
+  with path.open("rb") as file:
+    if file.read(len(_LFS)) == _LFS:
+      raise ConversionError(
+        f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
+      )
+  try:
+    return safetensors.safe_open(str(path), framework="np")
+  except safetensors.SafetensorError as error:
+    raise ConversionError(
+      f"{path} is not a whole safetensors file ({error}): copy it again."
+    ) from None
+
+
+def open_weights(folder: pathlib.Path) -> TensorFiles:
+  """The weights of a Hugging Face folder, one file or shards."""
+  path = folder / WEIGHTS
+  if path.is_file():
+    return TensorFiles(path)
+  index = folder / f"{WEIGHTS}.index.json"
+  if content := foreign.read_object(index):
+    with foreign.errors_of(index):
+      shards = foreign.read_field(content, "weight_map", Mapping[str, str])
+    names = sorted({*shards.values()})
+    resolve = functools.partial(foreign.resolve_name, folder, where=index)
+    return TensorFiles(index, list(map(resolve, names)))
+  lines = [f"{folder} lacks {WEIGHTS} and {WEIGHTS}.index.json."]
+  if (folder / "adapter_config.json").is_file():
+    lines.append("It contains an adapter: merge it into its model first.")
+  for pattern, kind in _OTHERS.items():
+    names = sorted(p.name for p in folder.glob(pattern))
+    if names:
+      lines.append(f"It has {', '.join(names[:4])}: {kind}.")
+  lines.append(
+    "Load the model once with transformers and call "
+    "save_pretrained(folder, safe_serialization=True)."
+  )
+  raise ConversionError(" ".join(lines))
+
+
+def write_tensors(
+  path: pathlib.Path, tensors: Mapping[str, np.ndarray]
+) -> None:
+  """Writes a safetensors file."""
+  # transformers rejects a file without this field.
+  safetensors.numpy.save_file(
+    dict(tensors), str(path), metadata={"format": "pt"}
+  )
+
+
+def with_defaults(
+  config: Any, defaults: Mapping[str, Any], section: str = ""
+) -> dict[str, Any]:
+  """A config's section with transformers' defaults, which files leave out.
+
+  `section` is its name in the file, "" for the file itself; `config` is None if
+  the file leaves the section out.
+  """
+  where = section and f"{section}."
+  given = {} if config is None else config
+  return {**defaults, **foreign.read_fields(given, _CONFIG_FIELDS, where=where)}
+
+
+def require(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+  """Raises ConversionError for a key with another than the supported value."""
+  for key, value in values.items():
+    if config[key] != value:
+      raise ConversionError(
+        f"{key}={config[key]!r} is not supported; expected {value!r}."
+      )
+
+
+def read_side(value: Any, field: str) -> int:
+  """A side in pixels, an integer or a pair of equal integers."""
+  value = options.check_value(value, SIDES, field)
+  if isinstance(value, int):
+    return value
+  if value[0] != value[1]:
+    raise ConversionError(
+      f"{field}={list(value)}: only square images and patches convert."
+    )
+  return value[0]
