@@ -21,6 +21,7 @@ from mtv_jax.parallel.distributed import gather_bytes
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.grouping import Grouper
+from mtv_jax.utils.threads import map_ahead
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
 # Batches of items that a smaller batch of another group may wait for.
@@ -90,29 +91,10 @@ def matched_block(layer: int, *, norm: str, depth: int) -> int:
   return block
 
 
-def threaded_map(
-  function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
-) -> Iterator[Any]:
-  """`map` by threads, with results in order and a bounded number pending.
-
-  Items are iterated in the caller's thread; `ahead` results are computed in
-  advance, by default twice the threads.
-  """
-  threads = available_cores()
-  pending: collections.deque = collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    for item in items:
-      pending.append(pool.submit(function, item))
-      if len(pending) > (ahead or 2 * threads):
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
-
-
 def shared_map(
   function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
 ) -> Iterator[Any]:
-  """`threaded_map` whose items are divided among the processes of a pod.
+  """`map_ahead` whose items are divided among the processes of a pod.
 
   Of P processes each computes every P-th item and gets all results. Every
   process iterates equal items at the same point of the program; an error in one
@@ -120,7 +102,7 @@ def shared_map(
   """
   processes, process = jax.process_count(), jax.process_index()
   if processes == 1:
-    yield from threaded_map(function, items, ahead=ahead)
+    yield from map_ahead(function, items, ahead=ahead)
     return
   items = iter(items)
   size = processes * -(-_ROUND // processes)

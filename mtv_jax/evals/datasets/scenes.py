@@ -22,9 +22,9 @@ from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.dense import threaded_map
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.threads import map_ahead
 
 # Scenes are rendered from their number; training counts up from zero.
 HELD_OUT_SCENES = 1_000_000
@@ -205,7 +205,7 @@ def open_boxes(
   numbers = tuple(source.first + i for i in indices)
   scenes = SceneRange(numbers, source.seed, source.size, source.difficulty)
   rows = []
-  rendered = threaded_map(scenes.render, range(len(scenes)))
+  rendered = map_ahead(scenes.render, range(len(scenes)))
   for i, scene in enumerate(rendered):
     if len(scene.boxes):
       names = [scene.objects[j].name for j in scene.box_objects]

@@ -13,8 +13,8 @@ from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.dense import threaded_map
 from mtv_jax.evals.datasets import scenes
+from mtv_jax.utils.threads import map_ahead
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _read_rows(
       size = "x".join(map(str, image.shape))
     return _Row(i, record["key"], size, label(record))
 
-  return list(threaded_map(read, indices))
+  return list(map_ahead(read, indices))
 
 
 def _hash_size(row: _Row) -> tuple[str, str]:

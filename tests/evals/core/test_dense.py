@@ -86,16 +86,6 @@ def test_the_cls_token_is_beside_every_patch(norm):
   np.testing.assert_allclose(got, np.concatenate(parts, -1), atol=1e-5)
 
 
-def test_threaded_map_has_the_order_and_the_errors_of_map():
-  assert list(dense.threaded_map(lambda x: x**2, range(50), ahead=3)) == [
-    x**2 for x in range(50)
-  ]
-  squares = dense.threaded_map(lambda x: 1 / (2 - x), range(9))
-  assert next(squares) == 0.5
-  with pytest.raises(ZeroDivisionError):
-    list(squares)
-
-
 def test_map_by_group_fills_batches_and_has_the_order_of_map():
   rng, read, batches = np.random.default_rng(0), [], []
 
