@@ -13,11 +13,7 @@ from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
 from mtv_jax.experts import depth_anything
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.depth_anything import (
-  MEAN,
-  STD,
-  DepthPreprocess,
-)
+from mtv_jax.experts.depth_anything import MEAN, STD, DepthPreprocess
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils.tree import flatten_with_names
 
