@@ -3,31 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=25
 
-.PHONY: quickstart test test-slow test-reference lint format clean
+.PHONY: quickstart environments test test-slow test-reference test-full \
+  test-long lint format clean
 
 # One stamp per set of extras; a changed setup.cfg reinstalls.
-$(VENV)/.base: setup.cfg pyproject.toml
+STAMPS := $(VENV)/.base $(VENV)/.dev $(VENV)/.all
+$(STAMPS): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) \
 	  else f"mtv_jax needs Python >= 3.11, this is {sys.version}")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	tools/install.sh $(BIN)/python $(EXTRAS)
 	touch $@
-
-$(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $@
-
-$(VENV)/.slow: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[dev,hub,buckets,emulators]'
-	touch $@
-
-$(VENV)/.reference: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[dev,reference,parquet,onnx,preflight,tfds,trackers]'
-	touch $@
+$(VENV)/.dev: EXTRAS := dev
+$(VENV)/.all: $(VENV)/.dev
+$(VENV)/.all: EXTRAS := dev,buckets,emulators,hub,onnx,parquet,preflight,$\
+  reference,tfds,trackers
 
 # Trains the paper's objectives on built-in scenes, evaluates and exports.
 quickstart: $(VENV)/.base
@@ -44,19 +36,30 @@ quickstart: $(VENV)/.base
 	@echo "  $(RUN)/checkpoints      the same command resumes from here"
 	@echo "  $(RUN)/huggingface      for transformers' AutoModel"
 
+# Fast tests; `make test MORE=--jax` runs those that depend on JAX alone.
 test: $(VENV)/.dev
-	$(PYTEST) -m 'not slow and not reference'
+	$(PYTEST) -m 'not slow and not reference and not long' $(MORE)
 
-test-slow: $(VENV)/.slow
-	$(PYTEST) -m 'slow and not reference'
+test-slow: $(VENV)/.all
+	$(PYTEST) -m 'slow and not reference and not long'
 
-test-reference: $(VENV)/.reference
-	$(PYTEST) -m 'reference'
+test-reference: $(VENV)/.all
+	$(PYTEST) -m 'reference and not long'
+
+# Both, in one run.
+test-full: $(VENV)/.all
+	$(PYTEST) -m '(slow or reference) and not long'
+
+# Kills, hostile cases and old runs by the dozen: outside CI.
+test-long: $(VENV)/.all
+	$(PYTEST) -m 'long'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tools/unused.py
+	$(BIN)/python tools/ast_nodes.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

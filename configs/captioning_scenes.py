@@ -12,7 +12,7 @@ after thousands of updates.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 

@@ -14,7 +14,7 @@ trained on has a fault somewhere between the tar and the metric.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):

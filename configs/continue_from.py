@@ -13,7 +13,7 @@ the built-in scenes. Hardware: one accelerator of 16 GB at B/16, not tried here.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -141,8 +141,6 @@ def self_supervision(config, arg, size, patch):
   head = dict(prototypes=arg.prototypes, target="sinkhorn")
   if arg.prototypes < 1024:
     head |= dict(hidden=64, bottleneck=32, chunk=None)
-  config.objectives = dict(
-    distillation=dict(koleo_weight=0.1, **head), masked_latent=head
-  )
+  config.objectives = dict(dino=dict(koleo_weight=0.1, **head), ibot=head)
   config.teacher = dict(momentum=0.994)
   config.weights = "teacher"

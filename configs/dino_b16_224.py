@@ -23,13 +23,13 @@ ImageNet) is distilled from a giant model trained on 142 million images.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B")
   config = read_config("dinov2_l16", **arg)
-  config.objectives.masked_latent.head = "ibot"
+  config.objectives.ibot.head = "ibot"
   for objective in config.objectives.values():
     objective.target = "sinkhorn"
   if not arg.tiny:

@@ -51,7 +51,7 @@ Expected: 81.6 % k-NN and 82.9 % linear on ImageNet (dinov2's README); vitl14
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -92,10 +92,10 @@ def get_config(arg=None):
   )
   koleo = dict(koleo_weight=0.1, koleo_group=32 if long else 64)
   config.objectives = dict(
-    distillation=dict(bottleneck=384 if long else 256, **koleo, **head),
-    masked_latent=dict(bottleneck=256, **head),
+    dino=dict(bottleneck=384 if long else 256, **koleo, **head),
+    ibot=dict(bottleneck=256, **head),
   )
-  config.objectives.masked_latent.head = "ibot" if long else "dino"
+  config.objectives.ibot.head = "ibot" if long else "dino"
   config.teacher = dict(momentum=0.994 if long else 0.992, end=1.0)
   config.weights = "teacher"
 
@@ -133,7 +133,7 @@ def get_config(arg=None):
       data=dict(train=[dict(type="scenes", size=40)], ops="decode|canvas(40)"),
       views=views(32, local=16, patch=8),
       model=dict(dtype="float32", remat="none", **model),
-      objectives=dict(distillation=head, masked_latent=head),
+      objectives=dict(dino=head, ibot=head),
       log=dict(every_steps=10),
     )
   return config

@@ -63,7 +63,7 @@ yaml's header). For the stages at size L: no published figure.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def get_config(arg=None):
   config.model.init = "dinov3"
   config.model.positions = "rope"
   config.model.rope = dict(base=100.0, rescale=None)
-  config.objectives.masked_latent.head = "ibot"
+  config.objectives.ibot.head = "ibot"
   for objective in config.objectives.values():
     objective.target = "sinkhorn"
   if arg.gram or arg.highres:
@@ -125,7 +125,7 @@ def refine(config, arg, size):
   config.objectives.gram = dict(weight=weight, view_teacher="gram")
   config.optim.weight_decay_end = None
   config.teacher = dict(momentum=0.999)
-  config.objectives.distillation.koleo_group = 16
-  for name in ("distillation", "masked_latent"):
+  config.objectives.dino.koleo_group = 16
+  for name in ("dino", "ibot"):
     config.objectives[name].freeze_last_layer_percent = 0.0
     config.objectives[name].teacher_temp_start = 0.07

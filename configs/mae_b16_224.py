@@ -39,7 +39,7 @@ reaches 68.0 % in a linear probe and 83.6 % fine-tuned.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -75,7 +75,7 @@ def get_config(arg=None):
     remat="none",
   )
   config.objectives = dict(
-    masked_pixels=dict(
+    mae=dict(
       weight=1.0,
       norm_pixels=True,
       decoder_width=512,
@@ -106,7 +106,7 @@ def get_config(arg=None):
       views=dict(mae=dict(ops=ops(32, 8))),
       model=dict(variant="mu/8", image_size=32, dtype="float32"),
       objectives=dict(
-        masked_pixels=dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
+        mae=dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
       ),
       schedule=dict(warmup_epochs=None, warmup_percent=5),
       log=dict(every_steps=10),

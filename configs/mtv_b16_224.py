@@ -48,7 +48,7 @@ every second image masked: 79 % of the FLOPs (docs/results.md).
 configs/mtv_tiny.py is the recipe for a CPU.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
@@ -75,10 +75,10 @@ def get_config(arg=None):
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
     # The student's global crop is masked, so it is not the teacher's input.
     # KoLeo is DINOv2's; that MTV has it is our choice.
-    distillation=dict(
+    dino=dict(
       weight=1.0, koleo_weight=0.1, same_crop="include", prototypes=65_536
     ),
-    masked_latent=dict(weight=1.0, prototypes=65_536),
+    ibot=dict(weight=1.0, prototypes=65_536),
     depth=dict(weight=1.0),
     grounding=dict(weight=1.0, regions=4, init_bias=-10.0),
   )
@@ -102,8 +102,8 @@ def get_config(arg=None):
       views=views(32, local=16, patch=8),
       objectives=dict(
         contrastive=dict(init_bias=-4.0),
-        distillation=head,
-        masked_latent=head,
+        dino=head,
+        ibot=head,
         grounding=dict(init_bias=-4.0),
       ),
       evals=dict(zero_shot=dict(count=100), retrieval=dict(count=100)),

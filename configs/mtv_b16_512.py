@@ -20,7 +20,7 @@ accuracy, as SigLIP 2 and DINOv2 report. Length, rate and batch are our choice.
 with random initial weights unless `init` is given.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):

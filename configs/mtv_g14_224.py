@@ -17,7 +17,7 @@ Expected: no published model has this size.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):

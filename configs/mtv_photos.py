@@ -15,7 +15,7 @@ Hardware, time and result: docs/results.md. A few hundred photos do not
 generalise: each loss has to fall, and the held-out figures have to improve.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
@@ -66,9 +66,9 @@ def get_config(arg=None):
     ),
   )
   config.objectives.update(
-    distillation=dict(weight=1.0, hidden=256),
-    masked_latent=dict(weight=1.0, hidden=256),
-    masked_pixels=dict(decoder_width=128, decoder_depth=2),
+    dino=dict(weight=1.0, hidden=256),
+    ibot=dict(weight=1.0, hidden=256),
+    mae=dict(decoder_width=128, decoder_depth=2),
     depth=dict(weight=1.0, features=32, channels=(32, 32, 32, 32)),
     grounding=dict(regions=4),
   )

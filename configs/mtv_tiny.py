@@ -9,7 +9,7 @@ Hardware, time and result: two CPU cores, see docs/results.md.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -57,11 +57,9 @@ def get_config(arg=None):
   config.objectives = dict(
     # Near log(1/64), which balances the pairs of a batch.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-4.0),
-    distillation=dict(weight=0.5, koleo_weight=0.1, **prototypes),
-    masked_latent=dict(weight=0.5, **prototypes),
-    masked_pixels=dict(
-      weight=0.5, decoder_width=64, decoder_depth=1, decoder_heads=4
-    ),
+    dino=dict(weight=0.5, koleo_weight=0.1, **prototypes),
+    ibot=dict(weight=0.5, **prototypes),
+    mae=dict(weight=0.5, decoder_width=64, decoder_depth=1, decoder_heads=4),
     depth=dict(weight=0.5, features=16, channels=(16, 16, 16, 16)),
     grounding=dict(weight=1.0, regions=2, init_bias=-4.0),
   )

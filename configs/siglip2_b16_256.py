@@ -50,7 +50,7 @@ after the stage of curation. Other data give less.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
@@ -70,10 +70,10 @@ def get_config(arg=None):
   config.objectives.captioning = dict(
     weight=1.0, depth=6, regions=4, chunk=8550
   )
-  config.objectives.distillation = dict(
+  config.objectives.dino = dict(
     weight=dict(value=0.25, **late), koleo_weight=0.0, same_crop="exclude"
   )
-  config.objectives.masked_latent = dict(weight=dict(value=0.0625, **late))
+  config.objectives.ibot = dict(weight=dict(value=0.0625, **late))
   config.teacher = dict(momentum=0.994)
 
   if arg.tiny:
@@ -83,8 +83,8 @@ def get_config(arg=None):
       total_steps=40,
       objectives=dict(
         captioning=dict(depth=1, regions=2, bins=64, chunk=None),
-        distillation=head,
-        masked_latent=head,
+        dino=head,
+        ibot=head,
       ),
     )
     config.data.ops = config.data.ops.replace("regions(4)", "regions(2)")

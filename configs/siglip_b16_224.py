@@ -47,7 +47,7 @@ smoke tests only: it cuts captions to 64 bytes.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):

@@ -15,7 +15,7 @@ Expected: the published SigLIP L/16-256 reaches 80.5 % zero-shot on ImageNet
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):

@@ -21,7 +21,7 @@ SigLiT reaches 84.5 % zero-shot on ImageNet after two days on four TPU v4 chips
 its locked tower has random weights.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):

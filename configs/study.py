@@ -21,7 +21,7 @@ Hardware, time and result: two CPU cores, see docs/study/world.md.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 from mtv_jax.configs.mtv_b16_224 import share_crop
 from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
@@ -91,11 +91,9 @@ def get_config(arg=None):
   )  # fmt: skip
   config.objectives = dict(
     contrastive=dict(weight=1.0, loss_type="softmax"),
-    distillation=dict(weight=0.2, koleo_weight=0.0, **prototypes),
-    masked_latent=dict(weight=0.2, **prototypes),
-    masked_pixels=dict(
-      weight=0.2, decoder_width=32, decoder_depth=1, decoder_heads=4
-    ),
+    dino=dict(weight=0.2, koleo_weight=0.0, **prototypes),
+    ibot=dict(weight=0.2, **prototypes),
+    mae=dict(weight=0.2, decoder_width=32, decoder_depth=1, decoder_heads=4),
     grounding=dict(weight=0.5, regions=2, init_bias=-4.0),
     depth=dict(weight=0.5, features=8, channels=(8, 8, 8, 8), head_features=8),
   )

@@ -46,7 +46,7 @@ Expected: no published figure applies.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.config.recipes import parse_arg, read_config
 
 
 def get_config(arg=None):
@@ -88,16 +88,16 @@ def get_config(arg=None):
   objectives.contrastive = dict(
     weight=1.0, loss_type="softmax", max_scale=100.0
   )
-  objectives.distillation.update(
+  objectives.dino.update(
     weight=1.0, koleo_weight=0.0, view_global="image", same_crop="exclude"
   )
-  objectives.masked_latent.update(weight=2.0, view="masked")
+  objectives.ibot.update(weight=2.0, view="masked")
   if not arg.tiny:
-    objectives.distillation.prototypes = 32_768
-    objectives.masked_latent.prototypes = 32_768
+    objectives.dino.prototypes = 32_768
+    objectives.ibot.prototypes = 32_768
     config.total_examples = 70 * 116_000_000
   if arg.v2:
-    objectives.masked_latent.patches = "all"
+    objectives.ibot.patches = "all"
     config.teacher.ema = "heads"
   if arg.v2 and not arg.tiny:
     config.batch_size = arg.batch or 8192

@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import sys
 
+import filelock
 import pytest
+import selection
 from xla_options import xla_flags
 
 # Before JAX starts: eight CPU devices, so that meshes can be tested anywhere.
@@ -12,6 +15,39 @@ os.environ["XLA_FLAGS"] = f"{given} {xla_flags(devices=8)}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+  text = "only files whose subject imports JAX, see `selection`"
+  parser.addoption("--jax", action="store_true", help=text)
+
+
+def pytest_ignore_collect(collection_path, config):
+  """Files without a test that is asked for are not imported."""
+  if not collection_path.match("test_*.py"):
+    return None
+  expression = config.option.markexpr
+  needed = not expression or selection.may_have(collection_path, expression)
+  if config.option.jax:
+    needed &= selection.depends_on_jax(collection_path)
+  return None if needed else True
+
+
+def pytest_collection_modifyitems(items):
+  """The longest first: files whose tests start processes of their own."""
+  trainings = selection.TESTS / "trainings.py"
+  items.sort(key=lambda item: trainings not in selection.imported(item.path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limit_memory():
+  """Frees compiled programs after a file if the process has more than 4 GiB."""
+  yield
+  statm = pathlib.Path("/proc/self/statm")
+  if "jax" in sys.modules and statm.exists():
+    pages = int(statm.read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30:
+      sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +63,24 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip("no real data beside this checkout (../shared/data)")
   return path
+
+
+@pytest.fixture(scope="session")
+def smallest_run(tmp_path_factory, worker_id) -> pathlib.Path:
+  """The folder of a run of the smallest config, one for all workers.
+
+  Do not change it.
+  """
+  import trainings
+
+  root = tmp_path_factory.getbasetemp()
+  if worker_id != "master":
+    root = root.parent
+  folder = root / "smallest" / "run"
+  with filelock.FileLock(root / "smallest.lock"):
+    if not (folder / "report.html").exists():
+      trainings.train(folder)
+  return folder
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +105,18 @@ def s3():
 def bucket(request):
   """The URL of a bucket, of each store in turn."""
   return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def browser():
+  """A headless Chromium; skips where there is none."""
+  import chromium
+
+  path = chromium.find_browser()
+  if path is None:
+    pytest.skip(f"needs one of {', '.join(chromium.NAMES)}")
+  with chromium.launch(path) as browser:
+    yield browser
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtv_jax.config import schema
-from mtv_jax.train.optim.optimizer import make_optimizer
+from mtv_jax.config import sections
+from mtv_jax.config.durations import RunLength
+from mtv_jax.train.optim.optimizer import OptimConfig, make_optimizer
+from mtv_jax.train.optim.param_rules import match_param_rules
+from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 RNG = np.random.default_rng(0)
@@ -34,14 +37,24 @@ GRADS = [random_tree() for _ in range(STEPS)]
 
 
 def build(
-  optim_config, schedule_config=None, params=PARAMS, total_steps=STEPS, **starts
+  optim_config,
+  schedule_config=None,
+  params=PARAMS,
+  total_steps=STEPS,
+  batch_size=8,
+  start_steps=None,
+  **options,
 ):
+  config = {"lr": 1e-2, "clip_norm": 0.0, **optim_config}
+  config = sections.read(OptimConfig, config, "config.optim")
+  schedule = schedule_config or {"name": "constant"}
+  schedule = sections.read(ScheduleConfig, schedule, "config.schedule")
+  length = RunLength(batch_size, None, total_steps)
+  table = match_param_rules(
+    params, config.rules, length=length, start_steps=start_steps or {}
+  )
   return make_optimizer(
-    {"lr": 1e-2, "clip_norm": 0.0, **optim_config},
-    schedule_config or {"name": "constant"},
-    length=schema.RunLength(8, None, total_steps),
-    params=params,
-    **starts,
+    config, schedule, length=length, params=params, table=table, **options
   )
 
 

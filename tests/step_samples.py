@@ -11,7 +11,7 @@ from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec, init_params
 
 
 def dino(**options):
@@ -19,7 +19,7 @@ def dino(**options):
   own = dict(
     view_global="image", view_local=None, same_crop="include", prototypes=8
   )
-  return build_objective("distillation", own | options)
+  return build_objective("dino", own | options)
 
 
 def make_spec(**changes):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from PIL import Image
 
-OBJECTIVES = ("contrastive", "distillation", "grounding", "depth")
+OBJECTIVES = ("contrastive", "dino", "grounding", "depth")
 BLOCKS = ("embedding", "0", "1", "2", "3", "pool")
 METRICS = {
   "zero_shot": {"top1": 0.05, "top5": 0.25},

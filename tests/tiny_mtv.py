@@ -3,8 +3,9 @@
 import functools
 import pathlib
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.run import resolve
 from mtv_jax.train.train_step import build_step_spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -18,9 +19,7 @@ LABELS = {
 
 def read():
   """The recipe of configs/mtv_tiny.py, smaller yet."""
-  config = schema.check_config(
-    schema.read_config(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
-  )
+  config = recipes.read_config(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
   config.batch_size = ROWS
   config.data.train[0]["size"] = 32
   config.data.ops = (
@@ -40,8 +39,24 @@ def read():
 
 @functools.cache
 def built():
+  return build_step_spec(resolve(read()), total_steps=100)
+
+
+@functools.cache
+def everything(accumulate=1):
+  """The step of every objective, with rotary positions and drop path.
+
+  But for feature distillation, whose teacher is a folder.
+  """
   config = read()
-  return build_step_spec(config, total_steps=100)
+  config.model.update(
+    positions="rope", rope=dict(jitter=1.2, rescale=1.5), drop_path=0.3
+  )
+  config.objectives.captioning = dict(depth=1, regions=2, bins=8, chunk=None)
+  config.objectives.gram = dict(teacher="anchor")
+  config.teachers = dict(anchor=dict())
+  config.accumulate = accumulate
+  return build_step_spec(resolve(config), total_steps=100)
 
 
 @functools.cache

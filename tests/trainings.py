@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module("mtv_jax.main", run_name="__main__", alter_sys=True)
 """
 # Self-distillation on the smallest config's one view.
-DISTILLATION = dict(
+DINO = dict(
   view_global="image",
   view_local=None,
   same_crop="include",

@@ -1,10 +1,286 @@
-"""`mtv-jax chaos`: kill a run at random moments and compare it."""
+"""Kills a run at random moments, and compares it with an untouched one.
 
+  python tools/chaos.py --config=mtv_tiny:tiny --kills=50 --output=runs/chaos
+
+Trains OUTPUT/untouched, and OUTPUT/killed with SIGKILL at random moments of
+starting, restoring, training, saving and evaluating. At the end the whole
+train state, metrics.jsonl (but for speeds and goodput) and the evaluations'
+files must be equal, bit for bit. With --processes=2 the run has two processes,
+one of which is killed; the other one has to exit by itself. OUTPUT may be in a
+bucket.
+
+Exit status: 0 if all are equal, else 1.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import random
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from typing import Any
 
-from mtv_jax.cli.main import command
+import jax
+import numpy as np
 
-main = command("chaos")
+from mtv_jax.checkpoint.reading import load_tree, saved_steps
+from mtv_jax.cli import arguments
+from mtv_jax.cli.main import run_module
+from mtv_jax.train.runtime.launch import launch
+from mtv_jax.train.runtime.sessions import ALIVE, read_alive
+from mtv_jax.train.state import TrainState
+from mtv_jax.train.workdir import CHECKPOINTS, local_folder
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.tree import flatten_with_names
+
+MOMENTS = ("start", "train", "save", "evaluate")
+# Of metrics.jsonl, what depends on the time.
+TIMES = ("speed/", "goodput/")
+# For the processes that were not killed, more than JAX's service takes.
+_EXIT_SECONDS = 150
+# Orbax's mark of a complete checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
+
+
+def run(
+  recipe: arguments.Config,
+  *,
+  output: str,
+  kills: int = 50,
+  processes: int = 1,
+  seed: int = 0,
+) -> int:
+  """Compares the runs; the exit status.
+
+  Args:
+    output: folder of the runs, or gs://.
+    kills: number of SIGKILLs.
+    processes: of a run; one of them is killed, the others have to exit.
+    seed: of the moments.
+  """
+  # The runs need the accelerator, and this process does not.
+  jax.config.update("jax_platforms", "cpu")
+  equal = run_chaos(
+    recipe.config,
+    path_lib.as_path(output),
+    assignments=recipe.set,
+    kills=kills,
+    processes=processes,
+    seed=seed,
+  )
+  return int(not equal)
+
+
+def log(line: str) -> None:
+  """Prints a line of the result."""
+  print(line, flush=True)
+
+
+def run_chaos(
+  config: str,
+  output: pathlib.PurePath,
+  *,
+  assignments: Sequence[str],
+  kills: int,
+  processes: int,
+  seed: int,
+) -> bool:
+  """Trains OUTPUT/untouched and OUTPUT/killed; whether they are equal.
+
+  A run that reaches its end before all kills are done is compared, removed and
+  started again.
+  """
+  options = dict(config=config, assignments=assignments, processes=processes)
+  run = Run(output / "untouched", **options)
+  start = time.monotonic()
+  codes = run.finish()
+  if any(codes):
+    log(f"The untouched run failed: exit codes {codes}, see {run.log}.")
+    return False
+  log(f"untouched: {time.monotonic() - start:.0f} s")
+  killed, counts = Run(output / "killed", **options), collections.Counter()
+  rng, differences, complete = random.Random(seed), [], 0
+  while (number := sum(counts.values())) < kills:
+    moment = killed.kill_at(rng.choice(MOMENTS), rng)
+    if moment is None:  # It was faster.
+      differences += compare(run.workdir, killed.workdir)
+      path_lib.remove_folder(killed.workdir)
+      complete += 1
+      continue
+    counts[moment] += 1
+    steps = saved_steps(killed.workdir)
+    log(f"kill {number + 1}: {moment}; saved steps {steps}")
+  codes = killed.finish()
+  differences += compare(run.workdir, killed.workdir)
+  moments = ", ".join(f"{n} at {name}" for name, n in sorted(counts.items()))
+  log(
+    f"{number} kills ({moments}) of {complete + 1} runs to the end; exit codes"
+    f" {codes}"
+  )
+  log("\n".join(differences) or "State, metrics and evaluations are equal.")
+  return not differences and not any(codes)
+
+
+class Run:
+  """A run of a config in a folder or a bucket, in one or more processes."""
+
+  def __init__(
+    self,
+    workdir: pathlib.PurePath,
+    *,
+    config: str,
+    assignments: Sequence[str] = (),
+    processes: int = 1,
+  ):
+    self.workdir = workdir
+    # Where the files of a run in a bucket are first.
+    self.folder = local_folder(workdir)
+    self.log = self.folder.with_suffix(".log")
+    self._config, self._assignments = config, [*assignments]
+    self._processes = processes
+    if processes > 1:
+      self._assignments.append("watchdog.peer_seconds=10")
+
+  def launch(self) -> list[subprocess.Popen]:
+    """Starts the processes."""
+    return launch(
+      self._config,
+      self.workdir,
+      self._assignments,
+      log=self.log,
+      processes=self._processes,
+    )
+
+  def finish(self) -> list[int]:
+    """Trains to the end; the exit codes."""
+    return [process.wait() for process in self.launch()]
+
+  def kill_at(self, moment: str, rng: random.Random) -> str | None:
+    """Starts the run and kills one process; the moment, or None at its end."""
+    for folder in {self.workdir, self.folder}:
+      with contextlib.suppress(OSError):
+        path_lib.remove(folder / ALIVE)
+    running = self.launch()
+    delay = rng.uniform(0, 15) if moment == "start" else rng.uniform(0, 0.3)
+    # So many steps pass first, so that runs come to their end.
+    steps = rng.randint(1, 12)
+    start, first = time.monotonic(), None
+    while all(p.poll() is None for p in running):
+      alive = read_alive(self.folder) or {}
+      if first is None and alive.get("activity") == "train":
+        first = alive["step"]
+      if moment == "start":
+        due = time.monotonic() - start > delay
+      else:
+        due = self.logged_steps(first) >= steps and (
+          moment == "train"
+          or (moment == "save" and self.is_saving())
+          or (moment == "evaluate" and "evaluate" in str(alive.get("activity")))
+        )
+      if due:
+        if moment != "start":
+          time.sleep(delay)
+        break
+      time.sleep(0.005)
+    ended = all(p.poll() == 0 for p in running)
+    victim = rng.choice(running)
+    victim.kill()
+    for process in running:
+      try:
+        process.wait(timeout=_EXIT_SECONDS)
+      except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        log(f"process {process.pid} did not exit by itself")
+    return None if ended else moment
+
+  def logged_steps(self, first: int | None) -> int:
+    """Steps in metrics.jsonl since this start."""
+    if first is None:
+      return 0
+    rows = read_rows(self.folder)
+    return int(rows[-1]["step"]) - first if rows else 0
+
+  def is_saving(self) -> bool:
+    """Whether a checkpoint is being written."""
+    folder = self.workdir / CHECKPOINTS
+    names = path_lib.list_folder(folder)
+    if path_lib.is_remote(folder):
+      return any(not path_lib.is_file(folder / n / _COMMITTED) for n in names)
+    return any("tmp" in name for name in names)
+
+
+def read_rows(workdir: pathlib.PurePath) -> list[dict[str, Any]]:
+  """The complete lines of metrics.jsonl, without what depends on the time."""
+  try:
+    text = path_lib.read_bytes(workdir / "metrics.jsonl").decode()
+  except OSError:
+    return []
+  rows = [json.loads(line) for line in text.split("\n")[:-1]]
+  return [
+    {k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows
+  ]
+
+
+def read_evals(workdir: pathlib.PurePath) -> dict[str, dict[str, Any]]:
+  """The metrics in the files of a run's evaluations, without times."""
+  folder, metrics = workdir / "evals", {}
+  for name in path_lib.list_folder(folder):
+    if name.endswith(".json"):
+      evals = json.loads(path_lib.read_bytes(folder / name))["evals"]
+      metrics[name] = {k: v.get("metrics") for k, v in evals.items()}
+  return metrics
+
+
+def compare(expected: pathlib.PurePath, actual: pathlib.PurePath) -> list[str]:
+  """What differs between two runs, one line each."""
+  step = max(saved_steps(expected))
+  differences = []
+  for part in (field.name for field in dataclasses.fields(TrainState)):
+    trees = []
+    for workdir in (expected, actual):
+      try:
+        tree = load_tree(workdir, step=step, part=part)
+      except ValueError:  # The run has no such part.
+        tree = {}
+      trees.append(dict(flatten_with_names(tree)))
+    if trees[0].keys() != trees[1].keys():
+      differences.append(f"{part}: other names")
+      continue
+    differences += [
+      f"{part}/{name} differs"
+      for name, value in trees[0].items()
+      if np.asarray(value).tobytes() != np.asarray(trees[1][name]).tobytes()
+    ]
+  rows = [read_rows(workdir) for workdir in (expected, actual)]
+  if difference := first_difference(*rows):
+    differences.append(f"metrics.jsonl: {difference}")
+  evals = [read_evals(workdir) for workdir in (expected, actual)]
+  differences += [
+    f"evals/{name} differs"
+    for name in sorted({*evals[0], *evals[1]})
+    if evals[0].get(name) != evals[1].get(name)
+  ]
+  return differences
+
+
+def first_difference(expected: list[dict], actual: list[dict]) -> str:
+  """The first rows that differ, in values or order of keys; "" if none do."""
+  for old, new in zip(expected, actual, strict=False):
+    if old != new:
+      keys = [k for k in {*old, *new} if old.get(k) != new.get(k)]
+      return f"step {old['step']}: {sorted(keys)[:8]}"
+    # Text, as Python compares objects in objects without their order, too.
+    if json.dumps(old) != json.dumps(new):
+      return f"step {old['step']}: other order of keys"
+  if len(expected) != len(actual):
+    return f"{len(expected)} rows and {len(actual)}"
+  return ""
+
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(run_module("chaos", sys.modules[__name__]))

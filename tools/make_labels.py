@@ -2,9 +2,7 @@
 
 import sys
 
-from mtv_jax.cli.main import command
-
-main = command("make_labels")
+from mtv_jax.cli.main import run_command
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(run_command("make_labels"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.data import registry
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.models import two_tower
@@ -23,7 +23,7 @@ from mtv_jax.utils import xla_flags
 
 def main(recipe):
   xla_flags.retain_freed_memory()
-  config = schema.check_config(schema.read_config(recipe))
+  config = recipes.read_config(recipe)
   spec = two_tower.ModelSpec.from_config(config.model)
   tower = two_tower.image_tower(spec)
   rng = np.random.default_rng(config.seed)

@@ -49,11 +49,7 @@ class MaskOp(ViewOp):
   field: ClassVar[str]  # Of `ViewBatch`: `mask` or `keep`.
 
   def count(self, size: int) -> int:
-    """The most masked patches (`mask`), or the visible patches (`keep`).
-
-    Raises:
-      ConfigError: the op does not fit a view of `size` pixels.
-    """
+    """The most masked patches (`mask`), or the visible patches (`keep`)."""
     raise NotImplementedError(f"{type(self).__name__} lacks count()")
 
   def check(self, size: int) -> None:

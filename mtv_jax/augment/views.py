@@ -65,6 +65,13 @@ class Pipeline:
   # Of the channels in 0..1, to normalise with; these give [-1, 1].
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  # Uniform numbers that box, flip, photometrics and mask take.
+  num_uniforms: tuple[int, ...] = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    ops = (self.box_op, self.flip, *self.photometrics, self.mask)
+    counts = tuple(op.num_uniforms(self.size) if op else 0 for op in ops)
+    object.__setattr__(self, "num_uniforms", counts)
 
   @property
   def size(self) -> int:
@@ -82,18 +89,17 @@ class Pipeline:
     planes: Float[Array, "3 s s"],
     image_size: Int[Array, "2"],
     key: Key[Array, ""],
-    masked: Bool[Array, ""],
+    masked: Bool[Array, ""] | None,
   ) -> ViewBatch:
     """Computes the image, as a `ViewBatch` without its two batch dimensions.
 
     `planes` is the canvas minus 127.5, in the compute dtype; `masked` is
-    whether `blocks` masks the image.
+    whether `blocks` masks the image, None without masks.
     """
-    ops = (self.box_op, self.flip, *self.photometrics, self.mask)
-    counts = [op.num_uniforms(self.size) if op else 0 for op in ops]
-    u = jax.random.uniform(key, (sum(counts),))
+    size = self.box_op.size
     # An op of p=0 also takes its numbers, so that those of others don't change.
-    ends = np.cumsum(counts)[:-1].tolist()
+    u = jax.random.uniform(key, (sum(self.num_uniforms),))
+    ends = np.cumsum(self.num_uniforms)[:-1].tolist()
     of_box, of_flip, *of_photometrics, of_mask = jnp.split(u, ends)
     box = self.box_op.box(image_size, of_box)
     flipped = jnp.zeros((), bool)
@@ -108,34 +114,27 @@ class Pipeline:
       image = 2.0 * jnp.stack(image) - 1.0
     else:
       image = image / 127.5
+    image = jnp.moveaxis(image, 0, -1)  # [size, size, 3], in [-1, 1]
+    if {*self.mean, *self.std} != {0.5}:
+      mean, std = np.asarray(self.mean), np.asarray(self.std)
+      image = image * np.float32(0.5 / std) + np.float32((0.5 - mean) / std)
     patches = {}
     if self.mask is not None:
-      patches[self.mask.field] = self.mask(of_mask, masked, size=self.size)
+      patches[self.mask.field] = self.mask(of_mask, masked, size=size)
     return ViewBatch(
-      images=self._normalize(jnp.moveaxis(image, 0, -1)).astype(planes.dtype),
-      box=box,
-      flipped=flipped,
-      **patches,
+      images=image.astype(planes.dtype), box=box, flipped=flipped, **patches
     )
 
   def _crop(self, planes, box, flipped):
     resize = isinstance(self.box_op, geometry.Resize)
-    if resize and planes.shape[1] == self.size:
+    if resize and planes.shape[1] == self.box_op.size:
       return jnp.where(flipped, planes[..., ::-1], planes).astype(jnp.float32)
     method = self.box_op.method
     image = geometry.resample(
-      planes, box, flipped, size=self.size, method=method
+      planes, box, flipped, size=self.box_op.size, method=method
     )
     # A cubic kernel overshoots.
     return jnp.clip(image, -127.5, 127.5) if method == "bicubic" else image
-
-  def _normalize(self, image):
-    """Normalises values in [-1, 1], float32 [size, size, 3]."""
-    if {*self.mean, *self.std} == {0.5}:
-      return image
-    mean, std = np.asarray(self.mean), np.asarray(self.std)
-    scale, offset = (0.5 / std, (0.5 - mean) / std)
-    return image * np.float32(scale) + np.float32(offset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +207,24 @@ class View:
     groups: dict[Pipeline, list[int]] = {}
     for i, pipeline in enumerate(self.pipelines):
       groups.setdefault(pipeline, []).append(i)
-    masked = jax.vmap(self._sample_masked)(keys)  # [b, n]
-    parts = [
-      _run_pipeline(pipeline, planes, image_size, keys, masked, indices)
-      for pipeline, indices in groups.items()
-    ]
+    masked = None
+    if any(pipeline.mask is not None for pipeline in self.pipelines):
+      masked = jax.vmap(self._sample_masked)(keys)  # [b, n]
+
+    def run(pipeline, indices):
+      images = jnp.array(indices)
+
+      def row(planes, image_size, key, masked):
+        image_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(images)
+        masked = None if masked is None else masked[images]
+        # The canvas is the same for all, so that XLA sees one product with the
+        # stacked weights of all images.
+        images_of = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
+        return images_of(planes, image_size, image_keys, masked)
+
+      return jax.vmap(row)(planes, image_size, keys, masked)
+
+    parts = [run(pipeline, indices) for pipeline, indices in groups.items()]
     if len(parts) == 1:
       return parts[0]
     order = np.argsort(np.concatenate(list(groups.values())))
@@ -225,27 +237,6 @@ class View:
     # Images fold in 0 to count - 1.
     u = jax.random.uniform(jax.random.fold_in(key, self.count))
     return sample_masked_images(u, self._shares)
-
-
-def _run_pipeline(
-  pipeline: Pipeline,
-  planes: Float[Array, "b 3 s s"],
-  image_size: Int[Array, "b 2"],
-  keys: Key[Array, " b"],
-  masked: Bool[Array, "b n"],
-  indices: list[int],
-) -> ViewBatch:
-  """The images at `indices` of a view, which share a pipeline."""
-  images = jnp.array(indices)
-
-  def row(planes, image_size, key, masked):
-    image_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(images)
-    # The canvas is the same for all, so that XLA sees one product with the
-    # stacked weights of all images.
-    run = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
-    return run(planes, image_size, image_keys, masked[images])
-
-  return jax.vmap(row)(planes, image_size, keys, masked)
 
 
 def resize_view(view: View, size: int) -> View:
@@ -345,12 +336,7 @@ def _build_view(
 
 
 def build_pipeline(text: str) -> Pipeline:
-  """The pipeline of an op string.
-
-  Raises:
-    ConfigError: for bad syntax, unknown ops, wrong arguments, or ops that
-      don't go together.
-  """
+  """The pipeline of an op string."""
   ops: list[Any] = []
   for op in parse_ops(text):
     built = build_op(op, OPS, "view op")

@@ -22,6 +22,9 @@ from mtv_jax.checkpoint.partial_restore import (
   first_lines,
 )
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
+from mtv_jax.config import aliases
+from mtv_jax.config.durations import Duration, PositiveDuration
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
@@ -33,18 +36,15 @@ log = logging.getLogger(__name__)
 _POLL_STEPS = 10
 
 
-def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and "orbax" in record.pathname)
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """`config.checkpoint`; see `Checkpointer`."""
 
-
-def _is_no_abandoned_write(record: logging.LogRecord) -> bool:
-  """False for the writes that Orbax gives up once another one has failed.
-
-  Each would be a traceback.
-  """
-  return not record.getMessage().startswith(
-    "_GatheringFuture exception was never retrieved"
-  )
+  every: PositiveDuration = Duration(1000)
+  keep: PositiveInt = 2
+  keep_every: NonNegativeInt | None = None
+  # How often a save that failed is tried again before the run ends.
+  retries: NonNegativeInt = 5
 
 
 class CheckpointSaveError(UserError, OSError):
@@ -60,17 +60,52 @@ class Restored:
   step: int
 
 
+@dataclasses.dataclass
+class RetrySchedule:
+  """When a save that failed is due again.
+
+  After a sixteenth of `every_steps`, then after an eighth, and so on up to the
+  whole, with the state of a later step; `limit` times.
+  """
+
+  every_steps: int
+  limit: int
+  failures: int = 0  # Since the last complete save.
+  due_at: int | None = None  # A step.
+
+  def postpone(self, step: int) -> None:
+    """Makes the save that has just failed due again after a step."""
+    fraction = 2.0 ** min(self.failures - 5, 0)  # 1/16, 1/8, ..., 1
+    self.due_at = step + max(1, int(self.every_steps * fraction))
+
+  def reset(self) -> None:
+    """Starts from no failures, after a complete save."""
+    self.failures, self.due_at = 0, None
+
+
+@dataclasses.dataclass
+class PendingSave:
+  """A save that was started and whose outcome is not known yet."""
+
+  step: int
+  error: Exception | None = None  # Raised by its start.
+
+
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
-  Every process calls every method, in the same order. As a context manager it
-  waits on exit for the save in progress, which an exiting interpreter would
-  abort.
+  Every process calls every method, in the same order. Saves are in one of two
+  states, and all processes agree on the outcome of each:
 
-  A save that fails is logged, and due again after a sixteenth of `every_steps`,
-  then after an eighth, and so on up to the whole. Saved checkpoints stay.
-  `CheckpointSaveError` is raised if no retry is left, at once if the run has no
-  checkpoint at all, and by `wait`.
+    idle     `save` starts one, which then is pending.
+    pending  `poll`, at every step, asks whether it has ended: complete, or
+             failed and due again (`RetrySchedule`). `wait`, `save`, `steps`
+             and the exit wait for its end.
+
+  `CheckpointSaveError` is raised by `poll` if no retry is left, or at once if
+  the run has no checkpoint at all, and by `wait`. Saved checkpoints stay. As a
+  context manager it waits on exit for the pending save, which an exiting
+  interpreter would abort.
 
   Args:
     folder: the run's `checkpoints` folder, created if missing. Unfinished
@@ -93,22 +128,17 @@ class Checkpointer:
     retries: int = 5,
     before_save: Callable[[], Any] = lambda: None,
   ):
+    reading.silence_orbax_tracebacks()
     self.folder = reading.absolute(folder)
-    self.every_steps = every_steps
-    # A failed save is one line here, with its cause.
-    logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
-    logging.getLogger("asyncio").addFilter(_is_no_abandoned_write)
     self._keep, self._keep_every = keep, keep_every
-    self._retries = retries
     self._before_save = before_save
-    self._failures = 0  # Since the last complete save.
-    self._retry_at: int | None = None  # A step.
-    self._pending: int | None = None  # Step of a save with unknown outcome.
-    self._error: Exception | None = None  # Of its start.
-    self._manager, self._is_open = self._open(), True
-    self._is_abandoned = False
+    self._retry = RetrySchedule(every_steps, retries)
+    self._pending: PendingSave | None = None
+    # None after a failed save if the storage can't be opened again.
+    self._manager: ocp.CheckpointManager | None = self._open()
     # Whether the storage is known to hold checkpoints.
     self._has_saved = bool(self._manager.all_steps())
+    self._is_abandoned = False
 
   def _open(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
@@ -123,13 +153,17 @@ class Checkpointer:
       ),
     )
 
+  def _open_manager(self) -> ocp.CheckpointManager:
+    self._manager = self._manager or self._open()
+    return self._manager
+
   def due(self, step: int) -> bool:
     """Whether to save: a multiple of `every_steps`, step 1, or a retry.
 
     Step 1, so that storage that can't hold checkpoints is known then.
     """
-    retry = self._retry_at is not None and step >= self._retry_at
-    return step == 1 or step % self.every_steps == 0 or retry
+    retry = self._retry.due_at is not None and step >= self._retry.due_at
+    return step == 1 or step % self._retry.every_steps == 0 or retry
 
   def preempted(self, step: int) -> bool:
     """Whether to save and exit now, after SIGTERM to one of several processes.
@@ -137,7 +171,7 @@ class Checkpointer:
     Every process calls it after every step: they agree on a step that none has
     passed yet, and it is true on that step only.
     """
-    return self._manager.reached_preemption(step)
+    return ocp.utils.reached_preemption(step)
 
   def save(
     self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None
@@ -154,7 +188,7 @@ class Checkpointer:
     """
     if error := self._finish():
       log.warning("%s", error)
-    if step in self._manager.all_steps():
+    if step in self._cached_steps():
       return
     self._before_save()
     flat = _flat(state)
@@ -166,23 +200,21 @@ class Checkpointer:
       state=ocp.args.PyTreeSave(unflatten_names(flat)),
       **{name: ocp.args.JsonSave(item) for name, item in items.items()},
     )
-    self._pending = step
+    self._pending = PendingSave(step)
     try:
-      if not self._is_open:
-        self._manager = self._open()
-        self._is_open = True
       # The caller decides when to save.
-      self._manager.save(step, args=args, force=True)
+      self._open_manager().save(step, args=args, force=True)
     except Exception as error:
-      self._error = error
+      self._pending.error = error
 
   @property
   def saving(self) -> bool:
     """Whether a save is in progress."""
-    return self._error is None and self._manager.is_saving_in_progress()
+    started = self._pending is not None and self._pending.error is None
+    return started and self._manager.is_saving_in_progress()
 
   def poll(self, step: int) -> None:
-    """Looks whether the save in progress has ended; to be called every step.
+    """Looks whether the pending save has ended; to be called every step.
 
     Raises:
       CheckpointSaveError: it failed, and is not retried.
@@ -191,24 +223,21 @@ class Checkpointer:
       return
     if jax.process_count() > 1 and step % _POLL_STEPS:
       return
-    # Where no retry is left, the outcome of this one decides.
-    if any_process(self.saving) and self._failures <= self._retries:
+    retry = self._retry
+    # Without a retry left, the outcome of this save decides.
+    if any_process(self.saving) and retry.failures <= retry.limit:
       return
     if error := self._finish():
-      if not self._has_saved or self._failures > self._retries:
+      if not self._has_saved or retry.failures > retry.limit:
         raise error
-      fraction = 2.0 ** min(self._failures - 5, 0)  # 1/16, 1/8, ..., 1
-      self._retry_at = step + max(1, int(self.every_steps * fraction))
+      retry.postpone(step)
       log.warning(
         "%s Training continues; retry %d of %d after step %d.",
-        error,
-        self._failures,
-        self._retries,
-        self._retry_at,
+        *(error, retry.failures, retry.limit, retry.due_at),
       )
 
   def wait(self) -> None:
-    """Waits for the save in progress.
+    """Waits for the pending save.
 
     Raises:
       CheckpointSaveError: it failed.
@@ -217,13 +246,14 @@ class Checkpointer:
       raise error
 
   def _finish(self) -> CheckpointSaveError | None:
-    """Waits for the save in progress, and returns its error, if any."""
+    """Waits for the pending save, and returns its error, if any."""
     if self._pending is None:
       return None
-    step, error = self._pending, self._error
-    self._pending = self._error = None
+    step, error = self._pending.step, self._pending.error
+    self._pending = None
     try:
-      self._manager.wait_until_finished()
+      if self._manager is not None:
+        self._manager.wait_until_finished()
     except Exception as failure:
       error = error or failure
     cause = "another process failed"
@@ -237,9 +267,10 @@ class Checkpointer:
       if saved := step in steps:
         log.warning("Saved step %d in %s, but %s.", step, self.folder, cause)
     if saved:
-      self._has_saved, self._failures, self._retry_at = True, 0, None
+      self._has_saved = True
+      self._retry.reset()
       return None
-    self._failures += 1
+    self._retry.failures += 1
     last = f"the last one is of step {max(steps)}" if steps else "there is none"
     failed = CheckpointSaveError(
       f"the checkpoint of step {step} can't be written to {self.folder}"
@@ -252,11 +283,17 @@ class Checkpointer:
     """Replaces the manager, whose state is undefined after a failed save."""
     with contextlib.suppress(Exception):
       self._manager.close()
+    self._manager = None
     try:
-      self._manager, self._is_open = self._open(), True
+      self._manager = self._open()
     except Exception as error:
-      self._is_open = False
       log.warning("%s can't be opened: %s", self.folder, error)
+
+  def _cached_steps(self) -> list[int]:
+    """The complete checkpoints that the manager knows of."""
+    if self._manager is None:
+      return self._list_steps()
+    return sorted(self._manager.all_steps())
 
   def _list_steps(self) -> list[int]:
     try:
@@ -267,7 +304,7 @@ class Checkpointer:
   def steps(self) -> list[int]:
     """All complete checkpoints; waits for a save in progress."""
     self.wait()
-    return sorted(self._manager.all_steps())
+    return self._cached_steps()
 
   def restore(
     self,
@@ -320,13 +357,16 @@ class Checkpointer:
     self, abstract_state: Any, step: int, steps: Sequence[int]
   ) -> Restored:
     path, error = self.folder / str(step), None
-    flat = _flat(abstract_state)
-    restore_args = {name: _restore_args(leaf) for name, leaf in flat.items()}
     try:
       with reading.report_damage(self.folder, step, steps):
         stored = reading.read_checksums(path)
         saved = reading.read_index(path / "state", stored)
+        flat = {
+          aliases.find_stored_name(name, saved): leaf
+          for name, leaf in _flat(abstract_state).items()
+        }
         _require_same(saved, flat, str(path))
+        restore_args = {name: _restore_args(x) for name, x in flat.items()}
         arrays = reading.read_arrays(path / "state", flat, restore_args)
         timing = reading.read_timing(path)
     except DamagedCheckpointError as damage:
@@ -361,11 +401,11 @@ class Checkpointer:
         f"the damaged checkpoint {path} can't be renamed to {name}: {cause}."
       ) from error
     log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
-    self._manager.reload()
+    self._open_manager().reload()
 
   def survives_save(self, step: int) -> bool:
     """Whether the checkpoint of a step is not deleted when one is saved now."""
-    later = sum(s > step for s in self._manager.all_steps())
+    later = sum(s > step for s in self._cached_steps())
     is_periodic = bool(self._keep_every) and step % self._keep_every == 0
     return is_periodic or later + 1 < self._keep
 
@@ -373,14 +413,15 @@ class Checkpointer:
     """Deletes the checkpoints of later steps, which a run computes again."""
     for later in self.steps():
       if later > step:
-        self._manager.delete(later)
+        self._open_manager().delete(later)
 
   def close(self) -> None:
     """Waits for the save in progress, raises its error, frees the threads."""
     try:
       self.wait()
     finally:
-      self._manager.close()
+      if self._manager is not None:
+        self._manager.close()
 
   def abandon(self) -> None:
     """Does not wait on exit: other processes, which take part, are lost."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.tree import closest_names, flatten_with_names, match_rules
+from mtv_jax.utils.tree import closest_names, flatten_with_names, select_names
 
 
 class CheckpointMismatchError(InputError):
@@ -87,9 +87,7 @@ def merge_params(
   """
   target = dict(flatten_with_names(target_params))
   source = _rename(dict(flatten_with_names(source_tree)), rename)
-  rules = [(pattern, True) for pattern in include]
-  matches = match_rules(target, rules, what="init.include")
-  wanted = [match.name for match in matches if match.value]
+  wanted = select_names(target, include, what="init.include", unused="error")
   untouched = _lacking_groups(optional, wanted, target, source)
   if untouched:
     wanted = [name for name in wanted if not name.startswith(untouched)]

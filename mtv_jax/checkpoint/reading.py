@@ -158,7 +158,7 @@ def read_arrays(
 
   The bare handler has no barriers: one process of many may read alone.
   """
-  _ignore_abandoned_reads()
+  silence_orbax_tracebacks()
   restored = ocp.PyTreeCheckpointHandler().restore(
     item,
     args=ocp.args.PyTreeRestore(
@@ -174,19 +174,29 @@ def read_arrays(
 
 
 @functools.cache
-def _ignore_abandoned_reads() -> None:
-  """Keeps reads that Orbax abandons from printing hundreds of tracebacks.
+def silence_orbax_tracebacks() -> None:
+  """Keeps failures that are reported once here from being printed many times.
 
-  Once one of its concurrent reads has failed and was raised, the others end in
-  a closed event loop, or as coroutines that are never resumed.
+  Once one of Orbax's concurrent reads or writes has failed and was raised, the
+  others end in a closed event loop, or as coroutines that are never resumed,
+  each with a traceback.
   """
+  abandoned = (
+    "Event loop is closed",
+    "Encountered error while reading array index",
+    "_GatheringFuture exception was never retrieved",
+  )
+
+  def is_shown(record: logging.LogRecord) -> bool:
+    is_traceback = bool(record.exc_info) and "orbax" in record.pathname
+    return not (is_traceback or record.getMessage().startswith(abandoned))
+
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(is_shown)
   print_exception = sys.unraisablehook
 
   def print_others(unraisable: Any) -> None:
-    text = str(unraisable.exc_value)
-    if not text.startswith(
-      ("Event loop is closed", "Encountered error while reading array index")
-    ):
+    if not str(unraisable.exc_value).startswith(abandoned):
       print_exception(unraisable)
 
   sys.unraisablehook = print_others

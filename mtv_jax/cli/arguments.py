@@ -1,136 +1,111 @@
-"""Arguments that several commands share, each spelled one way."""
+"""Arguments of the commands, made from the signatures of functions."""
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
 from mtv_jax.parallel import distributed
 from mtv_jax.train.runtime import peers
 from mtv_jax.utils.errors import InputError
 
 
-def add_options(
-  parser: argparse.ArgumentParser, options: Mapping[str, tuple[Any, str]]
-) -> None:
-  """Adds optional flags by name, each with a default or its type, and help."""
-  for name, (default, text) in options.items():
-    kind = default if isinstance(default, type) else type(default)
-    default = None if default is kind else default
-    parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-
-
-def add_set(
-  parser: argparse.ArgumentParser, metavar: str, help: str | None = None
-) -> None:
-  """--set=KEY=VALUE, which may be repeated."""
-  parser.add_argument(
-    "--set", action="append", default=[], metavar=metavar, help=help
-  )
-
-
-def add_config(
-  parser: argparse.ArgumentParser, *, required: bool = True
-) -> None:
-  """--config, and its overrides as --config.KEY=VALUE or --set=KEY=VALUE."""
-  parser.add_argument(
-    "--config",
-    required=required,
-    help="a recipe's file or name, with its arguments after a colon",
-  )
-  add_set(
-    parser, "KEY=VALUE", "override of a config key, as --config.KEY=VALUE"
-  )
-
-
-def read_config(args: argparse.Namespace) -> ConfigDict:
-  """The config with its overrides."""
-  return overrides.override(schema.read_config(args.config), args.set)
-
-
-def add_encoder(parser: argparse.ArgumentParser, **options: Any) -> None:
-  """--encoder, --weights and --dtype."""
-  parser.add_argument("--encoder", required=True, **options)
-  add_weights(parser)
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-  """--weights and --dtype."""
-  add = parser.add_argument
-  text = "student, teacher or ema; default: the run's config.weights"
-  add("--weights", help=text)
-  dtypes = ("float32", "bfloat16")
-  add("--dtype", default=dtypes[0], choices=dtypes, help="of the computation")
-
-
-def add_shards(parser: argparse.ArgumentParser) -> None:
-  """--data and --index_dir."""
-  add = parser.add_argument
-  shards = "the shards: .tar, .array_record or .parquet, ranges and globs"
-  add("--data", nargs="+", required=True, help=shards)
-  add("--index_dir", help="folder of tar indices (default: beside the tars)")
-
-
-def add_distributed(parser: argparse.ArgumentParser) -> None:
-  """--distributed and what it takes where nothing else tells it."""
-  add = parser.add_argument
-  add(
-    "--distributed",
-    action="store_true",
-    help="join the other hosts, each of which runs this command; TPU pods,"
-    " SLURM and Open MPI need no more, others the three options below",
-  )
-  add("--coordinator", help="host:port of process 0; implies --distributed")
-  add("--processes", type=int, help="number of processes")
-  add("--process", type=int, help="index of this process, from 0")
-  text = "exit when not all processes have connected by then (default: 300)"
-  seconds = functools.partial(_integer, 1)
-  add("--connect_seconds", type=seconds, default=300, help=text)
-
-
-def initialize_distributed(args: argparse.Namespace) -> None:
-  """Joins the other hosts by the flags of `add_distributed`."""
-  names = ("distributed", "coordinator", "processes", "process")
-  with peers.limit_connecting(args.connect_seconds):
-    distributed.initialize(
-      **{name: getattr(args, name) for name in names},
-      # JAX aborts the process at its own limit.
-      seconds=args.connect_seconds + 60,
-    )
-
-
 def add_parameters(
   parser: argparse.ArgumentParser, function: Callable[..., Any]
 ) -> None:
-  """Adds a flag for each parameter of a function.
+  """Adds an argument for each parameter of a function.
 
-  Defaults and types are those of the signature, help texts those of the
-  docstring. A parameter without a default is required, and an integer is at
-  least 1 (0 where that is the default).
+  The signature gives name, type, default and choices, the docstring's `Args:`
+  the help. Without a default a flag is required; a positional-only parameter
+  has no flag. A bool is a switch, a `Literal` has choices, a sequence takes
+  several words, and a flag of a list may be repeated. An integer is at least 1,
+  0 if that is the default, or `Annotated[int, least]`. A subclass of `Flags`
+  stands for its fields.
   """
-  section = inspect.getdoc(function).partition("Args:\n")[2]
-  section = section.partition("\n\n")[0]
-  helps = dict(
-    re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
-  )
-  for name, parameter in inspect.signature(function).parameters.items():
+  helps = _read_helps(function)
+  for name, parameter in _parameters(function).items():
     required = parameter.default is parameter.empty
     default = None if required else parameter.default
-    integer = "int" in str(parameter.annotation)
-    parser.add_argument(
-      f"--{name}",
-      required=required,
-      default=default,
-      type=functools.partial(_integer, int(default != 0)) if integer else str,
-      help=" ".join(helps[name].split()).replace("%", "%%"),
-    )
+    options, kind, least = {}, parameter.annotation, [int(default != 0)]
+    if _is_flags(kind):
+      add_parameters(parser, kind)
+      continue
+    if typing.get_origin(kind) is Annotated:
+      kind, *least = typing.get_args(kind)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+      kind, *_ = typing.get_args(kind)  # Of None and the type.
+    if kind is bool:
+      options["action"] = "store_true"
+    elif typing.get_origin(kind) is Literal:
+      options["choices"] = typing.get_args(kind)
+    elif typing.get_origin(kind) in (Sequence, list):
+      if typing.get_origin(kind) is list:
+        options["action"] = "append"
+      else:
+        options["nargs"] = "+"
+      default = None if required else list(default)
+      (kind,) = typing.get_args(kind)
+    if kind is int:
+      options["type"] = functools.partial(_integer, least[0])
+    elif kind in (float, pathlib.Path):
+      options["type"] = kind
+    flag = name
+    if parameter.kind is not parameter.POSITIONAL_ONLY:
+      flag, options["required"] = f"--{name}", required
+    text = " ".join(helps[name].split()).replace("%", "%%")
+    parser.add_argument(flag, default=default, help=text, **options)
+
+
+def call(function: Callable[..., Any], args: argparse.Namespace) -> Any:
+  """Calls a function with the parsed arguments of `add_parameters`."""
+  positional, named = [], {}
+  for name, parameter in _parameters(function).items():
+    if _is_flags(parameter.annotation):
+      named[name] = call(parameter.annotation, args)
+    elif parameter.kind is parameter.POSITIONAL_ONLY:
+      positional.append(getattr(args, name))
+    else:
+      named[name] = getattr(args, name)
+  return function(*positional, **named)
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+class Flags:
+  """Base of frozen dataclasses whose fields are flags of commands."""
+
+  def __init_subclass__(cls) -> None:
+    dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _is_flags(annotation: Any) -> bool:
+  return isinstance(annotation, type) and issubclass(annotation, Flags)
+
+
+def _parameters(
+  function: Callable[..., Any],
+) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(function, eval_str=True).parameters
+
+
+def _read_helps(function: Callable[..., Any]) -> dict[str, str]:
+  """The texts of a docstring's `Args:` by parameter; of a class, inherited."""
+  helps = {}
+  for documented in getattr(function, "__mro__", [function]):
+    section = inspect.cleandoc(documented.__doc__ or "").partition("Args:\n")[2]
+    section = section.partition("\n\n")[0]
+    pattern = r"^  (\w+): (.*(?:\n    .*)*)"
+    helps = dict(re.findall(pattern, section, re.MULTILINE)) | helps
+  return helps
 
 
 def _integer(least: int, text: str) -> int:
@@ -145,6 +120,78 @@ def _integer(least: int, text: str) -> int:
   return value
 
 
+class Config(Flags):
+  """A recipe and its overrides, --config.KEY=VALUE or --set=KEY=VALUE.
+
+  Args:
+    config: a recipe's file or name, with its arguments after a colon.
+    set: override KEY=VALUE of a config key, as --config.KEY=VALUE.
+  """
+
+  config: str
+  set: list[str] = ()
+
+
+def read_config(args: Config) -> ConfigDict:
+  """The config with its overrides."""
+  return overrides.override(recipes.read_config(args.config), args.set)
+
+
+class Weights(Flags):
+  """Which weights of a model to load, and as what.
+
+  Args:
+    weights: student, teacher or ema; default: the run's config.weights.
+    dtype: of the computation.
+  """
+
+  weights: str | None = None
+  dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Shards(Flags):
+  """Shards of images.
+
+  Args:
+    data: the shards: .tar, .array_record or .parquet, ranges and globs.
+    index_dir: folder of tar indices (default: beside the tars).
+  """
+
+  data: Sequence[str]
+  index_dir: str | None = None
+
+
+class Distributed(Flags):
+  """How to join the other hosts.
+
+  Args:
+    distributed: join the other hosts, each of which runs this command; TPU
+      pods, SLURM and Open MPI need no more, others the three options below.
+    coordinator: host:port of process 0; implies --distributed.
+    processes: number of processes.
+    process: index of this process, from 0.
+    connect_seconds: exit when not all processes have connected by then
+      (default: 300).
+  """
+
+  distributed: bool = False
+  coordinator: str | None = None
+  processes: int | None = None
+  process: Annotated[int | None, 0] = None
+  connect_seconds: int = 300
+
+
+def initialize_distributed(args: Distributed) -> None:
+  """Joins the other hosts."""
+  names = ("distributed", "coordinator", "processes", "process")
+  with peers.limit_connecting(args.connect_seconds):
+    distributed.initialize(
+      **{name: getattr(args, name) for name in names},
+      # JAX aborts the process at its own limit.
+      seconds=args.connect_seconds + 60,
+    )
+
+
 def check_writable(folder: str, *parts: str) -> None:
   """Checks that a folder can be written, before the work on its contents.
 
@@ -155,6 +202,8 @@ def check_writable(folder: str, *parts: str) -> None:
   Raises:
     InputError: it, or a folder above it, is a file or not writable.
   """
+  if "\0" in folder:
+    raise InputError(f"--output={folder!r} has the character NUL.")
   path = pathlib.Path(folder, *parts).absolute()
   existing = next(p for p in (path, *path.parents) if p.exists())
   if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):

@@ -48,6 +48,16 @@ COMMANDS = {
 }
 
 
+class Overrides(arguments.Flags):
+  """Overrides of the config.
+
+  Args:
+    set: KEY=VALUE, as --config.KEY=VALUE.
+  """
+
+  set: list[str] = ()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds a subcommand for each benchmark."""
   commands = parser.add_subparsers(
@@ -58,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     function = pkgutil.resolve_name(f"mtv_jax.perf.{path}")
     arguments.add_parameters(command, function)
     if "config" in inspect.signature(function).parameters:
-      arguments.add_set(command, "KEY=VALUE")
+      arguments.add_parameters(command, Overrides)
     command.add_argument("--json", type=Path, help="also write the result here")
     command.add_argument("--profile", metavar="DIR", help="also write a trace")
     command.set_defaults(function=function)
@@ -69,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
   flags = inspect.signature(args.function).parameters
   values = {name: getattr(args, name) for name in flags}
   if "config" in values:
-    values["config"] = arguments.read_config(args)
+    recipe = arguments.Config(config=args.config, set=args.set)
+    values["config"] = arguments.read_config(recipe)
   with contextlib.ExitStack() as stack:
     if args.profile:
       # Python's calls, most of them of compilations, would be gigabytes.

@@ -18,7 +18,6 @@ result of the same settings, encoder and data files. Results of another
 protocol, or on other data, have rows of their own.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -33,40 +32,47 @@ from mtv_jax.evals import encoder_requests, store, suite
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.encoder_requests import Request
-from mtv_jax.evals.report import tables
-from mtv_jax.evals.report.report import file_name
-from mtv_jax.studies.report import encoder_report
+from mtv_jax.report import evaluations, tables
+from mtv_jax.utils.text import file_name
 
 _ENCODERS = "encoders"  # Folder of the stored results.
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax compare`."""
-  add = parser.add_argument
-  add(
-    "encoders",
-    nargs="+",
-    metavar="ENCODER",
-    help="[NAME=]PATH[@WEIGHTS][@CHECKPOINT], or the .json of earlier results",
-  )
-  arguments.add_weights(parser)
-  evaluate.add_evaluations(parser)
-  text = "encoder that the others are compared with; default: the first one"
-  add("--baseline", metavar="NAME", help=text)
-  add("--output", required=True, help="folder of the report and the results")
-  arguments.add_distributed(parser)
+class Flags(evaluate.Evaluations, arguments.Weights, arguments.Distributed):
+  """Flags of `mtv-jax compare`.
+
+  Args:
+    baseline: NAME of the encoder that the others are compared with; default:
+      the first.
+    output: folder of the report and the results.
+  """
+
+  baseline: str | None = None
+  output: str
 
 
-def run(args: argparse.Namespace) -> None:
-  """Evaluates what is missing and writes; SystemExit lists failures."""
+EPILOG = evaluate.EPILOG
+
+
+def run(
+  encoders: Sequence[str],
+  /,
+  args: Flags,
+) -> None:
+  """Evaluates what is missing and writes; SystemExit lists failures.
+
+  Args:
+    encoders: [NAME=]PATH[@WEIGHTS][@CHECKPOINT], or the .json of earlier
+      results.
+  """
   arguments.initialize_distributed(args)
   chosen = evaluate.read_plan(args)
   arguments.check_writable(args.output)
-  columns = _read_columns(args.encoders, weights=args.weights)
+  columns = _read_columns(encoders, weights=args.weights)
   names = [column.name for column in columns]
   encoder_requests.check_names(names)
   baseline = args.baseline or names[0]
-  encoder_report.check_baseline(baseline, names)
+  evaluations.check_baseline(baseline, names)
   requests = [column for column in columns if isinstance(column, Request)]
   log_fn = functools.partial(print, file=sys.stderr, flush=True)
   evaluated = suite.evaluate(
@@ -79,9 +85,10 @@ def run(args: argparse.Namespace) -> None:
   outcomes = [by_name.get(column.name, column) for column in columns]
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
-      print(tables.format_metrics(outcomes, split=True))
+      index = names.index(baseline)
+      print(tables.format_metrics(outcomes, split=True, baseline=index))
     size = None if args.reference == "none" else args.reference
-    files = encoder_report.write_encoders(
+    files = evaluations.write_comparison(
       outcomes, args.output, baseline=baseline, size=size
     )
     print("\nWritten:", *files, sep="\n  ")

@@ -13,9 +13,10 @@ self-contained report.html. --evals=all lists evaluations that an encoder does
 not support as skipped.
 """
 
-import argparse
+import dataclasses
 import functools
 import sys
+from typing import Annotated, Literal
 
 import jax
 
@@ -25,81 +26,92 @@ from mtv_jax.evals import run as evals
 from mtv_jax.evals import suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.encoder_requests import parse_requests
-from mtv_jax.evals.report import references, tables
-
-_OPTIONS = {
-  "images": (str, "folder of images, if it is not beside the JSON"),
-  "prompts": (str, "class names and templates: JSON, text or a folder"),
-  "templates": (str, "text file with a prompt template per line"),
-  "classes": (str, "all (of the prompts), dataset, or present (in the data)"),
-  "split": (str, "of Karpathy's JSON; test by default"),
-  "count": (int, "images to use, evenly spaced; default all"),
-  "batch_size": (int, "images per step, over all devices"),
-  "pictures": (int, "items per sheet; 8 with --output, otherwise no sheets"),
-}
+from mtv_jax.evals.published import SIZES
+from mtv_jax.report import evaluations, tables
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax evaluate`."""
-  arguments.add_encoder(
-    parser,
-    action="append",
-    help="folder to load, or a baseline (pixels:64, random:B/16@224); PATH@ema"
-    " selects the weights, NAME=PATH its name in tables; may be repeated, a"
-    " column each",
-  )
-  add_evaluations(parser)
-  add = parser.add_argument
-  add("--output", help="folder for tables, sheets and the page")
-  add("--compare", help="earlier results.json files, separated by commas")
-  add("--json", help="file to write")
-  arguments.add_distributed(parser)
+class DataOptions(arguments.Flags):
+  """Options of evaluations, passed on where given.
+
+  Args:
+    images: folder of images, if it is not beside the JSON.
+    prompts: class names and templates: JSON, text or a folder.
+    templates: text file with a prompt template per line.
+    classes: all (of the prompts), dataset, or present (in the data).
+    split: of Karpathy's JSON; test by default.
+    count: images to use, evenly spaced; default all.
+    batch_size: images per step, over all devices.
+    pictures: items per sheet; 8 with --output, otherwise no sheets.
+  """
+
+  images: str | None = None
+  prompts: str | None = None
+  templates: str | None = None
+  classes: str | None = None
+  split: str | None = None
+  count: int | None = None
+  batch_size: int | None = None
+  pictures: Annotated[int | None, 0] = None
 
 
-def add_evaluations(parser: argparse.ArgumentParser) -> None:
-  """The options that choose evaluations and data, and --reference."""
-  parser.epilog = f"evaluations: {', '.join(base.EVALUATORS)}"
-  add = parser.add_argument
-  add("--evals", default="all", help="names separated by commas, or all")
-  add(
-    "--data",
-    action="append",
-    help="scenes (the default), a folder of classes, COCO's or Karpathy's "
-    "JSON, or tars; or NAME=DATA for one evaluation; may be repeated",
-  )
-  arguments.add_options(parser, _OPTIONS)
-  arguments.add_set(
-    parser,
-    "NAME.OPTION=VALUE",
-    "any option of an evaluation, as --set=retrieval.max_captions=5",
-  )
-  add(
-    "--published",
-    action="store_true",
-    help="train probes for the whole published schedule; by default on few "
-    "images for at most 100 passes over them, and on scenes for less",
-  )
-  add(
-    "--reference",
-    default="base",
-    choices=(*references.SIZES, "none"),
-    help="published encoders in the chart, for the same data sets",
-  )
+class Evaluations(DataOptions):
+  """Flags that choose evaluations and data, and --reference.
+
+  Args:
+    evals: names separated by commas, or all.
+    data: scenes (the default), a folder of classes, COCO's or Karpathy's JSON,
+      or tars; or NAME=DATA for one evaluation; may be repeated.
+    set: NAME.OPTION=VALUE, any option of an evaluation, as
+      --set=retrieval.max_captions=5.
+    published: train probes for the whole published schedule; by default on few
+      images for at most 100 passes over them, and on scenes for less.
+    reference: published encoders in the chart, for the same data sets.
+  """
+
+  evals: str = "all"
+  data: list[str] = ()
+  set: list[str] = ()
+  published: bool = False
+  reference: Literal[*SIZES, "none"] = "base"
 
 
-def read_plan(args: argparse.Namespace) -> evals.Plan:
-  """The evaluations by the options of `add_evaluations`."""
+class Flags(Evaluations, arguments.Weights, arguments.Distributed):
+  """Flags of `mtv-jax evaluate`.
+
+  Args:
+    encoder: folder to load, or a baseline (pixels:64, random:B/16@224);
+      PATH@ema selects the weights, NAME=PATH its name in tables; may be
+      repeated, a column each.
+    output: folder for tables, sheets and the page.
+    compare: earlier results.json files, separated by commas.
+    json: file to write.
+  """
+
+  encoder: list[str]
+  output: str | None = None
+  compare: str | None = None
+  json: str | None = None
+
+
+EPILOG = f"evaluations: {', '.join(base.EVALUATORS)}"
+
+
+def read_plan(args: Evaluations) -> evals.Plan:
+  """The evaluations by their flags."""
   return evals.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
-    options={name: getattr(args, name) for name in _OPTIONS}
+    options={
+      field.name: getattr(args, field.name)
+      for field in dataclasses.fields(DataOptions)
+    }
     | {"published": args.published or None},
     preferences={"pictures": 8} if args.output else {},
     assignments=args.set,
   )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Flags) -> None:
   """Evaluates, prints and writes; SystemExit lists failed evaluations."""
   arguments.initialize_distributed(args)
   chosen = read_plan(args)
@@ -129,7 +141,9 @@ def run(args: argparse.Namespace) -> None:
       results.write(args.json, outcomes)
     if args.output:
       size = None if args.reference == "none" else args.reference
-      files = suite.write(args.output, outcomes, compared=compared, size=size)
+      files = evaluations.write_evaluation(
+        args.output, outcomes, compared=compared, size=size
+      )
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))

@@ -16,46 +16,49 @@ The statistics cover all labels of the shards of --data, read once in constant
 memory; --records reads fewer, evenly spaced.
 """
 
-import argparse
 import json
+from typing import Literal
 
 from mtv_jax.cli import arguments
 from mtv_jax.data.labels.join import JOINS
 from mtv_jax.data.labels.label_values import KINDS
-from mtv_jax.experts.inspection import inspect_labels
+from mtv_jax.report import labels
 from mtv_jax.utils.progress import Progress
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax inspect_labels`."""
-  arguments.add_shards(parser)
-  add = parser.add_argument
-  add("--depth", help="folder of a label set of depth")
-  add("--boxes", help="folder of a label set of boxes")
-  add("--output", required=True, help="folder to write into")
-  options = {
-    "count": (24, "records on the sheet"),
-    "seed": (0, "of the choice of these"),
-    "size": (304, "longer side of an image, in pixels"),
-    "min_score": (0.0, "minimum score of a box, in the statistics too"),
-    "records": (int, "labels of a set to read for the statistics; default all"),
-  }
-  arguments.add_options(parser, options)
-  add(
-    "--join",
-    default="aligned",
-    choices=JOINS,
-    help="by key for sets of another copy of the images",
-  )
-  text = "print the statistics as JSON instead of a summary"
-  add("--json", action="store_true", help=text)
+class Flags(arguments.Shards):
+  """Flags of `mtv-jax inspect_labels`.
+
+  Args:
+    depth: folder of a label set of depth.
+    boxes: folder of a label set of boxes.
+    output: folder to write into.
+    count: records on the sheet.
+    seed: of the choice of these.
+    size: longer side of an image, in pixels.
+    min_score: minimum score of a box, in the statistics too.
+    records: labels of a set to read for the statistics; default all.
+    join: by key for sets of another copy of the images.
+    json: print the statistics as JSON instead of a summary.
+  """
+
+  depth: str | None = None
+  boxes: str | None = None
+  output: str
+  count: int = 24
+  seed: int = 0
+  size: int = 304
+  min_score: float = 0.0
+  records: int | None = None
+  join: Literal[tuple(JOINS)] = "aligned"
+  json: bool = False
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Flags) -> None:
   """Writes the files and prints a summary."""
   bars = {kind: Progress(unit=f"labels of {kind}") for kind in KINDS}
   names = "depth boxes count seed size min_score records index_dir join"
-  summary = inspect_labels.inspect(
+  summary = labels.inspect_labels(
     args.data,
     out=args.output,
     progress=lambda kind, done, total: bars[kind](done, total),
@@ -64,6 +67,6 @@ def run(args: argparse.Namespace) -> None:
   if args.json:
     print(json.dumps(summary, ensure_ascii=False, indent=1))
     return
-  print(inspect_labels.format_summary(summary))
+  print(labels.format_summary(summary))
   for name in ("sheet.png", "index.html", "statistics.json"):
     print(f"wrote {args.output}/{name}")

@@ -1,27 +1,27 @@
 """`mtv-jax COMMAND`: the command lines of the package.
 
-A command is a module of this package with `add_arguments(parser)` and
-`run(args)`, which returns the exit status, or None for 0; its docstring is the
-text of `--help`. `tools/*.py` and `python -m mtv_jax.main` call `command`.
+A command is a module of this package with a function `run`, whose parameters
+are its arguments (`arguments.add_parameters`), and which returns the exit
+status, or None for 0. One with subcommands has
+`add_arguments(parser)` and `run(args)`. `--help` shows the module's docstring.
 """
 
 import argparse
-import functools
+import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 
 from mtv_jax.cli import errors
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 COMMANDS = {
   "train": "train a config",
   "evaluate": "evaluate encoders and write a report",
   "compare": "compare encoders side by side on a page",
   "supervise": "restart a training command until it is done",
-  "chaos": "kill a run at random moments and compare it",
-  "soak": "memory and step time of a long run",
   "study": "train runs that compare objectives, sizes or balancing",
   "knn": "k-NN classification",
   "linear_probe": "linear classification",
@@ -37,11 +37,10 @@ COMMANDS = {
   "preflight": "compile a config for a topology without one",
   "bench": "benchmarks against limits of this machine",
   "report": "put runs on one page",
-  "plot_run": "plot a run's metrics",
   "show_scenes": "draw built-in scenes with their labels",
 }
-# Modules of commands that are not called after them.
-_MODULES = {"knn": "probe", "linear_probe": "probe"}
+# Functions of commands other than `run` in the module of that name.
+_FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,19 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     epilog=f"commands:\n{names}\n\n`mtv-jax COMMAND --help` has the options.",
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-  parser.parse_args(argv)
-  return 2  # Not reached: argparse exits on anything but a command.
+  parser.add_argument("command", metavar="COMMAND")
+  name = parser.parse_args(argv[:1]).command
+  hint = did_you_mean(name, COMMANDS)
+  return parser.error(f"invalid choice: {name!r}. {hint}")
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
-  """Runs one of `COMMANDS`; user errors exit with their message.
+  """Runs one of `COMMANDS`; returns its exit status, see `run_module`."""
+  module, function = _FUNCTIONS.get(name, f"{name}:run").split(":")
+  return run_module(name, f"mtv_jax.cli.{module}", argv, function=function)
+
+
+def run_module(
+  name: str,
+  module: str | ModuleType,
+  argv: Sequence[str] | None = None,
+  *,
+  function: str = "run",
+) -> int:
+  """Runs a command; user errors exit with their message.
 
   Args:
     name: the command's name.
+    module: the command, or its name, which is imported.
     argv: arguments; default: the process's. `--config.KEY=VALUE` is the same as
       `--set=KEY=VALUE`, and a hyphen in an option's name as an underscore.
       What follows `--` stays as it is.
+    function: of the module.
 
   Returns:
     The exit status.
@@ -78,26 +92,44 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
   argv, rest = argv[:end], argv[end:]
   debug = "--debug" in argv
   with errors.readable_errors(name, debug=debug):
-    module = importlib.import_module(f"mtv_jax.cli.{_MODULES.get(name, name)}")
+    from mtv_jax.cli import arguments  # Takes seconds, as it imports JAX.
+
+    if isinstance(module, str):
+      module = importlib.import_module(module)
     parser = argparse.ArgumentParser(
-      prog=f"mtv-jax {name}",
+      prog=f"mtv-jax {name}" if name in COMMANDS else None,
       description=module.__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
+      epilog=getattr(module, "EPILOG", None),
     )
     parser.add_argument(
       "--debug", action="store_true", help="show the traceback of an error"
     )
-    parser.set_defaults(command_name=name)
-    module.add_arguments(parser)
+    run = getattr(module, function)
+    has_subcommands = hasattr(module, "add_arguments")
+    if has_subcommands:
+      module.add_arguments(parser)
+    else:
+      arguments.add_parameters(parser, run)
     own = _normalize(a for a in argv if a != "--debug")
-    args = parser.parse_args([*own, *rest])
+    args, unknown = parser.parse_known_args([*own, *rest])
+    if unknown:
+      _reject_unknown(parser, unknown)
     _check_outputs(name, args)
-    return module.run(args) or 0
+    if has_subcommands:
+      return run(args) or 0
+    return arguments.call(run, args) or 0
 
 
-def command(name: str) -> Callable[..., int]:
-  """The `main(argv=None)` of a script that runs one command."""
-  return functools.partial(run_command, name)
+def _reject_unknown(
+  parser: argparse.ArgumentParser, unknown: Sequence[str]
+) -> None:
+  """Exits with argparse's message and the option that was meant."""
+  given = unknown[0].partition("=")[0]
+  options = re.findall(r"--\w+", parser.format_help())
+  close = difflib.get_close_matches(given, options, n=1)
+  hint = f" (did you mean {close[0]}?)" if close else ""
+  parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:

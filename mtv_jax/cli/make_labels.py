@@ -16,6 +16,8 @@ img2dataset store. The same command resumes an interrupted one.
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import Literal
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import options
@@ -25,20 +27,50 @@ from mtv_jax.data.labels.label_writer import LabelWriter
 from mtv_jax.utils.progress import Progress
 
 
+class BoxFlags(arguments.Shards):
+  """Flags of `mtv-jax make_labels boxes`.
+
+  Args:
+    instances: COCO's instances_*.json.
+    match: how a record is matched: by the name of its file, the image_id of its
+      .json, or its key.
+    output: folder of the label set.
+  """
+
+  instances: Sequence[str]
+  match: Literal[annotations.MATCHES] = "name"
+  output: str
+
+
+class DepthFlags(arguments.Shards):
+  """Flags of `mtv-jax make_labels depth`, without --metric and --inverse.
+
+  Args:
+    depth_dir: folder of the depth images.
+    pattern: a file's name, with {key}, {stem}, {name} or {image_id}.
+    scale: divisor of the values, such as 1000 for millimetres.
+    side: side of a stored map, in pixels.
+    min_valid: minimum of valid pixels of a label.
+    invalid: values that mark a missing measurement.
+    output: folder of the label set.
+  """
+
+  depth_dir: str
+  pattern: str = "{stem}.png"
+  scale: float = 1.0
+  side: int = 128
+  min_valid: int = label_values.MIN_VALID
+  invalid: Sequence[int] = (0,)
+  output: str
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax make_labels`."""
+  """Adds the subcommands `boxes` and `depth`."""
   kinds = parser.add_subparsers(dest="kind", required=True)
   boxes = kinds.add_parser("boxes", help="from COCO's instances_*.json")
-  boxes.add_argument("--instances", nargs="+", required=True)
-  boxes.add_argument(
-    "--match",
-    default="name",
-    choices=annotations.MATCHES,
-    help="how a record is matched: by the name of its file, the image_id of its"
-    " .json, or its key",
-  )
+  arguments.add_parameters(boxes, BoxFlags)
   depth = kinds.add_parser("depth", help="from depth images of 8 or 16 bits")
-  depth.add_argument("--depth_dir", required=True)
+  arguments.add_parameters(depth, DepthFlags)
   values = depth.add_mutually_exclusive_group(required=True)
   for name, text in (
     ("metric", "larger is farther: inverted"),
@@ -47,20 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     values.add_argument(
       f"--{name}", dest="values", action="store_const", const=name, help=text
     )
-  text = "a file's name, with {key}, {stem}, {name} or {image_id}"
-  defaults = {
-    "pattern": ("{stem}.png", text),
-    "scale": (1.0, "divisor of the values, such as 1000 for millimetres"),
-    "side": (128, "side of a stored map, in pixels"),
-    "min_valid": (label_values.MIN_VALID, "minimum of valid pixels of a label"),
-  }
-  arguments.add_options(depth, defaults)
-  text = "values that mark a missing measurement"
-  depth.add_argument("--invalid", type=int, nargs="+", default=[0], help=text)
-  for command in (boxes, depth):
-    arguments.add_shards(command)
-    text = "folder of the label set"
-    command.add_argument("--output", required=True, help=text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,45 +11,44 @@ Both sets label the same shards. mtv_jax/experts/labelling/box_matching.py
 defines which boxes match.
 """
 
-import argparse
-import json
+import json as json_lib
+from collections.abc import Sequence
 
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts.labelling import box_matching
 from mtv_jax.utils import atomic
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax match_boxes`."""
-  add = parser.add_argument
-  add("--labels", required=True, help="the label set of an expert")
-  add("--truth", required=True, help="the label set of annotated boxes")
-  add("--iou", type=float, default=0.5, help="minimum IoU of a match")
-  add(
-    "--rename",
-    nargs="+",
-    default=[],
-    metavar="LABEL=TRUTH",
-    help="the annotations' name of an expert's phrase",
-  )
-  add("--phrases", type=int, default=0, help="number of phrases to list")
-  add("--json", help="file to write")
+def run(
+  labels: str,
+  truth: str,
+  iou: float = 0.5,
+  rename: Sequence[str] = (),
+  phrases: int = 0,
+  json: str | None = None,
+) -> None:
+  """Compares the sets and prints the table.
 
-
-def run(args: argparse.Namespace) -> None:
-  """Compares the sets and prints the table."""
+  Args:
+    labels: the label set of an expert.
+    truth: the label set of annotated boxes.
+    iou: minimum IoU of a match.
+    rename: LABEL=TRUTH, the annotations' name of an expert's phrase.
+    phrases: number of phrases to list.
+    json: file to write.
+  """
   agreement = box_matching.compare(
-    LabelSet(args.labels, kind="boxes"),
-    LabelSet(args.truth, kind="boxes"),
-    iou=args.iou,
-    renamed=box_matching.parse_renamed(args.rename),
+    LabelSet(labels, kind="boxes"),
+    LabelSet(truth, kind="boxes"),
+    iou=iou,
+    renamed=box_matching.parse_renamed(rename),
   )
-  if args.json:
-    text = json.dumps(agreement.to_dict(), indent=1) + "\n"
-    atomic.write_text(args.json, text)
-  print(f"{agreement.images:,} images with true boxes, IoU >= {args.iou:g}")
+  if json:
+    text = json_lib.dumps(agreement.to_dict(), indent=1) + "\n"
+    atomic.write_text(json, text)
+  print(f"{agreement.images:,} images with true boxes, IoU >= {iou:g}")
   if agreement.unlabelled:
     print(f"{agreement.unlabelled:,} of them have no label")
-  print(agreement.table(phrases=args.phrases))
+  print(agreement.table(phrases=phrases))
   if never := agreement.never_true:
     print(f"in no true box: {', '.join(never)}")

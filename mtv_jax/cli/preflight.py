@@ -20,42 +20,54 @@ the growth of memory and collectives; --scaling=loss compiles the sigmoid loss
 alone. Both write --json as well.
 """
 
-import argparse
 import itertools
 import json
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
 from mtv_jax.models.remat import AUTO
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.progress import track
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's flags."""
-  add = parser.add_argument
-  arguments.add_config(parser, required=False)
-  add("--topology", help="v5e:16x16, v4:4x4x8, gpu:8xH100, ...")
-  add("--json", type=pathlib.Path, help="also write the result here")
-  add("--tables", action="store_true", help="print all parameters")
-  add("--propose", action="store_true", help="compile changes until one fits")
-  text = "compile the objectives' gradient norms as well"
-  add("--norms", action="store_true", help=text)
-  text = "GiB of a chip for --config.model.remat=auto; default: 95 %% of it"
-  add("--budget", type=float, help=text)
-  add("--mfu", type=float, default=0.4, help="assumed share of the chips' peak")
-  add("--examples", type=int, help="examples per epoch")
-  add("--table", type=pathlib.Path, help="update the table in this page")
-  add("--rows", nargs="*", default=[], help="only rows with all these words")
-  add("--scaling", choices=("loss", "step"), help="compile for 16 to 256 chips")
+class Flags(arguments.Config):
+  """Flags of `mtv-jax preflight`.
+
+  Args:
+    config: a recipe's file or name, with its arguments after a colon.
+    topology: v5e:16x16, v4:4x4x8, gpu:8xH100, .
+    json: also write the result here.
+    tables: print all parameters.
+    propose: compile changes until one fits.
+    norms: compile the objectives' gradient norms as well.
+    budget: GiB of a chip for --config.model.remat=auto; default: 95 % of it.
+    mfu: assumed share of the chips' peak.
+    examples: examples per epoch.
+    table: update the table in this page.
+    rows: only rows with all these words.
+    scaling: compile for 16 to 256 chips.
+  """
+
+  config: str | None = None
+  topology: str | None = None
+  json: pathlib.Path | None = None
+  tables: bool = False
+  propose: bool = False
+  norms: bool = False
+  budget: float | None = None
+  mfu: float = 0.4
+  examples: int | None = None
+  table: pathlib.Path | None = None
+  rows: Sequence[str] = ()
+  scaling: Literal["loss", "step"] | None = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Flags) -> int:
   """Compiles what the flags ask for; returns 1 if the config does not fit."""
   from mtv_jax.perf import topologies
 
@@ -66,8 +78,6 @@ def run(args: argparse.Namespace) -> int:
     raise ConfigError("--budget is read with one --config and --topology alone")
   if not 0 < args.mfu <= 1:
     raise ConfigError(f"--mfu is {args.mfu:g}: expected a share, such as 0.4")
-  if args.examples is not None and args.examples < 1:
-    raise ConfigError(f"--examples is {args.examples}: expected at least 1")
   topology = topologies.parse(args.topology) if args.topology else None
   # JAX must not start another backend.
   topologies.use_cpu(topology)
@@ -78,11 +88,11 @@ def run(args: argparse.Namespace) -> int:
   return _report(args, topology)
 
 
-def _report(args: argparse.Namespace, topology: Any) -> int:
+def _report(args: Flags, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
   config = arguments.read_config(args)
-  remat = schema.check_config(config).model.remat.strip()
+  remat = str((config.get("model") or {}).get("remat", "none")).strip()
   if args.budget is not None and (
     not 0 < args.budget < math.inf or remat != AUTO
   ):
@@ -126,7 +136,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     )
   for config, topology, *changes in track(selected, "table", unit="configs"):
     result = report.preflight(
-      overrides.override(schema.read_config(config), changes),
+      overrides.override(recipes.read_config(config), changes),
       topologies.parse(topology),
     )
     row = report.table_row(config, result, *changes)
@@ -136,7 +146,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   return 0
 
 
-def _compile_scaling(args: argparse.Namespace) -> int:
+def _compile_scaling(args: Flags) -> int:
   from mtv_jax.perf.preflight import scaling
 
   if args.scaling == "loss":

@@ -14,32 +14,45 @@ every step; with augment=cached features are computed once. `mtv-jax evaluate`
 runs these and all other evaluations.
 """
 
-import argparse
-
 import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals
 from mtv_jax.evals.core import results as results_lib
-from mtv_jax.evals.report import tables
+from mtv_jax.report import tables
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of a probe."""
-  add = parser.add_argument
-  arguments.add_encoder(parser, help="folder to load, or pixels:64")
-  add("--data", default="scenes", help="with a training and a test split")
-  add("--train", help="training images, where --data does not have them")
-  arguments.add_set(parser, "OPTION=VALUE")
-  add("--json", help="file to write")
-  arguments.add_distributed(parser)
+class Flags(arguments.Weights, arguments.Distributed):
+  """Flags of a probe.
+
+  Args:
+    encoder: folder to load, or pixels:64.
+    data: with a training and a test split.
+    train: training images, where --data does not have them.
+    set: OPTION=VALUE of the evaluation.
+    json: file to write.
+  """
+
+  encoder: str
+  data: str = "scenes"
+  train: str | None = None
+  set: list[str] = ()
+  json: str | None = None
 
 
-def run(args: argparse.Namespace) -> None:
-  """Runs the evaluation that the command is named after."""
+def run_knn(args: Flags) -> None:
+  """Runs k-NN classification."""
+  _run("knn", args)
+
+
+def run_linear_probe(args: Flags) -> None:
+  """Runs linear classification."""
+  _run("linear_probe", args)
+
+
+def _run(name: str, args: Flags) -> None:
   arguments.initialize_distributed(args)
-  name = args.command_name
   entries = evals.plan(
     [name],
     data=[args.data],

@@ -10,49 +10,63 @@ protocols, and code that loads the model; --dry_run writes it alone. Then
 `mtv_jax.load("ORG/NAME")` opens the model.
 """
 
-import argparse
 import logging
 import pathlib
 
+from mtv_jax.cli import arguments
 from mtv_jax.config import foreign
 from mtv_jax.convert import card, hf_files, native
 from mtv_jax.encoder import hub
 from mtv_jax.evals.core import results as results_lib
-from mtv_jax.evals.report import tables
+from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax push`."""
-  add = parser.add_argument
-  add("folder", help="an export of `mtv-jax convert to_hf`")
-  add("repo", help="the model's name on the hub, ORG/NAME")
-  text = "the hub's identifier of the licence, such as apache-2.0"
-  add("--license", required=True, help=text)
-  text = "of --license=other: the licence's identifier"
-  add("--license_name", help=text)
-  text = "of --license=other: URL of its text, or its file in the folder"
-  add("--license_link", help=text)
-  text = "what the model was trained on, for the card"
-  add("--data", required=True, help=text)
-  text = "what it was continued from, such as ORG/NAME"
-  add("--base_model", help=text)
-  text = "JSON of `mtv-jax evaluate`, for the card"
-  add("--results", help=text)
-  add("--private", action="store_true", help="create a private model")
-  add("--revision", help="branch to commit to (default: main)")
-  text = "write the card into the folder, and upload nothing"
-  add("--dry_run", action="store_true", help=text)
+class Flags(arguments.Flags):
+  """Flags of `mtv-jax push`.
+
+  Args:
+    license: the hub's identifier of the licence, such as apache-2.0.
+    license_name: of --license=other: the licence's identifier.
+    license_link: of --license=other: URL of its text, or its file in the
+      folder.
+    data: what the model was trained on, for the card.
+    base_model: what it was continued from, such as ORG/NAME.
+    results: JSON of `mtv-jax evaluate`, for the card.
+    private: create a private model.
+    revision: branch to commit to (default: main).
+    dry_run: write the card into the folder, and upload nothing.
+  """
+
+  license: str
+  license_name: str | None = None
+  license_link: str | None = None
+  data: str
+  base_model: str | None = None
+  results: str | None = None
+  private: bool = False
+  revision: str | None = None
+  dry_run: bool = False
 
 
-def run(args: argparse.Namespace) -> None:
-  """Writes the card, uploads the folder and prints where it is."""
-  folder = pathlib.Path(args.folder)
-  if not card.is_repo(args.repo):
-    raise InputError(f"{args.repo!r} is no name of a model: expected ORG/NAME.")
+def run(
+  folder: str,
+  repo: str,
+  /,
+  args: Flags,
+) -> None:
+  """Writes the card, uploads the folder and prints where it is.
+
+  Args:
+    folder: an export of `mtv-jax convert to_hf`.
+    repo: the model's name on the hub, ORG/NAME.
+  """
+  folder = pathlib.Path(folder)
+  if not card.is_repo(repo):
+    raise InputError(f"{repo!r} is no name of a model: expected ORG/NAME.")
   readme = folder / "README.md"
   info = native.read_info(hf_files.require_folder(folder))
   if info is None or not readme.is_file():
@@ -64,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     pass
   text = card.complete_card(
     foreign.read_text(readme),
-    repo=args.repo,
+    repo=repo,
     licence=args.license,
     licence_name=args.license_name,
     licence_link=args.license_link,
@@ -82,10 +96,8 @@ def run(args: argparse.Namespace) -> None:
   if args.dry_run:
     print(f"Wrote {readme}.")
     return
-  url = hub.upload(
-    folder, args.repo, private=args.private, revision=args.revision
-  )
-  print(f"Uploaded {folder} to {args.repo}: {url}")
+  url = hub.upload(folder, repo, private=args.private, revision=args.revision)
+  print(f"Uploaded {folder} to {repo}: {url}")
 
 
 def format_results(path: str) -> str:

@@ -9,35 +9,39 @@ Rules: vqa (VQAv2, TextVQA, OK-VQA), vqa_simple (without leaving one out),
 exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
 """
 
-import argparse
 import dataclasses
 import json
+from typing import Literal
 
-from mtv_jax.evals.report import tables
-from mtv_jax.evals.vqa import answer_files
+from mtv_jax.cli import arguments
+from mtv_jax.evals import vqa
+from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax score_vqa`."""
-  add = parser.add_argument
-  add("--rule", required=True, choices=list(answer_files.RULES))
-  add("--answers", required=True, help="JSON, or one object per line")
-  add("--truths", required=True, help="the benchmark's own file")
-  add(
-    "--missing",
-    default="error",
-    choices=("error", "wrong"),
-    help="how questions without an answer count",
-  )
-  add("--json", help="file to write")
+class Flags(arguments.Flags):
+  """Flags of `mtv-jax score_vqa`.
+
+  Args:
+    rule: see above.
+    answers: JSON, or one object per line.
+    truths: the benchmark's own file.
+    missing: how questions without an answer count.
+    json: file to write.
+  """
+
+  rule: Literal[tuple(vqa.RULES)]
+  answers: str
+  truths: str
+  missing: Literal["error", "wrong"] = "error"
+  json: str | None = None
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Flags) -> None:
   """Scores the answers and prints the metrics."""
-  scores = answer_files.score(
-    answer_files.read_answers(args.answers),
-    answer_files.read_questions(args.truths),
+  scores = vqa.score(
+    vqa.read_answers(args.answers),
+    vqa.read_questions(args.truths),
     rule=args.rule,
     missing=args.missing,
   )

@@ -4,9 +4,8 @@ mtv-jax show_scenes --output=scenes.png --first=0 --count=6
 mtv-jax show_scenes --output=tiles.png --count=64 --view=images --size=96
 """
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -45,7 +44,7 @@ def scene_row(
   """One built-in scene with all its labels.
 
   Image, inverse depth, segmentation, named boxes, and the two views with
-  matches, above the captions. `options` are those of `render`.
+  matches, above the captions. `options` go to `render`.
   """
   pair = scenes.render_pair(index, size=size, **options)
   scene = pair.first
@@ -99,28 +98,29 @@ def scene_tiles(
   return np.asarray(sheet)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax show_scenes`."""
-  add = parser.add_argument
-  add("--output", required=True, help="a PNG file")
-  add("--first", type=int, default=0, help="number of the first scene")
-  add("--count", type=int, default=6, help="number of scenes")
-  add("--size", type=int, default=192, help="side of a scene, in pixels")
-  add("--seed", type=int, default=0, help="of the scenes")
-  add("--difficulty", choices=[*DIFFICULTIES], default="hard")
-  add(
-    "--view",
-    choices=("labels", "images"),
-    default="labels",
-    help="a row with all labels for each scene, or the images in a grid",
-  )
+def run(
+  output: str,
+  *,
+  first: int = 0,
+  count: int = 6,
+  size: int = 192,
+  seed: int = 0,
+  difficulty: Literal[tuple(DIFFICULTIES)] = "hard",
+  view: Literal["labels", "images"] = "labels",
+) -> None:
+  """Writes the sheet.
 
-
-def run(args: argparse.Namespace) -> None:
-  """Writes the sheet."""
-  indices = range(args.first, args.first + args.count)
-  draw = scene_sheet if args.view == "labels" else scene_tiles
-  options = {"size": args.size, "difficulty": args.difficulty}
-  sheet = draw(indices, seed=args.seed, **options)
-  plots.save_image(sheet, args.output)
-  print(f"wrote {args.count} scenes from {args.first} on to {args.output}")
+  Args:
+    output: a PNG file.
+    first: number of the first scene.
+    count: number of scenes.
+    size: side of a scene, in pixels.
+    seed: of the scenes.
+    difficulty: of the scenes.
+    view: a row with all labels for each scene, or the images in a grid.
+  """
+  draw = scene_sheet if view == "labels" else scene_tiles
+  options = {"seed": seed, "size": size, "difficulty": difficulty}
+  sheet = draw(range(first, first + count), **options)
+  plots.save_image(sheet, output)
+  print(f"wrote {count} scenes from {first} on to {output}")

@@ -14,56 +14,66 @@ folder; --index gives each of them its part. Exit status: 0, 1 if runs have
 failed or there is no report, 2 if the command is wrong, 143 after SIGTERM.
 """
 
-import argparse
 import functools
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
-from mtv_jax.studies import arms, expand, runner, table
-from mtv_jax.studies.report import report
+from mtv_jax.studies import arms, expand, page, runner, table
 from mtv_jax.utils.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax study`."""
-  add = parser.add_argument
-  add("kind", choices=arms.KINDS, metavar="KIND", help=", ".join(arms.KINDS))
-  arguments.add_config(parser)
-  add("--output", required=True, help="the study's folder")
-  text = "seeds of each arm, or by arm: 3, or vl:5,depth:5,3"
-  add("--seeds", default="1", help=text)
-  text = "what all runs have in common: images seen (default) or FLOPs"
-  add("--match", default=expand.MATCHES[0], choices=expand.MATCHES, help=text)
-  text = "share of the config's steps, with its schedules"
-  add("--budget", type=float, default=1.0, help=text)
-  text = "groups of objectives in their order, such as vl,depth; default all"
-  add("--groups", type=_names, default=(), help=text)
-  text = "of scaling: variants, or NAME:KEY=VALUE,... of config.model"
-  add("--models", nargs="+", default=(), help=text)
-  text = "of scaling: numbers of distinct images"
-  add("--images", nargs="+", type=int, default=(), help=text)
-  text = "of balance: methods of config.balance, separated by commas"
-  add("--methods", type=_names, default=(), help=text)
-  text = "of balance: further arms, NAME:OBJECTIVE=WEIGHT,..."
-  add("--weights", nargs="+", default=(), help=text)
-  text = "train the run of number I, from 0, or with I/N every N-th from I on"
-  add("--index", metavar="I[/N]", help=text)
-  text = "print the runs with images, FLOPs and estimated time; train nothing"
-  add("--dry_run", action="store_true", help=text)
+class Flags(arguments.Config):
+  """Flags of `mtv-jax study`.
+
+  Args:
+    output: the study's folder.
+    seeds: seeds of each arm, or by arm: 3, or vl:5,depth:5,3.
+    match: what all runs have in common: images seen (default) or FLOPs.
+    budget: share of the config's steps, with its schedules.
+    groups: groups of objectives in their order, such as vl,depth; default all.
+    models: of scaling: variants, or NAME:KEY=VALUE,... of config.model.
+    images: of scaling: numbers of distinct images.
+    methods: of balance: methods of config.balance, separated by commas.
+    weights: of balance: further arms, NAME:OBJECTIVE=WEIGHT,.
+    index: train the run of number I, from 0, or with I/N every N-th from I on.
+    dry_run: print the runs with images, FLOPs and estimated time; train
+      nothing.
+  """
+
+  output: str
+  seeds: str = "1"
+  match: Literal[expand.MATCHES] = expand.MATCHES[0]
+  budget: float = 1.0
+  groups: str = ""
+  models: Sequence[str] = ()
+  images: Sequence[int] = ()
+  methods: str = ""
+  weights: Sequence[str] = ()
+  index: str | None = None
+  dry_run: bool = False
 
 
 def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(args: argparse.Namespace) -> int:
-  """Expands, trains and reports; the exit status."""
+def run(
+  kind: Literal[tuple(arms.KINDS)],
+  /,
+  args: Flags,
+) -> int:
+  """Expands, trains and reports; the exit status.
+
+  Args:
+    kind: of the study.
+  """
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
   if not args.dry_run:
@@ -71,14 +81,14 @@ def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")
   folder = pathlib.Path(args.output)
   study = expand.expand(
-    args.kind,
+    kind,
     args.config,
     assignments=args.set,
     options=arms.Options(
-      groups=tuple(args.groups),
+      groups=_names(args.groups),
       models=tuple(args.models),
       images=tuple(args.images),
-      methods=tuple(args.methods),
+      methods=_names(args.methods),
       weights=tuple(args.weights),
     ),
     seeds=args.seeds,
@@ -97,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
   status = runner.run_study(folder, study, index=args.index, log_fn=log)
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
-  # Of several runners, the last one to finish has all results.
+  # If several runners share the study, the last one has all results.
   reported = True
   if status.finished and not status.leased:
     reported = write_report(folder, log)
@@ -107,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
   """Writes the report; an error is printed, as the runs are complete."""
   try:
-    paths = report.write_study(folder)
+    paths = page.write_study(folder)
   except (UserError, OSError) as error:
     print(f"study: no report: {message(error)}", file=sys.stderr)
   except Exception:

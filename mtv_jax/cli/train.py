@@ -11,54 +11,50 @@ end the folder has a report.html with curves, metrics and images. On a
 pod, every host runs the same command with --distributed.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import logging
 import shlex
+from typing import Literal
 
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import schema
-from mtv_jax.perf.preflight import remat
-from mtv_jax.studies.report import report
+from mtv_jax.models.remat import AUTO
+from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.train import workdir
-from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.train import train
 from mtv_jax.utils import xla_flags
 
 log = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax train`."""
-  arguments.add_config(parser)
-  add = parser.add_argument
-  text = "the run's folder: config, metrics, checkpoints, evaluations"
-  add("--workdir", required=True, help=text)
-  add(
-    "--compile_cache",
-    default="auto",
-    help="folder of compiled programs, or none; auto (the default) is"
-    " WORKDIR/compiled, and none on a CPU",
-  )
-  add(
-    "--restore",
-    default="latest",
-    choices=("latest", "latest_good"),
-    help="which checkpoint to resume from; latest_good skips damaged ones",
-  )
-  text = "stop at the first update that is not finite, and name the operation"
-  add("--debug_nans", action="store_true", help=text)
-  arguments.add_distributed(parser)
+class Flags(arguments.Config, arguments.Distributed):
+  """Flags of `mtv-jax train`.
+
+  Args:
+    workdir: the run's folder: config, metrics, checkpoints, evaluations.
+    compile_cache: folder of compiled programs, or none; auto (the default) is
+      WORKDIR/compiled, and none on a CPU.
+    restore: which checkpoint to resume from; latest_good skips damaged ones.
+    debug_nans: stop at the first update that is not finite, and name the
+      operation.
+  """
+
+  workdir: str
+  compile_cache: str = "auto"
+  restore: Literal["latest", "latest_good"] = "latest"
+  debug_nans: bool = False
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Flags) -> None:
   """Trains; resumes if the workdir has a checkpoint."""
-  config = schema.check_config(arguments.read_config(args))
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
+  config = resolve(arguments.read_config(args), args.workdir)
   with contextlib.ExitStack() as stack:
     if process == 0:
       stack.enter_context(workdir.lock_workdir(args.workdir))
@@ -66,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if jax.default_backend() == "cpu":
       xla_flags.retain_freed_memory()
     train(
-      remat.resolve_remat(config, args.workdir),
+      choose_remat(config, args.workdir),
       args.workdir,
       command=_format_command(args),
       restore=args.restore,
@@ -74,6 +70,36 @@ def run(args: argparse.Namespace) -> None:
     )
     if process == 0:
       write_report(args.workdir)
+
+
+def choose_remat(config: RunConfig, folder: str) -> RunConfig:
+  """Replaces `remat` 'auto' by 'auto:CHOICE', equal in all processes.
+
+  A resumed run takes the choice that its folder records. CPUs take 'none';
+  `perf.preflight.remat.find_remat` searches for other devices, by compiling.
+
+  Raises:
+    ConfigError: see `find_remat`.
+  """
+  if config.model.remat.strip() != AUTO:
+    return config
+  choice, source = AUTO, ""
+  if jax.process_index() == 0:  # Which writes it, maybe before others read it.
+    recorded = workdir.read_recorded_config(folder).get("model", {})
+    choice = recorded.get("remat", AUTO).removeprefix(f"{AUTO}:")
+  choice = gather_json(choice)[0]
+  if choice != AUTO:
+    source = ", as in the run's config.json"
+  else:
+    from mtv_jax.perf import topologies
+    from mtv_jax.perf.preflight.remat import find_remat
+
+    choice, topology = "none", topologies.describe_local()
+    if topology.chip.kind != "cpu":
+      choice = find_remat(config, topology).remat
+  log.info("config.model.remat='auto' is %r%s.", choice, source)
+  model = dataclasses.replace(config.model, remat=f"{AUTO}:{choice}")
+  return dataclasses.replace(config, model=model)
 
 
 def write_report(folder: str) -> None:
@@ -85,11 +111,13 @@ def write_report(folder: str) -> None:
     UploadError: it is not in the run's bucket.
   """
   try:
+    from mtv_jax.report import runs  # Not before training: it is large.
+
     with workdir.open_run_folder(folder) as run:
-      if text := report.format_run(run.folder):
+      if text := runs.format_run(run.folder):
         with contextlib.suppress(OSError):  # A full disk, a closed terminal.
           print(f"\n{text}\n", flush=True)
-      pages = report.write_runs([run.folder], run.folder)
+      pages = runs.write_runs([run.folder], run.folder)
       names = (f"{folder}/{page.name}" for page in pages)
       log.info("Wrote %s", ", ".join(names))
   except workdir.UploadError:
@@ -98,7 +126,7 @@ def write_report(folder: str) -> None:
     log.warning("No report of %s: %r", folder, error)
 
 
-def _format_command(args: argparse.Namespace) -> str:
+def _format_command(args: Flags) -> str:
   """The command without the options of this machine."""
   words = [f"--config={args.config}", *(f"--config.{s}" for s in args.set)]
   words.append(f"--workdir={args.workdir}")

@@ -1,7 +1,6 @@
-"""Files that others wrote: text, JSON with typed fields, names in a folder.
+"""Untrusted files: text, JSON with typed fields, names in a folder.
 
-What is wrong with such a file is an error that names the file, the key, the
-value and what was expected.
+Errors name the file, the key, the value and what was expected.
 """
 
 from __future__ import annotations
@@ -42,13 +41,11 @@ def read_text(path: pathlib.Path) -> str:
 def read_untrusted_json(
   path: pathlib.Path, *, max_bytes: int = _MAX_BYTES
 ) -> Any:
-  """The content of a JSON file that others have written.
+  """The content of an untrusted JSON file.
 
-  Raises:
-    InputError: it is no regular file, not JSON, nested too deep or larger than
-      `max_bytes`.
+  Raises InputError unless it is a regular file of JSON of at most `max_bytes`.
   """
-  path_lib.check_regular(path)
+  path_lib.check_regular_file(path)
   if (size := path.stat().st_size) > max_bytes:
     raise InputError(
       f"{path} has {size:,} bytes; expected at most {max_bytes:,} of JSON."
@@ -62,10 +59,9 @@ def read_untrusted_json(
 
 
 def read_object(path: pathlib.PurePath) -> dict[str, Any]:
-  """The object in a JSON file of a config; {} if there is no such file.
+  """The object in a JSON file; {} if the file does not exist.
 
-  Raises:
-    InputError: as `read_untrusted_json`, or the content is no object.
+  Errors as in `read_untrusted_json`, or if the content is not an object.
   """
   if not path_lib.is_file(path):
     return {}
@@ -115,10 +111,9 @@ def read_field(
 def read_fields(
   content: Any, annotations: Mapping[str, Any], *, where: str = ""
 ) -> dict[str, Any]:
-  """An object's keys with a value, those of `annotations` checked.
+  """An object's keys with a value, checked where `annotations` has the key.
 
-  Raises:
-    InputError: it is no object, or a value has another type or range.
+  Raises InputError for another type or range, or what is not an object.
   """
   if not isinstance(content, Mapping):
     name = where.rstrip(".") or "The content"
@@ -144,12 +139,11 @@ def read_rows(
     path: the file.
     content: its content, or an object in it.
     key: of the list.
-    fields: type of each key that an object must have. A bool is no int.
+    fields: type of each key that an object must have; int rejects bools.
     hint: ends the error about a missing key.
 
   Raises:
-    InputError: it is no list of objects, or one lacks a key or has a value of
-      another type.
+    InputError: not a list of objects, or one lacks a key or has another type.
   """
   rows = content.get(key)
   if not isinstance(rows, list):
@@ -211,7 +205,7 @@ def resolve_name(
     where: the file that gives the name.
 
   Raises:
-    InputError: the name is no name of a file in the folder.
+    InputError: the name can't be that of a file in the folder.
   """
   path = pathlib.PurePath(name) if isinstance(name, str) else None
   if path is None or not path.parts or not _is_storable(path):

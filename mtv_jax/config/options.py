@@ -35,7 +35,7 @@ from mtv_jax.utils.errors import (
 )
 
 T = TypeVar("T")
-_UNIONS = (typing.Union, types.UnionType)
+UNIONS = (typing.Union, types.UnionType)
 _SEQUENCES = (tuple, list, set, frozenset, Sequence)
 
 
@@ -67,7 +67,7 @@ NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 PositiveFraction = Annotated[float, Range(above=0, max=1)]
 
-# Of `ViTSpec`; here, as the schema of configs imports no model.
+# Of `ViTSpec`.
 Pool = Literal["map", "query", "cls", "mean"]
 
 
@@ -242,7 +242,7 @@ def _convert(value: Any, annotation: Any) -> Any:
     if any(isinstance(r, Range) and value not in r for r in args[1:]):
       raise ValueError
     return value
-  if origin in _UNIONS:
+  if origin in UNIONS:
     # A member of the value's own type first: 1 stays an int for `float | int`.
     for member in sorted(args, key=lambda m: m is not type(value)):
       try:
@@ -290,7 +290,7 @@ def _choices(annotation: Any) -> tuple[str, ...]:
   origin = typing.get_origin(annotation)
   if origin is Literal:
     return typing.get_args(annotation)
-  if origin in _UNIONS:
+  if origin in UNIONS:
     members = [_choices(a) for a in typing.get_args(annotation)]
     if str not in typing.get_args(annotation):
       return tuple(choice for member in members for choice in member)
@@ -317,7 +317,7 @@ def describe(annotation: Any) -> str:
   if origin is Annotated:
     ranges = [str(r) for r in args[1:] if isinstance(r, Range)]
     return " ".join([describe(args[0]), *ranges])
-  if origin in _UNIONS:
+  if origin in UNIONS:
     return " or ".join(dict.fromkeys(map(describe, args)))
   if origin is Literal:
     return " or ".join(map(repr, args))

@@ -1,7 +1,7 @@
 """Overrides of a config, --config.KEY=VALUE, and differences of two configs.
 
 Keys that the config's file leaves out can be given as well;
-`schema.check_config` rejects unknown ones.
+`train.run.resolve` rejects unknown ones.
 """
 
 import ast
@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mtv_jax.config import aliases, sections
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 _MAX_VALUE = 120  # Characters of a value in the line of a difference.
@@ -40,19 +41,19 @@ def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
   return out
 
 
-def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
-  """A copy of a config with some of its keys set.
+def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
+  """A copy of a config, resolved or not, with some of its keys set.
 
   Assignments are 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
   'data.train[0].path'; for values see `parse_value`. 'None' removes a key, as
   does 'none' unless the key accepts that string.
 
   Raises:
-    ConfigError: an invalid path, or a value whose type differs from that of the
-      number or section it replaces; only a fraction may replace an integer, and
-      `schema.check_config` rejects it where the key takes integers alone.
+    ConfigError: an invalid path, or a number or section would be replaced by a
+      value of another type. A fraction may replace an integer here, and
+      `train.run.resolve` rejects it if the key takes integers only.
   """
-  tree = to_plain(config, tuples_as_lists=True)
+  tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     if not _KEY.fullmatch(key):
@@ -61,26 +62,12 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
         " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
       )
     parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
-    _set(tree, parts, text, key)
+    _set(tree, aliases.rename_override(parts), text, key)
     try:
       ConfigDict(tree)
     except (ValueError, TypeError) as error:  # Names with dots, or no strings.
       raise ConfigError(f"--config.{assignment}: {error}") from error
   return ConfigDict(tree)
-
-
-def to_plain(value: Any, *, tuples_as_lists: bool = False) -> Any:
-  """A config as nested dictionaries; `tuples_as_lists` converts tuples."""
-  if isinstance(value, ConfigDict):
-    value = value.to_dict()
-  if isinstance(value, Mapping):
-    return {
-      k: to_plain(v, tuples_as_lists=tuples_as_lists) for k, v in value.items()
-    }
-  if isinstance(value, list | tuple):
-    kind = list if tuples_as_lists else type(value)
-    return kind(to_plain(v, tuples_as_lists=tuples_as_lists) for v in value)
-  return value
 
 
 def describe_difference(

@@ -12,6 +12,7 @@ from mtv_jax.convert import processors
 from mtv_jax.models import positions
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.resampling import resize_matrix
 
 # Of image-text contrast: SigLIP's or CLIP's.
 LossType = Literal["sigmoid", "softmax"]
@@ -90,7 +91,7 @@ class ConvertedModel:
     if rows != tower.grid and "learned" in tower.positions:
       old = tower.grid
       table = np.asarray(params["image"]["position_embedding"], np.float64)
-      matrix = positions.resize_matrix(old, rows, tower.position_resize)
+      matrix = resize_matrix(old, rows, tower.position_resize)
       grid = np.einsum(
         "yh,xw,hwd->yxd",
         matrix,

@@ -5,7 +5,7 @@ it, so that image, depth and boxes share the coordinates of the unit square.
 
 OpenCV decodes JPEGs of one or three components without holding the GIL. Pillow
 decodes the rest, correctly also for CMYK, palettes, transparency and 16 bits.
-On ordinary JPEGs both give the same pixels. For every format:
+On ordinary JPEGs both give equal pixels. For every format:
 
 * EXIF rotation is applied, and the original size is the rotated one.
 * Transparent pixels lie on white.
@@ -75,16 +75,10 @@ def decode(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Decodes a file to RGB and applies its EXIF rotation.
 
-  Args:
-    data: a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
-    key: key of the record, for errors.
-    max_pixels: JPEGs of more pixels, and other images of more than half as
-      many, are rejected before they are decoded.
-
-  Raises:
-    BadRecord: not an image, truncated, corrupt, too large, of a structure that
-      takes long to decode (see `image_limits`), or of a kind whose white is
-      unknown.
+  JPEGs of more than `max_pixels`, and other images of more than half as many,
+  are refused before they are decoded. Raises BadRecord for what is not an
+  image, truncated, corrupt, of a structure that takes long to decode (see
+  `image_limits`), or of a kind whose white is unknown.
   """
   if not data:
     raise BadRecord(key, "the image has no bytes")
@@ -111,16 +105,13 @@ def decode_to_canvas(
 ) -> tuple[UInt8[np.ndarray, "size size 3"], tuple[int, int]]:
   """Decodes a file and squashes it, JPEGs at the scale that the canvas needs.
 
+  Returns the canvas, and height and width of the (rotated) image in the file.
+  Raises BadRecord as `decode`.
+
   Other files, and JPEGs of less than twice the canvas, give `decode` and
   `squash` exactly. On photos at a reduced scale the canvas differs from that by
   1 to 3 of 255 on average, by up to 40 in one pixel of a thousand, and its mean
   does not: the DCT's low frequencies are sharper than means over areas.
-
-  Returns:
-    The canvas, and the height and width of the file's (rotated) image.
-
-  Raises:
-    BadRecord: as `decode`.
   """
   with content_errors(key, "the image can't be decoded"):
     header = _jpeg_header(data)
@@ -151,7 +142,7 @@ def choose_divisor(height: int, width: int, size: int) -> int:
 
   def is_copied(divisor):
     least = divisor * size
-    # Sides of the reduced image, and as OpenCV rounds those of the canvas.
+    # Sides of the reduced image, and the canvas's as OpenCV rounds them.
     sides = [(-(-side // divisor), side) for side in (height, width)]
     same = all(round(n * least / side) == n for n, side in sides)
     return same and (height, width) != (least, least)
@@ -171,7 +162,7 @@ def _decode_reduced(
   """The canvas of a JPEG before its rotation; None if OpenCV can't decode it.
 
   The last row and column of the reduced image may lie partly outside of the
-  image. The scale is that of the image, so that nothing shifts.
+  image. The scale is the image's own, so that nothing shifts.
   """
   flags = imread_flags(divisor) | cv2.IMREAD_IGNORE_ORIENTATION
   image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -191,8 +182,8 @@ def _decode_reduced(
 def _orientation(exif: bytes) -> int | None:
   """EXIF orientation, 1 to 8; None if `decode` is to judge the metadata.
 
-  That is wherever OpenCV and Pillow may differ: other values, types and counts
-  than those of the standard, and damaged tags.
+  That is if OpenCV and Pillow may differ: for values, types and counts outside
+  of the standard, and for damaged tags.
   """
   if not exif:
     return 1
@@ -234,11 +225,7 @@ def _rotate(
 def from_pillow(
   image: Image.Image, *, key: str = "image"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Converts a Pillow image to RGB by the rules of `decode`.
-
-  Raises:
-    BadRecord: an image of a kind whose white is unknown.
-  """
+  """Converts a Pillow image to RGB by the rules and errors of `decode`."""
   image.load()
   image = ImageOps.exif_transpose(image)
   if image.mode == "F":

@@ -16,9 +16,9 @@ from mtv_jax.data.records import BadRecord
 MAX_BYTES = 1 << 28
 # A progressive JPEG has about ten. One of 80 million pixels takes 0.1 s.
 MAX_SCANS = 50
-# Of a PNG, blocks before the first image of a GIF, strips or tiles of a TIFF.
+# Chunks of a PNG, blocks before the first image of a GIF, strips of a TIFF.
 MAX_PARTS = 100_000
-# Of formats that Pillow decodes in Python, a microsecond a number or more:
+# Pixels in formats that Pillow decodes in Python, a microsecond each or more:
 # text, 16-bit colour and other unusual PPM, and BMP with run lengths.
 MAX_SLOW_PIXELS = 1 << 18
 # The largest side of a JPEG.
@@ -35,11 +35,7 @@ _STRIP_TAGS = (273, 279, 324, 325)
 
 
 def check_file(data: bytes, key: str) -> None:
-  """Rejects a file whose structure takes long to decode, or is too large.
-
-  Raises:
-    BadRecord: names the part and the limit.
-  """
+  """Rejects a file that is too large or takes long to decode."""
   if len(data) > MAX_BYTES:
     raise _exceeds(key, len(data), "bytes", MAX_BYTES)
   if data[:2] == b"\xff\xd8":
@@ -73,14 +69,10 @@ def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
 def check_opened(
   image: Image.Image, size: int, key: str, max_pixels: int
 ) -> None:
-  """Rejects an image that Pillow would decode slowly or in much memory.
+  """Rejects an image, before it is decoded, that is slow or large in Pillow.
 
-  Args:
-    image: opened and not decoded.
-    size: bytes of its file.
-    key: of the record.
-    max_pixels: of a JPEG. Others take twice the time and memory, and are
-      rejected from half of it on.
+  `size` is the bytes of its file, `max_pixels` the limit of a JPEG; others take
+  twice the time and memory, and are rejected from half of it on.
   """
   is_jpeg = image.format in ("JPEG", "MPO")
   limit = max_pixels if is_jpeg else max_pixels // 2
@@ -109,7 +101,7 @@ def _exceeds(key: str, count: int, what: str, limit: int) -> BadRecord:
 
 
 def _count_scans(data: bytes) -> int:
-  """Scans of a JPEG, up to its end, without those of thumbnails."""
+  """Scans of a JPEG, up to its end, without thumbnails."""
   scans, at = 0, 2
   while found := _MARKER.search(data, at):
     at, marker = found.end(), data[found.end() - 1]

@@ -35,7 +35,7 @@ from mtv_jax.data.records import (
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# Of a caption or a phrase: tokenizers can take seconds for a megabyte.
+# Longest caption or phrase: tokenizers can take seconds for a megabyte.
 _MAX_CHARACTERS = 100_000
 
 
@@ -86,15 +86,16 @@ class TextOp(HostOp):
 
   def __post_init__(self):
     if self.tokenizer is None:
-      name = type(self).__name__.lower()
+      name = type(self).__name__.removesuffix("Op").lower()
       raise InputError(
         f"data.ops has `{name}` but the model has no tokenizer: set"
         f" model.text.tokenizer, or leave `{name}` out of data.ops."
       )
 
-  def _token_ids(
+  def _encode(
     self, text: str, length: int, key: str
-  ) -> Int32[np.ndarray, " length"]:
+  ) -> tuple[Int32[np.ndarray, " length"], bool]:
+    """The token ids of a text, and whether it was cut."""
     if len(text) > _MAX_CHARACTERS:
       raise BadRecord(
         key,
@@ -102,7 +103,7 @@ class TextOp(HostOp):
         " tokenized",
       )
     try:
-      return self.tokenizer.encode([text], length)[0]
+      return self.tokenizer.encode_text(text, length)
     except UnicodeError as error:
       reason = f"the text {text!r} is not Unicode ({error})"
       raise BadRecord(key, reason) from error
@@ -115,8 +116,8 @@ SOURCE = "source"
 class Ops:
   """The sequence of a config's ops.
 
-  `fields` are those of the batch, `labels` the record fields of which at least
-  one source must have each.
+  `fields` are the batch's, `labels` the record fields that at least one source
+  must have.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -151,16 +152,15 @@ def build_ops(
   wanted: Collection[str] | None = None,
   features: Mapping[str, FeatureLayout] = MappingProxyType({}),
 ) -> Ops:
-  """The ops that `text` names.
+  """The ops that `text` names: "decode|canvas(384)|caption(64, pick='first')".
 
-  Args:
-    text: such as "decode|canvas(384)|caption(64, pick='first')".
-    tokenizer: the text tower's, for `caption` and `regions`.
-    wanted: batch fields that the run reads, None for all of the ops; optional
-      ops that add none of them are left out.
-    features: of teachers, for `features`.
+  Optional ops that add none of the batch fields `wanted`, those that the run
+  reads, are left out; None is for all. `features` are the teachers' layouts.
   """
-  given = {TextOp: dict(tokenizer=tokenizer), Features: dict(layouts=features)}
+  given = {
+    TextOp: dict(tokenizer=tokenizer),
+    FeaturesOp: dict(layouts=features),
+  }
   registry = dict(OPS)
   for name, op in OPS.items():
     for kind, arguments in given.items():
@@ -170,7 +170,7 @@ def build_ops(
   def is_read(name: str) -> bool:
     if wanted is None or name not in OPS or not OPS[name].is_optional:
       return True
-    if OPS[name] is Features:
+    if OPS[name] is FeaturesOp:
       return bool(features)
     return not OPS[name].batch_fields.keys().isdisjoint(wanted)
 
@@ -179,7 +179,7 @@ def build_ops(
   ops = {op.name: build_op(op, registry, "data op") for op in parsed}
   for name, following in itertools.pairwise(ops):
     if (name, following) == ("decode", "canvas") and not ops[name].exact:
-      ops[name] = DecodeToCanvas(ops[following].size, ops[name].max_pixels)
+      ops[name] = DecodeToCanvasOp(ops[following].size, ops[name].max_pixels)
   built = Ops(text, ops)
   if wanted is not None and SOURCE in wanted:
     built.fields[SOURCE] = Field((), np.dtype(np.int32))
@@ -195,17 +195,17 @@ def phrase_length(text: str) -> int | None:
   """Tokens of each phrase that ops `text` give, by `regions`; None without."""
   for op in parse_ops(text):
     if op.name == "regions":
-      arguments = inspect.signature(Regions).bind(*op.args, **op.kwargs)
+      arguments = inspect.signature(RegionsOp).bind(*op.args, **op.kwargs)
       arguments.apply_defaults()
       return arguments.arguments["phrase_length"]
   return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode(HostOp):
+class DecodeOp(HostOp):
   """Decodes an image file to RGB; converts arrays to RGB.
 
-  Followed by `canvas`, it is replaced by `DecodeToCanvas` unless it is to be
+  Followed by `canvas`, it is replaced by `DecodeToCanvasOp` unless it is to be
   `exact`.
   """
 
@@ -221,7 +221,7 @@ class Decode(HostOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeToCanvas(HostOp):
+class DecodeToCanvasOp(HostOp):
   """Decodes an image file to a canvas, large JPEGs from a reduced scale.
 
   See `canvas.decode_to_canvas`. Configs write "decode|canvas(384)".
@@ -241,7 +241,7 @@ class DecodeToCanvas(HostOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class Canvas(HostOp):
+class CanvasOp(HostOp):
   """Squashes the whole image to a square and records its original size."""
 
   size: PositiveInt
@@ -258,14 +258,14 @@ class Canvas(HostOp):
         f"canvas({self.size}) got the image as {type(image).__name__}; put"
         " `decode` before it in data.ops."
       )
-    # `DecodeToCanvas` records it: the image is a canvas already.
+    # `DecodeToCanvasOp` records it: the image is a canvas already.
     size = record.get("image_size", np.array(image.shape[:2], np.int32))
     image = canvas_lib.squash(image, self.size)
     return record | {"image": image, "image_size": size}
 
 
 @dataclasses.dataclass(frozen=True)
-class Caption(TextOp):
+class CaptionOp(TextOp):
   """Token ids of one of the record's captions.
 
   A caption that is blank after cleaning is replaced by the next one; a record
@@ -288,9 +288,8 @@ class Caption(TextOp):
     if self.pick == "random":
       start = int(rng.integers(max(len(captions), 1)))
     for text in [*captions[start:], *captions[:start]]:
-      if self.tokenizer.clean_text(text).strip():
-        ids = self._token_ids(text, self.length, record["key"])
-        cut = self.tokenizer.is_cut(text, self.length)
+      if not self.tokenizer.is_blank(text):
+        ids, cut = self._encode(text, self.length, record["key"])
         fields = {"caption": ids, "caption_valid": np.bool_(True)}
         return _add_cut(record | fields, "captions", [cut])
     if captions:
@@ -301,7 +300,7 @@ class Caption(TextOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class Depth(HostOp):
+class DepthOp(HostOp):
   """Inverse depth: 1 to 65535 from its minimum to its maximum, 0 unlabelled.
 
   A stored label of this size is unchanged. Labels of other sizes and floats
@@ -336,10 +335,10 @@ class Depth(HostOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class Regions(TextOp):
+class RegionsOp(TextOp):
   """At most `count` boxes, at random or by score, with phrases as token ids.
 
-  Unusable boxes (see `label_values.make_boxes`) and those whose phrase has no
+  Unusable boxes (see `label_values.make_boxes`) and boxes whose phrase lacks
   tokens are left out.
   """
 
@@ -377,11 +376,11 @@ class Regions(TextOp):
       if at == self.count:
         break
       phrase = label.phrases[box]
-      ids = self._token_ids(phrase, self.phrase_length, record["key"])
+      ids, is_cut = self._encode(phrase, self.phrase_length, record["key"])
       if (ids == self._blank).all():
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
-      cut.append(self.tokenizer.is_cut(phrase, self.phrase_length))
+      cut.append(is_cut)
       row["boxes"][at] = label.boxes[box]
       row["box_phrase"][at] = ids
       row["box_phrase_id"][at] = label_values.phrase_id(phrase)
@@ -392,7 +391,7 @@ class Regions(TextOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class Features(HostOp):
+class FeaturesOp(HostOp):
   """Features of the teachers that a run reads from label sets, in 8 bits."""
 
   layouts: Mapping[str, FeatureLayout] = dataclasses.field(
@@ -432,12 +431,12 @@ class Features(HostOp):
 
 
 OPS: dict[str, type[HostOp]] = {
-  "decode": Decode,
-  "canvas": Canvas,
-  "caption": Caption,
-  "depth": Depth,
-  "regions": Regions,
-  "features": Features,
+  "decode": DecodeOp,
+  "canvas": CanvasOp,
+  "caption": CaptionOp,
+  "depth": DepthOp,
+  "regions": RegionsOp,
+  "features": FeaturesOp,
 }
 
 

@@ -40,14 +40,9 @@ def addresses(
 
   Each source repeats by itself, in a new order every epoch. In any window of n
   rows, a source's count is within one row per source of n times its share
-  (shares are rounded to a hundredth of the smallest).
-
-  Args:
-    sources: at least one.
-    weights: one per source, proportional to its rows.
-    shuffle: "global" over a whole source, "block" by blocks of its shards and
-      then within, "none".
-    seed: seed of all shuffles; >= 0.
+  (shares are rounded to a hundredth of the smallest). Sources are shuffled
+  whole ("global"), by blocks of their shards and then within ("block"), or not
+  ("none").
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)
   if seed < 0:
@@ -74,7 +69,7 @@ def addresses(
 def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:
   """The endless sequence of one source's record indices."""
   # Seeds of sources are far apart: Grain adds the epoch to them, and with
-  # consecutive ones two equal sources would have the same order, one epoch
+  # consecutive ones two equal sources would have one order, one epoch
   # apart.
   seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
   length = len(source)

@@ -1,9 +1,9 @@
 """Input pipeline: the batch of a step is a function of the step alone.
 
-Of the endless sequence of rows (`order.addresses`), step t takes rows
-`[t B, (t + 1) B)`, and host h of n the h-th of n equal parts of them. A row's
+Step t takes rows `[t B, (t + 1) B)` of the endless sequence
+(`order.addresses`), and host h of n the h-th of n equal parts of them. A row's
 random numbers derive from the seed and its position. So any number of hosts
-reads the same rows, and a run resumes at any step without reading earlier ones.
+reads these rows, and a run resumes at any step without reading earlier ones.
 Batches that a run skips after damage (`order.SkippedBatches`) shift the later
 ones.
 
@@ -22,15 +22,16 @@ import logging
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import grain
 import numpy as np
 from absl import flags
 
+from mtv_jax.config import sections
 from mtv_jax.config.feature_layout import FeatureLayout
-from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt, build
+from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt
 from mtv_jax.data import order
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
@@ -113,7 +114,7 @@ class HostBatches:
   def read_keys(self, step: int) -> list[str]:
     """The keys of this host's rows of a step, as "source/key".
 
-    Of a row whose record is unusable the key of that record.
+    If a row's record is unusable, the key is that record's.
     """
     keys = []
     for position in self._positions(step):
@@ -189,7 +190,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     self._snapshots = {self.step: self.stats.snapshot()}
 
   def stats_at(self, step: int) -> Stats:
-    """The counts after `step` batches, of which more may have been read."""
+    """The counts after `step` batches; more may have been read."""
     return self._snapshots[step]
 
   def __next__(self) -> Batch:
@@ -218,19 +219,22 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     self.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  """Options of a config's `data` section, besides `train` and `ops`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """`config.data`."""
 
-  workers: NonNegativeInt = 0  # Processes.
+  # Sources: dict(type, weight=1.0, and what the source takes).
+  train: tuple[Any, ...] = ()
+  ops: str  # Host ops: "decode|canvas(224)|caption(64)".
+  workers: NonNegativeInt = 0  # Processes; 0: threads of this one read.
   threads: PositiveInt | None = None  # Per process; None for one per core.
-  prefetch: PositiveInt = 2  # Batches ahead, per process.
-  max_corrupt: Fraction = 0.01
-  shuffle: str = "global"
+  prefetch: PositiveInt | None = None  # Batches ahead, per process; None: 2.
+  max_corrupt: Fraction = 0.01  # Share of unusable records to stop at.
+  shuffle: Literal["global", "block", "none"] = "global"
 
 
 def make_loader(
-  data_config: Mapping[str, Any],
+  config: DataConfig | Mapping[str, Any],
   *,
   batch_size: int,
   seed: int,
@@ -247,19 +251,17 @@ def make_loader(
   """The loader of a config's `data` section.
 
   Args:
-    data_config: `train`, `ops`, and optionally those of `_Options`.
+    config: the section, or its keys.
     batch_size: global, over all hosts.
-    seed: seed of the order and of all random choices.
+    seed: of the order and of all random choices.
     start_step: step of the first batch.
     skipped: batches that the run leaves out.
-    process_index: index of this host.
-    process_count: number of hosts.
+    process_index, process_count: this host, and the number of hosts.
     tokenizer: the text tower's.
-    wanted: batch fields that the run reads; see `build_ops`.
+    wanted, features: see `build_ops`.
     sources: instead of building those that `train` describes, one for each
-      entry; without `train` all weigh the same.
+      entry; without `train` all weigh 1.
     stats: counts of the run's earlier batches.
-    features: of teachers, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     raise InputError(
@@ -270,28 +272,27 @@ def make_loader(
     raise InputError(
       f"process_index={process_index} is not in [0, {process_count})."
     )
-  options = {k: v for k, v in data_config.items() if v is not None}
-  entries = options.pop("train", ())
+  if not isinstance(config, DataConfig):
+    config = sections.read(DataConfig, config, "data")
   ops = build_ops(
-    options.pop("ops"),
+    config.ops,
     tokenizer=tokenizer,
     wanted=wanted,
     features=features or {},
   )
-  options = build(_Options, options, where="data")
   if sources is None:
-    sources = [build_source(entry) for entry in entries]
-  weights = [float(entry.get("weight", 1.0)) for entry in entries]
+    sources = [build_source(entry) for entry in config.train]
+  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
   _check_labels(ops, sources)
   rows = batch_size // process_count
   weights = weights or [1.0] * len(sources)
-  if options.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
+  if config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
     for source in sources:
       source.read_in_blocks(order.BLOCK * order.WINDOW)
   batches = HostBatches(
     sources,
     order.addresses(
-      sources, weights=weights, shuffle=options.shuffle, seed=seed
+      sources, weights=weights, shuffle=config.shuffle, seed=seed
     ),
     ops,
     seed=seed,
@@ -300,18 +301,19 @@ def make_loader(
     rows=rows,
     start_step=start_step,
     skipped=skipped,
-    threads=options.threads
-    or max(available_cores() // max(options.workers, 1), 1),
+    threads=config.threads
+    or max(available_cores() // max(config.workers, 1), 1),
   )
+  ahead = config.prefetch or 2
   read_options = grain.ReadOptions(
-    num_threads=options.prefetch, prefetch_buffer_size=options.prefetch
+    num_threads=ahead, prefetch_buffer_size=ahead
   )
   dataset = grain.MapDataset.source(batches).to_iter_dataset(read_options)
-  if options.workers:
+  if config.workers:
     if not flags.FLAGS.is_parsed():
       # Grain's worker processes read absl flags, which only absl apps parse.
       flags.FLAGS.mark_as_parsed()
-    workers = grain.MultiprocessingOptions(num_workers=options.workers)
+    workers = grain.MultiprocessingOptions(num_workers=config.workers)
     dataset = dataset.mp_prefetch(workers)
   return Loader(
     batches,
@@ -319,7 +321,7 @@ def make_loader(
     ops.fields,
     step=start_step,
     examples_per_epoch=sum(len(source) for source in sources),
-    max_corrupt=options.max_corrupt,
+    max_corrupt=config.max_corrupt,
     stats=stats or Stats(),
   )
 

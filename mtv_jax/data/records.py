@@ -56,10 +56,7 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
   For code that parses bytes in memory, not for code that reads them: errors of
   storage (an OSError with a number), of memory, of the user's input and the end
   of the process pass unchanged. Panics of Rust libraries are no `Exception`.
-
-  Args:
-    key: of the record.
-    problem: such as "the image can't be decoded"; the error follows.
+  The message is `problem`, such as "the image can't be decoded", and the error.
   """
   try:
     yield
@@ -78,6 +75,17 @@ def caption_list(captions: Any) -> list[str]:
     captions = [captions]
   texts = [t.decode() if isinstance(t, bytes) else str(t) for t in captions]
   return [text for text in texts if text.strip()]
+
+
+def read_captions(
+  key: str, captions: Any, *, required: bool = True, where: str = ""
+) -> list[str]:
+  """`caption_list`; a BadRecord for what it can't read, and for none."""
+  with content_errors(key, "its captions can't be read"):
+    texts = caption_list(captions)
+  if required and not texts:
+    raise BadRecord(key, f"its caption{where} is empty")
+  return texts
 
 
 def count_dropped(record: Record, counts: Mapping[str, int]) -> None:

@@ -30,10 +30,9 @@ SOURCES: dict[str, type[Source]] = {
 def build_source(config: Mapping[str, Any]) -> Source:
   """The source of an entry of `data.train`, with its label sets.
 
-  Args:
-    config: `type`, one of `SOURCES`, and the arguments of its class; `labels`
-      (see `labels.join`) adds label sets; `limit` takes so many records, evenly
-      spaced; `weight`, of the mixture, is ignored.
+  The entry has `type`, one of `SOURCES`, and the arguments of its class;
+  `labels` (see `labels.join`) adds label sets; `limit` takes so many records,
+  evenly spaced; `weight`, of the mixture, is ignored.
   """
   source = build_entry(
     SOURCES, config, where="data.train", reserved=("labels", "weight", "limit")
@@ -47,12 +46,9 @@ def complete_source(
   *,
   fields: Collection[str] | None = None,
 ) -> Source:
-  """A source with what its entry says beside its class: `labels`, `limit`.
+  """A source with `labels` and `limit` of its entry in a config.
 
-  Args:
-    source: without them.
-    config: the entry.
-    fields: of the labels, those to open; all by default.
+  Opens only labels of `fields`; all by default.
   """
   if (labels := config.get("labels")) is not None:
     source = join_labels(source, labels, fields=fields)
@@ -68,10 +64,8 @@ def complete_source(
 def open_files(paths: Paths, **options: Any) -> Source:
   """The source of data files, its type by their suffix (default: tars).
 
-  Args:
-    paths: brace ranges, globs, commas or a list; see `expand_path`.
-    **options: such as `index_dir`; None and options that the type lacks are
-      ignored.
+  Options (such as `index_dir`) that are None or that the type lacks are
+  ignored.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}

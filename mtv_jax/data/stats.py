@@ -95,12 +95,9 @@ class Stats:
   def count_cut(
     self, cut: Sequence[tuple[str, bool]], *, ops: object, epoch: int
   ) -> None:
-    """Counts texts; warns once if many are cut.
+    """Counts texts, (kind, whether it was cut); warns once if many are cut.
 
-    Args:
-      cut: (kind, whether it was cut) of each text.
-      ops: the host ops, for the warning.
-      epoch: records in an epoch, of which there may be few.
+    `ops` are named in the warning; an epoch may have few records.
     """
     before = self.texts.copy()
     self.texts.update(kind for kind, _ in cut)

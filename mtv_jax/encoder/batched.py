@@ -14,7 +14,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
-from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards, put_array
 from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
@@ -64,14 +64,6 @@ def in_batches(
       running = (out, start)
     collect(*running)
   return {name: np.concatenate(parts) for name, parts in results.items()}
-
-
-def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
-  """The global array of an array that every host holds in full."""
-  value = np.asarray(value)
-  return jax.make_array_from_callback(
-    value.shape, sharding, lambda index: value[index]
-  )
 
 
 def mesh_of(leaf: Any) -> Mesh | None:

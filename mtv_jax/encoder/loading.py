@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.reading import load_tree
-from mtv_jax.config import foreign
+from mtv_jax.config import foreign, sections
 from mtv_jax.convert import huggingface, native, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
@@ -23,7 +22,12 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
-from mtv_jax.models.two_tower import VARIANTS, ModelSpec
+from mtv_jax.models.two_tower import (
+  VARIANTS,
+  ModelConfig,
+  ModelSpec,
+  TextConfig,
+)
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
@@ -265,15 +269,15 @@ def read_run(
 
 def read_run_config(
   folder: pathlib.PurePath,
-) -> tuple[ConfigDict, ConvertedModel]:
+) -> tuple[dict[str, Any], ConvertedModel]:
   """A run's config, and its model without parameters."""
-  config = ConfigDict(foreign.read_object(folder / "config.json"))
+  config = foreign.read_object(folder / "config.json")
   with foreign.errors_of(folder / "config.json"):
-    if not isinstance(config.model, ConfigDict):
-      raise InputError("'model' is no object.")
     try:
-      spec = ModelSpec.from_config(config.model)
-      preprocess = preprocess_from_config(config).to_dict()
+      section = sections.read(ModelConfig, config["model"], "config.model")
+      spec = section.spec
+      views = config.get("views", {})
+      preprocess = preprocess_from_config(section, views).to_dict()
       heads = prediction_heads(config, spec)
     except (LookupError, TypeError, AttributeError) as error:
       raise InputError(
@@ -283,7 +287,7 @@ def read_run_config(
     spec=spec,
     params={},
     preprocess=preprocess,
-    tokenizer=_tokenizer(folder, config),
+    tokenizer=_tokenizer(folder, section.text),
     prediction_heads=heads,
   )
   return config, model
@@ -352,7 +356,7 @@ def read_model_info(path: str | os.PathLike) -> ModelInfo:
   return ModelInfo(model.spec, preprocess, model.tokenizer, contrast, weights)
 
 
-def _contrast_of_objectives(config: ConfigDict) -> dict[str, Any]:
+def _contrast_of_objectives(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, entry in (config.get("objectives") or {}).items():
     if entry.get("type", name) == "contrastive":
       options = {"loss_type": entry.get("loss_type", "sigmoid")}
@@ -377,9 +381,9 @@ def _contrast_of_export(
 
 
 def prediction_heads(
-  config: ConfigDict, spec: ModelSpec
+  config: Mapping[str, Any], spec: ModelSpec
 ) -> dict[str, PredictionHead]:
-  """The heads that a run of a config trains on its model."""
+  """The heads that a run trains on its model, by its `config.json`."""
   text = (config.get("data") or {}).get("ops")
   length = ops.phrase_length(text) if text else None
   if spec.text is not None and length == spec.text.length:
@@ -388,13 +392,12 @@ def prediction_heads(
 
 
 def _tokenizer(
-  folder: pathlib.PurePath, config: ConfigDict
+  folder: pathlib.PurePath, text: TextConfig | None
 ) -> processors.TokenizerFiles | None:
   """The run's copy of the tokenizer, or the file that the config names."""
-  text = config.model.get("text")
-  if not text:
+  if text is None:
     return None
-  spec, clean = text.get("tokenizer", "bytes"), text.get("clean", "lower")
+  spec, clean = text.tokenizer, text.clean
   if spec in processors.BUILT_IN_TOKENIZERS:
     return processors.TokenizerFiles(None, clean, spec)
   copy = folder / "tokenizer" / pathlib.PurePath(spec).name

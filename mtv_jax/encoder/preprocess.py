@@ -13,11 +13,11 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, UInt8
 
-from mtv_jax.config import options
+from mtv_jax.config import options, sections
 from mtv_jax.config.op_strings import parse_ops
 from mtv_jax.config.options import PositiveFloat, PositiveInt
-from mtv_jax.config.schema import Config, pixel_statistics
 from mtv_jax.data import canvas
+from mtv_jax.models.two_tower import ModelConfig
 from mtv_jax.utils.errors import ConfigError, InputError
 
 _LATER = {"crop_rounding": "down", "patch_size": None, "max_patches": None}
@@ -219,20 +219,22 @@ def lower_bound_shape(
   return rows, columns
 
 
-def preprocess_from_config(config: Config) -> Preprocess:
-  """Preprocessing of a run's encoder, from its config.
+def preprocess_from_config(
+  model: ModelConfig, views: Mapping[str, Any]
+) -> Preprocess:
+  """Preprocessing of a run's encoder, from the sections of its config.
 
-  `config.model.preprocess` has its fields without mean and deviation, as
+  `model.preprocess` has its fields without mean and deviation, as
   `continue_from` takes them from a checkpoint. By default it squashes images to
   a square with the size and the interpolation of the view `image`, or else the
   model's size and bilinear. It normalises like `views.py` on the device.
   """
-  mean, std = pixel_statistics(config["model"])
-  if fields := config["model"].get("preprocess"):
+  mean, std = model.pixels
+  if fields := model.options.get("preprocess"):
     fields = {**fields, "mean": mean, "std": std}
     return options.build(Preprocess, fields, where="config.model.preprocess")
-  size, interpolation = config["model"]["image_size"], "bilinear"
-  view = config.get("views", {}).get("image")
+  size, interpolation = model.image_size, "bilinear"
+  view = sections.to_dict(views).get("image")
   if view is not None:
     ops = view["ops"] if isinstance(view["ops"], str) else view["ops"][0]
     for op in parse_ops(ops):

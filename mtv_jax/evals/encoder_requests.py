@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtv_jax.encoder import baselines, hub, loading
-from mtv_jax.evals.report import published
+from mtv_jax.evals import published
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _WEIGHTS = re.compile(rf"(.+)@({'|'.join(loading.WEIGHTS)})")
@@ -37,15 +37,6 @@ def parse_requests(
   as many of the last parts as distinguish it from the others. What checkpoint a
   folder is, its shape or name does not prove: @CHECKPOINT says so, and a path
   on the hub that is its id. With @REVISION it may have other weights.
-
-  Args:
-    encoders: any number.
-    weights: for those without @WEIGHTS; None for each one's default.
-
-  Raises:
-    ConfigError: for the same one or the same name twice, or an unknown
-      @WEIGHTS or @CHECKPOINT.
-    MissingFileError: for a folder of no known kind.
   """
   split = [_split(given, weights) for given in encoders]
   known = [request[:2] for request in split]

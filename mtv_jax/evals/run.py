@@ -48,10 +48,6 @@ def plan(
       ignored.
     preferences: likewise, but no evaluation needs to have the option.
     assignments: `NAME.OPTION=VALUE`, typed like overrides of a config.
-
-  Raises:
-    ConfigError: for an unknown or unrequested evaluation, or an option that
-      none of the requested ones has.
   """
   requested = _expand_names(names)
   common, by_name = _split_data(data)
@@ -171,17 +167,8 @@ def prepare(
 ) -> tuple[dict[str, Evaluator], dict[str, str], dict[str, str]]:
   """Builds the evaluators of a plan and opens their data.
 
-  Args:
-    plan: result of the function `plan`.
-    log_fn: called with a line for each evaluation that won't run.
-
   Returns:
     Three dictionaries by evaluation: evaluators, reasons for skipping, errors.
-
-  Raises:
-    ConfigError: for a bad option.
-    Exception: of an evaluation that was requested by name, or the last one if
-      none could be prepared.
   """
   evaluators, skipped, failed = {}, {}, {}
   last = None
@@ -211,17 +198,8 @@ def attempt(
 ) -> Iterator[Outcome]:
   """Runs prepared evaluations one by one and records errors.
 
-  Args:
-    encoder, evaluators: from `load` and `prepare`.
-    outcome: the encoder's outcome; results and errors are added to it.
-    log_fn: called with a line for each evaluation at its end.
-
   Yields:
     The outcome after each evaluation; at least one.
-
-  Raises:
-    Exception: of an evaluation on several hosts: the others may wait for this
-      one in a collective, and would not reach the next evaluation.
   """
   if not evaluators:
     yield outcome

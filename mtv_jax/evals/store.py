@@ -38,8 +38,8 @@ _ENCODERS = ("reference",)
 class Store:
   """The folder of an encoder's results.
 
-  `settings` are those that all results of the encoder depend on; those of an
-  evaluation, its entry of `run.Plan`, are added to them.
+  All results of the encoder depend on `settings`; an evaluation adds its entry
+  of `run.Plan`.
   """
 
   folder: pathlib.Path
@@ -105,7 +105,7 @@ class Store:
     return self.folder / f"{name}.json"
 
   def _settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON, to compare them with those of a file."""
+    """As JSON, to compare them with a file's."""
     settings = {**self.settings, "evaluation": entry}
     settings["mtv_jax"] = mtv_jax.__version__
     settings["data"] = _describe_files(entry)
@@ -113,21 +113,13 @@ class Store:
 
 
 def describe_encoder(path: str, weights: str, dtype: str) -> dict[str, Any]:
-  """The settings of a `Store`: they change when the encoder does.
-
-  Raises:
-    MissingFileError: for a path of no known kind.
-  """
+  """The settings of a `Store`: they change when the encoder does."""
   settings = {"encoder": path, "weights": weights, "dtype": dtype}
   return {**settings, **describe_weights(path)}
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
-  """The config and the last step of a run, or the files of another encoder.
-
-  Raises:
-    MissingFileError: for a path of no known kind.
-  """
+  """The config and the last step of a run, or the files of another encoder."""
   if baselines.is_baseline(os.fspath(path)):
     return {}
   folder = loading.open_folder(path)

@@ -15,12 +15,9 @@ from mtv_jax.evals import run
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Evaluator
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.report import report as report_lib
-from mtv_jax.evals.report import sections
 from mtv_jax.evals.store import Store
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
-from mtv_jax.utils.pages import write_pages
 
 
 class StoredEncoder(NamedTuple):
@@ -43,13 +40,6 @@ def evaluate(
   Writes `results.json` to the folder after each evaluation, so that a killed
   process loses one evaluation only. Raises as `run.prepare`. Without encoders
   no data are opened.
-
-  Args:
-    encoders: by name in tables; stored results are not computed again.
-    chosen: the evaluations.
-    checkpoints: `Outcome.checkpoint` of the encoders by name.
-    folder: of `results.json`.
-    log_fn: called with lines of progress.
   """
   if not encoders:
     return []
@@ -177,25 +167,3 @@ def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
       why = "; ".join(dict.fromkeys(reasons))
       lines.append(f"{name} can't be run: {why}")
   return lines
-
-
-def write(
-  folder: str | os.PathLike,
-  outcomes: Sequence[Outcome],
-  *,
-  compared: Sequence[Outcome] = (),
-  size: str | None = "base",
-) -> list[pathlib.Path]:
-  """Writes a folder of results; returns its files.
-
-  `results.json`, `results.md`, `report.html`, `sheets/*.png`, `charts/*.svg`.
-  Files of the same names are replaced. The other arguments are those of
-  `build_report`.
-  """
-  folder = pathlib.Path(folder)
-  report = report_lib.build_report(outcomes, compared=compared, size=size)
-  results.write(folder / "results.json", outcomes)
-  names = ("report.html", "results.md")
-  blocks = sections.describe_report(report)
-  files = write_pages("Evaluation", blocks, folder, names=names)
-  return [*files, folder / "results.json"]

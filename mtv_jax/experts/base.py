@@ -58,8 +58,7 @@ class Expert(Protocol):
   ) -> Mapping[str, jax.Array | np.ndarray]:
     """Starts the model on the stacked arrays `[rows, ...]` of one group.
 
-    Returns:
-      Arrays `[rows, ...]`, NumPy's from an expert that runs on the host.
+    Returns arrays `[rows, ...]`, NumPy's from an expert that runs on the host.
     """
     ...
 
@@ -71,11 +70,7 @@ class Expert(Protocol):
 
 
 def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
-  """Decorates `load_expert`: checks options against its annotations.
-
-  Raises:
-    ConfigError: an unknown or missing option, a wrong type or range.
-  """
+  """Decorates `load_expert`: checks options against its annotations."""
   name = load.__module__.removeprefix("mtv_jax.experts.")
 
   @functools.wraps(load, updated=())

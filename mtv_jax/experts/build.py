@@ -22,7 +22,7 @@ from mtv_jax.utils.errors import (
 )
 
 # By the `model_type` of a Hugging Face folder's config.json.
-_FAMILIES = {"depth_anything": "depth_anything.expert", "owlv2": "owlv2.expert"}
+_FAMILIES = {"depth_anything": "depth_anything", "owlv2": "owlv2.expert"}
 _PHRASE_LIMITS = ("max_phrases", "max_words")  # Options of `build_phrases`.
 
 
@@ -44,8 +44,7 @@ def build_expert(
 
   Raises:
     MissingFileError: the weights do not exist.
-    InputError: the expert makes other labels.
-    ConfigError: an unknown or missing option, a wrong type or range.
+    InputError: the expert makes other labels, or an option is unknown.
     ImportError: a package that it needs is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)

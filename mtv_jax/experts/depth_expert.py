@@ -16,18 +16,12 @@ from mtv_jax.experts.base import PreparedInput
 
 
 class DepthExpert:
-  """Depth expert (a pseudo-label teacher).
+  """Depth expert (a pseudo-label teacher) of any inverse-depth model.
 
-  Args:
-    function: maps parameters and `images` `[n, h, w, 3]` to inverse `depth`
-      `[n, h, w]`, whose scale is arbitrary per image.
-    params: the function's parameters.
-    preprocess: maps an image to the model's input; inputs of one shape share a
-      batch.
-    mesh: this host's mesh.
-    batch_size: images per device.
-    side: the labels' side, in pixels.
-    settings: settings of the model and its preprocessing, for the manifest.
+  `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
+  `[n, h, w]`, whose scale is arbitrary per image; `preprocess` maps an image to
+  its input, and inputs of one shape share a batch. Labels have `side` pixels a
+  side; `batch_size` counts images per device.
   """
 
   kind = "depth"

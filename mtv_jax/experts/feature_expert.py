@@ -1,7 +1,7 @@
 """Any encoder that `mtv_jax.load` reads as an expert of features.
 
-The images are those of training: squashed to a canvas, from which the view is
-resized on the device. Features are those of `feature_distillation`.
+Images are squashed to a canvas and resized on the device, as in training.
+Features are what `feature_distillation` compares.
 """
 
 import os
@@ -32,13 +32,9 @@ from mtv_jax.models import two_tower
 class FeatureExpert:
   """Pooled and patch features of an encoder with a mesh of this host.
 
-  Args:
-    encoder: of its preprocessing, only mean and deviation apply.
-    size: pixels per side that the encoder sees.
-    canvas: of the canvas that they are resized from, `data.ops` in training.
-    layers: blocks whose patch tokens are stored; () for the final patches.
-    format: of the numbers.
-    batch_size: images per device.
+  Of the encoder's preprocessing, only mean and deviation apply: it sees `size`
+  pixels a side, resized from a canvas of `canvas`, as in training. `layers` are
+  the blocks whose patch tokens are stored; () for the final patches.
   """
 
   kind = "features"
@@ -145,7 +141,7 @@ def load_expert(
     batch_size: images per device.
     dtype: computation dtype.
     weights, step: of a run, see `loading.load`.
-    size: pixels per side that it sees; those of its preprocessing by default.
+    size: pixels per side that it sees; its preprocessing's by default.
     canvas: pixels per side of the run's `canvas` op; `size` by default.
     layers: blocks whose patch tokens are stored, -1 for the last; by default
       the final patches.

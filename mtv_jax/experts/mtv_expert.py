@@ -49,11 +49,7 @@ _PROTOCOL = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 def mtv_depth_expert(
   encoder: Encoder, *, batch_size: int, side: int
 ) -> DepthExpert:
-  """The depth head of an encoder with a mesh of this host, as an expert.
-
-  Raises:
-    InputError: the encoder lacks the head, or crops images.
-  """
+  """The depth head of an encoder with a mesh of this host, as an expert."""
   _check_encoder(encoder, {"depth": "depth"})
   params = _select_params(encoder, ["depth"])
   return DepthExpert(
@@ -71,9 +67,6 @@ class MtvBoxExpert:
   """The locator and the prompter of an encoder as an expert of boxes.
 
   The encoder has a mesh of this host; `options` are of `detections.select`.
-
-  Raises:
-    InputError: the encoder lacks a head, or crops images.
   """
 
   kind = "boxes"
@@ -118,11 +111,7 @@ class MtvBoxExpert:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The preprocessed image and the phrases' tokens.
-
-    Raises:
-      BadRecord: the record has no phrases.
-    """
+    """The preprocessed image and the phrases' tokens; BadRecord without any."""
     pixels = self._preprocess(image)
     vocabulary = self._phrases.vocabulary
     if vocabulary is not None:

@@ -66,13 +66,11 @@ def build_attention(
     choice: one of `CHOICES`, or `PLAIN`.
     mesh: over which rows and heads are sharded; its devices decide about the
       kernel. None for the default devices.
-
-  Raises:
-    InputError: for an unknown choice.
   """
   if choice == PLAIN:
     return plain_attention
-  check_choice("config.model.attention", choice, CHOICES)
+  if choice not in CHOICES:
+    check_choice("config.model.attention", choice, CHOICES)
   device = (jax.devices() if mesh is None else mesh.devices.flat)[0]
   if choice == "splash" and device.platform in SPLASH_PLATFORMS:
     interpret = device.platform != "tpu"

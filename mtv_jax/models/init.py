@@ -140,9 +140,6 @@ def reinitialize(
     spec: their `ModelSpec`.
     rng: a parameter's key depends on it and on the parameter's name.
     scheme: name in `SCHEMES`.
-
-  Raises:
-    InputError: for an unknown scheme.
   """
   check_choice("config.model.init", scheme, SCHEMES)
   rules = [*SCHEMES[scheme](spec), (".", None)]

@@ -337,7 +337,9 @@ class Block(nn.Module):
       self.linear_fn,
       name="mlp",
     )
-    angles = self._angles(x, coordinates, rope_draw)
+    angles = None
+    if self.rope is not None and coordinates is not None:
+      angles = self._angles(x, coordinates, rope_draw)
     y = norm(self.norm_eps, self.dtype, "norm1", self.norm_kind)(x)
     x = x + scaled(attention(y, angles, valid), 1)
     y = norm(self.norm_eps, self.dtype, "norm2", self.norm_kind)(x)
@@ -345,8 +347,6 @@ class Block(nn.Module):
 
   def _angles(self, x, coordinates, draw):
     """Angles of all tokens, zero for those without coordinates."""
-    if self.rope is None or coordinates is None:
-      return None
     if draw is not None:
       coordinates = coordinates * draw[0] + draw[1]
     angles = self.rope.angles(coordinates, x.shape[-1] // self.heads)

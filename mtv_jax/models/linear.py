@@ -34,28 +34,25 @@ DTYPES = {
 }
 
 
-def _plain_linear(x, kernel, bias):
-  y = x @ kernel
-  return y if bias is None else y + bias
-
-
-@jax.custom_vjp
-def linear(
+def plain_linear(
   x: Float[Array, "*b d"],
   kernel: Float[Array, "d e"],
   bias: Float[Array, " e"] | None = None,
 ) -> Float[Array, "*b e"]:
-  """x kernel + bias, with gradients that are fast on CPUs too.
-
-  XLA for CPUs copies one operand of a product of three-dimensional arrays, and
-  sums the gradient of a bias value by value, in three times the time of a
-  product with a row of ones. Forward-mode differentiation is not supported.
-  """
-  return _plain_linear(x, kernel, bias)
+  """x kernel + bias."""
+  y = x @ kernel
+  return y if bias is None else y + bias
 
 
-def _linear_forward(x, kernel, bias):
-  return _plain_linear(x, kernel, bias), (x, kernel, bias)
+# `plain_linear`, with gradients that are fast on CPUs too. XLA for CPUs copies
+# one operand of a product of three-dimensional arrays, and sums the gradient of
+# a bias value by value, in three times the time of a product with a row of
+# ones. Forward-mode differentiation is not supported.
+linear = jax.custom_vjp(plain_linear)
+
+
+def _linear_forward(x, kernel, bias=None):
+  return plain_linear(x, kernel, bias), (x, kernel, bias)
 
 
 def _linear_backward(residuals, cotangent):
@@ -70,7 +67,7 @@ def _linear_backward(residuals, cotangent):
     )
 
   def default(x, kernel, bias, cotangent):
-    return jax.vjp(_plain_linear, x, kernel, bias)[1](cotangent)
+    return jax.vjp(plain_linear, x, kernel, bias)[1](cotangent)
 
   return jax.lax.platform_dependent(
     *residuals, cotangent, cpu=cpu, default=default
@@ -82,12 +79,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.cache
 def build_linear_fn(quantization: str) -> Callable[..., Array]:
-  """x W + b as `layers.Dense` calls it, by products of this precision.
-
-  Raises:
-    ConfigError: for an unknown value.
-    ImportError: Qwix is not installed.
-  """
+  """x W + b as `layers.Dense` calls it, by products of this precision."""
   check_choice("config.model.quantization", quantization, ("none", *DTYPES))
   if quantization == "none":
     return linear

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from mtv_jax.config import options
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.resampling import resize_matrix
 
-# Of `resize_matrix`.
-METHODS = ("bicubic", "antialiased", "bilinear", "bilinear_antialiased")
 # Of towers; 'crop': the leading part of a square that is resampled bilinearly
 # (RADIO).
 RESIZES = ("bicubic", "antialiased", "bilinear_antialiased", "crop")
@@ -35,9 +34,6 @@ def sincos_positions(
   Each axis has half of the channels, rows first: sines, then cosines, of
   `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017). MAE
   (He et al. 2022) has the same with columns first.
-
-  Raises:
-    InputError: for a width that four does not divide.
   """
   if width % 4:
     raise InputError(
@@ -51,52 +47,6 @@ def sincos_positions(
   table = np.concatenate(parts, axis=1).astype(np.float32)
   table.setflags(write=False)  # cached, so shared by every caller
   return table
-
-
-def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-  """Keys' cubic convolution kernel (1981), zero beyond a distance of 2."""
-  x = np.abs(x)
-  near = ((a + 2) * x - (a + 3)) * x * x + 1
-  far = a * (((x - 5) * x + 8) * x - 4)
-  return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-@functools.lru_cache(maxsize=256)
-def resize_matrix(
-  size: int, new_size: int, method: str = "bicubic"
-) -> Float64[np.ndarray, "new old"]:
-  """The matrix that resamples `size` values to `new_size`.
-
-  Pixels are areas (align_corners=False). Rows sum to one. Equal to PyTorch's
-  `interpolate`, which released models were evaluated with.
-
-  The methods are 'bicubic' (a = -0.75, edge values repeated: PyTorch's default;
-  SigLIP, DINOv2), 'antialiased' (a = -0.5, the kernel widened when shrinking
-  and cut at the edges: PyTorch's antialias=True, Pillow; DINOv2 with
-  registers), 'bilinear_antialiased' (SigLIP 2 NaFlex, TIPS) and 'bilinear'.
-  """
-  scale = size / new_size
-  centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
-  matrix = np.zeros((new_size, size))
-  rows = np.arange(new_size)[:, None]
-  if method == "bicubic":
-    taps = np.floor(centre).astype(int) + np.arange(-1, 3)
-    weights = _cubic(taps - centre, -0.75)
-    np.add.at(matrix, (rows, np.clip(taps, 0, size - 1)), weights)
-  elif method == "bilinear":
-    low = np.floor(np.clip(centre, 0, size - 1)).astype(int)
-    weight = np.clip(centre, 0, size - 1) - low
-    np.add.at(matrix, (rows, low), 1 - weight)
-    np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), weight)
-  else:
-    distance = (np.arange(size) - centre) / max(scale, 1.0)
-    if method == "antialiased":
-      matrix[:] = _cubic(distance, -0.5)
-    else:
-      matrix[:] = np.maximum(1 - np.abs(distance), 0)
-    matrix /= matrix.sum(axis=1, keepdims=True)
-  matrix.setflags(write=False)  # cached, so shared by every caller
-  return matrix
 
 
 def resize_grid(
@@ -217,17 +167,29 @@ class Rope:
 
   def coordinates(self, grid: tuple[int, int]) -> Float32[np.ndarray, "n 2"]:
     """Coordinates (y, x) of a grid's patches, row by row."""
+    indices = np.indices(grid).reshape(2, -1).T
+    return self._place(indices, np.array(grid)).astype(np.float32)
+
+  def grid_coordinates(
+    self, grids: Int[Array, "b 2"], length: int
+  ) -> Float[Array, "b {length} 2"]:
+    """`coordinates` of each image's own grid, padded to `length`."""
+    index = jnp.arange(length)[None]
+    indices = [index // grids[:, 1:], index % grids[:, 1:]]  # [B, N] each
+    return self._place(
+      jnp.stack(indices, axis=-1), grids[:, None].astype(jnp.float32)
+    )
+
+  def _place(self, indices: Any, lengths: Any) -> Any:
+    """Coordinates of rows and columns `[..., 2]` of grids `[..., 2]`."""
     if self.normalize == "index":
-      axes = np.indices(grid).reshape(2, -1).T + self.offset
-      scale = np.array([(self.reference or n) / n for n in grid])
-      return (axes * scale / (2 * np.pi)).astype(np.float32)
-    lengths = {
-      "separate": grid,
-      "min": (min(grid),) * 2,
-      "max": (max(grid),) * 2,
-    }[self.normalize]
-    axes = (np.indices(grid).reshape(2, -1).T + 0.5) / np.array(lengths)
-    return (2 * axes - 1).astype(np.float32)
+      scale = (self.reference or lengths) / lengths
+      return (indices + self.offset) * scale / (2 * np.pi)
+    if self.normalize == "min":
+      lengths = lengths.min(-1, keepdims=True)
+    elif self.normalize == "max":
+      lengths = lengths.max(-1, keepdims=True)
+    return 2 * (indices + 0.5) / lengths - 1
 
   def draw(
     self, key: Key[Array, ""], depth: int

@@ -37,16 +37,13 @@ POLICIES: dict[str, Callable | None] = {
 }
 # Suffix of a name that is saved in the host's memory.
 HOST = ":host"
-# As a config's value: what fits the chip, see `perf/preflight/remat.py`.
+# As a config's value: what fits the chip, see `perf/preflight/remat.py`. A run
+# records its choice as 'auto:CHOICE'.
 AUTO = "auto"
 
 
 def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
-  """The policy of `jax.checkpoint` for a choice; None to save everything.
-
-  Raises:
-    ConfigError: for a name that is neither a policy nor an array.
-  """
+  """The policy of `jax.checkpoint` for a choice; None to save everything."""
   choice = choice.strip()
   if choice in POLICIES:
     return POLICIES[choice]
@@ -93,11 +90,9 @@ class Remat:
     """Parses the value of `config.model.remat`.
 
     `keys` are those that entries may have; any by default.
-
-    Raises:
-      ConfigError: for an unknown key or choice.
     """
     where = "config.model.remat"
+    text = text.removeprefix(f"{AUTO}:")
     if text.strip() == AUTO:
       raise ConfigError(
         f"{where} is {AUTO!r}, which `mtv-jax train` and `mtv-jax preflight` "

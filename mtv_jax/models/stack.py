@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from mtv_jax.config import options
-from mtv_jax.models import attention as attention_lib
+from mtv_jax.models.attention import build_attention
 from mtv_jax.models.layers import Block, norm
 from mtv_jax.models.linear import build_linear_fn
 from mtv_jax.models.remat import build_policy
@@ -110,22 +110,21 @@ def run_stack(
 
   Returns:
     The last block's output, and {layer: output} for the taps.
-
-  Raises:
-    InputError: for a tap outside the stack.
-    ConfigError: for an unknown remat policy.
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
-  check_taps(taps, depth)
-  policy = build_policy(remat)
+  if taps:
+    check_taps(taps, depth)
+  policy = None if remat == "none" else build_policy(remat)
+  has_fsdp = mesh is not None and mesh.shape["fsdp"] > 1
 
   def step(x, layer):
     params, inputs = layer
     x = constrain_batch(x, mesh)
-    params = all_gather_params(params, mesh, dtype=block.dtype)
+    if has_fsdp:
+      params = all_gather_params(params, mesh, dtype=block.dtype)
     return block.apply({"params": params}, x, *context, **inputs), None
 
-  if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
+  if policy is None and has_fsdp:
     policy = _save_all_but_gathered
   if policy is not None:
     # In a scan the loop keeps XLA from merging the recomputation with the
@@ -146,34 +145,6 @@ def run_stack(
       tapped[end] = x
     start = end + 1
   return x, tapped
-
-
-def run_blocks(
-  module: nn.Module,
-  block: nn.Module,
-  x: Float[Array, "b n d"],
-  *,
-  depth: int,
-  context: Sequence[Array | None] = (),
-  taps: Sequence[int] = (),
-  **inputs: Any,
-) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-  """`run_stack` of `depth` blocks, the parameter `blocks` of the module.
-
-  `remat`, `scan` and `mesh` are attributes of the module.
-  """
-  init = stacked_init(block, depth, x.shape[-1], context)
-  return run_stack(
-    block,
-    module.param("blocks", init),
-    x,
-    context=context,
-    taps=taps,
-    remat=module.remat,
-    scan=module.scan,
-    mesh=module.mesh,
-    **inputs,
-  )
 
 
 def block_options(spec: Any) -> dict[str, Any]:
@@ -202,33 +173,28 @@ class Tower(nn.Module):
   quantization: str = "none"  # See `linear.DTYPES`.
 
   def run_blocks(
-    self,
-    x: Float[Array, "b n d"],
-    *,
-    taps: Sequence[int] = (),
-    layer_inputs: Mapping[str, PyTree] | None = None,
-    context: Sequence[Array | None] = (),
+    self, x: Float[Array, "b n d"], **inputs: Any
   ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-    """Runs the tower's blocks, see `run_stack`, and its final norm, if any.
+    """Runs the tower's blocks and its final norm, if any.
 
-    Taps are before the final norm.
+    Inputs are `context`, `layer_inputs` and `taps` of `run_stack`; taps are
+    before the final norm.
     """
     spec = self.spec
     block = Block(
       **block_options(spec),
       dtype=self.dtype,
-      attention_fn=attention_lib.build_attention(self.attention, self.mesh),
+      attention_fn=build_attention(self.attention, self.mesh),
       linear_fn=build_linear_fn(self.quantization),
       parent=None,
     )
-    x, tapped = run_blocks(
-      self,
-      block,
-      x.astype(self.dtype),
-      depth=spec.depth,
-      taps=taps,
-      layer_inputs=layer_inputs,
-      context=context,
+    init = stacked_init(
+      block, spec.depth, x.shape[-1], inputs.get("context", ())
+    )
+    stack = self.param("blocks", init)
+    options = dict(remat=self.remat, scan=self.scan, mesh=self.mesh)
+    x, tapped = run_stack(
+      block, stack, x.astype(self.dtype), **options, **inputs
     )
     return final_norm(spec, self.dtype)(x), tapped
 

@@ -61,9 +61,6 @@ def hadamard(size: int) -> Float64[np.ndarray, "n n"]:
 
   Sylvester's doubling (PHI-S, Eq. 18) of a matrix of order 1, 2 or, for a prime
   q = 3 mod 4, Paley's of order q + 1. Widths of published ViTs have one.
-
-  Raises:
-    InputError: none of these has the size.
   """
   order = size
   while order > 2 and not _is_paley(order):
@@ -109,9 +106,6 @@ def fit_standardization(
 
   All channels of the output have unit variance, but those of no variance in the
   last two.
-
-  Raises:
-    InputError: 'phi_s' of a width without a Hadamard matrix.
   """
   covariance = moments.covariance
   floor = max(_FLOOR * np.trace(covariance) / len(covariance), 1e-30)

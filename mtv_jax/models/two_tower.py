@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
-from mtv_jax.config import options
+from mtv_jax.config import options, sections
+from mtv_jax.config.options import Pool, Range
 from mtv_jax.models import init
 from mtv_jax.models.attention import CHOICES, PLAIN
 from mtv_jax.models.linear import build_linear_fn
@@ -20,7 +20,12 @@ from mtv_jax.models.positions import Rope
 from mtv_jax.models.remat import build_policy
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
-from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  check_choice,
+  did_you_mean,
+)
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
@@ -63,6 +68,84 @@ _WRITTEN = {
 }  # fmt: skip
 
 
+# One number for all channels, or one for each.
+Channels = float | tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+  """`config.model.text`."""
+
+  variant: str = "B"
+  length: int = 64
+  vocab_size: int = 32_000
+  # Or a path: *.model, *.json. "" has to be set for training.
+  tokenizer: str = "bytes"
+  clean: Literal["lower", "none", "canonicalize"] = "lower"
+  options: Mapping[str, Any] = sections.further_options()  # Of `TextSpec`.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """`config.model`: the architecture and how it is computed."""
+
+  variant: str = "B/16"
+  image_size: int = 224  # Resolution of the stored position embedding.
+  pool: Pool = "map"
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  remat: str = "none"  # See `models/remat.py`.
+  scan: bool = True
+  # See `models/attention.py`.
+  attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+  quantization: Literal["none", "int8", "fp8"] = "none"
+  init: str = "big_vision"  # See `models/init.py`.
+  image_mean: Channels = 0.5  # Of the channels in 0..1.
+  image_std: Channels = 0.5
+  # Of the image tower in training: see `stack.drop_path_scales`.
+  drop_path: Annotated[float, Range(min=0, below=1)] = 0.0
+  drop_path_uniform: bool = True
+  text: TextConfig | None = None
+  options: Mapping[str, Any] = sections.further_options()  # Of `ViTSpec`.
+
+  def __post_init__(self):
+    pixel_statistics(self.image_mean, self.image_std)
+
+  @functools.cached_property
+  def spec(self) -> ModelSpec:
+    """The architecture."""
+    return ModelSpec.from_config(sections.to_dict(self))
+
+  @property
+  def pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel."""
+    return pixel_statistics(self.image_mean, self.image_std)
+
+  @property
+  def runtime(self) -> dict[str, Any]:
+    """The options of the towers, `RUNTIME`."""
+    return {name: getattr(self, name) for name in RUNTIME}
+
+
+def pixel_statistics(
+  mean: Channels, std: Channels
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and standard deviation of each of three channels.
+
+  Raises:
+    ConfigError: values that can't be those of channels in 0..1.
+  """
+  both = []
+  for name, value, least in (("mean", mean, 0.0), ("std", std, 1e-3)):
+    channels = value if isinstance(value, tuple) else (value,) * 3
+    if not all(least <= x <= 1 for x in channels):
+      raise ConfigError(
+        f"config.model.image_{name} is {value}, expected values of pixels in "
+        f"0..1, at least {least}: divide those of pixels in 0..255 by 255."
+      )
+    both.append(tuple(map(float, channels)))
+  return both[0], both[1]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
   """Architecture of a model: an image tower and, unless None, a text tower.
@@ -89,7 +172,7 @@ class ModelSpec:
     return self.image.embed_dim
 
   @classmethod
-  def from_config(cls, model: ConfigDict | Mapping[str, Any]) -> ModelSpec:
+  def from_config(cls, model: sections.Config) -> ModelSpec:
     """The spec of a config's `model`.
 
     `variant` ('B/16') sets width, depth, heads, mlp_dim and patch_size;
@@ -102,7 +185,7 @@ class ModelSpec:
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.
     """
-    fields = model.to_dict() if isinstance(model, ConfigDict) else dict(model)
+    fields = sections.to_dict(model)
     text = fields.pop("text", None)
     fields = _expand(fields, "model", ignored=_TRAINING, patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")
@@ -219,11 +302,6 @@ def _tower_options(
     "attention": attention,
     "quantization": quantization,
   }
-
-
-def runtime(model: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """The runtime options in a config's `model`, as the towers take them."""
-  return {name: model[name] for name in RUNTIME if name in model}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -7,6 +7,7 @@ the Perception Encoder (PE).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, get_args
 
@@ -110,12 +111,12 @@ class ViTSpec:
     if self.rope is None:
       object.__setattr__(self, "rope", positions_lib.Rope())
 
-  @property
+  @functools.cached_property
   def grid(self) -> int:
     """Patches along a side of a stored-size image."""
     return self.image_size // self.patch_size
 
-  @property
+  @functools.cached_property
   def prefix(self) -> int:
     """Tokens before the patches: CLS, then registers."""
     return int(self.cls_token) + self.registers
@@ -128,11 +129,7 @@ class ViTSpec:
     return self.width * (len(self.pool_tokens) if self.pool == "cls" else 1)
 
   def grid_of(self, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image of `height` x `width` pixels.
-
-    Raises:
-      InputError: if the patch does not divide it.
-    """
+    """Rows and columns of patches of an image of `height` x `width` pixels."""
     p = self.patch_size
     if height < p or width < p or height % p or width % p:
       near = [max(p, round(side / p) * p) for side in (height, width)]
@@ -152,6 +149,16 @@ class ImageOutput:
   prefix: Float[Array, "b p d"]  # CLS (if any) and registers, likewise.
   pooled: Float[Array, "b e"]  # The image's embedding, float32, not normalised.
   taps: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
+
+
+def check_images(images: Array) -> None:
+  """Raises InputError unless the images are `[b, h, w, 3]`."""
+  if images.ndim != 4 or images.shape[-1] != 3:
+    raise InputError(
+      "Images are [batch, height, width, 3]; these have "
+      f"{images.shape[-1]} channels (shape {images.shape}). Grey images: repeat"
+      " the channel; channels first: transpose."
+    )
 
 
 def patchify(
@@ -189,8 +196,8 @@ class ViT(stack_lib.Tower):
       images: normalised, three channels, any size that the patch divides; with
         `grids` as patches (see `patchify`), padded.
       grids: rows and columns of each image's patches. Others than these are not
-        attended to, and their outputs are to be ignored. With learned
-        positions that are resampled by 'bilinear_antialiased' alone.
+        attended to, and their outputs are to be ignored. For rotary positions,
+        and learned ones that are resampled by 'bilinear_antialiased'.
       taps: layers whose output to return, from 0.
       mask: True where the mask token replaces a patch.
       keep: indices of the patches to encode, in this order; the others are not
@@ -205,26 +212,27 @@ class ViT(stack_lib.Tower):
     x = self._embed(images, mask, grids)  # [B, N, D]
     if keep is not None:
       x = jnp.take_along_axis(x, keep[:, :, None], axis=1)  # [B, K, D]
-    x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)  # [B, P + N, D]
+    if spec.prefix:
+      x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)  # [B, P+N, D]
     if spec.pre_norm:
       x = self._norm("pre_norm")(x)
-    valid = None
+    coordinates = valid = None
+    if spec.rope is not None:
+      coordinates = self._coordinates(images, grids, keep)
     if grids is not None:
       count = spec.prefix + grids.prod(axis=1)[:, None]
       valid = jnp.arange(x.shape[1]) < count  # [B, P + N]
-    context = self._coordinates(images, keep)
-    if valid is not None:
-      context = (None, valid)
+    layer_inputs = {}
+    if rope_key is not None and spec.rope is not None and spec.rope.is_random:
+      layer_inputs["rope_draw"] = spec.rope.draw(rope_key, spec.depth)
+    if self.drop_path and drop_path_keys is not None:
+      layer_inputs["drop_path"] = self._drop_path(drop_path_keys)
     x, tapped = self.run_blocks(
-      x,
-      taps=taps,
-      layer_inputs=self._layer_inputs(drop_path_keys, rope_key),
-      context=context,
+      x, taps=taps, layer_inputs=layer_inputs, context=(coordinates, valid)
     )
-    prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
     return ImageOutput(
-      patches=patches,
-      prefix=prefix,
+      patches=x[:, spec.prefix :],
+      prefix=x[:, : spec.prefix],
       pooled=self._pool(x, valid),
       taps=tapped,
     )
@@ -233,23 +241,13 @@ class ViT(stack_lib.Tower):
     spec = self.spec
     return layers.norm(spec.norm_eps, self.dtype, name, spec.norm_kind)
 
-  def _patchify(self, images):
-    """Patches of images [B, N, F], and their grid."""
-    channels = images.shape[-1]
-    if images.ndim != 4 or channels != 3:
-      raise InputError(
-        f"Images are [batch, height, width, 3]; these have {channels} channels "
-        f"(shape {images.shape}). Grey images: repeat the channel; channels "
-        "first: transpose."
-      )
-    grid = self.spec.grid_of(*images.shape[1:3])
-    return patchify(images.astype(self.dtype), self.spec.patch_size), grid
-
   def _embed(self, images, mask, grids):
     """Patch embedding, mask token, position: [B, N, D]."""
     spec = self.spec
     if grids is None:
-      x, grid = self._patchify(images)
+      check_images(images)
+      grid = spec.grid_of(*images.shape[1:3])
+      x = patchify(images.astype(self.dtype), spec.patch_size)
     else:
       x, grid = images.astype(self.dtype), None
     x = layers.Dense(
@@ -308,15 +306,16 @@ class ViT(stack_lib.Tower):
     if grids is not None:
       self._check_native()
       return positions_lib.resize_grids(stored, grids, length)
-    resized = positions_lib.resize_grid(stored, grid, spec.position_resize)
-    return resized.reshape(-1, spec.width)
+    if grid != (spec.grid, spec.grid):
+      stored = positions_lib.resize_grid(stored, grid, spec.position_resize)
+    return stored.reshape(-1, spec.width)
 
   def _check_native(self):
     spec = self.spec
     resize = "bilinear_antialiased"
     if (spec.positions, spec.position_resize) != ("learned", resize):
       raise InputError(
-        "Images of different grids need positions 'learned' and "
+        "Images of different grids need positions 'rope', or 'learned' with "
         f"position_resize {resize!r}; this tower has {spec.positions!r} and "
         f"{spec.position_resize!r}."
       )
@@ -337,33 +336,21 @@ class ViT(stack_lib.Tower):
       jnp.broadcast_to(t.astype(self.dtype), (batch, *t.shape)) for t in tokens
     ]
 
-  def _coordinates(self, images, keep):
-    """The coordinates of the patches, which the blocks rotate by."""
+  def _coordinates(self, images, grids, keep):
+    """Coordinates of the patches, which the blocks rotate by: [#B, N, 2]."""
     spec = self.spec
-    if spec.rope is None:
-      return ()
+    if grids is not None:
+      return spec.rope.grid_coordinates(grids, images.shape[1])  # [B, N, 2]
     grid = spec.grid_of(*images.shape[1:3])
-    xy = jnp.asarray(spec.rope.coordinates(grid))[None]  # [1, N, 2]
-    if keep is not None:
-      xy = xy[0][keep]  # [B, K, 2]
-    return (xy,)
+    xy = jnp.asarray(spec.rope.coordinates(grid))  # [N, 2]
+    return xy[None] if keep is None else xy[keep]  # [B, K, 2]
 
-  def _layer_inputs(self, drop_path_keys, rope_key):
-    """What each block takes besides the tokens, with a leading [depth]."""
-    inputs = {}
-    rope = self.spec.rope
-    if rope is not None and rope.is_random and rope_key is not None:
-      inputs["rope_draw"] = rope.draw(rope_key, self.spec.depth)
-    if self.drop_path and drop_path_keys is not None:
-      scales = stack_lib.drop_path_scales(
-        drop_path_keys,
-        self.drop_path,
-        self.spec.depth,
-        uniform=self.drop_path_uniform,
-      )
-      scales = constrain_batch(scales, self.mesh)
-      inputs["drop_path"] = jnp.swapaxes(scales, 0, 1)  # [depth, B, 2]
-    return inputs
+  def _drop_path(self, keys):
+    """Multipliers of each block's branches: [depth, B, 2]."""
+    scales = stack_lib.drop_path_scales(
+      keys, self.drop_path, self.spec.depth, uniform=self.drop_path_uniform
+    )
+    return jnp.swapaxes(constrain_batch(scales, self.mesh), 0, 1)
 
   def _pool(self, x, valid):
     """Pooled embeddings, float32 [B, E], of all tokens."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 from mtv_jax.config import options as options_lib
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base
 from mtv_jax.objectives.captioning import Captioning
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.objectives.depth import Depth
-from mtv_jax.objectives.distillation import Distillation
+from mtv_jax.objectives.dino import DINO
 from mtv_jax.objectives.feature_distillation import FeatureDistillation
 from mtv_jax.objectives.gram import Gram
 from mtv_jax.objectives.grounding import Grounding
-from mtv_jax.objectives.masked_latent import MaskedLatent
-from mtv_jax.objectives.masked_pixels import MaskedPixels
+from mtv_jax.objectives.ibot import IBOT
+from mtv_jax.objectives.mae import MAE
 
 # A new objective is a file and a line here; one whose head predicts has a line
 # in `models.heads.HEADS` as well.
@@ -24,21 +24,21 @@ REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
   "depth": Depth,
   "grounding": Grounding,
-  "masked_pixels": MaskedPixels,
-  "distillation": Distillation,
-  "masked_latent": MaskedLatent,
+  "mae": MAE,
+  "dino": DINO,
+  "ibot": IBOT,
   "gram": Gram,
   "captioning": Captioning,
   "feature_distillation": FeatureDistillation,
 }
 
 
-def build_objective(name: str, entry: schema.Config) -> base.Objective:
+def build_objective(name: str, entry: Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
   Args:
     name: the entry's name, and by default its type.
-    entry: hyper-parameters, with those of a head that predicts among them.
+    entry: hyper-parameters, also of its prediction head.
       `weight` is the trainer's.
 
   Raises:

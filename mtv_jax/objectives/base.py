@@ -1,7 +1,7 @@
 """The contract of an objective: `needs`, `heads`, `loss_inputs` and `loss`.
 
 `loss_inputs` runs on any part of the batch and returns small per-example
-arrays; `loss` sees those of the whole global batch at once. Contrast, Sinkhorn
+arrays; `loss` sees the arrays of the whole global batch. Contrast, Sinkhorn
 and KoLeo need the whole batch, so they belong in `loss`; all expensive
 computation comes before it. The same cut makes gradient accumulation exact.
 """
@@ -9,6 +9,7 @@ computation comes before it. The same cut makes gradient accumulation exact.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 STUDENT = "student"
 TEACHER = "teacher"
+NO_TEACHERS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -220,32 +222,23 @@ class Objective:
   an instance of its class without arguments (`models.heads.base`).
   """
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:
-    """The objective with open options filled in from the model.
+  def resolve(
+    self,
+    spec: Any,
+    views: Mapping[str, Any],
+    teachers: Mapping[str, Any] = NO_TEACHERS,
+  ) -> Objective:
+    """The objective with open options filled in from model, views, teachers.
 
-    The trainer rejects a missing view, for all objectives.
+    A missing view is left to the trainer, which rejects it for any objective.
 
     Args:
       spec: `two_tower.ModelSpec`.
       views: `views.View` by name.
-
-    Raises:
-      ConfigError: for a model or views that it can't train on.
-    """
-    del spec, views
-    return self
-
-  def resolve_teachers(
-    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
-  ) -> Objective:
-    """The resolved objective with what it takes from `config.teachers`.
-
-    Args:
-      spec, views: as of `resolve`, which precedes it.
       teachers: `train.teachers.FrozenTeacher` by name, read or not.
 
     Raises:
-      ConfigError: for teachers that it can't train with.
+      ConfigError: for a model, views or teachers that it can't train with.
     """
     del spec, views, teachers
     return self
@@ -277,8 +270,8 @@ class Objective:
   ) -> dict[str, tuple[Array, Array]]:
     """The features of `fit_statistics`, by name.
 
-    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. Arguments as of
-    `loss_inputs`; there are encodings of frozen teachers alone.
+    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. The arguments are
+    `loss_inputs`'s, with the encodings of frozen teachers alone.
     """
     del encodings, batch
     return {}

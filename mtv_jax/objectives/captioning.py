@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +78,7 @@ def cross_entropies(
 
 @pytree_dataclass
 class LossInputs:
-  """Sums of each example by task, of which `parallel` captions are one."""
+  """Sums of each example by task; `parallel` captions are a task."""
 
   sums: dict[str, TokenSums]
   labelled: Float[Array, " b"]  # Whether the example has an answer.
@@ -91,7 +90,7 @@ class Captioning(base.Objective):
 
   # The decoder; a config gives its options beside these.
   head: decoders.CaptionHead = decoders.CaptionHead()
-  view: str = "image"  # Of several crops each image's first.
+  view: str = "image"  # The first crop of each image.
   # Share of the captions that are predicted in parallel. SigLIP 2's; CapPa has
   # 0.75.
   parallel: options.Fraction = 0.5
@@ -108,7 +107,7 @@ class Captioning(base.Objective):
   def __post_init__(self):
     build_policy(self.remat, where="Captioning.remat")
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Captioning:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Captioning:
     base.check_visible("captioning", self.view, views)
     return dataclasses.replace(self, head=self.head.resolve(spec))
 
@@ -159,7 +158,7 @@ class Captioning(base.Objective):
     )
     keys = batch["keys"][self.view]
     parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
-    # All inputs are masks, also those of the padding: as in CapPa, the decoder
+    # All inputs are masks, padding included: as in CapPa, the decoder
     # isn't told the length.
     inputs = jnp.where(parallel[..., None], vocabulary.mask, rows.inputs)
     of = {"caption": ~parallel, "parallel": parallel}

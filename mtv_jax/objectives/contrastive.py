@@ -18,53 +18,6 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 
-def sigmoid_loss(
-  logits: Float[Array, "b b"], valid: Bool[Array, " b"]
-) -> base.WeightedMean:
-  """SigLIP's loss (Zhai et al. 2023, Algorithm 1; MTV Eq. 1).
-
-      L = -(1/B) sum_i sum_j log sigmoid(y_ij * logits_ij),
-      y_ii = 1, y_ij = -1 for i != j,  logits = exp(t') u_i.v_j + b
-
-  There is no normalisation over the batch. MTV prints the bias with the
-  opposite sign; this is big_vision's form. Pairs with an invalid row or column
-  don't count, and the mean is over the valid rows.
-
-  Args:
-    logits: images along rows, texts along columns; row i belongs to column i.
-    valid: which examples have both an image and a text.
-  """
-  positive = jnp.eye(logits.shape[0], dtype=bool)
-  losses = pairwise.sigmoid_losses(logits, positive)  # [B, B]
-  losses = jnp.where(valid[:, None] & valid, losses, 0.0).sum(axis=1)
-  return base.WeightedMean(losses.sum(), valid.astype(jnp.float32).sum())
-
-
-def softmax_loss(
-  logits: Float[Array, "b b"], valid: Bool[Array, " b"]
-) -> base.WeightedMean:
-  """CLIP's symmetric cross-entropy (Radford et al. 2021, Figure 3).
-
-      L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
-
-  Args:
-    logits: images along rows, texts along columns; row i belongs to column i.
-    valid: which examples have both; the others are neither queries nor
-      negatives.
-  """
-  # Not -inf: a row with no valid column would give NaN in the gradient.
-  masked = jnp.where(valid[:, None] & valid[None, :], logits, -1e30)
-  diagonal = jnp.diagonal(logits)
-  to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
-  to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
-  losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
-  return base.WeightedMean(losses.sum(), valid.astype(jnp.float32).sum())
-
-
-CAPTION = base.Encoding("text", "caption")
-LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
-
-
 @pytree_dataclass
 class ExampleIds:
   """Indices of examples in the global batch, and which are valid."""
@@ -81,7 +34,7 @@ class NearestText:
   index: Int[Array, " n"]
 
 
-def nearest_text(logits: Float[Array, "n c"], texts: ExampleIds) -> NearestText:
+def nearest_text(logits: Float[Array, "n m"], texts: ExampleIds) -> NearestText:
   """The nearest of these texts; ties go to the first."""
   logits = jax.lax.stop_gradient(logits)
   masked = jnp.where(texts.valid, logits, -jnp.inf)
@@ -96,17 +49,29 @@ def merge_nearest(a: NearestText, b: NearestText) -> NearestText:
   return jax.tree.map(lambda x, y: jnp.where(take_a, x, y), a, b)
 
 
-def shard_sigmoid_loss(
+def sigmoid_losses(
   images: ring.EmbeddingBatch,
   texts: ring.EmbeddingBatch,
   affine: pairwise.Affine,
 ) -> tuple[Float[Array, " n"], NearestText]:
-  """`sigmoid_loss` of images against one shard of the texts.
+  """SigLIP's loss (Zhai et al. 2023, Algorithm 1; MTV Eq. 1).
+
+      L = -(1/B) sum_i sum_j log sigmoid(y_ij * logits_ij),
+      y_ii = 1, y_ij = -1 for i != j,  logits = exp(t') u_i.v_j + b
+
+  There is no normalisation over the batch. MTV prints the bias with the
+  opposite sign; this is big_vision's form. Pairs with an invalid image or text
+  don't count.
+
+  Args:
+    images, texts: unit embeddings with `ExampleIds`; texts may be a part of
+      the batch.
+    affine: scale and bias of the logits.
 
   Returns:
-    Each image's sum of losses, and its nearest text of the shard.
+    Each image's sum over the texts, and the nearest of them.
   """
-  logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [n, c]
+  logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [n, m]
   image_ids, text_ids = images.metadata, texts.metadata
   positive = image_ids.index[:, None] == text_ids.index
   pairs = image_ids.valid[:, None] & text_ids.valid
@@ -114,11 +79,38 @@ def shard_sigmoid_loss(
   return losses.sum(axis=1), nearest_text(logits, text_ids)
 
 
+def softmax_losses(
+  images: ring.EmbeddingBatch,
+  texts: ring.EmbeddingBatch,
+  affine: pairwise.Affine,
+) -> tuple[Float[Array, " b"], NearestText]:
+  """CLIP's symmetric cross-entropy (Radford et al. 2021, Figure 3).
+
+      L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
+
+  Arguments and results are `sigmoid_losses`'s, with the texts of the whole
+  batch; invalid examples are neither queries nor negatives.
+  """
+  logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [B, B]
+  valid = images.metadata.valid
+  # Not -inf: a row with no valid column would give NaN in the gradient.
+  masked = jnp.where(valid[:, None] & valid, logits, -1e30)
+  diagonal = jnp.diagonal(logits)
+  to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
+  to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
+  losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
+  return losses, nearest_text(logits, texts.metadata)
+
+
+CAPTION = base.Encoding("text", "caption")
+LOSSES = {"sigmoid": sigmoid_losses, "softmax": softmax_losses}
+
+
 @pytree_dataclass
 class LossInputs:
   """Per example: unit embeddings of image and text, and which have both."""
 
-  image: Float[Array, "b n d"]  # Of its crops.
+  image: Float[Array, "b n d"]  # One per crop.
   text: Float[Array, "b d"]
   valid: Bool[Array, " b"]
 
@@ -129,7 +121,7 @@ class Contrastive(base.Objective):
 
   loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
   view: str = "image"
-  # Of several crops of an image: its first, or the mean loss of all, each with
+  # The first crop of an image, or the mean loss of all its crops, each against
   # the captions of the batch (SILC, Naeem et al. 2023).
   crops: Literal["first", "all"] = "first"
   # None: SigLIP's 10 for sigmoid, CLIP's 1 / 0.07 for softmax.
@@ -193,10 +185,17 @@ class Contrastive(base.Objective):
     ids = ExampleIds(jnp.arange(valid.shape[0]), valid)
     count = jnp.sum(valid.astype(jnp.float32))
     crops = loss_inputs.image.shape[1]
+    texts = ring.EmbeddingBatch(loss_inputs.text, ids)
     loss, hits = jnp.zeros(()), jnp.zeros(())
     for i in range(crops):
-      crop_loss, nearest = self._loss_and_nearest(
-        loss_inputs.image[:, i], loss_inputs.text, ids, affine, context
+      crop_loss, nearest = pairwise.sum_losses(
+        ring.EmbeddingBatch(loss_inputs.image[:, i], ids),
+        texts,
+        affine,
+        pair_loss_fn=LOSSES[self.loss_type],
+        merge_fn=merge_nearest,
+        method=self.method if self.loss_type == "sigmoid" else "gathered",
+        mesh=context.mesh,
       )
       hit = (nearest.index == ids.index) & valid
       loss += crop_loss / crops
@@ -209,21 +208,3 @@ class Contrastive(base.Objective):
         **pairwise.affine_report(affine),
       },
     )
-
-  def _loss_and_nearest(self, image, text, ids, affine, context):
-    """Sum of the losses, and each image's nearest text."""
-    if self.loss_type == "sigmoid" and ring.should_use_ring(
-      self.method, context.mesh
-    ):
-      result = ring.ring_pairwise_loss(
-        ring.EmbeddingBatch(image, ids),
-        ring.EmbeddingBatch(text, ids),
-        affine,
-        pair_loss_fn=shard_sigmoid_loss,
-        merge_fn=merge_nearest,
-        mesh=context.mesh,
-      )
-      return result.loss, result.diagnostics
-    logits = pairwise.logits(image, text, affine)  # [B, B]
-    loss = LOSSES[self.loss_type](logits, ids.valid)
-    return loss.sum, nearest_text(logits, ids)

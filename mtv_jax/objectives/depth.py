@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,8 @@ from mtv_jax.utils.tree import pytree_dataclass
 # normalisation grows as its inverse: without a floor, the constant map of a
 # fresh head would give gradients of 1e4.
 SCALE_FLOOR = 1e-3
+# Weight of gradient matching beside the SSI error.
+GRADIENT_WEIGHT = 2.0
 
 
 def _mean(
@@ -76,8 +77,8 @@ def trimmed_error(
 
   Of M valid pixels the ceil((1 - trim) M) with the smallest residuals count
   (Depth Anything V2 trims the largest tenth, since the labels are an expert's
-  predictions). The choice has no gradient; of several pixels at the threshold
-  each counts in part.
+  predictions). The choice has no gradient, and equal pixels at the threshold
+  count in part.
   """
   error = jnp.abs(residual).reshape(residual.shape[0], -1)  # [B, HW]
   mask = valid.reshape(error.shape)
@@ -194,14 +195,13 @@ class Depth(base.Objective):
   view: str = "image"
   # Whether `blocks` may mask patches of the view, which iBOT then shares.
   allow_masked: bool = False
-  gradient_weight: float = 2.0  # Weight of gradient matching beside SSI error.
   scales: options.NonNegativeInt = 4  # Number of scales of gradient matching.
   # Share of the largest residuals that the SSI error trims.
   trim: Annotated[float, options.Range(min=0, max=0.99)] = 0.1
   # A crop with fewer labelled pixels counts as unlabelled.
   min_pixels: options.PositiveInt = 16
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Depth:
     base.check_visible(
       "depth", self.view, views, allow_masked=self.allow_masked
     )
@@ -247,7 +247,7 @@ class Depth(base.Objective):
     count = jnp.sum(loss_inputs.labelled)
     ssi, gradient = jnp.sum(loss_inputs.ssi), jnp.sum(loss_inputs.gradient)
     return base.Terms(
-      loss=base.WeightedMean(ssi + self.gradient_weight * gradient, count),
+      loss=base.WeightedMean(ssi + GRADIENT_WEIGHT * gradient, count),
       report={
         "ssi": base.WeightedMean(ssi, count),
         "gradient": base.WeightedMean(gradient, count),

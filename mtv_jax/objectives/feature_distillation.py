@@ -56,7 +56,7 @@ def smooth_l1(
   return jnp.mean(smooth, axis=-1)
 
 
-def mean_of_row(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
+def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
   """The mean over all but the first axis."""
   return jnp.mean(x.reshape(len(x), -1), axis=1)
 
@@ -99,28 +99,25 @@ class FeatureDistillation(base.Objective):
   # Distance of patches: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the
   # mean square, with which PHI-S compares all standardisations (Eq. 1).
   feature_loss: Literal["cosine_smooth_l1", "mse"] = "cosine_smooth_l1"
-  cosine_share: options.Fraction = 0.9  # Of cosine beside smooth L1.
-  # Of the teachers' patches, to unit variance, see `models/standardization.py`;
+  cosine_share: options.Fraction = 0.9  # The cosine's; the rest is smooth L1's.
+  # How teachers' patches get unit variance, see `models/standardization.py`;
   # AM-RADIO has 'none'. Without adaptors the student's are changed by the same
   # map.
   normalize: standardization.Method = "phi_s"
-  # Of the run, from which mean and covariance are estimated before step 0.
+  # Examples of the run that give mean and covariance, before step 0.
   statistics_examples: options.PositiveInt = 2048
-  # Of `resolve_teachers`.
+  # From `resolve`.
   targets: tuple[Target, ...] | None = None
-  width: options.PositiveInt | None = None  # Of the student.
+  width: options.PositiveInt | None = None  # The student's.
 
   def __post_init__(self):
     if not self.summary_weight and not self.feature_weight:
       raise ConfigError("summary_weight and feature_weight are both 0.")
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> FeatureDistillation:
-    base.check_all_patches("feature_distillation", [self.view], views)
-    return dataclasses.replace(self, width=spec.image.width)
-
-  def resolve_teachers(
-    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
+  def resolve(
+    self, spec, views, teachers=base.NO_TEACHERS
   ) -> FeatureDistillation:
+    base.check_all_patches("feature_distillation", [self.view], views)
     names = self.teachers
     if names is None:
       names = tuple(n for n, t in teachers.items() if not t.snapshot)
@@ -144,7 +141,9 @@ class FeatureDistillation(base.Objective):
     for name in names:
       self._check_normalize(name, teachers[name])
       targets += self._targets_of(name, teachers[name], spec, views[self.view])
-    return dataclasses.replace(self, teachers=names, targets=tuple(targets))
+    return dataclasses.replace(
+      self, teachers=names, targets=tuple(targets), width=spec.image.width
+    )
 
   def _check_normalize(self, name: str, teacher: Any) -> None:
     """Raises ConfigError for a teacher that `normalize` does not fit."""
@@ -200,8 +199,7 @@ class FeatureDistillation(base.Objective):
   def _resolved(self) -> tuple[Target, ...]:
     if self.targets is None:
       raise ConfigError(
-        "feature_distillation: the teachers are not known; resolve() it, then "
-        "resolve_teachers()."
+        "feature_distillation: the teachers are not known; resolve() it."
       )
     return self.targets
 
@@ -304,10 +302,10 @@ class FeatureDistillation(base.Objective):
       if self.adaptor != "none":
         ours = heads[f"adaptor_{target.name}"](ours)
       distances = cosine_distance(ours, theirs)  # [b, n] or [b, n, p]
-      cosines[target.name] = 1.0 - mean_of_row(distances)
+      cosines[target.name] = 1.0 - per_example_mean(distances)
       if target.kind != SUMMARY:
         distances = self._feature_distance(distances, ours, theirs)
-      losses[target.name] = mean_of_row(distances) * valid[target.name]
+      losses[target.name] = per_example_mean(distances) * valid[target.name]
     fixed = jax.lax.stop_gradient((cosines, valid))
     return LossInputs(losses, *fixed)
 

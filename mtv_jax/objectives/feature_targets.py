@@ -34,7 +34,7 @@ class Target:
   stored_grid: int  # Patches along a side of the teacher's.
   tap: int | None = None  # The block of 'layerI'.
   prefix: int = 0  # Tokens before the patches in the taps.
-  cached: Format | None = None  # Of the label set, if it is in one.
+  cached: Format | None = None  # The label set's, if there is one.
   is_cropped_or_flipped: bool = False  # Whether the view does so to canvases.
 
   @property
@@ -59,7 +59,7 @@ class Target:
     return self.resize(output.taps[self.tap][:, :, self.prefix :])
 
   def _read_cached(self, batch: base.Batch) -> Float[Array, "b n *p d"]:
-    """Those of the canvas, of which patches are cropped as depth maps are."""
+    """The canvas's features; patches are cropped as depth maps are."""
     codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
     scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
     numbers = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])

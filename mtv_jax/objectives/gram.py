@@ -1,14 +1,12 @@
 """Gram anchoring (DINOv3, Siméoni et al. 2025, arXiv 2508.10104, section 4.2).
 
-The student's similarities between patches of a crop follow those of a Gram
-teacher, an encoder of an earlier iteration whose patch features are cleaner.
+The student's similarities between patches of a crop follow a Gram teacher's,
+an encoder of an earlier iteration whose patch features are cleaner.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +60,7 @@ def gram_losses(
 
 @dataclasses.dataclass(frozen=True)
 class Gram(base.Objective):
-  """Gram anchoring of the student's patches to those of a teacher.
+  """Gram anchoring of the student's patches to a teacher's.
 
   The loss is the mean over all crops. Patches are compared after the final
   norm, masked ones included, as in the released configurations.
@@ -72,12 +70,12 @@ class Gram(base.Objective):
   # The teacher's: crops of the same boxes at another resolution (section 4.3:
   # twice the student's, whose features are then smoother). None: `view`.
   view_teacher: str | None = None
-  teacher: str = "gram"  # Of `config.teachers`, or 'teacher': the EMA teacher.
-  # Pixels per side that the teacher sees; `resolve_teachers` takes it from
-  # `config.teachers`. None: those of the view.
+  teacher: str = "gram"  # In `config.teachers`, or 'teacher': EMA.
+  # Pixels per side that the teacher sees; `resolve` takes them from
+  # `config.teachers`. None: the view's.
   teacher_size: options.PositiveInt | None = None
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Gram:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Gram:
     names = [self.view, self._teacher.view]
     if not all(name in views for name in names):
       return self
@@ -85,16 +83,11 @@ class Gram(base.Objective):
     student, teacher = (views[name] for name in names)
     if student is not teacher and teacher.crops_of != self.view:
       raise ConfigError(
-        f"gram: the crops of {names[1]!r} are not those of {self.view!r}. Set "
+        f"gram: {names[1]!r} has other crops than {self.view!r}. Set "
         f"config.views.{names[1]}.crops_of={self.view!r}."
       )
-    return self
-
-  def resolve_teachers(
-    self, spec: Any, views: Mapping[str, Any], teachers: Mapping[str, Any]
-  ) -> Gram:
-    frozen, view = teachers.get(self.teacher), views.get(self._teacher.view)
-    if frozen is None or view is None or frozen.size in (None, view.size):
+    frozen = teachers.get(self.teacher)
+    if frozen is None or frozen.size in (None, teacher.size):
       return self
     return dataclasses.replace(self, teacher_size=frozen.size)
 

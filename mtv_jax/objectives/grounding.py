@@ -1,7 +1,7 @@
 """CLOC region-text contrastive loss, and box regression of phrases.
 
 A prompter embeds a region from its box and the image's patches; the embedding
-is compared with those of all phrases of the batch (Chen et al. 2025, CLOC;
+is compared with all phrases of the batch (Chen et al. 2025, CLOC;
 with SigLIP's sigmoid loss, as MTV is reported to do).
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +26,6 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 
 @pytree_dataclass
-class RegionLosses:
-  """Losses of each region against all phrases."""
-
-  losses: Float[Array, " n"]  # Sums over the region's pairs.
-  same: Float[Array, " n"]  # Greatest logit with a text of its own phrase.
-  other: Float[Array, " n"]  # The same for other phrases; -inf if none.
-  peers: Float[Array, " n"]  # Texts of its phrase, its own included.
-
-
-@pytree_dataclass
 class RegionIds:
   """Indices of regions in the global batch, their phrases, which are valid."""
 
@@ -45,95 +34,60 @@ class RegionIds:
   valid: Bool[Array, " n"]
 
 
-def shard_region_losses(
-  regions: ring.EmbeddingBatch,
-  texts: ring.EmbeddingBatch,
-  affine: pairwise.Affine,
-) -> tuple[Float[Array, " n"], RegionLosses]:
-  """`region_losses` of regions against one shard of the texts."""
-  logits = pairwise.logits(regions.embedding, texts.embedding, affine)  # [n, c]
-  region_ids, text_ids = regions.metadata, texts.metadata
-  positive = region_ids.index[:, None] == text_ids.index
-  same_phrase = region_ids.phrase_id[:, None] == text_ids.phrase_id
-  same, other = same_phrase & text_ids.valid, ~same_phrase & text_ids.valid
-  pairs = region_ids.valid[:, None] & text_ids.valid & (positive | other)
-  losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, positive), 0.0)
-  losses = losses.sum(axis=1)
-  logits = jax.lax.stop_gradient(logits)
-  return losses, RegionLosses(
-    losses=losses,
-    same=jnp.where(same, logits, -jnp.inf).max(axis=1),
-    other=jnp.where(other, logits, -jnp.inf).max(axis=1),
-    peers=same.sum(axis=1).astype(jnp.float32),
-  )
+@pytree_dataclass
+class Matches:
+  """Each region's greatest logits with texts of its phrase and of others."""
 
-
-def merge_region_losses(a: RegionLosses, b: RegionLosses) -> RegionLosses:
-  """Adds up the same regions' losses over two sets of texts."""
-  return RegionLosses(
-    losses=a.losses + b.losses,
-    same=jnp.maximum(a.same, b.same),
-    other=jnp.maximum(a.other, b.other),
-    peers=a.peers + b.peers,
-  )
+  same: Float[Array, " n"]
+  other: Float[Array, " n"]  # -inf without another phrase.
+  peers: Float[Array, " n"]  # Texts of its phrase, its own included.
 
 
 def region_losses(
-  region: Float[Array, "n d"],
-  text: Float[Array, "n d"],
-  phrase_id: UInt32[Array, " n"],
-  valid: Bool[Array, " n"],
+  regions: ring.EmbeddingBatch,
+  texts: ring.EmbeddingBatch,
   affine: pairwise.Affine,
-  *,
-  chunk: int | None = None,
-) -> RegionLosses:
+) -> tuple[Float[Array, " n"], Matches]:
   """SigLIP's loss between regions and phrases.
 
       L = -(1/n) sum_ab m_ab log sigmoid(y_ab (scale z_a.t_b + bias)),
       y_aa = 1, y_ab = -1 for a != b
 
   with m_ab = 0 where a or b is invalid, and for a != b of the same phrase: with
-  class names as phrases a batch has hundreds of "person", each of which would
-  be a positive and a negative at once.
+  class names as phrases a batch has hundreds of "person", and each would be a
+  positive and a negative at once.
 
-  L is the mean of `losses` over the valid regions; invalid ones have 0. Both
-  embeddings, z and t, are of unit length. With a `chunk`, that many texts are
-  compared at a time: the result is the same, but only `[n, chunk]` logits
-  exist, forward and backward. Regions are split over the devices, so the texts
-  are chunked.
+  Args:
+    regions, texts: unit embeddings, z and t, with `RegionIds`; texts may be a
+      part of the batch.
+    affine: scale and bias of the logits.
+
+  Returns:
+    Each region's sum over the texts, 0 for an invalid one, and its matches. L
+    is the mean of the sums over the valid regions.
   """
-  ids = RegionIds(jnp.arange(region.shape[0]), phrase_id, valid)
-  regions = ring.EmbeddingBatch(region, ids)
-
-  def compare(texts: ring.EmbeddingBatch) -> RegionLosses:
-    return shard_region_losses(regions, texts, affine)[1]
-
-  texts = ring.EmbeddingBatch(text, ids)
-  if chunk is None or chunk >= region.shape[0]:
-    return compare(texts)
-  # The loop itself keeps the recomputation apart from the forward pass.
-  step = jax.checkpoint(compare, prevent_cse=False)
-  parts = jax.lax.map(
-    step, jax.tree.map(lambda x: _strided_chunks(x, chunk), texts)
-  )
-  return RegionLosses(
-    losses=parts.losses.sum(axis=0),
-    same=parts.same.max(axis=0),
-    other=parts.other.max(axis=0),
-    peers=parts.peers.sum(axis=0),
+  logits = pairwise.logits(regions.embedding, texts.embedding, affine)  # [n, m]
+  region_ids, text_ids = regions.metadata, texts.metadata
+  positive = region_ids.index[:, None] == text_ids.index
+  same_phrase = region_ids.phrase_id[:, None] == text_ids.phrase_id
+  same, other = same_phrase & text_ids.valid, ~same_phrase & text_ids.valid
+  pairs = region_ids.valid[:, None] & text_ids.valid & (positive | other)
+  losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, positive), 0.0)
+  logits = jax.lax.stop_gradient(logits)
+  return losses.sum(axis=1), Matches(
+    same=jnp.where(same, logits, -jnp.inf).max(axis=1),
+    other=jnp.where(other, logits, -jnp.inf).max(axis=1),
+    peers=same.sum(axis=1).astype(jnp.float32),
   )
 
 
-def _strided_chunks(x: Array, chunk: int) -> Array:
-  """Rows as `[chunks, chunk, ...]`, strided, padded with zeros.
-
-  A strided chunk has rows of every device, so that a step of the loop gathers
-  one chunk; with contiguous chunks it would gather all rows.
-  """
-  chunks = -(-x.shape[0] // chunk)
-  missing = chunks * chunk - x.shape[0]
-  x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-  return jnp.moveaxis(x.reshape(chunk, chunks, *x.shape[1:]), 1, 0)
+def merge_matches(a: Matches, b: Matches) -> Matches:
+  """The same regions' matches with two sets of texts."""
+  return Matches(
+    same=jnp.maximum(a.same, b.same),
+    other=jnp.maximum(a.other, b.other),
+    peers=a.peers + b.peers,
+  )
 
 
 def centres(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
@@ -153,8 +107,8 @@ class Overlap:
 def overlap(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Overlap:
   """IoU and GIoU (Rezatofighi et al. 2019) of boxes `(y0, x0, y1, x1)`.
 
-      GIoU = IoU - (C - U) / C,  U the union's area, C that of the least box
-      around both
+      GIoU = IoU - (C - U) / C,  U the union's area, C the area of the
+      least box around both
 
   Two boxes without area have IoU 0, and GIoU 0 where they are the same point;
   gradients are finite.
@@ -206,13 +160,13 @@ class Grounding(base.Objective):
 
   # Prompter and locator; a config gives their options beside these.
   head: prompter.GroundingHead = prompter.GroundingHead()
-  view: str = "image"  # Of several crops each image's first.
+  view: str = "image"  # The first crop of each image.
   # Whether `blocks` may mask patches of the view, which iBOT then shares.
   allow_masked: bool = False
   # Maximum number of the regions visible in the view. CLOC: 4, and 2 do about
   # as well.
   regions: options.PositiveInt = 4
-  # The first regions (the host's order is random) or those of highest score.
+  # The first regions (the host's order is random) or the highest scores.
   pick: Literal["first", "score"] = "first"
   min_visible: float = 0.4  # See `geometry.crop_boxes`.
   min_size: float = 1 / 56
@@ -229,7 +183,7 @@ class Grounding(base.Objective):
   # Weight of the box regression, 0 for none. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
 
-  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Grounding:
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Grounding:
     base.check_visible(
       "grounding", self.view, views, allow_masked=self.allow_masked
     )
@@ -305,15 +259,25 @@ class Grounding(base.Objective):
       lambda x: x.reshape(-1, *x.shape[2:]), loss_inputs
     )  # [B * m, ...]
     affine = heads["grounding"]()
-    total, losses = self._compare(flat, affine, context)
+    ids = RegionIds(jnp.arange(len(flat.valid)), flat.phrase_id, flat.valid)
+    total, matches = pairwise.sum_losses(
+      ring.EmbeddingBatch(flat.region, ids),
+      ring.EmbeddingBatch(flat.text, ids),
+      affine,
+      pair_loss_fn=region_losses,
+      merge_fn=merge_matches,
+      method=self.method,
+      mesh=context.mesh,
+      chunk=self.chunk,
+    )
     weight = flat.valid.astype(jnp.float32)
     count = weight.sum()
     labelled = loss_inputs.valid.any(axis=1).astype(jnp.float32)
     one = jnp.ones(())
     # Over distinct phrases: texts of one phrase are one answer. A tie with
     # another phrase is a miss.
-    hit = (losses.same > losses.other).astype(jnp.float32)
-    phrases = weight / jnp.maximum(losses.peers, 1.0)
+    hit = (matches.same > matches.other).astype(jnp.float32)
+    phrases = weight / jnp.maximum(matches.peers, 1.0)
     loss = base.WeightedMean(total, count)
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),
@@ -330,34 +294,14 @@ class Grounding(base.Objective):
       )
     return base.Terms(loss=loss, report=report)
 
-  def _compare(self, flat, affine, context):
-    """Sum of the losses of all pairs, and `RegionLosses`."""
-    if not ring.should_use_ring(self.method, context.mesh):
-      losses = region_losses(
-        flat.region, flat.text, flat.phrase_id, flat.valid, affine,
-        chunk=self.chunk,
-      )  # fmt: skip
-      return losses.losses.sum(), losses
-    ids = RegionIds(jnp.arange(len(flat.valid)), flat.phrase_id, flat.valid)
-    result = ring.ring_pairwise_loss(
-      ring.EmbeddingBatch(flat.region, ids),
-      ring.EmbeddingBatch(flat.text, ids),
-      affine,
-      pair_loss_fn=shard_region_losses,
-      merge_fn=merge_region_losses,
-      mesh=context.mesh,
-    )
-    return result.loss, result.diagnostics
-
 
 def _regression_loss(
   loss_inputs: LossInputs,
 ) -> tuple[base.WeightedMean, base.WeightedMean]:
   """Loss and IoU of the located phrases.
 
-  "Where is the person?" has one answer: of several regions of an image with
-  one phrase the first counts, which is that of the highest score with
-  `pick='score'`.
+  "Where is the person?" has one answer: the first of an image's regions with
+  one phrase counts. With `pick='score'` it has the highest score.
   """
   phrase_id, valid = loss_inputs.phrase_id, loss_inputs.valid
   equal = phrase_id[:, :, None] == phrase_id[:, None]  # [B, m, m]

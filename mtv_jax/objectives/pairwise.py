@@ -1,15 +1,18 @@
-"""Pairwise logits and sigmoid losses of the contrastive objectives."""
+"""Pairwise logits and losses of the contrastive objectives."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mtv_jax.objectives import base
+from mtv_jax.parallel import ring
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -46,6 +49,63 @@ def logits(
   """`scale * cosine + bias` of rows and columns of unit length."""
   cosine = jnp.einsum("nd,md->nm", rows, columns, precision="highest")
   return affine.scale * cosine + affine.bias
+
+
+def sum_losses(
+  rows: ring.EmbeddingBatch,
+  columns: ring.EmbeddingBatch,
+  affine: Affine,
+  *,
+  pair_loss_fn: ring.PairLossFn,
+  merge_fn: ring.MergeFn,
+  method: ring.Method,
+  mesh: Mesh | None,
+  chunk: int | None = None,
+) -> tuple[Float[Array, ""], PyTree]:
+  """Sum of the losses of all pairs, and the diagnostics of each row.
+
+  With a `chunk`, that many columns are compared at a time, outside of the ring:
+  only `[n, chunk]` logits exist, forward and backward. The result is the same.
+  Rows are split over the devices, so the columns are chunked.
+  """
+  if ring.should_use_ring(method, mesh):
+    result = ring.ring_pairwise_loss(
+      rows,
+      columns,
+      affine,
+      pair_loss_fn=pair_loss_fn,
+      merge_fn=merge_fn,
+      mesh=mesh,
+    )
+    return result.loss, result.diagnostics
+  if chunk is None or chunk >= len(columns.embedding):
+    losses, diagnostics = pair_loss_fn(rows, columns, affine)
+    return losses.sum(), diagnostics
+
+  # The loop itself keeps the recomputation apart from the forward pass.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def compare(columns):
+    losses, diagnostics = pair_loss_fn(rows, columns, affine)
+    return losses.sum(), diagnostics
+
+  chunks = jax.tree.map(lambda x: _strided_chunks(x, chunk), columns)
+  losses, diagnostics = jax.lax.map(compare, chunks)
+  parts = [
+    jax.tree.map(lambda x, i=i: x[i], diagnostics) for i in range(len(losses))
+  ]
+  return losses.sum(), functools.reduce(merge_fn, parts)
+
+
+def _strided_chunks(x: Array, chunk: int) -> Array:
+  """Rows as `[chunks, chunk, ...]`, strided, padded with zeros.
+
+  A strided chunk has rows of every device, so that a step of the loop gathers
+  one chunk; with contiguous chunks it would gather all rows.
+  """
+  chunks = -(-x.shape[0] // chunk)
+  missing = chunks * chunk - x.shape[0]
+  x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+  return jnp.moveaxis(x.reshape(chunk, chunks, *x.shape[1:]), 1, 0)
 
 
 class Temperature(nn.Module):

@@ -32,7 +32,7 @@ def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
   Otherwise the compiler may split them by channels, like a parameter.
   """
-  if mesh is None:
+  if mesh is None or mesh.size == 1:
     return tree
 
   def constrain(x):

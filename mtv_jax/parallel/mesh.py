@@ -7,6 +7,7 @@ Three axes: `data` (replicas), `fsdp` (the batch and the parameters), `tensor`
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,18 +16,36 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
-from mtv_jax.config import schema
+from mtv_jax.config import sections
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 MESH_AXES = ("data", "fsdp", "tensor")
-_DEFAULT_DCN = {"data": -1, "fsdp": 1, "tensor": 1}
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+  """A number for each axis; -1 for what the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(MeshAxes):
+  """`config.mesh`; see `make_mesh`."""
+
+  dcn: MeshAxes = MeshAxes()  # Parts of an axis that lie on different slices.
+
+
+_DEFAULT_DCN = sections.to_dict(MeshAxes())
+
+
 def make_mesh(
-  shape: schema.Config, devices: Sequence[Any] | None = None
+  shape: MeshConfig | Mapping[str, Any], devices: Sequence[Any] | None = None
 ) -> Mesh:
   """The mesh `(data, fsdp, tensor)`.
 
@@ -47,6 +66,7 @@ def make_mesh(
       number of devices, or of slices.
   """
   devices = list(jax.devices() if devices is None else devices)
+  shape = sections.to_dict(shape)
   sizes = {name: size for name, size in shape.items() if name != "dcn"}
   whole = _sizes("config.mesh", sizes, len(devices), "devices")
   slices = _slices(devices)
@@ -158,11 +178,7 @@ class HostRows(NamedTuple):
 
 
 def host_rows(mesh: Mesh) -> HostRows:
-  """The part of a global batch that goes to this process's devices.
-
-  Raises:
-    ConfigError: the processes' parts are not equal, or this one has none.
-  """
+  """The part of a global batch that goes to this process's devices."""
   parts = _parts(mesh)
   for i, (_, processes) in enumerate(parts):
     if jax.process_index() in processes:
@@ -180,9 +196,6 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   consecutive on the mesh: on 4 x 4 chips in hosts of 2 x 2, the first row of
   chips belongs to two hosts. A batch on the mesh is then a permutation of the
   data's; random numbers of an example follow its row of the data.
-
-  Raises:
-    ConfigError: the processes' parts are not equal.
   """
   size = batch_size // num_batch_shards(mesh)
   shards = np.concatenate([shards for shards, _ in _parts(mesh)])
@@ -225,3 +238,33 @@ def shard_batch(
     name: jax.make_array_from_process_local_data(sharding, value)
     for name, value in batch.items()
   }
+
+
+def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
+  """The global array of an array that every host holds in full."""
+  value = np.asarray(value)
+  return jax.make_array_from_callback(
+    value.shape, sharding, lambda index: value[index]
+  )
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Replicates arrays over the devices of the mesh."""
+  sharding = replicated_sharding(mesh)
+  return jax.tree.map(lambda leaf: put_array(leaf, sharding), tree)
+
+
+def shard_replicated(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Shards a batch that every host holds in full over the mesh, by rows.
+
+  An array whose rows the data axes do not divide is replicated.
+  """
+  parts, sharded = num_batch_shards(mesh), NamedSharding(mesh, BATCH_SPEC)
+
+  def put(value: np.ndarray) -> jax.Array:
+    splits = np.ndim(value) and len(value) % parts == 0
+    return put_array(value, sharded if splits else replicated_sharding(mesh))
+
+  return {name: put(value) for name, value in batch.items()}

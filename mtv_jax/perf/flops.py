@@ -20,18 +20,17 @@ from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.data import ops, tokenizers
 from mtv_jax.models import attention
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
-from mtv_jax.train import encodings as encodings_lib
-from mtv_jax.train import losses
-from mtv_jax.train.initialization import read_teacher_models
+from mtv_jax.train import forward as forward_lib
+from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.spec import StepSpec, abstract_state
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
-from mtv_jax.train.step_spec import StepSpec, abstract_state
 from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import check_choice
 
@@ -177,7 +176,7 @@ class StepFlops:
 
 
 def run(
-  config: schema.Config, *, batch_size: int = 64, compile: str = "no"
+  config: Config | RunConfig, *, batch_size: int = 64, compile: str = "no"
 ) -> StepFlops:
   """Counts the train step of a config; opens no data, needs no accelerator.
 
@@ -188,8 +187,7 @@ def run(
     batch_size: the counted step's; the cost per image hardly depends on it.
     compile: "no", or "whole" for XLA's count as well, see `step_flops`.
   """
-  config = schema.check_config(config)
-  read_teacher_models(config)
+  config = resolve(config)
   spec = build_long_step_spec(config)
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
@@ -197,26 +195,22 @@ def run(
   )
 
 
-def build_long_step_spec(config: schema.Config) -> StepSpec:
-  """The train step of a resolved config, of a run without end; opens no data.
+def build_long_step_spec(config: RunConfig) -> StepSpec:
+  """The train step of a config, of a run without end; opens no data.
 
   Every objective starts before its last step, also one that starts at a share
   of the steps or after some epochs.
-
-  Raises:
-    ConfigError: as `build_step_spec`.
   """
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
 
 
-def batch_fields(
-  config: schema.Config, spec: StepSpec
-) -> Mapping[str, ops.Field]:
+def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
   """Shapes and dtypes of a batch's rows; opens no data and no tokenizer."""
   # The shapes are the same with any tokenizer.
-  tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None
+  text = config.model.text
+  tokenizer = tokenizers.build_tokenizer("bytes") if text else None
   return ops.build_ops(
     config.data.ops,
     tokenizer=tokenizer,
@@ -245,7 +239,7 @@ def make_views(
   """Views of a batch at step 0 by name, all of the config's or some."""
   images, sizes = batch["image"], batch["image_size"]
   step = jnp.zeros((), jnp.int32)
-  keys = losses.view_keys(spec, step, len(images), mesh)
+  keys = forward_lib.view_keys(spec, step, len(images), mesh)
   return {
     name: spec.views[name](images, sizes, keys[name], spec.dtype)
     for name in names or keys
@@ -325,7 +319,7 @@ def _xla_flops(spec: StepSpec, batch: Any, tx: Any) -> float:
   unrolled = dataclasses.replace(spec, runtime={**spec.runtime, "scan": False})
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(unrolled, tx, mesh)
-  lowered = program.jitted_update().lower(program.abstract, batch)
+  lowered = program.update.lower(program.abstract, batch)
   # The count is that of the HLO: machine code may be of any quality.
   cpu = jax.default_backend() == "cpu"
   options = {"xla_backend_optimization_level": 0} if cpu else {}
@@ -340,11 +334,10 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
     make_view = functools.partial(make_views, spec, names=[name])
     parts[f"view {name}"] = count(make_view, batch).flops
 
-  def encode(plan, params, *rest):
-    params = losses.stop_gradient_frozen(spec, params)
-    return encodings_lib.encode(
-      plan, spec.tower_of, params, *rest, convert_pixels=spec.convert_pixels
-    )
+  def encode(plan, params, fixed, views, batch):
+    params = forward_lib.stop_gradient_frozen(spec, params)
+    batch = {**batch, "views": views}
+    return forward_lib.encode(spec, params, fixed, batch, plan=plan)
 
   args = (state.params, state.fixed_params, views, batch)
   encoded = jax.eval_shape(functools.partial(encode, spec.plan), *args)
@@ -369,16 +362,16 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
   def finish(state, grads):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    teacher = update_teacher(spec, state.teacher, params, state.step)
-    return params, opt_state, teacher
+    new = state.replace(params=params, opt_state=opt_state)
+    return update_teacher(spec, new, state) if spec.has_teacher else new
 
   parts["optimizer"] = count(finish, state, state.params).flops
   return parts
 
 
 def _loss_inputs(spec, encoded, params, state, batch, views):
-  heads = losses.bind_heads(spec, params, state)
-  keys = losses.view_keys(spec, state.step, len(batch["image"]), None)
+  heads = forward_lib.bind_heads(spec, params, state)
+  keys = forward_lib.view_keys(spec, state.step, len(batch["image"]), None)
   batch = {**batch, "views": views, "keys": keys}
   return {
     name: objective.loss_inputs(
@@ -424,7 +417,7 @@ def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
   real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(shapes)]
 
   def loss(heads, loss_inputs, state):
-    return losses.compute_losses(spec, heads, state, loss_inputs)[0]
+    return forward_lib.compute_losses(spec, heads, state, loss_inputs)[0]
 
   grad = jax.value_and_grad(loss, argnums=(0, 1), allow_int=True)
   return {

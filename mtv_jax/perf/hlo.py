@@ -119,7 +119,7 @@ class Module:
     return dict(counts)
 
   @functools.cached_property
-  def fused(self) -> frozenset[str]:
+  def fused_computations(self) -> frozenset[str]:
     """Computations inside of an instruction, which allocate nothing."""
     return frozenset(
       called
@@ -138,11 +138,7 @@ class Module:
 
 
 def parse(program: Any) -> Module:
-  """Parses a program.
-
-  Raises:
-    InputError: the text has no ENTRY computation.
-  """
+  """Parses a program."""
   if isinstance(program, Module):
     return program
   hlo_text = program if isinstance(program, str) else program.as_text()
@@ -349,14 +345,13 @@ def largest_temporaries(
 ) -> list[dict[str, Any]]:
   """The largest arrays that a program allocates in HBM, not all at a time.
 
-  Returns:
-    For each shape and scope, `bytes` of an array with padding, `shape`, `name`
-    of an instruction that computes it, `scope`, and the `count` of arrays.
+  For each shape and scope: `bytes` of an array with padding, `shape`, `name`
+  of an instruction that computes it, `scope`, and the `count` of arrays.
   """
   module = parse(program)
   rows: dict[tuple[str, str], dict[str, Any]] = {}
   for name, computation in module.computations.items():
-    if name in module.fused or name not in module.run_counts:
+    if name in module.fused_computations or name not in module.run_counts:
       continue
     for instruction in computation.values():
       if instruction.opcode in ALIASES or instruction.opcode.endswith("-done"):
@@ -373,11 +368,8 @@ def largest_temporaries(
 def count_flops(program: Any, dtype: str = "") -> float:
   """FLOPs of the matrix products and convolutions of one chip.
 
-  Of Pallas kernels their estimate, or `attention.kernel_flops`; else 0.
-
-  Args:
-    program: see `parse`.
-    dtype: counts only products whose operands all have it, such as "s8".
+  A Pallas kernel counts its estimate, or `attention.kernel_flops`; else 0.
+  With a `dtype`, such as "s8", only products whose operands all have it count.
   """
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
   total = 0.0

@@ -74,7 +74,7 @@ def count_hbm_bytes(program: Any) -> float:
   module = hlo.parse(program)
   total = 0.0
   for name, times in module.run_counts.items():
-    if name in module.fused:
+    if name in module.fused_computations:
       continue
     computation = module.computations[name]
     for instruction in computation.values():

@@ -125,16 +125,11 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-  """Parses a topology name.
+  """Parses a topology name, see `EXAMPLES`.
 
-  Args:
-    name: 'KIND:SHAPE' of a TPU ('v5e:16x16', 'v4:4x4x8'; 'v5e-256' and
-      'v5litepod-256' are 'v5e:16x16'), with 'Nx' before it for N slices;
-      'cpu:N' for N devices of this machine's CPU; 'gpu:NxMODEL' or
-      'gpu:NxSIZEGB' for N GPUs.
-
-  Raises:
-    ConfigError: the name is not a topology.
+  'KIND:SHAPE' of a TPU ('v5e-256' and 'v5litepod-256' are 'v5e:16x16'), with
+  'Nx' before it for N slices; 'cpu:N' for N devices of this machine's CPU;
+  'gpu:NxMODEL' or 'gpu:NxSIZEGB' for N GPUs.
   """
   try:
     return _parse(name)
@@ -209,9 +204,6 @@ def describe_local() -> Topology:
   """The devices of this run, of all processes, which call it together.
 
   The memory of GPUs is the least of all processes.
-
-  Raises:
-    ConfigError: TPUs of an unknown kind.
   """
   # The first of all devices has memory statistics in its own process alone.
   device = jax.local_devices()[0]
@@ -242,10 +234,6 @@ def devices(topology: Topology) -> list[jax.Device]:
 
   TPU devices are compile-only. For GPUs these are CPU devices of this machine:
   the memory is an estimate.
-
-  Raises:
-    ConfigError: libtpu is not installed or rejects the topology, or this
-      process has too few CPU devices.
   """
   if topology.is_local:
     return jax.devices()

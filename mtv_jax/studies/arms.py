@@ -12,17 +12,17 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from ml_collections import ConfigDict
-
+from mtv_jax.config import aliases
 from mtv_jax.data import registry
 from mtv_jax.models import two_tower
 from mtv_jax.train.balance import METHODS
+from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 # Types of objectives by group, in the order of the paper's ladder.
 GROUPS = {
   "vl": ("contrastive", "captioning"),
-  "ssl": ("distillation", "masked_latent", "masked_pixels", "gram"),
+  "ssl": ("dino", "ibot", "mae", "gram"),
   "grounding": ("grounding",),
   "depth": ("depth",),
 }
@@ -66,13 +66,8 @@ class Options:
   weights: tuple[str, ...] = ()
 
 
-def make_arms(kind: str, config: ConfigDict, options: Options) -> Arms:
-  """The arms of a study of a checked config.
-
-  Raises:
-    ConfigError: for an unknown kind, options of another kind, or a config that
-      gives fewer than two arms.
-  """
+def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
+  """The arms of a study of a checked config."""
   if kind not in KINDS:
     raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
   make, taken = KINDS[kind]
@@ -103,14 +98,9 @@ def make_arms(kind: str, config: ConfigDict, options: Options) -> Arms:
 
 
 def group_objectives(
-  config: ConfigDict, order: Sequence[str] = ()
+  config: RunConfig, order: Sequence[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-  """The config's objectives by group.
-
-  Raises:
-    ConfigError: the config has no objectives, or `order` names a group twice
-      or one without objectives in this config.
-  """
+  """The config's objectives by group."""
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
   group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
   for name, entry in config.objectives.items():
@@ -140,7 +130,7 @@ def _lacking(groups: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _keep_groups(
-  name: str, config: ConfigDict, groups: Mapping[str, Sequence[str]]
+  name: str, config: RunConfig, groups: Mapping[str, Sequence[str]]
 ) -> Arm:
   """The arm that trains the objectives of some groups alone."""
   kept = {objective for names in groups.values() for objective in names}
@@ -148,7 +138,7 @@ def _keep_groups(
   return Arm(name, tuple(f"objectives.{n}=None" for n in dropped))
 
 
-def _ladder(config: ConfigDict, options: Options) -> Arms:
+def _ladder(config: RunConfig, options: Options) -> Arms:
   """One group more from arm to arm; an arm is named by the last."""
   groups = group_objectives(config, options.groups)
   arms, trained = [], {}
@@ -159,7 +149,7 @@ def _ladder(config: ConfigDict, options: Options) -> Arms:
   return Arms(arms, next(iter(groups)), notes)
 
 
-def _leave_one_out(config: ConfigDict, options: Options) -> Arms:
+def _leave_one_out(config: RunConfig, options: Options) -> Arms:
   """All groups, and all but one."""
   groups = group_objectives(config, options.groups)
   arms = [_keep_groups("all", config, groups)]
@@ -171,7 +161,7 @@ def _leave_one_out(config: ConfigDict, options: Options) -> Arms:
   return Arms(arms, "all", notes)
 
 
-def _pairs(config: ConfigDict, options: Options) -> Arms:
+def _pairs(config: RunConfig, options: Options) -> Arms:
   """Each group alone, and every two."""
   groups = group_objectives(config, options.groups)
   sets = [(name,) for name in groups]
@@ -186,10 +176,10 @@ def _pairs(config: ConfigDict, options: Options) -> Arms:
   return Arms(arms, next(iter(groups)), notes)
 
 
-def _scaling(config: ConfigDict, options: Options) -> Arms:
+def _scaling(config: RunConfig, options: Options) -> Arms:
   """Models times numbers of images."""
   variants = [text for text in options.models if ":" not in text]
-  # Of one patch size, the shape alone names the model.
+  # With one patch size, the shape alone names the model.
   one_patch = len({text.partition("/")[2] for text in variants}) < 2
   models = [_scale_model(config, text, one_patch) for text in options.models]
   models = models or [Arm(config.model.variant.partition("/")[0])]
@@ -203,7 +193,7 @@ def _scaling(config: ConfigDict, options: Options) -> Arms:
   return Arms(arms, arms[0].name)
 
 
-def _scale_model(config: ConfigDict, text: str, one_patch: bool) -> Arm:
+def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
   """An arm from `VARIANT` or `NAME:KEY=VALUE,...`."""
   name, colon, rest = text.partition(":")
   if colon:
@@ -216,7 +206,7 @@ def _scale_model(config: ConfigDict, text: str, one_patch: bool) -> Arm:
     ("model", config.model),
     ("model.text", config.model.text),
   ):
-    if section is not None and (own := shape & {*section}):
+    if section is not None and (own := shape & {*section.options}):
       raise ConfigError(
         f"--models={text}: config.{path} sets {', '.join(sorted(own))} itself,"
         " which a variant would not change. Write --models=NAME:width=...,..."
@@ -229,15 +219,15 @@ def _scale_model(config: ConfigDict, text: str, one_patch: bool) -> Arm:
   return Arm(shape if one_patch else f"{shape}_{patch}", tuple(changes))
 
 
-def count_records(config: ConfigDict, *, limited: bool = True) -> list[int]:
+def count_records(config: RunConfig, *, limited: bool = True) -> list[int]:
   """Records of each source, with its `limit` if `limited`; opens the data."""
   without = {"labels": None} if limited else {"labels": None, "limit": None}
-  entries = config.data.to_dict()["train"]
+  entries = config.data.train
   return [len(registry.build_source({**e, **without})) for e in entries]
 
 
 def _limit_images(
-  config: ConfigDict, count: int, available: Sequence[int]
+  config: RunConfig, count: int, available: Sequence[int]
 ) -> Arm:
   """An arm with so many distinct images, of each source its share."""
   if count < 1:
@@ -260,7 +250,7 @@ def balance_methods() -> tuple[str, ...]:
   return tuple(method for method in METHODS if method != FIXED)
 
 
-def _balance(config: ConfigDict, options: Options) -> Arms:
+def _balance(config: RunConfig, options: Options) -> Arms:
   """The config's weights, other weights, and balancing methods."""
   known, section = balance_methods(), config.balance
   for method in options.methods:
@@ -277,7 +267,7 @@ def _balance(config: ConfigDict, options: Options) -> Arms:
   return Arms(arms, FIXED)
 
 
-def _set_weights(config: ConfigDict, text: str, fixed: tuple[str, ...]) -> Arm:
+def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
   name, colon, rest = text.partition(":")
   if not colon:
     raise ConfigError(
@@ -286,18 +276,19 @@ def _set_weights(config: ConfigDict, text: str, fixed: tuple[str, ...]) -> Arm:
   changes = []
   for part in rest.split(","):
     objective, equals, weight = part.partition("=")
+    objective = aliases.new_name(objective)
     if objective not in config.objectives or not equals:
       raise ConfigError(
         f"--weights={text}: {part!r} is not OBJECTIVE=WEIGHT. "
         f"{did_you_mean(objective, config.objectives)}"
       )
-    scheduled = isinstance(config.objectives[objective].weight, ConfigDict)
+    scheduled = isinstance(config.objectives[objective].weight, WeightConfig)
     key = "weight.value" if scheduled else "weight"
     changes.append(f"objectives.{objective}.{key}={weight}")
   return Arm(name, (*fixed, *changes))
 
 
-def _teachers(config: ConfigDict, options: Options) -> Arms:
+def _teachers(config: RunConfig, options: Options) -> Arms:
   """Each teacher of a folder alone, and all of them."""
   del options
   names = [n for n, t in config.teachers.items() if t.path is not None]
@@ -311,7 +302,7 @@ def _teachers(config: ConfigDict, options: Options) -> Arms:
 
 
 # By name: the function, and the fields of `Options` that it takes.
-KINDS: dict[str, tuple[Callable[[ConfigDict, Options], Arms], tuple[str, ...]]]
+KINDS: dict[str, tuple[Callable[[RunConfig, Options], Arms], tuple[str, ...]]]
 KINDS = {
   "ladder": (_ladder, ("groups",)),
   "leave_one_out": (_leave_one_out, ("groups",)),

@@ -19,35 +19,38 @@ import hashlib
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 import mtv_jax
+from mtv_jax.config import aliases, recipes, sections
 from mtv_jax.config import overrides as overrides_lib
-from mtv_jax.config import schema
+from mtv_jax.config.durations import UNITS, Duration, RunLength
+from mtv_jax.encoder import loading
 from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
-from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.optim.optimizer import make_optimizer
-from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.optim.param_rules import match_param_rules
+from mtv_jax.train.run import RunConfig, WeightConfig, resolve
+from mtv_jax.train.spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
+  InputError,
   UserError,
   check_choice,
   did_you_mean,
 )
-from mtv_jax.utils.tree import flatten_with_names
+from mtv_jax.utils.tree import flatten_with_names, select_names
 
 FORMAT = 1
 MATCHES = ("images", "flops")
 # Images on the sheets of evaluations that draw some, unless the config says.
 PICTURES = 4
-_TOTAL = tuple(f"total_{unit}" for unit in schema.UNITS[:3])
+_TOTAL = tuple(f"total_{unit}" for unit in UNITS[:3])
 # Settings that change no FLOPs of a step.
 _NOT_COUNTED = ("seed", "schedule", "evals", "checkpoint", "log", "weights")
 
@@ -106,7 +109,13 @@ class Study:
     """The inverse of `to_dict`."""
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     runs = tuple(
-      Run(**{**run, "overrides": tuple(run["overrides"])})
+      Run(
+        **{
+          **run,
+          "overrides": tuple(run["overrides"]),
+          "settings": aliases.rename_old_keys(run["settings"]),
+        }
+      )
       for run in fields["runs"]
     )
     known = {name: fields[name] for name in names & fields.keys()}
@@ -147,27 +156,14 @@ def expand(
 ) -> Study:
   """Expands a config into the runs of a study.
 
-  Args:
-    kind: one of `arms.KINDS`.
-    config: file or name of a recipe, with its arguments.
-    assignments: overrides of all runs, `KEY=VALUE`.
-    options: of the kind.
-    seeds: number of seeds, of all arms or by arm: `3`, `vl:5,depth:5,3`.
-    match: what all runs have in common: the images seen, or the FLOPs of
-      training, those of the config's own run.
-    budget: share of the config's steps.
-    cost_fn: counts FLOPs per image; None to count none.
-    costs: FLOPs per image that are known, see `Study.costs`.
-
-  Raises:
-    ConfigError: for a config or options that don't fit each other; it names the
-      arm.
+  `assignments` are overrides of all runs. `cost_fn` counts FLOPs per image, and
+  `costs` are known ones (see `Study.costs`). A ConfigError names the arm.
   """
   check_choice("--match", match, MATCHES)
   if not 0 < budget <= 1:
     raise ConfigError(f"--budget={budget}: expected a share in (0, 1].")
-  base = overrides_lib.override(schema.read_config(config), assignments)
-  resolved = schema.check_config(base)
+  base = overrides_lib.override(recipes.read_config(config), assignments)
+  resolved = resolve(base)
   found = arms_lib.make_arms(kind, resolved, options or arms_lib.Options())
   counts = _count_seeds(seeds, [arm.name for arm in found.arms])
   meter = _CostMeter(cost_fn, dict(costs or {}))
@@ -265,31 +261,32 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
   return {arm: counts.get(arm, counts.get("", 1)) for arm in arms}
 
 
-def _read_length(resolved: ConfigDict) -> schema.RunLength:
+def _read_length(config: RunConfig) -> RunLength:
   """The length of the config's run; opens the data for one in epochs."""
-  in_epochs = (
-    resolved.get("total_epochs") is not None
-    or any(s.get(f"{name}_epochs") for _, s, name in _durations(resolved))
-    or any(entry.get("start_epochs") for _, entry in _read_rules(resolved))
-  )
-  examples = sum(arms_lib.count_records(resolved)) if in_epochs else None
-  return schema.RunLength.from_config(resolved, examples)
+  durations = [config.total, *_durations(config).values()]
+  durations += [_start(entry) for _, entry in _read_rules(config)]
+  in_epochs = any(d is not None and d.unit == "epochs" for d in durations)
+  examples = sum(arms_lib.count_records(config)) if in_epochs else None
+  return RunLength.of_total(config.total, config.batch_size, examples)
 
 
-def _durations(resolved: ConfigDict) -> Iterator[tuple[str, ConfigDict, str]]:
-  """Path, section and name of the durations that depend on a run's length."""
-  for name in ("warmup", "cooldown", "timescale"):
-    yield "schedule", resolved.schedule, name
-  for objective, entry in resolved.objectives.items():
-    if isinstance(entry.weight, ConfigDict):
-      for name in ("start", "ramp"):
-        yield f"objectives.{objective}.weight", entry.weight, name
-  for teacher, entry in resolved.teachers.items():
-    yield f"teachers.{teacher}", entry, "update_every"
+def _durations(config: RunConfig) -> dict[str, Duration | None]:
+  """The durations that depend on a run's length, by key without unit."""
+  groups = {"schedule": (config.schedule, ("warmup", "cooldown", "timescale"))}
+  for name, entry in config.objectives.items():
+    if isinstance(entry.weight, WeightConfig):
+      groups[f"objectives.{name}.weight"] = entry.weight, ("start", "ramp")
+  for name, teacher in config.teachers.items():
+    groups[f"teachers.{name}"] = teacher, ("update_every",)
+  return {
+    f"{path}.{name}": getattr(section, name)
+    for path, (section, names) in groups.items()
+    for name in names
+  }
 
 
 def _set_length(
-  config: ConfigDict, length: schema.RunLength, steps: int
+  config: RunConfig, length: RunLength, steps: int
 ) -> Iterable[str]:
   """Overrides that set the length of a run of an arm's config.
 
@@ -297,24 +294,26 @@ def _set_length(
   other than those in percent, which do by themselves. Epochs become steps, as
   those of an arm with fewer distinct images are shorter.
   """
-  share = steps / length.total_steps
-  if share != 1 or config.get("total_epochs") is not None:
-    for key in _TOTAL:
-      if key != "total_steps" and config.get(key) is not None:
-        yield f"{key}=None"
+  share, unit = steps / length.total_steps, config.total.unit
+  if share != 1 or unit == "epochs":
+    if unit != "steps":
+      yield f"total_{unit}=None"
     yield f"total_steps={steps}"
-  for path, section, name in _durations(config):
-    for key, value in _scale(section, name, length, share).items():
-      yield f"{path}.{key}={value}"
+  for name, duration in _durations(config).items():
+    for key, value in _scale(name, duration, length, share).items():
+      yield f"{key}={value}"
   rules = _read_rules(config)
-  scaled = [(w, {**e, **_scale(e, "start", length, share)}) for w, e in rules]
+  scaled = [
+    (pattern, {**entry, **_scale("start", _start(entry), length, share)})
+    for pattern, entry in rules
+  ]
   if scaled != rules:
     yield f"optim.rules={scaled}"
 
 
-def _read_rules(config: ConfigDict) -> list[tuple[str, dict[str, Any]]]:
+def _read_rules(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
   """The optimizer's rules; none if one is wrong, which a run reports."""
-  rules = overrides_lib.to_plain(config.optim.rules)
+  rules = config.optim.rules
   pairs = all(
     isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[1], Mapping)
     for r in rules
@@ -322,18 +321,25 @@ def _read_rules(config: ConfigDict) -> list[tuple[str, dict[str, Any]]]:
   return [tuple(rule) for rule in rules] if pairs else []
 
 
+def _start(rule: Mapping[str, Any]) -> Duration | None:
+  """The start of an optimizer's rule."""
+  given = [unit for unit in UNITS if rule.get(f"start_{unit}")]
+  return Duration(rule[f"start_{given[0]}"], given[0]) if given else None
+
+
 def _scale(
-  section: schema.Config, name: str, length: schema.RunLength, share: float
+  key: str, duration: Duration | None, length: RunLength, share: float
 ) -> dict[str, int | None]:
   """What changes in a section for a share of a duration."""
-  given = [unit for unit in schema.UNITS if section.get(f"{name}_{unit}")]
-  if given != ["epochs"] and (share == 1 or given in ([], ["percent"])):
+  if duration is None or not duration.value or duration.unit == "percent":
     return {}
-  steps = max(round(length.steps(name, section) * share), 1)
-  return {f"{name}_{given[0]}": None, f"{name}_steps": steps}
+  if share == 1 and duration.unit != "epochs":
+    return {}
+  steps = max(round(length.steps(duration) * share), 1)
+  return {f"{key}_{duration.unit}": None, f"{key}_steps": steps}
 
 
-def _adapt(base: ConfigDict, arm: Arm, length: schema.RunLength) -> list[str]:
+def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
   """Overrides that leave out what an arm has no use for.
 
   These are evaluations of what it does not train, teacher weights without a
@@ -346,17 +352,24 @@ def _adapt(base: ConfigDict, arm: Arm, length: schema.RunLength) -> list[str]:
     spec = build_long_step_spec(config)
     params = abstract_params(spec)
     # Before the study is recorded: of a wrong option no run could start.
-    make_optimizer(config.optim, config.schedule, length=length, params=params)
-  given = experiment.evaluable(config, spec.model)
+    make_optimizer(
+      config.optim,
+      config.schedule,
+      length=length,
+      params=params,
+      table=match_param_rules(params, (), length=length),
+    )
+  heads = loading.prediction_heads(config.to_dict(), spec.model)
+  given = experiment.evaluable(spec.model, heads)
   changes = []
-  for name, evaluator in experiment.build_evaluators(config).items():
+  for name, evaluator in experiment.build_evaluators(config.evals).items():
     entry = config.evals[name]
     if not evaluator.requires <= given:
       changes.append(f"evals.{name}=None")
       continue
-    if hasattr(evaluator, "pictures") and "pictures" not in entry:
+    if hasattr(evaluator, "pictures") and "pictures" not in entry.options:
       changes.append(f"evals.{name}.pictures={PICTURES}")
-    if entry.get("weights") == "teacher" and not spec.has_teacher:
+    if entry.weights == "teacher" and not spec.has_teacher:
       changes.append(f"evals.{name}.weights=student")
   if config.weights == "teacher" and not spec.has_teacher:
     changes.append("weights=student")
@@ -368,15 +381,15 @@ def _adapt(base: ConfigDict, arm: Arm, length: schema.RunLength) -> list[str]:
     if rules:
       kept = [r for r in rules if _is_used(r, names)]
       if len(kept) < len(rules):
-        changes.append(f"{key}={overrides_lib.to_plain(kept)}")
+        changes.append(f"{key}={sections.to_dict(kept)}")
   return changes
 
 
 def _is_used(rule: Any, names: Sequence[str]) -> bool:
   """Whether a rule is for some parameter; a run reports a wrong one."""
   try:
-    return any(re.search(rule[0], name) for name in names)
-  except (TypeError, LookupError, re.error):
+    return bool(select_names(names, [rule[0]]))
+  except (TypeError, LookupError, InputError):
     return True
 
 
@@ -389,9 +402,9 @@ def _name_arm(arm: str) -> Iterator[None]:
     raise
 
 
-def _build(base: ConfigDict, changes: Sequence[str], arm: str) -> ConfigDict:
+def _build(base: ConfigDict, changes: Sequence[str], arm: str) -> RunConfig:
   with _name_arm(arm):
-    return schema.check_config(overrides_lib.override(base, changes))
+    return resolve(overrides_lib.override(base, changes))
 
 
 def _resolve(
@@ -400,6 +413,5 @@ def _resolve(
   """The config that a run writes to its `config.json`."""
   config = _build(base, changes, arm)
   with _name_arm(arm):
-    read_teacher_models(config)
     build_long_step_spec(config)
-  return json.loads(json.dumps(config.to_dict()))
+  return config.to_dict()

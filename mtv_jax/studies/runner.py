@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.checkpoint.partial_restore import first_lines
-from mtv_jax.config import options
+from mtv_jax.config import aliases, options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.studies.arms import KINDS
@@ -58,9 +58,6 @@ def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
   """The runs of `--index=I` or `--index=I/N`, all by default.
 
   `I` is the run of that number, from 0; `I/N` every N-th from I on.
-
-  Raises:
-    ConfigError: for another text, or a number that is out of range.
   """
   check_index(index)
   if index is None:
@@ -76,17 +73,13 @@ def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
 
 
 def read(folder: pathlib.Path) -> Study:
-  """The study of a folder.
-
-  Raises:
-    InputError: the folder has none, or one of another format.
-  """
+  """The study of a folder."""
   path = folder / STUDY
   try:
     fields = json.loads(path.read_bytes())
   except FileNotFoundError:
     raise InputError(f"{folder} has no {STUDY}: it is not a study.") from None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(
       f"{path} is not JSON ({error}). Remove it: the command of the study "
       "writes it again."
@@ -124,12 +117,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def write(folder: pathlib.Path, study: Study) -> None:
-  """Records a study in its folder; a study there may only be extended.
-
-  Raises:
-    ConfigError: the folder has another study, or one with other settings, or is
-      that of a run.
-  """
+  """Records a study in its folder; a study there may only be extended."""
   if (folder / "config.json").exists():
     raise ConfigError(
       f"--output={folder} is the folder of a run or a model. Give another one."
@@ -170,17 +158,14 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
 
 
 def is_finished(folder: pathlib.Path, run: Run) -> bool:
-  """Whether a run has trained to its end with its settings and evaluations.
-
-  Raises:
-    InputError: its folder has a run with other settings.
-  """
+  """Whether a run has trained to its end with its settings and evaluations."""
   path = folder / RUNS / run.name
   try:
     config = json.loads((path / "config.json").read_bytes())
-  except (FileNotFoundError, ValueError):
+  except (FileNotFoundError, ValueError, RecursionError):
     # Not started, or killed while its config was written.
     return False
+  config = aliases.rename_old_keys(config)
   if config != run.settings:
     lines = describe_difference(run.settings, config)
     raise InputError(
@@ -205,16 +190,7 @@ def run_study(
 ) -> StudyStatus:
   """Trains the runs of a study that are not finished, one after another.
 
-  Args:
-    folder: of the study; `write` has recorded it there.
-    study: as recorded.
-    index: which runs, see `select_runs`.
-    log_fn: called with a line at the start and the end of each run.
-
-  Raises:
-    preemption.Preempted: after SIGTERM, once the current run has saved a
-      checkpoint.
-    InputError: the folder of a run has other settings.
+  Raises Preempted after SIGTERM, once the current run has saved a checkpoint.
   """
   status = StudyStatus()
   selected = select_runs(study.runs, index)
@@ -278,8 +254,7 @@ def _train(
 ) -> str | None:
   """Trains in a new process; returns why it failed, or None.
 
-  Raises:
-    preemption.Preempted: the process has exited after SIGTERM.
+  Raises Preempted if the process has exited after SIGTERM.
   """
   size = log.stat().st_size if log.exists() else 0
   (process,) = launch(

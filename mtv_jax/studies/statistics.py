@@ -1,43 +1,55 @@
-"""Statistics of a study: comparisons of arms, synergy of pairs.
+"""Statistics of a study: results of its runs, means of arms, synergy of pairs.
 
 An arm is a setting (a set of objectives, a size) that is run with several
-seeds; `contrasts.py` computes a difference and its intervals. Comparisons are
-corrected for their number (Holm 1979).
+seeds; `report/contrasts.py` estimates a difference and its intervals.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from mtv_jax.studies import contrasts
-from mtv_jax.studies.contrasts import Contrast, Measurements, Metric
+from mtv_jax.evals.core.base import Result
+from mtv_jax.report import contrasts
+from mtv_jax.report.contrasts import (
+  Comparison,
+  Contrast,
+  Measurements,
+  Metric,
+  compare_arms,
+  correct_contrasts,
+)
+from mtv_jax.report.evaluations import Z_95
+from mtv_jax.report.run_folders import RunFolder, read_run
+from mtv_jax.studies import runner
+from mtv_jax.studies.expand import Study
 from mtv_jax.utils.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison(Contrast):
-  """An arm minus the baseline."""
+@dataclasses.dataclass(frozen=True)
+class StudyResults:
+  """Measurements of the finished runs; metrics are `EVALUATION/METRIC`."""
 
-  metric: str
-  arm: str
-  baseline: str
+  study: Study
+  runs: tuple[RunFolder, ...]  # that are finished
+  measurements: Measurements  # arms in the study's order
+  metrics: tuple[Metric, ...]  # in the order of the evaluations
+  unfinished: tuple[str, ...]  # names of runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Synergy:
   """What a pair of objectives gives beyond each of the two."""
 
-  metric: str
   arm: str  # trained with both
   first: str
   second: str
   better: str  # of first and second, by their means
   over_better: Contrast  # arm - better
-  # arm - (first + second - baseline); None if the baseline is not known.
+  # arm - (first + second - chance); None if chance is not known.
   over_additive: Contrast | None
 
 
@@ -45,78 +57,84 @@ class Synergy:
 class Summary:
   """The mean of an arm on one metric."""
 
-  metric: str
-  arm: str
   n: int  # seeds
   mean: float | None
-  low: float | None  # 95 % t interval over seeds; None for fewer than 2
-  high: float | None
-  item_error: float | None  # mean standard error of a run over items
+  # 95 %: Student's t over seeds if there are several, else over items.
+  interval: tuple[float, float] | None
+
+
+def read_study(folder: pathlib.Path) -> StudyResults:
+  """Reads the finished runs of a study."""
+  study = runner.read(folder)
+  arms = {run.arm: {} for run in study.runs}
+  metrics: dict[str, Metric] = {}
+  read, unfinished = [], []
+  for run in study.runs:
+    if not runner.is_finished(folder, run):
+      unfinished.append(run.name)
+      continue
+    path = folder / runner.RUNS / run.name
+    read.append(read_run(path, name=run.name, arm=run.arm, step=run.steps))
+    arms[run.arm][run.seed] = {
+      name: _get_result(read[-1], name) for name in run.settings["evals"]
+    }
+    for name, result in arms[run.arm][run.seed].items():
+      for metric in contrasts.describe_metrics(name, result):
+        metrics.setdefault(metric.name, metric)
+  return StudyResults(
+    study,
+    tuple(read),
+    contrasts.collect_measurements(arms),
+    tuple(metrics.values()),
+    tuple(unfinished),
+  )
+
+
+def _get_result(run: RunFolder, name: str) -> Result:
+  if name not in run.outcome.results:
+    raise InputError(f"{run.files[name]} lacks results of {name!r}.")
+  return run.outcome.results[name]
 
 
 def compare(
-  data: Measurements,
-  metrics: Sequence[Metric],
-  *,
-  baseline: str,
-  family: Literal["table", "metric", "arm"] = "table",
+  data: Measurements, metrics: Sequence[Metric], *, baseline: str
 ) -> list[Comparison]:
-  """Compares every other arm with the baseline on each metric.
-
-  Args:
-    data: of all arms.
-    metrics: rows, in order.
-    baseline: an arm.
-    family: comparisons that are corrected together: all of them, those of a
-      metric, or those of an arm.
-
-  Raises:
-    InputError: if there is no such arm.
-  """
+  """Compares the other arms with the baseline on each metric, as one family."""
   arms = [arm for arm in data.values if arm != baseline]
   if len(arms) == len(data.values):
     names = ", ".join(data.values)
     raise InputError(f"the baseline {baseline!r} is none of the arms: {names}")
-  rows = []
-  for metric in metrics:
-    for arm in arms:
-      contrast = contrasts.estimate_contrast(
-        data, metric, {arm: 1.0, baseline: -1.0}
-      )
-      names = dict(metric=metric.name, arm=arm, baseline=baseline)
-      rows.append(Comparison(**vars(contrast), **names))
-  if family == "table":
-    return correct_contrasts(rows)
-  families = [getattr(row, family) for row in rows]
-  corrected = {
-    name: iter(
-      correct_contrasts([r for r in rows if getattr(r, family) == name])
-    )
-    for name in families
-  }
-  return [next(corrected[name]) for name in families]
+  return correct_contrasts(
+    compare_arms(data, metric, arm, baseline)
+    for metric in metrics
+    for arm in arms
+  )
+
+
+def compare_in_order(
+  data: Measurements, metrics: Sequence[Metric]
+) -> list[Comparison]:
+  """Compares each arm with the one before it, corrected as one family."""
+  arms = list(data.values)
+  return correct_contrasts(
+    compare_arms(data, metric, arm, before)
+    for metric in metrics
+    for before, arm in zip(arms, arms[1:], strict=False)
+  )
 
 
 def find_synergies(
-  data: Measurements,
-  metrics: Sequence[Metric],
-  *,
-  baseline: str | None = None,
+  data: Measurements, metrics: Sequence[Metric]
 ) -> list[Synergy]:
   """Compares the arms `A+B` with the arms `A` and `B`.
 
   The better of A and B is chosen by its mean, which is then on average too
   good by a part of its error: the gain over it is rather too small.
-
-  Args:
-    data: of all arms; those whose parts are not arms are left out.
-    metrics: rows, in order.
-    baseline: the arm with neither A nor B; None for chance.
   """
   pairs = [(arm, *arm.split("+")) for arm in data.values if arm.count("+") == 1]
   pairs = [pair for pair in pairs if {*pair} <= {*data.values}]
   rows = [
-    _estimate_synergy(data, metric, pair, baseline)
+    _estimate_synergy(data, metric, pair)
     for metric in metrics
     for pair in pairs
   ]
@@ -137,7 +155,6 @@ def _estimate_synergy(
   data: Measurements,
   metric: Metric,
   pair: tuple[str, str, str],
-  baseline: str | None,
 ) -> Synergy:
   arm, first, second = pair
   means = {
@@ -149,53 +166,27 @@ def _estimate_synergy(
   over_better = contrasts.estimate_contrast(
     data, metric, {arm: 1.0, better: -1.0}
   )
-  weights, constant = {arm: 1.0, first: -1.0, second: -1.0}, metric.chance
-  if baseline is not None:
-    weights[baseline], constant = 1.0, 0.0
+  weights = {arm: 1.0, first: -1.0, second: -1.0}
   over_additive = None
-  if constant is not None:
-    over_additive = contrasts.estimate_contrast(data, metric, weights, constant)
-  return Synergy(
-    metric.name, arm, first, second, better, over_better, over_additive
-  )
+  if metric.chance is not None:
+    over_additive = contrasts.estimate_contrast(
+      data, metric, weights, metric.chance
+    )
+  return Synergy(arm, first, second, better, over_better, over_additive)
 
 
 def summarise_arm(data: Measurements, metric: Metric, arm: str) -> Summary:
-  """The mean of an arm over its seeds, with its t interval."""
+  """The mean of an arm over its seeds, with its interval."""
   seeds = data.seeds(arm, metric.name)
+  if not seeds:
+    return Summary(0, None, None)
   x = np.array([data.values[arm][s][metric.name] for s in seeds], np.float64)
+  mean, interval = float(np.mean(x)), None
   errors = [data.errors.get(arm, {}).get(s, {}).get(metric.name) for s in seeds]
-  mean = low = high = item_error = None
-  if seeds:
-    mean = float(np.mean(x))
   if len(seeds) > 1:
-    low, high = contrasts.t_interval(
-      mean, contrasts.standard_error(x), len(x) - 1
-    )
-  if seeds and all(map(contrasts.is_finite, errors)):
-    item_error = float(np.mean(errors))
-  return Summary(metric.name, arm, len(seeds), mean, low, high, item_error)
-
-
-def correct_contrasts(rows: Sequence[Contrast]) -> list:
-  """The contrasts of one family, with Holm's p values."""
-  corrected = holm([row.p for row in rows])
-  return [
-    dataclasses.replace(row, p_holm=p)
-    for row, p in zip(rows, corrected, strict=True)
-  ]
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-  """Holm's step-down adjusted p values (Holm 1979).
-
-  In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value is no test, and does not count.
-  """
-  tested = [i for i, p in enumerate(p_values) if p is not None]
-  adjusted: list[float | None] = [None] * len(p_values)
-  largest = 0.0
-  for rank, i in enumerate(sorted(tested, key=lambda i: p_values[i])):
-    largest = max(largest, min(1.0, (len(tested) - rank) * p_values[i]))
-    adjusted[i] = largest
-  return adjusted
+    error = contrasts.standard_error(x)
+    interval = contrasts.t_interval(mean, error, len(x) - 1)
+  elif all(map(contrasts.is_finite, errors)):
+    half = Z_95 * float(np.mean(errors))
+    interval = mean - half, mean + half
+  return Summary(len(seeds), mean, interval)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from mtv_jax.perf import flops
+from mtv_jax.report.run_folders import read_metrics
 from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Run, Study, code_version
-from mtv_jax.train.metrics import format_duration
-from mtv_jax.utils.curves import read_rows
+from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import UserError
+from mtv_jax.utils.text import align_columns, format_duration
 
 # Rows of the batch that is counted; the cost per image hardly depends on it.
 _ROWS = 64
@@ -29,7 +29,7 @@ def count_flops(settings: Mapping[str, Any]) -> float:
 
   Of `settings`, a resolved config; see `flops.model_flops`.
   """
-  config = ConfigDict(dict(settings))
+  config = resolve(settings)
   spec = flops.build_long_step_spec(config)
   rows = min(config.batch_size, _ROWS)
   batch = flops.abstract_batch(rows, flops.batch_fields(config, spec))
@@ -76,7 +76,8 @@ def format_runs(
       ]
     )
   left = len(study.runs) - sum(done.values())
-  total = f"{_align(rows)}\n{left} of {len(study.runs)} runs to train"
+  table = "\n".join(align_columns(rows, left=(1, len(rows[0]) - 1)))
+  total = f"{table}\n{left} of {len(study.runs)} runs to train"
   if not rate:
     return total
   return (
@@ -85,26 +86,13 @@ def format_runs(
   )
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
-  """Columns of text; all but the second and the last align right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  left = (1, len(widths) - 1)
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if i in left else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  )
-
-
 def _measure_rate(
   folder: pathlib.Path, runs: Sequence[Run], measure: bool
 ) -> tuple[float | None, str]:
   """FLOPs per second, and what they are from.
 
-  Of the study's runs where some have trained; else, if `measure`, the rate of a
-  matrix product on this process's device, which no run reaches.
+  The study's own rate if some runs have trained; else, if `measure`, the rate
+  of a matrix product on this process's device, which no run reaches.
   """
   rates = [
     run.flops / run.images * speed
@@ -122,24 +110,23 @@ def _measure_rate(
 
 def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
   """The median speed of a run; None if it is not known."""
-  path = folder / runner.RUNS / run.name / "metrics.jsonl"
   try:
-    rows = read_rows(path) if path.exists() else []
+    series = read_metrics(folder / runner.RUNS / run.name)
   except UserError:
     # A crash has damaged it, and the run that resumes repairs it.
     return None
-  speeds = [row.get("speed/images_per_second") for row in rows]
-  speeds = [speed for speed in speeds if speed]
+  speeds = [x for _, x in series.get("speed/images_per_second", ()) if x]
   return float(np.median(speeds)) if speeds else None
 
 
-def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+def _matmul_rate() -> float:
   """FLOPs per second of a float32 product of square matrices."""
+  size = 1024
   x = jnp.ones((size, size))
   multiply = jax.jit(jnp.matmul)
   multiply(x, x).block_until_ready()
   seconds = []
-  for _ in range(repeats):
+  for _ in range(5):
     start = time.perf_counter()
     multiply(x, x).block_until_ready()
     seconds.append(time.perf_counter() - start)

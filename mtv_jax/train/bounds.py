@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from mtv_jax.config import options
-from mtv_jax.config.schema import Config
+from mtv_jax.config.sections import sparse
 from mtv_jax.train.numerics import RollbackError
 from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
@@ -25,9 +24,13 @@ class Bound:
   """
 
   metric: str
-  min: float | None = None
-  max: float | None = None
-  then: Literal["rollback", "stop"] = "rollback"
+  min: float | None = sparse(None)
+  max: float | None = sparse(None)
+  then: Literal["rollback", "stop"] = sparse("rollback")
+
+  def __post_init__(self):
+    if self.min is None and self.max is None:
+      raise ConfigError("has neither min nor max: give one or both.")
 
   def check(
     self,
@@ -40,11 +43,6 @@ class Bound:
 
     `last_step_within` is that of the evaluation before, which was within the
     bound.
-
-    Raises:
-      ConfigError: the evaluation has no such metric.
-      BoundError: the bound is not met at step 0.
-      RollbackError: it is not met later.
     """
     value = self.value(name, metrics)
     if self.is_met(value):
@@ -83,19 +81,3 @@ class Bound:
     low = self.min is not None and not value >= self.min
     high = self.max is not None and not value <= self.max
     return not (low or high)
-
-
-def read_bound(name: str, entry: Config) -> Bound | None:
-  """The bound of an entry of `config.evals`; None if it has none.
-
-  Raises:
-    ConfigError: it has an unknown key, or neither `min` nor `max`.
-  """
-  fields = entry.get("bound")
-  if fields is None:
-    return None
-  where = f"config.evals.{name}.bound"
-  bound = options.build(Bound, dict(fields), where=where)
-  if bound.min is None and bound.max is None:
-    raise ConfigError(f"{where} has neither min nor max: give one or both.")
-  return bound

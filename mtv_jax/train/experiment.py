@@ -1,4 +1,4 @@
-"""An experiment: a checked config and everything that is built from it."""
+"""An experiment: a resolved config and everything that is built from it."""
 
 import contextlib
 import dataclasses
@@ -7,30 +7,28 @@ import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
-from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
-from mtv_jax.models import two_tower as model_lib
+from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
-from mtv_jax.train import bounds, metrics
-from mtv_jax.train.initialization import (
-  check_source_tokenizer,
-  read_teacher_models,
-)
+from mtv_jax.train import metrics
+from mtv_jax.train.initialization import check_source_tokenizer
 from mtv_jax.train.optim import param_rules
+from mtv_jax.train.run import EvalConfig, RunConfig, resolve
 from mtv_jax.train.train_step import (
   TrainStep,
   build_train_step,
@@ -46,34 +44,33 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(TrainStep):
-  """A checked config and everything that is built from it."""
+  """A resolved config and everything that is built from it."""
 
   workdir: pathlib.PurePath  # As given; `train` replaces a bucket's.
   tokenizer: Any  # None for a model without text.
   sources: list[Any]  # Of `config.data.train`, in order.
+  prediction_heads: dict[str, PredictionHead]
   evaluators: dict[str, evals_base.Evaluator]
   trackers: dict[str, metrics.Tracker]  # Not opened yet.
-  bounds: dict[str, bounds.Bound | None]  # Of the evaluations, by name.
 
 
 def build_experiment(
-  config: schema.Config, workdir: str | os.PathLike
+  config: sections.Config | RunConfig, workdir: str | os.PathLike
 ) -> Experiment:
-  """Checks a config and builds everything but the state.
+  """Resolves a config and builds everything but the state.
 
   Raises:
     ConfigError: for anything in the config that can't be used.
   """
-  config = schema.check_config(config)
   check_workdir(workdir)
+  config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  read_teacher_models(config, path_lib.as_path(workdir))
   # Before the data, which may take long to open.
   tokenizer = _build_tokenizer(config)
   if not saved_steps(path_lib.as_path(workdir)):
     check_source_tokenizer(config, tokenizer)
-  entries = config.data.to_dict()["train"]
+  entries = config.data.train
   # As labels are aligned to whole sources, limits come last.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
@@ -84,7 +81,8 @@ def build_experiment(
     for entry, source in zip(entries, whole, strict=True)
   ]
   step = build_train_step(config, mesh, sum(lengths))
-  heads = loading.prediction_heads(config, step.step_spec.model)
+  model = step.step_spec.model
+  heads = loading.prediction_heads(config.to_dict(), model)
   for head in heads.values():
     head.check_tokenizer(tokenizer)
   # Labels that no objective reads are not opened.
@@ -105,15 +103,15 @@ def build_experiment(
     workdir=path_lib.as_path(workdir),
     tokenizer=tokenizer,
     sources=sources,
-    evaluators=_prepare_evaluators(config, step),
+    prediction_heads=heads,
+    evaluators=_prepare_evaluators(step, evaluable(model, heads)),
     trackers=trackers,
-    bounds={n: bounds.read_bound(n, e) for n, e in config.evals.items()},
   )
 
 
-def _build_tokenizer(config: ConfigDict) -> Any:
-  """The tokenizer of a resolved config; None for a model without text."""
-  if not (text := config.model.text):
+def _build_tokenizer(config: RunConfig) -> Any:
+  """The tokenizer of a config; None for a model without text."""
+  if (text := config.model.text) is None:
     return None
   if not text.tokenizer and config.init:
     path = config.init.path
@@ -133,37 +131,40 @@ def _build_tokenizer(config: ConfigDict) -> Any:
   return tokenizer
 
 
-def build_evaluators(config: ConfigDict) -> dict[str, evals_base.Evaluator]:
-  """The evaluators of a resolved config by name; opens no data."""
-  entries = {}
-  for name, entry in config.evals.items():
-    entries[name] = entry.to_dict()
-    for key in ("at_start", "weights", "bound"):  # The trainer's.
-      entries[name].pop(key, None)
-  return evals_lib.build(entries)
+def build_evaluators(
+  evals: Mapping[str, EvalConfig],
+) -> dict[str, evals_base.Evaluator]:
+  """The evaluators of a config by name; opens no data."""
+  return {
+    name: evals_base.build_evaluator(
+      name, {"type": entry.type, **entry.options}
+    )
+    for name, entry in evals.items()
+  }
 
 
-def evaluable(config: ConfigDict, spec: model_lib.ModelSpec) -> frozenset[str]:
+def evaluable(
+  model: ModelSpec, heads: Mapping[str, PredictionHead]
+) -> frozenset[str]:
   """What evaluators of a run may require, see `Evaluator.requires`."""
-  heads = loading.prediction_heads(config, spec).values()
-  text = {"text"} if spec.text is not None else set()
-  return frozenset(text | {head.objective for head in heads})
+  text = {"text"} if model.text is not None else set()
+  return frozenset(text | {head.objective for head in heads.values()})
 
 
 def _prepare_evaluators(
-  config: ConfigDict, step: TrainStep
+  step: TrainStep, given: frozenset[str]
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators and opens their data, so that errors show early."""
-  given = evaluable(config, step.step_spec.model)
+  config = step.config
   weights = {"config.weights": config.weights}
   for name, entry in config.evals.items():
-    weights[f"config.evals.{name}"] = entry.get("weights", config.weights)
+    weights[f"config.evals.{name}"] = entry.weights or config.weights
   for where, kind in weights.items():
     try:
       step.program.abstract.weights(kind)
     except ConfigError as error:
       raise ConfigError(f"{where}: {error}") from None
-  evaluators = build_evaluators(config)
+  evaluators = build_evaluators(config.evals)
   for name, evaluator in evaluators.items():
     if lacking := sorted(evaluator.requires - given):
       what = (
@@ -196,7 +197,7 @@ def make_loader(
   config = experiment.config
   rows = host_rows(experiment.mesh)
   loader = pipeline.make_loader(
-    config.data.to_dict(),
+    config.data,
     batch_size=config.batch_size,
     seed=config.seed,
     start_step=start_step,
@@ -210,7 +211,7 @@ def make_loader(
     stats=stats,
   )
   experiment.require_fields(loader.fields)
-  if config.model.text and "caption" in loader.fields:
+  if config.model.text is not None and "caption" in loader.fields:
     (length,) = loader.fields["caption"].shape
     if length != config.model.text.length:
       raise ConfigError(
@@ -233,12 +234,14 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   for folder in (experiment.workdir, experiment.workdir / "evals"):
     atomic.remove_abandoned(folder)
   path = experiment.workdir / "config.json"
-  text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
+  new = experiment.config.to_dict()
+  text = json.dumps(new, indent=2) + "\n"
   old = path.read_text() if path.exists() else None
-  if old not in (None, text):
-    changes = overrides.describe_difference(
-      read_recorded_config(experiment.workdir), json.loads(text)
-    )
+  changes = []
+  if old is not None:
+    recorded = read_recorded_config(experiment.workdir)
+    changes = overrides.describe_difference(recorded, new)
+  if changes:
     log.warning(
       "%s has changed; the old one is config.json.old. With another seed, "
       "batch size or data the run continues with other rows.\n%s",
@@ -292,7 +295,8 @@ def log_experiment(experiment: Experiment) -> None:
 def _warn_of_repeated_rows(experiment: Experiment) -> None:
   """Warns of sources with fewer records than rows of a batch."""
   size = experiment.config.batch_size
-  weights = [e.get("weight", 1.0) for e in experiment.config.data.train]
+  entries = experiment.config.data.train
+  weights = [entry.get("weight", 1.0) for entry in entries]
   for source, weight in zip(experiment.sources, weights, strict=True):
     rows = size * weight / sum(weights)
     if rows > len(source):

@@ -1,31 +1,22 @@
-"""The initial state of a run: random, or of `config.init`.
-
-Also the frozen teachers of `config.teachers`: their architectures, which become
-part of the resolved config, and their parameters.
-"""
+"""The initial state of a run: random, or of `config.init`."""
 
 import functools
 import logging
-import pathlib
-import re
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.partial_restore import merge_params
-from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import schema
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
+from mtv_jax.train.run import RunConfig
+from mtv_jax.train.spec import init_params, teacher_params
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import init_params, teacher_params
 from mtv_jax.train.train_step import TrainStep
-from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError
-from mtv_jax.utils.tree import flatten_with_names
+from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +47,9 @@ def initialize_state(train_step: TrainStep) -> TrainState:
       weights=init.weights,
       step=init.step,
       spec=train_step.step_spec.model,
-      preprocess=preprocess_from_config(train_step.config),
+      preprocess=preprocess_from_config(
+        train_step.config.model, train_step.config.views
+      ),
     )
     params, report = merge_params(
       params,
@@ -74,16 +67,16 @@ def initialize_state(train_step: TrainStep) -> TrainState:
   )
 
 
-def check_source_tokenizer(config: ConfigDict, tokenizer: Any) -> None:
+def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
   """Raises ConfigError if a loaded text tower would read other tokens.
 
-  That is, where the tokenizer and its cleaning encode a text otherwise than
-  those of the folder that `config.init` names.
+  The run's tokenizer, with its cleaning, must encode texts as the tokenizer of
+  the folder that `config.init` names.
   """
-  init, name = config.init, "text/token_embedding/embedding"
+  init = config.init
   if not init or init.new_tokenizer or tokenizer is None:
     return
-  if not any(re.search(regex, name) for regex in init.include or ("",)):
+  if not select_names(["text/token_embedding"], init.include or ("",)):
     return
   files = loading.read_model_info(init.path).tokenizer
   if files is None:
@@ -103,8 +96,8 @@ def check_source_tokenizer(config: ConfigDict, tokenizer: Any) -> None:
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   """The EMA teacher of the run that `config.init` names.
 
-  Parameters that `init.include` leaves out, such as those of new heads, are
-  copies of the student's.
+  Parameters that `init.include` leaves out, such as new heads, are copies of
+  the student's.
   """
   init, spec = train_step.config.init, train_step.step_spec
   if spec.first_reads.get(TEACHER, 0) > 0:
@@ -115,11 +108,8 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
     )
   student = teacher_params(spec, params)
   names = [name for name, _ in flatten_with_names(student)]
-  include = [
-    regex
-    for regex in init.include or ("",)
-    if any(re.search(regex, name) for name in names)
-  ]
+  patterns = init.include or ("",)
+  include = [regex for regex in patterns if select_names(names, [regex])]
   if not include:
     raise ConfigError(
       "config.init.teacher: init.include selects no parameter of a teacher "
@@ -158,35 +148,3 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
     source = hub.pin_name(entry.path)
     log.info("Teacher %s, from %s: %s", name, source, report)
   return loaded
-
-
-def read_teacher_models(
-  config: ConfigDict, workdir: pathlib.PurePath | None = None
-) -> None:
-  """Records the architectures and pixel statistics of teachers with a path.
-
-  A run that resumes has recorded them, and their parameters are in its
-  checkpoints: the teachers' own folders are not read.
-  """
-  recorded = {}
-  if config.teachers and workdir is not None and saved_steps(workdir):
-    recorded = read_recorded_config(workdir).get("teachers") or {}
-  for name, entry in config.teachers.items():
-    # Refreshed from the EMA teacher, it has the student's.
-    refreshed = any(entry.get(f"update_every_{u}") for u in schema.UNITS)
-    if entry.path is None or entry.model is not None or refreshed:
-      continue
-    same = recorded.get(name) or {}
-    named = all(same.get(k) == entry[k] for k in ("path", "weights", "step"))
-    if named and same.get("model"):
-      entry.model = same["model"]
-      # Before these keys, teachers had the run's pixels.
-      for key in ("image_mean", "image_std", "input_size"):
-        entry[key] = same.get(key)
-      continue
-    loading.check_weights(entry.path, weights=entry.weights, step=entry.step)
-    described = loading.read_model_info(entry.path)
-    pixels = described.preprocess
-    entry.image_mean, entry.image_std = pixels.mean, pixels.std
-    entry.input_size = pixels.size
-    entry.model = described.spec.to_dict()["image"]

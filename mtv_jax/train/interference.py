@@ -12,6 +12,7 @@ so the step here has the length `lr * |theta|`, the trust ratio of LARS (You et
 al. 2017); our choice.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,14 +24,26 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from mtv_jax.train import gradients
-from mtv_jax.train.losses import Batch
+from mtv_jax.config.durations import Duration, PositiveDuration
+from mtv_jax.train.encoder_gradients import (
+  compute_encoder_gradients,
+  compute_objective_losses,
+)
+from mtv_jax.train.forward import Batch
+from mtv_jax.train.spec import StepSpec
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
 # Parameters of the image encoder after its blocks; all others are before.
 _AFTER_BLOCKS = r"^(norm|pool|projection)/"
+
+
+@dataclasses.dataclass(frozen=True)
+class InterferenceConfig:
+  """`config.interference`."""
+
+  every: PositiveDuration = Duration(100)  # Between measurements.
+  transfer: bool = True  # Whether to measure it too.
 
 
 def block_names(depth: int) -> list[str]:
@@ -84,7 +97,7 @@ def measure_interference(
     learning rate `transfer` `[O, O]` of the unweighted losses, for O + 1 more
     forward passes. It is 0 where the gradient or the loss is.
   """
-  losses, grads = gradients.compute_encoder_gradients(spec, state, batch, mesh)
+  losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
   weights = jnp.stack([weights[name] for name in spec.objectives])  # [O]
   products = block_products([grads[name] for name in spec.objectives])
@@ -123,9 +136,7 @@ def _transfer(
 
   def losses_of(image):
     params = {**state.params, "image": image}
-    losses = gradients.compute_objective_losses(
-      spec, params, state, batch, mesh
-    )
+    losses = compute_objective_losses(spec, params, state, batch, mesh)
     return jnp.stack([losses[name] for name in spec.objectives])
 
   # With the encoder before the step, so that rounding is the same.

@@ -13,11 +13,12 @@ import pathlib
 import statistics
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 import mtv_jax
+from mtv_jax.config.options import NonNegativeInt
 from mtv_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,19 @@ _HINT = (
 
 # Arguments of UpdateMonitor that a checkpoint stores.
 SAVED = ("skipped_updates", "nonfinite_since")
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFiniteConfig:
+  """`config.nonfinite`: updates that are not finite are skipped.
+
+  After more than `max_consecutive` the run returns to the checkpoint before
+  them, and leaves out their rows.
+  """
+
+  max_consecutive: NonNegativeInt = 10
+  then: Literal["rollback", "stop"] = "rollback"
+  max_rollbacks: NonNegativeInt = 3
 
 
 class NonFiniteError(UserError, FloatingPointError):
@@ -95,11 +109,7 @@ class UpdateMonitor:
     self._last_spike = -_WINDOW
 
   def observe(self, step: int, skipped: bool, grad_norm: float) -> float | None:
-    """Takes the numbers of a step; returns the factor of a spike, or None.
-
-    Raises:
-      RollbackError: too many steps in a row were skipped.
-    """
+    """Takes the numbers of a step; returns the factor of a spike, or None."""
     if skipped:
       self.skipped_updates += 1
       first = self.nonfinite_since = self.nonfinite_since or step

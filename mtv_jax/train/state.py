@@ -34,9 +34,6 @@ class TrainState:
     """The parameters to evaluate: `'student'`, `'teacher'` or `'ema'`.
 
     With a teacher's image encoder go the student's text tower and temperature.
-
-    Raises:
-      ConfigError: for weights that this run lacks.
     """
     weights = {"student": self.params}
     if self.ema:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array
 
-from mtv_jax.models.standardization import Moments
-from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.models.standardization import Moments, batch_moments
+from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train.experiment import Experiment, make_loader
+from mtv_jax.train.forward import Batch, add_views, encode, gather_params
+from mtv_jax.train.gradients import split_batch
+from mtv_jax.train.spec import StepSpec
 from mtv_jax.train.state import TrainState
+from mtv_jax.train.step import Program
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +41,12 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
     return state
   log.info("Statistics of features: reads %d batches.", max(counts.values()))
   moments: dict[str, dict[str, Moments]] = {name: {} for name in counts}
+  measure = jit_feature_moments(program)
   with make_loader(experiment, 0) as loader:
     for step in range(max(counts.values())):
       batch = shard_batch(next(loader), experiment.mesh)
       active = tuple(name for name, count in counts.items() if step < count)
-      parts = jax.device_get(
-        program.feature_moments(state, batch, np.int32(step), active)
-      )
+      parts = jax.device_get(measure(state, batch, np.int32(step), active))
       for name, features in parts.items():
         for key, arrays in features.items():
           merge_parts(moments[name], key, arrays)
@@ -63,3 +69,52 @@ def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
   for part in zip(*map(np.float64, arrays), strict=True):
     new = Moments(float(part[0]), *part[1:])
     moments[key] = moments[key].merge(new) if key in moments else new
+
+
+def jit_feature_moments(program: Program) -> Any:
+  """`compute_feature_moments` as `(state, batch, step, active) -> moments`."""
+
+  def moments(state, batch, step, active):
+    spec = program.spec.select_objectives(active)
+    state = state.replace(step=step)
+    return compute_feature_moments(spec, state, batch, program.mesh)
+
+  replicated = replicated_sharding(program.mesh)
+  return program.jit(moments, replicated, replicated, static_argnums=3)
+
+
+def compute_feature_moments(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
+) -> dict[str, dict[str, tuple[Array, Array, Array]]]:
+  """Moments of the features whose statistics the objectives fit.
+
+  Count `[parts]`, mean `[parts, d]` and covariance `[parts, d, d]` of each of
+  the `spec.accumulate` parts of a batch, by objective and feature.
+  """
+
+  def moments(part):
+    features = compute_statistics_features(spec, state, *part, mesh)
+    return {
+      name: {key: batch_moments(*pair) for key, pair in of_objective.items()}
+      for name, of_objective in features.items()
+    }
+
+  return jax.lax.map(moments, split_batch(spec, state, batch, mesh))
+
+
+def compute_statistics_features(
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, dict[str, tuple[Array, Array]]]:
+  """Each objective's `statistics_features`, of frozen teachers alone."""
+  params, state = gather_params(spec, state.params, state, mesh)
+  plan = {e: n for e, n in spec.plan.items() if e.weights in spec.teachers}
+  batch, fixed = add_views(spec, batch, keys, mesh), state.fixed_params
+  encoded = encode(spec, params, fixed, batch, plan=plan, mesh=mesh)
+  return {
+    name: objective.statistics_features(encoded, batch)
+    for name, objective in spec.objectives.items()
+  }

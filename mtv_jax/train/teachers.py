@@ -4,25 +4,109 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 
-from mtv_jax.config import schema
+from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.config import sections
+from mtv_jax.config.durations import Duration, RunLength
+from mtv_jax.config.feature_layout import Format
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.encoder import loading
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base
+from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, InputError
 
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+  """An entry of `config.teachers`: an image encoder that objectives read.
+
+  One of a path, or a copy of the EMA teacher that `FrozenTeacher` refreshes.
+  """
+
+  path: str | None = None
+  step: int | None = None
+  # None: the weights that the source run's config names.
+  weights: Literal["student", "teacher", "ema"] | None = None
+  update_every: Duration | None = None
+  max_updates: PositiveInt | None = None
+  # Pixels per side that the teacher sees. None: the view's, or in
+  # `feature_distillation` its own.
+  size: PositiveInt | None = None
+  # Blocks whose patch tokens `feature_distillation` learns, -1 for the last.
+  # None: the final ones, after the norm.
+  layers: tuple[int, ...] | None = None
+  # Its features are read from label sets of this format, and it is not run.
+  cached: Format | None = None
+  # Filled in from the path. None: the student's.
+  model: Mapping[str, Any] | None = None
+  image_mean: model_lib.Channels | None = None
+  image_std: model_lib.Channels | None = None
+  # Pixels per side of its preprocessing. None: its model's.
+  input_size: PositiveInt | None = None
+
+
+def read_teacher_models(
+  teachers: Mapping[str, TeacherConfig],
+  workdir: str | os.PathLike | None = None,
+) -> dict[str, TeacherConfig]:
+  """Fills in architectures and pixel statistics of teachers with a path.
+
+  A run that resumes has recorded them, and their parameters are in its
+  checkpoints: the teachers' own folders are not read.
+  """
+  recorded = {}
+  if teachers and workdir is not None and saved_steps(workdir):
+    recorded = read_recorded_config(workdir).get("teachers") or {}
+  return {
+    name: _read_teacher_model(teacher, recorded.get(name) or {})
+    for name, teacher in teachers.items()
+  }
+
+
+def _read_teacher_model(
+  teacher: TeacherConfig, recorded: Mapping[str, Any]
+) -> TeacherConfig:
+  # Refreshed from the EMA teacher, it has the student's.
+  refreshed = teacher.update_every is not None and teacher.update_every.value
+  if teacher.path is None or teacher.model is not None or refreshed:
+    return teacher
+  same = all(
+    recorded.get(key) == getattr(teacher, key)
+    for key in ("path", "weights", "step")
+  )
+  if same and recorded.get("model"):
+    # Before the later keys, teachers had the run's pixels.
+    keys = ("model", "image_mean", "image_std", "input_size")
+    values = {key: recorded.get(key) for key in keys}
+    return sections.read(
+      TeacherConfig, sections.to_dict(teacher) | values, "config.teachers"
+    )
+  path = teacher.path
+  loading.check_weights(path, weights=teacher.weights, step=teacher.step)
+  described = loading.read_model_info(path)
+  pixels = described.preprocess
+  return dataclasses.replace(
+    teacher,
+    model=sections.to_dict(described.spec.to_dict()["image"]),
+    image_mean=pixels.mean,
+    image_std=pixels.std,
+    input_size=pixels.size,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class PixelMap:
-  """The map of pixels from one mean and deviation of channels to others.
+  """The map of pixels from one normalisation to another.
 
   Attributes:
     scale: of each channel, the old deviation over the new one.
@@ -42,7 +126,7 @@ class PixelMap:
     return cls(tuple((std / new_std).tolist()), tuple(offset.tolist()))
 
   def __call__(self, images: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
-    """The same images in the other normalisation; computes in float32."""
+    """The images in the new normalisation; computes in float32."""
     scale, offset = np.float32(self.scale), np.float32(self.offset)
     return (images.astype(jnp.float32) * scale + offset).astype(images.dtype)
 
@@ -58,11 +142,11 @@ class FrozenTeacher:
 
   model: model_lib.ModelSpec
   snapshot: bool = False  # Whether it starts as a copy of the EMA teacher.
-  update_every: int | None = None
+  update_every: int | Duration | None = None  # See `select_teachers`.
   max_updates: int | None = None
   # Pixels per side that it sees. None: the objective's choice.
   size: int | None = None
-  input_size: int | None = None  # Of its preprocessing; None: its model's.
+  input_size: int | None = None  # Its preprocessing's; None: its model's.
   layers: tuple[int, ...] = ()  # Blocks whose tokens are distilled, from 0.
   pixels: PixelMap | None = None  # From the views' pixels to its own.
   cached: str | None = None  # Format of its label sets, if they replace it.
@@ -81,17 +165,18 @@ class FrozenTeacher:
 
 
 def build_teachers(
-  config: ConfigDict, model: model_lib.ModelSpec, length: schema.RunLength
+  configs: Mapping[str, TeacherConfig],
+  model: model_lib.ModelConfig,
 ) -> dict[str, FrozenTeacher]:
-  """All teachers of a resolved config, whether objectives read them or not.
+  """All teachers of a config, whether objectives read them or not.
 
   Raises:
     ConfigError: for a name that is taken, or a size or layers that the teacher
       can't have.
   """
   teachers = {}
-  ours = schema.pixel_statistics(config.model)
-  for name, entry in config.teachers.items():
+  ours = model.pixels
+  for name, entry in configs.items():
     where = f"config.teachers.{name}"
     if name in (base.STUDENT, base.TEACHER):
       raise ConfigError(f"{where}: the name is taken; choose another.")
@@ -100,16 +185,18 @@ def build_teachers(
         f"{where}.cached: the shapes of its features are not known. Give the "
         "path of the encoder, or its model."
       )
-    spec = model_lib.ModelSpec(image=model.image)
+    spec = model_lib.ModelSpec(image=model.spec.image)
     if entry.model is not None:
-      spec = _read_spec(entry.model.to_dict())
-    fields = {k: v for k, v in entry.items() if v is not None}
-    has_statistics = not fields.keys().isdisjoint(("image_mean", "image_std"))
-    theirs = schema.pixel_statistics(fields) if has_statistics else ours
+      spec = _read_spec(entry.model)
+    theirs, mean, std = ours, entry.image_mean, entry.image_std
+    if mean is not None or std is not None:
+      theirs = model_lib.pixel_statistics(
+        0.5 if mean is None else mean, 0.5 if std is None else std
+      )
     teachers[name] = FrozenTeacher(
       model=spec,
       snapshot=entry.path is None and not entry.cached,
-      update_every=length.steps("update_every", entry, default=None),
+      update_every=entry.update_every,
       max_updates=entry.max_updates,
       size=_check_size(where, entry.size, spec),
       input_size=entry.input_size,
@@ -121,7 +208,7 @@ def build_teachers(
 
 
 def _read_spec(fields: dict[str, Any]) -> model_lib.ModelSpec:
-  """The architecture, by its fields or by those of a config's `model`."""
+  """The architecture, from `ModelSpec.to_dict` or a config's `model`."""
   if "variant" in fields:
     return model_lib.ModelSpec.from_config({**fields, "text": None})
   return model_lib.ModelSpec.from_dict({"image": fields})
@@ -155,8 +242,11 @@ def select_teachers(
   teachers: Mapping[str, FrozenTeacher],
   model: model_lib.ModelSpec,
   first_reads: Mapping[str, int],
+  length: RunLength,
 ) -> dict[str, FrozenTeacher]:
   """The teachers that objectives read, first at the steps `first_reads`.
+
+  Converts the durations of `build_teachers` to steps.
 
   Raises:
     ConfigError: one is copied from an EMA teacher that does not exist yet, or
@@ -175,6 +265,8 @@ def select_teachers(
         f"{where} is copied from the EMA teacher, which no objective reads. "
         "Give a path without update_every, or add a self-distillation."
       )
+    every = length.steps(teacher.update_every)
+    teacher = dataclasses.replace(teacher, update_every=every)
     copied = first_reads[name]
     if not teacher.snapshot:
       copied += teacher.update_every or 0

@@ -22,6 +22,7 @@ from typing import Any
 
 import filelock
 
+from mtv_jax.config import aliases
 from mtv_jax.train.runtime.sessions import (
   ALIVE_SECONDS,
   read_alive,
@@ -63,11 +64,6 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   it for all, until it exits. File systems that can't lock are trusted. Buckets
   have no locks: of a run there, one on another machine is known by its liveness
   file, see `check_other_hosts`.
-
-  Raises:
-    ConfigError: it is a file, contains a model that is not a run, or is in a
-      bucket that can't hold a run.
-    LockedError: another process has locked it.
   """
   check_workdir(folder)
   read_recorded_config(folder)
@@ -144,9 +140,6 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
   """The resolved config of the run in a folder.
 
   Empty if there is none, or a crash truncated it: training writes it again.
-
-  Raises:
-    ConfigError: config.json was not written by a run.
   """
   content = path_lib.read_json(path_lib.as_path(folder) / "config.json")
   if content is None:
@@ -156,7 +149,7 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
       f"--workdir={folder} contains a config.json that is not a run's (an"
       " exported model?) and would be replaced. Give another folder."
     )
-  return content
+  return aliases.rename_old_keys(content)
 
 
 # ---------------------------------------------------------------------------
@@ -200,11 +193,7 @@ class RunFolder:
     return True
 
   def upload_changed(self) -> None:
-    """Uploads the files that have changed.
-
-    Raises:
-      OSError: the bucket can't be written.
-    """
+    """Uploads the files that have changed."""
     with self._lock:
       for file, state in self._list_changed().items():
         # Read at once, as rows may be appended meanwhile.
@@ -212,12 +201,7 @@ class RunFolder:
         self._uploaded[file] = state
 
   def upload_last(self) -> None:
-    """Uploads the files that have changed, which no session will change.
-
-    Raises:
-      UploadError: names those that are not in the bucket. The next session on
-        this machine uploads them, see `upload_remaining`.
-    """
+    """Uploads the files that have changed, which no session will change."""
     try:
       self.upload_changed()
     except OSError as error:
@@ -238,9 +222,6 @@ class RunFolder:
     Where another machine has trained the run since, its files are newer, and a
     run that was deleted from the bucket starts anew: the files of this machine
     are left in a folder of their own.
-
-    Raises:
-      OSError: the bucket can't be read or written.
     """
     names = path_lib.read_json(self._record, tolerant=True)
     if not isinstance(names, list) or not self.folder.is_dir():
@@ -320,12 +301,6 @@ def open_run_folder(
 
   Process 0 uploads what has changed every `UPLOAD_SECONDS`, and on exit. Every
   process reads the bucket's files.
-
-  Raises:
-    OSError: the bucket can't be read, or lacks files of the last session on
-      this machine and can't be written.
-    UploadError: files can't be uploaded on exit. Logged where the context ends
-      by another error.
   """
   if not path_lib.is_remote(workdir):
     yield RunFolder(workdir, pathlib.Path(workdir))

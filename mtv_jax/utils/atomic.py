@@ -2,7 +2,7 @@
 
 A file or a folder is written as `.NAME.OWNER.NUMBER.tmp` and renamed when it is
 complete. The owner is the writing process. Temporary files of this machine's
-dead processes are abandoned at once, those of other machines after
+dead processes are abandoned at once, other machines' after
 `STALE_SECONDS`.
 """
 
@@ -124,15 +124,9 @@ def replace_folder(
   """Yields a temporary folder, and renames it to `folder` on success.
 
   Readers see the old folder or the new one, never a part, also after a kill.
-  First removes what killed processes left of the same folder.
-
-  Args:
-    folder: new, or an existing one, which is replaced.
-    replaced: the names in an existing folder that the new one stands for; all
-      others stay in it.
-
-  Raises:
-    InputError: the folder can't be renamed, as that of a mount.
+  First removes what killed processes left of this folder. Names that are
+  not `replaced` stay in an existing folder. Raises InputError for a folder that
+  can't be renamed, as that of a mount.
   """
   folder = folder.resolve()
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -239,10 +233,9 @@ def write_text(file: str | os.PathLike, text: str) -> None:
 
 
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
-  """Writes a file unless it exists; of several writers one wins.
+  """Writes a file unless it exists; returns its content.
 
-  Returns:
-    The file's content.
+  One of several writers wins.
   """
   if not file.exists():
     temporary = temporary_path(file)
@@ -262,12 +255,9 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 
 
 def seconds_since_modified(file: pathlib.Path) -> float:
-  """Seconds since a file was modified, by the file system's clock.
+  """Seconds since a file, or any file in a folder, was modified.
 
-  A folder's last change is that of any file in it.
-
-  Raises:
-    FileNotFoundError: the file does not exist.
+  By the file system's clock. Raises FileNotFoundError.
   """
   clock = temporary_path(file)
   try:
@@ -282,8 +272,7 @@ def seconds_since_modified(file: pathlib.Path) -> float:
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
   """Whether the owner of an unfinished file is dead or silent for too long.
 
-  Raises:
-    FileNotFoundError: the file does not exist.
+  Raises FileNotFoundError.
   """
   if owner is not None and owner.is_dead:
     return True
@@ -295,9 +284,7 @@ def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
 def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
   """Removes abandoned temporary files and folders; returns their number.
 
-  Args:
-    folder: where they are.
-    name: how the names of the complete files start.
+  `name` is how the names of the complete files start.
   """
   removed = 0
   for file in folder.glob(f".{glob.escape(name)}*.tmp"):

@@ -26,18 +26,14 @@ AnyPath = str | os.PathLike
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
 _STORES = ("gs", "s3")
-# Of a request, besides those of gcsfs and s3fs themselves.
+# Tries of a request, besides what gcsfs and s3fs repeat themselves.
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each.
 # In this order; what changes when an object is replaced.
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
 
 
 def is_remote(path: AnyPath) -> bool:
-  """Whether a path is in a bucket.
-
-  Raises:
-    InputError: an URL of another kind.
-  """
+  """Whether a path is in a bucket; InputError for a URL of another kind."""
   match = _SCHEME.match(os.fspath(path))
   if match is None:
     return False
@@ -64,7 +60,7 @@ def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
 def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
   """What the store says of all objects below a folder, by their names in it.
 
-  Of a file, its own, with an empty name.
+  A file is listed alone, with an empty name.
   """
   base = url.partition("://")[2]
   return {
@@ -99,7 +95,7 @@ def configure() -> None:
   """Settings of fsspec and etils, also for Orbax's use of them."""
   import fsspec.config
 
-  # Other processes write to the same folders.
+  # Other processes write to these folders, too.
   for scheme in ("gs", "gcs", "s3"):
     options = fsspec.config.conf.setdefault(scheme, {})
     options.setdefault("use_listings_cache", False)
@@ -110,7 +106,7 @@ def configure() -> None:
 def request(
   path: AnyPath, verb: str, method: str, *args: Any, **options: Any
 ) -> Any:
-  """Calls a method of a URL's store on the URL; errors as of `retry`."""
+  """Calls a method of a URL's store on the URL, with `retry`."""
   function = getattr(get_store(path), method)
   return retry(path, verb, function, os.fspath(path), *args, **options)
 
@@ -124,9 +120,8 @@ def retry(
 ) -> T:
   """Calls a function of a store, several times with back-off.
 
-  Raises:
-    FileNotFoundError: names the path.
-    StorageError: it failed each time, or is not allowed; names the path.
+  Raises MissingFileError, or StorageError if it failed each time or is not
+  allowed; both name the path.
   """
   name = os.fspath(path)
   for left in reversed(range(_TRIES)):

@@ -10,17 +10,11 @@ T = TypeVar("T")
 
 
 class Grouper(Generic[T]):
-  """Collects items of the same group until they fill a batch.
+  """Collects items of a group until they fill a batch.
 
   The oldest batch is released incomplete after `max_age` later items, or if the
-  items of several groups exceed `max_bytes`. Batches depend on the order of the
-  items alone: the hosts of a pod get the same ones.
-
-  Args:
-    batch_size: items of a full batch.
-    max_age: items after a waiting one.
-    max_bytes: total size of the waiting items.
-    item_bytes: the size of an item.
+  items of several groups exceed `max_bytes` (measured by `item_bytes`). Batches
+  depend on the order of the items alone: all hosts of a pod get equal ones.
   """
 
   def __init__(

@@ -3,7 +3,7 @@
 `.NAME.claim` names its process, which keeps updating the modification time. A
 lease expires when its process is known to be dead, or has not updated it for
 `atomic.STALE_SECONDS` by the clock of the file system. Leases only save work:
-no result may depend on them, as rarely two processes have the same piece.
+no result may depend on them: rarely, two processes have one piece.
 
 A takeover creates the next lease, `.NAME.claim.1`, before it removes the
 previous one, so that there is always a lease. A lease is valid if no other live
@@ -42,7 +42,7 @@ class Lease:
 
 
 class Leases:
-  """This process's leases in a folder, such as that of a label set."""
+  """This process's leases in a folder, such as a label set's."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder

@@ -14,7 +14,6 @@ import os
 import shutil
 import stat as stat_lib
 from collections.abc import Iterable, Sequence
-from concurrent import futures
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -23,16 +22,13 @@ import filelock
 from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils.buckets import AnyPath
 from mtv_jax.utils.buckets import is_remote as is_remote
-from mtv_jax.utils.errors import (
-  InputError,
-  MissingFileError,
-)
+from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
 # Folder of this machine for copies of files in buckets.
 CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
-_COPY_THREADS = 8
 _LARGE = 1 << 26  # Bytes of a copy that is logged.
 _READ_AHEAD = 1 << 24  # Bytes of a request, where a file is read in order.
 
@@ -79,7 +75,7 @@ def stat(path: PurePath) -> os.stat_result | Stat:
   modified = info.get("LastModified") or info.get("mtime")
   if not isinstance(modified, datetime.datetime):
     return Stat(info["size"], 0)
-  # In integers: a float has no nanoseconds.
+  # In integers: a float lacks nanoseconds.
   epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
   microseconds = (modified - epoch) // datetime.timedelta(microseconds=1)
   return Stat(info["size"], 1000 * microseconds)
@@ -158,16 +154,10 @@ def read_bytes(path: PurePath) -> bytes:
 
 
 def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
-  """The content of a JSON file; None without one, or for one that is none.
+  """The content of a JSON file; None if it is missing or not JSON.
 
-  Of files that a run writes for its later sessions, and a crash may truncate.
-
-  Args:
-    path: of the file.
-    tolerant: whether a file that can't be read is as none.
-
-  Raises:
-    OSError: the file can't be read.
+  For files that a run writes for its later sessions, and a crash may truncate.
+  `tolerant` returns None also for a file that can't be read.
   """
   try:
     data = read_bytes(path)
@@ -182,7 +172,7 @@ def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
     return None
 
 
-def check_regular(file: PurePath) -> None:
+def check_regular_file(file: PurePath) -> None:
   """Raises InputError for a pipe or a device, which may never end."""
   if is_remote(file):
     return
@@ -196,14 +186,17 @@ def check_regular(file: PurePath) -> None:
 
 def read_regular(file: PurePath, *, limit: int | None = None) -> bytes:
   """The bytes of a regular file of at most `limit`; else an InputError."""
-  check_regular(file)
+  check_regular_file(file)
   if limit is not None and (size := stat(file).st_size) > limit:
     raise InputError(f"{file} has {size:,} bytes; at most {limit:,} are read.")
   return read_bytes(file)
 
 
 def read_range(path: PurePath, offset: int, size: int) -> bytes:
-  """Bytes of a file in a bucket, in one request; fewer at its end."""
+  """A part of a file, of a bucket in one request; fewer bytes at its end."""
+  if not is_remote(path):
+    with open(path, "rb", buffering=0) as file:
+      return os.pread(file.fileno(), size, offset)
   span = dict(start=offset, end=offset + size)
   return buckets.request(path, "read", "cat_file", **span)
 
@@ -247,11 +240,8 @@ def upload_folder(
 ) -> None:
   """Copies the files of a local folder to a bucket.
 
-  Args:
-    folder: the local folder.
-    path: the folder in the bucket.
-    last: names that are removed first and written last, in this order: a folder
-      without them is not complete.
+  Names in `last` are removed first and written last, in this order: a folder
+  without them is not complete.
   """
   names = [f.relative_to(folder) for f in folder.rglob("*") if f.is_file()]
   order = sorted(names, key=lambda n: (str(n) in last, str(n)))
@@ -273,15 +263,9 @@ def cache_folder() -> Path:
 def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   """A local path itself, or a local copy of a file or a folder of a bucket.
 
-  The copy is renewed when the object changes. Of several processes one copies.
-
-  Args:
-    path: a file, or a folder, which is copied with all that is below it.
-    cache: the folder for copies; `cache_folder()` by default.
-
-  Raises:
-    MissingFileError: there is nothing at the URL.
-    StorageError: the bucket can't be read.
+  The copy, in `cache_folder()` by default, is renewed when the object changes.
+  One of several processes copies. Raises MissingFileError, StorageError, or
+  InputError for an object whose name leads out of the folder.
   """
   if not is_remote(path):
     return Path(path)
@@ -296,7 +280,7 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   digest = hashlib.blake2b("\n".join([url, *lines]).encode(), digest_size=12)
   base = cache_folder() if cache is None else Path(cache).expanduser()
   folder = base / digest.hexdigest()
-  target = folder / url.rsplit("/", 1)[-1]
+  target = _resolve_object(folder, url.rsplit("/", 1)[-1], url)
   if target.exists():
     return target
   base.mkdir(parents=True, exist_ok=True)
@@ -315,10 +299,7 @@ def download_folder(
 ) -> None:
   """Copies a folder of a bucket, if it exists, to a local one.
 
-  Args:
-    path: the folder in the bucket.
-    folder: the local folder.
-    ignore: patterns of names in the folder that are left out.
+  Leaves out names in the folder that match a pattern in `ignore`.
   """
   url = os.fspath(path).rstrip("/")
   names = [
@@ -331,12 +312,27 @@ def download_folder(
 
 def _download(url: str, names: Iterable[str], target: Path) -> None:
   """Copies the files of a folder; of a file, whose only name is empty."""
+  files = {name: _resolve_object(target, name, url) for name in names}
 
   def copy(name: str) -> None:
-    file = target / name
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files[name].parent.mkdir(parents=True, exist_ok=True)
     source = f"{url}/{name}" if name else url
-    buckets.request(source, "read", "get_file", str(file))
+    buckets.request(source, "read", "get_file", str(files[name]))
 
-  with futures.ThreadPoolExecutor(_COPY_THREADS) as pool:
-    list(pool.map(copy, names))
+  map_threads(copy, files)
+
+
+def _resolve_object(folder: Path, name: str, url: str) -> Path:
+  """An object's path in a local folder; InputError for one outside of it.
+
+  A store's names are any text, also with `..`, and whoever may write to a
+  bucket chooses them.
+  """
+  path = PurePath(name)
+  if path.is_absolute() or ".." in path.parts or "\0" in name:
+    raise InputError(
+      f"{url} has an object named {printable(repr(name))}, which can't be"
+      " copied to a folder: expected a relative path without '..'. Rename or"
+      " remove it."
+    )
+  return folder / path

@@ -37,17 +37,10 @@ def expand_path(
 ) -> list[PurePath]:
   """The existing files that `path` stands for, globs sorted, no file twice.
 
-  Args:
-    path: brace ranges, brace lists, globs, commas or a list of them, of files
-      or of objects in buckets.
-    suffix: how such files end, for the hint in errors.
-
-  Raises:
-    MissingFileError: a glob matches nothing, or files of a range or a plain
-      name are missing.
-    InputError: a file appears twice or is none (a folder, a pipe, a device), a
-      brace is malformed or endless, or a URL is of another kind.
-    StorageError: a bucket can't be read.
+  `suffix` is how such files end, for the hint in errors. Raises
+  MissingFileError for files that are missing and globs that match nothing, and
+  InputError for a file that appears twice, is a folder, a pipe or a device, or
+  for a malformed or endless brace.
   """
   files: list[PurePath] = []
   missing: list[str] = []
@@ -96,7 +89,7 @@ def expand_path(
       raise FolderError(
         f"{file} is a folder; write {str(file / ('*' + suffix))!r}."
       )
-    path_lib.check_regular(file)
+    path_lib.check_regular_file(file)
     name = str(file) if remote else os.path.abspath(file)
     if name in names:
       raise InputError(

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import one_line
 
 INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
+_PLATE_SIZE = 11  # Height of the letters of a box's name.
 _ELLIPSIS = "…"
 _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 
@@ -39,8 +40,8 @@ def save_image(
   known = Image.registered_extensions()
   if path.suffix.lower() not in known:
     raise InputError(
-      f"{path} has the suffix {path.suffix!r}; expected that of an image, such "
-      "as .png or .jpg."
+      f"{path} has the suffix {path.suffix!r}; expected an image's, such as "
+      ".png or .jpg."
     )
   with atomic.replace_file(path) as temporary:
     Image.fromarray(pixels).save(temporary, format=known[path.suffix.lower()])
@@ -89,21 +90,14 @@ def hatch(
 @functools.cache
 def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
   """DejaVu Sans: Pillow's default font lacks letters beyond English."""
-  fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+  file = Path(__file__).parent / "fonts" / "DejaVuSans.ttf"
   # The other layout engine is an optional dependency.
-  basic = ImageFont.Layout.BASIC
-  return ImageFont.truetype(fonts / "DejaVuSans.ttf", size, layout_engine=basic)
+  return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def text_width(text: str, size: int = TEXT_SIZE) -> float:
   """Width of one line of text, in pixels."""
   return font(size).getlength(text)
-
-
-def one_line(text: str) -> str:
-  """Text without line breaks, runs of spaces and unprintable characters."""
-  text = " ".join(text.split())
-  return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def shorten(text: str, width: float | int, size: int = TEXT_SIZE) -> str:
@@ -152,13 +146,13 @@ def draw_lines(
 
 
 def add_title_bar(
-  image: UInt8[np.ndarray, "h w 3"], text: str, *, size: int = TEXT_SIZE
+  image: UInt8[np.ndarray, "h w 3"], text: str
 ) -> UInt8[np.ndarray, "h w 3"]:
   """The image with text on a dark bar along its upper edge."""
   canvas = Image.fromarray(image)
   draw = ImageDraw.Draw(canvas)
-  draw.rectangle((0, 0, canvas.width, size + 8), fill=INK)
-  draw.text((5, 3), shorten(text, canvas.width - 10, size), PAPER, font(size))
+  draw.rectangle((0, 0, canvas.width, TEXT_SIZE + 8), fill=INK)
+  draw.text((5, 3), shorten(text, canvas.width - 10), PAPER, font())
   return np.asarray(canvas)
 
 
@@ -169,7 +163,6 @@ def draw_boxes(
   *,
   colours: UInt8[np.ndarray, "n 3"] | None = None,
   suffixes: Sequence[str] = (),
-  size: int = 11,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, ...]]:
   """Draws boxes, each with its name on a plate of its colour.
 
@@ -180,7 +173,7 @@ def draw_boxes(
     The image, and the indices of the boxes whose plate did not fit.
   """
   height, width = image.shape[:2]
-  canvas = Image.fromarray(image)
+  canvas, size = Image.fromarray(image), _PLATE_SIZE
   draw = ImageDraw.Draw(canvas)
   if colours is None:
     colours = palette(len(names) + 1)[1:]

@@ -15,14 +15,12 @@ class ProcessCache(Generic[T]):
   """The most recently used of many opened files or decoded blocks.
 
   Pickled or forked, it starts empty: file handles and readers' threads belong
-  to one process. Threads that request the same entry wait for one load. Another
+  to one process. Threads that request one entry wait for one load. Another
   thread may still use an evicted value, so it must close when it is deleted.
 
-  Args:
-    load: returns the value of entry `i`; pickled with the cache.
-    limit: number of entries; None for as many as a third of the process's
-      limit of open files (`ulimit -n`) allows.
-    descriptors: open files of one value, where `limit` is None.
+  `load` returns the value of entry `i`. Without a `limit`, as many values of
+  `descriptors` files each are kept as a third of the process's limit of open
+  files (`ulimit -n`) allows.
   """
 
   def __init__(

@@ -104,6 +104,19 @@ def match_rules(
   return matches
 
 
+def select_names(
+  names: Iterable[str],
+  patterns: Iterable[str],
+  *,
+  what: str = "patterns",
+  unused: Literal["error", "allow"] = "allow",
+) -> list[str]:
+  """The names that any of the patterns fits; errors as in `match_rules`."""
+  rules = [(pattern, True) for pattern in patterns]
+  matches = match_rules(names, rules, what=what, unused=unused)
+  return [match.name for match in matches if match.value]
+
+
 def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
   """The value of the first rule that matches a name.
 

@@ -199,7 +199,7 @@ def test_any_number_of_saves_may_fail(tmp_path, failing_commit):
   with open_checkpointer(tmp_path, every_steps=32, retries=10**6) as ckpt:
     ckpt.save(1, state)
     ckpt.wait()
-    ckpt._failures = 2000
+    ckpt._retry.failures = 2000
     with failing_commit():
       ckpt.save(32, state)
       wait_while_saving(ckpt)

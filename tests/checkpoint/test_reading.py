@@ -221,7 +221,7 @@ def flip_bits(folder, seed, count):
 
 @pytest.mark.parametrize(
   ("seed", "count"),
-  [(0, 10), pytest.param(1, 100, marks=pytest.mark.slow)],
+  [(0, 10), pytest.param(1, 100, marks=pytest.mark.long)],
 )
 def test_a_flipped_bit_never_changes_a_value_unseen(run, damaged, seed, count):
   """Saved on eight devices, read on two."""

@@ -8,7 +8,7 @@ import pytest
 import trainings
 
 from mtv_jax.cli import compare
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import baselines
@@ -47,7 +47,7 @@ def options(data, output):
 
 
 def run(*arguments, data, output):
-  command("compare")([*arguments, *options(data, output)])
+  run_command("compare", [*arguments, *options(data, output)])
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_mistakes_are_found_before_anything_runs(
   (tmp_path / "no").mkdir()
   monkeypatch.setattr(KNN, "run", None)
   with pytest.raises(SystemExit, match=f"compare: .*{message}"):
-    command("compare")(["--evals=knn", *arguments, "--output=out"])
+    run_command("compare", ["--evals=knn", *arguments, "--output=out"])
   assert not (tmp_path / "out").exists()
 
 
@@ -177,8 +177,8 @@ def test_an_output_that_is_a_file_is_found_before_anything_runs(
   monkeypatch.setattr(KNN, "run", None)
   output = tmp_path / "file" / "out"
   with pytest.raises(SystemExit, match=f"{name}: --output=.*file is a file"):
-    command(name)(
-      [*arguments, "pixels:8/8", "--evals=knn", f"--output={output}"]
+    run_command(
+      name, [*arguments, "pixels:8/8", "--evals=knn", f"--output={output}"]
     )
 
 
@@ -191,7 +191,7 @@ def test_a_file_in_place_of_stored_results_is_found_before_anything_runs(
   file.touch()
   monkeypatch.setattr(KNN, "run", None)
   with pytest.raises(SystemExit, match=f"--output=.*{name} is a file"):
-    command("compare")([*ENCODERS, "--evals=knn", f"--output={tmp_path}"])
+    run_command("compare", [*ENCODERS, "--evals=knn", f"--output={tmp_path}"])
 
 
 @pytest.mark.slow
@@ -234,5 +234,5 @@ def test_two_processes_give_the_figures_of_one(splits, tmp_path):
 
 def test_output_is_required(capsys):
   with pytest.raises(SystemExit):
-    command("compare")(["pixels:8/8"])
+    run_command("compare", ["pixels:8/8"])
   assert "--output" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The command line of tools/convert.py."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.convert import huggingface
 from mtv_jax.convert import native as native_lib
 from mtv_jax.convert.model import ConvertedModel
@@ -19,7 +20,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import path
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
-main = command("convert")
+main = functools.partial(run_command, "convert")
 
 
 @pytest.fixture
@@ -155,6 +156,6 @@ def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
 
 def test_other_outputs_are_folders():
   with pytest.raises(SystemExit, match="writes files and folders only"):
-    command("report")(["runs/a", "--output=gs://bucket/report"])
+    run_command("report", ["runs/a", "--output=gs://bucket/report"])
   with pytest.raises(SystemExit, match="writes files and folders only"):
-    command("preflight")(["--config=study", "--json=s3://bucket/a.json"])
+    run_command("preflight", ["--config=study", "--json=s3://bucket/a.json"])

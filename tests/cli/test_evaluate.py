@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 
@@ -10,20 +11,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mtv_jax.cli import evaluate
-from mtv_jax.cli.main import command, run_command
+from mtv_jax.cli import arguments, evaluate
+from mtv_jax.cli.main import run_command
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals import run, suite
+from mtv_jax.evals import retrieval, run, suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.encoder_requests import parse_requests
-from mtv_jax.evals.report import tables
-from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
+from mtv_jax.report import tables
 from mtv_jax.utils.errors import ConfigError, InputError
 
 
@@ -107,7 +107,7 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
 
 
 def test_errors_are_messages(folder, tmp_path):
-  main = command("evaluate")
+  main = functools.partial(run_command, "evaluate")
   with pytest.raises(SystemExit, match="evaluate: .*Did you mean 'retrieval'"):
     main([f"--encoder={folder}", "--evals=retreival"])
   with pytest.raises(SystemExit, match="does not exist"):
@@ -177,7 +177,7 @@ def test_published_schedules_are_an_option_of_trained_probes():
     "depth_probe",
   }
   parser = argparse.ArgumentParser()
-  evaluate.add_arguments(parser)
+  arguments.add_parameters(parser, evaluate.run)
   for flags, published in (([], False), (["--published"], True)):
     args = parser.parse_args(["--encoder=pixels:64", *flags])
     assert args.published is published
@@ -362,7 +362,7 @@ def test_command_fails_with_the_failed_evaluations(
     raise RuntimeError("boom")
 
   monkeypatch.setattr(retrieval.Retrieval, "run", broken)
-  main = command("evaluate")
+  main = functools.partial(run_command, "evaluate")
   out = tmp_path / "out"
   argv = [f"--encoder={folder}", "--evals=retrieval,zero_shot", "--count=4"]
   with pytest.raises(SystemExit, match="retrieval failed: RuntimeError: boom"):

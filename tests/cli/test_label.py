@@ -1,5 +1,6 @@
 """The command `label`: options, exit status, and real experts."""
 
+import functools
 import json
 import signal
 
@@ -13,11 +14,11 @@ from labelling_samples import (
 )
 
 from mtv_jax.cli import label
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts import build
 
-main = command("label")
+main = functools.partial(run_command, "label")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_weights_select_the_expert(tmp_path, monkeypatch):
   ):
     build.build_expert("depth", path, options={"side": 7})
   assert names == [
-    "depth_anything.expert",
+    "depth_anything",
     "owlv2.expert",
     "mtv_expert",
     "mtv_expert",

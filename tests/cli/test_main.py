@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import pytest
 
@@ -21,7 +23,16 @@ def test_help_lists_every_command(capsys):
   with pytest.raises(SystemExit) as exit:
     main.main(["evalaute"])
   assert exit.value.code == 2
-  assert "invalid choice: 'evalaute'" in capsys.readouterr().err
+  message = "invalid choice: 'evalaute'. Did you mean 'evaluate'?"
+  assert message in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+  with pytest.raises(SystemExit) as exit:
+    main.main(["make_prompts", "--output=a", "--outptu=b", "c"])
+  assert exit.value.code == 2
+  text = capsys.readouterr().err
+  assert "unrecognized arguments: --outptu=b c (did you mean --output?)" in text
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
@@ -68,28 +79,81 @@ def test_processes_need_time_to_connect(seconds, message, capsys):
   assert f"--connect_seconds: {message}" in capsys.readouterr().err
 
 
+class Group(arguments.Flags):
+  """Flags of several commands.
+
+  Args:
+    size: of a side.
+    most: at least none.
+  """
+
+  size: float | None = None
+  most: Annotated[int, 0] = 5
+
+
+class Derived(Group):
+  """More of them.
+
+  Args:
+    set: KEY=VALUE.
+  """
+
+  set: list[str] = ()
+
+
+def echo(
+  files: Sequence[str],
+  /,
+  name: str,
+  group: Derived,
+  *,
+  count: int = 3,
+  workers: int = 0,
+  rows: Sequence[int] = (),
+  kind: Literal["a", "b"] = "a",
+  quick: bool = False,
+) -> dict:
+  """Returns its arguments.
+
+  Args:
+    files: to read.
+    name: of the
+      items, 100 %.
+    count: how many.
+    workers: processes.
+    rows: of a table.
+    kind: of the items.
+    quick: or not.
+
+  Raises:
+    ValueError: never.
+  """
+  return locals()
+
+
 def test_flags_follow_the_signature_and_docstring():
-  def function(name: str, *, count: int = 3, workers: int = 0):
-    """Does nothing.
-
-    Args:
-      name: of the
-        items, 100 %.
-      count: how many.
-      workers: processes.
-
-    Raises:
-      ValueError: never.
-    """
-
   parser = argparse.ArgumentParser()
-  arguments.add_parameters(parser, function)
-  assert "of the items, 100 %." in " ".join(parser.format_help().split())
-  args = parser.parse_args(["--name=a", "--workers=0"])
-  assert vars(args) == dict(name="a", count=3, workers=0)
-  for wrong in (["--name=a", "--count=0"], ["--count=1"]):
+  arguments.add_parameters(parser, echo)
+  text = " ".join(parser.format_help().split())
+  assert "of the items, 100 %." in text
+  assert "of a side." in text and "KEY=VALUE." in text
+  default = dict(
+    files=["x"], name="a", count=3, workers=0, rows=[], kind="a", quick=False,
+    group=Derived(size=None, most=5, set=[]),
+  )  # fmt: skip
+  for line, changes in (
+    ("", {}),
+    ("--workers=0 --quick --kind=b", dict(quick=True, kind="b")),
+    ("--rows 1 2", dict(rows=[1, 2])),
+    ("--most=0 --set=a --set=b --size=2",
+     dict(group=Derived(size=2.0, most=0, set=["a", "b"]))),
+  ):  # fmt: skip
+    args = parser.parse_args(["x", "--name=a", *line.split()])
+    assert arguments.call(echo, args) == default | changes
+  for wrong in ("x --name=a --count=0", "x --count=1", "--name=a",
+                "x --name=a --kind=c", "x --name=a --most=-1"):  # fmt: skip
     with pytest.raises(SystemExit):
-      parser.parse_args(wrong)
+      parser.parse_args(wrong.split())
 
 
 PACKAGED = (

@@ -1,5 +1,6 @@
 """Label sets from annotations: COCO's boxes, depth images."""
 
+import functools
 import io
 import json
 import tarfile
@@ -8,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.config.options import build
 from mtv_jax.data.labels import annotations
 from mtv_jax.data.labels.annotations import (
@@ -23,7 +24,7 @@ from mtv_jax.data.sources import listings
 from mtv_jax.data.sources import shard_writer as shards_lib
 from mtv_jax.data.sources.base import Source
 
-main = command("make_labels")
+main = functools.partial(run_command, "make_labels")
 
 
 def item(name="7.jpg", size=(100, 200), **fields):
@@ -146,7 +147,7 @@ def test_inconsistent_instances(tmp_path):
   with pytest.raises(ValueError, match="image '7' is listed twice"):
     Instances([file, file])
   coco(file, [{"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5}])
-  with pytest.raises(ValueError, match="annotation 0 is of the image 5, which"):
+  with pytest.raises(ValueError, match="annotated image ids .* such as 5"):
     Instances([file])
   coco(file, [{"caption": "a cat"}])
   with pytest.raises(ValueError, match="has no 'bbox'.*give instances_"):

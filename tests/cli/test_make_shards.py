@@ -1,6 +1,7 @@
 """Listings of images with captions, written to shards."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -10,12 +11,12 @@ import cv2
 import numpy as np
 import pytest
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.data.sources import listings, shard_writer
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 
-main = command("make_shards")
+main = functools.partial(run_command, "make_shards")
 
 
 def encoded(seed, extension=".jpg", size=(12, 16)):

@@ -19,6 +19,8 @@ import pytest
 from compat import reference
 from xla_options import xla_flags
 
+from mtv_jax.config.aliases import rename_metric
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOLERANCE = 1e-5
@@ -154,6 +156,6 @@ def test_a_run_resumes_to_the_same_losses(fixtures, name):
   assert [row["step"] for row in found] == [row["step"] for row in wanted]
   for row, before in zip(found, wanted, strict=True):
     for figure, value in before.items():
-      assert row[figure] == pytest.approx(
+      assert row[rename_metric(figure)] == pytest.approx(
         value, rel=TOLERANCE, abs=TOLERANCE
       ), (row["step"], figure)

@@ -4,7 +4,6 @@ import copy
 import os
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 
@@ -12,8 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.cli import errors
-from mtv_jax.config import overrides, schema
+from mtv_jax.cli.main import run_command
+from mtv_jax.config import overrides
 from mtv_jax.data.canvas import decode
+from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
 
 SMALL = {
@@ -110,7 +111,7 @@ def test_only_dict_may_be_called_in_a_value():
 
 
 def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
-  checked = schema.check_config(
+  checked = resolve(
     apply("data.max_corrupt=0.5", "mesh.fsdp=2", "evals.retrieval=none")
   )
   assert checked.data.max_corrupt == 0.5
@@ -145,7 +146,7 @@ def test_bad_overrides_name_the_key(assignment, match):
   if match is None:
     # The override itself is valid: `check` rejects the resulting config.
     with pytest.raises(ConfigError, match="config.seed|config.batch_size"):
-      schema.check_config(apply(assignment))
+      resolve(apply(assignment))
     return
   with pytest.raises(ConfigError, match=match):
     apply(assignment)
@@ -162,7 +163,7 @@ def test_bad_overrides_name_the_key(assignment, match):
 )
 def test_a_misspelt_override_is_an_unknown_key(assignment, match):
   with pytest.raises(ConfigError, match=match):
-    schema.check_config(apply(assignment))
+    resolve(apply(assignment))
 
 
 # ---------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_a_misspelt_override_is_an_unknown_key(assignment, match):
 
 def test_user_errors_exit_with_their_message(capsys):
   with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
-    schema.check_config({})
+    resolve({})
   text = "train: config.batch_size is missing; it has no default."
   assert ending.value.code == 2 and str(ending.value) == text
   assert capsys.readouterr().err == f"{text}\n"
@@ -241,14 +242,12 @@ def test_the_training_command_prints_one_message(tmp_path):
     (["data", "--tokenizer=x.model"], "bench: tokenizer='x.model': there is"),
   ],
 )
-def test_bench_prints_one_message(repo_root, arguments, message):
-  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+def test_bench_prints_one_message(arguments, message):
   with pytest.raises(SystemExit, match=message):
-    main(arguments)
+    run_command("bench", arguments)
 
 
-def test_the_bench_takes_no_zeros(repo_root, capsys):
-  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+def test_the_bench_takes_no_zeros(capsys):
   with pytest.raises(SystemExit):
-    main(["data", "--batch_size=0"])
+    run_command("bench", ["data", "--batch_size=0"])
   assert "--batch_size: 0: expected at least 1" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.recipes import parse_arg
 
 
 def get_config(arg=None):

@@ -3,7 +3,7 @@
 import pytest
 from hostile import foreign_samples as samples
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.data.registry import build_source
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.utils.errors import ConfigError, MissingFileError
@@ -11,13 +11,15 @@ from mtv_jax.utils.errors import ConfigError, MissingFileError
 
 def build(folder, options=""):
   arguments = f"path={folder},data=scenes,batch=8,steps=20,dtype=float32"
-  config = schema.read_config(f"continue_from:{arguments}{options}")
+  config = recipes.read_config(f"continue_from:{arguments}{options}")
   return build_experiment(config, folder / "run")
 
 
 def read(options):
   folder = samples.base("siglip")
-  return schema.read_config(f"continue_from:path={folder},data=scenes{options}")
+  return recipes.read_config(
+    f"continue_from:path={folder},data=scenes{options}"
+  )
 
 
 def test_guards_have_their_values():
@@ -46,7 +48,7 @@ def test_guards_have_their_values():
 
 def test_canvases_have_the_pixels_of_crops():
   for options, canvas in (("", 32), (",images_only", 54)):
-    config = schema.read_config(f"continue_from:tiny{options}")
+    config = recipes.read_config(f"continue_from:tiny{options}")
     assert config.model.preprocess["size"] == 32
     assert config.data.ops.startswith(f"decode|canvas({canvas})")
     assert config.data.train[0]["size"] == canvas
@@ -63,12 +65,12 @@ def test_canvases_have_the_pixels_of_crops():
 )
 def test_arguments_that_contradict_each_other(options, message):
   with pytest.raises(ConfigError, match=message):
-    schema.read_config(f"continue_from:tiny,{options}")
-  schema.read_config("continue_from:tiny,guards=False,anchor=0,warmup=0.0")
+    recipes.read_config(f"continue_from:tiny,{options}")
+  recipes.read_config("continue_from:tiny,guards=False,anchor=0,warmup=0.0")
 
 
 def test_images_are_of_a_listing():
-  config = schema.read_config("continue_from:tiny,images=photos")
+  config = recipes.read_config("continue_from:tiny,images=photos")
   with pytest.raises(ConfigError, match="'images'"):
     build_source(config.data.train[0])
 
@@ -76,7 +78,7 @@ def test_images_are_of_a_listing():
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5])
 def test_a_share_of_kept_images_that_is_none(share):
   with pytest.raises(ConfigError, match=f"keep_share={share}: expected"):
-    schema.read_config(f"continue_from:tiny,keep=scenes,keep_share={share}")
+    recipes.read_config(f"continue_from:tiny,keep=scenes,keep_share={share}")
 
 
 def test_a_folder_without_tokenizer(tmp_path):

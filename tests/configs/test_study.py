@@ -2,16 +2,17 @@
 
 import pytest
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.data import tokenizers
-from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
 from mtv_jax.studies.arms import GROUPS
+from mtv_jax.train.experiment import build_evaluators
+from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
 
 
 def read(arg):
-  return schema.check_config(schema.read_config(f"study:{arg}"))
+  return resolve(recipes.read_config(f"study:{arg}"))
 
 
 def test_every_objective_and_evaluation():
@@ -19,7 +20,7 @@ def test_every_objective_and_evaluation():
   assert {entry.type for entry in config.objectives.values()} == {
     kind for kinds in GROUPS.values() for kind in kinds
   } - {"captioning", "gram"}
-  evaluators = evals_lib.build(config.evals.to_dict())
+  evaluators = build_evaluators(config.evals)
   assert {"zero_shot", "retrieval", "relative_depth"} < {*evaluators}
 
 
@@ -29,7 +30,7 @@ def test_scenes_of_splits_and_training_are_disjoint():
   ranges += [(HELD_OUT_SCENES, 1), (3_000_000, 1), (5_000_000, 1)]
   for split in ("validation", "test"):
     for entry in read(f"split={split}").evals.values():
-      for data in filter(None, (entry.get("data"), entry.get("train"))):
+      for data in filter(None, map(entry.options.get, ("data", "train"))):
         first, length = data["first"], data["length"]
         ranges += [(first, length), (first + PROBE_SCENES, length)]
   starts = sorted({first for first, _ in ranges})

@@ -165,19 +165,6 @@ def test_truncated_jpeg_with_a_thumbnail(pil_image):
     canvas.decode(whole[: len(whole) - len(data) // 3])
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
-def test_other_truncated_files(format, pil_image):
-  data = encoded(pil_image, format)
-  with pytest.raises(BadRecord, match="can't be decoded|no image"):
-    canvas.decode(data[: len(data) // 2])
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"<html>404</html>" * 9])
-def test_bytes_that_are_not_an_image(data):
-  with pytest.raises(BadRecord, match="no image|no bytes"):
-    canvas.decode(data)
-
-
 def huge_png(side: int) -> bytes:
   def chunk(kind: bytes, content: bytes) -> bytes:
     check = struct.pack(">I", zlib.crc32(kind + content))
@@ -204,24 +191,6 @@ def test_absurd_sizes_are_rejected_from_the_header(pil_image, monkeypatch):
       canvas.decode(huge_png(side))
   with pytest.raises(BadRecord, match="64x48"):
     canvas.decode(encoded(pil_image, "PNG"), max_pixels=64 * 48 - 1)
-
-
-def test_damaged_bytes_give_bad_records_only(pil_image):
-  files = [encoded(pil_image, f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
-  rng = np.random.default_rng(0)
-  outcomes = {"decoded": 0, "rejected": 0}
-  for i in range(400):
-    data = bytearray(files[i % len(files)])
-    for _ in range(rng.integers(1, 6)):
-      data[rng.integers(min(len(data), 200))] = rng.integers(256)
-    try:
-      image = canvas.decode(bytes(data))
-      assert image.dtype == np.uint8
-      assert image.shape[2] == 3
-      outcomes["decoded"] += 1
-    except BadRecord:
-      outcomes["rejected"] += 1
-  assert min(outcomes.values()) > 40, outcomes
 
 
 def areas(image: np.ndarray, size: int) -> np.ndarray:

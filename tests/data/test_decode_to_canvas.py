@@ -179,36 +179,6 @@ def test_orientations_of_other_types_are_judged_by_full_decoding(
   assert (summary(errors) < TOLERANCE).all(), summary(errors)
 
 
-def outcome(decode, data: bytes) -> str | tuple[int, int]:
-  try:
-    result = decode(data)
-  except BadRecord as error:
-    return error.reason
-  return result[1] if isinstance(result, tuple) else result.shape[:2]
-
-
-def test_damaged_files_have_the_same_outcomes(data):
-  small = encoded(photo(120, 160), progressive=True)
-  rng, outcomes = np.random.default_rng(0), []
-  for i in range(300):
-    damaged = bytearray(small)
-    if i % 3 == 0:
-      damaged = damaged[: rng.integers(len(small))]
-    for _ in range(rng.integers(1, 6)):
-      limit = 700 if i % 2 else len(damaged)
-      at = rng.integers(min(len(damaged), limit)) if damaged else None
-      if at is not None:
-        damaged[at] = rng.integers(256)
-    damaged = bytes(damaged)
-    full = outcome(canvas.decode, damaged)
-    assert outcome(lambda x: canvas.decode_to_canvas(x, 20), damaged) == full
-    outcomes.append(isinstance(full, str))
-  assert 40 < sum(outcomes) < 260
-  cut = data[: len(data) // 2]
-  with pytest.raises(BadRecord, match="'cut'"):
-    canvas.decode_to_canvas(cut, 20, key="cut")
-
-
 def test_the_limits_are_those_of_decode(data, monkeypatch):
   monkeypatch.setattr(canvas.cv2, "imdecode", None)  # never reached
   with pytest.raises(BadRecord, match="1203x901"):

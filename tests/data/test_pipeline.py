@@ -1,17 +1,15 @@
 """Order of rows over hosts, workers and steps; bad records."""
 
-import ast
 import collections
 import importlib
 import itertools
 import json
 import logging
-import pathlib
 
 import numpy as np
 import pytest
 
-from mtv_jax.data import order, pipeline
+from mtv_jax.data import order
 from mtv_jax.data.order import skip_steps
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
@@ -500,19 +498,3 @@ def test_closed_loader_raises():
   batches.close()
   with pytest.raises(ValueError, match="closed"):
     next(batches)
-
-
-def test_data_modules_import_neither_jax_nor_tensorflow():
-  folder = pathlib.Path(pipeline.__file__).parent
-  files = [*folder.rglob("*.py"), *(folder.parent / "config").glob("*.py")]
-  assert len(files) > 8
-  for file in files:
-    for node in ast.walk(ast.parse(file.read_text())):
-      names = []
-      if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-      elif isinstance(node, ast.ImportFrom):
-        names = [node.module or ""]
-      roots = {name.split(".")[0] for name in names}
-      forbidden = roots & {"jax", "jaxlib", "flax", "tensorflow", "optax"}
-      assert not forbidden, (file.name, forbidden)

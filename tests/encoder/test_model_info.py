@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tower_parity as parity
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import loading
@@ -42,7 +42,7 @@ def test_the_loss_is_the_checkpoints(kind, tmp_path):
   # Also as `mtv-jax convert from_hf` writes it.
   back = huggingface.read(folder)
   for path in (folder, native.write(tmp_path / "b", back)):
-    config = schema.read_config(f"continue_from:path={path},data=scenes")
+    config = recipes.read_config(f"continue_from:path={path},data=scenes")
     entry = config.objectives.contrastive
     assert entry.loss_type == loss_type, path
     if max_scale is None:

@@ -3,10 +3,11 @@
 import numpy as np
 import PIL.Image
 import pytest
-from ml_collections import ConfigDict
 
+from mtv_jax.config import sections
 from mtv_jax.convert.processors import write_processor
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
+from mtv_jax.models.two_tower import ModelConfig
 
 CLIP = {
   "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -84,25 +85,27 @@ def test_dict_round_trip_and_mistakes():
 
 
 def test_preprocess_of_a_config():
-  config = ConfigDict({"model": {"image_size": 224}})
-  assert preprocess_from_config(config) == Preprocess(size=224)
-  config.views = {"image": {"count": 1, "ops": "resize(64)"}}
-  assert preprocess_from_config(config).size == 64
+  def read(ops=None, **model):
+    model = sections.read(ModelConfig, model, "config.model")
+    views = {"image": {"count": 1, "ops": ops}} if ops else {}
+    return preprocess_from_config(model, views)
+
+  assert read(image_size=224) == Preprocess(size=224)
+  assert read("resize(64)", image_size=224).size == 64
   # The pixel statistics reach the encoder and the exports' processor.
-  config.model.update(image_mean=list(IMAGENET["mean"]), image_std=0.25)
-  preprocess = preprocess_from_config(config)
+  statistics = dict(image_mean=list(IMAGENET["mean"]), image_std=0.25)
+  preprocess = read("resize(64)", **statistics)
   assert preprocess.mean == IMAGENET["mean"]
   assert preprocess.std == (0.25, 0.25, 0.25)
   written = write_processor(preprocess.to_dict(), 64)
   assert written["image_mean"] == list(IMAGENET["mean"])
   assert written["image_std"] == [0.25, 0.25, 0.25]
   # The view's kernel too.
-  config.views.image.ops = "crop(64, 0.32, 1.0, method='bicubic')"
-  assert preprocess_from_config(config).interpolation == "bicubic"
+  ops = "crop(64, 0.32, 1.0, method='bicubic')"
+  assert read(ops).interpolation == "bicubic"
   for key, value in (("image_mean", 123.7), ("image_std", [58.4, 57.1, 57.4])):
-    model = {"image_size": 64, key: value}
     with pytest.raises(ValueError, match=f"{key} is .*in 0..255 by 255"):
-      preprocess_from_config({"model": model})
+      read(image_size=64, **{key: value})
 
 
 @pytest.mark.reference

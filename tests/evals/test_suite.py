@@ -11,7 +11,6 @@ from mtv_jax.encoder import baselines
 from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.report import report
 from mtv_jax.evals.store import Store
 
 CALLS: list[str] = []  # Of evaluators, in order.
@@ -79,8 +78,7 @@ def test_a_failed_evaluation_runs_again(
   assert [*done, *CALLS] == sorted(names, key=lambda n: n not in done)
   assert list(outcome.results) == names
   # A page of stored results is as the first one.
-  sheets = report.build_report([outcome]).sheets
-  assert [sheet.name for sheet in sheets] == ["b: 1", "a"]
+  assert [*outcome.results["first"].sheets] == ["b: 1", "a"]
   reused = [line for line in lines if "reuses the stored result of" in line]
   assert len(reused) == len(done)
 

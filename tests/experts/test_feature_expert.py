@@ -17,7 +17,8 @@ from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.objectives import build_objective
-from mtv_jax.train import losses, step_spec
+from mtv_jax.train import forward, statistics
+from mtv_jax.train import spec as step_spec
 from mtv_jax.train.teachers import FrozenTeacher, PixelMap
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -61,13 +62,11 @@ def make_spec(cached, ops="resize(16)", **options):
     TEACHER, size=SIZE, layers=(1,), pixels=PIXELS, cached=cached
   )
   built = views.build_views({"image": dict(count=2, ops=ops)})
-  objective = build_objective(NAME, options).resolve(STUDENT, built)
+  objective = build_objective(NAME, options)
   return step_spec.StepSpec(
     model=STUDENT,
     dtype="float32",
-    objectives={
-      NAME: objective.resolve_teachers(STUDENT, built, {"t": teacher})
-    },
+    objectives={NAME: objective.resolve(STUDENT, built, {"t": teacher})},
     weights={NAME: step_spec.ObjectiveWeight(1.0)},
     views=built,
     seed=0,
@@ -97,13 +96,13 @@ def read_targets(spec, batch, teachers):
     statistics={NAME: spec.objectives[NAME].initial_statistics()},
     teachers=teachers,
   )  # fmt: skip
-  keys = losses.view_keys(spec, state.step, 8, None)
+  keys = forward.view_keys(spec, state.step, 8, None)
 
   @jax.jit
   def run(batch):
-    features = losses.compute_statistics_features(spec, state, batch, keys)
-    inputs = losses.compute_loss_inputs(spec, params, state, batch, keys)
-    _, terms = losses.compute_losses(spec, params["heads"], state, inputs)
+    features = statistics.compute_statistics_features(spec, state, batch, keys)
+    inputs = forward.compute_loss_inputs(spec, params, state, batch, keys)
+    _, terms = forward.compute_losses(spec, params["heads"], state, inputs)
     return features[NAME]["t_layer1"], terms[NAME].loss.value()
 
   (features, valid), loss = run(batch)
@@ -153,7 +152,7 @@ def test_cached_patches_follow_crop_and_flip(folders):
   grid, _, _ = read_targets(whole, batch, {})
   cropped, _, _ = read_targets(half, batch, {})
   assert cropped.shape == (8, 2, 4, 16)
-  keys = losses.view_keys(half, jnp.int32(0), 8, None)["image"]
+  keys = forward.view_keys(half, jnp.int32(0), 8, None)["image"]
   view = half.views["image"](
     batch["image"], batch["image_size"], keys, "float32"
   )

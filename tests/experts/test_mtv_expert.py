@@ -17,7 +17,7 @@ from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.experts import mtv_expert
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.labelling.phrases import NGrams, Vocabulary
+from mtv_jax.experts.labelling.phrases import FixedPhrases, NGrams
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
@@ -39,7 +39,7 @@ SPEC = models.ModelSpec.from_config(MODEL)
 EVERYTHING = dict(
   threshold=0.0, nms=1.0, max_boxes=100, min_side=0.0, max_area=1.0
 )
-NAMES = Vocabulary(("a red ball", "a cube", "sky"))
+NAMES = FixedPhrases(("a red ball", "a cube", "sky"))
 
 
 @pytest.fixture(scope="module")

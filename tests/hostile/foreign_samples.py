@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import safetensors.numpy
+from hostile.samples import BROKEN_JSON, OUTSIDE, as_bytes  # noqa: F401
 
 from mtv_jax.convert import big_vision, depth_anything, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
@@ -30,28 +31,7 @@ WRONG = {
   "list": [1, 2, 3],
   "object": {"a": 1},
 }
-OUTSIDE = {
-  "a parent": "../x.json",
-  "an absolute path": "/etc/passwd",
-  "a number": 3,
-  "empty": "",
-  "a null byte": "a\0b.json",
-  "a lone surrogate": "\ud800.json",
-  "a name of 5,000 bytes": "a" * 5000,
-  "a path of 9,000 bytes": "a/" * 4500 + "a",
-}
-BROKEN = {
-  "empty": b"",
-  "not JSON": b"{]",
-  "binary": bytes(range(256)),
-  "a list": b"[1]",
-  "a string": b'"x"',
-  "null": b"null",
-  "truncated": b'{"model_type": "sig',
-  "nested 100,000 deep": b'{"a":' * 100_000,
-  "a number of 10,000 digits": b'{"model_type": ' + b"9" * 10_000 + b"}",
-  "UTF-16 without a mark": '{"a": 1}'.encode("utf-16-le")[:-1],
-}
+BROKEN = BROKEN_JSON
 _TOWER = {
   "hidden_size": 32,
   "intermediate_size": 64,
@@ -301,8 +281,7 @@ def write(folder: pathlib.Path, name: str, content: object) -> pathlib.Path:
   """Writes bytes, or anything else as JSON."""
   path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
-  data = content if isinstance(content, bytes) else json.dumps(content).encode()
-  path.write_bytes(data)
+  path.write_bytes(as_bytes(content))
   return path
 
 

@@ -12,18 +12,20 @@ one after the other; it is killed and replaced when a case hangs, crashes or
 takes too much memory. A test file has its cases at the level of the module,
 since the worker imports the file to find them:
 
-  CASES = Cases(__file__, "tar headers")
+  HEADERS = Cases(__file__, "tar headers")
 
-  @CASES.add("a negative size")
+  @HEADERS.add("a negative size")
   def _(folder):
     expand_path(...)
 
-  @CASES.parametrize
-  def test_tar_headers(case, hostile):
-    hostile(case)
+  # A case for each input, by name, that `read(folder, input)` reads.
+  HEADERS.add_table(read, {"empty": b"", "a page": b"<html>"}, match="x.tar")
 
-The fixture `hostile` is in conftest.py of this folder. A run of pytest ends
-with the table of counts (`table`).
+  test_cases = run_all(HEADERS)
+
+Every few cases one is in the fast suite; the others have the marker `long`. The
+fixture `hostile` is in conftest.py of this folder. A run of pytest ends with
+the table of counts (`table`).
 """
 
 import dataclasses
@@ -36,7 +38,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -86,17 +88,12 @@ class Result:
 
 
 class Cases(list[Case]):
-  """The cases of one subject in a test file.
+  """The cases of one subject in a test file, of which every `every` is fast."""
 
-  Args:
-    file: the `__file__` of the test file.
-    subject: row of the table.
-    slow: marks all of its tests `slow`, which the fast suite leaves out.
-  """
-
-  def __init__(self, file: str, subject: str, *, slow: bool = False):
+  def __init__(self, file: str, subject: str, *, every: int = 3):
     super().__init__()
-    self._file, self._subject, self._all_slow = file, subject, slow
+    self._file, self._subject, self._every = file, subject, every
+    self._names: set[str] = set()
     self._slow: set[str] = set()
 
   def add(
@@ -122,23 +119,58 @@ class Cases(list[Case]):
         self.add, name, expects=expects, match=match, slow=slow
       )
     allowed = tuple(expects.split())
-    assert name not in {case.name for case in self}, name
-    self.append(Case(self._file, self._subject, name, function, allowed, match))
-    if slow or self._all_slow:
+    assert name not in self._names, name
+    self._names.add(name)
+    if slow or len(self) % self._every:
       self._slow.add(name)
+    self.append(Case(self._file, self._subject, name, function, allowed, match))
     return function
+
+  def add_table(
+    self,
+    read: Callable[[pathlib.Path, Any], Any],
+    inputs: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    **options: Any,
+  ) -> None:
+    """Adds a case for each input; `read` takes an empty folder and one."""
+    for name, value in inputs.items():
+      run = functools.partial(_call, read, value)
+      self.add(prefix + name, run, **options)
 
   @property
   def parametrize(self) -> pytest.MarkDecorator:
-    """Decorates the test of the cases, which takes one as `case`."""
-    slow = pytest.mark.slow
-    parameters = [
+    """Decorates a test of the cases, which takes one as `case`."""
+    return pytest.mark.parametrize("case", self.parameters)
+
+  @property
+  def parameters(self) -> list[Any]:
+    """The parameters of a test that takes one as `case`."""
+    long = pytest.mark.long
+    return [
       pytest.param(
-        case, id=case.name, marks=slow if case.name in self._slow else ()
+        case,
+        id=f"{case.subject}: {case.name}",
+        marks=long if case.name in self._slow else (),
       )
       for case in self
     ]
-    return pytest.mark.parametrize("case", parameters)
+
+
+def _call(read: Callable[..., Any], value: Any, folder: pathlib.Path) -> Any:
+  return read(folder, value)
+
+
+def run_all(*groups: Cases) -> Callable[..., None]:
+  """A test of all cases, for a test file."""
+  parameters = [p for group in groups for p in group.parameters]
+
+  @pytest.mark.parametrize("case", parameters)
+  def test(case: Case, hostile: Callable[[Case], None]) -> None:
+    hostile(case)
+
+  return test
 
 
 class Runner:

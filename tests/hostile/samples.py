@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pathlib
 import tarfile
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from PIL import Image
@@ -120,3 +122,117 @@ def read_record(folder: pathlib.Path, **fields):
   """Reads a hostile record, of the key "h", between two good ones."""
   options = {k: fields.pop(k) for k in ("tokenizer", "ops") if k in fields}
   return read_tar(folder, record("h", **fields), **options)
+
+
+# Changes of a valid file's bytes: of these no reader can use the result.
+NOISE = np.random.default_rng(0).bytes(20_000)
+BROKEN_BYTES = {
+  "empty": lambda data: b"",
+  "a byte": lambda data: data[:1],
+  "its first four bytes": lambda data: data[:4],
+  "noise": lambda data: NOISE,
+  "zeros": lambda data: bytes(10_000),
+  "half": lambda data: data[: len(data) // 2],
+  "reversed": lambda data: data[::-1],
+  "a web page": lambda data: b"<!DOCTYPE html><html>404 Not Found</html>" * 50,
+  "a pickle": lambda data: b"\x80\x04\x8c\x05posix\x94." + data[16:],
+}
+# Of these some readers can.
+DAMAGED_BYTES = {
+  "without its last byte": lambda data: data[:-1],
+  "twice": lambda data: data * 2,
+  "noise in the middle": lambda data: (
+    data[: len(data) // 2] + NOISE[:2000] + data[-100:]
+  ),
+  "damaged at its start": lambda data: flip(data, 0, 0.02),
+  "damaged in its middle": lambda data: flip(data, 0.4, 0.6),
+  "damaged at its end": lambda data: flip(data, 0.95, 1),
+}
+
+
+def flip(data: bytes, start: float, stop: float) -> bytes:
+  """Inverts some bits of the bytes from one share of a file to another."""
+  changed = bytearray(data)
+  for i in range(int(start * len(data)), int(stop * len(data))):
+    changed[i] ^= 0xA5
+  return bytes(changed)
+
+
+# JSON of the wrong kind, for a file that must be an object.
+BROKEN_JSON = {
+  "empty": b"",
+  "not JSON": b"{]",
+  "binary": bytes(range(256)),
+  "NUL bytes": bytes(1000),
+  "a list": b"[1]",
+  "a string": b'"x"',
+  "a number": b"3",
+  "null": b"null",
+  "cut": b'{"model_type": "sig',
+  "nested 100,000 deep": b'{"a":' * 100_000,
+  "lists a million deep": b"[" * 1_000_000,
+  "a number of 10,000 digits": b'{"model_type": ' + b"9" * 10_000 + b"}",
+  "latin-1": b'{"version": "\xff"}',
+  "UTF-16 without a mark": '{"a": 1}'.encode("utf-16-le")[:-1],
+}
+# File names that no list of files may have.
+OUTSIDE = {
+  "a parent": "../x.json",
+  "an absolute path": "/etc/passwd",
+  "a number": 3,
+  "empty": "",
+  "a null byte": "a\0b.json",
+  "a lone surrogate": "\ud800.json",
+  "a name of 5,000 bytes": "a" * 5000,
+  "a path of 9,000 bytes": "a/" * 4500 + "a",
+}
+HUGE_FILE = 1 << 40  # Bytes of a sparse file.
+
+
+def sparse(file: pathlib.Path) -> None:
+  """Writes a file of a terabyte of zeros."""
+  with file.open("wb") as stream:
+    stream.truncate(HUGE_FILE)
+
+
+# What may be in the place of a file, by a function of its path.
+PLACES = {
+  "a folder": os.mkdir,
+  "a pipe": os.mkfifo,
+  "a link to itself": lambda file: file.symlink_to(file.name),
+  "a link to nothing": lambda file: file.symlink_to("nothing"),
+  "a link to /dev/zero": lambda file: file.symlink_to("/dev/zero"),
+  "a terabyte": sparse,
+}
+
+
+def other_types(value: object) -> list[object]:
+  """JSON values of other types than a valid one's."""
+  kinds = None, True, "x", 0.5, [[1]], {"a": 1}
+  return [kind for kind in kinds if type(kind) is not type(value)]
+
+
+def as_bytes(content: object) -> bytes:
+  """Bytes themselves, a callable's, or the JSON of anything else."""
+  content = content() if callable(content) else content
+  return content if isinstance(content, bytes) else json.dumps(content).encode()
+
+
+def by_repr(values: Iterable[object]) -> dict[str, object]:
+  """Values by what they look like."""
+  named: dict[str, object] = {}
+  for value in values:
+    name = ascii(value)[:40]
+    named[f"{name} ({len(named)})" if name in named else name] = value
+  return named
+
+
+def changed(
+  valid: Mapping[str, object], values: Mapping[str, Iterable[object]]
+) -> dict[str, dict]:
+  """Copies of a valid object, each with another value of one key."""
+  return {
+    f"{key} is {name}": {**valid, key: value}
+    for key, listed in values.items()
+    for name, value in by_repr(listed).items()
+  }

@@ -1,13 +1,20 @@
 """Hostile captions and JSON, through the whole input pipeline."""
 
-import json
 import time
 
 import numpy as np
-from hostile.harness import Cases
-from hostile.samples import JPEG, read_epoch, read_record, read_tar, record
+from hostile.harness import Cases, run_all
+from hostile.samples import (
+  BROKEN_JSON,
+  JPEG,
+  changed,
+  other_types,
+  read_epoch,
+  read_record,
+  read_tar,
+  record,
+)
 
-from mtv_jax.data import records
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
@@ -19,75 +26,83 @@ CAPTIONS = Cases(__file__, "captions and their JSON")
 CONTENT = Cases(__file__, "content or storage")
 
 
-def _add(name, expects="skip", match="h: ", **fields):
-  CAPTIONS.add(
-    name,
-    lambda folder: read_record(folder, **fields),
+def _read(folder, fields):
+  return read_record(folder, **fields)
+
+
+def _add(prefix, inputs, field, expects="skip"):
+  """Cases of a record's text or JSON, which the message must name."""
+  other = {"text": None} if field == "json" else {}
+  CAPTIONS.add_table(
+    _read,
+    {name: {**other, field: data} for name, data in inputs.items()},
+    prefix=prefix,
     expects=expects,
-    match=match if expects == "skip" else "",
+    match="h: " if expects == "skip" else "",
   )
 
 
 _DEEP = b"[" * 1000 + b"]" * 1000
-_VERY_DEEP = b"[" * 1_000_000
-for _name, _json in {
-  "empty": b"",
-  "not JSON": b"{caption: a dog}",
-  "cut": b'{"caption": "a d',
-  "a list": b"[]",
-  "a text": b'"a dog"',
-  "a number": b"3",
-  "null": b"null",
-  "without captions": b'{"url": "x"}',
-  "caption is a number": b'{"caption": 3}',
-  "caption is a list": b'{"caption": ["a dog"]}',
-  "caption is null": b'{"caption": null}',
-  "caption is an object": b'{"caption": {"en": "a dog"}}',
-  "captions is an object": b'{"captions": {"en": "a dog"}}',
-  "captions is empty": b'{"captions": []}',
-  "captions is of null": b'{"captions": [null]}',
-  "captions is of lists": b'{"captions": [["a dog"]]}',
-  "captions is of numbers": b'{"captions": [1, 2]}',
-  "captions is true": b'{"captions": true}',
-  "caption is blank": b'{"caption": " \\t\\n"}',
-  "captions are blank": b'{"captions": ["", " "]}',
-  "nested a thousand deep": b'{"caption": ' + _DEEP + b"}",
-  "nested a million deep": _VERY_DEEP,
-  "objects a million deep": b'{"captions":' * 100_000,
-  "nested captions": b'{"captions": [' + _DEEP[:900] + b"x",
-  "latin-1": '{"caption": "Stra\u00dfe"}'.encode("latin-1"),
-  "UTF-16 cut": '{"caption": "a dog"}'.encode("utf-16")[:-3],
-  "NUL bytes": bytes(100),
-  "a number of 5,000 digits": b'{"caption": ' + b"9" * 5000 + b"}",
-  "NaN": b'{"caption": NaN}',
-  "infinity": b'{"captions": [1e999]}',
-  "a JPEG": JPEG,
-  "names of lone surrogates": b'{"\\ud800": 1, "\\udfff": 2}',
-  "100,000 names": json.dumps({f"k{i}": i for i in range(100_000)}).encode(),
-  "a name of 1 MB": json.dumps({"k" * 1_000_000: 1}).encode(),
-  "random bytes": np.random.default_rng(0).bytes(4000),
-}.items():
-  _add(f"JSON, {_name}", text=None, json=_json)
-
-for _name, (_text, _expects) in {
-  "empty": (b"", "skip"),
-  "blank": (b" \n\t\xc2\xa0", "skip"),
-  "a byte-order mark alone": (b"\xef\xbb\xbf", "skip"),
-  "latin-1": ("Stra\u00dfe".encode("latin-1"), "skip"),
-  "UTF-16": ("a dog\u0100".encode("utf-16"), "skip"),
-  "cut in a character": ("a dog \u65e5".encode()[:-1], "skip"),
-  "an encoded lone surrogate": (b"a \xed\xa0\x80 dog", "skip"),
-  "NUL bytes": (b"a\0dog", "used"),
-  "controls": (bytes(range(1, 32)), "used"),
-  "direction marks": ("\u202ea dog\u202c\u200f".encode(), "used"),
-  "5,000 combining marks": (("e" + "\u0301" * 5000).encode(), "used"),
-  "99,000 characters": (b"dog " * 24_750, "used"),
-  "1 MB": (b"dog " * 250_000, "skip"),
-  "8 MB of one word": (b"x" * (8 << 20), "skip"),
-  "17 MB": (b"x" * (17 << 20), "skip"),
-  "a JPEG": (JPEG, "skip"),
-}.items():
-  _add(f"text, {_name}", _expects, text=_text)
+_add("JSON, ", BROKEN_JSON, "json")
+_add(
+  "JSON, ",
+  changed(
+    {},
+    {
+      "url": ["x"],
+      "caption": [*other_types("a dog"), " \t\n"],
+      "captions": [
+        *[{"en": "a dog"}, [], [None], [["a dog"]], [1, 2], True, ["", " "]],
+      ],
+    },
+  ),
+  "json",
+)
+_add(
+  "JSON, ",
+  {
+    "nested a thousand deep": b'{"caption": ' + _DEEP + b"}",
+    "objects a million deep": b'{"captions":' * 100_000,
+    "nested captions": b'{"captions": [' + _DEEP[:900] + b"x",
+    "not UTF-8": '{"caption": "Stra\u00dfe"}'.encode("latin-1"),
+    "NaN": b'{"caption": NaN}',
+    "infinity": b'{"captions": [1e999]}',
+    "a JPEG": JPEG,
+    "names of lone surrogates": b'{"\\ud800": 1, "\\udfff": 2}',
+    "100,000 names": {f"k{i}": i for i in range(100_000)},
+    "a name of 1 MB": {"k" * 1_000_000: 1},
+  },
+  "json",
+)
+_add(
+  "text, ",
+  {
+    "empty": b"",
+    "blank": b" \n\t\xc2\xa0",
+    "a byte-order mark alone": b"\xef\xbb\xbf",
+    "latin-1": "Stra\u00dfe".encode("latin-1"),
+    "UTF-16": "a dog\u0100".encode("utf-16"),
+    "cut in a character": "a dog \u65e5".encode()[:-1],
+    "an encoded lone surrogate": b"a \xed\xa0\x80 dog",
+    "1 MB": b"dog " * 250_000,
+    "8 MB of one word": b"x" * (8 << 20),
+    "17 MB": b"x" * (17 << 20),
+    "a JPEG": JPEG,
+  },
+  "text",
+)
+_add(
+  "text, ",
+  {
+    "NUL bytes": b"a\0dog",
+    "controls": bytes(range(1, 32)),
+    "direction marks": "\u202ea dog\u202c\u200f".encode(),
+    "5,000 combining marks": ("e" + "\u0301" * 5000).encode(),
+    "99,000 characters": b"dog " * 24_750,
+  },
+  "text",
+  "used",
+)
 
 _LONE = {
   "high": "a \ud800 dog",
@@ -95,9 +110,12 @@ _LONE = {
   "reversed pair": "\udc00\ud800",
   "at the end": "a dog" + "\udbff" * 3,
 }
-for _name, _text in _LONE.items():
-  _add(f"a lone surrogate, {_name}", text=None, json={"caption": _text})
-  _add(f"one of two captions, {_name}", text="x", json={"captions": [_text]})
+_add(
+  "a lone surrogate, ", {k: {"caption": v} for k, v in _LONE.items()}, "json"
+)
+_add(
+  "a list of one, ", {k: {"captions": [v]} for k, v in _LONE.items()}, "json"
+)
 
 
 @CAPTIONS.add("200 keys with lone surrogates in their names", expects="used")
@@ -140,62 +158,69 @@ class _Failing(ByteTokenizer):
     super().__init__(None, "none")
     self._error = error
 
-  def _ids(self, text, length):
+  def _tokenize(self, text, length):
     if text == "bad":
       raise self._error
-    return super()._ids(text, length)
+    return super()._tokenize(text, length)
 
 
 class PanicException(BaseException):
   """Derives from BaseException, as that of pyo3 does."""
 
 
-for _name, _error in {
-  "a panic": PanicException("index out of bounds"),
-  "a recursion": RecursionError("maximum recursion depth exceeded"),
-  "a lookup": KeyError("k"),
-  "a type": TypeError("TextEncodeInput must be Union[...]"),
-  "an assertion": AssertionError(),
-  "an overflow": OverflowError("int too large"),
-  "a message that can't be printed": ValueError("\ud800" * 10),
-  "a message of 1 MB": ValueError("x" * 1_000_000),
-  "a stop of an iteration": StopIteration(),
-  "a runtime error of C++": RuntimeError("Internal: unk is not defined."),
-  "an OSError without a number": OSError("decoder error -2"),
-}.items():
-
-  def _tokenize(folder, error=_error):
-    return read_record(folder, text="bad", tokenizer=_Failing(error))
-
-  CONTENT.add(f"a tokenizer raises {_name}", _tokenize, expects="skip")
+def _tokenize(folder, error):
+  return read_record(folder, text="bad", tokenizer=_Failing(error))
 
 
-def _passes(name, error, where):
+CONTENT.add_table(
+  _tokenize,
+  {
+    "a panic": PanicException("index out of bounds"),
+    "a recursion": RecursionError("maximum recursion depth exceeded"),
+    "a lookup": KeyError("k"),
+    "a type": TypeError("TextEncodeInput must be Union[...]"),
+    "an assertion": AssertionError(),
+    "an overflow": OverflowError("int too large"),
+    "a message that can't be printed": ValueError("\ud800" * 10),
+    "a message of 1 MB": ValueError("x" * 1_000_000),
+    "a stop of an iteration": StopIteration(),
+    "a runtime error of C++": RuntimeError("Internal: unk is not defined."),
+    "an OSError without a number": OSError("decoder error -2"),
+  },
+  prefix="a tokenizer raises ",
+  expects="skip",
+)
+
+
+def _pass_error(folder, error):
   """The error must end the run: it is not about a record's content."""
 
-  def run(folder):
-    def fail():
-      raise error
+  def fail():
+    raise error
 
+  reads = [lambda: read_epoch(_Records(fail))]
+  if not isinstance(error, RuntimeError):
+    reads.append(lambda: _tokenize(folder, error))
+  for read in reads:
     try:
-      if where == "tokenizer":
-        read_record(folder, text="bad", tokenizer=_Failing(error))
-      else:
-        read_epoch(_Records(fail))
-    except type(error) as caught:
-      return "error", f"{type(caught).__name__} passes: {error}"
+      read()
+    except type(error):
+      continue
     return "skip", "it was counted as a bad record"
+  return "error", "passes"
 
-  CONTENT.add(name, run, expects="error")
 
-
-_passes("memory is short in a tokenizer", MemoryError(), "tokenizer")
-_passes("the disk fails in a tokenizer", OSError(5, "I/O error"), "tokenizer")
-_passes("memory is short in a source", MemoryError(), "source")
-_passes("the disk fails in a source", OSError(5, "I/O error"), "source")
-_passes("too many open files", OSError(24, "Too many open files"), "source")
-_passes("a source's own error", RuntimeError("HTTP 503"), "source")
-_passes("a timeout of storage", TimeoutError(110, "timed out"), "source")
+CONTENT.add_table(
+  _pass_error,
+  {
+    "memory": MemoryError(),
+    "the disk": OSError(5, "I/O error"),
+    "too many open files": OSError(24, "Too many open files"),
+    "a source's own error": RuntimeError("HTTP 503"),
+    "a timeout of storage": TimeoutError(110, "timed out"),
+  },
+  prefix="ends the run, ",
+)
 
 
 @CONTENT.add("a config mistake fails each record", match="put `decode` before")
@@ -222,42 +247,9 @@ def _unknown(folder):
   return read_record(folder, text="???", tokenizer=tokenizer)
 
 
-for _name, _data in {
-  "empty": b"",
-  "another magic": b"PK\x03\x04" + bytes(60),
-  "counts alone": b"MTV1" + b"\xff" * 4,
-  "absurd counts": b"MTV1" + b"\xff" * 400,
-  "negative sizes": b"MTV1" + b"\x00" * 4 + b"\xff" * 8,
-  "a key that is not UTF-8": (
-    b"MTV1\0\0\0\0" + (1).to_bytes(4, "little") + bytes(4) + b"\xff"
-  ),
-  "a caption that is not UTF-8": records.encode(
-    {"key": "k", "image": b"x", "captions": ["\u00ff\u00ff"]}
-  )[:-2]
-  + b"\xff\xff",
-  "a byte too many": records.encode(
-    {"key": "k", "image": b"x", "captions": ["a"]}
-  )
-  + b"\0",
-}.items():
-  CONTENT.add(
-    f"an encoded record, {_name}",
-    lambda folder, data=_data: records.decode(data, where="x:1"),
-    expects="skip",
-    match="x:1",
-  )
-
-
 @CONTENT.add("a key of 1 MB", expects="skip")
 def _long_key(folder):
   raise BadRecord("k" * 1_000_000, "is bad")
 
 
-@CAPTIONS.parametrize
-def test_captions(case, hostile):
-  hostile(case)
-
-
-@CONTENT.parametrize
-def test_content_or_storage(case, hostile):
-  hostile(case)
+test_captions = run_all(CAPTIONS, CONTENT)

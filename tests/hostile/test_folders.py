@@ -1,129 +1,111 @@
 """Hostile folders of images with captions, through the input pipeline."""
 
-import json
+import functools
 import os
 import pathlib
 
-from hostile import foreign_samples
-from hostile.harness import Cases
-from hostile.samples import JPEG, image_file, read_epoch
+from hostile.harness import Cases, run_all
+from hostile.samples import (
+  BROKEN_BYTES,
+  JPEG,
+  PLACES,
+  as_bytes,
+  image_file,
+  read_epoch,
+  sparse,
+)
 
 from mtv_jax.data.registry import build_source
 
-CAPTIONS = Cases(__file__, "folders, captions")
-NAMES = Cases(__file__, "folders, names and links", slow=True)
+CAPTIONS = Cases(__file__, "folders, captions", every=4)
+NAMES = Cases(__file__, "folders, names and links", every=6)
 IMAGES = Cases(__file__, "folders, images")
 
-HUGE = 1 << 40  # Bytes of a sparse file.
+MODES = ("required", "optional", "ignored")
 
 
-def _write(folder: pathlib.Path, name: str, content: bytes = JPEG) -> None:
-  file = folder / name
+def _write(file: pathlib.Path, content: bytes = JPEG) -> None:
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_bytes(content)
 
 
-def _sparse(folder: pathlib.Path, name: str, size: int = HUGE) -> None:
-  with open(folder / name, "wb") as file:
-    file.truncate(size)
+def _read(folder: pathlib.Path, make, captions: str = "required"):
+  """Reads a folder that `make` writes to, with two good images.
 
-
-def _read(folder: pathlib.Path, captions: str = "required", **options):
-  """Reads images between two good ones; "skip" if one is left out.
-
-  Those that are left out when the folder is opened are counted in the log.
+  "skip" if an image is left out: those that are left out when the folder is
+  opened are counted in the log.
   """
   root = folder / "photos"
   for name in ("a", "z"):
-    _write(root, f"{name}.jpg")
-    _write(root, f"{name}.txt", b"good")
+    _write(root / f"{name}.jpg")
+    _write(root / f"{name}.txt", b"good")
+  make(root)
   entry = {"type": "folder", "path": str(root), "captions": captions}
-  source = build_source(entry | options)
+  source = build_source(entry)
   keys = {source.read_metadata(i)["key"] for i in range(len(source))}
   assert keys >= {"a.jpg", "z.jpg"}, keys
   result = read_epoch(source)
   return ("skip", "left out") if result == 2 else result
 
 
-def _add(cases, name, make, expects="skip", slow=False, **options):
-  """A case whose files `make` writes into the folder of the images."""
-
-  def run(folder):
-    (folder / "photos").mkdir()
-    make(folder / "photos")
-    return _read(folder, **options)
-
-  cases.add(name, run, expects=expects, slow=slow)
+def _add(cases, makes, modes, expects="skip", prefix=""):
+  """Cases of what `makes` write, with each treatment of captions."""
+  for mode in modes:
+    read = functools.partial(_read, captions=mode)
+    suffixed = {f"{name}, {mode}": make for name, make in makes.items()}
+    cases.add_table(read, suffixed, prefix=prefix, expects=expects)
 
 
 def _beside(suffix, make):
   """An image, and what `make` puts beside it."""
 
   def run(folder):
-    _write(folder, "h.jpg")
-    make(folder, f"h{suffix}")
+    _write(folder / "h.jpg")
+    make(folder / f"h{suffix}")
 
   return run
 
 
-_DEEP = b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-_CONTENT = {
+def _content(data):
+  return lambda file: _write(file, as_bytes(data))
+
+
+# `test_captions.py` has more content of a .json and a .txt.
+for _suffix, _contents in {
   ".json": {
-    "nested a hundred thousand deep": _DEEP,
     "objects a million deep": b'{"captions":' * 1_000_000,
     "cut": b'{"caption": "a d',
-    "a list": b"[]",
-    "a number of 5,000 digits": b'{"caption": ' + b"9" * 5000 + b"}",
-    "captions of numbers": b'{"captions": [1, 2]}',
-    "a lone surrogate": json.dumps({"caption": "\ud800"}).encode(),
-    "empty": b"",
-    "not UTF-8": b'{"caption": "\xff"}',
-    "NUL bytes": bytes(1000),
-    "40 MB": json.dumps({"caption": "dog " * 10_000_000}).encode(),
+    "a list": [],
+    "captions of numbers": {"captions": [1, 2]},
+    "a lone surrogate": {"caption": "\ud800"},
+    "40 MB": {"caption": "dog " * 10_000_000},
   },
   ".txt": {
     "empty": b"",
     "not UTF-8": b"\xff\xfea",
-    "an encoded lone surrogate": b"a \xed\xa0\x80 dog",
     "40 MB": b"dog " * 10_000_000,
-    "a JPEG": JPEG,
   },
-}
-_PLACES = {
-  "a folder": lambda folder, name: (folder / name).mkdir(),
-  "a pipe": lambda folder, name: foreign_samples.pipe(folder, name),
-  "a link to itself": lambda folder, name: (folder / name).symlink_to(name),
-  "a link to nothing": lambda folder, name: (folder / name).symlink_to("no"),
-  "a link to /dev/zero": (
-    lambda folder, name: (folder / name).symlink_to("/dev/zero")
-  ),
-  "a terabyte": _sparse,
-}
-for _suffix, _contents in _CONTENT.items():
-  for _name, _data in _contents.items():
-    _make = _beside(_suffix, lambda f, n, data=_data: _write(f, n, data))
-    for _mode in ("required", "optional"):
-      _add(
-        CAPTIONS,
-        f"{_suffix}, {_name}, {_mode}",
-        _make,
-        slow=_mode == "optional",
-        captions=_mode,
-      )
-  for _name, _make in _PLACES.items():
-    _add(CAPTIONS, f"{_suffix}, {_name}", _beside(_suffix, _make))
-    _add(
-      CAPTIONS,
-      f"{_suffix}, {_name}, optional",
-      _beside(_suffix, _make),
-      # As if there were none.
-      expects="used" if _name == "a folder" else "skip",
-      slow=True,
-      captions="optional",
-    )
+}.items():
+  _makes = {k: _beside(_suffix, _content(v)) for k, v in _contents.items()}
+  _add(CAPTIONS, _makes, MODES[:2], prefix=f"{_suffix}, ")
+  _places = {k: _beside(_suffix, make) for k, make in PLACES.items()}
+  _folder = {"a folder": _places.pop("a folder")}
+  _add(CAPTIONS, _places, MODES[:2], prefix=f"{_suffix}, ")
+  # As if there were none.
+  _add(CAPTIONS, _folder, MODES[:1], prefix=f"{_suffix}, ")
+  _add(CAPTIONS, _folder, MODES[1:2], "used", prefix=f"{_suffix}, ")
+
+
+def _named(file):
+  def make(folder):
+    _write(folder / file)
+    _write((folder / file).with_name((folder / file).name[:-4] + ".txt"), b"a")
+
+  return make
+
 
 _LONG = "n" * 200
-for _name, _file in {
+_NAMES = {
   "a newline": "h\nh.jpg",
   "controls and direction marks": "h\x01\u202e.jpg",
   "quotes and braces": "h'\"{0..9}*.jpg",
@@ -133,157 +115,123 @@ for _name, _file in {
   "200 letters": f"{_LONG}.jpg",
   "15 folders of 200 letters": f"{_LONG}/" * 15 + "h.jpg",
   "300 folders": "d/" * 300 + "h.jpg",
-}.items():
-
-  def _named(folder, file=_file):
-    _write(folder, file)
-    path = folder / file
-    path.with_name(path.name[:-4] + ".txt").write_bytes(b"a dog")
-
-  _add(NAMES, f"an image, {_name}", _named, "used")
-  _add(NAMES, f"an image, {_name}, ignored", _named, "used", captions="ignored")
-
-for _mode in ("required", "optional", "ignored"):
-
-  def _surrogate(folder):
-    _write(folder, "h\udcff.jpg")
-    _write(folder, "h\udcff.txt", b"a dog")
-
-  _add(
-    NAMES, f"a name that is not Unicode, {_mode}", _surrogate, captions=_mode
-  )
-
-  def _twice(folder):
-    for name in ("h\udcff.jpg", "h\udcff.png"):
-      _write(folder, name)
-
-  _add(
-    NAMES,
-    f"two images of a name that is not Unicode, {_mode}",
-    _twice,
-    expects="skip" if _mode == "ignored" else "error",
-    captions=_mode,
-  )
-
-for _name, _make in {
-  "a link to the folder above": lambda f: (f / "sub").symlink_to(".."),
-  "a link to the folder": lambda f: (f / "sub").symlink_to(f),
-  "a link to itself": lambda f: (f / "sub").symlink_to("sub"),
-  "a link to /proc": lambda f: (f / "sub").symlink_to("/proc"),
-  "2,000 files of other kinds": lambda f: [
-    (f / f"{i}.md").touch() for i in range(2_000)
-  ],
-  "captions without images": lambda f: _write(f, "h.txt", b"a dog"),
-  "a hidden file without a name": lambda f: _write(f, ".jpg"),
-}.items():
-  _add(NAMES, _name, _make, "skip used")
+}
+_makes = {name: _named(file) for name, file in _NAMES.items()}
+_add(NAMES, _makes, MODES[::2], "used", prefix="a name of ")
+_add(NAMES, {"a name that is not Unicode": _named("h\udcff.jpg")}, MODES)
 
 
-@NAMES.add("the folder is not Unicode and empty")
-def _empty(folder):
-  (folder / "\udcff").mkdir()
-  return build_source({"type": "folder", "path": str(folder / "\udcff")})
+def _twice(folder):
+  for name in ("h\udcff.jpg", "h\udcff.png"):
+    _write(folder / name)
 
 
-@NAMES.add("the folder is not Unicode and missing")
-def _missing(folder):
-  return build_source({"type": "folder", "path": str(folder / "\udcff")})
+_add(NAMES, {"two images of a name, no Unicode": _twice}, MODES[:2], "error")
+_add(NAMES, {"two images of a name, no Unicode": _twice}, MODES[2:])
 
 
-for _name in ("/dev/zero", "/proc/self/mem", "a\0b", "x" * 5000, ""):
-  NAMES.add(
-    f"the folder is {_name[:20]!r}",
-    lambda folder, name=_name: build_source({"type": "folder", "path": name}),
-  )
+def _many(folder):
+  for i in range(2000):
+    (folder / f"{i}.md").touch()
 
 
-for _name, _data in {
-  "empty": b"",
-  "a text": b"a dog",
-  "half": JPEG[: len(JPEG) // 2],
-  "a PNG of 60,000 by 60,000": (
-    image_file("PNG")[:16]
-    + (60_000).to_bytes(4, "big") * 2
-    + image_file("PNG")[24:]
-  ),
-  "an archive": b"PK\x03\x04" + bytes(1000),
-}.items():
-
-  def _image(folder, data=_data):
-    _write(folder, "h.jpg", data)
-    _write(folder, "h.txt", b"a dog")
-
-  _add(IMAGES, _name, _image)
-  _add(IMAGES, f"{_name}, ignored", _image, slow=True, captions="ignored")
+_add(
+  NAMES,
+  {
+    "a link to the folder above": lambda f: (f / "sub").symlink_to(".."),
+    "a link to the folder": lambda f: (f / "sub").symlink_to(f),
+    "a link to itself": lambda f: (f / "sub").symlink_to("sub"),
+    "a link to /proc": lambda f: (f / "sub").symlink_to("/proc"),
+    "2,000 files of other kinds": _many,
+    "captions without images": lambda f: _write(f / "h.txt", b"a dog"),
+    "a hidden file without a name": lambda f: _write(f / ".jpg"),
+  },
+  MODES[:1],
+  "skip used",
+)
 
 
-for _name, _make in _PLACES.items():
-
-  def _place(folder, make=_make):
-    make(folder, "h.jpg")
-    _write(folder, "h.txt", b"a dog")
-
-  # A folder is no image; the others are named, but for an absurd size.
-  _expects = {"a folder": "skip", "a terabyte": "skip"}.get(_name, "error")
-  _add(IMAGES, _name, _place, _expects)
-
-for _name, _change in {
-  "removed": lambda file: file.unlink(),
-  "replaced by a folder": lambda file: (file.unlink(), file.mkdir()),
-  "replaced by a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
-  "replaced by a terabyte": lambda file: os.truncate(file, HUGE),
-  "replaced by a link to itself": (
-    lambda file: (file.unlink(), file.symlink_to(file.name))
-  ),
-}.items():
-
-  @IMAGES.add(f"an image is {_name} after the start", expects="skip")
-  def _changed(folder, change=_change):
-    for name in ("a", "h", "z"):
-      _write(folder, f"{name}.jpg")
-    entry = {"type": "folder", "path": str(folder), "captions": "ignored"}
-    source = build_source(entry)
-    change(folder / "h.jpg")
-    return read_epoch(source)
+def _build(folder, name):
+  (folder / "empty\udcff").mkdir()
+  return build_source({"type": "folder", "path": name})
 
 
-for _name, _text in {
-  "a name of 5,000 letters": "image,caption\n" + "x" * 5000 + ",a dog\n",
-  "a name with a NUL": "image,caption\na\0b.jpg,a dog\n",
-  "a name that is a folder": "image,caption\n.,a dog\n",
-  "a device": "image,caption\n/dev/zero,a dog\n",
-}.items():
-
-  @IMAGES.add(f"a table with {_name}")
-  def _table(folder, text=_text):
-    (folder / "x.csv").write_text(text)
-    return build_source({"type": "folder", "path": str(folder / "x.csv")})
+_FOLDERS = ("empty\udcff", "no\udcff", "/dev/zero", "/proc/self/mem", "a\0b")
+NAMES.add_table(
+  _build, {ascii(name)[:20]: name for name in (*_FOLDERS, "x" * 5000, "")}
+)
 
 
-@IMAGES.add("a table of a terabyte in one line")
-def _line(folder):
-  _sparse(folder, "x.csv")
-  with open(folder / "x.csv", "r+b") as file:
-    file.write(b"image,caption\n")
+def _captioned(make):
+  def run(folder):
+    make(folder / "h.jpg")
+    _write(folder / "h.txt", b"a dog")
+
+  return run
+
+
+_PNG = image_file("PNG")
+_DATA = {name: change(JPEG) for name, change in BROKEN_BYTES.items()}
+_DATA["a PNG of 60,000 x 60,000"] = (
+  _PNG[:16] + (60_000).to_bytes(4, "big") * 2 + _PNG[24:]
+)
+_makes = {name: _captioned(_content(data)) for name, data in _DATA.items()}
+_add(IMAGES, _makes, MODES[::2])
+_makes = {name: _captioned(make) for name, make in PLACES.items()}
+# A folder is no image; the others are named, but for an absurd size.
+_skipped = {name: _makes.pop(name) for name in ("a folder", "a terabyte")}
+_add(IMAGES, _makes, MODES[:1], "error")
+_add(IMAGES, _skipped, MODES[:1])
+
+
+def _change_later(folder, change):
+  """An image changes after the folder was opened."""
+  for name in ("a", "h", "z"):
+    _write(folder / f"{name}.jpg")
+  entry = {"type": "folder", "path": str(folder), "captions": "ignored"}
+  source = build_source(entry)
+  (folder / "h.jpg").unlink()
+  change(folder / "h.jpg")
+  return read_epoch(source)
+
+
+IMAGES.add_table(
+  _change_later,
+  PLACES | {"removed": lambda file: None},
+  prefix="later ",
+  expects="skip",
+)
+
+
+def _read_table(folder, text):
+  (folder / "x.csv").write_text("image,caption\n" + text)
   return build_source({"type": "folder", "path": str(folder / "x.csv")})
 
 
-@IMAGES.add("COCO's captions of a terabyte")
-def _coco(folder):
-  _sparse(folder, "x.json")
-  return build_source({"type": "folder", "path": str(folder / "x.json")})
+IMAGES.add_table(
+  _read_table,
+  {
+    "a name of 5,000 letters": "x" * 5000 + ",a dog\n",
+    "a name with a NUL": "a\0b.jpg,a dog\n",
+    "a name that is a folder": ".,a dog\n",
+    "a device": "/dev/zero,a dog\n",
+  },
+  prefix="a table with ",
+)
 
 
-@CAPTIONS.parametrize
-def test_captions(case, hostile):
-  hostile(case)
+def _read_sparse(folder, name):
+  """A listing of a terabyte, in one line."""
+  sparse(folder / name)
+  if name.endswith("csv"):
+    with open(folder / name, "r+b") as file:
+      file.write(b"image,caption\n")
+  assert os.path.getsize(folder / name) > 1 << 39
+  return build_source({"type": "folder", "path": str(folder / name)})
 
 
-@NAMES.parametrize
-def test_names_and_links(case, hostile):
-  hostile(case)
+IMAGES.add_table(
+  _read_sparse, {"a table": "x.csv", "COCO": "x.json"}, prefix="a terabyte of "
+)
 
-
-@IMAGES.parametrize
-def test_images(case, hostile):
-  hostile(case)
+test_folders = run_all(CAPTIONS, NAMES, IMAGES)

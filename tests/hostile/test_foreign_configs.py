@@ -1,124 +1,172 @@
-"""Hostile configs and image processors of Hugging Face folders."""
+"""Hostile configs of models: Hugging Face's, processors, exports and runs."""
 
+import os
+
+import numpy as np
 from hostile import foreign_samples as samples
-from hostile.harness import Cases
+from hostile.foreign_samples import HUGE, NAN
+from hostile.harness import Cases, run_all
+from hostile.samples import (
+  BROKEN_BYTES,
+  BROKEN_JSON,
+  OUTSIDE,
+  by_repr,
+  changed,
+)
 
-HUGE = samples.HUGE
-NAN = samples.NAN
-CONFIGS = Cases(__file__, "configs of Hugging Face")
-PROCESSORS = Cases(__file__, "image processors")
+CONFIGS = Cases(__file__, "configs of Hugging Face", every=12)
+PROCESSORS = Cases(__file__, "image processors", every=5)
+EXPORTS = Cases(__file__, "exports, native folders", every=6)
+LONG = "x" * 1_000_000
 
 
-def _config(family, keys, value, match=None):
-  """A folder whose config.json has another value; the error names the key."""
+def _read_changed(family, name):
+  """Reads a folder whose file `name` has another value at some keys."""
 
-  def run(folder):
+  def read(folder, change):
     path = samples.copy(family, folder)
-    samples.change_json(path / "config.json", keys, value)
+    samples.change_json(path / name, *change)
     return samples.read(family, path)
 
-  last = keys.rpartition(".")[2]
-  return run, last if match is None else match
+  return read
 
 
-def _add_config(family, keys, label, value, *, expects="error", match=None):
-  run, match = _config(family, keys, value, match)
-  CONFIGS.add(f"{family}: {keys} {label}", run, expects=expects, match=match)
+def _add(cases, family, name, values, **options):
+  """Cases of values at dotted keys, which the message must name."""
+  for keys, listed in values.items():
+    for label, value in by_repr(listed).items():
+      case = {f"{family}: {keys} is {label}": (keys, value)}
+      named = {"match": keys.rpartition(".")[2]} | options
+      cases.add_table(_read_changed(family, name), case, **named)
 
 
-_SIZES = {
-  "siglip": ("vision_config.hidden_size", "text_config.vocab_size"),
-  "clip": ("vision_config.patch_size", "text_config.num_hidden_layers"),
-  "dinov2": ("num_hidden_layers", "image_size"),
-  "dinov3": ("num_hidden_layers", "intermediate_size"),
-  "siglip2": ("num_patches", "patch_size"),
-  "aimv2": ("intermediate_size", "image_size"),
-  "radio": ("max_img_size", "num_cls_tokens"),
-  "tipsv2": ("num_hidden_layers", "num_attention_heads"),
-  "depth_anything": ("backbone_config.hidden_size", "fusion_hidden_size"),
-  "owlv2": ("vision_config.num_attention_heads", "projection_dim"),
+def _list_keys(content, prefix=""):
+  """Dotted keys of all values of nested objects."""
+  for key, value in content.items():
+    yield prefix + key
+    if isinstance(value, dict):
+      yield from _list_keys(value, f"{prefix}{key}.")
+
+
+WRONG = [*samples.WRONG.values()]
+_VALUES = {
+  "siglip": {
+    "vision_config.hidden_size": WRONG,
+    "text_config.vocab_size": WRONG,
+    "vision_config": ["x", []],
+    "vision_config.layer_norm_eps": [NAN, "1e-6", 0],
+    "vision_config.hidden_act": ["swish", 1],
+    "vision_config.num_channels": [4],
+    "vision_config.vision_use_head": ["yes"],
+    "vision_config.image_size": [[32, 48]],
+    "text_config.max_position_embeddings": [HUGE],
+    "text_config.projection_size": ["x"],
+    "model_type": [["siglip"], {}, "siglop"],
+  },
+  "clip": {
+    "vision_config.patch_size": WRONG,
+    "text_config.num_hidden_layers": WRONG,
+    "text_config.eos_token_id": ["x", []],
+    "text_config.hidden_size": [32.5],
+    "projection_dim": [[32]],
+  },
+  "dinov2": {
+    "num_hidden_layers": WRONG,
+    "image_size": WRONG,
+    "mlp_ratio": [NAN, 1e30, -4],
+    "layerscale_value": ["x"],
+    "qkv_bias": [False],
+    "use_swiglu_ffn": ["x"],
+  },
+  "dinov3": {
+    "num_hidden_layers": WRONG,
+    "intermediate_size": WRONG,
+    "rope_theta": [NAN],
+    "pos_embed_jitter": ["x"],
+    "query_bias": [False],
+    "use_gated_mlp": [2],
+  },
+  "siglip2": {"num_patches": [*WRONG, 5], "patch_size": WRONG},
+  "aimv2": {
+    "intermediate_size": WRONG,
+    "image_size": WRONG,
+    "rms_norm_eps": [NAN],
+    "qkv_bias": [True],
+    "hidden_act": ["gelu"],
+  },
+  "radio": {
+    "max_img_size": WRONG,
+    "num_cls_tokens": WRONG,
+    "norm_std": [[0, 1, 1]],
+    "norm_mean": ["x"],
+    "video_temporal_patch_size": [2],
+  },
+  "tipsv2": {
+    "num_hidden_layers": WRONG,
+    "num_attention_heads": WRONG,
+    "qkv_bias": [False],
+    "hidden_act": ["swish"],
+  },
+  "depth_anything": {
+    "backbone_config.hidden_size": WRONG,
+    "fusion_hidden_size": WRONG,
+    "neck_hidden_sizes": [4, [], [HUGE] * 4],
+    "reassemble_factors": [[NAN] * 4, "4,2,1"],
+    "max_depth": [NAN],
+    "depth_estimation_type": ["metric"],
+    "backbone_config.out_indices": [["a"] * 4, [HUGE] * 4],
+    "backbone_config.layer_norm_eps": [NAN],
+    "backbone_config.model_type": ["beit"],
+  },
+  "owlv2": {
+    "vision_config.num_attention_heads": WRONG,
+    "projection_dim": WRONG,
+    "text_config": ["x"],
+    "vision_config.image_size": [[-32, -32]],
+  },
 }
-for _family, _keys in _SIZES.items():
-  for _key in _keys:
-    for _label, _value in samples.WRONG.items():
-      # A size as a list is one of square images.
-      _add_config(_family, _key, _label, _value)
-for _family, _keys, _label, _value in (
-  ("siglip", "vision_config", "text", "x"),
-  ("siglip", "vision_config", "a list", []),
-  ("siglip", "vision_config.layer_norm_eps", "zero", 0),
-  ("siglip", "vision_config.layer_norm_eps", "nan", NAN),
-  ("siglip", "vision_config.layer_norm_eps", "text", "1e-6"),
-  ("siglip", "vision_config.hidden_act", "unknown", "swish"),
-  ("siglip", "vision_config.hidden_act", "a number", 1),
-  ("siglip", "vision_config.hidden_act", "a list", ["gelu"]),
-  ("siglip", "vision_config.num_channels", "four", 4),
-  ("siglip", "vision_config.vision_use_head", "text", "yes"),
-  ("siglip", "vision_config.image_size", "not square", [32, 48]),
-  ("siglip", "text_config.max_position_embeddings", "huge", HUGE),
-  ("siglip", "text_config.projection_size", "text", "x"),
-  ("siglip", "model_type", "a list", ["siglip"]),
-  ("siglip", "model_type", "an object", {}),
-  ("siglip", "model_type", "unknown", "siglop"),
-  ("siglip", "model_type", "of a million characters", "x" * 1_000_000),
-  ("siglip", "vision_config.hidden_act", "of a million", "x" * 1_000_000),
-  ("clip", "text_config.eos_token_id", "text", "x"),
-  ("clip", "text_config.eos_token_id", "an empty list", []),
-  ("clip", "text_config.hidden_size", "a fraction", 32.5),
-  ("clip", "projection_dim", "a list", [32]),
-  ("dinov2", "mlp_ratio", "nan", NAN),
-  ("dinov2", "mlp_ratio", "huge", 1e30),
-  ("dinov2", "mlp_ratio", "negative", -4),
-  ("dinov2", "layerscale_value", "text", "x"),
-  ("dinov2", "qkv_bias", "false", False),
-  ("dinov2", "use_swiglu_ffn", "text", "x"),
-  ("dinov3", "rope_theta", "nan", NAN),
-  ("dinov3", "pos_embed_jitter", "text", "x"),
-  ("dinov3", "query_bias", "false", False),
-  ("dinov3", "use_gated_mlp", "a number", 2),
-  ("siglip2", "num_patches", "no square", 5),
-  ("aimv2", "rms_norm_eps", "nan", NAN),
-  ("aimv2", "qkv_bias", "true", True),
-  ("aimv2", "hidden_act", "another", "gelu"),
-  ("radio", "norm_std", "zero", [0, 1, 1]),
-  ("radio", "norm_mean", "text", "x"),
-  ("radio", "video_temporal_patch_size", "of videos", 2),
-  ("tipsv2", "qkv_bias", "false", False),
-  ("tipsv2", "hidden_act", "unknown", "swish"),
-  ("depth_anything", "neck_hidden_sizes", "a number", 4),
-  ("depth_anything", "neck_hidden_sizes", "empty", []),
-  ("depth_anything", "neck_hidden_sizes", "huge", [HUGE] * 4),
-  ("depth_anything", "reassemble_factors", "nan", [NAN] * 4),
-  ("depth_anything", "reassemble_factors", "text", "4,2,1"),
-  ("depth_anything", "max_depth", "nan", NAN),
-  ("depth_anything", "depth_estimation_type", "metric", "metric"),
-  ("depth_anything", "backbone_config.out_indices", "text", ["a"] * 4),
-  ("depth_anything", "backbone_config.out_indices", "huge", [HUGE] * 4),
-  ("depth_anything", "backbone_config.layer_norm_eps", "nan", NAN),
-  ("depth_anything", "backbone_config.model_type", "another", "beit"),
-  ("owlv2", "text_config", "text", "x"),
-  ("owlv2", "vision_config.image_size", "negative", [-32, -32]),
+for _family, _values in _VALUES.items():
+  _add(CONFIGS, _family, "config.json", _values)
+for _family, _keys, _value, _match in (
+  ("siglip", "vision_config.image_size", 8, "patch_size"),
+  ("siglip", "vision_config.num_attention_heads", 3, "divi"),
+  ("siglip", "vision_config.num_hidden_layers", 2, "layers"),
+  ("siglip", "model_type", ..., "model_type"),
+  ("depth_anything", "model_type", "siglip", "model_type"),
+  # transformers has defaults for what is null or missing; these fit no tensor.
+  *(
+    (family, "vision_config.hidden_size", value, "768")
+    for family in ("siglip", "clip", "owlv2")
+    for value in (..., None)
+  ),
 ):
-  _add_config(_family, _keys, _label, _value)
-for _family, _keys, _label, _value, _match in (
-  ("siglip", "vision_config.image_size", "below the patch", 8, "patch_size"),
-  ("siglip", "vision_config.num_attention_heads", "no divisor", 3, "divi"),
-  ("siglip", "vision_config.num_hidden_layers", "of others", 2, "layers"),
-  ("siglip", "model_type", "missing", ..., "model_type"),
-  ("depth_anything", "model_type", "of others", "siglip", "model_type"),
-):
-  _add_config(_family, _keys, _label, _value, match=_match)
-# transformers has defaults for what is null or missing; these fit no tensor.
-for _family in ("siglip", "clip", "owlv2"):
-  for _label, _value in (("missing", ...), ("null", None)):
-    _keys = "vision_config.hidden_size"
-    _add_config(_family, _keys, _label, _value, match="768")
-for _key, _value in (("unknown_key", HUGE), ("torch_dtype", ["x"])):
-  _add_config("siglip", _key, "odd", _value, expects="used", match="")
+  _add(CONFIGS, _family, "config.json", {_keys: [_value]}, match=_match)
+_odd = {"unknown_key": [HUGE], "torch_dtype": [["x"]]}
+_add(CONFIGS, "siglip", "config.json", _odd, match="", expects="used")
+# Every key of every family.
+for _family, _config in samples.CONFIGS.items():
+  _values = {keys: [{"b": 1}, LONG[:999]] for keys in _list_keys(_config)}
+  _add(CONFIGS, _family, "config.json", _values, match="", expects="error used")
 
-for _label, _data in samples.BROKEN.items():
-  _run = samples.replacing("siglip", "config.json", lambda _, d=_data: d)
-  CONFIGS.add(f"config.json {_label}", _run, match="config.json")
+
+def _replace(family, name):
+  """Reads a folder with other bytes in the file `name`."""
+
+  def read(folder, content):
+    path = samples.copy(family, folder)
+    (path / name).write_bytes(content)
+    return samples.read(family, path)
+
+  return read
+
+
+for _cases, _family, _name in (
+  (CONFIGS, "siglip", "config.json"),
+  (PROCESSORS, "clip", "preprocessor_config.json"),
+  (EXPORTS, "native", "mtv_jax.json"),
+):
+  _read = _replace(_family, _name)
+  _cases.add_table(_read, BROKEN_JSON, prefix=f"{_name} ", match=_name)
 
 
 @CONFIGS.add("config.json of 100 MB", match="config.json")
@@ -137,75 +185,178 @@ def _folder_config(folder):
   return samples.read("siglip", path)
 
 
-@CONFIGS.parametrize
-def test_configs(case, hostile):
-  hostile(case)
+# --- Processors --------------------------------------------------------------
 
 
-def _processor(content, family="clip", name="preprocessor_config.json"):
-  def run(folder):
-    path = samples.copy(family, folder)
-    samples.write_json(path / name, content)
-    return samples.read(family, path)
-
-  return run
+def _read_processor(folder, content):
+  family, name, content = content
+  path = samples.copy(family, folder)
+  samples.write_json(path / name, content)
+  return samples.read(family, path)
 
 
-for _label, _content in {
-  "size text": {"size": "x"},
-  "size zero": {"size": 0},
-  "size negative": {"size": {"height": -32, "width": -32}},
-  "size huge": {"size": HUGE},
-  "size a pair of text": {"size": {"height": "a", "width": "b"}},
-  "size without a width": {"size": {"height": 32}},
-  "size not square": {"size": {"height": 32, "width": 64}},
-  "shortest_edge text": {"size": {"shortest_edge": "x"}},
-  "shortest_edge zero": {"size": {"shortest_edge": 0}},
-  "shortest_edge huge": {"size": {"shortest_edge": HUGE}},
-  "longest_edge": {"size": {"shortest_edge": 32, "longest_edge": 64}},
-  "crop_size text": {"size": 32, "crop_size": "x"},
-  "crop_size larger": {"size": 32, "crop_size": 64},
-  "crop_size below the patch": {"size": 32, "crop_size": 8},
-  "resample text": {"resample": "bicubic"},
-  "resample unknown": {"resample": 7},
-  "resample a list": {"resample": [3]},
-  "image_mean text": {"image_mean": "x"},
-  "image_mean a number": {"image_mean": 0.5},
-  "image_mean of one": {"image_mean": [0.5]},
-  "image_mean nan": {"image_mean": [NAN] * 3},
-  "image_std zero": {"image_std": [0, 0, 0]},
-  "image_std negative": {"image_std": [-1, -1, -1]},
-  "image_std nan": {"image_std": [NAN] * 3},
-  "rescale_factor zero": {"rescale_factor": 0},
-  "rescale_factor text": {"rescale_factor": "x"},
-  "rescale_factor nan": {"rescale_factor": NAN},
-  "do_resize text": {"do_resize": "no"},
-  "do_center_crop a number": {"do_center_crop": 2},
-  "do_normalize a list": {"do_normalize": [1]},
+def _add_processors(family, name, values):
+  contents = {
+    f"{family}: {label}": (family, name, content)
+    for label, content in changed({}, values).items()
+  }
+  PROCESSORS.add_table(_read_processor, contents, match=name)
+
+
+_PREPROCESSOR = "preprocessor_config.json"
+_add_processors(
+  "clip",
+  _PREPROCESSOR,
+  {
+    "size": [
+      *["x", 0, HUGE, {"height": 32}, {"shortest_edge": HUGE}],
+      *[{"shortest_edge": "x"}, {"shortest_edge": 0}],
+      {"height": -32, "width": -32},
+      {"height": "a", "width": "b"},
+      {"height": 32, "width": 64},
+      {"shortest_edge": 32, "longest_edge": 64},
+    ],
+    "resample": ["bicubic", 7, [3]],
+    "image_mean": ["x", 0.5, [0.5], [NAN] * 3],
+    "image_std": [[0] * 3, [-1] * 3, [NAN] * 3],
+    "rescale_factor": [0, "x", NAN],
+    "do_resize": ["no"],
+    "do_center_crop": [2],
+    "do_normalize": [[1]],
+  },
+)
+PROCESSORS.add_table(
+  _read_processor,
+  {
+    label: ("clip", _PREPROCESSOR, content)
+    for label, content in changed(
+      {"size": 32}, {"crop_size": ["x", 64, 8]}
+    ).items()
+  },
+  match=_PREPROCESSOR,
+)
+_version_5 = {"image_processor": ["x", [1], {"image_std": "x"}]}
+_add_processors("clip", "processor_config.json", _version_5)
+_channels = {"image_mean": ["x", [0, 0]], "image_std": [[0, 0, 0]]}
+_add_processors("owlv2", _PREPROCESSOR, _channels)
+
+
+# --- Exports -----------------------------------------------------------------
+
+_add(
+  EXPORTS,
+  "native",
+  "mtv_jax.json",
+  {
+    "format": [..., 2, [1]],
+    "model": [..., "x"],
+    "model.image": [..., "x"],
+    "model.image.depth": [HUGE],
+    "model.image.width": [-32, "x"],
+    "model.image.norm_eps": [NAN, 0],
+    "model.image.pool": ["max", ["map"], LONG],
+    "model.image.rope": ["x"],
+    "model.image.registers": [HUGE],
+    "model.image.future": [1],
+    "model.text.vocab_size": [HUGE],
+    "model.text.length": [0],
+    "model.text": [[1]],
+    "preprocess": [..., "x"],
+    "preprocess.size": [0, "x"],
+    "preprocess.std": [[0, 0, 0]],
+    "preprocess.mean": [[NAN] * 3, "x", 1, [1, 2]],
+    "tokenizer": ["x"],
+    "tokenizer.clean": [..., "x", LONG],
+    "tokenizer.built_in": ["x"],
+    "predictors": ["x", {"depth": 1}],
+    "weights": ["best"],
+  },
+)
+_heads = {"predictors": [{"x": {}}, {"depth": {"x": 1}}]}
+_add(EXPORTS, "native", "mtv_jax.json", _heads, match="heads' description")
+for _family, _values in {
+  "native": {
+    "tokenizer.file": ["tokenizer.json", *filter(None, OUTSIDE.values())]
+  },
+  "export": {
+    "contrastive": ["x"],
+    "contrastive.name": [...],
+    "contrastive.leaves": ["logit_scale"],
+    "model.image.depth": [2],
+  },
 }.items():
-  _run = _processor(_content)
-  PROCESSORS.add(_label, _run, match="preprocessor_config.json")
-for _label, _content in {
-  "of text": {"image_processor": "x"},
-  "of a list": {"image_processor": [1]},
-  "of text std": {"image_processor": {"image_std": "x"}},
-}.items():
-  _run = _processor(_content, name="processor_config.json")
-  PROCESSORS.add(f"version 5 {_label}", _run, match="processor_config.json")
-for _label, _content in {
-  "mean text": {"image_mean": "x"},
-  "std zero": {"image_std": [0, 0, 0]},
-  "mean of two": {"image_mean": [0, 0]},
-}.items():
-  _run = _processor(_content, "owlv2")
-  PROCESSORS.add(f"owlv2 {_label}", _run, match="preprocessor_config.json")
-for _label, _data in samples.BROKEN.items():
-  _run = samples.replacing(
-    "clip", "preprocessor_config.json", lambda _, d=_data: d
-  )
-  PROCESSORS.add(_label, _run, match="preprocessor_config.json")
+  _add(EXPORTS, _family, "mtv_jax.json", _values, match="mtv_jax.json")
+EXPORTS.add_table(
+  _replace("native", "params.safetensors"),
+  {name: change(bytes(5000)) for name, change in BROKEN_BYTES.items()},
+  prefix="params ",
+  match="params.safetensors",
+)
 
 
-@PROCESSORS.parametrize
-def test_processors(case, hostile):
-  hostile(case)
+def _read_params(folder, change):
+  path = samples.copy("native", folder)
+  os.replace(path / "params.safetensors", path / "model.safetensors")
+  samples.save_tensors(path, change(samples.load_tensors(path)))
+  os.replace(path / "model.safetensors", path / "params.safetensors")
+  return samples.read("native", path)
+
+
+def _set_bias(value):
+  return lambda tensors: tensors | {"image/norm/bias": value}
+
+
+EXPORTS.add_table(
+  _read_params,
+  {
+    "NaN": _set_bias(np.full(32, NAN, np.float32)),
+    "integers": _set_bias(np.zeros(32, np.int32)),
+    "another shape": _set_bias(np.zeros(3, np.float32)),
+    "more": lambda t: t | {"image/x": np.zeros(3, np.float32)},
+    "none": lambda t: {},
+  },
+  prefix="parameters: ",
+  match="image/",
+)
+
+
+@EXPORTS.add("a native folder that was not finished", match="did not finish")
+def _unfinished(folder):
+  path = samples.copy("native", folder)
+  (path / "mtv_jax.json").unlink()
+  return samples.read("native", path)
+
+
+@EXPORTS.add("what a killed conversion left", match="unfinished")
+def _temporary(folder):
+  path = samples.copy("native", folder)
+  name = ".out.01234567-12-01234567.0.tmp"
+  return samples.read("native", path.rename(folder / name))
+
+
+def _read_run(folder, content):
+  samples.write_json(folder / "config.json", content)
+  return samples.read("run", folder)
+
+
+_VARIANT = {"variant": "mu/16"}
+EXPORTS.add_table(
+  _read_run,
+  {
+    "a key of a million characters": {"model": {LONG: 1}},
+    "model is text": {"model": "x"},
+    "model is a list": {"model": [1]},
+    "an unknown variant": {"model": {"variant": "Z/16"}},
+    "a variant that is a number": {"model": {"variant": 3}},
+    "an unknown key": {"model": _VARIANT | {"x": 1}},
+    "a vast depth": {"model": _VARIANT | {"depth": HUGE}},
+    "text that is no object": {"model": _VARIANT | {"text": "x"}},
+    "unknown weights": {"model": _VARIANT, "weights": ["x"]},
+    "objectives that are text": {"model": _VARIANT, "objectives": "x"},
+    "data that is text": {"model": _VARIANT, "data": "x"},
+    "no checkpoint": {"model": _VARIANT},
+  },
+  prefix="a run: ",
+)
+
+test_configs = run_all(CONFIGS, PROCESSORS, EXPORTS)

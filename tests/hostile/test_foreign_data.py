@@ -5,7 +5,8 @@ import zlib
 
 import PIL.Image
 from hostile import foreign_samples as samples
-from hostile.harness import Cases
+from hostile.harness import Cases, run_all
+from hostile.samples import changed
 
 from mtv_jax.data.labels import annotations
 from mtv_jax.data.labels.annotations import Item
@@ -21,15 +22,8 @@ BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4]}
 CATEGORY = {"id": 3, "name": "cat"}
 CAPTION = {"image_id": 1, "caption": "red"}
 KARPATHY = {"split": "test", "filename": "1.png", "sentences": [{"raw": "a"}]}
-OUTSIDE = {
-  "a parent": "../../etc/hostname",
-  "an absolute path": "/etc/hostname",
-  "a null byte": "a\0b.png",
-  "a lone surrogate": "\ud800.png",
-  "a name of 5,000 bytes": "a" * 5000,
-  "empty": "",
-  "the folder": ".",
-}
+OUTSIDE = {k: v for k, v in samples.OUTSIDE.items() if isinstance(v, str)}
+OUTSIDE["the folder"] = "."
 
 
 def _image(path, size=8):
@@ -37,42 +31,30 @@ def _image(path, size=8):
   PIL.Image.new("RGB", (size, size)).save(path)
 
 
-def _open_boxes(content):
-  def run(folder):
-    _image(folder / "images" / "1.png")
-    return registry.open_boxes(
-      samples.write(folder, "instances_a.json", content)
-    )
-
-  return run
+def _open_boxes(folder, content):
+  _image(folder / "images" / "1.png")
+  return registry.open_boxes(samples.write(folder, "instances_a.json", content))
 
 
-def _open_captions(content, name="captions_a.json"):
-  def run(folder):
-    _image(folder / "images" / "1.png")
-    data = registry.open_captions(samples.write(folder, name, content))
-    return list(data.captions)
-
-  return run
+def _open_captions(folder, content, name="captions_a.json"):
+  _image(folder / "images" / "1.png")
+  data = registry.open_captions(samples.write(folder, name, content))
+  return list(data.captions)
 
 
-def _make_boxes(content):
-  def run(folder):
-    path = samples.write(folder, "instances_a.json", content)
-    outcome = annotations.Instances([path])(Item("1", "1.png", "1", 8, 8))
-    return "skip" if outcome.label is None else outcome.label
-
-  return run
+def _open_table(folder, content):
+  return _open_captions(folder, content, "results.csv")
 
 
-def _list_captions(content):
-  def run(folder):
-    (example,) = listings.read(
-      samples.write(folder, "captions_a.json", content)
-    )
-    return ("skip", example.problem) if example.problem else example.path
+def _make_boxes(folder, content):
+  path = samples.write(folder, "instances_a.json", content)
+  outcome = annotations.Instances([path])(Item("1", "1.png", "1", 8, 8))
+  return "skip" if outcome.label is None else outcome.label
 
-  return run
+
+def _list_captions(folder, content):
+  (example,) = listings.read(samples.write(folder, "captions_a.json", content))
+  return ("skip", example.problem) if example.problem else example.path
 
 
 def _instances(image=(), box=(), category=()):
@@ -88,55 +70,65 @@ COCO.add(
   lambda folder: annotations.Instances([samples.pipe(folder, "a.json")]),
   match="a pipe",
 )
-COCO.add("valid boxes", _open_boxes(_instances()), expects="used")
-COCO.add("valid labels", _make_boxes(_instances()), expects="used")
-for _label, _content in {
-  "an image without a name": _instances({"file_name": None}),
-  "a height of text": _instances({"height": "8"}),
-  "a height of a bool": _instances({"height": True}),
-  "a height of 0": _instances({"height": 0}),
-  "a negative width": _instances({"width": -8}),
-  "a vast width": _instances({"width": HUGE}),
-  "an id that is a list": _instances({"id": [1]}),
-  "an id that is a fraction": _instances({"id": 1.5}),
-  "an image_id of no image": _instances(box={"image_id": 9}),
-  "an image_id that is an object": _instances(box={"image_id": {}}),
-  "a category of no name": _instances(box={"category_id": 9}),
-  "a category that is a list": _instances(box={"category_id": [3]}),
-  "a category's name of a number": _instances(category={"name": 3}),
-  "a box of three": _instances(box={"bbox": [1, 1, 4]}),
-  "a box of text": _instances(box={"bbox": "1 1 4 4"}),
-  "a box with text": _instances(box={"bbox": ["1", 1, 4, 4]}),
-  "a box with a bool": _instances(box={"bbox": [True, 1, 4, 4]}),
-  "a box with null": _instances(box={"bbox": [None, 1, 4, 4]}),
-  "a box of lists": _instances(box={"bbox": [[1], [1], [4], [4]]}),
-  "a box of an object": _instances(box={"bbox": {"x": 1}}),
-  "a key of a million characters": {
-    **_instances(),
-    "images": [{"x" * 1_000_000: 1}],
+_valid = {"valid": _instances()}
+_bad = {
+  **{
+    f"an image's {name}": _instances(change)
+    for name, change in changed(
+      {},
+      {
+        "file_name": [None],
+        "height": ["8", True, 0],
+        "width": [-8, HUGE],
+        "id": [[1], 1.5],
+      },
+    ).items()
   },
-  "images of an object": {**_instances(), "images": {"1": IMAGE}},
-  "images of numbers": {**_instances(), "images": [1]},
-  "annotations of null": {**_instances(), "annotations": None},
+  **{
+    f"a box's {name}": _instances(box=change)
+    for name, change in changed(
+      {},
+      {
+        "image_id": [9, {}],
+        "category_id": [9, [3]],
+        "bbox": [
+          *[[1, 1, 4], "1 1 4 4", ["1", 1, 4, 4], [True, 1, 4, 4], {"x": 1}],
+          *[[None, 1, 4, 4], [[1], [1], [4], [4]]],
+        ],
+      },
+    ).items()
+  },
+  "a category's name of a number": _instances(category={"name": 3}),
+  "a key of a million characters": _instances()
+  | {"images": [{"x" * 1_000_000: 1}]},
   "categories missing": {"images": [IMAGE], "annotations": [BOX]},
+  **changed(
+    _instances(), {"images": [{"1": IMAGE}, [1]], "annotations": [None]}
+  ),
   **samples.BROKEN,
-}.items():
-  COCO.add(f"boxes: {_label}", _open_boxes(_content))
-  COCO.add(f"labels: {_label}", _make_boxes(_content))
-for _label, _bbox in {
-  "NaN": [NAN, 1, 4, 4],
-  "infinite": [1, 1, float("inf"), 4],
-  "beyond all floats": [1, 1, HUGE, 4],
-  "negative": [1, 1, -4, -4],
-  "of no size": [1, 1, 0, 0],
-  "outside": [100, 100, 4, 4],
-}.items():
-  _content = _instances(box={"bbox": _bbox})
-  COCO.add(f"boxes: {_label}", _open_boxes(_content), expects="error used")
-  COCO.add(f"labels: {_label}", _make_boxes(_content), expects="skip used")
-for _label, _crowd in {"text": "0", "a list": [0], "an object": {}}.items():
-  _content = _instances(box={"iscrowd": _crowd})
-  COCO.add(f"boxes: iscrowd {_label}", _open_boxes(_content), match="iscrowd")
+}
+_odd = {
+  name: _instances(box=change)
+  for name, change in changed(
+    {},
+    {
+      "bbox": [
+        *[[NAN, 1, 4, 4], [1, 1, float("inf"), 4], [1, 1, HUGE, 4]],
+        *[[1, 1, -4, -4], [1, 1, 0, 0], [100, 100, 4, 4]],
+      ]
+    },
+  ).items()
+}
+for _prefix, _read in (("boxes: ", _open_boxes), ("labels: ", _make_boxes)):
+  COCO.add_table(_read, _valid, prefix=_prefix, expects="used")
+  COCO.add_table(_read, _bad, prefix=_prefix)
+COCO.add_table(_open_boxes, _odd, prefix="boxes: ", expects="error used")
+COCO.add_table(_make_boxes, _odd, prefix="labels: ", expects="skip used")
+_crowds = {
+  name: _instances(box=change)
+  for name, change in changed({}, {"iscrowd": ["0", [0], {}]}).items()
+}
+COCO.add_table(_open_boxes, _crowds, prefix="boxes: ", match="iscrowd")
 
 
 def _captions(image=(), caption=()):
@@ -146,50 +138,53 @@ def _captions(image=(), caption=()):
   }
 
 
-COCO.add("valid captions", _open_captions(_captions()), expects="used")
-for _label, _name in OUTSIDE.items():
-  _change = {"file_name": _name}
-  for _kind, _run in (
-    ("boxes", _open_boxes(_instances(_change))),
-    ("captions", _open_captions(_captions(_change))),
-    ("Karpathy", _open_captions({"images": [KARPATHY | {"filename": _name}]})),
-  ):
-    COCO.add(f"{_kind}: a file name: {_label}", _run)
-  _run = _list_captions(_captions(_change))
-  COCO.add(f"listing: a file name: {_label}", _run, expects="skip")
-for _label, _change in {
-  "of a number": {"caption": 3},
-  "of null": {"caption": None},
-  "of a list": {"caption": ["a"]},
-  "of no image": {"image_id": 9},
-  "of an image_id of a list": {"image_id": [1]},
-}.items():
-  _run = _open_captions(_captions(caption=_change))
-  COCO.add(f"captions: {_label}", _run)
-  _run = _list_captions(_captions(caption=_change))
-  COCO.add(f"listing: a caption {_label}", _run, expects="error skip")
-for _label, _change in {
-  "a split of a number": {"split": 1},
-  "a split of others": {"split": "val"},
-  "sentences of text": {"sentences": "a"},
-  "sentences of strings": {"sentences": ["a"]},
-  "a sentence of a number": {"sentences": [{"raw": 1}]},
-  "a folder that is outside": {"filepath": "../../etc"},
-  "a folder that is a list": {"filepath": ["a"]},
-}.items():
-  _run = _open_captions({"images": [KARPATHY | _change]})
-  COCO.add(f"Karpathy: {_label}", _run)
-for _label, _data in samples.BROKEN.items():
-  COCO.add(f"captions: {_label}", _open_captions(_data))
-  COCO.add(f"listing: {_label}", _list_captions(_data))
-  COCO.add(f"Flickr30k: {_label}", _open_captions(_data, "results.csv"))
-for _label, _data in {
-  "a parent": b"image,caption\n../1.jpg,a\n",
-  "an absolute path": b"image,caption\n/etc/1.jpg,a\n",
-  "no caption": b"image,caption\n1.jpg\n",
-  "Latin-1": b"image,caption\n1.jpg,caf\xe9\n",
-}.items():
-  COCO.add(f"Flickr30k: {_label}", _open_captions(_data, "results.csv"))
+COCO.add_table(_open_captions, {"valid captions": _captions()}, expects="used")
+_captions_of = {k: _captions({"file_name": v}) for k, v in OUTSIDE.items()}
+for _prefix, _read, _contents in (
+  (
+    "boxes",
+    _open_boxes,
+    {k: _instances({"file_name": v}) for k, v in OUTSIDE.items()},
+  ),
+  ("captions", _open_captions, _captions_of),
+  (
+    "Karpathy",
+    _open_captions,
+    {k: {"images": [KARPATHY | {"filename": v}]} for k, v in OUTSIDE.items()},
+  ),
+):
+  COCO.add_table(_read, _contents, prefix=f"{_prefix}: a file name: ")
+COCO.add_table(
+  _list_captions, _captions_of, prefix="listing: a file name: ", expects="skip"
+)
+_bad = {
+  name: _captions(caption=change)
+  for name, change in changed(
+    {}, {"caption": [3, None, ["a"]], "image_id": [9, [1]]}
+  ).items()
+}
+COCO.add_table(_open_captions, _bad, prefix="captions: ")
+COCO.add_table(_list_captions, _bad, prefix="listing: ", expects="error skip")
+_rows = {
+  "split": [1, "val"],
+  "sentences": ["a", ["a"], [{"raw": 1}]],
+  "filepath": ["../../etc", ["a"]],
+}
+_karpathy = {k: {"images": [v]} for k, v in changed(KARPATHY, _rows).items()}
+COCO.add_table(_open_captions, _karpathy, prefix="Karpathy: ")
+COCO.add_table(_open_captions, samples.BROKEN, prefix="captions: ")
+COCO.add_table(_list_captions, samples.BROKEN, prefix="listing: ")
+COCO.add_table(
+  _open_table,
+  samples.BROKEN
+  | {
+    "a parent": b"image,caption\n../1.jpg,a\n",
+    "an absolute path": b"image,caption\n/etc/1.jpg,a\n",
+    "no caption": b"image,caption\n1.jpg\n",
+    "Latin-1": b"image,caption\n1.jpg,caf\xe9\n",
+  },
+  prefix="Flickr30k: ",
+)
 
 
 @COCO.add("depth images: a name that leaves the folder", expects="skip")
@@ -215,76 +210,56 @@ def _depth_bomb(folder):
   return "skip", str(outcome.counts)
 
 
-@COCO.parametrize
-def test_coco(case, hostile):
-  hostile(case)
-
-
 # ---------------------------------------------------------------------------
 # Lists of other data sets.
 
 
-def _ade20k(listing):
-  def run(folder):
-    _image(folder / "images" / "validation" / "a.jpg")
-    samples.write(folder, "annotations/validation/a.png", b"x")
-    samples.write(folder, "ADE20K_object150_val.txt", listing)
-    data = registry.open_segmentation(folder, split="test")
-    return data.maps[0]
-
-  return run
+def _ade20k(folder, listing):
+  _image(folder / "images" / "validation" / "a.jpg")
+  samples.write(folder, "annotations/validation/a.png", b"x")
+  samples.write(folder, "ADE20K_object150_val.txt", listing)
+  return registry.open_segmentation(folder, split="test").maps[0]
 
 
-def _davis(listing):
-  def run(folder):
-    for i in range(3):
-      _image(folder / f"JPEGImages/480p/a/{i:05d}.jpg")
-      _image(folder / f"Annotations/480p/a/{i:05d}.png")
-    samples.write(folder, "ImageSets/2017/val.txt", listing)
-    return registry.open_videos(folder)
-
-  return run
+def _davis(folder, listing):
+  for i in range(3):
+    _image(folder / f"JPEGImages/480p/a/{i:05d}.jpg")
+    _image(folder / f"Annotations/480p/a/{i:05d}.png")
+  samples.write(folder, "ImageSets/2017/val.txt", listing)
+  return registry.open_videos(folder)
 
 
-def _kitti(listing):
-  def run(folder):
-    samples.write(folder, "kitti_eigen_test_files_with_gt.txt", listing)
-    return registry.open_depth(folder, split="test", size=8)
-
-  return run
+def _kitti(folder, listing):
+  samples.write(folder, "kitti_eigen_test_files_with_gt.txt", listing)
+  return registry.open_depth(folder, split="test", size=8)
 
 
-def _nyu(listing):
-  def run(folder):
-    samples.write(folder, "nyu_test.txt", listing)
-    samples.write(folder, "filename_list_test.txt", listing)
-    return registry.open_depth(folder, split="test", size=8)
-
-  return run
+def _nyu(folder, listing):
+  samples.write(folder, "nyu_test.txt", listing)
+  samples.write(folder, "filename_list_test.txt", listing)
+  return registry.open_depth(folder, split="test", size=8)
 
 
-for _label, _data in {
-  "a parent": b"../../../etc/hostname ../../../etc/hostname 1",
-  "a null byte": b"a\0b a\0b 1",
-  "a name of 5,000 bytes": b"a" * 5000 + b" b 1",
-  "binary": bytes(range(128, 256)),
-  "empty": b"",
-  "a line of one": b"a",
-  "missing files": b"a/b.png a/c.png 3",
-}.items():
-  LISTS.add(f"KITTI: {_label}", _kitti(_data))
-  LISTS.add(f"NYU: {_label}", _nyu(_data))
-for _label, _data in {
-  "a parent": b"../../../etc/hostname",
-  "an absolute path": b"/etc/hostname",
+_NAMES = {
   "a null byte": b"a\0b",
   "a name of 5,000 bytes": b"a" * 5000,
   "binary": bytes(range(128, 256)),
   "empty": b"",
+}
+_PAIRS = _NAMES | {
+  "a parent": b"../../../etc/hostname ../../../etc/hostname 1",
+  "a line of one": b"a",
+  "missing files": b"a/b.png a/c.png 3",
+}
+_ONES = _NAMES | {
+  "a parent": b"../../../etc/hostname",
+  "an absolute path": b"/etc/hostname",
   "missing": b"validation/b.jpg",
-}.items():
-  LISTS.add(f"ADE20K: {_label}", _ade20k(_data))
-  LISTS.add(f"DAVIS: {_label}", _davis(_data))
+}
+LISTS.add_table(_kitti, _PAIRS, prefix="KITTI: ")
+LISTS.add_table(_nyu, _PAIRS, prefix="NYU: ")
+LISTS.add_table(_ade20k, _ONES, prefix="ADE20K: ")
+LISTS.add_table(_davis, _ONES, prefix="DAVIS: ")
 
 SPAIR = {
   "pair_id": 0,
@@ -300,38 +275,30 @@ SPAIR = {
 }
 
 
-def _spair(content):
-  def run(folder):
-    _image(folder / "JPEGImages/cat/a.jpg")
-    samples.write(folder, "PairAnnotation/test/0.json", content)
-    return registry.open_key_points(folder, split="test", count=1)
-
-  return run
+def _spair(folder, content):
+  _image(folder / "JPEGImages/cat/a.jpg")
+  samples.write(folder, "PairAnnotation/test/0.json", content)
+  return registry.open_key_points(folder, split="test", count=1)
 
 
-LISTS.add("SPair: valid", _spair(SPAIR), expects="used")
-for _label, _change in {
-  "a parent": {"src_imname": "../../a.jpg"},
-  "an absolute path": {"trg_imname": "/etc/hostname"},
-  "a category of a number": {"category": 3},
-  "a category outside": {"category": "../.."},
-  "a pair_id of text": {"pair_id": "x"},
-  "a pair_id that is infinite": {"pair_id": float("inf")},
-  "points of text": {"src_kps": "x", "trg_kps": "x"},
-  "points of one": {"src_kps": [[1]], "trg_kps": [[1]]},
-  "points of NaN": {"src_kps": [[NAN, 1]]},
-  "a box of three": {"trg_bndbox": [0, 0, 8]},
-  "a box of NaN": {"trg_bndbox": [0, 0, 8, NAN]},
-  "a size of text": {"src_imsize": "x"},
-  "a size of nothing": {"src_imsize": []},
-  "a size of 0": {"src_imsize": [0, 0, 3]},
-  "a viewpoint of a list": {"viewpoint_variation": [1]},
-}.items():
-  LISTS.add(f"SPair: {_label}", _spair(SPAIR | _change))
-for _label, _data in samples.BROKEN.items():
-  LISTS.add(f"SPair: {_label}", _spair(_data))
+LISTS.add_table(_spair, {"SPair: valid": SPAIR}, expects="used")
+LISTS.add_table(
+  _spair,
+  samples.BROKEN
+  | changed(
+    SPAIR,
+    {
+      "src_imname": ["../../a.jpg"],
+      "trg_imname": ["/etc/hostname"],
+      "category": [3, "../.."],
+      "pair_id": ["x", float("inf")],
+      "src_kps": ["x", [[1]], [[NAN, 1]]],
+      "trg_bndbox": [[0, 0, 8], [0, 0, 8, NAN]],
+      "src_imsize": ["x", [], [0, 0, 3]],
+      "viewpoint_variation": [[1]],
+    },
+  ),
+  prefix="SPair: ",
+)
 
-
-@LISTS.parametrize
-def test_lists(case, hostile):
-  hostile(case)
+test_data = run_all(COCO, LISTS)

@@ -8,8 +8,8 @@ import pytest
 from hostile import foreign_samples as samples
 from hostile.harness import Cases
 
+from mtv_jax.evals import vqa
 from mtv_jax.evals.core import prompts
-from mtv_jax.evals.vqa import answer_files
 from mtv_jax.experts.labelling.phrases import build_phrases
 from mtv_jax.experts.onnx import detector
 
@@ -76,15 +76,11 @@ def test_prompts(case, hostile):
 
 
 def _answers(content):
-  return lambda folder: answer_files.read_answers(
-    samples.write(folder, "a", content)
-  )
+  return lambda folder: vqa.read_answers(samples.write(folder, "a", content))
 
 
 def _truths(content):
-  return lambda folder: answer_files.read_questions(
-    samples.write(folder, "a", content)
-  )
+  return lambda folder: vqa.read_questions(samples.write(folder, "a", content))
 
 
 ANSWERS.add("valid", _answers([{"id": 1, "answer": "a"}]), expects="used")
@@ -119,9 +115,7 @@ ANSWERS.add("a question twice", _answers(_TWICE), match="twice")
 for _label, _data in {**samples.BROKEN, "an empty list": b"[]"}.items():
   ANSWERS.add(f"answers: {_label}", _answers(_data))
   ANSWERS.add(f"truths: {_label}", _truths(_data))
-ANSWERS.add(
-  "a missing file", lambda folder: answer_files.read_answers(folder / "a")
-)
+ANSWERS.add("a missing file", lambda folder: vqa.read_answers(folder / "a"))
 
 
 @ANSWERS.parametrize

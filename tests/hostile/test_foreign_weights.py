@@ -9,7 +9,7 @@ import zlib
 import ml_dtypes
 import numpy as np
 from hostile import foreign_samples as samples
-from hostile.harness import Cases
+from hostile.harness import Cases, run_all
 
 from mtv_jax.convert import big_vision
 
@@ -156,9 +156,7 @@ def _loop(folder):
   return samples.read("siglip", path)
 
 
-@WEIGHTS.parametrize
-def test_weights(case, hostile):
-  hostile(case)
+test_weights = run_all(WEIGHTS)
 
 
 def _npz(**changed):
@@ -295,6 +293,4 @@ for _label, _change in {
   ARCHIVES.add(f"a file: {_label}", _npz_bytes(_change), match="a.npz")
 
 
-@ARCHIVES.parametrize
-def test_archives(case, hostile):
-  hostile(case)
+test_archives = run_all(ARCHIVES)

@@ -15,44 +15,24 @@ from mtv_jax.utils.errors import InputError
 SAMPLES = Cases(__file__, "harness")
 
 
-@SAMPLES.add("error", match="is wrong")
-def _error(folder):
-  raise InputError(f"{folder.name} is wrong")
+def _raise(folder, error):
+  raise error
 
 
-@SAMPLES.add("skip", expects="skip")
-def _skip(folder):
-  raise BadRecord("a", "b")
-
-
-@SAMPLES.add("skip with a reason", expects="skip", match="why")
-def _reason(folder):
-  return "skip", "why"
-
-
-@SAMPLES.add("used", expects="used")
-def _used(folder):
-  return 3
-
-
-@SAMPLES.add("defect")
-def _defect(folder):
-  raise KeyError("k")
-
-
-@SAMPLES.add("surrogate")
-def _surrogate(folder):
-  raise InputError("\ud800")
-
-
-@SAMPLES.add("crash")
-def _crash(folder):
-  os.kill(os.getpid(), signal.SIGSEGV)
-
-
-@SAMPLES.add("hang")
-def _hang(folder):
-  time.sleep(60)
+SAMPLES.add_table(
+  _raise,
+  {
+    "error": InputError("x is wrong"),
+    "skip": BadRecord("a", "b"),
+    "defect": KeyError("k"),
+    "surrogate": InputError("\ud800"),
+  },
+  expects="error skip",
+)
+SAMPLES.add("with a reason", lambda folder: ("skip", "why"), expects="skip")
+SAMPLES.add("used", lambda folder: 3, expects="used")
+SAMPLES.add("crash", lambda folder: os.kill(os.getpid(), signal.SIGSEGV))
+SAMPLES.add("hang", lambda folder: time.sleep(60))
 
 
 @SAMPLES.add("memory")
@@ -81,7 +61,7 @@ def run(tmp_path, monkeypatch):
 def test_outcomes_and_limits(run):
   assert run("error").outcome == "error"
   assert run("skip").outcome == "skip"
-  assert run("skip with a reason").detail == "why"
+  assert run("with a reason").detail == "why"
   assert run("used").outcome == "used"
   with pytest.raises(AssertionError, match="got defect .*KeyError: 'k'"):
     run("defect")

@@ -10,17 +10,24 @@ import cv2
 import label_samples
 import msgpack
 import numpy as np
-from hostile.harness import Cases
-from hostile.samples import read_epoch
+from hostile.harness import Cases, run_all
+from hostile.samples import (
+  BROKEN_BYTES,
+  BROKEN_JSON,
+  as_bytes,
+  changed,
+  other_types,
+  read_epoch,
+)
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet
-from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel
+from mtv_jax.data.labels.label_values import BoxLabel
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 
-VALUES = Cases(__file__, "label values")
-SETS = Cases(__file__, "label sets", slow=True)
+VALUES = Cases(__file__, "label values", every=4)
+SETS = Cases(__file__, "label sets", every=8)
 
 _NOISE = np.random.default_rng(0).bytes(4000)
 _OPS = "decode|canvas(8)|depth(8)|regions(4)"
@@ -29,6 +36,10 @@ _OPS = "decode|canvas(8)|depth(8)|regions(4)"
 def _png16(side: int, *, fill=7) -> bytes:
   array = np.full((side, side), fill, np.uint16)
   return cv2.imencode(".png", array)[1].tobytes()
+
+
+def _encode_image(suffix, shape, dtype) -> bytes:
+  return cv2.imencode(suffix, np.zeros(shape, dtype))[1].tobytes()
 
 
 def _png_header(width, height, bits=16, colour=0) -> bytes:
@@ -47,118 +58,114 @@ def _deep(depth: int):
   return value
 
 
-def _value(name, kind, data, expects="skip"):
-  def run(folder):
-    packed = data() if callable(data) else data
+def _decode(kind):
+  """Decodes bytes, or the fields of a label."""
+
+  def read(folder, packed):
+    packed = packed() if callable(packed) else packed
     if isinstance(packed, dict):
       packed = msgpack.packb(packed)
     label_values.decode(packed, kind=kind, where="set/x:3")
 
-  match = "set/x:3" if expects == "skip" else ""
-  VALUES.add(name, run, expects=expects, match=match)
+  return read
 
 
+def _other_types(valid):
+  """Each field with values of every other type."""
+  kinds = [*other_types(...), b"k", _deep(200)]
+  return changed(
+    valid,
+    {
+      name: [kind for kind in kinds if type(kind) is not type(value)]
+      for name, value in valid.items()
+    },
+  )
+
+
+_SKIP = {"expects": "skip", "match": "set/x:3"}
 _DEPTH = {"key": "k", "valid": True, "png16": _png16(8), "lo": 0.0, "hi": 1.0}
 _DEPTH |= {"side": 8}
-for _name, _change in {
-  "key is bytes": {"key": b"k"},
-  "key is null": {"key": None},
-  "valid is a text": {"valid": "yes"},
-  "valid is a number": {"valid": 1},
-  "low is a text": {"lo": "near"},
-  "low is null": {"lo": None},
-  "low is NaN": {"lo": float("nan")},
-  "high is infinite": {"hi": float("inf")},
-  "high is true": {"hi": True},
-  "high is an integer of 64 bits": {"hi": 2**64 - 1, "lo": "x"},
-  "side is 0": {"side": 0},
-  "side is -8": {"side": -8},
-  "side is 8.0": {"side": 8.0},
-  "side is 2^60": {"side": 2**60},
-  "side is a text": {"side": "8"},
-  "side is another": {"side": 9},
-  "the image is a text": {"png16": "png"},
-  "the image is null": {"png16": None},
-  "the image is empty": {"png16": b""},
-  "the image is noise": {"png16": np.random.default_rng(0).bytes(500)},
-  "the image is cut": {"png16": _png16(8)[:40]},
-  "the image is a JPEG": {
-    "png16": cv2.imencode(".jpg", np.zeros((8, 8), np.uint8))[1].tobytes()
+_NUMBERS = [float("nan"), float("inf")]
+VALUES.add_table(
+  _decode("depth"),
+  _other_types(_DEPTH)
+  | changed(
+    _DEPTH,
+    {
+      "lo": _NUMBERS,
+      "hi": _NUMBERS,
+      "side": [0, -8, 2**60, 9],
+      "png16": [
+        b"",
+        _NOISE[:500],
+        _png16(8)[:40],
+        _encode_image(".jpg", (8, 8), np.uint8),
+        _encode_image(".png", (8, 8), np.uint8),
+        _encode_image(".png", (8, 8, 3), np.uint16),
+        _encode_image(".png", (8, 9), np.uint16),
+        _png_header(65_535, 65_535),
+      ],
+      "other": [_deep(5), {"a": {}}],
+    },
+  )
+  | {
+    f"header and side are {side}": _DEPTH
+    | {"png16": _png_header(side, side), "side": side}
+    for side in (4096, 32_000)
   },
-  "the image has 8 bits": {
-    "png16": cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
-  },
-  "the image has three channels": {
-    "png16": cv2.imencode(".png", np.zeros((8, 8, 3), np.uint16))[1].tobytes()
-  },
-  "the image is not square": {
-    "png16": cv2.imencode(".png", np.zeros((8, 9), np.uint16))[1].tobytes()
-  },
-  "the image's header is of 65,535": {"png16": _png_header(65_535, 65_535)},
-  "the header and side are of 32,000": {
-    "png16": _png_header(32_000, 32_000),
-    "side": 32_000,
-  },
-  "the header and side are of 4,096": {
-    "png16": _png_header(4096, 4096),
-    "side": 4096,
-  },
-  "a nested value": {"other": _deep(5)},
-  "a map in it": {"other": {"a": {}}},
-}.items():
-  _value(f"depth, {_name}", "depth", _DEPTH | _change)
+  prefix="depth, ",
+  **_SKIP,
+)
 
 _BOXES = {"key": "k", "valid": True, "boxes": bytes(8), "scores": bytes(4)}
 _BOXES |= {"phrases": ["a dog"]}
-for _name, _change in {
-  "boxes is a list": {"boxes": [[0, 0, 1, 1]]},
-  "boxes of 7 bytes": {"boxes": bytes(7)},
-  "boxes of 10 bytes": {"boxes": bytes(10)},
-  "boxes is a text": {"boxes": "01234567"},
-  "more boxes than phrases": {"boxes": bytes(16)},
-  "scores is a list": {"scores": [1.0]},
-  "scores of 3 bytes": {"scores": bytes(3)},
-  "phrases is a text": {"phrases": "a dog"},
-  "phrases is a map": {"phrases": {"a": "dog"}},
-  "phrases is null": {"phrases": None},
-  "a phrase is bytes": {"phrases": [b"a dog"]},
-  "a phrase is a number": {"phrases": [3]},
-  "a phrase is null": {"phrases": [None]},
-  "a phrase is a list": {"phrases": [["a dog"]]},
-  "nested phrases": {"phrases": _deep(200)},
-  "200,000 phrases": {"phrases": [""] * 200_000},
-}.items():
-  _value(f"boxes, {_name}", "boxes", _BOXES | _change)
-
-for _name, _score in {"NaN": np.nan, "infinite": np.inf, "-1": -1.0}.items():
-  _data = _BOXES | {"scores": np.float32(_score).tobytes()}
-  # `make_boxes` counts these in `dropped` when a record is used.
-  _value(f"boxes, a score is {_name}", "boxes", _data, "used")
-
-for _name, _data in {
-  "empty": b"",
-  "no map": msgpack.packb([1, 2]),
-  "a number": b"\x03",
-  "null": b"\xc0",
-  "an empty map": {},
-  "no key": {"valid": False},
-  "another kind": {"key": "k", "valid": True, "png16": _png16(8)},
-  "bytes after its end": lambda: msgpack.packb(_BOXES) + b"\0",
-  "cut": lambda: msgpack.packb(_BOXES)[:-3],
-  "a map of 2^32 - 1": b"\xdf\xff\xff\xff\xff",
-  "a list of 2^32 - 1": b"\x81\xa7phrases\xdd\xff\xff\xff\xff",
-  "a text of 2^32 - 1": b"\x81\xa3key\xdb\xff\xff\xff\xff",
-  "a million nested lists": b"\x81\xa3key" + b"\x91" * 1_000_000,
-  "ten million maps": lambda: (
-    b"\x81\xa3key\xdd\0\x98\x96\x80" + b"\x80" * 10_000_000
+VALUES.add_table(
+  _decode("boxes"),
+  _other_types(_BOXES)
+  | changed(
+    _BOXES,
+    {
+      "boxes": [bytes(7), bytes(10), bytes(16)],
+      "scores": [bytes(3)],
+      "phrases": [[b"a"], [3], [None], [["a"]], [""] * 200_000],
+    },
   ),
-  "an extension": b"\x81\xa3key\xc7\xff\x05" + bytes(255),
-  "a text that is not UTF-8": b"\x81\xa3key\xa2\xff\xfe",
-  "a key that is a map": b"\x81\x80\x01",
-  "100 MB": lambda: msgpack.packb({"key": "k", "boxes": bytes(100 << 20)}),
-  "a pickle": b"\x80\x04\x95\x0b\0\0\0\0\0\0\0\x8c\x05posix\x94.",
-}.items():
-  _value(f"bytes, {_name}", "boxes", _data)
+  prefix="boxes, ",
+  **_SKIP,
+)
+# `make_boxes` counts these in `dropped` when a record is used.
+_scores = [np.float32(score).tobytes() for score in ("nan", "inf", "-1")]
+VALUES.add_table(
+  _decode("boxes"),
+  changed(_BOXES, {"scores": _scores}),
+  prefix="used boxes, ",
+  expects="used",
+)
+VALUES.add_table(
+  _decode("boxes"),
+  {name: change(msgpack.packb(_BOXES)) for name, change in BROKEN_BYTES.items()}
+  | {
+    "no map": msgpack.packb([1, 2]),
+    "null": b"\xc0",
+    "an empty map": {},
+    "no key": {"valid": False},
+    "another kind": {"key": "k", "valid": True, "png16": _png16(8)},
+    "bytes after its end": msgpack.packb(_BOXES) + b"\0",
+    "a map of 2^32 - 1": b"\xdf\xff\xff\xff\xff",
+    "a list of 2^32 - 1": b"\x81\xa7phrases\xdd\xff\xff\xff\xff",
+    "a text of 2^32 - 1": b"\x81\xa3key\xdb\xff\xff\xff\xff",
+    "a million nested lists": b"\x81\xa3key" + b"\x91" * 1_000_000,
+    "ten million maps": lambda: (
+      b"\x81\xa3key\xdd\0\x98\x96\x80" + b"\x80" * 10_000_000
+    ),
+    "an extension": b"\x81\xa3key\xc7\xff\x05" + bytes(255),
+    "a text that is not UTF-8": b"\x81\xa3key\xa2\xff\xfe",
+    "a key that is a map": b"\x81\x80\x01",
+    "100 MB": lambda: msgpack.packb({"key": "k", "boxes": bytes(100 << 20)}),
+  },
+  prefix="bytes, ",
+  **_SKIP,
+)
 
 
 # --- Sets --------------------------------------------------------------------
@@ -176,83 +183,55 @@ def _open(folder, change, *, keyed=False, read=True):
   return read_epoch(source, ops=_OPS) if read else None
 
 
-def _set(name, change, expects="error", match="boxes", **options):
-  run = functools.partial(_open, change=change, **options)
-  SETS.add(name, run, expects=expects, match=match)
+def _add(changes, prefix="", expects="error", match="boxes", **options):
+  read = functools.partial(_open, **options)
+  SETS.add_table(read, changes, prefix=prefix, expects=expects, match=match)
 
 
-def _manifest(**changes):
-  def change(folder):
-    file = folder / "manifest.json"
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(content))
-
-  return change
-
-
-def _shard(**changes):
-  def change(folder):
+def _change_manifest(change):
+  def run(folder):
     file = folder / "manifest.json"
     content = json.loads(file.read_text())
-    content["shards"][0] |= changes
+    change(content)
     file.write_text(json.dumps(content))
 
-  return change
+  return run
+
+
+def _manifest(changes):
+  return _change_manifest(lambda content: content.update(changes))
+
+
+def _shard(changes):
+  return _change_manifest(lambda content: content["shards"][0].update(changes))
 
 
 def _write(name, data):
-  return lambda folder: (folder / name).write_bytes(
-    data() if callable(data) else data
-  )
+  return lambda folder: (folder / name).write_bytes(as_bytes(data))
 
 
-for _name, _data in {
-  "empty": b"",
-  "not JSON": b"{",
-  "a list": b"[]",
-  "null": b"null",
-  "nested 100,000 deep": b"[" * 100_000,
-  "latin-1": b'{"version": "\xff"}',
-  "of 40 MB": lambda: b"[" + b"[]," * 14_000_000 + b"[]]",
-}.items():
-  _set(f"a manifest, {_name}", _write("manifest.json", _data))
-
-for _name, _changes in {
-  "version is 2": {"version": 2},
-  "version is a list": {"version": [1]},
-  "version is a text of 1 MB": {"version": "1" * 1_000_000},
-  "kind is null": {"kind": None},
-  "kind is depth": {"kind": "depth"},
-  "kind is a lone surrogate": {"kind": "\ud800"},
-  "shards is null": {"shards": None},
-  "shards is a map": {"shards": {"base": "00000.tar"}},
-  "shards is a text": {"shards": "00000.tar"},
-  "shards are texts": {"shards": ["00000.tar"]},
-  "shards are empty": {"shards": []},
-}.items():
-  _set(f"a manifest, {_name}", _manifest(**_changes))
-
-for _name, _changes in {
-  "base is a number": {"base": 3},
-  "base leaves the folder": {"base": "../../00000.tar"},
-  "base is absolute": {"base": "/etc/passwd"},
-  "base has NUL": {"base": "0\0.tar"},
-  "base is another shard": {"base": "00001.tar"},
-  "base is unknown": {"base": "99999.tar"},
-  "records is -1": {"records": -1},
-  "records is 4.0": {"records": 4.0},
-  "records is true": {"records": True},
-  "records is a text": {"records": "4"},
-  "records is 2^70": {"records": 2**70},
-  "records is another number": {"records": 3},
-  "samples is null": {"samples": None},
-  "samples are numbers": {"samples": [1, 2, 3]},
-  "a sample is short": {"samples": [[0, "k"]]},
-  "a sample is negative": {"samples": [[-1, "k", "h"]]},
-  "a sample of another key": {"samples": [[0, "k", "h"]]},
-  "a sample's key is a list": {"samples": [[0, ["k"], "h"]]},
-}.items():
-  _set(f"a shard, {_name}", _shard(**_changes))
+_large = {"of 40 MB": lambda: b"[" + b"[]," * 14_000_000 + b"[]]"}
+_add(
+  {k: _write("manifest.json", v) for k, v in (BROKEN_JSON | _large).items()},
+  "a manifest, ",
+)
+_shards = [*other_types([]), [], ["00000.tar"]]
+_changes = {
+  "version": [*other_types(1), 2, "1" * 1_000_000],
+  "kind": [*other_types("boxes"), "depth", "\ud800"],
+  "shards": _shards,
+}
+_add(
+  {k: _manifest(v) for k, v in changed({}, _changes).items()}, "a manifest, "
+)
+_bases = ["../../00000.tar", "/etc/passwd", "0\0.tar", "00001.tar", "99999.tar"]
+_samples = [[[0, "k"]], [[-1, "k", "h"]], [[0, "k", "h"]], [[0, ["k"], "h"]]]
+_changes = {
+  "base": [*other_types("x"), *_bases],
+  "records": [*other_types(1), -1, 4.0, 2**70, 3],
+  "samples": [*other_types([]), *_samples],
+}
+_add({k: _shard(v) for k, v in changed({}, _changes).items()}, "a shard, ")
 
 
 def _replace(name, make):
@@ -263,17 +242,28 @@ def _replace(name, make):
   return change
 
 
-_set("the manifest is a pipe", _replace("manifest.json", os.mkfifo))
-_set("the manifest is a folder", _replace("manifest.json", os.mkdir))
-_set("labels are a pipe", _replace("00000.array_record", os.mkfifo))
-_set("labels are empty", _write("00000.array_record", b""))
-_set("labels are noise", _write("00000.array_record", _NOISE * 18))
-_set("labels are zeros", _write("00000.array_record", bytes(200_000)))
+_LABELS = "00000.array_record"
+_add(
+  {
+    "the manifest is a pipe": _replace("manifest.json", os.mkfifo),
+    "the manifest is a folder": _replace("manifest.json", os.mkdir),
+    "labels are a pipe": _replace(_LABELS, os.mkfifo),
+  }
+)
 
 
-def _cut(folder):
-  file = folder / "00000.array_record"
-  os.truncate(file, file.stat().st_size // 2)
+def _change_labels(change):
+  def run(folder):
+    file = folder / _LABELS
+    file.write_bytes(change(file.read_bytes()))
+
+  return run
+
+
+_labels = {
+  name: _change_labels(change) for name, change in BROKEN_BYTES.items()
+}
+_add(_labels, "labels are ")
 
 
 def _flip(folder):
@@ -286,8 +276,7 @@ def _flip(folder):
   file.write_bytes(data)
 
 
-_set("labels are cut", _cut)
-_set("labels have damaged bytes", _flip, "skip error used", "")
+_add({"labels have damaged bytes": _flip}, "", "skip error used", "")
 
 
 @SETS.add("labels that are no labels", expects="skip", match="0.array_record")
@@ -338,8 +327,8 @@ for _name, _data in _TABLES.items():
     (table,) = folder.glob("keys-*.npy")
     table.write_bytes(data)
 
-  _set(f"hashes of keys, {_name}", _hashes, keyed=True)
-  _set(f"a table of keys, {_name}", _table, keyed=True)
+  _changes = {"hashes": _hashes, "a table": _table}
+  _add(_changes, f"{_name}, keys in ", keyed=True)
 
 
 @SETS.add("a table of keys with positions beyond the set", match="Remove this")
@@ -352,32 +341,12 @@ def _positions(folder):
   return _open(folder, change, keyed=True)
 
 
-@SETS.add("a folder that does not exist")
-def _absent(folder):
-  LabelSet(folder / "none", kind="depth")
+def _open_path(folder, name):
+  (folder / "file").write_text("{}")
+  LabelSet(folder / name, kind="depth")
 
 
-@SETS.add("a file in place of the folder")
-def _file(folder):
-  (folder / "x").write_text("{}")
-  LabelSet(folder / "x", kind="depth")
+SETS.add_table(_open_path, {"no folder": "none", "a file": "file"})
 
 
-def test_encoded_labels_are_read(tmp_path):
-  """The strict reader takes what the writer writes."""
-  values = np.arange(64, dtype=np.uint16).reshape(8, 8)
-  label = DepthLabel(values, 0.25, 3.0)
-  data = label_values.encode("k", label)
-  stored = label_values.decode(data, kind="depth", where="x")
-  np.testing.assert_array_equal(stored.label.values, values)
-  assert (stored.key, stored.label.low, stored.label.high) == ("k", 0.25, 3.0)
-
-
-@VALUES.parametrize
-def test_label_values(case, hostile):
-  hostile(case)
-
-
-@SETS.parametrize
-def test_label_sets(case, hostile):
-  hostile(case)
+test_labels = run_all(VALUES, SETS)

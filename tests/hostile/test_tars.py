@@ -9,11 +9,13 @@ import socket
 import threading
 import zipfile
 
-import numpy as np
-from hostile.harness import Cases
+from hostile.harness import Cases, run_all
 from hostile.samples import (
+  BROKEN_BYTES,
   END,
   JPEG,
+  PLACES,
+  by_repr,
   header,
   member,
   pad,
@@ -34,145 +36,146 @@ GOOD = member(b"k.jpg", JPEG)
 
 def _read(folder, data):
   file = folder / "x.tar"
-  file.write_bytes(data)
+  file.write_bytes(data() if callable(data) else data)
   config = {"type": "webdataset", "path": str(file), "captions": "ignored"}
   return read_epoch(config, ops="decode|canvas(8)")
 
 
-def _add(cases, name, data, expects="error", match=""):
-  def run(folder):
-    return _read(folder, data() if callable(data) else data)
-
-  cases.add(name, run, expects=expects, match=match)
-
-
 # A record with a good header, then one of this size.
-for _name, _size in {
-  "-1": b"-1",
-  "-1000": b"-0000001000\0",
-  "-777 with blanks": b"   -777    \0",
-  "+5": b"+5",
-  "0o17": b"0o17",
-  "1_0": b"1_0",
-  "0x10": b"0x10",
-  "decimal 99999999999": b"99999999999\0",
-  "octal 77777777777": b"77777777777\0",
-  "letters": b"size",
-  "inner blank": b"0001 000\0",
-  "unicode digits": "\u0663\u0663".encode(),
-  "a point": b"12.5",
-  "base 256, -1": b"\xff" * 12,
-  "base 256, -1024": b"\xff" * 10 + b"\xfc\x00",
-  "base 256, 2^80": b"\x80\x01" + bytes(10),
-  "base 256, 2^63": b"\x80" + bytes(3) + b"\x80" + bytes(7),
-  "base 256, 2^88 - 1": b"\x80" + b"\xff" * 11,
-  "base 256, 1 TiB": b"\x80" + (1 << 40).to_bytes(11, "big"),
-  "base 256, other bits": b"\xc0" + bytes(10) + b"\x01",
-}.items():
-  _add(SIZES, f"size {_name}", GOOD + header(size=_size) + END, match="x.tar")
-
-for _name, _sum in {
-  "wrong": b"000001\0 ",
-  "empty": bytes(8),
-  "negative": b"-00001\0 ",
-  "letters": b"checksum",
-  "huge": b"77777777",
-}.items():
-  _add(SIZES, f"checksum {_name}", GOOD + header(checksum=_sum) + END)
-
-for _name, (_data, _expects) in {
-  "half a header": (GOOD + header()[:256], "error"),
-  "a header and a byte": (GOOD + header()[:1], "error"),
-  "a header without data": (header(size=100), "error"),
-  "data cut short": (GOOD[:700], "error"),
-  "no end mark": (GOOD, "used"),
-  "half an end mark": (GOOD + bytes(512), "used"),
-  "padding cut": (header(size=len(JPEG)) + JPEG, "used"),
-  "garbage after the end mark": (GOOD + END + b"x" * 5000, "used"),
-  "garbage between members": (GOOD + b"x" * 512 + GOOD, "error"),
-  "empty": (b"", "error"),
-  "zeros alone": (bytes(10240), "error"),
-  "one zero byte": (b"\0", "error"),
-  "no magic": (member(b"k.jpg", JPEG, magic=b""), "used"),
-  "binary names": (member(bytes(range(128, 200)) + b".jpg", JPEG), "used"),
-  "a name without end": (member(b"k" * 96 + b".jpg", JPEG), "used"),
-}.items():
-  _add(SIZES, _name, _data, _expects)
+_SIZES = [
+  *[b"-1", b"-0000001000\0", b"   -777    \0", b"+5", b"0o17", b"1_0", b"0x10"],
+  *[b"99999999999\0", b"77777777777\0", b"size", b"0001 000\0", b"12.5"],
+  "\u0663\u0663".encode(),
+  # Base 256: -1, -1024, 2^80, 2^63, 2^88 - 1, 1 TiB, other bits.
+  *[b"\xff" * 12, b"\xff" * 10 + b"\xfc\x00", b"\x80\x01" + bytes(10)],
+  *[b"\x80\0\0\0\x80" + bytes(7), b"\x80" + b"\xff" * 11],
+  *[b"\x80" + (1 << 40).to_bytes(11, "big"), b"\xc0" + bytes(10) + b"\x01"],
+]
+SIZES.add_table(
+  lambda folder, size: _read(folder, GOOD + header(size=size) + END),
+  by_repr(_SIZES),
+  prefix="size ",
+  match="x.tar",
+)
+_SUMS = [b"000001\0 ", bytes(8), b"-00001\0 ", b"checksum", b"77777777"]
+SIZES.add_table(
+  lambda folder, sums: _read(folder, GOOD + header(checksum=sums) + END),
+  by_repr(_SUMS),
+  prefix="checksum ",
+)
+SIZES.add_table(
+  _read,
+  {
+    "half a header": GOOD + header()[:256],
+    "a header and a byte": GOOD + header()[:1],
+    "a header without data": header(size=100),
+    "data cut short": GOOD[:700],
+    "garbage between members": GOOD + b"x" * 512 + GOOD,
+    "empty": b"",
+    "zeros alone": bytes(10240),
+    "one zero byte": b"\0",
+  },
+)
+SIZES.add_table(
+  _read,
+  {
+    "no end mark": GOOD,
+    "half an end mark": GOOD + bytes(512),
+    "padding cut": header(size=len(JPEG)) + JPEG,
+    "garbage after the end mark": GOOD + END + b"x" * 5000,
+    "no magic": member(b"k.jpg", JPEG, magic=b""),
+    "binary names": member(bytes(range(128, 200)) + b".jpg", JPEG),
+    "a name without end": member(b"k" * 96 + b".jpg", JPEG),
+  },
+  expects="used",
+)
 
 
 def _pax(data: bytes, kind=b"x") -> bytes:
   return header(b"pax", size=len(data), kind=kind) + pad(data)
 
 
-for _name, _line in {
-  "length 0": b"0 path=a.jpg\n",
-  "length -5": b"-5 path=a.jpg\n",
-  "length +12": b"+12 path=a.jpg\n",
-  "no length": b"path=a.jpg\n",
-  "length of letters": b"ab path=a.jpg\n",
-  "length of 5,000 digits": b"1" * 5000 + b" path=a\n",
-  "no blank": b"123456789012345678901234567890",
-  "size -1": b"11 size=-1\n",
-  "size of letters": b"12 size=abc\n",
-  "size 1e9": b"12 size=1e9\n",
-  "size 2^70": b"31 size=1180591620717411303424\n",
-  "size beyond the file": b"16 size=9999999\n",
-  "size of 5,000 digits": b"5013 size=" + b"9" * 5000 + b"\n",
-  "size empty": b"8 size=\n",
-}.items():
-  _add(PAX, f"pax, {_name}", _pax(_line) + GOOD + END, match="x.tar")
+_LINES = [
+  *[b"0 path=a.jpg\n", b"-5 path=a.jpg\n", b"+12 path=a.jpg\n"],
+  *[b"path=a.jpg\n", b"ab path=a.jpg\n", b"1" * 5000 + b" path=a\n"],
+  *[b"123456789012345678901234567890", b"11 size=-1\n", b"12 size=abc\n"],
+  *[b"12 size=1e9\n", b"31 size=1180591620717411303424\n", b"8 size=\n"],
+  *[b"16 size=9999999\n", b"5013 size=" + b"9" * 5000 + b"\n"],
+]
+PAX.add_table(
+  lambda folder, line: _read(folder, _pax(line) + GOOD + END),
+  by_repr(_LINES),
+  match="x.tar",
+)
+_MANY = b"5 a=\n" * ((1 << 20) // 5)
+PAX.add_table(
+  _read,
+  {
+    "length beyond the header": _pax(b"999 path=b\n") + GOOD,
+    "cut": header(b"pax", size=1 << 30, kind=b"x") + b"12",
+    "global header alone": _pax(b"14 path=a.jpg\n", b"g") + END,
+    "long name cut": header(b"L", size=5000, kind=b"L") + b"k" * 600,
+  },
+)
+PAX.add_table(
+  _read,
+  {
+    "no equals sign": _pax(b"8 abcde\n") + GOOD,
+    "empty path": _pax(b"8 path=\n") + GOOD,
+    "path that is not UTF-8": _pax(b"15 path=\xff\xfe.jpg\n") + GOOD,
+    "path of the folder above": _pax(b"20 path=../../a.jpg\n") + GOOD,
+    "200,000 lines": _pax(_MANY) + GOOD,
+    "200,000 lines, four times": _pax(_MANY) * 4 + GOOD,
+    "zeros": _pax(bytes(1000)) + GOOD,
+    "no member after it": GOOD + _pax(b"14 path=a.jpg\n"),
+    "more than a name's size": _pax(b"x" * (3 << 20)) + GOOD,
+    "long name without NUL": _pax(b"k" * 400 + b".jpg", b"L") + GOOD,
+    "long name of slashes": _pax(b"/" * 9000 + b"k.jpg", b"L") + GOOD,
+    "10,000 long names in a row": _pax(b"k.jpg", b"L") * 10_000 + GOOD,
+    "long name after long name": _pax(b"", b"L") * 3 + GOOD,
+  },
+  expects="used",
+)
+PAX.add_table(
+  _read,
+  {
+    "path with NUL": _pax(b"14 path=a\0.jpg\n") + GOOD,
+    "long name of 1 MB": _pax(b"k" * 1_000_000 + b".jpg", b"L") + GOOD,
+  },
+  expects="used error skip",
+)
 
-_LINES = b"5 a=\n" * ((1 << 20) // 5)
-for _name, (_data, _expects) in {
-  "length beyond the header": (_pax(b"999 path=b\n") + GOOD, "error"),
-  "no equals sign": (_pax(b"8 abcde\n") + GOOD, "used"),
-  "empty path": (_pax(b"8 path=\n") + GOOD, "used"),
-  "path with NUL": (_pax(b"14 path=a\0.jpg\n") + GOOD, "used error"),
-  "path that is not UTF-8": (_pax(b"15 path=\xff\xfe.jpg\n") + GOOD, "used"),
-  "path of the folder above": (_pax(b"20 path=../../a.jpg\n") + GOOD, "used"),
-  "200,000 lines": (_pax(_LINES) + GOOD, "used"),
-  "200,000 lines, four times": (_pax(_LINES) * 4 + GOOD, "used"),
-  "zeros": (_pax(bytes(1000)) + GOOD, "used"),
-  "no member after it": (GOOD + _pax(b"14 path=a.jpg\n"), "used"),
-  "more than a name's size": (_pax(b"x" * (3 << 20)) + GOOD, "used"),
-  "cut": (header(b"pax", size=1 << 30, kind=b"x") + b"12", "error"),
-  "global header alone": (_pax(b"14 path=a.jpg\n", b"g") + END, "error"),
-  "long name cut": (header(b"L", size=5000, kind=b"L") + b"k" * 600, "error"),
-  "long name without NUL": (_pax(b"k" * 400 + b".jpg", b"L") + GOOD, "used"),
-  "long name of 1 MB": (
-    _pax(b"k" * 1_000_000 + b".jpg", b"L") + GOOD,
-    "used error skip",
-  ),
-  "long name of slashes": (_pax(b"/" * 9000 + b"k.jpg", b"L") + GOOD, "used"),
-  "10,000 long names in a row": (_pax(b"k.jpg", b"L") * 10_000 + GOOD, "used"),
-  "long name after long name": (_pax(b"", b"L") * 3 + GOOD, "used"),
-}.items():
-  _add(PAX, _name, _data, _expects)
-
-
-for _name, (_data, _expects) in {
-  "a duplicate key": (GOOD + GOOD + END, "error"),
-  "two images of a key": (GOOD + member(b"k.png", JPEG) + END, "error"),
-  "folders alone": (header(b"d/", kind=b"5") * 4 + END, "error"),
-  "symbolic links alone": (header(b"k.jpg", kind=b"2") + END, "error"),
-  "hard links alone": (header(b"k.jpg", kind=b"1") + END, "error"),
-  "a device": (header(b"k.jpg", kind=b"3") + END, "error"),
-  "a pipe": (header(b"k.jpg", kind=b"6") + END, "error"),
-  "a sparse file": (member(b"k.jpg", JPEG, kind=b"S") + END, "error"),
-  "an unknown kind": (member(b"k.jpg", JPEG, kind=b"Z") + END, "error"),
-  "names of dots": (member(b"....jpg", JPEG) + END, "error"),
-  "an empty name": (member(b"", JPEG) + END, "error"),
-  "texts alone": (member(b"k.txt", b"a") + END, "error"),
-  "20,000 empty members": (
-    lambda: header(b"k.cls") * 20_000 + GOOD + END,
-    "used",
-  ),
-  "an image without bytes": (
-    GOOD + member(b"m.jpg", b"") + END,
-    "skip",
-  ),
-}.items():
-  _add(CONTENTS, _name, _data, _expects)
+CONTENTS.add_table(
+  _read,
+  {
+    "a duplicate key": GOOD + GOOD + END,
+    "two images of a key": GOOD + member(b"k.png", JPEG) + END,
+  },
+  match="'k' has a second image",
+)
+CONTENTS.add_table(
+  _read,
+  {
+    "folders alone": header(b"d/", kind=b"5") * 4 + END,
+    "names of dots": member(b"....jpg", JPEG) + END,
+    "an empty name": member(b"", JPEG) + END,
+    "texts alone": member(b"k.txt", b"a") + END,
+    **{
+      f"a member of kind {kind}": member(b"k.jpg", JPEG, kind=kind) + END
+      for kind in (b"1", b"2", b"3", b"6", b"S", b"Z")
+    },
+  },
+)
+CONTENTS.add_table(
+  _read,
+  {"20,000 empty members": lambda: header(b"k.cls") * 20_000 + GOOD + END},
+  expects="used",
+)
+CONTENTS.add_table(
+  _read,
+  {"an image without bytes": GOOD + member(b"m.jpg", b"") + END},
+  expects="skip",
+)
 
 
 @CONTENTS.add("an image of 300 MB", expects="skip", match="314,572,800 bytes")
@@ -218,33 +221,39 @@ def _zip() -> bytes:
   return stream.getvalue()
 
 
-for _name, _data in {
-  "gzip": gzip.compress(GOOD + END),
-  "bzip2": bz2.compress(GOOD + END),
-  "xz": lzma.compress(GOOD + END),
-  "zip": _zip(),
-  "a web page": b"<!DOCTYPE html><html>404 Not Found</html>" * 50,
-  "an image": JPEG * 3,
-  "text": b"a dog\n" * 200,
-  "random bytes": np.random.default_rng(0).bytes(20_000),
-  "ones": b"\xff" * 4096,
-  "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
-}.items():
-  _add(FILES, _name, _data)
+_POINTER = b"version https://git-lfs.github.com/spec/v1\nsize 9\n"
+FILES.add_table(_read, {"a Git LFS pointer": _POINTER}, match="x.tar")
+FILES.add_table(_read, {"gzip": gzip.compress(GOOD + END)}, match="compressed")
+FILES.add_table(
+  _read,
+  {
+    "bzip2": bz2.compress(GOOD + END),
+    "xz": lzma.compress(GOOD + END),
+    "zip": _zip(),
+    "an image": JPEG * 3,
+    "text": b"a dog\n" * 200,
+    "ones": b"\xff" * 4096,
+    "a web page": BROKEN_BYTES["a web page"](b""),
+    "noise": BROKEN_BYTES["noise"](b""),
+  },
+  match="is not a tar: it starts with",
+)
 
 
-def _open(path):
-  return lambda folder: WebDatasetSource(path)
+def _open(folder, make):
+  os.chdir(folder)
+  path = make(folder / "x.tar")
+  return WebDatasetSource(path if isinstance(path, str) else "x.tar")
 
 
-FILES.add("/dev/zero", _open("/dev/zero"), match="a device")
-FILES.add("/dev/null", _open("/dev/null"), match="a device")
-
-
-@FILES.add("a pipe", match="a pipe")
-def _fifo(folder):
-  os.mkfifo(folder / "x.tar")
-  return WebDatasetSource(f"{folder}/*.tar")
+FILES.add_table(
+  _open,
+  {name: lambda file, path=name: path for name in ("/dev/zero", "/dev/null")},
+  match="a device",
+)
+FILES.add_table(_open, {"a pipe": os.mkfifo}, match="a pipe")
+FILES.add_table(_open, {"a folder": os.mkdir}, match="a folder")
+FILES.add_table(_open, {"a dangling link": PLACES["a link to nothing"]})
 
 
 @FILES.add("a socket", match="a socket")
@@ -253,18 +262,6 @@ def _socket(folder):
   with socket.socket(socket.AF_UNIX) as server:
     server.bind("x.tar")
     return WebDatasetSource("x.tar")
-
-
-@FILES.add("a folder", match="a folder")
-def _folder(folder):
-  (folder / "x.tar").mkdir()
-  return WebDatasetSource(folder / "x.tar")
-
-
-@FILES.add("a dangling link")
-def _dangling(folder):
-  os.symlink("nothing.tar", folder / "x.tar")
-  return WebDatasetSource(folder / "x.tar")
 
 
 @FILES.add("an index that is a pipe", expects="used error")
@@ -294,21 +291,4 @@ def _many(folder):
     assert threading.active_count() == threads
 
 
-@SIZES.parametrize
-def test_sizes_and_headers(case, hostile):
-  hostile(case)
-
-
-@PAX.parametrize
-def test_pax_and_long_names(case, hostile):
-  hostile(case)
-
-
-@CONTENTS.parametrize
-def test_contents(case, hostile):
-  hostile(case)
-
-
-@FILES.parametrize
-def test_files_in_place_of_tars(case, hostile):
-  hostile(case)
+test_tars = run_all(SIZES, PAX, CONTENTS, FILES)

@@ -3,157 +3,137 @@
 import json
 import os
 
-import numpy as np
 import sentencepiece
 import tokenizers
-from hostile.harness import Cases
-from hostile.samples import read_record
+from hostile import foreign_samples
+from hostile.harness import Cases, run_all
+from hostile.samples import (
+  BROKEN_BYTES,
+  BROKEN_JSON,
+  DAMAGED_BYTES,
+  as_bytes,
+  changed,
+  other_types,
+  read_record,
+)
 from tokenizers import models, pre_tokenizers, processors
 
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.experts.owlv2.clip_tokenizer import ClipTokenizer
 
-FILES = Cases(__file__, "tokenizer files", slow=True)
-TEXTS = Cases(__file__, "texts for tokenizers", slow=True)
+FILES = Cases(__file__, "tokenizer files", every=4)
+TEXTS = Cases(__file__, "texts for tokenizers", every=6)
 
-_NOISE = np.random.default_rng(0).bytes(4000)
 _VOCABULARY = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "dog": 4}
 
 
-def _word_level(vocabulary=_VOCABULARY) -> dict:
-  model = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+def _json(**changed) -> dict:
+  model = tokenizers.Tokenizer(models.WordLevel(_VOCABULARY, "<unk>"))
   model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  return json.loads(model.to_str())
+  return json.loads(model.to_str()) | changed
 
 
-def _file(name, content, expects="error", *, config=None):
-  """A tokenizer is built from the file, and used for a caption."""
-
-  def run(folder):
-    data = content() if callable(content) else content
-    if not isinstance(data, bytes):
-      data = json.dumps(data).encode()
-    (folder / "tokenizer.json").write_bytes(data)
-    if config is not None:
-      (folder / "tokenizer_config.json").write_bytes(config)
-    tokenizer = build_tokenizer(folder / "tokenizer.json")
-    return read_record(folder, tokenizer=tokenizer)
-
-  FILES.add(name, run, expects=expects)
+def _model(**changed) -> dict:
+  return _json(model=_json()["model"] | changed)
 
 
-for _name, _data in {
-  "empty": b"",
-  "noise": _NOISE,
-  "a list": b"[]",
-  "null": b"null",
-  "an empty object": b"{}",
-  "nested 100,000 deep": b"[" * 100_000,
-  "latin-1": b'{"model": "\xff"}',
-  "no vocabulary": lambda: _word_level({}),
-  "without a padding token": lambda: _word_level({"a": 0, "<unk>": 1}),
-  "an id of 2^32 - 1": lambda: _word_level(_VOCABULARY | {"x": 2**32 - 1}),
-  "an id of -1": lambda: _changed(lambda t: t["model"]["vocab"].update(a=-1)),
-  "an id of 2^40": lambda: _changed(
-    lambda t: t["model"]["vocab"].update(a=2**40)
-  ),
-  "an id that is a text": lambda: _changed(
-    lambda t: t["model"]["vocab"].update(a="3")
-  ),
-  "an unknown model": lambda: _changed(
-    lambda t: t["model"].update(type="Tree")
-  ),
-  "an unknown normalizer": lambda: _changed(
-    lambda t: t.update(normalizer={"type": "Magic"})
-  ),
-  "a pattern that is no regular expression": lambda: _changed(
-    lambda t: t.update(
-      normalizer={
-        "type": "Replace",
-        "pattern": {"Regex": "("},
-        "content": "",
+def _vocabulary(**changed) -> dict:
+  return _model(vocab=_VOCABULARY | changed)
+
+
+def _read(folder, content):
+  """A tokenizer is built from a tokenizer.json, and used for a caption."""
+  (folder / "tokenizer.json").write_bytes(as_bytes(content))
+  tokenizer = build_tokenizer(folder / "tokenizer.json")
+  return read_record(folder, tokenizer=tokenizer)
+
+
+FILES.add_table(_read, {"valid": _json()}, expects="used")
+FILES.add_table(
+  _read,
+  {
+    **BROKEN_JSON,
+    "an empty object": {},
+    "without a model": _json(model=None),
+    "no vocabulary": _model(vocab={}),
+    "a vocabulary of text": _model(vocab="x"),
+    "without a padding token": _model(vocab={"a": 0, "<unk>": 1}),
+    "an id of 2^32 - 1": _vocabulary(x=2**32 - 1),
+    "an id of -1": _vocabulary(a=-1),
+    "an id of 2^40": _vocabulary(a=2**40),
+    "an id that is a text": _vocabulary(a="3"),
+    "an unknown model": _model(type="Tree"),
+    # A model that fails on each text is a config mistake.
+    "without its unknown token": _model(unk_token="X", vocab={"<pad>": 0}),
+    "an unknown normalizer": _json(normalizer={"type": "Magic"}),
+    "a normalizer of text": _json(normalizer="x"),
+    "a pattern that is no regular expression": _json(
+      normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}
+    ),
+    "a split by no regular expression": _json(
+      pre_tokenizer={
+        "type": "Split",
+        "pattern": {"Regex": "(("},
+        "behavior": "Isolated",
+        "invert": False,
       }
-    )
-  ),
-  "a cut character map": lambda: _changed(
-    lambda t: t.update(
+    ),
+    "a cut character map": _json(
       normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}
-    )
-  ),
-  "a template of unknown tokens": lambda: _changed(
-    lambda t: t.update(
+    ),
+    "a template of unknown tokens": _json(
       post_processor={
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
         "pair": [],
         "special_tokens": {},
       }
-    )
-  ),
-}.items():
-  _file(f"tokenizer.json, {_name}", _data)
-
-
-def _changed(change):
-  content = _word_level()
-  change(content)
-  return content
-
-
-for _name, _data in {
-  "not JSON": b"{",
-  "a list": b"[]",
-  "null": b"null",
-  "nested 100,000 deep": b"[" * 100_000,
-  "latin-1": b'{"pad_token": "\xff"}',
-  "tokens that are numbers": b'{"pad_token": 3, "eos_token": []}',
-}.items():
-  _file(f"tokenizer_config.json, {_name}", lambda: _word_level(), config=_data)
-_file(
-  "tokenizer_config.json, unknown tokens",
-  lambda: _word_level(),
-  "used",
-  config=b'{"pad_token": "[NONE]"}',
-)
-
-# A model that fails on each text is a config mistake.
-_file(
-  "tokenizer.json, without its unknown token",
-  lambda: _changed(
-    lambda t: t["model"].update(unk_token="[NONE]", vocab={"<pad>": 0})
-  ),
-)
-_file(
-  "tokenizer.json, BPE of merges that it lacks",
-  lambda: {
-    "version": "1.0",
-    "added_tokens": [],
-    "model": {"type": "BPE", "vocab": {"<pad>": 0}, "merges": ["a b"]},
+    ),
+    "BPE of merges that it lacks": _json(
+      model={"type": "BPE", "vocab": {"<pad>": 0}, "merges": ["a b"]}
+    ),
+    "unigram without pieces": _json(
+      model={"type": "Unigram", "unk_id": 0, "vocab": []}
+    ),
+    "unigram of an unknown id": _json(
+      model={"type": "Unigram", "unk_id": 9, "vocab": [["<pad>", 0.0]]}
+    ),
   },
-)
-_file(
-  "tokenizer.json, unigram without pieces",
-  lambda: {
-    "version": "1.0",
-    "added_tokens": [],
-    "model": {"type": "Unigram", "unk_id": 0, "vocab": []},
-  },
-)
-_file(
-  "tokenizer.json, unigram of an unknown id",
-  lambda: {
-    "version": "1.0",
-    "added_tokens": [],
-    "model": {"type": "Unigram", "unk_id": 9, "vocab": [["<pad>", 0.0]]},
-  },
+  prefix="tokenizer.json, ",
+  match="tokenizer.json",
 )
 
 
-def _sentencepiece(folder) -> bytes:
-  prefix = str(folder / "spiece")
+def _read_config(folder, content):
+  (folder / "tokenizer_config.json").write_bytes(as_bytes(content))
+  return _read(folder, _json())
+
+
+_READ_CONFIG = {"prefix": "tokenizer_config.json, "}
+FILES.add_table(
+  _read_config,
+  {
+    **BROKEN_JSON,
+    "eos_token without content": {"eos_token": {"a": 1}},
+    **changed({}, {"pad_token": other_types("x")[1:]}),
+  },
+  match="tokenizer_config.json",
+  **_READ_CONFIG,
+)
+FILES.add_table(
+  _read_config,
+  {"unknown tokens": {"pad_token": "[NONE]"}},
+  expects="used",
+  **_READ_CONFIG,
+)
+
+
+def _train(folder) -> bytes:
+  """A small SentencePiece model."""
   texts = ["a dog and a cat", "a red ball", "two cones and a house"] * 20
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(texts),
-    model_prefix=prefix,
+    model_prefix=str(folder / "spiece"),
     vocab_size=40,
     hard_vocab_limit=False,
     minloglevel=2,
@@ -161,48 +141,108 @@ def _sentencepiece(folder) -> bytes:
   return (folder / "spiece.model").read_bytes()
 
 
-def _spiece(name, change, expects="error"):
-  @FILES.add(f"SentencePiece, {name}", expects=expects)
-  def _(folder):
-    data = change(_sentencepiece(folder))
-    (folder / "x.model").write_bytes(data)
-    tokenizer = build_tokenizer(folder / "x.model")
-    return read_record(folder, tokenizer=tokenizer)
+def _read_pieces(folder, change):
+  (folder / "x.model").write_bytes(change(_train(folder)))
+  tokenizer = build_tokenizer(folder / "x.model")
+  return read_record(folder, tokenizer=tokenizer)
 
 
-_spiece("empty", lambda data: b"")
-_spiece("noise", lambda data: _NOISE)
-_spiece("zeros", lambda data: bytes(4000))
-_spiece("a web page", lambda data: b"<html>404</html>")
-_spiece("a pickle", lambda data: b"\x80\x04\x8c\x05posix\x94.")
-_spiece("half", lambda data: data[: len(data) // 2], "error used")
-_spiece("without its last byte", lambda data: data[:-1], "error used")
-_spiece("twice", lambda data: data * 2, "error used")
-_spiece(
-  "ones at its end", lambda data: data[:-100] + b"\xff" * 100, "error used"
+def _change_pieces(change):
+  """Changes the message that a SentencePiece file contains."""
+
+  def change_bytes(data):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(data)
+    change(proto)
+    return proto.SerializeToString()
+
+  return change_bytes
+
+
+def _export_pieces(folder, change):
+  result = _read_pieces(folder, _change_pieces(change))
+  build_tokenizer(folder / "x.model").to_model()
+  return result
+
+
+_PIECES = {"prefix": "SentencePiece, "}
+_HALF = {"half": BROKEN_BYTES["half"]}
+_ALL_BROKEN = {k: v for k, v in BROKEN_BYTES.items() if k not in _HALF}
+FILES.add_table(_read_pieces, _ALL_BROKEN, match="x.model", **_PIECES)
+FILES.add_table(
+  _read_pieces, DAMAGED_BYTES | _HALF, expects="error used skip", **_PIECES
+)
+FILES.add_table(
+  _export_pieces, {"valid": lambda p: 0}, expects="used", **_PIECES
+)
+FILES.add_table(
+  _export_pieces,
+  {
+    "without pieces": lambda p: p.ClearField("pieces"),
+    "an eos_id beyond the pieces": lambda p: setattr(
+      p.trainer_spec, "eos_id", 1 << 30
+    ),
+    "an unk_id beyond the pieces": lambda p: setattr(
+      p.trainer_spec, "unk_id", 1 << 30
+    ),
+    "without an unknown piece": lambda p: p.pieces.__delitem__(0),
+    "a repeated piece": lambda p: p.pieces.add(piece="a", score=0),
+    "scores that are NaN": lambda p: setattr(
+      p.pieces[3], "score", float("nan")
+    ),
+    "a broken normalizer": lambda p: setattr(
+      p.normalizer_spec, "precompiled_charsmap", b"\xff" * 9
+    ),
+  },
+  **_PIECES,
 )
 
 
-@FILES.add("a pipe")
-def _pipe(folder):
-  os.mkfifo(folder / "tokenizer.json")
-  build_tokenizer(folder / "tokenizer.json")
+def _read_clip(folder, content):
+  vocabulary, merges = content
+  (folder / "vocab.json").write_bytes(as_bytes(vocabulary))
+  (folder / "merges.txt").write_text(merges)
+  return ClipTokenizer(folder).encode(["a"], 4).tolist()
 
 
-@FILES.add("a folder")
-def _folder(folder):
-  (folder / "x.model").mkdir()
-  build_tokenizer(folder / "x.model")
+_CLIP = {**foreign_samples.TOKENS, "a</w>": 5, "aa</w>": 4}
+_NO_MERGES = "#version: 0.2\n"
+FILES.add_table(
+  _read_clip, {"valid": (_CLIP, _NO_MERGES)}, prefix="CLIP, ", expects="used"
+)
+FILES.add_table(
+  _read_clip,
+  {
+    **{name: (data, _NO_MERGES) for name, data in BROKEN_JSON.items()},
+    "without a start": ({"a": 0}, _NO_MERGES),
+    "ids of text": (_CLIP | {"b": "x"}, _NO_MERGES),
+    "negative ids": (_CLIP | {"b": -1}, _NO_MERGES),
+    "merges of one": (_CLIP, "a\n"),
+    "merges of three": (_CLIP, "a a a\n"),
+    "merges of unknown tokens": (_CLIP, "y z\n"),
+  },
+  prefix="CLIP, ",
+  match="vocab.json",
+)
 
 
-@FILES.add("a name of NUL")
-def _nul(folder):
-  build_tokenizer("a\0.json")
+def _read_place(folder, name):
+  if name in ("tokenizer.json", "x.model"):
+    (os.mkfifo if name == "tokenizer.json" else os.mkdir)(folder / name)
+  return build_tokenizer(folder / name)
 
 
-@FILES.add("a name of a lone surrogate")
-def _surrogate(folder):
-  build_tokenizer("\ud800.json")
+FILES.add_table(
+  _read_place,
+  {
+    "a pipe": "tokenizer.json",
+    "a folder": "x.model",
+    "a name of NUL": "a\0.json",
+    "a name of a lone surrogate": "\ud800.json",
+  },
+)
 
 
 # --- Texts -------------------------------------------------------------------
@@ -212,7 +252,7 @@ def _build(kind, folder):
   if kind in ("bytes", "words"):
     return build_tokenizer(kind)
   if kind == "sentencepiece":
-    _sentencepiece(folder)
+    _train(folder)
     return build_tokenizer(folder / "spiece.model")
   letters = {chr(c): 3 + c - 97 for c in range(97, 123)}
   vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **letters}
@@ -243,33 +283,23 @@ _ODD = {
   "direction marks": "\u202e\u2066 dog",
   "special tokens": "<pad></s><unk>" * 100 + "a",
 }
+
+
+def _encode(folder, case):
+  kind, options = case
+  return read_record(folder, tokenizer=_build(kind, folder), **options)
+
+
 for _kind in ("bytes", "words", "sentencepiece", "bpe", "unigram", "wordpiece"):
-  for _name, _text in _ODD.items():
-    TEXTS.add(
-      f"{_kind}, {_name}",
-      lambda folder, kind=_kind, text=_text: read_record(
-        folder, text=text, tokenizer=_build(kind, folder)
-      ),
-      expects="used skip",
-    )
-  TEXTS.add(
-    f"{_kind}, a lone surrogate",
-    lambda folder, kind=_kind: read_record(
-      folder,
-      text=None,
-      json={"caption": "a \ud800"},
-      tokenizer=_build(kind, folder),
-    ),
+  _texts = {name: (_kind, {"text": text}) for name, text in _ODD.items()}
+  TEXTS.add_table(_encode, _texts, prefix=f"{_kind}, ", expects="used skip")
+  _lone = (_kind, {"text": None, "json": {"caption": "a \ud800"}})
+  TEXTS.add_table(
+    _encode,
+    {"a lone surrogate": _lone},
+    prefix=f"{_kind}, ",
     expects="skip",
     match="h: ",
   )
 
-
-@FILES.parametrize
-def test_tokenizer_files(case, hostile):
-  hostile(case)
-
-
-@TEXTS.parametrize
-def test_texts_for_tokenizers(case, hostile):
-  hostile(case)
+test_tokenizers = run_all(FILES, TEXTS)

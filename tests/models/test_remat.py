@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mtv_jax.models import layers, remat
@@ -63,6 +64,39 @@ def test_a_name_saves_its_array_and_the_product_that_computes_it(
   everything = measure(",".join(remat.NAMES))
   assert everything[0] - saved == tokens * sum(c for c, _ in arrays.values())
   assert everything[1] - measure("none")[1] == tokens * 2 * TOKENS * WIDTH
+
+
+@functools.cache
+def values_and_gradients(choice):
+  block = layers.Block(
+    HEADS, HIDDEN, mlp="swiglu", layer_scale=0.1, parent=None
+  )
+  stack = stack_lib.stacked_init(block, DEPTH, WIDTH)(jax.random.key(0))
+  x = jax.random.normal(jax.random.key(1), (ROWS, TOKENS, WIDTH))
+
+  def loss(stack, x):
+    y, _ = stack_lib.run_stack(block, stack, x, remat=choice)
+    return jnp.square(y).sum()
+
+  function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+  return jax.device_get(function(stack, x))
+
+
+@pytest.mark.parametrize(
+  "choice",
+  [
+    *(name for name in remat.POLICIES if name != "none"),
+    *remat.NAMES,
+    ",".join(remat.NAMES),
+    "mlp_hidden:host,qkv",
+  ],
+)
+def test_gradients_do_not_depend_on_the_choice(choice):
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    values_and_gradients(choice),
+    values_and_gradients("none"),
+  )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mtv_jax.config import sections
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -192,10 +193,16 @@ def test_from_config():
   assert spec.text.projection == spec.embed_dim == 64
   assert not spec.image.cls_token
   assert spec == ModelSpec.from_config(CONFIG)
-  assert model_lib.runtime(ConfigDict(CONFIG)) == {
+  config = sections.read(model_lib.ModelConfig, CONFIG, "config.model")
+  assert config.spec == spec
+  assert config.runtime == {
     "dtype": "bfloat16",
     "remat": "dots",
     "scan": True,
+    "attention": "auto",
+    "quantization": "none",
+    "drop_path": 0.0,
+    "drop_path_uniform": True,
   }
   # Given values override the variant's; a CLS pool adds a CLS token.
   spec = ModelSpec.from_config(
@@ -396,7 +403,8 @@ def test_an_unknown_init_is_refused():
 def test_towers_of_a_config(initialised):
   """Embeddings of fresh towers in the config's compute dtype."""
   spec, params = initialised
-  options = model_lib.runtime(CONFIG)
+  config = sections.read(model_lib.ModelConfig, CONFIG, "config.model")
+  options = config.runtime
 
   # Compiled with few optimisations, as it runs once.
   @functools.partial(

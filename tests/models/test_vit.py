@@ -12,6 +12,7 @@ from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.models import attention, layers, positions
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT, ViTSpec, patchify
+from mtv_jax.utils import resampling
 
 SIZE, BATCH = 16, 2
 BASE = ViTSpec(
@@ -336,8 +337,8 @@ def test_other_sizes_resample_the_positions(params_of):
   stored = np.asarray(params["position_embedding"]).reshape(4, 4, -1)
   grid = np.einsum(
     "yi,xj,ijd->yxd",
-    positions.resize_matrix(4, 6),
-    positions.resize_matrix(4, 2),
+    resampling.resize_matrix(4, 6),
+    resampling.resize_matrix(4, 2),
     stored,
   )
   flat = patchify(images, 4) @ params["patch_embed"]["kernel"]
@@ -362,20 +363,20 @@ def test_fixed_positions_are_no_parameters(params_of):
     dataclasses.replace(BASE, positions="sincoss")
 
 
-@pytest.mark.parametrize("method", positions.METHODS)
+@pytest.mark.parametrize("method", resampling.METHODS)
 def test_resize_matrix(method):
   for old, new in ((4, 7), (7, 4), (14, 37), (16, 5)):
-    matrix = positions.resize_matrix(old, new, method)
+    matrix = resampling.resize_matrix(old, new, method)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
     # Mirrored input gives mirrored output.
     np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)
   np.testing.assert_array_equal(
-    positions.resize_matrix(5, 5, method), np.eye(5)
+    resampling.resize_matrix(5, 5, method), np.eye(5)
   )
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("method", positions.METHODS)
+@pytest.mark.parametrize("method", resampling.METHODS)
 def test_positions_equal_torch(method):
   torch = pytest.importorskip("torch")
 
@@ -384,7 +385,7 @@ def test_positions_equal_torch(method):
       torch.from_numpy(x).permute(2, 0, 1)[None],
       size=size,
       mode="bilinear" if "bilinear" in method else "bicubic",
-      align_corners=False,
+      align_corners=(method == "bilinear_corners") or None,
       antialias="antialiased" in method,
     )
     return y[0].permute(1, 2, 0).numpy()
@@ -393,7 +394,7 @@ def test_positions_equal_torch(method):
   for old, new in sizes:
     # Two columns: torch 2.13 antialiases an image one pixel wide wrongly.
     columns = np.repeat(np.eye(old)[:, None], 2, axis=1)
-    got = positions.resize_matrix(old, new, method)
+    got = resampling.resize_matrix(old, new, method)
     want = resize(columns, (new, 2))[:, 0]
     np.testing.assert_allclose(got, want, atol=1e-12)
   grid = np.random.default_rng(0).normal(size=(16, 16, 5)).astype(np.float32)
@@ -646,6 +647,30 @@ def test_rope_attention_equals_torch_in_value_and_gradient():
   ours = rope.angles(jnp.asarray(rope.coordinates(grid)), d)
   np.testing.assert_allclose(np.tile(np.cos(ours), 2), cos, atol=1e-5)
   np.testing.assert_allclose(np.tile(np.sin(ours), 2), sin, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["separate", "min", "max", "index"])
+def test_rotary_positions_of_many_grids_are_those_of_each(params_of, normalize):
+  """Rows of patches with their grids equal images, and patches have places."""
+  rope = positions.Rope(base=20.0, normalize=normalize)
+  spec = dataclasses.replace(DINOV3, rope=rope)
+  sizes, length = [(2, 4), (3, 1)], 9
+  rng = np.random.default_rng(0)
+  patches = jnp.asarray(rng.normal(size=(2, length, 48)), jnp.float32)
+  apply = jax.jit(ViT(spec).apply, compiler_options=FAST)
+  params = {"params": params_of(spec)}
+  together = apply(params, patches, grids=jnp.asarray(sizes))
+  for i, (rows, columns) in enumerate(sizes):
+    count = rows * columns
+    image = patches[i, :count].reshape(rows, columns, 4, 4, 3)
+    image = image.swapaxes(1, 2).reshape(1, 4 * rows, 4 * columns, 3)
+    alone = apply(params, image)
+    got = together.patches[i, :count]
+    np.testing.assert_allclose(got, alone.patches[0], atol=1e-5)
+    np.testing.assert_allclose(together.pooled[i], alone.pooled[0], atol=1e-5)
+  swapped = apply(params, patches[:, ::-1], grids=jnp.full((2, 2), 3))
+  whole = apply(params, patches, grids=jnp.full((2, 2), 3))
+  assert np.abs(swapped.pooled - whole.pooled).max() > 1e-3
 
 
 def test_positions_of_many_grids_are_those_of_each():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mtv_jax.models.heads.projection import unit
-from mtv_jax.objectives import base, build_objective, contrastive
+from mtv_jax.objectives import base, build_objective, contrastive, pairwise
+from mtv_jax.parallel import ring
 
 
 def _log_sigmoid(x):
@@ -57,16 +58,22 @@ CASES = {
 @pytest.mark.parametrize(
   ("ours", "reference"),
   [
-    (contrastive.sigmoid_loss, numpy_sigmoid_loss),
-    (contrastive.softmax_loss, numpy_softmax_loss),
+    (contrastive.sigmoid_losses, numpy_sigmoid_loss),
+    (contrastive.softmax_losses, numpy_softmax_loss),
   ],
   ids=["sigmoid", "softmax"],
 )
 def test_loss_and_gradient_equal_numpy(ours, reference, case):
   logits, valid = CASES[case](np.random.default_rng(0))
-  value, gradient = jax.value_and_grad(
-    lambda l: ours(l, jnp.asarray(valid)).value()
-  )(jnp.asarray(logits, jnp.float32))
+  ids = contrastive.ExampleIds(jnp.arange(len(valid)), jnp.asarray(valid))
+  texts = ring.EmbeddingBatch(jnp.eye(len(valid)), ids)
+
+  def loss(logits):
+    images = ring.EmbeddingBatch(logits, ids)
+    losses, _ = ours(images, texts, pairwise.Affine(1.0, 0.0))
+    return base.WeightedMean(losses.sum(), ids.valid.sum()).value()
+
+  value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits, jnp.float32))
   np.testing.assert_allclose(
     value, reference(logits, valid), rtol=1e-5, atol=1e-12
   )
@@ -179,3 +186,26 @@ def test_mean_of_a_zero_count_is_zero_with_a_zero_gradient():
 
   assert value(3.0) == 0.0
   assert jax.grad(value)(3.0) == 0.0
+
+
+def test_sigmoid_losses_are_binary_cross_entropies():
+  logits = np.array([[-3.0, 0.0, 2.0], [1e4, -1e4, 0.5]], np.float32)
+  positive = np.array([[True, False, True], [False, False, True]])
+  chance = np.where(positive, logits, -logits).astype(np.float64)
+  result = pairwise.sigmoid_losses(jnp.asarray(logits), jnp.asarray(positive))
+  np.testing.assert_allclose(result, np.logaddexp(0, -chance), rtol=1e-6)
+  gradient = jax.grad(
+    lambda l: pairwise.sigmoid_losses(l, jnp.asarray(positive)).sum()
+  )(jnp.asarray(logits))
+  sigmoid = np.where(logits > 0, 1, np.exp(np.minimum(logits, 0)))
+  sigmoid = sigmoid / (1 + np.exp(-np.abs(logits)))
+  np.testing.assert_allclose(gradient, sigmoid - positive, atol=1e-6)
+
+
+def test_temperature_is_a_logarithm_with_optional_bias():
+  module = pairwise.Temperature(init_scale=7.0, init_bias=None)
+  params = module.init(jax.random.key(0))["params"]
+  assert set(params) == {"logit_scale"}
+  affine = module.apply({"params": params})
+  np.testing.assert_allclose(affine.scale, 7.0, rtol=1e-6)
+  assert affine.bias == 0

@@ -10,6 +10,7 @@ import pytest
 
 from mtv_jax.models.heads import prompter
 from mtv_jax.objectives import base, grounding, pairwise
+from mtv_jax.parallel import ring
 
 
 def regions(n=7, seed=0, **changes):
@@ -44,20 +45,27 @@ CASES = {
 }
 
 
+def ids_of(sample):
+  index = jnp.arange(len(sample["valid"]))
+  return grounding.RegionIds(index, sample["phrase_id"], sample["valid"])
+
+
 @functools.partial(jax.jit, static_argnames="chunk")
 def value_and_gradients(sample, chunk=None):
+  ids = ids_of(sample)
+
   def loss(region, text, scale, bias):
-    result = grounding.region_losses(
-      region,
-      text,
-      sample["phrase_id"],
-      sample["valid"],
+    total, matches = pairwise.sum_losses(
+      ring.EmbeddingBatch(region, ids),
+      ring.EmbeddingBatch(text, ids),
       pairwise.Affine(scale, bias),
+      pair_loss_fn=grounding.region_losses,
+      merge_fn=grounding.merge_matches,
+      method="gathered",
+      mesh=None,
       chunk=chunk,
     )
-    return base.WeightedMean(
-      result.losses.sum(), sample["valid"].sum()
-    ).value(), result
+    return base.WeightedMean(total, sample["valid"].sum()).value(), matches
 
   floats = [
     jnp.asarray(sample[k], jnp.float32)
@@ -116,14 +124,18 @@ def test_repeated_phrases_are_neither_positive_nor_negative():
     phrase_id=np.array([5, 5, 8, 5], np.uint32),
     valid=np.array([True, True, True, False]),
   )
-  moved = dict(sample, text=sample["text"].copy())
-  moved["text"][1] = -moved["text"][1]
-  (_, first), _ = value_and_gradients(sample)
-  (_, second), _ = value_and_gradients(moved)
+  ids, affine = ids_of(sample), pairwise.Affine(4.0, -1.5)
+  region, text = (jnp.asarray(sample[k]) for k in ("region", "text"))
+  (first, matches), (second, _) = (
+    grounding.region_losses(
+      ring.EmbeddingBatch(region, ids), ring.EmbeddingBatch(x, ids), affine
+    )
+    for x in (text, text.at[1].multiply(-1.0))
+  )
   # Region 0 shares a phrase with text 1, region 2 does not.
-  assert first.losses[0] == second.losses[0]
-  assert first.losses[2] != second.losses[2]
-  np.testing.assert_array_equal(first.peers, [2, 2, 1, 2])
+  assert first[0] == second[0]
+  assert first[2] != second[2]
+  np.testing.assert_array_equal(matches.peers, [2, 2, 1, 2])
 
 
 def test_box_losses_and_gradients_equal_numpy():

@@ -6,20 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
+from mtv_jax.config.durations import RunLength
 from mtv_jax.data import pipeline, tokenizers
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.expand import expand
 from mtv_jax.train.gradients import view_keys
-from mtv_jax.train.step_spec import init_params
+from mtv_jax.train.run import resolve
+from mtv_jax.train.spec import init_params
 from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 TINY = "mtv_tiny:tiny"
-SSL = {"distillation", "masked_latent", "masked_pixels"}
+SSL = {"dino", "ibot", "mae"}
 
 
 def trained(study):
@@ -35,7 +36,7 @@ def write_recipe(folder: pathlib.Path, body: str) -> str:
   """A recipe that changes mtv_tiny."""
   file = folder / "recipe.py"
   file.write_text(
-    "from mtv_jax.config.schema import read_config\n\n\n"
+    "from mtv_jax.config.recipes import read_config\n\n\n"
     "def get_config(arg=None):\n"
     f"  config = read_config('{TINY}')\n"
     + "".join(f"  {line}\n" for line in body.splitlines())
@@ -59,7 +60,7 @@ def test_each_teacher_alone_and_all_of_them(tmp_path):
     "a": {"a"}, "b": {"b"}, "a+b": {"a", "b"},
   }  # fmt: skip
   heads = {
-    run.arm: {*build_step_spec(ConfigDict(run.settings), 9).heads}
+    run.arm: {*build_step_spec(resolve(run.settings), 9).heads}
     for run in study.runs
   }
   assert heads["a+b"] == heads["a"] | heads["b"]
@@ -84,7 +85,7 @@ def test_ladder_of_every_objective():
   assert {run.steps for run in study.runs} == {30}
   assert {run.images for run in study.runs} == {30 * 32}
   # The full arm is the config itself, but for sheets.
-  whole = schema.check_config(schema.read_config(TINY)).to_dict()
+  whole = resolve(recipes.read_config(TINY)).to_dict()
   assert (
     study.runs[-1].settings["objectives"].keys() == whole["objectives"].keys()
   )
@@ -93,8 +94,8 @@ def test_ladder_of_every_objective():
 def test_overrides_repeat_the_run_in_the_training_command():
   study = expand("leave_one_out", TINY, assignments=["optim.lr=0.5"], seeds="2")
   for run in study.runs:
-    config = overrides.override(schema.read_config(TINY), run.overrides)
-    config = schema.check_config(config)
+    config = overrides.override(recipes.read_config(TINY), run.overrides)
+    config = resolve(config)
     assert config.optim.lr == 0.5 and config.seed == run.seed
     assert {*config.objectives} == {*run.settings["objectives"]}
     assert {*config.evals} == {*run.settings["evals"]}
@@ -212,17 +213,17 @@ def test_durations_in_epochs_are_those_of_all_images(tmp_path):
   for budget, start in ((1.0, 20), (0.5, 10)):
     study = expand("scaling", recipe, options=options, budget=budget)
     for run in study.runs:
-      length = schema.RunLength.from_config(
-        run.settings, run.settings["data"]["train"][0]["limit"]
+      config = resolve(run.settings)
+      length = RunLength.of_total(
+        config.total, config.batch_size, config.data.train[0]["limit"]
       )
       assert run.steps == length.total_steps == 2 * start
-      schedule = run.settings["schedule"]
-      assert length.steps("warmup", schedule) == start / 2
-      weight = run.settings["objectives"]["depth"]["weight"]
-      assert length.steps("start", weight) == start
-      assert length.steps("ramp", weight) == start / 2
-      ((_, rule),) = run.settings["optim"]["rules"]
-      assert length.steps("start", rule) == start and rule["lr"] == 0.5
+      assert length.steps(config.schedule.warmup) == start / 2
+      weight = config.objectives["depth"].weight
+      assert length.steps(weight.start) == start
+      assert length.steps(weight.ramp) == start / 2
+      ((_, rule),) = config.optim.rules
+      assert rule == dict(lr=0.5, start_epochs=None, start_steps=start)
   options = arms_lib.Options(images=(80, 321))
   with pytest.raises(ConfigError, match="images=321.*has 320 records"):
     expand("scaling", recipe, options=options)
@@ -328,7 +329,7 @@ def test_a_study_survives_its_json():
   fields = study.to_dict()
   assert fields["format"] == 1 and fields["fingerprint"] == study.fingerprint
   assert type(study).from_dict(fields) == study
-  assert ConfigDict(dict(study.runs[0].settings)).objectives
+  assert resolve(study.runs[0].settings).objectives
 
 
 @pytest.mark.slow
@@ -336,12 +337,12 @@ def test_runs_of_a_seed_share_parameters_rows_and_crops():
   runs = {run.arm: run for run in expand("ladder", TINY).runs}
   specs, params, batches, keys = {}, {}, {}, {}
   for arm in ("vl", "depth"):
-    config = ConfigDict(dict(runs[arm].settings))
+    config = resolve(runs[arm].settings)
     spec = specs[arm] = build_step_spec(config, 100)
     tree = init_params(spec, jax.random.key(config.seed))
     params[arm] = dict(flatten_with_names(tree))
     loader = pipeline.make_loader(
-      config.data.to_dict(), batch_size=4, seed=config.seed,
+      config.data, batch_size=4, seed=config.seed,
       tokenizer=tokenizers.build_tokenizer("bytes"), wanted=spec.fields(),
     )  # fmt: skip
     with loader:

@@ -16,8 +16,9 @@ import pytest
 from xla_options import xla_flags
 
 from mtv_jax.cli.study import write_report
-from mtv_jax.studies import expand, results, runner, table
+from mtv_jax.studies import expand, runner, table
 from mtv_jax.studies.expand import Run, Study
+from mtv_jax.studies.statistics import read_study
 from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.leases import Leases
@@ -77,7 +78,8 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
     write_run(tmp_path, study.runs[0])
     runner.write(tmp_path / "runs" / "a0-s0", study)
   for text, message in {
-    "{": "Remove it", "[]": "has format None", '{"format": 1}': "not a study"
+    "{": "Remove it", "[" * 10**5: "Remove it", "[]": "has format None",
+    '{"format": 1}': "not a study",
   }.items():  # fmt: skip
     (tmp_path / "study.json").write_text(text)
     with pytest.raises(InputError, match=message):
@@ -130,7 +132,7 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   runner.write(tmp_path, study)
   for i, run in enumerate(study.runs[:2]):
     write_run(tmp_path, run, 0.5 + 0.1 * i)
-  read = results.read_study(tmp_path)
+  read = read_study(tmp_path)
   assert read.unfinished == ("a2-s0",)
   values = read.measurements.values
   assert values["a0"][0]["retrieval/top1"] == 0.5
@@ -143,11 +145,11 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   # Its last checkpoint is missing, or it had other settings.
   path = tmp_path / "runs" / "a0-s0"
   (path / "checkpoints" / "5").rmdir()
-  assert "a0-s0" in results.read_study(tmp_path).unfinished
+  assert "a0-s0" in read_study(tmp_path).unfinished
   changed = {**study.runs[0].settings, "batch_size": 8}
   (path / "config.json").write_text(json.dumps(changed))
   with pytest.raises(InputError, match="batch_size: 4 -> 8"):
-    results.read_study(tmp_path)
+    read_study(tmp_path)
 
 
 def test_damaged_results_are_named_and_give_no_report(tmp_path, capsys):
@@ -165,8 +167,8 @@ def test_damaged_results_are_named_and_give_no_report(tmp_path, capsys):
   stem.with_suffix(".npz").unlink()
   text = stem.with_suffix(".json").read_text()
   stem.with_suffix(".json").write_text(text.replace('"retrieval"', '"other"'))
-  with pytest.raises(InputError, match="has no results of 'retrieval'"):
-    results.read_study(tmp_path)
+  with pytest.raises(InputError, match="lacks results of 'retrieval'"):
+    read_study(tmp_path)
 
 
 def test_index_takes_one_run_or_a_share():
@@ -261,7 +263,7 @@ def test_a_locked_run_is_waited_for(tmp_path, trainings, monkeypatch):
 
 
 RECIPE = """
-from mtv_jax.config.schema import read_config
+from mtv_jax.config.recipes import read_config
 
 
 def get_config(arg=None):
@@ -319,9 +321,17 @@ def steps_logged(output):
   )
 
 
-@pytest.mark.slow
+# In each run: a kill of its runner with it, of the runner alone, or SIGTERM.
+@pytest.mark.parametrize(
+  "kills",
+  [
+    pytest.param(("runner", "term"), marks=pytest.mark.slow),
+    pytest.param(("group", "runner", "term"), marks=pytest.mark.long),
+  ],
+  ids=len,
+)
 def test_a_study_killed_at_random_moments_gives_the_same_report(
-  tmp_path, start
+  tmp_path, start, kills
 ):
   recipe = tmp_path / "recipe.py"
   smallest = ROOT / "tests" / "configs" / "smallest.py"
@@ -332,12 +342,9 @@ def test_a_study_killed_at_random_moments_gives_the_same_report(
   assert process.returncode == 0, text
   base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
   rng = random.Random(base)
-  # In each run: once with its runner, once the runner alone, once by SIGTERM.
-  for at, kill in (
-    (rng.randint(1, 6), "group"),
-    (rng.randint(7, 9), "runner"),
-    (rng.randint(10, 13), "term"),
-  ):
+  lines = 13 // len(kills)  # Of the two runs.
+  for i, kill in enumerate(kills):
+    at = rng.randint(i * lines + 1, (i + 1) * lines)
     print(f"MTV_JAX_SEED={base}: {kill} after {at} lines")
     process = start(recipe, killed)
     while steps_logged(killed) < at and process.poll() is None:
@@ -356,7 +363,7 @@ def test_a_study_killed_at_random_moments_gives_the_same_report(
   process = start(recipe, killed)
   text, _ = process.communicate(timeout=500)
   assert process.returncode == 0, text
-  read = [results.read_study(folder) for folder in (whole, killed)]
+  read = [read_study(folder) for folder in (whole, killed)]
   assert read[0].unfinished == read[1].unfinished == ()
   assert read[0].study == read[1].study
   assert read[0].metrics == read[1].metrics

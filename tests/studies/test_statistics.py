@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mtv_jax.report import contrasts
+from mtv_jax.report.contrasts import Measurements, Metric
 from mtv_jax.studies import statistics
-from mtv_jax.studies.contrasts import Measurements, Metric
 from mtv_jax.utils.errors import InputError
 
 TOP1 = Metric("top1", chance=0.05)
@@ -167,14 +168,13 @@ def test_holm_by_hand():
   p_values = [0.01, None, 0.04, 0.03, 0.005, 0.9]
   # Sorted 0.005, 0.01, 0.03, 0.04, 0.9 times 5, 4, 3, 2, 1, never decreasing.
   expected = [0.04, None, 0.09, 0.09, 0.025, 0.9]
-  adjusted = statistics.holm(p_values)
+  adjusted = contrasts.holm(p_values)
   assert [p and round(p, 12) for p in adjusted] == expected
-  assert statistics.holm([0.7, 0.6]) == [1.0, 1.0]
-  assert statistics.holm([]) == []
+  assert contrasts.holm([0.7, 0.6]) == [1.0, 1.0]
+  assert contrasts.holm([]) == []
 
 
-@pytest.mark.parametrize("family, tests", [("table", 4), ("metric", 2)])
-def test_families(family, tests):
+def test_a_table_is_one_family():
   rng = np.random.default_rng(1)
   values = {
     arm: {
@@ -183,25 +183,23 @@ def test_families(family, tests):
     }
     for arm, level in dict(vl=0.3, ssl=0.33, depth=0.36).items()
   }
-  rows = statistics.compare(
-    Measurements(values), [TOP1, RMSE], baseline="vl", family=family
-  )
-  names = [(row.metric, row.arm) for row in rows]
+  rows = statistics.compare(Measurements(values), [TOP1, RMSE], baseline="vl")
+  names = [(row.metric.name, row.arm) for row in rows]
   assert names == [(m, a) for m in ("top1", "rmse") for a in ("ssl", "depth")]
-  first = [row for row in rows if family == "table" or row.metric == "top1"]
-  smallest = min(first, key=lambda row: row.p)
-  assert len(first) == tests
-  assert smallest.p_holm == pytest.approx(tests * smallest.p)
+  smallest = min(rows, key=lambda row: row.p)
+  assert smallest.p_holm == pytest.approx(4 * smallest.p)
 
 
 def test_summary():
-  data = measure(TOP1, {"vl": [0.3, 0.34, 0.35]}, errors={"vl": [0.01] * 3})
+  arms = {"vl": [0.3, 0.34, 0.35], "one": [0.3], "bare": [0.3]}
+  data = measure(TOP1, arms, errors={"vl": [0.01] * 3, "one": [0.01]})
   summary = statistics.summarise_arm(data, TOP1, "vl")
   interval = stats.ttest_1samp([0.3, 0.34, 0.35], 0).confidence_interval(0.95)
-  assert (summary.low, summary.high) == pytest.approx(
-    (interval.low, interval.high)
-  )
-  assert summary.n == 3 and summary.item_error == pytest.approx(0.01)
+  assert summary.interval == pytest.approx((interval.low, interval.high))
+  assert summary.n == 3
+  one = statistics.summarise_arm(data, TOP1, "one")
+  assert one.interval == pytest.approx((0.3 - 0.0196, 0.3 + 0.0196))
+  assert statistics.summarise_arm(data, TOP1, "bare").interval is None
   assert statistics.summarise_arm(data, RMSE, "vl").mean is None
 
 
@@ -213,21 +211,20 @@ def test_synergy_by_hand():
     "ssl+depth": [1.2, 1.25, 1.32],
   }
   data = measure(RMSE, arms)
-  [row] = statistics.find_synergies(data, [RMSE], baseline="vl")
+  [row] = statistics.find_synergies(data, [RMSE])
   assert (row.first, row.second, row.better) == ("ssl", "depth", "depth")
   x = {arm: np.array(values) for arm, values in arms.items()}
   expected = stats.ttest_rel(x["ssl+depth"], x["depth"])
   assert row.over_better.p == pytest.approx(expected.pvalue)
   assert row.over_better.gain == pytest.approx(0.29333333)
-  additive = x["ssl"] + x["depth"] - x["vl"]
+  # Over the sum of both gains over chance.
+  additive = x["ssl"] + x["depth"] - 3.0
   expected = stats.ttest_rel(x["ssl+depth"], additive)
   interval = expected.confidence_interval(0.95)
   assert row.over_additive.p == pytest.approx(expected.pvalue)
   assert row.over_additive.low == pytest.approx(interval.low)
-  # Without a baseline, gains are those over chance.
-  [row] = statistics.find_synergies(data, [RMSE])
-  expected = x["ssl+depth"] - (x["ssl"] + x["depth"] - 3.0)
-  assert row.over_additive.difference == pytest.approx(expected.mean())
+  expected = (x["ssl+depth"] - additive).mean()
+  assert row.over_additive.difference == pytest.approx(expected)
   no_chance = Metric("rmse", lower=True)
   assert statistics.find_synergies(data, [no_chance])[0].over_additive is None
 

@@ -17,7 +17,7 @@ import step_samples
 import trainings
 
 from mtv_jax.augment import views
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
@@ -31,18 +31,20 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
-from mtv_jax.train.loop import train
-from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import (
+from mtv_jax.train.measurements import Measurements, is_balance_due
+from mtv_jax.train.run import resolve
+from mtv_jax.train.spec import (
   ObjectiveWeight,
   StepSpec,
   abstract_state,
   init_params,
 )
+from mtv_jax.train.step import make_program
+from mtv_jax.train.train import train
 from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.tree import flatten_with_names
 
-NAMES = ("contrastive", "distillation", "late")
+NAMES = ("contrastive", "dino", "late")
 
 
 def scalars(values):
@@ -68,7 +70,7 @@ def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
   np.testing.assert_allclose(list(norms.values()), [16.0, 1.0, 0.0])
   # Factors 1/4 and 4: raw norms of 4 and 1/2.
   early = balance.observe(norms, scalars([0.5, 4.0]), weights, 9)
-  np.testing.assert_allclose(early["distillation"], 0.5**0.9, rtol=1e-6)
+  np.testing.assert_allclose(early["dino"], 0.5**0.9, rtol=1e-6)
   norms = balance.observe(norms, scalars([0.5, 4.0]), weights, 500)
   expected = [16**0.25 * 4**0.75, 0.5**0.75, 0.0]
   np.testing.assert_allclose(list(norms.values()), expected, rtol=1e-6)
@@ -80,12 +82,12 @@ def test_a_batch_without_labels_changes_no_running_norm(value):
   weights = scalars([1, 1, 1])
   new = GradNormMean(1).observe(old, scalars([value, 1.0, value]), weights, 3)
   assert new["contrastive"] == 4 and new["late"] == 0
-  assert new["distillation"] != 1  # 1 / factor 2.
+  assert new["dino"] != 1  # 1 / factor 2.
   unweighted = GradNormMean(1).observe(old, scalars([1.0]), scalars([0]), 3)
   assert unweighted["contrastive"] == 4
 
 
-WEIGHTS = {"contrastive": 1.0, "distillation": 0.5}
+WEIGHTS = {"contrastive": 1.0, "dino": 0.5}
 
 
 def make_spec(**changes):
@@ -105,7 +107,7 @@ def make_spec(**changes):
     dtype="float32",
     objectives={
       "contrastive": build_objective("contrastive", dict(init_bias=-2.0)),
-      "distillation": build_objective("distillation", dino),
+      "dino": build_objective("dino", dino),
     },
     weights={name: ObjectiveWeight(w) for name, w in WEIGHTS.items()},
     views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
@@ -126,9 +128,10 @@ def balanced_step(spec, shape):
     shard_batch(step_samples.make_batch(), mesh),
   )
   active = tuple(spec.objectives)
-  before = program.encoder_grad_norms(state, batch, active)
-  state = program.update_balance(state, before)
-  after = program.encoder_grad_norms(state, batch, active)
+  measurements = Measurements(program)
+  before = measurements.encoder_grad_norms(state, batch, active)
+  state = measurements.update_balance(state, before)
+  after = measurements.encoder_grad_norms(state, batch, active)
   running = jax.device_get(state.balance)  # The update donates it.
   state, metrics = program.update(state, batch, active)
   return jax.device_get((before, after, running, metrics))
@@ -142,11 +145,11 @@ def one_device():
 @pytest.mark.slow
 def test_balanced_norms_have_the_ratio_of_the_weights(one_device):
   before, after, running, metrics = one_device
-  raw = before["contrastive"], before["distillation"] / 0.5
+  raw = before["contrastive"], before["dino"] / 0.5
   mean = math.sqrt(raw[0] * raw[1])
   np.testing.assert_allclose(list(running.values()), raw, rtol=1e-5)
   np.testing.assert_allclose(after["contrastive"], mean, rtol=1e-4)
-  np.testing.assert_allclose(after["distillation"], 0.5 * mean, rtol=1e-4)
+  np.testing.assert_allclose(after["dino"], 0.5 * mean, rtol=1e-4)
   weights = [metrics[f"{name}/weight"] for name in running]
   expected = [mean / raw[0], 0.5 * mean / raw[1]]
   np.testing.assert_allclose(weights, expected, rtol=1e-5)
@@ -186,13 +189,14 @@ def two_updates(method, shape=(1, 1, 1), accumulate=1):
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
   state, rows = program.init(params), []
+  measurements = Measurements(program)
   for step in range(2):
     batch, row = shard_batch(step_samples.make_batch(), mesh), {}
-    if spec.measures_balance(step):
-      row["norms"] = program.encoder_grad_norms(
+    if is_balance_due(spec, step):
+      row["norms"] = measurements.encoder_grad_norms(
         state, batch, tuple(spec.objectives)
       )
-      state = program.update_balance(state, row["norms"])
+      state = measurements.update_balance(state, row["norms"])
     state, metrics = program.update(state, batch)
     rows.append(jax.device_get(row | metrics))
   return jax.device_get((state.params, state.balance)), rows
@@ -287,7 +291,7 @@ def test_methods_are_the_same_on_meshes_and_accumulated(
 @pytest.mark.slow
 def test_pcgrad_costs_little_more_than_a_step_of_mtv_tiny():
   """In FLOPs of the gradients; the figure of docs/results.md."""
-  config = schema.check_config(schema.read_config("mtv_tiny"))
+  config = resolve(recipes.read_config("mtv_tiny"))
   fields = flops.batch_fields(config, build_step_spec(config, 100))
   batch = flops.abstract_batch(64, fields, None)
 
@@ -305,16 +309,16 @@ def test_pcgrad_costs_little_more_than_a_step_of_mtv_tiny():
 def test_norms_are_measured_as_a_function_of_the_step():
   late = {
     "contrastive": ObjectiveWeight(1.0),
-    "distillation": ObjectiveWeight(1.0, start=13),
+    "dino": ObjectiveWeight(1.0, start=13),
   }
   spec = make_spec(weights=late)
-  steps = [s for s in range(30) if spec.measures_balance(s)]
+  steps = [s for s in range(30) if is_balance_due(spec, s)]
   assert steps == [0, 10, 13, 20]
-  assert not make_spec(balance=Balance()).measures_balance(0)
+  assert not is_balance_due(make_spec(balance=Balance()), 0)
 
 
 def config_of(**changes):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(
     total_steps=4,
     evals={},
@@ -322,7 +326,7 @@ def config_of(**changes):
     checkpoint=dict(every_steps=3, keep=5),
     **changes,
   )
-  config.objectives.distillation = trainings.DISTILLATION
+  config.objectives.dino = trainings.DINO
   return config
 
 
@@ -331,7 +335,7 @@ def test_a_resumed_run_is_bit_equal_and_an_unbalanced_one_is_told_apart(
   tmp_path,
 ):
   state = train(config_of(), tmp_path / "run")
-  assert set(state.balance) == {"contrastive", "distillation"}
+  assert set(state.balance) == {"contrastive", "dino"}
   assert all(value > 0 for value in state.balance.values())
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
   resumed = train(config_of(), tmp_path / "run")
@@ -349,7 +353,7 @@ def test_methods_resume_bit_equal_with_a_late_objective(tmp_path, method):
   config.balance = dict(method=method)
   if method == "gradnorm":
     config.balance.every_steps = 1
-  config.objectives.distillation.weight = dict(value=1.0, start_steps=1)
+  config.objectives.dino.weight = dict(value=1.0, start_steps=1)
   state = train(config, tmp_path / "run")
   if method == "gradnorm":
     # Both have a first loss, and their factors a sum of 2.

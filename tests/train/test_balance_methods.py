@@ -9,7 +9,7 @@ import pytest
 import trainings
 
 from mtv_jax.augment.random import step_key
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.objectives.base import WeightedMean
 from mtv_jax.train.balance import (
   Balance,
@@ -19,7 +19,8 @@ from mtv_jax.train.balance import (
   Uncertainty,
 )
 from mtv_jax.train.balance.pcgrad import projection_coefficients
-from mtv_jax.train.loop import check_balance_unchanged
+from mtv_jax.train.run import resolve
+from mtv_jax.train.train import check_balance_unchanged
 from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 
@@ -263,9 +264,9 @@ def test_pcgrad_combines_the_parameters_that_are_shared(parameters):
 
 
 def balance_of(section):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.balance = section
-  return build_step_spec(schema.check_config(config), 100).balance
+  return build_step_spec(resolve(config), 100).balance
 
 
 def test_methods_are_named_in_the_config():
@@ -296,17 +297,20 @@ def test_methods_are_named_in_the_config():
 def test_a_run_resumes_with_its_method_alone(
   tmp_path, recorded, section, expected
 ):
-  config = schema.read_config(str(trainings.CONFIG))
-  check_balance_unchanged(config, tmp_path)  # Nothing to resume.
-  config.balance = recorded
-  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-  config.balance = section
+  def read(section):
+    config = recipes.read_config(str(trainings.CONFIG))
+    config.balance = section
+    return config
+
+  run = resolve(read(section))
+  check_balance_unchanged(run, tmp_path)  # Nothing to resume.
+  (tmp_path / "config.json").write_text(json.dumps(read(recorded).to_dict()))
   if expected is None:
-    check_balance_unchanged(config, tmp_path)
+    check_balance_unchanged(run, tmp_path)
     return
   new, old = expected
   with pytest.raises(ConfigError, match=f"is '{new}', but .* by '{old}'"):
-    check_balance_unchanged(config, tmp_path)
+    check_balance_unchanged(run, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -320,12 +324,12 @@ def test_a_run_resumes_with_its_method_alone(
   ],
 )
 def test_gradients_of_a_frozen_encoder_are_not_compared(section, rejected):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(section)
 
   def build(pattern):
     config.optim.rules = [(pattern, dict(lr=0.0))]
-    return build_step_spec(schema.check_config(config), 100)
+    return build_step_spec(resolve(config), 100)
 
   build("^image/blocks/")
   if rejected is None:

@@ -7,15 +7,16 @@ import pytest
 import trainings
 
 from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import schema
+from mtv_jax.config import recipes, sections
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.retrieval.retrieval import Retrieval
-from mtv_jax.train.bounds import Bound, BoundError, read_bound
+from mtv_jax.evals.retrieval import Retrieval
+from mtv_jax.train.bounds import Bound, BoundError
 from mtv_jax.train.experiment import build_experiment
-from mtv_jax.train.loop import train
 from mtv_jax.train.numerics import RollbackError
-from mtv_jax.train.trainer import Trainer
+from mtv_jax.train.run import EvalConfig
+from mtv_jax.train.train import train
+from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -56,10 +57,10 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
   trainer = object.__new__(Trainer)
   trainer.experiment = types.SimpleNamespace(
     workdir=tmp_path,
-    bounds={"drift": bound},
     total_steps=9,
-    config=types.SimpleNamespace(evals={"drift": {}}),
-    duration=lambda name, entry: 0,
+    config=types.SimpleNamespace(
+      evals={"drift": EvalConfig(type="drift", bound=bound)}
+    ),
   )
   if value == "folder":
     trainer.evals_path("drift", 9).mkdir(parents=True)
@@ -71,19 +72,18 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
 
 
 def test_wrong_bounds_are_rejected():
-  assert read_bound("drift", {}) is None
   for entry, message in (
     (dict(metric="x"), "neither min nor max"),
     (dict(metric="x", least=1), "drift.bound.*least"),
     (dict(metric="x", min=0.5, then="return"), "bound.then"),
   ):
     with pytest.raises(ConfigError, match=message):
-      read_bound("drift", {"bound": entry})
+      sections.read(Bound, entry, "config.evals.drift.bound")
 
 
 def recipe(then="rollback", **changes):
   """The smallest config; `values` of the metric by step, 1 by default."""
-  config = schema.read_config(f"{trainings.CONFIG}:steps=9,save=1")
+  config = recipes.read_config(f"{trainings.CONFIG}:steps=9,save=1")
   config.checkpoint.keep = 20
   config.evals = dict(
     retrieval=dict(

@@ -8,7 +8,7 @@ import pytest
 import trainings
 
 from mtv_jax.checkpoint.reading import load_tree
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.convert import huggingface
 from mtv_jax.data.registry import build_source
 from mtv_jax.encoder import loading
@@ -16,7 +16,8 @@ from mtv_jax.evals import run as evals_run
 from mtv_jax.train.bounds import BoundError
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
+from mtv_jax.train.run import resolve
+from mtv_jax.train.train import train
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -32,7 +33,7 @@ _RETRIEVAL = dict(
 def start(tmp_path_factory):
   """A run of the smallest config, as a Hugging Face folder."""
   root = tmp_path_factory.mktemp("continuation")
-  config = schema.read_config(f"{trainings.CONFIG}:steps=2,save=2")
+  config = recipes.read_config(f"{trainings.CONFIG}:steps=2,save=2")
   config.evals = {}
   config.model.image_mean, config.model.image_std = 0.4, 0.25
   train(config, root / "run")
@@ -52,7 +53,7 @@ def photos(tmp_path_factory):
 
 
 def read(start, data, options=""):
-  return schema.read_config(
+  return recipes.read_config(
     f"continue_from:path={start},data={data},{_OPTIONS}{options}"
   )
 
@@ -79,9 +80,10 @@ def test_all_comes_from_the_checkpoint(start, photos, tmp_path):
   tokenizer = experiment.tokenizer
   assert (tokenizer.kind, tokenizer.clean) == ("bytes", "lower")
   config = experiment.config
-  assert loading.preprocess_from_config(config) == encoder.preprocess
+  preprocess = loading.preprocess_from_config(config.model, config.views)
+  assert preprocess == encoder.preprocess
   assert encoder.preprocess.mean == (0.4,) * 3
-  assert config.views.image.ops.startswith("resize(16, ")
+  assert config.views["image"].ops.startswith("resize(16, ")
   assert experiment.step_spec.heads.keys() == {"contrastive"}
 
   for changes, message in (
@@ -96,7 +98,7 @@ def test_all_comes_from_the_checkpoint(start, photos, tmp_path):
   other.init.new_tokenizer = True
   build_experiment(other, tmp_path)
   with pytest.raises(ConfigError, match="path=CHECKPOINT and data="):
-    schema.read_config(f"continue_from:path={start}")
+    recipes.read_config(f"continue_from:path={start}")
 
 
 def test_images_with_captions(start, photos, tmp_path):
@@ -172,10 +174,11 @@ def test_anchors_are_zero_at_the_start_and_images_are_kept(
 
 
 def test_naive_continuation_differs_by_its_guards(start, photos, tmp_path):
-  naive = schema.check_config(read(start, photos, ",images_only,guards=False"))
-  guarded = schema.check_config(read(start, photos, ",images_only"))
+  naive = resolve(read(start, photos, ",images_only,guards=False"))
+  guarded = resolve(read(start, photos, ",images_only"))
   assert not naive.teachers and not naive.optim.rules
-  changed = {k for k in naive if naive[k] != guarded[k]}
+  sections = vars(naive).keys() - {"parts"}
+  changed = {k for k in sections if getattr(naive, k) != getattr(guarded, k)}
   assert changed == {"objectives", "optim", "schedule", "teachers", "views"}
   state = initialize_state(build_experiment(naive, tmp_path))
   source = loading.read_model(start).params["image"]

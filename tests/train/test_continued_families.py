@@ -6,7 +6,7 @@ import family_specs
 import pytest
 import tower_parity as parity
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.models.two_tower import ModelSpec
@@ -20,7 +20,7 @@ def test_every_family_can_be_continued(kind, tmp_path):
     spec, parity.random_params(spec), family_specs.preprocess_of(kind)
   )
   start = native.write(tmp_path / "start", model)
-  config = schema.read_config(
+  config = recipes.read_config(
     f"continue_from:path={start},data=scenes,images_only,prototypes=16,batch=8"
   )
   experiment = build_experiment(config, tmp_path / "run")

@@ -11,7 +11,7 @@ from step_samples import mesh_of
 from mtv_jax.models.text import TextOutput
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops, hlo
-from mtv_jax.train import encodings
+from mtv_jax.train import forward
 
 B, M, T, D = 16, 4, 6, 5
 
@@ -41,9 +41,9 @@ def make_params():
 def loss(params, tokens, *, share, mesh=None):
   apply = functools.partial(tower, params)
   if share is None:
-    output = encodings._encode_text(apply, tokens, mesh)
+    output = forward._encode_text(apply, tokens, mesh)
   else:
-    output = encodings._encode_distinct(apply, tokens, share, mesh)
+    output = forward._encode_distinct(apply, tokens, share, mesh)
   weights = jnp.arange(B * M * D, dtype=jnp.float32).reshape(B, M, D)
   total = (output.pooled * weights / 100).sum() + (output.tokens**2).sum()
   return total, output
@@ -89,7 +89,7 @@ def test_texts_stay_on_their_device():
   apply = functools.partial(tower, make_params())
 
   def pooled(tokens):
-    return encodings._encode_distinct(apply, tokens, 0.5, mesh).pooled
+    return forward._encode_distinct(apply, tokens, 0.5, mesh).pooled
 
   sharded = shard_batch({"tokens": make_tokens(3)}, mesh)["tokens"]
   compiled = jax.jit(pooled).lower(sharded).compile()
@@ -127,10 +127,10 @@ def test_the_other_branch_saves_nothing():
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
   whole = saved(
-    lambda p: encodings._encode_text(functools.partial(deep, p), tokens, None)
+    lambda p: forward._encode_text(functools.partial(deep, p), tokens, None)
   )
   shared = saved(
-    lambda p: encodings._encode_distinct(
+    lambda p: forward._encode_distinct(
       functools.partial(deep, p), tokens, 0.25, None
     )
   )
@@ -142,7 +142,7 @@ def test_the_other_branch_saves_nothing():
 def test_distinct_rows(distinct):
   rows = make_tokens(distinct, seed=3).reshape(-1, T)
   unique = np.unique(rows, axis=0)
-  found = encodings.find_distinct(jnp.asarray(rows), limit=20)
+  found = forward.find_distinct(jnp.asarray(rows), limit=20)
   assert found.count == len(unique)
   if len(unique) <= 20:
     np.testing.assert_array_equal(rows[found.first][found.slot], rows)
@@ -155,6 +155,6 @@ def test_rows_of_one_hash_are_told_apart():
   # 0x01000193 and its square are the weights of the two columns.
   power = 0x01000193
   rows = np.array([[power, 0], [0, 1], [power, 0], [0, 1]], np.int32)
-  found = encodings.find_distinct(jnp.asarray(rows), limit=4)
+  found = forward.find_distinct(jnp.asarray(rows), limit=4)
   np.testing.assert_array_equal(rows[found.first][found.slot], rows)
   assert 2 <= found.count <= 4

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import trainings
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.train import trainer
+from mtv_jax.train import train_loop
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
+from mtv_jax.train.run import resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
-from mtv_jax.train.step_spec import init_params
+from mtv_jax.train.spec import init_params
+from mtv_jax.train.train import train
 from mtv_jax.train.train_step import build_train_step, make_config_mesh
 from mtv_jax.utils.tree import flatten_with_names
 
 
 def smallest(**changes):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(changes)
   return config
 
@@ -76,7 +77,7 @@ def test_a_frozen_tower_with_ema_and_gradient_accumulation():
     config.accumulate = parts
     # Adam would turn gradients that are zero but for rounding into steps.
     config.optim.name, config.optim.lr = "sgd", 0.1
-    config = schema.check_config(config)
+    config = resolve(config)
     mesh = make_config_mesh(config, jax.devices()[:1])
     step = build_train_step(config, mesh, 100)
     init = functools.partial(init_params, step.step_spec)
@@ -143,5 +144,5 @@ def test_a_stalling_loader_counts_as_waiting(tmp_path, monkeypatch):
     # In seconds, since the share depends on how long a step takes.
     seconds = [r["speed/wait"] * r["speed/step_seconds"] for r in rows[1:]]
     waits.append(np.median(seconds))
-    monkeypatch.setattr(trainer, "prefetch_to_device", stalling)
+    monkeypatch.setattr(train_loop, "prefetch_to_device", stalling)
   assert waits[0] < 0.5 <= waits[1], waits

@@ -13,19 +13,20 @@ import pytest
 import step_samples
 import trainings
 
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import interference
-from mtv_jax.train.loop import train
-from mtv_jax.train.losses import total_loss
+from mtv_jax.train.forward import total_loss
+from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight
+from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
 
 LR = 1e-3
-COUNTED = ("contrastive", "copy", "negative", "distillation")
+COUNTED = ("contrastive", "copy", "negative", "dino")
 NAMES = (*COUNTED, "unlabelled")
 
 
@@ -54,7 +55,7 @@ def make_spec(**changes):
       "contrastive": build_objective("contrastive", options),
       "copy": build_objective("contrastive", options),
       "negative": Negative(**options),
-      "distillation": step_samples.dino(),
+      "dino": step_samples.dino(),
       "unlabelled": Unlabelled(**options),
     },
     weights={
@@ -76,7 +77,9 @@ def measure(params, names=NAMES, shape=(1, 1, 1), lr=None, **changes):
   state = program.init(params)
   batch = shard_batch(step_samples.make_batch(), mesh)
   lr = lr if lr is None else np.float32(lr)
-  return jax.device_get(program.interference(state, batch, names, lr))
+  return jax.device_get(
+    Measurements(program).interference(state, batch, names, lr)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +203,7 @@ def test_transfer_equals_differences_of_losses(params, one_device, brute_force):
     np.testing.assert_allclose(transfer, 0, atol=np.finfo(np.float32).eps)
 
 
-PAIR = ("contrastive", "distillation")
+PAIR = ("contrastive", "dino")
 
 
 @pytest.mark.slow
@@ -250,7 +253,7 @@ def test_conflicts_of_a_case_by_hand():
 
 def config_of(**changes):
   """The second objective starts after three updates."""
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(
     total_steps=6,
     evals={},
@@ -259,9 +262,9 @@ def config_of(**changes):
     log=dict(every_steps=4),
     **changes,
   )
-  config.objectives.distillation = dict(
+  config.objectives.dino = dict(
     weight=dict(value=0.5, start_steps=3),
-    **trainings.DISTILLATION,
+    **trainings.DINO,
   )
   return config
 
@@ -272,7 +275,7 @@ def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
   path = tmp_path / "interference.jsonl"
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4, 6]
-  both = ["contrastive", "distillation"]
+  both = ["contrastive", "dino"]
   assert [row["objectives"] for row in rows] == [both[:1], both, both]
   assert rows[0]["blocks"] == ["embedding", "0", "pool"]
   assert np.shape(rows[0]["cosines"]) == (1, 1, 3)

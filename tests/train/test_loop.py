@@ -11,7 +11,7 @@ import pytest
 import trainings
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.encoder import loading
 from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train.experiment import (
@@ -21,14 +21,14 @@ from mtv_jax.train.experiment import (
   save_config,
 )
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
-from mtv_jax.train.step_spec import ObjectiveWeight
+from mtv_jax.train.spec import ObjectiveWeight
+from mtv_jax.train.train import train
 from mtv_jax.utils import atomic
 
 
 def smallest(**changes):
-  config = schema.read_config(str(trainings.CONFIG))
+  config = recipes.read_config(str(trainings.CONFIG))
   config.update(changes)
   return config
 
@@ -127,7 +127,7 @@ def test_init_loads_the_parameters_of_another_run(trained, tmp_path):
 
 def with_teacher(**changes):
   config = smallest(**changes)
-  config.objectives.distillation = trainings.DISTILLATION
+  config.objectives.dino = trainings.DINO
   return config
 
 
@@ -163,7 +163,7 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
   with pytest.raises(ValueError, match="selects no parameter of a teacher"):
     begin(teacher=True, include=("^text/",))
   late = with_teacher(init={**init, "teacher": True})
-  late.objectives.distillation.weight = dict(value=1.0, start_steps=1)
+  late.objectives.dino.weight = dict(value=1.0, start_steps=1)
   with pytest.raises(ValueError, match="init.teacher has no effect"):
     initialize_state(build_experiment(late, tmp_path / "b"))
   # What the run's config names is what is read by default.

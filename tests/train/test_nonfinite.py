@@ -19,12 +19,14 @@ from mtv_jax.checkpoint.reading import (
   load_tree,
   saved_steps,
 )
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.data.stats import Stats
 from mtv_jax.models import layers
-from mtv_jax.train import gradients, loop, numerics
+from mtv_jax.train import gradients, numerics
+from mtv_jax.train import step as step_lib
+from mtv_jax.train import train as train_lib
 from mtv_jax.train.experiment import build_experiment, make_loader
-from mtv_jax.train.loop import train
+from mtv_jax.train.measurements import Measurements
 from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.numerics import (
   NonFiniteError,
@@ -33,13 +35,13 @@ from mtv_jax.train.numerics import (
 )
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.sessions import read_sessions
-from mtv_jax.train.step import Program
-from mtv_jax.train.trainer import Trainer
+from mtv_jax.train.train import train
+from mtv_jax.train.train_loop import Trainer
 from mtv_jax.utils.tree import flatten_with_names
 
 
 def smallest(**changes):
-  config = schema.read_config(f"{trainings.CONFIG}:save=1")
+  config = recipes.read_config(f"{trainings.CONFIG}:save=1")
   config.checkpoint.keep = 20
   config.evals = {}
   config.update(changes)
@@ -61,7 +63,7 @@ def damage(monkeypatch):
     grads = jax.tree.map(lambda g: g * poison, grads)
     return (loss, terms), grads
 
-  monkeypatch.setattr(gradients, "compute_gradients", compute_gradients)
+  monkeypatch.setattr(step_lib, "compute_gradients", compute_gradients)
   return bad_steps, bad_batches
 
 
@@ -107,7 +109,7 @@ def test_no_memory_for_the_norms_ends_no_run(
   def exhaust(*_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ...")
 
-  monkeypatch.setattr(Program, "encoder_grad_norms", exhaust)
+  monkeypatch.setattr(Measurements, "encoder_grad_norms", exhaust)
   damage[0].add(2)
   train(smallest(total_steps=4), tmp_path / "run")
   assert "more memory than there is. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text
@@ -212,14 +214,14 @@ def test_a_return_to_a_damaged_checkpoint(
   config = smallest(total_steps=8, nonfinite=dict(max_consecutive=2))
   config.checkpoint.keep = 3
   damage[1].extend(batch_sums(config, workdir, 7)[4:7])
-  restore_before = loop._restore_before
+  restore_before = train_lib._restore_before
 
   def damage_files(experiment, checkpoints, *args, **kwargs):
     checkpoints.wait()  # The save of step 4 may be in progress.
     shutil.rmtree(workdir / "checkpoints" / "4" / "timing")
     return restore_before(experiment, checkpoints, *args, **kwargs)
 
-  monkeypatch.setattr(loop, "_restore_before", damage_files)
+  monkeypatch.setattr(train_lib, "_restore_before", damage_files)
   if restore == "latest":
     with pytest.raises(
       DamagedCheckpointError, match="(?s)4 is damaged.*step 3"

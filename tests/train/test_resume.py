@@ -16,13 +16,6 @@ LONGER = "steps=30,save=5"
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("whole") / "run"
-  trainings.train(workdir)
-  return workdir
-
-
-@pytest.fixture(scope="module")
 def on_eight_devices(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("eight") / "run"
   trainings.train(workdir, devices=8, arg=LONGER)
@@ -50,8 +43,10 @@ def step_of_last_line(workdir):
   return max(trainings.losses(workdir), default=0)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_resume_after_sigkill_is_bit_exact(uninterrupted, tmp_path, seed):
+@pytest.mark.parametrize(
+  "seed", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 9))]
+)
+def test_resume_after_sigkill_is_bit_exact(smallest_run, tmp_path, seed):
   workdir = tmp_path / "run"
   # MTV_JAX_SEED repeats a failure; by default every run kills elsewhere.
   base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
@@ -61,12 +56,12 @@ def test_resume_after_sigkill_is_bit_exact(uninterrupted, tmp_path, seed):
   killed_at = step_of_last_line(workdir)
   print(f"MTV_JAX_SEED={base}: killed at {killed_at}, asked for {at}")
   trainings.train(workdir)
-  assert_same_params(trainings.params(workdir), trainings.params(uninterrupted))
-  assert trainings.losses(workdir) == trainings.losses(uninterrupted)
+  assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
+  assert trainings.losses(workdir) == trainings.losses(smallest_run)
 
 
 def test_a_resume_with_other_threads_and_workers_is_bit_exact(
-  uninterrupted, tmp_path
+  smallest_run, tmp_path
 ):
   workdir = tmp_path / "run"
   process = trainings.launch(workdir, "--config.data.threads=1")
@@ -74,12 +69,12 @@ def test_a_resume_with_other_threads_and_workers_is_bit_exact(
   assert step_of_last_line(workdir) < 12
   trainings.train(workdir, "--config.data.workers=2", "--config.data.threads=3")
   assert "Resumed" in trainings.log(workdir)
-  assert_same_params(trainings.params(workdir), trainings.params(uninterrupted))
-  assert trainings.losses(workdir) == trainings.losses(uninterrupted)
+  assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
+  assert trainings.losses(workdir) == trainings.losses(smallest_run)
 
 
 def test_resume_after_sigkill_during_a_save_is_bit_exact(
-  uninterrupted, tmp_path
+  smallest_run, tmp_path
 ):
   workdir = tmp_path / "run"
   folder = workdir / "checkpoints"
@@ -99,7 +94,7 @@ def test_resume_after_sigkill_during_a_save_is_bit_exact(
   assert not (folder / "12").exists()
   trainings.train(workdir)
   assert "Resumed" in trainings.log(workdir)
-  assert_same_params(trainings.params(workdir), trainings.params(uninterrupted))
+  assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
 
 
 def _quietly(condition):
@@ -110,25 +105,9 @@ def _quietly(condition):
     return False
 
 
-def test_two_processes_equal_one(on_eight_devices, tmp_path):
-  workdir = tmp_path / "run"
-  trainings.pair(workdir, arg=LONGER)
-  actual, expected = (
-    trainings.losses(workdir),
-    trainings.losses(on_eight_devices),
-  )
-  assert actual.keys() == expected.keys()
-  for step, loss in expected.items():
-    assert actual[step] == pytest.approx(loss, abs=1e-5), step
-  figures = [
-    {
-      k: v
-      for k, v in trainings.rows(w)[-1].items()
-      if k.startswith("retrieval/")
-    }
-    for w in (workdir, on_eight_devices)
-  ]
-  assert figures[0] == figures[1] and figures[0]
+def figures(workdir):
+  last = trainings.rows(workdir)[-1]
+  return {k: v for k, v in last.items() if k.startswith("retrieval/")}
 
 
 def test_a_run_resumes_on_two_processes(on_eight_devices, tmp_path):
@@ -145,3 +124,4 @@ def test_a_run_resumes_on_two_processes(on_eight_devices, tmp_path):
   assert actual.keys() == expected.keys()
   for step, loss in expected.items():
     assert actual[step] == pytest.approx(loss, abs=1e-5), step
+  assert figures(workdir) == figures(on_eight_devices) != {}

@@ -9,7 +9,7 @@ import pytest
 import trainings
 
 from mtv_jax.checkpoint.reading import load_tree
-from mtv_jax.config import schema
+from mtv_jax.config import recipes
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import loading
@@ -18,19 +18,19 @@ from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.train import statistics
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.loop import train
 from mtv_jax.train.teachers import FrozenTeacher
+from mtv_jax.train.train import train
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
 
 
 def recipe(**teacher):
-  config = schema.read_config("dino_b16_224:tiny,batch=8")
+  config = recipes.read_config("dino_b16_224:tiny,batch=8")
   config.total_steps = 5
   head = dict(prototypes=8, hidden=8, bottleneck=8)
-  config.objectives.distillation.update(head, view_local=None, koleo_weight=0.0)
-  config.objectives.masked_latent = None
+  config.objectives.dino.update(head, view_local=None, koleo_weight=0.0)
+  config.objectives.ibot = None
   config.objectives["gram"] = dict(weight=dict(value=2.0, start_steps=1))
   crop = "crop(16, 0.4, 1.0)"
   config.views = {"global": dict(count=2, ops=crop)}
@@ -74,9 +74,8 @@ def test_teachers_of_a_run(tmp_path):
   experiment = build_experiment(config, tmp_path / "second")
   assert experiment.step_spec.teachers["gram"].model.image.width == 16
   # The resolved config builds the same without reading the folder's spec.
-  assert build_experiment(experiment.config, "unused").config.teachers == (
-    experiment.config.teachers
-  )
+  again = build_experiment(experiment.config.to_dict(), "unused")
+  assert again.config.teachers == experiment.config.teachers
   state = initialize_state(experiment)
   got = dict(flatten_with_names(state.teachers["gram"]["image"]))
   assert_equal(jax.device_get(got), ema[4])
@@ -132,7 +131,7 @@ def test_a_snapshot_needs_an_ema_teacher(tmp_path):
     build_experiment(config, tmp_path)
   config = recipe().to_dict()
   config["objectives"]["gram"]["weight"] = 1.0
-  config["objectives"]["distillation"]["weight"] = dict(start_steps=2)
+  config["objectives"]["dino"]["weight"] = dict(start_steps=2)
   with pytest.raises(ConfigError, match="at step 0, which starts at step 2"):
     build_experiment(config, tmp_path)
 
@@ -280,12 +279,11 @@ def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
     return built.config, objective.targets[1].stored_grid
 
   config, stored = grid()
-  assert stored == 3 and config.teachers.large.input_size == 24
-  assert config.teachers.large.size is None  # `gram` takes the view's.
+  assert stored == 3 and config.teachers["large"].input_size == 24
+  assert config.teachers["large"].size is None  # `gram` takes the view's.
   assert grid(size=48)[1] == 6
   # Of runs before this key.
-  model = config.teachers.large.model.to_dict()
-  assert grid(model=model)[1] == 6
+  assert grid(model=config.teachers["large"].model)[1] == 6
   path = write_encoder(tmp_path / "odd", 1, variant="mu/8", size=20)
   with pytest.raises(ConfigError, match="config.teachers.large.size: .*20x20"):
     grid()

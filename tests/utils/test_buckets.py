@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from mtv_jax.utils import buckets, path
-from mtv_jax.utils.errors import MissingFileError, StorageError
+from mtv_jax.utils.errors import InputError, MissingFileError, StorageError
 from mtv_jax.utils.path_patterns import expand_path
 
 
@@ -43,6 +43,68 @@ def test_what_is_not_allowed_is_not_repeated(monkeypatch):
     buckets.retry("gs://b/1.tar", "read", forbid)
   with pytest.raises(MissingFileError, match=r"There is no gs://b/1\.tar"):
     buckets.retry("gs://b/1.tar", "read", open, "/nonexistent")
+
+
+class _HostileStore:
+  """A store whose listing has any names; its objects have two bytes."""
+
+  def __init__(self, *names):
+    self._names = [f"b/m/{name}".rstrip("/") for name in names]
+
+  def find(self, url, *, detail):
+    return {name: {"size": 2, "etag": "1"} for name in self._names}
+
+  def get_file(self, url, file):
+    with open(file, "wb") as stream:
+      stream.write(b"ok")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "../evil.txt",
+    "../../../../evil.txt",
+    "sub/../../evil.txt",
+    "sub/..",
+    "nul\0.txt",
+  ],
+)
+def test_names_that_leave_the_folder_are_not_copied(
+  name, tmp_path, monkeypatch
+):
+  store = _HostileStore("good.txt", "sub/also.txt", name)
+  monkeypatch.setattr(buckets, "get_store", lambda path: store)
+  cache = tmp_path / "a" / "b" / "cache"
+  local = tmp_path / "a" / "b" / "local"
+  refused = pytest.raises(InputError, match=r"gs://b/m.* has an object named")
+  with refused:
+    path.local_copy("gs://b/m", cache=cache)
+  with refused:
+    path.download_folder("gs://b/m", local)
+  with refused:
+    path.local_copy("gs://b/m/..", cache=cache)
+  # Not even the good ones: names are checked before the first copy.
+  files = [f for f in tmp_path.rglob("*") if f.is_file()]
+  assert not [f for f in files if f.suffix != ".lock"], files
+  store = _HostileStore("good.txt", "sub/..also.txt")
+  copy = path.local_copy("gs://b/m", cache=cache)
+  assert (copy / "sub" / "..also.txt").read_bytes() == b"ok"
+  path.download_folder("gs://b/m", local, ignore=["good*"])
+  assert [f.name for f in local.rglob("*") if f.is_file()] == ["..also.txt"]
+
+
+@pytest.mark.slow
+def test_an_emulated_store_can_not_write_outside_the_cache(s3, tmp_path):
+  # The emulator of Google's store can't hold such a name.
+  import fsspec
+
+  store, name = fsspec.filesystem("s3"), s3.partition("://")[2]
+  store.pipe_file(f"{name}/evil/m/../../../../../evil.txt", b"x")
+  store.pipe_file(f"{name}/evil/m/good.txt", b"x")
+  cache = tmp_path / "a" / "b" / "c" / "d"
+  with pytest.raises(InputError, match=r"evil/m has an object named"):
+    path.local_copy(f"{s3}/evil/m", cache=cache)
+  assert not [*tmp_path.rglob("evil.txt")]
 
 
 @pytest.mark.slow

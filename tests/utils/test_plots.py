@@ -48,7 +48,6 @@ def test_text_is_cut_to_its_width():
     assert len(lines) == 3 and lines[-1].endswith("…")
     assert all(plots.text_width(line) <= width for line in lines)
   assert plots.wrap("two words", 300, lines=3) == ["two words"]
-  assert plots.one_line("a\x1b[31m\ud800 b") == "a\ufffd[31m\ufffd b"
 
 
 def test_depth_is_coloured_between_its_limits():

@@ -7,11 +7,9 @@ Annotations of an image of another shape are not used.
 
 import dataclasses
 import io
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -24,17 +22,15 @@ from mtv_jax.config.options import Range, shorten_repr
 from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import LabelOutcome, no_label
-from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
+from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import listings
+from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
+from mtv_jax.utils.threads import map_ahead
 
-_ID = (int, str)
-_MAX_SIDE = 1_000_000  # Of an image, in pixels.
 MATCHES = ("name", "image_id", "key")
-_CHUNK = 256  # Records per chunk that is given to the thread pool.
+_AHEAD = 256  # Records that threads annotate in advance.
 # On |log(aspect1 / aspect2)|, in addition to rounding of the sides.
 _ASPECT_TOLERANCE = 0.02
 
@@ -55,7 +51,7 @@ class Item:
     return Path(self.name).stem
 
   def has_shape(self, height: int, width: int) -> bool:
-    """Whether an image of this size has the same aspect ratio."""
+    """Whether an image of this size has an equal aspect ratio."""
     sides = (self.height, self.width, height, width)
     if min(sides) < 1:
       return False
@@ -68,32 +64,27 @@ def write(
   annotate: Callable[[Item], LabelOutcome],
   *,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Summary:
-  """Writes the labels of all unfinished shards.
-
-  Args:
-    writer: writes the label set.
-    annotate: the label of a record; called by several threads.
-    progress: called with the number of finished records and of all.
-  """
+) -> LabelCounts:
+  """Writes the labels of all unfinished shards; threads call `annotate`."""
   todo, total = writer.todo(), len(writer.base)
   done = total - sum(len(writer.numbers(shard)) for shard in todo)
   first = None
   progress(done, total)
-  with futures.ThreadPoolExecutor(available_cores()) as pool:
 
-    def entries(shard: int) -> Iterator[Entry]:
-      nonlocal done, first
-      items = _items(writer.base, writer.numbers(shard))
-      while chunk := list(itertools.islice(items, _CHUNK)):
-        first = first or chunk[0]
-        for item, outcome in zip(chunk, pool.map(annotate, chunk), strict=True):
-          yield Entry(item.key, outcome)
-        done += len(chunk)
-        progress(done, total)
+  def annotate_item(item: Item) -> tuple[Item, LabelOutcome]:
+    return item, annotate(item)
 
-    for shard in todo:
-      writer.write(shard, entries(shard))
+  def entries(shard: int) -> Iterator[Entry]:
+    nonlocal done, first
+    items = _items(writer.base, writer.numbers(shard))
+    for item, outcome in map_ahead(annotate_item, items, ahead=_AHEAD):
+      first = first or item
+      yield Entry(item.key, outcome)
+      done += 1
+      progress(done, total)
+
+  for shard in todo:
+    writer.write(shard, entries(shard))
   try:
     return writer.finish()
   except LabelError as error:
@@ -127,7 +118,7 @@ def _stored_size(base: Source, number: int) -> tuple[int, int]:
 
 
 def _check_unique(seen: dict[str, str], item: Item) -> None:
-  """Rejects a second file of the same stem; thread-safe by `setdefault`."""
+  """Rejects a second file with a stem; thread-safe by `setdefault`."""
   other = seen.setdefault(item.stem, item.name)
   if other != item.name:
     raise InputError(
@@ -140,12 +131,9 @@ def _check_unique(seen: dict[str, str], item: Item) -> None:
 class Instances:
   """Boxes of COCO's instance annotations, with their categories as phrases.
 
-  Crowds are dropped. An image that is listed without boxes is labelled.
-
-  Args:
-    paths: instances_*.json files.
-    match: join records by "name" (the file's, without folder and suffix),
-      "image_id" or "key" (equal to the name).
+  Crowds are dropped. An image that is listed without boxes is labelled. Records
+  are joined by "name" (the file's, without folder and suffix), "image_id" or
+  "key" (equal to the name).
   """
 
   def __init__(
@@ -167,57 +155,29 @@ class Instances:
 
   def _read(self, path: Path) -> None:
     image_key = "id" if self._match == "image_id" else "file_name"
-    content = listings.read_coco(
+    sides = {"height": int, "width": int}
+    content = coco.read_content(
       path,
       {
-        "images": {
-          "id": _ID,
-          "height": int,
-          "width": int,
-          image_key: _ID,
-        },
-        "annotations": {"bbox": list, "category_id": _ID, "image_id": _ID},
-        "categories": {"id": _ID, "name": str},
+        "images": {"id": coco.ID, **sides, image_key: coco.ID},
+        "annotations": {"bbox": list, "category_id": coco.ID},
+        "categories": {"id": coco.ID, "name": str},
       },
       hint="give instances_*.json",
     )
     names = {c["id"]: c["name"] for c in content["categories"]}
-    images = {}
-    for image in content["images"]:
-      key = str(image[image_key])
+    images = coco.group_images(path, content, image=sides, annotation={})
+    if len(images) < len(content["images"]):
+      raise InputError(f"{path} lists an image, by its id, twice.")
+    for image in images.values():
+      key = str(image.info[image_key])
       key = key if self._match == "image_id" else Path(key).stem
       if key in self._images:
         raise InputError(
           f"{path}: the image {key!r} is listed twice, in this file or an"
           " earlier one. Give each file once, or match by image_id."
         )
-      height, width = image["height"], image["width"]
-      if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
-        raise InputError(
-          f"{path}: the image {key!r} has {height} x {width} pixels."
-        )
-      annotated = _Annotated(height, width)
-      self._images[key] = images[image["id"]] = annotated
-    for annotation in content["annotations"]:
-      if (image := images.get(annotation["image_id"])) is None:
-        raise InputError(
-          f"{path}: annotation {annotation.get('id')} is of the image"
-          f" {annotation['image_id']}, which the file does not list."
-        )
-      if annotation.get("iscrowd"):
-        image.crowds += 1
-        continue
-      box, category = annotation["bbox"], annotation["category_id"]
-      # NaN and boxes outside of the image are counted when labels are made.
-      numbers = [v for v in box if type(v) in (int, float)]
-      if category not in names or not len(numbers) == len(box) == 4:
-        raise InputError(
-          f"{path}: annotation {annotation.get('id')} has category_id"
-          f" {category!r} and bbox {shorten_repr(box)}; expected the id of a"
-          " category and [x, y, width, height] in pixels."
-        )
-      image.boxes.append([_to_float(number) for number in box])
-      image.phrases.append(names[category])
+      self._images[key] = _read_boxes(path, image, names)
 
   def __call__(self, item: Item) -> LabelOutcome:
     """The boxes of a record."""
@@ -235,6 +195,29 @@ class Instances:
     outcome = label_values.make_boxes(boxes, image.phrases)
     crowds = {"boxes: a crowd, left out": image.crowds} if image.crowds else {}
     return LabelOutcome(outcome.label, {**outcome.counts, **crowds})
+
+
+def _read_boxes(
+  path: Path, image: coco.AnnotatedImage, names: Mapping[int | str, str]
+) -> "_Annotated":
+  """The boxes of an image, with the names of their categories."""
+  annotated = _Annotated(image.info["height"], image.info["width"])
+  for annotation in image.annotations:
+    if annotation.get("iscrowd"):
+      annotated.crowds += 1
+      continue
+    box, category = annotation["bbox"], annotation["category_id"]
+    # NaN and boxes outside of the image are counted when labels are made.
+    numbers = [v for v in box if type(v) in (int, float)]
+    if category not in names or not len(numbers) == len(box) == 4:
+      raise InputError(
+        f"{path}: annotation {annotation.get('id')} has category_id"
+        f" {category!r} and bbox {shorten_repr(box)}; expected the id of a"
+        " category and [x, y, width, height] in pixels."
+      )
+    annotated.boxes.append([_to_float(number) for number in box])
+    annotated.phrases.append(names[category])
+  return annotated
 
 
 def _to_float(number: float | int) -> float:
@@ -261,10 +244,6 @@ class DepthImages:
 
   `pattern` is the path of a file in the folder, with {key}, {stem} (of the
   original file), {name} (with its folder, without suffix) or {image_id}.
-
-  Raises:
-    MissingFileError: the folder does not exist.
-    InputError: an invalid pattern.
   """
 
   folder: str | os.PathLike

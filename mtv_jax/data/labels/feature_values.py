@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, Format
-from mtv_jax.data.labels import packing
+from mtv_jax.data.labels.packing import read_typed_field
 
 _LARGEST = {"float8": 448.0, "int8": 127.0}
 _MAX_WIDTH = 1 << 16
@@ -36,7 +36,7 @@ class Quantized:
     """Rounds vectors to the nearest codes."""
     largest = np.abs(x).max(axis=1, initial=0.0)
     scale = (largest / _LARGEST[format]).astype(np.float32)
-    # Of a zero vector, and so that no product with a scale overflows.
+    # Not zero, and so that no product with a scale overflows.
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
     codes = np.clip(x / scale[:, None], -_LARGEST[format], _LARGEST[format])
     codes = np.rint(codes) if format == "int8" else codes
@@ -83,18 +83,18 @@ class FeatureLabel:
   @classmethod
   def unpack(cls, packed: Mapping[str, Any]) -> "FeatureLabel":
     """The inverse of `pack`; a ValueError for what it can't have written."""
-    kind = packing.field(packed, "format", str)
+    kind = read_typed_field(packed, "format", str)
     if kind not in DTYPES:
       raise ValueError(f"format is {kind!r}, expected one of {sorted(DTYPES)}")
     arrays = {}
     names = [n.removesuffix("/scale") for n in packed if n.endswith("/scale")]
     for name in names:
-      width = packing.field(packed, f"{name}/width", int)
+      width = read_typed_field(packed, f"{name}/width", int)
       if not 1 <= width <= _MAX_WIDTH:
         raise ValueError(f"{name}/width is {width}, expected 1 to {_MAX_WIDTH}")
-      data = np.frombuffer(packing.field(packed, name, bytes), np.uint8)
+      data = np.frombuffer(read_typed_field(packed, name, bytes), np.uint8)
       scale = np.frombuffer(
-        packing.field(packed, f"{name}/scale", bytes), "<f4"
+        read_typed_field(packed, f"{name}/scale", bytes), "<f4"
       )
       if len(data) % width:
         raise ValueError(f"{name} has {len(data):,} bytes, of rows of {width}")

@@ -7,7 +7,7 @@ An entry of `data.train` names them by kind:
 
 Features are named by the teacher, `features=dict(dino="labels/dino")`.
 
-A set of the same shards is joined by position, which costs one read. A set of
+A set for these shards is joined by position, which costs one read. A set for
 another copy of the data, with other shards or missing records, is joined by
 key: `boxes=dict(path="labels/boxes", join="key")`. Both compare the key that
 is stored with each label.
@@ -30,10 +30,11 @@ from mtv_jax.data.labels.feature_values import FeatureLabel
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
-from mtv_jax.data.sources.base import Source, map_threads
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ _MAX_CHECKED = 1024
 class JoinedLabels(abc.ABC):
   """A label set, joined to a source."""
 
-  teacher: str | None = None  # Of features.
+  teacher: str | None = None  # For features.
 
   def __init__(self, label_set: LabelSet):
     self.kind = label_set.kind
@@ -60,9 +61,7 @@ class JoinedLabels(abc.ABC):
   def get(self, i: int, record: Record) -> Label | None:
     """The label of record `i`.
 
-    Raises:
-      BadRecord: the label is corrupt.
-      LabelError: it belongs to another record.
+    Raises BadRecord if it is corrupt, LabelError if it belongs to another one.
     """
     try:
       return self._get(i, record)
@@ -118,18 +117,11 @@ def join_labels(
 ) -> Source:
   """The source with the label sets that an entry of `data.train` names.
 
-  Args:
-    source: any source for a join by key; otherwise a source of files.
-    labels: for each kind a set's folder, or options of `open_labels`; for
-      features these by teacher.
-    fields: the fields that are read; None for all. Sets of other fields are
-      not opened; without any set the source is returned unchanged.
-
-  Raises:
-    ConfigError: an unknown kind or option.
-    FileNotFoundError: a folder or a file of it is missing.
-    LabelError: a set of another kind or of other records, or one whose fields
-      the source has.
+  `labels` has for each kind a set's folder, or options of `open_labels`; for
+  features these by teacher. Sets without any of `fields` (by default all) are
+  not opened; without any set the source is returned unchanged. Raises
+  LabelError for a set of another kind or of other records, or one whose fields
+  the source has.
   """
   if not isinstance(labels, Mapping) or not labels:
     raise ConfigError(
@@ -192,10 +184,8 @@ class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
   The source has all shards of the set, or some. It may drop records at the end
-  of a shard, as tars do with images without captions.
-
-  Raises:
-    LabelError: the set belongs to other shards or to fewer records.
+  of a shard, as tars do with images without captions. Raises LabelError if the
+  set belongs to other shards or to fewer records.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
@@ -214,7 +204,7 @@ class AlignedLabels(JoinedLabels):
   def _match(self, counts: np.ndarray) -> list[int]:
     """The set's shard for each of the source's."""
     index = {name: i for i, name in enumerate(self.label_set.names)}
-    names = [label_sets.stem(file) for file in self._files]
+    names = [label_sets.shard_name(file) for file in self._files]
     if missing := [name for name in names if name not in index]:
       raise LabelError(
         f"{self.label_set!r} has no labels for {len(missing)} of {len(names)}"
@@ -274,8 +264,9 @@ class AlignedLabels(JoinedLabels):
     if stored.key != (key := record["key"]):
       file = self._files[shard]
       raise LabelError(
-        f"{self.label_set!r}: label {at} of {label_sets.stem(file)} is of the"
-        f" record {stored.key!r}, record {at} of {file} is {key!r}. {_ADVICE}"
+        f"{self.label_set!r}: label {at} of {label_sets.shard_name(file)} is"
+        f" of the record {stored.key!r}, record {at} of {file} is {key!r}."
+        f" {_ADVICE}"
       )
     return stored.label
 
@@ -288,11 +279,8 @@ class KeyedLabels(JoinedLabels):
 
   The index is a sorted table of the keys' hashes and the labels' positions, 16
   bytes a label, in a memory-mapped file that is written once. Hashes can
-  collide; the stored key decides.
-
-  Raises:
-    LabelError: none of the source's records has a label.
-    StorageError: the table can't be written.
+  collide; the stored key decides. Raises LabelError if no record has a label,
+  StorageError if the table can't be written.
   """
 
   def __init__(

@@ -1,7 +1,7 @@
 """Label sets: folders of labels for the records of shards.
 
   settings.json         kind, settings, record counts of the base's shards
-  manifest.json         the same with the statistics; written last
+  manifest.json         settings and statistics; written last
   00000.array_record    a label for every record of the base's 00000, in order
   00000.keys.npy        uint64, a hash of each record's key, for joins by key
   00000_stats.json      the manifest's entry of this shard
@@ -25,15 +25,16 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.base import Source, map_threads
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.threads import map_threads
 
 VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
-# Of differences in errors: lines, and characters of a value.
+# Differences in an error: lines, and characters of a value.
 _MAX_LINES, _MAX_CHARACTERS = 12, 60
 _ABSENT = object()
 # Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
@@ -44,7 +45,7 @@ class LabelError(InputError):
   """A label set that can't be used with these shards, or at all."""
 
 
-def stem(file: PurePath) -> str:
+def shard_name(file: PurePath) -> str:
   """The name that a base shard and its labels share, such as "00000"."""
   return file.stem if file.suffix in _SUFFIXES else file.name
 
@@ -72,14 +73,9 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
 class LabelSet:
   """The labels of a folder, by shard and number; of a bucket, of a copy.
 
-  Attributes:
-    digest: hash of the manifest, which identifies the set.
-    names: stems of its shards, in order.
-    counts: records of each shard.
-
-  Raises:
-    MissingFileError: the folder, its manifest or another file is missing.
-    LabelError: another kind or version, or files that contradict the manifest.
+  `names` and `counts` are its shards' names and records; `digest`, a hash of
+  the manifest, identifies the set. Raises LabelError for another kind or
+  version, or for files that contradict the manifest.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
@@ -88,7 +84,7 @@ class LabelSet:
     self.kind = kind
     self.manifest, self.digest = _load_manifest(self.folder, kind)
     shards = self.manifest["shards"]
-    self.names = [stem(Path(shard["base"])) for shard in shards]
+    self.names = [shard_name(Path(shard["base"])) for shard in shards]
     self.counts = [shard["records"] for shard in shards]
     self._files = [self.folder / f"{name}.array_record" for name in self.names]
     self._check_files()
@@ -138,8 +134,7 @@ def load_array(
 ) -> UInt64[np.ndarray, "..."]:
   """Maps a .npy file of unsigned 64-bit integers into memory.
 
-  Raises:
-    LabelError: it is damaged, or has another shape or type.
+  Raises LabelError if it is damaged, or has another shape or type.
   """
   try:
     # Unlike a read, a map takes no memory where the header is wrong.
@@ -180,7 +175,7 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
       f"{file} is not a manifest of a label set ({printable(repr(error))})."
       " Copy it again, or write the labels again."
     ) from error
-  if version != VERSION:
+  if type(version) is not int or version != VERSION:
     raise LabelError(
       f"{file} is of version {printable(version)}, this code reads {VERSION}:"
       " write the labels again."
@@ -203,9 +198,9 @@ def _check_shards(shards: Any) -> None:
     base, records = shard["base"], shard["records"]
     if not isinstance(base, str) or type(records) is not int or records < 0:
       raise ValueError(f"a shard has base={base!r}, records={records!r}")
-    if "/" in base or "\0" in base or stem(Path(base)) in names:
+    if "/" in base or "\0" in base or shard_name(Path(base)) in names:
       raise ValueError(f"the shard {base!r} is listed twice, or is a path")
-    names.add(stem(Path(base)))
+    names.add(shard_name(Path(base)))
     for at, key, image in shard["samples"]:
       given = type(at), type(key), type(image)
       if given != (int, str, str) or at < 0:
@@ -230,8 +225,7 @@ def describe_settings(
 def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
   """Writes `settings.json` before the first label, or compares with it.
 
-  Raises:
-    FileExistsError: the folder has other settings; lists the differences.
+  Raises FileExistsError with the differences from other settings.
   """
   if (out / MANIFEST).exists():
     check_manifest(out, described)
@@ -243,8 +237,7 @@ def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
   """Compares a finished label set with some or all of `describe_settings`.
 
-  Raises:
-    FileExistsError: they differ; lists the differences.
+  Raises FileExistsError with the differences.
   """
   manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
   shards = manifest.get("shards", [])

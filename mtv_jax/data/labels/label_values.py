@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Float32, UInt16
 
 from mtv_jax.data.labels import packing
 from mtv_jax.data.labels.feature_values import FeatureLabel
+from mtv_jax.data.labels.packing import read_typed_field
 from mtv_jax.data.records import content_errors
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError
@@ -34,7 +35,7 @@ TOP = 65535
 # Labelled pixels of a map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
-# Of a stored label: far above what experts and data sets have.
+# Limit of a stored label, far above what experts and data sets have.
 _MAX_SIDE = 4096
 # Relative range below which a map is constant, up to float32 rounding.
 _CONSTANT = 1e-5
@@ -94,16 +95,11 @@ def make_depth(
   valid: Bool[np.ndarray, "h w"] | None = None,
   min_valid: int = MIN_VALID,
 ) -> LabelOutcome:
-  """The depth label of an image.
+  """The depth label of an image, from 1 / depth or a disparity in any unit.
 
-  A stored pixel is the mean over the valid part of its area. It is labelled if
-  more than half of its area is valid.
-
-  Args:
-    inverse: 1 / depth, or an expert's disparity, in any unit.
-    side: side of the label in pixels.
-    valid: pixels to use; None for all finite ones.
-    min_valid: smallest number of labelled pixels.
+  A stored pixel is the mean over the part of its area that is finite and
+  `valid`. It is labelled if more than half of its area is; a label has at
+  least `min_valid` such pixels.
   """
   counts = {}
   finite = np.isfinite(inverse)
@@ -151,10 +147,8 @@ def make_boxes(
 ) -> LabelOutcome:
   """The box label of an image: boxes clipped to it, without unusable ones.
 
-  Args:
-    boxes: (y0, x0, y1, x1) in units of the image; may exceed it.
-    phrases: one per box.
-    scores: one per box; None for 1.
+  Boxes are (y0, x0, y1, x1) in units of the image and may exceed it; there is
+  one phrase for each, and one score, by default 1.
   """
   boxes = boxes.astype(np.float32)
   ones = np.ones(len(boxes), np.float32)
@@ -172,7 +166,7 @@ def make_boxes(
   thin = ((stored[:, 2:] - stored[:, :2]) < 1).any(1)
   beyond = (abs(raw - inside) > _OUTSIDE).any(1)
   blank = np.array([not phrase.strip() for phrase in phrases], np.bool_)
-  # Of several reasons the first is counted.
+  # Only the first reason is counted.
   reasons = {
     "boxes: NaN or infinite": ~finite,
     "boxes: inverted": extent < 0,
@@ -237,9 +231,8 @@ def encode(key: str, label: Label | None) -> bytes:
 def decode(data: bytes, *, kind: str, where: str) -> Stored:
   """Deserializes a label.
 
-  Raises:
-    BadRecord: at `where`, corrupt bytes or a label of another kind, or one too
-      large, which is seen before it is decoded.
+  Raises BadRecord, at `where`, for corrupt bytes, a label of another kind, or
+  one too large, which is seen before it is decoded.
   """
   unpack = {
     "depth": _unpack_depth,
@@ -248,25 +241,21 @@ def decode(data: bytes, *, kind: str, where: str) -> Stored:
   }[kind]
   with content_errors(where, f"is not a {kind} label"):
     packed = packing.unpack(data)
-    key, valid = (
-      packing.field(packed, "key", str),
-      packing.field(packed, "valid", bool),
-    )
+    key = read_typed_field(packed, "key", str)
+    valid = read_typed_field(packed, "valid", bool)
     return Stored(key, unpack(packed) if valid else None)
 
 
 def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
-  png, side = (
-    packing.field(packed, "png16", bytes),
-    packing.field(packed, "side", int),
-  )
-  low, high = (packing.field(packed, k, float, int) for k in ("lo", "hi"))
+  png = read_typed_field(packed, "png16", bytes)
+  side = read_typed_field(packed, "side", int)
+  low, high = (read_typed_field(packed, k, float, int) for k in ("lo", "hi"))
   if not np.isfinite([low, high]).all():
     raise ValueError(f"its range is {low} to {high}")
   if not 1 <= side <= _MAX_SIDE:
     raise ValueError(f"side is {side}, expected 1 to {_MAX_SIDE}")
   header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", side, side)
-  # Of 16 bits a pixel, grey.
+  # 16 bits a pixel, grey.
   if png[: len(header) + 2] != header + b"\x10\0":
     raise ValueError(f"png16 is not a 16-bit grey PNG of {side}x{side}")
   array = np.frombuffer(png, np.uint8)
@@ -279,11 +268,10 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
-  stored = np.frombuffer(packing.field(packed, "boxes", bytes), "<u2").reshape(
-    -1, 4
-  )
-  scores = np.frombuffer(packing.field(packed, "scores", bytes), "<f4")
-  phrases = tuple(packing.field(packed, "phrases", list))
+  stored = np.frombuffer(read_typed_field(packed, "boxes", bytes), "<u2")
+  stored = stored.reshape(-1, 4)
+  scores = np.frombuffer(read_typed_field(packed, "scores", bytes), "<f4")
+  phrases = tuple(read_typed_field(packed, "phrases", list))
   counts = [len(stored), len(phrases), len(scores)]
   if len(set(counts)) > 1:
     raise ValueError(f"numbers of boxes, phrases and scores are {counts}")

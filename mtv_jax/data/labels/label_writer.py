@@ -3,7 +3,7 @@
 A shard's statistics are its last file, and the manifest is the last file of
 the set: an interrupted run resumes with the unfinished shards, and several
 processes can write different ones. Files contain no time, host or order of
-writing, so that the same labels are the same bytes.
+writing, so that equal labels are equal bytes.
 """
 
 import collections
@@ -22,10 +22,11 @@ from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.base import Source, map_threads
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.threads import map_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Entry:
 
 
 @dataclasses.dataclass
-class Summary:
+class LabelCounts:
   """Counts of records, labels and boxes of a label set or a shard."""
 
   records: int = 0
   labelled: int = 0
   boxes: int = 0
-  # Of missing and of changed labels.
+  # Why labels are missing or changed.
   reasons: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -78,17 +79,10 @@ class Summary:
 class LabelWriter:
   """Writes the labels of a source's shards to a folder.
 
-  Args:
-    out: the folder; created if missing.
-    kind: one of `label_values.KINDS`.
-    base: a source of files.
-    settings: all that determines the labels (JSON).
-
-  Raises:
-    FileExistsError: the folder has labels of another kind, of other settings
-      or of another base; lists the differences.
-    InputError: the base has no files or two shards of one name, or is in the
-      folder itself.
+  `settings` (JSON) is all that determines the labels. Raises FileExistsError,
+  with the differences, if the folder has labels of another kind, settings or
+  base; InputError if the base has no files, has two shards of one name, or is
+  in the folder itself.
   """
 
   def __init__(
@@ -109,7 +103,7 @@ class LabelWriter:
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base
-    self.names = [label_sets.stem(file) for file in base.files]
+    self.names = [label_sets.shard_name(file) for file in base.files]
     self._check_files()
     self._starts = [0, *base.shards.tolist()]
     described = label_sets.describe_settings(kind, settings, base)
@@ -181,13 +175,12 @@ class LabelWriter:
     """The numbers of a shard's records in the base."""
     return range(self._starts[shard], self._starts[shard + 1])
 
-  def write(self, shard: int, entries: Iterable[Entry]) -> Summary:
-    """Writes the labels of one shard, with one entry per record in order.
+  def write(self, shard: int, entries: Iterable[Entry]) -> LabelCounts:
+    """Writes the labels of one shard: one entry per record, in order.
 
-    Raises:
-      LabelError: there are more or fewer entries.
+    Raises LabelError for more or fewer entries.
     """
-    summary, keys, images = Summary(), [], []
+    summary, keys, images = LabelCounts(), [], []
 
     def encoded() -> Iterator[bytes]:
       for entry in entries:
@@ -222,21 +215,19 @@ class LabelWriter:
     atomic.write(stats_file, to_json(stats))
     return summary
 
-  def finish(self) -> Summary:
+  def finish(self) -> LabelCounts:
     """Writes the manifest, which completes the label set.
 
     Several processes may do this. `base_hash` hashes keys and images, if all
-    images were read.
-
-    Raises:
-      LabelError: shards are missing, or no record has a label.
+    images were read. Raises LabelError if shards are missing, or no record has
+    a label.
     """
     if todo := self.todo():
       raise LabelError(
         f"{len(todo)} of {len(self.names)} shards have no labels yet"
         f" ({self.names[todo[0]]}, ...): write them before the manifest."
       )
-    total, shards = Summary(), []
+    total, shards = LabelCounts(), []
     for stats in map(self._stats, range(len(self.names))):
       shards.append({k: v for k, v in stats.items() if k != "made_by"})
       total.records += stats["records"]

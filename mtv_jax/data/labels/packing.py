@@ -5,7 +5,7 @@ from typing import Any
 
 import msgpack
 
-# Of a stored label: far above what experts and data sets have.
+# Limits of a stored label, far above what experts and data sets have.
 MAX_ENTRIES = 10_000
 _MAX_BYTES = 1 << 26
 
@@ -46,7 +46,7 @@ def _unpack_scalar(unpacker: msgpack.Unpacker, data: bytes) -> Any:
   return unpacker.unpack()
 
 
-def field(packed: Mapping[str, Any], name: str, *kinds: type) -> Any:
+def read_typed_field(packed: Mapping[str, Any], name: str, *kinds: type) -> Any:
   """A value of one of these types."""
   if name not in packed:
     raise ValueError(f"it has no {name!r}")

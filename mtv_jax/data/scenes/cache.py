@@ -6,7 +6,6 @@ line feeds within a record; `NAME_ends.npy` has the ends of the records in a
 field whose length varies.
 """
 
-import concurrent.futures
 import contextlib
 import json
 import logging
@@ -20,8 +19,8 @@ import numpy as np
 
 from mtv_jax.data.records import Record
 from mtv_jax.utils import atomic
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.threads import map_ahead
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ _FORMAT = 1
 _FIXED = ("image", "depth", "segmentation", "label")  # one shape for all
 _BOXES = ("boxes", "box_scores")
 _TEXTS = ("captions", "phrases")
-_CHUNK = 1024  # records rendered at a time
 
 Arrays = dict[str, np.ndarray]
 
@@ -43,16 +41,9 @@ def open_cache(
 ) -> Arrays:
   """The memory-mapped arrays of a folder, rendered if they do not exist.
 
-  Of several processes one renders and the others wait.
-
-  Args:
-    folder: created if missing.
-    settings: whatever the records depend on, for JSON.
-    render: returns record i; called by threads.
-    length: number of records.
-
-  Raises:
-    ConfigError: the folder has records of other settings.
+  One process renders, with a thread per core, while the rest wait.
+  `settings` (JSON) is all that the records depend on; raises ConfigError if the
+  folder has records of other settings.
   """
   settings = json.loads(json.dumps(settings))  # Tuples become lists.
   if not _is_complete(folder, settings):
@@ -85,7 +76,7 @@ def read_record(arrays: Arrays, i: int) -> Record:
 
 
 def _is_complete(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
-  """Whether a folder has all files; ConfigError for those of other settings."""
+  """Whether a folder has all files; ConfigError if its settings differ."""
   try:
     manifest = json.loads((folder / MANIFEST).read_bytes())
   except FileNotFoundError:
@@ -122,19 +113,14 @@ def _write(
       arrays[name] = np.lib.format.open_memmap(
         temporary, "w+", value.dtype, shape
       )
-    pool = stack.enter_context(
-      concurrent.futures.ThreadPoolExecutor(available_cores())
-    )
-    for at in range(0, length, _CHUNK):
-      numbers = range(at, min(at + _CHUNK, length))
-      for i, record in zip(numbers, pool.map(render, numbers), strict=True):
-        for name in _FIXED:
-          arrays[name][i] = record[name]
-        for name in _BOXES:
-          parts[name].append(record[name])
-        for name in _TEXTS:
-          text = "\n".join(record[name]).encode()
-          parts[name].append(np.frombuffer(text, np.uint8))
+    for i, record in enumerate(map_ahead(render, range(length))):
+      for name in _FIXED:
+        arrays[name][i] = record[name]
+      for name in _BOXES:
+        parts[name].append(record[name])
+      for name in _TEXTS:
+        text = "\n".join(record[name]).encode()
+        parts[name].append(np.frombuffer(text, np.uint8))
     for array in arrays.values():
       array.flush()
   for name, values in parts.items():

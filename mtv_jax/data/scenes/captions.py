@@ -162,16 +162,12 @@ def _count_caption(objects) -> str:
 def captions(
   world: World, rects: list[Rect], visible: list[int], draw: Draw
 ) -> tuple[str, ...]:
-  """Captions of one view of a scene, those of `world.caption_kinds`.
+  """Captions of one view of a scene, by `world.caption_kinds`.
 
   A full description; the first object alone; a relation of two objects; the
-  count of each class; the first object and its surroundings.
-
-  Args:
-    world: the scene.
-    rects: bounds of its objects in this view.
-    visible: indices of the objects to mention, at least one.
-    draw: selects among equivalent wordings.
+  count of each class; the first object and its surroundings. They mention the
+  objects `visible` (indices, at least one), whose bounds in the view are
+  `rects`; `draw` selects among equivalent wordings.
   """
   objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]

@@ -33,13 +33,10 @@ Box = tuple[slice, slice]
 class Hits:
   """First hit of each ray from a camera into a world.
 
-  Args:
-    world: the scene.
-    camera: where the rays start.
-    x, y: float32, unit coordinates minus one half: [1, w] and [h, 1] for a
-      grid of pixels, or two arrays of one shape for rays anywhere.
-    ray_spacing: between neighbouring rays, in unit coordinates. It bounds the
-      detail of textures (mipmaps) and locates objects on a grid.
+  Rays are given by x and y, float32, in unit coordinates minus one half: [1, w]
+  and [h, 1] for a grid of pixels, or two arrays of one shape. `ray_spacing`,
+  between neighbouring rays, bounds the detail of textures (mipmaps) and locates
+  objects on a grid.
 
   Attributes:
     inverse: float32 [h, w], inverse depth, 1 / m.

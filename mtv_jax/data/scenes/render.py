@@ -35,7 +35,7 @@ MIN_SIZE = 16
 
 _MIN_BOX_SHARE = 0.001  # a box needs this share of the image, and 4 pixels
 _MAX_HIDDEN = 0.55  # captions of a second view leave out what is more hidden
-_DEPTH_TOLERANCE = 2e-3  # relative, between depths of the same point
+_DEPTH_TOLERANCE = 2e-3  # relative, between two depths of a point
 _NOISE = 2.5  # standard deviation of the sensor's noise, of 255
 _SHIFTS = 64  # offsets of the noise along each axis
 
@@ -52,7 +52,7 @@ class Scene:
   instances: UInt8[np.ndarray, "s s"]
   # (y0, x0, y1, x1) in the unit square, around the visible pixels of objects.
   boxes: Float32[np.ndarray, "n 4"]
-  phrases: tuple[str, ...]  # Of boxes: 'large red ball with white dots'.
+  phrases: tuple[str, ...]  # One per box: 'large red ball with dots'.
   box_objects: tuple[int, ...]  # Indices into `objects`.
   captions: tuple[str, ...]  # See `captions.captions`; five of hard scenes.
   label: int  # Index into `CLASS_NAMES` of the main object.
@@ -67,7 +67,7 @@ class Scene:
   @property
   def points(self) -> Float32[np.ndarray, "s s 3"]:
     """The surface point of each pixel in the camera's frame, in metres."""
-    x, y = pixel_rays(self.depth.shape[0])
+    x, y = pixel_grid(self.depth.shape[0])
     scale = self.depth / np.float32(self.camera.focal)
     return np.stack([x * scale, y * scale, self.depth], -1)
 
@@ -91,7 +91,7 @@ class ScenePair:
   translation: Float[np.ndarray, "3"]
 
 
-def pixel_rays(size: int) -> tuple[np.ndarray, np.ndarray]:
+def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
   """A row of x and a column of y: unit coordinates minus one half."""
   axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
   return axis[None, :], axis[:, None]
@@ -123,7 +123,7 @@ def render_pair(
   """Renders scene `index` from two cameras, with dense correspondences.
 
   The second camera is 8 to 28 degrees around the main object, at another
-  distance and height. Arguments and errors are those of `render`.
+  distance and height. Arguments and errors as in `render`.
   """
   first = render(index, size=size, seed=seed, difficulty=difficulty)
   world = layout.sample_world(index, seed, difficulty)
@@ -166,7 +166,7 @@ def render_video(
 
   The first and the last frame have the cameras of `render_pair`; position, yaw
   and pitch change by equal steps. Objects keep their numbers in `instances`.
-  Arguments and errors are those of `render`.
+  Arguments and errors as in `render`.
   """
   check_arguments(index, size, seed)
   world = layout.sample_world(index, seed, difficulty)
@@ -189,7 +189,7 @@ def _render_view(
   world: World, camera: Camera, size: int, draw: layout.Draw, noise: tuple
 ) -> Scene:
   """One view of a world with its labels; `draw` words the captions."""
-  hits = Hits(world, camera, *pixel_rays(size), ray_spacing=1 / size)
+  hits = Hits(world, camera, *pixel_grid(size), ray_spacing=1 / size)
   instances = hits.owners
   boxes, box_objects = _visible_boxes(instances, hits)
   objects = world.objects

@@ -20,7 +20,7 @@ class Revolved:
   low: float = 0.0
   high: float = 1.0
   cap: float = 1.0  # Light on the flat ends; below 1 they look hollow.
-  accent: Colour | None = None  # Of this part, independent of the object.
+  accent: Colour | None = None  # This part's own colour.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Cutout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class SolidShape:
   """A class of objects: its parts and its bounds."""
 
   parts: tuple[Revolved | Polytope | Cutout, ...]
@@ -97,13 +97,13 @@ _TRUNK, _STEM = (92, 62, 40), (238, 226, 200)
 _HAT, _SLATE = (30, 28, 32), (92, 48, 44)
 
 SHAPES = {
-  "ball": Shape((_ball(0.5, 0.5),), 0.5, can_float=True),
-  "cylinder": Shape((_rod(0.34, 0.0, 1.0),), 0.34, can_support=True),
-  "cone": Shape((_cone(0.45, 0.0, 1.0, 1.0),), 0.45),
-  "bucket": Shape((Revolved(0.1024, 0.096, 0.0225, cap=0.4),), 0.47),
-  "hourglass": Shape((Revolved(0.1892, -0.7, 0.7),), 0.44),
-  "mushroom": Shape((_rod(0.13, 0.0, 0.55, _STEM), _dome(0.5, 0.5)), 0.5),
-  "tree": Shape(
+  "ball": SolidShape((_ball(0.5, 0.5),), 0.5, can_float=True),
+  "cylinder": SolidShape((_rod(0.34, 0.0, 1.0),), 0.34, can_support=True),
+  "cone": SolidShape((_cone(0.45, 0.0, 1.0, 1.0),), 0.45),
+  "bucket": SolidShape((Revolved(0.1024, 0.096, 0.0225, cap=0.4),), 0.47),
+  "hourglass": SolidShape((Revolved(0.1892, -0.7, 0.7),), 0.44),
+  "mushroom": SolidShape((_rod(0.13, 0.0, 0.55, _STEM), _dome(0.5, 0.5)), 0.5),
+  "tree": SolidShape(
     (
       _rod(0.08, 0.0, 0.25, _TRUNK),
       _cone(0.42, 0.2, 0.85, 0.7),
@@ -111,7 +111,7 @@ SHAPES = {
     ),
     0.42,
   ),
-  "snowman": Shape(
+  "snowman": SolidShape(
     (
       _ball(0.32, 0.32),
       _ball(0.7, 0.2),
@@ -120,21 +120,21 @@ SHAPES = {
     ),
     0.32,
   ),
-  "cube": Shape(
+  "cube": SolidShape(
     (Polytope((*_walls(0.5, 0.5), _TOP, _BOTTOM)),), 0.5, can_support=True
   ),
-  "pyramid": Shape((Polytope((*_walls(0.6, 0.6, 0.6), _BOTTOM)),), 0.6),
-  "house": Shape(
+  "pyramid": SolidShape((Polytope((*_walls(0.6, 0.6, 0.6), _BOTTOM)),), 0.6),
+  "house": SolidShape(
     (Polytope((*_walls(0.42, 0.5), *_ROOF, _BOTTOM), (4, 5), _SLATE),), 0.5
   ),
-  "gem": Shape((Polytope(_OCTAHEDRON),), 0.42, can_float=True),
-  "star": Shape((Cutout("star"),), 0.5, 0.94, can_float=True),
-  "heart": Shape((Cutout("heart"),), 0.5, 0.92, can_float=True),
-  "moon": Shape((Cutout("moon"),), 0.45, can_float=True),
-  "cross": Shape((Cutout("cross"),), 0.5),
-  "ring": Shape((Cutout("ring"),), 0.5),
-  "arrow": Shape((Cutout("arrow"),), 0.36, can_float=True),
-  "flower": Shape((Cutout("flower"),), 0.43),
-  "fish": Shape((Cutout("fish"),), 0.5, 0.52, can_float=True),
+  "gem": SolidShape((Polytope(_OCTAHEDRON),), 0.42, can_float=True),
+  "star": SolidShape((Cutout("star"),), 0.5, 0.94, can_float=True),
+  "heart": SolidShape((Cutout("heart"),), 0.5, 0.92, can_float=True),
+  "moon": SolidShape((Cutout("moon"),), 0.45, can_float=True),
+  "cross": SolidShape((Cutout("cross"),), 0.5),
+  "ring": SolidShape((Cutout("ring"),), 0.5),
+  "arrow": SolidShape((Cutout("arrow"),), 0.36, can_float=True),
+  "flower": SolidShape((Cutout("flower"),), 0.43),
+  "fish": SolidShape((Cutout("fish"),), 0.5, 0.52, can_float=True),
 }
 CLASS_NAMES = tuple(SHAPES)

@@ -2,7 +2,7 @@
 
 It does not depend on the image size.
 
-Units are metres. The frames of world and camera are those of computer vision
+Units are metres. The frames of world and camera follow computer vision
 (x right, y down, z forward); the ground is the plane y = 0, so that an object
 of height h spans y in [-h, 0].
 """
@@ -14,7 +14,7 @@ import math
 import numpy as np
 from jaxtyping import Float, Float32
 
-from mtv_jax.data.scenes.shapes import SHAPES, Revolved, Shape
+from mtv_jax.data.scenes.shapes import SHAPES, Revolved, SolidShape
 
 # sRGB, distinguishable under shading.
 COLOURS = {
@@ -133,7 +133,7 @@ class SceneObject:
   support: int = -1  # The object that it stands on, -1 for none.
 
   @functools.cached_property
-  def shape(self) -> Shape:
+  def shape(self) -> SolidShape:
     return SHAPES[self.name]
 
   @functools.cached_property
@@ -230,7 +230,7 @@ class World:
   distance: float
   light: tuple[float, float, float]  # Unit vector towards the light.
   tint: tuple[float, float, float]  # Multiplies every colour.
-  offsets: tuple[float, float, float, float]  # Of ground's, backdrop's texture.
+  offsets: tuple[float, float, float, float]  # Textures of ground, backdrop.
   camera: Camera
   noise: tuple[float, float]  # Offsets of the sensor noise.
   caption_kinds: tuple[str, ...]  # See `difficulty.CAPTIONS`.

@@ -9,13 +9,14 @@ from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
 from mtv_jax.data import records
-from mtv_jax.data.records import BadRecord, Record, content_errors
-from mtv_jax.data.sources.base import FileSource, Paths, map_threads
+from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.sources.base import FileSource, Paths
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.threads import map_threads
 
 # Larger groups would be decompressed whole for each record read at random.
 _OPTIONS = "group_size:1"
@@ -50,15 +51,14 @@ class ArrayRecordSource(FileSource):
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; a BadRecord if it is corrupt or has no caption."""
+    """Record `i`; a BadRecord if it is corrupt or lacks a caption."""
     shard, at = self._locate(i)
     where = f"{self.files[shard].name}:{at}"
     data = read_bytes(self._readers.get(shard), at, where=where)
-    with content_errors(where, "can't be decoded"):
-      record = records.decode(data, where=where)
-      record["captions"] = records.caption_list(record["captions"])
-    if not record["captions"]:
-      raise BadRecord(record["key"], f"its caption in {where} is empty")
+    record = records.decode(data, where=where)
+    record["captions"] = records.read_captions(
+      record["key"], record["captions"], where=f" in {where}"
+    )
     return record
 
   def _metadata(self, i: int, key: str) -> Mapping[str, Any]:

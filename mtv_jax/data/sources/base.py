@@ -2,8 +2,7 @@
 
 import abc
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, SupportsIndex
 
@@ -18,9 +17,6 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 # Whether every record needs a caption, has none, or may lack one.
 CaptionMode = Literal["required", "ignored", "optional"]
-
-# Threads that open files, which wait for the disk.
-OPEN_THREADS = 16
 
 
 class Source(abc.ABC):
@@ -64,11 +60,9 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`.
+    """Record `i`; an IndexError unless it is in [0, len).
 
-    Raises:
-      IndexError: `i` is not in [0, len).
-      BadRecord: it can't be used; the pipeline reads the next one.
+    Raises BadRecord if it can't be used; the pipeline reads the next one.
     """
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
@@ -103,13 +97,7 @@ class Source(abc.ABC):
 
 
 class FileSource(Source):
-  """A source of files, each a shard; the files in order, then their records.
-
-  Args:
-    files: at least one.
-    counts: records of each file.
-    captions: "ignored" for records without captions.
-  """
+  """A source of files, each a shard of `counts` records."""
 
   def __init__(
     self,
@@ -128,15 +116,7 @@ class FileSource(Source):
 
 
 class LimitedSource(Source):
-  """Some of a source's records, evenly spaced.
-
-  Args:
-    source: with its labels.
-    limit: number of records.
-
-  Raises:
-    InputError: the source has fewer.
-  """
+  """`limit` of a source's records, evenly spaced, with its labels."""
 
   def __init__(self, source: Source, limit: int):
     if not 1 <= limit <= len(source):
@@ -172,9 +152,3 @@ class LimitedSource(Source):
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
     """As in the base class."""
     return self._source.read_metadata(self._index(i))
-
-
-def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
-  """Maps a function over items, in threads that wait for the disk."""
-  with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-    return list(pool.map(function, items))

@@ -28,7 +28,7 @@ class FolderSource(Source):
     path: a folder of images, in subfolders too, with the captions of each in
       a .txt or .json of the same name; or a listing: COCO's captions (.json),
       or a table (.csv, .tsv, .parquet), see `listings.read`.
-    images: the folder of a listing's images; default: that of the listing.
+    images: the folder of a listing's images; default: the listing's.
     image_column: a table's column of file names.
     caption_column: a table's column of captions.
     captions: "required" leaves out images without any; "ignored" takes every

@@ -4,12 +4,13 @@ import csv
 import dataclasses
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from mtv_jax.config import foreign
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import MAX_TEXT, parse_captions
 from mtv_jax.utils.errors import (
@@ -18,7 +19,7 @@ from mtv_jax.utils.errors import (
   did_you_mean,
   printable,
 )
-from mtv_jax.utils.path import check_regular, read_regular
+from mtv_jax.utils.path import check_regular_file, read_regular
 
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 _IMAGE_SUFFIXES = (
@@ -32,7 +33,7 @@ _IMAGE_SUFFIXES = (
   ".tiff",
 )
 _MAX_LINE = 1 << 22  # Characters, of a table.
-# Of one file and not of its storage: missing, links in a circle, permissions.
+# Errors of a file, not of its storage: missing, circular links, permissions.
 _FILE_ERRORS = (
   errno.ENOENT,
   errno.ENOTDIR,
@@ -71,28 +72,20 @@ def read(
 ) -> list[Example]:
   """The examples of a listing, whose kind follows from its name.
 
-  Args:
-    path: a COCO caption file (.json), a table (.csv, .tsv, .parquet) with a
-      row for each image or for each caption, or a folder of images with a
-      .txt or .json of the same name.
-    images: folder of relative image names; None for the listing's folder.
-    image_column: a table's column of paths.
-    caption_column: column of a table; captions may be lists.
+  A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row for
+  each image or for each caption, which may be a list, or a folder of images
+  with a .txt or .json of the same name. Relative image names are in `images`,
+  by default the listing's folder.
 
-  Returns:
-    One example for each image with all of its captions, in the order of the
-    listing; a folder's are sorted by name.
-
-  Raises:
-    MissingFileError: the file or the folder of images does not exist.
-    InputError: its kind is unknown, it lacks a column or lists no image.
+  Returns one example for each image with all of its captions, in the order of
+  the listing; a folder's are sorted by name.
   """
   path = Path(path)
   # Not its methods, which raise for names that are too long.
   if not os.path.exists(path):
     raise MissingFileError(f"There is no {printable(path)}.")
   if not path.is_dir():
-    check_regular(path)
+    check_regular_file(path)
   root = Path(images) if images is not None else path.parent
   if not root.is_dir():
     raise MissingFileError(f"There is no folder of images {printable(root)}.")
@@ -129,7 +122,7 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
 
 
 def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
-  """The files of a folder by name, then those of each of its subfolders.
+  """The files of a folder by name, then each subfolder's.
 
   Links to folders are not followed. `os.walk` recurses before Python 3.12, and
   leaves out folders that can't be read.
@@ -166,53 +159,28 @@ def require_images(examples: Sequence[Example]) -> None:
 
 def _read_captions(path: Path, root: Path) -> list[Example]:
   """COCO's caption annotations; images and captions in the file's order."""
-  content = read_coco(
+  content = coco.read_content(
     path,
     {
-      "images": {"id": (int, str), "file_name": str},
-      "annotations": {"image_id": (int, str), "caption": _JSON_TYPES},
+      "images": {"id": coco.ID, "file_name": str},
+      "annotations": {"image_id": coco.ID, "caption": _JSON_TYPES},
     },
     hint="give captions_*.json, not instances_*.json",
   )
-  captions: dict[Any, list[str]] = {}
-  for entry in content["annotations"]:
-    if isinstance(entry["caption"], str):
-      captions.setdefault(entry["image_id"], []).append(entry["caption"])
+  images = coco.group_images(
+    path, content, image={}, annotation={}, require_listed=False
+  )
   examples = []
-  for image in content["images"]:
-    name, id_, problem = image["file_name"], image["id"], ""
+  for id_, image in images.items():
+    name, problem = image.info["file_name"], ""
     try:
       file = foreign.resolve_name(root, name, where=path)
     except InputError:
       file, problem = root, "a file name that leaves the folder"
-    texts = captions.get(id_, [])
+    given = [row["caption"] for row in image.annotations]
+    texts = [caption for caption in given if isinstance(caption, str)]
     examples.append(Example(name, file, texts, {"image_id": id_}, problem))
   return examples
-
-
-def read_coco(
-  path: Path,
-  fields: Mapping[str, Mapping[str, type | tuple[type, ...]]],
-  *,
-  hint: str,
-) -> dict[str, Any]:
-  """The content of a COCO annotation file.
-
-  Args:
-    path: the file.
-    fields: required lists, and the keys of their entries with their types.
-    hint: ends the error about a missing key.
-  """
-  content = foreign.read_untrusted_json(path)
-  given = sorted(content)[:8] if isinstance(content, dict) else type(content)
-  if not isinstance(content, dict) or not fields.keys() <= content.keys():
-    needed = " and ".join(map(repr, fields))
-    raise InputError(
-      f"{path} is not a COCO file: it needs {needed}, it has {given}."
-    )
-  for key, kinds in fields.items():
-    foreign.read_rows(path, content, key, kinds, hint=hint)
-  return content
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
@@ -328,17 +296,10 @@ def _read_beside(stem: str, file: Path | None) -> bytes | None:
 
 
 def read_content(key: str, what: str, file: Path, *, limit: int) -> bytes:
-  """The bytes of one file of an example.
+  """The bytes of one file of an example; `what` it is, for the error.
 
-  Args:
-    key: the record's.
-    what: the file is, for the error.
-    file: its path.
-    limit: largest number of bytes.
-
-  Raises:
-    BadRecord: the file is missing, no regular file, too large or not readable.
-    OSError: the storage can't be read.
+  Raises BadRecord if it is missing, no regular file, larger than `limit` or not
+  readable, and an OSError if the storage can't be read.
   """
   try:
     return read_regular(file, limit=limit)

@@ -11,8 +11,8 @@ from jaxtyping import Int64
 from mtv_jax.data.records import (
   BadRecord,
   Record,
-  caption_list,
   content_errors,
+  read_captions,
 )
 from mtv_jax.data.sources import base
 from mtv_jax.utils import path as path_lib
@@ -24,6 +24,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.threads import map_threads
 
 # Default columns, where exactly one of these exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg")
@@ -31,7 +32,7 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # A shuffle in blocks mixes 16 of them (`data.order.WINDOW`); the others are
 # for rows of the next window that are read ahead.
 _MAX_CACHED_GROUPS = 24
-# Of a row group, which is decoded whole, in several threads at once.
+# Limits of a row group, which is decoded whole, in several threads at once.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
 
 
@@ -80,7 +81,7 @@ class ParquetSource(base.FileSource):
           f"{other} and {file} have the same name, so their records would have"
           " the same keys. Give each folder an entry of data.train."
         )
-    schemas, rows = zip(*base.map_threads(_read_footer, files), strict=True)
+    schemas, rows = zip(*map_threads(_read_footer, files), strict=True)
     super().__init__(files, list(map(sum, rows)), captions=captions)
     if not len(self):
       raise InputError(f"{self.name} has no row.")
@@ -121,10 +122,12 @@ class ParquetSource(base.FileSource):
     captions = row[self._caption] if self._caption is not None else []
     if not isinstance(captions, list):
       captions = [captions]
-    with content_errors(key, "its captions can't be read"):
-      record["captions"] = caption_list([c for c in captions if c is not None])
-    if self._captions == "required" and not record["captions"]:
-      raise BadRecord(key, f"its caption in column {self._caption!r} is empty")
+    record["captions"] = read_captions(
+      key,
+      [caption for caption in captions if caption is not None],
+      required=self._captions == "required",
+      where=f" in column {self._caption!r}",
+    )
     return record
 
   def _metadata(self, i: int, key: str) -> Mapping[str, Any]:

@@ -4,20 +4,19 @@
 record; the key is the shard's and the row's number, so that an unusable row
 leaves a gap. `00000_stats.json` counts. All captions are in the JSON's
 `captions`, the first one in the .txt as well. The JSON of an ArrayRecord file's
-records is in `00000_meta.jsonl`. The same input gives the same bytes.
+records is in `00000_meta.jsonl`. Equal input gives equal bytes.
 """
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,18 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, check_choice, printable
 from mtv_jax.utils.path import read_regular, refuse_remote
+from mtv_jax.utils.threads import map_ahead
 
-# Images in memory at a time.
-_CHUNK = 64
+# Images that are decoded in advance, and between two reports of progress.
+_AHEAD = 64
 _QUALITY = 95
 _SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
 
 
 @dataclasses.dataclass
-class Report:
+class ShardReport:
   """Progress of `write`."""
 
   total: int  # Examples of the listing.
@@ -71,28 +70,16 @@ def write(
   format: str = "webdataset",
   records_per_shard: int = 10_000,
   max_side: int | None = None,
-  progress: Callable[[Report], None] = lambda report: None,
-) -> Report:
+  progress: Callable[[ShardReport], None] = lambda report: None,
+) -> ShardReport:
   """Writes all usable examples; each shard appears when complete.
 
   Every image is decoded once to detect corruption. Its bytes are copied unless
-  it is larger than `max_side` (then JPEG of quality 95) or neither JPEG, PNG
-  nor WebP (then PNG).
-
-  Args:
-    examples: see `listings.read`.
-    out: folder, created if needed; it must contain no shards yet.
-    format: "webdataset" or "array_record".
-    records_per_shard: rows of the listing per shard, skipped ones included.
-    max_side: limit of the longer side, in pixels; None for no limit.
-    progress: is called every 64 examples.
-
-  Returns:
-    The report; `out/skipped.jsonl` lists the skipped examples too.
-
-  Raises:
-    FileExistsError: `out` already contains shards.
-    InputError: no example can be used.
+  its longer side exceeds `max_side` (then JPEG of quality 95) or it is neither
+  JPEG, PNG nor WebP (then PNG). A shard has `records_per_shard` rows of the
+  listing, skipped ones included. `out` must contain no shards yet;
+  `out/skipped.jsonl` will list the skipped examples, as the report does. Raises
+  InputError if no example can be used.
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]
@@ -109,24 +96,22 @@ def write(
       f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
       " remove them or give another folder."
     )
-  report = Report(total=len(examples))
+  report = ShardReport(total=len(examples))
   digits = len(str(records_per_shard - 1))
-  with futures.ThreadPoolExecutor(available_cores()) as pool:
-    starts = range(0, len(examples), records_per_shard)
-    for shard, start in enumerate(starts):
-      rows = examples[start : start + records_per_shard]
-      skipped = len(report.skipped)
-      named = (
-        (f"{shard:05d}{row:0{digits}d}", record)
-        for row, record in _encode_rows(rows, pool, max_side, report, progress)
-      )
-      path = out / f"{shard:05d}{suffix}"
-      write_shard = _write_tar if suffix == ".tar" else _write_array_record
-      write_shard(path, named)
-      stats = _stats(len(rows), report.skipped[skipped:])
-      atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
-      report.shards.append(path)
-      progress(report)
+  for shard, start in enumerate(range(0, len(examples), records_per_shard)):
+    rows = examples[start : start + records_per_shard]
+    skipped = len(report.skipped)
+    named = (
+      (f"{shard:05d}{row:0{digits}d}", record)
+      for row, record in _encode_rows(rows, max_side, report, progress)
+    )
+    path = out / f"{shard:05d}{suffix}"
+    write_shard = _write_tar if suffix == ".tar" else _write_array_record
+    write_shard(path, named)
+    stats = _stats(len(rows), report.skipped[skipped:])
+    atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
+    report.shards.append(path)
+    progress(report)
   listing = out / "skipped.jsonl"
   listing.unlink(missing_ok=True)
   entries = [
@@ -146,22 +131,21 @@ def write(
 
 def _encode_rows(
   rows: Sequence[Example],
-  pool: futures.Executor,
   max_side: int | None,
-  report: Report,
-  progress: Callable[[Report], None],
+  report: ShardReport,
+  progress: Callable[[ShardReport], None],
 ) -> Iterator[tuple[int, _Encoded]]:
   """The usable rows of a shard with their numbers; reports the others."""
-  numbered = iter(enumerate(rows))
-  while chunk := list(itertools.islice(numbered, _CHUNK)):
-    results = pool.map(lambda item: _encode(item[1], max_side), chunk)
-    for (row, example), result in zip(chunk, results, strict=True):
-      report.done += 1
-      if isinstance(result, str):
-        report.skipped.append(dataclasses.replace(example, problem=result))
-      else:
-        yield row, result
-    progress(report)
+  encode = functools.partial(_encode, max_side=max_side)
+  for row, result in enumerate(map_ahead(encode, rows, ahead=_AHEAD)):
+    report.done += 1
+    if isinstance(result, str):
+      report.skipped.append(dataclasses.replace(rows[row], problem=result))
+    else:
+      yield row, result
+    if report.done % _AHEAD == 0:
+      progress(report)
+  progress(report)
 
 
 def _encode(example: Example, max_side: int | None) -> _Encoded | str:

@@ -28,12 +28,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mtv_jax.data.sources import tar_scan
-from mtv_jax.data.sources.base import OPEN_THREADS
 from mtv_jax.data.sources.tar_scan import Scan, TarError
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import StorageError
-from mtv_jax.utils.path import check_regular
+from mtv_jax.utils.path import check_regular_file
+from mtv_jax.utils.text import list_first
+from mtv_jax.utils.threads import IO_THREADS, map_threads
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class TarIndex:
   """An index, with the least and the greatest of its keys."""
 
   tar: PurePath
-  file: Path  # Of a bucket, a local copy.
+  file: Path  # A local copy if it is in a bucket.
   header: Header
   smallest: str
   largest: str
@@ -112,14 +113,10 @@ def build_indices(
 
   Any number of processes may do so at once, even on several hosts: they share
   the work. Threads wait for the disk; where many indices are missing, worker
-  processes parse the tars.
-
-  Raises:
-    TarError: names all tars that can't be used, with the reason for each.
-    StorageError: an index can't be written, or a bucket can't be read.
+  processes parse the tars. A TarError names all tars that can't be used.
   """
   with _workers(tars, index_dir):
-    indices, errors = _build(tars, index_dir, OPEN_THREADS)
+    indices, errors = _build(tars, index_dir, IO_THREADS)
   if len(errors) == 1:
     raise errors.popitem()[1]
   if errors:
@@ -173,9 +170,8 @@ def _workers(
   if len(tars) < _MIN_TARS:
     yield
     return
-  with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-    files = [index_file(tar, index_dir) for tar in tars]
-    missing = sum(not exists for exists in pool.map(path_lib.exists, files))
+  files = [index_file(tar, index_dir) for tar in tars]
+  missing = map_threads(path_lib.exists, files).count(False)
   count = missing // (_MIN_TARS // 2)
   count = min(available_cores() - 1, _MAX_WORKERS, count)
   job = json.dumps([[_absolute(t) for t in tars], str(index_dir or "")])
@@ -209,7 +205,7 @@ def _load_or_build(
   state = path_lib.stat(tar)
   reason = "it has none"
   if path_lib.exists(file):
-    check_regular(file)
+    check_regular_file(file)
     index, reason = _load(file, tar, state)
     if index is not None:
       return index, False
@@ -268,7 +264,7 @@ def _serialise(
   missing["neither .txt nor .json"] = scan.no_caption
   for problem, keys in missing.items():
     if keys:
-      some = ", ".join(keys[:5] + ["..."] * (len(keys) > 5))
+      some = list_first(keys, 5)
       log.warning("%s: %d records have %s: %s.", tar, len(keys), problem, some)
   uncaptioned = set(scan.no_caption)
   # A stable sort: both parts keep the tar's order.
@@ -309,7 +305,7 @@ def _run_worker() -> None:
   index_dir = path_lib.as_path(index_dir) if index_dir else None
   # The process that started it raises the same errors and reports them.
   with contextlib.suppress(OSError):
-    # Few threads: if the parent builds the same index, the work is wasted.
+    # Few threads: work is wasted if the parent builds an index, too.
     _build([path_lib.as_path(tar) for tar in tars], index_dir, threads=2)
 
 

@@ -1,7 +1,7 @@
 """Scan of a tar's headers: its members, grouped into records.
 
 The standard library's `tarfile` builds an object per member; a set of 100
-million records has 300 million members. This reads the same headers (POSIX
+million records has 300 million members. This module reads headers (POSIX
 ustar and pax, GNU long names and sizes) into plain offsets.
 """
 
@@ -24,7 +24,7 @@ _BLOCK = 512
 _BUFFER = 8192
 # Longer names are garbage, and are not read.
 _MAX_NAME = 1 << 20
-# Of a decimal number in a pax header.
+# Digits of a number in a pax header.
 _MAX_DIGITS = 20
 _FIX = "Fetch it again, or leave it out of the path."
 
@@ -54,10 +54,8 @@ def scan(path: PurePath) -> Scan:
   """Reads the headers of a tar.
 
   The key of a member is its name up to the first dot after the last slash, as
-  in WebDataset; its role follows from its extension, in any case.
-
-  Raises:
-    TarError: the file is truncated, compressed, not a tar, or has a key twice.
+  in WebDataset; its role follows from its extension, in any case. Raises
+  TarError if the file is truncated, compressed, no tar, or has a key twice.
   """
   groups: dict[str, list[Span]] = {}
   absent = Span(0, 0)

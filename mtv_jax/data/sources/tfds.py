@@ -15,12 +15,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from mtv_jax.data.records import (
-  BadRecord,
-  Record,
-  caption_list,
-  content_errors,
-)
+from mtv_jax.data.records import Record, read_captions
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import (
   InputError,
@@ -89,7 +84,7 @@ class TFDSSource(Source):
     try:
       return builder.as_data_source(
         split=self._split,
-        # Of masks and further images too.
+        # Masks and further images too.
         decoders={
           key: tfds.decode.SkipDecoding()
           for key, feature in builder.info.features.items()
@@ -140,10 +135,7 @@ class TFDSSource(Source):
       captions: Any = example
       for part in self._captions:
         captions = captions[part]
-      with content_errors(key, "its captions can't be read"):
-        record["captions"] = caption_list(captions)
-      if not record["captions"]:
-        raise BadRecord(key, "its caption is empty")
+      record["captions"] = read_captions(key, captions)
     if self._label:
       record["label"] = int(example["label"])
     return record

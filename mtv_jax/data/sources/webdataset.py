@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 # Members of a record with at most this many other bytes between them are read
 # at once.
 _MAX_GAP = 1 << 16
-# Of a record's .txt and .json: parsed JSON takes up to twenty times its bytes.
+# Bytes of a .txt or .json; parsed JSON takes up to twenty times as many.
 MAX_TEXT = 1 << 24
-# Of tars in buckets: bytes of a request that reads ahead, those kept in memory,
-# and the bytes of a window's records up to which they are read ahead.
+# For tars in buckets: bytes of a request that reads ahead, blocks in memory,
+# and the bytes of a window's records up to which blocks are read ahead.
 _BLOCK = 1 << 23
 _MAX_BLOCKS = 128
 _MAX_WINDOW = _BLOCK * _MAX_BLOCKS * 3 // 4
@@ -43,8 +43,8 @@ _MAX_COMPARED = 2_000_000
 class WebDatasetSource(FileSource):
   """Records of tars, read at offsets of a memory-mapped index.
 
-  Of a tar in a bucket a record is one ranged request, or, where an order in
-  blocks allows it, a part of a longer one that is read ahead.
+  A record of a tar in a bucket is one ranged request or, if the order is in
+  blocks, a part of a longer one that is read ahead.
 
   A record is the members that share a key: an image (.jpg, .jpeg, .png or
   .webp) and its captions. These are the list `captions` of KEY.json if it has
@@ -105,7 +105,7 @@ class WebDatasetSource(FileSource):
     records = sum(t.header.count for t in tars)
     size = sum(t.header.tar_size for t in tars)
     if records and size * window <= records * _MAX_WINDOW:
-      blocks = Blocks(self._tars)
+      blocks = BlockReader(self._tars)
       load = functools.partial(_open_tar, self._tars, blocks=blocks)
       self._open_tars = ProcessCache(load, descriptors=1)
 
@@ -216,7 +216,7 @@ def _parse_captions(
   return captions
 
 
-class Blocks:
+class BlockReader:
   """The most recently read blocks of tars in buckets, at most 1 GiB."""
 
   def __init__(self, tars: Sequence[TarIndex]):
@@ -245,7 +245,7 @@ def _open_tar(
   shard: int,
   *,
   cache: str | os.PathLike | None = None,
-  blocks: Blocks | None = None,
+  blocks: BlockReader | None = None,
 ) -> "_OpenTar":
   tar = tars[shard].tar
   if path_lib.is_remote(tar) and cache is None:
@@ -336,7 +336,7 @@ class _LocalTar(_OpenTar):
 class _RemoteTar(_OpenTar):
   """A tar in a bucket, read in ranges."""
 
-  def __init__(self, index: TarIndex, shard: int, blocks: Blocks | None):
+  def __init__(self, index: TarIndex, shard: int, blocks: BlockReader | None):
     super().__init__(index)
     self._shard, self._blocks = shard, blocks
 

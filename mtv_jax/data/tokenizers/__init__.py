@@ -34,15 +34,10 @@ def build_tokenizer(
 ) -> Tokenizer:
   """The tokenizer that a config names.
 
-  Args:
-    spec: "bytes", "words" (of the built-in scenes), or the path of a
-      SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json").
-    clean: "none", "lower" or "canonicalize".
-
-  Raises:
-    MissingFileError: the file is missing.
-    InputError: the file is not a tokenizer of a known kind.
-    ConfigError: `spec` is empty, or `clean` is unknown.
+  `spec` is "bytes", "words" (of the built-in scenes), or the path of a
+  SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json");
+  `clean` is "none", "lower" or "canonicalize". Raises MissingFileError,
+  InputError for a file of another kind, or ConfigError.
   """
   spec = os.fspath(spec)
   if not spec:

@@ -24,6 +24,11 @@ from mtv_jax.utils.errors import InputError, check_choice
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACES = re.compile(r"\s+")
+# What `canonicalize` leaves, or other cleanings: a character but spaces.
+_VISIBLE = {
+  True: re.compile(rf"[^\s{re.escape(string.punctuation)}]"),
+  False: re.compile(r"\S"),
+}
 
 
 def canonicalize(text: str) -> str:
@@ -44,7 +49,7 @@ def _lower(text: str) -> str:
 # A sigma after a cased letter and before none, as `str.lower` has it.
 _CASED = r"\p{Lu}\p{Ll}\p{Lt}"
 _FINAL_SIGMA = Regex(rf"(?<=[{_CASED}\p{{M}}])\u03a3(?!\p{{M}}*[{_CASED}])")
-# Each cleaning, and the same as normalizers of a `tokenizer.json`.
+# Each cleaning, in Python and as normalizers for a `tokenizer.json`.
 _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
   "none": (str, []),
   "lower": (_lower, [normalizers.Lowercase()]),
@@ -65,13 +70,8 @@ _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
 class Tokenizer(abc.ABC):
   """Map of strings to ids, shared by threads.
 
-  Args:
-    path: the tokenizer's file; None for those that need none.
-    clean: cleaning of a text before it is tokenized: "none", "lower" or
-      "canonicalize".
-
-  Raises:
-    ConfigError: an unknown `clean`.
+  `path` is its file, None for those that need none. A text is cleaned before it
+  is tokenized: "none", "lower" or "canonicalize".
   """
 
   kind: str  # "bytes", "words", "sentencepiece" or "json".
@@ -88,10 +88,8 @@ class Tokenizer(abc.ABC):
   ) -> Int32[np.ndarray, "n length"]:
     """Ids of each string, truncated to `length` and padded.
 
-    Raises:
-      TypeError: a single string, or an entry that is not a string.
-      UnicodeError: a string that is not valid Unicode.
-      InputError: `length` is less than 1.
+    Raises TypeError for anything but a list of strings, UnicodeError for a
+    string that is not valid Unicode.
     """
     wrong = [text for text in strings if not isinstance(text, str)]
     wrong = [strings] if isinstance(strings, str) else wrong
@@ -101,16 +99,29 @@ class Tokenizer(abc.ABC):
       raise InputError(f"length={length}: a text has at least 1 token.")
     ids = np.full((len(strings), length), self.pad_id, np.int32)
     for row, text in zip(ids, strings, strict=True):
-      tokens = self._ids(text, length)
+      tokens, _ = self._tokenize(text, length)
       row[: len(tokens)] = tokens
     return ids
+
+  def encode_text(
+    self, text: str, length: int
+  ) -> tuple[Int32[np.ndarray, " length"], bool]:
+    """Ids of one text, as `encode`, and whether it was truncated."""
+    ids = np.full(length, self.pad_id, np.int32)
+    tokens, is_cut = self._tokenize(text, length)
+    ids[: len(tokens)] = tokens
+    return ids, is_cut
 
   def is_cut(self, text: str, length: int) -> bool:
     """Whether a text has more than `length` ids, the end of sequence included.
 
     Raises UnicodeError for a string that is not valid Unicode.
     """
-    return len(self._ids(text, length + 1)) > length
+    return self._tokenize(text, length)[1]
+
+  def is_blank(self, text: str) -> bool:
+    """Whether nothing but spaces is left of a text after cleaning."""
+    return not _VISIBLE[self.clean == "canonicalize"].search(text)
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The text of each row of ids, without special tokens."""
@@ -126,8 +137,11 @@ class Tokenizer(abc.ABC):
     return _CLEANERS[self.clean][0](text)
 
   @abc.abstractmethod
-  def _ids(self, text: str, length: int) -> Sequence[int]:
-    """Cleans a text; returns at most `length` ids, with the end of sequence."""
+  def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
+    """At most `length` ids of a text, and whether it has more.
+
+    Cleans the text and adds the end of sequence.
+    """
 
   @abc.abstractmethod
   def to_model(self) -> tokenizers.Tokenizer:
@@ -147,8 +161,8 @@ class Tokenizer(abc.ABC):
 def add_cleaning(model: tokenizers.Tokenizer, clean: str) -> None:
   """Cleans texts before the model's own normalizer.
 
-  As in `transformers`, special tokens are matched before: `<EOS>` is no end of
-  sequence.
+  As in `transformers`, special tokens are matched before: `<EOS>` is not an end
+  of sequence.
   """
   if steps := list(_CLEANERS[clean][1]):
     steps += [model.normalizer] if model.normalizer else []
@@ -181,15 +195,9 @@ def check_ids(path: str, vocab_size: int) -> None:
 def check_vocabulary(
   tokenizer: Tokenizer, vocab_size: int, where: str = "model.text.vocab_size"
 ) -> None:
-  """Checks that every id has a row in the embedding table.
+  """Raises InputError unless every id has a row in the embedding table.
 
-  Args:
-    tokenizer: whose ids are looked up.
-    vocab_size: rows of the embedding table.
-    where: the config field that sets it, for the error.
-
-  Raises:
-    InputError: names the field and the value it needs.
+  `where` is the config field that sets its size.
   """
   if tokenizer.vocab_size > vocab_size:
     raise InputError(
@@ -208,18 +216,11 @@ def export_files(
 ) -> None:
   """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers`.
 
-  `AutoTokenizer` then returns equal ids with `padding="max_length"`,
-  `truncation=True`, cleaning included. By default only `input_ids` are named as
-  model inputs: most text towers are trained with attention over the padding.
-
-  Args:
-    tokenizer: to export.
-    folder: existing; usually that of the exported model.
-    length: the default `max_length`, in tokens.
-    fields: of `tokenizer_config.json`, beside or instead of these.
-
-  Raises:
-    InputError: a SentencePiece model that is neither unigram nor BPE.
+  `AutoTokenizer` then returns equal ids with `padding="max_length"` (of
+  `length` tokens by default), `truncation=True`, cleaning included. By default
+  only `input_ids` are named as model inputs: most text towers are trained with
+  attention over the padding. `fields` of `tokenizer_config.json` are added.
+  Raises InputError for a SentencePiece model that is neither unigram nor BPE.
   """
   model = tokenizer.to_model()
   model.no_padding()

@@ -14,9 +14,10 @@ class ByteTokenizer(Tokenizer):
   kind = "bytes"
   vocab_size, pad_id, eos_id = 258, 0, 1
 
-  def _ids(self, text: str, length: int) -> Sequence[int]:
-    data = self.clean_text(text).encode()[: length - 1]
-    return [*(byte + 2 for byte in data), self.eos_id]
+  def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
+    data = self.clean_text(text).encode()
+    ids = [*(byte + 2 for byte in data[: length - 1]), self.eos_id]
+    return ids, len(data) >= length
 
   def to_model(self) -> tokenizers.Tokenizer:
     vocabulary = {"<pad>": 0, "</s>": 1}

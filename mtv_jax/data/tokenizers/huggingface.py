@@ -19,12 +19,8 @@ _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, whose post-processor adds the special tokens.
 
-  Args:
-    path: the file; a tokenizer_config.json beside it names those tokens.
-    clean: see `Tokenizer`.
-
-  Raises:
-    InputError: not a tokenizer.json, or one without a padding token.
+  A tokenizer_config.json beside it names them. Raises InputError for another
+  file, or one without a padding token.
   """
 
   kind = "json"
@@ -71,8 +67,9 @@ class HuggingFaceTokenizer(Tokenizer):
     model.enable_truncation(length)
     return model
 
-  def _ids(self, text: str, length: int) -> Sequence[int]:
-    return self._truncating_model(length).encode(text).ids
+  def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
+    encoding = self._truncating_model(length).encode(text)
+    return encoding.ids, bool(encoding.overflowing)
 
   def to_model(self) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(self._text)

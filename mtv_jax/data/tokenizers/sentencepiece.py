@@ -30,13 +30,7 @@ class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model, padded with its end-of-sequence id as SigLIP is.
 
   Equal to the `SiglipTokenizer` of `transformers` except for the cleaning.
-
-  Args:
-    path: the model file.
-    clean: see `Tokenizer`.
-
-  Raises:
-    InputError: not a SentencePiece model, or one without an end of sequence.
+  Raises InputError for another file, or one without an end of sequence.
   """
 
   kind = "sentencepiece"
@@ -60,9 +54,9 @@ class SentencePieceTokenizer(Tokenizer):
         f"{path} has no end-of-sequence piece; train it with --eos_id set."
       )
 
-  def _ids(self, text: str, length: int) -> Sequence[int]:
+  def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
     ids = self._model.encode(self.clean_text(text))
-    return [*ids[: length - 1], self.eos_id]
+    return [*ids[: length - 1], self.eos_id], len(ids) >= length
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
     # Also of models that have no `to_model`.
@@ -132,14 +126,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     As `transformers` reads a folder's `tokenizer.model`: texts are padded with
     the model's padding, and its control and user-defined pieces are matched in
-    texts.
-
-    Args:
-      folder: existing.
-      add_end: whether texts end with the end of sequence.
-
-    Raises:
-      InputError: the model is neither unigram nor BPE, or has no padding.
+    texts. Texts end with the end of sequence if `add_end`.
     """
     model, proto = self.to_model(), self._read_proto()
     pad_id = proto.trainer_spec.pad_id

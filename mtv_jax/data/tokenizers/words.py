@@ -36,13 +36,13 @@ class SceneWordTokenizer(Tokenizer):
   vocab_size, pad_id, eos_id = len(_SPECIAL) + len(_WORDS), 0, 1
   _table = {word: len(_SPECIAL) + i for i, word in enumerate(_WORDS)}
 
-  def _ids(self, text: str, length: int) -> Sequence[int]:
+  def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
     text = self.clean_text(text)
     text.encode()  # Raises UnicodeError, as the tokenizer of bytes does.
     words = text.replace(",", " ").replace(":", " ").split()
     unknown = _SPECIAL.index("<unk>")
     ids = [self._table.get(word, unknown) for word in words[: length - 1]]
-    return [*ids, self.eos_id]
+    return [*ids, self.eos_id], len(words) >= length
 
   def to_model(self) -> tokenizers.Tokenizer:
     vocabulary = {name: i for i, name in enumerate(_SPECIAL)} | self._table

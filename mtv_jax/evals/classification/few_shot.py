@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification.base import FeatureProbe
+from mtv_jax.evals.classification.probe_evaluators import FeatureProbe
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.bootstrap import Estimate
@@ -35,8 +35,8 @@ class FewShot(FeatureProbe):
   The default view is big_vision's, `squash_center`.
 
   Attributes:
-    shots: training images per class; by default those of 1, 5, 10 and 25 that
-      every class has.
+    shots: training images per class; by default 1, 5, 10 and 25, as far as
+      every class has so many.
     seeds: seeds of the samples of shots, over which accuracies are averaged.
     l2: strength of the regularisation.
   """

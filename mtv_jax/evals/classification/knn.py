@@ -24,8 +24,8 @@ from jaxtyping import Float32, Int
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.base import FeatureProbe, map_rows
-from mtv_jax.evals.core import bootstrap, probe, ranking
+from mtv_jax.evals.classification.probe_evaluators import FeatureProbe, map_rows
+from mtv_jax.evals.core import bootstrap, ranking
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
@@ -70,7 +70,7 @@ class KNN(FeatureProbe):
 class Neighbours(NamedTuple):
   """Dot products and indices of the nearest rows of a bank, nearest first.
 
-  Of equal rows the lower index is first.
+  Among equal rows the lower index is first.
   """
 
   similarity: Float32[np.ndarray, "q k"]
@@ -91,16 +91,6 @@ def find_neighbours(
   of 50,000 x 1.28 million scores only one block exists at a time. Scores are
   float32 at the highest matmul precision (a TPU's default rounds to bfloat16,
   which reorders neighbours).
-
-  Args:
-    queries, bank: equal on every host.
-    k: at most the rows of the bank.
-    mesh: queries are split over its data axes; one device by default.
-    block_bytes: size of a device's largest block of scores, and of the bank's
-      largest block.
-
-  Raises:
-    InputError: for features that are not finite, or more neighbours than rows.
   """
   if not 1 <= k <= len(bank):
     raise InputError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")
@@ -125,7 +115,7 @@ def _search(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Similarities and indices of a block of queries, over the whole bank."""
   merge = _merge_fn(mesh)
-  state = probe.shard_batch(
+  state = mesh_lib.shard_replicated(
     {
       "queries": queries,
       "values": np.full((len(queries), k), -np.inf, np.float32),
@@ -138,7 +128,7 @@ def _search(
     block = bank[start : start + columns]
     limits = np.asarray([start, len(bank)], np.int32)
     block = np.pad(block, ((0, columns - len(block)), (0, 0)))
-    block, limits = probe.replicate((block, limits), mesh)
+    block, limits = mesh_lib.replicate((block, limits), mesh)
     top = merge(*top, state["queries"], block, limits)
   if jax.process_count() > 1:
     # All rows, on every host.
@@ -187,7 +177,7 @@ def predict(
 ) -> dict[int, Int[np.ndarray, " q"]]:
   """The class with the largest weight, by k; of equals the lowest class.
 
-  `neighbours` are at least the largest of `ks`, `labels` those of the bank.
+  `neighbours` are at least the largest of `ks`, `labels` the bank's.
   """
   largest = max(ks)
   scores = neighbours.similarity[:, :largest].astype(np.float64)

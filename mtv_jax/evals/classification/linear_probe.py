@@ -2,7 +2,7 @@
 
 One head for each of 13 learning rates, for the token of the last block or of
 the last four, without or with the mean patch: 52 heads, trained together on the
-same batches, of which the best is reported. Each is x W + b with W ~ N(0,
+same batches; the best is reported. Each is x W + b with W ~ N(0,
 0.01^2) and b = 0, trained by SGD with momentum 0.9 and without weight decay;
 the rate times batch / 256 decays to zero along a cosine.
 
@@ -26,7 +26,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification.base import (
+from mtv_jax.evals.classification.probe_evaluators import (
   Select,
   TrainedProbe,
   map_rows,
@@ -117,10 +117,10 @@ class LinearProbe(TrainedProbe):
       "ties": "the lowest class, rate and number of blocks of equal ones",
     }
 
-  def _schedule(self, images: int) -> probe.Schedule:
+  def _schedule(self, images: int) -> probe.ProbeSchedule:
     """Steps and images per step, for so many training images."""
     if is_scenes(self.data) and not self.published:
-      return probe.Schedule(
+      return probe.ProbeSchedule(
         self.steps or 300, self.train_batch or 256, "scenes"
       )
     return probe.resolve_schedule(
@@ -155,7 +155,7 @@ class Table(NamedTuple):
   """The features of all heads, side by side.
 
   `x` has the mean patch, then the tokens of the last block, the one before it
-  and so on; `columns` those of each head: `1 block`, `1 block + mean`, ...
+  and so on; `columns` are each head's: `1 block`, `1 block + mean`, ...
   """
 
   x: Float32[np.ndarray, "n f"]
@@ -214,16 +214,7 @@ def train_heads(
   seed: int = 0,
   mesh: Mesh | None = None,
 ) -> probe.FitResult:
-  """Trains all heads; the loss is the mean of their cross-entropies.
-
-  Args:
-    batches: for each step, `x` `[batch_size, f]` of a table and `label`.
-    columns: the table's columns.
-    rates: learning rates at a batch of 256.
-    classes, steps, batch_size: numbers of them.
-    seed: seed of the initial heads.
-    mesh: as for `probe.fit`.
-  """
+  """Trains all heads; the loss is the mean of their cross-entropies."""
   scale = np.asarray(rates, np.float32)[:, None] * (batch_size / 256)
   optimizer = optax.chain(
     optax.trace(0.9),

@@ -22,16 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
-from mtv_jax.encoder.batched import put_array
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.base import (
+from mtv_jax.evals.classification.probe_evaluators import (
   FeatureProbe,
   Select,
   score_accuracies,
   split_for_selection,
 )
-from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
@@ -108,7 +106,7 @@ class Logistic(FeatureProbe):
 
 
 class Model(NamedTuple):
-  """A fitted classifier; `strength` is C, `iterations` those of L-BFGS."""
+  """A fitted classifier; `strength` is C, `iterations` L-BFGS's."""
 
   kernel: Float32[np.ndarray, "d c"]
   bias: Float32[np.ndarray, " c"]
@@ -132,7 +130,7 @@ def sweep(
 ) -> list[Model]:
   """A model for each C; increasing values converge fastest.
 
-  Logits exist for a block of rows at a time, so memory is that of the features,
+  Logits exist for a block of rows at a time, so memory holds the features,
   which are equal on every host and split over the mesh by rows. Other arguments
   are the options of `Logistic`.
   """
@@ -142,7 +140,7 @@ def sweep(
     "kernel": np.zeros((x.shape[1], classes), np.float32),
     "bias": np.zeros(classes, np.float32),
   }
-  params = probe.replicate(params, mesh)
+  params = mesh_lib.replicate(params, mesh)
   minimize = jax.jit(
     functools.partial(_minimize, max_iter=max_iter),
     out_shardings=mesh_lib.replicated_sharding(mesh),
@@ -150,7 +148,7 @@ def sweep(
   models = []
   for c in strengths:
     numbers = np.asarray([1 / (c * len(x)), tolerance], np.float32)
-    numbers = probe.replicate(numbers, mesh)
+    numbers = mesh_lib.replicate(numbers, mesh)
     params, iterations = minimize(params, data, numbers)
     kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
     models.append(Model(kernel, bias, float(c), int(iterations)))
@@ -172,7 +170,7 @@ def _shard_blocks(
   }
   sharding = NamedSharding(mesh, PartitionSpec(None, *mesh_lib.BATCH_SPEC))
   return {
-    name: put_array(v.reshape(-1, rows, *v.shape[1:]), sharding)
+    name: mesh_lib.put_array(v.reshape(-1, rows, *v.shape[1:]), sharding)
     for name, v in padded.items()
   }
 

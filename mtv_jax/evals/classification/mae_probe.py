@@ -13,7 +13,6 @@ decays to zero along a cosine, all by the step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Annotated, Any
 
 import jax
@@ -29,18 +28,16 @@ from mtv_jax.config.options import (
   Range,
 )
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification.base import (
+from mtv_jax.evals.classification.probe_evaluators import (
   FeatureProbe,
   TrainedProbe,
   map_rows,
   score_accuracies,
 )
-from mtv_jax.evals.core import probe
+from mtv_jax.evals.core import probe, probe_heads
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
-from mtv_jax.utils.errors import ConfigError
-
-_EPS = 1e-6
+from mtv_jax.utils.errors import ConfigError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +48,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     base_rate: learning rate at a batch of 256.
     epochs: 90; MAE has 50 for ViT-L and larger.
     warmup: epochs of these in which the rate rises.
-    train_batch: images per step, at most those of the training set; the rate is
+    train_batch: images per step, at most the training set's; the rate is
       scaled by the actual number.
   """
 
@@ -72,6 +69,8 @@ class MaeProbe(FeatureProbe, TrainedProbe):
   ) -> tuple[Estimate, dict[str, Any]]:
     images = len(data.train.labels)
     size = min(self.train_batch, images)
+    if size < 2:
+      raise InputError("mae_probe: batch norm needs at least 2 training images")
     epoch_steps = images // size
     steps, rate = self.epochs * epoch_steps, self.base_rate * size / 256
     augment = self._augmentation(steps=steps, batch=size, images=images)
@@ -126,20 +125,11 @@ def fit(
   seed: int = 0,
   mesh: Any = None,
 ) -> probe.FitResult:
-  """Trains the batch norm and the linear layer.
-
-  Args:
-    batches: for each step, `x` `[b, width]` and `label` `[b]`.
-    width: feature dimension.
-    classes: number of classes.
-    rate: peak learning rate.
-    steps: total number of steps.
-    warmup: steps of linear warmup.
-    seed: seed of the kernel.
-    mesh: as for `probe.fit`.
-  """
-  rng = np.random.default_rng(seed)
-  kernel = rng.normal(0, 0.01, (width, classes)).astype(np.float32)
+  """Trains the batch norm and the linear layer."""
+  head = _head(classes)
+  params, state = probe_heads.init_head(
+    head, width, np.random.default_rng(seed).standard_normal
+  )
 
   def schedule(step):
     rising = step / max(1, warmup)
@@ -149,8 +139,12 @@ def fit(
 
   def loss(params, state, batch, rng):
     del rng
-    x, state = probe.batch_norm_train(batch["x"], state, eps=_EPS)
-    logits = x @ params["kernel"] + params["bias"]
+    logits, state = head.apply(
+      {"params": params, **state},
+      batch["x"],
+      train=True,
+      mutable=["batch_stats"],
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch["label"]
     )
@@ -158,25 +152,29 @@ def fit(
 
   return probe.fit(
     loss,
-    {"kernel": kernel, "bias": np.zeros(classes, np.float32)},
+    params,
     batches,
     optimizer=lars(schedule),
     steps=steps,
-    state=probe.batch_norm_stats(width),
+    state=state,
     mesh=mesh,
   )
+
+
+def _head(classes: int) -> probe_heads.ProbeHead:
+  return probe_heads.ProbeHead(classes, affine=False, epsilon=1e-6)
 
 
 def scores(
   fitted: probe.FitResult, x: Float32[np.ndarray, "n d"]
 ) -> Float32[np.ndarray, "n c"]:
   """Logits, normalised by the running statistics."""
+  params, state = jax.tree.map(np.asarray, (fitted.params, fitted.state))
+  head = _head(params["logits"]["kernel"].shape[1])
 
   @jax.jit
-  def logits(params, state, x):
-    x = probe.batch_norm_eval(x, state, eps=_EPS)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(x, params["kernel"], precision=highest) + params["bias"]
+  def logits(x):
+    with jax.default_matmul_precision("highest"):
+      return head.apply({"params": params, **state}, x)
 
-  arrays = jax.tree.map(np.asarray, (fitted.params, fitted.state))
-  return map_rows(functools.partial(logits, *arrays), x)
+  return map_rows(logits, x)

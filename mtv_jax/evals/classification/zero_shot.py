@@ -24,7 +24,7 @@ from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.base import (
+from mtv_jax.evals.classification.probe_evaluators import (
   chance_accuracies,
   rank_accuracies,
 )
@@ -44,12 +44,11 @@ class ZeroShot(Evaluator):
   """Zero-shot classification: top-1, top-5 and mean-per-class accuracy.
 
   Attributes:
-    data: see `datasets/registry.py`.
     prompts: a file or folder of class names and templates (see `prompts.py`);
       by default the data's own names, and its templates or a few of ours.
     templates: a text file with a template per line, instead of those.
-    classes: `all` scores every class of the prompt file, `dataset` those of
-      the data set and `present` those that have an image, which is easier. By
+    classes: `all` scores every class of the prompt file, `dataset` the data
+      set's and `present` the classes with an image, which is easier. By
       default `all`, but `dataset` for 200 WordNet ids (ImageNet-A, -R) and for
       ObjectNet, as published.
     real: ReaL's real.json; adds the accuracy by its labels of ImageNet's
@@ -58,8 +57,7 @@ class ZeroShot(Evaluator):
       canonicalises, CLIP's does not); `canonicalize` canonicalises them first,
       as big_vision does.
     view: the encoder's own preprocessing, or big_vision's `squash_center`; see
-      `global_features.view`.
-    count: images to use, evenly spaced; all by default.
+      `global_features.with_view`.
   """
 
   requires = frozenset({"text"})
@@ -70,7 +68,7 @@ class ZeroShot(Evaluator):
   classes: Literal["all", "dataset", "present"] | None = None
   real: str | None = None
   clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
-  view: global_features.View = "encoder"
+  view: global_features.ViewName = "encoder"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
 
@@ -92,7 +90,7 @@ class ZeroShot(Evaluator):
     require_text(encoder)
     data, candidates = self._set
     named, labels = candidates.named, candidates.labels
-    encoder = global_features.view(encoder, self.view)
+    encoder = global_features.with_view(encoder, self.view)
     classifier = text_classifier(encoder.text, named, clean=self.clean)
     features = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
@@ -104,9 +102,7 @@ class ZeroShot(Evaluator):
     protocol = {
       **encoder.protocol(),
       "view": self.view,
-      "data": data.name,
-      "data_hash": data.digest,
-      "images": len(data.images),
+      **data.protocol(),
       "classes": len(named.classes),
       "classes_scored": candidates.keep,
       **named.protocol(),
@@ -124,12 +120,10 @@ class ZeroShot(Evaluator):
       accuracies, chance = accuracies | real, chance | real_chance
       protocol["real"] = "right if among the image's labels"
       protocol["real_images"] = sum(map(bool, candidates.accepted))
-    return Result(
-      accuracies.metrics,
+    return Result.from_estimate(
+      accuracies,
       protocol,
       chance,
-      errors=accuracies.errors,
-      resamples=accuracies.resamples,
     )
 
 
@@ -225,7 +219,7 @@ class Candidates:
 
   named: prompts.Prompts
   labels: Int[np.ndarray, " n"]  # of the images
-  # The label of each class; -1 if it is that of no image. None: its index.
+  # The label of each class; -1 if no image has it. None: its index.
   ids: Int[np.ndarray, " c"] | None
   keep: str  # for the protocol
   # Per image, the indices of all its right classes (ReaL).
@@ -239,9 +233,6 @@ def match_candidates(
 
   ObjectNet's images are scored against ImageNet's classes if the prompt file
   has 1000, and against ObjectNet's own otherwise.
-
-  Raises:
-    InputError: also if ReaL's labels are given and ImageNet's prompts are not.
   """
   full = given is not None and len(given.classes) == imagenet.CLASS_COUNT
   if data.groups is not None and full:
@@ -305,16 +296,6 @@ def match_classes(
   Classes are matched by id where the file has ids, else by canonical name. A
   full set of WordNet ids is matched in sorted order, which defines ImageNet's
   labels.
-
-  Args:
-    data: images and classes.
-    given: a prompt file's content; None for prompts from the data's names.
-    keep: `all` classes, those of the `dataset`, or those `present` in it.
-
-  Raises:
-    InputError: a class of the data is not in the file, or two classes have one
-      name and no ids: their prompts would be equal, and the second could never
-      be predicted.
   """
   if given is None:
     given = _prompts_from_names(data)
@@ -383,7 +364,7 @@ def _match_to_file(
       )
     return range(total) if unnamed else [*map(int, ids)]
   if data.templates is not None and len(data.classes) == total:
-    # CLIP_benchmark's lists, whose order is that of the labels.
+    # CLIP_benchmark's lists are in the order of the labels.
     return range(total)
   if given.ids is not None and data.ids is not None:
     known, wanted = given.ids, data.ids

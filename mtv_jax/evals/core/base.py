@@ -20,8 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mtv_jax.config import options as options_lib
-from mtv_jax.config.schema import UNITS
+from mtv_jax.config.durations import UNITS
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import InputError
 
 # Class by type, in the order of tables; imported when it is looked up.
@@ -29,25 +30,25 @@ EVALUATORS = {
   name: f"mtv_jax.evals.{path}"
   for name, path in {
     "zero_shot": "classification.zero_shot:ZeroShot",
-    "retrieval": "retrieval.retrieval:Retrieval",
+    "retrieval": "retrieval:Retrieval",
     "knn": "classification.knn:KNN",
     "few_shot": "classification.few_shot:FewShot",
     "linear_probe": "classification.linear_probe:LinearProbe",
     "logistic": "classification.logistic:Logistic",
     "mae_probe": "classification.mae_probe:MaeProbe",
-    "segmentation": "segmentation.linear_probe:Segmentation",
+    "segmentation": "segmentation.segmentation_probe:Segmentation",
     "zero_shot_segmentation": "segmentation.zero_shot:ZeroShotSegmentation",
-    "depth_probe": "depth.probe:DepthProbe",
+    "depth_probe": "depth.depth_probe:DepthProbe",
     "relative_depth": "depth.relative_depth:RelativeDepth",
     "geometric_correspondence": (
       "correspondence.geometric:GeometricCorrespondence"
     ),
     "semantic_correspondence": "correspondence.semantic:SemanticCorrespondence",
-    "video_segmentation": "video.label_propagation:VideoSegmentation",
-    "grounding": "grounding.grounding:Grounding",
-    "captioning": "captioning.captioning:Captioning",
+    "video_segmentation": "video:VideoSegmentation",
+    "grounding": "grounding:GroundingEvaluator",
+    "captioning": "captioning:CaptioningEvaluator",
     "patch_pca": "segmentation.patch_pca:PatchPca",
-    "drift": "drift.drift:Drift",
+    "drift": "drift:Drift",
   }.items()
 }
 
@@ -82,6 +83,24 @@ class Result:
   # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+  @classmethod
+  def from_estimate(
+    cls,
+    estimate: Estimate,
+    protocol: dict[str, Any],
+    chance: Mapping[str, float],
+    **fields: Any,
+  ) -> Result:
+    """The result of metrics with their errors; see the other fields."""
+    return cls(
+      estimate.metrics,
+      protocol,
+      dict(chance),
+      errors=estimate.errors,
+      resamples=estimate.resamples,
+      **fields,
+    )
+
   def to_dict(self) -> dict[str, Any]:
     """For JSON."""
     small = dataclasses.replace(self, sheets={}, resamples={})
@@ -91,7 +110,13 @@ class Result:
 
 
 class Evaluator:
-  """Base of the evaluations; subclasses are frozen dataclasses."""
+  """Base of the evaluations; subclasses are frozen dataclasses.
+
+  Options that most evaluations have are `data` (see `datasets/registry.py`),
+  `count` (the items to use, evenly spaced; all by default), `images` (their
+  folder, if it is not beside the JSON), `batch_size` (images encoded at a time)
+  and `pictures` (items on a sheet).
+  """
 
   # What an encoder must have for it: "text", or types of objectives that train
   # heads which predict.
@@ -141,18 +166,14 @@ def require_text(encoder: Encoder) -> None:
 def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
   """A protocol's `preprocess`: the evaluation's resizing and cropping steps.
 
-  Mean and standard deviation are those of the encoder.
+  Mean and standard deviation are the encoder's.
   """
   preprocess = encoder.preprocess
   return {"mean": [*preprocess.mean], "std": [*preprocess.std], **steps}
 
 
 def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
-  """Looks up a name in `EVALUATORS`.
-
-  Raises:
-    ConfigError: for an unknown name; `where` is the config key of its entry.
-  """
+  """Looks up a name in `EVALUATORS`."""
   return options_lib.look_up(EVALUATORS, kind, where=where)
 
 

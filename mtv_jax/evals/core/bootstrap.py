@@ -4,8 +4,8 @@ An item is what is sampled independently: an image, a pair of images. Captions,
 boxes and keypoints are resampled with their image or pair. The mean of one
 value per item has the closed form s / sqrt(n), with s the values' standard
 deviation. Ratios and means over classes are computed again for resamples of the
-items with replacement (the bootstrap, Efron 1979). A trained head, and the
-candidates of a ranking, are those of the whole set.
+items with replacement (the bootstrap, Efron 1979). A trained head and
+the candidates of a ranking are not resampled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Estimate:
   )
 
   def __or__(self, other: Estimate) -> Estimate:
-    """The metrics of both, those of `other` last."""
+    """The metrics of both, `other`'s last."""
     return Estimate(
       self.metrics | other.metrics,
       self.errors | other.errors,
@@ -59,7 +59,7 @@ def means(
   """Means of m values, by metric.
 
   The error is s / sqrt(m) with s over m - 1. Where all values are 0, or all 1,
-  it is 1 / m, that of one value which differs: our choice, as such a sample
+  it is 1 / m, as if one value differed: our choice, as such a sample
   does not show that none does. The mean of one other value has no error.
 
   Args:
@@ -83,9 +83,6 @@ def means(
 def estimate(
   metrics: Callable[[Float64[np.ndarray, " n"]], Mapping[str, float]],
   count: int,
-  *,
-  resamples: int = RESAMPLES,
-  seed: int = 0,
 ) -> Estimate:
   """Metrics of a set, and their standard deviation over resamples of it.
 
@@ -96,12 +93,10 @@ def estimate(
     metrics: fractions, when item i of the set occurs `weights[i]` times. May
       lack those that a resample does not have (a class without an item).
     count: n, the number of items.
-    resamples: number of resamples of n items with replacement.
-    seed: of the resamples.
   """
   whole = {k: float(v) for k, v in metrics(np.ones(count)).items()}
-  drawn = {name: np.full(resamples, np.nan) for name in whole}
-  for i, weights in enumerate(_draw_weights(count, resamples, seed)):
+  drawn = {name: np.full(RESAMPLES, np.nan) for name in whole}
+  for i, weights in enumerate(_draw_weights(count)):
     for name, value in metrics(weights).items():
       if name in drawn and np.isfinite(value):
         drawn[name][i] = value
@@ -114,12 +109,10 @@ def estimate(
   return Estimate(whole, errors, drawn)
 
 
-def _draw_weights(
-  count: int, resamples: int, seed: int
-) -> Iterator[Float64[np.ndarray, " n"]]:
+def _draw_weights(count: int) -> Iterator[Float64[np.ndarray, " n"]]:
   """How often each of n items occurs, for one resample after another."""
-  rng = np.random.default_rng(seed)
-  for _ in range(resamples):
+  rng = np.random.default_rng(0)
+  for _ in range(RESAMPLES):
     drawn = rng.integers(count, size=count)
     yield np.bincount(drawn, minlength=count).astype(np.float64)
 
@@ -136,7 +129,7 @@ def _resample_means(
     if not count:
       continue
     table = np.stack([np.asarray(values[n], np.float64) for n in names], 1)
-    drawn = [w @ table for w in _draw_weights(count, RESAMPLES, 0)]
+    drawn = [w @ table for w in _draw_weights(count)]
     means |= dict(zip(names, np.stack(drawn, 1) / count, strict=True))
   return means
 

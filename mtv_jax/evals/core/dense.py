@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import block_index
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.global_features import final_norm
 from mtv_jax.parallel.distributed import gather_bytes
 from mtv_jax.utils.cores import available_cores
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.grouping import Grouper
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
@@ -28,7 +29,7 @@ _MAX_WAIT = 8
 # Both are equal in all processes, however many cores each has.
 _ROUND, _ROUNDS_AHEAD = 16, 2
 # The encoder's input, and the labels or the depth of its pixels.
-Example = tuple[np.ndarray, np.ndarray]
+LabelledInput = tuple[np.ndarray, np.ndarray]
 
 
 def features(
@@ -75,28 +76,18 @@ def features(
   return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
 
 
-def read_pair(
-  name: str, images: Sequence[Any], maps: Sequence[Any], i: int
-) -> Example:
-  """Image `i` of the data set `name`, and its map.
+def matched_block(layer: int, *, norm: str, depth: int) -> int:
+  """The block whose tokens are compared, counted from 0.
 
-  Raises:
-    InputError: if their sizes differ.
+  Raises ConfigError for the final norm after another block than the last.
   """
-  image, pixels = images[i], maps[i]
-  check_same_size(name, i, image, pixels)
-  return image, pixels
-
-
-def check_same_size(
-  name: str, i: int, image: np.ndarray, pixels: np.ndarray
-) -> None:
-  """Raises InputError if image `i` and its map differ in size."""
-  if image.shape[:2] != pixels.shape:
-    raise InputError(
-      f"{name}: image {i} is {list(image.shape[:2])} and its map "
-      f"{list(pixels.shape)}; expected the same size"
+  block = block_index(layer, depth)
+  if norm == "final" and block != depth - 1:
+    raise ConfigError(
+      f"norm='final' with layer={layer}: the final norm follows the last block "
+      f"only, -1 or {depth - 1}; use norm='none'"
     )
+  return block
 
 
 def threaded_map(
@@ -126,13 +117,6 @@ def shared_map(
   Of P processes each computes every P-th item and gets all results. Every
   process iterates equal items at the same point of the program; an error in one
   of them is raised in all.
-
-  Args:
-    function: its results can be pickled, such as NumPy arrays.
-    items, ahead: as for `threaded_map`, with one process.
-
-  Raises:
-    InputError: if `function` raises in another process.
   """
   processes, process = jax.process_count(), jax.process_index()
   if processes == 1:
@@ -185,12 +169,6 @@ def map_by_group(
 
   Batches are full, but for each group's last one and those that eight batches
   of later items wait for.
-
-  Args:
-    function: maps at most `batch_size` items to as many results.
-    items: read as they are needed.
-    group: of an item, such as its shape.
-    batch_size: items at a time.
   """
   grouper = Grouper(batch_size, max_age=_MAX_WAIT * batch_size)
   results: dict[int, Any] = {}
@@ -212,8 +190,8 @@ def map_by_group(
 
 
 def encode_batches(
-  encode: Encode, examples: Iterable[Example], *, batch_size: int
-) -> Iterator[probe.Batch]:
+  encode: Encode, examples: Iterable[LabelledInput], *, batch_size: int
+) -> Iterator[probe.FeatureBatch]:
   """`features` and `targets` of examples; the last batch may be smaller."""
   examples = iter(examples)
   while batch := list(itertools.islice(examples, batch_size)):
@@ -223,13 +201,13 @@ def encode_batches(
 
 def training_batches(
   encode: Encode,
-  read: Callable[[int, np.random.Generator], Example],
+  read: Callable[[int, np.random.Generator], LabelledInput],
   count: int,
   *,
   batch_size: int,
   steps: int,
   seed: int,
-) -> Iterator[probe.Batch]:
+) -> Iterator[probe.FeatureBatch]:
   """Batches of augmented examples for `probe.fit`.
 
   Threads read the next batch while the devices process this one, and each
@@ -238,7 +216,7 @@ def training_batches(
   """
   order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
 
-  def read_row(number: int) -> Example:
+  def read_row(number: int) -> LabelledInput:
     step, row = divmod(number, batch_size)
     rng = np.random.default_rng((seed, step, row))
     return read(int(order(step)[row]), rng)
@@ -249,8 +227,8 @@ def training_batches(
 
 
 def cached_batches(
-  batches: Iterable[probe.Batch], *, batch_size: int, seed: int
-) -> Callable[[int], probe.Batch]:
+  batches: Iterable[probe.FeatureBatch], *, batch_size: int, seed: int
+) -> Callable[[int], probe.FeatureBatch]:
   """Shuffled batches by step, of all rows of `batches` in memory."""
   parts = list(batches)
   rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int, UInt8
 
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import InputError
@@ -29,7 +30,11 @@ IGNORE = 255
 
 
 class LazySequence(Sequence):
-  """`count` arrays that `read(index)` reads when indexed, from any thread."""
+  """`count` arrays that `read(index)` reads when indexed, from any thread.
+
+  uint8 images `[h, w, 3]`, class maps `[h, w]` or depth maps in metres, each of
+  its own size.
+  """
 
   def __init__(self, read: Callable[[int], Any], count: int):
     self._read = read
@@ -40,38 +45,35 @@ class LazySequence(Sequence):
 
   def __getitem__(self, index: int) -> np.ndarray:
     if not 0 <= index < self._count:
-      raise IndexError(f"{index} of {self._count} {type(self).__name__}")
+      raise IndexError(f"{index} of {self._count} items")
     return self._read(index)
 
 
-class Images(LazySequence):
-  """uint8 images `[h, w, 3]`, each with its own size."""
+def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+  """The image in a file."""
+  with open(path, "rb") as file:
+    return canvas.decode(file.read(), key=os.fspath(path))
 
 
-class DepthMaps(LazySequence):
-  """Depth maps in metres, float32 `[h, w]`, each of its image's size."""
-
-
-class LabelMaps(LazySequence):
-  """Class maps, uint8 `[h, w]`, each in its image's size."""
-
-
-def open_images(paths: Sequence[str | os.PathLike]) -> Images:
+def open_images(paths: Sequence[str | os.PathLike]) -> LazySequence:
   """The images of files, in their order."""
+  return LazySequence(lambda i: read_image(paths[i]), len(paths))
 
-  def read(index: int) -> np.ndarray:
-    with open(paths[index], "rb") as file:
-      return canvas.decode(file.read(), key=os.fspath(paths[index]))
 
-  return Images(read, len(paths))
+def hash_rows(rows: Iterable[Iterable[Any]]) -> str:
+  """SHA-256 of rows, 16 hexadecimal digits: enough to tell two sets apart."""
+  digest = hashlib.sha256()
+  for row in rows:
+    digest.update(json.dumps([str(v) for v in row]).encode() + b"\n")
+  return digest.hexdigest()[:16]
 
 
 def select_images(
   images: Sequence[Any], indices: Sequence[int] | Int[np.ndarray, " m"]
-) -> Images:
+) -> LazySequence:
   """The images at `indices`, in that order."""
   indices = [int(i) for i in indices]
-  return Images(lambda i: images[indices[i]], len(indices))
+  return LazySequence(lambda i: images[indices[i]], len(indices))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,33 @@ class ImageSet:
   """Images of a data set, with a label each in subclasses."""
 
   name: str  # in protocols
-  images: Images
+  images: LazySequence
   digest: str  # hash of names, file sizes and labels
+
+  @classmethod
+  def from_records(
+    cls,
+    records: Sequence[Any],
+    *,
+    read: Callable[[Any], np.ndarray],
+    hashed: Callable[[Any], Iterable[Any]],
+    prefix: Sequence[Any] = (),
+    **fields: Any,
+  ) -> Any:
+    """The set of records whose images `read` decodes when they are indexed.
+
+    `hashed` returns what distinguishes a record (its name, size and labels);
+    `prefix` distinguishes the set.
+    """
+    images = LazySequence(lambda i: read(records[i]), len(records))
+    rows = [prefix] if prefix else []
+    digest = hash_rows(itertools.chain(rows, map(hashed, records)))
+    return cls(images=images, digest=digest, **fields)
+
+  def protocol(self) -> dict[str, Any]:
+    """For JSON."""
+    count = len(self.images)
+    return {"data": self.name, "data_hash": self.digest, "images": count}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,15 +127,13 @@ class ClassificationSet(ImageSet):
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """The images at `indices`, with a hash that depends on them."""
-    digest = Digest()
-    digest.add(self.digest, *indices.tolist())
     return dataclasses.replace(
       self,
       images=select_images(self.images, indices),
       labels=self.labels[indices],
       accepted=self.accepted
       and tuple(self.accepted[i] for i in indices.tolist()),
-      digest=digest.hex(),
+      digest=hash_rows([(self.digest, *indices.tolist())]),
     )
 
 
@@ -121,45 +146,62 @@ class CaptionSet(ImageSet):
   split: str | None = None  # Karpathy split; None for other data
 
   @classmethod
-  def from_lists(
+  def from_records(
     cls,
-    name: str,
-    images: Images,
-    captions: Sequence[tuple[str, ...]],
-    digest: Digest,
+    records: Sequence[Any],
     *,
-    split: str | None = None,
-  ) -> CaptionSet:
-    """Builds a set from each image's captions; InputError if empty."""
-    if not captions:
-      raise InputError(f"{name}: no image has a caption")
-    owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
-    return cls(
-      name=name,
-      images=images,
-      captions=tuple(text for texts in captions for text in texts),
+    captions: Callable[[Any], tuple[str, ...]],
+    **fields: Any,
+  ) -> Any:
+    """As in the base class, with the captions of each record."""
+    texts = [captions(record) for record in records]
+    if not texts:
+      raise InputError(f"{fields['name']}: no image has a caption")
+    owner = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
+    return super().from_records(
+      records,
+      captions=tuple(text for group in texts for text in group),
       owner=owner.astype(np.int32),
-      digest=digest.hex(),
-      split=split,
+      **fields,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentationSet(ImageSet):
-  """Images and the classes of their pixels."""
+class DenseSet(ImageSet):
+  """Images with a map each, in the image's size."""
 
-  kind: str  # `scenes`, `ade20k` or `nyu40`
-  maps: LabelMaps  # class of each pixel, or `IGNORE`, in the image's size
+  kind: str  # of data; published sizes, limits and crops differ
+  maps: LazySequence
+
+  def read_pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image `i` and its map."""
+    image, pixels = self.images[i], self.maps[i]
+    self.check_size(i, image.shape[:2], pixels)
+    return image, pixels
+
+  def check_size(
+    self, i: int, size: tuple[int, ...], pixels: np.ndarray
+  ) -> None:
+    """Raises InputError if the map of image `i` is of another size."""
+    if size != pixels.shape:
+      raise InputError(
+        f"{self.name}: image {i} is {list(size)} and its map "
+        f"{list(pixels.shape)}; expected the same size"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationSet(DenseSet):
+  """Images and the class of each pixel, or `IGNORE`."""
+
   classes: tuple[str, ...] | None  # readable names, if known
   class_count: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DepthSet(ImageSet):
-  """Images and the true depth of their pixels."""
+class DepthSet(DenseSet):
+  """Images and the true depth of each pixel in metres, 0 where unknown."""
 
-  kind: str  # `scenes`, `nyu` or `kitti`; published limits and crops differ
-  depths: DepthMaps  # in metres and in the image's size; 0 where unknown
   source: str  # where the depth comes from, for the protocol
 
 
@@ -209,8 +251,8 @@ class Video:
   """Frames of one size with the objects of their pixels."""
 
   name: str
-  frames: Images
-  masks: LabelMaps  # 0 background, 1 to `objects` those of the first frame
+  frames: LazySequence
+  masks: LazySequence  # 0 background, 1 to `objects` as in the first frame
   objects: int
 
 
@@ -231,16 +273,3 @@ def subsample(items: Sequence[Any], count: int | None) -> list[Any]:
   if count < 1:
     raise InputError(f"count={count}; expected at least 1, or None for all")
   return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
-class Digest:
-  """SHA-256 of rows, 16 hexadecimal digits: enough to tell two sets apart."""
-
-  def __init__(self):
-    self._hash = hashlib.sha256()
-
-  def add(self, *row: Any) -> None:
-    self._hash.update(json.dumps([str(v) for v in row]).encode() + b"\n")
-
-  def hex(self) -> str:
-    return self._hash.hexdigest()[:16]

@@ -1,9 +1,15 @@
-"""Image embeddings for classification: pooled, CLS or mean-patch features."""
+"""Image embeddings for classification: pooled, CLS or mean-patch features.
+
+Evaluations share passes over the data: features are cached for each encoder by
+the hash of the data and the preprocessing, and freed with the encoder.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,19 +19,24 @@ import numpy as np
 from jaxtyping import Float32
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.features import mean_patches
+from mtv_jax.encoder.features import (
+  OUTPUTS,
+  ImageFeatures,
+  block_index,
+  check_outputs,
+  mean_patches,
+)
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.utils.errors import InputError
 
-View = Literal["center", "squash_center", "squash", "encoder"]
+ViewName = Literal["center", "squash_center", "squash", "encoder"]
 Feature = Literal["pooled", "cls", "mean"]
 Pixels = Literal["images", "crops"]
 
-# Of the views beside "encoder": the size before the crop, relative to the input
-# size, and other fields of `Preprocess`.
+# The size before the crop, relative to the input size, and other fields of
+# `Preprocess`, by view.
 _VIEWS = {
   "center": (
     256 / 224,
@@ -40,7 +51,7 @@ _VIEWS = {
   "squash": (1, {"antialias": False}),
 }
 
-# Size of the patches of a chunk of images, of which the mean is computed.
+# Size of the patches of a chunk of images, whose mean is computed.
 _CHUNK_BYTES = 2**29
 
 # Encoders with the preprocessing of a protocol, by the encoder they copy, so
@@ -50,18 +61,18 @@ _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
 )
 
 
-def view(encoder: Encoder, name: View) -> Encoder:
+def with_view(encoder: Encoder, name: ViewName) -> Encoder:
   """The encoder with the preprocessing of a protocol.
 
   Args:
     encoder: any.
-    name: `encoder` is its own preprocessing. `center` is that of DINOv2 and
-      MAE: the shorter side to 256/224 of the input size (bicubic,
-      antialiased), then torchvision's middle square. `squash_center` is that of
-      big_vision's zero-shot and few-shot evaluations,
+    name: `encoder` is its own preprocessing. `center` is DINOv2's and
+      MAE's: the shorter side to 256/224 of the input size (bicubic,
+      antialiased), then torchvision's middle square. `squash_center` is
+      big_vision's for zero-shot and few-shot evaluations,
       `resize(256)|central_crop(224)`: both sides to 256/224 of the input size
       (bilinear, not antialiased, as `tf.image.resize`), then the middle square.
-      `squash` is that of its retrieval, `resize(224)`, without a crop.
+      `squash` is big_vision's for retrieval, `resize(224)`, without a crop.
   """
   if name == "encoder":
     return encoder
@@ -99,9 +110,6 @@ def embed(
     batch_size: images per step.
     pixels: `images` go through the encoder's preprocessing, and features but
       `mean` are cached; `crops` have its input size and are only normalised.
-
-  Raises:
-    InputError: for `cls`, if the encoder lacks a CLS token.
   """
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(
@@ -111,9 +119,7 @@ def embed(
     return last_blocks(
       encoder, data.images, batch_size=batch_size, pixels=pixels
     ).mean
-  encode = functools.partial(
-    features.encode_images, encoder, digest=data.digest
-  )
+  encode = functools.partial(encode_images, encoder, digest=data.digest)
   if pixels == "crops":
     encode = encoder.dense
   output = {"pooled": "pooled", "cls": "prefix"}[feature]
@@ -152,13 +158,6 @@ def last_blocks(
   """The tokens of the last blocks and the mean patch.
 
   Patches are reduced a chunk of images at a time, to bound memory.
-
-  Args:
-    encoder: any.
-    images: any size.
-    blocks: how many, of those the encoder has.
-    batch_size: images per step.
-    pixels: as for `embed`.
   """
   depth = encoder.spec.image.depth
   layers = tuple(range(depth - 2, depth - 1 - blocks, -1))
@@ -199,3 +198,107 @@ def final_norm(
     return norm(x)
   params = jax.tree.map(np.asarray, encoder.params["image"]["norm"])
   return np.asarray(norm.apply({"params": params}, x))
+
+
+# Bytes cached for an encoder: 1.28 M embeddings of ViT-B, or patches of 7,000
+# images at 14 x 14. Eviction depends on use alone: on a pod all hosts must
+# evict the same arrays, as they compute them again together.
+BUDGET = 4 * 2**30
+
+# Hash of the data, preprocessing, field of `ImageFeatures`, block.
+_Key = tuple[str, Preprocess | None, str, int]
+_LAYER_FIELDS = ("layers", "prefix_layers")
+
+log = logging.getLogger(__name__)
+
+
+class _Store(collections.OrderedDict[_Key, np.ndarray]):
+  """Arrays by key; the least recently used are evicted first."""
+
+  is_warned = False
+
+  def get(self, key: _Key) -> np.ndarray | None:
+    if key in self:
+      self.move_to_end(key)
+    return super().get(key)
+
+  def put(self, key: _Key, array: np.ndarray) -> None:
+    self[key] = array
+    # An array larger than the budget evicts no other.
+    self.move_to_end(key, last=array.nbytes <= BUDGET)
+    while sum(a.nbytes for a in self.values()) > BUDGET:
+      evicted, array = self.popitem(last=False)
+      if not self.is_warned:
+        log.warning(
+          "features of an encoder exceed the cache of %.2g GB: %s %s of the "
+          "data %s is the first to be evicted. Evaluations that share such "
+          "features compute them again",
+          BUDGET / 1e9,
+          evicted[2],
+          array.shape,
+          evicted[0],
+        )
+      self.is_warned = True
+
+
+_stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
+  weakref.WeakKeyDictionary()
+)
+
+
+def encode_images(
+  encoder: Encoder,
+  images: Sequence[Any] | np.ndarray,
+  *,
+  digest: str,
+  layers: Sequence[int] = (),
+  outputs: Sequence[str] = ("pooled",),
+  batch_size: int = 64,
+) -> ImageFeatures:
+  """`encoder.image` through the cache.
+
+  Only the outputs that are not cached are computed. The arrays are shared, and
+  therefore read-only. Arguments are as for `Encoder.image`;
+  `digest` is a hash of the images and their order.
+  """
+  check_outputs(outputs)
+  # A user may give an encoder another preprocessing.
+  data_key = (digest, getattr(encoder, "preprocess", None))
+  depth = encoder.spec.image.depth if layers else 0
+  taps = {i: block_index(i, depth) for i in layers}
+  store = _stores.setdefault(encoder, _Store())
+  arrays = {(name, 0): store.get((*data_key, name, 0)) for name in outputs}
+  for field in _LAYER_FIELDS:
+    for tap in taps.values():
+      arrays[field, tap] = store.get((*data_key, field, tap))
+  missing = [key for key, array in arrays.items() if array is None]
+  if missing:
+    out = encoder.image(
+      images,
+      layers=tuple(
+        sorted({tap for name, tap in missing if name in _LAYER_FIELDS})
+      ),
+      outputs=tuple(name for name, _ in missing if name not in _LAYER_FIELDS),
+      batch_size=batch_size,
+    )
+    # Last, so that none of the requested arrays evicts another.
+    for name, tap in missing:
+      value = getattr(out, name)
+      array = value[tap] if name in _LAYER_FIELDS else value
+      array.setflags(write=False)
+      arrays[name, tap] = array
+      store.put((*data_key, name, tap), array)
+  for array in arrays.values():
+    if len(array) != len(images):
+      raise InputError(
+        f"{len(images)} images have the digest {digest!r}, and "
+        f"{len(array)} were encoded before: it must depend on which images of "
+        "a data set are used"
+      )
+  return ImageFeatures(
+    **{name: arrays.get((name, 0)) for name in OUTPUTS},
+    **{
+      field: {i: arrays[field, tap] for i, tap in taps.items()}
+      for field in _LAYER_FIELDS
+    },
+  )

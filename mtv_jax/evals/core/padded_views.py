@@ -45,11 +45,7 @@ class PaddedView:
   def pad(
     self, image: Float[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h2 w2 3"]:
-    """The padded input of an image in 0..255.
-
-    Raises:
-      InputError: for an image of another size than `size`.
-    """
+    """The padded input of an image in 0..255."""
     if image.shape[:2] != self.size:
       raise InputError(
         f"an image of {image.shape[0]} x {image.shape[1]} among images of "

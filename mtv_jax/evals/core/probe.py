@@ -20,22 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Float32, Int, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Float32, Int, PyTree
 
-from mtv_jax.encoder.batched import put_array
 from mtv_jax.parallel.mesh import (
-  BATCH_SPEC,
   make_mesh,
-  num_batch_shards,
+  replicate,
   replicated_sharding,
+  shard_replicated,
 )
 from mtv_jax.utils.errors import InputError
 
-Batch = Mapping[str, np.ndarray]
-Arrays = Mapping[str, jax.Array | np.ndarray]
-Batches = Callable[[int], Batch] | Iterable[Batch]
-Loss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
+FeatureBatch = Mapping[str, np.ndarray]
+Batches = Callable[[int], FeatureBatch] | Iterable[FeatureBatch]
+ProbeLoss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 
 # Passes over the training images that a schedule has at most by default, and
 # the steps that a shortened one has at least, by smaller batches: our choice.
@@ -48,7 +46,7 @@ MAX_PASSES, MIN_STEPS = 100, 300
 _MAX_IN_FLIGHT = 2
 
 
-class Schedule(NamedTuple):
+class ProbeSchedule(NamedTuple):
   """Length of a training, and why it has it, for the protocol."""
 
   steps: int
@@ -64,7 +62,7 @@ def resolve_schedule(
   steps: int | None = None,
   batch_size: int | None = None,
   in_full: bool = False,
-) -> Schedule:
+) -> ProbeSchedule:
   """The given steps, or the published ones in at most `MAX_PASSES`.
 
   Args:
@@ -75,12 +73,12 @@ def resolve_schedule(
   """
   size = batch_size or published[1]
   if steps is not None:
-    return Schedule(steps, size, "given")
+    return ProbeSchedule(steps, size, "given")
   examples = MAX_PASSES * images
   if in_full or published[0] * size <= examples:
-    return Schedule(published[0], size, "published")
+    return ProbeSchedule(published[0], size, "published")
   size = batch_size or min(size, max(1, examples // MIN_STEPS))
-  return Schedule(
+  return ProbeSchedule(
     min(published[0], -(-examples // size)),
     size,
     f"{MAX_PASSES} passes over {images} images, instead of {published[0]} "
@@ -103,7 +101,7 @@ class FitResult:
 
 
 def fit(
-  loss: Loss,
+  loss: ProbeLoss,
   params: PyTree,
   batches: Batches,
   *,
@@ -129,10 +127,6 @@ def fit(
       default.
     snapshot_steps: numbers of updates after which to copy params and state to
       the host.
-
-  Raises:
-    InputError: for a step count below 1, for batches that end early, or if
-      the loss is not finite.
   """
   if steps < 1:
     raise InputError(f"probe.fit: steps={steps}; expected at least 1")
@@ -149,7 +143,7 @@ def fit(
     batch = next(batches, None)
     if batch is None:
       raise InputError(f"probe.fit: batches end after {step} steps")
-    batch = shard_batch(batch, mesh)
+    batch = shard_replicated(batch, mesh)
     rng = replicate(jax.random.key_data(jax.random.fold_in(key, step)), mesh)
     *carry, value = update(*carry, batch, rng)
     losses.append(value)
@@ -169,7 +163,7 @@ def fit(
 
 
 def _update(
-  loss: Loss, optimizer: optax.GradientTransformation, mesh: Mesh
+  loss: ProbeLoss, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable:
   @functools.partial(
     jax.jit,
@@ -188,26 +182,6 @@ def _update(
     return params, state, moments, value.astype(jnp.float32)
 
   return update
-
-
-def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-  """Shards arrays that every host holds in full over the mesh, by rows.
-
-  An array whose rows the data axes do not divide is replicated.
-  """
-  parts, sharded = num_batch_shards(mesh), NamedSharding(mesh, BATCH_SPEC)
-
-  def put(value: np.ndarray) -> jax.Array:
-    splits = np.ndim(value) and len(value) % parts == 0
-    return put_array(value, sharded if splits else replicated_sharding(mesh))
-
-  return {name: put(value) for name, value in batch.items()}
-
-
-def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Replicates arrays over the devices of the mesh."""
-  sharding = replicated_sharding(mesh)
-  return jax.tree.map(lambda leaf: put_array(leaf, sharding), tree)
 
 
 def shuffled_batches(
@@ -235,64 +209,3 @@ def shuffled_batches(
     return items[start - first * count : stop - first * count]
 
   return indices
-
-
-def batch_norm_stats(width: int) -> dict[str, Float[Array, " d"]]:
-  """Running statistics before the first batch: mean 0, variance 1."""
-  return {"mean": jnp.zeros(width), "var": jnp.ones(width)}
-
-
-def batch_norm_affine(width: int) -> dict[str, Float[Array, " d"]]:
-  """Scale 1 and bias 0."""
-  return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
-
-
-def batch_norm_train(
-  x: Float[Array, "*n d"],
-  stats: Arrays,
-  *,
-  affine: Arrays | None = None,
-  momentum: float = 0.1,
-  eps: float = 1e-5,
-) -> tuple[Float[Array, "*n d"], dict[str, Float[Array, " d"]]]:
-  """Normalised by the batch's own statistics, and the running ones updated.
-
-  torch's conventions (Ioffe & Szegedy 2015): the batch is divided by its
-  biased variance, the running variance collects the unbiased one, and the new
-  value has the weight `momentum`. Over a sharded batch the statistics are the
-  global batch's (SyncBN).
-
-  Args:
-    x: at least two vectors.
-    stats: from `batch_norm_stats` or the step before.
-    affine: from `batch_norm_affine`; none by default.
-    momentum, eps: weight of the new statistics; added to the variance.
-  """
-  axes = tuple(range(x.ndim - 1))
-  count = x.size // x.shape[-1]
-  if count < 2:
-    raise InputError(
-      f"batch_norm_train: {list(x.shape)} has {count} vectors; statistics "
-      "need at least 2"
-    )
-  mean = x.mean(axis=axes)
-  var = jnp.mean(jnp.square(x - mean), axis=axes)
-  new = {"mean": mean, "var": var * (count / (count - 1))}
-  running = {k: (1 - momentum) * stats[k] + momentum * new[k] for k in new}
-  return _normalized(x, mean, var, affine, eps), jax.lax.stop_gradient(running)
-
-
-def batch_norm_eval(
-  x: Float[Array, "*n d"],
-  stats: Arrays,
-  *,
-  affine: Arrays | None = None,
-  eps: float = 1e-5,
-) -> Float[Array, "*n d"]:
-  """Normalised by the running statistics."""
-  return _normalized(x, stats["mean"], stats["var"], affine, eps)
-
-
-def _normalized(x, mean, var, affine, eps):
-  x = (x - mean) * jax.lax.rsqrt(var + eps)
-  return x if affine is None else x * affine["scale"] + affine["bias"]

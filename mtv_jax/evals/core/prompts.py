@@ -83,11 +83,6 @@ def read_prompts(
       line; or a folder of CLIP_benchmark's two text files. `templates` and
       `ids` are optional.
     classes: the number of names that the data need.
-
-  Raises:
-    MissingFileError: if there is no such file.
-    InputError: if it is not of this form, or lacks one name for each of the
-      data's `classes`.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -167,9 +162,6 @@ def imagenet_prompts() -> Prompts:
 
   The WordNet ids come from timm, which open_clip depends on: open_clip's list
   is in their order but leaves them out.
-
-  Raises:
-    ImportError: open_clip is not installed.
   """
   try:
     import open_clip

@@ -32,17 +32,6 @@ def ranks(
   default rounds to bfloat16 and reorders neighbours), for a block of queries
   at a time. Equal candidates are scored once: in a matrix product their scores
   can differ in the last bit, and a tie must remain a tie.
-
-  Args:
-    queries: normalised, if the scores are to be cosines.
-    candidates: the same.
-    query_ids, candidate_ids: correct candidates have the query's id.
-    block_bytes: size of the largest block of scores.
-
-  Raises:
-    InputError: for embeddings that are not finite (a NaN compares as neither
-      better nor equal, which would count as a hit), or a query whose id no
-      candidate has.
   """
   check_finite(queries=queries, candidates=candidates)
   missing = np.setdiff1d(query_ids, candidate_ids)

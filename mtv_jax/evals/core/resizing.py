@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Shaped
 
 from mtv_jax.augment import geometry
-from mtv_jax.models import positions
-from mtv_jax.models.heads import dpt
 from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.resampling import resize_matrix
 
 LINEAR = (
   "bilinear",
@@ -43,19 +42,16 @@ def matrix(
     bilinear_antialiased: antialias=True; Pillow's BILINEAR.
     bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
     bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
-
-  Raises:
-    ConfigError: for a method that is not in `LINEAR`.
-    InputError: for an empty axis.
   """
   check_choice("resizing method", method, LINEAR)
   if size < 1 or new_size < 1:
     raise InputError(f"resizing {size} values to {new_size}; expected >= 1")
   if method == "bilinear_corners":
-    weights = np.array(dpt.corner_matrix(size, new_size), np.float64)
+    weights = resize_matrix(size, new_size, method)
+    weights = np.array(weights.astype(np.float32), np.float64)
   elif method in ("bicubic", "bicubic_antialiased"):
     kind = method.removeprefix("bicubic_")
-    weights = np.array(positions.resize_matrix(size, new_size, kind))
+    weights = np.array(resize_matrix(size, new_size, kind))
   elif method == "bilinear_antialiased":
     # Concrete even while a caller is being traced: it depends on sizes only.
     with jax.ensure_compile_time_eval():
@@ -92,9 +88,6 @@ def indices(
   `nearest` reads at the pixel's upper left corner (16 to 4 takes 0, 4, 8, 12:
   torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at its centre (2,
   6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
-
-  Raises:
-    ConfigError: for a method that is not in `NEAREST`.
   """
   check_choice("resizing method", method, NEAREST)
   # In float32, as PyTorch computes them: rounding decides positions that are
@@ -116,9 +109,6 @@ def resize(
   """Resizes feature maps or images with channels, on the host or the device.
 
   The result has the dtype of `x`; linear methods make float32 of integers.
-
-  Raises:
-    ConfigError: for a method that is not in `METHODS`.
   """
   return _resize(x, size, method=method, axis=x.ndim - 3)
 

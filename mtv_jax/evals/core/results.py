@@ -80,16 +80,12 @@ def write_arrays(
 
 
 def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Metrics of resamples, from the .npz beside an evaluation's JSON, if any.
-
-  Raises:
-    InputError: if that file is damaged.
-  """
+  """Metrics of resamples, from the .npz beside an evaluation's JSON, if any."""
   file = path.with_suffix(".npz")
   if not file.exists():
     return {}
   try:
-    # Of a path, NumPy leaves the file open if it is damaged.
+    # Given a path, NumPy leaves a damaged file open.
     with np.load(io.BytesIO(file.read_bytes())) as arrays:
       return dict(arrays)
   except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -102,11 +98,7 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
 def read_sheets(
   stem: pathlib.Path, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """The sheets that `write_arrays` wrote, by their names, in that order.
-
-  Raises:
-    OSError, SyntaxError: a file is missing or damaged (PIL's errors).
-  """
+  """The sheets that `write_arrays` wrote, by their names, in that order."""
   sheets = {}
   for name, file in _sheet_files(stem, names).items():
     with Image.open(file) as image:
@@ -146,12 +138,7 @@ def write(
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
-  """The outcomes in a file of `write` or `write_json`, without sheets.
-
-  Raises:
-    MissingFileError: if there is no such file.
-    InputError: for a file of another kind.
-  """
+  """The outcomes in a file of `write` or `write_json`, without sheets."""
   path = pathlib.Path(path)
   try:
     content = json.loads(path.read_bytes())

@@ -5,6 +5,8 @@ Patch features of one view are matched to another's; a match is correct if the
 protocol is NAVI's in Probe3D (El Banani et al. 2024), on NAVI, on RGB-D
 sequences and on the built-in scenes:
 
+    error_3d = |R x_0 + t - x_1|,  in metres
+    error_2d = |pi(R x_0 + t) - pi(x_1)|,  in pixels of a view of 512
     recall at t = fraction of matches with an error below t, of the 1,000 of
                   highest weight of every pair
 """
@@ -20,17 +22,162 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64, Int64
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense, examples
+from mtv_jax.evals.core import bootstrap, dense, examples
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.correspondence import matching, recall
-from mtv_jax.evals.correspondence.base import CorrespondenceEvaluator
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.correspondence import matching
+from mtv_jax.evals.correspondence.correspondence_evaluator import (
+  CorrespondenceEvaluator,
+)
 from mtv_jax.evals.datasets import posed, registry
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, InputError
+
+REFERENCE_SIZE = 512  # side of the view that pixel errors refer to
+CHANCE_POINTS = 256  # points of a pair that chance is computed from
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchOptions:
+  """Resolved options of `GeometricCorrespondence`; NAVI's in Probe3D."""
+
+  size: int = 512
+  keep: int = 1000
+  metres: tuple[float | int, ...] = (0.01, 0.02, 0.05)
+  pixels: tuple[float | int, ...] = (5, 25, 50)
+  angles: tuple[float | int, ...] = (0, 30, 60, 90, 120)
+
+  @property
+  def metre_names(self) -> list[str]:
+    """Names of the recalls by 3D error."""
+    return [f"recall_{100 * t:g}cm" for t in self.metres]
+
+  @property
+  def pixel_names(self) -> list[str]:
+    """Names of the recalls by 2D error."""
+    return [f"recall_{t:g}px" for t in self.pixels]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairErrors:
+  """The 3D and 2D errors of the matches of one pair."""
+
+  matches: matching.Matches
+  metres: Float64[np.ndarray, " k"]
+  pixels: Float64[np.ndarray, " k"]
+  # Recall of uniform matches at each threshold, those in metres first.
+  chance: Float64[np.ndarray, " t"]
+  angle: float = 0.0  # between the cameras, in degrees
+
+
+def match_pair(
+  maps: Float32[np.ndarray, "2 h w d"],
+  views: Sequence[posed.PosedView],
+  *,
+  options: MatchOptions,
+  angle: float = 0.0,
+) -> PairErrors:
+  """Matches the first view to the second and computes the errors.
+
+  `maps` are the patch features of the views, which have two points or more.
+  """
+  first, second = views
+  matches = matching.match(
+    *maps,
+    first_valid=first.valid,
+    second_valid=second.valid,
+    keep=options.keep,
+  )
+  motion = posed.motion(first.pose, second.pose)
+  moved = first.points.astype(np.float64) @ motion[:3, :3].T + motion[:3, 3]
+  target = second.points.astype(np.float64)
+  focal = second.focal * REFERENCE_SIZE / options.size
+  errors, chance = [], []
+  first_cells, second_cells = tuple(matches.first.T), tuple(matches.second.T)
+  for a, b, thresholds in (
+    (moved, target, options.metres),
+    (project(moved, focal=focal), project(target, focal=focal), options.pixels),
+  ):
+    errors.append(np.linalg.norm(a[first_cells] - b[second_cells], axis=-1))
+    points = a[first.valid]
+    chosen = examples.subsample(range(len(points)), CHANCE_POINTS)
+    chance += _uniform_recall(points[chosen], b[second.valid], thresholds)
+  return PairErrors(matches, *errors, chance=np.array(chance), angle=angle)
+
+
+def project(
+  points: Float64[np.ndarray, "*n 3"], *, focal: float
+) -> Float64[np.ndarray, "*n 2"]:
+  """`focal (x, y) / max(z, 1e-9)`, without a principal point: it cancels."""
+  return focal * points[..., :2] / np.maximum(points[..., 2:], 1e-9)
+
+
+def _uniform_recall(points, candidates, thresholds) -> list[float]:
+  """The mean fraction of candidates near a point, for each threshold."""
+  squared_distance = (
+    (points**2).sum(axis=1)[:, None]
+    + (candidates**2).sum(axis=1)
+    - 2 * points @ candidates.T
+  )
+  return [float((squared_distance < t * t).mean()) for t in thresholds]
+
+
+def average_recalls(
+  pairs: Sequence[PairErrors], *, options: MatchOptions
+) -> tuple[Estimate, dict[str, float]]:
+  """Metrics of the pairs with their errors over the pairs, and chance.
+
+  Bins of angles, `[low, high)`, without pairs are left out.
+  """
+  recalls = [
+    [float((p.metres < t).mean()) for t in options.metres]
+    + [float((p.pixels < t).mean()) for t in options.pixels]
+    for p in pairs
+  ]
+  counts = np.array([len(p.metres) for p in pairs])
+  angles = np.array([p.angle for p in pairs])
+  metrics, chance = (
+    functools.partial(_metrics, x, counts, angles, options)
+    for x in (np.array(recalls), np.array([p.chance for p in pairs]))
+  )
+  return bootstrap.estimate(metrics, len(pairs)), chance(np.ones(len(pairs)))
+
+
+def _metrics(
+  recalls: Float64[np.ndarray, "n t"],
+  counts: Int64[np.ndarray, " n"],
+  angles: Float64[np.ndarray, " n"],
+  options: MatchOptions,
+  weights: Float64[np.ndarray, " n"],
+) -> dict[str, float]:
+  """Means over n pairs, each of them `weights` times."""
+  counts = weights * counts
+  pooled = counts @ recalls / counts.sum()
+  split = len(options.metres)
+  # By angle and per pair at the middle threshold.
+  middle, by_pair = options.metre_names[split // 2], recalls[:, split // 2]
+  bins = {}
+  for low, high in itertools.pairwise(options.angles):
+    inside = weights * ((angles >= low) & (angles < high))
+    if inside.any():
+      name = f"{middle}_{low:g}_{high:g}deg"
+      bins[name] = inside @ by_pair / inside.sum()
+  names = options.metre_names + options.pixel_names
+  metrics = {
+    "avg_recall": pooled[:split].mean(),
+    "avg_recall_pixel": pooled[split:].mean(),
+    "avg_recall_all": pooled.mean(),
+    **({"avg_recall_angle": np.mean(list(bins.values()))} if bins else {}),
+    **dict(zip(names, pooled, strict=True)),
+    f"{middle}_per_pair": weights @ by_pair / weights.sum(),
+    **bins,
+  }
+  return {name: float(value) for name, value in metrics.items()}
+
 
 _CHUNK = 32  # pairs in memory at a time
 _SHEET_MATCHES = 24  # matches drawn per pair
@@ -41,7 +188,7 @@ class _Defaults:
   """The values that options of None resolve to."""
 
   why: str
-  options: recall.Options = recall.Options()
+  options: MatchOptions = MatchOptions()
   patches: int | None = None  # along a side, instead of a size in pixels
   stride: int = 1
   count: int | None = None
@@ -57,7 +204,7 @@ _DEFAULTS = {
   # NAVI's have 128 x 128.
   "scenes": _Defaults(
     "five times NAVI's, as the objects are about five times as large",
-    recall.Options(keep=100, metres=(0.05, 0.1, 0.25), angles=(0, 15, 30, 45)),
+    MatchOptions(keep=100, metres=(0.05, 0.1, 0.25), angles=(0, 15, 30, 45)),
     patches=16,
     stride=2,
     count=48,
@@ -86,7 +233,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   Attributes:
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
-    keep: matches per pair, those of the highest weight.
+    keep: matches per pair, the highest weights first.
     metres: thresholds of the 3D error; recall by angle uses the middle one.
     pixels: thresholds of the 2D error, in pixels of a view of 512.
     angles: edges of the bins of the angle between the cameras, in degrees.
@@ -137,24 +284,18 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       pairs = posed.read_pairs(self.pairs, frames)
       pairs = examples.subsample(pairs, self.count)
       sample = posed.PairSample(tuple(pairs), 0)
-    digest = posed.digest_of(frames, sample.pairs)
+    digest = posed.hash_pairs(frames, sample.pairs)
     return _PairSet(frames, sample, drawn, digest)
 
   def run(self, encoder: Encoder) -> Result:
-    """Recalls, pooled over pairs and by angle, and their chance.
-
-    Raises:
-      InputError: if no pair has points in both views.
-    """
+    """Recalls, pooled over pairs and by angle, and their chance."""
     frames, pairs = self._set.frames, self._set.sample.pairs
     encoder = self._with_mean(encoder)
     options = self._resolve(encoder, frames.layout)
     chosen = examples.subsample(range(len(pairs)), self.pictures or 1)
     scored, rows = [], []
     for i, views, maps in self._encode_pairs(encoder, options.size):
-      errors = recall.match_pair(
-        maps, views, options=options, angle=pairs[i].angle
-      )
+      errors = match_pair(maps, views, options=options, angle=pairs[i].angle)
       scored.append(errors)
       if self.pictures and i in chosen:
         rows.append(_draw_pair(views, errors, options.metres))
@@ -162,17 +303,15 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       raise InputError(
         f"{frames.name}: none of {len(pairs)} pairs has depth in both views"
       )
-    estimate, chance = recall.average(scored, options=options)
-    return Result(
-      estimate.metrics,
+    estimate, chance = average_recalls(scored, options=options)
+    return Result.from_estimate(
+      estimate,
       self._protocol(encoder, options, scored),
       chance,
-      errors=estimate.errors,
-      resamples=estimate.resamples,
       sheets=self._draw_sheets(rows),
     )
 
-  def _resolve(self, encoder: Encoder, layout: str) -> recall.Options:
+  def _resolve(self, encoder: Encoder, layout: str) -> MatchOptions:
     default = _DEFAULTS[layout]
     published = default.options.size
     if default.patches:
@@ -185,12 +324,12 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   def _encode_pairs(
     self, encoder: Encoder, size: int
   ) -> Iterator[
-    tuple[int, tuple[posed.View, ...], Float32[np.ndarray, "2 h w d"]]
+    tuple[int, tuple[posed.PosedView, ...], Float32[np.ndarray, "2 h w d"]]
   ]:
     """Index, views and features of each pair with enough points."""
     frames, pairs = self._set.frames, self._set.sample.pairs
 
-    def read_views(pair: posed.Pair) -> tuple[posed.View | None, ...]:
+    def read_views(pair: posed.Pair) -> tuple[posed.PosedView | None, ...]:
       return tuple(
         posed.make_view(frames.read(i, size), size=size, stored=frames.stored)
         for i in (pair.first, pair.second)
@@ -211,8 +350,8 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   def _protocol(
     self,
     encoder: Encoder,
-    options: recall.Options,
-    scored: Sequence[recall.PairErrors],
+    options: MatchOptions,
+    scored: Sequence[PairErrors],
   ) -> dict[str, Any]:
     frames, sample = self._set.frames, self._set.sample
     default = _DEFAULTS[frames.layout]
@@ -256,7 +395,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "metres": list(options.metres),
       "metres_are": default.why if self.metres is None else "given",
       "pixels": list(options.pixels),
-      "pixels_of": recall.REFERENCE_SIZE,
+      "pixels_of": REFERENCE_SIZE,
       "averaging": "over all matches of all pairs; by angle and per pair over "
       "pairs",
       "avg_recall": f"mean of {', '.join(options.metre_names)}",
@@ -264,13 +403,13 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "avg_recall_all": "mean of the thresholds in metres and in pixels",
       "avg_recall_angle": "mean of the bins of angle that have pairs",
       "chance": "a uniform match, averaged over "
-      f"{recall.CHANCE_POINTS} points per pair",
+      f"{CHANCE_POINTS} points per pair",
     }
 
 
 def _draw_pair(
-  views: Sequence[posed.View],
-  errors: recall.PairErrors,
+  views: Sequence[posed.PosedView],
+  errors: PairErrors,
   metres: Sequence[float],
 ) -> np.ndarray:
   """Matches from the highest weight to the lowest, coloured by correctness."""

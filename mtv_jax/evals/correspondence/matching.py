@@ -46,9 +46,6 @@ def match(
   Features are upsampled to the cells, bicubic with a = -0.75 and half-pixel
   centres (torch's default), and normalised. Every valid cell of the first map
   has one match; a cell of the second may have many.
-
-  Raises:
-    InputError: as `two_nearest`.
   """
   queries = np.asarray(_upsampled(first, first_valid.shape))[first_valid]
   index, distance = two_nearest(queries, second, valid=second_valid)
@@ -77,9 +74,6 @@ def two_nearest(
   distance 1 from all others. Neither argument need be normalised. Where `valid`
   has the size of the map, nothing is upsampled. `block_bytes` limits a block of
   similarities.
-
-  Raises:
-    InputError: for fewer than two valid cells, or features that are not finite.
   """
   ranking.check_finite(queries=queries, candidates=candidates)
   if valid.sum() < 2:

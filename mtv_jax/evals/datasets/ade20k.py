@@ -98,9 +98,6 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
 
   Its last column contains synonyms, separated by commas in the official file
   and by semicolons in others.
-
-  Raises:
-    InputError: for a file that does not list 150 classes.
   """
   path = root / "objectInfo150.txt"
   if not path.is_file():

@@ -53,12 +53,7 @@ def open_folder(
   count: int | None = None,
   real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
-  """The images of a folder of classes, see `registry.open_classification`.
-
-  Raises:
-    MissingFileError: for a folder with one split and not the other.
-    NotApplicable: if there are no labelled images.
-  """
+  """The images of a folder of classes, see `registry.open_classification`."""
   if has_splits(root):
     folder = _split_folder(root, split)
     if folder is None:
@@ -86,22 +81,24 @@ def open_folder(
   ids = tuple(sorted(names, key=int if are_numbers([*names]) else None))
   index = {key: i for i, key in enumerate(ids)}
   rows = examples.subsample(rows, count)
-  digest = examples.Digest()
-  if split == "train":
-    # Uncompressed images may have the names and sizes of the test images.
-    digest.add(split)
-  for key, _, path in rows:
-    digest.add(os.path.basename(path), os.stat(path).st_size, key)
+  # Uncompressed images may have the names and sizes of the test images.
+  prefix = ("train",) if split == "train" else ()
   paths = [path for _, _, path in rows]
-  return examples.ClassificationSet(
+  return examples.ClassificationSet.from_records(
+    rows,
+    read=lambda row: examples.read_image(row[2]),
+    hashed=lambda row: (
+      os.path.basename(row[2]),
+      os.stat(row[2]).st_size,
+      row[0],
+    ),
+    prefix=prefix,
     name=str(root),
-    images=examples.open_images(paths),
     labels=np.asarray([index[key] for key, _, _ in rows], np.int32),
     classes=tuple(names[key] for key in ids),
     ids=ids,
     subset=len(ids) == _SUBSET_COUNT and all(map(WORDNET_ID.fullmatch, ids)),
     accepted=None if real is None else imagenet.read_real(real, paths),
-    digest=digest.hex(),
   )
 
 

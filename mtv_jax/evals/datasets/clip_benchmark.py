@@ -55,13 +55,7 @@ def is_retrieval(root: pathlib.Path) -> bool:
 def open_classification(
   root: pathlib.Path, *, split: str, count: int | None = None
 ) -> examples.ClassificationSet:
-  """The images of a split, with the names and templates of the folder.
-
-  Arguments and errors are those of `registry.open_classification`.
-
-  Raises:
-    InputError: if a .cls is not the number of a name.
-  """
+  """The images of a split, with the names and templates of the folder."""
   if is_retrieval(root):
     raise NotApplicable(
       f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
@@ -69,7 +63,7 @@ def open_classification(
     )
   given = prompts.read_prompts(root)
   rows = examples.subsample(_read_records(root, split, "cls"), count)
-  labels, digest = [], examples.Digest()
+  labels = []
   for row in rows:
     number = row.label.strip()
     if not number.isdecimal() or int(number) >= len(given.classes):
@@ -78,15 +72,15 @@ def open_classification(
         f"line of classnames.txt, 0 to {len(given.classes) - 1}"
       )
     labels.append(int(number))
-    digest.add(row.key, row.image.size, number)
-  return examples.ClassificationSet(
+  return examples.ClassificationSet.from_records(
+    rows,
+    read=_read_image,
+    hashed=lambda row: (row.key, row.image.size, row.label.strip()),
     name=str(root / split),
-    images=_images(rows),
     labels=np.asarray(labels, np.int32),
     classes=given.classes,
     ids=None,
     templates=given.templates,
-    digest=digest.hex(),
   )
 
 
@@ -97,32 +91,27 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
-  """The images of a split with their captions.
+  """The images of a split with their captions."""
 
-  Arguments and errors are those of `registry.open_captions`.
-  """
-  rows = examples.subsample(_read_records(root, split, "txt"), count)
-  captions, digest = [], examples.Digest()
-  for row in rows:
+  def captions(row: _Record) -> tuple[str, ...]:
     lines = [line.strip() for line in row.label.splitlines()]
     texts = tuple(line for line in lines if line)[:max_captions]
     if not texts:
       raise InputError(f"{row.tar}: {row.key}.txt has no caption")
-    captions.append(texts)
-    digest.add(row.key, row.image.size, *texts)
-  name = str(root / split)
-  return examples.CaptionSet.from_lists(
-    name, _images(rows), captions, digest, split=split
+    return texts
+
+  return examples.CaptionSet.from_records(
+    examples.subsample(_read_records(root, split, "txt"), count),
+    read=_read_image,
+    captions=captions,
+    hashed=lambda row: (row.key, row.image.size, *captions(row)),
+    name=str(root / split),
+    split=split,
   )
 
 
-def _images(rows: list[_Record]) -> examples.Images:
-  def read(i: int) -> np.ndarray:
-    return canvas.decode(
-      files.read_span(rows[i].tar, rows[i].image), key=rows[i].key
-    )
-
-  return examples.Images(read, len(rows))
+def _read_image(row: _Record) -> np.ndarray:
+  return canvas.decode(files.read_span(row.tar, row.image), key=row.key)
 
 
 def _read_records(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:

@@ -20,12 +20,13 @@ import collections
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mtv_jax.config import foreign, options
+from mtv_jax.data.sources import coco as coco_json
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files
@@ -57,9 +58,7 @@ _IMAGE_FOLDERS = (
   "flickr30k_images/flickr30k_images",
 )
 _INSTANCES = "annotations/instances_val2017.json"
-_MAX_SIDE = 1_000_000  # of an image and a box, in pixels
 _MIN_SIDE = 1.0  # smallest side of a box, in pixels
-_ID = (int, str)
 
 _JPEG = re.compile(r"\.jpe?g\b")
 
@@ -98,10 +97,7 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
-  """Captioned images of a file of captions.
-
-  Arguments and errors are those of `registry.open_captions`.
-  """
+  """Captioned images of a file of captions, see `registry.open_captions`."""
   stem = path.stem.removeprefix("captions_")
   if path.suffix == ".json":
     content = read_annotations(path)
@@ -118,30 +114,40 @@ def open_captions(
     rows, split = _flickr_rows(path), None
   rows = examples.subsample(rows, count)
   paths = _find_images(path, images, stem, [name for name, _ in rows])
-  digest, captions = examples.Digest(), []
-  for (name, texts), file in zip(rows, paths, strict=True):
-    captions.append(tuple(texts)[:max_captions])
-    digest.add(name, file.stat().st_size, *captions[-1])
-  return examples.CaptionSet.from_lists(
-    str(path), examples.open_images(paths), captions, digest, split=split
+
+  def captions(record: tuple[tuple[str, list[str]], pathlib.Path]):
+    return tuple(record[0][1])[:max_captions]
+
+  return examples.CaptionSet.from_records(
+    [*zip(rows, paths, strict=True)],
+    read=lambda record: examples.read_image(record[1]),
+    captions=captions,
+    hashed=lambda record: (
+      record[0][0],
+      record[1].stat().st_size,
+      *captions(record),
+    ),
+    name=str(path),
+    split=split,
   )
 
 
 def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   """File name and captions of each image of a captions_*.json."""
-  names = {i: row["file_name"] for i, row in _index_images(path, content)}
-  captions = collections.defaultdict(list)
   first = _first(content, "annotations")
   if first and "caption" not in first:
     raise NotApplicable(
       f"{path}: annotations have {sorted(first)} and no 'caption'; expected "
       "COCO's captions_*.json"
     )
-  fields = {"image_id": _ID, "caption": str}
-  for row in foreign.read_rows(path, content, "annotations", fields):
-    captions[row["image_id"]].append(row["caption"])
-  _require_images(path, captions, names)
-  return [(names[i], captions[i]) for i in names if captions[i]]
+  images = coco_json.group_images(
+    path, content, image={"file_name": str}, annotation={"caption": str}
+  )
+  return [
+    (image.info["file_name"], [row["caption"] for row in image.annotations])
+    for image in images.values()
+    if image.annotations
+  ]
 
 
 def _karpathy_rows(
@@ -197,32 +203,6 @@ def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
   return row if isinstance(row, dict) else {}
 
 
-def _index_images(
-  path: pathlib.Path, content: Mapping[str, Any], *sides: str
-) -> list[tuple[int, Mapping[str, Any]]]:
-  """Id and entry of each image; InputError if it lacks a field."""
-  fields = {"id": _ID, "file_name": str, **dict.fromkeys(sides, int)}
-  rows = foreign.read_rows(path, content, "images", fields)
-  for row in rows:
-    if any(not 1 <= row[side] <= _MAX_SIDE for side in sides):
-      raise InputError(
-        f"{path}: the image {row['file_name']!r} has sides of "
-        f"{[row[side] for side in sides]} pixels"
-      )
-  return [(row["id"], row) for row in rows]
-
-
-def _require_images(
-  path: pathlib.Path, ids: Iterable[int], known: Iterable[int]
-) -> None:
-  unknown = {*ids} - {*known}
-  if unknown:
-    raise InputError(
-      f"{path}: {len(unknown)} annotated image ids are not among its images, "
-      f"such as {min(unknown, key=str)}"
-    )
-
-
 def _find_images(
   path: pathlib.Path,
   given: str | os.PathLike | None,
@@ -269,7 +249,7 @@ def open_boxes(
 
   Crowds, boxes thinner than a pixel and images without annotations, which are
   unlabelled rather than empty, are left out. `path` is the JSON or COCO's
-  folder; arguments and errors are those of `registry.open_boxes`.
+  folder; see `registry.open_boxes`.
   """
   if path.is_dir():
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
@@ -281,62 +261,77 @@ def open_boxes(
     raise NotApplicable(
       f"{path} has no named boxes; expected COCO's instances_*.json"
     )
-  infos = dict(_index_images(path, content, "height", "width"))
-  fields = {"image_id": _ID, "category_id": _ID, "bbox": list}
-  rows = foreign.read_rows(path, content, "annotations", fields)
-  _require_images(path, (row["image_id"] for row in rows), infos)
-  fields = {"id": _ID, "name": str}
+  images_by_id = coco_json.group_images(
+    path,
+    content,
+    image={"file_name": str, "height": int, "width": int},
+    annotation={"category_id": coco_json.ID, "bbox": list},
+  )
+  fields = {"id": coco_json.ID, "name": str}
   categories = foreign.read_rows(path, content, "categories", fields)
   index = {row["id"]: i for i, row in enumerate(categories)}
   left_out = {"crowds": 0, "thinner than a pixel": 0}
-  annotated = collections.defaultdict(list)
-  for row in rows:
-    info = infos[row["image_id"]]
-    if row["category_id"] not in index or not _is_box(row["bbox"]):
-      raise InputError(
-        f"{path}: an annotation has category_id {row['category_id']!r} and "
-        f"bbox {options.shorten_repr(row['bbox'])}; expected the id of a "
-        "category and [x, y, width, height] in pixels"
-      )
-    box = _corners(row["bbox"], info)
-    sides = box[2:] - box[:2]
-    if row.get("iscrowd") not in (None, 0, 1):
-      raise InputError(
-        f"{path}: an annotation has iscrowd "
-        f"{options.shorten_repr(row['iscrowd'])}; expected 0 or 1"
-      )
-    if row.get("iscrowd"):
-      left_out["crowds"] += 1
-    elif min(sides * (info["height"], info["width"])) < _MIN_SIDE:
-      left_out["thinner than a pixel"] += 1
-    else:
-      annotated[row["image_id"]].append((box, index[row["category_id"]]))
-  ids = examples.subsample([i for i in infos if i in annotated], count)
-  names = [infos[i]["file_name"] for i in ids]
+  annotated = []
+  for image in images_by_id.values():
+    boxes, labels = [], []
+    for row in image.annotations:
+      _check_annotation(path, row, index)
+      box = _corners(row["bbox"], image.info)
+      sides = (box[2:] - box[:2]) * (image.info["height"], image.info["width"])
+      if row.get("iscrowd"):
+        left_out["crowds"] += 1
+      elif min(sides) < _MIN_SIDE:
+        left_out["thinner than a pixel"] += 1
+      else:
+        boxes.append(box)
+        labels.append(index[row["category_id"]])
+    if boxes:
+      boxes = np.asarray(boxes, np.float32)
+      annotated.append((image.info, boxes, np.asarray(labels, np.int32)))
+  annotated = examples.subsample(annotated, count)
+  names = [info["file_name"] for info, _, _ in annotated]
   stem = path.stem.removeprefix("instances_")
   paths = _find_images(path, images, stem, names)
   classes = tuple(row["name"] for row in categories)
-  boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
-  labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]
-  digest = examples.Digest()
-  for file, name, box, label in zip(paths, names, boxes, labels, strict=True):
-    size = file.stat().st_size
-    digest.add(name, size, *box.ravel().tolist(), *label.tolist())
-  return examples.BoxSet(
+  return examples.BoxSet.from_records(
+    [*zip(paths, annotated, strict=True)],
+    read=lambda record: _read_checked(record[0], record[1][0]),
+    hashed=lambda record: (
+      record[1][0]["file_name"],
+      record[0].stat().st_size,
+      *record[1][1].ravel().tolist(),
+      *record[1][2].tolist(),
+    ),
     name=str(path),
-    images=_checked_images(paths, [infos[i] for i in ids]),
-    boxes=tuple(boxes),
-    phrases=tuple(tuple(classes[c] for c in label) for label in labels),
-    labels=tuple(labels),
+    boxes=tuple(boxes for _, boxes, _ in annotated),
+    phrases=tuple(
+      tuple(classes[label] for label in labels) for _, _, labels in annotated
+    ),
+    labels=tuple(labels for _, _, labels in annotated),
     classes=classes,
-    digest=digest.hex(),
     left_out=left_out,
   )
 
 
+def _check_annotation(
+  path: pathlib.Path, row: Mapping[str, Any], index: Mapping[Any, int]
+) -> None:
+  if row["category_id"] not in index or not _is_box(row["bbox"]):
+    raise InputError(
+      f"{path}: an annotation has category_id {row['category_id']!r} and "
+      f"bbox {options.shorten_repr(row['bbox'])}; expected the id of a "
+      "category and [x, y, width, height] in pixels"
+    )
+  if row.get("iscrowd") not in (None, 0, 1):
+    raise InputError(
+      f"{path}: an annotation has iscrowd "
+      f"{options.shorten_repr(row['iscrowd'])}; expected 0 or 1"
+    )
+
+
 def _is_box(values: Sequence[Any]) -> bool:
   return len(values) == 4 and all(
-    type(v) in (int, float) and abs(v) <= _MAX_SIDE for v in values
+    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE for v in values
   )
 
 
@@ -349,19 +344,12 @@ def _corners(
   return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)
 
 
-def _checked_images(
-  paths: Sequence[pathlib.Path], infos: Sequence[Mapping[str, Any]]
-) -> examples.Images:
-  """Lazily decoded images; raises if a size differs from the annotated one."""
-  decoded = examples.open_images(paths)
-
-  def read(index: int) -> np.ndarray:
-    image, info = decoded[index], infos[index]
-    if image.shape[:2] != (info["height"], info["width"]):
-      raise InputError(
-        f"{paths[index]} is {image.shape[0]}x{image.shape[1]} and its boxes "
-        f"are for {info['height']}x{info['width']}: not the original image"
-      )
-    return image
-
-  return examples.Images(read, len(paths))
+def _read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
+  """The image; InputError if its size differs from the annotated one."""
+  image = examples.read_image(path)
+  if image.shape[:2] != (info["height"], info["width"]):
+    raise InputError(
+      f"{path} is {image.shape[0]}x{image.shape[1]} and its boxes are for "
+      f"{info['height']}x{info['width']}: not the original image"
+    )
+  return image

@@ -32,17 +32,14 @@ def find_root(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder is that of DAVIS, or contains it."""
+  """Whether a folder is DAVIS, or contains it."""
   return find_root(root) is not None
 
 
 def open_videos(
   root: pathlib.Path, *, count: int | None = None
 ) -> examples.VideoSet:
-  """The validation videos with their masks.
-
-  Arguments and errors are those of `registry.open_videos`.
-  """
+  """The validation videos with their masks, see `registry.open_videos`."""
   folder = find_root(root)
   files.require_layout(
     folder,
@@ -52,7 +49,7 @@ def open_videos(
   names = foreign.read_text(folder / _LIST).split()
   if not names:
     raise InputError(f"{folder / _LIST} names no video; expected one a line")
-  digest, videos = examples.Digest(), []
+  rows, videos = [], []
   for name in examples.subsample(names, count):
     foreign.resolve_name(folder / _IMAGES, name, where=folder / _LIST)
     frames = sorted((folder / _IMAGES / name).glob("*.jpg"))
@@ -65,7 +62,7 @@ def open_videos(
     files.require_files(masks, folder)
     for frame, mask in zip(frames, masks, strict=True):
       sizes = frame.stat().st_size, mask.stat().st_size
-      digest.add(name, frame.name, *sizes)
+      rows.append((name, frame.name, *sizes))
     objects = int(_read_mask(masks[0]).max())
     if not objects:
       raise InputError(f"{masks[0]} has no object, which is to be propagated")
@@ -73,7 +70,7 @@ def open_videos(
       examples.Video(
         name=name,
         frames=examples.open_images(frames),
-        masks=examples.LabelMaps(
+        masks=examples.LazySequence(
           lambda i, masks=masks: _read_mask(masks[i]), len(masks)
         ),
         objects=objects,
@@ -83,7 +80,7 @@ def open_videos(
     kind="davis",
     name=f"{folder} val",
     videos=tuple(videos),
-    digest=digest.hex(),
+    digest=examples.hash_rows(rows),
   )
 
 

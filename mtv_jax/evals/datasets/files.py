@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -17,14 +17,7 @@ from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.utils.errors import InputError, MissingFileError
-
-Set = TypeVar("Set", examples.DepthSet, examples.SegmentationSet)
-
-# Field and type of the labels of a set.
-_LABELS = {
-  examples.DepthSet: ("depths", examples.DepthMaps),
-  examples.SegmentationSet: ("maps", examples.LabelMaps),
-}
+from mtv_jax.utils.text import list_first
 
 
 class LabelledFile(NamedTuple):
@@ -35,38 +28,27 @@ class LabelledFile(NamedTuple):
 
 
 def open_pairs(
-  cls: type[Set],
+  cls: type[examples.DenseSet],
   files: Sequence[LabelledFile],
   *,
   read_label: Callable[[LabelledFile], np.ndarray],
   count: int | None,
   name: str,
   **fields: Any,
-) -> Set:
-  """A data set of image files and label files.
-
-  Args:
-    cls: type of the set.
-    files: all pairs of the split.
-    read_label: reads the depth or the class map of a pair.
-    count: number of images, evenly spaced; None for all.
-    name, **fields: of the set.
-
-  Raises:
-    MissingFileError: some of the selected files are missing.
-  """
+) -> Any:
+  """A data set of image files and label files."""
   files = examples.subsample(files, count)
   require_files([path for pair in files for path in pair], name)
-  digest = examples.Digest()
-  for image, label in files:
-    sizes = image.stat().st_size, label.stat().st_size
-    digest.add(image.name, label.name, *sizes)
-  field, lazy = _LABELS[cls]
-  return cls(
+  labels = examples.LazySequence(lambda i: read_label(files[i]), len(files))
+  return cls.from_records(
+    files,
+    read=lambda pair: examples.read_image(pair.image),
+    hashed=lambda pair: (
+      *(path.name for path in pair),
+      *(path.stat().st_size for path in pair),
+    ),
     name=name,
-    images=examples.open_images([pair.image for pair in files]),
-    digest=digest.hex(),
-    **{field: lazy(lambda i: read_label(files[i]), len(files))},
+    maps=labels,
     **fields,
   )
 
@@ -126,7 +108,7 @@ def _list_folder(root: pathlib.Path) -> str:
   if not root.is_dir():
     return "nothing (it is not a folder)"
   names = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
-  return ", ".join([*names[:8], *["..."] * (len(names) > 8)]) or "nothing"
+  return list_first(names, 8) or "nothing"
 
 
 def find_list(

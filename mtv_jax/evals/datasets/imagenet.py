@@ -68,14 +68,7 @@ def open_validation(
   count: int | None = None,
   real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
-  """The flat validation images with the devkit's labels.
-
-  Arguments and errors are those of `registry.open_classification`.
-
-  Raises:
-    MissingFileError: without the devkit, or if images are missing.
-    InputError: if the devkit is not as released.
-  """
+  """The flat validation images with the devkit's labels."""
   source = _find_images(path)
   ids, names, truth = _read_devkit(source)
   if source.is_file():
@@ -93,23 +86,22 @@ def open_validation(
       f"missing, such as {missing[0]}. Is it unpacked in full?"
     )
   rows = examples.subsample([*zip(wanted, truth, strict=True)], count)
-  digest = examples.Digest()
-  for name, label in rows:
-    image = images[name]
-    size = image.size if source.is_file() else image.stat().st_size
-    digest.add(name, size, ids[label])
   wanted = [name for name, _ in rows]
-  return examples.ClassificationSet(
+
+  def hash_row(row: tuple[str, int]) -> tuple[str, int, str]:
+    image = images[row[0]]
+    size = image.size if source.is_file() else image.stat().st_size
+    return row[0], size, ids[row[1]]
+
+  return examples.ClassificationSet.from_records(
+    rows,
+    read=lambda row: canvas.decode(read(images[row[0]]), key=row[0]),
+    hashed=hash_row,
     name=str(source),
-    images=examples.Images(
-      lambda i: canvas.decode(read(images[wanted[i]]), key=wanted[i]),
-      len(rows),
-    ),
     labels=np.asarray([label for _, label in rows], np.int32),
     classes=names,
     ids=ids,
     accepted=None if real is None else read_real(real, wanted),
-    digest=digest.hex(),
   )
 
 
@@ -157,7 +149,7 @@ def _read_archived(archive: pathlib.Path, name: str) -> bytes:
   try:
     with tarfile.open(archive) as tar:
       return tar.extractfile(f"{_DEVKIT}/data/{name}").read()
-  # Of a folder instead of a file: AttributeError.
+  # AttributeError: a folder instead of a file.
   except (
     KeyError, AttributeError, tarfile.TarError, OSError, EOFError,
   ) as error:  # fmt: skip
@@ -193,12 +185,7 @@ def _first_name(words: Any) -> str:
 def read_real(
   path: str | os.PathLike, names: Sequence[str | os.PathLike]
 ) -> tuple[tuple[int, ...], ...]:
-  """ReaL's labels of validation images, by their file names.
-
-  Raises:
-    InputError: if the file is not a list of lists of labels, or a name is not
-      that of a validation image.
-  """
+  """ReaL's labels of validation images, by their file names."""
   path = pathlib.Path(path)
   if not path.is_file():
     raise MissingFileError(
@@ -253,10 +240,6 @@ def open_objectnet(
 
   The classes are ObjectNet's, in the order of their folders. `groups` has the
   labels of ImageNet that each stands for.
-
-  Raises:
-    MissingFileError: if a mapping or all images are missing.
-    InputError: if the mappings contradict each other.
   """
   root = find_objectnet(path)
   expected = [f"mappings/{name}" for name in _MAPPINGS]
@@ -275,28 +258,25 @@ def open_objectnet(
       f"and {_OVERLAP} name, such as {folders[0]!r}"
     )
   rows = examples.subsample(rows, count)
-  digest = examples.Digest()
-  for label, image in rows:
-    digest.add(image.name, image.stat().st_size, folders[label])
-  images = examples.open_images([image for _, image in rows])
 
-  def read(i: int) -> np.ndarray:
-    image = images[i]
+  def read(row: tuple[int, pathlib.Path]) -> np.ndarray:
+    image = examples.read_image(row[1])
     if min(image.shape[:2]) <= 2 * _BORDER:
       raise InputError(
-        f"{rows[i][1]} is {image.shape[0]}x{image.shape[1]} pixels: its border "
+        f"{row[1]} is {image.shape[0]}x{image.shape[1]} pixels: its border "
         f"alone is {_BORDER} on each side"
       )
     return image[_BORDER:-_BORDER, _BORDER:-_BORDER]
 
-  return examples.ClassificationSet(
+  return examples.ClassificationSet.from_records(
+    rows,
+    read=read,
+    hashed=lambda row: (row[1].name, row[1].stat().st_size, folders[row[0]]),
     name=str(root),
-    images=examples.Images(read, len(rows)),
     labels=np.asarray([label for label, _ in rows], np.int32),
     classes=tuple(names[folder].lower() for folder in folders),
     ids=tuple(folders),
     groups=tuple(groups[folder] for folder in folders),
-    digest=digest.hex(),
   )
 
 

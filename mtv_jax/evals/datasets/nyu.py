@@ -196,17 +196,18 @@ def _open_arrays(
   source: str,
   hashed: tuple[Any, ...],
 ) -> examples.DepthSet:
-  digest = examples.Digest()
-  digest.add(*hashed, *ids)
+  def read(function: Callable[[int], np.ndarray], dtype: Any) -> Any:
+    return examples.LazySequence(
+      lambda i: np.ascontiguousarray(function(i), dtype), len(ids)
+    )
+
   return examples.DepthSet(
     kind="nyu",
     name=name,
-    images=examples.Images(lambda i: np.ascontiguousarray(image(i)), len(ids)),
-    depths=examples.DepthMaps(
-      lambda i: np.ascontiguousarray(depth(i), np.float32), len(ids)
-    ),
+    images=read(image, None),
+    maps=read(depth, np.float32),
     source=source,
-    digest=digest.hex(),
+    digest=examples.hash_rows([(*hashed, *ids)]),
   )
 
 

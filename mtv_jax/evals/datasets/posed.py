@@ -1,6 +1,6 @@
 """Images with depth and camera pose: views, pairs, and lists of pairs.
 
-Cameras are those of computer vision (x right, y down, z forward), poses map
+Cameras follow computer vision (x right, y down, z forward), poses map
 world to camera coordinates, lengths are metres. A view is what NAVI's protocol
 computes from an image (El Banani et al. 2024, Probe3D): a square around the
 pixels with depth, and the 3D point of every fourth of them.
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 
 from mtv_jax.config import foreign
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.core.examples import Digest, open_images, subsample
+from mtv_jax.evals.core.examples import hash_rows, open_images, subsample
 from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, did_you_mean
@@ -47,7 +47,7 @@ class Frame:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class PosedView:
   """The encoded square, and the 3D points of its cells.
 
   Points are in the camera's frame, of the upper left pixel of each cell of
@@ -67,32 +67,22 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class PosedFrames:
-  """A data set of frames, in groups that show the same object.
+  """A data set of frames, in groups that show the same object."""
 
-  Attributes:
-    name: the data set's name, for the protocol.
-    layout: `navi`, `rgbd` or `scenes`.
-    names: the n frames' names, with their groups, as in paths.
-    groups: indices of the frames that may be paired with each other.
-    poses: world to camera.
-    read: reads a frame by its index and the side of its view (for scenes).
-    fingerprint: what distinguishes a frame's files, such as their sizes.
-    stored: shorter side in pixels of the protocol's offline copies, to which
-      frames are resized first; None for no resizing.
-    overlaps: whether two frames show enough common points; None for always.
-    metadata: further protocol entries.
-  """
-
-  name: str
-  layout: str
-  names: tuple[str, ...]
-  groups: tuple[tuple[int, ...], ...]
-  poses: Float64[np.ndarray, "n 4 4"]
-  read: Callable[[int, int], Frame]
+  name: str  # for the protocol
+  layout: str  # `navi`, `rgbd` or `scenes`
+  names: tuple[str, ...]  # of the n frames, with their groups, as in paths
+  groups: tuple[tuple[int, ...], ...]  # frames to be paired with each other
+  poses: Float64[np.ndarray, "n 4 4"]  # world to camera
+  read: Callable[[int, int], Frame]  # by index and (scenes) side of the view
+  # What distinguishes a frame's files, such as their sizes.
   fingerprint: Callable[[int], tuple[Any, ...]]
+  # Shorter side in pixels of the protocol's offline copies, to which frames are
+  # resized first; None for no resizing.
   stored: int | None
+  # Whether two frames show enough common points; None for always.
   overlaps: Callable[[int, int], bool] | None
-  metadata: Mapping[str, Any]
+  metadata: Mapping[str, Any]  # further protocol entries
 
 
 def open_frames(
@@ -104,15 +94,7 @@ def open_frames(
   camera: Callable[[int, tuple[int, int]], tuple[float, tuple]],
   **fields: Any,
 ) -> PosedFrames:
-  """A data set of image files and depth files.
-
-  Args:
-    root: folder that the frames' names are relative to.
-    files: image and depth of each frame.
-    read_depth: reads metres.
-    camera: focal length and centre of a frame by its index and shape.
-    groups, **fields: of the `PosedFrames`.
-  """
+  """A data set of image files and depth files."""
   images = open_images([file.image for file in files])
 
   def read(i: int, size: int) -> Frame:
@@ -154,7 +136,7 @@ class PairSample(NamedTuple):
 
 def make_view(
   frame: Frame, *, size: int, stored: int | None = None
-) -> View | None:
+) -> PosedView | None:
   """The square around the pixels with depth, `size` x `size` pixels.
 
   1. The shorter side is resized to `stored` (image bilinear, antialiased: what
@@ -191,7 +173,7 @@ def make_view(
   z = depth[np.ix_(rows[cell], columns[cell])]
   x = (columns[cell] + 0.5 - principal_point[0])[None, :] / focal * z
   y = (rows[cell] + 0.5 - principal_point[1])[:, None] / focal * z
-  return View(
+  return PosedView(
     image=image[np.ix_(rows, columns)],
     points=np.stack([x, y, z], axis=-1).astype(np.float32),
     focal=focal * size / side,
@@ -273,16 +255,6 @@ def draw_pairs(
   The partner is drawn from those at an angle in (0, max_angle] that overlap. It
   depends on the seed, the frame's name and its group alone: neither the machine
   nor the rest of the data set changes it.
-
-  Args:
-    frames: the data set.
-    seed: seed for drawing the partners.
-    stride: stride over the frames, group after group.
-    count: number of those frames, evenly spaced; all by default.
-    max_angle: in degrees.
-
-  Raises:
-    InputError: for a group in which no frame has a partner.
   """
   chosen = [i for group in frames.groups for i in group][::stride]
   chosen = subsample(chosen, count)
@@ -337,13 +309,13 @@ def _describe_unpaired(frames, group, between, max_angle) -> str:
   )
 
 
-def digest_of(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
+def hash_pairs(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
   """A hash of the pairs and of their files."""
-  digest = Digest()
-  for pair in pairs:
-    for index in (pair.first, pair.second):
-      digest.add(frames.names[index], *frames.fingerprint(index))
-  return digest.hex()
+  return hash_rows(
+    (frames.names[i], *frames.fingerprint(i))
+    for pair in pairs
+    for i in (pair.first, pair.second)
+  )
 
 
 def write_pairs(
@@ -366,9 +338,6 @@ def read_pairs(
   """The pairs of `write_pairs`, or of a list of NAVI's.
 
   Angles are computed from the poses; those in the file are informative.
-
-  Raises:
-    InputError: for a line of another form, or a frame that is not in the data.
   """
   index = {name: i for i, name in enumerate(frames.names)}
   pairs = []

@@ -58,7 +58,7 @@ from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 # Keyed by the name shown in errors; folders are recognised in this order.
 LAYOUTS: dict[str, ModuleType] = {
@@ -127,7 +127,7 @@ def open_classification(
 
 def _is_flat_imagenet(data: examples.Data) -> bool:
   if _is_source(data) or (path_lib.is_remote(data) and ".tar" in str(data)):
-    return False  # Of a bucket, the tars of a source.
+    return False  # A source of tars in a bucket.
   return imagenet.matches_validation(_local(data))
 
 
@@ -163,9 +163,6 @@ def open_splits(
 
   `data` has both splits (a folder of them, the scenes, a TFDS set), or is the
   test images and `train` the training images.
-
-  Raises:
-    InputError: also if the classes differ, or one set is given twice.
   """
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
@@ -178,6 +175,9 @@ def open_splits(
     )
   else:
     has_both = is_scenes(data)
+    tars = ".tar" in os.fspath(data)
+    if not has_both and not tars and not _local(data).exists():
+      raise MissingFileError(f"data={os.fspath(data)!r} does not exist")
   if train is None and not has_both:
     raise NotApplicable(
       f"data={data if isinstance(data, Mapping) else os.fspath(data)!r} has no "
@@ -277,11 +277,11 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
   if not files:
     raise NotApplicable(f"there are no images in {data}: {'; '.join(errors)}")
   files = examples.subsample(files, count)
-  digest = examples.Digest()
-  for file in files:
-    digest.add(file.relative_to(root), file.stat().st_size)
-  return examples.ImageSet(
-    name=str(data), images=examples.open_images(files), digest=digest.hex()
+  return examples.ImageSet.from_records(
+    files,
+    read=examples.read_image,
+    hashed=lambda file: (file.relative_to(root), file.stat().st_size),
+    name=str(data),
   )
 
 

@@ -4,7 +4,7 @@
     ROOT/**/camera-intrinsics.txt    (optional: 3 x 3, in pixels)
 
 Depth is a 16-bit PNG in millimetres, 0 and 65535 for none; the pose is 4 x 4,
-camera to world, in metres. The default intrinsics are those of 7-Scenes: a
+camera to world, in metres. The default intrinsics are 7-Scenes': a
 focal length of 585 pixels and the principal point (320, 240) (Shotton et al.
 2013). Every folder of frames is a sequence, whose frames are paired with each
 other.

@@ -9,11 +9,10 @@ seed=..., difficulty=...}`, the config of a source of `mtv_jax.data`. By default
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,8 @@ from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.dense import threaded_map
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 # Scenes are rendered from their number; training counts up from zero.
@@ -88,14 +87,13 @@ class SceneRange:
 
   def digest(self) -> str:
     """A hash of numbers, size, seed and difficulty."""
-    digest = examples.Digest()
     first, count = self.numbers[0], len(self)
-    digest.add("scenes", first, count, self.size, self.seed)
+    rows = [("scenes", first, count, self.size, self.seed)]
     if self.difficulty != "hard":
-      digest.add(self.difficulty)
+      rows.append((self.difficulty,))
     if self.numbers != tuple(range(first, first + count)):
-      digest.add(*self.numbers)
-    return digest.hex()
+      rows.append(self.numbers)
+    return examples.hash_rows(rows)
 
   def protocol(self) -> dict[str, Any]:
     """For JSON."""
@@ -120,14 +118,7 @@ def open_range(
   count: int | None = None,
   size: int | None = None,
 ) -> SceneRange:
-  """The scenes of a split.
-
-  Args:
-    default: number of scenes if neither `data` nor `count` gives it.
-    needs: fields that the evaluation reads, for the error.
-    count: number of scenes, evenly spaced in `length`; None for all.
-    size: pixels per side if `data` does not give it.
-  """
+  """The scenes of a split."""
   given = dict(data) if isinstance(data, Mapping) else {"type": data}
   if not is_scenes(given):
     raise NotApplicable(
@@ -147,14 +138,6 @@ def open_range(
   )
 
 
-def _fields(
-  scenes: SceneRange, *names: str
-) -> tuple[Callable[[int], np.ndarray], ...]:
-  """Functions from an index to a field of the scene, which is cached."""
-  render = functools.lru_cache(maxsize=64)(scenes.render)
-  return tuple(lambda i, name=name: getattr(render(i), name) for name in names)
-
-
 def open_depth(
   data: examples.Data, *, split: str, count: int | None, size: int
 ) -> examples.DepthSet:
@@ -162,15 +145,7 @@ def open_depth(
   default = {"train": 192, "test": 64}[split]
   options = {"default": default, "needs": "metric depth"}
   scenes = open_range(data, split=split, count=count, size=size, **options)
-  image, depth = _fields(scenes, "image", "depth")
-  return examples.DepthSet(
-    kind="scenes",
-    name="scenes",
-    images=examples.Images(image, len(scenes)),
-    depths=examples.DepthMaps(depth, len(scenes)),
-    source="exact",
-    digest=scenes.digest(),
-  )
+  return _open_maps(examples.DepthSet, scenes, "depth", source="exact")
 
 
 def open_segmentation(
@@ -180,15 +155,29 @@ def open_segmentation(
   default = {"train": 256, "test": 100}[split]
   options = {"default": default, "needs": "classes of pixels"}
   scenes = open_range(data, split=split, count=count, size=96, **options)
-  image, segmentation = _fields(scenes, "image", "segmentation")
-  return examples.SegmentationSet(
-    kind="scenes",
-    name="scenes",
-    images=examples.Images(image, len(scenes)),
-    maps=examples.LabelMaps(segmentation, len(scenes)),
+  return _open_maps(
+    examples.SegmentationSet,
+    scenes,
+    "segmentation",
     classes=render_lib.SEGMENT_NAMES,
     class_count=len(render_lib.SEGMENT_NAMES),
+  )
+
+
+def _open_maps(
+  cls: type[examples.DenseSet], scenes: SceneRange, name: str, **fields: Any
+) -> Any:
+  """A set of the scenes' images and of their field `name`."""
+  # Image and map of a scene are read one after the other.
+  render = functools.lru_cache(maxsize=64)(scenes.render)
+  count = len(scenes)
+  return cls(
+    kind="scenes",
+    name="scenes",
+    images=examples.LazySequence(lambda i: render(i).image, count),
+    maps=examples.LazySequence(lambda i: getattr(render(i), name), count),
     digest=scenes.digest(),
+    **fields,
   )
 
 
@@ -203,7 +192,7 @@ def ignore_stuff(data: examples.SegmentationSet) -> examples.SegmentationSet:
   return dataclasses.replace(
     data,
     name=f"{data.name}, things only",
-    maps=examples.LabelMaps(read, len(data.maps)),
+    maps=examples.LazySequence(read, len(data.maps)),
     classes=render_lib.CLASS_NAMES,
     class_count=len(render_lib.CLASS_NAMES),
   )
@@ -215,27 +204,28 @@ def open_boxes(
   """Scenes whose boxes have phrases and the classes of their objects."""
   numbers = tuple(source.first + i for i in indices)
   scenes = SceneRange(numbers, source.seed, source.size, source.difficulty)
-  digest, rows = examples.Digest(), []
-  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-    for i, scene in enumerate(pool.map(scenes.render, range(len(scenes)))):
-      if len(scene.boxes):
-        key = f"{source.key(indices[i])}-{source.size}"
-        digest.add(key, *scene.boxes.ravel().tolist(), *scene.phrases)
-        names = [scene.objects[j].name for j in scene.box_objects]
-        labels = [render_lib.CLASS_NAMES.index(name) for name in names]
-        labels = np.asarray(labels, np.int32)
-        rows.append((i, scene.boxes, scene.phrases, labels))
-  chosen, boxes, phrases, labels = zip(*rows, strict=True) if rows else [()] * 4
-  return examples.BoxSet(
-    name=name,
-    images=examples.Images(
-      lambda k: scenes.render(chosen[k]).image, len(chosen)
+  rows = []
+  rendered = threaded_map(scenes.render, range(len(scenes)))
+  for i, scene in enumerate(rendered):
+    if len(scene.boxes):
+      names = [scene.objects[j].name for j in scene.box_objects]
+      labels = [render_lib.CLASS_NAMES.index(name) for name in names]
+      labels = np.asarray(labels, np.int32)
+      rows.append((i, scene.boxes, scene.phrases, labels))
+  _, boxes, phrases, labels = zip(*rows, strict=True) if rows else [()] * 4
+  return examples.BoxSet.from_records(
+    rows,
+    read=lambda row: scenes.render(row[0]).image,
+    hashed=lambda row: (
+      f"{source.key(indices[row[0]])}-{source.size}",
+      *row[1].ravel().tolist(),
+      *row[2],
     ),
+    name=name,
     boxes=boxes,
     phrases=phrases,
     labels=labels,
     classes=render_lib.CLASS_NAMES,
-    digest=digest.hex(),
   )
 
 
@@ -295,11 +285,10 @@ def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
   """
   options = {"default": _VIDEO_SCENES, "needs": "videos", "size": _VIDEO_SIZE}
   scenes = open_range(data, count=count, **options)
-  digest = examples.Digest()
-  digest.add("videos", scenes.digest(), _VIDEO_FRAMES)
+  digest = examples.hash_rows([("videos", scenes.digest(), _VIDEO_FRAMES)])
   videos = tuple(_open_video(scenes, number) for number in scenes.numbers)
   return examples.VideoSet(
-    kind="scenes", name="scenes", videos=videos, digest=digest.hex()
+    kind="scenes", name="scenes", videos=videos, digest=digest
   )
 
 
@@ -320,8 +309,8 @@ def _open_video(scenes: SceneRange, number: int) -> examples.Video:
   frames = functools.cache(render)
   return examples.Video(
     name=f"scene-{number}",
-    frames=examples.Images(lambda i: frames()[i].image, _VIDEO_FRAMES),
-    masks=examples.LabelMaps(
+    frames=examples.LazySequence(lambda i: frames()[i].image, _VIDEO_FRAMES),
+    masks=examples.LazySequence(
       lambda i: table[frames()[i].instances], _VIDEO_FRAMES
     ),
     objects=len(things),
@@ -343,9 +332,6 @@ def open_key_points(
   A scene is paired with the next one whose main object is of its class, the
   last one with the first. Keypoints are the middle of the main object's
   bounding box, and the points at 15 and 85 % of its height.
-
-  Raises:
-    InputError: for too few scenes to have two of one class.
   """
   scenes = open_range(data, default=count, count=count, needs="keypoints")
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
@@ -355,12 +341,12 @@ def open_key_points(
   for i, scene in enumerate(rendered):
     if 0 in scene.box_objects:
       by_class[scene.label].append(i)
-  digest, pairs = examples.Digest(), []
+  hashed, pairs = [], []
   for label, members in sorted(by_class.items()):
     if len(members) < 2:
       continue
     for i, j in zip(members, members[1:] + members[:1], strict=True):
-      digest.add(numbers[i], numbers[j], *scenes.non_defaults)
+      hashed.append((numbers[i], numbers[j], *scenes.non_defaults))
       boxes = _main_box(rendered[i]), _main_box(rendered[j])
       pairs.append(
         examples.KeyPointPair(
@@ -385,9 +371,9 @@ def open_key_points(
   return examples.KeyPointPairs(
     name="scenes",
     layout="scenes",
-    images=examples.Images(lambda i: images[i], len(images)),
+    images=examples.LazySequence(lambda i: images[i], len(images)),
     pairs=tuple(pairs),
-    digest=digest.hex(),
+    digest=examples.hash_rows(hashed),
     metadata={
       "key_points": "in the main thing's bounding box: its middle, and 15 and "
       "85 % of its height",

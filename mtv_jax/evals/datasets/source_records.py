@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +13,8 @@ from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.dense import threaded_map
 from mtv_jax.evals.datasets import scenes
-from mtv_jax.utils.cores import available_cores
-
-# Records read ahead at a time; the bytes of their images are not retained.
-_CHUNK = 1024
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
@@ -60,17 +56,22 @@ def _open(
   return name, source, examples.subsample(range(len(source)), count)
 
 
+class _Row(NamedTuple):
+  """A record of a source."""
+
+  index: int
+  key: str
+  size: str  # bytes of the image's file, or the shape of rendered pixels
+  label: Any
+
+
 def open_images(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.ImageSet:
   """The records' images."""
   name, source, indices = _open(split_config(config, "test"), count)
-  digest = examples.Digest()
-  for _, record in _read_records(source, indices):
-    digest.add(record["key"], _describe_size(record["image"]))
-  return examples.ImageSet(
-    name=name, images=_images(source, indices), digest=digest.hex()
-  )
+  rows = _read_rows(source, indices, lambda record: None)
+  return _make_set(examples.ImageSet, source, rows, _hash_size, name=name)
 
 
 def open_labelled(
@@ -79,17 +80,22 @@ def open_labelled(
   """The records' images with their `label`."""
   config = split_config(config, split)
   name, source, indices = _open(config, count, "label")
-  digest, labels = examples.Digest(), []
-  for key, size, label in _read_labels(source, indices):
-    labels.append(label)
-    digest.add(key, size, label)
-  return examples.ClassificationSet(
+  is_scenes = isinstance(source, SceneSource)
+  if is_scenes:
+    # The label of a scene is known before it is rendered, which is slow.
+    size = f"{source.size}x{source.size}x3"
+    rows = [_Row(i, source.key(i), size, source.label(i)) for i in indices]
+  else:
+    rows = _read_rows(source, indices, lambda record: int(record["label"]))
+  return _make_set(
+    examples.ClassificationSet,
+    source,
+    rows,
+    lambda row: (*_hash_size(row), row.label),
     name=name,
-    images=_images(source, indices),
-    labels=np.asarray(labels, np.int32),
-    classes=CLASS_NAMES if isinstance(source, SceneSource) else None,
+    labels=np.asarray([row.label for row in rows], np.int32),
+    classes=CLASS_NAMES if is_scenes else None,
     ids=None,
-    digest=digest.hex(),
   )
 
 
@@ -99,15 +105,17 @@ def open_captions(
   """The records' images that have captions, with their `captions`."""
   config = split_config(config, "test")
   name, source, indices = _open(config, count, "captions")
-  digest, captions, captioned = examples.Digest(), [], []
-  for i, record in _read_records(source, indices):
-    texts = tuple(record["captions"])[:max_captions]
-    if texts:
-      digest.add(record["key"], _describe_size(record["image"]), *texts)
-      captioned.append(i)
-      captions.append(texts)
-  images = _images(source, captioned)
-  return examples.CaptionSet.from_lists(name, images, captions, digest)
+  rows = _read_rows(
+    source, indices, lambda record: tuple(record["captions"])[:max_captions]
+  )
+  return _make_set(
+    examples.CaptionSet,
+    source,
+    [row for row in rows if row.label],
+    lambda row: (*_hash_size(row), *row.label),
+    name=name,
+    captions=lambda row: row.label,
+  )
 
 
 def open_boxes(
@@ -119,61 +127,58 @@ def open_boxes(
   name, source, indices = _open(config, count, "boxes", "phrases")
   if isinstance(source, SceneSource):
     return scenes.open_boxes(name, source, indices)
-  boxed, boxes, phrases, digest = [], [], [], examples.Digest()
-  for i, record in _read_records(source, indices):
-    if len(record["phrases"]):
-      boxed.append(i)
-      boxes.append(np.asarray(record["boxes"], np.float32).reshape(-1, 4))
-      phrases.append(tuple(record["phrases"]))
-      digest.add(record["key"], *boxes[-1].ravel().tolist(), *phrases[-1])
-  return examples.BoxSet(
+  rows = _read_rows(
+    source,
+    indices,
+    lambda record: (
+      np.asarray(record["boxes"], np.float32).reshape(-1, 4),
+      tuple(record["phrases"]),
+    ),
+  )
+  rows = [row for row in rows if row.label[1]]
+  return _make_set(
+    examples.BoxSet,
+    source,
+    rows,
+    lambda row: (row.key, *row.label[0].ravel().tolist(), *row.label[1]),
     name=name,
-    images=_images(source, boxed),
-    boxes=tuple(boxes),
-    phrases=tuple(phrases),
+    boxes=tuple(row.label[0] for row in rows),
+    phrases=tuple(row.label[1] for row in rows),
     labels=None,
     classes=None,
-    digest=digest.hex(),
   )
 
 
-def _read_labels(
-  source: Any, indices: Sequence[int]
-) -> Iterator[tuple[str, str, int]]:
-  """Key, image size and label of each record."""
-  if isinstance(source, SceneSource):
-    # The label of a scene is known before it is rendered, which is slow.
-    size = f"{source.size}x{source.size}x3"
-    for i in indices:
-      yield source.key(i), size, source.label(i)
-    return
-  for _, record in _read_records(source, indices):
-    size = _describe_size(record["image"])
-    yield record["key"], size, int(record["label"])
-
-
-def _read_records(
-  source: Any, indices: Sequence[int]
-) -> Iterator[tuple[int, Any]]:
-  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-    for start in range(0, len(indices), _CHUNK):
-      chunk = indices[start : start + _CHUNK]
-      yield from zip(chunk, pool.map(source.__getitem__, chunk), strict=True)
-
-
-def _images(source: Any, indices: Sequence[int]) -> examples.Images:
-  def read(index: int) -> np.ndarray:
-    record = source[indices[index]]
+def _make_set(
+  cls: type[examples.ImageSet],
+  source: Any,
+  rows: Sequence[_Row],
+  hashed: Callable[[_Row], tuple],
+  **fields: Any,
+) -> Any:
+  def read(row: _Row) -> np.ndarray:
+    record = source[row.index]
     image = record["image"]
     if isinstance(image, np.ndarray):
       return image
     return canvas.decode(image, key=record["key"])
 
-  return examples.Images(read, len(indices))
+  return cls.from_records(rows, read=read, hashed=hashed, **fields)
 
 
-def _describe_size(image: Any) -> str:
-  """Bytes of a file, or the shape of rendered pixels."""
-  if isinstance(image, np.ndarray):
-    return "x".join(map(str, image.shape))
-  return str(len(image))
+def _read_rows(
+  source: Any, indices: Sequence[int], label: Callable[[Any], Any]
+) -> list[_Row]:
+  def read(i: int) -> _Row:
+    record = source[i]
+    image = record["image"]
+    size = str(len(image))
+    if isinstance(image, np.ndarray):
+      size = "x".join(map(str, image.shape))
+    return _Row(i, record["key"], size, label(record))
+
+  return list(threaded_map(read, indices))
+
+
+def _hash_size(row: _Row) -> tuple[str, str]:
+  return row.key, row.size

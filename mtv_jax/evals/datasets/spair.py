@@ -17,9 +17,9 @@ import numpy as np
 
 from mtv_jax.config import foreign
 from mtv_jax.evals.core.examples import (
-  Digest,
   KeyPointPair,
   KeyPointPairs,
+  hash_rows,
   open_images,
 )
 from mtv_jax.evals.datasets import files
@@ -65,17 +65,19 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
   images = sorted({path for pair in pair_images for path in pair})
   files.require_files(images, root)
   index = {path: i for i, path in enumerate(images)}
-  digest, pairs = Digest(), []
-  for row, pair in zip(rows, pair_images, strict=True):
-    sizes = [path.stat().st_size for path in pair]
-    digest.add(json.dumps(row, sort_keys=True), *sizes)
-    pairs.append(_make_pair(row, *(index[path] for path in pair)))
+  pairs = [
+    _make_pair(row, *(index[path] for path in pair))
+    for row, pair in zip(rows, pair_images, strict=True)
+  ]
   return KeyPointPairs(
     name=str(root),
     layout="spair",
     images=open_images(images),
     pairs=tuple(pairs),
-    digest=digest.hex(),
+    digest=hash_rows(
+      (json.dumps(row, sort_keys=True), *(path.stat().st_size for path in pair))
+      for row, pair in zip(rows, pair_images, strict=True)
+    ),
     metadata={
       "dataset": "SPair-71k",
       "split": split,

@@ -24,7 +24,7 @@ _CROP = (416, 544)
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-class Example(NamedTuple):
+class DepthExample(NamedTuple):
   """An image in 0..255, and its depth in metres, 0 where unknown."""
 
   image: Float32[np.ndarray, "h w 3"]
@@ -36,44 +36,40 @@ def augmented_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
   return _CROP if name == "toolbox" else size
 
 
-def _flip(example: Example, rng: np.random.Generator) -> Example:
+def _flip(example: DepthExample, rng: np.random.Generator) -> DepthExample:
   if rng.random() < 0.5:
     return example
-  return Example(*(x[:, ::-1] for x in example))
+  return DepthExample(*(x[:, ::-1] for x in example))
 
 
-def _toolbox(example: Example, rng: np.random.Generator) -> Example:
-  """Border crop, rotation, flip, crop of 416 x 544, colours.
-
-  Raises:
-    ConfigError: for an image that is not 480 x 640.
-  """
+def _toolbox(example: DepthExample, rng: np.random.Generator) -> DepthExample:
+  """Border crop, rotation, flip, crop of 416 x 544, colours."""
   if example.depth.shape != NYU_SIZE:
     raise ConfigError(
       f"augment='toolbox' crops NYUv2's images of 480 x 640 and this one is "
       f"{example.depth.shape[0]} x {example.depth.shape[1]}; use 'flip'"
     )
-  example = Example(*(x[_NYU_INSIDE] for x in example))
+  example = DepthExample(*(x[_NYU_INSIDE] for x in example))
   if rng.random() < 0.5:
     example = rotate(example, rng.uniform(-2.5, 2.5))
   image, depth = _random_crop(_flip(example, rng), _CROP, rng)
   if rng.random() < 0.5:
     image = _jitter_gamma(image, rng)
-  return Example(image, depth)
+  return DepthExample(image, depth)
 
 
 def _random_crop(
-  example: Example, size: tuple[int, int], rng: np.random.Generator
-) -> Example:
+  example: DepthExample, size: tuple[int, int], rng: np.random.Generator
+) -> DepthExample:
   top, left = (
     int(rng.integers(0, whole - side + 1))
     for whole, side in zip(example.depth.shape, size, strict=True)
   )
   part = np.s_[top : top + size[0], left : left + size[1]]
-  return Example(*(x[part] for x in example))
+  return DepthExample(*(x[part] for x in example))
 
 
-def rotate(example: Example, degrees: float) -> Example:
+def rotate(example: DepthExample, degrees: float) -> DepthExample:
   """Rotates clockwise about the centre; pixels from outside are 0.
 
   Depth is interpolated by nearest neighbour, as the mean of two surfaces lies
@@ -83,7 +79,7 @@ def rotate(example: Example, degrees: float) -> Example:
   centre = ((width - 1) / 2, (height - 1) / 2)
   matrix = cv2.getRotationMatrix2D(centre, -degrees, 1.0)
   methods = (cv2.INTER_LINEAR, cv2.INTER_NEAREST)
-  return Example(
+  return DepthExample(
     *(
       cv2.warpAffine(np.ascontiguousarray(x), matrix, (width, height), flags=m)
       for x, m in zip(example, methods, strict=True)
@@ -100,7 +96,7 @@ def _jitter_gamma(
   return np.clip(image**gamma * gain, 0, 255).astype(np.float32)
 
 
-def _probe3d(example: Example, rng: np.random.Generator) -> Example:
+def _probe3d(example: DepthExample, rng: np.random.Generator) -> DepthExample:
   """Colour jitter (p = 0.8) and a random resized crop (p = 0.5)."""
   if rng.random() < 0.8:
     example = example._replace(image=_jitter(example.image, rng))
@@ -126,7 +122,9 @@ def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return image
 
 
-def _resized_crop(example: Example, rng: np.random.Generator) -> Example:
+def _resized_crop(
+  example: DepthExample, rng: np.random.Generator
+) -> DepthExample:
   """torchvision's RandomResizedCrop, half to all of the area, nearest."""
   height, width = example.depth.shape
   for _ in range(10):
@@ -138,7 +136,7 @@ def _resized_crop(example: Example, rng: np.random.Generator) -> Example:
   else:
     w, h = width, height
   nearest = {"interpolation": cv2.INTER_NEAREST}
-  return Example(
+  return DepthExample(
     *(
       cv2.resize(np.ascontiguousarray(x), (width, height), **nearest)
       for x in _random_crop(example, (h, w), rng)

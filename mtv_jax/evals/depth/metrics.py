@@ -26,19 +26,16 @@ _FRACTIONS = {
   "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
   "kitti_eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
 }
-Crop = Literal["none", "nyu_eigen", "garg", "kitti_eigen"]
+CropName = Literal["none", "nyu_eigen", "garg", "kitti_eigen"]
 
 
 def crop_mask(
-  shape: tuple[int, int], crop: Crop
+  shape: tuple[int, int], crop: CropName
 ) -> Bool[np.ndarray, "{shape[0]} {shape[1]}"]:
   """The evaluated pixels of a map of `shape`.
 
   `nyu_eigen` is rows 45 to 471 and columns 41 to 601 of 480 x 640; `garg` and
   `kitti_eigen` are fractions of the height and the width, rounded down.
-
-  Raises:
-    ConfigError: for `nyu_eigen` of another size.
   """
   height, width = shape
   if crop == "none":
@@ -64,7 +61,7 @@ def valid_mask(
   *,
   low: float | int = 1e-3,
   high: float | int | None = None,
-  crop: Crop = "none",
+  crop: CropName = "none",
 ) -> Bool[np.ndarray, "h w"]:
   """Pixels in the crop with a true depth in the open interval (low, high).
 
@@ -89,7 +86,7 @@ def _delta(p, g, power):
   return np.mean((p > 0) & (np.maximum(p / g, inverse) < 1.25**power))
 
 
-# Of predicted and true depth in metres, as float64.
+# Functions of predicted and true depth in metres, as float64.
 METRICS = {
   "rmse": lambda p, g: _rms(p - g),
   "abs_rel": lambda p, g: np.mean(np.abs(p - g) / g),
@@ -119,9 +116,6 @@ def image_metrics(
   silog = 100 sqrt(mean e^2 - (mean e)^2) (Eigen et al. 2014); abs_rel =
   mean |p - g| / g, sq_rel = mean (p - g)^2 / g; delta1, 2, 3 are the fractions
   with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3, which values <= 0 fail.
-
-  Raises:
-    InputError: with e, without pixels or for values that have no logarithm.
   """
   p, g = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
   if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):
@@ -147,7 +141,7 @@ def average(
   )
 
 
-class Affine(NamedTuple):
+class ScaleAndShift(NamedTuple):
   """x -> scale x + shift."""
 
   scale: float
@@ -159,7 +153,7 @@ class Affine(NamedTuple):
 
 def fit_affine(
   predicted: Float[np.ndarray, " n"], target: Float[np.ndarray, " n"]
-) -> Affine:
+) -> ScaleAndShift:
   """The least-squares scale and shift from `predicted` to `target`.
 
       (s, t) = argmin sum (s d + t - g)^2
@@ -171,8 +165,8 @@ def fit_affine(
   """
   d, g = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
   if not d.size or d.min() == d.max():
-    return Affine(0.0, 0.0)
+    return ScaleAndShift(0.0, 0.0)
   mean_d, mean_g = d.mean(), g.mean()
   centred = d - mean_d
   scale = float(np.sum(centred * (g - mean_g)) / np.sum(centred**2))
-  return Affine(scale, float(mean_g - scale * mean_d))
+  return ScaleAndShift(scale, float(mean_g - scale * mean_d))

@@ -19,56 +19,39 @@ from jaxtyping import Array, Float
 
 from mtv_jax.models.heads import dpt
 
-Step = int | jax.Array
-
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-  """A probe as published for NYUv2; the defaults are DINOv3's linear probe.
+class ProbeProtocol:
+  """A probe as published for NYUv2; the defaults are DINOv3's linear probe."""
 
-  Attributes:
-    layers: the `last` block, or the end of each quarter: `quarters` as DINOv2
-      counts 24 blocks, `even_quarters` as Probe3D does.
-    norm: `final` applies the final norm to the features, `none` does not.
-    cls: `concat` appends the CLS token, if there is one, to every patch,
-      `dino_concat` that of the DINO family alone, `off` none.
-    head: `linear`, `upsampled` (x4, without batch norm) or `dpt`.
-    resize: method of `resizing` that restores the image's size.
-    frame: `full` images or their central `square`.
-    augment, schedule: names in `augment.AUGMENTS` and `SCHEDULES`.
-    b1: of AdamW; constant here, upstream cycles it with the learning rate.
-    clip: maximum global norm of the gradient; None for no limit.
-    steps: updates; if None, `epochs` over the training images.
-    ddof: for the variance in the SIG loss, see `losses.sig_loss`.
-    warm_steps: first updates, without the variance in the SIG loss.
-    tta: `flip` averages the predictions of the image and its mirror image.
-    crop: which pixels are evaluated on NYUv2, see `metrics.crop_mask`.
-  """
-
+  # The `last` block, or the end of each quarter: `quarters` as DINOv2 counts 24
+  # blocks, `even_quarters` as Probe3D does.
   layers: str = "last"
-  norm: str = "final"
+  norm: str = "final"  # `final` applies the final norm to the features
+  # `concat` appends the CLS token, if there is one, to every patch,
+  # `dino_concat` for the DINO family alone.
   cls: str = "off"
-  head: str = "linear"
-  resize: str = "bilinear"
-  frame: str = "full"
-  augment: str = "toolbox"
-  schedule: str = "warm_cosine"
+  head: str = "linear"  # `upsampled` (x4, without batch norm) or `dpt`
+  resize: str = "bilinear"  # how the image's size is restored, see `resizing`
+  frame: str = "full"  # images or their central `square`
+  augment: str = "toolbox"  # see `augment.AUGMENTS`
+  schedule: str = "warm_cosine"  # see `SCHEDULES`
   lr: float = 3e-4
-  b1: float = 0.9
+  b1: float = 0.9  # constant; upstream cycles it with the learning rate
   b2: float = 0.99
   weight_decay: float = 1e-4
-  clip: float | None = 35.0
+  clip: float | None = 35.0  # maximum global norm of the gradient
   batch_size: int = 16
-  steps: int | None = 38_400
+  steps: int | None = 38_400  # updates; if None, `epochs` over the images
   epochs: int | None = None
   sig_weight: float = 1.0
   gradient_weight: float = 0.0
-  ddof: int = 1
-  warm_steps: int = 100
-  tta: str = "flip"
-  crop: str = "nyu_eigen"
+  ddof: int = 1  # for the variance in the SIG loss, see `training.sig_loss`
+  warm_steps: int = 100  # first updates, without the variance in the SIG loss
+  tta: str = "flip"  # averages with the prediction of the mirror image
+  crop: str = "nyu_eigen"  # evaluated pixels, see `metrics.crop_mask`
 
-  def taps(self, depth: int) -> tuple[int, ...]:
+  def out_indices(self, depth: int) -> tuple[int, ...]:
     """The blocks to read of an encoder with `depth` blocks."""
     if self.layers == "last":
       return (depth - 1,)
@@ -89,7 +72,7 @@ class Protocol:
     return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
 
 
-_LIN1 = Protocol(
+_LIN1 = ProbeProtocol(
   norm="none",
   cls="concat",
   head="upsampled",
@@ -101,10 +84,10 @@ _LIN1 = Protocol(
   gradient_weight=0.5,
 )
 PROTOCOLS = {
-  "linear": Protocol(),
+  "linear": ProbeProtocol(),
   "lin1": _LIN1,
   "lin4": dataclasses.replace(_LIN1, layers="quarters"),
-  "dpt": Protocol(
+  "dpt": ProbeProtocol(
     layers="even_quarters",
     norm="none",
     cls="dino_concat",
@@ -130,7 +113,9 @@ PROTOCOLS = {
 }
 
 
-def warm_cosine(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
+def warm_cosine(
+  step: int | jax.Array, *, steps: int, lr: float
+) -> Float[Array, ""]:
   """DINOv3's schedule: a cosine with a linear ramp over its first third.
 
   With T steps and W = T / 3: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
@@ -142,7 +127,9 @@ def warm_cosine(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
   return jnp.where(s < warmup, ramp, _cosine(lr, lr / 25_000, (s + 1) / steps))
 
 
-def one_cycle(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
+def one_cycle(
+  step: int | jax.Array, *, steps: int, lr: float
+) -> Float[Array, ""]:
   """PyTorch's OneCycleLR (Smith and Topin 2018): two half cosines.
 
   From lr / 25 up to lr at 0.3 of the steps, down to lr / 2500 at the last one.
@@ -154,11 +141,13 @@ def one_cycle(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
   return jnp.where(s <= peak, up, down)
 
 
-def quarter_cosine(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
+def quarter_cosine(
+  step: int | jax.Array, *, steps: int, lr: float
+) -> Float[Array, ""]:
   """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
 
-  r = (s - W) / (T - W), with T steps, of which W = 0.15 T (1.5 of 10 epochs)
-  are the linear part.
+  r = (s - W) / (T - W), with T steps; the linear part has W = 0.15 T steps (1.5
+  of 10 epochs).
   """
   warmup = max(1, round(0.15 * steps))
   s = jnp.asarray(step, jnp.float32)

@@ -35,7 +35,7 @@ from mtv_jax.evals.core.base import (
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
-from mtv_jax.evals.depth.base import DepthEvaluator, Prediction
+from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator, Prediction
 from mtv_jax.utils.errors import ConfigError
 
 ALIGNMENTS = {
@@ -65,7 +65,7 @@ _CROPS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class AlignmentProtocol:
   """A way to score one kind of data; see the options of `RelativeDepth`."""
 
   alignment: str
@@ -78,10 +78,10 @@ class Protocol:
   min_depth: float  # smallest one, where the alignment clips
 
 
-def published_protocol(name: str, kind: str) -> Protocol:
+def published_protocol(name: str, kind: str) -> AlignmentProtocol:
   """A published protocol for `nyu`, `kitti` or `scenes`."""
   midas, cap = name == "midas", _CAP[kind]
-  return Protocol(
+  return AlignmentProtocol(
     alignment="disparity_positive" if name == "marigold" else "disparity",
     resize="bilinear_corners" if name == "depth_anything" else "bilinear",
     cut="kb" if kind == "kitti" and not midas else "none",
@@ -129,7 +129,7 @@ class RelativeDepth(DepthEvaluator):
   ) = None
   resize: Literal["bilinear", "bilinear_corners"] | None = None
   cut: Literal["none", "kb"] | None = None
-  crop: metrics.Crop | None = None
+  crop: metrics.CropName | None = None
   cap: PositiveFloat | None = None
   min_pixels: PositiveInt = 10
   subset: str = "all"
@@ -167,7 +167,7 @@ class RelativeDepth(DepthEvaluator):
       crop=protocol.crop,
     )
 
-  def _resolve(self, kind: str) -> Protocol:
+  def _resolve(self, kind: str) -> AlignmentProtocol:
     protocol = published_protocol(self.protocol, kind)
     options = {
       name: value
@@ -196,13 +196,16 @@ class RelativeDepth(DepthEvaluator):
     )
 
   def _predictions(
-    self, encoder: Encoder, data: DepthSet, protocol: Protocol, aspect: str
+    self,
+    encoder: Encoder,
+    data: DepthSet,
+    protocol: AlignmentProtocol,
+    aspect: str,
   ) -> Iterator[Prediction]:
     """Predictions at the image's size, in order."""
 
     def read(i: int) -> tuple[np.ndarray, ...]:
-      pair = dense.read_pair(data.name, data.images, data.depths, i)
-      image, truth = (cut(x, protocol.cut) for x in pair)
+      image, truth = (cut(x, protocol.cut) for x in data.read_pair(i))
       if aspect != "keep":
         return image, truth, image
       size = self.input_size or encoder.preprocess.size
@@ -229,7 +232,11 @@ class RelativeDepth(DepthEvaluator):
       )
 
   def _protocol(
-    self, encoder: Encoder, data: DepthSet, protocol: Protocol, aspect: str
+    self,
+    encoder: Encoder,
+    data: DepthSet,
+    protocol: AlignmentProtocol,
+    aspect: str,
   ) -> dict[str, Any]:
     squashed = aspect == "squash"
     size = self.input_size or encoder.preprocess.size
@@ -283,15 +290,7 @@ def predict_maps(
   resize: bool,
   batch_size: int,
 ) -> Iterator[Float32[np.ndarray, "_ _"]]:
-  """Inverse depth of images, in their order.
-
-  Args:
-    encoder: has a depth head.
-    images: read as they are needed.
-    resize: whether the encoder resizes them. Else they are its inputs, and
-      those of one shape share batches.
-    batch_size: images per step.
-  """
+  """Inverse depth of images, in their order."""
   options = {} if resize else {"resize": False}
   return dense.map_by_group(
     functools.partial(encoder.depth, batch_size=batch_size, **options),
@@ -311,11 +310,7 @@ def _align_map(
 
 
 def cut(x: np.ndarray, name: str) -> np.ndarray:
-  """An image or a map, or with `kb` its lower middle 352 x 1216.
-
-  Raises:
-    ConfigError: for a smaller one.
-  """
+  """An image or a map, or with `kb` its lower middle 352 x 1216."""
   if name == "none":
     return x
   (height, width), (rows, columns) = x.shape[:2], _KB_SIZE
@@ -368,7 +363,7 @@ def align(
 def score(
   predicted: Float[np.ndarray, " n"] | None,
   truth: Float[np.ndarray, " n"],
-  protocol: Protocol,
+  protocol: AlignmentProtocol,
 ) -> dict[str, float]:
   """One image's metrics; see `align`. RMSE is for depth only."""
   depth = align(

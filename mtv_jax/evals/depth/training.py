@@ -1,4 +1,4 @@
-"""Training of a depth head on frozen features, and its predictions."""
+"""Training of a depth head on frozen features: setup, losses, predictions."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, PyTree
+from jaxtyping import Array, Bool, Float, Float32
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense, probe
+from mtv_jax.evals.core import dense, probe, probe_heads
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.core.padded_views import PaddedView
-from mtv_jax.evals.depth import augment, heads, losses
-from mtv_jax.evals.depth.augment import Example
-from mtv_jax.evals.depth.base import Prediction
-from mtv_jax.evals.depth.protocols import Protocol
-from mtv_jax.parallel.mesh import replicated_sharding
+from mtv_jax.evals.core.probe_heads import ProbeHead
+from mtv_jax.evals.depth import augment, heads
+from mtv_jax.evals.depth.augment import DepthExample
+from mtv_jax.evals.depth.depth_evaluator import Prediction
+from mtv_jax.evals.depth.protocols import ProbeProtocol
 
 # Features and depth that are cached if nothing changes between steps.
 _CACHE_BYTES = 2 * 2**30
+_EPS = 1e-3  # metres, added before the logarithm
+_MEAN_WEIGHT = 0.15  # weight of the squared mean beside the variance: 1 - 0.85
+_STRIDES = (1, 2, 4, 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Setup:
   """A protocol resolved for an encoder and a data set."""
 
   encoder: Encoder
-  protocol: Protocol
+  protocol: ProbeProtocol
   layers: tuple[int, ...]  # blocks that are read
   max_depth: float  # limit of the bins and of the evaluated pixels, in metres
   dpt_features: int
@@ -41,7 +42,7 @@ class Setup:
   # sees it, before padding; None for its own size.
   input_size: tuple[int, int] | None
   seed: int
-  schedule: probe.Schedule  # steps and batch size of the protocol, and why
+  schedule: probe.ProbeSchedule  # steps and batch size of the protocol, and why
 
   @property
   def has_cls(self) -> bool:
@@ -56,15 +57,21 @@ class Setup:
       return image.pool == "cls" and image.layer_scale is not None
     return self.protocol.cls == "concat" and image.cls_token
 
-  def head(self) -> heads.Head:
-    """The head for the encoder's features."""
+  @property
+  def channels(self) -> int:
+    """Channels of the head's input."""
     tokens = len(self.layers) * (1 + self.has_cls)
-    width = tokens * self.encoder.spec.image.width
+    return tokens * self.encoder.spec.image.width
+
+  @property
+  def head(self) -> ProbeHead | heads.DPTHead:
+    """The head, which predicts logits of bins."""
     if self.protocol.head == "dpt":
-      return heads.DPTHead(width, self.max_depth, self.dpt_features)
+      return heads.DPTHead(self.dpt_features)
     if self.protocol.head == "upsampled":
-      return heads.LinearHead(width, self.max_depth, upsample=4)
-    return heads.LinearHead(width, self.max_depth, batch_norm=True)
+      # Upstream upsamples the features, which is equal and more expensive.
+      return ProbeHead(heads.BINS, batch_norm=False, upsample=4)
+    return ProbeHead(heads.BINS)
 
   def features(
     self, images: list[np.ndarray]
@@ -93,14 +100,14 @@ class Setup:
       mean=self.encoder.preprocess.mean,
     )
 
-  def example(self, data: DepthSet, i: int) -> Example:
+  def example(self, data: DepthSet, i: int) -> DepthExample:
     """An image and its depth, cropped as the protocol does."""
-    image, depth = dense.read_pair(data.name, data.images, data.depths, i)
+    image, depth = data.read_pair(i)
     if self.protocol.frame == "square":
       side = min(depth.shape)
       part = tuple(slice((s - side) // 2, (s + side) // 2) for s in depth.shape)
       image, depth = image[part], depth[part]
-    return Example(image.astype(np.float32), depth)
+    return DepthExample(image.astype(np.float32), depth)
 
 
 def train(setup: Setup, data: DepthSet) -> probe.FitResult:
@@ -108,10 +115,11 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
 
   Without augmentation, features are computed once if they fit in memory.
   """
-  protocol, head, count = setup.protocol, setup.head(), len(data.images)
+  protocol, head, count = setup.protocol, setup.head, len(data.images)
   full_shape = setup.example(data, 0).depth.shape
   size = augment.augmented_size(protocol.augment, full_shape)
   view = setup.view(size, full_shape)
+  to_depth = heads.DepthBins(setup.max_depth)
 
   def read(i, rng=None):
     example = augment.AUGMENTS[protocol.augment](setup.example(data, i), rng)
@@ -120,21 +128,24 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   def loss_fn(params, state, batch, rng):
     del rng
     step, truth = state["step"], batch["targets"]  # truth: [B, H, W], metres
-    predicted, head_state = head.apply(
-      params, state["head"], batch["features"], train=True
+    logits, head_state = head.apply(
+      {"params": params, **state["head"]},
+      batch["features"],
+      train=True,
+      mutable=["batch_stats"],
     )
     valid = (truth > 0) & (truth <= setup.max_depth)
-    maps = view.restore(predicted), truth, valid
+    maps = view.restore(to_depth(logits)), truth, valid
     variance_weight = (step >= protocol.warm_steps).astype(jnp.float32)
-    loss = protocol.sig_weight * losses.sig_loss(
+    loss = protocol.sig_weight * sig_loss(
       *maps, ddof=protocol.ddof, variance_weight=variance_weight
     )
     if protocol.gradient_weight:
-      loss += protocol.gradient_weight * losses.gradient_loss(*maps)
+      loss += protocol.gradient_weight * gradient_loss(*maps)
     return loss, {"head": head_state, "step": step + 1}
 
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
-  values = math.prod(view.grid) * head.channels + math.prod(size)
+  values = math.prod(view.grid) * setup.channels + math.prod(size)
   if protocol.augment == "none" and 4 * count * values <= _CACHE_BYTES:
     examples = dense.shared_map(read, range(count))
     encoded = dense.encode_batches(
@@ -145,7 +156,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
     batches = dense.training_batches(
       setup.features, read, count, steps=protocol.steps, **options
     )
-  params, state = head.init(jax.random.key(setup.seed))
+  params, state = heads.init_depth_head(head, setup.channels, seed=setup.seed)
   return probe.fit(
     loss_fn,
     params,
@@ -167,44 +178,83 @@ def predict(
   mean of the prediction and the flipped prediction of the flipped image.
   """
   size = setup.example(data, 0).depth.shape
-  view = setup.view(size, size)
+  view, flip = setup.view(size, size), setup.protocol.tta == "flip"
+  rows = setup.protocol.batch_size
+  predict_depth = probe_heads.predict_fn(
+    setup.head,
+    [(fitted.params, fitted.state["head"])],
+    mesh=setup.encoder.mesh,
+    batch_size=rows * (2 if flip else 1),
+    finish=heads.DepthBins(setup.max_depth),
+  )
   read = functools.partial(setup.example, data)
   examples = dense.shared_map(read, range(len(data.images)))
-  rows = setup.protocol.batch_size
   while batch := list(itertools.islice(examples, rows)):
     images = [example.image for example in batch]
-    maps = _predict_maps(setup, view, fitted, images)
+    if flip:
+      images += [image[:, ::-1] for image in images]
+    features = setup.features([view.pad(image) for image in images])
+    (maps,) = predict_depth(features)
+    maps = view.restore(maps)
+    if flip:
+      maps = (maps[: len(batch)] + maps[len(batch) :, :, ::-1]) / 2
     for example, depth in zip(batch, maps, strict=True):
       clipped = np.clip(depth, heads.MIN_DEPTH, setup.max_depth)
       yield example.image, example.depth, clipped
 
 
-def _predict_maps(
-  setup: Setup,
-  view: PaddedView,
-  fitted: probe.FitResult,
-  images: list[np.ndarray],
-) -> Float32[np.ndarray, "n h w"]:
-  """Depth of a batch, padded to one shape for the compiler."""
-  flip, mesh = setup.protocol.tta == "flip", setup.encoder.mesh
-  count = len(images)
-  if flip:
-    images = images + [image[:, ::-1] for image in images]
-  features = setup.features([view.pad(image) for image in images])
-  total = setup.protocol.batch_size * (2 if flip else 1)
-  padding = [(0, total - len(features)), (0, 0), (0, 0), (0, 0)]
-  batch = probe.shard_batch({"features": np.pad(features, padding)}, mesh)
-  depth = _predict_fn(setup.head(), mesh)(
-    fitted.params, fitted.state["head"], batch["features"]
-  )
-  depth = view.restore(np.asarray(depth)[: len(features)])
-  return (depth[:count] + depth[count:, :, ::-1]) / 2 if flip else depth
+def _log_error(predicted, truth, valid):
+  """ln(d + 0.001) - ln(g + 0.001), 0 where invalid."""
+  # Masked twice: the gradient of an invalid logarithm may not be finite.
+  predicted, truth = (jnp.where(valid, x, 1.0) for x in (predicted, truth))
+  error = jnp.log(predicted + _EPS) - jnp.log(truth + _EPS)
+  return jnp.where(valid, error, 0.0)
 
 
-@functools.lru_cache(maxsize=8)
-def _predict_fn(head: heads.Head, mesh: Any) -> Callable[..., jax.Array]:
-  def predict_fn(params: PyTree, state: PyTree, features: jax.Array):
-    with jax.default_matmul_precision("highest"):
-      return head.apply(params, state, features)[0]
+def sig_loss(
+  predicted: Float[Array, "b h w"],
+  truth: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+  *,
+  ddof: int = 1,
+  variance_weight: Float[Array, ""] | float = 1.0,
+) -> Float[Array, ""]:
+  """Scale-invariant log error: sqrt(var g + 0.15 (mean g)^2).
 
-  return jax.jit(predict_fn, out_shardings=replicated_sharding(mesh))
+  Eigen et al. 2014, with the root and the constants of AdaBins. The variance
+  is unbiased in DINOv2's probes and biased in Probe3D's, where it is written
+  mean g^2 - 0.85 (mean g)^2.
+
+  Depths are in metres; without any valid pixel, the loss is 0. `ddof` is 1 for
+  the unbiased variance; `variance_weight` is 0 while a probe warms up.
+  """
+  g = _log_error(predicted, truth, valid)
+  count = valid.sum().astype(jnp.float32)
+  mean = g.sum() / jnp.maximum(count, 1)
+  squares = jnp.where(valid, jnp.square(g - mean), 0.0).sum()
+  variance = squares / jnp.maximum(count - ddof, 1)
+  inside = variance_weight * variance + _MEAN_WEIGHT * jnp.square(mean)
+  # The root has no gradient at 0, the value of a perfect prediction.
+  return jnp.where(count > 0, jnp.sqrt(jnp.maximum(inside, 1e-12)), 0.0)
+
+
+def gradient_loss(
+  predicted: Float[Array, "b h w"],
+  truth: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+) -> Float[Array, ""]:
+  """Differences of the log error between pixels two apart, at four strides.
+
+      sum_k (1 / N_k) sum |g(y + 2, x) - g(y, x)| + |g(y, x + 2) - g(y, x)|
+
+  over every 1st, 2nd, 4th and 6th pixel; N_k of them are valid. A difference
+  counts if both of its pixels are (Monocular-Depth-Estimation-Toolbox).
+  """
+  error = _log_error(predicted, truth, valid)
+  total = jnp.float32(0)
+  for stride in _STRIDES:
+    g, m = (x[:, ::stride, ::stride] for x in (error, valid))
+    down = jnp.abs(g[:, 2:] - g[:, :-2]) * (m[:, 2:] & m[:, :-2])
+    across = jnp.abs(g[:, :, 2:] - g[:, :, :-2]) * (m[:, :, 2:] & m[:, :, :-2])
+    total += (down.sum() + across.sum()) / jnp.maximum(m.sum(), 1)
+  return total

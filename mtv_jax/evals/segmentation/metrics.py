@@ -22,11 +22,7 @@ def confusion(
   *,
   classes: int,
 ) -> Int64[np.ndarray, "{classes} {classes}"]:
-  """Counts of pixels by (true class, predicted class), without `IGNORE`.
-
-  Raises:
-    InputError: for a class out of range.
-  """
+  """Counts of pixels by (true class, predicted class), without `IGNORE`."""
   counted = truth != IGNORE
   rows = truth[counted].astype(np.int64)
   columns = predicted[counted].astype(np.int64)
@@ -69,9 +65,6 @@ def scores(
 
   `miou` counts a class that is only predicted as 0; `macc` averages over the
   classes of the ground truth; `aacc` is the share of correct pixels.
-
-  Raises:
-    InputError: if no pixel was counted.
   """
   hit, true, _ = sums
   if not true.sum():

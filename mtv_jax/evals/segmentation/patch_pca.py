@@ -48,7 +48,7 @@ class PatchPca(Evaluator):
   layer: int | None = None
   size: PositiveInt | None = None
   foreground: Literal["all", "threshold"] = "all"
-  pictures: NonNegativeInt = 0  # Images on the sheet.
+  pictures: NonNegativeInt = 0
   batch_size: PositiveInt = 16
 
   @functools.cached_property
@@ -79,9 +79,7 @@ class PatchPca(Evaluator):
       sheets["pca"] = plots.image_grid(rows, titles=titles)
     protocol = {
       **encoder.protocol(),
-      "data": data.name,
-      "data_hash": data.digest,
-      "images": len(data.images),
+      **data.protocol(),
       "input": "as preprocessed" if self.size is None else [self.size] * 2,
       "grid": list(patches.shape[1:3]),
       "layer": "last" if self.layer is None else self.layer,
@@ -124,7 +122,7 @@ class PatchPca(Evaluator):
     method = encoder.image
     if self.size is not None:
       shape, source = (self.size, self.size), images
-      images = examples.Images(
+      images = examples.LazySequence(
         lambda i: np.asarray(PIL.Image.fromarray(source[i]).resize(shape)),
         len(source),
       )
@@ -155,9 +153,6 @@ def principal_components(
 
   Their signs, which are arbitrary, are those that make each one's largest
   loading positive. Missing ones (fewer features than `count`) are zero.
-
-  Raises:
-    InputError: for features that are not finite.
   """
   rows = patches[mask].astype(np.float64)
   ranking.check_finite(patches=rows)

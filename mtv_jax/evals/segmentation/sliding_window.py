@@ -1,9 +1,9 @@
 """Sliding-window segmentation: class maps at the size of the image.
 
 An image is resized to the shorter side `short` and cut into overlapping square
-windows, each of which has scores on its patch grid. These are upsampled to the
-window, averaged where windows overlap and resized to the image, of which the
-argmax is taken.
+windows, with scores on each one's patch grid. These are upsampled to the
+window, averaged where windows overlap and resized to the image; the class of a
+pixel is the argmax.
 
 All of this but the argmax is linear and separable. So the patches of all
 windows are concatenated to one mosaic, and two matrices resample it to the
@@ -44,7 +44,7 @@ class Slide:
   # Factors of `short`; with several, the softmax of each is averaged.
   scales: tuple[float, ...] = (1.0,)
   multiple: int = 32  # of a shorter side by a factor below 1
-  # Of the longer side: `nearest` (DINOv3), or `down` (TIPS).
+  # How the longer side is rounded: `nearest` (DINOv3), or `down` (TIPS).
   rounding: str = "nearest"
   flips: str = "none"  # `both` also averages with the mirrored image
   interpolation: str = "bilinear"  # or `bicubic`, Pillow's, antialiased
@@ -133,7 +133,7 @@ def resize_image(
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ScaledView:
   """An image at one scale, maybe mirrored, cut into windows row by row."""
 
   windows: list[np.ndarray]
@@ -141,16 +141,18 @@ class View:
   mirrored: bool
 
 
-def cut_views(image: UInt8[np.ndarray, "h w 3"], slide: Slide) -> list[View]:
+def cut_views(
+  image: UInt8[np.ndarray, "h w 3"], slide: Slide
+) -> list[ScaledView]:
   """Views of an image at all scales and flips."""
   views = []
   for scale in slide.scales:
     shape = slide.shape(*image.shape[:2], scale=scale)
     pixels = resize_image(image, shape, slide.interpolation)
-    views.append(View(cut(pixels, slide), shape, mirrored=False))
+    views.append(ScaledView(cut(pixels, slide), shape, mirrored=False))
     if slide.flips == "both":
       flipped = cut(pixels[:, ::-1], slide)
-      views.append(View(flipped, shape, mirrored=True))
+      views.append(ScaledView(flipped, shape, mirrored=True))
   return views
 
 
@@ -190,14 +192,14 @@ def axis_matrix(
 
 def class_map(
   scores: Sequence[Float32[np.ndarray, "_ _ _ k"]],
-  views: Sequence[View],
+  views: Sequence[ScaledView],
   slide: Slide,
   *,
   size: tuple[int, int],
 ) -> UInt8[np.ndarray, "h2 w2"]:
   """The best class of every pixel of an image of `size`.
 
-  `scores` are those of the windows of each view, on the patch grid.
+  `scores` are the window scores of each view, on the patch grid.
   """
   if slide.average == "softmax":
     scores = [
@@ -223,7 +225,7 @@ def class_map(
 
 
 def _resampler(
-  scores: np.ndarray, view: View, slide: Slide, size: tuple[int, int]
+  scores: np.ndarray, view: ScaledView, slide: Slide, size: tuple[int, int]
 ) -> Callable[[slice], np.ndarray]:
   """The function from a range of rows to full-size scores `[rows, W, K]`."""
   _, h, w, classes = scores.shape
@@ -268,17 +270,9 @@ def predict(
 ) -> Iterator[Any]:
   """The class maps of images, in their order, one per head.
 
-  Threads read images ahead and compute maps, each process those of its share of
+  Threads read images ahead and compute maps, each process for its share of
   the images, while the caller's thread scores batches of windows of one shape
   across images, so that few shapes are compiled.
-
-  Args:
-    images: of any sizes, read when they are needed.
-    score: maps windows to the scores of every head on the patch grid.
-    slide: windows, scales and flips.
-    batch_size: windows to score at a time.
-    summarize: what to yield instead of the maps, from the image's index and its
-      maps; called from threads.
   """
 
   def read(i: int) -> _Job:
@@ -317,7 +311,11 @@ class _Job:
   """An image's views, with the scores of their windows computed so far."""
 
   def __init__(
-    self, index: int, views: list[View], slide: Slide, size: tuple[int, int]
+    self,
+    index: int,
+    views: list[ScaledView],
+    slide: Slide,
+    size: tuple[int, int],
   ):
     self.index = index
     self.views, self.slide, self.size = views, slide, size

@@ -6,19 +6,34 @@ class vectors, upsampled to the window, their softmax averaged where windows
 overlap, resized to the image; mIoU over classes with a union. Nothing is
 trained. TIPSv2-L has 25.1.
 
-`patch_text` embeds patches in the space of the texts. Of scenes, only the
-objects are scored: no caption names their background or ground by a word that
-would be a prompt.
+A contrastive model compares a text with the pooled image. A patch is embedded
+as an image whose only token is the patch: by attention pooling of that patch
+alone for encoders with such a pool (its value through the output projection and
+the MLP: our choice for SigLIP), else by the final norm, as in TIPSv2; then by
+the projection, if the tower has one. With `last_block="values"`, the last
+block's attention is replaced by each token's own value (MaskCLIP, Zhou et al.
+2022, in TIPSv2's form, with the residual and the MLP), since attention mixes
+the features of the whole image into each token.
+
+Only the objects of scenes are scored: no caption names their background or
+ground by a word that would be a prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32
 
+from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.zero_shot import text_classifier
@@ -27,10 +42,15 @@ from mtv_jax.evals.core.base import Result, require_text
 from mtv_jax.evals.core.examples import SegmentationSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
-from mtv_jax.evals.segmentation import patch_text, sliding_window
-from mtv_jax.evals.segmentation.base import SegmentationEvaluator
-from mtv_jax.models import pooling
-from mtv_jax.utils.errors import InputError
+from mtv_jax.evals.segmentation import sliding_window
+from mtv_jax.evals.segmentation.segmentation_evaluator import (
+  SegmentationEvaluator,
+)
+from mtv_jax.models import layers, pooling
+from mtv_jax.models import stack as stack_lib
+from mtv_jax.models import two_tower as models
+from mtv_jax.parallel.mesh import replicated_sharding
+from mtv_jax.utils.errors import InputError, check_choice
 
 _SIZE, _STRIDE = 448, 336
 
@@ -46,7 +66,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       (see `prompts.py`; TIPSv2 uses nine of TCL's); by default the data's own
       names and a few templates.
     clean: how prompts are cleaned, see `classification.zero_shot`.
-    last_block: `attention` or `values`, see `patch_text`; by default
+    last_block: `attention` or `values`, see above; by default
       `attention` for encoders that pool by attention, `values` for others.
     average: what is averaged where windows overlap, the `softmax` of the
       cosines or the `scores` themselves.
@@ -77,13 +97,13 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     """Metrics of the class with the largest cosine."""
     require_text(encoder)
     data, named = self._set
-    last_block = self.last_block or patch_text.default_last_block(encoder)
-    patch_text.check(encoder, last_block)
+    last_block = self.last_block or default_last_block(encoder)
+    check_patch_text(encoder, last_block)
     slide = self._slide(encoder)
     classifier = text_classifier(encoder.text, named, clean=self.clean)
 
     def score(windows: list[np.ndarray]) -> np.ndarray:
-      patches = patch_text.embed_patches(
+      patches = embed_patches(
         encoder, windows, last_block=last_block, batch_size=self.encode_batch
       )
       return (normalize(patches) @ classifier.T)[..., None, :]
@@ -104,12 +124,10 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       else "final norm and projection of the patch",
       "similarity": "cosine, float32",
     }
-    return Result(
-      estimate.metrics,
+    return Result.from_estimate(
+      estimate,
       protocol,
       metrics_lib.chance(sums.sum(axis=0)),
-      errors=estimate.errors,
-      resamples=estimate.resamples,
       sheets=predictions.sheets("zero_shot_segmentation"),
     )
 
@@ -123,3 +141,114 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       interpolation="bicubic",
       average=self.average,
     )
+
+
+def default_last_block(encoder: Encoder) -> str:
+  """`attention` for attention pooling or a single block, else `values`."""
+  image = encoder.spec.image
+  return (
+    "attention" if image.pool in pooling.KINDS or image.depth < 2 else "values"
+  )
+
+
+def embed_patches(
+  encoder: Encoder,
+  images: Sequence[np.ndarray],
+  *,
+  last_block: str,
+  batch_size: int,
+) -> Float32[np.ndarray, "n h w e"]:
+  """Embeddings of patches, comparable with `encoder.text`, not normalised.
+
+  `last_block` is `attention`, as it was trained, or `values`; images are as for
+  `Encoder.dense`. Errors: see `check_patch_text`.
+  """
+  check_patch_text(encoder, last_block)
+  if last_block == "values":
+    before = encoder.spec.image.depth - 2
+    out = encoder.dense(
+      images, layers=(before,), outputs=(), batch_size=batch_size
+    )
+    tokens = out.layers[before]
+  else:
+    tokens = encoder.dense(images, batch_size=batch_size).patches
+  params = encoder.params["image"]
+  names = ("pool", "projection")
+  if last_block == "values":
+    names += ("norm", "blocks")
+  function = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
+  out = batched.in_batches(
+    functools.partial(function, {k: params[k] for k in names if k in params}),
+    lambda i: tokens[i],
+    count=len(tokens),
+    blank=np.zeros_like(tokens[0]),
+    batch_size=batch_size,
+    mesh=encoder.mesh,
+  )
+  return out["patches"]
+
+
+def check_patch_text(encoder: Encoder, last_block: str) -> None:
+  """Raises ValueError if an encoder's patches can't be embedded."""
+  check_choice("last_block", last_block, ("attention", "values"))
+  spec, params = encoder.spec.image, encoder.params["image"]
+  required = ["pool"] if spec.pool in pooling.KINDS else []
+  if spec.projection:
+    required.append("projection")
+  if last_block == "values":
+    required += ["blocks", *(["norm"] if spec.final_norm else [])]
+    if spec.depth < 2:
+      raise InputError(
+        "last_block='values' reads the output of the block before the last, "
+        "and this encoder has one block; use last_block='attention'"
+      )
+  missing = [name for name in required if name not in params]
+  if missing:
+    raise InputError(
+      f"{encoder!r} pools by {spec.pool!r}, and its image tower has no "
+      f"{', '.join(missing)}: its patches can't be embedded in the space of "
+      f"its texts. The tower has {sorted(params)}."
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _embed_fn(
+  spec: models.ModelSpec, dtype: str, last_block: str, mesh: Mesh
+) -> apply_fns.Function:
+  module = _TokenTower(spec.image, jnp.dtype(dtype), last_block == "values")
+
+  def run(params, tokens):
+    if "blocks" in params:
+      last = jax.tree.map(lambda p: p[-1], params["blocks"])
+      params = {**params, "block": last}
+    with apply_fns.precision(dtype):
+      flat = module.apply(
+        {"params": params}, tokens.reshape(-1, tokens.shape[-1])
+      )
+    return {"patches": flat.reshape(*tokens.shape[:-1], -1)}
+
+  return jax.jit(run, out_shardings=replicated_sharding(mesh))
+
+
+class _TokenTower(nn.Module):
+  """Runs an image tower's last layers on images of a single token.
+
+  The parameters have the names of the tower.
+  """
+
+  spec: Any
+  dtype: Any
+  block: bool  # whether to run the last block and the final norm
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n e"]:
+    spec = self.spec
+    x = x[:, None].astype(self.dtype)  # [N, 1, D]
+    if self.block:
+      x = layers.Block(
+        **stack_lib.block_options(spec), dtype=self.dtype, name="block"
+      )(x)
+      x = stack_lib.final_norm(spec, self.dtype)(x)
+    if spec.pool in pooling.KINDS:
+      x = pooling.build(spec, self.dtype)(x)  # [N, D]
+    return layers.project(x.reshape(-1, x.shape[-1]), spec.projection)

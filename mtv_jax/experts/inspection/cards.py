@@ -52,9 +52,6 @@ def draw_card(
   """Draws record `i` of a source and its labels by kind.
 
   `size` is the longer side of the images, `min_score` the minimum of a box.
-
-  Raises:
-    LabelError: a label belongs to another record.
   """
   notes: list[str] = []
   image = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)

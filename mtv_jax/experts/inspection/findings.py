@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.experts.inspection import statistics
+from mtv_jax.utils.text import format_percent
 
 # Fractions of records, boxes, images or maps that are reported.
 _UNLABELLED, _HALF = 0.2, 0.5
@@ -64,25 +65,17 @@ def find(stats: Mapping[str, Any]) -> list[dict[str, str]]:
   ]
 
 
-def percent(fraction: float | int | None) -> str:
-  """A fraction as text; small ones keep two digits."""
-  if fraction is None:
-    return "none"
-  value = 100 * fraction
-  return f"{value:.2g} %" if 0 < value < 1 else f"{value:.1f} %"
-
-
 def _read_rules(stats: Mapping[str, Any]) -> _Rules:
   read = stats["read"]
   example = next(iter(read["examples"]), None)
   missing = 1 - stats["labelled"] / max(stats["records"], 1)
-  # The reasons include those of changed labels.
+  # Changed labels have reasons, too.
   reasons = list(stats["reasons"].items())[:2]
   why = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
   why = why and f" The most frequent reasons in the manifest: {why}."
   return {
     "damaged": (read["damaged"], read["damaged"], read["records"], example),
-    "without_label": (missing > _UNLABELLED, percent(missing), why),
+    "without_label": (missing > _UNLABELLED, format_percent(missing), why),
   }
 
 
@@ -102,18 +95,18 @@ def _box_rules(stats: Mapping[str, Any]) -> _Rules:
   without, large = stats["images_without_boxes"], stats["large_boxes"]
   small, enough = stats["small_boxes"], stats["boxes"] >= _MIN_BOXES
   return {
-    "images_without_boxes": (without > _HALF, percent(without)),
-    "at_most": (most > 2 and limited, percent(many), most),
+    "images_without_boxes": (without > _HALF, format_percent(without)),
+    "at_most": (most > 2 and limited, format_percent(many), most),
     "scores_of_1": (stats["scores_of_1"] == 1,),
     "scores_beyond": (low < 0 or high > 1, low, high),
-    "large_boxes": (enough and large >= _HALF, percent(large)),
-    "small_boxes": (enough and small >= _HALF, percent(small)),
+    "large_boxes": (enough and large >= _HALF, format_percent(large)),
+    "small_boxes": (enough and small >= _HALF, format_percent(small)),
     "one_phrase": (
       enough and frequent > _ONE_PHRASE,
-      percent(frequent),
+      format_percent(frequent),
       phrase,
     ),
-    "repeated_phrases": (enough and repeated > _HALF, percent(repeated)),
+    "repeated_phrases": (enough and repeated > _HALF, format_percent(repeated)),
   }
 
 
@@ -125,8 +118,8 @@ def _depth_rules(stats: Mapping[str, Any]) -> _Rules:
   constant, narrow = stats["constant_maps"], stats["narrow_maps"]
   listed = ", ".join(f"{count:,} of {side}" for side, count in sides.items())
   return {
-    "sparse_maps": (mean < _HALF, percent(mean)),
-    "constant_maps": (constant > _ODD_MAPS, percent(constant)),
-    "narrow_maps": (narrow > _ODD_MAPS, percent(narrow)),
+    "sparse_maps": (mean < _HALF, format_percent(mean)),
+    "constant_maps": (constant > _ODD_MAPS, format_percent(constant)),
+    "narrow_maps": (narrow > _ODD_MAPS, format_percent(narrow)),
     "sides": (len(sides) > 1, listed),
   }

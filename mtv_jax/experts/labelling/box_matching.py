@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
 from mtv_jax.data.tokenizers import canonicalize
-from mtv_jax.evals.grounding import grounding
+from mtv_jax.evals import grounding
 from mtv_jax.utils.errors import InputError
 
 
@@ -133,17 +133,10 @@ def compare(
 ) -> Agreement:
   """Compares the boxes of a label set with the true ones.
 
-  Images without a label in `truth` are skipped.
-
-  Args:
-    labels: an expert's labels.
-    truth: true labels of the same records.
-    iou: minimum of a match, in (0, 1].
-    renamed: names in `truth` of phrases of `labels`, up to case and
-      punctuation.
-
-  Raises:
-    LabelError: the sets are of other records, or no image is labelled.
+  Images without a label in `truth` are skipped. `iou`, in (0, 1], is the
+  minimum of a match; `renamed` maps phrases of `labels` to names in `truth`, up
+  to case and punctuation. Raises LabelError if the sets are of other records,
+  or no image is labelled.
   """
   if not 0 < iou <= 1:
     raise InputError(f"iou={iou}; expected more than 0 and at most 1.")

@@ -30,13 +30,8 @@ def suppress(
 ) -> Int[np.ndarray, " k"]:
   """Class-agnostic non-maximum suppression; of equal scores the earlier wins.
 
-  Args:
-    boxes: (y0, x0, y1, x1), of positive area.
-    scores: confidences.
-    iou: maximum of two retained boxes.
-
-  Returns:
-    Indices of the retained boxes, best first.
+  Boxes (y0, x0, y1, x1) have a positive area; `iou` is the largest one of two
+  retained boxes. Returns their indices, best first.
   """
   order = np.argsort(-scores, kind="stable")
   boxes = boxes[order].astype(np.float64)

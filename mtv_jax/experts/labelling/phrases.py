@@ -8,7 +8,7 @@ A phrase source is named by a string:
 
   ngrams         n-grams of the record's captions, by OWLv2's rules
   tags           the field `tags` of the record's .json; `tags:FIELD` another
-  FILE           a vocabulary: one phrase per line, the same for every record
+  FILE           a vocabulary for all records: one phrase per line
   MODULE:NAME    a function from a record to its phrases; a label set stores
                  its name only, so give a changed function a new name
 """
@@ -39,7 +39,7 @@ _NO_PHRASES = "boxes: no phrases to look for"
 _SEPARATORS = re.compile(r"[,;|]")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-# Of OWLv2's recipe (Minderer et al. 2023): common words of web captions without
+# OWLv2's recipe (Minderer et al. 2023): common words of web captions without
 # visual content, and NLTK's English stop words, in the form of `canonicalize`.
 _GENERIC = """
   alibaba aliexpress amazon available background blog buy co com description
@@ -73,7 +73,7 @@ class Phrases(abc.ABC):
   """Phrases to look for in a record's image; subclasses are dataclasses."""
 
   source: str  # Name of the kind, for the manifest.
-  # Where all records have the same phrases, which are encoded once.
+  # Phrases that all records share, which are encoded once.
   vocabulary: tuple[str, ...] | None = None
 
   @property
@@ -91,14 +91,8 @@ def build_phrases(
 ) -> Phrases:
   """The phrase source of a name (see the top of the file).
 
-  Args:
-    source: the name.
-    max_phrases: largest number per record, except for a vocabulary.
-    max_words: largest number of words per n-gram.
-
-  Raises:
-    ConfigError: a limit below 1.
-    InputError: an unknown name, or a file without phrases.
+  `max_phrases` limits a record's phrases, except for a vocabulary; `max_words`
+  the words of an n-gram.
   """
   check_value(max_phrases, PositiveInt, "max_phrases")
   check_value(max_words, PositiveInt, "max_words")
@@ -123,7 +117,7 @@ class NGrams(Phrases):
   """N-grams of captions (OWLv2, Minderer et al. 2023, appendix).
 
   Generic words are removed; n-grams of up to `max_words` words follow by start
-  and then length, without those of stop words alone.
+  and then length; n-grams of stop words alone are dropped.
 
   Unlike in the paper, punctuation is removed first, so that "photo." is a
   generic word, and repeated n-grams are dropped.
@@ -150,7 +144,7 @@ class NGrams(Phrases):
 class Tags(Phrases):
   """A field of the record's .json: a list, or a string with `,`, `;` or `|`.
 
-  Of tags that differ only in case or punctuation the first is used, as spelled.
+  If tags differ only in case or punctuation, the first is used, as spelled.
   A record without the field, or with null, has none.
   """
 
@@ -168,7 +162,7 @@ class Tags(Phrases):
     return _distinct(tags, self.max_phrases)
 
 
-def _read_vocabulary(file: str) -> "Vocabulary":
+def _read_vocabulary(file: str) -> "FixedPhrases":
   """The phrases of a file, without blank and repeated lines."""
   path = Path(file).expanduser()
   lines = foreign.read_text(path).splitlines()
@@ -183,11 +177,11 @@ def _read_vocabulary(file: str) -> "Vocabulary":
       f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(filled)}"
       f" blank lines and {len(filled) - len(phrases)} repeated ones"
     )
-  return Vocabulary(tuple(phrases), path.name)
+  return FixedPhrases(tuple(phrases), path.name)
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary(Phrases):
+class FixedPhrases(Phrases):
   """The same phrases for every record."""
 
   vocabulary: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
+from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
@@ -41,25 +41,15 @@ def run(
   host: HostRows | None = None,
   threads: int | None = None,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Summary:
+) -> LabelCounts:
   """Labels the shards without labels and completes the label set.
 
-  Returns when all shards are labelled, those of other hosts included; a host
-  without shards left takes over those of dead hosts.
-
-  Args:
-    expert: the model.
-    base: the source to label.
-    out: folder of the label set; created if missing.
-    host: index and number of hosts that start together, so that each begins
-      with another shard; 0 of 1 by default, also for hosts started by hand.
-    threads: for decoding and preparing; one per core by default.
-    progress: called with the number of records done, by any host, and the
-      total.
-
-  Raises:
-    FileExistsError: the folder has labels of other settings.
-    LabelError: no record has a label.
+  Returns when all shards are labelled, by any host; a host without shards left
+  takes over the shards of dead hosts. Hosts that start together, `host`, begin
+  with different shards; by default, and for hosts started by hand, each is 0 of
+  1. `threads` decode and prepare, one per core by default. `progress` gets the
+  number of records done, by any host, and the total. Raises FileExistsError for
+  labels of other settings, LabelError if no record has a label.
   """
   threads = count_threads(threads)
   options = {"kind": expert.kind, "settings": expert.settings}

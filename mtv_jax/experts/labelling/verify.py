@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass
-class Report:
+class VerificationReport:
   """Differences between stored labels and new ones."""
 
   kind: str
@@ -129,20 +129,12 @@ def verify(
   *,
   count: int,
   threads: int | None = None,
-) -> Report:
-  """Compares the labels of evenly spaced records with new ones.
+) -> VerificationReport:
+  """Compares the labels of at most `count` evenly spaced records with new ones.
 
-  Args:
-    expert: must have the set's settings.
-    base: the source of the set, or some of its shards.
-    out: folder of the set.
-    count: maximum number of records.
-    threads: one per core by default.
-
-  Raises:
-    FileNotFoundError: there is no finished set.
-    FileExistsError: the set has other settings.
-    LabelError: the set belongs to other shards.
+  `base` is the source of the set, or some of its shards. Raises
+  FileNotFoundError without a finished set, FileExistsError if its settings are
+  not the expert's, LabelError if it belongs to other shards.
   """
   threads = count_threads(threads)
   if count < 1:
@@ -154,7 +146,7 @@ def verify(
   aligned = AlignedLabels(stored, base)
   numbers = np.linspace(0, len(base) - 1, min(count, len(base)))
   numbers = np.unique(numbers.round().astype(int)).tolist()
-  report = Report(expert.kind, compared=len(numbers))
+  report = VerificationReport(expert.kind, compared=len(numbers))
   entries = batching.label(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key

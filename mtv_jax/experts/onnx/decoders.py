@@ -139,11 +139,7 @@ DECODERS: dict[str, Decoder] = {"fastestdet": FastestDet()}
 
 
 def get_decoder(name: str) -> Decoder:
-  """The decoder of a name, see the module's docstring.
-
-  Raises:
-    InputError: for an unknown name or another object.
-  """
+  """The decoder of a name; see the top of the file."""
   if name in DECODERS:
     return DECODERS[name]
   if not _MODULE_NAME.fullmatch(name):

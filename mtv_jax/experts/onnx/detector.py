@@ -5,8 +5,6 @@ thread, as in the detectors' own examples: labels do not depend on the number
 of threads, rows or devices.
 """
 
-import concurrent.futures
-import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -27,8 +25,9 @@ from mtv_jax.experts.labelling.phrases import hash_phrases
 from mtv_jax.experts.onnx.decoders import get_decoder
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError
+from mtv_jax.utils.threads import map_threads
 
-_MAX_SIDE = 1 << 13  # Of an input, in pixels.
+_MAX_SIDE = 1 << 13  # Pixels of an input.
 
 
 class OnnxDetector:
@@ -111,10 +110,6 @@ class OnnxDetector:
       **self._options,
     }
 
-  @functools.cached_property
-  def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(available_cores())
-
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
@@ -133,7 +128,8 @@ class OnnxDetector:
       return self._session.run(self._outputs, {self._input: chunk})
 
     chunks = np.split(images, len(images) // self._chunk)
-    outputs = zip(*self._pool.map(run_chunk, chunks), strict=True)
+    results = map_threads(run_chunk, chunks, threads=available_cores())
+    outputs = zip(*results, strict=True)
     return dict(zip(self._outputs, map(np.concatenate, outputs), strict=True))
 
   def finish(

@@ -27,12 +27,7 @@ _WORD = (
 
 
 class ClipTokenizer:
-  """Texts to ids, as `CLIPTokenizer` of `transformers`.
-
-  Raises:
-    MissingFileError: the folder lacks `vocab.json` or `merges.txt`.
-    InputError: they are not CLIP's.
-  """
+  """Texts to ids, as `CLIPTokenizer` of `transformers`."""
 
   def __init__(self, folder: str | os.PathLike):
     files = [pathlib.Path(folder) / name for name in (VOCABULARY, MERGES)]
@@ -87,7 +82,7 @@ class ClipTokenizer:
     """Ids of each string between start and end, cut or padded with the end."""
     ids = np.full((len(strings), length), self._end, np.int32)
     encodings = self._model.encode_batch(list(strings))
-    # A text that is cut ends all the same: the last id stays.
+    # A truncated text still ends: the last id stays.
     for row, encoding in zip(ids[:, :-1], encodings, strict=True):
       part = encoding.ids[: length - 1]
       row[: len(part)] = part

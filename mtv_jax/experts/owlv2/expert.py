@@ -6,15 +6,17 @@ image come back.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Float32, PyTree, UInt8
 
 from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels.label_values import LabelOutcome
@@ -28,7 +30,6 @@ from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
 from mtv_jax.experts.owlv2.model import Owlv2, Patches
-from mtv_jax.experts.owlv2.preprocess import pad_to_square
 from mtv_jax.experts.owlv2.queries import QueryCache
 from mtv_jax.utils.errors import InputError
 
@@ -45,6 +46,9 @@ ENSEMBLE = (
 )
 # Number of boxes that come back from the devices, the best ones of an image.
 CANDIDATES = 512
+_GREY = 0.5
+# Radius of a Gaussian in standard deviations, as in SciPy.
+_TRUNCATE = 4.0
 
 
 class Owlv2Expert:
@@ -140,11 +144,7 @@ class Owlv2Expert:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The padded image, and its phrases' tokens unless they never change.
-
-    Raises:
-      BadRecord: the record has no phrases.
-    """
+    """The padded image, and its phrases' tokens unless they never change."""
     pixels = pad_to_square(image, self._size)
     pixels -= np.array(self._files.mean, np.float32)
     pixels /= np.array(self._files.std, np.float32)
@@ -225,8 +225,8 @@ class Programs:
     `slots` index the `table` of queries, -1 for no phrase.
 
     Returns:
-      Of the k best patches, best first: `boxes` [b, k, 4] in the unit square of
-      the padded image, `scores` [b, k] and `labels` [b, k], indices into
+      For the k best patches, best first: `boxes` [b, k, 4] in the unit square
+      of the padded image, `scores` [b, k] and `labels` [b, k], indices into
       `slots`; and the number of patches `above` the threshold, [b].
     """
     patches, slots = rows["patches"], rows["slots"]
@@ -241,6 +241,51 @@ class Programs:
       "labels": jnp.take_along_axis(labels, indices, axis=1),
       "above": (scores > consts["threshold"]).sum(axis=1, dtype=jnp.int32),
     }
+
+
+def pad_to_square(
+  image: UInt8[np.ndarray, "h w 3"], size: int
+) -> Float32[np.ndarray, "size size 3"]:
+  """The image padded with grey below or to the right, resized to `size`.
+
+  As in `skimage.transform.resize` with antialiasing, which the authors use: a
+  Gaussian of (s - 1) / 2 pixels for shrinking by s, then linear interpolation.
+  An enlarged image differs beyond the centres of its outermost pixels, where
+  the edge is repeated (as in PyTorch) and not mirrored.
+
+  Returns:
+    Values from 0 to 1.
+  """
+  side = max(image.shape[:2])
+  shrink = side / size
+  sigma = max(shrink - 1, 0) / 2
+  radius = int(_TRUNCATE * sigma + 0.5)
+  # The difference from grey is 0 in the padding. Only the part that the blurred
+  # image reaches is allocated: a banner's square may be vast.
+  margin = 2 * radius + math.ceil(shrink) + 2
+  pad = [min(margin, side - n) for n in image.shape[:2]]
+  pixels = np.zeros(
+    (image.shape[0] + pad[0], image.shape[1] + pad[1], 3), np.float32
+  )
+  part = pixels[: image.shape[0], : image.shape[1]]
+  np.multiply(image, np.float32(1 / 255), out=part)
+  part -= _GREY
+  if radius:
+    pixels = cv2.GaussianBlur(
+      pixels, (2 * radius + 1,) * 2, sigma, borderType=cv2.BORDER_REFLECT_101
+    )
+  square = np.full((size, size, 3), _GREY, np.float32)
+  if shrink != 1:
+    pixels = cv2.resize(
+      pixels,
+      None,
+      fx=1 / shrink,
+      fy=1 / shrink,
+      interpolation=cv2.INTER_LINEAR,
+    )
+  pixels = pixels[:size, :size]
+  square[: pixels.shape[0], : pixels.shape[1]] += pixels
+  return square
 
 
 load_expert = check_options(Owlv2Expert)

@@ -1,7 +1,7 @@
 """OWLv2 model (Minderer et al. 2023): CLIP towers with a box per patch.
 
 Each patch token, multiplied by the CLS token, predicts a box, an embedding to
-compare with those of phrases, and objectness.
+compare with phrases, and objectness.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ _NORM_EPS = 1e-6  # Added to the norm that embeddings are divided by.
 class Patches:
   """Predictions of the P patches of images, independent of phrases."""
 
-  embeddings: Float32[Array, "b p e"]  # Of unit length.
+  embeddings: Float32[Array, "b p e"]  # Unit length.
   shift: Float32[Array, "b p"]  # Added to their cosines with phrases.
   scale: Float32[Array, "b p"]  # Multiplies the sum.
   # (y0, x0, y1, x1) in the padded image's unit square; may exceed it.
@@ -36,11 +36,10 @@ class Patches:
   def logits(
     self, queries: Float32[Array, "b q e"], valid: Bool[Array, "b q"]
   ) -> Float32[Array, "b p q"]:
-    """Logits of each patch for each query.
+    """Logits of each patch for each query of `Owlv2.queries`.
 
-    Args:
-      queries: from `Owlv2.queries`; one row serves all images.
-      valid: False for padding, whose logits are the smallest number.
+    One row of queries serves all images; those that are not `valid` (padding)
+    have the smallest number.
     """
     queries = jnp.broadcast_to(
       queries, (len(self.embeddings), *queries.shape[1:])
@@ -57,13 +56,10 @@ class Patches:
 
 
 class Owlv2(nn.Module):
-  """OWLv2 detector.
+  """OWLv2 detector; patch tokens are not projected.
 
-  Attributes:
-    spec: its towers' spec; patch tokens are not projected.
-    dtype: compute dtype of the towers and the heads' hidden layers; last layers
-      are float32.
-    scan: whether blocks run in a loop, see `stack.run_stack`.
+  The towers and the heads' hidden layers compute in `dtype`, last layers in
+  float32. `scan`: whether blocks run in a loop, see `stack.run_stack`.
   """
 
   spec: ModelSpec

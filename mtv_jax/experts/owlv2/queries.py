@@ -28,12 +28,8 @@ _CAPACITY = 16_384
 class QueryCache:
   """A table of queries on every device of a mesh, for use by one thread.
 
-  Args:
-    embed: parameters and tokens `[n, k, t]` to queries `[n, e]`, by row.
-    params: `embed`'s parameters, on the devices.
-    width: e.
-    mesh: this host's mesh.
-    capacity: number of phrases; a larger request enlarges it.
+  `embed` maps `params` (on the devices) and tokens `[n, k, t]` to queries
+  `[n, width]`, by row. A request of more than `capacity` phrases enlarges it.
   """
 
   def __init__(
@@ -66,8 +62,7 @@ class QueryCache:
   ) -> Int32[np.ndarray, "*n"]:
     """Slot of each phrase's query in `table`; -1 for padding (all ids are 0).
 
-    Args:
-      tokens: token ids of each phrase in each of the k prompts.
+    A phrase has token ids in each of the k prompts.
     """
     lead = tokens.shape[:-2]
     rows = tokens.reshape(-1, *tokens.shape[-2:])
@@ -93,7 +88,7 @@ class QueryCache:
   def _encode(
     self, rows: np.ndarray, new: list[tuple[bytes, int]], count: int
   ) -> None:
-    """Encodes phrases into free slots or those of the least recently used."""
+    """Encodes phrases into free or least recently used slots."""
     capacity = len(self.table)
     tokens = np.zeros((count, *rows.shape[1:]), np.int32)
     slots = np.full(count, capacity, np.int32)  # Out of range: not written.

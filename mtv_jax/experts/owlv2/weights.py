@@ -89,11 +89,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-  """The towers that a `config.json` describes.
-
-  Raises:
-    ConversionError: phrases and patches have different widths.
-  """
+  """The towers that a `config.json` describes."""
   name = "text_config"
   text = hf_files.with_defaults(config.get(name), _TEXT, name)
   text.setdefault("hidden_size", clip.Clip.text.defaults["hidden_size"])
@@ -144,11 +140,7 @@ def param_mapping(spec: ModelSpec) -> list[Rule]:
 def read_tokenizer(
   folder: pathlib.Path,
 ) -> tokenizers.Tokenizer | ClipTokenizer:
-  """Reads a folder's tokenizer, in either file format.
-
-  Raises:
-    MissingFileError: there is none.
-  """
+  """Reads a folder's tokenizer, in either file format."""
   if (folder / "tokenizer.json").is_file():
     return tokenizers.build_tokenizer(folder / "tokenizer.json", clean="none")
   return ClipTokenizer(folder)

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mtv_jax.config import options, schema
+from mtv_jax.config import options
+from mtv_jax.config.sections import Config
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.models.heads.caption_decoder import (
   CaptionHead,
@@ -37,7 +38,7 @@ HEADS: dict[str, type[PredictionHead]] = {
 
 
 def heads_of_config(
-  objectives: schema.Config, spec: Any, phrase_length: int | None = None
+  objectives: Config, spec: Any, phrase_length: int | None = None
 ) -> dict[str, PredictionHead]:
   """The heads that a config's `objectives` train on a `ModelSpec`.
 
@@ -80,11 +81,7 @@ def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
 
 
 def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
-  """The inverse of `describe_heads`.
-
-  Raises:
-    InputError: for an unknown objective or option.
-  """
+  """The inverse of `describe_heads`."""
   known = {kind.objective for kind in HEADS.values()}
   for name in described:
     if name not in known:

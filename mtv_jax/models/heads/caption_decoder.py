@@ -154,12 +154,16 @@ class CaptionDecoder(nn.Module):
       dtype=dtype,
       parent=None,
     )
-    x, _ = stack_lib.run_blocks(
-      self,
+    context = (patches, parallel.reshape(-1, 1))
+    init = stack_lib.stacked_init(block, self.depth, self.width, context)
+    x, _ = stack_lib.run_stack(
       block,
+      self.param("blocks", init),
       x,
-      depth=self.depth,
-      context=(patches, parallel.reshape(-1, 1)),
+      context=context,
+      remat=self.remat,
+      scan=self.scan,
+      mesh=self.mesh,
     )
     x = layers.norm(self.norm_eps, jnp.float32, "norm")(x)
     kernel, bias = _Output(self.vocabulary.outputs, name="projection")(

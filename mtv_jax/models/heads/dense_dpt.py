@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import base, dpt
-from mtv_jax.models.positions import resize_matrix
+from mtv_jax.utils.resampling import resize_matrix
 
 
 class DenseDPT(nn.Module):

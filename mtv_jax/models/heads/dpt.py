@@ -7,7 +7,6 @@ Depth Anything (Yang et al. 2024): no readout token, no batch norm.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
 from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.utils.resampling import resize_matrix
 
 STAGES = 4
 RESIZES = ("products", "neighbours")
@@ -78,23 +78,6 @@ def _interpolation(
   return low, np.minimum(low + 1, size - 1), position - low
 
 
-@functools.lru_cache(maxsize=256)
-def corner_matrix(size: int, new_size: int) -> Float32[np.ndarray, "new old"]:
-  """Matrix of the linear resampling of `size` values with aligned corners.
-
-  PyTorch's `interpolate(align_corners=True)`: first and last value are the
-  same.
-  """
-  matrix = np.zeros((new_size, size))
-  low, high, weight = _interpolation(size, new_size)
-  rows = np.arange(new_size)
-  np.add.at(matrix, (rows, low), 1 - weight)
-  np.add.at(matrix, (rows, high), weight)
-  matrix = matrix.astype(np.float32)
-  matrix.setflags(write=False)  # cached, so shared by every caller
-  return matrix
-
-
 def resize_corners(
   x: Float[Array, "b h w c"], size: tuple[int, int], *, by: str = "products"
 ) -> Float[Array, "b h2 w2 c"]:
@@ -113,7 +96,8 @@ def resize_corners(
 def _by_products(x: jax.Array, axis: int, size: int) -> jax.Array:
   # By default a TPU multiplies float32 in bfloat16.
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  matrix = jnp.asarray(corner_matrix(x.shape[axis], size), x.dtype)
+  matrix = resize_matrix(x.shape[axis], size, "bilinear_corners")
+  matrix = jnp.asarray(matrix.astype(np.float32), x.dtype)
   equation = {1: "yh,bhwc->bywc", 2: "xw,bhwc->bhxc"}[axis]
   return jnp.einsum(equation, matrix, x, precision=precision)
 
@@ -330,11 +314,7 @@ class DepthHead(base.PredictionHead):
   activation: Literal["none", "relu"] = DPT.activation
 
   def resolve(self, spec: Any) -> DepthHead:
-    """The head with taps and channels of the model.
-
-    Raises:
-      InputError: for taps outside the tower.
-    """
+    """The head with taps and channels of the model."""
     image = spec.image
     taps = self.taps or quarter_taps(image.depth)
     stack_lib.check_taps(taps, image.depth)

@@ -84,7 +84,16 @@ class MaskedDecoder(nn.Module):
       dtype=dtype,
       parent=None,
     )
-    x, _ = stack_lib.run_blocks(self, block, x, depth=self.depth)
+    x, _ = stack_lib.run_stack(
+      block,
+      self.param(
+        "blocks", stack_lib.stacked_init(block, self.depth, self.width)
+      ),
+      x,
+      remat=self.remat,
+      scan=self.scan,
+      mesh=self.mesh,
+    )
     x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
     y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
     return y.astype(jnp.float32)

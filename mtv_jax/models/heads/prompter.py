@@ -41,9 +41,6 @@ def sinusoids(
   """Sines and cosines of each coordinate, at a geometric series of frequencies.
 
   Channels are float32, ordered (coordinate, sine | cosine, frequency).
-
-  Raises:
-    InputError: if twice the number of coordinates does not divide `features`.
   """
   *lead, count = coordinates.shape
   if features % (2 * count):

@@ -17,13 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import harness
-from mtv_jax.train.step_spec import StepSpec, init_params
+from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.spec import StepSpec, init_params
 from mtv_jax.train.train_step import build_train_step
 from mtv_jax.utils.errors import check_choice
 
@@ -75,11 +74,8 @@ def compare(
   replaces fields of the model, for a small one.
   """
   check_choice("what", what, BENCHMARKS)
-  import torch
-
-  from mtv_jax.perf.bench import torch_steps
-
-  torch.set_num_threads(threads)
+  torch_steps = harness.import_oracle("torch_steps")
+  torch_steps.torch.set_num_threads(threads)
   spec, ours, params, batch = _our_step(what, batch_size, model)
   if what == "siglip":
     theirs = torch_steps.siglip_step(spec, params, batch, OPTIM)
@@ -117,7 +113,7 @@ def compare(
 
 def _make_config(
   what: str, batch_size: int, model: dict[str, Any]
-) -> ConfigDict:
+) -> dict[str, Any]:
   size, local = model.pop("image_size", 224), model.pop("local", 96)
   config = dict(
     seed=0,
@@ -151,17 +147,15 @@ def _make_config(
       "global": dict(count=2, ops=crop),
       "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
     }
-    config["objectives"] = dict(
-      distillation=dict(koleo_weight=0.1, **head), masked_latent=head
-    )
+    config["objectives"] = dict(dino=dict(koleo_weight=0.1, **head), ibot=head)
     config["teacher"] = dict(momentum=0.994)
   config["model"] |= model
-  return ConfigDict(config)
+  return config
 
 
 def _our_step(what: str, batch_size: int, model: dict[str, Any]):
   """The spec, a step as a function, its first parameters and its batch."""
-  config = schema.check_config(_make_config(what, batch_size, model))
+  config = resolve(_make_config(what, batch_size, model))
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   built = build_train_step(config, mesh, 1)
   spec, program = built.step_spec, built.program
@@ -178,7 +172,7 @@ def _our_step(what: str, batch_size: int, model: dict[str, Any]):
   return spec, step, jax.device_get(state.params), batch
 
 
-def _random_batch(config: ConfigDict, spec: StepSpec) -> dict[str, np.ndarray]:
+def _random_batch(config: RunConfig, spec: StepSpec) -> dict[str, np.ndarray]:
   """Random pixels and tokens in the shapes of the config's batches."""
   rng = np.random.default_rng(0)
   batch = {

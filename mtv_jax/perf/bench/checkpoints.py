@@ -10,7 +10,7 @@ import numpy as np
 
 from mtv_jax.checkpoint import checksums
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.perf.bench import harness
 from mtv_jax.perf.bench.step import StepTimer
 from mtv_jax.utils.tree import flatten_with_names
@@ -19,7 +19,7 @@ _CHUNK, _CHUNKS = 1 << 24, 16  # Bytes written at once, and how often.
 
 
 def run(
-  config: schema.Config,
+  config: Config,
   *,
   steps: int = 10,
   saves: int = 3,

@@ -7,13 +7,11 @@ views. Both take the same files, one after the other, on one thread.
 
 import contextlib
 import functools
-import io
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from mtv_jax.data import canvas
 from mtv_jax.data.registry import open_files
@@ -52,60 +50,20 @@ def run(
     threads: of PyTorch and OpenCV.
   """
   numbers = _parse_megapixels(megapixels)
+  oracle = harness.import_oracle("dinov2_views")
   result = harness.Result(size=size, images=images, threads=threads)
   files = _read_files(data, size, images)
   with _limit_threads(threads):
     methods: dict[str, Transform] = {
       "canvas": functools.partial(canvas.decode_to_canvas, size=size),
       "exact": lambda file: canvas.squash(canvas.decode(file), size),
-      "views": make_dinov2_views(),
+      "views": oracle.make_dinov2_views(),
     }
     for number in numbers:
       photos = files if not number else _enlarge(files, number)
       times = _time_methods(methods, photos, rounds)
       _add_times(result, number, photos, times)
   return result
-
-
-def make_dinov2_views() -> Transform:
-  """A function from a file to DINOv2's views, by torchvision's transforms.
-
-  The parameters are those of `DataAugmentationDINO` and of the default config
-  of DINOv2 (Oquab et al. 2023).
-  """
-  import torch
-  from torchvision import transforms as T
-
-  torch.manual_seed(0)
-
-  def crop(size: int, scale: tuple[float, float]) -> T.Compose:
-    bicubic = T.InterpolationMode.BICUBIC
-    resized = T.RandomResizedCrop(size, scale=scale, interpolation=bicubic)
-    return T.Compose([resized, T.RandomHorizontalFlip(0.5)])
-
-  def photometrics(blur: float, solarize: float) -> T.Compose:
-    ops = [
-      T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-      T.RandomGrayscale(0.2),
-      T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=blur),
-    ]
-    if solarize:
-      ops.append(T.RandomSolarize(128, p=solarize))
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return T.Compose([*ops, T.ToTensor(), T.Normalize(mean, std)])
-
-  large, small = crop(224, (0.32, 1.0)), crop(96, (0.05, 0.32))
-  views = [
-    T.Compose([large, photometrics(1.0, 0.0)]),
-    T.Compose([large, photometrics(0.1, 0.2)]),
-    *[T.Compose([small, photometrics(0.5, 0.0)])] * 8,
-  ]
-
-  def transform(file: bytes) -> list[torch.Tensor]:
-    image = Image.open(io.BytesIO(file)).convert("RGB")
-    return [view(image) for view in views]
-
-  return transform
 
 
 @contextlib.contextmanager

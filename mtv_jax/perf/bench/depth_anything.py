@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtv_jax.convert import depth_anything as weights
-from mtv_jax.experts.depth_anything import expert as expert_lib
+from mtv_jax.experts import depth_anything as expert_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
 from mtv_jax.perf.bench import experts
@@ -38,35 +38,6 @@ def make_config(variant: str) -> dict[str, Any]:
   )
 
 
-def write(variant: str, folder: pathlib.Path) -> Any:
-  """Writes a `transformers` folder with random weights; returns its model."""
-  import torch
-  import transformers
-
-  config = transformers.DepthAnythingConfig(**make_config(variant))
-  model = transformers.DepthAnythingForDepthEstimation(config).eval()
-  randomise(model, torch.Generator().manual_seed(0))
-  model.save_pretrained(folder)
-  return model
-
-
-def randomise(model: Any, generator: Any) -> None:
-  """Draws weights of a `transformers` model that give positive, varied maps."""
-  import torch
-
-  with torch.no_grad():
-    for name, parameter in model.named_parameters():
-      scale = 0.2
-      if "position_embeddings" in name or "cls_token" in name:
-        scale = 1.0
-      elif parameter.dim() > 1:
-        scale = parameter[0].numel() ** -0.5
-      parameter.normal_(0.0, scale, generator=generator)
-    # The last layer reads the output of a ReLU: the map is positive.
-    model.head.conv3.weight.abs_()
-    model.head.conv3.bias.fill_(0.1)
-
-
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
   """One batch through our expert, on this host's devices."""
   del variant
@@ -75,12 +46,6 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
   )
   arrays = {"images": experts.random_pixels(expert.rows, SIZE)}
   return lambda: expert.run(arrays)["depth"]
-
-
-def theirs(model: Any, batch_size: int) -> experts.RunFn:
-  """The same batch through the `transformers` model."""
-  pixels = experts.torch_pixels(batch_size, SIZE)
-  return lambda: model(pixel_values=pixels).predicted_depth
 
 
 def program(

@@ -2,11 +2,10 @@
 
 A module of `MODELS` has the functions
 
-  write(variant, folder)     a `transformers` folder with random weights;
-                             returns the model
-  ours(variant, folder, batch_size)            a `RunFn` with these weights
-  theirs(model, batch_size)                    a `RunFn` with equal results
+  ours(variant, folder, batch_size)            a `RunFn` of a folder's weights
   program(variant, batch_size, mesh, dtype)    a `Program`
+
+Folders and results of `transformers` come from tools/transformers_experts.py.
 """
 
 import importlib
@@ -69,9 +68,6 @@ def run(
       rounds, or "none".
     threads: for PyTorch; JAX uses the process's, see `against_torch.pin`.
     topology: compiles for it instead, see `compile_expert`.
-
-  Raises:
-    InputError: for an unknown choice, or on several devices: PyTorch has one.
   """
   model_lib = _import_model(kind)
   check_choice("against", against, AGAINST)
@@ -87,18 +83,16 @@ def run(
       raise InputError(
         f"Compare on one device: JAX has {jax.local_device_count()}."
       )
-    import torch
-    import transformers
-
+    oracle = harness.import_oracle("transformers_experts")
+    torch = oracle.torch
     torch.set_num_threads(threads)
-    versions["torch"] = torch.__version__
-    versions["transformers"] = transformers.__version__
+    versions |= oracle.VERSIONS
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
-      model = model_lib.write(variant, path)
+      model = oracle.WRITE[kind](variant, path)
       fns = [
         model_lib.ours(variant, path, batch_size),
-        torch.inference_mode()(model_lib.theirs(model, batch_size)),
+        torch.inference_mode()(oracle.RUN[kind](model, batch_size)),
       ]
   # `asarray` waits for the results.
   fns = [lambda fn=fn: np.asarray(fn()) for fn in fns]
@@ -168,23 +162,12 @@ def random_pixels(rows: int, size: int) -> np.ndarray:
   return rng.normal(size=(rows, size, size, 3)).astype(np.float32)
 
 
-def torch_pixels(rows: int, size: int) -> Any:
-  """The same pixels as a tensor `[rows, 3, size, size]`."""
-  import torch
-
-  pixels = torch.from_numpy(random_pixels(rows, size))
-  return pixels.permute(0, 3, 1, 2).contiguous()
-
-
 def compile_expert(
   kind: str, *, variant: str, batch_size: int, topology: str
 ) -> harness.Result:
   """Compiles an expert in bfloat16 for one device of a topology.
 
   Every device runs the same program: the topology's size makes no difference.
-
-  Raises:
-    ConfigError: for an unknown topology, or if the compiler is not installed.
   """
   parsed = topologies.parse(topology)
   topologies.use_cpu(parsed)

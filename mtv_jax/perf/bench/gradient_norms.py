@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from mtv_jax.perf.bench import harness
-from mtv_jax.utils.curves import read_rows
+from mtv_jax.report.run_folders import read_rows
 from mtv_jax.utils.errors import InputError
 
 
@@ -44,9 +44,6 @@ def read_norms(
   """Names, norms `[steps, names]`, and norms without the balance's factors.
 
   Of the steps above `after` at which they were logged.
-
-  Raises:
-    InputError: there is none.
   """
   config = json.loads((workdir / "config.json").read_text())["objectives"]
   weights = {name: entry["weight"] for name, entry in config.items()}

@@ -7,6 +7,7 @@ benchmarks of the input pipeline run without it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import platform
@@ -14,9 +15,12 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from mtv_jax.utils.errors import InputError
 
 
 class Result:
@@ -130,6 +134,17 @@ def time_rounds(
   """
   times = [[time_call(f) for f in functions] for _ in range(warmup + rounds)]
   return np.array(times[warmup:])
+
+
+def import_oracle(name: str) -> ModuleType:
+  """A module of tools/ in PyTorch, to compare with; a wheel has none."""
+  path = pathlib.Path(__file__).resolve().parents[3] / "tools" / f"{name}.py"
+  if not path.is_file():
+    raise InputError(f"The comparison needs a checkout, with tools/{name}.py.")
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def describe_devices() -> str:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mtv_jax.data import tokenizers
 from mtv_jax.experts.labelling.phrases import Vocabulary
 from mtv_jax.experts.owlv2 import expert as expert_lib
 from mtv_jax.experts.owlv2 import weights
@@ -28,7 +27,7 @@ def _tower(width: int, depth: int, heads: int, **options: int) -> dict:
 
 
 # Differences from the default config, OWLv2 B/16 at 768 pixels.
-_CONFIGS: Mapping[str, dict[str, Any]] = {
+CONFIGS: Mapping[str, dict[str, Any]] = {
   "tiny": dict(
     projection_dim=64,
     text_config=_tower(64, 2, 4),
@@ -46,57 +45,20 @@ PHRASES = ("a dog", "person", "red car", "tree", "traffic light", "boat")
 _QUERIES = 64
 
 
-def write(variant: str, folder: pathlib.Path) -> Any:
-  """Writes a `transformers` folder with random weights; returns its model."""
-  import torch
-  import transformers
-
-  torch.manual_seed(0)
-  config = transformers.Owlv2Config(**_CONFIGS[variant])
-  model = transformers.Owlv2ForObjectDetection(config).eval()
-  # The default initialisation makes each box the whole image or empty.
-  with torch.no_grad():
-    for head in (model.box_head, model.objectness_head, model.class_head):
-      for parameter in head.parameters():
-        parameter.normal_(std=parameter.shape[-1] ** -0.5)
-  model.save_pretrained(folder)
-  tokenizer = tokenizers.build_tokenizer("bytes")
-  tokenizers.export_files(tokenizer, folder, length=16)
-  return model
-
-
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
   """One batch through our expert; a vocabulary's phrases are encoded once."""
   options = dict(phrases=Vocabulary(PHRASES), batch_size=batch_size)
   expert = expert_lib.load_expert(folder, **options)
-  size = weights.read_spec(_CONFIGS[variant]).image.image_size
+  size = weights.read_spec(CONFIGS[variant]).image.image_size
   arrays = {"pixels": experts.random_pixels(expert.rows, size)}
   return lambda: expert.run(arrays)["scores"]
-
-
-def theirs(model: Any, batch_size: int) -> experts.RunFn:
-  """The same batch through `transformers`, text tower included (1 %)."""
-  import torch
-
-  size = model.config.vision_config.image_size
-  pixels = experts.torch_pixels(batch_size, size)
-  tokens = tokenizers.build_tokenizer("bytes").encode(PHRASES, 16)
-  tokens = torch.from_numpy(np.tile(tokens, (batch_size, 1))).long()
-
-  def run() -> torch.Tensor:
-    logits = model(input_ids=tokens, pixel_values=pixels).logits
-    scores = torch.sigmoid(logits.max(-1).values)
-    count = min(expert_lib.CANDIDATES, scores.shape[1])
-    return scores.topk(count).values
-
-  return run
 
 
 def program(
   variant: str, batch_size: int, mesh: Mesh, dtype: str
 ) -> experts.Program:
   """The program to compile: image tower and scores, data-parallel."""
-  spec = weights.read_spec(_CONFIGS[variant])
+  spec = weights.read_spec(CONFIGS[variant])
   model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
   programs = expert_lib.Programs(model, dtype)
   batch, size = batch_size * mesh.size, spec.image.image_size

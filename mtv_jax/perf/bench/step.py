@@ -1,5 +1,6 @@
 """Benchmarks of the train step and of its views on the devices."""
 
+import dataclasses
 import functools
 import statistics
 import tempfile
@@ -10,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.interference import measure_interference
+from mtv_jax.train.interference import InterferenceConfig, measure_interference
+from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import check_choice
 
@@ -24,7 +27,7 @@ from mtv_jax.utils.errors import check_choice
 class StepTimer:
   """A config's train step, timed on one batch that stays on the devices."""
 
-  def __init__(self, config: schema.Config, *, compile: bool = True):
+  def __init__(self, config: Config | RunConfig, *, compile: bool = True):
     with tempfile.TemporaryDirectory() as workdir:
       self.experiment = build_experiment(config, workdir)
     # After the steps so far.
@@ -59,7 +62,7 @@ def matmul_peak(dtype: str) -> float:
   return float(2.0 * mesh.size * side**3 / times.min())
 
 
-def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
+def run(config: Config, *, steps: int = 20) -> harness.Result:
   """Times the train step of a config with and without its input pipeline.
 
   The step is first timed on one repeated batch, which bounds the loop's
@@ -107,7 +110,7 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   return result
 
 
-def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
+def time_views(config: Config, *, steps: int = 5) -> harness.Result:
   """Times the views of a config alone, in one program, and in the step.
 
   Args:
@@ -146,7 +149,7 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
 
 
 def time_interference(
-  config: schema.Config, *, rounds: int = 10, measure: str = "time"
+  config: Config, *, rounds: int = 10, measure: str = "time"
 ) -> harness.Result:
   """Times the interference meter of a config against its train step.
 
@@ -157,19 +160,19 @@ def time_interference(
     measure: "time", or "flops", which runs no step.
   """
   check_choice("measure", measure, ("time", "flops"))
-  config = schema.check_config(config)
-  if config.interference is None:
-    config = schema.check_config({**config.to_dict(), "interference": {}})
-  timer = StepTimer(config, compile=measure == "time")
+  run = resolve(config)
+  if run.interference is None:
+    run = dataclasses.replace(run, interference=InterferenceConfig())
+  timer = StepTimer(run, compile=measure == "time")
   experiment = timer.experiment
-  spec, program = experiment.step_spec, experiment.program
+  spec, measurements = experiment.step_spec, Measurements(experiment.program)
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
-  every = experiment.duration("every", experiment.config.interference)
+  every = experiment.length.steps(run.interference.every)
   meters = (("norms and cosines", None), ("with the transfer", lr))
 
   def run_meter(lr):
     active = tuple(spec.objectives)
-    arrays = program.interference(timer.state, timer.batch, active, lr)
+    arrays = measurements.interference(timer.state, timer.batch, active, lr)
     jax.block_until_ready(arrays)
 
   result = harness.Result(

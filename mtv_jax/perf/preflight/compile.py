@@ -12,12 +12,14 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides
+from mtv_jax.config.sections import Config
 from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, roofline, topologies
-from mtv_jax.train.initialization import read_teacher_models
+from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.train_step import (
   TrainStep,
   build_train_step,
@@ -49,15 +51,15 @@ class Plan(TrainStep):
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of so many rows."""
-    update = self.program.jitted_update()
-    return update.lower(self.program.abstract, self.abstract_batch(rows))
+    inputs = self.program.abstract, self.abstract_batch(rows)
+    return self.program.update.lower(*inputs)
 
   @property
   def measures_norms(self) -> bool:
     """Whether the run measures each objective's gradient on the encoder."""
     config, balance = self.config, self.step_spec.balance
     measures = config.interference or balance.every_steps
-    return bool(measures or self.duration("gradients", config.log))
+    return bool(measures or self.length.steps(config.log.gradients))
 
   @property
   def runs_norms(self) -> bool:
@@ -68,14 +70,15 @@ class Plan(TrainStep):
     """Lowers the program of those norms, or of the interference meter."""
     inputs = (self.program.abstract, self.abstract_batch())
     objectives = tuple(self.step_spec.objectives)
+    measurements = Measurements(self.program)
     if section := self.config.interference:
       lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
-      return self.program.interference.lower(*inputs, objectives, lr)
-    return self.program.encoder_grad_norms.lower(*inputs, objectives)
+      return measurements.interference.lower(*inputs, objectives, lr)
+    return measurements.encoder_grad_norms.lower(*inputs, objectives)
 
 
 def make_plan(
-  config: schema.Config,
+  config: Config | RunConfig,
   topology: topologies.Topology,
   changes: Iterable[str] = (),
   *,
@@ -85,14 +88,11 @@ def make_plan(
 
   The folders of frozen teachers are read, unless their `model` is given.
 
-  `changes` are overrides, 'KEY=VALUE', of the resolved config.
-
-  Raises:
-    ConfigError: for an invalid config.
+  `changes` are overrides, 'KEY=VALUE', of the config.
   """
-  config = overrides.override(schema.check_config(config), changes)
-  config = schema.check_config(config)
-  read_teacher_models(config)
+  if changes:
+    config = overrides.override(config, changes)
+  config = resolve(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
   fields = flops_lib.batch_fields(config, step.step_spec)
@@ -131,7 +131,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompileResult:
   """Result of compiling a program; sizes and FLOPs are per chip and step."""
 
   memory: Memory | None  # None if the compiler ran out of memory.
@@ -153,7 +153,7 @@ class Compiled:
     return self.memory is not None and self.memory.fits
 
 
-def compile_step(plan: Plan, *, explain: bool = True) -> Compiled:
+def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
   """Compiles the train step of a plan; lists the largest arrays.
 
   With `explain`, a step that does not fit is compiled with fewer rows for them.
@@ -179,14 +179,14 @@ def compile_step(plan: Plan, *, explain: bool = True) -> Compiled:
   )
 
 
-def compile_norms(plan: Plan) -> Compiled:
+def compile_norms(plan: Plan) -> CompileResult:
   """Compiles the program that a run which measures gradients runs as well."""
   return _compile(plan.lower_norms, plan)[0]
 
 
 def _compile(
   lower: Callable[[], jax.stages.Lowered], plan: Plan
-) -> tuple[Compiled, jax.stages.Compiled | None]:
+) -> tuple[CompileResult, jax.stages.Compiled | None]:
   begin = time.perf_counter()
   lowered = lower()
   try:
@@ -197,7 +197,7 @@ def _compile(
       raise
     program, refusal, memory = None, str(error), None
   seconds = time.perf_counter() - begin
-  return Compiled(memory, refusal, seconds), program
+  return CompileResult(memory, refusal, seconds), program
 
 
 def _largest_of_smaller_batch(

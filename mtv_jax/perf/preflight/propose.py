@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Iterator
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.train.run import RunConfig, resolve
 
 _FACTORS = (2, 4, 8, 16, 32, 64)
 
@@ -26,14 +27,12 @@ class Proposal:
 
 
 def candidates(
-  config: schema.Config, chips: int
+  config: RunConfig, chips: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
   """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
 
-  Yields:
-    'KEY=VALUE' strings, and the factor by which they divide the activations.
+  'KEY=VALUE' strings, and the factor by which they divide the activations.
   """
-  config = schema.check_config(config)
   base = ()
   if config.model.remat != "full":
     base = ("model.remat=full",)
@@ -55,15 +54,14 @@ def candidates(
 
 
 def propose(
-  config: schema.Config, topology: topologies.Topology, *, tries: int = 8
+  config: Config, topology: topologies.Topology, *, tries: int = 8
 ) -> Iterator[Proposal]:
   """Compiles changes of a config that does not fit, until one does.
 
-  Skips changes that the last refusal shows to be too small.
-
-  Yields:
-    All proposals that were compiled, at most `tries`, in order.
+  Skips changes that the last refusal shows to be too small, and yields all
+  proposals that were compiled, at most `tries`.
   """
+  config = resolve(config)
   limit, excess = topology.chip.hbm_bytes, 1.0
   for changes, factor in candidates(config, topology.chips):
     if 1 < factor < excess / 2:

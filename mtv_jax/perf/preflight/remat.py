@@ -9,24 +9,22 @@ what a choice needs, from which the next capacity follows.
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-from ml_collections import ConfigDict
 
-from mtv_jax.config import schema
-from mtv_jax.models.remat import AUTO, NAMES, Remat
+from mtv_jax.config.sections import Config
+from mtv_jax.models.remat import NAMES, Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.train import encodings as encodings_lib
-from mtv_jax.train import losses
-from mtv_jax.train.step_spec import abstract_state
-from mtv_jax.train.workdir import read_recorded_config
+from mtv_jax.train import forward as forward_lib
+from mtv_jax.train.gradients import float_leaves
+from mtv_jax.train.run import RunConfig
+from mtv_jax.train.spec import abstract_state
 from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -69,15 +67,11 @@ def list_savings(plan: compile_lib.Plan) -> list[Saving]:
       chosen = dataclasses.replace(spec, remat=Remat(choice))
 
       def forward(params, views, batch):
-        outputs = encodings_lib.encode(
-          {encoding: taps},
-          chosen.tower_of,
-          losses.stop_gradient_frozen(spec, params),
-          {},
-          views,
-          batch,
-        )
-        return losses.float_leaves(outputs)
+        params = forward_lib.stop_gradient_frozen(spec, params)
+        batch = {**batch, "views": views}
+        plan = {encoding: taps}
+        outputs = forward_lib.encode(chosen, params, {}, batch, plan=plan)
+        return float_leaves(outputs)
 
       args = state.params, views, batch
       values, pull = jax.eval_shape(
@@ -166,15 +160,9 @@ def search(
 ) -> Iterator[Trial]:
   """Compiles choices, from 'full' on, toward the budget from both sides.
 
-  Args:
-    savings: of `list_savings`.
-    measure_peak: bytes that the step with a `remat` needs; None if unknown and
-      too many.
-    budget: bytes of a chip.
-    compilations: at most so many.
-
-  Yields:
-    Each trial. They are a function of the peaks alone.
+  Yields each trial; they are a function of the peaks alone. `measure_peak`
+  gives the bytes that the step with a `remat` needs; None if that is unknown
+  and too much.
   """
 
   def compile_choice(chosen):
@@ -216,8 +204,8 @@ class Choice:
   """Result of a search: the best trial that fits, and its programs."""
 
   plan: compile_lib.Plan
-  compiled: compile_lib.Compiled
-  norms: compile_lib.Compiled | None  # None if the run measures none.
+  compiled: compile_lib.CompileResult
+  norms: compile_lib.CompileResult | None  # None if the run measures none.
   trials: tuple[Trial, ...]
 
   @property
@@ -227,7 +215,7 @@ class Choice:
 
 
 def find_remat(
-  config: schema.Config,
+  config: Config | RunConfig,
   topology: topologies.Topology,
   *,
   budget: int | None = None,
@@ -240,15 +228,7 @@ def find_remat(
   share the search for kernels between processes, and the largest peak of all
   counts, so that all find the same.
 
-  Args:
-    config: with any `remat`.
-    topology: to compile for.
-    budget: bytes of a chip; `SHARE` of its memory by default.
-    examples_per_epoch: of the data.
-
-  Raises:
-    ConfigError: nothing fits, the chip's memory is unknown, or the budget
-      exceeds it.
+  The budget is in bytes of a chip; `SHARE` of its memory by default.
   """
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
@@ -302,7 +282,7 @@ def find_remat(
   return Choice(*programs[best.remat], tuple(trials))
 
 
-def _agree_on_peak(compiled: compile_lib.Compiled) -> int | None:
+def _agree_on_peak(compiled: compile_lib.CompileResult) -> int | None:
   """The largest peak of a program in all processes; None if one is unknown."""
   if compiled.memory is None:
     peak = compile_lib.required_bytes(compiled.refusal)
@@ -310,32 +290,3 @@ def _agree_on_peak(compiled: compile_lib.Compiled) -> int | None:
     peak = compiled.memory.peak
   peaks = gather_json(peak)
   return None if None in peaks else max(peaks)
-
-
-def resolve_remat(
-  config: schema.Config, workdir: str | os.PathLike
-) -> ConfigDict:
-  """A run's config with `remat` 'auto' replaced, the same in all processes.
-
-  By the value of the folder's recorded config, so that a resumed run computes
-  the same; by 'none' on CPUs; else by `find_remat` for the run's devices.
-
-  Raises:
-    ConfigError: as `find_remat`.
-  """
-  config = schema.check_config(config)
-  if config.model.remat.strip() != AUTO:
-    return config
-  recorded = AUTO
-  if jax.process_index() == 0:  # Which writes it, maybe before others read it.
-    recorded = read_recorded_config(workdir).get("model", {}).get("remat", AUTO)
-  recorded = gather_json(recorded)[0]
-  topology, source = topologies.describe_local(), ""
-  if recorded != AUTO:
-    config.model.remat, source = recorded, ", as in the run's config.json"
-  elif topology.chip.kind == "cpu":
-    config.model.remat = "none"
-  else:
-    config.model.remat = find_remat(config, topology).remat
-  log.info("config.model.remat='auto' is %r%s.", config.model.remat, source)
-  return config

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
@@ -22,7 +22,9 @@ from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import remat as remat_lib
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.text import format_bytes
 
 _NUM_SHORT = 12  # Rows of the short parameter table.
 
@@ -32,10 +34,10 @@ class Report:
   """Result of `preflight`."""
 
   plan: compile_lib.Plan
-  compiled: compile_lib.Compiled  # The train step.
+  compiled: compile_lib.CompileResult  # The train step.
   model_flops: float  # Per step on all chips, without recomputation.
   # The program of the objectives' gradient norms, if it was compiled.
-  norms: compile_lib.Compiled | None = None
+  norms: compile_lib.CompileResult | None = None
   mfu: float = 0.4  # Assumed; what large ViTs reach on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
   trials: tuple[remat_lib.Trial, ...] = ()  # Of `remat` 'auto'.
@@ -183,8 +185,8 @@ class Report:
         "chips' own program are unknown."
       )
     sections = (config, config.schedule, config.log, config.checkpoint)
-    durations = [item for section in sections for item in section.items()]
-    if any("epochs" in k and v is not None for k, v in durations):
+    durations = [v for s in sections for v in vars(s).values()]
+    if any(getattr(v, "unit", None) == "epochs" for v in durations):
       examples = f"{plan.length.examples_per_epoch:,} examples per epoch"
       lines.append(f"Assumes {examples} (--examples).")
     return lines
@@ -319,7 +321,7 @@ class Report:
 
 
 def preflight(
-  config: schema.Config,
+  config: Config | RunConfig,
   topology: topologies.Topology,
   *,
   examples_per_epoch: int | None = None,
@@ -334,11 +336,8 @@ def preflight(
   With `remat` 'auto', compiles several choices for a `budget` in bytes, and the
   norms with each if the run may measure them, see
   `remat.find_remat`. `options` are further fields of the report.
-
-  Raises:
-    ConfigError: for an invalid config, or a topology that cannot be used.
   """
-  config = schema.check_config(config)
+  config = resolve(config)
   if config.model.remat.strip() == AUTO:
     choice = remat_lib.find_remat(
       config, topology, budget=budget, examples_per_epoch=examples_per_epoch
@@ -374,15 +373,6 @@ def _indent(text: str) -> list[str]:
 
 def _format_shape(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "-"
-
-
-def format_bytes(count: float | int) -> str:
-  """A size in powers of 1024."""
-  for unit in ("B", "KiB", "MiB"):
-    if abs(count) < 1024:
-      return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-    count /= 1024
-  return f"{count:.2f} GiB"
 
 
 # Less recomputation: most arrays saved, or some in the host's memory.
@@ -445,11 +435,7 @@ def table_row(config: str, report: Report, *changes: str) -> str:
 
 
 def update_table(page: str, row: str) -> str:
-  """A page with a row of its table replaced, or added at its end.
-
-  Raises:
-    ConfigError: the page lacks a table between the lines `BEGIN` and `END`.
-  """
+  """A page with a row of its table replaced, or added at its end."""
   match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
   if match is None:
     raise ConfigError(f"the page needs a table between {BEGIN} and {END}")

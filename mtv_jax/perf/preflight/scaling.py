@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mtv_jax.config import schema
+from mtv_jax.config.sections import Config
 from mtv_jax.objectives import (
   base,
   build_objective,
   captioning,
   contrastive,
-  distillation,
+  dino,
   grounding,
 )
 from mtv_jax.parallel import ring
@@ -34,7 +34,7 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.parallel.rules import axis_names
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight.compile import Compiled, Plan
+from mtv_jax.perf.preflight.compile import CompileResult, Plan
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -56,7 +56,7 @@ def embedding_bytes(plan: Plan) -> int:
     rows, width = plan.config.batch_size // chips, spec.model.embed_dim
     method = getattr(objective, "method", "ring")
     use_ring = ring.should_use_ring(method, plan.mesh)
-    if isinstance(objective, distillation.Distillation):
+    if isinstance(objective, dino.DINO):
       if objective.koleo_weight and rows % objective.koleo_group:
         others = min(math.ceil(objective.koleo_group / rows), chips - 1)
         views = spec.views[objective.view_global].count
@@ -159,7 +159,7 @@ def gradient_reductions(
   return reductions
 
 
-def step_row(plan: Plan, compiled: Compiled) -> dict[str, Any]:
+def step_row(plan: Plan, compiled: CompileResult) -> dict[str, Any]:
   """The row of a compiled plan; sizes are bytes per chip and step.
 
   Returns:
@@ -197,13 +197,9 @@ def _infinite_ring_bytes(row: hlo.Collective) -> float:
 
 
 def compile_row(
-  config: schema.Config, topology: str, *, rows: int = 64
+  config: Config, topology: str, *, rows: int = 64
 ) -> dict[str, Any]:
-  """Compiles a config's step for a topology, with `rows` per chip.
-
-  Raises:
-    ConfigError: the step does not fit.
-  """
+  """Compiles a config's step for a topology, with `rows` per chip."""
   parsed = topologies.parse(topology)
   changes = [f"batch_size={rows * parsed.chips}"]
   plan = compile_lib.make_plan(config, parsed, changes)

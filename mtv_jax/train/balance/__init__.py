@@ -13,6 +13,13 @@ factor is 1, the total is sum_i w_i L_i.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mtv_jax.config import options
+from mtv_jax.config.durations import PositiveDuration, RunLength
+from mtv_jax.config.sections import further_options
 from mtv_jax.train.balance.base import Balance
 from mtv_jax.train.balance.pcgrad import PCGrad
 from mtv_jax.train.balance.weighting import GradNorm, GradNormMean, Uncertainty
@@ -24,3 +31,25 @@ METHODS: dict[str, type[Balance]] = {
   "gradnorm": GradNorm,
   "pcgrad": PCGrad,
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+  """`config.balance`; without it, weights are fixed."""
+
+  method: str = "grad_norm_mean"
+  # Between measurements of gradient norms, of methods that take them.
+  every: PositiveDuration | None = None
+  options: Mapping[str, Any] = further_options()  # Fields of the method.
+
+
+def build_balance(config: BalanceConfig | None, length: RunLength) -> Balance:
+  """The balancing method of a config."""
+  if config is None:
+    return Balance()
+  where, key = "config.balance", "method"
+  method = options.look_up(METHODS, config.method, where=where, key=key)
+  given = {k: v for k, v in config.options.items() if v is not None}
+  if config.every is not None:
+    given["every_steps"] = length.steps(config.every)
+  return options.build(method, given, where=where, reserved=(key,))

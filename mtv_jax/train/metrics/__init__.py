@@ -6,12 +6,7 @@ metrics of a step to the trackers of `config.log.trackers`, one class each in
 """
 
 from mtv_jax.train.metrics.chrono import Chrono, Rates
-from mtv_jax.train.metrics.console import (
-  console_line,
-  format_duration,
-  format_number,
-  setup_logging,
-)
+from mtv_jax.train.metrics.console import console_line, setup_logging
 from mtv_jax.train.metrics.trackers import Tracker, build_trackers
 from mtv_jax.train.metrics.writer import MetricWriter
 
@@ -22,7 +17,5 @@ __all__ = [
   "Tracker",
   "build_trackers",
   "console_line",
-  "format_duration",
-  "format_number",
   "setup_logging",
 ]

@@ -2,15 +2,14 @@
 
 import atexit
 import contextlib
-import itertools
 import logging
-import math
 import os
 import socket
 import sys
 from collections.abc import Mapping
 
 from mtv_jax.train.metrics.chrono import Rates
+from mtv_jax.utils.text import format_duration, format_number
 
 WIDTH = 120
 
@@ -101,25 +100,3 @@ def console_line(
       break
     parts.append(part)
   return "  ".join([head, *parts, *tail])
-
-
-def format_number(value: float) -> str:
-  """A short form of a number: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
-  if not math.isfinite(value):
-    return str(value)
-  if value == int(value) and abs(value) < 1e6:
-    return str(int(value))
-  if not 0.01 <= abs(value) < 1e5:
-    return f"{value:.1e}"
-  return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def format_duration(seconds: float) -> str:
-  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
-  if not math.isfinite(seconds):
-    return "?"
-  left, units = round(seconds), [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
-  for (size, unit), (smaller, lower) in itertools.pairwise(units):
-    if left >= size:
-      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
-  return f"{left}s"

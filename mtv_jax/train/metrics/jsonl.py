@@ -34,12 +34,7 @@ class JsonlFile:
     self._pending: list[bytes] = []
 
   def append(self, row: Mapping[str, Any]) -> None:
-    """Appends a row.
-
-    Raises:
-      OSError: it is not written; the file ends in a complete row, or its last
-        line is repaired by the next `append`.
-    """
+    """Appends a row."""
     self._pending.append(json.dumps(row).encode() + b"\n")
     del self._pending[:-MAX_PENDING]
     # Opened each time: mounted buckets store a file when it is closed, and a

@@ -21,13 +21,11 @@ import math
 import os
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
-
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
 
 from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.train.metrics.jsonl import JsonlFile
@@ -110,6 +108,18 @@ class Jsonl(Tracker):
     self._file.append({"step": step, **row})
 
 
+def _import_tensorboardx() -> ModuleType:
+  """tensorboardX without packages that it imports for other uses (8 s)."""
+  hidden = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
+  # Importing them raises an ImportError.
+  sys.modules |= dict.fromkeys(hidden)
+  try:
+    return importlib.import_module("tensorboardX")
+  finally:
+    for name in hidden:
+      del sys.modules[name]
+
+
 @dataclasses.dataclass
 class TensorBoard(Tracker):
   """Event files in the run's folder; numbers that are not finite are left out.
@@ -122,6 +132,7 @@ class TensorBoard(Tracker):
   is_file = True
 
   def open(self, run: Run) -> None:
+    self._library = _import_tensorboardx()
     self._folder = run.folder
     # TensorBoard hides what an earlier session wrote from here on.
     self._purge_step = run.start_step + 1 if run.start_step else 0
@@ -132,6 +143,7 @@ class TensorBoard(Tracker):
     if self._records is None or not os.path.exists(self._records.path):
       self._discard()
       self._start_file()
+    summary = self._library.summary
     values = [
       value
       for name, number in numbers.items()
@@ -145,10 +157,11 @@ class TensorBoard(Tracker):
     name = ".".join(map(str, ("events.out.tfevents", *parts, next(_numbers))))
     path = self._folder / name
     try:
-      self._records = RecordWriter(str(path))
+      self._records = self._library.record_writer.RecordWriter(str(path))
       self._write(file_version="brain.Event:2")
       if self._purge_step is not None:
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        session = self._library.proto.event_pb2.SessionLog
+        start = session(status=session.START)
         self._write(step=self._purge_step, session_log=start)
         self._purge_step = None
     except OSError:
@@ -156,7 +169,8 @@ class TensorBoard(Tracker):
       raise
 
   def _write(self, **fields: Any) -> None:
-    event = event_pb2.Event(wall_time=time.time(), **fields)
+    event = self._library.proto.event_pb2.Event
+    event = event(wall_time=time.time(), **fields)
     try:
       self._records.write(event.SerializeToString())
       self._records.flush()
@@ -324,9 +338,6 @@ def build_trackers(names: str | Sequence[str]) -> dict[str, Tracker]:
 
   Args:
     names: op strings: "jsonl", "wandb(project='mtv')", "jsonl|tensorboard".
-
-  Raises:
-    ConfigError: an unknown name or option, or a package is not installed.
   """
   text = names if isinstance(names, str) else "|".join(names)
   trackers = {}

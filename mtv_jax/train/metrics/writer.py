@@ -60,11 +60,6 @@ class MetricWriter(contextlib.AbstractContextManager):
       trackers: of `build_trackers`; by default metrics.jsonl and TensorBoard.
       config: the resolved config, for trackers that store one.
       keep_row: says which rows of tables after `start_step` are not dropped.
-
-    Raises:
-      OSError: files can't be written.
-      UserError: a tracker can't start a run. One that can't continue a run is
-        a warning.
     """
     self.total_steps = total_steps
     self._active = process_index == 0
@@ -95,9 +90,6 @@ class MetricWriter(contextlib.AbstractContextManager):
     """Writes named numbers, to the trackers and as a line on the console.
 
     `values` are numbers or arrays of one element; '/' in names makes groups.
-
-    Raises:
-      InputError: a value is not a scalar.
     """
     if not self._active:
       return

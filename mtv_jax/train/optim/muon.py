@@ -27,7 +27,7 @@ class Muon:
   momentum: Fraction = 0.95
   nesterov: bool = True
   ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
-  # Root mean square of Muon's updates. 0.2 is that of AdamW's, so that both
+  # Root mean square of Muon's updates. 0.2 is AdamW's, so that both
   # share a learning rate and a weight decay (Liu et al. 2025, Muon is scalable
   # for LLM training, arXiv 2502.16982).
   rms: NonNegativeFloat = 0.2
@@ -84,7 +84,7 @@ def _labels(params: Any) -> Any:
 
 
 def _dimension_numbers(updates: Any) -> Any:
-  """The axes of the matrix; `scale_by_muon` maps over the others.
+  """The axes of the matrix; `scale_by_muon` maps over all further axes.
 
   A kernel of a stack is `[depth, in, out]`: one matrix per block. The fused
   QKV is three projections, each orthogonalised by itself: `[D, 3 D]` jointly

@@ -17,24 +17,83 @@ the learning rate, as in optax and torch; big_vision's `wd=1e-4` at `lr=1e-3` is
 import dataclasses
 import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtv_jax.config import options, schema
-from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
+from mtv_jax.config import options
+from mtv_jax.config.durations import RunLength
+from mtv_jax.config.options import NonNegativeFloat, PositiveInt
+from mtv_jax.config.sections import further_options, list_keys
+from mtv_jax.train.optim.param_rules import ParamRule
 from mtv_jax.train.optim.schedules import (
   Schedule,
+  ScheduleConfig,
+  half_cosine,
   make_schedule,
-  make_weight_decay,
-  scale_lr,
 )
 from mtv_jax.train.optim.transforms import OPTIMIZERS
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """`config.optim`: what all optimizers have, and the options of its class."""
+
+  name: str = "adamw"
+  lr: NonNegativeFloat
+  # Where given, lr is the rate at so many examples per step, and is scaled to
+  # `config.batch_size`.
+  lr_per_examples: PositiveInt | None = None
+  lr_scaling: Literal["linear", "sqrt"] = "linear"
+  weight_decay: NonNegativeFloat = 0.0  # Times the rate, as in optax.
+  # After half a cosine over the run, as in DINOv2; None: constant.
+  weight_decay_end: NonNegativeFloat | None = None
+  eps: float = 1e-8
+  mu_dtype: Literal["float32", "bfloat16"] = "float32"
+  clip_norm: NonNegativeFloat = 1.0  # 0 for no clipping.
+  # The norm of all gradients, or of each tower and each head by itself.
+  clip_by: Literal["global", "module"] = "global"
+  rules: tuple[Any, ...] = ()  # Pairs (regex, dict(...)), see `param_rules`.
+  options: Mapping[str, Any] = further_options()  # Of its class.
+
+  def scale_lr(self, batch_size: int) -> float:
+    """The peak rate at a batch size.
+
+    `lr` itself, or with `lr_per_examples` it times batch_size / lr_per_examples
+    (Goyal et al. 2017, arXiv 1706.02677), or times the square root of that
+    ratio, as in DINOv2.
+
+    Raises:
+      ConfigError: a scaling without `lr_per_examples`.
+    """
+    if self.lr_per_examples is None:
+      if self.lr_scaling != "linear":
+        raise ConfigError(
+          f"config.optim.lr_scaling={self.lr_scaling!r} has no effect without"
+          " config.optim.lr_per_examples, the batch size at which lr is the"
+          " rate."
+        )
+      return self.lr
+    ratio = batch_size / self.lr_per_examples
+    return self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5)
+
+  def make_weight_decay(self, total_steps: int) -> float | Schedule:
+    """The weight decay: a number, or a function of the step."""
+    start, end = self.weight_decay, self.weight_decay_end
+    if end is None or end == start:
+      return start
+
+    def decay(step: Any) -> Any:
+      return half_cosine(
+        jnp.asarray(step, jnp.float32), start, end, total_steps
+      )
+
+    return decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +101,13 @@ class Optimizer:
   """An optax transformation, its schedules and the rules of its parameters."""
 
   tx: optax.GradientTransformation
-  schedule: Schedule  # Of the learning rate.
+  schedule: Schedule  # The learning rate.
   weight_decay: float | Schedule
   table: tuple[ParamRule, ...]
   note: str = ""  # For the log.
 
   def hyperparameters(self, step: int) -> dict[str, Any]:
-    """Scheduled values of the update after `step` others, for the metrics."""
+    """Scheduled values of update `step`, counted from 0, for the metrics."""
     values = {"lr": self.schedule(step)}
     if callable(self.weight_decay):
       values["weight_decay"] = self.weight_decay(step)
@@ -56,57 +115,46 @@ class Optimizer:
 
 
 def make_optimizer(
-  optim_config: schema.Config,
-  schedule_config: schema.Config,
+  config: OptimConfig,
+  schedule_config: ScheduleConfig,
   *,
-  length: schema.RunLength,
+  length: RunLength,
   params: Any,
+  table: Sequence[ParamRule],
   attention_heads: Mapping[str, int] = types.MappingProxyType({}),
-  start_steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
+  The state of its `tx` has moments of the parameters' names and shapes, and
+  none for frozen ones, which are unchanged.
+
   Args:
-    optim_config: the keys of `_COMMON`, and the options of a class in
-      `transforms.OPTIMIZERS`.
-    schedule_config: see `make_schedule`.
+    config: `config.optim`.
+    schedule_config: `config.schedule`.
     length: the run's length.
     params: the parameters, or their shapes.
+    table: their rules, see `param_rules.match_param_rules`.
     attention_heads: see `StepSpec.attention_heads`.
-    start_steps: see `StepSpec.start_steps`.
-
-  Returns:
-    The state of its `tx` has moments of the parameters' names and shapes, and
-    none for frozen ones, which are unchanged.
 
   Raises:
-    ConfigError: an unknown name or multiplier, or settings without an effect.
-    InputError: a rule that matches no parameter.
+    ConfigError: an unknown name or option, or settings without an effect.
   """
   schedule = make_schedule(
-    schedule_config,
-    lr=scale_lr(optim_config, length.batch_size),
-    length=length,
+    schedule_config, lr=config.scale_lr(length.batch_size), length=length
   )
-  optimizer = _build_optimizer(optim_config)
-  table = match_param_rules(
-    params,
-    optim_config.get("rules") or (),
-    length=length,
-    start_steps=start_steps,
-  )
+  optimizer = _build_optimizer(config)
   rows = {row.name: row for row in table}
   trained = [row for row in table if not row.frozen]
   if not trained:
     raise ConfigError("config.optim.rules freeze every parameter.")
-  weight_decay = make_weight_decay(optim_config, length.total_steps)
+  weight_decay = config.make_weight_decay(length.total_steps)
   if callable(weight_decay) and not any(row.weight_decay for row in trained):
     raise ConfigError(
       "config.optim.weight_decay_end has no effect: the decay multiplier of"
       " every trained parameter is 0. Change config.optim.rules, or drop it."
     )
   tx = optax.chain(
-    *_make_clipping(optim_config),
+    *_make_clipping(config),
     optimizer.scale(attention_heads),
     optax.identity(),  # Earlier checkpoints have an empty state here.
     _apply_rules(rows, schedule, weight_decay),
@@ -116,7 +164,7 @@ def make_optimizer(
   note = ""
   if hasattr(optimizer, "describe"):
     note = optimizer.describe([row.name for row in trained])
-  return Optimizer(tx, schedule, weight_decay, table, note)
+  return Optimizer(tx, schedule, weight_decay, tuple(table), note)
 
 
 def _mask_frozen(
@@ -130,42 +178,28 @@ def _mask_frozen(
   )
 
 
-# Keys of `config.optim` that belong to every optimizer.
-_COMMON = (
-  "name",
-  "lr",
-  "lr_per_examples",
-  "lr_scaling",
-  "weight_decay",
-  "weight_decay_end",
-  "clip_norm",
-  "clip_by",
-  "rules",
-)
-# Options that optimizers without them ignore, so that a recipe's optimizer can
-# be changed by its name alone.
-_SHARED = ("b1", "b2", "eps", "momentum", "mu_dtype")
+def _build_optimizer(config: OptimConfig) -> Any:
+  """The instance of a class in `OPTIMIZERS` with the config's options.
 
-
-def _build_optimizer(config: schema.Config) -> Any:
-  """The instance of a class in `OPTIMIZERS` with the config's options."""
-  where, name = "config.optim", config.get("name") or "adamw"
-  cls = options.look_up(OPTIMIZERS, name, where=where, key="name")
+  Options of the other classes are ignored, so that a recipe's optimizer can be
+  changed by its name alone.
+  """
+  where = "config.optim"
+  cls = options.look_up(OPTIMIZERS, config.name, where=where, key="name")
+  given = {"eps": config.eps, "mu_dtype": config.mu_dtype, **config.options}
   fields = {field.name for field in dataclasses.fields(cls)}
-  ignored = {*_COMMON, *_SHARED} - fields
-  given = {
-    k: v for k, v in config.items() if v is not None and k not in ignored
-  }
-  return options.build(cls, given, where=where, reserved=_COMMON)
-
-
-def _make_clipping(config: schema.Config) -> list[optax.GradientTransformation]:
-  """The clipping of a config; empty if it has none."""
-  clip_norm = config.get("clip_norm") or 0.0
-  clip_by = config.get("clip_by") or "global"
-  options.check_value(
-    clip_by, Literal["global", "module"], "config.optim.clip_by"
+  ignored = {"b1", "b2", "eps", "momentum", "mu_dtype"} - fields
+  return options.build(
+    cls,
+    {k: v for k, v in given.items() if v is not None and k not in ignored},
+    where=where,
+    reserved=list_keys(OptimConfig),
   )
+
+
+def _make_clipping(config: OptimConfig) -> list[optax.GradientTransformation]:
+  """The clipping of a config; empty if it has none."""
+  clip_norm, clip_by = config.clip_norm, config.clip_by
   if not clip_norm and clip_by != "global":
     raise ConfigError(
       f"config.optim.clip_by={clip_by!r} has no effect, as clip_norm=0 switches"
@@ -209,7 +243,7 @@ def _apply_rules(
 ) -> optax.GradientTransformation:
   """Maps u to -lr(t) * m_lr * (u + weight_decay(t) * m_wd * p).
 
-  Its state is that of `optax.scale_by_learning_rate`.
+  Its state equals `optax.scale_by_learning_rate`'s.
   """
 
   def init(params: Any) -> optax.ScaleByScheduleState:

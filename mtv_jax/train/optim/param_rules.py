@@ -2,7 +2,7 @@
 
 Rules are pairs (regex, dict(lr=, weight_decay=, layer_decay=, start_steps=)).
 The regex may match anywhere in the name; only the first rule that matches
-applies. Before its start, a duration, a parameter is not updated.
+applies.
 
 `layer_decay` multiplies the rate of a tower's layer by a power that falls
 towards the output (Clark et al. 2020, ELECTRA; BEiT), with the exponents of
@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config import options, schema
+from mtv_jax.config import sections
+from mtv_jax.config.durations import Duration, RunLength
 from mtv_jax.config.options import NonNegativeFloat, PositiveFraction
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, match_rules
@@ -37,15 +38,14 @@ _EMBEDDING = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class _Multipliers:
-  """The options of a rule.
-
-  A decay of None is 1 for kernels and 0 for biases, norms, scalars, embeddings,
-  tokens and probes, as in big_vision.
-  """
+  """The options of a rule."""
 
   lr: NonNegativeFloat = 1.0
+  # None: 1 for kernels and 0 for biases, norms, scalars, embeddings, tokens and
+  # probes, as in big_vision.
   weight_decay: NonNegativeFloat | None = None
   layer_decay: PositiveFraction = 1.0
+  start: Duration | None = None  # Before it, a parameter is not updated.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def match_param_rules(
   params: Any,
   rules: Sequence[Any],
   *,
-  length: schema.RunLength | None = None,
+  length: RunLength,
   start_steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tuple[ParamRule, ...]:
   """Matches each parameter with the first of the rules that fits.
@@ -92,7 +92,7 @@ def match_param_rules(
   Args:
     params: the parameters, or their shapes.
     rules: of a config.
-    length: the run's length; without it, the rules' starts are not read.
+    length: the run's length.
     start_steps: starts by prefix of the name; the later of these and the rule's
       holds.
 
@@ -142,7 +142,7 @@ def _check_layer_decay(pattern: str, rows: Sequence[ParamRule]) -> None:
 
 
 def _read_rule(
-  rule: Any, length: schema.RunLength | None
+  rule: Any, length: RunLength
 ) -> tuple[str, tuple[_Multipliers, int]]:
   """The pattern of a rule, its multipliers and its start in steps."""
   pair = isinstance(rule, list | tuple) and len(rule) == 2
@@ -151,11 +151,9 @@ def _read_rule(
       "config.optim.rules: a rule is (regex, dict(lr=...,"
       f" weight_decay=...)), got {rule!r}."
     )
-  where, entry = f"config.optim.rules: {rule[0]!r}", rule[1]
-  durations = [f"start_{unit}" for unit in schema.UNITS]
-  values = {k: v for k, v in entry.items() if k not in durations}
-  given = options.build(_Multipliers, values, where=where, reserved=durations)
-  start = length.steps("start", entry, default=0) if length else 0
+  where = f"config.optim.rules: {rule[0]!r}"
+  given = sections.read(_Multipliers, rule[1], where)
+  start = length.steps(given.start) or 0
   if start and given.lr == 0:
     raise ConfigError(
       f"{where} has a start, but lr=0 freezes for the whole run."

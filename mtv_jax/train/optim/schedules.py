@@ -1,18 +1,20 @@
-"""Schedules of the learning rate and of the weight decay.
+"""Schedules of the learning rate.
 
-A learning rate has a warm-up, a shape and a cool-down. A new shape is one class
+It has a warm-up, a shape and a cool-down. A new shape is one class
 in `SCHEDULES`; its fields are its options.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtv_jax.config import options, schema
-from mtv_jax.config.options import Fraction, PositiveInt
+from mtv_jax.config import options
+from mtv_jax.config.durations import Duration, RunLength
+from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
+from mtv_jax.config.sections import further_options, list_keys
 from mtv_jax.utils.errors import ConfigError
 
 Schedule = Callable[[Any], Float[Array, ""]]
@@ -53,8 +55,20 @@ SCHEDULES: dict[str, type[Callable[[Array, int], Array]]] = {
   "rsqrt": Rsqrt,
   "constant": Constant,
 }
-# Options that schedules without them ignore: `schema` always gives a default.
-_SHARED = ("end", "timescale_steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+  """`config.schedule`; see `make_schedule`."""
+
+  name: str = "cosine"
+  warmup: Duration = Duration(0)
+  cooldown: Duration = Duration(0)
+  timescale: Duration = Duration(10_000)  # Of rsqrt.
+  end: Fraction = 0.0  # Of cosine, as a share of the peak rate.
+  # Or as a rate, which does not scale with `lr` (DINOv2's min_lr).
+  end_lr: NonNegativeFloat | None = None
+  options: Mapping[str, Any] = further_options()  # Of its class.
 
 
 def half_cosine(
@@ -65,55 +79,12 @@ def half_cosine(
   return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
-def scale_lr(config: schema.Config, batch_size: int) -> float:
-  """The peak rate of `config.optim` at a batch size.
-
-  `lr` itself, or with `lr_per_examples` it times batch_size / lr_per_examples
-  (Goyal et al. 2017, arXiv 1706.02677), or times the square root of that ratio,
-  as in DINOv2.
-
-  Raises:
-    ConfigError: a scaling without `lr_per_examples`.
-  """
-  lr, examples = float(config["lr"]), config.get("lr_per_examples")
-  scaling = config.get("lr_scaling") or "linear"
-  if examples is None:
-    if scaling != "linear":
-      raise ConfigError(
-        f"config.optim.lr_scaling={scaling!r} has no effect without"
-        " config.optim.lr_per_examples, the batch size at which lr is the rate."
-      )
-    return lr
-  ratio = batch_size / examples
-  return lr * (ratio if scaling == "linear" else ratio**0.5)
-
-
-def make_weight_decay(
-  config: schema.Config, total_steps: int
-) -> float | Schedule:
-  """The weight decay of `config.optim`: a number, or a function of the step.
-
-  With `weight_decay_end` half a cosine over the whole run, as in DINOv2.
-  """
-  start = float(config.get("weight_decay") or 0.0)
-  end = config.get("weight_decay_end")
-  if end is None or end == start:
-    return start
-
-  def decay(step: Any) -> Float[Array, ""]:
-    return half_cosine(
-      jnp.asarray(step, jnp.float32), start, float(end), total_steps
-    )
-
-  return decay
-
-
 def make_schedule(
-  config: schema.Config, *, lr: float, length: schema.RunLength
+  config: ScheduleConfig, *, lr: float, length: RunLength
 ) -> Schedule:
-  """The learning rate of the update after t others.
+  """The learning rate of update t, counted from 0.
 
-  With T steps, of which w warm up and c cool down:
+  With T steps, w of warm-up and c of cool-down:
 
     warm-up   min(1, (t + 1) / w): the first update already moves
     shape     of `SCHEDULES`, at max(t - w, 0) of T - w steps
@@ -121,17 +92,12 @@ def make_schedule(
 
   and the three are multiplied with `lr`.
 
-  `config` has the name, the durations warmup and cooldown, and options of the
-  schedule. `end_lr` is the end of a cosine as a rate, which does not scale with
-  `lr` (DINOv2's min_lr); `end` as a share of `lr`.
-
   Raises:
     ConfigError: an unknown name or option, a warm-up and cool-down that exceed
       T, or an `end_lr` that the schedule can't end at.
   """
   total_steps = length.total_steps
-  warmup = length.steps("warmup", config, default=0)
-  cooldown = length.steps("cooldown", config, default=0)
+  warmup, cooldown = length.steps(config.warmup), length.steps(config.cooldown)
   if warmup + cooldown > total_steps:
     raise ConfigError(
       f"config.schedule: {warmup} steps of warm-up and {cooldown} of cool-down"
@@ -152,38 +118,32 @@ def make_schedule(
 
 
 def _build_shape(
-  config: schema.Config, lr: float, length: schema.RunLength, cooldown: int
+  config: ScheduleConfig, lr: float, length: RunLength, cooldown: int
 ) -> Callable[[Array, int], Array]:
-  """The instance of a class in `SCHEDULES`; durations are in steps."""
-  name = config.get("name") or "cosine"
-  cls = options.look_up(SCHEDULES, name, where="config.schedule", key="name")
-  reserved = ["name", "end_lr"]
-  reserved += [f"{d}_{u}" for d in ("warmup", "cooldown") for u in schema.UNITS]
-  fields = {field.name: field.default for field in dataclasses.fields(cls)}
-  taken = {*reserved, *(k for k in _SHARED if k not in fields)}
-  durations = {}
-  for field, default in fields.items():
-    if field.endswith("_steps"):
-      name = field.removesuffix("_steps")
-      durations[field] = length.steps(name, config, default)
-      taken |= {f"{name}_{unit}" for unit in schema.UNITS}
-  given = {k: v for k, v in config.items() if v is not None and k not in taken}
-  if (end_lr := config.get("end_lr")) is not None:
-    given["end"] = _end_share(end_lr, lr, cls, given.get("end"), cooldown)
-  return options.build(
-    cls, given | durations, where="config.schedule", reserved=reserved
-  )
+  """The instance of a class in `SCHEDULES`, which may lack `end`."""
+  where = "config.schedule"
+  cls = options.look_up(SCHEDULES, config.name, where=where, key="name")
+  fields = {field.name for field in dataclasses.fields(cls)}
+  given = {"end": config.end}
+  if config.end_lr is not None:
+    given["end"] = _end_share(config, lr, cls, cooldown)
+  if "timescale_steps" in fields:
+    given["timescale_steps"] = length.steps(config.timescale)
+  given = {k: v for k, v in given.items() if k in fields}
+  further = {k: v for k, v in config.options.items() if v is not None}
+  known = list_keys(ScheduleConfig)
+  return options.build(cls, further | given, where=where, reserved=known)
 
 
 def _end_share(
-  end_lr: float, lr: float, cls: type, end: float | None, cooldown: int
+  config: ScheduleConfig, lr: float, cls: type, cooldown: int
 ) -> float:
   """An absolute end of a cosine as a share of the peak rate."""
-  problem = None
+  end_lr, problem = config.end_lr, None
   if cls is not Cosine:
     problem = "is an option of the cosine alone"
-  elif end:
-    problem = f"and end={end} are two ends; give one of them"
+  elif config.end:
+    problem = f"and end={config.end} are two ends; give one of them"
   elif cooldown:
     problem = "contradicts a cool-down, which ends at a rate of 0"
   elif end_lr > lr:

@@ -64,7 +64,7 @@ class Adafactor:
   b1: Fraction = 0.9  # Momentum; 0 for none.
   b2: Fraction = 0.999  # The cap.
   mu_dtype: MomentDtype = "float32"
-  # Of what the RMS of the update is clipped: a parameter, or each layer of
+  # Whether to clip the RMS of each parameter's update, or of each layer of
   # stacked blocks, as if each had its own parameters.
   clip_rms_by: Literal["parameter", "layer"] = "parameter"
 

@@ -185,9 +185,6 @@ def read_sessions(
   Args:
     workdir: the run's folder.
     tolerant: whether a record that can't be read is as none.
-
-  Raises:
-    OSError: the record can't be read.
   """
   content = path_lib.read_json(
     path_lib.as_path(workdir) / RECORD, tolerant=tolerant

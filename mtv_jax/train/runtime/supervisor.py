@@ -53,9 +53,6 @@ class Supervisor:
     """Runs the command, again after failures, and returns its last exit code.
 
     A code is as shells report it: 128 + the signal that ended the command.
-
-    Raises:
-      ConfigError: the command can't be started.
     """
     failures, reached = 0, self._read_step()
     with self._pass_on_signals():

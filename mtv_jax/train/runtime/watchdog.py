@@ -6,6 +6,7 @@ or a device that hangs would otherwise hold the machines until someone looks.
 
 import collections
 import contextlib
+import dataclasses
 import faulthandler
 import logging
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mtv_jax.config.options import NonNegativeFloat, PositiveFloat
 from mtv_jax.train.runtime import preemption
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,17 @@ EXIT_CODE = 75
 
 # Steps of which the median is taken.
 _WINDOW = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+  """`config.watchdog`; see `Watchdog`, and `peers.watch_peers`."""
+
+  factor: NonNegativeFloat = 20.0  # 0: no step expires.
+  min_seconds: PositiveFloat = 300.0
+  grace_seconds: PositiveFloat = 60.0
+  # A process that does not answer for so long ends the run; 0: none does.
+  peer_seconds: NonNegativeFloat = 60.0
 
 
 class StalledError(preemption.RunStoppedError):

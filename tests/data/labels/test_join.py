@@ -24,7 +24,7 @@ from label_samples import (
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import no_label
-from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
+from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
@@ -500,7 +500,7 @@ def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
 
 
 def test_order_of_reasons():
-  summaries = [Summary(), Summary()]
+  summaries = [LabelCounts(), LabelCounts()]
   for summary, order in zip(summaries, ("cab", "bca"), strict=True):
     for reason in order + "c":
       summary.add(no_label(reason))

@@ -1,13 +1,11 @@
 """Validation and serialization of label values."""
 
-import msgpack
 import numpy as np
 import pytest
 from label_samples import ramp
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
-from mtv_jax.data.records import BadRecord
 
 # --- Depth -------------------------------------------------------------------
 
@@ -180,22 +178,3 @@ def test_no_label_survives_serialization(kind):
   data = label_values.encode("k", None)
   stored = label_values.decode(data, kind=kind, where="x")
   assert stored == label_values.Stored("k", None)
-
-
-@pytest.mark.parametrize(
-  "data",
-  [
-    b"",
-    b"\xc1",
-    b"MTV1",
-    msgpack.packb([1]),
-    msgpack.packb({"key": "k"}),
-    msgpack.packb({"key": "k", "valid": True}),
-    msgpack.packb({"key": "k", "valid": True, "png16": b"no", "side": 2}),
-    label_values.encode("k", make_boxes(np.array([GOOD]), ["a"]).label)[:-1],
-  ],
-)
-def test_damaged_labels_are_bad_records(data):
-  for kind in ("depth", "boxes"):
-    with pytest.raises(BadRecord, match=f"'f:3'.*not a {kind} label"):
-      label_values.decode(data, kind=kind, where="f:3")

@@ -57,7 +57,7 @@ def test_processes_wait_for_the_one_that_renders(tmp_path):
   numbers = context.Queue()
   processes = [
     context.Process(target=_read, args=(str(tmp_path), numbers))
-    for _ in range(3)
+    for _ in range(2)
   ]
   for process in processes:
     process.start()
@@ -65,7 +65,7 @@ def test_processes_wait_for_the_one_that_renders(tmp_path):
   rendered = sorted(numbers.get(timeout=60) for _ in range(10))
   for process in processes:
     process.join()
-  assert [process.exitcode for process in processes] == [0, 0, 0]
+  assert [process.exitcode for process in processes] == [0, 0]
   assert rendered == [0, *range(9)] and numbers.empty()
 
 

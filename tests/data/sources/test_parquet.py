@@ -142,15 +142,10 @@ def test_every_file_has_the_columns(folder):
     ParquetSource(f"{folder}/*.parquet")
 
 
-def test_unknown_options_and_equal_names(folder):
+def test_unknown_options(folder):
   path = f"{folder}/*.parquet"
   with pytest.raises(ConfigError, match="captions"):
     build_source({"type": "parquet", "path": path, "captions": "some"})
-  (folder / "more").mkdir()
-  first = sorted(folder.glob("*.parquet"))[0]
-  (folder / "more" / first.name).write_bytes(first.read_bytes())
-  with pytest.raises(InputError, match="have the same name"):
-    ParquetSource(f"{folder}/**/*.parquet")
 
 
 def test_damaged_files(folder):

@@ -250,18 +250,6 @@ def test_too_many_overlapping_keys_are_logged_and_not_compared(
   assert "not compared, as there are 10" in caplog.text
 
 
-def test_a_tar_that_shrinks_during_the_run(tmp_path):
-  path = write_tar(tmp_path / "x.tar", members_of(0, 50))
-  source = WebDatasetSource(path)
-  assert source[0]
-  os.truncate(path, 20_000)
-  with pytest.raises(TarError, match=r"x\.tar ends at offset 20000"):
-    source[49]
-  fresh = pickle.loads(pickle.dumps(source))
-  with pytest.raises(TarError, match="from .* to 20000 bytes"):
-    fresh[0]
-
-
 def test_few_files_are_open_at_a_time(tmp_path):
   for t in range(40):
     write_tar(tmp_path / f"{t:02d}.tar", members_of(t, 2))
@@ -405,33 +393,9 @@ def test_few_array_record_files_are_open_at_a_time(tmp_path):
   assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
-def test_array_records_in_groups_are_rejected(tmp_path):
-  from array_record.python import array_record_module
-
-  path = tmp_path / "x.array_record"
-  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:16")
-  writer.write(b"a")
-  writer.close()
-  with pytest.raises(ValueError, match=r"x\.array_record was .*groups of 16"):
-    ArrayRecordSource(path)
-
-
-@pytest.mark.parametrize("size", [0, 100, 1 << 16, -9])
-def test_a_truncated_array_record_file(tmp_path, size):
-  path = tmp_path / "x.array_record"
-  array_record.write(path, [record(i) for i in range(9)])
-  os.truncate(path, size if size >= 0 else path.stat().st_size + size)
-  with pytest.raises(ValueError, match=r"x\.array_record .*truncated"):
-    ArrayRecordSource(path)
-
-
 def test_array_records_of_others_and_blank_captions(tmp_path):
-  from array_record.python import array_record_module
-
   path = tmp_path / "x.array_record"
-  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-  writer.write(b"\n\x0b\n\t\n\x05image")
-  writer.close()
+  array_record.write_bytes(path, [b"\n\x0b\n\t\n\x05image"])
   with pytest.raises(BadRecord, match=r"x\.array_record:0.*type='tfds'"):
     ArrayRecordSource(path)[0]
   array_record.write(path, [{"key": "k", "image": b"i", "captions": [" "]}])

@@ -1,6 +1,5 @@
 """Tar scans and index files."""
 
-import gzip
 import io
 import logging
 import os
@@ -150,21 +149,6 @@ def test_truncated(tmp_path, what, caplog):
     assert "no end mark" in caplog.text
 
 
-@pytest.mark.parametrize(
-  ("data", "message"),
-  [
-    (b"", "empty"),
-    (b"<html>404" + b" " * 1000, "is not a tar: it starts with b'<html>"),
-    (gzip.compress(bytes(range(256)) * 8, 0), "compressed"),
-  ],
-)
-def test_not_a_tar(tmp_path, data, message):
-  (tmp_path / "x.tar").write_bytes(data)
-  with pytest.raises(TarError, match=r"x\.tar") as error:
-    tar_scan.scan(tmp_path / "x.tar")
-  assert message in str(error.value)
-
-
 def test_damaged_in_the_middle(tmp_path):
   path = write_tar(tmp_path / "x.tar", plain(4))
   at = tar_scan.scan(path).records["0002"][IMAGE].offset - 512
@@ -172,16 +156,6 @@ def test_damaged_in_the_middle(tmp_path):
   data[at + 5] ^= 0xFF
   path.write_bytes(data)
   with pytest.raises(TarError, match=rf"corrupt: no header at offset {at}"):
-    tar_scan.scan(path)
-
-
-@pytest.mark.parametrize(
-  ("second", "what"), [("0001.jpg", "image"), ("0001.png", "image"),
-                       ("0001.txt", ".txt")]
-)  # fmt: skip
-def test_duplicate_key(tmp_path, second, what):
-  path = write_tar(tmp_path / "x.tar", plain(3) + [(second, b"again")])
-  with pytest.raises(TarError, match=rf"'0001' has a second {what}.*unique"):
     tar_scan.scan(path)
 
 

@@ -131,7 +131,7 @@ def test_words_of_scenes():
   tokenizer = build_tokenizer("words")
   ids = tokenizer.encode(["A red ball, on grass", "a zebra: a red ball"], 8)
   a, red, ball, on, grass, zebra = (
-    tokenizer._ids(word, 2)[0]
+    tokenizer._tokenize(word, 2)[0][0]
     for word in ("a", "red", "ball", "on", "grass", "zebra")
   )
   assert zebra == 2 and len({0, 1, zebra, a, red, ball, on, grass}) == 8

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.captioning.captioning import COLOURS, Captioning, Parser
+from mtv_jax.evals import grounding
+from mtv_jax.evals.captioning import COLOURS, CaptioningEvaluator, Parser
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.grounding import grounding
 
 SCENES = {"type": "scenes", "size": 32, "first": 1_000_000, "length": 6}
 RED, WHITE, BLUE = (COLOURS.index(c) for c in ("red", "white", "blue"))
@@ -77,12 +77,12 @@ def test_perfect_answers_score_one(data):
   ]
   captions = [", ".join(f"a {p}" for p in phrases) for phrases in data.phrases]
   encoder = Narrator(captions, data.phrases, boxes)
-  result = Captioning(data=SCENES).run(encoder)
+  result = CaptioningEvaluator(data=SCENES).run(encoder)
   names = {"names", "colours", "region_names", "region_colours"}
   assert result.metrics == dict.fromkeys(names | {"referred_iou50"}, 1.0)
   assert result.chance.keys() == result.metrics.keys() == result.errors.keys()
   assert all(0 < x < 0.7 for x in result.chance.values())
-  only = Captioning(data=SCENES, tasks=("caption",)).run(encoder)
+  only = CaptioningEvaluator(data=SCENES, tasks=("caption",)).run(encoder)
   assert only.metrics == {"names": 1.0, "colours": 1.0}
 
 
@@ -99,7 +99,9 @@ def test_scores_and_chance_equal_loops_over_pairs(data):
   regions = [texts(len(boxes)) for boxes in data.boxes]
   queries = [list(dict.fromkeys(phrases)) for phrases in data.phrases]
   boxes = [[data.boxes[rng.integers(n)][0] for _ in asked] for asked in queries]
-  result = Captioning(data=SCENES).run(Narrator(captions, regions, boxes))
+  result = CaptioningEvaluator(data=SCENES).run(
+    Narrator(captions, regions, boxes)
+  )
 
   def score(kind, caption, i):
     found = [m[kind] for m in parser.mentions(caption) if m[kind] is not None]
@@ -151,4 +153,4 @@ def test_an_encoder_without_a_decoder_is_not_applicable():
       return False
 
   with pytest.raises(NotApplicable, match="no captioning decoder"):
-    Captioning(data=SCENES).run(Bare())
+    CaptioningEvaluator(data=SCENES).run(Bare())

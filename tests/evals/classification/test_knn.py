@@ -1,5 +1,6 @@
 """k-NN: ties, blocks, devices, scikit-learn, and memory that stays bounded."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,17 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-import mtv_jax
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
-from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import make_mesh
-from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +88,12 @@ def test_equal_votes_go_to_the_lowest_class():
   assert list(got[2]) == [1]
 
 
-def test_invalid_options_and_features_are_rejected():
+def test_invalid_features_are_rejected():
   rows = np.ones((3, 2), np.float32)
   with pytest.raises(ValueError, match="k=4 nearest of 3 rows"):
     knn.find_neighbours(rows, rows, k=4)
   with pytest.raises(ValueError, match="3 of 3 bank are not finite"):
     knn.find_neighbours(rows, rows * np.nan, k=1)
-  with pytest.raises(ConfigError, match="Did you mean 'pooled'"):
-    build_evaluator("knn", {"feature": "poled"})
-  with pytest.raises(ConfigError, match="each an integer >= 1"):
-    build_evaluator("knn", {"k": (0, 10)})
 
 
 def test_no_block_exceeds_its_bytes(mesh, monkeypatch):
@@ -140,23 +134,6 @@ def test_a_folder(tmp_path, write_image, colours):
   assert result.protocol["k"] == [1, 3, 7]
 
 
-@pytest.mark.slow
-def test_scenes_whatever_the_batch_and_the_devices():
-  one = make_mesh({"data": -1}, jax.devices()[:1])
-  results = [
-    knn.KNN(count=24, train_count=60, batch_size=size).run(
-      mtv_jax.load("pixels:16/8", mesh=mesh)
-    )
-    for mesh, size in ((None, 64), (one, 7))
-  ]
-  assert results[0].metrics == results[1].metrics
-  assert set(results[0].metrics) == {"top1_k10", "top1_k20", "top1_k60"}
-  assert results[0].protocol["view"] == "encoder"
-  assert (
-    results[0].protocol["data_hash"] != results[0].protocol["train_data_hash"]
-  )
-
-
 @pytest.mark.reference
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_predictions_are_those_of_scikit_learn(mesh, k):
@@ -183,7 +160,7 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
   "name", ["knn", pytest.param("linear_probe", marks=pytest.mark.slow)]
 )
 def test_probe_commands(tmp_path, capsys, name):
-  main = command(name)
+  main = functools.partial(run_command, name)
   out = tmp_path / "out.json"
   argv = ["--encoder=pixels:16/8", "--set=count=8", "--set=train_count=24"]
   if name == "linear_probe":
@@ -246,8 +223,3 @@ def test_cifar_in_half_a_minute(shared_data):
   # Above chance, since an untrained tower encodes colours.
   assert max(result.metrics.values()) > 0.15
   assert seconds < 30
-
-
-def test_options_are_checked_without_a_config_too():
-  with pytest.raises(ConfigError, match=r"KNN.k is \(0,\), expected a list"):
-    knn.KNN(k=(0,))

@@ -5,9 +5,7 @@ import pytest
 
 import mtv_jax
 from mtv_jax.evals.classification import logistic
-from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.parallel.mesh import make_mesh
-from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +88,3 @@ def test_scenes(select):
   ends = result.protocol["selection"].endswith
   assert ends("then all") == (select == "train_split")
   assert ends("as published") == (select == "val")
-
-
-def test_invalid_options_are_rejected():
-  for options, match in (
-    ({"strengths": (0.0,)}, "each a number > 0"),
-    ({"normalize": "l1"}, "There are: l2, raw"),
-    ({"select": "test"}, "select is 'test'"),
-  ):
-    with pytest.raises(ConfigError, match=match):
-      build_evaluator("logistic", options)

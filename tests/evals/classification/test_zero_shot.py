@@ -10,9 +10,7 @@ from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import ImageFeatures, normalize
-from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals import build_evaluator
-from mtv_jax.evals.classification.base import rank_accuracies
+from mtv_jax.evals.classification.probe_evaluators import rank_accuracies
 from mtv_jax.evals.classification.zero_shot import (
   ZeroShot,
   match_classes,
@@ -21,7 +19,6 @@ from mtv_jax.evals.classification.zero_shot import (
 from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.prompts import Prompts, read_prompts
 from mtv_jax.evals.datasets import registry
-from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture
@@ -46,22 +43,6 @@ def test_accuracies_of_a_folder(colours, folder):
   assert protocol["templates"] == list(prompts.DEFAULT_TEMPLATES)
   assert "lower index" in protocol["ties"]
   assert len(protocol["data_hash"]) == 16
-
-
-def test_big_vision_view(colours, folder, monkeypatch):
-  colours.preprocess = Preprocess(size=24)
-  seen, image = [], type(colours).image
-
-  def record(self, images, **options):
-    seen.append(self.preprocess)
-    return image(self, images, **options)
-
-  monkeypatch.setattr(type(colours), "image", record)
-  result = ZeroShot(data=str(folder), view="squash_center").run(colours)
-  assert result.protocol["view"] == "squash_center"
-  (preprocess,) = seen
-  assert (preprocess.resize_size, preprocess.crop) == (27, "center")
-  assert not preprocess.antialias and preprocess.resize == "squash"
 
 
 def test_the_hash_depends_on_the_data(folder, write_image):
@@ -239,7 +220,10 @@ def test_prompt_files(tmp_path):
   for content, message in (
     ("{", "not JSON"),
     ("[1]", "expected an object with 'classes'"),
+    ("[]", "expected an object with 'classes'"),
+    ('{"ids": []}', "expected an object with 'classes'"),
     ('{"classes": [1]}', "list of non-empty strings"),
+    ('{"classes": "cat"}', "list of non-empty strings"),
     ('{"classes": ["a"], "templates": ["no braces"]}', "exactly once"),
     ('{"classes": ["a", "b"], "ids": ["x", "x"]}', "1 of them distinct"),
     ('{"classes": ["a", "b"], "ids": []}', "0 ids"),
@@ -247,17 +231,6 @@ def test_prompt_files(tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
       read_prompts(path)
-
-
-def test_build_evaluator_checks_its_options():
-  config = {"type": "zero_shot", "count": 5, "every_steps": 100}
-  assert build_evaluator("mine", config) == ZeroShot(count=5)
-  with pytest.raises(ConfigError, match="Did you mean 'zero_shot'"):
-    build_evaluator("zeroshot", {})
-  with pytest.raises(ConfigError, match="Did you mean 'batch_size'"):
-    build_evaluator("zero_shot", {"batchsize": 5})
-  with pytest.raises(ConfigError, match="Did you mean 'present'"):
-    build_evaluator("zero_shot", {"classes": "presents"})
 
 
 class SceneEncoder(Encoder):

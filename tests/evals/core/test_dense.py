@@ -16,8 +16,8 @@ from mtv_jax.evals.core import dense, examples
 from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
 from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
 from mtv_jax.evals.datasets import posed
-from mtv_jax.evals.depth.probe import DepthProbe
-from mtv_jax.evals.segmentation.linear_probe import Segmentation
+from mtv_jax.evals.depth.depth_probe import DepthProbe
+from mtv_jax.evals.segmentation.segmentation_probe import Segmentation
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils.errors import InputError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.evals.core import features
+from mtv_jax.evals.core import global_features
 
 
 class Counting(baselines.PixelEncoder):
@@ -36,8 +36,10 @@ def images():
 
 
 def test_a_request_is_computed_once(encoder, images):
-  first = features.encode_images(encoder, images, digest="a")
-  again = features.encode_images(encoder, images, digest="a", batch_size=1)
+  first = global_features.encode_images(encoder, images, digest="a")
+  again = global_features.encode_images(
+    encoder, images, digest="a", batch_size=1
+  )
   assert encoder.requests == [((), ("pooled",))]
   assert again.pooled is first.pooled
   want = encoder.image(images, outputs=("pooled",)).pooled
@@ -47,8 +49,8 @@ def test_a_request_is_computed_once(encoder, images):
 
 
 def test_only_what_is_missing_is_computed(encoder, images):
-  features.encode_images(encoder, images, digest="a")
-  out = features.encode_images(
+  global_features.encode_images(encoder, images, digest="a")
+  out = global_features.encode_images(
     encoder,
     images,
     digest="a",
@@ -62,71 +64,75 @@ def test_only_what_is_missing_is_computed(encoder, images):
   np.testing.assert_array_equal(out.prefix, want.prefix)
   assert out.layers[0] is out.layers[-1]
   assert list(out.prefix_layers) == [-1, 0]
-  features.encode_images(encoder, images, digest="a", layers=(0,), outputs=())
+  global_features.encode_images(
+    encoder, images, digest="a", layers=(0,), outputs=()
+  )
   assert len(encoder.requests) == 3
 
 
 def test_other_data_and_other_encoders_share_nothing(encoder, images):
-  features.encode_images(encoder, images, digest="a")
-  other = features.encode_images(encoder, images[::-1], digest="b")
+  global_features.encode_images(encoder, images, digest="a")
+  other = global_features.encode_images(encoder, images[::-1], digest="b")
   assert len(encoder.requests) == 2
   np.testing.assert_array_equal(
     other.pooled,
-    features.encode_images(encoder, images, digest="a").pooled[::-1],
+    global_features.encode_images(encoder, images, digest="a").pooled[::-1],
   )
   fresh = Counting()
-  features.encode_images(fresh, images, digest="a")
+  global_features.encode_images(fresh, images, digest="a")
   assert len(fresh.requests) == 1
 
 
 def test_results_are_read_only(encoder, images):
-  out = features.encode_images(encoder, images, digest="a")
+  out = global_features.encode_images(encoder, images, digest="a")
   with pytest.raises(ValueError, match="read-only"):
     out.pooled[0] = 0
 
 
 def test_least_recently_used_is_evicted(encoder, images, monkeypatch):
   size = 3 * 192 * 4
-  monkeypatch.setattr(features, "BUDGET", 2 * size)
+  monkeypatch.setattr(global_features, "BUDGET", 2 * size)
   for digest in ("a", "b", "a", "c", "a", "b"):
-    features.encode_images(encoder, images, digest=digest)
+    global_features.encode_images(encoder, images, digest=digest)
   # c evicts b, since a was used later; then b is computed again.
   assert len(encoder.requests) == 4
   # An array larger than the budget is returned and not cached.
-  monkeypatch.setattr(features, "BUDGET", size - 1)
+  monkeypatch.setattr(global_features, "BUDGET", size - 1)
   for _ in range(2):
-    out = features.encode_images(encoder, images, digest="d")
+    out = global_features.encode_images(encoder, images, digest="d")
     assert out.pooled.shape == (3, 192)
   assert len(encoder.requests) == 6
 
 
 def test_features_are_freed_with_their_encoder(images):
   encoder = Counting()
-  features.encode_images(encoder, images, digest="a")
-  before = len(features._stores)
+  global_features.encode_images(encoder, images, digest="a")
+  before = len(global_features._stores)
   del encoder
   gc.collect()
-  assert len(features._stores) < before
+  assert len(global_features._stores) < before
 
 
 def test_equal_hash_of_other_images_is_an_error(encoder, images):
-  features.encode_images(encoder, images, digest="a")
+  global_features.encode_images(encoder, images, digest="a")
   with pytest.raises(ValueError, match="2 images .* 3 were encoded before"):
-    features.encode_images(encoder, images[:2], digest="a")
+    global_features.encode_images(encoder, images[:2], digest="a")
 
 
 def test_another_preprocessing_is_another_request(encoder, images):
-  first = features.encode_images(encoder, images, digest="a").pooled
+  first = global_features.encode_images(encoder, images, digest="a").pooled
   own = encoder.preprocess
   encoder.preprocess = dataclasses.replace(own, mean=(0.1, 0.1, 0.1))
-  other = features.encode_images(encoder, images, digest="a").pooled
+  other = global_features.encode_images(encoder, images, digest="a").pooled
   assert len(encoder.requests) == 2
   np.testing.assert_array_equal(
     other, encoder.image(images, outputs=("pooled",)).pooled
   )
   assert np.abs(other - first).max() > 0.1
   encoder.preprocess = own
-  assert features.encode_images(encoder, images, digest="a").pooled is first
+  assert (
+    global_features.encode_images(encoder, images, digest="a").pooled is first
+  )
 
 
 def test_with_preprocess_shares_parameters(encoder, images):
@@ -139,15 +145,15 @@ def test_with_preprocess_shares_parameters(encoder, images):
 
 def test_eviction_is_logged_once(encoder, images, monkeypatch, caplog):
   size = 3 * 192 * 4
-  monkeypatch.setattr(features, "BUDGET", size)
-  with caplog.at_level(logging.WARNING, "mtv_jax.evals.core.features"):
-    features.encode_images(encoder, images, digest="a")
+  monkeypatch.setattr(global_features, "BUDGET", size)
+  with caplog.at_level(logging.WARNING, "mtv_jax.evals.core.global_features"):
+    global_features.encode_images(encoder, images, digest="a")
     assert not caplog.records
     for digest in ("b", "c"):
-      features.encode_images(encoder, images, digest=digest)
+      global_features.encode_images(encoder, images, digest=digest)
     assert len(caplog.records) == 1
     assert "(3, 192) of the data a is the first to be evicted" in caplog.text
     # Once per encoder, even for an array larger than the cache.
-    monkeypatch.setattr(features, "BUDGET", size - 1)
-    features.encode_images(Counting(), images, digest="d")
+    monkeypatch.setattr(global_features, "BUDGET", size - 1)
+    global_features.encode_images(Counting(), images, digest="d")
   assert len(caplog.records) == 2

@@ -3,18 +3,18 @@
 import dataclasses
 
 import family_specs
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 import tower_parity as parity
+from random_trees import random_params
 
 import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals.classification import few_shot
-from mtv_jax.evals.core import crops, global_features
-from mtv_jax.evals.core.examples import ClassificationSet, Images
+from mtv_jax.evals.classification import few_shot, probe_evaluators
+from mtv_jax.evals.core import global_features
+from mtv_jax.evals.core.examples import ClassificationSet, LazySequence
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
 
@@ -23,12 +23,7 @@ TOWER = dict(image_size=16, patch_size=8, width=16, depth=3, heads=2, mlp_dim=8)
 
 def make(**fields):
   spec = models.ModelSpec(image=ViTSpec(**TOWER, **fields))
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32),
-    models.abstract_params(spec),
-  )
-  return Encoder(spec, params, Preprocess(size=16))
+  return Encoder(spec, random_params(spec, std=0.3), Preprocess(size=16))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,14 @@ def test_last_blocks_of_a_tower_without(images):
     global_features.embed(encoder, labelled(images), feature="cls")
 
 
-@pytest.mark.parametrize("kind", family_specs.SPECS)
+# One family for each kind of token and of final norm.
+FAMILIES = {
+  (spec["pool"] == "cls", spec.get("final_norm"), spec.get("norm_kind")): kind
+  for kind, spec in family_specs.SPECS.items()
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES.values())
 def test_earlier_blocks_pass_the_norm_of_every_family(kind, images):
   """Of the last block, it gives the tower's own output."""
   spec = models.ModelSpec.from_config(family_specs.SPECS[kind])
@@ -121,7 +123,7 @@ def test_means_of_native_images_leave_out_padding():
 def labelled(images):
   return ClassificationSet(
     name="x",
-    images=Images(lambda i: images[i], len(images)),
+    images=LazySequence(lambda i: images[i], len(images)),
     labels=np.zeros(len(images), np.int32),
     classes=None,
     ids=None,
@@ -151,9 +153,9 @@ def test_embed(cls, images, feature):
 
 
 def test_views(cls):
-  assert global_features.view(cls, "encoder") is cls
-  centered = global_features.view(cls, "center")
-  assert centered is global_features.view(cls, "center")
+  assert global_features.with_view(cls, "encoder") is cls
+  centered = global_features.with_view(cls, "center")
+  assert centered is global_features.with_view(cls, "center")
   assert centered.params is cls.params
   # Only the centre of a wide image.
   image = np.zeros((18, 36, 3), np.uint8)
@@ -162,7 +164,7 @@ def test_views(cls):
   assert centered.preprocess(image).max() < 0
   for size, resized in ((224, 256), (256, 292), (384, 438)):
     encoder = mtv_jax.load(f"pixels:{size}")
-    preprocess = global_features.view(encoder, "center").preprocess
+    preprocess = global_features.with_view(encoder, "center").preprocess
     assert (preprocess.resize_size, preprocess.interpolation) == (
       resized,
       "bicubic",
@@ -172,7 +174,7 @@ def test_views(cls):
 def test_the_centre_is_torchvisions():
   """Half of an odd margin is rounded to even; of 3, 7, ... a pixel further."""
   encoder = mtv_jax.load("pixels:224/16")
-  center = global_features.view(encoder, "center").preprocess
+  center = global_features.with_view(encoder, "center").preprocess
   off_by_one = []
   for margin in range(32, 64):
     width = 224 + margin
@@ -202,7 +204,7 @@ def test_the_centre_equals_torchvision():
     ]
   )
   encoder = mtv_jax.load("pixels:28/4")
-  center = global_features.view(encoder, "center").preprocess
+  center = global_features.with_view(encoder, "center").preprocess
   moved = 0
   for _ in range(40):
     height, width = rng.integers(30, 120, 2)
@@ -217,11 +219,11 @@ def test_the_centre_equals_torchvision():
 
 def test_views_follow_the_encoders_preprocess_protocoling():
   encoder = mtv_jax.load("pixels:16/8")
-  first = global_features.view(encoder, "center")
+  first = global_features.with_view(encoder, "center")
   encoder.preprocess = dataclasses.replace(
     encoder.preprocess, mean=(0.1, 0.2, 0.3)
   )
-  second = global_features.view(encoder, "center")
+  second = global_features.with_view(encoder, "center")
   assert second.preprocess.mean == (0.1, 0.2, 0.3)
   assert first.preprocess.mean == (0.5, 0.5, 0.5)
 
@@ -246,12 +248,12 @@ def test_few_shot_sees_what_big_vision_shows(size, resized):
   want = want[start : start + size, start : start + size]
   encoder = mtv_jax.load(f"pixels:{size}/4")
   name = few_shot.FewShot(data="elsewhere")._view_name()
-  encoder_view = global_features.view(encoder, name)
+  encoder_view = global_features.with_view(encoder, name)
   # big_vision casts the result of the resize to bytes, which cuts fractions.
   got = (encoder_view.preprocess(image) + 1) * 127.5
   np.testing.assert_allclose(got, np.floor(want + 1e-3), atol=1e-3)
   assert few_shot.FewShot()._view_name() == "encoder"
-  assert encoder_view is global_features.view(encoder, "squash_center")
+  assert encoder_view is global_features.with_view(encoder, "squash_center")
 
 
 def test_retrieval_sees_what_big_vision_shows():
@@ -259,14 +261,14 @@ def test_retrieval_sees_what_big_vision_shows():
   image = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
   want = halfway(image.astype(float), 24)
   want = halfway(want.swapaxes(0, 1), 24).swapaxes(0, 1)
-  encoder = global_features.view(mtv_jax.load("pixels:24/4"), "squash")
+  encoder = global_features.with_view(mtv_jax.load("pixels:24/4"), "squash")
   got = (encoder.preprocess(image) + 1) * 127.5
   np.testing.assert_allclose(got, np.floor(want + 1e-3), atol=1e-3)
 
 
 def test_crops():
   rng = np.random.default_rng(0)
-  boxes = [crops.box(60, 100, rng) for _ in range(2000)]
+  boxes = [probe_evaluators.crop_box(60, 100, rng) for _ in range(2000)]
   width = np.array([b[2] - b[0] for b in boxes])
   height = np.array([b[3] - b[1] for b in boxes])
   assert min(min(b) for b in boxes) == 0
@@ -277,10 +279,17 @@ def test_crops():
   assert 0.7 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.4
   assert abs(np.log(ratio[area < 0.4]).mean()) < 0.03
   # No crop of this strip fits: the fallback is the centre, at 4 : 3.
-  assert crops.box(3, 300, np.random.default_rng(0)) == (148, 0, 152, 3)
+  assert probe_evaluators.crop_box(3, 300, np.random.default_rng(0)) == (
+    148,
+    0,
+    152,
+    3,
+  )
   image = np.zeros((8, 8, 3), np.uint8)
   image[:, :4] = 200
-  cropped = [crops.random_crop(image, size=6, rng=rng) for _ in range(60)]
+  cropped = [
+    probe_evaluators.random_crop(image, size=6, rng=rng) for _ in range(60)
+  ]
   left = sum(int(c[:, 0].mean() > c[:, -1].mean()) for c in cropped)
   right = sum(int(c[:, 0].mean() < c[:, -1].mean()) for c in cropped)
   assert {c.shape for c in cropped} == {(6, 6, 3)}

@@ -122,50 +122,6 @@ def test_shuffled_sees_every_item_equally_often(size):
   assert len({tuple(e) for e in seen.reshape(-1, 7)}) > 1
 
 
-def test_batch_norm_against_numpy():
-  rng = np.random.default_rng(1)
-  x = rng.normal(3, 2, (4, 5, 6)).astype(np.float32)
-  stats = {"mean": np.full(6, 0.5, "f4"), "var": np.full(6, 2.0, "f4")}
-  affine = {"scale": np.arange(6, dtype="f4"), "bias": np.ones(6, "f4")}
-  flat = x.reshape(20, 6).astype(float)
-  out, new = probe.batch_norm_train(jnp.asarray(x), stats, affine=affine)
-  want = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
-  want = (want * affine["scale"] + 1).reshape(x.shape)
-  np.testing.assert_allclose(out, want, atol=1e-5)
-  mean = 0.9 * 0.5 + 0.1 * flat.mean(0)
-  var = 0.9 * 2 + 0.1 * flat.var(0, ddof=1)
-  np.testing.assert_allclose(new["mean"], mean, rtol=1e-5)
-  np.testing.assert_allclose(new["var"], var, rtol=1e-5)
-  got = probe.batch_norm_eval(jnp.asarray(x), new, eps=1e-6)
-  np.testing.assert_allclose(got, (x - mean) / np.sqrt(var + 1e-6), atol=1e-5)
-  with pytest.raises(ValueError, match="at least 2"):
-    probe.batch_norm_train(jnp.ones((1, 6)), stats)
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("affine", [False, True])
-def test_batch_norm_is_torchs(affine):
-  import torch
-
-  rng = np.random.default_rng(2)
-  norm = torch.nn.BatchNorm1d(5, eps=1e-6, affine=affine)
-  stats = probe.batch_norm_stats(5)
-  given = probe.batch_norm_affine(5) if affine else None
-  for _ in range(3):
-    x = rng.normal(-1, 3, (8, 5)).astype(np.float32)
-    got, stats = probe.batch_norm_train(
-      jnp.asarray(x), stats, affine=given, eps=1e-6
-    )
-    want = norm(torch.from_numpy(x)).detach()
-    np.testing.assert_allclose(got, want, atol=1e-6)
-  np.testing.assert_allclose(stats["mean"], norm.running_mean, atol=1e-6)
-  np.testing.assert_allclose(stats["var"], norm.running_var, rtol=1e-6)
-  norm.eval()
-  got = probe.batch_norm_eval(jnp.asarray(x), stats, affine=given, eps=1e-6)
-  want = norm(torch.from_numpy(x)).detach()
-  np.testing.assert_allclose(got, want, atol=1e-6)
-
-
 def test_schedules_have_at_most_100_passes():
   resolve = functools.partial(probe.resolve_schedule, (12_500, 1024))
   # The review's 1,500 photos; 12,500 steps of 1,024 were 8,533 passes.

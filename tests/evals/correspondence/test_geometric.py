@@ -2,22 +2,22 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
 from mtv_jax.evals import build_evaluator
-from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.correspondence import recall
-from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
+from mtv_jax.evals.correspondence import geometric
+from mtv_jax.evals.correspondence.geometric import (
+  GeometricCorrespondence,
+  MatchOptions,
+  PairErrors,
+)
 from mtv_jax.evals.correspondence.matching import Matches
-from mtv_jax.evals.correspondence.recall import Options, PairErrors
 from mtv_jax.evals.datasets import posed
-from mtv_jax.parallel.mesh import make_mesh
 
 CELLS = 24
-OPTIONS = Options(
+OPTIONS = MatchOptions(
   size=4 * CELLS,
   keep=60,
   metres=(0.01, 0.02, 0.05),
@@ -49,7 +49,7 @@ def ball_view(pose, radius=0.2):
   a, b, c = (ray**2).sum(axis=-1), ray @ centre, centre @ centre - radius**2
   discriminant = b**2 - a * c
   z = (b - np.sqrt(np.maximum(discriminant, 0))) / a * (discriminant > 0)
-  return posed.View(
+  return posed.PosedView(
     image=np.zeros((OPTIONS.size, OPTIONS.size, 3), np.uint8),
     points=(ray * z[..., None]).astype(np.float32),
     focal=FOCAL,
@@ -78,14 +78,14 @@ def views():
 def test_unique_features_match_identical_views(views):
   rng = np.random.default_rng(0)
   features = rng.normal(size=(CELLS, CELLS, 48)).astype(np.float32)
-  errors = recall.match_pair(
+  errors = geometric.match_pair(
     np.stack([features, features]), (views[0], views[0]), options=OPTIONS
   )
   assert len(errors.metres) == 60
   np.testing.assert_array_equal(errors.matches.first, errors.matches.second)
   assert errors.metres.max() < 1e-9
   assert errors.pixels.max() < 1e-6
-  estimate, _ = recall.average([errors], options=OPTIONS)
+  estimate, _ = geometric.average_recalls([errors], options=OPTIONS)
   metrics = estimate.metrics
   assert metrics["avg_recall_all"] == 1.0
   # At an angle of 0, the pair is in the first bin.
@@ -95,7 +95,7 @@ def test_unique_features_match_identical_views(views):
 def test_position_features_match_after_a_known_motion(views):
   """The nearest descriptor is that of the nearest point in space."""
   maps = np.stack([position_features(world_points(view)) for view in views])
-  errors = recall.match_pair(maps, views, options=OPTIONS)
+  errors = geometric.match_pair(maps, views, options=OPTIONS)
   first, second = (world_points(v)[v.valid].astype(np.float64) for v in views)
   apart = np.linalg.norm(first[:, None] - second, axis=-1)
   cells = np.argwhere(views[0].valid)
@@ -120,14 +120,14 @@ def test_position_features_match_after_a_known_motion(views):
 def test_random_features_are_at_chance(views):
   rng = np.random.default_rng(3)
   scored = [
-    recall.match_pair(
+    geometric.match_pair(
       rng.normal(size=(2, CELLS, CELLS, 16)).astype(np.float32),
       views,
       options=OPTIONS,
     )
     for _ in range(12)
   ]
-  estimate, chance = recall.average(scored, options=OPTIONS)
+  estimate, chance = geometric.average_recalls(scored, options=OPTIONS)
   metrics = estimate.metrics
   # 720 matches: five standard deviations.
   for name in ("recall_5cm", "recall_50px"):
@@ -141,7 +141,9 @@ def test_random_features_are_at_chance(views):
 
 
 def test_a_view_behind_the_camera_is_far_in_pixels():
-  at = recall.project(np.array([[1.0, 2.0, 4.0], [1.0, 0.0, -1.0]]), focal=2.0)
+  at = geometric.project(
+    np.array([[1.0, 2.0, 4.0], [1.0, 0.0, -1.0]]), focal=2.0
+  )
   np.testing.assert_allclose(at, [[0.5, 1.0], [2e9, 0.0]])
 
 
@@ -164,7 +166,7 @@ def test_averages():
     pair_errors([0.019, 0.9], 59.0),
     pair_errors([0.9, 0.9], 120.0),
   ]
-  estimate, chance = recall.average(pairs, options=OPTIONS)
+  estimate, chance = geometric.average_recalls(pairs, options=OPTIONS)
   metrics = estimate.metrics
   # Strictly below, over all ten matches.
   assert metrics["recall_1cm"] == pytest.approx(1 / 10)
@@ -230,15 +232,6 @@ def test_scenes(result):
   assert result.sheets["matches"].shape == (21 + 128 + 8 + 128, 256, 3)
 
 
-def test_one_device_and_eight_agree(result):
-  assert jax.device_count() == 8
-  mesh = make_mesh({"data": -1}, jax.devices()[:1])
-  alone = baselines.PixelEncoder(64, 8, mesh=mesh)
-  got = GeometricCorrespondence(count=4, batch_size=3).run(alone)
-  assert got.metrics == pytest.approx(result.metrics)
-  assert got.protocol["data_hash"] == result.protocol["data_hash"]
-
-
 def test_features_after_the_final_norm(result, pixels):
   got = GeometricCorrespondence(count=4, norm="final").run(pixels)
   assert got.errors.keys() == got.metrics.keys()
@@ -300,39 +293,6 @@ def test_pair_lists_are_written_and_read(tmp_path, pixels):
   assert second["pair_list"] == "pairs.txt"
 
 
-def test_scenes_as_a_source(result):
-  """`{type="scenes"}` equals `scenes` with other defaults."""
-  same = {"type": "scenes", "length": 4}
-  got = GeometricCorrespondence(data=same)._set
-  assert got.digest == result.protocol["data_hash"]
-  first = result.protocol["scenes"]["first"]
-  hashes = {got.digest}
-  for option in ({"seed": 3}, {"size": 64}, {"first": first + 1}):
-    other = GeometricCorrespondence(data={**same, **option})._set
-    hashes.add(other.digest)
-    side = other.frames.read(0, 48).image.shape[0]
-    assert side == option.get("size", 96)
-    assert other.frames.metadata["scenes"]["first"] == option.get(
-      "first", first
-    )
-  assert len(hashes) == 4
-  with pytest.raises(NotApplicable, match="reads posed views"):
-    GeometricCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
-
-
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"metres": (0.2, 0.1)}, "metres is .*increasing"),
-    ({"count": 0}, "count is 0, expected an integer >= 1"),
-    ({"norm": "finale"}, "Did you mean 'final'"),
-  ],
-)
-def test_bad_options(options, message):
-  with pytest.raises(ValueError, match=message):
-    build_evaluator("geometric_correspondence", options)
-
-
 @pytest.mark.slow
 def test_seven_scenes(shared_data, pixels):
   """Real depth and poses: raw pixels are far above chance."""
@@ -354,7 +314,7 @@ def test_seven_scenes_are_consistent(shared_data):
 
   frames = rgbd.open_posed(shared_data / "rgbd_7scenes")
   drawn = posed.draw_pairs(frames, seed=8, count=4)
-  options = Options(512, 1000, (0.01, 0.02, 0.05), (5, 25, 50), (0, 120))
+  options = MatchOptions(512, 1000, (0.01, 0.02, 0.05), (5, 25, 50), (0, 120))
   for pair in drawn.pairs:
     views = [
       posed.make_view(frames.read(i, 512), size=512, stored=1024)
@@ -362,5 +322,5 @@ def test_seven_scenes_are_consistent(shared_data):
     ]
     points = [world_points(view) * 0.2 for view in views]
     maps = np.stack([position_features(p) for p in points])
-    errors = recall.match_pair(maps, views, options=options)
+    errors = geometric.match_pair(maps, views, options=options)
     assert (errors.metres < 0.05).mean() > 0.95

@@ -5,7 +5,9 @@ import pytest
 
 from mtv_jax.encoder import baselines
 from mtv_jax.evals.correspondence import matching
-from mtv_jax.evals.correspondence.base import CorrespondenceEvaluator
+from mtv_jax.evals.correspondence.correspondence_evaluator import (
+  CorrespondenceEvaluator,
+)
 
 # One set of shapes, so that few programs are compiled.
 GRID, CELLS, WIDTH = 5, 20, 12

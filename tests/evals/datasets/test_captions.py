@@ -9,7 +9,7 @@ import pytest
 
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.retrieval.retrieval import Retrieval
+from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 COLOURS = ("red", "green", "blue")

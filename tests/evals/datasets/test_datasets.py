@@ -1,5 +1,6 @@
 """Registry of data sets and splits of classification data."""
 
+import functools
 import json
 
 import numpy as np
@@ -196,23 +197,16 @@ def test_instances_have_no_captions(tmp_path):
     registry.open_captions(path)
 
 
-_PROBES = {"knn", "few_shot", "linear_probe", "logistic", "mae_probe"}
-# Of each real folder, the evaluations that can run on it.
-_READY = {
-  "SPair-71k": {"semantic_correspondence", "patch_pca"},
-  "ade20k": {"zero_shot_segmentation", "patch_pca"},
-  "cifar10_jpg": {"zero_shot", "patch_pca", *_PROBES},
-  "coco": {"retrieval", "grounding", "captioning", "patch_pca"},
-  "imagenet_samples": {"zero_shot", "patch_pca"},
-  "kitti_object": {"relative_depth", "patch_pca"},
-  "nyuv2": {
-    "segmentation",
-    "zero_shot_segmentation",
-    "depth_probe",
-    "relative_depth",
-    "patch_pca",
-  },
-  "rgbd_7scenes": {"geometric_correspondence", "patch_pca"},
+# The kinds of data of each real folder, as the registry opens them.
+_KINDS = {
+  "SPair-71k": {"key_points"},
+  "ade20k": {"segmentation"},
+  "cifar10_jpg": {"classification", "splits"},
+  "coco": {"captions", "boxes"},
+  "imagenet_samples": {"classification"},
+  "kitti_object": {"depth"},
+  "nyuv2": {"segmentation", "depth"},
+  "rgbd_7scenes": {"posed"},
   "tokenizers": set(),
   "weights_fastestdet": set(),
 }
@@ -220,64 +214,114 @@ _READY = {
 _INCOMPLETE = {("ade20k", "segmentation"): MissingFileError}
 
 
-def test_every_evaluation_on_every_real_folder(shared_data):
+@pytest.fixture
+def opened(monkeypatch):
+  """The kinds of data that evaluations ask the registry for."""
+  kinds, depth = [], [0]
+
+  def record(kind, opener, *args, **kwargs):
+    # One opener may try others.
+    kinds.extend([kind] * (not depth[0]))
+    depth[0] += 1
+    try:
+      return opener(*args, **kwargs)
+    finally:
+      depth[0] -= 1
+
+  for name, opener in vars(registry).copy().items():
+    if name.startswith("open_"):
+      spy = functools.partial(record, name.removeprefix("open_"), opener)
+      monkeypatch.setattr(registry, name, spy)
+  return kinds
+
+
+def test_every_evaluation_on_every_real_folder(shared_data, opened):
   """Ready or not applicable; other errors are mistakes."""
   wrong = {}
-  for folder, ready in _READY.items():
+  for folder, kinds in _KINDS.items():
+    kinds = kinds and {"images", *kinds}
     for name in base.EVALUATORS:
       evaluator = base.build_evaluator(
         name, {"data": str(shared_data / folder)}
       )
-      want = None if name in ready else NotApplicable
-      want = _INCOMPLETE.get((folder, name), want)
+      opened.clear()
       try:
         evaluator.prepare()
         got = None
       except Exception as error:
         got = type(error)
+      ready = opened and kinds.issuperset(opened)
+      want = None if ready else NotApplicable
+      want = _INCOMPLETE.get((folder, name), want)
       if got is not want:
         wrong[folder, name] = got, want
   assert not wrong
 
 
-def test_every_kind_of_scenes_has_the_difficulty():
-  """Images, labels and digests of easy scenes are not those of hard ones."""
-  easy = {"type": "scenes", "length": 2, "size": 32, "difficulty": "easy"}
-  hard = {**easy, "difficulty": "hard"}
-  number = HELD_OUT_SCENES + 1
-  want = scenes.render(number, size=32, difficulty="easy")
-  pair = scenes.render_pair(number, size=32, difficulty="easy")
-  opens = {
-    "captions": registry.open_captions,
-    "segmentation": lambda data: registry.open_segmentation(data, split="test"),
-    "depth": lambda data: registry.open_depth(data, split="test", size=32),
-    "boxes": registry.open_boxes,
-    "posed": lambda data: registry.open_posed(data, subset="", count=2),
-    "videos": registry.open_videos,
+SCENE_OPENERS = {
+  "captions": registry.open_captions,
+  "segmentation": functools.partial(registry.open_segmentation, split="test"),
+  "depth": functools.partial(registry.open_depth, split="test", size=96),
+  "boxes": registry.open_boxes,
+  "videos": registry.open_videos,
+  "posed": lambda data, count=2: registry.open_posed(
+    data, subset="", count=count
+  ),
+  "key points": lambda data, count=21: registry.open_key_points(
+    data, split="test", count=count
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", SCENE_OPENERS)
+def test_scenes_as_a_source(kind):
+  """`{type="scenes"}` is `scenes` with other defaults."""
+  open_set, count = SCENE_OPENERS[kind], 21 if kind == "key points" else 2
+
+  def digest(data, **options):
+    opened = open_set(data, **options)
+    return opened.fingerprint(1) if kind == "posed" else opened.digest
+
+  same = {"type": "scenes", "length": count}
+  hashes = {digest("scenes", count=count), digest(same)}
+  assert len(hashes) == 1
+  for option in (
+    {"seed": 3},
+    {"size": 64},
+    {"first": HELD_OUT_SCENES + 1},
+    {"difficulty": "easy"},
+  ):
+    hashes.add(digest({**same, **option}))
+  assert len(hashes) == 5
+  with pytest.raises(ValueError, match="Did you mean 'size'|no option 'sizes'"):
+    open_set({**same, "sizes": 3})
+  if kind not in ("captions", "boxes"):
+    with pytest.raises(NotApplicable):
+      open_set({"type": "tfds", "name": "coco"})
+
+
+def test_options_of_scenes_reach_the_renderer():
+  options = {"size": 32, "seed": 3, "difficulty": "easy"}
+  data, number = {"type": "scenes", "length": 2, **options}, HELD_OUT_SCENES + 1
+  want = scenes.render(number, **options)
+  pair = scenes.render_pair(number, **options)
+  video = scenes.render_video(number, frames=8, **options)
+  sets = {
+    name: opener(data)
+    for name, opener in SCENE_OPENERS.items()
+    if name != "key points"
   }
-  sets = {name: open_set(easy) for name, open_set in opens.items()}
-  np.testing.assert_array_equal(sets["captions"].images[1], want.image)
   assert {*want.captions} <= {*sets["captions"].captions}
-  np.testing.assert_array_equal(sets["segmentation"].maps[1], want.segmentation)
-  np.testing.assert_array_equal(sets["depth"].depths[1], want.depth)
-  np.testing.assert_array_equal(sets["boxes"].boxes[1], want.boxes)
-  frame = sets["posed"].read(3, 32)
-  np.testing.assert_array_equal(frame.image, pair.second.image)
-  video = scenes.render_video(number, frames=8, size=32, difficulty="easy")
-  np.testing.assert_array_equal(
-    sets["videos"].videos[1].frames[4], video[4].image
-  )
-  for name, data in sets.items():
-    if name != "posed":
-      assert data.digest != opens[name](hard).digest, name
-  prints = [
-    registry.open_posed(data, subset="", count=2).fingerprint(1)
-    for data in (easy, hard)
-  ]
-  assert prints[0] != prints[1] and prints[0][-1] == "easy"
-  points = [
-    registry.open_key_points({**data, "length": 21}, split="test", count=21)
-    for data in (easy, hard)
-  ]
-  assert points[0].digest != points[1].digest
-  assert points[0].metadata["scenes"]["difficulty"] == "easy"
+  for got, expected in (
+    (sets["captions"].images[1], want.image),
+    (sets["segmentation"].maps[1], want.segmentation),
+    (sets["depth"].maps[1], want.depth),
+    (sets["boxes"].boxes[1], want.boxes),
+    (sets["posed"].read(3, 32).image, pair.second.image),
+    (sets["videos"].videos[1].frames[4], video[4].image),
+  ):
+    np.testing.assert_array_equal(got, expected)
+  points = SCENE_OPENERS["key points"]({**data, "length": 21})
+  assert points.metadata["scenes"] == {"first": HELD_OUT_SCENES, **options}
+  first = scenes.render(HELD_OUT_SCENES, **options)
+  np.testing.assert_array_equal(points.images[0], first.image)

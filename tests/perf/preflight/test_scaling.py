@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import overrides, recipes
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import scaling
@@ -16,7 +16,7 @@ ROWS, CHIPS = 4, 8
 
 
 def make_plan(repo_root, *changes, name="mtv_b16_224"):
-  config = schema.read_config(str(repo_root / f"configs/{name}.py:tiny"))
+  config = recipes.read_config(str(repo_root / f"configs/{name}.py:tiny"))
   changes = (f"batch_size={ROWS * CHIPS}", *changes)
   return compile_lib.make_plan(
     overrides.override(config, changes), topologies.parse(f"cpu:{CHIPS}")
@@ -30,7 +30,7 @@ def row(kind, shape, *, count=1.0, size=100.0, scope="", group=CHIPS):
 def step_row(plan, collectives):
   memory = compile_lib.Memory(0, 0, 0, 1, None)
   return scaling.step_row(
-    plan, compile_lib.Compiled(memory, collectives=tuple(collectives))
+    plan, compile_lib.CompileResult(memory, collectives=tuple(collectives))
   )
 
 
@@ -43,20 +43,20 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   # A group of 64 is all 32 images; groups of 4 are those of a chip.
   koleo = 2 * 7 * ROWS * 4 * width
   assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
-  local = make_plan(repo_root, "objectives.distillation.koleo_group=4")
+  local = make_plan(repo_root, "objectives.dino.koleo_group=4")
   assert scaling.embedding_bytes(local) == contrast + grounding
   gathered = make_plan(
     repo_root,
     "objectives.contrastive.method=gathered",
     "objectives.grounding.method=gathered",
-    "objectives.distillation.koleo_weight=0",
+    "objectives.dino.koleo_weight=0",
   )
   expected = 2 * 7 * 5 * ROWS * 4 * width
   assert scaling.embedding_bytes(gathered) == expected
 
 
 def test_gradients_are_reduced_once_per_encoding(repo_root):
-  plan = make_plan(repo_root, "objectives.distillation.prototypes=66")
+  plan = make_plan(repo_root, "objectives.dino.prototypes=66")
   sizes = scaling.gradient_sizes(plan)
   params = plan.program.abstract.params
   fc1 = params["text"]["blocks"]["mlp"]["fc1"]["kernel"]
@@ -68,8 +68,8 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   assert sizes[params["text"]["token_embedding"].size] == 2
   chunked = make_plan(
     repo_root,
-    "objectives.distillation.prototypes=66",
-    "objectives.distillation.chunk=11",
+    "objectives.dino.prototypes=66",
+    "objectives.dino.chunk=11",
   )
   matrix = params["heads"]["dino"]["last_layer"]["kernel"]
   assert sizes[matrix.size] == 1
@@ -78,7 +78,7 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
 
 
 def test_a_caption_decoder_is_reduced_once_per_call_and_chunk(repo_root):
-  config = schema.read_config("mtv_tiny:tiny")
+  config = recipes.read_config("mtv_tiny:tiny")
   config.objectives = dict(captioning=dict(bins=42, chunk=125))
   config.evals = {}
   plan = compile_lib.make_plan(config, topologies.parse(f"cpu:{CHIPS}"))

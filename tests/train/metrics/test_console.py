@@ -1,7 +1,6 @@
 """Log lines, and metrics as one line."""
 
 import logging
-import math
 import os
 import re
 import subprocess
@@ -9,13 +8,7 @@ import sys
 
 import pytest
 
-from mtv_jax.train import metrics
-from mtv_jax.train.metrics import (
-  Rates,
-  console_line,
-  format_number,
-  setup_logging,
-)
+from mtv_jax.train.metrics import Rates, console_line, setup_logging
 from mtv_jax.train.metrics.console import WIDTH
 
 RATES = Rates(812.3, 0.012, 0.5, 192.0, 1.5)
@@ -36,39 +29,6 @@ def test_console_line_fits_its_width():
   assert len(line) <= WIDTH
   assert line.startswith("step  999999/1000000  99.9%  grad_norm/0 1.234")
   assert "+28 more  812 img/s" in line and line.endswith("eta 3m12s")
-
-
-@pytest.mark.parametrize(
-  ("value", "text"),
-  [
-    (0.0, "0"),
-    (96.0, "96"),
-    (3.41234, "3.412"),
-    (-0.4312, "-0.431"),
-    (1234.56, "1234.6"),
-    (8.1e-4, "8.1e-04"),
-    (-2.5e7, "-2.5e+07"),
-    (math.inf, "inf"),
-    (math.nan, "nan"),
-  ],
-)
-def test_format_number(value, text):
-  assert format_number(value) == text
-
-
-@pytest.mark.parametrize(
-  ("seconds", "text"),
-  [
-    (0.2, "0s"),
-    (59.6, "1m00s"),
-    (192.0, "3m12s"),
-    (18_420.0, "5h07m"),
-    (183_600.0, "2d03h"),
-    (math.nan, "?"),
-  ],
-)
-def test_format_duration(seconds, text):
-  assert metrics.format_duration(seconds) == text
 
 
 def test_setup_logging(capsys):

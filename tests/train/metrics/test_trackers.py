@@ -158,7 +158,7 @@ def read_wandb(path):
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wandb_continues_a_run(tmp_path, monkeypatch):
-  pytest.importorskip("wandb", reason="wandb is not installed")
+  wandb = pytest.importorskip("wandb", reason="wandb is not installed")
   from wandb.proto import wandb_internal_pb2
 
   for name, value in {"MODE": "offline", "SILENT": "true"}.items():
@@ -168,6 +168,7 @@ def test_wandb_continues_a_run(tmp_path, monkeypatch):
   first = read_ids(folder)["wandb"]
   write(folder, "wandb(project='mtv')", range(4, 8), start_step=3)
   assert read_ids(folder)["wandb"] == first
+  wandb.teardown()  # Its process writes the files when it ends.
   sessions = []
   for path in folder.glob("wandb/offline-run-*/*.wandb"):
     rows = {}

@@ -19,9 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.config import schema
-from mtv_jax.train import step_spec, train_step
+from mtv_jax.config import recipes
+from mtv_jax.config.durations import RunLength
+from mtv_jax.train import spec as step_spec
+from mtv_jax.train import train_step
 from mtv_jax.train.optim.optimizer import make_optimizer
+from mtv_jax.train.optim.param_rules import match_param_rules
+from mtv_jax.train.run import resolve
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 GROUPS = json.loads(
@@ -40,11 +44,12 @@ RUNS = {
 @functools.cache
 def build(name):
   """The optimizer, parameters of one number a layer, and their true sizes."""
-  config = schema.read_config("dinov2_l16", **RUNS[name])
+  config = recipes.read_config("dinov2_l16", **RUNS[name])
   # Updates of size 1, to read rates and decays off them.
   config.optim.update(name="sgd", clip_by="global", clip_norm=0.0)
-  config = schema.check_config(config)
-  spec = train_step.build_step_spec(config, config.total_steps)
+  config = resolve(config)
+  length = RunLength.of_total(config.total, config.batch_size)
+  spec = train_step.build_step_spec(config, length.total_steps)
   shapes = step_spec.abstract_params(spec)
   numbers = {n: x.size for n, x in flatten_with_names(shapes)}
 
@@ -56,9 +61,14 @@ def build(name):
   optimizer = make_optimizer(
     config.optim,
     config.schedule,
-    length=schema.RunLength.from_config(config),
+    length=length,
     params=params,
-    start_steps=spec.start_steps,
+    table=match_param_rules(
+      params,
+      config.optim.rules,
+      length=length,
+      start_steps=spec.start_steps,
+    ),
   )
   return optimizer, params, numbers
 

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optim_samples
 import pytest
 
-from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
-from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -42,17 +41,10 @@ GRADS = [random_tree(1 + i) for i in range(STEPS)]
 
 
 def build(**config):
-  return make_optimizer(
-    {
-      "name": "muon",
-      "lr": 0.1,
-      "weight_decay": 0.5,
-      "clip_norm": 0.0,
-      **config,
-    },
-    {"name": "constant"},
-    length=schema.RunLength(8, None, STEPS),
+  return optim_samples.build(
+    {"name": "muon", "lr": 0.1, "weight_decay": 0.5, **config},
     params=PARAMS,
+    total_steps=STEPS,
     attention_heads={"image": HEADS, "text": HEADS},
   )
 

@@ -1,24 +1,31 @@
 """Rules of parameters, and the updates that they scale."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from optim_samples import PARAMS, RNG, SHAPES, STEPS, build, numpy_adamw, run
 
+from mtv_jax.config.durations import RunLength
 from mtv_jax.train.optim import param_rules
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
+match = functools.partial(
+  param_rules.match_param_rules, length=RunLength(8, None, STEPS)
+)
+
 
 def test_rule_errors():
   def table(*rules):
-    return param_rules.match_param_rules(PARAMS, rules)
+    return match(PARAMS, rules)
 
   with pytest.raises(ValueError, match="names are: image/position_embedding"):
     table(("image/pos_embedding", {"lr": 0}))
   with pytest.raises(
     ConfigError,
-    match="no option 'wd'. There are: layer_decay, lr, start_epochs",
+    match="wd is an unknown key. There are: layer_decay, lr, start_epochs",
   ):
     table((".", {"wd": 0}))
   with pytest.raises(ConfigError, match="lr is -1, expected a number >= 0"):
@@ -45,7 +52,7 @@ def test_rule_errors():
 
 def test_describe():
   text = param_rules.describe_rules(
-    param_rules.match_param_rules(PARAMS, [("^image/blocks", {"lr": 0})])
+    match(PARAMS, [("^image/blocks", {"lr": 0})])
   )
   rows = [line.split() for line in text.split("\n")[1:]]
   # Sorted names: heads (1 number), image (60 in two groups), the rest.
@@ -78,7 +85,7 @@ TOWERS = {
 def test_layer_decay_of_a_tower():
   """The exponents of DINOv2: depth + 1 - layer, with embeddings at layer 0."""
   params = unflatten_names({n: np.ones(s) for n, s in TOWERS.items()})
-  table = param_rules.match_param_rules(params, LAYERED)
+  table = match(params, LAYERED)
   image, text = (0.5**3, 0.5**2, 0.5), (2 * 0.9**2, 2 * 0.9)
   expected = {
     "heads/dino/mlp/fc1/kernel": (1.0,),
@@ -104,11 +111,11 @@ def test_layer_decay_of_a_tower():
   assert ("patch_embed", "0.0125", "1") in ranges
   assert ("^text/", "1.62-2", "1") in ranges
   with pytest.raises(ConfigError, match="but matches no block or embedding"):
-    param_rules.match_param_rules(params, [("^heads/", {"layer_decay": 0.9})])
+    match(params, [("^heads/", {"layer_decay": 0.9})])
   with pytest.raises(
     ConfigError, match="layer_decay is 0.0, expected a number >"
   ):
-    param_rules.match_param_rules(params, [(".", {"layer_decay": 0.0})])
+    match(params, [(".", {"layer_decay": 0.0})])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd", "muon"])
@@ -166,7 +173,7 @@ def test_before_its_start_a_parameter_stays_and_its_moments_advance():
   text = param_rules.describe_rules(optimizer.table)
   assert "text/token_embedding (from step 3)" in text
   for options, message in [
-    ({"start": 3}, "no option 'start'. Did you mean 'start_"),
+    ({"start": 3}, "start is an unknown key. Did you mean 'start_"),
     (
       {"start_steps": 6},
       "starts at step 6 of a run of 6 steps and would never",

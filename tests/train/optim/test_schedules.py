@@ -3,12 +3,18 @@
 import functools
 
 import pytest
-from optim_samples import PARAMS, build
+from optim_samples import build
 
-from mtv_jax.config import schema
+from mtv_jax.config import sections
+from mtv_jax.config.durations import RunLength
 from mtv_jax.train.optim import schedules
-from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.errors import ConfigError
+
+
+def make_schedule(config, lr):
+  config = sections.read(schedules.ScheduleConfig, config, "config.schedule")
+  length = RunLength(8, None, 100)
+  return schedules.make_schedule(config, lr=lr, length=length)
 
 
 @pytest.mark.parametrize(
@@ -38,17 +44,13 @@ from mtv_jax.utils.errors import ConfigError
   ],
 )
 def test_schedules(config, expected):
-  schedule = schedules.make_schedule(
-    config, lr=2.0, length=schema.RunLength(8, None, 100)
-  )
+  schedule = make_schedule(config, lr=2.0)
   got = {t: float(schedule(t)) / 2 for t in expected}
   assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_schedule_errors():
-  make = functools.partial(
-    schedules.make_schedule, lr=1.0, length=schema.RunLength(8, None, 100)
-  )
+  make = functools.partial(make_schedule, lr=1.0)
   with pytest.raises(ConfigError, match="60 steps of warm-up and 50 of cool"):
     make({"warmup_steps": 60, "cooldown_steps": 50})
   with pytest.raises(ConfigError, match="'cosin'. Did you mean 'cosine'"):
@@ -73,11 +75,11 @@ def test_schedule_errors():
 def test_the_rate_follows_the_batch_and_its_end_does_not(scaling, factor):
   config = {"lr": 2e-3, "lr_per_examples": 256, "lr_scaling": scaling}
   for batch_size, ratio in [(1024, factor), (256, 1.0), (64, 1 / factor)]:
-    schedule = make_optimizer(
+    schedule = build(
       config,
       {"name": "cosine", "end_lr": 1e-6},
-      length=schema.RunLength(batch_size, None, 100),
-      params=PARAMS,
+      total_steps=100,
+      batch_size=batch_size,
     ).schedule
     assert float(schedule(0)) == pytest.approx(2e-3 * ratio, rel=1e-6)
     middle = (2e-3 * ratio + 1e-6) / 2

@@ -10,9 +10,9 @@ import trainings
 from jax._src import distributed
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.config import schema
-from mtv_jax.train.loop import train
+from mtv_jax.config import recipes
 from mtv_jax.train.runtime import peers
+from mtv_jax.train.train import train
 
 SECONDS = 1.0
 
@@ -117,5 +117,5 @@ def test_a_process_lost_amid_a_restore_is_known_by_the_error(
   monkeypatch.setattr(Checkpointer, "restore", restore)
   monkeypatch.setattr(peers, "exit_if_lost", errors.append)
   with pytest.raises(jax.errors.JaxRuntimeError, match="AllGather"):
-    train(schema.read_config(str(trainings.CONFIG)), tmp_path)
+    train(recipes.read_config(str(trainings.CONFIG)), tmp_path)
   assert len(errors) == 1

@@ -14,16 +14,17 @@ import trainings
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.cli import errors
-from mtv_jax.config import schema
-from mtv_jax.train import loop, trainer
-from mtv_jax.train.loop import train
+from mtv_jax.config import recipes
+from mtv_jax.train import train as train_lib
+from mtv_jax.train import train_loop
 from mtv_jax.train.metrics import MetricWriter
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
+from mtv_jax.train.train import train
 
 
 def smallest(**changes):
-  config = schema.read_config(f"{trainings.CONFIG}:save=100")
+  config = recipes.read_config(f"{trainings.CONFIG}:save=100")
   config.update(changes)
   return config
 
@@ -97,14 +98,14 @@ def test_the_resumed_run_evaluates_what_an_exit_left_out(
     train(config, workdir)
   assert not evals.exists()
   monkeypatch.undo()
-  evaluate = trainer.evals_lib.evaluate
+  evaluate = train_loop.evals_lib.evaluate
 
   def fail_at_the_end(encoder, evaluators):
     if "step 4" in encoder.source:
       raise KeyboardInterrupt
     return evaluate(encoder, evaluators)
 
-  monkeypatch.setattr(trainer.evals_lib, "evaluate", fail_at_the_end)
+  monkeypatch.setattr(train_loop.evals_lib, "evaluate", fail_at_the_end)
   with pytest.raises(KeyboardInterrupt):
     train(config, workdir)
   assert {p.name for p in evals.glob("*.json")} == {"retrieval_2.json"}
@@ -123,13 +124,13 @@ def test_the_resumed_run_evaluates_what_an_exit_left_out(
 def test_a_signal_before_the_first_step_does_not_wait_for_it(
   tmp_path, monkeypatch
 ):
-  initialize = loop.initialize_state
+  initialize = train_lib.initialize_state
 
   def kill(experiment):
     os.kill(os.getpid(), signal.SIGTERM)
     return initialize(experiment)
 
-  monkeypatch.setattr(loop, "initialize_state", kill)
+  monkeypatch.setattr(train_lib, "initialize_state", kill)
   with pytest.raises(preemption.Preempted, match="completed no step of 12"):
     train(smallest(), tmp_path / "run")
   assert saved_steps(tmp_path / "run") == []
@@ -233,7 +234,11 @@ with errors.readable_errors("train"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "number"),
-  [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)],
+  [
+    (2, signal.SIGTERM),
+    pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+    pytest.param(2, signal.SIGINT, marks=pytest.mark.long),
+  ],
 )
 def test_all_processes_save_the_same_step_after_a_signal_to_one(
   tmp_path, count, number
@@ -268,7 +273,7 @@ def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
         raise RuntimeError("a worker process was terminated")
       yield batch
 
-  monkeypatch.setattr(trainer, "prefetch_to_device", ended)
+  monkeypatch.setattr(train_loop, "prefetch_to_device", ended)
   config = smallest(total_steps=4, evals={})
   with pytest.raises(preemption.Preempted, match=message):
     train(config, tmp_path / "run")

@@ -34,7 +34,14 @@ def saved_steps(workdir):
 
 
 @pytest.mark.parametrize(
-  "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+  "number",
+  [
+    signal.SIGTERM,
+    *(
+      pytest.param(n, marks=pytest.mark.long)
+      for n in (signal.SIGHUP, signal.SIGINT)
+    ),
+  ],
 )
 def test_a_signal_saves_and_exits(tmp_path, launch, number):
   workdir = tmp_path / "run"

@@ -13,7 +13,7 @@ import pytest
 import trainings
 from xla_options import xla_flags
 
-from mtv_jax.cli.main import command
+from mtv_jax.cli.main import run_command
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
 from mtv_jax.train.runtime.supervisor import Supervisor, find_workdir
 from mtv_jax.utils.errors import ConfigError
@@ -99,7 +99,7 @@ def test_pauses_have_a_limit_after_any_number_of_failures(monkeypatch):
 @pytest.mark.parametrize("option", ["backoff=nan", "max_backoff=-1"])
 def test_times_that_are_none_are_rejected(option):
   with pytest.raises(SystemExit) as raised:
-    command("supervise")([f"--{option}", "--", "true"])
+    run_command("supervise", [f"--{option}", "--", "true"])
   assert raised.value.code == 2
 
 

@@ -11,8 +11,8 @@ import trainings
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
-from mtv_jax.config import schema
-from mtv_jax.train import loop
+from mtv_jax.config import recipes
+from mtv_jax.train import train as train_lib
 from mtv_jax.train.metrics import MetricWriter
 from mtv_jax.train.runtime.watchdog import EXIT_CODE, Watchdog
 
@@ -126,9 +126,9 @@ def test_a_slow_last_step_and_its_save_end_the_run(
   monkeypatch.setattr(MetricWriter, "write_scalars", write_slowly)
   monkeypatch.setattr(Checkpointer, "wait", wait_slowly)
   watchdog = functools.partial(Watchdog, exit_fn=exits.append)
-  monkeypatch.setattr(loop, "Watchdog", watchdog)
-  config = schema.read_config(f"{trainings.CONFIG}:save=100")
+  monkeypatch.setattr(train_lib, "Watchdog", watchdog)
+  config = recipes.read_config(f"{trainings.CONFIG}:save=100")
   config.update(total_steps=3, evals={})
   config.watchdog = dict(factor=1, min_seconds=2.0, grace_seconds=4.0)
-  loop.train(config, tmp_path / "run")
+  train_lib.train(config, tmp_path / "run")
   assert not exits and saved_steps(tmp_path / "run") == [1, 3]

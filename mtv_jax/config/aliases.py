@@ -1,0 +1,78 @@
+"""Old names of objectives, in configs, checkpoints, metrics and studies.
+
+Earlier versions wrote them. Readers of such files call the functions here.
+"""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from mtv_jax.utils.errors import ConfigError
+
+# Old names by new ones: of the objectives' types, and of entries named so.
+OLD_OBJECTIVES = {
+  "dino": "distillation",
+  "ibot": "masked_latent",
+  "mae": "masked_pixels",
+}
+_NEW_OBJECTIVES = {old: new for new, old in OLD_OBJECTIVES.items()}
+
+
+def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config with the new names of its objectives, in the same order.
+
+  Raises:
+    ConfigError: the config has an objective under both names.
+  """
+  objectives = config.get("objectives")
+  if not isinstance(objectives, Mapping):
+    return dict(config)
+  renamed = {}
+  for name, entry in objectives.items():
+    new = new_name(name)
+    if new != name and new in objectives:
+      raise ConfigError(
+        f"config.objectives has {new!r} and {name!r}, its old name. Give one "
+        "of them."
+      )
+    if isinstance(entry, Mapping) and "type" in entry:
+      entry = {**entry, "type": new_name(entry["type"])}
+    renamed[new] = entry
+  return {**config, "objectives": renamed}
+
+
+def rename_override(path: list[str | int]) -> list[str | int]:
+  """The path of an override's key, such as `objectives`, `dino`, `weight`."""
+  if path[0] != "objectives" or len(path) == 1:
+    return path
+  return [path[0], new_name(path[1]), *path[2:]]
+
+
+def rename_metric(name: str) -> str:
+  """The name of a metric, such as `dino/loss`."""
+  return "/".join(map(new_name, name.split("/")))
+
+
+def rename_interference(row: Mapping[str, Any]) -> dict[str, Any]:
+  """A row of `interference.jsonl`, which lists the objectives."""
+  names = row.get("objectives")
+  names = [*map(new_name, names)] if isinstance(names, list) else names
+  return {**row, "objectives": names}
+
+
+def find_stored_name(name: str, stored: Container[str]) -> str:
+  """The name of an array in a checkpoint.
+
+  Statistics and the state of a balancing method are named after objectives.
+  """
+  old = "/".join(OLD_OBJECTIVES.get(part, part) for part in name.split("/"))
+  return old if name not in stored and old in stored else name
+
+
+def name_in_key(objective: str) -> str:
+  """The name that random keys fold in: the old one, so that draws stay."""
+  return OLD_OBJECTIVES.get(objective, objective)
+
+
+def new_name(name: Any) -> Any:
+  """The new name of an objective or a type; others are unchanged."""
+  return _NEW_OBJECTIVES.get(name, name) if isinstance(name, str) else name

@@ -1,0 +1,83 @@
+"""Durations in steps, epochs, examples or percent of the run."""
+
+import dataclasses
+from typing import Annotated
+
+from mtv_jax.config.options import Range
+from mtv_jax.utils.errors import ConfigError
+
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+  """A length of training, which a config gives by one of four keys.
+
+  A field `warmup: Duration` of a section is read from `warmup_steps`,
+  `warmup_epochs`, `warmup_examples` or `warmup_percent`.
+  """
+
+  value: float | int
+  unit: str = "steps"
+  # What it is, for errors, such as "config.schedule.warmup".
+  name: str = dataclasses.field(default="duration", compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+  """The units of an annotated duration, if it does not take all."""
+
+  names: tuple[str, ...]
+
+
+PositiveDuration = Annotated[Duration, Range(above=0)]
+TotalDuration = Annotated[PositiveDuration, Units(UNITS[:3])]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+  """Batch size and length of a run, which convert durations to steps."""
+
+  batch_size: int
+  examples_per_epoch: int | None = None  # None if the data are endless.
+  total_steps: int | None = None
+
+  @classmethod
+  def of_total(
+    cls,
+    total: Duration,
+    batch_size: int,
+    examples_per_epoch: int | None = None,
+  ) -> "RunLength":
+    """The length of a run of a total duration."""
+    length = cls(batch_size, examples_per_epoch)
+    return dataclasses.replace(length, total_steps=length.steps(total))
+
+  def steps(self, duration: Duration | None) -> int | None:
+    """Converts a duration to steps; None remains None.
+
+    A positive duration is at least one step.
+
+    Raises:
+      ConfigError: the length of the run or of its data is not known.
+    """
+    if duration is None:
+      return None
+    value, key = duration.value, f"{duration.name}_{duration.unit}"
+    if duration.unit == "steps":
+      return int(value)
+    if duration.unit == "percent":
+      if self.total_steps is None:
+        raise ConfigError(f"{key} needs a run of known length.")
+      count = value / 100 * self.total_steps
+    elif duration.unit == "examples":
+      count = value / self.batch_size
+    else:
+      if self.examples_per_epoch is None:
+        name = duration.name.rpartition(".")[2]
+        raise ConfigError(
+          f"{key}: this data has no known length; use {name}_steps or"
+          f" {name}_examples."
+        )
+      count = value * self.examples_per_epoch / self.batch_size
+    return max(round(count), 1) if value else 0

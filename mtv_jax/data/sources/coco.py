@@ -1,0 +1,86 @@
+"""COCO's annotation files (Lin et al. 2014): captions and instances.
+
+A file is JSON with lists `images`, `annotations` and, for instances,
+`categories`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtv_jax.config import foreign
+from mtv_jax.utils.errors import InputError
+
+ID = (int, str)
+MAX_SIDE = 1_000_000  # of an image, in pixels
+
+Fields = Mapping[str, type | tuple[type, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotatedImage:
+  """An entry of `images`, with its entries of `annotations` in their order."""
+
+  info: Mapping[str, Any]
+  annotations: list[Mapping[str, Any]]
+
+
+def read_content(
+  path: Path, fields: Mapping[str, Fields], *, hint: str
+) -> dict[str, Any]:
+  """The content of an annotation file.
+
+  `fields` are the required lists, and the keys of their entries with their
+  types; `hint` ends the error about a missing key.
+  """
+  content = foreign.read_untrusted_json(path)
+  given = sorted(content)[:8] if isinstance(content, dict) else type(content)
+  if not isinstance(content, dict) or not fields.keys() <= content.keys():
+    needed = " and ".join(map(repr, fields))
+    raise InputError(
+      f"{path} is not a COCO file: it needs {needed}, it has {given}."
+    )
+  for key, kinds in fields.items():
+    foreign.read_rows(path, content, key, kinds, hint=hint)
+  return content
+
+
+def group_images(
+  path: Path,
+  content: Mapping[str, Any],
+  *,
+  image: Fields,
+  annotation: Fields,
+  require_listed: bool = True,
+) -> dict[int | str, AnnotatedImage]:
+  """The images of a file by id, in its order, with their annotations.
+
+  `image` and `annotation` are the types of required keys besides the ids.
+  Raises InputError for an image with an impossible size and, if
+  `require_listed`, for annotations of images that the file does not list.
+  """
+  images = {}
+  rows = foreign.read_rows(path, content, "images", {"id": ID, **image})
+  for row in rows:
+    sides = [row[side] for side in ("height", "width") if side in image]
+    if any(not 1 <= side <= MAX_SIDE for side in sides):
+      raise InputError(
+        f"{path}: the image {row['id']!r} has sides of {sides} pixels"
+      )
+    images[row["id"]] = AnnotatedImage(row, [])
+  fields = {"image_id": ID, **annotation}
+  unknown = set()
+  for row in foreign.read_rows(path, content, "annotations", fields):
+    if row["image_id"] in images:
+      images[row["image_id"]].annotations.append(row)
+    else:
+      unknown.add(row["image_id"])
+  if unknown and require_listed:
+    raise InputError(
+      f"{path}: {len(unknown)} annotated image ids are not among its images, "
+      f"such as {min(unknown, key=str)}"
+    )
+  return images

@@ -1,0 +1,272 @@
+"""Captioning: objects and colours in generated captions, and referred boxes.
+
+With the names (and colours) that a generated text mentions,
+
+    names    = mean over captions of  the share of its names that are of an
+               annotated object; a caption without a name has 0
+    colours  = the same for the colours of the names, over captions with one
+    region_names, region_colours
+             = mean over boxes of  the first name (colour) is the box's own
+    referred = mean over (image, phrase) of  IoU >= 0.5 of the predicted box
+               with any of the phrase's boxes there
+
+The chance compares each answer with every other image. The protocols are this
+project's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.data.scenes import captions as scene_captions
+from mtv_jax.data.scenes import world
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals import grounding
+from mtv_jax.evals.core import bootstrap, examples
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import BoxSet, Data
+from mtv_jax.evals.datasets import registry
+
+COLOURS = tuple(world.COLOURS)
+# Words between a colour and its object: "red and white striped ball".
+_BETWEEN = {"and", *world.TEXTURES}
+_FIXED_BOXES = 256  # Predicted boxes that the chance is averaged over.
+_TASKS = ("caption", "region_caption", "referring")
+
+Scored = tuple[Estimate, dict[str, float]]  # Metrics with errors, and chance.
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptioningEvaluator(Evaluator):
+  """Names and colours in captions, region captions, referred boxes.
+
+  Attributes:
+    data: named boxes, see `datasets/registry.py`.
+    tasks: by default those that the decoder was trained for.
+  """
+
+  requires = frozenset({"captioning"})
+
+  data: Data = "scenes"
+  images: str | None = None
+  tasks: tuple[Literal[_TASKS], ...] | None = None
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 32
+
+  @functools.cached_property
+  def _set(self) -> BoxSet:
+    return registry.open_boxes(self.data, images=self.images, count=self.count)
+
+  def run(self, encoder: Encoder) -> Result:
+    """Metrics of each task, each with its chance and sampling error."""
+    tasks = self.tasks or [t for t in _TASKS if encoder.can_predict(t)]
+    if not tasks or encoder.tokenizer is None:
+      raise NotApplicable(
+        "this encoder has no captioning decoder with a tokenizer; a run with "
+        "the objective captioning has"
+      )
+    data = self._set
+    if data.classes is None:
+      raise NotApplicable(f"{data.name} names no classes to look for in texts")
+    parser = Parser(data.classes)
+    score = {
+      "caption": _score_captions,
+      "region_caption": _score_region_captions,
+      "referring": _score_referring,
+    }
+    estimate, chance = Estimate({}, {}), {}
+    for task in tasks:
+      part, part_chance = score[task](encoder, data, parser, self.batch_size)
+      estimate |= part
+      chance |= part_chance
+    protocol = {
+      **encoder.protocol(),
+      **data.protocol(),
+      "boxes": sum(map(len, data.boxes)),
+      "decoding": "greedy",
+      "referred": "IoU >= 0.5 with any box of the phrase in the image",
+      "chance": "the same answers in the other images",
+    }
+    return Result.from_estimate(
+      estimate,
+      protocol,
+      chance,
+    )
+
+
+class Parser:
+  """Finds the names of objects, and their colours, in texts."""
+
+  def __init__(self, classes: Sequence[str]):
+    self.size = len(classes)
+    self._names = {}
+    for i, name in enumerate(classes):
+      for form in (name.lower(), scene_captions.plural(name.lower())):
+        self._names.setdefault(tuple(_words(form)), i)
+    self._longest = max(map(len, self._names))
+
+  def mentions(self, text: str) -> list[tuple[int, int | None]]:
+    """(class, colour) of each name in the text.
+
+    The colour is the first one of the words right before the name, an index of
+    `COLOURS`, or None.
+    """
+    words, found, i = _words(text), [], 0
+    while i < len(words):
+      for length in range(min(self._longest, len(words) - i), 0, -1):
+        if (name := tuple(words[i : i + length])) in self._names:
+          found.append((self._names[name], _colour_before(words, i)))
+          i += length - 1
+          break
+      i += 1
+    return found
+
+
+def _words(text: str) -> list[str]:
+  return re.findall(r"\w+", text.lower())
+
+
+def _colour_before(words: Sequence[str], i: int) -> int | None:
+  colour = None
+  while i and (words[i - 1] in COLOURS or words[i - 1] in _BETWEEN):
+    i -= 1
+    colour = COLOURS.index(words[i]) if words[i] in COLOURS else colour
+  return colour
+
+
+def agreement(
+  answers: Float[np.ndarray, "r c"],
+  truth: Float[np.ndarray, "r c"],
+  image: Int[np.ndarray, " r"],
+) -> tuple[Float[np.ndarray, " r"], float]:
+  """`answers[i] . truth[i]`, and the mean of it over rows of two images."""
+  values = np.sum(answers * truth, axis=1)
+  sums = []
+  for rows in (answers, truth, np.ones((len(image), 1))):
+    by_image = np.zeros((image.max() + 1, rows.shape[1]))
+    np.add.at(by_image, image, rows)
+    sums.append(by_image)
+  a, t, n = sums
+  pairs = n.sum() ** 2 - np.sum(n**2)
+  total = a.sum(0) @ t.sum(0) - np.sum(a * t)
+  return values, float(total / pairs) if pairs else 0.0
+
+
+def _one_hot(indices: Sequence[int | None], size: int) -> np.ndarray:
+  """Rows `[r, size]`; None is a row of zeros."""
+  rows = np.zeros((len(indices), size))
+  for row, i in zip(rows, indices, strict=True):
+    if i is not None:
+      row[i] = 1
+  return rows
+
+
+def _shares(indices: Sequence[int | None], size: int) -> np.ndarray:
+  """The share of each index among those that are not None, `[size]`."""
+  counts = _one_hot(indices, size).sum(axis=0)
+  return counts / max(counts.sum(), 1)
+
+
+def _score(
+  name: str,
+  answers: np.ndarray,
+  truth: np.ndarray,
+  image: np.ndarray,
+  used: np.ndarray,
+) -> Scored:
+  """A metric over the rows that are `used`, if there are any."""
+  if not used.any():
+    return Estimate({}, {}), {}
+  image = np.unique(image[used], return_inverse=True)[1]
+  values, chance = agreement(answers[used], truth[used], image)
+  return bootstrap.means({name: values}, groups=image), {name: chance}
+
+
+def _score_captions(
+  encoder: Encoder, data: BoxSet, parser: Parser, batch_size: int
+) -> Scored:
+  out = encoder.predict("caption", data.images, batch_size=batch_size)
+  mentions = [parser.mentions(text) for text in out["text"]]
+  objects = [
+    [m for phrase in phrases for m in parser.mentions(phrase)]
+    for phrases in data.phrases
+  ]
+  image = np.arange(len(mentions))
+  names = np.stack([_shares([n for n, _ in m], parser.size) for m in mentions])
+  truth = np.stack(
+    [_one_hot(i.tolist(), parser.size).max(0) for i in data.labels]
+  )
+  estimate, chance = _score("names", names, truth, image, image >= 0)
+  size = len(COLOURS)
+  colours = np.stack([_shares([c for _, c in m], size) for m in mentions])
+  truth = np.stack(
+    [_one_hot([c for _, c in m], size).sum(axis=0) > 0 for m in objects]
+  ).astype(float)
+  if truth.any():  # Class names as phrases have no colours.
+    has_colour = colours.any(axis=1)
+    used = has_colour if has_colour.any() else image >= 0
+    part, part_chance = _score("colours", colours, truth, image, used)
+    estimate, chance = estimate | part, chance | part_chance
+  return estimate, chance
+
+
+def _score_region_captions(
+  encoder: Encoder, data: BoxSet, parser: Parser, batch_size: int
+) -> Scored:
+  out = encoder.predict(
+    "region_caption", data.images, boxes=data.boxes, batch_size=batch_size
+  )
+  none = (None, None)
+  told = [(*parser.mentions(t), none)[0] for t in out["text"][out["valid"]]]
+  own = [
+    (*parser.mentions(phrase), none)[0]
+    for phrases in data.phrases
+    for phrase in phrases
+  ]
+  image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
+  labels = np.concatenate(data.labels).tolist()
+  estimate, chance = _score(
+    "region_names",
+    _one_hot([name for name, _ in told], parser.size),
+    _one_hot(labels, parser.size),
+    image,
+    image >= 0,
+  )
+  colours = [_one_hot([c for _, c in x], len(COLOURS)) for x in (told, own)]
+  part, part_chance = _score(
+    "region_colours", *colours, image, colours[1].any(1)
+  )
+  return estimate | part, chance | part_chance
+
+
+def _score_referring(
+  encoder: Encoder, data: BoxSet, parser: Parser, batch_size: int
+) -> Scored:
+  del parser
+  queries = [list(dict.fromkeys(phrases)) for phrases in data.phrases]
+  out = encoder.predict(
+    "referring", data.images, phrases=queries, batch_size=batch_size
+  )
+  boxes = [
+    rows[valid] for rows, valid in zip(out["boxes"], out["valid"], strict=True)
+  ]
+  image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
+  hits = grounding.best_overlaps(boxes, queries, data) >= 0.5
+  chosen = np.asarray(examples.subsample(range(len(image)), _FIXED_BOXES))
+  answers = np.concatenate(boxes)[chosen][:, None]
+  others = grounding.best_overlaps([answers] * len(queries), queries, data)
+  elsewhere = image[chosen][:, None] != image
+  chance = float(np.mean(others[elsewhere] >= 0.5)) if elsewhere.any() else 0.0
+  return (
+    bootstrap.means({"referred_iou50": hits}, groups=image),
+    {"referred_iou50": chance},
+  )

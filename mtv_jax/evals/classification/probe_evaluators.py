@@ -1,0 +1,353 @@
+"""Base classes and metrics of the classification probes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float, Float32, Int, UInt8
+
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import (
+  bootstrap,
+  global_features,
+  probe,
+  ranking,
+)
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import ClassificationSet, Data, LazySequence
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.utils.errors import ConfigError, InputError
+
+# LazySequence that a hyper-parameter is selected on, see `split_for_selection`.
+Select = Literal["val", "train_split"]
+_TRAIN_SCENES, _TEST_SCENES = 800, 400
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationProbe(Evaluator):
+  """Base class of the probes: data, views and the result.
+
+  Subclasses define `_evaluate`. None means the published value, or a smaller
+  one on scenes.
+
+  Attributes:
+    data: a data set with a training split (`datasets/registry.py`), or the test
+      images alone.
+    train: the training images, if `data` has no training split.
+    view: see `global_features.with_view`; on scenes `encoder`.
+    count: test images, evenly spaced; all by default, 400 scenes.
+    train_count: training images, evenly spaced; all by default, 800 scenes.
+  """
+
+  data: Data = "scenes"
+  train: Data | None = None
+  view: global_features.ViewName | None = None
+  count: PositiveInt | None = None
+  train_count: PositiveInt | None = None
+  batch_size: PositiveInt = 64
+
+  published_view: ClassVar[str] = "center"
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name, value in vars(self).items():
+      if value == ():
+        raise ConfigError(f"{name} is empty; expected at least one value")
+
+  @functools.cached_property
+  def _set(self) -> Splits:
+    return registry.open_splits(
+      self.data,
+      train=self.train,
+      count=self._default(self.count, None, _TEST_SCENES),
+      train_count=self._default(self.train_count, None, _TRAIN_SCENES),
+    )
+
+  def run(self, encoder: Encoder) -> Result:
+    """The probe's metrics, see the class."""
+    view = self._view_name()
+    encoder = global_features.with_view(encoder, view)
+    data = self._set
+    estimate, protocol = self._evaluate(encoder, data)
+    described = {**encoder.protocol(), **data.protocol(), "view": view}
+    return Result.from_estimate(
+      estimate,
+      described | protocol,
+      chance_accuracies(estimate.metrics, data.classes),
+    )
+
+  def _view_name(self) -> str:
+    return self._default(self.view, self.published_view, "encoder")
+
+  def _evaluate(
+    self, encoder: Encoder, data: Splits
+  ) -> tuple[Estimate, dict[str, Any]]:
+    """Metrics, and protocol entries besides data, encoder and view."""
+    raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
+
+  def _default(self, value: Any, published: Any, scenes: Any) -> Any:
+    """An option's value, or its default for the data."""
+    if value is not None:
+      return value
+    return scenes if is_scenes(self.data) else published
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureProbe(ClassificationProbe):
+  """Base class of the probes of one feature vector per image."""
+
+  # See `global_features.embed`.
+  feature: Literal["pooled", "cls", "mean"] = "pooled"
+
+  def _features(
+    self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
+  ) -> Float32[np.ndarray, "n d"]:
+    options = {"feature": self.feature, "batch_size": self.batch_size}
+    return global_features.embed(encoder, data, pixels=pixels, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedProbe(ClassificationProbe):
+  """Base class of the probes that are trained by gradient descent.
+
+  Subclasses define `_features` as `FeatureProbe` does.
+
+  Attributes:
+    augment: `crops` encodes a random crop of every image of every step, which
+      costs steps x batch forward passes; `cached` trains on features that are
+      computed once. `crops` by default, but `cached` on scenes and where the
+      published schedule has more than 100 passes over the training images.
+    published: trains the whole published schedule, also on scenes and on few
+      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
+    seed: seed of batches, crops and heads.
+  """
+
+  # Not "none", which a command line parses as None.
+  augment: Literal["cached", "crops"] | None = None
+  published: bool = False
+  seed: int = 0
+
+  def _augmentation(
+    self, *, steps: int, batch: int, images: int, is_capped: bool = False
+  ) -> str:
+    """`cached` or `crops`: the option, or the default for this cost.
+
+    `is_capped` if the published schedule would exceed the passes.
+    """
+    name = type(self).__name__
+    encoded = steps * batch
+    costly = is_capped or encoded > probe.MAX_PASSES * images
+    costly &= not self.published
+    cached = costly or (is_scenes(self.data) and not self.published)
+    augment = self.augment or ("cached" if cached else "crops")
+    if self.augment is None and costly and not is_scenes(self.data):
+      log.warning(
+        "%s: %d steps of %d crops are %d times the %d training images%s, so "
+        "features are computed once; set augment='crops' to encode crops, or "
+        "published=True to train in full as published",
+        *(name, steps, batch, encoded // images, images),
+        ", as many as a shortened schedule has" if is_capped else "",
+      )
+    if augment == "crops":
+      log.info(
+        "%s: encodes %d random crops (%d steps of %d) of %d training images",
+        *(name, encoded, steps, batch, images),
+      )
+    return augment
+
+  def _batches(
+    self,
+    encoder: Encoder,
+    train: ClassificationSet,
+    *,
+    augment: str,
+    batch_size: int,
+  ) -> probe.Batches:
+    """By step, `x` `[b, d]` and `label` `[b]` of shuffled training images."""
+    indices = probe.shuffled_batches(
+      len(train.labels), batch_size=batch_size, seed=self.seed
+    )
+    cached = self._features(encoder, train) if augment == "cached" else None
+
+    def batch(step: int) -> probe.FeatureBatch:
+      items = indices(step)
+      label = train.labels[items]
+      if cached is not None:
+        return {"x": cached[items], "label": label}
+
+      def crop(row: int) -> np.ndarray:
+        image = train.images[int(items[row])]
+        rng = np.random.default_rng((self.seed, step, row))
+        return random_crop(image, size=encoder.preprocess.size, rng=rng)
+
+      images = LazySequence(crop, len(items))
+      data = dataclasses.replace(train, images=images, labels=label)
+      x = self._features(encoder, data, pixels="crops")
+      return {"x": x, "label": label}
+
+    return batch
+
+  def _training_protocol(
+    self, fitted: probe.FitResult, *, augment: str, batch_size: int
+  ) -> dict[str, Any]:
+    steps, encoded = len(fitted.losses), augment == "crops"
+    return {
+      "steps": steps,
+      "train_batch": batch_size,
+      "augment": CROP_PROTOCOL if encoded else "none",
+      "crops_encoded": steps * batch_size if encoded else 0,
+      "last_loss": float(fitted.losses[-1]),
+      "seed": self.seed,
+    }
+
+
+def split_for_selection(
+  data: Splits, select: Select
+) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"] | None, str]:
+  """Training images for selecting a hyper-parameter.
+
+  `val` selects by the reported metric on the test images, as the published
+  protocols do, which flatters it a little; `train_split` trains on nine tenths
+  of each class and selects on the others.
+
+  Returns:
+    Indices to train on, indices to select on (None for the test images), and
+    the protocol's description.
+  """
+  if select == "val":
+    how = "the best on the test images themselves, as published"
+    return np.arange(len(data.train.labels)), None, how
+  train, held_out = hold_out(data.train.labels)
+  if not held_out.size:
+    raise InputError(
+      f"select='train_split': {data.train.name} has one image per class, so "
+      "none can be held out; use select='val'"
+    )
+  how = f"the best on {len(held_out)} training images, a tenth of each class"
+  return train, held_out, how
+
+
+def hold_out(
+  labels: Int[np.ndarray, " n"],
+) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"]]:
+  """Sorted indices of a training set to train on, and to hold out.
+
+  Holds out one in ten images per class, and none if the class has one.
+  """
+  order = np.argsort(labels, kind="stable")
+  counts = np.bincount(labels)
+  starts = np.repeat(np.cumsum(counts) - counts, counts)
+  rank = np.arange(len(labels)) - starts
+  total = np.repeat(counts, counts)
+  # The middle one of each ten, so that a class of two to nine gives one too.
+  out = (rank % 10 == np.minimum(10, total) // 2) & (total > 1)
+  return np.sort(order[~out]), np.sort(order[out])
+
+
+def rank_accuracies(
+  ranks: Int[np.ndarray, " n"],
+  labels: Int[np.ndarray, " n"],
+  *,
+  groups: Int[np.ndarray, " n"] | None = None,
+) -> Estimate:
+  """Top-1, top-5 and mean-per-class accuracy of the true classes' ranks.
+
+  The mean is over the classes that occur in `labels`. `groups` are the images
+  of boxes, from 0; each rank is an item by default, see `bootstrap`.
+  """
+  correct = ranks < 1
+  items = np.arange(len(labels)) if groups is None else groups
+
+  def mean_per_class(weights):
+    counts = np.bincount(labels, weights[items])
+    hits = np.bincount(labels, weights[items] * correct)
+    present = counts > 0
+    return {"mean_per_class": np.mean(hits[present] / counts[present])}
+
+  hits = {"top1": correct, "top5": ranks < 5}
+  return bootstrap.means(hits, groups=groups) | bootstrap.estimate(
+    mean_per_class, int(items.max()) + 1
+  )
+
+
+def score_accuracies(
+  scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+) -> Estimate:
+  """`rank_accuracies` of scores of each class."""
+  is_correct = labels[:, None] == np.arange(scores.shape[1])
+  ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)
+  return rank_accuracies(ranks, labels)
+
+
+def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
+  """The expected accuracies of a uniform guess, by name of the metric."""
+  return {
+    name: min(5 if name == "top5" else 1, classes) / classes for name in names
+  }
+
+
+def map_rows(
+  function: Callable[..., Any], *arrays: np.ndarray, rows: int = 4096
+) -> Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]:
+  """`function` of blocks of rows, concatenated on the host."""
+  return np.concatenate(
+    [
+      np.asarray(function(*(a[s : s + rows] for a in arrays)))
+      for s in range(0, len(arrays[0]), rows)
+    ]
+  )
+
+
+CROP_PROTOCOL = "random crop (area 0.08..1, ratio 3/4..4/3, bicubic), flip 0.5"
+_ATTEMPTS = 10
+
+
+def crop_box(
+  height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+  """A crop (left, top, right, bottom) in pixels.
+
+  After ten draws of an area and a ratio that don't fit, the middle of the image
+  at the nearest allowed ratio.
+  """
+  area = height * width
+  for _ in range(_ATTEMPTS):
+    target = area * rng.uniform(0.08, 1)
+    ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w = round(math.sqrt(target * ratio))
+    h = round(math.sqrt(target / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      top = int(rng.integers(0, height - h + 1))
+      left = int(rng.integers(0, width - w + 1))
+      return left, top, left + w, top + h
+  w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def random_crop(
+  image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "s s 3"]:
+  """A random `size` x `size` crop of an image, flipped half the time.
+
+  "Inception" crops (Szegedy et al. 2015) with torchvision's constants: an area
+  of 8 to 100 % of the image, of an aspect ratio between 3/4 and 4/3 (uniform in
+  its logarithm), resized with antialiased bicubic resampling.
+  """
+  height, width = image.shape[:2]
+  crop = PIL.Image.fromarray(image).crop(crop_box(height, width, rng))
+  crop = np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))
+  return crop[:, ::-1] if rng.random() < 0.5 else crop

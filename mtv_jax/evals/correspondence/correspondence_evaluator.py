@@ -1,0 +1,117 @@
+"""Base class of the correspondence evaluations: inputs and patch features."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.convert import processors
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import dense, examples
+from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
+from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.core.padded_views import PaddedView
+from mtv_jax.utils import plots
+
+_TITLES = ("first image", "second image")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrespondenceEvaluator(Evaluator):
+  """Base class of the correspondence evaluations.
+
+  Attributes:
+    size: side of the encoded square; the published one by default.
+    fit: what to do where the patch does not divide the published size. `grid`
+      encodes a square of as many patches as it has of 16 pixels (DINOv3: 448
+      with patches of 14 for NAVI's 512); `pad` pads it around with the mean
+      colour (Probe3D: 512 to 518 and SPair-71k's 800 to 812 with patches of
+      14), and neglects that in the positions of patches, as published.
+    image_mean: `encoder`, or `imagenet` for the mean and deviation with which
+      Probe3D normalises the images of every encoder.
+    layer: block whose patch tokens are matched; -1 is the last.
+    norm: `none` takes them before the final norm, `final` after it.
+  """
+
+  data: Data = "scenes"
+  size: PositiveInt | None = None
+  fit: Literal["grid", "pad"] = "grid"
+  image_mean: Literal["encoder", "imagenet"] = "encoder"
+  layer: int = -1
+  norm: Literal["none", "final"] = "none"
+  batch_size: PositiveInt = 16
+  pictures: NonNegativeInt = 0  # Pairs on the sheet.
+
+  def _input_size(self, encoder: Encoder, published: int) -> int:
+    """Side of the square, without padding."""
+    image, size = encoder.spec.image, self.size
+    if self.fit == "pad":
+      return size or published
+    if size is None:
+      whole = published % image.patch_size == 0
+      return published if whole else published // 16 * image.patch_size
+    image.grid_of(size, size)
+    return size
+
+  def _with_mean(self, encoder: Encoder) -> Encoder:
+    """The encoder with the mean and deviation of `image_mean`."""
+    if self.image_mean == "encoder":
+      return encoder
+    normal = {"mean": processors.IMAGENET_MEAN, "std": processors.IMAGENET_STD}
+    return encoder.with_preprocess(
+      dataclasses.replace(encoder.preprocess, **normal)
+    )
+
+  def _padded(self, encoder: Encoder, size: int) -> PaddedView:
+    """The encoder's view of squares of `size`."""
+    return PaddedView(
+      (size, size),
+      (size, size),
+      encoder.spec.image.patch_size,
+      mean=encoder.preprocess.mean,
+    )
+
+  def _features(
+    self, encoder: Encoder, images: Sequence[np.ndarray]
+  ) -> Float32[np.ndarray, "n h w d"]:
+    """Patch tokens of squares of one size, padded to whole patches."""
+    block = dense.matched_block(
+      self.layer, norm=self.norm, depth=encoder.spec.image.depth
+    )
+    size = images[0].shape[0]
+    if size % encoder.spec.image.patch_size:
+      squares, view = images, self._padded(encoder, size)
+      images = examples.LazySequence(
+        lambda i: view.pad(squares[i].astype(np.float32)), len(squares)
+      )
+    return dense.features(
+      encoder, images, (block,), norm=self.norm, batch_size=self.batch_size
+    )
+
+  def _draw_sheets(
+    self, rows: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+  ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+    """The sheet `matches` of rows of two images; none without a row."""
+    return {"matches": plots.stack_rows(rows, _TITLES)} if rows else {}
+
+  def _common_protocol(
+    self, encoder: Encoder, size: int, **steps: Any
+  ) -> dict[str, Any]:
+    """Protocol entries; `steps` are `crop` and `interpolation`."""
+    padded = self._padded(encoder, size).padded
+    steps |= {"padded": list(padded)} if padded != (size, size) else {}
+    return {
+      **encoder.protocol(),
+      "input_size": [size, size],
+      "preprocess": preprocess_protocol(
+        encoder, resize="squash", size=size, **steps
+      ),
+      "layer": self.layer,
+      "final_norm": self.norm == "final",
+      "similarity": "cosine, float32, highest matmul precision",
+    }

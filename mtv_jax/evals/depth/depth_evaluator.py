@@ -1,0 +1,116 @@
+"""Base class of the depth evaluations: data, scores of images, sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped, UInt8
+
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.examples import Data, DepthSet
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.evals.depth import metrics
+from mtv_jax.utils import plots
+
+_TITLES = ("image", "true depth", "predicted depth")
+
+# Image in 0..255, true depth in metres (0 where unknown), predicted map.
+Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthEvaluator(Evaluator):
+  """Base class of the depth evaluations.
+
+  Attributes:
+    truth: NYUv2's `raw` or `filled` depth, where a layout has both.
+  """
+
+  data: Data = "scenes"
+  count: PositiveInt | None = None
+  truth: str | None = None
+  pictures: NonNegativeInt = 0  # Test images on the sheet.
+
+  @functools.cached_property
+  def _splits(self) -> dict[tuple[str, int], DepthSet]:
+    return {}
+
+  def open_split(self, split: str, size: int, **options) -> DepthSet:
+    """Opens a split once; `size` is the side of scenes.
+
+    Further options: see `registry.open_depth`.
+    """
+    key = split, size if is_scenes(self.data) else 0
+    if key not in self._splits:
+      self._splits[key] = registry.open_depth(
+        self.data, split=split, size=key[1], truth=self.truth, **options
+      )
+    return self._splits[key]
+
+  def _score_images(
+    self,
+    predictions: Iterable[Prediction],
+    score: Callable[[np.ndarray | None, np.ndarray], dict[str, float]],
+    protocol: dict[str, Any],
+    *,
+    to_metres: Callable[..., np.ndarray] = lambda predicted, *_: predicted,
+    min_pixels: int = 1,
+    **limits: Any,
+  ) -> Result:
+    """Means over images, their chance, and the sheet.
+
+    Args:
+      predictions: one per image.
+      score: metrics from predicted (None for the best constant) and true values
+        of the valid pixels.
+      protocol: to which the number of images is added.
+      to_metres: depth on the sheet, from predicted and true map and valid mask.
+      min_pixels: images with fewer valid pixels are skipped.
+      **limits: of `metrics.valid_mask`.
+    """
+    scores, chance, rows, skipped = [], [], [], 0
+    for image, truth, predicted in predictions:
+      valid = metrics.valid_mask(truth, **limits)
+      if valid.sum() < min_pixels:
+        skipped += 1
+        continue
+      scores.append(score(predicted[valid], truth[valid]))
+      chance.append(score(None, truth[valid]))
+      if len(rows) < self.pictures:
+        depth = to_metres(predicted, truth, valid)
+        rows.append(depth_row(image, truth, depth, valid))
+    means = metrics.average(scores, skipped=skipped)
+    units = {k: u for k, u in metrics.UNITS.items() if k in means.metrics}
+    return Result.from_estimate(
+      means,
+      protocol | {"images": len(scores), "images_skipped": skipped},
+      metrics.average(chance).metrics,
+      units=units,
+      lower=tuple(units),
+      sheets={"depth": plots.stack_rows(rows, _TITLES)} if rows else {},
+    )
+
+
+def depth_row(
+  image: Shaped[np.ndarray, "h w 3"],
+  truth: Float[np.ndarray, "h w"],
+  predicted: Float[np.ndarray, "h w"],
+  valid: Bool[np.ndarray, "h w"],
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """Row of a sheet: image, true and predicted depth on the scale of the truth.
+
+  Depth is in metres; pixels that are not valid are black in the truth.
+  """
+  inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
+  limits = float(inverse[valid].min()), float(inverse[valid].max())
+  maps = [
+    plots.colour_depth(inverse, valid=valid, limits=limits),
+    plots.colour_depth(1 / predicted, limits=limits),
+  ]
+  return plots.image_with_maps(image.astype(np.uint8), maps, height=160)

@@ -1,0 +1,269 @@
+"""Depth probe: metric depth from frozen features (NYUv2).
+
+A head is trained on frozen features and scored by RMSE, AbsRel, delta and
+others. `protocols.py` has the published probes: DINOv3's linear probe (the
+default), DINOv2's over one or four layers, Probe3D's DPT, with their learning
+rates and loss weights; `heads.py` the heads, `training.py` the loss and the
+training, `metrics.py` the metrics.
+Results of different protocols are not comparable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from mtv_jax.config.options import PositiveFloat, PositiveInt
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import dense, examples, probe
+from mtv_jax.evals.core.base import NotApplicable, Result
+from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.evals.datasets import registry, scenes
+from mtv_jax.evals.depth import augment, heads, metrics, training
+from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator
+from mtv_jax.evals.depth.protocols import PROTOCOLS, ProbeProtocol
+from mtv_jax.evals.depth.training import Setup
+from mtv_jax.utils.errors import InputError
+
+_MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
+# Scenes are a quick check, of seconds instead of hours.
+_SCENES = {
+  "linear": {"steps": 300, "lr": 1e-2},
+  "lin1": {"steps": 100, "lr": 1e-2},
+  "lin4": {"steps": 100, "lr": 1e-2},
+  "dpt": {"steps": 40, "lr": 3e-3, "batch_size": 4},
+}
+_HEADS = {
+  "dpt": "Probe3D's DPT, {} channels",
+  "upsampled": "1x1 convolution, upsampled x4",
+  "linear": "batch norm, 1x1 convolution",
+}
+# Fields of the protocol that are options too.
+_OPTIONS = ("steps", "lr", "batch_size", "augment", "tta", "crop")
+_MEAN_IMAGES = 64  # training images behind the mean depth
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthProbe(DepthEvaluator):
+  """A depth probe.
+
+  None means the published value on real data and a small one on scenes.
+
+  Attributes:
+    protocol: see `protocols.py`.
+    layers: blocks to read instead of the protocol's; without the final norm.
+    cls: `concat` appends the CLS token, if there is one, to every patch. By
+      default `lin1` and `lin4` do so, and `dpt` for the DINO family.
+    train_count: training images to use, evenly spaced; all by default.
+    published: trains the whole published schedule, also on scenes and on few
+      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
+    lr: peak learning rate.
+    augment: training augmentation, see `augment.py`.
+    input_size: rows and columns to which a whole image is resized before it is
+      encoded; its own by default. Depth is compared at the image's size.
+    tta: `flip` averages with the prediction of the mirrored image.
+    crop: which pixels are evaluated, see `metrics.crop_mask`.
+    max_depth: metres.
+    dpt_features: channels of the DPT head.
+  """
+
+  # `batch_size` is the training's.
+  _neutral = DepthEvaluator._neutral - {"batch_size"}
+
+  protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"
+  layers: tuple[int, ...] | None = None
+  cls: Literal["concat", "off"] | None = None
+  train_count: PositiveInt | None = None
+  published: bool = False
+  steps: PositiveInt | None = None
+  lr: PositiveFloat | None = None
+  batch_size: PositiveInt | None = None
+  augment: Literal["toolbox", "probe3d", "flip", "none"] | None = None
+  input_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+  tta: Literal["flip", "none"] | None = None
+  crop: metrics.CropName | None = None
+  max_depth: PositiveFloat | None = None
+  dpt_features: PositiveInt | None = None
+  seed: int = 0
+
+  def _set(self, split: str, size: int) -> DepthSet:
+    if registry.depth_kind(self.data) == "kitti":
+      raise NotApplicable(
+        f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
+        "(training crops of 480 x 640, 10 m) are NYUv2's; use relative_depth"
+      )
+    count = self.train_count if split == "train" else self.count
+    return self.open_split(split, size, count=count)
+
+  def prepare(self) -> None:
+    """Reads the lists of files, so that missing files show."""
+    for split in registry.SPLITS:
+      self._set(split, augment.NYU_SIZE[0])
+
+  def run(self, encoder: Encoder) -> Result:
+    """Trains the head and scores the test split.
+
+    `chance` is the score of the mean depth of the training images.
+    """
+    size = encoder.preprocess.size
+    train, test = self._set("train", size), self._set("test", size)
+    setup = self._resolve(encoder, train)
+    fitted = training.train(setup, train)
+    mean = _mean_depth(train, setup)
+
+    result = self._score_images(
+      training.predict(setup, test, fitted),
+      functools.partial(
+        score, mean=mean, scale_invariant=self.protocol == "dpt"
+      ),
+      self._protocol(setup, train, test),
+      high=setup.max_depth,
+      crop=setup.protocol.crop,
+    )
+    result.protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
+    return result
+
+  def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
+    """The published values, then those for scenes, then the options."""
+    options, dpt_features = {}, 512
+    if train.kind == "scenes":
+      options = {"augment": "none", "crop": "none"}
+      options |= {} if self.published else _SCENES[self.protocol]
+      dpt_features = 16
+    for name in (*_OPTIONS, "cls"):
+      if (value := getattr(self, name)) is not None:
+        options[name] = value
+    if self.layers is not None:
+      options["norm"] = "none"
+    protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)
+    schedule = self._schedule(protocol, train)
+    protocol = dataclasses.replace(
+      protocol,
+      steps=schedule.steps,
+      batch_size=schedule.batch_size,
+      # A tenth at most, so that a short run is not all warm-up.
+      warm_steps=min(protocol.warm_steps, schedule.steps // 10),
+    )
+    size = self.input_size
+    return Setup(
+      encoder=encoder,
+      protocol=protocol,
+      layers=tuple(
+        self.layers or protocol.out_indices(encoder.spec.image.depth)
+      ),
+      max_depth=self.max_depth or _MAX_DEPTH[train.kind],
+      dpt_features=self.dpt_features or dpt_features,
+      input_size=(size, size) if isinstance(size, int) else size,
+      seed=self.seed,
+      schedule=schedule,
+    )
+
+  def _schedule(
+    self, protocol: ProbeProtocol, train: DepthSet
+  ) -> probe.ProbeSchedule:
+    """Steps and images per step, on this data."""
+    size, images = protocol.batch_size, len(train.images)
+    if protocol.steps is None:
+      steps = protocol.epochs * max(1, images // size)
+      return probe.ProbeSchedule(steps, size, f"{protocol.epochs} epochs")
+    if train.kind == "scenes" and not self.published:
+      return probe.ProbeSchedule(protocol.steps, size, "scenes")
+    return probe.resolve_schedule(
+      (protocol.steps, size),
+      images=images,
+      steps=self.steps,
+      batch_size=self.batch_size,
+      in_full=self.published,
+    )
+
+  def _protocol(
+    self, setup: Setup, train: DepthSet, test: DepthSet
+  ) -> dict[str, Any]:
+    protocol, encoder = setup.protocol, setup.encoder
+    size = setup.example(test, 0).depth.shape
+    view = setup.view(size, size)
+    return {
+      **encoder.protocol(),
+      "data": test.name,
+      "data_hash": test.digest,
+      "train_hash": train.digest,
+      "train_images": len(train.images),
+      "depth": test.source,
+      "protocol": self.protocol,
+      "frame": protocol.frame,
+      "schedule": protocol.schedule,
+      "schedule_length": setup.schedule.why,
+      **{name: getattr(protocol, name) for name in _OPTIONS},
+      "image_size": list(size),
+      "input_size": list(view.input_size),
+      "input_padded": list(view.padded),
+      "preprocess": {
+        "resize": "none" if view.input_size == size else "area or bilinear",
+        "padding": "mean colour around, cut off the prediction",
+        "mean": list(encoder.preprocess.mean),
+        "std": list(encoder.preprocess.std),
+      },
+      "layers": list(setup.layers),
+      "final_norm": protocol.norm == "final",
+      "cls_token": "beside every patch" if setup.has_cls else "not read",
+      "head": _HEADS[protocol.head].format(setup.dpt_features),
+      "bins": f"{heads.BINS}, {heads.MIN_DEPTH} m to max_depth",
+      "max_depth": setup.max_depth,
+      "prediction_resize": protocol.resize,
+      "loss": (
+        f"{protocol.sig_weight:g} sig (ddof {protocol.ddof}, mean only for the "
+        f"first {protocol.warm_steps} steps) + "
+        f"{protocol.gradient_weight:g} gradient"
+      ),
+      "optimizer": (
+        f"AdamW, betas {protocol.b1} {protocol.b2}, weight decay "
+        f"{protocol.weight_decay:g}, clip {protocol.clip}"
+      ),
+      "seed": setup.seed,
+      "valid": f"1 mm < depth < {setup.max_depth:g} m",
+      "averaging": metrics.AVERAGING,
+      "chance": "the mean depth of training images, everywhere",
+    }
+
+
+def score(
+  predicted: Float[np.ndarray, " n"] | None,
+  truth: Float[np.ndarray, " n"],
+  *,
+  mean: float,
+  scale_invariant: bool,
+) -> dict[str, float]:
+  """Metrics of the valid pixels of one image."""
+  is_chance = predicted is None
+  predicted = np.full(len(truth), mean) if is_chance else predicted
+  scores = metrics.image_metrics(predicted, truth)
+  if scale_invariant:
+    affine = metrics.fit_affine(predicted, truth)
+    if is_chance:
+      affine = metrics.ScaleAndShift(
+        0.0, float(np.mean(truth, dtype=np.float64))
+      )
+    names = ("rmse", *metrics.DELTAS)
+    aligned = metrics.image_metrics(affine(predicted), truth, names)
+    scores |= {f"si_{name}": value for name, value in aligned.items()}
+  return scores
+
+
+def _mean_depth(data: DepthSet, setup: Setup) -> float:
+  """Mean over the valid pixels of some training images, in metres."""
+  total, count = 0.0, 0
+  chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
+  for depth in dense.shared_map(lambda i: setup.example(data, i).depth, chosen):
+    valid = metrics.valid_mask(depth, high=setup.max_depth)
+    total += float(depth[valid].sum(dtype=np.float64))
+    count += int(valid.sum())
+  if not count:
+    raise InputError(
+      f"{data.name}: no training image has a valid depth below "
+      f"{setup.max_depth:g} m; check the unit of the depth files"
+    )
+  return total / count

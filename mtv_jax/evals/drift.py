@@ -1,0 +1,229 @@
+"""Drift of an encoder's features from its start's, another encoder.
+
+A continued run can lose what its start knew long before a loss shows it. This
+gauge compares the features of both on the same images, without labels: 1 where
+they are equal. `config.evals.NAME.bound` stops a run, or returns it to a
+checkpoint, when a metric falls below a bound (see docs/continue.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int32
+
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import mean_patches
+from mtv_jax.evals.core import bootstrap, ranking
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.examples import Data, ImageSet, select_images
+from mtv_jax.evals.datasets import registry
+from mtv_jax.utils.errors import InputError
+
+
+class DriftFeatures(NamedTuple):
+  """DriftFeatures of n images."""
+
+  pooled: Float32[np.ndarray, "n e"]
+  patches: Float32[np.ndarray, "n *grid d"]  # After the final norm.
+  layers: tuple[Float32[np.ndarray, "n d"], ...]  # Mean patch of each block.
+  grids: Int32[np.ndarray, "n 2"] | None  # See `ImageFeatures`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift(Evaluator):
+  """Agreement with a reference encoder on the same images.
+
+  `neighbours` is the share of an image's k nearest neighbours that both
+  encoders agree on, `cka` linear CKA of the pooled embeddings, `cosine` their
+  mean cosine, `cosine_patches` the patches', and `cosine_layer_i` that of the
+  mean patch after block i. Cosines are left out where the two have other
+  widths, or patches of other grids. Chance has the images in another order for
+  one of the encoders; `cka`'s is far above 0 if there are fewer images than
+  channels.
+
+  Attributes:
+    reference: folder of the reference, as for `mtv_jax.load`.
+    reference_weights: of a run; by default those that its config names.
+    reference_step: of a run; by default the last.
+    k: neighbours.
+  """
+
+  reference: str | None = None
+  reference_weights: Literal["student", "teacher", "ema"] | None = None
+  reference_step: int | None = None
+  data: Data = "scenes"
+  count: PositiveInt = 256
+  k: PositiveInt = 10
+  batch_size: PositiveInt = 32
+
+  @functools.cached_property
+  def _set(self) -> ImageSet:
+    if self.reference is None:
+      raise NotApplicable(
+        "drift compares with another encoder: give its folder as reference"
+      )
+    loading.is_run(self.reference)  # An error if it is no model.
+    data = registry.open_images(self.data, count=self.count)
+    if len(data.images) <= self.k:
+      raise InputError(
+        f"{data.name} has {len(data.images)} images; k={self.k} neighbours "
+        "need more"
+      )
+    return data
+
+  @functools.cached_property
+  def _references(self) -> dict[str, DriftFeatures]:
+    """DriftFeatures of the reference by compute dtype, once they are read."""
+    return {}
+
+  def run(self, encoder: Encoder) -> Result:
+    """Compares an encoder with the reference, in the encoder's dtype."""
+    data = self._set
+    ours = encode(encoder, data, batch_size=self.batch_size)
+    if encoder.dtype not in self._references:
+      reference = loading.load(
+        self.reference,
+        weights=self.reference_weights,
+        step=self.reference_step,
+        dtype=encoder.dtype,
+        mesh=encoder.mesh,
+      )
+      self._references[encoder.dtype] = encode(
+        reference, data, batch_size=self.batch_size
+      )
+    theirs = self._references[encoder.dtype]
+    ranking.check_finite(pooled=ours.pooled, patches=ours.patches)
+    estimate = bootstrap.means(self._per_image(ours, theirs))
+    metrics = dict(estimate.metrics)
+    metrics["cka"] = linear_cka(ours.pooled, theirs.pooled)
+    order = np.random.default_rng(0).permutation(len(data.images))
+    chance = {
+      "neighbours": self.k / (len(data.images) - 1),
+      "cka": linear_cka(ours.pooled, theirs.pooled[order]),
+    }
+    return Result(
+      metrics,
+      self._protocol(encoder, data),
+      chance=chance,
+      errors=estimate.errors,
+      resamples=estimate.resamples,
+    )
+
+  def _per_image(
+    self, ours: DriftFeatures, theirs: DriftFeatures
+  ) -> dict[str, np.ndarray]:
+    """The metrics of each image that are averaged."""
+    values = {
+      "neighbours": neighbour_agreement(ours.pooled, theirs.pooled, self.k)
+    }
+    if ours.pooled.shape == theirs.pooled.shape:
+      values["cosine"] = cosines(ours.pooled, theirs.pooled)
+    if ours.patches.shape == theirs.patches.shape and _equal_grids(
+      ours.grids, theirs.grids
+    ):
+      patches = cosines(ours.patches, theirs.patches)
+      means = mean_patches(patches[..., None], ours.grids)
+      values["cosine_patches"] = means[:, 0]
+    if len(ours.layers) == len(theirs.layers):
+      pairs = zip(ours.layers, theirs.layers, strict=True)
+      for i, (a, b) in enumerate(pairs):
+        if a.shape == b.shape:
+          values[f"cosine_layer_{i}"] = cosines(a, b)
+    return values
+
+  def _protocol(self, encoder: Encoder, data: ImageSet) -> dict[str, Any]:
+    return {
+      **encoder.protocol(),
+      **data.protocol(),
+      "reference": self.reference,
+      "reference_weights": self.reference_weights or "as published",
+      "k": self.k,
+      "similarity": "cosine, float64; of equals the lower index first",
+    }
+
+
+def encode(
+  encoder: Encoder, data: ImageSet, *, batch_size: int
+) -> DriftFeatures:
+  """An encoder's features of images; layers are reduced in batches."""
+  depth = encoder.spec.image.depth
+  parts = []
+  for start in range(0, len(data.images), batch_size):
+    indices = range(start, min(start + batch_size, len(data.images)))
+    out = encoder.image(
+      select_images(data.images, indices),
+      layers=tuple(range(depth)),
+      outputs=("pooled", "patches"),
+      batch_size=batch_size,
+    )
+    layers = [mean_patches(out.layers[i], out.grids) for i in range(depth)]
+    grids = [] if out.grids is None else [out.grids]
+    parts.append([out.pooled, out.patches, *layers, *grids])
+  arrays = [*map(np.concatenate, zip(*parts, strict=True))]
+  pooled, patches, *layers = arrays[: 2 + depth]
+  grids = next(iter(arrays[2 + depth :]), None)
+  return DriftFeatures(pooled, patches, tuple(layers), grids)
+
+
+def _equal_grids(x: np.ndarray | None, y: np.ndarray | None) -> bool:
+  if x is None or y is None:
+    return x is y
+  return np.array_equal(x, y)
+
+
+_TINY = np.finfo(np.float64).tiny
+
+
+def cosines(
+  x: Float[np.ndarray, "*n d"], y: Float[np.ndarray, "*n d"]
+) -> Float64[np.ndarray, "*n"]:
+  """The cosine of each pair of vectors; 0 where one of them is 0."""
+  x, y = (np.asarray(a, np.float64) for a in (x, y))
+  norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+  return np.sum(x * y, axis=-1) / np.maximum(norms, _TINY)
+
+
+def neighbour_agreement(
+  x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n e"], k: int
+) -> Float64[np.ndarray, " n"]:
+  """The share of each example's k nearest neighbours that both agree on.
+
+  By cosine, among the other examples; of equal ones the lower index is nearer.
+  The mutual k-nearest-neighbour metric of Huh et al. 2024, appendix A.
+  """
+  first, second = (_nearest(a, k) for a in (x, y))
+  return np.array(
+    [len(np.intersect1d(a, b)) / k for a, b in zip(first, second, strict=True)]
+  )
+
+
+def _nearest(x: Float[np.ndarray, "n d"], k: int) -> np.ndarray:
+  x = np.asarray(x, np.float64)
+  x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _TINY)
+  scores = x @ x.T
+  np.fill_diagonal(scores, -np.inf)
+  return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def linear_cka(
+  x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n e"]
+) -> float:
+  """Linear centred kernel alignment (Kornblith et al. 2019, section 3).
+
+      CKA = |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F),  columns centred
+
+  1 for representations that differ by a rotation and a scale. 0 where one of
+  them is constant. Of few examples it is biased upwards: independent normal
+  features of d channels have about d / (n + d).
+  """
+  x, y = (np.asarray(a, np.float64) for a in (x, y))
+  x, y = (a - a.mean(axis=0) for a in (x, y))
+  between = np.linalg.norm(y.T @ x) ** 2
+  within = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+  return float(between / max(within, _TINY))

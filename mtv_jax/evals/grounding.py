@@ -1,0 +1,394 @@
+"""Grounding: region-text retrieval, box classification, phrase localisation.
+
+With unit vectors z_a, the embedding of region a, t_p, the embedding of distinct
+phrase p, and w_c, the zero-shot vector of class c (see `zero_shot.py`):
+
+    region to phrase  R@k = mean over regions a of  a's phrase in top-k z_a.t_p
+    phrase to region  R@k = mean over phrases p of  any region of p in top-k
+    box top-k             = mean over regions a of  a's class in top-k z_a.w_c
+    located               = mean over (image, phrase) of  IoU >= 0.5 of the
+                            predicted box with any of the phrase's boxes there
+
+Boxes are annotated, not detected. The protocols are this project's own. A
+region is embedded in the space of the texts by one of three methods:
+
+  prompter   the region prompter, the head that the grounding objective trains
+  pool       the mean of the patches in the box, each weighted by the share of
+             it that the box covers; for encoders that pool by the mean
+  crop       the box's pixels, warped to a square and encoded as an image
+             (R-CNN, Girshick et al. 2014); for any encoder with a text tower
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float32
+
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
+from mtv_jax.evals import retrieval
+from mtv_jax.evals.classification import zero_shot
+from mtv_jax.evals.core import base, bootstrap, examples, prompts, ranking
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import BoxSet, Data, LazySequence
+from mtv_jax.evals.datasets import registry
+from mtv_jax.parallel.mesh import replicated_sharding
+from mtv_jax.utils import plots
+
+_CHUNK = 256  # images whose boxes are embedded or located at a time
+_FIXED_BOXES = 256
+_IMAGE_SIZE = 320  # pixels per side on the sheet, so that names are legible
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingEvaluator(Evaluator):
+  """Region-text retrieval, box classification and phrase localisation.
+
+  Attributes:
+    regions: how a box is embedded, see above; `auto` is the prompter of an
+      encoder that has one, else `crop`.
+    prompts: a file of templates for the classes (see `prompts.py`), and of
+      other names for them, one per class in the data's order.
+    locate: `auto` to locate phrases if the encoder has a locator, or `none`.
+  """
+
+  data: Data = "scenes"
+  images: str | None = None
+  regions: Literal["auto", "prompter", "pool", "crop"] = "auto"
+  prompts: str | None = None
+  locate: Literal["auto", "none"] = "auto"
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 32
+  pictures: NonNegativeInt = 0
+
+  @property
+  def requires(self) -> frozenset[str]:
+    """As in the base class."""
+    prompter = {"grounding"} if self.regions == "prompter" else set()
+    return frozenset({"text"} | prompter)
+
+  @functools.cached_property
+  def _set(self) -> tuple[BoxSet, prompts.Prompts | None]:
+    data = registry.open_boxes(self.data, images=self.images, count=self.count)
+    if data.classes is None:
+      return data, None
+    named = prompts.Prompts(classes=data.classes)
+    if self.prompts:
+      named = prompts.read_prompts(self.prompts, classes=len(data.classes))
+    return data, named
+
+  def run(self, encoder: Encoder) -> Result:
+    """Retrieval in both directions; accuracies with classes or a locator."""
+    base.require_text(encoder)
+    data, named = self._set
+    method = resolve_regions(encoder, self.regions)
+    region = embed_regions(
+      encoder,
+      data.images,
+      data.boxes,
+      method=method,
+      batch_size=self.batch_size,
+    )
+    phrases, owner = retrieval.distinct_texts(
+      [phrase for names in data.phrases for phrase in names]
+    )
+    # The prompter was trained beside phrases of a length of their own.
+    embed = encoder.phrases if method == "prompter" else encoder.text
+    text = normalize(embed(phrases))
+    protocol = {
+      **encoder.protocol(),
+      **regions_preprocess(encoder, method),
+      **data.protocol(),
+      "boxes": sum(map(len, data.boxes)),
+      "boxes_left_out": data.left_out,
+      "box_source": "annotations",
+      "regions": method,
+      "phrase_prompt": "none",
+      "phrase_length": encoder.phrase_length if method == "prompter" else None,
+      "phrase_to_region": "hit if any region of the phrase is in the top k",
+      "similarity": "cosine, float32, highest matmul precision",
+      "ties": ranking.TIE_RULE,
+      "phrases_distinct": len(phrases),
+    }
+    # Image-caption retrieval, with a distinct phrase in the role of the image.
+    names = ("region_to_phrase", "phrase_to_region")
+    image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
+    estimate = retrieval.recalls(
+      text, region, owner=owner, names=names, groups=image
+    )
+    chance = retrieval.chance(owner, names=names)
+    if named is not None:
+      accuracies, uniform = zero_shot.class_accuracies(
+        region,
+        zero_shot.text_classifier(embed, named),
+        np.concatenate(data.labels),
+        groups=image,
+      )
+      estimate |= accuracies.rename("box_{}")
+      chance |= {f"box_{name}": value for name, value in uniform.items()}
+      protocol |= {
+        "classes": len(named.classes),
+        **named.protocol(),
+        "mean_per_class": "over classes that have a box",
+      }
+    if self.locate == "auto" and encoder.can_predict("locator"):
+      located, located_chance = _locate(encoder, data, self.batch_size)
+      estimate |= located
+      chance |= located_chance
+      protocol |= {
+        "located": "IoU >= 0.5 with any box of the phrase in the image",
+        "located_chance": "the best constant box",
+      }
+    sheets = {}
+    if self.pictures:
+      sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
+      sheets["regions"] = sheet
+    return Result.from_estimate(
+      estimate,
+      protocol,
+      chance,
+      sheets=sheets,
+    )
+
+
+def _locate(
+  encoder: Encoder, data: BoxSet, batch_size: int
+) -> tuple[Estimate, dict[str, float]]:
+  """IoU of the predicted boxes of phrases, and of the best constant answer."""
+  queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
+  boxes = []
+  for start in range(0, len(queries), _CHUNK):
+    chosen = range(start, min(start + _CHUNK, len(queries)))
+    out = encoder.locate(
+      examples.select_images(data.images, chosen),
+      [queries[i] for i in chosen],
+      batch_size=batch_size,
+    )
+    boxes += [out.boxes[k, : len(queries[i])] for k, i in enumerate(chosen)]
+  answers = fixed_answers(data)[:, None]
+
+  def score(predicted):
+    best = best_overlaps(predicted, queries, data)
+    return {"located_iou50": best >= 0.5, "located_mean_iou": best}
+
+  image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
+  constant = score([answers] * len(queries))
+  chance = {k: float(v.mean(axis=1).max()) for k, v in constant.items()}
+  return bootstrap.means(score(boxes), groups=image), chance
+
+
+def best_overlaps(
+  boxes: Sequence[Float[np.ndarray, "*answers _ 4"]],
+  queries: Sequence[Sequence[str]],
+  data: BoxSet,
+) -> Float[np.ndarray, "*answers q"]:
+  """The best IoU of each predicted box with a box of its phrase.
+
+  `boxes` are of each image one for each of its `queries`, distinct phrases, or
+  one for all of them.
+  """
+  best = []
+  for predicted, image_queries, truth, phrases in zip(
+    boxes, queries, data.boxes, data.phrases, strict=True
+  ):
+    same = np.asarray(
+      [[p == query for p in phrases] for query in image_queries]
+    )
+    best.append(np.where(same, ious(predicted, truth), 0).max(axis=-1))
+  return np.concatenate(best, axis=-1)
+
+
+def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
+  """Constant answers: 256 of the set's boxes, and central ones."""
+  annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
+  sides = np.linspace(0.125, 1, 8)
+  central = [
+    (0.5 - h / 2, 0.5 - w / 2, 0.5 + h / 2, 0.5 + w / 2)
+    for h in sides
+    for w in sides
+  ]
+  return np.concatenate([np.stack(annotated), central])
+
+
+def ious(
+  a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "m 4"]
+) -> Float[np.ndarray, "*n m"]:
+  """Intersection over union of boxes (y0, x0, y1, x1); 0 if they lack area."""
+  a, b = np.asarray(a, np.float64)[..., None, :], np.asarray(b, np.float64)
+  low = np.maximum(a[..., :2], b[..., :2])
+  high = np.minimum(a[..., 2:], b[..., 2:])
+  both = np.maximum(high - low, 0).prod(axis=-1)
+  areas = [np.maximum(x[..., 2:] - x[..., :2], 0).prod(axis=-1) for x in (a, b)]
+  union = areas[0] + areas[1] - both
+  return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
+
+
+def _draw_sheet(
+  data: BoxSet,
+  region: Float32[np.ndarray, "r e"],
+  text: Float32[np.ndarray, "p e"],
+  phrases: Sequence[str],
+  *,
+  count: int,
+) -> np.ndarray:
+  """Images with their boxes, named by annotation and by top-1 phrase."""
+  starts = np.cumsum([0, *map(len, data.boxes)])
+  rows = []
+  for i in examples.subsample(range(len(data.images)), count):
+    scores = region[starts[i] : starts[i + 1]] @ text.T
+    top = [phrases[k] for k in np.argmax(scores, axis=1)]
+    image = np.asarray(plots.fit_image(data.images[i], _IMAGE_SIZE))
+    rows.append(
+      [
+        plots.draw_boxes(image, data.boxes[i], names)[0]
+        for names in (data.phrases[i], top)
+      ]
+    )
+  return plots.image_grid(rows, titles=("annotated", "top 1"), size=_IMAGE_SIZE)
+
+
+def resolve_regions(encoder: Encoder, method: str) -> str:
+  """The method for this encoder's boxes: `auto` is `prompter` or `crop`."""
+  has_prompter = encoder.can_predict("grounding")
+  if method == "auto":
+    return "prompter" if has_prompter else "crop"
+  if method == "prompter" and not has_prompter:
+    raise NotApplicable(
+      "this encoder has no prompter, which the objective 'grounding' trains; "
+      "regions='crop' works with any"
+    )
+  if method == "pool" and encoder.spec.image.pool != "mean":
+    raise NotApplicable(
+      f"this encoder pools by {encoder.spec.image.pool!r}, so that its patches "
+      "are not in the space of its texts; regions='crop' works with any"
+    )
+  return method
+
+
+def regions_preprocess(encoder: Encoder, method: str) -> dict[str, Any]:
+  """The preprocessing of `embed_regions`, for JSON."""
+  if not hasattr(encoder, "preprocess"):
+    return {}
+  # The prompter uses the encoder's preprocessing.
+  used = encoder if method == "prompter" else _with_squash(encoder)
+  of = "the box's pixels" if method == "crop" else "the whole image"
+  return {"preprocess": {**used.preprocess.to_dict(), "of": of}}
+
+
+def embed_regions(
+  encoder: Encoder,
+  images: Sequence[Any],
+  boxes: Sequence[Float32[np.ndarray, "_ 4"]],
+  *,
+  method: str,
+  batch_size: int = 32,
+) -> Float32[np.ndarray, "r e"]:
+  """Normalised embeddings of all boxes, image by image.
+
+  `boxes` are of each image, (y0, x0, y1, x1) in the unit square; `method` is
+  `prompter`, `pool` or `crop`.
+  """
+  if method == "crop":
+    return _embed_crops(encoder, images, boxes, batch_size)
+  embeddings = []
+  for start in range(0, len(images), _CHUNK):
+    chosen = range(start, min(start + _CHUNK, len(images)))
+    part = examples.select_images(images, chosen)
+    image_boxes = [boxes[i] for i in chosen]
+    if method == "prompter":
+      regions = encoder.ground(part, image_boxes, batch_size=batch_size)
+      embeddings.append(regions.embeddings[regions.valid])
+    else:
+      embeddings.append(_pool_patches(encoder, part, image_boxes, batch_size))
+  return np.concatenate(embeddings)
+
+
+def _pool_patches(
+  encoder: Encoder,
+  images: Sequence[Any],
+  boxes: Sequence[np.ndarray],
+  batch_size: int,
+) -> np.ndarray:
+  # Squashed, so that the unit square is the whole image.
+  features = _with_squash(encoder).image(
+    images, outputs=("patches",), batch_size=batch_size
+  )
+  rows = []
+  for grid, image_boxes in zip(features.patches, boxes, strict=True):
+    down = covered(image_boxes[:, 0], image_boxes[:, 2], grid.shape[0])
+    across = covered(image_boxes[:, 1], image_boxes[:, 3], grid.shape[1])
+    total = np.einsum("by,bx,yxd->bd", down, across, grid, optimize=True)
+    rows.append(total / (down.sum(1) * across.sum(1))[:, None])
+  pooled = np.concatenate(rows).astype(np.float32)
+  if encoder.spec.image.projection is not None:
+    kernel = encoder.params["image"]["projection"]["kernel"]
+    # On a pod each host has a shard of it.
+    replicate = jax.jit(
+      lambda x: x, out_shardings=replicated_sharding(encoder.mesh)
+    )
+    pooled = pooled @ np.asarray(replicate(kernel))
+  return normalize(pooled)
+
+
+def covered(
+  low: Float32[np.ndarray, " b"], high: Float32[np.ndarray, " b"], count: int
+) -> np.ndarray:
+  """`[b, count]`: of each of `count` equal cells, the share in [low, high].
+
+  An empty interval still covers a positive share of its cell.
+  """
+  cells = np.arange(count)
+  low = np.clip(np.asarray(low, np.float64)[:, None] * count, 0, count - 1e-6)
+  high = np.asarray(high, np.float64)[:, None] * count
+  high = np.clip(np.maximum(high, low + 1e-6), 0, count)
+  return np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, 1)
+
+
+def _embed_crops(
+  encoder: Encoder,
+  images: Sequence[Any],
+  boxes: Sequence[np.ndarray],
+  batch_size: int,
+) -> np.ndarray:
+  regions = [
+    (i, box) for i, image_boxes in enumerate(boxes) for box in image_boxes
+  ]
+
+  def read(index: int) -> np.ndarray:
+    i, box = regions[index]
+    return crop_box(images[i], box)
+
+  features = _with_squash(encoder).image(
+    LazySequence(read, len(regions)), outputs=("pooled",), batch_size=batch_size
+  )
+  return normalize(features.pooled)
+
+
+def crop_box(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+  """The pixels that a box touches."""
+  height, width = image.shape[:2]
+  low = np.floor(box[:2] * (height, width) + 1e-4).astype(int)
+  high = np.ceil(box[2:] * (height, width) - 1e-4).astype(int)
+  y0, x0 = np.clip(low, 0, (height - 1, width - 1))
+  y1, x1 = np.maximum(high, (y0 + 1, x0 + 1))
+  return image[y0:y1, x0:x1]
+
+
+def _with_squash(encoder: Encoder) -> Encoder:
+  """The encoder with images squashed, not cropped or of native aspect ratio."""
+  if not hasattr(encoder, "preprocess"):
+    return encoder
+  preprocess = encoder.preprocess.squashed()
+  if preprocess.crop != "none":
+    preprocess = dataclasses.replace(
+      preprocess, resize="squash", crop="none", resize_size=None
+    )
+  return encoder.with_preprocess(preprocess)

@@ -1,0 +1,270 @@
+"""Image-text retrieval: recall at k in both directions.
+
+With S[i, j] = cos(image i, caption j),
+
+    text to image  R@k = mean over captions j of  own image in top-k of S[:, j]
+    image to text  R@k = mean over images i of  any own caption in top-k of S[i]
+
+As in CLIP_benchmark and big_vision, the second is a hit rate over an image's
+captions, not their recall.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, UInt8
+from PIL import Image, ImageDraw
+
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
+from mtv_jax.evals.core import bootstrap, global_features, ranking
+from mtv_jax.evals.core.base import Evaluator, Result, require_text
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
+from mtv_jax.evals.datasets import registry
+from mtv_jax.utils import plots
+from mtv_jax.utils.plots import GAP, INK, LINE_HEIGHT, PAPER
+
+AT = (1, 5, 10)
+# Prefixes of the metrics: captions retrieve images, images retrieve captions.
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Evaluator):
+  """Image-text retrieval: R@1, 5 and 10 in both directions.
+
+  Attributes:
+    split: Karpathy split.
+    max_captions: the first captions of an image to use; all by default. (Of
+      COCO's 5,000 test images some have six or seven: 25,010 captions.)
+    view: the encoder's own preprocessing, or big_vision's `squash`; see
+      `global_features.with_view`.
+  """
+
+  requires = frozenset({"text"})
+
+  data: Data = "scenes"
+  images: str | None = None
+  split: str = "test"
+  max_captions: PositiveInt | None = None
+  view: global_features.ViewName = "encoder"
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 64
+  # Images on the sheet `captions`, captions on the sheet `images`.
+  pictures: NonNegativeInt = 0
+
+  @functools.cached_property
+  def _set(self) -> CaptionSet:
+    return registry.open_captions(
+      self.data,
+      images=self.images,
+      split=self.split,
+      count=self.count,
+      max_captions=self.max_captions,
+    )
+
+  def run(self, encoder: Encoder) -> Result:
+    """Metrics, and the sheets `captions` and `images`."""
+    require_text(encoder)
+    data = self._set
+    encoder = global_features.with_view(encoder, self.view)
+    image = encoder.image(
+      data.images, outputs=("pooled",), batch_size=self.batch_size
+    ).pooled
+    # Equal captions must have equal embeddings, so that they tie.
+    distinct, index = distinct_texts(data.captions)
+    text = encoder.text(distinct)[index]
+    image, text = normalize(image), normalize(text)
+    protocol = {
+      **encoder.protocol(),
+      "view": self.view,
+      **data.protocol(),
+      **({"split": data.split} if data.split else {}),
+      "captions": len(data.captions),
+      "captions_distinct": len(distinct),
+      "max_captions": self.max_captions or "all",
+      "prompt": "none",
+      "image_to_text": "hit if any caption of the image is in the top k",
+      "similarity": "cosine, float32, highest matmul precision",
+      "ties": ranking.TIE_RULE,
+    }
+    sheets = {}
+    if self.pictures:
+      sheets = _draw_sheets(data, image, text, self.pictures)
+    estimate = recalls(image, text, owner=data.owner)
+    return Result.from_estimate(
+      estimate,
+      protocol,
+      chance(data.owner),
+      sheets=sheets,
+    )
+
+
+def distinct_texts(
+  texts: Sequence[str],
+) -> tuple[list[str], Int[np.ndarray, " m"]]:
+  """The distinct texts in order of appearance, and the index of each text."""
+  distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+  return list(distinct), np.asarray([distinct[t] for t in texts], np.int32)
+
+
+def recalls(
+  image: Float32[np.ndarray, "n e"],
+  text: Float32[np.ndarray, "m e"],
+  *,
+  owner: Int[np.ndarray, " m"],
+  names: tuple[str, str] = DIRECTIONS,
+  groups: Int[np.ndarray, " m"] | None = None,
+  block_bytes: int = 2**26,
+) -> Estimate:
+  """R@1, 5 and 10 of normalised embeddings, in both directions.
+
+  `owner` is the image of each caption, `names` are prefixes of the metrics.
+  For their errors, captions are resampled with their image, or by `groups`.
+  """
+  ids = np.arange(len(image))
+  to_image = ranking.ranks(
+    text, image, query_ids=owner, candidate_ids=ids, block_bytes=block_bytes
+  )
+  to_text = ranking.ranks(
+    image, text, query_ids=ids, candidate_ids=owner, block_bytes=block_bytes
+  )
+  first, second = (
+    {f"{name}_r{k}": ranks < k for k in AT}
+    for name, ranks in zip(names, (to_image, to_text), strict=True)
+  )
+  groups = owner if groups is None else groups
+  return bootstrap.means(first, groups=groups) | bootstrap.means(second)
+
+
+def _draw_sheets(
+  data: CaptionSet,
+  image: Float32[np.ndarray, "n e"],
+  text: Float32[np.ndarray, "m e"],
+  count: int,
+) -> dict[str, np.ndarray]:
+  """The top captions of `count` images, and the top images of a caption each.
+
+  The images are evenly spaced; the caption is the first of its image.
+  """
+  chosen = subsample(range(len(data.images)), count)
+  # Equal captions are one line of the sheet.
+  distinct, index = distinct_texts(data.captions)
+  _, first = np.unique(index, return_index=True)
+  correct = np.zeros((len(data.images), len(distinct)), bool)
+  correct[data.owner, index] = True
+  queries = np.searchsorted(data.owner, chosen)
+  return {
+    "captions": ranked_captions(
+      [data.images[i] for i in chosen],
+      image[chosen] @ text[first].T,
+      distinct,
+      correct[chosen],
+    ),
+    "images": ranked_images(
+      [data.captions[j] for j in queries],
+      text[queries] @ image.T,
+      data.images,
+      chosen,
+    ),
+  }
+
+
+def chance(
+  owner: Int[np.ndarray, " m"], *, names: tuple[str, str] = DIRECTIONS
+) -> dict[str, float]:
+  """The expectation of `recalls` with random embeddings.
+
+  k of n images; and for an image with c of m captions, one minus the share of
+  ways to draw k captions that miss all c.
+  """
+  _, counts = np.unique(owner, return_counts=True)
+  n, m = len(counts), len(owner)
+  rates = {f"{names[0]}_r{k}": min(k, n) / n for k in AT}
+  for k in AT:
+    total = math.comb(m, min(k, m))
+    hits = [1 - math.comb(m - int(c), min(k, m)) / total for c in counts]
+    rates[f"{names[1]}_r{k}"] = float(np.mean(hits))
+  return rates
+
+
+MATCH = (0, 140, 90)  # colour of the correct captions and images
+_FRAME = 4
+
+
+def ranked_captions(
+  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  scores: Float[np.ndarray, "n m"],
+  captions: Sequence[str],
+  correct: Bool[np.ndarray, "n m"],
+  *,
+  top: int = 5,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Images, each beside the captions of the highest scores.
+
+  Correct captions are green and marked. If none is in the top, the best-ranked
+  one is appended with its rank.
+  """
+  size = 144  # side of an image
+  width = size + 4 * GAP + 460
+  height = max(size, (top + 1) * LINE_HEIGHT + GAP) + GAP
+  sheet = Image.new("RGB", (width, height * len(images)), PAPER)
+  draw = ImageDraw.Draw(sheet)
+  x = size + GAP
+  for i, image in enumerate(images):
+    sheet.paste(plots.fit_image(image, size), (0, i * height))
+    order = np.argsort(-scores[i], kind="stable")
+    ranks = list(range(min(top, len(order))))
+    if not correct[i, order[:top]].any() and correct[i].any():
+      ranks.append(int(np.argmax(correct[i, order])))
+    for k, rank in enumerate(ranks):
+      j, y = order[rank], i * height + k * LINE_HEIGHT
+      if correct[i, j]:
+        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
+      text = f"{rank + 1}.  {scores[i, j]:.3f}  {captions[j]}"
+      text = plots.shorten(text, width - x - 2 * GAP)
+      ink = MATCH if correct[i, j] else INK
+      draw.text((x + 10, y), text, ink, plots.font())
+  return np.asarray(sheet)
+
+
+def ranked_images(
+  captions: Sequence[str],
+  scores: Float[np.ndarray, "n m"],
+  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  owner: Sequence[int],
+  *,
+  top: int = 5,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Captions, each above the images of the highest scores.
+
+  The caption's own image has a green frame, or its rank is beside the caption.
+  """
+  size = 120  # side of an image
+  side = size + GAP
+  top = min(top, len(images))
+  width = max(top * side - GAP, 520)
+  height = LINE_HEIGHT + 4 + side
+  sheet = Image.new("RGB", (width, height * len(captions)), PAPER)
+  draw = ImageDraw.Draw(sheet)
+  for i, caption in enumerate(captions):
+    order = np.argsort(-scores[i], kind="stable")
+    rank = int(np.flatnonzero(order == owner[i])[0])
+    suffix = "" if rank < top else f"  (own image: rank {rank + 1})"
+    text = plots.shorten(caption, width - plots.text_width(suffix)) + suffix
+    draw.text((0, i * height), text, INK, plots.font())
+    for k, j in enumerate(order[:top]):
+      x, y = k * side, i * height + LINE_HEIGHT + 2
+      image = plots.fit_image(images[int(j)], size)
+      sheet.paste(image, (x, y))
+      if j == owner[i]:
+        frame = (x, y, x + image.width - 1, y + image.height - 1)
+        draw.rectangle(frame, outline=MATCH, width=_FRAME)
+  return np.asarray(sheet)

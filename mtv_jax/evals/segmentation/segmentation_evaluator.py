@@ -1,0 +1,172 @@
+"""Base class of the segmentation evaluations: windows, counts and sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+from PIL import Image, ImageDraw
+
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
+from mtv_jax.evals.core.examples import (
+  IGNORE,
+  Data,
+  SegmentationSet,
+  subsample,
+)
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.evals.segmentation import metrics as metrics_lib
+from mtv_jax.evals.segmentation import sliding_window
+from mtv_jax.utils import plots
+
+_TEXT_SIZE, _LINE_HEIGHT = 10, 14
+_IMAGE_HEIGHT = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationEvaluator(Evaluator):
+  """Base class of the segmentation evaluations.
+
+  None means the published value on real data and a small one on scenes.
+
+  Attributes:
+    size: side of windows and shorter side of evaluated images: the published
+      one, or the next that the patch divides; for scenes the encoder's own.
+    stride: pixels between windows; by default a share of `size`.
+    encode_batch: windows that are encoded at a time.
+  """
+
+  data: Data = "scenes"
+  size: PositiveInt | None = None
+  stride: PositiveInt | None = None
+  count: PositiveInt | None = None
+  encode_batch: PositiveInt = 16
+  pictures: NonNegativeInt = 0
+
+  def _window_size(self, encoder: Encoder, published: int) -> int:
+    """Side of a window; raises InputError if the patch does not divide it."""
+    image = encoder.spec.image
+    if self.size is None:
+      scenes = is_scenes(self.data)
+      default = encoder.preprocess.size if scenes else published
+      return -(-default // image.patch_size) * image.patch_size
+    image.grid_of(self.size, self.size)
+    return self.size
+
+  def _predict(
+    self,
+    encoder: Encoder,
+    score: sliding_window.Score,
+    data: SegmentationSet,
+    slide: sliding_window.Slide,
+  ) -> Predictions:
+    """Sums of all heads for each image of a set, and chosen images."""
+    indices = range(len(data.images))
+    chosen = subsample(indices, self.pictures) if self.pictures else ()
+    names = data.classes or [str(i) for i in range(data.class_count)]
+
+    def summarize(
+      i: int, predicted: sliding_window.ClassMaps
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+      truth = data.maps[i]
+      data.check_size(i, predicted[0].shape, truth)
+      counts = [
+        metrics_lib.confusion(truth, p, classes=data.class_count)
+        for p in predicted
+      ]
+      row = []
+      if i in chosen:
+        image = data.images[i]
+        row = [_draw_row(image, (truth, p), names) for p in predicted]
+      return metrics_lib.class_sums(np.stack(counts)), row
+
+    predictions = sliding_window.predict(
+      data.images,
+      score,
+      slide,
+      batch_size=self.encode_batch,
+      summarize=summarize,
+    )
+    sums, rows = zip(*predictions, strict=True)
+    return Predictions(np.stack(sums), [row for row in rows if row])
+
+  def _common_protocol(
+    self,
+    encoder: Encoder,
+    data: SegmentationSet,
+    slide: sliding_window.Slide,
+  ) -> dict[str, Any]:
+    return {
+      **encoder.protocol(),
+      **data.protocol(),
+      "classes": data.class_count,
+      "ignored": "label 255: no pixel of truth, prediction or union",
+      "input_size": [slide.size, slide.size],
+      "preprocess": preprocess_protocol(encoder, **slide.protocol()),
+      "averaging": metrics_lib.AVERAGING,
+    }
+
+
+def padding_colour(encoder: Encoder) -> Float32[np.ndarray, "3"]:
+  """The colour that is zero after normalisation, in 0..255."""
+  return np.float32(255) * np.asarray(encoder.preprocess.mean, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+  """Sums of pixels of several heads, and rows of their sheets."""
+
+  sums: Int64[np.ndarray, "n heads 3 k"]  # of each image, `metrics.class_sums`
+  rows: list[list[np.ndarray]]  # per chosen image, one row per head
+
+  def sheets(
+    self, name: str, *, head: int = 0
+  ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+    """A head's sheet by name; empty if no images were chosen.
+
+    Rows of image, truth and prediction above the names of their classes.
+    """
+    rows = [row[head] for row in self.rows]
+    titles = ("image", "truth", "prediction")
+    return {name: plots.stack_rows(rows, titles)} if rows else {}
+
+
+def _draw_row(
+  image: UInt8[np.ndarray, "h w 3"],
+  maps: Sequence[UInt8[np.ndarray, "h w"]],
+  names: Sequence[str],
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """Image and maps in the colours of `plots.palette`; ignored is white."""
+  colours = np.full((256, 3), 255, np.uint8)
+  colours[: len(names)] = plots.palette(len(names))
+  strip = plots.image_with_maps(
+    image, [colours[labels] for labels in maps], height=_IMAGE_HEIGHT
+  )
+  present = [int(i) for i in np.union1d(*maps) if i != IGNORE]
+  return np.concatenate([strip, _legend(present, strip.shape[1], names)])
+
+
+def _legend(
+  present: Sequence[int], width: int, names: Sequence[str]
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Class names, each beside a square in its colour."""
+  font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
+  corners, x, y = [], 0, 2
+  for i in present:
+    length = int(font.getlength(names[i])) + 20
+    if x and x + length > width:
+      x, y = 0, y + _LINE_HEIGHT
+    corners.append((i, x, y))
+    x += length
+  page = Image.new("RGB", (width, y + _LINE_HEIGHT), plots.PAPER)
+  draw = ImageDraw.Draw(page)
+  for i, x, y in corners:
+    colour = tuple(int(c) for c in colours[i])
+    draw.rectangle((x, y + 2, x + 9, y + 11), fill=colour)
+    draw.text((x + 12, y), names[i], plots.INK, font)
+  return np.asarray(page)

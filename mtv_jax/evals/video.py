@@ -1,0 +1,416 @@
+"""Video object segmentation by label propagation (DAVIS 2017).
+
+DINO's protocol (Caron et al. 2021, section 4.2.2), after Jabri et al. 2020:
+nothing is trained. The first frame's masks are propagated from frame to frame.
+With f the normalised patch tokens of the last block, the labels of patch q are
+
+    s(q) = sum_p softmax_p(cos(f_q, f_p) / 0.1) s(p)
+
+over the 5 most similar patches p of the first and the 7 preceding frames that
+are at most 12 patches from q along either axis. Each object's scores are scaled
+to 0..1 in the frame; a pixel has the object of the largest.
+
+The metrics are DAVIS's (Perazzi et al. 2016, section 5), as the official
+evaluation computes them: J is the IoU of an object's masks, F the F-measure of
+their boundaries, where a boundary pixel is matched if the other boundary has
+one within 0.8 % of the image's diagonal, rounded up. An object's figure is the
+mean over its frames without the first and the last, the set's the mean over
+objects; the recall is the share of frames above 0.5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jaxtyping import Array, Bool, Float, Float32, Float64, UInt8
+
+from mtv_jax.config.options import (
+  NonNegativeInt,
+  PositiveFloat,
+  PositiveInt,
+)
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
+from mtv_jax.evals.core import bootstrap, dense, resizing
+from mtv_jax.evals.core.base import Evaluator, Result, preprocess_protocol
+from mtv_jax.evals.core.examples import (
+  Data,
+  LazySequence,
+  Video,
+  VideoSet,
+  subsample,
+)
+from mtv_jax.evals.datasets import registry
+from mtv_jax.utils import plots
+from mtv_jax.utils.errors import InputError
+
+_SIZE, _STEP = 480, 64  # shorter side; the longer one is a multiple of 64
+_PATCH = 16  # of the published encoders
+_NEIGHBOURHOOD = 12
+_CHUNK = 32  # frames whose features are in memory
+_SHEET_HEIGHT = 160
+_TITLES = ("last frame", "true objects", "predicted objects")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSegmentation(Evaluator):
+  """Video object segmentation by label propagation: J, F and their recalls.
+
+  None means the published value for DAVIS and a small one for scenes.
+
+  Attributes:
+    size: shorter side of the encoded frames; the longer one is rounded down to
+      a multiple of 64. 480 as published; where the patch divides neither, the
+      sides have as many patches. For scenes the encoder's own.
+    frames: preceding frames that labels come from, beside the first.
+    top_k: most similar patches that labels come from.
+    neighbourhood: largest distance of these patches along an axis, in patches;
+      0 for any. 12 of DAVIS's 30 rows, and the same share of a scene's.
+    temperature: of the softmax of the cosines.
+    layer, norm: block whose patch tokens are compared, and whether the final
+      norm is applied.
+    count: videos to use, evenly spaced; all by default, 16 scenes.
+    batch_size: frames that are encoded at a time.
+  """
+
+  data: Data = "scenes"
+  size: PositiveInt | None = None
+  frames: PositiveInt = 7
+  top_k: PositiveInt = 5
+  neighbourhood: NonNegativeInt | None = None
+  temperature: PositiveFloat = 0.1
+  layer: int = -1
+  norm: Literal["none", "final"] = "final"
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 8
+  pictures: NonNegativeInt = 0  # Videos on the sheet.
+
+  @functools.cached_property
+  def _set(self) -> VideoSet:
+    return registry.open_videos(self.data, count=self.count)
+
+  def run(self, encoder: Encoder) -> Result:
+    """Metrics; their chance repeats the first masks in every frame."""
+    data, depth = self._set, encoder.spec.image.depth
+    block = dense.matched_block(self.layer, norm=self.norm, depth=depth)
+    channels = 1 + max(video.objects for video in data.videos)
+    chosen = subsample(range(len(data.videos)), self.pictures or 1)
+    scores, copies, groups, rows, sizes = [], [], [], [], set()
+    for i, video in enumerate(data.videos):
+      size = self._input_size(encoder, video.frames[0].shape[:2])
+      sizes.add(size)
+      truth = [video.masks[t] for t in range(1, len(video.masks) - 1)]
+      copied = [video.masks[0]] * len(truth)
+      _check_sizes(video, truth)
+      predicted = list(self._predict(encoder, video, size, block, channels))
+      for total, maps in ((scores, predicted), (copies, copied)):
+        total.append(score_video(truth, maps, objects=video.objects))
+      groups += [i] * video.objects
+      if self.pictures and i in chosen:
+        rows.append(_draw_row(video, truth, predicted))
+    values, copied = (
+      {name: np.concatenate([s[name] for s in total]) for name in total[0]}
+      for total in (scores, copies)
+    )
+    estimate = bootstrap.means(values, groups=np.asarray(groups))
+    return Result.from_estimate(
+      estimate,
+      self._protocol(encoder, sizes, len(groups)),
+      {name: float(np.mean(x)) for name, x in copied.items()},
+      sheets={"video_segmentation": plots.stack_rows(rows, _TITLES)}
+      if rows
+      else {},
+    )
+
+  def _input_size(
+    self, encoder: Encoder, shape: tuple[int, int]
+  ) -> tuple[int, int]:
+    """Height and width of the encoded frames."""
+    image = encoder.spec.image
+    patch = image.patch_size
+    if self.size is None and self._set.kind == "scenes":
+      side = -(-encoder.preprocess.size // patch) * patch
+      return side, side
+    # Where the patch does not divide the pixels, the grid stays equal.
+    short, step = _SIZE, _STEP
+    if short % patch or step % patch:
+      short, step = (side // _PATCH * patch for side in (short, step))
+    short = self.size or short
+    long = max(shape) * short // min(shape) // step * step
+    size = (short, max(long, step))
+    size = size if shape[0] <= shape[1] else size[::-1]
+    image.grid_of(*size)
+    return size
+
+  def _neighbourhood_of(self, grid: tuple[int, int]) -> int:
+    if self.neighbourhood is not None or self._set.kind != "scenes":
+      given = self.neighbourhood
+      return _NEIGHBOURHOOD if given is None else given
+    return max(1, round(min(grid) * _NEIGHBOURHOOD / (_SIZE // _PATCH)))
+
+  def _predict(
+    self,
+    encoder: Encoder,
+    video: Video,
+    size: tuple[int, int],
+    block: int,
+    channels: int,
+  ) -> Iterator[UInt8[np.ndarray, "h w"]]:
+    """Maps of objects of the frames between the first and the last."""
+    grid = encoder.spec.image.grid_of(*size)
+    first = video.masks[0]
+    small = PIL.Image.fromarray(first).resize(
+      grid[::-1], PIL.Image.Resampling.NEAREST
+    )
+    labels = np.eye(channels, dtype=np.float32)[np.asarray(small)]
+    soft = propagate(
+      self._features(encoder, video, size, block),
+      labels,
+      frames=self.frames,
+      top_k=self.top_k,
+      neighbourhood=self._neighbourhood_of(grid),
+      temperature=self.temperature,
+    )
+    for scores in soft:
+      labels = np.asarray(_largest(scores, size))
+      yield np.asarray(
+        PIL.Image.fromarray(labels).resize(
+          first.shape[::-1], PIL.Image.Resampling.NEAREST
+        )
+      )
+
+  def _features(
+    self, encoder: Encoder, video: Video, size: tuple[int, int], block: int
+  ) -> Iterator[Float32[np.ndarray, "h w d"]]:
+    """Patch tokens of each frame but the last."""
+    count = len(video.frames) - 1
+    for start in range(0, count, _CHUNK):
+      images = LazySequence(
+        lambda i, start=start: cv2.resize(
+          video.frames[start + i], size[::-1], interpolation=cv2.INTER_LINEAR
+        ),
+        min(_CHUNK, count - start),
+      )
+      yield from dense.features(
+        encoder,
+        images,
+        (block,),
+        norm=self.norm,
+        batch_size=self.batch_size,
+      )
+
+  def _protocol(
+    self, encoder: Encoder, sizes: set[tuple[int, int]], objects: int
+  ) -> dict[str, Any]:
+    data = self._set
+    grids = [encoder.spec.image.grid_of(*size) for size in sorted(sizes)]
+    return {
+      **encoder.protocol(),
+      "dataset": {"davis": "DAVIS 2017 val"}.get(data.kind, data.kind),
+      "data": data.name,
+      "data_hash": data.digest,
+      "videos": len(data.videos),
+      "objects": objects,
+      "input_size": [list(size) for size in sorted(sizes)],
+      "preprocess": preprocess_protocol(
+        encoder, resize="shorter side", interpolation="bilinear"
+      ),
+      "layer": self.layer,
+      "norm": self.norm,
+      "similarity": "cosine, float32, highest matmul precision",
+      "frames": self.frames,
+      "top_k": self.top_k,
+      "neighbourhood": [self._neighbourhood_of(grid) for grid in grids],
+      "temperature": self.temperature,
+      "ties": "top-k: the earliest slot of the frame, then the lowest index",
+      "scored_frames": "all but the first and the last",
+      "averaging": "frames, then objects",
+      "chance": "a baseline: the first frame's masks, copied to every frame",
+    }
+
+
+def propagate(
+  features: Iterable[Float32[np.ndarray, "h w d"]],
+  first: Float32[np.ndarray, "h w c"],
+  *,
+  frames: int,
+  top_k: int,
+  neighbourhood: int,
+  temperature: float,
+) -> Iterator[Float32[Array, "h w c"]]:
+  """Soft labels of the second and later frames."""
+  h, w, c = first.shape
+  keys = labels = None
+  for t, feature in enumerate(features):
+    query = jnp.asarray(normalize(feature).reshape(h * w, -1))
+    if keys is None:
+      # Slot 0 is the first frame, the others a ring of the preceding ones.
+      keys = jnp.zeros((frames + 1, *query.shape)).at[0].set(query)
+      labels = jnp.zeros((frames + 1, h * w, c))
+      labels = labels.at[0].set(first.reshape(h * w, c))
+      continue
+    soft = _propagate_frame(
+      query,
+      keys,
+      labels,
+      jnp.arange(frames + 1) < t,
+      grid=(h, w),
+      top_k=top_k,
+      neighbourhood=neighbourhood,
+      temperature=temperature,
+    )
+    slot = 1 + (t - 1) % frames
+    keys, labels = keys.at[slot].set(query), labels.at[slot].set(soft)
+    yield soft.reshape(h, w, c)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("grid", "top_k", "neighbourhood", "temperature")
+)
+def _propagate_frame(
+  query: Float[Array, "n d"],
+  keys: Float[Array, "f n d"],
+  labels: Float[Array, "f n c"],
+  valid: Bool[Array, " f"],
+  *,
+  grid: tuple[int, int],
+  top_k: int,
+  neighbourhood: int,
+  temperature: float,
+) -> Float[Array, "n c"]:
+  """Labels of a frame's patches from the valid frames' labels."""
+  rows, columns = (x.reshape(-1) for x in jnp.indices(grid))
+  near = jnp.ones((len(query),) * 2, bool)
+  if neighbourhood:
+    for axis in (rows, columns):
+      near &= abs(axis[:, None] - axis[None]) <= neighbourhood
+  k = min(top_k, len(query))
+
+  def nearest(frame):
+    key, is_valid = frame
+    scores = jnp.matmul(query, key.T, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.top_k(jnp.where(near & is_valid, scores, -jnp.inf), k)
+
+  # Frame by frame, so that one [N, N] matrix is in memory.
+  scores, index = jax.lax.map(nearest, (keys, valid))  # [F, N, k]
+  index += len(query) * jnp.arange(len(keys))[:, None, None]
+  scores, index = (
+    jnp.moveaxis(x, 0, 1).reshape(len(query), -1) for x in (scores, index)
+  )  # [N, F k]
+  scores, best = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
+  index = jnp.take_along_axis(index, best, axis=1)  # [N, k]
+  weights = jax.nn.softmax(scores / temperature, axis=1)
+  values = labels.reshape(-1, labels.shape[-1])[index]  # [N, k, C]
+  return jnp.einsum(
+    "nk,nkc->nc", weights, values, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _largest(scores: Float[Array, "h w c"], size: tuple[int, int]) -> Array:
+  """uint8 map of the channels with the largest scores, scaled to 0..1."""
+  scores = resizing.resize(scores, size, method="bilinear")
+  low, high = scores.min(axis=(0, 1)), scores.max(axis=(0, 1))
+  # A channel without a patch stays zero.
+  span = jnp.where(high > low, high - low, 1)
+  scaled = jnp.where(high > 0, (scores - low) / span, scores)
+  return jnp.argmax(scaled, axis=-1).astype(jnp.uint8)
+
+
+def _check_sizes(video: Video, truth: list[UInt8[np.ndarray, "h w"]]) -> None:
+  for t, labels in enumerate(truth, start=1):
+    if labels.shape != video.masks[0].shape:
+      raise InputError(
+        f"{video.name}: the mask of frame {t} is {list(labels.shape)} and that "
+        f"of the first {list(video.masks[0].shape)}; expected one size"
+      )
+
+
+def _draw_row(
+  video: Video,
+  truth: list[UInt8[np.ndarray, "h w"]],
+  predicted: list[UInt8[np.ndarray, "h w"]],
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """The last scored frame, its objects and the predicted ones."""
+  colours = np.zeros((256, 3), np.uint8)
+  colours[1 : 1 + video.objects] = plots.palette(video.objects)
+  maps = [colours[labels[-1]] for labels in (truth, predicted)]
+  return plots.image_with_maps(
+    video.frames[len(truth)], maps, height=_SHEET_HEIGHT
+  )
+
+
+_BOUND = 0.008  # of the diagonal
+_RECALL = 0.5
+
+
+def region_iou(
+  truth: Bool[np.ndarray, "h w"], predicted: Bool[np.ndarray, "h w"]
+) -> float:
+  """J: intersection over union; 1 if both masks are empty."""
+  union = np.count_nonzero(truth | predicted)
+  return np.count_nonzero(truth & predicted) / union if union else 1.0
+
+
+def boundary(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+  """Pixels that differ from the next one to the right, below or diagonally.
+
+  Beyond the last row and column the mask goes on as it is there.
+  """
+  padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+  right, below = padded[:-1, 1:], padded[1:, :-1]
+  return (mask != right) | (mask != below) | (mask != padded[1:, 1:])
+
+
+def boundary_f(
+  truth: Bool[np.ndarray, "h w"], predicted: Bool[np.ndarray, "h w"]
+) -> float:
+  """F: harmonic mean of the boundaries' precision and recall.
+
+  1 if neither mask has a boundary, 0 if one has.
+  """
+  lines = [boundary(mask) for mask in (predicted, truth)]
+  counts = [np.count_nonzero(line) for line in lines]
+  if not all(counts):
+    return float(not any(counts))
+  radius = int(np.ceil(_BOUND * np.hypot(*truth.shape)))
+  y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+  disk = (x**2 + y**2 <= radius**2).astype(np.uint8)
+  near = [cv2.dilate(line.view(np.uint8), disk) > 0 for line in lines]
+  precision = np.count_nonzero(lines[0] & near[1]) / counts[0]
+  recall = np.count_nonzero(lines[1] & near[0]) / counts[1]
+  total = precision + recall
+  return 2 * precision * recall / total if total else 0.0
+
+
+def score_video(
+  truth: Sequence[UInt8[np.ndarray, "h w"]],
+  predicted: Sequence[UInt8[np.ndarray, "h w"]],
+  *,
+  objects: int,
+) -> dict[str, Float64[np.ndarray, " {objects}"]]:
+  """Figures of each object of a video, by metric.
+
+  Both are the maps of the scored frames, with 1 to `objects` for an object.
+  """
+  j = np.empty((objects, len(truth)))
+  f = np.empty((objects, len(truth)))
+  for t, maps in enumerate(zip(truth, predicted, strict=True)):
+    for k in range(objects):
+      masks = [labels == k + 1 for labels in maps]
+      j[k, t], f[k, t] = region_iou(*masks), boundary_f(*masks)
+  return {
+    "j_and_f": (j.mean(axis=1) + f.mean(axis=1)) / 2,
+    "j": j.mean(axis=1),
+    "f": f.mean(axis=1),
+    "j_recall": (j > _RECALL).mean(axis=1),
+    "f_recall": (f > _RECALL).mean(axis=1),
+  }

@@ -1,0 +1,473 @@
+"""Answer files and truth files of VQA benchmarks, and their scores.
+
+An answer file is JSON, a list or one object per line, of rows with a question
+(`question_id`, `questionId` or `id`) and an answer (`answer`, `prediction` or
+`text`); or one object of answers by question. A truth file is one of
+
+  VQAv2, OK-VQA       {"annotations": [{question_id, answers: [{answer}, ...]}]}
+  TextVQA, DocVQA     {"data": [{question_id or questionId, answers: [...]}]}
+  GQA                 {ID: {answer}}
+  a list, or lines    [{question_id or id, answer, answers or label, options}]
+
+`options` (or `choices`) make a question multiple choice; its answer is a
+letter, or an integer that counts from 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.config import foreign
+from mtv_jax.config.options import shorten_repr
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.bootstrap import Estimate
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
+
+# VQA's official evaluation, its quirks included: periods are deleted except
+# before a digit, "somebody'd" loses its apostrophe.
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_ARTICLES = ("a", "an", "the")
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {
+  word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())
+}
+
+
+def _contractions() -> dict[str, str]:
+  """Contractions by their spelling without an apostrophe."""
+  endings = {
+    "n't": "ai are ca could did does do did had has have is might must need "
+    "ought sha should was were wo would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'ll": "how it somebody someone something they what who why you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'re": "there they what why you",
+  }
+  table = {
+    stem + ending.replace("'", ""): stem + ending
+    for ending, stems in endings.items()
+    for stem in stems.split()
+  }
+  # Either one of two apostrophes may be missing, not both.
+  nots = "couldn hadn mightn shouldn wouldn"
+  subjects = "he it she somebody someone something there they we who you"
+  for stems, middle in ((nots, "t"), (subjects, "d")):
+    for stem in stems.split():
+      word = f"{stem}'{middle}'ve"
+      table[f"{stem}{middle}'ve"] = table[f"{stem}'{middle}ve"] = word
+  table |= {
+    "maam": "ma'am",
+    "oclock": "o'clock",
+    "twas": "'twas",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "somebody'd": "somebodyd",
+    "yall": "y'all",
+    "yall'll": "y'all'll",
+    "y'allll": "y'all'll",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+  }
+  return table
+
+
+_CONTRACTIONS = _contractions()
+
+
+def normalize_answer(answer: str) -> str:
+  """The normalised answer of VQA's official evaluation.
+
+  A punctuation mark is deleted where it stands beside a space anywhere in the
+  answer or a comma is in a number ("1,000"), else it becomes a space. Periods
+  are deleted unless a digit follows. In lower case, number words up to ten
+  become digits, articles are dropped, and contractions get their apostrophe.
+  """
+  answer = _strip(answer)
+  number = _COMMA_IN_NUMBER.search(answer) is not None
+  text = answer
+  for mark in _PUNCTUATION:
+    beside_space = f"{mark} " in answer or f" {mark}" in answer
+    text = text.replace(mark, "" if beside_space or number else " ")
+  words = _PERIOD.sub("", text).lower().split()
+  words = [_NUMBERS.get(word, word) for word in words]
+  words = [word for word in words if word not in _ARTICLES]
+  return " ".join(_CONTRACTIONS.get(word, word) for word in words)
+
+
+def _strip(answer: str) -> str:
+  return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracy(
+  answer: str, truths: Sequence[str], *, counting: str = "original"
+) -> float:
+  """VQA accuracy (Antol et al. 2015), also of TextVQA and OK-VQA, 0..1.
+
+  `original`: the mean over annotators of min(1, m / 3), with m of the other
+  annotators giving that answer. With c of ten: 0, .3, .6, .9, 1, ...
+  `simple`: min(1, c / 3), as in big_vision. Answers are normalised if the
+  annotators disagree; if all agree, the answer must equal theirs.
+
+  Raises InputError for no truths, or an unknown counting.
+  """
+  check_choice("counting", counting, ("original", "simple"))
+  _require_truths(truths)
+  answer, truths = _strip(answer), [_strip(truth) for truth in truths]
+  if len(set(truths)) > 1:
+    answer = normalize_answer(answer)
+    truths = [normalize_answer(truth) for truth in truths]
+  agree = [truth == answer for truth in truths]
+  count = sum(agree)
+  if counting == "simple":
+    return min(1.0, count / 3)
+  others = [min(1.0, (count - same) / 3) for same in agree]
+  return sum(others) / len(others)
+
+
+def _require_truths(truths: Sequence[str]) -> None:
+  if not truths:
+    raise InputError("no truths; expected at least one answer")
+
+
+def exact_match(answer: str, truths: Sequence[str]) -> float:
+  """1 if the answer is one of the truths, else 0 (GQA).
+
+  Compared in lower case, with single spaces and without a final period.
+  """
+  return float(_plain(answer) in {_plain(truth) for truth in truths})
+
+
+def _plain(answer: str) -> str:
+  return " ".join(answer.lower().split()).rstrip(".").rstrip()
+
+
+_LETTER = re.compile(r"^\W*(?:option\s+)?([A-Za-z])\s*(?:[).:,\]]|$)", re.I)
+# A capital: "the answer is a dog" names no option.
+_NAMED_LETTER = re.compile(
+  r"\b(?i:answer|option|choice)(?i:\s+is)?\s*[:=]?\s*\W?([A-Z])\b(?!')"
+)
+
+
+def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
+  """The option that an answer to a multiple-choice question selects.
+
+  The first rule that gives one of the options decides: a letter that the
+  answer is or begins with ("B", "(b)", "B. a cat"), a letter that it names
+  ("the answer is B"), the words of exactly one option, equal or else contained.
+  Returns a capital letter, or None if the answer selects none.
+  """
+  last = chr(ord("A") + (len(options) or 26) - 1)
+  for pattern in (_LETTER, _NAMED_LETTER):
+    for match in pattern.finditer(answer.strip()):
+      if match[1].upper() <= last:
+        return match[1].upper()
+  said = _plain(answer)
+  plain = [_plain(option) for option in options]
+  equal = [i for i, option in enumerate(plain) if option == said]
+  contained = [
+    i
+    for i, option in enumerate(plain)
+    if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
+  ]
+  for matches in (equal, contained):
+    if len(matches) == 1:
+      return chr(ord("A") + matches[0])
+  return None
+
+
+def says_yes(answer: str) -> bool:
+  """Whether an answer is a yes, by POPE's rule.
+
+  It is a no if its first sentence has the word "no" or "not", else a yes.
+  """
+  sentence = answer.split(".")[0].replace(",", "")
+  return not {"no", "not"} & set(sentence.lower().split())
+
+
+def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
+  """Scores of yes-or-no questions (POPE, Li et al. 2023); "yes" is positive.
+
+  Returns:
+    `accuracy`, `precision`, `recall`, `f1`, and `yes_rate` of the answers. A
+    ratio with a denominator of 0 is 0.
+  """
+  if len(answers) != len(truths) or not truths:
+    raise InputError(f"{len(answers)} answers to {len(truths)} questions")
+  plain = [_plain(truth) for truth in truths]
+  unknown = sorted({t for t in plain if t not in ("yes", "no")})
+  if unknown:
+    raise InputError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
+  said = np.array([says_yes(answer) for answer in answers])
+  true = np.array([truth == "yes" for truth in plain])
+
+  def scores(weights):
+    hits = weights @ (said & true)
+    precision = hits / max(weights @ said, 1)
+    recall = hits / max(weights @ true, 1)
+    total = precision + recall
+    return {
+      "accuracy": weights @ (said == true) / len(said),
+      "precision": precision,
+      "recall": recall,
+      "f1": 2 * precision * recall / total if total else 0,
+      "yes_rate": weights @ said / len(said),
+    }
+
+  return bootstrap.estimate(scores, len(said))
+
+
+def anls(answer: str, truths: Sequence[str]) -> float:
+  """Average normalised Levenshtein similarity (Biten et al. 2019), 0..1.
+
+  Of DocVQA and ST-VQA. With NL the edit distance over the longer length: the
+  maximum over the truths of 1 - NL where NL < 0.5, else 0. In lower case, with
+  single spaces.
+
+  Raises InputError for no truths.
+  """
+  _require_truths(truths)
+  said = " ".join(answer.lower().split())
+  best = 0.0
+  for truth in truths:
+    true = " ".join(truth.lower().split())
+    longest = max(len(said), len(true))
+    distance = levenshtein(said, true) / longest if longest else 0.0
+    if distance < 0.5:
+      best = max(best, 1 - distance)
+  return best
+
+
+def levenshtein(first: str, second: str) -> int:
+  """Edit distance: insertions, deletions and substitutions."""
+  previous = list(range(len(second) + 1))
+  for i, a in enumerate(first, 1):
+    row = [i]
+    for j, b in enumerate(second, 1):
+      row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
+    previous = row
+  return previous[-1]
+
+
+_IDS = ("question_id", "questionId", "id")
+_ANSWERS = ("answer", "prediction", "text")
+_TRUTHS = ("answers", "answer", "label")
+_OPTIONS = ("options", "choices")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """The truths of a question."""
+
+  truths: tuple[str, ...]  # correct answers, one from each annotator
+  options: tuple[str, ...] = ()  # multiple-choice options, by their letters
+  kind: str | None = None  # the answer's kind, if the file distinguishes kinds
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Scores of an answer file, and everything that they depend on."""
+
+  metrics: dict[str, float]  # fractions, the benchmark's main metric first
+  errors: dict[str, float]  # their standard errors over the questions
+  protocol: dict[str, Any]
+
+
+def read_answers(path: str | os.PathLike) -> dict[str, str]:
+  """Answers by question; InputError for other files, or a repeated question."""
+  content = _read_json_or_lines(path)
+  if isinstance(content, Mapping) and not {*_IDS} & {*content}:
+    content = [{"id": k, "answer": v} for k, v in content.items()]
+  rows = _rows_by_question(path, content)
+  return {
+    key: _text(path, _get(path, row, _ANSWERS), f"the answer of {key!r}")
+    for key, row in rows.items()
+  }
+
+
+def read_questions(path: str | os.PathLike) -> dict[str, Question]:
+  """Truths by question; InputError for other files, or a repeated question."""
+  content = _read_json_or_lines(path)
+  if isinstance(content, Mapping):
+    lists = [content.get(key) for key in ("annotations", "data")]
+    lists = [rows for rows in lists if isinstance(rows, list)]
+    if lists:
+      content = lists[0]
+    elif all(isinstance(row, Mapping) for row in content.values()):
+      content = [{**row, "id": key} for key, row in content.items()]
+  rows = _rows_by_question(path, content)
+  return {key: _make_question(path, row) for key, row in rows.items()}
+
+
+def _rows_by_question(
+  path: str | os.PathLike, content: Any
+) -> dict[str, Mapping[str, Any]]:
+  rows = [content] if isinstance(content, Mapping) else content
+  valid = isinstance(rows, list) and all(isinstance(r, Mapping) for r in rows)
+  if not valid or not rows:
+    got = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+      got = f"keys {sorted(content)[:6]}"
+    raise InputError(f"{path}: expected rows of questions; got {got}")
+  by_question = {}
+  for row in rows:
+    key = _text(path, _get(path, row, _IDS), "the id of a question")
+    if key in by_question:
+      raise InputError(f"{path}: question {key!r} occurs twice")
+    by_question[key] = row
+  return by_question
+
+
+def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
+  options = next((row[name] for name in _OPTIONS if name in row), None) or []
+  if not isinstance(options, list):
+    raise InputError(
+      f"{path}: expected a list of options, got {shorten_repr(options)}"
+    )
+  truths = _get(path, row, _TRUTHS)
+  truths = truths if isinstance(truths, list) else [truths]
+  plain = [
+    _get(path, t, ("answer",)) if isinstance(t, Mapping) else t for t in truths
+  ]
+  if options:
+    beyond = [
+      t for t in plain if type(t) is int and t not in range(len(options))
+    ]
+    if beyond:
+      raise InputError(
+        f"{path}: {shorten_repr(beyond[0])} is no index of the options of "
+        f"{shorten_repr(row)}"
+      )
+    plain = [chr(ord("A") + t) if type(t) is int else t for t in plain]
+  if not plain:
+    raise InputError(
+      f"{path}: a question without an answer: {shorten_repr(row)}"
+    )
+  kind = row.get("answer_type")
+  return Question(
+    tuple(_text(path, truth, "a correct answer") for truth in plain),
+    tuple(_text(path, option, "an option") for option in options),
+    None if kind is None else _text(path, kind, "an answer_type"),
+  )
+
+
+def _text(path: str | os.PathLike, value: Any, what: str) -> str:
+  """A string, a number or a bool as text."""
+  if not isinstance(value, str | int | float):
+    raise InputError(
+      f"{path}: {what} is {shorten_repr(value)}; expected a text or a number"
+    )
+  return str(value)
+
+
+def _read_json_or_lines(path: str | os.PathLike) -> Any:
+  if not os.path.isfile(path):
+    raise MissingFileError(f"There is no file {path}.")
+  text = foreign.read_text(pathlib.Path(path))
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    try:
+      return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+      raise InputError(
+        f"{path} is neither JSON ({error}) nor one object per line"
+      ) from None
+
+
+def _get(
+  path: str | os.PathLike, row: Mapping[str, Any], names: Sequence[str]
+) -> Any:
+  for name in names:
+    if name in row:
+      return row[name]
+  raise InputError(
+    f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
+  )
+
+
+def _score_option(answer: str, question: Question) -> float:
+  letter = option_letter(answer, question.options)
+  return float(letter in {t.strip().upper() for t in question.truths})
+
+
+# The score of one answer by rule; None for POPE, which scores a whole file.
+RULES = {
+  "vqa": lambda a, q: vqa_accuracy(a, q.truths),
+  "vqa_simple": lambda a, q: vqa_accuracy(a, q.truths, counting="simple"),
+  "exact": lambda a, q: exact_match(a, q.truths),
+  "option": _score_option,
+  "pope": None,
+  "anls": lambda a, q: anls(a, q.truths),
+}
+
+
+def score(
+  answers: Mapping[str, str],
+  questions: Mapping[str, Question],
+  *,
+  rule: str,
+  missing: str = "error",
+) -> Scores:
+  """Scores answers by a benchmark's rule."""
+  check_choice("rule", rule, RULES)
+  check_choice("missing", missing, ("error", "wrong"))
+  unanswered = [key for key in questions if key not in answers]
+  unknown = [key for key in answers if key not in questions]
+  if unknown or (unanswered and missing == "error"):
+    raise InputError(
+      f"{len(unanswered)} of {len(questions)} questions have no answer "
+      f"{f'(such as {unanswered[0]})' if unanswered else ''}, and "
+      f"{len(unknown)} answers belong to no question "
+      f"{f'(such as {unknown[0]})' if unknown else ''}. missing=wrong counts "
+      "unanswered ones as wrong."
+    )
+  digest = hashlib.sha256(
+    json.dumps([[k, *q.truths] for k, q in questions.items()]).encode()
+  )
+  estimate = _score_rule(
+    rule, list(map(answers.get, questions)), questions.values()
+  )
+  return Scores(
+    estimate.metrics,
+    estimate.errors,
+    {
+      "rule": rule,
+      "questions": len(questions),
+      "unanswered": len(unanswered),
+      "missing": missing,
+      "data_hash": digest.hexdigest()[:16],
+    },
+  )
+
+
+def _score_rule(
+  rule: str, answers: Sequence[str | None], questions: Collection[Question]
+) -> Estimate:
+  """The metrics of a rule; a missing answer is wrong."""
+  if rule == "pope":
+    truths = [q.truths[0] for q in questions]
+    wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
+    said = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
+    return pope_scores(said, truths)
+  scores, kinds = [], collections.defaultdict(list)
+  for answer, question in zip(answers, questions, strict=True):
+    scores.append(0.0 if answer is None else RULES[rule](answer, question))
+    if question.kind:
+      kinds[f"accuracy_{question.kind}"].append(scores[-1])
+  kinds = {"accuracy": scores, **kinds} if rule != "anls" else {rule: scores}
+  return bootstrap.means({name: np.array(x) for name, x in kinds.items()})

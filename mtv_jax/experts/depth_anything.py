@@ -1,0 +1,193 @@
+"""Depth Anything V2 (Yang et al. 2024): expert of inverse depth.
+
+`depth_expert.py` turns the predictions into labels.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jax.sharding import Mesh
+from jaxtyping import Float32, PyTree, UInt8
+
+from mtv_jax.config.options import PositiveInt, Range
+from mtv_jax.convert import depth_anything, processors
+from mtv_jax.convert.depth_anything import DepthSpec
+from mtv_jax.data import canvas
+from mtv_jax.data.labels import label_values
+from mtv_jax.encoder import apply_fns
+from mtv_jax.encoder.preprocess import lower_bound_shape, nearest_multiple
+from mtv_jax.experts import local_mesh
+from mtv_jax.experts.base import check_options
+from mtv_jax.experts.depth_expert import DepthExpert
+from mtv_jax.models import layers, vit
+from mtv_jax.utils.errors import InputError, check_choice
+
+_PREPROCESSES = ("original", "huggingface", "square")
+MEAN = np.float32(processors.IMAGENET_MEAN)
+STD = np.float32(processors.IMAGENET_STD)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthPreprocess:
+  """Resizes and normalises images, as one of the references does:
+
+  original     the shorter side to at least `size`, bicubic on floats, four
+               neighbours a dimension at any scale
+  huggingface  the side that changes less to `size`, bicubic with Pillow's
+               antialiasing on bytes: 512 x 384 becomes 518 x 392, and 686 x 518
+               in the official code
+  square       the whole image squashed to `size` x `size`, antialiased: one
+               shape for all images, as labels are in the unit square
+
+  The first two preserve the aspect ratio to a `multiple`, the patch, and each
+  shape of image compiles a program. `max_aspect`, of longer side to shorter,
+  bounds their number: 75 for `original` at size 518 and aspect 2. Longer images
+  are squeezed, unlike in the references.
+  """
+
+  preprocess: str = "original"
+  size: int = 518
+  multiple: int = 14
+  max_aspect: float | int = 2.0
+
+  def __post_init__(self):
+    check_choice("preprocess", self.preprocess, _PREPROCESSES)
+    if self.size < self.multiple or self.size % self.multiple:
+      near = max(1, round(self.size / self.multiple)) * self.multiple
+      raise InputError(
+        f"size={self.size} is not a multiple of the patch, {self.multiple}; "
+        f"the nearest is {near}."
+      )
+    if self.max_aspect < 1:
+      raise InputError(
+        f"max_aspect={self.max_aspect}: longer side over shorter, at least 1."
+      )
+
+  def __call__(
+    self, image: UInt8[np.ndarray, "h w 3"]
+  ) -> Float32[np.ndarray, "h2 w2 3"]:
+    """An image, resized and normalised."""
+    height, width = self.resized_shape(*image.shape[:2])
+    if self.preprocess == "original":
+      pixels = image.astype(np.float32) / 255
+      cubic = cv2.INTER_CUBIC
+      pixels = cv2.resize(pixels, (width, height), interpolation=cubic)
+      return (pixels - MEAN) / STD
+    if self.preprocess == "square":
+      pixels = canvas.squash(image, self.size)
+    else:
+      cubic = PIL.Image.Resampling.BICUBIC
+      resized = PIL.Image.fromarray(image).resize((width, height), cubic)
+      pixels = np.asarray(resized)
+    # The order of operations of transformers.
+    return (pixels.astype(np.float32) - MEAN * 255) / (STD * 255)
+
+  def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a preprocessed image."""
+    if self.preprocess == "square":
+      return self.size, self.size
+    if self.preprocess == "original":
+      rows, columns = lower_bound_shape(
+        height, width, size=self.size, multiple=self.multiple
+      )
+    else:
+      scales = self.size / height, self.size / width
+      # Ties go to the height, as in transformers.
+      by_width = abs(1 - scales[1]) < abs(1 - scales[0])
+      rows, columns = (
+        nearest_multiple(scales[by_width] * side, self.multiple)
+        for side in (height, width)
+      )
+    return self._bound(rows, columns), self._bound(columns, rows)
+
+  def _bound(self, side: int, other: int) -> int:
+    most = int(self.max_aspect * other) // self.multiple * self.multiple
+    return min(side, max(most, self.multiple))
+
+
+@check_options
+def load_expert(
+  path: str | os.PathLike,
+  *,
+  mesh: Mesh | None = None,
+  batch_size: PositiveInt = 1,
+  dtype: Literal["float32", "bfloat16"] = "float32",
+  preprocess: str = "original",
+  size: int = 518,
+  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
+  max_aspect: float = 2.0,
+) -> DepthExpert:
+  """Opens a Depth Anything V2 of `transformers` as an expert of depth.
+
+  Args:
+    path: folder with `config.json` and `model.safetensors`, such as
+      Depth-Anything-V2-Small-hf.
+    mesh: mesh of this host's devices; all of them by default.
+    batch_size: images per device.
+    dtype: computation dtype.
+    preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles one
+      program, the others one for each shape of image.
+    side: the labels' side, in pixels.
+
+  Raises:
+    MissingFileError: the folder is missing.
+    ConversionError: it contains another model, or not all of this one.
+    ConfigError: an option is out of its range.
+  """
+  spec, params = depth_anything.read(path)
+  inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
+  mesh = local_mesh.local_mesh() if mesh is None else mesh
+  return DepthExpert(
+    make_function(spec, dtype=dtype, mesh=mesh),
+    params,
+    inputs,
+    mesh=mesh,
+    batch_size=batch_size,
+    side=side,
+    settings={
+      "expert": "depth_anything",
+      "hash": local_mesh.fingerprint(params),
+      "dtype": dtype,
+      "preprocess": preprocess,
+      "size": size,
+      "max_aspect": max_aspect,
+    },
+  )
+
+
+def make_function(
+  spec: DepthSpec, *, dtype: str, mesh: Mesh
+) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
+  """The model: from its parameters and `images` to `depth` `[n, h, w]`.
+
+  The map is float32; the mesh's platform chooses the head's resampling.
+  """
+  compute = jnp.dtype(dtype)
+  tower = vit.ViT(spec.image, dtype=compute)
+  norm = layers.norm(spec.image.norm_eps, compute, "norm")
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  head = spec.head.clone(resize="neighbours" if on_cpu else "products")
+  first = spec.image.prefix
+
+  def run(params, rows):
+    images = rows["images"]
+    n, *size = images.shape[:3]
+    grid = spec.image.grid_of(*size)
+    with apply_fns.precision(dtype):
+      out = tower.apply({"params": params["image"]}, images, taps=spec.layers)
+      normed = [
+        norm.apply({"params": params["image"]["norm"]}, out.taps[tap])
+        for tap in spec.layers
+      ]
+      stages = [x[:, first:].reshape(n, *grid, -1) for x in normed]
+      depth = head.apply({"params": params["depth"]}, stages, tuple(size))
+    return {"depth": depth}
+
+  return run

@@ -1,0 +1,216 @@
+"""DINO self-distillation loss, with the KoLeo regularizer.
+
+Cross-entropy between student and EMA-teacher prototype assignments of views of
+an image (Caron et al. 2021).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from mtv_jax.config import options
+from mtv_jax.models.heads.projection import unit
+from mtv_jax.objectives import base
+from mtv_jax.objectives.prototypes import PrototypeObjective
+from mtv_jax.parallel.mesh import data_rows, num_batch_shards
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import pytree_dataclass
+
+
+def group_rows(
+  x: Shaped[Array, "n ..."], size: int, mesh: Mesh | None = None
+) -> Shaped[Array, "g s ..."]:
+  """Groups of `size` consecutive rows of the data, the last one zero-padded.
+
+  Rows of the data are the same on every mesh, so groups are too. With a
+  multiple of `size` rows on each device, no row moves.
+  """
+  rows, size = len(x), min(size, len(x))
+  if mesh is not None and rows // num_batch_shards(mesh) % size:
+    order = data_rows(rows, mesh)
+    if (order != np.arange(rows)).any():
+      x = x[np.argsort(order)]
+  x = jnp.pad(x, [(0, -rows % size)] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(-1, size, *x.shape[1:])
+
+
+def nearest_neighbours(
+  x: Float[Array, "g s d"], valid: Bool[Array, "g s"]
+) -> Int[Array, "g s"]:
+  """Each unit vector's nearest other valid one of its group, by index."""
+  cosines = jnp.einsum("gnd,gmd->gnm", x, x, precision="highest")
+  others = valid[:, :, None] & valid[:, None] & ~jnp.eye(x.shape[1], dtype=bool)
+  return jnp.argmax(jnp.where(others, cosines, -2.0), axis=2)
+
+
+def koleo(
+  vectors: Float[Array, "n d"],
+  valid: Bool[Array, " n"],
+  *,
+  group: int = 64,
+  eps: float = 1e-8,
+  mesh: Mesh | None = None,
+) -> base.WeightedMean:
+  """KoLeo regularizer (Sablayrolles et al. 2019) in groups of rows.
+
+      L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
+
+  The neighbour j is of the same group of `group` consecutive rows. DINOv2
+  searches among the 12 to 64 images of a GPU, DINOv3 in groups of 16: in a much
+  larger set the nearest neighbour is of the same class, and KoLeo would repel
+  images of one class.
+
+  The mean over the valid vectors, which are normalised first; a group with
+  fewer than two has a count of 0. `eps` bounds value and gradient for equal
+  vectors. `mesh`: over which the vectors are sharded.
+  """
+  x = group_rows(unit(vectors), group, mesh)  # [g, s, d]
+  valid = group_rows(valid, group, mesh)  # [g, s]
+  index = nearest_neighbours(x, valid)
+  neighbours = jnp.take_along_axis(x, index[..., None], axis=1)
+  # Not sqrt(2 - 2 cos), which cancels for close neighbours.
+  squares = jnp.sum(jnp.square(x - neighbours), axis=2)
+  losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
+  several = jnp.sum(valid, axis=1, keepdims=True) > 1
+  counted = (valid & several).astype(jnp.float32)
+  return base.WeightedMean(jnp.sum(losses * counted), jnp.sum(counted))
+
+
+def pair_weights(
+  global_views: int, local_views: int, *, same_crop: str
+) -> Float[np.ndarray, "g v"]:
+  """Weights of teacher views (rows) against student views, global ones first.
+
+  Each term has the weight 1 / (number of terms), as in DINOv2: 2 x 1 global
+  and 2 x 8 local terms, each a mean over the batch, are divided by 18.
+  `same_crop='exclude'` leaves out a global crop against itself. Raises
+  ConfigError without any pair.
+  """
+  pairs = np.ones((global_views, global_views + local_views), np.float32)
+  if same_crop == "exclude":
+    pairs[:, :global_views] -= np.eye(global_views, dtype=np.float32)
+  if not pairs.any():
+    raise ConfigError(
+      "dino has one global crop and no local ones: nothing is left to "
+      "compare. Give the global view count=2, name a local view, or set "
+      "same_crop='include' where the global view has masked patches."
+    )
+  return pairs / pairs.sum()
+
+
+@pytree_dataclass
+class LossInputs:
+  """Per example, bottleneck vectors, and the student's pooled vectors."""
+
+  teacher: Float[Array, "b g d"]  # For the global crops.
+  student: Float[Array, "b v d"]  # For the global crops, then the local ones.
+  pooled: Float[Array, "b g e"]  # For the global crops.
+
+
+@dataclasses.dataclass(frozen=True)
+class DINO(PrototypeObjective):
+  """DINO loss (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
+
+  The teacher encodes the global crops unmasked, the student the global crops,
+  masked if the view has a mask, and the local crops. With one global crop, only
+  local ones are compared with it, as in SigLIP 2.
+  """
+
+  view_global: str = "global"
+  view_local: str | None = "local"
+  # Weight of KoLeo on the student's pooled vectors of global crops, summed over
+  # the crops; 0.1 is DINOv2's.
+  koleo_weight: options.NonNegativeFloat = 0.1
+  # Images among which KoLeo searches the nearest one; DINOv2 has up to 64.
+  koleo_group: Annotated[int, options.Range(min=2)] = 64
+  # Whether a global crop is compared with itself; DINO excludes it.
+  same_crop: Literal["exclude", "include"] = "exclude"
+
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> DINO:
+    names = [self.view_global, self.view_local]
+    counts = [views[n].count if n in views else 0 for n in names]
+    if self.view_global in views:
+      pair_weights(*counts, same_crop=self.same_crop)
+    return self
+
+  def _channels(self, spec) -> int:
+    return spec.image.embed_dim
+
+  @property
+  def _student(self) -> list[base.Encoding]:
+    views = [self.view_global]
+    if self.view_local is not None:
+      views.append(self.view_local)
+    return [base.Encoding("image", view) for view in views]
+
+  @property
+  def _teacher(self) -> base.Encoding:
+    return base.Encoding("image", self.view_global, base.TEACHER)
+
+  def needs(self) -> base.Needs:
+    every = [*self._student, self._teacher]
+    return base.Needs(encodings=dict.fromkeys(every, ()))
+
+  def loss_inputs(
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
+  ) -> LossInputs:
+    pooled = [encodings[e].pooled for e in self._student]  # [b, g | l, E]
+    return LossInputs(
+      teacher=heads[self.head, base.TEACHER](encodings[self._teacher].pooled),
+      student=heads[self.head](jnp.concatenate(pooled, axis=1)),
+      pooled=pooled[0],
+    )
+
+  def loss(
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
+  ) -> base.Terms:
+    rows, crops = loss_inputs.teacher.shape[:2]
+    views = loss_inputs.student.shape[1]
+    pairs = pair_weights(
+      crops, views - crops, same_crop=self.same_crop
+    )  # [g, v]
+    result = self.prototype_loss(
+      loss_inputs.teacher,
+      loss_inputs.student,
+      valid=jnp.ones((rows, crops), bool),
+      weights=jnp.broadcast_to(pairs, (rows, *pairs.shape)),
+      heads=heads,
+      context=context,
+    )
+    count = jnp.ones(()) * rows
+    total = result.sum
+    report = {**result.report, "labelled": base.WeightedMean(count, count)}
+    if self.koleo_weight:
+      koleo_loss = self._koleo(loss_inputs.pooled, context.mesh)
+      total = total + self.koleo_weight * rows * koleo_loss
+      report["koleo"] = base.WeightedMean(koleo_loss / crops, jnp.ones(()))
+      report["cross_entropy"] = base.WeightedMean(result.sum, count)
+    return base.Terms(
+      loss=base.WeightedMean(total, count),
+      report=jax.lax.stop_gradient(report),
+      statistics=result.statistics,
+    )
+
+  def _koleo(
+    self, pooled: Float[Array, "b g e"], mesh: Mesh | None
+  ) -> Float[Array, ""]:
+    """KoLeo summed over crops; crops of one image are not compared."""
+    rows, crops = pooled.shape[:2]
+    if rows < 2:
+      raise ConfigError(
+        f"dino: koleo_weight={self.koleo_weight} compares images of "
+        f"the global batch, which has {rows}; it needs at least 2. Raise "
+        "batch_size or set koleo_weight=0."
+      )
+    every = jnp.ones(rows, bool)
+    return sum(
+      koleo(pooled[:, i], every, group=self.koleo_group, mesh=mesh).value()
+      for i in range(crops)
+    )

@@ -1,0 +1,567 @@
+"""SVG charts: curves, values with intervals, heat maps, histograms.
+
+Sizes are in CSS pixels and are not scaled, so that text keeps its size: every
+chart but a wide heat map fits a phone. `style.THEME` has the colours, light and
+dark. Marks have titles, which a browser shows under the pointer.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from mtv_jax.report.style import COLOURS, SVG_STYLE, THEME, escape
+from mtv_jax.utils import atomic
+from mtv_jax.utils.plots import shorten, text_width
+from mtv_jax.utils.text import format_short, one_line
+
+Number = int | float
+
+WIDTH = 340
+TEXT = 12  # Height of letters.
+TITLE = 24  # Height of the title's line.
+_LARGEST = 1e300
+_GAP = 14  # Between the names of series.
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_ROW = 24  # Height of a row.
+_CELL = 44  # Width of a cell; its height is `_ROW`.
+_BARS = (276, 84)  # Width and height of the bars of a histogram.
+
+
+class Chart(NamedTuple):
+  """A drawn chart."""
+
+  title: str
+  svg: str
+  name: str  # of its file, without a suffix
+
+
+class Scale(NamedTuple):
+  """Maps `low` to the pixel `start` and `high` to `end`."""
+
+  low: Number
+  high: Number
+  start: Number
+  end: Number
+  log: bool = False
+
+  def __call__(self, value: Number) -> Number:
+    low, high = self.low, self.high
+    if self.log:
+      low, high, value = map(math.log, (low, high, value))
+    return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def make_scale(
+  values: Sequence[Number],
+  start: Number,
+  end: Number,
+  *,
+  log: bool = False,
+  margin: Number = 0.05,
+) -> Scale:
+  """A scale over the finite values, with a margin of its length at both ends.
+
+  Values that are all equal, or no values, get a scale of length 1, or of a
+  factor of 2 if logarithmic; this leaves out values that are not positive.
+  """
+  known = [float(v) for v in values if is_drawn(v, log=log)]
+  low, high = (min(known), max(known)) if known else (1.0, 1.0)
+  if log:
+    if high / low < 1 + 1e-9:
+      low, high = low / math.sqrt(2), high * math.sqrt(2)
+    factor = (high / low) ** margin
+    return Scale(low / factor, high * factor, start, end, log=True)
+  if high - low <= 1e-9 * max(abs(low), abs(high)):
+    low, high = low - 0.5, high + 0.5
+  extra = margin * (high - low)
+  return Scale(low - extra, high + extra, start, end)
+
+
+def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
+  """About `count` round values on a scale: 1, 2 or 5 times powers of ten."""
+  if scale.log:
+    exponents = range(
+      math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1
+    )
+    for digits in ((1,), (1, 3), (1, 2, 5)):
+      ticks = [d * 10.0**e for e in exponents for d in digits]
+      ticks = [t for t in ticks if scale.low <= t <= scale.high]
+      if len(ticks) >= 3:
+        return ticks[:: math.ceil(len(ticks) / (count + 2))]
+    if len(ticks) > 1:
+      return ticks
+  raw = (scale.high - scale.low) / count
+  power = 10.0 ** math.floor(math.log10(raw))
+  steps = [d * power for d in (0.2, 0.5, 1, 2, 5, 10)]
+  chosen = next(i for i, step in enumerate(steps) if step >= 0.999 * raw)
+  # A smaller step where there would be no two ticks.
+  for step in reversed(steps[: chosen + 1]):
+    first = math.ceil(scale.low / step - 1e-9)
+    last = math.floor(scale.high / step + 1e-9)
+    if last > first:
+      break
+  return [k * step for k in range(first, last + 1)]
+
+
+def is_drawn(value: Number | None, *, log: bool = False) -> bool:
+  """Whether a value has a place on a scale: finite, and above 0 if `log`.
+
+  Values near the largest float would overflow the scale.
+  """
+  if value is None or not abs(value) < _LARGEST:  # Also NaN.
+    return False
+  return value > 0 or not log
+
+
+def draw_x_axis(scale: Scale, top: Number, bottom: Number) -> Iterator[str]:
+  """The axis at `bottom`, with ticks and lines up to `top`."""
+  yield f"<path class='axis' d='M{scale.start:.1f} {bottom}H{scale.end:.1f}'/>"
+  space = abs(scale.end - scale.start) / 44
+  for tick in list_ticks(scale, count=max(2, min(5, int(space)))):
+    x = scale(tick)
+    yield f"<path class='grid' d='M{x:.1f} {top}V{bottom}'/>"
+    yield draw_text(x, bottom + 15, format_short(tick), "tick middle")
+
+
+def draw_text(x: Number, y: Number, text: str, css: str) -> str:
+  """One line of text at a point; `css` has its anchor."""
+  return (
+    f"<text x='{x:.1f}' y='{y:.1f}' class='{css}'>{escape_line(text)}</text>"
+  )
+
+
+def escape_line(text: str) -> str:
+  """Text on one line, for SVG."""
+  return escape(one_line(text))
+
+
+def add_title(text: str) -> str:
+  """The element that a browser shows under the pointer."""
+  return f"<title>{escape_line(text)}</title>"
+
+
+def make_chart(
+  title: str, name: str, width: Number, height: Number, parts: Sequence[str]
+) -> Chart:
+  """A chart of SVG elements, with its title."""
+  width, height = math.ceil(width), math.ceil(height)
+  heading = escape_line(shorten(title, width - 4, 13))
+  svg = (
+    f"<svg class='chart' role='img' aria-label='{escape_line(title)}' "
+    f"width='{width}' height='{height}' viewBox='0 0 {width} {height}'>"
+    f"<text x='2' y='15' class='title'>{heading}{add_title(title)}</text>"
+    f"{''.join(parts)}</svg>"
+  )
+  return Chart(title, svg, name)
+
+
+def to_file(chart: Chart) -> str:
+  """The chart as an SVG file, which follows light or dark by itself."""
+  return chart.svg.replace(
+    "<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1
+  ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
+
+
+def write_files(
+  drawn: Sequence[Chart], folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Writes `charts/NAME.svg`, which Markdown links to; returns the paths."""
+  paths = [folder / f"charts/{chart.name}.svg" for chart in drawn]
+  (folder / "charts").mkdir(parents=True, exist_ok=True)
+  for path, chart in zip(paths, drawn, strict=True):
+    atomic.write_text(path, to_file(chart))
+  return paths
+
+
+class Series(NamedTuple):
+  """One curve, or one set of points."""
+
+  name: str
+  points: Sequence[tuple[Number, Number | None]]  # (x, y); None: no value
+  colour: int = 0
+  # (x, low, high), drawn as an area, or as bars through dots.
+  intervals: Sequence[tuple[Number, Number, Number]] = ()
+  style: str = "line"  # or "dots", or "dashed" (without a label)
+
+
+def line_chart(
+  title: str,
+  series: Sequence[Series],
+  *,
+  name: str,
+  x_label: str,
+  log_x: bool = False,
+  log_y: bool = False,
+  chance: Number | None = None,
+) -> Chart:
+  """Curves with their names at the right; a dashed line at `chance`."""
+  labelled = [s for s in series if s.style != "dashed" and s.points]
+  names = [shorten(s.name, 84, TEXT) for s in labelled]
+  right = 14 + max([text_width(n, TEXT) for n in names], default=0)
+  # Room for the names below each other.
+  height = max(210, TITLE + _GAP * len(names) + 34)
+  xs = [x for s in series for x, _ in s.points]
+  ys = [y for s in series for _, y in s.points if y is not None]
+  ys += [v for s in series for _, *ends in s.intervals for v in ends]
+  ys += [] if chance is None else [chance]
+  bottom = height - 34
+  y_scale = make_scale(ys, bottom, TITLE + 6, log=log_y)
+  y_ticks = list_ticks(y_scale)
+  left = 8 + max(text_width(format_short(t), TEXT) for t in y_ticks)
+  margin = 0.04 if any(s.style == "dots" for s in series) else 0.0
+  x_scale = make_scale(xs, left, WIDTH - right, log=log_x, margin=margin)
+  parts = [*_axes(x_scale, y_scale, y_ticks, x_label, bottom)]
+  if chance is not None and (chance > 0 or not log_y):
+    parts += _chance_line(left, y_scale(chance), WIDTH - right, chance)
+  for line in series:
+    parts += _draw_series(line, x_scale, y_scale)
+  shown = [
+    (s, n, y_scale(y))
+    for s, n in zip(labelled, names, strict=True)
+    if (y := _find_last(s, log=log_y)) is not None
+  ]
+  places = spread([y for *_, y in shown], low=TITLE + 8, high=bottom)
+  for (line, text, y), place in zip(shown, places, strict=True):
+    x = WIDTH - right
+    leader = f"M{x:.1f} {y:.1f}L{x + 6:.1f} {place:.1f}"
+    parts.append(
+      f"<g class='c{line.colour % COLOURS}'><path class='leader' d='{leader}'/>"
+      f"<circle cx='{x + 7:.1f}' cy='{place:.1f}' r='2.5'/></g>"
+      f"<text x='{x + 12:.1f}' y='{place + 4:.1f}'>{escape_line(text)}"
+      f"{add_title(line.name)}</text>"
+    )
+  return make_chart(title, name, WIDTH, height, parts)
+
+
+def _find_last(series: Series, *, log: bool) -> Number | None:
+  """The last value that is drawn, if any."""
+  return next((y for _, y in series.points[::-1] if is_drawn(y, log=log)), None)
+
+
+def _axes(
+  x_scale: Scale,
+  y_scale: Scale,
+  y_ticks: Sequence[Number],
+  x_label: str,
+  bottom: Number,
+) -> Iterator[str]:
+  left, right = x_scale.start, x_scale.end
+  for tick in y_ticks:
+    y = y_scale(tick)
+    yield f"<path class='grid' d='M{left:.1f} {y:.1f}H{right:.1f}'/>"
+    yield draw_text(left - 4, y + 4, format_short(tick), "tick end")
+  yield from draw_x_axis(x_scale, TITLE, bottom)
+  yield draw_text((left + right) / 2, bottom + 30, x_label, "tick middle")
+
+
+def _chance_line(
+  left: Number, y: Number, right: Number, chance: Number
+) -> list[str]:
+  return [
+    f"<path class='chance' d='M{left:.1f} {y:.1f}H{right:.1f}'>"
+    f"<title>chance: {chance:.4g}</title></path>",
+    draw_text(right - 2, y - 3, "chance", "tick end"),
+  ]
+
+
+def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
+  yield f"<g class='c{line.colour % COLOURS}'>"
+  dash = _DASHES[line.colour // COLOURS % len(_DASHES)]
+  dash = f" stroke-dasharray='{dash}'" if dash else ""
+  css = "line dashed" if line.style == "dashed" else "line"
+  ends = [
+    (x_scale(x), y_scale(low), y_scale(high))
+    for x, low, high in line.intervals
+    if is_drawn(low, log=y_scale.log) and is_drawn(high)
+  ]
+  if line.style == "dots":
+    for x, low, high in ends:
+      yield f"<path class='bar' d='M{x:.1f} {low:.1f}V{high:.1f}'/>"
+  elif len(ends) > 1:
+    upper = " ".join(f"{x:.1f},{high:.1f}" for x, _, high in ends)
+    lower = " ".join(f"{x:.1f},{low:.1f}" for x, low, _ in reversed(ends))
+    yield f"<polygon class='band' points='{upper} {lower}'/>"
+  if line.style != "dots":
+    path = trace(line.points, x_scale, y_scale)
+    yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
+  if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
+    for x, y in line.points:
+      if not is_drawn(y, log=y_scale.log):
+        continue
+      yield (
+        f"<circle cx='{x_scale(x):.1f}' cy='{y_scale(y):.1f}' r='2.5'>"
+        f"{add_title(f'{line.name}: {y:.4g} at {x:.6g}')}</circle>"
+      )
+  yield "</g>"
+
+
+def trace(
+  points: Sequence[tuple[Number, Number | None]], x_scale: Scale, y_scale: Scale
+) -> str:
+  """The path through points; a value that is missing interrupts it."""
+  parts, pen = [], "M"
+  for x, y in points:
+    if not is_drawn(y, log=y_scale.log):
+      pen = "M"
+      continue
+    parts.append(f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}")
+    pen = "L"
+  return "".join(parts)
+
+
+def spread(
+  heights: Sequence[Number], *, low: Number, high: Number
+) -> list[Number]:
+  """Positions of labels, `_GAP` apart, in order and near their heights.
+
+  Labels that don't fit between `low` and `high` go on below.
+  """
+  order = sorted(range(len(heights)), key=lambda i: heights[i])
+  # Blocks of labels that touch: [first position, indices].
+  blocks: list[tuple[Number, list[int]]] = []
+  for i in order:
+    block = [i]
+    while True:
+      # The mean of what each label of the block would like.
+      top = sum(heights[k] - _GAP * n for n, k in enumerate(block)) / len(block)
+      top = max(min(top, high - _GAP * (len(block) - 1)), low)
+      if not blocks or blocks[-1][0] + _GAP * len(blocks[-1][1]) <= top:
+        break
+      block = blocks.pop()[1] + block
+    blocks.append((top, block))
+  placed = [0.0] * len(heights)
+  for top, block in blocks:
+    for n, i in enumerate(block):
+      placed[i] = top + _GAP * n
+  return placed
+
+
+def thin_out(
+  points: Sequence[tuple[Number, Number]],
+) -> list[tuple[Number, Number]]:
+  """At most 160 points: the means of equal numbers of neighbours."""
+  size = math.ceil(len(points) / 160)
+  if size <= 1:
+    return list(points)
+  groups = [points[i : i + size] for i in range(0, len(points), size)]
+  return [
+    (
+      sum(x for x, _ in group) / len(group),
+      sum(y for _, y in group) / len(group),
+    )
+    for group in groups
+  ]
+
+
+class Row(NamedTuple):
+  """One value of `interval_plot` with its interval."""
+
+  name: str
+  value: Number | None
+  low: Number | None = None
+  high: Number | None = None
+  points: Sequence[Number] = ()  # single measurements, such as seeds
+  chance: Number | None = None
+  colour: int = 0
+  note: str = ""  # shown under the pointer
+  hollow: bool = False  # not measured here
+
+
+def interval_plot(
+  title: str,
+  rows: Sequence[Row],
+  *,
+  name: str,
+  unit: str,
+  lower: bool = False,
+) -> Chart:
+  """Values with intervals, a row each: a forest plot.
+
+  The axis spans chance and every interval, in percent from 0 to 100 at most: of
+  two seeds an interval may be wider than that. A dashed line is at chance, from
+  row to row where rows have their own.
+  """
+  labels = [shorten(row.name, 120, TEXT) for row in rows]
+  left = 10 + _widest(labels)
+  texts = [_value_text(row.value) for row in rows]
+  right = 10 + _widest(texts)
+  known = [row.value for row in rows] + [row.chance for row in rows]
+  known += [v for r in rows for v in (*_shown_interval(r, unit), *r.points)]
+  top, bottom = TITLE, TITLE + _ROW * len(rows) + 4
+  scale = make_scale([v for v in known if is_drawn(v)], left + 4, WIDTH - right)
+  parts = [*draw_x_axis(scale, top, bottom)]
+  for i, row in enumerate(rows):
+    middle = top + _ROW * (i + 0.5) + 2
+    parts.append(
+      f"<text x='{left - 4:.1f}' y='{middle + 4:.1f}' class='end'>"
+      f"{escape_line(labels[i])}{add_title(row.name)}</text>"
+    )
+    parts += _draw_interval(row, scale, middle, unit)
+    parts.append(draw_text(WIDTH - 2, middle + 4, texts[i], "tick end"))
+  has_chance = any(row.chance is not None for row in rows)
+  legend = [unit, "lower is better" * lower, "dashed: chance" * has_chance]
+  legend = " · ".join(filter(None, legend))
+  space = max(WIDTH - 2 - text_width(legend, TEXT), 2)
+  parts.append(draw_text(min(left, space), bottom + 31, legend, "tick"))
+  return make_chart(title, name, WIDTH, bottom + 38, parts)
+
+
+def _widest(texts: Sequence[str]) -> float:
+  return max([text_width(text, TEXT) for text in texts], default=0)
+
+
+def _shown_interval(row: Row, unit: str) -> tuple[Number, ...]:
+  """Low and high; () without an interval, or without a value."""
+  if row.value is None or row.low is None or row.high is None:
+    return ()
+  if unit != "%":
+    return row.low, row.high
+  return max(row.low, min(0, row.value)), min(row.high, max(100, row.value))
+
+
+def _value_text(value: Number | None) -> str:
+  if not is_drawn(value):
+    return "–"
+  if abs(value) >= 10:
+    return f"{value:.1f}" if abs(value) < 1e6 else f"{value:.1e}"
+  return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def _draw_interval(
+  row: Row, scale: Scale, y: Number, unit: str
+) -> Iterator[str]:
+  if is_drawn(row.chance):
+    x, half = scale(row.chance), _ROW / 2
+    yield (
+      f"<path class='chance' d='M{x:.1f} {y - half}V{y + half}'>"
+      f"{add_title(f'chance: {row.chance:.4g} {unit}')}</path>"
+    )
+  if not is_drawn(row.value):
+    return
+  text = f"{row.name}: {row.value:.4g} {unit}"
+  yield f"<g class='c{row.colour % COLOURS}'>"
+  for point in row.points:
+    yield f"<circle class='seed' cx='{scale(point):.1f}' cy='{y}' r='2.5'/>"
+  shown = _shown_interval(row, unit)
+  if shown and all(map(is_drawn, shown)):
+    low, high = map(scale, shown)
+    text += f", {row.low:.4g} to {row.high:.4g}"
+    yield (
+      f"<path class='bar' d='M{low:.1f} {y}H{high:.1f}"
+      f"M{low:.1f} {y - 4}V{y + 4}M{high:.1f} {y - 4}V{y + 4}'/>"
+    )
+  text += f". {row.note}" if row.note else ""
+  hollow = " class='hollow'" if row.hollow else ""
+  yield (
+    f"<circle{hollow} cx='{scale(row.value):.1f}' cy='{y}' r='4.5'>"
+    f"{add_title(text)}</circle></g>"
+  )
+
+
+def heat_map(
+  title: str,
+  values: Sequence[Sequence[Number | None]],
+  *,
+  rows: Sequence[str],
+  columns: Sequence[str],
+  name: str,
+  limit: Number | None = None,
+  x_label: str = "",
+  marks: Sequence[Sequence[bool]] | None = None,
+) -> Chart:
+  """A table of numbers, coloured by sign and size.
+
+  `limit` is the size at which the colour is full, by default the largest;
+  `x_label` is what the columns are; numbers with `marks` are in bold, and None
+  leaves a cell empty.
+  """
+  known = [abs(v) for row in values for v in row if is_drawn(v)]
+  limit = limit or max(known, default=0) or 1.0
+  labels = [shorten(row, 150, TEXT) for row in rows]
+  left = 8 + _widest(labels)
+  heads = [shorten(column, 110, TEXT) for column in columns]
+  longest = _widest(heads)
+  # Heads that are wider than their cell are slanted.
+  slanted = longest > _CELL - 4
+  head = longest * 0.64 + 14 if slanted else 18
+  top = TITLE + head + (16 if x_label else 0)
+  parts = []
+  if x_label:
+    parts.append(draw_text(left, TITLE + 12, x_label, "tick"))
+  for k, column in enumerate(heads):
+    x, y = left + _CELL * (k + 0.5), top - 6
+    turn = f" transform='rotate(-40 {x:.1f} {y:.1f})'" if slanted else ""
+    css = "" if slanted else " class='middle'"
+    text = escape_line(column)
+    parts.append(f"<text x='{x:.1f}' y='{y:.1f}'{css}{turn}>{text}</text>")
+  for i, row in enumerate(values):
+    y = top + _ROW * i
+    parts.append(draw_text(left - 5, y + 16, labels[i], "end"))
+    for k, value in enumerate(row):
+      label = f"{rows[i]}, {columns[k]}"
+      bold = marks is not None and marks[i][k]
+      parts.append(_draw_cell(left + _CELL * k, y, value, limit, label, bold))
+  width = left + _CELL * len(columns) + (longest * 0.77) * slanted
+  width = max(width + 4, text_width(title, 13) + 8)
+  return make_chart(title, name, width, top + _ROW * len(rows) + 4, parts)
+
+
+def _draw_cell(
+  x: Number, y: Number, value: Number | None, limit: Number, label: str, bold
+) -> str:
+  box = f"x='{x:.1f}' y='{y:.1f}' width='{_CELL - 1}' height='{_ROW - 1}'"
+  if not is_drawn(value):
+    return f"<rect class='empty' {box}>{add_title(f'{label}: no value')}</rect>"
+  share = min(abs(value) / limit, 1.0)
+  css = "negative" if value < 0 else "positive"
+  weight = " bold" if bold else ""
+  return (
+    f"<rect class='{css}' {box} fill-opacity='{0.75 * share:.2f}'>"
+    f"{add_title(f'{label}: {value:.4g}')}</rect>"
+    f"<text class='middle cell{weight}' x='{x + _CELL / 2:.1f}' "
+    f"y='{y + 16:.1f}'>{_cell_text(value, limit)}</text>"
+  )
+
+
+def _cell_text(value: Number, limit: Number) -> str:
+  """Five characters at most, with as many digits as the largest value has."""
+  digits = 2 if limit < 10 else 1 if limit < 100 else 0
+  text = f"{value:.{digits}f}" if limit < 1e4 else f"{value:.0e}"
+  return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")
+
+
+def histogram(
+  title: str,
+  counts: Sequence[int],
+  labels: Sequence[str],
+  *,
+  ends: tuple[str, str],
+  name: str,
+) -> Chart:
+  """Bars of counts; a bar's label and count are under the pointer.
+
+  `ends` are below the first and the last bar.
+  """
+  (width, height), largest = _BARS, max(counts)
+  pitch, bottom = width / len(counts), TITLE + height
+  parts = ["<g class='c0'>"]
+  for i, (count, label) in enumerate(zip(counts, labels, strict=True)):
+    share = count / sum(counts)
+    x, size = i * pitch, height * count / largest
+    text = f"{label}: {count:,} ({100 * share:.3g} %)"
+    parts.append(
+      f"<rect class='filled' x='{x:.1f}' y='{bottom - size:.1f}' "
+      f"width='{max(pitch - 1, 1):.1f}' height='{size:.1f}'>"
+      f"{add_title(text)}</rect>"
+    )
+  parts.append(f"</g><path class='axis' d='M0 {bottom}H{width}'/>")
+  for x, text, css in (
+    (0, ends[0], ""),
+    (width / 2, f"largest bar: {largest:,}", "middle"),
+    (width, ends[1], "end"),
+  ):
+    parts.append(draw_text(x, bottom + 14, text, f"tick {css}"))
+  return make_chart(title, name, width + 2, bottom + 18, parts)

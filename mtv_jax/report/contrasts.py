@@ -1,0 +1,418 @@
+"""Differences between arms, with intervals over seeds and items.
+
+An arm is an encoder, a run, or a setting of a study that is run with several
+seeds. Runs of a seed share initial parameters, order and crops, so that arms
+are compared seed by seed: the paired t interval says what other seeds would
+give on these test sets. A second interval is over the items of the test sets,
+and over the seeds too if there are several. Comparisons are corrected for
+their number (Holm 1979).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special
+
+from mtv_jax.evals.core.base import Result
+
+# By arm, seed and metric.
+Values = Mapping[str, Mapping[int, Mapping[str, float]]]
+Resamples = Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]
+
+BETTER, WORSE = "better", "worse"
+NOT_DISTINGUISHABLE, MISSING = "not distinguishable", "missing"
+DISTINCT = (BETTER, WORSE)
+LEVEL = 0.95
+# Draws of seeds for each resample of the items.
+_SEED_DRAWS = 10
+# Relative to the values: differences that vary less are equal.
+_EQUAL = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A column of results."""
+
+  name: str  # EVALUATION/METRIC
+  unit: str = "%"  # `%` of a fraction, else the metric's own ("m", or "")
+  lower: bool = False  # whether lower is better
+  chance: float | None = None  # expected of a random encoder
+
+  @property
+  def scale(self) -> float:
+    """The factor to the unit that the metric is shown in."""
+    return 100.0 if self.unit == "%" else 1.0
+
+  @property
+  def label(self) -> str:
+    """The name with unit and direction."""
+    unit = f" ({self.unit})" if self.unit else ""
+    return f"{self.name}{unit}{' ↓' if self.lower else ''}"
+
+  @property
+  def sign(self) -> int:
+    """1 where higher is better, -1 where lower is."""
+    return -1 if self.lower else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+  """Values of a study's runs and what is known of their errors over items."""
+
+  values: Values
+  # Standard errors over the items of the test set.
+  errors: Values = dataclasses.field(default_factory=dict)
+  # Values on B resamples of the items, the same resamples in all runs.
+  resamples: Resamples = dataclasses.field(default_factory=dict)
+
+  def seeds(self, arm: str, metric: str) -> list[int]:
+    """Seeds of an arm with a finite value."""
+    return [
+      seed
+      for seed, run in self.values.get(arm, {}).items()
+      if is_finite(run.get(metric))
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+  """A difference between arms on one metric, in the metric's unit.
+
+  An interval or a p value is None where it can't be computed; `note` says why.
+  """
+
+  metric: Metric
+  n: int  # seeds that all arms have; 0 if the test is not paired
+  test: Literal["paired t", "Welch t", "items", ""]  # that gives `p`
+  difference: float | None
+  low: float | None  # 95 % interval over seeds
+  high: float | None
+  p: float | None  # two-sided
+  p_holm: float | None  # corrected for the comparisons of its family
+  item_low: float | None  # 95 % interval over items, and seeds if several
+  item_high: float | None
+  # How: from resamples of the items, paired, or from the runs' standard errors
+  # as if these were independent, which is wider.
+  items: Literal["resamples", "errors", ""]
+  note: str  # what the reader must know of this row, or ""
+
+  @property
+  def gain(self) -> float | None:
+    """The difference, positive if it is an improvement."""
+    if self.difference is None:
+      return None
+    return self.metric.sign * self.difference
+
+  @property
+  def verdict(self) -> str:
+    """Whether the difference is beyond chance.
+
+    "better" or "worse" if the corrected p value is below 0.05 and the interval
+    over items, where there is one, excludes 0.
+    """
+    if self.difference is None:
+      return MISSING
+    is_distinct = self.p_holm is not None and self.p_holm < 1 - LEVEL
+    if self.item_low is not None and self.item_low <= 0 <= self.item_high:
+      is_distinct = False
+    if not is_distinct:
+      return NOT_DISTINGUISHABLE
+    return BETTER if self.gain > 0 else WORSE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(Contrast):
+  """An arm minus the baseline."""
+
+  arm: str
+  baseline: str
+
+  @property
+  def name(self) -> str:
+    """What is subtracted from what."""
+    return f"{self.arm} − {self.baseline}"
+
+  def reverse(self) -> Comparison:
+    """The baseline minus the arm."""
+    negated = {
+      name: value if value is None else -value
+      for name, value in dict(
+        difference=self.difference,
+        low=self.high,
+        high=self.low,
+        item_low=self.item_high,
+        item_high=self.item_low,
+      ).items()
+    }
+    return dataclasses.replace(
+      self, arm=self.baseline, baseline=self.arm, **negated
+    )
+
+
+def describe_metrics(name: str, result: Result) -> list[Metric]:
+  """Units, directions and chance of an evaluation's metrics."""
+  return [
+    Metric(
+      f"{name}/{metric}",
+      unit=result.units.get(metric, "%"),
+      lower=metric in result.lower,
+      chance=result.chance.get(metric),
+    )
+    for metric in result.metrics
+  ]
+
+
+def collect_measurements(
+  arms: Mapping[str, Mapping[int, Mapping[str, Result]]],
+) -> Measurements:
+  """Measurements from results by arm, seed and evaluation."""
+  fields = [
+    {
+      arm: {
+        seed: {
+          f"{name}/{metric}": value
+          for name, result in results.items()
+          for metric, value in getattr(result, field).items()
+        }
+        for seed, results in seeds.items()
+      }
+      for arm, seeds in arms.items()
+    }
+    for field in ("metrics", "errors", "resamples")
+  ]
+  return Measurements(*fields)
+
+
+def compare_arms(
+  data: Measurements, metric: Metric, arm: str, baseline: str
+) -> Comparison:
+  """An arm minus the baseline on one metric, uncorrected."""
+  contrast = estimate_contrast(data, metric, {arm: 1.0, baseline: -1.0})
+  return Comparison(**vars(contrast), arm=arm, baseline=baseline)
+
+
+C = TypeVar("C", bound=Contrast)
+
+
+def correct_contrasts(rows: Iterable[C]) -> list[C]:
+  """The contrasts of one family, with Holm's p values."""
+  rows = list(rows)
+  corrected = holm([row.p for row in rows])
+  return [
+    dataclasses.replace(row, p_holm=p)
+    for row, p in zip(rows, corrected, strict=True)
+  ]
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+  """Holm's step-down adjusted p values (Holm 1979).
+
+  In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
+  most 1. A missing p value does not count as a test.
+  """
+  tested = [i for i, p in enumerate(p_values) if p is not None]
+  adjusted: list[float | None] = [None] * len(p_values)
+  largest = 0.0
+  for rank, i in enumerate(sorted(tested, key=lambda i: p_values[i])):
+    largest = max(largest, min(1.0, (len(tested) - rank) * p_values[i]))
+    adjusted[i] = largest
+  return adjusted
+
+
+def estimate_contrast(
+  data: Measurements,
+  metric: Metric,
+  weights: Mapping[str, float],
+  constant: float | int = 0.0,
+) -> Contrast:
+  """The weighted sum of arms' means, plus a constant.
+
+  Over the seeds that all arms have, if they are 2 or more: the t interval of
+  the sum of each seed. Else, if each arm has 2 seeds of its own, Welch's (1947)
+  interval for unequal variances. Else only the items tell how sure it is.
+  """
+  own = {arm: data.seeds(arm, metric.name) for arm in weights}
+  common = sorted(set.intersection(*map(set, own.values())))
+  lacking = [arm for arm, seeds in own.items() if not seeds]
+  if lacking:
+    return _missing(metric, f"no value of {', '.join(lacking)}")
+  is_welch = len(common) < 2 and min(map(len, own.values())) > 1
+  is_paired = bool(common) and not is_welch
+  used = dict.fromkeys(own, common) if is_paired else own
+  n = len(common) if is_paired else 0
+  runs = {
+    arm: np.array([data.values[arm][s][metric.name] for s in seeds], np.float64)
+    for arm, seeds in used.items()
+  }
+  difference = constant + sum(
+    w * runs[arm].mean() for arm, w in weights.items()
+  )
+  notes = []
+  spare = sum(len(own[arm]) - len(used[arm]) for arm in own)
+  if spare:
+    count = f"{spare} run{'s' * (spare > 1)}"
+    notes.append(f"not used, as other arms lack the seed: {count}")
+  error, degrees = None, 0.0
+  if is_paired and n > 1:
+    sums = sum(w * runs[arm] for arm, w in weights.items())
+    error, degrees = standard_error(sums), n - 1
+  elif is_welch:
+    notes.append("the arms' seeds differ: not paired")
+    error, degrees = _welch_error(runs, weights)
+  elif n == 1:
+    notes.append("one seed: the interval is over items alone")
+  else:
+    notes.append("no common seed: the interval is over items alone")
+  scale = max(np.abs(x).max() for x in runs.values())
+  if error is not None and error <= _EQUAL * scale:
+    notes.append("all seeds differ equally: no interval over seeds")
+    error = None
+
+  low = high = p = None
+  test = ""
+  if error is not None:
+    test = "Welch t" if is_welch else "paired t"
+    low, high = t_interval(difference, error, degrees)
+    p = float(2 * special.stdtr(degrees, -abs(difference) / error))
+  item_low, item_high, item_error, source = _estimate_items(
+    data, metric, weights, used, paired=is_paired, seed_error=error or 0.0
+  )
+  if source:
+    # The resamples give the difference without its constant.
+    item_low, item_high = item_low + constant, item_high + constant
+  if p is None and source and item_error > 0:
+    test = "items"
+    p = float(2 * special.ndtr(-abs(difference) / item_error))
+  return Contrast(
+    metric=metric,
+    n=n,
+    test=test,
+    difference=float(difference),
+    low=low,
+    high=high,
+    p=p,
+    p_holm=p,
+    item_low=item_low,
+    item_high=item_high,
+    items=source,
+    note="; ".join(notes),
+  )
+
+
+def _missing(metric: Metric, note: str) -> Contrast:
+  names = [f.name for f in dataclasses.fields(Contrast)]
+  fields = dict.fromkeys(names) | dict(n=0, test="", items="", note=note)
+  return Contrast(**fields | dict(metric=metric))
+
+
+def _estimate_items(
+  data: Measurements,
+  metric: Metric,
+  weights: Mapping[str, float],
+  used: Mapping[str, Sequence[int]],
+  *,
+  paired: bool,
+  seed_error: float,
+) -> tuple[float | None, float | None, float | None, str]:
+  """An interval of the weighted sum over items and seeds, and its error.
+
+  The items are the same for all seeds. Where the runs have resamples, seeds
+  and items are drawn independently of each other (Owen 2007, "The pigeonhole
+  bootstrap"), and the interval is between percentiles. Else the errors of the
+  arms, as if independent, and the error over seeds are added in squares; the
+  mean over seeds of an arm's error is not divided by their number.
+
+  Returns low, high, standard error, and what they are from; None and "" where
+  neither is known.
+  """
+  drawn = _drawn_sums(data, metric, weights, used, paired=paired)
+  if drawn is not None:
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(drawn, [tail, 100 - tail])
+    return float(low), float(high), float(np.std(drawn, ddof=1)), "resamples"
+  variance, centre = seed_error**2, 0.0
+  for arm, weight in weights.items():
+    errors = [
+      data.errors.get(arm, {}).get(seed, {}).get(metric.name)
+      for seed in used[arm]
+    ]
+    if not all(map(is_finite, errors)):
+      return None, None, None, ""
+    variance += (weight * np.mean(errors)) ** 2
+    runs = [data.values[arm][seed][metric.name] for seed in used[arm]]
+    centre += weight * np.mean(runs)
+  error = math.sqrt(variance)
+  half = float(special.ndtri((1 + LEVEL) / 2)) * error
+  return float(centre - half), float(centre + half), error, "errors"
+
+
+def _drawn_sums(
+  data: Measurements,
+  metric: Metric,
+  weights: Mapping[str, float],
+  used: Mapping[str, Sequence[int]],
+  *,
+  paired: bool,
+) -> Float[np.ndarray, " d"] | None:
+  """Weighted sums for drawn items and seeds; None without the resamples."""
+  tables = {}
+  for arm, seeds in used.items():
+    runs = [
+      data.resamples.get(arm, {}).get(seed, {}).get(metric.name)
+      for seed in seeds
+    ]
+    if any(run is None for run in runs):
+      return None
+    tables[arm] = runs
+  if len({len(run) for runs in tables.values() for run in runs}) != 1:
+    return None  # Of other data.
+  tables = {arm: np.stack(runs) for arm, runs in tables.items()}  # [S, B]
+  # Without those that lack a value, such as a class without an item.
+  whole = np.all([np.isfinite(t).all(axis=0) for t in tables.values()], 0)
+  if whole.mean() < 0.5:
+    return None
+  rng = np.random.default_rng(0)
+  count = int(whole.sum())
+  total, draws = 0.0, None
+  for arm, weight in weights.items():
+    table = tables[arm][:, whole]
+    if draws is None or not paired:
+      draws = rng.integers(len(table), size=(len(table), _SEED_DRAWS, count))
+    total = total + weight * table[draws, np.arange(count)].mean(axis=0)
+  return total.ravel()
+
+
+def _welch_error(
+  runs: Mapping[str, np.ndarray], weights: Mapping[str, float]
+) -> tuple[float, float]:
+  """Standard error of a weighted sum of means, and its degrees of freedom."""
+  parts = {
+    arm: (w * standard_error(runs[arm])) ** 2 for arm, w in weights.items()
+  }
+  total = sum(parts.values())
+  spread = sum(v**2 / (len(runs[arm]) - 1) for arm, v in parts.items())
+  return math.sqrt(total), total**2 / spread if spread else 1.0
+
+
+def standard_error(values: np.ndarray) -> float:
+  """The standard error of the mean of two or more values."""
+  return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def t_interval(
+  centre: float, error: float, degrees: float | int
+) -> tuple[float, float]:
+  """The 95 % interval of Student's t with some degrees of freedom."""
+  half = float(special.stdtrit(degrees, (1 + LEVEL) / 2)) * error
+  return float(centre - half), float(centre + half)
+
+
+def is_finite(value: float | None) -> bool:
+  """Whether a value is known: neither missing, infinite nor NaN."""
+  return value is not None and math.isfinite(value)

@@ -1,0 +1,370 @@
+"""Inspection of label sets: a sheet, a page and statistics."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from mtv_jax.config.options import PositiveInt, Range, check_value
+from mtv_jax.data import registry
+from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels.join import JOINS, open_labels
+from mtv_jax.data.labels.label_sets import flatten
+from mtv_jax.experts.inspection import cards, findings, statistics
+from mtv_jax.experts.inspection.cards import Card, count_names
+from mtv_jax.report import charts, page
+from mtv_jax.report.style import escape
+from mtv_jax.utils import atomic, plots
+from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.text import (
+  file_name,
+  format_percent,
+  format_setting,
+  one_line,
+)
+
+_PAGE_SIZE = 456  # longer side of the images on the page
+_PHRASES = 5  # on the terminal
+_NAMES = 8  # names per card that are shown without a click
+_VALUE = 500  # characters of a setting
+# Titles of the histograms.
+_HISTOGRAMS = {
+  "boxes": {
+    "boxes_an_image": "boxes per image",
+    "scores": "scores",
+    "sides": "square root of the area",
+    "shorter_sides": "shorter side",
+    "longer_sides": "longer side",
+    "words": "words per phrase",
+  },
+  "depth": {
+    "labelled_pixels": "labelled fraction of the pixels",
+    "low": "lowest inverse depth",
+    "high": "highest inverse depth",
+    "range": "range, fraction of the highest",
+    "middle": "middle 90 %, fraction of the range",
+  },
+}
+_LEGENDS = {
+  "boxes": "Boxes: phrase and score; no score is a score of 1.",
+  "depth": "Depth: <span class=ramp></span> from far to near;"
+  " <span class=stripes></span> no label.",
+}
+
+
+def inspect_labels(
+  data: Sequence[str],
+  *,
+  depth: str | os.PathLike | None = None,
+  boxes: str | os.PathLike | None = None,
+  out: str | os.PathLike,
+  count: int = 24,
+  seed: int = 0,
+  size: int = 304,
+  min_score: float | int = 0.0,
+  records: int | None = None,
+  index_dir: str | None = None,
+  join: str = "aligned",
+  progress: Callable[[str, int, int], None] = lambda kind, done, total: None,
+) -> dict[str, Any]:
+  """Writes `sheet.png`, `index.html` and `statistics.json`.
+
+  Returns the statistics as written. `count` random records are drawn, `size` is
+  the longer side of an image on the sheet, `min_score` the minimum of a box in
+  images and statistics. These read at most `records` labels of a set, evenly
+  spaced: with `join="aligned"` of the shards of `data`, with "key" (sets of
+  another copy of the images) of the whole set. `progress` is called with the
+  kind, the number of labels read and to read.
+  """
+  folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}
+  if not folders:
+    raise ConfigError(
+      "No label set is given: name a folder of boxes, of depth, or of each."
+    )
+  check_value(count, PositiveInt, "count")
+  check_value(size, Annotated[int, Range(min=64)], "size")
+  check_choice("join", join, JOINS)
+  source = registry.open_files(data, index_dir=index_dir, captions="optional")
+  joined = {
+    kind: open_labels(source, kind, path=path, join=join, index_dir=index_dir)
+    for kind, path in folders.items()
+  }
+  folder = Path(out).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  shards = {label_sets.shard_name(file) for file in source.files}
+  stats = {
+    kind: statistics.gather(
+      labels.label_set,
+      shards=shards if join == "aligned" else None,
+      records=records,
+      min_score=min_score,
+      progress=functools.partial(progress, kind),
+    )
+    for kind, labels in joined.items()
+  }
+  summary = {
+    "data": list(data),
+    "records": len(source),
+    "sets": stats,
+    "look_at": [
+      finding
+      for set_stats in stats.values()
+      for finding in findings.find(set_stats)
+    ],
+  }
+  rng = np.random.default_rng(seed)
+  chosen = rng.choice(len(source), min(count, len(source)), replace=False)
+  chosen = sorted(chosen.tolist())
+
+  def draw(size: int) -> list[cards.Card]:
+    draw_card = functools.partial(
+      cards.draw_card, source, joined, size=size, min_score=min_score
+    )
+    with futures.ThreadPoolExecutor(available_cores()) as pool:
+      return list(pool.map(draw_card, chosen))
+
+  names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
+  title = f"{', '.join(data)}: {', '.join(names)}"
+  sheet = cards.draw_sheet(draw(size), title=title, size=size)
+  plots.save_image(sheet, folder / "sheet.png")
+  text = render(summary, draw(max(size, _PAGE_SIZE)))
+  atomic.write_text(folder / "index.html", text)
+  text = json.dumps(summary, ensure_ascii=False, indent=1)
+  atomic.write_text(folder / "statistics.json", f"{text}\n")
+  atomic.remove_abandoned(folder)
+  return summary
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+  """The statistics as lines for a terminal."""
+  lines = [f"{', '.join(summary['data'])}: {summary['records']:,} records"]
+  for kind, stats in summary["sets"].items():
+    share = format_percent(stats["labelled"] / max(stats["records"], 1))
+    lines.append(
+      f"{kind} from {stats['folder']}: {stats['labelled']:,} of"
+      f" {stats['records']:,} records have a label ({share})"
+    )
+    rows = list(describe(stats))
+    if kind == "boxes":
+      frequent = stats["phrases"]["most_frequent"][:_PHRASES]
+      text = ", ".join(f"{one_line(phrase)} {n:,}" for phrase, n in frequent)
+      rows.append(("most frequent phrases", text))
+    lines += [f"  {name:36} {text}" for name, text in rows]
+  for finding in summary["look_at"]:
+    lines.append(f"look at {finding['kind']}: {one_line(finding['text'])}")
+  return "\n".join(lines)
+
+
+def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
+  """The page as HTML: the summary of `inspect`, and cards of some records."""
+  title = f"Labels of {', '.join(summary['data'])}"
+  body = [page.Heading(title, level=1).html()]
+  for kind, stats in summary["sets"].items():
+    read = stats["read"]["records"]
+    part = f" Statistics of {read:,} labels, evenly spaced."
+    body.append(
+      f"<p><b>{kind}</b> from {escape(stats['folder'])}:"
+      f" {stats['labelled']:,} of {stats['records']:,} records have a label."
+      f"{part if read < stats['records'] else ''}</p>"
+    )
+  body.append(_render_findings(summary["look_at"]))
+  if cards:
+    note = f"{len(cards)} of {summary['records']:,} records."
+    legend = " ".join(_LEGENDS[kind] for kind in summary["sets"])
+    several = " several" if len(cards[0].images) > 1 else ""
+    body += [f"<h2>Images</h2><p class=note>{note} {legend}</p>"]
+    body += [f"<div class='cards{several}'>", *map(_render_card, cards)]
+    body += ["</div>"]
+  for kind, stats in summary["sets"].items():
+    body += [page.Heading(kind.capitalize()).html(), *_render_statistics(stats)]
+  return page.html_page(title, body, style=_STYLE)
+
+
+def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
+  yield page.Table([("statistic", ""), *describe(stats)]).html()
+  drawn = [
+    _draw_histogram(histogram, title)
+    for title, histogram in _histograms(stats).items()
+    if histogram["count"]
+  ]
+  yield page.Charts(drawn).html()
+  if stats.get("boxes"):
+    yield _render_phrases(stats)
+  if stats["reasons"]:
+    rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
+    yield page.Note("From the manifest:").html()
+    yield page.Table([("times", "dropped or changed"), *rows]).html()
+  rows = [
+    (name, format_setting(value, _VALUE))
+    for name, value in flatten(stats["settings"])
+  ]
+  table = page.Table([("setting", ""), *rows])
+  yield page.Details("Settings of the label set", [table]).html()
+
+
+def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
+  if not findings:
+    return "<div class=ok>The statistics show nothing unusual.</div>"
+  items = "".join(
+    f"<li><b>{finding['kind']}</b>: {escape(finding['text'])}"
+    for finding in findings
+  )
+  return f"<div class=warning><b>To look at</b><ul>{items}</ul></div>"
+
+
+def _render_card(card: Card) -> str:
+  images = "".join(
+    page.html_image(image, f"{kind} of {card.key}")
+    for kind, image in card.images.items()
+  )
+  lines = [f"<b>{escape(card.key)}</b> <span class=note>{card.size}</span>"]
+  lines += [escape(caption) for caption in card.captions[:1]]
+  lines += [f"<span class=note>{escape(note)}</span>" for note in card.notes]
+  text = "".join(f"<div>{line}</div>" for line in lines)
+  if more := card.captions[1:]:
+    text += page.Details(
+      f"{len(more)} more captions", [page.Bullets(more)]
+    ).html()
+  names = [f"<i>{escape(name)}</i> " for name in count_names(card.names)]
+  if names:
+    text += f"<div class=names>{''.join(names[:_NAMES])}</div>"
+  if more := names[_NAMES:]:
+    text += (
+      f"<details><summary>{len(more)} more names</summary>"
+      f"<div class=names>{''.join(more)}</div></details>"
+    )
+  return f"<figure><div class=images>{images}</div>{text}</figure>"
+
+
+def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Name and value of each statistic of a label set, as text."""
+  read = stats["read"]
+  labelled = stats["labelled"] / max(stats["records"], 1)
+  every = "all" if read["every"] == 1 else f"one of {read['every']:,}"
+  yield "shards", f"{stats['shards']:,}"
+  yield "records", f"{stats['records']:,}"
+  yield "with a label", f"{stats['labelled']:,} ({format_percent(labelled)})"
+  yield "labels read", f"{read['records']:,}, {every}"
+  if read["damaged"]:
+    yield "can't be read", f"{read['damaged']:,}"
+  if stats["kind"] == "boxes":
+    yield from _describe_boxes(stats)
+  else:
+    yield "sides of the maps", ", ".join(map(str, stats["sides"]))
+    yield "nearly constant maps", format_percent(stats["constant_maps"])
+    yield (
+      "maps whose range is of a few pixels",
+      format_percent(stats["narrow_maps"]),
+    )
+  for title, histogram in _histograms(stats).items():
+    if histogram["count"]:
+      yield (
+        title,
+        f"mean {histogram['mean']:.3g}, {_spread(histogram['quantiles'])}, from"
+        f" {histogram['min']:.3g} to {histogram['max']:.3g}",
+      )
+    else:
+      yield title, "none"
+
+
+def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  yield "boxes", f"{stats['boxes']:,}"
+  if stats["min_score"] > 0:
+    below = f"{stats['below_min_score']:,} below {stats['min_score']:g}"
+    yield "boxes dropped by their score", below
+  yield (
+    "labelled images without a box",
+    format_percent(stats["images_without_boxes"]),
+  )
+  if areas := stats["areas"]["quantiles"]:
+    yield "area, fraction of the image", _spread(areas)
+  large = f"boxes that cover more than {100 * statistics.LARGE_AREA:g} %"
+  yield large, format_percent(stats["large_boxes"])
+  small = f"boxes with a side below {100 * statistics.SMALL_SIDE:.1f} %"
+  yield small, format_percent(stats["small_boxes"])
+  phrases = stats["phrases"]
+  about = "about " if phrases["counts_short_by"] else ""
+  yield "different phrases", f"{about}{phrases['different']:,}"
+  repeated = format_percent(stats["images_with_repeated_phrase"])
+  yield "images with a phrase more than once", repeated
+
+
+def _histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """The histograms of a label set by title."""
+  values = {**stats, **stats.get("phrases", {})}
+  titles = _HISTOGRAMS[stats["kind"]]
+  return {title: values[name] for name, title in titles.items()}
+
+
+def _spread(quantiles: Mapping[str, float]) -> str:
+  low, median, high = (quantiles[q] for q in ("0.05", "0.5", "0.95"))
+  return f"median {median:.3g}, 90 % in {low:.3g} to {high:.3g}"
+
+
+def _draw_histogram(histogram: Mapping[str, Any], title: str) -> charts.Chart:
+  """A bar chart, with the count of each bar under the pointer."""
+  edges, counts = histogram["bars"]["edges"], histogram["bars"]["counts"]
+  ends = [(f"{a:.3g}", f"{b:.3g}") for a, b in itertools.pairwise(edges)]
+  if histogram["values"] == "whole":
+    pairs = itertools.pairwise(edges)
+    ends = [(f"{a + 0.5:.0f}", f"{b - 0.5:.0f}") for a, b in pairs]
+  labels = [low if low == high else f"{low} to {high}" for low, high in ends]
+  outer = ends[0][0], ends[-1][1]
+  name = file_name("histogram", title)
+  return charts.histogram(title, counts, labels, ends=outer, name=name)
+
+
+def _render_phrases(stats: Mapping[str, Any]) -> str:
+  """The most frequent phrases with bars."""
+  frequent = stats["phrases"]["most_frequent"]
+  items = "".join(
+    f"<li><span class=bar style='width:{100 * count / frequent[0][1]:.1f}%'>"
+    f"</span><span>{escape(phrase)}</span> <span class=note>{count:,},"
+    f" {format_percent(count / stats['boxes'])}</span>"
+    for phrase, count in frequent
+  )
+  error = stats["phrases"]["counts_short_by"]
+  note = f" Counts may be too low by {error:,}." if error else ""
+  return (
+    f"<p class=note>The {len(frequent)} most frequent phrases, as fractions of"
+    f" the boxes.{note}</p><ol class=phrases>{items}</ol>"
+  )
+
+
+_STYLE = """.warning, .ok { border-left: 4px solid #d98200; padding: .5em 1em;
+  background: var(--raised); margin: 1em 0; }
+.ok { border-color: #2e8b57; background: var(--raised); }
+.warning ul { margin: .3em 0; padding-left: 1.2em; }
+.cards { display: grid; gap: 1.4em 1.2em;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
+.cards.several {
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
+.cards figure { margin: 0; overflow-wrap: anywhere; }
+.images { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
+.images img { flex: 1 1 220px; min-width: 0; height: auto; max-height: 400px;
+  object-fit: contain; object-position: left top; }
+.names { margin: .25em 0; }
+.names i { font-style: normal; background: var(--raised); border-radius: 3px;
+  padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
+details ul { margin: .2em 0; padding-left: 1.2em; }
+.phrases { columns: 260px; column-gap: 2em; padding-left: 2em; }
+.phrases li { position: relative; break-inside: avoid; padding: .05em 0;
+  overflow-wrap: anywhere; }
+.phrases span { position: relative; }
+.phrases .bar { position: absolute; left: 0; top: 0; bottom: 1px;
+  background: var(--line); }
+.ramp, .stripes { display: inline-block; width: 90px; height: .7em; }
+.ramp { background: linear-gradient(90deg, #30123b, #4662d7, #36aaf9,
+  #1ae4b6, #72fe5e, #c7ef34, #faba39, #f66b19, #cb2a04, #7a0403); }
+.stripes { width: 30px; background: repeating-linear-gradient(135deg,
+  #d6d6da 0 4px, #a0a0a6 4px 8px); }
+"""

@@ -1,0 +1,340 @@
+"""Pages of blocks: as HTML in one file, and as Markdown with its images.
+
+A block has `html()` and `markdown(files)`; text in it is plain text.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import pathlib
+import re
+import shutil
+import urllib.parse
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from mtv_jax.report import charts
+from mtv_jax.report.style import (
+  COLOURS,
+  PAGE_STYLE,
+  SVG_STYLE,
+  THEME,
+  escape,
+)
+from mtv_jax.utils import atomic, plots
+
+
+@runtime_checkable
+class Block(Protocol):
+  """A part of a page."""
+
+  def html(self) -> str:
+    """The block as HTML."""
+
+  def markdown(self, files: PageFiles) -> str:
+    """The block as Markdown; its images and charts are added to `files`."""
+
+
+class ImageFile(NamedTuple):
+  """An image of a page, and the file that Markdown links to."""
+
+  title: str
+  image: np.ndarray  # uint8 [H, W, 3], as in the HTML
+  path: str  # relative to the page
+  source: pathlib.Path | None = None  # copied to `path`; None to write `image`
+
+
+class PageFiles:
+  """The files that a Markdown page links to: text, images, or copies."""
+
+  def __init__(self):
+    self._contents: dict[str, str | np.ndarray | pathlib.Path] = {}
+
+  def add(self, path: str, content: str | np.ndarray | pathlib.Path) -> str:
+    """Adds a file; returns its path, which no file of other content has.
+
+    "a/b" and "a:b" are both "a-b" in the name of a file.
+    """
+    file = pathlib.PurePosixPath(path)
+    while True:
+      known = self._contents.setdefault(str(file), content)
+      is_array = isinstance(known, np.ndarray) or isinstance(
+        content, np.ndarray
+      )
+      if known is content or (not is_array and known == content):
+        return str(file)
+      file = file.with_stem(f"{file.stem}-")
+
+  def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the files; returns their paths."""
+    for name, content in self._contents.items():
+      path = folder / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      if isinstance(content, str):
+        atomic.write_text(path, content)
+      elif isinstance(content, np.ndarray):
+        plots.save_image(content, path)
+      elif not path.exists() or not path.samefile(content):
+        with atomic.replace_file(path) as temporary:
+          shutil.copyfile(content, temporary)
+    return [folder / name for name in self._contents]
+
+
+class Bold(str):
+  """A cell of a table in bold."""
+
+
+class Link(str):
+  """A cell that links to the heading with its text."""
+
+
+class Swatch(str):
+  """A cell with a dot in the colour of a series of charts."""
+
+  colour: int
+
+  def __new__(cls, text: str, colour: int) -> Swatch:
+    cell = super().__new__(cls, text)
+    cell.colour = colour
+    return cell
+
+
+class Heading(NamedTuple):
+  """A heading with its text as anchor."""
+
+  text: str
+  level: int = 2
+
+  def html(self) -> str:
+    text = escape(self.text)
+    return f"<h{self.level} id='{text}'>{text}</h{self.level}>"
+
+  def markdown(self, files: PageFiles) -> str:
+    return f"{'#' * self.level} {_escape_markdown(self.text)}"
+
+
+class Note(NamedTuple):
+  """A grey paragraph."""
+
+  text: str
+
+  def html(self) -> str:
+    return f"<p class=note>{escape(self.text)}</p>"
+
+  def markdown(self, files: PageFiles) -> str:
+    return _escape_markdown(self.text)
+
+
+class Bullets(NamedTuple):
+  """A list."""
+
+  lines: Sequence[str]
+
+  def html(self) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}' for line in self.lines)}</ul>"
+
+  def markdown(self, files: PageFiles) -> str:
+    return "\n".join(f"- {_escape_markdown(line)}" for line in self.lines)
+
+
+class Code(NamedTuple):
+  """A block of code."""
+
+  text: str
+
+  def html(self) -> str:
+    return f"<pre>{escape(self.text)}</pre>"
+
+  def markdown(self, files: PageFiles) -> str:
+    # A fence that is longer than any in the text.
+    runs = re.findall("`+", self.text)
+    fence = "`" * max(3, 1 + max(map(len, runs), default=0))
+    return f"{fence}\n{self.text}\n{fence}"
+
+
+class Table(NamedTuple):
+  """A table: a header, then rows of text, `Bold`, `Link` or `Swatch`.
+
+  Columns from the index `numbers` on are aligned to the right.
+  """
+
+  rows: Sequence[Sequence[str]]
+  numbers: int | None = None
+
+  def html(self) -> str:
+    head, *rows = self.rows
+    lines = ["<tr>", *(self._html_cell("th", k, x) for k, x in enumerate(head))]
+    for row in rows:
+      lines.append("<tr>")
+      lines += (self._html_cell("td", k, x) for k, x in enumerate(row))
+    css = " class=stacked" if len(head) > 2 else ""
+    return f"<div class=wide><table{css}>{''.join(lines)}</table></div>"
+
+  def _html_cell(self, tag: str, k: int, cell: str) -> str:
+    text = escape(cell)
+    if "\n" in text:
+      text = f"<span class=lines>{text.replace(chr(10), '<br>')}</span>"
+    if isinstance(cell, Link):
+      text = f"<a href='#{text}'>{text}</a>"
+    elif isinstance(cell, Swatch):
+      colour = f"background:var(--c{cell.colour % COLOURS})"
+      text = f"<i class=swatch style='{colour}'></i>{text}"
+    elif isinstance(cell, Bold):
+      text = f"<b>{text}</b>"
+    css = " class=n" if self.numbers is not None and k >= self.numbers else ""
+    # A narrow window shows cells below each other, each after its header.
+    if tag == "td" and k and len(self.rows[0]) > 2:
+      css += f" data-head='{escape(self.rows[0][k])}'"
+    return f"<{tag}{css}>{text}"
+
+  def markdown(self, files: PageFiles) -> str:
+    lines = []
+    for row in self.rows:
+      cells = [_escape_markdown(cell) for cell in row]
+      cells = [
+        f"**{text}**" if isinstance(cell, Bold) else text
+        for cell, text in zip(row, cells, strict=True)
+      ]
+      cells = [c.replace("|", "\\|").replace("\n", " ") for c in cells]
+      lines.append(f"| {' | '.join(cells)} |")
+    width = len(self.rows[0])
+    texts = width if self.numbers is None else self.numbers
+    rule = "|---" * texts + "|---:" * (width - texts) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+class Images(NamedTuple):
+  """A row of images."""
+
+  files: Sequence[ImageFile]
+
+  def html(self) -> str:
+    several = " several" if len(self.files) > 1 else ""
+    inner = "".join(
+      f"<figure>{html_image(f.image, f.title)}"
+      f"<figcaption>{escape(f.title)}</figcaption></figure>"
+      for f in self.files
+    )
+    return f"<div class='figures{several}'>{inner}</div>"
+
+  def markdown(self, files: PageFiles) -> str:
+    return "\n\n".join(
+      _link_image(
+        f.title,
+        files.add(f.path, f.image if f.source is None else f.source),
+      )
+      for f in self.files
+    )
+
+
+class Charts(NamedTuple):
+  """Charts beside each other."""
+
+  charts: Sequence[charts.Chart]
+
+  def html(self) -> str:
+    inner = "".join(f"<div>{chart.svg}</div>" for chart in self.charts)
+    return f"<div class=charts>{inner}</div>"
+
+  def markdown(self, files: PageFiles) -> str:
+    return "\n".join(
+      _link_image(
+        chart.title,
+        files.add(f"charts/{chart.name}.svg", charts.to_file(chart)),
+      )
+      for chart in self.charts
+    )
+
+
+class Details(NamedTuple):
+  """Blocks that a click on their summary shows."""
+
+  summary: str
+  blocks: Sequence[Block]
+
+  def html(self) -> str:
+    inner = "".join(block.html() for block in self.blocks)
+    return (
+      f"<details><summary>{escape(self.summary)}</summary>{inner}</details>"
+    )
+
+  def markdown(self, files: PageFiles) -> str:
+    # Below their summary, as Markdown can't hide them.
+    parts = [f"**{_escape_markdown(self.summary)}**"]
+    return "\n\n".join(parts + [b.markdown(files) for b in self.blocks])
+
+
+def html_image(pixels: UInt8[np.ndarray, "h w 3"], title: str) -> str:
+  """An inline image (PNG or JPEG, whichever is smaller) with its alt text."""
+  encoded = {}
+  for name, options in (("png", {}), ("jpeg", {"quality": 90})):
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, name, **options)
+    encoded[name] = base64.b64encode(data.getvalue()).decode()
+  best = min(encoded, key=lambda name: len(encoded[name]))
+  height, width = pixels.shape[:2]
+  return (
+    f"<img alt='{escape(title)}' width={width} height={height} "
+    f"src='data:image/{best};base64,{encoded[best]}'>"
+  )
+
+
+def _escape_markdown(text: Any) -> str:
+  """Text without HTML tags and entities, which Markdown may contain."""
+  return str(text).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _link_image(title: str, path: str) -> str:
+  """A link to an image; spaces and brackets would end its path or its title."""
+  title = re.sub(r"([\[\]])", r"\\\1", _escape_markdown(title))
+  return f"![{title}]({urllib.parse.quote(path, safe='/+~', errors='replace')})"
+
+
+def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
+  """A whole page of HTML parts, with further CSS."""
+  body = "\n".join(parts)
+  return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{THEME}{PAGE_STYLE}{SVG_STYLE}{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write_pages(
+  title: str,
+  blocks: Iterable[Block],
+  output: str | os.PathLike,
+  *,
+  names: tuple[str, str] = ("report.html", "report.md"),
+) -> list[pathlib.Path]:
+  """Writes blocks as HTML, and as Markdown with its charts and images.
+
+  Returns the two pages, then the images and charts.
+  """
+  output = pathlib.Path(output)
+  output.mkdir(parents=True, exist_ok=True)
+  blocks = [Heading(title, level=1), *blocks]
+  page_files = PageFiles()
+  markdown = "\n\n".join(block.markdown(page_files) for block in blocks)
+  files = page_files.write(output)
+  texts = html_page(title, [b.html() for b in blocks]), f"{markdown}\n"
+  for name, text in zip(names, texts, strict=True):
+    atomic.write_text(output / name, text)
+  for folder in {output, *(file.parent for file in files)}:
+    atomic.remove_abandoned(folder)
+  return [*(output / name for name in names), *files]

@@ -1,0 +1,261 @@
+"""Folders of runs: config, metrics, evaluations, sheets, gradients."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.config import aliases
+from mtv_jax.config.options import check_value
+from mtv_jax.evals.core import results
+from mtv_jax.evals.core.results import Outcome
+from mtv_jax.report.charts import is_drawn
+from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
+
+_EVALUATION = re.compile(r"(.+)_(\d+)\.json")
+# Fields of a config that a report reads.
+_FIELDS = dict(
+  seed=int | None,
+  batch_size=int | None,
+  total_steps=int | None,
+  objectives=dict | None,
+)
+# What `json` raises for a text that is not JSON, or too deeply nested.
+_JSON_ERRORS = (ValueError, RecursionError)
+# (step, value) pairs by metric.
+Series = dict[str, list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+  """A run's folder, read."""
+
+  name: str  # distinct in a report
+  arm: str  # the setting that its seeds share
+  seed: int
+  folder: pathlib.Path
+  config: dict[str, Any]  # resolved
+  series: Series  # see `read_metrics`
+  outcome: Outcome  # the last result of each evaluation, with resamples
+  files: dict[str, pathlib.Path]  # their JSON, by evaluation
+  # Files of their sheets, by (evaluation, sheet).
+  sheets: dict[tuple[str, str], pathlib.Path]
+  interference: list[dict[str, Any]]  # measurements, see docs/training.md
+  command: str  # "" where it is not known
+
+  @property
+  def step(self) -> int:
+    """The last logged step."""
+    return max((p[-1][0] for p in self.series.values() if p), default=0)
+
+
+def read_run(
+  folder: str | os.PathLike,
+  *,
+  name: str = "",
+  arm: str = "",
+  step: int | None = None,
+) -> RunFolder:
+  """Reads the folder of a run, finished or not.
+
+  `step` is the step of the evaluations, by default the last one of each.
+  MissingFileError without a config, InputError for a file that can't be read.
+  """
+  folder = pathlib.Path(folder)
+  config = read_config(folder)
+  name = name or folder.resolve().name
+  files = {
+    evaluation: by_step[max(by_step) if step is None else step]
+    for evaluation, by_step in list_evaluations(folder).items()
+    if step is None or step in by_step
+  }
+  command = folder / "command.txt"
+  return RunFolder(
+    name=name,
+    arm=arm or name,
+    seed=config.get("seed") or 0,
+    folder=folder,
+    config=config,
+    series=_read_series(folder),
+    outcome=_read_outcome(name, list(files.values())),
+    files=files,
+    sheets={
+      (evaluation, sheet.stem): sheet
+      for evaluation, file in files.items()
+      for sheet in sorted(file.with_suffix("").glob("*.png"))
+    },
+    interference=_read_interference(folder / "interference.jsonl"),
+    command=command.read_text("utf-8", errors="replace").strip()
+    if command.is_file()
+    else "",
+  )
+
+
+def name_arms(runs: Sequence[RunFolder]) -> list[RunFolder]:
+  """Gives the runs whose configs differ by the seed alone a common arm.
+
+  Runs of one seed stay apart. The arm's name is what their names have in common
+  before a last part, as `a` of `a_0` and `a_1`, if that is one, else the first
+  run's.
+  """
+  groups: dict[str, list[RunFolder]] = {}
+  for run in runs:
+    config = json.dumps(run.config | {"seed": None}, sort_keys=True)
+    groups.setdefault(config, []).append(run)
+  arms: dict[str, str] = {}
+  for members in groups.values():
+    names = [run.name for run in members]
+    if len({run.seed for run in members}) < len(members):
+      arms |= dict(zip(names, names, strict=True))
+      continue
+    stems = {re.sub(r"[-_.]?s?\d+$", "", name) for name in names}
+    stem = stems.pop() if len(stems) == 1 else ""
+    is_free = len(names) > 1 and stem and stem not in arms.values()
+    arms |= dict.fromkeys(names, stem if is_free else names[0])
+  return [dataclasses.replace(run, arm=arms[run.name]) for run in runs]
+
+
+def group_by_arm(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+  """Runs by arm, in order."""
+  arms = collections.defaultdict(list)
+  for run in runs:
+    arms[run.arm].append(run)
+  return dict(arms)
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """The resolved config of a run."""
+  path = folder / "config.json"
+  if not path.is_file():
+    raise MissingFileError(
+      f"{path} does not exist; expected the folder of a run"
+    )
+  try:
+    config = json.loads(path.read_bytes())
+  except _JSON_ERRORS as error:
+    raise InputError(
+      f"{path} is not JSON ({error}). Resume the run, which writes it again."
+    ) from None
+  if not isinstance(config, dict):
+    raise InputError(f"{path} is not the config of a run.")
+  try:
+    for name, annotation in _FIELDS.items():
+      check_value(config.get(name), annotation, name)
+  except ConfigError as error:
+    raise InputError(f"{path} is not the config of a run: {error}") from None
+  return aliases.rename_old_keys(config)
+
+
+def read_metrics(folder: pathlib.Path) -> Series:
+  """The metrics of a run's `metrics.jsonl` by name; none without the file.
+
+  Values that are not finite, or too large for a chart, are left out.
+  """
+  series = collections.defaultdict(dict)
+  path = folder / "metrics.jsonl"
+  for row in read_rows(path) if path.is_file() else ():
+    step = row.pop("step")
+    for name, value in row.items():
+      if isinstance(value, int | float) and is_drawn(value):
+        # A resumed run logs some steps twice: the last value counts.
+        series[name][step] = float(value)
+  return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Rows of a run's JSON Lines, without a last one that a crash truncated."""
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+  rows = []
+  for i, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      step = row.get("step") if isinstance(row, dict) else None
+      is_row = isinstance(step, int) and 0 <= step < 2**63
+    except _JSON_ERRORS:
+      is_row = False
+    if is_row:
+      rows.append(row)
+    elif i < len(lines):
+      raise InputError(
+        f"{path}: line {i} is not a row of a run's log: {line[:60]!r}. Remove "
+        "the line."
+      )
+  return rows
+
+
+def list_evaluations(
+  folder: pathlib.Path,
+) -> dict[str, dict[int, pathlib.Path]]:
+  """The files `evals/NAME_STEP.json` of each evaluation by step, in order."""
+  found: dict[str, dict[int, pathlib.Path]] = {}
+  for path in sorted((folder / "evals").glob("*.json")):
+    if match := _EVALUATION.fullmatch(path.name):
+      found.setdefault(match[1], {})[int(match[2])] = path
+  return {name: dict(sorted(files.items())) for name, files in found.items()}
+
+
+def read_outcomes(path: pathlib.Path) -> list[Outcome]:
+  """The outcomes of an evaluation's JSON, with the resamples beside it."""
+  resamples = results.read_resamples(path)
+  return [
+    dataclasses.replace(
+      outcome,
+      results={
+        name: dataclasses.replace(result, resamples=resamples)
+        for name, result in outcome.results.items()
+      },
+    )
+    for outcome in results.read(path)
+  ]
+
+
+def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
+  """One outcome with the results of several files."""
+  outcomes = [outcome for file in files for outcome in read_outcomes(file)]
+  if not outcomes:
+    return Outcome(name=name, encoder="", weights="")
+  merged = {k: v for o in outcomes for k, v in o.results.items()}
+  return dataclasses.replace(outcomes[-1], name=name, results=merged)
+
+
+def _read_series(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+  """The run's metrics; a resumed run may have two names of an objective."""
+  series: dict[str, dict[int, float]] = {}
+  for name, points in read_metrics(folder).items():
+    series.setdefault(aliases.rename_metric(name), {}).update(points)
+  return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Measurements in order, the last one of each step; none if missing."""
+  rows = read_rows(path) if path.is_file() else []
+  for row in rows:
+    if not _is_measurement(row):
+      raise InputError(
+        f"{path}: the row of step {row['step']} is not a measurement of "
+        "gradients. Remove it."
+      )
+  by_step = {row["step"]: aliases.rename_interference(row) for row in rows}
+  return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_measurement(row: dict[str, Any]) -> bool:
+  """Whether a row has its objectives O, blocks B, and arrays of their shape."""
+  try:
+    o, b = len(row["objectives"]), len(row["blocks"])
+    shapes = dict(norms=(o, b), cosines=(o, o, b), transfer=(o, o))
+    return all(
+      np.asarray(row[name], float).shape == shape
+      for name, shape in shapes.items()
+      if row.get(name) is not None
+    )
+  except (KeyError, TypeError, ValueError, OverflowError):
+    return False

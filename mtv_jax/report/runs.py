@@ -1,0 +1,432 @@
+"""Reports of runs: curves, metrics, gradients, sheets, configs."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from mtv_jax.config.overrides import ABSENT, list_differences
+from mtv_jax.evals.encoder_requests import distinct_names
+from mtv_jax.report import charts, page, tables
+from mtv_jax.report.changes import describe_changes
+from mtv_jax.report.charts import Chart, Series
+from mtv_jax.report.evaluations import draw_metric, interval_row
+from mtv_jax.report.run_folders import (
+  RunFolder,
+  group_by_arm,
+  name_arms,
+  read_run,
+)
+from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.text import file_name, format_setting
+
+_VALUES_NOTE = (
+  "Chance is what random embeddings or guesses would give. ±: standard error "
+  "over the items of the test set; bars of charts are 1.96 of them to both "
+  "sides. ↓: lower is better. A dash is a missing value, or one on other data."
+)
+_CURVES_NOTE = (
+  "With more than 160 logged steps, neighbours are averaged. A curve of "
+  "several seeds is their mean, in an area from the least to the largest."
+)
+_GRADIENTS_NOTE = (
+  "Means over the measurements of a run. Where the cosine is negative, a step "
+  "along one gradient raises the other loss, to first order. In the fall of "
+  "losses, rows are the objectives whose gradient is followed."
+)
+# Metrics that are drawn below the evaluations' metrics.
+_FURTHER = r"grad_norm$|/weight$|^interference/"
+_TIMES = ("speed/images_per_second", "speed/wait")
+_DASH = "–"
+_MAX_WIDTH = 1200  # Pixels of a sheet on the page.
+_MAX_NAMES = 4  # Runs that the title names.
+_MAX_VALUE = 160  # Characters of a config's value.
+
+
+def write_runs(
+  runs: Sequence[str | os.PathLike],
+  output: str | os.PathLike,
+  *,
+  names: str | None = None,
+) -> list[pathlib.Path]:
+  """Writes the report of one run, or of several over each other.
+
+  `names` is a regular expression of logged metrics to draw beside the default
+  ones. Returns the two pages.
+  """
+  paths = [str(pathlib.Path(run)) for run in runs]
+  if len({*map(os.path.realpath, paths)}) < len(paths):
+    raise ConfigError(f"a run is given twice: {', '.join(paths)}")
+  paths = [os.path.realpath(path) for path in paths]
+  for path in paths:
+    if os.path.exists(os.path.join(path, "study.json")):
+      raise ConfigError(
+        f"{path} is a study. Give it alone, or its runs: {path}/runs/*"
+      )
+  titles = distinct_names(paths)
+  read = [read_run(p, name=n) for p, n in zip(paths, titles, strict=True)]
+  read = name_arms(read)
+  title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(titles)
+  if len(read) > _MAX_NAMES:
+    title = f"{len(read)} runs"
+  blocks = _describe_runs(read, pathlib.Path(output), names)
+  return page.write_pages(title, blocks, output)[:2]
+
+
+def format_run(folder: str | os.PathLike) -> str:
+  """The last metrics of a run with chance, as a text table; "" if none."""
+  outcome = read_run(folder).outcome
+  return tables.format_metrics([outcome]) if outcome.results else ""
+
+
+def _describe_runs(
+  runs: Sequence[RunFolder], output: pathlib.Path, names: str | None
+) -> Iterator[page.Block]:
+  """The sections on runs; runs that differ in the seed alone are an arm."""
+  yield page.Table(runs_table(runs), numbers=1)
+  if any(run.outcome.results for run in runs):
+    yield from _describe_metrics(runs)
+  yield from describe_changes(runs)
+  yield from describe_training(runs, names=names)
+  yield from describe_gradients(runs)
+  yield from describe_sheets(runs, output)
+  yield from describe_configs(runs)
+
+
+def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
+  """The last metrics with errors and chance, and their charts."""
+  outcomes = [run.outcome for run in runs]
+  rows = tables.compare(outcomes)
+  yield page.Heading("Metrics")
+  # Without links, since evaluations lack headings here, and without
+  # columns of runs that have no result.
+  kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
+  table = [
+    [str(evaluation), metric, *(cells[i] for i in kept), chance]
+    for evaluation, metric, *cells, chance in tables.metrics_table(
+      outcomes, rows
+    )
+  ]
+  yield page.Table(table, numbers=2)
+  yield page.Note(_VALUES_NOTE)
+  rows = [row for row in rows if row.evaluation not in tables.DESCRIPTIVE]
+  rows = [row for row in rows if any(v is not None for v in row.values)]
+  if len(runs) == 1:
+    yield page.Charts(_draw_evaluations(rows))
+    return
+  yield page.Note(f"Bold: {tables.BEST_NOTE}.")
+  drawn = {True: [], False: []}
+  for row in rows:
+    names = {i: run.name for i, run in enumerate(runs)}
+    drawn[row.is_main].append(draw_metric(row, names))
+  yield page.Charts(drawn[True])
+  if drawn[False]:
+    yield page.Details("Further metrics", [page.Charts(drawn[False])])
+
+
+def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
+  """Metrics of one run with chance: a chart for each evaluation and unit."""
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[row.evaluation, row.unit].append(interval_row(row, 0, row.metric, 0))
+  return [
+    charts.interval_plot(
+      evaluation, rows, name=file_name("metrics", evaluation, unit), unit=unit
+    )
+    for (evaluation, unit), rows in groups.items()
+  ]
+
+
+def describe_training(
+  runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
+) -> Iterator[page.Block]:
+  """Training curves of arms over each other, also of the speed if `timed`."""
+  curves, further = draw_training_curves(runs, timed=timed, names=names)
+  if not curves and not further:
+    return
+  yield page.Heading("Training")
+  yield page.Note(_CURVES_NOTE)
+  yield page.Charts(curves)
+  if further:
+    title = "Further metrics, gradient norms, weights, speed"
+    yield page.Details(title, [page.Charts(further)])
+
+
+def draw_training_curves(
+  runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
+) -> tuple[list[Chart], list[Chart]]:
+  """Metrics over steps, of each arm: losses and main metrics, then others.
+
+  The curve of an arm of several seeds is their mean, within an area from the
+  least to the largest. The total loss is not drawn if the arms' objectives
+  differ, since it is then not one quantity. Metrics that the regular expression
+  `names` finds are among the first.
+  """
+  logged = dict.fromkeys(name for run in runs for name in run.series)
+  objectives = {
+    tuple(sorted(run.config.get("objectives") or ())) for run in runs
+  }
+  losses = [n for n in logged if n.endswith("/loss")]
+  if len(objectives) == 1 and len(losses) != 1:
+    losses = [n for n in logged if n == "loss"] + losses
+  evaluated = {
+    f"{evaluation}/{metric}": tables.is_main(
+      evaluation, metric, [*result.metrics]
+    )
+    for run in runs
+    for evaluation, result in run.outcome.results.items()
+    for metric in result.metrics
+  }
+  main = losses + [n for n in logged if evaluated.get(n)]
+  named = _find_names(logged, names) if names is not None else []
+  main += named
+  further = [n for n in logged if evaluated.get(n) is False]
+  further += [n for n in logged if re.search(_FURTHER, n)]
+  further += [n for n in logged if timed and n in _TIMES]
+  main = dict.fromkeys(main)
+  further = [n for n in dict.fromkeys(further) if n not in main]
+  drawn = [_draw_curve(runs, name, least=2 - (name in named)) for name in main]
+  rest = [_draw_curve(runs, name) for name in further]
+  return [c for c in drawn if c], [c for c in rest if c]
+
+
+def _find_names(logged: Collection[str], pattern: str) -> list[str]:
+  """The metrics that a regular expression finds; InputError if none."""
+  try:
+    found = [name for name in logged if re.search(pattern, name)]
+  except (re.error, RecursionError) as error:
+    raise InputError(
+      f"--names={pattern!r} is not a regular expression: {error}."
+    ) from None
+  if not found:
+    raise InputError(
+      f"--names={pattern!r} matches no metric of {sorted(logged)}."
+    )
+  return found
+
+
+def _draw_curve(
+  runs: Sequence[RunFolder], name: str, *, least: int = 2
+) -> Chart | None:
+  """One metric over steps; None if no run has `least` values of it."""
+  curves, values = [], []
+  unit, chance = _find_unit(runs, name)
+  factor = 100.0 if unit == "%" else 1.0
+  for colour, (arm, members) in enumerate(group_by_arm(runs).items()):
+    seeds = [dict(run.series.get(name, ())) for run in members]
+    seeds = [seed for seed in seeds if seed]
+    if not seeds:
+      continue
+    steps = sorted(set.intersection(*map(set, seeds)))
+    table = np.array(
+      [[factor * seed[s] for s in steps] for seed in seeds], float
+    )
+    mean, low, high = (
+      charts.thin_out([*zip(steps, line.tolist(), strict=True)])
+      for line in (table.mean(0), table.min(0), table.max(0))
+    )
+    area = []
+    if len(seeds) > 1:
+      area = [(x, a, b) for (x, a), (_, b) in zip(low, high, strict=True)]
+    curves.append(Series(arm, mean, colour, area))
+    values += [y for _, y in mean]
+  if not any(len(curve.points) >= least for curve in curves):
+    return None
+  positive = min(values) > 0
+  return charts.line_chart(
+    f"{name} ({unit})" if unit else name,
+    curves,
+    name=file_name("curve", name),
+    x_label="step",
+    log_y=positive and max(values) > 30 * min(values),
+    chance=chance and factor * chance,
+  )
+
+
+def _find_unit(
+  runs: Sequence[RunFolder], name: str
+) -> tuple[str, float | None]:
+  """Unit and chance of an evaluation's metric; "" and None for another one."""
+  evaluation, _, metric = name.partition("/")
+  for run in runs:
+    result = run.outcome.results.get(evaluation)
+    if result and metric in result.metrics:
+      return result.units.get(metric, "%"), result.chance.get(metric)
+  return "", None
+
+
+def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
+  """Conflicts between the gradients of objectives, where they are measured."""
+  arms = group_by_arm(runs).items()
+  drawn = {arm: draw_interference(runs) for arm, runs in arms}
+  drawn = {arm: maps for arm, maps in drawn.items() if maps}
+  if not drawn:
+    return
+  yield page.Heading("Gradients of objectives")
+  yield page.Note(_GRADIENTS_NOTE)
+  for arm, maps in drawn.items():
+    yield page.Heading(arm, level=3)
+    yield page.Charts(maps)
+
+
+def draw_interference(runs: Sequence[RunFolder]) -> list[Chart]:
+  """Gradient conflicts of an arm's runs, means over measurements and seeds.
+
+  Cosines of each pair of objectives by block, shares of conflicting pairs over
+  steps, norms by block, and how far a step along one objective's gradient
+  lowers the others' losses. Measurements with other objectives than the last
+  one (some start later) are left out of the means.
+  """
+  rows = [row for run in runs for row in run.interference]
+  if not rows or len(rows[-1]["objectives"]) < 2:
+    return []
+  objectives, blocks = rows[-1]["objectives"], rows[-1]["blocks"]
+  keys = ("objectives", "blocks")
+  rows = [r for r in rows if all(r[key] == rows[-1][key] for key in keys)]
+  first, second = np.triu_indices(len(objectives), 1)
+  pairs = [
+    f"{objectives[i]}, {objectives[k]}"
+    for i, k in zip(first, second, strict=True)
+  ]
+  drawn = []
+  for key, title, names, options in (
+    ("cosines", "Cosine of two gradients", pairs, dict(limit=1)),
+    ("norms", "Norm of the gradient", objectives, {}),
+    (
+      "transfer",
+      "Fall of losses (%) along a gradient",
+      objectives,
+      dict(columns=objectives, x_label="loss"),
+    ),
+  ):
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if not values:
+      continue
+    mean = np.array(values, float).mean(0)
+    if key == "cosines":
+      mean = mean[first, second]
+    options = dict(columns=blocks, x_label="block") | options
+    mean = (mean * (100 if key == "transfer" else 1)).tolist()
+    name = file_name(key, runs[0].arm)
+    drawn.append(charts.heat_map(title, mean, rows=names, name=name, **options))
+  return drawn + _draw_conflicts(runs)
+
+
+def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
+  lines = [
+    Series(
+      f"seed {run.seed}" if len(runs) > 1 else run.name,
+      [
+        (row["step"], 100 * row["conflicts"])
+        for row in run.interference
+        if row.get("conflicts") is not None
+      ],
+      colour,
+    )
+    for colour, run in enumerate(runs)
+  ]
+  if not any(len(line.points) > 1 for line in lines):
+    return []
+  name = file_name("conflicts", runs[0].arm)
+  title = "Negative cosines (% of pairs and blocks)"
+  return [charts.line_chart(title, lines, name=name, x_label="step")]
+
+
+def describe_sheets(
+  runs: Sequence[RunFolder], output: pathlib.Path
+) -> Iterator[page.Block]:
+  """Images of evaluations; the runs' images are side by side."""
+  keys = dict.fromkeys(key for run in runs for key in run.sheets)
+  if keys:
+    yield page.Heading("Images")
+  for key in keys:
+    yield page.Heading(": ".join(key), level=3)
+    yield page.Images(
+      [_read_sheet(run, *key, output) for run in runs if key in run.sheets]
+    )
+
+
+def _read_sheet(
+  run: RunFolder, evaluation: str, name: str, output: pathlib.Path
+) -> page.ImageFile:
+  source = run.sheets[evaluation, name].resolve()
+  try:
+    with Image.open(source) as file:
+      image = file.convert("RGB")
+  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise InputError(
+      f"{source} is not a whole image ({error}). Remove it."
+    ) from None
+  if image.width > _MAX_WIDTH:
+    height = max(round(image.height * _MAX_WIDTH / image.width), 1)
+    image = image.resize((_MAX_WIDTH, height), Image.Resampling.LANCZOS)
+  if source.is_relative_to(output.resolve()):
+    path = source.relative_to(output.resolve()).as_posix()
+  else:
+    path = f"sheets/{file_name(run.name, evaluation, name)}.png"
+  return page.ImageFile(run.name, np.asarray(image), path, source)
+
+
+def describe_configs(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
+  """Commands, configs, and what differs between them."""
+  commands = [run.command for run in runs if run.command]
+  if commands:
+    yield page.Heading("Commands")
+    yield page.Code("\n".join(commands))
+  yield page.Heading("Configs")
+  if len(runs) > 1:
+    table = config_table(runs)
+    yield (
+      page.Table(table)
+      if len(table) > 1
+      else page.Note("The configs are equal.")
+    )
+  for run in runs:
+    text = json.dumps(run.config, indent=1, sort_keys=True)
+    yield page.Details(f"Config of {run.name}", [page.Code(text)])
+
+
+def runs_table(
+  runs: Sequence[RunFolder], *, timed: bool = True
+) -> list[list[str]]:
+  """What the runs are: a header, then a row for each."""
+  colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
+  rows = [["run", "seed", "steps", "images"]]
+  rows[0] += ["images/s", "core hours"] if timed else []
+  for run in runs:
+    batch, steps = run.config.get("batch_size") or 0, run.step
+    total = run.config.get("total_steps")
+    progress = f"{steps:,}"
+    progress += "" if total in (None, steps) else f"/{total:,}"
+    name = page.Swatch(run.name, colours[run.arm])
+    rows.append([name, str(run.seed), progress, f"{steps * batch:,}"])
+    if timed:
+      rows[-1].append(_last(run, "speed/images_per_second", ".0f"))
+      rows[-1].append(_last(run, "speed/core_hours", ".2f"))
+  return rows
+
+
+def _last(run: RunFolder, name: str, form: str) -> str:
+  points = run.series.get(name)
+  return format(points[-1][1], form) if points else _DASH
+
+
+def config_table(runs: Sequence[RunFolder]) -> list[list[str]]:
+  """Keys whose values differ: a header, then a row for each; seeds left out."""
+  rows = [["key", *(run.name for run in runs)]]
+  for key, values in list_differences([run.config for run in runs]):
+    # A key that is None has the same effect as an absent key.
+    if key == "seed" or all(value in (None, ABSENT) for value in values):
+      continue
+    rows.append([key])
+    for value in values:
+      is_set = value not in (None, ABSENT)
+      rows[-1].append(format_setting(value, _MAX_VALUE) if is_set else _DASH)
+  return rows

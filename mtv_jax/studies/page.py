@@ -1,0 +1,323 @@
+"""Report of a study: arms, differences, synergy, scaling, and its runs."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mtv_jax.perf.flops import build_long_step_spec
+from mtv_jax.report import charts, differences, page, runs, tables
+from mtv_jax.report.charts import Chart, Row
+from mtv_jax.report.contrasts import (
+  DISTINCT,
+  Comparison,
+  Contrast,
+  Measurements,
+  Metric,
+)
+from mtv_jax.report.differences import EMPTY, format_ends, format_value
+from mtv_jax.report.run_folders import group_by_arm
+from mtv_jax.studies import scaling, statistics
+from mtv_jax.studies.expand import Run
+from mtv_jax.studies.statistics import StudyResults, Synergy
+from mtv_jax.train.run import resolve
+from mtv_jax.train.spec import abstract_params
+from mtv_jax.utils.text import file_name
+from mtv_jax.utils.tree import flatten_with_names
+
+_ARMS_NOTE = (
+  "Means over seeds with 95 % t intervals over seeds, or with one seed 1.96 "
+  "standard errors over the items of the test set. Pale dots are seeds. ↓: "
+  "lower is better. Chance is what random embeddings or guesses would give."
+)
+_PROTOCOLS_NOTE = (
+  "These evaluations measure the arms in different ways, or on different data: "
+  "the encoders are not the only cause of their differences."
+)
+_DIFFERENCES_NOTE = (
+  "Differences in the metric's unit, paired by seed where there are 2 or more, "
+  "with 95 % intervals over seeds; with one seed, over items. A difference is "
+  "better or worse if its p value, corrected for all comparisons of the table "
+  "(Holm 1979), is below 0.05 and the second interval, over items (and seeds, "
+  "if several), excludes 0. Else it is not distinguishable."
+)
+_SYNERGY_NOTE = (
+  "Right of the diagonal: what a pair gains over the better of its two parts. "
+  "Left of it: over the sum of both parts' distances from chance. Positive is "
+  "an improvement, also where lower is better. Bold: distinguishable."
+)
+_SCALING_NOTE = (
+  "Dots are means with the intervals of the arms, dashed curves the fits. "
+  "Intervals of the fits' parameters are of a bootstrap of residuals, 95 %."
+)
+
+
+def write_study(
+  folder: str | os.PathLike, output: str | os.PathLike | None = None
+) -> list[pathlib.Path]:
+  """Writes the report of a study, from the runs that are finished.
+
+  Into the folder of the study by default. Returns the two pages.
+  """
+  results = statistics.read_study(pathlib.Path(folder))
+  output = pathlib.Path(folder if output is None else output)
+  title = f"Study: {results.study.kind}"
+  blocks = [*_describe_study(results), *_describe_runs(results, output)]
+  return page.write_pages(title, blocks, output)[:2]
+
+
+def _describe_study(results: StudyResults) -> Iterator[page.Block]:
+  """What the study says, from its finished runs."""
+  study, data = results.study, results.measurements
+  yield page.Bullets(_summarise(results))
+  main = select_main(results.metrics)
+  if not main:
+    yield page.Note("No run is finished.")
+    return
+  compared = statistics.compare(data, main, baseline=study.baseline)
+  yield page.Heading("Arms")
+  yield page.Table(values_table(data, main), numbers=1)
+  yield page.Note(_ARMS_NOTE)
+  if differing := _describe_protocols(results):
+    yield page.Note(_PROTOCOLS_NOTE)
+    yield page.Bullets(differing)
+  yield page.Charts(draw_arms(data, main, compared))
+  further = [metric for metric in results.metrics if metric not in main]
+  if further:
+    table = page.Table(values_table(data, further), numbers=1)
+    yield page.Details("Further metrics", [table])
+  if study.kind == "scaling":
+    yield from _describe_scaling(results, main)
+    return
+  yield page.Heading(f"Differences from {study.baseline}")
+  yield from differences.describe_differences(compared)
+  yield page.Note(_DIFFERENCES_NOTE)
+  if study.kind == "ladder" and len(data.values) > 2:
+    yield page.Heading("Differences from the arm before")
+    steps = statistics.compare_in_order(data, main)
+    yield from differences.describe_differences(steps)
+  if study.kind == "pairs":
+    yield from _describe_synergy(results, main)
+
+
+def _describe_runs(
+  results: StudyResults, output: pathlib.Path
+) -> Iterator[page.Block]:
+  """Curves, gradients and sheets of the finished runs, and their configs."""
+  if not results.runs:
+    return
+  first = [members[0] for members in group_by_arm(results.runs).values()]
+  # Without times: a study that is resumed gives the same report.
+  yield from runs.describe_training(results.runs, timed=False)
+  yield from runs.describe_gradients(results.runs)
+  yield from runs.describe_sheets(first, output)
+  yield page.Heading("Runs")
+  yield page.Table(runs.runs_table(results.runs, timed=False), numbers=1)
+  yield from runs.describe_configs(first)
+
+
+def _summarise(results: StudyResults) -> list[str]:
+  study = results.study
+  seeds = collections.Counter(run.arm for run in study.runs)
+  counts = ", ".join(f"{arm} {count}" for arm, count in seeds.items())
+  flops = {run.arm: run.flops for run in study.runs if run.flops}
+  finished = len(study.runs) - len(results.unfinished)
+  lines = [
+    f"Config: {study.config}",
+    f"Runs have in common: {study.match}"
+    + (f", at {study.budget:g} of the config's steps" * (study.budget != 1)),
+    f"Seeds: {counts}",
+    f"Finished: {finished} of {len(study.runs)} runs",
+    f"Settings: {study.fingerprint}",
+  ]
+  if flops:
+    costs = ", ".join(f"{arm} {f / 1e12:.3g}" for arm, f in flops.items())
+    lines.insert(2, f"TFLOP of a run: {costs}")
+  if results.unfinished:
+    lines.insert(-1, f"Not finished: {', '.join(results.unfinished)}")
+  return lines
+
+
+def _describe_protocols(results: StudyResults) -> list[str]:
+  """What differs between arms in how they are evaluated, by their first run."""
+  first = {run.arm: run for run in reversed(results.runs)}
+  outcomes = [
+    dataclasses.replace(first[arm].outcome, name=arm)
+    for arm in results.measurements.values
+    if arm in first
+  ]
+  return [
+    line
+    for name in tables.evaluation_names(outcomes)
+    for line in tables.list_differing(outcomes, name)
+  ]
+
+
+def select_main(metrics: Sequence[Metric]) -> list[Metric]:
+  """The metrics that an evaluation report charts: one or two an evaluation."""
+  groups = collections.defaultdict(list)
+  for metric in metrics:
+    evaluation, _, name = metric.name.partition("/")
+    groups[evaluation].append((name, metric))
+  return [
+    metric
+    for evaluation, members in groups.items()
+    for name, metric in members
+    if tables.is_main(evaluation, name, [n for n, _ in members])
+  ]
+
+
+def values_table(
+  data: Measurements, metrics: Sequence[Metric]
+) -> list[list[str]]:
+  """Means with intervals, and chance: a header, then a row for each metric."""
+  rows = [["metric", *data.values, "chance"]]
+  for metric in metrics:
+    rows.append([metric.label])
+    for arm in data.values:
+      summary = statistics.summarise_arm(data, metric, arm)
+      text = EMPTY
+      if summary.mean is not None:
+        text = format_value(summary.mean, metric)
+      if summary.interval:
+        text += f" [{format_ends(*summary.interval, metric, signed=False)}]"
+      rows[-1].append(text)
+    known = metric.chance is not None
+    rows[-1].append(format_value(metric.chance, metric) if known else "")
+  return rows
+
+
+def draw_arms(
+  data: Measurements,
+  metrics: Sequence[Metric],
+  comparisons: Sequence[Comparison],
+) -> list[Chart]:
+  """A chart for each metric: arms with intervals, seeds and chance."""
+  verdicts = {(c.metric, c.arm): c for c in comparisons}
+  drawn = []
+  for metric in metrics:
+    factor, rows = metric.scale, []
+    for colour, arm in enumerate(data.values):
+      summary = statistics.summarise_arm(data, metric, arm)
+      values = summary.mean, *(summary.interval or (None, None))
+      seeds = [
+        factor * data.values[arm][s][metric.name]
+        for s in data.seeds(arm, metric.name)
+      ]
+      compared, note = verdicts.get((metric, arm)), ""
+      if compared:
+        than = "than" if compared.verdict in DISTINCT else "from"
+        note = f"{compared.verdict} {than} {compared.baseline}"
+      rows.append(
+        Row(
+          arm,
+          *(v if v is None else factor * v for v in values),
+          points=seeds if len(seeds) > 1 else (),
+          chance=None if metric.chance is None else factor * metric.chance,
+          colour=colour,
+          note=note,
+        )
+      )
+    title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
+    drawn.append(
+      charts.interval_plot(
+        title, rows, name=name, unit=metric.unit, lower=metric.lower
+      )
+    )
+  return drawn
+
+
+def _describe_synergy(
+  results: StudyResults, metrics: Sequence[Metric]
+) -> Iterator[page.Block]:
+  synergies = statistics.find_synergies(results.measurements, metrics)
+  yield page.Heading("Synergy")
+  yield page.Note(_SYNERGY_NOTE)
+  yield page.Charts(draw_synergies(synergies))
+  yield differences.list_contrasts(synergy_rows(synergies))
+
+
+def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
+  """A matrix for each metric.
+
+  Right of the diagonal the gain of a pair over the better of the two, left of
+  it the gain over the sum of both; gains are positive. Bold: distinguishable.
+  """
+  groups: dict[Metric, list[Synergy]] = {}
+  for synergy in synergies:
+    groups.setdefault(synergy.over_better.metric, []).append(synergy)
+  drawn = []
+  for metric, rows in groups.items():
+    names = list(dict.fromkeys(n for s in rows for n in (s.first, s.second)))
+    values = [[None] * len(names) for _ in names]
+    marks = [[False] * len(names) for _ in names]
+    for s in rows:
+      i, k = sorted((names.index(s.first), names.index(s.second)))
+      for contrast, a, b in ((s.over_better, i, k), (s.over_additive, k, i)):
+        if contrast is not None and contrast.gain is not None:
+          values[a][b] = metric.scale * contrast.gain
+          marks[a][b] = contrast.verdict in DISTINCT
+    if any(v is not None for row in values for v in row):
+      title = metric.label.removesuffix(" ↓")
+      options = dict(rows=names, columns=names, marks=marks)
+      name = file_name("synergy", metric.name)
+      drawn.append(charts.heat_map(title, values, name=name, **options))
+  return drawn
+
+
+def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
+  """Rows of `differences.contrast_table`."""
+  rows = []
+  for s in synergies:
+    rows.append((f"{s.arm} − {s.better}", s.over_better))
+    if s.over_additive is not None:
+      rows.append((f"{s.arm} − sum of both", s.over_additive))
+  return rows
+
+
+def _describe_scaling(
+  results: StudyResults, metrics: Sequence[Metric]
+) -> Iterator[page.Block]:
+  first = {run.arm: run for run in reversed(results.study.runs)}
+  sizes = {arm: measure_size(run) for arm, run in first.items()}
+  data = results.measurements
+  fits = scaling.fit_metrics(data, metrics, sizes)
+  yield page.Heading("Scaling")
+  # Without limits all arms have the data's images, and may see more or fewer.
+  limited = all(_count_distinct(run.arm) for run in results.study.runs)
+  x_label = "distinct images" if limited else "images seen"
+  yield page.Charts(scaling.draw_scaling(data, metrics, sizes, fits, x_label))
+  yield page.Note(_SCALING_NOTE)
+  yield page.Bullets(scaling.describe_laws(fits))
+  yield page.Table(scaling.fits_table(fits), numbers=1)
+
+
+def measure_size(run: Run) -> dict[str, Any]:
+  """Model, images and parameters of an arm of a scaling study.
+
+  The images are distinct ones where the study limits them, else those seen. The
+  parameters are the image tower's.
+  """
+  return {
+    "model": run.arm.rpartition("-")[0],
+    "images": _count_distinct(run.arm) or run.images,
+    "parameters": count_parameters(run.settings),
+  }
+
+
+def _count_distinct(arm: str) -> int | None:
+  """Distinct images of an arm of a scaling study; None without a limit."""
+  images = arm.rpartition("-")[2]
+  return int(images) if images.isdecimal() else None
+
+
+def count_parameters(settings: Mapping[str, Any]) -> int:
+  """Parameters of the image tower of a resolved config."""
+  spec = build_long_step_spec(resolve(settings))
+  image = abstract_params(spec)["image"]
+  return sum(math.prod(x.shape) for _, x in flatten_with_names(image))

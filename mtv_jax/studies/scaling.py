@@ -1,0 +1,410 @@
+"""Scaling laws: fits of an error against images and parameters.
+
+With x_v the images or the parameters, relative to their geometric mean over the
+points, the saturating power law is
+
+  e = e_0 + sum over v of c_v x_v^-a_v
+
+With two variables it is Hoffmann et al. 2022, equation 2. c_v is the error at
+the geometric mean that more of v would remove. Fitted by least squares of log
+e: Hoffmann et al. take a Huber loss of the same residuals, for more points than
+a study has.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import optimize, special
+
+from mtv_jax.report import charts
+from mtv_jax.report.charts import Chart, Series
+from mtv_jax.report.contrasts import LEVEL, Measurements, Metric
+from mtv_jax.report.differences import EMPTY
+from mtv_jax.studies.statistics import summarise_arm
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import file_name
+
+# Starts of the search: exponents that papers report are 0.05 to 0.5.
+_EXPONENTS, _FLOORS = (0.1, 0.4, 1.0), (0.1, 0.5, 0.9)
+_MAX_EXPONENT = 5.0
+# Evaluations of the law in one search: most take 10; without a minimum, all.
+_EVALUATIONS = 100
+_RESAMPLES = 100  # Fits for the intervals.
+# Smallest singular value of a Jacobian whose columns have unit length.
+_SINGULAR = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+  """A fitted parameter with its 95 % bootstrap interval."""
+
+  value: float
+  low: float
+  high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingFit:
+  """A scaling law of one metric; see the module for its form."""
+
+  metric: str
+  formula: str
+  points: int
+  # Geometric mean of each variable, which x is relative to.
+  centres: dict[str, float]
+  # "floor", "coefficient VARIABLE", "exponent VARIABLE".
+  # Empty if they are not identifiable.
+  parameters: dict[str, Parameter]
+  r2: float | None  # of log e
+  residuals: tuple[float, ...]  # log e minus the fit, by point
+  is_complement: bool  # whether e is 1 - metric, else the metric itself
+  note: str  # why the fit is missing, or ""
+
+  @property
+  def is_identifiable(self) -> bool:
+    """Whether there is a fit."""
+    return bool(self.parameters)
+
+  def predict(
+    self, x: Mapping[str, Float[np.ndarray, " m"]]
+  ) -> Float[np.ndarray, " m"]:
+    """Values of the metric at m points."""
+    if not self.is_identifiable:
+      raise InputError(
+        f"the fit of {self.metric} lacks parameters: {self.note}"
+      )
+    theta = {name: p.value for name, p in self.parameters.items()}
+    error = np.full(len(next(iter(x.values()))), theta["floor"])
+    for name, centre in self.centres.items():
+      relative = np.asarray(x[name], np.float64) / centre
+      power = relative ** -theta[f"exponent {name}"]
+      error = error + theta[f"coefficient {name}"] * power
+    return 1.0 - error if self.is_complement else error
+
+
+def fit_scaling(
+  metric: Metric,
+  x: Mapping[str, Sequence[float | int] | np.ndarray],
+  values: Sequence[float | int] | np.ndarray,
+) -> ScalingFit:
+  """Fits the scaling law to n points.
+
+  Intervals are percentiles of fits to resampled residuals. These are enlarged
+  first, by sqrt(n / (n - parameters)), as a fit makes them too small, and by
+  the ratio of Student's t to the normal distribution, as so few points tell
+  their size badly: for a linear law this gives the t interval (our choice).
+
+  The metric is a fraction where higher is better (e = 1 - metric), or lower is
+  better (e = metric); points without a finite value are left out.
+  """
+  if not metric.lower and metric.unit != "%":
+    raise InputError(
+      f"{metric.name} is neither a fraction nor lower if better; a scaling law "
+      "is of an error"
+    )
+  known = np.isfinite(np.asarray(values, np.float64))
+  names = list(x)
+  points = np.array([x[name] for name in names], np.float64)[:, known]
+  error = np.asarray(values, np.float64)[known]
+  error = error if metric.lower else 1.0 - error
+  if (points <= 0).any() or (error <= 0).any():
+    raise InputError(
+      f"the scaling law of {metric.name} needs errors, images and parameters "
+      "above 0"
+    )
+  law = _Law(names)
+  note = law.find_obstacle(points)
+  centres = np.exp(np.log(points).sum(axis=1) / max(len(error), 1))
+  fit = ScalingFit(
+    metric=metric.name,
+    formula=law.formula,
+    points=len(error),
+    centres=dict(zip(names, map(float, centres), strict=True)),
+    parameters={},
+    r2=None,
+    residuals=(),
+    is_complement=not metric.lower,
+    note=note,
+  )
+  if note:
+    return fit
+  scaled, target = np.log(points / centres[:, None]), np.log(error)
+  theta = law.fit(scaled, target)
+  note = law.find_degeneracy(theta, scaled)
+  if note:
+    return dataclasses.replace(fit, note=note)
+  fitted = law.predict(theta, scaled)
+  residuals = target - fitted
+  rng = np.random.default_rng(0)
+  degrees = len(target) - law.count
+  quantile = (1 + LEVEL) / 2
+  widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
+  enlarged = residuals - residuals.mean()
+  enlarged *= widening * np.sqrt(len(target) / degrees)
+  drawn = np.stack(
+    [
+      law.fit(scaled, fitted + rng.choice(enlarged, len(target)), theta)
+      for _ in range(_RESAMPLES)
+    ]
+  )
+  spread = np.sum((target - target.mean()) ** 2)
+  return dataclasses.replace(
+    fit,
+    parameters=law.name_parameters(theta, drawn),
+    r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
+    residuals=tuple(map(float, residuals)),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Law:
+  """The law: theta is log floor, log coefficients, exponents."""
+
+  names: list[str]
+
+  @property
+  def count(self) -> int:
+    """Number of parameters."""
+    return 2 * len(self.names) + 1
+
+  @property
+  def formula(self) -> str:
+    """The formula of the error e."""
+    marks = [""] if len(self.names) == 1 else ["₁", "₂"]
+    terms = [
+      f"c{mark} ({name} / {name}₀)^-a{mark}"
+      for name, mark in zip(self.names, marks, strict=True)
+    ]
+    return "e = " + " + ".join(["e₀", *terms])
+
+  def find_obstacle(self, points: Float[np.ndarray, "v n"]) -> str:
+    """Why the points can't determine the parameters, or ""."""
+    distinct = len(np.unique(points, axis=1).T) if points.size else 0
+    if distinct <= self.count:
+      return (
+        f"not identifiable: {distinct} different points for {self.count} "
+        f"parameters; at least {self.count + 1} are needed"
+      )
+    for name, row in zip(self.names, points, strict=True):
+      if len(np.unique(row)) < 2:
+        return f"not identifiable: all points have the same {name}"
+    return ""
+
+  # The search calls these often: shapes in comments are not checked.
+  def predict(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Log e [N] for theta [P], at the logarithms [V, N] of the variables."""
+    return np.logaddexp.reduce(self._log_terms(theta, x), axis=0)
+
+  def jacobian(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Derivatives [N, P] of `predict`: shares of e, and those times -x."""
+    terms = self._log_terms(theta, x)
+    shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
+    return np.concatenate([shares, -x * shares[1:]]).T
+
+  def _log_terms(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    scales, exponents = theta[1:].reshape(2, len(x), 1)
+    floors = np.full((1, x.shape[1]), theta[0])
+    return np.concatenate([floors, scales - exponents * x])  # [terms, N]
+
+  def fit(
+    self,
+    x: Float[np.ndarray, "v n"],
+    target: Float[np.ndarray, " n"],
+    start: Float[np.ndarray, " p"] | None = None,
+  ) -> Float[np.ndarray, " p"]:
+    """Theta of the least squares."""
+    low, high = self._bounds(target)
+    fits = [
+      optimize.least_squares(
+        lambda theta: self.predict(theta, x) - target,
+        np.clip(theta, low + 1e-9, high - 1e-9),
+        lambda theta: self.jacobian(theta, x),
+        bounds=(low, high),
+        x_scale="jac",
+        max_nfev=_EVALUATIONS,
+        ftol=1e-7 if start is not None else 1e-12,
+      )
+      for theta in (self._starts(target) if start is None else [start])
+    ]
+    return min(fits, key=lambda fit: fit.cost).x
+
+  def _bounds(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    variables = len(self.names)
+    # A floor between a millionth of the points and their maximum.
+    floor = (target.min() - np.log(1e6), target.max())
+    scale = [(target.min() - np.log(1e6), target.max() + np.log(1e6))]
+    # Beside a floor, a term that grows would only mirror it.
+    exponents = [(0.0, _MAX_EXPONENT)] * variables
+    low, high = np.array([floor, *scale * variables, *exponents]).T
+    return low, high
+
+  def _starts(self, target: np.ndarray) -> list[np.ndarray]:
+    variables = len(self.names)
+    starts = []
+    for share in _FLOORS:
+      terms = target.mean() + np.log((1 - share) / variables)
+      floor = target.mean() + np.log(share)
+      for exponent in _EXPONENTS:
+        rest = [terms] * variables + [exponent] * variables
+        starts.append(np.array([floor, *rest]))
+    return starts
+
+  def name_parameters(
+    self, theta: Float[np.ndarray, " p"], drawn: Float[np.ndarray, "b p"]
+  ) -> dict[str, Parameter]:
+    """Parameters by name, with the percentiles of drawn ones."""
+    variables = len(self.names)
+    logarithms = len(theta) - variables
+    theta, drawn = theta.copy(), drawn.copy()
+    for x in (theta, drawn):
+      x[..., :logarithms] = np.exp(x[..., :logarithms])
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
+    names = ["floor", *(f"coefficient {name}" for name in self.names)]
+    names += [f"exponent {name}" for name in self.names]
+    return {
+      name: Parameter(float(theta[i]), float(low[i]), float(high[i]))
+      for i, name in enumerate(names)
+    }
+
+  def find_degeneracy(
+    self, theta: Float[np.ndarray, " p"], x: Float[np.ndarray, "v n"]
+  ) -> str:
+    """Why a fit does not determine its parameters, or ""."""
+    exponents = theta[-len(self.names) :]
+    for name, exponent in zip(self.names, exponents, strict=True):
+      if not 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
+        bound = _MAX_EXPONENT if exponent > 1e-3 else 0.0
+        return (
+          f"not identifiable: the exponent of {name} runs to {bound:g}, the "
+          "bound of the search"
+        )
+    jacobian = self.jacobian(theta, x)
+    unit = jacobian / np.linalg.norm(jacobian, axis=0).clip(1e-300)
+    # The derivative of a floor near 0 vanishes; that is not an ambiguity.
+    shown = np.linalg.norm(jacobian, axis=0) > 1e-4
+    if np.linalg.svd(unit[:, shown], compute_uv=False)[-1] < _SINGULAR:
+      return "not identifiable: the points don't determine all parameters"
+    return ""
+
+
+def fit_metrics(
+  data: Measurements,
+  metrics: Sequence[Metric],
+  sizes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, ScalingFit]:
+  """A scaling law of each metric that is an error or a fraction.
+
+  Each run is a point; `sizes` has `images` and `parameters` of each arm, and a
+  variable that does not vary is left out.
+  """
+  fits = {}
+  for metric in metrics:
+    points = [
+      (sizes[arm], data.values[arm][seed][metric.name])
+      for arm in data.values
+      for seed in data.seeds(arm, metric.name)
+    ]
+    if not points or not (metric.lower or metric.unit == "%"):
+      continue
+    names = [
+      name
+      for name in ("images", "parameters")
+      if len({size.get(name) for size, _ in points}) > 1
+    ]
+    x = {name: [float(size[name]) for size, _ in points] for name in names}
+    y = [value for _, value in points]
+    if names and (metric.lower or max(y) < 1) and min(y) > 0:
+      fits[metric.name] = fit_scaling(metric, x, y)
+  return fits
+
+
+def draw_scaling(
+  data: Measurements,
+  metrics: Sequence[Metric],
+  sizes: Mapping[str, Mapping[str, Any]],
+  fits: Mapping[str, ScalingFit],
+  x_label: str = "distinct images",
+) -> list[Chart]:
+  """A chart for each metric over the images, with a curve for each model.
+
+  `sizes` has `model`, `images` and `parameters` of each arm.
+  """
+  models = collections.defaultdict(list)
+  for arm in data.values:
+    models[sizes[arm]["model"]].append(arm)
+  drawn = []
+  for metric in metrics:
+    factor, lines, fit = metric.scale, [], fits.get(metric.name)
+    for colour, (model, arms) in enumerate(models.items()):
+      points, intervals = [], []
+      for arm in sorted(arms, key=lambda a: sizes[a]["images"]):
+        summary = summarise_arm(data, metric, arm)
+        if summary.mean is None:
+          continue
+        x = sizes[arm]["images"]
+        points.append((x, factor * summary.mean))
+        if summary.interval:
+          intervals.append((x, *(factor * v for v in summary.interval)))
+      if not points:
+        continue
+      lines.append(Series(model, points, colour, intervals, "dots"))
+      if fit is not None and fit.is_identifiable and len(points) > 1:
+        x = np.geomspace(points[0][0], points[-1][0], 40)
+        size = np.full(40, float(sizes[arms[0]].get("parameters", 1)))
+        known = {"images": x, "parameters": size}
+        y = factor * fit.predict({name: known[name] for name in fit.centres})
+        curve = [*zip(x.tolist(), y.tolist(), strict=True)]
+        lines.append(Series(f"fit, {model}", curve, colour, style="dashed"))
+    if lines:
+      drawn.append(
+        charts.line_chart(
+          metric.label,
+          lines,
+          name=file_name("scaling", metric.name),
+          x_label=x_label,
+          log_x=True,
+          chance=None if metric.chance is None else factor * metric.chance,
+        )
+      )
+  return drawn
+
+
+def fits_table(fits: Mapping[str, ScalingFit]) -> list[list[str]]:
+  """Parameters of fits with intervals: a header, then a row for each metric."""
+  names = list(
+    dict.fromkeys(n for fit in fits.values() for n in fit.parameters)
+  )
+  rows = [["metric", *names, "R²", "points"]]
+  for metric, fit in fits.items():
+    cells = [fit.parameters.get(name) for name in names]
+    r2 = EMPTY if fit.r2 is None else f"{fit.r2:.3f}"
+    texts = [EMPTY if p is None else _format_parameter(p) for p in cells]
+    rows.append([metric, *texts, r2, str(fit.points)])
+  return rows
+
+
+def _format_parameter(parameter: Parameter) -> str:
+  value, *ends = (
+    "0" if abs(v) < 1e-4 else f"{v:.3g}"
+    for v in (parameter.value, parameter.low, parameter.high)
+  )
+  return f"{value}\n[{', '.join(ends)}]"
+
+
+def describe_laws(fits: Mapping[str, ScalingFit]) -> list[str]:
+  """The form of the fits, a line for each one that differs."""
+  lines = {}
+  for metric, fit in fits.items():
+    e = "1 − metric" if fit.is_complement else "metric"
+    centres = ", ".join(f"{k}₀ = {v:,.0f}" for k, v in fit.centres.items())
+    note = f"; {fit.note}" if fit.note else ""
+    line = f"{fit.formula}; e = {e}; {centres}{note}"
+    lines.setdefault(line, []).append(metric)
+  return [f"{', '.join(names)}: {line}" for line, names in lines.items()]

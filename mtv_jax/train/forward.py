@@ -1,0 +1,384 @@
+"""The forward pass of a step: views, encodings, loss inputs, losses.
+
+An objective declares the encodings that it reads. Each distinct encoding
+(tower, view, weights) is computed once, and gives each objective its loss
+inputs, which are small and by example. The losses compare those of the whole
+batch.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+
+from mtv_jax.augment.random import image_keys, row_keys, step_key
+from mtv_jax.objectives import base
+from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
+from mtv_jax.parallel.mesh import data_rows, num_batch_shards
+from mtv_jax.train.spec import StepSpec
+from mtv_jax.train.state import TrainState
+from mtv_jax.utils.tree import map_with_names, pytree_dataclass
+
+Batch = Mapping[str, Array]
+# Not gathered whole: vocabularies by row, blocks one by one in their loop.
+EMBEDDING_TABLES = r"token_embedding$"
+_NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
+Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
+
+
+def total_loss(
+  spec: StepSpec,
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | None = None,
+) -> Loss:
+  """The loss of a whole batch, as a function of all parameters."""
+  params, state = gather_params(spec, params, state, mesh)
+  keys = view_keys(spec, state.step, len(batch["image"]), mesh)
+  loss_inputs = compute_loss_inputs(spec, params, state, batch, keys, mesh)
+  return compute_losses(spec, params["heads"], state, loss_inputs, mesh)
+
+
+def compute_loss_inputs(
+  spec: StepSpec,
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, Any]:
+  """The loss inputs of each objective for b rows of a batch.
+
+  Args:
+    spec: of the objectives to compute.
+    params: the student's, by which the result is differentiated.
+    state: its teachers and statistics; its other parameters are not read. Both
+      as `gather_params` returns them.
+    batch: batch fields `[b, ...]`.
+    keys: random keys `[b]` of the rows by view, see `view_keys`.
+    mesh: over which the rows are sharded; None on one device.
+
+  Returns:
+    By objective, trees of arrays `[b, ...]`.
+  """
+  batch = add_views(spec, batch, keys, mesh)
+  encoded = encode(
+    spec, params, state.fixed_params, batch, step=state.step, mesh=mesh
+  )
+  heads = bind_heads(spec, params["heads"], state)
+  return {
+    name: objective_inputs(spec, name, encoded, heads, state, batch, mesh)
+    for name in spec.objectives
+  }
+
+
+def compute_losses(
+  spec: StepSpec,
+  params: PyTree,
+  state: TrainState,
+  loss_inputs: Mapping[str, Any],
+  mesh: Mesh | None = None,
+) -> Loss:
+  """The total loss of the global batch, and each objective's terms.
+
+  Args:
+    spec: of the objectives to compute.
+    params: the parameters of the heads.
+    state: its step, statistics, balance and the teacher's heads. Both as
+      `gather_params` returns them.
+    loss_inputs: results of `compute_loss_inputs` for all rows `[B, ...]`.
+    mesh: as in `compute_loss_inputs`.
+  """
+  heads, weights = bind_heads(spec, params, state), spec.loss_weights(state)
+  total, terms = 0.0, {}
+  if spec.has_balance:
+    configured = spec.config_weights(state.step)
+    total = spec.balance.penalty(configured, state.balance)
+  for name, objective in spec.objectives.items():
+    start = spec.weights[name].start
+    context = base.Context(
+      step=state.step - start,
+      total_steps=spec.total_steps - start,
+      statistics=state.statistics[name],
+      mesh=mesh,
+    )
+    with jax.named_scope(name):
+      terms[name] = objective.loss(loss_inputs[name], heads, context)
+    total = total + weights[name] * terms[name].loss.value()
+  return total, terms
+
+
+def gather_params(
+  spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
+) -> tuple[PyTree, TrainState]:
+  """Parameters, and a state's teachers, as the layers read them.
+
+  Gathered over `fsdp`, and frozen ones without a gradient.
+  """
+  if spec.frozen:
+    params = stop_gradient_frozen(spec, params)
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return params, state
+  params, teacher, teachers = all_gather_params(
+    (params, state.teacher, state.teachers), mesh, keep=_NOT_GATHERED
+  )
+  return params, state.replace(teacher=teacher, teachers=teachers)
+
+
+def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
+  """Stops the gradient of frozen parameters, given under their full names.
+
+  A tower that is frozen whole then has no backward pass.
+  """
+  return map_with_names(
+    lambda name, leaf: (
+      jax.lax.stop_gradient(leaf) if name in spec.frozen else leaf
+    ),
+    params,
+  )
+
+
+def bind_heads(
+  spec: StepSpec, params: PyTree, state: TrainState
+) -> base.BoundHeads:
+  """Heads with the student's parameters, and with the teacher's fixed ones."""
+  teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
+  return base.BoundHeads(spec.heads, params, teacher)
+
+
+def objective_inputs(
+  spec: StepSpec,
+  name: str,
+  encoded: base.Encodings,
+  heads: base.BoundHeads,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | None,
+) -> Any:
+  """The loss inputs of one objective."""
+  batch = {**batch, "statistics": state.statistics[name]}
+  with jax.named_scope(name):
+    inputs = spec.objectives[name].loss_inputs(encoded, heads, batch)
+  return constrain_batch(inputs, mesh)
+
+
+# ---------------------------------------------------------------------------
+# Views.
+
+
+def view_keys(
+  spec: StepSpec, step: Array, size: int, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+  """Random keys `[size]` for each view that is read."""
+  seed = jax.random.key(spec.seed)
+  names = {e.view_name for e in spec.plan if e.tower == "image"}
+  keys = {
+    n: row_keys(seed, spec.views[n].crops_of or n, step, size)
+    for n in sorted(names)
+  }
+  if mesh is None or mesh.size == 1:
+    return keys
+  # An example gets the same crops wherever it is on the mesh.
+  order = data_rows(size, mesh)
+  if (order != np.arange(size)).any():
+    keys = jax.tree.map(lambda k: k[order], keys)
+  return keys
+
+
+def add_views(
+  spec: StepSpec,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None,
+) -> dict[str, Any]:
+  """The batch with `views`, `ViewBatch`es by name, and with their `keys`."""
+  views = {}
+  for name, rngs in keys.items():
+    with jax.named_scope(f"view({name})"):
+      views[name] = spec.views[name](
+        batch["image"], batch["image_size"], rngs, spec.dtype
+      )
+  return {**batch, "views": constrain_batch(views, mesh), "keys": keys}
+
+
+# ---------------------------------------------------------------------------
+# Encodings.
+
+
+def encode(
+  spec: StepSpec,
+  params: Mapping[str, PyTree],
+  fixed: Mapping[str, Mapping[str, PyTree]],
+  batch: Batch,
+  *,
+  plan: Mapping[base.Encoding, tuple[int, ...]] | None = None,
+  step: Array | None = None,
+  mesh: Mesh | None = None,
+) -> dict[base.Encoding, Any]:
+  """Runs every encoding of a plan.
+
+  Args:
+    spec: has the towers.
+    params: the student's parameters by tower.
+    fixed: the teachers' parameters by `Encoding.weights` and tower, which get
+      no gradient. A tower that the EMA teacher lacks is the student's.
+    batch: token ids of text encodings, captions `[B, T]` or phrases
+      `[B, M, T]`, and `views` by name. A view's `mask` hides patches from the
+      student only, its `keep` from both. With random `keys` of the rows by
+      view, the student drops paths.
+    plan: the encodings, with the layers whose outputs are read; by default all
+      that the objectives need.
+    step: for the augmentation of the student's rotary positions; None for none.
+    mesh: over which the rows are sharded; None on one device.
+
+  Returns:
+    Each encoding's output, a `models.vit.ImageOutput` whose arrays are
+    `[B, count, ...]`, or a `models.text.TextOutput` with arrays `[B, ...]` or
+    `[B, M, ...]`.
+  """
+  outputs = {}
+  for encoding, layers in (spec.plan if plan is None else plan).items():
+    if encoding.weights == base.STUDENT:
+      weights = params[encoding.tower]
+    else:
+      # A teacher of heads alone has the student's encoder.
+      weights = fixed[encoding.weights].get(encoding.tower)
+      weights = params[encoding.tower] if weights is None else weights
+      weights = jax.lax.stop_gradient(weights)
+    tower = spec.encoders[encoding].clone(mesh=mesh)
+    apply = functools.partial(tower.apply, {"params": weights})
+    with jax.named_scope(str(encoding)):
+      if encoding.tower == "image":
+        apply = functools.partial(apply, taps=layers)
+        outputs[encoding] = _encode_images(
+          spec, encoding, apply, batch, step, mesh
+        )
+      elif encoding.distinct < 1:
+        tokens, share = batch[encoding.view], encoding.distinct
+        outputs[encoding] = _encode_distinct(apply, tokens, share, mesh)
+      else:
+        outputs[encoding] = _encode_text(apply, batch[encoding.view], mesh)
+  return constrain_batch(outputs, mesh)
+
+
+def _encode_images(
+  spec: StepSpec,
+  encoding: base.Encoding,
+  apply: Callable[..., Any],
+  batch: Batch,
+  step: Array | None,
+  mesh: Mesh | None,
+) -> Any:
+  """An image tower on the crops of a view."""
+  view, options = batch["views"][encoding.view_name], {}
+  lead, mask = view.images.shape[:2], None  # B, count
+  if encoding.weights == base.STUDENT:
+    mask, name = view.mask, encoding.view
+    tower = spec.encoders[encoding]
+    rope = tower.spec.rope
+    if step is not None and rope is not None and rope.is_random:
+      seed = jax.random.key(spec.seed)
+      options["rope_key"] = step_key(seed, f"rope/{name}", step)
+    if tower.drop_path and "keys" in batch:
+      options["drop_path_keys"] = image_keys(
+        batch["keys"][name], "drop_path", lead[1]
+      )
+  images, teacher = view.images, spec.teachers.get(encoding.weights)
+  if teacher is not None and teacher.pixels is not None:
+    images = teacher.pixels(images)
+  images, mask, keep = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:]), (images, mask, view.keep)
+  )  # [B count, ...]
+  images, mask, keep = constrain_batch((images, mask, keep), mesh)
+  output = apply(images, mask=mask, keep=keep, **options)
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), output)
+
+
+def _encode_text(
+  apply: Callable[..., Any], tokens: Int[Array, "*rows t"], mesh: Mesh | None
+) -> Any:
+  """The text tower on token ids `[B, T]` or `[B, M, T]`."""
+  rows = constrain_batch(tokens.reshape(-1, tokens.shape[-1]), mesh)
+  return jax.tree.map(
+    lambda x: x.reshape(*tokens.shape[:-1], *x.shape[1:]), apply(rows)
+  )
+
+
+def _encode_distinct(
+  apply: Callable[..., Any],
+  tokens: Int[Array, "*rows t"],
+  share: float,
+  mesh: Mesh | None,
+) -> Any:
+  """`_encode_text` of each distinct text of a device once.
+
+  Where the texts of one device are more than `share` of its rows, all devices
+  encode all of theirs. Values and gradients are the same either way.
+  """
+  shards = 1 if mesh is None else num_batch_shards(mesh)
+  rows = tokens.reshape(shards, -1, tokens.shape[-1])  # [S, R, T]
+  rows = constrain_batch(rows, mesh)
+  limit = math.ceil(share * rows.shape[1])  # K
+  distinct_rows = jax.vmap(lambda r: find_distinct(r, limit=limit))(rows)
+
+  @functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
+  )
+  def encode_all(rows, distinct_rows):
+    # A conditional has memory for what either branch saves: nothing here.
+    del distinct_rows
+    return _encode_text(apply, rows, mesh)
+
+  def encode_distinct(rows, distinct_rows):
+    texts = jnp.take_along_axis(rows, distinct_rows.first[..., None], axis=1)
+    encoded = _encode_text(apply, texts, mesh)  # [S, K, ...]
+    return jax.tree.map(
+      lambda x: jax.vmap(lambda y, slot: y[slot])(x, distinct_rows.slot),
+      encoded,
+    )
+
+  # The branch of False comes first: FLOPs are counted as that of the usual
+  # case.
+  overflow = jnp.any(distinct_rows.count > limit)
+  output = jax.lax.cond(
+    overflow, encode_all, encode_distinct, rows, distinct_rows
+  )
+  return jax.tree.map(
+    lambda x: x.reshape(*tokens.shape[:-1], *x.shape[2:]), output
+  )
+
+
+@pytree_dataclass
+class DistinctRows:
+  """The distinct ones of R rows, K at most."""
+
+  first: Int[Array, " k"]  # A row with each of them, beyond `count` any.
+  slot: Int[Array, " r"]  # Which of them each row is.
+  count: Int[Array, ""]  # May exceed K: then the others are not valid.
+
+
+def find_distinct(rows: Int[Array, "r t"], *, limit: int) -> DistinctRows:
+  """Finds equal rows of ids by sorting their hashes.
+
+  Neighbours in this order are compared whole: rows of one hash that differ cost
+  at most a repetition.
+  """
+  powers = np.cumprod(np.full(rows.shape[1], 0x01000193, np.uint32))
+  hashed = jnp.sum(rows.astype(jnp.uint32) * powers, axis=1)  # Modulo 2^32.
+  order = jnp.argsort(hashed, stable=True)
+  ordered = rows[order]
+  is_new = jnp.any(ordered[1:] != ordered[:-1], axis=1)
+  is_new = jnp.concatenate([jnp.ones(1, bool), is_new])
+  slots = jnp.cumsum(is_new) - 1
+  first = jnp.zeros(limit, order.dtype)
+  first = first.at[jnp.where(is_new, slots, limit)].set(order, mode="drop")
+  slot = jnp.zeros_like(slots).at[order].set(slots)
+  # In bounds where there are more than K: then they are not read.
+  return DistinctRows(first, jnp.minimum(slot, limit - 1), slots[-1] + 1)

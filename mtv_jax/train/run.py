@@ -1,0 +1,292 @@
+"""The config of a run: one frozen object, resolved before anything is built.
+
+`resolve` reads a recipe with its overrides, or a run's `config.json`, and fills
+in what follows from the config alone. `RunConfig.to_dict` is `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from mtv_jax.augment import views as views_lib
+from mtv_jax.checkpoint.checkpointer import CheckpointConfig
+from mtv_jax.config import aliases, sections
+from mtv_jax.config.durations import Duration, PositiveDuration, TotalDuration
+from mtv_jax.config.options import (
+  Fraction,
+  NonNegativeFloat,
+  PositiveInt,
+  Range,
+)
+from mtv_jax.config.sections import Config, further_options, sparse
+from mtv_jax.data.pipeline import DataConfig
+from mtv_jax.models.two_tower import ModelConfig, ModelSpec
+from mtv_jax.objectives import base, build_objective
+from mtv_jax.parallel.mesh import MeshConfig
+from mtv_jax.train.balance import BalanceConfig
+from mtv_jax.train.bounds import Bound
+from mtv_jax.train.interference import InterferenceConfig
+from mtv_jax.train.numerics import NonFiniteConfig
+from mtv_jax.train.optim.optimizer import OptimConfig
+from mtv_jax.train.optim.schedules import ScheduleConfig
+from mtv_jax.train.runtime.watchdog import WatchdogConfig
+from mtv_jax.train.teachers import (
+  FrozenTeacher,
+  TeacherConfig,
+  build_teachers,
+  read_teacher_models,
+)
+from mtv_jax.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["student", "teacher", "ema"]
+_FROZEN_TEXT = ["^text/", {"lr": 0.0}]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+  """An entry of `config.views`; see `views.build_views`."""
+
+  count: int = 1
+  ops: str | tuple[str, ...]
+  options: Mapping[str, Any] = further_options()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightConfig:
+  """An objective's weight: 0 until `start`, then rising over `ramp`."""
+
+  value: NonNegativeFloat = 1.0
+  start: Duration | None = None
+  ramp: Duration | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """An entry of `config.objectives`."""
+
+  type: str
+  weight: NonNegativeFloat | WeightConfig = 1.0
+  options: Mapping[str, Any] = further_options()  # Fields of the objective.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+  """`config.ema`: an average of all parameters, to evaluate."""
+
+  decay: Fraction = 0.9999
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaTeacherConfig:
+  """`config.teacher`: the EMA teacher of self-distillation."""
+
+  # Constant as in SILC, where a rising momentum hurts the text tower; `end`
+  # gives DINOv2's cosine.
+  momentum: Fraction = 0.996
+  end: Fraction | None = None
+  # heads: the teacher's encoder is the student's of the same step (TIPSv2).
+  ema: Literal["all", "heads"] = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+  """`config.init`: the folder whose parameters a run starts from."""
+
+  path: str
+  step: int | None = None
+  weights: Weights = "student"
+  # Whether the EMA teacher starts as the source run's, and not as a copy of
+  # the student.
+  teacher: bool = False
+  # Whether heads that the source lacks, or has in another shape, start at
+  # random values; else they are an error.
+  grow_heads: bool = False
+  # Whether the text tower may get another tokenizer than the source's.
+  new_tokenizer: bool = False
+  include: tuple[str, ...] | None = None  # Patterns of names; None: all.
+  rename: tuple[Any, ...] = ()  # Pairs (pattern, replacement).
+  min_coverage: Fraction = 0.99
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """An entry of `config.evals`."""
+
+  type: str
+  every: Duration | None = None  # None: after the last step.
+  at_start: bool = sparse(False)
+  weights: str | None = sparse(None)  # None: `config.weights`.
+  bound: Bound | None = sparse(None)
+  options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+  """`config.log`."""
+
+  every: PositiveDuration = Duration(50)
+  # Between measurements of each objective's gradient norm.
+  gradients: Duration | None = None
+  # A gradient norm of so many times the usual one is logged with them; 0: none.
+  spikes: NonNegativeFloat = 10.0
+  # Op strings, see `train/metrics/trackers.py`.
+  trackers: str | tuple[str, ...] = ("jsonl", "tensorboard")
+  # The first and the last step of a profile, both included.
+  profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+
+  def __post_init__(self):
+    first, last = self.profile_steps or (1, 1)
+    if last < first:
+      raise ConfigError(
+        f"config.log.profile_steps is ({first}, {last}), expected the first and"
+        " the last step of a profile."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+  """What `resolve` builds of the train step, to know what it reads."""
+
+  model: ModelSpec
+  views: Mapping[str, views_lib.View]
+  teachers: Mapping[str, FrozenTeacher]  # Whether objectives read them or not.
+  objectives: Mapping[str, base.Objective]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """A run's config, resolved."""
+
+  seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # JAX drops higher bits.
+  batch_size: PositiveInt  # Examples per step, over all hosts.
+  total: TotalDuration
+  data: DataConfig
+  views: Mapping[str, ViewConfig]
+  model: ModelConfig
+  accumulate: PositiveInt = 1  # Parts of a batch, encoded one after the other.
+  objectives: Mapping[str, ObjectiveConfig]
+  balance: BalanceConfig | None = None  # None: fixed weights.
+  # How the objectives' gradients on the encoder agree.
+  interference: InterferenceConfig | None = None
+  optim: OptimConfig
+  schedule: ScheduleConfig
+  ema: EmaConfig | None = None
+  teacher: EmaTeacherConfig
+  teachers: Mapping[str, TeacherConfig]  # Frozen ones.
+  # What evaluation and export take unless told otherwise; self-distillation on
+  # images alone publishes the teacher.
+  weights: Weights = "student"
+  mesh: MeshConfig
+  sharding: tuple[Any, ...] = ()  # (regex, axes of the trailing dimensions).
+  init: InitConfig | None = None
+  evals: Mapping[str, EvalConfig]
+  checkpoint: CheckpointConfig
+  log: LogConfig
+  nonfinite: NonFiniteConfig
+  watchdog: WatchdogConfig
+  parts: StepParts | None = sections.derived()  # Set by `resolve`.
+
+  def __post_init__(self):
+    for i, source in enumerate(self.data.train):
+      if not isinstance(source, Mapping) or "type" not in source:
+        raise ConfigError(
+          f"config.data.train[{i}] is {source!r}, expected a dictionary with a"
+          " type."
+        )
+    if not self.data.train:
+      raise ConfigError("config.data.train is empty: no data to train on.")
+    for name in self.evals:
+      if "/" in name:
+        raise ConfigError(
+          f"config.evals has an entry {name!r}: its results are written to"
+          " files of that name, which can't have a '/'."
+        )
+
+  def to_dict(self) -> dict[str, Any]:
+    """The content of `config.json`."""
+    return sections.to_dict(self)
+
+
+def resolve(
+  config: Config | RunConfig, workdir: str | os.PathLike | None = None
+) -> RunConfig:
+  """Checks a config, and fills in what follows from it.
+
+  That is the teachers' architectures, the mask token and the text tower. A
+  resolved config is returned as it is.
+
+  Args:
+    config: a recipe's config, or the content of a `config.json`.
+    workdir: the run's folder, whose `config.json` records the teachers.
+
+  Raises:
+    ConfigError: an unknown or missing key, a value of another type or out of
+      range, or views, teachers and objectives that don't fit each other.
+  """
+  if isinstance(config, RunConfig):
+    return config
+  plain = aliases.rename_old_keys(sections.to_dict(config))
+  run = sections.read(RunConfig, plain, "config")
+  teachers = read_teacher_models(run.teachers, workdir)
+  run = dataclasses.replace(run, teachers=teachers)
+  parts = _build_parts(run)
+  run = _apply_needs(run, parts)
+  model = run.model.spec
+  # Teachers without an architecture of their own.
+  shared = {
+    name: dataclasses.replace(teacher, model=ModelSpec(image=model.image))
+    for name, teacher in parts.teachers.items()
+    if teachers[name].model is None
+  }
+  return dataclasses.replace(
+    run,
+    parts=dataclasses.replace(
+      parts, model=model, teachers={**parts.teachers, **shared}
+    ),
+  )
+
+
+def _build_parts(run: RunConfig) -> StepParts:
+  """The views, teachers and objectives, for the model of the recipe."""
+  mean, std = run.model.pixels
+  views = views_lib.build_views(sections.to_dict(run.views), mean=mean, std=std)
+  teachers = build_teachers(run.teachers, run.model)
+  objectives = {
+    name: build_objective(name, {"type": entry.type, **entry.options}).resolve(
+      run.model.spec, views, teachers
+    )
+    for name, entry in run.objectives.items()
+  }
+  return StepParts(run.model.spec, views, teachers, objectives)
+
+
+def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
+  """Sets the mask token and the text tower by what the objectives read."""
+  model, needs = run.model, [o.needs() for o in parts.objectives.values()]
+  read = {encoding for need in needs for encoding in need.encodings}
+  views = [parts.views[e.view] for e in read if e.view in parts.views]
+  if any(view.max_masked for view in views):
+    options = {**model.options, "mask_token": True}
+    model = dataclasses.replace(model, options=options)
+  optim, text = run.optim, {"caption", "box_phrase"}
+  if model.text is None or any(e.tower == "text" for e in read):
+    pass
+  # A captioning decoder has the tokens, and by default the shape, of the tower.
+  elif any(text & {*need.fields} for need in needs):
+    log.warning(
+      "No objective trains the text tower, which has the tokens of captions: "
+      "it is frozen, at random values unless config.init gives others."
+    )
+    if _FROZEN_TEXT not in optim.rules:
+      rules = (_FROZEN_TEXT, *optim.rules)
+      optim = dataclasses.replace(optim, rules=rules)
+  else:
+    log.warning("No objective reads text: config.model.text is left out.")
+    model = dataclasses.replace(model, text=None)
+  return dataclasses.replace(run, model=model, optim=optim)

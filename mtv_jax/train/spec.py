@@ -1,0 +1,406 @@
+"""Specification of the train step, and its initial state."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import types
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float, PyTree
+
+from mtv_jax.augment import views as views_lib
+from mtv_jax.config.feature_layout import FeatureLayout
+from mtv_jax.models import two_tower as model_lib
+from mtv_jax.models.remat import Remat
+from mtv_jax.objectives import base
+from mtv_jax.train.balance.base import Balance
+from mtv_jax.train.optim.schedules import half_cosine
+from mtv_jax.train.state import TrainState
+from mtv_jax.train.teachers import FrozenTeacher
+from mtv_jax.utils.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveWeight:
+  """The weight of an objective in the total loss, by step.
+
+  The objective is computed from step `start` on; its weight rises linearly to
+  `value` over `ramp` steps.
+  """
+
+  value: float
+  start: int = 0
+  ramp: int = 0
+
+  def is_active(self, step: int) -> bool:
+    """Whether the objective is computed in the update after `step` others."""
+    return step >= self.start
+
+  def __call__(self, step: Any) -> Float[Array, ""]:
+    """The weight at steps where the objective is active."""
+    since = jnp.asarray(step, jnp.float32) - self.start + 1.0
+    return self.value * jnp.clip(since / max(self.ramp, 1), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+  """Everything that the train step computes."""
+
+  model: model_lib.ModelSpec
+  dtype: Any  # Computation dtype; parameters and losses are float32.
+  objectives: Mapping[str, base.Objective]
+  weights: Mapping[str, ObjectiveWeight]
+  views: Mapping[str, views_lib.View]
+  seed: int
+  total_steps: int
+  init: str = "big_vision"  # Of the towers, see `models/init.py`.
+  # Options of the towers that are not architecture (scan, drop_path).
+  runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  remat: Remat = Remat("none")  # Of the towers, by encoding.
+  teacher_momentum: float = 0.996  # EMA momentum at the start.
+  teacher_end: float | None = None  # After half a cosine; None for constant.
+  # What the teacher is an EMA of: `all`, or `heads` on the student's encoder.
+  teacher_ema: str = "all"
+  ema_decay: float | None = None  # EMA of all parameters.
+  accumulate: int = 1  # Parts of a batch, encoded one after the other.
+  # Names of parameters that are neither differentiated nor updated.
+  frozen: frozenset[str] = frozenset()
+  # Of `config.teachers`, those that an objective reads.
+  teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
+    default_factory=dict
+  )
+  # The tower of each encoding, built from the fields above.
+  encoders: Mapping[base.Encoding, nn.Module] = dataclasses.field(init=False)
+  balance: Balance = Balance()  # By default the weights of the config.
+
+  def __post_init__(self):
+    if not self.objectives:
+      raise ConfigError("config.objectives is empty.")
+    if self.teacher_ema == "heads":
+      self._check_head_only_teacher()
+    for name, objective in self.objectives.items():
+      for encoding in objective.needs().encodings:
+        self._check_encoding(f"config.objectives.{name}", encoding)
+    # Views at the sizes that encodings ask for.
+    resized = {
+      e.view_name: views_lib.resize_view(self.views[e.view], e.size)
+      for e in self.plan
+      if e.size
+    }
+    object.__setattr__(self, "views", {**self.views, **resized})
+    object.__setattr__(self, "encoders", self._build_encoders())
+
+  def _check_encoding(self, where: str, encoding: base.Encoding) -> None:
+    """Raises ConfigError unless the config has the encoding's parts."""
+    if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
+      raise ConfigError(
+        f"{where} reads the teacher {encoding.weights!r}, which "
+        f"config.teachers lacks; there are: {sorted(self.teachers)}."
+      )
+    if encoding.tower == "image" and encoding.view not in self.views:
+      raise ConfigError(
+        f"{where} reads the view {encoding.view!r}, which config.views lacks; "
+        f"there are: {sorted(self.views)}."
+      )
+    if encoding.tower == "text" and self.model.text is None:
+      raise ConfigError(
+        f"{where} reads text, but config.model.text is not set."
+      )
+    if encoding.tower == "image":
+      self._check_patch_size(encoding)
+
+  def _check_patch_size(self, encoding: base.Encoding) -> None:
+    """Raises ConfigError if a view masks other patches than a tower's."""
+    mask = self.views[encoding.view].pipelines[0].mask
+    is_student = encoding.weights == base.STUDENT
+    # Teachers see what `blocks` masks. Views at another size have no mask.
+    if (
+      mask is None or encoding.size or not (is_student or mask.field == "keep")
+    ):
+      return
+    teacher = self.teachers.get(encoding.weights)
+    spec = self.model if teacher is None else teacher.model
+    patch = spec.image.patch_size
+    if mask.patch != patch:
+      raise ConfigError(
+        f"config.views.{encoding.view}: {mask.name}() is of patches of "
+        f"{mask.patch} pixels, and {encoding} has patches of {patch}: write "
+        f"{mask.name}(..., patch={patch})."
+      )
+
+  def _check_head_only_teacher(self) -> None:
+    """Raises ConfigError if an objective needs a teacher's encoder."""
+    for name, objective in self.objectives.items():
+      read = {e.weights for e in objective.needs().encodings}
+      if base.TEACHER in read and not any(
+        head.teacher for head in objective.heads().values()
+      ):
+        raise ConfigError(
+          f"config.objectives.{name} would compare the student with itself: "
+          "with config.teacher.ema='heads' the EMA teacher has the student's "
+          "encoder. Set teacher.ema='all', or name a teacher of "
+          "config.teachers."
+        )
+
+  @functools.cached_property
+  def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
+    """The distinct encodings, with the union of the layers that are read."""
+    union: dict[base.Encoding, set[int]] = {}
+    for objective in self.objectives.values():
+      for encoding, layers in objective.needs().encodings.items():
+        union.setdefault(encoding, set()).update(layers)
+    return {e: tuple(sorted(union[e])) for e in sorted(union)}
+
+  @functools.cached_property
+  def first_reads(self) -> dict[str, int]:
+    """See `find_first_reads`."""
+    return find_first_reads(self.objectives, self.weights)
+
+  @functools.cached_property
+  def heads(self) -> dict[str, base.Head]:
+    """All heads of all objectives, by their global names."""
+    heads = {}
+    for name, objective in self.objectives.items():
+      for key, head in objective.heads().items():
+        if key in heads and not _are_equal_heads(heads[key], head, self.model):
+          raise ConfigError(
+            f"objective {name!r} and another one both declare heads/{key}, "
+            "with different settings. Rename one of the heads."
+          )
+        heads[key] = head
+    return heads
+
+  @functools.cached_property
+  def shared_modules(self) -> frozenset[str]:
+    """`image`, `text` and `heads/NAME` that several objectives train."""
+    readers = collections.Counter()
+    for objective in self.objectives.values():
+      encodings = objective.needs().encodings
+      readers.update({e.tower for e in encodings if e.weights == base.STUDENT})
+      readers.update(f"heads/{name}" for name in objective.heads())
+    return frozenset(name for name, count in readers.items() if count > 1)
+
+  @property
+  def start_steps(self) -> dict[str, int]:
+    """The step of their first update, by prefix of parameters.
+
+    Of heads that objectives share, the earliest.
+    """
+    starts: dict[str, int] = {}
+    for objective, weight in zip(
+      self.objectives.values(), self.weights.values(), strict=True
+    ):
+      rest = self.total_steps - weight.start
+      for key, head in objective.heads().items():
+        for part, percent in head.frozen_percent.items():
+          # Rounded, as 7 / 100 * 100 is above 7.
+          step = weight.start + math.ceil(round(percent / 100 * rest, 6))
+          name = f"heads/{key}/{part}/"
+          starts[name] = min(step, starts.get(name, step))
+    return starts
+
+  def _build_encoders(self) -> dict[base.Encoding, nn.Module]:
+    """The tower that computes each encoding, as a linen module."""
+    options = dict(dtype=self.dtype, **self.runtime)
+    towers = {}
+    for e in self.plan:
+      remat = {"remat": self.remat.choose(e.tower, e.view)}
+      if e.weights in self.teachers:  # Features are targets: not quantized.
+        fixed = {**options, **remat, "quantization": "none"}
+        model = self.teachers[e.weights].model
+        towers[e] = model_lib.image_tower(model, **fixed)
+      elif e.tower == "image":
+        towers[e] = model_lib.image_tower(self.model, **options, **remat)
+      else:
+        towers[e] = model_lib.text_tower(self.model, **options, **remat)
+    return towers
+
+  @property
+  def attention_heads(self) -> dict[str, int]:
+    """Attention heads of each stack of blocks, by its parameters' prefix."""
+    towers = {"image": self.model.image, "text": self.model.text}
+    stacks = {f"heads/{n}": h.module for n, h in self.heads.items()} | towers
+    return {n: s.heads for n, s in stacks.items() if hasattr(s, "heads")}
+
+  def active_objectives(self, step: int) -> tuple[str, ...]:
+    """The objectives that the update after `step` others computes."""
+    return tuple(n for n, w in self.weights.items() if w.is_active(step))
+
+  def select_objectives(self, names: tuple[str, ...]) -> StepSpec:
+    """The same step with some of the objectives."""
+    if tuple(names) == tuple(self.objectives):
+      return self
+    return dataclasses.replace(
+      self,
+      objectives={name: self.objectives[name] for name in names},
+      weights={name: self.weights[name] for name in names},
+    )
+
+  @functools.cached_property
+  def has_balance(self) -> bool:
+    """Whether a method weights losses or combines gradients."""
+    return type(self.balance) is not Balance
+
+  def config_weights(self, step: Any) -> dict[str, Array]:
+    """Each objective's weight of the config, with its ramp."""
+    return {name: weight(step) for name, weight in self.weights.items()}
+
+  def loss_weights(self, state: TrainState) -> Mapping[str, Array]:
+    """Each objective's weight in the total loss."""
+    weights = {n: weight(state.step) for n, weight in self.weights.items()}
+    if not self.has_balance:
+      return weights
+    return self.balance.loss_weights(weights, state.balance)
+
+  def momentum(self, step: Any) -> Float[Array, ""]:
+    """The teacher's momentum in the update after `step` others."""
+    start = jnp.float32(self.teacher_momentum)
+    if self.teacher_end is None:
+      return start
+    return half_cosine(step, start, self.teacher_end, self.total_steps - 1)
+
+  @property
+  def has_teacher(self) -> bool:
+    """Whether an objective reads a teacher's encoding."""
+    return any(e.weights == base.TEACHER for e in self.plan)
+
+  @functools.cached_property
+  def feature_layouts(self) -> dict[str, FeatureLayout]:
+    """The features of label sets that objectives read, by teacher."""
+    layouts: dict[str, FeatureLayout] = {}
+    for objective in self.objectives.values():
+      for name, layout in objective.needs().features.items():
+        shapes = layouts[name].shapes if name in layouts else {}
+        layouts[name] = FeatureLayout(
+          layout.format, {**shapes, **layout.shapes}
+        )
+    return layouts
+
+  def fields(self) -> dict[str, list[str]]:
+    """Batch fields by name, each with the objectives that read it."""
+    readers = {f: list(self.objectives) for f in ("image", "image_size")}
+    for name, objective in self.objectives.items():
+      needs = objective.needs()
+      of_features = [
+        field
+        for teacher, layout in needs.features.items()
+        for field in layout.fields(teacher)
+      ]
+      for field in (*needs.fields, *of_features):
+        readers.setdefault(field, []).append(name)
+    return readers
+
+
+def find_first_reads(
+  objectives: Mapping[str, base.Objective],
+  weights: Mapping[str, ObjectiveWeight],
+) -> dict[str, int]:
+  """The first step that reads the student and each teacher, by name."""
+  first: dict[str, int] = {}
+  for name, objective in objectives.items():
+    start = weights[name].start
+    for encoding in objective.needs().encodings:
+      first[encoding.weights] = min(start, first.get(encoding.weights, start))
+  return first
+
+
+def _are_equal_heads(
+  a: base.Head, b: base.Head, spec: model_lib.ModelSpec
+) -> bool:
+  """Whether modules, bounds and input widths of two heads are equal."""
+
+  def shapes(head):
+    leaves = jax.tree.leaves(head.example(spec))
+    return [getattr(leaf, "shape", leaf)[-1:] for leaf in leaves]
+
+  same = a.module == b.module and a.bounds == b.bounds
+  return same and shapes(a) == shapes(b)
+
+
+def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
+  """The student's parameters of which the teacher is an EMA.
+
+  With `teacher_ema="heads"` those of heads alone: the teacher's encoder is the
+  student's of the same step, without gradient (TIPSv2, arXiv 2604.12012).
+  """
+  if not spec.has_teacher:
+    return {}
+  names = [name for name, head in spec.heads.items() if head.teacher]
+  heads = {name: params["heads"][name] for name in names}
+  if spec.teacher_ema == "heads":
+    return {"heads": heads}
+  return {"image": params["image"], "heads": heads}
+
+
+def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
+  """Parameters `{image, text, heads}`, float32.
+
+  A head's key depends on its name alone: objectives that are added or dropped
+  change no other parameter.
+  """
+  tower_rng, head_rng = jax.random.split(rng)
+  params = dict(model_lib.init_params(spec.model, tower_rng, spec.init))
+  params["heads"] = {}
+  for name, head in spec.heads.items():
+    # crc32 and not hash(), which differs from one process to the next.
+    key = jax.random.fold_in(head_rng, zlib.crc32(name.encode()))
+    params["heads"][name] = head.init(key, spec.model)
+  return params
+
+
+def init_state(
+  spec: StepSpec,
+  tx: optax.GradientTransformation,
+  params: PyTree,
+  teachers: Mapping[str, PyTree] = types.MappingProxyType({}),
+  teacher: PyTree | None = None,
+) -> TrainState:
+  """The state at step 0: the teacher and the EMA start as copies.
+
+  So do frozen teachers that are not given; those of another architecture start
+  with random parameters. `teacher`: the EMA teacher, if it is not a copy.
+  """
+  copy = functools.partial(jax.tree.map, jnp.copy)
+
+  def frozen(name, teacher):
+    if name in teachers:
+      return teachers[name]
+    if teacher.model.image == spec.model.image:
+      return {"image": copy(params["image"])}
+    rng = jax.random.fold_in(
+      jax.random.key(spec.seed), zlib.crc32(name.encode())
+    )
+    return {"image": model_lib.init_params(teacher.model, rng)["image"]}
+
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    teacher=copy(teacher_params(spec, params)) if teacher is None else teacher,
+    ema=copy(params) if spec.ema_decay is not None else {},
+    statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
+    teachers={n: frozen(n, t) for n, t in spec.teachers.items()},
+    balance=spec.balance.init(spec.objectives),
+  )
+
+
+def abstract_params(spec: StepSpec) -> PyTree:
+  """Shapes and dtypes of the parameters; computes nothing."""
+  return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))
+
+
+def abstract_state(
+  spec: StepSpec, tx: optax.GradientTransformation
+) -> TrainState:
+  """Shapes and dtypes of the state; computes nothing."""
+  init = functools.partial(init_state, spec, tx)
+  return jax.eval_shape(init, abstract_params(spec))

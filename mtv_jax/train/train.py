@@ -1,0 +1,298 @@
+"""Training of a config: build, restore, run the steps, roll back."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+from typing import Literal
+
+import jax
+
+from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mtv_jax.config.sections import Config
+from mtv_jax.data import order
+from mtv_jax.data.stats import Stats
+from mtv_jax.train import numerics
+from mtv_jax.train.experiment import (
+  Experiment,
+  build_experiment,
+  log_experiment,
+  make_loader,
+  save_config,
+)
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.metrics import Chrono, MetricWriter
+from mtv_jax.train.numerics import RollbackError, UpdateMonitor
+from mtv_jax.train.run import RunConfig
+from mtv_jax.train.runtime import peers, preemption, sessions
+from mtv_jax.train.runtime.prefetch import BackgroundLoader
+from mtv_jax.train.runtime.profiling import StepProfiler
+from mtv_jax.train.runtime.watchdog import Watchdog
+from mtv_jax.train.state import TrainState
+from mtv_jax.train.statistics import fit_statistics
+from mtv_jax.train.train_loop import Trainer
+from mtv_jax.train.workdir import (
+  CHECKPOINTS,
+  open_run_folder,
+  read_recorded_config,
+)
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def check_balance_unchanged(
+  config: RunConfig, workdir: str | os.PathLike
+) -> None:
+  """Raises ConfigError if a run was trained with another balancing method.
+
+  Some methods have no state, so that their checkpoints fit others too.
+  """
+
+  recorded = read_recorded_config(workdir)
+  if not recorded:
+    return
+  # Earlier configs have no `method`, and no weights are fixed ones.
+  section = recorded.get("balance")
+  old = section.get("method", "grad_norm_mean") if section else "fixed"
+  new = config.balance.method if config.balance else "fixed"
+  if old != new:
+    raise ConfigError(
+      f"config.balance.method is {new!r}, but {workdir} was trained by {old!r} "
+      "so far. Resume with the config.balance of its config.json "
+      "(--config.balance=None for fixed weights), or take another workdir."
+    )
+
+
+def train(
+  config: Config | RunConfig,
+  workdir: str | os.PathLike,
+  *,
+  command: str = "",
+  restore: Literal["latest", "latest_good"] = "latest",
+  debug_nans: bool = False,
+) -> TrainState:
+  """Trains a config in a folder, from the start or the last checkpoint.
+
+  The folder is the same on every host, and keeps the `command` for reports.
+  With `restore="latest_good"` damaged checkpoints are skipped. With
+  `debug_nans` the first update that is not finite is an error, which names the
+  operation. Returns the state after the last step.
+
+  Raises:
+    ConfigError: for anything in the config that can't be used.
+    NonFiniteError: too many updates are not finite.
+    bounds.BoundError: an evaluation is beyond its bound.
+    data.stats.CorruptDataError: too many records are unusable.
+    preemption.Preempted: after a signal, once a checkpoint is saved.
+    watchdog.StalledError: a step took too long; saved where possible.
+    checkpointer.DamagedCheckpointError: the last checkpoint is damaged.
+    checkpointer.CheckpointSaveError: checkpoints can't be written.
+  """
+  experiment = build_experiment(config, workdir)
+  config = experiment.config
+  log_experiment(experiment)
+  chrono = Chrono(
+    total_steps=experiment.total_steps,
+    batch_size=config.batch_size,
+    devices=experiment.mesh.size,
+  )
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(
+      open_run_folder(workdir, process_index=jax.process_index())
+    )
+    experiment = dataclasses.replace(experiment, workdir=folder.folder)
+    checkpoints = stack.enter_context(
+      Checkpointer(
+        path_lib.as_path(workdir) / CHECKPOINTS,
+        every_steps=experiment.length.steps(config.checkpoint.every),
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        retries=config.checkpoint.retries,
+        # A run that resumes from a checkpoint has the rows before it.
+        before_save=folder.upload,
+      )
+    )
+    if checkpoints.steps():
+      check_balance_unchanged(config, workdir)
+    notice = stack.enter_context(preemption.catch_signals())
+    stack.enter_context(
+      peers.watch_peers(
+        config.watchdog.peer_seconds, when_alone=checkpoints.abandon
+      )
+    )
+    # Before the contexts above are left, which wait for the other processes.
+    stack.enter_context(peers.exit_on_lost_peer())
+    saved = checkpoints.restore(
+      experiment.program.abstract, latest_good=restore == "latest_good"
+    )
+    if saved is not None:
+      log.info("Resumed %s at step %d.", workdir, saved.step)
+    skipped, rollbacks = _skipped_batches(saved), 0
+    while True:
+      try:
+        return _train_from(
+          experiment,
+          saved,
+          skipped=skipped,
+          checkpoints=checkpoints,
+          chrono=chrono,
+          notice=notice,
+          command=command,
+          debug_nans=debug_nans,
+        )
+      except RollbackError as error:
+        damage = error.with_traceback(None)
+      # Outside the handler, which keeps the old state alive.
+      rollbacks += 1
+      saved = _restore_before(
+        experiment,
+        checkpoints,
+        damage,
+        rollbacks,
+        latest_good=restore == "latest_good",
+      )
+      skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+
+
+def _skipped_batches(saved: Restored | None) -> order.SkippedBatches:
+  """The batches that a checkpoint's run leaves out."""
+  ranges = saved.timing.get("skipped_batches", ()) if saved else ()
+  return tuple((int(first), int(count)) for first, count in ranges)
+
+
+def _restore_before(
+  experiment: Experiment,
+  checkpoints: Checkpointer,
+  damage: RollbackError,
+  rollbacks: int,
+  *,
+  latest_good: bool,
+) -> Restored:
+  """The checkpoint before the steps of `damage`; deletes later ones.
+
+  With `latest_good` the one before it, if it is damaged.
+  """
+  options = experiment.config.nonfinite
+  steps = checkpoints.steps()
+  before = max((s for s in steps if s < damage.first), default=None)
+  names = f"Checkpoints of steps: {', '.join(map(str, steps)) or 'none'}."
+  what, hint, end = damage.what, damage.hint, damage.error_type
+  if before is None:
+    raise end(f"{what}, and no checkpoint precedes that. {hint}")
+  stops = (damage.then or options.then) == "stop"
+  if stops or rollbacks > options.max_rollbacks:
+    why = f"{damage.then_key} is 'stop'"
+    if not stops:
+      why = f"the run has returned to a checkpoint {rollbacks - 1} times"
+    raise end(
+      f"{what}, and {why}. {names} That of step {before} precedes it. {hint}"
+    )
+  saved = checkpoints.restore(
+    experiment.program.abstract, step=before, latest_good=latest_good
+  )
+  # Not before, so that a damaged checkpoint leaves the later ones.
+  checkpoints.delete_after(saved.step)
+  log.warning(
+    "%s: returns to the checkpoint of step %d and leaves out their rows.",
+    what.capitalize(),
+    saved.step,
+  )
+  return saved
+
+
+def _train_from(
+  experiment: Experiment,
+  saved: Restored | None,
+  *,
+  skipped: order.SkippedBatches,
+  checkpoints: Checkpointer,
+  chrono: Chrono,
+  notice: preemption.Notice,
+  command: str,
+  debug_nans: bool,
+) -> TrainState:
+  """Trains from a checkpoint, None for the start, to the last step."""
+  config = experiment.config
+  first = saved.step if saved else 0
+  timing = saved.timing if saved else {}
+  # Those of process 0, whose counts are the run's metrics.
+  stats = None
+  if saved:
+    chrono.from_dict(timing)
+    if jax.process_index() == 0:
+      stats = Stats.from_dict(timing.get("data", {}))
+  with contextlib.ExitStack() as stack:
+    watchdog = None
+    if config.watchdog.factor:
+      options = config.watchdog
+      watchdog = stack.enter_context(
+        Watchdog(
+          factor=options.factor,
+          min_seconds=options.min_seconds,
+          grace_seconds=options.grace_seconds,
+        )
+      )
+
+    def interrupted() -> bool:
+      # Of several processes none may stop alone, as they save together: where
+      # one's reader stalls, its watchdog exits.
+      stalled = bool(watchdog and watchdog.expired)
+      return jax.process_count() == 1 and (notice.received or stalled)
+
+    loader = make_loader(experiment, first, skipped, stats)
+    batches = stack.enter_context(BackgroundLoader(loader, interrupted))
+    writer = stack.enter_context(
+      MetricWriter(
+        experiment.workdir,
+        total_steps=experiment.total_steps,
+        start_step=first,
+        process_index=jax.process_index(),
+        trackers=experiment.trackers,
+        config=config.to_dict(),
+        # Those of the batches that a rollback has left out are repeated by no
+        # step.
+        keep_row=lambda row: order.is_skipped(row.get("batch"), skipped),
+      )
+    )
+    session = stack.enter_context(
+      sessions.Session(
+        experiment.workdir,
+        start_step=first,
+        devices=sessions.describe_devices(),
+        command=command,
+        process_index=jax.process_index(),
+      )
+    )
+    profiler = stack.enter_context(
+      StepProfiler(experiment.workdir / "profile", config.log.profile_steps)
+    )
+    # Not before, so that a config that is rejected replaces nothing.
+    save_config(experiment, command)
+    if saved:
+      state = saved.state
+    else:
+      state = fit_statistics(experiment, initialize_state(experiment))
+    monitor = UpdateMonitor(
+      max_consecutive=config.nonfinite.max_consecutive,
+      spike_factor=config.log.spikes or None,
+      **{k: timing[k] for k in numerics.SAVED if k in timing},
+    )
+    return Trainer(
+      experiment=experiment,
+      state=state,
+      first=first,
+      loader=loader,
+      batches=batches,
+      skipped=skipped,
+      checkpoints=checkpoints,
+      writer=writer,
+      chrono=chrono,
+      notice=notice,
+      watchdog=watchdog,
+      monitor=monitor,
+      session=session,
+      profiler=profiler,
+      debug_nans=debug_nans,
+    ).run()

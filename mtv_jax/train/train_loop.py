@@ -1,0 +1,451 @@
+"""The loop over the steps of a session: update, log, evaluate, save."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from mtv_jax.checkpoint.checkpointer import Checkpointer
+from mtv_jax.data import order, pipeline
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import preprocess_from_config
+from mtv_jax.evals import run as evals_lib
+from mtv_jax.evals.core import results as results_lib
+from mtv_jax.parallel.distributed import any_process
+from mtv_jax.train import numerics
+from mtv_jax.train.experiment import Experiment
+from mtv_jax.train.gradients import compute_gradients
+from mtv_jax.train.measurements import (
+  Measurements,
+  is_balance_due,
+  norm_metrics,
+)
+from mtv_jax.train.metrics import Chrono, MetricWriter
+from mtv_jax.train.numerics import (
+  NonFiniteError,
+  RollbackError,
+  UpdateMonitor,
+)
+from mtv_jax.train.runtime import preemption, sessions
+from mtv_jax.train.runtime.prefetch import (
+  BackgroundLoader,
+  Interrupted,
+  prefetch_to_device,
+)
+from mtv_jax.train.runtime.profiling import StepProfiler
+from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
+from mtv_jax.train.state import TrainState
+from mtv_jax.train.teacher_copies import TeacherCopies
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Trainer:
+  """The loop over the steps of a session, from step `first` on."""
+
+  experiment: Experiment
+  state: TrainState
+  first: int  # Number of updates of earlier sessions.
+  loader: pipeline.Loader
+  batches: BackgroundLoader  # Of the loader.
+  skipped: order.SkippedBatches
+  checkpoints: Checkpointer
+  writer: MetricWriter
+  chrono: Chrono
+  notice: preemption.Notice
+  watchdog: Watchdog | None
+  monitor: UpdateMonitor
+  session: sessions.Session
+  profiler: StepProfiler
+  debug_nans: bool = False
+
+  def __post_init__(self):
+    # Metrics of the last update, on the devices or fetched, and its objectives.
+    self.values: dict[str, Any] = {}
+    self.active: tuple[str, ...] = ()
+    # Step, metrics and batch of the updates in flight.
+    self.in_flight = collections.deque()
+    self.save_postponed = False
+    program, self.copy_teachers = self.experiment.program, None
+    if TeacherCopies.are_needed(program.spec):
+      self.copy_teachers = TeacherCopies(program)
+
+  @functools.cached_property
+  def measurements(self) -> Measurements:
+    """Norms and interference of the objectives' gradients."""
+    return Measurements(self.experiment.program)
+
+  def run(self) -> TrainState:
+    """Trains to the last step."""
+    experiment, config = self.experiment, self.experiment.config
+    last = experiment.total_steps
+    batches = prefetch_to_device(self.batches, self.experiment.mesh)
+    if self.first == 0:
+      # Those with a bound, so that a misspelt metric shows at once.
+      evals = config.evals.items()
+      self.evaluate(0, [n for n, e in evals if e.at_start or e.bound])
+    else:
+      # After a signal in the step that was saved.
+      self.evaluate(self.first, self.missing_evaluations(self.first))
+    if self.first >= last:
+      log.info("The run is complete at step %d.", self.first)
+    for step in range(self.first + 1, last + 1):
+      if self.notice.received:
+        self.save_and_exit(step - 1)
+      self.profiler.start(step)
+      batch = self.next_batch(step, batches)
+      measured = self.update(step, batch)
+      self.profiler.stop(step, self.values)
+      self.session.report(step)
+      is_due = experiment.is_due(config.log.every, step)
+      is_due = is_due or bool(measured) or step in (1, last)
+      if is_due or step == self.first + 1:
+        self.log(step, measured, to_files=is_due)
+      # Before the evaluations, for which there may be no time.
+      if self.should_stop(step) and step < last:
+        self.save_and_exit(step)
+      if step == last:
+        if self.watchdog:
+          # No step follows that could stall, and the save may take long.
+          self.watchdog.close()
+        self.save(step)
+      self.evaluate(step, self.due_evaluations(step))
+      if step < last:  # Else `wait` raises what `poll` would retry.
+        self.save_if_due(step)
+        with self.paused("save"):  # A last try waits for the save.
+          self.checkpoints.poll(step)
+      if self.watchdog:
+        self.watchdog.step(step)
+    with self.paused("save"):
+      self.checkpoints.wait()
+    return self.state
+
+  def should_stop(self, step: int) -> bool:
+    """Whether to save and exit after a step, which all processes agree on."""
+    stalled = bool(self.watchdog and self.watchdog.expired)
+    if stalled and jax.process_count() > 1:
+      # The others learn of it as of a preemption.
+      os.kill(os.getpid(), signal.SIGTERM)
+      stalled = False
+    return self.checkpoints.preempted(step) or self.notice.received or stalled
+
+  @contextlib.contextmanager
+  def paused(self, kind: str) -> Iterator[None]:
+    """Excludes the time inside from training's, and from the watchdog's."""
+    untimed = (
+      self.watchdog.pause() if self.watchdog else contextlib.nullcontext()
+    )
+    with self.chrono.pause(kind), untimed:
+      yield
+
+  def next_batch(self, step: int, batches: Iterator[Any]) -> Any:
+    """Returns a step's batch; saves and exits if none is to be waited for."""
+    with self.chrono.waiting():
+      try:
+        return next(batches)
+      except Interrupted:
+        log.warning("Step %d: stops waiting for a batch.", step)
+      except Exception as error:
+        # A signal to a process group also ends the data workers. On several
+        # hosts there is no notice: none may exit alone.
+        if not self.notice.received:
+          raise
+        log.warning("No further batch, after %s: %s", self.notice.name, error)
+    return self.save_and_exit(step - 1)
+
+  def update(self, step: int, batch: Any) -> dict[str, Any]:
+    """One update; returns what `measure_gradients` does."""
+    spec, program = self.experiment.step_spec, self.experiment.program
+    if spec.active_objectives(step - 1) != self.active:
+      self.active = spec.active_objectives(step - 1)
+      log.info("From step %d: %s. Compiling.", step, ", ".join(self.active))
+      self.chrono.expect_compilation()
+    if self.chrono.compiling and self.watchdog:
+      self.watchdog.restart()
+    if self.copy_teachers is not None:
+      self.state = self.copy_teachers(self.state, step - 1)
+    measured = self.measure_gradients(step, batch)
+    self.state, self.values = program.update(self.state, batch, self.active)
+    self.in_flight.append((step, self.values, batch))
+    # Two steps in flight keep the devices busy; more would only take memory.
+    self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
+    self.chrono.step()
+    return measured
+
+  def observe(self, keep: int = 0) -> None:
+    """Checks the numbers of updates until only `keep` are in flight."""
+    while len(self.in_flight) > keep:
+      step, values, batch = self.in_flight.popleft()
+      skipped, norm = jax.device_get((values["skipped"], values["grad_norm"]))
+      if skipped:
+        self.report_skipped(step, values, batch)
+      spike = self.monitor.observe(step, bool(skipped), float(norm))
+      if spike is not None:
+        norms = self.measure_norms(batch)
+        log.warning(
+          "Step %d: the gradient's norm is %.3g, %.0f times the median of the"
+          " steps before. Norms on the encoder: %s.",
+          *(step, norm, spike, numerics.format_values(norms) or "unknown"),
+        )
+
+  def report_skipped(self, step: int, values: Any, batch: Any) -> None:
+    """Logs a step whose update is skipped, and what it was computed from."""
+    values = jax.device_get(values)
+    names = numerics.list_non_finite(values)
+    if not any(name.endswith("/loss") for name in names):
+      # The losses are finite; which of the gradients is not?
+      names += numerics.list_non_finite(self.measure_norms(batch))
+    try:
+      keys = self.loader.batches.read_keys(step - 1)
+    except Exception as error:
+      keys = [f"unknown: {error}"]
+    log.warning(
+      "Step %d: not finite: %s. The update is skipped. Rows: %s.",
+      *(step, ", ".join(names), numerics.format_names(keys)),
+    )
+    row = {"batch": order.batch_of_step(step - 1, self.skipped)}
+    row |= {"metrics": names, "keys": keys}
+    self.writer.write_row("nonfinite", step, row)
+    if self.debug_nans:
+      experiment = self.experiment
+      spec = experiment.step_spec.select_objectives(self.active)
+      # Of this step, whose random numbers depend on its number.
+      state = self.state.replace(step=self.state.step - 1)
+      with self.paused("measure"):
+        where = numerics.locate_nan(
+          compute_gradients, spec, state, batch, experiment.mesh
+        )
+      raise NonFiniteError(f"at step {step}: {where}")
+
+  def measure_norms(self, batch: Any) -> dict[str, float]:
+    """Each objective's gradient norm of a batch, on the encoder, now."""
+    with self.paused("measure"):
+      return self.measurements.norms_or_warning(self.state, batch, self.active)
+
+  def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
+    """Gradient norms and interference, as metrics, if they are due.
+
+    Updates the balance, and writes the interference of each pair.
+    """
+    experiment, config = self.experiment, self.experiment.config
+    balances = is_balance_due(experiment.step_spec, step - 1)
+    every = config.interference and config.interference.every
+    compares = experiment.is_due(every, step)
+    if not (
+      balances or compares or experiment.is_due(config.log.gradients, step)
+    ):
+      return {}
+    values, args = {}, (self.state, batch, self.active)
+    with self.paused("measure"):
+      if compares:
+        lr = None
+        if config.interference.transfer:
+          lr = np.float32(experiment.optimizer.schedule(step - 1))
+        row, values, norms = self.measurements.measure_interference(*args, lr)
+        self.writer.write_row("interference", step, row)
+      else:
+        norms = self.measurements.encoder_grad_norms(*args)
+      if balances:
+        self.state = self.measurements.update_balance(self.state, norms)
+      return {**norm_metrics(norms), **values}
+
+  def log(
+    self, step: int, measured: Mapping[str, Any], *, to_files: bool
+  ) -> None:
+    """Writes the metrics of a step.
+
+    The first step of a resumed run is a line on the console, and not in the
+    files: they are those of a run that was not interrupted.
+    """
+    self.observe()
+    self.values = jax.device_get(self.values)
+    stats = self.loader.stats_at(step)
+    values = {k: v for k, v in self.values.items() if k != "skipped"} | {
+      "skipped_updates": self.monitor.skipped_updates,
+      **self.experiment.optimizer.hyperparameters(step - 1),
+      "data/corrupt": stats.corrupt,
+      "data/dropped": sum(stats.dropped.values()),
+      **{f"data/{kind}_cut": v for kind, v in stats.cut_shares.items()},
+      **measured,
+    }
+    losses = [name for name in values if name.endswith("/loss")]
+    names = ("loss", *losses, "lr", "grad_norm", *values)
+    write = self.writer.write_scalars if to_files else self.writer.log_scalars
+    write(step, {name: values[name] for name in names}, self.chrono.rates(step))
+
+  def due_evaluations(self, step: int) -> list[str]:
+    """The evaluations after a step: all of them after the last one."""
+    experiment = self.experiment
+    return [
+      name
+      for name, entry in experiment.config.evals.items()
+      if step >= experiment.total_steps or experiment.is_due(entry.every, step)
+    ]
+
+  def missing_evaluations(self, step: int) -> list[str]:
+    """Those of `due_evaluations` without a file, or beyond their bound.
+
+    The last step is saved before it is evaluated. A run that a bound stopped
+    there is not complete when it is started again.
+    """
+    return [
+      name
+      for name in self.due_evaluations(step)
+      if any_process(
+        jax.process_index() == 0 and not self.is_evaluated(name, step)
+      )
+    ]
+
+  def is_evaluated(self, name: str, step: int) -> bool:
+    """Whether an evaluation has a file, whose metric is within the bound."""
+    path = self.evals_path(name, step)
+    bound = self.experiment.config.evals[name].bound
+    try:
+      if not path.exists() or bound is None:
+        return path.exists()
+      (outcome,) = results_lib.read(path)
+      metrics = outcome.results[name].metrics
+    except Exception as error:
+      # Any error: on several hosts the others wait for the answer.
+      log.warning("%s can't be read (%r): evaluates again.", path, error)
+      return False
+    return bound.metric in metrics and bound.is_met(metrics[bound.metric])
+
+  def evals_path(self, name: str, step: int) -> pathlib.Path:
+    """The file of an evaluation."""
+    return self.experiment.workdir / "evals" / f"{name}_{step}.json"
+
+  def evaluate(self, step: int, names: Iterable[str]) -> None:
+    """Evaluates the current parameters; after a signal only the last ones.
+
+    Writes the metrics, with their protocol `evals/NAME_STEP.json`, and the
+    metrics of resamples of the items, `evals/NAME_STEP.npz`. After the last
+    step also the sheets of images, `evals/NAME_STEP/SHEET.png`.
+    """
+    experiment, config = self.experiment, self.experiment.config
+    for name in names:
+      if self.notice.received and step < experiment.total_steps:
+        return  # The resumed run finds it missing.
+      self.session.report(step, f"evaluate {name}")
+      with self.paused("evaluate"):
+        weights = config.evals[name].weights or config.weights
+        encoder = self.build_encoder(step, weights)
+        evaluators = {name: experiment.evaluators[name]}
+        results = evals_lib.evaluate(encoder, evaluators)
+        if jax.process_index() == 0:
+          path = self.evals_path(name, step)
+          with self.writer.tolerate_errors(str(path.parent)):
+            last = step >= experiment.total_steps
+            stem = path.with_suffix("")
+            results_lib.write_arrays(stem, results[name], sheets=last)
+            results_lib.write_json(path, encoder, results)
+        metrics = results[name].metrics
+        scalars = {f"{name}/{k}": v for k, v in metrics.items()}
+        self.writer.write_scalars(step, scalars)
+      if (bound := config.evals[name].bound) is None:
+        continue
+      if step or config.evals[name].at_start:
+        bound.check(name, metrics, step, self.previous_evaluation(name, step))
+      else:
+        bound.value(name, metrics)
+
+  def previous_evaluation(self, name: str, step: int) -> int:
+    """The step of an evaluation's last run before a step; 0 if it had none."""
+    entry = self.experiment.config.evals[name]
+    every = self.experiment.length.steps(entry.every)
+    return (step - 1) // every * every if every and step else 0
+
+  def build_encoder(self, step: int, weights: str) -> Encoder:
+    """An encoder of the current parameters; see `TrainState.weights`."""
+    experiment, spec = self.experiment, self.experiment.step_spec
+    config = experiment.config
+    return Encoder(
+      spec.model,
+      self.state.weights(weights),
+      preprocess_from_config(config.model, config.views),
+      experiment.tokenizer,
+      experiment.mesh,
+      dtype=str(spec.dtype),
+      weights=weights,
+      source=f"{experiment.workdir.name} at step {step}",
+      prediction_heads=experiment.prediction_heads,
+    )
+
+  def save_if_due(self, step: int) -> None:
+    """Starts saving a checkpoint if one is due and the last update is finite.
+
+    Amid non-finite updates it could replace the one to return to. It is then
+    due after the next finite one.
+    """
+    if not (self.checkpoints.due(step) or self.save_postponed):
+      return
+    self.observe()
+    is_finite = self.monitor.nonfinite_since is None
+    self.save_postponed = not is_finite and step > 1
+    if not self.save_postponed:
+      self.save(step)
+
+  def save(self, step: int) -> None:
+    """Starts saving a checkpoint."""
+    self.observe()
+    with self.paused("save"):
+      timing = self.chrono.to_dict() | self.monitor.to_dict()
+      timing["skipped_batches"] = self.skipped
+      timing["data"] = self.loader.stats_at(step).to_dict()
+      self.checkpoints.save(step, self.state, timing=timing)
+
+  def save_deletes_rollback_target(self) -> bool:
+    """Whether a save deletes the checkpoint before non-finite updates."""
+    since = self.monitor.nonfinite_since
+    if since is None:
+      return False
+    before = [s for s in self.checkpoints.steps() if s < since]
+    return bool(before) and not self.checkpoints.survives_save(before[-1])
+
+  def save_and_exit(self, step: int) -> NoReturn:
+    """Saves a checkpoint, unless the step has one, and raises.
+
+    Every process calls it after the same step, as they save together.
+    """
+    if self.watchdog:
+      self.watchdog.stopping()
+    done = f"saved step {step}" if step else "completed no step"
+    done += f" of {self.experiment.total_steps}"
+    try:
+      self.observe()
+      if step > self.first and self.save_deletes_rollback_target():
+        done = (
+          "saved nothing, as the updates since step"
+          f" {self.monitor.nonfinite_since} are not finite and the checkpoint"
+          " before them would be deleted (config.checkpoint.keep),"
+        )
+      elif step > self.first:
+        self.save(step)
+        with self.paused("save"):
+          self.checkpoints.wait()
+    except RollbackError as error:
+      # The resumed run decides what to do about them.
+      done = f"saved nothing, as {error}"
+    if self.watchdog:
+      self.watchdog.close()
+    folder = self.checkpoints.folder.parent
+    where = f"{done} in {folder}. The same command resumes."
+    if self.notice.received:
+      raise preemption.Preempted(
+        f"received {self.notice.name}; {where}", self.notice.signal_number
+      )
+    if self.watchdog and self.watchdog.expired:
+      raise StalledError(
+        f"a step took more than {self.watchdog.limit:.0f} s; {where}"
+      )
+    raise preemption.Preempted(f"received SIGTERM; {where}")

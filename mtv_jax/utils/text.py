@@ -1,0 +1,126 @@
+"""Numbers and names as short texts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+Number = int | float
+
+
+def one_line(text: str) -> str:
+  """Text without line breaks, runs of spaces and unprintable characters."""
+  text = " ".join(text.split())
+  return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def truncate(text: str, limit: int) -> str:
+  """Text of at most `limit` characters and an ellipsis."""
+  return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def list_first(names: Sequence[str], limit: int) -> str:
+  """The first names of a list, with an ellipsis for further ones."""
+  return ", ".join([*names[:limit], *["..."] * (len(names) > limit)])
+
+
+def format_setting(value: Any, limit: int) -> str:
+  """A setting as text, else as JSON, cut to `limit` characters."""
+  text = value if isinstance(value, str) else json.dumps(value, default=str)
+  return truncate(text, limit)
+
+
+def file_name(*parts: str) -> str:
+  """A file's name of letters, digits, dots and hyphens."""
+  parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
+  return "_".join(part or "unnamed" for part in parts)
+
+
+def align_columns(
+  rows: Sequence[Sequence[str]], left: Sequence[int]
+) -> list[str]:
+  """Lines of a text table; columns align right, except for `left`."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  form = "  ".join(
+    f"{{:{'<' if i in left else '>'}{w}}}" for i, w in enumerate(widths)
+  )
+  return [form.format(*row).rstrip() for row in rows]
+
+
+def format_number(value: Number) -> str:
+  """A short form of a number: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
+  if not math.isfinite(value):
+    return str(value)
+  if value == int(value) and abs(value) < 1e6:
+    return str(int(value))
+  if not 0.01 <= abs(value) < 1e5:
+    return f"{value:.1e}"
+  return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def format_short(value: Number) -> str:
+  """A number with a unit's prefix: 0.25, 400, 12k, 1.5M, 2e-05."""
+  if value == 0:
+    return "0"
+  for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if abs(value) >= size:
+      return f"{value / size:.3g}{unit}"
+  return f"{value:.4g}" if abs(value) < 0.001 else f"{round(value, 6):g}"
+
+
+def format_metric(
+  value: Number | None,
+  unit: str,
+  error: Number | None = None,
+  *,
+  digits: int = 2,
+  signed: bool = False,
+) -> str:
+  """A metric without its unit; `71.30 ± 0.92` with a standard error.
+
+  A percentage has `digits` decimals, another number of common size has three.
+  """
+  if value is None:
+    return "-"
+  sign = "+" if signed else ""
+  if unit == "%":
+    form = f".{digits}f"
+  else:
+    form = ".3f" if value == 0 or 0.01 <= abs(value) < 1000 else ".4g"
+  text = format(value, sign + form)
+  text = f"\u2212{text[1:]}" if text.startswith("-") else text
+  if error is None:
+    return text
+  return f"{text} ± {error:{form if unit == '%' else '.2g'}}"
+
+
+def format_percent(fraction: Number | None) -> str:
+  """A fraction in percent; small ones keep two digits."""
+  if fraction is None:
+    return "none"
+  value = 100 * fraction
+  return f"{value:.2g} %" if 0 < value < 1 else f"{value:.1f} %"
+
+
+def format_bytes(count: Number) -> str:
+  """A size in powers of 1024."""
+  for unit in ("B", "KiB", "MiB"):
+    if abs(count) < 1024:
+      return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    count /= 1024
+  return f"{count:.2f} GiB"
+
+
+def format_duration(seconds: Number) -> str:
+  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
+  if not math.isfinite(seconds):
+    return "?"
+  left, units = round(seconds), [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
+  for (size, unit), (smaller, lower) in itertools.pairwise(units):
+    if left >= size:
+      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
+  return f"{left}s"

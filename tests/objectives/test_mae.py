@@ -1,0 +1,210 @@
+"""MAE: the loss against NumPy in float64, and its visible patches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax.augment import views
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ImageOutput
+from mtv_jax.objectives import base, build_objective, mae
+from mtv_jax.perf import flops
+from mtv_jax.train.spec import ObjectiveWeight, StepSpec
+from mtv_jax.utils.errors import ConfigError
+
+
+def numpy_patches(image, patch):
+  """Patches row by row, each (y, x, channel)."""
+  side = len(image) // patch
+  cut = [
+    image[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].ravel()
+    for y in range(side)
+    for x in range(side)
+  ]
+  return np.stack(cut).astype(np.float64)
+
+
+def numpy_normalised(patches):
+  mean = patches.mean(-1, keepdims=True)
+  return (patches - mean) / np.sqrt(patches.var(-1, ddof=1)[..., None] + 1e-6)
+
+
+def numpy_error(predicted, target, hidden):
+  errors = [
+    ((p - t) ** 2).mean() for p, t in zip(predicted, target, strict=True)
+  ]
+  return sum(e for e, h in zip(errors, hidden, strict=True) if h)
+
+
+@pytest.mark.parametrize(
+  "hidden",
+  [[1, 0, 1, 1, 0], [1] * 5, [0] * 5, [0, 0, 1, 0, 0]],
+  ids=["some", "all", "none", "one"],
+)
+def test_error_and_gradient_equal_numpy(hidden):
+  rng = np.random.default_rng(0)
+  predicted, target = rng.normal(size=(2, 1, 5, 12))
+  hidden = np.array([hidden], bool)
+
+  def mean(p):
+    error, count = mae.patch_errors(
+      p, jnp.asarray(target, jnp.float32), jnp.asarray(hidden)
+    )
+    return base.WeightedMean(error.sum(), count.sum()).value()
+
+  value, grad = jax.value_and_grad(mean)(jnp.asarray(predicted, jnp.float32))
+  count = max(hidden.sum(), 1)
+  expected = numpy_error(predicted[0], target[0], hidden[0]) / count
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  slope = 2 * (predicted - target) * hidden[..., None] / (12 * count)
+  np.testing.assert_allclose(grad, slope, rtol=1e-5, atol=1e-9)
+
+
+def test_targets_have_no_mean_and_unit_variance():
+  rng = np.random.default_rng(1)
+  pixels = rng.normal(size=(3, 48)) * [[1.0], [0.01], [0.0]] + 0.5
+  result = mae.normalize_patches(jnp.asarray(pixels, jnp.float32))
+  # The last patch is constant: normalised in float32, it is zero.
+  np.testing.assert_allclose(
+    result, numpy_normalised(pixels), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(result[0].var(ddof=1), 1.0, rtol=1e-3)
+  assert not np.asarray(result[2]).any()
+
+
+SPEC = ModelSpec.from_config(
+  dict(variant="mu/8", image_size=32, pool="cls", registers=1)
+)
+SMALL = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
+
+
+def _resolved(ops="resize(32)|keep(0.25, patch=8)", **options):
+  return build_objective("mae", dict(SMALL, **options)).resolve(
+    SPEC, views.build_views({"mae": dict(ops=ops)})
+  )
+
+
+@pytest.fixture(scope="module")
+def parts():
+  objective = _resolved()
+  head = objective.heads()["mae_decoder"]
+  params = jax.jit(lambda key: head.init(key, SPEC))(jax.random.key(0))
+  return objective, {"mae_decoder": params}
+
+
+def _inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  keep = [[rng.permutation(16)[:4] for _ in range(2)] for _ in range(3)]
+  view_batch = views.ViewBatch(
+    images=jnp.asarray(rng.uniform(-1, 1, (3, 2, 32, 32, 3)), jnp.float32),
+    box=None,
+    flipped=None,
+    keep=jnp.asarray(np.sort(keep), jnp.int32),
+  )
+  output = ImageOutput(
+    patches=jnp.asarray(rng.normal(size=(3, 2, 4, 64)), jnp.float32),
+    prefix=jnp.asarray(rng.normal(size=(3, 2, 2, 64)), jnp.float32),
+    pooled=jnp.zeros((3, 2, 64)),
+    taps={},
+  )
+  return view_batch, output
+
+
+def _loss_inputs(objective, params, view_batch, output):
+  return objective.loss_inputs(
+    {base.Encoding("image", "mae"): output},
+    base.BoundHeads(objective.heads(), params),
+    {"views": {"mae": view_batch}},
+  )
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_loss_inputs_and_loss_equal_the_formula(parts, norm_pixels):
+  objective, params = parts
+  objective = dataclasses.replace(objective, norm_pixels=norm_pixels)
+  view_batch, output = _inputs()
+  heads = base.BoundHeads(objective.heads(), params)
+  result = _loss_inputs(objective, params, view_batch, output)
+  expected = np.zeros(3)
+  for i in range(3):
+    for j in range(2):
+      target = numpy_patches(np.asarray(view_batch.images[i, j]), 8)
+      if norm_pixels:
+        target = numpy_normalised(target)
+      args = (x[i : i + 1, j] for x in (output.patches, output.prefix))
+      keep = view_batch.keep[i : i + 1, j]
+      predicted = heads["mae_decoder"](*args, keep, (4, 4))[0]
+      hidden = ~np.isin(np.arange(16), keep[0])
+      expected[i] += numpy_error(np.float64(predicted), target, hidden)
+  np.testing.assert_allclose(result.error, expected, rtol=1e-5)
+  np.testing.assert_array_equal(result.hidden, [24, 24, 24])
+  terms = objective.loss(result, heads, base.Context(0, 1, {}))
+  value = terms.loss.value()
+  np.testing.assert_allclose(value, expected.sum() / 72, rtol=1e-5)
+  np.testing.assert_allclose(terms.report["hidden"].value(), 0.75)
+
+
+def test_visible_patches_are_not_targets(parts):
+  view_batch, output = _inputs()
+  before = _loss_inputs(*parts, view_batch, output)
+  seen = np.asarray(view_batch.images).copy()
+  for i, j, n in np.ndindex(3, 2, 4):
+    y, x = divmod(int(view_batch.keep[i, j, n]), 4)
+    seen[i, j, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] *= -3
+  after = _loss_inputs(
+    *parts, dataclasses.replace(view_batch, images=jnp.asarray(seen)), output
+  )
+  np.testing.assert_array_equal(after.error, before.error)
+
+
+def test_invalid_options_and_views_raise():
+  with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
+    _resolved(ops="resize(32)")
+  with pytest.raises(ConfigError, match="keeps all 16 patches"):
+    _resolved(ops="resize(32)|keep(1.0, patch=8)")
+  with pytest.raises(ConfigError, match="patch=8"):
+    _resolved(ops="resize(32)|keep(0.25, patch=16)")
+  with pytest.raises(ConfigError, match="the model's is 8"):
+    _resolved(patch=14)
+  with pytest.raises(ConfigError, match="decoder_heads"):
+    build_objective("mae", dict(decoder_heads=7))
+  with pytest.raises(ConfigError, match="give patch=16"):
+    build_objective("mae", {}).heads()
+
+
+def test_default_decoder_equals_the_paper():
+  objective = build_objective("mae", dict(patch=16))
+  module = objective.heads()["mae_decoder"].module
+  assert (module.width, module.depth, module.heads) == (512, 8, 16)
+  assert module.outputs == 768
+
+
+@pytest.mark.slow
+def test_a_masked_step_takes_less_than_half_the_flops():
+  """ViT-B/16 and MAE's decoder, at 75 % masking and without."""
+  model = ModelSpec.from_config(
+    dict(variant="B/16", image_size=224, pool="mean")
+  )
+  batch = {
+    "image": jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.uint8),
+    "image_size": jax.ShapeDtypeStruct((2, 2), jnp.int32),
+  }
+
+  def count(keep):
+    ops = f"crop(224, 0.2, 1.0)|flip|keep({keep})"
+    spec = StepSpec(
+      model=model,
+      dtype="float32",
+      objectives={"mae": build_objective("mae", dict(patch=16))},
+      weights={"mae": ObjectiveWeight(1.0)},
+      views=views.build_views({"mae": dict(ops=ops)}),
+      seed=0,
+      total_steps=100,
+    )
+    return flops.step_flops(spec, batch, optax.sgd(0.1)).traced
+
+  assert count(0.25) < 0.5 * count(1.0)

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Functions and methods of the package that nothing calls.
+
+Private ones need a reference in the package, public ones in the package, the
+recipes, tools, tests or pages: `make lint` names what a removal leaves behind.
+References are names and attributes, wherever they point, and words of strings;
+those within the definition itself don't count. Methods that a base class of
+another library calls are left alone.
+"""
+
+import ast
+import pathlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+_WORD = re.compile(r"\w+")
+
+
+def references(tree: ast.AST) -> Iterator[str]:
+  """Names that the code refers to, also within strings."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Name):
+      yield node.id
+    elif isinstance(node, ast.Attribute):
+      yield node.attr
+    elif isinstance(node, ast.alias):
+      yield node.name.rpartition(".")[2]
+    elif isinstance(node, ast.keyword) and node.arg:
+      yield node.arg
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+      yield from _WORD.findall(node.value)
+
+
+def definitions(
+  body: list[ast.stmt], classes: set[str], *, is_foreign: bool = False
+) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+  """Functions and methods at any level that this project alone calls."""
+  for node in body:
+    if isinstance(node, FUNCTIONS):
+      is_ours = node.name.startswith("_") or not is_foreign
+      if is_ours and not re.fullmatch("__.*__", node.name):
+        yield node
+    elif isinstance(node, ast.ClassDef):
+      bases = {
+        base.attr
+        if isinstance(base, ast.Attribute)
+        else getattr(base, "id", "")
+        for base in node.bases
+      }
+      foreign = bool(bases - classes - {"object", "Protocol", "NamedTuple"})
+      yield from definitions(node.body, classes, is_foreign=foreign)
+    elif isinstance(node, ast.If):
+      yield from definitions(node.body + node.orelse, classes)
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+  """The module, whose docstrings refer to nothing."""
+  for node in ast.walk(tree):
+    body = getattr(node, "body", None)
+    first = body[0] if isinstance(body, list) and body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+      first.value.value = None
+  return tree
+
+
+def find_unused(root: pathlib.Path) -> list[str]:
+  """A line for each function or method without a reference."""
+  package = {
+    path: without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+    for path in sorted((root / "mtv_jax").rglob("*.py"))
+  }
+  used = Counter(n for tree in package.values() for n in references(tree))
+  outside: Counter[str] = Counter()
+  for folder in ("configs", "tools", "tests", "docs"):
+    for path in (root / folder).rglob("*.*"):
+      if path.suffix in (".py", ".md"):
+        outside.update(_WORD.findall(path.read_text(encoding="utf-8")))
+  outside.update(_WORD.findall((root / "README.md").read_text("utf-8")))
+  classes = {
+    node.name
+    for tree in package.values()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ClassDef)
+  }
+  lines = []
+  for path, tree in package.items():
+    for node in definitions(tree.body, classes):
+      inside = Counter(references(node))[node.name]
+      if used[node.name] > inside:
+        continue
+      if node.name.startswith("_") or not outside[node.name]:
+        where = f"{path.relative_to(root)}:{node.lineno}"
+        lines.append(f"{where}: nothing calls {node.name}")
+  return lines
+
+
+def main() -> int:
+  """Prints what nothing calls; the exit status."""
+  lines = find_unused(ROOT)
+  print(*lines, sep="\n", end="\n" if lines else "")
+  return int(bool(lines))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
