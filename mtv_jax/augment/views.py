@@ -175,7 +175,7 @@ class View:
     )
     return sum(counts[-max(max_masked_images(self._shares), 1) :])
 
-  @property
+  @functools.cached_property
   def _shares(self) -> tuple[float, ...]:
     return tuple(p.masked_share for p in self.pipelines)
 
@@ -235,7 +235,7 @@ class View:
   def _sample_masked(self, key: Key[Array, ""]) -> Bool[Array, " n"]:
     """Which of a row's images `blocks` masks."""
     # Images fold in 0 to count - 1.
-    u = jax.random.uniform(jax.random.fold_in(key, self.count))
+    u = jax.random.uniform(jax.random.fold_in(key, len(self.pipelines)))
     return sample_masked_images(u, self._shares)
 
 

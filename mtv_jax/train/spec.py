@@ -268,7 +268,7 @@ class StepSpec:
       return start
     return half_cosine(step, start, self.teacher_end, self.total_steps - 1)
 
-  @property
+  @functools.cached_property
   def has_teacher(self) -> bool:
     """Whether an objective reads a teacher's encoding."""
     return any(e.weights == base.TEACHER for e in self.plan)

@@ -1,9 +1,10 @@
 """Signals that stop a run: save a checkpoint, then exit.
 
 Schedulers and clouds send SIGTERM some time before they take a machine away, a
-closed terminal sends SIGHUP, Ctrl-C SIGINT. `trainer.py` polls the notice after
-each step and while it waits for data; several hosts agree on a step through
-`Checkpointer.preempted`. `cli/errors.py` exits with the error's `exit_code`.
+closed terminal sends SIGHUP, Ctrl-C SIGINT. `train_loop.py` polls the notice
+after each step and while it waits for data; several hosts agree on a step
+through `Checkpointer.preempted`. `cli/errors.py` exits with the error's
+`exit_code`.
 """
 
 import contextlib
