@@ -1,145 +1,353 @@
-"""Runs, exports, label sets and results of earlier code open and resume.
+"""Runs, exports, label sets and results of c3dc661 open and resume.
 
-`fixtures.tar.xz` was written by `make_fixtures.py` with commit b0a4762.
+`make_fixtures.py` wrote `fixtures.tar.xz` with that commit. Run as a script in
+its folder, this file records what the code reads there.
 """
 
 import contextlib
-import io
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-import re
-import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from compat import reference
+from checkpoint_samples import open_checkpointer
 from xla_options import xla_flags
 
-from mtv_jax.config.aliases import rename_metric
+import mtv_jax
+from mtv_jax.augment import views as views_lib
+from mtv_jax.augment.random import row_keys
+from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.cli import main as cli
+from mtv_jax.data import pipeline, registry, tokenizers
+from mtv_jax.studies import expand, folders
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import flatten_with_names
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TOLERANCE = 1e-5
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+RUNS = ("all", "grad_norm_mean", "uncertainty", "gradnorm", "pcgrad")
+EVALUATE = (
+  "--encoder=runs/all", "--encoder=exported", "--data=scenes",
+  "--evals=zero_shot,knn,retrieval,relative_depth,grounding,linear_probe",
+  "--count=24", "--reference=none",
+)  # fmt: skip
+# Evaluations that train a probe.
+PROBES = (
+  "linear_probe", "mae_probe", "logistic", "segmentation", "depth_probe",
+)  # fmt: skip
+ENCODERS = {
+  "student": ("runs/all", "student"),
+  "teacher": ("runs/all", "teacher"),
+  "ema": ("runs/uncertainty", "ema"),
+  "exported": ("exported", "student"),
+}
+STATE = (
+  "step", "params", "opt_state", "teacher", "ema", "statistics", "teachers",
+  "balance",
+)  # fmt: skip
+PHRASES = ["a red ball", "two blue boxes on grass"]
+BOXES = [[(0.1, 0.2, 0.6, 0.9), (0, 0, 1, 1)], [], [(0.5, 0.25, 0.75, 0.5)]]
+BATCH_STEPS = (0, 1, 7)
+# A run's resolved config as a recipe.
+RECIPE = """
+import json, pathlib
+from ml_collections import ConfigDict
+
+def get_config(arg):
+  return ConfigDict(json.loads(pathlib.Path(arg).read_text()))
+"""
+RENAMED = {
+  "distillation": "dino",
+  "masked_latent": "ibot",
+  "masked_pixels": "mae",
+}
 
 
-@pytest.fixture(scope="module")
-def fixtures(tmp_path_factory):
+def digest(array) -> str:
+  """Digest of an array's type, shape and bytes."""
+  array = np.ascontiguousarray(array)
+  what = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+  return hashlib.sha256(what).hexdigest()[:12]
+
+
+def rename(row):
+  """The numbers of a row of a log, under the names of today."""
+  for key, value in row.items():
+    parts = [RENAMED.get(part, part) for part in key.split("/")]
+    if key != "objectives":
+      yield "/".join(parts), flat(value)
+
+
+def flat(value):
+  """An array of numbers; NaN for what is none."""
+  flat = np.asarray(value, object).ravel()
+  return np.array([x if isinstance(x, int | float) else np.nan for x in flat])
+
+
+def read_config(name):
+  return json.loads(pathlib.Path("runs", name, "config.json").read_text())
+
+
+def state_digests(name):
+  """Digests of the parts of a run's checkpoint, with names and arrays."""
+  found = {}
+  for part in STATE:
+    with contextlib.suppress(InputError):  # The run has no such part.
+      leaves = sorted(flatten_with_names(load_tree(f"runs/{name}", part=part)))
+      text = "".join(f"{leaf} {digest(x)}\n" for leaf, x in leaves)
+      found[part] = hashlib.sha256(text.encode()).hexdigest()[:12]
+  return found
+
+
+def batches():
+  """Batches of the run with every field."""
+  config = read_config("all")
+  text = config["model"]["text"]
+  # Features need the teachers' shapes, which objectives give.
+  ops = config["data"]["ops"].replace("|features", "")
+  loader = pipeline.make_loader(
+    {**config["data"], "ops": ops},
+    batch_size=config["batch_size"],
+    seed=config["seed"],
+    tokenizer=tokenizers.build_tokenizer(
+      text["tokenizer"], clean=text["clean"]
+    ),
+  )
+  return [next(loader) for _ in range(max(BATCH_STEPS) + 1)]
+
+
+def batch_digests():
+  return {
+    f"{step}/{field}": digest(x)
+    for step, batch in enumerate(batches())
+    if step in BATCH_STEPS
+    for field, x in batch.items()
+  }
+
+
+def view_arrays():
+  """Views of the first batch: boxes, flips and masks, one row's pixels."""
+  config = read_config("all")
+  batch = batches()[0]
+  found = {}
+  for name, view in views_lib.build_views(config["views"]).items():
+    seed, rows = jax.random.key(config["seed"]), len(batch["image"])
+    keys = row_keys(seed, name, 0, rows)
+    out = jax.jit(view, static_argnums=3)(
+      batch["image"], batch["image_size"], keys, "float32"
+    )
+    for field in ("box", "flipped", "mask", "keep"):
+      if (x := getattr(out, field)) is not None:
+        found[f"{name}/{field}"] = np.asarray(x)
+    found[f"{name}/images"] = np.asarray(out.images[:1])
+  return found
+
+
+def label_digests():
+  """Decoded labels of the shards, joined by position and by key."""
+  found = {}
+  for join in ("aligned", "key"):
+    labels = {
+      kind: dict(path=f"labels/{kind}", join=join)
+      for kind in ("depth", "boxes")
+    }
+    labels["features"] = dict(cached=dict(path="labels/features", join=join))
+    source = registry.build_source(
+      dict(type="webdataset", path="shards/*.tar", labels=labels)
+    )
+    for i in range(len(source)):
+      leaves = jax.tree_util.tree_flatten_with_path(dict(source[i]))[0]
+      for path, value in leaves:
+        name = f"{join}/{i}/{jax.tree_util.keystr(path)}"
+        if isinstance(value, bytes):
+          value = np.frombuffer(value, np.uint8)
+        elif dataclasses.is_dataclass(value):  # Features.
+          leaves = jax.tree.leaves(dataclasses.asdict(value))
+          value = " ".join(map(digest, leaves))
+        found[name] = value if isinstance(value, str) else digest(value)
+  return found
+
+
+def encoder_arrays(name):
+  """Features, text embeddings and predictions of an encoder."""
+  path, weights = ENCODERS[name]
+  encoder = mtv_jax.load(path, weights=weights)
+  source = registry.build_source(dict(type="webdataset", path="shards/*.tar"))
+  images = [source[i]["image"] for i in range(3)]
+  features = encoder.image(images, layers=(0, -1))
+  found = dict(
+    pooled=features.pooled,
+    patches=features.patches[:, :2],
+    layer=features.layers[0][:, :2],
+  )
+  if encoder.spec.text is not None:
+    found["text"] = encoder.text(PHRASES)
+  if name in ("student", "teacher"):
+    found["depth"] = encoder.predict("depth", images)["depth"]
+    regions = encoder.predict("grounding", images, boxes=BOXES)
+    found |= {f"regions{i}": x for i, x in enumerate(regions["embeddings"])}
+  return {k: np.asarray(v) for k, v in found.items()}
+
+
+def record():
+  """Writes what the code reads in the current folder."""
+  logs = pathlib.Path("logs.json")
+  expected = dict(
+    states={name: state_digests(name) for name in RUNS},
+    batches=batch_digests(),
+    labels=label_digests(),
+    **json.loads(
+      logs.read_text(), parse_float=lambda x: float(f"{float(x):.7g}")
+    ),
+  )
+  logs.unlink()
+  pathlib.Path("expected.json").write_text(json.dumps(expected))
+  arrays = {f"views/{k}": v for k, v in view_arrays().items()}
+  for name in ENCODERS:
+    arrays |= {f"{name}/{k}": v for k, v in encoder_arrays(name).items()}
+  np.savez("expected.npz", **arrays)
+
+
+# ---------------------------------------------------------------------------
+# Tests, in the folder of the fixtures.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("compat")
   with tarfile.open(HERE / "fixtures.tar.xz") as archive:
     archive.extractall(folder, filter="data")
-  return folder
+  (folder / "recipe.py").write_text(RECIPE)
+  with contextlib.chdir(folder):
+    yield folder
 
 
 @pytest.fixture(scope="module")
-def expected(fixtures):
-  """The figures of `reference.py` by encoder or label set."""
-  groups = {}
-  with np.load(fixtures / "reference.npz") as arrays:
-    for name in arrays:
-      group, _, figure = name.partition("/")
-      groups.setdefault(group, {})[figure] = arrays[name]
-  return groups
+def expected(folder):
+  return json.loads((folder / "expected.json").read_text())
 
 
-def run_tool(name, *arguments):
-  """Runs a script of `tools/` in this process; returns what it prints."""
-  output = io.StringIO()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    with contextlib.redirect_stdout(output):
-      try:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-      except SystemExit as end:
-        assert not end.code, end.code
-  return output.getvalue()
+@pytest.fixture(scope="module")
+def arrays(folder):
+  with np.load(folder / "expected.npz") as file:
+    return dict(file)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", reference.ENCODERS)
-def test_encoders_give_the_same_figures(fixtures, expected, name):
-  figures = reference.encoder_figures(fixtures, name)
-  assert figures.keys() == expected[name].keys()
-  for figure, value in expected[name].items():
+def select(arrays, group):
+  """The arrays of a group, without its name."""
+  return {
+    name.removeprefix(f"{group}/"): x
+    for name, x in arrays.items()
+    if name.startswith(f"{group}/")
+  }
+
+
+def assert_close(found, expected, **tolerance):
+  """Compares numbers, arrays and other values by name."""
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
     np.testing.assert_allclose(
-      figures[figure],
-      value,
-      rtol=TOLERANCE,
-      atol=TOLERANCE,
-      err_msg=f"{name}/{figure}",
+      found[name], value, err_msg=name, **(tolerance or TOLERANCE)
     )
 
 
-@pytest.mark.parametrize("join", reference.LABELS)
-def test_label_sets_give_the_same_labels(fixtures, expected, join):
-  figures = reference.label_figures(fixtures, join)
-  assert figures.keys() == expected["labels"].keys()
-  for figure, value in expected["labels"].items():
-    np.testing.assert_array_equal(figures[figure], value, err_msg=figure)
+@pytest.mark.parametrize("name", RUNS)
+def test_checkpoints_have_the_same_arrays(expected, name):
+  found = state_digests(name)
+  assert found == expected["states"][name]
+  assert found.keys() >= {"step", "params", "opt_state"}
 
 
-def test_an_export_is_written_as_before(fixtures, tmp_path):
-  run_tool(
-    "convert", "to_hf", fixtures / "all", tmp_path / "a", "--weights=ema"
-  )
-  run_tool("convert", "from_hf", tmp_path / "a", tmp_path / "b")
-  for new, old in (("a", "exported"), ("b", "native")):
-    names = {p.name for p in (fixtures / old).iterdir()}
-    assert {p.name for p in (tmp_path / new).iterdir()} == names
-    for name in sorted(names - {"README.md"}):
-      # Keys of JSON objects have no order.
-      read = json.loads if name.endswith(".json") else bytes
-      written, before = (
-        read((folder / name).read_bytes())
-        for folder in (tmp_path / new, fixtures / old)
-      )
-      # Keys that are new: which weights of the run, and how texts are cleaned.
-      new_keys = {
-        "mtv_jax.json": {"weights": "ema"},
-        "tokenizer_config.json": {"clean": "lower"},
-      }
-      for key, value in new_keys.get(name, {}).items():
-        assert written.pop(key, value) == value
-      assert written == before, name
+def test_a_state_with_old_names_is_restored(tmp_path):
+  def name_statistics(names):
+    arrays = [jnp.arange(2.0) + i for i in range(len(RENAMED))]
+    return {"statistics": dict(zip(names, arrays, strict=True))}
+
+  new = name_statistics(RENAMED.values())
+  with open_checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, name_statistics(RENAMED), timing={})
+    found = checkpoints.restore(new).state
+  jax.tree.map(np.testing.assert_array_equal, found, new)
 
 
-def test_results_files_stand_beside_new_figures(fixtures, tmp_path):
-  run_tool(
-    "evaluate",
-    "--encoder=pixels:16",
-    "--evals=knn",
-    "--count=8",
-    "--set=knn.train_count=8",
-    f"--compare={fixtures}/results.json,{fixtures}/all/evals/retrieval_6.json",
-    f"--output={tmp_path}",
-  )
-  table = (tmp_path / "results.md").read_text()
-  content = json.loads((fixtures / "results.json").read_text())
-  for encoder in content["encoders"]:
-    assert encoder["name"] in table
-    for metric, value in encoder["evals"]["retrieval"]["metrics"].items():
-      row = next(line for line in table.splitlines() if f" {metric} " in line)
-      numbers = [
-        float(x) for x in re.findall(r"[\d.]*\d", row.split("|", 3)[3])
-      ]
-      assert any(abs(x - 100 * value) < 0.05 for x in numbers), (value, row)
+def test_reports_of_a_run_have_todays_names():
+  run = folders.read_run("runs/all")
+  assert {"dino", "ibot", "mae"} < run.config["objectives"].keys()
+  assert run.series["dino/loss"][0][0] == 1
+  assert not any(name.startswith(tuple(RENAMED)) for name in run.series)
+  study = expand.Study.from_dict(
+    dict(
+      kind="ladder", config="x", baseline="a", match="images", budget=1.0,
+      runs=[
+        dict(
+          name="a", arm="a", seed=0, overrides=[], steps=1,
+          settings=read_config("all"),
+        )
+      ],
+    )
+  )  # fmt: skip
+  assert study.runs[0].settings == run.config
+
+
+def test_batches_and_labels_are_the_same(expected):
+  assert batch_digests() == expected["batches"]
+  assert label_digests() == expected["labels"]
+
+
+def test_views_are_the_same(arrays):
+  """Other processors round pixels otherwise."""
+  views, found = select(arrays, "views"), view_arrays()
+  assert_close(found, views, rtol=0, atol=1e-6)
+  for name, x in views.items():
+    if x.dtype.kind != "f":
+      np.testing.assert_array_equal(found[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name == "exported" else pytest.mark.slow)
+    for name in ENCODERS
+  ],
+)
+def test_encoders_have_the_same_outputs(arrays, name):
+  assert_close(encoder_arrays(name), select(arrays, name))
+
+
+def test_an_export_has_the_same_files(tmp_path):
+  assert not cli.main(["convert", "to_hf", "runs/pcgrad", f"{tmp_path}/out"])
+  files = {path.name: path for path in (tmp_path / "out").iterdir()}
+  assert files.keys() == {
+    path.name for path in pathlib.Path("exported").iterdir()
+  }
+  for name in files.keys() - {"README.md"}:
+    written, before = files[name], pathlib.Path("exported", name)
+    if name.endswith(".json"):  # Keys of JSON objects have no order.
+      assert json.loads(written.read_text()) == json.loads(before.read_text())
+    else:
+      assert written.read_bytes() == before.read_bytes(), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["all", "variant"])
-def test_a_run_resumes_to_the_same_losses(fixtures, name):
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumes_to_the_same_losses(tmp_path, expected, name):
+  shutil.copytree(f"runs/{name}", tmp_path / name)
   done = subprocess.run(
     [
-      sys.executable,
-      "-m",
-      "mtv_jax.main",
-      f"--config=recipe.py:{name}/config.json",
-      f"--workdir={name}",
+      sys.executable, "-m", "mtv_jax.main", f"--workdir={tmp_path}/{name}",
+      f"--config=recipe.py:runs/{name}/config.json",
+      "--config.objectives.distillation.weight=0.5",
     ],
-    cwd=fixtures,
     env={
       **os.environ,
       "PYTHONPATH": str(ROOT),
@@ -148,14 +356,50 @@ def test_a_run_resumes_to_the_same_losses(fixtures, name):
     },
     capture_output=True,
     text=True,
-  )
+  )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
-  lines = (fixtures / name / "metrics.jsonl").read_text().splitlines()
-  found = [row for row in map(json.loads, lines) if row["step"] > 2]
-  wanted = json.loads((fixtures / "metrics.json").read_text())[name]["metrics"]
-  assert [row["step"] for row in found] == [row["step"] for row in wanted]
-  for row, before in zip(found, wanted, strict=True):
-    for figure, value in before.items():
-      assert row[rename_metric(figure)] == pytest.approx(
-        value, rel=TOLERANCE, abs=TOLERANCE
-      ), (row["step"], figure)
+  for file, before in expected["logs"][name].items():
+    lines = (tmp_path / name / file).read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if row["step"] > 2]
+    assert len(found) == len(before)
+    for row, wanted in zip(found, before, strict=True):
+      wanted = dict(rename(wanted))
+      assert_close({k: flat(row[k]) for k in wanted}, wanted)
+
+
+@pytest.mark.slow
+def test_evaluations_have_the_same_metrics(tmp_path):
+  """Probes are trained, and may differ by 0.1 point."""
+  cli.main(["evaluate", *EVALUATE, f"--json={tmp_path}/results.json"])
+  found, before = (
+    json.loads(path.read_text())["encoders"]
+    for path in (tmp_path / "results.json", pathlib.Path("results.json"))
+  )
+  for new, old in zip(found, before, strict=True):
+    assert new["skipped"].keys() == old["skipped"].keys()
+    assert new["failed"] == old["failed"] == {}
+    assert new["evals"].keys() == old["evals"].keys()
+    for name, result in old["evals"].items():
+      tolerance = dict(rtol=0, atol=1e-3) if name in PROBES else TOLERANCE
+      metrics = new["evals"][name]["metrics"]
+      assert_close(metrics, result["metrics"], **tolerance)
+
+
+def test_results_stand_beside_new_ones(tmp_path):
+  cli.main(
+    [
+      "evaluate", "--encoder=pixels:16", "--evals=knn", "--count=8",
+      "--set=knn.train_count=8", "--compare=results.json",
+      f"--output={tmp_path}",
+    ]
+  )  # fmt: skip
+  table = (tmp_path / "results.md").read_text()
+  results = json.loads(pathlib.Path("results.json").read_text())
+  for encoder in results["encoders"]:
+    assert encoder["name"] in table
+    for value in encoder["evals"]["retrieval"]["metrics"].values():
+      assert f"{100 * value:.2f}" in table
+
+
+if __name__ == "__main__":
+  record()
