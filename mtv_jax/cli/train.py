@@ -77,9 +77,6 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
 
   A resumed run takes the choice that its folder records. CPUs take 'none';
   `perf.preflight.remat.find_remat` searches for other devices, by compiling.
-
-  Raises:
-    ConfigError: see `find_remat`.
   """
   if config.model.remat.strip() != AUTO:
     return config
@@ -105,10 +102,8 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
 def write_report(folder: str) -> None:
   """Prints the last metrics with chance, and writes the run's report.
 
-  An error is logged: the run is complete without a report.
-
-  Raises:
-    UploadError: it is not in the run's bucket.
+  An error is logged: the run is complete without a report. Only an upload that
+  fails is raised.
   """
   try:
     from mtv_jax.report import runs  # Not before training: it is large.

@@ -57,9 +57,6 @@ class RunLength:
     """Converts a duration to steps; None remains None.
 
     A positive duration is at least one step.
-
-    Raises:
-      ConfigError: the length of the run or of its data is not known.
     """
     if duration is None:
       return None

@@ -90,9 +90,6 @@ def read_field(
     annotation: of the value.
     where: put before the key in errors, such as "text_config.".
     default: of an absent key, which is an error without one.
-
-  Raises:
-    InputError: the key is missing, or its value has another type or range.
   """
   value = content.get(key)
   if value is not None:
@@ -141,9 +138,6 @@ def read_rows(
     key: of the list.
     fields: type of each key that an object must have; int rejects bools.
     hint: ends the error about a missing key.
-
-  Raises:
-    InputError: not a list of objects, or one lacks a key or has another type.
   """
   rows = content.get(key)
   if not isinstance(rows, list):
@@ -203,9 +197,6 @@ def resolve_name(
     name: a relative path. Links may lead out of the folder, as in the cache of
       the Hub; the name may not.
     where: the file that gives the name.
-
-  Raises:
-    InputError: the name can't be that of a file in the folder.
   """
   path = pathlib.PurePath(name) if isinstance(name, str) else None
   if path is None or not path.parts or not _is_storable(path):

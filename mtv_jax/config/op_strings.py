@@ -28,9 +28,6 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   """Parses ops joined by `|`; arguments are Python literals.
 
   `unique` rejects a repeated op.
-
-  Raises:
-    ConfigError: bad syntax, with the position; a repeated op.
   """
   # Line breaks in the text are layout; a space keeps every position.
   line = text.replace("\n", " ")
@@ -94,10 +91,6 @@ def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
   """Calls the registered factory of an op with arguments checked by `options`.
 
   `what` is the kind of op for errors, such as "data op".
-
-  Raises:
-    ConfigError: an unknown name, or arguments that don't fit the factory's
-      signature and annotations.
   """
   if op.name not in registry:
     raise ConfigError(

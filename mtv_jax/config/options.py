@@ -78,11 +78,7 @@ def build_entry(
   where: str,
   reserved: Sequence[str] = (),
 ) -> Any:
-  """Builds a config entry whose key `type` names a registered factory.
-
-  Raises:
-    ConfigError: an unknown type, or options that `build` rejects.
-  """
+  """Builds a config entry whose key `type` names a registered factory."""
   factory = look_up(registry, entry.get("type"), where=where)
   return build(
     factory,
@@ -106,9 +102,6 @@ def look_up(
       only when it is looked up.
     name: the type; None if the entry gives none.
     where: the entry's config key; its `key` gives the type.
-
-  Raises:
-    ConfigError: no such type.
   """
   if name not in registry:
     wrong = "is missing" if name is None else f"is {name!r}"
@@ -137,10 +130,6 @@ def build(
     options: values by name.
     where: the entry's config key for errors, "config.objectives.depth".
     reserved: further known keys of the entry, for errors.
-
-  Raises:
-    ConfigError: an unknown or missing option, or a value of the wrong type or
-      out of range; names the option by its whole config key.
   """
   parameters = inspect.signature(factory).parameters
   hints = annotations(factory)
@@ -178,9 +167,6 @@ def check_fields(instance: Any) -> None:
   """Checks and converts the fields of a frozen dataclass, as `build` does.
 
   For a `__post_init__`: the instance may be built in Python, without `build`.
-
-  Raises:
-    ConfigError: a value of the wrong type or out of range.
   """
   name = type(instance).__name__
   for field, hint in annotations(type(instance)).items():
@@ -204,9 +190,6 @@ def check_value(value: Any, annotation: Any, where: str) -> Any:
   An annotation is `int`, `float`, `bool`, `str`, `Literal`, a union, tuple or
   other collection of these, `Annotated` with a `Range`, or a class. `where` is
   the value's config key, for the error.
-
-  Raises:
-    ConfigError: the value has another type or is out of range.
   """
   if hasattr(value, "to_dict"):  # A ConfigDict.
     value = value.to_dict()

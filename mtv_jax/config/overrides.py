@@ -22,9 +22,6 @@ def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
   """Rewrites --config.KEY=VALUE and --config.KEY VALUE as --set=KEY=VALUE.
 
   Other arguments are unchanged.
-
-  Raises:
-    ConfigError: an override without a value.
   """
   out, rest = [], list(argv)
   while rest:
@@ -47,11 +44,6 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
   Assignments are 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
   'data.train[0].path'; for values see `parse_value`. 'None' removes a key, as
   does 'none' unless the key accepts that string.
-
-  Raises:
-    ConfigError: an invalid path, or a number or section would be replaced by a
-      value of another type. A fraction may replace an integer here, and
-      `train.run.resolve` rejects it if the key takes integers only.
   """
   tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
@@ -172,9 +164,6 @@ def parse_value(text: str, old: Any, key: str) -> Any:
     text: a Python literal, also with `dict(KEY=...)` calls, else a string.
     old: the former value; with None any type is accepted.
     key: for the error.
-
-  Raises:
-    ConfigError: a value of another type would replace a number or a section.
   """
   if isinstance(old, str):
     return text

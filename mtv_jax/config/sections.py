@@ -61,17 +61,7 @@ def list_keys(cls: type) -> list[str]:
 
 
 def read(cls: type[T], entry: Any, where: str) -> T:
-  """Reads a section.
-
-  Args:
-    cls: a frozen dataclass.
-    entry: the section as a dictionary.
-    where: its config key, for errors.
-
-  Raises:
-    ConfigError: an unknown or missing key, or a value of another type or out of
-      range; names the full key.
-  """
+  """Reads a section from a dictionary; `where` is its key, for errors."""
   if not isinstance(entry, Mapping):
     raise ConfigError(f"{where} is {entry!r}, expected a section (a dict).")
   hints, unread = options.annotations(cls), dict(entry)

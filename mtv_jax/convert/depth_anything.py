@@ -110,11 +110,8 @@ def read_model(
   size of pretraining; `relative_depth` gives it the published input.
   """
   spec, params = read(folder, with_params=with_params)
-  if spec.image.norm_eps != _NORM_EPS:
-    raise ConversionError(
-      f"backbone_config.layer_norm_eps={spec.image.norm_eps} is not supported; "
-      f"expected {_NORM_EPS}."
-    )
+  eps = spec.image.norm_eps
+  hf_files.require(("backbone_config.layer_norm_eps", eps, _NORM_EPS))
   head = dpt.DepthHead(
     taps=spec.layers,
     features=spec.head.features,
@@ -153,11 +150,8 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
       "'dinov2' is supported."
     )
   backbone = hf_files.with_defaults(backbone, _BACKBONE_DEFAULTS, name)
-  if backbone.get("model_type") != "dinov2":
-    raise ConversionError(
-      f"backbone_config.model_type={backbone.get('model_type')!r}: only "
-      "'dinov2' is supported."
-    )
+  model_type = backbone.get("model_type")
+  hf_files.require(("backbone_config.model_type", model_type, "dinov2"))
   config = hf_files.with_defaults(config, _DEFAULTS)
   prefixed = [n for n in names if n.startswith("backbone.")]
   image = dinov2.DINOV2.read_spec(backbone, prefixed).image
@@ -183,7 +177,7 @@ def _check_supported(
     )
   patch = hf_files.read_side(config["patch_size"], "patch_size")
   head_index = config["head_in_index"]
-  for field, value, expected in (
+  hf_files.require(
     ("reassemble_factors", tuple(config["reassemble_factors"]), _FACTORS),
     ("len(neck_hidden_sizes)", len(config["neck_hidden_sizes"]), dpt.STAGES),
     ("reassemble_hidden_size", config["reassemble_hidden_size"], image.width),
@@ -191,11 +185,7 @@ def _check_supported(
     ("max_depth", config["max_depth"], 1),
     ("backbone_config.apply_layernorm", backbone["apply_layernorm"], True),
     ("head_in_index", -1 if head_index == dpt.STAGES - 1 else head_index, -1),
-  ):
-    if value != expected:
-      raise ConversionError(
-        f"{field}={value} is not supported; expected {expected}."
-      )
+  )
 
 
 def read_layers(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:

@@ -198,10 +198,8 @@ class TowerTable:
         fields |= key.read(section)
       elif key.field:
         fields[key.field] = section[name]
-      elif section[name] != default:
-        raise ConversionError(
-          f"{name}={section[name]!r} is not supported; expected {default!r}."
-        )
+      else:
+        hf_files.require((name, section[name], default))
     return fields
 
   def write_section(self, spec: Spec) -> dict[str, Any]:

@@ -245,12 +245,12 @@ def with_defaults(
   return {**defaults, **foreign.read_fields(given, _CONFIG_FIELDS, where=where)}
 
 
-def require(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-  """Raises ConversionError for a key with another than the supported value."""
-  for key, value in values.items():
-    if config[key] != value:
+def require(*fields: tuple[str, Any, Any]) -> None:
+  """Raises ConversionError unless each (key, value, expected) is supported."""
+  for key, value, expected in fields:
+    if value != expected:
       raise ConversionError(
-        f"{key}={config[key]!r} is not supported; expected {value!r}."
+        f"{key}={value!r} is not supported; expected {expected!r}."
       )
 
 

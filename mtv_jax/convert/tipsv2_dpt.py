@@ -86,21 +86,17 @@ def read_spec(
   """The tower and the heads of a `config.json` and of the tensors' shapes."""
   backbone = config.get("backbone_config")
   backbone = hf_files.with_defaults(backbone, _BACKBONE, "backbone_config")
-  hf_files.require(backbone, {"model_type": "tipsv2_vision_model"})
-  hf_files.require(backbone, {"apply_layernorm": True})
   config = hf_files.with_defaults(config, _DEFAULTS)
-  for key in ("readout_activation", "depth_decoder_activation"):
-    hf_files.require(config, {key: _DEFAULTS[key]})
-  if tuple(config["reassemble_factors"]) != _FACTORS:
-    raise ConversionError(
-      f"reassemble_factors={list(config['reassemble_factors'])} is not "
-      f"supported; expected {list(_FACTORS)}."
-    )
-  if len(config["neck_hidden_sizes"]) != dpt.STAGES:
-    raise ConversionError(
-      f"neck_hidden_sizes has {len(config['neck_hidden_sizes'])} sizes; "
-      f"expected {dpt.STAGES}."
-    )
+  hf_files.require(
+    ("model_type", backbone["model_type"], "tipsv2_vision_model"),
+    ("apply_layernorm", backbone["apply_layernorm"], True),
+    ("reassemble_factors", tuple(config["reassemble_factors"]), _FACTORS),
+    ("len(neck_hidden_sizes)", len(config["neck_hidden_sizes"]), dpt.STAGES),
+    *(
+      (key, config[key], _DEFAULTS[key])
+      for key in ("readout_activation", "depth_decoder_activation")
+    ),
+  )
   names = [n for n in shapes if n.startswith(_PREFIX)]
   spec = tipsv2.TIPSV2.read_spec(backbone, names)
   common = {

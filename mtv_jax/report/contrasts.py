@@ -140,18 +140,11 @@ class Comparison(Contrast):
 
   def reverse(self) -> Comparison:
     """The baseline minus the arm."""
-    negated = {
-      name: value if value is None else -value
-      for name, value in dict(
-        difference=self.difference,
-        low=self.high,
-        high=self.low,
-        item_low=self.item_high,
-        item_high=self.item_low,
-      ).items()
-    }
+    swapped = dict(low=self.high, high=self.low, difference=self.difference)
+    swapped |= dict(item_low=self.item_high, item_high=self.item_low)
+    swapped = {k: v if v is None else -v for k, v in swapped.items()}
     return dataclasses.replace(
-      self, arm=self.baseline, baseline=self.arm, **negated
+      self, arm=self.baseline, baseline=self.arm, **swapped
     )
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,6 @@ from mtv_jax.experts.inspection.cards import Card, count_names
 from mtv_jax.report import charts, page
 from mtv_jax.report.style import escape
 from mtv_jax.utils import atomic, plots
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.text import (
   file_name,
@@ -31,6 +29,7 @@ from mtv_jax.utils.text import (
   format_setting,
   one_line,
 )
+from mtv_jax.utils.threads import map_ahead
 
 _PAGE_SIZE = 456  # longer side of the images on the page
 _PHRASES = 5  # on the terminal
@@ -129,8 +128,7 @@ def inspect_labels(
     draw_card = functools.partial(
       cards.draw_card, source, joined, size=size, min_score=min_score
     )
-    with futures.ThreadPoolExecutor(available_cores()) as pool:
-      return list(pool.map(draw_card, chosen))
+    return list(map_ahead(draw_card, chosen))
 
   names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
   title = f"{', '.join(data)}: {', '.join(names)}"

@@ -153,10 +153,12 @@ def _add_verdicts(
   for main in (True, False):
     family = {}
     for k, row in enumerate(rows):
-      known = [i for i, value in enumerate(row.values) if value is not None]
-      for j in {baseline, leading[k]} & {*known}:
+      if row.is_main != main or row.evaluation in DESCRIPTIVE:
+        continue
+      known = {i for i, value in enumerate(row.values) if value is not None}
+      for j in {baseline, leading[k]} & known:
         for i in range(len(names)):
-          if row.is_main == main and i != j and (k, j, i) not in family:
+          if i != j and (k, j, i) not in family:
             c = contrasts.compare_arms(*data[k], str(i), str(j))
             c = dataclasses.replace(c, arm=names[i], baseline=names[j])
             family[k, i, j] = c

@@ -57,11 +57,7 @@ class Experiment(TrainStep):
 def build_experiment(
   config: sections.Config | RunConfig, workdir: str | os.PathLike
 ) -> Experiment:
-  """Resolves a config and builds everything but the state.
-
-  Raises:
-    ConfigError: for anything in the config that can't be used.
-  """
+  """Resolves a config and builds everything but the state."""
   check_workdir(workdir)
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
@@ -188,12 +184,7 @@ def make_loader(
   skipped: order.SkippedBatches = (),
   stats: Stats | None = None,
 ) -> pipeline.Loader:
-  """Builds the loader of this process's batch rows, from a step on.
-
-  Raises:
-    ConfigError: an objective reads a field that the batches lack, or captions
-      have another length than the model's texts.
-  """
+  """Builds the loader of this process's batch rows, from a step on."""
   config = experiment.config
   rows = host_rows(experiment.mesh)
   loader = pipeline.make_loader(

@@ -30,12 +30,7 @@ _PROBE_TEXTS = (
 
 
 def initialize_state(train_step: TrainStep) -> TrainState:
-  """The state at step 0: parameters of `config.init`, or random ones.
-
-  Raises:
-    ConfigError: for a `config.init` that doesn't fit the run.
-    InputError: for a model that can't be read, or lacks parameters.
-  """
+  """The state at step 0: parameters of `config.init`, or random ones."""
   params = jax.jit(
     functools.partial(init_params, train_step.step_spec),
     out_shardings=train_step.program.shardings.params,

@@ -168,12 +168,7 @@ def build_teachers(
   configs: Mapping[str, TeacherConfig],
   model: model_lib.ModelConfig,
 ) -> dict[str, FrozenTeacher]:
-  """All teachers of a config, whether objectives read them or not.
-
-  Raises:
-    ConfigError: for a name that is taken, or a size or layers that the teacher
-      can't have.
-  """
+  """All teachers of a config, whether objectives read them or not."""
   teachers = {}
   ours = model.pixels
   for name, entry in configs.items():
@@ -247,10 +242,6 @@ def select_teachers(
   """The teachers that objectives read, first at the steps `first_reads`.
 
   Converts the durations of `build_teachers` to steps.
-
-  Raises:
-    ConfigError: one is copied from an EMA teacher that does not exist yet, or
-      has another architecture.
   """
   selected = {}
   for name, teacher in teachers.items():

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -124,36 +125,49 @@ def train(
     )
     # Before the contexts above are left, which wait for the other processes.
     stack.enter_context(peers.exit_on_lost_peer())
-    saved = checkpoints.restore(
-      experiment.program.abstract, latest_good=restore == "latest_good"
+    return _train_with_rollbacks(
+      experiment,
+      workdir,
+      checkpoints,
+      latest_good=restore == "latest_good",
+      chrono=chrono,
+      notice=notice,
+      command=command,
+      debug_nans=debug_nans,
     )
-    if saved is not None:
-      log.info("Resumed %s at step %d.", workdir, saved.step)
-    skipped, rollbacks = _skipped_batches(saved), 0
-    while True:
-      try:
-        return _train_from(
-          experiment,
-          saved,
-          skipped=skipped,
-          checkpoints=checkpoints,
-          chrono=chrono,
-          notice=notice,
-          command=command,
-          debug_nans=debug_nans,
-        )
-      except RollbackError as error:
-        damage = error.with_traceback(None)
-      # Outside the handler, which keeps the old state alive.
-      rollbacks += 1
-      saved = _restore_before(
-        experiment,
-        checkpoints,
-        damage,
-        rollbacks,
-        latest_good=restore == "latest_good",
+
+
+def _train_with_rollbacks(
+  experiment: Experiment,
+  workdir: str | os.PathLike,
+  checkpoints: Checkpointer,
+  *,
+  latest_good: bool,
+  **session: Any,
+) -> TrainState:
+  """Trains from the last checkpoint, and from earlier ones after damage.
+
+  `session` are further arguments of `_train_from`.
+  """
+  saved = checkpoints.restore(
+    experiment.program.abstract, latest_good=latest_good
+  )
+  if saved is not None:
+    log.info("Resumed %s at step %d.", workdir, saved.step)
+  skipped, rollbacks = _skipped_batches(saved), 0
+  while True:
+    try:
+      return _train_from(
+        experiment, saved, skipped=skipped, checkpoints=checkpoints, **session
       )
-      skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+    except RollbackError as error:
+      damage = error.with_traceback(None)
+    # Outside the handler, which keeps the old state alive.
+    rollbacks += 1
+    saved = _restore_before(
+      experiment, checkpoints, damage, rollbacks, latest_good=latest_good
+    )
+    skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
 
 
 def _skipped_batches(saved: Restored | None) -> order.SkippedBatches:
@@ -217,7 +231,7 @@ def _train_from(
   config = experiment.config
   first = saved.step if saved else 0
   timing = saved.timing if saved else {}
-  # Those of process 0, whose counts are the run's metrics.
+  # Of process 0, whose counts are the run's metrics.
   stats = None
   if saved:
     chrono.from_dict(timing)
@@ -234,37 +248,11 @@ def _train_from(
           grace_seconds=options.grace_seconds,
         )
       )
-
-    def interrupted() -> bool:
-      # Of several processes none may stop alone, as they save together: where
-      # one's reader stalls, its watchdog exits.
-      stalled = bool(watchdog and watchdog.expired)
-      return jax.process_count() == 1 and (notice.received or stalled)
-
+    interrupted = functools.partial(_is_interrupted, notice, watchdog)
     loader = make_loader(experiment, first, skipped, stats)
     batches = stack.enter_context(BackgroundLoader(loader, interrupted))
-    writer = stack.enter_context(
-      MetricWriter(
-        experiment.workdir,
-        total_steps=experiment.total_steps,
-        start_step=first,
-        process_index=jax.process_index(),
-        trackers=experiment.trackers,
-        config=config.to_dict(),
-        # Those of the batches that a rollback has left out are repeated by no
-        # step.
-        keep_row=lambda row: order.is_skipped(row.get("batch"), skipped),
-      )
-    )
-    session = stack.enter_context(
-      sessions.Session(
-        experiment.workdir,
-        start_step=first,
-        devices=sessions.describe_devices(),
-        command=command,
-        process_index=jax.process_index(),
-      )
-    )
+    writer = stack.enter_context(_open_writer(experiment, first, skipped))
+    session = stack.enter_context(_start_session(experiment, first, command))
     profiler = stack.enter_context(
       StepProfiler(experiment.workdir / "profile", config.log.profile_steps)
     )
@@ -274,11 +262,6 @@ def _train_from(
       state = saved.state
     else:
       state = fit_statistics(experiment, initialize_state(experiment))
-    monitor = UpdateMonitor(
-      max_consecutive=config.nonfinite.max_consecutive,
-      spike_factor=config.log.spikes or None,
-      **{k: timing[k] for k in numerics.SAVED if k in timing},
-    )
     return Trainer(
       experiment=experiment,
       state=state,
@@ -291,8 +274,53 @@ def _train_from(
       chrono=chrono,
       notice=notice,
       watchdog=watchdog,
-      monitor=monitor,
+      monitor=UpdateMonitor(
+        max_consecutive=config.nonfinite.max_consecutive,
+        spike_factor=config.log.spikes or None,
+        **{k: timing[k] for k in numerics.SAVED if k in timing},
+      ),
       session=session,
       profiler=profiler,
       debug_nans=debug_nans,
     ).run()
+
+
+def _is_interrupted(
+  notice: preemption.Notice, watchdog: Watchdog | None
+) -> bool:
+  """Whether to wait for no further batch.
+
+  Of several processes none may stop alone, as they save together: where one's
+  reader stalls, its watchdog exits.
+  """
+  stalled = bool(watchdog and watchdog.expired)
+  return jax.process_count() == 1 and (notice.received or stalled)
+
+
+def _open_writer(
+  experiment: Experiment, first: int, skipped: order.SkippedBatches
+) -> MetricWriter:
+  """The writer of a session that starts after `first` updates."""
+  return MetricWriter(
+    experiment.workdir,
+    total_steps=experiment.total_steps,
+    start_step=first,
+    process_index=jax.process_index(),
+    trackers=experiment.trackers,
+    config=experiment.config.to_dict(),
+    # Rows of the batches that a rollback has left out are repeated by no step.
+    keep_row=lambda row: order.is_skipped(row.get("batch"), skipped),
+  )
+
+
+def _start_session(
+  experiment: Experiment, first: int, command: str
+) -> sessions.Session:
+  """The record of a session that starts after `first` updates."""
+  return sessions.Session(
+    experiment.workdir,
+    start_step=first,
+    devices=sessions.describe_devices(),
+    command=command,
+    process_index=jax.process_index(),
+  )

@@ -68,11 +68,7 @@ class TrainStep:
 def make_config_mesh(
   config: RunConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of a config, over all devices by default.
-
-  Raises:
-    ConfigError: the sizes don't fit the devices, or don't divide the batch.
-  """
+  """The mesh of a config, over all devices by default."""
   mesh = make_mesh(config.mesh, devices)
   if config.batch_size % config.accumulate:
     raise ConfigError(
@@ -86,12 +82,7 @@ def make_config_mesh(
 def build_train_step(
   config: RunConfig, mesh: Mesh, examples_per_epoch: int | None
 ) -> TrainStep:
-  """Builds the train step of a config; opens no data.
-
-  Raises:
-    ConfigError: as `build_step_spec`; for an invalid rule, or one that matches
-      no parameter.
-  """
+  """Builds the train step of a config; opens no data."""
   length = RunLength.of_total(
     config.total, config.batch_size, examples_per_epoch
   )
@@ -116,9 +107,6 @@ def build_step_spec(
   """Builds the specification of the train step of a config.
 
   Durations in epochs need `examples_per_epoch`.
-
-  Raises:
-    ConfigError: for views, objectives, weights or rules that don't fit.
   """
   length = RunLength(config.batch_size, examples_per_epoch, total_steps)
   return _build_spec(config, length)[0]
@@ -173,11 +161,7 @@ def _build_spec(
 
 
 def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
-  """The towers' rematerialisation; entries are of encodings that are trained.
-
-  Raises:
-    ConfigError: for an unknown encoding, policy or array.
-  """
+  """The rematerialisation; its entries name encodings that are trained."""
   read = {e for o in objectives.values() for e in o.needs().encodings}
   trained = [e for e in read if e.weights == base.STUDENT]
   return Remat.parse(text, {key for e in trained for key in (e.tower, e.view)})

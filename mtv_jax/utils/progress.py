@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
 import tqdm
@@ -65,18 +65,10 @@ class Progress:
       self._bar.close()
 
 
-def track(
-  items: Iterable[T],
-  description: str,
-  *,
-  total: int | None = None,
-  unit: str = "batches",
-) -> Iterator[T]:
-  """Yields items with a progress bar; `total` is for items without a length."""
-  if total is None:
-    total = len(items) if isinstance(items, Sized) else 0
+def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
+  """Yields items with a progress bar."""
   report = Progress(unit=unit, description=description)
-  report(0, max(total, 1))
+  report(0, max(len(items), 1))
   for done, item in enumerate(items, 1):
     yield item
-    report(done, max(total, done))
+    report(done, len(items))

@@ -56,10 +56,7 @@ def loader(sources, *, weights=None, **options):
       config[name] = options.pop(name)
   arguments = {"batch_size": 8, "seed": 0, **options}
   return make_loader(
-    config,
-    tokenizer=build_tokenizer("bytes"),
-    sources=sources,
-    **arguments,
+    config, tokenizer=build_tokenizer("bytes"), sources=sources, **arguments
   )
 
 

@@ -13,11 +13,7 @@ from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
 from mtv_jax.experts import depth_anything
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.depth_anything import (
-  MEAN,
-  STD,
-  DepthPreprocess,
-)
+from mtv_jax.experts.depth_anything import MEAN, STD, DepthPreprocess
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -154,7 +150,7 @@ def test_square_is_the_canvas_normalised():
 
 def test_every_tensor_of_a_folder_is_read(folder):
   spec, params = weights.read(folder)
-  assert spec.taps == (0, 1, 2, 3)
+  assert spec.layers == (0, 1, 2, 3)
   assert spec.image.patch_size == 14
   shapes = weights.abstract_params(spec)
   read = {n: leaf.shape for n, leaf in flatten_with_names(params)}
@@ -224,7 +220,7 @@ def test_stages_may_be_given_by_name():
   backbone = {k: v for k, v in BACKBONE.items() if k != "out_indices"}
   backbone["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
   config = {**CONFIG, "backbone_config": backbone}
-  assert weights.read_spec(config, []).taps == (0, 1, 2, 3)
+  assert weights.read_spec(config, []).layers == (0, 1, 2, 3)
   backbone["out_features"][0] = "stage9"
   with pytest.raises(ConversionError, match="stage9"):
     weights.read_spec(config, [])

@@ -64,11 +64,7 @@ CONFIGS = {
   },
   "dinov2": {**_BACKBONE, "out_indices": None},
   "dinov3": {**_VISION, "model_type": "dinov3_vit", "num_register_tokens": 2},
-  "siglip2": {
-    **_TOWER,
-    "model_type": "siglip2_vision_model",
-    "num_patches": 4,
-  },
+  "siglip2": {**_TOWER, "model_type": "siglip2_vision_model", "num_patches": 4},
   "aimv2": {**_VISION, "model_type": "aimv2_vision_model"},
   "radio": {
     **_VISION,

@@ -52,7 +52,7 @@ _add(
       "url": ["x"],
       "caption": [*other_types("a dog"), " \t\n"],
       "captions": [
-        *[{"en": "a dog"}, [], [None], [["a dog"]], [1, 2], True, ["", " "]],
+        *[{"en": "a dog"}, [], [None], [["a dog"]], [1, 2], True, ["", " "]]
       ],
     },
   ),
@@ -226,10 +226,7 @@ CONTENT.add_table(
 @CONTENT.add("a config mistake fails each record", match="put `decode` before")
 def _mistake(folder):
   loader = make_loader(
-    {"ops": "canvas(8)"},
-    batch_size=2,
-    seed=0,
-    sources=[_Records(lambda: None)],
+    {"ops": "canvas(8)"}, batch_size=2, seed=0, sources=[_Records(lambda: None)]
   )
   # Three records are quickly tried.
   start = time.monotonic()

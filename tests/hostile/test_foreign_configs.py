@@ -6,13 +6,7 @@ import numpy as np
 from hostile import foreign_samples as samples
 from hostile.foreign_samples import HUGE, NAN
 from hostile.harness import Cases, run_all
-from hostile.samples import (
-  BROKEN_BYTES,
-  BROKEN_JSON,
-  OUTSIDE,
-  by_repr,
-  changed,
-)
+from hostile.samples import BROKEN_BYTES, BROKEN_JSON, OUTSIDE, by_repr, changed
 
 CONFIGS = Cases(__file__, "configs of Hugging Face", every=12)
 PROCESSORS = Cases(__file__, "image processors", every=5)

@@ -163,7 +163,7 @@ def _change_pieces(change):
 
 def _export_pieces(folder, change):
   result = _read_pieces(folder, _change_pieces(change))
-  build_tokenizer(folder / "x.model").to_model()
+  build_tokenizer(folder / "x.model").to_hf_tokenizer()
   return result
 
 

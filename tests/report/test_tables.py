@@ -177,3 +177,17 @@ def test_a_page_has_one_verdict_for_a_pair(baseline):
     size = round(smallest.p_holm / smallest.p, 6)
     assert size in (4, 5, 6) or smallest.p_holm == 1
   assert num_best > 5 and num_open > 5
+
+
+def test_descriptive_metrics_are_not_compared():
+  outcomes = random_outcomes(np.random.default_rng(0), 2)
+  for outcome in outcomes:
+    outcome.results["patch_pca"] = outcome.results.pop("f")
+  rows = tables.compare(outcomes, baseline=0)
+  described = [row for row in rows if row.evaluation == "patch_pca"]
+  assert len(described) == 2
+  assert all((r.best, r.differences) == (None, ()) for r in described)
+  # Their number does not count in the correction of the others.
+  (further,) = [r for r in rows if not r.is_main and r not in described]
+  (difference,) = further.differences
+  assert difference.p_holm == difference.p

@@ -181,7 +181,7 @@ def test_a_signal_amid_the_damage_leaves_the_checkpoint_to_return_to(
       experiment=types.SimpleNamespace(total_steps=9),
       state=state,
       first=2,
-      loader=mock.Mock(**{"loader.stats_at.return_value": Stats()}),
+      loader=mock.Mock(**{"stats_at.return_value": Stats()}),
       skipped=(),
       checkpoints=checkpoints,
       chrono=Chrono(total_steps=9, batch_size=1),

@@ -130,7 +130,7 @@ class Tokenizer(abc.ABC):
 
   @functools.cached_property
   def _decoder(self) -> tokenizers.Tokenizer:
-    return self.to_model()
+    return self.to_hf_tokenizer()
 
   def clean_text(self, text: str) -> str:
     """The text after cleaning."""
@@ -144,7 +144,7 @@ class Tokenizer(abc.ABC):
     """
 
   @abc.abstractmethod
-  def to_model(self) -> tokenizers.Tokenizer:
+  def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     """A `tokenizers` model of equal ids for a cleaned text."""
 
   def __reduce__(self) -> tuple:
@@ -222,7 +222,7 @@ def export_files(
   attention over the padding. `fields` of `tokenizer_config.json` are added.
   Raises InputError for a SentencePiece model that is neither unigram nor BPE.
   """
-  model = tokenizer.to_model()
+  model = tokenizer.to_hf_tokenizer()
   model.no_padding()
   model.no_truncation()
   add_cleaning(model, tokenizer.clean)

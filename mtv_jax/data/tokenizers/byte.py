@@ -19,7 +19,7 @@ class ByteTokenizer(Tokenizer):
     ids = [*(byte + 2 for byte in data[: length - 1]), self.eos_id]
     return ids, len(data) >= length
 
-  def to_model(self) -> tokenizers.Tokenizer:
+  def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     vocabulary = {"<pad>": 0, "</s>": 1}
     vocabulary |= {name: byte + 2 for byte, name in enumerate(_byte_names())}
     # BPE over single bytes without merges leaves every byte a token.

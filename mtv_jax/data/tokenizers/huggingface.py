@@ -71,7 +71,7 @@ class HuggingFaceTokenizer(Tokenizer):
     encoding = self._truncating_model(length).encode(text)
     return encoding.ids, bool(encoding.overflowing)
 
-  def to_model(self) -> tokenizers.Tokenizer:
+  def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(self._text)
 
 

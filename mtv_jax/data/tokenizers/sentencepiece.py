@@ -59,10 +59,10 @@ class SentencePieceTokenizer(Tokenizer):
     return [*ids[: length - 1], self.eos_id], len(ids) >= length
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-    # Also of models that have no `to_model`.
+    # Also of models that have no `to_hf_tokenizer`.
     return [self._model.decode(list(row)) for row in rows]
 
-  def to_model(self) -> tokenizers.Tokenizer:
+  def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     """A unigram or BPE model; raises InputError for other kinds."""
     proto = self._read_proto()
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
@@ -128,7 +128,7 @@ class SentencePieceTokenizer(Tokenizer):
     the model's padding, and its control and user-defined pieces are matched in
     texts. Texts end with the end of sequence if `add_end`.
     """
-    model, proto = self.to_model(), self._read_proto()
+    model, proto = self.to_hf_tokenizer(), self._read_proto()
     pad_id = proto.trainer_spec.pad_id
     if not 0 <= pad_id < len(proto.pieces):
       raise InputError(

@@ -44,7 +44,7 @@ class SceneWordTokenizer(Tokenizer):
     ids = [self._table.get(word, unknown) for word in words[: length - 1]]
     return [*ids, self.eos_id], len(words) >= length
 
-  def to_model(self) -> tokenizers.Tokenizer:
+  def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     vocabulary = {name: i for i, name in enumerate(_SPECIAL)} | self._table
     model = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     model.pre_tokenizer = pre_tokenizers.Sequence(

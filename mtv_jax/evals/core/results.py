@@ -42,7 +42,7 @@ class Outcome:
   # The encoder's own protocol; its results' protocols begin with it.
   protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
   version: str = mtv_jax.__version__
-  # The released checkpoint that it is said to be; see `report/published.py`.
+  # The released checkpoint that it is said to be; see `evals/published.py`.
   checkpoint: str = ""
 
 

@@ -13,7 +13,6 @@ from collections.abc import (
   Mapping,
   Sequence,
 )
-from concurrent import futures
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,9 +23,9 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_key
 from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
 from mtv_jax.data.records import BadRecord
-from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.threads import map_ahead
 
-_CHUNK = 512  # labels that the threads read ahead
+_CHUNK = 512  # labels that are added, and read ahead, at a time
 _EXAMPLES = 3  # messages about corrupt labels
 _DISTINCT = 200_000  # phrases that are counted exactly, at least
 # Hashes that estimate the number of distinct phrases: an error of 3 %.
@@ -83,17 +82,16 @@ def gather(
 
   read = {"every": step, "records": 0, "labelled": 0, "damaged": 0}
   examples: list[str] = []
-  with futures.ThreadPoolExecutor(available_cores()) as pool:
-    while chunk := list(itertools.islice(positions, _CHUNK)):
-      results = list(pool.map(measure, chunk))
-      measured = [m for m in results if isinstance(m, Measurements)]
-      errors = [str(e) for e in results if isinstance(e, BadRecord)]
-      statistics.add(measured)
-      read["records"] += len(results)
-      read["labelled"] += len(measured)
-      read["damaged"] += len(errors)
-      examples += errors[: _EXAMPLES - len(examples)]
-      progress(read["records"], len(range(0, total, step)))
+  outcomes = map_ahead(measure, positions, ahead=_CHUNK)
+  while results := list(itertools.islice(outcomes, _CHUNK)):
+    measured = [m for m in results if isinstance(m, Measurements)]
+    errors = [str(e) for e in results if isinstance(e, BadRecord)]
+    statistics.add(measured)
+    read["records"] += len(results)
+    read["labelled"] += len(measured)
+    read["damaged"] += len(errors)
+    examples += errors[: _EXAMPLES - len(examples)]
+    progress(read["records"], len(range(0, total, step)))
   return {
     "kind": labels.kind,
     "folder": labels.folder.name,

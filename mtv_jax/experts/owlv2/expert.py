@@ -277,11 +277,7 @@ def pad_to_square(
   square = np.full((size, size, 3), _GREY, np.float32)
   if shrink != 1:
     pixels = cv2.resize(
-      pixels,
-      None,
-      fx=1 / shrink,
-      fy=1 / shrink,
-      interpolation=cv2.INTER_LINEAR,
+      pixels, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_LINEAR
     )
   pixels = pixels[:size, :size]
   square[: pixels.shape[0], : pixels.shape[1]] += pixels

@@ -79,9 +79,7 @@ class Owlv2(nn.Module):
     self.classes = _Classes(spec.text.projection)
 
   def __call__(
-    self,
-    images: Float[Array, "b s s 3"],
-    tokens: Int[Array, "b q t"],
+    self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b q t"]
   ) -> tuple[Patches, Float32[Array, "b p q"]]:
     """Both towers: patches and their logits.
 

@@ -1,6 +1,5 @@
 """Input pipeline benchmark: shards to batches against decoding alone."""
 
-import concurrent.futures
 import io
 import statistics
 import tarfile
@@ -19,6 +18,7 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.perf.bench import harness
 from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.threads import map_threads
 
 
 def run(
@@ -135,12 +135,9 @@ def _time_decoding(
     cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
 
   cv2.setNumThreads(1)
-  with (
-    concurrent.futures.ThreadPoolExecutor(threads) as pool,
-    harness.Stopwatch() as watch,
-  ):
-    for _ in pool.map(decode, files, flags):
-      pass
+  with harness.Stopwatch() as watch:
+    jobs = zip(files, flags, strict=True)
+    map_threads(lambda job: decode(*job), jobs, threads=threads)
   return watch
 
 

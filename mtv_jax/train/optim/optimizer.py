@@ -67,9 +67,6 @@ class OptimConfig:
     `lr` itself, or with `lr_per_examples` it times batch_size / lr_per_examples
     (Goyal et al. 2017, arXiv 1706.02677), or times the square root of that
     ratio, as in DINOv2.
-
-    Raises:
-      ConfigError: a scaling without `lr_per_examples`.
     """
     if self.lr_per_examples is None:
       if self.lr_scaling != "linear":
@@ -125,19 +122,9 @@ def make_optimizer(
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
-  The state of its `tx` has moments of the parameters' names and shapes, and
-  none for frozen ones, which are unchanged.
-
-  Args:
-    config: `config.optim`.
-    schedule_config: `config.schedule`.
-    length: the run's length.
-    params: the parameters, or their shapes.
-    table: their rules, see `param_rules.match_param_rules`.
-    attention_heads: see `StepSpec.attention_heads`.
-
-  Raises:
-    ConfigError: an unknown name or option, or settings without an effect.
+  `params` are the parameters, or their shapes, and `table` their rules. The
+  state of its `tx` has moments of the parameters' names and shapes, and none
+  for frozen ones, which are unchanged.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length

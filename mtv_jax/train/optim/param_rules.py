@@ -89,17 +89,8 @@ def match_param_rules(
 ) -> tuple[ParamRule, ...]:
   """Matches each parameter with the first of the rules that fits.
 
-  Args:
-    params: the parameters, or their shapes.
-    rules: of a config.
-    length: the run's length.
-    start_steps: starts by prefix of the name; the later of these and the rule's
-      holds.
-
-  Raises:
-    ConfigError: an unknown or negative multiplier, a layer decay that applies
-      to no parameter, or a start after the run.
-    InputError: a rule that matches no parameter.
+  `start_steps` has starts by prefix of the name: the later of these and the
+  rule's holds.
   """
   values = [_read_rule(rule, length) for rule in rules]
   shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}

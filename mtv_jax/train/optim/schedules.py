@@ -91,10 +91,6 @@ def make_schedule(
     cool-down min(1, (T - t) / c): linear, to zero at T
 
   and the three are multiplied with `lr`.
-
-  Raises:
-    ConfigError: an unknown name or option, a warm-up and cool-down that exceed
-      T, or an `end_lr` that the schedule can't end at.
   """
   total_steps = length.total_steps
   warmup, cooldown = length.steps(config.warmup), length.steps(config.cooldown)

@@ -154,11 +154,7 @@ def test_records_without_captions_are_dropped(tmp_path):
     ),
     ({"depth": "nowhere"}, FileNotFoundError, "no folder of labels nowhere"),
     ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*finished"),
-    (
-      {"depth": "{}/boxes"},
-      LabelError,
-      r"'boxes', given as 'depth'.*\(box",
-    ),
+    ({"depth": "{}/boxes"}, LabelError, r"'boxes', given as 'depth'.*\(box"),
     ({"depth": {"join": "key"}}, ValueError, "labels.depth.path is missing"),
     (
       {"depth": {"path": "{}/depth", "join": "keys"}},

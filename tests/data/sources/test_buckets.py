@@ -1,4 +1,8 @@
-"""Sources and labels in buckets give the records of local files."""
+"""Sources and labels in a bucket give the records of local files.
+
+In the emulator of one store; `tests/utils/test_buckets.py` has the contract of
+both.
+"""
 
 import pickle
 
@@ -40,9 +44,9 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def remote(bucket, local):
+def remote(gs, local):
   """A copy of these files in a bucket."""
-  url = f"{bucket}/sources"
+  url = f"{gs}/sources"
   for name in ("base", "depth", "boxes", "records/base"):
     path.upload_folder(local / name, path.as_path(url) / name)
   return url
@@ -117,7 +121,7 @@ def test_array_record(remote, local):
   assert actual.read_metadata(5) == expected.read_metadata(5)
 
 
-def test_parquet(bucket, tmp_path):
+def test_parquet(gs, tmp_path):
   pa = pytest.importorskip("pyarrow")
   parquet = pytest.importorskip("pyarrow.parquet")
   table = pa.table(
@@ -127,14 +131,14 @@ def test_parquet(bucket, tmp_path):
     }
   )
   parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
-  url = f"{bucket}/parquet/a.parquet"
+  url = f"{gs}/parquet/a.parquet"
   path.upload(tmp_path / "a.parquet", path.as_path(url))
   expected = records(open_files(tmp_path / "a.parquet"))
   assert records(open_files(url)) == expected and len(expected) == 10
 
 
-def test_a_tar_that_changes_is_named(bucket, local):
-  url = f"{bucket}/changed/00001.tar"
+def test_a_tar_that_changes_is_named(gs, local):
+  url = f"{gs}/changed/00001.tar"
   data = (local / "base" / "00001.tar").read_bytes()
   path.write_bytes(path.as_path(url), data)
   source = open_files(url)
@@ -145,16 +149,16 @@ def test_a_tar_that_changes_is_named(bucket, local):
     open_files(url)
 
 
-def test_what_works_on_folders_only(bucket, local, tmp_path):
+def test_what_works_on_folders_only(gs, local, tmp_path):
   base = open_files(f"{local}/base/*.tar")
   with pytest.raises(InputError, match="Write labels to a folder"):
-    LabelWriter(f"{bucket}/out", kind="depth", base=base, settings={})
+    LabelWriter(f"{gs}/out", kind="depth", base=base, settings={})
   with pytest.raises(InputError, match="Name a folder of this machine"):
-    scenes = dict(type="scenes", size=16, length=2, cache=f"{bucket}/scenes")
+    scenes = dict(type="scenes", size=16, length=2, cache=f"{gs}/scenes")
     records(build_source(scenes))
 
 
-def test_tokenizer(bucket, tmp_path):
+def test_tokenizer(gs, tmp_path):
   import tokenizers
 
   model = tokenizers.models.WordLevel(
@@ -166,11 +170,11 @@ def test_tokenizer(bucket, tmp_path):
     ("tokenizer.json", file.read_text()),
     ("tokenizer_config.json", '{"pad_token": "<pad>", "eos_token": "</s>"}'),
   ):
-    path.write_bytes(path.as_path(f"{bucket}/tok/{name}"), text.encode())
+    path.write_bytes(path.as_path(f"{gs}/tok/{name}"), text.encode())
   (tmp_path / "tokenizer_config.json").write_text(
     '{"pad_token": "<pad>", "eos_token": "</s>"}'
   )
   expected = build_tokenizer(file)
-  actual = build_tokenizer(f"{bucket}/tok/tokenizer.json")
+  actual = build_tokenizer(f"{gs}/tok/tokenizer.json")
   assert (actual.pad_id, actual.eos_id) == (expected.pad_id, expected.eos_id)
   assert actual.vocab_size == expected.vocab_size

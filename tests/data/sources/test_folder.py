@@ -109,8 +109,7 @@ def test_what_can_not_be_used(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "code",
-  [errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EIO],
+  "code", [errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EIO]
 )
 def test_an_image_that_can_not_be_opened(folder, monkeypatch, code):
   """As where a file disappears after its size was read."""

@@ -65,22 +65,8 @@ def captions(shared_data) -> list[str]:
 def small(tmp_path_factory) -> str:
   """A SentencePiece model of our own, where there is no real one."""
   folder = tmp_path_factory.mktemp("spiece")
-  words = [
-    "a",
-    "the",
-    "red",
-    "blue",
-    "green",
-    "big",
-    "small",
-    "dog",
-    "cat",
-    "ball",
-    "box",
-    "on",
-    "under",
-    "by",
-  ]
+  text = "a the red blue green big small dog cat ball box on under by"
+  words = text.split()
   rng = np.random.default_rng(0)
   lines = [" ".join(rng.choice(words, 8)) for _ in range(200)]
   (folder / "text").write_text("\n".join(lines))

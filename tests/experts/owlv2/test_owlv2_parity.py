@@ -148,10 +148,7 @@ def compare(model, folder, images):
     scaled = output["boxes"][:count] * max(image.shape[:2])
     rows = np.column_stack([output["labels"][:count], scaled])
     wanted = np.column_stack(
-      [
-        expected["labels"].numpy(),
-        expected["boxes"].numpy()[:, [1, 0, 3, 2]],
-      ]
+      [expected["labels"].numpy(), expected["boxes"].numpy()[:, [1, 0, 3, 2]]]
     )
     for row in wanted:
       assert np.abs(rows - row).max(1).min() < 0.05
