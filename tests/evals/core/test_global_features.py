@@ -76,7 +76,11 @@ def test_last_blocks_of_a_tower_without(images):
 
 # One family for each kind of token and of final norm.
 FAMILIES = {
-  (spec["pool"] == "cls", spec.get("final_norm"), spec.get("norm_kind")): kind
+  (
+    spec.get("pool") == "cls",
+    spec.get("final_norm"),
+    spec.get("norm_kind"),
+  ): kind
   for kind, spec in family_specs.SPECS.items()
 }
 
