@@ -190,12 +190,15 @@ def _read_value(path: str, value: Any, hint: Any) -> Any:
 
 
 def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
-  """Named entries; None removes one, for example on the command line."""
+  """Named entries, sorted as in a `ConfigDict`: sums of losses have one order.
+
+  None removes an entry, for example on the command line.
+  """
   if not isinstance(value, Mapping):
     raise ConfigError(f"{path} is {value!r}, expected named entries (a dict).")
   has_type = any(field.name == "type" for field in dataclasses.fields(cls))
   entries = {}
-  for name, entry in value.items():
+  for name, entry in sorted(value.items()):
     if isinstance(entry, Mapping) and has_type:
       entry = {"type": name} | entry
     if entry is not None:

@@ -96,9 +96,9 @@ class Outer:
 
 SMALL = {"size": 8, "total_steps": 10}
 ENTRIES = {
-  "depth": {"scales": 3},
   "other": {"type": "depth", "weight": {"start_percent": 5}, "bound": 2},
   "gone": None,
+  "depth": {"scales": 3},
 }
 
 
