@@ -7,10 +7,10 @@ import label_samples
 import numpy as np
 import pytest
 
+from mtv_jax.cli.main import run_command
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.experts.labelling import box_matching
-from tools import match_boxes
 
 
 def labels(boxes, phrases, scores=None):
@@ -113,9 +113,10 @@ def test_metrics_of_two_sets(sets, tmp_path, capsys):
   strict = box_matching.compare(predicted, truth, iou=0.8)
   assert strict.total.matched == 0
   file = tmp_path / "figures.json"
-  match_boxes.main(
+  run_command(
+    "match_boxes",
     [f"--labels={predicted.folder}", f"--truth={truth.folder}", "--phrases=1"]
-    + ["--rename", "sofa=couch", f"--json={file}"]
+    + ["--rename", "sofa=couch", f"--json={file}"],
   )
   assert json.loads(file.read_text()) == total
   output = capsys.readouterr().out
@@ -129,9 +130,10 @@ def test_incomparable_sets(sets, tmp_path):
   with pytest.raises(ValueError, match="iou=0"):
     box_matching.compare(predicted, truth, iou=0)
   with pytest.raises(SystemExit, match="match_boxes: 'sofa'.*LABEL=TRUTH"):
-    match_boxes.main(
+    run_command(
+      "match_boxes",
       [f"--labels={predicted.folder}", f"--truth={truth.folder}"]
-      + ["--rename", "sofa"]
+      + ["--rename", "sofa"],
     )
   folder = label_samples.make_base(tmp_path / "other", count=3)
   other = write(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from mtv_jax.cli.main import run_command
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
@@ -21,8 +22,6 @@ from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.onnx import decoders
 from mtv_jax.experts.onnx import detector as onnx_detector
 from mtv_jax.parallel.mesh import make_mesh
-from tools import label as label_tool
-from tools import make_labels, make_shards, match_boxes
 
 NAMES = ("person", "dog", "cup")
 # FastestDet's names of COCO's classes.
@@ -377,23 +376,26 @@ def test_the_rate_on_coco_is_the_published_codes(
   shards, truth = tmp_path / "shards", tmp_path / "truth"
   captions = [str(coco / f"annotations/captions_{p}.json") for p in parts]
   images = [str(coco / p) for p in parts]
-  assert not make_shards.main(
-    [*captions, "--images", *images, f"--output={shards}"]
+  assert not run_command(
+    "make_shards", [*captions, "--images", *images, f"--output={shards}"]
   )
   instances = [str(coco / f"annotations/instances_{p}.json") for p in parts]
-  assert not make_labels.main(
+  assert not run_command(
+    "make_labels",
     ["boxes", f"--data={shards}/*.tar", f"--output={truth}"]
-    + ["--instances", *instances]
+    + ["--instances", *instances],
   )
-  assert not label_tool.main(
+  assert not run_command(
+    "label",
     ["--expert=boxes", f"--weights={weights / 'FastestDet.onnx'}"]
     + [f"--names={weights / 'coco.names'}", f"--data={shards}/*.tar"]
-    + [f"--output={tmp_path / 'boxes'}", "--batch_size=2"]
+    + [f"--output={tmp_path / 'boxes'}", "--batch_size=2"],
   )
   figures = tmp_path / "figures.json"
-  match_boxes.main(
+  run_command(
+    "match_boxes",
     [f"--labels={tmp_path / 'boxes'}", f"--truth={truth}"]
-    + [f"--json={figures}", "--rename", *RENAMED]
+    + [f"--json={figures}", "--rename", *RENAMED],
   )
   ours = json.loads(figures.read_text())
   theirs = rate_as_published(detector, shards, truth).to_dict()
