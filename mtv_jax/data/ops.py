@@ -1,7 +1,7 @@
 """Host ops, applied in order to turn a record into a row of the batch.
 
-A config lists them: `data.ops = "decode|canvas(384)|caption(64)"`. To
-add an op, write a `HostOp` here and register it in `OPS`.
+A config lists them: `data.ops = "decode|canvas(384)|caption(64)"`. To add an
+op, write a `HostOp` here and register it in `OPS`.
 
 Missing labels give zeros, so that one batch can mix sources with different
 labels. Ops count the label parts they leave out in the record's `dropped`, and
