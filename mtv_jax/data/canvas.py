@@ -272,7 +272,7 @@ def squash(
     return image
   if min(height, width) >= size:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-  # OpenCV's INTER_AREA only averages if no dimension grows; it would alias.
+  # OpenCV's INTER_AREA averages only if no dimension grows, else it aliases.
   if max(height, width) > size:
     limit = _MAX_SHRINK * size
     if max(height, width) > limit:

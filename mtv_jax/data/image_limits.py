@@ -18,8 +18,8 @@ MAX_BYTES = 1 << 28
 MAX_SCANS = 50
 # Chunks of a PNG, blocks before the first image of a GIF, strips of a TIFF.
 MAX_PARTS = 100_000
-# Pixels in formats that Pillow decodes in Python, at 1 us or more each: plain
-# and 16-bit PPM, other rare PPM variants, and run-length encoded BMP.
+# Pixels in formats that Pillow decodes in Python, at 1 us or more each: plain,
+# 16-bit colour and other rare PPM, and run-length encoded BMP.
 MAX_SLOW_PIXELS = 1 << 18
 # Maximum side of a JPEG.
 MAX_SIDE = 65_535
@@ -39,7 +39,7 @@ def check_file(data: bytes, key: str) -> None:
   if len(data) > MAX_BYTES:
     raise _exceeds(key, len(data), "bytes", MAX_BYTES)
   if data[:2] == b"\xff\xd8":
-    # Counting bytes is fast, but pixel data may contain them; then parse.
+    # Counting is fast, but includes bytes that are not markers: then parse.
     if data.count(b"\xff\xda") > MAX_SCANS:
       _check(key, _count_scans(data), "scans", MAX_SCANS)
   elif data[:8] == b"\x89PNG\r\n\x1a\n":

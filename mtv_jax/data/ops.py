@@ -205,7 +205,7 @@ def phrase_length(text: str) -> int | None:
 class DecodeOp(HostOp):
   """Decodes an image file to RGB; converts arrays to RGB.
 
-  If `canvas` follows, `DecodeToCanvasOp` replaces it unless `exact` is set.
+  Before `canvas`, it is replaced by `DecodeToCanvasOp` unless `exact` is set.
   """
 
   max_pixels: PositiveInt = canvas_lib.MAX_PIXELS
@@ -335,7 +335,7 @@ class DepthOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class RegionsOp(TextOp):
-  """Token ids of the phrases of at most `count` boxes, random or by score.
+  """At most `count` boxes, random or by score, with phrases as token ids.
 
   Leaves out unusable boxes (see `label_values.make_boxes`) and boxes whose
   phrase has zero tokens.

@@ -39,8 +39,8 @@ def addresses(
   """Returns the endless sequence of (source index, record index).
 
   Each source repeats independently, in a new order every epoch. In any window
-  of n rows, the rows of a source number n times its share, give or take one row
-  per source (shares are rounded to a hundredth of the smallest). `shuffle` is
+  of n rows, a source has n times its share of rows, to within one row per
+  source (shares are rounded to a hundredth of the smallest). `shuffle` is
   "global", "block" (blocks of shards, then records within) or "none".
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)

@@ -85,7 +85,7 @@ class HostBatches:
   def __getitem__(self, index: int) -> dict[str, Any]:
     positions = self._positions(self.start_step + int(index))
     with self._lock:
-      # Grain sets up its datasets at the first access, not thread-safely.
+      # Grain sets up its datasets on first access, which is not thread-safe.
       addresses = [self.addresses[position] for position in positions]
       if self._pool is None:
         # Rows already run in parallel; OpenCV's own threads would contend.

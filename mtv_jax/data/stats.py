@@ -81,7 +81,7 @@ class Stats:
       )
 
   def count_dropped(self, source: str, reason: str, count: int) -> None:
-    """Counts dropped labels; logs the first, then when a digit is gained."""
+    """Counts dropped labels; logs the first and each tenfold increase."""
     name = f"{source}: {reason}"
     before = self.dropped[name]
     after = self.dropped[name] = before + count

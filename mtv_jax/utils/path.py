@@ -110,7 +110,7 @@ def list_folder(path: AnyPath) -> list[str]:
 
 
 def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
-  """Opens a file for mostly sequential reads; buckets are read in blocks."""
+  """Opens a file for mostly sequential reads; from buckets in long ranges."""
   if not is_remote(path):
     return open(path, "rb", buffering=buffering)
   return io.BufferedReader(_RangedFile(path), _READ_AHEAD)

@@ -104,7 +104,7 @@ def _file_exists(file: str, listing: Callable[[str], Mapping]) -> bool:
   if not path_lib.is_remote(file):
     return os.path.exists(file)
   folder, _, name = file.rstrip("/").rpartition("/")
-  # Listing the literal prefix of a glob could be endless.
+  # Don't list folders that contain globs: the listing may be endless.
   return not glob.has_magic(folder) and name in listing(folder)
 
 

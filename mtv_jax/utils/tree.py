@@ -31,7 +31,7 @@ def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
   """Returns pairs (name, leaf), in the order of `jax.tree.leaves`.
 
   Names come from dict keys, dataclass and named tuple fields, and sequence
-  indices. Empty containers and None have zero leaves and are dropped.
+  indices. Empty containers and None are dropped.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [(_name(path), leaf) for path, leaf in leaves]

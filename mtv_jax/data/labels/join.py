@@ -279,7 +279,7 @@ class KeyedLabels(JoinedLabels):
 
   The index is a sorted table of key hashes and label positions, 16 bytes per
   label, in a memory-mapped file that is written once. Hashes may collide, so
-  the stored key decides. Raises LabelError if every record lacks a label,
+  the stored key decides. Raises LabelError if no record has a label,
   StorageError if the table can't be written.
   """
 

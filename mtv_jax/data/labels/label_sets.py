@@ -71,7 +71,7 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
 
 
 class LabelSet:
-  """Labels in a folder, by shard and index; from a bucket, a local copy.
+  """Labels in a folder, by shard and index; bucket folders are copied.
 
   `names` and `counts` are shard names and record counts; `digest`, a hash of
   the manifest, identifies the label set. Raises LabelError if the kind or
@@ -137,7 +137,7 @@ def load_array(
   Raises LabelError if it is damaged or has the wrong shape or type.
   """
   try:
-    # A memory map, unlike a read, can't allocate by a corrupt header's size.
+    # Unlike a read, a map doesn't allocate memory if the header is wrong.
     array = np.load(file, mmap_mode="r", allow_pickle=False)
   except (ValueError, EOFError, OverflowError, SyntaxError) as error:
     raise LabelError(

@@ -191,7 +191,7 @@ class LabelWriter:
 
     labels_file, keys_file, stats_file = self._files(shard)
     if not self.is_done(shard):
-      # They are stale while the new labels are written.
+      # The statistics are stale while the new labels are written.
       stats_file.unlink(missing_ok=True)
     array_record.write_bytes(labels_file, encoded())
     if len(keys) != (expected := len(self.numbers(shard))):
@@ -219,8 +219,8 @@ class LabelWriter:
     """Writes the manifest, which completes the label set.
 
     Several processes may do this. `base_hash`, present if all images were read,
-    hashes keys and images. Raises LabelError if shards are missing or every
-    record lacks a label.
+    hashes keys and images. Raises LabelError if shards are missing or no
+    record has a label.
     """
     if todo := self.todo():
       raise LabelError(

@@ -79,7 +79,7 @@ def write(
   not JPEG, PNG or WebP (then PNG). A shard covers `records_per_shard` listed
   rows, including skipped ones. `out` must not contain shards yet. Skipped
   examples are listed in `out/skipped.jsonl` and the report. Raises InputError
-  if every example is unusable.
+  if no example is usable.
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]

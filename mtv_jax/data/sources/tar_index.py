@@ -47,8 +47,8 @@ ENTRY = np.dtype(
   + [("key_end", "<u4")]
 )
 _LOG_EVERY = 15.0  # Seconds.
-# With at least this many tars, worker processes build missing indices: one
-# process for every half as many.
+# With at least this many tars, worker processes build missing indices: one per
+# `_MIN_TARS // 2` of them.
 _MIN_TARS = 64
 _MAX_WORKERS = 15
 

@@ -64,7 +64,7 @@ class WebDatasetSource(FileSource):
     TarError: a tar is truncated, corrupt, compressed or repeats a key.
     OSError: an index is missing or stale and can't be written, or a bucket
       can't be read.
-    InputError: the tars have zero records.
+    InputError: the tars contain no records.
   """
 
   suffix = ".tar"

@@ -183,7 +183,7 @@ def add_special_tokens(
 
 
 def check_ids(path: str, vocab_size: int) -> None:
-  """Raises InputError if a file has zero tokens, or ids beyond int32."""
+  """Raises InputError if a file lacks tokens, or has ids beyond int32."""
   if not 1 <= vocab_size <= np.iinfo(np.int32).max:
     raise InputError(
       f"{path} has ids up to {vocab_size - 1}; expected at least one token, and"
