@@ -1,21 +1,21 @@
 """Image decoding, and resizing to the square canvas.
 
-The canvas is the whole image squashed to `S x S`, with its original size beside
-it, so that image, depth and boxes share the coordinates of the unit square.
+The canvas is the whole image squashed to `S x S`, stored with its original
+size, so that image, depth and boxes share unit-square coordinates.
 
-OpenCV decodes JPEGs of one or three components without holding the GIL. Pillow
-decodes the rest, correctly also for CMYK, palettes, transparency and 16 bits.
-On ordinary JPEGs both give equal pixels. For every format:
+OpenCV decodes JPEGs with one or three components and releases the GIL. Pillow
+decodes everything else, including CMYK, palettes, transparency and 16 bits. On
+ordinary JPEGs both give equal pixels. For every format:
 
-* EXIF rotation is applied, and the original size is the rotated one.
-* Transparent pixels lie on white.
-* 16-bit grey is scaled (65535 -> 255), not clipped. Float pixels, and integers
-  beyond 16 bits, have no known white and are rejected.
-* Of an animation, the first frame. Colour profiles are ignored.
+* EXIF rotation is applied; the original size is the rotated one.
+* Transparent pixels are composited on white.
+* 16-bit grey is scaled (65535 -> 255), not clipped. Float pixels and integers
+  above 16 bits are rejected because their white level is unknown.
+* Only the first frame of an animation is read. Colour profiles are ignored.
 
-`decode` gives every pixel of the file. `decode_to_canvas` is for training: of a
-JPEG of at least twice the canvas it computes only the pixels of a half, a
-quarter or an eighth of its size, from the low frequencies of its DCT blocks.
+`decode` decodes at full resolution. `decode_to_canvas`, for training, decodes
+JPEGs of at least twice the canvas at 1/2, 1/4 or 1/8 scale, from the low
+frequencies of their DCT blocks.
 """
 
 import io
@@ -31,21 +31,21 @@ from PIL import Image, ImageOps
 from mtv_jax.data import image_limits
 from mtv_jax.data.records import BadRecord, content_errors
 
-# 9000 x 8888, larger than the photos of web data sets and below the size at
-# which Pillow warns. 240 MB as RGB, in every reader thread at once.
+# 9000 x 8888: above the photos of web data sets, below the size at which Pillow
+# warns. 240 MB as RGB, in each reader thread.
 MAX_PIXELS = 80_000_000
 
-# Others (PostScript, PSD, FITS, ...) start programs or are never photos.
+# Excludes formats that start programs or are never photos (PostScript, FITS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# Pixels that are converted to RGB at a time.
+# Side of the tiles that are converted to RGB.
 _TILE = 1 << 11
-# An image that shrinks by more in one dimension alone is averaged to so many
-# times the canvas first, as the blur's cost grows with the factor.
+# The blur's cost grows with the shrink factor. An image that shrinks by more,
+# in one dimension only, is first area-averaged to this multiple of the canvas.
 _MAX_SHRINK = 16
 
-# OpenCV's flags of reduced decoding, by divisor. With IMREAD_COLOR_RGB the
-# result has colours, despite their names.
+# OpenCV flags for reduced decoding, by divisor. Despite their names, they give
+# colours when combined with IMREAD_COLOR_RGB.
 _REDUCED = {
   8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
   4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
@@ -53,7 +53,7 @@ _REDUCED = {
 }
 _EXIF_ORIENTATION = 0x0112
 
-# Markers of frames with Huffman coding: baseline, extended and progressive.
+# Start-of-frame markers with Huffman coding: baseline, extended, progressive.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 
 
@@ -61,24 +61,24 @@ class _Jpeg(NamedTuple):
   height: int
   width: int
   components: int
-  is_complete: bool  # It has an end-of-image marker after the first scan.
-  exif: bytes  # Content of the first EXIF segment.
+  is_complete: bool  # Has an end-of-image marker after the first scan.
+  exif: bytes  # First EXIF segment.
 
   @property
   def is_for_opencv(self) -> bool:
-    # OpenCV fills the missing part of a cut JPEG with grey; Pillow raises.
+    # OpenCV fills a truncated JPEG with grey; Pillow raises.
     return self.is_complete and self.components in (1, 3)
 
 
 def decode(
   data: bytes, *, key: str = "image", max_pixels: int = MAX_PIXELS
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes a file to RGB and applies its EXIF rotation.
+  """Decodes an image file to RGB and applies its EXIF rotation.
 
-  JPEGs of more than `max_pixels`, and other images of more than half as many,
-  are refused before they are decoded. Raises BadRecord for what is not an
-  image, truncated, corrupt, of a structure that takes long to decode (see
-  `image_limits`), or of a kind whose white is unknown.
+  Raises BadRecord if the file is not an image, is truncated or corrupt, would
+  take long to decode (see `image_limits`), or has pixels with an unknown white
+  level. JPEGs above `max_pixels`, and other formats above half of it, are
+  rejected before decoding.
   """
   if not data:
     raise BadRecord(key, "the image has no bytes")
@@ -103,15 +103,15 @@ def _decode(
 def decode_to_canvas(
   data: bytes, size: int, *, key: str = "image", max_pixels: int = MAX_PIXELS
 ) -> tuple[UInt8[np.ndarray, "size size 3"], tuple[int, int]]:
-  """Decodes a file and squashes it, JPEGs at the scale that the canvas needs.
+  """Decodes a file and squashes it; large JPEGs are decoded at reduced scale.
 
-  Returns the canvas, and height and width of the (rotated) image in the file.
-  Raises BadRecord as `decode`.
+  Returns the canvas and the (height, width) of the rotated image in the file.
+  Raises BadRecord for the same reasons as `decode`.
 
-  Other files, and JPEGs of less than twice the canvas, give `decode` and
-  `squash` exactly. On photos at a reduced scale the canvas differs from that by
-  1 to 3 of 255 on average, by up to 40 in one pixel of a thousand, and its mean
-  does not: the DCT's low frequencies are sharper than means over areas.
+  Other formats, and JPEGs of less than twice the canvas, give exactly
+  `squash(decode(data), size)`. At reduced scale, photos differ from that by 1
+  to 3 of 255 on average and by up to 40 in one pixel of a thousand, with equal
+  means: the DCT's low frequencies are sharper than area means.
   """
   with content_errors(key, "the image can't be decoded"):
     header = _jpeg_header(data)
@@ -133,16 +133,16 @@ def decode_to_canvas(
 
 
 def choose_divisor(height: int, width: int, size: int) -> int:
-  """The divisor, 8, 4, 2 or 1, by which a JPEG is reduced for a canvas.
+  """Chooses the divisor, 8, 4, 2 or 1, for decoding a JPEG to a canvas.
 
-  The largest one that leaves no side shorter than the canvas, unless OpenCV
-  would copy the reduced image, and cut it, instead of resizing it.
+  The largest divisor that leaves both sides at least as long as the canvas,
+  unless OpenCV would then copy and crop the image instead of resizing it.
   """
   short = min(height, width)
 
   def is_copied(divisor):
     least = divisor * size
-    # Sides of the reduced image, and the canvas's as OpenCV rounds them.
+    # Sides of the reduced image, and the canvas sides as OpenCV rounds them.
     sides = [(-(-side // divisor), side) for side in (height, width)]
     same = all(round(n * least / side) == n for n, side in sides)
     return same and (height, width) != (least, least)
@@ -152,23 +152,23 @@ def choose_divisor(height: int, width: int, size: int) -> int:
 
 
 def imread_flags(divisor: int) -> int:
-  """OpenCV's flags to decode a JPEG to RGB at a divisor of `choose_divisor`."""
+  """OpenCV flags to decode a JPEG to RGB, reduced by `divisor`."""
   return cv2.IMREAD_COLOR_RGB | _REDUCED.get(divisor, 0)
 
 
 def _decode_reduced(
   data: bytes, header: _Jpeg, size: int, divisor: int
 ) -> UInt8[np.ndarray, "size size 3"] | None:
-  """The canvas of a JPEG before its rotation; None if OpenCV can't decode it.
+  """Decodes to the canvas, before rotation; None if OpenCV can't decode it.
 
-  The last row and column of the reduced image may lie partly outside of the
-  image. The scale is the image's own, so that nothing shifts.
+  The last row and column of the reduced image may extend past the image. The
+  resize uses the scale of the image itself, so that nothing shifts.
   """
   flags = imread_flags(divisor) | cv2.IMREAD_IGNORE_ORIENTATION
   image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
   if image is None:
     return None
-  # With factors instead of a size OpenCV rounds the size, but not the scale.
+  # Given factors instead of a size, OpenCV rounds the size but not the scale.
   resized = cv2.resize(
     image,
     None,
@@ -180,10 +180,10 @@ def _decode_reduced(
 
 
 def _orientation(exif: bytes) -> int | None:
-  """EXIF orientation, 1 to 8; None if `decode` is to judge the metadata.
+  """EXIF orientation, 1 to 8; None if the file needs `decode`.
 
-  That is if OpenCV and Pillow may differ: for values, types and counts outside
-  of the standard, and for damaged tags.
+  OpenCV and Pillow may disagree on damaged tags and on non-standard values,
+  types and counts.
   """
   if not exif:
     return 1
@@ -225,7 +225,7 @@ def _rotate(
 def from_pillow(
   image: Image.Image, *, key: str = "image"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Converts a Pillow image to RGB by the rules and errors of `decode`."""
+  """Converts a Pillow image to RGB, with the rules and errors of `decode`."""
   image.load()
   image = ImageOps.exif_transpose(image)
   if image.mode == "F":
@@ -238,7 +238,7 @@ def from_pillow(
   width, height = image.size
   if max(width, height) <= _TILE:
     return _as_rgb(image)
-  # Each step of the conversion copies its pixels.
+  # Convert by tiles: each step of the conversion copies its pixels.
   rgb = np.empty((height, width, 3), np.uint8)
   for y0 in range(0, height, _TILE):
     for x0 in range(0, width, _TILE):
@@ -248,7 +248,7 @@ def from_pillow(
 
 
 def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-  """Scales 16-bit grey, puts transparent pixels on white."""
+  """Scales 16-bit grey; composites transparent pixels on white."""
   if image.mode.startswith("I"):
     grey = (np.asarray(image).astype(np.int64) + 128) // 257
     return np.repeat(grey.astype(np.uint8)[..., None], 3, -1)
@@ -264,15 +264,15 @@ def squash(
 ) -> UInt8[np.ndarray, "size size 3"]:
   """Resizes the whole image to a square, antialiased.
 
-  Where no dimension grows, each new pixel is the mean over its area. Else a
-  dimension that shrinks is blurred first and both are interpolated linearly.
+  If neither dimension grows, each pixel is the mean over its area. Otherwise a
+  shrinking dimension is blurred first, then both are interpolated linearly.
   """
   height, width = image.shape[:2]
   if (height, width) == (size, size):
     return image
   if min(height, width) >= size:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-  # OpenCV averages areas only if no dimension grows, and would alias here.
+  # OpenCV's INTER_AREA averages only if no dimension grows, else it aliases.
   if max(height, width) > size:
     limit = _MAX_SHRINK * size
     if max(height, width) > limit:
@@ -285,10 +285,10 @@ def squash(
 def _blur(
   image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Antialiasing blur of the longer dimension before it shrinks to `size`.
+  """Antialiasing blur along the longer dimension, before it shrinks to `size`.
 
-  Shrinking by s, an antialiased linear filter is a triangle of variance s^2/6.
-  Interpolation contributes 1/6; this Gaussian has the other (s^2 - 1)/6.
+  For a shrink factor s, an antialiased linear filter is a triangle of variance
+  s^2/6. Interpolation contributes 1/6; this Gaussian adds (s^2 - 1)/6.
   """
   height, width = image.shape[:2]
   sigma = math.sqrt(((max(height, width) / size) ** 2 - 1) / 6)
@@ -298,7 +298,7 @@ def _blur(
 
 
 def _jpeg_header(data: bytes) -> _Jpeg | None:
-  """Size and kind of a JPEG from its markers; None for all other bytes."""
+  """Parses size and kind of a JPEG from its markers; None if not a JPEG."""
   if data[:3] != b"\xff\xd8\xff":
     return None
   at, frame, exif = 2, None, b""
@@ -306,7 +306,7 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
     if data[at] != 0xFF:
       return None
     marker = data[at + 1]
-    if marker == 0xFF:  # padding before a marker
+    if marker == 0xFF:  # Padding before a marker.
       at += 1
       continue
     (length,) = struct.unpack_from(">H", data, at + 2)
@@ -316,10 +316,10 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
         return None
     if marker == 0xE1 and not exif and data[at + 4 : at + 8] == b"Exif":
       exif = data[at + 4 : at + 2 + length]
-    if marker == 0xDA:  # the first scan: pixels follow
+    if marker == 0xDA:  # The first scan: pixels follow.
       if frame is None:
         return None
-      # A thumbnail's end marker lies before the scan and is not counted.
+      # A thumbnail's end marker precedes the scan and doesn't count.
       is_complete = data.rfind(b"\xff\xd9", at) > 0
       return _Jpeg(*frame, is_complete=is_complete, exif=exif)
     at += 2 + length

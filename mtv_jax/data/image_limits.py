@@ -1,8 +1,8 @@
-"""Bounds on the work of decoding an image, checked from its file's structure.
+"""Limits on the work of decoding an image, checked from the file's structure.
 
-Decoders take time for each scan of a JPEG, and Pillow for each chunk of a PNG,
-block of a GIF or strip of a TIFF, so that a small file can take minutes. The
-limits are far above what encoders write.
+Decoders take time per scan of a JPEG, and Pillow per chunk of a PNG, block of a
+GIF or strip of a TIFF, so a small file can take minutes. The limits are far
+above what encoders write.
 """
 
 import re
@@ -12,34 +12,34 @@ from PIL import Image
 
 from mtv_jax.data.records import BadRecord
 
-# 80 million pixels of 8-bit RGB are 240 MB without compression.
+# 80 million pixels of 8-bit RGB are 240 MB uncompressed.
 MAX_BYTES = 1 << 28
-# A progressive JPEG has about ten. One of 80 million pixels takes 0.1 s.
+# A progressive JPEG has about ten scans. At 80 million pixels each takes 0.1 s.
 MAX_SCANS = 50
 # Chunks of a PNG, blocks before the first image of a GIF, strips of a TIFF.
 MAX_PARTS = 100_000
-# Pixels in formats that Pillow decodes in Python, a microsecond each or more:
-# text, 16-bit colour and other unusual PPM, and BMP with run lengths.
+# Pixels in formats that Pillow decodes in Python, at 1 us or more each: plain,
+# 16-bit colour and other rare PPM, and run-length encoded BMP.
 MAX_SLOW_PIXELS = 1 << 18
-# The largest side of a JPEG.
+# Maximum side of a JPEG.
 MAX_SIDE = 65_535
-# Bytes of the header of a PPM, with its comments.
+# Bytes of a PPM header, comments included.
 _MAX_HEAD = 4096
-# Bytes of a PPM of text for each pixel.
+# Bytes per pixel of a plain (text) PPM.
 _MAX_TEXT = 32
 
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SOS, _EOI = 0xDA, 0xD9
-# TIFF tags of offsets and sizes of strips and tiles.
+# TIFF tags with offsets and sizes of strips and tiles.
 _STRIP_TAGS = (273, 279, 324, 325)
 
 
 def check_file(data: bytes, key: str) -> None:
-  """Rejects a file that is too large or takes long to decode."""
+  """Rejects a file that is too large or slow to decode."""
   if len(data) > MAX_BYTES:
     raise _exceeds(key, len(data), "bytes", MAX_BYTES)
   if data[:2] == b"\xff\xd8":
-    # In pixels the bytes are no marker; counting them is fast.
+    # Counting is fast, but includes bytes that are not markers: then parse.
     if data.count(b"\xff\xda") > MAX_SCANS:
       _check(key, _count_scans(data), "scans", MAX_SCANS)
   elif data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -47,7 +47,7 @@ def check_file(data: bytes, key: str) -> None:
   elif data[:4] == b"GIF8":
     _check(key, _count_blocks(data), "blocks", MAX_PARTS)
   elif data[:1] == b"P" and data[1:2] in b"123456":
-    # Pillow reads a header byte by byte.
+    # Pillow reads the header byte by byte.
     head = re.sub(rb"#[^\r\n]*", b"", data[:_MAX_HEAD])
     if len(head.split()) < 4 and len(data) > _MAX_HEAD:
       raise _exceeds(key, _MAX_HEAD + 1, "bytes of header", _MAX_HEAD)
@@ -56,7 +56,7 @@ def check_file(data: bytes, key: str) -> None:
 
 
 def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
-  """Rejects an image of too many pixels, by its header."""
+  """Rejects an image whose header gives too many pixels."""
   if width * height > max_pixels or max(width, height) > MAX_SIDE:
     raise BadRecord(
       key,
@@ -69,15 +69,15 @@ def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
 def check_opened(
   image: Image.Image, size: int, key: str, max_pixels: int
 ) -> None:
-  """Rejects an image, before it is decoded, that is slow or large in Pillow.
+  """Rejects an opened image that is too large or slow to decode in Pillow.
 
-  `size` is the bytes of its file, `max_pixels` the limit of a JPEG; others take
-  twice the time and memory, and are rejected from half of it on.
+  `size` is the file size in bytes. `max_pixels` is the limit for JPEGs; other
+  formats take twice the time and memory, so half of it is their limit.
   """
   is_jpeg = image.format in ("JPEG", "MPO")
   limit = max_pixels if is_jpeg else max_pixels // 2
   check_size(image.width, image.height, key, limit)
-  # Not public: (decoder, extents, offset, arguments) of each part.
+  # `tile` is not public: (decoder, extents, offset, arguments) of each part.
   decoders = {tile[0] for tile in getattr(image, "tile", ())}
   slow = decoders & Image.DECODERS.keys()
   pixels = image.width * image.height
@@ -101,7 +101,7 @@ def _exceeds(key: str, count: int, what: str, limit: int) -> BadRecord:
 
 
 def _count_scans(data: bytes) -> int:
-  """Scans of a JPEG, up to its end, without thumbnails."""
+  """Counts the scans of a JPEG up to its end, without thumbnails."""
   scans, at = 0, 2
   while found := _MARKER.search(data, at):
     at, marker = found.end(), data[found.end() - 1]
@@ -125,13 +125,13 @@ def _count_chunks(data: bytes) -> int:
 
 
 def _count_blocks(data: bytes) -> int:
-  """Extensions and their sub-blocks before a GIF's first image."""
+  """Counts extensions and their sub-blocks before a GIF's first image."""
   at = 13
   if len(data) > at and data[10] & 0x80:
     at += 3 << ((data[10] & 7) + 1)
   count = 0
   while at + 2 < len(data) and count <= MAX_PARTS and data[at] != 0x2C:
-    # Pillow skips bytes that start no block, one by one.
+    # Pillow skips bytes that don't start a block, one at a time.
     count += 1
     if data[at] != 0x21:
       at += 1
@@ -145,7 +145,7 @@ def _count_blocks(data: bytes) -> int:
 
 
 def _count_strips(data: bytes) -> int:
-  """The most values of a tag with offsets, in a TIFF's first directory."""
+  """Most values of an offset or size tag in a TIFF's first directory."""
   order = "<" if data[:2] == b"II" else ">"
   if len(data) < 16:
     return 0

@@ -1,11 +1,11 @@
-"""Host ops, which turn a record into a row of the batch.
+"""Host ops, applied in order to turn a record into a row of the batch.
 
-A config names them in order, `data.ops = "decode|canvas(384)|caption(64)"`. A
-new op is a `HostOp` here and a line of `OPS`.
+A config lists them: `data.ops = "decode|canvas(384)|caption(64)"`. To add an
+op, write a `HostOp` here and register it in `OPS`.
 
-A record without a label gives zeros, so that one batch mixes sources with
-different labels. Parts of a label that an op leaves out are counted in the
-record's `dropped`, and `cut` tells which of its texts lost their ends.
+Missing labels give zeros, so that one batch can mix sources with different
+labels. Ops count the label parts they leave out in the record's `dropped`, and
+mark truncated texts in `cut`.
 """
 
 import abc
@@ -35,7 +35,7 @@ from mtv_jax.data.records import (
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# Longest caption or phrase: tokenizers can take seconds for a megabyte.
+# Maximum length of a text: tokenizers can take seconds for a megabyte.
 _MAX_CHARACTERS = 100_000
 
 
@@ -48,21 +48,21 @@ class Field:
 
 
 class HostOp(abc.ABC):
-  """An op in `data.ops`: a frozen dataclass, whose fields are its arguments."""
+  """An op in `data.ops`: a frozen dataclass whose fields are its arguments."""
 
-  # Whether it draws random numbers; others get no generator.
+  # Whether the op draws random numbers; `rng` is None if not.
   random: ClassVar[bool] = False
-  # Shape and dtype of the rows that it adds, by field; a string in a shape
-  # names the argument that is the length.
+  # Shape and dtype of each batch field that the op adds; a string in a shape
+  # names the argument that gives the length.
   batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
-  # Whether a run that reads none of these fields leaves it out.
+  # Whether to leave the op out if the run reads none of these fields.
   is_optional: ClassVar[bool] = False
-  # At least one source must have each; else the op would add only zeros.
+  # Each must exist in at least one source; else the op would add only zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
 
   @property
   def fields(self) -> dict[str, Field]:
-    """The batch fields that it adds."""
+    """The batch fields that the op adds."""
     return {
       name: Field(
         tuple(getattr(self, n) if isinstance(n, str) else n for n in shape),
@@ -73,12 +73,12 @@ class HostOp(abc.ABC):
 
   @abc.abstractmethod
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    """The changed record; may change its argument. Raises BadRecord."""
+    """Returns the new record; may modify its argument. Raises BadRecord."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextOp(HostOp):
-  """An op that receives the tokenizer of the text tower."""
+  """An op that uses the text tower's tokenizer."""
 
   tokenizer: Tokenizer | None = dataclasses.field(default=None, kw_only=True)
 
@@ -95,7 +95,7 @@ class TextOp(HostOp):
   def _encode(
     self, text: str, length: int, key: str
   ) -> tuple[Int32[np.ndarray, " length"], bool]:
-    """The token ids of a text, and whether it was cut."""
+    """Returns the token ids, and whether the text was truncated."""
     if len(text) > _MAX_CHARACTERS:
       raise BadRecord(
         key,
@@ -109,15 +109,15 @@ class TextOp(HostOp):
       raise BadRecord(key, reason) from error
 
 
-# A batch field without an op: the index of a row's source in `data.train`.
+# Batch field that no op adds: index of the row's source in `data.train`.
 SOURCE = "source"
 
 
 class Ops:
-  """The sequence of a config's ops.
+  """The sequence of ops of a config.
 
-  `fields` are the batch's, `labels` the record fields that at least one source
-  must have.
+  `fields` are the batch fields. `labels` are the record fields that at least
+  one source must have.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -127,15 +127,15 @@ class Ops:
     self.labels = frozenset().union(*(op.record_fields for op in ops.values()))
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
-    """The record with the batch's `fields`; raises BadRecord.
+    """Returns the record with the batch's `fields`; raises BadRecord.
 
-    An op sees only the record's content, so that whatever it raises is about
-    that record; where each record fails, the config is wrong, and the pipeline
-    stops with the reason.
+    Ops see only the record's content, so any error is treated as a bad record.
+    If every record fails, the config is wrong, and the pipeline stops with the
+    reason.
     """
     seed = int(rng.integers(2**63))
     for name, op, name_hash in self._ops:
-      # An op's random numbers do not depend on the other ops of the config.
+      # An op's random numbers don't depend on which other ops run.
       op_rng = np.random.default_rng((seed, name_hash)) if op.random else None
       with content_errors(record["key"], f"the op `{name}` can't use it"):
         record = op(record, op_rng)
@@ -152,10 +152,10 @@ def build_ops(
   wanted: Collection[str] | None = None,
   features: Mapping[str, FeatureLayout] = MappingProxyType({}),
 ) -> Ops:
-  """The ops that `text` names: "decode|canvas(384)|caption(64, pick='first')".
+  """Builds the ops in `text`: "decode|canvas(384)|caption(64, pick='first')".
 
-  Optional ops that add none of the batch fields `wanted`, those that the run
-  reads, are left out; None is for all. `features` are the teachers' layouts.
+  `wanted` are the batch fields that the run reads (None: all). Optional ops
+  that add none of these are left out. `features` are the teachers' layouts.
   """
   given = {
     TextOp: dict(tokenizer=tokenizer),
@@ -174,7 +174,7 @@ def build_ops(
       return bool(features)
     return not OPS[name].batch_fields.keys().isdisjoint(wanted)
 
-  # Optional ops are left out before they are built, which may need a tokenizer.
+  # Filter before building: an unused op may need a tokenizer that is missing.
   parsed = filter(lambda op: is_read(op.name), parse_ops(text, unique=True))
   ops = {op.name: build_op(op, registry, "data op") for op in parsed}
   for name, following in itertools.pairwise(ops):
@@ -192,7 +192,7 @@ def build_ops(
 
 
 def phrase_length(text: str) -> int | None:
-  """Tokens of each phrase that ops `text` give, by `regions`; None without."""
+  """Tokens per phrase, from `regions` in the ops string; None without it."""
   for op in parse_ops(text):
     if op.name == "regions":
       arguments = inspect.signature(RegionsOp).bind(*op.args, **op.kwargs)
@@ -205,8 +205,7 @@ def phrase_length(text: str) -> int | None:
 class DecodeOp(HostOp):
   """Decodes an image file to RGB; converts arrays to RGB.
 
-  Followed by `canvas`, it is replaced by `DecodeToCanvasOp` unless it is to be
-  `exact`.
+  Before `canvas`, it is replaced by `DecodeToCanvasOp` unless `exact` is set.
   """
 
   max_pixels: PositiveInt = canvas_lib.MAX_PIXELS
@@ -222,7 +221,7 @@ class DecodeOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class DecodeToCanvasOp(HostOp):
-  """Decodes an image file to a canvas, large JPEGs from a reduced scale.
+  """Decodes an image file to a canvas, large JPEGs at reduced scale.
 
   See `canvas.decode_to_canvas`. Configs write "decode|canvas(384)".
   """
@@ -258,7 +257,7 @@ class CanvasOp(HostOp):
         f"canvas({self.size}) got the image as {type(image).__name__}; put"
         " `decode` before it in data.ops."
       )
-    # `DecodeToCanvasOp` records it: the image is a canvas already.
+    # After `DecodeToCanvasOp` the image is already a canvas; keep its size.
     size = record.get("image_size", np.array(image.shape[:2], np.int32))
     image = canvas_lib.squash(image, self.size)
     return record | {"image": image, "image_size": size}
@@ -268,9 +267,9 @@ class CanvasOp(HostOp):
 class CaptionOp(TextOp):
   """Token ids of one of the record's captions.
 
-  A caption that is blank after cleaning is replaced by the next one; a record
-  with only blank captions is a bad record. A record without captions, from a
-  source of images alone, is a row of padding with `caption_valid` False.
+  If the caption is blank after cleaning, the next one is used; a record with
+  only blank captions is a bad record. A record without captions (image-only
+  source) gives a row of padding with `caption_valid` False.
   """
 
   length: PositiveInt
@@ -301,10 +300,10 @@ class CaptionOp(TextOp):
 
 @dataclasses.dataclass(frozen=True)
 class DepthOp(HostOp):
-  """Inverse depth: 1 to 65535 from its minimum to its maximum, 0 unlabelled.
+  """Inverse depth, scaled to 1..65535 from minimum to maximum; 0: no label.
 
-  A stored label of this size is unchanged. Labels of other sizes and floats
-  are resampled and scaled; see `label_values.make_depth`.
+  A stored label of this size is unchanged. Other sizes and floats are resampled
+  and scaled; see `label_values.make_depth`.
   """
 
   size: PositiveInt
@@ -336,10 +335,10 @@ class DepthOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class RegionsOp(TextOp):
-  """At most `count` boxes, at random or by score, with phrases as token ids.
+  """At most `count` boxes, random or by score, with phrases as token ids.
 
-  Unusable boxes (see `label_values.make_boxes`) and boxes whose phrase lacks
-  tokens are left out.
+  Leaves out unusable boxes (see `label_values.make_boxes`) and boxes whose
+  phrase has zero tokens.
   """
 
   count: PositiveInt
@@ -359,7 +358,7 @@ class RegionsOp(TextOp):
 
   @functools.cached_property
   def _blank(self) -> Int32[np.ndarray, " phrase_length"]:
-    """The token ids of a text that is empty after cleaning."""
+    """Token ids of a text that is empty after cleaning."""
     return self.tokenizer.encode([""], self.phrase_length)[0]
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
@@ -368,7 +367,7 @@ class RegionsOp(TextOp):
     if self.pick == "score":
       order = np.argsort(-label.scores, kind="stable")
     else:
-      # Also where all fit: an objective may take only the first of them.
+      # Even if all fit: an objective may read only the first boxes.
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
     at, cut = 0, []
@@ -392,7 +391,7 @@ class RegionsOp(TextOp):
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesOp(HostOp):
-  """Features of the teachers that a run reads from label sets, in 8 bits."""
+  """Teacher features read from label sets, quantized to 8 bits."""
 
   layouts: Mapping[str, FeatureLayout] = dataclasses.field(
     default_factory=dict, kw_only=True
@@ -441,12 +440,12 @@ OPS: dict[str, type[HostOp]] = {
 
 
 def _add_cut(record: Record, kind: str, cut: Sequence[bool]) -> Record:
-  """The record with `cut` of the texts of a kind."""
+  """Sets `cut` for the texts of one kind."""
   return record | {"cut": {**record.get("cut", {}), kind: cut}}
 
 
 def _box_label(record: Record) -> label_values.BoxLabel:
-  """The usable boxes of a record, perhaps none."""
+  """Returns the usable boxes of a record; may be empty."""
   if "boxes" not in record:
     boxes, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     return label_values.BoxLabel(boxes, (), scores)

@@ -1,8 +1,8 @@
 """Data order: shuffling, mixing and skipping by index arithmetic.
 
 The training data is an endless sequence of rows. `addresses` computes the
-source and the record of each row without reading anything, so that a run
-starts at any position at once.
+source and record of each row without reading data, so a run can start at any
+position immediately.
 """
 
 import functools
@@ -19,13 +19,13 @@ from mtv_jax.utils.process_cache import ProcessCache
 
 SHUFFLES = ("global", "block", "none")
 
-# For `block`: records of a block at most, and blocks that are mixed. They cost
-# few long reads, and mix as well as a shuffle buffer of 16 thousand records.
+# For `block`: maximum records per block, and blocks shuffled together. Reads
+# are few and long; it mixes as well as a shuffle buffer of 16,000 records.
 BLOCK = 1024
 WINDOW = 16
 
-# Up to this size a source's order is a table. Grain's cipher is over at least
-# 2^16 numbers: 260 microseconds per record for 100 records, 4 for 100 thousand.
+# Sources up to this size use a table for their order. Grain's cipher covers at
+# least 2^16 numbers: 260 us per record for 100 records, 4 us for 100,000.
 _TABLE = 1 << 16
 
 
@@ -36,13 +36,12 @@ def addresses(
   shuffle: str,
   seed: int,
 ) -> grain.MapDataset:
-  """The endless sequence of (index of the source, index of the record).
+  """Returns the endless sequence of (source index, record index).
 
-  Each source repeats by itself, in a new order every epoch. In any window of n
-  rows, a source's count is within one row per source of n times its share
-  (shares are rounded to a hundredth of the smallest). Sources are shuffled
-  whole ("global"), by blocks of their shards and then within ("block"), or not
-  ("none").
+  Each source repeats independently, in a new order every epoch. In any window
+  of n rows, a source has n times its share of rows, to within one row per
+  source (shares are rounded to a hundredth of the smallest). `shuffle` is
+  "global", "block" (blocks of shards, then records within) or "none".
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)
   if seed < 0:
@@ -67,10 +66,9 @@ def addresses(
 
 
 def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:
-  """The endless sequence of one source's record indices."""
-  # Seeds of sources are far apart: Grain adds the epoch to them, and with
-  # consecutive ones two equal sources would have one order, one epoch
-  # apart.
+  """Returns the endless sequence of one source's record indices."""
+  # Grain adds the epoch to the seed. Consecutive seeds would give two equal
+  # sources the same order, one epoch apart, so the seeds are hashed.
   seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
   length = len(source)
   if shuffle == "block":
@@ -89,11 +87,11 @@ def _address(k: int, record: int) -> tuple[int, int]:
 
 
 class BlockShuffle:
-  """An endless order that keeps neighbouring records near each other.
+  """An endless shuffled order in which nearby records stay close together.
 
-  Every epoch, blocks (runs of at most `block` records of one shard) are
-  permuted; each window of `window` consecutive blocks is then shuffled record
-  by record. `shards` are cumulative record counts.
+  Every epoch permutes blocks (runs of at most `block` records of one shard),
+  then shuffles the records of each window of `window` consecutive blocks.
+  `shards` are cumulative record counts.
   """
 
   def __init__(
@@ -112,7 +110,7 @@ class BlockShuffle:
     self._sizes = np.diff(np.append(self._starts, ends[-1]))
     self._length, self._seed, self._window = int(ends[-1]), seed, window
     self._windows_per_epoch = -(-len(self._starts) // window)
-    # Neighbouring positions share these, and several batches are read at once.
+    # Neighbouring positions share both; several batches are read concurrently.
     self._epochs = ProcessCache(self._shuffle_blocks, limit=4)
     self._windows = ProcessCache(self._shuffle_window, limit=8)
 
@@ -128,7 +126,7 @@ class BlockShuffle:
     return int(records[at - first])
 
   def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """An epoch's blocks in order, and the positions where windows end."""
+    """Returns an epoch's block order and the end position of each window."""
     rng = np.random.default_rng((self._seed, epoch))
     order = rng.permutation(len(self._starts))
     ends = np.cumsum(self._sizes[order])
@@ -136,7 +134,7 @@ class BlockShuffle:
     return order, ends[np.minimum(last[:: self._window], len(ends) - 1)]
 
   def _shuffle_window(self, number: int) -> np.ndarray:
-    """A window's records in order; windows are numbered across epochs."""
+    """Returns a window's shuffled records; numbers run across epochs."""
     epoch, window = divmod(number, self._windows_per_epoch)
     order, _ = self._epochs.get(epoch)
     blocks = order[window * self._window : (window + 1) * self._window]
@@ -147,14 +145,14 @@ class BlockShuffle:
 
 
 # ---------------------------------------------------------------------------
-# Batches that a run skips after damage.
+# Batches that a run skips after a rollback.
 
-# (first, count) of ranges of batches, ascending and apart from each other.
+# Ranges of batches as (first, count), ascending and not adjacent.
 SkippedBatches = tuple[tuple[int, int], ...]
 
 
 def batch_of_step(step: int, skipped: SkippedBatches) -> int:
-  """The batch of step `step` (from 0) of a run that skips some."""
+  """Batch index of step `step` (from 0), given the skipped batches."""
   batch = step
   for first, count in skipped:
     if batch >= first:
@@ -163,7 +161,7 @@ def batch_of_step(step: int, skipped: SkippedBatches) -> int:
 
 
 def is_skipped(batch: int | None, skipped: SkippedBatches) -> bool:
-  """Whether a run leaves a batch out."""
+  """Whether the run skips this batch."""
   return isinstance(batch, int) and any(
     first <= batch < first + count for first, count in skipped
   )
@@ -172,7 +170,7 @@ def is_skipped(batch: int | None, skipped: SkippedBatches) -> bool:
 def skip_steps(
   first: int, last: int, skipped: SkippedBatches
 ) -> SkippedBatches:
-  """`skipped` with the batches of steps `first` to `last` (from 0) as well."""
+  """Adds the batches of steps `first` to `last` (from 0) to `skipped`."""
   batches = {b for start, count in skipped for b in range(start, start + count)}
   batches |= {batch_of_step(s, skipped) for s in range(first, last + 1)}
   ranges: list[tuple[int, int]] = []

@@ -1,16 +1,15 @@
 """Input pipeline: the batch of a step is a function of the step alone.
 
 Step t takes rows `[t B, (t + 1) B)` of the endless sequence
-(`order.addresses`), and host h of n the h-th of n equal parts of them. A row's
-random numbers derive from the seed and its position. So any number of hosts
-reads these rows, and a run resumes at any step without reading earlier ones.
-Batches that a run skips after damage (`order.SkippedBatches`) shift the later
-ones.
+(`order.addresses`); host h of n takes the h-th of n equal parts. A row's random
+numbers derive from the seed and its position. So the rows don't depend on the
+number of hosts, and a run resumes at any step without reading earlier ones.
+Batches that a run skips (`order.SkippedBatches`) shift the later ones.
 
 Threads fill the rows of a batch: reading, decoding and resizing release the
 GIL. Grain prefetches whole batches, in this process or in worker processes.
-Workers help only where one process can't feed the accelerators, since batches
-are copied between processes.
+Workers copy batches between processes, so they help only if one process can't
+feed the accelerators.
 
 No module of `mtv_jax.data` imports JAX, and no worker starts a JAX backend.
 """
@@ -46,23 +45,22 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
-# Processes that each read whole blocks of buckets: all read every block, and
-# more of them read single records.
+# Block reads from buckets: every process reads every block, so with more
+# processes than this, single records are read instead.
 _MAX_BLOCK_READERS = 4
-# More bad records in a row are not accidental.
+# A longer run of consecutive bad records is not accidental.
 _MAX_BAD_RUN = 256
-# Batches that may be read ahead of the step that asks for their counts.
+# Batches that may be prefetched beyond the step whose counts are requested.
 _MAX_AHEAD = 16
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class HostBatches:
-  """This host's rows of each step's batch, a random-access source for Grain.
+  """Random-access source for Grain: this host's rows of each step's batch.
 
-  An element is `rows` (the batch), `bad`, (source, key, reason) of each bad
-  record, `dropped`, (source, reason, count) of label parts left out, and `cut`,
-  (kind, whether it was cut) of each text, so that worker processes report them
-  too.
+  An element has `rows` (the batch) and, so that worker processes report them
+  too, `bad` (source, key, reason) of each bad record, `dropped` (source,
+  reason, count) of dropped label parts, and `cut` (kind, is_cut) of each text.
   """
 
   sources: Sequence[Source]
@@ -87,10 +85,10 @@ class HostBatches:
   def __getitem__(self, index: int) -> dict[str, Any]:
     positions = self._positions(self.start_step + int(index))
     with self._lock:
-      # Grain sets up its datasets at the first access, which must be alone.
+      # Grain sets up its datasets on first access, which is not thread-safe.
       addresses = [self.addresses[position] for position in positions]
       if self._pool is None:
-        # Rows are parallel already; OpenCV's own threads would only contend.
+        # Rows already run in parallel; OpenCV's own threads would contend.
         cv2.setNumThreads(1)
         self._pool = concurrent.futures.ThreadPoolExecutor(
           self.threads, thread_name_prefix="row"
@@ -106,15 +104,15 @@ class HostBatches:
     return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
 
   def _positions(self, step: int) -> range:
-    """The positions of this host's rows of a step's batch."""
+    """Positions of this host's rows in a step's batch."""
     batch = order.batch_of_step(step, self.skipped)
     first = batch * self.batch_size + self.first_row
     return range(first, first + self.rows)
 
   def read_keys(self, step: int) -> list[str]:
-    """The keys of this host's rows of a step, as "source/key".
+    """Returns the keys of this host's rows of a step, as "source/key".
 
-    If a row's record is unusable, the key is that record's.
+    Doesn't skip bad records: a row's key may be that of an unusable record.
     """
     keys = []
     for position in self._positions(step):
@@ -130,7 +128,7 @@ class HostBatches:
     list[tuple[str, str, int]],
     list[tuple[str, bool]],
   ]:
-    """Writes the row of `position`; returns the other parts of an element."""
+    """Fills the row of `position`; returns the element's other parts."""
     source, first = self.sources[address[0]], address[1]
     tries = min(len(source), _MAX_BAD_RUN)
     bad: list[tuple[str, str, str]] = []
@@ -158,7 +156,7 @@ class HostBatches:
     )
 
   def close(self) -> None:
-    """Stops this process's threads; rows being read are finished."""
+    """Stops this process's threads after they finish the rows in progress."""
     with self._lock:
       if self._pool is not None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -172,17 +170,17 @@ class HostBatches:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Loader(Iterator[Batch], contextlib.AbstractContextManager):
-  """Endless iterator over the host's batches, for one thread.
+  """Endless iterator over this host's batches; not thread-safe.
 
-  Build it with `make_loader`, and close it (or use `with`).
+  Created by `make_loader`; call `close` or use `with`.
   """
 
   batches: HostBatches
   iterator: grain.DatasetIterator
-  fields: dict[str, Field]  # Shape and dtype of the rows of each batch field.
+  fields: dict[str, Field]  # Row shape and dtype of each batch field.
   _: dataclasses.KW_ONLY
   step: int  # Step of the next batch.
-  examples_per_epoch: int  # Records in all sources together.
+  examples_per_epoch: int  # Records of all sources.
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
 
@@ -190,11 +188,11 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     self._snapshots = {self.step: self.stats.snapshot()}
 
   def stats_at(self, step: int) -> Stats:
-    """The counts after `step` batches; more may have been read."""
+    """The counts after `step` batches; more may have been prefetched."""
     return self._snapshots[step]
 
   def __next__(self) -> Batch:
-    """The next batch; a CorruptDataError if too many records are bad."""
+    """Returns the next batch; CorruptDataError if too many bad records."""
     element = next(self.iterator)
     rows, bad = element["rows"], element["bad"]
     self.step += 1
@@ -223,13 +221,13 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
 class DataConfig:
   """`config.data`."""
 
-  # Sources: dict(type, weight=1.0, and what the source takes).
+  # Sources: dict(type, weight=1.0, and the arguments of the source).
   train: tuple[Any, ...] = ()
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".
-  workers: NonNegativeInt = 0  # Processes; 0: threads of this one read.
-  threads: PositiveInt | None = None  # Per process; None for one per core.
+  workers: NonNegativeInt = 0  # Worker processes; 0: threads of this process.
+  threads: PositiveInt | None = None  # Per process; None: one per core.
   prefetch: PositiveInt | None = None  # Batches ahead, per process; None: 2.
-  max_corrupt: Fraction = 0.01  # Share of unusable records to stop at.
+  max_corrupt: Fraction = 0.01  # Maximum share of unusable records.
   shuffle: Literal["global", "block", "none"] = "global"
 
 
@@ -248,19 +246,19 @@ def make_loader(
   stats: Stats | None = None,
   features: Mapping[str, FeatureLayout] | None = None,
 ) -> Loader:
-  """The loader of a config's `data` section.
+  """Builds the loader of a config's `data` section.
 
   Args:
     config: the section, or its keys.
     batch_size: global, over all hosts.
-    seed: of the order and of all random choices.
+    seed: seeds the order and all random choices.
     start_step: step of the first batch.
-    skipped: batches that the run leaves out.
+    skipped: batches that the run skips.
     process_index, process_count: this host, and the number of hosts.
     tokenizer: the text tower's.
     wanted, features: see `build_ops`.
-    sources: instead of building those that `train` describes, one for each
-      entry; without `train` all weigh 1.
+    sources: replace the sources that `train` describes, one per entry; if
+      `train` is empty, all weights are 1.
     stats: counts of the run's earlier batches.
   """
   if batch_size % process_count or batch_size < 1:
@@ -311,7 +309,7 @@ def make_loader(
   dataset = grain.MapDataset.source(batches).to_iter_dataset(read_options)
   if config.workers:
     if not flags.FLAGS.is_parsed():
-      # Grain's worker processes read absl flags, which only absl apps parse.
+      # Grain's workers read absl flags, which only absl apps parse.
       flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers=config.workers)
     dataset = dataset.mp_prefetch(workers)

@@ -1,4 +1,4 @@
-"""Records of sources, and the error for an unusable one.
+"""Record format of sources, and the error for an unusable record.
 
 A record is a plain dict:
 
@@ -6,17 +6,17 @@ A record is a plain dict:
   image       bytes (an encoded image file) or uint8 [H, W, 3]
   captions    list of str, at least one if the source has captions
 
-and, where a source has labels, `depth` (float32 [H, W], inverse depth, or
-uint16, see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1
-in the unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and
-`label` (int, the class). A field that a record lacks is a missing label.
-`dropped` (dict of str: int) counts by reason what was left out of its labels;
-`cut` (dict of str: list of bool) tells of `captions` and `phrases` whether the
-op that tokenized them cut off their ends.
+A labelled record also has `depth` (float32 [H, W], inverse depth, or uint16,
+see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1 in the
+unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and `label`
+(int, the class). A missing field is a missing label. `dropped` (dict of str:
+int) counts the label parts that were left out, by reason. `cut` (dict of str:
+list of bool) says for each text of `captions` and `phrases` whether
+tokenization truncated it.
 
-The format of ArrayRecord files (`encode`, `decode`) is a fixed header and
-length-prefixed byte strings: a reader needs only `struct`, and unlike a pickle
-a file can't contain code.
+ArrayRecord files (`encode`, `decode`) store a fixed header and length-prefixed
+byte strings. Reading them needs only `struct`, and unlike a pickle they can't
+contain code.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ _MAGIC = b"MTV1"
 
 
 class BadRecord(InputError):
-  """A record that can't be used: its message names the key and the reason.
+  """An unusable record; the message names its key and the reason.
 
-  For what a long run survives (a corrupt image, an empty caption): the pipeline
-  counts it, logs it and reads the next record.
+  For errors that a long run survives (a corrupt image, an empty caption): the
+  pipeline counts and logs them and reads the next record.
   """
 
   def __init__(self, key: str, reason: str):
@@ -45,18 +45,18 @@ class BadRecord(InputError):
     super().__init__(f"record {printable(repr(key))}: {self.reason}")
 
   def __reduce__(self) -> tuple:
-    # Pickled by its constructor's arguments, for worker processes.
+    # Worker processes pickle it: rebuild it from the constructor's arguments.
     return type(self), (self.key, self.reason)
 
 
 @contextlib.contextmanager
 def content_errors(key: str, problem: str) -> Iterator[None]:
-  """Raises a BadRecord for whatever a library raises on a record's content.
+  """Turns whatever a library raises on a record's content into a BadRecord.
 
-  For code that parses bytes in memory, not for code that reads them: errors of
-  storage (an OSError with a number), of memory, of the user's input and the end
-  of the process pass unchanged. Panics of Rust libraries are no `Exception`.
-  The message is `problem`, such as "the image can't be decoded", and the error.
+  For code that parses bytes in memory, not for code that reads files. Storage
+  errors (OSError with an errno), MemoryError, UserError and process exits pass
+  unchanged. Catches BaseException because panics of Rust libraries derive from
+  it. `problem` opens the message: "the image can't be decoded".
   """
   try:
     yield
@@ -70,7 +70,7 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
 
 
 def caption_list(captions: Any) -> list[str]:
-  """One caption or several (str or UTF-8 bytes) without the blank ones."""
+  """Non-blank captions of one caption or several (str or UTF-8 bytes)."""
   if isinstance(captions, bytes | str):
     captions = [captions]
   texts = [t.decode() if isinstance(t, bytes) else str(t) for t in captions]
@@ -80,7 +80,7 @@ def caption_list(captions: Any) -> list[str]:
 def read_captions(
   key: str, captions: Any, *, required: bool = True, where: str = ""
 ) -> list[str]:
-  """`caption_list`; a BadRecord for what it can't read, and for none."""
+  """`caption_list`; raises BadRecord if captions are unreadable or missing."""
   with content_errors(key, "its captions can't be read"):
     texts = caption_list(captions)
   if required and not texts:
@@ -96,10 +96,10 @@ def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-  """Bytes of a record: its key, its encoded image and its captions.
+  """Encodes a record's key, encoded image and captions as bytes.
 
-  A TypeError if the image is not bytes: the caller knows whether JPEG's loss is
-  acceptable.
+  Raises TypeError if the image is not bytes: only the caller knows whether a
+  lossy JPEG is acceptable.
   """
   image = record["image"]
   if not isinstance(image, bytes | bytearray | memoryview):
@@ -114,7 +114,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, *, where: str = "record") -> Record:
-  """The record that `encode` wrote; a BadRecord at `where` if corrupt."""
+  """Decodes what `encode` wrote; raises BadRecord at `where` if corrupt."""
   if data[:4] != _MAGIC:
     raise BadRecord(
       where,

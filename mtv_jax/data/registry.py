@@ -16,7 +16,7 @@ from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils.errors import InputError
 
-# By their `type` in a config.
+# Source classes, by `type` in a config.
 SOURCES: dict[str, type[Source]] = {
   "array_record": ArrayRecordSource,
   "folder": FolderSource,
@@ -28,11 +28,11 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def build_source(config: Mapping[str, Any]) -> Source:
-  """The source of an entry of `data.train`, with its label sets.
+  """Builds the source of an entry of `data.train`, with its label sets.
 
-  The entry has `type`, one of `SOURCES`, and the arguments of its class;
-  `labels` (see `labels.join`) adds label sets; `limit` takes so many records,
-  evenly spaced; `weight`, of the mixture, is ignored.
+  The entry has `type` (a key of `SOURCES`) and the arguments of that class.
+  `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
+  evenly spaced; `weight` is the mixing weight and ignored here.
   """
   source = build_entry(
     SOURCES, config, where="data.train", reserved=("labels", "weight", "limit")
@@ -46,9 +46,9 @@ def complete_source(
   *,
   fields: Collection[str] | None = None,
 ) -> Source:
-  """A source with `labels` and `limit` of its entry in a config.
+  """Applies `labels` and `limit` of a config entry to a source.
 
-  Opens only labels of `fields`; all by default.
+  Opens only labels of `fields`; None opens all.
   """
   if (labels := config.get("labels")) is not None:
     source = join_labels(source, labels, fields=fields)
@@ -62,9 +62,9 @@ def complete_source(
 
 
 def open_files(paths: Paths, **options: Any) -> Source:
-  """The source of data files, its type by their suffix (default: tars).
+  """Opens data files as a source; the suffix gives the type (default: tar).
 
-  Options (such as `index_dir`) that are None or that the type lacks are
+  Options (such as `index_dir`) that are None or unknown to the type are
   ignored.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)

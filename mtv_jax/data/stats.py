@@ -1,4 +1,4 @@
-"""Counts of the records read: bad ones, labels left out, texts cut."""
+"""Counts of records read: bad records, dropped labels, truncated texts."""
 
 import collections
 import dataclasses
@@ -10,38 +10,37 @@ from mtv_jax.utils.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
-# Records, or an epoch, after which the shares of bad ones and of cut texts are
-# checked.
+# Records (or one epoch, if shorter) before the shares are checked.
 _CHECKED_AFTER = 1000
-# The share of texts cut by their length from which on it is warned of.
+# Warn if a larger share of texts is truncated.
 _MAX_CUT = 0.2
 _LENGTHENED_BY = {
   "captions": "the length of `caption` with model.text.length",
   "phrases": "phrase_length of `regions`",
 }
-# Bad records that are logged: the first ones, then one of many.
+# Bad records: log the first ones, then one in `_LOG_EVERY`.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
 _COUNTERS = ("dropped", "texts", "texts_cut")
 
 
 class CorruptDataError(UserError, RuntimeError):
-  """More records can't be used than `data.max_corrupt` allows."""
+  """More records are unusable than `data.max_corrupt` allows."""
 
 
 @dataclasses.dataclass
 class Stats:
   """Counts of the records in this host's batches so far."""
 
-  read: int = 0  # Bad ones included.
-  corrupt: int = 0  # Bad ones, again in every epoch.
-  # Why records are bad by "source/key", of the first thousand.
+  read: int = 0  # Includes bad records.
+  corrupt: int = 0  # Bad records, counted again in every epoch.
+  # Reasons by "source/key", for the first thousand bad records.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
-  # Labels or parts of them left out, by "source: reason".
+  # Dropped labels or parts of labels, by "source: reason".
   dropped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
-  # Texts in batches, `captions` and `phrases`, and those with too many tokens.
+  # Texts in batches by kind (`captions`, `phrases`), and truncated ones.
   texts: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -61,17 +60,17 @@ class Stats:
 
   @classmethod
   def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
-    """The inverse of `to_dict`; what is missing is zero."""
+    """The inverse of `to_dict`; missing counts are zero."""
     counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
   @property
   def cut_shares(self) -> dict[str, float]:
-    """The share of the texts of each kind that were cut."""
+    """Truncated share of the texts of each kind."""
     return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
 
   def count_bad(self, source: str, key: str, reason: str) -> None:
-    """Counts a bad record, and logs some of them."""
+    """Counts a bad record; logs some of them."""
     self.corrupt += 1
     if len(self.reasons) < 1000:
       self.reasons[f"{source}/{printable(key)}"] = reason
@@ -82,11 +81,10 @@ class Stats:
       )
 
   def count_dropped(self, source: str, reason: str, count: int) -> None:
-    """Counts labels that are left out, and logs powers of ten of them."""
+    """Counts dropped labels; logs the first and each tenfold increase."""
     name = f"{source}: {reason}"
     before = self.dropped[name]
     after = self.dropped[name] = before + count
-    # The first one, and then each time that there are ten times as many.
     if not before or len(str(after)) > len(str(before)):
       log.warning(
         "Labels of %s (%d in %d records read)", name, after, self.read
@@ -95,16 +93,16 @@ class Stats:
   def count_cut(
     self, cut: Sequence[tuple[str, bool]], *, ops: object, epoch: int
   ) -> None:
-    """Counts texts, (kind, whether it was cut); warns once if many are cut.
+    """Counts texts given as (kind, is_cut); warns once if many are truncated.
 
-    `ops` are named in the warning; an epoch may have few records.
+    The warning names `ops`. An `epoch` may have few records.
     """
     before = self.texts.copy()
     self.texts.update(kind for kind, _ in cut)
     self.texts_cut.update(kind for kind, is_cut in cut if is_cut)
     first = min(_CHECKED_AFTER, epoch)
     for kind, share in self.cut_shares.items():
-      # Once, when there are enough of them.
+      # Warn once, when enough texts have been counted.
       if before[kind] < first <= self.texts[kind] and share > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
@@ -115,7 +113,7 @@ class Stats:
         )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:
-    """Raises CorruptDataError above a share of bad records."""
+    """Raises CorruptDataError if the share of bad records is too large."""
     if self.read < min(_CHECKED_AFTER, epoch):
       return
     if self.corrupt > max_corrupt * self.read:
@@ -129,5 +127,5 @@ class Stats:
 
 
 def describe_bad(source: str, key: str, reason: str) -> str:
-  """A bad record, for messages."""
+  """Describes a bad record for messages."""
   return f"{source}: record {printable(repr(key))}: {reason}"

@@ -1,9 +1,8 @@
 """Atomic writes, and removal of the temporary files of killed processes.
 
-A file or a folder is written as `.NAME.OWNER.NUMBER.tmp` and renamed when it is
-complete. The owner is the writing process. Temporary files of this machine's
-dead processes are abandoned at once, other machines' after
-`STALE_SECONDS`.
+A file or folder is written as `.NAME.OWNER.NUMBER.tmp` and renamed when it is
+complete. The owner is the writing process. A temporary file is abandoned if its
+owner ran on this machine and is dead, or after `STALE_SECONDS`.
 """
 
 import contextlib
@@ -28,49 +27,49 @@ STALE_SECONDS = 300.0
 
 _OWNED = r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+"
 _TEMPORARY = re.compile(_OWNED + r"\.tmp")
-# A folder that is being replaced, where two folders can't be exchanged.
+# The old folder during a replacement, on systems that can't exchange folders.
 _REPLACED = re.compile(_OWNED + r"\.old")
 _numbers = itertools.count()
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 
 class Owner(NamedTuple):
-  """A process, identified over all machines that share a folder."""
+  """A process, with an identifier unique among machines that share a folder."""
 
-  machine: str  # A hash of the host and its process namespace.
-  pid: int  # On that machine.
-  token: str  # Random, as process numbers are reused.
+  machine: str  # Hash of the host and its process namespace.
+  pid: int
+  token: str  # Random, because process ids are reused.
 
   def __str__(self) -> str:
     return f"{self.machine}-{self.pid}-{self.token}"
 
   @classmethod
   def parse(cls, text: str) -> "Owner | None":
-    """The inverse of `str`; None for other strings."""
+    """The inverse of `str`; None if malformed."""
     machine, _, rest = text.partition("-")
     pid, _, token = rest.partition("-")
     return cls(machine, int(pid), token) if pid.isdigit() else None
 
   @property
   def is_dead(self) -> bool:
-    """Whether it ran on this machine and has exited."""
+    """Whether the process ran on this machine and has exited."""
     current = current_process()
     if self == current or self.machine != current.machine:
       return False
-    if self.pid == current.pid:  # An earlier process of this number.
+    if self.pid == current.pid:  # An earlier process with this id.
       return True
     try:
       os.kill(self.pid, 0)
     except ProcessLookupError:
       return True
     except OSError:
-      pass  # A process of another user.
+      pass  # Another user's process.
     return False
 
 
 def current_process() -> Owner:
-  """This process."""
-  # Cached by process number, since a fork is another owner.
+  """Returns the owner for this process."""
+  # Cached by process id: a fork is a new owner.
   return _current_owner(os.getpid())
 
 
@@ -85,23 +84,23 @@ def _current_owner(pid: int) -> Owner:
 
 
 def temporary_path(file: pathlib.Path) -> pathlib.Path:
-  """A new temporary path beside `file`."""
+  """Returns a new temporary path next to `file`."""
   return file.with_name(
     f".{file.name}.{current_process()}.{next(_numbers)}.tmp"
   )
 
 
 def is_temporary(path: pathlib.Path) -> bool:
-  """Whether a path is named like an unfinished file or folder."""
+  """Whether the name belongs to an unfinished file or folder."""
   return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager
 def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary path, and renames it to `file` on success.
+  """Yields a temporary path; renames it to `file` on success.
 
-  Readers see the old content or the new one, never a part. Pipes and devices
-  (`/dev/stdout`) are written to, and links are followed.
+  Readers see the old or the new content, never a partial file. Pipes and
+  devices (`/dev/stdout`) are written directly; links are followed.
   """
   if file.exists() and not (file.is_file() or file.is_dir()):
     yield file
@@ -121,12 +120,12 @@ def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
 def replace_folder(
   folder: pathlib.Path, *, replaced: Collection[str] = ()
 ) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder, and renames it to `folder` on success.
+  """Yields a temporary folder; renames it to `folder` on success.
 
-  Readers see the old folder or the new one, never a part, also after a kill.
-  First removes what killed processes left of this folder. Names that are
-  not `replaced` stay in an existing folder. Raises InputError for a folder that
-  can't be renamed, as that of a mount.
+  Readers see the old or the new folder, never a mix, even after a kill. Starts
+  by removing this folder's abandoned temporaries. An existing folder keeps the
+  names that are not in `replaced`. Raises InputError if the folder can't be
+  renamed because it is a mount point.
   """
   folder = folder.resolve()
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +154,7 @@ def replace_folder(
 
 
 def _sync(file: pathlib.Path) -> None:
-  """Without it, a crash of the machine may keep a rename and lose the bytes."""
+  """Fsyncs: else a machine crash may persist the rename but lose the bytes."""
   with file.open("rb") as stream:
     os.fsync(stream.fileno())
 
@@ -163,14 +162,14 @@ def _sync(file: pathlib.Path) -> None:
 def _link_others(
   folder: pathlib.Path, new: pathlib.Path, replaced: Collection[str]
 ) -> None:
-  """Takes the files that are not `replaced` over into a new folder."""
+  """Links files that are not in `replaced` into the new folder."""
 
   def link(source: str, target: str) -> None:
     if os.path.exists(target):
       return
     try:
       os.link(source, target)
-    except OSError:  # No hard links on this file system.
+    except OSError:  # The file system lacks hard links.
       shutil.copy2(source, target)
 
   def ignore(parent: str, names: list[str]) -> list[str]:
@@ -188,7 +187,7 @@ def _link_others(
 
 
 def _exchange(new: pathlib.Path, folder: pathlib.Path) -> None:
-  """Renames a folder to another one, whose content is then under `new`."""
+  """Swaps two folders: the old content ends up under `new`."""
   if not folder.exists() or not any(folder.iterdir()):
     os.replace(new, folder)
     return
@@ -200,16 +199,16 @@ def _exchange(new: pathlib.Path, folder: pathlib.Path) -> None:
     code = ctypes.get_errno()
     if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
       raise OSError(code, os.strerror(code), str(folder))
-  # Some network file systems, and not Linux: the folder is absent for a moment.
+  # Some network file systems, or not Linux: the folder is absent for a moment.
   old = temporary_path(folder).with_suffix(".old")
-  os.utime(folder)  # Other machines know by it that this process is alive.
+  os.utime(folder)  # Tells other machines that this process is alive.
   os.replace(folder, old)
   os.replace(new, folder)
   shutil.rmtree(old, ignore_errors=True)
 
 
 def _restore_replaced(folder: pathlib.Path) -> None:
-  """Restores or removes what a process killed in `_exchange` had renamed."""
+  """Undoes or completes an `_exchange` whose process was killed."""
   for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
     match = _REPLACED.fullmatch(old.name)
     with contextlib.suppress(FileNotFoundError):
@@ -235,7 +234,7 @@ def write_text(file: str | os.PathLike, text: str) -> None:
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
   """Writes a file unless it exists; returns its content.
 
-  One of several writers wins.
+  If several processes write, one wins.
   """
   if not file.exists():
     temporary = temporary_path(file)
@@ -246,7 +245,7 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
       except FileExistsError:
         pass
       except OSError:
-        # No hard links on this file system: the last writer wins.
+        # The file system lacks hard links: the last writer wins.
         if not file.exists():
           os.replace(temporary, file)
     finally:
@@ -257,7 +256,7 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 def seconds_since_modified(file: pathlib.Path) -> float:
   """Seconds since a file, or any file in a folder, was modified.
 
-  By the file system's clock. Raises FileNotFoundError.
+  Uses the file system's clock. Raises FileNotFoundError.
   """
   clock = temporary_path(file)
   try:
@@ -270,7 +269,7 @@ def seconds_since_modified(file: pathlib.Path) -> float:
 
 
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
-  """Whether the owner of an unfinished file is dead or silent for too long.
+  """Whether an unfinished file's owner is dead, or silent for too long.
 
   Raises FileNotFoundError.
   """
@@ -284,7 +283,7 @@ def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
 def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
   """Removes abandoned temporary files and folders; returns their number.
 
-  `name` is how the names of the complete files start.
+  `name` is a prefix of the final names.
   """
   removed = 0
   for file in folder.glob(f".{glob.escape(name)}*.tmp"):

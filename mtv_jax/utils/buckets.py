@@ -1,7 +1,7 @@
 """Requests to object stores (`gs://`, `s3://`) through fsspec.
 
-gcsfs and s3fs (extra `buckets`) are imported at the first use. Requests that
-fail are repeated with back-off. Callers use `utils.path`.
+gcsfs and s3fs (extra `buckets`) are imported on first use. Failed requests are
+retried with back-off. Callers use `utils.path`.
 """
 
 import functools
@@ -26,14 +26,14 @@ AnyPath = str | os.PathLike
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
 _STORES = ("gs", "s3")
-# Tries of a request, besides what gcsfs and s3fs repeat themselves.
-_TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each.
-# In this order; what changes when an object is replaced.
+# Attempts per request, in addition to the retries of gcsfs and s3fs.
+_TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
+# Fields that change when an object is replaced, in order of preference.
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
 
 
 def is_remote(path: AnyPath) -> bool:
-  """Whether a path is in a bucket; InputError for a URL of another kind."""
+  """Whether a path is in a bucket; InputError for unsupported URLs."""
   match = _SCHEME.match(os.fspath(path))
   if match is None:
     return False
@@ -46,21 +46,21 @@ def is_remote(path: AnyPath) -> bool:
 
 
 def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
-  """What the store says of each name in a folder."""
+  """Maps each name in a folder to the store's metadata."""
   try:
     listed = request(folder, "read", "ls", detail=True)
   except FileNotFoundError:
     return {}
   infos = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in listed}
-  # Some stores list the folder itself, as an empty object.
+  # Some stores also list the folder itself, as an empty object.
   own = folder.rstrip("/").partition("://")[2]
   return {n: i for n, i in infos.items() if i["name"].rstrip("/") != own and n}
 
 
 def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
-  """What the store says of all objects below a folder, by their names in it.
+  """Maps the relative name of every object below a folder to its metadata.
 
-  A file is listed alone, with an empty name.
+  For a file, the only name is empty.
   """
   base = url.partition("://")[2]
   return {
@@ -75,7 +75,7 @@ def object_version(info: Mapping[str, Any]) -> str:
 
 
 def get_store(path: AnyPath) -> Any:
-  """The `fsspec` file system of a URL."""
+  """Returns the `fsspec` file system of a URL."""
   url = os.fspath(path)
   scheme = url.partition("://")[0]
   configure()
@@ -92,21 +92,21 @@ def get_store(path: AnyPath) -> Any:
 
 @functools.cache
 def configure() -> None:
-  """Settings of fsspec and etils, also for Orbax's use of them."""
+  """Configures fsspec and etils, including Orbax's use of them."""
   import fsspec.config
 
-  # Other processes write to these folders, too.
+  # Listings must not be cached: other processes write to these folders.
   for scheme in ("gs", "gcs", "s3"):
     options = fsspec.config.conf.setdefault(scheme, {})
     options.setdefault("use_listings_cache", False)
-  # etils would import TensorFlow where it is installed.
+  # Otherwise etils imports TensorFlow if it is installed.
   os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def request(
   path: AnyPath, verb: str, method: str, *args: Any, **options: Any
 ) -> Any:
-  """Calls a method of a URL's store on the URL, with `retry`."""
+  """Calls a method of the URL's store on the URL, with `retry`."""
   function = getattr(get_store(path), method)
   return retry(path, verb, function, os.fspath(path), *args, **options)
 
@@ -118,10 +118,10 @@ def retry(
   *args: Any,
   **options: Any,
 ) -> T:
-  """Calls a function of a store, several times with back-off.
+  """Calls a function of a store, retrying with back-off.
 
-  Raises MissingFileError, or StorageError if it failed each time or is not
-  allowed; both name the path.
+  Raises MissingFileError, or StorageError if every attempt failed or access is
+  denied; both name the path.
   """
   name = os.fspath(path)
   for left in reversed(range(_TRIES)):
@@ -131,7 +131,7 @@ def retry(
       raise
     except FileNotFoundError as error:
       raise MissingFileError(f"There is no {name}.") from error
-    except Exception as error:  # The libraries' errors share no base.
+    except Exception as error:  # The libraries' errors lack a common base.
       if not left or _is_final(error):
         raise StorageError(f"{name} can't be {verb}: {error!r}") from error
       wait = _FIRST_WAIT * 2 ** (_TRIES - 1 - left) * random.uniform(0.5, 1.0)
@@ -143,7 +143,7 @@ def retry(
 
 
 def _is_final(error: Exception) -> bool:
-  """Whether another try would fail too: credentials, permissions, arguments."""
+  """Whether retrying is pointless: credentials, permissions, arguments."""
   if isinstance(error, PermissionError | TypeError | ValueError | ImportError):
     return True
   text = f"{type(error).__name__} {error}"

@@ -1,10 +1,10 @@
-"""Processor cores of this process."""
+"""CPU cores of this process."""
 
 import os
 
 
 def available_cores() -> int:
-  """Cores that this process may use, which in a container are fewer."""
+  """Number of cores that this process may use; containers limit it."""
   if hasattr(os, "sched_getaffinity"):  # Linux
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""Errors that a user can act on, and how their messages suggest names.
+"""Errors that a user can act on, and suggestions for misspelled names.
 
-A command line prints a `UserError` as one message; every other exception is a
-defect and keeps its traceback.
+A command line prints a `UserError` as one message. Everything else is a bug and
+prints a traceback.
 """
 
 import difflib
@@ -11,15 +11,15 @@ from typing import Any
 
 
 class UserError(Exception):
-  """Base class: an option, a file or a data set that can't be used."""
+  """Base class: an unusable option, file or data set."""
 
-  exit_code = 1  # Of a command.
+  exit_code = 1  # Exit status of the command.
 
 
 class ConfigError(UserError, ValueError):
   """An invalid config key, option or argument."""
 
-  exit_code = 2  # As argparse: the same command fails again.
+  exit_code = 2  # As in argparse: retrying the command fails again.
 
 
 class InputError(UserError, ValueError):
@@ -35,11 +35,11 @@ class StorageError(UserError, OSError):
 
 
 class FolderError(UserError, IsADirectoryError):
-  """A folder where a file is expected."""
+  """A folder was given, a file is expected."""
 
 
 def printable(value: object, limit: int = 400) -> str:
-  """Text for a message: cut in its middle, lone surrogates escaped."""
+  """Text for a message: shortened in the middle, lone surrogates escaped."""
   text = str(value)
   if len(text) > limit:
     head, tail = text[: limit - limit // 4], text[-(limit // 4) :]
@@ -48,10 +48,10 @@ def printable(value: object, limit: int = 400) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
-  """The last sentences of an error about an unknown name.
+  """Closing sentences of an error about an unknown name.
 
-  "Did you mean 'b'? There are: a, b, c.", without the question where no name
-  is close, and with the closest `limit` names of more.
+  "Did you mean 'b'? There are: a, b, c." The question is omitted if no name is
+  close. At most `limit` names are listed, the closest ones.
   """
   names = sorted({str(n) for n in names})
   if not names:
@@ -75,7 +75,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 
 
 def import_extra(module: str, extra: str) -> Any:
-  """Imports a package of an optional dependency; ImportError without it."""
+  """Imports a package of an extra; ImportError names the pip command."""
   try:
     return importlib.import_module(module)
   except ImportError as error:

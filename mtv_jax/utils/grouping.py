@@ -1,4 +1,4 @@
-"""Batches of items of one group, such as arrays of one shape."""
+"""Batching of items by group, such as arrays by shape."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class Grouper(Generic[T]):
-  """Collects items of a group until they fill a batch.
+  """Collects items per group until they fill a batch.
 
-  The oldest batch is released incomplete after `max_age` later items, or if the
-  items of several groups exceed `max_bytes` (measured by `item_bytes`). Batches
-  depend on the order of the items alone: all hosts of a pod get equal ones.
+  The oldest batch is released incomplete after `max_age` more items, or if
+  several groups together exceed `max_bytes` (measured by `item_bytes`). Batches
+  depend only on the order of items, so all hosts of a pod get equal ones.
   """
 
   def __init__(
@@ -29,14 +29,14 @@ class Grouper(Generic[T]):
     self._max_age = max_age
     self._max_bytes = max_bytes
     self._item_bytes = item_bytes
-    # By group, in the order of the groups' first items.
+    # Keyed by group, ordered by each group's first item.
     self._waiting: dict[Hashable, list[tuple[int, T]]] = {}
     self._bytes = 0
 
   def add(
     self, position: int, group: Hashable, item: T
   ) -> Iterator[list[tuple[int, T]]]:
-    """Adds an item; yields the batches that are due, with positions."""
+    """Adds an item; yields batches that are due, as (position, item) pairs."""
     waiting = self._waiting.setdefault(group, [])
     waiting.append((position, item))
     self._bytes += self._item_bytes(item)
@@ -50,7 +50,7 @@ class Grouper(Generic[T]):
       yield self._pop(oldest)
 
   def flush(self) -> Iterator[list[tuple[int, T]]]:
-    """Yields the waiting batches, oldest first."""
+    """Yields the remaining batches, oldest first."""
     while self._waiting:
       yield self._pop(next(iter(self._waiting)))
 

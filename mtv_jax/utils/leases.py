@@ -1,15 +1,15 @@
-"""Leases: files through which processes divide named pieces of work.
+"""Leases: files by which processes divide named pieces of work.
 
 `.NAME.claim` names its process, which keeps updating the modification time. A
-lease expires when its process is known to be dead, or has not updated it for
-`atomic.STALE_SECONDS` by the clock of the file system. Leases only save work:
-no result may depend on them: rarely, two processes have one piece.
+lease expires when its process is known to be dead, or hasn't updated it for
+`atomic.STALE_SECONDS` by the file system's clock. Leases only avoid duplicate
+work. Results must not depend on them: rarely, two processes do one piece.
 
-A takeover creates the next lease, `.NAME.claim.1`, before it removes the
-previous one, so that there is always a lease. A lease is valid if no other live
-process has one: every process checks this after creating its lease, and of two
-processes the later one yields. This requires only exclusive creation of the
-file system; some shared file systems lack locks.
+A takeover creates the next lease, `.NAME.claim.1`, before it removes the old
+one, so that a lease always exists. A lease is valid if no other live process
+has one. Every process checks this after creating its lease, and of two
+processes the later one yields. This needs only exclusive file creation, since
+some shared file systems lack locks.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _RENEWALS_PER_EXPIRY = 10
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-  """The content of a lease's file; no owner if the file is corrupt."""
+  """Content of a lease file; `owner` is None if the file is corrupt."""
 
   host: str
   owner: Owner | None
@@ -42,15 +42,15 @@ class Lease:
 
 
 class Leases:
-  """This process's leases in a folder, such as a label set's."""
+  """This process's leases in a folder, such as a label set."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
 
   def _files(self, name: str) -> Iterator[pathlib.Path]:
-    """Lease files of a name; the first may not exist.
+    """Yields the lease files of a name; the first may not exist.
 
-    It is tried before the rest, since listing a large folder is slow.
+    It is tried first because listing a large folder is slow.
     """
     yield self._folder / f".{name}.claim"
     pattern = f".{glob.escape(name)}.claim.*"
@@ -60,7 +60,7 @@ class Leases:
 
   @contextlib.contextmanager
   def acquire(self, name: str) -> Iterator[bool]:
-    """Leases a name; yields False if another process has a lease on it."""
+    """Leases a name; yields False if another process has leased it."""
     lease = self._try_acquire(name)
     if lease is None:
       yield False
@@ -73,7 +73,7 @@ class Leases:
       _release(file, handle)
 
   def _try_acquire(self, name: str) -> tuple[pathlib.Path, int] | None:
-    """The file and handle of a new lease; None if another process has one."""
+    """Returns file and handle of a new lease; None if already leased."""
     file = self._folder / f".{name}.claim"
     handle = _create(file)
     if handle is None:
@@ -94,7 +94,7 @@ class Leases:
       if expired is None:
         return None
       for old in expired:
-        # A process that replaced it meanwhile sees the new lease and yields.
+        # A process that just replaced it sees the new lease and yields.
         old.unlink(missing_ok=True)
       for prefix in (f"{name}.", f"{name}_") if expired else ():
         atomic.remove_abandoned(self._folder, name=prefix)
@@ -104,7 +104,7 @@ class Leases:
   def _expired(
     self, name: str, *, ignore: pathlib.Path | None = None
   ) -> list[pathlib.Path] | None:
-    """Expired leases; None if another process has a valid one."""
+    """Returns expired leases; None if another process has a valid one."""
     expired = []
     for file in self._files(name):
       if file == ignore:
@@ -118,14 +118,14 @@ class Leases:
     return expired
 
   def holder(self, name: str) -> Lease | None:
-    """The latest lease on a name."""
+    """Returns the latest lease on a name."""
     for file in sorted(self._files(name), key=_number, reverse=True):
       with contextlib.suppress(FileNotFoundError):
         return _read(file)
     return None
 
   def sweep(self) -> None:
-    """Removes leases and temporary files of dead processes, of any name."""
+    """Removes all leases and temporary files of dead processes."""
     atomic.remove_abandoned(self._folder)
     find = self._folder.glob
     for file in (*find(".*.claim"), *find(".*.claim.[1-9]*")):
@@ -135,7 +135,7 @@ class Leases:
 
 
 def _number(file: pathlib.Path) -> int:
-  """The number of takeovers before a lease."""
+  """Number of takeovers before this lease."""
   last = file.suffix[1:]
   return int(last) if last.isdigit() else 0
 
@@ -152,19 +152,19 @@ def _read(file: pathlib.Path) -> Lease:
     content = json.loads(file.read_bytes())
     return Lease(str(content["host"]), Owner.parse(content["owner"]))
   except (ValueError, LookupError, TypeError, AttributeError):
-    # Created and not yet written; its process may have been killed in between.
+    # Not written yet, or its process was killed before writing it.
     return Lease("", None)
 
 
 @contextlib.contextmanager
 def _renewed(handle: int) -> Iterator[None]:
-  """Renews a lease from a thread."""
+  """Renews a lease in a background thread."""
   released = threading.Event()
 
   def renew() -> None:
     while not released.wait(atomic.STALE_SECONDS / _RENEWALS_PER_EXPIRY):
-      # By its handle, so as not to renew the lease of another process. The
-      # file system may recover from an error until the next renewal.
+      # By handle, so that another process's lease is never renewed. Errors may
+      # be transient; the next renewal tries again.
       with contextlib.suppress(OSError):
         os.utime(handle)
 

@@ -1,7 +1,7 @@
 """Paths in configs, on file systems and on object stores (`gs://`, `s3://`).
 
-A local path is a `pathlib.Path`, one in a bucket an `epath.Path`, both
-`PurePath`s; the functions here read and write both.
+A local path is a `pathlib.Path`, a bucket path an `epath.Path`. Both are
+`PurePath`s, and the functions here accept both.
 """
 
 import datetime
@@ -27,14 +27,14 @@ from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
-# Folder of this machine for copies of files in buckets.
+# Environment variable: this machine's folder for copies of bucket files.
 CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
-_LARGE = 1 << 26  # Bytes of a copy that is logged.
-_READ_AHEAD = 1 << 24  # Bytes of a request, where a file is read in order.
+_LARGE = 1 << 26  # Copies above this many bytes are logged.
+_READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
 
 
 def as_path(path: AnyPath) -> PurePath:
-  """A `pathlib.Path`, or the `epath.Path` of a URL."""
+  """Returns a `pathlib.Path`, or an `epath.Path` for a URL."""
   if not is_remote(path):
     return Path(path)
   from etils import epath
@@ -44,14 +44,14 @@ def as_path(path: AnyPath) -> PurePath:
 
 
 def is_same(path: AnyPath, other: AnyPath) -> bool:
-  """Whether two paths name one file or folder."""
+  """Whether two paths refer to one file or folder."""
   if is_remote(path) or is_remote(other):
     return os.fspath(path).rstrip("/") == os.fspath(other).rstrip("/")
   return os.path.realpath(path) == os.path.realpath(other)
 
 
 def refuse_remote(path: AnyPath, what: str, instead: str) -> None:
-  """Raises InputError for a path in a bucket, where only files work."""
+  """Raises InputError if a path that must be local is in a bucket."""
   if is_remote(path):
     raise InputError(f"{what} {os.fspath(path)} is in a bucket. {instead}")
 
@@ -75,49 +75,49 @@ def stat(path: PurePath) -> os.stat_result | Stat:
   modified = info.get("LastModified") or info.get("mtime")
   if not isinstance(modified, datetime.datetime):
     return Stat(info["size"], 0)
-  # In integers: a float lacks nanoseconds.
+  # Integer arithmetic: a float lacks nanosecond precision.
   epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
   microseconds = (modified - epoch) // datetime.timedelta(microseconds=1)
   return Stat(info["size"], 1000 * microseconds)
 
 
 def exists(path: AnyPath) -> bool:
-  """Whether there is a file or a folder."""
+  """Whether a file or folder exists."""
   if not is_remote(path):
     return os.path.exists(path)
   return buckets.request(path, "read", "exists")
 
 
 def is_file(path: AnyPath) -> bool:
-  """Whether there is a file."""
+  """Whether a path is an existing file."""
   if not is_remote(path):
     return os.path.isfile(path)
   return buckets.request(path, "read", "isfile")
 
 
 def is_folder(path: AnyPath) -> bool:
-  """Whether a path is a folder; in a bucket, whether objects are below it."""
+  """Whether a path is a folder; in a bucket, whether it has objects below."""
   if not is_remote(path):
     return os.path.isdir(path)
   return buckets.request(path, "read", "isdir")
 
 
 def list_folder(path: AnyPath) -> list[str]:
-  """The names in a folder, sorted; none if it does not exist."""
+  """Sorted names in a folder; empty if the folder doesn't exist."""
   if not is_remote(path):
     return sorted(os.listdir(path)) if os.path.isdir(path) else []
   return sorted(buckets.list_objects(os.fspath(path)))
 
 
 def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
-  """Opens a file that is read mostly in order; of a bucket in long ranges."""
+  """Opens a file for mostly sequential reads; from buckets in long ranges."""
   if not is_remote(path):
     return open(path, "rb", buffering=buffering)
   return io.BufferedReader(_RangedFile(path), _READ_AHEAD)
 
 
 class _RangedFile(io.RawIOBase):
-  """A file of a bucket; each read is a request, repeated where it fails."""
+  """A bucket file; each read is a request, retried on failure."""
 
   def __init__(self, path: PurePath):
     super().__init__()
@@ -147,17 +147,17 @@ class _RangedFile(io.RawIOBase):
 
 
 def read_bytes(path: PurePath) -> bytes:
-  """The content of a file."""
+  """Returns the content of a file."""
   if not is_remote(path):
     return Path(path).read_bytes()
   return buckets.request(path, "read", "cat_file")
 
 
 def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
-  """The content of a JSON file; None if it is missing or not JSON.
+  """Parses a JSON file; None if it is missing or malformed.
 
-  For files that a run writes for its later sessions, and a crash may truncate.
-  `tolerant` returns None also for a file that can't be read.
+  For files that a run writes for its later sessions; a crash may truncate them.
+  With `tolerant`, an unreadable file also gives None.
   """
   try:
     data = read_bytes(path)
@@ -173,7 +173,7 @@ def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
 
 
 def check_regular_file(file: PurePath) -> None:
-  """Raises InputError for a pipe or a device, which may never end."""
+  """Raises InputError for a pipe or device, whose content may be endless."""
   if is_remote(file):
     return
   mode = os.stat(file).st_mode
@@ -185,7 +185,7 @@ def check_regular_file(file: PurePath) -> None:
 
 
 def read_regular(file: PurePath, *, limit: int | None = None) -> bytes:
-  """The bytes of a regular file of at most `limit`; else an InputError."""
+  """Reads a regular file of at most `limit` bytes; InputError otherwise."""
   check_regular_file(file)
   if limit is not None and (size := stat(file).st_size) > limit:
     raise InputError(f"{file} has {size:,} bytes; at most {limit:,} are read.")
@@ -193,7 +193,7 @@ def read_regular(file: PurePath, *, limit: int | None = None) -> bytes:
 
 
 def read_range(path: PurePath, offset: int, size: int) -> bytes:
-  """A part of a file, of a bucket in one request; fewer bytes at its end."""
+  """Reads a byte range in one request; fewer bytes at the end of the file."""
   if not is_remote(path):
     with open(path, "rb", buffering=0) as file:
       return os.pread(file.fileno(), size, offset)
@@ -202,9 +202,9 @@ def read_range(path: PurePath, offset: int, size: int) -> bytes:
 
 
 def write_bytes(path: PurePath, data: bytes) -> None:
-  """Writes a file; readers see the old content or the new one.
+  """Writes a file; readers see either the old or the new content.
 
-  Creates its folder. An object of a bucket appears when it is complete.
+  Creates the parent folder. A bucket object appears once it is complete.
   """
   if is_remote(path):
     buckets.request(path, "written", "pipe_file", data)
@@ -214,7 +214,7 @@ def write_bytes(path: PurePath, data: bytes) -> None:
 
 
 def remove(path: PurePath) -> None:
-  """Removes a file, if it exists."""
+  """Removes a file if it exists."""
   if not is_remote(path):
     Path(path).unlink(missing_ok=True)
   elif exists(path):
@@ -222,7 +222,7 @@ def remove(path: PurePath) -> None:
 
 
 def remove_folder(path: PurePath) -> None:
-  """Removes a folder with all that is below it, if it exists."""
+  """Removes a folder and everything below it, if it exists."""
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
   elif exists(path):
@@ -240,8 +240,8 @@ def upload_folder(
 ) -> None:
   """Copies the files of a local folder to a bucket.
 
-  Names in `last` are removed first and written last, in this order: a folder
-  without them is not complete.
+  Names in `last` are removed first and written last, in this order: they mark
+  the folder as complete.
   """
   names = [f.relative_to(folder) for f in folder.rglob("*") if f.is_file()]
   order = sorted(names, key=lambda n: (str(n) in last, str(n)))
@@ -253,7 +253,7 @@ def upload_folder(
 
 
 def cache_folder() -> Path:
-  """This machine's folder for copies of files in buckets."""
+  """This machine's folder for copies of bucket files."""
   if given := os.environ.get(CACHE_VARIABLE):
     return Path(given).expanduser()
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -261,11 +261,11 @@ def cache_folder() -> Path:
 
 
 def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
-  """A local path itself, or a local copy of a file or a folder of a bucket.
+  """Returns a local copy of a bucket file or folder; local paths as they are.
 
-  The copy, in `cache_folder()` by default, is renewed when the object changes.
-  One of several processes copies. Raises MissingFileError, StorageError, or
-  InputError for an object whose name leads out of the folder.
+  Copies go to `cache_folder()` by default, and are renewed when the object
+  changes. Only one process copies. Raises MissingFileError, StorageError, or
+  InputError if an object's name would escape the folder.
   """
   if not is_remote(path):
     return Path(path)
@@ -297,9 +297,9 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
 def download_folder(
   path: AnyPath, folder: Path, *, ignore: Sequence[str] = ()
 ) -> None:
-  """Copies a folder of a bucket, if it exists, to a local one.
+  """Copies a bucket folder, if it exists, to a local one.
 
-  Leaves out names in the folder that match a pattern in `ignore`.
+  Skips top-level names that match a pattern in `ignore`.
   """
   url = os.fspath(path).rstrip("/")
   names = [
@@ -311,7 +311,7 @@ def download_folder(
 
 
 def _download(url: str, names: Iterable[str], target: Path) -> None:
-  """Copies the files of a folder; of a file, whose only name is empty."""
+  """Copies objects below a URL; the name of a single file is empty."""
   files = {name: _resolve_object(target, name, url) for name in names}
 
   def copy(name: str) -> None:
@@ -323,10 +323,10 @@ def _download(url: str, names: Iterable[str], target: Path) -> None:
 
 
 def _resolve_object(folder: Path, name: str, url: str) -> Path:
-  """An object's path in a local folder; InputError for one outside of it.
+  """Local path of an object; InputError if it would be outside `folder`.
 
-  A store's names are any text, also with `..`, and whoever may write to a
-  bucket chooses them.
+  Object names are arbitrary text, including `..`, chosen by anyone who can
+  write to the bucket.
   """
   path = PurePath(name)
   if path.is_absolute() or ".." in path.parts or "\0" in name:

@@ -1,8 +1,8 @@
-"""Paths that stand for many files.
+"""Path patterns that expand to many files.
 
-A path may be a brace range (`cc3m/{00000..00331}.tar`), a brace list
+A pattern is a brace range (`cc3m/{00000..00331}.tar`), a brace list
 (`{train,restval}.tar`), a glob (`cc3m/*.tar`), several of these separated by
-commas, or a list of any of them; in folders and in buckets.
+commas, or a list of them; for local files and buckets.
 """
 
 import functools
@@ -25,29 +25,29 @@ from mtv_jax.utils.errors import (
 )
 
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
-# Files of one path; more are a slip of the keyboard.
+# Files per path; more are assumed to be a typo.
 _MAX_FILES = 1_000_000
-# Characters of a path with its braces.
+# Characters of a pattern, braces included.
 _MAX_TEXT = 1 << 20
-_MAX_NAME = 4096  # Characters of a file's path.
+_MAX_NAME = 4096  # Characters of one file's path.
 
 
 def expand_path(
   path: AnyPath | Sequence[AnyPath], *, suffix: str = ".tar"
 ) -> list[PurePath]:
-  """The existing files that `path` stands for, globs sorted, no file twice.
+  """Expands `path` to existing files, globs sorted, without duplicates.
 
-  `suffix` is how such files end, for the hint in errors. Raises
-  MissingFileError for files that are missing and globs that match nothing, and
-  InputError for a file that appears twice, is a folder, a pipe or a device, or
-  for a malformed or endless brace.
+  `suffix` is the usual file ending, for hints in errors. Raises
+  MissingFileError if a file is missing or a glob matches nothing; InputError if
+  a file appears twice or is a folder, a pipe or a device, or if a brace is
+  malformed or expands to too many files.
   """
   files: list[PurePath] = []
   missing: list[str] = []
   patterns = [p for item in split_paths(path) for p in expand_braces(item)]
   if not patterns:
     raise InputError(f"The path {printable(repr(path))} names no file.")
-  # One listing of each folder of a bucket, instead of a request for each file.
+  # List each bucket folder once, instead of a request per file.
   listing = functools.cache(buckets.list_objects)
   for pattern in patterns:
     if len(pattern) > _MAX_NAME:
@@ -58,7 +58,7 @@ def expand_path(
     remote = path_lib.is_remote(pattern)
     pattern = pattern if remote else os.path.expanduser(pattern)
     if _file_exists(pattern, listing):
-      # Before the glob, since a file's name may have brackets.
+      # Tried before globbing, because a file name may contain brackets.
       files.append(path_lib.as_path(pattern))
     elif glob.has_magic(pattern):
       matches = _glob(pattern)
@@ -80,8 +80,8 @@ def expand_path(
       f" {_describe_folder(folder, suffix)} Add the missing files, or leave"
       " them out of the path (with a glob)."
     )
-  # Not resolve(): a system call per file and component adds up on network
-  # disks, and the check of the keys detects two links to a file.
+  # Not resolve(): its system calls per path component are slow on network
+  # disks. Two links to one file are detected by the check of keys.
   names: set[str] = set()
   for file in files:
     remote = path_lib.is_remote(file)
@@ -104,7 +104,7 @@ def _file_exists(file: str, listing: Callable[[str], Mapping]) -> bool:
   if not path_lib.is_remote(file):
     return os.path.exists(file)
   folder, _, name = file.rstrip("/").rpartition("/")
-  # A listing of what is before the first slash of a glob may be endless.
+  # Don't list folders that contain globs: the listing may be endless.
   return not glob.has_magic(folder) and name in listing(folder)
 
 
@@ -138,7 +138,7 @@ def _describe_folder(folder: PurePath, suffix: str) -> str:
 
 
 def split_paths(path: str | os.PathLike | Sequence) -> list[str]:
-  """Splits lists and commas, the latter only outside braces."""
+  """Splits lists, and commas outside braces."""
   if isinstance(path, list | tuple):
     return [part for item in path for part in split_paths(item)]
   if not isinstance(path, str | os.PathLike):
@@ -176,7 +176,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _brace_options(text: str, pattern: str) -> Sequence[str]:
-  """What a brace of a pattern stands for."""
+  """Expands one brace of a pattern."""
   inside = text[1:-1]
   if match := _RANGE.fullmatch(inside.strip()):
     first, last = match.groups()
@@ -186,7 +186,7 @@ def _brace_options(text: str, pattern: str) -> Sequence[str]:
       raise InputError(
         f"The range {text} of {printable(repr(pattern))} is empty."
       )
-    # Leading zeros as in the first number, like bash.
+    # Zero-padded if the first number is, like bash.
     width = len(first) if first.startswith("0") else 0
     return [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
   if "," in inside:

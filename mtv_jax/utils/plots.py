@@ -1,4 +1,4 @@
-"""Drawing primitives of sheets: colours, text, boxes, lines, image grids.
+"""Drawing primitives for figures: colours, text, boxes, lines, image grids.
 
 Images are uint8 RGB `[H, W, 3]`; boxes are (y0, x0, y1, x1) in the unit square.
 """
@@ -23,7 +23,7 @@ from mtv_jax.utils.text import one_line
 INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
-_PLATE_SIZE = 11  # Height of the letters of a box's name.
+_PLATE_SIZE = 11  # Font size of box labels.
 _ELLIPSIS = "…"
 _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 
@@ -31,10 +31,10 @@ _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 def save_image(
   pixels: UInt8[np.ndarray, "h w 3"], path: str | os.PathLike
 ) -> None:
-  """Writes an image of the format that the path's suffix names.
+  """Writes an image; the suffix gives the format.
 
   Raises:
-    InputError: no such format.
+    InputError: unknown suffix.
   """
   path = Path(path)
   known = Image.registered_extensions()
@@ -48,7 +48,7 @@ def save_image(
 
 
 def palette(n: int) -> UInt8[np.ndarray, "n 3"]:
-  """Colours of n classes: hues a golden ratio apart, the first one grey."""
+  """Class colours: hues a golden ratio apart, the first one grey."""
   hue = (np.arange(n) * 0.618034 % 1 * 180).astype(np.uint8)
   value = np.where(np.arange(n) % 2, 235, 175).astype(np.uint8)
   hsv = np.stack([hue, np.full(n, 190, np.uint8), value], -1)
@@ -63,10 +63,10 @@ def colour_depth(
   valid: Bool[np.ndarray, "h w"] | None = None,
   limits: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Inverse depth in the Turbo colour map: far is blue, near is red.
+  """Maps inverse depth to the Turbo colour map: far is blue, near is red.
 
-  Pixels that are not `valid` are black. The ends of the map are `limits`, by
-  default the smallest and the largest valid value.
+  Pixels that are not `valid` are black. `limits` are the ends of the colour
+  map, by default the smallest and largest valid value.
   """
   known = inverse_depth if valid is None else inverse_depth[valid]
   low, high = limits or ((known.min(), known.max()) if known.size else (0, 1))
@@ -81,7 +81,7 @@ def colour_depth(
 def hatch(
   image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """The image with grey stripes over the masked pixels."""
+  """Draws grey stripes over the masked pixels."""
   rows, columns = np.indices(mask.shape)
   stripes = np.array(_STRIPES, np.uint8)[(rows + columns) // _STRIPE_WIDTH % 2]
   return np.where(mask[..., None], stripes, image)
@@ -89,9 +89,9 @@ def hatch(
 
 @functools.cache
 def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
-  """DejaVu Sans: Pillow's default font lacks letters beyond English."""
+  """DejaVu Sans; Pillow's default font lacks non-English letters."""
   file = Path(__file__).parent / "fonts" / "DejaVuSans.ttf"
-  # The other layout engine is an optional dependency.
+  # The default layout engine, Raqm, is an optional dependency.
   return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -101,9 +101,9 @@ def text_width(text: str, size: int = TEXT_SIZE) -> float:
 
 
 def shorten(text: str, width: float | int, size: int = TEXT_SIZE) -> str:
-  """One line of text, cut with an ellipsis to `width` pixels."""
+  """One line of text, truncated with an ellipsis to `width` pixels."""
   text = one_line(text)
-  # A line is never longer, and measuring takes time.
+  # Longer text never fits, and measuring takes time.
   start = text[:1000]
   if len(text) == len(start) and text_width(text, size) <= width:
     return text
@@ -118,7 +118,7 @@ def shorten(text: str, width: float | int, size: int = TEXT_SIZE) -> str:
 def wrap(
   text: str, width: float | int, *, lines: int, size: int = TEXT_SIZE
 ) -> list[str]:
-  """Text on at most `lines` lines, the last one cut with an ellipsis."""
+  """Wraps text to at most `lines` lines; the last may end in an ellipsis."""
   words, wrapped = one_line(text).split(), []
   while words:
     n = len(words) if len(wrapped) == lines - 1 else 1
@@ -137,7 +137,7 @@ def draw_lines(
   *,
   size: int = TEXT_SIZE,
 ) -> UInt8[np.ndarray, "h {width} 3"]:
-  """Lines of text, each in its colour, on paper."""
+  """Draws lines of text, each in its colour, on a white background."""
   pitch = size + size // 4
   sheet = Image.new("RGB", (width, pitch * len(lines)), PAPER)
   for k, (text, ink) in enumerate(lines):
@@ -148,7 +148,7 @@ def draw_lines(
 def add_title_bar(
   image: UInt8[np.ndarray, "h w 3"], text: str
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """The image with text on a dark bar along its upper edge."""
+  """Draws text on a dark bar along the image's upper edge."""
   canvas = Image.fromarray(image)
   draw = ImageDraw.Draw(canvas)
   draw.rectangle((0, 0, canvas.width, TEXT_SIZE + 8), fill=INK)
@@ -164,13 +164,13 @@ def draw_boxes(
   colours: UInt8[np.ndarray, "n 3"] | None = None,
   suffixes: Sequence[str] = (),
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, ...]]:
-  """Draws boxes, each with its name on a plate of its colour.
+  """Draws boxes, each with its name on a label of its colour.
 
-  Plates lie within the image and don't overlap; earlier boxes go first. Names
-  are cut to the width of the image, their `suffixes` (such as scores) are not.
+  Labels stay inside the image and don't overlap; earlier boxes have priority.
+  Names are truncated to the image's width, `suffixes` (such as scores) are not.
 
   Returns:
-    The image, and the indices of the boxes whose plate did not fit.
+    The image, and the indices of the boxes whose label didn't fit.
   """
   height, width = image.shape[:2]
   canvas, size = Image.fromarray(image), _PLATE_SIZE
@@ -179,13 +179,13 @@ def draw_boxes(
     colours = palette(len(names) + 1)[1:]
   inks = [tuple(colour) for colour in colours.tolist()]
   corners = np.rint(boxes * [height, width, height, width]).astype(int)
-  # Large boxes first, so that a small one is not painted over.
+  # Large boxes first, so that they don't cover small ones.
   areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
   for i in np.argsort(-areas, kind="stable"):
     y0, x0, y1, x1 = corners[i].tolist()
     x0, y0 = min(x0, width - 3), min(y0, height - 3)
     x1, y1 = max(x1 - 1, x0 + 2), max(y1 - 1, y0 + 2)
-    # A dark rim, since the image may have the colour of the box.
+    # A dark outline, because the image may have the box's colour.
     draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=INK, width=4)
     draw.rectangle((x0, y0, x1, y1), outline=inks[i], width=2)
   plates: list[tuple[int, int, int, int]] = []
@@ -213,7 +213,7 @@ def _free_plate(
   image: tuple[int, int],
   others: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int] | None:
-  """(x0, y0, x1, y1) of a plate at a corner of its box, clear of the others."""
+  """Returns a free (x0, y0, x1, y1) for a label at a corner of its box."""
   y0, x0, y1, x1 = box.tolist()
   width, height = plate
   right = x1 - width
@@ -249,7 +249,7 @@ def draw_matches(
   colours: UInt8[np.ndarray, "n 3"] | None = None,
   correct: Bool[np.ndarray, " n"] | None = None,
 ) -> UInt8[np.ndarray, "h w1 3"]:
-  """Two images side by side with a line for each pair of points (y, x).
+  """Two images side by side, with a line for each pair of points (y, x).
 
   Lines have the given colours, or are green if correct and red if not.
   """
@@ -267,10 +267,10 @@ def draw_matches(
 
 
 def fit_image(image: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
-  """The image resized to a longer side of `size`, with its aspect ratio.
+  """Resizes to a longer side of `size`, keeping the aspect ratio.
 
-  Enlarging four times or more keeps pixels as squares, so that the patches of
-  a feature map stay visible.
+  Upscaling by four or more uses nearest neighbour, so that the patches of a
+  feature map stay visible.
   """
   canvas = Image.fromarray(image)
   scale = size / max(canvas.size)
@@ -288,10 +288,10 @@ def image_grid(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """A grid of images of any size, each fitted into a square of side `size`.
 
-  `titles` are above the columns.
+  `titles` are the column titles.
 
   Raises:
-    InputError: for no rows, or rows of different lengths.
+    InputError: `rows` is empty, or its rows differ in length.
   """
   lengths = {len(row) for row in rows}
   if len(lengths) != 1 or 0 in lengths:
@@ -310,14 +310,14 @@ def image_grid(
 def hstack(
   images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, gap: int = GAP
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Images of any height side by side, with gaps."""
+  """Concatenates images of any height horizontally, with gaps."""
   return vstack([x.swapaxes(0, 1) for x in images], gap=gap).swapaxes(0, 1)
 
 
 def vstack(
   rows: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, gap: int = GAP
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Rows of any width one below the other, with gaps."""
+  """Concatenates images of any width vertically, with gaps."""
   shape = (sum(len(r) + gap for r in rows), max(r.shape[1] for r in rows), 3)
   sheet, top = np.full(shape, PAPER, np.uint8), 0
   for row in rows:
@@ -329,9 +329,9 @@ def vstack(
 def stack_rows(
   rows: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Rows of images of one width each, one below the other.
+  """Stacks rows of equally wide images vertically.
 
-  `titles` are above the images of the first row, one for each.
+  `titles` are the column titles, above the first row.
   """
   width = (rows[0].shape[1] + GAP) // len(titles) - GAP
   head = hstack([draw_lines([(shorten(t, width), INK)], width) for t in titles])
@@ -344,9 +344,9 @@ def image_with_maps(
   *,
   height: int,
 ) -> UInt8[np.ndarray, "{height} w2 3"]:
-  """An image and coloured label maps of its shape, side by side.
+  """An image and its coloured label maps (same shape), side by side.
 
-  Maps are resized with the nearest pixel, since means of labels are not labels.
+  Maps use nearest-neighbour resizing, since averaged labels are not labels.
   """
   size = (max(1, round(image.shape[1] * height / len(image))), height)
   methods = [cv2.INTER_AREA] + [cv2.INTER_NEAREST_EXACT] * len(maps)

@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 class ProcessCache(Generic[T]):
-  """The most recently used of many opened files or decoded blocks.
+  """Cache of opened files or decoded blocks.
 
-  Pickled or forked, it starts empty: file handles and readers' threads belong
-  to one process. Threads that request one entry wait for one load. Another
-  thread may still use an evicted value, so it must close when it is deleted.
+  Starts empty after pickling or a fork: file handles and readers' threads
+  belong to one process. Threads that request the same entry wait for one load.
+  An evicted value may still be in use by another thread, so it must close
+  itself when deleted.
 
-  `load` returns the value of entry `i`. Without a `limit`, as many values of
-  `descriptors` files each are kept as a third of the process's limit of open
-  files (`ulimit -n`) allows.
+  `load` returns the value of entry `i`. The default `limit` uses a third of the
+  process's open-file limit (`ulimit -n`), at `descriptors` files per value.
   """
 
   def __init__(
@@ -43,7 +43,7 @@ class ProcessCache(Generic[T]):
     self._load, limit, descriptors = self._arguments
     if limit is None:
       soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-      soft = soft if soft > 0 else 1 << 16  # no limit is -1
+      soft = soft if soft > 0 else 1 << 16  # -1: unlimited.
       limit = max(8, soft // 3 // descriptors)
     self.limit = limit
 
@@ -58,7 +58,7 @@ class ProcessCache(Generic[T]):
     return len(self._values)
 
   def get(self, i: int) -> T:
-    """The value of entry `i`, loaded if it is not cached."""
+    """Returns the value of entry `i`, loading it if needed."""
     if self._pid != os.getpid():
       self._start()
     with self._lock:
@@ -70,7 +70,7 @@ class ProcessCache(Generic[T]):
       while len(self._values) > self.limit:
         self._values.popitem(last=False)
     if missing:
-      # Outside the lock: loading waits for the disk.
+      # Outside the lock: loading waits for I/O.
       try:
         future.set_result(self._load(i))
       except BaseException as error:

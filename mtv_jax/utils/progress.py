@@ -14,21 +14,21 @@ T = TypeVar("T")
 
 
 class _Lines(tqdm.tqdm):
-  """A bar that writes lines instead of overwriting one."""
+  """A progress bar that writes new lines instead of overwriting one."""
 
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
     """Writes the state as one line."""
-    # `close` calls this with 0 and ends the line itself.
+    # `close` passes pos=0 and ends the line itself.
     self.fp.write(f"{msg or self}" + ("" if pos == 0 else "\n"))
     self.fp.flush()
 
 
 class Progress:
-  """A progress bar whose calls give the number of completed items.
+  """A progress bar; call it with the number of completed items.
 
-  Items of earlier runs, before the first call, don't count into the rate. The
-  stream is standard error by default, the interval between updates 0.5 seconds
-  on a terminal, else 10.
+  Items completed before the first call don't count towards the rate. Defaults:
+  `stream` is stderr; `interval` between updates is 0.5 s on a terminal, 10 s
+  elsewhere.
   """
 
   def __init__(
@@ -56,7 +56,7 @@ class Progress:
     )
 
   def __call__(self, done: int, total: int) -> None:
-    """Updates the bar to `done` items of all runs and hosts."""
+    """Updates the bar to `done` items, over all runs and hosts."""
     if self._bar is None:
       self._bar = self._make_bar(total=total, initial=done)
     self._bar.total = total
@@ -66,7 +66,7 @@ class Progress:
 
 
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
-  """Yields items with a progress bar."""
+  """Yields items while showing a progress bar."""
   report = Progress(unit=unit, description=description)
   report(0, max(len(items), 1))
   for done, item in enumerate(items, 1):

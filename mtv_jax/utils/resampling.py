@@ -1,4 +1,4 @@
-"""Resampling of one axis as a product with a small matrix, on the host."""
+"""Resampling of one axis as a small matrix product, on the host."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 def resize_matrix(
   size: int, new_size: int, method: str = "bicubic"
 ) -> Float64[np.ndarray, "new old"]:
-  """The matrix that resamples `size` values to `new_size`.
+  """Returns the matrix that resamples `size` values to `new_size`.
 
   Pixels are areas (align_corners=False). Rows sum to one. Equal to PyTorch's
-  `interpolate`, which released models were evaluated with.
+  `interpolate`, with which released models were evaluated.
 
   The methods:
     bicubic: a = -0.75, edge values repeated; PyTorch's default, OpenCV's
       INTER_CUBIC (SigLIP, DINOv2).
     antialiased: bicubic with a = -0.5, the kernel widened when shrinking and
-      cut at the edges; PyTorch's antialias=True, Pillow (DINOv2 with
+      truncated at the edges; PyTorch's antialias=True, Pillow (DINOv2 with
       registers).
-    bilinear: two values are read however much the axis shrinks.
+    bilinear: reads two values, however much the axis shrinks.
     bilinear_antialiased: Pillow's BILINEAR (SigLIP 2 NaFlex, TIPS).
-    bilinear_corners: first and last value stay (align_corners=True).
+    bilinear_corners: first and last value are preserved (align_corners=True).
   """
   rows = np.arange(new_size)[:, None]
   scale = size / new_size
@@ -66,5 +66,5 @@ def resize_matrix(
     else:
       matrix[:] = np.maximum(1 - np.abs(distance), 0)
     matrix /= matrix.sum(axis=1, keepdims=True)
-  matrix.setflags(write=False)  # cached, so shared by every caller
+  matrix.setflags(write=False)  # Cached, so shared by all callers.
   return matrix

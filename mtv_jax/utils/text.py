@@ -1,4 +1,4 @@
-"""Numbers and names as short texts."""
+"""Short text formats for numbers and names."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Number = int | float
 
 
 def one_line(text: str) -> str:
-  """Text without line breaks, runs of spaces and unprintable characters."""
+  """Collapses whitespace and replaces unprintable characters."""
   text = " ".join(text.split())
   return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def truncate(text: str, limit: int) -> str:
-  """Text of at most `limit` characters and an ellipsis."""
+  """Truncates text longer than `limit` characters, with an ellipsis."""
   return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def list_first(names: Sequence[str], limit: int) -> str:
-  """The first names of a list, with an ellipsis for further ones."""
+  """Joins the first `limit` names, with an ellipsis if more follow."""
   return ", ".join([*names[:limit], *["..."] * (len(names) > limit)])
 
 
 def format_setting(value: Any, limit: int) -> str:
-  """A setting as text, else as JSON, cut to `limit` characters."""
+  """A string, or a value as JSON, truncated to `limit` characters."""
   text = value if isinstance(value, str) else json.dumps(value, default=str)
   return truncate(text, limit)
 
 
 def file_name(*parts: str) -> str:
-  """A file's name of letters, digits, dots and hyphens."""
+  """File name from letters, digits, dots, hyphens and underscores."""
   parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
   return "_".join(part or "unnamed" for part in parts)
 
@@ -43,7 +43,7 @@ def file_name(*parts: str) -> str:
 def align_columns(
   rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> list[str]:
-  """Lines of a text table; columns align right, except for `left`."""
+  """Lines of a text table, right-aligned except for the columns in `left`."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   form = "  ".join(
     f"{{:{'<' if i in left else '>'}{w}}}" for i, w in enumerate(widths)
@@ -52,7 +52,7 @@ def align_columns(
 
 
 def format_number(value: Number) -> str:
-  """A short form of a number: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
+  """Short number format: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
   if not math.isfinite(value):
     return str(value)
   if value == int(value) and abs(value) < 1e6:
@@ -63,7 +63,7 @@ def format_number(value: Number) -> str:
 
 
 def format_short(value: Number) -> str:
-  """A number with a unit's prefix: 0.25, 400, 12k, 1.5M, 2e-05."""
+  """Number with a unit prefix: 0.25, 400, 12k, 1.5M, 2e-05."""
   if value == 0:
     return "0"
   for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -82,7 +82,7 @@ def format_metric(
 ) -> str:
   """A metric without its unit; `71.30 ± 0.92` with a standard error.
 
-  A percentage has `digits` decimals, another number of common size has three.
+  Percentages have `digits` decimals, most other numbers three.
   """
   if value is None:
     return "-"
@@ -99,7 +99,7 @@ def format_metric(
 
 
 def format_percent(fraction: Number | None) -> str:
-  """A fraction in percent; small ones keep two digits."""
+  """A fraction in percent; below 1 % with two significant digits."""
   if fraction is None:
     return "none"
   value = 100 * fraction
@@ -107,7 +107,7 @@ def format_percent(fraction: Number | None) -> str:
 
 
 def format_bytes(count: Number) -> str:
-  """A size in powers of 1024."""
+  """A size in powers of 1024: 12 B, 3.4 KiB, 1.25 GiB."""
   for unit in ("B", "KiB", "MiB"):
     if abs(count) < 1024:
       return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -116,7 +116,7 @@ def format_bytes(count: Number) -> str:
 
 
 def format_duration(seconds: Number) -> str:
-  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
+  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' if not finite."""
   if not math.isfinite(seconds):
     return "?"
   left, units = round(seconds), [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]

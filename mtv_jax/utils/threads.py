@@ -1,4 +1,4 @@
-"""Maps by threads, for work that waits for the disk or releases the GIL."""
+"""Threaded maps, for work that waits for I/O or releases the GIL."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 from mtv_jax.utils.cores import available_cores
 
-# Threads that open or copy files, which wait for the disk or the network.
+# Threads that open or copy files; they mostly wait for the disk or network.
 IO_THREADS = 16
 
 
@@ -17,7 +17,7 @@ def map_threads(
   *,
   threads: int = IO_THREADS,
 ) -> list:
-  """The results for all items, in order; by default for files."""
+  """Maps with threads, in order; the default number suits file I/O."""
   with futures.ThreadPoolExecutor(threads) as pool:
     return list(pool.map(function, items))
 
@@ -25,10 +25,10 @@ def map_threads(
 def map_ahead(
   function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
 ) -> Iterator[Any]:
-  """`map` by a thread per core, in order, with a bounded number pending.
+  """Maps with one thread per core, in order, with a bounded number pending.
 
-  Items are iterated in the caller's thread; `ahead` results are computed in
-  advance, by default twice the threads.
+  Iterates `items` in the caller's thread. Computes `ahead` results in advance,
+  by default twice the number of threads.
   """
   threads = available_cores()
   pending: collections.deque[futures.Future] = collections.deque()

@@ -1,9 +1,9 @@
 """Pytree leaves by name, 'a/b/c', and rules that select them by regex.
 
-Frozen parameters, learning-rate and weight-decay multipliers, sharding and
-partial loading all address parameters this way: the first rule whose pattern
-matches wins. Patterns match anywhere in the name (`re.search`): '/bias$' is
-every bias, '^image/' the image tower.
+Freezing, learning-rate and weight-decay multipliers, sharding and partial
+loading address parameters this way: the first matching rule wins. Patterns
+match anywhere in the name (`re.search`): '/bias$' is every bias, '^image/' the
+image tower.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from mtv_jax.utils.errors import InputError
 
 @dataclass_transform(field_specifiers=(flax.struct.field,))
 def pytree_dataclass(cls: type) -> type:
-  """`flax.struct.dataclass` whose annotations are not checked at run time.
+  """`flax.struct.dataclass` without run-time checks of annotations.
 
   JAX rebuilds trees with leaves that are not arrays.
   """
@@ -28,17 +28,17 @@ def pytree_dataclass(cls: type) -> type:
 
 
 def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
-  """Pairs (name, leaf), in the order of `jax.tree.leaves`.
+  """Returns pairs (name, leaf), in the order of `jax.tree.leaves`.
 
-  Dictionaries, dataclasses, named tuples and sequences all name their
-  children; empty containers and None have no leaves and vanish.
+  Names come from dict keys, dataclass and named tuple fields, and sequence
+  indices. Empty containers and None are dropped.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [(_name(path), leaf) for path, leaf in leaves]
 
 
 def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested dictionaries by name: the inverse of `flatten_with_names`."""
+  """Builds nested dicts from names; the inverse of `flatten_with_names`."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split("/")
@@ -50,7 +50,7 @@ def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_names(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-  """`jax.tree.map` whose function also gets the leaf's name, first."""
+  """`jax.tree.map` that passes the leaf's name as the first argument."""
   return jax.tree_util.tree_map_with_path(
     lambda path, *leaves: function(_name(path), *leaves), tree, *rest
   )
@@ -62,7 +62,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """The rule that matched a name; pattern and value are None for no match."""
+  """The rule that matched a name; pattern and value are None if none did."""
 
   name: str
   pattern: str | None
@@ -76,17 +76,17 @@ def match_rules(
   what: str = "rules",
   unused: Literal["error", "allow"] = "error",
 ) -> list[Match]:
-  """For each name, the first rule whose pattern fits.
+  """Returns the first matching rule of each name.
 
   Args:
     names: such as 'image/blocks/mlp/fc1/kernel'.
     rules: pairs (regex, value).
-    what: the config key of the rules, for errors.
-    unused: 'error' guards against typos in users' rules; 'allow' is for rules
-      that serve many models.
+    what: config key of the rules, for errors.
+    unused: 'error' catches typos in users' rules; 'allow' is for rules shared
+      by many models.
 
   Raises:
-    InputError: a bad regex, or a rule that matches no name.
+    InputError: a malformed regex, or a rule that matches no name.
   """
   names = list(names)
   compiled = [_compile(rule, what) for rule in rules]
@@ -111,17 +111,17 @@ def select_names(
   what: str = "patterns",
   unused: Literal["error", "allow"] = "allow",
 ) -> list[str]:
-  """The names that any of the patterns fits; errors as in `match_rules`."""
+  """Returns names that match any pattern; errors as in `match_rules`."""
   rules = [(pattern, True) for pattern in patterns]
   matches = match_rules(names, rules, what=what, unused=unused)
   return [match.name for match in matches if match.value]
 
 
 def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
-  """The value of the first rule that matches a name.
+  """Returns the value of the first rule that matches a name.
 
   Raises:
-    InputError: no rule does.
+    InputError: no rule matches.
   """
   (match,) = match_rules([name], rules, unused="allow")
   if match.pattern is None:
@@ -140,11 +140,11 @@ def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
 
 
 def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
-  """The last sentence of an error about a pattern without a match."""
+  """Closing sentence of an error about a pattern that matches nothing."""
   names = list(names)
   plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
 
-  # Parts too, for patterns such as '.*/qvk/.*'.
+  # Score name parts too, for patterns such as '.*/qvk/.*'.
   def score(name: str) -> float:
     return max(
       difflib.SequenceMatcher(None, plain.strip("/"), part).ratio()

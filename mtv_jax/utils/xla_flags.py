@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
   """Options for `jax.jit` of a program on a mesh; None if none are needed.
 
-  With YNNPACK's matrix products, the default of newer releases, towers are 1.25
-  times slower than with Eigen's, and several times on shared cores.
+  Selects Eigen's matrix products on CPUs. With YNNPACK, the default of newer
+  releases, towers are 1.25 times slower, and several times on shared cores.
 
   Args:
     mesh: None for JAX's default device.
@@ -35,22 +35,21 @@ def _options() -> dict[str, str] | None:
   try:
     jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
   except jax.errors.JaxRuntimeError:
-    return None  # A release without this option.
+    return None  # This release lacks the option.
   return options
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
-  """Enables the compilation cache, so that a resumed run starts at once.
+  """Enables the persistent compilation cache, so that resumed runs start fast.
 
-  All hosts share it, also those that replace preempted ones: process 0 writes,
-  every process reads. Compiled programs are code: use only folders that other
-  users can't write to. `JAX_COMPILATION_CACHE_DIR` takes precedence over
+  All hosts share it, including replacements of preempted ones: process 0
+  writes, every process reads. Compiled programs are code: use only folders that
+  other users can't write to. `JAX_COMPILATION_CACHE_DIR` takes precedence over
   "auto".
 
   Args:
-    choice: "auto" for `workdir/compiled`, but no cache on CPUs, where
-      compilation is short; "none" for no cache; else a folder or
-      a URL.
+    choice: "auto" for `workdir/compiled`, but no cache on CPUs, which compile
+      fast; "none" for no cache; else a folder or URL.
     workdir: the run's folder.
   """
   if choice == "none":
@@ -69,18 +68,18 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
   log.info("Compilation cache: %s.", folder)
 
 
-# Parameters of glibc's `mallopt` (malloc.h), and the largest value of each.
+# Parameters of glibc's `mallopt` (malloc.h), with their maximum values.
 _TRIM_THRESHOLD, _TOP_PAD = (-1, 2**31 - 1), (-2, 2**26)
 _MMAP_THRESHOLD = (-3, 2**25)
 
 
 def retain_freed_memory() -> None:
-  """Makes the C library keep freed memory for the next step of a CPU.
+  """Makes the C library reuse freed memory across steps on CPUs.
 
-  XLA allocates the buffers of a step anew. By default glibc returns large ones
-  to the system, and a third of a small model's training is page faults: 98 ms
-  of processor time for a step of the contrast of `configs/study.py` before, 62
-  after. Has no effect with other C libraries.
+  XLA allocates the buffers of every step anew. By default glibc returns large
+  ones to the system, and page faults take a third of a small model's step time:
+  a contrastive step of `configs/study.py` used 98 ms of CPU time before and 62
+  ms after. Only affects glibc.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is not None:

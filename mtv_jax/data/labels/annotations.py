@@ -1,8 +1,8 @@
 """Label sets from existing annotations: COCO instances, depth images.
 
-A base record is matched by the name of its original image file: `file_name`,
-else the last part of `url` of its .json (see `shard_writer`), else its key.
-Annotations of an image of another shape are not used.
+A base record is identified by its original image file: `file_name`, else the
+last part of `url` in its .json (see `shard_writer`), else its key. Annotations
+are dropped if the image's aspect ratio differs.
 """
 
 import dataclasses
@@ -30,28 +30,28 @@ from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 from mtv_jax.utils.threads import map_ahead
 
 MATCHES = ("name", "image_id", "key")
-_AHEAD = 256  # Records that threads annotate in advance.
-# On |log(aspect1 / aspect2)|, in addition to rounding of the sides.
+_AHEAD = 256  # Records annotated ahead by threads.
+# Tolerance on |log(aspect1 / aspect2)|, plus rounding of the sides.
 _ASPECT_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A record of the base."""
+  """A base record, as seen by annotations."""
 
   key: str
-  name: str  # The original file's name, with parent folders if known.
-  image_id: str  # The data set's id of the image; "" if unknown.
-  height: int  # The stored image's height; 0 if unreadable.
+  name: str  # Original file name, with parent folders if known.
+  image_id: str  # The data set's image id; "" if unknown.
+  height: int  # Height of the stored image; 0 if unreadable.
   width: int
 
   @property
   def stem(self) -> str:
-    """The file's name without folders and suffix."""
+    """File name without folders and suffix."""
     return Path(self.name).stem
 
   def has_shape(self, height: int, width: int) -> bool:
-    """Whether an image of this size has an equal aspect ratio."""
+    """Whether an image of this size has the record's aspect ratio."""
     sides = (self.height, self.width, height, width)
     if min(sides) < 1:
       return False
@@ -65,7 +65,7 @@ def write(
   *,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCounts:
-  """Writes the labels of all unfinished shards; threads call `annotate`."""
+  """Writes labels of all unfinished shards; `annotate` runs in threads."""
   todo, total = writer.todo(), len(writer.base)
   done = total - sum(len(writer.numbers(shard)) for shard in todo)
   first = None
@@ -107,7 +107,7 @@ def _items(base: Source, numbers: range) -> Iterator[Item]:
 
 
 def _stored_size(base: Source, number: int) -> tuple[int, int]:
-  """Height and width by the image's header, after its EXIF rotation."""
+  """Reads (height, width) from the image header, after EXIF rotation."""
   try:
     with Image.open(io.BytesIO(base[number]["image"])) as image:
       width, height = image.size
@@ -118,7 +118,7 @@ def _stored_size(base: Source, number: int) -> tuple[int, int]:
 
 
 def _check_unique(seen: dict[str, str], item: Item) -> None:
-  """Rejects a second file with a stem; thread-safe by `setdefault`."""
+  """Rejects a second file with the stem; `setdefault` is thread-safe."""
   other = seen.setdefault(item.stem, item.name)
   if other != item.name:
     raise InputError(
@@ -129,11 +129,11 @@ def _check_unique(seen: dict[str, str], item: Item) -> None:
 
 
 class Instances:
-  """Boxes of COCO's instance annotations, with their categories as phrases.
+  """Boxes of COCO instance annotations, with category names as phrases.
 
-  Crowds are dropped. An image that is listed without boxes is labelled. Records
-  are joined by "name" (the file's, without folder and suffix), "image_id" or
-  "key" (equal to the name).
+  Crowds are dropped. A listed image without boxes counts as labelled. Records
+  are matched by "name" (file name without folder and suffix), "image_id" or
+  "key" (equal to that name).
   """
 
   def __init__(
@@ -180,7 +180,7 @@ class Instances:
       self._images[key] = _read_boxes(path, image, names)
 
   def __call__(self, item: Item) -> LabelOutcome:
-    """The boxes of a record."""
+    """Returns the boxes of a record."""
     by_match = dict(name=item.stem, image_id=item.image_id, key=item.key)
     image = self._images.get(by_match[self._match])
     if image is None:
@@ -200,14 +200,14 @@ class Instances:
 def _read_boxes(
   path: Path, image: coco.AnnotatedImage, names: Mapping[int | str, str]
 ) -> "_Annotated":
-  """The boxes of an image, with the names of their categories."""
+  """Collects the boxes of an image, with their category names."""
   annotated = _Annotated(image.info["height"], image.info["width"])
   for annotation in image.annotations:
     if annotation.get("iscrowd"):
       annotated.crowds += 1
       continue
     box, category = annotation["bbox"], annotation["category_id"]
-    # NaN and boxes outside of the image are counted when labels are made.
+    # NaN and boxes outside the image are counted later, by `make_boxes`.
     numbers = [v for v in box if type(v) in (int, float)]
     if category not in names or not len(numbers) == len(box) == 4:
       raise InputError(
@@ -223,7 +223,7 @@ def _read_boxes(
 def _to_float(number: float | int) -> float:
   try:
     return float(number)
-  except OverflowError:  # An integer beyond all floats.
+  except OverflowError:  # An integer too large for a float.
     return math.inf
 
 
@@ -240,21 +240,21 @@ class _Annotated:
 
 @dataclasses.dataclass
 class DepthImages:
-  """Depth of image files of one channel, 8 or 16 bits.
+  """Depth from single-channel image files with 8 or 16 bits.
 
-  `pattern` is the path of a file in the folder, with {key}, {stem} (of the
-  original file), {name} (with its folder, without suffix) or {image_id}.
+  `pattern` is a file path in the folder, with {key}, {stem} (of the original
+  file), {name} (its path without suffix) or {image_id}.
   """
 
   folder: str | os.PathLike
   _: dataclasses.KW_ONLY
   pattern: str = "{stem}.png"
-  # Whether they grow with distance or with nearness.
+  # "metric" values grow with distance, "inverse" ones with nearness.
   values: Literal["metric", "inverse"] = "metric"
-  # Divisor of the values: 1000 for millimetres, 256 for KITTI.
+  # Divisor: 1000 for millimetres, 256 for KITTI.
   scale: Annotated[float | int, Range(above=0)] = 1.0
   invalid: Sequence[int] = (0,)  # Values that mark a missing measurement.
-  side: Annotated[int, Range(min=2)] = 128  # The label's side, in pixels.
+  side: Annotated[int, Range(min=2)] = 128  # Side of the label, in pixels.
   min_valid: Annotated[int, Range(min=2)] = label_values.MIN_VALID
 
   def __post_init__(self):
@@ -266,7 +266,7 @@ class DepthImages:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """For the manifest."""
+    """Settings stored in the manifest."""
     changed = {"folder": Path(self.folder).name, "invalid": list(self.invalid)}
     return {"from": "depth images", **dataclasses.asdict(self), **changed}
 
@@ -287,7 +287,7 @@ class DepthImages:
     return foreign.resolve_name(self.folder, name, where="pattern")
 
   def __call__(self, item: Item) -> LabelOutcome:
-    """The depth of a record."""
+    """Returns the depth of a record."""
     try:
       file = self._path(item)
     except InputError:
@@ -301,14 +301,14 @@ class DepthImages:
         if image.mode not in ("L", "I", "I;16", "I;16B"):
           return no_label(f"depth: a file of mode {image.mode}, not grey")
         raw = np.asarray(image)
-    # Pillow raises errors of many types for damaged files.
+    # Pillow raises many types of errors for damaged files.
     except Exception:
       return no_label("depth: a file that is no image, or damaged")
     if not item.has_shape(*raw.shape):
       return no_label("depth: a file of another shape than the image")
     valid = ~np.isin(raw, self.invalid)
     if self.values == "metric":
-      # A distance of 0 has no inverse.
+      # A distance of 0 can't be inverted.
       valid &= raw > 0
       inverse = self.scale / np.where(valid, raw, 1)
     else:

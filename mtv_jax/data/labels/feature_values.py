@@ -1,19 +1,19 @@
-"""Feature labels: a teacher's pooled and patch features in 8 bits.
+"""Feature labels: a teacher's pooled and patch features, quantized to 8 bits.
 
-Each vector (of a patch, or the pooled one) has codes of 8 bits and a scale: its
-largest absolute value is the largest one of the format. `int8` rounds by half a
-step of 1/127 of that, `float8` (e4m3) by 1/16 of each value at most, which
-keeps the small channels of features with a few very large ones.
+Each vector (a patch, or the pooled one) has 8-bit codes and a scale that maps
+its largest absolute value to the format's largest. The rounding error is half a
+step of 1/127 of that value for `int8`, and at most 1/16 of each value for
+`float8` (e4m3), which preserves small channels next to very large ones.
 
-A serialized label has, beside `key` and `valid`, `format` and for each array
-`NAME` (codes), `NAME/scale` (float32) and `NAME/width`.
+A serialized label has `key`, `valid`, `format` and for each array `NAME`
+(codes), `NAME/scale` (float32) and `NAME/width`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  NumPy knows float8 by it.
+import ml_dtypes  # noqa: F401  Registers float8 with NumPy.
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
@@ -26,7 +26,7 @@ _MAX_WIDTH = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-  """Vectors in 8 bits: codes, as bytes, times a scale for each vector."""
+  """8-bit vectors: codes, stored as bytes, times a scale per vector."""
 
   codes: UInt8[np.ndarray, "n d"]
   scale: Float32[np.ndarray, " n"]
@@ -36,14 +36,14 @@ class Quantized:
     """Rounds vectors to the nearest codes."""
     largest = np.abs(x).max(axis=1, initial=0.0)
     scale = (largest / _LARGEST[format]).astype(np.float32)
-    # Not zero, and so that no product with a scale overflows.
+    # Avoids a zero scale, and keeps products with a scale finite.
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
     codes = np.clip(x / scale[:, None], -_LARGEST[format], _LARGEST[format])
     codes = np.rint(codes) if format == "int8" else codes
     return cls(codes.astype(np.dtype(DTYPES[format])).view(np.uint8), scale)
 
   def values(self, format: Format) -> Float32[np.ndarray, "n d"]:
-    """The vectors, up to rounding."""
+    """Dequantizes the vectors."""
     codes = self.codes.view(np.dtype(DTYPES[format])).astype(np.float32)
     return codes * self.scale[:, None]
 
@@ -52,14 +52,14 @@ class Quantized:
 class FeatureLabel:
   """Features of one image: `pooled` `[1, e]`, and `patches` or `layerI`.
 
-  Patches are `[p, d]`, row by row of a square grid over the whole image.
+  Patches are `[p, d]`, row-major over a square grid that covers the image.
   """
 
   arrays: Mapping[str, Quantized]
   format: Format
 
   def pack(self) -> dict[str, Any]:
-    """The fields of a serialized label."""
+    """Returns the fields of a serialized label."""
     packed: dict[str, Any] = {"format": self.format}
     for name, array in self.arrays.items():
       packed |= {
@@ -70,7 +70,7 @@ class FeatureLabel:
     return packed
 
   def problem_with(self, layout: FeatureLayout) -> str:
-    """How the label differs from a layout; empty if it does not."""
+    """Describes how the label differs from a layout; empty if it fits."""
     given = {n: a.codes.shape for n, a in self.arrays.items()}
     found = {n: given.get(n) for n in layout.shapes}
     if self.format == layout.format and found == dict(layout.shapes):
@@ -82,7 +82,7 @@ class FeatureLabel:
 
   @classmethod
   def unpack(cls, packed: Mapping[str, Any]) -> "FeatureLabel":
-    """The inverse of `pack`; a ValueError for what it can't have written."""
+    """The inverse of `pack`; ValueError for malformed input."""
     kind = read_typed_field(packed, "format", str)
     if kind not in DTYPES:
       raise ValueError(f"format is {kind!r}, expected one of {sorted(DTYPES)}")
@@ -104,6 +104,6 @@ class FeatureLabel:
       if not np.isfinite(scale).all():
         raise ValueError(f"{name} has scales that are not finite")
       arrays[name] = Quantized(codes, scale.astype(np.float32))
-      if kind == "float8" and (codes & 0x7F == 0x7F).any():  # Its NaNs.
+      if kind == "float8" and (codes & 0x7F == 0x7F).any():  # NaN.
         raise ValueError(f"{name} has numbers that are not finite")
     return cls(arrays, kind)

@@ -1,16 +1,16 @@
 """Join of label sets to the records of a source.
 
-An entry of `data.train` names them by kind:
+An entry of `data.train` lists label sets by kind:
 
   dict(type="webdataset", path="shards/*.tar",
        labels=dict(depth="labels/depth", boxes="labels/boxes"))
 
-Features are named by the teacher, `features=dict(dino="labels/dino")`.
+Features are listed by teacher, `features=dict(dino="labels/dino")`.
 
-A set for these shards is joined by position, which costs one read. A set for
-another copy of the data, with other shards or missing records, is joined by
-key: `boxes=dict(path="labels/boxes", join="key")`. Both compare the key that
-is stored with each label.
+A label set of these shards is joined by position, which costs one read. A label
+set of another copy of the data, with different shards or missing records, is
+joined by key: `boxes=dict(path="labels/boxes", join="key")`. Both verify the
+key that is stored with each label.
 """
 
 import abc
@@ -45,12 +45,12 @@ FIELDS = {
 }
 JOINS = ("aligned", "key")
 _REMOVE = "Remove this file; it is written again from the label set."
-# Records of the base that are checked before a run starts.
+# Maximum number of base records checked before a run starts.
 _MAX_CHECKED = 1024
 
 
 class JoinedLabels(abc.ABC):
-  """A label set, joined to a source."""
+  """A label set joined to a source."""
 
   teacher: str | None = None  # For features.
 
@@ -59,9 +59,9 @@ class JoinedLabels(abc.ABC):
     self.label_set = label_set
 
   def get(self, i: int, record: Record) -> Label | None:
-    """The label of record `i`.
+    """Returns the label of record `i`.
 
-    Raises BadRecord if it is corrupt, LabelError if it belongs to another one.
+    Raises BadRecord if it is corrupt, LabelError if it is for another record.
     """
     try:
       return self._get(i, record)
@@ -74,7 +74,7 @@ class JoinedLabels(abc.ABC):
 
 
 class LabelledSource(Source):
-  """A source whose records also have the fields of joined label sets."""
+  """A source whose records include the fields of joined label sets."""
 
   def __init__(self, source: Source, labels: list[JoinedLabels]):
     self._source = source
@@ -92,7 +92,7 @@ class LabelledSource(Source):
     self._source.read_in_blocks(window)
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i` with its labels."""
+    """Returns record `i` with its labels."""
     i = i.__index__()
     record = self._source[i]
     for labels in self._labels:
@@ -115,13 +115,13 @@ class LabelledSource(Source):
 def join_labels(
   source: Source, labels: Any, *, fields: Collection[str] | None = None
 ) -> Source:
-  """The source with the label sets that an entry of `data.train` names.
+  """Joins the label sets that an entry of `data.train` lists to its source.
 
-  `labels` has for each kind a set's folder, or options of `open_labels`; for
-  features these by teacher. Sets without any of `fields` (by default all) are
-  not opened; without any set the source is returned unchanged. Raises
-  LabelError for a set of another kind or of other records, or one whose fields
-  the source has.
+  `labels` maps each kind to a folder or to options of `open_labels`, for
+  features by teacher. Label sets without any of `fields` (None: all) are not
+  opened; if none is left, returns the source unchanged. Raises LabelError if a
+  label set has the wrong kind, is for different records, or adds fields that
+  the source already has.
   """
   if not isinstance(labels, Mapping) or not labels:
     raise ConfigError(
@@ -156,7 +156,7 @@ def join_labels(
 def _open_entry(
   source: Source, kind: str, entry: Any, where: str
 ) -> JoinedLabels:
-  """The label set of a folder, or of options of `open_labels`."""
+  """Opens the label set of a folder, or of options of `open_labels`."""
   options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
   build = functools.partial(open_labels, source, kind)
   return options_lib.build(build, options, where=where)
@@ -172,7 +172,7 @@ def open_labels(
 ) -> JoinedLabels:
   """Opens the label set in `path` and joins it by position or by key.
 
-  The index of a join by key is in `index_dir`, by default in `path`.
+  `index_dir` holds the index of a join by key; default: `path`.
   """
   labels = LabelSet(path, kind=kind)
   if join == "aligned":
@@ -183,9 +183,9 @@ def open_labels(
 class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
-  The source has all shards of the set, or some. It may drop records at the end
-  of a shard, as tars do with images without captions. Raises LabelError if the
-  set belongs to other shards or to fewer records.
+  The source may have a subset of the label set's shards, and may drop records
+  at the end of a shard, as tars do with images without captions. Raises
+  LabelError if the label set is for different shards or for fewer records.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
@@ -202,7 +202,7 @@ class AlignedLabels(JoinedLabels):
     self._check_samples(source, counts)
 
   def _match(self, counts: np.ndarray) -> list[int]:
-    """The set's shard for each of the source's."""
+    """Returns the label set's shard for each shard of the source."""
     index = {name: i for i, name in enumerate(self.label_set.names)}
     names = [label_sets.shard_name(file) for file in self._files]
     if missing := [name for name in names if name not in index]:
@@ -227,7 +227,7 @@ class AlignedLabels(JoinedLabels):
     return shards
 
   def _check_samples(self, source: Source, counts: np.ndarray) -> None:
-    """Compares keys and images of a few records with the manifest's."""
+    """Compares keys and images of a few records with the manifest."""
     shards = self.label_set.manifest["shards"]
     samples = [
       (int(start) + at, file, key, image)
@@ -277,9 +277,9 @@ _ADVICE = "Label them again; for another copy of the images set join='key'."
 class KeyedLabels(JoinedLabels):
   """Labels joined by key.
 
-  The index is a sorted table of the keys' hashes and the labels' positions, 16
-  bytes a label, in a memory-mapped file that is written once. Hashes can
-  collide; the stored key decides. Raises LabelError if no record has a label,
+  The index is a sorted table of key hashes and label positions, 16 bytes per
+  label, in a memory-mapped file that is written once. Hashes may collide, so
+  the stored key decides. Raises LabelError if no record has a label,
   StorageError if the table can't be written.
   """
 
@@ -294,7 +294,7 @@ class KeyedLabels(JoinedLabels):
     folder = labels.folder if index_dir is None else Path(index_dir)
     if index_dir is not None:
       refuse_remote(index_dir, "index_dir", "Name a folder of this machine.")
-    # The digest distinguishes the tables of several sets.
+    # The digest distinguishes the tables of different label sets.
     self._file = folder.expanduser() / f"keys-{labels.digest}.npy"
     self._ends = np.cumsum(labels.counts, dtype=np.int64)
     if not self._file.is_file():
@@ -307,11 +307,11 @@ class KeyedLabels(JoinedLabels):
     return label_sets.load_array(self._file, shape, fix=_REMOVE)
 
   def __getstate__(self) -> dict[str, Any]:
-    # Pickling a memory map copies all of its bytes.
+    # Pickling a memory map would copy all of its bytes.
     return {k: v for k, v in vars(self).items() if k != "_table"}
 
   def _log_coverage(self, source: Source) -> None:
-    """Logs how many records have a label, from a sample of them."""
+    """Logs the share of records with a label, estimated from a sample."""
     numbers = np.linspace(0, len(source) - 1, min(len(source), _MAX_CHECKED))
 
     def has_label(i: int) -> bool:
@@ -334,7 +334,7 @@ class KeyedLabels(JoinedLabels):
     )
 
   def _find(self, key: str) -> Stored | None:
-    """The entry of a key, with or without a label."""
+    """Returns the entry of a key, with or without a label."""
     target = np.uint64(label_sets.hash_key(key))
     hashes, positions = self._table
     at = int(np.searchsorted(hashes, target))
@@ -360,7 +360,7 @@ class KeyedLabels(JoinedLabels):
 
 
 def _write_table(file: Path, labels: LabelSet) -> None:
-  """Writes the sorted hashes of the keys and their labels' positions."""
+  """Writes a table of sorted key hashes and their label positions."""
   shards = [labels.key_hashes(shard) for shard in range(len(labels.names))]
   hashes = np.concatenate([np.zeros(0, np.uint64), *shards])
   order = np.argsort(hashes, kind="stable")

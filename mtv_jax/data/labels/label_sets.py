@@ -1,14 +1,14 @@
 """Label sets: folders of labels for the records of shards.
 
-  settings.json         kind, settings, record counts of the base's shards
+  settings.json         kind, settings, record counts of the base shards
   manifest.json         settings and statistics; written last
-  00000.array_record    a label for every record of the base's 00000, in order
-  00000.keys.npy        uint64, a hash of each record's key, for joins by key
+  00000.array_record    a label for every record of base shard 00000, in order
+  00000.keys.npy        uint64 hash of each record's key, for joins by key
   00000_stats.json      the manifest's entry of this shard
 
-Record i of a base shard and label i of its file belong together: a record
-without a label has an entry that is marked invalid. Every label stores its
-record's key, and the manifest a few of the base's keys and image hashes.
+Label i of a file is for record i of its base shard; a record without a label
+has an entry marked invalid. Every label stores its record's key. The manifest
+stores a few keys and image hashes of the base.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from mtv_jax.utils.threads import map_threads
 VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
-# Differences in an error: lines, and characters of a value.
+# Limits on differences in an error: lines, and characters per value.
 _MAX_LINES, _MAX_CHARACTERS = 12, 60
 _ABSENT = object()
 # Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
@@ -42,11 +42,11 @@ _MAX_MANIFEST = 1 << 25
 
 
 class LabelError(InputError):
-  """A label set that can't be used with these shards, or at all."""
+  """A label set that is unusable, or doesn't fit these shards."""
 
 
 def shard_name(file: PurePath) -> str:
-  """The name that a base shard and its labels share, such as "00000"."""
+  """Name shared by a base shard and its labels, such as "00000"."""
   return file.stem if file.suffix in _SUFFIXES else file.name
 
 
@@ -57,12 +57,12 @@ def hash_key(key: str) -> int:
 
 
 def hash_bytes(data: bytes) -> str:
-  """64-bit hash of bytes, such as an image file, in hexadecimal."""
+  """64-bit hash of bytes, such as an image file, as hexadecimal."""
   return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def read_sample(source: Source, i: int) -> tuple[str, str] | None:
-  """Key and image hash of record `i`; None if it can't be read."""
+  """Returns key and image hash of record `i`; None if it is unusable."""
   try:
     record = source[i]
   except BadRecord:
@@ -71,15 +71,15 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
 
 
 class LabelSet:
-  """The labels of a folder, by shard and number; of a bucket, of a copy.
+  """Labels in a folder, by shard and index; bucket folders are copied.
 
-  `names` and `counts` are its shards' names and records; `digest`, a hash of
-  the manifest, identifies the set. Raises LabelError for another kind or
-  version, or for files that contradict the manifest.
+  `names` and `counts` are shard names and record counts; `digest`, a hash of
+  the manifest, identifies the label set. Raises LabelError if the kind or
+  version differs, or if files contradict the manifest.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
-    # Whole, as readers of ArrayRecord take local files only.
+    # Copied whole: ArrayRecord readers need local files.
     self.folder = path_lib.local_copy(folder).expanduser()
     self.kind = kind
     self.manifest, self.digest = _load_manifest(self.folder, kind)
@@ -88,7 +88,7 @@ class LabelSet:
     self.counts = [shard["records"] for shard in shards]
     self._files = [self.folder / f"{name}.array_record" for name in self.names]
     self._check_files()
-    # Two sets and the files of their source share the limit of the process.
+    # Two label sets and their source share the process's open-file limit.
     self._readers = array_record.open_readers(self._files, descriptors=2)
 
   def _check_files(self) -> None:
@@ -110,13 +110,13 @@ class LabelSet:
     return sum(self.counts)
 
   def read(self, shard: int, at: int) -> Stored:
-    """Label `at` of a shard; a BadRecord if its bytes are corrupt."""
+    """Reads label `at` of a shard; BadRecord if its bytes are corrupt."""
     where = f"{self.folder.name}/{self._files[shard].name}:{at}"
     data = array_record.read_bytes(self._readers.get(shard), at, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
   def key_hashes(self, shard: int) -> UInt64[np.ndarray, " n"]:
-    """`hash_key` of each record of a shard."""
+    """Returns `hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
     if not file.is_file():
       raise MissingFileError(
@@ -132,12 +132,12 @@ class LabelSet:
 def load_array(
   file: Path, shape: tuple[int, ...], *, fix: str = "Write the set again."
 ) -> UInt64[np.ndarray, "..."]:
-  """Maps a .npy file of unsigned 64-bit integers into memory.
+  """Memory-maps a .npy file of unsigned 64-bit integers.
 
-  Raises LabelError if it is damaged, or has another shape or type.
+  Raises LabelError if it is damaged or has the wrong shape or type.
   """
   try:
-    # Unlike a read, a map takes no memory where the header is wrong.
+    # Unlike a read, a map doesn't allocate memory if the header is wrong.
     array = np.load(file, mmap_mode="r", allow_pickle=False)
   except (ValueError, EOFError, OverflowError, SyntaxError) as error:
     raise LabelError(
@@ -152,7 +152,7 @@ def load_array(
 
 
 def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
-  """The manifest and its hash."""
+  """Returns the manifest and its hash."""
   file = folder / MANIFEST
   if not folder.is_dir():
     raise MissingFileError(f"There is no folder of labels {folder}.")
@@ -190,7 +190,7 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
 
 
 def _check_shards(shards: Any) -> None:
-  """Raises ValueError unless these are the shards of a manifest."""
+  """Raises ValueError if the manifest's `shards` are malformed."""
   if not isinstance(shards, list):
     raise ValueError(f"'shards' is a {type(shards).__name__}, not a list")
   names = set()
@@ -210,7 +210,7 @@ def _check_shards(shards: Any) -> None:
 def describe_settings(
   kind: str, settings: Mapping[str, Any], base: Source
 ) -> dict[str, Any]:
-  """The content of `settings.json`; a TypeError if it can't be JSON."""
+  """Content of `settings.json`; TypeError if it can't be JSON."""
   counts = np.diff(base.shards, prepend=0).tolist()
   described = {
     "version": VERSION,
@@ -218,14 +218,14 @@ def describe_settings(
     "settings": dict(settings),
     "base": {f.name: n for f, n in zip(base.files, counts, strict=True)},
   }
-  # JSON turns tuples into lists.
+  # Round trip, because JSON turns tuples into lists.
   return json.loads(json.dumps(described))
 
 
 def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
-  """Writes `settings.json` before the first label, or compares with it.
+  """Writes `settings.json`, or compares it if it exists.
 
-  Raises FileExistsError with the differences from other settings.
+  Raises FileExistsError, listing the differences.
   """
   if (out / MANIFEST).exists():
     check_manifest(out, described)
@@ -237,7 +237,7 @@ def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
   """Compares a finished label set with some or all of `describe_settings`.
 
-  Raises FileExistsError with the differences.
+  Raises FileExistsError, listing the differences.
   """
   manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
   shards = manifest.get("shards", [])
@@ -247,7 +247,7 @@ def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
 
 
 def to_json(content: Any) -> bytes:
-  """Formats JSON as in all files of a label set."""
+  """Formats JSON as in all label set files."""
   return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
@@ -277,7 +277,7 @@ def _require_equal(
 def format_differences(
   stored: Mapping[str, Any], requested: Mapping[str, Any]
 ) -> str:
-  """Lines such as "settings.threshold: 0.1 -> 0.2"; the first of many."""
+  """Lines such as "settings.threshold: 0.1 -> 0.2", up to a limit."""
   old, new = dict(flatten(stored)), dict(flatten(requested))
   rows = ((k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in old | new)
   lines = [
@@ -289,7 +289,7 @@ def format_differences(
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted name, value) of each leaf of nested settings."""
+  """Yields (dotted name, value) for each leaf of nested settings."""
   if not isinstance(value, Mapping) or not value:
     yield name, value
     return

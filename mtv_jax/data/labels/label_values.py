@@ -1,13 +1,13 @@
 """Label values (depth, boxes, features): validation and serialization.
 
-Depth is inverse depth (larger is nearer) over the whole image, squashed to a
-square and scaled to 16 bits. Boxes are in the unit square, each with a phrase
-and a score. `make_depth` and `make_boxes` drop unusable raw values and count
-them by reason.
+Depth labels are inverse depth (larger is nearer) of the whole image, squashed
+to a square and scaled to 16 bits. Box labels are boxes in the unit square, each
+with a phrase and a score. `make_depth` and `make_boxes` drop unusable raw
+values and count them by reason.
 
-A serialized label is a msgpack map: `key`, `valid` and, if valid, for depth
-`png16` (an image file), `lo`, `hi`, `side`, for boxes `boxes` (uint16, 65535
-times the coordinate), `scores` (float32) and `phrases`. Features are in
+A serialized label is a msgpack map with `key`, `valid` and, if valid, `png16`
+(an image file), `lo`, `hi`, `side` for depth; `boxes` (uint16, 65535 times the
+coordinate), `scores` (float32) and `phrases` for boxes. For features, see
 `feature_values.py`.
 """
 
@@ -32,14 +32,14 @@ from mtv_jax.utils.errors import InputError
 KINDS = ("depth", "boxes", "features")
 
 TOP = 65535
-# Labelled pixels of a map: the loss fits a scale and a shift to them.
+# Minimum labelled pixels per map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
-# Limit of a stored label, far above what experts and data sets have.
+# Limit of a stored label, far above the sizes of experts and data sets.
 _MAX_SIDE = 4096
-# Relative range below which a map is constant, up to float32 rounding.
+# A map with a smaller relative range is constant, up to float32 rounding.
 _CONSTANT = 1e-5
-# Distance outside the image that is attributed to rounding.
+# Distance outside the image that is attributed to rounding errors.
 _OUTSIDE = 1e-3
 
 
@@ -47,14 +47,14 @@ _OUTSIDE = 1e-3
 class DepthLabel:
   """Inverse depth of one image."""
 
-  # 0 has no label; 1 to 65535 is `low` to `high`, in the original unit.
+  # 0 is unlabelled; 1 to 65535 map to `low` to `high`, in the original unit.
   values: UInt16[np.ndarray, "side side"]
   low: float
   high: float
 
   @property
   def inverse(self) -> Float32[np.ndarray, "side side"]:
-    """Inverse depth in the original unit, NaN where unlabelled."""
+    """Inverse depth in the original unit; NaN if unlabelled."""
     fraction = (self.values.astype(np.float32) - 1) / (TOP - 1)
     inverse = self.low + fraction * (self.high - self.low)
     return np.where(self.values > 0, inverse, np.nan).astype(np.float32)
@@ -62,7 +62,7 @@ class DepthLabel:
 
 @dataclasses.dataclass(frozen=True)
 class BoxLabel:
-  """Boxes (y0, x0, y1, x1) of one image in the unit square, possibly none.
+  """Boxes (y0, x0, y1, x1) of one image in the unit square; may be empty.
 
   Scores are confidences, 1 for human annotations.
   """
@@ -77,14 +77,14 @@ Label = DepthLabel | BoxLabel | FeatureLabel
 
 @dataclasses.dataclass(frozen=True)
 class LabelOutcome:
-  """A label, or None, and what was dropped or changed, counted by reason."""
+  """A label or None, with counts of dropped or changed parts by reason."""
 
   label: Label | None
   counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def no_label(reason: str) -> LabelOutcome:
-  """The outcome of an image without a label."""
+  """Outcome for an image without a label."""
   return LabelOutcome(None, {reason: 1})
 
 
@@ -95,11 +95,11 @@ def make_depth(
   valid: Bool[np.ndarray, "h w"] | None = None,
   min_valid: int = MIN_VALID,
 ) -> LabelOutcome:
-  """The depth label of an image, from 1 / depth or a disparity in any unit.
+  """Makes a depth label from 1 / depth or from a disparity in any unit.
 
-  A stored pixel is the mean over the part of its area that is finite and
-  `valid`. It is labelled if more than half of its area is; a label has at
-  least `min_valid` such pixels.
+  A stored pixel is the mean over the finite and `valid` part of its area. It is
+  labelled if that part is more than half. A label needs at least `min_valid`
+  labelled pixels.
   """
   counts = {}
   finite = np.isfinite(inverse)
@@ -125,12 +125,12 @@ def make_depth(
 def _squash(
   values: np.ndarray, usable: np.ndarray, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Float32 means of the usable values, and a mask of the labelled pixels."""
+  """Returns float32 means of usable values, and a mask of labelled pixels."""
   height, width = values.shape
   if (height, width) == (side, side):
     return values.astype(np.float32), usable
   planes = np.dstack([values, usable]).astype(np.float32)
-  # Areas are averaged only if both dimensions shrink: shrink, then enlarge.
+  # INTER_AREA averages only if both dimensions shrink: shrink, then enlarge.
   small = (min(width, side), min(height, side))
   if small != (width, height):
     planes = cv2.resize(planes, small, interpolation=cv2.INTER_AREA)
@@ -145,10 +145,10 @@ def make_boxes(
   phrases: Sequence[str],
   scores: Float[np.ndarray, " n"] | None = None,
 ) -> LabelOutcome:
-  """The box label of an image: boxes clipped to it, without unusable ones.
+  """Makes a box label; boxes are clipped to the image, unusable ones dropped.
 
-  Boxes are (y0, x0, y1, x1) in units of the image and may exceed it; there is
-  one phrase for each, and one score, by default 1.
+  Boxes are (y0, x0, y1, x1) in the unit square and may extend past it. There is
+  one phrase and one score (default: 1) per box.
   """
   boxes = boxes.astype(np.float32)
   ones = np.ones(len(boxes), np.float32)
@@ -192,7 +192,7 @@ def _quantize(boxes: np.ndarray) -> np.ndarray:
 
 
 def phrase_id(phrase: str) -> int:
-  """A 32-bit hash of a phrase up to case, punctuation and spaces."""
+  """32-bit hash of a phrase, ignoring case, punctuation and spacing."""
   text = canonicalize(phrase) or phrase.strip()
   digest = hashlib.blake2s(text.encode(), digest_size=4).digest()
   return int.from_bytes(digest, "little")
@@ -200,7 +200,7 @@ def phrase_id(phrase: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """A deserialized label, None if the record with this key has none."""
+  """A deserialized label; None if the record with this key lacks one."""
 
   key: str
   label: Label | None
@@ -231,8 +231,8 @@ def encode(key: str, label: Label | None) -> bytes:
 def decode(data: bytes, *, kind: str, where: str) -> Stored:
   """Deserializes a label.
 
-  Raises BadRecord, at `where`, for corrupt bytes, a label of another kind, or
-  one too large, which is seen before it is decoded.
+  Raises BadRecord, at `where`, if the bytes are corrupt, of the wrong kind, or
+  too large, which is checked before decoding.
   """
   unpack = {
     "depth": _unpack_depth,
@@ -255,7 +255,7 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
   if not 1 <= side <= _MAX_SIDE:
     raise ValueError(f"side is {side}, expected 1 to {_MAX_SIDE}")
   header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", side, side)
-  # 16 bits a pixel, grey.
+  # 16 bits per pixel, grey.
   if png[: len(header) + 2] != header + b"\x10\0":
     raise ValueError(f"png16 is not a 16-bit grey PNG of {side}x{side}")
   array = np.frombuffer(png, np.uint8)

@@ -1,9 +1,9 @@
-"""Writer of label sets, one base shard after the other.
+"""Writer of label sets, one base shard at a time.
 
-A shard's statistics are its last file, and the manifest is the last file of
-the set: an interrupted run resumes with the unfinished shards, and several
-processes can write different ones. Files contain no time, host or order of
-writing, so that equal labels are equal bytes.
+A shard's statistics file is written after its labels, and the manifest after
+all shards. So an interrupted run resumes with the unfinished shards, and
+several processes can write different shards. Files don't depend on time, host
+or write order: equal labels give equal bytes.
 """
 
 import collections
@@ -31,28 +31,28 @@ from mtv_jax.utils.threads import map_threads
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A base record's label, or the reason why it has none."""
+  """A base record's label, or the reason why it lacks one."""
 
   key: str
   outcome: LabelOutcome
-  # `hash_bytes`; "" of an unreadable image, None if images are not read.
+  # `hash_bytes`; "" if the image is unreadable, None if images aren't read.
   image: str | None = None
 
 
 @dataclasses.dataclass
 class LabelCounts:
-  """Counts of records, labels and boxes of a label set or a shard."""
+  """Counts of records, labels and boxes in a label set or shard."""
 
   records: int = 0
   labelled: int = 0
   boxes: int = 0
-  # Why labels are missing or changed.
+  # Reasons for missing or changed labels.
   reasons: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
 
   def add(self, outcome: LabelOutcome) -> None:
-    """Counts one record."""
+    """Adds one record."""
     self.records += 1
     self.labelled += outcome.label is not None
     if isinstance(outcome.label, BoxLabel):
@@ -60,12 +60,12 @@ class LabelCounts:
     self.reasons.update(outcome.counts)
 
   def to_dict(self) -> dict[str, Any]:
-    """A JSON object, reasons by falling count, then by name."""
+    """As a JSON object; reasons by descending count, then by name."""
     order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
     return dataclasses.asdict(self) | {"reasons": dict(order)}
 
   def format_summary(self, kind: str, out: str | os.PathLike) -> str:
-    """The counts and reasons as text."""
+    """Formats the counts and reasons as text."""
     boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
     lines = [
       f"{self.labelled:,} of {self.records:,} records have a label{boxes}, in"
@@ -79,10 +79,10 @@ class LabelCounts:
 class LabelWriter:
   """Writes the labels of a source's shards to a folder.
 
-  `settings` (JSON) is all that determines the labels. Raises FileExistsError,
-  with the differences, if the folder has labels of another kind, settings or
-  base; InputError if the base has no files, has two shards of one name, or is
-  in the folder itself.
+  `settings` (JSON) is everything that determines the labels. Raises
+  FileExistsError, listing the differences, if the folder has labels of a
+  different kind, settings or base; InputError if the base lacks files, has two
+  shards with one name, or is in the folder itself.
   """
 
   def __init__(
@@ -132,7 +132,7 @@ class LabelWriter:
       )
 
   def _check_samples(self, shard: int) -> None:
-    """Compares a few images of a finished shard with their stored hashes."""
+    """Compares a few images of a finished shard with stored hashes."""
     if not self.is_done(shard):
       return
     stored, read = self._stats(shard)["samples"], self._samples(shard)
@@ -144,8 +144,8 @@ class LabelWriter:
       )
 
   def todo(self) -> list[int]:
-    """The unfinished shards, including those that lack one of their files."""
-    # One listing is faster than a look-up of each file.
+    """Returns unfinished shards, including shards with a missing file."""
+    # One listing is faster than looking up every file.
     existing = set(os.listdir(self.out))
     todo = []
     for shard in range(len(self.names)):
@@ -156,7 +156,7 @@ class LabelWriter:
     return todo
 
   def is_done(self, shard: int) -> bool:
-    """Whether this or another process has finished a shard."""
+    """Whether this or another process has finished the shard."""
     if shard in self._finished:
       return True
     try:
@@ -172,13 +172,13 @@ class LabelWriter:
     return True
 
   def numbers(self, shard: int) -> range:
-    """The numbers of a shard's records in the base."""
+    """Base record indices of a shard."""
     return range(self._starts[shard], self._starts[shard + 1])
 
   def write(self, shard: int, entries: Iterable[Entry]) -> LabelCounts:
     """Writes the labels of one shard: one entry per record, in order.
 
-    Raises LabelError for more or fewer entries.
+    Raises LabelError if the number of entries differs.
     """
     summary, keys, images = LabelCounts(), [], []
 
@@ -191,7 +191,7 @@ class LabelWriter:
 
     labels_file, keys_file, stats_file = self._files(shard)
     if not self.is_done(shard):
-      # Statistics of older labels, while the new ones are written.
+      # The statistics are stale while the new labels are written.
       stats_file.unlink(missing_ok=True)
     array_record.write_bytes(labels_file, encoded())
     if len(keys) != (expected := len(self.numbers(shard))):
@@ -218,9 +218,9 @@ class LabelWriter:
   def finish(self) -> LabelCounts:
     """Writes the manifest, which completes the label set.
 
-    Several processes may do this. `base_hash` hashes keys and images, if all
-    images were read. Raises LabelError if shards are missing, or no record has
-    a label.
+    Several processes may do this. `base_hash`, present if all images were read,
+    hashes keys and images. Raises LabelError if shards are missing or no
+    record has a label.
     """
     if todo := self.todo():
       raise LabelError(
@@ -236,7 +236,7 @@ class LabelWriter:
       total.reasons.update(stats["reasons"])
     counts = total.to_dict()
     if not total.labelled:
-      # Without labels there is nothing to protect from other settings.
+      # Nothing to protect: let a run with different settings start.
       (self.out / label_sets.SETTINGS).unlink(missing_ok=True)
       reasons = [f"{n} times {r!r}" for r, n in counts["reasons"].items()]
       raise LabelError(
@@ -255,7 +255,7 @@ class LabelWriter:
     return total
 
   def _samples(self, shard: int) -> list[list[Any]]:
-    """Number, key and image hash of a few readable records."""
+    """Index, key and image hash of a few readable records."""
     numbers = self.numbers(shard)
     chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
     return [
@@ -265,7 +265,7 @@ class LabelWriter:
     ]
 
   def _files(self, shard: int) -> tuple[Path, Path, Path]:
-    """Labels, hashes of keys and statistics of a shard."""
+    """Files of a shard: labels, key hashes, statistics."""
     ends = ".array_record", ".keys.npy", "_stats.json"
     labels, keys, stats = (self.out / f"{self.names[shard]}{e}" for e in ends)
     return labels, keys, stats
@@ -276,7 +276,7 @@ class LabelWriter:
 
 
 def _base_hash(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:
-  """`base_hash` over names and hashes, unless a hash is unknown."""
+  """`base_hash` over names and hashes; empty if a hash is unknown."""
   if None in hashes:
     return {}
   lines = "".join(f"{n}\0{h}\n" for n, h in zip(names, hashes, strict=True))

@@ -1,17 +1,17 @@
-"""Fields of a serialized label, a flat msgpack map; checked when it is read."""
+"""Serialized labels: flat msgpack maps, validated when read."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import msgpack
 
-# Limits of a stored label, far above what experts and data sets have.
+# Limits of a stored label, far above the sizes of experts and data sets.
 MAX_ENTRIES = 10_000
 _MAX_BYTES = 1 << 26
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-  """The values of a flat msgpack map and of lists of texts in it."""
+  """Parses a flat msgpack map of scalars and lists of scalars."""
   if len(data) > _MAX_BYTES:
     raise ValueError(f"{len(data):,} bytes, at most {_MAX_BYTES:,}")
   unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1)
@@ -39,7 +39,7 @@ def _is_list(data: bytes, at: int) -> bool:
 
 
 def _unpack_scalar(unpacker: msgpack.Unpacker, data: bytes) -> Any:
-  """The next value; nested ones, which take memory for each byte, raise."""
+  """Reads a value; rejects nested ones, which cost memory per byte."""
   at = unpacker.tell()
   if _is_list(data, at) or data[at] & 0xF0 == 0x80 or data[at] in (0xDE, 0xDF):
     raise ValueError(f"a nested value at byte {at}")
@@ -47,10 +47,10 @@ def _unpack_scalar(unpacker: msgpack.Unpacker, data: bytes) -> Any:
 
 
 def read_typed_field(packed: Mapping[str, Any], name: str, *kinds: type) -> Any:
-  """A value of one of these types."""
+  """Returns a field; ValueError if it is missing or of another type."""
   if name not in packed:
     raise ValueError(f"it has no {name!r}")
-  # In Python a bool is an int.
+  # Not isinstance: a bool is an int.
   if type(packed[name]) not in kinds:
     names = " or ".join(kind.__name__ for kind in kinds)
     raise ValueError(

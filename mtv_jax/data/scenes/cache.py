@@ -1,9 +1,9 @@
 """Memory-mapped cache of rendered records, shared by processes.
 
-A folder with an array file for each field, and `manifest.json`, which is
-written last and names the settings of the records. Texts are UTF-8, joined by
-line feeds within a record; `NAME_ends.npy` has the ends of the records in a
-field whose length varies.
+A folder with one array file per field and `manifest.json`, which is written
+last and stores the settings of the records. Texts are UTF-8, joined by line
+feeds within a record. For fields of varying length, `NAME_ends.npy` stores
+where each record ends.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_FIXED = ("image", "depth", "segmentation", "label")  # one shape for all
+_FIXED = ("image", "depth", "segmentation", "label")  # Equal shapes.
 _BOXES = ("boxes", "box_scores")
 _TEXTS = ("captions", "phrases")
 
@@ -39,18 +39,18 @@ def open_cache(
   render: Callable[[int], Record],
   length: int,
 ) -> Arrays:
-  """The memory-mapped arrays of a folder, rendered if they do not exist.
+  """Returns the memory-mapped arrays of a folder; renders them if missing.
 
-  One process renders, with a thread per core, while the rest wait.
-  `settings` (JSON) is all that the records depend on; raises ConfigError if the
-  folder has records of other settings.
+  One process renders, with a thread per core, while the rest wait. `settings`
+  (JSON) is everything that the records depend on. Raises ConfigError if the
+  folder's settings differ.
   """
   settings = json.loads(json.dumps(settings))  # Tuples become lists.
   if not _is_complete(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
       lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
-      # Without locks several processes render equal files.
+      # If the file system lacks locks, several processes render equal files.
       with contextlib.suppress(NotImplementedError, OSError):
         stack.enter_context(lock)
       if not _is_complete(folder, settings):
@@ -58,12 +58,12 @@ def open_cache(
         _write(folder, settings, render, length)
   names = json.loads((folder / MANIFEST).read_bytes())["arrays"]
   mapped = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
-  # Plain views of the files: slices of the class `memmap` are slow.
+  # Plain array views: slicing a `memmap` is slow.
   return {name: np.asarray(array) for name, array in mapped.items()}
 
 
 def read_record(arrays: Arrays, i: int) -> Record:
-  """Record i, without its key; its arrays are views of the files."""
+  """Returns record i, without its key; arrays are views of the files."""
   record: Record = {name: arrays[name][i] for name in _FIXED}
   record["label"] = int(record["label"])
   for name in (*_BOXES, *_TEXTS):
@@ -76,7 +76,7 @@ def read_record(arrays: Arrays, i: int) -> Record:
 
 
 def _is_complete(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
-  """Whether a folder has all files; ConfigError if its settings differ."""
+  """Whether the folder is complete; ConfigError if its settings differ."""
   try:
     manifest = json.loads((folder / MANIFEST).read_bytes())
   except FileNotFoundError:
@@ -98,7 +98,7 @@ def _write(
   render: Callable[[int], Record],
   length: int,
 ) -> None:
-  """Renders all records and writes the files, the manifest last."""
+  """Renders all records and writes the files, manifest last."""
   log.info("Rendering %d scenes to %s, once.", length, folder)
   start = time.perf_counter()
   first = render(0)

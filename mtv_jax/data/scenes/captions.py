@@ -1,9 +1,9 @@
-"""Captions of built-in scenes, true of every image.
+"""Captions of built-in scenes; true of every image.
 
-"Left" and "right" are those of the image; "in front of" and "behind" mean
-clearly nearer and farther; "small" and "large" are sizes in the scene (half a
-metre, 1.3 metres) at any distance. Class names never vary, so that prompts
-built from them have the words of the captions.
+"Left" and "right" are in image coordinates. "In front of" and "behind" mean
+clearly nearer and farther. "Small" and "large" are sizes in the scene (0.5 m,
+1.3 m), whatever the distance. Class names never vary, so prompts built from
+them use the captions' words.
 """
 
 import collections
@@ -28,7 +28,7 @@ _TEMPLATES = (
 
 
 def article(phrase: str) -> str:
-  """The phrase with 'a' or 'an', by sound: 'an hourglass'."""
+  """Prepends 'a' or 'an' by sound: 'an hourglass'."""
   vowel = phrase[0] in "aeiou" or phrase.startswith("hour")
   return ("an " if vowel else "a ") + phrase
 
@@ -54,14 +54,14 @@ def appearance(obj: SceneObject) -> str:
 
 
 def phrase(obj: SceneObject) -> str:
-  """The name of an object's box: size (unless medium) and appearance."""
+  """Label of an object's box: size (unless medium) and appearance."""
   if obj.size == "medium":
     return appearance(obj)
   return f"{obj.size} {appearance(obj)}"
 
 
 def _described(obj: SceneObject, draw: Draw) -> str:
-  """As `phrase`, in varying words, with its article."""
+  """Like `phrase`, with varying words and an article."""
   words = appearance(obj)
   if obj.texture == "striped" and draw.uniform() < 0.5:
     words = f"{obj.colour} and {obj.second} striped {obj.name}"
@@ -73,7 +73,7 @@ def _described(obj: SceneObject, draw: Draw) -> str:
 def relations(
   objects: Sequence[SceneObject], rects: Sequence[Rect], i: int, j: int
 ):
-  """Clear spatial relations of object i to object j: keys of `_TO_IT`."""
+  """Clear spatial relations of object i to object j, as keys of `_TO_IT`."""
   if objects[i].support == j:
     return ["on top of"]
   if objects[j].support == i:
@@ -112,7 +112,7 @@ def _surroundings(world: World, main: SceneObject) -> str:
 
 
 def _full_caption(world: World, objects, rects, draw: Draw) -> str:
-  """All objects, their relations to the first, ground and backdrop."""
+  """All objects, their relations to the first, the ground and backdrop."""
   parts = [_described(objects[0], draw)]
   for i, obj in enumerate(objects[1:], 1):
     words = _described(obj, draw)
@@ -128,7 +128,7 @@ def _full_caption(world: World, objects, rects, draw: Draw) -> str:
 
 
 def _relation(world: World, objects, rects, draw: Draw) -> str:
-  """The relation of two objects, by colour and class alone."""
+  """A relation of two objects, named only by colour and class."""
   short = [f"{t.colour} {t.name}" for t in objects]
   unique = [i for i, words in enumerate(short) if short.count(words) == 1]
   pairs = [
@@ -149,7 +149,7 @@ def _relation(world: World, objects, rects, draw: Draw) -> str:
 
 
 def _count_caption(objects) -> str:
-  """The count of each class."""
+  """The object count of each class."""
   names = collections.Counter(obj.name for obj in objects)
   parts = [
     article(name) if n == 1 else f"{_COUNTS[n]} {plural(name)}"
@@ -162,12 +162,12 @@ def _count_caption(objects) -> str:
 def captions(
   world: World, rects: list[Rect], visible: list[int], draw: Draw
 ) -> tuple[str, ...]:
-  """Captions of one view of a scene, by `world.caption_kinds`.
+  """Returns captions of one view of a scene, filtered by `caption_kinds`.
 
-  A full description; the first object alone; a relation of two objects; the
-  count of each class; the first object and its surroundings. They mention the
-  objects `visible` (indices, at least one), whose bounds in the view are
-  `rects`; `draw` selects among equivalent wordings.
+  Kinds: a full description; the first object; a relation of two objects; object
+  counts by class; the first object and its surroundings. Captions mention only
+  the objects in `visible` (indices, at least one). `rects` are the bounds of
+  all objects in the view. `draw` selects among equivalent wordings.
   """
   objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]

@@ -1,4 +1,4 @@
-"""Difficulty of built-in scenes: what varies between them, and how much."""
+"""Difficulty of built-in scenes: what varies, and over which range."""
 
 import dataclasses
 import math
@@ -14,34 +14,34 @@ from mtv_jax.data.scenes.world import (
 
 Level = Literal["easy", "medium", "hard"]
 Span = tuple[float, float]
-# The kinds of captions, in the order of `captions.captions`.
+# Caption kinds, in the order of `captions.captions`.
 CAPTIONS = ("full", "main", "relation", "count", "surroundings")
 
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
-  """Ranges that scenes are drawn from; the defaults are the hardest.
+  """Sampling ranges of scenes; the defaults are the hardest.
 
-  Lengths are in metres, angles in radians, positions and apparent sizes shares
-  of the image's side.
+  Lengths are in metres, angles in radians. Positions and apparent sizes are
+  fractions of the image side.
   """
 
-  others: tuple[int, ...] = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # beside the main one
+  others: tuple[int, ...] = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # Besides the main one.
   colours: tuple[str, ...] = tuple(COLOURS)
   textures: tuple[str, ...] = TEXTURES
   sizes: tuple[str, ...] = tuple(SIZES)
-  yaw: Span = (0.0, 2 * math.pi)  # of solids
-  board_yaw: float = 0.6  # how far a board may turn from facing the camera
+  yaw: Span = (0.0, 2 * math.pi)  # Of solids.
+  board_yaw: float = 0.6  # Maximum turn of a board away from the camera.
   main_height: Span = (0.36, 0.58)
   main_column: Span = (0.25, 0.75)
-  other_height: float = 0.13  # the least one, on the ground
-  # Probabilities: the main object and another one float; another one is a copy
-  # of the main one, or stands on an object.
+  other_height: float = 0.13  # Minimum, on the ground.
+  # Probabilities: the main or an additional object floats; an additional object
+  # copies the main one, or stands on an object.
   floats: Span = (0.25, 0.35)
   copies: float = 0.12
   stacks: float = 0.5
-  turn: float = 0.35  # the largest one of the backdrop
-  distance: Span = (6.0, 11.0)  # of the backdrop
+  turn: float = 0.35  # Maximum, of the backdrop.
+  distance: Span = (6.0, 11.0)  # To the backdrop.
   camera_height: Span = (0.65, 1.15)
   camera_pitch: Span = (0.12, 0.3)
   grounds: tuple[str, ...] = tuple(GROUNDS)
@@ -69,7 +69,7 @@ DIFFICULTIES: dict[str, Difficulty] = {
     camera_pitch=(0.16, 0.24),
     grounds=("grass", "sand", "a tiled floor", "snow"),
     backdrops=("a brick wall", "a white wall", "a hedge", "a cloudy sky"),
-    # Those that name classes alone teach them soonest.
+    # Captions that name only classes teach the classes soonest.
     captions=("full", "main", "count"),
   ),
   "medium": Difficulty(

@@ -1,8 +1,8 @@
 """Random layout of built-in scenes: objects, their poses, the cameras.
 
-Each object is mostly inside the image and mostly in front: what a caption
-mentions is visible at every image size. The first object is the main one; it
-appears larger than every other.
+Each object is mostly inside the image and mostly unoccluded, so whatever a
+caption mentions is visible at every image size. The first object is the main
+one and appears largest.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from mtv_jax.data.scenes.shapes import SHAPES
 from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
 
 _TRIES = 10
-_LIGHT_FRONT = 0.8  # how far the light is in front of the scene, by its height
-_MAX_HIDDEN_MAIN = 0.25  # largest hidden share of the main object
-_MAX_HIDDEN = 0.4  # and of any other
-_MAX_AREA = 0.6  # other objects' largest area, as a share of the main one's
+_LIGHT_FRONT = 0.8  # Distance of the light in front, relative to its height.
+_MAX_HIDDEN_MAIN = 0.25  # Maximum hidden share of the main object.
+_MAX_HIDDEN = 0.4  # Maximum hidden share of an additional object.
+_MAX_AREA = 0.6  # Maximum area of an additional object, relative to the main.
 
 
 class Draw:
   """Cheap random numbers for one scene.
 
-  A call of Philox makes a batch of them, where `numpy.random.Generator` costs
-  microseconds a number. NumPy promises a stable stream of `random_raw`, unlike
-  those of its distributions.
+  Draws batches with Philox, since `numpy.random.Generator` costs microseconds
+  per number. NumPy guarantees a stable stream for `random_raw`, but not for its
+  distributions.
   """
 
   def __init__(self, seed: int, index: int, *, stream: int = 0):
@@ -46,7 +46,7 @@ class Draw:
 
 
 def _contrasts(colour: tuple[int, int, int]) -> list[str]:
-  """The colours in which a pattern on `colour` is easy to see."""
+  """Colours in which a pattern on `colour` is easy to see."""
   table = world_lib.COLOURS.items()
   return [n for n, c in table if np.abs(np.subtract(colour, c)).sum() > 220]
 
@@ -55,7 +55,7 @@ _CONTRASTS = {name: _contrasts(c) for name, c in world_lib.COLOURS.items()}
 
 
 def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
-  """An object at the origin."""
+  """Draws an object at the origin."""
   name = draw.choice(SHAPES)
   colour = draw.choice(limits.colours)
   texture = draw.choice(limits.textures)
@@ -66,7 +66,7 @@ def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
   height = world_lib.SIZES[size] * draw.uniform(0.93, 1.07)
   board = limits.board_yaw
   yaw = draw.uniform(*((-board, board) if SHAPES[name].flat else limits.yaw))
-  # A tile is about as large as the object, so that small ones show a pattern.
+  # Tiles are about as large as the object, so small objects show a pattern.
   tile = height * draw.uniform(0.8, 1.2)
   texture_map = (tile, draw.uniform(), draw.uniform())
   return SceneObject(
@@ -77,7 +77,7 @@ def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
 def _move(
   obj: SceneObject, x: float, z: float, base: float, *, support: int = -1
 ) -> SceneObject:
-  """An object moved from the origin; a board turns its face to the camera."""
+  """Moves an object from the origin; boards turn to face the camera."""
   yaw = obj.yaw + (math.atan2(x, z) if obj.shape.flat else 0)
   return dataclasses.replace(obj, x=x, z=z, base=base, yaw=yaw, support=support)
 
@@ -85,14 +85,14 @@ def _move(
 def _place_main(
   draw: Draw, limits: Difficulty, camera: Camera, near: float
 ) -> SceneObject:
-  """The main object, large and whole in the image."""
+  """Draws the main object, large and entirely in the image."""
   origin = _draw_object(draw, limits)
   base = 0.0
   if origin.shape.can_float and draw.uniform() < limits.floats[0]:
     base = draw.uniform(0.2, 0.45)
   near += (0.5 if origin.shape.flat else 0.8) * origin.radius
   for attempt in range(_TRIES):
-    # A fraction of the image's height; less for tall objects near a low camera.
+    # Share of the image height; less for tall objects near a low camera.
     share = draw.uniform(*limits.main_height) * 0.93**attempt
     z = max(camera.focal * origin.shape.top * origin.height / share, near)
     x = (draw.uniform(*limits.main_column) - 0.5) * z / camera.focal
@@ -110,9 +110,9 @@ def _place_other(
   near: float,
   far: float,
 ) -> SceneObject:
-  """Another object: beside, before, behind, above or on top of the others."""
+  """Draws an object beside, before, behind, above or on top of the rest."""
   obj = _draw_object(draw, limits)
-  if draw.uniform() < limits.copies:  # a copy of the main object
+  if draw.uniform() < limits.copies:  # A copy of the main object.
     texture_map = (objects[0].texture_map[0], *obj.texture_map[1:])
     yaw = draw.uniform(-limits.board_yaw, limits.board_yaw)
     pose = {"x": 0.0, "z": 0.0, "yaw": yaw}
@@ -139,7 +139,7 @@ def _place_other(
 def _is_free(
   obj: SceneObject, objects: list[SceneObject], turn: float, distance: float
 ) -> bool:
-  """Whether an object intersects neither another nor the backdrop."""
+  """Whether an object intersects neither the objects nor the backdrop."""
   gap = distance - math.sin(turn) * obj.x - math.cos(turn) * obj.z
   if gap < 1.5 * obj.radius:
     return False
@@ -159,7 +159,7 @@ def _is_visible(rects: list[Rect]) -> bool:
 
 
 def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
-  """Scene `index` of the endless series `seed`."""
+  """Samples scene `index` of the endless series `seed`."""
   draw, limits = Draw(seed, index), DIFFICULTIES[difficulty]
   pitch = draw.uniform(*limits.camera_pitch)
   camera = world_lib.make_camera(
@@ -168,7 +168,7 @@ def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
     pitch=pitch,
     focal=draw.uniform(0.95, 1.25),
   )
-  # Distance of the ground seen just above the lower edge of the image.
+  # Ground distance just above the lower edge of the image.
   k, cp, sp = 0.44 / camera.focal, math.cos(pitch), math.sin(pitch)
   near = -float(camera.position[1]) * (cp - k * sp) / (sp + k * cp)
   main = _place_main(draw, limits, camera, near)
@@ -207,9 +207,9 @@ def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
 
 
 def second_camera(world: World, index: int, seed: int) -> Camera:
-  """Another camera, 8 to 28 degrees around the main object, aimed near it.
+  """Samples a camera 8 to 28 degrees around the main object, aimed near it.
 
-  Where something would hide the main object, the angle is drawn again, smaller.
+  If an object would hide the main one, draws the angle again, smaller.
   """
   draw = Draw(seed, index, stream=1)
   first, main = world.camera, world.objects[0]

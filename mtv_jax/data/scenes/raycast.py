@@ -1,9 +1,9 @@
 """Ray casting of built-in scenes.
 
-Everything is solved in inverse depth w = 1 / z along rays (x, y, 1) of the
-camera. In w a plane is affine in the pixel, a convex solid is the minimum of
-some affine functions against the maximum of others, and a solid of revolution
-is one quadratic: an object costs a few passes over its rectangle of pixels.
+Everything is solved in inverse depth w = 1 / z along camera rays (x, y, 1). In
+w, a plane is affine in the pixel, a convex solid is a minimum of affine
+functions against a maximum of affine functions, and a solid of revolution is
+one quadratic. So an object costs a few passes over its rectangle of pixels.
 """
 
 import functools
@@ -18,11 +18,11 @@ from mtv_jax.data.scenes import world as world_lib
 from mtv_jax.data.scenes.shapes import Cutout, Polytope, Revolved
 from mtv_jax.data.scenes.world import Camera, SceneObject, World
 
-BACKDROP, GROUND, OBJECTS = 0, 1, 2  # owners of surfaces
+BACKDROP, GROUND, OBJECTS = 0, 1, 2  # Owners of surfaces.
 
-_AMBIENT, _DIFFUSE = 0.58, 0.52  # light: _AMBIENT + _DIFFUSE * cosine
-_MIN_INVERSE = 1e-6  # least inverse depth that counts as a hit, 1 / m
-_SHADOW_END = 1.12  # where a shadow ends, as a multiple of its radius
+_AMBIENT, _DIFFUSE = 0.58, 0.52  # Light: _AMBIENT + _DIFFUSE * cosine.
+_MIN_INVERSE = 1e-6  # Minimum inverse depth of a hit, in 1 / m.
+_SHADOW_END = 1.12  # End of a shadow, as a multiple of its radius.
 _CORNERS = np.array(
   [(x, y, z) for x in (-1, 1) for y in (0, -1) for z in (-1, 1)], float
 )
@@ -33,9 +33,9 @@ Box = tuple[slice, slice]
 class Hits:
   """First hit of each ray from a camera into a world.
 
-  Rays are given by x and y, float32, in unit coordinates minus one half: [1, w]
-  and [h, 1] for a grid of pixels, or two arrays of one shape. `ray_spacing`,
-  between neighbouring rays, bounds the detail of textures (mipmaps) and locates
+  Rays are given by float32 x and y in unit coordinates minus one half: [1, w]
+  and [h, 1] for a pixel grid, or two arrays of equal shape. `ray_spacing` is
+  the distance of neighbouring rays; it selects mipmap levels and locates
   objects on a grid.
 
   Attributes:
@@ -44,9 +44,9 @@ class Hits:
     light: float32 [h, w], factor of colours.
     surface: uint8 [h, w], index of a surface in the following lists.
     colours: first colour, then second minus first; 0..255.
-    tiles: texels, left, top of a texture in the atlas.
+    tiles: (texels, left, top) of a texture in the atlas.
     surface_owners: see `owners`.
-    boxes: rows and columns that bound each object.
+    boxes: bounding rows and columns of each object.
   """
 
   def __init__(self, world: World, camera: Camera, x, y, *, ray_spacing: float):
@@ -72,7 +72,7 @@ class Hits:
     return cv2.LUT(self.surface, table)
 
   def add_surface(self, texture: str, pair, level: int, owner: int) -> int:
-    """Adds a surface of two colours and a texture; returns its index."""
+    """Adds a surface with two colours and a texture; returns its index."""
     first, change = [], []
     for tint, a, b in zip(self.world.tint, *pair, strict=True):
       first.append(a * tint)
@@ -86,24 +86,24 @@ class Hits:
     return len(self.surface_owners) - 1
 
   def write(self, box: Box, hit, *values) -> None:
-    """Records hits (inverse, u, v, light, surface) nearer than all before."""
+    """Records hits (inverse, u, v, light, surface) nearer than earlier ones."""
     hit &= values[0] > self.inverse[box]
     fields = (self.inverse, self.u, self.v, self.light, self.surface)
     for field, value in zip(fields, values, strict=True):
       np.copyto(field[box], value, where=hit)
 
   def level(self, metres: float, depth: float) -> int:
-    """The mipmap level whose texels are about one pixel at this depth."""
+    """Mipmap level whose texels are about one pixel at this depth."""
     texels = (
       textures.TILE * depth * self.ray_spacing / (self.camera.focal * metres)
     )
     return round(math.log2(max(texels, 1)))
 
   def _bound(self, blocks: list[tuple]) -> list[Box]:
-    """Rays that may hit upright blocks.
+    """Bounds the rays that may hit upright blocks.
 
-    A block is the middle of its base (x, y, z) and its half width, height and
-    half depth.
+    A block is (x, y, z, half width, height, half depth); x, y, z is the middle
+    of its base.
     """
     shape = np.array([self.x.shape[1], self.y.shape[0]])
     values = np.array(blocks)[:, None]
@@ -123,7 +123,7 @@ class Hits:
     ]
 
   def _cast_background(self) -> None:
-    """Ground and backdrop everywhere, with the shadows of the objects."""
+    """Casts the ground and backdrop, with the objects' shadows."""
     world = self.world
     rows = self.to_world.tolist()
     dx, dy, dz = (_affine(row, self.x, self.y) for row in rows)
@@ -160,46 +160,46 @@ class Hits:
     count = len(world.objects)
     self.boxes = boxes[:count]
     for box, (x, z, radius, dark) in zip(boxes[count:], shadows, strict=True):
-      # Multiplies light by 1 - dark in the middle, fading outwards.
+      # Multiplies light by 1 - dark at the centre, fading outwards.
       q = (px[box] - x) ** 2 + (pz[box] - z) ** 2
       q = q * (dark / radius**2) + (1 - _SHADOW_END**2 * dark)
       light = self.light[box]
       np.multiply(light, np.clip(q, 1 - dark, 1), light, where=ground[box])
 
   def _ground_bands(self, texture, metres, pair, floor) -> np.ndarray:
-    """Surfaces of the ground: a mipmap level for each band of depth."""
-    # A pixel covers more of the ground in depth than across; the geometric
-    # mean of the two picks the level.
+    """Adds ground surfaces, one mipmap level per band of depth."""
+    # A pixel covers more ground in depth than across; the level follows the
+    # geometric mean of both.
     height = -float(self.camera.position[1])
     scale = textures.TILE * self.ray_spacing / (self.camera.focal * metres)
     scale /= math.sqrt(height)
     first = len(self.surface_owners)
     for level in range(textures.LEVELS):
       self.add_surface(texture, pair, level, GROUND)
-    # Without roll the depth of the ground depends on the row alone.
+    # Without roll, the ground's depth depends only on the row.
     rows = floor[:, :1] if self.is_grid else floor
     level = np.log2(scale * np.maximum(rows, 0.02) ** -1.5) + 0.5
     return (first + np.clip(level, 0, textures.LEVELS - 1)).astype(np.uint8)
 
 
 def _affine(row, x, y):
-  """The affine function with coefficients of x, y and 1."""
+  """Affine function with coefficients for x, y and 1."""
   return (row[0] * x + row[2]) + row[1] * y
 
 
 def _bounding_block(obj: SceneObject) -> tuple[float, ...]:
-  """A block around an object, as `Hits._bound` takes it."""
+  """Block around an object, in the format of `Hits._bound`."""
   across = deep = obj.radius
   if obj.shape.flat:
     across *= abs(math.cos(obj.yaw))
     deep *= abs(math.sin(obj.yaw))
   elif isinstance(obj.shape.parts[0], Polytope):
-    across = deep = 1.4143 * obj.radius  # the corners of a turned square
+    across = deep = 1.4143 * obj.radius  # Corners of a rotated square.
   return (obj.x, -obj.base, obj.z, across, obj.height, deep)
 
 
 def _shadow(obj: SceneObject, light) -> tuple[float, float, float, float]:
-  """Shadow of an object on the ground: middle x and z, radius, darkness."""
+  """Shadow of an object on the ground: centre x and z, radius, darkness."""
   lx, ly, lz = light
   lean = 0.5 * (0.35 * obj.height + obj.base)
   radius = 1.25 * obj.radius + 0.3 * obj.base
@@ -210,7 +210,7 @@ def _shadow(obj: SceneObject, light) -> tuple[float, float, float, float]:
 class _ObjectRays:
   """Rays in an object's frame (x, u, z), in units of its height.
 
-  A point is `origin + direction * z` for the depth z of the camera.
+  At camera depth z, a point is `origin + direction * z`.
   """
 
   def __init__(self, hits: Hits, i: int, obj: SceneObject):
@@ -224,20 +224,20 @@ class _ObjectRays:
     self.origin = (frame @ self.start / obj.height).tolist()
     self.light = (frame @ np.array(hits.world.light)).tolist()
     metres, *self.offsets = obj.texture_map
-    self.tiles = obj.height / metres  # texture tiles per object height
+    self.tiles = obj.height / metres  # Texture tiles per object height.
 
   @functools.cached_property
   def directions(self) -> list[np.ndarray]:
     return [_affine(row, self.x, self.y) for row in self.rows]
 
   def along(self, a: float, b: float, c: float) -> np.ndarray:
-    """The component of all directions along (a, b, c)."""
+    """Component of all directions along (a, b, c)."""
     r, s, t = self.rows
     row = [a * r[i] + b * s[i] + c * t[i] for i in range(3)]
     return _affine(row, self.x, self.y)
 
   def coordinate(self, axis: int, depth: np.ndarray) -> np.ndarray:
-    """Coordinate x (0), u (1) or z (2) of the points at `depth`."""
+    """Coordinate x (0), u (1) or z (2) of points at `depth`."""
     return self.directions[axis] * depth + self.origin[axis]
 
   def lambert(self, x: float, u: float, z: float) -> float:
@@ -247,12 +247,12 @@ class _ObjectRays:
     return _AMBIENT + _DIFFUSE * max(cosine, 0.0)
 
   def write(self, hit, inverse, u, v, light, surface) -> None:
-    """Records hits; texture coordinates come without their offsets."""
+    """Records hits; texture coordinates exclude the offsets."""
     pu, pv = self.offsets
     self.hits.write(self.box, hit, inverse, u + pu, v + pv, light, surface)
 
   def cast(self) -> None:
-    """Records the hits of the object's parts."""
+    """Casts all parts of the object."""
     hits, obj = self.hits, self.obj
     depth = float(hits.camera.rotation[2] @ -self.start)
     level = hits.level(obj.texture_map[0], max(depth, 0.2))
@@ -286,7 +286,7 @@ class _ObjectRays:
       borderValue=-1,
     )
     hit &= inside > 0
-    # Both sides are lit alike, so that views agree on a board's brightness.
+    # Both sides get equal light, so that views agree on a board's brightness.
     light = _AMBIENT + _DIFFUSE * abs(self.light[2])
     k = self.tiles
     self.write(hit, inverse, across * k, up * -k, light, surface)
@@ -298,7 +298,7 @@ class _ObjectRays:
       distance = offset - (nx * ox + nu * ou + nz * oz)
       k = 1 / (distance if abs(distance) > 1e-9 else 1e-9)
       inverse = self.along(nx * k, nu * k, nz * k)
-      # Rays enter where the camera is on the outer side of a face.
+      # Rays enter through faces whose outer side faces the camera.
       (fronts if distance < 0 else backs).append((f, inverse))
     if not fronts:
       return
@@ -324,7 +324,7 @@ class _ObjectRays:
     dx, du, dz = self.directions
     a, b, c = part.a, part.b, part.c
     # On the surface x^2 + z^2 = a + b u + c u^2 with (x, u, z) = o + d / w:
-    # p * w^2 + 2 q * w + r = 0; the greater root is the nearer point.
+    # p * w^2 + 2 q * w + r = 0; the larger root is the nearer point.
     p = ox * ox + oz * oz - a - ou * (b + c * ou)
     q = self.along(ox, -(0.5 * b + c * ou), oz)
     r = dx * dx + dz * dz
@@ -337,19 +337,19 @@ class _ObjectRays:
     depth = 1 / np.maximum(inverse, _MIN_INVERSE)
     x, up, z = (self.coordinate(axis, depth) for axis in range(3))
     hit &= (up >= part.low) & (up <= part.high)
-    # The normal (x, -(b + 2 c u) / 2, z); its square is a polynomial in u.
+    # Normal (x, -(b + 2 c u) / 2, z); its square is a polynomial in u.
     lx, lu, lz = self.light
     cosine = x * lx + z * lz - (up * (c * lu) + 0.5 * b * lu)
     squared_norm = (up * (c + c * c) + (b + b * c)) * up + (a + 0.25 * b * b)
     cosine /= np.sqrt(np.maximum(squared_norm, 1e-9))
     light = np.maximum(cosine, 0) * _DIFFUSE + _AMBIENT
-    # A whole number of tiles around, so that the pattern closes.
+    # Rounds to whole tiles around, so that the pattern closes.
     tiles = max(round(2 * math.pi * self.obj.shape.half * self.tiles), 1)
     u = np.arctan2(x, z) * (tiles / (2 * math.pi))
     self.write(hit, inverse, u, up * -self.tiles, light, surface)
 
   def _cast_end(self, part: Revolved, surface: int) -> None:
-    """The flat top, or for a camera below it the flat bottom."""
+    """Casts the flat top, or the flat bottom if the camera is below."""
     ou = self.origin[1]
     if part.low <= ou <= part.high:
       return

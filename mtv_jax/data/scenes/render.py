@@ -1,10 +1,10 @@
 """Rendering of built-in scenes with exact labels.
 
-A data set with nothing to download, on which every objective and every
-evaluation runs. `render(index)` is a pure function of the index, the seed and
-the size: textured objects on a ground before a backdrop, with exact captions,
-boxes, metric depth, segmentation and class. The size changes the pixels only.
-Parallax, occlusion and depth are exact; light does not depend on the view.
+A data set without downloads, on which every objective and evaluation runs.
+`render(index)` is a pure function of index, seed and size: textured objects on
+a ground before a backdrop, with exact captions, boxes, metric depth,
+segmentation and class. The size only affects pixels. Parallax, occlusion and
+depth are exact; lighting is view-independent.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from mtv_jax.data.scenes.world import (
 from mtv_jax.utils.errors import InputError
 
 SEGMENT_NAMES = ("background", "ground", *CLASS_NAMES)
-STUFF_COUNT = 2  # the first SEGMENT_NAMES: background and ground
+STUFF_COUNT = 2  # First entries of SEGMENT_NAMES: background and ground.
 MIN_SIZE = 16
 
-_MIN_BOX_SHARE = 0.001  # a box needs this share of the image, and 4 pixels
-_MAX_HIDDEN = 0.55  # captions of a second view leave out what is more hidden
-_DEPTH_TOLERANCE = 2e-3  # relative, between two depths of a point
-_NOISE = 2.5  # standard deviation of the sensor's noise, of 255
-_SHIFTS = 64  # offsets of the noise along each axis
+_MIN_BOX_SHARE = 0.001  # Minimum image share of a box, and at least 4 pixels.
+_MAX_HIDDEN = 0.55  # Captions of a second view omit objects hidden more.
+_DEPTH_TOLERANCE = 2e-3  # Relative difference of two depths of one point.
+_NOISE = 2.5  # Standard deviation of the sensor noise, of 255.
+_SHIFTS = 64  # Noise offsets along each axis.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Scene:
   """One view of a scene with its labels."""
 
   image: UInt8[np.ndarray, "s s 3"]  # sRGB.
-  # Metres along the optical axis, at the pixels' centres.
+  # Metres along the optical axis, at pixel centres.
   depth: Float32[np.ndarray, "s s"]
   segmentation: UInt8[np.ndarray, "s s"]  # Indices into `SEGMENT_NAMES`.
   # 0 background, 1 ground, 2 + i for `objects[i]`.
   instances: UInt8[np.ndarray, "s s"]
-  # (y0, x0, y1, x1) in the unit square, around the visible pixels of objects.
+  # (y0, x0, y1, x1) in the unit square, around the objects' visible pixels.
   boxes: Float32[np.ndarray, "n 4"]
   phrases: tuple[str, ...]  # One per box: 'large red ball with dots'.
   box_objects: tuple[int, ...]  # Indices into `objects`.
-  captions: tuple[str, ...]  # See `captions.captions`; five of hard scenes.
+  captions: tuple[str, ...]  # See `captions.captions`; five for hard scenes.
   label: int  # Index into `CLASS_NAMES` of the main object.
-  objects: tuple[SceneObject, ...]  # The main one, which is the largest, first.
+  objects: tuple[SceneObject, ...]  # The main (largest) object comes first.
   camera: Camera
 
   @property
@@ -66,7 +66,7 @@ class Scene:
 
   @property
   def points(self) -> Float32[np.ndarray, "s s 3"]:
-    """The surface point of each pixel in the camera's frame, in metres."""
+    """Surface point of each pixel in the camera frame, in metres."""
     x, y = pixel_grid(self.depth.shape[0])
     scale = self.depth / np.float32(self.camera.focal)
     return np.stack([x * scale, y * scale, self.depth], -1)
@@ -76,29 +76,29 @@ class Scene:
 class ScenePair:
   """Two views of one scene and their correspondence.
 
-  `rotation @ point + translation` transforms a point in metres from the first
+  `rotation @ point + translation` maps a point (in metres) from the first
   camera's frame to the second's.
   """
 
   first: Scene  # Equals `render(index)`.
   second: Scene
-  # (y, x) in the second view, in unit coordinates and perhaps outside, of the
-  # surface point at the centre of each pixel of the first.
+  # For the surface point at each pixel centre of the first view: its (y, x) in
+  # the second view, in unit coordinates, possibly outside the image.
   correspondence: Float32[np.ndarray, "s s 2"]
-  # Whether the point is inside the second image and not hidden.
+  # Whether that point is inside the second image and unoccluded.
   visible: Bool[np.ndarray, "s s"]
   rotation: Float[np.ndarray, "3 3"]
   translation: Float[np.ndarray, "3"]
 
 
 def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-  """A row of x and a column of y: unit coordinates minus one half."""
+  """A row of x and a column of y, in unit coordinates minus one half."""
   axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
   return axis[None, :], axis[:, None]
 
 
 def check_arguments(index: int, size: int, seed: int) -> None:
-  """Checks the ranges of `render`'s arguments."""
+  """Checks the ranges of arguments of `render`."""
   if not 0 <= index < 2**63:
     raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
   if size < MIN_SIZE:
@@ -122,7 +122,7 @@ def render_pair(
 ) -> ScenePair:
   """Renders scene `index` from two cameras, with dense correspondences.
 
-  The second camera is 8 to 28 degrees around the main object, at another
+  The second camera is 8 to 28 degrees around the main object, at a different
   distance and height. Arguments and errors as in `render`.
   """
   first = render(index, size=size, seed=seed, difficulty=difficulty)
@@ -138,8 +138,8 @@ def render_pair(
   x = (camera.focal * points[..., 0] / depth).astype(np.float32)
   y = (camera.focal * points[..., 1] / depth).astype(np.float32)
   inside = (points[..., 2] > 1e-3) & (abs(x) < 0.5) & (abs(y) < 0.5)
-  # Rays cast exactly to these points, rather than the second view's pixels, so
-  # that visibility does not depend on the size.
+  # Cast rays exactly to these points instead of the second view's pixels, so
+  # that visibility doesn't depend on the size.
   rays = np.clip(x, -1, 1), np.clip(y, -1, 1)
   hits = Hits(world, camera, *rays, ray_spacing=1 / size)
   same_object = hits.owners == first.instances
@@ -164,8 +164,8 @@ def render_video(
 ) -> tuple[Scene, ...]:
   """Renders scene `index` from a camera that moves between two views.
 
-  The first and the last frame have the cameras of `render_pair`; position, yaw
-  and pitch change by equal steps. Objects keep their numbers in `instances`.
+  The first and last frame use the cameras of `render_pair`; position, yaw and
+  pitch change in equal steps. Object indices in `instances` are constant.
   Arguments and errors as in `render`.
   """
   check_arguments(index, size, seed)
@@ -175,7 +175,7 @@ def render_video(
   scenes = []
   for frame, share in enumerate(np.linspace(0, 1, frames)):
     position = (1 - share) * ends[0].position + share * ends[1].position
-    # Yaws of the two differ by less than half a turn.
+    # The two yaws differ by less than half a turn.
     turn = np.remainder(np.subtract(*angles[::-1]) + np.pi, 2 * np.pi) - np.pi
     yaw, pitch = np.add(angles[0], share * turn)
     camera = make_camera(tuple(position), yaw, pitch, ends[0].focal)
@@ -188,7 +188,7 @@ def render_video(
 def _render_view(
   world: World, camera: Camera, size: int, draw: layout.Draw, noise: tuple
 ) -> Scene:
-  """One view of a world with its labels; `draw` words the captions."""
+  """Renders one view with its labels; `draw` selects caption wordings."""
   hits = Hits(world, camera, *pixel_grid(size), ray_spacing=1 / size)
   instances = hits.owners
   boxes, box_objects = _visible_boxes(instances, hits)
@@ -219,7 +219,7 @@ def _render_view(
 def _visible_boxes(
   instances: np.ndarray, hits: Hits
 ) -> tuple[Float32[np.ndarray, "n 4"], tuple[int, ...]]:
-  """Boxes around visible pixels, and the indices of their objects."""
+  """Boxes around visible pixels, and their object indices."""
   size = instances.shape[0]
   min_pixels = max(_MIN_BOX_SHARE * size * size, 4)
   boxes, indices = [], []
@@ -235,10 +235,10 @@ def _visible_boxes(
 
 
 def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
-  """The sRGB image of a square grid of rays; `noise` is in [0, 1)^2."""
+  """Shades a square grid of rays to sRGB; `noise` is in [0, 1)^2."""
   surface = hits.surface
   texels, left, top = (cv2.LUT(surface, t) for t in _tables(hits.tiles))
-  # Texel i of a tile is centred at i + 0.5 of it.
+  # The centre of texel i is at i + 0.5.
   x = (hits.u - np.floor(hits.u)) * texels + left - 0.5
   y = (hits.v - np.floor(hits.v)) * texels + top - 0.5
   mix = cv2.remap(textures.atlas().pixels, x, y, cv2.INTER_LINEAR)
@@ -252,15 +252,15 @@ def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   i, j = (int(n * _SHIFTS) for n in noise)
   noise = _sensor_noise(size)[i : i + size, j : j + size]
   image = cv2.add(cv2.merge(planes), noise, dtype=cv2.CV_8U)
-  # One ray per pixel leaves stairs along every outline; a blur of just these
-  # pixels hides them at a fraction of the cost of more rays.
+  # One ray per pixel leaves jagged outlines. Blurring only these pixels hides
+  # them at a fraction of the cost of more rays.
   cross = np.ones((3, 3), np.uint8)
   edges = cv2.morphologyEx(hits.owners, cv2.MORPH_GRADIENT, cross)
   return cv2.copyTo(cv2.GaussianBlur(image, (3, 3), 0), edges, image)
 
 
 def _tables(rows: list) -> Float32[np.ndarray, "k 1 256"]:
-  """Columns of a list of rows as look-up tables for `cv2.LUT`."""
+  """Turns the columns of `rows` into look-up tables for `cv2.LUT`."""
   tables = np.zeros((len(rows[0]), 1, 256), np.float32)
   tables[:, 0, : len(rows)] = np.array(rows, np.float32).T
   return tables

@@ -1,13 +1,13 @@
-"""Shapes of the objects in built-in scenes, in units of their height.
+"""Shapes of objects in built-in scenes, in units of their height.
 
-A shape is a union of convex parts that a ray meets in closed form: solids of
-revolution, polytopes and flat cutouts. Coordinates are (x, u, z), u being the
+A shape is a union of convex parts with closed-form ray intersections: solids of
+revolution, polytopes and flat cutouts. Coordinates are (x, u, z); u is the
 height above the base.
 """
 
 import dataclasses
 
-Colour = tuple[int, int, int]  # sRGB
+Colour = tuple[int, int, int]  # sRGB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Revolved:
   c: float
   low: float = 0.0
   high: float = 1.0
-  cap: float = 1.0  # Light on the flat ends; below 1 they look hollow.
-  accent: Colour | None = None  # This part's own colour.
+  cap: float = 1.0  # Light on the flat ends; they look hollow below 1.
+  accent: Colour | None = None  # Colour of this part, if it differs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Polytope:
   """A convex solid: `normal . (x, u, z) <= offset` for each face."""
 
   faces: tuple[tuple[float, float, float, float], ...]  # (nx, nu, nz, offset)
-  accent_faces: tuple[int, ...] = ()  # Faces of the colour `accent`.
+  accent_faces: tuple[int, ...] = ()  # Faces with the colour `accent`.
   accent: Colour | None = None
 
 
@@ -42,12 +42,12 @@ class Cutout:
 
 @dataclasses.dataclass(frozen=True)
 class SolidShape:
-  """A class of objects: its parts and its bounds."""
+  """An object class: its parts and bounds."""
 
   parts: tuple[Revolved | Polytope | Cutout, ...]
   half: float  # Half of the width (and depth, unless flat).
-  top: float = 1.0  # Height of its highest point.
-  can_float: bool = False  # Whether it may hang in the air.
+  top: float = 1.0  # Height of the highest point.
+  can_float: bool = False  # Whether it may float in the air.
   can_support: bool = False  # Whether an object may stand on it.
 
   @property
@@ -61,13 +61,13 @@ def _ball(centre: float, radius: float) -> Revolved:
 
 
 def _cone(base: float, low: float, apex: float, high: float) -> Revolved:
-  """A cone of radius `base` at u = low that would close at u = apex."""
+  """A cone with radius `base` at u = low that would close at u = apex."""
   k = (base / (apex - low)) ** 2
   return Revolved(k * apex**2, -2 * k * apex, k, low, high)
 
 
 def _dome(radius: float, low: float) -> Revolved:
-  """Half an ellipsoid standing on u = low with its top at u = 1."""
+  """Half an ellipsoid, from u = low to its top at u = 1."""
   k = (radius / (1 - low)) ** 2
   return Revolved(radius**2 - k * low**2, 2 * k * low, -k, low, 1.0)
 
@@ -79,7 +79,7 @@ def _rod(
 
 
 def _walls(x: float, z: float, lean: float = 0.0) -> tuple:
-  """Four faces at distances x and z from the axis at u = 0."""
+  """Four faces, at distances x and z from the axis at u = 0."""
   return (
     (1.0, lean, 0.0, x), (-1.0, lean, 0.0, x),
     (0.0, lean, 1.0, z), (0.0, lean, -1.0, z),

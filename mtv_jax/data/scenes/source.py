@@ -25,12 +25,12 @@ class SceneSource(Source):
   Args:
     size: pixels per side of the rendered images.
     length: number of records; also the length of an epoch.
-    first: number of the first scene. Training and evaluation take disjoint
+    first: index of the first scene. Training and evaluation use disjoint
       ranges, such as `first=1_000_000` for evaluation.
     seed: the series of scenes.
     difficulty: see `difficulty.Difficulty`.
-    cache: a folder for the rendered records, which all runs of these settings
-      share; written at the first read. Records are equal with and without it.
+    cache: a folder for rendered records, shared by all runs with these
+      settings; filled at the first read. Doesn't change the records.
   """
 
   size: int = 96
@@ -51,13 +51,13 @@ class SceneSource(Source):
     render_lib.check_arguments(self.first, self.size, self.seed)
     if self.length < 1:
       raise InputError(f"Scenes length {self.length}: expected 1 or more.")
-    # Rendered records are in no file: one shard for a shuffle by blocks.
+    # Not file-based: use a single shard for block shuffling.
     self.shards = np.array([self.length], np.int64)
-    # Its one entry is the memory-mapped arrays, of each process its own.
+    # One entry, per process: the memory-mapped arrays.
     self._arrays = ProcessCache(self._open_cache, limit=1)
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record i: see `Scene`; depth is inverse, the boxes' scores are 1."""
+    """Returns record i, see `Scene`; depth is inverse, box scores are 1."""
     _, i = self._locate(i)
     if self.cache is None:
       return self._render(i)
@@ -65,12 +65,12 @@ class SceneSource(Source):
     return {"key": self.key(i), **record}
 
   def key(self, i: int) -> str:
-    """The key of record i."""
+    """Returns the key of record i."""
     level = "" if self.difficulty == "hard" else f"{self.difficulty}-"
     return f"scene-{level}{self.seed}-{self.first + i}"
 
   def label(self, i: int) -> int:
-    """The label of record i, without rendering it."""
+    """Returns the label of record i, without rendering it."""
     number = self.first + i
     world = layout.sample_world(number, self.seed, self.difficulty)
     return CLASS_NAMES.index(world.objects[0].name)
@@ -93,7 +93,7 @@ class SceneSource(Source):
   def _open_cache(self, _: int) -> cache_lib.Arrays:
     names = ("size", "length", "first", "seed", "difficulty")
     settings = {name: getattr(self, name) for name in names}
-    # Also the ranges, which may change with the version.
+    # Include the ranges, which may change with the version.
     settings["ranges"] = dataclasses.asdict(DIFFICULTIES[self.difficulty])
     refuse_remote(self.cache, "The cache", "Name a folder of this machine.")
     folder = pathlib.Path(self.cache)

@@ -1,9 +1,9 @@
 """Texture atlas and silhouettes of built-in scenes.
 
 Tileable two-tone patterns, packed with their mipmaps into one atlas, and signed
-distances of the flat silhouettes, both from fixed seeds. A pattern is one
-channel: 0 is the first colour of a surface and 1 its second, so that one
-`cv2.remap` call for the whole frame samples every surface.
+distance maps of the flat silhouettes, both from fixed seeds. A pattern has one
+channel that mixes a surface's first colour (0) and second colour (1), so one
+`cv2.remap` call per frame samples every surface.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-TILE = 256  # texels along the side of the largest copy of a pattern
-LEVELS = 6  # copies of 256, 128, 64, 32, 16 and 8 texels
-SILHOUETTE = 128  # samples along the side of a silhouette
+TILE = 256  # Texels per side of a pattern at level 0.
+LEVELS = 6  # 256, 128, 64, 32, 16 and 8 texels.
+SILHOUETTE = 128  # Samples per side of a silhouette.
 
 
 @dataclasses.dataclass(frozen=True)
 class Atlas:
   """All patterns at all levels, in one image.
 
-  The tile of a pattern at level l starts at column `offset_x[l]` and row
-  `offset_y[name]`, and has `TILE >> l` texels per side. A border of one texel,
-  wrapped around, makes bilinear sampling seamless.
+  At level l, a pattern's tile starts at column `offset_x[l]` and row
+  `offset_y[name]` and has `TILE >> l` texels per side. A wrapped border of one
+  texel makes bilinear sampling seamless.
   """
 
   pixels: UInt8[np.ndarray, "height width"]
@@ -35,10 +35,10 @@ class Atlas:
 def _noise(
   rng: np.random.Generator, low: int, high: int, stretch: float = 1.0
 ) -> Float[np.ndarray, "t t"]:
-  """Tileable noise between two spatial frequencies (cycles a tile).
+  """Tileable noise between two spatial frequencies (cycles per tile).
 
-  `stretch` > 1 elongates the blobs along the first axis. The result has mean 0
-  and standard deviation 1.
+  `stretch` > 1 elongates blobs along the first axis. The result has mean 0 and
+  standard deviation 1.
   """
   fy = np.fft.fftfreq(TILE, 1 / TILE)[:, None] * stretch
   fx = np.fft.fftfreq(TILE, 1 / TILE)[None, :]
@@ -61,7 +61,7 @@ def _triangle(x: np.ndarray) -> np.ndarray:
 
 
 def _cells(rng: np.random.Generator, points: int) -> np.ndarray:
-  """Distances to the nearest and second nearest of some points, wrapped."""
+  """Distances to the nearest and second nearest random point, wrapped."""
   pixels = np.indices((TILE, TILE)) / TILE
   distances = []
   for point in rng.random((points, 2)):
@@ -71,7 +71,7 @@ def _cells(rng: np.random.Generator, points: int) -> np.ndarray:
 
 
 def _patterns() -> dict[str, np.ndarray]:
-  """Every pattern, float [TILE, TILE] in about [0, 1]."""
+  """All patterns, float [TILE, TILE] in about [0, 1]."""
   rng = np.random.default_rng(20240229)
   axis = (np.arange(TILE) + 0.5) / TILE
   y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -103,7 +103,7 @@ def _patterns() -> dict[str, np.ndarray]:
   loops = 0.25 * np.sin(x * 16 * np.pi) * np.sin(y * 16 * np.pi)
   seam = _ramp(0.012 - _triangle(x * 4) / 4, 0.012)
   return {
-    # On objects.
+    # For objects.
     "plain": 0.3 + 0.1 * cloud + 0.05 * fine,
     "striped": _ramp(_triangle(x * 4) - 0.29, soft) + 0.03 * fine,
     "dotted": _ramp(0.3 - dots, 2 * soft) + 0.03 * fine,
@@ -114,7 +114,7 @@ def _patterns() -> dict[str, np.ndarray]:
     "marble": np.exp(-((veins / 0.25) ** 2)) + 0.12 * cloud,
     "woven": 0.85 - 0.9 * ribs + 0.04 * fine,
     "speckled": _ramp(_noise(rng, 14, 40) - 0.75, 0.4) + 0.04 * fine,
-    # Behind and below them.
+    # For grounds and backdrops.
     "grass": 0.5 + 0.22 * _noise(rng, 10, 110, 0.35) + 0.12 * cloud,
     "sand": 0.5 + 0.2 * fine + 0.15 * ripples,
     "planks": _ramp(0.008 - plank, 0.008) + 0.4 + shade + 0.16 * grain,
@@ -131,7 +131,7 @@ def _patterns() -> dict[str, np.ndarray]:
 
 @functools.cache
 def atlas() -> Atlas:
-  """The packed patterns; computed at the first call, in about 0.3 s."""
+  """Packs the patterns; the first call takes about 0.3 s."""
   sizes = [TILE >> level for level in range(LEVELS)]
   patterns = _patterns()
   offset_x = tuple(int(sum(sizes[:i]) + 2 * i + 1) for i in range(LEVELS))
@@ -152,14 +152,14 @@ def _points(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n 2"]:
 
 
 def _polar(radius: float, wave: float = 0.0) -> Float[np.ndarray, "n 2"]:
-  """The closed curve radius + wave * cos(6 angle), angle 0 up, as (x, y)."""
+  """Closed curve radius + wave * cos(6 angle), angle 0 up, as (x, y)."""
   angle = np.linspace(0, 2 * np.pi, 720, endpoint=False)
   r = radius + wave * np.cos(6 * angle)
   return _points(r * np.sin(angle), r * np.cos(angle))
 
 
 def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
-  """Outlines by silhouette: polygons of (x, y), y up, any scale.
+  """Outlines by silhouette: polygons of (x, y), y up, at any scale.
 
   Several polygons are filled by the even-odd rule, so a second one inside the
   first cuts a hole.
@@ -195,18 +195,18 @@ def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
 
 @functools.cache
 def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
-  """Signed distance maps of the flat shapes, positive inside.
+  """Signed distance maps of the flat shapes, in samples, positive inside.
 
   A map covers the square [-0.5, 0.5] x [0, 1] (x across, y up; row 0 is the
-  top), in which the outline has height 1; distances are in samples.
+  top), in which the outline has height 1.
   """
-  zoom = 8  # factor of the mask's resolution, so that distances are smooth
+  zoom = 8  # Supersampling of the mask, for smooth distances.
   side = SILHOUETTE * zoom
   maps = {}
   for name, polygons in _outlines().items():
     points = np.concatenate(polygons)
     low, high = points.min(0), points.max(0)
-    # 0.98: a rim of outside samples lets every edge be interpolated.
+    # 0.98: an outside rim, so that every edge can be interpolated.
     scale = 0.98 / max(high - low)
     mask = np.zeros((side, side), np.uint8)
     shift = np.array([(low[0] + high[0]) / 2, low[1]])

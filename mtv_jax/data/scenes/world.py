@@ -1,10 +1,8 @@
 """World of a built-in scene: vocabulary, objects, cameras.
 
-It does not depend on the image size.
-
-Units are metres. The frames of world and camera follow computer vision
-(x right, y down, z forward); the ground is the plane y = 0, so that an object
-of height h spans y in [-h, 0].
+Independent of the image size. Units are metres. World and camera frames follow
+computer vision (x right, y down, z forward); the ground is the plane y = 0, so
+an object of height h on it spans y in [-h, 0].
 """
 
 import dataclasses
@@ -16,7 +14,7 @@ from jaxtyping import Float, Float32
 
 from mtv_jax.data.scenes.shapes import SHAPES, Revolved, SolidShape
 
-# sRGB, distinguishable under shading.
+# sRGB; distinguishable under shading.
 COLOURS = {
   "red": (205, 30, 35),
   "orange": (245, 125, 20),
@@ -31,13 +29,13 @@ COLOURS = {
   "black": (32, 32, 36),
   "grey": (135, 138, 142),
 }
-PATTERNS = ("striped", "dotted", "checkered", "zigzag")  # two named colours
+PATTERNS = ("striped", "dotted", "checkered", "zigzag")  # Two named colours.
 MATERIALS = ("plain", "wooden", "brick", "marble", "woven", "speckled")
 TEXTURES = MATERIALS + PATTERNS
-SIZES = {"small": 0.5, "medium": 0.85, "large": 1.3}  # height in metres
+SIZES = {"small": 0.5, "medium": 0.85, "large": 1.3}  # Heights in metres.
 
 
-# By the name in captions: (texture, metres per tile, the two colours).
+# By caption name: (texture, metres per tile, two colours).
 GROUNDS = {
   "grass": ("grass", 1.4, (52, 96, 38), (128, 160, 72)),
   "sand": ("sand", 1.6, (188, 158, 108), (232, 208, 158)),
@@ -64,9 +62,9 @@ BACKDROPS = {
 class Camera:
   """A pinhole camera with square pixels and a centred principal point.
 
-  `focal` is in units of the image's side. A world point X is at
-  `rotation @ (X - position)` in the camera's frame, and appears at
-  `0.5 + focal * (x, y) / z` in unit coordinates.
+  `focal` is in units of the image side. A world point X has camera coordinates
+  `rotation @ (X - position)`, and projects to `0.5 + focal * (x, y) / z` in
+  unit coordinates.
   """
 
   focal: float
@@ -74,22 +72,22 @@ class Camera:
   position: Float[np.ndarray, "3"]
 
   def intrinsics(self, size: int) -> Float32[np.ndarray, "3 3"]:
-    """K in pixels, with pixel (row i, column j) centred at (i, j) + 0.5."""
+    """K in pixels; the centre of pixel (row i, column j) is (i, j) + 0.5."""
     f = self.focal * size
     return np.array([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], "f4")
 
   def __post_init__(self):
-    # Plain floats: the layout projects hundreds of points one at a time.
+    # Plain floats: the layout projects hundreds of single points.
     object.__setattr__(self, "_rows", self.rotation.tolist())
     object.__setattr__(self, "_origin", self.position.tolist())
 
   def angles(self) -> tuple[float, float]:
-    """Yaw and pitch in radians, as `make_camera` takes them."""
+    """Yaw and pitch in radians, as in `make_camera`."""
     (cos, _, sin), _, (_, pitch, _) = self._rows
     return math.atan2(-sin, cos), math.asin(pitch)
 
   def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
-    """World point -> (across, down) in unit coordinates and its depth."""
+    """World point to (across, down) in unit coordinates, and depth."""
     x -= self._origin[0]
     y -= self._origin[1]
     z -= self._origin[2]
@@ -106,7 +104,7 @@ class Camera:
 def make_camera(
   position: tuple[float, float, float], yaw: float, pitch: float, focal: float
 ) -> Camera:
-  """A camera without roll; yaw turns it right, pitch tilts it down (rad)."""
+  """A camera without roll; yaw turns right, pitch tilts down (radians)."""
   cy, sy = math.cos(yaw), math.sin(yaw)
   cp, sp = math.cos(pitch), math.sin(pitch)
   rotation = np.array(
@@ -121,16 +119,16 @@ class SceneObject:
 
   name: str
   colour: str
-  second: str  # Colour of a pattern, '' for a material.
+  second: str  # Second colour of a pattern; '' for a material.
   texture: str
   size: str
   height: float
   yaw: float
-  texture_map: tuple[float, float, float]  # Metres a tile, two offsets.
+  texture_map: tuple[float, float, float]  # Metres per tile, two offsets.
   x: float = 0.0
   z: float = 0.0
   base: float = 0.0  # Height of the lowest point above the ground.
-  support: int = -1  # The object that it stands on, -1 for none.
+  support: int = -1  # Index of the object it stands on, or -1.
 
   @functools.cached_property
   def shape(self) -> SolidShape:
@@ -145,14 +143,14 @@ _MORTAR = (206, 198, 188)
 
 
 def shade(colour: tuple[int, int, int]) -> tuple[float, float, float]:
-  """The second tone of a material: darker, or lighter if the first is dark."""
+  """Second tone of a material: darker, or lighter if the first is dark."""
   if sum(colour) < 150:
     return tuple(1.35 * c + 42 for c in colour)
   return tuple(0.62 * c for c in colour)
 
 
 def colours(obj: SceneObject) -> tuple[tuple, tuple]:
-  """The two colours that the texture of an object mixes."""
+  """The two colours that an object's texture mixes."""
   first = COLOURS[obj.colour]
   if obj.second:
     return first, COLOURS[obj.second]
@@ -184,7 +182,7 @@ class Rect:
 
 
 def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
-  """Approximate bounds of an object in the image, not clipped to it."""
+  """Approximate bounds of an object in the image, unclipped."""
   x, z = obj.x, obj.z
   top = obj.base + obj.shape.top * obj.height
   across, y1, depth = camera.project(x, -obj.base, z)
@@ -206,7 +204,7 @@ def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
 
 
 def hidden_share(rects: list[Rect], i: int) -> float:
-  """Upper bound of the share of rectangle i behind nearer ones or outside."""
+  """Upper bound of the share of rectangle i that is occluded or outside."""
   a = rects[i]
   hidden = a.area - _overlap(a, Rect(0.0, 0.0, 1.0, 1.0, 0.0))
   nearer = (_overlap(a, b) for b in rects if b.depth < a.depth)
@@ -221,9 +219,9 @@ def _overlap(a: Rect, b: Rect) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Everything about a scene but its pixels."""
+  """Everything about a scene except its pixels."""
 
-  objects: tuple[SceneObject, ...]  # The main one first.
+  objects: tuple[SceneObject, ...]  # The main object comes first.
   ground: str
   backdrop: str  # The plane sin(turn) x + cos(turn) z = distance.
   turn: float

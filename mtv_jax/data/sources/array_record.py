@@ -1,4 +1,4 @@
-"""ArrayRecord files in the layout of `mtv-jax make_shards`."""
+"""ArrayRecord files as written by `mtv-jax make_shards`."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.threads import map_threads
 
-# Larger groups would be decompressed whole for each record read at random.
+# With larger groups, each random read would decompress a whole group.
 _OPTIONS = "group_size:1"
 
 
@@ -26,13 +26,13 @@ class ArrayRecordSource(FileSource):
   """Records of ArrayRecord files.
 
   Args:
-    path: brace ranges, globs, commas or a list; see `expand_path`. Files of a
-      bucket are copied whole: their reader takes local files only.
-    cache: folder of this machine for these copies; `utils.path.cache_folder()`
-      by default.
+    path: brace ranges, globs, commas or a list; see `expand_path`. Bucket files
+      are copied whole, because the ArrayRecord reader needs local files.
+    cache: local folder for these copies; `utils.path.cache_folder()` by
+      default.
 
   Raises:
-    InputError: a file is corrupt, or was written in groups of records.
+    InputError: a file is corrupt, or its records are grouped.
   """
 
   suffix = ".array_record"
@@ -45,13 +45,13 @@ class ArrayRecordSource(FileSource):
     if not len(self):
       raise InputError(f"{self.name} has no record.")
     self._readers = open_readers(copies)
-    # A shard's metadata is megabytes, and only labelling reads it.
+    # Megabytes per shard, and only labelling reads it.
     self._sidecars = ProcessCache(
       functools.partial(_read_sidecar, self.files), limit=8
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; a BadRecord if it is corrupt or lacks a caption."""
+    """Returns record `i`; BadRecord if it is corrupt or lacks a caption."""
     shard, at = self._locate(i)
     where = f"{self.files[shard].name}:{at}"
     data = read_bytes(self._readers.get(shard), at, where=where)
@@ -62,7 +62,7 @@ class ArrayRecordSource(FileSource):
     return record
 
   def _metadata(self, i: int, key: str) -> Mapping[str, Any]:
-    """The record's line of NAME_meta.jsonl beside its shard."""
+    """The record's line in NAME_meta.jsonl next to its shard."""
     shard, _ = self._locate(i)
     return self._sidecars.get(shard).get(key, {"key": key})
 
@@ -70,10 +70,10 @@ class ArrayRecordSource(FileSource):
 def _read_sidecar(
   files: Sequence[PurePath], shard: int
 ) -> dict[str, Mapping[str, Any]]:
-  """The lines of NAME_meta.jsonl beside a shard, by key."""
+  """Parses NAME_meta.jsonl next to a shard; returns its lines by key."""
   name = files[shard].name.removesuffix(ArrayRecordSource.suffix)
   file = files[shard].with_name(name + "_meta.jsonl")
-  # Not splitlines, which also cuts where a caption contains U+2028.
+  # Not splitlines, which also splits at U+2028 in captions.
   try:
     text = path_lib.read_bytes(file).decode() if path_lib.is_file(file) else ""
   except UnicodeDecodeError as error:
@@ -97,21 +97,21 @@ def _read_sidecar(
 
 
 def open_readers(files: Sequence[Path], **options: Any) -> ProcessCache:
-  """Readers of the files, for random reads by several threads."""
+  """Returns a cache of readers, for random reads by several threads."""
   return ProcessCache(functools.partial(_open_reader, files), **options)
 
 
 def _open_reader(files: Sequence[Path], shard: int) -> Any:
   return _module().ArrayRecordReader(
     str(files[shard]),
-    # Random reads don't use data read ahead.
+    # Readahead is wasted on random reads.
     options="readahead_buffer_size:0",
     file_reader_buffer_size=32768,
   )
 
 
 def read_bytes(reader: Any, at: int, *, where: str) -> bytes:
-  """The bytes of a record; a BadRecord at `where` if they are corrupt."""
+  """Returns a record's bytes; BadRecord at `where` if they are corrupt."""
   try:
     return reader.read([at])[0]
   except (RuntimeError, IndexError, ValueError) as error:
@@ -121,15 +121,15 @@ def read_bytes(reader: Any, at: int, *, where: str) -> bytes:
 def write(
   path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]
 ) -> None:
-  """Writes records (`key`, `image` in bytes, `captions`) to one file.
+  """Writes records (`key`, `image` as bytes, `captions`) to one file.
 
-  Its folder must exist; the file appears when it is complete.
+  The folder must exist. The file appears once it is complete.
   """
   write_bytes(path, map(records.encode, examples))
 
 
 def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> None:
-  """Writes encoded records, as `write` does."""
+  """Writes encoded records; see `write`."""
   path = Path(path)
   with atomic.replace_file(path) as temporary:
     writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
@@ -141,7 +141,7 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> None:
 
 
 def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
-  """Raises an OSError for the writer's RuntimeError, such as a full disk."""
+  """Turns the writer's RuntimeErrors, such as a full disk, into OSErrors."""
   try:
     method(*args)
   except RuntimeError as error:
@@ -149,7 +149,7 @@ def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
 
 
 def count_records(file: Path) -> int:
-  """The number of records; InputError if the file is corrupt or grouped."""
+  """Counts records; InputError if the file is corrupt or grouped."""
   reader = _module().ArrayRecordReader(str(file))
   try:
     options = reader.writer_options_string()
@@ -172,7 +172,7 @@ def count_records(file: Path) -> int:
 
 
 def _module() -> Any:
-  # Imported here, since its C++ runtime loads slowly and most runs read tars.
+  # Imported lazily: its C++ runtime loads slowly, and most runs read tars.
   from array_record.python import array_record_module
 
   return array_record_module

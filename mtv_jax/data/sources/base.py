@@ -1,4 +1,4 @@
-"""Source contract: random access to the records of a data set."""
+"""Source interface: random access to the records of a data set."""
 
 import abc
 import os
@@ -12,43 +12,43 @@ from jaxtyping import Int64
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils.errors import InputError
 
-# A path or several: brace ranges, globs, commas; see `utils.path_patterns`.
+# One or several paths: brace ranges, globs, commas; see `utils.path_patterns`.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
-# Whether every record needs a caption, has none, or may lack one.
+# Captions are required, not read, or read if present.
 CaptionMode = Literal["required", "ignored", "optional"]
 
 
 class Source(abc.ABC):
-  """Records by number, for the input pipeline, labelling and evaluations.
+  """Records by index, for the input pipeline, labelling and evaluations.
 
-  A new source is a module with a subclass and a line of
-  `data.registry.SOURCES`. The arguments of its constructor are its options in
-  a config, checked by their annotations. Threads share it, and worker processes
-  unpickle it, without open files.
+  To add a source, write a subclass in its own module and register it in
+  `data.registry.SOURCES`. Its constructor arguments are its options in a
+  config, checked against their annotations. Sources are shared by threads and
+  pickled to worker processes, without open files.
   """
 
-  suffix: ClassVar[str] = ""  # Its files' suffix; "" if no path opens it.
+  suffix: ClassVar[str] = ""  # File suffix; "" if not opened by path.
   name: str  # Short, for logs and errors.
-  # Its records' fields (see `records`); a missing one is a missing label.
+  # Record fields (see `records`); a missing one is a missing label.
   fields: frozenset[str]
-  # Cumulative record counts; the last is the length.
+  # Cumulative record counts; the last one is the length.
   shards: Int64[np.ndarray, " shards"]
-  # Shards that label sets are aligned to; empty if it has no files.
+  # Shard files, to which label sets are aligned; empty if not file-based.
   files: tuple[PurePath, ...] = ()
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
-    """Cumulative record counts of the runs that are cheapest read together.
+    """Cumulative record counts of the runs that are cheap to read together.
 
-    A shuffle in blocks keeps the records of a run near each other.
+    A block shuffle keeps the records of a run close together.
     """
     return self.shards
 
   def read_in_blocks(self, window: int) -> None:
-    """Prepares for an order that stays long within `window` records.
+    """Prepares for an order that stays within `window` records for long.
 
-    A source in a bucket then reads ahead. Called before it is pickled.
+    Bucket sources then read ahead. Must be called before pickling.
     """
     del window
 
@@ -60,15 +60,15 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; an IndexError unless it is in [0, len).
+    """Returns record `i`; IndexError if it is outside [0, len).
 
-    Raises BadRecord if it can't be used; the pipeline reads the next one.
+    Raises BadRecord if it is unusable; the pipeline then reads the next one.
     """
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    """The `key` and metadata of record `i`, even if it is unusable.
+    """Returns `key` and metadata of record `i`, even if it is unusable.
 
-    Labelling uses `file_name` or `url`, `image_id`, `height` and `width`.
+    Labelling reads `file_name` or `url`, `image_id`, `height` and `width`.
     """
     try:
       key = self[i]["key"]
@@ -77,7 +77,7 @@ class Source(abc.ABC):
     return self._metadata(i.__index__(), key)
 
   def read_with_metadata(self, i: SupportsIndex) -> Record:
-    """Record `i` with its metadata in the field `meta`."""
+    """Returns record `i` with its metadata in the field `meta`."""
     record = self[i]
     return record | {"meta": self._metadata(i.__index__(), record["key"])}
 
@@ -86,7 +86,7 @@ class Source(abc.ABC):
     return {"key": key}
 
   def _locate(self, i: SupportsIndex) -> tuple[int, int]:
-    """The shard of record `i` and its index in it; raises IndexError."""
+    """Returns (shard, index within the shard) of a record, or IndexError."""
     i = i.__index__()
     if not 0 <= i < len(self):
       raise IndexError(
@@ -97,7 +97,7 @@ class Source(abc.ABC):
 
 
 class FileSource(Source):
-  """A source of files, each a shard of `counts` records."""
+  """A source of shard files with `counts` records each."""
 
   def __init__(
     self,
@@ -116,7 +116,7 @@ class FileSource(Source):
 
 
 class LimitedSource(Source):
-  """`limit` of a source's records, evenly spaced, with its labels."""
+  """`limit` evenly spaced records of a source, with their labels."""
 
   def __init__(self, source: Source, limit: int):
     if not 1 <= limit <= len(source):
@@ -129,7 +129,7 @@ class LimitedSource(Source):
     self.shards = self._count_before(source.shards)
 
   def _count_before(self, ends: Int64[np.ndarray, " n"]) -> np.ndarray:
-    """How many of the records are among the source's first `ends`."""
+    """Number of selected records among the first `ends` of the source."""
     return -(-ends * self._limit // len(self._source))
 
   @property

@@ -1,6 +1,6 @@
-"""COCO's annotation files (Lin et al. 2014): captions and instances.
+"""COCO annotation files (Lin et al. 2014): captions and instances.
 
-A file is JSON with lists `images`, `annotations` and, for instances,
+A file is JSON with the lists `images`, `annotations` and, for instances,
 `categories`.
 """
 
@@ -15,14 +15,14 @@ from mtv_jax.config import foreign
 from mtv_jax.utils.errors import InputError
 
 ID = (int, str)
-MAX_SIDE = 1_000_000  # of an image, in pixels
+MAX_SIDE = 1_000_000  # Pixels per image side.
 
 Fields = Mapping[str, type | tuple[type, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedImage:
-  """An entry of `images`, with its entries of `annotations` in their order."""
+  """An entry of `images` with its `annotations`, in file order."""
 
   info: Mapping[str, Any]
   annotations: list[Mapping[str, Any]]
@@ -31,10 +31,10 @@ class AnnotatedImage:
 def read_content(
   path: Path, fields: Mapping[str, Fields], *, hint: str
 ) -> dict[str, Any]:
-  """The content of an annotation file.
+  """Reads and validates an annotation file.
 
-  `fields` are the required lists, and the keys of their entries with their
-  types; `hint` ends the error about a missing key.
+  `fields` maps each required list to the keys of its entries and their types.
+  `hint` ends the error about a missing key.
   """
   content = foreign.read_untrusted_json(path)
   given = sorted(content)[:8] if isinstance(content, dict) else type(content)
@@ -56,11 +56,11 @@ def group_images(
   annotation: Fields,
   require_listed: bool = True,
 ) -> dict[int | str, AnnotatedImage]:
-  """The images of a file by id, in its order, with their annotations.
+  """Groups annotations by image id, in file order.
 
-  `image` and `annotation` are the types of required keys besides the ids.
-  Raises InputError for an image with an impossible size and, if
-  `require_listed`, for annotations of images that the file does not list.
+  `image` and `annotation` are the types of required keys, besides the ids.
+  Raises InputError if an image has an impossible size or, if `require_listed`,
+  if an annotated image isn't listed.
   """
   images = {}
   rows = foreign.read_rows(path, content, "images", {"id": ID, **image})

@@ -1,4 +1,4 @@
-"""Image files with captions: a folder, or a listing of files."""
+"""Image files with captions, from a folder or a listing."""
 
 import collections
 import logging
@@ -18,26 +18,26 @@ log = logging.getLogger(__name__)
 
 
 class FolderSource(Source):
-  """Image files, read one by one, with the captions of their listing.
+  """Image files, read one by one, with captions from a listing.
 
-  For data sets of up to some hundred thousand files on a local disk; others
-  read faster from shards (`mtv-jax make_shards` takes the same listings). A
-  record's key is the name of its file, relative to the folder.
+  For local data sets of up to some hundred thousand files; larger ones read
+  faster from shards (`mtv-jax make_shards` takes the same listings). A record's
+  key is its file name relative to the folder.
 
   Args:
-    path: a folder of images, in subfolders too, with the captions of each in
-      a .txt or .json of the same name; or a listing: COCO's captions (.json),
-      or a table (.csv, .tsv, .parquet), see `listings.read`.
-    images: the folder of a listing's images; default: the listing's.
+    path: a folder of images (and subfolders), with captions in a .txt or .json
+      named like the image; or a listing: COCO captions (.json) or a table
+      (.csv, .tsv, .parquet), see `listings.read`.
+    images: folder of a listing's images; default: the listing's folder.
     image_column: a table's column of file names.
     caption_column: a table's column of captions.
-    captions: "required" leaves out images without any; "ignored" takes every
-      image, and its records have no captions; "optional" takes every image
-      whose captions can be read or are missing.
+    captions: "required" skips images without captions; "ignored" reads all
+      images and no captions; "optional" reads all images, except those whose
+      captions are unreadable.
 
   Raises:
-    MissingFileError: the path, or a file that the listing names, is missing.
-    InputError: it lists no usable image.
+    MissingFileError: the path or a listed file is missing.
+    InputError: no usable image is listed.
   """
 
   def __init__(
@@ -72,7 +72,7 @@ class FolderSource(Source):
     listings.require_images(self._examples)
     fields = ["key", "image"] + ["captions"] * (captions != "ignored")
     self.fields = frozenset(fields)
-    # Files are no shards: one, for a shuffle by blocks.
+    # Files are not shards: use a single one for block shuffling.
     self.shards = np.array([len(self._examples)], np.int64)
 
   def _report_left_out(self, examples: list[listings.Example]) -> None:
@@ -91,7 +91,7 @@ class FolderSource(Source):
       )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; raises BadRecord for a file that is missing or changed."""
+    """Returns record `i`; BadRecord if its file is missing or unreadable."""
     _, i = self._locate(i)
     example = self._examples[i]
     data = listings.read_content(

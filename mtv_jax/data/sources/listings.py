@@ -1,4 +1,4 @@
-"""Listings of images and captions: COCO JSON, tables, folders."""
+"""Listings of images and captions: COCO JSON, tables or folders."""
 
 import csv
 import dataclasses
@@ -32,8 +32,8 @@ _IMAGE_SUFFIXES = (
   ".tif",
   ".tiff",
 )
-_MAX_LINE = 1 << 22  # Characters, of a table.
-# Errors of a file, not of its storage: missing, circular links, permissions.
+_MAX_LINE = 1 << 22  # Characters per line of a table.
+# Errors of one file, not of the storage: missing, circular link, permissions.
 _FILE_ERRORS = (
   errno.ENOENT,
   errno.ENOTDIR,
@@ -41,18 +41,18 @@ _FILE_ERRORS = (
   errno.EACCES,
   errno.EPERM,
 )
-NO_CAPTION = "no caption"  # The problem of an image without captions.
+NO_CAPTION = "no caption"  # `Example.problem` of an image without captions.
 
 
 @dataclasses.dataclass
 class Example:
   """One image of a listing."""
 
-  name: str  # The listing's, for the record and for reports.
+  name: str  # As listed, for records and reports.
   path: Path  # The image file, which may be missing.
-  captions: list[str]  # Without blank ones.
+  captions: list[str]  # Non-blank ones.
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # For JSON.
-  problem: str = ""  # Why it can't be used, if that is known.
+  problem: str = ""  # Why it is unusable, if known.
 
   def __post_init__(self):
     self.captions = [s for c in self.captions if (s := c.strip())]
@@ -70,18 +70,18 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """The examples of a listing, whose kind follows from its name.
+  """Reads a listing; its name gives its kind.
 
-  A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row for
-  each image or for each caption, which may be a list, or a folder of images
-  with a .txt or .json of the same name. Relative image names are in `images`,
-  by default the listing's folder.
+  A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row per
+  image or per caption (or list of captions), or a folder of images, each with a
+  .txt or .json of that name. Relative image names are resolved in `images`, by
+  default the listing's folder.
 
-  Returns one example for each image with all of its captions, in the order of
-  the listing; a folder's are sorted by name.
+  Returns one example per image with all of its captions, in listing order;
+  folders are sorted by name.
   """
   path = Path(path)
-  # Not its methods, which raise for names that are too long.
+  # Not Path.exists(), which raises for names that are too long.
   if not os.path.exists(path):
     raise MissingFileError(f"There is no {printable(path)}.")
   if not path.is_dir():
@@ -108,7 +108,7 @@ def read(
 
 
 def list_images(folder: str | os.PathLike) -> list[Example]:
-  """The images of a folder and its subfolders, without their captions.
+  """Lists the images of a folder and its subfolders, without captions.
 
   Their problem is `NO_CAPTION`.
   """
@@ -122,10 +122,10 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
 
 
 def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
-  """The files of a folder by name, then each subfolder's.
+  """Yields the files of a folder by name, then those in each subfolder.
 
-  Links to folders are not followed. `os.walk` recurses before Python 3.12, and
-  leaves out folders that can't be read.
+  Doesn't follow links to folders. Avoids `os.walk`, which is recursive before
+  Python 3.12 and silently skips unreadable folders.
   """
   left = [os.fspath(folder)]
   while left:
@@ -147,7 +147,7 @@ def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def require_images(examples: Sequence[Example]) -> None:
-  """Raises MissingFileError, with their names, unless all images are files."""
+  """Raises MissingFileError, naming the files, if any image is missing."""
   missing = [e.path for e in examples if not os.path.isfile(e.path)]
   if missing:
     names = ", ".join(printable(path) for path in missing[:3])
@@ -158,7 +158,7 @@ def require_images(examples: Sequence[Example]) -> None:
 
 
 def _read_captions(path: Path, root: Path) -> list[Example]:
-  """COCO's caption annotations; images and captions in the file's order."""
+  """Reads COCO captions; images and captions keep the file's order."""
   content = coco.read_content(
     path,
     {
@@ -241,7 +241,7 @@ def _check_columns(
 
 
 def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
-  """One example for the rows of an image."""
+  """Groups rows by image, one example each."""
   captions: dict[str, list[str]] = {}
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
@@ -249,7 +249,7 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
         f"Row {number}: the image column must contain paths, got"
         f" {type(image).__name__}."
       )
-    # A row without an image is reported as an example of its number.
+    # A row without an image is reported under its row number.
     name = image or f"row {number}"
     row = caption if isinstance(caption, list) else [caption]
     captions.setdefault(name, []).extend(c for c in row if isinstance(c, str))
@@ -257,7 +257,7 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
 
 
 def _read_folder(folder: Path) -> list[Example]:
-  """Images and the .txt or .json beside them, in subfolders too."""
+  """Pairs images with the .txt or .json next to them, in subfolders too."""
   groups: dict[str, dict[str, Path]] = {}
   for file in _list_files(folder):
     kind = file.suffix.lower()
@@ -289,17 +289,17 @@ def _read_folder(folder: Path) -> list[Example]:
 
 
 def _read_beside(stem: str, file: Path | None) -> bytes | None:
-  """The content of the .txt or .json of an example, if there is one."""
+  """Reads the .txt or .json of an example, if it exists."""
   if file is None:
     return None
   return read_content(stem, file.suffix, file, limit=MAX_TEXT)
 
 
 def read_content(key: str, what: str, file: Path, *, limit: int) -> bytes:
-  """The bytes of one file of an example; `what` it is, for the error.
+  """Reads one file of an example; `what` names its role in errors.
 
-  Raises BadRecord if it is missing, no regular file, larger than `limit` or not
-  readable, and an OSError if the storage can't be read.
+  Raises BadRecord if the file is missing, unreadable, not a regular file or
+  larger than `limit`, and OSError if the storage fails.
   """
   try:
     return read_regular(file, limit=limit)

@@ -1,4 +1,4 @@
-"""Parquet files with image bytes and captions, as Hugging Face data sets."""
+"""Parquet files with image bytes and captions, as in Hugging Face data sets."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -26,39 +26,39 @@ from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.threads import map_threads
 
-# Default columns, where exactly one of these exists.
+# Default columns, used if exactly one of them exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg")
 _CAPTION_COLUMNS = ("caption", "text", "captions")
-# A shuffle in blocks mixes 16 of them (`data.order.WINDOW`); the others are
-# for rows of the next window that are read ahead.
+# Block shuffling mixes 16 groups (`data.order.WINDOW`); the extra ones hold
+# prefetched rows of the next window.
 _MAX_CACHED_GROUPS = 24
-# Limits of a row group, which is decoded whole, in several threads at once.
+# Row group limits: a group is decoded whole, by several threads at once.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
 
 
 class ParquetSource(base.FileSource):
   """Records of Parquet files, one per row.
 
-  A read decodes the row group of the record, and a process caches the 24 most
-  recent groups. `data.shuffle="block"` reads each group about once an epoch;
+  Reading a record decodes its whole row group; each process caches the 24 most
+  recent groups. `data.shuffle="block"` reads each group about once per epoch;
   "global" decodes a whole group for nearly every record.
 
-  The key of a record is FILE/ROW, FILE without its suffix.
+  A record's key is FILE/ROW, FILE without its suffix.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
-    image: column of encoded images, struct {bytes, path} or binary; None for
-      the only struct of this form or binary column named image, img or jpg,
-      of several the one named "image".
-    caption: column of strings or lists of strings; None for the only column
-      named caption, text or captions.
-    captions: "required": a record without a caption is a `BadRecord`;
-      "ignored": records have no captions; "optional": every record has a list
-      of captions, which may be empty, and the column may be missing.
+    image: column of encoded images, struct {bytes, path} or binary. None: the
+      column "image" if it is of this type, else the only such struct or binary
+      column named img or jpg.
+    caption: column of strings or lists of strings. None: the only column named
+      caption, text or captions.
+    captions: "required": a record without captions is a `BadRecord`; "ignored":
+      captions are not read; "optional": the list of captions may be empty and
+      the column may be missing.
 
   Raises:
-    InputError: a file is corrupt, lacks a column or has one of another type;
-      two files have the same name; the files have no rows.
+    InputError: a file is corrupt, lacks a column or has the wrong type; two
+      files share a name; all files are empty.
   """
 
   suffix = ".parquet"
@@ -71,7 +71,7 @@ class ParquetSource(base.FileSource):
     caption: str | None = None,
     captions: base.CaptionMode = "required",
   ):
-    _pyarrow()  # Its absence is the first error.
+    _pyarrow()  # Fail first if it isn't installed.
     files = expand_path(path, suffix=self.suffix)
     self._stems = [file.name.removesuffix(self.suffix) for file in files]
     by_stem: dict[str, PurePath] = {}
@@ -108,7 +108,7 @@ class ParquetSource(base.FileSource):
     return self._starts[1:]
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; an InputError if the file has changed since it was opened."""
+    """Returns record `i`; InputError if the file changed after opening."""
     key, row = self._read_row(i)
     image, path = _split_image(row[self._image])
     if not image:
@@ -131,7 +131,7 @@ class ParquetSource(base.FileSource):
     return record
 
   def _metadata(self, i: int, key: str) -> Mapping[str, Any]:
-    """The key, and `path` of the image column as `file_name`."""
+    """The key, and the image column's `path` as `file_name`."""
     try:
       _, path = _split_image(self._read_row(i)[1][self._image])
     except BadRecord:
@@ -139,14 +139,14 @@ class ParquetSource(base.FileSource):
     return {"key": key} | ({"file_name": path} if path else {})
 
   def _read_row(self, i: SupportsIndex) -> tuple[str, dict[str, Any]]:
-    """The key of record `i` and the values of its columns."""
+    """Returns key and column values of record `i`."""
     shard, row = self._locate(i)
     key = f"{self._stems[shard]}/{row:09d}"
     group = int(np.searchsorted(self._starts, i, side="right")) - 1
     try:
       table = self._groups.get(group)
     except (_pyarrow().ArrowException, OSError) as error:
-      # Arrow's decoders raise OSError too; an error of the disk has a number.
+      # Arrow's decoders also raise OSError, but only disk errors have an errno.
       if getattr(error, "errno", None) or isinstance(error, StorageError):
         raise
       raise BadRecord(
@@ -158,13 +158,13 @@ class ParquetSource(base.FileSource):
       return key, {name: table[name][row].as_py() for name in names}
 
   def _read_group(self, group: int) -> Any:
-    """The image and caption columns of a row group, a `pyarrow.Table`."""
+    """Reads image and caption columns of a row group as a `pyarrow.Table`."""
     parquet = import_extra("pyarrow.parquet", "parquet")
     shard = int(np.searchsorted(self._first, group, side="right")) - 1
     number = group - int(self._first[shard])
     columns = [self._image] + [self._caption] * (self._caption is not None)
     rows = self._starts[group + 1] - self._starts[group]
-    # Reads of one ParquetFile by several threads are not safe.
+    # A ParquetFile is not thread-safe, so open a new one.
     with parquet.ParquetFile(_open(self.files[shard])) as file:
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
       if number >= groups or row_group(number).num_rows != rows:
@@ -175,14 +175,14 @@ class ParquetSource(base.FileSource):
 
 
 def _split_image(image: Any) -> tuple[bytes | None, str | None]:
-  """Bytes and path of a value of the image column."""
+  """Splits a value of the image column into bytes and path."""
   if isinstance(image, Mapping):
     return image["bytes"], image.get("path")
   return image, None
 
 
 def open_parquet(file: PurePath) -> Any:
-  """Opens a `pyarrow.parquet.ParquetFile`; an InputError if it is corrupt."""
+  """Opens a `pyarrow.parquet.ParquetFile`; InputError if it is corrupt."""
   arrow = _pyarrow()
   try:
     return import_extra("pyarrow.parquet", "parquet").ParquetFile(_open(file))
@@ -196,12 +196,12 @@ def open_parquet(file: PurePath) -> Any:
 
 
 def _open(file: PurePath) -> Any:
-  """What `ParquetFile` reads: the path, or an opened file of a bucket."""
+  """Argument for `ParquetFile`: a local path, or an opened bucket file."""
   return path_lib.open_file(file) if path_lib.is_remote(file) else file
 
 
 def _read_footer(file: PurePath) -> tuple[Any, list[int]]:
-  """The Arrow schema of a file and the row counts of its groups."""
+  """Returns the Arrow schema and the row count of each row group."""
   with open_parquet(file) as opened:
     metadata = opened.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))

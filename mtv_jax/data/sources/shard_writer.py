@@ -1,10 +1,10 @@
-"""Writer of shards: WebDataset tars in img2dataset's layout, ArrayRecord.
+"""Shard writer: WebDataset tars in img2dataset's layout, or ArrayRecord.
 
-`00000.tar` has `000000000.jpg`, `000000000.json` and `000000000.txt` for each
-record; the key is the shard's and the row's number, so that an unusable row
-leaves a gap. `00000_stats.json` counts. All captions are in the JSON's
-`captions`, the first one in the .txt as well. The JSON of an ArrayRecord file's
-records is in `00000_meta.jsonl`. Equal input gives equal bytes.
+For each record, `00000.tar` has `000000000.jpg`, `000000000.json` and
+`000000000.txt`. The key combines shard and row number, so an unusable row
+leaves a gap. `00000_stats.json` has counts. The JSON field `captions` has all
+captions, the .txt only the first. For ArrayRecord, the JSON of all records is
+in `00000_meta.jsonl`. Equal input gives equal bytes.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from mtv_jax.utils.errors import InputError, check_choice, printable
 from mtv_jax.utils.path import read_regular, refuse_remote
 from mtv_jax.utils.threads import map_ahead
 
-# Images that are decoded in advance, and between two reports of progress.
+# Images decoded in advance, and between two progress reports.
 _AHEAD = 64
 _QUALITY = 95
 _SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
@@ -42,9 +42,9 @@ _SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
 class ShardReport:
   """Progress of `write`."""
 
-  total: int  # Examples of the listing.
+  total: int  # Listed examples.
   done: int = 0  # Examples written or skipped.
-  # Examples in no shard; their `problem` is the reason.
+  # Unusable examples; their `problem` is the reason.
   skipped: list[Example] = dataclasses.field(default_factory=list)
   shards: list[Path] = dataclasses.field(default_factory=list)  # Finished.
 
@@ -55,7 +55,7 @@ class ShardReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-  """An example with its image's bytes and extension and its metadata."""
+  """An encoded example: image bytes, extension, captions, metadata."""
 
   image: bytes
   extension: str
@@ -72,14 +72,14 @@ def write(
   max_side: int | None = None,
   progress: Callable[[ShardReport], None] = lambda report: None,
 ) -> ShardReport:
-  """Writes all usable examples; each shard appears when complete.
+  """Writes all usable examples; each shard appears when it is complete.
 
-  Every image is decoded once to detect corruption. Its bytes are copied unless
-  its longer side exceeds `max_side` (then JPEG of quality 95) or it is neither
-  JPEG, PNG nor WebP (then PNG). A shard has `records_per_shard` rows of the
-  listing, skipped ones included. `out` must contain no shards yet;
-  `out/skipped.jsonl` will list the skipped examples, as the report does. Raises
-  InputError if no example can be used.
+  Every image is decoded once to detect corruption. Its bytes are copied, unless
+  its longer side exceeds `max_side` (then JPEG of quality 95) or the format is
+  not JPEG, PNG or WebP (then PNG). A shard covers `records_per_shard` listed
+  rows, including skipped ones. `out` must not contain shards yet. Skipped
+  examples are listed in `out/skipped.jsonl` and the report. Raises InputError
+  if no example is usable.
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]
@@ -135,7 +135,7 @@ def _encode_rows(
   report: ShardReport,
   progress: Callable[[ShardReport], None],
 ) -> Iterator[tuple[int, _Encoded]]:
-  """The usable rows of a shard with their numbers; reports the others."""
+  """Yields usable rows of a shard with row numbers; reports unusable ones."""
   encode = functools.partial(_encode, max_side=max_side)
   for row, result in enumerate(map_ahead(encode, rows, ahead=_AHEAD)):
     report.done += 1
@@ -149,7 +149,7 @@ def _encode_rows(
 
 
 def _encode(example: Example, max_side: int | None) -> _Encoded | str:
-  """The encoded example, or why it can't be used."""
+  """Returns the encoded example, or the reason why it is unusable."""
   if example.problem:
     return example.problem
   try:
@@ -159,7 +159,7 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
     return error.reason
   except OSError as error:
     return error.strerror or str(error)
-  except ValueError as error:  # Not a file, or not a file's name.
+  except ValueError as error:  # Not a regular file, or an invalid name.
     return printable(error)
   height, width = image.shape[:2]
   original = {"original_width": width, "original_height": height}
@@ -179,7 +179,7 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
 
 
 def _extension(data: bytes) -> str | None:
-  """The extension by the bytes, since names may be wrong."""
+  """Extension from the content, since file names may be wrong."""
   if data.startswith(b"\xff\xd8\xff"):
     return "jpg"
   if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -195,7 +195,7 @@ def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:
 def _write_array_record(
   path: Path, named: Iterator[tuple[str, _Encoded]]
 ) -> None:
-  """Writes the records, and their metadata to a file of JSON lines."""
+  """Writes the records, and their metadata as JSON lines."""
   lines = []
 
   def as_records() -> Iterator[dict[str, Any]]:
@@ -240,7 +240,7 @@ def _stats(count: int, skipped: Sequence[Example]) -> str:
   status = Counter(example.problem for example in skipped)
   missing = status[os.strerror(errno.ENOENT)]
   successes = count - len(skipped)
-  # Adding counters drops a count of 0.
+  # Adding counters would drop a zero count.
   status = Counter({"success": successes}) + status
   stats = {
     "count": count,

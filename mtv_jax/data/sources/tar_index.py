@@ -1,11 +1,11 @@
 """Offset index of a tar, for random access to its records.
 
-An index file takes a few dozen bytes per record and is memory-mapped, so that
-100 million records cost address space and not memory. Each tar has its own.
+Each tar has its own index file: a few dozen bytes per record, memory-mapped, so
+that 100 million records cost address space but little memory.
 
-Layout, little-endian: a `HEADER`, then `count` times an `ENTRY`, then the
-keys in UTF-8, end to end, then the smallest and the largest key. Records
-without a caption come last, so that a prefix of the entries leaves them out.
+Layout, little-endian: a `HEADER`, `count` times an `ENTRY`, the concatenated
+UTF-8 keys, the smallest key, the largest key. Records without a caption come
+last, so that a prefix of the entries excludes them.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ ENTRY = np.dtype(
   + [("key_end", "<u4")]
 )
 _LOG_EVERY = 15.0  # Seconds.
-# Worker processes start from this many tars on, one for every half as many
-# missing indices.
+# With at least this many tars, worker processes build missing indices: one per
+# `_MIN_TARS // 2` of them.
 _MIN_TARS = 64
 _MAX_WORKERS = 15
 
@@ -62,31 +62,31 @@ class Header(NamedTuple):
   count: int  # Records with an image.
   captioned: int  # Records with a .txt or .json; they come first.
   keys_size: int  # Bytes of all keys.
-  smallest_size: int  # Bytes of the least key.
+  smallest_size: int  # Bytes of the smallest key.
   largest_size: int
-  no_image: int  # Groups of members without an image, left out.
-  others: int  # Members that belong to no record.
+  no_image: int  # Groups of members without an image; not in the index.
+  others: int  # Members that don't belong to a record.
 
 
 @dataclasses.dataclass(frozen=True)
 class TarIndex:
-  """An index, with the least and the greatest of its keys."""
+  """An index file: its header, smallest key and largest key."""
 
   tar: PurePath
-  file: Path  # A local copy if it is in a bucket.
+  file: Path  # A local copy if the index is in a bucket.
   header: Header
   smallest: str
   largest: str
 
   def open(self) -> tuple[np.ndarray, np.ndarray]:
-    """Entries [count] and the keys' bytes, both in one memory map."""
+    """Returns memory-mapped entries [count] and the bytes of all keys."""
     split = HEADER.size + self.header.count * ENTRY.itemsize
     data = np.memmap(self.file, np.uint8, "r").view(np.ndarray)
     entries = data[HEADER.size : split].view(ENTRY)
     return entries, data[split : split + self.header.keys_size]
 
   def read_keys(self) -> list[str]:
-    """All keys, in order."""
+    """Returns all keys, in order."""
     entries, keys = self.open()
     data = keys.tobytes()
     ends = entries["key_end"].tolist()
@@ -94,10 +94,10 @@ class TarIndex:
 
 
 def index_file(tar: PurePath, index_dir: PurePath | None) -> PurePath:
-  """The path of a tar's index."""
+  """Path of a tar's index."""
   if index_dir is None:
     return tar.with_name(tar.name + ".index")
-  # Tars of several folders share names such as 00000.tar.
+  # Tars in different folders may share names such as 00000.tar.
   folder = hashlib.blake2s(_absolute(tar.parent).encode(), digest_size=4)
   return index_dir / f"{tar.stem}-{folder.hexdigest()}{tar.suffix}.index"
 
@@ -109,11 +109,11 @@ def _absolute(path: PurePath) -> str:
 def build_indices(
   tars: Sequence[PurePath], *, index_dir: PurePath | None = None
 ) -> list[TarIndex]:
-  """The indices of `tars`, in their order; builds those that are missing.
+  """Returns the index of each tar; builds missing ones.
 
-  Any number of processes may do so at once, even on several hosts: they share
-  the work. Threads wait for the disk; where many indices are missing, worker
-  processes parse the tars. A TarError names all tars that can't be used.
+  Concurrent processes, even on several hosts, share the work. Threads wait for
+  I/O; if many indices are missing, worker processes parse the tars. Raises
+  TarError, naming every unusable tar.
   """
   with _workers(tars, index_dir):
     indices, errors = _build(tars, index_dir, IO_THREADS)
@@ -131,12 +131,12 @@ def build_indices(
 def _build(
   tars: Sequence[PurePath], index_dir: PurePath | None, threads: int
 ) -> tuple[dict[int, TarIndex], dict[int, TarError]]:
-  """Indices and errors by the tars' positions in the list."""
+  """Returns indices and errors by position in `tars`."""
   indices: dict[int, TarIndex] = {}
   errors: dict[int, TarError] = {}
   logged = time.monotonic()
   built = 0
-  # Shuffled, so that concurrent processes build different indices.
+  # Shuffled, so that concurrent processes work on different tars.
   order = random.Random().sample(range(len(tars)), len(tars))
   with futures.ThreadPoolExecutor(min(threads, len(tars))) as pool:
     jobs = {pool.submit(_load_or_build, tars[i], index_dir): i for i in order}
@@ -162,10 +162,10 @@ def _build(
 def _workers(
   tars: Sequence[PurePath], index_dir: PurePath | None
 ) -> Iterator[None]:
-  """Runs processes that build indices as another host would.
+  """Runs worker processes that build indices, like further hosts.
 
-  They are neither forked (a process that runs JAX can't be) nor
-  `multiprocessing`'s (which imports the caller's script again).
+  Not forked, which is unsafe in a process that runs JAX. Not
+  `multiprocessing`, which would import the caller's script again.
   """
   if len(tars) < _MIN_TARS:
     yield
@@ -188,7 +188,7 @@ def _workers(
       with worker.stdin as pipe:
         pipe.write(job.encode())
     yield
-    # All indices exist now, so that they exit soon.
+    # All indices exist now, so the workers exit soon.
     for worker in workers:
       worker.wait()
   finally:
@@ -200,7 +200,7 @@ def _workers(
 def _load_or_build(
   tar: PurePath, index_dir: PurePath | None
 ) -> tuple[TarIndex, bool]:
-  """The index of one tar, and whether it is new."""
+  """Returns the index of a tar, and whether it was just built."""
   file = index_file(tar, index_dir)
   state = path_lib.stat(tar)
   reason = "it has none"
@@ -228,8 +228,8 @@ def _load_or_build(
 def _load(
   file: PurePath, tar: PurePath, state: os.stat_result | path_lib.Stat
 ) -> tuple[TarIndex | None, str]:
-  """The index in `file`, or None and why it does not fit the tar."""
-  # It is memory-mapped.
+  """Loads an index; returns None and the reason if it doesn't fit the tar."""
+  # Memory-mapping needs a local file.
   file = path_lib.local_copy(file)
   with file.open("rb") as stream:
     data = stream.read(HEADER.size)
@@ -267,7 +267,7 @@ def _serialise(
       some = list_first(keys, 5)
       log.warning("%s: %d records have %s: %s.", tar, len(keys), problem, some)
   uncaptioned = set(scan.no_caption)
-  # A stable sort: both parts keep the tar's order.
+  # The stable sort keeps the tar's order within both parts.
   order = sorted(scan.records, key=uncaptioned.__contains__)
   names = [key.encode() for key in order]
   entries = np.zeros(len(order), ENTRY)
@@ -300,12 +300,12 @@ def _time(nanoseconds: int) -> str:
 
 
 def _run_worker() -> None:
-  """Main function of a worker process; reads its job from standard input."""
+  """Entry point of a worker process; reads its job from stdin."""
   tars, index_dir = json.load(sys.stdin)
   index_dir = path_lib.as_path(index_dir) if index_dir else None
-  # The process that started it raises the same errors and reports them.
+  # The parent process raises and reports these errors itself.
   with contextlib.suppress(OSError):
-    # Few threads: work is wasted if the parent builds an index, too.
+    # Few threads: work is wasted if the parent builds that index, too.
     _build([path_lib.as_path(tar) for tar in tars], index_dir, threads=2)
 
 

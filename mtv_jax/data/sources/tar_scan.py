@@ -1,8 +1,8 @@
-"""Scan of a tar's headers: its members, grouped into records.
+"""Scan of a tar's headers: members, grouped into records.
 
-The standard library's `tarfile` builds an object per member; a set of 100
-million records has 300 million members. This module reads headers (POSIX
-ustar and pax, GNU long names and sizes) into plain offsets.
+The standard library's `tarfile` creates an object per member, and a set of 100
+million records has 300 million. This module parses headers (POSIX ustar and
+pax, GNU long names and sizes) into plain offsets.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ EXTENSIONS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE)
 EXTENSIONS |= {"txt": TEXT, "json": JSON}
 _BLOCK = 512
 _BUFFER = 8192
-# Longer names are garbage, and are not read.
+# Longer names are garbage; don't read them.
 _MAX_NAME = 1 << 20
-# Digits of a number in a pax header.
+# Maximum digits of a number in a pax header.
 _MAX_DIGITS = 20
 _FIX = "Fetch it again, or leave it out of the path."
 
 
 class TarError(InputError):
-  """A tar that can't be used: names the tar, the offset and the fix."""
+  """An unusable tar; the message names the tar, the offset and the fix."""
 
 
 class Span(NamedTuple):
@@ -47,15 +47,15 @@ class Scan:
   records: dict[str, list[Span]]  # Image, text and JSON by key.
   no_image: list[str]  # Keys with a caption file but no image.
   no_caption: list[str]  # Keys with an image but neither .txt nor .json.
-  others: int  # Members that belong to no record.
+  others: int  # Members that don't belong to a record.
 
 
 def scan(path: PurePath) -> Scan:
   """Reads the headers of a tar.
 
-  The key of a member is its name up to the first dot after the last slash, as
-  in WebDataset; its role follows from its extension, in any case. Raises
-  TarError if the file is truncated, compressed, no tar, or has a key twice.
+  A member's key is its name up to the first dot after the last slash, as in
+  WebDataset; its role follows from its extension, ignoring case. Raises
+  TarError if the file is truncated, compressed, not a tar, or repeats a key.
   """
   groups: dict[str, list[Span]] = {}
   absent = Span(0, 0)
@@ -89,23 +89,23 @@ def scan(path: PurePath) -> Scan:
 
 
 def split_name(name: str) -> tuple[str, str]:
-  """`a/b.jpg` -> `a/b`, `jpg`; an empty key if the name has none."""
+  """`a/b.jpg` -> `a/b`, `jpg`; the key may be empty."""
   folder, slash, base = name.removeprefix("./").rpartition("/")
   stem, _, extension = base.partition(".")
   return (folder + slash + stem if stem else ""), extension.lower()
 
 
 def members(path: PurePath) -> Iterator[tuple[str, Span]]:
-  """Name and span of each regular file in the tar."""
-  # One read covers the caption files between two images and the next header.
+  """Yields name and span of each regular file in the tar."""
+  # A buffer covers the caption files between two images and the next header.
   with path_lib.open_file(path, buffering=_BUFFER) as file:
     total = file.seek(0, os.SEEK_END)
     if total == 0:
       raise TarError(f"{path} is empty (0 bytes): fetch it again.")
     offset = 0
-    # Fields of the next member, from extended headers.
+    # Overrides for the next member, from extended headers.
     name, size = "", -1
-    # Beyond the end if the last padding is missing, which loses nothing.
+    # Past the end only if the last padding is missing, which is harmless.
     while offset < total:
       file.seek(offset)
       header = file.read(_BLOCK)
@@ -140,7 +140,7 @@ def members(path: PurePath) -> Iterator[tuple[str, Span]]:
 
 
 def _check_header(header: bytes, path: PurePath, offset: int) -> None:
-  """Compares a header's checksum, whose field counts as blanks."""
+  """Verifies a header's checksum, computed with a blank checksum field."""
   field = header[148:156]
   try:
     if int(field.strip(b" \0"), 8) == sum(header) - sum(field) + 8 * ord(" "):
@@ -169,11 +169,11 @@ def _truncated(
 
 
 def _parse_number(field: bytes, path: PurePath, offset: int) -> int:
-  """Octal digits, or GNU's binary form for sizes from 8 GiB."""
+  """Parses octal digits, or GNU's binary form for sizes from 8 GiB."""
   if field[0] == 0x80:
     return int.from_bytes(field[1:], "big")
   digits = field.strip(b" \0") or b"0"
-  # `int` takes signs and underscores too; a size must not be negative.
+  # `int` also accepts signs and underscores; sizes must not be negative.
   if digits.isdigit() and not digits.strip(b"01234567"):
     return int(digits, 8)
   raise TarError(
@@ -183,7 +183,7 @@ def _parse_number(field: bytes, path: PurePath, offset: int) -> int:
 
 def _header_name(header: bytes) -> str:
   name = _decode(header[:100].split(b"\0", 1)[0])
-  # GNU tars have times where POSIX has the front of a long name.
+  # GNU tars store times in the field of POSIX's name prefix.
   if header[257:263] == b"ustar\0" and (front := header[345:500].rstrip(b"\0")):
     return f"{_decode(front)}/{name}"
   return name
@@ -192,7 +192,7 @@ def _header_name(header: bytes) -> str:
 def _parse_pax(
   data: bytes, name: str, size: int, path: PurePath, offset: int
 ) -> tuple[str, int]:
-  """`path` and `size` of a pax header, lines of "length key=value"."""
+  """Reads `path` and `size` of a pax header: lines of "length key=value"."""
   at, last = 0, len(data.rstrip(b"\0"))
   try:
     while at < last:
@@ -219,5 +219,5 @@ def _parse_pax(
 
 
 def _decode(data: bytes) -> str:
-  # A name in another encoding still gives a printable key.
+  # Names that are not UTF-8 still give a printable key.
   return data.decode("utf-8", errors="backslashreplace")

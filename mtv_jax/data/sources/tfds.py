@@ -1,12 +1,12 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-`tensorflow_datasets` reads a set that was prepared as ArrayRecord with NumPy
-alone; only preparing one needs TensorFlow:
+`tensorflow_datasets` reads data sets prepared as ArrayRecord with NumPy alone;
+only preparing one needs TensorFlow:
 
   tfds build coco_captions --file_format=array_record --data_dir=DIR
 
-A name with its version ("coco_captions:1.1.0") needs only the files; for one
-without, TFDS also imports the set's code.
+A name with a version ("coco_captions:1.1.0") needs only the files; without it,
+TFDS also imports the data set's code.
 """
 
 import os
@@ -26,25 +26,25 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.process_cache import ProcessCache
 
-# Paths of captions in the tree of features; the first that exists is read.
+# Paths of captions in the feature tree; the first existing one is read.
 _CAPTIONS = (("captions", "text"), ("captions",), ("caption",), ("text",))
 
 
 class TFDSSource(Source):
-  """Records of one split, in TFDS's order.
+  """Records of one split, in TFDS order.
 
-  The image is its encoded bytes. Captions are the first that exists of the
-  features `captions/text`, `captions`, `caption` and `text`; `label` is read
-  where it is a class.
+  The image is its encoded bytes. Captions come from the first existing feature
+  of `captions/text`, `captions`, `caption` and `text`; `label` is read if it is
+  a ClassLabel.
 
   Args:
     name: "coco_captions", with config and version as in TFDS.
-    split: also a part, "train[:90%]".
-    data_dir: folder of prepared sets; None for TFDS's default.
+    split: a split or a part of one, "train[:90%]".
+    data_dir: folder of prepared data sets; None for TFDS's default.
 
   Raises:
-    MissingFileError: the set was not prepared as ArrayRecord.
-    InputError: it lacks the split or an image.
+    MissingFileError: the data set was not prepared as ArrayRecord.
+    InputError: the split or an image feature is missing.
   """
 
   def __init__(
@@ -74,7 +74,7 @@ class TFDSSource(Source):
     )
     parts = info.splits[split].file_instructions
     self.shards = np.cumsum([part.take for part in parts], dtype=np.int64)
-    # One entry: readers have threads, which a fork does not copy.
+    # Cached per process: readers have threads, which a fork doesn't copy.
     self._opened = ProcessCache(self._open, limit=1)
     self._opened.get(0)
 
@@ -84,7 +84,7 @@ class TFDSSource(Source):
     try:
       return builder.as_data_source(
         split=self._split,
-        # Masks and further images too.
+        # Every image feature, masks included.
         decoders={
           key: tfds.decode.SkipDecoding()
           for key, feature in builder.info.features.items()
@@ -125,7 +125,7 @@ class TFDSSource(Source):
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; its key is its number in the split, as TFDS stores none."""
+    """Returns record `i`, keyed by its index; TFDS doesn't store keys."""
     i = i.__index__()
     self._locate(i)
     example = self._opened.get(0)[i]
@@ -153,7 +153,7 @@ def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
 
 
 def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
-  """Path to the captions in the tree `features`; () if there are none."""
+  """Path to the captions in the feature tree; () if it has none."""
   for path in _CAPTIONS:
     node: Any = features
     for name in path:
@@ -164,7 +164,7 @@ def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _children(node: Any) -> dict[str, Any]:
-  # A sequence of dicts has them in its attribute `feature`.
+  # A Sequence of dicts has them in its attribute `feature`.
   node = getattr(node, "feature", node)
   return dict(node.items()) if hasattr(node, "items") else {}
 

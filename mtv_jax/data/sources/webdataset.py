@@ -26,46 +26,45 @@ from mtv_jax.utils.process_cache import ProcessCache
 
 log = logging.getLogger(__name__)
 
-# Members of a record with at most this many other bytes between them are read
-# at once.
+# Members of a record are read in one request if at most this many unrelated
+# bytes lie between them.
 _MAX_GAP = 1 << 16
 # Bytes of a .txt or .json; parsed JSON takes up to twenty times as many.
 MAX_TEXT = 1 << 24
-# For tars in buckets: bytes of a request that reads ahead, blocks in memory,
-# and the bytes of a window's records up to which blocks are read ahead.
+# For tars in buckets: bytes per read-ahead request, blocks kept in memory, and
+# the maximum bytes of a shuffle window for reading ahead.
 _BLOCK = 1 << 23
 _MAX_BLOCKS = 128
 _MAX_WINDOW = _BLOCK * _MAX_BLOCKS * 3 // 4
-# Keys of tars whose ranges overlap are compared up to this many records.
+# Maximum number of records whose keys are compared for duplicates.
 _MAX_COMPARED = 2_000_000
 
 
 class WebDatasetSource(FileSource):
-  """Records of tars, read at offsets of a memory-mapped index.
+  """Records of tars, read by offset from a memory-mapped index.
 
-  A record of a tar in a bucket is one ranged request or, if the order is in
-  blocks, a part of a longer one that is read ahead.
+  From a bucket, each record is one ranged request or, in a block order, part of
+  a longer request that reads ahead.
 
-  A record is the members that share a key: an image (.jpg, .jpeg, .png or
-  .webp) and its captions. These are the list `captions` of KEY.json if it has
-  one, else the text of KEY.txt, else `caption` of KEY.json. Blank captions are
-  dropped; a record without any other is a `BadRecord`.
+  A record has the members that share a key: an image (.jpg, .jpeg, .png or
+  .webp) and its captions. Captions come from the list `captions` in KEY.json,
+  else from KEY.txt, else from `caption` in KEY.json. Blank captions are
+  dropped; a record with only blank ones is a `BadRecord`.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
-    index_dir: folder of the indices; default: the tars' folders.
-    cache: folder of this machine for whole copies of tars in a bucket, each
-      made when the tar is first read; None reads ranges of them.
-    captions: "required" leaves out records that have neither .txt nor .json;
-      "ignored" takes every image, and its records have no captions;
-      "optional" takes every image and those of its captions that are not
-      missing, blank or unreadable.
+    index_dir: folder of the indices; default: next to the tars.
+    cache: local folder for whole copies of bucket tars, each copied when first
+      read; None reads ranges of the remote tars.
+    captions: "required" skips records with neither .txt nor .json; "ignored"
+      reads all images and no captions; "optional" reads all images, and
+      captions that are present, not blank and readable.
 
   Raises:
     TarError: a tar is truncated, corrupt, compressed or repeats a key.
-    OSError: an index is missing or out of date and can't be written, or a
-      bucket can't be read.
-    InputError: the tars contain no record.
+    OSError: an index is missing or stale and can't be written, or a bucket
+      can't be read.
+    InputError: the tars contain no records.
   """
 
   suffix = ".tar"
@@ -93,12 +92,12 @@ class WebDatasetSource(FileSource):
     self._report_skipped(tars)
     _check_duplicates(tars)
     self._tars, self._cache = tars, cache
-    # Two: the tar, and the memory map of its index.
+    # Two descriptors: the tar, and the memory map of its index.
     load = functools.partial(_open_tar, tars, cache=cache)
     self._open_tars = ProcessCache(load, descriptors=2)
 
   def read_in_blocks(self, window: int) -> None:
-    """Reads tars in buckets in blocks, if those of a window fit in memory."""
+    """Reads bucket tars in blocks if a window's blocks fit in memory."""
     if self._cache is not None:
       return
     tars = [t for t in self._tars if path_lib.is_remote(t.tar)]
@@ -128,11 +127,11 @@ class WebDatasetSource(FileSource):
       )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; a TarError if the tar has changed since it was indexed."""
+    """Returns record `i`; TarError if the tar changed after indexing."""
     return self._read(i)[0]
 
   def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
-    """Record `i`, and the bytes of its .json."""
+    """Returns record `i`, and the bytes of its .json."""
     shard, at = self._locate(i)
     tar = self._open_tars.get(shard)
     key, image, text, sidecar = tar.read(at)
@@ -149,7 +148,7 @@ class WebDatasetSource(FileSource):
     return record, sidecar
 
   def read_metadata(self, i: SupportsIndex) -> dict[str, Any]:
-    """The object in KEY.json of record `i` (or none), and its `key`."""
+    """Returns the object in KEY.json of record `i` (or {}), with its `key`."""
     shard, at = self._locate(i)
     try:
       key, _, _, sidecar = self._open_tars.get(shard).read(at)
@@ -173,7 +172,7 @@ def _parse_metadata(key: str, sidecar: bytes | None) -> dict[str, Any]:
 def parse_captions(
   key: str, text: bytes | None, sidecar: bytes | None
 ) -> list[str]:
-  """The captions that are not blank; BadRecord if there is none."""
+  """Returns the non-blank captions; BadRecord if there are none."""
   with content_errors(key, "its captions can't be read"):
     return _parse_captions(key, text, sidecar)
 
@@ -182,7 +181,7 @@ def _parse_captions(
   key: str, text: bytes | None, sidecar: bytes | None
 ) -> list[str]:
   captions: list[Any] = []
-  # Parsing a .json costs more than reading it, and most are not needed.
+  # Parsing a .json costs more than reading it, and is rarely needed.
   if sidecar is not None and (text is None or b'"captions"' in sidecar):
     try:
       fields = json.loads(sidecar)
@@ -217,7 +216,7 @@ def _parse_captions(
 
 
 class BlockReader:
-  """The most recently read blocks of tars in buckets, at most 1 GiB."""
+  """Cache of recently read blocks of bucket tars, at most 1 GiB."""
 
   def __init__(self, tars: Sequence[TarIndex]):
     self._tars = tars
@@ -232,7 +231,7 @@ class BlockReader:
     return path_lib.read_range(self._tars[shard].tar, start, size)
 
   def read(self, shard: int, offset: int, size: int) -> bytes:
-    """Bytes of a tar."""
+    """Reads a byte range of a tar."""
     first, last = offset // _BLOCK, (offset + max(size, 1) - 1) // _BLOCK
     start = int(self._starts[shard])
     parts = [self._cache.get(start + n) for n in range(first, last + 1)]
@@ -262,7 +261,7 @@ class _OpenTar(abc.ABC):
     self._entries, self._keys = index.open()
 
   def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
-    """Key, and bytes of image, text and JSON."""
+    """Returns key, image bytes, text and JSON of record `i`."""
     *spans, key_end = self._entries[i].item()
     key_start = int(self._entries["key_end"][i - 1]) if i else 0
     spans = list(zip(spans[:3], spans[3:], strict=True))
@@ -294,19 +293,19 @@ class _OpenTar(abc.ABC):
 
   @abc.abstractmethod
   def _pread(self, offset: int, size: int) -> bytes:
-    """Bytes of the tar; a TarError if it is shorter."""
+    """Reads a byte range; TarError if the tar is shorter."""
 
 
 class _LocalTar(_OpenTar):
-  """A tar on a file system."""
+  """A tar on a local file system."""
 
   def __init__(self, index: TarIndex, file: Path):
     super().__init__(index)
     self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    # Not __del__, which runs too late where the interpreter ends.
+    # Not __del__, which may run too late during interpreter shutdown.
     weakref.finalize(self, os.close, self._fd)
     stat, header = os.fstat(self._fd), index.header
-    # A copy of a tar in a bucket has a time of its own.
+    # A local copy of a bucket tar has its own modification time.
     same_time = file != index.tar or stat.st_mtime_ns == header.tar_time
     if stat.st_size != header.tar_size or not same_time:
       raise TarError(
@@ -319,7 +318,7 @@ class _LocalTar(_OpenTar):
     try:
       data = os.pread(self._fd, size, offset)
       while len(data) < size:
-        # A read may stop short of 2 GiB or at a signal; at the end it is empty.
+        # A read may stop short of 2 GiB or at a signal; empty means the end.
         more = os.pread(self._fd, size - len(data), offset + len(data))
         if not more:
           end = os.fstat(self._fd).st_size
@@ -334,7 +333,7 @@ class _LocalTar(_OpenTar):
 
 
 class _RemoteTar(_OpenTar):
-  """A tar in a bucket, read in ranges."""
+  """A tar in a bucket, read by ranged requests."""
 
   def __init__(self, index: TarIndex, shard: int, blocks: BlockReader | None):
     super().__init__(index)
@@ -354,11 +353,11 @@ class _RemoteTar(_OpenTar):
 
 
 def _check_duplicates(tars: Sequence[TarIndex]) -> None:
-  """Raises TarError if two tars of overlapping key ranges share a key."""
+  """Raises TarError if tars with overlapping key ranges share a key."""
   ranges = sorted(
     (t for t in tars if t.header.count), key=lambda t: (t.smallest, t.largest)
   )
-  # img2dataset's keys start with the shard, so that tars hardly ever overlap.
+  # img2dataset's keys start with the shard number, so ranges rarely overlap.
   tops = list(itertools.accumulate((t.largest for t in ranges), max))
   suspects = [
     tar

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, words of scenes, SentencePiece, Hugging Face files."""
+"""Tokenizers: bytes, scene words, SentencePiece, Hugging Face."""
 
 import os
 import shutil
@@ -20,24 +20,24 @@ from mtv_jax.utils.errors import (
   did_you_mean,
 )
 
-# Those that need no file, by name.
+# Tokenizers that need no file, by name.
 BUILT_IN: dict[str, type[Tokenizer]] = {
   "bytes": ByteTokenizer,
   "words": SceneWordTokenizer,
 }
-# By the suffix of the tokenizer's file.
+# Tokenizers by file suffix.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
 
 
 def build_tokenizer(
   spec: str | os.PathLike, *, clean: str = "lower"
 ) -> Tokenizer:
-  """The tokenizer that a config names.
+  """Builds the tokenizer that a config names.
 
   `spec` is "bytes", "words" (of the built-in scenes), or the path of a
-  SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json");
+  SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json").
   `clean` is "none", "lower" or "canonicalize". Raises MissingFileError,
-  InputError for a file of another kind, or ConfigError.
+  InputError for unsupported files, or ConfigError.
   """
   spec = os.fspath(spec)
   if not spec:
@@ -73,7 +73,7 @@ def build_tokenizer(
 
 
 def _copy_remote(url: str) -> Path:
-  """A local copy of a tokenizer's file, with the special tokens beside it."""
+  """Copies a tokenizer's file and its tokenizer_config.json, if any."""
   file = path_lib.local_copy(url)
   if file.suffix == ".json":
     config = path_lib.as_path(url).with_name("tokenizer_config.json")

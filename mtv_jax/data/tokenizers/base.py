@@ -1,8 +1,7 @@
-"""Tokenizer contract: cleaning, encoding to fixed length, export.
+"""Tokenizer interface: cleaning, encoding to a fixed length, export.
 
-Every tokenizer ends a text with the end-of-sequence id, also a truncated one,
-and pads on the right. The text towers attend to the padding, in training too
-(no mask).
+Every tokenizer ends texts, even truncated ones, with the end-of-sequence id and
+pads on the right. The text towers attend to padding, in training too (no mask).
 """
 
 import abc
@@ -24,7 +23,7 @@ from mtv_jax.utils.errors import InputError, check_choice
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACES = re.compile(r"\s+")
-# What `canonicalize` leaves, or other cleanings: a character but spaces.
+# Visible characters: with and without `canonicalize`, which drops punctuation.
 _VISIBLE = {
   True: re.compile(rf"[^\s{re.escape(string.punctuation)}]"),
   False: re.compile(r"\S"),
@@ -32,24 +31,24 @@ _VISIBLE = {
 
 
 def canonicalize(text: str) -> str:
-  """Lower case without punctuation, `_` as a space, single spaces.
+  """Lower-cases, drops punctuation, turns `_` into a space, joins spaces.
 
-  As big_vision's `canonicalize_text`; `transformers` drops `_` and is otherwise
-  equal.
+  As big_vision's `canonicalize_text`; `transformers` drops `_`, but is
+  otherwise equal.
   """
   text = text.replace("_", " ").translate(_PUNCTUATION).lower()
   return _SPACES.sub(" ", text).strip()
 
 
 def _lower(text: str) -> str:
-  """Lower case of each character, as `tokenizers`: without final sigmas."""
+  """Lower-cases each character, like `tokenizers`: without final sigmas."""
   return "".join(map(str.lower, text)) if "\u03a3" in text else text.lower()
 
 
-# A sigma after a cased letter and before none, as `str.lower` has it.
+# A sigma that `str.lower` turns into a final one: at the end of a word.
 _CASED = r"\p{Lu}\p{Ll}\p{Lt}"
 _FINAL_SIGMA = Regex(rf"(?<=[{_CASED}\p{{M}}])\u03a3(?!\p{{M}}*[{_CASED}])")
-# Each cleaning, in Python and as normalizers for a `tokenizer.json`.
+# Each cleaning, in Python and as `tokenizer.json` normalizers.
 _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
   "none": (str, []),
   "lower": (_lower, [normalizers.Lowercase()]),
@@ -68,16 +67,16 @@ _CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
 
 
 class Tokenizer(abc.ABC):
-  """Map of strings to ids, shared by threads.
+  """Maps strings to ids; thread-safe.
 
-  `path` is its file, None for those that need none. A text is cleaned before it
-  is tokenized: "none", "lower" or "canonicalize".
+  `path` is the tokenizer's file, if it needs one. `clean` is applied to texts
+  first: "none", "lower" or "canonicalize".
   """
 
   kind: str  # "bytes", "words", "sentencepiece" or "json".
-  vocab_size: int  # The largest id plus one.
+  vocab_size: int  # Largest id plus one.
   pad_id: int
-  eos_id: int | None  # None if the file does not name one.
+  eos_id: int | None  # None if the file doesn't name one.
 
   def __init__(self, path: str | None, clean: str):
     check_choice("clean", clean, _CLEANERS)
@@ -86,10 +85,10 @@ class Tokenizer(abc.ABC):
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Ids of each string, truncated to `length` and padded.
+    """Encodes each string, truncated to `length` and padded.
 
-    Raises TypeError for anything but a list of strings, UnicodeError for a
-    string that is not valid Unicode.
+    Raises TypeError unless `strings` is a list of strings, UnicodeError for
+    invalid Unicode.
     """
     wrong = [text for text in strings if not isinstance(text, str)]
     wrong = [strings] if isinstance(strings, str) else wrong
@@ -106,25 +105,25 @@ class Tokenizer(abc.ABC):
   def encode_text(
     self, text: str, length: int
   ) -> tuple[Int32[np.ndarray, " length"], bool]:
-    """Ids of one text, as `encode`, and whether it was truncated."""
+    """Encodes one text like `encode`; also returns whether it was cut."""
     ids = np.full(length, self.pad_id, np.int32)
     tokens, is_cut = self._tokenize(text, length)
     ids[: len(tokens)] = tokens
     return ids, is_cut
 
   def is_cut(self, text: str, length: int) -> bool:
-    """Whether a text has more than `length` ids, the end of sequence included.
+    """Whether a text has more than `length` ids, including end of sequence.
 
-    Raises UnicodeError for a string that is not valid Unicode.
+    Raises UnicodeError for invalid Unicode.
     """
     return self._tokenize(text, length)[1]
 
   def is_blank(self, text: str) -> bool:
-    """Whether nothing but spaces is left of a text after cleaning."""
+    """Whether a text is empty or only spaces after cleaning."""
     return not _VISIBLE[self.clean == "canonicalize"].search(text)
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each row of ids, without special tokens."""
+    """Decodes each row of ids to text, without special tokens."""
     model = self._decoder
     return [model.decode(list(row)) for row in rows]
 
@@ -133,22 +132,22 @@ class Tokenizer(abc.ABC):
     return self.to_hf_tokenizer()
 
   def clean_text(self, text: str) -> str:
-    """The text after cleaning."""
+    """Returns the cleaned text."""
     return _CLEANERS[self.clean][0](text)
 
   @abc.abstractmethod
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
-    """At most `length` ids of a text, and whether it has more.
+    """Returns at most `length` ids, and whether the text was truncated.
 
-    Cleans the text and adds the end of sequence.
+    Cleans the text and appends the end of sequence.
     """
 
   @abc.abstractmethod
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
-    """A `tokenizers` model of equal ids for a cleaned text."""
+    """Builds a `tokenizers` model with equal ids for cleaned text."""
 
   def __reduce__(self) -> tuple:
-    # Worker processes read the file again: no library's object is picklable.
+    # Worker processes reload the file: the libraries' objects don't pickle.
     return type(self), (self.path, self.clean)
 
   def __repr__(self) -> str:
@@ -159,10 +158,10 @@ class Tokenizer(abc.ABC):
 
 
 def add_cleaning(model: tokenizers.Tokenizer, clean: str) -> None:
-  """Cleans texts before the model's own normalizer.
+  """Adds cleaning before the model's own normalizer.
 
-  As in `transformers`, special tokens are matched before: `<EOS>` is not an end
-  of sequence.
+  As in `transformers`, special tokens are matched before cleaning: `<EOS>` is
+  not an end of sequence.
   """
   if steps := list(_CLEANERS[clean][1]):
     steps += [model.normalizer] if model.normalizer else []
@@ -184,7 +183,7 @@ def add_special_tokens(
 
 
 def check_ids(path: str, vocab_size: int) -> None:
-  """Raises InputError for a file without tokens, or with ids beyond int32."""
+  """Raises InputError if a file lacks tokens, or has ids beyond int32."""
   if not 1 <= vocab_size <= np.iinfo(np.int32).max:
     raise InputError(
       f"{path} has ids up to {vocab_size - 1}; expected at least one token, and"
@@ -197,7 +196,7 @@ def check_vocabulary(
 ) -> None:
   """Raises InputError unless every id has a row in the embedding table.
 
-  `where` is the config field that sets its size.
+  `where` is the config key of the table's size.
   """
   if tokenizer.vocab_size > vocab_size:
     raise InputError(
@@ -216,11 +215,11 @@ def export_files(
 ) -> None:
   """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers`.
 
-  `AutoTokenizer` then returns equal ids with `padding="max_length"` (of
-  `length` tokens by default), `truncation=True`, cleaning included. By default
-  only `input_ids` are named as model inputs: most text towers are trained with
-  attention over the padding. `fields` of `tokenizer_config.json` are added.
-  Raises InputError for a SentencePiece model that is neither unigram nor BPE.
+  `AutoTokenizer` then gives equal ids with `padding="max_length"` (default:
+  `length` tokens) and `truncation=True`, cleaning included. By default only
+  `input_ids` is a model input, because most text towers are trained with
+  attention over padding. `fields` are added to `tokenizer_config.json`. Raises
+  InputError for a SentencePiece model that is neither unigram nor BPE.
   """
   model = tokenizer.to_hf_tokenizer()
   model.no_padding()
@@ -233,7 +232,7 @@ def export_files(
     "padding_side": "right",
     "truncation_side": "right",
     "clean_up_tokenization_spaces": False,
-    # For our own reader; a part of tokenizer.json.
+    # For our own reader; tokenizer.json already includes the cleaning.
     "clean": tokenizer.clean,
     "pad_token": model.id_to_token(tokenizer.pad_id),
     **(fields or {}),

@@ -1,4 +1,4 @@
-"""UTF-8 byte tokenizer: needs no file."""
+"""UTF-8 byte tokenizer."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class ByteTokenizer(Tokenizer):
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
     vocabulary = {"<pad>": 0, "</s>": 1}
     vocabulary |= {name: byte + 2 for byte, name in enumerate(_byte_names())}
-    # BPE over single bytes without merges leaves every byte a token.
+    # Without merges, BPE over single bytes makes every byte a token.
     model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(
       add_prefix_space=False, use_regex=False
@@ -33,10 +33,10 @@ class ByteTokenizer(Tokenizer):
 
 
 def _byte_names() -> list[str]:
-  """The printable character of each byte in byte-level BPE.
+  """Printable character for each byte in byte-level BPE.
 
-  Printable Latin-1 characters stand for themselves; the others are numbered
-  from U+0100 (Radford et al. 2019, GPT-2).
+  Printable Latin-1 characters stay as they are; the remaining bytes are
+  numbered from U+0100 (Radford et al. 2019, GPT-2).
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]

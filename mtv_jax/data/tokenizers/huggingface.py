@@ -10,8 +10,8 @@ from mtv_jax.config import foreign
 from mtv_jax.data.tokenizers.base import Tokenizer, add_cleaning, check_ids
 from mtv_jax.utils.errors import InputError, printable
 
-# Names of the end-of-sequence and padding tokens in common vocabularies, most
-# specific first; tried only where no file names them.
+# End-of-sequence and padding tokens of common vocabularies, most specific
+# first; used only if the files don't name them.
 _EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "[SEP]")
 _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 
@@ -19,8 +19,8 @@ _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, whose post-processor adds the special tokens.
 
-  A tokenizer_config.json beside it names them. Raises InputError for another
-  file, or one without a padding token.
+  A tokenizer_config.json next to it names them. Raises InputError if the file
+  is malformed or lacks a padding token.
   """
 
   kind = "json"
@@ -30,13 +30,13 @@ class HuggingFaceTokenizer(Tokenizer):
     try:
       self._text = Path(path).read_text(encoding="utf-8")
       model = tokenizers.Tokenizer.from_str(self._text)
-      # Encodes, so that a file that can be parsed and not used is an error now.
+      # Encode now, so that an unusable model fails here and not later.
       model.encode("a")
     except (OSError, MemoryError, KeyboardInterrupt, SystemExit):
       raise
     except BaseException as error:
-      # The library raises a bare Exception for a file that it can't parse, and
-      # its panics are no Exception.
+      # The library raises a bare Exception if it can't parse a file, and its
+      # panics derive from BaseException.
       raise InputError(
         f"{path} is not a tokenizer.json ({printable(error)}); expected the"
         " file that `tokenizers` and fast tokenizers of `transformers` save."
@@ -59,8 +59,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
   def _truncating_model(self, length: int) -> tokenizers.Tokenizer:
-    # Truncation is a setting of the object, which threads with different
-    # lengths can't share.
+    # Truncation is state of the object, which threads with different lengths
+    # can't share.
     model = tokenizers.Tokenizer.from_str(self._text)
     add_cleaning(model, self.clean)
     model.no_padding()
@@ -76,7 +76,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _special_names(path: Path) -> dict[str, str]:
-  """The special tokens that a tokenizer_config.json names, as strings."""
+  """Reads the special tokens named in a tokenizer_config.json."""
   content = foreign.read_object(path)
   names = {}
   with foreign.errors_of(path):
@@ -92,7 +92,7 @@ def _special_names(path: Path) -> dict[str, str]:
 def _find_id(
   vocabulary: dict[str, int], name: str | None, names: Sequence[str]
 ) -> int | None:
-  """The id of `name`, or of the first of `names` in the vocabulary."""
+  """Id of `name`, else of the first of `names` in the vocabulary."""
   if name in vocabulary:
     return vocabulary[name]
   return next((vocabulary[n] for n in names if n in vocabulary), None)

@@ -27,10 +27,10 @@ from mtv_jax.utils.errors import InputError, printable
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """A SentencePiece model, padded with its end-of-sequence id as SigLIP is.
+  """A SentencePiece model, padded with the end-of-sequence id like SigLIP.
 
-  Equal to the `SiglipTokenizer` of `transformers` except for the cleaning.
-  Raises InputError for another file, or one without an end of sequence.
+  Equal to `SiglipTokenizer` of `transformers`, except for cleaning. Raises
+  InputError if the file is malformed or lacks an end of sequence.
   """
 
   kind = "sentencepiece"
@@ -59,11 +59,11 @@ class SentencePieceTokenizer(Tokenizer):
     return [*ids[: length - 1], self.eos_id], len(ids) >= length
 
   def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-    # Also of models that have no `to_hf_tokenizer`.
+    # Not through `to_hf_tokenizer`, which supports only some model types.
     return [self._model.decode(list(row)) for row in rows]
 
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
-    """A unigram or BPE model; raises InputError for other kinds."""
+    """Converts a unigram or BPE model; raises InputError for other types."""
     proto = self._read_proto()
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     model = tokenizers.Tokenizer(self._build_pieces(proto))
@@ -73,7 +73,7 @@ class SentencePieceTokenizer(Tokenizer):
     if rules.remove_extra_whitespaces:
       steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
     scheme = "always" if rules.add_dummy_prefix else "never"
-    # Pieces of a BPE may be of several spaces.
+    # BPE pieces may span several spaces.
     space = {"prepend_scheme": scheme, "split": _is_unigram(trainer)}
     model.pre_tokenizer = pre_tokenizers.Metaspace(**space)
     model.decoder = decoders.Metaspace(**space)
@@ -124,9 +124,9 @@ class SentencePieceTokenizer(Tokenizer):
   def write_folder(self, folder: pathlib.Path, *, add_end: bool) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`.
 
-    As `transformers` reads a folder's `tokenizer.model`: texts are padded with
-    the model's padding, and its control and user-defined pieces are matched in
-    texts. Texts end with the end of sequence if `add_end`.
+    Follows how `transformers` reads a `tokenizer.model`: the model's own
+    padding piece pads, and its control and user-defined pieces are matched in
+    texts. With `add_end`, texts end with the end of sequence.
     """
     model, proto = self.to_hf_tokenizer(), self._read_proto()
     pad_id = proto.trainer_spec.pad_id
@@ -162,7 +162,7 @@ def _is_unigram(trainer: sentencepiece_model_pb2.TrainerSpec) -> bool:
 def _list_merges(
   proto: sentencepiece_model_pb2.ModelProto,
 ) -> list[tuple[str, str]]:
-  """Pairs of pieces that a BPE joins, of the highest score first."""
+  """Lists pairs of pieces that BPE merges, highest score first."""
   kinds = proto.SentencePiece
   pieces = {
     piece.piece: piece.score

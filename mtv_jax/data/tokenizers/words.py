@@ -1,4 +1,4 @@
-"""Tokenizer of the words of the built-in scenes: needs no file."""
+"""Word tokenizer for the built-in scenes."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from tokenizers import models, pre_tokenizers
 from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
-# Rows of the recipes' embedding tables: there is room for further words.
+# Embedding rows in the recipes; the spare ones are for future words.
 EMBEDDING_ROWS = 144
-# The captions, phrases and prompts of scenes. New words are added at the end,
-# as checkpoints have a row for each.
+# Words of the scenes' captions, phrases and prompts. Append new words only:
+# checkpoints have a row for each.
 _WORDS = """
 a an the in on of to its it at with and than is are there no one two three four
 five above arrow arrows back ball balls behind below beside big black blue brick
@@ -27,9 +27,9 @@ turquoise under view wall wallpaper white wooden woven yellow zigzag zigzags
 
 
 class SceneWordTokenizer(Tokenizer):
-  """A word of the built-in scenes is a token; punctuation is none.
+  """One token per word of the built-in scenes; drops commas and colons.
 
-  `<pad>` is 0, `</s>` is 1, and every other word is `<unk>`, 2.
+  `<pad>` is 0, `</s>` is 1, and unknown words are `<unk>`, 2.
   """
 
   kind = "words"
@@ -38,7 +38,7 @@ class SceneWordTokenizer(Tokenizer):
 
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
     text = self.clean_text(text)
-    text.encode()  # Raises UnicodeError, as the tokenizer of bytes does.
+    text.encode()  # Raises UnicodeError, like `ByteTokenizer`.
     words = text.replace(",", " ").replace(":", " ").split()
     unknown = _SPECIAL.index("<unk>")
     ids = [self._table.get(word, unknown) for word in words[: length - 1]]
