@@ -14,8 +14,7 @@ pixels; batch 2,048 is sized for 64 or more chips, 32 images per chip. Not
 trained to completion here; time unknown.
 
 Expected: better depth, segmentation and grounding at similar zero-shot
-accuracy, as SigLIP 2 and DINOv2 report. Length, learning rate and batch are our
-choice.
+accuracy, as SigLIP 2 and DINOv2 report. Length, rate and batch are our choice.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes,
 with random initial weights unless `init` is given.

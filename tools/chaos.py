@@ -39,8 +39,7 @@ from mtv_jax.utils.tree import flatten_with_names
 MOMENTS = ("start", "train", "save", "evaluate")
 # Prefixes of time-dependent metrics in metrics.jsonl.
 TIMES = ("speed/", "goodput/")
-# Exit timeout of the surviving processes; longer than the JAX coordination
-# service's.
+# Exit timeout of surviving processes; longer than JAX's coordination service's.
 _EXIT_SECONDS = 150
 # Orbax's marker of a complete checkpoint in a bucket.
 _COMMITTED = "commit_success.txt"
@@ -160,11 +159,7 @@ class Run:
     return [process.wait() for process in self.launch()]
 
   def kill_at(self, moment: str, rng: random.Random) -> str | None:
-    """Starts the run and kills one process.
-
-    Returns:
-      The moment, or None if the run finished first.
-    """
+    """Starts the run and kills one process; returns None if it ended first."""
     for folder in {self.workdir, self.folder}:
       with contextlib.suppress(OSError):
         path_lib.remove(folder / ALIVE)

@@ -139,11 +139,7 @@ def draw(old, new, packages, count, seed, coverage):
 
 
 def run_tests(root, mutation, python, timeout):
-  """Runs the package's tests on a mutated copy of a checkout.
-
-  Returns:
-    The failure, which means that the mutation is detected, or "".
-  """
+  """Tests a mutated copy of a checkout; returns the first failure, or ""."""
   path, number = find_line(root, mutation["line"])
   with tempfile.TemporaryDirectory() as folder:
     clone = pathlib.Path(folder) / "clone"

@@ -57,13 +57,10 @@ def run(
   /,
   args: Flags,
 ) -> None:
-  """Runs missing evaluations and writes the report.
+  """Runs missing evaluations and writes; raises SystemExit listing failures.
 
   Args:
     encoders: [NAME=]PATH[@WEIGHTS][@CHECKPOINT], or .json of earlier results.
-
-  Raises:
-    SystemExit: an evaluation failed; the message lists the failures.
   """
   arguments.initialize_distributed(args)
   chosen = evaluate.read_plan(args)

@@ -112,7 +112,7 @@ def read_plan(args: Evaluations) -> evals.Plan:
 
 
 def run(args: Flags) -> None:
-  """Evaluates, prints and writes; lists failures in a SystemExit."""
+  """Evaluates, prints and writes; raises SystemExit listing failures."""
   arguments.initialize_distributed(args)
   chosen = read_plan(args)
   if args.output:

@@ -114,7 +114,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-  """Parses options `NAME=VALUE`; raises InputError for any other form."""
+  """Parses options `NAME=VALUE`; raises InputError if malformed."""
   options = {}
   for assignment in assignments:
     name, equals, text = assignment.partition("=")

@@ -52,12 +52,9 @@ def jit_per_device(
   """Compiles a function that each device applies to its own rows.
 
   Args:
-    function: maps parameters and arrays `[n, ...]` to arrays `[n, ...]`, row by
-      row.
+    function: maps parameters (see `replicate`) and arrays `[n, ...]` (see
+      `shard`) to arrays `[n, ...]`, row by row.
     mesh: a local mesh.
-
-  Returns:
-    A function of parameters from `replicate` and arrays from `shard`.
   """
   # With shard_map every device runs the single-device program.
   mapped = jax.shard_map(

@@ -51,8 +51,7 @@ def draw_card(
 ) -> Card:
   """Draws record `i` of a source with its labels, given by kind.
 
-  `size` is the longer side of the images in pixels, `min_score` a box's minimum
-  score.
+  `size` is the images' longer side in pixels, `min_score` the minimum score.
   """
   notes: list[str] = []
   image = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)

@@ -178,7 +178,7 @@ def _canonical(label: BoxLabel, names: Mapping[str, str]) -> BoxLabel:
 
 
 def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
-  """Parses strings `LABEL=TRUTH`; raises InputError for any other form."""
+  """Parses strings `LABEL=TRUTH`; raises InputError if malformed."""
   renamed = {}
   for pair in pairs:
     old, _, new = pair.partition("=")

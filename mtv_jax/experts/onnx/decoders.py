@@ -1,7 +1,6 @@
 """Decoders of ONNX detectors: preprocessing, and boxes from outputs.
 
-An ONNX file does not say how to read its inputs and outputs; a `Decoder` does.
-Names:
+An ONNX file does not define the meaning of its outputs; a `Decoder` does:
 
   fastestdet     FastestDet (Qiu 2022, github.com/dog-qiuqiu/FastestDet)
   MODULE:NAME    an object with the members of `Decoder`

@@ -29,8 +29,7 @@ class QueryCache:
   """A table of queries on every device of a mesh; not thread-safe.
 
   `embed` maps `params` (on the devices) and tokens `[n, k, t]` to queries
-  `[n, width]`, row by row. A request for more than `capacity` phrases enlarges
-  the table.
+  `[n, width]`, row by row. Requests for more than `capacity` phrases grow it.
   """
 
   def __init__(
