@@ -58,8 +58,8 @@ class Report:
   def roofline(self) -> roofline_lib.Roofline | None:
     """Lower bound of a step's time; None if unknown.
 
-    Several slices are not supported: the network between them is slower than
-    the links.
+    Several slices are not supported: the links and the network between slices
+    have different rates.
     """
     if self.plan.topology.slices > 1:
       return None

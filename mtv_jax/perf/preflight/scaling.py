@@ -213,8 +213,8 @@ def compile_loss(
 ) -> dict[str, Any]:
   """Compiles only the sigmoid loss and its gradients, with `rows` per chip.
 
-  `method` is a method of `contrastive`. Uses enough rows that the logits need
-  HBM. The result's `temporaries` and `received` are bytes per chip.
+  `method` is a method of `contrastive`. With few rows, logits don't need HBM.
+  The result's `temporaries` and `received` are bytes per chip.
   """
   objective = build_objective("contrastive", dict(method=method))
   devices = topologies.devices(topologies.parse(topology))
