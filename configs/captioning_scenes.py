@@ -1,13 +1,13 @@
-"""Captions, boxes and region captions of the built-in scenes, by a decoder.
+"""Captioning (captions, boxes, region captions) on the built-in scenes.
 
-Command; `difficulty` is that of the scenes (docs/data.md):
+Command; `difficulty` selects the scenes (docs/data.md):
 
   python -m mtv_jax.main --workdir=runs/captions \
     --config=configs/captioning_scenes.py:difficulty=easy
 
-Hardware, time and result: docs/results.md. Small batches and many steps: the
-decoder first learns what captions are like, and attends to the image only
-after thousands of updates.
+Hardware, time and result: docs/results.md. Batches are small and steps many:
+the decoder first learns a language model, and attends to the image only after
+thousands of updates.
 """
 
 from ml_collections import ConfigDict
@@ -24,8 +24,8 @@ def get_config(arg=None):
   arg = parse_arg(
     arg,
     tiny=False,
-    tokenizer="words",  # Learnt sooner than bytes.
-    vocab=0,  # Of a tokenizer's file.
+    tokenizer="words",  # Learns faster than bytes.
+    vocab=0,  # Vocabulary size of a tokenizer file.
     batch=16,
     steps=12_000,
     difficulty="hard",
@@ -64,7 +64,7 @@ def get_config(arg=None):
       vocab_size=vocabulary,
     ),
   )
-  # Coordinates of 64 pixels need no 500 bins.
+  # 64 bins suffice for 64 pixels.
   config.objectives = dict(
     captioning=dict(depth=2, regions=2, bins=64, chunk=None)
   )

@@ -6,9 +6,9 @@ Command, on every host of a TPU pod; the tokenizer is CLIP's tokenizer.json:
     --config=configs/clip_b16_224.py:tokenizer=/data/clip/tokenizer.json \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Published values: arXiv 2103.00020, sections 2.4 and 2.5, tables 18 and 20 (as
-transcribed by others), openai/CLIP and mlfoundations/open_clip at 89fb801 for
-what the paper leaves open.
+Published values: arXiv 2103.00020, sections 2.4 and 2.5, tables 18 and 20
+(secondary transcriptions); openai/CLIP and mlfoundations/open_clip at 89fb801
+for details missing from the paper.
 
   hyper-parameter       published                          ours
   data                  400M pairs (not released)          path of the user's
@@ -30,14 +30,13 @@ what the paper leaves open.
   initialisation        CLIP's                             =
   precision             float16                            bfloat16
 
-The released B/16 adds no further epoch at a higher resolution.
+The released B/16 was not trained further at a higher resolution.
 
 Hardware and time: batch 32,768 is sized for 64 chips of v5e, 512 images per
-chip, with full rematerialisation. Not trained to completion here; no time
-given.
+chip, with full rematerialisation. Not trained to completion here; time unknown.
 
-Expected: the released CLIP B/16 reaches 68.3 % zero-shot on ImageNet. Other
-data give other figures. tokenizer=bytes is for smoke tests only.
+Expected: the released CLIP B/16 reaches 68.3 % zero-shot on ImageNet; accuracy
+depends on the data. tokenizer=bytes is for smoke tests only.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -77,7 +76,7 @@ def get_config(arg=None):
     norm_eps=1e-5,
     projection_bias=False,
   )
-  # 64 tokens of SigLIP.
+  # SigLIP uses 64 tokens.
   config.data.ops = config.data.ops.replace("caption(64)", "caption(77)")
   config.optim = dict(
     name="adamw",
@@ -86,7 +85,7 @@ def get_config(arg=None):
     b2=0.98,
     eps=1e-6,
     clip_norm=0.0,
-    # Matrices that are not kernels.
+    # Embeddings decay too; by default only kernels do.
     rules=[("(position|token)_embedding$", dict(weight_decay=1.0))],
   )
   if arg.tiny:

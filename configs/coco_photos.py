@@ -8,8 +8,8 @@ Write tars of the photos, then train on the first caption of each:
     --config=configs/coco_photos.py:path='data/coco/*.tar',tokenizer=X.model
 
 Hardware, time and result: docs/results.md. Retrieval is measured on the
-training photos on purpose: an encoder that cannot retrieve the captions it was
-trained on has a fault somewhere between the tar and the metric.
+training photos on purpose: if the encoder cannot retrieve its training
+captions, there is a bug between the tar and the metric.
 """
 
 from ml_collections import ConfigDict
@@ -54,8 +54,7 @@ def get_config(arg=None):
       **shape,
     ),
   )
-  # log(1/128) balances the pairs of a batch; a little below it, for few
-  # positives.
+  # Slightly below log(1/128), which balances positive and negative pairs.
   config.objectives = dict(contrastive=dict(weight=1.0, init_bias=-6.0))
   config.optim = dict(name="adamw", lr=1e-3, weight_decay=0.01, b2=0.95)
   config.schedule = dict(name="cosine", warmup_percent=10)

@@ -1,14 +1,14 @@
-"""Continues to train a released encoder, or one of one's own, on other data.
+"""Continues training a released encoder, or one of your own, on new data.
 
-Shapes, tokenizer, preprocessing and, on images with captions, the loss are the
-checkpoint's: of a run, an export or a Hugging Face folder (docs/continue.md):
+The checkpoint (a run, an export or a Hugging Face folder, docs/continue.md)
+sets shapes, tokenizer, preprocessing and, for image-text data, the loss:
   python -m mtv_jax.main --workdir=/data/runs/mine \
     --config=configs/continue_from.py:path=/data/siglip,data=/data/photos
 
-and on images alone, with DINO and iBOT, the same with `,images_only`. Guards
-against forgetting are grow, warmup, layer_decay, anchor, features, keep and
-bound; with `guards=False` there is none. `:tiny` continues random weights on
-the built-in scenes. Hardware: one accelerator of 16 GB at B/16, not tried here.
+Add `,images_only` to train on images alone with DINO and iBOT. Guards against
+forgetting are grow, warmup, layer_decay, anchor, features, keep and bound;
+`guards=False` disables all. `:tiny` continues random weights on the built-in
+scenes. Hardware: one 16 GB accelerator at B/16, untested.
 """
 
 from ml_collections import ConfigDict
@@ -45,7 +45,7 @@ def get_config(arg=None):
   config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
   config.model, contrast, weights = read_model(arg)
   size = config.model.preprocess["size"]
-  # Crops of 32 % of such a canvas have the encoder's pixels.
+  # A crop of 32 % of this canvas has about the encoder's resolution.
   canvas = round(1.7 * size) if arg.images_only else size
   train = [source(arg, arg.data, canvas, 1 - arg.keep_share if arg.keep else 1)]
   if arg.keep:
@@ -80,7 +80,7 @@ def guard(config, arg, weights, size):
     return
   config.teachers = dict(start=dict(path=arg.path, weights=weights, size=size))
   if arg.images_only:
-    # Global crops have masked patches, whose features are not the start's.
+    # Global crops have masked patches, whose features the anchor can't match.
     config.views.image = dict(ops=f"resize({size}, method='bicubic')")
   gram = dict(type="gram", teacher="start", view="image", weight=arg.anchor)
   if arg.anchor:
@@ -93,8 +93,8 @@ def guard(config, arg, weights, size):
 
 
 def read_model(arg):
-  """The section `model`, the contrast's loss and the weights to start from."""
-  from mtv_jax.encoder import loading  # Late, as it takes JAX.
+  """The `model` section, contrastive loss options and initial weights."""
+  from mtv_jax.encoder import loading  # Deferred: imports JAX.
 
   if not arg.path:
     text = dict(variant="mu", length=64, tokenizer="bytes", vocab_size=258)
@@ -122,7 +122,7 @@ def source(arg, path, size, weight):
 
 
 def image_text(config, size, contrast):
-  """Contrast on whole images, as in siglip_b16_224."""
+  """Image-text contrast on whole images, as in siglip_b16_224."""
   method = config.model.preprocess.get("interpolation", "bilinear")
   config.views = dict(image=dict(ops=f"resize({size}, method={method!r})"))
   config.data.ops += f"|caption({config.model.text.length})"

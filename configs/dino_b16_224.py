@@ -7,18 +7,18 @@ Command, on every host:
     --workdir=/data/runs/dino_b16 --distributed
 
 Hardware and time: batch 1,024 is sized for 16 chips. Not trained to completion
-here; no time given.
+here; time unknown.
 
-DINOv2 publishes no recipe of this size. Values are those of the table in
-configs/dinov2_l16.py (vitl16_short.yaml) but for
+DINOv2 does not publish a recipe of this size. Values follow the table in
+configs/dinov2_l16.py (vitl16_short.yaml) except
 
   hyper-parameter          vitl16_short    ours
   batch                    2048            1024
-  heads of DINO and iBOT   one             two, as its large models have
-  targets                  centering       Sinkhorn, as its large models have
+  heads of DINO and iBOT   one             two, as in the large models
+  targets                  centering       Sinkhorn, as in the large models
 
-Expected: no direct comparison: the released DINOv2 ViT-B/14 (82.1 % k-NN on
-ImageNet) is distilled from a giant model trained on 142 million images.
+Expected: not comparable with the released DINOv2 ViT-B/14 (82.1 % k-NN on
+ImageNet), which is distilled from a giant model trained on 142 million images.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """

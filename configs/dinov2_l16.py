@@ -6,9 +6,9 @@ Command, on every host:
     --config.data.train[0].path='/data/imagenet/{0000..1023}.tar' \
     --workdir=/data/runs/dinov2_l16 --distributed
 
-Published values: facebookresearch/dinov2 at b8931f7, configs/train of
-vitl16_short.yaml, and of vitl14.yaml with the argument `long`, over
-ssl_default_config.yaml. Ours are equal but for the lines with "ours".
+Published values: facebookresearch/dinov2 at b8931f7, configs/train:
+vitl16_short.yaml (vitl14.yaml with the argument `long`) over
+ssl_default_config.yaml. Differences are marked "ours".
 
   hyper-parameter                 vitl16_short           vitl14
   data                            ImageNet-1k            ImageNet-22k
@@ -40,11 +40,11 @@ ssl_default_config.yaml. Ours are equal but for the lines with "ours".
   evaluated and released          the teacher
   precision                       float16; ours: bfloat16
 
-Hardware and time: theirs, a day on 32 A100 (vitl16_short). Batch 2,048 is sized
-for 32 chips of v5e. Not trained to completion here; no time given.
+Hardware and time: DINOv2's vitl16_short takes a day on 32 A100. Batch 2,048 is
+sized for 32 chips of v5e. Not trained to completion here; time unknown.
 
 Expected: 81.6 % k-NN and 82.9 % linear on ImageNet (dinov2's README); vitl14
-82.0 % and 84.5 %. The released L/14 is distilled on other data.
+82.0 % and 84.5 %. The released L/14 is distilled, on different data.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -124,7 +124,7 @@ def get_config(arg=None):
   config.log = dict(every_steps=100)
 
   if arg.tiny:
-    # A centre of batches of 16 would take longer than the run.
+    # With batches of 16, centering would not converge within the run.
     head = dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
     head["target"] = "sinkhorn"
     model = dict(variant="mu/8", mlp_dim=256, image_size=32)
@@ -140,7 +140,7 @@ def get_config(arg=None):
 
 
 def views(size, local, patch):
-  """Two global crops, unequal in blur and solarisation; eight local."""
+  """Two global crops that differ in blur and solarisation; eight local."""
   colours = "flip|jitter(0.8)|grey(0.2)"
   crop = f"crop({size}, 0.32, 1.0, method='bicubic')|{colours}"
   masks = f"blocks(0.1, 0.5, p=0.5, patch={patch})"

@@ -6,14 +6,14 @@ Command, on every host:
     --config.data.train[0].path='/data/imagenet/{0000..1023}.tar' \
     --workdir=/data/runs/dinov3_l16 --distributed
 
-and after it, into a new folder each, `:gram,init=/data/runs/dinov3_l16` (Gram
+then, each into a new folder, `:gram,init=/data/runs/dinov3_l16` (Gram
 anchoring) and `:highres,init=/data/runs/dinov3_l16_gram` (high resolution).
 
-Published values: facebookresearch/dinov3 at 6876159, configs/train of
-vitl_im1k_lin834.yaml. The released L is another model: distilled from the 7B.
-The two stages are published for the 7B alone (dinov3_vit7b16_gram_anchor.yaml,
-dinov3_vit7b16_high_res_adapt.yaml). Hyper-parameters that are not listed are
-those of the table in configs/dinov2_l16.py (vitl16_short).
+Published values: facebookresearch/dinov3 at 6876159, configs/train:
+vitl_im1k_lin834.yaml. The released L is distilled from the 7B instead. The two
+later stages are published only for the 7B (dinov3_vit7b16_gram_anchor.yaml,
+dinov3_vit7b16_high_res_adapt.yaml). Unlisted hyper-parameters follow the table
+in configs/dinov2_l16.py (vitl16_short).
 
   hyper-parameter             vitl_im1k_lin834     ours
   positions                   RoPE, base 100,      =, in float32
@@ -52,13 +52,13 @@ those of the table in configs/dinov2_l16.py (vitl16_short).
   Gram loss                   1.5, not updated     =
   global, local, Gram crops   512, 112, 768 (0.3 of the images) and 768, 112 to
                               336, 1152 (0.7); ours: the first of these
-  others                      as 7B, gram          as `gram`
+  the rest                    as 7B, gram          as `gram`
 
 Hardware and time: batch 2,048 is sized for 32 chips of v5e. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
-Expected: 82.2 % k-NN and 83.3 % linear on ImageNet for the first stage (the
-yaml's header). For the stages at size L: no published figure.
+Expected: 82.2 % k-NN and 83.3 % linear on ImageNet after the first stage (the
+yaml's header). The later stages are unpublished at size L.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -109,7 +109,7 @@ def refine(config, arg, size):
     teacher = dict(path=init, weights="teacher")
     weight, ratio, length, rate = 1.5, 1.5, 10_000, 1.25e-5
   if arg.tiny:
-    # The EMA teacher, as there is no run to read.
+    # Uses the EMA teacher; smoke tests don't have a run to load.
     weight, ratio, teacher = 1.0, 2.0, dict(update_every_steps=10)
   else:
     config.total_steps = length

@@ -19,7 +19,7 @@ main_pretrain.py, models_mae.py.
   Adam, clipping          0.9, 0.95, 1e-8; none          =
   crops                   0.2 to 1.0, bicubic, flips     =
   pixels                  ImageNet's mean, deviation     =
-  patches kept            25 %                           =
+  visible patches         25 %                           =
   target                  pixels normalised by patch     =
   decoder                 8 blocks of 512, 16 heads      =
   GELU                    exact                          =
@@ -29,10 +29,10 @@ main_pretrain.py, models_mae.py.
   precision               float16                        bfloat16
 
 Hardware and time: batch 4,096 is sized for 64 chips of v5e. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
 Expected: the paper's ViT-B, after 1,600 epochs of ImageNet (`:epochs=1600`),
-reaches 68.0 % in a linear probe and 83.6 % fine-tuned.
+reaches 68.0 % with a linear probe and 83.6 % fine-tuned.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -60,7 +60,7 @@ def get_config(arg=None):
     ],
     ops="decode|canvas(448)",
   )
-  # The encoder computes the visible quarter of the patches alone.
+  # The encoder sees only the visible quarter of the patches.
   config.views = dict(mae=dict(count=1, ops=ops(arg.res, 16)))
   config.model = dict(
     variant=f"{arg.variant}/16",

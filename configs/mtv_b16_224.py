@@ -10,7 +10,7 @@ Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Published values: the abstract, the repository Becomebright/MTV at 39af761 and
-its model card; rows marked * are from readers' notes of the paper.
+its model card; rows marked * come from readers' notes on the paper.
 
   hyper-parameter     published                    ours
   towers              SigLIP's B/16, MAP, 224;     =
@@ -35,14 +35,14 @@ its model card; rows marked * are from readers' notes of the paper.
 
 Hardware and time: batch 16,384 fits 256 chips of v5e, 64 images per chip, with
 full rematerialisation (margins in docs/pods.md; set `accumulate` on fewer
-chips). Not trained to completion here; no time given.
+chips). Not trained to completion here; time unknown.
 
 Expected: the released MTV B/16, trained on 100 million images (epochs are not
 published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
 NYUv2 (MTV, Table 5).
 
-`:shared_crop` encodes the whole image once for all objectives, with patches of
-every second image masked: 79 % of the FLOPs (docs/results.md).
+`:shared_crop` encodes the whole image once for all objectives, masking patches
+of every second image: 79 % of the FLOPs (docs/results.md).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 configs/mtv_tiny.py is the recipe for a CPU.
@@ -56,8 +56,8 @@ def get_config(arg=None):
     arg, tiny=False, batch=0, res=224, variant="B", tokenizer="",
     shared_crop=False,
   )  # fmt: skip
-  # Towers, optimizer, evaluations and mesh of SigLIP. The released model uses
-  # its 32k SentencePiece model too: tokenizer=PATH.model.
+  # Towers, optimizer, evaluations and mesh of SigLIP. The released model also
+  # uses SigLIP's 32k SentencePiece model: tokenizer=PATH.model.
   siglip = {k: v for k, v in arg.items() if k != "shared_crop"}
   config = read_config("siglip_b16_224", **siglip)
   config.batch_size = arg.batch or (16 if arg.tiny else 16_384)
@@ -68,13 +68,13 @@ def get_config(arg=None):
   )
   config.views = views(arg.res, local=96, patch=16)
 
-  # Constant weights, as MTV describes; equal values are our choice. With the
-  # balance below, each objective has an equal gradient on the encoder.
+  # Constant weights, as in MTV; equal values are our choice. The balance below
+  # equalizes the objectives' gradients on the encoder.
   config.objectives = dict(
     # The prior of a pod's batch; see configs/siglip_b16_224.py.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
-    # The student's global crop is masked, so it is not the teacher's input.
-    # KoLeo is DINOv2's; that MTV has it is our choice.
+    # The student's global crop is masked, so it differs from the teacher's
+    # input. KoLeo, from DINOv2, is our choice.
     dino=dict(
       weight=1.0, koleo_weight=0.1, same_crop="include", prototypes=65_536
     ),
@@ -84,8 +84,8 @@ def get_config(arg=None):
   )
   if arg.shared_crop:
     share_crop(config, f"resize({arg.res})", patch=16)
-  # Constant: beside text, a momentum annealed to 1 keeps the teacher from
-  # learning what the text teaches (SILC).
+  # Constant: with a momentum annealed to 1, the teacher would not learn from
+  # the text (SILC).
   config.teacher = dict(momentum=0.994)
   # 5,000 steps of the whole recipe.
   config.schedule = dict(name="cosine", warmup_percent=10 if arg.tiny else 8)
@@ -119,9 +119,9 @@ def get_config(arg=None):
 
 
 def share_crop(config, ops, patch):
-  """All objectives read the global crop, made by `ops`.
+  """Makes all objectives read one global crop, computed by `ops`.
 
-  Masks as DINOv2's, which leave every second image whole.
+  Masks every second image, as DINOv2 does.
   """
   if "image" in config.views:
     del config.views["image"]
@@ -135,9 +135,9 @@ def share_crop(config, ops, patch):
 def views(size, local, patch):
   """The whole image for text and dense labels, crops for self-supervision.
 
-  One global and eight local crops, as SigLIP 2; colours of DINOv2's local
-  crops. The student sees the global crop with half of its patches masked
-  (SigLIP 2); DINO and iBOT share that encoding.
+  One global and eight local crops, as in SigLIP 2, with the colour augmentation
+  of DINOv2's local crops. The student sees the global crop with half of its
+  patches masked (SigLIP 2); DINO and iBOT share this encoding.
   """
   colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
   blocks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"

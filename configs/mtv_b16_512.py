@@ -9,9 +9,9 @@ tokenizer=/data/c4_en.model \
     --config.data.train[0].labels.depth=/data/web_depth \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
-Hardware and time: an image has 1,024 patches, 5.2 times those at 224 pixels;
-batch 2,048 is sized for 64 or more chips, 32 images per chip. Not trained to
-completion here; no time given.
+Hardware and time: an image has 1,024 patches, 5.2 times as many as at 224
+pixels; batch 2,048 is sized for 64 or more chips, 32 images per chip. Not
+trained to completion here; time unknown.
 
 Expected: better depth, segmentation and grounding at similar zero-shot
 accuracy, as SigLIP 2 and DINOv2 report. Length, rate and batch are our choice.
@@ -29,17 +29,17 @@ def get_config(arg=None):
   del arg["init"]
   config = read_config("mtv_b16_224", res=512, **arg)
   if init or not arg.tiny:
-    # All parameters, heads included; position embeddings are resampled. The
-    # teacher continues from stage 1's.
+    # Loads all parameters, heads included, and the teacher; resamples position
+    # embeddings.
     config.init = dict(path=init or "/data/runs/mtv_b16", teacher=True)
   if arg.tiny:
     return config
 
   config.batch_size = arg.batch or 2048
   config.total_examples = 50_000_000
-  # A canvas of 384 pixels would have to be upsampled.
+  # A canvas of 384 pixels would be upsampled.
   config.data.ops = config.data.ops.replace("canvas(384)", "canvas(640)")
-  # Local crops grow with the global one.
+  # Scales local crops with the global crop.
   local = config.views.local.ops
   config.views.local.ops = local.replace("crop(96,", "crop(224,")
   config.optim.lr = 1e-4

@@ -1,4 +1,4 @@
-"""MTV at the size of g/14, 224 pixels: configs/mtv_b16_224.py, larger.
+"""MTV ViT-g/14 at 224 pixels: configs/mtv_b16_224.py, larger.
 
 Command, on every host of a TPU pod:
 
@@ -9,10 +9,10 @@ Command, on every host of a TPU pod:
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Hardware and time: sized for 256 chips with sharded parameters and optimizer
-state (figures of `mtv-jax preflight`: docs/pods.md). Not trained here; no time
-given.
+state (figures of `mtv-jax preflight`: docs/pods.md). Not trained here; time
+unknown.
 
-Expected: no published model has this size.
+Expected: unknown; MTV was not published at this size.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -26,7 +26,7 @@ def get_config(arg=None):
   if arg.tiny:
     return config
   config.batch_size = arg.batch or 4096
-  # Patches of 14 pixels need crops whose sides 14 divides.
+  # Sides of crops must be multiples of the patch, 14 pixels.
   config.model.variant = "g/14"
   config.model.text.variant = "L"
   for view in config.views.values():

@@ -9,7 +9,7 @@ Command, on every host of a TPU pod:
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Hardware and time: batch 16,384 is sized for 256 or more chips. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
 Expected: the released MTV L/16, trained on 100 million images (epochs are not
 published), reaches 75.2 % zero-shot on ImageNet and an RMSE of 0.414 m on
@@ -25,6 +25,6 @@ def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, tokenizer="", shared_crop=False)
   config = read_config("mtv_b16_224", res=256, variant="L", **arg)
   if not arg.tiny:
-    # Parameters and optimizer state of L beside its activations exceed a chip.
+    # L's parameters, optimizer state and activations exceed one chip.
     config.mesh.fsdp = 8
   return config

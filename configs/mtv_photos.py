@@ -1,18 +1,18 @@
 """Every objective on a few hundred real photos: configs/mtv_tiny.py, larger.
 
-COCO photos with captions and boxes and NYU photos with depth, mixed in a batch;
-boxes and depth of held-out photos are evaluated before, during and after. Write
-shards and labels (commands in docs/results.md), then
+Mixes COCO photos with captions and boxes and NYU photos with depth in a batch.
+Evaluates boxes and depth on held-out photos before, during and after training.
+Write shards and labels (commands in docs/results.md), then
 
   python -m mtv_jax.main --workdir=runs/photos \
     --config=configs/mtv_photos.py:coco=C,nyu=N,tokenizer=T,boxes=B,rooms=R
 
-C and N are folders of tars with label sets C_boxes and N_depth, T a
-SentencePiece model, B COCO's instances JSON and R a folder of NYU images, both
-held out.
+C and N are folders of tars with label sets C_boxes and N_depth; T is a
+SentencePiece model. B, a COCO instances JSON, and R, a folder of NYU images,
+are for evaluation.
 
 Hardware, time and result: docs/results.md. A few hundred photos do not
-generalise: each loss has to fall, and the held-out figures have to improve.
+generalise; each loss must fall and the held-out metrics must improve.
 """
 
 from mtv_jax.config.recipes import parse_arg, read_config
@@ -32,7 +32,7 @@ def get_config(arg=None):
   )
   tokenizer = arg.tokenizer or ("bytes" if arg.tiny else "")
   config = read_config("mtv_tiny", batch=arg.batch, steps=arg.steps)
-  # Neither source has all labels: captions and boxes here, depth there.
+  # COCO has captions and boxes, NYU has depth.
   config.data.train = [
     dict(
       type="webdataset",
@@ -98,7 +98,7 @@ def get_config(arg=None):
 
 
 def views(size, local, patch):
-  """Those of configs/mtv_tiny.py, with a moderate crop for text and labels."""
+  """As in configs/mtv_tiny.py, with a moderate crop for text and labels."""
   colours = "flip|jitter(0.8)|grey(0.2)"
   crop = f"crop({size}, 0.4, 1.0)"
   return {

@@ -25,7 +25,7 @@ def get_config(arg=None):
     ops="decode|canvas(64)|caption(64)|depth(32)|regions(2, phrase_length=32)",
   )
   # The whole image for text and dense labels, crops for self-supervision. The
-  # student sees the global crop masked; DINO and iBOT share that encoding.
+  # student sees the global crop masked; DINO and iBOT share this encoding.
   colours = "flip|jitter(0.8)|grey(0.2)"
   config.views = {
     "image": dict(count=1, ops="resize(64)"),
@@ -44,8 +44,8 @@ def get_config(arg=None):
       variant="mu", length=64, tokenizer="bytes", clean="lower", vocab_size=258
     ),
   )
-  # No more prototypes than a batch can separate, and a sharp teacher, for a
-  # few hundred steps.
+  # For a few hundred steps: few prototypes, which small batches can separate,
+  # and a sharp teacher.
   prototypes = dict(
     prototypes=64,
     hidden=128,

@@ -9,7 +9,7 @@ tokenizer is Gemma's:
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Published values: the paper, sections 2.1 to 2.5; values marked * are SigLIP's.
-Its training code is not public beside the sigmoid loss.
+Except for the sigmoid loss, the training code is not public.
 
   hyper-parameter       published                         ours
   data                  WebLI, 10B images, 109 languages, path of the user's
@@ -42,10 +42,10 @@ Its training code is not public beside the sigmoid loss.
                         decay, chosen by a teacher (ACID)
 
 Hardware and time: batch 32,768 is sized for 256 chips of v5e. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
 Expected: the released model reaches 79.1 % zero-shot on ImageNet (table 1),
-after the stage of curation. Other data give less.
+after the curation stage; expect less on smaller data.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -64,9 +64,9 @@ def get_config(arg=None):
   if text.tokenizer != "bytes":
     text.vocab_size = 256_000
 
-  # They start with the last fifth of the run.
+  # Self-distillation and masked prediction start after 80 % of the run.
   late = dict(start_percent=80)
-  # A divisor of the 256,000 pieces and 500 coordinates: nothing is padded.
+  # The chunk divides 256,000 pieces + 500 coordinates, which avoids padding.
   config.objectives.captioning = dict(
     weight=1.0, depth=6, regions=4, chunk=8550
   )
@@ -90,7 +90,7 @@ def get_config(arg=None):
     config.data.ops = config.data.ops.replace("regions(4)", "regions(2)")
     return config
 
-  # Tables of the vocabulary are 2.4 GB, and Adam's moments of them twice that.
+  # Vocabulary tables take 2.4 GB, their Adam moments twice as much.
   config.mesh.fsdp = 16
   config.accumulate = 4
   config.data.ops = config.data.ops.replace("canvas(256)", "canvas(384)")
@@ -99,7 +99,7 @@ def get_config(arg=None):
 
 
 def views(size, local, patch):
-  """One global crop, which the student sees masked, and eight local ones."""
+  """One global crop, masked for the student, and eight local crops."""
   colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
   masks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"
   return {

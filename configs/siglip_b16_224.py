@@ -6,9 +6,9 @@ Command, on every host of a TPU pod:
     --config=configs/siglip_b16_224.py:tokenizer=/data/c4_en.model \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Published values: arXiv 2303.15343v4, by section; big_vision at 0127fb6 (bv:
-trainers and configs of proj/image_text, models); SigLIP 2, section 2.1 (S2),
-for what the paper leaves open.
+Published values: arXiv 2303.15343v4, by section; for details missing from the
+paper, big_vision at 0127fb6 (bv: trainers and configs of proj/image_text,
+models) and SigLIP 2, section 2.1 (S2).
 
   hyper-parameter     published                             ours
   data                WebLI, English pairs (4.2)            path of the user's
@@ -31,16 +31,16 @@ for what the paper leaves open.
   GELU, init.         tanh, big_vision's (bv)               =
   precision           bfloat16, first moment too (bv)       bfloat16, float32
 
-Their decay follows the schedule as the rate does, so that 0.1 times the rate is
-the same. The rate is the same at every batch size (C): it does not follow
-`batch`. --config.optim.name=adafactor gives their optimizer.
+Their decay follows the learning-rate schedule, so it equals 0.1 times the rate.
+The rate does not depend on `batch` (C). --config.optim.name=adafactor selects
+their optimizer.
 
 Hardware and time: batch 32,768 is sized for 64 or more chips, 512 images per
 chip, with full rematerialisation. Not trained to completion here.
 
 Expected: the published SigLIP B/16-224 reaches 76.2 % zero-shot on ImageNet
-(table 3). Other data or fewer examples give less. tokenizer=bytes is for
-smoke tests only: it cuts captions to 64 bytes.
+(table 3); expect less with fewer examples. tokenizer=bytes is for smoke tests
+only: it cuts captions to 64 bytes.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -81,7 +81,7 @@ def get_config(arg=None):
       vocab_size=258 if tokenizer == "bytes" else 32_000,
     ),
   )
-  # The prior of 32,768 rows, where almost all pairs are negative.
+  # Prior for 32,768 rows: almost all pairs are negative.
   config.objectives = dict(
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0)
   )
@@ -118,7 +118,7 @@ def get_config(arg=None):
         remat="none",
         text=dict(variant="mu"),
       ),
-      # Undoing a bias of -10 would take all of these steps.
+      # A bias of -10 would not recover within so few steps.
       objectives=dict(contrastive=dict(init_bias=-4.0)),
       schedule=dict(warmup_examples=None, warmup_percent=10),
       evals=dict(

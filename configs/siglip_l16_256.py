@@ -7,7 +7,7 @@ Command, on every host of a TPU pod:
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
 Hardware and time: batch 32,768 is sized for 128 or more chips. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
 Expected: the published SigLIP L/16-256 reaches 80.5 % zero-shot on ImageNet
 (Zhai et al. 2023, table 3).
@@ -22,6 +22,6 @@ def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, tokenizer="")
   config = read_config("siglip_b16_224", res=256, variant="L", **arg)
   if not arg.tiny:
-    # Parameters and optimizer state of L beside its activations exceed a chip.
+    # L's parameters, optimizer state and activations exceed one chip.
     config.mesh.fsdp = 8
   return config

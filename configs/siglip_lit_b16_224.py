@@ -1,4 +1,4 @@
-"""LiT: a text tower trained against a locked ViT-B/16 (Zhai et al. 2022).
+"""LiT: trains a text tower against a locked ViT-B/16 (Zhai et al. 2022).
 
 Command, on every host of a TPU pod; `init` is a run, an export or a Hugging
 Face folder whose image tower has this shape:
@@ -8,14 +8,14 @@ Face folder whose image tower has this shape:
 tokenizer=/data/c4_en.model \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Hardware and time: a step costs the image tower's forward pass and the text
-tower's training, about half of configs/siglip_b16_224.py, without optimizer
-state or activations of the image tower; 16 chips suffice. Not trained to
-completion here; no time given.
+Hardware and time: a step runs the image tower's forward pass and trains the
+text tower, about half the cost of configs/siglip_b16_224.py, without optimizer
+state or saved activations for the image tower; 16 chips suffice. Not trained to
+completion here; time unknown.
 
 Expected: with LiT's giant image tower and the sigmoid loss, the published
 SigLiT reaches 84.5 % zero-shot on ImageNet after two days on four TPU v4 chips
-(Zhai et al. 2023). Size B gives less, bounded by its own features.
+(Zhai et al. 2023). The image features bound accuracy, so size B reaches less.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 its locked tower has random weights.
@@ -43,6 +43,6 @@ def get_config(arg=None):
     # Our choice.
     config.total_examples = 1_000_000_000
     config.schedule = dict(name="cosine", warmup_percent=6.5)
-  # Locked throughout: no gradient, no optimizer state.
+  # Locks the image tower: no gradient, no optimizer state.
   config.optim.rules = [("^image/", dict(lr=0.0))]
   return config

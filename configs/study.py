@@ -1,20 +1,20 @@
-"""Image-text contrast, self-supervision, grounding and depth, for studies.
+"""Study recipe: contrast, self-supervision, grounding and depth on scenes.
 
-The built-in scenes of one difficulty, and a model and schedule of a few minutes
-on two CPU cores. `mtv-jax study` compares runs of this recipe.
+Trains for a few minutes on two CPU cores, on built-in scenes of one difficulty.
+`mtv-jax study` compares runs of this recipe.
 
-Command (scenes are rendered once to `cache`, which all runs share):
+Command (scenes are rendered once into `cache`, which all runs share):
 
   python -m mtv_jax.main --workdir=runs/study/full \
     --config=configs/study.py:cache=runs/study/scenes
 
-Hyper-parameters are tuned with split=validation and reported with split=test,
-on other scenes.
+Tune hyper-parameters with split=validation and report split=test; their scenes
+are disjoint.
 
-shared_crop: one crop for all objectives (configs/mtv_b16_224.py). With folders
-of runs of this recipe, vl=RUN,ssl=RUN, all objectives are replaced by the
-features of these teachers; `mtv-jax study teachers` compares each of them with
-both (docs/study.md).
+shared_crop uses one crop for all objectives (configs/mtv_b16_224.py).
+vl=RUN,ssl=RUN replaces all objectives by feature distillation from runs of this
+recipe; `mtv-jax study teachers` compares each teacher with both, see
+docs/study.md.
 
 Hardware, time and result: two CPU cores, see docs/study/world.md.
 """
@@ -26,7 +26,7 @@ from mtv_jax.configs.mtv_b16_224 import share_crop
 from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
-# First scene of the evaluations. Probes train on those 2,000,000 later.
+# First evaluation scene. Probes train on scenes 2,000,000 later.
 FIRST = dict(validation=4_000_000, test=7_000_000)
 
 
@@ -60,8 +60,8 @@ def get_config(arg=None):
     train["cache"] = f"{arg.cache}/{name}"
   ops = f"decode|canvas({arg.size})|caption(20)|depth({arg.size // 2})"
   config.data = dict(train=[train], ops=f"{ops}|regions(2, phrase_length=10)")
-  # The whole image for text, regions and depth (captions tell left from right);
-  # small crops, which cost little, for self-supervision.
+  # The whole image for text, regions and depth (captions mention left and
+  # right, so no flips); small, cheap crops for self-supervision.
   colours = "flip|jitter(0.4)"
   config.views = dict(
     image=dict(ops=f"resize({arg.size})"),
@@ -100,7 +100,7 @@ def get_config(arg=None):
   if arg.shared_crop:
     share_crop(config, f"resize({arg.size})", patch=8)
   config.teacher = dict(momentum=0.99)
-  # Learns more in 1,500 steps than AdamW in 2,500 (docs/study/world.md).
+  # Better after 1,500 steps than AdamW after 2,500 (docs/study/world.md).
   config.optim = dict(name="muon", lr=2e-3, weight_decay=1e-4, b2=0.95)
   config.schedule = dict(name="cosine", warmup_percent=5)
   config.interference = dict(every_steps=100)
@@ -113,20 +113,20 @@ def get_config(arg=None):
 
 
 def distil(config, arg):
-  """Replaces the objectives by the features of other runs."""
+  """Replaces the objectives by feature distillation from earlier runs."""
   paths = {name: arg[name] for name in ("vl", "ssl") if arg[name]}
   config.teachers = {name: dict(path=path) for name, path in paths.items()}
   config.objectives = dict(feature_distillation=dict(view="student"))
   crop = f"crop({arg.size}, 0.4, 1.0)|flip|jitter(0.4)"
   config.views.student = dict(ops=crop)
   config.model.text = config.interference = None
-  # Without a text tower and heads.
+  # These need a text tower or heads.
   for name in ("zero_shot", "retrieval", "grounding", "relative_depth"):
     del config.evals[name]
 
 
 def evaluations(arg, scenes):
-  """Evaluations on held-out scenes, with schedules of seconds."""
+  """Evaluations on held-out scenes; each takes seconds."""
   if arg.split not in FIRST:
     raise ConfigError(f"split={arg.split}: expected one of {', '.join(FIRST)}")
   scenes = dict(scenes, first=FIRST[arg.split], length=40 if arg.tiny else 1000)

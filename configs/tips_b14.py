@@ -6,9 +6,9 @@ Command, on every host of a TPU pod:
     --config=configs/tips_b14.py:tokenizer=/data/c4_en.model \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Published values: google-deepmind/tips at 4db271d, which has no training code
-(C); the paper, appendix A.2 and tables 1 and 11, by readers' notes (P). The
-released B is distilled from g; these are the values of the paper's ablations,
+Published values: google-deepmind/tips at 4db271d, without training code (C);
+the paper, appendix A.2 and tables 1 and 11, from readers' notes (P). The
+released B is distilled from g; the values here are from the paper's ablations,
 which train a B.
 
   hyper-parameter      published                           ours
@@ -33,15 +33,15 @@ which train a B.
   teacher momentum     not seen                            0.994
   temperature          not seen                            CLIP's start, bound
 
-`:v2` has changes of TIPSv2 (arXiv 2604.12012, sections 3 and 4.1, by readers'
-notes): targets on the visible patches too (iBOT++), an EMA of the heads alone,
-6 local crops of 98 pixels without changes of colour, 90,000 steps at batch
-8,192. Not here: Adafactor, a third kind of captions, 9,000 steps at 448 pixels.
+`:v2` adds TIPSv2's changes (arXiv 2604.12012, sections 3 and 4.1, from readers'
+notes): targets also on visible patches (iBOT++), an EMA of only the heads, 6
+local crops of 98 pixels without colour augmentation, 90,000 steps at batch
+8,192. Missing: Adafactor, a third kind of captions, 9,000 steps at 448 pixels.
 
 Hardware and time: batch 16,384 is sized for 256 chips of v5e. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
-Expected: no published figure applies.
+Expected: unknown; published figures do not apply.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
@@ -75,8 +75,8 @@ def get_config(arg=None):
   )
   config.model.text.clean = "lower"
 
-  # The caption and DINO's teacher share one crop and its encoding. No caption
-  # should see masks: for iBOT the same crop is encoded again, masked.
+  # Contrast and DINO's teacher share the encoding of one unmasked crop. iBOT
+  # encodes this crop again, masked.
   crop = f"crop({size}, 0.32, 1.0)|flip"
   masks = f"blocks(0.75, 0.75, p=1.0, patch={patch})"
   config.views.image.ops = crop

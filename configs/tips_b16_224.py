@@ -1,4 +1,4 @@
-"""TIPS with patches of 16: configs/tips_b14.py, as our other recipes of size B.
+"""TIPS ViT-B/16: configs/tips_b14.py with patches of 16.
 
 Command, on every host of a TPU pod:
 
@@ -9,9 +9,9 @@ Command, on every host of a TPU pod:
 Published values and deviations: the table in configs/tips_b14.py.
 
 Hardware and time: batch 16,384 is sized for 64 or more chips. Not trained to
-completion here; no time given.
+completion here; time unknown.
 
-Expected: no published figure applies.
+Expected: unknown; published figures do not apply.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """

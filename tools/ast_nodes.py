@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""AST nodes of each package, held to tools/ast_nodes.json.
+"""Limits the AST nodes of each package to tools/ast_nodes.json.
 
-A package that grows beyond its row fails `make lint`, so that growth is a
-decision: `python3 tools/ast_nodes.py --update` writes the table anew. Nodes,
-unlike lines, don't depend on the layout of the code; docstrings don't count.
+`make lint` fails if a package exceeds its row, so that growth is deliberate:
+`python3 tools/ast_nodes.py --update` rewrites the table. Unlike lines, nodes do
+not depend on formatting; docstrings don't count.
 """
 
 import ast
@@ -19,7 +19,7 @@ UPDATE = "python3 tools/ast_nodes.py --update"
 
 
 def count_nodes(source: str) -> int:
-  """The nodes of a module, without those of its docstrings."""
+  """Number of AST nodes of a module, without docstrings."""
   nodes = list(ast.walk(ast.parse(source)))
   documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
   docstrings = sum(
@@ -27,11 +27,11 @@ def count_nodes(source: str) -> int:
     for node in nodes
     if isinstance(node, documented)
   )
-  return len(nodes) - 2 * docstrings  # A statement and its constant.
+  return len(nodes) - 2 * docstrings  # Each is a statement and a constant.
 
 
 def count_packages(root: pathlib.Path) -> dict[str, int]:
-  """Nodes by folder of `mtv_jax/`; its own modules are 'mtv_jax'."""
+  """Nodes by folder of `mtv_jax/`; top-level modules count as 'mtv_jax'."""
   counts: Counter[str] = Counter()
   for path in sorted((root / "mtv_jax").rglob("*.py")):
     parts = path.relative_to(root / "mtv_jax").parts
@@ -42,7 +42,7 @@ def count_packages(root: pathlib.Path) -> dict[str, int]:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Compares the packages with the table, or writes it; the exit status."""
+  """Checks or updates the table; returns the exit status."""
   counts = count_packages(ROOT)
   if argv == ["--update"]:
     TABLE.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`mtv-jax bench`: benchmarks beside limits of this machine."""
+"""`mtv-jax bench`: benchmarks against limits of this machine."""
 
 import sys
 

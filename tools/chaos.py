@@ -1,15 +1,14 @@
-"""Kills a run at random moments, and compares it with an untouched one.
+"""Kills a run at random moments and compares it with an uninterrupted one.
 
   python tools/chaos.py --config=mtv_tiny:tiny --kills=50 --output=runs/chaos
 
-Trains OUTPUT/untouched, and OUTPUT/killed with SIGKILL at random moments of
-starting, restoring, training, saving and evaluating. At the end the whole
-train state, metrics.jsonl (but for speeds and goodput) and the evaluations'
-files must be equal, bit for bit. With --processes=2 the run has two processes,
-one of which is killed; the other one has to exit by itself. OUTPUT may be in a
-bucket.
+Trains OUTPUT/untouched, and OUTPUT/killed with SIGKILL at random moments while
+it starts, restores, trains, saves and evaluates. The final train state,
+metrics.jsonl (except speeds and goodput) and the evaluations' metrics must be
+bit-identical. With --processes=2 one of two processes is killed, and its peer
+must exit by itself. OUTPUT may be in a bucket.
 
-Exit status: 0 if all are equal, else 1.
+Exit status: 0 if both runs are equal, else 1.
 """
 
 import collections
@@ -38,11 +37,11 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.tree import flatten_with_names
 
 MOMENTS = ("start", "train", "save", "evaluate")
-# Of metrics.jsonl, what depends on the time.
+# Prefixes of time-dependent metrics in metrics.jsonl.
 TIMES = ("speed/", "goodput/")
-# For the processes that were not killed, more than JAX's service takes.
+# Exit timeout of surviving processes; longer than JAX's coordination service's.
 _EXIT_SECONDS = 150
-# Orbax's mark of a complete checkpoint in a bucket.
+# Orbax's marker of a complete checkpoint in a bucket.
 _COMMITTED = "commit_success.txt"
 
 
@@ -54,15 +53,15 @@ def run(
   processes: int = 1,
   seed: int = 0,
 ) -> int:
-  """Compares the runs; the exit status.
+  """Trains and compares both runs; returns the exit status.
 
   Args:
-    output: folder of the runs, or gs://.
+    output: folder or gs:// URL of the runs.
     kills: number of SIGKILLs.
-    processes: of a run; one of them is killed, the others have to exit.
-    seed: of the moments.
+    processes: processes per run; one is killed, its peers must exit.
+    seed: seed of the random moments.
   """
-  # The runs need the accelerator, and this process does not.
+  # Leaves the accelerator to the runs, which are separate processes.
   jax.config.update("jax_platforms", "cpu")
   equal = run_chaos(
     recipe.config,
@@ -89,10 +88,10 @@ def run_chaos(
   processes: int,
   seed: int,
 ) -> bool:
-  """Trains OUTPUT/untouched and OUTPUT/killed; whether they are equal.
+  """Trains OUTPUT/untouched and OUTPUT/killed; returns whether they are equal.
 
-  A run that reaches its end before all kills are done is compared, removed and
-  started again.
+  If the killed run finishes with kills left, it is compared, removed and
+  restarted.
   """
   options = dict(config=config, assignments=assignments, processes=processes)
   run = Run(output / "untouched", **options)
@@ -106,7 +105,7 @@ def run_chaos(
   rng, differences, complete = random.Random(seed), [], 0
   while (number := sum(counts.values())) < kills:
     moment = killed.kill_at(rng.choice(MOMENTS), rng)
-    if moment is None:  # It was faster.
+    if moment is None:  # Finished before the kill.
       differences += compare(run.workdir, killed.workdir)
       path_lib.remove_folder(killed.workdir)
       complete += 1
@@ -137,7 +136,7 @@ class Run:
     processes: int = 1,
   ):
     self.workdir = workdir
-    # Where the files of a run in a bucket are first.
+    # Local files of a run in a bucket, before their upload.
     self.folder = local_folder(workdir)
     self.log = self.folder.with_suffix(".log")
     self._config, self._assignments = config, [*assignments]
@@ -156,17 +155,17 @@ class Run:
     )
 
   def finish(self) -> list[int]:
-    """Trains to the end; the exit codes."""
+    """Trains to the end; returns the exit codes."""
     return [process.wait() for process in self.launch()]
 
   def kill_at(self, moment: str, rng: random.Random) -> str | None:
-    """Starts the run and kills one process; the moment, or None at its end."""
+    """Starts the run and kills one process; returns None if it ended first."""
     for folder in {self.workdir, self.folder}:
       with contextlib.suppress(OSError):
         path_lib.remove(folder / ALIVE)
     running = self.launch()
     delay = rng.uniform(0, 15) if moment == "start" else rng.uniform(0, 0.3)
-    # So many steps pass first, so that runs come to their end.
+    # Lets some steps pass before the kill, so that runs make progress.
     steps = rng.randint(1, 12)
     start, first = time.monotonic(), None
     while all(p.poll() is None for p in running):
@@ -215,7 +214,7 @@ class Run:
 
 
 def read_rows(workdir: pathlib.PurePath) -> list[dict[str, Any]]:
-  """The complete lines of metrics.jsonl, without what depends on the time."""
+  """Complete lines of metrics.jsonl, without time-dependent metrics."""
   try:
     text = path_lib.read_bytes(workdir / "metrics.jsonl").decode()
   except OSError:
@@ -227,7 +226,7 @@ def read_rows(workdir: pathlib.PurePath) -> list[dict[str, Any]]:
 
 
 def read_evals(workdir: pathlib.PurePath) -> dict[str, dict[str, Any]]:
-  """The metrics in the files of a run's evaluations, without times."""
+  """Metrics in a run's evaluation files, without times."""
   folder, metrics = workdir / "evals", {}
   for name in path_lib.list_folder(folder):
     if name.endswith(".json"):
@@ -237,7 +236,7 @@ def read_evals(workdir: pathlib.PurePath) -> dict[str, dict[str, Any]]:
 
 
 def compare(expected: pathlib.PurePath, actual: pathlib.PurePath) -> list[str]:
-  """What differs between two runs, one line each."""
+  """Lists the differences of two runs, one per line."""
   step = max(saved_steps(expected))
   differences = []
   for part in (field.name for field in dataclasses.fields(TrainState)):
@@ -245,7 +244,7 @@ def compare(expected: pathlib.PurePath, actual: pathlib.PurePath) -> list[str]:
     for workdir in (expected, actual):
       try:
         tree = load_tree(workdir, step=step, part=part)
-      except ValueError:  # The run has no such part.
+      except ValueError:  # The checkpoint lacks this part.
         tree = {}
       trees.append(dict(flatten_with_names(tree)))
     if trees[0].keys() != trees[1].keys():
@@ -269,12 +268,12 @@ def compare(expected: pathlib.PurePath, actual: pathlib.PurePath) -> list[str]:
 
 
 def first_difference(expected: list[dict], actual: list[dict]) -> str:
-  """The first rows that differ, in values or order of keys; "" if none do."""
+  """Describes the first rows that differ in values or key order, or ""."""
   for old, new in zip(expected, actual, strict=False):
     if old != new:
       keys = [k for k in {*old, *new} if old.get(k) != new.get(k)]
       return f"step {old['step']}: {sorted(keys)[:8]}"
-    # Text, as Python compares objects in objects without their order, too.
+    # Compares text because dict equality ignores key order.
     if json.dumps(old) != json.dumps(new):
       return f"step {old['step']}: other order of keys"
   if len(expected) != len(actual):

@@ -1,4 +1,4 @@
-"""DINOv2's views of a photo on the host, by torchvision's transforms."""
+"""DINOv2's host augmentation with torchvision."""
 
 import io
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from torchvision import transforms as T
 
 
 def make_dinov2_views() -> Callable[[bytes], list[torch.Tensor]]:
-  """A function from a file to DINOv2's views, by torchvision's transforms.
+  """A function from an encoded image to DINOv2's views.
 
-  The parameters are those of `DataAugmentationDINO` and of the default config
-  of DINOv2 (Oquab et al. 2023).
+  Parameters follow `DataAugmentationDINO` and DINOv2's default config (Oquab et
+  al. 2023).
   """
   torch.manual_seed(0)
 

@@ -1,16 +1,16 @@
-"""Whether changed tests still find the mutations that the old tests found.
+"""Checks that changed tests still detect the mutations that old tests detected.
 
-Draws mutations (signs, comparisons, constants, masks, seeds, error conditions)
-with a fixed seed from lines of the old checkout that its tests execute and that
-the new one still has, applies each to a copy of both, and runs the tests of the
-mutated package there:
+Samples mutations (signs, comparisons, constants, masks, seeds, error
+conditions) with a fixed seed from lines that the old tests execute and that
+both checkouts have. Applies each to a copy of both checkouts and runs the
+mutated package's tests:
 
   python tools/mutation_check.py --old=OLD_CHECKOUT --packages objectives models
   python tools/mutation_check.py --old=OLD_CHECKOUT --report
 
-Finished runs are kept in --results, so that the command resumes. A mutation is
-found if a test fails. --report prints the table, and fails if one that the old
-tests found is not found any more.
+--results stores finished runs, so rerunning the command resumes. A mutation is
+detected if a test fails. --report prints the table, and fails if the new tests
+miss a mutation that the old tests detected.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SWAPS = {
 
 
 def mutate(node):
-  """The mutated copy of an expression or statement and its kind, or None."""
+  """Returns a node's mutated copy and the mutation's kind, or None."""
   new = copy.deepcopy(node)
   if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
     new.op = SWAPS[type(node.op)]()
@@ -69,7 +69,7 @@ def mutate(node):
 
 
 def candidates(path, lines):
-  """Mutations of a file's executed lines: dicts of kind, line, old and new."""
+  """Yields the mutations of a file's executed lines, as dicts."""
   source = path.read_text()
   tree = ast.parse(source)
   annotations = set()
@@ -83,7 +83,7 @@ def candidates(path, lines):
     mutated = mutate(node)
     if mutated is None:
       continue
-    # The condition of an error is one expression on its lines.
+    # An error's `if` changes only in its condition.
     old = node.test if isinstance(node, ast.If) else node
     new = mutated[0].test if isinstance(node, ast.If) else mutated[0]
     if old.lineno == old.end_lineno:
@@ -98,7 +98,7 @@ def candidates(path, lines):
 
 
 def find_line(root, line):
-  """The only place of a line in a package: (path, number), or None."""
+  """Position (path, number) of a line in the package, None unless unique."""
   found = [
     (path, i)
     for path in sorted((root / "mtv_jax").rglob("*.py"))
@@ -109,7 +109,7 @@ def find_line(root, line):
 
 
 def draw(old, new, packages, count, seed, coverage):
-  """`count` mutations of lines that both checkouts have."""
+  """Samples `count` mutations of lines that both checkouts have."""
   executed = json.loads(coverage.read_text())["files"]
   rng, drawn = random.Random(seed), []
   pool = []
@@ -139,7 +139,7 @@ def draw(old, new, packages, count, seed, coverage):
 
 
 def run_tests(root, mutation, python, timeout):
-  """Whether the package's tests find a mutation in a copy of a checkout."""
+  """Tests a mutated copy of a checkout; returns the first failure, or ""."""
   path, number = find_line(root, mutation["line"])
   with tempfile.TemporaryDirectory() as folder:
     clone = pathlib.Path(folder) / "clone"
@@ -174,7 +174,7 @@ def run_tests(root, mutation, python, timeout):
 
 
 def main():
-  """Draws and runs mutations, or reports."""
+  """Samples and runs mutations, or reports."""
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--old", type=pathlib.Path, required=True)
@@ -215,7 +215,7 @@ def main():
 
 
 def measure_coverage(old, packages, path, python):
-  """Writes the lines that the packages' fast tests execute, as JSON."""
+  """Writes the lines that the packages' fast tests execute as JSON."""
   tests = [f"tests/{p}" for p in packages if (old / "tests" / p).is_dir()]
   data = path.with_suffix(".data")
   run = [python, "-m", "coverage"]

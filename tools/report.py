@@ -1,4 +1,4 @@
-"""`mtv-jax report`: put runs on one page."""
+"""`mtv-jax report`: report runs on one page."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""Memory, open files and step time of a long run of small steps.
+"""Soak test: memory, open files and step time of a long run of small steps.
 
   python tools/soak.py --config=mtv_tiny:tiny --steps=20000 --output=runs/soak
 
-Trains in a process of its own and reads its resident memory and its open files
-once a second. Prints by how much a later tenth of the run's time exceeds the
-second one, and writes soak.json and charts/*.svg. Linux only.
+Trains in a separate process, and samples its resident memory and open files
+once per second. Prints the largest growth after the second tenth of the run,
+and writes soak.json and charts/*.svg. Linux only.
 
-Exit status: 0 if memory grows by less than 50 MB and open files by none.
+Exit status: 0 if memory grows by less than 50 MB and open files do not grow.
 """
 
 import json
@@ -31,11 +31,11 @@ _MAX_GROWTH = 50.0  # MB
 def run(
   recipe: arguments.Config, *, steps: int = 20_000, output: pathlib.Path
 ) -> int:
-  """Trains OUTPUT/run, writes soak.json and charts; the exit status.
+  """Trains OUTPUT/run, writes soak.json and charts; returns the exit status.
 
   Args:
-    steps: of the run.
-    output: a folder.
+    steps: number of train steps.
+    output: folder to write.
   """
   (process,) = launch(
     recipe.config,
@@ -57,14 +57,14 @@ def run(
 
 
 def watch(process: subprocess.Popen) -> list[dict[str, float]]:
-  """The memory and the open files of a process once a second, to its end."""
+  """Samples a process's memory and open files every second until it exits."""
   samples = []
   folder = pathlib.Path("/proc", str(process.pid))
   while process.poll() is None:
     try:
       pages = int((folder / "statm").read_text().split()[1])
       files = len(os.listdir(folder / "fd"))
-    except (OSError, IndexError):  # It has just exited.
+    except (OSError, IndexError):  # The process has just exited.
       break
     memory = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
     samples.append({"time": time.time(), "mb": memory, "files": files})
@@ -75,12 +75,12 @@ def watch(process: subprocess.Popen) -> list[dict[str, float]]:
 def summarize(
   samples: list[dict[str, float]], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """The samples by step, and how they grow after the first tenth."""
+  """The samples, and their growth after the first tenth of the run."""
   text = (workdir / "metrics.jsonl").read_text()
   rows = [json.loads(line) for line in text.splitlines()]
   rows = [row for row in rows if "speed/step_seconds" in row]
   steps = [(r["step"], 1e3 * r["speed/step_seconds"]) for r in rows[1:]]
-  # Steps pass evenly, between compilation and the last evaluations.
+  # Shares of the run's time approximate shares of its steps.
   first, last = samples[0]["time"], samples[-1]["time"]
   for sample in samples:
     sample["share"] = (sample["time"] - first) / (last - first)
@@ -88,7 +88,7 @@ def summarize(
   tenth = max(len(warm) // 10, 1)
 
   def growth(name):
-    # The largest, as the kernel may take back pages of files meanwhile.
+    # Uses the maximum because the kernel may reclaim file pages in between.
     first, *later = (
       statistics.median(s[name] for s in warm[i : i + tenth])
       for i in range(0, len(warm) - tenth, tenth)
@@ -110,7 +110,7 @@ def summarize(
 
 
 def draw(result: dict[str, Any]) -> list:
-  """A chart of memory, open files and step time."""
+  """Charts of memory, open files and step time."""
   time_label = "share of the run's time (%)"
   charts = [
     ("memory_mb", "resident memory (MB)", time_label),

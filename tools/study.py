@@ -1,4 +1,4 @@
-"""`mtv-jax study`: runs of a config that are compared with each other."""
+"""`mtv-jax study`: train and compare runs of one config."""
 
 import sys
 

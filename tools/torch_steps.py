@@ -1,8 +1,8 @@
-"""Train steps in PyTorch with this project's weights, to be compared with.
+"""Reference train steps in PyTorch with this project's weights.
 
-Towers are timm's and open_clip's. Losses are open_clip's, or written here from
-the formulas: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022), Sinkhorn-Knopp
-(Caron et al. 2020), KoLeo (Sablayrolles et al. 2019).
+Towers come from timm and open_clip. Losses come from open_clip, or are written
+here from the papers: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022),
+Sinkhorn-Knopp (Caron et al. 2020), KoLeo (Sablayrolles et al. 2019).
 """
 
 import copy
@@ -22,7 +22,7 @@ from mtv_jax.convert import tables
 from mtv_jax.train.spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
-# Of our step at its start, NumPy arrays.
+# NumPy arrays of our step's initial state.
 Batch = Mapping[str, np.ndarray]
 Params = Mapping[str, Any]
 VERSIONS = {
@@ -35,7 +35,7 @@ VERSIONS = {
 class Step:
   """One AdamW update of a model; calling it returns the loss.
 
-  `after` is called after each update; `parameters` is the number of trained
+  `after` runs after each update. `parameters` is the number of trained
   parameters.
   """
 
@@ -72,7 +72,7 @@ def _tensor(array: Any) -> torch.Tensor:
   return torch.from_numpy(np.array(array))
 
 
-# Our names as those of timm and open_clip: regexes and their replacements.
+# (regex, replacement) pairs that map our names to timm's and open_clip's.
 Renames = tuple[tuple[str, str], ...]
 _TIMM: Renames = (
   (r"^blocks/", "blocks/{i}/"),
@@ -101,7 +101,7 @@ _OPEN_CLIP: Renames = (
 def _load(
   module: nn.Module, params: Params, renames: Renames, heads: int
 ) -> None:
-  """Loads all of a module's parameters; unknown and missing names raise."""
+  """Loads all parameters of a module; raises for unknown or missing names."""
   tensors, shapes = {}, {k: v.shape for k, v in module.state_dict().items()}
   for name, leaf in flatten_with_names(params):
     template = name
@@ -123,7 +123,7 @@ def _load(
 
 
 def _trunk(spec: Any, params: Params) -> nn.Module:
-  """timm's image tower of a `ViTSpec`, with the parameters of ours."""
+  """timm's image tower of a `ViTSpec`, with our parameters."""
   trunk = timm.create_model(
     "vit_base_patch16_siglip_224",
     img_size=spec.image_size,
@@ -138,7 +138,7 @@ def _trunk(spec: Any, params: Params) -> nn.Module:
     no_embed_class=True,
     init_values=spec.layer_scale,
     global_pool="map" if spec.pool == "map" else "token",
-    # Without a CLS token, pooling follows the norm as well.
+    # The norm precedes pooling, also without a CLS token.
     final_norm=True,
     fc_norm=False,
     dynamic_img_size=True,
@@ -155,7 +155,7 @@ def siglip_step(
   image, text = spec.model.image, spec.model.text
   model = open_clip.model.CustomTextCLIP(
     embed_dim=image.embed_dim,
-    # Any image tower: its trunk is replaced.
+    # A placeholder: its trunk is replaced.
     vision_cfg=dict(
       timm_model_name="vit_tiny_patch16_224", timm_pool="", timm_proj="none"
     ),
@@ -187,7 +187,7 @@ def siglip_step(
 
 
 class Encoder(nn.Module):
-  """A ViT with a mask token, and the projection heads of both losses."""
+  """A ViT with a mask token and the projection heads of both losses."""
 
   def __init__(self, spec: StepSpec, params: Params):
     super().__init__()
@@ -226,7 +226,7 @@ class Encoder(nn.Module):
 
 
 class Head(nn.Module):
-  """DINO's projection head: an MLP, and weight-normalised prototypes."""
+  """DINO's projection head: an MLP and weight-normalised prototypes."""
 
   def __init__(self, tree: Params):
     super().__init__()
@@ -247,10 +247,10 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(logits: torch.Tensor, *, iterations: int = 3) -> torch.Tensor:
-  """Sinkhorn-Knopp: rows of equal mass over prototypes of equal mass.
+  """Sinkhorn-Knopp: equal mass per row and per prototype.
 
-  As in DINOv2 without the constants that cancel. Subtracting the maximum keeps
-  float32 in range.
+  As in DINOv2, without constants that cancel. Subtracting the maximum avoids
+  overflow in float32.
   """
   q = torch.exp(logits - logits.max())
   for _ in range(iterations):
@@ -274,10 +274,10 @@ def distillation_step(
   views: Mapping[str, Any],
   optim: Mapping[str, Any],
 ) -> Step:
-  """DINO and iBOT with an EMA teacher, on `global` and `local` views."""
+  """DINO and iBOT with an EMA teacher on `global` and `local` views."""
 
   def images(view):
-    # Crop by crop, so that a chunk is one crop of all images.
+    # Crop-major order, so that a chunk is one crop of all images.
     x = _tensor(views[view].images).permute(1, 0, 4, 2, 3)
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
@@ -288,7 +288,7 @@ def distillation_step(
   teacher = copy.deepcopy(student).requires_grad_(False)
   dino = spec.objectives["dino"]
   ibot = spec.objectives["ibot"]
-  # The masked patches of a crop are averaged, then the crops.
+  # Averages over the masked patches of a crop, then over crops.
   weights = (1.0 / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(mask)
   weights = weights[mask] / len(mask)
 

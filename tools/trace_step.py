@@ -1,16 +1,16 @@
-"""What a reader follows from the command to the first update of a recipe.
+"""Counts the code that runs from the command to a recipe's first update.
 
-Runs `mtv-jax train` to the end of its first update under a profiler, and counts
-the functions of the package that are entered, with their files and their source
-lines (docstrings and blank lines left out; nested functions, lambdas and
-comprehensions belong to the function around them):
+Profiles `mtv-jax train` until its first update ends, and counts the package's
+functions that are called, their files and their source lines (without
+docstrings and blank lines; nested functions, lambdas and comprehensions belong
+to the enclosing function):
 
   python tools/trace_step.py --config=siglip_b16_224:tiny
   python tools/trace_step.py --config=siglip_b16_224:tiny --root=OTHER_CHECKOUT
 
-The data are a tar of small JPEGs with captions, and nothing is evaluated; with
---as_is both are the recipe's. The device step is what is entered while JAX
-traces the update.
+Trains on a tar of small JPEGs with captions, without evaluations; --as_is uses
+the recipe's data and evaluations. The device step is the code that runs while
+JAX traces the update.
 """
 
 import argparse
@@ -29,21 +29,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Trace:
-  """The code objects of a package that run, until the first update ends."""
+  """Records the code objects of a package that run until the first update."""
 
   def __init__(self, package, update, end):
     self.package, self.update, self.end = f"{package}/", update, end
     self.codes, self.step_codes = set(), set()
-    self.depth = 0  # Of calls inside the traced update.
+    self.depth = 0  # Depth of nested update calls.
     self.thread = threading.get_ident()
 
   def start(self):
-    """Profiles this thread, and the threads that it starts."""
+    """Profiles this thread and the threads that it starts."""
     threading.setprofile(self.profile)
     sys.setprofile(self.profile)
 
   def profile(self, frame, event, _):
-    """Collects the code objects of the package that are entered."""
+    """Records the package's code objects that are called."""
     code = frame.f_code
     if event not in ("call", "return") or not code.co_filename.startswith(
       self.package
@@ -67,7 +67,7 @@ class Finished(BaseException):
 
 
 def outermost_functions(path):
-  """Each line of a file: (function, first line), for lines of functions."""
+  """Maps lines to (function, first line); also returns lines not to count."""
   tree = ast.parse(path.read_text())
   owners, skipped = {}, set()
 
@@ -94,7 +94,7 @@ def outermost_functions(path):
 
 
 def count(codes):
-  """Functions, files and lines of code objects, and each function's lines."""
+  """Number of lines by (file, function) of code objects."""
   functions = collections.defaultdict(int)
   files = collections.defaultdict(set)
   for code in codes:
@@ -110,7 +110,7 @@ def count(codes):
 
 
 def describe(title, functions, package):
-  """Prints one table by file, and returns its sums."""
+  """Prints a table by file and returns its sums."""
   by_file = collections.defaultdict(list)
   for (name, function), lines in functions.items():
     by_file[os.path.relpath(name, package)].append((function, lines))
@@ -128,7 +128,7 @@ def describe(title, functions, package):
 
 
 def write_tar(path, count=256):
-  """A web tar of small images of noise, with captions."""
+  """Writes a WebDataset tar of small noise images with captions."""
   import numpy as np
   import PIL.Image
 
@@ -161,7 +161,7 @@ def main():
   root = args.root.resolve()
   sys.path.insert(0, str(root))
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  # A function that the caches of an earlier import would hide is traced anew.
+  # JAX's compilation cache would hide code that should be counted.
   os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
   trace = Trace(
     root / "mtv_jax",
@@ -198,7 +198,7 @@ def main():
       inside = "step" if (name, function) in step else "    "
       print(f"{lines:5} {inside} {os.path.relpath(name, package)} {function}")
   sys.stdout.flush()
-  os._exit(0)  # The threads of the loader wait for an unfinished run.
+  os._exit(0)  # Loader threads would wait for the unfinished run.
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Experts in `transformers`, with random weights, to be compared with.
+"""Reference experts in `transformers`, with random weights.
 
-`mtv-jax bench experts --against=transformers` and tests of parity use them.
+Used by `mtv-jax bench experts --against=transformers` and by parity tests.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ VERSIONS = {
 
 
 def write_depth_anything(variant: str, folder: pathlib.Path) -> Any:
-  """Writes a folder of Depth Anything V2; returns its model."""
+  """Writes a Depth Anything V2 folder; returns the model."""
   config = depth_anything.make_config(variant)
   config = transformers.DepthAnythingConfig(**config)
   model = transformers.DepthAnythingForDepthEstimation(config).eval()
@@ -34,7 +34,7 @@ def write_depth_anything(variant: str, folder: pathlib.Path) -> Any:
 
 @torch.no_grad()
 def randomise(model: Any, generator: torch.Generator) -> None:
-  """Draws weights of Depth Anything that give positive, varied maps."""
+  """Draws random weights of Depth Anything that give positive, varied maps."""
   for name, parameter in model.named_parameters():
     scale = 0.2
     if "position_embeddings" in name or "cls_token" in name:
@@ -42,23 +42,23 @@ def randomise(model: Any, generator: torch.Generator) -> None:
     elif parameter.dim() > 1:
       scale = parameter[0].numel() ** -0.5
     parameter.normal_(0.0, scale, generator=generator)
-  # The last layer reads the output of a ReLU: the map is positive.
+  # The last layer's input is a ReLU's output, so the map is positive.
   model.head.conv3.weight.abs_()
   model.head.conv3.bias.fill_(0.1)
 
 
 def run_depth_anything(model: Any, batch_size: int) -> Callable[[], Any]:
-  """A function that computes the maps of a batch."""
+  """A function that computes the depth maps of one batch."""
   pixels = _pixels(batch_size, depth_anything.SIZE)
   return lambda: model(pixel_values=pixels).predicted_depth
 
 
 def write_owlv2(variant: str, folder: pathlib.Path) -> Any:
-  """Writes a folder of OWLv2; returns its model."""
+  """Writes an OWLv2 folder; returns the model."""
   torch.manual_seed(0)
   config = transformers.Owlv2Config(**owlv2_bench.CONFIGS[variant])
   model = transformers.Owlv2ForObjectDetection(config).eval()
-  # The default initialisation makes each box the whole image or empty.
+  # With the default initialisation, each box is empty or the whole image.
   with torch.no_grad():
     for head in (model.box_head, model.objectness_head, model.class_head):
       for parameter in head.parameters():
@@ -70,7 +70,7 @@ def write_owlv2(variant: str, folder: pathlib.Path) -> Any:
 
 
 def run_owlv2(model: Any, batch_size: int) -> Callable[[], Any]:
-  """A function that computes scores, text tower included (1 %)."""
+  """A function that computes scores, including the text tower (1 % of time)."""
   pixels = _pixels(batch_size, model.config.vision_config.image_size)
   tokenizer = tokenizers.build_tokenizer("bytes")
   tokens = tokenizer.encode(owlv2_bench.PHRASES, 16)

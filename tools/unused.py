@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Functions and methods of the package that nothing calls.
+"""Lists functions and methods of the package without references.
 
-Private ones need a reference in the package, public ones in the package, the
-recipes, tools, tests or pages: `make lint` names what a removal leaves behind.
-References are names and attributes, wherever they point, and words of strings;
-those within the definition itself don't count. Methods that a base class of
-another library calls are left alone.
+A private function needs a reference in the package; a public one in the
+package, recipes, tools, tests or docs. References are matched by name: names,
+attributes and words in strings, outside the function's own definition. Methods
+of classes with a foreign base class are exempt, since libraries may call them.
 """
 
 import ast
@@ -21,7 +20,7 @@ _WORD = re.compile(r"\w+")
 
 
 def references(tree: ast.AST) -> Iterator[str]:
-  """Names that the code refers to, also within strings."""
+  """Names that the code refers to, including words in strings."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Name):
       yield node.id
@@ -38,7 +37,7 @@ def references(tree: ast.AST) -> Iterator[str]:
 def definitions(
   body: list[ast.stmt], classes: set[str], *, is_foreign: bool = False
 ) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-  """Functions and methods at any level that this project alone calls."""
+  """Functions and methods at any level, except methods that libraries call."""
   for node in body:
     if isinstance(node, FUNCTIONS):
       is_ours = node.name.startswith("_") or not is_foreign
@@ -58,7 +57,7 @@ def definitions(
 
 
 def without_docstrings(tree: ast.Module) -> ast.Module:
-  """The module, whose docstrings refer to nothing."""
+  """Removes docstrings from a module."""
   for node in ast.walk(tree):
     body = getattr(node, "body", None)
     first = body[0] if isinstance(body, list) and body else None
@@ -68,7 +67,7 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def find_unused(root: pathlib.Path) -> list[str]:
-  """A line for each function or method without a reference."""
+  """One line for each function or method without references."""
   package = {
     path: without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
     for path in sorted((root / "mtv_jax").rglob("*.py"))
@@ -99,7 +98,7 @@ def find_unused(root: pathlib.Path) -> list[str]:
 
 
 def main() -> int:
-  """Prints what nothing calls; the exit status."""
+  """Prints unused functions; returns the exit status."""
   lines = find_unused(ROOT)
   print(*lines, sep="\n", end="\n" if lines else "")
   return int(bool(lines))

@@ -1,4 +1,4 @@
-"""Arguments of the commands, made from the signatures of functions."""
+"""Command-line arguments from function signatures."""
 
 import argparse
 import dataclasses
@@ -25,12 +25,12 @@ def add_parameters(
 ) -> None:
   """Adds an argument for each parameter of a function.
 
-  The signature gives name, type, default and choices, the docstring's `Args:`
-  the help. Without a default a flag is required; a positional-only parameter
-  has no flag. A bool is a switch, a `Literal` has choices, a sequence takes
-  several words, and a flag of a list may be repeated. An integer is at least 1,
-  0 if that is the default, or `Annotated[int, least]`. A subclass of `Flags`
-  stands for its fields.
+  The signature gives name, type, default and choices; the docstring's `Args:`
+  gives the help. Parameters without a default are required. Positional-only
+  parameters become positional arguments. A bool is a switch, a `Literal` has
+  choices, a sequence takes several words, and a list flag may be repeated.
+  Integers must be at least 1, at least 0 if the default is 0, or at least N
+  with `Annotated[int, N]`. A subclass of `Flags` adds each of its fields.
   """
   helps = _read_helps(function)
   for name, parameter in _parameters(function).items():
@@ -43,7 +43,7 @@ def add_parameters(
     if typing.get_origin(kind) is Annotated:
       kind, *least = typing.get_args(kind)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-      kind, *_ = typing.get_args(kind)  # Of None and the type.
+      kind, *_ = typing.get_args(kind)  # `T` of `T | None`.
     if kind is bool:
       options["action"] = "store_true"
     elif typing.get_origin(kind) is Literal:
@@ -67,7 +67,7 @@ def add_parameters(
 
 
 def call(function: Callable[..., Any], args: argparse.Namespace) -> Any:
-  """Calls a function with the parsed arguments of `add_parameters`."""
+  """Calls a function with the arguments that `add_parameters` defined."""
   positional, named = [], {}
   for name, parameter in _parameters(function).items():
     if _is_flags(parameter.annotation):
@@ -81,7 +81,7 @@ def call(function: Callable[..., Any], args: argparse.Namespace) -> Any:
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 class Flags:
-  """Base of frozen dataclasses whose fields are flags of commands."""
+  """Base class of frozen dataclasses whose fields are command-line flags."""
 
   def __init_subclass__(cls) -> None:
     dataclasses.dataclass(frozen=True, kw_only=True)(cls)
@@ -98,7 +98,7 @@ def _parameters(
 
 
 def _read_helps(function: Callable[..., Any]) -> dict[str, str]:
-  """The texts of a docstring's `Args:` by parameter; of a class, inherited."""
+  """Parses `Args:` into help texts by name; classes inherit theirs."""
   helps = {}
   for documented in getattr(function, "__mro__", [function]):
     section = inspect.cleandoc(documented.__doc__ or "").partition("Args:\n")[2]
@@ -124,8 +124,8 @@ class Config(Flags):
   """A recipe and its overrides, --config.KEY=VALUE or --set=KEY=VALUE.
 
   Args:
-    config: a recipe's file or name, with its arguments after a colon.
-    set: override KEY=VALUE of a config key, as --config.KEY=VALUE.
+    config: recipe file or name, with its arguments after a colon.
+    set: override a config key, KEY=VALUE; same effect as --config.KEY=VALUE.
   """
 
   config: str
@@ -133,16 +133,16 @@ class Config(Flags):
 
 
 def read_config(args: Config) -> ConfigDict:
-  """The config with its overrides."""
+  """Reads the config and applies the overrides."""
   return overrides.override(recipes.read_config(args.config), args.set)
 
 
 class Weights(Flags):
-  """Which weights of a model to load, and as what.
+  """Which weights of a model to load, and the computation dtype.
 
   Args:
     weights: student, teacher or ema; default: the run's config.weights.
-    dtype: of the computation.
+    dtype: computation dtype.
   """
 
   weights: str | None = None
@@ -150,10 +150,10 @@ class Weights(Flags):
 
 
 class Shards(Flags):
-  """Shards of images.
+  """Image shards.
 
   Args:
-    data: the shards: .tar, .array_record or .parquet, ranges and globs.
+    data: .tar, .array_record or .parquet shards; ranges and globs are allowed.
     index_dir: folder of tar indices (default: beside the tars).
   """
 
@@ -162,15 +162,15 @@ class Shards(Flags):
 
 
 class Distributed(Flags):
-  """How to join the other hosts.
+  """Multi-host initialization.
 
   Args:
-    distributed: join the other hosts, each of which runs this command; TPU
-      pods, SLURM and Open MPI need no more, others the three options below.
+    distributed: run on several hosts, with this command on each; outside TPU
+      pods, SLURM and Open MPI also set the next three options.
     coordinator: host:port of process 0; implies --distributed.
     processes: number of processes.
     process: index of this process, from 0.
-    connect_seconds: exit when not all processes have connected by then
+    connect_seconds: exit if not all processes connect within this time
       (default: 300).
   """
 
@@ -182,25 +182,25 @@ class Distributed(Flags):
 
 
 def initialize_distributed(args: Distributed) -> None:
-  """Joins the other hosts."""
+  """Initializes JAX for several hosts."""
   names = ("distributed", "coordinator", "processes", "process")
   with peers.limit_connecting(args.connect_seconds):
     distributed.initialize(
       **{name: getattr(args, name) for name in names},
-      # JAX aborts the process at its own limit.
+      # JAX aborts the process when its own limit expires.
       seconds=args.connect_seconds + 60,
     )
 
 
 def check_writable(folder: str, *parts: str) -> None:
-  """Checks that a folder can be written, before the work on its contents.
+  """Checks early that a folder can be written.
 
   Args:
     folder: --output.
-    *parts: of the path of a folder in it.
+    *parts: path of a subfolder.
 
   Raises:
-    InputError: it, or a folder above it, is a file or not writable.
+    InputError: the folder or one of its parents is a file or not writable.
   """
   if "\0" in folder:
     raise InputError(f"--output={folder!r} has the character NUL.")

@@ -1,4 +1,4 @@
-"""Benchmarks of this machine, each with a limit measured in the same run.
+"""Benchmarks of this machine, each against a limit measured in the same run.
 
   mtv-jax bench data --data='cc3m/*.tar' --tokenizer=spiece.model
   mtv-jax bench decoding --data='cc3m/*.tar' --megapixels=0,1,4
@@ -26,7 +26,7 @@ import jax
 from mtv_jax.cli import arguments
 from mtv_jax.utils import atomic
 
-# By name: the function, and the help.
+# {name: (function, help)}.
 COMMANDS = {
   "data": ("bench.data:run", "input pipeline against decoding alone"),
   "decoding": ("bench.decoding:run", "canvases of photos, DINOv2's views"),
@@ -49,10 +49,10 @@ COMMANDS = {
 
 
 class Overrides(arguments.Flags):
-  """Overrides of the config.
+  """Config overrides.
 
   Args:
-    set: KEY=VALUE, as --config.KEY=VALUE.
+    set: KEY=VALUE; same effect as --config.KEY=VALUE.
   """
 
   set: list[str] = ()
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs one benchmark, prints its result and writes it."""
+  """Runs one benchmark; prints and writes its result."""
   flags = inspect.signature(args.function).parameters
   values = {name: getattr(args, name) for name in flags}
   if "config" in values:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     values["config"] = arguments.read_config(recipe)
   with contextlib.ExitStack() as stack:
     if args.profile:
-      # Python's calls, most of them of compilations, would be gigabytes.
+      # Tracing Python calls, mostly of compilation, would take gigabytes.
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0
       trace = jax.profiler.trace(args.profile, profiler_options=options)

@@ -1,21 +1,20 @@
-"""Compares encoders under the same evaluations, side by side on a page.
+"""Evaluates several encoders and compares them side by side on one page.
 
     mtv-jax compare runs/a runs/b --evals=knn,retrieval --output=compared
     mtv-jax compare siglip=siglip-base dino=hf:facebook/dinov2-base runs/a \\
       --evals=zero_shot,knn --data=imagenet --output=compared
     mtv-jax compare old=results/old/results.json runs/new --output=compared
 
-An encoder is `[NAME=]PATH[@WEIGHTS][@CHECKPOINT]`, with the paths of `evaluate
---encoder`. `@CHECKPOINT`, an id of the Hugging Face hub, says that a folder is
-that released checkpoint: figures published for it stand beside the metrics. A
-path on the hub without a revision says so itself. A `.json` file is the results
-of `evaluate` or `compare`; of such files alone, nothing is evaluated.
+An encoder is `[NAME=]PATH[@WEIGHTS][@CHECKPOINT]`; paths are as in `evaluate
+--encoder`. `@CHECKPOINT` is a Hugging Face id: it declares a folder to be that
+released checkpoint, so that the page shows its published figures. A hub path
+without a revision implies it. A `.json` file holds results of `evaluate` or
+`compare`; encoders given this way are not evaluated.
 
-The folder receives report.html, which needs no other file, the same as
-report.md with its images, results.json, and under encoders/ the results of each
-evaluation. The same command resumes: it evaluates only what has no stored
-result of the same settings, encoder and data files. Results of another
-protocol, or on other data, have rows of their own.
+Writes a self-contained report.html, report.md with its images, results.json,
+and each evaluation's results under encoders/. Rerunning the command resumes: an
+evaluation is skipped if a result with identical settings, encoder and data
+files is stored. Results from different protocols or data get separate rows.
 """
 
 import dataclasses
@@ -42,9 +41,8 @@ class Flags(evaluate.Evaluations, arguments.Weights, arguments.Distributed):
   """Flags of `mtv-jax compare`.
 
   Args:
-    baseline: NAME of the encoder that the others are compared with; default:
-      the first.
-    output: folder of the report and the results.
+    baseline: NAME of the encoder to compare with; default: the first.
+    output: folder for the report and the results.
   """
 
   baseline: str | None = None
@@ -59,11 +57,10 @@ def run(
   /,
   args: Flags,
 ) -> None:
-  """Evaluates what is missing and writes; SystemExit lists failures.
+  """Runs missing evaluations and writes; raises SystemExit listing failures.
 
   Args:
-    encoders: [NAME=]PATH[@WEIGHTS][@CHECKPOINT], or the .json of earlier
-      results.
+    encoders: [NAME=]PATH[@WEIGHTS][@CHECKPOINT], or .json of earlier results.
   """
   arguments.initialize_distributed(args)
   chosen = evaluate.read_plan(args)
@@ -99,7 +96,7 @@ def run(
 def _read_columns(
   given: Sequence[str], *, weights: str | None
 ) -> list[Request | Outcome]:
-  """The encoders to evaluate, and the outcomes of earlier results, in order."""
+  """Encoders to evaluate and earlier outcomes, in command-line order."""
   paths = [text for text in given if not _is_results(text)]
   requests = iter(encoder_requests.parse_requests(paths, weights=weights))
   columns = []
@@ -118,18 +115,18 @@ def _read_columns(
 
 
 def _is_results(text: str) -> bool:
-  """Whether an argument names earlier results, not an encoder."""
+  """Whether an argument is a file of earlier results."""
   return text.endswith(".json")
 
 
 def _stored_encoders(
   requests: Sequence[Request], output: str, dtype: str
 ) -> dict[str, suite.StoredEncoder]:
-  """The encoders by name; their paths and folders are checked, none loaded."""
+  """Encoders by name; checks paths and folders, loads nothing."""
   folders: dict[str, str] = {}
   for request in requests:
     folder = file_name(request.name)
-    while folder in folders.values():  # As of "a/b" and "a:b".
+    while folder in folders.values():  # "a/b" and "a:b" collide.
       folder += "-"
     folders[request.name] = folder
     arguments.check_writable(output, _ENCODERS, folder)

@@ -4,9 +4,9 @@
     mtv-jax convert from_hf FOLDER OUT --image_size=256
     mtv-jax convert from_big_vision A.npz OUT --tokenizer=B.model
 
-`to_hf` takes a run, an export or a folder that the other two wrote, and writes
-a folder for transformers' AutoModel and AutoProcessor. The other two write a
-folder for mtv_jax.load and a config's `init`. PyTorch is not needed.
+`to_hf` converts a run, an export or an imported folder to a folder for
+transformers' AutoModel and AutoProcessor. `from_hf` and `from_big_vision` write
+a folder for mtv_jax.load and a config's `init`. PyTorch is not needed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _COMMANDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax convert`."""
+  """Adds the options of `mtv-jax convert`."""
   commands = parser.add_subparsers(dest="command", required=True)
   for name, text in _COMMANDS.items():
     command = commands.add_parser(name, help=text)
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Converts and prints the files written."""
+  """Converts the model and prints the files written."""
   setup_logging()
   if path_lib.is_same(args.source, args.output):
     raise InputError(

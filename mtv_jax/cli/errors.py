@@ -1,4 +1,4 @@
-"""Exit of the command lines on errors."""
+"""Error messages and exit codes of the commands."""
 
 import contextlib
 import errno
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from mtv_jax.train.runtime import preemption
 from mtv_jax.utils.errors import UserError
 
-# In notes of JAX and Grain about frames that they remove.
+# JAX's and Grain's notes about shortened tracebacks contain these.
 _TRACEBACK_FLAGS = ("JAX_TRACEBACK_FILTERING", "grain_py_traceback_filtering")
 
 
 @contextlib.contextmanager
 def readable_errors(program: str, *, debug: bool = False) -> Iterator[None]:
-  """Exits with the message of an error that the user can act on.
+  """Replaces the traceback of a user error by its message, and exits.
 
-  These are `UserError`, the system's errors about a file, and packages that
-  are not installed. Any other error is a defect, here or in a library, and
-  keeps its traceback. A process with abandoned threads exits without them.
+  User errors are `UserError`, system errors about a file, and missing packages.
+  All remaining errors are bugs and keep their traceback. Abandoned threads do
+  not delay the exit.
 
   Args:
-    program: the first word of the message.
+    program: first word of the message.
     debug: show the traceback of every error.
   """
   try:
@@ -42,23 +42,23 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
       print(f"\n{program}: interrupted.", file=sys.stderr)
     if debug:
       raise
-    raise SystemExit(130) from None  # 128 + SIGINT, as shells have it.
+    raise SystemExit(130) from None  # 128 + SIGINT, as in shells.
   except (UserError, OSError, ImportError) as error:
-    # A system error without a file is a defect, unless the disk is full; one of
-    # this package's is not.
+    # An OSError without a file name is a bug, unless the disk is full or this
+    # package raised it.
     unnamed = (
       isinstance(error, OSError)
       and error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
       and not error.filename
     )
     is_defect = unnamed and not isinstance(error, UserError)
-    # A run that stopped has an exit code that a traceback would hide.
+    # A traceback would hide the exit code of a stopped run.
     is_stop = isinstance(error, preemption.RunStoppedError)
     if is_defect or (debug and not is_stop):
       raise
     ending = SystemExit(f"{program}: {message(error)}")
     if (code := getattr(error, "exit_code", 1)) != 1:
-      # Python prints a message as the code alone, and exits with 1.
+      # SystemExit carries either a message (code 1) or a code.
       with contextlib.suppress(OSError):  # A closed terminal.
         print(ending, file=sys.stderr)
       ending.code = code
@@ -66,7 +66,7 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
 
 
 def message(error: BaseException) -> str:
-  """An error's text with its notes, without those on shortened tracebacks."""
+  """An error's text and notes, except notes about shortened tracebacks."""
   notes = [
     note
     for note in getattr(error, "__notes__", ())

@@ -8,9 +8,9 @@
       --data=retrieval=coco/dataset_coco.json --set=retrieval.max_captions=5 \\
       --output=results/siglip --compare=results/a/results.json
 
-With --output: results.json, results.md, charts, sheets of images, and a
-self-contained report.html. --evals=all lists evaluations that an encoder does
-not support as skipped.
+--output receives results.json, results.md, charts, sheets of images, and a
+self-contained report.html. --evals=all lists unsupported evaluations as
+skipped.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ from mtv_jax.report import evaluations, tables
 
 
 class DataOptions(arguments.Flags):
-  """Options of evaluations, passed on where given.
+  """Options passed to the evaluations if given.
 
   Args:
-    images: folder of images, if it is not beside the JSON.
+    images: folder of images; default: beside the JSON.
     prompts: class names and templates: JSON, text or a folder.
-    templates: text file with a prompt template per line.
+    templates: text file with one prompt template per line.
     classes: all (of the prompts), dataset, or present (in the data).
-    split: of Karpathy's JSON; test by default.
-    count: images to use, evenly spaced; default all.
+    split: split of Karpathy's JSON; default: test.
+    count: number of images, evenly spaced; default: all.
     batch_size: images per step, over all devices.
-    pictures: items per sheet; 8 with --output, otherwise no sheets.
+    pictures: items per sheet; default: 8 with --output, else no sheets.
   """
 
   images: str | None = None
@@ -61,11 +61,11 @@ class Evaluations(DataOptions):
     evals: names separated by commas, or all.
     data: scenes (the default), a folder of classes, COCO's or Karpathy's JSON,
       or tars; or NAME=DATA for one evaluation; may be repeated.
-    set: NAME.OPTION=VALUE, any option of an evaluation, as
+    set: NAME.OPTION=VALUE sets any option of an evaluation, as
       --set=retrieval.max_captions=5.
-    published: train probes for the whole published schedule; by default on few
-      images for at most 100 passes over them, and on scenes for less.
-    reference: published encoders in the chart, for the same data sets.
+    published: train probes for the full published schedule; by default for at
+      most 100 passes over the images, and fewer on scenes.
+    reference: size of the published encoders in the chart.
   """
 
   evals: str = "all"
@@ -80,11 +80,11 @@ class Flags(Evaluations, arguments.Weights, arguments.Distributed):
 
   Args:
     encoder: folder to load, or a baseline (pixels:64, random:B/16@224);
-      PATH@ema selects the weights, NAME=PATH its name in tables; may be
-      repeated, a column each.
+      PATH@ema selects the weights, NAME=PATH sets the name in tables; may be
+      repeated, for one column each.
     output: folder for tables, sheets and the page.
     compare: earlier results.json files, separated by commas.
-    json: file to write.
+    json: also write the results to this file.
   """
 
   encoder: list[str]
@@ -97,7 +97,7 @@ EPILOG = f"evaluations: {', '.join(base.EVALUATORS)}"
 
 
 def read_plan(args: Evaluations) -> evals.Plan:
-  """The evaluations by their flags."""
+  """Builds the evaluation plan from the flags."""
   return evals.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
@@ -112,7 +112,7 @@ def read_plan(args: Evaluations) -> evals.Plan:
 
 
 def run(args: Flags) -> None:
-  """Evaluates, prints and writes; SystemExit lists failed evaluations."""
+  """Evaluates, prints and writes; raises SystemExit listing failures."""
   arguments.initialize_distributed(args)
   chosen = read_plan(args)
   if args.output:

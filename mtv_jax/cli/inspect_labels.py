@@ -1,19 +1,19 @@
-"""Draws and counts the labels of label sets, before training on them.
+"""Draws labels and their statistics, to inspect before training.
 
   mtv-jax inspect_labels --data='shards/*.tar' --depth=labels/depth \\
       --boxes=labels/boxes --output=inspection
   mtv-jax inspect_labels --data='shards/*.tar' --boxes=labels/boxes \\
       --output=inspection --records=100000 --min_score=0.2
 
-Either kind may be omitted. Writes, into --output:
+Give --depth, --boxes or both. Writes into --output:
   sheet.png        records: image with boxes, phrases and scores, depth in
                    colours, caption and key
-  index.html       the same, larger, with the statistics, their outliers and
-                   the settings of the sets; self-contained
-  statistics.json  the statistics, for programs
+  index.html       self-contained page: larger images, statistics, outliers and
+                   the label sets' settings
+  statistics.json  the statistics
 
-The statistics cover all labels of the shards of --data, read once in constant
-memory; --records reads fewer, evenly spaced.
+The statistics cover all labels of the shards, read once in constant memory;
+--records reads fewer, evenly spaced.
 """
 
 import json
@@ -30,15 +30,15 @@ class Flags(arguments.Shards):
   """Flags of `mtv-jax inspect_labels`.
 
   Args:
-    depth: folder of a label set of depth.
-    boxes: folder of a label set of boxes.
+    depth: folder of a depth label set.
+    boxes: folder of a box label set.
     output: folder to write into.
-    count: records on the sheet.
-    seed: of the choice of these.
+    count: number of records on the sheet.
+    seed: seed for choosing these records.
     size: longer side of an image, in pixels.
-    min_score: minimum score of a box, in the statistics too.
-    records: labels of a set to read for the statistics; default all.
-    join: by key for sets of another copy of the images.
+    min_score: minimum score of a box, also for the statistics.
+    records: labels per set to read for the statistics; default: all.
+    join: key matches records by key, for labels of another copy of the images.
     json: print the statistics as JSON instead of a summary.
   """
 

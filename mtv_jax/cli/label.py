@@ -1,4 +1,4 @@
-"""Labels the images of shards with an expert model, on one host or many.
+"""Labels image shards with an expert model, on one or several hosts.
 
   mtv-jax label --expert=depth --weights=Depth-Anything-V2-Small-hf \\
       --data='shards/*.tar' --output=labels/depth
@@ -8,13 +8,13 @@
   mtv-jax label --expert=features --weights=dinov2-large \\
       --data='shards/*.tar' --output=labels/dino --dtype=bfloat16
 
-On a pod every host runs the same command with --distributed; hosts started by
-hand on one shared folder need no option. They divide the shards among
-themselves, and the same command resumes an interrupted one. Afterwards,
+On a pod, run the command on every host with --distributed. Hosts started by
+hand on a shared folder need no flag. Hosts divide the shards among themselves.
+Rerunning the command resumes.
 
   mtv-jax label ... --verify=100
 
-labels 100 records of the finished set again and fails if a label differs.
+relabels 100 records of the finished set and fails if a label differs.
 """
 
 from typing import Literal
@@ -33,20 +33,20 @@ from mtv_jax.utils.progress import Progress
 
 
 class ExpertOptions(arguments.Flags):
-  """Options of the experts, passed on where given.
+  """Options passed to the expert if given.
 
   Args:
-    phrases: ngrams, tags, tags:FIELD, or a file of one per line.
+    phrases: ngrams, tags, tags:FIELD, or a file with one phrase per line.
     threshold: minimum score of a box.
     nms: IoU above which the lower-scoring box of two is dropped.
-    max_boxes: of an image.
+    max_boxes: maximum number of boxes of an image.
     names: file of an .onnx detector's classes, one per line.
-    preprocess: of the images, for depth: original, .
-    size: of the expert's input images.
+    preprocess: image preprocessing for depth, such as original.
+    size: side of the expert's input images, in pixels.
     side: side of a stored map, in pixels.
-    canvas: of data.ops in training, for features.
-    format: of features: float8 or int8.
-    dtype: of the computation: float32 or bfloat16.
+    canvas: canvas size of data.ops in training, for features.
+    format: storage format of features: float8 or int8.
+    dtype: computation dtype: float32 or bfloat16.
     batch_size: images per step and device.
   """
 
@@ -76,16 +76,16 @@ def run(
   set: list[str] = (),
   verify: int | None = None,
 ) -> int:
-  """Labels or verifies; 1 where a verified label differs.
+  """Labels or verifies; returns 1 if a verified label differs.
 
   Args:
-    expert: kind of the labels.
-    weights: folder of Depth Anything V2 or OWLv2, .onnx file, run or export; of
-      features, any encoder.
+    expert: kind of labels.
+    weights: folder of Depth Anything V2 or OWLv2, .onnx file, run or export;
+      for features, any encoder.
     output: folder of the label set.
-    threads: decoding threads; one per core by default.
-    set: any other option of the expert, OPTION=VALUE, as --set=min_side=0.02.
-    verify: label so many records of a finished set again and compare.
+    threads: decoding threads; default: one per core.
+    set: further expert options, OPTION=VALUE, as --set=min_side=0.02.
+    verify: number of records of a finished set to relabel and compare.
   """
   arguments.initialize_distributed(hosts)
   setup_logging(process_index=jax.process_index())
@@ -105,7 +105,7 @@ def run(
     output,
     host=host,
     threads=threads,
-    # Host 0 reports for all.
+    # Host 0 reports the progress of all.
     **({} if host.index else {"progress": Progress()}),
   )
   if not host.index:

@@ -1,9 +1,9 @@
 """`mtv-jax COMMAND`: the command lines of the package.
 
-A command is a module of this package with a function `run`, whose parameters
-are its arguments (`arguments.add_parameters`), and which returns the exit
-status, or None for 0. One with subcommands has
-`add_arguments(parser)` and `run(args)`. `--help` shows the module's docstring.
+A command is a module with a function `run`. The function's parameters become
+the command's arguments (`arguments.add_parameters`); it returns the exit
+status, or None for 0. A command with subcommands defines
+`add_arguments(parser)` and `run(args)`. `--help` shows the module docstring.
 """
 
 import argparse
@@ -39,7 +39,7 @@ COMMANDS = {
   "report": "put runs on one page",
   "show_scenes": "draw built-in scenes with their labels",
 }
-# Functions of commands other than `run` in the module of that name.
+# {command: "module:function"}, if not "command:run".
 _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
-  """Runs one of `COMMANDS`; returns its exit status, see `run_module`."""
+  """Runs one of `COMMANDS`, see `run_module`; returns the exit status."""
   module, function = _FUNCTIONS.get(name, f"{name}:run").split(":")
   return run_module(name, f"mtv_jax.cli.{module}", argv, function=function)
 
@@ -78,11 +78,11 @@ def run_module(
 
   Args:
     name: the command's name.
-    module: the command, or its name, which is imported.
-    argv: arguments; default: the process's. `--config.KEY=VALUE` is the same as
-      `--set=KEY=VALUE`, and a hyphen in an option's name as an underscore.
-      What follows `--` stays as it is.
-    function: of the module.
+    module: the command's module or its import path.
+    argv: arguments; default: `sys.argv[1:]`. `--config.KEY=VALUE` means
+      `--set=KEY=VALUE`; hyphens in option names become underscores. Arguments
+      after `--` are not changed.
+    function: name of the function in the module.
 
   Returns:
     The exit status.
@@ -92,7 +92,7 @@ def run_module(
   argv, rest = argv[:end], argv[end:]
   debug = "--debug" in argv
   with errors.readable_errors(name, debug=debug):
-    from mtv_jax.cli import arguments  # Takes seconds, as it imports JAX.
+    from mtv_jax.cli import arguments  # Imports JAX, which takes seconds.
 
     if isinstance(module, str):
       module = importlib.import_module(module)
@@ -124,7 +124,7 @@ def run_module(
 def _reject_unknown(
   parser: argparse.ArgumentParser, unknown: Sequence[str]
 ) -> None:
-  """Exits with argparse's message and the option that was meant."""
+  """Exits with argparse's message and the closest option."""
   given = unknown[0].partition("=")[0]
   options = re.findall(r"--\w+", parser.format_help())
   close = difflib.get_close_matches(given, options, n=1)
@@ -133,12 +133,12 @@ def _reject_unknown(
 
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:
-  """Rejects outputs in buckets, where a folder named `gs:` would be made."""
+  """Rejects bucket URLs, which would create a local folder named `gs:`."""
   if name in ("chaos", "convert"):
     return
   for option in ("output", "json", "table", "profile"):
     value = getattr(args, option, None)
-    # A `Path` has one slash.
+    # `Path` collapses the two slashes into one.
     if re.match("(gs|s3):/", str(value)):
       raise InputError(
         f"--{option}={value}: this command writes files and folders only. Copy"
@@ -147,7 +147,7 @@ def _check_outputs(name: str, args: argparse.Namespace) -> None:
 
 
 def _normalize(argv):
-  """Overrides as `--set`, option names with underscores."""
+  """Rewrites overrides as `--set`, and hyphens in options as underscores."""
   from mtv_jax.config import overrides
 
   option = re.compile(r"^--[a-z][a-z_-]*(?==|$)")

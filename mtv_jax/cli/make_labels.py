@@ -1,4 +1,4 @@
-"""Writes label sets for shards from existing annotations.
+"""Writes label sets from existing annotations.
 
   mtv-jax make_labels boxes --data='shards/*.tar' \\
       --output=labels/boxes \\
@@ -11,8 +11,8 @@ Then train with
   data.train = [dict(type="webdataset", path="shards/*.tar",
                      labels=dict(boxes="labels/boxes", depth="labels/depth"))].
 
-Records are matched by the name of their original file, which `make_shards` and
-img2dataset store. The same command resumes an interrupted one.
+Records are matched by original file name, which `make_shards` and img2dataset
+store. Rerunning the command resumes.
 """
 
 import argparse
@@ -32,8 +32,7 @@ class BoxFlags(arguments.Shards):
 
   Args:
     instances: COCO's instances_*.json.
-    match: how a record is matched: by the name of its file, the image_id of its
-      .json, or its key.
+    match: match a record by its file's name, its .json's image_id, or its key.
     output: folder of the label set.
   """
 
@@ -47,10 +46,10 @@ class DepthFlags(arguments.Shards):
 
   Args:
     depth_dir: folder of the depth images.
-    pattern: a file's name, with {key}, {stem}, {name} or {image_id}.
+    pattern: file name with {key}, {stem}, {name} or {image_id}.
     scale: divisor of the values, such as 1000 for millimetres.
     side: side of a stored map, in pixels.
-    min_valid: minimum of valid pixels of a label.
+    min_valid: minimum number of valid pixels of a label.
     invalid: values that mark a missing measurement.
     output: folder of the label set.
   """

@@ -2,8 +2,8 @@
 
     mtv-jax make_prompts --output=imagenet.json
 
-The strings come from an installed open_clip, which published zero-shot figures
-use.
+The strings come from the installed open_clip, as in published zero-shot
+figures.
 """
 
 from mtv_jax.evals.core import prompts

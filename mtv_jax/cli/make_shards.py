@@ -1,4 +1,4 @@
-"""Writes shards of images with captions.
+"""Writes shards of image-caption pairs.
 
   mtv-jax make_shards captions_train2017.json captions_val2017.json \\
       --images train2017 val2017 --output shards
@@ -34,13 +34,13 @@ def run(
   Args:
     inputs: COCO caption .json, .csv, .tsv, .parquet, or folders of images with
       a .txt or .json beside each.
-    output: folder of the shards.
-    images: folder the image names are relative to, one for all inputs or one
-      for each (default: that of the input).
-    image_column: of a table.
-    caption_column: of a table.
-    format: of the shards.
-    records_per_shard: at most.
+    output: folder for the shards.
+    images: folder of the images, one for all inputs or one per input; default:
+      the input's folder.
+    image_column: table column of image names.
+    caption_column: table column of captions.
+    format: shard format.
+    records_per_shard: maximum number of records in a shard.
     max_side: shrink larger images to this longer side (JPEG, quality 95); by
       default files are copied unchanged.
   """

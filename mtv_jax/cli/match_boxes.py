@@ -7,8 +7,8 @@
   mtv-jax match_boxes --labels=labels/boxes --truth=labels/truth \\
       --rename sofa=couch tvmonitor=tv --phrases=10
 
-Both sets label the same shards. mtv_jax/experts/labelling/box_matching.py
-defines which boxes match.
+Both label sets must belong to one set of shards. Matching is defined in
+mtv_jax/experts/labelling/box_matching.py.
 """
 
 import json as json_lib
@@ -30,12 +30,12 @@ def run(
   """Compares the sets and prints the table.
 
   Args:
-    labels: the label set of an expert.
-    truth: the label set of annotated boxes.
+    labels: folder of the expert's label set.
+    truth: folder of the annotated label set.
     iou: minimum IoU of a match.
-    rename: LABEL=TRUTH, the annotations' name of an expert's phrase.
+    rename: LABEL=TRUTH maps an expert's phrase to the annotations' name.
     phrases: number of phrases to list.
-    json: file to write.
+    json: also write the result to this file.
   """
   agreement = box_matching.compare(
     LabelSet(labels, kind="boxes"),

@@ -1,23 +1,23 @@
-"""Preflight: compiles a config's train step for a topology, without one.
+"""Compiles a config's train step ahead of time for a TPU or GPU topology.
 
   mtv-jax preflight --config=mtv_b16_224 --topology=v5e:16x16
 
 Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
-compiler. Prints the batch, the parameters and their sharding, memory and FLOPs
-of a chip, its collectives, and the rate that the input pipeline must deliver.
-Exits with 1 if the step does not fit; --propose then compiles changes until one
-fits. --config.model.remat=auto finds the least recomputation that fits.
-Overrides are written --config.KEY=VALUE.
+compiler. Prints the batch, parameters, sharding, collectives, memory and FLOPs
+per chip, and the required input throughput. Exits with 1 if the step does not
+fit; --propose then compiles changes until one fits. --config.model.remat=auto
+finds the least recomputation that fits. Override config keys with
+--config.KEY=VALUE.
 
   mtv-jax preflight --table=docs/pods.md
 
-compiles the configs of the table in that page and updates it.
+compiles each config of the page's table and updates the table.
 
   mtv-jax preflight --scaling=step --config=mtv_b16_224
 
-compiles one step for 16, 64 and 256 chips of v5e at 64 rows per chip, reporting
-the growth of memory and collectives; --scaling=loss compiles the sigmoid loss
-alone. Both write --json as well.
+compiles one step for 16, 64 and 256 v5e chips at 64 rows per chip and reports
+the growth of memory and collectives. --scaling=loss compiles only the sigmoid
+loss. Both also write --json.
 """
 
 import itertools
@@ -39,17 +39,17 @@ class Flags(arguments.Config):
   """Flags of `mtv-jax preflight`.
 
   Args:
-    config: a recipe's file or name, with its arguments after a colon.
-    topology: v5e:16x16, v4:4x4x8, gpu:8xH100, .
-    json: also write the result here.
+    config: recipe file or name, with its arguments after a colon.
+    topology: such as v5e:16x16, v4:4x4x8 or gpu:8xH100.
+    json: also write the result to this file.
     tables: print all parameters.
     propose: compile changes until one fits.
-    norms: compile the objectives' gradient norms as well.
-    budget: GiB of a chip for --config.model.remat=auto; default: 95 % of it.
-    mfu: assumed share of the chips' peak.
+    norms: also compile the objectives' gradient norms.
+    budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
+    mfu: assumed model FLOPs utilization.
     examples: examples per epoch.
     table: update the table in this page.
-    rows: only rows with all these words.
+    rows: update only rows that contain all these words.
     scaling: compile for 16 to 256 chips.
   """
 
@@ -68,7 +68,7 @@ class Flags(arguments.Config):
 
 
 def run(args: Flags) -> int:
-  """Compiles what the flags ask for; returns 1 if the config does not fit."""
+  """Compiles as the flags say; returns 1 if the config does not fit."""
   from mtv_jax.perf import topologies
 
   whole = args.config and (args.topology or args.scaling)

@@ -1,4 +1,4 @@
-"""k-NN and linear classification on frozen features, with DINOv2's protocols.
+"""k-NN and linear probing of frozen features with DINOv2's protocols.
 
     mtv-jax knn --encoder=runs/a
     mtv-jax knn --encoder=runs/a --data=imagenet --json=knn.json \\
@@ -8,10 +8,10 @@
     mtv-jax linear_probe --encoder=runs/a --data=imagenet \\
       --set=augment=cached --set=select=train_split
 
-The data are scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
-The published protocol of linear_probe trains on random crops, encoded anew at
-every step; with augment=cached features are computed once. `mtv-jax evaluate`
-runs these and all other evaluations.
+--data is scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg. The
+published linear_probe protocol encodes new random crops at every step;
+augment=cached computes the features once. `mtv-jax evaluate` runs all
+evaluations.
 """
 
 import jax
@@ -28,10 +28,10 @@ class Flags(arguments.Weights, arguments.Distributed):
 
   Args:
     encoder: folder to load, or pixels:64.
-    data: with a training and a test split.
-    train: training images, where --data does not have them.
-    set: OPTION=VALUE of the evaluation.
-    json: file to write.
+    data: data set with a training and a test split.
+    train: training images, if --data lacks them.
+    set: evaluation option, OPTION=VALUE.
+    json: also write the results to this file.
   """
 
   encoder: str

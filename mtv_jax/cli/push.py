@@ -1,13 +1,13 @@
-"""Uploads an export to the Hugging Face hub, with a complete model card.
+"""Uploads an export with its model card to the Hugging Face hub.
 
   mtv-jax convert to_hf runs/a export
   mtv-jax evaluate --encoder=export --evals=knn --json=results.json
   mtv-jax push export ORG/NAME --license=apache-2.0 --data="COCO 2017, train" \\
       --results=results.json
 
-The card has the licence, the data, the base model, the metrics with their
-protocols, and code that loads the model; --dry_run writes it alone. Then
-`mtv_jax.load("ORG/NAME")` opens the model.
+The card lists licence, data, base model, metrics with their protocols, and code
+that loads the model; --dry_run writes only the card. Load the uploaded model
+with `mtv_jax.load("ORG/NAME")`.
 """
 
 import logging
@@ -29,16 +29,15 @@ class Flags(arguments.Flags):
   """Flags of `mtv-jax push`.
 
   Args:
-    license: the hub's identifier of the licence, such as apache-2.0.
-    license_name: of --license=other: the licence's identifier.
-    license_link: of --license=other: URL of its text, or its file in the
-      folder.
-    data: what the model was trained on, for the card.
-    base_model: what it was continued from, such as ORG/NAME.
+    license: licence identifier on the hub, such as apache-2.0.
+    license_name: licence identifier, for --license=other.
+    license_link: URL or file in the folder, for --license=other.
+    data: training data, for the card.
+    base_model: model that training started from, such as ORG/NAME.
     results: JSON of `mtv-jax evaluate`, for the card.
     private: create a private model.
     revision: branch to commit to (default: main).
-    dry_run: write the card into the folder, and upload nothing.
+    dry_run: write the card into the folder; upload nothing.
   """
 
   license: str
@@ -58,7 +57,7 @@ def run(
   /,
   args: Flags,
 ) -> None:
-  """Writes the card, uploads the folder and prints where it is.
+  """Writes the card, uploads the folder and prints the URL.
 
   Args:
     folder: an export of `mtv-jax convert to_hf`.
@@ -73,8 +72,8 @@ def run(
     raise InputError(
       f"{folder} is no export: write one with `mtv-jax convert to_hf`."
     )
-  native.restore_model(folder, info, None)  # Names a missing tokenizer.
-  with hf_files.open_weights(folder):  # Names missing weights.
+  native.restore_model(folder, info, None)  # Raises without a tokenizer.
+  with hf_files.open_weights(folder):  # Raises without weights.
     pass
   text = card.complete_card(
     foreign.read_text(readme),
@@ -101,10 +100,10 @@ def run(
 
 
 def format_results(path: str) -> str:
-  """The metrics and protocols of a file of results, as Markdown.
+  """Formats the metrics and protocols of a results file as Markdown.
 
   Raises:
-    InputError: it has results of several encoders.
+    InputError: the file has results of several encoders.
   """
   outcomes = results_lib.read(path)
   if len(outcomes) != 1:

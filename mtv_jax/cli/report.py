@@ -1,12 +1,12 @@
-"""Puts runs or a study on one page: metrics, curves, images, what differs.
+"""Reports runs or a study on one page: metrics, curves, images, differences.
 
 mtv-jax report runs/a --output=runs/a
 mtv-jax report runs/a runs/b --output=reports/a_b
 mtv-jax report runs/a --output=reports/a --names='^depth/|grad_norm'
 mtv-jax report studies/ladder --output=docs/study/ladder
 
-The folder receives `report.html`, which needs no other file, and the same as
-`report.md` with its images, and a figure of each metric as `charts/*.svg`.
+Writes a self-contained `report.html`, `report.md` with its images, and one
+figure per metric as `charts/*.svg`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The options of `mtv-jax report`."""
+  """Adds the options of `mtv-jax report`."""
   text = "a run's folder, or the folder of one study"
   parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
   parser.add_argument("--output", required=True, help="folder of the report")

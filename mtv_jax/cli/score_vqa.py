@@ -1,4 +1,4 @@
-"""Scores a file of answers to questions about images.
+"""Scores a file of visual question answering (VQA) answers.
 
     mtv-jax score_vqa --rule=vqa --answers=answers.json \\
       --truths=v2_mscoco_val2014_annotations.json
@@ -23,11 +23,11 @@ class Flags(arguments.Flags):
   """Flags of `mtv-jax score_vqa`.
 
   Args:
-    rule: see above.
-    answers: JSON, or one object per line.
-    truths: the benchmark's own file.
-    missing: how questions without an answer count.
-    json: file to write.
+    rule: scoring rule, see above.
+    answers: JSON or JSON lines.
+    truths: the benchmark's annotation file.
+    missing: count missing answers as wrong, or exit with an error.
+    json: also write the scores to this file.
   """
 
   rule: Literal[tuple(vqa.RULES)]

@@ -41,10 +41,10 @@ def draw_pair(
 def scene_row(
   index: int, *, size: int = 192, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """One built-in scene with all its labels.
+  """Draws a scene with all its labels.
 
-  Image, inverse depth, segmentation, named boxes, and the two views with
-  matches, above the captions. `options` go to `render`.
+  Image, inverse depth, segmentation, boxes with phrases, and the two views with
+  matches, above the captions. `options` are passed to `render_pair`.
   """
   pair = scenes.render_pair(index, size=size, **options)
   scene = pair.first
@@ -76,7 +76,7 @@ def scene_row(
 def scene_sheet(
   indices: Sequence[int], *, size: int = 192, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Rows of `scene_row`, one below the other."""
+  """Stacks the rows of several scenes, see `scene_row`."""
   if not indices:
     raise InputError("indices is empty; name at least one scene.")
   return np.concatenate([scene_row(i, size=size, **options) for i in indices])
@@ -85,7 +85,7 @@ def scene_sheet(
 def scene_tiles(
   indices: Sequence[int], *, columns: int = 8, size: int = 96, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A grid of the images alone, each below its class's name."""
+  """Draws a grid of scene images, each below its class name."""
   rows = -(-len(indices) // columns)
   width, height = size + plots.GAP, size + _LINE_HEIGHT + plots.GAP
   sheet = Image.new("RGB", (columns * width, rows * height), plots.PAPER)
@@ -111,13 +111,13 @@ def run(
   """Writes the sheet.
 
   Args:
-    output: a PNG file.
-    first: number of the first scene.
+    output: PNG file to write.
+    first: index of the first scene.
     count: number of scenes.
     size: side of a scene, in pixels.
-    seed: of the scenes.
-    difficulty: of the scenes.
-    view: a row with all labels for each scene, or the images in a grid.
+    seed: seed of the scenes.
+    difficulty: difficulty of the scenes.
+    view: labels draws a row of labels per scene, images a grid of images.
   """
   draw = scene_sheet if view == "labels" else scene_tiles
   options = {"seed": seed, "size": size, "difficulty": difficulty}

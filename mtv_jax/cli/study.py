@@ -8,10 +8,10 @@
   mtv-jax study balance --config=mtv_tiny --output=studies/balance \\
     --weights equal:depth=1,contrastive=1
 
-Expands a config into runs, trains them one after another and reads their
-evaluations. The same command resumes a study. Several runners may share the
-folder; --index gives each of them its part. Exit status: 0, 1 if runs have
-failed or there is no report, 2 if the command is wrong, 143 after SIGTERM.
+Expands a config into runs, trains them one by one and reports their
+evaluations. Rerunning the command resumes. Several runners may share the
+folder; --index selects the runs of each. Exit status: 0; 1 if a run or the
+report failed; 2 for a wrong command line; 143 after SIGTERM.
 """
 
 import functools
@@ -34,15 +34,15 @@ class Flags(arguments.Config):
 
   Args:
     output: the study's folder.
-    seeds: seeds of each arm, or by arm: 3, or vl:5,depth:5,3.
-    match: what all runs have in common: images seen (default) or FLOPs.
-    budget: share of the config's steps, with its schedules.
-    groups: groups of objectives in their order, such as vl,depth; default all.
-    models: of scaling: variants, or NAME:KEY=VALUE,... of config.model.
-    images: of scaling: numbers of distinct images.
-    methods: of balance: methods of config.balance, separated by commas.
-    weights: of balance: further arms, NAME:OBJECTIVE=WEIGHT,.
-    index: train the run of number I, from 0, or with I/N every N-th from I on.
+    seeds: number of seeds, for all arms or by arm: 3, or vl:5,depth:5,3.
+    match: budget that all runs share: images seen (default) or FLOPs.
+    budget: fraction of the config's steps to train; scales its schedules.
+    groups: objective groups in order, such as vl,depth; default: all.
+    models: (scaling) variants, or NAME:KEY=VALUE,... of config.model.
+    images: (scaling) numbers of distinct images.
+    methods: (balance) methods of config.balance, separated by commas.
+    weights: (balance) further arms, NAME:OBJECTIVE=WEIGHT,...
+    index: train only run I, from 0; I/N trains every N-th run from I on.
     dry_run: print the runs with images, FLOPs and estimated time; train
       nothing.
   """
@@ -69,15 +69,15 @@ def run(
   /,
   args: Flags,
 ) -> int:
-  """Expands, trains and reports; the exit status.
+  """Expands, trains and reports; returns the exit status.
 
   Args:
-    kind: of the study.
+    kind: kind of study.
   """
   runner.check_index(args.index)  # Before the FLOPs are counted.
   log = functools.partial(print, flush=True)
   if not args.dry_run:
-    # The runs need the accelerator, and this process does not.
+    # Leaves the accelerator to the runs, which are separate processes.
     jax.config.update("jax_platforms", "cpu")
   folder = pathlib.Path(args.output)
   study = expand.expand(
@@ -115,7 +115,7 @@ def run(
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
-  """Writes the report; an error is printed, as the runs are complete."""
+  """Writes the report; prints errors, since the runs are complete."""
   try:
     paths = page.write_study(folder)
   except (UserError, OSError) as error:

@@ -1,13 +1,13 @@
-"""Restarts a training command until it exits with 0.
+"""Restarts a training command until it exits with code 0.
 
   mtv-jax supervise -- mtv-jax train --config=... --workdir=runs/a
 
-After a failure the command starts again, after a pause that doubles with each
-failure without progress. Progress is a larger step in WORKDIR/alive; without a
---workdir in the command, a session longer than --min_seconds. It is not started
-again after exit code 2 (the command line or the config can't be used), after
---max_failures restarts without progress, and after SIGTERM, SIGINT or SIGHUP to
-this process, which are passed on. The exit code is the command's last one.
+The pause before a restart doubles with each failure without progress. Progress
+is a larger step in WORKDIR/alive; for commands without --workdir, it is a
+session longer than --min_seconds. Stops after exit code 2 (invalid command line
+or config), after --max_failures restarts without progress, and after SIGTERM,
+SIGINT or SIGHUP, which it forwards to the command. Exits with the command's
+last exit code.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,16 @@ def run(
   max_backoff: float = 600.0,
   min_seconds: float = 600.0,
 ) -> int:
-  """Runs the command until it is done; returns its exit code.
+  """Runs the command until it succeeds; returns its last exit code.
 
   Args:
     child: the command, after --.
-    max_failures: restarts in a row without progress.
+    max_failures: maximum number of consecutive restarts without progress.
     backoff: seconds before the first restart.
-    max_backoff: seconds at most.
-    min_seconds: a session that is progress, of a command without --workdir.
+    max_backoff: maximum seconds before a restart.
+    min_seconds: session length that counts as progress without --workdir.
   """
-  if not (backoff >= 0 and max_backoff >= 0):  # Nor NaN.
+  if not (backoff >= 0 and max_backoff >= 0):  # Rejects NaN too.
     raise ConfigError("--backoff and --max_backoff must be at least 0.")
   setup_logging()
   return Supervisor(

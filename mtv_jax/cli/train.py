@@ -6,9 +6,9 @@ A recipe takes arguments after a colon, and any key can be overridden:
 
   --config=siglip_b16_224:tiny,batch=64 --config.total_steps=100
 
-The same command with the same workdir resumes from the last checkpoint. At the
-end the folder has a report.html with curves, metrics and images. On a
-pod, every host runs the same command with --distributed.
+Rerunning the command resumes from the workdir's last checkpoint. A finished run
+writes report.html with curves, metrics and images. On a pod, run the command
+on every host with --distributed.
 """
 
 import contextlib
@@ -35,12 +35,11 @@ class Flags(arguments.Config, arguments.Distributed):
   """Flags of `mtv-jax train`.
 
   Args:
-    workdir: the run's folder: config, metrics, checkpoints, evaluations.
+    workdir: folder for config, metrics, checkpoints and evaluations.
     compile_cache: folder of compiled programs, or none; auto (the default) is
-      WORKDIR/compiled, and none on a CPU.
-    restore: which checkpoint to resume from; latest_good skips damaged ones.
-    debug_nans: stop at the first update that is not finite, and name the
-      operation.
+      WORKDIR/compiled, or none on CPU.
+    restore: checkpoint to resume from; latest_good skips damaged ones.
+    debug_nans: stop at the first non-finite update and name the operation.
   """
 
   workdir: str
@@ -73,15 +72,15 @@ def run(args: Flags) -> None:
 
 
 def choose_remat(config: RunConfig, folder: str) -> RunConfig:
-  """Replaces `remat` 'auto' by 'auto:CHOICE', equal in all processes.
+  """Replaces `remat='auto'` by 'auto:CHOICE', equal in all processes.
 
-  A resumed run takes the choice that its folder records. CPUs take 'none';
-  `perf.preflight.remat.find_remat` searches for other devices, by compiling.
+  A resumed run reuses the choice recorded in its folder. CPU runs use 'none'.
+  Accelerators compile candidates, see `perf.preflight.remat.find_remat`.
   """
   if config.model.remat.strip() != AUTO:
     return config
   choice, source = AUTO, ""
-  if jax.process_index() == 0:  # Which writes it, maybe before others read it.
+  if jax.process_index() == 0:  # It may write the file before peers read it.
     recorded = workdir.read_recorded_config(folder).get("model", {})
     choice = recorded.get("remat", AUTO).removeprefix(f"{AUTO}:")
   choice = gather_json(choice)[0]
@@ -100,17 +99,17 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
 
 
 def write_report(folder: str) -> None:
-  """Prints the last metrics with chance, and writes the run's report.
+  """Prints the last metrics beside chance level, and writes the run's report.
 
-  An error is logged: the run is complete without a report. Only an upload that
-  fails is raised.
+  Only a failed upload raises. Other errors are logged, since the run is
+  complete without a report.
   """
   try:
-    from mtv_jax.report import runs  # Not before training: it is large.
+    from mtv_jax.report import runs  # Slow import, not needed to train.
 
     with workdir.open_run_folder(folder) as run:
       if text := runs.format_run(run.folder):
-        with contextlib.suppress(OSError):  # A full disk, a closed terminal.
+        with contextlib.suppress(OSError):  # Full disk or closed terminal.
           print(f"\n{text}\n", flush=True)
       pages = runs.write_runs([run.folder], run.folder)
       names = (f"{folder}/{page.name}" for page in pages)
@@ -122,7 +121,7 @@ def write_report(folder: str) -> None:
 
 
 def _format_command(args: Flags) -> str:
-  """The command without the options of this machine."""
+  """The command without machine-specific options."""
   words = [f"--config={args.config}", *(f"--config.{s}" for s in args.set)]
   words.append(f"--workdir={args.workdir}")
   return shlex.join(["mtv-jax", "train", *words])

@@ -1,4 +1,4 @@
-"""Contract of an expert: a model that labels images in batches."""
+"""Expert protocol: a model that labels images in batches."""
 
 import dataclasses
 import functools
@@ -19,23 +19,23 @@ from mtv_jax.data.records import Record
 class PreparedInput:
   """An expert's input for one record."""
 
-  group: Hashable  # Records of one group have equal shapes and share batches.
+  group: Hashable  # A group's records have equal shapes and share batches.
   arrays: Mapping[str, np.ndarray]  # For `run`, without a batch dimension.
   meta: Any = None  # For `finish`.
 
 
 @runtime_checkable
 class Expert(Protocol):
-  """A model that labels images, a batch at a time.
+  """A model that labels images in batches.
 
-  `prepare` and `finish` run on the host in several threads; `run` is called
-  from one thread and returns before the devices are done, which overlaps host
-  and device.
+  `prepare` and `finish` run on the host in several threads. `run` is called
+  from one thread and returns before the devices are done, to overlap host and
+  device work.
   """
 
-  kind: str  # Kind of the labels, of `label_values.KINDS`.
-  # All that determines the labels (JSON), for the manifest: the model and a
-  # hash of its weights, sizes, thresholds.
+  kind: str  # Kind of labels, one of `label_values.KINDS`.
+  # Everything that determines the labels (JSON), for the manifest: model, hash
+  # of the weights, sizes, thresholds.
   settings: Mapping[str, Any]
   rows: int  # Batch size of `run`, over all devices of this host.
 
@@ -45,32 +45,32 @@ class Expert(Protocol):
     """Preprocesses a decoded image.
 
     Args:
-      image: of any size, with EXIF rotation applied.
-      record: key, captions (possibly none) and `meta`, the fields of its .json.
+      image: image of any size, with EXIF rotation applied.
+      record: key, captions (possibly empty) and `meta`, its .json fields.
 
     Raises:
-      BadRecord: it cannot be labelled; it is counted, with the reason.
+      BadRecord: the record cannot be labelled; counted with the reason.
     """
     ...
 
   def run(
     self, arrays: Mapping[str, np.ndarray]
   ) -> Mapping[str, jax.Array | np.ndarray]:
-    """Starts the model on the stacked arrays `[rows, ...]` of one group.
+    """Starts the model on stacked arrays `[rows, ...]` of one group.
 
-    Returns arrays `[rows, ...]`, NumPy's from an expert that runs on the host.
+    Returns arrays `[rows, ...]`; experts that run on the host return NumPy.
     """
     ...
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: Any
   ) -> LabelOutcome:
-    """Makes one record's label from its row in each of `run`'s arrays."""
+    """Converts one record's row of `run`'s arrays to its label."""
     ...
 
 
 def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
-  """Decorates `load_expert`: checks options against its annotations."""
+  """Decorates `load_expert` to check options against its annotations."""
   name = load.__module__.removeprefix("mtv_jax.experts.")
 
   @functools.wraps(load, updated=())

@@ -1,4 +1,4 @@
-"""Selection of the expert that reads a folder or file of weights."""
+"""Builds the expert for a folder or file of weights."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import (
   did_you_mean,
 )
 
-# By the `model_type` of a Hugging Face folder's config.json.
+# Modules by `model_type` in a Hugging Face folder's config.json.
 _FAMILIES = {"depth_anything": "depth_anything", "owlv2": "owlv2.expert"}
 _PHRASE_LIMITS = ("max_phrases", "max_words")  # Options of `build_phrases`.
 
@@ -32,20 +32,20 @@ def build_expert(
   *,
   options: Mapping[str, Any] | None = None,
 ) -> Expert:
-  """Opens the expert for a folder or file of weights and a kind of labels.
+  """Builds the expert for a kind of label from a folder or file of weights.
 
   Args:
     kind: "depth", "boxes" or "features".
-    weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
-      or a run or export of this package; of features, any folder that
-      `mtv_jax.load` reads. Folders may be of the hub (`ORG/NAME`).
-    options: for the module's `load_expert`; `phrases` by the name of their
-      source, with the options of `build_phrases`.
+    weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file, or
+      a run or export of this package; for features, any folder that
+      `mtv_jax.load` reads. Hub names (`ORG/NAME`) work too.
+    options: options of the module's `load_expert`; `phrases` names a source,
+      with the options of `build_phrases`.
 
   Raises:
     MissingFileError: the weights do not exist.
-    InputError: the expert makes other labels, or an option is unknown.
-    ImportError: a package that it needs is not installed (the extra `onnx`).
+    InputError: the expert writes a different kind, or an option is unknown.
+    ImportError: a required package is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)
   path = path_lib.local_copy(loading.open_folder(weights)).expanduser()
@@ -83,7 +83,7 @@ def build_expert(
 
 
 def _select_module(path: pathlib.Path) -> tuple[str, str]:
-  """The module that opens the weights, and why no other one does."""
+  """Returns the module that opens the weights, and why it was selected."""
   if not path.exists():
     raise MissingFileError(
       f"No weights at {path}. Expected: a folder of Depth Anything V2 or OWLv2"
@@ -107,14 +107,14 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
       if family in _FAMILIES:
         return _FAMILIES[family], ""
       reason = f"its model_type is {family!r}, not {families}."
-  # Errors of incomplete weights of another expert end with the reason.
+  # Appended to errors, in case the weights are an incomplete expert's.
   return "mtv_expert", (
     f"\n{path} was opened as a run or export of this package: {reason}"
   )
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-  """Options from a command line, `NAME=VALUE` each; others raise InputError."""
+  """Parses options `NAME=VALUE`; raises InputError if malformed."""
   options = {}
   for assignment in assignments:
     name, equals, text = assignment.partition("=")

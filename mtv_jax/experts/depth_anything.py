@@ -1,6 +1,6 @@
-"""Depth Anything V2 (Yang et al. 2024): expert of inverse depth.
+"""Depth Anything V2 (Yang et al. 2024) as an inverse-depth expert.
 
-`depth_expert.py` turns the predictions into labels.
+`depth_expert.py` converts predictions to labels.
 """
 
 import dataclasses
@@ -36,20 +36,20 @@ STD = np.float32(processors.IMAGENET_STD)
 
 @dataclasses.dataclass(frozen=True)
 class DepthPreprocess:
-  """Resizes and normalises images, as one of the references does:
+  """Resizes and normalises images as the reference implementations do:
 
-  original     the shorter side to at least `size`, bicubic on floats, four
-               neighbours a dimension at any scale
+  original     shorter side to at least `size`, bicubic on floats, four
+               neighbours per dimension at any scale
   huggingface  the side that changes less to `size`, bicubic with Pillow's
-               antialiasing on bytes: 512 x 384 becomes 518 x 392, and 686 x 518
-               in the official code
-  square       the whole image squashed to `size` x `size`, antialiased: one
-               shape for all images, as labels are in the unit square
+               antialiasing on bytes: 512 x 384 becomes 518 x 392 (686 x 518 in
+               the official code)
+  square       whole image squashed to `size` x `size`, antialiased; all images
+               share a shape, and labels are in the unit square anyway
 
-  The first two preserve the aspect ratio to a `multiple`, the patch, and each
-  shape of image compiles a program. `max_aspect`, of longer side to shorter,
-  bounds their number: 75 for `original` at size 518 and aspect 2. Longer images
-  are squeezed, unlike in the references.
+  The first two preserve the aspect ratio up to a `multiple`, the patch, and
+  compile one program per image shape. `max_aspect`, longer side over shorter,
+  bounds the number of shapes: 75 for `original` at size 518 and aspect 2.
+  Unlike in the references, longer images are squeezed.
   """
 
   preprocess: str = "original"
@@ -73,7 +73,7 @@ class DepthPreprocess:
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h2 w2 3"]:
-    """An image, resized and normalised."""
+    """Resizes and normalises an image."""
     height, width = self.resized_shape(*image.shape[:2])
     if self.preprocess == "original":
       pixels = image.astype(np.float32) / 255
@@ -86,11 +86,11 @@ class DepthPreprocess:
       cubic = PIL.Image.Resampling.BICUBIC
       resized = PIL.Image.fromarray(image).resize((width, height), cubic)
       pixels = np.asarray(resized)
-    # The order of operations of transformers.
+    # Same operation order as transformers.
     return (pixels.astype(np.float32) - MEAN * 255) / (STD * 255)
 
   def resized_shape(self, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a preprocessed image."""
+    """Height and width of a preprocessed image, in pixels."""
     if self.preprocess == "square":
       return self.size, self.size
     if self.preprocess == "original":
@@ -124,22 +124,22 @@ def load_expert(
   side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
   max_aspect: float = 2.0,
 ) -> DepthExpert:
-  """Opens a Depth Anything V2 of `transformers` as an expert of depth.
+  """Opens a Depth Anything V2 folder of `transformers` as a depth expert.
 
   Args:
     path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
-    mesh: mesh of this host's devices; all of them by default.
+    mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
     dtype: computation dtype.
-    preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles one
-      program, the others one for each shape of image.
-    side: the labels' side, in pixels.
+    preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles only
+      one program.
+    side: side of a label, in pixels.
 
   Raises:
     MissingFileError: the folder is missing.
-    ConversionError: it contains another model, or not all of this one.
-    ConfigError: an option is out of its range.
+    ConversionError: the folder has a different or an incomplete model.
+    ConfigError: an option is out of range.
   """
   spec, params = depth_anything.read(path)
   inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
@@ -165,9 +165,9 @@ def load_expert(
 def make_function(
   spec: DepthSpec, *, dtype: str, mesh: Mesh
 ) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
-  """The model: from its parameters and `images` to `depth` `[n, h, w]`.
+  """The model: maps parameters and `images` to `depth` `[n, h, w]`, float32.
 
-  The map is float32; the mesh's platform chooses the head's resampling.
+  The mesh's platform determines how the head resamples.
   """
   compute = jnp.dtype(dtype)
   tower = vit.ViT(spec.image, dtype=compute)

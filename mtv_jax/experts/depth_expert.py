@@ -1,4 +1,4 @@
-"""Experts of depth, for any model that predicts inverse depth."""
+"""Depth expert for any model that predicts inverse depth."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,12 +16,12 @@ from mtv_jax.experts.base import PreparedInput
 
 
 class DepthExpert:
-  """Depth expert (a pseudo-label teacher) of any inverse-depth model.
+  """Labels images with the inverse depth of a model.
 
   `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
-  `[n, h, w]`, whose scale is arbitrary per image; `preprocess` maps an image to
-  its input, and inputs of one shape share a batch. Labels have `side` pixels a
-  side; `batch_size` counts images per device.
+  `[n, h, w]`, with an arbitrary scale per image. `preprocess` maps an image to
+  the model's input; inputs of equal shape share a batch. Labels are `side` x
+  `side` pixels; `batch_size` is images per device.
   """
 
   kind = "depth"
@@ -46,18 +46,18 @@ class DepthExpert:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The preprocessed image."""
+    """Preprocesses an image."""
     del record
     pixels = self._preprocess(image)
     return PreparedInput(pixels.shape[:2], {"images": pixels})
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """`depth` `[rows, h, w]`."""
+    """Predicts inverse `depth` `[rows, h, w]`."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: Any
   ) -> LabelOutcome:
-    """The label of one image: its map, averaged to the labels' size."""
+    """The label of one image: its depth map, averaged to the label size."""
     del meta
     return label_values.make_depth(outputs["depth"], side=self._side)

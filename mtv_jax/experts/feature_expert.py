@@ -1,7 +1,7 @@
-"""Any encoder that `mtv_jax.load` reads as an expert of features.
+"""Feature expert: stores an encoder's features for `feature_distillation`.
 
-Images are squashed to a canvas and resized on the device, as in training.
-Features are what `feature_distillation` compares.
+Supports any encoder that `mtv_jax.load` reads. Images are squashed to a canvas
+and resized on the device, as in training.
 """
 
 import os
@@ -30,11 +30,12 @@ from mtv_jax.models import two_tower
 
 
 class FeatureExpert:
-  """Pooled and patch features of an encoder with a mesh of this host.
+  """Labels images with an encoder's pooled and patch features.
 
-  Of the encoder's preprocessing, only mean and deviation apply: it sees `size`
-  pixels a side, resized from a canvas of `canvas`, as in training. `layers` are
-  the blocks whose patch tokens are stored; () for the final patches.
+  The encoder's mesh must be local to this host. Inputs have `size` pixels per
+  side, resized from a canvas of `canvas` pixels, as in training; the encoder's
+  preprocessing sets only mean and standard deviation. `layers` are the blocks
+  whose patch tokens are stored; () stores the final patch tokens.
   """
 
   kind = "features"
@@ -70,14 +71,14 @@ class FeatureExpert:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The canvas of the image."""
+    """Squashes an image to the canvas."""
     del record
     size = np.array(image.shape[:2], np.int32)
     pixels = canvas_lib.squash(image, self._canvas)
     return PreparedInput(None, {"image": pixels, "image_size": size})
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """`pooled` `[rows, 1, e]`, `patches` or `layerI` `[rows, p, d]`."""
+    """`pooled` `[rows, 1, e]`, and `patches` or `layerI` `[rows, p, d]`."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(
@@ -94,7 +95,7 @@ class FeatureExpert:
 def feature_function(
   encoder: Encoder, size: int, layers: tuple[int, ...]
 ) -> apply_fns.Function:
-  """From canvases to features, float32, as the train step computes them."""
+  """Maps canvases to float32 features, exactly as the train step does."""
   spec, preprocess = encoder.spec, encoder.preprocess
   views = views_lib.build_views(
     {"image": dict(ops=f"resize({size})")},
@@ -133,23 +134,23 @@ def load_expert(
   layers: tuple[int, ...] = (),
   format: Format = "float8",
 ) -> FeatureExpert:
-  """Opens an encoder as an expert of features.
+  """Opens an encoder as a feature expert.
 
   Args:
     folder: see `loading.load`.
-    mesh: this host's mesh; all its devices by default.
+    mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
     dtype: computation dtype.
-    weights, step: of a run, see `loading.load`.
-    size: pixels per side that it sees; its preprocessing's by default.
-    canvas: pixels per side of the run's `canvas` op; `size` by default.
-    layers: blocks whose patch tokens are stored, -1 for the last; by default
-      the final patches.
+    weights, step: weights and checkpoint of a run, see `loading.load`.
+    size: input size in pixels; default: the encoder's.
+    canvas: size of the run's `canvas` op in pixels; default: `size`.
+    layers: blocks whose patch tokens are stored, -1 for the last; default: the
+      final patch tokens.
     format: `float8` or `int8`.
 
   Raises:
     MissingFileError: the folder can't be opened.
-    InputError: for a size or layers that the encoder can't have.
+    InputError: the encoder does not support the size or layers.
   """
   mesh = local_mesh.local_mesh() if mesh is None else mesh
   encoder = loading.load(

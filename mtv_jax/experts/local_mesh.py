@@ -1,8 +1,8 @@
 """Data parallelism of an expert over the devices of one host.
 
-Hosts label different shards and never wait for each other, so an expert's mesh
-has this host's devices only. Each device runs the same program on the same
-number of rows: labels are bit-equal for any number of devices and hosts.
+Hosts label different shards and never wait for one another, so an expert's mesh
+has only this host's devices. All devices run one program with equally many
+rows: labels are bit-identical for any number of devices and hosts.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from mtv_jax.utils.tree import flatten_with_names
 
 def local_mesh() -> Mesh:
   """`(data, fsdp, tensor)` mesh with all devices of this host on `data`."""
-  # A host's devices need not be a topology that `make_mesh` accepts.
+  # `make_mesh` may reject the topology of a single host's devices.
   devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
   return Mesh(devices, MESH_AXES)
 
@@ -52,11 +52,11 @@ def jit_per_device(
   """Compiles a function that each device applies to its own rows.
 
   Args:
-    function: maps parameters and arrays `[n, ...]` to arrays `[n, ...]`, with
-      independent rows. The result takes those of `replicate` and `shard`.
+    function: maps parameters (see `replicate`) and arrays `[n, ...]` (see
+      `shard`) to arrays `[n, ...]`, row by row.
     mesh: a local mesh.
   """
-  # With shard_map every device runs the program of a single device.
+  # With shard_map every device runs the single-device program.
   mapped = jax.shard_map(
     function,
     mesh=mesh,

@@ -1,12 +1,12 @@
 """Runs and exports of this package as experts.
 
-The depth head labels depth. The locator predicts a phrase's box, and the
-prompter embeds its content, scored by the loss that both were trained with:
+The depth head labels depth. The locator predicts a box for a phrase; the
+prompter embeds the box, and the grounding loss scores it:
 
     score = sigmoid(scale cos(region, text) + bias)
 
-This is the probability of a pair among the pairs of a training batch, almost
-all false: thresholds don't carry over from other detectors.
+The score is a pair's probability within a training batch, in which almost all
+pairs are negative. Thresholds of typical detectors do not apply.
 """
 
 import inspect
@@ -37,7 +37,7 @@ from mtv_jax.models.heads import HEADS
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
 
-# Options that only experts of this kind have.
+# Options that apply only to this kind.
 OPTIONS_BY_KIND = {
   "depth": ("side",),
   "boxes": ("phrases", "threshold", "nms", "max_boxes", "min_side", "max_area"),
@@ -49,7 +49,7 @@ _PROTOCOL = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 def mtv_depth_expert(
   encoder: Encoder, *, batch_size: int, side: int
 ) -> DepthExpert:
-  """The depth head of an encoder with a mesh of this host, as an expert."""
+  """Builds a depth expert from the depth head of an encoder on a local mesh."""
   _check_encoder(encoder, {"depth": "depth"})
   params = _select_params(encoder, ["depth"])
   return DepthExpert(
@@ -64,9 +64,10 @@ def mtv_depth_expert(
 
 
 class MtvBoxExpert:
-  """The locator and the prompter of an encoder as an expert of boxes.
+  """Labels boxes with an encoder's locator and prompter.
 
-  The encoder has a mesh of this host; `options` are of `detections.select`.
+  The encoder's mesh must be local to this host. `options` are passed to
+  `detections.select`.
   """
 
   kind = "boxes"
@@ -100,7 +101,7 @@ class MtvBoxExpert:
     if self._length != encoder.spec.text.length:
       self.settings["phrase_length"] = self._length
     if phrases.vocabulary is not None:
-      # A row per device: products of other shapes may round differently.
+      # One row per device: rounding may depend on the shapes of products.
       params["texts"] = encoder.phrases(
         list(phrases.vocabulary), batch_size=encoder.mesh.size
       )
@@ -111,7 +112,7 @@ class MtvBoxExpert:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The preprocessed image and the phrases' tokens; BadRecord without any."""
+    """Preprocesses image and phrases; raises BadRecord without phrases."""
     pixels = self._preprocess(image)
     vocabulary = self._phrases.vocabulary
     if vocabulary is not None:
@@ -125,7 +126,7 @@ class MtvBoxExpert:
     )
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """`boxes` `[rows, m, 4]` and `scores` `[rows, m]`, of m phrases."""
+    """Predicts `boxes` `[rows, m, 4]` and `scores` `[rows, m]` of m phrases."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(
@@ -143,7 +144,7 @@ class MtvBoxExpert:
 
 
 def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
-  """From `images` (and `tokens`) to a box and a score for each phrase."""
+  """Maps `images` (and `tokens`) to a box and a score per phrase."""
   locate = inspect.unwrap(encoder.head_function("locator"))
   ground = inspect.unwrap(encoder.head_function("grounding"))
   encode_text = inspect.unwrap(
@@ -162,8 +163,8 @@ def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
   def detect(params, rows):
     texts, images = embed_phrases(params, rows), rows["images"]
     boxes = locate(params, {"images": images, "phrases": texts})["boxes"]
-    # In training the prompter's boxes are inside the image. The compiler merges
-    # its run of the image tower with the locator's.
+    # The prompter was trained on boxes inside the image. The compiler merges
+    # both runs of the image tower.
     inside = jnp.clip(boxes, 0, 1)
     regions = ground(params, {"images": images, "boxes": inside})
     cosine = (regions["embeddings"] * unit(texts)).sum(axis=-1)
@@ -175,7 +176,7 @@ def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
 
 
 def _check_encoder(encoder: Encoder, objectives: Mapping[str, str]) -> None:
-  """Checks for heads, given with their objectives, and for uncropped images."""
+  """Checks that the encoder has the heads and does not crop images."""
   for head, objective in objectives.items():
     if not encoder.can_predict(head):
       heads = sorted(encoder.params.get("heads", {}))
@@ -192,7 +193,7 @@ def _check_encoder(encoder: Encoder, objectives: Mapping[str, str]) -> None:
 
 
 def _select_params(encoder: Encoder, heads: Sequence[str]) -> dict[str, PyTree]:
-  """The parameters that labels depend on."""
+  """Selects the parameters that labels depend on."""
   available = encoder.params["heads"]
   if missing := [name for name in heads if name not in available]:
     raise InputError(
@@ -236,20 +237,20 @@ def load_expert(
   """Opens a training run or its export as an expert.
 
   Args:
-    folder: see `loading.load`; of a run the latest checkpoint's student.
-    kind: kind of the labels, "depth" or "boxes".
+    folder: see `loading.load`; a run loads its latest student.
+    kind: kind of labels, "depth" or "boxes".
     phrases: queries, for boxes.
-    mesh: this host's mesh; all its devices by default.
+    mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
     dtype: computation dtype.
     side: side of depth labels, in pixels.
-    threshold: boxes with a higher score are labelled.
+    threshold: minimum score of a box, exclusive.
     nms, max_boxes, min_side, max_area: see `detections.select`.
 
   Raises:
     MissingFileError: the folder can't be opened.
     InputError: the model lacks the heads, or `phrases` is missing for boxes.
-    ConfigError: an option is out of its range.
+    ConfigError: an option is out of range.
   """
   if kind == "boxes" and phrases is None:
     raise InputError(

@@ -1,8 +1,8 @@
-"""FLOPs of a train step: of each part analytically, and of the compiled step.
+"""FLOPs of a train step: analytically by part, and of the compiled step.
 
-`count` traces a function and adds up its matrix products and convolutions by
-shape. `step_flops` traces the parts of a step one by one, each encoding once.
-If the whole step costs no more than their sum, nothing is computed twice.
+`count` traces a function and adds up the FLOPs of its matrix products and
+convolutions. `step_flops` traces each part of a step, each encoding once. If
+the whole step costs no more than the sum, nothing is computed twice.
 """
 
 import dataclasses
@@ -38,19 +38,19 @@ from mtv_jax.utils.errors import check_choice
 class Cost(NamedTuple):
   """Cost of a traced function."""
 
-  flops: float  # FLOPs of its matrix products and convolutions.
+  flops: float  # FLOPs of matrix products and convolutions.
   reads: list[bool]  # Whether the results depend on each argument leaf.
 
 
 def count(
   function: Callable[..., PyTree], *args: PyTree, keep: Sequence[bool] = ()
 ) -> Cost:
-  """Counts the FLOPs of a function from its jaxpr; computes nothing.
+  """Counts the FLOPs of a function from its jaxpr, without running it.
 
-  Dead code is free, repeated code counts once, and the body of a loop counts as
-  often as it runs. Of a conditional the branch of False counts, see
-  `hlo.Module.run_counts`. `keep` are the needed leaves of the result, all by
-  default.
+  Dead code is free, common subexpressions count once, and a loop body counts
+  once per iteration. A conditional counts its False branch, see
+  `hlo.Module.run_counts`. `keep` flags the result leaves that are needed;
+  default: all.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   return _count_live(jaxpr, list(keep or [True] * len(jaxpr.outvars)))
@@ -77,7 +77,7 @@ def _count_live(jaxpr: Any, keep: list[bool]) -> Cost:
 
 
 def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
-  """Variables of repeated operations, each with its first equal variable."""
+  """Maps the outputs of repeated operations to the first equal variable."""
   equations: dict[Any, Any] = {}
   first: dict[Any, Any] = {}
   for eqn in jaxpr.eqns:
@@ -87,8 +87,9 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
       else first.get(var, var)
       for var in eqn.invars
     )
-    # Callables, of custom derivatives, are new at every call and have no effect
-    # after differentiation. Jaxprs of equal text differ only in constants.
+    # Ignores callables: those of custom derivatives differ at every call and
+    # have no effect after differentiation. Jaxprs of equal text differ only in
+    # constants.
     params = tuple(
       (key, id(value) if getattr(value, "consts", None) else str(value))
       for key, value in sorted(eqn.params.items())
@@ -105,7 +106,7 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
-  """FLOPs of one operation, and which of its inputs it reads."""
+  """FLOPs of one operation, and which inputs it reads."""
   every, name = [True] * len(eqn.invars), eqn.primitive.name
   shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
   if name == "dot_general":
@@ -127,7 +128,7 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
   if bodies and name == "cond":
     costs, reads = zip(*(_count_live(b, needed) for b in bodies), strict=True)
     return Cost(costs[0], [True, *map(any, zip(*reads, strict=True))])
-  # A loop needs all of its results: the next iteration reads them.
+  # A loop needs all its results: the next iteration reads them.
   costs = [_count_live(b, [True] * len(b.outvars)).flops for b in bodies]
   return Cost(sum(costs, 0.0) * eqn.params.get("length", 1), every)
 
@@ -137,9 +138,9 @@ class StepFlops:
   """FLOPs of a train step per image."""
 
   parts: dict[str, float]  # Forward and backward.
-  traced: float  # FLOPs of the whole step, counted like the parts.
-  compiled: float | None  # By XLA, with elementwise operations.
-  alone: dict[str, float]  # Of steps of one group of objectives each.
+  traced: float  # Whole step, counted like the parts.
+  compiled: float | None  # XLA's count, with elementwise operations.
+  alone: dict[str, float]  # Steps with one group of objectives each.
   batch_size: int
 
   @property
@@ -149,11 +150,11 @@ class StepFlops:
 
   @property
   def share(self) -> float:
-    """One step with all objectives over one step for each group."""
+    """FLOPs of the joint step over the sum of the groups' separate steps."""
     return self.traced / sum(self.alone.values())
 
   def to_json(self) -> str:
-    """As one line of JSON."""
+    """The values as one line of JSON."""
     parts = [dict(name=name, flops=flops) for name, flops in self.parts.items()]
     more = dict(parts=parts, total=self.total, share=self.share)
     return json.dumps({**dataclasses.asdict(self), **more})
@@ -178,14 +179,14 @@ class StepFlops:
 def run(
   config: Config | RunConfig, *, batch_size: int = 64, compile: str = "no"
 ) -> StepFlops:
-  """Counts the train step of a config; opens no data, needs no accelerator.
+  """Counts the FLOPs of a config's train step, without rematerialisation.
 
-  Nothing is rematerialised.
+  Opens no data and needs no accelerator.
 
   Args:
-    config: as `train` takes it.
-    batch_size: the counted step's; the cost per image hardly depends on it.
-    compile: "no", or "whole" for XLA's count as well, see `step_flops`.
+    config: a config as `train` takes it.
+    batch_size: batch size; the cost per image hardly depends on it.
+    compile: "no", or "whole" to add XLA's count, see `step_flops`.
   """
   config = resolve(config)
   spec = build_long_step_spec(config)
@@ -196,10 +197,10 @@ def run(
 
 
 def build_long_step_spec(config: RunConfig) -> StepSpec:
-  """The train step of a config, of a run without end; opens no data.
+  """Builds the train step of a very long run of a config; opens no data.
 
-  Every objective starts before its last step, also one that starts at a share
-  of the steps or after some epochs.
+  In a long run every objective starts, even after a fraction of the steps or
+  some epochs.
   """
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
@@ -207,8 +208,8 @@ def build_long_step_spec(config: RunConfig) -> StepSpec:
 
 
 def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
-  """Shapes and dtypes of a batch's rows; opens no data and no tokenizer."""
-  # The shapes are the same with any tokenizer.
+  """Shapes and dtypes of a batch's rows; opens neither data nor tokenizer."""
+  # Shapes do not depend on the tokenizer.
   text = config.model.text
   tokenizer = tokenizers.build_tokenizer("bytes") if text else None
   return ops.build_ops(
@@ -236,7 +237,7 @@ def make_views(
   names: Sequence[str] | None = None,
   mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-  """Views of a batch at step 0 by name, all of the config's or some."""
+  """Computes views of a batch at step 0, `{name: view}`; default: all views."""
   images, sizes = batch["image"], batch["image_size"]
   step = jnp.zeros((), jnp.int32)
   keys = forward_lib.view_keys(spec, step, len(images), mesh)
@@ -247,7 +248,7 @@ def make_views(
 
 
 def without_recomputation(spec: StepSpec) -> StepSpec:
-  """The same step with nothing computed twice to save memory."""
+  """Removes rematerialisation, chunking and accumulation from a step."""
   none = dict(chunk=None, remat="none")
   objectives = {
     name: dataclasses.replace(
@@ -260,7 +261,7 @@ def without_recomputation(spec: StepSpec) -> StepSpec:
     objectives=objectives,
     remat=Remat("none"),
     accumulate=1,
-    # Kernels hide their products, and blocks of queries are recomputed.
+    # Kernels hide their matrix products, and recompute blocks of queries.
     runtime={**spec.runtime, "attention": attention.PLAIN},
   )
 
@@ -270,7 +271,7 @@ def model_flops(
   tx: optax.GradientTransformation,
   batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
 ) -> float:
-  """FLOPs of a step without recomputation, as MFU counts them."""
+  """Model FLOPs of a step, without recomputation, as in MFU."""
   return _count_step(without_recomputation(spec), tx, batch)
 
 
@@ -286,14 +287,14 @@ def step_flops(
   *,
   compile: str = "no",
 ) -> StepFlops:
-  """Counts the parts of a step, and the whole.
+  """Counts the FLOPs of each part of a step, and of the whole step.
 
-  With `compile="whole"` XLA compiles and counts the step as well, for one
-  device and with unrolled layers (two minutes for a ViT-L).
+  `compile="whole"` adds XLA's count of the step, compiled for one device with
+  unrolled layers (two minutes for a ViT-L).
   """
   check_choice("compile", compile, ("no", "whole"))
   rows = batch["image"].shape[0]
-  # As separate runs train them: objectives with a teacher share one.
+  # Groups that separate runs would train: objectives with a teacher share one.
   distilled = tuple(
     n for n in spec.objectives if spec.select_objectives((n,)).has_teacher
   )
@@ -320,14 +321,14 @@ def _xla_flops(spec: StepSpec, batch: Any, tx: Any) -> float:
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(unrolled, tx, mesh)
   lowered = program.update.lower(program.abstract, batch)
-  # The count is that of the HLO: machine code may be of any quality.
+  # XLA counts the HLO, so skip optimizing machine code.
   cpu = jax.default_backend() == "cpu"
   options = {"xla_backend_optimization_level": 0} if cpu else {}
   return lowered.compile(options).cost_analysis()["flops"]
 
 
 def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
-  """FLOPs per batch of every part of a step, each traced on its own."""
+  """FLOPs per batch of each part of a step, traced separately."""
   state, parts = abstract_state(spec, tx), {}
   views = jax.eval_shape(functools.partial(make_views, spec), batch)
   for name in views:
@@ -387,7 +388,7 @@ def _count_with_gradient(
   outputs: PyTree,
   keep: Sequence[bool],
 ) -> float:
-  """A forward pass and its VJP from the needed results to `args[0]`."""
+  """FLOPs of a forward pass and its VJP from needed results to `args[0]`."""
 
   def select(tree):
     return list(itertools.compress(jax.tree.leaves(tree), keep))
@@ -400,7 +401,7 @@ def _count_with_gradient(
 
 
 def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
-  """Heads and loss of a step with one objective, forward and backward."""
+  """FLOPs of one objective's heads and loss, forward and backward."""
   (name,) = spec.objectives
   students, teachers = (
     {e: encoded[e] for e in spec.plan if (e.weights != base.STUDENT) == teacher}

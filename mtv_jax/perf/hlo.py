@@ -1,7 +1,7 @@
-"""Compiled HLO, parsed from its text: collectives, largest arrays, FLOPs.
+"""Parser of compiled HLO text: collectives, largest arrays, FLOPs.
 
-An instruction in a loop counts as often as the loop runs; XLA's cost analysis
-counts it once. A `program` is a compiled program, its text, or a `Module`.
+An instruction in a loop counts once per iteration; XLA's cost analysis counts
+it once. A `program` is a compiled program, its text, or a `Module`.
 """
 
 import collections
@@ -34,7 +34,7 @@ _CALLED = re.compile(
 )
 _KERNEL_FLOPS = re.compile(r'"cost_estimate": ?\{[^}]*"flops": ?"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles": ?"?(\d+)')
-_UNKNOWN_CYCLES = 2**48  # Days of a chip; of some loops it gives 2^64 - 1.
+_UNKNOWN_CYCLES = 2**48  # Days on a chip; XLA reports 2^64 - 1 for some loops.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -44,8 +44,8 @@ class Shape:
 
   text: str  # Dtype and dimensions, such as 'bf16[8,128]'.
   dims: tuple[int, ...]
-  bytes: int  # Size without padding.
-  padded: int  # Size in bytes with the padding of the layout's tiles.
+  bytes: int  # Without padding.
+  padded: int  # Bytes, padded to the layout's tiles.
   space: int = 0  # Memory space; 0 is HBM.
 
 
@@ -61,12 +61,12 @@ class Instruction:
 
   @property
   def operands(self) -> list[str]:
-    """Names of the instructions whose results this one reads."""
+    """Names of the instructions whose results are read."""
     return _OPERAND.findall(self.arguments)
 
   @property
   def scope(self) -> str:
-    """`op_name` of the metadata, the operation in the JAX source."""
+    """`op_name` metadata: the operation in the JAX source."""
     scope = _SCOPE.search(self.text)
     return scope[1] if scope else ""
 
@@ -97,8 +97,8 @@ class Module:
   def run_counts(self) -> dict[str, float]:
     """How often each computation runs.
 
-    Of a conditional the branch of False counts, or of index 0: the train step
-    has the rare case, a fallback, in the other one.
+    A conditional counts its False branch, or branch 0: in the train step, True
+    is a rare fallback.
     """
     counts: dict[str, float] = collections.defaultdict(float)
 
@@ -120,7 +120,7 @@ class Module:
 
   @functools.cached_property
   def fused_computations(self) -> frozenset[str]:
-    """Computations inside of an instruction, which allocate nothing."""
+    """Computations inside an instruction such as a fusion; allocate nothing."""
     return frozenset(
       called
       for computation in self.computations.values()
@@ -158,7 +158,7 @@ def parse(program: Any) -> Module:
       if root:
         roots[current] = new
     elif new is not None:
-      # The metadata of Pallas kernels contain line breaks.
+      # Metadata of Pallas kernels contains line breaks.
       new = dataclasses.replace(new, text=f"{new.text}\n{line}")
       computations[current][new.name] = new
       if current in roots and roots[current].name == new.name:
@@ -171,7 +171,7 @@ def parse(program: Any) -> Module:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-  """The arrays of a type, 'f32[8]{0}' or '(f32[8]{0}, s32[])'."""
+  """Parses the arrays of a type, 'f32[8]{0}' or '(f32[8]{0}, s32[])'."""
   return tuple(_shape(*match) for match in _ARRAY.findall(text))
 
 
@@ -202,10 +202,9 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
-  """The trip count that XLA noted, or the one that the condition implies.
+  """The trip count that XLA recorded, or that the condition implies.
 
-  Supports loops from a constant to a constant by a constant step; any other
-  counts as 1.
+  Supports constant start, end and step; further loops count as 1.
   """
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
     return int(known[1])
@@ -236,12 +235,12 @@ def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
     if update.opcode == "add":
       steps = [_number(body, name, "constant") for name in update.operands]
   step = next((step for step in steps if step and step > 0), 1)
-  # JAX's loops count from 0, where the initial value can't be followed.
+  # If the start is unknown, assumes 0, as in JAX's loops.
   return len(range(first or 0, last + (compare[1] == "LE"), step))
 
 
 def _number(computation: Computation, name: str, opcode: str) -> int | None:
-  """A constant's value or a tuple element's index, looking through copies."""
+  """A constant's value or a tuple element's index, through copies."""
   source = computation[name]
   while source.opcode in ("copy", "bitcast") and source.operands:
     source = computation[source.operands[0]]
@@ -251,8 +250,8 @@ def _number(computation: Computation, name: str, opcode: str) -> int | None:
   return int(number[0]) if number and source.opcode == opcode else None
 
 
-# Bytes that a chip receives per byte of its operand in a group of n chips, by
-# bidirectional ring algorithms, the best for large arrays.
+# Bytes that a chip receives per operand byte in a group of n chips, with
+# bidirectional ring algorithms, which are the best for large arrays.
 _RECEIVED = {
   "all-gather": lambda n: n - 1,
   "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -269,12 +268,12 @@ class Collective:
   """One collective of a compiled program."""
 
   kind: str  # 'all-gather', 'all-reduce', ...
-  name: str  # Name of the instruction.
-  shape: str  # Shapes of the operands on one chip.
+  name: str  # Instruction name.
+  shape: str  # Operand shapes on one chip.
   result: int  # Bytes of the result on one chip.
   group: int  # Number of chips in the replica group.
   count: float  # Executions per step.
-  bytes: float  # Received by a chip per step.
+  bytes: float  # Bytes that a chip receives per step.
   scope: str  # The operation in the JAX source.
 
 
@@ -283,8 +282,8 @@ def collectives(program: Any) -> tuple[Collective, ...]:
   module, rows = parse(program), []
   for instruction, computation, times in module.executed():
     kind = instruction.opcode.removesuffix("-start")
-    # The TPU compiler cuts a collective into a chain of pieces that overlap
-    # with compute; each repeats the whole operand, and the first one counts.
+    # The TPU compiler splits a collective into a chain of pieces to overlap
+    # with compute. Each repeats the whole operand; only the first counts.
     is_later_piece = 'chain_id="' in instruction.text and not any(
       'custom_call_target="AsyncCollectiveStart"' in other.text
       for other in computation.values()
@@ -311,7 +310,7 @@ def group_size(instruction: Instruction, partitions: int) -> int:
   text = instruction.text
   if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
     return pairs[1].count("{") or 1
-  # {{0,1},{2,3}}; [2,2]<=[4], sizes first; mesh['a'=2,'b'=4] {'b'}.
+  # {{0,1},{2,3}}; [groups,size]<=[4]; mesh['a'=2,'b'=4] {'b'}.
   if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
     return len(groups[1].split(","))
   if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
@@ -325,7 +324,7 @@ def group_size(instruction: Instruction, partitions: int) -> int:
 
 
 def sum_by_kind(rows: Iterable[Collective]) -> dict[str, tuple[float, float]]:
-  """`{kind: (executions per step, bytes per chip and step)}`."""
+  """Sums by kind: `{kind: (executions per step, bytes per chip and step)}`."""
   totals: dict[str, tuple[float, float]] = {}
   for row in rows:
     count, size = totals.get(row.kind, (0.0, 0.0))
@@ -343,9 +342,9 @@ ALIASES = (
 def largest_temporaries(
   program: Any, *, limit: int = 10
 ) -> list[dict[str, Any]]:
-  """The largest arrays that a program allocates in HBM, not all at a time.
+  """The largest arrays that a program allocates in HBM, not all live at once.
 
-  For each shape and scope: `bytes` of an array with padding, `shape`, `name`
+  Each shape and scope has one row: padded `bytes` of one array, `shape`, `name`
   of an instruction that computes it, `scope`, and the `count` of arrays.
   """
   module = parse(program)
@@ -366,10 +365,10 @@ def largest_temporaries(
 
 
 def count_flops(program: Any, dtype: str = "") -> float:
-  """FLOPs of the matrix products and convolutions of one chip.
+  """FLOPs of one chip's matrix products and convolutions.
 
-  A Pallas kernel counts its estimate, or `attention.kernel_flops`; else 0.
-  With a `dtype`, such as "s8", only products whose operands all have it count.
+  A Pallas kernel counts its cost estimate, or `attention.kernel_flops`, or 0.
+  `dtype`, such as "s8", counts only products whose operands all have it.
   """
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
   total = 0.0
@@ -379,7 +378,7 @@ def count_flops(program: Any, dtype: str = "") -> float:
       if all(shape.text.startswith(dtype) for shape in operands):
         dims = (shape.dims for shape in operands)
         total += times * costs[instruction.opcode](instruction, *dims)
-    elif dtype:  # Kernels have no 8-bit products.
+    elif dtype:  # Kernels don't compute 8-bit products.
       continue
     elif estimate := _KERNEL_FLOPS.search(instruction.text):
       total += times * int(estimate[1])
@@ -392,10 +391,10 @@ def count_flops(program: Any, dtype: str = "") -> float:
 
 
 def count_cycles(program: Any) -> float:
-  """Clock cycles of a step as the TPU compiler estimates them.
+  """The TPU compiler's estimate of a step's clock cycles.
 
-  It plans its schedule by them, and leaves out collectives, transfers and
-  Pallas kernels.
+  The compiler schedules by this estimate. It excludes collectives, transfers
+  and Pallas kernels.
   """
   total = 0.0
   for instruction, _, times in parse(program).executed():
@@ -443,11 +442,11 @@ def convolution_flops(
   specs: Sequence[Sequence[int]],
   window: Mapping[str, Any],
 ) -> float:
-  """Two FLOPs for each output and each tap that reads an element of the input.
+  """FLOPs of a convolution: two for each tap that reads an input element.
 
-  The other taps read padding, or zeros that dilation inserts.
+  Taps that read padding, or zeros inserted by dilation, are free.
 
-  `shapes` has those of input, kernel and output, `specs` their axes (see
+  `shapes` are the shapes of input, kernel and output; `specs` their axes (see
   `jax.lax.ConvDimensionNumbers`); `window` has `window_strides`, `padding`,
   `lhs_dilation` and `rhs_dilation` of `jax.lax.conv_general_dilated`.
   """

@@ -1,11 +1,10 @@
 """Roofline of a compiled step: a lower bound of its time on a chip.
 
-The compute units, the memory, the links and the connection to the host of a
-chip each take at least their work over their peak rate. If they overlap
-perfectly, the slowest is the bound.
+Compute, memory, links and host connection each take at least their work divided
+by their peak rate. The slowest is the bound, since they may overlap perfectly.
 
-It leaves out the network between slices, and the bytes that a broadcast or an
-iota writes outside of fusions.
+Ignores the network between slices, and bytes written by a broadcast or an iota
+outside fusions.
 """
 
 import dataclasses
@@ -13,9 +12,9 @@ from typing import Any
 
 from mtv_jax.perf import hlo, topologies
 
-# These read and write nothing, or are left out.
+# Instructions without memory traffic, or whose traffic is ignored.
 _FREE = (*hlo.ALIASES, "partition-id", "replica-id", "iota", "broadcast")
-# Calls that name memory: of a loop's results, and of slices side by side.
+# Custom calls that only allocate or alias memory.
 _FREE_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 _SLICES = ("dynamic-slice", "slice", "gather")
 _HOST = 5  # Memory space of the host.
@@ -45,9 +44,9 @@ def estimate(
   host_bytes: float | int = 0,
   int8_flops: float | int = 0,
 ) -> Roofline | None:
-  """The roofline of a chip's step, of its FLOPs and bytes.
+  """Computes the roofline from the FLOPs and bytes of a chip's step.
 
-  `int8_flops` of its `flops` have operands of 8-bit integers; all others are
+  `int8_flops` is the part of `flops` with 8-bit integer operands; the rest is
   timed at the bfloat16 peak. None if the chip's rates are unknown.
   """
   rates = (
@@ -67,9 +66,9 @@ def estimate(
 def count_hbm_bytes(program: Any) -> float:
   """Bytes of HBM that a program reads and writes, with padding.
 
-  Each instruction reads its operands and writes its result. A slice reads what
-  it takes, and an update in place writes what it changes, also inside of a
-  fusion. Arrays in other memories are free.
+  Each instruction reads its operands and writes its result. A slice reads only
+  the slice and an in-place update writes only the update, also inside fusions.
+  Arrays outside HBM are free.
   """
   module = hlo.parse(program)
   total = 0.0
@@ -88,7 +87,7 @@ def count_host_bytes(program: Any) -> float:
   total = 0.0
   for instruction, _, times in hlo.parse(program).executed():
     if instruction.opcode.endswith("-start"):
-      # A whole and a part of it, or equal ones.
+      # The whole array and a slice, or two equal arrays.
       arrays = _arrays(instruction)
       if _HOST in [array.space for array in arrays]:
         total += times * min(array.padded for array in arrays)
@@ -114,7 +113,8 @@ def _traffic(module, computation, instruction) -> int:
 def _arrays(instruction) -> list[hlo.Shape]:
   """Arrays of an instruction's type, without indices and semaphores.
 
-  Of a start (operand, result), of a copy's or an update's (result, operand).
+  An asynchronous start has (operand, result), but a copy's or an update's has
+  (result, operand).
   """
   return [shape for shape in instruction.shapes if shape.dims]
 
@@ -148,7 +148,7 @@ def _read(module, computation, user, operand) -> int:
 
 
 def _read_inside(module, body, name, whole) -> int:
-  """Bytes that the body of a fusion reads of a parameter, at most `whole`."""
+  """Bytes of a parameter that a fusion's body reads, at most `whole`."""
   total = 0
   for user in body.values():
     if name not in user.operands:
@@ -177,7 +177,7 @@ def _written(module, computation, instruction) -> int:
     outputs = [root]
     if root.opcode == "tuple":
       outputs = [body[name] for name in root.operands]
-    # Shapes inside of a fusion may lack the memory space of its result.
+    # Shapes inside a fusion may lack the result's memory space.
     updates = 0
     for output, shape in zip(outputs, instruction.shapes, strict=False):
       while output.opcode == "bitcast":

@@ -1,7 +1,7 @@
-"""Device topologies to compile for, and the chips that they consist of.
+"""Device topologies to compile for, and their chips.
 
-`libtpu` compiles for TPUs on any machine, out-of-memory errors included. This
-is the only module that uses `jax.experimental.topologies`.
+`libtpu` compiles for TPUs on any machine and reports out-of-memory errors. Only
+this module uses `jax.experimental.topologies`.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One accelerator, which is one JAX device."""
+  """One accelerator, a single JAX device."""
 
   kind: str  # Such as 'v5e', 'cpu' or 'H100'.
-  hbm_bytes: int | None  # Limit for a program; None if unknown.
+  hbm_bytes: int | None  # Limit of a program; None if unknown.
   peak_bf16_flops: float | None  # Dense FLOP/s; None if unknown.
-  axes: int = 0  # Dimensions of the torus; 0 for no torus.
+  axes: int = 0  # Dimensions of the torus; 0 without a torus.
   hbm_bandwidth: float | None = None  # Bytes per second.
   # Bytes per second that a chip receives over all links; None if unknown.
   link_bandwidth: float | None = None
-  host_bandwidth: float | None = None  # Bytes per second from or to its host.
+  host_bandwidth: float | None = None  # Bytes per second from or to the host.
   peak_int8_flops: float | None = None  # Operations per second.
 
 
@@ -53,8 +53,8 @@ def _tpu(
   )
 
 
-# Rates: cloud.google.com/tpu/docs. Memory: as the compiler reports it for a
-# program that does not fit.
+# Rates: cloud.google.com/tpu/docs. Memory: the limit in the compiler's
+# out-of-memory error.
 TPUS = {
   "v4": _tpu("v4", 30.75, 3, bf16=275e12, int8=275e12, hbm=1.2e12, links=3e11),
   "v5e": _tpu("v5e", 15.75, 2, bf16=197e12, int8=393e12, hbm=819e9, links=2e11),
@@ -69,7 +69,7 @@ _GPUS_PER_HOST = 8
 
 
 def _gpu(model: str, gigabytes: int, flops: float | None) -> Chip:
-  # CUDA, NCCL and the allocator take a share of the nominal memory.
+  # CUDA, NCCL and the allocator use some of the nominal memory.
   return Chip(model, int(0.92 * gigabytes * 1e9), flops)
 
 
@@ -81,7 +81,7 @@ GPUS = {
   "H200": _gpu("H200", 141, 989e12),
   "L4": _gpu("L4", 24, 121e12),
 }
-# Shapes of two-dimensional slices by their number of chips.
+# Shapes of two-dimensional slices by number of chips.
 _SQUARES = {
   1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8",
   128: "8x16", 256: "16x16",
@@ -90,7 +90,7 @@ _NAME = re.compile(
   r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)(?P<sign>[:-])(?P<shape>[\w.-]+)"
 )
 _ALIASES = {"v5litepod": "v5e"}
-# JAX's `device_kind` of the chips.
+# JAX's `device_kind` to our names.
 _DEVICE_KINDS = {
   "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
   "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
@@ -106,14 +106,14 @@ class Topology:
   chip: Chip
   chips: int  # Total over all slices.
   hosts: int  # Total over all slices.
-  shape: str = ""  # Torus of a slice, such as '16x16'; '' for none.
+  shape: str = ""  # Torus of a slice, such as '16x16'; '' without a torus.
   slices: int = 1  # Connected by the data-centre network.
-  host_bounds: tuple[int, int, int] = (1, 1, 1)  # Chips of a host by axis.
-  is_local: bool = False  # The devices that JAX has, see `describe_local`.
+  host_bounds: tuple[int, int, int] = (1, 1, 1)  # Chips per host, by axis.
+  is_local: bool = False  # This run's devices, see `describe_local`.
 
   @property
   def is_tpu(self) -> bool:
-    """Whether programs are compiled for the chips themselves."""
+    """Whether the chips are TPUs, so that programs compile for them exactly."""
     return self.chip.axes > 0
 
   def __str__(self) -> str:
@@ -127,9 +127,9 @@ class Topology:
 def parse(name: str) -> Topology:
   """Parses a topology name, see `EXAMPLES`.
 
-  'KIND:SHAPE' of a TPU ('v5e-256' and 'v5litepod-256' are 'v5e:16x16'), with
-  'Nx' before it for N slices; 'cpu:N' for N devices of this machine's CPU;
-  'gpu:NxMODEL' or 'gpu:NxSIZEGB' for N GPUs.
+  'KIND:SHAPE' is a TPU slice ('v5e-256' and 'v5litepod-256' mean 'v5e:16x16');
+  the prefix 'Nx' means N slices. 'cpu:N' is N CPU devices of this machine,
+  'gpu:NxMODEL' or 'gpu:NxSIZEGB' is N GPUs.
   """
   try:
     return _parse(name)
@@ -184,7 +184,7 @@ def _parse_tpus(
     )
   chips = math.prod(sides)
   bounds = (1, 1, 1) if chips == 1 else (2, 2, 1)
-  if sides == [2, 4]:  # One host; larger slices are hosts of four chips.
+  if sides == [2, 4]:  # One host; larger slices have four chips per host.
     bounds = (2, 4, 1)
   if any(s % b for s, b in zip(sides, bounds, strict=False)):
     raise ConfigError(
@@ -201,11 +201,11 @@ def _parse_tpus(
 
 
 def describe_local() -> Topology:
-  """The devices of this run, of all processes, which call it together.
+  """Describes this run's devices; all processes must call it together.
 
-  The memory of GPUs is the least of all processes.
+  GPU memory is the minimum over processes.
   """
-  # The first of all devices has memory statistics in its own process alone.
+  # Only local devices have memory statistics.
   device = jax.local_devices()[0]
   kind = device.device_kind
   if device.platform == "cpu":
@@ -232,8 +232,8 @@ def _number(text: str) -> int:
 def devices(topology: Topology) -> list[jax.Device]:
   """Devices of a topology, to compile for.
 
-  TPU devices are compile-only. For GPUs these are CPU devices of this machine:
-  the memory is an estimate.
+  TPU devices are compile-only. GPUs are replaced by CPU devices of this
+  machine: memory is an estimate.
   """
   if topology.is_local:
     return jax.devices()
@@ -258,7 +258,7 @@ def devices(topology: Topology) -> list[jax.Device]:
   }
   if topology.chip.kind == "v4":
     options["chip_config_name"] = "megacore"  # Joins a chip's two cores.
-  # Without these libtpu looks for a TPU and locks it.
+  # Otherwise libtpu looks for a TPU and locks it.
   environment = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -284,8 +284,8 @@ def devices(topology: Topology) -> list[jax.Device]:
 def use_cpu(topology: Topology | None = None) -> None:
   """Restricts JAX to CPU devices, as many as a CPU or GPU topology has.
 
-  Call this before JAX starts a backend: a process that starts a real TPU cannot
-  compile for another topology.
+  Call this before JAX starts a backend: a process that has started a real TPU
+  can't compile for a different topology.
   """
   jax.config.update("jax_platforms", "cpu")
   if topology and not topology.is_tpu and topology.chips > 1:

@@ -1,1 +1,1 @@
-"""Inspection of label sets before training: sheet, page, statistics."""
+"""Inspection of label sets: sheet, page, statistics."""

@@ -1,4 +1,4 @@
-"""Records with their labels drawn: cards, and a sheet of them."""
+"""Cards: records drawn with their labels, and sheets of cards."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Card:
   """A record and its labels."""
 
   key: str
-  # By kind ("image", "boxes", "depth"), all of one shape.
+  # By kind ("image", "boxes", "depth"), of equal shapes.
   images: Mapping[str, UInt8[np.ndarray, "h w 3"]]
-  notes: tuple[str, ...]  # what the images don't show
+  notes: tuple[str, ...]  # errors and ranges, which the images don't show
   size: str = ""  # such as "640 x 480"; empty if the image can't be decoded
   captions: tuple[str, ...] = ()
-  # Phrases of the boxes with their scores (unless 1), best first, and the
-  # number of each; then those whose name did not fit on the image.
+  # Phrases with scores (unless 1), best first, to number of boxes; `unnamed`
+  # counts boxes without room for their name on the image.
   names: Mapping[str, int] = dataclasses.field(default_factory=dict)
   unnamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -49,9 +49,9 @@ def draw_card(
   size: int,
   min_score: float | int = 0.0,
 ) -> Card:
-  """Draws record `i` of a source and its labels by kind.
+  """Draws record `i` of a source with its labels, given by kind.
 
-  `size` is the longer side of the images, `min_score` the minimum of a box.
+  `size` is the images' longer side in pixels, `min_score` the minimum score.
   """
   notes: list[str] = []
   image = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)
@@ -90,7 +90,7 @@ def draw_card(
 def _read_label(
   labels: JoinedLabels, i: int, record: Mapping[str, Any], notes: list[str]
 ) -> BoxLabel | DepthLabel | str:
-  """The label of a record, or why there is none."""
+  """The label of a record, or why it is missing."""
   try:
     return labels.get(i, record) or f"no label of {labels.kind}"
   except BadRecord as error:
@@ -101,7 +101,7 @@ def _read_label(
 def _draw_boxes(
   image: np.ndarray, label: BoxLabel | str, min_score: float | int
 ) -> tuple[np.ndarray, list[str], tuple[int, ...]]:
-  """The image with boxes, their names, and the indices of unnamed ones."""
+  """Returns the image with boxes, the names, and indices of unnamed boxes."""
   if isinstance(label, str):
     return plots.add_title_bar(image, label), [], ()
   count = len(label.boxes)
@@ -112,7 +112,7 @@ def _draw_boxes(
   order = np.argsort(-label.scores, kind="stable")
   phrases = [label.phrases[i] for i in order]
   scores = [_format_score(s) for s in label.scores[order].tolist()]
-  # Equal phrases have equal colours on all images.
+  # Equal phrases have equal colours in all images.
   colours = _COLOURS[[phrase_id(phrase) % len(_COLOURS) for phrase in phrases]]
   drawn, unnamed = plots.draw_boxes(
     image, label.boxes[order], phrases, colours=colours, suffixes=scores
@@ -130,12 +130,12 @@ def _format_score(score: float) -> str:
 def _draw_depth(
   image: np.ndarray, label: DepthLabel | str, notes: list[str]
 ) -> np.ndarray:
-  """The depth in colours at the shape of the image."""
+  """Draws a depth map in colours, resized to the image."""
   height, width = image.shape[:2]
   if isinstance(label, str):
     striped = plots.hatch(image, np.ones((height, width), bool))
     return plots.add_title_bar(striped, label)
-  # Nearest, since a mean of stored pixels is not a label.
+  # Nearest neighbour: interpolated values are not labels.
   values = cv2.resize(
     label.values, (width, height), interpolation=cv2.INTER_NEAREST
   )
@@ -149,14 +149,14 @@ def _draw_depth(
 
 
 def count_names(names: Mapping[str, int]) -> list[str]:
-  """Names, with their count if it is more than one."""
+  """Names with their counts, if above 1."""
   return [name if n == 1 else f"{name} ×{n}" for name, n in names.items()]
 
 
 def draw_sheet(
   cards: Sequence[Card], *, title: str, size: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A sheet of cards; their images' longer side is `size`."""
+  """Draws cards on one sheet; `size` is the longer side of their images."""
   width = max(len(card.images) for card in cards) * (size + GAP) - GAP
   pitch = width + 2 * GAP
   columns = min(max(1, (_SHEET_WIDTH + 2 * GAP) // pitch), len(cards))
@@ -176,7 +176,7 @@ def draw_sheet(
 
 
 def _draw_card(card: Card, width: int, size: int) -> np.ndarray:
-  """Images in a row above lines of text."""
+  """Draws a card: its images in a row above lines of text."""
   notes = [*card.notes]
   if card.unnamed:
     notes.append("no room for: " + ", ".join(count_names(card.unnamed)))
@@ -196,7 +196,7 @@ def _draw_card(card: Card, width: int, size: int) -> np.ndarray:
 
 
 def _draw_legend() -> np.ndarray:
-  """The colours of depth."""
+  """Draws the colour scale of depth."""
   length, height = _LEGEND
   ramp = np.tile(np.linspace(0, 1, length, dtype=np.float32), (height, 1))
   mask = np.ones((height, 28), bool)

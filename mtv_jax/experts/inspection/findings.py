@@ -1,7 +1,7 @@
-"""Unusual values in the statistics of a label set, as sentences.
+"""Findings: unusual statistics of a label set, as sentences.
 
-A finding is not an error; it is worth a look at the images before a long run.
-The thresholds are this project's choice.
+A finding is not an error, but suggests looking at the images before a long run.
+The thresholds are our choice.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from mtv_jax.experts.inspection import statistics
 from mtv_jax.utils.text import format_percent
 
-# Fractions of records, boxes, images or maps that are reported.
+# Reported fractions of records, boxes, images or maps.
 _UNLABELLED, _HALF = 0.2, 0.5
 _ONE_PHRASE, _AT_LIMIT, _ODD_MAPS = 0.3, 0.1, 0.05
-# Fewer boxes have no meaningful fractions.
+# Fractions of fewer boxes are not meaningful.
 _MIN_BOXES = 20
 
 _TEXTS = {
@@ -49,7 +49,7 @@ _TEXTS = {
   "sides": "The maps have different sides: {} pixels.",
 }
 
-# By name of a possible finding: whether it applies, and the values of its text.
+# Maps a finding's name to (whether it applies, *values of its text).
 _Rules = dict[str, tuple[Any, ...]]
 
 
@@ -69,7 +69,7 @@ def _read_rules(stats: Mapping[str, Any]) -> _Rules:
   read = stats["read"]
   example = next(iter(read["examples"]), None)
   missing = 1 - stats["labelled"] / max(stats["records"], 1)
-  # Changed labels have reasons, too.
+  # `reasons` includes changed labels, too.
   reasons = list(stats["reasons"].items())[:2]
   why = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
   why = why and f" The most frequent reasons in the manifest: {why}."
@@ -86,7 +86,7 @@ def _box_rules(stats: Mapping[str, Any]) -> _Rules:
     return {"no_boxes": (True, scores)}
   many, less = stats["images_with_most_boxes"], stats["images_with_one_less"]
   most = stats["boxes_an_image"]["max"]
-  # Without a limit, a count is about as frequent as the next.
+  # Without a limit, neighbouring counts are about equally frequent.
   limited = many > max(_AT_LIMIT, 2 * less) and most <= statistics.MAX_COUNT
   low, high = stats["scores"]["min"], stats["scores"]["max"]
   phrase, count = stats["phrases"]["most_frequent"][0]

@@ -25,10 +25,10 @@ from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.utils.threads import map_ahead
 
-_CHUNK = 512  # labels that are added, and read ahead, at a time
+_CHUNK = 512  # labels that are read ahead and added at a time
 _EXAMPLES = 3  # messages about corrupt labels
-_DISTINCT = 200_000  # phrases that are counted exactly, at least
-# Hashes that estimate the number of distinct phrases: an error of 3 %.
+_DISTINCT = 200_000  # minimum number of phrases that are counted exactly
+# Hashes to estimate the number of distinct phrases, with an error of 3 %.
 _SKETCH = 1024
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_COUNT = 256  # largest number of boxes or words with a separate bin
@@ -50,10 +50,10 @@ def gather(
   min_score: float | int = 0.0,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-  """Statistics of a label set.
+  """Computes the statistics of a label set.
 
-  Reads at most `records` labels, evenly spaced, of the named `shards` (None: of
-  all), and boxes that score `min_score` or more, as in training.
+  Reads at most `records` labels, evenly spaced, from the named `shards` (None:
+  all). As in training, drops boxes that score below `min_score`.
   """
   check_value(records, PositiveInt | None, "records")
   chosen = [
@@ -106,7 +106,7 @@ def gather(
 
 
 class Measurements(NamedTuple):
-  """Values of one label by histogram, counts of properties, and phrases."""
+  """One label's values by histogram, counts of properties, and phrases."""
 
   values: Mapping[str, Any]
   counts: Mapping[str, int]
@@ -114,7 +114,7 @@ class Measurements(NamedTuple):
 
 
 class _Statistics:
-  """Histograms and counts of measurements."""
+  """Accumulates measurements in histograms and counts."""
 
   def __init__(self, **histograms: Histogram):
     self._histograms = histograms
@@ -122,7 +122,7 @@ class _Statistics:
     self._phrases = PhraseCounts()
 
   def add(self, labels: Sequence[Measurements]) -> None:
-    """Adds the measurements of some labels."""
+    """Adds measurements of labels."""
     for label in labels:
       self._counts.update(label.counts)
       self._phrases.add(label.phrases)
@@ -141,7 +141,7 @@ class BoxStatistics(_Statistics):
     super().__init__(
       boxes_an_image=Histogram.of_integers(MAX_COUNT),
       scores=Histogram.of_fractions(),
-      # Square roots of areas, which tell small boxes apart (a stored key).
+      # Square roots of areas, which resolve small boxes (a stored key).
       sides=Histogram.of_fractions(),
       shorter_sides=Histogram.of_fractions(),
       longer_sides=Histogram.of_fractions(),
@@ -178,7 +178,7 @@ class BoxStatistics(_Statistics):
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON; fractions relate to the boxes or the labelled images."""
+    """JSON fields; fractions are of the boxes or of the labelled images."""
     histograms = {name: h.to_dict() for name, h in self._histograms.items()}
     an_image = self._histograms["boxes_an_image"]
     boxes, images = self._histograms["scores"].count, an_image.count
@@ -247,7 +247,7 @@ class DepthStatistics(_Statistics):
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON; fractions relate to the number of maps."""
+    """JSON fields; fractions are of the maps."""
     maps = self._histograms["labelled_pixels"].count
     sides = {
       int(name.removeprefix("side ")): count
@@ -262,10 +262,10 @@ class DepthStatistics(_Statistics):
 
 
 class Histogram:
-  """Counts in fixed bins, with quantiles exact to the width of a bin.
+  """Counts in fixed bins; quantiles are exact to the width of a bin.
 
-  Count, mean, minimum and maximum are exact. Values outside the edges are
-  counted too. `values` is "whole" if each bin is centred on one integer.
+  Count, mean, minimum and maximum are exact. Values outside the edges count,
+  too. `values` is "whole" if each bin is centred on one integer.
   """
 
   def __init__(
@@ -278,7 +278,7 @@ class Histogram:
     self.values = values
     self.count, self.total = 0, 0.0
     self.min, self.max = np.inf, -np.inf
-    # The first bin counts values below the edges, the last those above.
+    # The first bin counts values below the edges, the last values above them.
     self._counts = np.zeros(len(edges) + 1, np.int64)
 
   @classmethod
@@ -288,7 +288,7 @@ class Histogram:
 
   @classmethod
   def of_integers(cls, top: int) -> Histogram:
-    """One bin for each integer from 0 to `top`."""
+    """One bin per integer from 0 to `top`."""
     return cls(np.arange(top + 2) - 0.5, values="whole")
 
   @classmethod
@@ -311,12 +311,12 @@ class Histogram:
     self.max = float(values.max(initial=self.max))
 
   def fraction(self, value: float | int) -> float | None:
-    """Fraction of values in the bin of `value`; None if there are none."""
+    """Fraction of values in the bin of `value`; None without values."""
     index = int(np.searchsorted(self.edges, value, side="right"))
     return int(self._counts[index]) / self.count if self.count else None
 
   def quantile(self, q: float | int) -> float | None:
-    """The q-quantile, interpolated within its bin; None if it has no values."""
+    """The q-quantile, interpolated within its bin; None without values."""
     if not self.count:
       return None
     rank, ends = q * self.count, np.cumsum(self._counts)
@@ -330,10 +330,10 @@ class Histogram:
     return float(np.clip(value, self.min, self.max))
 
   def bars(self) -> dict[str, list]:
-    """At most about 20 bars for a chart, as `edges` and `counts`.
+    """About 20 bars for a chart, as `edges` and `counts`.
 
-    Neighbouring bins are merged, from the first non-empty bin to the last (all
-    of them for fractions). Values outside the edges have separate bars.
+    Merges neighbouring bins from the first non-empty bin to the last (all bins
+    for fractions). Values outside the edges get separate bars.
     """
     inner, edges = self._counts[1:-1], self.edges
     filled = np.flatnonzero(inner)
@@ -372,14 +372,14 @@ class Histogram:
 
 
 class PhraseCounts:
-  """Frequencies of any number of distinct phrases.
+  """Counts any number of distinct phrases in bounded memory.
 
-  Exact up to `2 * limit` distinct phrases. Beyond, rare phrases are dropped and
-  the other counts lowered (Misra and Gries 1982, merged as in Agarwal et al.
-  2012, Mergeable Summaries): a count is too low by at most `short_by`, and a
-  dropped phrase occurred at most that often. The number of distinct phrases is
-  then estimated from their smallest hashes (Bar-Yossef et al. 2002, Counting
-  Distinct Elements in a Data Stream).
+  Exact up to `2 * limit` distinct phrases. Beyond, drops rare phrases and
+  lowers the remaining counts (Misra and Gries 1982, merged as in Agarwal et al.
+  2012, Mergeable Summaries): counts are too low by at most `short_by`, and
+  dropped phrases occurred at most `short_by` times. The number of distinct
+  phrases is then estimated from their smallest hashes (Bar-Yossef et al. 2002,
+  Counting Distinct Elements in a Data Stream).
   """
 
   def __init__(self, *, limit: int = _DISTINCT):
@@ -405,7 +405,7 @@ class PhraseCounts:
 
   @property
   def distinct(self) -> int:
-    """How many phrases are distinct; an estimate unless `short_by` is 0."""
+    """Number of distinct phrases; an estimate unless `short_by` is 0."""
     if not self.short_by:
       return len(self._counts)
     hashes = self._smallest_hashes()
@@ -414,6 +414,6 @@ class PhraseCounts:
     return round((_SKETCH - 1) / (float(hashes[-1]) / 2**64))
 
   def most_common(self, n: int) -> list[tuple[str, int]]:
-    """The n most frequent phrases; ties in the order of spelling."""
+    """The n most frequent phrases; ties in alphabetical order."""
     items = self._counts.items()
     return heapq.nsmallest(n, items, key=lambda item: (-item[1], item[0]))

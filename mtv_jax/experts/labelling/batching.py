@@ -1,8 +1,8 @@
-"""Batched inference of an expert, with host threads around it.
+"""Batched inference of an expert, overlapped with host threads.
 
-Threads read, decode and prepare records ahead of the devices and finish labels
-behind them; one batch runs on the devices while the next one is assembled.
-Batches depend on the order of the records alone, never on the threads' timing.
+Threads read, decode and prepare records ahead of the devices, and finish labels
+afterwards. One batch runs on the devices while the next is assembled. Batches
+depend only on the order of records, never on thread timing.
 """
 
 import collections
@@ -23,21 +23,21 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
 from mtv_jax.utils.grouping import Grouper
 
-# Total size of prepared records that wait for others of their group.
+# Limit of the total size of prepared records in incomplete batches.
 _MAX_BYTES = 2 << 30
-# Records after a waiting one; their labels wait for its label.
+# Records that a waiting record may delay: labels are written in order.
 _MAX_AGE = 4096
 
-# The parts of a reason that differ between records.
+# Parts of a reason that differ between records.
 _BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
-# Prepared records of one group with their positions.
+# (position, prepared record) pairs of one group.
 Batch = list[tuple[int, PreparedInput]]
 
 
 def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
-  """Stacked arrays of a batch, padded to `rows` by repetition."""
+  """Stacks a batch's arrays, padded to `rows` by repetition."""
   chosen = [batch[i % len(batch)][1].arrays for i in range(rows)]
   return {name: np.stack([x[name] for x in chosen]) for name in chosen[0]}
 
@@ -45,7 +45,7 @@ def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
 def make_grouper(
   rows: int, *, max_bytes: int = _MAX_BYTES, max_age: int = _MAX_AGE
 ) -> Grouper[PreparedInput]:
-  """Collects records of one group, whose total size is bounded."""
+  """Builds a grouper that collects batches of `rows`, with bounded memory."""
   return Grouper(rows, max_age=max_age, max_bytes=max_bytes, item_bytes=_size)
 
 
@@ -56,9 +56,9 @@ def _size(prepared: PreparedInput) -> int:
 def label(
   expert: Expert, base: Source, numbers: Sequence[int], *, threads: int
 ) -> Iterator[Entry]:
-  """Labels the records of a source, in order.
+  """Labels records of a source by number; yields entries in order.
 
-  A bad record is an entry without a label. `threads` decode, prepare and
+  Bad records yield entries without a label. `threads` decode, prepare and
   finish.
   """
   pool = futures.ThreadPoolExecutor(threads)
@@ -78,7 +78,7 @@ def label(
 
 @dataclasses.dataclass
 class _Item:
-  """A record between reading and writing; its outcome may be pending."""
+  """A record in the pipeline; its outcome may be pending."""
 
   key: str
   image: str = ""
@@ -88,7 +88,7 @@ class _Item:
 def _prepare(
   expert: Expert, base: Source, number: int
 ) -> tuple[_Item, PreparedInput | None]:
-  """Reads a record by number; adds the expert's input unless it is bad."""
+  """Reads a record by number; prepares the expert's input unless it is bad."""
   item = None
   try:
     record = base.read_with_metadata(number)
@@ -106,13 +106,13 @@ def _prepare(
 
 
 def reason(error: BadRecord) -> str:
-  """An error's reason, without the parts that differ between records."""
+  """An error's reason, without parts that differ between records."""
   text = _BYTES.sub("...", error.reason)
   return f"record: {_NUMBER.sub('N', text)}"
 
 
 class _Pipeline:
-  """The stages between preparing and writing."""
+  """Pipeline stages between preparing and writing."""
 
   def __init__(self, expert: Expert, pool: futures.ThreadPoolExecutor):
     self._expert = expert
@@ -120,12 +120,12 @@ class _Pipeline:
     self._grouper = make_grouper(expert.rows)
     self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
     self._finishing: list[futures.Future[LabelOutcome]] = []
-    # By position; removed in order.
+    # Items by position; removed in order.
     self._items: dict[int, _Item] = {}
     self._added = self._yielded = 0
 
   def add(self, item: _Item, prepared: PreparedInput | None) -> Iterator[Entry]:
-    """Adds a record; yields the finished entries, in order."""
+    """Adds a record; yields finished entries in order."""
     position, self._added = self._added, self._added + 1
     self._items[position] = item
     if prepared is not None:
@@ -157,7 +157,7 @@ class _Pipeline:
     fetched = {name: np.asarray(value) for name, value in outputs.items()}
     for row, (position, prepared) in enumerate(batch):
       item = self._items[position]
-      # With the ellipsis a scalar stays an array.
+      # The ellipsis keeps scalars arrays.
       rows = {name: value[row, ...] for name, value in fetched.items()}
       item.outcome = self._pool.submit(
         self._finish, item.key, rows, prepared.meta

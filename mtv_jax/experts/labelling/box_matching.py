@@ -1,13 +1,13 @@
 """Agreement of two box label sets: recall, precision and IoU of matches.
 
-In an image, boxes are matched by falling score: each is matched to the free
-true box of its phrase with the largest intersection over union, if that is at
-least `iou`. With m matches in all images that have a label of true boxes,
+Boxes of an image are matched in order of decreasing score, each to the
+unmatched true box of equal phrase with the largest intersection over union, if
+this IoU is at least `iou`. With m matches over all images with true boxes,
 
     recall = m / true boxes        precision = m / boxes
 
-at the score threshold of the label set: one point of the curve that COCO's AP
-integrates. The true boxes may be human annotations (mtv-jax make_labels).
+at the label set's score threshold, one point of the curve that COCO's AP
+integrates. True boxes may be human annotations (mtv-jax make_labels).
 """
 
 import collections
@@ -28,7 +28,7 @@ from mtv_jax.utils.errors import InputError
 def match(
   label: BoxLabel, truth: BoxLabel, *, iou: float | int = 0.5
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-  """For each box the index of its true box, or -1, and their IoU, or 0."""
+  """Returns the index of each box's true box, or -1, and their IoU, or 0."""
   overlaps = grounding.ious(label.boxes, truth.boxes)
   same = np.array([[p == q for q in truth.phrases] for p in label.phrases])
   overlaps = np.where(same.reshape(overlaps.shape), overlaps, 0)
@@ -45,7 +45,7 @@ def match(
 
 @dataclasses.dataclass
 class Tally:
-  """Counts of boxes, true boxes and matches, and the sum of matches' IoU."""
+  """Numbers of boxes, true boxes and matches, and the sum of matches' IoU."""
 
   boxes: int = 0
   truth: int = 0
@@ -53,7 +53,7 @@ class Tally:
   overlap: float = 0.0
 
   def to_dict(self) -> dict[str, float | int | None]:
-    """Counts and fractions; None for a fraction of zero boxes."""
+    """Counts and fractions; fractions of zero boxes are None."""
     return {
       "boxes": self.boxes,
       "truth": self.truth,
@@ -68,7 +68,7 @@ class Tally:
 class Agreement:
   """Agreement of a label set with true boxes, in total and by phrase."""
 
-  iou: float | int  # Minimum of a match.
+  iou: float | int  # Minimum IoU of a match.
   images: int = 0  # Images with true boxes.
   unlabelled: int = 0  # Images with true boxes but without a label.
   total: Tally = dataclasses.field(default_factory=Tally)
@@ -77,7 +77,7 @@ class Agreement:
   )
 
   def add(self, label: BoxLabel | None, truth: BoxLabel) -> None:
-    """Counts an image; phrases match if they are equal."""
+    """Adds an image; phrases match if they are equal."""
     self.images += 1
     for phrase in truth.phrases:
       self.total.truth += 1
@@ -94,11 +94,11 @@ class Agreement:
 
   @property
   def never_true(self) -> list[str]:
-    """Phrases of the label set that no true box has."""
+    """Phrases of the label set without a true box."""
     return sorted(p for p, tally in self.phrases.items() if not tally.truth)
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON, the most frequent phrase first."""
+    """JSON fields, with the most frequent phrase first."""
     order = sorted(self.phrases.items(), key=lambda item: -item[1].truth)
     return {
       "iou": self.iou,
@@ -109,7 +109,7 @@ class Agreement:
     }
 
   def table(self, *, phrases: int = 0) -> str:
-    """Markdown: all boxes, and the most frequent phrases."""
+    """Markdown table of all boxes and the `phrases` most frequent phrases."""
     total = self.to_dict()
     rows = {"all": total, **total["phrases"]}
     lines = [
@@ -131,12 +131,12 @@ def compare(
   iou: float | int = 0.5,
   renamed: Mapping[str, str] | None = None,
 ) -> Agreement:
-  """Compares the boxes of a label set with the true ones.
+  """Compares a label set's boxes with true boxes.
 
-  Images without a label in `truth` are skipped. `iou`, in (0, 1], is the
-  minimum of a match; `renamed` maps phrases of `labels` to names in `truth`, up
-  to case and punctuation. Raises LabelError if the sets are of other records,
-  or no image is labelled.
+  Skips images without a label in `truth`. `iou`, in (0, 1], is the minimum IoU
+  of a match. `renamed` maps phrases of `labels` to names in `truth`, ignoring
+  case and punctuation. Raises LabelError if the sets label different records or
+  `truth` labels no image.
   """
   if not 0 < iou <= 1:
     raise InputError(f"iou={iou}; expected more than 0 and at most 1.")
@@ -178,7 +178,7 @@ def _canonical(label: BoxLabel, names: Mapping[str, str]) -> BoxLabel:
 
 
 def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
-  """Parses strings `LABEL=TRUTH`; an InputError for another form."""
+  """Parses strings `LABEL=TRUTH`; raises InputError if malformed."""
   renamed = {}
   for pair in pairs:
     old, _, new = pair.partition("=")

@@ -1,4 +1,4 @@
-"""Post-processing of detections: filters, non-maximum suppression, label."""
+"""Post-processing of detections: filters and non-maximum suppression."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ from jaxtyping import Float, Float32, Int
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import LabelOutcome
 
-# Detectors that pad images to a square also report boxes in the padding: those
-# with less than this fraction of their area in the image are dropped.
+# Detectors that pad images to a square also report boxes in the padding. Boxes
+# with less than this fraction of their area inside the image are dropped.
 _MIN_INSIDE = 0.5
 
 
@@ -28,10 +28,10 @@ def suppress(
   *,
   iou: float,
 ) -> Int[np.ndarray, " k"]:
-  """Class-agnostic non-maximum suppression; of equal scores the earlier wins.
+  """Class-agnostic non-maximum suppression; earlier boxes win ties.
 
-  Boxes (y0, x0, y1, x1) have a positive area; `iou` is the largest one of two
-  retained boxes. Returns their indices, best first.
+  Boxes (y0, x0, y1, x1) must have positive areas. `iou` is the maximum IoU of
+  two retained boxes. Returns the retained indices, best first.
   """
   order = np.argsort(-scores, kind="stable")
   boxes = boxes[order].astype(np.float64)
@@ -56,18 +56,18 @@ def select(
   min_side: float,
   max_area: float,
 ) -> LabelOutcome:
-  """The box label of an image, best boxes first.
+  """Selects the boxes of an image's label, best first.
 
-  Boxes mostly outside of the image, small ones and large ones are dropped
-  before duplicates, so that none is suppressed by a dropped one. All measures
-  refer to the part inside the image.
+  Drops boxes mostly outside the image, small boxes and large boxes before
+  suppression, so that dropped boxes suppress nothing. Sizes are measured inside
+  the image.
 
   Args:
-    detections: above the detector's threshold, in any order.
+    detections: detections above the threshold, in any order.
     nms: `iou` of `suppress`.
-    max_boxes: maximum number, the best by score.
+    max_boxes: maximum number of boxes, the best by score.
     min_side: minimum side, as a fraction of the image's.
-    max_area: maximum area, as a fraction of the image's: a larger box adds
+    max_area: maximum area, as a fraction of the image's; a larger box adds
       nothing to the caption.
   """
   boxes, scores = detections.boxes, detections.scores
@@ -92,7 +92,7 @@ def select(
   best = rows[suppress(inside[rows], scores[rows], iou=nms)]
   counts["boxes: duplicates of better ones"] = len(rows) - len(best)
   counts["boxes: more than wanted"] = len(best) - len(best[:max_boxes])
-  # `make_boxes` counts the invalid ones.
+  # `make_boxes` counts invalid boxes.
   rows = np.concatenate([best[:max_boxes], np.flatnonzero(~valid)])
   outcome = label_values.make_boxes(
     boxes[rows], [detections.phrases[i] for i in rows], scores[rows]
@@ -102,5 +102,5 @@ def select(
 
 
 def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
-  """Area of each box; 0 for an inverted one."""
+  """Area of each box; 0 for inverted boxes."""
   return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

@@ -1,4 +1,4 @@
-"""Phrase sources: the queries of a detector for each record.
+"""Phrase sources: a detector's queries for each record.
 
     phrases = build_phrases("ngrams")
     phrases({"key": "7", "captions": ["A dog on the beach"], "meta": {}})
@@ -7,10 +7,10 @@
 A phrase source is named by a string:
 
   ngrams         n-grams of the record's captions, by OWLv2's rules
-  tags           the field `tags` of the record's .json; `tags:FIELD` another
+  tags           the field `tags` of the record's .json; `tags:FIELD` for FIELD
   FILE           a vocabulary for all records: one phrase per line
-  MODULE:NAME    a function from a record to its phrases; a label set stores
-                 its name only, so give a changed function a new name
+  MODULE:NAME    a function from a record to its phrases; label sets store only
+                 the name, so rename the function if you change it
 """
 
 import abc
@@ -39,8 +39,8 @@ _NO_PHRASES = "boxes: no phrases to look for"
 _SEPARATORS = re.compile(r"[,;|]")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-# OWLv2's recipe (Minderer et al. 2023): common words of web captions without
-# visual content, and NLTK's English stop words, in the form of `canonicalize`.
+# OWLv2's lists (Minderer et al. 2023): common words of web captions without
+# visual content, and NLTK's English stop words, as `canonicalize` spells them.
 _GENERIC = """
   alibaba aliexpress amazon available background blog buy co com description
   diy download facebook free gif hd ideas illustration illustrations image
@@ -72,27 +72,27 @@ STOP_WORDS = frozenset(_STOP.split())
 class Phrases(abc.ABC):
   """Phrases to look for in a record's image; subclasses are dataclasses."""
 
-  source: str  # Name of the kind, for the manifest.
-  # Phrases that all records share, which are encoded once.
+  source: str  # Name of the source, for the manifest.
+  # Phrases shared by all records, which are encoded once.
   vocabulary: tuple[str, ...] | None = None
 
   @property
   def settings(self) -> dict[str, Any]:
-    """All that determines the phrases (JSON), for a manifest."""
+    """Everything that determines the phrases (JSON), for a manifest."""
     return {"source": self.source, **dataclasses.asdict(self)}
 
   @abc.abstractmethod
   def __call__(self, record: Record) -> list[str]:
-    """Distinct phrases of a record; a BadRecord if one is not a string."""
+    """Distinct phrases of a record; raises BadRecord for a non-string."""
 
 
 def build_phrases(
   source: str, *, max_phrases: int = MAX_PHRASES, max_words: int = MAX_WORDS
 ) -> Phrases:
-  """The phrase source of a name (see the top of the file).
+  """Builds a phrase source by name (see the top of the file).
 
   `max_phrases` limits a record's phrases, except for a vocabulary; `max_words`
-  the words of an n-gram.
+  limits the words of an n-gram.
   """
   check_value(max_phrases, PositiveInt, "max_phrases")
   check_value(max_words, PositiveInt, "max_words")
@@ -116,11 +116,11 @@ def build_phrases(
 class NGrams(Phrases):
   """N-grams of captions (OWLv2, Minderer et al. 2023, appendix).
 
-  Generic words are removed; n-grams of up to `max_words` words follow by start
-  and then length; n-grams of stop words alone are dropped.
+  Removes generic words, lists n-grams of up to `max_words` words by start, then
+  by length, and drops n-grams that consist of stop words.
 
-  Unlike in the paper, punctuation is removed first, so that "photo." is a
-  generic word, and repeated n-grams are dropped.
+  Unlike the paper, removes punctuation first, so that "photo." is generic, and
+  drops repeated n-grams.
   """
 
   source = "ngrams"
@@ -144,8 +144,8 @@ class NGrams(Phrases):
 class Tags(Phrases):
   """A field of the record's .json: a list, or a string with `,`, `;` or `|`.
 
-  If tags differ only in case or punctuation, the first is used, as spelled.
-  A record without the field, or with null, has none.
+  Among tags that differ only in case or punctuation, uses the first spelling.
+  Records without the field, or with null, yield nothing.
   """
 
   source = "tags"
@@ -163,7 +163,7 @@ class Tags(Phrases):
 
 
 def _read_vocabulary(file: str) -> "FixedPhrases":
-  """The phrases of a file, without blank and repeated lines."""
+  """Reads the phrases of a file; drops blank and repeated lines."""
   path = Path(file).expanduser()
   lines = foreign.read_text(path).splitlines()
   filled = [line for line in lines if canonicalize(line)]
@@ -182,14 +182,14 @@ def _read_vocabulary(file: str) -> "FixedPhrases":
 
 @dataclasses.dataclass(frozen=True)
 class FixedPhrases(Phrases):
-  """The same phrases for every record."""
+  """A vocabulary for all records."""
 
   vocabulary: tuple[str, ...] = ()
   name: str = "vocabulary"
 
   @property
   def settings(self) -> dict[str, Any]:
-    """For a manifest; the hash depends on the order."""
+    """See base class; the hash depends on the order of phrases."""
     return {
       "source": "vocabulary",
       "file": self.name,
@@ -237,30 +237,30 @@ class _Function(Phrases):
 
 
 def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:
-  """The phrases of a record; a BadRecord if there are none."""
+  """The phrases of a record; raises BadRecord if it lacks any."""
   if not (of_record := tuple(phrases(record))):
     raise BadRecord(str(record["key"]), _NO_PHRASES)
   return of_record
 
 
 def padded_count(count: int) -> int:
-  """A power of two, at least 8: one program is compiled for each."""
+  """Rounds up to a power of two, at least 8; each compiles one program."""
   return max(_MIN_PADDED, 1 << (count - 1).bit_length())
 
 
 def hash_phrases(phrases: Sequence[str]) -> str:
-  """64-bit hash of a list of phrases in its order, in hexadecimal."""
+  """64-bit hexadecimal hash of an ordered list of phrases."""
   return hash_bytes("\n".join(phrases).encode())
 
 
 def _check_strings(record: Record, value: Any, name: str) -> list[str]:
-  """A value as a list of strings."""
+  """Converts a value to a list of strings."""
   if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
     value = [value]
   items = list(value)
   for item in items:
     if not isinstance(item, str):
-      # Reports the type alone, so that identical errors are counted together.
+      # Reports only the type, so that equal errors are counted together.
       raise BadRecord(
         str(record["key"]),
         f"phrases: {name} has a {type(item).__name__} where a string should be",

@@ -1,13 +1,13 @@
-"""Labelling of a data set with an expert, on any number of hosts.
+"""Labels a data set with an expert, on any number of hosts.
 
-A label is written in four steps: the source reads a record; `Expert.prepare`
-turns its image into arrays; `Expert.run` runs the model on a batch
-(`batching.py`); `Expert.finish` turns the outputs into a `DepthLabel` or
-`BoxLabel` (`data/labels/label_values.py`), which `LabelWriter` writes.
+The source reads a record; `Expert.prepare` converts its image to arrays;
+`Expert.run` runs the model on a batch (`batching.py`); `Expert.finish` converts
+the outputs to a label (`data/labels/label_values.py`), which `LabelWriter`
+writes.
 
-Each host labels whole shards and leases them one by one (`utils/leases.py`);
-hosts communicate only through files in the label set's folder. Any number of
-hosts may join, leave or be killed: the label set is byte-identical.
+Hosts lease whole shards one by one (`utils/leases.py`), and communicate only
+through files in the label set's folder. Hosts may join, leave or be killed: the
+label set is byte-identical.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from mtv_jax.utils.leases import Leases
 
 log = logging.getLogger(__name__)
 
-# Seconds between checks of the shards of other hosts, doubling.
+# Seconds between checks of shards that peers are labelling, doubling.
 _MIN_WAIT, _MAX_WAIT = 0.2, 5.0
 
 
@@ -42,14 +42,14 @@ def run(
   threads: int | None = None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCounts:
-  """Labels the shards without labels and completes the label set.
+  """Labels unlabelled shards and completes the label set.
 
-  Returns when all shards are labelled, by any host; a host without shards left
-  takes over the shards of dead hosts. Hosts that start together, `host`, begin
-  with different shards; by default, and for hosts started by hand, each is 0 of
-  1. `threads` decode and prepare, one per core by default. `progress` gets the
-  number of records done, by any host, and the total. Raises FileExistsError for
-  labels of other settings, LabelError if no record has a label.
+  Returns when hosts have labelled all shards; idle hosts take over shards of
+  dead hosts. `host` lets hosts that start together begin with different shards;
+  the default, also for hosts started by hand, is 0 of 1. `threads` decode and
+  prepare; default: one per core. `progress` receives the number of records done
+  by all hosts and the total. Raises FileExistsError for labels with different
+  settings, LabelError if all records lack a label.
   """
   threads = count_threads(threads)
   options = {"kind": expert.kind, "settings": expert.settings}
@@ -62,7 +62,7 @@ def run(
 
 
 def count_threads(threads: int | None) -> int:
-  """`threads`, or one per core; an InputError below one."""
+  """`threads`, or one per core; raises InputError below 1."""
   if threads is not None and threads < 1:
     raise InputError(f"threads={threads}; expected at least 1.")
   return threads or available_cores()
@@ -70,7 +70,7 @@ def count_threads(threads: int | None) -> int:
 
 @dataclasses.dataclass
 class _HostJob:
-  """The part of one host."""
+  """The labelling loop of one host."""
 
   expert: Expert
   writer: LabelWriter
@@ -80,11 +80,11 @@ class _HostJob:
   done: int = 0
 
   def run(self, host: HostRows) -> None:
-    """Returns when every shard is labelled."""
+    """Labels shards until all are labelled, by any host."""
     count, wait = len(self.writer.names), _MIN_WAIT
     first = count * host.index // host.count
     while todo := self._todo():
-      # From this host's first shard to the end, then from the start.
+      # Starts at this host's first shard and wraps around.
       order = sorted(todo, key=lambda shard: (shard < first, shard))
       labelled = next((shard for shard in order if self._label(shard)), None)
       if labelled is not None:
@@ -107,14 +107,14 @@ class _HostJob:
       return False
     name = self.writer.names[shard]
     with self.leases.acquire(name) as acquired:
-      # Another process may have finished it just before.
+      # A peer may have finished it just before.
       if not acquired or self.writer.is_done(shard):
         return False
       try:
         with contextlib.closing(self._entries(shard)) as entries:
           self.writer.write(shard, entries)
       except FileNotFoundError:
-        # Another process took the shard over while this one was suspended.
+        # A peer took over the shard while this process was suspended.
         holder = self.leases.holder(name)
         lost = holder is not None and holder.owner != atomic.current_process()
         if not (lost or self.writer.is_done(shard)):

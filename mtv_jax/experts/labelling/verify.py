@@ -1,4 +1,4 @@
-"""Verification of a label set: labels some records again and compares."""
+"""Verification of a label set: relabels some records and compares."""
 
 import dataclasses
 import os
@@ -25,14 +25,14 @@ class VerificationReport:
   kind: str
   compared: int = 0  # Records.
   labelled: int = 0  # Records with both a stored and a new label.
-  boxes: int = 0  # Stored boxes of these.
+  boxes: int = 0  # Stored boxes of labelled records.
   new_boxes: int = 0
-  # How a label differs, by key.
+  # Description of each difference, by key.
   different: dict[str, str] = dataclasses.field(default_factory=dict)
-  max_difference: int = 0  # Largest difference of the maps, in 16-bit steps.
+  max_difference: int = 0  # Largest difference of maps, in 16-bit steps.
   total_difference: int = 0
   pixels: int = 0
-  max_error: float = 0.0  # Largest distance of feature vectors, by length.
+  max_error: float = 0.0  # Largest error of a feature vector over its length.
 
   def __str__(self) -> str:
     lines = [
@@ -60,7 +60,7 @@ class VerificationReport:
     return "\n".join(lines)
 
   def compare(self, old: Label | None, new: Label | None) -> str:
-    """Counts two labels of a record; how they differ, or an empty string."""
+    """Compares two labels; returns their difference, or an empty string."""
     if old is None or new is None:
       if old is new:
         return ""
@@ -130,11 +130,11 @@ def verify(
   count: int,
   threads: int | None = None,
 ) -> VerificationReport:
-  """Compares the labels of at most `count` evenly spaced records with new ones.
+  """Relabels at most `count` evenly spaced records and compares the labels.
 
-  `base` is the source of the set, or some of its shards. Raises
-  FileNotFoundError without a finished set, FileExistsError if its settings are
-  not the expert's, LabelError if it belongs to other shards.
+  `base` is the set's source, or some of its shards. Raises FileNotFoundError
+  without a finished set, FileExistsError if its settings differ from the
+  expert's, LabelError if it belongs to different shards.
   """
   threads = count_threads(threads)
   if count < 1:
@@ -150,7 +150,7 @@ def verify(
   entries = batching.label(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key
-    # As the set stores it.
+    # Encodes and decodes, as the set does.
     encoded = label_values.encode(key, entry.outcome.label)
     new = label_values.decode(encoded, kind=expert.kind, where=key).label
     try:

@@ -1,6 +1,6 @@
-"""Decoders of ONNX detectors: preprocessing and outputs to boxes.
+"""Decoders of ONNX detectors: preprocessing, and boxes from outputs.
 
-An ONNX file does not define its images and boxes; a `Decoder` does. Names:
+An ONNX file does not define the meaning of its outputs; a `Decoder` does:
 
   fastestdet     FastestDet (Qiu 2022, github.com/dog-qiuqiu/FastestDet)
   MODULE:NAME    an object with the members of `Decoder`
@@ -23,18 +23,18 @@ _MODULE_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @runtime_checkable
 class Decoder(Protocol):
-  """Preprocessing and outputs of a kind of detector."""
+  """Preprocessing and output format of a kind of detector."""
 
   name: str  # For the manifest; changes when results change.
   threshold: float  # Minimum score, the authors' default.
   nms: float  # IoU of duplicates, the authors' default.
 
   def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
-    """Raises ValueError for a model of another detector.
+    """Raises ValueError if the model is not this kind of detector.
 
     Args:
-      outputs: shapes by name, in order, with the batch dimension; symbolic
-        sizes are names or None.
+      outputs: shapes by name, in order, with batch dimension; symbolic sizes
+        are names or None.
       classes: number of class names.
     """
     ...
@@ -42,7 +42,7 @@ class Decoder(Protocol):
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], height: int, width: int
   ) -> Float32[np.ndarray, "3 height width"]:
-    """An RGB image as the model's input."""
+    """Converts an RGB image to the model's input."""
     ...
 
   def decode(
@@ -53,26 +53,26 @@ class Decoder(Protocol):
     threshold: float | int,
     image_size: tuple[int, int],
   ) -> Detections:
-    """The boxes with scores above a threshold, before suppression.
+    """Returns boxes with scores above a threshold, before suppression.
 
-    `outputs` belong to one image and have no batch dimension; `names` are the
-    classes', and `image_size` is (height, width) before `prepare`.
+    `outputs` belong to one image, without batch dimension; `names` are class
+    names; `image_size` is (height, width) before `prepare`.
     """
     ...
 
 
 class FastestDet:
-  """One box a cell of a grid, `[1, 5 + classes, h, w]`.
+  """FastestDet decoder: one box per cell of a grid `[1, 5 + classes, h, w]`.
 
-  With o, r, c the channels 0, 1 to 4 and the rest (o and c are in 0..1), in
-  the cell of row i and column j:
+  For the cell of row i and column j, with channels o (0), r (1 to 4) and c (the
+  rest), where o and c are in [0, 1]:
 
       score = o^0.6 (max c)^0.4,  class = argmax c
       centre x = (j + tanh r_0) / w,  width = sigmoid r_2
       centre y = (i + tanh r_1) / h,  height = sigmoid r_3
 
-  The image is squashed by area, in BGR order, divided by 255. The published
-  example also rounds boxes to whole pixels before suppression.
+  Images are squashed with area interpolation, in BGR order, divided by 255.
+  Unlike the published example, does not round boxes to pixels.
   """
 
   name = "fastestdet"
@@ -102,7 +102,7 @@ class FastestDet:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], height: int, width: int
   ) -> Float32[np.ndarray, "3 height width"]:
-    """Squashed, BGR, 0 to 1."""
+    """Squashes an image; BGR, 0 to 1."""
     bgr = np.ascontiguousarray(image[..., ::-1])
     small = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA)
     return (small.transpose(2, 0, 1) / 255).astype(np.float32)
@@ -115,8 +115,8 @@ class FastestDet:
     threshold: float | int,
     image_size: tuple[int, int],
   ) -> Detections:
-    """The cells whose score is above the threshold."""
-    del image_size  # Squashed: the unit square is the image's.
+    """Returns the boxes of cells with scores above the threshold."""
+    del image_size  # Squashed images share the unit square.
     (grid,) = outputs.values()
     self.check({"output": (1, *grid.shape)}, len(names))
     classes = grid[5:]
@@ -139,7 +139,7 @@ DECODERS: dict[str, Decoder] = {"fastestdet": FastestDet()}
 
 
 def get_decoder(name: str) -> Decoder:
-  """The decoder of a name; see the top of the file."""
+  """Returns a decoder by name, see the top of the file."""
   if name in DECODERS:
     return DECODERS[name]
   if not _MODULE_NAME.fullmatch(name):

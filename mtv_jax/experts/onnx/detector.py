@@ -1,8 +1,7 @@
-"""ONNX detectors as experts of boxes, by onnxruntime (extra `onnx`).
+"""ONNX detectors as box experts, with onnxruntime (extra `onnx`).
 
-`decoders.py` interprets a file's outputs. Images run on the CPU, one per
-thread, as in the detectors' own examples: labels do not depend on the number
-of threads, rows or devices.
+`decoders.py` interprets the outputs. Images run on the CPU, one per thread:
+labels do not depend on the number of threads, rows or devices.
 """
 
 import hashlib
@@ -31,21 +30,21 @@ _MAX_SIDE = 1 << 13  # Pixels of an input.
 
 
 class OnnxDetector:
-  """A detector in an ONNX file as an expert of boxes.
+  """Labels boxes with the detector in an ONNX file.
 
-  The defaults label all boxes of the detector's own code: a fixed list of
-  classes has no vague phrases that match the whole image.
+  The defaults retain all boxes that the detector's own code reports: fixed
+  classes, unlike vague phrases, rarely match the whole image.
 
   Args:
     file: the `.onnx` file.
     names: text file of class names, one per line, in the model's order.
-    mesh: this host's mesh; sets the batch only, which the CPU's cores compute.
+    mesh: this host's mesh; sets only the batch, the model runs on the CPU.
     batch_size: images per device.
-    dtype: the file determines the dtype of the computation.
+    dtype: unused; the file determines the dtype.
     decoder: see `decoders.py`.
-    size: side or (height, width) of the input, for a file that leaves it open.
-    threshold: minimum score, exclusive; the decoder's by default.
-    nms: see `detections.select`; the decoder's by default.
+    size: side or (height, width) of the input, if the file leaves it open.
+    threshold: minimum score, exclusive; default: the decoder's.
+    nms: see `detections.select`; default: the decoder's.
     max_boxes, min_side, max_area: see `detections.select`.
 
   Raises:
@@ -84,8 +83,8 @@ class OnnxDetector:
     except ValueError as error:
       raise InputError(f"{file}: {error}") from None
     self._outputs = list(outputs)
-    # With a dynamic batch size, images run one at a time, one per core, so that
-    # results do not depend on batching.
+    # With a dynamic batch size, images run one by one, so that results do not
+    # depend on batching.
     self._chunk = batch or 1
     mesh = local_mesh.local_mesh() if mesh is None else mesh
     self.rows = -(-batch_size * mesh.size // self._chunk) * self._chunk
@@ -113,7 +112,7 @@ class OnnxDetector:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The image as the decoder preprocesses it."""
+    """Preprocesses an image with the decoder."""
     del record
     pixels = self._decoder.prepare(image, *self._size)
     return PreparedInput("image", {"image": pixels}, meta=image.shape[:2])
@@ -121,7 +120,7 @@ class OnnxDetector:
   def run(
     self, arrays: Mapping[str, np.ndarray]
   ) -> dict[str, Float[np.ndarray, " rows *_"]]:
-    """The file's outputs by name; blocks until they are computed."""
+    """Computes the model's outputs by name; blocks."""
     images = arrays["image"]
 
     def run_chunk(chunk: np.ndarray) -> list[np.ndarray]:
@@ -148,7 +147,7 @@ load_expert = check_options(OnnxDetector)
 def _read_input(
   session: Any, size: int | tuple[int, int] | None
 ) -> tuple[str, int | None, tuple[int, int]]:
-  """Name, batch size (None if open), and height and width of the input."""
+  """Name, batch size (None if dynamic) and (height, width) of the input."""
   inputs = session.get_inputs()
   listed = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
   is_image = len(inputs) == 1 and len(inputs[0].shape) == 4
@@ -195,14 +194,14 @@ def _open_session(data: bytes, file: Any) -> Any:
       " 'mtv_jax[onnx]'"
     ) from error
   options = onnxruntime.SessionOptions()
-  # Our threads run an image each; one thread per image adds sums in one order.
+  # We run one image per thread. A single thread also fixes the order of sums.
   options.intra_op_num_threads = options.inter_op_num_threads = 1
   options.log_severity_level = 3
   try:
     return onnxruntime.InferenceSession(
       data, options, providers=["CPUExecutionProvider"]
     )
-  except Exception as error:  # The library's own have no common base.
+  except Exception as error:  # onnxruntime's errors lack a common base class.
     raise InputError(
       f"onnxruntime can't open it ({type(error).__name__}: {error})"
     ) from error
@@ -217,7 +216,7 @@ def _read_file(file: str | os.PathLike, what: str) -> bytes:
 
 def _read_names(file: str | os.PathLike) -> tuple[str, ...]:
   try:
-    # Some editors begin a file with a byte order mark.
+    # Some editors write a byte order mark.
     text = _read_file(file, "file of class names").decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise InputError(

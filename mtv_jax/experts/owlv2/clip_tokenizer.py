@@ -1,7 +1,7 @@
 """CLIP's BPE tokenizer, read from `vocab.json` and `merges.txt`.
 
-For older folders without a `tokenizer.json`: byte-level BPE whose words end in
-`</w>`, on lower-cased text.
+For older folders without `tokenizer.json`: byte-level BPE on lower-cased text,
+with `</w>` at the end of words.
 """
 
 import json
@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# Radford et al. 2021: contractions, letters, single digits, other marks.
+# Radford et al. 2021: contractions, letters, single digits, punctuation.
 _WORD = (
   r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
   r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -27,7 +27,7 @@ _WORD = (
 
 
 class ClipTokenizer:
-  """Texts to ids, as `CLIPTokenizer` of `transformers`."""
+  """Encodes texts like `CLIPTokenizer` of `transformers`."""
 
   def __init__(self, folder: str | os.PathLike):
     files = [pathlib.Path(folder) / name for name in (VOCABULARY, MERGES)]
@@ -49,7 +49,7 @@ class ClipTokenizer:
     except (KeyboardInterrupt, SystemExit):
       raise
     except BaseException as error:
-      # The library raises bare Exception, and its panics are none.
+      # The library raises bare Exception; its panics are BaseException.
       raise InputError(
         f"{files[0]} and {MERGES} are not CLIP's ({error!r}): expected ids of "
         f"tokens, with {_START} and {_END}, and a pair of tokens per line."
@@ -79,10 +79,10 @@ class ClipTokenizer:
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Ids of each string between start and end, cut or padded with the end."""
+    """Ids of each string with start and end, truncated or padded with end."""
     ids = np.full((len(strings), length), self._end, np.int32)
     encodings = self._model.encode_batch(list(strings))
-    # A truncated text still ends: the last id stays.
+    # The last id stays, so that truncated texts end with the end token.
     for row, encoding in zip(ids[:, :-1], encodings, strict=True):
       part = encoding.ids[: length - 1]
       row[: len(part)] = part

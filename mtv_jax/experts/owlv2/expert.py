@@ -1,8 +1,8 @@
-"""OWLv2 (Minderer et al. 2023): expert of boxes for phrases.
+"""OWLv2 (Minderer et al. 2023): open-vocabulary box expert.
 
-The devices turn an image's phrases into queries (see `queries.py`), find every
-patch's best phrase and choose the best patches, so that a few kilobytes per
-image come back.
+The devices embed an image's phrases as queries (see `queries.py`), choose the
+best phrase of each patch and the best patches, and return only a few kilobytes
+per image.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from mtv_jax.experts.owlv2.model import Owlv2, Patches
 from mtv_jax.experts.owlv2.queries import QueryCache
 from mtv_jax.utils.errors import InputError
 
-# Prompts that OWL-ViT's logits are averaged over: CLIP's best seven on
-# ImageNet, in OWL-ViT's normalised spelling.
+# OWL-ViT averages logits over these prompts: CLIP's best seven on ImageNet, in
+# OWL-ViT's normalised spelling.
 ENSEMBLE = (
   "itap of a {}",
   "a bad photo of the {}",
@@ -44,7 +44,7 @@ ENSEMBLE = (
   "art of the {}",
   "a photo of the small {}",
 )
-# Number of boxes that come back from the devices, the best ones of an image.
+# Number of boxes that the devices return per image, the best by score.
 CANDIDATES = 512
 _GREY = 0.5
 # Radius of a Gaussian in standard deviations, as in SciPy.
@@ -52,26 +52,26 @@ _TRUNCATE = 4.0
 
 
 class Owlv2Expert:
-  """OWLv2 of `transformers` as an expert of boxes.
+  """Labels boxes with an OWLv2 folder of `transformers`.
 
   Args:
     folder: has `config.json`, `model.safetensors` and the processor's files.
-    phrases: queries, cut to the text tower's 16 tokens.
-    mesh: mesh of this host's devices; all of them by default.
+    phrases: queries, truncated to the text tower's 16 tokens.
+    mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
     dtype: computation dtype.
-    size: side in pixels of the square that images are padded and resized to;
-      the model's own by default. The patch divides it.
-    threshold: patches whose best phrase scores higher are labelled. The
-      authors label with 0.3; 0.1 gives five times as many boxes.
+    size: side in pixels of the padded square input, a multiple of the patch;
+      default: the model's.
+    threshold: minimum score of a patch's best phrase, exclusive. The authors
+      use 0.3; 0.1 gives five times as many boxes.
     nms, max_boxes, min_side, max_area: see `detections.select`.
-    prompts: texts with a `{}` for the phrase, one or several whose logits are
-      averaged, or "ensemble" for `ENSEMBLE`.
+    prompts: texts with a `{}` for the phrase, whose logits are averaged, or
+      "ensemble" for `ENSEMBLE`.
 
   Raises:
     MissingFileError: the folder or its tokenizer is missing.
-    ConversionError: it contains another model, or not all of it.
-    InputError: `prompts` or `size` can't be used.
+    ConversionError: the folder has a different or an incomplete model.
+    InputError: `prompts` or `size` is invalid.
   """
 
   kind = "boxes"
@@ -144,7 +144,7 @@ class Owlv2Expert:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> PreparedInput:
-    """The padded image, and its phrases' tokens unless they never change."""
+    """Pads the image; tokenizes its phrases unless the vocabulary is fixed."""
     pixels = pad_to_square(image, self._size)
     pixels -= np.array(self._files.mean, np.float32)
     pixels /= np.array(self._files.std, np.float32)
@@ -159,7 +159,7 @@ class Owlv2Expert:
     return PreparedInput(group, arrays, meta=(image.shape[:2], phrases))
 
   def _tokenize(self, phrases: Sequence[str]) -> np.ndarray:
-    """Ids [n, prompts, length] of phrases in every prompt."""
+    """Ids `[n, prompts, length]` of phrases in every prompt."""
     texts = [
       p.replace("{}", phrase) for phrase in phrases for p in self._prompts
     ]
@@ -168,7 +168,7 @@ class Owlv2Expert:
     return ids.reshape(len(phrases), len(self._prompts), length)
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The best `CANDIDATES` boxes, see `Programs.score`."""
+    """Predicts the best `CANDIDATES` boxes, see `Programs.score`."""
     pixels = local_mesh.shard({"pixels": arrays["pixels"]}, self._mesh)
     patches = self._detect(self._params, pixels)
     slots = self._slots
@@ -198,18 +198,18 @@ class Owlv2Expert:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """Functions of a detector, computed in `dtype`, for one device's rows."""
+  """Detector functions for one device's rows, computed in `dtype`."""
 
   model: Owlv2
   dtype: str
 
   def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Patches:
-    """The patches of `pixels`, without objectness."""
+    """Predictions for the patches of `pixels`, without objectness."""
     with apply_fns.precision(self.dtype):
       patches = self.model.apply(
         {"params": params}, rows["pixels"], method=Owlv2.detect
       )
-    # Unused, so the compiler removes its head.
+    # Dropping it lets the compiler remove its head.
     return patches.replace(objectness=None)
 
   def queries(self, params: PyTree, tokens: jax.Array) -> jax.Array:
@@ -220,17 +220,17 @@ class Programs:
   def score(
     self, consts: Mapping[str, jax.Array], rows: Mapping[str, Any]
   ) -> dict[str, jax.Array]:
-    """The best phrase of every patch, and the best patches.
+    """Selects the best phrase of each patch, and the best patches.
 
-    `slots` index the `table` of queries, -1 for no phrase.
+    `slots` index the `table` of queries; -1 is padding.
 
     Returns:
-      For the k best patches, best first: `boxes` [b, k, 4] in the unit square
-      of the padded image, `scores` [b, k] and `labels` [b, k], indices into
-      `slots`; and the number of patches `above` the threshold, [b].
+      For the k best patches, best first: `boxes` `[b, k, 4]` in the unit square
+      of the padded image, `scores` `[b, k]` and `labels` `[b, k]`, indices into
+      `slots`; and the number of patches `above` the threshold, `[b]`.
     """
     patches, slots = rows["patches"], rows["slots"]
-    # A slot of -1 reads any query, and is masked.
+    # Slots of -1 read an arbitrary query, which is masked.
     logits = patches.logits(consts["table"][slots], slots >= 0)
     scores = jax.nn.sigmoid(logits.max(axis=-1))
     labels = logits.argmax(axis=-1).astype(jnp.int32)
@@ -246,12 +246,12 @@ class Programs:
 def pad_to_square(
   image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> Float32[np.ndarray, "size size 3"]:
-  """The image padded with grey below or to the right, resized to `size`.
+  """Pads an image with grey below or to the right, and resizes it to `size`.
 
-  As in `skimage.transform.resize` with antialiasing, which the authors use: a
-  Gaussian of (s - 1) / 2 pixels for shrinking by s, then linear interpolation.
-  An enlarged image differs beyond the centres of its outermost pixels, where
-  the edge is repeated (as in PyTorch) and not mirrored.
+  Follows the authors' `skimage.transform.resize` with antialiasing: a Gaussian
+  of (s - 1) / 2 pixels for shrinking by s, then linear interpolation. Enlarged
+  images differ beyond the centres of the outermost pixels: edges are repeated
+  (as in PyTorch), not mirrored.
 
   Returns:
     Values from 0 to 1.
@@ -260,8 +260,8 @@ def pad_to_square(
   shrink = side / size
   sigma = max(shrink - 1, 0) / 2
   radius = int(_TRUNCATE * sigma + 0.5)
-  # The difference from grey is 0 in the padding. Only the part that the blurred
-  # image reaches is allocated: a banner's square may be vast.
+  # The difference from grey is 0 in the padding. Allocates only the part that
+  # the blurred image reaches: a banner's square may be huge.
   margin = 2 * radius + math.ceil(shrink) + 2
   pad = [min(margin, side - n) for n in image.shape[:2]]
   pixels = np.zeros(

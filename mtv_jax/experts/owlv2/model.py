@@ -1,4 +1,4 @@
-"""OWLv2 model (Minderer et al. 2023): CLIP towers with a box per patch.
+"""OWLv2 model (Minderer et al. 2023): CLIP towers with one box per patch.
 
 Each patch token, multiplied by the CLS token, predicts a box, an embedding to
 compare with phrases, and objectness.
@@ -18,16 +18,16 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT
 from mtv_jax.utils.tree import pytree_dataclass
 
-_EPS = 1e-4  # Keeps a coordinate's logit finite at the border.
-_NORM_EPS = 1e-6  # Added to the norm that embeddings are divided by.
+_EPS = 1e-4  # Bounds the logits of coordinates at the border.
+_NORM_EPS = 1e-6  # Added to the norm of embeddings.
 
 
 @pytree_dataclass
 class Patches:
-  """Predictions of the P patches of images, independent of phrases."""
+  """Predictions for the p patches of images, independent of phrases."""
 
   embeddings: Float32[Array, "b p e"]  # Unit length.
-  shift: Float32[Array, "b p"]  # Added to their cosines with phrases.
+  shift: Float32[Array, "b p"]  # Added to the cosines with phrases.
   scale: Float32[Array, "b p"]  # Multiplies the sum.
   # (y0, x0, y1, x1) in the padded image's unit square; may exceed it.
   boxes: Float32[Array, "b p 4"]
@@ -38,13 +38,13 @@ class Patches:
   ) -> Float32[Array, "b p q"]:
     """Logits of each patch for each query of `Owlv2.queries`.
 
-    One row of queries serves all images; those that are not `valid` (padding)
-    have the smallest number.
+    A single row of queries is broadcast over images. Queries that are not
+    `valid` (padding) get the smallest float32.
     """
     queries = jnp.broadcast_to(
       queries, (len(self.embeddings), *queries.shape[1:])
     )
-    # Differences of cosines are small, and scaled up.
+    # High precision: small differences of cosines are scaled up.
     cosines = jnp.einsum(
       "bpe,bqe->bpq",
       self.embeddings,
@@ -58,8 +58,8 @@ class Patches:
 class Owlv2(nn.Module):
   """OWLv2 detector; patch tokens are not projected.
 
-  The towers and the heads' hidden layers compute in `dtype`, last layers in
-  float32. `scan`: whether blocks run in a loop, see `stack.run_stack`.
+  Towers and hidden layers of the heads compute in `dtype`, last layers in
+  float32. `scan` runs blocks in a loop, see `stack.run_stack`.
   """
 
   spec: ModelSpec
@@ -81,7 +81,7 @@ class Owlv2(nn.Module):
   def __call__(
     self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b q t"]
   ) -> tuple[Patches, Float32[Array, "b p q"]]:
-    """Both towers: patches and their logits.
+    """Runs both towers; returns patches and their logits.
 
     A query whose first id is 0 is padding, as in `transformers`.
     """
@@ -111,8 +111,8 @@ class Owlv2(nn.Module):
   def queries(self, tokens: Int[Array, "n k t"]) -> Float32[Array, "n e"]:
     """Embeddings of phrases, each the mean over its k prompts.
 
-    The mean is not normalised again: logits are linear in it, and OWL-ViT
-    averages the prompts' logits (Minderer et al. 2022).
+    The mean is not normalised again: OWL-ViT averages logits over prompts
+    (Minderer et al. 2022), and logits are linear in the embedding.
     """
     n, k, t = tokens.shape
     pooled = self.text(tokens.reshape(n * k, t)).pooled
@@ -121,7 +121,7 @@ class Owlv2(nn.Module):
 
 
 class _Head(nn.Module):
-  """Three dense layers with exact GELU, float32 out."""
+  """Three dense layers with exact GELU; float32 output."""
 
   width: int
   out: int
@@ -135,7 +135,7 @@ class _Head(nn.Module):
 
 
 class _Classes(nn.Module):
-  """Patch embeddings, with a shift and a scale for their similarities."""
+  """Patch embeddings, with the shift and scale of their similarities."""
 
   features: int
 
@@ -154,9 +154,9 @@ def _unit(x, eps=_NORM_EPS):
 
 
 def box_bias(grid: tuple[int, int]) -> Float32[np.ndarray, "p 4"]:
-  """Bias of each patch's box, logits of (x, y, width, height), of a grid.
+  """Bias of the boxes of a grid's patches, as logits of (x, y, width, height).
 
-  A box of a patch's size at the patch's lower right corner.
+  The bias is a patch-sized box at the patch's lower right corner.
   """
   rows, columns = grid
   y, x = np.mgrid[1 : rows + 1, 1 : columns + 1].astype(np.float32)

@@ -1,8 +1,8 @@
 """Cache of query embeddings on the devices.
 
 Many n-grams of captions recur, and a fixed vocabulary never changes. The text
-tower always runs on the same number of independent rows, however few phrases
-are new, so that a query does not depend on earlier requests.
+tower always runs on a fixed number of independent rows, so that a query does
+not depend on earlier requests.
 """
 
 import collections
@@ -18,18 +18,18 @@ from jaxtyping import Array, Float32, Int32, PyTree
 from mtv_jax.experts import local_mesh
 from mtv_jax.parallel.mesh import replicated_sharding
 
-# Phrases per device in a run of the text tower: with 16 tokens each, enough for
-# a TPU not to be bound by reading the weights.
+# Phrases per device and run of the text tower: with 16 tokens each, enough that
+# reading weights is not the bottleneck of a TPU.
 _BATCH_SIZE = 16
-# Number of cached phrases: at 512 channels 32 MB on each device.
+# Number of cached phrases: 32 MB per device at 512 channels.
 _CAPACITY = 16_384
 
 
 class QueryCache:
-  """A table of queries on every device of a mesh, for use by one thread.
+  """A table of queries on every device of a mesh; not thread-safe.
 
   `embed` maps `params` (on the devices) and tokens `[n, k, t]` to queries
-  `[n, width]`, by row. A request of more than `capacity` phrases enlarges it.
+  `[n, width]`, row by row. Requests for more than `capacity` phrases grow it.
   """
 
   def __init__(
@@ -53,7 +53,7 @@ class QueryCache:
     self.table: Float32[Array, "capacity e"] = local_mesh.replicate(
       np.zeros((capacity, width), np.float32), mesh
     )
-    # By the bytes of its tokens, the most recently used at the end.
+    # Slots by the tokens' bytes, most recently used last.
     self._slots: collections.OrderedDict[bytes, int] = collections.OrderedDict()
     self.encoded = 0
 
@@ -62,12 +62,12 @@ class QueryCache:
   ) -> Int32[np.ndarray, "*n"]:
     """Slot of each phrase's query in `table`; -1 for padding (all ids are 0).
 
-    A phrase has token ids in each of the k prompts.
+    A phrase has t token ids in each of k prompts.
     """
     lead = tokens.shape[:-2]
     rows = tokens.reshape(-1, *tokens.shape[-2:])
     keys = [row.tobytes() if row.any() else None for row in rows]
-    # The first row of each phrase, in order.
+    # First row of each phrase, in order.
     wanted = {key: i for i, key in reversed([*enumerate(keys)]) if key}
     new = []
     for key, i in sorted(wanted.items(), key=lambda item: item[1]):

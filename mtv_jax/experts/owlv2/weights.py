@@ -1,4 +1,4 @@
-"""Reader of Hugging Face's OWLv2 hf_files."""
+"""Reader of Hugging Face's OWLv2 folders."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from mtv_jax.experts.owlv2.clip_tokenizer import (
 from mtv_jax.experts.owlv2.model import Owlv2
 from mtv_jax.models.two_tower import ModelSpec
 
-# Where OWLv2's defaults differ from CLIP's.
+# Defaults that differ from CLIP's.
 _VISION = {"image_size": 768, "patch_size": 16}
 _TEXT = {"max_position_embeddings": 16}
 _IGNORE = r"position_ids$|^box_bias$"
@@ -43,11 +43,11 @@ _HEADS = {
 
 @dataclasses.dataclass(frozen=True)
 class Owlv2Files:
-  """Content of a folder: `Owlv2` and its processor."""
+  """Content of an OWLv2 folder: the model and its processor."""
 
   spec: ModelSpec
   params: dict[str, Any]  # NumPy float32.
-  mean: tuple[float, ...]  # Of pixels from 0 to 1, by channel.
+  mean: tuple[float, ...]  # By channel, for pixels in [0, 1].
   std: tuple[float, ...]
   tokenizer: tokenizers.Tokenizer | ClipTokenizer
   tokenizer_hash: str
@@ -56,13 +56,13 @@ class Owlv2Files:
 def read(folder: str | os.PathLike) -> Owlv2Files:
   """Reads a folder of `Owlv2ForObjectDetection.save_pretrained`.
 
-  With a tokenizer (`tokenizer.json`, or `vocab.json` and `merges.txt`) and
-  optionally `processor_config.json` or `preprocessor_config.json`.
+  Needs a tokenizer (`tokenizer.json`, or `vocab.json` and `merges.txt`);
+  `processor_config.json` or `preprocessor_config.json` is optional.
 
   Raises:
     MissingFileError: the folder or its tokenizer is missing.
-    ConversionError: another kind of model, or tensors that are missing,
-      unexpected or of another shape, each named.
+    ConversionError: the model is of a different kind, or tensors are missing,
+      unexpected or of a wrong shape; the message names each.
   """
   path, config = hf_files.read_config(
     folder, model_type="owlv2", example="google/owlv2-base-patch16-ensemble"
@@ -71,7 +71,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
     spec = read_spec(config)
   with hf_files.open_weights(path) as store:
     params = tensors.load(param_mapping(spec), store, ignore=_IGNORE)
-  # CLIP's temperature, which is for whole images, is unused.
+  # CLIP's temperature, meant for whole images, is unused.
   del params["heads"]
   _, processor = hf_files.read_processor(path)
   digest = hashlib.blake2b(digest_size=8)
@@ -89,7 +89,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-  """The towers that a `config.json` describes."""
+  """Reads the towers' spec from `config.json`."""
   name = "text_config"
   text = hf_files.with_defaults(config.get(name), _TEXT, name)
   text.setdefault("hidden_size", clip.Clip.text.defaults["hidden_size"])
@@ -100,7 +100,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
       f"projection_dim={width} differs from the text tower's hidden_size, "
       f"{text['hidden_size']}: OWLv2 compares patches and phrases of one width."
     )
-  # A text ends at its highest id whatever eos_token_id is; 2 stands for that.
+  # Texts end at their highest id, which eos_token_id=2 selects.
   text["eos_token_id"] = 2
   name = "vision_config"
   vision = hf_files.with_defaults(config.get(name), _VISION, name)
@@ -127,7 +127,7 @@ def param_mapping(spec: ModelSpec) -> list[Rule]:
   heads = {k: v for k, v in params.items() if k not in ("image", "text")}
 
   def rename(name: str) -> str:
-    # Only CLIP's own files have the misspelt name.
+    # Only CLIP's files have the misspelt name.
     return "owlv2." + name.replace("pre_layrnorm", "pre_layernorm")
 
   towers = [

@@ -1,1 +1,1 @@
-"""Benchmarks, each with a limit measured in the same run."""
+"""Benchmarks, each against a limit measured in the same run."""

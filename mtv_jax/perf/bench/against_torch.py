@@ -1,13 +1,13 @@
 """Train step benchmark against PyTorch, on one CPU.
 
-Both sides start from the same weights and batch, so that the losses of their
-first steps are equal. Rounds alternate.
+Both steps start from equal weights and batches, so their first losses are
+equal. Rounds alternate.
 
-  siglip         ViT-S/16 and its text tower, sigmoid loss; against open_clip
+  siglip         ViT-S/16 and text tower, sigmoid loss; against open_clip
   distillation   DINO and iBOT on ViT-S/16, two global and eight local crops;
-                 against a step written from the formulas
+                 against a PyTorch step written from the papers
 
-Float32, gradient clipping at 1 and AdamW (PyTorch's is the fused one).
+Float32, gradient clipping at 1 and AdamW (fused in PyTorch).
 """
 
 import functools
@@ -31,9 +31,9 @@ OPTIM = dict(name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0)
 
 
 def pin(threads: int) -> int:
-  """Restricts this process to some cores; returns how many it got.
+  """Pins this process to at most `threads` cores; returns the number of cores.
 
-  XLA starts a thread per available core: call this before JAX runs anything.
+  XLA starts one thread per available core: call this before JAX runs anything.
   """
   cores = sorted(os.sched_getaffinity(0))[:threads]
   os.sched_setaffinity(0, cores)
@@ -48,14 +48,14 @@ def run(
   steps: int = 1,
   threads: int = 2,
 ) -> harness.Result:
-  """Times both sides on some cores of this machine; see `compare`.
+  """Pins the process to some cores and times both steps; see `compare`.
 
   Args:
     what: siglip or distillation (DINO and iBOT).
     batch_size: images per step.
     rounds: rounds per framework.
-    steps: per round.
-    threads: cores that the process is restricted to, and threads of PyTorch.
+    steps: steps per round.
+    threads: number of cores, and of PyTorch threads.
   """
   return compare(what, batch_size, rounds, pin(threads), steps)
 
@@ -70,8 +70,8 @@ def compare(
 ) -> harness.Result:
   """Times our step and PyTorch's in alternating rounds.
 
-  `threads` are PyTorch's; JAX uses those of the process, see `pin`. `model`
-  replaces fields of the model, for a small one.
+  `threads` applies to PyTorch; JAX uses all cores of the process, see `pin`.
+  `model` overrides model fields, to shrink the model.
   """
   check_choice("what", what, BENCHMARKS)
   torch_steps = harness.import_oracle("torch_steps")
@@ -87,7 +87,7 @@ def compare(
   losses = tuple(side() for side in sides)
 
   def time_side(side):
-    # A turn's first step reclaims memory from the other side: not timed.
+    # The first step reclaims memory from the other framework: not timed.
     side()
     return harness.time_call(lambda: [side() for _ in range(steps)]) / steps
 
@@ -140,8 +140,8 @@ def _make_config(
       chunk=None,
       freeze_last_layer_percent=0.0,
     )
-    # With DINOv2's layer scale of 1e-5 CLS tokens start nearly equal, and KoLeo
-    # would take the logarithm of rounding errors.
+    # With DINOv2's layer scale of 1e-5, initial CLS tokens are nearly equal:
+    # KoLeo would take logarithms of rounding errors.
     config["model"] |= dict(pool="cls", layer_scale=0.1)
     config["views"] = {
       "global": dict(count=2, ops=crop),
@@ -154,7 +154,7 @@ def _make_config(
 
 
 def _our_step(what: str, batch_size: int, model: dict[str, Any]):
-  """The spec, a step as a function, its first parameters and its batch."""
+  """Returns the spec, a step function, the initial parameters and the batch."""
   config = resolve(_make_config(what, batch_size, model))
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   built = build_train_step(config, mesh, 1)

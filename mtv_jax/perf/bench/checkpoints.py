@@ -1,4 +1,4 @@
-"""Checkpoint benchmark: saving and restoring against disk and train steps."""
+"""Checkpoint benchmark: save and restore against disk speed and step time."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ from mtv_jax.perf.bench import harness
 from mtv_jax.perf.bench.step import StepTimer
 from mtv_jax.utils.tree import flatten_with_names
 
-_CHUNK, _CHUNKS = 1 << 24, 16  # Bytes written at once, and how often.
+_CHUNK, _CHUNKS = 1 << 24, 16  # Bytes per write, number of writes.
 
 
 def run(
@@ -26,14 +26,14 @@ def run(
   every: int = 100,
   folder: str | None = None,
 ) -> harness.Result:
-  """Saves a config's train state as a run does, and times the steps meanwhile.
+  """Times saves and restores of a train state, and the steps during a save.
 
   Args:
-    config: as `train` takes it.
-    steps: to time while nothing is saved.
-    saves: to time during steps.
-    every: steps between two saves of the run in question.
-    folder: on the disk in question; the system's temporary folder by default.
+    config: a config as `train` takes it.
+    steps: number of steps to time without a save.
+    saves: number of saves to time during steps.
+    every: steps between saves, for the share of the run.
+    folder: folder on the disk to test; default: the system's temporary folder.
   """
   timer = StepTimer(config)
   with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -49,7 +49,7 @@ def run(
       abstract = timer.experiment.program.abstract
       with harness.Stopwatch() as restoring:
         jax.block_until_ready(saver.restore(abstract).state)
-      # The first step after a pause is slower than those that follow.
+      # The first step after a pause is slow.
       timer.time_step()
       step = timer.median_step(steps)
       costs = [_time_save(timer, saver, 2 + i, step) for i in range(saves)]
@@ -86,7 +86,7 @@ def run(
 def _time_save(
   timer: StepTimer, saver: Checkpointer, number: int, usual: float
 ) -> tuple[float, float]:
-  """Seconds that a save blocks the loop, and slows the steps until it ends."""
+  """Seconds that a save blocks the loop, and that it slows later steps by."""
   blocked = harness.time_call(lambda: saver.save(number, timer.state))
   times = []
   while saver.saving:
@@ -97,10 +97,9 @@ def _time_save(
 
 
 def disk_speed(folder: pathlib.Path) -> dict[str, float]:
-  """Bytes per second that one file is written ('write') and read ('read') at.
+  """Bytes per second of writing ('write') and reading ('read') one file.
 
-  Writing includes fsync, and the file's cached pages are dropped before it is
-  read.
+  Writing includes fsync; the page cache is dropped before reading.
   """
   data = np.random.default_rng(0).integers(0, 256, _CHUNK, np.uint8).tobytes()
   path = folder / "speed.bin"
@@ -120,7 +119,7 @@ def disk_speed(folder: pathlib.Path) -> dict[str, float]:
 
 
 def drop_page_cache(path: pathlib.Path) -> int:
-  """Drops the cached pages of a folder's files; returns their total bytes."""
+  """Drops a folder's files from the page cache; returns their total bytes."""
   files = [p for p in (path, *path.rglob("*")) if p.is_file()]
   for file in files:
     with file.open("rb") as opened:

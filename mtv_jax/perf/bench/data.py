@@ -33,22 +33,22 @@ def run(
   threads: int | None = None,
   workers: int = 0,
 ) -> harness.Result:
-  """Times the input pipeline against OpenCV decoding and resizing alone.
+  """Times the input pipeline against OpenCV decoding and resizing.
 
-  Both process the same images with as many threads, in alternating rounds.
-  Decoding starts from bytes in memory; the pipeline reads tars, decodes, makes
-  canvases and token ids, and batches them.
+  Both process equal images with equally many threads, in alternating rounds.
+  Decoding starts from bytes in memory. The pipeline reads tars, decodes,
+  resizes to canvases, tokenizes and batches.
 
   Args:
     data: path of tars, as in a config; None renders scenes to a temporary tar.
-    size: side of the canvas.
+    size: side of the canvas, in pixels.
     length: length of the captions, in tokens.
     tokenizer: "bytes" or a file's path.
     batch_size: the pipeline's batch size.
-    batches: per round, after one that is not timed.
-    rounds: rounds of both, after one that is not counted.
+    batches: timed batches per round, after one warm-up batch.
+    rounds: timed rounds, after one warm-up round.
     threads: total over all processes; None for one per core.
-    workers: processes of the pipeline.
+    workers: number of the pipeline's worker processes.
   """
   threads = threads or available_cores()
   images = batches * batch_size
@@ -71,7 +71,7 @@ def run(
         tokenizer=tokens,
         sources=[source],
       ) as loader:
-        # The queues are full from the first batch on.
+        # The first batch fills the queues.
         next(loader)
         with harness.Stopwatch() as watch:
           for _ in range(batches):
@@ -79,7 +79,7 @@ def run(
       times["pipeline"].append(watch)
       files = _read_images(source, (start + 1) * batch_size, images)
       times["decode"].append(_time_decoding(files, size, threads))
-  # The first round warms caches up.
+  # The first round warms up the caches.
   times = {name: watches[1:] for name, watches in times.items()}
   result = harness.Result(
     source=source.name,
@@ -103,22 +103,22 @@ def run(
 def decode_cpu_ms(
   size: int, *, images: int = 128, threads: int | None = None
 ) -> float:
-  """Processor milliseconds to decode and resize a scene to a canvas."""
+  """CPU milliseconds to decode a scene and resize it to a canvas."""
   files, threads = scene_files(size, images), threads or available_cores()
-  for _ in range(2):  # The first pass warms caches up.
+  for _ in range(2):  # The first pass warms up the caches.
     watch = _time_decoding(files, size, threads)
   return 1e3 * watch.cpu / images
 
 
 def scene_files(size: int, images: int) -> list[bytes]:
-  """JPEGs of scenes a quarter larger than a size; a few scenes, repeated."""
+  """JPEGs of a few repeated scenes, each a quarter larger than `size`."""
   with tempfile.TemporaryDirectory() as folder:
     source = open_files(_write_scenes_tar(Path(folder), size))
     return _read_images(source, 0, images)
 
 
 def _read_images(source: Source, first: int, count: int) -> list[bytes]:
-  """Encoded images of the pipeline's rows from `first` on."""
+  """Encoded images of `count` pipeline rows, starting at row `first`."""
   rows = order.addresses([source], weights=[1.0], shuffle="global", seed=0)
   records = [rows[first + i][1] for i in range(count)]
   images = {n: source[n]["image"] for n in set(records)}
@@ -142,7 +142,7 @@ def _time_decoding(
 
 
 def _imread_flags(data: bytes, size: int) -> int:
-  """Flags by which `decode` reads a file for a canvas."""
+  """OpenCV flags that decode a file at the smallest size for the canvas."""
   with Image.open(io.BytesIO(data)) as image:
     is_jpeg, (width, height) = image.format == "JPEG", image.size
   divisor = canvas.choose_divisor(height, width, size) if is_jpeg else 1

@@ -1,8 +1,8 @@
-"""Decoding benchmark: canvases of photos beside DINOv2's own views of them.
+"""Decoding benchmark: our canvas against DINOv2's host augmentation.
 
-DINOv2's reader decodes a photo with Pillow and makes two global and eight local
-views of it on the host; ours makes the canvas, from which the device makes the
-views. Both take the same files, one after the other, on one thread.
+DINOv2's loader decodes a photo with Pillow and computes two global and eight
+local views on the host. Ours resizes it to a canvas, and the device computes
+the views. Both process equal files in turn, on one thread.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from mtv_jax.perf.bench import data as data_bench
 from mtv_jax.perf.bench import harness
 from mtv_jax.utils.errors import InputError
 
-# Of the photos that are written at another size.
+# JPEG quality of resized photos.
 _QUALITY = 90
 
 Transform = Callable[[bytes], object]
@@ -34,20 +34,20 @@ def run(
   rounds: int = 5,
   threads: int = 1,
 ) -> harness.Result:
-  """Times a canvas and DINOv2's views, in processor time per image.
+  """Times the canvas and DINOv2's views in CPU time per image.
 
-  Processor time does not grow with what other programs take of the machine;
-  images per second of a core are its inverse.
+  CPU time does not depend on the machine's load. Its inverse is images per
+  second and core.
 
   Args:
     data: path of tars, as in a config; None renders scenes.
-    size: side of the canvas.
-    megapixels: sizes to which photos are enlarged (4:3, bicubic, quality 90),
-      with commas; 0 takes the files as they are. Enlarged photos have less
-      detail, and fewer bytes for each pixel, than those of a camera.
-    images: files of each size, from the first on.
-    rounds: rounds of all, in turn, after one that does not count.
-    threads: of PyTorch and OpenCV.
+    size: side of the canvas, in pixels.
+    megapixels: comma-separated sizes to enlarge photos to (4:3, bicubic, JPEG
+      quality 90); 0 uses the files unchanged. Enlarged photos have less detail
+      and fewer bytes per pixel than camera photos.
+    images: number of files, starting at the first.
+    rounds: timed rounds, after one warm-up round; methods take turns.
+    threads: PyTorch and OpenCV threads.
   """
   numbers = _parse_megapixels(megapixels)
   oracle = harness.import_oracle("dinov2_views")
@@ -85,7 +85,7 @@ def _parse_megapixels(megapixels: str) -> list[float]:
     numbers = [float(part) for part in megapixels.split(",")]
   except ValueError:
     numbers = [-1.0]
-  # Sides are rounded, and may have more pixels.
+  # Rounded sides may exceed the number of pixels.
   least, most = 1e-4, canvas.MAX_PIXELS // 1_010_000
   if not all(n == 0 or least <= n <= most for n in numbers):
     example = "numbers with commas, such as '0,1,4'"
@@ -102,7 +102,7 @@ def _read_files(data: str | None, size: int, images: int) -> list[bytes]:
 
 
 def _enlarge(files: Sequence[bytes], megapixels: float) -> list[bytes]:
-  """The photos as JPEGs of a number of pixels, 4:3."""
+  """Resizes photos to 4:3 JPEGs with a given number of megapixels."""
   height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
   shape = round(height * 4 / 3), height
   options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
@@ -118,7 +118,7 @@ def _enlarge(files: Sequence[bytes], megapixels: float) -> list[bytes]:
 def _time_methods(
   methods: dict[str, Transform], photos: Sequence[bytes], rounds: int
 ) -> dict[str, np.ndarray]:
-  """Processor milliseconds per image of each round, by method."""
+  """CPU milliseconds per image, `{method: [rounds]}`."""
   times = {name: [] for name in methods}
   for _ in range(rounds + 1):
     for name, transform in methods.items():

@@ -1,4 +1,4 @@
-"""Depth Anything V2 for the benchmark of experts; see `experts`."""
+"""Depth Anything V2 for the expert benchmark, see `experts`."""
 
 import pathlib
 from typing import Any
@@ -17,7 +17,7 @@ SIZE = 518
 
 
 def make_config(variant: str) -> dict[str, Any]:
-  """The `config.json` of a variant; smaller ones of `models.VARIANTS` too."""
+  """The `config.json` of any variant in `models.VARIANTS`."""
   shape = models.VARIANTS[variant]
   width, depth = shape["width"], shape["depth"]
   return dict(
@@ -39,7 +39,7 @@ def make_config(variant: str) -> dict[str, Any]:
 
 
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
-  """One batch through our expert, on this host's devices."""
+  """A function that runs one batch on this host's devices."""
   del variant
   expert = expert_lib.load_expert(
     folder, preprocess="square", size=SIZE, batch_size=batch_size
@@ -51,7 +51,7 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
 def program(
   variant: str, batch_size: int, mesh: Mesh, dtype: str
 ) -> experts.Program:
-  """The model as every device runs it."""
+  """The per-device program."""
   names = ["backbone.embeddings.mask_token"]
   spec = weights.read_spec(make_config(variant), names)
   shape = (batch_size * mesh.size, SIZE, SIZE, 3)

@@ -1,7 +1,7 @@
-"""Encoder benchmark: images to features, and a k-NN evaluation end to end.
+"""Encoder benchmark: feature extraction and an end-to-end k-NN evaluation.
 
-Also dense features of images of several shapes, batched by shape as in the
-evaluations against one image at a time.
+Also compares dense features of several image shapes, batched by shape as in the
+evaluations, with encoding one image at a time.
 """
 
 import statistics
@@ -32,9 +32,9 @@ def run(
 
   Args:
     encoder: a run, an export, a Hugging Face folder or a baseline.
-    images: per round.
-    batch_size: images per step on all devices.
-    rounds: rounds of each, after one that does not count.
+    images: images per round.
+    batch_size: images per step, over all devices.
+    rounds: timed rounds, after one warm-up round.
     dtype: computation dtype.
   """
   loaded = loading.load(encoder, dtype=dtype)
@@ -92,9 +92,9 @@ def run(
 def _time_shapes(
   encoder: Encoder, count: int, *, batch_size: int, rounds: int
 ) -> np.ndarray:
-  """Seconds `[rounds, 2]` of `dense` in batches by shape, and one by one.
+  """Seconds `[rounds, 2]` of `dense`: batched by shape, and one by one.
 
-  Shapes follow each other at random, as those of a data set's images.
+  Images have random shapes, as in a data set.
   """
   size, patch = encoder.preprocess.size, encoder.spec.image.patch_size
   rng = np.random.default_rng(0)

@@ -1,11 +1,11 @@
-"""Labelling benchmark: an expert against `transformers`, or AOT for a TPU.
+"""Expert benchmark: against `transformers`, or compiled ahead of time for TPU.
 
-A module of `MODELS` has the functions
+Each module in `MODELS` defines
 
-  ours(variant, folder, batch_size)            a `RunFn` of a folder's weights
+  ours(variant, folder, batch_size)            a `RunFn` with a folder's weights
   program(variant, batch_size, mesh, dtype)    a `Program`
 
-Folders and results of `transformers` come from tools/transformers_experts.py.
+tools/transformers_experts.py writes the folders and runs `transformers`.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from mtv_jax.perf.bench import harness
 from mtv_jax.perf.preflight.compile import Memory
 from mtv_jax.utils.errors import InputError, check_choice
 
-# The module of each kind of labels.
+# Module by kind of label.
 MODELS = {
   "depth": "mtv_jax.perf.bench.depth_anything",
   "boxes": "mtv_jax.perf.bench.owlv2",
@@ -40,11 +40,11 @@ RunFn = Callable[[], Any]  # Runs one batch; returns an array or a tensor.
 
 
 class Program(NamedTuple):
-  """An expert's function of parameters and rows, see `jit_per_device`."""
+  """An expert's function and its abstract arguments, see `jit_per_device`."""
 
   function: Callable[[PyTree, PyTree], PyTree]
   params: PyTree  # Shapes and dtypes.
-  rows: PyTree  # Shapes and dtypes, of the rows of all devices.
+  rows: PyTree  # Shapes and dtypes of all devices' rows.
 
 
 def run(
@@ -57,17 +57,17 @@ def run(
   threads: int = 2,
   topology: str | None = None,
 ) -> harness.Result:
-  """Times an expert in float32, from pixels to the model's results.
+  """Times an expert in float32, from pixels to model outputs.
 
   Args:
     kind: a key of `MODELS`.
     variant: size of the expert; its weights are random.
     batch_size: images per device.
-    rounds: rounds of one batch each, after one that does not count.
-    against: "transformers", on the same weights and pixels in alternating
+    rounds: timed rounds of one batch, after one warm-up round.
+    against: "transformers" with equal weights and pixels, in alternating
       rounds, or "none".
-    threads: for PyTorch; JAX uses the process's, see `against_torch.pin`.
-    topology: compiles for it instead, see `compile_expert`.
+    threads: PyTorch threads; JAX uses the process's, see `against_torch.pin`.
+    topology: compile for this topology instead, see `compile_expert`.
   """
   model_lib = _import_model(kind)
   check_choice("against", against, AGAINST)
@@ -94,7 +94,7 @@ def run(
         model_lib.ours(variant, path, batch_size),
         torch.inference_mode()(oracle.RUN[kind](model, batch_size)),
       ]
-  # `asarray` waits for the results.
+  # `np.asarray` waits for the results.
   fns = [lambda fn=fn: np.asarray(fn()) for fn in fns]
   with harness.Stopwatch() as compiling:
     results = [fns[0]()]
@@ -133,7 +133,7 @@ def _import_model(kind: str) -> ModuleType:
 
 
 def _random_fn(model_lib: ModuleType, variant: str, batch_size: int) -> RunFn:
-  """The program with random parameters and rows, on this host's devices."""
+  """A function that runs the program on random parameters and rows."""
   mesh = local_mesh.local_mesh()
   program = model_lib.program(variant, batch_size, mesh, "float32")
   rng = np.random.default_rng(0)
@@ -157,7 +157,7 @@ def _random_fn(model_lib: ModuleType, variant: str, batch_size: int) -> RunFn:
 
 
 def random_pixels(rows: int, size: int) -> np.ndarray:
-  """Normalised pixels `[rows, size, size, 3]`, float32."""
+  """Random normalised pixels `[rows, size, size, 3]`, float32."""
   rng = np.random.default_rng(0)
   return rng.normal(size=(rows, size, size, 3)).astype(np.float32)
 
@@ -167,7 +167,7 @@ def compile_expert(
 ) -> harness.Result:
   """Compiles an expert in bfloat16 for one device of a topology.
 
-  Every device runs the same program: the topology's size makes no difference.
+  All devices run one program, so the topology's size does not matter.
   """
   parsed = topologies.parse(topology)
   topologies.use_cpu(parsed)

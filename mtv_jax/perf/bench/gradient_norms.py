@@ -1,4 +1,4 @@
-"""Objectives' gradient norms on the encoder in a run, and their balance."""
+"""Balance of the objectives' encoder gradient norms in a run."""
 
 import json
 import pathlib
@@ -11,12 +11,11 @@ from mtv_jax.utils.errors import InputError
 
 
 def run(workdir: str, *, after: int = 0) -> harness.Result:
-  """Means, and the ratios of the largest to the smallest.
+  """Mean norms, and the ratios of the largest norm to the smallest.
 
   Args:
-    workdir: a run with a balance that multiplies weights, and with
-      `log.gradients_steps`.
-    after: the step above which norms are taken.
+    workdir: a run with `log.gradients_steps` and a balance that scales weights.
+    after: use only norms logged after this step.
   """
   names, balanced, plain = read_norms(pathlib.Path(workdir), after)
   result = harness.Result(run=workdir, after=after, measurements=len(balanced))
@@ -41,14 +40,14 @@ def run(workdir: str, *, after: int = 0) -> harness.Result:
 def read_norms(
   workdir: pathlib.Path, after: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-  """Names, norms `[steps, names]`, and norms without the balance's factors.
+  """Reads names, norms, and norms without the balance's factors.
 
-  Of the steps above `after` at which they were logged.
+  Norms are `[steps, names]`, for the steps above `after` that logged them.
   """
   config = json.loads((workdir / "config.json").read_text())["objectives"]
   weights = {name: entry["weight"] for name, entry in config.items()}
   balanced, plain = [], []
-  used = dict(weights)  # In the update before: config weights at the start.
+  used = dict(weights)  # Weights before the update; initially the config's.
   for row in read_rows(workdir / "metrics.jsonl"):
     if any(f"{name}/weight" not in row for name in weights):
       continue
@@ -66,5 +65,5 @@ def read_norms(
 
 
 def mean_norms(norms: np.ndarray) -> np.ndarray:
-  """Geometric means over the steps."""
+  """Geometric mean over steps, `[names]`."""
   return np.exp(np.log(norms).mean(0))

@@ -1,8 +1,8 @@
 """Benchmark harness: timing in alternating rounds, and result tables.
 
-A benchmark is a function that returns a `Result`; its parameters are the flags
-of its command. `mtv_jax.cli.bench` lists them. Does not import JAX, so that
-benchmarks of the input pipeline run without it.
+A benchmark is a function that returns a `Result`; its parameters become the
+flags of its command. `mtv_jax.cli.bench` lists the benchmarks. Does not import
+JAX: input pipeline benchmarks run without it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from mtv_jax.utils.errors import InputError
 class Result:
   """Measurements of one benchmark: a table to print and values for `--json`.
 
-  `context` describes the run, such as its `batch_size`, in the table's title,
-  and the processor.
+  The table's title shows `context`, such as `batch_size`, and the processor.
   """
 
   def __init__(self, **context: Any):
@@ -45,9 +44,9 @@ class Result:
     text: str = "",
     unit: float = 1,
   ) -> None:
-    """Adds a value of plain types, and a row of the table if it has a label.
+    """Adds a JSON-compatible value, and a table row if `label` is given.
 
-    A replacement field in `text`, such as '{:.1f}', is the value in `unit`s.
+    A replacement field in `text`, such as '{:.1f}', formats `value / unit`.
     """
     self.values[name] = value
     if label:
@@ -62,9 +61,9 @@ class Result:
     label: str,
     spec: str,
   ) -> None:
-    """Adds the median of the rounds' ratios as `name`, all as `f"{name}s"`.
+    """Adds the median ratio as `name` and all rounds' ratios as `f"{name}s"`.
 
-    Prints the median and the range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
+    The row shows median and range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
     """
     rounds = zip(numerators, denominators, strict=True)
     ratios = [float(a) / float(b) for a, b in rounds]
@@ -89,7 +88,7 @@ class Result:
 def describe_processor(info: str | None = None) -> str:
   """The processor's name, and whether it has AVX-512.
 
-  `info`: the text of /proc/cpuinfo; of this machine by default.
+  `info` is the text of /proc/cpuinfo; default: this machine's.
   """
   path = pathlib.Path("/proc/cpuinfo")
   if info is None:
@@ -101,9 +100,9 @@ def describe_processor(info: str | None = None) -> str:
 
 
 class Stopwatch:
-  """Wall and processor seconds of a `with` block.
+  """Wall and CPU seconds of a `with` block.
 
-  Processor time does not grow with what other programs take of the machine.
+  CPU time does not depend on the machine's load.
   """
 
   wall = cpu = 0.0
@@ -118,7 +117,7 @@ class Stopwatch:
 
 
 def time_call(function: Callable[[], Any]) -> float:
-  """Wall seconds of a call, which must wait for its own results."""
+  """Wall seconds of a call; `function` must block until it is done."""
   with Stopwatch() as watch:
     function()
   return watch.wall
@@ -127,17 +126,17 @@ def time_call(function: Callable[[], Any]) -> float:
 def time_rounds(
   functions: Sequence[Callable[[], Any]], *, rounds: int, warmup: int = 1
 ) -> np.ndarray:
-  """Wall seconds `[rounds, functions]` of functions that take turns.
+  """Wall seconds `[rounds, functions]`; functions take turns.
 
-  Alternating exposes all to the same load, so that a round's ratios are
-  comparable. Functions wait for their own results; the warm-up does not count.
+  Alternating exposes all functions to equal load, so ratios within a round are
+  comparable. Functions must block until their results are ready.
   """
   times = [[time_call(f) for f in functions] for _ in range(warmup + rounds)]
   return np.array(times[warmup:])
 
 
 def import_oracle(name: str) -> ModuleType:
-  """A module of tools/ in PyTorch, to compare with; a wheel has none."""
+  """Imports a PyTorch reference from tools/, which wheels lack."""
   path = pathlib.Path(__file__).resolve().parents[3] / "tools" / f"{name}.py"
   if not path.is_file():
     raise InputError(f"The comparison needs a checkout, with tools/{name}.py.")

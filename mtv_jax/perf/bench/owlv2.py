@@ -1,4 +1,4 @@
-"""OWLv2 for the benchmark of experts; see `experts`."""
+"""OWLv2 for the expert benchmark, see `experts`."""
 
 import pathlib
 from collections.abc import Mapping
@@ -41,12 +41,12 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
   ),
 }
 PHRASES = ("a dog", "person", "red car", "tree", "traffic light", "boat")
-# Queries of an image in `program`: as many as a caption has n-grams.
+# Queries per image in `program`: about the n-grams of one caption.
 _QUERIES = 64
 
 
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
-  """One batch through our expert; a vocabulary's phrases are encoded once."""
+  """A function that runs one batch; phrases are encoded once."""
   options = dict(phrases=Vocabulary(PHRASES), batch_size=batch_size)
   expert = expert_lib.load_expert(folder, **options)
   size = weights.read_spec(CONFIGS[variant]).image.image_size
@@ -57,7 +57,7 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
 def program(
   variant: str, batch_size: int, mesh: Mesh, dtype: str
 ) -> experts.Program:
-  """The program to compile: image tower and scores, data-parallel."""
+  """The per-device program: image tower and scores."""
   spec = weights.read_spec(CONFIGS[variant])
   model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
   programs = expert_lib.Programs(model, dtype)

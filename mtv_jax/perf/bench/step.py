@@ -1,4 +1,4 @@
-"""Benchmarks of the train step and of its views on the devices."""
+"""Benchmarks of the train step, its views and its interference meter."""
 
 import dataclasses
 import functools
@@ -25,19 +25,18 @@ from mtv_jax.utils.errors import check_choice
 
 
 class StepTimer:
-  """A config's train step, timed on one batch that stays on the devices."""
+  """Times a config's train step on one batch that stays on the devices."""
 
   def __init__(self, config: Config | RunConfig, *, compile: bool = True):
     with tempfile.TemporaryDirectory() as workdir:
       self.experiment = build_experiment(config, workdir)
-    # After the steps so far.
     self.state = initialize_state(self.experiment)
     with make_loader(self.experiment, 0) as loader:
       self.batch = shard_batch(next(loader), self.experiment.mesh)
     self.compile_seconds = self.time_step() if compile else 0.0
 
   def time_step(self, batch: Any = None) -> float:
-    """Seconds of one step, waited for; by default on the timer's batch."""
+    """Wall seconds of one step; `batch` defaults to the timer's."""
     batch = self.batch if batch is None else batch
     with harness.Stopwatch() as watch:
       self.state, values = self.experiment.program.update(self.state, batch)
@@ -45,12 +44,12 @@ class StepTimer:
     return watch.wall
 
   def median_step(self, steps: int) -> float:
-    """Median seconds of `steps` steps."""
+    """Median wall seconds of `steps` steps."""
     return statistics.median(self.time_step() for _ in range(steps))
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of large matrix products on all devices, the best of 5 rounds."""
+  """FLOP/s of large matrix products on all devices, best of 5 rounds."""
   side = 1536 if jax.default_backend() == "cpu" else 8192
   mesh = make_mesh({"data": -1})
   shape = (mesh.size, side, side)
@@ -63,14 +62,14 @@ def matmul_peak(dtype: str) -> float:
 
 
 def run(config: Config, *, steps: int = 20) -> harness.Result:
-  """Times the train step of a config with and without its input pipeline.
+  """Times a config's train step with and without its input pipeline.
 
-  The step is first timed on one repeated batch, which bounds the loop's
-  throughput, and blocks after every step. On several hosts, run it on all.
+  Timing one repeated batch, blocking after every step, bounds the loop's
+  throughput. With several hosts, run it on each.
 
   Args:
-    config: as `train` takes it; nothing is saved or evaluated.
-    steps: to time, with and without the pipeline.
+    config: a config as `train` takes it; nothing is saved or evaluated.
+    steps: number of steps to time, with and without the pipeline.
   """
   timer = StepTimer(config)
   experiment = timer.experiment
@@ -111,11 +110,11 @@ def run(config: Config, *, steps: int = 20) -> harness.Result:
 
 
 def time_views(config: Config, *, steps: int = 5) -> harness.Result:
-  """Times the views of a config alone, in one program, and in the step.
+  """Times a config's views: each alone, all in one program, and the step.
 
   Args:
-    config: as `train` takes it.
-    steps: to time of each.
+    config: a config as `train` takes it.
+    steps: number of calls to time, for each.
   """
   timer = StepTimer(config)
   spec, mesh = timer.experiment.step_spec, timer.experiment.mesh
@@ -154,10 +153,10 @@ def time_interference(
   """Times the interference meter of a config against its train step.
 
   Args:
-    config: as `train` takes it; without `interference`, that of the defaults.
-    rounds: in which the step and the meter, with and without the transfer,
-      take turns.
-    measure: "time", or "flops", which runs no step.
+    config: a config as `train` takes it; without `interference`, its defaults
+      apply.
+    rounds: rounds of the step and of the meter with and without the transfer.
+    measure: "time", or "flops", which runs nothing.
   """
   check_choice("measure", measure, ("time", "flops"))
   run = resolve(config)

@@ -26,7 +26,7 @@ from mtv_jax.train.train_step import (
   make_config_mesh,
 )
 
-# Examples per epoch by default; changes nothing that is measured here.
+# Default number of examples per epoch; does not affect the results.
 EPOCH = 1_000_000
 _LARGEST = 8  # Arrays in a report.
 
@@ -43,14 +43,14 @@ class Plan(TrainStep):
   ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, sharded over the mesh.
 
-    `rows`: the config's batch size by default.
+    `rows` defaults to the config's batch size.
     """
     split = NamedSharding(self.mesh, BATCH_SPEC)
     rows = self.config.batch_size if rows is None else rows
     return flops_lib.abstract_batch(rows, self.fields, split)
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
-    """Lowers the update with all objectives, for a batch of so many rows."""
+    """Lowers the update with all objectives, for a batch of `rows`."""
     inputs = self.program.abstract, self.abstract_batch(rows)
     return self.program.update.lower(*inputs)
 
@@ -63,11 +63,11 @@ class Plan(TrainStep):
 
   @property
   def runs_norms(self) -> bool:
-    """Whether the run may measure them, also at spikes of the gradient."""
+    """Whether the run may measure gradient norms, including at spikes."""
     return self.measures_norms or bool(self.config.log.spikes)
 
   def lower_norms(self) -> jax.stages.Lowered:
-    """Lowers the program of those norms, or of the interference meter."""
+    """Lowers the gradient-norm program, or the interference meter."""
     inputs = (self.program.abstract, self.abstract_batch())
     objectives = tuple(self.step_spec.objectives)
     measurements = Measurements(self.program)
@@ -84,11 +84,10 @@ def make_plan(
   *,
   examples_per_epoch: int | None = None,
 ) -> Plan:
-  """Builds the step of a config; opens no data or tokenizer.
+  """Builds a config's step; opens neither data nor tokenizer.
 
-  The folders of frozen teachers are read, unless their `model` is given.
-
-  `changes` are overrides, 'KEY=VALUE', of the config.
+  Reads the folders of frozen teachers unless their `model` is given. `changes`
+  are config overrides, 'KEY=VALUE'.
   """
   if changes:
     config = overrides.override(config, changes)
@@ -102,18 +101,18 @@ def make_plan(
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of HBM on one chip, as the compiler plans them."""
+  """The compiler's memory plan: bytes of HBM on one chip."""
 
-  arguments: int  # The state and the batch.
+  arguments: int  # Train state and batch.
   temporaries: int  # Live within a step.
   output: int  # Most of it aliases donated arguments.
-  peak: int  # The most that is live at a time.
+  peak: int  # Maximum live at once.
   limit: int | None  # The chip's limit; None if unknown.
-  host: int = 0  # In the host's memory.
+  host: int = 0  # Bytes in host memory.
 
   @property
   def fits(self) -> bool:
-    """Whether the peak is within the limit, if that is known."""
+    """Whether the peak is within the limit; True if the limit is unknown."""
     return self.limit is None or self.peak <= self.limit
 
   @classmethod
@@ -125,7 +124,7 @@ class Memory:
     output = analysis.output_size_in_bytes
     live = arguments + output - analysis.alias_size_in_bytes + temporaries
     host = analysis.host_temp_size_in_bytes
-    # XLA's peak is that of both memories together.
+    # XLA's peak includes host memory.
     peak = max(live, analysis.peak_memory_in_bytes - host)
     return cls(arguments, temporaries, output, peak, limit, host)
 
@@ -136,15 +135,15 @@ class CompileResult:
 
   memory: Memory | None  # None if the compiler ran out of memory.
   refusal: str = ""  # The compiler's message in that case.
-  seconds: float = 0.0  # Of lowering and compiling.
+  seconds: float = 0.0  # Lowering and compilation time.
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
   flops: float = 0.0  # With recomputation, see `hlo.count_flops`; 0: unknown.
-  int8_flops: float = 0.0  # Those of them with operands of 8-bit integers.
+  int8_flops: float = 0.0  # Part of `flops` with 8-bit integer operands.
   hbm_bytes: float = 0.0  # Read and written, see `roofline`; 0: unknown.
-  host_bytes: float = 0.0  # Moved from and to the host's memory.
+  host_bytes: float = 0.0  # Transferred from and to host memory.
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
-  # Batch size of `largest`; smaller than the config's if the step does not fit.
+  # Batch size of `largest`; below the config's if the step does not fit.
   largest_at: int = 0
 
   @property
@@ -154,9 +153,10 @@ class CompileResult:
 
 
 def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
-  """Compiles the train step of a plan; lists the largest arrays.
+  """Compiles a plan's train step and lists the largest arrays.
 
-  With `explain`, a step that does not fit is compiled with fewer rows for them.
+  With `explain`, a step that the compiler refuses is recompiled with fewer rows
+  to list them.
   """
   result, program = _compile(plan.lower, plan)
   if program is None:
@@ -168,7 +168,7 @@ def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
   return dataclasses.replace(
     result,
     collectives=hlo.collectives(module),
-    # Other backends call libraries, whose FLOPs the HLO does not show.
+    # Off TPU, XLA calls libraries whose FLOPs the HLO does not show.
     flops=hlo.count_flops(module) if is_tpu else 0.0,
     int8_flops=hlo.count_flops(module, "s8") if is_tpu else 0.0,
     hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
@@ -180,7 +180,7 @@ def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
 
 
 def compile_norms(plan: Plan) -> CompileResult:
-  """Compiles the program that a run which measures gradients runs as well."""
+  """Compiles the gradient-norm program, see `Plan.lower_norms`."""
   return _compile(plan.lower_norms, plan)[0]
 
 
@@ -203,11 +203,11 @@ def _compile(
 def _largest_of_smaller_batch(
   plan: Plan,
 ) -> tuple[Sequence[dict[str, Any]], int]:
-  """The largest arrays of the same step on fewer rows, and the rows."""
+  """The largest arrays of a step with fewer rows, and the number of rows."""
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for divisor in (16, 256):
-    # Not the config at this batch size, whose durations in examples would be
-    # other numbers of steps, beyond int32 for long runs.
+    # Lowers the plan with fewer rows, not the config with a smaller batch_size:
+    # durations in examples would overflow int32 steps in long runs.
     batch = max(plan.config.batch_size // divisor // least, 1) * least
     _, program = _compile(functools.partial(plan.lower, batch), plan)
     if program is not None:
@@ -216,7 +216,7 @@ def _largest_of_smaller_batch(
 
 
 def required_bytes(refusal: str) -> int | None:
-  """Bytes that the program needs, according to the compiler's message."""
+  """Parses the bytes that the program needs from the compiler's message."""
   pattern = r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])"
   match = re.search(pattern, refusal)
   return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))

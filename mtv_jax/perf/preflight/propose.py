@@ -1,4 +1,4 @@
-"""Search for changes of a config that make it fit, by compiling them."""
+"""Search for config changes that make a step fit, by compiling them."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ _FACTORS = (2, 4, 8, 16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-  """A change of the config and whether it fits."""
+  """A config change and whether it fits."""
 
-  changes: tuple[str, ...]  # 'KEY=VALUE', as `--config.KEY=VALUE` takes them.
+  changes: tuple[str, ...]  # 'KEY=VALUE' overrides.
   peak: int | None  # Bytes per chip; None if the compiler did not say.
   fits: bool
 
@@ -31,7 +31,7 @@ def candidates(
 ) -> Iterator[tuple[tuple[str, ...], int]]:
   """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
 
-  'KEY=VALUE' strings, and the factor by which they divide the activations.
+  Yields 'KEY=VALUE' overrides and the factor by which they divide activations.
   """
   base = ()
   if config.model.remat != "full":
@@ -56,10 +56,10 @@ def candidates(
 def propose(
   config: Config, topology: topologies.Topology, *, tries: int = 8
 ) -> Iterator[Proposal]:
-  """Compiles changes of a config that does not fit, until one does.
+  """Compiles changes of a config until one fits.
 
-  Skips changes that the last refusal shows to be too small, and yields all
-  proposals that were compiled, at most `tries`.
+  Yields every compiled proposal, at most `tries`. Skips changes that are too
+  small according to the last compilation.
   """
   config = resolve(config)
   limit, excess = topology.chip.hbm_bytes, 1.0

@@ -1,9 +1,9 @@
 """Search for the least recomputation that fits a chip (`model.remat="auto"`).
 
-Each array that a block can save (`models/remat.py`), of each encoding that is
-trained, has a size and a cost of recomputation, both from its shapes. Arrays
-are taken by FLOPs per byte as long as they fit a capacity. The compiler says
-what a choice needs, from which the next capacity follows.
+The size and the recomputation cost of each array that a block can save
+(`models/remat.py`) follow from its shape, for each trained encoding. The search
+saves arrays by FLOPs per byte while they fit a capacity, compiles that choice,
+and sets the next capacity from the compiler's peak.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Share of a chip's memory to plan for: the rest is for the fragmentation of its
-# allocator, and for evaluations between steps.
+# Share of a chip's memory to plan for; the rest is for allocator fragmentation
+# and for evaluations between steps.
 SHARE = 0.95
 COMPILATIONS = 6
 
@@ -39,18 +39,18 @@ COMPILATIONS = 6
 class Saving:
   """An array that the blocks of a view's encodings can save, on one chip."""
 
-  view: str  # Or a text field.
+  view: str  # View or text field.
   name: str  # One of `remat.NAMES`.
   bytes: int
-  flops: float  # That are not recomputed if it is saved.
+  flops: float  # Recomputation FLOPs that saving the array avoids.
 
 
 def list_savings(plan: compile_lib.Plan) -> list[Saving]:
-  """What a plan's blocks can save, most FLOPs per byte first.
+  """Lists the arrays that a plan's blocks can save, most FLOPs per byte first.
 
-  By shape, without padding and on whole rows: over a `tensor` axis some arrays
-  are split further. Of equal ones the larger is first, so that smaller ones
-  fill what is left.
+  Sizes follow from shapes, without padding, and for whole rows: a `tensor` axis
+  may split arrays further. Ties are sorted by decreasing size, so that small
+  arrays fill the remaining capacity.
   """
   spec = plan.step_spec
   parts = num_batch_shards(plan.mesh) * plan.config.accumulate
@@ -63,7 +63,7 @@ def list_savings(plan: compile_lib.Plan) -> list[Saving]:
       continue
 
     def measure(choice, encoding=encoding, taps=taps):
-      """Bytes that are saved, and FLOPs of the value and its gradient."""
+      """Saved bytes, and FLOPs of the value and its gradient."""
       chosen = dataclasses.replace(spec, remat=Remat(choice))
 
       def forward(params, views, batch):
@@ -91,13 +91,13 @@ def list_savings(plan: compile_lib.Plan) -> list[Saving]:
       savings.append(Saving(encoding.view, name, more - size, cost - less))
   return sorted(
     (s for s in merge_savings(savings) if s.bytes > 0 and s.flops > 0),
-    # Rounded, as the gradients of biases differ.
+    # Rounded because gradients of biases differ slightly.
     key=lambda s: (-round(s.flops / s.bytes), -s.bytes, s.view, s.name),
   )
 
 
 def merge_savings(savings: Iterable[Saving]) -> list[Saving]:
-  """The sums by view and name: a choice is that of all encodings of a view."""
+  """Sums savings by view and name: all encodings of a view share a choice."""
   sums: dict[tuple[str, str], Saving] = {}
   for s in savings:
     key = s.view, s.name
@@ -109,7 +109,7 @@ def merge_savings(savings: Iterable[Saving]) -> list[Saving]:
 def choose_savings(
   savings: Sequence[Saving], capacity: float | int
 ) -> tuple[Saving, ...]:
-  """The first savings that fit a capacity in bytes, leaving out larger ones."""
+  """Greedily chooses savings that fit a capacity in bytes."""
   chosen = []
   for saving in savings:
     if saving.bytes <= capacity:
@@ -119,9 +119,9 @@ def choose_savings(
 
 
 def format_choice(chosen: Sequence[Saving], savings: Sequence[Saving]) -> str:
-  """Some of all savings as a value of `config.model.remat`.
+  """Formats chosen savings as a value of `config.model.remat`.
 
-  Each view has its entry, since that of 'image' would be its tower's.
+  Every view gets an entry, since views without one inherit the 'image' entry.
   """
   if not chosen:
     return "full"
@@ -137,11 +137,11 @@ def format_choice(chosen: Sequence[Saving], savings: Sequence[Saving]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A choice that was compiled."""
+  """A compiled choice."""
 
   remat: str  # The value of `config.model.remat`.
-  saved: int  # Bytes by shape that it saves beside the blocks' inputs.
-  flops: float  # Of a chip's step, that it does not recompute.
+  saved: int  # Bytes saved beyond the blocks' inputs, without padding.
+  flops: float  # Recomputation FLOPs avoided per chip and step.
   peak: int | None  # Bytes; None if the compiler did not say.
   fits: bool  # Whether the peak is within the budget.
 
@@ -158,11 +158,11 @@ def search(
   *,
   compilations: int = COMPILATIONS,
 ) -> Iterator[Trial]:
-  """Compiles choices, from 'full' on, toward the budget from both sides.
+  """Compiles choices, starting at 'full', and closes in on the budget.
 
-  Yields each trial; they are a function of the peaks alone. `measure_peak`
-  gives the bytes that the step with a `remat` needs; None if that is unknown
-  and too much.
+  Yields each trial. Trials depend only on the peaks. `measure_peak` returns the
+  bytes that the step needs with a `remat`, or None if the step does not fit and
+  the compiler did not say.
   """
 
   def compile_choice(chosen):
@@ -172,7 +172,7 @@ def search(
     cost = sum((s.flops for s in chosen), 0.0)
     return Trial(remat, size, cost, peak, peak is not None and peak <= budget)
 
-  # The trials next to the budget. All savings are beyond it until they fit.
+  # `fits` and `beyond` are the closest trials within and beyond the budget.
   fits = compile_choice(())
   yield fits
   if not fits.fits:
@@ -188,7 +188,7 @@ def search(
     trial = compile_choice(chosen)
     yield trial
     tried.add(trial.remat)
-    # Arrays are padded, and some take memory that is free at the peak.
+    # Padding, and memory that is free at the peak, make growth differ from 1.
     if trial.peak and trial.peak > fits.peak and trial.saved > fits.saved:
       growth = (trial.peak - fits.peak) / (trial.saved - fits.saved)
     elif trial.fits:
@@ -201,11 +201,11 @@ def search(
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """Result of a search: the best trial that fits, and its programs."""
+  """Result of a search: the best fitting trial and its programs."""
 
   plan: compile_lib.Plan
   compiled: compile_lib.CompileResult
-  norms: compile_lib.CompileResult | None  # None if the run measures none.
+  norms: compile_lib.CompileResult | None  # None if the run measures no norms.
   trials: tuple[Trial, ...]
 
   @property
@@ -221,14 +221,14 @@ def find_remat(
   budget: int | None = None,
   examples_per_epoch: int | None = None,
 ) -> Choice:
-  """Finds what recomputes least within a budget, by compiling the step.
+  """Finds the least recomputation within a budget by compiling the step.
 
-  And the gradient norms, if the run may measure them: it needs the memory of
-  the larger program. Processes call it together. Each compiles, as XLA may
-  share the search for kernels between processes, and the largest peak of all
-  counts, so that all find the same.
+  Also compiles the gradient-norm program if the run may measure norms, and uses
+  the larger peak. All processes must call this together: each compiles, since
+  XLA may share autotuning between processes, and all use the largest peak, so
+  that they agree.
 
-  The budget is in bytes of a chip; `SHARE` of its memory by default.
+  `budget` is in bytes per chip; default: `SHARE` of the chip's memory.
   """
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
@@ -283,7 +283,7 @@ def find_remat(
 
 
 def _agree_on_peak(compiled: compile_lib.CompileResult) -> int | None:
-  """The largest peak of a program in all processes; None if one is unknown."""
+  """The largest peak over all processes; None if one is unknown."""
   if compiled.memory is None:
     peak = compile_lib.required_bytes(compiled.refusal)
   else:

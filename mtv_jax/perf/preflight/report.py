@@ -35,30 +35,31 @@ class Report:
 
   plan: compile_lib.Plan
   compiled: compile_lib.CompileResult  # The train step.
-  model_flops: float  # Per step on all chips, without recomputation.
+  model_flops: float  # Per step, all chips, without recomputation.
   # The program of the objectives' gradient norms, if it was compiled.
   norms: compile_lib.CompileResult | None = None
-  mfu: float = 0.4  # Assumed; what large ViTs reach on TPUs.
+  mfu: float = 0.4  # Assumed; typical of large ViTs on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
   trials: tuple[remat_lib.Trial, ...] = ()  # Of `remat` 'auto'.
 
   @property
   def fits(self) -> bool:
-    """Whether everything that was compiled can run."""
+    """Whether all compiled programs fit."""
     return self.compiled.fits and (self.norms is None or self.norms.fits)
 
   @property
   def useful(self) -> float | None:
-    """Model FLOPs over those of the compiled program; None if unknown."""
+    """Model FLOPs over the compiled program's FLOPs; None if unknown."""
     if not self.compiled.flops:
       return None
     return self.model_flops / self.plan.mesh.size / self.compiled.flops
 
   @property
   def roofline(self) -> roofline_lib.Roofline | None:
-    """Lower bound of a step's time; None if unknown, or for several slices.
+    """Lower bound of a step's time; None if unknown.
 
-    Their links and the network between them have different rates.
+    Several slices are not supported: the links and the network between slices
+    have different rates.
     """
     if self.plan.topology.slices > 1:
       return None
@@ -73,7 +74,7 @@ class Report:
 
   @property
   def row_bytes(self) -> int:
-    """Bytes of one example of the input pipeline."""
+    """Bytes of one example from the input pipeline."""
     return sum(
       math.prod(field.shape) * np.dtype(field.dtype).itemsize
       for field in self.plan.fields.values()
@@ -95,13 +96,13 @@ class Report:
     return sharding_table(self.plan.program.abstract.params)
 
   def large_gathers(self) -> list[hlo.Collective]:
-    """All-gathers of more than the largest parameter: of an activation."""
+    """All-gathers of activations: larger than the largest parameter."""
     largest = max(math.prod(shape) * 4 for _, shape, _, _ in self.params)
     gathers = (r for r in self.compiled.collectives if r.kind == "all-gather")
     return [row for row in gathers if row.result > largest]
 
   def to_dict(self) -> dict[str, Any]:
-    """The whole report as plain values."""
+    """The report as plain values."""
     plan, compiled, topology = self.plan, self.compiled, self.plan.topology
     config, rate = plan.config, self.examples_per_second
     bound = self.roofline
@@ -155,7 +156,7 @@ class Report:
     }
 
   def to_json(self) -> str:
-    """As one line of JSON."""
+    """The report as one line of JSON."""
     return json.dumps(self.to_dict())
 
   def __str__(self) -> str:
@@ -329,13 +330,12 @@ def preflight(
   budget: int | None = None,
   **options: Any,
 ) -> Report:
-  """Compiles the train step of a config for a topology.
+  """Compiles a config's train step for a topology.
 
-  Opens neither data nor weights. With `norms`, compiles the objectives'
-  gradient norms as well if the config measures them, which doubles the time.
-  With `remat` 'auto', compiles several choices for a `budget` in bytes, and the
-  norms with each if the run may measure them, see
-  `remat.find_remat`. `options` are further fields of the report.
+  Opens neither data nor weights. `norms` also compiles the objectives' gradient
+  norms if the config measures them, which doubles the time. `remat='auto'`
+  compiles several choices for a `budget` in bytes, see `remat.find_remat`.
+  `options` are further fields of the report.
   """
   config = resolve(config)
   if config.model.remat.strip() == AUTO:
@@ -375,7 +375,7 @@ def _format_shape(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "-"
 
 
-# Less recomputation: most arrays saved, or some in the host's memory.
+# Less recomputation: saves most arrays, or offloads some to host memory.
 _SAVED = (
   "model.remat=full|image=qkv,attention_out,mlp_hidden|local=attention_out,"
   "mlp_hidden|text=qkv,attention_out,mlp_hidden"
@@ -384,7 +384,7 @@ _HOST = (
   "model.remat=full|image=qkv:host,attention_out:host,mlp_hidden:host|"
   "local=full"
 )
-# Config, topology and changes of each row of the table in docs/pods.md.
+# Rows of the table in docs/pods.md: config, topology, changes.
 ROWS = (
   ("configs/mtv_b16_224.py", "v5e:16x16"),
   (
@@ -412,11 +412,11 @@ ROWS = (
   ("configs/tips_b14.py", "v5e:16x16"),
 )
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
-_BAR = r"\|"  # In a cell.
+_BAR = r"\|"  # Escaped bar in a cell.
 
 
 def table_row(config: str, report: Report, *changes: str) -> str:
-  """A report as a row of the table."""
+  """Formats a report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
   file, colon, arguments = config.partition(":")
@@ -435,7 +435,7 @@ def table_row(config: str, report: Report, *changes: str) -> str:
 
 
 def update_table(page: str, row: str) -> str:
-  """A page with a row of its table replaced, or added at its end."""
+  """Replaces a row of a page's table, or appends it."""
   match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
   if match is None:
     raise ConfigError(f"the page needs a table between {BEGIN} and {END}")

@@ -1,8 +1,8 @@
 """Growth of memory and collectives with the number of chips.
 
-A step has to reduce gradients, and losses over all rows exchange embeddings.
-Both are computed analytically; the rest of the compiled program's traffic
-should not grow.
+A step must reduce gradients, and losses over the global batch must exchange
+embeddings. Both are computed analytically; the remaining traffic of the
+compiled program should not grow.
 """
 
 import collections
@@ -44,12 +44,11 @@ _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
 def embedding_bytes(plan: Plan) -> int:
-  """Bytes that a chip receives for losses that compare all rows of a batch.
+  """Bytes that a chip receives for losses over the global batch.
 
-  Of n chips, in a ring (sigmoid losses), rows with their metadata come n - 1
-  times and their gradients n times; all-gathered, both come n - 1 times,
-  without metadata. KoLeo gathers the rows of a group that lies on several
-  chips.
+  With n chips in a ring (sigmoid losses), a chip receives rows with metadata
+  n - 1 times and gradients n times. With an all-gather it receives both n - 1
+  times, without metadata. KoLeo gathers groups that span several chips.
   """
   chips, spec, total = num_batch_shards(plan.mesh), plan.step_spec, 0
   for objective in spec.objectives.values():
@@ -69,7 +68,7 @@ def embedding_bytes(plan: Plan) -> int:
         rows *= spec.views[objective.view].count
     elif isinstance(objective, grounding.Grounding):
       rows *= min(objective.regions, plan.fields["boxes"].shape[0])
-      metadata = 4 + 4 + 1  # The phrase's id as well.
+      metadata = 4 + 4 + 1  # An index, a phrase id and a flag.
     else:
       continue
     chunk = 4 * rows * width
@@ -81,12 +80,12 @@ def embedding_bytes(plan: Plan) -> int:
 
 
 def gradient_sizes(plan: Plan) -> collections.Counter[int]:
-  """Reductions of gradients that a step needs: `{elements: how many}`.
+  """Gradient reductions that a step needs: `{elements: number of reductions}`.
 
-  A parameter's gradient is reduced once for each encoding that uses it and each
-  part of an accumulated batch, by block, by chunk of prototypes and by layer of
-  a fused kernel. With `fsdp` a chip may contribute the whole gradient or its
-  shard; both sizes are allowed.
+  A parameter's gradient is reduced once per encoding and accumulated
+  microbatch, split by block, prototype chunk and layer of a fused kernel. With
+  `fsdp`, a chip may contribute the whole gradient or its shard; both sizes
+  count.
   """
   spec, sizes = plan.step_spec, collections.Counter()
   encodings = collections.Counter(
@@ -114,16 +113,16 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
 
 
 def _head_reductions(objectives, head, name, leaf) -> tuple[int, int, int]:
-  """By how many of its columns, and how often, a head's parameter is reduced.
+  """How a head parameter's gradient is reduced.
 
   Returns:
-    Columns of a reduction, all columns, and reductions of each column.
+    Columns per reduction, total columns, and reductions of each column.
   """
   users = [o for o in objectives.values() if head in o.heads()]
   decoders = [o for o in users if isinstance(o, captioning.Captioning)]
   times = len(users) + sum(o.decoder_calls - 1 for o in decoders)
   if "/last_layer/" in name and not name.endswith("kernel"):
-    # The scale's gradient follows from that of the kernel.
+    # The scale's gradient follows from the kernel's.
     return 1, 1, 0
   if "/last_layer/" not in name and not (decoders and "/projection/" in name):
     return 1, 1, times
@@ -135,12 +134,12 @@ def _head_reductions(objectives, head, name, leaf) -> tuple[int, int, int]:
 def gradient_reductions(
   rows: Sequence[hlo.Collective], sizes: collections.Counter[int]
 ) -> list[hlo.Collective]:
-  """The collectives that reduce gradients, with the bytes of these alone.
+  """Selects collectives that reduce gradients, counting only gradient bytes.
 
-  The compiler chooses the precision, and fuses and reshapes reductions. So each
-  operand counts by its number of elements, and no more operands of a size than
-  `sizes` (see `gradient_sizes`) has gradients of it: an activation of a
-  parameter's size stays in the rest. Operands of backward passes come first.
+  The compiler chooses the precision, and fuses and reshapes reductions, so
+  operands are matched to `sizes` (see `gradient_sizes`) by number of elements,
+  each size at most as often as `sizes` says: surplus operands are activations.
+  Operands of backward passes are matched first.
   """
   unmatched, reductions = collections.Counter(sizes), []
   for row in sorted(rows, key=lambda r: "transpose(" not in r.scope):
@@ -160,14 +159,14 @@ def gradient_reductions(
 
 
 def step_row(plan: Plan, compiled: CompileResult) -> dict[str, Any]:
-  """The row of a compiled plan; sizes are bytes per chip and step.
+  """Summarizes a compiled plan; sizes are bytes per chip and step.
 
   Returns:
-    `chips`, `peak`, `seconds`; `received`, the bytes of all collectives;
-    `gradients` of them, which reduce gradients; `embeddings`, which losses over
-    all rows need; the `rest`; and `steady`, the rest with each all-reduce as in
-    an infinite ring: one of n chips brings (n - 1) / n of that, which grows by
-    6.25 % from 16 to 256 chips although nothing more is reduced.
+    `chips`, `peak`, `seconds`; `received`, bytes of all collectives;
+    `gradients`, their part for gradients; `embeddings`, the part for losses
+    over the global batch; the `rest`; and `steady`, the rest with all-reduces
+    scaled to an infinite ring. An all-reduce over n chips moves (n - 1) / n as
+    much, which grows by 6.25 % from 16 to 256 chips without more work.
   """
   collectives = compiled.collectives
   reduced = gradient_reductions(collectives, gradient_sizes(plan))
@@ -190,7 +189,7 @@ def step_row(plan: Plan, compiled: CompileResult) -> dict[str, Any]:
 
 
 def _infinite_ring_bytes(row: hlo.Collective) -> float:
-  # The operand of a reduce-scatter grows with the ring.
+  # A reduce-scatter's operand grows with the ring.
   if row.kind != "all-reduce" or row.group < 2:
     return row.bytes
   return row.bytes * row.group / (row.group - 1)
@@ -212,11 +211,10 @@ def compile_row(
 def compile_loss(
   method: str, topology: str, *, rows: int = 256, width: int = 768
 ) -> dict[str, Any]:
-  """Compiles the sigmoid loss with its gradients alone.
+  """Compiles only the sigmoid loss and its gradients, with `rows` per chip.
 
-  Of a `method` of `contrastive`, with `rows` per chip: the logits of few
-  rows need no HBM. In the result `temporaries` and `received` are bytes per
-  chip.
+  `method` is a method of `contrastive`. With few rows, logits don't need HBM.
+  The result's `temporaries` and `received` are bytes per chip.
   """
   objective = build_objective("contrastive", dict(method=method))
   devices = topologies.devices(topologies.parse(topology))
@@ -248,7 +246,7 @@ def compile_loss(
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-  """Growth of peak, rest and steady over the first row, in percent."""
+  """Growth of peak, rest and steady relative to the first row, in percent."""
   first, *others = rows
   return {
     k: [100 * (row[k] / first[k] - 1) if first[k] else 0.0 for row in others]
@@ -257,14 +255,14 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """The rows, plus their growth if they are train steps."""
+  """The rows, with their growth if they are train steps."""
   steps = rows and "steady" in rows[0]
   growths = {"growth_percent": growth(rows)} if steps else {}
   return {"rows": list(rows), **growths}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-  """One line per row, plus their growth if they are train steps."""
+  """One line per row, and their growth if they are train steps."""
   lines = ["  ".join(_cell(*item) for item in row.items()) for row in rows]
   if len(rows) > 1 and "steady" in rows[0]:
     chips = " and ".join(str(row["chips"]) for row in rows[1:])
