@@ -51,7 +51,7 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   if not file.is_file():
     folder = pathlib.Path(configs.__path__[0])
     recipes = sorted(file.stem for file in folder.glob("[!_]*.py"))
-    # Outside of a checkout `configs/NAME.py` is the packaged recipe, too.
+    # Outside of a checkout a file of `configs/` is the packaged recipe, too.
     recipe = name.removeprefix("configs/").removesuffix(".py")
     if recipe not in recipes:
       raise ConfigError(

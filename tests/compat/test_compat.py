@@ -28,7 +28,8 @@ from mtv_jax.augment.random import row_keys
 from mtv_jax.checkpoint.reading import load_tree
 from mtv_jax.cli import main as cli
 from mtv_jax.data import pipeline, registry, tokenizers
-from mtv_jax.studies import expand, folders
+from mtv_jax.report import run_folders
+from mtv_jax.studies import expand
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -281,7 +282,7 @@ def test_a_state_with_old_names_is_restored(tmp_path):
 
 
 def test_reports_of_a_run_have_todays_names():
-  run = folders.read_run("runs/all")
+  run = run_folders.read_run("runs/all")
   assert {"dino", "ibot", "mae"} < run.config["objectives"].keys()
   assert run.series["dino/loss"][0][0] == 1
   assert not any(name.startswith(tuple(RENAMED)) for name in run.series)
