@@ -34,7 +34,7 @@ def is_name(path: str | os.PathLike) -> bool:
 
 
 def _split(name: str) -> tuple[str, str | None] | None:
-  """Splits `ORG/NAME@REVISION`; None for any different format."""
+  """Splits `ORG/NAME@REVISION`; None for other names."""
   repo, at, revision = name.partition("@")
   if not card.is_repo(repo) or (at and not _REVISION.fullmatch(revision)):
     return None
