@@ -109,7 +109,8 @@ class Checkpointer:
 
   Args:
     folder: the run's `checkpoints` folder, created if missing. Unfinished
-      checkpoints of a killed run are never read; deleted unless it is a URL.
+      checkpoints of a killed run are never read, and deleted unless `folder`
+      is a URL.
     every_steps: `due(step)` is true at its multiples.
     keep: number of latest checkpoints to keep.
     keep_every: also keep checkpoints at multiples of this step; None or 0 to

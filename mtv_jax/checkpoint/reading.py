@@ -54,7 +54,7 @@ _ERRNOS = {
 
 
 class DamagedCheckpointError(InputError):
-  """A checkpoint with missing, unreadable or changed files."""
+  """Raised if files of a checkpoint are missing, unreadable or changed."""
 
 
 class _ChecksumError(Exception):
