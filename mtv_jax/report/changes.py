@@ -66,7 +66,7 @@ class Changes:
 
   @property
   def num_below_start(self) -> int | None:
-    """Number of evaluations whose interval lies entirely below the start.
+    """Number of evaluations whose whole interval is worse than the start.
 
     None if an interval is unknown.
     """

@@ -325,7 +325,7 @@ def spread(
   for i in order:
     block = [i]
     while True:
-      # The mean of the start positions that the labels prefer.
+      # Mean of the block starts that the labels prefer.
       top = sum(heights[k] - _GAP * n for n, k in enumerate(block)) / len(block)
       top = max(min(top, high - _GAP * (len(block) - 1)), low)
       if not blocks or blocks[-1][0] + _GAP * len(blocks[-1][1]) <= top:

@@ -165,8 +165,8 @@ def draw_training_curves(
   """Metrics over steps by arm: losses and main metrics, then further metrics.
 
   An arm with several seeds is drawn as their mean with a min-max band. The
-  total loss is skipped if the arms' objectives differ, because it then is not
-  comparable. Metrics that match the regular expression `names` count as main.
+  total loss is skipped if the arms' objectives differ: it is not comparable.
+  Metrics that match the regular expression `names` count as main.
   """
   logged = dict.fromkeys(name for run in runs for name in run.series)
   objectives = {
@@ -214,7 +214,7 @@ def _find_names(logged: Collection[str], pattern: str) -> list[str]:
 def _draw_curve(
   runs: Sequence[RunFolder], name: str, *, least: int = 2
 ) -> Chart | None:
-  """One metric over steps; None if every curve has under `least` points."""
+  """One metric over steps; None if no curve has `least` points."""
   curves, values = [], []
   unit, chance = _find_unit(runs, name)
   factor = 100.0 if unit == "%" else 1.0

@@ -15,7 +15,7 @@ from mtv_jax.report.contrasts import Comparison, Metric
 from mtv_jax.report.page import Bold, Link
 from mtv_jax.utils.text import align_columns, format_metric
 
-# Evaluations whose metrics only describe.
+# Evaluations whose metrics lack a better direction.
 DESCRIPTIVE = ("patch_pca",)
 # Main metrics, which have charts; by default an evaluation's first metric.
 _MAIN = {
