@@ -260,7 +260,7 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
 
 
 def _read_length(config: RunConfig) -> RunLength:
-  """The length of the config's run; opens the data if it is in epochs."""
+  """The config's run length; opens the data if a duration is in epochs."""
   durations = [config.total, *_durations(config).values()]
   durations += [_start(entry) for _, entry in _read_rules(config)]
   in_epochs = any(d is not None and d.unit == "epochs" for d in durations)
