@@ -304,8 +304,8 @@ class ModelInfo:
     preprocess: preprocessing of the encoder's images.
     tokenizer: tokenizer files, if any.
     contrast: options of the objective `contrastive`, {} without one: its loss
-      and, for a softmax loss, the maximum scale. The scale is a run's
-      configured one; for other folders 100, or the model's scale if higher.
+      and, for a softmax loss, the maximum scale. The maximum is a run's
+      `max_scale`; for other folders 100, or the model's scale if higher.
     weights: the default weights of a run; "student" for other folders.
   """
 
@@ -386,7 +386,7 @@ def prediction_heads(
   text = (config.get("data") or {}).get("ops")
   length = ops.phrase_length(text) if text else None
   if spec.text is not None and length == spec.text.length:
-    length = None  # Equals exports before this option.
+    length = None  # As in exports before this option.
   return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)
 
 

@@ -29,9 +29,9 @@ class Preprocess:
   """Resizes, crops, scales to 0..1 and normalises one image.
 
   With `antialias`, resizes uint8 with Pillow, bit-identical to the PIL image
-  processors of `transformers`. Without, it interpolates four (bilinear) or
-  sixteen (bicubic, a = -0.75) neighbours at any scale. This is the default of
-  `tf.image.resize`, whose result big_vision truncates to uint8.
+  processors of `transformers`. Without it, interpolates four (bilinear) or
+  sixteen (bicubic, a = -0.75) neighbours at any scale, as `tf.image.resize` by
+  default, and truncates like big_vision's cast to uint8.
 
   Attributes:
     size: side of the output square in pixels.
@@ -206,7 +206,7 @@ def nearest_multiple(side: float, multiple: int, *, least: int = 0) -> int:
 def lower_bound_shape(
   height: int, width: int, *, size: int, multiple: int
 ) -> tuple[int, int]:
-  """Height and width of a resized image at its aspect ratio, as Depth Anything.
+  """Height and width at the image's aspect ratio, as in Depth Anything.
 
   The shorter side is at least `size`; both sides are multiples of `multiple`.
   """
