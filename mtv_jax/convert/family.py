@@ -130,7 +130,7 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class AnyOf:
-  """Supported values of a field; `read` uses the first."""
+  """Supported values of a field; `read_fields` uses the first."""
 
   values: tuple[Any, ...]
 

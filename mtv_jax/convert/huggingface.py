@@ -312,7 +312,7 @@ def _find_exporter(spec: ModelSpec) -> Family:
 def _split_leaves(
   model: ConvertedModel, mapping: Sequence[Rule]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-  """Splits parameters into `transformers`' and ours.
+  """Splits parameters into those that `transformers` reads and the rest.
 
   Also returns the name of the head exported as temperature and bias, and its
   existing leaves.

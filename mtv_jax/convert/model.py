@@ -55,9 +55,9 @@ class ConvertedModel:
     )
 
   def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
-    """Adds parameters of `kinds` that the model lacks and outputs ignore.
+    """Adds missing parameters that don't change outputs.
 
-    Kinds are 'layer_scale' (ones) and 'mask_token' (zeros).
+    `kinds` selects from 'layer_scale' (ones) and 'mask_token' (zeros).
     """
     tower, image = self.spec.image, dict(self.params["image"])
     fields: dict[str, Any] = {}

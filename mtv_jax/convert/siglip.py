@@ -1,9 +1,9 @@
 """Hugging Face SigLIP and SigLIP 2: read and export.
 
-`siglip` is SigLIP, fixed-resolution SigLIP 2 and MTV; also exports our own
-models. `siglip2` is SigLIP 2 NaFlex, with SigLIP's towers: images keep their
-aspect ratio, position embeddings are resampled to each image's grid, and a
-linear layer embeds the patches.
+`siglip` is SigLIP, fixed-resolution SigLIP 2 and MTV, and the export format of
+our own models. `siglip2` is SigLIP 2 NaFlex, with SigLIP's towers: images keep
+their aspect ratio, position embeddings are resampled to each image's grid, and
+a linear layer embeds the patches.
 """
 
 import dataclasses
