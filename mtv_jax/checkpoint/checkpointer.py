@@ -1,7 +1,7 @@
 """Orbax checkpoints of the train state: save, retry, restore.
 
-Uses `orbax.checkpoint`'s v0 interface; v1 is still experimental. The files of a
-checkpoint are described in `reading.py`.
+Uses Orbax's v0 API; v1 is still experimental. `reading.py` describes the files
+of a checkpoint.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
 
-# Several processes look for the end of a save on multiples of this, as they
-# wait for their devices to agree.
+# Multi-process runs poll a save at multiples of this step: agreeing on its
+# outcome blocks on the devices.
 _POLL_STEPS = 10
 
 
@@ -43,12 +43,12 @@ class CheckpointConfig:
   every: PositiveDuration = Duration(1000)
   keep: PositiveInt = 2
   keep_every: NonNegativeInt | None = None
-  # How often a save that failed is tried again before the run ends.
+  # Number of retries of a failed save before the run ends.
   retries: NonNegativeInt = 5
 
 
 class CheckpointSaveError(UserError, OSError):
-  """A checkpoint that can't be written."""
+  """Raised when a checkpoint can't be written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Restored:
 
 @dataclasses.dataclass
 class RetrySchedule:
-  """When a save that failed is due again.
+  """Schedules at most `limit` retries of a failed save.
 
-  After a sixteenth of `every_steps`, then after an eighth, and so on up to the
-  whole, with the state of a later step; `limit` times.
+  The delay doubles from `every_steps / 16` to `every_steps`. A retry saves the
+  state of its own, later step.
   """
 
   every_steps: int
@@ -74,18 +74,18 @@ class RetrySchedule:
   due_at: int | None = None  # A step.
 
   def postpone(self, step: int) -> None:
-    """Makes the save that has just failed due again after a step."""
+    """Schedules a retry of the save that failed at `step`."""
     fraction = 2.0 ** min(self.failures - 5, 0)  # 1/16, 1/8, ..., 1
     self.due_at = step + max(1, int(self.every_steps * fraction))
 
   def reset(self) -> None:
-    """Starts from no failures, after a complete save."""
+    """Clears the failures after a complete save."""
     self.failures, self.due_at = 0, None
 
 
 @dataclasses.dataclass
 class PendingSave:
-  """A save that was started and whose outcome is not known yet."""
+  """A started save with an unknown outcome."""
 
   step: int
   error: Exception | None = None  # Raised by its start.
@@ -94,27 +94,28 @@ class PendingSave:
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
-  Every process calls every method, in the same order. Saves are in one of two
-  states, and all processes agree on the outcome of each:
+  Every process must call every method in the same order. The processes agree
+  on the outcome of each save:
 
-    idle     `save` starts one, which then is pending.
-    pending  `poll`, at every step, asks whether it has ended: complete, or
-             failed and due again (`RetrySchedule`). `wait`, `save`, `steps`
-             and the exit wait for its end.
+    idle     `save` starts a save, which is then pending.
+    pending  `poll`, called every step, checks whether the save has completed,
+             or has failed and needs a retry (`RetrySchedule`). `wait`, `save`,
+             `steps` and the exit block until the save ends.
 
-  `CheckpointSaveError` is raised by `poll` if no retry is left, or at once if
-  the run has no checkpoint at all, and by `wait`. Saved checkpoints stay. As a
-  context manager it waits on exit for the pending save, which an exiting
-  interpreter would abort.
+  `poll` raises `CheckpointSaveError` if no retry is left, or at once if the run
+  lacks any checkpoint; `wait` raises it for any failure. Complete checkpoints
+  stay. On exit, the context manager waits for the pending save, which an
+  exiting interpreter would abort.
 
   Args:
     folder: the run's `checkpoints` folder, created if missing. Unfinished
-      checkpoints of a killed run are never read, and on file systems deleted.
-    every_steps: `due(step)` is true on its multiples.
-    keep: number of latest checkpoints that are not deleted.
-    keep_every: nor are those at multiples of this many steps; None or 0 for
-      none.
-    retries: number of retries of a save, with the state of a later step.
+      checkpoints of a killed run are never read, and deleted unless `folder`
+      is a URL.
+    every_steps: `due(step)` is true at its multiples.
+    keep: number of latest checkpoints to keep.
+    keep_every: also keep checkpoints at multiples of this step; None or 0 to
+      disable.
+    retries: number of retries of a failed save.
     before_save: called before a save starts.
   """
 
@@ -134,7 +135,7 @@ class Checkpointer:
     self._before_save = before_save
     self._retry = RetrySchedule(every_steps, retries)
     self._pending: PendingSave | None = None
-    # None after a failed save if the storage can't be opened again.
+    # None after a failed save if the storage can't be reopened.
     self._manager: ocp.CheckpointManager | None = self._open()
     # Whether the storage is known to hold checkpoints.
     self._has_saved = bool(self._manager.all_steps())
@@ -146,8 +147,8 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=self._keep,
         keep_period=self._keep_every or None,
-        # Object stores lack renames: a checkpoint without Orbax's commit file
-        # counts as unfinished there, also one that was copied.
+        # Object stores lack renames: Orbax treats any checkpoint without its
+        # commit file as unfinished there, even a copied one.
         cleanup_tmp_directories="://" not in str(self.folder),
         save_root_metadata=False,  # Only steps in the folder.
       ),
@@ -160,31 +161,31 @@ class Checkpointer:
   def due(self, step: int) -> bool:
     """Whether to save: a multiple of `every_steps`, step 1, or a retry.
 
-    Step 1, so that storage that can't hold checkpoints is known then.
+    The save at step 1 detects unusable storage early.
     """
     retry = self._retry.due_at is not None and step >= self._retry.due_at
     return step == 1 or step % self._retry.every_steps == 0 or retry
 
   def preempted(self, step: int) -> bool:
-    """Whether to save and exit now, after SIGTERM to one of several processes.
+    """Whether to save and exit now because a process received SIGTERM.
 
-    Every process calls it after every step: they agree on a step that none has
-    passed yet, and it is true on that step only.
+    Every process must call it after every step. The processes agree on one
+    future step; it is true on that step only.
     """
     return ocp.utils.reached_preemption(step)
 
   def save(
     self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None
   ) -> None:
-    """Starts saving, and returns once the arrays may be donated.
+    """Starts a save; returns once the arrays may be donated.
 
-    Writes in the background; `poll` and `wait` see whether that fails. Waits
-    for an earlier save. Saving an existing step does nothing.
+    Waits for an earlier save, then writes in the background; `poll` and `wait`
+    report failures. Does nothing if the step is already saved.
 
     Args:
-      step: the number of updates done.
+      step: number of completed updates.
       state: a tree of arrays.
-      timing: JSON-able; restored with the state.
+      timing: JSON-serializable; restored with the state.
     """
     if error := self._finish():
       log.warning("%s", error)
@@ -214,17 +215,17 @@ class Checkpointer:
     return started and self._manager.is_saving_in_progress()
 
   def poll(self, step: int) -> None:
-    """Looks whether the pending save has ended; to be called every step.
+    """Checks whether the pending save has ended; call it every step.
 
     Raises:
-      CheckpointSaveError: it failed, and is not retried.
+      CheckpointSaveError: the save failed and is not retried.
     """
     if self._pending is None:
       return
     if jax.process_count() > 1 and step % _POLL_STEPS:
       return
     retry = self._retry
-    # Without a retry left, the outcome of this save decides.
+    # The last retry decides: wait for its outcome.
     if any_process(self.saving) and retry.failures <= retry.limit:
       return
     if error := self._finish():
@@ -240,13 +241,13 @@ class Checkpointer:
     """Waits for the pending save.
 
     Raises:
-      CheckpointSaveError: it failed.
+      CheckpointSaveError: the save failed.
     """
     if error := self._finish():
       raise error
 
   def _finish(self) -> CheckpointSaveError | None:
-    """Waits for the pending save, and returns its error, if any."""
+    """Waits for the pending save; returns its error, if any."""
     if self._pending is None:
       return None
     step, error = self._pending.step, self._pending.error
@@ -261,7 +262,7 @@ class Checkpointer:
       cause = f"{type(error).__name__}: {_shorten(str(error))}"
     saved = not any_process(error is not None)
     if not saved:
-      # Also removes what was written, as the disk may be full.
+      # Reopening also removes the partial files: the disk may be full.
       self._reopen()
       steps = self._list_steps()
       if saved := step in steps:
@@ -290,7 +291,7 @@ class Checkpointer:
       log.warning("%s can't be opened: %s", self.folder, error)
 
   def _cached_steps(self) -> list[int]:
-    """The complete checkpoints that the manager knows of."""
+    """Steps of the complete checkpoints known to the manager."""
     if self._manager is None:
       return self._list_steps()
     return sorted(self._manager.all_steps())
@@ -302,7 +303,7 @@ class Checkpointer:
       return []
 
   def steps(self) -> list[int]:
-    """All complete checkpoints; waits for a save in progress."""
+    """Steps of all complete checkpoints; waits for the pending save."""
     self.wait()
     return self._cached_steps()
 
@@ -313,23 +314,23 @@ class Checkpointer:
     step: int | None = None,
     latest_good: bool = False,
   ) -> Restored | None:
-    """Restores and verifies a checkpoint, even from another mesh.
+    """Restores and verifies a checkpoint, possibly saved on another mesh.
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
-        arrays). Leaves without a sharding go to the default device.
+        arrays). Leaves without a sharding go to the first local device.
       step: the latest by default.
-      latest_good: whether to take the one before a damaged checkpoint, which is
-        then renamed to `STEP.damaged`.
+      latest_good: if a checkpoint is damaged, rename it to `STEP.damaged` and
+        restore the one before it.
 
     Returns:
-      None if the run has no checkpoint and no step is given.
+      None if `step` is None and the run lacks checkpoints.
 
     Raises:
-      MissingFileError: no such step.
+      MissingFileError: the step does not exist.
       CheckpointMismatchError: names, shapes or types differ; lists them.
-      DamagedCheckpointError: files of it are missing, truncated or changed.
-      StorageError: its files can't be read now.
+      DamagedCheckpointError: files are missing, truncated or changed.
+      StorageError: the storage does not answer.
     """
     steps = self.steps()
     if step is None and not steps:
@@ -348,7 +349,7 @@ class Checkpointer:
         damaged.append(candidate)
       else:
         break
-    # Not before, so that a run without any good one keeps them all.
+    # Only now, so that a run without a good checkpoint keeps all of them.
     for bad in damaged:
       self._set_aside(bad)
     return restored
@@ -383,7 +384,7 @@ class Checkpointer:
     return Restored(state, timing, step)
 
   def _set_aside(self, step: int) -> None:
-    """Renames a damaged checkpoint, so that its step can be saved again."""
+    """Renames a damaged checkpoint so that its step can be saved again."""
     path, error = self.folder / str(step), None
     name = next(
       name
@@ -404,19 +405,19 @@ class Checkpointer:
     self._open_manager().reload()
 
   def survives_save(self, step: int) -> bool:
-    """Whether the checkpoint of a step is not deleted when one is saved now."""
+    """Whether a save now would keep the checkpoint of a step."""
     later = sum(s > step for s in self._cached_steps())
     is_periodic = bool(self._keep_every) and step % self._keep_every == 0
     return is_periodic or later + 1 < self._keep
 
   def delete_after(self, step: int) -> None:
-    """Deletes the checkpoints of later steps, which a run computes again."""
+    """Deletes the checkpoints after a step, which the run will recompute."""
     for later in self.steps():
       if later > step:
         self._open_manager().delete(later)
 
   def close(self) -> None:
-    """Waits for the save in progress, raises its error, frees the threads."""
+    """Waits for the pending save, raises its error, closes the manager."""
     try:
       self.wait()
     finally:
@@ -424,7 +425,7 @@ class Checkpointer:
         self._manager.close()
 
   def abandon(self) -> None:
-    """Does not wait on exit: other processes, which take part, are lost."""
+    """Skips the wait on exit, which would hang: peer processes are lost."""
     self._is_abandoned = True
 
   def __enter__(self) -> "Checkpointer":
@@ -440,11 +441,11 @@ class Checkpointer:
     except CheckpointSaveError as failed:
       if error is None:
         raise
-      log.warning("%s", failed)  # The other error is what ended the run.
+      log.warning("%s", failed)  # `error` ended the run: let it propagate.
 
 
 def _shorten(text: str) -> str:
-  """Both ends of TensorStore's messages, without its sources and specs."""
+  """Shortens a TensorStore message: no source locations, no spec."""
   text = re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
   return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
 
@@ -456,7 +457,7 @@ def _flat(tree: Any) -> dict[str, Any]:
 def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
   sharding = getattr(leaf, "sharding", None)
   if sharding is None:
-    # Otherwise Orbax would use the devices of the saved shardings, which this
+    # By default Orbax uses the devices of the saved shardings, which this
     # machine may lack.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return ocp.ArrayRestoreArgs(

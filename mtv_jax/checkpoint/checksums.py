@@ -1,22 +1,21 @@
-"""Checksums of the arrays of a checkpoint, independent of their sharding.
+"""Sharding-independent checksums of a checkpoint's arrays.
 
-The checksum of an array is two sums modulo 2^32 over its elements. A term mixes
-the bits of an element with its index in the whole array, by a function that is
-a bijection of the bits. Hence
+The checksum of an array is two sums modulo 2^32 over its elements. Each term
+mixes an element's bits with its index in the whole array (modulo 2^32). The mix
+is a bijection of the bits. Hence
 
-  - a change of one element of up to 4 bytes, of any number of bits, is always
-    detected,
+  - any change to a single element of up to 4 bytes is always detected,
   - any other change, such as swapped, shifted or lost elements, goes undetected
     with a probability of about 2^-64,
-  - swapped arrays are detected, as checksums are stored by name, with dtype and
-    shape.
+  - swapped arrays are detected, because checksums are stored by name, with
+    dtype and shape.
 
-Sums need no order: each device adds up its shard, and the total is that of any
-other mesh. Bits are compared, not values: 0.0 differs from -0.0. An index
-counts modulo 2^32.
+Sums are order-independent: each device sums its shard, and the total does not
+depend on the mesh. Bits are compared, not values: 0.0 differs from -0.0.
 
 The mixing function is the finalizer of MurmurHash3 (Appleby 2011), with its own
-constants and with those of `lowbias32` (Wellons 2018); the sum is our choice.
+constants and with the constants of `lowbias32` (Wellons 2018). The sum is our
+choice.
 """
 
 import concurrent.futures
@@ -31,12 +30,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# (factor of the index, shift, factor, shift, factor, shift) of the two sums.
+# For each sum: (index factor, shift, factor, shift, factor, shift).
 _MIXERS = (
   (0x9E3779B1, 16, 0x85EBCA6B, 13, 0xC2B2AE35, 16),
   (0x85EBCA77, 16, 0x7FEB352D, 15, 0x846CA68B, 16),
 )
-_CHUNK = 1 << 17  # Elements: their temporaries stay in the cache.
+_CHUNK = 1 << 17  # Elements per chunk; its temporaries fit the cache.
 
 Flat = Mapping[str, jax.Array | np.ndarray]
 
@@ -44,8 +43,8 @@ Flat = Mapping[str, jax.Array | np.ndarray]
 def describe_arrays(arrays: Flat) -> dict[str, str]:
   """Dtype, shape and checksum by name, as 'float32[6,8] 0123456789abcdef'.
 
-  Every process calls it with the same names. Arrays in the memory of this
-  process are read there; others are summed by the devices that have them.
+  Every process must pass the same names. Arrays in host memory are summed on
+  the host, others on their devices.
   """
   sums = {}
   by_devices: dict[Any, list[str]] = {}
@@ -56,7 +55,7 @@ def describe_arrays(arrays: Flat) -> dict[str, str]:
       devices = frozenset(x.sharding.device_set)
       by_devices.setdefault(devices, []).append(name)
   for names in by_devices.values():
-    # One program for all: it waits for the devices once.
+    # One program for all arrays waits for the devices once.
     total = _sum_on_devices([arrays[name] for name in names])
     sums |= dict(zip(names, total, strict=True))
   return {
@@ -66,23 +65,23 @@ def describe_arrays(arrays: Flat) -> dict[str, str]:
 
 
 def describe(x: Any) -> str:
-  """Dtype and shape of an array or of its description: 'float32[6,8]'."""
+  """Dtype and shape of an array or a `ShapeDtypeStruct`: 'float32[6,8]'."""
   return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
 
 
 def _on_host(x: jax.Array) -> bool:
-  """Whether this process has the whole array in main memory."""
+  """Whether the whole array is in this process's host memory."""
   platforms = {device.platform for device in x.sharding.device_set}
   return platforms == {"cpu"} and x.is_fully_addressable
 
 
 def _mix(bits: Any, index: Any, mixer: Sequence[int]) -> Any:
-  """The terms of a sum; of NumPy or JAX arrays, uint32."""
+  """The terms of one sum, from uint32 NumPy or JAX arrays."""
   u32 = np.uint32
   factor, shift1, factor1, shift2, factor2, shift3 = mixer
   # The constant keeps zeros at the start of an array from adding 0.
   bits = bits ^ (index * u32(factor) + u32(factor2))
-  # In place in NumPy.
+  # Augmented assignments run in place in NumPy.
   bits ^= bits >> u32(shift1)
   bits *= u32(factor1)
   bits ^= bits >> u32(shift2)
@@ -92,7 +91,7 @@ def _mix(bits: Any, index: Any, mixer: Sequence[int]) -> Any:
 
 
 def _word(dtype: np.dtype) -> np.dtype:
-  """The unsigned type of an element's bits, of half an element of 8 bytes."""
+  """Unsigned type of an element's bits; uint32 halves for 8-byte elements."""
   return np.dtype(f"uint{8 * min(dtype.itemsize, 4)}")
 
 
@@ -118,12 +117,12 @@ def _sum_on_host(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
-  # NumPy releases the interpreter's lock in its loops.
+  # NumPy releases the GIL in its loops.
   return concurrent.futures.ThreadPoolExecutor(thread_name_prefix="checksum")
 
 
 def _sum_on_devices(arrays: Sequence[jax.Array]) -> np.ndarray:
-  """The sums of each array, [N, 2], of arrays on the same devices."""
+  """The sums, [N, 2], of N arrays that share their devices."""
   meshes = [
     x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)
   ]
@@ -140,7 +139,7 @@ def _compile_sums(sharding: NamedSharding | None) -> Any:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-  """The sums of one array, uint32 [2], on the devices that have it."""
+  """The sums of one array, uint32 [2], on its devices."""
   word = _word(x.dtype)
   if x.dtype == jnp.bool_:
     x = x.astype(word)

@@ -15,11 +15,11 @@ from mtv_jax.utils.tree import closest_names, flatten_with_names, select_names
 
 
 class CheckpointMismatchError(InputError):
-  """A checkpoint whose names, shapes or types differ from the expected ones."""
+  """Raised if a checkpoint's names, shapes or types are not as expected."""
 
 
 def first_lines(lines: Sequence[str], limit: int) -> str:
-  """The first lines of a list, and the number of further ones."""
+  """The first `limit` lines, and the number of further lines."""
   shown = [f"  {line}" for line in lines[:limit]]
   if len(lines) > limit:
     shown.append(f"  ... and {len(lines) - limit} more")
@@ -68,21 +68,21 @@ def merge_params(
 
   Args:
     target_params: a tree of arrays.
-    source_tree: a tree of arrays, such as `load_tree` gives.
-    include: regexes; a target parameter is wanted if one matches its name.
-    rename: pairs (regex, replacement), applied to each source name, all of
-      them in order, by `re.sub`.
-    min_coverage: the least share of the wanted parameters to load.
-    optional: a regex; what it matches at the beginning of names is a group,
-      such as a head, that is left as it is, and not wanted, unless the source
-      has all of it in the same shapes.
+    source_tree: a tree of arrays, such as `load_tree` returns.
+    include: regexes; a target parameter is wanted if any matches its name.
+    rename: pairs (regex, replacement) for `re.sub`, all applied in order to
+      each source name.
+    min_coverage: minimum fraction of the wanted elements that must be loaded.
+    optional: a regex matched at the start of names. Each distinct match is a
+      group, such as a head. A group stays unchanged and is not wanted, unless
+      the source has all of it with equal shapes.
 
   Returns:
-    The parameters, of which the loaded ones are numpy arrays of the target's
-    dtype, and the report.
+    The parameters and the report. Loaded parameters are numpy arrays of the
+    target's dtype.
 
   Raises:
-    CheckpointMismatchError: coverage is lower; the message has the report.
+    CheckpointMismatchError: coverage is too low; the message has the report.
     InputError: an include matches nothing, or two source names collide.
   """
   target = dict(flatten_with_names(target_params))
@@ -133,7 +133,7 @@ def _lacking_groups(
   target: Mapping[str, Any],
   source: Mapping[str, Any],
 ) -> tuple[str, ...]:
-  """The optional groups of which the source lacks a part."""
+  """The optional groups that the source lacks in part."""
   lacking = {}  # In order.
   for name in names:
     same = name in source and source[name].shape == target[name].shape

@@ -1,12 +1,12 @@
-"""Reading a verified checkpoint, or a part of it, without a run.
+"""Reads and verifies a checkpoint, or a part of it, without a run.
 
 A checkpoint is one folder per step, committed by a rename:
 
-  checkpoints/STEP/state      the train state's arrays, as nested dictionaries
-                              of names: independent of the state's classes
-  checkpoints/STEP/timing     the clock of the run, as JSON; says whether there
-                              are checksums
-  checkpoints/STEP/checksums  those of the arrays and of the clock, as JSON
+  checkpoints/STEP/state      arrays of the train state, as nested dictionaries
+                              by name, independent of the state's classes
+  checkpoints/STEP/timing     the run's clock, as JSON; says whether checksums
+                              exist
+  checkpoints/STEP/checksums  checksums of the arrays and the clock, as JSON
 """
 
 import contextlib
@@ -40,10 +40,10 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 log = logging.getLogger(__name__)
 
 Path = str | epath.PathLike
-_VERSION = 1  # Of the checksums.
-_HAS_CHECKSUMS = "checksums"  # Key of the timing; earlier versions lack it.
+_VERSION = 1  # Format version of the checksums.
+_HAS_CHECKSUMS = "checksums"  # Key in the timing; earlier versions lack it.
 
-# What TensorStore and the system report of a storage that does not answer.
+# TensorStore statuses and system errors of a storage that does not answer.
 _STATUS = re.compile(
   r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
@@ -54,22 +54,22 @@ _ERRNOS = {
 
 
 class DamagedCheckpointError(InputError):
-  """A checkpoint with missing, unreadable or changed files."""
+  """Raised if files of a checkpoint are missing, unreadable or changed."""
 
 
 class _ChecksumError(Exception):
-  """What differs from the stored checksums."""
+  """Raised when something differs from the stored checksums."""
 
 
 def saved_steps(folder: Path) -> list[int]:
-  """Steps of the complete checkpoints of a run, of its folder's names alone."""
+  """Steps of a run's complete checkpoints, from folder names only."""
   return list_steps(absolute(folder) / "checkpoints")
 
 
 def absolute(folder: Path) -> epath.Path:
-  """A folder as Orbax takes it."""
+  """An absolute path or a URL, as Orbax requires."""
   path = epath.Path(path_lib.as_path(folder))
-  # `absolute` of a URL is a local path.
+  # `Path.absolute` would turn a URL into a local path.
   return path if path_lib.is_remote(path) else path.absolute()
 
 
@@ -83,23 +83,21 @@ def load_tree(
 ) -> Any:
   """Reads and verifies one part of a checkpoint as numpy arrays.
 
-  Works on any machine, and writes nothing, so that it may be called during
-  training.
+  Works on any machine. Read-only, so it is safe during training.
 
   Args:
     folder: a run's folder or its `checkpoints` folder.
     step: the latest by default.
-    part: 'params', 'teacher', 'ema', 'params/image' or any other branch of
-      the state.
+    part: any branch of the state: 'params', 'teacher', 'ema', 'params/image'.
 
   Returns:
-    Nested dictionaries of numpy arrays (or one array, if the part is one).
+    Nested dictionaries of numpy arrays (or one array, if the part is a leaf).
 
   Raises:
-    MissingFileError: no such checkpoint.
-    DamagedCheckpointError: its files are missing, truncated or changed.
-    StorageError: they can't be read now.
-    InputError: the checkpoint lacks the part; names its parts.
+    MissingFileError: the checkpoint does not exist.
+    DamagedCheckpointError: files are missing, truncated or changed.
+    StorageError: the storage does not answer.
+    InputError: the checkpoint lacks the part; lists its parts.
   """
   folder = absolute(folder)
   if (folder / "checkpoints").exists():
@@ -134,15 +132,15 @@ def read_index(
   item: epath.Path, stored: Mapping[str, Any] | None
 ) -> dict[str, Any]:
   """Shape and dtype of a checkpoint's arrays by name."""
-  # Where the index is corrupt, Orbax would raise from one of many concurrent
-  # reads, and the others would fail in a closed event loop.
+  # List the index first. If it is corrupt, Orbax raises from one of many
+  # concurrent reads, and the rest fail in a closed event loop.
   base = str(item) if "://" in str(item) else f"file://{item}"
   store = {"driver": "ocdbt", "base": f"{base}/"}
   ts.KvStore.open(store).result().list().result()
   metadata = ocp.PyTreeCheckpointHandler().metadata(item).tree
   saved = dict(flatten_with_names(metadata))
   if stored is not None:
-    # Otherwise an array that lost its name would be absent from its part.
+    # Detects an array that lost its name: its part would lack it silently.
     expected = {name: text.split()[0] for name, text in stored.items()}
     actual = {name: checksums.describe(x) for name, x in saved.items()}
     _require_equal(actual, expected, "names or shapes")
@@ -154,9 +152,9 @@ def read_arrays(
   wanted: Mapping[str, Any],
   restore_args: Mapping[str, ocp.RestoreArgs],
 ) -> dict[str, Any]:
-  """The arrays of some names of a checkpoint's state, by name.
+  """Reads the wanted arrays of a checkpoint's state, by name.
 
-  The bare handler has no barriers: one process of many may read alone.
+  The bare handler runs without barriers, so a single process may call it.
   """
   silence_orbax_tracebacks()
   restored = ocp.PyTreeCheckpointHandler().restore(
@@ -175,11 +173,10 @@ def read_arrays(
 
 @functools.cache
 def silence_orbax_tracebacks() -> None:
-  """Keeps failures that are reported once here from being printed many times.
+  """Suppresses repeated tracebacks of a failure that is raised once here.
 
-  Once one of Orbax's concurrent reads or writes has failed and was raised, the
-  others end in a closed event loop, or as coroutines that are never resumed,
-  each with a traceback.
+  After one of Orbax's concurrent reads or writes has raised, the rest fail in a
+  closed event loop or as unresumed coroutines, each with a traceback.
   """
   abandoned = (
     "Event loop is closed",
@@ -203,7 +200,7 @@ def silence_orbax_tracebacks() -> None:
 
 
 def restore_json_item(item: epath.Path) -> Any:
-  """A JSON item of a checkpoint."""
+  """Reads a JSON item of a checkpoint."""
   return ocp.JsonCheckpointHandler().restore(item, args=ocp.args.JsonRestore())
 
 
@@ -214,7 +211,7 @@ def restore_json_item(item: epath.Path) -> Any:
 def make_json_items(
   arrays: checksums.Flat, timing: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-  """The items `timing` and `checksums`; every process calls it."""
+  """The items `timing` and `checksums`; every process must call it."""
   timing = {**timing, _HAS_CHECKSUMS: _VERSION}
   stored = {
     "version": _VERSION,
@@ -227,7 +224,7 @@ def make_json_items(
 def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
   """Dtype, shape and checksum of a checkpoint's arrays by name.
 
-  None, with a line in the log, for a checkpoint of a version without checksums.
+  None, with a log line, if the checkpoint predates checksums.
   """
   if not (checkpoint / "checksums").exists():
     if _HAS_CHECKSUMS in restore_json_item(checkpoint / "timing"):
@@ -241,7 +238,7 @@ def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
 
 
 def read_timing(checkpoint: epath.Path) -> dict[str, Any]:
-  """The clock of a checkpoint, verified if it has checksums."""
+  """The clock of a checkpoint, verified if the checkpoint has checksums."""
   timing = restore_json_item(checkpoint / "timing")
   if (checkpoint / "checksums").exists():
     stored = restore_json_item(checkpoint / "checksums")["timing"]
@@ -253,7 +250,7 @@ def read_timing(checkpoint: epath.Path) -> dict[str, Any]:
 def verify_arrays(
   arrays: checksums.Flat, stored: Mapping[str, str] | None
 ) -> None:
-  """Compares arrays with their stored checksums; every process calls it."""
+  """Verifies arrays against `stored`; every process must call it."""
   if stored is not None:
     actual = checksums.describe_arrays(arrays)
     _require_equal(actual, {name: stored[name] for name in arrays}, "checksums")
@@ -281,7 +278,7 @@ def _require_equal(
 
 
 def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
-  """Raises MissingFileError if a step is not one of the saved ones."""
+  """Raises MissingFileError unless the step is in `steps`."""
   if step not in steps:
     raise MissingFileError(
       f"no checkpoint of step {step} in {folder}. Its steps are:"
@@ -293,13 +290,13 @@ def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
 def report_damage(
   folder: epath.Path, step: int, steps: Sequence[int]
 ) -> Iterator[None]:
-  """Raises DamagedCheckpointError for what damaged files make libraries raise.
+  """Turns the exceptions that damaged files cause into DamagedCheckpointError.
 
-  That is almost any exception, as few of them expect a changed bit. A lack of
-  permission or memory says nothing about the files.
+  Few libraries expect a changed bit, so almost any exception counts. Lack of
+  permission or memory does not.
 
   Raises:
-    StorageError: nor does a storage that does not answer.
+    StorageError: the storage does not answer.
   """
   try:
     yield

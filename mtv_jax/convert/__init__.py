@@ -1,1 +1,1 @@
-"""Conversion of model families, with safetensors and NumPy alone."""
+"""Conversion of model families, using only safetensors and NumPy."""

@@ -1,4 +1,4 @@
-"""Hugging Face's AIMv2, with and without its text tower: read and export."""
+"""Hugging Face AIMv2, with or without text tower: read and export."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from mtv_jax.convert.family import (
 )
 from mtv_jax.models.text import TextSpec
 
-# Keys that both sections end with.
+# Last keys of both config sections.
 _COMMON = {
   "hidden_act": "silu",
   "attention_dropout": 0.0,
@@ -46,7 +46,7 @@ _BLOCK_NAMES = {
 
 
 class Aimv2(Family):
-  """AIMv2, also of native resolution."""
+  """AIMv2, including native resolution."""
 
   name = "aimv2"
   class_name = "Aimv2"
@@ -74,7 +74,7 @@ class Aimv2(Family):
       "patch_embed": "embeddings.patch_embed",
       "patch_norm": "embeddings.rms_norm",
       "position_embedding": "embeddings.position_embedding.weight",
-      # Not in AIMv2: only training uses it.
+      # Absent in AIMv2; used only in training.
       "mask_token": None,
       **tables.nest("blocks/", "encoder.layers.{i}.", _BLOCK_NAMES),
       "norm": "rms_norm",
@@ -104,8 +104,8 @@ class Aimv2(Family):
       "eos_token_id": 49_407,
       "pad_token_id": None,
     },
-    # `transformers` masks causally if it is given the padding, as by its
-    # processor.
+    # `transformers` applies the causal mask only if it gets a padding mask, as
+    # from its processor.
     {**_FIELDS, "pool": "eos", "causal": True, "projection_bias": False},
     {
       "token_embedding": "text_model.embeddings.token_embedding.weight",
@@ -123,7 +123,7 @@ class Aimv2(Family):
   preprocess = clip.Clip.preprocess
 
   def tokenizer_config(self, spec: TextSpec) -> dict[str, Any]:
-    # Without a mask, padding is attended to, and texts are not causal.
+    # Without a mask, `transformers` attends to padding and is not causal.
     return {"model_input_names": ["input_ids", "attention_mask"]}
 
 

@@ -1,8 +1,8 @@
-"""Reader of big_vision's SigLIP checkpoints (NumPy archives).
+"""Reader of big_vision SigLIP checkpoints (NumPy archives).
 
 A two-tower model has `img` (a ViT), `txt` (a transformer with a dense `head`),
-`t` (log of the inverse temperature) and `b`. Scanned blocks are stacked in one
-`encoderblock`; without a scan they are `encoderblock_0`, ...
+`t` (log inverse temperature) and `b`. Scanned blocks are stacked in one
+`encoderblock`; unscanned blocks are `encoderblock_0`, ...
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ _UNIT_AXES = {
   "image/pool/probe": 2,
   "text/position_embedding": 1,
 }
-# SigLIP squashes images to a square and scales them to -1..1; its resize is
-# tf.image.resize, bilinear, without antialiasing.
+# SigLIP squashes images to a square with tf.image.resize (bilinear, not
+# antialiased) and scales them to -1..1.
 _PREPROCESS = {
   "resize": "squash",
   "crop": "none",
@@ -89,18 +89,18 @@ _PREPROCESS = {
 
 
 class _Archive:
-  """An archive's parameters, with stacked blocks under numbered names.
+  """An archive's parameters, with stacked blocks split into numbered names.
 
-  Names and shapes are read from the arrays' headers: an array that belongs to
-  another model, or that would take all memory, is never read.
+  Reads names and shapes from the headers, so that arrays of another model, or
+  too large for memory, are never loaded.
   """
 
   def __init__(self, path: pathlib.Path):
     self.path = path
     self._shapes: dict[str, tuple[int, ...]] = {}
-    # By name: the array in the file, and the layer if it is a stack.
+    # By name: the array in the file, and the layer index if stacked.
     self._members: dict[str, tuple[str, int | None]] = {}
-    # Every layer is read from the same few arrays.
+    # All layers are slices of a few stacked arrays.
     self._load = functools.lru_cache(maxsize=4)(self._read_member)
     for name, (member, shape) in _read_headers(path).items():
       if "/encoderblock/" not in name:
@@ -117,7 +117,7 @@ class _Archive:
     return list(self._shapes)
 
   def shape(self, name: str, axes: int | None = None) -> tuple[int, ...]:
-    """An array's shape; with `axes`, one that must have so many."""
+    """An array's shape, which must have `axes` axes if given."""
     if name not in self._shapes:
       raise ConversionError(
         f"The archive lacks {name!r}, so it is not a SigLIP of big_vision. "
@@ -134,7 +134,7 @@ class _Archive:
     array = array if layer is None else array[layer]
     if array.dtype != np.dtype("V2"):
       return array
-    # NumPy stores bfloat16, the upper half of a float32, as two raw bytes.
+    # NumPy stores bfloat16, the upper half of a float32, as void bytes (V2).
     halves = np.ascontiguousarray(array).view(np.uint16).reshape(array.shape)
     return (halves.astype(np.uint32) << 16).view(np.float32)
 
@@ -146,8 +146,8 @@ class _Archive:
 def read(path: str | os.PathLike) -> ConvertedModel:
   """Reads a SigLIP (or SigLIP 2, fixed resolution) checkpoint.
 
-  The `.npz` lacks a tokenizer, and may have an optimizer's state. Arrays that
-  are missing, unexpected or of another shape are named.
+  The `.npz` lacks a tokenizer; optimizer state is ignored. Errors name missing,
+  unexpected and mismatched arrays.
   """
   store = _Archive(pathlib.Path(path))
   with foreign.errors_of(path):
@@ -175,10 +175,10 @@ def _archive_errors(path: pathlib.Path) -> Iterator[None]:
 def _read_headers(
   path: pathlib.Path,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """Name in the archive and shape of each parameter, without an optimizer's."""
+  """Archive name and shape of each parameter, without optimizer state."""
   if not path.is_file():
     raise MissingFileError(f"There is no file {path}; a .npz is expected.")
-  # NumPy takes any other file for a pickle, and advises to load it as one.
+  # NumPy would treat any other file as a pickle and suggest to load it.
   if not zipfile.is_zipfile(path):
     with path.open("rb") as file:
       start = file.read(16)
@@ -199,7 +199,7 @@ def _read_headers(
 
 
 def _read_shape(stream: io.BufferedIOBase) -> tuple[int, ...]:
-  """The shape in an array's header."""
+  """Reads the shape in an array's header."""
   version = np.lib.format.read_magic(stream)
   read_header = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -231,7 +231,7 @@ def _read_trunk(store: _Archive, prefix: str) -> dict[str, int]:
 
 
 def _read_spec(store: _Archive) -> ModelSpec:
-  """The model that the arrays' shapes describe."""
+  """Infers the model from the arrays' shapes."""
   names = set(store.names)
   kernel = store.shape("img/embedding/kernel")
   if len(kernel) != 4:

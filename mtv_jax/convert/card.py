@@ -50,7 +50,7 @@ with torch.no_grad():
 """
 _POOLER = """\
 embedding, patches = outputs.pooler_output, outputs.last_hidden_state"""
-# Classes without a head return no `pooler_output`.
+# Classes without a head don't return `pooler_output`.
 _MEAN = """\
 patches = outputs.last_hidden_state
 embedding = patches.mean(dim=1)"""
@@ -87,7 +87,7 @@ features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 ```
 {heads}"""
 
-# What follows is written by `complete_card`, which names the model.
+# Marks the part that `complete_card` writes, with the model's name.
 _COMPLETED = "<!-- mtv-jax push: {} -->"
 _MARK = re.compile(re.escape(_COMPLETED).replace(r"\{\}", r"(\S+)"))
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -102,7 +102,7 @@ _POOLED = {
 
 
 def is_repo(name: str) -> bool:
-  """Whether a name is `ORG/NAME`, as the hub allows it."""
+  """Whether a name is a valid `ORG/NAME` of the hub."""
   return bool(_REPO.fullmatch(name)) and not re.search(r"--|\.\.", name)
 
 
@@ -115,8 +115,8 @@ def write_card(
 ) -> str:
   """A short README with runnable code for transformers' `class_name`.
 
-  `others` are the parameters in `heads.safetensors`, `max_patches` is set for
-  images at their native aspect ratio.
+  `others` are the parameters in `heads.safetensors`; `max_patches` is only set
+  for images of native aspect ratio.
   """
   embedding = _POOLER
   if spec.image.pool == "mean":
@@ -158,12 +158,12 @@ def complete_card(
   base_model: str | None = None,
   results: str = "",
 ) -> str:
-  """A folder's README as the card of a model of the hub.
+  """Completes a folder's README to a hub model card.
 
-  `readme` is from `write_card`, or an earlier result. Its code then loads the
-  model `repo` (ORG/NAME) from the hub. The metadata get the licence (an
-  identifier of the hub, or `other` with a name and a link) and the base model,
-  and keep their own tags. `data` and `results` are Markdown.
+  `readme` is the output of `write_card` or of an earlier call. The code is
+  changed to load `repo` (ORG/NAME) from the hub. The metadata keep their tags
+  and get the licence (a hub identifier, or `other` with a name and a link) and
+  the base model. `data` and `results` are Markdown.
   """
   for name in filter(None, (licence, licence_name)):
     if not _LICENCE.fullmatch(name):
@@ -183,7 +183,7 @@ def complete_card(
     )
   metadata, body = match.groups()
   keys = "license|license_name|license_link|base_model"
-  # With the lines of a list or an indented value.
+  # Includes the lines of a list or an indented value.
   metadata = re.sub(rf"(?m)^({keys}):.*\n([ -].*\n)*", "", metadata)
   if not re.search(r"(?m)^tags:", metadata):
     metadata += "tags: [mtv_jax]\n"

@@ -1,6 +1,6 @@
-"""Hugging Face's CLIP: read and export.
+"""Hugging Face CLIP: read and export.
 
-Our own models of this architecture are exported as CLIP.
+Also exports our own models of this architecture.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from mtv_jax.convert.family import Family, Key, TowerTable
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 
-_WIDTH = 512  # Default width of both embeddings.
+_WIDTH = 512  # Default embedding width.
 _ACTIVATION = {"hidden_act": "quick_gelu", "attention_dropout": 0.0}
 
 
 def read_eos_id(section: Mapping[str, Any]) -> dict[str, Any]:
-  """The first one of `eos_token_id`."""
+  """Reads `eos_token_id`, the first if several."""
   value = section["eos_token_id"]
   if value == []:
     raise ConversionError("text_config.eos_token_id is empty.")
@@ -24,7 +24,7 @@ def read_eos_id(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Clip(Family):
-  """CLIP of OpenAI and others."""
+  """CLIP, by OpenAI and others."""
 
   name = "clip"
   class_name = "CLIP"
@@ -46,7 +46,7 @@ class Clip(Family):
       "patch_embed": "embeddings.patch_embedding",
       # Misspelt in every checkpoint.
       "pre_norm": "pre_layrnorm",
-      # Not in CLIP: only training uses it.
+      # Absent in CLIP; used only in training.
       "mask_token": None,
       **tables.nest("blocks/", "encoder.layers.{i}.", siglip.BLOCK_NAMES),
       "norm": "post_layernorm",
@@ -76,7 +76,7 @@ class Clip(Family):
   ignored = r"position_ids$|^classifier\."
   exports_image = False
   config = {"initializer_factor": 1.0}
-  preprocess = {  # The central square.
+  preprocess = {
     "interpolation": "bicubic",
     "resize": "shortest",
     "crop": "center",

@@ -1,8 +1,8 @@
-"""Reader of transformers' Depth Anything V2 folders.
+"""Reader of transformers Depth Anything V2 folders.
 
-A DINOv2 (`backbone.`), a DPT neck and its head, see `models/heads/dpt.py`.
-`read` is for the expert that labels, `read_model` for an `Encoder` with a depth
-head.
+The model is a DINOv2 (`backbone.`) with a DPT neck and head, see
+`models/heads/dpt.py`. `read` serves the labelling expert, `read_model` an
+`Encoder` with a depth head.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
 
-# Resolutions of the reassembled maps, relative to the patch grid.
+# Resolutions of the reassembled maps relative to the patch grid.
 _FACTORS = (4, 2, 1, 0.5)
 _DEFAULTS = {
   "reassemble_hidden_size": 384,
@@ -46,9 +46,9 @@ _BACKBONE = {
   "num_attention_heads": 6,
   "out_indices": (9, 10, 11, 12),
 }
-_NORM_EPS = 1e-6  # of the norms of `dpt.DPT`
+_NORM_EPS = 1e-6  # epsilon of the norms in `dpt.DPT`
 _BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
-# The deepest fusion has nothing to join; its first unit is unused.
+# The deepest fusion has a single input, so its first unit is unused.
 _IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
 _REASSEMBLE = {"projection": "projection", "resize": "resize"}
 _FUSION = {
@@ -60,7 +60,7 @@ _FUSION = {
 }
 _NAMES = {f"depth/conv{k}": f"head.conv{k}" for k in (1, 2, 3)}
 for _i in range(dpt.STAGES):
-  # Files count fusions from the deepest.
+  # Checkpoints count fusions from the deepest.
   _reassemble = f"neck.reassemble_stage.layers.{_i}."
   _fusion = f"neck.fusion_stage.layers.{dpt.STAGES - 1 - _i}."
   _NAMES |= {
@@ -75,7 +75,7 @@ class DepthSpec:
   """Architecture of a Depth Anything V2."""
 
   image: ViTSpec
-  # Blocks that the head reads, from 0, each after the encoder's last norm.
+  # Block indices that the head reads, each normalised by the final norm.
   layers: tuple[int, ...]
   head: dpt.DPT
 
@@ -86,7 +86,7 @@ def read(
   """Reads a folder of `DepthAnythingForDepthEstimation.save_pretrained`.
 
   Returns the architecture, and the parameters `image` and `depth` as NumPy
-  arrays; `with_params=False` does not read them.
+  arrays, or {} with `with_params=False`.
   """
   path, config = hf_files.read_config(
     folder, model_type="depth_anything", example="Depth-Anything-V2-Small-hf"
@@ -103,11 +103,11 @@ def read(
 def read_model(
   folder: str | os.PathLike, *, with_params: bool = True
 ) -> ConvertedModel:
-  """A folder as an encoder with the head `depth`; arguments see `read`.
+  """Reads a folder as an encoder with the head `depth`; arguments as in `read`.
 
-  The head normalises each stage by the encoder's last norm, which becomes its
-  own norm of every stage. By default the encoder sees the image squashed to the
-  size of pretraining; `relative_depth` gives it the published input.
+  The backbone's final norm is copied into the head as the norm of every stage.
+  By default, images are squashed to the pretraining size; `relative_depth`
+  feeds the published input.
   """
   spec, params = read(folder, with_params=with_params)
   eps = spec.image.norm_eps
@@ -141,7 +141,7 @@ def read_model(
 
 
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
-  """The architecture that a `config.json` describes; `names`: the tensors'."""
+  """Reads the architecture from a `config.json` and the tensors' names."""
   backbone = config.get("backbone_config") or _BACKBONE
   name = "backbone_config"
   if config.get("backbone") and backbone is _BACKBONE:
@@ -189,9 +189,9 @@ def _check_supported(
 
 
 def read_layers(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
-  """The blocks whose outputs the head reads, from 0.
+  """Block indices, from 0, whose outputs the head reads.
 
-  Files count from the embedding, which is stage 0 and called 'stem'.
+  Configs count from the embedding, stage 0, named 'stem'.
   """
   stages = ["stem", *(f"stage{i + 1}" for i in range(depth))]
   indices = backbone.get("out_indices")
@@ -235,7 +235,7 @@ def param_mapping(spec: DepthSpec) -> list[Rule]:
 
 
 def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
-  """Names and shapes of the parameters."""
+  """Parameter shapes by name."""
   size = (spec.image.image_size,) * 2
   stage = jax.ShapeDtypeStruct(
     (1, *spec.image.grid_of(*size), spec.image.width), jnp.float32

@@ -1,7 +1,6 @@
-"""Hugging Face's DINOv2, with or without registers: read and export.
+"""Hugging Face DINOv2, with or without registers: read and export.
 
-Our own models that pool the CLS token (DINO, DINOv2, MAE) are exported as
-DINOv2.
+Also exports our own models that pool the CLS token (DINO, DINOv2, MAE).
 """
 
 import dataclasses
@@ -26,15 +25,16 @@ def read_mlp(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _swiglu_dim(mlp_dim: int) -> int:
-  """Hidden units of a SwiGLU with the parameters of an MLP of `mlp_dim`.
+  """Hidden width of a SwiGLU that matches the parameters of a plain MLP.
 
-  Two thirds, rounded up to a multiple of eight: it has three kernels, not two.
+  A SwiGLU has three kernels, an MLP two: 2/3 of `mlp_dim`, rounded up to a
+  multiple of 8.
   """
   return (int(mlp_dim * 2 / 3) + 7) // 8 * 8
 
 
 def mlp_ratio(spec: ViTSpec, *, integer: bool = False) -> int | float | None:
-  """The config's `mlp_ratio`, an integer if one fits; None without any."""
+  """The config's `mlp_ratio`, an integer if possible; None if none fits."""
   is_gated = spec.mlp == "swiglu"
   ratios = [*range(1, 65)]
   if not integer:
@@ -56,7 +56,7 @@ def _check_ratio(spec: ViTSpec, *, integer: bool = False) -> str | None:
   )
 
 
-# Keys of MLPs by their ratio; `MLP_KEYS` take fractions too.
+# Keys of MLPs given by a ratio; `MLP_KEYS` accept fractional ratios.
 MLP_KEYS = {
   "mlp_ratio": Key("mlp_dim", ignore, mlp_ratio, _check_ratio),
   "use_swiglu_ffn": Key("mlp", read_mlp, lambda spec: spec.mlp == "swiglu"),
@@ -70,7 +70,7 @@ _INTEGER_RATIO = Key(
 
 
 def fused_swiglu_rule(layer: str, spec: ViTSpec) -> list[Rule]:
-  """Gate and value of a SwiGLU, one tensor in the file."""
+  """Rules of a SwiGLU whose gate and value are one tensor in the file."""
   mlp = "image/blocks/mlp"
   return [
     Rule(
@@ -143,10 +143,10 @@ class Dinov2(Family):
   unit_axes = {"image/mask_token": 1, "image/registers": 1}
   ignored = r"^classifier\."
   neutral = ("layer_scale", "mask_token")
-  processor = "Bit"  # Its pixels are Pillow's.
+  processor = "Bit"  # Resizes with Pillow.
 
   def default_preprocess(self, spec: ModelSpec) -> dict[str, Any]:
-    """224 of 256 pixels, whatever the position embedding's size."""
+    """DINOv2's crop of 224 from 256 pixels, scaled to the image size."""
     size = spec.image.image_size
     return {
       "size": size,
@@ -172,7 +172,7 @@ class Dinov2(Family):
 
 
 class Dinov2WithRegisters(Dinov2):
-  """DINOv2 with registers, whose positions are resampled with antialiasing."""
+  """DINOv2 with registers and antialiased position resampling."""
 
   name = "dinov2_with_registers"
   class_name = "Dinov2WithRegisters"

@@ -1,6 +1,6 @@
-"""Hugging Face's DINOv3 ViT: read and export.
+"""Hugging Face DINOv3 ViT: read and export.
 
-Our own models with rotary positions are exported as DINOv3.
+Also exports our own models with rotary positions.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
-# Whether queries, keys and values have a bias.
+# (query, key, value): whether each has a bias.
 _QKV_BIASES = {
   "all": (True, True, True),
   "query_value": (True, False, True),
@@ -62,7 +62,7 @@ def _check_rope(spec: ViTSpec) -> str | None:
 
 
 class Dinov3(Family):
-  """DINOv3's ViTs."""
+  """DINOv3 ViT."""
 
   name = "dinov3_vit"
   class_name = "DINOv3ViT"
@@ -145,8 +145,7 @@ class Dinov3(Family):
   }
   ignored = r"^classifier\."
   neutral = ("layer_scale", "mask_token")
-  # Its pixels are Pillow's, while DINOv3's own one resizes after scaling to
-  # 0..1.
+  # Resizes with Pillow; DINOv3's own processor scales to 0..1 first.
   processor = "Bit"
   preprocess = {
     "interpolation": "bilinear",
@@ -161,7 +160,7 @@ class Dinov3(Family):
     spec = super().read_spec(config, names)
     if config.get("pos_embed_rescale", 0) is not None:
       return spec
-    # Null turns the augmentation off; an absent key means the default.
+    # Null disables the augmentation; an absent key means the default.
     rope = dataclasses.replace(spec.image.rope, rescale=None)
     return ModelSpec(image=dataclasses.replace(spec.image, rope=rope))
 

@@ -1,7 +1,7 @@
-"""Families of released models, each as a table of config keys and tensors.
+"""Families of released models, as tables of config keys and tensors.
 
-A family's tables serve to read a `config.json`, to write one, to convert the
-parameters both ways, and to name what its classes in `transformers` lack.
+A family's tables read and write a `config.json`, convert parameters in both
+directions, and list what its `transformers` classes lack.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 Spec = ViTSpec | TextSpec
 Section = Mapping[str, Any]
-# Names of transformers by our activations; the first name is written.
+# transformers' names by our activation; exports write the first name.
 _ACTIVATIONS = {
   "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
   "exact": ("gelu", "gelu_python"),
@@ -29,22 +29,22 @@ _ACTIVATIONS = {
   "relu": ("relu",),
 }
 _GELUS = {name: gelu for gelu, names in _ACTIVATIONS.items() for name in names}
-_GATE = "silu"  # Activation of a SwiGLU.
+_GATE = "silu"  # Gate activation of a SwiGLU.
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """How a key of a config section relates to a tower's spec.
+  """Mapping between a key of a config section and a tower's spec.
 
   Without `field` and `read`, the key's default is the only supported value.
 
   Attributes:
-    field: the field of the spec that the key decides.
-    read: fields of the spec from a complete section; by default `field` has the
+    field: the spec's field that the key determines.
+    read: maps a complete section to spec fields; by default sets `field` to the
       key's value.
-    write: the key's value from a spec; by default the value of `field`, or the
-      key's default without a field.
-    check: the reason why a spec can't be written, None if it can.
+    write: maps a spec to the key's value; by default the value of `field`, or
+      the key's default without a field.
+    check: returns why a spec can't be written, or None.
   """
 
   field: str | None = None
@@ -54,13 +54,13 @@ class Key:
 
 
 def ignore(section: Section) -> dict[str, Any]:
-  """`Key.read` of a key that no field depends on."""
+  """`Key.read` for a key that does not set fields."""
   del section
   return {}
 
 
 def read_activation(section: Section, *, gated: bool = False) -> dict[str, Any]:
-  """The activation of the MLP, or of its gate in a SwiGLU."""
+  """Reads the activation of the MLP, or of the gate in a SwiGLU."""
   value = section["hidden_act"]
   if gated and value != _GATE:
     raise ConversionError(
@@ -81,18 +81,18 @@ def write_activation(spec: Spec, *, gated: bool = False) -> str:
 
 
 def read_sizes(section: Section, key: str = "image_size") -> dict[str, Any]:
-  """`image_size` and `patch_size` of the spec."""
+  """Reads `image_size` and `patch_size`."""
   size = hf_files.read_side(section[key], key)
   patch = hf_files.read_side(section["patch_size"], "patch_size")
   if patch > size:
     raise ConversionError(
       f"image_size={size} is smaller than patch_size={patch}."
     )
-  # transformers drops pixels that do not fill a patch.
+  # transformers drops pixels that don't fill a patch.
   return {"image_size": size // patch * patch, "patch_size": patch}
 
 
-# Keys with one meaning in every family.
+# Keys with one meaning in all families.
 KEYS = {
   "attention_dropout": Key(read=ignore),
   "bos_token_id": Key(read=ignore),
@@ -109,13 +109,13 @@ KEYS = {
   "num_attention_heads": Key("heads"),
   "num_hidden_layers": Key("depth"),
   "num_register_tokens": Key("registers"),
-  # Only written: from the tokenizer, see `Family.write_config`.
+  # Write-only, from the tokenizer: see `Family.write_config`.
   "pad_token_id": Key(read=ignore, write=lambda spec: spec.pad_id),
   "patch_size": Key("patch_size", ignore),
-  # The sections repeat the width that the config names for both towers.
+  # Sections repeat the config's width for both towers.
   "projection_dim": Key(read=ignore, write=lambda spec: spec.projection),
   "rms_norm_eps": Key("norm_eps"),
-  # Whether attention pools the patches, or nothing does.
+  # Whether an attention head pools the patches.
   "use_head": Key(
     read=lambda c: {"pool": "query" if c["use_head"] else "mean"},
     write=lambda spec: spec.pool == "query",
@@ -130,12 +130,12 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class AnyOf:
-  """Values of a field that a class can have; the first one is read."""
+  """Supported values of a field; `read_fields` uses the first."""
 
   values: tuple[Any, ...]
 
 
-# Values of the fields that neither a key nor `TowerTable.fields` decides.
+# Required values of fields that neither a key nor `TowerTable.fields` sets.
 _PLAIN: Mapping[str, Mapping[str, Any]] = {
   "image": {
     "pool_tokens": (0,),
@@ -172,12 +172,12 @@ class TowerTable:
   """Table of one tower.
 
   Attributes:
-    defaults: transformers' default of each key of the tower's config section,
-      in the order in which they are written.
-    fields: fields of the spec that the class fixes, maybe to `AnyOf`.
+    defaults: transformers' defaults of the tower's config section, in writing
+      order.
+    fields: spec fields that the class fixes, possibly to `AnyOf`.
     names: tensors by our layers, see `tables.Names`.
-    gated: names that differ if the MLP is a SwiGLU.
-    keys: keys that mean something else than in `KEYS`.
+    gated: names that differ for a SwiGLU.
+    keys: overrides of `KEYS`.
   """
 
   defaults: Mapping[str, Any]
@@ -187,7 +187,7 @@ class TowerTable:
   keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
 
   def read_fields(self, section: Section) -> dict[str, Any]:
-    """Fields of the spec from a complete section."""
+    """Reads spec fields from a complete section."""
     fields = {
       name: value.values[0] if isinstance(value, AnyOf) else value
       for name, value in self.fields.items()
@@ -203,7 +203,7 @@ class TowerTable:
     return fields
 
   def write_section(self, spec: Spec) -> dict[str, Any]:
-    """The config section; the inverse of `read_fields`."""
+    """Writes the config section; the inverse of `read_fields`."""
     section = {}
     for name, default in self.defaults.items():
       key = self._key(name)
@@ -214,9 +214,9 @@ class TowerTable:
   def unsupported_fields(
     self, spec: Spec, tower: str, **fields: Any
   ) -> list[str]:
-    """A line for each field of a tower that the class lacks.
+    """A line per spec field that the class can't express.
 
-    `fields` override the layout's.
+    `fields` override the table's.
     """
     keys = [self._key(name) for name in self.defaults]
     free = {key.field for key in keys}
@@ -233,57 +233,54 @@ class TowerTable:
 
 
 class Family:
-  """A released layout: an image tower, in some families with a text tower."""
+  """A released model layout: an image tower, optionally with a text tower."""
 
-  # The model_type. In a family with text towers, an image tower alone has the
-  # model_type `NAME_vision_model`.
+  # The model_type. In a family with text towers, a standalone image tower has
+  # the model_type `NAME_vision_model`.
   name: ClassVar[str]
-  # Class in transformers, without the ending "Model" or "VisionModel".
+  # Class in transformers, without the suffix "Model" or "VisionModel".
   class_name: ClassVar[str]
   image: ClassVar[TowerTable]
   text: ClassVar[TowerTable | None] = None
-  # Default width that both towers are projected to; None without projections.
+  # Default width of both towers' projections; None without projections.
   projection_dim: ClassVar[int | None] = None
-  # Prefixes of the image tower's tensors, beside a text tower and alone, and of
-  # the text tower's.
+  # Prefixes of tensors: image tower with a text tower, standalone image tower,
+  # text tower.
   image_prefix: ClassVar[str] = ""
   alone_prefix: ClassVar[str] = ""
   text_prefix: ClassVar[str] = "text_model."
   unit_axes: ClassVar[Mapping[str, int]] = {}  # See `tables.leaf_rules`.
-  ignored: ClassVar[str] = r"(?!)"  # Pattern of tensors that are not read.
+  ignored: ClassVar[str] = r"(?!)"  # Pattern of unused tensors.
   # Loss of the image-text contrast.
   loss: ClassVar[LossType] = "softmax"
-  # Whether an image tower alone can be exported.
+  # Whether a standalone image tower can be exported.
   exports_image: ClassVar[bool] = True
-  # Parameters that an export always has, see `ConvertedModel.add_neutral`.
+  # Parameters that exports require, see `ConvertedModel.add_neutral`.
   neutral: ClassVar[tuple[str, ...]] = ()
-  config: ClassVar[Mapping[str, Any]] = {}  # Further keys of a `config.json`.
+  config: ClassVar[Mapping[str, Any]] = {}  # Extra keys of a `config.json`.
   processor: ClassVar[str] = "CLIP"  # Image processor of an export.
-  # Fields of `Preprocess` of a folder without an image processor.
+  # Default fields of `Preprocess` without an image processor.
   preprocess: ClassVar[Mapping[str, Any]] = {}
-  # Whether texts are lower-cased and get an end token, if the tokenizer's file
-  # does not say so.
+  # Whether to lower-case texts and to add an end token, unless the tokenizer's
+  # file specifies it.
   lower_case: ClassVar[bool] = False
   add_end: ClassVar[bool] = True
 
   def model_types(self) -> list[str]:
-    """The values of `model_type` that are read."""
+    """The supported values of `model_type`."""
     return [self.name, *([f"{self.name}_vision_model"] if self.text else ())]
 
   def full_class_name(self, spec: ModelSpec) -> str:
-    """The class of transformers that opens an export."""
+    """The transformers class that opens an export."""
     is_alone = self.text is not None and spec.text is None
     return f"{self.class_name}{'VisionModel' if is_alone else 'Model'}"
 
   def can_export(self, spec: ModelSpec) -> bool:
-    """Whether the family has a class with the model's towers."""
+    """Whether the family has a class for the model's towers."""
     return self.exports_image if spec.text is None else self.text is not None
 
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
-    """The model that a `config.json` describes.
-
-    `names` are the file's tensors.
-    """
+    """Reads the spec from a `config.json` and the file's tensor names."""
     if self.text is None or config["model_type"] != self.name:
       section = hf_files.with_defaults(config, self.image.defaults)
       return ModelSpec(image=self._read_image(section, config, names))
@@ -323,33 +320,33 @@ class Family:
   def read_preprocess(
     self, folder: pathlib.Path, config: Section, spec: ModelSpec
   ) -> dict[str, Any]:
-    """Fields of `Preprocess` for a folder."""
+    """Reads the fields of `Preprocess` from a folder."""
     del config
     defaults, patch = self.default_preprocess(spec), spec.image.patch_size
     return processors.read_preprocess(folder, defaults, patch_size=patch)
 
   def default_preprocess(self, spec: ModelSpec) -> dict[str, Any]:
-    """Fields of `Preprocess` for a folder without an image processor."""
+    """Fields of `Preprocess` without an image processor."""
     return {"size": spec.image.image_size, **self.preprocess}
 
   def read_tokenizer(
     self, folder: pathlib.Path
   ) -> processors.TokenizerFiles | None:
-    """The folder's tokenizer."""
+    """Reads the folder's tokenizer."""
     return processors.read_tokenizer(
       folder, lower_case=self.lower_case, add_end=self.add_end
     )
 
   def tokenizer_config(self, spec: TextSpec) -> dict[str, Any]:
-    """Fields of an export's `tokenizer_config.json`."""
+    """Extra fields of an export's `tokenizer_config.json`."""
     del spec
     return {}
 
   def find_prefix(self, config: Section, names: Collection[str]) -> str:
-    """Prefix of the image tower's tensors in a file.
+    """Finds the prefix of the image tower's tensors in a file.
 
-    `vision_model.` in two-tower files and, before transformers 5, in files of a
-    vision tower; `dinov2.` in a classifier's.
+    `vision_model.` in two-tower files and, before transformers 5, in standalone
+    vision towers; `dinov2.` in classifiers.
     """
     kind = config["model_type"]
     for prefix in ("vision_model.", "vision_encoder.", f"{kind}."):
@@ -360,7 +357,7 @@ class Family:
   def param_mapping(
     self, spec: ModelSpec, prefix: str | None = None
   ) -> list[Rule]:
-    """The conversion of every parameter; `prefix` is the image tower's."""
+    """Conversion rules of all parameters; `prefix` is the image tower's."""
     if prefix is None:
       prefix = self.image_prefix if spec.text else self.alone_prefix
     image = dict(self.image.names)
@@ -377,27 +374,27 @@ class Family:
     return tables.tower_rules(spec, names, *special, unit_axes=self.unit_axes)
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
-    """Rules of parameters that `names` can't express."""
+    """Rules for parameters that `names` can't express."""
     del spec, prefix
     return []
 
   def temperature_rules(self) -> list[Rule]:
-    """Rules of the contrast's temperature and bias."""
+    """Rules for the contrast's temperature and bias."""
     if self.loss == "sigmoid":
       return tables.scale_and_bias("logit_scale", "logit_bias")
     return [tables.scale_without_bias("logit_scale", ())]
 
   def constants(self, spec: ModelSpec) -> list[Rule]:
-    """Tensors of an export that depend on no parameter."""
+    """Constant tensors of an export."""
     del spec
     return []
 
   def write_config(
     self, spec: ModelSpec, *, pad_id: int | None = None
   ) -> dict[str, Any]:
-    """The `config.json` of a model without `unsupported_fields`.
+    """Writes the `config.json` of a model without `unsupported_fields`.
 
-    `pad_id` is the tokenizer's; by default texts are padded with their end.
+    `pad_id` is the tokenizer's; by default the end token pads texts.
     """
     common = {
       "dtype": "float32",
@@ -425,7 +422,7 @@ class Family:
     }
 
   def unsupported_fields(self, spec: ModelSpec) -> list[str]:
-    """What the class can't express, a line for each field."""
+    """A line per spec field that the class can't express."""
     fields = {}
     if self.projection_dim and spec.text is not None:
       fields["projection"] = spec.embed_dim
@@ -433,7 +430,7 @@ class Family:
     if self.text is not None and spec.text is not None:
       lines = self.text.unsupported_fields(spec.text, "text", **fields)
     elif {"use_head", "vision_use_head"} & self.image.defaults.keys():
-      # Without its head, an image tower returns the patches alone.
+      # Without its head, a standalone image tower returns only patches.
       fields["pool"] = AnyOf((self.image.fields["pool"], "mean"))
     return self.image.unsupported_fields(spec.image, "image", **fields) + lines
 
@@ -441,7 +438,7 @@ class Family:
 def _read_section(
   config: Section, name: str, defaults: Section
 ) -> dict[str, Any]:
-  """One tower's section. Early CLIPs have two, and the second one wins."""
+  """Reads a tower's section. Early CLIPs have two; the second one wins."""
   section = hf_files.with_defaults(config.get(name), defaults, name)
   if (second := config.get(f"{name}_dict")) is not None:
     section |= hf_files.with_defaults(second, defaults, f"{name}_dict")

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder: config fields, JSON and safetensors."""
+"""Hugging Face folder I/O: config fields, JSON and safetensors."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
-# Weight formats that are not read, and the reason.
+# Unsupported weight formats, with reasons.
 _OTHERS = {
   **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), "unsafe pickles"),
   "*.msgpack": "Flax weights",
@@ -35,7 +35,7 @@ _OTHERS = {
 SIDES = Side | tuple[Side, Side]
 _THREE = tuple[float, float, float]
 _SCALES = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-# Types of the keys of a config.json and its sections, in any family.
+# Types of the keys in a config.json and its sections, for all families.
 _TYPED_KEYS = (
   (bool, (
     "apply_layernorm", "is_native", "key_bias", "mlp_bias", "proj_bias",
@@ -95,7 +95,7 @@ _PROCESSOR_FIELDS = {
 
 
 def require_folder(folder: str | os.PathLike) -> pathlib.Path:
-  """The folder as a path; a folder in a bucket as its local copy."""
+  """The folder as a local path; copies a bucket's folder."""
   path = path_lib.local_copy(folder)
   if atomic.is_temporary(path):
     raise ConversionError(f"{path} is what an unfinished conversion left.")
@@ -112,7 +112,7 @@ def require_folder(folder: str | os.PathLike) -> pathlib.Path:
 def read_config(
   folder: str | os.PathLike, *, model_type: str, example: str
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-  """A folder's path and its `config.json`; `example` names a valid model."""
+  """A folder's path and parsed `config.json`; `example` names a valid model."""
   path = require_folder(folder)
   config = foreign.read_object(path / "config.json")
   if config.get("model_type") != model_type:
@@ -124,8 +124,8 @@ def read_config(
 
 
 def read_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-  """The image processor's file and its fields, {} if there is none."""
-  # From transformers 5 on, one file contains the processors of all modalities.
+  """Reads the image processor's file and fields, {} if absent."""
+  # Since transformers 5, one file contains the processors of all modalities.
   path = folder / "processor_config.json"
   fields = foreign.read_object(path).get("image_processor")
   if not fields:
@@ -141,9 +141,9 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 class TensorFiles:
-  """Tensors of safetensors files, memory-mapped and read one at a time.
+  """Context manager of memory-mapped safetensors, read one tensor at a time.
 
-  A context manager. `path` is the file, or the index of several `files`.
+  `path` is the file, or the index of several `files`.
   """
 
   def __init__(
@@ -173,7 +173,7 @@ class TensorFiles:
   def read(self, name: str) -> np.ndarray:
     try:
       return self._files[name].get_tensor(name)
-    # The library raises errors of several types for types without a NumPy one.
+    # For dtypes that NumPy lacks, safetensors raises several error types.
     except Exception as error:
       raise ConversionError(f"{self.path}: {name!r}: {error}") from None
 
@@ -197,7 +197,7 @@ def _open(path: pathlib.Path) -> Any:
 
 
 def open_weights(folder: pathlib.Path) -> TensorFiles:
-  """The weights of a Hugging Face folder, one file or shards."""
+  """Opens the weights of a Hugging Face folder, one file or shards."""
   path = folder / WEIGHTS
   if path.is_file():
     return TensorFiles(path)
@@ -235,10 +235,10 @@ def write_tensors(
 def with_defaults(
   config: Any, defaults: Mapping[str, Any], section: str = ""
 ) -> dict[str, Any]:
-  """A config's section with transformers' defaults, which files leave out.
+  """Checks a config section and fills in transformers' defaults.
 
-  `section` is its name in the file, "" for the file itself; `config` is None if
-  the file leaves the section out.
+  `section` is its name in the file, "" for the top level; `config` is None if
+  the file omits the section.
   """
   where = section and f"{section}."
   given = {} if config is None else config
@@ -255,7 +255,7 @@ def require(*fields: tuple[str, Any, Any]) -> None:
 
 
 def read_side(value: Any, field: str) -> int:
-  """A side in pixels, an integer or a pair of equal integers."""
+  """Reads a side in pixels, an integer or a pair of equal integers."""
   value = options.check_value(value, SIDES, field)
   if isinstance(value, int):
     return value

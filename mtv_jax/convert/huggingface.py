@@ -1,8 +1,8 @@
-"""Hugging Face folders: reading and export, without PyTorch.
+"""Reads and exports Hugging Face folders, without PyTorch.
 
-`read` opens the families of docs/conversion.md, our exports and native folders;
-`write` makes a folder that `AutoModel` and `AutoProcessor` of `transformers`
-open without custom code.
+`read` opens the families of docs/conversion.md, our exports and native folders.
+`write` exports a folder that transformers' `AutoModel` and `AutoProcessor` open
+without custom code.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ from mtv_jax.utils.tree import flatten_with_names
 log = logging.getLogger(__name__)
 
 _HEADS = "heads.safetensors"
-# `write` takes the first class for which the model needs fewest changes.
+# `write` picks the first class with the fewest unsupported fields.
 FAMILIES: tuple[Family, ...] = (
   siglip.SIGLIP2,
   siglip.SIGLIP,
@@ -68,7 +68,7 @@ _READERS = {
   "depth_anything": depth_anything.read_model,
   "tipsv2_dpt": tipsv2_dpt.read_model,
 }
-# Every file that an export may contain.
+# All files that an export may contain.
 _EXPORTED = (
   hf_files.WEIGHTS,
   _HEADS,
@@ -90,13 +90,13 @@ def read(
   """Reads a model from a folder.
 
   Args:
-    folder: a Hugging Face folder of a model_type of docs/conversion.md; an
-      export of ours (restored with its heads and spec); or a native folder.
-    with_params: False leaves the parameters out, and does not read them.
+    folder: a Hugging Face folder with a model_type in docs/conversion.md; one
+      of our exports (restored with its heads and spec); or a native folder.
+    with_params: False skips reading the parameters.
 
   Raises:
-    ConversionError: another kind of model or weights, or tensors that are
-      missing, unexpected or of another shape, each named.
+    ConversionError: the model or weight format is unsupported, or tensors are
+      missing, unexpected or mismatched; names each tensor.
   """
   path = hf_files.require_folder(folder)
   info = native.read_info(path)
@@ -129,17 +129,16 @@ def read(
 def read_contrastive(
   folder: str | os.PathLike,
 ) -> tuple[LossType, float] | None:
-  """The loss of the image-text contrast of a model with text, and its scale.
+  """Reads loss type and scale of a two-tower model's image-text contrast.
 
-  None for a native folder without a temperature. The towers' parameters are not
-  read.
+  None for a native folder without a temperature. Skips the towers' parameters.
   """
   path = hf_files.require_folder(folder)
   if (path / native.PARAMS).is_file():
     if (leaves := native.read_contrastive(path)) is None:
       return None
     scale, bias = leaves
-    # A conversion of CLIP has a bias of 0.
+    # Converted CLIPs have a bias of 0.
     return ("sigmoid" if bias else "softmax"), math.exp(scale)
   config = foreign.read_object(path / "config.json")
   family, info = _find_family(path, config), native.read_info(path)
@@ -192,7 +191,7 @@ def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
 def _restore_export(
   path: pathlib.Path, info: native.ExportInfo, params: dict[str, Any]
 ) -> ConvertedModel:
-  """An export's model with all heads under their original names."""
+  """Restores an export's model with all heads under their original names."""
   leaves = dict(flatten_with_names(params))
   contrastive = info.contrastive
   for name in [n for n in leaves if n.startswith("heads/contrastive/")]:
@@ -218,27 +217,27 @@ def _restore_export(
 
 
 def _is_neutral(name: str, leaf: np.ndarray) -> bool:
-  """Whether `ConvertedModel.add_neutral` adds this parameter."""
+  """Whether a parameter has the value that `add_neutral` adds."""
   values = {"scale1": 1, "scale2": 1, "mask_token": 0}
   value = values.get(name.rpartition("/")[2])
   return value is not None and bool((leaf == value).all())
 
 
 def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
-  """Writes a folder that `transformers` opens with the class that fits.
+  """Exports a folder that `transformers` opens with the matching class.
 
-  Beside its files, `heads.safetensors` has the other objectives' heads and, if
-  the class lacks it, the mask token under our names, and `mtv_jax.json` our
-  spec, from which `read` restores the model. Fixed positions become stored
-  ones.
+  `heads.safetensors` stores parameters that the class lacks under our names:
+  remaining heads and possibly the mask token. `mtv_jax.json` stores our spec,
+  from which `read` restores the model. Fixed positions are stored as
+  parameters.
 
   Args:
-    folder: new, empty, or of an earlier export, which it replaces.
+    folder: new, empty, or an earlier export, which is replaced.
     model: needs a contrastive head if it has a text tower.
 
   Raises:
-    ConversionError: no class can express this model; names every field of
-      the nearest one.
+    ConversionError: no class can express the model; lists the unsupported
+      fields of the closest class.
   """
   model = model.store_positions()
   spec = model.spec
@@ -249,7 +248,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   config = family.write_config(full.spec, pad_id=tokenizer and tokenizer.pad_id)
   size = spec.image.image_size
   if spec.image.position_resize == "crop":
-    # Positions are of the largest image.
+    # `image_size` is the largest size that the positions cover.
     size = model.preprocess["size"]
   processor = processors.write_processor(
     model.preprocess, size, name=family.processor
@@ -290,7 +289,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
 
 
 def _find_exporter(spec: ModelSpec) -> Family:
-  """The family of an export; ConversionError if none can express the model."""
+  """The family to export as; ConversionError if none can express the model."""
   lines, family = min(
     (
       (family.unsupported_fields(spec), family)
@@ -313,10 +312,10 @@ def _find_exporter(spec: ModelSpec) -> Family:
 def _split_leaves(
   model: ConvertedModel, mapping: Sequence[Rule]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-  """Splits parameters into `transformers`' and those that only we read.
+  """Splits parameters into those that `transformers` reads and the rest.
 
-  Also returns which head became the temperature and bias, and which of its
-  leaves exist.
+  Also returns the name of the head exported as temperature and bias, and its
+  existing leaves.
   """
   exported, others = {}, {}
   named = {leaf for rule in mapping for leaf in rule.leaves}
@@ -335,7 +334,7 @@ def _split_leaves(
     if f"heads/{head}/{leaf}" in others
   }
   contrastive = {"name": head, "leaves": sorted(scale)}
-  # A softmax loss has no bias.
+  # A softmax loss lacks a bias.
   scale.setdefault("logit_bias", np.zeros((), np.float32))
   exported |= {f"heads/contrastive/{k}": v for k, v in scale.items()}
   return exported, others, contrastive
@@ -347,19 +346,19 @@ def _export_tokenizer(
   tokenizer: Any | None,
   family: Family,
 ) -> TokenizerFiles | None:
-  """Writes the tokenizer's files; returns what `read` builds."""
+  """Writes the tokenizer's files; returns them for `read`."""
   text = model.spec.text
   if text is None:
     return None
   if tokenizer is None:
     log.warning("No tokenizer: AutoProcessor needs one beside the model.")
     return None
-  # Imported late: reading a model needs no tokenizer library.
+  # Lazy import: reading a model doesn't need the tokenizer libraries.
   from mtv_jax.data import tokenizers
 
   fields = family.tokenizer_config(text)
   tokenizers.export_files(tokenizer, path, length=text.length, fields=fields)
   if tokenizer.kind == "json":
-    # The file cleans texts itself now; cleaning twice changes nothing.
+    # The exported file also cleans texts; cleaning is idempotent.
     return TokenizerFiles(path / "tokenizer.json", tokenizer.clean)
   return native.copy_tokenizer(path, model.tokenizer)

@@ -14,21 +14,21 @@ from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.resampling import resize_matrix
 
-# Of image-text contrast: SigLIP's or CLIP's.
+# Loss of the image-text contrast: SigLIP's sigmoid or CLIP's softmax.
 LossType = Literal["sigmoid", "softmax"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedModel:
-  """A model in NumPy arrays.
+  """A model as NumPy arrays.
 
   Attributes:
     spec: architecture of the towers.
     params: nested dict: `image`, and optionally `text` and `heads`.
     preprocess: fields of `mtv_jax.encoder.preprocess.Preprocess`.
-    tokenizer: None if there is none.
-    prediction_heads: configuration of the heads that predict, by name.
-    weights: which weights of a run they are: student, teacher or ema.
+    tokenizer: tokenizer files, if any.
+    prediction_heads: configurations of prediction heads by name.
+    weights: the run's weights: student, teacher or ema.
   """
 
   spec: ModelSpec
@@ -41,7 +41,7 @@ class ConvertedModel:
   weights: str = "student"
 
   def store_positions(self) -> ConvertedModel:
-    """The same model with fixed position embeddings stored as parameters."""
+    """Stores fixed position embeddings as parameters."""
     tower = self.spec.image
     if tower.positions != "sincos":
       return self
@@ -55,10 +55,9 @@ class ConvertedModel:
     )
 
   def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
-    """The same model with parameters that change no output.
+    """Adds missing parameters that don't change outputs.
 
-    `kinds` are added if the model lacks them: 'layer_scale' (ones) and
-    'mask_token' (zeros).
+    `kinds` selects from 'layer_scale' (ones) and 'mask_token' (zeros).
     """
     tower, image = self.spec.image, dict(self.params["image"])
     fields: dict[str, Any] = {}
@@ -77,17 +76,16 @@ class ConvertedModel:
     )
 
   def resize(self, image_size: int) -> ConvertedModel:
-    """The model for images of another size in pixels.
+    """Adapts the model to another image size in pixels.
 
-    The position embedding is resampled as the tower does it on the fly, and
-    then stored.
+    Stores the position embedding resampled as the tower does at run time.
     """
     tower = self.spec.image
     rows, columns = tower.grid_of(image_size, image_size)
     if rows != tower.grid and tower.positions == "sincos":
       return self.store_positions().resize(image_size)
     params = dict(self.params)
-    # Rotary positions have no parameters.
+    # Rotary positions lack parameters.
     if rows != tower.grid and "learned" in tower.positions:
       old = tower.grid
       table = np.asarray(params["image"]["position_embedding"], np.float64)

@@ -1,8 +1,8 @@
 """Native folders: `params.safetensors`, `mtv_jax.json`, tokenizer files.
 
-They contain models that no `transformers` class can (a CLIP with its position
-folded into the CLS token) under our names. A Hugging Face export has the same
-`mtv_jax.json`, from which `huggingface.read` restores the model.
+They store any model under our names, even if no `transformers` class supports
+it. Hugging Face exports also have a `mtv_jax.json`, from which
+`huggingface.read` restores the model.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 PARAMS = "params.safetensors"
 INFO = "mtv_jax.json"
 _FORMAT = 1
-_MAX_LINES = 20  # In an error.
+_MAX_LINES = 20  # Maximum lines of an error.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 
@@ -47,7 +47,7 @@ class _Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-  """Name of the head of an export's temperature, and which leaves it has."""
+  """Name and leaves of the head that holds an export's temperature."""
 
   name: str
   leaves: tuple[str, ...]
@@ -55,7 +55,7 @@ class Contrastive:
 
 @dataclasses.dataclass(frozen=True)
 class ExportInfo:
-  """Content of a `mtv_jax.json`."""
+  """Contents of a `mtv_jax.json`."""
 
   model: ModelSpec
   preprocess: Mapping[str, Any]
@@ -66,11 +66,11 @@ class ExportInfo:
 
 
 def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
-  """Writes any model as a native folder, for `read` and training's init.
+  """Writes a native folder, for `read` and for `config.init`.
 
   Args:
-    folder: new, empty, or of an earlier conversion, which it replaces.
-    model: any kind of model.
+    folder: new, empty, or an earlier conversion, which is replaced.
+    model: any model.
   """
   leaves = numpy_leaves(model.params)
   check_params(model.spec, leaves)
@@ -82,7 +82,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
 
 
 def read(folder: pathlib.Path, info: ExportInfo | None) -> ConvertedModel:
-  """Reads a native folder with its `mtv_jax.json`."""
+  """Reads a native folder, given its `mtv_jax.json`."""
   if info is None:
     raise ConversionError(
       f"{folder} lacks {INFO}, which a conversion writes last: it did not "
@@ -94,7 +94,7 @@ def read(folder: pathlib.Path, info: ExportInfo | None) -> ConvertedModel:
 
 
 def read_contrastive(folder: pathlib.Path) -> tuple[float, float] | None:
-  """The logarithm of a native folder's scale, and its bias; 0 without one.
+  """Reads a native folder's log scale and bias (0 if absent).
 
   None for a folder without a temperature.
   """
@@ -117,7 +117,7 @@ def read_contrastive(folder: pathlib.Path) -> tuple[float, float] | None:
 def write_info(
   folder: pathlib.Path, model: ConvertedModel, **fields: Any
 ) -> None:
-  """Writes `mtv_jax.json`; the model's tokenizer is in the folder."""
+  """Writes `mtv_jax.json`; the tokenizer's file must be in the folder."""
   info = {
     "format": _FORMAT,
     "model": model.spec.to_dict(),
@@ -141,7 +141,7 @@ def write_info(
 
 
 def read_info(folder: pathlib.Path) -> ExportInfo | None:
-  """The folder's `mtv_jax.json`; None without one."""
+  """Reads the folder's `mtv_jax.json`; None if absent."""
   path = folder / INFO
   content = foreign.read_object(path)
   if not content and not path.is_file():
@@ -177,7 +177,7 @@ def restore_model(
   info: ExportInfo,
   leaves: Mapping[str, np.ndarray] | None,
 ) -> ConvertedModel:
-  """The model of a `mtv_jax.json` and flat parameters; None leaves them out."""
+  """Builds a model from its `mtv_jax.json` and optional flat parameters."""
   if leaves is not None:
     check_params(info.model, leaves)
   tokenizer, fields = None, info.tokenizer
@@ -202,12 +202,12 @@ def restore_model(
 def replace_conversion(
   folder: pathlib.PurePath, names: Collection[str]
 ) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder for a conversion, which becomes `folder`.
+  """Yields a temporary folder for a conversion, which then becomes `folder`.
 
-  The folder is new, empty, or of an earlier conversion, whose files, `names`,
-  are all removed: old heads or an old tokenizer would be read with the new
-  weights. Other files stay. A conversion that is killed leaves `folder` as it
-  was; in a bucket it is not read as a model.
+  `folder` must be new, empty, or an earlier conversion. All old files in
+  `names` are removed, so that old heads or tokenizers are never read with the
+  new weights; other files stay. If killed, `folder` is unchanged; in a bucket,
+  it is then not readable as a model.
   """
   if path_lib.exists(folder) and not path_lib.is_folder(folder):
     raise ConversionError(f"{folder} is a file: name an empty or a new folder.")
@@ -230,7 +230,7 @@ def replace_conversion(
   with tempfile.TemporaryDirectory() as temporary:
     path = pathlib.Path(temporary)
     yield path
-    # Without these it is not read as a model.
+    # The folder is readable as a model only with these files.
     path_lib.upload_folder(path, folder, last=["config.json", PARAMS, INFO])
     for name in {*names}.intersection(present):
       if not (path / name).exists():
@@ -240,13 +240,13 @@ def replace_conversion(
 def copy_tokenizer(
   folder: pathlib.Path, tokenizer: TokenizerFiles | None
 ) -> TokenizerFiles | None:
-  """Copies a tokenizer's files under Hugging Face's names."""
+  """Copies a tokenizer's files to Hugging Face's file names."""
   if tokenizer is None or tokenizer.path is None:
     return tokenizer
   is_json = tokenizer.path.suffix == ".json"
   copied = folder / ("tokenizer.json" if is_json else "spiece.model")
   shutil.copyfile(tokenizer.path, copied)
-  # A tokenizer.json doesn't always name the padding and end tokens.
+  # tokenizer.json may lack the padding and end tokens.
   config = tokenizer.path.with_name(_TOKENIZER_CONFIG)
   if is_json and config.is_file():
     shutil.copyfile(config, folder / _TOKENIZER_CONFIG)
@@ -254,7 +254,7 @@ def copy_tokenizer(
 
 
 def numpy_leaves(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Flat float32 NumPy leaves of a parameter tree."""
+  """Flattens a parameter tree to contiguous float32 arrays by name."""
   return {
     name: np.ascontiguousarray(leaf, np.float32).reshape(np.shape(leaf))
     for name, leaf in flatten_with_names(params)
@@ -262,7 +262,7 @@ def numpy_leaves(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
-  """Checks the towers' leaves (not the heads') against a spec."""
+  """Checks names and shapes of the towers' leaves against a spec."""
   abstract = models.abstract_params(spec)
   expected = {n: tuple(a.shape) for n, a in flatten_with_names(abstract)}
   shapes = {

@@ -1,9 +1,9 @@
-"""Reader of timm's Perception Encoders (`vit_pe_*`; transformers has none).
+"""Reader of timm Perception Encoders (`vit_pe_*`; absent in transformers).
 
-timm's `config.json` names the architecture, and the shapes of the tensors give
-its sizes. Rotary positions are of pairs of neighbouring channels, columns
-first; ours are of the two halves of a head, rows first: the channels of queries
-and keys are permuted, which leaves their products as they are.
+timm's `config.json` names the architecture; tensor shapes give the sizes. timm
+rotates pairs of neighbouring channels, columns first; we rotate the two halves
+of a head, rows first. The reader permutes the channels of queries and keys,
+which preserves their products.
 """
 
 import math
@@ -59,7 +59,7 @@ _IGNORED = r"^rope\.|^head\."
 def read_model(
   folder: pathlib.Path, config: Mapping[str, Any], *, with_params: bool = True
 ) -> ConvertedModel:
-  """A folder of timm, with or without its parameters."""
+  """Reads a timm folder, with or without its parameters."""
   path, name = folder / "config.json", config["architecture"]
   if not isinstance(name, str) or not _NAME.fullmatch(name):
     raise ConversionError(
@@ -82,7 +82,7 @@ def read_spec(
   names: Collection[str],
   shape_of: Callable[[str], tuple[int, ...]],
 ) -> ModelSpec:
-  """The model of a timm `config.json` and of the shapes of its tensors."""
+  """Reads the spec from a timm `config.json` and tensor shapes."""
   match = _NAME.fullmatch(config["architecture"])
   kind, size, patch, side = match[1], match[2], int(match[3]), int(match[4])
 
@@ -128,7 +128,7 @@ def read_spec(
     rope=Rope(
       base=10_000.0,
       normalize="index",
-      # Positions of any grid are rescaled to the grid of pretraining.
+      # Rescales the positions of any grid to the pretraining grid.
       reference=side // patch,
       offset=float(has_cls),
     ),
@@ -140,7 +140,7 @@ def read_spec(
 def read_preprocess(
   config: Mapping[str, Any], spec: ModelSpec
 ) -> dict[str, Any]:
-  """Fields of `Preprocess` of timm's `pretrained_cfg`."""
+  """Fields of `Preprocess` from timm's `pretrained_cfg`."""
   fields = config.get("pretrained_cfg") or {}
   three = tuple[float, float, float]
   mean, std = (
@@ -162,9 +162,9 @@ def read_preprocess(
 
 
 def _channel_order(channels: int) -> np.ndarray:
-  """timm's channel of a head for each of ours."""
+  """Maps each of our channels of a head to timm's channel."""
   quarter = channels // 4
-  # Ours are angles of rows, then of columns; of two halves.
+  # In each half, our channels rotate by row angles, then by column angles.
   pairs = np.concatenate([np.arange(quarter) + quarter, np.arange(quarter)])
   return np.concatenate([2 * pairs, 2 * pairs + 1])
 

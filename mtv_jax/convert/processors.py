@@ -1,4 +1,4 @@
-"""Image processors and tokenizer files of Hugging Face folders."""
+"""Image processors and tokenizers of Hugging Face folders."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Pillow's numbers.
+# Interpolation by Pillow's enum value.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 
@@ -32,7 +32,7 @@ def read_preprocess(
 ) -> dict[str, Any]:
   """Fields of `encoder.preprocess.Preprocess` from a folder's processor.
 
-  `defaults` are the family's fields, for what the processor does not say.
+  `defaults` are the family's fields, for keys that the processor lacks.
   """
   defaults = dict(defaults)
   path, processor = hf_files.read_processor(folder)
@@ -46,8 +46,8 @@ def read_preprocess(
 
 
 def _fit_patches(fields: dict[str, Any], patch_size: int) -> dict[str, Any]:
-  # transformers ignores pixels that fill no patch, at the right and the bottom
-  # (SigLIP So400m/14 at 384: 378 are read). We shrink the whole image instead.
+  # transformers drops right and bottom pixels that don't fill a patch (SigLIP
+  # So400m/14 at 384 uses 378). We shrink the whole image instead.
   size = fields["size"] // patch_size * patch_size
   if not size:
     raise ConversionError(
@@ -118,7 +118,7 @@ def _read_normalization(
   factor = processor.get("rescale_factor", 1 / 255)
   if not processor.get("do_rescale", True):
     factor = 1.0
-  # Ours always divides by 255; another factor goes into mean and std.
+  # We always divide by 255; fold any other factor into mean and std.
   ratio = factor * 255
   if abs(ratio - 1) < 1e-6:
     ratio = 1.0
@@ -129,7 +129,7 @@ def _read_normalization(
 
 
 def _read_size(size: Any, resize: str) -> dict[str, Any]:
-  """`size`; a number, in earlier versions, is meant as the family resizes."""
+  """Reads `size`; a number, as in old versions, implies the family's resize."""
   if isinstance(size, Mapping) and "shortest_edge" in size:
     if size.get("longest_edge"):
       raise ConversionError(
@@ -154,7 +154,7 @@ def _read_edge(value: Any, field: str) -> int:
 
 
 def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
-  """The preprocessing at another input size, the crop in proportion."""
+  """Changes the input size; scales the size before a crop in proportion."""
   fields = dict(fields)
   if fields.get("resize_size"):
     fields["resize_size"] = round(fields["resize_size"] * size / fields["size"])
@@ -166,8 +166,8 @@ def write_processor(
 ) -> dict[str, Any]:
   """`preprocessor_config.json` of an export, from the fields of `Preprocess`.
 
-  `name` is the processor's class without its ending: 'Siglip', 'Siglip2', or
-  another one, which can crop.
+  `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
+  or a class that can crop.
   """
   if name == "Siglip2":
     return _write_native(fields)
@@ -230,18 +230,18 @@ def _describe_processor(
 
 
 Cleaning = Literal["none", "lower", "canonicalize"]
-# Tokenizers that need no file: keys of `data.tokenizers.BUILT_IN`.
+# Tokenizers without a file: keys of `data.tokenizers.BUILT_IN`.
 BUILT_IN_TOKENIZERS = ("bytes", "words")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-  """A tokenizer's file and the cleaning of its texts.
+  """A tokenizer's file and text cleaning.
 
   Attributes:
-    path: the SentencePiece or `tokenizer.json` file; None for a built-in one.
+    path: SentencePiece or `tokenizer.json` file; None for a built-in tokenizer.
     clean: 'none', 'lower' or 'canonicalize', see `data.tokenizers`.
-    built_in: the tokenizer without a file, where `path` is None.
+    built_in: name of the built-in tokenizer if `path` is None.
   """
 
   path: pathlib.Path | None
@@ -249,8 +249,8 @@ class TokenizerFiles:
   built_in: str = "bytes"
 
   def build(self) -> Any:
-    """The tokenizer."""
-    # Imported late: reading a model needs no tokenizer library.
+    """Builds the tokenizer."""
+    # Lazy import: reading a model doesn't need the tokenizer libraries.
     from mtv_jax.data import tokenizers
 
     spec = self.built_in if self.path is None else str(self.path)
@@ -260,8 +260,8 @@ class TokenizerFiles:
 def _convert_sentencepiece(
   path: pathlib.Path, *, add_end: bool
 ) -> pathlib.Path:
-  """The `tokenizer.json` of a `tokenizer.model`, in the cache."""
-  # Imported late: reading a model needs no tokenizer library.
+  """Converts a `tokenizer.model` to a cached `tokenizer.json`."""
+  # Lazy import: reading a model doesn't need the tokenizer libraries.
   from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
   content = b"%d%s" % (add_end, path.read_bytes())
@@ -279,7 +279,7 @@ def _convert_sentencepiece(
 def read_tokenizer(
   folder: pathlib.Path, *, lower_case: bool, add_end: bool
 ) -> TokenizerFiles | None:
-  """The tokenizer of a Hugging Face folder, None if it has none.
+  """Reads the tokenizer of a Hugging Face folder; None if absent.
 
   For `lower_case` and `add_end` see `family.Family`.
   """
@@ -290,7 +290,7 @@ def read_tokenizer(
     )
   spiece_path, json_path = folder / "spiece.model", folder / "tokenizer.json"
   if clean := config.get("clean"):
-    # An export of ours without its mtv_jax.json.
+    # One of our exports, without its mtv_jax.json.
     is_spiece = spiece_path.is_file()
     return TokenizerFiles(spiece_path if is_spiece else json_path, clean)
   if lower_case and spiece_path.is_file():

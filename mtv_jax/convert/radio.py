@@ -1,8 +1,8 @@
-"""Hugging Face's RADIO (C-RADIO): read and export.
+"""Hugging Face RADIO (C-RADIO): read and export.
 
-A ViT with several CLS tokens, some of them the summary, and position embeddings
-of a large square, cropped to the grid of each image. Pixels are normalised in
-the model. Video inputs are not supported.
+A ViT with several CLS tokens, a subset of which is the summary. Position
+embeddings cover a large square and are cropped to each image's grid. The model
+normalises pixels itself. Video inputs are not supported.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
-_SIZE = 224  # Images of a folder without an image processor.
+_SIZE = 224  # Image size without an image processor.
 _PREFIX = "radio_model."
 _MODEL = f"{_PREFIX}model."
 _BLOCK = f"{_MODEL}blocks.{{i}}."
@@ -29,12 +29,12 @@ _NORMALIZATION = {
 
 
 def _count_cls_tokens(spec: ViTSpec) -> int:
-  """All prefix tokens but the registers after the summary's last token."""
+  """Counts prefix tokens up to the summary's last; the rest are registers."""
   return max(spec.pool_tokens) + 1
 
 
 class Radio(Family):
-  """RADIO of images."""
+  """RADIO for images."""
 
   name = "radio"
   class_name = "Radio"
@@ -114,7 +114,7 @@ class Radio(Family):
         lambda section: {"pool_tokens": tuple(section["summary_idxs"])},
         lambda spec: list(spec.pool_tokens),
       ),
-      # The image processor of an export normalises.
+      # An export's image processor normalises, so the model must not.
       "norm_mean": Key(None, ignore, lambda _: [0.0, 0.0, 0.0]),
       "norm_std": Key(None, ignore, lambda _: [1.0, 1.0, 1.0]),
     },
@@ -146,7 +146,7 @@ class Radio(Family):
   def read_preprocess(
     self, folder: pathlib.Path, config: Mapping[str, Any], spec: ModelSpec
   ) -> dict[str, Any]:
-    """Also has the normalisation that is part of the model."""
+    """Folds the model's own normalisation into the preprocessing."""
     fields = super().read_preprocess(folder, config, spec)
     config = hf_files.with_defaults(config, _NORMALIZATION)
     mean, std = (np.array(fields[name]) for name in ("mean", "std"))
@@ -157,7 +157,7 @@ class Radio(Family):
     }
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
-    del prefix  # Its own one.
+    del prefix  # RADIO's prefix is fixed.
     image = spec.image
     patch, width = image.patch_size, image.width
     return [
@@ -168,7 +168,7 @@ class Radio(Family):
         image.heads,
         depth=image.depth,
       ),
-      # Features are ordered (channel, y, x).
+      # The file orders patch features (channel, y, x).
       tables.transpose_rule(
         "image/patch_embed/kernel",
         f"{_MODEL}patch_generator.embedder.weight",
@@ -197,7 +197,7 @@ class Radio(Family):
 
 
 def _prefix_tokens(spec: ViTSpec) -> Rule:
-  """CLS tokens and registers, one tensor in the file."""
+  """Rule for CLS tokens and registers, one tensor in the file."""
   leaves = ("image/cls_token", "image/registers")
   if not spec.registers:
     leaves = leaves[:1]

@@ -1,9 +1,9 @@
-"""Hugging Face's SigLIP and SigLIP 2: read and export.
+"""Hugging Face SigLIP and SigLIP 2: read and export.
 
-`siglip` is SigLIP, SigLIP 2 of fixed resolution and MTV; our own models are
-exported as SigLIP. `siglip2` is SigLIP 2 NaFlex, with SigLIP's towers: images
-keep their aspect ratio, position embeddings are resampled to the grid of each
-image, and a linear layer embeds the patches.
+`siglip` is SigLIP, fixed-resolution SigLIP 2 and MTV, and the export format of
+our own models. `siglip2` is SigLIP 2 NaFlex, with SigLIP's towers: images keep
+their aspect ratio, position embeddings are resampled to each image's grid, and
+a linear layer embeds the patches.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _BLOCKS = {
   "layer_norm_eps": 1e-6,
 }
 _ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
-# The tensors of CLIP's blocks and text tower have the same names.
+# CLIP shares these names of blocks and text tower.
 BLOCK_NAMES = {
   "norm1": "layer_norm1",
   "attention/qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -48,7 +48,7 @@ def _read_projection(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Siglip(Family):
-  """SigLIP, SigLIP 2 of fixed resolution, MTV."""
+  """SigLIP, fixed-resolution SigLIP 2, MTV."""
 
   name = "siglip"
   class_name = "Siglip"
@@ -65,7 +65,7 @@ class Siglip(Family):
     {
       "patch_embed": "embeddings.patch_embedding",
       "position_embedding": "embeddings.position_embedding.weight",
-      # Not in SigLIP: only training uses it.
+      # Absent in SigLIP; used only in training.
       "mask_token": None,
       **tables.nest("blocks/", "encoder.layers.{i}.", BLOCK_NAMES),
       "norm": "post_layernorm",
@@ -97,8 +97,8 @@ class Siglip(Family):
           None if spec.projection else "projection is None, not a width"
         ),
       ),
-      # Every SigLIP tokenizer ends and pads with </s>, whose id is 1; the
-      # eos_token_id of its config is CLIP's and unused.
+      # All SigLIP tokenizers end and pad with </s>, id 1; the config's
+      # eos_token_id is CLIP's and unused.
       "eos_token_id": Key("eos_id", lambda _: {"eos_id": 1}),
     },
   )
@@ -129,7 +129,7 @@ class Siglip(Family):
 
 
 def _read_patches(section: Mapping[str, Any]) -> dict[str, Any]:
-  """The size of a square image of `num_patches` patches."""
+  """Reads the size of a square image of `num_patches` patches."""
   side = math.isqrt(section["num_patches"])
   if side**2 != section["num_patches"]:
     raise ConversionError(
@@ -170,7 +170,7 @@ class Siglip2(Siglip):
     }
 
   def tokenizer_config(self, spec: TextSpec) -> dict[str, Any]:
-    # The default of its processor is 64, whatever the tokenizer's.
+    # Overrides the processor's default of 64.
     return {"max_length": spec.length}
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
@@ -189,7 +189,7 @@ class Siglip2(Siglip):
   ) -> dict[str, Any]:
     config = super().write_config(spec, pad_id=pad_id)
     if "num_patches" in config:
-      # The last key, as in earlier exports, which are compared by their bytes.
+      # Last key, so that exports stay byte-identical to earlier versions.
       config["num_patches"] = config.pop("num_patches")
     return config
 

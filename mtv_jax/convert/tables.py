@@ -1,8 +1,8 @@
-"""Name tables: the tensors of a checkpoint for each parameter leaf.
+"""Name tables that map our parameter leaves to checkpoint tensors.
 
 A family's table maps our layers and leaves to names in its files. `leaf_rules`
-derives the shapes and the conversions both ways, so that one table serves
-reading, checking and writing. Our fused projections have columns ordered
+derives shapes and conversions in both directions, so one table serves reading,
+checking and writing. Columns of our fused projections are ordered
 (head, q|k|v, dim), so that sharding the columns shards heads.
 """
 
@@ -22,11 +22,11 @@ from mtv_jax.utils.tree import flatten_with_names
 
 Arrays = tuple[np.ndarray, ...]
 # Names in the file by our layer ("image/norm") or leaf ("image/cls_token").
-# `{i}` is the index of a block, several names are fused projections, and None
-# is a leaf that the file lacks.
+# `{i}` is the block index, a tuple lists projections that we fuse, and None
+# marks a leaf that the file lacks.
 Names = Mapping[str, str | tuple[str, ...] | None]
 # PyTorch: kernels [out, in]. Flax: kernels [in, out], attention kernels with
-# an axis of heads.
+# a head axis.
 Layout = Literal["torch", "flax"]
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {
   "torch": {"kernel": ".weight", "scale": ".weight", "bias": ".bias"},
@@ -35,9 +35,9 @@ _SUFFIXES: Mapping[str, Mapping[str, str]] = {
 
 
 class ConversionError(InputError):
-  """A checkpoint or a model that can't be converted.
+  """Raised if a checkpoint or a model can't be converted.
 
-  The message names every tensor or field, and the likely cause.
+  The message names the tensors or fields, and the likely cause.
   """
 
 
@@ -46,13 +46,13 @@ class Rule:
   """Conversion between some of our leaves and tensors of a file.
 
   Attributes:
-    leaves: names of our leaves, 'image/norm/scale'.
-    tensors: names of the file's tensors; `{i}` is the index of a block, and
-      our leaves then have a leading [depth].
-    shapes: the file's, one per tensor.
-    read: maps arrays in the order of `tensors` to arrays in that of `leaves`.
-    write: the inverse.
-    depth: number of blocks, 0 outside of them.
+    leaves: names of our leaves, such as 'image/norm/scale'.
+    tensors: names of the file's tensors. With the block index `{i}`, our leaves
+      have a leading axis [depth].
+    shapes: shapes in the file, one per tensor.
+    read: maps the arrays of `tensors` to the arrays of `leaves`.
+    write: the inverse of `read`.
+    depth: number of blocks; 0 outside blocks.
     default: arrays for tensors that a file may lack.
   """
 
@@ -65,14 +65,14 @@ class Rule:
   default: Arrays | None = None
 
   def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's name and shape, block by block."""
+    """Names and shapes of all tensors, block by block."""
     for i in range(max(self.depth, 1)):
       for name, shape in zip(self.tensors, self.shapes, strict=True):
         yield name.replace("{i}", str(i)), shape
 
 
 def nest(prefix: str, file_prefix: str, names: Names) -> Names:
-  """A submodule's table with `prefix` on our names, `file_prefix` on theirs."""
+  """Adds `prefix` to our names and `file_prefix` to the file's names."""
 
   def add_prefix(name: str | tuple[str, ...] | None) -> Any:
     if isinstance(name, tuple):
@@ -85,7 +85,7 @@ def nest(prefix: str, file_prefix: str, names: Names) -> Names:
 def tower_rules(
   spec: ModelSpec, names: Names, *special: Rule, **options: Any
 ) -> list[Rule]:
-  """Conversion rules for both towers; for the arguments see `leaf_rules`."""
+  """Conversion rules for both towers; arguments as in `leaf_rules`."""
   rules = []
   for tower, params in two_tower.abstract_params(spec).items():
     heads = getattr(spec, tower).heads
@@ -102,10 +102,10 @@ def leaf_rules(
   layout: Layout = "torch",
   unit_axes: Mapping[str, int] | None = None,
 ) -> list[Rule]:
-  """One rule for each leaf of a tree of arrays or shapes.
+  """One rule per leaf of a tree of arrays or shapes.
 
-  The leaves of `special` rules are skipped. `unit_axes` are the numbers of
-  leading axes of size 1 that leaves have in the file.
+  Skips leaves of `special` rules. `unit_axes` gives the number of leading axes
+  of size 1 in the file, by leaf.
   """
   skipped = {name for rule in special for name in rule.leaves}
   rules = []
@@ -134,7 +134,7 @@ def leaf_rules(
 def _file_axes(
   name: str, shape: tuple[int, ...], layout: Layout, heads: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The axes that a leaf is split into, and their order in the file."""
+  """The axes to split a leaf into, and their order in the file."""
   *_, layer, leaf = f"/{name}".split("/")
   if leaf == "kernel" and layer == "patch_embed":
     # Rows are ordered (y, x, channel).
@@ -161,9 +161,9 @@ def transpose_rule(
 ) -> Rule:
   """A rule for a leaf whose axes are transposed in the file.
 
-  The leaf, of `shape`, is split into `axes`, which the file has in `order`, by
-  default the same one. `file_shape` may join some of them. Several tensors have
-  one shape.
+  The leaf, of `shape`, is split into `axes`, which the file stores in `order`,
+  by default unchanged. `file_shape` may merge axes. Several tensors share one
+  shape.
   """
   tensors = (tensors,) if isinstance(tensors, str) else tuple(tensors)
   order = tuple(range(len(axes))) if order is None else order
@@ -186,9 +186,9 @@ def transpose_rule(
 def transposed_conv_rule(
   leaf: str, tensor: str, factor: int, channels: int
 ) -> Rule:
-  """The kernel of a transposed convolution whose stride is its size.
+  """A rule for a transposed-convolution kernel whose stride is its size.
 
-  The file's is [in, out, y, x]; our columns are (y, x, out).
+  The file's kernel is [in, out, y, x]; our columns are (y, x, out).
   """
   return transpose_rule(
     leaf,
@@ -200,7 +200,7 @@ def transposed_conv_rule(
 
 
 def _fuse_rule(rule: Rule, heads: int) -> Rule:
-  """Conversion rule for a leaf that fuses the file's q, k and v, or k and v."""
+  """Turns a rule into one that fuses the file's q, k, v, or k, v."""
   n = len(rule.tensors)
   return dataclasses.replace(
     rule,
@@ -210,7 +210,7 @@ def _fuse_rule(rule: Rule, heads: int) -> Rule:
 
 
 def fuse(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
-  """Projections [..., H*dim] to one [..., H*n*dim], columns (head, n, dim)."""
+  """Fuses n [..., H*dim] to [..., H*n*dim], columns (head, n, dim)."""
   lead = parts[0].shape[:-1]
   split = [p.reshape(*lead, heads, -1) for p in parts]
   return np.stack(split, axis=-2).reshape(*lead, -1)
@@ -232,13 +232,12 @@ def stacked_projections(
   depth: int = 0,
   order: Int[np.ndarray, " c"] | None = None,
 ) -> list[Rule]:
-  """Projections that are one tensor in the file, rows (part, head, dim).
+  """Rules for projections stacked in one tensor, rows (part, head, dim).
 
-  `layers` are ours, with the number of parts that each fuses: {"qkv": 3}, or
-  {"q": 1, "kv": 2} for the input of a pooling `nn.MultiheadAttention`. The
-  names in the file are `file_layer` with "weight" and "bias". `order` says
-  which of the file's channels of a head each of our channels of queries and
-  keys is, for rotary positions of another layout.
+  `layers` maps our layers to the number of parts that each fuses: {"qkv": 3},
+  or {"q": 1, "kv": 2} for a pooling `nn.MultiheadAttention`. The names in the
+  file are `file_layer` with "weight" and "bias". `order` maps our channels of a
+  head to the file's, for queries and keys with a different rotary layout.
   """
   counts = tuple(layers.values())
 
@@ -254,7 +253,7 @@ def stacked_projections(
     return [*rotated, *parts[2:]]
 
   def read(rows: np.ndarray) -> Arrays:
-    # A transpose leaves a bias as it is.
+    # Transposing a bias is a no-op.
     parts = iter(permute([p.T for p in np.split(rows, sum(counts))], False))
     return tuple(fuse([next(parts) for _ in range(n)], heads) for n in counts)
 
@@ -281,7 +280,7 @@ def stacked_projections(
 
 
 def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
-  """The bias of queries and values alone, for `qkv_bias` 'query_value'.
+  """The bias rule for `qkv_bias` 'query_value'; keys lack a bias.
 
   `query` and `value` are names in the file.
   """
@@ -304,7 +303,7 @@ def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
 
 
 def constant(tensor: str, value: np.ndarray, dtype: str = "float32") -> Rule:
-  """A tensor of the file that corresponds to no parameter."""
+  """A rule for a constant tensor that is not one of our parameters."""
   value = np.asarray(value, dtype)
   return Rule(
     (),
@@ -316,7 +315,7 @@ def constant(tensor: str, value: np.ndarray, dtype: str = "float32") -> Rule:
 
 
 def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
-  """Temperature rule for a softmax loss; our similarity's bias is then 0."""
+  """Temperature rule for a softmax loss; sets our bias to 0."""
   return Rule(
     ("heads/contrastive/logit_scale", "heads/contrastive/logit_bias"),
     (scale,),
@@ -327,7 +326,7 @@ def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
 
 
 def scale_and_bias(scale: str, bias: str) -> list[Rule]:
-  """The temperature and the bias of SigLIP's loss, of shape (1,)."""
+  """Rules for SigLIP's temperature and bias, of shape (1,)."""
   return [
     transpose_rule(f"heads/contrastive/{leaf}", tensor, (), (1,))
     for leaf, tensor in (("logit_scale", scale), ("logit_bias", bias))
@@ -337,10 +336,10 @@ def scale_and_bias(scale: str, bias: str) -> list[Rule]:
 def folded_positions(
   cls_token: str, positions: str, *, unit_axes: tuple[int, int], spec: ModelSpec
 ) -> Rule:
-  """A CLS token with its constant position embedding added.
+  """A rule that folds the CLS token's position embedding into the token.
 
-  `cls_token` and `positions`, whose first row is the CLS token's, are names in
-  the file, `unit_axes` their numbers of leading axes of size 1.
+  `cls_token` and `positions`, with the CLS token's position first, are names in
+  the file; `unit_axes` are their numbers of leading axes of size 1.
   """
   width, rows = spec.image.width, spec.image.grid**2 + 1
 
@@ -349,7 +348,7 @@ def folded_positions(
     return token.reshape(width) + table[0], table[1:]
 
   def write(token: np.ndarray, table: np.ndarray) -> Arrays:
-    # Our CLS token includes its position.
+    # Our CLS token includes its position embedding.
     table = np.concatenate([np.zeros_like(table[:1]), table])
     return token.reshape(shapes[0]), table.reshape(shapes[1])
 

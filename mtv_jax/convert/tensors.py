@@ -1,4 +1,4 @@
-"""Reading, checking and writing a checkpoint's tensors by their rules."""
+"""Reads, checks and writes a checkpoint's tensors by conversion rules."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.tree import unflatten_names
 
-_MAX_LINES = 10  # In an error, for each kind of difference.
+_MAX_LINES = 10  # Maximum lines of an error per kind of difference.
 
 
 @runtime_checkable
@@ -32,10 +32,10 @@ class Store(Protocol):
 def load(
   rules: Sequence[Rule], store: Store, *, ignore: str = r"(?!)"
 ) -> dict[str, Any]:
-  """Reads our parameter tree, contiguous float32 arrays.
+  """Reads our parameter tree as contiguous float32 arrays.
 
-  `ignore` is a regular expression of names that may be present unused; every
-  missing, unexpected or mismatched tensor is named.
+  `ignore` is a regular expression for unused tensors. Errors name all missing,
+  unexpected and mismatched tensors.
   """
   check_tensors(rules, store, ignore=ignore)
   present = set(store.names)
@@ -60,14 +60,14 @@ def load(
 
 
 def read_float(store: Store, name: str) -> Float32[np.ndarray, "..."]:
-  """A tensor of weights, which must be finite."""
+  """Reads a floating-point tensor as float32; it must be finite."""
   array = store.read(name)
   if not jnp.issubdtype(array.dtype, np.floating):
     raise ConversionError(
       f"{store.path}: {name!r} is of type {array.dtype}; expected a floating-"
       "point type. Quantized weights are not supported."
     )
-  with np.errstate(over="ignore"):  # Found below.
+  with np.errstate(over="ignore"):  # Checked below.
     array = np.asarray(array, np.float32)
   if not (finite := np.isfinite(array)).all():
     raise ConversionError(
@@ -80,21 +80,21 @@ def read_float(store: Store, name: str) -> Float32[np.ndarray, "..."]:
 def save(
   rules: Sequence[Rule], leaves: Mapping[str, Float[np.ndarray, "..."]]
 ) -> dict[str, np.ndarray]:
-  """The file's tensors from our flat leaves; the inverse of `load`."""
+  """Converts our flat leaves to the file's tensors; the inverse of `load`."""
   tensors: dict[str, np.ndarray] = {}
   for rule in rules:
     for i in range(max(rule.depth, 1)):
       arrays = [leaves[n][i] if rule.depth else leaves[n] for n in rule.leaves]
       values = rule.write(*arrays)
       for name, value in zip(rule.tensors, values, strict=True):
-        # safetensors writes the memory of a view, not its values.
+        # safetensors ignores the strides of a view.
         contiguous = np.ascontiguousarray(value).reshape(value.shape)
         tensors[name.replace("{i}", str(i))] = contiguous
   return tensors
 
 
 def check_tensors(rules: Sequence[Rule], store: Store, *, ignore: str) -> None:
-  """Compares a file's names and shapes with a table; see `load`."""
+  """Checks a file's names and shapes against the rules; see `load`."""
   expected = dict(pair for rule in rules for pair in rule.expected_shapes())
   present = set(store.names)
   optional = {name for rule in rules if rule.default for name in rule.tensors}

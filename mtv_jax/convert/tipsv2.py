@@ -1,4 +1,4 @@
-"""Hugging Face's TIPSv2, with and without its text tower: read and export."""
+"""Hugging Face TIPSv2, with or without text tower: read and export."""
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class Tipsv2(Family):
       "pool": "mean",
       "causal": False,
       "projection": None,
-      # No projection, so that its bias means nothing.
+      # Without a projection, its bias is irrelevant.
       "projection_bias": AnyOf((False, True)),
       "positions": "sinusoidal",
     },
@@ -123,7 +123,7 @@ class Tipsv2(Family):
   add_end = False
 
   def tokenizer_config(self, spec: TextSpec) -> dict[str, list[str]]:
-    # Without a mask, padding is attended to.
+    # Without a mask, `transformers` attends to padding.
     return {"model_input_names": ["input_ids", "attention_mask"]}
 
   def special_rules(self, spec: ModelSpec, prefix: str) -> list[Rule]:
@@ -159,7 +159,7 @@ def _qkv(tower: str, spec: ViTSpec | TextSpec, layer: str) -> list[Rule]:
 
 
 def _temperature() -> Rule:
-  """The temperature, the inverse of our scale; the similarity has no bias."""
+  """The temperature rule: the inverse of our scale, without a bias."""
   head = "heads/contrastive/logit_"
 
   def read(temperature: np.ndarray) -> tuple[np.ndarray, ...]:

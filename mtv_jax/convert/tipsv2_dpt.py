@@ -1,4 +1,4 @@
-"""Reader of TIPSv2 with its dense heads: depth, normals, segmentation."""
+"""Reader of TIPSv2 with dense heads: depth, normals, segmentation."""
 
 import functools
 import os
@@ -32,7 +32,7 @@ _BACKBONE = {
   "out_indices": (3, 6, 9, 12),
   "apply_layernorm": True,
 }
-# Prefixes in the file by head.
+# Prefix in the file by head.
 _FILES = {
   "metric_depth": "depth_head",
   "normals": "normals_head",
@@ -44,9 +44,9 @@ _PREFIX = "vision_encoder."
 def read_model(
   folder: str | os.PathLike, *, with_params: bool = True
 ) -> ConvertedModel:
-  """A folder as an encoder with the heads that it has.
+  """Reads a folder as an encoder with its dense heads.
 
-  `with_params=False` does not read the parameters.
+  `with_params=False` skips reading the parameters.
   """
   path, config = hf_files.read_config(
     folder, model_type="tipsv2_dpt", example="google/tipsv2-b14-dpt"
@@ -72,7 +72,7 @@ def _read_params(
   for name, head in heads.items():
     rules += _head_rules(spec, name, head)
   params = tensors.load(rules, store)
-  # Every stage is normalised by the backbone's last norm.
+  # The backbone's final norm normalises every stage.
   norms = {f"norm{i + 1}": params["image"]["norm"] for i in range(dpt.STAGES)}
   params["heads"] = {
     name: {**leaves, **norms} for name, leaves in params["heads"].items()
@@ -83,7 +83,7 @@ def _read_params(
 def read_spec(
   config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[ModelSpec, dict[str, dense_dpt.DenseHead]]:
-  """The tower and the heads of a `config.json` and of the tensors' shapes."""
+  """Reads tower and heads from a `config.json` and the tensors' shapes."""
   backbone = config.get("backbone_config")
   backbone = hf_files.with_defaults(backbone, _BACKBONE, "backbone_config")
   config = hf_files.with_defaults(config, _DEFAULTS)
@@ -131,7 +131,7 @@ def _head_rules(
   file, ours = f"{_FILES[name]}.", f"heads/{name}/"
   names = {
     f"{ours}conv1": f"{file}project",
-    # A linear layer in the file.
+    # Stored as a linear layer.
     f"{ours}conv2": f"{file}{_FILES[name]}",
   }
   special = [
@@ -172,7 +172,7 @@ def _head_rules(
 def _abstract_params(
   spec: ModelSpec, head: dense_dpt.DenseHead
 ) -> dict[str, PyTree]:
-  """Shapes of the head's parameters, without the backbone's norm."""
+  """Shapes of a head's parameters, without the stages' norms."""
   stages, grid = head.example(spec)
   init = functools.partial(head.module().init, grid=grid)
   params = jax.eval_shape(init, jax.random.key(0), stages)["params"]

@@ -1,7 +1,7 @@
 """Jitted apply functions of towers and heads.
 
-One per architecture, mesh and request; parameters are arguments, so that
-encoders of one architecture share them.
+Compiled once per architecture, mesh and request. Parameters are arguments, so
+encoders of one architecture share the compiled functions.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def image_function(
 ) -> Function:
   """The image tower: normalised `[B, H, W, 3]` to float32 features.
 
-  Or the rows of `Preprocess.patches`, with patches and layers `[B, N, D]`.
-  `patches` and `layerI` are `[B, h, w, D]`, `prefix` and `prefixI` `[B, P, D]`,
-  `pooled` `[B, E]`. Compiled for each image size.
+  Returns `patches` and `layerI` `[B, h, w, D]`, `prefix` and `prefixI`
+  `[B, P, D]`, and `pooled` `[B, E]`. Also accepts rows of `Preprocess.patches`;
+  patches and layers are then `[B, N, D]`. Compiled per image size.
   """
   tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
   first = spec.image.prefix
@@ -76,9 +76,9 @@ def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
 def head_function(
   spec: models.ModelSpec, head: PredictionHead, dtype: str, mesh: Mesh
 ) -> Function:
-  """A prediction head, of `images` `[B, H, W, 3]` and its inputs.
+  """A prediction head, applied to `images` `[B, H, W, 3]` and its inputs.
 
-  The parameters are `image` and `heads/NAME`.
+  Takes the parameters `image` and `heads/NAME`.
   """
   tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
   module = head.module()
@@ -96,7 +96,7 @@ def head_function(
 
 
 def _compile(function: Callable, dtype: str, mesh: Mesh) -> Function:
-  """Jits a function at the precision of `dtype`; floats come as float32."""
+  """Jits a function with the matmul precision of `dtype`; outputs float32."""
 
   def cast(x):
     is_float = jnp.issubdtype(x.dtype, jnp.inexact)
@@ -115,7 +115,7 @@ def _compile(function: Callable, dtype: str, mesh: Mesh) -> Function:
 
 
 def precision(dtype: str) -> Any:
-  """Matmul precision; by default TPUs multiply float32 in bfloat16."""
+  """Matmul precision; TPUs multiply float32 in bfloat16 by default."""
   return jax.default_matmul_precision(
     "highest" if dtype == "float32" else "default"
   )

@@ -1,7 +1,7 @@
 """Untrained baselines: raw pixels and a randomly initialised ViT.
 
-mtv_jax.load("pixels:224")       raw pixels, patches of 16 ("pixels:224/14")
-mtv_jax.load("random:B/16")      an untrained ViT ("random:mu/8@64" at 64)
+mtv_jax.load("pixels:224")       raw pixels, patch size 16 ("pixels:224/14": 14)
+mtv_jax.load("random:B/16")      an untrained ViT ("random:mu/8@64": size 64)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
 
-THUMBNAIL = 8  # side of the embedding of raw pixels
+THUMBNAIL = 8  # side of the thumbnail that embeds raw pixels
 _PIXELS = re.compile(r"pixels:(\d+)(?:/(\d+))?")
 _RANDOM = re.compile(r"random:(\w[\w-]*/\d+)(?:@(\d+))?")
 
@@ -33,7 +33,7 @@ def is_baseline(name: str) -> bool:
 
 
 def load(name: str, **options: Any) -> Encoder:
-  """Builds the baseline `name`; options are `dtype` and `mesh` of `Encoder`."""
+  """Builds the baseline `name`; options are `Encoder`'s `dtype` and `mesh`."""
   if match := _PIXELS.fullmatch(name):
     return PixelEncoder(*map(int, match.groups("16")), **options)
   if match := _RANDOM.fullmatch(name):
@@ -47,9 +47,9 @@ def load(name: str, **options: Any) -> Encoder:
 
 
 def random(variant: str, size: int = 224, **options: Any) -> Encoder:
-  """An image tower of a variant ('B/16') with initial parameters, seed 0.
+  """An untrained image tower of a variant ('B/16'), initialised with seed 0.
 
-  It pools by attention and has no text tower.
+  It uses attention pooling and lacks a text tower.
   """
   spec = models.ModelSpec.from_config({"variant": variant, "image_size": size})
   params = jax.tree.map(np.asarray, models.init_params(spec, jax.random.key(0)))
@@ -66,9 +66,9 @@ def random(variant: str, size: int = 224, **options: Any) -> Encoder:
 class PixelEncoder(Encoder):
   """Normalised pixels as features.
 
-  Patch features are the pixels, ordered (y, x, channel), in the only layer and
-  as output; the pooled embedding is an 8 x 8 thumbnail of the image. There are
-  no prefix tokens and no text tower.
+  Patch features, also of the only layer, are the patch's pixels, ordered
+  (y, x, channel). The pooled embedding is an 8 x 8 thumbnail. Prefix tokens and
+  text tower are absent.
   """
 
   def __init__(self, size: int, patch: int = 16, **options: Any):
@@ -120,8 +120,8 @@ def _pixel_function(spec, layers, outputs, mesh) -> apply_fns.Function:
 
 
 def _thumbnail(images):
-  """Area means over the cells of an 8 x 8 grid."""
-  matrices = []  # [8, side]: the share of each cell that every pixel covers
+  """Area averages over an 8 x 8 grid, [B, 8, 8, C]."""
+  matrices = []  # [8, side]: each pixel's share of each cell
   for side in images.shape[1:3]:
     edges = np.arange(THUMBNAIL + 1)[:, None] * side / THUMBNAIL
     covered = np.clip(edges - np.arange(side), 0, 1)  # up to each edge

@@ -1,4 +1,4 @@
-"""Batched inference of a jitted function, on every host of a pod."""
+"""Batched multi-host inference with a jitted function."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def in_batches(
 ) -> dict[str, np.ndarray]:
   """Runs `function` on items 0..count-1, in batches sharded over the mesh.
 
-  `prepare` maps an item's index to its row, in several threads; `blank` is a
+  `prepare` maps an item's index to its row and runs in threads; `blank` is a
   padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
-  Every host prepares the rows of its own devices, and gets all results. While
-  the devices compute one batch, threads prepare the next one and fetch the
-  results of the last one.
+  Every host prepares the rows of its own devices and returns all results. While
+  the devices compute a batch, threads prepare the next one, and the host
+  fetches the previous results.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
@@ -67,13 +67,13 @@ def in_batches(
 
 
 def mesh_of(leaf: Any) -> Mesh | None:
-  """The mesh that an array is on, if any."""
+  """The mesh of an array's sharding, if any."""
   sharding = getattr(leaf, "sharding", None)
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def put_params(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
-  """Puts NumPy leaves on the mesh; arrays that are on it stay."""
+  """Shards leaves over the mesh, unless they already are on it."""
 
   def put(leaf, sharding):
     is_put = mesh_of(leaf) == mesh
@@ -83,10 +83,10 @@ def put_params(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
 
 
 def padded_batch(count: int, batch_size: int, shards: int) -> int:
-  """The compiled batch size, a multiple of the mesh's shards.
+  """The compiled batch size, rounded up to a multiple of the mesh's shards.
 
-  `batch_size`, or for shorter lists the next power of two: few shapes to
-  compile, and one image does not cost a batch of 64.
+  Short lists use the next power of two, which limits both the number of
+  compiled shapes and the padding.
   """
   if batch_size < 1:
     raise InputError(f"batch_size={batch_size}; expected at least 1")
@@ -105,7 +105,7 @@ def _assemble(
     try:
       item = future.result()
     except Exception as error:
-      # The error has the file's name; the note adds the index.
+      # The error names the file; the note adds the index.
       error.add_note(f"(while preparing item {index})")
       for _, other in pending.values():
         other.cancel()
@@ -118,10 +118,10 @@ def _assemble(
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
-  """Lists of different lengths as one array, padded with zeros.
+  """Ragged lists as one zero-padded array.
 
-  `values` is padded to the power of two above the longest list (few shapes to
-  compile), `valid` to the longest list.
+  `values` is padded to the longest list, rounded up to a power of two to limit
+  the compiled shapes; `valid` to the longest list.
   """
 
   values: Float32[np.ndarray, "n k c"]
@@ -129,9 +129,9 @@ class Padded:
 
 
 def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
-  """Lists of `[m_i, channels]`, finite; m is at least 1.
+  """Pads finite lists `[m_i, channels]` to a common length of at least 1.
 
-  `what` and the index name a list in an error.
+  Errors name a list by `what` and its index.
   """
   arrays = []
   for i, item in enumerate(lists):

@@ -4,10 +4,10 @@
     features = encoder.image(images, layers=(3, -1))
     logits = encoder.similarity(features.pooled, encoder.text(captions))
 
-An encoder maps pixels and strings to NumPy arrays. Its parameters are arguments
-of functions compiled once per architecture, mesh and request for all encoders,
-so that the trainer can build one from its live parameters before every
-evaluation.
+An encoder maps pixels and strings to NumPy arrays. All encoders share functions
+compiled once per architecture, mesh and request, with the parameters as
+arguments. The trainer can thus build an encoder from its live parameters before
+every evaluation.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from mtv_jax.utils.errors import InputError, check_choice
 class Encoder:
   """Image and text encoder: features, similarities and predictions.
 
-  Every host of a pod calls the same methods with the same lists. Each host
-  decodes and computes its own rows of a batch, and all hosts get all results.
-  The last batch is padded and the padding dropped, so results depend neither on
-  the batch size nor on the number of devices (up to rounding).
+  All hosts of a pod must make identical calls. Each host decodes and computes
+  its own rows of a batch; all hosts receive all results. The last batch is
+  padded and the padding dropped, so up to rounding, results don't depend on the
+  batch size or the number of devices.
   """
 
   prediction_heads: Mapping[str, PredictionHead] = {}
@@ -71,20 +71,20 @@ class Encoder:
     source: str = "",
     prediction_heads: Mapping[str, PredictionHead] | None = None,
   ):
-    """Wraps parameters; compiles nothing.
+    """Wraps parameters without compiling.
 
     Args:
-      params: `image`, with a text tower `text` and `heads/contrastive`, maybe
-        further heads. NumPy arrays are sharded over the mesh by
+      params: `image`; with a text tower also `text` and `heads/contrastive`;
+        optionally more heads. NumPy arrays are sharded over the mesh by
         `parallel.rules`.
-      tokenizer: `encode(strings, length)`; only `text` needs it.
+      tokenizer: object with `encode(strings, length)`; only `text` needs it.
       mesh: `(data, fsdp, tensor)`; by default the parameters' mesh, else
         all devices on `data`.
       dtype: compute dtype. float32 uses the highest matmul precision.
       weights: `student`, `teacher` or `ema`, for the protocol.
       source: the folder of the weights, for the protocol.
-      prediction_heads: configuration of the heads that `predict` runs, by
-        name; their parameters are in `params["heads"]`.
+      prediction_heads: configurations of the heads for `predict`, by name;
+        their parameters are in `params["heads"]`.
     """
     if "image" not in params:
       raise InputError(
@@ -112,7 +112,7 @@ class Encoder:
     )
 
   def with_preprocess(self, preprocess: Preprocess) -> Encoder:
-    """The same encoder with another preprocessing; parameters are shared."""
+    """A copy with another preprocessing that shares the parameters."""
     other = copy.copy(self)
     other.preprocess = preprocess
     return other
@@ -128,17 +128,17 @@ class Encoder:
     """Features of images.
 
     Args:
-      images: a sequence, maybe lazy, of uint8 `[H, W, 3]` arrays of any size,
-        PIL images or encoded bytes. Threads take items one at a time.
-      layers: blocks whose tokens to return, from 0; -1 is the last.
+      images: a sequence, possibly lazy, of uint8 `[H, W, 3]` arrays of any
+        size, PIL images or encoded bytes. Threads index it one item at a time.
+      layers: indices of blocks whose tokens to return; -1 is the last.
       outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
         50,000 images don't fit into memory.
       batch_size: images per step over the whole mesh, rounded up to a multiple
         of its data shards.
 
     Raises:
-      TypeError: for an item that is not an image.
-      InputError: for an unknown layer or output.
+      TypeError: an item is not an image.
+      InputError: a layer or an output is unknown.
     """
     check_images(images, "image")
     prepare_image, blank = self.preprocess, self._blank(self.preprocess)
@@ -158,15 +158,15 @@ class Encoder:
     outputs: Sequence[str] = ("patches",),
     batch_size: int = 16,
   ) -> ImageFeatures:
-    """Features of images at their own size.
+    """Features of images at their original size.
 
-    Only mean and standard deviation of the preprocessing apply; nothing is
-    resized or cropped, and the position embedding is resampled to the grid.
-    For further arguments and errors see `image`.
+    Images are normalised but neither resized nor cropped; the position
+    embedding is resampled to the grid. See `image` for the remaining arguments
+    and errors.
 
     Args:
-      images: a sequence, maybe lazy, of `[H, W, 3]` arrays of one size, uint8
-        or float32 in 0..255. The patch must divide H and W, which may differ.
+      images: a sequence, possibly lazy, of `[H, W, 3]` arrays of one size,
+        uint8 or float32 in 0..255. H and W must be multiples of the patch size.
     """
     check_images(images, "dense")
     size = as_pixels(images[0], "image 0").shape[:2]
@@ -188,7 +188,7 @@ class Encoder:
   ) -> Float32[np.ndarray, "n e"]:
     """Embeddings `[n, E]` of strings, not normalised.
 
-    They are cut or padded to `length` tokens, by default the model's.
+    Strings are cut or padded to `length` tokens, by default the model's.
     """
     if self.spec.text is None or "text" not in self.params:
       raise InputError(
@@ -208,9 +208,9 @@ class Encoder:
 
   @property
   def phrase_length(self) -> int | None:
-    """Tokens of the phrases of grounding in pre-training, padding included.
+    """Padded token length of grounding phrases in pretraining.
 
-    None for an encoder without these heads, or if it is not known.
+    None without a grounding head, or if unknown.
     """
     head = self.prediction_heads.get("grounding")
     return head.phrase_length if head else None
@@ -218,10 +218,10 @@ class Encoder:
   def phrases(
     self, strings: Sequence[str], *, batch_size: int = 256
   ) -> Float32[np.ndarray, "n e"]:
-    """Embeddings `[n, E]` of phrases, to compare with the boxes' of `ground`.
+    """Embeddings `[n, E]` of phrases, to compare with `ground`'s embeddings.
 
-    Like `text`, but cut or padded to `phrase_length` tokens as in pre-training:
-    towers that attend to padding embed a text of another length otherwise.
+    Like `text`, but cut or padded to `phrase_length` tokens as in pretraining:
+    in towers that attend to padding, the length changes the embedding.
     """
     return self.text(strings, batch_size=batch_size, length=self.phrase_length)
 
@@ -232,8 +232,8 @@ class Encoder:
   ) -> Float32[np.ndarray, "n m"]:
     """Logits `exp(logit_scale) cos(image, text) + logit_bias`.
 
-    Embeddings need not be normalised. SigLIP (Zhai et al. 2023) takes the
-    sigmoid of these logits, CLIP the softmax over either axis.
+    Normalises the embeddings. SigLIP (Zhai et al. 2023) applies a sigmoid to
+    these logits, CLIP a softmax over either axis.
     """
     check_embeddings(image, text)
     heads = self.params.get("heads", {})
@@ -249,7 +249,7 @@ class Encoder:
     return scale * (normalize(image) @ normalize(text).T) + bias
 
   def can_predict(self, name: str) -> bool:
-    """Whether the encoder has the head `name` (`heads.HEADS`) of a run."""
+    """Whether the encoder has the prediction head `name` (`heads.HEADS`)."""
     head = self.prediction_heads.get(name)
     return head is not None and head.params_key in self.params.get("heads", {})
 
@@ -262,22 +262,22 @@ class Encoder:
     resize: bool = True,
     **inputs: Sequence[Any] | np.ndarray,
   ) -> dict[str, np.ndarray]:
-    """Predictions of a head of pretraining.
+    """Predictions of a pretrained head.
 
     Args:
       name: name of the head, a key of `heads.HEADS`.
       images, batch_size: as for `image`.
-      resize: False takes images of one size as they are, see `dense`.
-      **inputs: head inputs other than images (`PredictionHead.inputs`): for
-        each image `[m, C]` numbers or m strings; m may differ, and may be 0.
+      resize: False uses images of one size unresized, see `dense`.
+      **inputs: the head's inputs besides images (`PredictionHead.inputs`), per
+        image `[m, C]` numbers or m strings; m may vary and may be 0.
 
     Returns:
-      By name, `[n, ...]`. With inputs `[n, m, ...]`, zero where an image has
-      fewer rows than m, and `valid` `[n, m]`.
+      Arrays `[n, ...]` by name. With inputs `[n, m, ...]`, zero in padded rows,
+      and `valid` `[n, m]`.
 
     Raises:
-      InputError: for an encoder without the head, or inputs that do not fit.
-      TypeError: for inputs that the head does not take, or non-string text.
+      InputError: the encoder lacks the head, or inputs don't fit the images.
+      TypeError: the head does not accept an input, or text is not a string.
     """
     function = self.head_function(name)
     kinds = self.prediction_heads[name].inputs
@@ -333,8 +333,8 @@ class Encoder:
   ) -> Float32[np.ndarray, "n h w"]:
     """Relative inverse depth `[n, h, w]`, see `dpt.DepthHead` and `predict`.
 
-    The map covers the encoder's input: the whole image if that is squashed.
-    Options are `batch_size` and `resize` of `predict`.
+    The map covers the encoder's input: the whole image, if squashed.
+    `options` are `predict`'s `batch_size` and `resize`.
     """
     return self.predict("depth", images, **options)["depth"]
 
@@ -347,7 +347,7 @@ class Encoder:
   ) -> Regions:
     """Embeddings of boxes, to compare with `phrases`; see `predict`.
 
-    `boxes` are for each image `[m, 4]`, (y0, x0, y1, x1) in its unit square.
+    `boxes` are `[m, 4]` per image, (y0, x0, y1, x1) in the unit square.
     """
     return Regions(
       **self.predict("grounding", images, boxes=boxes, batch_size=batch_size)
@@ -360,16 +360,16 @@ class Encoder:
     *,
     batch_size: int = 16,
   ) -> Boxes:
-    """A box for each phrase, of grounding with regression; see `predict`."""
+    """A box per phrase from the grounding regression head; see `predict`."""
     return Boxes(
       **self.predict("locator", images, phrases=phrases, batch_size=batch_size)
     )
 
   def head_function(self, name: str) -> apply_fns.Function:
-    """The compiled function of a head, see `apply_fns.head_function`.
+    """The jitted function of a head, see `apply_fns.head_function`.
 
     Raises:
-      InputError: for an encoder without the head.
+      InputError: the encoder lacks the head.
     """
     if not self.can_predict(name):
       raise InputError(
@@ -383,7 +383,7 @@ class Encoder:
     )
 
   def protocol(self) -> dict[str, Any]:
-    """Everything about the encoder that results depend on, for JSON."""
+    """Everything that the encoder's results depend on, for JSON."""
     text, tokenizer = self.spec.text, self.tokenizer
     protocol = {
       "encoder": self.source or "live parameters",
@@ -433,7 +433,7 @@ class Encoder:
     return np.asarray(tokens, np.int32)
 
   def _pad(self, key, kind, values) -> batched.Padded:
-    """One head input as rows, `[n, k, C]`; strings are embedded."""
+    """Pads one head input to `[n, k, C]`; tokenizes or embeds strings."""
     what = f"the {key} of image"
     if kind not in (TEXT, TOKENS):
       return batched.pad(values, channels=kind, what=what)

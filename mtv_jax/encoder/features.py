@@ -1,4 +1,4 @@
-"""Features, regions and boxes that an encoder returns."""
+"""Return types of an encoder: features, regions and boxes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class ImageFeatures:
   """Features of n images; outputs that were not requested are None.
 
   Attributes:
-    pooled: the embedding, not normalised.
+    pooled: pooled embedding, not normalised.
     patches: patch tokens after the final norm, on their grid `[n, h, w, d]`.
-    prefix: the CLS token and registers after the final norm.
-    layers: each requested block's patch tokens before the final norm.
-    prefix_layers: each requested block's CLS token and registers before the
-      final norm.
-    grids: with the preprocessing `native`, rows and columns of each image's
-      patches. `patches` and `layers` are then `[n, l, d]`, row by row; the
-      first rows * columns of them are meaningful.
+    prefix: CLS token and registers after the final norm.
+    layers: patch tokens by block index, before the final norm.
+    prefix_layers: CLS token and registers by block index, before the final
+      norm.
+    grids: with the preprocessing `native`, patch rows and columns per image.
+      `patches` and `layers` are then `[n, l, d]` in row-major order; the first
+      rows * columns are valid.
   """
 
   pooled: Float32[np.ndarray, "n e"] | None
@@ -43,9 +43,9 @@ def mean_patches(
   tokens: Float[np.ndarray, "n *grid d"],
   grids: Int32[np.ndarray, "n 2"] | None = None,
 ) -> Float[np.ndarray, "n d"]:
-  """The mean of each image's patch tokens.
+  """Mean patch token per image.
 
-  With `grids` (see `ImageFeatures`) tokens are `[n, l, d]`, padded.
+  With `grids` (see `ImageFeatures`) tokens are padded, `[n, l, d]`.
   """
   if grids is None:
     return tokens.mean(axis=(1, 2))
@@ -55,7 +55,7 @@ def mean_patches(
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
-  """Unit-length embeddings of at most m boxes of n images; zero if invalid."""
+  """Unit-length embeddings of up to m boxes per image; zero if invalid."""
 
   embeddings: Float32[np.ndarray, "n m e"]
   valid: Bool[np.ndarray, "n m"]
@@ -63,9 +63,9 @@ class Regions:
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-  """Boxes of at most m phrases of n images; zero if invalid.
+  """Boxes of up to m phrases per image; zero if invalid.
 
-  (y0, x0, y1, x1) in the unit square of the image; they may exceed it.
+  (y0, x0, y1, x1) in the image's unit square; boxes may exceed it.
   """
 
   boxes: Float32[np.ndarray, "n m 4"]
@@ -75,14 +75,14 @@ class Boxes:
 def normalize(
   embeddings: Float[np.ndarray, "*n e"],
 ) -> Float32[np.ndarray, "*n e"]:
-  """Rows divided by their L2 norm; zero rows stay zero."""
+  """L2-normalises the last axis; zero rows stay zero."""
   x = np.asarray(embeddings, np.float32)
   length = np.linalg.norm(x, axis=-1, keepdims=True)
   return x / np.maximum(length, 1e-12)
 
 
 def block_index(index: int, depth: int) -> int:
-  """A block counted from 0; `index` may count from the end."""
+  """Resolves a block index, which may be negative."""
   if not -depth <= index < depth:
     raise InputError(
       f"layer {index} of an encoder with {depth} blocks; expected 0.."

@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub, through huggingface_hub and its cache.
+"""Hugging Face hub models, through huggingface_hub and its cache.
 
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME` are that package's.
+huggingface_hub reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from mtv_jax.utils.errors import InputError, MissingFileError, printable
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
-# Files that the readers of `convert` open; weights of PyTorch are left out.
+# Files that `convert` reads; skips PyTorch weights.
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
 def is_name(path: str | os.PathLike) -> bool:
-  """Whether a path is a model of the hub.
+  """Whether a path names a hub model.
 
-  That is `hf:ORG/NAME`, or `ORG/NAME` if there is no folder ORG, each with an
-  optional `@REVISION`.
+  Hub names are `hf:ORG/NAME`, or `ORG/NAME` unless a folder ORG exists, each
+  with an optional `@REVISION`.
   """
   text = os.fspath(path)
   if text.startswith(PREFIX):
@@ -34,7 +34,7 @@ def is_name(path: str | os.PathLike) -> bool:
 
 
 def _split(name: str) -> tuple[str, str | None] | None:
-  """The model and the revision of `ORG/NAME@REVISION`; None for another."""
+  """Splits `ORG/NAME@REVISION`; None for other names."""
   repo, at, revision = name.partition("@")
   if not card.is_repo(repo) or (at and not _REVISION.fullmatch(revision)):
     return None
@@ -42,20 +42,20 @@ def _split(name: str) -> tuple[str, str | None] | None:
 
 
 def pin_name(path: str | os.PathLike) -> str:
-  """`ORG/NAME@COMMIT` for a name of the hub; other paths are unchanged."""
+  """Pins a hub name to `ORG/NAME@COMMIT`; returns other paths unchanged."""
   text = os.fspath(path)
   if not is_name(text):
     return text
-  # The folder of a snapshot is named after its commit.
+  # Snapshot folders are named by commit.
   return f"{text.partition('@')[0]}@{download(text).name}"
 
 
 @functools.lru_cache
 def download(name: str) -> pathlib.Path:
-  """The folder of a model in the cache, downloaded if it is not there.
+  """Downloads a hub model if it is not cached; returns its folder.
 
-  Within a process a name is one revision. Without a network it is the revision
-  that was downloaded last.
+  A name resolves once per process. Offline, it resolves to the revision that
+  was downloaded last.
   """
   parts = _split(name.removeprefix(PREFIX))
   if parts is None:
@@ -90,9 +90,9 @@ def upload(
   revision: str | None = None,
   message: str = "Upload with mtv_jax",
 ) -> str:
-  """Uploads a folder to a model of the hub, created if it is missing.
+  """Uploads a folder to a hub model, created if missing.
 
-  Returns the URL of the commit.
+  Returns the commit's URL.
   """
   hub = import_hub()
   api = hub.HfApi(endpoint=endpoint())
@@ -119,15 +119,15 @@ def upload(
 
 
 def _errors(hub: Any) -> tuple[type[Exception], ...]:
-  """What its functions raise, also if the hub can't be reached.
+  """Exceptions of huggingface_hub, including connection failures.
 
-  The base of `HfHubHTTPError` depends on its HTTP library.
+  The bases of `HfHubHTTPError` depend on the HTTP library.
   """
   return (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def endpoint() -> str | None:
-  """`HF_ENDPOINT`, which the package itself reads only when it is imported."""
+  """`HF_ENDPOINT`, read now; huggingface_hub reads it only at import."""
   return os.environ.get("HF_ENDPOINT") or None
 
 

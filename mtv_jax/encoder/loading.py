@@ -1,4 +1,4 @@
-"""`mtv_jax.load`: a run, an export, a Hugging Face folder or a baseline."""
+"""`mtv_jax.load`: opens a run, export, Hugging Face folder or baseline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("student", "teacher", "ema")
-_MAX_SCALE = 100.0  # CLIP's limit on the scale of a softmax loss.
+_MAX_SCALE = 100.0  # CLIP's maximum logit scale.
 
 
 def load(
@@ -47,21 +47,21 @@ def load(
   """Opens a folder as an `Encoder`.
 
   Args:
-    path: a training run (`config.json` and `checkpoints/`), an export or native
-      folder of `mtv-jax convert`, a Hugging Face folder of a family of
-      docs/conversion.md, each in a bucket too; a model of the hub (`ORG/NAME`
-      or `hf:ORG/NAME`, with `@REVISION`, see `hub.py`); or a baseline
-      (`pixels:SIZE`, `random:VARIANT`, see `baselines.py`).
-    weights: a run's `student`, `teacher` (its image encoder, with the
-      student's text tower) or `ema`; by default the run's `config.weights`.
-      Other folders have one set of weights.
-    step: a run's checkpoint; the latest by default.
+    path: a local or bucket folder: a training run (`config.json` and
+      `checkpoints/`), an export or native folder of `mtv-jax convert`, or a
+      Hugging Face folder of a family in docs/conversion.md; a hub model
+      (`ORG/NAME` or `hf:ORG/NAME`, optionally `@REVISION`, see `hub.py`); or a
+      baseline (`pixels:SIZE`, `random:VARIANT`, see `baselines.py`).
+    weights: for runs: `student`, `teacher` (the teacher's image encoder with
+      the student's text tower) or `ema`; by default the run's `config.weights`.
+      Other folders have a single set of weights.
+    step: checkpoint step of a run; the latest by default.
     dtype: compute dtype.
-    mesh: default: all devices, with the batch split over them.
+    mesh: by default all devices, with the batch sharded over them.
 
   Raises:
     MissingFileError: the path is none of these.
-    InputError: for weights or a step that the folder lacks.
+    InputError: the folder lacks the weights or the step.
   """
   if baselines.is_baseline(os.fspath(path)):
     _require_one_set(path, weights, step)
@@ -89,12 +89,12 @@ def read_params(
   preprocess: Preprocess | None = None,
   **options: Any,
 ) -> dict[str, Any]:
-  """Parameters of a folder as NumPy arrays, to initialise a run.
+  """Reads a folder's parameters as NumPy arrays, to initialise a run.
 
-  The position embedding is resampled to the grid of `spec`, the new model, and
-  stored if it was fixed and is now learnt; the caller checks the parameters'
-  shapes. Differences that no shape shows, from `spec` and from `preprocess`,
-  are logged. For the other arguments see `load`.
+  Resamples the position embedding to the grid of `spec`, the new model, and
+  stores a fixed embedding if `spec` learns it. The caller checks shapes. Warns
+  of differences from `spec` and `preprocess` that shapes don't show. `options`
+  are `weights` and `step` of `load`.
   """
   model = read_model(path, **options)
   if differences := _hidden_differences(model, spec, preprocess):
@@ -109,7 +109,7 @@ def read_params(
 def _hidden_differences(
   model: ConvertedModel, spec: ModelSpec | None, preprocess: Preprocess | None
 ) -> list[str]:
-  """How a model differs from a new one in what its parameters don't show."""
+  """Differences between a model and a new one that shapes don't show."""
   pairs = []
   for tower in ("image", "text"):
     theirs = getattr(model.spec, tower)
@@ -137,9 +137,9 @@ def read_teacher(
   spec: ModelSpec | None = None,
   image: bool = True,
 ) -> dict[str, Any]:
-  """A run's EMA teacher, to initialise another's: `image` and `heads`.
+  """Reads a run's EMA teacher, `image` and `heads`, to initialise a run.
 
-  `image` says whether to read the encoder; see also `read_params`.
+  `image` selects whether to read the encoder; see also `read_params`.
   """
   if not is_run(path):
     raise InputError(
@@ -160,7 +160,7 @@ def read_model(
   weights: str | None = None,
   step: int | None = None,
 ) -> ConvertedModel:
-  """A folder's model as NumPy arrays; for arguments and errors see `load`."""
+  """Reads a folder's model as NumPy arrays; see `load`."""
   check_weights(path, weights=weights, step=step)
   folder = open_folder(path)
   if is_run(folder):
@@ -171,7 +171,7 @@ def read_model(
 def check_weights(
   path: str | os.PathLike, *, weights: str | None, step: int | None
 ) -> None:
-  """Raises InputError for weights or a step of a folder with one set."""
+  """Raises InputError for `weights` or `step` of a folder that is not a run."""
   if weights is not None:
     check_choice("weights", weights, WEIGHTS)
   if not is_run(path):
@@ -179,9 +179,9 @@ def check_weights(
 
 
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
-  """The folder itself, or a local copy of one in s3:// or of the hub.
+  """The folder, or a local copy of an s3:// folder or hub model.
 
-  Orbax can't read s3://; from a folder in gs:// only what is needed is read.
+  Orbax can't read s3://; gs:// folders are read on demand.
   """
   if hub.is_name(path):
     return hub.download(os.fspath(path))
@@ -191,7 +191,7 @@ def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
 
 
 def is_run(path: str | os.PathLike) -> bool:
-  """Whether a folder is a training run; an error for an unknown kind."""
+  """Whether a folder is a training run; MissingFileError if unrecognised."""
   folder = open_folder(path)
   config = foreign.read_object(folder / "config.json")
   if "model" in config and "model_type" not in config:
@@ -225,10 +225,10 @@ def _suggestion(folder: pathlib.PurePath) -> str:
 
 
 def default_weights(path: str | os.PathLike) -> str:
-  """The weights that are read by default.
+  """The default `weights` of a folder.
 
-  A run's `config.weights`; "student" for runs before that key and for folders
-  with one set of weights.
+  A run's `config.weights`; "student" for older runs without that key, and for
+  folders with a single set of weights.
   """
   config = foreign.read_object(open_folder(path) / "config.json")
   is_run_config = "model" in config and "model_type" not in config
@@ -245,7 +245,7 @@ def read_run(
   weights: str | None = None,
   step: int | None = None,
 ) -> ConvertedModel:
-  """A training run's model as NumPy arrays; for arguments see `load`."""
+  """Reads a training run's model as NumPy arrays; see `load`."""
   folder = open_folder(path)
   config, model = read_run_config(folder)
   weights = weights or default_weights(folder)
@@ -253,8 +253,8 @@ def read_run(
   part = "ema" if weights == "ema" else "params"
   params = load_tree(folder, step=step, part=part)
   if weights == "teacher":
-    # A teacher is an image encoder; the text tower and the temperature that go
-    # with it are the student's.
+    # The teacher is an image encoder only; text tower and temperature are the
+    # student's.
     image = load_tree(folder, step=step, part="teacher/image")
     params = {**params, "image": image}
   try:
@@ -270,7 +270,7 @@ def read_run(
 def read_run_config(
   folder: pathlib.PurePath,
 ) -> tuple[dict[str, Any], ConvertedModel]:
-  """A run's config, and its model without parameters."""
+  """Reads a run's config, and its model without parameters."""
   config = foreign.read_object(folder / "config.json")
   with foreign.errors_of(folder / "config.json"):
     try:
@@ -295,19 +295,18 @@ def read_run_config(
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-  """A folder's model without its parameters, and as sections of a config.
+  """A folder's model without parameters.
 
-  Recipes read it before JAX may use its devices: it makes no array.
+  Recipes read it before JAX initialises its devices, so it creates no arrays.
 
   Attributes:
     spec: architecture of the towers.
-    preprocess: of the encoder's images.
-    tokenizer: None if there is none.
-    contrast: options of the objective `contrastive`, {} for a model without
-      one: its loss and, with a softmax loss, the highest scale. A run's config
-      says which; it is 100 for other folders, or their scale if that is higher.
-    weights: which weights of a run `mtv_jax.load` takes; "student" for other
-      folders, which have one set.
+    preprocess: preprocessing of the encoder's images.
+    tokenizer: tokenizer files, if any.
+    contrast: options of the objective `contrastive`, {} without one: its loss
+      and, for a softmax loss, the maximum scale. The maximum is a run's
+      `max_scale`; for other folders 100, or the model's scale if higher.
+    weights: the default weights of a run; "student" for other folders.
   """
 
   spec: ModelSpec
@@ -317,9 +316,9 @@ class ModelInfo:
   weights: str
 
   def model_config(self) -> dict[str, Any]:
-    """The section `model` of a config whose run has this model.
+    """The section `config.model` that describes this model.
 
-    Also its pixel statistics, its preprocessing and its tokenizer.
+    Includes pixel statistics, preprocessing and tokenizer.
     """
     image = dataclasses.asdict(self.spec.image)
     for name, shape in VARIANTS.items():
@@ -337,12 +336,12 @@ class ModelInfo:
         text["tokenizer"] = str(files.path or files.built_in)
         text["clean"] = files.clean
       else:
-        text["tokenizer"] = ""  # Training asks for one.
+        text["tokenizer"] = ""  # Training requires the user to set it.
     return {**image, "preprocess": preprocess, "text": text}
 
 
 def read_model_info(path: str | os.PathLike) -> ModelInfo:
-  """Reads what a run, an export or a Hugging Face folder says of its model."""
+  """Reads the `ModelInfo` of a run, an export or a Hugging Face folder."""
   folder = open_folder(path)
   if is_run(folder):
     config, model = read_run_config(folder)
@@ -383,18 +382,18 @@ def _contrast_of_export(
 def prediction_heads(
   config: Mapping[str, Any], spec: ModelSpec
 ) -> dict[str, PredictionHead]:
-  """The heads that a run trains on its model, by its `config.json`."""
+  """The prediction heads that a run trains, from its `config.json`."""
   text = (config.get("data") or {}).get("ops")
   length = ops.phrase_length(text) if text else None
   if spec.text is not None and length == spec.text.length:
-    length = None  # As exports before this option.
+    length = None  # As in exports before this option.
   return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)
 
 
 def _tokenizer(
   folder: pathlib.PurePath, text: TextConfig | None
 ) -> processors.TokenizerFiles | None:
-  """The run's copy of the tokenizer, or the file that the config names."""
+  """The run's copy of the tokenizer, else the file named in the config."""
   if text is None:
     return None
   spec, clean = text.tokenizer, text.clean

@@ -1,4 +1,4 @@
-"""Preprocessing of the encoder's images, on the host."""
+"""Host-side preprocessing of the encoder's images."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Resize, crop, scale to 0..1 and normalise one image.
+  """Resizes, crops, scales to 0..1 and normalises one image.
 
-  With `antialias` the resize is Pillow's on uint8, bit-identical to the PIL
-  image processors of `transformers`. Without it, four (bilinear) or sixteen
-  (bicubic, a = -0.75) neighbours are interpolated at any scale: the default of
-  `tf.image.resize`, whose result big_vision casts to bytes, cutting fractions.
+  With `antialias`, resizes uint8 with Pillow, bit-identical to the PIL image
+  processors of `transformers`. Without it, interpolates four (bilinear) or
+  sixteen (bicubic, a = -0.75) neighbours at any scale, as `tf.image.resize` by
+  default, and truncates like big_vision's cast to uint8.
 
   Attributes:
-    size: side of the resulting square in pixels.
-    resize: `squash` resizes to a square, `shortest` resizes the shorter side to
-      `resize_size` at constant aspect ratio (the longer side is rounded down),
-      `native` to the largest size of at most `max_patches` patches at nearly
-      constant aspect ratio (SigLIP 2 NaFlex).
-    crop: `center` takes the middle `size` x `size`; `none` needs `squash`.
-    crop_rounding: of an odd margin's half, `down` as transformers and
-      big_vision, or to the `nearest` even number as torchvision.
-    antialias: whether shrinking averages over all pixels.
-    mean, std: of the three channels, in 0..1.
-    resize_size: the size before a smaller crop (DINOv2: 256, then 224); `size`
-      if None.
-    patch_size, max_patches: of `native`.
+    size: side of the output square in pixels.
+    resize: `squash` resizes to a square; `shortest` resizes the shorter side to
+      `resize_size`, preserving the aspect ratio (longer side rounded down);
+      `native` resizes to the largest size of at most `max_patches` patches,
+      nearly preserving the aspect ratio (SigLIP 2 NaFlex).
+    crop: `center` crops the central `size` x `size`; `none` needs `squash`.
+    crop_rounding: rounding of half an odd margin: `down` as in transformers and
+      big_vision, or `nearest` (half to even) as in torchvision.
+    antialias: whether downsampling averages over all pixels.
+    mean, std: per channel, in 0..1.
+    resize_size: size before a smaller crop (DINOv2: 256, then 224); `size` if
+      None.
+    patch_size, max_patches: only for `native`.
   """
 
   size: PositiveInt
@@ -88,9 +88,9 @@ class Preprocess:
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
   ) -> Float32[np.ndarray, "h2 w2 3"]:
-    """One image of any size to float32 `[size, size, 3]`, normalised.
+    """Maps an image of any size to normalised float32 `[size, size, 3]`.
 
-    With `native` to a height and a width that the patch divides.
+    With `native`, height and width are multiples of the patch size.
     """
     if isinstance(image, PIL.Image.Image):
       image = np.asarray(image.convert("RGB"))
@@ -110,7 +110,7 @@ class Preprocess:
       method = _OPENCV[self.interpolation]
       pixels = image.astype(np.float32)
       pixels = cv2.resize(pixels, (width, height), interpolation=method)
-      # 1e-3: rounding must not make 199.99998 of a uniform 200 a 199.
+      # Add 1e-3 so that float error can't truncate a uniform 200 to 199.
       pixels = np.floor(np.clip(pixels, 0, 255) + np.float32(1e-3))
     if self.crop == "center":
       half = {"down": math.floor, "nearest": round}[self.crop_rounding]
@@ -121,8 +121,8 @@ class Preprocess:
   def normalize(
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h w 3"]:
-    """Pixels in 0..255, of any size, scaled and normalised; no resizing."""
-    # This order and these dtypes are bit-identical to transformers.
+    """Scales and normalises pixels in 0..255, of any size."""
+    # Order and dtypes are bit-identical to transformers.
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.float32(self.mean), np.float32(self.std)
     return (scaled - mean) / std
@@ -130,10 +130,10 @@ class Preprocess:
   def patches(
     self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
   ) -> dict[str, np.ndarray]:
-    """One image as a row of a batch of the `native` resize.
+    """Patchifies one image for the `native` resize.
 
-    `patches` are row by row, features ordered (y, x, channel), padded with
-    zeros to `[max_patches, F]`; `grids` are their rows and columns.
+    `patches` are in row-major order, features ordered (y, x, channel),
+    zero-padded to `[max_patches, F]`; `grids` is (rows, columns).
     """
     pixels, p = self(image), self.patch_size
     rows, columns = (side // p for side in pixels.shape[:2])
@@ -143,7 +143,7 @@ class Preprocess:
     return {"patches": padded, "grids": np.array((rows, columns), np.int32)}
 
   def squashed(self) -> Preprocess:
-    """The same without `native`, for heads that need a square."""
+    """Replaces `native` by `squash`, for heads that need a square."""
     if self.resize != "native":
       return self
     return dataclasses.replace(
@@ -153,8 +153,7 @@ class Preprocess:
   def to_dict(self) -> dict[str, Any]:
     """The fields as a dictionary for JSON.
 
-    Later fields are left out at their defaults, so that earlier versions read
-    the file.
+    Omits newer fields at their defaults, so that earlier versions can read it.
     """
     lists = {"mean": list(self.mean), "std": list(self.std)}
     fields = dataclasses.asdict(self) | lists
@@ -165,18 +164,18 @@ class Preprocess:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
-    """The inverse of `to_dict`; an unknown field is an error."""
+    """The inverse of `to_dict`; rejects unknown fields."""
     return options.build(cls, fields, where="Preprocess")
 
 
 def native_shape(
   height: int, width: int, *, patch_size: int, limit: int
 ) -> tuple[int, int]:
-  """Rows and columns of an image of at most `limit` patches.
+  """Height and width of a resized image with at most `limit` patches.
 
-  Each side is scaled by one factor and rounded up to whole patches. The factor
-  is the largest one that bisection finds to 1e-5, as in the image processor of
-  `transformers`, whose sizes these are.
+  Scales both sides by one factor and rounds up to whole patches. Bisection
+  finds the largest factor to within 1e-5, as in the image processor of
+  `transformers`.
   """
 
   def patches(scale: float) -> tuple[int, int]:
@@ -197,7 +196,7 @@ def native_shape(
 
 
 def nearest_multiple(side: float, multiple: int, *, least: int = 0) -> int:
-  """The multiple of `multiple` nearest to `side`, or above it below `least`."""
+  """Rounds `side` to a multiple, upwards if the nearest is below `least`."""
   nearest = round(side / multiple) * multiple
   if nearest < least:
     nearest = math.ceil(side / multiple) * multiple
@@ -207,9 +206,9 @@ def nearest_multiple(side: float, multiple: int, *, least: int = 0) -> int:
 def lower_bound_shape(
   height: int, width: int, *, size: int, multiple: int
 ) -> tuple[int, int]:
-  """Rows and columns of an image at its aspect ratio, as Depth Anything has it.
+  """Height and width at the image's aspect ratio, as in Depth Anything.
 
-  The shorter side is at least `size`, and both are multiples of the patch.
+  The shorter side is at least `size`; both sides are multiples of `multiple`.
   """
   scale = max(size / height, size / width)
   rows, columns = (
@@ -222,12 +221,12 @@ def lower_bound_shape(
 def preprocess_from_config(
   model: ModelConfig, views: Mapping[str, Any]
 ) -> Preprocess:
-  """Preprocessing of a run's encoder, from the sections of its config.
+  """Preprocessing of a run's encoder, from its config.
 
-  `model.preprocess` has its fields without mean and deviation, as
-  `continue_from` takes them from a checkpoint. By default it squashes images to
-  a square with the size and the interpolation of the view `image`, or else the
-  model's size and bilinear. It normalises like `views.py` on the device.
+  `model.preprocess` sets all fields but mean and std, as `continue_from` reads
+  them from a checkpoint. By default, images are squashed to a square with size
+  and interpolation of the view `image`, else with the model's size and
+  bilinear. Normalisation matches `views.py` on the device.
   """
   mean, std = model.pixels
   if fields := model.options.get("preprocess"):
@@ -262,11 +261,10 @@ def check_images(images: Any, method: str) -> None:
 
 
 def as_image(item: Any, key: str) -> Any:
-  """Pixels of an image as in training: uint8 `[H, W, 3]`.
+  """Converts an image to uint8 `[H, W, 3]`, as in training.
 
-  Encoded bytes are decoded. These and Pillow's images are rotated by their
-  EXIF orientation, set on white, and scaled from 16 bits. Arrays have to be
-  uint8 RGB.
+  Decodes bytes. Encoded and PIL images are rotated by their EXIF orientation,
+  composited on white, and scaled from 16 bits. Arrays must be uint8 RGB.
   """
   if isinstance(item, bytes):
     return canvas.decode(item, key=key)
@@ -300,9 +298,9 @@ def _is_rgb(item: Any, *dtypes: Any) -> bool:
 def as_pixels(
   item: Any, key: str, *, size: Sequence[int] | None = None
 ) -> np.ndarray:
-  """Pixels to encode without a resize, of `size` if that is given.
+  """Checks pixels to encode without a resize; returns them.
 
-  They must be uint8 or float32 `[H, W, 3]`.
+  They must be uint8 or float32 `[H, W, 3]`, of `size` if given.
   """
   if not _is_rgb(item, np.uint8, np.float32):
     got = [type(item).__name__]

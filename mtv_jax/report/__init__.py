@@ -1,5 +1,4 @@
-"""Reports on one HTML page, and as Markdown with its images.
+"""Reports of runs, encoders and label sets, as one HTML page and as Markdown.
 
-Pages of runs, of evaluated encoders and of label sets; `studies/page.py` has a
-study's.
+`studies/page.py` reports studies.
 """

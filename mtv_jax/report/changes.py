@@ -1,7 +1,7 @@
 """Changes of evaluations since step 0, with paired intervals.
 
-The runs of an arm are its seeds. Each evaluation after the start is compared
-with the one at step 0 of the same run, on the same items.
+The runs of an arm are its seeds. Each later evaluation is compared with the
+run's evaluation at step 0, on equal items.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-  """A metric of an arm after the start, minus the one before the first step."""
+  """An arm's metric at later steps, minus its value at step 0."""
 
   arm: str
   metric: Metric
   start: float  # mean over seeds
-  # For the evaluations after the start that all seeds have, in order.
+  # In step order; only steps after 0 that all seeds have evaluated.
   by_step: dict[int, Contrast]
 
   @property
@@ -66,9 +66,9 @@ class Changes:
 
   @property
   def num_below_start(self) -> int | None:
-    """Number of evaluations that are worse than the start beyond the interval.
+    """Number of evaluations whose whole interval is worse than the start.
 
-    None if an interval is not known.
+    None if an interval is unknown.
     """
     if any(c.item_low is None for c in self.by_step.values()):
       return None
@@ -78,7 +78,7 @@ class Changes:
 
 
 def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
-  """How evaluations have changed since before the first step, if any was."""
+  """Changes of evaluations since step 0; empty without such evaluations."""
   arms = group_by_arm(runs)
   found = [c for arm in arms.values() for c in measure_changes(arm)]
   if not found:
@@ -96,18 +96,16 @@ def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
     for change in found
     for step, contrast in change.by_step.items()
   ]
-  # Without the corrected p value and the verdict that it gives.
+  # Drop the corrected p value and the verdict based on it.
   table = [row[:6] + row[7:9] + row[10:] for row in contrast_table(rows)]
   yield Details("Every evaluation", [Table(table, numbers=2)])
 
 
 def measure_changes(runs: Sequence[RunFolder]) -> list[Changes]:
-  """Changes of the main metrics that the seeds of an arm have at step 0.
+  """Changes of an arm's main metrics that all seeds evaluated at step 0.
 
-  Evaluations under another protocol than at step 0 are left out, and those
-  without a finite value in every seed.
-
-  `runs` are one arm's, with distinct seeds.
+  Skips evaluations whose protocol differs from step 0, or that lack a finite
+  value for a seed. `runs` are one arm's, with distinct seeds.
   """
   files = {run.seed: list_evaluations(run.folder) for run in runs}
   first = next(iter(files.values()))
@@ -140,7 +138,7 @@ def _measure(
   name: str,
   by_step: Mapping[int, Mapping[int, Result]],
 ) -> Changes | None:
-  """The changes of one metric, if any; results are by step and seed."""
+  """Changes of one metric; None without finite values at step 0 and later."""
   data = collect_measurements(
     {
       str(step): {seed: {name: result} for seed, result in seeds.items()}
@@ -190,7 +188,7 @@ def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
 
 
 def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
-  """The start, and the worst, best and last change: a header, then rows."""
+  """Start, and worst, best and last change: a header, then rows."""
   rows = [
     ["metric", "run", "start", "worst", "best", "last", "below the start"]
   ]

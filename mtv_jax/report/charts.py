@@ -1,8 +1,8 @@
 """SVG charts: curves, values with intervals, heat maps, histograms.
 
-Sizes are in CSS pixels and are not scaled, so that text keeps its size: every
-chart but a wide heat map fits a phone. `style.THEME` has the colours, light and
-dark. Marks have titles, which a browser shows under the pointer.
+Sizes are in CSS pixels and never scaled, so text size is fixed. Every chart but
+a wide heat map fits a phone. `style.THEME` defines the light and dark colours.
+Browsers show the titles of marks on hover.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mtv_jax.utils.text import format_short, one_line
 Number = int | float
 
 WIDTH = 340
-TEXT = 12  # Height of letters.
+TEXT = 12  # Font size.
 TITLE = 24  # Height of the title's line.
 _LARGEST = 1e300
-_GAP = 14  # Between the names of series.
+_GAP = 14  # Between the labels of series.
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _ROW = 24  # Height of a row.
 _CELL = 44  # Width of a cell; its height is `_ROW`.
@@ -35,7 +35,7 @@ class Chart(NamedTuple):
 
   title: str
   svg: str
-  name: str  # of its file, without a suffix
+  name: str  # file name without suffix
 
 
 class Scale(NamedTuple):
@@ -62,10 +62,10 @@ def make_scale(
   log: bool = False,
   margin: Number = 0.05,
 ) -> Scale:
-  """A scale over the finite values, with a margin of its length at both ends.
+  """A scale over the finite values, extended by `margin` (relative) per end.
 
-  Values that are all equal, or no values, get a scale of length 1, or of a
-  factor of 2 if logarithmic; this leaves out values that are not positive.
+  If values are equal or absent, the scale has length 1, or a factor of 2 if
+  logarithmic. A logarithmic scale ignores values that are not positive.
   """
   known = [float(v) for v in values if is_drawn(v, log=log)]
   low, high = (min(known), max(known)) if known else (1.0, 1.0)
@@ -97,7 +97,7 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
   power = 10.0 ** math.floor(math.log10(raw))
   steps = [d * power for d in (0.2, 0.5, 1, 2, 5, 10)]
   chosen = next(i for i, step in enumerate(steps) if step >= 0.999 * raw)
-  # A smaller step where there would be no two ticks.
+  # Reduce the step until there are two ticks.
   for step in reversed(steps[: chosen + 1]):
     first = math.ceil(scale.low / step - 1e-9)
     last = math.floor(scale.high / step + 1e-9)
@@ -107,17 +107,17 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
 
 
 def is_drawn(value: Number | None, *, log: bool = False) -> bool:
-  """Whether a value has a place on a scale: finite, and above 0 if `log`.
+  """Whether a value can be drawn: finite, and above 0 if `log`.
 
   Values near the largest float would overflow the scale.
   """
-  if value is None or not abs(value) < _LARGEST:  # Also NaN.
+  if value is None or not abs(value) < _LARGEST:  # Also rejects NaN.
     return False
   return value > 0 or not log
 
 
 def draw_x_axis(scale: Scale, top: Number, bottom: Number) -> Iterator[str]:
-  """The axis at `bottom`, with ticks and lines up to `top`."""
+  """The x axis at `bottom`, with tick labels and grid lines up to `top`."""
   yield f"<path class='axis' d='M{scale.start:.1f} {bottom}H{scale.end:.1f}'/>"
   space = abs(scale.end - scale.start) / 44
   for tick in list_ticks(scale, count=max(2, min(5, int(space)))):
@@ -127,26 +127,26 @@ def draw_x_axis(scale: Scale, top: Number, bottom: Number) -> Iterator[str]:
 
 
 def draw_text(x: Number, y: Number, text: str, css: str) -> str:
-  """One line of text at a point; `css` has its anchor."""
+  """One line of text; the classes `css` set its anchor."""
   return (
     f"<text x='{x:.1f}' y='{y:.1f}' class='{css}'>{escape_line(text)}</text>"
   )
 
 
 def escape_line(text: str) -> str:
-  """Text on one line, for SVG."""
+  """Escapes text for SVG, joined to one line."""
   return escape(one_line(text))
 
 
 def add_title(text: str) -> str:
-  """The element that a browser shows under the pointer."""
+  """A `title` element, which browsers show on hover."""
   return f"<title>{escape_line(text)}</title>"
 
 
 def make_chart(
   title: str, name: str, width: Number, height: Number, parts: Sequence[str]
 ) -> Chart:
-  """A chart of SVG elements, with its title."""
+  """Assembles SVG elements into a titled chart."""
   width, height = math.ceil(width), math.ceil(height)
   heading = escape_line(shorten(title, width - 4, 13))
   svg = (
@@ -159,7 +159,7 @@ def make_chart(
 
 
 def to_file(chart: Chart) -> str:
-  """The chart as an SVG file, which follows light or dark by itself."""
+  """A standalone SVG file that adapts to light and dark mode."""
   return chart.svg.replace(
     "<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1
   ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
@@ -168,7 +168,7 @@ def to_file(chart: Chart) -> str:
 def write_files(
   drawn: Sequence[Chart], folder: pathlib.Path
 ) -> list[pathlib.Path]:
-  """Writes `charts/NAME.svg`, which Markdown links to; returns the paths."""
+  """Writes `charts/NAME.svg` for Markdown links; returns the paths."""
   paths = [folder / f"charts/{chart.name}.svg" for chart in drawn]
   (folder / "charts").mkdir(parents=True, exist_ok=True)
   for path, chart in zip(paths, drawn, strict=True):
@@ -177,14 +177,14 @@ def write_files(
 
 
 class Series(NamedTuple):
-  """One curve, or one set of points."""
+  """A curve or a set of points."""
 
   name: str
-  points: Sequence[tuple[Number, Number | None]]  # (x, y); None: no value
+  points: Sequence[tuple[Number, Number | None]]  # (x, y); None if missing
   colour: int = 0
-  # (x, low, high), drawn as an area, or as bars through dots.
+  # (x, low, high), drawn as a band, or as error bars for "dots".
   intervals: Sequence[tuple[Number, Number, Number]] = ()
-  style: str = "line"  # or "dots", or "dashed" (without a label)
+  style: str = "line"  # "line", "dots" or "dashed" (unlabelled)
 
 
 def line_chart(
@@ -197,11 +197,11 @@ def line_chart(
   log_y: bool = False,
   chance: Number | None = None,
 ) -> Chart:
-  """Curves with their names at the right; a dashed line at `chance`."""
+  """Line chart with labels at the right and a dashed line at `chance`."""
   labelled = [s for s in series if s.style != "dashed" and s.points]
   names = [shorten(s.name, 84, TEXT) for s in labelled]
   right = 14 + max([text_width(n, TEXT) for n in names], default=0)
-  # Room for the names below each other.
+  # The labels must fit in one column.
   height = max(210, TITLE + _GAP * len(names) + 34)
   xs = [x for s in series for x, _ in s.points]
   ys = [y for s in series for _, y in s.points if y is not None]
@@ -237,7 +237,7 @@ def line_chart(
 
 
 def _find_last(series: Series, *, log: bool) -> Number | None:
-  """The last value that is drawn, if any."""
+  """The last drawable value, if any."""
   return next((y for _, y in series.points[::-1] if is_drawn(y, log=log)), None)
 
 
@@ -301,7 +301,7 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
 def trace(
   points: Sequence[tuple[Number, Number | None]], x_scale: Scale, y_scale: Scale
 ) -> str:
-  """The path through points; a value that is missing interrupts it."""
+  """SVG path data through points, interrupted at missing values."""
   parts, pen = [], "M"
   for x, y in points:
     if not is_drawn(y, log=y_scale.log):
@@ -315,17 +315,17 @@ def trace(
 def spread(
   heights: Sequence[Number], *, low: Number, high: Number
 ) -> list[Number]:
-  """Positions of labels, `_GAP` apart, in order and near their heights.
+  """Label positions, at least `_GAP` apart, in order, near their heights.
 
-  Labels that don't fit between `low` and `high` go on below.
+  Labels that don't fit between `low` and `high` overflow below.
   """
   order = sorted(range(len(heights)), key=lambda i: heights[i])
-  # Blocks of labels that touch: [first position, indices].
+  # Blocks of adjacent labels: (first position, indices).
   blocks: list[tuple[Number, list[int]]] = []
   for i in order:
     block = [i]
     while True:
-      # The mean of what each label of the block would like.
+      # Mean of the block starts that the labels prefer.
       top = sum(heights[k] - _GAP * n for n, k in enumerate(block)) / len(block)
       top = max(min(top, high - _GAP * (len(block) - 1)), low)
       if not blocks or blocks[-1][0] + _GAP * len(blocks[-1][1]) <= top:
@@ -342,7 +342,7 @@ def spread(
 def thin_out(
   points: Sequence[tuple[Number, Number]],
 ) -> list[tuple[Number, Number]]:
-  """At most 160 points: the means of equal numbers of neighbours."""
+  """Downsamples to at most 160 points by averaging neighbours."""
   size = math.ceil(len(points) / 160)
   if size <= 1:
     return list(points)
@@ -357,7 +357,7 @@ def thin_out(
 
 
 class Row(NamedTuple):
-  """One value of `interval_plot` with its interval."""
+  """A row of `interval_plot`: a value with its interval."""
 
   name: str
   value: Number | None
@@ -366,8 +366,8 @@ class Row(NamedTuple):
   points: Sequence[Number] = ()  # single measurements, such as seeds
   chance: Number | None = None
   colour: int = 0
-  note: str = ""  # shown under the pointer
-  hollow: bool = False  # not measured here
+  note: str = ""  # shown on hover
+  hollow: bool = False  # for published values
 
 
 def interval_plot(
@@ -378,11 +378,11 @@ def interval_plot(
   unit: str,
   lower: bool = False,
 ) -> Chart:
-  """Values with intervals, a row each: a forest plot.
+  """Forest plot: a value with its interval per row.
 
-  The axis spans chance and every interval, in percent from 0 to 100 at most: of
-  two seeds an interval may be wider than that. A dashed line is at chance, from
-  row to row where rows have their own.
+  The axis spans chance and every interval. Percent intervals are clipped to
+  0..100, as intervals over two seeds may be wider. A dashed line marks each
+  row's chance.
   """
   labels = [shorten(row.name, 120, TEXT) for row in rows]
   left = 10 + _widest(labels)
@@ -414,7 +414,7 @@ def _widest(texts: Sequence[str]) -> float:
 
 
 def _shown_interval(row: Row, unit: str) -> tuple[Number, ...]:
-  """Low and high; () without an interval, or without a value."""
+  """Low and high, clipped if in percent; () without value or interval."""
   if row.value is None or row.low is None or row.high is None:
     return ()
   if unit != "%":
@@ -472,11 +472,10 @@ def heat_map(
   x_label: str = "",
   marks: Sequence[Sequence[bool]] | None = None,
 ) -> Chart:
-  """A table of numbers, coloured by sign and size.
+  """Heat map of numbers, coloured by sign and magnitude.
 
-  `limit` is the size at which the colour is full, by default the largest;
-  `x_label` is what the columns are; numbers with `marks` are in bold, and None
-  leaves a cell empty.
+  `limit` is the magnitude of full colour, by default the largest; `x_label`
+  names the columns; `marks` selects bold numbers; None leaves a cell empty.
   """
   known = [abs(v) for row in values for v in row if is_drawn(v)]
   limit = limit or max(known, default=0) or 1.0
@@ -484,7 +483,7 @@ def heat_map(
   left = 8 + _widest(labels)
   heads = [shorten(column, 110, TEXT) for column in columns]
   longest = _widest(heads)
-  # Heads that are wider than their cell are slanted.
+  # Slant the column names if one is wider than its cell.
   slanted = longest > _CELL - 4
   head = longest * 0.64 + 14 if slanted else 18
   top = TITLE + head + (16 if x_label else 0)
@@ -527,7 +526,7 @@ def _draw_cell(
 
 
 def _cell_text(value: Number, limit: Number) -> str:
-  """Five characters at most, with as many digits as the largest value has."""
+  """Formats a cell in at most five characters; `limit` sets the digits."""
   digits = 2 if limit < 10 else 1 if limit < 100 else 0
   text = f"{value:.{digits}f}" if limit < 1e4 else f"{value:.0e}"
   return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")
@@ -541,9 +540,9 @@ def histogram(
   ends: tuple[str, str],
   name: str,
 ) -> Chart:
-  """Bars of counts; a bar's label and count are under the pointer.
+  """Histogram; hovering a bar shows its label and count.
 
-  `ends` are below the first and the last bar.
+  `ends` are the labels below the first and the last bar.
   """
   (width, height), largest = _BARS, max(counts)
   pitch, bottom = width / len(counts), TITLE + height

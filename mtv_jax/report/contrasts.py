@@ -1,11 +1,10 @@
 """Differences between arms, with intervals over seeds and items.
 
-An arm is an encoder, a run, or a setting of a study that is run with several
-seeds. Runs of a seed share initial parameters, order and crops, so that arms
-are compared seed by seed: the paired t interval says what other seeds would
-give on these test sets. A second interval is over the items of the test sets,
-and over the seeds too if there are several. Comparisons are corrected for
-their number (Holm 1979).
+An arm is an encoder, a run, or a study's setting with several seeds. Runs of
+one seed share initial parameters, data order and crops, so arms are paired by
+seed. The paired t interval covers the choice of seeds for fixed test sets. A
+second interval covers the test items, and the seeds too if there are several.
+P values are corrected for the number of comparisons (Holm 1979).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from scipy import special
 
 from mtv_jax.evals.core.base import Result
 
-# By arm, seed and metric.
+# Nested by arm, seed and metric.
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
 Resamples = Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]
 
@@ -29,46 +28,46 @@ BETTER, WORSE = "better", "worse"
 NOT_DISTINGUISHABLE, MISSING = "not distinguishable", "missing"
 DISTINCT = (BETTER, WORSE)
 LEVEL = 0.95
-# Draws of seeds for each resample of the items.
+# Seed draws per resample of the items.
 _SEED_DRAWS = 10
-# Relative to the values: differences that vary less are equal.
+# Relative tolerance below which differences count as equal.
 _EQUAL = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A column of results."""
+  """A metric's name, unit, direction and chance level."""
 
   name: str  # EVALUATION/METRIC
-  unit: str = "%"  # `%` of a fraction, else the metric's own ("m", or "")
+  unit: str = "%"  # "%" for fractions, else the metric's unit ("m", or "")
   lower: bool = False  # whether lower is better
-  chance: float | None = None  # expected of a random encoder
+  chance: float | None = None  # expected value of a random encoder
 
   @property
   def scale(self) -> float:
-    """The factor to the unit that the metric is shown in."""
+    """Factor from stored values to the displayed unit."""
     return 100.0 if self.unit == "%" else 1.0
 
   @property
   def label(self) -> str:
-    """The name with unit and direction."""
+    """Name with unit and direction."""
     unit = f" ({self.unit})" if self.unit else ""
     return f"{self.name}{unit}{' ↓' if self.lower else ''}"
 
   @property
   def sign(self) -> int:
-    """1 where higher is better, -1 where lower is."""
+    """1 if higher is better, -1 if lower is."""
     return -1 if self.lower else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurements:
-  """Values of a study's runs and what is known of their errors over items."""
+  """Metric values of runs, with their errors over items if known."""
 
   values: Values
   # Standard errors over the items of the test set.
   errors: Values = dataclasses.field(default_factory=dict)
-  # Values on B resamples of the items, the same resamples in all runs.
+  # Values [B] on B resamples of the items, shared by all runs.
   resamples: Resamples = dataclasses.field(default_factory=dict)
 
   def seeds(self, arm: str, metric: str) -> list[int]:
@@ -84,37 +83,37 @@ class Measurements:
 class Contrast:
   """A difference between arms on one metric, in the metric's unit.
 
-  An interval or a p value is None where it can't be computed; `note` says why.
+  Intervals and p values that can't be computed are None; `note` says why.
   """
 
   metric: Metric
-  n: int  # seeds that all arms have; 0 if the test is not paired
-  test: Literal["paired t", "Welch t", "items", ""]  # that gives `p`
+  n: int  # number of seeds that all arms share; 0 if not paired
+  test: Literal["paired t", "Welch t", "items", ""]  # source of `p`
   difference: float | None
   low: float | None  # 95 % interval over seeds
   high: float | None
   p: float | None  # two-sided
-  p_holm: float | None  # corrected for the comparisons of its family
+  p_holm: float | None  # Holm-corrected over its family of comparisons
   item_low: float | None  # 95 % interval over items, and seeds if several
   item_high: float | None
-  # How: from resamples of the items, paired, or from the runs' standard errors
-  # as if these were independent, which is wider.
+  # Source of the item interval: paired resamples of the items, or the runs'
+  # standard errors, assumed independent, which give a wider interval.
   items: Literal["resamples", "errors", ""]
-  note: str  # what the reader must know of this row, or ""
+  note: str  # caveats, or ""
 
   @property
   def gain(self) -> float | None:
-    """The difference, positive if it is an improvement."""
+    """The difference, signed so that positive is an improvement."""
     if self.difference is None:
       return None
     return self.metric.sign * self.difference
 
   @property
   def verdict(self) -> str:
-    """Whether the difference is beyond chance.
+    """Whether the difference is significant, and its direction.
 
     "better" or "worse" if the corrected p value is below 0.05 and the interval
-    over items, where there is one, excludes 0.
+    over items, if known, excludes 0.
     """
     if self.difference is None:
       return MISSING
@@ -135,7 +134,7 @@ class Comparison(Contrast):
 
   @property
   def name(self) -> str:
-    """What is subtracted from what."""
+    """The subtraction, as `ARM − BASELINE`."""
     return f"{self.arm} − {self.baseline}"
 
   def reverse(self) -> Comparison:
@@ -149,7 +148,7 @@ class Comparison(Contrast):
 
 
 def describe_metrics(name: str, result: Result) -> list[Metric]:
-  """Units, directions and chance of an evaluation's metrics."""
+  """The metrics of an evaluation."""
   return [
     Metric(
       f"{name}/{metric}",
@@ -164,7 +163,7 @@ def describe_metrics(name: str, result: Result) -> list[Metric]:
 def collect_measurements(
   arms: Mapping[str, Mapping[int, Mapping[str, Result]]],
 ) -> Measurements:
-  """Measurements from results by arm, seed and evaluation."""
+  """Collects results by arm, seed and evaluation into measurements."""
   fields = [
     {
       arm: {
@@ -194,7 +193,7 @@ C = TypeVar("C", bound=Contrast)
 
 
 def correct_contrasts(rows: Iterable[C]) -> list[C]:
-  """The contrasts of one family, with Holm's p values."""
+  """Adds Holm's p values to the contrasts of one family."""
   rows = list(rows)
   corrected = holm([row.p for row in rows])
   return [
@@ -207,7 +206,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Holm's step-down adjusted p values (Holm 1979).
 
   In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value does not count as a test.
+  most 1. A missing p value is not counted as a test.
   """
   tested = [i for i, p in enumerate(p_values) if p is not None]
   adjusted: list[float | None] = [None] * len(p_values)
@@ -224,11 +223,11 @@ def estimate_contrast(
   weights: Mapping[str, float],
   constant: float | int = 0.0,
 ) -> Contrast:
-  """The weighted sum of arms' means, plus a constant.
+  """Weighted sum of the arms' means, plus a constant.
 
-  Over the seeds that all arms have, if they are 2 or more: the t interval of
-  the sum of each seed. Else, if each arm has 2 seeds of its own, Welch's (1947)
-  interval for unequal variances. Else only the items tell how sure it is.
+  With at least 2 common seeds, the interval is Student's t over per-seed sums.
+  Else, if each arm has at least 2 seeds, it is Welch's (1947) interval for
+  unequal variances. Else only the interval over items is known.
   """
   own = {arm: data.seeds(arm, metric.name) for arm in weights}
   common = sorted(set.intersection(*map(set, own.values())))
@@ -277,7 +276,7 @@ def estimate_contrast(
     data, metric, weights, used, paired=is_paired, seed_error=error or 0.0
   )
   if source:
-    # The resamples give the difference without its constant.
+    # The item interval lacks the constant.
     item_low, item_high = item_low + constant, item_high + constant
   if p is None and source and item_error > 0:
     test = "items"
@@ -313,16 +312,15 @@ def _estimate_items(
   paired: bool,
   seed_error: float,
 ) -> tuple[float | None, float | None, float | None, str]:
-  """An interval of the weighted sum over items and seeds, and its error.
+  """Interval and standard error of the weighted sum over items and seeds.
 
-  The items are the same for all seeds. Where the runs have resamples, seeds
-  and items are drawn independently of each other (Owen 2007, "The pigeonhole
-  bootstrap"), and the interval is between percentiles. Else the errors of the
-  arms, as if independent, and the error over seeds are added in squares; the
-  mean over seeds of an arm's error is not divided by their number.
+  All seeds share the items. If the runs have resamples, seeds and items are
+  drawn independently (Owen 2007, "The pigeonhole bootstrap") and the interval
+  is a percentile interval. Else the variance sums the squared error over seeds
+  and each arm's squared error, assumed independent. An arm's error is the mean
+  over its seeds, not divided by their number, since the items are shared.
 
-  Returns low, high, standard error, and what they are from; None and "" where
-  neither is known.
+  Returns (low, high, standard error, source); None and "" if unknown.
   """
   drawn = _drawn_sums(data, metric, weights, used, paired=paired)
   if drawn is not None:
@@ -353,7 +351,7 @@ def _drawn_sums(
   *,
   paired: bool,
 ) -> Float[np.ndarray, " d"] | None:
-  """Weighted sums for drawn items and seeds; None without the resamples."""
+  """Weighted sums for drawn items and seeds; None without resamples."""
   tables = {}
   for arm, seeds in used.items():
     runs = [
@@ -364,9 +362,9 @@ def _drawn_sums(
       return None
     tables[arm] = runs
   if len({len(run) for runs in tables.values() for run in runs}) != 1:
-    return None  # Of other data.
+    return None  # The data sets differ.
   tables = {arm: np.stack(runs) for arm, runs in tables.items()}  # [S, B]
-  # Without those that lack a value, such as a class without an item.
+  # Drop resamples with a missing value, such as a class without items.
   whole = np.all([np.isfinite(t).all(axis=0) for t in tables.values()], 0)
   if whole.mean() < 0.5:
     return None
@@ -394,18 +392,18 @@ def _welch_error(
 
 
 def standard_error(values: np.ndarray) -> float:
-  """The standard error of the mean of two or more values."""
+  """Standard error of the mean of at least two values."""
   return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def t_interval(
   centre: float, error: float, degrees: float | int
 ) -> tuple[float, float]:
-  """The 95 % interval of Student's t with some degrees of freedom."""
+  """95 % interval of Student's t."""
   half = float(special.stdtrit(degrees, (1 + LEVEL) / 2)) * error
   return float(centre - half), float(centre + half)
 
 
 def is_finite(value: float | None) -> bool:
-  """Whether a value is known: neither missing, infinite nor NaN."""
+  """Whether a value is neither None, infinite nor NaN."""
   return value is not None and math.isfinite(value)

@@ -18,7 +18,7 @@ EMPTY = "–"
 
 
 def format_value(value: float, metric: Metric, *, signed: bool = False) -> str:
-  """A value in the unit that the metric is shown in, without the unit."""
+  """A value in the metric's displayed unit, without the unit."""
   return format_metric(
     metric.scale * value, metric.unit, digits=1, signed=signed
   )
@@ -27,14 +27,14 @@ def format_value(value: float, metric: Metric, *, signed: bool = False) -> str:
 def format_ends(
   low: float | None, high: float | None, metric: Metric, *, signed: bool = True
 ) -> str:
-  """An interval as `low, high`; "" if it is not known."""
+  """An interval as `low, high`; "" if unknown."""
   if low is None or high is None:
     return ""
   return ", ".join(format_value(v, metric, signed=signed) for v in (low, high))
 
 
 def format_difference(c: Contrast, *, seeds: bool = True) -> str:
-  """The difference and its interval, over seeds (if `seeds`) or over items."""
+  """Difference and interval, over seeds if `seeds` and known, else items."""
   ends = format_ends(c.low, c.high, c.metric) if seeds else ""
   ends = ends or format_ends(c.item_low, c.item_high, c.metric)
   text = format_value(c.difference, c.metric, signed=True)
@@ -42,13 +42,13 @@ def format_difference(c: Contrast, *, seeds: bool = True) -> str:
 
 
 def describe_differences(compared: Sequence[Comparison]) -> Iterator[Block]:
-  """The differences with verdicts, and everything about them."""
+  """A table of differences with verdicts, then their details."""
   yield Table(differences_table(compared))
   yield list_contrasts([(c.name, c) for c in compared])
 
 
 def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
-  """Differences with intervals and verdicts: a header, a row per metric."""
+  """Differences, intervals and verdicts: a header, then a row per metric."""
   before = {c.arm: c.baseline for c in compared}
   several = len({*before.values()}) > 1
   rows: dict[Metric, list[str]] = {}
@@ -65,7 +65,7 @@ def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
 def list_contrasts(
   rows: Sequence[tuple[str, Contrast]], columns: Sequence[str] = ()
 ) -> Block:
-  """A `contrast_table`, or some of its columns, behind its title."""
+  """A collapsed `contrast_table`, limited to `columns` if given."""
   head, *lines = contrast_table(rows)
   kept = [k for k, name in enumerate(head) if name in (columns or head)]
   table = Table([[line[k] for k in kept] for line in (head, *lines)])
@@ -73,7 +73,7 @@ def list_contrasts(
 
 
 def contrast_table(rows: Sequence[tuple[str, Contrast]]) -> list[list[str]]:
-  """Everything about contrasts: a header, then a row for each name."""
+  """All fields of contrasts: a header, then a row per contrast."""
   head = ["comparison", "metric", "difference", "seeds 95 %", "items 95 %"]
   table = [[*head, "p", "p Holm", "n", "test", "verdict", "note"]]
   for name, c in rows:

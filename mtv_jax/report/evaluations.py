@@ -22,7 +22,7 @@ from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.text import file_name
 
-Z_95 = 1.96  # Standard errors to both sides of a value: its 95 % interval.
+Z_95 = 1.96  # Half width of a 95 % interval, in standard errors.
 _PUBLISHED_COLOUR = 7  # Grey.
 _NOTE = (
   "Chance is what random embeddings or guesses would give. A dash is a missing "
@@ -72,13 +72,11 @@ def write_evaluation(
   compared: Sequence[Outcome] = (),
   size: str | None = "base",
 ) -> list[pathlib.Path]:
-  """Writes a folder of results; returns its files.
+  """Writes the report of an evaluation; returns the paths.
 
-  `results.json`, `results.md`, `report.html`, `sheets/*.png`, `charts/*.svg`.
-  Files of the same names are replaced.
-
-  `compared` are earlier outcomes, shown where the data are the same; `size` is
-  the model size of the charted published encoders, None for none.
+  Replaces `results.json`, `results.md`, `report.html`, `sheets/*.png` and
+  `charts/*.svg`. `compared` are earlier outcomes, shown if on equal data.
+  `size` is the model size of the charted published encoders, None for none.
   """
   blocks = describe_outcomes(outcomes, compared=compared, size=size)
   path = pathlib.Path(folder) / "results.json"
@@ -94,12 +92,11 @@ def write_comparison(
   baseline: str,
   size: str | None = "base",
 ) -> list[pathlib.Path]:
-  """Writes the comparison of encoders; returns its files.
+  """Writes a comparison of encoders; returns the paths.
 
-  A row for each protocol, and the differences from one of the encoders, paired
-  by item where the results have resamples of the items.
-
-  `size` is the model size of the charted published encoders, None for none.
+  The tables have a row per protocol, and differences from the baseline encoder,
+  paired by item if the results have resamples. `size` is the model size of the
+  charted published encoders, None for none.
   """
   names = [outcome.name for outcome in outcomes]
   check_baseline(baseline, names)
@@ -126,10 +123,10 @@ def describe_outcomes(
   baseline: str | None = None,
   size: str | None = "base",
 ) -> Iterator[page.Block]:
-  """Metrics, charts, encoders, what is missing, sheets and protocols.
+  """Metrics, charts, encoders, missing results, sheets and protocols.
 
-  With a baseline, results of other protocols have rows of their own, and the
-  differences from it are shown.
+  With a baseline, each protocol has its own row, and differences from the
+  baseline are shown.
   """
   split = baseline is not None
   columns = _number_equal_names([*outcomes, *compared])
@@ -196,10 +193,8 @@ def draw_charts(
 ) -> tuple[list[Chart], list[str]]:
   """Charts of the main metrics, from chance to the best known value.
 
-  Published values of encoders of a size are hollow, where the data are the
-  same.
-
-  Returns the charts, and the columns of `published.COLUMNS` among them.
+  Published values, of encoders of `size` on equal data, are hollow. Returns the
+  charts, and their columns of `published.COLUMNS`.
   """
   references = [r for r in REFERENCES if r.size == size]
   drawn, quoted = [], []
@@ -216,7 +211,7 @@ def draw_charts(
       title += f" (protocol {row.variant})" * bool(row.variant)
       options = dict(chance=row.chance, colour=_PUBLISHED_COLOUR, hollow=True)
       more = [Row(r.name, r.figures[column], **options) for r in references]
-    # The values of other protocols have rows of their own.
+    # With several protocols, list only the encoders that used this one.
     names = {
       i: column.name
       for i, column in enumerate(columns)
@@ -233,7 +228,7 @@ def draw_metric(
   title: str = "",
   more: Sequence[Row] = (),
 ) -> Chart:
-  """A chart of one metric: a row for each of `names` by index, then `more`."""
+  """Chart of one metric: a row per item of `names` (by index), then `more`."""
   metric = row.label.removesuffix(" ↓")
   return charts.interval_plot(
     title or f"{row.evaluation} {metric}",
@@ -245,7 +240,7 @@ def draw_metric(
 
 
 def interval_row(row: MetricRow, i: int, name: str, colour: int) -> Row:
-  """The i-th value of a row with chance and 1.96 standard errors."""
+  """The i-th value of a row, with chance and its 95 % interval."""
   value, error = row.values[i], row.errors[i]
   ends = (None, None)
   if value is not None and error is not None:
@@ -258,7 +253,7 @@ def _published_cells(
   rows: Sequence[MetricRow],
   matches: Sequence[published.Match],
 ) -> list[str]:
-  """The cells of the table's last column: a header, then one per row."""
+  """The column of published figures: a header, then a cell per row."""
   cells = ["published"]
   for row in rows:
     lines = [
@@ -271,7 +266,7 @@ def _published_cells(
 
 
 def _published_table(quoted: Sequence[str]) -> list[list[str]]:
-  """Published figures on the same data: a header, then one row per encoder."""
+  """Published figures on equal data: a header, then a row per encoder."""
   units = ["m" if name == "nyu" else "%" for name in quoted]
   head = [
     f"{COLUMNS[n].label}, {unit}" for n, unit in zip(quoted, units, strict=True)
@@ -283,7 +278,7 @@ def _published_table(quoted: Sequence[str]) -> list[list[str]]:
 def _describe_differences(
   rows: Sequence[MetricRow], baseline: str
 ) -> Iterator[page.Block]:
-  """The differences from the baseline, if there are any."""
+  """Differences from the baseline, if any are known."""
   compared = [c for r in rows if r.is_main for c in r.differences]
   known = [c for c in compared if c.difference is not None]
   if not known:
@@ -297,7 +292,7 @@ def _describe_differences(
 
 
 def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:
-  """A line for each evaluation without a result."""
+  """A line per evaluation that failed or was skipped."""
   for field in ("failed", "skipped"):
     encoders: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
@@ -315,7 +310,7 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:
 def _list_sheets(
   outcomes: Sequence[Outcome], evaluation: str
 ) -> Iterator[page.Images]:
-  """The sheets of an evaluation; sheets of one name are side by side."""
+  """The sheets of an evaluation; sheets with equal names are side by side."""
   sheets: dict[str, list[page.ImageFile]] = {}
   for outcome in outcomes:
     result = outcome.results.get(evaluation)

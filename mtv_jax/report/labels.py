@@ -31,10 +31,10 @@ from mtv_jax.utils.text import (
 )
 from mtv_jax.utils.threads import map_ahead
 
-_PAGE_SIZE = 456  # longer side of the images on the page
-_PHRASES = 5  # on the terminal
-_NAMES = 8  # names per card that are shown without a click
-_VALUE = 500  # characters of a setting
+_PAGE_SIZE = 456  # longer side of the images on the page, in pixels
+_PHRASES = 5  # frequent phrases on the terminal
+_NAMES = 8  # names per card shown without a click
+_VALUE = 500  # maximum characters of a setting
 # Titles of the histograms.
 _HISTOGRAMS = {
   "boxes": {
@@ -77,12 +77,12 @@ def inspect_labels(
 ) -> dict[str, Any]:
   """Writes `sheet.png`, `index.html` and `statistics.json`.
 
-  Returns the statistics as written. `count` random records are drawn, `size` is
-  the longer side of an image on the sheet, `min_score` the minimum of a box in
-  images and statistics. These read at most `records` labels of a set, evenly
-  spaced: with `join="aligned"` of the shards of `data`, with "key" (sets of
-  another copy of the images) of the whole set. `progress` is called with the
-  kind, the number of labels read and to read.
+  Returns the statistics as written. Draws `count` random records; `size` is the
+  longer side of an image on the sheet. Boxes below `min_score` are ignored in
+  images and statistics. The statistics read at most `records` evenly spaced
+  labels per set: from the shards of `data` with `join="aligned"`, from the
+  whole set with "key" (a set of another copy of the images). `progress` is
+  called with the kind, the number of labels read, and the total.
   """
   folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}
   if not folders:
@@ -143,7 +143,7 @@ def inspect_labels(
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-  """The statistics as lines for a terminal."""
+  """Formats the statistics for a terminal."""
   lines = [f"{', '.join(summary['data'])}: {summary['records']:,} records"]
   for kind, stats in summary["sets"].items():
     share = format_percent(stats["labelled"] / max(stats["records"], 1))
@@ -163,7 +163,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
-  """The page as HTML: the summary of `inspect`, and cards of some records."""
+  """Renders the HTML page: the summary of `inspect_labels`, and cards."""
   title = f"Labels of {', '.join(summary['data'])}"
   body = [page.Heading(title, level=1).html()]
   for kind, stats in summary["sets"].items():
@@ -297,7 +297,7 @@ def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-  """The histograms of a label set by title."""
+  """Histograms of a label set by title."""
   values = {**stats, **stats.get("phrases", {})}
   titles = _HISTOGRAMS[stats["kind"]]
   return {title: values[name] for name, title in titles.items()}
@@ -309,7 +309,7 @@ def _spread(quantiles: Mapping[str, float]) -> str:
 
 
 def _draw_histogram(histogram: Mapping[str, Any], title: str) -> charts.Chart:
-  """A bar chart, with the count of each bar under the pointer."""
+  """Bar chart that shows each bar's count on hover."""
   edges, counts = histogram["bars"]["edges"], histogram["bars"]["counts"]
   ends = [(f"{a:.3g}", f"{b:.3g}") for a, b in itertools.pairwise(edges)]
   if histogram["values"] == "whole":
@@ -322,7 +322,7 @@ def _draw_histogram(histogram: Mapping[str, Any], title: str) -> charts.Chart:
 
 
 def _render_phrases(stats: Mapping[str, Any]) -> str:
-  """The most frequent phrases with bars."""
+  """Renders the most frequent phrases with bars."""
   frequent = stats["phrases"]["most_frequent"]
   items = "".join(
     f"<li><span class=bar style='width:{100 * count / frequent[0][1]:.1f}%'>"

@@ -1,6 +1,6 @@
-"""Pages of blocks: as HTML in one file, and as Markdown with its images.
+"""Pages of blocks, written as one HTML file and as Markdown with its images.
 
-A block has `html()` and `markdown(files)`; text in it is plain text.
+Text in blocks is plain text; `html()` and `markdown(files)` escape it.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ class Block(Protocol):
   """A part of a page."""
 
   def html(self) -> str:
-    """The block as HTML."""
+    """Renders HTML."""
 
   def markdown(self, files: PageFiles) -> str:
-    """The block as Markdown; its images and charts are added to `files`."""
+    """Renders Markdown; adds images and charts to `files`."""
 
 
 class ImageFile(NamedTuple):
-  """An image of a page, and the file that Markdown links to."""
+  """An image of a page, and its file for Markdown."""
 
   title: str
-  image: np.ndarray  # uint8 [H, W, 3], as in the HTML
+  image: np.ndarray  # uint8 [H, W, 3], embedded in the HTML
   path: str  # relative to the page
-  source: pathlib.Path | None = None  # copied to `path`; None to write `image`
+  source: pathlib.Path | None = None  # copied to `path`; None writes `image`
 
 
 class PageFiles:
-  """The files that a Markdown page links to: text, images, or copies."""
+  """Files that a Markdown page links to: text, images, or copies."""
 
   def __init__(self):
     self._contents: dict[str, str | np.ndarray | pathlib.Path] = {}
 
   def add(self, path: str, content: str | np.ndarray | pathlib.Path) -> str:
-    """Adds a file; returns its path, which no file of other content has.
+    """Adds a file; returns its path, renamed if its content would collide.
 
-    "a/b" and "a:b" are both "a-b" in the name of a file.
+    Names can collide: file names turn both "a/b" and "a:b" into "a-b".
     """
     file = pathlib.PurePosixPath(path)
     while True:
@@ -87,15 +87,15 @@ class PageFiles:
 
 
 class Bold(str):
-  """A cell of a table in bold."""
+  """A bold table cell."""
 
 
 class Link(str):
-  """A cell that links to the heading with its text."""
+  """A table cell that links to the heading of equal text."""
 
 
 class Swatch(str):
-  """A cell with a dot in the colour of a series of charts."""
+  """A table cell with a dot in a series' colour."""
 
   colour: int
 
@@ -106,7 +106,7 @@ class Swatch(str):
 
 
 class Heading(NamedTuple):
-  """A heading with its text as anchor."""
+  """A heading whose text is its anchor."""
 
   text: str
   level: int = 2
@@ -132,7 +132,7 @@ class Note(NamedTuple):
 
 
 class Bullets(NamedTuple):
-  """A list."""
+  """A bulleted list."""
 
   lines: Sequence[str]
 
@@ -152,7 +152,7 @@ class Code(NamedTuple):
     return f"<pre>{escape(self.text)}</pre>"
 
   def markdown(self, files: PageFiles) -> str:
-    # A fence that is longer than any in the text.
+    # The fence must be longer than any run of backticks in the text.
     runs = re.findall("`+", self.text)
     fence = "`" * max(3, 1 + max(map(len, runs), default=0))
     return f"{fence}\n{self.text}\n{fence}"
@@ -161,7 +161,7 @@ class Code(NamedTuple):
 class Table(NamedTuple):
   """A table: a header, then rows of text, `Bold`, `Link` or `Swatch`.
 
-  Columns from the index `numbers` on are aligned to the right.
+  Columns from index `numbers` on are right-aligned.
   """
 
   rows: Sequence[Sequence[str]]
@@ -188,7 +188,7 @@ class Table(NamedTuple):
     elif isinstance(cell, Bold):
       text = f"<b>{text}</b>"
     css = " class=n" if self.numbers is not None and k >= self.numbers else ""
-    # A narrow window shows cells below each other, each after its header.
+    # Narrow windows stack the cells and prefix each with its header.
     if tag == "td" and k and len(self.rows[0]) > 2:
       css += f" data-head='{escape(self.rows[0][k])}'"
     return f"<{tag}{css}>{text}"
@@ -234,7 +234,7 @@ class Images(NamedTuple):
 
 
 class Charts(NamedTuple):
-  """Charts beside each other."""
+  """A row of charts."""
 
   charts: Sequence[charts.Chart]
 
@@ -253,7 +253,7 @@ class Charts(NamedTuple):
 
 
 class Details(NamedTuple):
-  """Blocks that a click on their summary shows."""
+  """Blocks collapsed under a summary."""
 
   summary: str
   blocks: Sequence[Block]
@@ -265,13 +265,13 @@ class Details(NamedTuple):
     )
 
   def markdown(self, files: PageFiles) -> str:
-    # Below their summary, as Markdown can't hide them.
+    # Markdown can't collapse blocks.
     parts = [f"**{_escape_markdown(self.summary)}**"]
     return "\n\n".join(parts + [b.markdown(files) for b in self.blocks])
 
 
 def html_image(pixels: UInt8[np.ndarray, "h w 3"], title: str) -> str:
-  """An inline image (PNG or JPEG, whichever is smaller) with its alt text."""
+  """An inline image with alt text, as PNG or JPEG, whichever is smaller."""
   encoded = {}
   for name, options in (("png", {}), ("jpeg", {"quality": 90})):
     data = io.BytesIO()
@@ -286,18 +286,18 @@ def html_image(pixels: UInt8[np.ndarray, "h w 3"], title: str) -> str:
 
 
 def _escape_markdown(text: Any) -> str:
-  """Text without HTML tags and entities, which Markdown may contain."""
+  """Escapes HTML tags and entities, which Markdown would interpret."""
   return str(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _link_image(title: str, path: str) -> str:
-  """A link to an image; spaces and brackets would end its path or its title."""
+  """A Markdown image link, with spaces and brackets escaped."""
   title = re.sub(r"([\[\]])", r"\\\1", _escape_markdown(title))
   return f"![{title}]({urllib.parse.quote(path, safe='/+~', errors='replace')})"
 
 
 def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
-  """A whole page of HTML parts, with further CSS."""
+  """A complete HTML page; `style` is extra CSS."""
   body = "\n".join(parts)
   return f"""<!DOCTYPE html>
 <html lang="en">
@@ -324,7 +324,7 @@ def write_pages(
 ) -> list[pathlib.Path]:
   """Writes blocks as HTML, and as Markdown with its charts and images.
 
-  Returns the two pages, then the images and charts.
+  Returns the paths of the two pages, then of images and charts.
   """
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)

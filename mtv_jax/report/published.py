@@ -1,8 +1,7 @@
-"""Results beside the figures that are published of their checkpoints.
+"""Compares results with the figures published for their checkpoints.
 
-A figure stands beside a metric of an encoder that is said to be the checkpoint,
-on the same whole data set, with its source and with what is known of its
-protocol.
+A figure is matched to a metric by the encoder's declared checkpoint and by the
+whole data set. The report gives each figure's source and known protocol.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from mtv_jax.utils.text import format_metric
 
 
 class Match(NamedTuple):
-  """A result and the figure that is published of its checkpoint."""
+  """A result and the figure published for its checkpoint."""
 
   encoder: int  # index of the outcome
   row: MetricRow
-  column: str  # of `published.COLUMNS`
+  column: str  # key of `published.COLUMNS`
   figure: Figure
 
 
 def find_matches(
   outcomes: Sequence[Outcome], rows: Sequence[MetricRow]
 ) -> list[Match]:
-  """Figures that are published of the outcomes' checkpoints, by row."""
+  """Matches results with figures published for their checkpoints, by row."""
   matches = []
   for row in rows:
     for i, outcome in enumerate(outcomes):
@@ -47,7 +46,7 @@ def find_matches(
 def describe_matches(
   outcomes: Sequence[Outcome], matches: Sequence[Match]
 ) -> Iterator[Block]:
-  """Figures beside results, their sources, and how the protocols differ."""
+  """Published figures and results, sources and protocol differences."""
   if not any(outcome.checkpoint for outcome in outcomes):
     return
   yield Heading("Published figures")
@@ -84,7 +83,7 @@ def _table(
 
 
 def format_figure(match: Match) -> str:
-  """The figure with its unit, with the digits of its source."""
+  """A figure with its unit: one decimal for "%", else three."""
   unit = match.row.unit
   digits = f"{match.figure.value:.1f}" if unit == "%" else ""
   return f"{digits or f'{match.figure.value:.3f}'} {unit}".strip()
@@ -93,7 +92,7 @@ def format_figure(match: Match) -> str:
 def _differences(
   outcomes: Sequence[Outcome], matches: Sequence[Match]
 ) -> Iterator[str]:
-  """A line for each figure: source, protocol, what differs here."""
+  """A line per figure: source, protocol, differences from it."""
   for match in matches:
     outcome, figure = outcomes[match.encoder], match.figure
     protocol = outcome.results[match.row.evaluation].protocol
@@ -113,7 +112,7 @@ def _differences(
 def _other_data(
   outcomes: Sequence[Outcome], matches: Sequence[Match]
 ) -> Iterator[str]:
-  """A line for each figure of an evaluation that is here on other data."""
+  """A line per figure whose evaluation ran on different data."""
   shown = {(match.encoder, match.column) for match in matches}
   for i, outcome in enumerate(outcomes):
     for name in FIGURES.get(outcome.checkpoint, {}):

@@ -1,4 +1,4 @@
-"""Folders of runs: config, metrics, evaluations, sheets, gradients."""
+"""Reads run folders: config, metrics, evaluations, sheets, gradients."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mtv_jax.report.charts import is_drawn
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
-# Fields of a config that a report reads.
+# Config fields that reports read.
 _FIELDS = dict(
   seed=int | None,
   batch_size=int | None,
   total_steps=int | None,
   objectives=dict | None,
 )
-# What `json` raises for a text that is not JSON, or too deeply nested.
+# Raised by `json` for invalid or too deeply nested text.
 _JSON_ERRORS = (ValueError, RecursionError)
 # (step, value) pairs by metric.
 Series = dict[str, list[tuple[int, float]]]
@@ -36,20 +36,20 @@ Series = dict[str, list[tuple[int, float]]]
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-  """A run's folder, read."""
+  """The contents of a run's folder."""
 
-  name: str  # distinct in a report
-  arm: str  # the setting that its seeds share
+  name: str  # unique in a report
+  arm: str  # the setting, shared by its seeds
   seed: int
   folder: pathlib.Path
   config: dict[str, Any]  # resolved
   series: Series  # see `read_metrics`
   outcome: Outcome  # the last result of each evaluation, with resamples
-  files: dict[str, pathlib.Path]  # their JSON, by evaluation
-  # Files of their sheets, by (evaluation, sheet).
+  files: dict[str, pathlib.Path]  # JSON of the results, by evaluation
+  # Sheets of the results, by (evaluation, sheet).
   sheets: dict[tuple[str, str], pathlib.Path]
   interference: list[dict[str, Any]]  # measurements, see docs/training.md
-  command: str  # "" where it is not known
+  command: str  # "" if unknown
 
   @property
   def step(self) -> int:
@@ -66,7 +66,7 @@ def read_run(
 ) -> RunFolder:
   """Reads the folder of a run, finished or not.
 
-  `step` is the step of the evaluations, by default the last one of each.
+  `step` selects the evaluations, by default the last of each. Raises
   MissingFileError without a config, InputError for a file that can't be read.
   """
   folder = pathlib.Path(folder)
@@ -100,11 +100,10 @@ def read_run(
 
 
 def name_arms(runs: Sequence[RunFolder]) -> list[RunFolder]:
-  """Gives the runs whose configs differ by the seed alone a common arm.
+  """Groups runs whose configs differ only in the seed into one arm.
 
-  Runs of one seed stay apart. The arm's name is what their names have in common
-  before a last part, as `a` of `a_0` and `a_1`, if that is one, else the first
-  run's.
+  Runs with equal seeds stay separate. The arm is named by the common stem of
+  its runs, such as `a` for `a_0` and `a_1`, else by its first run.
   """
   groups: dict[str, list[RunFolder]] = {}
   for run in runs:
@@ -124,7 +123,7 @@ def name_arms(runs: Sequence[RunFolder]) -> list[RunFolder]:
 
 
 def group_by_arm(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
-  """Runs by arm, in order."""
+  """Groups runs by arm, in order of appearance."""
   arms = collections.defaultdict(list)
   for run in runs:
     arms[run.arm].append(run)
@@ -132,7 +131,7 @@ def group_by_arm(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The resolved config of a run."""
+  """Reads and checks the resolved config of a run."""
   path = folder / "config.json"
   if not path.is_file():
     raise MissingFileError(
@@ -155,9 +154,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: pathlib.Path) -> Series:
-  """The metrics of a run's `metrics.jsonl` by name; none without the file.
+  """Reads the metrics of `metrics.jsonl` by name; empty without the file.
 
-  Values that are not finite, or too large for a chart, are left out.
+  Skips values that are not finite or too large for a chart.
   """
   series = collections.defaultdict(dict)
   path = folder / "metrics.jsonl"
@@ -165,13 +164,13 @@ def read_metrics(folder: pathlib.Path) -> Series:
     step = row.pop("step")
     for name, value in row.items():
       if isinstance(value, int | float) and is_drawn(value):
-        # A resumed run logs some steps twice: the last value counts.
+        # A resumed run logs some steps twice; keep the last value.
         series[name][step] = float(value)
   return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Rows of a run's JSON Lines, without a last one that a crash truncated."""
+  """Reads JSON Lines of a run; skips a last line truncated by a crash."""
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
   rows = []
   for i, line in enumerate(lines, 1):
@@ -194,7 +193,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def list_evaluations(
   folder: pathlib.Path,
 ) -> dict[str, dict[int, pathlib.Path]]:
-  """The files `evals/NAME_STEP.json` of each evaluation by step, in order."""
+  """Files `evals/NAME_STEP.json` by evaluation and step, in step order."""
   found: dict[str, dict[int, pathlib.Path]] = {}
   for path in sorted((folder / "evals").glob("*.json")):
     if match := _EVALUATION.fullmatch(path.name):
@@ -203,7 +202,7 @@ def list_evaluations(
 
 
 def read_outcomes(path: pathlib.Path) -> list[Outcome]:
-  """The outcomes of an evaluation's JSON, with the resamples beside it."""
+  """Reads the outcomes of an evaluation's JSON, with their resamples."""
   resamples = results.read_resamples(path)
   return [
     dataclasses.replace(
@@ -218,7 +217,7 @@ def read_outcomes(path: pathlib.Path) -> list[Outcome]:
 
 
 def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
-  """One outcome with the results of several files."""
+  """Merges the results of several files into one outcome."""
   outcomes = [outcome for file in files for outcome in read_outcomes(file)]
   if not outcomes:
     return Outcome(name=name, encoder="", weights="")
@@ -227,7 +226,7 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
 
 
 def _read_series(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-  """The run's metrics; a resumed run may have two names of an objective."""
+  """The metrics; merges old and new names of objectives in a resumed run."""
   series: dict[str, dict[int, float]] = {}
   for name, points in read_metrics(folder).items():
     series.setdefault(aliases.rename_metric(name), {}).update(points)
@@ -235,7 +234,7 @@ def _read_series(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Measurements in order, the last one of each step; none if missing."""
+  """Measurements by step, the last per step; empty without the file."""
   rows = read_rows(path) if path.is_file() else []
   for row in rows:
     if not _is_measurement(row):
@@ -248,7 +247,7 @@ def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _is_measurement(row: dict[str, Any]) -> bool:
-  """Whether a row has its objectives O, blocks B, and arrays of their shape."""
+  """Whether a row has objectives O, blocks B, and arrays of matching shape."""
   try:
     o, b = len(row["objectives"]), len(row["blocks"])
     shapes = dict(norms=(o, b), cosines=(o, o, b), transfer=(o, o))

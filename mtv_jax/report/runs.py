@@ -41,13 +41,13 @@ _GRADIENTS_NOTE = (
   "along one gradient raises the other loss, to first order. In the fall of "
   "losses, rows are the objectives whose gradient is followed."
 )
-# Metrics that are drawn below the evaluations' metrics.
+# Metrics drawn after those of evaluations.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
 _TIMES = ("speed/images_per_second", "speed/wait")
 _DASH = "–"
-_MAX_WIDTH = 1200  # Pixels of a sheet on the page.
-_MAX_NAMES = 4  # Runs that the title names.
-_MAX_VALUE = 160  # Characters of a config's value.
+_MAX_WIDTH = 1200  # Width of a sheet on the page, in pixels.
+_MAX_NAMES = 4  # Maximum number of runs listed in the title.
+_MAX_VALUE = 160  # Maximum characters of a config value.
 
 
 def write_runs(
@@ -56,10 +56,10 @@ def write_runs(
   *,
   names: str | None = None,
 ) -> list[pathlib.Path]:
-  """Writes the report of one run, or of several over each other.
+  """Writes the report of one run, or of several runs overlaid.
 
-  `names` is a regular expression of logged metrics to draw beside the default
-  ones. Returns the two pages.
+  `names` is a regular expression for extra logged metrics to draw. Returns the
+  paths of the two pages.
   """
   paths = [str(pathlib.Path(run)) for run in runs]
   if len({*map(os.path.realpath, paths)}) < len(paths):
@@ -81,7 +81,7 @@ def write_runs(
 
 
 def format_run(folder: str | os.PathLike) -> str:
-  """The last metrics of a run with chance, as a text table; "" if none."""
+  """A text table of a run's last metrics with chance; "" if none."""
   outcome = read_run(folder).outcome
   return tables.format_metrics([outcome]) if outcome.results else ""
 
@@ -89,7 +89,7 @@ def format_run(folder: str | os.PathLike) -> str:
 def _describe_runs(
   runs: Sequence[RunFolder], output: pathlib.Path, names: str | None
 ) -> Iterator[page.Block]:
-  """The sections on runs; runs that differ in the seed alone are an arm."""
+  """The sections on runs, grouped by arm."""
   yield page.Table(runs_table(runs), numbers=1)
   if any(run.outcome.results for run in runs):
     yield from _describe_metrics(runs)
@@ -101,12 +101,12 @@ def _describe_runs(
 
 
 def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
-  """The last metrics with errors and chance, and their charts."""
+  """Last metrics with errors and chance, and their charts."""
   outcomes = [run.outcome for run in runs]
   rows = tables.compare(outcomes)
   yield page.Heading("Metrics")
-  # Without links, since evaluations lack headings here, and without
-  # columns of runs that have no result.
+  # Drop the links, as evaluations lack headings here, and the columns of runs
+  # without results.
   kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
   table = [
     [str(evaluation), metric, *(cells[i] for i in kept), chance]
@@ -132,7 +132,7 @@ def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
 
 
 def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
-  """Metrics of one run with chance: a chart for each evaluation and unit."""
+  """Metrics of one run with chance: a chart per evaluation and unit."""
   groups = collections.defaultdict(list)
   for row in rows:
     groups[row.evaluation, row.unit].append(interval_row(row, 0, row.metric, 0))
@@ -147,7 +147,7 @@ def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
 def describe_training(
   runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
 ) -> Iterator[page.Block]:
-  """Training curves of arms over each other, also of the speed if `timed`."""
+  """Training curves with the arms overlaid; includes speed if `timed`."""
   curves, further = draw_training_curves(runs, timed=timed, names=names)
   if not curves and not further:
     return
@@ -162,12 +162,11 @@ def describe_training(
 def draw_training_curves(
   runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
 ) -> tuple[list[Chart], list[Chart]]:
-  """Metrics over steps, of each arm: losses and main metrics, then others.
+  """Metrics over steps by arm: losses and main metrics, then further metrics.
 
-  The curve of an arm of several seeds is their mean, within an area from the
-  least to the largest. The total loss is not drawn if the arms' objectives
-  differ, since it is then not one quantity. Metrics that the regular expression
-  `names` finds are among the first.
+  An arm with several seeds is drawn as their mean with a min-max band. The
+  total loss is skipped if the arms' objectives differ: it is not comparable.
+  Metrics that match the regular expression `names` count as main.
   """
   logged = dict.fromkeys(name for run in runs for name in run.series)
   objectives = {
@@ -198,7 +197,7 @@ def draw_training_curves(
 
 
 def _find_names(logged: Collection[str], pattern: str) -> list[str]:
-  """The metrics that a regular expression finds; InputError if none."""
+  """The metrics that match a regular expression; InputError if none do."""
   try:
     found = [name for name in logged if re.search(pattern, name)]
   except (re.error, RecursionError) as error:
@@ -215,7 +214,7 @@ def _find_names(logged: Collection[str], pattern: str) -> list[str]:
 def _draw_curve(
   runs: Sequence[RunFolder], name: str, *, least: int = 2
 ) -> Chart | None:
-  """One metric over steps; None if no run has `least` values of it."""
+  """One metric over steps; None if no curve has `least` points."""
   curves, values = [], []
   unit, chance = _find_unit(runs, name)
   factor = 100.0 if unit == "%" else 1.0
@@ -253,7 +252,7 @@ def _draw_curve(
 def _find_unit(
   runs: Sequence[RunFolder], name: str
 ) -> tuple[str, float | None]:
-  """Unit and chance of an evaluation's metric; "" and None for another one."""
+  """Unit and chance of an evaluation's metric; "" and None if unknown."""
   evaluation, _, metric = name.partition("/")
   for run in runs:
     result = run.outcome.results.get(evaluation)
@@ -263,7 +262,7 @@ def _find_unit(
 
 
 def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
-  """Conflicts between the gradients of objectives, where they are measured."""
+  """Conflicts between objectives' gradients, if measured."""
   arms = group_by_arm(runs).items()
   drawn = {arm: draw_interference(runs) for arm, runs in arms}
   drawn = {arm: maps for arm, maps in drawn.items() if maps}
@@ -277,12 +276,12 @@ def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
 
 
 def draw_interference(runs: Sequence[RunFolder]) -> list[Chart]:
-  """Gradient conflicts of an arm's runs, means over measurements and seeds.
+  """Gradient conflicts of an arm's runs, averaged over measurements and seeds.
 
-  Cosines of each pair of objectives by block, shares of conflicting pairs over
-  steps, norms by block, and how far a step along one objective's gradient
-  lowers the others' losses. Measurements with other objectives than the last
-  one (some start later) are left out of the means.
+  Charts show cosines of objective pairs by block, gradient norms by block, the
+  effect of a step along each objective's gradient on every loss, and the share
+  of conflicting pairs over steps. The means skip measurements whose objectives
+  differ from the last measurement, as some objectives start later.
   """
   rows = [row for run in runs for row in run.interference]
   if not rows or len(rows[-1]["objectives"]) < 2:
@@ -342,7 +341,7 @@ def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
 def describe_sheets(
   runs: Sequence[RunFolder], output: pathlib.Path
 ) -> Iterator[page.Block]:
-  """Images of evaluations; the runs' images are side by side."""
+  """Sheets of evaluations, with the runs side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
   if keys:
     yield page.Heading("Images")
@@ -375,7 +374,7 @@ def _read_sheet(
 
 
 def describe_configs(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
-  """Commands, configs, and what differs between them."""
+  """Commands, config differences, and configs."""
   commands = [run.command for run in runs if run.command]
   if commands:
     yield page.Heading("Commands")
@@ -396,7 +395,7 @@ def describe_configs(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
 def runs_table(
   runs: Sequence[RunFolder], *, timed: bool = True
 ) -> list[list[str]]:
-  """What the runs are: a header, then a row for each."""
+  """Summary of the runs: a header, then a row per run."""
   colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
   rows = [["run", "seed", "steps", "images"]]
   rows[0] += ["images/s", "core hours"] if timed else []
@@ -419,10 +418,10 @@ def _last(run: RunFolder, name: str, form: str) -> str:
 
 
 def config_table(runs: Sequence[RunFolder]) -> list[list[str]]:
-  """Keys whose values differ: a header, then a row for each; seeds left out."""
+  """Config keys that differ, without seeds: a header, then a row per key."""
   rows = [["key", *(run.name for run in runs)]]
   for key, values in list_differences([run.config for run in runs]):
-    # A key that is None has the same effect as an absent key.
+    # None is equivalent to an absent key.
     if key == "seed" or all(value in (None, ABSENT) for value in values):
       continue
     rows.append([key])

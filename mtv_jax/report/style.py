@@ -1,4 +1,4 @@
-"""Styles of pages and of SVG charts, and escaped text."""
+"""CSS of pages and SVG charts, and HTML escaping."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def escape(text: Any) -> str:
-  """Escapes text, also for attributes; lone surrogates become `?`."""
+  """Escapes text and attributes; lone surrogates become `?`."""
   return html.escape(str(text).encode("utf-8", "replace").decode())
 
 
-# Colours, light and dark. Series: Okabe and Ito (2008), which most colour-blind
-# readers tell apart, without black and yellow; lighter ones on a dark page.
+# Light and dark colours. Series use the colour-blind-safe palette of Okabe and
+# Ito (2008) without black and yellow, lightened on dark pages.
 THEME = """:root { color-scheme: light dark; --paper: #fff; --ink: #18181c;
   --muted: #5a5a64; --line: #dcdce2; --link: #0050a0; --raised: #f5f5f8;
   --positive: #0072b2; --negative: #d55e00;
@@ -26,7 +26,7 @@ THEME = """:root { color-scheme: light dark; --paper: #fff; --ink: #18181c;
 """
 COLOURS = 8
 
-# Rules of the charts of `charts`.
+# CSS of SVG charts, see `charts`.
 SVG_STYLE = """svg.chart { font: 12px system-ui, sans-serif; color: var(--ink);
   background: var(--paper); overflow: visible; }
 svg.chart text { fill: var(--ink); } svg.chart .title { font-weight: 600;

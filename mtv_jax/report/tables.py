@@ -15,16 +15,16 @@ from mtv_jax.report.contrasts import Comparison, Metric
 from mtv_jax.report.page import Bold, Link
 from mtv_jax.utils.text import align_columns, format_metric
 
-# Evaluations whose metrics are neither better nor worse.
+# Evaluations whose metrics lack a better direction.
 DESCRIPTIVE = ("patch_pca",)
-# Main metrics: they have a chart. Of other evaluations the first one.
+# Main metrics, which have charts; by default an evaluation's first metric.
 _MAIN = {
   "geometric_correspondence": ("avg_recall",),
   "retrieval": ("text_to_image_r1", "image_to_text_r1"),
   **dict.fromkeys(DESCRIPTIVE, ()),
 }
 _EMPTY = "-"
-# `MetricRow.best` needs equal values of these protocol keys, and equal data.
+# Protocol keys that must be equal for `MetricRow.best`, besides the data.
 _COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 _ABSENT = "(absent)"
 
@@ -42,28 +42,27 @@ class MetricRow(NamedTuple):
 
   evaluation: str
   metric: str
-  unit: str  # `%` of a fraction, else the metric's own ("m", or "")
+  unit: str  # "%" for fractions, else the metric's unit ("m", or "")
   lower: bool  # whether lower is better
-  chance: float | None  # expected of a random encoder
-  values: tuple[float | None, ...]  # None if missing or from other data
+  chance: float | None  # expected value of a random encoder
+  values: tuple[float | None, ...]  # None if missing or on different data
   errors: tuple[float | None, ...]  # standard errors; None if unknown
   is_main: bool
-  best: int | None = None  # index of the value that `BEST_NOTE` describes
-  # Which of the protocols, from 1, if an evaluation has several rows of a
-  # metric; else 0.
+  best: int | None = None  # index of the best value, see `BEST_NOTE`
+  # Number of the protocol, from 1, if the evaluation has several; else 0.
   variant: int = 0
-  # Differences of all others from the baseline's value, if it has one.
+  # Differences from the baseline, if the baseline has a value.
   differences: tuple[Comparison, ...] = ()
 
   @property
   def label(self) -> str:
-    """The metric, and which protocol."""
+    """Metric, protocol number and direction."""
     protocol = f" (protocol {self.variant})" if self.variant else ""
     return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
 
 
 def is_main(evaluation: str, metric: str, metrics: Sequence[str]) -> bool:
-  """Whether a metric, among those of its evaluation, is a main one."""
+  """Whether a metric is a main metric; `metrics` are its evaluation's."""
   return metric in _MAIN.get(evaluation, tuple(metrics)[:1])
 
 
@@ -75,10 +74,9 @@ def compare(
 ) -> list[MetricRow]:
   """Every metric of several encoders, in order.
 
-  Results on other data than the first encoder's are left out: the values of a
-  row are comparable. With `split` they have rows of their own, as have those
-  of other protocols or options. `baseline` is the index of the encoder that
-  the differences are from.
+  A row has only comparable values: it skips results on different data than the
+  first result's. With `split`, results that differ in data, protocol or options
+  get separate rows. `baseline` is the index of the encoder to subtract.
   """
   rows, members = [], []
   for name in evaluation_names(outcomes):
@@ -98,9 +96,9 @@ def compare(
 
 
 def protocol_key(result: Result, *, whole: bool = True) -> str:
-  """Equal for results that a row may have: on the same data.
+  """A key that is equal for results on equal data, which may share a row.
 
-  With `whole` the protocols and options are the same too.
+  With `whole`, protocols and options must be equal too.
   """
   keys = ["data_hash", *_COMPARED] if whole else ["data_hash"]
   values = [jsonable(result.protocol.get(key)) for key in keys]
@@ -108,7 +106,7 @@ def protocol_key(result: Result, *, whole: bool = True) -> str:
 
 
 def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
-  """The evaluations that have a result, in order of appearance."""
+  """Names of evaluations with results, in order of appearance."""
   return list(dict.fromkeys(name for o in outcomes for name in o.results))
 
 
@@ -139,16 +137,16 @@ def _add_verdicts(
   outcomes: Sequence[Outcome],
   baseline: int | None,
 ) -> list[MetricRow]:
-  """The rows with their best values and their differences from the baseline.
+  """Adds the best value and the differences from the baseline to each row.
 
-  Both are read from the same contrasts: each value with the row's leading one,
-  and each value with the baseline's. The contrasts of the main metrics are one
-  family of Holm's correction, the contrasts of all other metrics a second one.
+  Contrasts each value with the row's leading value and with the baseline's.
+  Contrasts of main metrics are one family for Holm's correction, contrasts of
+  all other metrics a second one.
   """
   leading = [_find_leading(*pair) for pair in zip(rows, members, strict=True)]
   data = [_measure(*pair) for pair in zip(rows, members, strict=True)]
   names = [outcome.name for outcome in outcomes]
-  # By row and the indices of arm and reference, in both orders.
+  # By (row, arm, reference) indices, in both orders of arm and reference.
   compared: dict[tuple[int, int, int], Comparison] = {}
   for main in (True, False):
     family = {}
@@ -186,7 +184,7 @@ def _add_verdicts(
 def _measure(
   row: MetricRow, results: Sequence[Result | None]
 ) -> tuple[contrasts.Measurements, Metric]:
-  """What a row's contrasts are estimated from; arms are indices."""
+  """Measurements and metric for a row's contrasts; arms are indices."""
   arms = {
     str(i): {0: {row.evaluation: result}}
     for i, result in enumerate(results)
@@ -196,7 +194,7 @@ def _measure(
 
 
 def describe_metric(row: MetricRow) -> Metric:
-  """The metric of a row, for its contrasts."""
+  """The `Metric` of a row, with chance in stored units."""
   name = f"{row.evaluation}/{row.metric}"
   metric = Metric(name, unit=row.unit, lower=row.lower)
   chance = None if row.chance is None else row.chance / metric.scale
@@ -206,7 +204,7 @@ def describe_metric(row: MetricRow) -> Metric:
 def _find_leading(
   row: MetricRow, results: Sequence[Result | None]
 ) -> int | None:
-  """Index of the best of several values, if their protocols are the same."""
+  """Index of the best of several values, if their protocols are equal."""
   known = [i for i, value in enumerate(row.values) if value is not None]
   protocols = [
     [jsonable(r.protocol.get(key)) for key in _COMPARED] for r in results if r
@@ -230,13 +228,13 @@ def _beats_chance(
 def format_value(
   value: float | None, unit: str, error: float | None = None
 ) -> str:
-  """A number with its unit: `50.00 %`, `0.469 ± 0.012 m`."""
+  """Formats a value with its unit: `50.00 %`, `0.469 ± 0.012 m`."""
   text = format_metric(value, unit, error)
   return text if value is None or not unit else f"{text} {unit}"
 
 
 def format_results(outcomes: Sequence[Outcome]) -> str:
-  """Text for a terminal: metrics with chance, then each protocol."""
+  """Formats results for a terminal: metrics with chance, then protocols."""
   lines = [format_metrics(outcomes)]
   for outcome in outcomes:
     if outcome.protocol:
@@ -269,9 +267,9 @@ def format_metrics(
   split: bool = False,
   baseline: int | None = None,
 ) -> str:
-  """The metrics as a text table with a column for each encoder.
+  """Formats metrics as a text table with a column per encoder.
 
-  Values are followed by their standard errors; the best of several has a star.
+  Standard errors follow the values; a star marks the best of several.
   """
   names = [outcome.name for outcome in outcomes]
   cells = [("evaluation", "metric", "unit", *names, "chance")]
@@ -301,10 +299,9 @@ def metrics_table(
   rows: Sequence[MetricRow] | None = None,
   further: Sequence[str] | None = None,
 ) -> list[list[str]]:
-  """The metrics with errors: a header, then rows; bold is `MetricRow.best`.
+  """Metrics with errors: a header, then rows; `MetricRow.best` is bold.
 
-  A column for each outcome; `further` are cells of a last column, its header
-  first.
+  Has a column per outcome; `further` is an optional last column, header first.
   """
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]
@@ -323,7 +320,7 @@ def metrics_table(
 
 
 def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
-  """What the encoders are: a header, then rows with a column for each."""
+  """Properties of the encoders: a header, then rows; a column per encoder."""
   columns = []
   for o in outcomes:
     column = {"": o.name, "encoder": o.encoder or _EMPTY, "weights": o.weights}
@@ -334,14 +331,14 @@ def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
 
 
 class Protocols(NamedTuple):
-  """The protocols of several encoders for one evaluation."""
+  """Protocols of several encoders for one evaluation."""
 
   common: dict[str, Any]  # equal entries
-  differing: dict[str, list[Any]]  # one value per encoder, None if it lacks it
-  encoders: list[str]  # with a result
+  differing: dict[str, list[Any]]  # a value per encoder, None if absent
+  encoders: list[str]  # encoders with a result
 
   def tables(self) -> list[list[list[str]]]:
-    """A table of each part that is not empty, a header first."""
+    """Tables of common and, if any, differing entries, header first."""
     common = [[key, format_entry(value)] for key, value in self.common.items()]
     tables = [[["protocol", ""], *common]]
     if self.differing:
@@ -351,12 +348,12 @@ class Protocols(NamedTuple):
 
 
 def compare_protocols(outcomes: Sequence[Outcome], name: str) -> Protocols:
-  """The protocols of an evaluation, without the encoders' own entries."""
+  """Compares the protocols of an evaluation, without the encoders' entries."""
   outcomes = [outcome for outcome in outcomes if name in outcome.results]
   protocols = [outcome.results[name].protocol for outcome in outcomes]
   common, differing = {}, {}
   for key in dict.fromkeys(k for p in protocols for k in p):
-    # Results read from JSON have lists, new results tuples.
+    # Results from JSON have lists, new results have tuples.
     values = [jsonable(p.get(key, _ABSENT)) for p in protocols]
     encoders = [jsonable(o.protocol.get(key, _ABSENT)) for o in outcomes]
     if values == encoders:
@@ -369,7 +366,7 @@ def compare_protocols(outcomes: Sequence[Outcome], name: str) -> Protocols:
 
 
 def list_differing(outcomes: Sequence[Outcome], name: str) -> list[str]:
-  """A line for each entry for which results of an evaluation don't compare."""
+  """A line per protocol entry that makes an evaluation incomparable."""
   _, differing, encoders = compare_protocols(outcomes, name)
   lines = []
   for key in ("data_hash", *_COMPARED):
@@ -383,7 +380,7 @@ def list_differing(outcomes: Sequence[Outcome], name: str) -> list[str]:
 
 
 def format_entry(value: Any) -> str:
-  """A protocol's value as one line; long lists by their ends."""
+  """Formats a protocol value on one line; abbreviates long lists."""
   if isinstance(value, list | tuple) and len(value) > 8:
     return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
   if isinstance(value, Mapping):

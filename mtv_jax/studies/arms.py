@@ -1,8 +1,8 @@
-"""The arms of each kind of study.
+"""Arms of each kind of study.
 
-Objectives are studied in the groups of the paper's Figure 1 (arXiv 2601.13886):
-image-text (VL), self-supervision (SSL), grounding, depth. An objective of
-another type is a group of its own.
+Objectives are grouped as in Figure 1 of the paper (arXiv 2601.13886):
+image-text (VL), self-supervision (SSL), grounding, depth. Each further
+objective type is its own group.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mtv_jax.train.balance import METHODS
 from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
-# Types of objectives by group, in the order of the paper's ladder.
+# Objective types by group, in the order of the paper's ladder.
 GROUPS = {
   "vl": ("contrastive", "captioning"),
   "ssl": ("dino", "ibot", "mae", "gram"),
   "grounding": ("grounding",),
   "depth": ("depth",),
 }
-FIXED = "fixed"  # The arm of the config's weights, without balancing.
+FIXED = "fixed"  # The arm with the config's weights, without balancing.
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """A setting of a study: overrides of its config."""
+  """A setting of a study: a name and config overrides."""
 
   name: str
   overrides: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Arms:
 
   arms: list[Arm]
   baseline: str
-  notes: tuple[str, ...] = ()  # What was left out, and why.
+  notes: tuple[str, ...] = ()  # Skipped arms, with reasons.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Options:
   """Options of the kinds of studies.
 
   Attributes:
-    groups: groups of objectives, in the order of the ladder; all by default.
-    models: of `scaling`, each a variant of both towers, or `NAME:KEY=VALUE,...`
-      with keys of `config.model`; the config's by default.
-    images: of `scaling`, numbers of distinct images; the config's by default.
-    methods: of `balance`; all by default.
-    weights: of `balance`, each `NAME:OBJECTIVE=WEIGHT,...`.
+    groups: objective groups in ladder order; all by default.
+    models: for `scaling`: each a variant of both towers, or
+      `NAME:KEY=VALUE,...` with keys of `config.model`; the config's by default.
+    images: for `scaling`: numbers of distinct images; the config's by default.
+    methods: for `balance`: balancing methods; all by default.
+    weights: for `balance`: each `NAME:OBJECTIVE=WEIGHT,...`.
   """
 
   groups: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Options:
 
 
 def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
-  """The arms of a study of a checked config."""
+  """Builds and checks the arms of a study of a resolved config."""
   if kind not in KINDS:
     raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
   make, taken = KINDS[kind]
@@ -88,7 +88,7 @@ def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
   for name in names:
     if names.count(name) > 1:
       raise ConfigError(f"two arms have the name {name!r}.")
-    # Runs have folders of these names, and --seeds separates them by commas.
+    # Names become folder names, and --seeds separates them by commas.
     if not re.fullmatch(r"\w[\w.+ -]*", name):
       raise ConfigError(
         f"an arm has the name {name!r}; expected letters, digits and any of"
@@ -100,7 +100,7 @@ def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
 def group_objectives(
   config: RunConfig, order: Sequence[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-  """The config's objectives by group."""
+  """Names of the config's objectives by group."""
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
   group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
   for name, entry in config.objectives.items():
@@ -132,14 +132,14 @@ def _lacking(groups: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 def _keep_groups(
   name: str, config: RunConfig, groups: Mapping[str, Sequence[str]]
 ) -> Arm:
-  """The arm that trains the objectives of some groups alone."""
+  """An arm that trains only the objectives of some groups."""
   kept = {objective for names in groups.values() for objective in names}
   dropped = [n for n in config.objectives if n not in kept]
   return Arm(name, tuple(f"objectives.{n}=None" for n in dropped))
 
 
 def _ladder(config: RunConfig, options: Options) -> Arms:
-  """One group more from arm to arm; an arm is named by the last."""
+  """Each arm adds a group, which names it."""
   groups = group_objectives(config, options.groups)
   arms, trained = [], {}
   for name, objectives in groups.items():
@@ -150,7 +150,7 @@ def _ladder(config: RunConfig, options: Options) -> Arms:
 
 
 def _leave_one_out(config: RunConfig, options: Options) -> Arms:
-  """All groups, and all but one."""
+  """All groups, then all groups but one."""
   groups = group_objectives(config, options.groups)
   arms = [_keep_groups("all", config, groups)]
   for left_out in groups:
@@ -162,7 +162,7 @@ def _leave_one_out(config: RunConfig, options: Options) -> Arms:
 
 
 def _pairs(config: RunConfig, options: Options) -> Arms:
-  """Each group alone, and every two."""
+  """Each group alone, then each pair of groups."""
   groups = group_objectives(config, options.groups)
   sets = [(name,) for name in groups]
   sets += itertools.combinations(groups, 2)
@@ -177,9 +177,9 @@ def _pairs(config: RunConfig, options: Options) -> Arms:
 
 
 def _scaling(config: RunConfig, options: Options) -> Arms:
-  """Models times numbers of images."""
+  """The product of models and numbers of images."""
   variants = [text for text in options.models if ":" not in text]
-  # With one patch size, the shape alone names the model.
+  # If the patch sizes are equal, the shape names the model.
   one_patch = len({text.partition("/")[2] for text in variants}) < 2
   models = [_scale_model(config, text, one_patch) for text in options.models]
   models = models or [Arm(config.model.variant.partition("/")[0])]
@@ -220,7 +220,7 @@ def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
 
 
 def count_records(config: RunConfig, *, limited: bool = True) -> list[int]:
-  """Records of each source, with its `limit` if `limited`; opens the data."""
+  """Counts the records of each source, up to its `limit` if `limited`."""
   without = {"labels": None} if limited else {"labels": None, "limit": None}
   entries = config.data.train
   return [len(registry.build_source({**e, **without})) for e in entries]
@@ -229,7 +229,7 @@ def count_records(config: RunConfig, *, limited: bool = True) -> list[int]:
 def _limit_images(
   config: RunConfig, count: int, available: Sequence[int]
 ) -> Arm:
-  """An arm with so many distinct images, of each source its share."""
+  """An arm with `count` distinct images, split over sources by weight."""
   if count < 1:
     raise ConfigError(f"--images={count}: expected a positive number.")
   weights = [entry.get("weight", 1.0) for entry in config.data.train]
@@ -246,12 +246,12 @@ def _limit_images(
 
 
 def balance_methods() -> tuple[str, ...]:
-  """The methods that `config.balance` offers, without fixed weights."""
+  """Methods of `config.balance`, without fixed weights."""
   return tuple(method for method in METHODS if method != FIXED)
 
 
 def _balance(config: RunConfig, options: Options) -> Arms:
-  """The config's weights, other weights, and balancing methods."""
+  """The config's weights, alternative weights, and balancing methods."""
   known, section = balance_methods(), config.balance
   for method in options.methods:
     if method not in known:
@@ -260,7 +260,7 @@ def _balance(config: RunConfig, options: Options) -> Arms:
   arms = [Arm(FIXED, fixed)]
   arms += [_set_weights(config, text, fixed) for text in options.weights]
   for method in options.methods or known:
-    # Options of the config's own method stay; another one has its defaults.
+    # The config's own method keeps its options; other methods use defaults.
     is_own = section is not None and section.method == method
     new = f'balance=dict(method="{method}")'
     arms.append(Arm(method, () if is_own else (new,)))
@@ -289,7 +289,7 @@ def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
 
 
 def _teachers(config: RunConfig, options: Options) -> Arms:
-  """Each teacher of a folder alone, and all of them."""
+  """Each teacher with a `path` alone, then all of them."""
   del options
   names = [n for n, t in config.teachers.items() if t.path is not None]
   arms = [
@@ -301,7 +301,7 @@ def _teachers(config: RunConfig, options: Options) -> Arms:
   return Arms(arms, names[0] if names else "")
 
 
-# By name: the function, and the fields of `Options` that it takes.
+# By name: the function, and the fields of `Options` that it reads.
 KINDS: dict[str, tuple[Callable[[RunConfig, Options], Arms], tuple[str, ...]]]
 KINDS = {
   "ladder": (_ladder, ("groups",)),

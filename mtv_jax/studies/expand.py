@@ -1,13 +1,11 @@
-"""Studies: the runs that a config is expanded into.
+"""Expands a config into the runs of a study.
 
 An arm is one setting of a study: a set of objectives, a model and a number of
-images, a balancing method. Each arm is trained with several seeds. A run is
-the study's config with overrides, as `mtv-jax train` takes them, so that any
-run can be repeated by its command.
+images, or a balancing method. Each arm is trained with several seeds. A run is
+the study's config with `mtv-jax train` overrides, so its command repeats it.
 
-Runs of a seed share initial parameters (a head's depend on its name alone), the
-order of the data and the crops: all of them fold in the seed and names, never
-the other objectives.
+Runs of one seed share initial parameters, data order and crops: their random
+keys fold in the seed and names, never the set of objectives.
 """
 
 from __future__ import annotations
@@ -48,13 +46,13 @@ from mtv_jax.utils.tree import flatten_with_names, select_names
 
 FORMAT = 1
 MATCHES = ("images", "flops")
-# Images on the sheets of evaluations that draw some, unless the config says.
+# Images per evaluation sheet, unless the config sets it.
 PICTURES = 4
 _TOTAL = tuple(f"total_{unit}" for unit in UNITS[:3])
-# Settings that change no FLOPs of a step.
+# Settings that don't change the FLOPs of a step.
 _NOT_COUNTED = ("seed", "schedule", "evals", "checkpoint", "log", "weights")
 
-# FLOPs of training on one image, from a run's resolved config.
+# Maps a run's resolved config to training FLOPs per image.
 CostFn = Callable[[Mapping[str, Any]], float]
 
 
@@ -62,42 +60,42 @@ CostFn = Callable[[Mapping[str, Any]], float]
 class Run:
   """One run of a study."""
 
-  name: str  # of its folder
+  name: str  # name of the run's folder
   arm: str
   seed: int
-  overrides: tuple[str, ...]  # of the study's config
+  overrides: tuple[str, ...]  # applied to the study's config
   steps: int
-  settings: Mapping[str, Any]  # the resolved config, as `config.json`
-  flops: float | None = None  # of its training; None if not counted
+  settings: Mapping[str, Any]  # the resolved config, as in `config.json`
+  flops: float | None = None  # training FLOPs; None if not counted
 
   @property
   def images(self) -> int:
-    """Images seen."""
+    """Number of images seen."""
     return self.steps * self.settings["batch_size"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """The runs of a study; `study.json` in its folder."""
+  """The runs of a study, stored as `study.json` in its folder."""
 
   kind: str
-  config: str  # as `--config`
-  baseline: str  # the arm that others are compared with
-  match: str  # `images` or `flops`: what the runs have in common
-  budget: float  # share of the config's steps
+  config: str  # as in `--config`
+  baseline: str  # the reference arm of comparisons
+  match: str  # quantity equal in all runs: `images` or `flops`
+  budget: float  # fraction of the config's steps
   runs: tuple[Run, ...]
-  # FLOPs per image, by digest of the settings that they depend on.
+  # FLOPs per image, by digest of the relevant settings.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  counted_by: str = ""  # the code that counted `costs`, see `code_version`
-  notes: tuple[str, ...] = ()  # What the expansion left out; not stored.
+  counted_by: str = ""  # `code_version` that counted `costs`
+  notes: tuple[str, ...] = ()  # Skipped arms; not stored.
 
   @property
   def fingerprint(self) -> str:
-    """Digest of the resolved settings of every run."""
+    """Digest of the resolved settings of all runs."""
     return digest({run.name: run.settings for run in self.runs})
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON."""
+    """Converts to JSON-serializable fields."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     runs = [{**vars(run), "overrides": [*run.overrides]} for run in self.runs]
     del fields["notes"]
@@ -123,16 +121,16 @@ class Study:
 
 
 def digest(value: Any) -> str:
-  """A short hash of JSON-able settings."""
+  """A short hash of JSON-serializable settings."""
   text = json.dumps(value, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @functools.cache
 def code_version() -> str:
-  """The package's version, and a digest of the code of what trains.
+  """The package's version and a digest of the training code.
 
-  Another version may count other FLOPs for the same settings.
+  Counted FLOPs of equal settings may differ between versions.
   """
   root = pathlib.Path(mtv_jax.__file__).parent
   code = hashlib.blake2b(digest_size=8)
@@ -156,8 +154,8 @@ def expand(
 ) -> Study:
   """Expands a config into the runs of a study.
 
-  `assignments` are overrides of all runs. `cost_fn` counts FLOPs per image, and
-  `costs` are known ones (see `Study.costs`). A ConfigError names the arm.
+  `assignments` override all runs. `cost_fn` counts FLOPs per image, and `costs`
+  are known counts (see `Study.costs`). Errors name the arm.
   """
   check_choice("--match", match, MATCHES)
   if not 0 < budget <= 1:
@@ -181,7 +179,7 @@ def expand(
     if target is not None:
       per_image = meter.measure(_resolve(base, changes, arm.name))
       steps = max(round(target / per_image), 1)
-    # A setting of an objective that is dropped would bring it back.
+    # Use the arm's config: setting a dropped objective would restore it.
     adapted = _build(base, changes, arm.name)
     changes += tuple(_set_length(adapted, length, steps))
     runs = []
@@ -193,7 +191,7 @@ def expand(
       name = f"{arm.name}-s{seed}"
       runs.append(Run(name, arm.name, seed, sets, steps, settings, flops))
     runs_by_arm.append(runs)
-  # Seed by seed, so that a study that is stopped early compares all arms.
+  # Order runs by seed, so that a study stopped early still compares all arms.
   rounds = itertools.zip_longest(*runs_by_arm)
   return Study(
     kind=kind,
@@ -210,13 +208,13 @@ def expand(
 
 @dataclasses.dataclass(frozen=True)
 class _CostMeter:
-  """FLOPs per image of resolved configs, each counted once."""
+  """Counts FLOPs per image of resolved configs, each once."""
 
   cost_fn: CostFn | None
   costs: dict[str, float]  # by digest, see `Study.costs`
 
   def measure(self, settings: Mapping[str, Any]) -> float | None:
-    """FLOPs of training on one image; None if they are not counted."""
+    """Training FLOPs per image; None if not counted."""
     key = _cost_key(settings)
     if key not in self.costs and self.cost_fn is not None:
       self.costs[key] = self.cost_fn(settings)
@@ -225,13 +223,13 @@ class _CostMeter:
   def measure_run(
     self, settings: Mapping[str, Any], steps: int
   ) -> float | None:
-    """FLOPs of a run's training; None if they are not counted."""
+    """Training FLOPs of a run; None if not counted."""
     per_image = self.measure(settings)
     return per_image and per_image * steps * settings["batch_size"]
 
 
 def _cost_key(settings: Mapping[str, Any]) -> str:
-  """Digest of the settings that the FLOPs of a step depend on."""
+  """Digest of the settings that determine the FLOPs of a step."""
   counted = {
     k: v for k, v in settings.items() if k not in (*_NOT_COUNTED, *_TOTAL)
   }
@@ -262,7 +260,7 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
 
 
 def _read_length(config: RunConfig) -> RunLength:
-  """The length of the config's run; opens the data for one in epochs."""
+  """The config's run length; opens the data if a duration is in epochs."""
   durations = [config.total, *_durations(config).values()]
   durations += [_start(entry) for _, entry in _read_rules(config)]
   in_epochs = any(d is not None and d.unit == "epochs" for d in durations)
@@ -271,7 +269,7 @@ def _read_length(config: RunConfig) -> RunLength:
 
 
 def _durations(config: RunConfig) -> dict[str, Duration | None]:
-  """The durations that depend on a run's length, by key without unit."""
+  """Durations that depend on a run's length, by key without unit."""
   groups = {"schedule": (config.schedule, ("warmup", "cooldown", "timescale"))}
   for name, entry in config.objectives.items():
     if isinstance(entry.weight, WeightConfig):
@@ -288,11 +286,11 @@ def _durations(config: RunConfig) -> dict[str, Duration | None]:
 def _set_length(
   config: RunConfig, length: RunLength, steps: int
 ) -> Iterable[str]:
-  """Overrides that set the length of a run of an arm's config.
+  """Overrides that set the run length of an arm's config.
 
-  Durations of schedules, weights, teachers and starts of rules scale with it,
-  other than those in percent, which do by themselves. Epochs become steps, as
-  those of an arm with fewer distinct images are shorter.
+  Scales the durations of schedules, weights and teachers, and the starts of
+  rules; percentages scale implicitly. Epochs become steps, because epochs of an
+  arm with fewer distinct images are shorter.
   """
   share, unit = steps / length.total_steps, config.total.unit
   if share != 1 or unit == "epochs":
@@ -312,7 +310,7 @@ def _set_length(
 
 
 def _read_rules(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
-  """The optimizer's rules; none if one is wrong, which a run reports."""
+  """The optimizer's rules; none if one is invalid, which a run reports."""
   rules = config.optim.rules
   pairs = all(
     isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[1], Mapping)
@@ -322,7 +320,7 @@ def _read_rules(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _start(rule: Mapping[str, Any]) -> Duration | None:
-  """The start of an optimizer's rule."""
+  """The start of an optimizer's rule, if set."""
   given = [unit for unit in UNITS if rule.get(f"start_{unit}")]
   return Duration(rule[f"start_{given[0]}"], given[0]) if given else None
 
@@ -330,7 +328,7 @@ def _start(rule: Mapping[str, Any]) -> Duration | None:
 def _scale(
   key: str, duration: Duration | None, length: RunLength, share: float
 ) -> dict[str, int | None]:
-  """What changes in a section for a share of a duration."""
+  """Changes of a section that scale a duration, in steps, by `share`."""
   if duration is None or not duration.value or duration.unit == "percent":
     return {}
   if share == 1 and duration.unit != "epochs":
@@ -340,18 +338,17 @@ def _scale(
 
 
 def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
-  """Overrides that leave out what an arm has no use for.
+  """Overrides that drop what an arm can't use.
 
-  These are evaluations of what it does not train, teacher weights without a
-  teacher, and rules over parameters that it lacks. Evaluations that can draw
-  sheets of images draw them.
+  Drops evaluations of untrained towers or heads, teacher weights without a
+  teacher, and rules for absent parameters. Enables image sheets of evaluations.
   """
   without_rules = ("optim.rules=None", "sharding=None")
   config = _build(base, (*arm.overrides, *without_rules), arm.name)
   with _name_arm(arm.name):
     spec = build_long_step_spec(config)
     params = abstract_params(spec)
-    # Before the study is recorded: of a wrong option no run could start.
+    # Detects invalid options before the study is recorded.
     make_optimizer(
       config.optim,
       config.schedule,
@@ -386,7 +383,7 @@ def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
 
 
 def _is_used(rule: Any, names: Sequence[str]) -> bool:
-  """Whether a rule is for some parameter; a run reports a wrong one."""
+  """Whether a rule matches a parameter; true if invalid, as a run reports."""
   try:
     return bool(select_names(names, [rule[0]]))
   except (TypeError, LookupError, InputError):
@@ -410,7 +407,7 @@ def _build(base: ConfigDict, changes: Sequence[str], arm: str) -> RunConfig:
 def _resolve(
   base: ConfigDict, changes: Sequence[str], arm: str
 ) -> dict[str, Any]:
-  """The config that a run writes to its `config.json`."""
+  """The resolved config, as a run writes it to `config.json`."""
   config = _build(base, changes, arm)
   with _name_arm(arm):
     build_long_step_spec(config)

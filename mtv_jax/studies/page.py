@@ -1,4 +1,4 @@
-"""Report of a study: arms, differences, synergy, scaling, and its runs."""
+"""Report of a study: arms, differences, synergy, scaling and runs."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ _SCALING_NOTE = (
 def write_study(
   folder: str | os.PathLike, output: str | os.PathLike | None = None
 ) -> list[pathlib.Path]:
-  """Writes the report of a study, from the runs that are finished.
+  """Writes the report of a study's finished runs.
 
-  Into the folder of the study by default. Returns the two pages.
+  `output` is the study's folder by default. Returns the paths of the two pages.
   """
   results = statistics.read_study(pathlib.Path(folder))
   output = pathlib.Path(folder if output is None else output)
@@ -72,7 +72,7 @@ def write_study(
 
 
 def _describe_study(results: StudyResults) -> Iterator[page.Block]:
-  """What the study says, from its finished runs."""
+  """The results of a study's finished runs."""
   study, data = results.study, results.measurements
   yield page.Bullets(_summarise(results))
   main = select_main(results.metrics)
@@ -108,11 +108,11 @@ def _describe_study(results: StudyResults) -> Iterator[page.Block]:
 def _describe_runs(
   results: StudyResults, output: pathlib.Path
 ) -> Iterator[page.Block]:
-  """Curves, gradients and sheets of the finished runs, and their configs."""
+  """Curves, gradients, sheets and configs of the finished runs."""
   if not results.runs:
     return
   first = [members[0] for members in group_by_arm(results.runs).values()]
-  # Without times: a study that is resumed gives the same report.
+  # Without times, so that the report does not depend on interruptions.
   yield from runs.describe_training(results.runs, timed=False)
   yield from runs.describe_gradients(results.runs)
   yield from runs.describe_sheets(first, output)
@@ -144,7 +144,7 @@ def _summarise(results: StudyResults) -> list[str]:
 
 
 def _describe_protocols(results: StudyResults) -> list[str]:
-  """What differs between arms in how they are evaluated, by their first run."""
+  """Protocol differences between the first runs of the arms."""
   first = {run.arm: run for run in reversed(results.runs)}
   outcomes = [
     dataclasses.replace(first[arm].outcome, name=arm)
@@ -159,7 +159,7 @@ def _describe_protocols(results: StudyResults) -> list[str]:
 
 
 def select_main(metrics: Sequence[Metric]) -> list[Metric]:
-  """The metrics that an evaluation report charts: one or two an evaluation."""
+  """The metrics that reports chart: one or two per evaluation."""
   groups = collections.defaultdict(list)
   for metric in metrics:
     evaluation, _, name = metric.name.partition("/")
@@ -175,7 +175,7 @@ def select_main(metrics: Sequence[Metric]) -> list[Metric]:
 def values_table(
   data: Measurements, metrics: Sequence[Metric]
 ) -> list[list[str]]:
-  """Means with intervals, and chance: a header, then a row for each metric."""
+  """Means with intervals, and chance: a header, then a row per metric."""
   rows = [["metric", *data.values, "chance"]]
   for metric in metrics:
     rows.append([metric.label])
@@ -197,7 +197,7 @@ def draw_arms(
   metrics: Sequence[Metric],
   comparisons: Sequence[Comparison],
 ) -> list[Chart]:
-  """A chart for each metric: arms with intervals, seeds and chance."""
+  """A chart per metric: arms with intervals, seeds and chance."""
   verdicts = {(c.metric, c.arm): c for c in comparisons}
   drawn = []
   for metric in metrics:
@@ -243,10 +243,10 @@ def _describe_synergy(
 
 
 def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
-  """A matrix for each metric.
+  """A matrix of gains per metric; positive is an improvement.
 
-  Right of the diagonal the gain of a pair over the better of the two, left of
-  it the gain over the sum of both; gains are positive. Bold: distinguishable.
+  Right of the diagonal is a pair's gain over its better part, left of it the
+  gain over the sum of both parts. Distinguishable gains are bold.
   """
   groups: dict[Metric, list[Synergy]] = {}
   for synergy in synergies:
@@ -271,7 +271,7 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
 
 
 def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
-  """Rows of `differences.contrast_table`."""
+  """Named contrasts for `differences.contrast_table`."""
   rows = []
   for s in synergies:
     rows.append((f"{s.arm} − {s.better}", s.over_better))
@@ -288,7 +288,7 @@ def _describe_scaling(
   data = results.measurements
   fits = scaling.fit_metrics(data, metrics, sizes)
   yield page.Heading("Scaling")
-  # Without limits all arms have the data's images, and may see more or fewer.
+  # Without limits all arms share the images; only the number seen varies.
   limited = all(_count_distinct(run.arm) for run in results.study.runs)
   x_label = "distinct images" if limited else "images seen"
   yield page.Charts(scaling.draw_scaling(data, metrics, sizes, fits, x_label))
@@ -298,10 +298,9 @@ def _describe_scaling(
 
 
 def measure_size(run: Run) -> dict[str, Any]:
-  """Model, images and parameters of an arm of a scaling study.
+  """Model, images and image-tower parameters of a scaling study's arm.
 
-  The images are distinct ones where the study limits them, else those seen. The
-  parameters are the image tower's.
+  Counts distinct images if the study limits them, else images seen.
   """
   return {
     "model": run.arm.rpartition("-")[0],
@@ -311,13 +310,13 @@ def measure_size(run: Run) -> dict[str, Any]:
 
 
 def _count_distinct(arm: str) -> int | None:
-  """Distinct images of an arm of a scaling study; None without a limit."""
+  """Distinct images of a scaling study's arm; None without a limit."""
   images = arm.rpartition("-")[2]
   return int(images) if images.isdecimal() else None
 
 
 def count_parameters(settings: Mapping[str, Any]) -> int:
-  """Parameters of the image tower of a resolved config."""
+  """Number of image-tower parameters of a resolved config."""
   spec = build_long_step_spec(resolve(settings))
   image = abstract_params(spec)["image"]
   return sum(math.prod(x.shape) for _, x in flatten_with_names(image))

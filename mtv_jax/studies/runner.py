@@ -1,8 +1,8 @@
-"""Runs a study: each run in a process of its own, resumed where it stopped.
+"""Runs a study: trains each run in its own process, with resume.
 
-Any number of runners may share a study's folder. A lease on each run, and the
-lock on its folder, keep two from training the same one. Results depend on none
-of this: a run is the same command wherever and however often it is started.
+Any number of runners may share a study's folder. A lease per run and a lock on
+its folder prevent two runners from training one run. Results don't depend on
+the runners: every start of a run uses the same command.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ LogFn = Callable[[str], None]
 
 @dataclasses.dataclass
 class StudyStatus:
-  """State of a study's runs after a command, by name."""
+  """Outcome of `run_study`, by run name."""
 
   finished: list[str] = dataclasses.field(default_factory=list)
-  failed: dict[str, str] = dataclasses.field(default_factory=dict)
-  leased: dict[str, str] = dataclasses.field(default_factory=dict)  # elsewhere
+  failed: dict[str, str] = dataclasses.field(default_factory=dict)  # reasons
+  leased: dict[str, str] = dataclasses.field(default_factory=dict)  # holders
 
 
 def check_index(index: str | None) -> None:
-  """Raises ConfigError unless `--index` is `I`, `I/N` or not given."""
+  """Raises ConfigError unless `--index` is `I`, `I/N` or absent."""
   if index is not None and not re.fullmatch(r"\d+(/[1-9]\d*)?", index):
     raise ConfigError(f"--index={index}: write I from 0, or I/N.")
 
 
 def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
-  """The runs of `--index=I` or `--index=I/N`, all by default.
+  """The runs of `--index=I` or `--index=I/N`; all by default.
 
-  `I` is the run of that number, from 0; `I/N` every N-th from I on.
+  `I` selects run I, counted from 0; `I/N` every N-th run from I on.
   """
   check_index(index)
   if index is None:
@@ -73,7 +73,7 @@ def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
 
 
 def read(folder: pathlib.Path) -> Study:
-  """The study of a folder."""
+  """Reads and checks `study.json` of a folder."""
   path = folder / STUDY
   try:
     fields = json.loads(path.read_bytes())
@@ -97,7 +97,7 @@ def read(folder: pathlib.Path) -> Study:
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
-  """Raises ConfigError for values of `study.json` that no command writes."""
+  """Raises ConfigError for invalid values of `study.json`."""
   check_choice("kind", fields["kind"], KINDS)
   check_choice("match", fields["match"], MATCHES)
   for name, annotation in dict(config=str, baseline=str, budget=float).items():
@@ -117,7 +117,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def write(folder: pathlib.Path, study: Study) -> None:
-  """Records a study in its folder; a study there may only be extended."""
+  """Writes `study.json`; an existing study may only be extended."""
   if (folder / "config.json").exists():
     raise ConfigError(
       f"--output={folder} is the folder of a run or a model. Give another one."
@@ -131,7 +131,7 @@ def write(folder: pathlib.Path, study: Study) -> None:
 
 
 def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
-  """Raises ConfigError unless `new` has all runs of `old`, unchanged."""
+  """Raises ConfigError unless `new` has all runs of `old` unchanged."""
   differences = [
     f"{name}: {getattr(old, name)!r} -> {getattr(new, name)!r}"
     for name in ("kind", "match")
@@ -158,12 +158,15 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
 
 
 def is_finished(folder: pathlib.Path, run: Run) -> bool:
-  """Whether a run has trained to its end with its settings and evaluations."""
+  """Whether a run has completed its last checkpoint and evaluations.
+
+  Raises InputError if its config differs from the study's settings.
+  """
   path = folder / RUNS / run.name
   try:
     config = json.loads((path / "config.json").read_bytes())
   except (FileNotFoundError, ValueError, RecursionError):
-    # Not started, or killed while its config was written.
+    # Not started, or killed while writing its config.
     return False
   config = aliases.rename_old_keys(config)
   if config != run.settings:
@@ -188,7 +191,7 @@ def run_study(
   index: str | None = None,
   log_fn: LogFn = print,
 ) -> StudyStatus:
-  """Trains the runs of a study that are not finished, one after another.
+  """Trains the unfinished runs of a study sequentially.
 
   Raises Preempted after SIGTERM, once the current run has saved a checkpoint.
   """
@@ -226,8 +229,8 @@ def run_study(
           continue
         log_fn(f"{where}: finished in {time.monotonic() - start:.0f} s")
     status.finished.append(run.name)
-  # Other processes may have finished theirs in the meantime. Then the last one
-  # of all sees every run finished.
+  # Other runners may have finished their runs in the meantime: the last runner
+  # must see every run as finished.
   for run in selected:
     if run.name in status.leased and is_finished(folder, run):
       del status.leased[run.name]
@@ -236,7 +239,7 @@ def run_study(
 
 
 def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
-  """Waits for a process that a killed runner has left behind."""
+  """Waits for a training process that outlived its killed runner."""
   waiting = False
   while True:
     try:
@@ -252,9 +255,9 @@ def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
 def _train(
   folder: pathlib.Path, study: Study, run: Run, log: pathlib.Path
 ) -> str | None:
-  """Trains in a new process; returns why it failed, or None.
+  """Trains in a new process; returns the reason of a failure, or None.
 
-  Raises Preempted if the process has exited after SIGTERM.
+  Raises Preempted if the process exited after SIGTERM.
   """
   size = log.stat().st_size if log.exists() else 0
   (process,) = launch(
@@ -264,7 +267,7 @@ def _train(
     try:
       code = process.wait()
     except BaseException:
-      # Ctrl-C, which a terminal sends to the process as well.
+      # On Ctrl-C the terminal signals the process too: wait for its exit.
       process.wait()
       raise
   if code == preemption.EXIT_CODE or notice.received:
@@ -286,7 +289,7 @@ def _train(
 def _forward_sigterm(
   process: subprocess.Popen,
 ) -> Iterator[preemption.Notice]:
-  """Passes SIGTERM on to a process instead of exiting."""
+  """Forwards SIGTERM to a process instead of exiting."""
   notice = preemption.Notice()
   if threading.current_thread() is not threading.main_thread():
     yield notice

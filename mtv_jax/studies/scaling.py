@@ -5,10 +5,9 @@ points, the saturating power law is
 
   e = e_0 + sum over v of c_v x_v^-a_v
 
-With two variables it is Hoffmann et al. 2022, equation 2. c_v is the error at
-the geometric mean that more of v would remove. Fitted by least squares of log
-e: Hoffmann et al. take a Huber loss of the same residuals, for more points than
-a study has.
+With two variables it is equation 2 of Hoffmann et al. 2022. c_v is the
+reducible error at the geometric mean. The fit is least squares in log e;
+Hoffmann et al., with more points, use a Huber loss of these residuals.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from mtv_jax.studies.statistics import summarise_arm
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
 
-# Starts of the search: exponents that papers report are 0.05 to 0.5.
+# Initial values of the search; published exponents are 0.05 to 0.5.
 _EXPONENTS, _FLOORS = (0.1, 0.4, 1.0), (0.1, 0.5, 0.9)
 _MAX_EXPONENT = 5.0
-# Evaluations of the law in one search: most take 10; without a minimum, all.
+# Maximum function evaluations of one search; most searches need 10.
 _EVALUATIONS = 100
-_RESAMPLES = 100  # Fits for the intervals.
+_RESAMPLES = 100  # Bootstrap fits for the intervals.
 # Smallest singular value of a Jacobian whose columns have unit length.
 _SINGULAR = 1e-6
 
@@ -51,30 +50,30 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class ScalingFit:
-  """A scaling law of one metric; see the module for its form."""
+  """A scaling law of one metric; the module docstring gives its form."""
 
   metric: str
   formula: str
   points: int
-  # Geometric mean of each variable, which x is relative to.
+  # Geometric mean of each variable; x is relative to it.
   centres: dict[str, float]
   # "floor", "coefficient VARIABLE", "exponent VARIABLE".
   # Empty if they are not identifiable.
   parameters: dict[str, Parameter]
-  r2: float | None  # of log e
+  r2: float | None  # in log e
   residuals: tuple[float, ...]  # log e minus the fit, by point
-  is_complement: bool  # whether e is 1 - metric, else the metric itself
+  is_complement: bool  # whether e is 1 - metric, else the metric
   note: str  # why the fit is missing, or ""
 
   @property
   def is_identifiable(self) -> bool:
-    """Whether there is a fit."""
+    """Whether the parameters could be fitted."""
     return bool(self.parameters)
 
   def predict(
     self, x: Mapping[str, Float[np.ndarray, " m"]]
   ) -> Float[np.ndarray, " m"]:
-    """Values of the metric at m points."""
+    """Predicted metric values at m points."""
     if not self.is_identifiable:
       raise InputError(
         f"the fit of {self.metric} lacks parameters: {self.note}"
@@ -95,13 +94,13 @@ def fit_scaling(
 ) -> ScalingFit:
   """Fits the scaling law to n points.
 
-  Intervals are percentiles of fits to resampled residuals. These are enlarged
-  first, by sqrt(n / (n - parameters)), as a fit makes them too small, and by
-  the ratio of Student's t to the normal distribution, as so few points tell
-  their size badly: for a linear law this gives the t interval (our choice).
+  Intervals are percentiles over fits to resampled residuals. Residuals are
+  first scaled by sqrt(n / (n - parameters)), which corrects their shrinkage by
+  the fit, and by the ratio of Student's t to the normal quantile, for the small
+  sample. For a linear law this yields the t interval (our choice).
 
-  The metric is a fraction where higher is better (e = 1 - metric), or lower is
-  better (e = metric); points without a finite value are left out.
+  The metric is a fraction and higher is better (e = 1 - metric), or lower is
+  better (e = metric). Points without a finite value are dropped.
   """
   if not metric.lower and metric.unit != "%":
     raise InputError(
@@ -164,7 +163,7 @@ def fit_scaling(
 
 @dataclasses.dataclass(frozen=True)
 class _Law:
-  """The law: theta is log floor, log coefficients, exponents."""
+  """The scaling law; theta is [log floor, log coefficients, exponents]."""
 
   names: list[str]
 
@@ -175,7 +174,7 @@ class _Law:
 
   @property
   def formula(self) -> str:
-    """The formula of the error e."""
+    """Formula of the error e."""
     marks = [""] if len(self.names) == 1 else ["₁", "₂"]
     terms = [
       f"c{mark} ({name} / {name}₀)^-a{mark}"
@@ -196,13 +195,13 @@ class _Law:
         return f"not identifiable: all points have the same {name}"
     return ""
 
-  # The search calls these often: shapes in comments are not checked.
+  # Hot functions: shapes in docstrings avoid runtime checks.
   def predict(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Log e [N] for theta [P], at the logarithms [V, N] of the variables."""
+    """Log e [N] for theta [P] at log variables [V, N]."""
     return np.logaddexp.reduce(self._log_terms(theta, x), axis=0)
 
   def jacobian(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Derivatives [N, P] of `predict`: shares of e, and those times -x."""
+    """Jacobian [N, P] of `predict`: each term's share of e, and -x times it."""
     terms = self._log_terms(theta, x)
     shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
     return np.concatenate([shares, -x * shares[1:]]).T
@@ -218,7 +217,7 @@ class _Law:
     target: Float[np.ndarray, " n"],
     start: Float[np.ndarray, " p"] | None = None,
   ) -> Float[np.ndarray, " p"]:
-    """Theta of the least squares."""
+    """The least-squares theta."""
     low, high = self._bounds(target)
     fits = [
       optimize.least_squares(
@@ -236,10 +235,10 @@ class _Law:
 
   def _bounds(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     variables = len(self.names)
-    # A floor between a millionth of the points and their maximum.
+    # The floor: from a millionth of the smallest error to the largest error.
     floor = (target.min() - np.log(1e6), target.max())
     scale = [(target.min() - np.log(1e6), target.max() + np.log(1e6))]
-    # Beside a floor, a term that grows would only mirror it.
+    # Exponents are positive: a growing term would be confounded with the floor.
     exponents = [(0.0, _MAX_EXPONENT)] * variables
     low, high = np.array([floor, *scale * variables, *exponents]).T
     return low, high
@@ -258,7 +257,7 @@ class _Law:
   def name_parameters(
     self, theta: Float[np.ndarray, " p"], drawn: Float[np.ndarray, "b p"]
   ) -> dict[str, Parameter]:
-    """Parameters by name, with the percentiles of drawn ones."""
+    """Parameters by name, with percentile intervals of the bootstrap fits."""
     variables = len(self.names)
     logarithms = len(theta) - variables
     theta, drawn = theta.copy(), drawn.copy()
@@ -276,7 +275,7 @@ class _Law:
   def find_degeneracy(
     self, theta: Float[np.ndarray, " p"], x: Float[np.ndarray, "v n"]
   ) -> str:
-    """Why a fit does not determine its parameters, or ""."""
+    """Why a fit does not identify its parameters, or ""."""
     exponents = theta[-len(self.names) :]
     for name, exponent in zip(self.names, exponents, strict=True):
       if not 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
@@ -287,7 +286,7 @@ class _Law:
         )
     jacobian = self.jacobian(theta, x)
     unit = jacobian / np.linalg.norm(jacobian, axis=0).clip(1e-300)
-    # The derivative of a floor near 0 vanishes; that is not an ambiguity.
+    # Ignore the vanishing derivative of a floor near 0: it is not an ambiguity.
     shown = np.linalg.norm(jacobian, axis=0) > 1e-4
     if np.linalg.svd(unit[:, shown], compute_uv=False)[-1] < _SINGULAR:
       return "not identifiable: the points don't determine all parameters"
@@ -299,10 +298,10 @@ def fit_metrics(
   metrics: Sequence[Metric],
   sizes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, ScalingFit]:
-  """A scaling law of each metric that is an error or a fraction.
+  """Fits a scaling law to each metric that is an error or a fraction.
 
-  Each run is a point; `sizes` has `images` and `parameters` of each arm, and a
-  variable that does not vary is left out.
+  Each run is a point. `sizes` gives `images` and `parameters` by arm; constant
+  variables are dropped.
   """
   fits = {}
   for metric in metrics:
@@ -332,9 +331,9 @@ def draw_scaling(
   fits: Mapping[str, ScalingFit],
   x_label: str = "distinct images",
 ) -> list[Chart]:
-  """A chart for each metric over the images, with a curve for each model.
+  """A chart of each metric over images, with a curve per model.
 
-  `sizes` has `model`, `images` and `parameters` of each arm.
+  `sizes` gives `model`, `images` and `parameters` by arm.
   """
   models = collections.defaultdict(list)
   for arm in data.values:
@@ -377,7 +376,7 @@ def draw_scaling(
 
 
 def fits_table(fits: Mapping[str, ScalingFit]) -> list[list[str]]:
-  """Parameters of fits with intervals: a header, then a row for each metric."""
+  """Fitted parameters with intervals: a header, then a row per metric."""
   names = list(
     dict.fromkeys(n for fit in fits.values() for n in fit.parameters)
   )
@@ -399,7 +398,7 @@ def _format_parameter(parameter: Parameter) -> str:
 
 
 def describe_laws(fits: Mapping[str, ScalingFit]) -> list[str]:
-  """The form of the fits, a line for each one that differs."""
+  """The formulas of the fits, a line per distinct formula."""
   lines = {}
   for metric, fit in fits.items():
     e = "1 − metric" if fit.is_complement else "metric"

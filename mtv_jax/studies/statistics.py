@@ -1,7 +1,6 @@
-"""Statistics of a study: results of its runs, means of arms, synergy of pairs.
+"""Statistics of a study: results of runs, means of arms, synergy of pairs.
 
-An arm is a setting (a set of objectives, a size) that is run with several
-seeds; `report/contrasts.py` estimates a difference and its intervals.
+`report/contrasts.py` estimates differences and their intervals.
 """
 
 from __future__ import annotations
@@ -34,30 +33,30 @@ class StudyResults:
   """Measurements of the finished runs; metrics are `EVALUATION/METRIC`."""
 
   study: Study
-  runs: tuple[RunFolder, ...]  # that are finished
+  runs: tuple[RunFolder, ...]  # finished runs
   measurements: Measurements  # arms in the study's order
-  metrics: tuple[Metric, ...]  # in the order of the evaluations
-  unfinished: tuple[str, ...]  # names of runs
+  metrics: tuple[Metric, ...]  # in evaluation order
+  unfinished: tuple[str, ...]  # run names
 
 
 @dataclasses.dataclass(frozen=True)
 class Synergy:
-  """What a pair of objectives gives beyond each of the two."""
+  """Gain of training a pair of objectives over training each alone."""
 
   arm: str  # trained with both
   first: str
   second: str
-  better: str  # of first and second, by their means
+  better: str  # the better of first and second, by mean
   over_better: Contrast  # arm - better
-  # arm - (first + second - chance); None if chance is not known.
+  # arm - (first + second - chance); None if chance is unknown.
   over_additive: Contrast | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """The mean of an arm on one metric."""
+  """Mean of an arm on one metric."""
 
-  n: int  # seeds
+  n: int  # number of seeds
   mean: float | None
   # 95 %: Student's t over seeds if there are several, else over items.
   interval: tuple[float, float] | None
@@ -99,7 +98,7 @@ def _get_result(run: RunFolder, name: str) -> Result:
 def compare(
   data: Measurements, metrics: Sequence[Metric], *, baseline: str
 ) -> list[Comparison]:
-  """Compares the other arms with the baseline on each metric, as one family."""
+  """Compares each arm with the baseline per metric, corrected as one family."""
   arms = [arm for arm in data.values if arm != baseline]
   if len(arms) == len(data.values):
     names = ", ".join(data.values)
@@ -114,7 +113,7 @@ def compare(
 def compare_in_order(
   data: Measurements, metrics: Sequence[Metric]
 ) -> list[Comparison]:
-  """Compares each arm with the one before it, corrected as one family."""
+  """Compares each arm with its predecessor, corrected as one family."""
   arms = list(data.values)
   return correct_contrasts(
     compare_arms(data, metric, arm, before)
@@ -126,10 +125,10 @@ def compare_in_order(
 def find_synergies(
   data: Measurements, metrics: Sequence[Metric]
 ) -> list[Synergy]:
-  """Compares the arms `A+B` with the arms `A` and `B`.
+  """Compares each arm `A+B` with the arms `A` and `B`.
 
-  The better of A and B is chosen by its mean, which is then on average too
-  good by a part of its error: the gain over it is rather too small.
+  Selecting the better of A and B by its mean biases that mean upwards, so
+  `over_better` tends to underestimate the gain.
   """
   pairs = [(arm, *arm.split("+")) for arm in data.values if arm.count("+") == 1]
   pairs = [pair for pair in pairs if {*pair} <= {*data.values}]
@@ -176,7 +175,7 @@ def _estimate_synergy(
 
 
 def summarise_arm(data: Measurements, metric: Metric, arm: str) -> Summary:
-  """The mean of an arm over its seeds, with its interval."""
+  """Mean and interval of an arm over its seeds."""
   seeds = data.seeds(arm, metric.name)
   if not seeds:
     return Summary(0, None, None)

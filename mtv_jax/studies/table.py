@@ -1,4 +1,4 @@
-"""The table of a study's runs: images, FLOPs, estimated time, state."""
+"""Table of a study's runs: images, FLOPs, estimated time, state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.text import align_columns, format_duration
 
-# Rows of the batch that is counted; the cost per image hardly depends on it.
+# Maximum batch size for counting; the cost per image hardly depends on it.
 _ROWS = 64
 
 
 def count_flops(settings: Mapping[str, Any]) -> float:
-  """FLOPs of training on one image, once all objectives have started.
+  """Training FLOPs per image once all objectives have started.
 
-  Of `settings`, a resolved config; see `flops.model_flops`.
+  `settings` is a resolved config; see `flops.model_flops`.
   """
   config = resolve(settings)
   spec = flops.build_long_step_spec(config)
@@ -37,9 +37,9 @@ def count_flops(settings: Mapping[str, Any]) -> float:
 
 
 def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
-  """FLOPs that a study in the folder has counted, see `Study.costs`.
+  """FLOPs stored by a study in the folder, see `Study.costs`.
 
-  Empty without one, or if other code has counted them.
+  Empty without a study, or if its `code_version` differs.
   """
   try:
     study = runner.read(folder)
@@ -51,10 +51,10 @@ def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
 def format_runs(
   folder: pathlib.Path, study: Study, *, measure: bool = True
 ) -> str:
-  """A line for each run, their sum, and what the times are from.
+  """A line per run, the total, and the source of the time estimates.
 
-  Times are at the speed of runs of the study that have trained. Before, they
-  are of this process's device if `measure`, and otherwise not given.
+  Estimates use the measured speed of the study's runs. Before any run has
+  trained, they use this process's device if `measure`, else they are omitted.
   """
   done = {run.name: runner.is_finished(folder, run) for run in study.runs}
   rate, source = _measure_rate(folder, study.runs, measure)
@@ -89,10 +89,10 @@ def format_runs(
 def _measure_rate(
   folder: pathlib.Path, runs: Sequence[Run], measure: bool
 ) -> tuple[float | None, str]:
-  """FLOPs per second, and what they are from.
+  """FLOP/s and a description of their source.
 
-  The study's own rate if some runs have trained; else, if `measure`, the rate
-  of a matrix product on this process's device, which no run reaches.
+  The median rate of the study's runs if any has trained; else, if `measure`,
+  the matmul rate of this process's device, an upper bound.
   """
   rates = [
     run.flops / run.images * speed
@@ -109,18 +109,18 @@ def _measure_rate(
 
 
 def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
-  """The median speed of a run; None if it is not known."""
+  """Median speed of a run; None if unknown."""
   try:
     series = read_metrics(folder / runner.RUNS / run.name)
   except UserError:
-    # A crash has damaged it, and the run that resumes repairs it.
+    # A crash damaged the log; resuming the run repairs it.
     return None
   speeds = [x for _, x in series.get("speed/images_per_second", ()) if x]
   return float(np.median(speeds)) if speeds else None
 
 
 def _matmul_rate() -> float:
-  """FLOPs per second of a float32 product of square matrices."""
+  """FLOP/s of a float32 matmul of square matrices."""
   size = 1024
   x = jnp.ones((size, size))
   multiply = jax.jit(jnp.matmul)
