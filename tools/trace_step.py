@@ -20,6 +20,7 @@ import io
 import json
 import os
 import pathlib
+import runpy
 import sys
 import tarfile
 import tempfile
@@ -181,9 +182,7 @@ def main():
       sys.argv += [f"--config.evals.{name}=None" for name in args.evals]
     trace.start()
     try:
-      from mtv_jax.main import main as command
-
-      command()
+      runpy.run_module("mtv_jax.main", run_name="__main__")
     except Finished:
       pass
     finally:

@@ -135,7 +135,7 @@ def _stored_encoders(
       functools.partial(
         mtv_jax.load, request.path, weights=request.weights, dtype=dtype
       ),
-      store.Store(
+      store.ResultStore(
         pathlib.Path(output, _ENCODERS, folders[request.name]),
         store.describe_encoder(request.path, request.weights, dtype),
       ),

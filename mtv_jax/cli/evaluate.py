@@ -96,7 +96,7 @@ class Flags(Evaluations, arguments.Weights, arguments.Distributed):
 EPILOG = f"evaluations: {', '.join(base.EVALUATORS)}"
 
 
-def read_plan(args: Evaluations) -> evals.Plan:
+def read_plan(args: Evaluations) -> evals.EvaluationPlan:
   """Builds the evaluation plan from the flags."""
   return evals.plan(
     args.evals.split(","),

@@ -46,7 +46,7 @@ class _Tokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
+class ContrastiveInfo:
   """Name and leaves of the head that holds an export's temperature."""
 
   name: str
@@ -60,7 +60,7 @@ class ExportInfo:
   model: ModelSpec
   preprocess: Mapping[str, Any]
   tokenizer: _Tokenizer | None
-  contrastive: Contrastive | None
+  contrastive: ContrastiveInfo | None
   prediction_heads: Mapping[str, heads_lib.PredictionHead]
   weights: Literal["student", "teacher", "ema"]
 
@@ -162,7 +162,7 @@ def read_info(folder: pathlib.Path) -> ExportInfo | None:
       model=ModelSpec.from_dict(read("model", dict)),
       preprocess=read("preprocess", dict),
       tokenizer=build("tokenizer", _Tokenizer),
-      contrastive=build("contrastive", Contrastive),
+      contrastive=build("contrastive", ContrastiveInfo),
       prediction_heads=heads_lib.described_heads(
         read("predictors", dict[str, dict], default={})
       ),

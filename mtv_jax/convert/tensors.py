@@ -16,7 +16,7 @@ _MAX_LINES = 10  # Maximum lines of an error per kind of difference.
 
 
 @runtime_checkable
-class Store(Protocol):
+class TensorFile(Protocol):
   """Named tensors of `path`, read one at a time."""
 
   path: Any
@@ -30,7 +30,7 @@ class Store(Protocol):
 
 
 def load(
-  rules: Sequence[Rule], store: Store, *, ignore: str = r"(?!)"
+  rules: Sequence[Rule], store: TensorFile, *, ignore: str = r"(?!)"
 ) -> dict[str, Any]:
   """Reads our parameter tree as contiguous float32 arrays.
 
@@ -59,7 +59,7 @@ def load(
   return unflatten_names(leaves)
 
 
-def read_float(store: Store, name: str) -> Float32[np.ndarray, "..."]:
+def read_float(store: TensorFile, name: str) -> Float32[np.ndarray, "..."]:
   """Reads a floating-point tensor as float32; it must be finite."""
   array = store.read(name)
   if not jnp.issubdtype(array.dtype, np.floating):
@@ -93,7 +93,9 @@ def save(
   return tensors
 
 
-def check_tensors(rules: Sequence[Rule], store: Store, *, ignore: str) -> None:
+def check_tensors(
+  rules: Sequence[Rule], store: TensorFile, *, ignore: str
+) -> None:
   """Checks a file's names and shapes against the rules; see `load`."""
   expected = dict(pair for rule in rules for pair in rule.expected_shapes())
   present = set(store.names)

@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 _MAX_REASON = 1000
 
 
-class Plan(NamedTuple):
+class EvaluationPlan(NamedTuple):
   """Evaluations that a command line requests."""
 
   entries: dict[str, dict[str, Any]]  # as in `config.evals`
@@ -38,7 +38,7 @@ def plan(
   options: Mapping[str, Any] | None = None,
   preferences: Mapping[str, Any] | None = None,
   assignments: Sequence[str] = (),
-) -> Plan:
+) -> EvaluationPlan:
   """Entries as in `config.evals`, from the arguments of a command line.
 
   Args:
@@ -73,7 +73,7 @@ def plan(
       )
   named = {*by_name, *assigned} if list(names) == ["all"] else set(requested)
   entries = {name: {"type": name, **given[name]} for name in requested}
-  return Plan(entries, frozenset(named))
+  return EvaluationPlan(entries, frozenset(named))
 
 
 def _expand_names(names: Sequence[str]) -> list[str]:
@@ -163,7 +163,7 @@ def evaluate(
 
 
 def prepare(
-  plan: Plan, *, log_fn: Callable[[str], None] = lambda line: None
+  plan: EvaluationPlan, *, log_fn: Callable[[str], None] = lambda line: None
 ) -> tuple[dict[str, Evaluator], dict[str, str], dict[str, str]]:
   """Builds the evaluators of a plan and opens their data.
 

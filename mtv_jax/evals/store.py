@@ -35,7 +35,7 @@ _ENCODERS = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
+class ResultStore:
   """The folder of an encoder's results.
 
   All results of the encoder depend on `settings`; an evaluation adds its entry
@@ -113,7 +113,7 @@ class Store:
 
 
 def describe_encoder(path: str, weights: str, dtype: str) -> dict[str, Any]:
-  """The settings of a `Store`: they change when the encoder does."""
+  """The settings of a `ResultStore`: they change when the encoder does."""
   settings = {"encoder": path, "weights": weights, "dtype": dtype}
   return {**settings, **describe_weights(path)}
 

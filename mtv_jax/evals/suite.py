@@ -15,7 +15,7 @@ from mtv_jax.evals import run
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Evaluator
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.store import Store
+from mtv_jax.evals.store import ResultStore
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
 
@@ -24,12 +24,12 @@ class StoredEncoder(NamedTuple):
   """An encoder with a folder of results, which is loaded if one is missing."""
 
   load: Callable[[], Encoder]
-  store: Store
+  store: ResultStore
 
 
 def evaluate(
   encoders: Mapping[str, Encoder | StoredEncoder],
-  chosen: run.Plan,
+  chosen: run.EvaluationPlan,
   *,
   checkpoints: Mapping[str, str] | None = None,
   folder: str | os.PathLike | None = None,
@@ -66,7 +66,7 @@ def evaluate(
 
 def _evaluate(
   encoder: Encoder | StoredEncoder,
-  chosen: run.Plan,
+  chosen: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
   outcome: Outcome,
   *,
@@ -117,7 +117,9 @@ def _evaluate(
 
 
 def _find_stored(
-  store: Store, chosen: run.Plan, evaluators: Mapping[str, Evaluator]
+  store: ResultStore,
+  chosen: run.EvaluationPlan,
+  evaluators: Mapping[str, Evaluator],
 ) -> dict[str, Outcome]:
   """The evaluations that are stored, as the first process sees it.
 
@@ -142,7 +144,7 @@ def _describe(outcome: Outcome, source: Outcome) -> Outcome:
   )
 
 
-def sort_results(outcome: Outcome, chosen: run.Plan) -> Outcome:
+def sort_results(outcome: Outcome, chosen: run.EvaluationPlan) -> Outcome:
   """The outcome with results, skips and failures in the order of the plan."""
   ordered = {}
   for field in ("results", "skipped", "failed"):
@@ -151,7 +153,9 @@ def sort_results(outcome: Outcome, chosen: run.Plan) -> Outcome:
   return dataclasses.replace(outcome, **ordered)
 
 
-def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
+def errors(
+  outcomes: Sequence[Outcome], chosen: run.EvaluationPlan
+) -> list[str]:
   """Errors of a finished run, a line each.
 
   These are failed evaluations, and evaluations requested by name that no

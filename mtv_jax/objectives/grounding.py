@@ -35,7 +35,7 @@ class RegionIds:
 
 
 @pytree_dataclass
-class Matches:
+class PhraseMatches:
   """Each region's greatest logits with texts of its phrase and of others."""
 
   same: Float[Array, " n"]
@@ -47,7 +47,7 @@ def region_losses(
   regions: ring.EmbeddingBatch,
   texts: ring.EmbeddingBatch,
   affine: pairwise.Affine,
-) -> tuple[Float[Array, " n"], Matches]:
+) -> tuple[Float[Array, " n"], PhraseMatches]:
   """SigLIP's loss between regions and phrases.
 
       L = -(1/n) sum_ab m_ab log sigmoid(y_ab (scale z_a.t_b + bias)),
@@ -74,16 +74,16 @@ def region_losses(
   pairs = region_ids.valid[:, None] & text_ids.valid & (positive | other)
   losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, positive), 0.0)
   logits = jax.lax.stop_gradient(logits)
-  return losses.sum(axis=1), Matches(
+  return losses.sum(axis=1), PhraseMatches(
     same=jnp.where(same, logits, -jnp.inf).max(axis=1),
     other=jnp.where(other, logits, -jnp.inf).max(axis=1),
     peers=same.sum(axis=1).astype(jnp.float32),
   )
 
 
-def merge_matches(a: Matches, b: Matches) -> Matches:
+def merge_matches(a: PhraseMatches, b: PhraseMatches) -> PhraseMatches:
   """The same regions' matches with two sets of texts."""
-  return Matches(
+  return PhraseMatches(
     same=jnp.maximum(a.same, b.same),
     other=jnp.maximum(a.other, b.other),
     peers=a.peers + b.peers,

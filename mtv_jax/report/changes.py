@@ -25,9 +25,9 @@ from mtv_jax.report.differences import (
   format_difference,
   format_value,
 )
-from mtv_jax.report.page import Block, Charts, Details, Heading, Note, Table
+from mtv_jax.report.page import Charts, Details, Heading, Note, PageBlock, Table
 from mtv_jax.report.run_folders import (
-  RunFolder,
+  RunRecord,
   group_by_arm,
   list_evaluations,
   read_outcomes,
@@ -77,7 +77,7 @@ class Changes:
     return sum(c.item_high < 0 for c in self.by_step.values())
 
 
-def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
+def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
   """Changes of evaluations since step 0; empty without such evaluations."""
   arms = group_by_arm(runs)
   found = [c for arm in arms.values() for c in measure_changes(arm)]
@@ -101,7 +101,7 @@ def describe_changes(runs: Sequence[RunFolder]) -> Iterator[Block]:
   yield Details("Every evaluation", [Table(table, numbers=2)])
 
 
-def measure_changes(runs: Sequence[RunFolder]) -> list[Changes]:
+def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
   """Changes of an arm's main metrics that all seeds evaluated at step 0.
 
   Skips evaluations whose protocol differs from step 0, or that lack a finite

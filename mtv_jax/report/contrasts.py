@@ -61,7 +61,7 @@ class Metric:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurements:
+class ArmMeasurements:
   """Metric values of runs, with their errors over items if known."""
 
   values: Values
@@ -162,7 +162,7 @@ def describe_metrics(name: str, result: Result) -> list[Metric]:
 
 def collect_measurements(
   arms: Mapping[str, Mapping[int, Mapping[str, Result]]],
-) -> Measurements:
+) -> ArmMeasurements:
   """Collects results by arm, seed and evaluation into measurements."""
   fields = [
     {
@@ -178,11 +178,11 @@ def collect_measurements(
     }
     for field in ("metrics", "errors", "resamples")
   ]
-  return Measurements(*fields)
+  return ArmMeasurements(*fields)
 
 
 def compare_arms(
-  data: Measurements, metric: Metric, arm: str, baseline: str
+  data: ArmMeasurements, metric: Metric, arm: str, baseline: str
 ) -> Comparison:
   """An arm minus the baseline on one metric, uncorrected."""
   contrast = estimate_contrast(data, metric, {arm: 1.0, baseline: -1.0})
@@ -218,7 +218,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def estimate_contrast(
-  data: Measurements,
+  data: ArmMeasurements,
   metric: Metric,
   weights: Mapping[str, float],
   constant: float | int = 0.0,
@@ -304,7 +304,7 @@ def _missing(metric: Metric, note: str) -> Contrast:
 
 
 def _estimate_items(
-  data: Measurements,
+  data: ArmMeasurements,
   metric: Metric,
   weights: Mapping[str, float],
   used: Mapping[str, Sequence[int]],
@@ -344,7 +344,7 @@ def _estimate_items(
 
 
 def _drawn_sums(
-  data: Measurements,
+  data: ArmMeasurements,
   metric: Metric,
   weights: Mapping[str, float],
   used: Mapping[str, Sequence[int]],

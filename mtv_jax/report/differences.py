@@ -11,7 +11,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.page import Block, Bold, Details, Table
+from mtv_jax.report.page import Bold, Details, PageBlock, Table
 from mtv_jax.utils.text import format_metric
 
 EMPTY = "–"
@@ -41,7 +41,7 @@ def format_difference(c: Contrast, *, seeds: bool = True) -> str:
   return f"{text} [{ends}]" if ends else text
 
 
-def describe_differences(compared: Sequence[Comparison]) -> Iterator[Block]:
+def describe_differences(compared: Sequence[Comparison]) -> Iterator[PageBlock]:
   """A table of differences with verdicts, then their details."""
   yield Table(differences_table(compared))
   yield list_contrasts([(c.name, c) for c in compared])
@@ -64,7 +64,7 @@ def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
 
 def list_contrasts(
   rows: Sequence[tuple[str, Contrast]], columns: Sequence[str] = ()
-) -> Block:
+) -> PageBlock:
   """A collapsed `contrast_table`, limited to `columns` if given."""
   head, *lines = contrast_table(rows)
   kept = [k for k, name in enumerate(head) if name in (columns or head)]

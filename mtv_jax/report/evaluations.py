@@ -122,7 +122,7 @@ def describe_outcomes(
   compared: Sequence[Outcome] = (),
   baseline: str | None = None,
   size: str | None = "base",
-) -> Iterator[page.Block]:
+) -> Iterator[page.PageBlock]:
   """Metrics, charts, encoders, missing results, sheets and protocols.
 
   With a baseline, each protocol has its own row, and differences from the
@@ -251,7 +251,7 @@ def interval_row(row: MetricRow, i: int, name: str, colour: int) -> Row:
 def _published_cells(
   columns: Sequence[Outcome],
   rows: Sequence[MetricRow],
-  matches: Sequence[published.Match],
+  matches: Sequence[published.FigureMatch],
 ) -> list[str]:
   """The column of published figures: a header, then a cell per row."""
   cells = ["published"]
@@ -277,7 +277,7 @@ def _published_table(quoted: Sequence[str]) -> list[list[str]]:
 
 def _describe_differences(
   rows: Sequence[MetricRow], baseline: str
-) -> Iterator[page.Block]:
+) -> Iterator[page.PageBlock]:
   """Differences from the baseline, if any are known."""
   compared = [c for r in rows if r.is_main for c in r.differences]
   known = [c for c in compared if c.difference is not None]
@@ -291,7 +291,7 @@ def _describe_differences(
   yield differences.list_contrasts([(c.name, c) for c in known], _CONTRAST)
 
 
-def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.Block]:
+def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
   """A line per evaluation that failed or was skipped."""
   for field in ("failed", "skipped"):
     encoders: dict[tuple[str, str], list[str]] = {}

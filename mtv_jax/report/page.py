@@ -31,7 +31,7 @@ from mtv_jax.utils import atomic, plots
 
 
 @runtime_checkable
-class Block(Protocol):
+class PageBlock(Protocol):
   """A part of a page."""
 
   def html(self) -> str:
@@ -256,7 +256,7 @@ class Details(NamedTuple):
   """Blocks collapsed under a summary."""
 
   summary: str
-  blocks: Sequence[Block]
+  blocks: Sequence[PageBlock]
 
   def html(self) -> str:
     inner = "".join(block.html() for block in self.blocks)
@@ -317,7 +317,7 @@ def html_page(title: str, parts: Sequence[str], *, style: str = "") -> str:
 
 def write_pages(
   title: str,
-  blocks: Iterable[Block],
+  blocks: Iterable[PageBlock],
   output: str | os.PathLike,
   *,
   names: tuple[str, str] = ("report.html", "report.md"),

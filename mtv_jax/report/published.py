@@ -12,12 +12,12 @@ from typing import NamedTuple
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.published import COLUMNS, FIGURES, Figure, matching_column
 from mtv_jax.report import tables
-from mtv_jax.report.page import Block, Bullets, Heading, Note, Table
+from mtv_jax.report.page import Bullets, Heading, Note, PageBlock, Table
 from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils.text import format_metric
 
 
-class Match(NamedTuple):
+class FigureMatch(NamedTuple):
   """A result and the figure published for its checkpoint."""
 
   encoder: int  # index of the outcome
@@ -28,7 +28,7 @@ class Match(NamedTuple):
 
 def find_matches(
   outcomes: Sequence[Outcome], rows: Sequence[MetricRow]
-) -> list[Match]:
+) -> list[FigureMatch]:
   """Matches results with figures published for their checkpoints, by row."""
   matches = []
   for row in rows:
@@ -39,13 +39,13 @@ def find_matches(
       protocol = outcome.results[row.evaluation].protocol
       column = matching_column(row.evaluation, row.metric, protocol)
       if column in figures:
-        matches.append(Match(i, row, column, figures[column]))
+        matches.append(FigureMatch(i, row, column, figures[column]))
   return matches
 
 
 def describe_matches(
-  outcomes: Sequence[Outcome], matches: Sequence[Match]
-) -> Iterator[Block]:
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
+) -> Iterator[PageBlock]:
   """Published figures and results, sources and protocol differences."""
   if not any(outcome.checkpoint for outcome in outcomes):
     return
@@ -64,7 +64,7 @@ def describe_matches(
 
 
 def _table(
-  outcomes: Sequence[Outcome], matches: Sequence[Match]
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
 ) -> list[list[str]]:
   lines = [["metric", "encoder", "here", "published", "difference"]]
   for match in matches:
@@ -82,7 +82,7 @@ def _table(
   return lines
 
 
-def format_figure(match: Match) -> str:
+def format_figure(match: FigureMatch) -> str:
   """A figure with its unit: one decimal for "%", else three."""
   unit = match.row.unit
   digits = f"{match.figure.value:.1f}" if unit == "%" else ""
@@ -90,7 +90,7 @@ def format_figure(match: Match) -> str:
 
 
 def _differences(
-  outcomes: Sequence[Outcome], matches: Sequence[Match]
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
 ) -> Iterator[str]:
   """A line per figure: source, protocol, differences from it."""
   for match in matches:
@@ -110,7 +110,7 @@ def _differences(
 
 
 def _other_data(
-  outcomes: Sequence[Outcome], matches: Sequence[Match]
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
 ) -> Iterator[str]:
   """A line per figure whose evaluation ran on different data."""
   shown = {(match.encoder, match.column) for match in matches}

@@ -35,7 +35,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFolder:
+class RunRecord:
   """The contents of a run's folder."""
 
   name: str  # unique in a report
@@ -63,7 +63,7 @@ def read_run(
   name: str = "",
   arm: str = "",
   step: int | None = None,
-) -> RunFolder:
+) -> RunRecord:
   """Reads the folder of a run, finished or not.
 
   `step` selects the evaluations, by default the last of each. Raises
@@ -78,7 +78,7 @@ def read_run(
     if step is None or step in by_step
   }
   command = folder / "command.txt"
-  return RunFolder(
+  return RunRecord(
     name=name,
     arm=arm or name,
     seed=config.get("seed") or 0,
@@ -99,13 +99,13 @@ def read_run(
   )
 
 
-def name_arms(runs: Sequence[RunFolder]) -> list[RunFolder]:
+def name_arms(runs: Sequence[RunRecord]) -> list[RunRecord]:
   """Groups runs whose configs differ only in the seed into one arm.
 
   Runs with equal seeds stay separate. The arm is named by the common stem of
   its runs, such as `a` for `a_0` and `a_1`, else by its first run.
   """
-  groups: dict[str, list[RunFolder]] = {}
+  groups: dict[str, list[RunRecord]] = {}
   for run in runs:
     config = json.dumps(run.config | {"seed": None}, sort_keys=True)
     groups.setdefault(config, []).append(run)
@@ -122,7 +122,7 @@ def name_arms(runs: Sequence[RunFolder]) -> list[RunFolder]:
   return [dataclasses.replace(run, arm=arms[run.name]) for run in runs]
 
 
-def group_by_arm(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+def group_by_arm(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
   """Groups runs by arm, in order of appearance."""
   arms = collections.defaultdict(list)
   for run in runs:

@@ -19,7 +19,7 @@ from mtv_jax.report.changes import describe_changes
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.evaluations import draw_metric, interval_row
 from mtv_jax.report.run_folders import (
-  RunFolder,
+  RunRecord,
   group_by_arm,
   name_arms,
   read_run,
@@ -87,8 +87,8 @@ def format_run(folder: str | os.PathLike) -> str:
 
 
 def _describe_runs(
-  runs: Sequence[RunFolder], output: pathlib.Path, names: str | None
-) -> Iterator[page.Block]:
+  runs: Sequence[RunRecord], output: pathlib.Path, names: str | None
+) -> Iterator[page.PageBlock]:
   """The sections on runs, grouped by arm."""
   yield page.Table(runs_table(runs), numbers=1)
   if any(run.outcome.results for run in runs):
@@ -100,7 +100,7 @@ def _describe_runs(
   yield from describe_configs(runs)
 
 
-def _describe_metrics(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
+def _describe_metrics(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   """Last metrics with errors and chance, and their charts."""
   outcomes = [run.outcome for run in runs]
   rows = tables.compare(outcomes)
@@ -145,8 +145,8 @@ def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
 
 
 def describe_training(
-  runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
-) -> Iterator[page.Block]:
+  runs: Sequence[RunRecord], *, timed: bool = True, names: str | None = None
+) -> Iterator[page.PageBlock]:
   """Training curves with the arms overlaid; includes speed if `timed`."""
   curves, further = draw_training_curves(runs, timed=timed, names=names)
   if not curves and not further:
@@ -160,7 +160,7 @@ def describe_training(
 
 
 def draw_training_curves(
-  runs: Sequence[RunFolder], *, timed: bool = True, names: str | None = None
+  runs: Sequence[RunRecord], *, timed: bool = True, names: str | None = None
 ) -> tuple[list[Chart], list[Chart]]:
   """Metrics over steps by arm: losses and main metrics, then further metrics.
 
@@ -212,7 +212,7 @@ def _find_names(logged: Collection[str], pattern: str) -> list[str]:
 
 
 def _draw_curve(
-  runs: Sequence[RunFolder], name: str, *, least: int = 2
+  runs: Sequence[RunRecord], name: str, *, least: int = 2
 ) -> Chart | None:
   """One metric over steps; None if no curve has `least` points."""
   curves, values = [], []
@@ -250,7 +250,7 @@ def _draw_curve(
 
 
 def _find_unit(
-  runs: Sequence[RunFolder], name: str
+  runs: Sequence[RunRecord], name: str
 ) -> tuple[str, float | None]:
   """Unit and chance of an evaluation's metric; "" and None if unknown."""
   evaluation, _, metric = name.partition("/")
@@ -261,7 +261,7 @@ def _find_unit(
   return "", None
 
 
-def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
+def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   """Conflicts between objectives' gradients, if measured."""
   arms = group_by_arm(runs).items()
   drawn = {arm: draw_interference(runs) for arm, runs in arms}
@@ -275,7 +275,7 @@ def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
     yield page.Charts(maps)
 
 
-def draw_interference(runs: Sequence[RunFolder]) -> list[Chart]:
+def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
   """Gradient conflicts of an arm's runs, averaged over measurements and seeds.
 
   Charts show cosines of objective pairs by block, gradient norms by block, the
@@ -318,7 +318,7 @@ def draw_interference(runs: Sequence[RunFolder]) -> list[Chart]:
   return drawn + _draw_conflicts(runs)
 
 
-def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
+def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
   lines = [
     Series(
       f"seed {run.seed}" if len(runs) > 1 else run.name,
@@ -339,8 +339,8 @@ def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
 
 
 def describe_sheets(
-  runs: Sequence[RunFolder], output: pathlib.Path
-) -> Iterator[page.Block]:
+  runs: Sequence[RunRecord], output: pathlib.Path
+) -> Iterator[page.PageBlock]:
   """Sheets of evaluations, with the runs side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
   if keys:
@@ -353,7 +353,7 @@ def describe_sheets(
 
 
 def _read_sheet(
-  run: RunFolder, evaluation: str, name: str, output: pathlib.Path
+  run: RunRecord, evaluation: str, name: str, output: pathlib.Path
 ) -> page.ImageFile:
   source = run.sheets[evaluation, name].resolve()
   try:
@@ -373,7 +373,7 @@ def _read_sheet(
   return page.ImageFile(run.name, np.asarray(image), path, source)
 
 
-def describe_configs(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
+def describe_configs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   """Commands, config differences, and configs."""
   commands = [run.command for run in runs if run.command]
   if commands:
@@ -393,7 +393,7 @@ def describe_configs(runs: Sequence[RunFolder]) -> Iterator[page.Block]:
 
 
 def runs_table(
-  runs: Sequence[RunFolder], *, timed: bool = True
+  runs: Sequence[RunRecord], *, timed: bool = True
 ) -> list[list[str]]:
   """Summary of the runs: a header, then a row per run."""
   colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
@@ -412,12 +412,12 @@ def runs_table(
   return rows
 
 
-def _last(run: RunFolder, name: str, form: str) -> str:
+def _last(run: RunRecord, name: str, form: str) -> str:
   points = run.series.get(name)
   return format(points[-1][1], form) if points else _DASH
 
 
-def config_table(runs: Sequence[RunFolder]) -> list[list[str]]:
+def config_table(runs: Sequence[RunRecord]) -> list[list[str]]:
   """Config keys that differ, without seeds: a header, then a row per key."""
   rows = [["key", *(run.name for run in runs)]]
   for key, values in list_differences([run.config for run in runs]):

@@ -183,7 +183,7 @@ def _add_verdicts(
 
 def _measure(
   row: MetricRow, results: Sequence[Result | None]
-) -> tuple[contrasts.Measurements, Metric]:
+) -> tuple[contrasts.ArmMeasurements, Metric]:
   """Measurements and metric for a row's contrasts; arms are indices."""
   arms = {
     str(i): {0: {row.evaluation: result}}
@@ -217,7 +217,7 @@ def _find_leading(
 
 
 def _beats_chance(
-  data: contrasts.Measurements, metric: Metric, arm: str
+  data: contrasts.ArmMeasurements, metric: Metric, arm: str
 ) -> bool:
   if metric.chance is None:
     return True

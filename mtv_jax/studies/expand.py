@@ -57,7 +57,7 @@ CostFn = Callable[[Mapping[str, Any]], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StudyRun:
   """One run of a study."""
 
   name: str  # name of the run's folder
@@ -83,7 +83,7 @@ class Study:
   baseline: str  # the reference arm of comparisons
   match: str  # quantity equal in all runs: `images` or `flops`
   budget: float  # fraction of the config's steps
-  runs: tuple[Run, ...]
+  runs: tuple[StudyRun, ...]
   # FLOPs per image, by digest of the relevant settings.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
   counted_by: str = ""  # `code_version` that counted `costs`
@@ -107,7 +107,7 @@ class Study:
     """The inverse of `to_dict`."""
     names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     runs = tuple(
-      Run(
+      StudyRun(
         **{
           **run,
           "overrides": tuple(run["overrides"]),
@@ -189,7 +189,7 @@ def expand(
       settings = _resolve(base, changed, arm.name)
       flops, sets = meter.measure_run(settings, steps), (*assignments, *changed)
       name = f"{arm.name}-s{seed}"
-      runs.append(Run(name, arm.name, seed, sets, steps, settings, flops))
+      runs.append(StudyRun(name, arm.name, seed, sets, steps, settings, flops))
     runs_by_arm.append(runs)
   # Order runs by seed, so that a study stopped early still compares all arms.
   rounds = itertools.zip_longest(*runs_by_arm)

@@ -15,15 +15,15 @@ from mtv_jax.report import charts, differences, page, runs, tables
 from mtv_jax.report.charts import Chart, Row
 from mtv_jax.report.contrasts import (
   DISTINCT,
+  ArmMeasurements,
   Comparison,
   Contrast,
-  Measurements,
   Metric,
 )
 from mtv_jax.report.differences import EMPTY, format_ends, format_value
 from mtv_jax.report.run_folders import group_by_arm
 from mtv_jax.studies import scaling, statistics
-from mtv_jax.studies.expand import Run
+from mtv_jax.studies.expand import StudyRun
 from mtv_jax.studies.statistics import StudyResults, Synergy
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import abstract_params
@@ -71,7 +71,7 @@ def write_study(
   return page.write_pages(title, blocks, output)[:2]
 
 
-def _describe_study(results: StudyResults) -> Iterator[page.Block]:
+def _describe_study(results: StudyResults) -> Iterator[page.PageBlock]:
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
   yield page.Bullets(_summarise(results))
@@ -107,7 +107,7 @@ def _describe_study(results: StudyResults) -> Iterator[page.Block]:
 
 def _describe_runs(
   results: StudyResults, output: pathlib.Path
-) -> Iterator[page.Block]:
+) -> Iterator[page.PageBlock]:
   """Curves, gradients, sheets and configs of the finished runs."""
   if not results.runs:
     return
@@ -173,7 +173,7 @@ def select_main(metrics: Sequence[Metric]) -> list[Metric]:
 
 
 def values_table(
-  data: Measurements, metrics: Sequence[Metric]
+  data: ArmMeasurements, metrics: Sequence[Metric]
 ) -> list[list[str]]:
   """Means with intervals, and chance: a header, then a row per metric."""
   rows = [["metric", *data.values, "chance"]]
@@ -193,7 +193,7 @@ def values_table(
 
 
 def draw_arms(
-  data: Measurements,
+  data: ArmMeasurements,
   metrics: Sequence[Metric],
   comparisons: Sequence[Comparison],
 ) -> list[Chart]:
@@ -234,7 +234,7 @@ def draw_arms(
 
 def _describe_synergy(
   results: StudyResults, metrics: Sequence[Metric]
-) -> Iterator[page.Block]:
+) -> Iterator[page.PageBlock]:
   synergies = statistics.find_synergies(results.measurements, metrics)
   yield page.Heading("Synergy")
   yield page.Note(_SYNERGY_NOTE)
@@ -282,7 +282,7 @@ def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
 
 def _describe_scaling(
   results: StudyResults, metrics: Sequence[Metric]
-) -> Iterator[page.Block]:
+) -> Iterator[page.PageBlock]:
   first = {run.arm: run for run in reversed(results.study.runs)}
   sizes = {arm: measure_size(run) for arm, run in first.items()}
   data = results.measurements
@@ -297,7 +297,7 @@ def _describe_scaling(
   yield page.Table(scaling.fits_table(fits), numbers=1)
 
 
-def measure_size(run: Run) -> dict[str, Any]:
+def measure_size(run: StudyRun) -> dict[str, Any]:
   """Model, images and image-tower parameters of a scaling study's arm.
 
   Counts distinct images if the study limits them, else images seen.

@@ -24,7 +24,7 @@ from mtv_jax.config import aliases, options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.studies.arms import KINDS
-from mtv_jax.studies.expand import FORMAT, MATCHES, Run, Study
+from mtv_jax.studies.expand import FORMAT, MATCHES, Study, StudyRun
 from mtv_jax.train import workdir
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.launch import launch
@@ -54,7 +54,7 @@ def check_index(index: str | None) -> None:
     raise ConfigError(f"--index={index}: write I from 0, or I/N.")
 
 
-def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
+def select_runs(runs: Sequence[StudyRun], index: str | None) -> list[StudyRun]:
   """The runs of `--index=I` or `--index=I/N`; all by default.
 
   `I` selects run I, counted from 0; `I/N` every N-th run from I on.
@@ -157,7 +157,7 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
     )
 
 
-def is_finished(folder: pathlib.Path, run: Run) -> bool:
+def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
   """Whether a run has completed its last checkpoint and evaluations.
 
   Raises InputError if its config differs from the study's settings.
@@ -253,7 +253,7 @@ def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
 
 
 def _train(
-  folder: pathlib.Path, study: Study, run: Run, log: pathlib.Path
+  folder: pathlib.Path, study: Study, run: StudyRun, log: pathlib.Path
 ) -> str | None:
   """Trains in a new process; returns the reason of a failure, or None.
 

@@ -23,7 +23,7 @@ from scipy import optimize, special
 
 from mtv_jax.report import charts
 from mtv_jax.report.charts import Chart, Series
-from mtv_jax.report.contrasts import LEVEL, Measurements, Metric
+from mtv_jax.report.contrasts import LEVEL, ArmMeasurements, Metric
 from mtv_jax.report.differences import EMPTY
 from mtv_jax.studies.statistics import summarise_arm
 from mtv_jax.utils.errors import InputError
@@ -294,7 +294,7 @@ class _Law:
 
 
 def fit_metrics(
-  data: Measurements,
+  data: ArmMeasurements,
   metrics: Sequence[Metric],
   sizes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, ScalingFit]:
@@ -325,7 +325,7 @@ def fit_metrics(
 
 
 def draw_scaling(
-  data: Measurements,
+  data: ArmMeasurements,
   metrics: Sequence[Metric],
   sizes: Mapping[str, Mapping[str, Any]],
   fits: Mapping[str, ScalingFit],

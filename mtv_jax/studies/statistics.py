@@ -14,15 +14,15 @@ import numpy as np
 from mtv_jax.evals.core.base import Result
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import (
+  ArmMeasurements,
   Comparison,
   Contrast,
-  Measurements,
   Metric,
   compare_arms,
   correct_contrasts,
 )
 from mtv_jax.report.evaluations import Z_95
-from mtv_jax.report.run_folders import RunFolder, read_run
+from mtv_jax.report.run_folders import RunRecord, read_run
 from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Study
 from mtv_jax.utils.errors import InputError
@@ -33,8 +33,8 @@ class StudyResults:
   """Measurements of the finished runs; metrics are `EVALUATION/METRIC`."""
 
   study: Study
-  runs: tuple[RunFolder, ...]  # finished runs
-  measurements: Measurements  # arms in the study's order
+  runs: tuple[RunRecord, ...]  # finished runs
+  measurements: ArmMeasurements  # arms in the study's order
   metrics: tuple[Metric, ...]  # in evaluation order
   unfinished: tuple[str, ...]  # run names
 
@@ -89,14 +89,14 @@ def read_study(folder: pathlib.Path) -> StudyResults:
   )
 
 
-def _get_result(run: RunFolder, name: str) -> Result:
+def _get_result(run: RunRecord, name: str) -> Result:
   if name not in run.outcome.results:
     raise InputError(f"{run.files[name]} lacks results of {name!r}.")
   return run.outcome.results[name]
 
 
 def compare(
-  data: Measurements, metrics: Sequence[Metric], *, baseline: str
+  data: ArmMeasurements, metrics: Sequence[Metric], *, baseline: str
 ) -> list[Comparison]:
   """Compares each arm with the baseline per metric, corrected as one family."""
   arms = [arm for arm in data.values if arm != baseline]
@@ -111,7 +111,7 @@ def compare(
 
 
 def compare_in_order(
-  data: Measurements, metrics: Sequence[Metric]
+  data: ArmMeasurements, metrics: Sequence[Metric]
 ) -> list[Comparison]:
   """Compares each arm with its predecessor, corrected as one family."""
   arms = list(data.values)
@@ -123,7 +123,7 @@ def compare_in_order(
 
 
 def find_synergies(
-  data: Measurements, metrics: Sequence[Metric]
+  data: ArmMeasurements, metrics: Sequence[Metric]
 ) -> list[Synergy]:
   """Compares each arm `A+B` with the arms `A` and `B`.
 
@@ -151,7 +151,7 @@ def find_synergies(
 
 
 def _estimate_synergy(
-  data: Measurements,
+  data: ArmMeasurements,
   metric: Metric,
   pair: tuple[str, str, str],
 ) -> Synergy:
@@ -174,7 +174,7 @@ def _estimate_synergy(
   return Synergy(arm, first, second, better, over_better, over_additive)
 
 
-def summarise_arm(data: Measurements, metric: Metric, arm: str) -> Summary:
+def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Summary:
   """Mean and interval of an arm over its seeds."""
   seeds = data.seeds(arm, metric.name)
   if not seeds:

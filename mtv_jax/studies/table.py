@@ -15,7 +15,7 @@ import optax
 from mtv_jax.perf import flops
 from mtv_jax.report.run_folders import read_metrics
 from mtv_jax.studies import runner
-from mtv_jax.studies.expand import Run, Study, code_version
+from mtv_jax.studies.expand import Study, StudyRun, code_version
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import UserError
 from mtv_jax.utils.text import align_columns, format_duration
@@ -87,7 +87,7 @@ def format_runs(
 
 
 def _measure_rate(
-  folder: pathlib.Path, runs: Sequence[Run], measure: bool
+  folder: pathlib.Path, runs: Sequence[StudyRun], measure: bool
 ) -> tuple[float | None, str]:
   """FLOP/s and a description of their source.
 
@@ -108,7 +108,7 @@ def _measure_rate(
   return rate, f"at least, {text} on one {device}"
 
 
-def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
+def _images_per_second(folder: pathlib.Path, run: StudyRun) -> float | None:
   """Median speed of a run; None if unknown."""
   try:
     series = read_metrics(folder / runner.RUNS / run.name)

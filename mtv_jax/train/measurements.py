@@ -25,7 +25,7 @@ from mtv_jax.train.step import Program
 log = logging.getLogger(__name__)
 
 
-class Measurements:
+class GradientMeasurements:
   """The compiled measurements of a program."""
 
   def __init__(self, program: Program):

@@ -25,7 +25,7 @@ from mtv_jax.train import numerics
 from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.measurements import (
-  Measurements,
+  GradientMeasurements,
   is_balance_due,
   norm_metrics,
 )
@@ -81,9 +81,9 @@ class Trainer:
       self.copy_teachers = TeacherCopies(program)
 
   @functools.cached_property
-  def measurements(self) -> Measurements:
+  def measurements(self) -> GradientMeasurements:
     """Norms and interference of the objectives' gradients."""
-    return Measurements(self.experiment.program)
+    return GradientMeasurements(self.experiment.program)
 
   def run(self) -> TrainState:
     """Trains to the last step."""

@@ -61,7 +61,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
+class RuleMatch:
   """The rule that matched a name; pattern and value are None if none did."""
 
   name: str
@@ -75,7 +75,7 @@ def match_rules(
   *,
   what: str = "rules",
   unused: Literal["error", "allow"] = "error",
-) -> list[Match]:
+) -> list[RuleMatch]:
   """Returns the first matching rule of each name.
 
   Args:
@@ -100,7 +100,7 @@ def match_rules(
   matches = []
   for name in names:
     fits = ((r.pattern, v) for r, v in compiled if r.search(name))
-    matches.append(Match(name, *next(fits, (None, None))))
+    matches.append(RuleMatch(name, *next(fits, (None, None))))
   return matches
 
 

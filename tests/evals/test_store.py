@@ -9,7 +9,7 @@ import mtv_jax
 from mtv_jax.evals import store as store_lib
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.store import Store
+from mtv_jax.evals.store import ResultStore
 
 # Two names have the same letters and digits.
 SHEETS = ["worst", "best: a/b", "best- a b"]
@@ -29,7 +29,7 @@ def outcome():
 
 
 def test_round_trip(tmp_path, outcome):
-  store = Store(tmp_path / "a", {"encoder": "path"})
+  store = ResultStore(tmp_path / "a", {"encoder": "path"})
   assert store.find("knn", ENTRY) is None
   store.write("knn", ENTRY, outcome)
   found = store.find("knn", {**ENTRY, "k": [1, 2]})
@@ -47,11 +47,11 @@ def test_other_settings_are_not_found(tmp_path, outcome, monkeypatch):
   data = tmp_path / "data.json"
   data.write_text("1")
   entry = {**ENTRY, "data": str(data)}
-  store = Store(tmp_path / "a", {"encoder": "path"})
+  store = ResultStore(tmp_path / "a", {"encoder": "path"})
   store.write("knn", entry, outcome)
   assert store.find("knn", entry)
   assert store.find("knn", {**entry, "k": (1,)}) is None
-  assert Store(store.folder, {"encoder": "b"}).find("knn", entry) is None
+  assert ResultStore(store.folder, {"encoder": "b"}).find("knn", entry) is None
   data.write_text("12")
   assert store.find("knn", entry) is None
   store.write("knn", entry, outcome)
@@ -60,7 +60,7 @@ def test_other_settings_are_not_found(tmp_path, outcome, monkeypatch):
 
 
 def test_arrays_of_an_earlier_result_are_removed(tmp_path, outcome):
-  store = Store(tmp_path / "a", {})
+  store = ResultStore(tmp_path / "a", {})
   store.write("knn", ENTRY, outcome)
   bare = Outcome("a", "path", "ema", {"knn": Result({"x": 0.1}, {})})
   store.write("knn", ENTRY, bare)
@@ -68,7 +68,7 @@ def test_arrays_of_an_earlier_result_are_removed(tmp_path, outcome):
 
 
 def test_skips_are_stored(tmp_path):
-  store = Store(tmp_path / "a", {})
+  store = ResultStore(tmp_path / "a", {})
   store.write("knn", ENTRY, Outcome("a", "p", "ema", skipped={"knn": "no"}))
   assert store.find("knn", ENTRY).skipped == {"knn": "no"}
 
@@ -76,7 +76,7 @@ def test_skips_are_stored(tmp_path):
 @pytest.mark.parametrize("damaged", ["knn.json", "knn.npz", "knn/worst.png"])
 @pytest.mark.parametrize("damage", ["cut", "folder", "bits"])
 def test_damaged_files_are_like_none(tmp_path, outcome, damaged, damage):
-  store = Store(tmp_path / "a", {})
+  store = ResultStore(tmp_path / "a", {})
   store.write("knn", ENTRY, outcome)
   file = store.folder / damaged
   data = file.read_bytes()
@@ -92,14 +92,14 @@ def test_damaged_files_are_like_none(tmp_path, outcome, damaged, damage):
 
 def test_a_file_without_result_or_skip_is_like_none(tmp_path):
   """As a process of several hosts left it whose evaluation had failed."""
-  store = Store(tmp_path / "a", {})
+  store = ResultStore(tmp_path / "a", {})
   store.write("knn", ENTRY, Outcome("a", "p", "ema"))
   assert (store.folder / "knn.json").is_file()
   assert store.find("knn", ENTRY) is None
 
 
 def test_files_of_all_options_are_compared(tmp_path):
-  store = Store(tmp_path / "a", {})
+  store = ResultStore(tmp_path / "a", {})
   outcome = Outcome("a", "p", "ema", skipped={"x": "no"})
   pairs, tar = tmp_path / "pairs.csv", tmp_path / "1.tar"
   run = tmp_path / "run"

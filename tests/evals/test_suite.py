@@ -11,7 +11,7 @@ from mtv_jax.encoder import baselines
 from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.store import Store
+from mtv_jax.evals.store import ResultStore
 
 CALLS: list[str] = []  # Of evaluators, in order.
 ERRORS: list[Exception] = []  # That `Second` raises.
@@ -56,7 +56,7 @@ def test_a_failed_evaluation_runs_again(
   """On several hosts the error is raised, as the others may wait for it."""
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   monkeypatch.setattr(suite, "any_process", lambda flag: flag)
-  store = Store(tmp_path / "a", {})
+  store = ResultStore(tmp_path / "a", {})
   encoders = {
     "a": suite.StoredEncoder(
       functools.partial(baselines.load, "pixels:8/8"), store

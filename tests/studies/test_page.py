@@ -11,7 +11,7 @@ from page_checks import Outline, check_layout
 from scipy import stats
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.report.contrasts import Measurements, Metric
+from mtv_jax.report.contrasts import ArmMeasurements, Metric
 from mtv_jax.report.differences import contrast_table, differences_table
 from mtv_jax.report.page import Bold
 from mtv_jax.studies import page as study_page
@@ -30,7 +30,7 @@ LADDER = [
 
 def measure(arms):
   """Measurements from lists of (top1, rmse), one pair a seed."""
-  return Measurements(
+  return ArmMeasurements(
     {
       arm: {
         seed: {TOP1.name: top1, RMSE.name: rmse}

@@ -17,7 +17,7 @@ from xla_options import xla_flags
 
 from mtv_jax.cli.study import write_report
 from mtv_jax.studies import expand, runner, table
-from mtv_jax.studies.expand import Run, Study
+from mtv_jax.studies.expand import Study, StudyRun
 from mtv_jax.studies.statistics import read_study
 from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -35,7 +35,7 @@ def make_study(count=3, **settings):
     match="images",
     budget=1.0,
     runs=tuple(
-      Run(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
+      StudyRun(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
       for i in range(count)
     ),
   )

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mtv_jax.report import contrasts
-from mtv_jax.report.contrasts import Measurements, Metric
+from mtv_jax.report.contrasts import ArmMeasurements, Metric
 from mtv_jax.studies import statistics
 from mtv_jax.utils.errors import InputError
 
@@ -23,7 +23,7 @@ def measure(metric, arms, **known):
     return {seed: {metric.name: value} for seed, value in seeds}
 
   fields = {"values": arms, **known}
-  return Measurements(
+  return ArmMeasurements(
     **{
       field: {arm: by_seed(values) for arm, values in content.items()}
       for field, content in fields.items()
@@ -125,7 +125,7 @@ def test_missing_values_and_nan():
   row = compare_one(TOP1, {"vl": [0.3, 0.31], "depth": [math.nan, None]})
   assert row.difference is None and row.p_holm is None
   assert row.verdict == "missing" and row.note == "no value of depth"
-  data = Measurements({"vl": {0: {"top1": 0.3}}, "ssl": {0: {}}})
+  data = ArmMeasurements({"vl": {0: {"top1": 0.3}}, "ssl": {0: {}}})
   [row] = statistics.compare(data, [TOP1], baseline="vl")
   assert row.verdict == "missing"
   with pytest.raises(InputError, match="'VL' is none of the arms: vl, ssl"):
@@ -183,7 +183,9 @@ def test_a_table_is_one_family():
     }
     for arm, level in dict(vl=0.3, ssl=0.33, depth=0.36).items()
   }
-  rows = statistics.compare(Measurements(values), [TOP1, RMSE], baseline="vl")
+  rows = statistics.compare(
+    ArmMeasurements(values), [TOP1, RMSE], baseline="vl"
+  )
   names = [(row.metric.name, row.arm) for row in rows]
   assert names == [(m, a) for m in ("top1", "rmse") for a in ("ssl", "depth")]
   smallest = min(rows, key=lambda row: row.p)

@@ -31,7 +31,7 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
-from mtv_jax.train.measurements import Measurements, is_balance_due
+from mtv_jax.train.measurements import GradientMeasurements, is_balance_due
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import (
   ObjectiveWeight,
@@ -128,7 +128,7 @@ def balanced_step(spec, shape):
     shard_batch(step_samples.make_batch(), mesh),
   )
   active = tuple(spec.objectives)
-  measurements = Measurements(program)
+  measurements = GradientMeasurements(program)
   before = measurements.encoder_grad_norms(state, batch, active)
   state = measurements.update_balance(state, before)
   after = measurements.encoder_grad_norms(state, batch, active)
@@ -189,7 +189,7 @@ def two_updates(method, shape=(1, 1, 1), accumulate=1):
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
   state, rows = program.init(params), []
-  measurements = Measurements(program)
+  measurements = GradientMeasurements(program)
   for step in range(2):
     batch, row = shard_batch(step_samples.make_batch(), mesh), {}
     if is_balance_due(spec, step):

@@ -19,7 +19,7 @@ from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import interference
 from mtv_jax.train.forward import total_loss
-from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.step import make_program
 from mtv_jax.train.train import train
@@ -78,7 +78,7 @@ def measure(params, names=NAMES, shape=(1, 1, 1), lr=None, **changes):
   batch = shard_batch(step_samples.make_batch(), mesh)
   lr = lr if lr is None else np.float32(lr)
   return jax.device_get(
-    Measurements(program).interference(state, batch, names, lr)
+    GradientMeasurements(program).interference(state, batch, names, lr)
   )
 
 

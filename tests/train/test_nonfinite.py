@@ -26,7 +26,7 @@ from mtv_jax.train import gradients, numerics
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import train as train_lib
 from mtv_jax.train.experiment import build_experiment, make_loader
-from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.numerics import (
   NonFiniteError,
@@ -109,7 +109,7 @@ def test_no_memory_for_the_norms_ends_no_run(
   def exhaust(*_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nBuffers: ...")
 
-  monkeypatch.setattr(Measurements, "encoder_grad_norms", exhaust)
+  monkeypatch.setattr(GradientMeasurements, "encoder_grad_norms", exhaust)
   damage[0].add(2)
   train(smallest(total_steps=4), tmp_path / "run")
   assert "more memory than there is. RESOURCE_EXHAUSTED: 9 GiB" in caplog.text

@@ -23,7 +23,7 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.perf import hlo
 from mtv_jax.train import forward, gradients
-from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.spec import ObjectiveWeight, init_params
 from mtv_jax.train.step import ema_update, make_program
 from mtv_jax.train.teacher_copies import TeacherCopies
@@ -345,7 +345,7 @@ def test_encoder_grad_norms_by_objective():
   program = make_program(spec, optax.sgd(0.1), mesh)
   state = program.init(init_params(spec, jax.random.key(1)))
   batch = shard_batch(make_batch(), mesh)
-  norms = Measurements(program).encoder_grad_norms(
+  norms = GradientMeasurements(program).encoder_grad_norms(
     state, batch, ("contrastive", "pull")
   )
   for name in norms:

@@ -66,7 +66,7 @@ class MatchOptions:
 class PairErrors:
   """The 3D and 2D errors of the matches of one pair."""
 
-  matches: matching.Matches
+  matches: matching.PatchMatches
   metres: Float64[np.ndarray, " k"]
   pixels: Float64[np.ndarray, " k"]
   # Recall of uniform matches at each threshold, those in metres first.

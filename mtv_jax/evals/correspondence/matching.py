@@ -25,7 +25,7 @@ _MAX_QUERIES = 1024  # on the device at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Matches:
+class PatchMatches:
   """k matches of cells (row, column), the highest weight first."""
 
   first: Int[np.ndarray, "k 2"]
@@ -40,7 +40,7 @@ def match(
   first_valid: Bool[np.ndarray, "s t"],
   second_valid: Bool[np.ndarray, "s2 t2"],
   keep: int,
-) -> Matches:
+) -> PatchMatches:
   """The `keep` matches of the highest weight between two maps of tokens.
 
   Features are upsampled to the cells, bicubic with a = -0.75 and half-pixel
@@ -53,7 +53,7 @@ def match(
   # Stable: among equal weights the lowest index comes first.
   order = np.argsort(-weight, kind="stable")[:keep]
   cells = np.unravel_index(index[order, 0], second_valid.shape)
-  return Matches(
+  return PatchMatches(
     first=np.argwhere(first_valid)[order],
     second=np.stack(cells, axis=-1),
     weight=weight[order],

@@ -73,7 +73,9 @@ def gather(
     BoxStatistics(min_score) if labels.kind == "boxes" else DepthStatistics()
   )
 
-  def measure(position: tuple[int, int]) -> Measurements | BadRecord | None:
+  def measure(
+    position: tuple[int, int],
+  ) -> LabelMeasurements | BadRecord | None:
     try:
       label = labels.read(*position).label
     except BadRecord as error:
@@ -84,7 +86,7 @@ def gather(
   examples: list[str] = []
   outcomes = map_ahead(measure, positions, ahead=_CHUNK)
   while results := list(itertools.islice(outcomes, _CHUNK)):
-    measured = [m for m in results if isinstance(m, Measurements)]
+    measured = [m for m in results if isinstance(m, LabelMeasurements)]
     errors = [str(e) for e in results if isinstance(e, BadRecord)]
     statistics.add(measured)
     read["records"] += len(results)
@@ -105,7 +107,7 @@ def gather(
   }
 
 
-class Measurements(NamedTuple):
+class LabelMeasurements(NamedTuple):
   """One label's values by histogram, counts of properties, and phrases."""
 
   values: Mapping[str, Any]
@@ -121,7 +123,7 @@ class _Statistics:
     self._counts: collections.Counter[str] = collections.Counter()
     self._phrases = PhraseCounts()
 
-  def add(self, labels: Sequence[Measurements]) -> None:
+  def add(self, labels: Sequence[LabelMeasurements]) -> None:
     """Adds measurements of labels."""
     for label in labels:
       self._counts.update(label.counts)
@@ -149,7 +151,7 @@ class BoxStatistics(_Statistics):
     )
     self._min_score = min_score
 
-  def measure(self, label: BoxLabel) -> Measurements:
+  def measure(self, label: BoxLabel) -> LabelMeasurements:
     """Measures one label; called by several threads."""
     count = len(label.boxes)
     label = filter_boxes(label, self._min_score)
@@ -157,7 +159,7 @@ class BoxStatistics(_Statistics):
     areas, shorter = sides.prod(axis=1), sides.min(axis=1)
     ids = collections.Counter(map(_phrase_id, label.phrases))
     repeated = sum(n for n in ids.values() if n > 1)
-    return Measurements(
+    return LabelMeasurements(
       values={
         "boxes_an_image": [len(label.boxes)],
         "scores": label.scores,
@@ -224,14 +226,14 @@ class DepthStatistics(_Statistics):
       middle=Histogram.of_fractions(),
     )
 
-  def measure(self, label: DepthLabel) -> Measurements:
+  def measure(self, label: DepthLabel) -> LabelMeasurements:
     """Measures one label; called by several threads."""
     valid = label.values[label.values > 0]
     low, high = np.percentile(valid, (5, 95)) if valid.size else (0, 0)
     middle = float(high - low) / (TOP - 1)
     largest = max(abs(label.low), abs(label.high), 1e-30)
     ratio = (label.high - label.low) / largest
-    return Measurements(
+    return LabelMeasurements(
       values={
         "labelled_pixels": [valid.size / label.values.size],
         "low": [label.low],

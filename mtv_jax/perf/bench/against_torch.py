@@ -47,7 +47,7 @@ def run(
   rounds: int = 3,
   steps: int = 1,
   threads: int = 2,
-) -> harness.Result:
+) -> harness.BenchResult:
   """Pins the process to some cores and times both steps; see `compare`.
 
   Args:
@@ -67,7 +67,7 @@ def compare(
   threads: int,
   steps: int = 1,
   **model: Any,
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times our step and PyTorch's in alternating rounds.
 
   `threads` applies to PyTorch; JAX uses all cores of the process, see `pin`.
@@ -94,7 +94,7 @@ def compare(
   times = np.array([[time_side(s) for s in sides] for _ in range(rounds)])
   trained = sum(np.size(x) for x in jax.tree.leaves(params))
   parameters = (trained, theirs.parameters)
-  result = harness.Result(
+  result = harness.BenchResult(
     what=what,
     batch_size=batch_size,
     threads=threads,

@@ -25,7 +25,7 @@ def run(
   saves: int = 3,
   every: int = 100,
   folder: str | None = None,
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times saves and restores of a train state, and the steps during a save.
 
   Args:
@@ -56,7 +56,7 @@ def run(
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(timer.state))
   stolen = [blocked + slowed for blocked, slowed in costs]
   blocked, slowed = (statistics.median(x) for x in zip(*costs, strict=True))
-  result = harness.Result(
+  result = harness.BenchResult(
     batch_size=timer.experiment.config.batch_size,
     devices=harness.describe_devices(),
     every=every,

@@ -32,7 +32,7 @@ def run(
   rounds: int = 5,
   threads: int | None = None,
   workers: int = 0,
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times the input pipeline against OpenCV decoding and resizing.
 
   Both process equal images with equally many threads, in alternating rounds.
@@ -81,7 +81,7 @@ def run(
       times["decode"].append(_time_decoding(files, size, threads))
   # The first round warms up the caches.
   times = {name: watches[1:] for name, watches in times.items()}
-  result = harness.Result(
+  result = harness.BenchResult(
     source=source.name,
     size=size,
     threads=threads,

@@ -33,7 +33,7 @@ def run(
   images: int = 12,
   rounds: int = 5,
   threads: int = 1,
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times the canvas and DINOv2's views in CPU time per image.
 
   CPU time does not depend on the machine's load. Its inverse is images per
@@ -51,7 +51,7 @@ def run(
   """
   numbers = _parse_megapixels(megapixels)
   oracle = harness.import_oracle("dinov2_views")
-  result = harness.Result(size=size, images=images, threads=threads)
+  result = harness.BenchResult(size=size, images=images, threads=threads)
   files = _read_files(data, size, images)
   with _limit_threads(threads):
     methods: dict[str, Transform] = {
@@ -130,7 +130,7 @@ def _time_methods(
 
 
 def _add_times(
-  result: harness.Result,
+  result: harness.BenchResult,
   megapixels: float,
   photos: Sequence[bytes],
   times: dict[str, np.ndarray],

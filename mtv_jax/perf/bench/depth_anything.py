@@ -50,12 +50,12 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
 
 def program(
   variant: str, batch_size: int, mesh: Mesh, dtype: str
-) -> experts.Program:
+) -> experts.ExpertProgram:
   """The per-device program."""
   names = ["backbone.embeddings.mask_token"]
   spec = weights.read_spec(make_config(variant), names)
   shape = (batch_size * mesh.size, SIZE, SIZE, 3)
-  return experts.Program(
+  return experts.ExpertProgram(
     expert_lib.make_function(spec, dtype=dtype, mesh=mesh),
     weights.abstract_params(spec),
     {"images": jax.ShapeDtypeStruct(shape, np.float32)},

@@ -27,7 +27,7 @@ def run(
   batch_size: int = 64,
   rounds: int = 3,
   dtype: str = "float32",
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times an encoder on JPEGs of scenes, a quarter larger than its input.
 
   Args:
@@ -63,7 +63,7 @@ def run(
   with harness.Stopwatch() as evaluation:
     results = evals_lib.evaluate(loaded, evaluators)
   shaped = _time_shapes(loaded, images, batch_size=batch_size, rounds=rounds)
-  result = harness.Result(
+  result = harness.BenchResult(
     encoder=repr(loaded),
     images=images,
     batch_size=rows,

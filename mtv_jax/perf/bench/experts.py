@@ -3,7 +3,7 @@
 Each module in `MODELS` defines
 
   ours(variant, folder, batch_size)            a `RunFn` with a folder's weights
-  program(variant, batch_size, mesh, dtype)    a `Program`
+  program(variant, batch_size, mesh, dtype)    a `ExpertProgram`
 
 tools/transformers_experts.py writes the folders and runs `transformers`.
 """
@@ -39,7 +39,7 @@ AGAINST = ("transformers", "none")
 RunFn = Callable[[], Any]  # Runs one batch; returns an array or a tensor.
 
 
-class Program(NamedTuple):
+class ExpertProgram(NamedTuple):
   """An expert's function and its abstract arguments, see `jit_per_device`."""
 
   function: Callable[[PyTree, PyTree], PyTree]
@@ -56,7 +56,7 @@ def run(
   against: str = "transformers",
   threads: int = 2,
   topology: str | None = None,
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times an expert in float32, from pixels to model outputs.
 
   Args:
@@ -102,7 +102,7 @@ def run(
   times = harness.time_rounds(fns, rounds=rounds, warmup=0)
   images = len(results[0])
   medians = [1e3 * statistics.median(t) / images for t in times.T]
-  result = harness.Result(
+  result = harness.BenchResult(
     kind=kind,
     variant=variant,
     dtype="float32",
@@ -164,7 +164,7 @@ def random_pixels(rows: int, size: int) -> np.ndarray:
 
 def compile_expert(
   kind: str, *, variant: str, batch_size: int, topology: str
-) -> harness.Result:
+) -> harness.BenchResult:
   """Compiles an expert in bfloat16 for one device of a topology.
 
   All devices run one program, so the topology's size does not matter.
@@ -183,7 +183,7 @@ def compile_expert(
   function = local_mesh.jit_per_device(program.function, mesh)
   memory = Memory.of(function.lower(params, rows).compile(), chip.hbm_bytes)
   cost = flops.count(program.function, params, rows).flops / batch_size
-  result = harness.Result(
+  result = harness.BenchResult(
     kind=kind,
     variant=variant,
     dtype="bfloat16",

@@ -10,7 +10,7 @@ from mtv_jax.report.run_folders import read_rows
 from mtv_jax.utils.errors import InputError
 
 
-def run(workdir: str, *, after: int = 0) -> harness.Result:
+def run(workdir: str, *, after: int = 0) -> harness.BenchResult:
   """Mean norms, and the ratios of the largest norm to the smallest.
 
   Args:
@@ -18,7 +18,9 @@ def run(workdir: str, *, after: int = 0) -> harness.Result:
     after: use only norms logged after this step.
   """
   names, balanced, plain = read_norms(pathlib.Path(workdir), after)
-  result = harness.Result(run=workdir, after=after, measurements=len(balanced))
+  result = harness.BenchResult(
+    run=workdir, after=after, measurements=len(balanced)
+  )
   for title, norms in (("balanced", balanced), ("without_factors", plain)):
     means, ratios = mean_norms(norms), norms.max(1) / norms.min(1)
     scatter = np.log(norms).std(0)

@@ -1,8 +1,8 @@
 """Benchmark harness: timing in alternating rounds, and result tables.
 
-A benchmark is a function that returns a `Result`; its parameters become the
-flags of its command. `mtv_jax.cli.bench` lists the benchmarks. Does not import
-JAX: input pipeline benchmarks run without it.
+A benchmark is a function that returns a `BenchResult`; its parameters become
+the flags of its command. `mtv_jax.cli.bench` lists the benchmarks. Does not
+import JAX: input pipeline benchmarks run without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from mtv_jax.utils.errors import InputError
 
 
-class Result:
+class BenchResult:
   """Measurements of one benchmark: a table to print and values for `--json`.
 
   The table's title shows `context`, such as `batch_size`, and the processor.

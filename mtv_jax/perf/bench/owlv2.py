@@ -56,7 +56,7 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
 
 def program(
   variant: str, batch_size: int, mesh: Mesh, dtype: str
-) -> experts.Program:
+) -> experts.ExpertProgram:
   """The per-device program: image tower and scores."""
   spec = weights.read_spec(CONFIGS[variant])
   model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
@@ -78,4 +78,4 @@ def program(
     "pixels": shape((batch, size, size, 3), jnp.dtype(dtype)),
     "slots": shape((batch, _QUERIES), np.int32),
   }
-  return experts.Program(function, params, rows)
+  return experts.ExpertProgram(function, params, rows)

@@ -18,7 +18,7 @@ from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.interference import InterferenceConfig, measure_interference
-from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import check_choice
@@ -61,7 +61,7 @@ def matmul_peak(dtype: str) -> float:
   return float(2.0 * mesh.size * side**3 / times.min())
 
 
-def run(config: Config, *, steps: int = 20) -> harness.Result:
+def run(config: Config, *, steps: int = 20) -> harness.BenchResult:
   """Times a config's train step with and without its input pipeline.
 
   Timing one repeated batch, blocking after every step, bounds the loop's
@@ -87,7 +87,7 @@ def run(config: Config, *, steps: int = 20) -> harness.Result:
   spec, tx = experiment.step_spec, experiment.optimizer.tx
   cost = flops.model_flops(spec, tx, timer.batch)
   peak = matmul_peak(dtype)
-  result = harness.Result(
+  result = harness.BenchResult(
     batch_size=images,
     steps=steps,
     devices=harness.describe_devices(),
@@ -109,7 +109,7 @@ def run(config: Config, *, steps: int = 20) -> harness.Result:
   return result
 
 
-def time_views(config: Config, *, steps: int = 5) -> harness.Result:
+def time_views(config: Config, *, steps: int = 5) -> harness.BenchResult:
   """Times a config's views: each alone, all in one program, and the step.
 
   Args:
@@ -133,7 +133,7 @@ def time_views(config: Config, *, steps: int = 5) -> harness.Result:
   names = sorted({e.view_name for e in spec.plan if e.tower == "image"})
   step = 1e3 * timer.median_step(steps) / rows
   views, together = {n: time_alone([n]) for n in names}, time_alone(names)
-  result = harness.Result(
+  result = harness.BenchResult(
     batch_size=rows, canvas=canvas, devices=harness.describe_devices()
   )
   add, text = result.add, "{:.3f} ms per image"
@@ -149,7 +149,7 @@ def time_views(config: Config, *, steps: int = 5) -> harness.Result:
 
 def time_interference(
   config: Config, *, rounds: int = 10, measure: str = "time"
-) -> harness.Result:
+) -> harness.BenchResult:
   """Times the interference meter of a config against its train step.
 
   Args:
@@ -164,7 +164,10 @@ def time_interference(
     run = dataclasses.replace(run, interference=InterferenceConfig())
   timer = StepTimer(run, compile=measure == "time")
   experiment = timer.experiment
-  spec, measurements = experiment.step_spec, Measurements(experiment.program)
+  spec, measurements = (
+    experiment.step_spec,
+    GradientMeasurements(experiment.program),
+  )
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
   every = experiment.length.steps(run.interference.every)
   meters = (("norms and cosines", None), ("with the transfer", lr))
@@ -174,7 +177,7 @@ def time_interference(
     arrays = measurements.interference(timer.state, timer.batch, active, lr)
     jax.block_until_ready(arrays)
 
-  result = harness.Result(
+  result = harness.BenchResult(
     batch_size=experiment.config.batch_size,
     objectives=len(spec.objectives),
     every=every,

@@ -18,7 +18,7 @@ from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, roofline, topologies
-from mtv_jax.train.measurements import Measurements
+from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.train_step import (
   TrainStep,
@@ -32,7 +32,7 @@ _LARGEST = 8  # Arrays in a report.
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(TrainStep):
+class CompilePlan(TrainStep):
   """A config's train step on a topology, not yet compiled."""
 
   topology: topologies.Topology
@@ -70,7 +70,7 @@ class Plan(TrainStep):
     """Lowers the gradient-norm program, or the interference meter."""
     inputs = (self.program.abstract, self.abstract_batch())
     objectives = tuple(self.step_spec.objectives)
-    measurements = Measurements(self.program)
+    measurements = GradientMeasurements(self.program)
     if section := self.config.interference:
       lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
       return measurements.interference.lower(*inputs, objectives, lr)
@@ -83,7 +83,7 @@ def make_plan(
   changes: Iterable[str] = (),
   *,
   examples_per_epoch: int | None = None,
-) -> Plan:
+) -> CompilePlan:
   """Builds a config's step; opens neither data nor tokenizer.
 
   Reads the folders of frozen teachers unless their `model` is given. `changes`
@@ -96,7 +96,7 @@ def make_plan(
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
   fields = flops_lib.batch_fields(config, step.step_spec)
   step.require_fields(fields)
-  return Plan(**vars(step), topology=topology, fields=fields)
+  return CompilePlan(**vars(step), topology=topology, fields=fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class CompileResult:
     return self.memory is not None and self.memory.fits
 
 
-def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
+def compile_step(plan: CompilePlan, *, explain: bool = True) -> CompileResult:
   """Compiles a plan's train step and lists the largest arrays.
 
   With `explain`, a step that the compiler refuses is recompiled with fewer rows
@@ -179,13 +179,13 @@ def compile_step(plan: Plan, *, explain: bool = True) -> CompileResult:
   )
 
 
-def compile_norms(plan: Plan) -> CompileResult:
-  """Compiles the gradient-norm program, see `Plan.lower_norms`."""
+def compile_norms(plan: CompilePlan) -> CompileResult:
+  """Compiles the gradient-norm program, see `CompilePlan.lower_norms`."""
   return _compile(plan.lower_norms, plan)[0]
 
 
 def _compile(
-  lower: Callable[[], jax.stages.Lowered], plan: Plan
+  lower: Callable[[], jax.stages.Lowered], plan: CompilePlan
 ) -> tuple[CompileResult, jax.stages.Compiled | None]:
   begin = time.perf_counter()
   lowered = lower()
@@ -201,7 +201,7 @@ def _compile(
 
 
 def _largest_of_smaller_batch(
-  plan: Plan,
+  plan: CompilePlan,
 ) -> tuple[Sequence[dict[str, Any]], int]:
   """The largest arrays of a step with fewer rows, and the number of rows."""
   least = num_batch_shards(plan.mesh) * plan.config.accumulate

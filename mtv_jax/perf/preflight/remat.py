@@ -45,7 +45,7 @@ class Saving:
   flops: float  # Recomputation FLOPs that saving the array avoids.
 
 
-def list_savings(plan: compile_lib.Plan) -> list[Saving]:
+def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
   """Lists the arrays that a plan's blocks can save, most FLOPs per byte first.
 
   Sizes follow from shapes, without padding, and for whole rows: a `tensor` axis
@@ -203,7 +203,7 @@ def search(
 class Choice:
   """Result of a search: the best fitting trial and its programs."""
 
-  plan: compile_lib.Plan
+  plan: compile_lib.CompilePlan
   compiled: compile_lib.CompileResult
   norms: compile_lib.CompileResult | None  # None if the run measures no norms.
   trials: tuple[Trial, ...]

@@ -33,7 +33,7 @@ _NUM_SHORT = 12  # Rows of the short parameter table.
 class Report:
   """Result of `preflight`."""
 
-  plan: compile_lib.Plan
+  plan: compile_lib.CompilePlan
   compiled: compile_lib.CompileResult  # The train step.
   model_flops: float  # Per step, all chips, without recomputation.
   # The program of the objectives' gradient norms, if it was compiled.

@@ -34,7 +34,7 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.parallel.rules import axis_names
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight.compile import CompileResult, Plan
+from mtv_jax.perf.preflight.compile import CompilePlan, CompileResult
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -43,7 +43,7 @@ TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
-def embedding_bytes(plan: Plan) -> int:
+def embedding_bytes(plan: CompilePlan) -> int:
   """Bytes that a chip receives for losses over the global batch.
 
   With n chips in a ring (sigmoid losses), a chip receives rows with metadata
@@ -79,7 +79,7 @@ def embedding_bytes(plan: Plan) -> int:
   return total
 
 
-def gradient_sizes(plan: Plan) -> collections.Counter[int]:
+def gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
   """Gradient reductions that a step needs: `{elements: number of reductions}`.
 
   A parameter's gradient is reduced once per encoding and accumulated
@@ -158,7 +158,7 @@ def gradient_reductions(
   return reductions
 
 
-def step_row(plan: Plan, compiled: CompileResult) -> dict[str, Any]:
+def step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
   """Summarizes a compiled plan; sizes are bytes per chip and step.
 
   Returns:

@@ -40,7 +40,7 @@ _numbers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrackedRun:
   """What a tracker is told of a run.
 
   It resumes from `start_step`. Later steps that an earlier session logged are
@@ -79,7 +79,7 @@ class Tracker:
   # are disabled after several errors in a row, of any kind.
   is_file: ClassVar[bool] = False
 
-  def open(self, run: Run) -> None:
+  def open(self, run: TrackedRun) -> None:
     """Starts or continues the run."""
     raise NotImplementedError
 
@@ -97,7 +97,7 @@ class Jsonl(Tracker):
 
   is_file = True
 
-  def open(self, run: Run) -> None:
+  def open(self, run: TrackedRun) -> None:
     self._file = JsonlFile(
       run.folder / "metrics.jsonl", start_step=run.start_step
     )
@@ -131,7 +131,7 @@ class TensorBoard(Tracker):
 
   is_file = True
 
-  def open(self, run: Run) -> None:
+  def open(self, run: TrackedRun) -> None:
     self._library = _import_tensorboardx()
     self._folder = run.folder
     # TensorBoard hides what an earlier session wrote from here on.
@@ -204,7 +204,7 @@ class Wandb(Tracker):
 
   package = "wandb"
 
-  def open(self, run: Run) -> None:
+  def open(self, run: TrackedRun) -> None:
     import wandb
 
     self._run = wandb.init(
@@ -247,7 +247,7 @@ class MLflow(Tracker):
 
   package = "mlflow"
 
-  def open(self, run: Run) -> None:
+  def open(self, run: TrackedRun) -> None:
     # A server that does not answer holds up training for seconds, not minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -311,7 +311,7 @@ class Clu(Tracker):
   package = "tensorflow"
   install = "pip install tensorflow tensorboard"
 
-  def open(self, run: Run) -> None:
+  def open(self, run: TrackedRun) -> None:
     from clu import metric_writers
 
     self._writer = metric_writers.SummaryWriter(str(run.folder / "clu"))

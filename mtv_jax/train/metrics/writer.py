@@ -75,7 +75,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       )
       for name in self.TABLES
     }
-    run = trackers_lib.Run(
+    run = trackers_lib.TrackedRun(
       folder, folder.absolute().name, start_step, config=config or {}
     )
     self._failures: dict[str, _Failures] = {}
@@ -196,7 +196,7 @@ class _Failures:
 
 
 def _open(
-  name: str, tracker: trackers_lib.Tracker, run: trackers_lib.Run
+  name: str, tracker: trackers_lib.Tracker, run: trackers_lib.TrackedRun
 ) -> bool:
   """Opens a tracker; False if it can't continue a run."""
   if tracker.is_file:

@@ -13,7 +13,7 @@ from mtv_jax.evals.correspondence.geometric import (
   MatchOptions,
   PairErrors,
 )
-from mtv_jax.evals.correspondence.matching import Matches
+from mtv_jax.evals.correspondence.matching import PatchMatches
 from mtv_jax.evals.datasets import posed
 
 CELLS = 24
@@ -151,7 +151,7 @@ def pair_errors(metres, angle):
   count = len(metres)
   cells = np.zeros((count, 2), int)
   return PairErrors(
-    matches=Matches(cells, cells, np.zeros(count)),
+    matches=PatchMatches(cells, cells, np.zeros(count)),
     metres=np.array(metres),
     pixels=np.array(metres) * 1000,
     chance=np.arange(6) / 10,

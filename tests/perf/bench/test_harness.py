@@ -13,7 +13,7 @@ INTEL = "model name\t: A Processor\nflags\t\t: fpu {}\n\nprocessor\t: 1\n"
 def test_results_name_the_processor(flags, has):
   text = harness.describe_processor(INTEL.format(flags))
   assert text == f"A Processor {has} AVX-512"
-  result = harness.Result(batch_size=2)
+  result = harness.BenchResult(batch_size=2)
   result.add("seconds", 0.5, "step", "{:.1f} s")
   title, row = str(result).splitlines()
   assert title.startswith("batch size 2, processor ")

@@ -179,7 +179,7 @@ def test_the_gradient_norms_fit_too_where_the_run_may_measure_them(
 ):
   """The peak is that of the larger program; MiB beside the saved arrays."""
 
-  class Plan(compile_lib.Plan):
+  class Plan(compile_lib.CompilePlan):
     runs_norms = norms is not None
 
     def __init__(self, choice):
