@@ -162,7 +162,7 @@ def agreement(
 
 
 def _one_hot(indices: Sequence[int | None], size: int) -> np.ndarray:
-  """Rows `[r, size]`; None is a row of zeros."""
+  """One-hot rows `[r, size]`; None is a row of zeros."""
   rows = np.zeros((len(indices), size))
   for row, i in zip(rows, indices, strict=True):
     if i is not None:

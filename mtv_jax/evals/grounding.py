@@ -373,7 +373,7 @@ def _embed_crops(
 
 
 def crop_box(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """The pixels that a box touches."""
+  """Crops the pixels that a box touches."""
   height, width = image.shape[:2]
   low = np.floor(box[:2] * (height, width) + 1e-4).astype(int)
   high = np.ceil(box[2:] * (height, width) - 1e-4).astype(int)

@@ -32,7 +32,7 @@ from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, LINE_HEIGHT, PAPER
 
 AT = (1, 5, 10)
-# Prefixes of the metrics: captions retrieve images, images retrieve captions.
+# Metric prefixes.
 DIRECTIONS = ("text_to_image", "image_to_text")
 
 

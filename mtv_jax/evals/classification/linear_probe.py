@@ -234,7 +234,7 @@ def train_heads(
       x, label = batch["x"][:, c], batch["label"]
       head = params[name]
       total += head_losses(head["kernel"], head["bias"], x, label).sum()
-    # A sum, so that each head has the gradient of its own loss.
+    # A sum, so that each head gets the gradient of its own loss.
     return total, state
 
   fitted = probe.fit(

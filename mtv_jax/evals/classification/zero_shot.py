@@ -6,7 +6,7 @@ With e_ct the normalised text embedding of class c in template t,
     pred = argmax_c cos(image, w_c)
 
 as in big_vision, open_clip and CLIP_benchmark. Embeddings are normalised before
-the mean; temperature and bias change nothing.
+the mean; temperature and bias don't affect the result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import class_folders, imagenet, registry
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
+# Classes per text batch: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
 
 
@@ -259,7 +259,7 @@ def match_candidates(
 def _match_groups(
   data: ClassificationSet, given: prompts.Prompts, *, keep: str
 ) -> Candidates:
-  """ImageNet's prompts for ObjectNet's classes."""
+  """Matches ObjectNet's classes to ImageNet's prompts."""
   order = _imagenet_order(given)
   ids = np.full(len(given.classes), -1, np.int32)
   for label, group in enumerate(data.groups):

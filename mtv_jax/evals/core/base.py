@@ -24,7 +24,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import InputError
 
-# Class by type, in the order of tables; imported when it is looked up.
+# Class by type, in table order; imported on lookup.
 EVALUATORS = {
   name: f"mtv_jax.evals.{path}"
   for name, path in {
@@ -68,14 +68,14 @@ class Result:
   # Everything the metrics depend on, JSON-serializable: input size,
   # preprocessing, weights, tie rule, data and its hash.
   protocol: dict[str, Any]
-  # Expected values of some metrics for a random encoder.
+  # Chance level of some metrics.
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
-  # Units of the metrics that are not fractions: "m", or "" for a number.
+  # Units of metrics that aren't fractions: "m", or "" for plain numbers.
   units: dict[str, str] = dataclasses.field(default_factory=dict)
   lower: tuple[str, ...] = ()  # metrics where lower is better
   # Standard errors of metrics over the items of the set, see `bootstrap.py`.
   errors: dict[str, float] = dataclasses.field(default_factory=dict)
-  # Metrics of resamples of the items, see `bootstrap.py`; not in the JSON.
+  # Metrics per bootstrap resample, see `bootstrap.py`; not in the JSON.
   resamples: dict[str, np.ndarray] = dataclasses.field(
     default_factory=dict, compare=False
   )
@@ -101,7 +101,7 @@ class Result:
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON."""
+    """Converts to a JSON-serializable dict."""
     small = dataclasses.replace(self, sheets={}, resamples={})
     fields = dataclasses.asdict(small)
     del fields["sheets"], fields["resamples"]

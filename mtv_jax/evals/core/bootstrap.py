@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-# The relative error of an error of B resamples is about sqrt(1 / 2 B): 3.5 %.
+# A standard error from B resamples has relative error sqrt(1 / 2 B): 3.5 %.
 RESAMPLES = 400
 
 

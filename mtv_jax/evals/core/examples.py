@@ -20,7 +20,7 @@ from jaxtyping import Float32, Float64, Int, UInt8
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import InputError
 
-# A path, `scenes`, or the config of a source as in `config.data.train`.
+# A path, `scenes`, or a source config as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -61,7 +61,7 @@ def open_images(paths: Sequence[str | os.PathLike]) -> LazySequence:
 
 
 def hash_rows(rows: Iterable[Iterable[Any]]) -> str:
-  """SHA-256 of rows, 16 hexadecimal digits: enough to tell two sets apart."""
+  """First 16 hex digits of the SHA-256 of rows."""
   digest = hashlib.sha256()
   for row in rows:
     digest.update(json.dumps([str(v) for v in row]).encode() + b"\n")
@@ -71,7 +71,7 @@ def hash_rows(rows: Iterable[Iterable[Any]]) -> str:
 def select_images(
   images: Sequence[Any], indices: Sequence[int] | Int[np.ndarray, " m"]
 ) -> LazySequence:
-  """The images at `indices`, in that order."""
+  """Selects images by index, lazily."""
   indices = [int(i) for i in indices]
   return LazySequence(lambda i: images[indices[i]], len(indices))
 
@@ -105,7 +105,7 @@ class ImageSet:
     return cls(images=images, digest=digest, **fields)
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     count = len(self.images)
     return {"data": self.name, "data_hash": self.digest, "images": count}
 
@@ -174,7 +174,7 @@ class DenseSet(ImageSet):
   maps: LazySequence
 
   def read_pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `i` and its map."""
+    """Reads image `i` and its map."""
     image, pixels = self.images[i], self.maps[i]
     self.check_size(i, image.shape[:2], pixels)
     return image, pixels
@@ -192,7 +192,7 @@ class DenseSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationSet(DenseSet):
-  """Images and the class of each pixel, or `IGNORE`."""
+  """Images with class maps; unlabelled pixels are `IGNORE`."""
 
   classes: tuple[str, ...] | None  # readable names, if known
   class_count: int
@@ -200,7 +200,7 @@ class SegmentationSet(DenseSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthSet(DenseSet):
-  """Images and the true depth of each pixel in metres, 0 where unknown."""
+  """Images with depth maps in metres; unknown depth is 0."""
 
   source: str  # origin of the depth, for the protocol
 
@@ -239,7 +239,7 @@ class KeyPointPair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyPointPairs(ImageSet):
-  """Images in pairs, with semantically corresponding keypoints."""
+  """Image pairs with semantically corresponding keypoints."""
 
   layout: str  # `spair` or `scenes`
   pairs: tuple[KeyPointPair, ...]

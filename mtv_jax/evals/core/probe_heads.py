@@ -86,7 +86,7 @@ def init_head(
   The last layer is N(0, 0.01); convolutions use He et al. 2015 with fan-out.
   `normal(shape)` draws from N(0, 1), layer by layer.
   """
-  # At least as large as a convolution's window.
+  # At least as large as the convolution kernel.
   example = jax.ShapeDtypeStruct((1, 3, 3, channels), np.float32)
   shapes = jax.eval_shape(head.init, jax.random.key(0), example)
 

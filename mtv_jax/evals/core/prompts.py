@@ -33,7 +33,7 @@ class Prompts:
 
   classes: tuple[str, ...]  # in the order of the labels
   templates: tuple[str, ...] = DEFAULT_TEMPLATES  # each with one `{}`
-  # Class ids of the data set (such as WordNet ids); None if it uses names.
+  # Class ids of the data set (such as WordNet ids), if any.
   ids: tuple[str, ...] | None = None
   name: str = "built in"  # for protocols
 
@@ -64,7 +64,7 @@ class Prompts:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     return {
       "prompts": self.name,
       "prompts_hash": self.digest,
@@ -149,7 +149,7 @@ def _read_object(path: pathlib.Path) -> Prompts:
 
 
 def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
-  """Writes a file for `read_prompts`."""
+  """Writes a JSON file for `read_prompts`."""
   content = {"classes": prompts.classes, "templates": prompts.templates}
   if prompts.ids is not None:
     content["ids"] = prompts.ids

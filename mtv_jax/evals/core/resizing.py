@@ -143,7 +143,7 @@ def _resize(x, size, *, method, axis):
 def _taps(
   size: int, new_size: int, method: str
 ) -> tuple[Int[np.ndarray, "taps new"], Float[np.ndarray, "taps new"]]:
-  """Columns and values of the non-zero entries of the matrix's rows."""
+  """Columns and values of the non-zero entries of each matrix row."""
   full = matrix(size, new_size, method)
   count = int((full != 0).sum(axis=1).max())
   # Stable, so that taps are summed in axis order.

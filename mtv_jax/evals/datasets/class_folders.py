@@ -33,7 +33,7 @@ SPLITS = {
 }
 WORDNET_ID = re.compile(r"n\d{8}")
 _FLAT = re.compile(r"(n\d{8})_(.+)\.\w+$")
-_SUBSET_COUNT = 200  # classes of ImageNet-A, ImageNet-R and Tiny ImageNet
+_SUBSET_COUNT = 200  # classes in ImageNet-A, ImageNet-R and Tiny ImageNet
 
 
 def has_splits(root: str | os.PathLike) -> bool:

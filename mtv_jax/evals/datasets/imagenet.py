@@ -68,7 +68,7 @@ def open_validation(
   count: int | None = None,
   real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
-  """The flat validation images with the devkit's labels."""
+  """Flat validation images with the devkit's labels."""
   source = _find_images(path)
   ids, names, truth = _read_devkit(source)
   if source.is_file():

@@ -140,7 +140,7 @@ class Splits:
   classes: int
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     return {
       "data": self.test.name,
       "data_hash": self.test.digest,
@@ -287,7 +287,7 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
 def open_segmentation(
   data: examples.Data, *, split: str, count: int | None = None
 ) -> examples.SegmentationSet:
-  """Images with a class for every pixel: scenes, ADE20K or NYUv2."""
+  """Images with class maps: scenes, ADE20K or NYUv2."""
   check_choice("split", split, SPLITS)
   options = {"split": split, "count": count}
   if _is_source(data):

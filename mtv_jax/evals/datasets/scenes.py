@@ -52,7 +52,7 @@ def is_scenes(data: examples.Data) -> bool:
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """A scene source's config, with `first` set to the split's first scene."""
+  """Scene config with `first` set to the split's first scene."""
   config = dict(config)
   if split == "train":
     config["first"] = PROBE_SCENES + config.get("first", 0)
@@ -96,7 +96,7 @@ class SceneRange:
     return examples.hash_rows(rows)
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     first = self.numbers[0]
     return {"dataset": "scenes", "scenes": {"first": first, **self.options}}
 

@@ -235,7 +235,7 @@ def score(
   mean: float,
   scale_invariant: bool,
 ) -> dict[str, float]:
-  """Metrics of the valid pixels of one image."""
+  """Metrics over the valid pixels of one image."""
   is_chance = predicted is None
   predicted = np.full(len(truth), mean) if is_chance else predicted
   scores = metrics.image_metrics(predicted, truth)

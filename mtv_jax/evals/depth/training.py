@@ -25,7 +25,7 @@ from mtv_jax.evals.depth.protocols import ProbeProtocol
 # Limit of cached features and depth, without augmentation.
 _CACHE_BYTES = 2 * 2**30
 _EPS = 1e-3  # metres, added before the logarithm
-_MEAN_WEIGHT = 0.15  # weight of the squared mean beside the variance: 1 - 0.85
+_MEAN_WEIGHT = 0.15  # weight of the squared mean: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
 
 
@@ -204,7 +204,7 @@ def predict(
 
 
 def _log_error(predicted, truth, valid):
-  """ln(d + 0.001) - ln(g + 0.001), 0 where invalid."""
+  """ln(d + 0.001) - ln(g + 0.001); 0 for invalid pixels."""
   # Masked before and after the log, whose gradient may be non-finite.
   predicted, truth = (jnp.where(valid, x, 1.0) for x in (predicted, truth))
   error = jnp.log(predicted + _EPS) - jnp.log(truth + _EPS)

@@ -80,7 +80,7 @@ class Slide:
     return min(side, height), min(side, width)
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     return {
       "window": self.size,
       "stride": self.stride,
@@ -125,7 +125,7 @@ def resized(
 def resize_image(
   image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolation: str
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """Pillow's antialiased resize."""
+  """Resizes with Pillow, antialiased."""
   if image.shape[:2] == size:
     return image
   method = PIL.Image.Resampling[interpolation.upper()]
@@ -144,7 +144,7 @@ class ScaledView:
 def cut_views(
   image: UInt8[np.ndarray, "h w 3"], slide: Slide
 ) -> list[ScaledView]:
-  """Views of an image at all scales and flips."""
+  """Cuts an image into views at all scales and flips."""
   views = []
   for scale in slide.scales:
     shape = slide.shape(*image.shape[:2], scale=scale)
