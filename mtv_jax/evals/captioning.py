@@ -4,14 +4,14 @@ With the names (and colours) mentioned in a generated text,
 
     names    = mean over captions of  the fraction of names that match an
                annotated object; 0 for a caption without names
-    colours  = mean over captions with colours of  the fraction of matches
+    colours  = mean over captions with colours of  the fraction of colours that
+               match an annotated object
     region_names, region_colours
              = mean over boxes of  first name (colour) = the box's name (colour)
     referred = mean over (image, phrase) of  IoU >= 0.5 of the predicted box
                with any of the phrase's boxes in the image
 
-Chance scores each answer on every different image. The protocols are this
-project's own.
+Chance scores answers on different images. The protocols are this project's own.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _evaluate(
     try:
       encoder = encoder() if store else encoder
     except UserError as error:
-      # Skip this encoder, except on several hosts: they would wait forever.
+      # Skip this encoder. Raise on several hosts, which would wait for it.
       if not missing or jax.process_count() > 1:
         raise
       outcome.failed.update(dict.fromkeys(missing, str(error)))

@@ -94,8 +94,8 @@ def normalize_answer(answer: str) -> str:
 
   A punctuation mark is deleted if it is next to a space anywhere in the answer
   or if the answer has a number with a comma ("1,000"), else replaced by a
-  space. Periods are deleted unless a digit follows. Then: lower case, number
-  words up to ten to digits, no articles, apostrophes in contractions.
+  space. Periods are deleted unless a digit follows. After lower-casing, number
+  words up to ten become digits, articles go, contractions get apostrophes.
   """
   answer = _strip(answer)
   number = _COMMA_IN_NUMBER.search(answer) is not None

@@ -35,9 +35,8 @@ class SegmentationEvaluator(Evaluator):
   None means the published value on real data and a small value on scenes.
 
   Attributes:
-    size: side of windows and shorter side of evaluated images; defaults to the
-      published size rounded up to a multiple of the patch size, for scenes to
-      the encoder's size.
+    size: side of windows and shorter side of images; defaults to the published
+      size rounded up to whole patches, for scenes to the encoder's size.
     stride: pixels between windows; by default a fraction of `size`.
     encode_batch: windows per encoder batch.
   """
