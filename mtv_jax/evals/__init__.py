@@ -1,4 +1,4 @@
-"""Evaluations: protocols that see an `Encoder` and original images."""
+"""Evaluation protocols over an `Encoder` and original images."""
 
 from mtv_jax.evals.core.base import Evaluator, Result, build_evaluator
 

@@ -1,17 +1,17 @@
 """Captioning: objects and colours in generated captions, and referred boxes.
 
-With the names (and colours) that a generated text mentions,
+With the names (and colours) mentioned in a generated text,
 
-    names    = mean over captions of  the share of its names that are of an
-               annotated object; a caption without a name has 0
-    colours  = the same for the colours of the names, over captions with one
+    names    = mean over captions of  the fraction of names that match an
+               annotated object; 0 for a caption without names
+    colours  = mean over captions with colours of  the fraction of colours that
+               match an annotated object
     region_names, region_colours
-             = mean over boxes of  the first name (colour) is the box's own
+             = mean over boxes of  first name (colour) = the box's name (colour)
     referred = mean over (image, phrase) of  IoU >= 0.5 of the predicted box
-               with any of the phrase's boxes there
+               with any of the phrase's boxes in the image
 
-The chance compares each answer with every other image. The protocols are this
-project's own.
+Chance scores answers on different images. The protocols are this project's own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mtv_jax.evals.datasets import registry
 COLOURS = tuple(world.COLOURS)
 # Words between a colour and its object: "red and white striped ball".
 _BETWEEN = {"and", *world.TEXTURES}
-_FIXED_BOXES = 256  # Predicted boxes that the chance is averaged over.
+_FIXED_BOXES = 256  # Predicted boxes used for chance.
 _TASKS = ("caption", "region_caption", "referring")
 
 Scored = tuple[Estimate, dict[str, float]]  # Metrics with errors, and chance.
@@ -51,7 +51,7 @@ class CaptioningEvaluator(Evaluator):
 
   Attributes:
     data: named boxes, see `datasets/registry.py`.
-    tasks: by default those that the decoder was trained for.
+    tasks: defaults to the decoder's training tasks.
   """
 
   requires = frozenset({"captioning"})
@@ -67,7 +67,7 @@ class CaptioningEvaluator(Evaluator):
     return registry.open_boxes(self.data, images=self.images, count=self.count)
 
   def run(self, encoder: Encoder) -> Result:
-    """Metrics of each task, each with its chance and sampling error."""
+    """Metrics of each task, with chance and sampling errors."""
     tasks = self.tasks or [t for t in _TASKS if encoder.can_predict(t)]
     if not tasks or encoder.tokenizer is None:
       raise NotApplicable(
@@ -117,8 +117,8 @@ class Parser:
   def mentions(self, text: str) -> list[tuple[int, int | None]]:
     """(class, colour) of each name in the text.
 
-    The colour is the first one of the words right before the name, an index of
-    `COLOURS`, or None.
+    The colour is an index into `COLOURS`: the first colour of the words right
+    before the name, or None.
     """
     words, found, i = _words(text), [], 0
     while i < len(words):
@@ -148,7 +148,7 @@ def agreement(
   truth: Float[np.ndarray, "r c"],
   image: Int[np.ndarray, " r"],
 ) -> tuple[Float[np.ndarray, " r"], float]:
-  """`answers[i] . truth[i]`, and the mean of it over rows of two images."""
+  """`answers[i] . truth[i]`, and its mean over rows of two different images."""
   values = np.sum(answers * truth, axis=1)
   sums = []
   for rows in (answers, truth, np.ones((len(image), 1))):
@@ -162,7 +162,7 @@ def agreement(
 
 
 def _one_hot(indices: Sequence[int | None], size: int) -> np.ndarray:
-  """Rows `[r, size]`; None is a row of zeros."""
+  """One-hot rows `[r, size]`; None is a row of zeros."""
   rows = np.zeros((len(indices), size))
   for row, i in zip(rows, indices, strict=True):
     if i is not None:
@@ -171,7 +171,7 @@ def _one_hot(indices: Sequence[int | None], size: int) -> np.ndarray:
 
 
 def _shares(indices: Sequence[int | None], size: int) -> np.ndarray:
-  """The share of each index among those that are not None, `[size]`."""
+  """Fraction of each index, `[size]`; None is ignored."""
   counts = _one_hot(indices, size).sum(axis=0)
   return counts / max(counts.sum(), 1)
 
@@ -183,7 +183,7 @@ def _score(
   image: np.ndarray,
   used: np.ndarray,
 ) -> Scored:
-  """A metric over the rows that are `used`, if there are any."""
+  """Scores a metric over the rows in `used`, if any."""
   if not used.any():
     return Estimate({}, {}), {}
   image = np.unique(image[used], return_inverse=True)[1]
@@ -211,7 +211,7 @@ def _score_captions(
   truth = np.stack(
     [_one_hot([c for _, c in m], size).sum(axis=0) > 0 for m in objects]
   ).astype(float)
-  if truth.any():  # Class names as phrases have no colours.
+  if truth.any():  # Class names as phrases lack colours.
     has_colour = colours.any(axis=1)
     used = has_colour if has_colour.any() else image >= 0
     part, part_chance = _score("colours", colours, truth, image, used)

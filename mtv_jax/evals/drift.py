@@ -1,8 +1,8 @@
-"""Drift of an encoder's features from its start's, another encoder.
+"""Feature drift of an encoder from a reference encoder.
 
-A continued run can lose what its start knew long before a loss shows it. This
-gauge compares the features of both on the same images, without labels: 1 where
-they are equal. `config.evals.NAME.bound` stops a run, or returns it to a
+Continued pretraining can forget long before a loss shows it. This evaluation
+compares both encoders' features on shared images, without labels; equal
+features score 1. `config.evals.NAME.bound` stops a run, or rolls it back to a
 checkpoint, when a metric falls below a bound (see docs/continue.md).
 """
 
@@ -27,7 +27,7 @@ from mtv_jax.utils.errors import InputError
 
 
 class DriftFeatures(NamedTuple):
-  """DriftFeatures of n images."""
+  """Features of n images."""
 
   pooled: Float32[np.ndarray, "n e"]
   patches: Float32[np.ndarray, "n *grid d"]  # After the final norm.
@@ -37,20 +37,19 @@ class DriftFeatures(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Drift(Evaluator):
-  """Agreement with a reference encoder on the same images.
+  """Feature agreement with a reference encoder.
 
-  `neighbours` is the share of an image's k nearest neighbours that both
-  encoders agree on, `cka` linear CKA of the pooled embeddings, `cosine` their
-  mean cosine, `cosine_patches` the patches', and `cosine_layer_i` that of the
-  mean patch after block i. Cosines are left out where the two have other
-  widths, or patches of other grids. Chance has the images in another order for
-  one of the encoders; `cka`'s is far above 0 if there are fewer images than
-  channels.
+  `neighbours` is the fraction of k nearest neighbours that both encoders share,
+  `cka` the linear CKA and `cosine` the mean cosine of the pooled embeddings,
+  `cosine_patches` the mean cosine of the patches, `cosine_layer_i` the mean
+  cosine of the mean patch after block i. Cosines are omitted if widths or patch
+  grids differ. Chance permutes the images of one encoder; chance `cka` is far
+  above 0 with fewer images than channels.
 
   Attributes:
     reference: folder of the reference, as for `mtv_jax.load`.
-    reference_weights: of a run; by default those that its config names.
-    reference_step: of a run; by default the last.
+    reference_weights: weights of a run; defaults to the choice in its config.
+    reference_step: step of a run; defaults to the last.
     k: neighbours.
   """
 
@@ -68,7 +67,7 @@ class Drift(Evaluator):
       raise NotApplicable(
         "drift compares with another encoder: give its folder as reference"
       )
-    loading.is_run(self.reference)  # An error if it is no model.
+    loading.is_run(self.reference)  # Raises if it isn't a model.
     data = registry.open_images(self.data, count=self.count)
     if len(data.images) <= self.k:
       raise InputError(
@@ -79,7 +78,7 @@ class Drift(Evaluator):
 
   @functools.cached_property
   def _references(self) -> dict[str, DriftFeatures]:
-    """DriftFeatures of the reference by compute dtype, once they are read."""
+    """Cached reference features, by compute dtype."""
     return {}
 
   def run(self, encoder: Encoder) -> Result:
@@ -118,7 +117,7 @@ class Drift(Evaluator):
   def _per_image(
     self, ours: DriftFeatures, theirs: DriftFeatures
   ) -> dict[str, np.ndarray]:
-    """The metrics of each image that are averaged."""
+    """Per-image values of the averaged metrics."""
     values = {
       "neighbours": neighbour_agreement(ours.pooled, theirs.pooled, self.k)
     }
@@ -151,7 +150,7 @@ class Drift(Evaluator):
 def encode(
   encoder: Encoder, data: ImageSet, *, batch_size: int
 ) -> DriftFeatures:
-  """An encoder's features of images; layers are reduced in batches."""
+  """Encodes images; layers are reduced to mean patches batch by batch."""
   depth = encoder.spec.image.depth
   parts = []
   for start in range(0, len(data.images), batch_size):
@@ -183,7 +182,7 @@ _TINY = np.finfo(np.float64).tiny
 def cosines(
   x: Float[np.ndarray, "*n d"], y: Float[np.ndarray, "*n d"]
 ) -> Float64[np.ndarray, "*n"]:
-  """The cosine of each pair of vectors; 0 where one of them is 0."""
+  """Cosine of each pair of vectors; 0 if either is zero."""
   x, y = (np.asarray(a, np.float64) for a in (x, y))
   norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
   return np.sum(x * y, axis=-1) / np.maximum(norms, _TINY)
@@ -192,10 +191,10 @@ def cosines(
 def neighbour_agreement(
   x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n e"], k: int
 ) -> Float64[np.ndarray, " n"]:
-  """The share of each example's k nearest neighbours that both agree on.
+  """Mutual k-nearest-neighbour overlap (Huh et al. 2024, appendix A).
 
-  By cosine, among the other examples; of equal ones the lower index is nearer.
-  The mutual k-nearest-neighbour metric of Huh et al. 2024, appendix A.
+  Neighbours are ranked by cosine, the example itself excluded; ties go to the
+  lower index.
   """
   first, second = (_nearest(a, k) for a in (x, y))
   return np.array(
@@ -218,9 +217,9 @@ def linear_cka(
 
       CKA = |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F),  columns centred
 
-  1 for representations that differ by a rotation and a scale. 0 where one of
-  them is constant. Of few examples it is biased upwards: independent normal
-  features of d channels have about d / (n + d).
+  1 for representations that differ by a rotation and a scale; 0 if either is
+  constant. Biased upwards for few examples: independent normal features of d
+  channels score about d / (n + d).
   """
   x, y = (np.asarray(a, np.float64) for a in (x, y))
   x, y = (a - a.mean(axis=0) for a in (x, y))

@@ -1,4 +1,4 @@
-"""Encoders that a command line requests: paths, weights, names."""
+"""Parsing of encoder arguments on the command line: paths, weights, names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mtv_jax.evals import published
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _WEIGHTS = re.compile(rf"(.+)@({'|'.join(loading.WEIGHTS)})")
-# A name has no part of a path.
+# A name can't contain `/`, `:` or `@`, so that it isn't part of a path.
 _NAMED = re.compile(r"([^=/:@]+)=(.+)")
 
 
 class Request(NamedTuple):
-  """An encoder that a command line requests."""
+  """An encoder requested on the command line."""
 
   path: str
   weights: str  # `student`, `teacher` or `ema`.
   name: str  # in tables
-  # The released checkpoint that it is, by its id on the Hugging Face hub, if
-  # figures of it are published (`published.FIGURES`); else "".
+  # Hugging Face id of the released checkpoint, if it has published figures
+  # (`published.FIGURES`); else "".
   checkpoint: str = ""
 
 
@@ -33,10 +33,9 @@ def parse_requests(
 ) -> list[Request]:
   """Parses `[NAME=]PATH[@WEIGHTS][@CHECKPOINT]`, in order.
 
-  The name of an encoder in tables is by default the last part of its path, or
-  as many of the last parts as distinguish it from the others. What checkpoint a
-  folder is, its shape or name does not prove: @CHECKPOINT says so, and a path
-  on the hub that is its id. With @REVISION it may have other weights.
+  The default name is the shortest unique suffix of the path. A folder's shape
+  or name doesn't identify a released checkpoint: @CHECKPOINT does, or a hub
+  path that is its id. A path with @REVISION may have different weights.
   """
   split = [_split(given, weights) for given in encoders]
   known = [request[:2] for request in split]
@@ -53,7 +52,7 @@ def parse_requests(
 
 
 def check_names(names: Sequence[str]) -> None:
-  """Raises ConfigError for the same name twice."""
+  """Raises ConfigError for duplicate names."""
   if len(set(names)) < len(names):
     name = next(n for n in names if names.count(n) > 1)
     raise ConfigError(
@@ -62,13 +61,13 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def split_name(given: str) -> tuple[str, str]:
-  """The name and the path of NAME=PATH; the name of a path alone is ""."""
+  """Splits NAME=PATH; the name of a bare path is ""."""
   match = _NAMED.fullmatch(given)
   return match.groups() if match and not os.path.exists(given) else ("", given)
 
 
 def _split(given: str, weights: str | None) -> Request:
-  """A request, whose name is "" if none is given."""
+  """Parses one request; its name is "" if none is given."""
   name, path = split_name(given)
   which, checkpoint = None, ""
   for known in published.FIGURES:
@@ -100,10 +99,7 @@ def _check_suffix(path: str) -> None:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-  """The last part of each path, or as many as distinguish it from the others.
-
-  A path that is there twice has the same name twice.
-  """
+  """Shortest unique suffix of each path; equal paths get equal names."""
   names = []
   for path in paths:
     others = {n for p in paths if p != path for n in _short_names(p)}
@@ -112,7 +108,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def _short_names(path: str) -> list[str]:
-  """The last part of a path, the last two, ... A baseline has one name."""
+  """Suffixes of a path, shortest first; a baseline has one name."""
   if baselines.is_baseline(path):
     return [path]
   parts = pathlib.PurePath(path).parts

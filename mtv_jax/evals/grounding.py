@@ -1,20 +1,20 @@
 """Grounding: region-text retrieval, box classification, phrase localisation.
 
-With unit vectors z_a, the embedding of region a, t_p, the embedding of distinct
-phrase p, and w_c, the zero-shot vector of class c (see `zero_shot.py`):
+With unit vectors z_a (region a), t_p (distinct phrase p) and w_c (zero-shot
+vector of class c, see `zero_shot.py`):
 
     region to phrase  R@k = mean over regions a of  a's phrase in top-k z_a.t_p
     phrase to region  R@k = mean over phrases p of  any region of p in top-k
     box top-k             = mean over regions a of  a's class in top-k z_a.w_c
     located               = mean over (image, phrase) of  IoU >= 0.5 of the
-                            predicted box with any of the phrase's boxes there
+                            predicted box with any of the phrase's boxes
 
-Boxes are annotated, not detected. The protocols are this project's own. A
-region is embedded in the space of the texts by one of three methods:
+Boxes are annotated, not detected. The protocols are this project's own. Three
+methods embed a region in the text space:
 
-  prompter   the region prompter, the head that the grounding objective trains
-  pool       the mean of the patches in the box, each weighted by the share of
-             it that the box covers; for encoders that pool by the mean
+  prompter   the region prompter, trained by the grounding objective
+  pool       the mean patch, weighted by the box's coverage of each patch; for
+             encoders with mean pooling
   crop       the box's pixels, warped to a square and encoded as an image
              (R-CNN, Girshick et al. 2014); for any encoder with a text tower
 """
@@ -43,7 +43,7 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils import plots
 
-_CHUNK = 256  # images whose boxes are embedded or located at a time
+_CHUNK = 256  # images per call of the encoder
 _FIXED_BOXES = 256
 _IMAGE_SIZE = 320  # pixels per side on the sheet, so that names are legible
 
@@ -53,10 +53,10 @@ class GroundingEvaluator(Evaluator):
   """Region-text retrieval, box classification and phrase localisation.
 
   Attributes:
-    regions: how a box is embedded, see above; `auto` is the prompter of an
-      encoder that has one, else `crop`.
-    prompts: a file of templates for the classes (see `prompts.py`), and of
-      other names for them, one per class in the data's order.
+    regions: how boxes are embedded, see above; `auto` is `prompter` if the
+      encoder has one, else `crop`.
+    prompts: a file of templates (see `prompts.py`) and class names, one per
+      class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
   """
 
@@ -71,7 +71,7 @@ class GroundingEvaluator(Evaluator):
 
   @property
   def requires(self) -> frozenset[str]:
-    """As in the base class."""
+    """What the encoder needs, see the base class."""
     prompter = {"grounding"} if self.regions == "prompter" else set()
     return frozenset({"text"} | prompter)
 
@@ -86,7 +86,7 @@ class GroundingEvaluator(Evaluator):
     return data, named
 
   def run(self, encoder: Encoder) -> Result:
-    """Retrieval in both directions; accuracies with classes or a locator."""
+    """Retrieval in both directions; box and locator accuracies if available."""
     base.require_text(encoder)
     data, named = self._set
     method = resolve_regions(encoder, self.regions)
@@ -100,7 +100,7 @@ class GroundingEvaluator(Evaluator):
     phrases, owner = retrieval.distinct_texts(
       [phrase for names in data.phrases for phrase in names]
     )
-    # The prompter was trained beside phrases of a length of their own.
+    # The prompter was trained with its own phrase length.
     embed = encoder.phrases if method == "prompter" else encoder.text
     text = normalize(embed(phrases))
     protocol = {
@@ -118,7 +118,7 @@ class GroundingEvaluator(Evaluator):
       "ties": ranking.TIE_RULE,
       "phrases_distinct": len(phrases),
     }
-    # Image-caption retrieval, with a distinct phrase in the role of the image.
+    # As image-caption retrieval, with a distinct phrase as the "image".
     names = ("region_to_phrase", "phrase_to_region")
     image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
     estimate = retrieval.recalls(
@@ -162,7 +162,7 @@ class GroundingEvaluator(Evaluator):
 def _locate(
   encoder: Encoder, data: BoxSet, batch_size: int
 ) -> tuple[Estimate, dict[str, float]]:
-  """IoU of the predicted boxes of phrases, and of the best constant answer."""
+  """Scores of predicted boxes of phrases; chance is the best constant box."""
   queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
   boxes = []
   for start in range(0, len(queries), _CHUNK):
@@ -190,10 +190,10 @@ def best_overlaps(
   queries: Sequence[Sequence[str]],
   data: BoxSet,
 ) -> Float[np.ndarray, "*answers q"]:
-  """The best IoU of each predicted box with a box of its phrase.
+  """Best IoU of each predicted box with a box of its phrase.
 
-  `boxes` are of each image one for each of its `queries`, distinct phrases, or
-  one for all of them.
+  `boxes` has, per image, one box per query (distinct phrase), or one box for
+  all queries.
   """
   best = []
   for predicted, image_queries, truth, phrases in zip(
@@ -207,7 +207,7 @@ def best_overlaps(
 
 
 def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
-  """Constant answers: 256 of the set's boxes, and central ones."""
+  """Constant answers: 256 boxes of the set, and centred boxes."""
   annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
   central = [
@@ -221,7 +221,7 @@ def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
 def ious(
   a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "m 4"]
 ) -> Float[np.ndarray, "*n m"]:
-  """Intersection over union of boxes (y0, x0, y1, x1); 0 if they lack area."""
+  """Intersection over union of boxes (y0, x0, y1, x1); 0 if both are empty."""
   a, b = np.asarray(a, np.float64)[..., None, :], np.asarray(b, np.float64)
   low = np.maximum(a[..., :2], b[..., :2])
   high = np.minimum(a[..., 2:], b[..., 2:])
@@ -239,7 +239,7 @@ def _draw_sheet(
   *,
   count: int,
 ) -> np.ndarray:
-  """Images with their boxes, named by annotation and by top-1 phrase."""
+  """Images with boxes, labelled by annotation and by top-1 phrase."""
   starts = np.cumsum([0, *map(len, data.boxes)])
   rows = []
   for i in examples.subsample(range(len(data.images)), count):
@@ -256,7 +256,7 @@ def _draw_sheet(
 
 
 def resolve_regions(encoder: Encoder, method: str) -> str:
-  """The method for this encoder's boxes: `auto` is `prompter` or `crop`."""
+  """Resolves `auto`; raises NotApplicable if the encoder lacks the method."""
   has_prompter = encoder.can_predict("grounding")
   if method == "auto":
     return "prompter" if has_prompter else "crop"
@@ -274,7 +274,7 @@ def resolve_regions(encoder: Encoder, method: str) -> str:
 
 
 def regions_preprocess(encoder: Encoder, method: str) -> dict[str, Any]:
-  """The preprocessing of `embed_regions`, for JSON."""
+  """Preprocessing of `embed_regions`, for the protocol."""
   if not hasattr(encoder, "preprocess"):
     return {}
   # The prompter uses the encoder's preprocessing.
@@ -293,8 +293,8 @@ def embed_regions(
 ) -> Float32[np.ndarray, "r e"]:
   """Normalised embeddings of all boxes, image by image.
 
-  `boxes` are of each image, (y0, x0, y1, x1) in the unit square; `method` is
-  `prompter`, `pool` or `crop`.
+  `boxes` has one array of (y0, x0, y1, x1) in the unit square per image;
+  `method` is `prompter`, `pool` or `crop`.
   """
   if method == "crop":
     return _embed_crops(encoder, images, boxes, batch_size)
@@ -330,7 +330,7 @@ def _pool_patches(
   pooled = np.concatenate(rows).astype(np.float32)
   if encoder.spec.image.projection is not None:
     kernel = encoder.params["image"]["projection"]["kernel"]
-    # On a pod each host has a shard of it.
+    # On a pod, each host has a shard.
     replicate = jax.jit(
       lambda x: x, out_shardings=replicated_sharding(encoder.mesh)
     )
@@ -341,9 +341,9 @@ def _pool_patches(
 def covered(
   low: Float32[np.ndarray, " b"], high: Float32[np.ndarray, " b"], count: int
 ) -> np.ndarray:
-  """`[b, count]`: of each of `count` equal cells, the share in [low, high].
+  """Coverage of `count` equal cells by the intervals [low, high], `[b, count]`.
 
-  An empty interval still covers a positive share of its cell.
+  An empty interval still covers a positive fraction of its cell.
   """
   cells = np.arange(count)
   low = np.clip(np.asarray(low, np.float64)[:, None] * count, 0, count - 1e-6)
@@ -373,7 +373,7 @@ def _embed_crops(
 
 
 def crop_box(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """The pixels that a box touches."""
+  """Crops the pixels that a box touches."""
   height, width = image.shape[:2]
   low = np.floor(box[:2] * (height, width) + 1e-4).astype(int)
   high = np.ceil(box[2:] * (height, width) - 1e-4).astype(int)
@@ -383,7 +383,7 @@ def crop_box(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _with_squash(encoder: Encoder) -> Encoder:
-  """The encoder with images squashed, not cropped or of native aspect ratio."""
+  """The encoder with squashed images: no crop, no native aspect ratio."""
   if not hasattr(encoder, "preprocess"):
     return encoder
   preprocess = encoder.preprocess.squashed()

@@ -1,11 +1,11 @@
-"""Published figures of released checkpoints, and the metrics they are of.
+"""Published figures of released checkpoints, and our matching metrics.
 
 Table 5 of MTV's paper ("Revisiting Multi-Task Visual Representation Learning",
 arXiv 2601.13886) is in percent and metres. Its zero-shot and retrieval columns
-follow CLIP_benchmark and big_vision; the heads and input sizes of the other
-columns are not published, so those figures are for orientation. Figures of
-other sources are by checkpoint; those from the SigLIP 2 table and DINOv2's
-model card were compared with their sources.
+follow CLIP_benchmark and big_vision. Heads and input sizes of the remaining
+columns are unpublished, so these figures are for orientation. Figures from the
+authors are listed by checkpoint; figures from the SigLIP 2 table and DINOv2's
+model card were checked against their sources.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ SIZES = ("base", "large")
 
 
 class Reference(NamedTuple):
-  """A row of the table; its figures by column."""
+  """A row of Table 5, with figures by column."""
 
   name: str
   size: str
-  checkpoint: str  # its id on the Hugging Face hub
+  checkpoint: str  # Hugging Face id
   figures: dict[str, float]
 
 
@@ -31,20 +31,20 @@ class Figure(NamedTuple):
   value: float  # In percent or metres.
   source: str
   protocol: str  # in words
-  # Entries of our protocol that a result by the published one has.
+  # Entries of our protocol that match the published protocol.
   entries: Mapping[str, Any]
 
 
 class Column(NamedTuple):
-  """Our metric that a published one is compared with.
+  """Our metric that a published figure is compared with.
 
-  `required` are protocol entries that identify the data; tuples and ranges list
-  alternatives, None among them for a protocol without the entry.
+  `required` are protocol entries that identify the data. Tuples and ranges list
+  alternatives; None matches a missing entry.
   """
 
   evaluation: str
   metric: str
-  label: str  # for a chart
+  label: str  # for charts
   required: Mapping[str, Any]
 
 
@@ -53,7 +53,7 @@ def _row(name: str, size: str, checkpoint: str, *values: float) -> Reference:
   return Reference(name, size, checkpoint, figures)
 
 
-# Karpathy's file has splits, COCO's own has none.
+# Karpathy's file has splits; COCO's own file lacks them.
 _COCO = {"images": 5000, "captions": 25_010, "split": (None, "test")}
 _NYU_DEPTH = ("raw, mm", "raw (rawDepths), float32")
 _NYU = {"images": 654, "crop": "nyu_eigen", "depth": _NYU_DEPTH}
@@ -61,7 +61,7 @@ _NYU = {"images": 654, "crop": "nyu_eigen", "depth": _NYU_DEPTH}
 _IMAGENET = {"images": 50_000, "classes": 1000}
 _IMAGENET_SPLITS = {**_IMAGENET, "train_images": 1_281_167}
 _ADE20K = {"images": 2000, "classes": 150, "train_split": "train"}
-# The number of pairs depends on a random draw: 500 are not a subset.
+# The number of pairs depends on a random draw; 500 or more is the full set.
 _NAVI = {"dataset": "NAVI", "subset": "wild_set", "pairs": range(500, 10**9)}
 _SPAIR = {"dataset": "SPair-71k", "split": "test", "classes": 18}
 _SPAIR |= {"threshold": 0.1}
@@ -85,7 +85,7 @@ COLUMNS = {
     "linear_probe", "top1", "ImageNet linear probe", _IMAGENET_SPLITS
   ),
 }
-# Without the VQA column, which evaluates more than an encoder.
+# Without the VQA column, which evaluates more than the encoder.
 TABLE_5 = ("imagenet", "coco_t2i", "coco_i2t", "ade20k", "navi", "spair", "nyu")
 
 REFERENCES = (
@@ -127,7 +127,7 @@ REFERENCES = (
 def matching_column(
   evaluation: str, metric: str, protocol: Mapping[str, Any]
 ) -> str | None:
-  """The name of the column with the same metric on the same data, if any."""
+  """Name of the column that matches our metric and data, if any."""
   for name, column in COLUMNS.items():
     if column[:2] == (evaluation, metric) and all(
       protocol.get(k) in (v if isinstance(v, tuple | range) else (v,))
@@ -153,7 +153,7 @@ _DINOV3 = "MODEL_CARD.md of facebookresearch/dinov3"
 
 
 def _table_5(column: str, value: float, name: str) -> Figure:
-  """A cell of `REFERENCES`, in the row `name`."""
+  """Builds the figure of a table cell; `name` is the row."""
   protocol, entries = _UNKNOWN, {}
   if column == "imagenet" or column.startswith("coco"):
     protocol, entries = "not published", {}
@@ -234,7 +234,7 @@ _BY_AUTHORS = {
   "facebook/dinov3-vitl16-pretrain-lvd1689m": _dinov3(54.9, 0.352, 62.3, 61.3),
 }
 
-# By the checkpoint's id on the Hugging Face hub and column.
+# By Hugging Face id and column.
 FIGURES: dict[str, dict[str, Figure]] = {
   **{
     row.checkpoint: {

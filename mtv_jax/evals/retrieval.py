@@ -5,7 +5,7 @@ With S[i, j] = cos(image i, caption j),
     text to image  R@k = mean over captions j of  own image in top-k of S[:, j]
     image to text  R@k = mean over images i of  any own caption in top-k of S[i]
 
-As in CLIP_benchmark and big_vision, the second is a hit rate over an image's
+As in CLIP_benchmark and big_vision, image to text is a hit rate over an image's
 captions, not their recall.
 """
 
@@ -32,7 +32,7 @@ from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, LINE_HEIGHT, PAPER
 
 AT = (1, 5, 10)
-# Prefixes of the metrics: captions retrieve images, images retrieve captions.
+# Metric prefixes.
 DIRECTIONS = ("text_to_image", "image_to_text")
 
 
@@ -42,8 +42,8 @@ class Retrieval(Evaluator):
 
   Attributes:
     split: Karpathy split.
-    max_captions: the first captions of an image to use; all by default. (Of
-      COCO's 5,000 test images some have six or seven: 25,010 captions.)
+    max_captions: number of first captions per image; all by default. (COCO's
+      5,000 test images have 25,010 captions: some have six or seven.)
     view: the encoder's own preprocessing, or big_vision's `squash`; see
       `global_features.with_view`.
   """
@@ -71,7 +71,7 @@ class Retrieval(Evaluator):
     )
 
   def run(self, encoder: Encoder) -> Result:
-    """Metrics, and the sheets `captions` and `images`."""
+    """Returns metrics, and the sheets `captions` and `images`."""
     require_text(encoder)
     data = self._set
     encoder = global_features.with_view(encoder, self.view)
@@ -126,8 +126,8 @@ def recalls(
 ) -> Estimate:
   """R@1, 5 and 10 of normalised embeddings, in both directions.
 
-  `owner` is the image of each caption, `names` are prefixes of the metrics.
-  For their errors, captions are resampled with their image, or by `groups`.
+  `owner` is the image of each caption, `names` the prefixes of the metrics.
+  Errors resample captions with their image, or by `groups`.
   """
   ids = np.arange(len(image))
   to_image = ranking.ranks(
@@ -150,12 +150,12 @@ def _draw_sheets(
   text: Float32[np.ndarray, "m e"],
   count: int,
 ) -> dict[str, np.ndarray]:
-  """The top captions of `count` images, and the top images of a caption each.
+  """Top captions of `count` images, and top images of each one's first caption.
 
-  The images are evenly spaced; the caption is the first of its image.
+  The images are evenly spaced.
   """
   chosen = subsample(range(len(data.images)), count)
-  # Equal captions are one line of the sheet.
+  # Equal captions share a line of the sheet.
   distinct, index = distinct_texts(data.captions)
   _, first = np.unique(index, return_index=True)
   correct = np.zeros((len(data.images), len(distinct)), bool)
@@ -180,10 +180,10 @@ def _draw_sheets(
 def chance(
   owner: Int[np.ndarray, " m"], *, names: tuple[str, str] = DIRECTIONS
 ) -> dict[str, float]:
-  """The expectation of `recalls` with random embeddings.
+  """Expected `recalls` of random embeddings.
 
-  k of n images; and for an image with c of m captions, one minus the share of
-  ways to draw k captions that miss all c.
+  Text to image: k / n. Image to text, for an image with c of m captions: one
+  minus the probability that k drawn captions miss all c.
   """
   _, counts = np.unique(owner, return_counts=True)
   n, m = len(counts), len(owner)
@@ -207,10 +207,10 @@ def ranked_captions(
   *,
   top: int = 5,
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Images, each beside the captions of the highest scores.
+  """Sheet of images, each beside its top captions.
 
   Correct captions are green and marked. If none is in the top, the best-ranked
-  one is appended with its rank.
+  correct caption is appended with its rank.
   """
   size = 144  # side of an image
   width = size + 4 * GAP + 460
@@ -243,9 +243,9 @@ def ranked_images(
   *,
   top: int = 5,
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Captions, each above the images of the highest scores.
+  """Sheet of captions, each above its top images.
 
-  The caption's own image has a green frame, or its rank is beside the caption.
+  The correct image has a green frame, or its rank is beside the caption.
   """
   size = 120  # side of an image
   side = size + GAP

@@ -1,4 +1,4 @@
-"""Evaluation of one encoder, requested by a command line or a config."""
+"""Evaluation of one encoder, from a command line or a config."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
-# Longest text of an error in the results: XLA can write pages.
+# Maximum length of an error message in the results: XLA's can be pages long.
 _MAX_REASON = 1000
 
 
 class EvaluationPlan(NamedTuple):
-  """Evaluations that a command line requests."""
+  """Evaluations requested on the command line."""
 
   entries: dict[str, dict[str, Any]]  # as in `config.evals`
-  # Requested by name rather than by `all`: an error if they can't run.
+  # Requested by name instead of `all`: an error if they can't run.
   named: frozenset[str] = frozenset()
 
 
@@ -39,15 +39,15 @@ def plan(
   preferences: Mapping[str, Any] | None = None,
   assignments: Sequence[str] = (),
 ) -> EvaluationPlan:
-  """Entries as in `config.evals`, from the arguments of a command line.
+  """Builds a plan from command-line arguments.
 
   Args:
     names: evaluations, or `all`.
-    data: one for every evaluation, or `NAME=DATA` for one of them.
-    options: for the evaluations that have an option of that name; None is
-      ignored.
-    preferences: likewise, but no evaluation needs to have the option.
-    assignments: `NAME.OPTION=VALUE`, typed like overrides of a config.
+    data: `DATA` for every evaluation, or `NAME=DATA` for one.
+    options: set on every evaluation that has the option; None is ignored. An
+      option that no evaluation has is an error.
+    preferences: like `options`, but unknown options are ignored.
+    assignments: `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)
   common, by_name = _split_data(data)
@@ -125,7 +125,7 @@ def _assign(
   try:
     typed = overrides.override(ConfigDict(values), assignments).to_dict()
   except ConfigError as error:
-    # The same mistakes as in a config, under another flag.
+    # Name the flag that the user typed.
     message = str(error).replace("--config.", "--set=", 1)
     raise ConfigError(message) from None
   for name, names in changed.items():
@@ -136,7 +136,7 @@ def _assign(
 def build(
   evals: Mapping[str, Mapping[str, Any] | ConfigDict] | ConfigDict,
 ) -> dict[str, Evaluator]:
-  """The evaluators of a config's `evals`, by name; see `build_evaluator`."""
+  """Builds the evaluators of a config's `evals`; see `build_evaluator`."""
   return {
     name: base.build_evaluator(name, entry) for name, entry in evals.items()
   }
@@ -146,16 +146,16 @@ def evaluate(
   encoder: Encoder,
   evals: Mapping[str, Evaluator | Mapping[str, Any] | ConfigDict] | ConfigDict,
 ) -> dict[str, Result]:
-  """Runs evaluations in their order; stops at the first error.
+  """Runs evaluations in order; stops at the first error.
 
-  `evals` are evaluators (whose data stay open between calls) or entries of a
-  config's `evals`.
+  `evals` maps names to evaluators (whose data stay open between calls) or to
+  entries of a config's `evals`.
   """
   evaluators = {
     name: e if isinstance(e, Evaluator) else base.build_evaluator(name, e)
     for name, e in evals.items()
   }
-  # A mistake in the last one should not cost the time of the others.
+  # Fail on mistakes before the first evaluation runs.
   for name, evaluator in evaluators.items():
     with _add_name(name):
       evaluator.prepare()
@@ -168,7 +168,7 @@ def prepare(
   """Builds the evaluators of a plan and opens their data.
 
   Returns:
-    Three dictionaries by evaluation: evaluators, reasons for skipping, errors.
+    Evaluators, reasons for skipping, and errors, each by evaluation.
   """
   evaluators, skipped, failed = {}, {}, {}
   last = None
@@ -196,7 +196,7 @@ def attempt(
   *,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Outcome]:
-  """Runs prepared evaluations one by one and records errors.
+  """Runs prepared evaluations in order and records errors.
 
   Yields:
     The outcome after each evaluation; at least one.
@@ -236,7 +236,7 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
 
 @contextlib.contextmanager
 def _add_name(name: str) -> Iterator[None]:
-  """Adds the name of the evaluation to an error."""
+  """Adds the evaluation's name to an error."""
   try:
     yield
   except Exception as error:

@@ -1,6 +1,6 @@
-"""Results of an encoder in a folder, reused while their settings are equal.
+"""Result cache: an encoder's results in a folder, reused if settings match.
 
-FOLDER/EVALUATION.json       the result, or why it is skipped; its settings
+FOLDER/EVALUATION.json       result or reason for skipping; settings
 FOLDER/EVALUATION.npz        metrics of resamples of the items
 FOLDER/EVALUATION/*.png      sheets of images
 """
@@ -30,7 +30,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 
-# Options that name an encoder, whose checkpoint counts.
+# Options that name an encoder; its checkpoint is part of the settings.
 _ENCODERS = ("reference",)
 
 
@@ -38,22 +38,22 @@ _ENCODERS = ("reference",)
 class ResultStore:
   """The folder of an encoder's results.
 
-  All results of the encoder depend on `settings`; an evaluation adds its entry
-  of `run.Plan`.
+  `settings` apply to all results; each evaluation adds its entry of
+  `run.EvaluationPlan`.
   """
 
   folder: pathlib.Path
   settings: Mapping[str, Any]
 
   def find(self, name: str, entry: Mapping[str, Any]) -> Outcome | None:
-    """The stored outcome of an evaluation, if it has these settings.
+    """Returns the stored outcome of an evaluation if its settings match.
 
-    A file that can't be read is like none: it is written again.
+    An unreadable file counts as missing and is overwritten.
     """
     try:
       return self._read(name, entry)
     except Exception as error:
-      # Any error: on several hosts the others wait for what this one finds.
+      # Any error: on a pod, the remaining hosts wait for this answer.
       log.warning(
         "%s can't be read (%r): evaluates again.", self._file(name), error
       )
@@ -82,10 +82,10 @@ class ResultStore:
   def write(
     self, name: str, entry: Mapping[str, Any], outcome: Outcome
   ) -> None:
-    """Writes the outcome of an evaluation that has run or is skipped."""
+    """Writes the outcome of a finished or skipped evaluation."""
     file = self._file(name)
     stem = file.with_suffix("")
-    # Sheets and resamples of other settings would be read with this result.
+    # Stale sheets and resamples would be read with this result.
     file.unlink(missing_ok=True)
     shutil.rmtree(stem, ignore_errors=True)
     stem.with_suffix(".npz").unlink(missing_ok=True)
@@ -97,7 +97,7 @@ class ResultStore:
     if result := fields["results"].get(name):
       results.write_arrays(stem, result)
       more["sheets"] = list(result.sheets)
-    # Last: a file means that all of it is stored.
+    # The JSON is written last: it marks the result as complete.
     outcome = dataclasses.replace(outcome, **fields, failed={})
     results.write(file, [outcome], **more)
 
@@ -105,7 +105,7 @@ class ResultStore:
     return self.folder / f"{name}.json"
 
   def _settings(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON, to compare them with a file's."""
+    """JSON settings, to compare with a stored file."""
     settings = {**self.settings, "evaluation": entry}
     settings["mtv_jax"] = mtv_jax.__version__
     settings["data"] = _describe_files(entry)
@@ -113,13 +113,13 @@ class ResultStore:
 
 
 def describe_encoder(path: str, weights: str, dtype: str) -> dict[str, Any]:
-  """The settings of a `ResultStore`: they change when the encoder does."""
+  """Settings of a `ResultStore`; they change with the encoder."""
   settings = {"encoder": path, "weights": weights, "dtype": dtype}
   return {**settings, **describe_weights(path)}
 
 
 def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
-  """The config and the last step of a run, or the files of another encoder."""
+  """Config hash and last step of a run, or a fingerprint of released files."""
   if baselines.is_baseline(os.fspath(path)):
     return {}
   folder = loading.open_folder(path)
@@ -134,7 +134,7 @@ def describe_weights(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _describe_files(options: Mapping[str, Any]) -> dict[str, Any]:
-  """The files that options name, by option; any text may be a path."""
+  """Fingerprints of the files that options name; any text may be a path."""
   described: dict[str, Any] = {}
   for option, value in options.items():
     if isinstance(value, Mapping):
@@ -147,10 +147,10 @@ def _describe_files(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-  """A hash of the names, sizes and times of files.
+  """Hash of file names, sizes and modification times.
 
-  Those of a file, of the files in a folder (not of its subfolders), or of the
-  tars that a pattern stands for; "" for any other text.
+  Covers a file, the files in a folder (not its subfolders), or the tars that
+  match a pattern; "" for any text that isn't a path.
   """
   text, path = os.fspath(path), path_lib.as_path(path)
   files = [path] if path_lib.is_file(path) else []

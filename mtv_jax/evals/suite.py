@@ -1,4 +1,4 @@
-"""Evaluations of several encoders, and the folder of their results."""
+"""Runs evaluations on several encoders and writes their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import UserError
 
 
 class StoredEncoder(NamedTuple):
-  """An encoder with a folder of results, which is loaded if one is missing."""
+  """An encoder with stored results; loaded only if a result is missing."""
 
   load: Callable[[], Encoder]
   store: ResultStore
@@ -35,11 +35,11 @@ def evaluate(
   folder: str | os.PathLike | None = None,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-  """Runs a plan on encoders by name, and records errors of single evaluations.
+  """Runs a plan on encoders by name; records errors of single evaluations.
 
-  Writes `results.json` to the folder after each evaluation, so that a killed
-  process loses one evaluation only. Raises as `run.prepare`. Without encoders
-  no data are opened.
+  Writes `FOLDER/results.json` after each evaluation, so that a killed process
+  loses at most one. Raises the errors of `run.prepare`. Opens no data if
+  `encoders` is empty.
   """
   if not encoders:
     return []
@@ -74,7 +74,7 @@ def _evaluate(
 ) -> Iterator[Outcome]:
   """Yields the outcome of an encoder after each evaluation; at least one.
 
-  One that can't be loaded fails in each evaluation without a stored result.
+  An encoder that can't be loaded fails every evaluation that isn't stored.
   """
   store, found = None, {}
   if isinstance(encoder, StoredEncoder):
@@ -90,13 +90,12 @@ def _evaluate(
     try:
       encoder = encoder() if store else encoder
     except UserError as error:
-      # Other encoders don't wait for this one; on several hosts they would.
+      # Skip this encoder. Raise on several hosts, which would wait for it.
       if not missing or jax.process_count() > 1:
         raise
       outcome.failed.update(dict.fromkeys(missing, str(error)))
       yield sort_results(outcome, chosen)
       return
-    # Which weights: the student's, the teacher's or their average.
     log_fn(f"{outcome.name}: {encoder!r}")
     described = Outcome("", encoder.source, encoder.weights)
     protocol = encoder.protocol()
@@ -109,7 +108,7 @@ def _evaluate(
   for name, _ in zip(
     missing, run.attempt(encoder, missing, outcome, log_fn=log_fn), strict=True
   ):
-    # On several hosts an evaluation that raises has none of both.
+    # On several hosts, an evaluation that raises has neither.
     has_outcome = name in outcome.results or name in outcome.skipped
     if store and has_outcome and jax.process_index() == 0:
       store.write(name, chosen.entries[name], outcome)
@@ -121,9 +120,9 @@ def _find_stored(
   chosen: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
 ) -> dict[str, Outcome]:
-  """The evaluations that are stored, as the first process sees it.
+  """Stored evaluations, as seen by process 0, which writes the files.
 
-  Other processes, which write no file, get empty outcomes.
+  Non-zero processes get empty outcomes.
   """
   is_first = jax.process_index() == 0
   found = {}
@@ -135,7 +134,7 @@ def _find_stored(
 
 
 def _describe(outcome: Outcome, source: Outcome) -> Outcome:
-  """The outcome with what another one says of the encoder."""
+  """Copies the description of the encoder from `source`."""
   return dataclasses.replace(
     outcome,
     encoder=source.encoder,
@@ -145,7 +144,7 @@ def _describe(outcome: Outcome, source: Outcome) -> Outcome:
 
 
 def sort_results(outcome: Outcome, chosen: run.EvaluationPlan) -> Outcome:
-  """The outcome with results, skips and failures in the order of the plan."""
+  """Sorts results, skips and failures in the order of the plan."""
   ordered = {}
   for field in ("results", "skipped", "failed"):
     values = getattr(outcome, field)
@@ -156,9 +155,9 @@ def sort_results(outcome: Outcome, chosen: run.EvaluationPlan) -> Outcome:
 def errors(
   outcomes: Sequence[Outcome], chosen: run.EvaluationPlan
 ) -> list[str]:
-  """Errors of a finished run, a line each.
+  """Error lines of a finished run.
 
-  These are failed evaluations, and evaluations requested by name that no
+  One per failed evaluation, and one per evaluation requested by name that no
   encoder can run.
   """
   lines = []

@@ -6,16 +6,16 @@ With f the normalised patch tokens of the last block, the labels of patch q are
 
     s(q) = sum_p softmax_p(cos(f_q, f_p) / 0.1) s(p)
 
-over the 5 most similar patches p of the first and the 7 preceding frames that
-are at most 12 patches from q along either axis. Each object's scores are scaled
-to 0..1 in the frame; a pixel has the object of the largest.
+over the 5 most similar patches p, in the first and the 7 preceding frames,
+within 12 patches of q along each axis. Each object's scores are scaled to 0..1
+per frame; a pixel takes the object with the highest score.
 
-The metrics are DAVIS's (Perazzi et al. 2016, section 5), as the official
-evaluation computes them: J is the IoU of an object's masks, F the F-measure of
-their boundaries, where a boundary pixel is matched if the other boundary has
-one within 0.8 % of the image's diagonal, rounded up. An object's figure is the
-mean over its frames without the first and the last, the set's the mean over
-objects; the recall is the share of frames above 0.5.
+The metrics are DAVIS's (Perazzi et al. 2016, section 5), as in the official
+evaluation: J is the IoU of an object's masks, F the F-measure of their
+boundaries. A boundary pixel matches if the second boundary has a pixel within
+0.8 % of the image diagonal, rounded up. Scores are averaged over frames, except
+the first and the last, then over objects; recall is the fraction of frames
+above 0.5.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import InputError
 
-_SIZE, _STEP = 480, 64  # shorter side; the longer one is a multiple of 64
+_SIZE, _STEP = 480, 64  # shorter side; divisor of the longer side
 _PATCH = 16  # of the published encoders
 _NEIGHBOURHOOD = 12
 _CHUNK = 32  # frames whose features are in memory
@@ -64,21 +64,21 @@ _TITLES = ("last frame", "true objects", "predicted objects")
 class VideoSegmentation(Evaluator):
   """Video object segmentation by label propagation: J, F and their recalls.
 
-  None means the published value for DAVIS and a small one for scenes.
+  None means the published value for DAVIS and a small value for scenes.
 
   Attributes:
-    size: shorter side of the encoded frames; the longer one is rounded down to
-      a multiple of 64. 480 as published; where the patch divides neither, the
-      sides have as many patches. For scenes the encoder's own.
-    frames: preceding frames that labels come from, beside the first.
-    top_k: most similar patches that labels come from.
-    neighbourhood: largest distance of these patches along an axis, in patches;
-      0 for any. 12 of DAVIS's 30 rows, and the same share of a scene's.
-    temperature: of the softmax of the cosines.
+    size: shorter side of the encoded frames; the longer side is rounded down
+      to a multiple of 64. 480 as published; if the patch size doesn't divide
+      480 or 64, the published number of patches. For scenes the encoder's size.
+    frames: number of preceding context frames, besides the first.
+    top_k: number of most similar patches that labels come from.
+    neighbourhood: largest distance to these patches along an axis, in patches;
+      0 is unlimited. 12 of DAVIS's 30 rows, in proportion for scenes.
+    temperature: softmax temperature of the cosines.
     layer, norm: block whose patch tokens are compared, and whether the final
       norm is applied.
     count: videos to use, evenly spaced; all by default, 16 scenes.
-    batch_size: frames that are encoded at a time.
+    batch_size: frames per encoder batch.
   """
 
   data: Data = "scenes"
@@ -98,7 +98,7 @@ class VideoSegmentation(Evaluator):
     return registry.open_videos(self.data, count=self.count)
 
   def run(self, encoder: Encoder) -> Result:
-    """Metrics; their chance repeats the first masks in every frame."""
+    """Returns metrics; chance copies the first masks to every frame."""
     data, depth = self._set, encoder.spec.image.depth
     block = dense.matched_block(self.layer, norm=self.norm, depth=depth)
     channels = 1 + max(video.objects for video in data.videos)
@@ -139,7 +139,7 @@ class VideoSegmentation(Evaluator):
     if self.size is None and self._set.kind == "scenes":
       side = -(-encoder.preprocess.size // patch) * patch
       return side, side
-    # Where the patch does not divide the pixels, the grid stays equal.
+    # If the patch size doesn't divide the pixels, keep the published grid.
     short, step = _SIZE, _STEP
     if short % patch or step % patch:
       short, step = (side // _PATCH * patch for side in (short, step))
@@ -164,7 +164,7 @@ class VideoSegmentation(Evaluator):
     block: int,
     channels: int,
   ) -> Iterator[UInt8[np.ndarray, "h w"]]:
-    """Maps of objects of the frames between the first and the last."""
+    """Object maps of the frames between the first and the last."""
     grid = encoder.spec.image.grid_of(*size)
     first = video.masks[0]
     small = PIL.Image.fromarray(first).resize(
@@ -190,7 +190,7 @@ class VideoSegmentation(Evaluator):
   def _features(
     self, encoder: Encoder, video: Video, size: tuple[int, int], block: int
   ) -> Iterator[Float32[np.ndarray, "h w d"]]:
-    """Patch tokens of each frame but the last."""
+    """Patch tokens of each frame except the last."""
     count = len(video.frames) - 1
     for start in range(0, count, _CHUNK):
       images = LazySequence(
@@ -246,13 +246,13 @@ def propagate(
   neighbourhood: int,
   temperature: float,
 ) -> Iterator[Float32[Array, "h w c"]]:
-  """Soft labels of the second and later frames."""
+  """Yields soft labels of the second and later frames."""
   h, w, c = first.shape
   keys = labels = None
   for t, feature in enumerate(features):
     query = jnp.asarray(normalize(feature).reshape(h * w, -1))
     if keys is None:
-      # Slot 0 is the first frame, the others a ring of the preceding ones.
+      # Slot 0 is the first frame; slots 1.. are a ring of preceding frames.
       keys = jnp.zeros((frames + 1, *query.shape)).at[0].set(query)
       labels = jnp.zeros((frames + 1, h * w, c))
       labels = labels.at[0].set(first.reshape(h * w, c))
@@ -299,7 +299,7 @@ def _propagate_frame(
     scores = jnp.matmul(query, key.T, precision=jax.lax.Precision.HIGHEST)
     return jax.lax.top_k(jnp.where(near & is_valid, scores, -jnp.inf), k)
 
-  # Frame by frame, so that one [N, N] matrix is in memory.
+  # Frame by frame: only one [N, N] matrix in memory.
   scores, index = jax.lax.map(nearest, (keys, valid))  # [F, N, k]
   index += len(query) * jnp.arange(len(keys))[:, None, None]
   scores, index = (
@@ -316,7 +316,7 @@ def _propagate_frame(
 
 @functools.partial(jax.jit, static_argnames="size")
 def _largest(scores: Float[Array, "h w c"], size: tuple[int, int]) -> Array:
-  """uint8 map of the channels with the largest scores, scaled to 0..1."""
+  """uint8 argmax over channels, after scaling each channel to 0..1."""
   scores = resizing.resize(scores, size, method="bilinear")
   low, high = scores.min(axis=(0, 1)), scores.max(axis=(0, 1))
   # A channel without a patch stays zero.
@@ -339,7 +339,7 @@ def _draw_row(
   truth: list[UInt8[np.ndarray, "h w"]],
   predicted: list[UInt8[np.ndarray, "h w"]],
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """The last scored frame, its objects and the predicted ones."""
+  """The last scored frame, its true and its predicted objects."""
   colours = np.zeros((256, 3), np.uint8)
   colours[1 : 1 + video.objects] = plots.palette(video.objects)
   maps = [colours[labels[-1]] for labels in (truth, predicted)]
@@ -361,9 +361,9 @@ def region_iou(
 
 
 def boundary(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-  """Pixels that differ from the next one to the right, below or diagonally.
+  """Pixels that differ from the pixel to the right, below or below right.
 
-  Beyond the last row and column the mask goes on as it is there.
+  The mask is edge-padded at the last row and column.
   """
   padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
   right, below = padded[:-1, 1:], padded[1:, :-1]
@@ -375,7 +375,7 @@ def boundary_f(
 ) -> float:
   """F: harmonic mean of the boundaries' precision and recall.
 
-  1 if neither mask has a boundary, 0 if one has.
+  1 if neither mask has a boundary, 0 if only one has.
   """
   lines = [boundary(mask) for mask in (predicted, truth)]
   counts = [np.count_nonzero(line) for line in lines]
@@ -397,9 +397,9 @@ def score_video(
   *,
   objects: int,
 ) -> dict[str, Float64[np.ndarray, " {objects}"]]:
-  """Figures of each object of a video, by metric.
+  """Scores of each object of a video, by metric.
 
-  Both are the maps of the scored frames, with 1 to `objects` for an object.
+  `truth` and `predicted` are maps of the scored frames; objects are 1, 2, ...
   """
   j = np.empty((objects, len(truth)))
   f = np.empty((objects, len(truth)))

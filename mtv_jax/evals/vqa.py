@@ -1,8 +1,8 @@
-"""Answer files and truth files of VQA benchmarks, and their scores.
+"""Scoring of VQA benchmarks from answer files and truth files.
 
-An answer file is JSON, a list or one object per line, of rows with a question
+An answer file is a JSON list, or JSON lines, of rows with a question
 (`question_id`, `questionId` or `id`) and an answer (`answer`, `prediction` or
-`text`); or one object of answers by question. A truth file is one of
+`text`); or a JSON object from question to answer. A truth file is one of
 
   VQAv2, OK-VQA       {"annotations": [{question_id, answers: [{answer}, ...]}]}
   TextVQA, DocVQA     {"data": [{question_id or questionId, answers: [...]}]}
@@ -10,7 +10,7 @@ An answer file is JSON, a list or one object per line, of rows with a question
   a list, or lines    [{question_id or id, answer, answers or label, options}]
 
 `options` (or `choices`) make a question multiple choice; its answer is a
-letter, or an integer that counts from 0.
+letter or a 0-based integer.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
-# VQA's official evaluation, its quirks included: periods are deleted except
-# before a digit, "somebody'd" loses its apostrophe.
+# VQA's official evaluation with its quirks: periods are deleted except before a
+# digit, "somebody'd" loses its apostrophe.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -46,7 +46,7 @@ _NUMBERS = {"none": "0"} | {
 
 
 def _contractions() -> dict[str, str]:
-  """Contractions by their spelling without an apostrophe."""
+  """Maps contractions without an apostrophe to their correct spelling."""
   endings = {
     "n't": "ai are ca could did does do did had has have is might must need "
     "ought sha should was were wo would",
@@ -61,7 +61,7 @@ def _contractions() -> dict[str, str]:
     for ending, stems in endings.items()
     for stem in stems.split()
   }
-  # Either one of two apostrophes may be missing, not both.
+  # One of two apostrophes may be missing, not both.
   nots = "couldn hadn mightn shouldn wouldn"
   subjects = "he it she somebody someone something there they we who you"
   for stems, middle in ((nots, "t"), (subjects, "d")):
@@ -90,12 +90,12 @@ _CONTRACTIONS = _contractions()
 
 
 def normalize_answer(answer: str) -> str:
-  """The normalised answer of VQA's official evaluation.
+  """Normalises an answer as in VQA's official evaluation.
 
-  A punctuation mark is deleted where it stands beside a space anywhere in the
-  answer or a comma is in a number ("1,000"), else it becomes a space. Periods
-  are deleted unless a digit follows. In lower case, number words up to ten
-  become digits, articles are dropped, and contractions get their apostrophe.
+  A punctuation mark is deleted if it is next to a space anywhere in the answer
+  or if the answer has a number with a comma ("1,000"), else replaced by a
+  space. Periods are deleted unless a digit follows. After lower-casing, number
+  words up to ten become digits, articles go, contractions get apostrophes.
   """
   answer = _strip(answer)
   number = _COMMA_IN_NUMBER.search(answer) is not None
@@ -116,14 +116,14 @@ def _strip(answer: str) -> str:
 def vqa_accuracy(
   answer: str, truths: Sequence[str], *, counting: str = "original"
 ) -> float:
-  """VQA accuracy (Antol et al. 2015), also of TextVQA and OK-VQA, 0..1.
+  """VQA accuracy (Antol et al. 2015), also for TextVQA and OK-VQA, 0..1.
 
-  `original`: the mean over annotators of min(1, m / 3), with m of the other
-  annotators giving that answer. With c of ten: 0, .3, .6, .9, 1, ...
-  `simple`: min(1, c / 3), as in big_vision. Answers are normalised if the
-  annotators disagree; if all agree, the answer must equal theirs.
+  With c annotators giving this answer, `original` averages min(1, m / 3) over
+  annotators, m counting matches without that annotator; for ten annotators 0,
+  .3, .6, .9, 1, ... `simple` is min(1, c / 3), as in big_vision. Answers are
+  normalised if the annotators disagree; if all agree, the match must be exact.
 
-  Raises InputError for no truths, or an unknown counting.
+  Raises InputError for empty truths or an unknown `counting`.
   """
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
@@ -147,7 +147,7 @@ def _require_truths(truths: Sequence[str]) -> None:
 def exact_match(answer: str, truths: Sequence[str]) -> float:
   """1 if the answer is one of the truths, else 0 (GQA).
 
-  Compared in lower case, with single spaces and without a final period.
+  Ignores case, repeated spaces and final periods.
   """
   return float(_plain(answer) in {_plain(truth) for truth in truths})
 
@@ -157,19 +157,19 @@ def _plain(answer: str) -> str:
 
 
 _LETTER = re.compile(r"^\W*(?:option\s+)?([A-Za-z])\s*(?:[).:,\]]|$)", re.I)
-# A capital: "the answer is a dog" names no option.
+# Capitals only: "the answer is a dog" doesn't name an option.
 _NAMED_LETTER = re.compile(
   r"\b(?i:answer|option|choice)(?i:\s+is)?\s*[:=]?\s*\W?([A-Z])\b(?!')"
 )
 
 
 def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
-  """The option that an answer to a multiple-choice question selects.
+  """The option selected by an answer to a multiple-choice question.
 
-  The first rule that gives one of the options decides: a letter that the
-  answer is or begins with ("B", "(b)", "B. a cat"), a letter that it names
-  ("the answer is B"), the words of exactly one option, equal or else contained.
-  Returns a capital letter, or None if the answer selects none.
+  The first matching rule decides: a letter that is or starts the answer ("B",
+  "(b)", "B. a cat"); a letter that it names ("the answer is B"); the text of
+  exactly one option, equal or else contained. Returns a capital letter, or None
+  without a match.
   """
   last = chr(ord("A") + (len(options) or 26) - 1)
   for pattern in (_LETTER, _NAMED_LETTER):
@@ -191,20 +191,20 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
 
 
 def says_yes(answer: str) -> bool:
-  """Whether an answer is a yes, by POPE's rule.
+  """Whether an answer is a yes by POPE's rule.
 
-  It is a no if its first sentence has the word "no" or "not", else a yes.
+  An answer is a no if its first sentence has the word "no" or "not".
   """
   sentence = answer.split(".")[0].replace(",", "")
   return not {"no", "not"} & set(sentence.lower().split())
 
 
 def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
-  """Scores of yes-or-no questions (POPE, Li et al. 2023); "yes" is positive.
+  """POPE scores of yes-or-no questions (Li et al. 2023); "yes" is positive.
 
   Returns:
-    `accuracy`, `precision`, `recall`, `f1`, and `yes_rate` of the answers. A
-    ratio with a denominator of 0 is 0.
+    `accuracy`, `precision`, `recall`, `f1` and `yes_rate` of the answers;
+    x / 0 is 0.
   """
   if len(answers) != len(truths) or not truths:
     raise InputError(f"{len(answers)} answers to {len(truths)} questions")
@@ -234,11 +234,11 @@ def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
 def anls(answer: str, truths: Sequence[str]) -> float:
   """Average normalised Levenshtein similarity (Biten et al. 2019), 0..1.
 
-  Of DocVQA and ST-VQA. With NL the edit distance over the longer length: the
-  maximum over the truths of 1 - NL where NL < 0.5, else 0. In lower case, with
-  single spaces.
+  For DocVQA and ST-VQA. With NL the edit distance over the longer length: the
+  maximum over truths of 1 - NL if NL < 0.5, else 0. Ignores case and repeated
+  spaces.
 
-  Raises InputError for no truths.
+  Raises InputError for empty truths.
   """
   _require_truths(truths)
   said = " ".join(answer.lower().split())
@@ -271,24 +271,24 @@ _OPTIONS = ("options", "choices")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """The truths of a question."""
+  """Truths of a question."""
 
-  truths: tuple[str, ...]  # correct answers, one from each annotator
-  options: tuple[str, ...] = ()  # multiple-choice options, by their letters
-  kind: str | None = None  # the answer's kind, if the file distinguishes kinds
+  truths: tuple[str, ...]  # correct answers, one per annotator
+  options: tuple[str, ...] = ()  # multiple-choice options A, B, ...
+  kind: str | None = None  # answer type, if the file has types
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Scores of an answer file, and everything that they depend on."""
+  """Scores of an answer file, and their protocol."""
 
   metrics: dict[str, float]  # fractions, the benchmark's main metric first
-  errors: dict[str, float]  # their standard errors over the questions
+  errors: dict[str, float]  # standard errors over questions
   protocol: dict[str, Any]
 
 
 def read_answers(path: str | os.PathLike) -> dict[str, str]:
-  """Answers by question; InputError for other files, or a repeated question."""
+  """Answers by question; InputError for a bad file or a repeated question."""
   content = _read_json_or_lines(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
@@ -300,7 +300,7 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
-  """Truths by question; InputError for other files, or a repeated question."""
+  """Truths by question; InputError for a bad file or a repeated question."""
   content = _read_json_or_lines(path)
   if isinstance(content, Mapping):
     lists = [content.get(key) for key in ("annotations", "data")]
@@ -366,7 +366,7 @@ def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
 
 
 def _text(path: str | os.PathLike, value: Any, what: str) -> str:
-  """A string, a number or a bool as text."""
+  """Converts a string, number or bool to text."""
   if not isinstance(value, str | int | float):
     raise InputError(
       f"{path}: {what} is {shorten_repr(value)}; expected a text or a number"
@@ -405,7 +405,7 @@ def _score_option(answer: str, question: Question) -> float:
   return float(letter in {t.strip().upper() for t in question.truths})
 
 
-# The score of one answer by rule; None for POPE, which scores a whole file.
+# Scores of one answer, by rule; None for POPE, which scores a whole file.
 RULES = {
   "vqa": lambda a, q: vqa_accuracy(a, q.truths),
   "vqa_simple": lambda a, q: vqa_accuracy(a, q.truths, counting="simple"),
@@ -458,7 +458,7 @@ def score(
 def _score_rule(
   rule: str, answers: Sequence[str | None], questions: Collection[Question]
 ) -> Estimate:
-  """The metrics of a rule; a missing answer is wrong."""
+  """Metrics of a rule; missing answers are wrong."""
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]

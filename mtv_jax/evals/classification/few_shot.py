@@ -1,11 +1,11 @@
 """Few-shot classification by regularised least squares (big_vision).
 
-In closed form, with standardised features z = (x - mean) / (std + 1e-5), to
-which a constant of 100 is appended, and targets Y = 2 onehot - 1,
+In closed form, with standardised features z = (x - mean) / (std + 1e-5) and an
+appended constant 100, and targets Y = 2 onehot - 1,
 
     W = (z' z + l2 I)^-1 z' Y,   prediction = argmax z W
 
-The bias is regularised too, but little, since its feature is large.
+The bias is regularised too, but weakly, since its feature is large.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class FewShot(FeatureProbe):
   The default view is big_vision's, `squash_center`.
 
   Attributes:
-    shots: training images per class; by default 1, 5, 10 and 25, as far as
-      every class has so many.
-    seeds: seeds of the samples of shots, over which accuracies are averaged.
-    l2: strength of the regularisation.
+    shots: training images per class; by default 1, 5, 10 and 25, up to the
+      size of the smallest class.
+    seeds: seeds of the shot samples; accuracies are averaged over seeds.
+    l2: L2 regularisation strength.
   """
 
   published_view: ClassVar[str] = "squash_center"
@@ -58,7 +58,7 @@ class FewShot(FeatureProbe):
     used = np.unique(np.stack([*samples.values()]))
     row = np.arange(len(labels))  # row of each training image in x
     if 2 * len(used) >= len(labels):
-      # All images, whose features the other probes share.
+      # All images: further probes reuse the cached features.
       x = self._features(encoder, data.train)
     else:
       x = self._features(encoder, data.train.select(used))
@@ -73,7 +73,7 @@ class FewShot(FeatureProbe):
         )
         predicted = np.argmax(model.scores(test), axis=1)
         hits[f"top1_{k}shot"].append(predicted == data.test.labels)
-    # The share of seeds with a hit, for each test image.
+    # Per test image: fraction of seeds with a hit.
     shares = {name: np.mean(x, axis=0) for name, x in hits.items()}
     return bootstrap.means(shares), {
       "feature": self.feature,
@@ -105,9 +105,9 @@ class FewShot(FeatureProbe):
 def sample_shots(
   labels: Int[np.ndarray, " n"], *, shots: int, seed: int
 ) -> Int[np.ndarray, "c shots"]:
-  """Indices of `shots` random images of each class that has images.
+  """Indices of `shots` random images per non-empty class.
 
-  The first k columns are the sample of k shots.
+  The first k columns are the k-shot sample.
   """
   rng = np.random.default_rng(seed)
   present = np.unique(labels)
@@ -117,9 +117,9 @@ def sample_shots(
 
 
 class LeastSquares(NamedTuple):
-  """Weights, and the mean and (biased) deviation of the training features.
+  """Weights, and mean and (biased) standard deviation of training features.
 
-  The last row of the weights belongs to the constant.
+  The last row of the weights is the bias.
   """
 
   mean: Float[np.ndarray, " d"]
@@ -127,7 +127,7 @@ class LeastSquares(NamedTuple):
   weights: Float[np.ndarray, "e c"]
 
   def scores(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n c"]:
-    """Scores of each class."""
+    """Class scores."""
     return _standardize(x, self.mean, self.std) @ self.weights
 
 
@@ -138,7 +138,7 @@ def fit(
   classes: int,
   l2: float = 1024.0,
 ) -> LeastSquares:
-  """Solves the normal equations, in double precision on the host."""
+  """Solves the normal equations in float64 on the host."""
   mean = x.mean(axis=0, dtype=np.float64)
   std = x.std(axis=0, dtype=np.float64)
   z = _standardize(x, mean, std)

@@ -1,11 +1,11 @@
 """k-NN classification of frozen features (Wu et al. 2018; DINOv2's protocol).
 
-With unit features, s_j the cosines of a test image with its K nearest training
-images, in decreasing order, and K the largest k,
+With s_j the cosines of a test image with its K nearest training images, in
+decreasing order, and K the largest k,
 
     w = softmax(s / T),   prediction_k = argmax_c  sum of w_j, j <= k, y_j = c
 
-T = 0.07. Normalising over K rather than k changes no prediction.
+T = 0.07. Normalising over K instead of k leaves predictions unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mtv_jax.utils.errors import InputError
 class KNN(FeatureProbe):
   """k-NN classification: top-1 accuracy for each k.
 
-  k, numbers of neighbours, is capped by the number of training images.
+  k, the numbers of neighbours, is capped at the number of training images.
   """
 
   k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
@@ -68,9 +68,9 @@ class KNN(FeatureProbe):
 
 
 class Neighbours(NamedTuple):
-  """Dot products and indices of the nearest rows of a bank, nearest first.
+  """Dot products and indices of the nearest bank rows, nearest first.
 
-  Among equal rows the lower index is first.
+  Ties go to the lower index.
   """
 
   similarity: Float32[np.ndarray, "q k"]
@@ -85,12 +85,11 @@ def find_neighbours(
   mesh: Mesh | None = None,
   block_bytes: int = 2**28,
 ) -> Neighbours:
-  """The k rows of the bank with the largest dot product with each query.
+  """The k bank rows with the largest dot product with each query.
 
-  A running top k over blocks of the bank, for a block of queries at a time:
-  of 50,000 x 1.28 million scores only one block exists at a time. Scores are
-  float32 at the highest matmul precision (a TPU's default rounds to bfloat16,
-  which reorders neighbours).
+  Blockwise running top-k: of 50,000 x 1.28 million scores, one block is in
+  memory at a time. Scores are float32 at the highest matmul precision (the TPU
+  default rounds to bfloat16, which reorders neighbours).
   """
   if not 1 <= k <= len(bank):
     raise InputError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")
@@ -103,7 +102,7 @@ def find_neighbours(
   blocks = []
   for start in range(0, len(queries), rows):
     block = queries[start : start + rows]
-    # Padded, so that one shape is compiled.
+    # Padded, so that only one shape is compiled.
     padded = np.pad(block, ((0, rows - len(block)), (0, 0)))
     top = _search(padded, bank, k, columns, mesh)
     blocks.append([x[: len(block)] for x in top])
@@ -113,7 +112,7 @@ def find_neighbours(
 def _search(
   queries: np.ndarray, bank: np.ndarray, k: int, columns: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Similarities and indices of a block of queries, over the whole bank."""
+  """Top-k similarities and indices of a block of queries."""
   merge = _merge_fn(mesh)
   state = mesh_lib.shard_replicated(
     {
@@ -131,7 +130,7 @@ def _search(
     block, limits = mesh_lib.replicate((block, limits), mesh)
     top = merge(*top, state["queries"], block, limits)
   if jax.process_count() > 1:
-    # All rows, on every host.
+    # Gathers all rows on every host.
     top = jax.jit(
       lambda x: x, out_shardings=mesh_lib.replicated_sharding(mesh)
     )(top)
@@ -140,16 +139,16 @@ def _search(
 
 @functools.lru_cache(maxsize=8)
 def _merge_fn(mesh: Mesh):
-  """The compiled step of the search; each device has its own queries."""
+  """Compiled merge of a bank block into the top k; queries are sharded."""
 
   def merge(values, index, queries, block, limits):
     k = values.shape[1]
     scores = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
-    # top_k orders -0.0 below 0.0; here they are equal.
+    # top_k orders -0.0 below 0.0; make them equal.
     scores = jnp.where(scores == 0, 0.0, scores)
     rows = limits[0] + jnp.arange(block.shape[0], dtype=jnp.int32)
     scores = jnp.where(rows < limits[1], scores, -jnp.inf)  # [q, rows]
-    # Earlier rows come first, and of equal ones top_k takes the first.
+    # Earlier rows come first; top_k breaks ties by position.
     values, chosen = jax.lax.top_k(jnp.concatenate([values, scores], 1), k)
     earlier = jnp.take_along_axis(index, jnp.minimum(chosen, k - 1), axis=1)
     index = jnp.where(chosen < k, earlier, limits[0] + chosen - k)
@@ -175,9 +174,9 @@ def predict(
   classes: int,
   temperature: float = 0.07,
 ) -> dict[int, Int[np.ndarray, " q"]]:
-  """The class with the largest weight, by k; of equals the lowest class.
+  """Predicted class by k; ties go to the lowest class.
 
-  `neighbours` are at least the largest of `ks`, `labels` the bank's.
+  `neighbours` has at least max(ks) columns; `labels` are the bank's.
   """
   largest = max(ks)
   scores = neighbours.similarity[:, :largest].astype(np.float64)

@@ -1,13 +1,13 @@
 """Linear probe of DINOv2 (Oquab et al. 2024).
 
-One head for each of 13 learning rates, for the token of the last block or of
-the last four, without or with the mean patch: 52 heads, trained together on the
-same batches; the best is reported. Each is x W + b with W ~ N(0,
-0.01^2) and b = 0, trained by SGD with momentum 0.9 and without weight decay;
-the rate times batch / 256 decays to zero along a cosine.
+One head per learning rate (13), number of last blocks (1 or 4) and choice of
+the mean patch (off or on): 52 heads, trained jointly on shared batches; the
+best is reported. Each is x W + b with W ~ N(0, 0.01^2) and b = 0, trained by
+SGD with momentum 0.9, no weight decay, and learning rate times batch / 256 with
+cosine decay to zero.
 
-The heads of one choice of features are one array with an axis of learning
-rates, so that a step costs one wide matrix product for each choice.
+Heads with equal features are one array with an axis of learning rates, so that
+a step costs one wide matmul per choice of features.
 """
 
 from __future__ import annotations
@@ -50,15 +50,14 @@ class LinearProbe(TrainedProbe):
   """DINOv2's linear probe: accuracy of the best head.
 
   Attributes:
-    rates: learning rates at a batch of 256; 13 from 1e-5 to 0.1 by default.
-    blocks: numbers of last blocks whose tokens a head reads, capped by the
-      encoder's.
+    rates: learning rates at batch size 256; 13 from 1e-5 to 0.1 by default.
+    blocks: numbers of last blocks whose tokens a head reads, capped at the
+      encoder's depth.
     average: `off`, `on` or both: heads without or with the mean patch.
     steps: SGD steps; 12,500 by default, fewer for less than 128,000 training
-      images, on scenes 300.
-    train_batch: images per step; 1,024 by default, on scenes 256.
-    select: the images that the best head is selected on, see
-      `split_for_selection`.
+      images, 300 on scenes.
+    train_batch: images per step; 1,024 by default, 256 on scenes.
+    select: images for selecting the best head, see `split_for_selection`.
   """
 
   rates: tuple[PositiveFloat, ...] = RATES
@@ -118,7 +117,7 @@ class LinearProbe(TrainedProbe):
     }
 
   def _schedule(self, images: int) -> probe.ProbeSchedule:
-    """Steps and images per step, for so many training images."""
+    """Steps and batch size for a number of training images."""
     if is_scenes(self.data) and not self.published:
       return probe.ProbeSchedule(
         self.steps or 300, self.train_batch or 256, "scenes"
@@ -152,10 +151,10 @@ class LinearProbe(TrainedProbe):
 
 
 class Table(NamedTuple):
-  """The features of all heads, side by side.
+  """Concatenated features of all heads.
 
-  `x` has the mean patch, then the tokens of the last block, the one before it
-  and so on; `columns` are each head's: `1 block`, `1 block + mean`, ...
+  `x` has the mean patch, then the tokens of the last blocks, last block first.
+  `columns` are each head's slice: `1 block`, `1 block + mean`, ...
   """
 
   x: Float32[np.ndarray, "n f"]
@@ -168,9 +167,9 @@ def make_table(
   blocks: Sequence[int],
   average: Sequence[str],
 ) -> Table:
-  """Feature table for an image set, for heads of `blocks` x `average`.
+  """Feature table for heads of `blocks` x `average`.
 
-  `features` have at least as many blocks as the largest of `blocks`.
+  `features` must have at least max(blocks) blocks.
   """
   widths = [token.shape[1] for token in features.tokens]
   first = features.mean.shape[1]
@@ -191,7 +190,7 @@ def init_heads(
 ) -> dict[str, dict[str, Float32[np.ndarray, "..."]]]:
   """Kernels `[d, rates, classes]` ~ N(0, 0.01^2), biases zero.
 
-  All rates start equal.
+  All rates share an initialisation.
   """
   rng = np.random.default_rng(seed)
   params = {}
@@ -214,7 +213,7 @@ def train_heads(
   seed: int = 0,
   mesh: Mesh | None = None,
 ) -> probe.FitResult:
-  """Trains all heads; the loss is the mean of their cross-entropies."""
+  """Trains all heads; the reported loss is the mean cross-entropy."""
   scale = np.asarray(rates, np.float32)[:, None] * (batch_size / 256)
   optimizer = optax.chain(
     optax.trace(0.9),
@@ -235,7 +234,7 @@ def train_heads(
       x, label = batch["x"][:, c], batch["label"]
       head = params[name]
       total += head_losses(head["kernel"], head["bias"], x, label).sum()
-    # A sum, so that each head has the gradient of its own loss.
+    # A sum, so that each head gets the gradient of its own loss.
     return total, state
 
   fitted = probe.fit(
@@ -253,8 +252,8 @@ def train_heads(
 def top1(
   params: PyTree, data: Table, labels: Int[np.ndarray, " n"]
 ) -> dict[str, Float[np.ndarray, " rates"]]:
-  """Top-1 accuracy at each learning rate, by choice of features."""
-  # The lowest class of equal ones.
+  """Top-1 accuracy per learning rate, by choice of features."""
+  # Ties go to the lowest class.
   predict = jax.jit(lambda head, x: jnp.argmax(_logits(head, x), axis=-1))
   accuracies = {}
   for name, columns in data.columns.items():
@@ -269,7 +268,7 @@ def top1(
 def scores(
   params: PyTree, data: Table, *, name: str, rate: int
 ) -> Float32[np.ndarray, "n c"]:
-  """Logits of the head with the learning rate of index `rate`."""
+  """Logits of the head `name` at learning rate index `rate`."""
   # [d, 1, c] and [1, c]: rates are the second to last axis.
   head = jax.tree.map(
     lambda p: np.asarray(p)[..., rate : rate + 1, :], params[name]

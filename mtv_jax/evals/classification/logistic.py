@@ -2,9 +2,9 @@
 
     minimize  1/n sum_i cross_entropy(x_i W + b, y_i) + |W|^2 / (2 C n)
 
-for 45 values of C, 1e-6 to 1e5 evenly spaced in the logarithm, by L-BFGS. The
-bias is not regularised. Each fit starts at the solution of the next smaller C:
-the problem is convex, so this changes the time and not the optimum.
+by L-BFGS for 45 log-spaced values of C, 1e-6 to 1e5. The bias is not
+regularised. Each fit starts from the solution of the next smaller C, which
+saves time; the problem is convex, so the optimum is unchanged.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
-_LOGIT_BYTES = 2**26  # size of a block of logits on a device
-# Steps without a smaller objective after which a fit has converged in float32.
+_LOGIT_BYTES = 2**26  # bytes of a block of logits on a device
+# Steps without a decrease after which a float32 fit counts as converged.
 _PATIENCE = 5
 
 
@@ -45,15 +45,14 @@ class Logistic(FeatureProbe):
   """L2-regularised logistic regression, with the best C of a sweep.
 
   Attributes:
-    strengths: values of C; 45 from 1e-6 to 1e5 by default, on scenes every
-      fifth.
-    max_iter: iterations of L-BFGS for each.
-    tolerance: for the gradient's largest entry. (Published is 1e-12 in
-      double precision; in float32 a fit also ends where the objective does
-      not decrease.)
-    normalize: `l2` divides features by their length, `raw` leaves them.
-    select: the images that C is selected on, see `split_for_selection`; with
-      `train_split` the best C is fitted again on all training images.
+    strengths: values of C; 45 from 1e-6 to 1e5 by default, every fifth on
+      scenes.
+    max_iter: L-BFGS iterations per C.
+    tolerance: on the gradient's largest entry. (Published: 1e-12 in float64; in
+      float32 a fit also ends if the objective stops decreasing.)
+    normalize: `l2` normalises features, `raw` leaves them.
+    select: images for selecting C, see `split_for_selection`; with
+      `train_split` the best C is refitted on all training images.
   """
 
   strengths: tuple[PositiveFloat, ...] | None = None
@@ -106,7 +105,7 @@ class Logistic(FeatureProbe):
 
 
 class Model(NamedTuple):
-  """A fitted classifier; `strength` is C, `iterations` L-BFGS's."""
+  """A fitted classifier; `strength` is C, `iterations` counts L-BFGS steps."""
 
   kernel: Float32[np.ndarray, "d c"]
   bias: Float32[np.ndarray, " c"]
@@ -128,11 +127,11 @@ def sweep(
   tolerance: float = 1e-7,
   mesh: Mesh | None = None,
 ) -> list[Model]:
-  """A model for each C; increasing values converge fastest.
+  """Fits a model for each C; increasing values converge fastest.
 
-  Logits exist for a block of rows at a time, so memory holds the features,
-  which are equal on every host and split over the mesh by rows. Other arguments
-  are the options of `Logistic`.
+  Logits are computed in blocks of rows to save memory. Features must be equal
+  on every host; rows are sharded over the mesh. `max_iter` and `tolerance`: see
+  `Logistic`.
   """
   mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   data = _shard_blocks(x, labels, classes, mesh)
@@ -158,7 +157,7 @@ def sweep(
 def _shard_blocks(
   x: np.ndarray, labels: np.ndarray, classes: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Blocks of rows `[blocks, rows, ...]`, split over the mesh by rows."""
+  """Blocks `[blocks, rows, ...]`, with rows sharded over the mesh."""
   shards = mesh_lib.num_batch_shards(mesh)
   rows = min(-(-len(x) // shards), max(1, _LOGIT_BYTES // (4 * classes)))
   rows *= shards

@@ -1,13 +1,12 @@
 """Linear probe of MAE (He et al. 2022, appendix A; MoCo v3's protocol).
 
-Batch normalisation without scale and bias, then one linear layer, on one
-feature vector per image. LARS (You et al. 2017) without weight decay: with m
-the momentum,
+Batch norm without scale and bias, then a linear layer, on one feature vector
+per image. LARS (You et al. 2017) without weight decay: with m the momentum,
 
     m <- 0.9 m + t g,   w <- w - rate m,   t = 0.001 |w| / |g|
 
-and t = 1 for biases. The rate, 0.1 batch / 256, rises for 10 epochs and then
-decays to zero along a cosine, all by the step.
+and t = 1 for biases. The learning rate, 0.1 batch / 256, has a 10-epoch linear
+warmup and cosine decay to zero, both per step.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ class MaeProbe(FeatureProbe, TrainedProbe):
   """MAE's linear probe: accuracy after the last step.
 
   Attributes:
-    base_rate: learning rate at a batch of 256.
-    epochs: 90; MAE has 50 for ViT-L and larger.
-    warmup: epochs of these in which the rate rises.
-    train_batch: images per step, at most the training set's; the rate is
-      scaled by the actual number.
+    base_rate: learning rate at batch size 256.
+    epochs: 90; MAE uses 50 for ViT-L and larger.
+    warmup: warmup epochs, included in `epochs`.
+    train_batch: images per step, capped at the training set's size; the
+      learning rate scales with the actual number.
   """
 
   base_rate: PositiveFloat = 0.1
@@ -101,9 +100,9 @@ class MaeProbe(FeatureProbe, TrainedProbe):
 
 
 def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """LARS with the learning rate applied after the momentum, as in MAE.
+  """LARS with the learning rate applied after momentum, as in MAE.
 
-  (`optax.lars` applies it before, which differs when the rate changes.)
+  `optax.lars` applies it before, which differs if the rate changes.
   """
 
   scaled = optax.scale_by_trust_ratio(trust_coefficient=0.001)
@@ -168,7 +167,7 @@ def _head(classes: int) -> probe_heads.ProbeHead:
 def scores(
   fitted: probe.FitResult, x: Float32[np.ndarray, "n d"]
 ) -> Float32[np.ndarray, "n c"]:
-  """Logits, normalised by the running statistics."""
+  """Logits, with the running statistics of the batch norm."""
   params, state = jax.tree.map(np.asarray, (fitted.params, fitted.state))
   head = _head(params["logits"]["kernel"].shape[1])
 

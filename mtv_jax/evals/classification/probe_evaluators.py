@@ -29,7 +29,7 @@ from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
-# LazySequence that a hyper-parameter is selected on, see `split_for_selection`.
+# Images for selecting a hyper-parameter, see `split_for_selection`.
 Select = Literal["val", "train_split"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 
@@ -41,12 +41,12 @@ class ClassificationProbe(Evaluator):
   """Base class of the probes: data, views and the result.
 
   Subclasses define `_evaluate`. None means the published value, or a smaller
-  one on scenes.
+  value on scenes.
 
   Attributes:
-    data: a data set with a training split (`datasets/registry.py`), or the test
-      images alone.
-    train: the training images, if `data` has no training split.
+    data: a data set with a training split (`datasets/registry.py`), or only
+      test images.
+    train: the training images, if `data` lacks a training split.
     view: see `global_features.with_view`; on scenes `encoder`.
     count: test images, evenly spaced; all by default, 400 scenes.
     train_count: training images, evenly spaced; all by default, 800 scenes.
@@ -77,7 +77,7 @@ class ClassificationProbe(Evaluator):
     )
 
   def run(self, encoder: Encoder) -> Result:
-    """The probe's metrics, see the class."""
+    """Returns the probe's metrics."""
     view = self._view_name()
     encoder = global_features.with_view(encoder, view)
     data = self._set
@@ -95,11 +95,11 @@ class ClassificationProbe(Evaluator):
   def _evaluate(
     self, encoder: Encoder, data: Splits
   ) -> tuple[Estimate, dict[str, Any]]:
-    """Metrics, and protocol entries besides data, encoder and view."""
+    """Returns metrics and further protocol entries."""
     raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
 
   def _default(self, value: Any, published: Any, scenes: Any) -> Any:
-    """An option's value, or its default for the data."""
+    """The option's value, or its default for the data."""
     if value is not None:
       return value
     return scenes if is_scenes(self.data) else published
@@ -107,7 +107,7 @@ class ClassificationProbe(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureProbe(ClassificationProbe):
-  """Base class of the probes of one feature vector per image."""
+  """Base class of probes on one feature vector per image."""
 
   # See `global_features.embed`.
   feature: Literal["pooled", "cls", "mean"] = "pooled"
@@ -121,21 +121,21 @@ class FeatureProbe(ClassificationProbe):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedProbe(ClassificationProbe):
-  """Base class of the probes that are trained by gradient descent.
+  """Base class of probes trained by gradient descent.
 
-  Subclasses define `_features` as `FeatureProbe` does.
+  Subclasses define `_features`, as `FeatureProbe` does.
 
   Attributes:
-    augment: `crops` encodes a random crop of every image of every step, which
-      costs steps x batch forward passes; `cached` trains on features that are
-      computed once. `crops` by default, but `cached` on scenes and where the
-      published schedule has more than 100 passes over the training images.
-    published: trains the whole published schedule, also on scenes and on few
-      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
+    augment: `crops` encodes random crops at every step (steps x batch forward
+      passes); `cached` trains on features computed once. Defaults to `crops`,
+      but to `cached` on scenes and if the published schedule has more than 100
+      epochs.
+    published: trains the full published schedule, even on scenes or few
+      images; by default capped at 100 epochs (`probe.resolve_schedule`).
     seed: seed of batches, crops and heads.
   """
 
-  # Not "none", which a command line parses as None.
+  # Not "none", which the command line parses as None.
   augment: Literal["cached", "crops"] | None = None
   published: bool = False
   seed: int = 0
@@ -143,9 +143,9 @@ class TrainedProbe(ClassificationProbe):
   def _augmentation(
     self, *, steps: int, batch: int, images: int, is_capped: bool = False
   ) -> str:
-    """`cached` or `crops`: the option, or the default for this cost.
+    """Resolves `augment`; the default depends on the cost.
 
-    `is_capped` if the published schedule would exceed the passes.
+    `is_capped`: the published schedule would exceed the epoch limit.
     """
     name = type(self).__name__
     encoded = steps * batch
@@ -176,7 +176,7 @@ class TrainedProbe(ClassificationProbe):
     augment: str,
     batch_size: int,
   ) -> probe.Batches:
-    """By step, `x` `[b, d]` and `label` `[b]` of shuffled training images."""
+    """Shuffled batches by step: `x` `[b, d]` and `label` `[b]`."""
     indices = probe.shuffled_batches(
       len(train.labels), batch_size=batch_size, seed=self.seed
     )
@@ -217,15 +217,15 @@ class TrainedProbe(ClassificationProbe):
 def split_for_selection(
   data: Splits, select: Select
 ) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"] | None, str]:
-  """Training images for selecting a hyper-parameter.
+  """Splits the training images for selecting a hyper-parameter.
 
-  `val` selects by the reported metric on the test images, as the published
-  protocols do, which flatters it a little; `train_split` trains on nine tenths
-  of each class and selects on the others.
+  `val` selects on the test images, as the published protocols do; the reported
+  metric is slightly optimistic. `train_split` trains on nine tenths of each
+  class and selects on one tenth.
 
   Returns:
-    Indices to train on, indices to select on (None for the test images), and
-    the protocol's description.
+    Indices to train on, indices to select on (None for the test images), and a
+    description for the protocol.
   """
   if select == "val":
     how = "the best on the test images themselves, as published"
@@ -243,16 +243,16 @@ def split_for_selection(
 def hold_out(
   labels: Int[np.ndarray, " n"],
 ) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"]]:
-  """Sorted indices of a training set to train on, and to hold out.
+  """Sorted indices to train on and to hold out.
 
-  Holds out one in ten images per class, and none if the class has one.
+  Holds out one in ten images per class, none of a single-image class.
   """
   order = np.argsort(labels, kind="stable")
   counts = np.bincount(labels)
   starts = np.repeat(np.cumsum(counts) - counts, counts)
   rank = np.arange(len(labels)) - starts
   total = np.repeat(counts, counts)
-  # The middle one of each ten, so that a class of two to nine gives one too.
+  # The middle of each ten, so that a class of two to nine holds out one too.
   out = (rank % 10 == np.minimum(10, total) // 2) & (total > 1)
   return np.sort(order[~out]), np.sort(order[out])
 
@@ -263,10 +263,10 @@ def rank_accuracies(
   *,
   groups: Int[np.ndarray, " n"] | None = None,
 ) -> Estimate:
-  """Top-1, top-5 and mean-per-class accuracy of the true classes' ranks.
+  """Top-1, top-5 and mean-per-class accuracy from ranks of the true classes.
 
-  The mean is over the classes that occur in `labels`. `groups` are the images
-  of boxes, from 0; each rank is an item by default, see `bootstrap`.
+  The mean is over classes in `labels`. `groups` are the 0-based items to
+  resample, such as the images of boxes; by default each rank is an item.
   """
   correct = ranks < 1
   items = np.arange(len(labels)) if groups is None else groups
@@ -286,14 +286,14 @@ def rank_accuracies(
 def score_accuracies(
   scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 ) -> Estimate:
-  """`rank_accuracies` of scores of each class."""
+  """`rank_accuracies` from class scores."""
   is_correct = labels[:, None] == np.arange(scores.shape[1])
   ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)
   return rank_accuracies(ranks, labels)
 
 
 def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
-  """The expected accuracies of a uniform guess, by name of the metric."""
+  """Expected accuracies of a uniform guess, by metric."""
   return {
     name: min(5 if name == "top5" else 1, classes) / classes for name in names
   }
@@ -302,7 +302,7 @@ def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
 def map_rows(
   function: Callable[..., Any], *arrays: np.ndarray, rows: int = 4096
 ) -> Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]:
-  """`function` of blocks of rows, concatenated on the host."""
+  """Applies `function` to blocks of rows; concatenates on the host."""
   return np.concatenate(
     [
       np.asarray(function(*(a[s : s + rows] for a in arrays)))
@@ -318,10 +318,10 @@ _ATTEMPTS = 10
 def crop_box(
   height: int, width: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-  """A crop (left, top, right, bottom) in pixels.
+  """Random crop (left, top, right, bottom) in pixels.
 
-  After ten draws of an area and a ratio that don't fit, the middle of the image
-  at the nearest allowed ratio.
+  Falls back to a center crop at the nearest allowed aspect ratio after ten
+  draws that don't fit.
   """
   area = height * width
   for _ in range(_ATTEMPTS):
@@ -341,11 +341,11 @@ def crop_box(
 def random_crop(
   image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A random `size` x `size` crop of an image, flipped half the time.
+  """Random resized crop of `size` x `size`, flipped with probability 0.5.
 
-  "Inception" crops (Szegedy et al. 2015) with torchvision's constants: an area
-  of 8 to 100 % of the image, of an aspect ratio between 3/4 and 4/3 (uniform in
-  its logarithm), resized with antialiased bicubic resampling.
+  Inception crop (Szegedy et al. 2015) with torchvision's constants: 8 to 100 %
+  of the area, log-uniform aspect ratio in 3/4..4/3, antialiased bicubic
+  resampling.
   """
   height, width = image.shape[:2]
   crop = PIL.Image.fromarray(image).crop(crop_box(height, width, rng))

@@ -6,7 +6,7 @@ With e_ct the normalised text embedding of class c in template t,
     pred = argmax_c cos(image, w_c)
 
 as in big_vision, open_clip and CLIP_benchmark. Embeddings are normalised before
-the mean; temperature and bias change nothing.
+the mean; temperature and bias don't affect the result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import class_folders, imagenet, registry
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
+# Classes per text batch: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
 
 
@@ -45,16 +45,16 @@ class ZeroShot(Evaluator):
 
   Attributes:
     prompts: a file or folder of class names and templates (see `prompts.py`);
-      by default the data's own names, and its templates or a few of ours.
-    templates: a text file with a template per line, instead of those.
+      defaults to the data's names, and to its templates or `DEFAULT_TEMPLATES`.
+    templates: a text file with one template per line, replaces the templates.
     classes: `all` scores every class of the prompt file, `dataset` the data
-      set's and `present` the classes with an image, which is easier. By
-      default `all`, but `dataset` for 200 WordNet ids (ImageNet-A, -R) and for
-      ObjectNet, as published.
-    real: ReaL's real.json; adds the accuracy by its labels of ImageNet's
-      validation images, without the images that have none.
-    clean: `tokenizer` leaves prompts to the tokenizer's cleaning (SigLIP's
-      canonicalises, CLIP's does not); `canonicalize` canonicalises them first,
+      set's classes, `present` only classes with an image, which is easier.
+      Defaults to `all`, but to `dataset` for 200 WordNet ids (ImageNet-A, -R)
+      and for ObjectNet, as published.
+    real: ReaL's real.json; adds ReaL accuracy on ImageNet's validation images,
+      without unlabelled images.
+    clean: `tokenizer` leaves cleaning of prompts to the tokenizer (SigLIP's
+      canonicalises, CLIP's doesn't); `canonicalize` canonicalises them first,
       as big_vision does.
     view: the encoder's own preprocessing, or big_vision's `squash_center`; see
       `global_features.with_view`.
@@ -74,7 +74,7 @@ class ZeroShot(Evaluator):
 
   @functools.cached_property
   def _set(self) -> tuple[ClassificationSet, Candidates]:
-    """Images, and the classes that they are scored against."""
+    """Images, and their candidate classes."""
     data = registry.open_classification(
       self.data, count=self.count, real=self.real
     )
@@ -86,7 +86,7 @@ class ZeroShot(Evaluator):
     return data, candidates
 
   def run(self, encoder: Encoder) -> Result:
-    """Accuracies among the prompts' classes."""
+    """Returns accuracies among the candidate classes."""
     require_text(encoder)
     data, candidates = self._set
     named, labels = candidates.named, candidates.labels
@@ -137,9 +137,9 @@ def class_accuracies(
 ) -> tuple[Estimate, dict[str, float]]:
   """Accuracies of normalised embeddings among class vectors, and chance.
 
-  `groups` are as for `rank_accuracies`. `candidate_ids` is the label of each
-  class vector, by default its index. Several vectors may have one label; the
-  best of them counts.
+  `groups`: see `rank_accuracies`. `candidate_ids` is the label of each class
+  vector, by default its index. Several vectors may share a label; the best
+  counts.
   """
   count = len(classifier)
   ids = np.arange(count) if candidate_ids is None else candidate_ids
@@ -149,8 +149,8 @@ def class_accuracies(
   accuracies = rank_accuracies(ranks, labels, groups=groups)
   chance = chance_accuracies(accuracies.metrics, count)
   if candidate_ids is not None:
-    # A random ranking has one of m right vectors among the first k of n unless
-    # all k are of the other n - m.
+    # A random top k of n misses all m right vectors with probability
+    # C(n - m, k) / C(n, k).
     right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
     for name in chance:
       k = min(5 if name == "top5" else 1, count)
@@ -165,10 +165,10 @@ def real_accuracy(
   classifier: Float32[np.ndarray, "c e"],
   accepted: Sequence[Sequence[int]],
 ) -> tuple[Estimate, dict[str, float]]:
-  """ReaL accuracy (Beyer et al. 2020, section 3), and its chance.
+  """ReaL accuracy (Beyer et al. 2020, section 3), and chance.
 
-  The share of images whose best class is in `accepted`, without those that
-  have none there.
+  Fraction of images whose best class is in `accepted`; images without accepted
+  labels are ignored.
   """
   accepted = [sorted({*labels}) for labels in accepted]
   counts = np.array([len(labels) for labels in accepted])
@@ -198,7 +198,7 @@ def text_classifier(
   """One normalised vector per class; `embed` is `Encoder.text` or `.phrases`.
 
   Equal names are embedded once, so that their vectors are bit-identical and
-  the lowest index wins (ImageNet has "missile" and "sunglasses" twice).
+  ties go to the lowest index (ImageNet has "missile" and "sunglasses" twice).
   """
   names = list(dict.fromkeys(named.classes))
   vectors = {}
@@ -215,24 +215,24 @@ def text_classifier(
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-  """The classes that images are scored against."""
+  """Candidate classes, and the images' labels."""
 
   named: prompts.Prompts
   labels: Int[np.ndarray, " n"]  # of the images
-  # The label of each class; -1 if no image has it. None: its index.
+  # Label of each class, -1 if absent from the data; None: the class index.
   ids: Int[np.ndarray, " c"] | None
   keep: str  # for the protocol
-  # Per image, the indices of all its right classes (ReaL).
+  # Per image, the indices of all its correct classes (ReaL).
   accepted: tuple[tuple[int, ...], ...] | None = None
 
 
 def match_candidates(
   data: ClassificationSet, given: prompts.Prompts | None, *, keep: str | None
 ) -> Candidates:
-  """The classes to score, see `match_classes`, for any labels of the data.
+  """Matches the data's classes to a prompt file, see `match_classes`.
 
-  ObjectNet's images are scored against ImageNet's classes if the prompt file
-  has 1000, and against ObjectNet's own otherwise.
+  ObjectNet is scored against ImageNet's classes if the prompt file has 1000
+  classes, else against its own.
   """
   full = given is not None and len(given.classes) == imagenet.CLASS_COUNT
   if data.groups is not None and full:
@@ -259,7 +259,7 @@ def match_candidates(
 def _match_groups(
   data: ClassificationSet, given: prompts.Prompts, *, keep: str
 ) -> Candidates:
-  """ImageNet's prompts for ObjectNet's classes."""
+  """Matches ObjectNet's classes to ImageNet's prompts."""
   order = _imagenet_order(given)
   ids = np.full(len(given.classes), -1, np.int32)
   for label, group in enumerate(data.groups):
@@ -273,7 +273,7 @@ def _match_groups(
 
 
 def _imagenet_order(given: prompts.Prompts) -> list[int]:
-  """The index in the prompt file of each of ImageNet's labels."""
+  """Index in the prompt file of each ImageNet label."""
   indices = range(len(given.classes))
   return sorted(indices, key=given.ids.__getitem__) if given.ids else [*indices]
 
@@ -291,10 +291,10 @@ def _select_classes(
 def match_classes(
   data: ClassificationSet, given: prompts.Prompts | None, *, keep: str
 ) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
-  """The prompts to score against, and the images' labels among them.
+  """Prompts to score against, and the images' labels among them.
 
-  Classes are matched by id where the file has ids, else by canonical name. A
-  full set of WordNet ids is matched in sorted order, which defines ImageNet's
+  Classes are matched by id if the file has ids, else by canonical name. A full
+  set of WordNet ids is matched in sorted order, which defines ImageNet's
   labels.
   """
   if given is None:
@@ -331,7 +331,7 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
 
 
 def _canonical_names(data: ClassificationSet) -> list[str]:
-  """Class names for the prompts; InputError if two classes share one."""
+  """Canonical class names; InputError for duplicates."""
   first: dict[str, int] = {}
   names = [tokenizers.canonicalize(name) for name in data.classes or ()]
   for i, name in enumerate(names):
@@ -348,10 +348,10 @@ def _canonical_names(data: ClassificationSet) -> list[str]:
 def _match_to_file(
   data: ClassificationSet, given: prompts.Prompts
 ) -> Sequence[int]:
-  """For each class of the data, its index in the prompt file."""
+  """Index in the prompt file of each class of the data."""
   total, ids = len(given.classes), data.ids or ()
   unnamed = data.ids is None and data.classes is None
-  # Numbers that are no names of the file: ImageNet-V2's folders.
+  # Numeric ids that the file doesn't list: ImageNet-V2's folders.
   numbers = class_folders.are_numbers(ids) and not (
     {*ids} <= {*(given.ids or given.classes)}
   )
@@ -373,7 +373,7 @@ def _match_to_file(
   else:
     known = [tokenizers.canonicalize(name) for name in given.classes]
     wanted = _canonical_names(data)
-  # The first of equal names.
+  # Equal names map to the first.
   index = {key: i for i, key in reversed([*enumerate(known)])}
   missing = [key for key in wanted if key not in index]
   if missing:

@@ -1,13 +1,12 @@
-"""Contract and registry of evaluations.
+"""Evaluator base class and registry.
 
-An evaluation is a frozen dataclass: its annotated fields are the options of a
-config or a command line, and `run(encoder)` returns metrics together with
-everything that they depend on. To add one, write its file and a line in
-`EVALUATORS`; predictions of a trained head come from `encoder.predict`. Where
-an encoder lacks what an evaluation needs (a text tower, a head), or the data
-does (captions, depth), `prepare` or `run` raises `NotApplicable`: among `all`
-evaluations it is then skipped with that reason, and requested by name it is an
-error like any other.
+An evaluator is a frozen dataclass: its fields are the options of a config or a
+command line, and `run(encoder)` returns metrics with the protocol that they
+depend on. To add one, write its file and a line in `EVALUATORS`; predictions of
+a trained head come from `encoder.predict`. If the encoder lacks a text tower or
+a head, or the data lack captions or depth, `prepare` or `run` raises
+`NotApplicable`: `all` skips the evaluation with that reason; an evaluation
+requested by name fails.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import InputError
 
-# Class by type, in the order of tables; imported when it is looked up.
+# Class by type, in table order; imported on lookup.
 EVALUATORS = {
   name: f"mtv_jax.evals.{path}"
   for name, path in {
@@ -56,8 +55,8 @@ EVALUATORS = {
 class NotApplicable(InputError):
   """Raised when an encoder or a data set lacks what an evaluation needs.
 
-  The message says what is lacking and where it would come from; reports show it
-  in the last column. A mistake (a missing file, a bad option) is another error.
+  The message says what is missing and how to get it; reports show it in the
+  last column. Mistakes (a missing file, a bad option) raise another error.
   """
 
 
@@ -65,18 +64,18 @@ class NotApplicable(InputError):
 class Result:
   """Metrics and their protocol."""
 
-  metrics: dict[str, float]  # fractions (0..1) except for those in `units`
-  # Everything the metrics depend on, JSON-able: input size, preprocessing,
-  # weights, tie rule, data and its hash.
+  metrics: dict[str, float]  # fractions (0..1), except metrics in `units`
+  # Everything the metrics depend on, JSON-serializable: input size,
+  # preprocessing, weights, tie rule, data and its hash.
   protocol: dict[str, Any]
-  # Expected values of some metrics for a random encoder.
+  # Chance level of some metrics.
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
-  # Units of the metrics that are not fractions: "m", or "" for a number.
+  # Units of metrics that aren't fractions: "m", or "" for plain numbers.
   units: dict[str, str] = dataclasses.field(default_factory=dict)
   lower: tuple[str, ...] = ()  # metrics where lower is better
   # Standard errors of metrics over the items of the set, see `bootstrap.py`.
   errors: dict[str, float] = dataclasses.field(default_factory=dict)
-  # Metrics of resamples of the items, see `bootstrap.py`; not in the JSON.
+  # Metrics per bootstrap resample, see `bootstrap.py`; not in the JSON.
   resamples: dict[str, np.ndarray] = dataclasses.field(
     default_factory=dict, compare=False
   )
@@ -91,7 +90,7 @@ class Result:
     chance: Mapping[str, float],
     **fields: Any,
   ) -> Result:
-    """The result of metrics with their errors; see the other fields."""
+    """Builds a result from an estimate; `fields` are further fields."""
     return cls(
       estimate.metrics,
       protocol,
@@ -102,7 +101,7 @@ class Result:
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON."""
+    """Converts to a JSON-serializable dict."""
     small = dataclasses.replace(self, sheets={}, resamples={})
     fields = dataclasses.asdict(small)
     del fields["sheets"], fields["resamples"]
@@ -110,20 +109,18 @@ class Result:
 
 
 class Evaluator:
-  """Base of the evaluations; subclasses are frozen dataclasses.
+  """Base class of the evaluators; subclasses are frozen dataclasses.
 
-  Options that most evaluations have are `data` (see `datasets/registry.py`),
-  `count` (the items to use, evenly spaced; all by default), `images` (their
-  folder, if it is not beside the JSON), `batch_size` (images encoded at a time)
-  and `pictures` (items on a sheet).
+  Common options: `data` (see `datasets/registry.py`), `count` (number of items,
+  evenly spaced; all by default), `images` (image folder, if not beside the
+  JSON), `batch_size` (images per encoder batch), `pictures` (items per sheet).
   """
 
-  # What an encoder must have for it: "text", or types of objectives that train
-  # heads which predict.
+  # What the encoder needs: "text", or objective types whose heads predict.
   requires = frozenset()
-  # The open data: a `functools.cached_property` of most subclasses.
+  # The opened data; most subclasses define it as a `cached_property`.
   _set = None
-  # Options that no metric depends on, or whose effect a hash of the data shows.
+  # Options that don't change metrics, or that change the hash of the data.
   _neutral = frozenset(
     {"data", "train", "images", "count", "train_count", "pictures"}
     | {"batch_size", "encode_batch"}
@@ -133,14 +130,14 @@ class Evaluator:
     options_lib.check_fields(self)
 
   def prepare(self) -> None:
-    """Opens the data, so that a mistake shows before anything is computed.
+    """Opens the data, so that mistakes fail before anything is computed.
 
-    It stays open, as an evaluator may run many times.
+    The data stay open between runs.
     """
     _ = self._set
 
   def changed_options(self) -> dict[str, Any]:
-    """Options that metrics depend on and that differ from their defaults."""
+    """Non-default options that metrics depend on."""
     is_configured = dataclasses.is_dataclass(self)
     defaults = _field_defaults(type(self)) if is_configured else {}
     return {
@@ -150,7 +147,7 @@ class Evaluator:
     }
 
   def run(self, encoder: Encoder) -> Result:
-    """Evaluates; the same call on every host of a pod."""
+    """Evaluates an encoder; on a pod, call it on every host."""
     raise NotImplementedError(f"{type(self).__name__} does not define run()")
 
 
@@ -197,12 +194,12 @@ def build_evaluator(
   """Builds an evaluator from an entry of `config.evals`.
 
   Args:
-    name: the entry's name, and its type where `config` lacks one.
-    config: options of the evaluation; the schedule (`every_steps`, ...) of
-      the trainer is ignored.
+    name: the entry's name, and its type if `config` lacks one.
+    config: options of the evaluation; the trainer's schedule (`every_steps`,
+      ...) is ignored.
 
   Raises:
-    ConfigError: for an unknown type or option, or a bad value.
+    ConfigError: unknown type or option, or bad value.
   """
   where = f"config.evals.{name}"
   schedule = [f"every_{unit}" for unit in UNITS]

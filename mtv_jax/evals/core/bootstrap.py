@@ -1,11 +1,11 @@
-"""Sampling errors of metrics: standard errors over the items of a test set.
+"""Bootstrap standard errors of metrics over the items of a test set.
 
-An item is what is sampled independently: an image, a pair of images. Captions,
-boxes and keypoints are resampled with their image or pair. The mean of one
-value per item has the closed form s / sqrt(n), with s the values' standard
-deviation. Ratios and means over classes are computed again for resamples of the
-items with replacement (the bootstrap, Efron 1979). A trained head and
-the candidates of a ranking are not resampled.
+An item is the unit of independent sampling: an image or a pair of images.
+Captions, boxes and keypoints are resampled with their image or pair. The mean
+of one value per item has the closed form s / sqrt(n), with s the sample
+standard deviation. Ratios and class means are recomputed for resamples of the
+items with replacement (the bootstrap, Efron 1979). Trained heads and ranking
+candidates are not resampled.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-# The relative error of an error of B resamples is about sqrt(1 / 2 B): 3.5 %.
+# A standard error from B resamples has relative error sqrt(1 / 2 B): 3.5 %.
 RESAMPLES = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Metrics, and the standard errors of those that have one."""
+  """Metrics and their standard errors, if defined."""
 
   metrics: dict[str, float]
   errors: dict[str, float]  # in the units of the metrics
-  # Metrics of `RESAMPLES` resamples of the items, NaN where one has none. Those
-  # of n items are the same resamples everywhere, so that two encoders can be
-  # compared resample by resample.
+  # Metrics of `RESAMPLES` resamples of the items; NaN if undefined. Resamples
+  # depend only on n, so that two encoders can be compared resample by resample.
   resamples: dict[str, Float64[np.ndarray, " b"]] = dataclasses.field(
     default_factory=dict, compare=False
   )
 
   def __or__(self, other: Estimate) -> Estimate:
-    """The metrics of both, `other`'s last."""
+    """Merges two estimates; `other` wins."""
     return Estimate(
       self.metrics | other.metrics,
       self.errors | other.errors,
@@ -42,7 +41,7 @@ class Estimate:
     )
 
   def rename(self, pattern: str) -> Estimate:
-    """Puts each name for the `{}` of a pattern."""
+    """Formats each metric name into the `{}` of a pattern."""
     return Estimate(
       *(
         {pattern.format(k): v for k, v in values.items()}
@@ -58,13 +57,13 @@ def means(
 ) -> Estimate:
   """Means of m values, by metric.
 
-  The error is s / sqrt(m) with s over m - 1. Where all values are 0, or all 1,
-  it is 1 / m, as if one value differed: our choice, as such a sample
-  does not show that none does. The mean of one other value has no error.
+  The error is s / sqrt(m) with s over m - 1. If all values are 0 or all are 1,
+  it is 1 / m, as if one value differed (our choice: s = 0 would understate it).
+  A single value other than 0 or 1 gets no error.
 
   Args:
     values: one per item, or several with `groups`.
-    groups: the item of each value, such as the image of each caption: items
+    groups: the item of each value, such as the image of each caption. Items
       are resampled with all their values.
   """
   if groups is not None:
@@ -84,14 +83,13 @@ def estimate(
   metrics: Callable[[Float64[np.ndarray, " n"]], Mapping[str, float]],
   count: int,
 ) -> Estimate:
-  """Metrics of a set, and their standard deviation over resamples of it.
+  """Metrics of a set, and their standard deviation over its resamples.
 
-  As in `means`, a fraction that is the same in every resample has the error
-  1 / n.
+  As in `means`, a fraction that is constant over resamples has error 1 / n.
 
   Args:
-    metrics: fractions, when item i of the set occurs `weights[i]` times. May
-      lack those that a resample does not have (a class without an item).
+    metrics: maps weights (how often each item occurs) to fractions. May omit
+      metrics that a resample lacks (a class without items).
     count: n, the number of items.
   """
   whole = {k: float(v) for k, v in metrics(np.ones(count)).items()}
@@ -110,7 +108,7 @@ def estimate(
 
 
 def _draw_weights(count: int) -> Iterator[Float64[np.ndarray, " n"]]:
-  """How often each of n items occurs, for one resample after another."""
+  """Yields each resample's item counts."""
   rng = np.random.default_rng(0)
   for _ in range(RESAMPLES):
     drawn = rng.integers(count, size=count)
@@ -120,7 +118,7 @@ def _draw_weights(count: int) -> Iterator[Float64[np.ndarray, " n"]]:
 def _resample_means(
   values: Mapping[str, np.ndarray],
 ) -> dict[str, Float64[np.ndarray, " b"]]:
-  """Means of one value per item, over the resamples of `estimate`."""
+  """Means of one value per item, for the resamples of `estimate`."""
   by_count: dict[int, list[str]] = {}
   for name, x in values.items():
     by_count.setdefault(len(x), []).append(name)
@@ -135,9 +133,9 @@ def _resample_means(
 
 
 def jackknife_error(values: Float64[np.ndarray, " n"]) -> float:
-  """The standard error of a metric, from its n values without each item.
+  """Jackknife standard error from n leave-one-out values (Tukey 1958).
 
-  Tukey 1958; for a metric that is too slow to compute for every resample.
+  For a metric that is too slow to compute for every resample.
   """
   count = len(values)
   return float(np.sqrt((count - 1) * np.var(values)))

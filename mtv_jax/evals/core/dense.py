@@ -1,4 +1,4 @@
-"""Dense features of a frozen encoder, in batches for probes and matching."""
+"""Dense features of a frozen encoder, batched for probes and matching."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mtv_jax.utils.grouping import Grouper
 from mtv_jax.utils.threads import map_ahead
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
-# Batches of items that a smaller batch of another group may wait for.
+# Number of batches' worth of items after which an incomplete batch runs.
 _MAX_WAIT = 8
-# Items that processes exchange at a time, and exchanges computed in advance.
-# Both are equal in all processes, however many cores each has.
+# Items per exchange between processes, and exchanges computed ahead. Both must
+# be equal in all processes, whatever their number of cores.
 _ROUND, _ROUNDS_AHEAD = 16, 2
-# The encoder's input, and the labels or the depth of its pixels.
+# The encoder's input, and its per-pixel labels or depth.
 LabelledInput = tuple[np.ndarray, np.ndarray]
 
 
@@ -46,10 +46,10 @@ def features(
 
   Args:
     encoder: any.
-    images: in 0..255, all of one size that the patch divides.
-    blocks: counted from 0.
-    norm: `final` applies the encoder's final norm, if it has one, to the tokens
-      of every block, `none` does not.
+    images: values in 0..255; one size, divisible by the patch size.
+    blocks: 0-based indices.
+    norm: `final` applies the encoder's final norm, if any, to the tokens of
+      every block; `none` does not.
     cls: whether to append the block's CLS token to each of its patches.
     batch_size: images per step.
   """
@@ -78,9 +78,9 @@ def features(
 
 
 def matched_block(layer: int, *, norm: str, depth: int) -> int:
-  """The block whose tokens are compared, counted from 0.
+  """0-based index of the block whose tokens are compared.
 
-  Raises ConfigError for the final norm after another block than the last.
+  Raises ConfigError if `norm` is "final" for a block before the last.
   """
   block = block_index(layer, depth)
   if norm == "final" and block != depth - 1:
@@ -94,11 +94,11 @@ def matched_block(layer: int, *, norm: str, depth: int) -> int:
 def shared_map(
   function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
 ) -> Iterator[Any]:
-  """`map_ahead` whose items are divided among the processes of a pod.
+  """`map_ahead`, with the items divided among the processes of a pod.
 
-  Of P processes each computes every P-th item and gets all results. Every
-  process iterates equal items at the same point of the program; an error in one
-  of them is raised in all.
+  Each of P processes computes every P-th item and receives all results. All
+  processes must iterate equal items at the same point of the program. An error
+  in one process is raised in all.
   """
   processes, process = jax.process_count(), jax.process_index()
   if processes == 1:
@@ -124,7 +124,7 @@ def shared_map(
 def _gather_results(
   futures: Sequence[concurrent.futures.Future],
 ) -> list[list[Any]]:
-  """The results of each process, or the error of one of them in all."""
+  """Gathers each process's results; an error in one is raised in all."""
   results, failure = [], None
   try:
     results = [future.result() for future in futures]
@@ -147,10 +147,10 @@ def map_by_group(
   *,
   batch_size: int,
 ) -> Iterator[Any]:
-  """A function of batches, whose items are of one group, in the items' order.
+  """Applies a function to batches of one group; yields in the items' order.
 
-  Batches are full, but for each group's last one and those that eight batches
-  of later items wait for.
+  A batch runs when it is full, when eight batches' worth of later items have
+  arrived, or at the end.
   """
   grouper = Grouper(batch_size, max_age=_MAX_WAIT * batch_size)
   results: dict[int, Any] = {}
@@ -174,7 +174,7 @@ def map_by_group(
 def encode_batches(
   encode: Encode, examples: Iterable[LabelledInput], *, batch_size: int
 ) -> Iterator[probe.FeatureBatch]:
-  """`features` and `targets` of examples; the last batch may be smaller."""
+  """Yields `features` and `targets`; the last batch may be smaller."""
   examples = iter(examples)
   while batch := list(itertools.islice(examples, batch_size)):
     inputs, targets = zip(*batch, strict=True)
@@ -192,9 +192,9 @@ def training_batches(
 ) -> Iterator[probe.FeatureBatch]:
   """Batches of augmented examples for `probe.fit`.
 
-  Threads read the next batch while the devices process this one, and each
-  process its share of the rows. An example depends only on the seed, the step
-  and the row: `read` takes its index, below `count`, and random numbers.
+  Threads read the next batch while the devices process this one; each process
+  reads its share of the rows. `read` takes an index below `count` and a
+  generator seeded by seed, step and row.
   """
   order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
 
@@ -211,7 +211,7 @@ def training_batches(
 def cached_batches(
   batches: Iterable[probe.FeatureBatch], *, batch_size: int, seed: int
 ) -> Callable[[int], probe.FeatureBatch]:
-  """Shuffled batches by step, of all rows of `batches` in memory."""
+  """Shuffled batches by step; all rows of `batches` are kept in memory."""
   parts = list(batches)
   rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
   order: Callable[[int], Int[np.ndarray, " b"]] = probe.shuffled_batches(

@@ -1,7 +1,7 @@
-"""Example types of the evaluations' data sets.
+"""Data set types of the evaluations.
 
-Images have their original sizes and are decoded when indexed; labels,
-captions, boxes and keypoints are in memory.
+Images keep their original sizes and are decoded on access; labels, captions,
+boxes and keypoints are in memory.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from jaxtyping import Float32, Float64, Int, UInt8
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import InputError
 
-# A path, `scenes`, or the config of a source as in `config.data.train`.
+# A path, `scenes`, or a source config as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-# The label of pixels that count neither as truth nor as prediction.
+# Label of ignored pixels.
 IGNORE = 255
 
 
 class LazySequence(Sequence):
-  """`count` arrays that `read(index)` reads when indexed, from any thread.
+  """Sequence of `count` arrays, read by `read(index)` on access; thread-safe.
 
-  uint8 images `[h, w, 3]`, class maps `[h, w]` or depth maps in metres, each of
-  its own size.
+  uint8 images `[h, w, 3]`, class maps `[h, w]` or depth maps in metres; sizes
+  may differ.
   """
 
   def __init__(self, read: Callable[[int], Any], count: int):
@@ -50,18 +50,18 @@ class LazySequence(Sequence):
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-  """The image in a file."""
+  """Reads an image file."""
   with open(path, "rb") as file:
     return canvas.decode(file.read(), key=os.fspath(path))
 
 
 def open_images(paths: Sequence[str | os.PathLike]) -> LazySequence:
-  """The images of files, in their order."""
+  """Opens image files lazily, in their order."""
   return LazySequence(lambda i: read_image(paths[i]), len(paths))
 
 
 def hash_rows(rows: Iterable[Iterable[Any]]) -> str:
-  """SHA-256 of rows, 16 hexadecimal digits: enough to tell two sets apart."""
+  """First 16 hex digits of the SHA-256 of rows."""
   digest = hashlib.sha256()
   for row in rows:
     digest.update(json.dumps([str(v) for v in row]).encode() + b"\n")
@@ -71,14 +71,14 @@ def hash_rows(rows: Iterable[Iterable[Any]]) -> str:
 def select_images(
   images: Sequence[Any], indices: Sequence[int] | Int[np.ndarray, " m"]
 ) -> LazySequence:
-  """The images at `indices`, in that order."""
+  """Selects images by index, lazily."""
   indices = [int(i) for i in indices]
   return LazySequence(lambda i: images[indices[i]], len(indices))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSet:
-  """Images of a data set, with a label each in subclasses."""
+  """Images of a data set; subclasses add labels."""
 
   name: str  # in protocols
   images: LazySequence
@@ -94,10 +94,10 @@ class ImageSet:
     prefix: Sequence[Any] = (),
     **fields: Any,
   ) -> Any:
-    """The set of records whose images `read` decodes when they are indexed.
+    """Builds a set from records; `read` decodes images on access.
 
-    `hashed` returns what distinguishes a record (its name, size and labels);
-    `prefix` distinguishes the set.
+    `hashed` returns what identifies a record (name, size, labels); `prefix`
+    identifies the set.
     """
     images = LazySequence(lambda i: read(records[i]), len(records))
     rows = [prefix] if prefix else []
@@ -105,7 +105,7 @@ class ImageSet:
     return cls(images=images, digest=digest, **fields)
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     count = len(self.images)
     return {"data": self.name, "data_hash": self.digest, "images": count}
 
@@ -118,15 +118,15 @@ class ClassificationSet(ImageSet):
   classes: tuple[str, ...] | None  # readable names, if known
   ids: tuple[str, ...] | None  # class ids that a prompt file may use
   templates: tuple[str, ...] | None = None  # the data set's own prompts
-  # Whether a prompt file's other classes are no candidates (ImageNet-A).
+  # Whether only these classes of a prompt file are candidates (ImageNet-A).
   subset: bool = False
-  # Per class, the labels of ImageNet that it stands for (ObjectNet).
+  # ImageNet labels of each class (ObjectNet).
   groups: tuple[tuple[int, ...], ...] | None = None
-  # Per image, all its labels among ImageNet's (ReaL); empty if none is right.
+  # All correct ImageNet labels of each image (ReaL); empty if none is correct.
   accepted: tuple[tuple[int, ...], ...] | None = None
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
-    """The images at `indices`, with a hash that depends on them."""
+    """Selects images; the hash depends on `indices`."""
     return dataclasses.replace(
       self,
       images=select_images(self.images, indices),
@@ -143,7 +143,7 @@ class CaptionSet(ImageSet):
 
   captions: tuple[str, ...]  # in the order of their images
   owner: Int[np.ndarray, " m"]  # the image of each caption
-  split: str | None = None  # Karpathy split; None for other data
+  split: str | None = None  # Karpathy split, if any
 
   @classmethod
   def from_records(
@@ -153,7 +153,7 @@ class CaptionSet(ImageSet):
     captions: Callable[[Any], tuple[str, ...]],
     **fields: Any,
   ) -> Any:
-    """As in the base class, with the captions of each record."""
+    """As in the base class; `captions` returns a record's captions."""
     texts = [captions(record) for record in records]
     if not texts:
       raise InputError(f"{fields['name']}: no image has a caption")
@@ -168,13 +168,13 @@ class CaptionSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSet(ImageSet):
-  """Images with a map each, in the image's size."""
+  """Images with one map each, in the image's size."""
 
-  kind: str  # of data; published sizes, limits and crops differ
+  kind: str  # data set kind; published sizes, limits and crops depend on it
   maps: LazySequence
 
   def read_pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `i` and its map."""
+    """Reads image `i` and its map."""
     image, pixels = self.images[i], self.maps[i]
     self.check_size(i, image.shape[:2], pixels)
     return image, pixels
@@ -182,7 +182,7 @@ class DenseSet(ImageSet):
   def check_size(
     self, i: int, size: tuple[int, ...], pixels: np.ndarray
   ) -> None:
-    """Raises InputError if the map of image `i` is of another size."""
+    """Raises InputError if the sizes of image `i` and its map differ."""
     if size != pixels.shape:
       raise InputError(
         f"{self.name}: image {i} is {list(size)} and its map "
@@ -192,7 +192,7 @@ class DenseSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationSet(DenseSet):
-  """Images and the class of each pixel, or `IGNORE`."""
+  """Images with class maps; unlabelled pixels are `IGNORE`."""
 
   classes: tuple[str, ...] | None  # readable names, if known
   class_count: int
@@ -200,9 +200,9 @@ class SegmentationSet(DenseSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthSet(DenseSet):
-  """Images and the true depth of each pixel in metres, 0 where unknown."""
+  """Images with depth maps in metres; unknown depth is 0."""
 
-  source: str  # where the depth comes from, for the protocol
+  source: str  # origin of the depth, for the protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,18 +212,18 @@ class BoxSet(ImageSet):
   # (y0, x0, y1, x1) in the unit square, one array per image.
   boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
   phrases: tuple[tuple[str, ...], ...]  # one tuple per image, one item per box
-  # Indices of `classes`, one array per image; None for phrases only.
+  # Indices into `classes`, one array per image; None if only phrases exist.
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
-  # Number of unused boxes, by reason.
+  # Number of dropped boxes, by reason.
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyPointPair:
-  """Two images of one category and the keypoints that both show.
+  """Two images of one category and their common keypoints.
 
-  Coordinates are (x, y) in pixels of the image as it is stored.
+  Coordinates are (x, y) in pixels of the stored image.
   """
 
   category: str  # both objects' category
@@ -239,7 +239,7 @@ class KeyPointPair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyPointPairs(ImageSet):
-  """Images in pairs, with semantically corresponding keypoints."""
+  """Image pairs with semantically corresponding keypoints."""
 
   layout: str  # `spair` or `scenes`
   pairs: tuple[KeyPointPair, ...]
@@ -248,7 +248,7 @@ class KeyPointPairs(ImageSet):
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-  """Frames of one size with the objects of their pixels."""
+  """Frames of one size with object masks."""
 
   name: str
   frames: LazySequence
@@ -258,7 +258,7 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoSet:
-  """Videos with masks of the objects that their first frame shows."""
+  """Videos with masks of the objects in their first frame."""
 
   kind: str  # `scenes` or `davis`
   name: str
@@ -267,7 +267,7 @@ class VideoSet:
 
 
 def subsample(items: Sequence[Any], count: int | None) -> list[Any]:
-  """`count` of the items, evenly spaced, so that every class has its share."""
+  """`count` evenly spaced items, so that sorted classes stay balanced."""
   if count is None or count >= len(items):
     return list(items)
   if count < 1:

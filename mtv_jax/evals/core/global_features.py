@@ -1,7 +1,7 @@
 """Image embeddings for classification: pooled, CLS or mean-patch features.
 
-Evaluations share passes over the data: features are cached for each encoder by
-the hash of the data and the preprocessing, and freed with the encoder.
+Evaluations share forward passes: features are cached per encoder, by data hash
+and preprocessing, and freed with the encoder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ ViewName = Literal["center", "squash_center", "squash", "encoder"]
 Feature = Literal["pooled", "cls", "mean"]
 Pixels = Literal["images", "crops"]
 
-# The size before the crop, relative to the input size, and other fields of
-# `Preprocess`, by view.
+# Resize factor before the crop, and further `Preprocess` fields, by view.
 _VIEWS = {
   "center": (
     256 / 224,
@@ -51,11 +50,11 @@ _VIEWS = {
   "squash": (1, {"antialias": False}),
 }
 
-# Size of the patches of a chunk of images, whose mean is computed.
+# Bytes of patch tokens encoded before they are averaged.
 _CHUNK_BYTES = 2**29
 
-# Encoders with the preprocessing of a protocol, by the encoder they copy, so
-# that features are cached once for each.
+# Copies of encoders with a protocol's preprocessing, by the original, so that
+# each copy's features are cached once.
 _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
   weakref.WeakKeyDictionary()
 )
@@ -66,12 +65,12 @@ def with_view(encoder: Encoder, name: ViewName) -> Encoder:
 
   Args:
     encoder: any.
-    name: `encoder` is its own preprocessing. `center` is DINOv2's and
+    name: `encoder` keeps the encoder's preprocessing. `center` is DINOv2's and
       MAE's: the shorter side to 256/224 of the input size (bicubic,
-      antialiased), then torchvision's middle square. `squash_center` is
+      antialiased), then torchvision's center crop. `squash_center` is
       big_vision's for zero-shot and few-shot evaluations,
       `resize(256)|central_crop(224)`: both sides to 256/224 of the input size
-      (bilinear, not antialiased, as `tf.image.resize`), then the middle square.
+      (bilinear, not antialiased, as `tf.image.resize`), then a center crop.
       `squash` is big_vision's for retrieval, `resize(224)`, without a crop.
   """
   if name == "encoder":
@@ -108,8 +107,8 @@ def embed(
       CLS token, ...); `cls` the CLS token and `mean` the mean of the patch
       tokens, both after the final norm.
     batch_size: images per step.
-    pixels: `images` go through the encoder's preprocessing, and features but
-      `mean` are cached; `crops` have its input size and are only normalised.
+    pixels: `images` are preprocessed by the encoder and their features cached,
+      except `mean`; `crops` have the input size and are only normalised.
   """
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(
@@ -131,9 +130,9 @@ def embed(
 class LastBlocks:
   """Features of the last blocks for linear probes."""
 
-  # One array per block, the last block first: the CLS token after the final
-  # norm. Without CLS tokens, the last block's is the embedding; the others' are
-  # the mean patch token after the final norm.
+  # One array per block, last block first: the CLS token after the final norm.
+  # Without CLS tokens: the embedding for the last block, the mean patch token
+  # after the final norm for earlier blocks.
   tokens: tuple[Float32[np.ndarray, "n _"], ...]
   # Mean of the last block's patch tokens after the final norm.
   mean: Float32[np.ndarray, "n d"]
@@ -155,9 +154,9 @@ def last_blocks(
   batch_size: int = 64,
   pixels: Pixels = "images",
 ) -> LastBlocks:
-  """The tokens of the last blocks and the mean patch.
+  """Tokens of the last blocks, and the mean patch.
 
-  Patches are reduced a chunk of images at a time, to bound memory.
+  Patches are averaged chunk by chunk, to bound memory.
   """
   depth = encoder.spec.image.depth
   layers = tuple(range(depth - 2, depth - 1 - blocks, -1))
@@ -191,7 +190,7 @@ def last_blocks(
 def final_norm(
   encoder: Encoder, x: Float32[np.ndarray, "*n d"]
 ) -> Float32[np.ndarray, "*n d"]:
-  """Tokens of a block through the norm after the last block, if it has one."""
+  """Applies the encoder's final norm, if any, to tokens of a block."""
   spec = encoder.spec.image
   norm = stack_lib.final_norm(spec, np.float32)
   if not spec.final_norm:
@@ -200,9 +199,9 @@ def final_norm(
   return np.asarray(norm.apply({"params": params}, x))
 
 
-# Bytes cached for an encoder: 1.28 M embeddings of ViT-B, or patches of 7,000
-# images at 14 x 14. Eviction depends on use alone: on a pod all hosts must
-# evict the same arrays, as they compute them again together.
+# Cache size per encoder in bytes: 1.28 M embeddings of ViT-B, or patches of
+# 7,000 images at 14 x 14. Eviction depends only on use: all hosts of a pod must
+# evict equal arrays, since they recompute them together.
 BUDGET = 4 * 2**30
 
 # Hash of the data, preprocessing, field of `ImageFeatures`, block.
@@ -213,7 +212,7 @@ log = logging.getLogger(__name__)
 
 
 class _Store(collections.OrderedDict[_Key, np.ndarray]):
-  """Arrays by key; the least recently used are evicted first."""
+  """LRU cache of arrays."""
 
   is_warned = False
 
@@ -224,7 +223,7 @@ class _Store(collections.OrderedDict[_Key, np.ndarray]):
 
   def put(self, key: _Key, array: np.ndarray) -> None:
     self[key] = array
-    # An array larger than the budget evicts no other.
+    # An array larger than the budget evicts only itself.
     self.move_to_end(key, last=array.nbytes <= BUDGET)
     while sum(a.nbytes for a in self.values()) > BUDGET:
       evicted, array = self.popitem(last=False)
@@ -255,14 +254,13 @@ def encode_images(
   outputs: Sequence[str] = ("pooled",),
   batch_size: int = 64,
 ) -> ImageFeatures:
-  """`encoder.image` through the cache.
+  """Cached `encoder.image`: computes only missing outputs.
 
-  Only the outputs that are not cached are computed. The arrays are shared, and
-  therefore read-only. Arguments are as for `Encoder.image`;
-  `digest` is a hash of the images and their order.
+  Returned arrays are shared, so they are read-only. Arguments are as for
+  `Encoder.image`; `digest` is a hash of the images and their order.
   """
   check_outputs(outputs)
-  # A user may give an encoder another preprocessing.
+  # A user may change an encoder's preprocessing.
   data_key = (digest, getattr(encoder, "preprocess", None))
   depth = encoder.spec.image.depth if layers else 0
   taps = {i: block_index(i, depth) for i in layers}
@@ -281,7 +279,7 @@ def encode_images(
       outputs=tuple(name for name, _ in missing if name not in _LAYER_FIELDS),
       batch_size=batch_size,
     )
-    # Last, so that none of the requested arrays evicts another.
+    # Stored last, so that requested arrays don't evict each other.
     for name, tap in missing:
       value = getattr(out, name)
       array = value[tap] if name in _LAYER_FIELDS else value

@@ -1,9 +1,9 @@
-"""Encoder inputs of any size: padding of images, restoring of predictions.
+"""Padding of images to the patch grid, and restoring of predictions.
 
-An image is resized to the input size and padded on all sides to a multiple of
-the patch with the encoder's mean colour. Predictions are resampled over the
-padded input before the padding is cropped, so that patches and pixels stay
-aligned.
+An image is resized to the input size and padded on all sides, with the
+encoder's mean colour, to a multiple of the patch size. Predictions are
+upsampled over the padded input and then cropped, so that patches and pixels
+stay aligned.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class PaddedView:
-  """The encoder's view of images of one size."""
+  """Resized and padded encoder input for images of one size."""
 
   size: tuple[int, int]  # rows and columns of the image
   input_size: tuple[int, int]  # after resizing, before padding
   patch: int
   resize: str = "bilinear"  # how predictions are resized, see `resizing`
-  # The encoder's normalisation, for values in 0..1; padding becomes zero.
+  # Mean of the encoder's normalisation, in 0..1; padding normalises to zero.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   @property
@@ -45,7 +45,7 @@ class PaddedView:
   def pad(
     self, image: Float[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h2 w2 3"]:
-    """The padded input of an image in 0..255."""
+    """Resizes and pads an image in 0..255."""
     if image.shape[:2] != self.size:
       raise InputError(
         f"an image of {image.shape[0]} x {image.shape[1]} among images of "
@@ -67,7 +67,7 @@ class PaddedView:
   def restore(
     self, maps: Float[Array, "b gh gw"] | Float[np.ndarray, "b gh gw"]
   ) -> Float[Array, "b h w"] | Float[np.ndarray, "b h w"]:
-    """Resamples maps over the padded input to the pixels of the image."""
+    """Resamples maps of the padded input to image pixels."""
     rows, columns = (
       restoring_matrix(
         maps.shape[i + 1], self.input_size[i], side, self.patch, self.resize
@@ -81,7 +81,7 @@ class PaddedView:
 
 
 def _margin(side: int, patch: int) -> int:
-  """Padding before; the larger part of an odd number is after."""
+  """Padding before; if odd, the extra pixel goes after."""
   return -side % patch // 2
 
 

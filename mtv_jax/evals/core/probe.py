@@ -3,9 +3,8 @@
     fitted = probe.fit(loss, params, batches, optimizer=optax.sgd(0.1),
                        steps=1000, mesh=encoder.mesh)
 
-`loss` is a pure function. `batches` is a function of the step that returns the
-same arrays on every host, so that a fit depends on the seed alone and neither
-on the devices nor on the hosts.
+`loss` is a pure function. `batches` maps a step to arrays that are equal on
+every host, so that a fit depends on the seed, not on devices or hosts.
 """
 
 from __future__ import annotations
@@ -35,19 +34,18 @@ FeatureBatch = Mapping[str, np.ndarray]
 Batches = Callable[[int], FeatureBatch] | Iterable[FeatureBatch]
 ProbeLoss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 
-# Passes over the training images that a schedule has at most by default, and
-# the steps that a shortened one has at least, by smaller batches: our choice.
-# The published schedules have 10 passes (DINOv2 on ImageNet) to 32 (DINOv3 on
-# ADE20K).
+# Default upper limit of epochs, and lower limit of steps of a shortened
+# schedule, reached with smaller batches. Our choice; published schedules have
+# 10 epochs (DINOv2 on ImageNet) to 32 (DINOv3 on ADE20K).
 MAX_PASSES, MIN_STEPS = 100, 300
 
-# Steps in flight: the host prepares batches while the device works, and every
-# step in flight holds its batch.
+# Steps in flight: the host prepares batches while the device works. Each step
+# in flight keeps its batch in memory.
 _MAX_IN_FLIGHT = 2
 
 
 class ProbeSchedule(NamedTuple):
-  """Length of a training, and why it has it, for the protocol."""
+  """Training length and the reason for it, for the protocol."""
 
   steps: int
   batch_size: int
@@ -63,13 +61,13 @@ def resolve_schedule(
   batch_size: int | None = None,
   in_full: bool = False,
 ) -> ProbeSchedule:
-  """The given steps, or the published ones in at most `MAX_PASSES`.
+  """The user's steps, or the published ones capped at `MAX_PASSES` epochs.
 
   Args:
     published: steps and batch size of the published schedule.
-    images: training images.
-    steps, batch_size: those that a user gives; a given batch size stays.
-    in_full: runs the published steps, however few images there are.
+    images: number of training images.
+    steps, batch_size: the user's choices, which override `published`.
+    in_full: runs all published steps, however few images there are.
   """
   size = batch_size or published[1]
   if steps is not None:
@@ -116,23 +114,22 @@ def fit(
 
   Args:
     loss: `loss(params, state, batch, rng) -> (scalar, new state)`. The scalar
-      is over the whole batch: sharding changes no mean.
+      covers the global batch, so that sharding doesn't change a mean.
     params: float32 arrays; not modified.
     batches: `batches(step)`, or an iterable: dictionaries of arrays
-      `[B, ...]`, all of one shape, the same on every host.
+      `[B, ...]` of constant shape, equal on every host.
     optimizer, steps: the optimizer and the number of updates.
-    state: arrays that `loss` carries from step to step, not trained.
+    state: untrained arrays that `loss` carries from step to step.
     seed: seed of the key, folded with the step.
-    mesh: shards the batch over its data axes, if they divide it; one device by
+    mesh: shards the batch over its data axes if they divide it; one device by
       default.
-    snapshot_steps: numbers of updates after which to copy params and state to
-      the host.
+    snapshot_steps: update counts at which to copy params and state to the host.
   """
   if steps < 1:
     raise InputError(f"probe.fit: steps={steps}; expected at least 1")
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
   batches = map(batches, range(steps)) if callable(batches) else iter(batches)
-  # A copy, since the compiled step overwrites what it is given.
+  # A copy, since the compiled step donates its inputs.
   params, state = jax.tree.map(jnp.array, (params, state))
   carry = replicate((params, state, optimizer.init(params)), mesh)
   update = _update(loss, optimizer, mesh)
@@ -148,7 +145,7 @@ def fit(
     *carry, value = update(*carry, batch, rng)
     losses.append(value)
     if step + 1 in snapshot_steps:
-      # Copies: the next step overwrites these arrays.
+      # Copies: the next step donates these arrays.
       snapshots[step + 1] = jax.tree.map(np.array, (carry[0], carry[1]))
     if step >= _MAX_IN_FLIGHT:
       losses[step - _MAX_IN_FLIGHT].block_until_ready()
@@ -171,7 +168,7 @@ def _update(
     out_shardings=replicated_sharding(mesh),
   )
   def update(params, state, moments, batch, rng):
-    # float32 means float32: a TPU's default would multiply in bfloat16.
+    # TPUs multiply float32 in bfloat16 by default.
     with jax.default_matmul_precision("highest"):
       function = jax.value_and_grad(loss, has_aux=True)
       (value, state), grads = function(
@@ -187,9 +184,9 @@ def _update(
 def shuffled_batches(
   count: int, *, batch_size: int, seed: int = 0
 ) -> Callable[[int], Int[np.ndarray, " b"]]:
-  """Item indices of each step's batch: epochs, each shuffled differently.
+  """Item indices of each step's batch, reshuffled every epoch.
 
-  A batch may span epochs, so that every item is seen equally often, and may be
+  A batch may span epochs, so that items are seen equally often, and may be
   larger than the set.
   """
   if count < 1 or batch_size < 1:

@@ -21,19 +21,19 @@ from mtv_jax.parallel.mesh import (
 
 
 class ProbeHead(nn.Module):
-  """Logits `[..., K]` of features `[..., C]`.
+  """Linear or FCN head: features `[..., C]` to logits `[..., K]`.
 
   Channel dropout, batch norm (Ioffe & Szegedy 2015) and a linear layer. With
-  convolutions it is mmsegmentation's FCN head (Long et al. 2015): after the
-  batch norm, 3x3 convolutions with batch norm and ReLU, then channel dropout.
-  Over a sharded batch the statistics are the global batch's (SyncBN).
+  `convs`, mmsegmentation's FCN head (Long et al. 2015): batch norm, 3x3
+  convolutions with batch norm and ReLU, channel dropout, linear layer.
+  Batch statistics are global over a sharded batch (SyncBN).
   """
 
   classes: int
   batch_norm: bool = True
   affine: bool = True  # whether the batch norm has a scale and a bias
   epsilon: float = 1e-5
-  dropout: float = 0.0  # probability that a channel of an image is zeroed
+  dropout: float = 0.0  # channel dropout rate, per image
   convs: int = 0
   conv_features: int = 256
   upsample: int = 1  # factor by which the logits are upsampled (bilinear)
@@ -81,12 +81,12 @@ class ProbeHead(nn.Module):
 def init_head(
   head: ProbeHead, channels: int, normal: Callable[[tuple[int, ...]], Any]
 ) -> tuple[PyTree, PyTree]:
-  """Parameters and running statistics of a new head.
+  """Initial parameters and running statistics.
 
-  The last layer is N(0, 0.01), convolutions are as in He et al. 2015 by the
-  fan-out. `normal(shape)` draws from N(0, 1), layer by layer.
+  The last layer is N(0, 0.01); convolutions use He et al. 2015 with fan-out.
+  `normal(shape)` draws from N(0, 1), layer by layer.
   """
-  # At least as large as a convolution's window.
+  # At least as large as the convolution kernel.
   example = jax.ShapeDtypeStruct((1, 3, 3, channels), np.float32)
   shapes = jax.eval_shape(head.init, jax.random.key(0), example)
 
@@ -102,7 +102,7 @@ def init_head(
 
 
 def as_logits(logits: Array) -> Array:
-  """The logits themselves, see `predict_fn`."""
+  """Identity, the default `finish` of `predict_fn`."""
   return logits
 
 
@@ -114,7 +114,7 @@ def predict_fn(
   batch_size: int,
   finish: Callable[[Array], Array] = as_logits,
 ) -> Callable[[np.ndarray], list[Float32[np.ndarray, "n h w ..."]]]:
-  """The function from features to the output of each trained head."""
+  """Returns a function from features to the output of each trained head."""
   variables = [
     replicate({"params": params, **state}, mesh) for params, state in trained
   ]

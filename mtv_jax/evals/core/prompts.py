@@ -33,9 +33,9 @@ class Prompts:
 
   classes: tuple[str, ...]  # in the order of the labels
   templates: tuple[str, ...] = DEFAULT_TEMPLATES  # each with one `{}`
-  # Class ids of the data set (such as WordNet ids); None if it uses names.
+  # Class ids of the data set (such as WordNet ids), if any.
   ids: tuple[str, ...] | None = None
-  name: str = "built in"  # in protocols
+  name: str = "built in"  # for protocols
 
   def __post_init__(self):
     for template in self.templates:
@@ -59,12 +59,12 @@ class Prompts:
 
   @property
   def digest(self) -> str:
-    """Hash of the strings, in their order."""
+    """Hash of classes and templates, in their order."""
     text = json.dumps([self.classes, self.templates])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     return {
       "prompts": self.name,
       "prompts_hash": self.digest,
@@ -79,10 +79,10 @@ def read_prompts(
 
   Args:
     path: JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
-      `mtv-jax make_prompts` writes for ImageNet; a text file of a name per
-      line; or a folder of CLIP_benchmark's two text files. `templates` and
+      `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
+      line; or a folder with CLIP_benchmark's two text files. `templates` and
       `ids` are optional.
-    classes: the number of names that the data need.
+    classes: expected number of class names.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -106,9 +106,9 @@ def read_prompts(
 
 
 def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:
-  """The classes of `prompts` in the templates of a text file.
+  """Replaces the templates by those in a text file.
 
-  A template per line, with `{}` or CLIP_benchmark's `{c}` for the name.
+  One template per line, with `{}` or CLIP_benchmark's `{c}` for the name.
   """
   lines = _read_lines(pathlib.Path(path))
   return dataclasses.replace(
@@ -128,7 +128,7 @@ def _read_lines(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def _read_object(path: pathlib.Path) -> Prompts:
-  """Prompts of a JSON file."""
+  """Reads prompts from a JSON file."""
   content = foreign.read_untrusted_json(path)
   if not isinstance(content, dict) or "classes" not in content:
     got = sorted(content)[:8] if isinstance(content, dict) else type(content)
@@ -149,7 +149,7 @@ def _read_object(path: pathlib.Path) -> Prompts:
 
 
 def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
-  """Writes a file for `read_prompts`."""
+  """Writes a JSON file for `read_prompts`."""
   content = {"classes": prompts.classes, "templates": prompts.templates}
   if prompts.ids is not None:
     content["ids"] = prompts.ids
@@ -160,8 +160,8 @@ def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
 def imagenet_prompts() -> Prompts:
   """ImageNet's 1000 names and 80 templates from an installed open_clip.
 
-  The WordNet ids come from timm, which open_clip depends on: open_clip's list
-  is in their order but leaves them out.
+  The WordNet ids come from timm, a dependency of open_clip; open_clip's list
+  has their order but not the ids.
   """
   try:
     import open_clip

@@ -1,9 +1,9 @@
-"""Ranks of the correct candidates, with a rule for ties.
+"""Ranks of the correct candidates, with a tie rule.
 
-The rank of a candidate is the number of candidates that score higher plus the
-number of equal ones with a lower index: its index in a stable sort. A query
-with several correct candidates has the best rank among them. Zero-shot
-classification (candidates are classes) and retrieval both use it.
+The rank of a candidate is its index in a stable sort by decreasing score: the
+number of higher scores plus the number of ties with a lower index. A query with
+several correct candidates gets the best of their ranks. Used by retrieval and
+by zero-shot classification, whose candidates are classes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def ranks(
 ) -> Int[np.ndarray, " q"]:
   """For each query, the best rank of a candidate with its id.
 
-  Scores are dot products in float32 at the highest matmul precision (a TPU's
-  default rounds to bfloat16 and reorders neighbours), for a block of queries
-  at a time. Equal candidates are scored once: in a matrix product their scores
-  can differ in the last bit, and a tie must remain a tie.
+  Scores are float32 dot products at the highest matmul precision (the TPU
+  default rounds to bfloat16 and reorders neighbours), computed in blocks of
+  queries. Equal candidates are scored once: a matrix product may give them
+  scores that differ in the last bit, which would break the tie.
   """
   check_finite(queries=queries, candidates=candidates)
   missing = np.setdiff1d(query_ids, candidate_ids)
@@ -60,9 +60,9 @@ def ranks(
 
 
 def check_finite(**features: Float[np.ndarray, "..."]) -> None:
-  """Raises InputError for features, by their name, that are not finite."""
+  """Raises InputError for non-finite features, given by name."""
   for name, x in features.items():
-    # The extremes show any NaN or infinity without a mask of the array.
+    # The extremes reveal any NaN or infinity without a mask of the array.
     if x.size and not np.isfinite([x.min(), x.max()]).all():
       finite = np.isfinite(x).all(axis=-1)
       raise InputError(
@@ -76,9 +76,9 @@ def ranks_of_scores(
   scores: Float[Array, "q c"] | Float[np.ndarray, "q c"],
   is_correct: Bool[Array, "q c"] | Bool[np.ndarray, "q c"],
 ) -> Int[Array, " q"]:
-  """The best rank, in each row, of a candidate marked as correct."""
+  """The best rank of a correct candidate in each row."""
   scores = jnp.asarray(scores)
-  # argmax takes the first of equals, which is the one with the best rank.
+  # argmax returns the first of equal scores, which has the best rank.
   best = jnp.argmax(jnp.where(is_correct, scores, -jnp.inf), axis=1)[:, None]
   score = jnp.take_along_axis(scores, best, axis=1)
   before = jnp.arange(scores.shape[1])[None] < best
@@ -94,9 +94,9 @@ def _block(queries, query_ids, unique, inverse, candidate_ids):
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Distinct rows in order of appearance, and where each row is in them."""
+  """Distinct rows in order of appearance, and the index of each row in them."""
   index: dict[bytes, int] = {}
-  # Adding zero makes -0.0 and 0.0, which are equal, the same bytes.
+  # Adding zero turns -0.0 into 0.0, so that equal values have equal bytes.
   keys = (row.tobytes() for row in rows + np.float32(0))
   inverse = np.fromiter(
     (index.setdefault(key, len(index)) for key in keys), np.int32, len(rows)

@@ -1,8 +1,8 @@
 """Resizing of arrays with the interpolation of published evaluations.
 
-Every method is named after PyTorch's `interpolate` and equal to it. A linear
-method is a matrix per axis: host arrays gather the few non-zero entries of a
-row, device arrays are multiplied by the matrix, which suits accelerators.
+Methods have the names and values of PyTorch's `interpolate`. A linear method is
+a matrix per axis: host arrays gather the few non-zero entries of each row,
+device arrays are multiplied by the matrix, which suits accelerators.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ def matrix(
   """The matrix that resamples `size` values to `new_size`; rows sum to one.
 
   The methods are:
-    bilinear: pixels are areas (align_corners=False), two values are read
-      however much the axis shrinks.
-    bilinear_corners: the outer pixels stay in position (align_corners=True).
+    bilinear: align_corners=False; two taps, however much the axis shrinks.
+    bilinear_corners: align_corners=True.
     bilinear_antialiased: antialias=True; Pillow's BILINEAR.
-    bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
+    bicubic: a = -0.75, four taps; OpenCV's INTER_CUBIC.
     bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
   """
   check_choice("resizing method", method, LINEAR)
@@ -53,7 +52,7 @@ def matrix(
     kind = method.removeprefix("bicubic_")
     weights = np.array(resize_matrix(size, new_size, kind))
   elif method == "bilinear_antialiased":
-    # Concrete even while a caller is being traced: it depends on sizes only.
+    # Concrete even under tracing: it depends only on sizes.
     with jax.ensure_compile_time_eval():
       weights = np.array(_triangles(size, new_size), np.float64)
   else:
@@ -79,8 +78,7 @@ def indices(
   6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
   """
   check_choice("resizing method", method, NEAREST)
-  # In float32, as PyTorch computes them: rounding decides positions that are
-  # integers.
+  # In float32 as in PyTorch: rounding decides at integer positions.
   scale = np.float32(size) / np.float32(new_size)
   shift = np.float32(0.5 if method == "nearest_exact" else 0.0)
   position = np.floor((np.arange(new_size, dtype=np.float32) + shift) * scale)
@@ -97,7 +95,7 @@ def resize(
 ) -> Shaped[Array, "*n h2 w2 d"] | Shaped[np.ndarray, "*n h2 w2 d"]:
   """Resizes feature maps or images with channels, on the host or the device.
 
-  The result has the dtype of `x`; linear methods make float32 of integers.
+  The result has the dtype of `x`; linear methods turn integers into float32.
   """
   return _resize(x, size, method=method, axis=x.ndim - 3)
 
@@ -145,9 +143,9 @@ def _resize(x, size, *, method, axis):
 def _taps(
   size: int, new_size: int, method: str
 ) -> tuple[Int[np.ndarray, "taps new"], Float[np.ndarray, "taps new"]]:
-  """Columns and values of the non-zero entries of the matrix's rows."""
+  """Columns and values of the non-zero entries of each matrix row."""
   full = matrix(size, new_size, method)
   count = int((full != 0).sum(axis=1).max())
-  # Stable, so that taps are added up in the order of the axis.
+  # Stable, so that taps are summed in axis order.
   order = np.argsort(full == 0, axis=1, kind="stable")[:, :count]
   return order.T, np.take_along_axis(full, order, axis=1).T

@@ -1,8 +1,9 @@
 """Results of evaluations and their JSON files.
 
-One encoder's file is `{encoder, weights, mtv_jax, evals}`, as training writes
-it, and `{name, skipped, failed}` for several requested evaluations; several
-encoders' is `{mtv_jax, encoders: [...]}`, one such entry each.
+A file of one encoder is `{encoder, weights, mtv_jax, evals}`, as training
+writes it, plus `{name, skipped, failed}` for several requested evaluations. A
+file of several encoders is `{mtv_jax, encoders: [...]}` with one such entry
+each.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Results, or reasons and errors, of one encoder by evaluation."""
+  """Results, skip reasons and errors of one encoder, by evaluation."""
 
-  name: str  # in tables
-  encoder: str  # the path it was loaded from
+  name: str  # for tables
+  encoder: str  # path that it was loaded from
   weights: str  # `student`, `teacher` or `ema`
   results: dict[str, Result] = dataclasses.field(default_factory=dict)
   skipped: dict[str, str] = dataclasses.field(default_factory=dict)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
-  # The encoder's own protocol; its results' protocols begin with it.
+  # The encoder's own protocol; the protocols of results begin with it.
   protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
   version: str = mtv_jax.__version__
-  # The released checkpoint that it is said to be; see `evals/published.py`.
+  # The released checkpoint named by the user; see `evals/published.py`.
   checkpoint: str = ""
 
 
@@ -64,10 +65,9 @@ def write_json(
 def write_arrays(
   stem: pathlib.Path, result: Result, *, sheets: bool = True
 ) -> None:
-  """Writes what the JSON lacks: `STEM/SHEET.png` if `sheets`, and `STEM.npz`.
+  """Writes `STEM/SHEET.png` if `sheets`, and `STEM.npz`, if not empty.
 
-  The latter has the metrics of resamples of the items, by name; nothing is
-  written for a result without any.
+  The .npz has the metrics of resamples of the items, by name.
   """
   for name, file in _sheet_files(stem, result.sheets if sheets else ()).items():
     stem.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def write_arrays(
 
 
 def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Metrics of resamples, from the .npz beside an evaluation's JSON, if any."""
+  """Reads metrics of resamples from the .npz beside a JSON file, if any."""
   file = path.with_suffix(".npz")
   if not file.exists():
     return {}
@@ -98,7 +98,7 @@ def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
 def read_sheets(
   stem: pathlib.Path, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """The sheets that `write_arrays` wrote, by their names, in that order."""
+  """Reads sheets of `write_arrays` by name, in the order of `names`."""
   sheets = {}
   for name, file in _sheet_files(stem, names).items():
     with Image.open(file) as image:
@@ -109,7 +109,7 @@ def read_sheets(
 def _sheet_files(
   stem: pathlib.Path, names: Iterable[str]
 ) -> dict[str, pathlib.Path]:
-  """A file for each sheet, as `STEM/a-b.png` of the names "a b" and "a/b"."""
+  """File of each sheet, such as `STEM/a-b.png` for "a b" or "a/b"."""
   files = {}
   for name in names:
     file = re.sub(r"[^\w.-]+", "-", name)
@@ -122,9 +122,9 @@ def _sheet_files(
 def write(
   path: str | os.PathLike, outcomes: Sequence[Outcome], **more: Any
 ) -> None:
-  """Writes the results of any number of encoders, with skips and failures.
+  """Writes outcomes of any number of encoders.
 
-  `more` are further entries of a file of one encoder.
+  `more` adds entries to the file of a single encoder.
   """
   encoders = []
   for outcome in outcomes:
@@ -138,7 +138,7 @@ def write(
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
-  """The outcomes in a file of `write` or `write_json`, without sheets."""
+  """Reads outcomes from a file of `write` or `write_json`, without sheets."""
   path = pathlib.Path(path)
   try:
     content = json.loads(path.read_bytes())
@@ -187,7 +187,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
   return Result(
     metrics=read_values("metrics"),
     protocol=dict(fields["protocol"]),
-    # One that is not known is like none.
+    # Drops unknown values.
     chance={k: v for k, v in chance if math.isfinite(v)},
     units=fields.get("units", {}),
     lower=tuple(fields.get("lower", ())),
@@ -198,14 +198,14 @@ def _result(fields: Mapping[str, Any]) -> Result:
 def _write(path: str | os.PathLike, content: Any) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  # JSON has no NaN: a missing metric is null.
+  # JSON lacks NaN: a missing metric is null.
   text = json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n"
-  # Atomically: it is written again after each evaluation.
+  # Atomic, since it is rewritten after each evaluation.
   atomic.write(path, text.encode())
 
 
 def jsonable(value: Any) -> Any:
-  """NumPy's numbers as Python's, arrays and tuples as lists, NaN as None."""
+  """Converts to JSON types: arrays and tuples to lists, NaN to None."""
   if isinstance(value, Mapping):
     return {str(k): jsonable(v) for k, v in value.items()}
   if isinstance(value, list | tuple):

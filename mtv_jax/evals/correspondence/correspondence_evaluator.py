@@ -1,4 +1,4 @@
-"""Base class of the correspondence evaluations: inputs and patch features."""
+"""Base class of the correspondence evaluators: inputs and patch features."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _TITLES = ("first image", "second image")
 
 @dataclasses.dataclass(frozen=True)
 class CorrespondenceEvaluator(Evaluator):
-  """Base class of the correspondence evaluations.
+  """Base class of the correspondence evaluators.
 
   Attributes:
-    size: side of the encoded square; the published one by default.
-    fit: what to do where the patch does not divide the published size. `grid`
-      encodes a square of as many patches as it has of 16 pixels (DINOv3: 448
-      with patches of 14 for NAVI's 512); `pad` pads it around with the mean
-      colour (Probe3D: 512 to 518 and SPair-71k's 800 to 812 with patches of
-      14), and neglects that in the positions of patches, as published.
-    image_mean: `encoder`, or `imagenet` for the mean and deviation with which
-      Probe3D normalises the images of every encoder.
+    size: side of the encoded square; the published size by default.
+    fit: how to resize if the patch size doesn't divide the published size.
+      `grid` keeps the number of patches of a ViT with patch size 16 (DINOv3:
+      448 instead of NAVI's 512 for patch size 14); `pad` pads all sides with
+      the mean colour (Probe3D: 512 to 518 and SPair-71k's 800 to 812 for patch
+      size 14) and ignores the padding in patch positions, as published.
+    image_mean: `encoder`, or `imagenet` for ImageNet's mean and standard
+      deviation, which Probe3D uses for every encoder.
     layer: block whose patch tokens are matched; -1 is the last.
-    norm: `none` takes them before the final norm, `final` after it.
+    norm: `none` matches tokens before the final norm, `final` after it.
   """
 
   data: Data = "scenes"
@@ -48,7 +48,7 @@ class CorrespondenceEvaluator(Evaluator):
   pictures: NonNegativeInt = 0  # Pairs on the sheet.
 
   def _input_size(self, encoder: Encoder, published: int) -> int:
-    """Side of the square, without padding."""
+    """Side of the square before padding."""
     image, size = encoder.spec.image, self.size
     if self.fit == "pad":
       return size or published
@@ -59,7 +59,7 @@ class CorrespondenceEvaluator(Evaluator):
     return size
 
   def _with_mean(self, encoder: Encoder) -> Encoder:
-    """The encoder with the mean and deviation of `image_mean`."""
+    """The encoder with the normalisation of `image_mean`."""
     if self.image_mean == "encoder":
       return encoder
     normal = {"mean": processors.IMAGENET_MEAN, "std": processors.IMAGENET_STD}
@@ -68,7 +68,7 @@ class CorrespondenceEvaluator(Evaluator):
     )
 
   def _padded(self, encoder: Encoder, size: int) -> PaddedView:
-    """The encoder's view of squares of `size`."""
+    """Padded view of squares of side `size`."""
     return PaddedView(
       (size, size),
       (size, size),
@@ -79,7 +79,7 @@ class CorrespondenceEvaluator(Evaluator):
   def _features(
     self, encoder: Encoder, images: Sequence[np.ndarray]
   ) -> Float32[np.ndarray, "n h w d"]:
-    """Patch tokens of squares of one size, padded to whole patches."""
+    """Patch tokens of equal squares, padded to whole patches."""
     block = dense.matched_block(
       self.layer, norm=self.norm, depth=encoder.spec.image.depth
     )
@@ -96,7 +96,7 @@ class CorrespondenceEvaluator(Evaluator):
   def _draw_sheets(
     self, rows: Sequence[UInt8[np.ndarray, "_ _ 3"]]
   ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
-    """The sheet `matches` of rows of two images; none without a row."""
+    """Sheet `matches` with a row per pair; empty without rows."""
     return {"matches": plots.stack_rows(rows, _TITLES)} if rows else {}
 
   def _common_protocol(

@@ -1,14 +1,14 @@
 """Geometric correspondence: feature matches between posed views.
 
-Patch features of one view are matched to another's; a match is correct if the
-3D points of its two cells, by depth and camera pose, are near each other. The
-protocol is NAVI's in Probe3D (El Banani et al. 2024), on NAVI, on RGB-D
-sequences and on the built-in scenes:
+Patch features of two views are matched. A match is correct if the 3D points of
+its cells, from depth and camera pose, are close. The protocol is NAVI's in
+Probe3D (El Banani et al. 2024), on NAVI, RGB-D sequences and the built-in
+scenes:
 
     error_3d = |R x_0 + t - x_1|,  in metres
-    error_2d = |pi(R x_0 + t) - pi(x_1)|,  in pixels of a view of 512
-    recall at t = fraction of matches with an error below t, of the 1,000 of
-                  highest weight of every pair
+    error_2d = |pi(R x_0 + t) - pi(x_1)|,  in pixels of a 512 x 512 view
+    recall at t = fraction of matches with error < t, among the 1,000 matches
+                  of highest weight per pair
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from mtv_jax.evals.datasets import posed, registry
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, InputError
 
-REFERENCE_SIZE = 512  # side of the view that pixel errors refer to
-CHANCE_POINTS = 256  # points of a pair that chance is computed from
+REFERENCE_SIZE = 512  # side of the view for pixel errors
+CHANCE_POINTS = 256  # points per pair for chance
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchOptions:
-  """Resolved options of `GeometricCorrespondence`; NAVI's in Probe3D."""
+  """Resolved options of `GeometricCorrespondence`; defaults are Probe3D's."""
 
   size: int = 512
   keep: int = 1000
@@ -64,12 +64,12 @@ class MatchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PairErrors:
-  """The 3D and 2D errors of the matches of one pair."""
+  """3D and 2D errors of the matches of one pair."""
 
   matches: matching.PatchMatches
   metres: Float64[np.ndarray, " k"]
   pixels: Float64[np.ndarray, " k"]
-  # Recall of uniform matches at each threshold, those in metres first.
+  # Recall of uniform matches at each threshold, metres first, then pixels.
   chance: Float64[np.ndarray, " t"]
   angle: float = 0.0  # between the cameras, in degrees
 
@@ -83,7 +83,7 @@ def match_pair(
 ) -> PairErrors:
   """Matches the first view to the second and computes the errors.
 
-  `maps` are the patch features of the views, which have two points or more.
+  `maps` are the views' patch features. Each view needs at least two points.
   """
   first, second = views
   matches = matching.match(
@@ -112,12 +112,12 @@ def match_pair(
 def project(
   points: Float64[np.ndarray, "*n 3"], *, focal: float
 ) -> Float64[np.ndarray, "*n 2"]:
-  """`focal (x, y) / max(z, 1e-9)`, without a principal point: it cancels."""
+  """`focal (x, y) / max(z, 1e-9)`; the principal point cancels in errors."""
   return focal * points[..., :2] / np.maximum(points[..., 2:], 1e-9)
 
 
 def _uniform_recall(points, candidates, thresholds) -> list[float]:
-  """The mean fraction of candidates near a point, for each threshold."""
+  """Mean fraction of candidates near a point, per threshold."""
   squared_distance = (
     (points**2).sum(axis=1)[:, None]
     + (candidates**2).sum(axis=1)
@@ -129,9 +129,9 @@ def _uniform_recall(points, candidates, thresholds) -> list[float]:
 def average_recalls(
   pairs: Sequence[PairErrors], *, options: MatchOptions
 ) -> tuple[Estimate, dict[str, float]]:
-  """Metrics of the pairs with their errors over the pairs, and chance.
+  """Metrics with errors over pairs, and chance.
 
-  Bins of angles, `[low, high)`, without pairs are left out.
+  Empty angle bins `[low, high)` are omitted.
   """
   recalls = [
     [float((p.metres < t).mean()) for t in options.metres]
@@ -154,11 +154,11 @@ def _metrics(
   options: MatchOptions,
   weights: Float64[np.ndarray, " n"],
 ) -> dict[str, float]:
-  """Means over n pairs, each of them `weights` times."""
+  """Means over pairs, weighted by `weights`."""
   counts = weights * counts
   pooled = counts @ recalls / counts.sum()
   split = len(options.metres)
-  # By angle and per pair at the middle threshold.
+  # Recall by angle and per pair use the middle threshold.
   middle, by_pair = options.metre_names[split // 2], recalls[:, split // 2]
   bins = {}
   for low, high in itertools.pairwise(options.angles):
@@ -185,11 +185,11 @@ _SHEET_MATCHES = 24  # matches drawn per pair
 
 @dataclasses.dataclass(frozen=True)
 class _Defaults:
-  """The values that options of None resolve to."""
+  """Defaults of options that are None."""
 
   why: str
   options: MatchOptions = MatchOptions()
-  patches: int | None = None  # along a side, instead of a size in pixels
+  patches: int | None = None  # patches per side, instead of a size in pixels
   stride: int = 1
   count: int | None = None
 
@@ -199,9 +199,9 @@ _DEFAULTS = {
   "rgbd": _Defaults(
     "NAVI's; a cell of the grid is about 1 cm wide at 2 m", count=1000
   ),
-  # Objects are 0.5 to 1.3 m tall where NAVI's are 0.1 to 0.3, so thresholds are
-  # five times as long; a view has 32 x 32 cells and some hundred points where
-  # NAVI's have 128 x 128.
+  # Objects are 0.5 to 1.3 m tall, NAVI's 0.1 to 0.3 m, so thresholds are five
+  # times larger. A view has 32 x 32 cells with about a hundred points; NAVI's
+  # views have 128 x 128 cells.
   "scenes": _Defaults(
     "five times NAVI's, as the objects are about five times as large",
     MatchOptions(keep=100, metres=(0.05, 0.1, 0.25), angles=(0, 15, 30, 45)),
@@ -214,7 +214,7 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class _PairSet:
-  """Frames, and pairs of them that were drawn or else read from a file."""
+  """Frames and their pairs, drawn (`drawn`) or read from a file."""
 
   frames: posed.PosedFrames
   sample: posed.PairSample
@@ -226,20 +226,20 @@ class _PairSet:
 class GeometricCorrespondence(CorrespondenceEvaluator):
   """Recall of matches between views of one scene, by distance and by angle.
 
-  `data` is `scenes`, a folder in NAVI's layout or one of RGB-D sequences; the
-  published `size` is 512. None means the published value for NAVI, and for
-  other data the value in the result's protocol.
+  `data` is `scenes`, a folder in NAVI's layout or a folder of RGB-D sequences;
+  the published `size` is 512. None means the published value for NAVI, else the
+  value in the result's protocol.
 
   Attributes:
-    pairs: a file with the list of pairs: read if it exists (NAVI's own lists
-      too), else written with the pairs that are drawn.
-    keep: matches per pair, the highest weights first.
+    pairs: pair list file: read if it exists (NAVI's lists too), else written
+      with the drawn pairs.
+    keep: number of matches per pair, by highest weight.
     metres: thresholds of the 3D error; recall by angle uses the middle one.
-    pixels: thresholds of the 2D error, in pixels of a view of 512.
-    angles: edges of the bins of the angle between the cameras, in degrees.
+    pixels: thresholds of the 2D error, in pixels of a 512 x 512 view.
+    angles: bin edges of the angle between the cameras, in degrees.
     max_angle: largest angle between the cameras of a pair.
-    stride: step between the frames that begin a pair.
-    count: pairs to use, evenly spaced; of the scenes, the number to render.
+    stride: step between first frames of pairs.
+    count: pairs to use, evenly spaced; for scenes, the number to render.
   """
 
   pairs: str | None = None
@@ -288,7 +288,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     return _PairSet(frames, sample, drawn, digest)
 
   def run(self, encoder: Encoder) -> Result:
-    """Recalls, pooled over pairs and by angle, and their chance."""
+    """Returns recalls, pooled over pairs and by angle, and chance."""
     frames, pairs = self._set.frames, self._set.sample.pairs
     encoder = self._with_mean(encoder)
     options = self._resolve(encoder, frames.layout)
@@ -326,7 +326,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   ) -> Iterator[
     tuple[int, tuple[posed.PosedView, ...], Float32[np.ndarray, "2 h w d"]]
   ]:
-    """Index, views and features of each pair with enough points."""
+    """Yields index, views and features of each pair with enough points."""
     frames, pairs = self._set.frames, self._set.sample.pairs
 
     def read_views(pair: posed.Pair) -> tuple[posed.PosedView | None, ...]:
@@ -356,7 +356,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     frames, sample = self._set.frames, self._set.sample
     default = _DEFAULTS[frames.layout]
     angles = np.array([s.angle for s in scored])
-    # Pairs read from a file: the sampling is unknown.
+    # The sampling of pairs read from a file is unknown.
     pairs = {"pairs_are": "read from the list"}
     if self._set.drawn:
       pairs = {
@@ -377,7 +377,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "data_hash": self._set.digest,
       **frames.metadata,
       "pairs": len(scored),
-      # Those in which a view has fewer than two points.
+      # A view has fewer than two points.
       "pairs_without_points": len(sample.pairs) - len(scored),
       "pairs_by_angle": {
         f"{low:g}-{high:g}": int(((angles >= low) & (angles < high)).sum())
@@ -412,7 +412,7 @@ def _draw_pair(
   errors: PairErrors,
   metres: Sequence[float],
 ) -> np.ndarray:
-  """Matches from the highest weight to the lowest, coloured by correctness."""
+  """Draws matches over the range of weights, coloured by correctness."""
   matches = errors.matches
   chosen = examples.subsample(range(len(matches.first)), _SHEET_MATCHES)
   return plots.draw_matches(

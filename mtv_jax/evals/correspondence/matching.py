@@ -1,8 +1,8 @@
-"""Descriptor matching by nearest neighbours, weighted by the ratio test.
+"""Nearest-neighbour descriptor matching with ratio-test weights.
 
-With d1 and d2 the cosine distances to the nearest and the second nearest
-descriptor of the other image, the weight of a match is 1 - d1 / d2 (Lowe 2004);
-the matches of the highest weight are returned.
+With d1 and d2 the cosine distances to the two nearest descriptors of the second
+image, the weight of a match is 1 - d1 / d2 (Lowe 2004). Matches with the
+highest weights are returned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_QUERIES = 1024  # on the device at a time
 
 @dataclasses.dataclass(frozen=True)
 class PatchMatches:
-  """k matches of cells (row, column), the highest weight first."""
+  """k matches of cells (row, column), by decreasing weight."""
 
   first: Int[np.ndarray, "k 2"]
   second: Int[np.ndarray, "k 2"]
@@ -41,16 +41,16 @@ def match(
   second_valid: Bool[np.ndarray, "s2 t2"],
   keep: int,
 ) -> PatchMatches:
-  """The `keep` matches of the highest weight between two maps of tokens.
+  """The `keep` highest-weight matches between two token maps.
 
-  Features are upsampled to the cells, bicubic with a = -0.75 and half-pixel
-  centres (torch's default), and normalised. Every valid cell of the first map
-  has one match; a cell of the second may have many.
+  Features are upsampled to the cells (bicubic, a = -0.75, half-pixel centres,
+  as in torch) and normalised. Every valid cell of the first map has one match;
+  a cell of the second may have many.
   """
   queries = np.asarray(_upsampled(first, first_valid.shape))[first_valid]
   index, distance = two_nearest(queries, second, valid=second_valid)
   weight = ratio_weights(distance)
-  # Stable: among equal weights the lowest index comes first.
+  # Stable: ties go to the lowest index.
   order = np.argsort(-weight, kind="stable")[:keep]
   cells = np.unravel_index(index[order, 0], second_valid.shape)
   return PatchMatches(
@@ -67,13 +67,12 @@ def two_nearest(
   valid: Bool[np.ndarray, "s t"],
   block_bytes: int = 2**22,
 ) -> tuple[Int[np.ndarray, "n 2"], Float32[np.ndarray, "n 2"]]:
-  """The two valid cells of the highest cosine in an upsampled map.
+  """The two valid cells with the highest cosine in an upsampled map.
 
-  Returns their indices in row-major order and cosine distances (0 to 2), the
-  nearest first. Among equals the lowest index is nearest. A zero vector is at
-  distance 1 from all others. Neither argument need be normalised. Where `valid`
-  has the size of the map, nothing is upsampled. `block_bytes` limits a block of
-  similarities.
+  Returns row-major indices and cosine distances (0 to 2), nearest first. Ties
+  go to the lowest index. A zero vector has distance 1 to every vector. Inputs
+  need not be normalised. No upsampling if `valid` has the map's size.
+  `block_bytes` limits a block of similarities.
   """
   ranking.check_finite(queries=queries, candidates=candidates)
   if valid.sum() < 2:
@@ -107,8 +106,8 @@ def _nearest(queries, candidates, fine, valid, block):
   norm = jnp.maximum(jnp.linalg.norm(fine, axis=-1), 1e-12)  # [S, T]
 
   def nearest_two(query):
-    # Upsamples similarities, not descriptors: the same sums in another order,
-    # for a tenth of the products.
+    # Upsampling similarities instead of descriptors reorders the sums and needs
+    # a tenth of the products.
     scores = jnp.einsum(
       "d,hwd->hw", query, candidates, precision=jax.lax.Precision.HIGHEST
     )
@@ -131,7 +130,7 @@ def _nearest(queries, candidates, fine, valid, block):
 
 
 def _argmax(scores):
-  # Two reductions are three times as fast as argmax on a CPU.
+  # Two reductions are three times faster than argmax on a CPU.
   index = jnp.arange(scores.size, dtype=jnp.int32)
   return jnp.min(jnp.where(scores == scores.max(), index, scores.size - 1))
 
@@ -140,7 +139,7 @@ def _distances(queries, near):
   """Cosine distances of unit `[q, d]` to their two nearest `[q, 2, d]`.
 
   For unit vectors, 1 - cos is half the squared norm of their difference, which
-  does not cancel; and equal candidates have exactly equal distances.
+  avoids cancellation and gives equal candidates exactly equal distances.
   """
   length = jnp.linalg.norm(near, axis=-1, keepdims=True)
   unit = near / jnp.maximum(length, 1e-12)
@@ -152,6 +151,6 @@ def _distances(queries, near):
 def ratio_weights(
   distance: Float[np.ndarray, "n 2"],
 ) -> Float64[np.ndarray, " n"]:
-  """`1 - d1 / d2`, with distances of at least 1e-9."""
+  """`1 - d1 / d2`, with distances clamped to at least 1e-9."""
   distance = np.maximum(np.asarray(distance, np.float64), MIN_DISTANCE)
   return 1 - distance[:, 0] / distance[:, 1]

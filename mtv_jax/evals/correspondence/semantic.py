@@ -1,8 +1,8 @@
 """Semantic correspondence: keypoint transfer between objects of a category.
 
-Each keypoint of one image is transferred to the most similar patch of the other
-(SPair-71k, Min et al. 2019, in Probe3D's protocol, El Banani et al. 2024).
-Images are padded to squares and resized; on them is a grid of G x G normalised
+Each keypoint of the first image is transferred to the most similar patch of the
+second (SPair-71k, Min et al. 2019, in Probe3D's protocol, El Banani et al.
+2024). Images are padded to squares, resized, and encoded as G x G normalised
 patch features:
 
     descriptor = bilinear sample of the first grid, corners aligned
@@ -10,8 +10,8 @@ patch features:
     error      = |predicted - true| / (longer side of the object's box)
     correct    = error < 0.1
 
-with positions and sides as fractions of the padded square's side. As in the
-published protocol, the corner of the patch is compared, not its centre.
+Positions and sides are fractions of the padded square's side. As published, the
+corner of the patch is compared, not its centre.
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ from mtv_jax.utils.errors import InputError
 
 VIEWPOINTS = (0, 1, 2)
 
-# Indices of pairs by category and viewpoint; all of them at viewpoint None.
+# Indices of pairs by category and viewpoint; viewpoint None has all pairs.
 Sample = Mapping[tuple[str, int | None], Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PckRule:
-  """The definition of a correct keypoint, and of the mean over a category.
+  """Definition of a correct keypoint and of the category mean.
 
-  `point`: an error below the threshold; mean over all keypoints. `image`: up to
-  the threshold, mean over pairs of the mean over their keypoints, as in
-  SPair-71k's own results.
+  `point`: error < threshold; mean over all keypoints. `image`: error <=
+  threshold; mean over pairs of the per-pair mean, as in SPair-71k's results.
   """
 
   aggregate: str
@@ -64,12 +63,12 @@ class PckRule:
   def correct(
     self, errors: Float[np.ndarray, "*k"]
   ) -> Float64[np.ndarray, "*k"]:
-    """1 if the error is small enough, else 0."""
+    """1 for correct keypoints, else 0."""
     compare = np.less if self.aggregate == "point" else np.less_equal
     return compare(errors, self.threshold).astype(np.float64)
 
   def terms(self, correct: Float[np.ndarray, " k"]) -> tuple[float, float]:
-    """A pair's terms of the numerator and the denominator of the mean."""
+    """A pair's numerator and denominator terms of the mean."""
     if self.aggregate == "point" or not len(correct):
       return float(correct.sum()), float(len(correct))
     return float(correct.mean()), 1.0
@@ -78,7 +77,7 @@ class PckRule:
 def pad_to_square(
   image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-  """Pads with white at the right or the bottom, then resizes (bicubic)."""
+  """Pads with white on the right or bottom, then resizes (bicubic)."""
   height, width = image.shape[:2]
   side = max(height, width)
   padding = ((0, side - height), (0, side - width), (0, 0))
@@ -89,18 +88,18 @@ def pad_to_square(
 def points_in_square(
   points: Float64[np.ndarray, "k 2"], *, side: int, size: int
 ) -> Float64[np.ndarray, "k 2"]:
-  """Points (x, y) of an image as pixels of its square, rounded down.
+  """Converts points (x, y) to pixels of the square, rounded down.
 
   `side` is the image's longer side, `size` the square's.
   """
-  # The product first: it is exact, and so are whole quotients.
+  # Multiply first: the product is exact, and so are integer quotients.
   return np.floor(points * size / side)
 
 
 def source_points(
   pair: KeyPointPair, *, size: int
 ) -> Float64[np.ndarray, "k 2"]:
-  """The first image's keypoints as pixels of its square."""
+  """The first image's keypoints in pixels of its square."""
   return points_in_square(pair.first_points, side=pair.first_side, size=size)
 
 
@@ -110,15 +109,15 @@ def transfer_points(
   second: int,
   points: Float64[np.ndarray, "k 2"],
 ) -> Int[np.ndarray, "k 2"]:
-  """The most similar patch (column, row) of another image for each point.
+  """Most similar patch (column, row) in the second image for each point.
 
-  Similarities are float32 dot products at the highest matmul precision; the
-  first patch wins a tie. `maps` are normalised and on the device, `first` and
-  `second` indices of the image of the points, (x, y) as fractions of the
-  square's side, and of the other one.
+  Similarities are float32 dot products at the highest matmul precision; ties go
+  to the first patch. `maps` are normalised and on the device; `first` and
+  `second` index them. `points` of the first image are (x, y) as fractions of
+  the square's side.
   """
   count, grid = len(points), maps.shape[2]
-  # Padded to few shapes: SPair's pairs have up to 30 points.
+  # Padded to limit the number of shapes; SPair's pairs have up to 30 points.
   padded = np.zeros((max(32, 1 << (count - 1).bit_length()), 2), np.float32)
   padded[:count] = points * (grid - 1)
   cells = np.asarray(_most_similar(maps, first, second, padded))[:count]
@@ -149,10 +148,10 @@ def _most_similar(maps, first, second, positions):
 def transfer_errors(
   predicted: Float[np.ndarray, "*k 2"], pair: KeyPointPair, *, size: int
 ) -> Float64[np.ndarray, "*k"]:
-  """Distances to the true keypoints over the longer side of the box.
+  """Distances to the true keypoints, over the box's longer side.
 
-  `predicted` are (x, y) in the second image, as fractions of the side of its
-  square, `size` pixels, to which the true keypoints are rounded.
+  `predicted` are (x, y) in the second image as fractions of the square's side.
+  True keypoints are rounded down to pixels of the square, of side `size`.
   """
   true = points_in_square(pair.second_points, side=pair.second_side, size=size)
   box = np.max(pair.second_box[2:] - pair.second_box[:2]) / pair.second_side
@@ -162,7 +161,7 @@ def transfer_errors(
 def uniform_pck(
   pair: KeyPointPair, *, grid: int, size: int, rule: PckRule
 ) -> Float64[np.ndarray, " k"]:
-  """The fraction of all patches that would be correct, for each keypoint."""
+  """Chance: fraction of all patches that would be correct, per keypoint."""
   cells = np.stack(np.meshgrid(np.arange(grid), np.arange(grid)), axis=-1)
   cells = cells.reshape(-1, 1, 2) / grid
   count = len(pair.second_points)
@@ -173,11 +172,10 @@ def uniform_pck(
 def sample_pairs(
   pairs: Sequence[KeyPointPair], *, limit: int, seed: int
 ) -> dict[tuple[str, int | None], tuple[int, ...]]:
-  """Samples pairs of each category, and of each of its viewpoints.
+  """Samples pairs per category, and per category and viewpoint.
 
-  The pairs are shuffled by Python's `random`, reseeded each time, and the
-  first `limit` taken (200, with seed 20, in the published protocol). Viewpoints
-  without a pair are left out.
+  Pairs are shuffled by Python's `random`, reseeded each time, and the first
+  `limit` taken (published: 200, seed 20). Empty viewpoints are omitted.
   """
   members = collections.defaultdict(list)
   for i, pair in enumerate(pairs):
@@ -198,9 +196,9 @@ def average_pck(
   rule: PckRule,
   report: str = "means",
 ) -> Estimate:
-  """Means over categories, of all pairs and by viewpoint; pairs are resampled.
+  """Category means, overall and by viewpoint; errors resample pairs.
 
-  `correct` is for each pair, from `PckRule.correct` or `uniform_pck`;
+  `correct` maps pairs to values of `PckRule.correct` or `uniform_pck`;
   `report="classes"` adds the recall of each category.
   """
   pairs = sorted(set().union(*sample.values()))
@@ -234,25 +232,25 @@ def _average_categories(
   return metrics
 
 
-# Images with features in memory at a time: 1.3 GB of ViT-L's at 50 x 50.
+# Images with features in memory: 1.3 GB for ViT-L at 50 x 50 patches.
 _MAX_IMAGES = 128
-_PAIRS_PER_CLASS = 200  # at most, of a class and a viewpoint
+_PAIRS_PER_CLASS = 200  # limit per class and viewpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class SemanticCorrespondence(CorrespondenceEvaluator):
-  """Recall of keypoints (PCK), by class and by difference of viewpoint.
+  """Keypoint recall (PCK), by class and by viewpoint difference.
 
   `data` is `scenes` or the folder `SPair-71k`; the published `size` is 800.
-  None means the published value for SPair-71k, and for scenes, whose grid is
-  coarser, one that the result's protocol lists.
+  None means the published value for SPair-71k, and a value for the coarser grid
+  of scenes, listed in the result's protocol.
 
   Attributes:
     split: split of SPair-71k.
     threshold: largest error, as a fraction of the longer side of the box.
     aggregate: see `PckRule`.
     seed: seed of the sample of pairs, see `sample_pairs`.
-    report: `means`, or `classes` for the recall of each class too.
+    report: `means`, or `classes` to add the recall of each class.
     count: number of scenes to render.
   """
 
@@ -277,7 +275,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     return data, sample
 
   def run(self, encoder: Encoder) -> Result:
-    """Means over the classes, of all pairs and by viewpoint, and chance."""
+    """Returns class means, overall and by viewpoint, and chance."""
     data, sample = self._set
     encoder = self._with_mean(encoder)
     grid = self._grid(encoder, data.layout)
@@ -309,7 +307,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     size = self._input_size(encoder, 16 * patch if scenes else 800)
     threshold = self.threshold
     if threshold is None:
-      # A patch is 1/16 of a scene's side, and an object about 0.4.
+      # A patch is 1/16 of a scene's side, an object about 0.4.
       threshold = 0.25 if scenes else 0.1
     return _Grid(size, -(-size // patch), PckRule(self.aggregate, threshold))
 
@@ -320,7 +318,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     pairs: Sequence[int],
     grid: _Grid,
   ) -> Iterator[tuple[int, np.ndarray]]:
-    """Index and predicted points of each pair, some classes at a time.
+    """Yields index and predicted points of each pair, grouped by class.
 
     Points are fractions of the square's side.
     """
@@ -382,7 +380,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-  """Side of the square, patches along it, and the rule of a correct match."""
+  """Side of the square, patches per side, and the rule of a correct match."""
 
   size: int
   patches: int
@@ -401,7 +399,7 @@ def _images_of(data: KeyPointPairs, pairs: Sequence[int]) -> list[int]:
 def _group_by_class(
   data: KeyPointPairs, pairs: Sequence[int]
 ) -> Iterator[list[int]]:
-  """Groups of whole classes with up to `_MAX_IMAGES` images if possible."""
+  """Groups whole classes, with up to `_MAX_IMAGES` images if possible."""
   by_class: dict[str, list[int]] = {}
   for i in pairs:
     by_class.setdefault(data.pairs[i].category, []).append(i)
@@ -423,7 +421,7 @@ def _draw_pair(
   correct: np.ndarray,
   size: int,
 ) -> np.ndarray:
-  """Keypoints joined to their predictions, coloured by correctness."""
+  """Draws keypoints and their predictions, coloured by correctness."""
   return plots.draw_matches(
     pad_to_square(data.images[pair.first], size),
     pad_to_square(data.images[pair.second], size),

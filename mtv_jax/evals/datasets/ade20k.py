@@ -1,11 +1,11 @@
-"""Reader of ADE20K for scene parsing: the files of ADEChallengeData2016.
+"""ADE20K scene parsing (ADEChallengeData2016).
 
     images/{training,validation}/ADE_*.jpg
-    annotations/{training,validation}/ADE_*.png     0 other, 1..150 a class
-    objectInfo150.txt                               names
+    annotations/{training,validation}/ADE_*.png     0: unlabelled, 1..150: class
+    objectInfo150.txt                               class names
 
-Where DINOv3's lists `ADE20K_object150_{train,val}.txt` are beside them, they
-select the images.
+DINOv3's lists `ADE20K_object150_{train,val}.txt`, if beside them, select the
+images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError
 
 CLASS_COUNT = 150
-# Folder and list of a split. ADE20K's test set has no public labels.
+# Folder and list of each split. The labels of ADE20K's test set aren't public.
 _SPLITS = {
   "train": ("training", "ADE20K_object150_train.txt"),
   "test": ("validation", "ADE20K_object150_val.txt"),
@@ -32,10 +32,10 @@ _NAME = "ADEChallengeData2016"
 
 
 def find_root(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder of images/ and annotations/: `path`, or one in it.
+  """The folder with images/ and annotations/: `path`, or a folder in it.
 
-  A folder with the release's name may lack parts. COCO may have two folders of
-  these names too, but its annotations are JSON.
+  A folder with the release's name may be incomplete. COCO may have both folders
+  too, but its annotations are JSON.
   """
   for root in (path, path / _NAME):
     if root.name == _NAME and root.is_dir():
@@ -47,14 +47,14 @@ def find_root(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder is ADE20K's, or contains it."""
+  """Whether a folder is or contains ADE20K."""
   return find_root(root) is not None
 
 
 def open_segmentation(
   root: pathlib.Path, *, split: str, count: int | None = None
 ) -> SegmentationSet:
-  """Images of a split that have a map, sorted or in the list's order."""
+  """Images of a split with maps, sorted or in the list's order."""
   folder = find_root(root)
   return files.open_pairs(
     SegmentationSet,
@@ -96,8 +96,8 @@ def _list_files(
 def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
   """The first name of each class; None if objectInfo150.txt is missing.
 
-  Its last column contains synonyms, separated by commas in the official file
-  and by semicolons in others.
+  Its last column has synonyms, separated by commas in the official file and by
+  semicolons elsewhere.
   """
   path = root / "objectInfo150.txt"
   if not path.is_file():
@@ -115,7 +115,7 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
 
 
 def read_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
-  """An annotation's 1..150 as classes 0..149; 0 and 255 become `IGNORE`."""
+  """Maps an annotation's 1..150 to classes 0..149; 0 and 255 to `IGNORE`."""
   values = files.read_class_map(
     path,
     largest=CLASS_COUNT,

@@ -1,15 +1,15 @@
-"""Reader of labelled images in folders of classes.
+"""Labelled images in class folders.
 
 ROOT/CLASS/*.jpg                   one set
-ROOT/wnid_name.JPEG                the same, flat
-ROOT/train/CLASS/*.jpg             with a training set; the other one is
-ROOT/{test,val}/CLASS/*.jpg        called test, val or validation
-ROOT/FOLDER/CLASS/*.jpg            as archives are unpacked, with nothing else
+ROOT/wnid_name.JPEG                one set, flat
+ROOT/train/CLASS/*.jpg             training set
+ROOT/{test,val}/CLASS/*.jpg        test set: test, val or validation
+ROOT/FOLDER/CLASS/*.jpg            an unpacked archive; FOLDER is alone in ROOT
 
-Classes are sorted by name, but numbers by value: ImageNet-V2's folders 0 to
-999 are ImageNet's labels (Recht et al. 2019). Folders of 200 WordNet ids, such
-as ImageNet-A's and -R's (Hendrycks et al. 2021), are a task of their own: by
-default zero-shot classification scores those classes alone.
+Classes are sorted by name, numbers by value: ImageNet-V2's folders 0 to 999 are
+ImageNet's labels (Recht et al. 2019). For 200 WordNet ids, such as ImageNet-A's
+and -R's (Hendrycks et al. 2021), zero-shot classification by default scores
+only these classes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import imagenet
 from mtv_jax.evals.datasets.files import require_layout
 
-# Names of the folder of a split, in order of preference.
+# Folder names of each split, in order of preference.
 SPLITS = {
   "train": ("train", "training"),
   "test": ("test", "val", "validation"),
 }
 WORDNET_ID = re.compile(r"n\d{8}")
 _FLAT = re.compile(r"(n\d{8})_(.+)\.\w+$")
-_SUBSET_COUNT = 200  # classes of ImageNet-A, ImageNet-R and Tiny ImageNet
+_SUBSET_COUNT = 200  # classes in ImageNet-A, ImageNet-R and Tiny ImageNet
 
 
 def has_splits(root: str | os.PathLike) -> bool:
-  """Whether a folder contains folders of classes for training or testing."""
+  """Whether a folder has class folders for training or testing."""
   return any(_split_folder(pathlib.Path(root), split) for split in SPLITS)
 
 
@@ -53,7 +53,7 @@ def open_folder(
   count: int | None = None,
   real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
-  """The images of a folder of classes, see `registry.open_classification`."""
+  """Opens class folders, see `registry.open_classification`."""
   if has_splits(root):
     folder = _split_folder(root, split)
     if folder is None:
@@ -81,7 +81,7 @@ def open_folder(
   ids = tuple(sorted(names, key=int if are_numbers([*names]) else None))
   index = {key: i for i, key in enumerate(ids)}
   rows = examples.subsample(rows, count)
-  # Uncompressed images may have the names and sizes of the test images.
+  # Uncompressed training images may match the test images' names and sizes.
   prefix = ("train",) if split == "train" else ()
   paths = [path for _, _, path in rows]
   return examples.ClassificationSet.from_records(
@@ -103,13 +103,13 @@ def open_folder(
 
 
 def _list_classes(root: pathlib.Path) -> list[tuple[str, str, str]]:
-  """Id, name and path of each image in a folder of classes."""
+  """Id, name and path of each image in class folders."""
   folders = list_folders(root)
   return [(c, c, p) for c in folders for p in _list_images(root / c)]
 
 
 def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
-  """The folder of a split, which contains folders: COCO has a class train."""
+  """Folder of a split, with subfolders: COCO has a class train."""
   for name in SPLITS[split]:
     if (root / name).is_dir() and list_folders(root / name):
       return root / name
@@ -117,13 +117,13 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
 
 
 def list_folders(root: pathlib.Path) -> list[str]:
-  """Names of the folders in a folder, sorted."""
+  """Names of subfolders, sorted."""
   with os.scandir(root) as entries:
     return sorted(e.name for e in entries if e.is_dir())
 
 
 def _list_images(folder: pathlib.Path) -> list[str]:
-  """Paths of a folder's images; strings, as ImageNet has 1.28 million."""
+  """Image paths; strings to save memory, as ImageNet has 1.28 million."""
   with os.scandir(folder) as entries:
     return sorted(
       e.path

@@ -1,13 +1,13 @@
-"""Reader of CLIP_benchmark's folders of tars (github.com/LAION-AI).
+"""CLIP_benchmark's tar folders (github.com/LAION-AI).
 
 ROOT/{train,test}/0.tar ...                  KEY.webp (jpg, png) with KEY.cls,
                                              or with KEY.txt for retrieval
-ROOT/{train,test}/nshards.txt                the number of tars
-ROOT/classnames.txt                          a name per line
-ROOT/zeroshot_classification_templates.txt   a template per line, {c} the name
-ROOT/dataset_type.txt                        `retrieval`; or missing
+ROOT/{train,test}/nshards.txt                number of tars
+ROOT/classnames.txt                          one name per line
+ROOT/zeroshot_classification_templates.txt   one template per line, {c}: name
+ROOT/dataset_type.txt                        `retrieval`, or missing
 
-KEY.cls is the number of the class, KEY.txt has a caption per line.
+KEY.cls is the class index; KEY.txt has one caption per line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 
 
 class _Record(NamedTuple):
-  """An image of a tar, and its .cls or .txt."""
+  """An image in a tar, and its .cls or .txt."""
 
   key: str
   tar: pathlib.Path
@@ -37,17 +37,17 @@ class _Record(NamedTuple):
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder has tars in a folder of a split."""
+  """Whether a folder has tars in a split folder."""
   return any(has_split(root, split) for split in ("train", "test"))
 
 
 def has_split(root: pathlib.Path, split: str) -> bool:
-  """Whether a folder has the tars of a split."""
+  """Whether a folder has tars of a split."""
   return any((root / split).glob("*.tar"))
 
 
 def is_retrieval(root: pathlib.Path) -> bool:
-  """Whether the images have captions instead of classes."""
+  """Whether the images have captions, not classes."""
   path = root / "dataset_type.txt"
   return path.is_file() and foreign.read_text(path).strip() == "retrieval"
 
@@ -55,7 +55,7 @@ def is_retrieval(root: pathlib.Path) -> bool:
 def open_classification(
   root: pathlib.Path, *, split: str, count: int | None = None
 ) -> examples.ClassificationSet:
-  """The images of a split, with the names and templates of the folder."""
+  """Images of a split, with the folder's class names and templates."""
   if is_retrieval(root):
     raise NotApplicable(
       f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
@@ -91,7 +91,7 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
-  """The images of a split with their captions."""
+  """Images of a split with their captions."""
 
   def captions(row: _Record) -> tuple[str, ...]:
     lines = [line.strip() for line in row.label.splitlines()]
@@ -115,7 +115,7 @@ def _read_image(row: _Record) -> np.ndarray:
 
 
 def _read_records(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
-  """The records of a split that have an image and a file with `suffix`."""
+  """Records of a split with both an image and a `suffix` file."""
   records = [
     row for tar in _list_tars(root, split) for row in _scan(tar, suffix)
   ]
@@ -127,7 +127,7 @@ def _read_records(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
 
 
 def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
-  """The tars 0.tar to N.tar of a split, N from nshards.txt where it exists."""
+  """Tars of a split; their number is in nshards.txt, if it exists."""
   folder = root / split
   if not has_split(root, split):
     files.require_layout(root, [f"{split}/*.tar"], what="CLIP_benchmark's data")
@@ -148,7 +148,7 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
 
 
 def _scan(tar: pathlib.Path, suffix: str) -> Iterator[_Record]:
-  """The records of a tar, in the order of their first members."""
+  """Records of a tar, in the order of their first members."""
   groups: dict[str, dict[str, tar_scan.Span]] = {}
   for name, span in tar_scan.members(tar):
     key, extension = tar_scan.split_name(name)

@@ -1,17 +1,17 @@
-"""Readers of COCO and Flickr30k: captions, Karpathy's splits, instances.
+"""COCO and Flickr30k: captions, Karpathy's splits, instances.
 
 captions_*.json      COCO's captions (Chen et al. 2015)
-*_karpathy.json      Karpathy's test split of COCO in that form, as
-                     CLIP_benchmark has it
+*_karpathy.json      Karpathy's test split of COCO in that format, from
+                     CLIP_benchmark
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
 *.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
                      Kaggle's results.csv, or CLIP_benchmark's "image,caption"
 instances_*.json     COCO's boxes (Lin et al. 2014)
-FOLDER               the first of `CAPTION_FILES` in it, for captions, and
-                     annotations/instances_val2017.json for boxes
+FOLDER               captions: the first of `CAPTION_FILES` in it; boxes:
+                     annotations/instances_val2017.json
 
-The folder of images (val2017/, val2014/, flickr30k-images/, ...) is beside the
-file or above its folder, or given.
+The image folder (val2017/, val2014/, flickr30k-images/, ...) is beside the file
+or its folder, or passed as `images`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError
 
-# Files of captions in a folder, in order of preference: Karpathy's test split,
-# on which retrieval is published, first.
+# Caption files in a folder, in order of preference: Karpathy's test split, the
+# published retrieval split, comes first.
 CAPTION_FILES = (
   "coco_test_karpathy.json",
   "dataset_coco.json",
@@ -66,12 +66,12 @@ Rows = Sequence[tuple[str, list[str]]]
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder has a folder of annotations."""
+  """Whether a folder has an annotations/ folder."""
   return (root / "annotations").is_dir()
 
 
 def find_captions(path: pathlib.Path) -> pathlib.Path | None:
-  """A file of captions: `path` itself, or the first of a folder."""
+  """The caption file: `path` itself, or the first match in a folder."""
   if path.is_dir():
     files_of = (path / name for name in CAPTION_FILES)
     return next((file for file in files_of if file.is_file()), None)
@@ -80,7 +80,7 @@ def find_captions(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def read_annotations(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file; NotApplicable for JSON of another type."""
+  """Reads a JSON object; NotApplicable for other JSON types."""
   content = foreign.read_untrusted_json(path)
   if not isinstance(content, dict):
     raise NotApplicable(
@@ -97,7 +97,7 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
-  """Captioned images of a file of captions, see `registry.open_captions`."""
+  """Opens a caption file, see `registry.open_captions`."""
   stem = path.stem.removeprefix("captions_")
   if path.suffix == ".json":
     content = read_annotations(path)
@@ -158,7 +158,7 @@ def _karpathy_rows(
   images = foreign.read_rows(path, content, "images", fields)
   for row in images:
     if row["split"] == split:
-      folder = str(row.get("filepath") or "")  # Flickr30k has none.
+      folder = str(row.get("filepath") or "")  # Missing in Flickr30k.
       name = pathlib.PurePosixPath(folder, row["filename"])
       texts = foreign.read_rows(path, row, "sentences", {"raw": str})
       rows.append((str(name), [text["raw"] for text in texts]))
@@ -169,7 +169,7 @@ def _karpathy_rows(
 
 
 def _flickr_rows(path: pathlib.Path) -> Rows:
-  """File name and captions of each image of a text file of captions."""
+  """File name and captions of each image in a text file."""
   lines = foreign.read_text(path).splitlines() or [""]
   header = "" if _JPEG.search(lines[0]) else lines.pop(0)
   if "|" in header:
@@ -197,7 +197,7 @@ def _flickr_rows(path: pathlib.Path) -> Rows:
 
 
 def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-  """The first object of a list in a JSON; empty if there is none."""
+  """The first object of a list in JSON content; empty if missing."""
   rows = content.get(key)
   row = rows[0] if isinstance(rows, list) and rows else None
   return row if isinstance(row, dict) else {}
@@ -209,9 +209,9 @@ def _find_images(
   stem: str,
   names: Sequence[str],
 ) -> list[pathlib.Path]:
-  """Paths in the given folder, or in the first usual one that has an image.
+  """Image paths in the given folder, or in the first usual folder with images.
 
-  `stem` is the name of the usual one, such as val2017.
+  `stem` is the preferred folder name, such as val2017.
   """
   if given is not None:
     folders = [pathlib.Path(given)]
@@ -247,9 +247,9 @@ def open_boxes(
 ) -> examples.BoxSet:
   """Images and boxes of COCO's instances.
 
-  Crowds, boxes thinner than a pixel and images without annotations, which are
-  unlabelled rather than empty, are left out. `path` is the JSON or COCO's
-  folder; see `registry.open_boxes`.
+  Drops crowds, boxes thinner than a pixel, and images without annotations
+  (unlabelled, not empty). `path` is the JSON or COCO's folder; see
+  `registry.open_boxes`.
   """
   if path.is_dir():
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
@@ -338,14 +338,14 @@ def _is_box(values: Sequence[Any]) -> bool:
 def _corners(
   bbox: Sequence[float | int], info: Mapping[str, Any]
 ) -> np.ndarray:
-  """(x, y, width, height) in pixels to corners in the unit square."""
+  """Converts (x, y, width, height) in pixels to unit-square corners."""
   x, y, width, height = bbox
   size = np.tile((info["height"], info["width"]), 2)
   return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)
 
 
 def _read_checked(path: pathlib.Path, info: Mapping[str, Any]) -> np.ndarray:
-  """The image; InputError if its size differs from the annotated one."""
+  """Reads an image; InputError if its size differs from the annotated size."""
   image = examples.read_image(path)
   if image.shape[:2] != (info["height"], info["width"]):
     raise InputError(

@@ -1,11 +1,11 @@
-"""Reader of DAVIS 2017 (Pont-Tuset et al. 2017), semi-supervised, 480p.
+"""DAVIS 2017 (Pont-Tuset et al. 2017), semi-supervised, 480p.
 
-ROOT/ImageSets/2017/val.txt              names of videos
+ROOT/ImageSets/2017/val.txt              video names
 ROOT/JPEGImages/480p/NAME/00000.jpg
-ROOT/Annotations/480p/NAME/00000.png     of a palette: 0 background, 1.. objects
+ROOT/Annotations/480p/NAME/00000.png     palette: 0 background, 1.. objects
 
-ROOT is the archive's folder DAVIS, or the one that contains it. The value 255
-is background, as in the official evaluation.
+ROOT is the archive's folder DAVIS, or its parent. The value 255 is background,
+as in the official evaluation.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from mtv_jax.utils.errors import InputError
 
 _IMAGES, _MASKS = "JPEGImages/480p", "Annotations/480p"
 _LIST = "ImageSets/2017/val.txt"
-# Scored frames lie between the first, which is given, and the last.
+# Scored frames exclude the first, whose masks are given, and the last.
 MIN_FRAMES = 3
 
 
 def find_root(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder of JPEGImages/480p: `path`, or DAVIS in it."""
+  """The folder with JPEGImages/480p: `path`, or DAVIS in it."""
   roots = (path, path / "DAVIS")
   return next((root for root in roots if (root / _IMAGES).is_dir()), None)
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder is DAVIS, or contains it."""
+  """Whether a folder is or contains DAVIS."""
   return find_root(root) is not None
 
 
 def open_videos(
   root: pathlib.Path, *, count: int | None = None
 ) -> examples.VideoSet:
-  """The validation videos with their masks, see `registry.open_videos`."""
+  """Validation videos with masks, see `registry.open_videos`."""
   folder = find_root(root)
   files.require_layout(
     folder,

@@ -1,4 +1,4 @@
-"""Files of data sets: layouts, image-label pairs, JSON, PNGs of values."""
+"""Files of data sets: layouts, image-label pairs, lists, label images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtv_jax.utils.text import list_first
 
 
 class LabelledFile(NamedTuple):
-  """An image file and its label file: a depth map, a class map, a sweep."""
+  """An image file and its label file (depth map, class map or sweep)."""
 
   image: pathlib.Path
   label: pathlib.Path
@@ -36,7 +36,7 @@ def open_pairs(
   name: str,
   **fields: Any,
 ) -> Any:
-  """A data set of image files and label files."""
+  """Opens a data set of image files and label files."""
   files = examples.subsample(files, count)
   require_files([path for pair in files for path in pair], name)
   labels = examples.LazySequence(lambda i: read_label(files[i]), len(files))
@@ -68,10 +68,10 @@ def require_files(
 def require_layout(
   root: str | os.PathLike, expected: Sequence[str], *, what: str
 ) -> pathlib.Path:
-  """The folder of a data set; MissingFileError if files are missing.
+  """Returns a data set's folder; MissingFileError if files are missing.
 
   `expected` are glob patterns that need a match, such as
-  `images/training/*.jpg`, `what` the data set's name and its origin.
+  `images/training/*.jpg`; `what` is the data set's name and origin.
   """
   root = pathlib.Path(root)
   states = {p: "present" if any(root.glob(p)) else "missing" for p in expected}
@@ -87,10 +87,10 @@ def require_layout(
 def unknown_layout(
   data: str | os.PathLike, expected: str
 ) -> MissingFileError | NotApplicable:
-  """The error for data that no reader of an evaluation recognises.
+  """Builds the error for data that an evaluation can't read.
 
-  A path that does not exist is a mistake. Other data may suit another
-  evaluation, and a pattern of tars always does. `expected` describes, in whole
+  A missing path is a MissingFileError. An existing path or a tar pattern is
+  NotApplicable, since another evaluation may read it. `expected` says, in full
   sentences, what the evaluation reads.
   """
   text = os.fspath(data)
@@ -114,13 +114,13 @@ def _list_folder(root: pathlib.Path) -> str:
 def find_list(
   root: pathlib.Path, names: Iterable[str], split: str
 ) -> pathlib.Path | None:
-  """The first existing file of `names`, which contain `{split}`."""
+  """The first existing file of `names`, templates with `{split}`."""
   paths = [root / name.format(split=split) for name in names]
   return next((path for path in paths if path.is_file()), None)
 
 
 def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
-  """Image and depth of each line "rgb depth focal", as relative paths."""
+  """Relative paths of image and depth from lines "rgb depth focal"."""
   rows = [line.split() for line in foreign.read_text(path).splitlines() if line]
   bad = [row for row in rows if len(row) not in (2, 3)]
   if bad or not rows:
@@ -133,7 +133,7 @@ def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
-  """The bytes of a member of a tar."""
+  """Reads the bytes of a tar member."""
   with path.open("rb") as file:
     file.seek(span.offset)
     return file.read(span.size)
@@ -142,14 +142,14 @@ def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
 def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   """Reads a single-channel image, `[h, w]`.
 
-  `modes` are the accepted ones by Pillow's names, by default "L" (8 bits) and
-  "I;16" (16 bits); "P" has indices of a palette. Raises InputError for others.
+  `modes` are the accepted Pillow modes, by default "L" (8 bits) and "I;16" (16
+  bits); "P" returns palette indices. Raises InputError for any different mode.
   """
   modes = modes or ("L", "I;16")
   try:
     with PIL.Image.open(path) as image:
       mode, values = image.mode, np.asarray(image)
-  # Pillow raises errors of many types for damaged files.
+  # Pillow raises many error types for damaged files.
   except Exception as error:
     raise InputError(f"{path} can't be read as an image: {error}") from None
   if mode not in modes:
@@ -163,10 +163,10 @@ def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
 def read_class_map(
   path: pathlib.Path, *, largest: int, hint: str
 ) -> UInt8[np.ndarray, "h w"]:
-  """The classes in an image of one channel or of a palette.
+  """Reads classes from a single-channel or palette image.
 
-  Raises InputError for classes above `largest` except `IGNORE`, with `hint` as
-  the last sentence.
+  Raises InputError for classes above `largest` except `IGNORE`; `hint` is its
+  last sentence.
   """
   values = read_channel(path, "L", "P")
   unknown = values[(values > largest) & (values != examples.IGNORE)]

@@ -1,18 +1,18 @@
-"""Readers of ImageNet's official validation set, of ReaL and of ObjectNet.
+"""ImageNet's validation set, ReaL, and ObjectNet.
 
-ROOT/ILSVRC2012_val_00000001.JPEG ...  flat, also in ROOT/val/, or unpacked not
-ROOT/ILSVRC2012_img_val.tar            at all; beside the devkit, as a folder
-ROOT/ILSVRC2012_devkit_t12.tar.gz      or as its archive
+ROOT/ILSVRC2012_val_00000001.JPEG ...  flat images, also in ROOT/val/
+ROOT/ILSVRC2012_img_val.tar            or the tar
+ROOT/ILSVRC2012_devkit_t12.tar.gz      devkit, as archive or folder
 
-ROOT/images/FOLDER/*.png               ObjectNet (Barbu et al. 2019): with
-ROOT/mappings/*                        folders of images and four mappings
+ROOT/images/FOLDER/*.png               ObjectNet (Barbu et al. 2019): image
+ROOT/mappings/*                        folders and four mappings
 
 real.json                              ReaL (Beyer et al. 2020): a list of
                                        labels for each validation image
 
-Labels are positions in the sorted list of the 1000 WordNet ids, the order of
-the prompts and of PyTorch, and not the devkit's `ILSVRC2012_ID`. ImageNet-V2,
--A, -R and -Sketch are folders of classes, see `class_folders.py`.
+Labels are indices into the sorted 1000 WordNet ids, the order of the prompts
+and of PyTorch, not the devkit's `ILSVRC2012_ID`. ImageNet-V2, -A, -R and
+-Sketch are class folders, see `class_folders.py`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _EXPECTED = (
 
 
 def matches_validation(path: pathlib.Path) -> bool:
-  """Whether a path is, or contains, the flat validation images or their tar."""
+  """Whether a path is or contains the flat validation images or their tar."""
   return _find_images(path) is not None
 
 
 def _find_images(path: pathlib.Path) -> pathlib.Path | None:
-  """The tar or the folder of the flat images."""
+  """The tar or the folder of flat images."""
   if path.is_file():
     return path if path.name == _TAR else None
   for folder in (path, path / "val"):
@@ -68,7 +68,7 @@ def open_validation(
   count: int | None = None,
   real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
-  """The flat validation images with the devkit's labels."""
+  """Flat validation images with the devkit's labels."""
   source = _find_images(path)
   ids, names, truth = _read_devkit(source)
   if source.is_file():
@@ -108,7 +108,7 @@ def open_validation(
 def _read_devkit(
   images: pathlib.Path,
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
-  """Sorted WordNet ids, their first names, and the label of each image."""
+  """Sorted WordNet ids, first names, and the label of each image."""
   reader = _find_devkit(images)
   meta, truth = reader("meta.mat"), reader(_TRUTH)
   synsets = _read_synsets(meta, f"{_DEVKIT}/data/meta.mat")
@@ -130,7 +130,7 @@ def _read_devkit(
 
 
 def _find_devkit(images: pathlib.Path) -> Callable[[str], bytes]:
-  """A function that reads a file of the devkit's data/."""
+  """Returns a function that reads a file of the devkit's data/."""
   for folder in (images, *images.parents[:2]):
     data = folder / _DEVKIT / "data"
     if data.is_dir():
@@ -159,7 +159,7 @@ def _read_archived(archive: pathlib.Path, name: str) -> bytes:
 
 
 def _read_synsets(meta: bytes, name: str) -> dict[int, tuple[str, str]]:
-  """By ILSVRC2012_ID, WordNet id and first name of synsets without children."""
+  """WordNet id and first name of leaf synsets, by ILSVRC2012_ID."""
   import scipy.io
 
   try:
@@ -170,7 +170,7 @@ def _read_synsets(meta: bytes, name: str) -> dict[int, tuple[str, str]]:
       int(row["ILSVRC2012_ID"]): (str(row["WNID"]), _first_name(row["words"]))
       for row in leaves
     }
-  # SciPy's reader raises errors of many types for a corrupt file.
+  # SciPy's reader raises many error types for a corrupt file.
   except Exception as error:
     raise InputError(
       f"{name} is not ImageNet's: {error}; expected a struct array `synsets` "
@@ -185,7 +185,7 @@ def _first_name(words: Any) -> str:
 def read_real(
   path: str | os.PathLike, names: Sequence[str | os.PathLike]
 ) -> tuple[tuple[int, ...], ...]:
-  """ReaL's labels of validation images, by their file names."""
+  """ReaL's labels of validation images, looked up by file name."""
   path = pathlib.Path(path)
   if not path.is_file():
     raise MissingFileError(
@@ -226,7 +226,7 @@ _BORDER = 2  # red pixels around ObjectNet's images
 
 
 def find_objectnet(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder of images/ and mappings/: `path`, or objectnet-1.0 in it."""
+  """The folder with images/ and mappings/: `path`, or objectnet-1.0 in it."""
   for root in (path, path / "objectnet-1.0"):
     if any((root / "mappings" / name).is_file() for name in _MAPPINGS):
       return root
@@ -236,10 +236,10 @@ def find_objectnet(path: pathlib.Path) -> pathlib.Path | None:
 def open_objectnet(
   path: pathlib.Path, *, count: int | None = None
 ) -> examples.ClassificationSet:
-  """ObjectNet's images of the classes that ImageNet has too.
+  """ObjectNet's images of classes shared with ImageNet.
 
-  The classes are ObjectNet's, in the order of their folders. `groups` has the
-  labels of ImageNet that each stands for.
+  Classes are ObjectNet's, in folder order; `groups` maps each to its ImageNet
+  labels.
   """
   root = find_objectnet(path)
   expected = [f"mappings/{name}" for name in _MAPPINGS]
@@ -283,14 +283,14 @@ def open_objectnet(
 def _read_mappings(
   root: pathlib.Path,
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-  """ObjectNet's name and ImageNet's labels of each overlapping folder."""
+  """ObjectNet name and ImageNet labels of each overlapping folder."""
   folder_names = _read_object(root / _FOLDERS, str)
   overlap = _read_object(root / _OVERLAP, str)
   order = _read_object(root / _ORDER, int)
   lines = foreign.read_text(root / _NAMES).splitlines()
   lines = [line.strip() for line in lines if line.strip()]
   labels = {number: label for label, number in order.items()}
-  # Both the labels and their lines are 0 to 999.
+  # Labels and line numbers are both 0 to 999.
   numbers = [*range(len(lines))]
   if sorted(labels) != numbers or sorted(order) != sorted(map(str, numbers)):
     raise InputError(
@@ -315,7 +315,7 @@ def _read_mappings(
 
 
 def _read_object(path: pathlib.Path, kind: type) -> Mapping[str, Any]:
-  """A JSON object whose values are of `kind`."""
+  """Reads a JSON object with values of type `kind`."""
   content = foreign.read_untrusted_json(path)
   if (
     not isinstance(content, dict)

@@ -1,13 +1,13 @@
-"""Reader of KITTI's depth (Geiger et al. 2013; Uhrig et al. 2017).
+"""KITTI depth (Geiger et al. 2013; Uhrig et al. 2017).
 
   LISTS   kitti_eigen_{train,test}_files_with_gt.txt or
           kitti_eigen_{train,test}.txt, lines "rgb depth focal";
           raw_data/DATE/DRIVE/image_02/data/N.{png,jpg} and
           data_depth_annotated/{train,val}/DRIVE/proj_depth/groundtruth/...:
-          depth of several sweeps, 16 bits, value / 256 in metres
+          16-bit depth from several sweeps, value / 256 in metres
   OBJECT  training/{image_2,velodyne,calib}: depth of one sweep, projected here
 
-Of the 697 images that Eigen et al. (2014) test on, 652 have a map.
+652 of the 697 test images of Eigen et al. (2014) have a map.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LISTS = (
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder looks like KITTI, with depth or without."""
+  """Whether a folder looks like KITTI, with or without depth."""
   return has_depth(root) or (root / "training" / "image_2").is_dir()
 
 
@@ -55,8 +55,8 @@ def open_depth(
 ) -> DepthSet:
   """One split, see `registry.open_depth`.
 
-  `subset` selects from a list: all images, or those whose map is in `train` or
-  `val` of the annotated depth. MiDaS tests on `val`: 161 images.
+  `subset` selects from a list: `all` images, or images with a map in `train` or
+  `val` of the annotated depth. MiDaS tests on `val` (161 images).
   """
   listing = files.find_list(root, _LISTS, split)
   if listing is not None:
@@ -84,7 +84,7 @@ def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
   root, pairs, missing = path.parent, [], []
   for image, depth in files.read_file_list(path):
     if depth != "None":
-      # The lists leave out the part that a map is in.
+      # The lists omit the part that contains the map.
       parts = ("data_depth_annotated/train", "data_depth_annotated/val")
       maps = [root / p / depth for p in (*parts, "train", "val")]
       label = next((p for p in maps if p.is_file()), None)
@@ -116,7 +116,7 @@ def _read_map(pair: LabelledFile) -> np.ndarray:
 
 
 def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
-  """Path of a line's image, which is often stored as JPEG."""
+  """Path of a listed image, which may be stored as JPEG."""
   paths = [
     (root / folder / name).with_suffix(suffix)
     for folder in ("raw_data", "")
@@ -151,7 +151,7 @@ def _open_object(root: pathlib.Path, count: int | None) -> DepthSet:
 
 
 def _read_sweep(pair: LabelledFile) -> np.ndarray:
-  # Only the header is read for the size.
+  # Reads only the header.
   with PIL.Image.open(pair.image) as image:
     width, height = image.size
   values = np.fromfile(pair.label, np.float32)
@@ -168,7 +168,7 @@ def _read_sweep(pair: LabelledFile) -> np.ndarray:
 def read_calibration(
   path: pathlib.Path,
 ) -> dict[str, Float64[np.ndarray, "3 n"]]:
-  """Matrices `[3, 3]` and `[3, 4]` of a calibration file, by name."""
+  """Reads the `[3, 3]` and `[3, 4]` matrices of a calibration file, by name."""
   if not path.is_file():
     raise MissingFileError(f"{path}: this frame has no calibration")
   matrices = {}
@@ -194,15 +194,15 @@ def project_points(
   *,
   size: tuple[int, int],
 ) -> Float32[np.ndarray, "{size[0]} {size[1]}"]:
-  """The depth map of a laser sweep in the left colour camera.
+  """Projects a laser sweep to a depth map of the left colour camera.
 
       z (u, v, 1) = P2 [R0_rect (Tr_velo_to_cam [X; 1]); 1]
 
-  (the object benchmark's devkit). Pixels are centred at integers; of several
-  points in one, the nearest counts, as the others may be hidden behind it.
+  (the object benchmark's devkit). Pixels are centred at integers; the nearest
+  of several points in a pixel counts, as it may occlude the rest.
 
-  Points are in the laser's frame, depth is along the optical axis, both in
-  metres; depth is 0 where no point is. `size` is the image's.
+  Points are in the laser's frame and depth is along the optical axis, both in
+  metres; pixels without points are 0. `size` is the image size.
   """
   ones = np.ones((len(points), 1))
   homogeneous = np.concatenate([np.asarray(points, np.float64), ones], axis=1)

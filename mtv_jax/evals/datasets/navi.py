@@ -1,11 +1,12 @@
-"""Reader of NAVI: images of objects with depth and pose (Jampani et al. 2023).
+"""NAVI: images of objects with depth and pose (Jampani et al. 2023).
 
     ROOT/OBJECT/wild_set/{annotations.json, images/000.jpg, depth/000.png}
     ROOT/OBJECT/multiview_00_MODEL/...   (v1.0)
     ROOT/OBJECT/multiview-00-MODEL/...   (v1.5)
 
-Annotations give the pose (a quaternion w, x, y, z and millimetres, world to
-camera) and the focal length in pixels. Depth is a 16-bit PNG of inverse depth.
+Annotations have the world-to-camera pose (quaternion w, x, y, z; translation in
+millimetres) and the focal length in pixels. Depth is a 16-bit PNG of inverse
+depth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mtv_jax.evals.datasets.posed import PosedFrames, open_frames
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 SUBSETS = ("wild_set", "multiview")
-# Inverse depth 65535 is 10 / mm; in metres, depth is this over the value.
+# Inverse depth 65535 is 10 / mm, so depth in metres is _SCALE / value.
 _SCALE = 65535 * 10 / 1000
 _MULTIVIEW = re.compile(r"multiview[_-]")
 
@@ -35,12 +36,11 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
-  """All objects' images of one kind, sorted by name.
+  """All objects' images of one subset, sorted by name.
 
-  Objects without a multiview folder are left out, as in the published protocol,
-  unless none has one. Images are rotated by their EXIF. `subset` is `wild_set`
-  (the published figures: an object before many backgrounds) or `multiview`
-  (each capture is a group).
+  Drops objects without a multiview folder, as published, unless all lack one.
+  Images are rotated by their EXIF. `subset` is `wild_set` (published: objects
+  in front of many backgrounds) or `multiview` (each capture is a group).
   """
   check_choice("NAVI: subset", subset, SUBSETS)
   pattern = "wild_set" if subset == "wild_set" else "multiview*"
@@ -58,7 +58,7 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
     folder
     for p in whole
     for folder in ([p / "wild_set"] if subset == "wild_set" else _captures(p))
-    # One of the 36 objects has no wild set.
+    # One of the 36 objects lacks a wild set.
     if folder.is_dir()
   ]
   pairs, cameras, poses, groups = [], [], [], []
@@ -97,7 +97,7 @@ def _files(folder: pathlib.Path, row: dict[str, Any]) -> LabelledFile:
 
 
 def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The images of a folder, sorted by file name; all their files exist."""
+  """Annotations of a folder, sorted by file name; checks that files exist."""
   path = folder / "annotations.json"
   if not path.is_file():
     raise MissingFileError(
@@ -128,7 +128,7 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
-  """Metres of a 16-bit depth PNG, 0 for the background."""
+  """Reads a 16-bit depth PNG in metres; background is 0."""
   value = files.read_channel(path, "I;16")
   metres = np.float32(_SCALE) / np.maximum(value, 1)
   return np.where(value > 0, metres, 0).astype(np.float32)
@@ -150,7 +150,7 @@ def _pose(
 
 
 def rotation_of(q: Float[np.ndarray, "4"]) -> Float64[np.ndarray, "3 3"]:
-  """Rotation matrix for a quaternion (w, x, y, z), of any length."""
+  """Rotation matrix of a quaternion (w, x, y, z) of any norm."""
   w, x, y, z = np.asarray(q, np.float64) / np.linalg.norm(q)
   return np.array(
     [

@@ -1,17 +1,16 @@
-"""Reader of NYU Depth V2 (Silberman et al. 2012): depth and 40 classes.
+"""NYU Depth V2 (Silberman et al. 2012): depth and 40 classes.
 
   LISTS     nyudepthv2_{train,test}_files_with_gt.txt or nyu_{train,test}.txt,
-            lines "rgb depth focal", with the files they name: the one of BTS,
-            AdaBins, DINOv2 and DINOv3. Raw depth in mm, 16 bits
-  MARIGOLD  {train,test}/SCENE/{rgb,depth,filled}_NNNN.png, in mm, 16 bits
-  IDS       nyu_images/ID.jpg, nyu_depths/ID.png, {train,test}.txt: filled
-            depth of 8 bits, value / 25.5 in metres; nyu_labels40/ID.png:
-            classes
+            lines "rgb depth focal", with the listed files; the layout of BTS,
+            AdaBins, DINOv2 and DINOv3. 16-bit raw depth in mm
+  MARIGOLD  {train,test}/SCENE/{rgb,depth,filled}_NNNN.png, 16 bits, in mm
+  IDS       nyu_images/ID.jpg, nyu_depths/ID.png, {train,test}.txt: 8-bit
+            filled depth, value / 25.5 in metres; nyu_labels40/ID.png: classes
   MAT       nyu_depth_v2_labeled.mat and splits.mat, as released
   TFDS      nyu_depth_v2: filled depth rounded to float16 (7.8 mm at 8 m)
 
-Raw depth is what the sensor measured, filled depth has no holes; figures on one
-are not comparable with figures on the other.
+Raw depth is the sensor's measurement; filled depth is inpainted. Figures on raw
+and filled depth are not comparable.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError, import_extra
 
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
-# Where the lists' paths begin in the folders that BTS's scripts write.
+# Roots of the lists' paths in the folders that BTS's scripts write.
 _PREFIXES = ("", "sync", "official_splits/{split}")
 _MAT = "nyu_depth_v2_labeled.mat"
 
-# The 40 classes of Gupta et al. 2013 without the last, "otherprop", which in
-# these files is one number with unlabelled pixels.
+# The 40 classes of Gupta et al. 2013 without the last, "otherprop": these files
+# use its number for unlabelled pixels too.
 _CLASSES = (
   "wall,floor,cabinet,bed,chair,sofa,table,door,window,bookshelf,picture,"
   "counter,blinds,desk,shelves,curtain,dresser,pillow,mirror,floor mat,clothes,"
@@ -59,7 +58,7 @@ def has_depth(root: pathlib.Path) -> bool:
 
 
 def has_segmentation(root: pathlib.Path) -> bool:
-  """Whether a folder looks like the one with class maps."""
+  """Whether a folder looks like the layout with class maps."""
   return any((root / name).is_dir() for name in ("nyu_images", "nyu_labels40"))
 
 
@@ -77,8 +76,8 @@ def open_depth(
 ) -> examples.DepthSet:
   """One split, see `registry.open_depth`.
 
-  `root` is a folder of one of the layouts, or the .mat file; `truth` is `raw`,
-  the default, or `filled` depth, of layouts with both.
+  `root` is a folder in one of the layouts, or the .mat file; `truth` is `raw`
+  (default) or `filled` depth, for layouts with both.
   """
   if root.is_file() or (root / _MAT).is_file():
     return _open_mat(root, split, count, truth or "raw")
@@ -118,7 +117,7 @@ def _check_truth(given: str | None, available: str, layout: str) -> None:
 
 
 def _listed_files(path: pathlib.Path, split: str) -> list[LabelledFile]:
-  """The pairs of a list, whose paths may begin with a slash."""
+  """The pairs in a list file."""
   rows = files.read_file_list(path)
   roots = [path.parent / p.format(split=split) for p in _PREFIXES]
   root = next((r for r in roots if (r / rows[0][0]).is_file()), path.parent)
@@ -143,7 +142,7 @@ def _marigold_files(
 def _numbered_files(
   root: pathlib.Path, split: str, labels: str
 ) -> list[LabelledFile]:
-  """The pairs of a split whose files are named by number."""
+  """The pairs of a split in the IDS layout."""
   files.require_layout(
     root,
     ("nyu_images/*.jpg", f"{labels}/*.png", f"{split}.txt"),
@@ -156,7 +155,7 @@ def _numbered_files(
 
 
 def _read_ids(path: pathlib.Path) -> list[int]:
-  """0-based numbers in the .mat file: the first word of each line."""
+  """0-based indices into the .mat file: the first word of each line."""
   lines = [
     line for line in foreign.read_text(path).splitlines() if line.strip()
   ]
@@ -176,7 +175,7 @@ def _open_mat(
   file = _open_hdf5(path)
   key = "depths" if truth == "filled" else "rawDepths"
 
-  # HDF5 gives MATLAB's arrays with their axes reversed: [n, channel, x, y].
+  # HDF5 reverses the axes of MATLAB's arrays: [n, channel, x, y].
   return _open_arrays(
     lambda i: file["images"][ids[i]].T,
     lambda i: file[key][ids[i]].T,
@@ -224,14 +223,14 @@ def _open_hdf5(path: pathlib.Path) -> Any:
 
 
 def _mat_split(root: pathlib.Path, split: str) -> list[int]:
-  """0-based numbers of a split's images."""
+  """0-based indices of a split's images."""
   if (root / "splits.mat").is_file():
     import scipy.io
 
     path, name = root / "splits.mat", f"{split}Ndxs"
     try:
       return [int(i) - 1 for i in np.ravel(scipy.io.loadmat(path)[name])]
-    # SciPy's reader raises errors of many types for a corrupt file.
+    # SciPy's reader raises many error types for a corrupt file.
     except Exception as error:
       raise InputError(
         f"{path}: {type(error).__name__}: {error}; expected the numbers {name}"
@@ -245,9 +244,9 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
 def open_tfds(
   config: Mapping[str, Any], *, split: str, count: int | None = None
 ) -> examples.DepthSet:
-  """`{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
+  """Opens `{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
 
-  Prepared as ArrayRecord, which is read without TensorFlow.
+  Must be prepared as ArrayRecord, which is read without TensorFlow.
   """
   tfds = import_extra("tensorflow_datasets", "tfds")
   name = config["name"]
@@ -270,7 +269,7 @@ def open_tfds(
 def open_segmentation(
   root: pathlib.Path, *, split: str, count: int | None = None
 ) -> examples.SegmentationSet:
-  """Opens one split with maps of 40 classes."""
+  """Opens one split with class maps, see `CLASSES`."""
   return files.open_pairs(
     examples.SegmentationSet,
     _numbered_files(root, split, "nyu_labels40"),

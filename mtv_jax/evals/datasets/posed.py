@@ -1,9 +1,9 @@
-"""Images with depth and camera pose: views, pairs, and lists of pairs.
+"""Images with depth and camera pose: views, pairs, and pair lists.
 
-Cameras follow computer vision (x right, y down, z forward), poses map
-world to camera coordinates, lengths are metres. A view is what NAVI's protocol
-computes from an image (El Banani et al. 2024, Probe3D): a square around the
-pixels with depth, and the 3D point of every fourth of them.
+Cameras use the OpenCV convention (x right, y down, z forward); poses map world
+to camera coordinates; lengths are metres. A view follows NAVI's protocol in
+Probe3D (El Banani et al. 2024): a square crop around the pixels with depth, and
+a 3D point for every fourth pixel.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-CELL_SIZE = 4  # pixels of a view to a cell of its grid of points
-# Shorter side of the offline copies that the protocol reads.
+CELL_SIZE = 4  # pixels of a view per cell of its point grid
+# Shorter side of the protocol's offline copies.
 STORED_SHORT_SIDE = 1024
 
 
@@ -35,14 +35,14 @@ STORED_SHORT_SIDE = 1024
 class Frame:
   """A stored RGB image with its camera.
 
-  Depth is in metres along the optical axis, 0 where there is nothing to match.
+  Depth is in metres along the optical axis; 0 marks pixels to ignore.
   """
 
   image: UInt8[np.ndarray, "h w 3"]
   depth: Float32[np.ndarray, "h w"]
   focal: float  # in pixels of this image
   pose: Float64[np.ndarray, "4 4"]  # world to camera
-  # Principal point (x, y) relative to the image's middle, in pixels.
+  # Principal point (x, y) relative to the image centre, in pixels.
   centre: tuple[float | int, float | int] = (0.0, 0.0)
 
 
@@ -50,8 +50,8 @@ class Frame:
 class PosedView:
   """The encoded square, and the 3D points of its cells.
 
-  Points are in the camera's frame, of the upper left pixel of each cell of
-  4 x 4 pixels; z is 0 where there is nothing to match.
+  Points are in camera coordinates, at the upper left pixel of each 4 x 4 cell;
+  z = 0 marks cells to ignore.
   """
 
   image: UInt8[np.ndarray, "s s 3"]
@@ -61,26 +61,26 @@ class PosedView:
 
   @property
   def valid(self) -> Bool[np.ndarray, "c c"]:
-    """Which cells have a point."""
+    """Mask of cells with a point."""
     return self.points[..., 2] > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class PosedFrames:
-  """A data set of frames, in groups that show the same object."""
+  """A data set of frames, grouped by object."""
 
   name: str  # for the protocol
   layout: str  # `navi`, `rgbd` or `scenes`
-  names: tuple[str, ...]  # of the n frames, with their groups, as in paths
-  groups: tuple[tuple[int, ...], ...]  # frames to be paired with each other
+  names: tuple[str, ...]  # of the n frames, including the group, like paths
+  groups: tuple[tuple[int, ...], ...]  # frames that may be paired
   poses: Float64[np.ndarray, "n 4 4"]  # world to camera
   read: Callable[[int, int], Frame]  # by index and (scenes) side of the view
-  # What distinguishes a frame's files, such as their sizes.
+  # Identifies a frame's files, for example by size.
   fingerprint: Callable[[int], tuple[Any, ...]]
-  # Shorter side in pixels of the protocol's offline copies, to which frames are
-  # resized first; None for no resizing.
+  # Shorter side in pixels that frames are resized to first, as in the
+  # protocol's offline copies; None for no resizing.
   stored: int | None
-  # Whether two frames show enough common points; None for always.
+  # Whether two frames share enough points; None for always.
   overlaps: Callable[[int, int], bool] | None
   metadata: Mapping[str, Any]  # further protocol entries
 
@@ -94,7 +94,7 @@ def open_frames(
   camera: Callable[[int, tuple[int, int]], tuple[float, tuple]],
   **fields: Any,
 ) -> PosedFrames:
-  """A data set of image files and depth files."""
+  """Opens image files and depth files as a data set of frames."""
   images = open_images([file.image for file in files])
 
   def read(i: int, size: int) -> Frame:
@@ -120,7 +120,7 @@ def open_frames(
 
 
 class Pair(NamedTuple):
-  """Two frames by their indices, and the angle between them in degrees."""
+  """Indices of two frames, and the angle between them in degrees."""
 
   first: int
   second: int
@@ -137,20 +137,20 @@ class PairSample(NamedTuple):
 def make_view(
   frame: Frame, *, size: int, stored: int | None = None
 ) -> PosedView | None:
-  """The square around the pixels with depth, `size` x `size` pixels.
+  """Square crop around the pixels with depth, `size` x `size` pixels.
 
-  1. The shorter side is resized to `stored` (image bilinear, antialiased: what
-     Probe3D's interpolation of 2 is in Pillow; depth nearest), then to `size`
-     (both nearest), and the middle square is cropped.
-  2. Depth becomes points.
-  3. The square around the pixels with depth (its last row and column excluded,
-     moved inside the image) is cropped and resized to `size`, nearest. Points
-     stay metric.
+  1. Resize the shorter side to `stored` (image bilinear, antialiased: Pillow's
+     mode 2, as in Probe3D; depth nearest), then to `size` (both nearest), and
+     center crop.
+  2. Unproject depth to points.
+  3. Crop the square around the pixels with depth (excluding its last row and
+     column, moved inside the image) and resize to `size`, nearest. Points stay
+     metric.
 
-  "Nearest" in the last two is PyTorch's: the pixel at floor(i * old / new).
+  "Nearest" to `size` is PyTorch's: the pixel at floor(i * old / new).
 
-  Returns None if no square contains two rows of depth. The protocol has a
-  `size` of 512 and `stored` of 1024.
+  Returns None if no square contains two rows of depth. Published: `size` 512,
+  `stored` 1024.
   """
   short = min(frame.depth.shape)
   image, depth = _resize_shorter_side(frame, stored)
@@ -167,7 +167,7 @@ def make_view(
   take = resizing.indices(side, size)
   rows, columns = y0 + take, x0 + take
   cell = slice(0, size // CELL_SIZE * CELL_SIZE, CELL_SIZE)
-  # Focal length and principal point follow the image's size.
+  # Focal length and principal point scale with the image.
   focal = frame.focal * size / short
   principal_point = size / 2 + np.asarray(frame.centre) * size / short
   z = depth[np.ix_(rows[cell], columns[cell])]
@@ -182,7 +182,7 @@ def make_view(
 
 
 def _resize_shorter_side(frame: Frame, size: int | None):
-  """Image and depth with a shorter side of `size` pixels."""
+  """Resizes image and depth to a shorter side of `size` pixels."""
   height, width = frame.depth.shape
   if size is None or min(height, width) == size:
     return frame.image, frame.depth
@@ -195,12 +195,12 @@ def _resize_shorter_side(frame: Frame, size: int | None):
 
 
 def _scaled(length: int, short: int, target: int) -> int:
-  """A side's length when the shorter one becomes `target`."""
+  """A side's length after resizing the shorter side to `target`."""
   return length * target // short
 
 
 def _middle(length: int, short: int, size: int) -> Int[np.ndarray, " s"]:
-  """Source pixels along a side for the central `size` of the resized image."""
+  """Source pixels along a side of the center crop of the resized image."""
   long = _scaled(length, short, size)
   top = round((long - size) / 2)
   return resizing.indices(length, long)[top : top + size]
@@ -218,7 +218,7 @@ def _corner(low: int, extent: int, side: int, size: int) -> int:
 def motion(
   first: Float64[np.ndarray, "4 4"], second: Float64[np.ndarray, "4 4"]
 ) -> Float64[np.ndarray, "4 4"]:
-  """From the first camera's frame to the second's: `P_1 P_0^-1`."""
+  """Transform from first to second camera coordinates: `P_1 P_0^-1`."""
   return second @ np.linalg.inv(first)
 
 
@@ -236,9 +236,9 @@ def _angle_of(trace):
 def angles_between(
   poses: Float64[np.ndarray, "n 4 4"],
 ) -> Float64[np.ndarray, "n n"]:
-  """The angle of `R_i R_j^T` for each two poses, in degrees."""
+  """Angle of `R_i R_j^T` for all pairs of poses, in degrees."""
   flat = poses[:, :3, :3].reshape(len(poses), 9)
-  # tr(R_i R_j^T) is the sum of the products of their entries.
+  # tr(R_i R_j^T) is the dot product of their entries.
   return _angle_of(flat @ flat.T)
 
 
@@ -250,11 +250,11 @@ def draw_pairs(
   count: int | None = None,
   max_angle: float | int = 120.0,
 ) -> PairSample:
-  """Every `stride`-th frame with a random partner of its group.
+  """Pairs every `stride`-th frame with a random partner of its group.
 
-  The partner is drawn from those at an angle in (0, max_angle] that overlap. It
-  depends on the seed, the frame's name and its group alone: neither the machine
-  nor the rest of the data set changes it.
+  Partners must overlap, at an angle in (0, max_angle]. The draw depends only on
+  the seed, the frame's name and its group, not on the machine or on the rest of
+  the data set.
   """
   chosen = [i for group in frames.groups for i in group][::stride]
   chosen = subsample(chosen, count)
@@ -262,7 +262,7 @@ def draw_pairs(
   for group in frames.groups:
     between = angles_between(frames.poses[list(group)])
     near = (between > 0) & (between <= max_angle)
-    # Rounding must not make a frame its own partner.
+    # Rounding could make a frame its own partner.
     np.fill_diagonal(near, False)
     if not near.any():
       raise InputError(_describe_unpaired(frames, group, between, max_angle))
@@ -284,7 +284,7 @@ def draw_pairs(
 def _draw_partner(
   frames: PosedFrames, index: int, partners: Sequence[int], seed: int
 ) -> int | None:
-  """Index of a random partner, drawn until one overlaps."""
+  """Draws partners until one overlaps; returns its index."""
   candidates = list(range(len(partners)))
   for attempt in range(len(partners)):
     text = f"{seed}/{frames.names[index]}/{attempt}"
@@ -310,7 +310,7 @@ def _describe_unpaired(frames, group, between, max_angle) -> str:
 
 
 def hash_pairs(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
-  """A hash of the pairs and of their files."""
+  """Hash of the pairs and their files."""
   return hash_rows(
     (frames.names[i], *frames.fingerprint(i))
     for pair in pairs
@@ -321,23 +321,23 @@ def hash_pairs(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
 def write_pairs(
   path: str | os.PathLike, frames: PosedFrames, pairs: Sequence[Pair]
 ) -> None:
-  """Writes lines of `first second degrees`, the format of NAVI's own lists."""
+  """Writes lines of `first second degrees`, the format of NAVI's lists."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = [
     f"{frames.names[p.first]} {frames.names[p.second]} {p.angle:.4f}\n"
     for p in pairs
   ]
-  # Another process may read it at the same time.
+  # Another process may read it concurrently.
   atomic.write(path, "".join(lines).encode())
 
 
 def read_pairs(
   path: str | os.PathLike, frames: PosedFrames
 ) -> tuple[Pair, ...]:
-  """The pairs of `write_pairs`, or of a list of NAVI's.
+  """Reads a pair list of `write_pairs` or NAVI.
 
-  Angles are computed from the poses; those in the file are informative.
+  Angles are computed from the poses; angles in the file are ignored.
   """
   index = {name: i for i, name in enumerate(frames.names)}
   pairs = []

@@ -1,25 +1,25 @@
-"""Registry of data sets: opens `data` for each kind of example.
+"""Registry of data sets: opens `data` for each evaluation.
 
 `data` is one of
 
-  scenes              the built-in scenes, at indices reserved for evaluation
+  scenes              built-in scenes, at indices reserved for evaluation
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
   FOLDER              a layout in `LAYOUTS`, ImageNet's validation images or
-                      ObjectNet (`imagenet.py`), tars of CLIP_benchmark
-                      (`clip_benchmark.py`), or folders of classes
+                      ObjectNet (`imagenet.py`), CLIP_benchmark's tars
+                      (`clip_benchmark.py`), or class folders
                       (`class_folders.py`)
 
 Annotations are read when a data set is opened; images are loaded lazily, in
-their original size. Common arguments of the functions:
+their original size. Common arguments:
 
   split   `train` or `test`
   count   number of images, evenly spaced; default: all, or a fixed number of
-          the endless scenes
+          scenes
 
-Each raises MissingFileError if `data` does not exist or lacks files,
-NotApplicable if it has no such labels, and InputError for an invalid option or
+All functions raise MissingFileError if `data` doesn't exist or lacks files,
+NotApplicable if it lacks the labels, and InputError for invalid options or
 annotations that don't match the images.
 
 To add a data set, write a module with `matches(root)` and an `open_*` function
@@ -60,7 +60,7 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
-# Keyed by the name shown in errors; folders are recognised in this order.
+# By the name shown in errors; folders are matched in this order.
 LAYOUTS: dict[str, ModuleType] = {
   "NYU depth": nyu,
   "KITTI": kitti,
@@ -74,7 +74,7 @@ LAYOUTS: dict[str, ModuleType] = {
 
 SPLITS = ("train", "test")
 
-# Default numbers of scenes; others are in `scenes`.
+# Default numbers of scenes; see also `scenes`.
 _CLASSIFICATION_SCENES = 1000
 _BOX_SCENES = 128
 
@@ -88,13 +88,13 @@ def open_classification(
 ) -> examples.ClassificationSet:
   """Labelled images: scenes, a folder, or a source with labels.
 
-  Folders of splits, scenes (whose training numbers start at
-  `scenes.PROBE_SCENES`) and TFDS sets have splits; other data have one. `real`
-  is ReaL's file of labels for ImageNet's validation images.
+  `split` applies to folders with splits, scenes (training starts at
+  `scenes.PROBE_SCENES`) and TFDS sets. `real` is ReaL's label file for
+  ImageNet's validation images.
   """
   check_choice("split", split, SPLITS)
   chosen: dict[str, Any] = {"count": count}
-  # Before the sources, as it may be a tar.
+  # Checked before sources, as it may be a tar.
   if _is_flat_imagenet(data) and split == "test":
     return imagenet.open_validation(_local(data), real=real, **chosen)
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -133,14 +133,14 @@ def _is_flat_imagenet(data: examples.Data) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """Disjoint images to train and to test a probe on, of the same classes."""
+  """Disjoint training and test images of a probe, with shared classes."""
 
   train: examples.ClassificationSet
   test: examples.ClassificationSet
   classes: int
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     return {
       "data": self.test.name,
       "data_hash": self.test.digest,
@@ -161,13 +161,13 @@ def open_splits(
 ) -> Splits:
   """A training and a test set for a probe.
 
-  `data` has both splits (a folder of them, the scenes, a TFDS set), or is the
-  test images and `train` the training images.
+  `data` has both splits (a folder, scenes, a TFDS set), or has the test images
+  and `train` the training images.
   """
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   elif _local(data).is_dir():
-    # First, as other data sets have a folder for training too.
+    # Checked first, as these layouts may have a training folder too.
     _reject_other_layouts(_local(data))
     path = _local(data)
     has_both = class_folders.has_splits(path) or clip_benchmark.has_split(
@@ -194,7 +194,7 @@ def open_splits(
 def _match_splits(
   train: examples.ClassificationSet, test: examples.ClassificationSet
 ) -> Splits:
-  """Both sets with labels among the classes of `train`."""
+  """Maps test labels to the classes of `train`."""
   both_scenes = train.name == test.name == "scenes"
   path = os.path.realpath(test.name)
   if os.path.realpath(train.name) == path and not both_scenes:
@@ -207,7 +207,7 @@ def _match_splits(
     return Splits(train, test, max(classes, len(train.classes or ())))
   index = {key: i for i, key in enumerate(train.ids)}
   if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
-    # ImageNet-V2's folders are numbers of the sorted WordNet ids.
+    # ImageNet-V2's folders are indices into the sorted WordNet ids.
     index = {str(i): i for i in range(len(train.ids))}
   missing = [key for key in test.ids if key not in index]
   if missing:
@@ -233,9 +233,8 @@ def open_captions(
 ) -> examples.CaptionSet:
   """Captioned images: scenes, COCO, Flickr30k, or tars.
 
-  `images` is their folder, if it is not beside the JSON, `split` one of
-  Karpathy's or CLIP_benchmark's. An image has its first `max_captions`, all by
-  default.
+  `images` is the image folder, if not beside the JSON; `split` is Karpathy's or
+  CLIP_benchmark's; `max_captions` limits captions per image.
   """
   chosen = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -257,7 +256,7 @@ def open_captions(
 
 
 def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
-  """The images of any data set, of any source, or of any folder."""
+  """Images of any data set, source or folder."""
   errors = []
   for opener in (open_classification, open_captions):
     try:
@@ -268,7 +267,7 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
   if config is not None:
     return source_records.open_images(config, count=count)
   root = _local(data)
-  # JPEGs first: where there are both, PNGs tend to be maps.
+  # JPEGs first: beside JPEGs, PNGs tend to be label maps.
   files = []
   for suffixes in ((".jpg", ".jpeg"), (".png", ".webp")):
     files = files or sorted(
@@ -288,7 +287,7 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
 def open_segmentation(
   data: examples.Data, *, split: str, count: int | None = None
 ) -> examples.SegmentationSet:
-  """Images with a class for every pixel: scenes, ADE20K or NYUv2."""
+  """Images with class maps: scenes, ADE20K or NYUv2."""
   check_choice("split", split, SPLITS)
   options = {"split": split, "count": count}
   if _is_source(data):
@@ -338,9 +337,9 @@ def open_depth(
   Args:
     data: scenes; a folder of NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`);
       NYUv2's .mat file; or `{type: "tfds", name: "nyu_depth_v2"}`.
-    split, count: see the top of the file.
-    size: pixels per side of the scenes, if `data` does not give it.
-    truth, subset: of NYUv2 and of KITTI, see their `open_depth`.
+    split, count: see the module docstring.
+    size: pixels per side of scenes, unless `data` sets it.
+    truth, subset: see `open_depth` of NYUv2 and of KITTI.
   """
   check_choice("split", split, SPLITS)
   kind, options = depth_kind(data), {"split": split, "count": count}
@@ -362,8 +361,8 @@ def open_boxes(
 ) -> examples.BoxSet:
   """Images with named boxes: scenes, COCO, or a source with labels of boxes.
 
-  Of COCO's folder val2017 is read; `images` is the folder of its images, if it
-  is not beside the JSON.
+  A COCO folder opens val2017; `images` is the image folder, if not beside the
+  JSON.
   """
   if _is_source(data):
     config = _source_config(data, length=count or _BOX_SCENES)
@@ -388,7 +387,7 @@ def open_boxes(
 def open_posed(data: examples.Data, *, subset: str, count: int) -> PosedFrames:
   """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
-  `subset` applies to NAVI, see `navi.open_posed`, and `count` to the scenes.
+  `subset` applies to NAVI, see `navi.open_posed`; `count` applies to scenes.
   """
   if _is_source(data):
     return scenes.open_posed(data, count=count)
@@ -406,7 +405,7 @@ def open_key_points(
 ) -> examples.KeyPointPairs:
   """Pairs of images with keypoints: scenes, or SPair-71k.
 
-  `split` applies to SPair-71k (`trn`, `val`, `test`), `count` to the scenes.
+  `split` applies to SPair-71k (`trn`, `val`, `test`), `count` to scenes.
   """
   if _is_source(data):
     return scenes.open_key_points(data, count=count)
@@ -421,7 +420,7 @@ def open_key_points(
 def open_videos(
   data: examples.Data, *, count: int | None = None
 ) -> examples.VideoSet:
-  """Videos with masks of objects: scenes with a moving camera, or DAVIS 2017.
+  """Videos with object masks: scenes with a moving camera, or DAVIS 2017.
 
   `count` is the number of videos.
   """
@@ -440,7 +439,7 @@ def _open_layout(
   expected: str,
   *readers: tuple[Callable[..., bool], Callable[..., Any]],
 ) -> Any:
-  """The result of the first reader, (matches, open), that matches a path."""
+  """Opens a path with the first (matches, open) reader that matches."""
   path = _local(data)
   for matches, open_path in readers:
     if matches(path):
@@ -449,7 +448,7 @@ def _open_layout(
 
 
 def _local(data: str | os.PathLike) -> pathlib.Path:
-  """The path of a data set; of a bucket, of a copy."""
+  """Local path of a data set; buckets are copied."""
   return path_lib.local_copy(data)
 
 
@@ -460,7 +459,7 @@ def _is_source(data: examples.Data) -> bool:
 def _source_config(
   data: examples.Data, *, length: int
 ) -> dict[str, Any] | None:
-  """The config of a source; None for files and folders."""
+  """Config of a source; None for files and folders."""
   if isinstance(data, Mapping):
     return dict(data)
   text = os.fspath(data)
@@ -474,7 +473,7 @@ def _source_config(
 
 
 def _reject_other_layouts(root: pathlib.Path) -> None:
-  """Raises NotApplicable for a data set whose folders are not classes."""
+  """Raises NotApplicable for a layout whose folders aren't classes."""
   for name, layout in LAYOUTS.items():
     if layout.matches(root):
       raise NotApplicable(

@@ -1,13 +1,12 @@
-"""Reader of RGB-D sequences with poses in the layout of 7-Scenes.
+"""RGB-D sequences with poses, in the 7-Scenes layout.
 
     ROOT/**/frame-000000.{color.png|color.jpg, depth.png, pose.txt}
     ROOT/**/camera-intrinsics.txt    (optional: 3 x 3, in pixels)
 
-Depth is a 16-bit PNG in millimetres, 0 and 65535 for none; the pose is 4 x 4,
-camera to world, in metres. The default intrinsics are 7-Scenes': a
-focal length of 585 pixels and the principal point (320, 240) (Shotton et al.
-2013). Every folder of frames is a sequence, whose frames are paired with each
-other.
+Depth is a 16-bit PNG in millimetres; 0 and 65535 mean unknown. Poses are 4 x 4,
+camera to world, in metres. Default intrinsics are 7-Scenes': focal length 585
+pixels, principal point (320, 240) (Shotton et al. 2013). Every folder is a
+sequence; frames are paired within it.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from mtv_jax.evals.datasets.files import (
 from mtv_jax.evals.datasets.posed import PosedFrames, motion, open_frames
 from mtv_jax.utils.errors import InputError, MissingFileError
 
-# A partner must show this share of a frame's points within its image. NAVI
-# needs no such rule, as all its images show the object.
+# Minimum fraction of a frame's points inside its partner's image. NAVI needs no
+# minimum, as all its images show the object.
 MIN_OVERLAP = 0.3
 _POSES = "frame-*.pose.txt"
 _KINECT = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
-_STEP = 16  # pixels between the points by which overlap is judged
+_STEP = 16  # pixels between the points that measure overlap
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder, or the first one in it, contains frames with poses."""
-  # No deeper: ImageNet's folders contain 1.28 million files.
+  """Whether a folder, or its first subfolder, contains frames with poses."""
+  # Not recursive: ImageNet's folders contain 1.28 million files.
   folders = [root, *(root / name for name in list_folders(root)[:1])]
   return any(any(folder.glob(_POSES)) for folder in folders)
 
@@ -50,7 +49,7 @@ def has_frames(root: pathlib.Path) -> bool:
 
 
 def open_posed(root: str | pathlib.Path) -> PosedFrames:
-  """All frames under a folder that have a finite pose, sorted by name."""
+  """All frames under a folder with a finite pose, sorted by name."""
   root = require_layout(
     root,
     [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
@@ -64,7 +63,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     names = {path.name for path in folder.iterdir()}
     for path in sorted(folder.glob(_POSES)):
       camera_to_world = _read_matrix(path, (4, 4))
-      # The mark of lost tracking in 7-Scenes and ScanNet.
+      # 7-Scenes and ScanNet mark lost tracking like this.
       if not np.isfinite(camera_to_world).all():
         untracked += 1
         continue
@@ -117,7 +116,7 @@ def _overlap_fn(
   intrinsics: Sequence[np.ndarray],
   poses: Sequence[np.ndarray],
 ) -> Callable[[int, int], bool]:
-  """Whether enough points of a frame are inside another frame's image."""
+  """Returns a function that tests if two frames overlap enough."""
 
   @functools.lru_cache(maxsize=64)
   def read_points(index: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -141,13 +140,13 @@ def _overlap_fn(
 
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
-  """Metres of a 16-bit depth PNG, 0 where it has none."""
+  """Reads a 16-bit depth PNG in metres; unknown depth is 0."""
   value = read_channel(path, "I;16")
   return np.where(value < 65535, value, 0).astype(np.float32) / 1000
 
 
 def _read_intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
-  """Intrinsics from the folder, or from its nearest parent up to the root."""
+  """Reads intrinsics from the folder, or its nearest parent up to the root."""
   for parent in (folder, *folder.parents):
     path = parent / "camera-intrinsics.txt"
     if path.is_file():

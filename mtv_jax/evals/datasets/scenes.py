@@ -1,9 +1,9 @@
-"""Built-in scenes as data for every kind of evaluation.
+"""Built-in scenes as data for every evaluation.
 
-`data` is `scenes`, or `{type="scenes", first=..., length=..., size=...,
-seed=..., difficulty=...}`, the config of a source of `mtv_jax.data`. By default
-`first` is `HELD_OUT_SCENES`; the scenes to train a probe on start at
-`PROBE_SCENES` plus the given `first`.
+`data` is `scenes`, or the config of a source of `mtv_jax.data`:
+`{type="scenes", first=..., length=..., size=..., seed=..., difficulty=...}`.
+`first` defaults to `HELD_OUT_SCENES`; training scenes of probes start at
+`PROBE_SCENES` + `first`.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from mtv_jax.evals.datasets.posed import Frame, PosedFrames
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import map_ahead
 
-# Scenes are rendered from their number; training counts up from zero.
+# Scenes are rendered from their number; pretraining counts up from zero.
 HELD_OUT_SCENES = 1_000_000
-# Scenes that probes train on: neither the encoder's nor the held-out ones.
+# Training scenes of probes, disjoint from pretraining and held-out scenes.
 PROBE_SCENES = 2_000_000
-# The farthest backdrop is nearer than this.
+# Upper bound of the backdrop's depth in metres.
 MAX_DEPTH = 20.0
 
 _STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
 _VIDEO_FRAMES = 8
 _VIDEO_SIZE = 96
 _VIDEO_SCENES = 16
-_MIN_OBJECT = 0.02  # share of the first frame of an object that is propagated
-_MAX_POSED_SIZE = 384  # pixels per side that scenes are rendered at for a view
+_MIN_OBJECT = 0.02  # minimum area of a propagated object in the first frame
+_MAX_POSED_SIZE = 384  # maximum side of rendered posed views, in pixels
 _KEY_POINT_SIZE = 192  # image size of the scenes with keypoints
 # Keypoints (x, y) in the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
 
 
 def is_scenes(data: examples.Data) -> bool:
-  """Whether data are the built-in scenes, for which defaults are small."""
+  """Whether data are the built-in scenes, which use small defaults."""
   if isinstance(data, Mapping):
     return data.get("type") == "scenes"
   return os.fspath(data) == "scenes"
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """A scene source's config, with `first` set to the split's first scene."""
+  """Scene config with `first` set to the split's first scene."""
   config = dict(config)
   if split == "train":
     config["first"] = PROBE_SCENES + config.get("first", 0)
@@ -62,7 +62,7 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SceneRange:
-  """Scenes by their numbers in the series `seed`.
+  """Scenes by number in the series `seed`.
 
   `size` is in pixels per side; None if neither data nor evaluation sets it.
   """
@@ -76,17 +76,17 @@ class SceneRange:
     return len(self.numbers)
 
   def render(self, i: int) -> render_lib.Scene:
-    """Scene i of the range."""
+    """Renders scene i of the range."""
     return render_lib.render(self.numbers[i], **self.options)
 
   @property
   def options(self) -> dict[str, Any]:
-    """Arguments of `render`, besides the number."""
+    """Arguments of `render`, except the number."""
     names = ("size", "seed", "difficulty")
     return {name: getattr(self, name) for name in names}
 
   def digest(self) -> str:
-    """A hash of numbers, size, seed and difficulty."""
+    """Hash of numbers, size, seed and difficulty."""
     first, count = self.numbers[0], len(self)
     rows = [("scenes", first, count, self.size, self.seed)]
     if self.difficulty != "hard":
@@ -96,13 +96,13 @@ class SceneRange:
     return examples.hash_rows(rows)
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     first = self.numbers[0]
     return {"dataset": "scenes", "scenes": {"first": first, **self.options}}
 
   @property
   def non_defaults(self) -> tuple[int | str | None, ...]:
-    """Seed, size, difficulty where they are given, for the digest of pairs."""
+    """Non-default seed, size and difficulty, for the digest of pairs."""
     given = (
       (self.seed, self.size) if (self.seed, self.size) != (0, None) else ()
     )
@@ -141,7 +141,7 @@ def open_range(
 def open_depth(
   data: examples.Data, *, split: str, count: int | None, size: int
 ) -> examples.DepthSet:
-  """Scenes with their exact depth, 192 to train on and 64 to test on."""
+  """Scenes with exact depth; by default 192 for training, 64 for testing."""
   default = {"train": 192, "test": 64}[split]
   options = {"default": default, "needs": "metric depth"}
   scenes = open_range(data, split=split, count=count, size=size, **options)
@@ -151,7 +151,7 @@ def open_depth(
 def open_segmentation(
   data: examples.Data, *, split: str, count: int | None
 ) -> examples.SegmentationSet:
-  """Scenes with classes of pixels, 256 to train on and 100 to test on."""
+  """Scenes with class maps; by default 256 for training, 100 for testing."""
   default = {"train": 256, "test": 100}[split]
   options = {"default": default, "needs": "classes of pixels"}
   scenes = open_range(data, split=split, count=count, size=96, **options)
@@ -167,8 +167,8 @@ def open_segmentation(
 def _open_maps(
   cls: type[examples.DenseSet], scenes: SceneRange, name: str, **fields: Any
 ) -> Any:
-  """A set of the scenes' images and of their field `name`."""
-  # Image and map of a scene are read one after the other.
+  """A set of the scenes' images and their field `name`."""
+  # Cached, since image and map of a scene are read in turn.
   render = functools.lru_cache(maxsize=64)(scenes.render)
   count = len(scenes)
   return cls(
@@ -182,7 +182,7 @@ def _open_maps(
 
 
 def ignore_stuff(data: examples.SegmentationSet) -> examples.SegmentationSet:
-  """Scenes with the classes of objects; background and ground are ignored."""
+  """Scenes with object classes; background and ground are ignored."""
 
   def read(i: int) -> np.ndarray:
     labels = data.maps[i]
@@ -201,7 +201,7 @@ def ignore_stuff(data: examples.SegmentationSet) -> examples.SegmentationSet:
 def open_boxes(
   name: str, source: SceneSource, indices: Sequence[int]
 ) -> examples.BoxSet:
-  """Scenes whose boxes have phrases and the classes of their objects."""
+  """Scenes with boxes, their phrases and object classes."""
   numbers = tuple(source.first + i for i in indices)
   scenes = SceneRange(numbers, source.seed, source.size, source.difficulty)
   rows = []
@@ -230,11 +230,11 @@ def open_boxes(
 
 
 def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
-  """Objects of scenes from two cameras; a scene is a group."""
+  """Scenes from two cameras; each scene is a group."""
   scenes = open_range(data, default=count, count=count, needs="posed views")
   numbers = scenes.numbers
 
-  # Both frames of a pair are read one after the other.
+  # Cached, since both frames of a pair are read in turn.
   @functools.lru_cache(maxsize=32)
   def render(index: int, size: int) -> render_lib.ScenePair:
     options = {**scenes.options, "size": size}
@@ -254,7 +254,7 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
 
   cameras = []
   for number in numbers:
-    # The camera does not depend on the size.
+    # The camera doesn't depend on the size.
     options = {**scenes.options, "size": render_lib.MIN_SIZE}
     pair = render_lib.render_pair(number, **options)
     cameras += [pair.first.camera, pair.second.camera]
@@ -279,9 +279,9 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
 
 
 def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
-  """Scenes from a camera that moves around the main object, 16 by default.
+  """Scenes from a camera that moves around the main object; 16 by default.
 
-  The objects are those that cover 2 % of the first frame (our choice).
+  Objects must cover 2 % of the first frame (our choice).
   """
   options = {"default": _VIDEO_SCENES, "needs": "videos", "size": _VIDEO_SIZE}
   scenes = open_range(data, count=count, **options)
@@ -329,9 +329,9 @@ def open_key_points(
 ) -> examples.KeyPointPairs:
   """Main objects of scenes, paired within classes.
 
-  A scene is paired with the next one whose main object is of its class, the
-  last one with the first. Keypoints are the middle of the main object's
-  bounding box, and the points at 15 and 85 % of its height.
+  Each scene is paired with the next scene with a main object of equal class,
+  cyclically. Keypoints are the centre of the main object's bounding box, and
+  the points at 15 and 85 % of its height.
   """
   scenes = open_range(data, default=count, count=count, needs="keypoints")
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE

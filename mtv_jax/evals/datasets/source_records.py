@@ -1,4 +1,4 @@
-"""Data sets of evaluations from the sources of training."""
+"""Evaluation data sets from training sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtv_jax.utils.threads import map_ahead
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """The config of a source's split; unchanged for sources without splits."""
+  """Config of a source's split; unchanged for sources without splits."""
   config = dict(config)
   if config.get("type") == "scenes":
     return scenes.split_config(config, split)
@@ -31,7 +31,7 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 
 def _tfds_test_split(config: Mapping[str, Any]) -> str:
-  """`validation` if it exists: ImageNet's and COCO's tests have no labels."""
+  """`validation` if it exists: ImageNet's and COCO's test sets lack labels."""
   try:
     sources.build_source({**config, "split": "validation"})
   except ValueError:
@@ -68,7 +68,7 @@ class _Row(NamedTuple):
 def open_images(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.ImageSet:
-  """The records' images."""
+  """Images of a source."""
   name, source, indices = _open(split_config(config, "test"), count)
   rows = _read_rows(source, indices, lambda record: None)
   return _make_set(examples.ImageSet, source, rows, _hash_size, name=name)
@@ -77,12 +77,12 @@ def open_images(
 def open_labelled(
   config: Mapping[str, Any], *, split: str, count: int | None
 ) -> examples.ClassificationSet:
-  """The records' images with their `label`."""
+  """Images of a source with `label`."""
   config = split_config(config, split)
   name, source, indices = _open(config, count, "label")
   is_scenes = isinstance(source, SceneSource)
   if is_scenes:
-    # The label of a scene is known before it is rendered, which is slow.
+    # Labels of scenes are known without rendering, which is slow.
     size = f"{source.size}x{source.size}x3"
     rows = [_Row(i, source.key(i), size, source.label(i)) for i in indices]
   else:
@@ -102,7 +102,7 @@ def open_labelled(
 def open_captions(
   config: Mapping[str, Any], *, count: int | None, max_captions: int | None
 ) -> examples.CaptionSet:
-  """The records' images that have captions, with their `captions`."""
+  """Images of a source with non-empty `captions`."""
   config = split_config(config, "test")
   name, source, indices = _open(config, count, "captions")
   rows = _read_rows(
@@ -121,7 +121,7 @@ def open_captions(
 def open_boxes(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.BoxSet:
-  """The records' images that have `boxes`, with their `phrases`."""
+  """Images of a source with non-empty `boxes`, and their `phrases`."""
   if scenes.is_scenes(config):
     config = scenes.split_config(config, "test")
   name, source, indices = _open(config, count, "boxes", "phrases")

@@ -1,10 +1,10 @@
-"""Reader of SPair-71k: keypoints of objects of one class (Min et al. 2019).
+"""SPair-71k: keypoints of object pairs within a class (Min et al. 2019).
 
     ROOT/JPEGImages/CLASS/2008_006987.jpg
     ROOT/PairAnnotation/test/000001-2008_006987-2010_001367:sheep.json
 
-A pair's file lists the keypoints that both images show, as whole pixels.
-File names contain colons, which some archivers replace, so they are not parsed.
+A pair's file lists the keypoints visible in both images, as integer pixels.
+File names are not parsed, since some archivers replace their colons.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
-  """All pairs of a split (`trn`, `val` or `test`), sorted by their number."""
+  """All pairs of a split (`trn`, `val` or `test`), sorted by number."""
   check_choice("SPair-71k: split", split, SPLITS)
   root = files.require_layout(
     root,

@@ -1,7 +1,7 @@
-"""Augmentation of images with their depth, on the host.
+"""Augmentation of images and depth maps, on the host.
 
-toolbox   Monocular-Depth-Estimation-Toolbox's for NYUv2, which DINOv2 and
-          DINOv3 train their probes with
+toolbox   Monocular-Depth-Estimation-Toolbox's for NYUv2, used by the probes of
+          DINOv2 and DINOv3
 probe3d   Probe3D's
 flip      horizontal flip
 none
@@ -25,7 +25,7 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class DepthExample(NamedTuple):
-  """An image in 0..255, and its depth in metres, 0 where unknown."""
+  """An image in 0..255, and its depth in metres (0: unknown)."""
 
   image: Float32[np.ndarray, "h w 3"]
   depth: Float32[np.ndarray, "h w"]
@@ -43,7 +43,7 @@ def _flip(example: DepthExample, rng: np.random.Generator) -> DepthExample:
 
 
 def _toolbox(example: DepthExample, rng: np.random.Generator) -> DepthExample:
-  """Border crop, rotation, flip, crop of 416 x 544, colours."""
+  """Border crop, rotation, flip, 416 x 544 crop, colour jitter."""
   if example.depth.shape != NYU_SIZE:
     raise ConfigError(
       f"augment='toolbox' crops NYUv2's images of 480 x 640 and this one is "
@@ -72,8 +72,7 @@ def _random_crop(
 def rotate(example: DepthExample, degrees: float) -> DepthExample:
   """Rotates clockwise about the centre; pixels from outside are 0.
 
-  Depth is interpolated by nearest neighbour, as the mean of two surfaces lies
-  on neither of them.
+  Depth uses nearest neighbour, as the mean of two surfaces lies on neither.
   """
   height, width = example.depth.shape
   centre = ((width - 1) / 2, (height - 1) / 2)
@@ -90,7 +89,7 @@ def rotate(example: DepthExample, degrees: float) -> DepthExample:
 def _jitter_gamma(
   image: Float[np.ndarray, "h w 3"], rng: np.random.Generator
 ) -> Float32[np.ndarray, "h w 3"]:
-  """Gamma on 0..255, brightness, and a gain for each channel."""
+  """Gamma on 0..255, brightness, and a gain per channel."""
   gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
   gain = brightness * rng.uniform(0.9, 1.1, size=3)
   return np.clip(image**gamma * gain, 0, 255).astype(np.float32)
@@ -125,7 +124,7 @@ def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _resized_crop(
   example: DepthExample, rng: np.random.Generator
 ) -> DepthExample:
-  """torchvision's RandomResizedCrop, half to all of the area, nearest."""
+  """torchvision's RandomResizedCrop(scale=(0.5, 1)), nearest."""
   height, width = example.depth.shape
   for _ in range(10):
     area = rng.uniform(0.5, 1.0) * height * width
@@ -144,7 +143,7 @@ def _resized_crop(
   )
 
 
-# Functions of an example and a generator, which `none` does not need.
+# Functions of an example and a generator.
 AUGMENTS = {
   "none": lambda example, rng: example,
   "flip": _flip,

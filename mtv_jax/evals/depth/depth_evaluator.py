@@ -1,4 +1,4 @@
-"""Base class of the depth evaluations: data, scores of images, sheets."""
+"""Base class of the depth evaluators: data, per-image scores, sheets."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mtv_jax.utils import plots
 
 _TITLES = ("image", "true depth", "predicted depth")
 
-# Image in 0..255, true depth in metres (0 where unknown), predicted map.
+# Image in 0..255, true depth in metres (0: unknown), predicted map.
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthEvaluator(Evaluator):
-  """Base class of the depth evaluations.
+  """Base class of the depth evaluators.
 
   Attributes:
-    truth: NYUv2's `raw` or `filled` depth, where a layout has both.
+    truth: `raw` or `filled` depth, for NYUv2 layouts with both.
   """
 
   data: Data = "scenes"
@@ -42,9 +42,9 @@ class DepthEvaluator(Evaluator):
     return {}
 
   def open_split(self, split: str, size: int, **options) -> DepthSet:
-    """Opens a split once; `size` is the side of scenes.
+    """Opens a split, cached; `size` is the side of scenes.
 
-    Further options: see `registry.open_depth`.
+    Options: see `registry.open_depth`.
     """
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
@@ -63,14 +63,14 @@ class DepthEvaluator(Evaluator):
     min_pixels: int = 1,
     **limits: Any,
   ) -> Result:
-    """Means over images, their chance, and the sheet.
+    """Returns means over images, chance, and the sheet.
 
     Args:
       predictions: one per image.
       score: metrics from predicted (None for the best constant) and true values
         of the valid pixels.
-      protocol: to which the number of images is added.
-      to_metres: depth on the sheet, from predicted and true map and valid mask.
+      protocol: the number of images is added to it.
+      to_metres: depth on the sheet, from predicted map, true map, valid mask.
       min_pixels: images with fewer valid pixels are skipped.
       **limits: of `metrics.valid_mask`.
     """
@@ -103,9 +103,9 @@ def depth_row(
   predicted: Float[np.ndarray, "h w"],
   valid: Bool[np.ndarray, "h w"],
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """Row of a sheet: image, true and predicted depth on the scale of the truth.
+  """Row of a sheet: image, true and predicted depth on the truth's scale.
 
-  Depth is in metres; pixels that are not valid are black in the truth.
+  Depth is in metres; invalid pixels of the truth are black.
   """
   inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
   limits = float(inverse[valid].min()), float(inverse[valid].max())

@@ -1,11 +1,9 @@
 """Depth probe: metric depth from frozen features (NYUv2).
 
-A head is trained on frozen features and scored by RMSE, AbsRel, delta and
-others. `protocols.py` has the published probes: DINOv3's linear probe (the
-default), DINOv2's over one or four layers, Probe3D's DPT, with their learning
-rates and loss weights; `heads.py` the heads, `training.py` the loss and the
-training, `metrics.py` the metrics.
-Results of different protocols are not comparable.
+Trains a head on frozen features and reports RMSE, AbsRel, delta and more.
+`protocols.py` has the published probes: DINOv3's linear probe (the default),
+DINOv2's over one or four layers, and Probe3D's DPT. Results of different
+protocols are not comparable.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from mtv_jax.evals.depth.training import Setup
 from mtv_jax.utils.errors import InputError
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
-# Scenes are a quick check, of seconds instead of hours.
+# Short schedules for scenes: a quick check in seconds instead of hours.
 _SCENES = {
   "linear": {"steps": 300, "lr": 1e-2},
   "lin1": {"steps": 100, "lr": 1e-2},
@@ -42,36 +40,36 @@ _HEADS = {
   "upsampled": "1x1 convolution, upsampled x4",
   "linear": "batch norm, 1x1 convolution",
 }
-# Fields of the protocol that are options too.
+# Protocol fields that are also options.
 _OPTIONS = ("steps", "lr", "batch_size", "augment", "tta", "crop")
-_MEAN_IMAGES = 64  # training images behind the mean depth
+_MEAN_IMAGES = 64  # training images for the mean depth
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthProbe(DepthEvaluator):
-  """A depth probe.
+  """Depth probe.
 
-  None means the published value on real data and a small one on scenes.
+  None means the published value on real data and a small value on scenes.
 
   Attributes:
     protocol: see `protocols.py`.
     layers: blocks to read instead of the protocol's; without the final norm.
-    cls: `concat` appends the CLS token, if there is one, to every patch. By
-      default `lin1` and `lin4` do so, and `dpt` for the DINO family.
+    cls: `concat` appends the CLS token, if any, to every patch; the default for
+      `lin1`, `lin4`, and for `dpt` with the DINO family.
     train_count: training images to use, evenly spaced; all by default.
-    published: trains the whole published schedule, also on scenes and on few
-      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
+    published: trains the full published schedule, even on scenes or few
+      images; by default capped at 100 epochs (`probe.resolve_schedule`).
     lr: peak learning rate.
     augment: training augmentation, see `augment.py`.
-    input_size: rows and columns to which a whole image is resized before it is
-      encoded; its own by default. Depth is compared at the image's size.
+    input_size: rows and columns that whole images are resized to for encoding;
+      the image's by default. Depth is scored at the image's size.
     tta: `flip` averages with the prediction of the mirrored image.
-    crop: which pixels are evaluated, see `metrics.crop_mask`.
-    max_depth: metres.
+    crop: evaluated pixels, see `metrics.crop_mask`.
+    max_depth: largest depth of bins and evaluated pixels, in metres.
     dpt_features: channels of the DPT head.
   """
 
-  # `batch_size` is the training's.
+  # `batch_size` is the training batch size, so metrics depend on it.
   _neutral = DepthEvaluator._neutral - {"batch_size"}
 
   protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"
@@ -100,14 +98,14 @@ class DepthProbe(DepthEvaluator):
     return self.open_split(split, size, count=count)
 
   def prepare(self) -> None:
-    """Reads the lists of files, so that missing files show."""
+    """Opens both splits, so that missing files fail early."""
     for split in registry.SPLITS:
       self._set(split, augment.NYU_SIZE[0])
 
   def run(self, encoder: Encoder) -> Result:
     """Trains the head and scores the test split.
 
-    `chance` is the score of the mean depth of the training images.
+    `chance` scores the mean depth of the training images.
     """
     size = encoder.preprocess.size
     train, test = self._set("train", size), self._set("test", size)
@@ -128,7 +126,7 @@ class DepthProbe(DepthEvaluator):
     return result
 
   def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
-    """The published values, then those for scenes, then the options."""
+    """Published values, overridden by scenes' defaults, then by options."""
     options, dpt_features = {}, 512
     if train.kind == "scenes":
       options = {"augment": "none", "crop": "none"}
@@ -145,7 +143,7 @@ class DepthProbe(DepthEvaluator):
       protocol,
       steps=schedule.steps,
       batch_size=schedule.batch_size,
-      # A tenth at most, so that a short run is not all warm-up.
+      # At most a tenth, so that a short run isn't all warmup.
       warm_steps=min(protocol.warm_steps, schedule.steps // 10),
     )
     size = self.input_size
@@ -165,7 +163,7 @@ class DepthProbe(DepthEvaluator):
   def _schedule(
     self, protocol: ProbeProtocol, train: DepthSet
   ) -> probe.ProbeSchedule:
-    """Steps and images per step, on this data."""
+    """Steps and batch size for this data."""
     size, images = protocol.batch_size, len(train.images)
     if protocol.steps is None:
       steps = protocol.epochs * max(1, images // size)
@@ -237,7 +235,7 @@ def score(
   mean: float,
   scale_invariant: bool,
 ) -> dict[str, float]:
-  """Metrics of the valid pixels of one image."""
+  """Metrics over the valid pixels of one image."""
   is_chance = predicted is None
   predicted = np.full(len(truth), mean) if is_chance else predicted
   scores = metrics.image_metrics(predicted, truth)
@@ -254,7 +252,7 @@ def score(
 
 
 def _mean_depth(data: DepthSet, setup: Setup) -> float:
-  """Mean over the valid pixels of some training images, in metres."""
+  """Mean depth of valid pixels of some training images, in metres."""
   total, count = 0.0, 0
   chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
   for depth in dense.shared_map(lambda i: setup.example(data, i).depth, chosen):

@@ -1,8 +1,8 @@
 """Heads of the depth probes: metric depth from frozen features.
 
-Depth is the mean of fixed bins over the range, weighted by the head's logits:
-Bhat et al. 2021 (AdaBins) as in DINOv2's probes. A head maps features to logits
-on a grid; `PaddedView.restore` resamples the depth to the image.
+Depth is the mean of fixed bins weighted by the head's logits: Bhat et al. 2021
+(AdaBins) as in DINOv2's probes. A head maps features to logits on a grid;
+`PaddedView.restore` resamples the depth to the image.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mtv_jax.models.heads import dpt
 
 BINS = 256
 MIN_DEPTH = 1e-3
-# Added to every weight, so that the gradient does not vanish with all of them.
+# Added to every weight, so that the gradient survives if all weights are 0.
 _FLOOR = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthBins:
-  """Metric depth from the logits of bins from 1 mm to `max_depth`."""
+  """Metric depth from logits of bins from 1 mm to `max_depth`."""
 
   max_depth: float  # depth of the last bin, in metres
 
@@ -56,10 +56,10 @@ class _ResidualUnit(nn.Module):
 class DPTHead(nn.Module):
   """Probe3D's DPT (El Banani et al. 2024): four stages, fused from the last.
 
-  The input is the concatenated features of four layers. The logits have 16
-  times the patch grid; the maps inside have `features` channels. Unlike Depth
-  Anything's (`models/heads/dpt.py`), all four maps have twice the patch grid,
-  without projections between the stages.
+  Input: concatenated features of four layers. Logits have 16 times the patch
+  grid; inner maps have `features` channels. Unlike Depth Anything's
+  (`models/heads/dpt.py`), all four maps have twice the patch grid, without
+  projections between stages.
   """
 
   features: int
@@ -86,7 +86,7 @@ def _upsample(x, factor):
 
 
 def _conv(features: int, size: int, name: str) -> nn.Conv:
-  # PyTorch's initializer of weights: uniform, +-1 / sqrt(fan in).
+  # PyTorch's default weight initializer: uniform, +-1 / sqrt(fan in).
   uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
   return dpt.conv(features, size, jnp.float32, name, kernel_init=uniform)
 
@@ -94,7 +94,7 @@ def _conv(features: int, size: int, name: str) -> nn.Conv:
 def init_depth_head(
   head: ProbeHead | DPTHead, channels: int, *, seed: int
 ) -> tuple[PyTree, PyTree]:
-  """Parameters and running statistics of a new head."""
+  """Initial parameters and running statistics."""
   key = jax.random.key(seed)
   if isinstance(head, ProbeHead):
     return init_head(head, channels, functools.partial(jax.random.normal, key))

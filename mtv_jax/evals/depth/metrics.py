@@ -1,8 +1,8 @@
-"""Metrics of depth maps, and the affine alignment of a prediction.
+"""Depth metrics, and affine alignment of predictions.
 
-Each image is scored over its valid pixels, then images are averaged, so that
-images with few and with many valid pixels count the same. Sums are float64:
-the closed form of the alignment cancels in float32.
+Metrics are averaged over an image's valid pixels, then over images, so that
+every image has equal weight. Sums are float64: the closed form of the alignment
+cancels in float32.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ CropName = Literal["none", "nyu_eigen", "garg", "kitti_eigen"]
 def crop_mask(
   shape: tuple[int, int], crop: CropName
 ) -> Bool[np.ndarray, "{shape[0]} {shape[1]}"]:
-  """The evaluated pixels of a map of `shape`.
+  """Mask of the evaluated pixels of a map of `shape`.
 
   `nyu_eigen` is rows 45 to 471 and columns 41 to 601 of 480 x 640; `garg` and
-  `kitti_eigen` are fractions of the height and the width, rounded down.
+  `kitti_eigen` are fractions of height and width, rounded down.
   """
   height, width = shape
   if crop == "none":
@@ -63,7 +63,7 @@ def valid_mask(
   high: float | int | None = None,
   crop: CropName = "none",
 ) -> Bool[np.ndarray, "h w"]:
-  """Pixels in the crop with a true depth in the open interval (low, high).
+  """Pixels in the crop with true depth in the open interval (low, high).
 
   Depth and limits are in metres; unknown depth is 0 or NaN.
   """
@@ -93,14 +93,14 @@ METRICS = {
   "sq_rel": lambda p, g: np.mean((p - g) ** 2 / g),
   "rmse_log": lambda p, g: _rms(_log_error(p, g)),
   "log10": lambda p, g: np.mean(np.abs(_log_error(p, g))) / np.log(10),
-  # The mean of squared deviations, which rounding can't make negative.
+  # As a standard deviation, since rounding can't make it negative.
   "silog": lambda p, g: 100 * np.std(_log_error(p, g)),
   "delta1": lambda p, g: _delta(p, g, 1),
   "delta2": lambda p, g: _delta(p, g, 2),
   "delta3": lambda p, g: _delta(p, g, 3),
 }
 DELTAS = ("delta1", "delta2", "delta3")
-# Units of the errors (lower is better), also of aligned predictions.
+# Units of metrics where lower is better, also for aligned predictions.
 UNITS = {name: "" for name in METRICS if name not in DELTAS}
 UNITS |= {"rmse": "m", "sq_rel": "m", "si_rmse": "m"}
 
@@ -110,12 +110,12 @@ def image_metrics(
   truth: Float[np.ndarray, " n"],
   names: Iterable[str] = tuple(METRICS),
 ) -> dict[str, float]:
-  """Metrics of the valid pixels of one image.
+  """Metrics over the valid pixels of one image.
 
   With e = ln p - ln g: rmse_log = sqrt(mean e^2), log10 = mean |e| / ln 10,
   silog = 100 sqrt(mean e^2 - (mean e)^2) (Eigen et al. 2014); abs_rel =
   mean |p - g| / g, sq_rel = mean (p - g)^2 / g; delta1, 2, 3 are the fractions
-  with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3, which values <= 0 fail.
+  with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3; values <= 0 fail.
   """
   p, g = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
   if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):
@@ -130,7 +130,7 @@ def image_metrics(
 def average(
   rows: Sequence[Mapping[str, float]], *, skipped: int = 0
 ) -> Estimate:
-  """The mean of each metric over images; InputError if all were skipped."""
+  """Mean of each metric over images; InputError if all were skipped."""
   if not rows:
     raise InputError(
       f"none of {skipped} images has enough pixels with a valid depth; check "
@@ -154,14 +154,13 @@ class ScaleAndShift(NamedTuple):
 def fit_affine(
   predicted: Float[np.ndarray, " n"], target: Float[np.ndarray, " n"]
 ) -> ScaleAndShift:
-  """The least-squares scale and shift from `predicted` to `target`.
+  """Least-squares scale and shift from `predicted` to `target`.
 
       (s, t) = argmin sum (s d + t - g)^2
 
-  Scale and shift are 0 where the solution is not unique (no prediction, or
-  all of them equal), as in MiDaS's evaluation (Ranftl et al. 2020). The
-  equations are solved about the means, where the determinant
-  n sum (d - mean d)^2 does not cancel.
+  Both are 0 if the solution isn't unique (empty or constant prediction), as in
+  MiDaS's evaluation (Ranftl et al. 2020). Solved about the means, so that the
+  determinant n sum (d - mean d)^2 doesn't cancel.
   """
   d, g = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
   if not d.size or d.min() == d.max():

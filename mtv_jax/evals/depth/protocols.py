@@ -1,8 +1,8 @@
-"""Published depth probes: inputs, head, loss weights and optimizer of each.
+"""Published depth probes: inputs, head, loss weights and optimizer.
 
-linear  DINOv3's: last block after the final norm, batch norm, one linear map
-lin1    DINOv2's: last block with the CLS token beside every patch
-lin4    DINOv2's over four blocks
+linear  DINOv3's: last block after the final norm, batch norm, linear layer
+lin1    DINOv2's: last block, CLS token concatenated to every patch
+lin4    DINOv2's: as lin1, over four blocks
 dpt     Probe3D's (El Banani et al. 2024): DPT over four blocks
 """
 
@@ -22,18 +22,18 @@ from mtv_jax.models.heads import dpt
 
 @dataclasses.dataclass(frozen=True)
 class ProbeProtocol:
-  """A probe as published for NYUv2; the defaults are DINOv3's linear probe."""
+  """A published NYUv2 probe; the defaults are DINOv3's linear probe."""
 
-  # The `last` block, or the end of each quarter: `quarters` as DINOv2 counts 24
-  # blocks, `even_quarters` as Probe3D does.
+  # The `last` block, or the end of each quarter: `quarters` as in DINOv2 for 24
+  # blocks, `even_quarters` as in Probe3D.
   layers: str = "last"
   norm: str = "final"  # `final` applies the final norm to the features
-  # `concat` appends the CLS token, if there is one, to every patch,
-  # `dino_concat` for the DINO family alone.
+  # `concat` appends the CLS token, if any, to every patch; `dino_concat` only
+  # for the DINO family.
   cls: str = "off"
   head: str = "linear"  # `upsampled` (x4, without batch norm) or `dpt`
-  resize: str = "bilinear"  # how the image's size is restored, see `resizing`
-  frame: str = "full"  # images or their central `square`
+  resize: str = "bilinear"  # resizing of predictions, see `resizing`
+  frame: str = "full"  # whole images, or their central `square`
   augment: str = "toolbox"  # see `augment.AUGMENTS`
   schedule: str = "warm_cosine"  # see `SCHEDULES`
   lr: float = 3e-4
@@ -46,13 +46,13 @@ class ProbeProtocol:
   epochs: int | None = None
   sig_weight: float = 1.0
   gradient_weight: float = 0.0
-  ddof: int = 1  # for the variance in the SIG loss, see `training.sig_loss`
-  warm_steps: int = 100  # first updates, without the variance in the SIG loss
-  tta: str = "flip"  # averages with the prediction of the mirror image
+  ddof: int = 1  # of the variance in the SIG loss, see `training.sig_loss`
+  warm_steps: int = 100  # first updates, SIG loss without variance
+  tta: str = "flip"  # averages with the prediction of the mirrored image
   crop: str = "nyu_eigen"  # evaluated pixels, see `metrics.crop_mask`
 
   def out_indices(self, depth: int) -> tuple[int, ...]:
-    """The blocks to read of an encoder with `depth` blocks."""
+    """Indices of the blocks to read, for an encoder with `depth` blocks."""
     if self.layers == "last":
       return (depth - 1,)
     if self.layers == "quarters":
@@ -116,10 +116,10 @@ PROTOCOLS = {
 def warm_cosine(
   step: int | jax.Array, *, steps: int, lr: float
 ) -> Float[Array, ""]:
-  """DINOv3's schedule: a cosine with a linear ramp over its first third.
+  """DINOv3's schedule: cosine with linear warmup over the first third.
 
   With T steps and W = T / 3: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
-  before W, then the cosine from lr to lr / 25000 at (s + 1) / T.
+  before W, then a cosine from lr to lr / 25000 at (s + 1) / T.
   """
   warmup = max(1, steps // 3)  # 12,800 of 38,400
   s = jnp.asarray(step, jnp.float32)
@@ -132,7 +132,7 @@ def one_cycle(
 ) -> Float[Array, ""]:
   """PyTorch's OneCycleLR (Smith and Topin 2018): two half cosines.
 
-  From lr / 25 up to lr at 0.3 of the steps, down to lr / 2500 at the last one.
+  From lr / 25 up to lr at 0.3 of the steps, down to lr / 2500 at the last step.
   """
   s = jnp.asarray(step, jnp.float32)
   peak = max(0.3 * steps - 1, 1e-6)
@@ -146,8 +146,8 @@ def quarter_cosine(
 ) -> Float[Array, ""]:
   """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
 
-  r = (s - W) / (T - W), with T steps; the linear part has W = 0.15 T steps (1.5
-  of 10 epochs).
+  r = (s - W) / (T - W), with T steps and W = 0.15 T warmup steps (1.5 of 10
+  epochs).
   """
   warmup = max(1, round(0.15 * steps))
   s = jnp.asarray(step, jnp.float32)

@@ -1,9 +1,9 @@
-"""Zero-shot relative depth of the pretraining head, aligned to each image.
+"""Zero-shot relative depth of the pretraining head, aligned per image.
 
-The head predicts inverse depth up to a scale and a shift, which are fitted to
-every image by least squares before it is scored (Ranftl et al. 2020, MiDaS).
-The published ways to do so differ by about a tenth in the results; each is a
-protocol here, `midas` the default, and each step of it is an option.
+The head predicts inverse depth up to scale and shift, which are fitted to each
+image by least squares before scoring (Ranftl et al. 2020, MiDaS). Published
+protocols differ by about a tenth in their results. `protocol` selects one
+(default `midas`); each step is also an option.
 
               alignment         resize            KITTI's crops     NYU's crop
   midas       disparity         bilinear          none              none
@@ -66,16 +66,16 @@ _CROPS = {
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentProtocol:
-  """A way to score one kind of data; see the options of `RelativeDepth`."""
+  """Scoring protocol for one data kind; see the options of `RelativeDepth`."""
 
   alignment: str
   resize: str
   cut: str
   crop: str
-  low: float  # valid depths are above, in metres
-  high: float | None  # and below
+  low: float  # lower bound of valid depth, in metres
+  high: float | None  # upper bound of valid depth
   cap: float  # largest aligned depth
-  min_depth: float  # smallest one, where the alignment clips
+  min_depth: float  # smallest aligned depth, for alignments that clip
 
 
 def published_protocol(name: str, kind: str) -> AlignmentProtocol:
@@ -100,20 +100,19 @@ class RelativeDepth(DepthEvaluator):
   None means the protocol's value.
 
   Attributes:
-    aspect: input of the encoder. `squash` is the image squashed to a square, as
-      our heads are trained; `keep` the image at its aspect ratio, both sides
-      multiples of the patch, bicubic without antialiasing, as Depth Anything
-      has it. By default `keep` for its heads, which predict every pixel of
-      their input, and `squash` for ours.
-    input_size: side of the square or least shorter side, in pixels; by default
-      the encoder's own.
+    aspect: encoder input. `squash` squashes images to a square, as our heads
+      are trained; `keep` keeps the aspect ratio with both sides multiples of
+      the patch size, bicubic without antialiasing, as in Depth Anything.
+      Defaults to `keep` for Depth Anything's heads, which predict every input
+      pixel, and to `squash` for ours.
+    input_size: side of the square, or minimum shorter side, in pixels; defaults
+      to the encoder's size.
     alignment: see `ALIGNMENTS`.
     resize: how predictions are resized, see `resizing`.
-    cut: `kb` crops KITTI's images to their lower middle, 352 x 1216, before
-      anything else.
-    crop: which pixels are evaluated, see `metrics.crop_mask`.
-    cap: largest depth of an aligned prediction, in metres, and of the
-      evaluated pixels unless the protocol has no limit.
+    cut: `kb` first crops KITTI's images to their bottom centre, 352 x 1216.
+    crop: evaluated pixels, see `metrics.crop_mask`.
+    cap: largest depth of aligned predictions, in metres, and of evaluated
+      pixels if the protocol limits them.
     min_pixels: images with fewer valid pixels are skipped.
     subset: subset of KITTI's list, `all`, `train` or `val` (MiDaS: val).
   """
@@ -139,11 +138,11 @@ class RelativeDepth(DepthEvaluator):
     return self.open_split("test", size, count=self.count, subset=self.subset)
 
   def prepare(self) -> None:
-    """Reads the lists of files, so that missing files show."""
+    """Opens the data, so that missing files fail early."""
     self._set(96)
 
   def run(self, encoder: Encoder) -> Result:
-    """AbsRel, delta and RMSE; `chance` is the best constant of each image."""
+    """Returns AbsRel, delta and RMSE; chance is each image's best constant."""
     if not encoder.can_predict("depth"):
       raise NotApplicable(
         "this encoder has no depth head; use a run that was trained with "
@@ -202,7 +201,7 @@ class RelativeDepth(DepthEvaluator):
     protocol: AlignmentProtocol,
     aspect: str,
   ) -> Iterator[Prediction]:
-    """Predictions at the image's size, in order."""
+    """Yields predictions at image size, in order."""
 
     def read(i: int) -> tuple[np.ndarray, ...]:
       image, truth = (cut(x, protocol.cut) for x in data.read_pair(i))
@@ -274,9 +273,9 @@ class RelativeDepth(DepthEvaluator):
 def resize_at_aspect(
   image: UInt8[np.ndarray, "_ _ 3"], *, size: int, multiple: int
 ) -> Float32[np.ndarray, "_ _ 3"]:
-  """An image at its aspect ratio, as Depth Anything resizes.
+  """Resizes an image at its aspect ratio, as in Depth Anything.
 
-  The shorter side is at least `size`; both are multiples of the patch.
+  The shorter side is at least `size`; both are divisible by `multiple`.
   """
   shape = lower_bound_shape(*image.shape[:2], size=size, multiple=multiple)
   pixels = image.astype(np.float32)
@@ -290,13 +289,13 @@ def predict_maps(
   resize: bool,
   batch_size: int,
 ) -> Iterator[Float32[np.ndarray, "_ _"]]:
-  """Inverse depth of images, in their order."""
+  """Yields inverse depth of images, in order."""
   options = {} if resize else {"resize": False}
   return dense.map_by_group(
     functools.partial(encoder.depth, batch_size=batch_size, **options),
     images,
     (lambda image: None) if resize else np.shape,
-    # The encoder resizes ahead of the devices.
+    # Larger batches, so that resizing runs ahead of the devices.
     batch_size=4 * batch_size if resize else batch_size,
   )
 
@@ -310,7 +309,7 @@ def _align_map(
 
 
 def cut(x: np.ndarray, name: str) -> np.ndarray:
-  """An image or a map, or with `kb` its lower middle 352 x 1216."""
+  """Crops an image or map: `kb` is the bottom centre 352 x 1216."""
   if name == "none":
     return x
   (height, width), (rows, columns) = x.shape[:2], _KB_SIZE
@@ -331,7 +330,7 @@ def align(
   cap: float | int,
   min_depth: float = 1e-3,
 ) -> Float64[np.ndarray, " n"]:
-  """Depth in metres at the valid pixels, after the best scale and shift.
+  """Depth in metres at valid pixels, after least-squares alignment.
 
   Args:
     predicted: inverse depth up to scale and shift (or depth, with
@@ -346,8 +345,8 @@ def align(
   if predicted is None:
     fitted = np.full_like(g, target.mean())
   else:
-    # Marigold's maps are in 0..1, where 0 is no prediction. A head without a
-    # ReLU has an arbitrary zero, and all of its pixels are predictions.
+    # Marigold's maps are in 0..1, and 0 means missing. A head without a ReLU
+    # has an arbitrary zero, so all pixels are predictions.
     positive = alignment == "disparity_positive" and predicted.min() >= 0
     fit = predicted > 0 if positive else slice(None)
     fitted = metrics.fit_affine(predicted[fit], target[fit])(predicted)
@@ -365,7 +364,7 @@ def score(
   truth: Float[np.ndarray, " n"],
   protocol: AlignmentProtocol,
 ) -> dict[str, float]:
-  """One image's metrics; see `align`. RMSE is for depth only."""
+  """Metrics of one image; see `align`. RMSE only for depth."""
   depth = align(
     predicted,
     truth,

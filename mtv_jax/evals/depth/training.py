@@ -22,10 +22,10 @@ from mtv_jax.evals.depth.augment import DepthExample
 from mtv_jax.evals.depth.depth_evaluator import Prediction
 from mtv_jax.evals.depth.protocols import ProbeProtocol
 
-# Features and depth that are cached if nothing changes between steps.
+# Limit of cached features and depth, without augmentation.
 _CACHE_BYTES = 2 * 2**30
 _EPS = 1e-3  # metres, added before the logarithm
-_MEAN_WEIGHT = 0.15  # weight of the squared mean beside the variance: 1 - 0.85
+_MEAN_WEIGHT = 0.15  # weight of the squared mean: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
 
 
@@ -35,22 +35,22 @@ class Setup:
 
   encoder: Encoder
   protocol: ProbeProtocol
-  layers: tuple[int, ...]  # blocks that are read
-  max_depth: float  # limit of the bins and of the evaluated pixels, in metres
+  layers: tuple[int, ...]  # blocks to read
+  max_depth: float  # limit of bins and evaluated pixels, in metres
   dpt_features: int
-  # Rows and columns of a whole image (or its central square) as the encoder
-  # sees it, before padding; None for its own size.
+  # Rows and columns that a whole image (or its central square) is resized to,
+  # before padding; None for no resizing.
   input_size: tuple[int, int] | None
   seed: int
-  schedule: probe.ProbeSchedule  # steps and batch size of the protocol, and why
+  schedule: probe.ProbeSchedule  # steps and batch size, and the reason
 
   @property
   def has_cls(self) -> bool:
-    """Whether the CLS token is beside every patch.
+    """Whether the CLS token is concatenated to every patch.
 
-    Probe3D reads it of DINO and DINOv2, and patches alone of CLIP, MAE and
-    others. The DINO family is told by what only DINOv2 and its successors have
-    here: the CLS token as the image's feature, and layer scale.
+    Probe3D does so for DINO and DINOv2, but not for CLIP, MAE and more. We
+    detect DINOv2 and its successors by CLS pooling plus layer scale, which only
+    they have here.
     """
     image = self.encoder.spec.image
     if self.protocol.cls == "dino_concat":
@@ -65,18 +65,18 @@ class Setup:
 
   @property
   def head(self) -> ProbeHead | heads.DPTHead:
-    """The head, which predicts logits of bins."""
+    """The head, which predicts bin logits."""
     if self.protocol.head == "dpt":
       return heads.DPTHead(self.dpt_features)
     if self.protocol.head == "upsampled":
-      # Upstream upsamples the features, which is equal and more expensive.
+      # Upstream upsamples the features: equal, but more expensive.
       return ProbeHead(heads.BINS, batch_norm=False, upsample=4)
     return ProbeHead(heads.BINS)
 
   def features(
     self, images: list[np.ndarray]
   ) -> Float32[np.ndarray, "n h w c"]:
-    """The head's input, of padded images of one size in 0..255."""
+    """The head's input, from padded images of one size in 0..255."""
     return dense.features(
       self.encoder,
       images,
@@ -87,7 +87,7 @@ class Setup:
     )
 
   def view(self, size: tuple[int, int], whole: tuple[int, int]) -> PaddedView:
-    """The encoder's view of crops of `size` from images of size `whole`."""
+    """Padded view of crops of `size` from images of size `whole`."""
     input_size = tuple(
       round(s * w / full)
       for s, w, full in zip(size, self.input_size or whole, whole, strict=True)
@@ -101,7 +101,7 @@ class Setup:
     )
 
   def example(self, data: DepthSet, i: int) -> DepthExample:
-    """An image and its depth, cropped as the protocol does."""
+    """An image and its depth, cropped to the protocol's frame."""
     image, depth = data.read_pair(i)
     if self.protocol.frame == "square":
       side = min(depth.shape)
@@ -113,7 +113,7 @@ class Setup:
 def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   """Trains the head; the result doesn't depend on the number of devices.
 
-  Without augmentation, features are computed once if they fit in memory.
+  Without augmentation, features are cached if they fit in memory.
   """
   protocol, head, count = setup.protocol, setup.head, len(data.images)
   full_shape = setup.example(data, 0).depth.shape
@@ -172,10 +172,10 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
 def predict(
   setup: Setup, data: DepthSet, fitted: probe.FitResult
 ) -> Iterator[Prediction]:
-  """Depth of every image in order, in metres, at the size of the image.
+  """Yields each image's predicted depth in metres, at image size.
 
-  Clipped to the evaluated range, 1 mm to `max_depth`; with `tta="flip"` the
-  mean of the prediction and the flipped prediction of the flipped image.
+  Clipped to 1 mm .. `max_depth`; `tta="flip"` averages with the flipped
+  prediction of the flipped image.
   """
   size = setup.example(data, 0).depth.shape
   view, flip = setup.view(size, size), setup.protocol.tta == "flip"
@@ -204,8 +204,8 @@ def predict(
 
 
 def _log_error(predicted, truth, valid):
-  """ln(d + 0.001) - ln(g + 0.001), 0 where invalid."""
-  # Masked twice: the gradient of an invalid logarithm may not be finite.
+  """ln(d + 0.001) - ln(g + 0.001); 0 for invalid pixels."""
+  # Masked before and after the log, whose gradient may be non-finite.
   predicted, truth = (jnp.where(valid, x, 1.0) for x in (predicted, truth))
   error = jnp.log(predicted + _EPS) - jnp.log(truth + _EPS)
   return jnp.where(valid, error, 0.0)
@@ -221,12 +221,12 @@ def sig_loss(
 ) -> Float[Array, ""]:
   """Scale-invariant log error: sqrt(var g + 0.15 (mean g)^2).
 
-  Eigen et al. 2014, with the root and the constants of AdaBins. The variance
-  is unbiased in DINOv2's probes and biased in Probe3D's, where it is written
+  Eigen et al. 2014, with the root and the constants of AdaBins. The variance is
+  unbiased in DINOv2's probes and biased in Probe3D's, which writes
   mean g^2 - 0.85 (mean g)^2.
 
-  Depths are in metres; without any valid pixel, the loss is 0. `ddof` is 1 for
-  the unbiased variance; `variance_weight` is 0 while a probe warms up.
+  Depths are in metres; the loss is 0 without valid pixels. `ddof` is 1 for the
+  unbiased variance; `variance_weight` is 0 during warmup.
   """
   g = _log_error(predicted, truth, valid)
   count = valid.sum().astype(jnp.float32)
@@ -234,7 +234,7 @@ def sig_loss(
   squares = jnp.where(valid, jnp.square(g - mean), 0.0).sum()
   variance = squares / jnp.maximum(count - ddof, 1)
   inside = variance_weight * variance + _MEAN_WEIGHT * jnp.square(mean)
-  # The root has no gradient at 0, the value of a perfect prediction.
+  # The root isn't differentiable at 0, the value of a perfect prediction.
   return jnp.where(count > 0, jnp.sqrt(jnp.maximum(inside, 1e-12)), 0.0)
 
 
@@ -243,12 +243,12 @@ def gradient_loss(
   truth: Float[Array, "b h w"],
   valid: Bool[Array, "b h w"],
 ) -> Float[Array, ""]:
-  """Differences of the log error between pixels two apart, at four strides.
+  """Multi-scale gradient loss of the log error.
 
       sum_k (1 / N_k) sum |g(y + 2, x) - g(y, x)| + |g(y, x + 2) - g(y, x)|
 
-  over every 1st, 2nd, 4th and 6th pixel; N_k of them are valid. A difference
-  counts if both of its pixels are (Monocular-Depth-Estimation-Toolbox).
+  over every 1st, 2nd, 4th and 6th pixel, with N_k valid pixels. A difference
+  counts if both pixels are valid (Monocular-Depth-Estimation-Toolbox).
   """
   error = _log_error(predicted, truth, valid)
   total = jnp.float32(0)

@@ -1,7 +1,7 @@
-"""Augmentation of images with their maps of classes.
+"""Augmentation of images and class maps.
 
-mmsegmentation's for ADE20K, with the ranges of DINOv3's linear probe: scale,
-crop, flip, photometric distortion, padding.
+mmsegmentation's ADE20K pipeline with the ranges of DINOv3's linear probe:
+scale, crop, flip, photometric distortion, padding.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def augment(
 ) -> tuple[
   Shaped[np.ndarray, "{size} {size} 3"], UInt8[np.ndarray, "{size} {size}"]
 ]:
-  """A random square crop of an image and of its map, see `PROTOCOL`.
+  """Random square crop of an image and its map, see `PROTOCOL`.
 
-  Padding has the colour `fill` in 0..255, and makes the crop float32.
+  Padding has the colour `fill` in 0..255 and makes the crop float32.
   """
   short = int(size * rng.uniform(0.5, 2.0))
   shape = sliding_window.resized(*image.shape[:2], short=short)
@@ -58,8 +58,8 @@ def augment(
 def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
   """Pads to `size` x `size`, on the right and below.
 
-  A padded image is float32, which represents the encoder's mean exactly: after
-  normalisation the padding is zero.
+  Padded images are float32, which represents the encoder's mean exactly:
+  padding normalises to zero.
   """
   height, width = pixels.shape[:2]
   if (height, width) == (size, size):
@@ -74,7 +74,7 @@ def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
 def _corner(
   labels: np.ndarray, rng: np.random.Generator, size: int
 ) -> tuple[int, int]:
-  """A random corner (top, left) of a crop, no class with 75 % of its pixels."""
+  """Random crop corner (top, left), with every class below 75 % of pixels."""
   room = np.maximum(np.array(labels.shape) - size, 0)
   for _ in range(_MAX_TRIES):
     top, left = (int(x) for x in rng.integers(0, room + 1))

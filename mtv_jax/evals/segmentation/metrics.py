@@ -1,4 +1,4 @@
-"""Segmentation metrics of a whole set, from confusion matrices."""
+"""Data-set level segmentation metrics, from confusion matrices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def confusion(
   *,
   classes: int,
 ) -> Int64[np.ndarray, "{classes} {classes}"]:
-  """Counts of pixels by (true class, predicted class), without `IGNORE`."""
+  """Pixel counts by (true class, predicted class), without `IGNORE`."""
   counted = truth != IGNORE
   rows = truth[counted].astype(np.int64)
   columns = predicted[counted].astype(np.int64)
@@ -42,8 +42,8 @@ def class_sums(
 ) -> Int64[np.ndarray, "*n 3 k"]:
   """Correct, true and predicted pixels of each class.
 
-  All metrics are functions of these sums, which for every image of a set are
-  small where its confusion matrices (rows are the truth) are not.
+  Rows of `counts` are the truth. All metrics are functions of these sums, which
+  are much smaller than per-image confusion matrices.
   """
   hit = np.diagonal(counts, axis1=-2, axis2=-1)
   return np.stack([hit, counts.sum(axis=-1), counts.sum(axis=-2)], axis=-2)
@@ -52,7 +52,7 @@ def class_sums(
 def class_ious(
   sums: Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"],
 ) -> Float[np.ndarray, " k"]:
-  """IoU of each class; NaN where neither truth nor prediction has it."""
+  """IoU per class; NaN if a class is in neither truth nor prediction."""
   hit, true, predicted = sums
   union = true + predicted - hit
   return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
@@ -63,8 +63,8 @@ def scores(
 ) -> dict[str, float]:
   """`miou`, `macc` and `aacc` from the `class_sums` of a set.
 
-  `miou` counts a class that is only predicted as 0; `macc` averages over the
-  classes of the ground truth; `aacc` is the share of correct pixels.
+  `miou` counts classes that are only predicted as 0; `macc` averages over
+  classes in the truth; `aacc` is the fraction of correct pixels.
   """
   hit, true, _ = sums
   if not true.sum():
@@ -78,9 +78,9 @@ def scores(
 
 
 def estimate(sums: Int64[np.ndarray, "n 3 k"]) -> Estimate:
-  """`scores` of n images, and their errors over the images.
+  """`scores` of n images, with errors over images.
 
-  Raises InputError if no pixel was counted.
+  Raises InputError if every pixel is ignored.
   """
   flat = sums[sums[:, 1].any(axis=-1)].reshape(-1, 3 * sums.shape[-1])
   if not len(flat):
@@ -92,10 +92,10 @@ def estimate(sums: Int64[np.ndarray, "n 3 k"]) -> Estimate:
 
 
 def chance(sums: Int64[np.ndarray, "3 k"]) -> dict[str, float]:
-  """The expected metrics of a uniform guess at every pixel.
+  """Expected metrics of a uniform guess at every pixel.
 
-  With a share g of the pixels in a class and K classes, the intersection is
-  g / K and the union g + 1 / K - g / K.
+  For a class with a fraction g of the pixels, among K classes, the intersection
+  is g / K and the union g + 1 / K - g / K.
   """
   classes = sums.shape[1]
   share = sums[1] / sums[1].sum()

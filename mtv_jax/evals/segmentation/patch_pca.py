@@ -1,11 +1,10 @@
-"""Principal components of patch features, as colours.
+"""PCA of patch features, shown as colours.
 
-Three components of all patches of a few images together, so that equal colours
-are equal features across the images (as Oquab et al. 2023, Fig. 1, shows
-them). With `foreground=threshold` the first component, cut at the mean, tells
-foreground from background, and three components of the foreground alone are
-shown. The metric, the share of the variance that three components explain, is
-descriptive: neither a higher nor a lower value is better.
+Three principal components over all patches of a few images, so that equal
+colours mean equal features across images (as in Oquab et al. 2023, Fig. 1).
+With `foreground=threshold`, the first component, thresholded at its mean,
+separates the foreground, whose PCA is shown. The metric, the variance explained
+by three components, is descriptive: neither higher nor lower is better.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ class PatchPca(Evaluator):
   """Principal components of patch features.
 
   Attributes:
-    data: see `datasets/registry.py`; labels and captions are not needed. Or any
-      folder with JPEGs under it.
-    count: images that share the components, evenly spaced.
-    layer: index of the block whose output is used, without the final norm; None
-      for the final output with it.
-    size: side of the squares that are encoded, for a finer grid than the
-      encoder's own preprocessing gives.
-    foreground: `all` patches, or those above a `threshold`.
+    data: see `datasets/registry.py`, or any folder with JPEGs under it; needs
+      only images.
+    count: number of images in the joint PCA, evenly spaced.
+    layer: block index, its output without the final norm; None for the final
+      output with it.
+    size: side of the encoded squares, for a finer grid than the encoder's
+      default.
+    foreground: `all` patches, or patches above a `threshold`.
   """
 
   data: Data = "scenes"
@@ -56,7 +55,7 @@ class PatchPca(Evaluator):
     return registry.open_images(self.data, count=self.count)
 
   def run(self, encoder: Encoder) -> Result:
-    """The share of variance in three components; `pca` as a sheet."""
+    """Returns the explained variance, and the sheet `pca`."""
     data = self._set
     if encoder.preprocess.resize == "native":
       encoder = encoder.with_preprocess(encoder.preprocess.squashed())
@@ -109,7 +108,7 @@ class PatchPca(Evaluator):
   def _row(
     self, encoder: Encoder, image: np.ndarray, colours: np.ndarray
   ) -> list[np.ndarray]:
-    """Image and colours, in one shape where the whole image was encoded."""
+    """Image and colours; resized to the image if all of it was encoded."""
     if self.size is not None or encoder.preprocess.resize == "squash":
       shape = image.shape[1::-1]
       grid = PIL.Image.fromarray(colours)
@@ -137,10 +136,10 @@ class PatchPca(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-  """Components of all patches, and the variance that each explains."""
+  """Components of all patches, and their explained variance."""
 
   components: Float32[np.ndarray, "n h w c"]
-  share: Float32[np.ndarray, " c"]  # of the variance, decreasing
+  share: Float32[np.ndarray, " c"]  # explained variance ratio, decreasing
 
 
 def principal_components(
@@ -149,10 +148,10 @@ def principal_components(
   mask: Bool[np.ndarray, "n h w"],
   count: int = 3,
 ) -> Components:
-  """Principal components of the patches in `mask`.
+  """Projects patches on the principal components of the patches in `mask`.
 
-  Their signs, which are arbitrary, are those that make each one's largest
-  loading positive. Missing ones (fewer features than `count`) are zero.
+  Signs are arbitrary; each component's largest loading is made positive.
+  Components beyond the number of features are zero.
   """
   rows = patches[mask].astype(np.float64)
   ranking.check_finite(patches=rows)
@@ -173,7 +172,7 @@ def principal_components(
 def _covariance(
   rows: Float64[np.ndarray, "m d"],
 ) -> Float64[np.ndarray, "d d"]:
-  """Covariance of features, small however many patches there are."""
+  """Covariance of features; its size doesn't depend on the patches."""
   centred = rows - rows.mean(axis=0)
   return centred.T @ centred / len(rows)
 
@@ -184,9 +183,9 @@ def share_error(
   mask: Bool[np.ndarray, "n h w"],
   count: int = 3,
 ) -> float | None:
-  """Jackknife error, over the images, of the variance that `count` explain.
+  """Jackknife error over images of the variance explained by `count`.
 
-  None if fewer than two images have a patch in `mask`.
+  None if fewer than two images have patches in `mask`.
   """
   images = np.flatnonzero(mask.any(axis=(1, 2)))
   if len(images) < 2:
@@ -203,10 +202,10 @@ def share_error(
 def foreground(
   patches: Float32[np.ndarray, "n h w d"],
 ) -> Bool[np.ndarray, "n h w"]:
-  """Patches on one side of the first component's mean.
+  """Foreground mask: one side of the first component's mean.
 
-  The side that is rarer at the images' borders, since objects tend to be in the
-  middle. (Our choice; the component's sign is arbitrary.)
+  The component's sign is arbitrary. We take the side that is rarer at image
+  borders, since objects tend to be central (our choice).
   """
   all_patches = np.ones(patches.shape[:3], bool)
   first = principal_components(patches, mask=all_patches, count=1).components
@@ -224,8 +223,8 @@ def component_colours(
 ) -> UInt8[np.ndarray, "n h w 3"]:
   """Three components per patch as RGB, on one scale for all images.
 
-  Each component is stretched from its 1st to its 99th percentile over the
-  patches in `mask`; the others are black.
+  Each component is scaled from its 1st to its 99th percentile over patches in
+  `mask`; patches outside are black.
   """
   if not mask.any():
     return np.zeros(components.shape, np.uint8)

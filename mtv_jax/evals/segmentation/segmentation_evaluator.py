@@ -1,4 +1,4 @@
-"""Base class of the segmentation evaluations: windows, counts and sheets."""
+"""Base class of the segmentation evaluators: windows, counts and sheets."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _IMAGE_HEIGHT = 192
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationEvaluator(Evaluator):
-  """Base class of the segmentation evaluations.
+  """Base class of the segmentation evaluators.
 
-  None means the published value on real data and a small one on scenes.
+  None means the published value on real data and a small value on scenes.
 
   Attributes:
-    size: side of windows and shorter side of evaluated images: the published
-      one, or the next that the patch divides; for scenes the encoder's own.
-    stride: pixels between windows; by default a share of `size`.
-    encode_batch: windows that are encoded at a time.
+    size: side of windows and shorter side of images; defaults to the published
+      size rounded up to whole patches, for scenes to the encoder's size.
+    stride: pixels between windows; by default a fraction of `size`.
+    encode_batch: windows per encoder batch.
   """
 
   data: Data = "scenes"
@@ -49,7 +49,7 @@ class SegmentationEvaluator(Evaluator):
   pictures: NonNegativeInt = 0
 
   def _window_size(self, encoder: Encoder, published: int) -> int:
-    """Side of a window; raises InputError if the patch does not divide it."""
+    """Window side; InputError if not a multiple of the patch size."""
     image = encoder.spec.image
     if self.size is None:
       scenes = is_scenes(self.data)
@@ -65,7 +65,7 @@ class SegmentationEvaluator(Evaluator):
     data: SegmentationSet,
     slide: sliding_window.Slide,
   ) -> Predictions:
-    """Sums of all heads for each image of a set, and chosen images."""
+    """Class sums of all heads for each image, and rows of the sheet."""
     indices = range(len(data.images))
     chosen = subsample(indices, self.pictures) if self.pictures else ()
     names = data.classes or [str(i) for i in range(data.class_count)]
@@ -113,15 +113,15 @@ class SegmentationEvaluator(Evaluator):
 
 
 def padding_colour(encoder: Encoder) -> Float32[np.ndarray, "3"]:
-  """The colour that is zero after normalisation, in 0..255."""
+  """The colour, in 0..255, that normalises to zero."""
   return np.float32(255) * np.asarray(encoder.preprocess.mean, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """Sums of pixels of several heads, and rows of their sheets."""
+  """Class sums of several heads, and rows of their sheets."""
 
-  sums: Int64[np.ndarray, "n heads 3 k"]  # of each image, `metrics.class_sums`
+  sums: Int64[np.ndarray, "n heads 3 k"]  # per image, `metrics.class_sums`
   rows: list[list[np.ndarray]]  # per chosen image, one row per head
 
   def sheets(
@@ -129,7 +129,7 @@ class Predictions:
   ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
     """A head's sheet by name; empty if no images were chosen.
 
-    Rows of image, truth and prediction above the names of their classes.
+    Rows show image, truth and prediction above their class names.
     """
     rows = [row[head] for row in self.rows]
     titles = ("image", "truth", "prediction")
@@ -141,7 +141,7 @@ def _draw_row(
   maps: Sequence[UInt8[np.ndarray, "h w"]],
   names: Sequence[str],
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """Image and maps in the colours of `plots.palette`; ignored is white."""
+  """Image and maps in `plots.palette` colours; ignored pixels are white."""
   colours = np.full((256, 3), 255, np.uint8)
   colours[: len(names)] = plots.palette(len(names))
   strip = plots.image_with_maps(
@@ -154,7 +154,7 @@ def _draw_row(
 def _legend(
   present: Sequence[int], width: int, names: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Class names, each beside a square in its colour."""
+  """Legend of class names and colours."""
   font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
   corners, x, y = [], 0, 2
   for i in present:

@@ -2,17 +2,17 @@
 
 Protocol A, the default, is DINOv3's linear probe: patch tokens of the last
 block after the final norm; channel dropout, batch norm and a 1x1 convolution;
-cross-entropy at 512 x 512 under augmentation, AdamW for 40,000 steps of 16;
-windows of 512 every 341 pixels on images of short side 512; mIoU of the whole
-validation set, of the best of the heads saved every 5,000 steps.
+augmented 512 x 512 crops, cross-entropy, AdamW for 40,000 steps of 16; windows
+of 512 with stride 341 on images of short side 512; mIoU over the whole
+validation set for the best head among checkpoints every 5,000 steps.
 
-Protocol B, DINOv2's, is options: `dropout=0`, and for its "+ms" metrics
+Protocol B, DINOv2's, sets `dropout=0`, and for its "+ms" metrics
 `head="multilayer"`, `size=640`, several `scales` and `flips="both"`.
 
 `head` selects the decoder: `linear` is DINOv3's on the last block; `multilayer`
-DINOv2's "+ms" head, on the last four blocks without dropout; `conv`
-has two 3x3 convolutions before it, on four blocks, one of each quarter: our
-choice of a decoder stronger than a linear one, not a published protocol.
+is DINOv2's "+ms" head on the last four blocks, without dropout; `conv` adds two
+3x3 convolutions on the last block of each quarter. `conv` is our choice of a
+stronger decoder, not a published protocol.
 """
 
 from __future__ import annotations
@@ -57,41 +57,41 @@ _HEADS = {
   "conv": "batch norm, two 3x3 convolutions of {0.conv_features} channels with "
   "batch norm and ReLU, channel dropout {0.dropout}, 1x1 convolution",
 }
-# Features of the training windows that are cached without augmentation.
+# Limit of cached training features, without augmentation.
 _CACHE_BYTES = 16 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(SegmentationEvaluator):
-  """The linear segmentation probe: mIoU, mAcc and aAcc.
+  """Linear segmentation probe: mIoU, mAcc and aAcc.
 
-  None means the published value on real data and a small one on scenes; the
+  None means the published value on real data and a small value on scenes; the
   published `size` is 512 and the default `stride` two thirds of it.
 
   Attributes:
     head: the decoder, see above.
-    layers: blocks whose tokens are concatenated, see `out_indices`:
-      `LAST` for `linear`, `FOUR_LAST` for `multilayer`, `FOUR_EVEN` for `conv`.
-    norm: `final` applies the encoder's last norm to every layer, `none` does
+    layers: blocks whose tokens are concatenated, see `out_indices`; `LAST` for
+      `linear`, `FOUR_LAST` for `multilayer`, `FOUR_EVEN` for `conv`.
+    norm: `final` applies the encoder's final norm to every layer, `none` does
       not.
     scales, flips: views whose softmax is averaged, see `Slide`.
-    augment: `official` computes features of augmented crops at every step;
-      `none` features of the evaluation's windows, once.
-    steps: updates of the head: 40,000, fewer for less than 6,400 training
-      images, or 300 on scenes.
-    batch_size: images of an update: 16.
-    published: trains the whole published schedule, also on scenes and on few
-      images, which otherwise has at most 100 passes (`probe.resolve_schedule`).
-    learning_rate: peak of the schedule: 1e-3, or 1e-2 on scenes.
-    dropout: probability that a channel is dropped: 0.1, or 0 of `multilayer`.
-    conv_features: channels of the convolutions: 256, or 64 on scenes.
-    eval_every: updates between two saved heads: an eighth of the steps, or
-      all of them on scenes. The best and the last are reported.
-    train_split: `test` trains on the test images, which checks that everything
-      runs and measures nothing: for fragments of a data set.
+    augment: `official` encodes augmented crops at every step; `none` encodes
+      the evaluation's windows once.
+    steps: training steps: 40,000, fewer for less than 6,400 training images,
+      300 on scenes.
+    batch_size: images per step: 16.
+    published: trains the full published schedule, even on scenes or few
+      images; by default capped at 100 epochs (`probe.resolve_schedule`).
+    learning_rate: peak learning rate: 1e-3, 1e-2 on scenes.
+    dropout: channel dropout rate: 0.1, 0 for `multilayer`.
+    conv_features: channels of the convolutions: 256, 64 on scenes.
+    eval_every: steps between saved heads: an eighth of the steps, all steps on
+      scenes. The best and the last head are reported.
+    train_split: `test` trains on the test images, a smoke test for fragments of
+      a data set; the metrics mean nothing.
   """
 
-  # `batch_size` is the training's.
+  # `batch_size` is the training batch size, so metrics depend on it.
   _neutral = SegmentationEvaluator._neutral - {"batch_size"}
 
   head: Literal["linear", "multilayer", "conv"] = "linear"
@@ -119,7 +119,7 @@ class Segmentation(SegmentationEvaluator):
 
   @functools.cached_property
   def _set(self) -> tuple[SegmentationSet, SegmentationSet]:
-    """Images to train on, and to test on."""
+    """Training and test images."""
     train = registry.open_segmentation(
       self.data, split=self.train_split, count=self.train_count
     )
@@ -127,7 +127,7 @@ class Segmentation(SegmentationEvaluator):
     return train, test
 
   def run(self, encoder: Encoder) -> Result:
-    """Trains the head; metrics of the best saved head and of the last."""
+    """Trains the head; returns metrics of the best and the last saved head."""
     _, test = self._set
     plan = self._plan(encoder)
     features = functools.partial(
@@ -225,7 +225,7 @@ class Segmentation(SegmentationEvaluator):
     plan: _Plan,
     features: dense.Encode,
   ) -> tuple[probe.FitResult, int | str]:
-    """The head with its snapshots, and how many windows it was trained on."""
+    """Trains the head; returns it and the number of training windows."""
     train, _ = self._set
     windows: int | str = "crops, drawn at every step"
     options = {"batch_size": plan.schedule.batch_size, "seed": self.seed}
@@ -270,7 +270,7 @@ class Segmentation(SegmentationEvaluator):
   def _encode_windows(
     self, features: dense.Encode, slide: sliding_window.Slide
   ) -> Iterator[probe.FeatureBatch]:
-    """Features of all windows; raises InputError if they exceed the cache."""
+    """Encodes all windows; InputError if features exceed the cache limit."""
     train, _ = self._set
 
     def cut_windows(i: int) -> list[dense.LabelledInput]:
@@ -328,7 +328,7 @@ class Segmentation(SegmentationEvaluator):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """The options resolved for an encoder and a data set."""
+  """Options resolved for an encoder and a data set."""
 
   slide: sliding_window.Slide
   augment: str
@@ -342,17 +342,17 @@ class _Plan:
   conv_features: int
 
 
-# Share of the steps with a rising learning rate: 1,500 of 40,000.
+# Warmup fraction of the steps: 1,500 of 40,000.
 WARMUP = 1500 / 40000
 _START = 1e-6  # learning rate at step 0, as a fraction of the peak
 _ROW_PARTS = 8
 
 
 def out_indices(layers: str, depth: int) -> tuple[int, ...]:
-  """The blocks that a head reads.
+  """Indices of the blocks that a head reads.
 
-  `LAST`, `FOUR_LAST`, or the last of each quarter (`FOUR_EVEN`: 2, 5, 8, 11 of
-  12; 4, 11, 17, 23 of 24).
+  `LAST`, `FOUR_LAST`, or the last block of each quarter (`FOUR_EVEN`: 2, 5, 8,
+  11 of 12; 4, 11, 17, 23 of 24).
   """
   if layers == "LAST":
     return (depth - 1,)
@@ -369,7 +369,7 @@ def out_indices(layers: str, depth: int) -> tuple[int, ...]:
 def learning_rate_schedule(
   peak: float, *, steps: int, warmup: int
 ) -> Callable[[Any], Float[Array, ""]]:
-  """DINOv3's learning rate by step s, with W warm-up steps of T.
+  """DINOv3's learning rate at step s of T, with W warmup steps.
 
   For s < W: peak * (1 - (1 - s / W) (1 - 1e-6)) * (1 - s / T), then
   peak / 2 * (1 + cos(pi (s + 1) / T)).
@@ -378,7 +378,7 @@ def learning_rate_schedule(
   def rate(step):
     s = jnp.asarray(step, jnp.float32)
     share = s / max(warmup, 1)
-    # 1 - (1 - share) (1 - 1e-6), without cancellation at small shares.
+    # 1 - (1 - share) (1 - 1e-6), without cancellation for small shares.
     rising = share + _START * (1 - share)
     linear = peak * rising * (1 - s / steps)
     cosine = peak / 2 * (1 + jnp.cos(jnp.pi * (s + 1) / steps))
@@ -388,7 +388,7 @@ def learning_rate_schedule(
 
 
 def make_loss(head: ProbeHead) -> probe.ProbeLoss:
-  """Cross-entropy of `features` and label maps `targets`, for `probe.fit`."""
+  """Cross-entropy loss of `features` and `targets`, for `probe.fit`."""
 
   def loss(params, state, batch, rng):
     logits, state = head.apply(
@@ -408,11 +408,11 @@ def pixel_loss(
 ) -> Float[Array, ""]:
   """Cross-entropy at full size, mean over all pixels.
 
-  As in mmsegmentation, an ignored pixel has a loss of 0 and counts in the mean.
+  As in mmsegmentation, ignored pixels have loss 0 and count in the mean.
 
-  The logits of all pixels would be the largest arrays by far (2.5 GB for 16
-  crops of 512 pixels and 150 classes). They exist for an eighth of the rows at
-  a time, and the backward pass recomputes them.
+  Full-size logits would be the largest arrays by far (2.5 GB for 16 crops of
+  512 pixels and 150 classes). They are computed for an eighth of the rows at a
+  time and recomputed in the backward pass.
   """
   b, height, width = labels.shape
   parts = math.gcd(height, _ROW_PARTS)

@@ -1,13 +1,13 @@
-"""Sliding-window segmentation: class maps at the size of the image.
+"""Sliding-window segmentation: class maps at image size.
 
 An image is resized to the shorter side `short` and cut into overlapping square
-windows, with scores on each one's patch grid. These are upsampled to the
-window, averaged where windows overlap and resized to the image; the class of a
-pixel is the argmax.
+windows, which are scored on their patch grids. Scores are upsampled to the
+window, averaged over overlaps, and resized to the image; a pixel's class is the
+argmax.
 
-All of this but the argmax is linear and separable. So the patches of all
-windows are concatenated to one mosaic, and two matrices resample it to the
-image in one step: the same sums, in another order.
+Everything before the argmax is linear and separable. So all windows' patches
+form one mosaic, and two matrices resample it to the image in one step, with
+reordered sums.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from jaxtyping import Float32, UInt8
 from mtv_jax.evals.core import dense, resizing
 from mtv_jax.utils.errors import ConfigError
 
-# Bytes of full-size scores at a time, of each thread.
+# Bytes of full-size scores per block and thread.
 _BLOCK = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-  """The windows, scales and flips of an image.
+  """Windows, scales and flips of an image.
 
-  As in DINOv3's evaluation, a factor below 1 rounds the shorter side up to a
-  multiple, and windows shrink to an image that is smaller, without padding.
+  As in DINOv3's evaluation, scales below 1 round the shorter side up to
+  `multiple`, and windows shrink to smaller images, without padding.
   """
 
-  size: int  # side of the windows in pixels
-  stride: int  # pixels from window to window; the last ends with the image
+  size: int  # window side in pixels
+  stride: int  # pixels between windows; the last window ends at the border
   short: int  # shorter side of the resized image
-  # Factors of `short`; with several, the softmax of each is averaged.
+  # Factors of `short`; the softmax is averaged over several scales.
   scales: tuple[float, ...] = (1.0,)
-  multiple: int = 32  # of a shorter side by a factor below 1
-  # How the longer side is rounded: `nearest` (DINOv3), or `down` (TIPS).
+  multiple: int = 32  # divisor of the shorter side for scales below 1
+  # Rounding of the longer side: `nearest` (DINOv3) or `down` (TIPS).
   rounding: str = "nearest"
   flips: str = "none"  # `both` also averages with the mirrored image
-  interpolation: str = "bilinear"  # or `bicubic`, Pillow's, antialiased
-  # What is averaged where windows overlap, `scores` or their `softmax`.
+  interpolation: str = "bilinear"  # or `bicubic`; Pillow's, antialiased
+  # Averaged over overlapping windows: `scores` or their `softmax`.
   average: str = "scores"
 
   def __post_init__(self):
@@ -62,7 +62,7 @@ class Slide:
   def shape(
     self, height: int, width: int, *, scale: float = 1.0
   ) -> tuple[int, int]:
-    """Height and width of a resized image."""
+    """Height and width of the resized image."""
     short = int(self.short * scale)
     if scale < 1:
       short = math.ceil(short / self.multiple) * self.multiple
@@ -71,8 +71,8 @@ class Slide:
   def window(self, height: int, width: int) -> tuple[int, int]:
     """Height and width of the windows of a resized image.
 
-    The square of its shorter side if both sides are smaller than a window, so
-    that the patch divides it; else its own side where that is smaller.
+    If both image sides are below `size`, a square of the shorter side, so that
+    the patch size divides it; else `size`, capped at the image.
     """
     side = self.size
     if max(height, width) < side:
@@ -80,7 +80,7 @@ class Slide:
     return min(side, height), min(side, width)
 
   def protocol(self) -> dict[str, Any]:
-    """For JSON."""
+    """Protocol entries."""
     return {
       "window": self.size,
       "stride": self.stride,
@@ -99,10 +99,10 @@ class Slide:
 
 
 def starts(length: int, *, window: int, stride: int) -> list[int]:
-  """The first pixels of the windows on one axis.
+  """First pixels of the windows along one axis.
 
-  The grid of mmsegmentation, with the last window shifted inside the image. A
-  window smaller than the stride is moved by its own length.
+  mmsegmentation's grid, with the last window shifted inside the image. The
+  stride is capped at the window.
   """
   stride = min(stride, window)
   count = max(length - window + stride - 1, 0) // stride + 1
@@ -112,9 +112,9 @@ def starts(length: int, *, window: int, stride: int) -> list[int]:
 def resized(
   height: int, width: int, *, short: int, rounding: str = "nearest"
 ) -> tuple[int, int]:
-  """Height and width with the shorter side `short`.
+  """Height and width after resizing the shorter side to `short`.
 
-  The longer side is rounded `down` or to the `nearest` pixel, halves up.
+  The longer side is rounded `down`, or to `nearest` with halves up.
   """
   half = {"down": 0.0, "nearest": 0.5}[rounding]
   if height <= width:
@@ -125,7 +125,7 @@ def resized(
 def resize_image(
   image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolation: str
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """Pillow's antialiased resize."""
+  """Resizes with Pillow, antialiased."""
   if image.shape[:2] == size:
     return image
   method = PIL.Image.Resampling[interpolation.upper()]
@@ -134,7 +134,7 @@ def resize_image(
 
 @dataclasses.dataclass(frozen=True)
 class ScaledView:
-  """An image at one scale, maybe mirrored, cut into windows row by row."""
+  """Windows of an image at one scale, row by row, optionally mirrored."""
 
   windows: list[np.ndarray]
   shape: tuple[int, int]  # height and width of the resized image
@@ -144,7 +144,7 @@ class ScaledView:
 def cut_views(
   image: UInt8[np.ndarray, "h w 3"], slide: Slide
 ) -> list[ScaledView]:
-  """Views of an image at all scales and flips."""
+  """Cuts an image into views at all scales and flips."""
   views = []
   for scale in slide.scales:
     shape = slide.shape(*image.shape[:2], scale=scale)
@@ -157,7 +157,7 @@ def cut_views(
 
 
 def cut(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
-  """The windows of an image or map, row by row."""
+  """Cuts an image or map into windows, row by row."""
   height, width = slide.window(*pixels.shape[:2])
   rows, columns = (
     starts(side, window=window, stride=slide.stride)
@@ -170,10 +170,10 @@ def cut(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
 def axis_matrix(
   length: int, target: int, *, window: int, stride: int, grid: int
 ) -> Float32[np.ndarray, "target cells"]:
-  """The matrix from the cells of all windows of an axis to its pixels.
+  """Matrix along one axis from the cells of all windows to image pixels.
 
-  `length` pixels of the resized image have windows of `grid` cells each;
-  `target` are the pixels of the image itself.
+  The resized image has `length` pixels, each window `grid` cells, the original
+  image `target` pixels.
   """
   begins = starts(length, window=window, stride=stride)
   upsample = resizing.matrix(grid, window)
@@ -197,7 +197,7 @@ def class_map(
   *,
   size: tuple[int, int],
 ) -> UInt8[np.ndarray, "h2 w2"]:
-  """The best class of every pixel of an image of `size`.
+  """Argmax class of every pixel of an image of `size`.
 
   `scores` are the window scores of each view, on the patch grid.
   """
@@ -227,7 +227,7 @@ def class_map(
 def _resampler(
   scores: np.ndarray, view: ScaledView, slide: Slide, size: tuple[int, int]
 ) -> Callable[[slice], np.ndarray]:
-  """The function from a range of rows to full-size scores `[rows, W, K]`."""
+  """Returns a function from a row range to full-size scores `[rows, W, K]`."""
   _, h, w, classes = scores.shape
   rows, columns = (
     axis_matrix(length, target, window=window, stride=slide.stride, grid=grid)
@@ -254,9 +254,9 @@ def _softmax(x: np.ndarray) -> np.ndarray:
   return x
 
 
-# The scores of its view, to which its own are added, and its pixels.
+# Score list of the window's view, which is appended to, and the pixels.
 _Window = tuple[list[np.ndarray], np.ndarray]
-ClassMaps = list[UInt8[np.ndarray, "h w"]]  # of each head
+ClassMaps = list[UInt8[np.ndarray, "h w"]]  # one per head
 Score = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w heads k"]]
 
 
@@ -268,11 +268,11 @@ def predict(
   batch_size: int,
   summarize: Callable[[int, ClassMaps], Any] = lambda i, maps: maps,
 ) -> Iterator[Any]:
-  """The class maps of images, in their order, one per head.
+  """Yields each image's class maps, one per head, through `summarize`.
 
-  Threads read images ahead and compute maps, each process for its share of
-  the images, while the caller's thread scores batches of windows of one shape
-  across images, so that few shapes are compiled.
+  Each process reads and resamples its share of the images in threads. The
+  caller's thread scores batches of equally shaped windows across images, so
+  that few shapes are compiled.
   """
 
   def read(i: int) -> _Job:
@@ -308,7 +308,7 @@ def predict(
 
 
 class _Job:
-  """An image's views, with the scores of their windows computed so far."""
+  """An image's views, and the window scores computed so far."""
 
   def __init__(
     self,
@@ -328,7 +328,7 @@ class _Job:
     return all(len(view.windows) == len(scores) for view, scores in pairs)
 
   def class_maps(self) -> ClassMaps:
-    """The class map of each head."""
+    """Class map of each head."""
     parts = [np.stack(scores) for scores in self.scores]
     return [
       class_map(

@@ -1,22 +1,21 @@
-"""Zero-shot segmentation: the class with the prompts nearest to a patch.
+"""Zero-shot segmentation by patch-text similarity.
 
 TIPSv2's protocol for ADE20K's 150 classes (Cao et al. 2026): images of short
-side 448, bicubic, windows of 448 every 336 pixels; cosines of patches and
-class vectors, upsampled to the window, their softmax averaged where windows
-overlap, resized to the image; mIoU over classes with a union. Nothing is
-trained. TIPSv2-L has 25.1.
+side 448, bicubic; windows of 448 with stride 336; cosines of patches and class
+vectors, upsampled to the window; softmax averaged over overlaps and resized to
+the image; mIoU over classes with a union. Nothing is trained. TIPSv2-L has
+25.1.
 
-A contrastive model compares a text with the pooled image. A patch is embedded
-as an image whose only token is the patch: by attention pooling of that patch
-alone for encoders with such a pool (its value through the output projection and
-the MLP: our choice for SigLIP), else by the final norm, as in TIPSv2; then by
-the projection, if the tower has one. With `last_block="values"`, the last
-block's attention is replaced by each token's own value (MaskCLIP, Zhou et al.
-2022, in TIPSv2's form, with the residual and the MLP), since attention mixes
-the features of the whole image into each token.
+Contrastive models compare texts with the pooled image. A patch is embedded as
+an image with a single token: by attention pooling of that token if the encoder
+has such a pool (value, output projection and MLP: our choice for SigLIP), else
+by the final norm, as in TIPSv2; then by the tower's projection, if any. With
+`last_block="values"`, each token's own value replaces the last block's
+attention (MaskCLIP, Zhou et al. 2022, in TIPSv2's form, with residual and MLP),
+since attention mixes the whole image into each token.
 
-Only the objects of scenes are scored: no caption names their background or
-ground by a word that would be a prompt.
+On scenes only objects are scored: captions don't name the background or ground
+by a word usable as a prompt.
 """
 
 from __future__ import annotations
@@ -62,14 +61,13 @@ class ZeroShotSegmentation(SegmentationEvaluator):
   The published `size` is 448 and the default `stride` three quarters of it.
 
   Attributes:
-    prompts: a file of class names, in the order of the labels, and templates
-      (see `prompts.py`; TIPSv2 uses nine of TCL's); by default the data's own
-      names and a few templates.
+    prompts: a file of class names, in label order, and templates (see
+      `prompts.py`; TIPSv2 uses nine of TCL's); by default the data's names and
+      `DEFAULT_TEMPLATES`.
     clean: how prompts are cleaned, see `classification.zero_shot`.
-    last_block: `attention` or `values`, see above; by default
-      `attention` for encoders that pool by attention, `values` for others.
-    average: what is averaged where windows overlap, the `softmax` of the
-      cosines or the `scores` themselves.
+    last_block: `attention` or `values`, see above; see `default_last_block`.
+    average: averages the `softmax` of the cosines, or the cosines (`scores`),
+      over overlapping windows.
   """
 
   requires = frozenset({"text"})
@@ -94,7 +92,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     return data, prompts.Prompts(classes=data.classes)
 
   def run(self, encoder: Encoder) -> Result:
-    """Metrics of the class with the largest cosine."""
+    """Returns metrics of predicting the class with the largest cosine."""
     require_text(encoder)
     data, named = self._set
     last_block = self.last_block or default_last_block(encoder)
@@ -158,10 +156,10 @@ def embed_patches(
   last_block: str,
   batch_size: int,
 ) -> Float32[np.ndarray, "n h w e"]:
-  """Embeddings of patches, comparable with `encoder.text`, not normalised.
+  """Patch embeddings in the space of `encoder.text`, not normalised.
 
-  `last_block` is `attention`, as it was trained, or `values`; images are as for
-  `Encoder.dense`. Errors: see `check_patch_text`.
+  `last_block` is `attention`, as trained, or `values`; `images` are as for
+  `Encoder.dense`. Raises the errors of `check_patch_text`.
   """
   check_patch_text(encoder, last_block)
   if last_block == "values":
@@ -189,7 +187,7 @@ def embed_patches(
 
 
 def check_patch_text(encoder: Encoder, last_block: str) -> None:
-  """Raises ValueError if an encoder's patches can't be embedded."""
+  """Raises InputError if an encoder's patches can't be embedded."""
   check_choice("last_block", last_block, ("attention", "values"))
   spec, params = encoder.spec.image, encoder.params["image"]
   required = ["pool"] if spec.pool in pooling.KINDS else []
@@ -231,9 +229,9 @@ def _embed_fn(
 
 
 class _TokenTower(nn.Module):
-  """Runs an image tower's last layers on images of a single token.
+  """Runs an image tower's last layers on single-token images.
 
-  The parameters have the names of the tower.
+  Parameters have the tower's names.
   """
 
   spec: Any
