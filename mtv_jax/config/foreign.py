@@ -31,7 +31,7 @@ _REQUIRED = object()
 
 
 def read_text(path: pathlib.Path) -> str:
-  """Reads UTF-8 text without its byte order mark; else raises InputError."""
+  """Reads text without its byte order mark; InputError if not UTF-8."""
   try:
     return path.read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:

@@ -92,8 +92,8 @@ def list_differences(
 ) -> list[tuple[str, tuple[Any, ...]]]:
   """Keys whose values differ between configs, and the values.
 
-  Missing keys have the value `ABSENT`. A section that a config lacks is one key.
-  So is a list, unless all configs have equally many sections in it (such as
+  A missing key has the value `ABSENT`. A missing section is one key; so is a
+  list, unless all configs have equally many sections in it (such as
   `data.train[0].limit`).
   """
   if all(isinstance(config, Mapping) for config in configs):

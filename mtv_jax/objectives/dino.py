@@ -87,8 +87,8 @@ def pair_weights(
 ) -> Float[np.ndarray, "g v"]:
   """Weights of teacher views (rows) against student views, global crops first.
 
-  Each pair has the weight 1 / (number of pairs), as in DINOv2, which divides 2 x
-  1 global and 2 x 8 local terms, each a mean over the batch, by 18.
+  Each pair has the weight 1 / (number of pairs), as in DINOv2: 2 x 1 global and
+  2 x 8 local terms, each a mean over the batch, are divided by 18.
   `same_crop='exclude'` omits a global crop against itself. Raises ConfigError
   if no pair remains.
   """
@@ -118,8 +118,8 @@ class DINO(PrototypeObjective):
   """DINO loss (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
 
   The teacher encodes the global crops unmasked. The student encodes the global
-  crops, masked if the view has a mask, and the local crops. A sole global crop is
-  compared only with local crops, as in SigLIP 2.
+  crops, masked if the view has a mask, and the local crops. With one global
+  crop, only local crops are compared with it, as in SigLIP 2.
   """
 
   view_global: str = "global"

@@ -38,23 +38,27 @@ def initialize(
 
 
 def any_process(flag: bool) -> bool:
-  """Whether any process has the flag set. Collective, all must call it."""
+  """Whether any process sets the flag. Collective: all processes call it."""
   if jax.process_count() == 1:
     return flag
   return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def gather_json(value: Any) -> list[Any]:
-  """Gathers a JSON value per process, in order. Collective, all must call it."""
+  """Gathers a JSON value per process. Collective: all processes call it.
+
+  Returns the values in process order.
+  """
   if jax.process_count() == 1:
     return [value]
   return [json.loads(row) for row in gather_bytes(json.dumps(value).encode())]
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-  """Gathers bytes per process, in order. Collective, all must call it.
+  """Gathers bytes per process. Collective: all processes call it.
 
-  Pads to a power of two, to compile few shapes.
+  Returns the values in process order. Pads to a power of two, to compile few
+  shapes.
   """
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)

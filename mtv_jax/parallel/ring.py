@@ -88,10 +88,10 @@ def ring_pairwise_loss(
 ) -> PairwiseLoss:
   """Sums a loss over all pairs, one device's chunk of columns at a time.
 
-  Value and gradient equal `pair_loss_fn` on all rows and columns, up to the order
-  of additions. Each of `n` devices sends `n - 1` chunks of columns and, with
-  gradients, `n` chunks of column gradients. Devices along `tensor` repeat the
-  computation.
+  Value and gradient equal `pair_loss_fn` on all rows and columns, up to the
+  order of additions. Each of `n` devices sends `n - 1` chunks of columns and,
+  with gradients, `n` chunks of column gradients. Devices along `tensor` repeat
+  the computation.
 
   Args:
     rows: sharded like the batch; never sent.
@@ -164,7 +164,7 @@ def _device_loss(
     return _RunningSum(*aux, _Grads(*grads))
 
   def add(total, columns):
-    # The gradients and the next chunk are sent without waiting for these logits.
+    # Sending gradients and the next chunk does not wait for these logits.
     chunk, old, grads = compare(columns), total.grads, None
     if with_grads:
       sent = _Grads(old.rows, send(old.columns), old.params)
