@@ -54,7 +54,7 @@ SPLASH_BLOCK = 512
 # Products [n, n, d] per kernel. Forward: logits, outputs. Backward: logits
 # again, and the gradients of weights, values, keys and queries.
 _SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
-SPLASH_PLATFORMS = ("tpu",)  # Tests interpret it elsewhere, slowly.
+SPLASH_PLATFORMS = ("tpu",)  # Elsewhere, tests interpret the kernel, slowly.
 
 
 def build_attention(

@@ -162,8 +162,7 @@ class Attention(nn.Module):
   qkv_bias: QkvBias = "all"
   out_bias: bool = True
   dtype: Any = jnp.float32
-  # (q, k, v, causal=, valid=) -> softmax(q k^T / sqrt(d)) v, with its
-  # checkpoint name.
+  # (q, k, v, causal=, valid=) -> softmax(q k^T / sqrt(d)) v, checkpoint-named.
   attention_fn: Callable[..., Array] = attention_lib.attention
   linear_fn: Callable[..., Array] = linear  # See `Dense`.
 
@@ -225,7 +224,7 @@ class CrossAttention(nn.Module):
     k, v = FusedDense(d, self.heads, biases, dtype=self.dtype, name="kv")(
       tokens
     )
-    y = self.attention_fn(q, k, v)
+    y = self.attention_fn(q, k, v)  # [B, ..., H, d]
     y = checkpoint_name(y.reshape(*y.shape[:-2], d), "attention")
     out = Dense(d, dtype=self.dtype, name="out")
     return checkpoint_name(out(y), "attention_out")

@@ -78,7 +78,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.cache
 def build_linear_fn(quantization: str) -> Callable[..., Array]:
-  """Returns the x W + b of `layers.Dense`, with quantized products if asked."""
+  """Returns the `linear_fn` of `layers.Dense` for a quantization."""
   check_choice("config.model.quantization", quantization, ("none", *DTYPES))
   if quantization == "none":
     return linear

@@ -50,7 +50,7 @@ def batch_moments(
   x, w = x.reshape(-1, x.shape[-1]).astype(jnp.float32), weights.reshape(-1, 1)
   count = jnp.sum(w)
   mean = jnp.sum(jnp.where(w > 0, x, 0.0), axis=0) / jnp.maximum(count, 1.0)
-  centred = jnp.where(w > 0, x - mean, 0.0)
+  centred = jnp.where(w > 0, x - mean, 0.0)  # [N, D]
   scatter = jnp.einsum("nd,ne->de", centred, centred, precision="highest")
   return count, mean, scatter / jnp.maximum(count, 1.0)
 

@@ -42,8 +42,7 @@ def heads_of_config(
 ) -> dict[str, PredictionHead]:
   """Builds the prediction heads that `config.objectives` trains.
 
-  `spec` is the `ModelSpec`; `phrase_length` the default for entries without
-  one.
+  `spec`: the `ModelSpec`. `phrase_length`: default for entries that omit it.
   """
   entries = {
     entry.get("type", name): (f"config.objectives.{name}", entry)

@@ -93,6 +93,6 @@ class MaskedDecoder(nn.Module):
       scan=self.scan,
       mesh=self.mesh,
     )
-    x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
+    x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])  # [B, N, D]
     y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
     return y.astype(jnp.float32)

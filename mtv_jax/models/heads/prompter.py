@@ -90,8 +90,8 @@ class PromptLayer(nn.Module):
     attention = layers.CrossAttention(
       self.heads, dtype, attend, name="attention"
     )
-    x = prompts.astype(dtype)
-    y = norm(x).reshape(b, m * k, width)
+    x = prompts.astype(dtype)  # [B, M, K, D]
+    y = norm(x).reshape(b, m * k, width)  # [B, M K, D]
     x = x + attention(y, jnp.concatenate([y, norm(patches)], axis=1))
     y = layers.norm(NORM_EPS, dtype, "norm2")(x)
     return x + layers.Mlp(4 * width, dtype=dtype, name="mlp")(y)
@@ -115,9 +115,8 @@ class Prompter(nn.Module):
   ) -> Float[Array, "b m {features}"]:
     b, m, _ = boxes.shape
     width, dtype = patches.shape[-1], patches.dtype
-    # Two tokens per box, as in CLOC, which encodes one corner in each. In a
-    # single layer a query needs both corners to attend to the box, so both
-    # tokens encode both.
+    # Two tokens per box, as in CLOC, which encodes one corner in each. Ours
+    # encode both: in a single layer a query needs both to attend to the box.
     corners = sinusoids(boxes, 2 * width).astype(dtype)
     x = nn.Dense(2 * width, dtype=dtype, name="embed")(corners)
     x = x.reshape(b, m, 2, width)
