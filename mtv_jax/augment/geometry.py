@@ -5,9 +5,9 @@ image squashed to a square. A view's pixels, dense maps and boxes are computed
 from one box and one bit (flipped), so that they are aligned.
 
 Resampling is two small matrix products: rows, then columns. The weights equal
-Pillow's `resize(size, method, box=...)`: the kernel
-stretches to an output pixel when downsampling, and may extend past the box into
-the canvas (torchvision crops first, which truncates the kernel at the border).
+Pillow's `resize(size, method, box=...)`: the kernel stretches to an output
+pixel when downsampling, and may extend past the box into the canvas
+(torchvision crops first, which truncates the kernel at the border).
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def separable_product(
   planes: Float[Array, "c h w"],
   right: Float[Array, "x w"],
 ) -> Float[Array, "c y x"]:
-  """`left @ planes @ right.T` in `planes.dtype`, accumulated in float32."""
+  """Float32 `left @ planes @ right.T`, with products in `planes.dtype`."""
   # A TPU multiplies float32 in bfloat16 by default.
   precision = jax.lax.Precision.HIGHEST if planes.dtype == jnp.float32 else None
   product = functools.partial(

@@ -63,7 +63,7 @@ def select(which: Bool[Array, ""], image: Image, other: Image) -> Image:
 
 
 def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
-  """Rotates the hue by `shift` of a full circle; equals a trip through HSV.
+  """Rotates the hue by `shift` of a full circle, as in HSV.
 
   Value and chroma don't change, so a channel is `max - chroma * t`, with `t` a
   trapezium in the distance between the hue and the channel's peak.
