@@ -2,9 +2,8 @@
 
 `loss_inputs` runs on any part of the batch and returns small per-example
 arrays; `loss` sees these arrays for the whole global batch. Contrast, Sinkhorn
-and KoLeo need the whole batch, so they belong in `loss`; all expensive
-computation belongs in `loss_inputs`. This split also makes gradient
-accumulation exact.
+and KoLeo need the whole batch, so they belong in `loss`; expensive computation
+belongs in `loss_inputs`. The split also makes gradient accumulation exact.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Encoding:
   weights: str = STUDENT
   # Pixels per side of the crops for this encoding; 0: the view's size.
   size: int = 0
-  # Below 1, a device encodes each distinct text once if they are at most this
-  # share of its rows, else all texts.
+  # Below 1, a device encodes each distinct text once; if a device has more than
+  # this share of distinct rows, all texts are encoded.
   distinct: float = 1.0
 
   def __post_init__(self):
@@ -204,7 +203,7 @@ def check_visible(
 def check_all_patches(
   objective: str, names: Sequence[str], views: Mapping[str, Any]
 ) -> None:
-  """Raises ConfigError if a view drops patches; masked ones are allowed."""
+  """Raises ConfigError if a view drops patches; masked patches are allowed."""
   for name in names:
     view = views.get(name)
     if view and view.patch is not None and not view.max_masked:

@@ -71,7 +71,7 @@ def cross_entropies(
     }
 
   parts = prototypes.map_chunks(part, chunk, kernel, bias, columns)
-  target = parts["target"].sum(axis=0)
+  target = parts["target"].sum(axis=0)  # [b, s, l]
   losses = jax.nn.logsumexp(parts["sum"], axis=0) - target
   return losses, target > parts["other"].max(axis=0)
 

@@ -55,7 +55,7 @@ def standardise(
 
   over the valid pixels; the lower median if their number is even.
   """
-  flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))
+  flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))  # [B, HW]
   # The sort gives the median's index; value and gradient come from the map.
   order = jnp.argsort(jax.lax.stop_gradient(jnp.where(mask, flat, jnp.inf)))
   middle = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0) // 2  # [B, 1]

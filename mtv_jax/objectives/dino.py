@@ -66,16 +66,16 @@ def koleo(
   the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much larger set the
   nearest neighbour is of the image's class, and KoLeo would repel the class.
 
-  Normalises the vectors, then averages over the valid ones; a group with fewer
-  than two counts 0. `eps` bounds value and gradient for equal vectors. `mesh`
-  shards the vectors.
+  Normalises the vectors, then averages over valid vectors; groups with fewer
+  than two are excluded. `eps` bounds value and gradient for equal vectors.
+  `mesh` shards the vectors.
   """
   x = group_rows(unit(vectors), group, mesh)  # [g, s, d]
   valid = group_rows(valid, group, mesh)  # [g, s]
   index = nearest_neighbours(x, valid)
-  neighbours = jnp.take_along_axis(x, index[..., None], axis=1)
+  neighbours = jnp.take_along_axis(x, index[..., None], axis=1)  # [g, s, d]
   # Not sqrt(2 - 2 cos), which cancels for close neighbours.
-  squares = jnp.sum(jnp.square(x - neighbours), axis=2)
+  squares = jnp.sum(jnp.square(x - neighbours), axis=2)  # [g, s]
   losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
   several = jnp.sum(valid, axis=1, keepdims=True) > 1
   counted = (valid & several).astype(jnp.float32)

@@ -289,9 +289,9 @@ class FeatureDistillation(base.Objective):
     for target in self._resolved():
       theirs = target.read(encodings, batch).astype(jnp.float32)
       valid[target.name] = self._read_valid(target, batch, len(theirs))
-      ours = student.pooled
+      ours = student.pooled  # [b, n, E]
       if target.kind != SUMMARY:
-        ours = target.resize(student.patches)
+        ours = target.resize(student.patches)  # [b, n, p, D]
       if target in standardized:
         mean = statistics[f"{target.name}_mean"]
         matrix = statistics[f"{target.name}_matrix"]

@@ -78,7 +78,7 @@ def sinkhorn(
   for _ in range(iterations):
 
     def scale(prototypes, rows=rows):
-      logits = teacher.chunk(prototypes)
+      logits = teacher.chunk(prototypes)  # [n, v, c]
       columns = -jax.nn.logsumexp(
         logits + rows[..., None], axis=(0, 1), where=valid[..., None]
       )
@@ -168,7 +168,7 @@ def cross_entropies(
 
   def part(teachers, students, columns):
     log_q = teacher.chunk(teachers) + scalings.rows[..., None] + columns
-    q, logits = jnp.exp(log_q), student.chunk(students)
+    q, logits = jnp.exp(log_q), student.chunk(students)  # [n, g | v, c]
     return {
       "hit": jnp.einsum("ngk,nvk->ngv", q, logits, precision="highest"),
       "sum": jax.nn.logsumexp(logits, axis=-1),
@@ -182,9 +182,9 @@ def cross_entropies(
     part, chunk, teacher.prototypes, student.prototypes, scalings.columns
   )
   # An assignment sums to 1, so the normaliser factors out of the sum.
-  total = jax.nn.logsumexp(parts["sum"], axis=0)
+  total = jax.nn.logsumexp(parts["sum"], axis=0)  # [n, v]
   count = jnp.sum(valid.astype(jnp.float32))
-  mean = _join_chunks(parts["mass"]) / jnp.maximum(count, 1.0)
+  mean = _join_chunks(parts["mass"]) / jnp.maximum(count, 1.0)  # [k]
   return CrossEntropies(
     cross_entropy=total[:, None, :] - jnp.sum(parts["hit"], axis=0),
     entropy=jnp.sum(parts["entropy"], axis=0),
