@@ -3,8 +3,7 @@
 As in SigLIP's chunked loss (Zhai et al. 2023), a device compares its rows with
 one device's columns at a time, then sends these to its neighbour: its logits
 don't grow with the number of devices. The loss is a sum over pairs, so the
-forward pass computes the gradients, and sends column gradients with the
-columns.
+forward pass computes gradients, and sends column gradients with the columns.
 """
 
 from __future__ import annotations
@@ -89,9 +88,8 @@ def ring_pairwise_loss(
   """Sums a loss over all pairs, one device's chunk of columns at a time.
 
   Value and gradient equal `pair_loss_fn` on all rows and columns, up to the
-  order of additions. Each of `n` devices sends `n - 1` chunks of columns and,
-  with gradients, `n` chunks of column gradients. Devices along `tensor` repeat
-  the computation.
+  order of additions. Each of `n` devices sends `n - 1` column chunks and, with
+  gradients, `n` gradient chunks. Devices along `tensor` repeat the computation.
 
   Args:
     rows: sharded like the batch; never sent.
