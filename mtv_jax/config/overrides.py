@@ -92,9 +92,8 @@ def list_differences(
 ) -> list[tuple[str, tuple[Any, ...]]]:
   """Keys whose values differ between configs, and the values.
 
-  A missing key has the value `ABSENT`. A missing section is one key; so is a
-  list, unless all configs have equally many sections in it (such as
-  `data.train[0].limit`).
+  A missing section is one key with the value `ABSENT`. A list is one key unless
+  all configs have equally many sections in it (such as `data.train[0].limit`).
   """
   if all(isinstance(config, Mapping) for config in configs):
     names = dict.fromkeys(name for config in configs for name in config)

@@ -190,10 +190,9 @@ def _read_value(path: str, value: Any, hint: Any) -> Any:
 
 
 def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
-  """Reads named entries, sorted as in a `ConfigDict`.
+  """Reads entries, sorted as in a `ConfigDict` so that sums have one order.
 
-  Sorting fixes the order of loss sums. None removes an entry, for example on
-  the command line.
+  None removes an entry, for example on the command line.
   """
   if not isinstance(value, Mapping):
     raise ConfigError(f"{path} is {value!r}, expected named entries (a dict).")
