@@ -176,8 +176,8 @@ class Grounding(base.Objective):
   # whole batch. The ring's chunk is a device's texts.
   chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
-  # Below 1, a device encodes each distinct phrase once; if a device has more than
-  # this share of distinct phrases, all are encoded.
+  # Below 1, a device encodes each distinct phrase once; if a device has more
+  # than this share of distinct phrases, all are encoded.
   distinct_phrases: options.PositiveFraction = 1.0
   # Weight of the box regression; 0 disables it. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
