@@ -1,7 +1,7 @@
 """Patch masks of a view: block masks (iBOT) and visible subsets (MAE).
 
-Shapes are static: the number of masked patches of an image has a bound known
-at trace time, so that losses can gather them without waste.
+Shapes are static: an image's number of masked patches has a bound at trace
+time, so that losses can gather them without waste.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _SEQUENCES = (tuple, list, set, frozenset, Sequence)
 class Range:
   """Bounds of a number: `Annotated[float, Range(min=0, max=1)]`.
 
-  `above` and `below` are the bounds of open intervals.
+  `above` and `below` are exclusive bounds.
   """
 
   min: float | int = -math.inf

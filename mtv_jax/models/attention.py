@@ -322,7 +322,7 @@ def _save_only_args(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _split_blocks(x: Array, block: int) -> Array:
-  """[b, n, ...] as [b, count, size, ...], padded with zeros."""
+  """Splits [b, n, ...] into [b, count, size, ...], zero-padded."""
   n = x.shape[1]
   count = -(-n // block)
   size = -(-n // (count * MULTIPLE)) * MULTIPLE
@@ -336,7 +336,7 @@ def _join_blocks(x: Array, n: int) -> Array:
 
 
 def _pad(x: Array, length: int) -> Array:
-  """[b, n, ...] as [b, length, ...], padded with zeros."""
+  """Zero-pads [b, n, ...] to [b, length, ...]."""
   padding = [(0, 0)] * x.ndim
   padding[1] = (0, length - x.shape[1])
   return jnp.pad(x, padding)

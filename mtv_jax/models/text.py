@@ -1,6 +1,6 @@
 """Text tower: a transformer over token ids, with the options of `TextSpec`.
 
-They cover the towers of SigLIP, CLIP, AIMv2 and TIPS.
+Covers the towers of SigLIP, CLIP, AIMv2 and TIPS.
 """
 
 from __future__ import annotations

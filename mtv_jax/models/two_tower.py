@@ -87,7 +87,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """`config.model`: the architecture and how it is computed."""
+  """`config.model`: architecture and runtime options."""
 
   variant: str = "B/16"
   image_size: int = 224  # Resolution of the stored position embedding.
@@ -227,7 +227,7 @@ class ModelSpec:
     """The inverse of `to_dict`.
 
     Raises:
-      ConfigError: for unknown or missing keys, or values of another type.
+      ConfigError: for unknown or missing keys, or values of the wrong type.
     """
     kinds = {"image": ViTSpec, "text": TextSpec}
     specs = {}

@@ -1,7 +1,7 @@
 """Image tower: a ViT (Dosovitskiy et al. 2021) with the options of `ViTSpec`.
 
-They cover the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS and
-the Perception Encoder (PE).
+Covers the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS and the
+Perception Encoder (PE).
 """
 
 from __future__ import annotations
