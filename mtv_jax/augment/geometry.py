@@ -1,13 +1,13 @@
-"""Geometry of a view: crops, flips, resampling, and labels that follow them.
+"""Geometry of a view: crops, flips and resampling of images and labels.
 
 A box is `(y0, x0, y1, x1)` in the unit square of the canvas, which is the whole
-image squashed to a square. Pixels, dense maps and boxes of a view are computed
+image squashed to a square. A view's pixels, dense maps and boxes are computed
 from one box and one bit (flipped), so that they are aligned.
 
-Resampling is two small matrix products: rows, then columns. The weights are
-those of Pillow's `resize(size, method, box=...)`: a kernel that is stretched to
-an output pixel where the image shrinks, which may extend past the box into the
-canvas (torchvision cuts the crop out first, and the kernel at its border).
+Resampling is two small matrix products: rows, then columns. The weights equal
+Pillow's `resize(size, method, box=...)`: the kernel stretches to an output
+pixel when downsampling, and may extend past the box into the canvas
+(torchvision crops first, which truncates the kernel at the border).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from mtv_jax.config.options import (
   PositiveInt,
 )
 
-# Kernels: a triangle, and Keys' cubic convolution (1981) with a = -0.5, as
-# Pillow's. torchvision's default is bilinear; DINOv2 and MAE crop bicubic.
+# Kernels: a triangle, or Keys' cubic convolution (1981) with a = -0.5, as in
+# Pillow. torchvision defaults to bilinear; DINOv2 and MAE crop bicubic.
 Method = Literal["bilinear", "bicubic"]
 
-# torchvision's RandomResizedCrop tries as many boxes before it gives up.
+# Boxes to try, as many as torchvision's RandomResizedCrop.
 CANDIDATES = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxOp(ViewOp):
-  """Base class of the ops that choose a view's box; a view has exactly one."""
+  """Base class of ops that sample a view's box; a view has exactly one."""
 
   stage = "geometry"
   size: PositiveInt  # Pixels per side of the view.
@@ -51,7 +51,7 @@ class BoxOp(ViewOp):
     """Samples a view's box on the canvas, for an image's height and width."""
     raise NotImplementedError(f"{type(self).__name__} lacks box()")
 
-  # Of resampling. Not annotated, as a field it would precede those of the ops.
+  # Resampling kernel. Not annotated: as a field it would precede the ops' own.
   method = "bilinear"
 
 
@@ -76,14 +76,14 @@ class Crop(BoxOp, name="crop"):
   """`crop(S, min_area, max_area, ratio, method)`: a random crop, `S` x `S`.
 
   Area and aspect ratio have the distribution of torchvision's
-  RandomResizedCrop, in the geometry of the original image (a square of the
-  canvas is not a square of the image). The default area is that of DINOv2's
-  global crops; its local ones are `crop(96, 0.05, 0.32)`.
+  RandomResizedCrop, in the geometry of the original image, not of the squashed
+  canvas. The default area matches DINOv2's global crops; its local crops are
+  `crop(96, 0.05, 0.32)`.
   """
 
   min_area: PositiveFraction = 0.32  # As a fraction of the image's area.
   max_area: PositiveFraction = 1.0
-  # Range of width over height, sampled log-uniformly.
+  # Range of width / height, sampled log-uniformly.
   ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
   method: Method = "bilinear"
 
@@ -119,7 +119,7 @@ class Crop(BoxOp, name="crop"):
 
 @dataclasses.dataclass(frozen=True)
 class Flip(ViewOp, name="flip"):
-  """`flip(p)`: mirrors left and right with probability `p`."""
+  """`flip(p)`: mirrors horizontally with probability `p`."""
 
   stage = "geometry"
   p: Fraction = 0.5
@@ -142,14 +142,13 @@ def resample_matrix(
 ) -> Float[Array, "target source"]:
   """Antialiased resampling of one axis, as a matrix.
 
-  The output pixels lie from `start` to `stop` in the unit interval; the axis is
-  mirrored where `stop` is below `start`. Rows sum to one, in float32; no
-  interval is too small.
+  Output pixels span `start` to `stop` in the unit interval; `stop < start`
+  mirrors the axis. Float32 rows sum to one, for any interval, however small.
   """
   step = (stop - start) / target
   centres = start + (jnp.arange(target) + 0.5) * step  # [target]
   pixels = (jnp.arange(source) + 0.5) / source  # [source]
-  # In source pixels: an output pixel is never narrower than one of them.
+  # In source pixels; at least one.
   radius = jnp.maximum(jnp.abs(step) * source, 1.0)
   distance = jnp.abs(centres[:, None] - pixels[None, :]) * source
   if method == "bicubic":
@@ -167,7 +166,7 @@ def separable_product(
   planes: Float[Array, "c h w"],
   right: Float[Array, "x w"],
 ) -> Float[Array, "c y x"]:
-  """`left @ planes @ right.T` in float32, multiplied in `planes.dtype`."""
+  """Float32 `left @ planes @ right.T`, with products in `planes.dtype`."""
   # A TPU multiplies float32 in bfloat16 by default.
   precision = jax.lax.Precision.HIGHEST if planes.dtype == jnp.float32 else None
   product = functools.partial(
@@ -186,12 +185,12 @@ def resample(
   size: int,
   method: str = "bilinear",
 ) -> Float[Array, "c {size} {size}"]:
-  """The box of `planes` as `size` x `size` pixels, antialiased.
+  """Resamples the box of `planes` to `size` x `size` pixels, antialiased.
 
   The products run in the dtype of `planes`; weights and result are float32.
   """
   y0, x0, y1, x1 = box
-  # Mirroring costs nothing: the columns are read from the other end.
+  # Swapping the ends mirrors the columns at no cost.
   left = jnp.where(flipped, x1, x0)
   right = jnp.where(flipped, x0, x1)
   height, width = planes.shape[1:]
@@ -212,15 +211,15 @@ def crop_maps(
 ) -> tuple[
   Float[Array, "b count {size} {size}"], Bool[Array, "b count {size} {size}"]
 ]:
-  """Dense label maps, cropped and flipped as the views.
+  """Crops and flips dense label maps like the views.
 
-  Values times mask and the mask are resampled with the same weights and
-  divided: a pixel is the mean of the labelled pixels under it. Sizes of map,
-  canvas and view may all differ. NaN and infinity count as missing labels;
-  `box` and `flipped` are those of `ViewBatch`.
+  Masked values and the mask are resampled with equal weights and divided, so
+  that a pixel is the mean of the labelled pixels under it. Sizes of map, canvas
+  and view may differ. NaN and infinity count as missing labels. `box` and
+  `flipped`: see `ViewBatch`.
 
   Returns:
-    The maps, zero where invalid, and which pixels are valid: those with more
+    The maps, zero where invalid, and a mask of valid pixels, which have more
     than half of their weight on labels.
   """
   valid = valid & jnp.isfinite(values)
@@ -228,7 +227,7 @@ def crop_maps(
     [jnp.where(valid, values, 0.0), valid.astype(values.dtype)], axis=1
   ).astype(jnp.float32)
   cut = functools.partial(resample, size=size)
-  # Rows of the batch outside, views of a row inside.
+  # Outer vmap: rows of the batch. Inner: crops of a row.
   cut = jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(planes, box, flipped)
   total, weight = cut[:, :, 0], cut[:, :, 1]  # [b, count, size, size]
   labelled = weight > 0.5
@@ -242,10 +241,10 @@ def crop_features(
   *,
   size: int,
 ) -> Float[Array, "b count {size}*{size} d"]:
-  """Patch features of the canvas, cropped and flipped as the views.
+  """Crops and flips patch features of the canvas like the views.
 
-  They are on a square grid, row by row, and resampled as pixels to `size` x
-  `size`.
+  Features lie on a square grid, row by row, and are resampled like pixels to
+  `size` x `size`.
   """
   b, patches, channels = features.shape
   grid = round(patches**0.5)
@@ -266,21 +265,21 @@ def crop_boxes(
   min_visible: float = 0.4,
   min_size: float = 1 / 56,
 ) -> tuple[Float[Array, "b count m 4"], Bool[Array, "b count m"]]:
-  """Boxes in the coordinates of the views.
+  """Transforms boxes to the coordinates of the views.
 
   Args:
-    boxes: `(y0, x0, y1, x1)` in the canvas's unit square, to which they are
-      clipped; NaN, infinite, inverted and empty boxes are dropped.
-    valid: which rows of `boxes` are boxes.
+    boxes: `(y0, x0, y1, x1)`, clipped to the canvas's unit square; NaN,
+      infinite, inverted and empty boxes are dropped.
+    valid: mask of `boxes`.
     box: crop boxes, as in `ViewBatch`.
     flipped: as in `ViewBatch`.
-    min_visible: least share of a box's area in the view.
-    min_size: least height and width of the visible part, in the view's unit
+    min_visible: minimum share of a box's area inside the view.
+    min_size: minimum height and width of the visible part, in the view's unit
       square; the default is 4 pixels of 224.
 
   Returns:
-    The boxes clipped to the view's unit square, zero where dropped, and which
-    are valid.
+    The boxes, clipped to the view's unit square and zero where dropped, and
+    their mask.
   """
   usable = valid & jnp.isfinite(boxes).all(-1)  # [b, m]
   inside = jnp.clip(jnp.where(usable[..., None], boxes, 0.0), 0.0, 1.0)
@@ -288,7 +287,7 @@ def crop_boxes(
   low, high = box[:, :, None, :2], box[:, :, None, 2:]  # [b, count, 1, 2]
   visible_low = jnp.maximum(inside[..., :2], low)
   visible_high = jnp.minimum(inside[..., 2:], high)
-  # Clipped, since two negative sides of an inverted box have a positive area.
+  # Clipped: two negative sides of an inverted box would have a positive area.
   area = jnp.maximum(inside[..., 2:] - inside[..., :2], 0.0).prod(-1)
   visible = jnp.maximum(visible_high - visible_low, 0.0).prod(-1)
   extent = high - low
@@ -314,16 +313,16 @@ def choose_boxes(
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k 4"], Bool[Array, "b k"]]:
   """Chooses at most `count` boxes in the first crop of each image.
 
-  Visible boxes precede others; of these the first, or those of highest score.
+  Visible boxes come first, ordered by score.
 
   Args:
-    boxes, valid, min_visible, min_size: as of `crop_boxes`.
+    boxes, valid, min_visible, min_size: see `crop_boxes`.
     view: a `views.ViewBatch`.
-    count: k, or m if that is less.
-    score: of each box; None chooses the first ones.
+    count: k, at most m.
+    score: score per box; None preserves the order of `boxes`.
 
   Returns:
-    Indices for `take_boxes`, the boxes in the crop, and which are visible.
+    Indices for `take_boxes`, the boxes in the crop, and the visible mask.
   """
   boxes, visible = crop_boxes(
     boxes,
@@ -335,8 +334,8 @@ def choose_boxes(
   )
   score = 0.0 if score is None else jnp.nan_to_num(score)
   rank = jnp.where(visible[:, 0], score, -jnp.inf)  # [b, m]
-  # Stable: the first of equals. Not top_k, for which XLA gathers the rows of
-  # all devices.
+  # Stable: ties preserve the order. Not top_k, for which XLA gathers the rows
+  # of all devices.
   index = jnp.argsort(-rank, axis=1, stable=True)[:, :count]  # [b, k]
   return index, take_boxes(boxes[:, 0], index), take_boxes(visible[:, 0], index)
 
@@ -344,7 +343,7 @@ def choose_boxes(
 def take_boxes(
   values: Shaped[Array, "b m *rest"], index: Int[Array, "b k"]
 ) -> Shaped[Array, "b k *rest"]:
-  """The values of chosen boxes, see `choose_boxes`."""
+  """Gathers values of the chosen boxes, see `choose_boxes`."""
   index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
   return jnp.take_along_axis(values, index, axis=1)
 
@@ -352,12 +351,12 @@ def take_boxes(
 def crop_depth(
   depth: UInt16[Array, "b d d"], view: Any, size: int
 ) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
-  """Depth labels of all crops of a view (`views.ViewBatch`).
+  """Crops depth labels for all crops of a view (`views.ViewBatch`).
 
-  Depth is inverse depth, 1 to 65535, and 0 where unlabelled.
+  `depth` is inverse depth, 1 to 65535; 0 means unlabelled.
 
   Returns:
-    Maps in [0, 1] and which pixels are valid, `[b * count, size, size]`.
+    Maps in [0, 1] and their masks, `[b * count, size, size]`.
   """
   values = (depth.astype(jnp.float32) - 1.0) / 65534.0
   values, valid = crop_maps(

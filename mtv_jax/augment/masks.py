@@ -1,7 +1,7 @@
 """Patch masks of a view: block masks (iBOT) and visible subsets (MAE).
 
-Shapes are static: the number of masked patches of an image has a bound known
-at trace time, so that losses can gather them without waste.
+Shapes are static: an image's number of masked patches has a bound at trace
+time, so that losses can gather them without waste.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mtv_jax.augment.random import ranks, uniform
 from mtv_jax.config.options import Fraction, PositiveFraction, PositiveInt
 from mtv_jax.utils.errors import ConfigError
 
-# Rectangles tried for each mask. On 14 x 14 patches and up to half of them
-# masked, 16 leave 0.4 of a patch on average and 3 at most to be filled one by
-# one; each costs a few tiny operations for the whole batch.
+# Rectangles proposed per mask. On 14 x 14 patches with up to half of them
+# masked, 16 proposals leave 0.4 patches on average, 3 at most, for `_fill`. A
+# proposal costs a few tiny operations for the whole batch.
 PROPOSALS = 16
 # DINOv2's rectangles: at least 4 patches, sides up to 1 : 3.3.
 MIN_BLOCK = 4
@@ -43,13 +43,13 @@ def patch_grid(op: str, size: int, patch: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MaskOp(ViewOp):
-  """Base class of the ops that mask patches."""
+  """Base class of ops that mask patches."""
 
   stage = "masks"
-  field: ClassVar[str]  # Of `ViewBatch`: `mask` or `keep`.
+  field: ClassVar[str]  # The `ViewBatch` field to set: `mask` or `keep`.
 
   def count(self, size: int) -> int:
-    """The most masked patches (`mask`), or the visible patches (`keep`)."""
+    """Maximum masked patches (`mask`), or number of visible ones (`keep`)."""
     raise NotImplementedError(f"{type(self).__name__} lacks count()")
 
   def check(self, size: int) -> None:
@@ -58,9 +58,9 @@ class MaskOp(ViewOp):
   def __call__(
     self, u: Float[Array, " uniforms"], masked: Bool[Array, ""], *, size: int
   ) -> Array:
-    """The value of `field` for one image, patches in row-major order.
+    """Samples the `field` of one image, patches in row-major order.
 
-    `masked` is from `sample_masked_images`.
+    `masked`: see `sample_masked_images`.
     """
     raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
 
@@ -69,11 +69,11 @@ class MaskOp(ViewOp):
 class Blocks(MaskOp, name="blocks"):
   """`blocks(min_ratio, max_ratio, p)`: block masks (iBOT, DINOv2).
 
-  With probability `p` an image has exactly `round(r n)` of its `n` patches
-  masked, `r` uniform from `min_ratio` to `max_ratio`, else none. Of a view of
-  two images with probability 0.5 exactly one is masked, see
-  `sample_masked_images`. The defaults are DINOv2's, which samples ratios over
-  the batch; here rows are independent. SigLIP 2's is `blocks(0.5, 0.5, p=1)`.
+  With probability `p`, exactly `round(r n)` of `n` patches are masked, `r`
+  uniform from `min_ratio` to `max_ratio`. In a view of two images with p = 0.5
+  exactly one is masked, see `sample_masked_images`. Defaults are DINOv2's,
+  which samples ratios over the batch; here rows are independent. SigLIP 2's is
+  `blocks(0.5, 0.5, p=1)`.
   """
 
   field = "mask"
@@ -110,31 +110,31 @@ class Blocks(MaskOp, name="blocks"):
     grid = patch_grid("blocks", size, self.patch)
     ratio = uniform(u[0], self.min_ratio, self.max_ratio)
     count = jnp.round(ratio * grid**2).astype(jnp.int32)
-    # float32 may round beyond the static bound.
+    # float32 may round above the static bound.
     count = jnp.minimum(count, self.count(size))
     count = jnp.where(masked, count, 0)
     return block_mask(u[1:], count, grid=grid).reshape(-1)
 
 
 def max_masked_images(shares: Sequence[float | int]) -> int:
-  """The most images that `sample_masked_images` selects."""
+  """Maximum images that `sample_masked_images` selects."""
   return math.ceil(round(sum(shares), 6))
 
 
 def sample_masked_images(
   u: Float[Array, ""], shares: Sequence[float | int]
 ) -> Bool[Array, " n"]:
-  """Which of a row's images are masked, by systematic sampling.
+  """Samples which of a row's images are masked, by systematic sampling.
 
-  The shares, probabilities of the images, are intervals end to end; an image is
-  masked where a point of a grid of spacing 1 with a random start falls on its
-  interval. The number of masked images varies by one at most, so that a loss
-  has little padding.
+  The images' probabilities (`shares`) are consecutive intervals. An image is
+  masked if its interval contains a point of a grid with spacing 1 and a random
+  start. The number of masked images varies by at most one, which limits the
+  padding of a loss.
   """
   ends = np.cumsum([0.0, *shares]).astype(np.float32)
-  # Coarse, and off the integers, so that no sum is rounded to one.
+  # Coarse and away from integers, so that no sum rounds to an integer.
   u = (jnp.floor(u * 2**16) + 0.5) / 2**16
-  # Clipped, as rounding may push an end past an integer.
+  # Clipped: rounding may push an end past an integer.
   num_points = jnp.minimum(jnp.floor(ends + u), max_masked_images(shares))
   return num_points[1:] > num_points[:-1]
 
@@ -143,7 +143,7 @@ def sample_masked_images(
 class Keep(MaskOp, name="keep"):
   """`keep(ratio)`: a random subset of visible patches (MAE).
 
-  `ratio` is the share of visible patches; MAE's is a quarter.
+  `ratio` is the share of visible patches; MAE uses a quarter.
   """
 
   field = "keep"
@@ -177,9 +177,9 @@ def block_mask(
 ) -> Bool[Array, "{grid} {grid}"]:
   """Random rectangles that together mask exactly `count` patches.
 
-  The sampling of BEiT and DINOv2: a rectangle of a random area, at most the
-  number of patches left to mask, is added where it fits. After `PROPOSALS`
-  rectangles, neighbours of masked patches fill the rest.
+  Sampling of BEiT and DINOv2: adds a rectangle of random area, at most the
+  number of patches left to mask, if the mask stays within `count`. After
+  `PROPOSALS` rectangles, neighbours of masked patches fill the rest.
 
   `u` has 4 numbers per proposal and one per patch of the `grid` x `grid` map.
   """
@@ -212,7 +212,7 @@ def block_mask(
 def _fill(
   mask: Bool[Array, "g g"], missing: Int[Array, ""], noise: Float[Array, "g g"]
 ) -> Bool[Array, "g g"]:
-  """Masks `missing` more patches, those with most masked neighbours first."""
+  """Masks `missing` more patches, with the most masked neighbours first."""
   padded = jnp.pad(mask, 1).astype(jnp.float32)
   neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1]
   neighbours += padded[1:-1, :-2] + padded[1:-1, 2:]

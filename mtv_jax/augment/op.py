@@ -2,8 +2,8 @@
 
 A view op is a frozen dataclass whose fields are the parameters of the op
 string, checked against their annotations (`config.options`). It is a function
-of `num_uniforms` uniform numbers in [0, 1): one call of the generator for all
-ops of a view keeps compilation short, and ops can be tested without keys.
+of `num_uniforms` uniform numbers in [0, 1): a single generator call for all ops
+of a view shortens compilation, and tests need no keys.
 
 To add an op, subclass the base class of its stage and give it a name:
 
@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 from mtv_jax.utils.errors import ConfigError
 
-# In the order of an op string.
+# Required order in an op string.
 STAGES = ("geometry", "photometrics", "masks")
-# Op classes by the name that an op string uses.
+# Op classes by their name in op strings.
 OPS: dict[str, type[ViewOp]] = {}
 
 
@@ -32,18 +32,18 @@ class ViewOp:
   stage: ClassVar[str]  # One of `STAGES`.
 
   def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any):
-    """Registers the class under `name`; base classes of a stage have none."""
+    """Registers the class under `name`; base classes omit it."""
     super().__init_subclass__(**kwargs)
     if name is None:
       return
-    # A class of the same name may be defined again, as in a notebook.
+    # Allow redefinition, as in a notebook.
     if name in OPS and OPS[name].__qualname__ != cls.__qualname__:
       raise TypeError(f"The view op {name!r} exists already: {OPS[name]}.")
     cls.name = name
     OPS[name] = cls
 
   def num_uniforms(self, size: int) -> int:
-    """Uniform numbers that the op takes in a view of `size` pixels."""
+    """Uniform numbers that the op consumes in a view of `size` pixels."""
     raise NotImplementedError(f"{type(self).__name__} lacks num_uniforms()")
 
   def check(self, size: int) -> None:

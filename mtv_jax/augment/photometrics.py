@@ -1,15 +1,15 @@
 """Photometric augmentations on the three channels of one image in [0, 1].
 
-Each is a function of an image and traced factors, equal to torchvision's on
-float tensors, and an op that samples the factors. Defaults are DINOv2's.
+Each consists of a function of an image and traced factors, equal to
+torchvision's on float tensors, and an op that samples the factors. Defaults are
+DINOv2's.
 
-The arithmetic is float32: hue divides by small differences of channels, and
-vector units compute in float32 anyway. Only the blur's products run in the
-compute dtype.
+Arithmetic is float32: hue divides by small channel differences, and vector
+units compute in float32 anyway. Only the blur's products use the compute dtype.
 
-An image is a tuple of channels, since on a TPU splitting an array into channels
-ends a fusion: jitter on `[3, h, w]` arrays took three times as long by the
-compiler's estimate for v5e.
+An image is a tuple of channels: on a TPU, splitting an array into channels ends
+a fusion. By the compiler's estimate for v5e, jitter on `[3, h, w]` arrays takes
+three times as long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.utils.errors import ConfigError
 
-# ITU-R 601 luma, rounded as torchvision rounds it.
+# ITU-R 601 luma, with torchvision's rounding.
 LUMA = (0.2989, 0.587, 0.114)
 
 # A Gaussian of this sigma, in pixels, is the identity.
@@ -56,23 +56,23 @@ def blend(
 
 
 def select(which: Bool[Array, ""], image: Image, other: Image) -> Image:
-  """`image` where `which`, else `other`."""
+  """`image` if `which`, else `other`."""
   return tuple(
     jnp.where(which, x, y) for x, y in zip(image, other, strict=True)
   )
 
 
 def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
-  """Rotates the hue by `shift` of a full circle, as through HSV and back.
+  """Rotates the hue by `shift` of a full circle, as in HSV.
 
   Value and chroma don't change, so a channel is `max - chroma * t`, with `t` a
-  trapezium of the distance between the hue and that at which it peaks.
+  trapezium in the distance between the hue and the channel's peak.
   """
   red, green, blue = image
   top = jnp.maximum(jnp.maximum(red, green), blue)
   chroma = top - jnp.minimum(jnp.minimum(red, green), blue)
   scale = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
-  # In sixths of a circle; any value serves for grey, whose chroma is 0.
+  # In sixths of a circle; arbitrary for grey, whose chroma is 0.
   hue = jnp.where(
     top == red,
     (green - blue) * scale,
@@ -99,13 +99,13 @@ def jitter_colour(
   hue: Float[Array, ""],
   rank: Int[Array, "4"],
 ) -> Image:
-  """The four adjustments one after the other, as torchvision's ColorJitter.
+  """Applies the four adjustments of torchvision's ColorJitter in sequence.
 
-  Brightness, contrast and saturation are factors, hue a shift in turns; `rank`
-  is the step of each of the four, in the order of the arguments.
+  Brightness, contrast and saturation are factors, hue a shift in turns. `rank`
+  is the step of each adjustment, in the order of the arguments.
   """
-  # The order is traced, so that every step computes all four. Three are the
-  # same blend: with black, with the mean of luma, or with luma.
+  # The order is traced, so every step computes all four. Three are a blend:
+  # with black, with the mean of luma, or with luma.
   at_brightness, at_contrast, at_saturation, at_hue = rank
   for step in range(4):
     grey = luma(image)  # [h, w]
@@ -126,13 +126,13 @@ def gaussian_blur(
   kernel: int,
   dtype: Any = jnp.float32,
 ) -> Image:
-  """A Gaussian blur of `kernel` taps along both axes, mirrored at the borders.
+  """Gaussian blur with `kernel` taps along both axes and mirrored borders.
 
-  As two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's
-  matrix unit computes faster than the memory moves nine shifted copies.
+  Two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's matrix
+  unit computes faster than memory moves nine shifted copies.
 
-  `sigma` is in pixels, `kernel` odd and at most `2 s - 1`, `dtype` that of the
-  products.
+  `sigma` is in pixels, `kernel` odd and at most `2 s - 1`; `dtype` is the
+  products' dtype.
   """
   size = image[0].shape[0]
   radius = kernel // 2
@@ -142,36 +142,35 @@ def gaussian_blur(
     value = jnp.exp(-0.5 * (distance / sigma) ** 2)
     return jnp.where(mirrored & (jnp.abs(distance) <= radius), value, 0.0)
 
-  # Pixels are mirrored at 0 and at size - 1; the border pixel itself is not
-  # repeated.
+  # Mirrored at 0 and at size - 1 without repeating the border pixel.
   band = taps(row - column)  # [size, size]
   band += taps(row + column, column > 0)
   band += taps(2 * (size - 1) - column - row, column < size - 1)
   band /= band.sum(axis=1, keepdims=True)
-  # Around zero bfloat16 rounds least; the rows sum to one.
+  # Centred: bfloat16 is finest around zero. Rows sum to one.
   centred = (jnp.stack(image) - 0.5).astype(dtype)  # [3, size, size]
   blurred = geometry.separable_product(band, centred, band) + 0.5
   return blurred[0], blurred[1], blurred[2]
 
 
 def solarize(image: Image, threshold: float | int) -> Image:
-  """Inverts values of at least `threshold`, of 0 to 255."""
+  """Inverts values of at least `threshold`, given in 0..255."""
   return tuple(jnp.where(x >= threshold / 255.0, 1.0 - x, x) for x in image)
 
 
 @dataclasses.dataclass(frozen=True)
 class PhotometricOp(ViewOp):
-  """Base class of the ops on pixel values."""
+  """Base class of ops on pixel values."""
 
   stage = "photometrics"
-  p: Fraction = 0.0  # Probability; each op has another default.
+  p: Fraction = 0.0  # Probability; ops override the default.
 
   def __call__(
     self, image: Image, u: Float[Array, " uniforms"], dtype: Any
   ) -> Image:
-    """The augmented image, or with probability 1 - p the image itself.
+    """Augments the image with probability `p`.
 
-    The image is float32 in [0, 1]; `dtype` is that of matrix products.
+    The image is float32 in [0, 1]; `dtype` applies to matrix products.
     """
     raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
 
@@ -180,8 +179,9 @@ class PhotometricOp(ViewOp):
 class Jitter(PhotometricOp, name="jitter"):
   """`jitter(p)`: ColorJitter in a random order, with probability `p`.
 
-  A factor is uniform from `1 - brightness` (at least 0) to `1 + brightness`,
-  contrast and saturation as well, the shift from `-hue` to `hue` turns.
+  The brightness factor is uniform from `1 - brightness` (at least 0) to `1 +
+  brightness`, contrast and saturation alike; the shift from `-hue` to `hue`
+  turns.
   """
 
   p: Fraction = 0.8
@@ -194,9 +194,9 @@ class Jitter(PhotometricOp, name="jitter"):
     return 9
 
   def factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
-    """The arguments of `jitter_colour`, neutral with probability 1 - p."""
-    # Neutral factors rather than a selection between two images, so that the
-    # unchanged image does not occupy memory until the end.
+    """Samples arguments of `jitter_colour`, neutral with probability 1 - p."""
+    # Neutral factors instead of a select, so that the unchanged image does not
+    # occupy memory until the end.
     changed = bernoulli(u[0], self.p)
 
     def factor(u, spread):
@@ -219,7 +219,7 @@ class Jitter(PhotometricOp, name="jitter"):
 
 @dataclasses.dataclass(frozen=True)
 class Grey(PhotometricOp, name="grey"):
-  """`grey(p)`: three equal channels of luma, with probability `p`."""
+  """`grey(p)`: sets all channels to luma, with probability `p`."""
 
   p: Fraction = 0.2
 
@@ -233,12 +233,12 @@ class Grey(PhotometricOp, name="grey"):
 
 @dataclasses.dataclass(frozen=True)
 class Blur(PhotometricOp, name="blur"):
-  """`blur(p)`: a Gaussian of random width, with probability `p`.
+  """`blur(p)`: Gaussian blur of random sigma, with probability `p`.
 
-  DINOv2 and DINOv3 were trained without blur on the first global crop, with
-  probability 0.9 on the second and 0.5 on local crops. Their code asks for 1.0,
-  0.1 and 0.5 (the values of DINO and of the papers), but its blur passes 1 - p
-  on as the probability; a maintainer confirms it (dinov3 issue 286).
+  DINOv2 and DINOv3 trained without blur on the first global crop, with
+  probability 0.9 on the second and 0.5 on local crops. Their code requests 1.0,
+  0.1 and 0.5 (as in DINO and the papers), but applies 1 - p; a maintainer
+  confirms it (dinov3 issue 286).
   """
 
   p: Fraction = 0.5
@@ -262,7 +262,7 @@ class Blur(PhotometricOp, name="blur"):
 
   def __call__(self, image: Image, u: Float[Array, "2"], dtype: Any) -> Image:
     sigma = uniform(u[1], *self.sigma)
-    # The identity as a Gaussian is cheaper than a selection between images.
+    # A Gaussian that is the identity is cheaper than a select between images.
     sigma = jnp.where(bernoulli(u[0], self.p), sigma, IDENTITY_SIGMA)
     return gaussian_blur(image, sigma, kernel=self.kernel, dtype=dtype)
 
@@ -271,7 +271,7 @@ class Blur(PhotometricOp, name="blur"):
 class Solarize(PhotometricOp, name="solarize"):
   """`solarize(p)`: inverts values from `threshold` on, with probability `p`.
 
-  DINOv2 solarises its second global crop alone.
+  DINOv2 solarises only its second global crop.
   """
 
   p: Fraction = 0.2

@@ -1,4 +1,4 @@
-"""Keys of a view's rows, and samples from uniform numbers."""
+"""Random keys of a view's rows, and samples from uniform numbers."""
 
 import zlib
 
@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 def step_key(
   seed_key: Key[Array, ""], name: str, step: Int[Array, ""] | int
 ) -> Key[Array, ""]:
-  """A key of a step, from seed, step and name."""
-  # crc32 and not hash(), which differs from one process to the next.
+  """Folds name and step into a seed key."""
+  # crc32, since hash() differs between processes.
   key = jax.random.fold_in(seed_key, zlib.crc32(name.encode()))
   return jax.random.fold_in(key, step)
 
@@ -19,10 +19,10 @@ def step_key(
 def row_keys(
   seed_key: Key[Array, ""], name: str, step: Int[Array, ""] | int, rows: int
 ) -> Key[Array, " {rows}"]:
-  """A key for each row of the global batch, from seed, view, step and row.
+  """One key per row of the global batch, from seed, view, step and row.
 
-  Independent of the mesh and of the number of hosts, so that a run resumed on
-  another pod sees the same crops. `name` is the view's.
+  Independent of the mesh and the number of hosts, so that a run resumed on
+  another pod computes identical crops. `name` is the view's.
   """
   key = step_key(seed_key, name, step)
   return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
@@ -31,9 +31,9 @@ def row_keys(
 def image_keys(
   keys: Key[Array, " b"], name: str, count: int
 ) -> Key[Array, " b*{count}"]:
-  """Keys of the `count` images of each row for the use `name`.
+  """Keys of each row's `count` images, for the purpose `name`.
 
-  In the order of the images of a view, `[b, count]` flattened.
+  Ordered as a view's images, `[b, count]` flattened.
   """
   use = zlib.crc32(name.encode())
 
@@ -45,7 +45,7 @@ def image_keys(
 
 
 def bernoulli(u: Float[Array, ""], p: float | int) -> Bool[Array, ""]:
-  """True with probability `p`, exactly so for 0 and 1."""
+  """True with probability `p`, exact for 0 and 1."""
   return u < p
 
 
@@ -57,13 +57,12 @@ def uniform(
 
 
 def ranks(u: Float[Array, " n"]) -> Int[Array, " n"]:
-  """The rank of each entry in ascending order.
+  """Rank of each entry in ascending order.
 
-  Compares all pairs, which for a few hundred numbers is cheaper than sorting
-  twice.
+  Compares all pairs: cheaper than sorting twice for a few hundred numbers.
   """
   index = jnp.arange(u.shape[0])
   before = u[None, :] < u[:, None]  # [n, n]
-  # Of equal numbers the first one wins, so that no rank occurs twice.
+  # Ties rank by index, so that ranks are unique.
   tied = (u[None, :] == u[:, None]) & (index[None, :] < index[:, None])
   return (before | tied).sum(axis=1, dtype=jnp.int32)

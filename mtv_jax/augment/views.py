@@ -4,13 +4,13 @@ A view is a named transform of the stored canvas, written as an op string
 (`mtv_jax.config.op_strings`) with the ops of `OPS`, in this order:
 
   resize(S) | crop(S, min_area, max_area)   exactly one: the view's box
-  flip(p)                                   left-right mirroring
+  flip(p)                                   horizontal mirroring
   jitter, grey, blur, solarize              photometrics, in the order written
   blocks(min, max, p) | keep(ratio)         masked or visible patches
 
-Labels are transformed by `geometry.crop_maps` and `geometry.crop_boxes`. Values
-are in [-1, 1], as SigLIP and big_vision normalise, `x / 127.5 - 1`, or have
-another mean and deviation, `config.model.image_mean` and `image_std`.
+`geometry.crop_maps` and `geometry.crop_boxes` transform the labels. Values are
+in [-1, 1] by default (`x / 127.5 - 1`, as in SigLIP and big_vision);
+`config.model.image_mean` and `image_std` set the normalisation.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from mtv_jax.utils.errors import ConfigError, InputError
 class ViewBatch:
   """A view of every row of a batch; `n` is the view's `count`.
 
-  Its types are not checked: transforms rebuild it with shapes and shardings.
+  Fields are untyped: JAX transforms rebuild it with shapes and shardings.
   """
 
   images: Any  # [b, n, size, size, 3], normalised, in the compute dtype.
   box: Any  # float32 [b, n, 4], (y0, x0, y1, x1) in the canvas's unit square.
-  flipped: Any  # bool [b, n], whether the box is then mirrored.
+  flipped: Any  # bool [b, n], whether the crop is mirrored.
   mask: Any = None  # bool [b, n, patches], True where `blocks` masks a patch.
-  keep: Any = None  # int32 [b, n, visible], ascending indices, of `keep`.
+  keep: Any = None  # int32 [b, n, visible], ascending, sampled by `keep`.
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """One image's ops of a view, as a function of one canvas and one key."""
+  """The ops of one image of a view: a function of one canvas and one key."""
 
   box_op: geometry.BoxOp
   flip: geometry.Flip | None = None
   photometrics: tuple[PhotometricOp, ...] = ()
   mask: MaskOp | None = None
-  # Of the channels in 0..1, to normalise with; these give [-1, 1].
+  # Normalisation of channels in 0..1; the defaults give [-1, 1].
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
-  # Uniform numbers that box, flip, photometrics and mask take.
+  # Uniform numbers for box, flip, photometrics and mask.
   num_uniforms: tuple[int, ...] = dataclasses.field(init=False)
 
   def __post_init__(self):
@@ -93,11 +93,11 @@ class Pipeline:
   ) -> ViewBatch:
     """Computes the image, as a `ViewBatch` without its two batch dimensions.
 
-    `planes` is the canvas minus 127.5, in the compute dtype; `masked` is
-    whether `blocks` masks the image, None without masks.
+    `planes`: canvas minus 127.5, in the compute dtype. `masked`: whether
+    `blocks` masks the image; None without masks.
     """
     size = self.box_op.size
-    # An op of p=0 also takes its numbers, so that those of others don't change.
+    # Ops with p=0 also consume their numbers, so that the rest don't shift.
     u = jax.random.uniform(key, (sum(self.num_uniforms),))
     ends = np.cumsum(self.num_uniforms)[:-1].tolist()
     of_box, of_flip, *of_photometrics, of_mask = jnp.split(u, ends)
@@ -133,7 +133,7 @@ class Pipeline:
     image = geometry.resample(
       planes, box, flipped, size=self.box_op.size, method=method
     )
-    # A cubic kernel overshoots.
+    # The cubic kernel overshoots.
     return jnp.clip(image, -127.5, 127.5) if method == "bicubic" else image
 
 
@@ -142,8 +142,8 @@ class View:
   """A named view: `count` images of a canvas, each with its own pipeline."""
 
   name: str
-  pipelines: tuple[Pipeline, ...]  # Equal ones are computed together.
-  # The view whose random numbers it takes, so that boxes and flips are equal.
+  pipelines: tuple[Pipeline, ...]  # Equal pipelines run as one vmap.
+  # View that provides the random numbers, for equal boxes and flips.
   crops_of: str | None = None
 
   @property
@@ -158,15 +158,15 @@ class View:
 
   @property
   def patch(self) -> int | None:
-    """Patch size of the masks; None if no view has masks."""
+    """Patch size of the masks; None without masks."""
     mask = self.pipelines[0].mask
     return None if mask is None else mask.patch
 
   @property
   def max_masked(self) -> int:
-    """The most patches that `blocks` masks per row; 0 if there is no `blocks`.
+    """Maximum patches that `blocks` masks per row; 0 without `blocks`.
 
-    With a probability of 0 it is that of one image.
+    With a probability of 0, the maximum for one image.
     """
     counts = sorted(
       p.mask.count(self.size)
@@ -186,7 +186,7 @@ class View:
     keys: Key[Array, " b"],
     dtype: Any,
   ) -> ViewBatch:
-    """Computes the view; each row depends on its canvas, size and key alone.
+    """Computes the view; a row depends only on its canvas, size and key.
 
     Args:
       canvas: stored images, each squashed to a square.
@@ -200,8 +200,7 @@ class View:
         f"view {self.name!r}: expected a canvas of uint8 [batch, S, S, 3], got "
         f"{canvas.dtype} {list(shape)}. Do not scale pixels before the view."
       )
-    # 127.5 and not 128: every pixel minus it is exact in bfloat16, whose
-    # rounding is finest around zero.
+    # Every pixel minus 127.5 is exact in bfloat16, which is finest around zero.
     planes = jnp.moveaxis(canvas.astype(jnp.float32) - 127.5, -1, 1)
     planes = planes.astype(dtype)  # [b, 3, s, s]
     groups: dict[Pipeline, list[int]] = {}
@@ -217,8 +216,8 @@ class View:
       def row(planes, image_size, key, masked):
         image_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(images)
         masked = None if masked is None else masked[images]
-        # The canvas is the same for all, so that XLA sees one product with the
-        # stacked weights of all images.
+        # All images share the canvas, so that XLA sees one product with their
+        # stacked weights.
         images_of = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
         return images_of(planes, image_size, image_keys, masked)
 
@@ -233,17 +232,17 @@ class View:
     )
 
   def _sample_masked(self, key: Key[Array, ""]) -> Bool[Array, " n"]:
-    """Which of a row's images `blocks` masks."""
+    """Samples which of a row's images `blocks` masks."""
     # Images fold in 0 to count - 1.
     u = jax.random.uniform(jax.random.fold_in(key, len(self.pipelines)))
     return sample_masked_images(u, self._shares)
 
 
 def resize_view(view: View, size: int) -> View:
-  """A view whose crops, flips and colours are those of another one.
+  """Returns a view with equal crops, flips and colours at another size.
 
-  It has `size` pixels per side and no mask; its name is `VIEW@SIZE`. A blur has
-  as many pixels as in the other view.
+  `size` is in pixels per side. The view is named `VIEW@SIZE` and lacks masks.
+  The blur's kernel in pixels is unchanged.
   """
   pipelines = tuple(
     dataclasses.replace(
@@ -260,17 +259,16 @@ def build_views(
   mean: tuple[float, ...] = (0.5, 0.5, 0.5),
   std: tuple[float, ...] = (0.5, 0.5, 0.5),
 ) -> dict[str, View]:
-  """The views of `config.views`: `NAME: dict(count, ops, crops_of)`.
+  """Builds the views of `config.views`: `NAME: dict(count, ops, crops_of)`.
 
-  `ops` is one string for all, or a list with one string for each of `count`.
-  `crops_of` names a view whose crops and flips this one repeats, at its own
-  size: both start with the same crop and flip, but for size and method. `mean`
-  and `std` are those of the channels in 0..1.
+  `ops` is one string for all images, or a list of `count` strings. `crops_of`
+  names a view whose crops and flips to repeat: the crop and flip ops must be
+  equal except for size and method. `mean` and `std` normalise channels in 0..1.
 
   Raises:
-    ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
-      order, a list whose length differs from `count`, and `crops_of` a view
-      with other crops.
+    ConfigError: for unknown options or ops, wrong arguments or order of ops, a
+      list whose length differs from `count`, or `crops_of` a view with
+      different crops.
   """
   views = {
     name: options.build(
@@ -336,7 +334,7 @@ def _build_view(
 
 
 def build_pipeline(text: str) -> Pipeline:
-  """The pipeline of an op string."""
+  """Builds the pipeline of an op string."""
   ops: list[Any] = []
   for op in parse_ops(text):
     built = build_op(op, OPS, "view op")

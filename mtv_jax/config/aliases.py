@@ -1,6 +1,6 @@
-"""Old names of objectives, in configs, checkpoints, metrics and studies.
+"""Old names of objectives in configs, checkpoints, metrics and studies.
 
-Earlier versions wrote them. Readers of such files call the functions here.
+Earlier versions wrote them; readers of such files call these functions.
 """
 
 from collections.abc import Container, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 from mtv_jax.utils.errors import ConfigError
 
-# Old names by new ones: of the objectives' types, and of entries named so.
+# New to old names, for objective types and default entry names.
 OLD_OBJECTIVES = {
   "dino": "distillation",
   "ibot": "masked_latent",
@@ -18,10 +18,10 @@ _NEW_OBJECTIVES = {old: new for new, old in OLD_OBJECTIVES.items()}
 
 
 def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A config with the new names of its objectives, in the same order.
+  """Renames a config's objectives to their new names; preserves the order.
 
   Raises:
-    ConfigError: the config has an objective under both names.
+    ConfigError: if an objective has both names in the config.
   """
   objectives = config.get("objectives")
   if not isinstance(objectives, Mapping):
@@ -41,38 +41,38 @@ def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rename_override(path: list[str | int]) -> list[str | int]:
-  """The path of an override's key, such as `objectives`, `dino`, `weight`."""
+  """Renames an override's key path, such as `objectives`, `dino`, `weight`."""
   if path[0] != "objectives" or len(path) == 1:
     return path
   return [path[0], new_name(path[1]), *path[2:]]
 
 
 def rename_metric(name: str) -> str:
-  """The name of a metric, such as `dino/loss`."""
+  """Renames a metric, such as `dino/loss`."""
   return "/".join(map(new_name, name.split("/")))
 
 
 def rename_interference(row: Mapping[str, Any]) -> dict[str, Any]:
-  """A row of `interference.jsonl`, which lists the objectives."""
+  """Renames the objectives in a row of `interference.jsonl`."""
   names = row.get("objectives")
   names = [*map(new_name, names)] if isinstance(names, list) else names
   return {**row, "objectives": names}
 
 
 def find_stored_name(name: str, stored: Container[str]) -> str:
-  """The name of an array in a checkpoint.
+  """Name of an array in a checkpoint, old or new.
 
-  Statistics and the state of a balancing method are named after objectives.
+  Statistics and balancing state are named after objectives.
   """
   old = "/".join(OLD_OBJECTIVES.get(part, part) for part in name.split("/"))
   return old if name not in stored and old in stored else name
 
 
 def name_in_key(objective: str) -> str:
-  """The name that random keys fold in: the old one, so that draws stay."""
+  """Name to fold into random keys: the old name, for unchanged randomness."""
   return OLD_OBJECTIVES.get(objective, objective)
 
 
 def new_name(name: Any) -> Any:
-  """The new name of an objective or a type; others are unchanged."""
+  """New name of an objective or type; returns any other value unchanged."""
   return _NEW_OBJECTIVES.get(name, name) if isinstance(name, str) else name

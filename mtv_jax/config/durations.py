@@ -1,4 +1,4 @@
-"""Durations in steps, epochs, examples or percent of the run."""
+"""Durations in steps, epochs, examples or percent of a run."""
 
 import dataclasses
 from typing import Annotated
@@ -11,21 +11,21 @@ UNITS = ("steps", "epochs", "examples", "percent")
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-  """A length of training, which a config gives by one of four keys.
+  """A length of training, in one of four units.
 
-  A field `warmup: Duration` of a section is read from `warmup_steps`,
+  A section's field `warmup: Duration` is read from `warmup_steps`,
   `warmup_epochs`, `warmup_examples` or `warmup_percent`.
   """
 
   value: float | int
   unit: str = "steps"
-  # What it is, for errors, such as "config.schedule.warmup".
+  # Config key, for errors, such as "config.schedule.warmup".
   name: str = dataclasses.field(default="duration", compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-  """The units of an annotated duration, if it does not take all."""
+  """Restricts the units of an annotated duration."""
 
   names: tuple[str, ...]
 
@@ -36,10 +36,10 @@ TotalDuration = Annotated[PositiveDuration, Units(UNITS[:3])]
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
-  """Batch size and length of a run, which convert durations to steps."""
+  """Batch size and length of a run; converts durations to steps."""
 
   batch_size: int
-  examples_per_epoch: int | None = None  # None if the data are endless.
+  examples_per_epoch: int | None = None  # None for endless data.
   total_steps: int | None = None
 
   @classmethod
@@ -49,14 +49,14 @@ class RunLength:
     batch_size: int,
     examples_per_epoch: int | None = None,
   ) -> "RunLength":
-    """The length of a run of a total duration."""
+    """Builds the length from a total duration."""
     length = cls(batch_size, examples_per_epoch)
     return dataclasses.replace(length, total_steps=length.steps(total))
 
   def steps(self, duration: Duration | None) -> int | None:
-    """Converts a duration to steps; None remains None.
+    """Converts a duration to steps; None stays None.
 
-    A positive duration is at least one step.
+    A positive duration gives at least one step.
     """
     if duration is None:
       return None

@@ -1,4 +1,4 @@
-"""Layout of teachers' features in a batch, between data and objectives."""
+"""Batch layout of teacher features, shared by data and objectives."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-# Numbers of 8 bits, and the names of their dtypes, which ml_dtypes registers.
+# 8-bit formats, and their dtype names; ml_dtypes registers float8.
 Format = Literal["float8", "int8"]
 DTYPES = {"float8": "float8_e4m3fn", "int8": "int8"}
 
@@ -19,7 +19,7 @@ class FeatureLayout:
   shapes: Mapping[str, tuple[int, int]]  # Vectors and channels, by name.
 
   def fields(self, teacher: str) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of the rows of each batch field."""
+    """Shape and dtype of a row, by batch field."""
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
       field_name(teacher, "valid"): ((), np.bool_)
     }
@@ -30,5 +30,5 @@ class FeatureLayout:
 
 
 def field_name(teacher: str, name: str, part: str = "") -> str:
-  """A batch field of a teacher's features."""
+  """Name of a batch field with a teacher's features."""
   return "_".join(filter(None, ("features", teacher, name, part)))

@@ -1,6 +1,6 @@
-"""Untrusted files: text, JSON with typed fields, names in a folder.
+"""Readers of untrusted files: text, JSON with typed fields, file names.
 
-Errors name the file, the key, the value and what was expected.
+Errors name the file, the key, the value and the expected type.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mtv_jax.utils.errors import (
   printable,
 )
 
-# Of configs, and of annotations (COCO's are 450 MB).
+# Limits for configs and for annotations (COCO's are 450 MB).
 MAX_CONFIG_BYTES = 64 << 20
 _MAX_BYTES = 8 << 30
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
-_MAX_MESSAGE = 2000  # Characters of an error; a file may have long values.
+_MAX_MESSAGE = 2000  # Characters of an error, for files with long values.
 _REQUIRED = object()
 
 
 def read_text(path: pathlib.Path) -> str:
-  """A text file without its byte order mark; InputError if not UTF-8."""
+  """Reads text without its byte order mark; InputError if not UTF-8."""
   try:
     return path.read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
@@ -41,9 +41,9 @@ def read_text(path: pathlib.Path) -> str:
 def read_untrusted_json(
   path: pathlib.Path, *, max_bytes: int = _MAX_BYTES
 ) -> Any:
-  """The content of an untrusted JSON file.
+  """Reads an untrusted JSON file.
 
-  Raises InputError unless it is a regular file of JSON of at most `max_bytes`.
+  Raises InputError unless it is a regular JSON file of at most `max_bytes`.
   """
   path_lib.check_regular_file(path)
   if (size := path.stat().st_size) > max_bytes:
@@ -59,9 +59,9 @@ def read_untrusted_json(
 
 
 def read_object(path: pathlib.PurePath) -> dict[str, Any]:
-  """The object in a JSON file; {} if the file does not exist.
+  """Reads a JSON object; {} if the file does not exist.
 
-  Errors as in `read_untrusted_json`, or if the content is not an object.
+  Raises as `read_untrusted_json`, and if the content is not an object.
   """
   if not path_lib.is_file(path):
     return {}
@@ -82,14 +82,14 @@ def read_field(
   where: str = "",
   default: Any = _REQUIRED,
 ) -> Any:
-  """The value of a key, converted to an annotation of `config.options`.
+  """Reads a key's value, converted to an annotation of `config.options`.
 
   Args:
-    content: an object of JSON, in which null is as an absent key.
-    key: what to read.
-    annotation: of the value.
-    where: put before the key in errors, such as "text_config.".
-    default: of an absent key, which is an error without one.
+    content: a JSON object; null counts as absent.
+    key: the key to read.
+    annotation: the value's type.
+    where: prefix of the key in errors, such as "text_config.".
+    default: value of an absent key; without it, absence raises InputError.
   """
   value = content.get(key)
   if value is not None:
@@ -108,9 +108,9 @@ def read_field(
 def read_fields(
   content: Any, annotations: Mapping[str, Any], *, where: str = ""
 ) -> dict[str, Any]:
-  """An object's keys with a value, checked where `annotations` has the key.
+  """Reads an object's non-null values; checks keys in `annotations`.
 
-  Raises InputError for another type or range, or what is not an object.
+  Raises InputError for a wrong type or range, or if `content` is not an object.
   """
   if not isinstance(content, Mapping):
     name = where.rstrip(".") or "The content"
@@ -130,14 +130,14 @@ def read_rows(
   *,
   hint: str = "",
 ) -> list[Mapping[str, Any]]:
-  """The objects in the list `content[key]` of a JSON file.
+  """Reads the list of objects `content[key]` of a JSON file.
 
   Args:
     path: the file.
     content: its content, or an object in it.
-    key: of the list.
-    fields: type of each key that an object must have; int rejects bools.
-    hint: ends the error about a missing key.
+    key: the list's key.
+    fields: required keys of an object and their types; int rejects bools.
+    hint: end of the error for a missing key.
   """
   rows = content.get(key)
   if not isinstance(rows, list):
@@ -175,7 +175,7 @@ def _type_name(value: Any) -> str:
 
 @contextlib.contextmanager
 def errors_of(path: str | os.PathLike) -> Iterator[None]:
-  """Puts a file's path before the errors about its content, and cuts them."""
+  """Prefixes errors about a file's content with its path; truncates them."""
   try:
     yield
   except (ConfigError, InputError) as error:
@@ -190,13 +190,13 @@ def errors_of(path: str | os.PathLike) -> Iterator[None]:
 def resolve_name(
   folder: str | os.PathLike, name: Any, *, where: str | os.PathLike
 ) -> pathlib.Path:
-  """The path of a file in a folder, by the name that another file gives it.
+  """Resolves a file name that another file lists, within a folder.
 
   Args:
-    folder: of the data.
-    name: a relative path. Links may lead out of the folder, as in the cache of
-      the Hub; the name may not.
-    where: the file that gives the name.
+    folder: the data's folder.
+    name: a relative path without '..'. Links may point outside the folder, as
+      in the cache of the Hub.
+    where: the file that lists the name.
   """
   path = pathlib.PurePath(name) if isinstance(name, str) else None
   if path is None or not path.parts or not _is_storable(path):
@@ -209,7 +209,7 @@ def resolve_name(
 
 
 def _is_storable(path: pathlib.PurePath) -> bool:
-  """Whether a file system can have such a name."""
+  """Whether a file system can store the path."""
   try:
     sizes = [len(part.encode()) for part in path.parts]
   except UnicodeEncodeError:  # A lone surrogate.

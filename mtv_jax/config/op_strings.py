@@ -12,7 +12,7 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """One named op with its literal arguments."""
+  """A named op with literal arguments."""
 
   name: str
   args: tuple = ()
@@ -29,7 +29,7 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
 
   `unique` rejects a repeated op.
   """
-  # Line breaks in the text are layout; a space keeps every position.
+  # Line breaks are layout; a space preserves every position.
   line = text.replace("\n", " ")
   if not line.strip():
     return []
@@ -40,7 +40,7 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
     raise _syntax_error(line, indent + (e.offset or 1) - 1, e.msg) from None
 
   def fail(node: ast.AST, why: str) -> ConfigError:
-    # The parser counts UTF-8 bytes, the reader counts characters.
+    # ast counts UTF-8 bytes; report characters.
     head = line[indent:].encode()[: node.col_offset].decode(errors="ignore")
     return _syntax_error(line, indent + len(head), why)
 
@@ -88,9 +88,9 @@ def _syntax_error(line: str, at: int, why: str) -> ConfigError:
 
 
 def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
-  """Calls the registered factory of an op with arguments checked by `options`.
+  """Calls the registered factory of an op with checked arguments.
 
-  `what` is the kind of op for errors, such as "data op".
+  `what` is the kind of op, for errors, such as "data op".
   """
   if op.name not in registry:
     raise ConfigError(

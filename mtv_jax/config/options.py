@@ -1,8 +1,8 @@
 """Options of config entries, checked against the annotations of a class.
 
 Objectives, sources, optimizers, schedules, ops and evaluators declare their
-options once, as annotated fields or parameters. `build` checks the names, the
-types and the ranges of a config entry against them:
+options once, as annotated fields or parameters. `build` checks the names, types
+and ranges of a config entry against them:
 
   @dataclasses.dataclass(frozen=True)
   class Depth:
@@ -43,7 +43,7 @@ _SEQUENCES = (tuple, list, set, frozenset, Sequence)
 class Range:
   """Bounds of a number: `Annotated[float, Range(min=0, max=1)]`.
 
-  `above` and `below` are the bounds of open intervals.
+  `above` and `below` are exclusive bounds.
   """
 
   min: float | int = -math.inf
@@ -67,7 +67,7 @@ NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 PositiveFraction = Annotated[float, Range(above=0, max=1)]
 
-# Of `ViTSpec`.
+# Values of `ViTSpec.pool`.
 Pool = Literal["map", "query", "cls", "mean"]
 
 
@@ -95,12 +95,12 @@ def look_up(
   where: str,
   key: str = "type",
 ) -> Any:
-  """The registered factory of a type.
+  """Looks up the registered factory of a type.
 
   Args:
     registry: factories by type; a string "package.module:Class" is imported
-      only when it is looked up.
-    name: the type; None if the entry gives none.
+      on lookup.
+    name: the type; None if the entry omits it.
     where: the entry's config key; its `key` gives the type.
   """
   if name not in registry:
@@ -121,14 +121,14 @@ def build(
 ) -> T:
   """Calls a dataclass, a class or a function with checked options.
 
-  A ConfigError that the factory raises itself, for what annotations can't
-  express, gets the config key put in front; one that names a field by the
-  factory, as "ViTSpec.gelu", names it by its config key instead.
+  Prefixes a ConfigError that the factory itself raises with the config key. If
+  an error names a field by the factory, such as "ViTSpec.gelu", the config key
+  replaces the factory's name.
 
   Args:
     factory: callable whose annotations declare the options.
     options: values by name.
-    where: the entry's config key for errors, "config.objectives.depth".
+    where: the entry's config key, for errors: "config.objectives.depth".
     reserved: further known keys of the entry, for errors.
   """
   parameters = inspect.signature(factory).parameters
@@ -166,7 +166,7 @@ def build(
 def check_fields(instance: Any) -> None:
   """Checks and converts the fields of a frozen dataclass, as `build` does.
 
-  For a `__post_init__`: the instance may be built in Python, without `build`.
+  For `__post_init__` of classes that may be constructed without `build`.
   """
   name = type(instance).__name__
   for field, hint in annotations(type(instance)).items():
@@ -185,11 +185,11 @@ def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_value(value: Any, annotation: Any, where: str) -> Any:
-  """A value converted to its annotation.
+  """Converts a value to its annotation; raises ConfigError if it does not fit.
 
   An annotation is `int`, `float`, `bool`, `str`, `Literal`, a union, tuple or
-  other collection of these, `Annotated` with a `Range`, or a class. `where` is
-  the value's config key, for the error.
+  collection of these, `Annotated` with a `Range`, or a class. `where` is the
+  value's config key, for the error.
   """
   if hasattr(value, "to_dict"):  # A ConfigDict.
     value = value.to_dict()
@@ -210,12 +210,12 @@ _REPR.maxstring = _REPR.maxother = 200
 
 
 def shorten_repr(value: Any) -> str:
-  """A value as Python writes it, without the middle of long and deep ones."""
+  """`repr` of a value, with long and deep values abbreviated."""
   return printable(_REPR.repr(value))
 
 
 def _convert(value: Any, annotation: Any) -> Any:
-  """The converted value; raises ValueError if it does not fit."""
+  """Converts a value; raises ValueError if it does not fit."""
   origin = typing.get_origin(annotation)
   args = typing.get_args(annotation)
   if annotation is Any:
@@ -226,7 +226,7 @@ def _convert(value: Any, annotation: Any) -> Any:
       raise ValueError
     return value
   if origin in UNIONS:
-    # A member of the value's own type first: 1 stays an int for `float | int`.
+    # Try the value's own type first: 1 stays an int for `float | int`.
     for member in sorted(args, key=lambda m: m is not type(value)):
       try:
         return _convert(value, member)
@@ -246,7 +246,7 @@ def _convert(value: Any, annotation: Any) -> Any:
   elif annotation in (None, types.NoneType):
     fits = value is None
   else:
-    # `str`, `bool`, `dict`, and classes that only Python code can pass.
+    # `str`, `bool`, `dict`, and classes that only Python code passes.
     kind = origin or annotation
     fits = not isinstance(kind, type) or isinstance(value, kind)
   if not fits:
@@ -269,7 +269,7 @@ def _convert_sequence(value: Any, origin: type, args: Sequence[Any]) -> Any:
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-  """All strings that an annotation of choices allows, else ()."""
+  """The strings that an annotation of choices allows, else ()."""
   origin = typing.get_origin(annotation)
   if origin is Literal:
     return typing.get_args(annotation)
@@ -292,7 +292,7 @@ _NAMES = {
 
 
 def describe(annotation: Any) -> str:
-  """An annotation in words: "an integer >= 1", "a list of strings or None"."""
+  """Describes an annotation, as in "an integer >= 1" or "a number or None"."""
   origin = typing.get_origin(annotation)
   args = typing.get_args(annotation)
   if annotation in _NAMES:

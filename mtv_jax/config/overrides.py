@@ -1,7 +1,7 @@
-"""Overrides of a config, --config.KEY=VALUE, and differences of two configs.
+"""Config overrides, --config.KEY=VALUE, and differences between configs.
 
-Keys that the config's file leaves out can be given as well;
-`train.run.resolve` rejects unknown ones.
+Overrides may set keys that the config file omits; `train.run.resolve` rejects
+unknown keys.
 """
 
 import ast
@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from mtv_jax.config import aliases, sections
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
-_MAX_VALUE = 120  # Characters of a value in the line of a difference.
+_MAX_VALUE = 120  # Characters of a value in a line of `describe_difference`.
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 
 def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
   """Rewrites --config.KEY=VALUE and --config.KEY VALUE as --set=KEY=VALUE.
 
-  Other arguments are unchanged.
+  Any other argument is unchanged.
   """
   out, rest = [], list(argv)
   while rest:
@@ -39,11 +39,11 @@ def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
 
 
 def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
-  """A copy of a config, resolved or not, with some of its keys set.
+  """Copies a config, resolved or not, and applies assignments in order.
 
-  Assignments are 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
-  'data.train[0].path'; for values see `parse_value`. 'None' removes a key, as
-  does 'none' unless the key accepts that string.
+  Assignments are 'KEY=VALUE'. A key is a path such as 'optim.lr' or
+  'data.train[0].path'; for values see `parse_value`. 'None' sets a key to None;
+  so does 'none', unless the key accepts that string.
   """
   tree = aliases.rename_old_keys(sections.to_dict(config))
   for assignment in assignments:
@@ -65,7 +65,7 @@ def override(config: Any, assignments: Iterable[str]) -> ConfigDict:
 def describe_difference(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> list[str]:
-  """A line `KEY: OLD -> NEW` for each setting that differs."""
+  """A line `KEY: OLD -> NEW` per setting that differs."""
   return [
     f"{key}: {_shorten(before)} -> {_shorten(after)}"
     for key, (before, after) in list_differences([old, new])
@@ -78,7 +78,7 @@ def _shorten(value: Any) -> str:
 
 
 class _Absent:
-  """The value of a key that a config lacks."""
+  """Value of a key that a config lacks."""
 
   def __repr__(self) -> str:
     return "absent"
@@ -92,8 +92,8 @@ def list_differences(
 ) -> list[tuple[str, tuple[Any, ...]]]:
   """Keys whose values differ between configs, and the values.
 
-  A section that a config lacks is one key, with the value `ABSENT`; so is a
-  list, unless all have as many sections in it (such as `data.train[0].limit`).
+  A missing section is one key with the value `ABSENT`. A list is one key unless
+  all configs have equally many sections in it (such as `data.train[0].limit`).
   """
   if all(isinstance(config, Mapping) for config in configs):
     names = dict.fromkeys(name for config in configs for name in config)
@@ -117,7 +117,7 @@ def list_differences(
 
 
 def _are_sections(values: Sequence[Any]) -> bool:
-  """Whether values are lists of equally many sections."""
+  """Whether values are lists with equally many sections."""
   return (
     all(isinstance(value, list) for value in values)
     and len({len(value) for value in values}) == 1
@@ -141,29 +141,29 @@ def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
     if i == len(parts) - 1:
       node[part] = _value(text, old, path)
     elif old is None:
-      # A section that the file leaves out.
+      # A section that the file omits.
       node[part] = {}
     node = node[part]
 
 
 def _value(text: str, old: Any, path: str) -> Any:
   if text == "none" and old is None:
-    return text  # Many options accept this string, and are None by default.
+    return text  # Many options accept 'none' and default to None.
   if text == "None" or text.lower() == "none" and not isinstance(old, str):
     return None
-  # A file may write 5 where a duration or a weight may be 2.5.
+  # A float may replace an int: durations and weights may be written as 5.
   if type(old) is int and isinstance(fraction := _literal(text), float):
     return fraction
   return parse_value(text, old, f"--{path}")
 
 
 def parse_value(text: str, old: Any, key: str) -> Any:
-  """Parses a value of the type of the one that it replaces.
+  """Parses a value to the type of the old value.
 
   Args:
-    text: a Python literal, also with `dict(KEY=...)` calls, else a string.
-    old: the former value; with None any type is accepted.
-    key: for the error.
+    text: a Python literal, may contain `dict(KEY=...)`; else a string.
+    old: the old value; None accepts any type.
+    key: the key, for errors.
   """
   if isinstance(old, str):
     return text
@@ -186,7 +186,7 @@ def parse_value(text: str, old: Any, key: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-  """The Python literal that a text is, or the text itself."""
+  """Evaluates a Python literal; returns any other text unchanged."""
   if text.lower() in ("true", "false"):
     text = text.capitalize()
   try:

@@ -12,13 +12,13 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-  """Parses what follows the colon in `--config=file.py:tiny,batch=64`.
+  """Parses the arguments after the colon in `--config=file.py:tiny,batch=64`.
 
   A bare name sets a bool to True. The defaults give the types; None allows any
   literal or string.
 
   Raises:
-    ConfigError: an unknown name, or a value of the wrong type.
+    ConfigError: for an unknown name, or a value of the wrong type.
   """
   out = dict(defaults)
   for part in filter(None, (p.strip() for p in (arg or "").split(","))):
@@ -38,20 +38,20 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
 
 def read_config(path: str, **arguments: Any) -> ConfigDict:
-  """The config of a recipe.
+  """Reads the config of a recipe.
 
   The path is a file or a packaged recipe, with arguments after a colon, such as
   `FOLDER/NAME.py` or `NAME:tiny,batch=64`.
 
   Raises:
-    ConfigError: no such recipe, or a file without a `get_config`.
+    ConfigError: if the recipe does not exist, or lacks `get_config`.
   """
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
     folder = pathlib.Path(configs.__path__[0])
     recipes = sorted(file.stem for file in folder.glob("[!_]*.py"))
-    # Outside of a checkout a file of `configs/` is the packaged recipe, too.
+    # Outside a checkout, a file of `configs/` also names the packaged recipe.
     recipe = name.removeprefix("configs/").removesuffix(".py")
     if recipe not in recipes:
       raise ConfigError(

@@ -1,4 +1,4 @@
-"""The former module of `recipes`, which users' recipes import."""
+"""Alias of `recipes`, for users' recipes that import the old name."""
 
 from mtv_jax.config.recipes import parse_arg, read_config
 

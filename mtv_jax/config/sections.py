@@ -1,8 +1,8 @@
-"""Sections of a config: frozen dataclasses, read from and written to dicts.
+"""Config sections: frozen dataclasses, read from and written to dicts.
 
-A field is a key of the section. Its annotation, which `options` checks, may be
-also another section, a `Duration`, or `Mapping[str, SECTION]` for named
-entries, whose `type` is their name by default:
+A field is a key of the section. `options` checks its annotation, which may also
+be a section, a `Duration`, or `Mapping[str, SECTION]` for named entries, whose
+`type` defaults to their name:
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class CheckpointConfig:
@@ -10,8 +10,8 @@ entries, whose `type` is their name by default:
     keep: PositiveInt = 2
     options: Mapping[str, Any] = further_options()
 
-None counts as absent. A section that is absent has its defaults, unless its
-field has a default itself.
+None counts as absent. An absent section has its defaults, unless its field has
+a default.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ _FURTHER, _SPARSE, _DERIVED = "further", "sparse", "derived"
 
 
 def further_options() -> Any:
-  """A field for keys that the section does not know, to be checked later."""
+  """A field for unknown keys of the section, checked later."""
   return dataclasses.field(default_factory=dict, metadata={_FURTHER: True})
 
 
 def sparse(default: Any) -> Any:
-  """A field that `to_dict` leaves out at its default."""
+  """A field that `to_dict` omits at its default."""
   return dataclasses.field(default=default, metadata={_SPARSE: True})
 
 
 def derived() -> Any:
-  """A field that is not a key, and is filled in after reading."""
+  """A field that is not a key; set after reading."""
   metadata = {_DERIVED: True}
   return dataclasses.field(
     default=None, compare=False, repr=False, metadata=metadata
@@ -50,7 +50,7 @@ def derived() -> Any:
 
 
 def list_keys(cls: type) -> list[str]:
-  """The keys of a section, without further options."""
+  """The keys of a section, except further options."""
   hints = options.annotations(cls)
   return [
     key
@@ -101,9 +101,9 @@ def read(cls: type[T], entry: Any, where: str) -> T:
 
 
 def to_dict(value: Any) -> Any:
-  """The inverse of `read`: dictionaries and lists, as in JSON.
+  """The inverse of `read`: converts to dictionaries and lists, as in JSON.
 
-  Of a `ConfigDict` too, and of what is in either.
+  Recursive; also converts a `ConfigDict`.
   """
   if isinstance(value, ConfigDict):
     value = value.to_dict()
@@ -161,7 +161,7 @@ def _section_of(hint: Any) -> type | None:
 
 
 def _read_absent(path: str, hint: Any) -> Any:
-  """The value of an absent key: a section of defaults, or no entries."""
+  """Value of an absent key: a section with its defaults, or empty entries."""
   if section := _section_of(hint):
     return read(section, {}, path)
   if _entry_class(hint):
@@ -170,7 +170,7 @@ def _read_absent(path: str, hint: Any) -> Any:
 
 
 def _entry_class(hint: Any) -> type | None:
-  """The class of named entries."""
+  """The class of named entries, if the annotation has them."""
   arguments = typing.get_args(hint)
   is_section = arguments and dataclasses.is_dataclass(arguments[-1])
   is_mapping = typing.get_origin(hint) is Mapping
@@ -178,7 +178,7 @@ def _entry_class(hint: Any) -> type | None:
 
 
 def _read_value(path: str, value: Any, hint: Any) -> Any:
-  """The checked value of a key."""
+  """Checks and reads a key's value."""
   if cls := _entry_class(hint):
     return _read_entries(path, value, cls)
   if (section := _section_of(hint)) is None:
@@ -190,7 +190,7 @@ def _read_value(path: str, value: Any, hint: Any) -> Any:
 
 
 def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
-  """Named entries, sorted as in a `ConfigDict`: sums of losses have one order.
+  """Reads entries, sorted as in a `ConfigDict` so that sums have one order.
 
   None removes an entry, for example on the command line.
   """
@@ -209,7 +209,7 @@ def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
 def _read_duration(
   path: str, given: Mapping[str, Any], hint: Any, keys: list[str]
 ) -> Duration:
-  """The duration that one of the keys gives."""
+  """Reads the duration from one of its keys."""
   if len(given) != 1:
     got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
     raise ConfigError(

@@ -1,19 +1,19 @@
-"""Self-attention of the towers, by a kernel for each accelerator.
+"""Self-attention of the towers, with a kernel for each accelerator.
 
-`config.model.attention` is one of `CHOICES`. A kernel runs on its platform; on
-others the same config computes what XLA compiles, so that it resumes and is
-evaluated anywhere. All choices are softmax(q k^T / sqrt(d)) v, the softmax in
-float32, in value and gradient.
+`config.model.attention` is one of `CHOICES`. A kernel runs on its platform; any
+other platform falls back to XLA, so that a config trains, resumes and evaluates
+anywhere. All choices compute softmax(q k^T / sqrt(d)) v, with a float32
+softmax, and its gradient.
 
-- `auto`: cuDNN on GPUs where it supports the dtype and the heads, else `xla`.
+- `auto`: cuDNN on GPUs if it supports the dtype and the heads, else `xla`.
 - `xla`: the plain formula; long sequences in blocks of queries.
-- `cudnn`: flash attention of cuDNN, in bfloat16 or float16.
-- `splash`: Pallas splash attention on TPUs, of `SPLASH_LENGTH` tokens or more.
+- `cudnn`: cuDNN flash attention, in bfloat16 or float16.
+- `splash`: Pallas splash attention on TPUs, from `SPLASH_LENGTH` tokens on.
 
-An image of 960 pixels in patches of 16 has 3601 tokens, whose logits take 0.6
-GB per layer and image in float32. Every query sees all keys at once, so blocks
-of queries need no online softmax; memory grows with the tokens instead of their
-square, and the backward pass recomputes each block.
+A 960-pixel image in 16-pixel patches has 3601 tokens; their float32 logits take
+0.6 GB per layer and image. Every query sees all keys at once, so blocks of
+queries need no online softmax. Memory grows linearly with the tokens, and the
+backward pass recomputes each block.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
 CHOICES = ("auto", "xla", "cudnn", "splash")
-PLAIN = "plain"  # Beside them, for counts of FLOPs: see `plain_attention`.
-# As `remat.NAMES`: the result, and what splash attention's backward pass reads.
+PLAIN = "plain"  # Internal, to count FLOPs: see `plain_attention`.
+# In `remat.NAMES`: the output, and the residuals of splash attention.
 _NAME = "attention"
 
 # Sequence lengths from which attention runs in blocks; queries per block. A
-# CPU gains long before memory is short: a block's logits stay in its cache.
+# CPU benefits at short lengths: a block's logits stay in its cache.
 CPU_BLOCKWISE_LENGTH = 512
 BLOCKWISE_LENGTH = 2048
 CPU_BLOCK = 64
@@ -46,26 +46,26 @@ BLOCK = 512
 # Blocks are multiples of a CPU's lanes and of a TPU's tiles.
 MULTIPLE = 16
 
-# Splash attention: the least tokens, as shorter sequences are mostly padding;
-# the unit of its blocks, and the largest one.
+# Splash attention: minimum tokens (shorter sequences are mostly padding), then
+# block sizes: multiples of the unit, up to the largest.
 SPLASH_LENGTH = 128
 SPLASH_UNIT = 128
 SPLASH_BLOCK = 512
-# Products [n, n, d] of its kernels. Forward: logits, outputs. Backward: logits
+# Products [n, n, d] per kernel. Forward: logits, outputs. Backward: logits
 # again, and the gradients of weights, values, keys and queries.
 _SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
-SPLASH_PLATFORMS = ("tpu",)  # Elsewhere it is interpreted, slowly, in tests.
+SPLASH_PLATFORMS = ("tpu",)  # Elsewhere, tests interpret the kernel, slowly.
 
 
 def build_attention(
   choice: str = "auto", mesh: Mesh | None = None
 ) -> Callable[..., Array]:
-  """The function (q, k, v, causal=, valid=) of a choice.
+  """Returns the attention function (q, k, v, causal=, valid=) for a choice.
 
   Args:
     choice: one of `CHOICES`, or `PLAIN`.
-    mesh: over which rows and heads are sharded; its devices decide about the
-      kernel. None for the default devices.
+    mesh: shards rows and heads; its platform selects the kernel. None: the
+      default devices.
   """
   if choice == PLAIN:
     return plain_attention
@@ -90,10 +90,10 @@ def attention(
   causal: bool = False,
   valid: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b n h d"]:
-  """softmax(q k^T / sqrt(d)) v as XLA compiles it, the softmax in float32.
+  """softmax(q k^T / sqrt(d)) v compiled by XLA, with a float32 softmax.
 
-  With `causal`, where a token sees only itself and those before it, or with
-  `valid`, where it sees only these, always by `jax.nn.dot_product_attention`.
+  `causal`: a token attends to itself and earlier tokens. `valid`: tokens to
+  attend to. Both always take `jax.nn.dot_product_attention`.
   """
   n = q.shape[1]
   if causal or valid is not None or n < CPU_BLOCKWISE_LENGTH:
@@ -113,16 +113,16 @@ def plain_attention(
   causal: bool = False,
   valid: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b n h d"]:
-  """`attention` without blocks at any length: it recomputes nothing."""
+  """`attention` without blocks at any length; nothing is recomputed."""
   mask = None if valid is None else valid[:, None, None, :]
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
   return checkpoint_name(y, _NAME)
 
 
 def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
-  """cuDNN's flash attention, or `attention` for what it lacks.
+  """cuDNN flash attention, or `attention` if cuDNN does not support the input.
 
-  Masks of tokens always take the latter: cuDNN would read them as a bias
+  `valid` always takes `attention`: cuDNN would read the mask as a bias
   `[b, h, n, n]`, and differentiate it.
   """
   lacks = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
@@ -140,14 +140,14 @@ def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
 
 
 def cudnn_lacks(q: Any, compute_capability: str) -> str | None:
-  """What cuDNN needs that queries `[b, n, h, d]` or the GPU lack."""
+  """The cuDNN requirement that queries `[b, n, h, d]` or the GPU violate."""
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"config.model.dtype 'bfloat16', not {q.dtype}"
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"heads of a multiple of 8 up to 128 channels, not {q.shape[-1]}"
   try:
     capability = float(compute_capability)
-  except ValueError:  # AMD's is the name of an architecture.
+  except ValueError:  # AMD reports an architecture name.
     return f"an NVIDIA GPU, not {compute_capability}"
   if capability < 8:
     return f"compute capability 8.0, not {compute_capability}"
@@ -166,8 +166,8 @@ def splash_attention(
 ) -> Float[Array, "b n h d"]:
   """Pallas splash attention: online softmax in blocks of queries and keys.
 
-  Sequences are padded to a multiple of `SPLASH_UNIT`, and queries see no
-  padding. Sequences below `SPLASH_LENGTH` take `attention`.
+  Sequences are padded to a multiple of `SPLASH_UNIT`; the padding is masked.
+  Sequences below `SPLASH_LENGTH` take `attention`.
 
   Args:
     q: queries.
@@ -175,7 +175,7 @@ def splash_attention(
     v: values.
     causal: see `attention`.
     valid: see `attention`.
-    mesh: whose devices run the kernel on their rows and heads.
+    mesh: each device runs the kernel on its rows and heads.
     interpret: runs the kernel without a TPU.
   """
   if q.shape[1] < SPLASH_LENGTH:
@@ -190,13 +190,13 @@ def splash_attention(
     mesh=mesh,
     in_specs=(axes, axes, axes, None if valid is None else rows),
     out_specs=axes,
-    check_vma=False,  # Kernels don't say over which axes results vary.
+    check_vma=False,  # Kernels don't declare the axes their results vary over.
   )(q, k, v, valid)
 
 
 def _splash(q, k, v, valid, *, causal, interpret):
   """Splash attention of one device's rows and heads."""
-  # Imported where it is used: Pallas takes half a second.
+  # Lazy: importing Pallas takes half a second.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   b, n, heads, d = q.shape
@@ -219,7 +219,7 @@ def _splash(q, k, v, valid, *, causal, interpret):
     interpret=interpret,
   )
   if valid is not None:
-    # Where no token is valid, all weights are equal, as in `attention`.
+    # Rows without a valid token get uniform weights, as in `attention`.
     some = valid.any(1, keepdims=True)  # [B, 1]
     q = jnp.where(some[..., None, None], q, 0)
     valid |= ~some
@@ -236,13 +236,13 @@ def _splash(q, k, v, valid, *, causal, interpret):
 
 
 def kernel_flops(name: str, operands: Sequence[Sequence[int]]) -> float:
-  """FLOPs of the products inside a splash kernel, 0 for other operations.
+  """FLOPs of the products inside a splash kernel; 0 for any other operation.
 
-  Blocks that a causal mask skips count too.
+  Includes blocks that a causal mask skips.
 
   Args:
     name: `op_name` of the compiled operation.
-    operands: shapes, of which the first of rank 4 is queries `[b, h, n, d]`.
+    operands: shapes; the first of rank 4 is the queries' `[b, h, n, d]`.
   """
   for phase, products in _SPLASH_PRODUCTS.items():
     if f"splash_mha_{phase}" in name:
@@ -256,7 +256,7 @@ def blockwise_attention(
   k: Float[Array, "b n h d"],
   v: Float[Array, "b n h d"],
 ) -> Float[Array, "b n h d"]:
-  """Attention of `BLOCK` queries at a time, of all heads."""
+  """Attention in blocks of `BLOCK` queries, all heads at once."""
   block = _save_only_args(jax.nn.dot_product_attention)
   blocks = jnp.moveaxis(_split_blocks(q, BLOCK), 1, 0)  # [c, b, s, h, d]
   out = jax.lax.map(lambda queries: block(queries, k, v), blocks)
@@ -268,10 +268,10 @@ def cpu_attention(
   k: Float[Array, "b n h d"],
   v: Float[Array, "b n h d"],
 ) -> Float[Array, "b n h d"]:
-  """Attention of `CPU_BLOCK` queries of a head at a time, each a column.
+  """Attention in blocks of `CPU_BLOCK` queries of one head, queries last.
 
   XLA for CPUs vectorises sums and maxima over a leading dimension, not over the
-  last one: so the keys, which softmax sums over, come first.
+  last one. So the keys, which softmax sums over, come first.
   """
   width = q.shape[-1]
 
@@ -280,7 +280,7 @@ def cpu_attention(
     logits = jnp.einsum(
       "bnd,bds->bns", keys, queries, preferred_element_type=jnp.float32
     )
-    logits *= width**-0.5
+    logits *= width**-0.5  # [B, N, block]
     # The maximum only prevents an overflow of exp.
     top = jax.lax.stop_gradient(logits.max(1, keepdims=True))
     weights = jnp.exp(logits - top)
@@ -304,10 +304,10 @@ def cpu_attention(
 
 
 def _save_only_args(function: Callable[..., Array]) -> Callable[..., Array]:
-  """A function whose backward pass saves its arguments and recomputes the rest.
+  """Wraps a function to save only its arguments for the backward pass.
 
-  Not by `jax.checkpoint`: a policy of the block around it that saves matrix
-  products would save those in here too.
+  `jax.checkpoint` would not do: an outer remat policy that saves matrix
+  products would also save the products inside `function`.
   """
   wrapped = jax.custom_vjp(function)
 
@@ -322,7 +322,7 @@ def _save_only_args(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _split_blocks(x: Array, block: int) -> Array:
-  """[b, n, ...] as [b, count, size, ...], padded with zeros."""
+  """Splits [b, n, ...] into [b, count, size, ...], zero-padded."""
   n = x.shape[1]
   count = -(-n // block)
   size = -(-n // (count * MULTIPLE)) * MULTIPLE
@@ -336,7 +336,7 @@ def _join_blocks(x: Array, n: int) -> Array:
 
 
 def _pad(x: Array, length: int) -> Array:
-  """[b, n, ...] as [b, length, ...], padded with zeros."""
+  """Zero-pads [b, n, ...] to [b, length, ...]."""
   padding = [(0, 0)] * x.ndim
   padding[1] = (0, length - x.shape[1])
   return jnp.pad(x, padding)

@@ -1,9 +1,9 @@
-"""Initialisations of the towers, as published codebases have them.
+"""Initialisation schemes of the towers, from published codebases.
 
-The modules themselves declare that of `big_vision`; other schemes replace the
-values of some parameters by regular expressions over their names. A scheme that
-says nothing of a tower leaves it. CLIP's and DINOv2's CLS token has a position
-embedding of its own, which ours includes: its variance is the sum of both.
+The modules declare the `big_vision` initialisation. Any other scheme replaces
+the parameters that its regular expressions match. In CLIP and DINOv2 the CLS
+token has a position embedding; ours includes it, so its variance is the sum of
+both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _zeros = initializers.zeros
 
 
 def _normal(std: float) -> Initializer:
-  # References that truncate do so at 2, a hundred standard deviations away.
+  # Some references truncate at 2, which is a hundred standard deviations.
   return initializers.normal(std)
 
 
@@ -38,12 +38,12 @@ def _uniform(limit: float) -> Initializer:
 
 
 def _torch(fan_in: int) -> Initializer:
-  """Default of torch's linear and convolutional layers, biases too."""
+  """Default of torch's linear and convolutional layers, including biases."""
   return _uniform(fan_in**-0.5)
 
 
 def _xavier(key: Array, shape: Sequence[int]) -> Array:
-  """Glorot and Bengio 2010, of the last two dimensions."""
+  """Xavier-uniform over the last two dimensions (Glorot and Bengio 2010)."""
   return _uniform((6 / (shape[-2] + shape[-1])) ** 0.5)(key, shape)
 
 
@@ -62,7 +62,7 @@ def _dino(spec: Any, registers: float) -> Rules:
 
 
 def _dinov2(spec: Any) -> Rules:
-  """DINOv2's; registers as in DINOv2 with registers."""
+  """DINOv2, with the initial registers of its register variant."""
   return _dino(spec, registers=1e-6)
 
 
@@ -71,7 +71,7 @@ def _dinov3(spec: Any) -> Rules:
 
 
 def _mae(spec: Any) -> Rules:
-  """MAE's: Xavier-uniform, also of the fused query, key and value."""
+  """MAE: Xavier-uniform, also for the fused QKV kernel."""
   return [
     ("^image/patch_embed/bias$", _torch(_patch_values(spec))),
     ("^image/(cls_token|mask_token)$", _normal(0.02)),
@@ -81,7 +81,7 @@ def _mae(spec: Any) -> Rules:
 
 
 def _clip(spec: Any) -> Rules:
-  """CLIP's of a ViT, which is torch's default, and of the text transformer."""
+  """CLIP: torch's defaults for the ViT, its own for the text transformer."""
   image, text = spec.image, spec.text
   scale = image.width**-0.5
   rules = [
@@ -112,7 +112,7 @@ def _clip(spec: Any) -> Rules:
 
 
 def _siglip(spec: Any) -> Rules:
-  """big_vision's text tower: Flax's default of `nn.Embed`, and positions."""
+  """big_vision's text tower: Flax's `nn.Embed` default, also for positions."""
   if spec.text is None:
     return []
   scale = spec.text.width**-0.5
@@ -120,7 +120,7 @@ def _siglip(spec: Any) -> Rules:
 
 
 SCHEMES: dict[str, Callable[[Any], Rules]] = {
-  # The ViT of big_vision; the embeddings of the text tower are CLIP's.
+  # big_vision's ViT; CLIP's embeddings for the text tower.
   "big_vision": lambda spec: [],
   "siglip": _siglip,
   "clip": _clip,
@@ -133,12 +133,12 @@ SCHEMES: dict[str, Callable[[Any], Rules]] = {
 def reinitialize(
   params: Mapping[str, Any], spec: Any, rng: Array, scheme: str
 ) -> dict[str, Any]:
-  """Replaces the parameters for which a scheme has a rule.
+  """Reinitialises the parameters that match a rule of the scheme.
 
   Args:
-    params: of both towers, `{'image': ..., 'text': ...}`.
+    params: both towers' parameters, `{'image': ..., 'text': ...}`.
     spec: their `ModelSpec`.
-    rng: a parameter's key depends on it and on the parameter's name.
+    rng: folded with a parameter's name into its key.
     scheme: name in `SCHEMES`.
   """
   check_choice("config.model.init", scheme, SCHEMES)
@@ -148,7 +148,7 @@ def reinitialize(
     rule = first_match(name, rules)
     if rule is None:
       return leaf
-    # crc32 and not hash(), which differs from one process to the next.
+    # crc32, since hash() differs between processes.
     key = jax.random.fold_in(rng, zlib.crc32(name.encode()))
     return rule(key, leaf.shape).astype(leaf.dtype)
 

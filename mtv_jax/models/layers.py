@@ -18,7 +18,7 @@ from mtv_jax.models import attention as attention_lib
 from mtv_jax.models import positions
 from mtv_jax.models.linear import linear
 
-# Sizes of towers. Those of a foreign file beyond these would take all memory
+# Limits of tower sizes. A malformed file with larger sizes would exhaust memory
 # before they are compared with its tensors.
 Width = Annotated[int, Range(min=1, max=1 << 17)]  # Channels, or heads.
 Depth = Annotated[int, Range(min=1, max=1 << 10)]
@@ -26,8 +26,8 @@ Length = Annotated[int, Range(min=1, max=1 << 16)]  # Tokens.
 Vocabulary = Annotated[int, Range(min=1, max=1 << 24)]
 Side = Annotated[int, Range(min=1, max=1 << 13)]  # Pixels.
 
-# Which projections of attention have a bias: all, none, or those of queries and
-# values (BEiT, DINOv3).
+# Attention projections with a bias: all, none, or queries and values (BEiT,
+# DINOv3).
 QkvBias = Literal["all", "query_value", "none"]
 _QKV_BIASES = {
   "all": (True, True, True),
@@ -46,7 +46,7 @@ def fused_init(
 ) -> Array:
   """Xavier-uniform for a fused kernel `[D, n*D]` of n projections.
 
-  The fan-out is D, that of one projection. With n*D, as in xavier_uniform of
+  The fan-out is D, as for one projection. With n*D, as in `xavier_uniform` of
   the fused kernel, attention would start sqrt((n + 1) / 2) times too small.
   """
   limit = np.sqrt(6 / (2 * shape[0]))
@@ -58,9 +58,9 @@ def gelu(x: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
 
   Args:
     x: any shape.
-    kind: 'exact' (by the error function; DINOv2), 'tanh' (its approximation;
-      SigLIP, big_vision), 'quick' (x * sigmoid(1.702 x); CLIP) or 'relu', which
-      is none (the text tower of TIPS).
+    kind: 'exact' (error function; DINOv2), 'tanh' (its approximation; SigLIP,
+      big_vision), 'quick' (x * sigmoid(1.702 x); CLIP), or a plain 'relu' (the
+      text tower of TIPS).
   """
   if kind == "relu":
     return jax.nn.relu(x)
@@ -74,8 +74,8 @@ def norm(
 ) -> nn.LayerNorm | nn.RMSNorm:
   """LayerNorm or RMSNorm with statistics in float32 for any compute dtype.
 
-  The variance is that of the centred values: E[x^2] - E[x]^2 cancels in the few
-  channels where CLIP and DINOv2 have activations in the hundreds.
+  The variance is computed from centred values: E[x^2] - E[x]^2 cancels in the
+  few channels in which CLIP and DINOv2 have activations in the hundreds.
   """
   if kind == "rms":
     return nn.RMSNorm(eps, dtype=dtype, name=name)
@@ -88,10 +88,10 @@ def project(
   *,
   bias: bool = False,
 ) -> Float[Array, "b e"]:
-  """The calling module's layer `projection` of pooled vectors, or identity.
+  """Projects pooled vectors by the calling module's layer `projection`.
 
-  In float32: the product is small, and the embeddings are divided by a
-  temperature later.
+  The identity if `features` is None. In float32: the product is small, and the
+  embeddings are divided by a temperature later.
   """
   pooled = pooled.astype(jnp.float32)
   if features is None:
@@ -119,18 +119,18 @@ class Dense(nn.Module):
 
 
 class FusedDense(nn.Module):
-  """Linear layers with one kernel: of queries, keys and values, or of two.
+  """Several linear layers with one kernel: QKV, or keys and values.
 
-  Its columns are ordered (head, q|k|v, dim), so that splitting them over
-  devices splits whole heads and adds no communication. Each layer is a product
-  of its own: TPUs would copy a joint result to divide it.
+  Columns are ordered (head, q|k|v, dim), so that sharding them splits whole
+  heads and adds no communication. Each layer is a separate product: TPUs would
+  copy a joint result to split it.
   """
 
-  features: int  # Of each layer.
+  features: int  # Per layer.
   heads: int
-  use_bias: tuple[bool, ...]  # Of each layer; False: its bias is fixed at 0.
+  use_bias: tuple[bool, ...]  # Per layer; False fixes its bias at 0.
   dtype: Any = jnp.float32
-  linear_fn: Callable[..., Array] = linear  # Of `Dense`.
+  linear_fn: Callable[..., Array] = linear  # See `Dense`.
 
   @nn.compact
   def __call__(
@@ -150,21 +150,21 @@ class FusedDense(nn.Module):
       if has_bias:
         arrays.append(bias[:, i].reshape(-1))
       y = checkpoint_name(self.linear_fn(x, *arrays), "qkv")
-      outputs.append(y.reshape(*x.shape[:-1], self.heads, -1))
+      outputs.append(y.reshape(*x.shape[:-1], self.heads, -1))  # [B, N, H, d]
     return tuple(outputs)
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with one fused projection, see `FusedDense`."""
+  """Multi-head self-attention with a fused projection, see `FusedDense`."""
 
   heads: int
-  causal: bool = False  # Whether a token sees only itself and those before it.
+  causal: bool = False  # A token attends to itself and earlier tokens.
   qkv_bias: QkvBias = "all"
   out_bias: bool = True
   dtype: Any = jnp.float32
-  # (q, k, v, causal=, valid=) -> softmax(q k^T / sqrt(d)) v; names its result.
+  # (q, k, v, causal=, valid=) -> softmax(q k^T / sqrt(d)) v, checkpoint-named.
   attention_fn: Callable[..., Array] = attention_lib.attention
-  linear_fn: Callable[..., Array] = linear  # Of `Dense`.
+  linear_fn: Callable[..., Array] = linear  # See `Dense`.
 
   @nn.compact
   def __call__(
@@ -173,7 +173,7 @@ class Attention(nn.Module):
     angles: Float[Array, "#b n a"] | None = None,
     valid: Bool[Array, "b n"] | None = None,
   ) -> Float[Array, "b n d"]:
-    """Attends to the tokens, of which `valid` may leave out some.
+    """Attends to the tokens, or to the `valid` ones.
 
     `angles` rotate queries and keys, see `positions.rotate`.
     """
@@ -201,13 +201,13 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Multi-head attention of queries to tokens, maybe of another width."""
+  """Multi-head cross-attention to tokens, whose width may differ."""
 
   heads: int
   dtype: Any
   # (q [..., H, d], k and v [B, N, H, d]) -> [B, ..., H, d]
   attention_fn: Callable[..., Array]
-  # False: queries are taken as they are, and keys and values have no bias.
+  # False: no query projection, and no bias for keys and values.
   projects_queries: bool = True
 
   @nn.compact
@@ -224,7 +224,7 @@ class CrossAttention(nn.Module):
     k, v = FusedDense(d, self.heads, biases, dtype=self.dtype, name="kv")(
       tokens
     )
-    y = self.attention_fn(q, k, v)
+    y = self.attention_fn(q, k, v)  # [B, ..., H, d]
     y = checkpoint_name(y.reshape(*y.shape[:-2], d), "attention")
     out = Dense(d, dtype=self.dtype, name="out")
     return checkpoint_name(out(y), "attention_out")
@@ -233,8 +233,8 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
   """MLP with GELU, or SwiGLU (Shazeer 2020).
 
-  SwiGLU is fc2(silu(gate(x)) * fc1(x)). The two halves are separate kernels:
-  split over devices, each device has the same hidden units of both.
+  SwiGLU is fc2(silu(gate(x)) * fc1(x)), with separate kernels for both halves,
+  so that a device shard has matching hidden units.
   """
 
   dim: int
@@ -242,7 +242,7 @@ class Mlp(nn.Module):
   kind: str = "plain"
   dtype: Any = jnp.float32
   use_bias: bool = True
-  linear_fn: Callable[..., Array] = linear  # Of `Dense`.
+  linear_fn: Callable[..., Array] = linear  # See `Dense`.
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -269,8 +269,8 @@ class Block(nn.Module):
   """Pre-norm transformer block, with optional layer scale.
 
   x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x)); layer scale
-  as in CaiT (Touvron et al. 2021). Drop path multiplies each branch of each
-  example by a number, see `drop_path_scales`.
+  as in CaiT (Touvron et al. 2021). Drop path scales each example's branches,
+  see `drop_path_scales`.
   """
 
   heads: int
@@ -282,11 +282,11 @@ class Block(nn.Module):
   norm_eps: float = 1e-6
   rope: positions.Rope | None = None
   qkv_bias: QkvBias = "all"
-  bias: bool = True  # Of the other linear layers.
+  bias: bool = True  # In the other linear layers.
   norm_kind: NormKind = "layer"
   dtype: Any = jnp.float32
   attention_fn: Callable[..., Array] = attention_lib.attention
-  linear_fn: Callable[..., Array] = linear  # Of `Dense`.
+  linear_fn: Callable[..., Array] = linear  # See `Dense`.
 
   @nn.compact
   def __call__(
@@ -302,10 +302,10 @@ class Block(nn.Module):
 
     Args:
       x: tokens.
-      coordinates: of the last k tokens, which `rope` rotates.
-      valid: which tokens are attended to; all by default.
-      drop_path: multipliers of the branches of each example.
-      rope_draw: their augmentation, of `Rope.draw`.
+      coordinates: (y, x) of the last k tokens, which `rope` rotates.
+      valid: tokens to attend to; all by default.
+      drop_path: multiplier of each branch of each example.
+      rope_draw: augmentation of the coordinates, see `Rope.draw`.
     """
 
     def scaled(y, branch):
@@ -346,7 +346,7 @@ class Block(nn.Module):
     return x + scaled(mlp(y), 2)
 
   def _angles(self, x, coordinates, draw):
-    """Angles of all tokens, zero for those without coordinates."""
+    """Angles of all tokens; zero for the prefix, which lacks coordinates."""
     if draw is not None:
       coordinates = coordinates * draw[0] + draw[1]
     angles = self.rope.angles(coordinates, x.shape[-1] // self.heads)

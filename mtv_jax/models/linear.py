@@ -1,18 +1,17 @@
-"""The matrix products x W + b of blocks: plain, or in 8 bits by Qwix.
+"""Linear layers x W + b of the blocks: plain, or quantized to 8 bits by Qwix.
 
-`linear` is what `layers.Dense` computes by default. It equals the plain formula
-in value and gradient: accelerators run that formula, CPUs one that XLA compiles
-to faster code.
+`layers.Dense` uses `linear` by default. Its value and gradient equal the plain
+formula. Accelerators run the formula; CPUs run a variant that XLA compiles to
+faster code.
 
 With `config.model.quantization` both operands of a product are rounded to 8
-bits, with one scale for each token and each column of a kernel, from their
-largest magnitudes in that step. So there is no state: parameters, checkpoints
-and exports are those of a run without.
+bits, with dynamic scales: one per token and one per kernel column, from their
+largest magnitudes in the step. So quantization adds no state, and parameters,
+checkpoints and exports don't depend on it.
 
-Rounded are the forward product and the gradient of its input. The gradient of a
-kernel, a sum over the tokens of all examples, takes operands of the compute
-dtype, as in AQT's recipe of training (`config_v4`, Lew et al. 2022), here
-without stochastic rounding.
+The forward product and the gradient of its input are quantized. The gradient of
+a kernel, a sum over the tokens of all examples, uses the compute dtype, as in
+AQT training (`config_v4`, Lew et al. 2022), but without stochastic rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from jaxtyping import Array, Float
 
 from mtv_jax.utils.errors import check_choice, import_extra
 
-# Of operands, and of gradients. float8: Micikevicius et al. 2022.
+# Dtypes of operands and of gradients. float8: Micikevicius et al. 2022.
 DTYPES = {
   "int8": ("int8", "int8"),
   "fp8": ("float8_e4m3fn", "float8_e5m2"),
@@ -44,10 +43,10 @@ def plain_linear(
   return y if bias is None else y + bias
 
 
-# `plain_linear`, with gradients that are fast on CPUs too. XLA for CPUs copies
-# one operand of a product of three-dimensional arrays, and sums the gradient of
-# a bias value by value, in three times the time of a product with a row of
-# ones. Forward-mode differentiation is not supported.
+# `plain_linear` with gradients that are also fast on CPUs. XLA for CPUs copies
+# an operand of a product of 3-D arrays, and sums bias gradients value by value;
+# a product with a row of ones is three times faster. No forward-mode
+# differentiation.
 linear = jax.custom_vjp(plain_linear)
 
 
@@ -79,7 +78,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.cache
 def build_linear_fn(quantization: str) -> Callable[..., Array]:
-  """x W + b as `layers.Dense` calls it, by products of this precision."""
+  """Returns the `linear_fn` of `layers.Dense` for a quantization."""
   check_choice("config.model.quantization", quantization, ("none", *DTYPES))
   if quantization == "none":
     return linear

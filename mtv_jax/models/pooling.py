@@ -1,4 +1,4 @@
-"""Attention pooling: MAP of SigLIP, and that of AIMv2."""
+"""Attention pooling, as in SigLIP (MAP) and AIMv2."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float
 
 from mtv_jax.models import layers
 
-KINDS = ("map", "query")  # Values of `ViTSpec.pool` that are attention.
+KINDS = ("map", "query")  # `ViTSpec.pool` values for attention pooling.
 
 
 class MapPool(nn.Module):
   """Multi-head attention pooling (Zhai et al. 2022), as in SigLIP.
 
-  A learnt probe attends to the tokens; then x + mlp(norm(x)).
+  A learned probe attends to the tokens; x + mlp(norm(x)) follows.
   """
 
   heads: int
@@ -33,7 +33,7 @@ class MapPool(nn.Module):
     tokens: Float[Array, "b n d"],
     valid: Bool[Array, "b n"] | None = None,
   ) -> Float[Array, "b d"]:
-    """Pools the tokens, of which `valid` may leave out some."""
+    """Pools the tokens, or the `valid` ones."""
     x = layers.CrossAttention(
       self.heads,
       self.dtype,
@@ -46,9 +46,9 @@ class MapPool(nn.Module):
 
 
 class QueryPool(nn.Module):
-  """Attention of a learnt query, then a linear layer (AIMv2).
+  """Attention with a learned query, then a linear layer (AIMv2).
 
-  The query is not projected, keys and values have no bias, and there is no MLP.
+  No query projection, no bias for keys and values, no MLP.
   """
 
   heads: int
@@ -60,7 +60,7 @@ class QueryPool(nn.Module):
     tokens: Float[Array, "b n d"],
     valid: Bool[Array, "b n"] | None = None,
   ) -> Float[Array, "b d"]:
-    """Pools the tokens, of which `valid` may leave out some."""
+    """Pools the tokens, or the `valid` ones."""
     return layers.CrossAttention(
       self.heads,
       self.dtype,
@@ -71,7 +71,7 @@ class QueryPool(nn.Module):
 
 
 def build(spec: Any, dtype: Any) -> MapPool | QueryPool:
-  """The module `pool` of an image tower's spec whose `pool` is attention."""
+  """Builds the module `pool` of an image tower with attention pooling."""
   heads = spec.pool_heads or spec.heads
   if spec.pool == "query":
     return QueryPool(heads, dtype, name="pool")
@@ -92,9 +92,9 @@ def _attend(
   *,
   valid: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b h d"]:
-  """Attention of one query, the same for every example."""
+  """Attention with one query, shared by all examples."""
   # Not jax.nn.dot_product_attention: XLA for CPUs may fail to compile its
-  # gradient for one query in bfloat16.
+  # gradient for one bfloat16 query.
   logits = jnp.einsum("hd,bnhd->bhn", q, k, preferred_element_type=jnp.float32)
   if valid is not None:
     logits = jnp.where(valid[:, None], logits, jnp.finfo(logits.dtype).min)

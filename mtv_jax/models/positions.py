@@ -1,7 +1,7 @@
-"""Position embeddings: resampled, fixed, and rotary ones.
+"""Position embeddings: learned and resampled, fixed, rotary.
 
-Resampling to another grid is along each axis a product with a small matrix,
-computed on the host from the two sizes.
+Resampling to another grid multiplies each axis by a small matrix, computed on
+the host from the two sizes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.resampling import resize_matrix
 
-# Of towers; 'crop': the leading part of a square that is resampled bilinearly
-# (RADIO).
+# Resampling methods of towers; 'crop': resample bilinearly to a square, then
+# crop its top left part (RADIO).
 RESIZES = ("bicubic", "antialiased", "bilinear_antialiased", "crop")
 
 
@@ -33,7 +33,7 @@ def sincos_positions(
 
   Each axis has half of the channels, rows first: sines, then cosines, of
   `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017). MAE
-  (He et al. 2022) has the same with columns first.
+  (He et al. 2022) puts columns first.
   """
   if width % 4:
     raise InputError(
@@ -62,7 +62,7 @@ def resize_grid(
     jnp.asarray(resize_matrix(a, b, method), jnp.float32)
     for a, b in zip(grid.shape[:2], size, strict=True)
   )
-  # Small and sensitive: no bfloat16 passes.
+  # Small and sensitive to rounding: no bfloat16 passes.
   return jnp.einsum(
     "yh,xw,hwd->yxd",
     rows,
@@ -75,10 +75,10 @@ def resize_grid(
 def resize_patches(
   patches: Float[Array, "*b p d"], count: int, method: str = "bicubic"
 ) -> Float[Array, "*b {count} d"]:
-  """Resamples a square grid of patches to `count`.
+  """Resamples a square grid of patches to a square grid of `count`.
 
-  By default bicubic as DINOv3's Gram teacher: four neighbours of a = -0.75
-  without antialiasing, as torch's `interpolate`.
+  Defaults to DINOv3's resize for the Gram teacher: torch's `interpolate`,
+  bicubic (a = -0.75) without antialiasing.
   """
   old, new = (round(n**0.5) for n in (patches.shape[-2], count))
   if old == new:
@@ -95,9 +95,9 @@ def resize_patches(
 def resize_grids(
   grid: Float[Array, "h w d"], sizes: Int[Array, "b 2"], length: int
 ) -> Float[Array, "b {length} d"]:
-  """`resize_grid` by 'bilinear_antialiased' to a size of each image.
+  """`resize_grid` by 'bilinear_antialiased' to each image's own size.
 
-  Row by row, padded to `length`; the padding is finite.
+  Row by row, padded to `length` with finite values.
   """
   index = jnp.arange(length)[None]
   places = index // sizes[:, 1:], index % sizes[:, 1:]  # [B, N] each
@@ -119,9 +119,10 @@ def resize_grids(
 def sinusoidal_positions(
   length: int, width: int
 ) -> Float32[np.ndarray, "{length} {width}"]:
-  """Sines, then cosines, of `position / 10000^(i / (m - 1))`, m = width / 2.
+  """Fixed 1-D sinusoidal positions (Vaswani et al. 2017), as in TIPS.
 
-  Tensor2Tensor's layout of Vaswani et al. (2017), as in TIPS.
+  Tensor2Tensor's layout: sines, then cosines, of
+  `position / 10000^(i / (m - 1))`, m = width / 2.
   """
   half = width // 2
   rates = 10_000.0 ** -(np.arange(half) / (half - 1))
@@ -139,21 +140,21 @@ class Rope:
   periods p_k = base^(4 k / d), k = 0 .. d / 4 - 1: channel i of the first half
   together with channel i of the second.
 
-  In training the coordinates c become (c + shift) * jitter * rescale. DINOv3
-  draws these anew in every block of every forward pass, for all images of a
-  device; here for all images of a view, whatever the mesh. Its teacher and
-  evaluations take c.
+  In training the coordinates c become (c + shift) * jitter * rescale; the
+  teacher and evaluations use c. DINOv3 samples these in every block of every
+  forward pass for all images of a device, we for all images of a view, on any
+  mesh.
   """
 
   base: PositiveFloat = 100.0
-  # Whether an axis is divided by its own length, or both by the lesser or
-  # greater one. 'index': coordinates are `(i + offset) * reference / length`
-  # for rows and columns i, and angles have no 2 pi (Perception Encoder).
+  # Divide each axis by its own length ('separate'), or both by the shorter or
+  # longer one. 'index' (Perception Encoder): coordinates are
+  # `(i + offset) * reference / length`, and angles omit the factor 2 pi.
   normalize: Literal["separate", "min", "max", "index"] = "separate"
-  reference: PositiveInt | None = None  # The grid of pretraining, of 'index'.
+  reference: PositiveInt | None = None  # Pretraining grid side, for 'index'.
   offset: float = 0.0
-  shift: PositiveFloat | None = None  # Of an axis, uniform in +-shift.
-  # Factors, log-uniform in 1 / value .. value: of each axis, and of both.
+  shift: PositiveFloat | None = None  # Per axis, uniform in +-shift.
+  # Factors, log-uniform in 1 / value .. value: per axis, and shared by both.
   jitter: PositiveFloat | None = None
   rescale: PositiveFloat | None = None
 
@@ -194,7 +195,7 @@ class Rope:
   def draw(
     self, key: Key[Array, ""], depth: int
   ) -> Float[Array, "{depth} 2 2"]:
-    """Augmentations of each layer: factors of (y, x), then terms."""
+    """Samples each layer's augmentation: factors of (y, x), then offsets."""
 
     def uniform(name, axes):
       u = jax.random.uniform(jax.random.fold_in(key, name), (depth, axes))
@@ -210,11 +211,11 @@ class Rope:
   def angles(
     self, coordinates: Float[Array, "*n 2"], channels: int
   ) -> Float[Array, "*n {channels//2}"]:
-    """Angles of the rotations of a head of `channels`."""
+    """Rotation angles for a head of `channels`, y's then x's."""
     quarter = channels // 4
     rates = 2 * np.pi * self.base ** -(np.arange(quarter) / quarter)
     angles = coordinates[..., None] * jnp.asarray(rates, jnp.float32)
-    return angles.reshape(*angles.shape[:-2], 2 * quarter)
+    return angles.reshape(*angles.shape[:-2], 2 * quarter)  # [..., N, d / 2]
 
 
 def rotate(

@@ -1,10 +1,10 @@
 """Rematerialisation: what each block saves for its backward pass.
 
-A choice is the name of a policy in `POLICIES`, or names of `NAMES` with commas,
-which are saved while the rest is recomputed. 'mlp_hidden:host' saves an array
-in the host's memory: for steps that don't fit otherwise, since a byte of a
-product of 768 channels takes 4 ps to recompute at 197 TFLOP/s, and 60 each way
-at PCIe's 16 GB/s. A tower's choice can differ by encoding, see `Remat`.
+A choice is a policy in `POLICIES`, or a comma-separated list of saved `NAMES`;
+the rest is recomputed. 'mlp_hidden:host' offloads an array to host memory, for
+steps that don't fit otherwise: a byte of a product over 768 channels takes 4 ps
+to recompute at 197 TFLOP/s, but 60 ps each way at PCIe's 16 GB/s. A tower's
+choice can differ by encoding, see `Remat`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import jax
 
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
-# Arrays of a block that `checkpoint_name` marks, in the order in which they are
-# computed. What else a backward pass reads follows from them without a product
-# of matrices, except for the attention's weights.
+# Arrays of a block that `checkpoint_name` marks, in order of computation. The
+# backward pass recomputes all else without matrix products, except for the
+# attention weights.
 NAMES = (
   "qkv",  # Queries, keys and values.
-  "attention",  # Weighted sums of the values, which `out` projects.
+  "attention",  # Weighted sums of the values, input of `out`.
   "attention_out",  # Output of the projection `out`.
-  "mlp_hidden",  # Input of the MLP's non-linearity, of both halves of SwiGLU.
-  "mlp_out",  # Output of the MLP; read by layer scale and drop path alone.
+  "mlp_hidden",  # Input of the MLP's non-linearity; both halves of SwiGLU.
+  "mlp_out",  # Output of the MLP; only layer scale and drop path read it.
 )
 # 'none' saves everything, 'full' only the block's input, 'dots' every matrix
-# product, the attention logits too; 'dots_no_batch' saves products with weights
+# product and the attention logits; 'dots_no_batch' saves products with weights
 # and recomputes attention.
 POLICIES: dict[str, Callable | None] = {
   "none": None,
@@ -35,15 +35,15 @@ POLICIES: dict[str, Callable | None] = {
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-# Suffix of a name that is saved in the host's memory.
+# Suffix of a name that is offloaded to host memory.
 HOST = ":host"
-# As a config's value: what fits the chip, see `perf/preflight/remat.py`. A run
+# Config value: selects what fits the chip, see `perf/preflight/remat.py`. A run
 # records its choice as 'auto:CHOICE'.
 AUTO = "auto"
 
 
 def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
-  """The policy of `jax.checkpoint` for a choice; None to save everything."""
+  """Returns the `jax.checkpoint` policy of a choice; None saves everything."""
   choice = choice.strip()
   if choice in POLICIES:
     return POLICIES[choice]
@@ -74,12 +74,11 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-  """Choices of a config's towers, such as 'full|image=qkv|local=mlp_hidden'.
+  """Remat choices by encoding, such as 'full|image=qkv|local=mlp_hidden'.
 
-  The first part is that of all encodings without an entry. An entry's key is a
-  view, a text field ('caption'), or a tower ('image', 'text'), for its
-  encodings without an entry of their own. A view named as its tower is the
-  tower's entry.
+  The first part is the default. A key is a view or a text field ('caption'), or
+  a tower ('image', 'text'), which applies to its encodings without an entry. A
+  key that names both a view and a tower is the tower's entry.
   """
 
   default: str
@@ -87,10 +86,7 @@ class Remat:
 
   @classmethod
   def parse(cls, text: str, keys: Iterable[str] | None = None) -> Remat:
-    """Parses the value of `config.model.remat`.
-
-    `keys` are those that entries may have; any by default.
-    """
+    """Parses `config.model.remat`; entries may have these `keys`, or any."""
     where = "config.model.remat"
     text = text.removeprefix(f"{AUTO}:")
     if text.strip() == AUTO:
@@ -122,6 +118,6 @@ class Remat:
     return "|".join([self.default, *parts])
 
   def choose(self, tower: str, view: str) -> str:
-    """The choice of an encoding."""
+    """The choice for an encoding."""
     tower_choice = self.entries.get(tower, self.default)
     return self.entries.get(view, tower_choice)

@@ -1,8 +1,8 @@
-"""Stacks of blocks, and the towers that are made of one.
+"""Stacks of blocks, and the base class of the towers.
 
 The parameters of a stack are one tree whose leaves have a leading `[depth]`,
-whether it is scanned or unrolled, with any remat policy and any taps. So
-checkpoints don't depend on how a model was run.
+scanned or unrolled, with any remat policy and any taps. So checkpoints don't
+depend on these options.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 def drop_path_scales(
   keys: Key[Array, " b"], rate: float, depth: int, *, uniform: bool = True
 ) -> Float[Array, "b {depth} 2"]:
-  """Multipliers of the two branches of each block and example (drop path).
+  """Drop-path multipliers of both branches of each block and example.
 
-  Stochastic depth (Huang et al. 2016): 0 with the probability `p` of the layer,
-  else 1 / (1 - p), so that the expectation is the block without it. Each number
-  is a function of the example's key, the layer and the branch alone.
+  Stochastic depth (Huang et al. 2016): 0 with the layer's probability p, else
+  1 / (1 - p), which preserves the expectation. A multiplier depends only on the
+  example's key, the layer and the branch.
 
-  DINOv2 drops `p * b` random examples of a batch at rates above 0.1, and does
-  not compute them: the same marginals, with a fixed number of examples.
+  At rates above 0.1 DINOv2 drops a fixed number `p * b` of random examples, and
+  skips their computation; the marginals are equal.
 
   Args:
-    keys: one for each example.
+    keys: one per example.
     rate: the probability, below 1.
     depth: number of blocks.
     uniform: whether all layers have this rate (DINOv2, DINOv3); else it rises
-      linearly from 0 at the first one to `rate` at the last one (Huang et al.,
+      linearly from 0 at the first layer to `rate` at the last (Huang et al.,
       DeiT).
   """
   rates = np.full(depth, rate) if uniform else np.linspace(0, rate, depth)
@@ -56,9 +56,9 @@ def drop_path_scales(
 def stacked_init(
   block: nn.Module, depth: int, width: int, context: Sequence[Array | None] = ()
 ) -> Callable:
-  """Initialiser of the stacked parameters of `depth` blocks `[b, n, width]`.
+  """Initialiser of the stacked parameters of `depth` blocks on `[b, n, width]`.
 
-  `block` is a detached module (`parent=None`), `context` as of `run_stack`.
+  `block` is a detached module (`parent=None`); `context`: see `run_stack`.
   """
 
   def example(x):
@@ -90,23 +90,22 @@ def run_stack(
   """Runs a stack of blocks.
 
   Args:
-    block: the detached module that `stacked_init` took.
+    block: the detached module passed to `stacked_init`.
     stack: its stacked parameters.
-    x: in the block's compute dtype.
+    x: tokens in the block's compute dtype.
     context: further arguments of every block, such as the tokens that a
       decoder attends to.
     taps: layers whose output to return, from 0. The scan runs over static
       slices of the stack that end at these layers, so that a tap costs only
       the array it returns.
-    remat: what is saved for the backward pass, see `remat.build_policy`.
+    remat: what to save for the backward pass, see `remat.build_policy`.
     scan: False unrolls the blocks, to count FLOPs or to let the compiler
-      schedule across them. The values are the same.
-    mesh: over which rows and parameters are sharded. Rows then stay on their
-      devices, and each block's parameters are gathered over `fsdp` for the
-      block, and again in the backward pass. Without this constraint the
-      compiler may split channels over an axis of the batch.
-    layer_inputs: further arguments of the block by name, whose leaves have a
-      leading `[depth]`.
+      schedule across them. Values are unchanged.
+    mesh: shards rows and parameters. Rows stay on their devices; each block
+      gathers its parameters over `fsdp`, and again in the backward pass.
+      Without this constraint the compiler may split channels over a batch axis.
+    layer_inputs: further arguments of the block by name; leaves have a leading
+      `[depth]`.
 
   Returns:
     The last block's output, and {layer: output} for the taps.
@@ -127,8 +126,8 @@ def run_stack(
   if policy is None and has_fsdp:
     policy = _save_all_but_gathered
   if policy is not None:
-    # In a scan the loop keeps XLA from merging the recomputation with the
-    # forward pass; unrolled blocks need a barrier.
+    # A scan prevents XLA from merging the recomputation with the forward pass;
+    # unrolled blocks need a barrier.
     step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
   layers = (stack, dict(layer_inputs or {}))
@@ -148,7 +147,7 @@ def run_stack(
 
 
 def block_options(spec: Any) -> dict[str, Any]:
-  """The options of `Block` that a tower's spec has."""
+  """The options of `Block` in a tower's spec."""
   names = {f.name for f in dataclasses.fields(Block)}
   options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
   return {name: options[name] for name in names & options.keys()}
@@ -166,7 +165,7 @@ class Tower(nn.Module):
 
   spec: Any
   dtype: Any = jnp.float32
-  remat: str = "none"  # And scan and mesh: see `run_stack`.
+  remat: str = "none"  # remat, scan, mesh: see `run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
   attention: str = "auto"  # See `attention.CHOICES`.
@@ -175,10 +174,10 @@ class Tower(nn.Module):
   def run_blocks(
     self, x: Float[Array, "b n d"], **inputs: Any
   ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-    """Runs the tower's blocks and its final norm, if any.
+    """Runs the tower's blocks, then its final norm, if any.
 
-    Inputs are `context`, `layer_inputs` and `taps` of `run_stack`; taps are
-    before the final norm.
+    Inputs: `context`, `layer_inputs` and `taps` of `run_stack`. Taps precede
+    the final norm.
     """
     spec = self.spec
     block = Block(
@@ -215,7 +214,7 @@ def check_taps(taps: Sequence[int], depth: int) -> None:
 
 
 def check_tower(spec: Any) -> None:
-  """Raises InputError for invalid fields that both towers' specs have."""
+  """Raises InputError for invalid fields common to both towers' specs."""
   name = type(spec).__name__
   try:
     options.check_fields(spec)

@@ -1,8 +1,8 @@
 """Standardisation of features: moments, PHI-S, whitening.
 
 PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 2.2.5) rotates features
-so that all channels have the same variance, and divides by one scalar: it keeps
-the errors' relative sizes, and its inverse doesn't amplify them by channel.
+so that all channels have equal variance, then divides by one scalar. It
+preserves the errors' relative sizes; its inverse amplifies no single channel.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from jaxtyping import Array, Float, Float64
 from mtv_jax.utils.errors import InputError
 
 Method = Literal["phi_s", "whiten", "standardize", "none"]
-# Least eigenvalue (variance) to divide by, relative to the mean one.
+# Floor of an eigenvalue (variance), relative to their mean.
 _FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Mean and covariance of a number of vectors, on the host."""
+  """Mean and covariance of `count` vectors, on the host."""
 
   count: float
   mean: Float64[np.ndarray, " d"]
   covariance: Float64[np.ndarray, "d d"]
 
   def merge(self, other: Moments) -> Moments:
-    """Those of the vectors of both (Chan et al. 1983)."""
+    """Merges two sets of vectors (Chan et al. 1983)."""
     total = self.count + other.count
     if not total:
       return self
@@ -46,21 +46,21 @@ class Moments:
 def batch_moments(
   x: Float[Array, "*b d"], weights: Float[Array, "*b"]
 ) -> tuple[Float[Array, ""], Float[Array, " d"], Float[Array, "d d"]]:
-  """Count, mean and covariance of the vectors of weight 1, on the devices."""
+  """Count, mean and covariance of the vectors with weight 1, on the devices."""
   x, w = x.reshape(-1, x.shape[-1]).astype(jnp.float32), weights.reshape(-1, 1)
   count = jnp.sum(w)
   mean = jnp.sum(jnp.where(w > 0, x, 0.0), axis=0) / jnp.maximum(count, 1.0)
-  centred = jnp.where(w > 0, x - mean, 0.0)
+  centred = jnp.where(w > 0, x - mean, 0.0)  # [N, D]
   scatter = jnp.einsum("nd,ne->de", centred, centred, precision="highest")
   return count, mean, scatter / jnp.maximum(count, 1.0)
 
 
 @functools.lru_cache(maxsize=16)
 def hadamard(size: int) -> Float64[np.ndarray, "n n"]:
-  """An orthogonal matrix whose entries are all +-size^-1/2.
+  """Normalised Hadamard matrix: orthogonal, all entries +-size^-1/2.
 
-  Sylvester's doubling (PHI-S, Eq. 18) of a matrix of order 1, 2 or, for a prime
-  q = 3 mod 4, Paley's of order q + 1. Widths of published ViTs have one.
+  Sylvester's doubling (PHI-S, Eq. 18), starting from order 1, 2 or, for a prime
+  q = 3 mod 4, Paley's order q + 1. Covers the widths of published ViTs.
   """
   order = size
   while order > 2 and not _is_paley(order):
@@ -81,7 +81,7 @@ def _is_paley(order: int) -> bool:
 
 
 def _paley(order: int) -> np.ndarray:
-  """Paley's first construction: I + S of the Jacobsthal matrix."""
+  """Paley's first construction: I + S, from the Jacobsthal matrix."""
   q = order - 1
   symbols = -np.ones(q)
   symbols[np.arange(1, q) ** 2 % q] = 1
@@ -96,15 +96,15 @@ def _paley(order: int) -> np.ndarray:
 def fit_standardization(
   moments: Moments, method: Method
 ) -> tuple[Float64[np.ndarray, " d"], Float64[np.ndarray, "d d"]]:
-  """The mean and the matrix of `standardize`.
+  """Returns the mean and the matrix for `standardize`.
 
-  Of the covariance U L U^T, in the equations of PHI-S:
-    'phi_s': H U^T / sqrt(mean(L)) of a Hadamard matrix H (Eqs. 22 to 26);
-    'whiten': U L^-1/2 U^T (ZCA, Eqs. 8 and 12), whose output has the identity
-      as covariance;
+  With the covariance U L U^T and the equations of PHI-S:
+    'phi_s': H U^T / sqrt(mean(L)) with a Hadamard matrix H (Eqs. 22 to 26);
+    'whiten': U L^-1/2 U^T (ZCA, Eqs. 8 and 12); the output's covariance is the
+      identity;
     'standardize': the inverse deviation of each channel (Eq. 6).
 
-  All channels of the output have unit variance, but those of no variance in the
+  All output channels have unit variance, except for constant channels with the
   last two.
   """
   covariance = moments.covariance
@@ -113,7 +113,7 @@ def fit_standardization(
     scale = np.maximum(np.diag(covariance), floor) ** -0.5
     return moments.mean, np.diag(scale)
   values, vectors = np.linalg.eigh(covariance)
-  # The sign of an eigenvector is arbitrary. The paper makes diagonals positive.
+  # Eigenvectors have arbitrary signs. The paper makes diagonals positive.
   largest = np.argmax(np.abs(vectors), axis=0)
   vectors = vectors * np.sign(vectors[largest, np.arange(len(vectors))])
   if method == "whiten":
@@ -126,6 +126,6 @@ def fit_standardization(
 def standardize(
   x: Float[Array, "*b d"], mean: Float[Array, " d"], matrix: Float[Array, "d d"]
 ) -> Float[Array, "*b d"]:
-  """The matrix times x - mean, in float32."""
+  """Computes `matrix @ (x - mean)` in float32."""
   centred = x.astype(jnp.float32) - mean
   return jnp.einsum("...d,ed->...e", centred, matrix, precision="highest")

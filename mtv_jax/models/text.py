@@ -1,6 +1,6 @@
 """Text tower: a transformer over token ids, with the options of `TextSpec`.
 
-They cover the towers of SigLIP, CLIP, AIMv2 and TIPS.
+Covers the towers of SigLIP, CLIP, AIMv2 and TIPS.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class TextSpec:
   depth: Depth = 12
   heads: Width = 12
   mlp_dim: Width = 3072
-  # The text's embedding: the token 'last' (SigLIP), 'eos' (CLIP) or 'first', or
-  # the 'mean' of all, padding included.
+  # Pooled token: 'last' (SigLIP), 'eos' (CLIP), 'first', or the 'mean' of all
+  # tokens, padding included unless `pad_id` is set.
   pool: str = "last"
-  causal: bool = False  # Whether a token sees only those before it (CLIP).
+  causal: bool = False  # A token attends to itself and earlier tokens (CLIP).
   gelu: str = "tanh"  # SigLIP's; 'exact', CLIP's 'quick', or TIPS' 'relu'.
   mlp: str = "plain"  # Or 'swiglu' (AIMv2).
   qkv_bias: layers.QkvBias = "all"
-  bias: bool = True  # Of the blocks' other linear layers; AIMv2 has none.
+  bias: bool = True  # In the blocks' other linear layers; AIMv2 has none.
   norm_kind: layers.NormKind = "layer"  # Or 'rms' (AIMv2).
-  # 'learned', or fixed 'sinusoidal' ones, which are no parameters (TIPS).
+  # 'learned', or fixed 'sinusoidal' without parameters (TIPS).
   positions: str = "learned"
-  token_scale: bool = False  # Multiply embeddings of tokens by sqrt(D) (TIPS).
-  # Padding, which attention and the pool 'mean' leave out (TIPS). None: all
-  # tokens are attended to, padding included (SigLIP, CLIP).
+  token_scale: bool = False  # Multiply token embeddings by sqrt(D) (TIPS).
+  # Padding token, excluded from attention and 'mean' pooling (TIPS). None:
+  # attention includes padding (SigLIP, CLIP).
   pad_id: int | None = None
   norm_eps: PositiveFloat = 1e-6
   # Channels of the embedding (E); None: the width, without a projection (TIPS).
   projection: Width | None = 768
   projection_bias: bool = True  # SigLIP has one.
-  # The end-of-text token of pool 'eos', which takes the first one of a text. As
-  # in `transformers`, 2 means the position of the highest id: CLIP's
-  # configurations said 2 while the token was the last of the vocabulary.
+  # End-of-text token: pool 'eos' takes the first in a text. As in
+  # `transformers`, 2 selects the highest id instead: CLIP's configs say 2,
+  # although their end of text is the last id of the vocabulary.
   eos_id: int = 1
 
   def __post_init__(self):
@@ -71,7 +71,7 @@ class TextOutput:
   """Output of the text tower."""
 
   tokens: Float[Array, "b t d"]  # After the final norm.
-  pooled: Float[Array, "b e"]  # The text's embedding, float32, not normalised.
+  pooled: Float[Array, "b e"]  # Text embedding, float32, not normalised.
 
 
 class TextTower(stack_lib.Tower):
@@ -83,12 +83,11 @@ class TextTower(stack_lib.Tower):
   def __call__(self, tokens: Int[Array, "b t"]) -> TextOutput:
     """Encodes texts of T <= `spec.length` tokens.
 
-    Padding is attended to, as in SigLIP and CLIP, unless `pad_id` says which it
-    is. An id outside the vocabulary gives NaN rather than some other token's
-    embedding.
+    Attention includes padding, as in SigLIP and CLIP, unless `pad_id` is set.
+    An id outside the vocabulary gives NaN, not another token's embedding.
 
     Raises:
-      InputError: for too many tokens.
+      InputError: for an empty text, or too many tokens.
     """
     spec = self.spec
     length = tokens.shape[1]
@@ -98,7 +97,7 @@ class TextTower(stack_lib.Tower):
         f"{spec.length}. Tokenize to at most {spec.length}, or build the model "
         f"with length={length}."
       )
-    # Initialised as CLIP's (Radford et al. 2021).
+    # CLIP's initialisation (Radford et al. 2021).
     table = self.param(
       "token_embedding",
       nn.initializers.normal(0.02),
@@ -133,7 +132,7 @@ def _pool(spec, tokens, x, valid):
       return x.mean(axis=1, dtype=jnp.float32)
     total = jnp.where(valid[..., None], x, 0).sum(axis=1, dtype=jnp.float32)
     return total / jnp.maximum(valid.sum(axis=1), 1)[:, None]
-  # argmax takes the first of equals: padding may be EOS too.
+  # argmax returns the first maximum: padding may be EOS too.
   at = tokens if spec.eos_id == 2 else tokens == spec.eos_id
   at = jnp.argmax(at, axis=1)
   return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]

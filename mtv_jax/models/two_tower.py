@@ -46,15 +46,15 @@ VARIANTS: dict[str, dict[str, int]] = {
   for name, shape in _SHAPES.items()
 }
 
-# Keys of a config's `model` other than the architecture.
-_DROP_PATH = ("drop_path", "drop_path_uniform")  # Of the image tower.
+# Keys of `config.model` beyond the architecture.
+_DROP_PATH = ("drop_path", "drop_path_uniform")  # Image tower only.
 RUNTIME = (
   "dtype", "remat", "scan", "attention", "quantization", *_DROP_PATH
 )  # fmt: skip
 _TRAINING = (*RUNTIME, "init", "image_mean", "image_std", "preprocess")
 _TEXT_INPUT = ("tokenizer", "clean")
-# Fields that every `mtv_jax.json` has; others are left out at their defaults:
-# files stay as they were, and earlier versions read them.
+# Fields that every `mtv_jax.json` has. Later fields are omitted at their
+# default, so that files stay unchanged and earlier versions can read them.
 _WRITTEN = {
   "image": (
     "image_size", "patch_size", "width", "depth", "heads", "mlp_dim", "pool",
@@ -68,7 +68,7 @@ _WRITTEN = {
 }  # fmt: skip
 
 
-# One number for all channels, or one for each.
+# One number for all channels, or one per channel.
 Channels = float | tuple[float, float, float]
 
 
@@ -79,15 +79,15 @@ class TextConfig:
   variant: str = "B"
   length: int = 64
   vocab_size: int = 32_000
-  # Or a path: *.model, *.json. "" has to be set for training.
+  # 'bytes', or a path: *.model, *.json. Training rejects "".
   tokenizer: str = "bytes"
   clean: Literal["lower", "none", "canonicalize"] = "lower"
-  options: Mapping[str, Any] = sections.further_options()  # Of `TextSpec`.
+  options: Mapping[str, Any] = sections.further_options()  # `TextSpec` fields.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """`config.model`: the architecture and how it is computed."""
+  """`config.model`: architecture and runtime options."""
 
   variant: str = "B/16"
   image_size: int = 224  # Resolution of the stored position embedding.
@@ -99,13 +99,13 @@ class ModelConfig:
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
   quantization: Literal["none", "int8", "fp8"] = "none"
   init: str = "big_vision"  # See `models/init.py`.
-  image_mean: Channels = 0.5  # Of the channels in 0..1.
+  image_mean: Channels = 0.5  # For channels in 0..1.
   image_std: Channels = 0.5
-  # Of the image tower in training: see `stack.drop_path_scales`.
+  # Image tower, in training: see `stack.drop_path_scales`.
   drop_path: Annotated[float, Range(min=0, below=1)] = 0.0
   drop_path_uniform: bool = True
   text: TextConfig | None = None
-  options: Mapping[str, Any] = sections.further_options()  # Of `ViTSpec`.
+  options: Mapping[str, Any] = sections.further_options()  # `ViTSpec` fields.
 
   def __post_init__(self):
     pixel_statistics(self.image_mean, self.image_std)
@@ -122,7 +122,7 @@ class ModelConfig:
 
   @property
   def runtime(self) -> dict[str, Any]:
-    """The options of the towers, `RUNTIME`."""
+    """The towers' options `RUNTIME`."""
     return {name: getattr(self, name) for name in RUNTIME}
 
 
@@ -132,7 +132,7 @@ def pixel_statistics(
   """Mean and standard deviation of each of three channels.
 
   Raises:
-    ConfigError: values that can't be those of channels in 0..1.
+    ConfigError: for values that channels in 0..1 can't have.
   """
   both = []
   for name, value, least in (("mean", mean, 0.0), ("std", std, 1e-3)):
@@ -173,14 +173,14 @@ class ModelSpec:
 
   @classmethod
   def from_config(cls, model: sections.Config) -> ModelSpec:
-    """The spec of a config's `model`.
+    """Builds the spec from `config.model`.
 
     `variant` ('B/16') sets width, depth, heads, mlp_dim and patch_size;
-    `text.variant` ('B') those of the text tower, whose embeddings have the
-    image tower's width by default. Other fields of `ViTSpec` and `TextSpec`
-    override the variant. `cls_token` is true by default where `pool` is 'cls'.
-    Keys of the runtime (`RUNTIME`), of the initialisation, of the pixels and of
-    the text input (tokenizer, clean) are ignored.
+    `text.variant` ('B') sets the text tower's. Explicit fields of `ViTSpec` and
+    `TextSpec` override the variant. Text embeddings have the image embeddings'
+    width by default; `cls_token` defaults to true if `pool` is 'cls'. Ignores
+    keys of the runtime (`RUNTIME`), the initialisation, the pixels and the text
+    input (tokenizer, clean).
 
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.
@@ -227,7 +227,7 @@ class ModelSpec:
     """The inverse of `to_dict`.
 
     Raises:
-      ConfigError: for unknown or missing keys, or values of another type.
+      ConfigError: for unknown or missing keys, or values of the wrong type.
     """
     kinds = {"image": ViTSpec, "text": TextSpec}
     specs = {}
@@ -263,16 +263,16 @@ def variant(name: str) -> dict[str, int]:
 
 
 def image_tower(spec: ModelSpec, **options: Any) -> ViT:
-  """The image tower as a module, with options `RUNTIME`."""
+  """Builds the image tower with the options `RUNTIME`."""
   drop_path = {n: options.pop(n) for n in _DROP_PATH if n in options}
   return ViT(spec.image, **drop_path, **_tower_options(**options))
 
 
 def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
-  """The text tower as a module, with options `RUNTIME`; it drops no path.
+  """Builds the text tower with the options `RUNTIME`, without drop path.
 
   Raises:
-    InputError: if the model has none.
+    InputError: if the model lacks a text tower.
   """
   if spec.text is None:
     raise InputError(
@@ -308,11 +308,11 @@ def _tower_options(
 def init_params(
   spec: ModelSpec, rng: Array, scheme: str = "big_vision"
 ) -> dict[str, Any]:
-  """Fresh float32 parameters, {'image': ..., 'text': ...}.
+  """Initialises float32 parameters, {'image': ..., 'text': ...}.
 
-  Jitted, so that the forward pass that Flax traces is not computed; inside
-  another jit with output shardings each device computes its own part. Without a
-  text tower 'text' is absent.
+  Without a text tower 'text' is absent. Jitted, so that the forward pass that
+  Flax traces is not computed; inside a jit with output shardings each device
+  computes only its shard.
 
   Raises:
     InputError: for a scheme that is not in `init.SCHEMES`.
@@ -333,7 +333,7 @@ def abstract_params(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _build_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Builds `rope`, an entry of its own."""
+  """Builds `rope` from its nested dict."""
   fields = dict(fields)
   if isinstance(fields.get("rope"), Mapping):
     fields["rope"] = options.build(Rope, fields["rope"], where=f"{where}.rope")
@@ -343,7 +343,7 @@ def _build_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _expand(
   fields: Mapping[str, Any], where: str, *, ignored: Sequence[str], patch: bool
 ) -> dict[str, Any]:
-  """Replaces `variant` by its fields; explicit ones override them."""
+  """Replaces `variant` by its fields, which explicit fields override."""
   fields = {k: v for k, v in fields.items() if k not in ignored}
   name = fields.pop("variant", None)
   if name is None:

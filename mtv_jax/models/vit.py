@@ -1,7 +1,7 @@
 """Image tower: a ViT (Dosovitskiy et al. 2021) with the options of `ViTSpec`.
 
-They cover the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS and
-the Perception Encoder (PE).
+Covers the towers of SigLIP, CLIP, DINOv2, DINOv3, AIMv2, RADIO, TIPS and the
+Perception Encoder (PE).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POSITIONS = ("learned", "sincos", "sincos_xy", "rope", "learned_rope")
 class ViTSpec:
   """Architecture of an image tower; InputError for inconsistent fields."""
 
-  # Pixels per side that positions are stored for, resampled for other sizes.
+  # Pixels per side of the stored positions; resampled for any other size.
   image_size: Side = 224
   patch_size: Side = 16
   width: Width = 768  # Channels of a token (D).
@@ -40,21 +40,21 @@ class ViTSpec:
   heads: Width = 12
   mlp_dim: Width = 3072  # For SwiGLU, the width of each half.
   # How `pooled` is computed: 'map' or 'query' (attention pooling of the
-  # patches, see `pooling`), 'cls' (the CLS token after the final norm) or
-  # 'mean' (of the patches after it).
+  # patches, see `pooling`), 'cls' (the CLS token) or 'mean' (over patches), all
+  # after the final norm.
   pool: str = "map"  # One of `Pool`.
-  # Prefix tokens whose concatenation 'cls' is (RADIO: several CLS tokens).
+  # Prefix tokens that 'cls' concatenates (RADIO: several CLS tokens).
   pool_tokens: tuple[int, ...] = (0,)
-  pool_prefix: bool = False  # Whether attention pools the prefix too (PE).
-  pool_heads: Width | None = None  # Of attention pooling; None: `heads`.
-  pool_mlp_dim: Width | None = None  # Likewise; None: `mlp_dim`.
-  # 'learned'; 'sincos': fixed ones, which are no parameters (MAE); both are
-  # stored for `image_size`. 'sincos_xy': fixed ones of each image's own grid,
-  # columns first (AIMv2). 'rope': rotations of queries and keys (DINOv3);
-  # 'learned_rope': both (PE).
+  pool_prefix: bool = False  # Whether pooling includes the prefix (PE).
+  pool_heads: Width | None = None  # Attention pooling; defaults to `heads`.
+  pool_mlp_dim: Width | None = None  # MLP of 'map'; defaults to `mlp_dim`.
+  # 'learned' or 'sincos' (fixed, not parameters; MAE), both stored for
+  # `image_size`. 'sincos_xy': fixed, for each image's own grid, columns first
+  # (AIMv2). 'rope': rotations of queries and keys (DINOv3). 'learned_rope':
+  # learned and rotary (PE).
   positions: str = "learned"
-  rope: positions_lib.Rope | None = None  # Defaults to `Rope()` with rotations.
-  cls_token: bool = False  # It has no position embedding.
+  rope: positions_lib.Rope | None = None  # `Rope()` for rotary positions.
+  cls_token: bool = False  # Without a position embedding.
   registers: Annotated[int, Range(min=0, max=1 << 10)] = (
     0  # Darcet et al. 2024.
   )
@@ -67,9 +67,9 @@ class ViTSpec:
   gelu: str = "tanh"  # SigLIP's; DINOv2's is 'exact', CLIP's 'quick'.
   mlp: str = "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
   qkv_bias: layers.QkvBias = "all"
-  bias: bool = True  # Of the blocks' other linear layers; AIMv2 has none.
+  bias: bool = True  # In the blocks' other linear layers; AIMv2 has none.
   norm_eps: PositiveFloat = 1e-6
-  projection: Width | None = None  # Channels of a projection of `pooled`.
+  projection: Width | None = None  # Output channels of a layer on `pooled`.
   mask_token: bool = False
   position_resize: str = "bicubic"  # See `positions.resize_matrix`.
 
@@ -113,7 +113,7 @@ class ViTSpec:
 
   @functools.cached_property
   def grid(self) -> int:
-    """Patches along a side of a stored-size image."""
+    """Patches per side at `image_size`."""
     return self.image_size // self.patch_size
 
   @functools.cached_property
@@ -142,12 +142,12 @@ class ViTSpec:
 
 @pytree_dataclass
 class ImageOutput:
-  """Output of the image tower, of P prefix tokens and N patches."""
+  """Output of the image tower: P prefix tokens and N patches."""
 
   # After the final norm: row by row, or in the order of `keep`.
   patches: Float[Array, "b n d"]
-  prefix: Float[Array, "b p d"]  # CLS (if any) and registers, likewise.
-  pooled: Float[Array, "b e"]  # The image's embedding, float32, not normalised.
+  prefix: Float[Array, "b p d"]  # CLS (if any), then registers; also normed.
+  pooled: Float[Array, "b e"]  # Image embedding, float32, not normalised.
   taps: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
 
 
@@ -175,7 +175,7 @@ class ViT(stack_lib.Tower):
   """The image tower."""
 
   spec: ViTSpec
-  drop_path: float = 0.0  # See `stack.drop_path_scales`, as of the other one.
+  drop_path: float = 0.0  # Both: see `stack.drop_path_scales`.
   drop_path_uniform: bool = True
 
   @nn.compact
@@ -193,17 +193,17 @@ class ViT(stack_lib.Tower):
     """Encodes images.
 
     Args:
-      images: normalised, three channels, any size that the patch divides; with
-        `grids` as patches (see `patchify`), padded.
-      grids: rows and columns of each image's patches. Others than these are not
-        attended to, and their outputs are to be ignored. For rotary positions,
-        and learned ones that are resampled by 'bilinear_antialiased'.
+      images: normalised, three channels, any size divisible by the patch size;
+        with `grids`, padded patches (see `patchify`).
+      grids: rows and columns of patches per image. Patches beyond them are
+        masked; ignore their outputs. Needs rotary positions, or learned ones
+        resampled by 'bilinear_antialiased'.
       taps: layers whose output to return, from 0.
       mask: True where the mask token replaces a patch.
-      keep: indices of the patches to encode, in this order; the others are not
-        computed. A mask, if given too, refers to all N patches.
-      drop_path_keys: of each image; without them no path is dropped.
-      rope_key: of the augmentation of rotary positions; none without it.
+      keep: indices of the patches to encode, in this order; other patches are
+        not computed. A `mask` refers to all N patches.
+      drop_path_keys: one per image; None disables drop path.
+      rope_key: key of the rotary augmentation; None disables it.
 
     Raises:
       InputError: for a size, channel count, tap or mask that does not fit.
@@ -242,7 +242,7 @@ class ViT(stack_lib.Tower):
     return layers.norm(spec.norm_eps, self.dtype, name, spec.norm_kind)
 
   def _embed(self, images, mask, grids):
-    """Patch embedding, mask token, position: [B, N, D]."""
+    """Patch embedding, mask token, positions: [B, N, D]."""
     spec = self.spec
     if grids is None:
       check_images(images)
@@ -254,14 +254,14 @@ class ViT(stack_lib.Tower):
       spec.width,
       use_bias=spec.patch_bias,
       dtype=self.dtype,
-      # A convolution's default in Flax, of the same fan-in; big_vision's too.
+      # Default of Flax's `nn.Conv`, so big_vision's too; equal fan-in.
       kernel_init=nn.initializers.lecun_normal(),
       name="patch_embed",
     )(x)
     if spec.mask_token:
-      # Zero, as DINOv2's. Declared without a mask too, so that the parameters
-      # don't depend on the arguments of the first call. A variable, as `param`
-      # would draw a key and so change the initial values of all others.
+      # Zero, as in DINOv2. Declared even without a mask, so that the parameters
+      # don't depend on the arguments of the first call. A variable: `param`
+      # would consume a key and change the initial values of later parameters.
       token = self.variable(
         "params", "mask_token", jnp.zeros, (spec.width,)
       ).value
@@ -284,7 +284,7 @@ class ViT(stack_lib.Tower):
     return x + self._positions(grid, grids, x.shape[1]).astype(x.dtype)
 
   def _positions(self, grid, grids, length):
-    """The position embedding of a grid, float32 [N, D], or of grids."""
+    """Position embedding, float32: [N, D] for `grid`, [B, N, D] for `grids`."""
     spec = self.spec
     if spec.positions == "sincos_xy":
       if grids is not None:
@@ -324,7 +324,7 @@ class ViT(stack_lib.Tower):
     """CLS and register tokens, each [B, n, D], in that order."""
     spec = self.spec
     tokens = []
-    # MAE's 0.02 for both. Registers must differ at the start, since nothing
+    # MAE's 0.02 for both. Registers must differ at initialisation: nothing
     # else distinguishes them.
     init = nn.initializers.normal(0.02)
     if spec.cls_token:
@@ -337,7 +337,7 @@ class ViT(stack_lib.Tower):
     ]
 
   def _coordinates(self, images, grids, keep):
-    """Coordinates of the patches, which the blocks rotate by: [#B, N, 2]."""
+    """Patch coordinates for rotary positions: [#B, N, 2]."""
     spec = self.spec
     if grids is not None:
       return spec.rope.grid_coordinates(grids, images.shape[1])  # [B, N, 2]
@@ -353,7 +353,7 @@ class ViT(stack_lib.Tower):
     return jnp.swapaxes(constrain_batch(scales, self.mesh), 0, 1)
 
   def _pool(self, x, valid):
-    """Pooled embeddings, float32 [B, E], of all tokens."""
+    """Pools all tokens: float32 [B, E]."""
     spec = self.spec
     first = 0 if spec.pool_prefix else spec.prefix
     if valid is not None:

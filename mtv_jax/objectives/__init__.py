@@ -1,4 +1,4 @@
-"""Registry of the objectives, by the type that a config gives them."""
+"""Registry of the objectives by config type."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.ibot import IBOT
 from mtv_jax.objectives.mae import MAE
 
-# A new objective is a file and a line here; one whose head predicts has a line
-# in `models.heads.HEADS` as well.
+# To add an objective, add a file and a line here; also a line in
+# `models.heads.HEADS` if it trains a prediction head.
 REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
   "depth": Depth,
@@ -37,13 +37,13 @@ def build_objective(name: str, entry: Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
   Args:
-    name: the entry's name, and by default its type.
-    entry: hyper-parameters, also of its prediction head.
-      `weight` is the trainer's.
+    name: the entry's name; also the default of its type.
+    entry: hyper-parameters of the objective and its prediction head; the
+      trainer reads `weight`.
 
   Raises:
     ConfigError: for an unknown type, or a hyper-parameter that is unknown, of
-      another type or out of range.
+      the wrong type or out of range.
   """
   where = f"config.objectives.{name}"
   kind = options_lib.look_up(REGISTRY, entry.get("type", name), where=where)

@@ -1,9 +1,9 @@
-"""The contract of an objective: `needs`, `heads`, `loss_inputs` and `loss`.
+"""Base class of objectives: `needs`, `heads`, `loss_inputs` and `loss`.
 
 `loss_inputs` runs on any part of the batch and returns small per-example
-arrays; `loss` sees the arrays of the whole global batch. Contrast, Sinkhorn
-and KoLeo need the whole batch, so they belong in `loss`; all expensive
-computation comes before it. The same cut makes gradient accumulation exact.
+arrays; `loss` sees these arrays for the whole global batch. Contrast, Sinkhorn
+and KoLeo need the whole batch, so they belong in `loss`; expensive computation
+belongs in `loss_inputs`. The split also makes gradient accumulation exact.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ NO_TEACHERS: Mapping[str, Any] = types.MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Encoding:
-  """One forward pass: a tower on a view, by student or a teacher."""
+  """One forward pass: a tower on a view, by the student or a teacher."""
 
   tower: str  # 'image' or 'text'.
   # A key of `config.views`; for the text tower a batch field of token ids.
   view: str
-  # The student's, its EMA teacher's, or a name in `config.teachers`.
+  # `STUDENT`, `TEACHER` (its EMA), or a name in `config.teachers`.
   weights: str = STUDENT
-  # Pixels per side of the view's crops for this encoding; 0: as the view has.
+  # Pixels per side of the crops for this encoding; 0: the view's size.
   size: int = 0
-  # Texts that a device encodes, as a share of its rows: each distinct text once
-  # where they are no more than that, else all. 1: all.
+  # Below 1, a device encodes each distinct text once; if a device has more than
+  # this share of distinct rows, all texts are encoded.
   distinct: float = 1.0
 
   def __post_init__(self):
@@ -55,7 +55,7 @@ class Encoding:
 
   @property
   def view_name(self) -> str:
-    """The view at this size, by its name in `StepSpec.views`."""
+    """Name in `StepSpec.views` of the view at this size."""
     return f"{self.view}@{self.size}" if self.size else self.view
 
 
@@ -63,11 +63,11 @@ class Encoding:
 class Needs:
   """What an objective reads."""
 
-  # Each with the blocks whose outputs are read ("taps"), from 0; `()` for the
-  # final output alone.
+  # With the blocks whose outputs are read ("taps"), from 0; `()` reads only the
+  # final output.
   encodings: Mapping[Encoding, tuple[int, ...]]
   fields: tuple[str, ...] = ()  # Batch fields: labels and masks.
-  # Features of label sets, by teacher.
+  # Layouts of cached teacher features in label sets, by teacher.
   features: Mapping[str, FeatureLayout] = dataclasses.field(
     default_factory=dict
   )
@@ -78,25 +78,25 @@ class Head:
   """A linen module with parameters `heads/NAME`."""
 
   module: nn.Module
-  # `(model_spec) -> args` that the module is initialised with: trees whose
+  # `(model_spec) -> args` to initialise the module: trees whose
   # `jax.ShapeDtypeStruct`s become zeros.
   example: Callable[[Any], tuple] = lambda spec: ()
-  teacher: bool = False  # Whether the teacher has an EMA copy of it.
-  # Percentage of the run after the objective's start, by submodule, in which
-  # the submodule is not updated. Its moments advance.
+  teacher: bool = False  # Whether the teacher has an EMA copy.
+  # By submodule: percentage of the run, from the objective's start, during
+  # which the submodule is frozen. Optimizer moments still advance.
   frozen_percent: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  # (lowest, highest) value by parameter, to which each update is clipped.
+  # (lowest, highest) value by parameter; clips the parameter after each update.
   bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
     default_factory=dict
   )
 
   @classmethod
   def of(cls, head: PredictionHead) -> dict[str, Head]:
-    """A head that predicts, by the name of its parameters."""
+    """Wraps a prediction head, keyed by the name of its parameters."""
     return {head.params_key: cls(head.module(), head.example)}
 
   def init(self, rng: jax.Array, spec: Any) -> dict[str, Any]:
-    """The module's parameters."""
+    """Initialises the module's parameters."""
 
     def zeros(x):
       is_shape = isinstance(x, jax.ShapeDtypeStruct)
@@ -106,13 +106,13 @@ class Head:
     return self.module.init(rng, *example)["params"]
 
 
-# Outputs by encoding, and batch fields with `views`, by name.
+# Tower outputs by encoding; batch fields by name, with `views`.
 Encodings = Mapping[Encoding, Any]
 Batch = Mapping[str, Any]
 
 
 class BoundHeads:
-  """Heads together with their parameters: `heads['dino'](x)`.
+  """Heads bound to their parameters: `heads['dino'](x)`.
 
   `heads['dino', 'teacher'](x)` runs the teacher's copy.
   """
@@ -171,12 +171,12 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """The step, the running statistics and the mesh of a loss."""
+  """Step, running statistics and mesh, for a loss."""
 
   step: Any  # Updates since the objective started, a traced scalar.
-  total_steps: int  # From its start to the end of the run, for schedules.
+  total_steps: int  # From the objective's start to the end of the run.
   statistics: Mapping[str, Array]
-  mesh: Mesh | None = None  # Over which the batch is sharded.
+  mesh: Mesh | None = None  # Shards the batch.
 
 
 def check_visible(
@@ -188,7 +188,7 @@ def check_visible(
 ) -> None:
   """Raises ConfigError if the view `name` hides patches from the student.
 
-  `allow_masked` permits masked ones, for which there are outputs.
+  `allow_masked` permits masked patches, which have outputs.
   """
   view = views.get(name)
   if view is None or view.patch is None or (allow_masked and view.max_masked):
@@ -203,7 +203,7 @@ def check_visible(
 def check_all_patches(
   objective: str, names: Sequence[str], views: Mapping[str, Any]
 ) -> None:
-  """Raises ConfigError if a view drops patches; masked ones are allowed."""
+  """Raises ConfigError if a view drops patches; masked patches are allowed."""
   for name in names:
     view = views.get(name)
     if view and view.patch is not None and not view.max_masked:
@@ -214,12 +214,12 @@ def check_all_patches(
 
 
 class Objective:
-  """Base class of the objectives: one file each, registered in `__init__.py`.
+  """Base class of objectives: one file each, registered in `__init__.py`.
 
-  A subclass is a frozen dataclass. Its fields are its hyper-parameters, and
-  their annotations say which values a config entry may have
-  (`config.options`). One that trains a head that predicts has a field `head`,
-  an instance of its class without arguments (`models.heads.base`).
+  A subclass is a frozen dataclass. Its fields are its hyper-parameters; their
+  annotations validate the config entry (`config.options`). If it trains a
+  prediction head (`models.heads.base`), it has a field `head`, whose default
+  is the head class called without arguments.
   """
 
   def resolve(
@@ -228,24 +228,24 @@ class Objective:
     views: Mapping[str, Any],
     teachers: Mapping[str, Any] = NO_TEACHERS,
   ) -> Objective:
-    """The objective with open options filled in from model, views, teachers.
+    """Fills in unset options from the model, views and teachers.
 
-    A missing view is left to the trainer, which rejects it for any objective.
+    Ignores a missing view: the trainer rejects it for any objective.
 
     Args:
       spec: `two_tower.ModelSpec`.
       views: `views.View` by name.
-      teachers: `train.teachers.FrozenTeacher` by name, read or not.
+      teachers: all `train.teachers.FrozenTeacher`s, by name.
 
     Raises:
-      ConfigError: for a model, views or teachers that it can't train with.
+      ConfigError: for a model, views or teachers that don't fit the objective.
     """
     del spec, views, teachers
     return self
 
   @property
   def image(self) -> Encoding:
-    """The student's encoding of the view that the field `view` names."""
+    """The student's encoding of `self.view`."""
     return Encoding("image", self.view)
 
   def needs(self) -> Needs:
@@ -253,7 +253,7 @@ class Objective:
     raise NotImplementedError
 
   def heads(self) -> dict[str, Head]:
-    """Its modules by name; names are global, so objectives can share one."""
+    """Heads by name; names are global, so objectives can share a head."""
     return {}
 
   def initial_statistics(self) -> dict[str, jax.Array]:
@@ -262,16 +262,16 @@ class Objective:
 
   @property
   def num_statistics_examples(self) -> int:
-    """Examples that `fit_statistics` takes before step 0; 0 for none."""
+    """Examples that `fit_statistics` needs before step 0; 0 skips it."""
     return 0
 
   def statistics_features(
     self, encodings: Encodings, batch: Batch
   ) -> dict[str, tuple[Array, Array]]:
-    """The features of `fit_statistics`, by name.
+    """Features for `fit_statistics`, by name.
 
-    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. The arguments are
-    `loss_inputs`'s, with the encodings of frozen teachers alone.
+    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. Arguments as in
+    `loss_inputs`, but with only the frozen teachers' encodings.
     """
     del encodings, batch
     return {}
@@ -279,26 +279,26 @@ class Objective:
   def fit_statistics(
     self, moments: Mapping[str, Moments]
   ) -> dict[str, np.ndarray]:
-    """Statistics from the moments of `statistics_features`; on the host."""
+    """Fits statistics to moments of `statistics_features`, on the host."""
     del moments
     return {}
 
   def loss_inputs(
     self, encodings: Encodings, heads: BoundHeads, batch: Batch
   ) -> Any:
-    """Small per-example arrays `[b, ...]` of any part of the batch.
+    """Computes small per-example arrays `[b, ...]` for any part of the batch.
 
     Args:
       encodings: the outputs of `needs().encodings`.
-      heads: heads with their parameters.
-      batch: the batch's fields, `views`: `views.ViewBatch` by name, `keys`:
-        random keys `[b]` of the rows by view, for draws beside the view's own,
-        and `statistics`: the objective's running statistics.
+      heads: heads bound to their parameters.
+      batch: the batch's fields; `views`: `views.ViewBatch` by name; `keys`: row
+        keys `[b]` by view, for further randomness; `statistics`: the
+        objective's running statistics.
     """
     raise NotImplementedError
 
   def loss(
     self, loss_inputs: Any, heads: BoundHeads, context: Context
   ) -> Terms:
-    """The loss over the loss inputs of the whole global batch `[B, ...]`."""
+    """Computes the loss from the global batch's loss inputs `[B, ...]`."""
     raise NotImplementedError

@@ -1,13 +1,13 @@
 """Captioning loss of LocCa (Wan et al. 2024) and CapPa (Tschannen et al. 2023).
 
-The cross-entropy of the tokens of captions, of boxes given their phrases, and
-of phrases given their boxes, as SigLIP 2 trains its decoder:
+Cross-entropy of captions, boxes given phrases, and phrases given boxes, as in
+SigLIP 2's decoder:
 
     L = -(1/n) sum log softmax_v(logits)[token],  over the n tokens of answers
 
-Prompts (a task's token, a phrase or a box) have no loss. For a share of the
-examples the caption is predicted in parallel, from mask tokens alone. That a
-token of any task has the same weight is our choice.
+Prompts (the task token, a phrase or a box) are excluded from the loss. For a
+share of the examples the caption is predicted in parallel, from mask tokens
+only. All tokens have equal weight across tasks; this is our choice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TokenSums:
   """Sums over the answers' tokens of each example."""
 
   loss: Float[Array, " b"]
-  correct: Float[Array, " b"]  # Tokens whose logit is the largest.
+  correct: Float[Array, " b"]  # Number of argmax predictions.
   count: Float[Array, " b"]
 
 
@@ -46,16 +46,16 @@ def cross_entropies(
   *,
   chunk: int | None = None,
 ) -> tuple[Float[Array, "b s l"], Bool[Array, "b s l"]]:
-  """-log softmax(logits)[target], and whether that logit is the largest.
+  """-log softmax(logits)[target], and whether the target is the argmax.
 
-  With a `chunk`, so many columns are computed at a time, and again in the
-  backward pass: of `[b, s, l, V]` logits only a chunk exists.
+  `chunk`: columns of the `[b, s, l, V]` logits to compute at a time, to bound
+  memory; the backward pass recomputes them.
   """
   size = logits.bias.shape[0]
   columns = jnp.arange(size)
   kernel, bias = logits.kernel, logits.bias
   if chunk is not None and size > chunk and size % chunk:
-    # Columns without a token, of probability 0.
+    # Padding columns, with probability 0.
     missing = -size % chunk
     kernel = jnp.pad(kernel, ((0, 0), (0, missing)))
     bias = jnp.pad(bias, (0, missing), constant_values=-1e9)
@@ -71,14 +71,14 @@ def cross_entropies(
     }
 
   parts = prototypes.map_chunks(part, chunk, kernel, bias, columns)
-  target = parts["target"].sum(axis=0)
+  target = parts["target"].sum(axis=0)  # [b, s, l]
   losses = jax.nn.logsumexp(parts["sum"], axis=0) - target
   return losses, target > parts["other"].max(axis=0)
 
 
 @pytree_dataclass
 class LossInputs:
-  """Sums of each example by task; `parallel` captions are a task."""
+  """Sums of each example by task; `parallel` captions count as a task."""
 
   sums: dict[str, TokenSums]
   labelled: Float[Array, " b"]  # Whether the example has an answer.
@@ -86,20 +86,19 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Captioning(base.Objective):
-  """Captions, referred boxes and region captions by a decoder."""
+  """Trains a decoder on captions, referring boxes and region captions."""
 
-  # The decoder; a config gives its options beside these.
+  # The decoder; its options share the config entry.
   head: decoders.CaptionHead = decoders.CaptionHead()
   view: str = "image"  # The first crop of each image.
-  # Share of the captions that are predicted in parallel. SigLIP 2's; CapPa has
-  # 0.75.
+  # Share of captions to predict in parallel: SigLIP 2's; CapPa has 0.75.
   parallel: options.Fraction = 0.5
-  # Maximum number of regions of an image, the first of those visible in the
-  # view; the host's order is random.
+  # Maximum regions per image: the first ones visible in the view. The host's
+  # order is random.
   regions: options.PositiveInt = 4
   min_visible: float = 0.4  # See `geometry.crop_boxes`.
   min_size: float = 1 / 56
-  # Columns of the vocabulary at a time, to bound memory; None for all.
+  # Vocabulary columns to compute at a time, to bound memory; None for all.
   chunk: options.PositiveInt | None = 8192
   remat: str = "none"  # See `models.remat`, without 'auto' and encodings.
   scan: bool = True
@@ -117,7 +116,7 @@ class Captioning(base.Objective):
 
   @property
   def decoder_calls(self) -> int:
-    """How often a step runs the decoder: on captions, and on regions."""
+    """Decoder calls per step: captions, regions."""
     return ("caption" in self.head.tasks) + bool(self._region_tasks)
 
   def needs(self) -> base.Needs:
@@ -146,7 +145,7 @@ class Captioning(base.Objective):
     return LossInputs(sums=sums, labelled=(count > 0).astype(jnp.float32))
 
   def _caption_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
-    """Sums of captions one token after the other, and in parallel."""
+    """Token sums of autoregressive and of parallel captions."""
     vocabulary, caption = self.head.vocabulary, batch["caption"][:, None]
     valid = batch["caption_valid"].astype(bool)[:, None]
     rows = sequences.make_sequences(
@@ -158,14 +157,14 @@ class Captioning(base.Objective):
     )
     keys = batch["keys"][self.view]
     parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
-    # All inputs are masks, padding included: as in CapPa, the decoder
-    # isn't told the length.
+    # All inputs are masks, padding included: as in CapPa, the decoder does not
+    # know the length.
     inputs = jnp.where(parallel[..., None], vocabulary.mask, rows.inputs)
     of = {"caption": ~parallel, "parallel": parallel}
     return self._sums(decoder(inputs, parallel, patches), rows, of)
 
   def _region_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
-    """Sums of boxes given phrases, and of phrases given boxes."""
+    """Token sums of boxes given phrases, and of phrases given boxes."""
     chosen, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
@@ -192,7 +191,7 @@ class Captioning(base.Objective):
       for task in self._region_tasks
       for *prompt, answer, answer_length in [pairs[task]]
     ]
-    # Sequences of both tasks have one length.
+    # Sequences of both tasks have equal length.
     rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *every)
     causal = jnp.zeros(rows.inputs.shape[:2], bool)
     task = jnp.arange(causal.shape[1]) // valid.shape[1]
@@ -205,7 +204,7 @@ class Captioning(base.Objective):
     rows: sequences.Sequences,
     of: Mapping[str, Bool[Array, "..."]],
   ) -> dict[str, TokenSums]:
-    """Sums over each example's answers; `of` says which rows count, by name."""
+    """Sums over each example's answers; `of` selects the rows of each sum."""
     losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
     sums = {}
     for name, which in of.items():
@@ -239,7 +238,7 @@ class Captioning(base.Objective):
 
 
 def _draw_parallel(keys: Key[Array, " b"], share: float) -> Bool[Array, " b"]:
-  """Whether each row's caption is predicted in parallel."""
+  """Samples which rows predict their caption in parallel."""
   keys = random_lib.image_keys(keys, "captioning", 1)
 
   def draw(key):

@@ -1,4 +1,4 @@
-"""Image-text contrastive losses: SigLIP's sigmoid and CLIP's softmax loss."""
+"""Image-text contrastive losses: sigmoid (SigLIP) and softmax (CLIP)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class ExampleIds:
-  """Indices of examples in the global batch, and which are valid."""
+  """Indices of examples in the global batch, and their mask."""
 
   index: Int[Array, " n"]
   valid: Bool[Array, " n"]
@@ -28,14 +28,14 @@ class ExampleIds:
 
 @pytree_dataclass
 class NearestText:
-  """Each image's greatest logit with a valid text, and that text's index."""
+  """Each image's largest logit with a valid text, and the text's index."""
 
   logit: Float[Array, " n"]
   index: Int[Array, " n"]
 
 
 def nearest_text(logits: Float[Array, "n m"], texts: ExampleIds) -> NearestText:
-  """The nearest of these texts; ties go to the first."""
+  """Each image's nearest text; ties go to the first."""
   logits = jax.lax.stop_gradient(logits)
   masked = jnp.where(texts.valid, logits, -jnp.inf)
   best = jnp.argmax(masked, axis=1)
@@ -43,7 +43,7 @@ def nearest_text(logits: Float[Array, "n m"], texts: ExampleIds) -> NearestText:
 
 
 def merge_nearest(a: NearestText, b: NearestText) -> NearestText:
-  """The nearer text of each image; the first of the batch of equal ones."""
+  """Takes the nearer text per image; ties go to the lower batch index."""
   first = (a.logit == b.logit) & (a.index < b.index)
   take_a = (a.logit > b.logit) | first
   return jax.tree.map(lambda x, y: jnp.where(take_a, x, y), a, b)
@@ -59,17 +59,17 @@ def sigmoid_losses(
       L = -(1/B) sum_i sum_j log sigmoid(y_ij * logits_ij),
       y_ii = 1, y_ij = -1 for i != j,  logits = exp(t') u_i.v_j + b
 
-  There is no normalisation over the batch. MTV prints the bias with the
+  Pairs are independent; no softmax over the batch. MTV prints the bias with the
   opposite sign; this is big_vision's form. Pairs with an invalid image or text
-  don't count.
+  are excluded.
 
   Args:
-    images, texts: unit embeddings with `ExampleIds`; texts may be a part of
+    images, texts: unit embeddings with `ExampleIds`; texts may be a chunk of
       the batch.
     affine: scale and bias of the logits.
 
   Returns:
-    Each image's sum over the texts, and the nearest of them.
+    Each image's sum over the texts, and its nearest text.
   """
   logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [n, m]
   image_ids, text_ids = images.metadata, texts.metadata
@@ -88,12 +88,12 @@ def softmax_losses(
 
       L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
 
-  Arguments and results are `sigmoid_losses`'s, with the texts of the whole
-  batch; invalid examples are neither queries nor negatives.
+  Arguments and results as in `sigmoid_losses`, with the whole batch's texts.
+  Invalid examples are neither queries nor negatives.
   """
   logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [B, B]
   valid = images.metadata.valid
-  # Not -inf: a row with no valid column would give NaN in the gradient.
+  # Not -inf: a row without a valid column would give a NaN gradient.
   masked = jnp.where(valid[:, None] & valid, logits, -1e30)
   diagonal = jnp.diagonal(logits)
   to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
@@ -108,7 +108,7 @@ LOSSES = {"sigmoid": sigmoid_losses, "softmax": softmax_losses}
 
 @pytree_dataclass
 class LossInputs:
-  """Per example: unit embeddings of image and text, and which have both."""
+  """Per example: unit embeddings of image and text, and the mask."""
 
   image: Float[Array, "b n d"]  # One per crop.
   text: Float[Array, "b d"]
@@ -121,16 +121,16 @@ class Contrastive(base.Objective):
 
   loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
   view: str = "image"
-  # The first crop of an image, or the mean loss of all its crops, each against
-  # the captions of the batch (SILC, Naeem et al. 2023).
+  # The first crop of an image, or the mean loss over all crops, each against
+  # the batch's captions (SILC, Naeem et al. 2023).
   crops: Literal["first", "all"] = "first"
   # None: SigLIP's 10 for sigmoid, CLIP's 1 / 0.07 for softmax.
   init_scale: options.PositiveFloat | None = None
-  # The scale is clipped to [1, max_scale] after each update, as CLIP's to 100
-  # (Radford et al. 2021, 2.5); None for no bound.
+  # Clips the scale to [1, max_scale] after each update; CLIP uses 100 (Radford
+  # et al. 2021, 2.5). None for no bound.
   max_scale: Annotated[float, options.Range(min=1)] | None = None
   init_bias: float | None = None  # None: -10 for sigmoid, no bias for softmax.
-  method: ring.Method = "auto"  # How the sigmoid loss is computed.
+  method: ring.Method = "auto"  # For the sigmoid loss.
 
   def __post_init__(self):
     if self.loss_type == "softmax" and self.method == "ring":

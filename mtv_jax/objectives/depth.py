@@ -1,7 +1,7 @@
 """MiDaS depth losses: scale-and-shift-invariant error and gradient matching.
 
-Ranftl et al. 2020, with the weights and the trimming of Depth Anything V2 (Yang
-et al. 2024), on the inverse depth that a DPT head predicts.
+Ranftl et al. 2020, with the weights and trimming of Depth Anything V2 (Yang et
+al. 2024), on the inverse depth that a DPT head predicts.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
-# Least mean absolute deviation to divide by. The gradient of the
-# normalisation grows as its inverse: without a floor, the constant map of a
-# fresh head would give gradients of 1e4.
+# Floor of the mean absolute deviation to divide by. The gradient of the
+# normalisation grows with its inverse: without a floor, the constant map of an
+# untrained head would give gradients of 1e4.
 SCALE_FLOOR = 1e-3
-# Weight of gradient matching beside the SSI error.
+# Weight of gradient matching relative to the SSI error.
 GRADIENT_WEIGHT = 2.0
 
 
 def _mean(
   x: Float[Array, " b *n"], valid: Bool[Array, " b *n"]
 ) -> Float[Array, " b"]:
-  """Mean over the valid entries of each row; 0, with no gradient, if none."""
+  """Mean over each row's valid entries; 0 without a gradient if none."""
   axes = tuple(range(1, x.ndim))
   count = jnp.sum(valid, axis=axes, dtype=jnp.float32)
   return jnp.sum(jnp.where(valid, x, 0.0), axis=axes) / jnp.maximum(count, 1.0)
@@ -53,12 +53,10 @@ def standardise(
 
       (x - t) / max(s, 1e-3),  t = median(x),  s = mean |x - t|
 
-  over the valid pixels; of an even number of them, t is the lower of the two
-  in the middle.
+  over the valid pixels; the lower median if their number is even.
   """
-  flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))
-  # The sort gives the index of the median; its value and gradient come from
-  # the map.
+  flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))  # [B, HW]
+  # The sort gives the median's index; value and gradient come from the map.
   order = jnp.argsort(jax.lax.stop_gradient(jnp.where(mask, flat, jnp.inf)))
   middle = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0) // 2  # [B, 1]
   index = jnp.take_along_axis(order, middle, axis=1)
@@ -75,10 +73,10 @@ def trimmed_error(
 ) -> Float[Array, " b"]:
   """Trimmed mean absolute residual of each map.
 
-  Of M valid pixels the ceil((1 - trim) M) with the smallest residuals count
-  (Depth Anything V2 trims the largest tenth, since the labels are an expert's
-  predictions). The choice has no gradient, and equal pixels at the threshold
-  count in part.
+  Averages the ceil((1 - trim) M) smallest residuals among M valid pixels. Depth
+  Anything V2 trims the largest tenth, since the labels are an expert's
+  predictions. The selection is not differentiated; ties at the threshold get
+  fractional weights.
   """
   error = jnp.abs(residual).reshape(residual.shape[0], -1)  # [B, HW]
   mask = valid.reshape(error.shape)
@@ -106,8 +104,8 @@ def gradient_error(
 
       sum_k (1/M_k) sum_i |R_k(y, x+1) - R_k(y, x)| + |R_k(y+1, x) - R_k(y, x)|
 
-  where R_k is every 2^k-th pixel and M_k how many of those are valid. A
-  difference counts if both of its pixels are valid.
+  R_k is every 2^k-th pixel, M_k its number of valid pixels. A difference counts
+  if both pixels are valid.
   """
   total = jnp.zeros(residual.shape[0])
   for k in range(scales):
@@ -126,11 +124,11 @@ def affine_error(
   label: Float[Array, "b h w"],
   valid: Bool[Array, "b h w"],
 ) -> Float[Array, " b"]:
-  """Relative residual of the label after the best scale and shift, 0 to 1.
+  """Relative residual of the label under the best scale and shift, 0 to 1.
 
       sqrt(1 - corr(p, d)^2) = min_{a,b} rms(a p + b - d) / std(d)
 
-  1 for an uncorrelated prediction. A diagnostic without gradient.
+  1 for an uncorrelated prediction. A diagnostic, not differentiated.
   """
   predicted, label = jax.lax.stop_gradient((predicted, label))
   p, d = (
@@ -144,7 +142,7 @@ def affine_error(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, sums over the labelled crops of the view."""
+  """Per example, sums over the view's labelled crops."""
 
   ssi: Float[Array, " b"]  # Trimmed errors, scale- and shift-invariant.
   gradient: Float[Array, " b"]  # Gradient-matching errors.
@@ -162,11 +160,11 @@ def map_errors(
   scales: int = 4,
   min_pixels: int = 1,
 ) -> LossInputs:
-  """Errors of each map, 0 for those without a usable label.
+  """Errors of each map; 0 for maps without a usable label.
 
-  A label with fewer than `min_pixels` pixels is not usable, nor is a flat one
-  (a mean absolute deviation below 1e-3 of its image's range), from which every
-  standardised prediction is equally far.
+  A label is unusable if it has fewer than `min_pixels` pixels, or is flat (mean
+  absolute deviation below 1e-3 of the image's range): every standardised
+  prediction is equally far from a flat label.
   """
   p, d = standardise(predicted, valid), standardise(label, valid)
   labelled = (valid.sum((1, 2)) >= max(min_pixels, 1)) & (
@@ -188,14 +186,14 @@ def map_errors(
 
 @dataclasses.dataclass(frozen=True)
 class Depth(base.Objective):
-  """Relative inverse depth of the experts' labels, by a DPT head."""
+  """Trains a DPT head on the experts' relative inverse depth."""
 
-  # A config gives the head's options beside these.
+  # The head's options share the config entry.
   head: dpt.DepthHead = dpt.DepthHead()
   view: str = "image"
-  # Whether `blocks` may mask patches of the view, which iBOT then shares.
+  # Whether `blocks` may mask patches of the view, to share it with iBOT.
   allow_masked: bool = False
-  scales: options.NonNegativeInt = 4  # Number of scales of gradient matching.
+  scales: options.NonNegativeInt = 4  # Number of gradient-matching scales.
   # Share of the largest residuals that the SSI error trims.
   trim: Annotated[float, options.Range(min=0, max=0.99)] = 0.1
   # A crop with fewer labelled pixels counts as unlabelled.

@@ -1,7 +1,7 @@
 """DINO self-distillation loss, with the KoLeo regularizer.
 
-Cross-entropy between student and EMA-teacher prototype assignments of views of
-an image (Caron et al. 2021).
+Cross-entropy between prototype assignments of student and EMA teacher on views
+of an image (Caron et al. 2021).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mtv_jax.utils.tree import pytree_dataclass
 def group_rows(
   x: Shaped[Array, "n ..."], size: int, mesh: Mesh | None = None
 ) -> Shaped[Array, "g s ..."]:
-  """Groups of `size` consecutive rows of the data, the last one zero-padded.
+  """Groups `size` consecutive rows of the data; zero-pads the last group.
 
-  Rows of the data are the same on every mesh, so groups are too. With a
-  multiple of `size` rows on each device, no row moves.
+  Data rows don't depend on the mesh, so groups don't either. No row moves if
+  each device has a multiple of `size` rows.
   """
   rows, size = len(x), min(size, len(x))
   if mesh is not None and rows // num_batch_shards(mesh) % size:
@@ -44,7 +44,7 @@ def group_rows(
 def nearest_neighbours(
   x: Float[Array, "g s d"], valid: Bool[Array, "g s"]
 ) -> Int[Array, "g s"]:
-  """Each unit vector's nearest other valid one of its group, by index."""
+  """Index of each unit vector's nearest valid neighbour in its group."""
   cosines = jnp.einsum("gnd,gmd->gnm", x, x, precision="highest")
   others = valid[:, :, None] & valid[:, None] & ~jnp.eye(x.shape[1], dtype=bool)
   return jnp.argmax(jnp.where(others, cosines, -2.0), axis=2)
@@ -62,21 +62,20 @@ def koleo(
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
 
-  The neighbour j is of the same group of `group` consecutive rows. DINOv2
-  searches among the 12 to 64 images of a GPU, DINOv3 in groups of 16: in a much
-  larger set the nearest neighbour is of the same class, and KoLeo would repel
-  images of one class.
+  The neighbour j is among the `group` consecutive rows of i. DINOv2 searches
+  the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much larger set the
+  nearest neighbour is of the image's class, and KoLeo would repel the class.
 
-  The mean over the valid vectors, which are normalised first; a group with
-  fewer than two has a count of 0. `eps` bounds value and gradient for equal
-  vectors. `mesh`: over which the vectors are sharded.
+  Normalises the vectors, then averages over valid vectors; groups with fewer
+  than two are excluded. `eps` bounds value and gradient for equal vectors.
+  `mesh` shards the vectors.
   """
   x = group_rows(unit(vectors), group, mesh)  # [g, s, d]
   valid = group_rows(valid, group, mesh)  # [g, s]
   index = nearest_neighbours(x, valid)
-  neighbours = jnp.take_along_axis(x, index[..., None], axis=1)
+  neighbours = jnp.take_along_axis(x, index[..., None], axis=1)  # [g, s, d]
   # Not sqrt(2 - 2 cos), which cancels for close neighbours.
-  squares = jnp.sum(jnp.square(x - neighbours), axis=2)
+  squares = jnp.sum(jnp.square(x - neighbours), axis=2)  # [g, s]
   losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
   several = jnp.sum(valid, axis=1, keepdims=True) > 1
   counted = (valid & several).astype(jnp.float32)
@@ -86,12 +85,12 @@ def koleo(
 def pair_weights(
   global_views: int, local_views: int, *, same_crop: str
 ) -> Float[np.ndarray, "g v"]:
-  """Weights of teacher views (rows) against student views, global ones first.
+  """Weights of teacher views (rows) against student views, global crops first.
 
-  Each term has the weight 1 / (number of terms), as in DINOv2: 2 x 1 global
-  and 2 x 8 local terms, each a mean over the batch, are divided by 18.
-  `same_crop='exclude'` leaves out a global crop against itself. Raises
-  ConfigError without any pair.
+  Each pair has the weight 1 / (number of pairs), as in DINOv2: 2 x 1 global and
+  2 x 8 local terms, each a mean over the batch, are divided by 18.
+  `same_crop='exclude'` omits a global crop against itself. Raises ConfigError
+  if no pair remains.
   """
   pairs = np.ones((global_views, global_views + local_views), np.float32)
   if same_crop == "exclude":
@@ -109,28 +108,28 @@ def pair_weights(
 class LossInputs:
   """Per example, bottleneck vectors, and the student's pooled vectors."""
 
-  teacher: Float[Array, "b g d"]  # For the global crops.
-  student: Float[Array, "b v d"]  # For the global crops, then the local ones.
-  pooled: Float[Array, "b g e"]  # For the global crops.
+  teacher: Float[Array, "b g d"]  # Global crops.
+  student: Float[Array, "b v d"]  # Global crops, then local crops.
+  pooled: Float[Array, "b g e"]  # Global crops.
 
 
 @dataclasses.dataclass(frozen=True)
 class DINO(PrototypeObjective):
   """DINO loss (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
 
-  The teacher encodes the global crops unmasked, the student the global crops,
-  masked if the view has a mask, and the local crops. With one global crop, only
-  local ones are compared with it, as in SigLIP 2.
+  The teacher encodes the global crops unmasked. The student encodes the global
+  crops, masked if the view has a mask, and the local crops. With one global
+  crop, only local crops are compared with it, as in SigLIP 2.
   """
 
   view_global: str = "global"
   view_local: str | None = "local"
-  # Weight of KoLeo on the student's pooled vectors of global crops, summed over
-  # the crops; 0.1 is DINOv2's.
+  # Weight of KoLeo on the student's pooled vectors, summed over global crops;
+  # DINOv2 uses 0.1.
   koleo_weight: options.NonNegativeFloat = 0.1
-  # Images among which KoLeo searches the nearest one; DINOv2 has up to 64.
+  # Images per group of the KoLeo search; up to 64 in DINOv2.
   koleo_group: Annotated[int, options.Range(min=2)] = 64
-  # Whether a global crop is compared with itself; DINO excludes it.
+  # Whether to compare a global crop with itself; DINO excludes it.
   same_crop: Literal["exclude", "include"] = "exclude"
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> DINO:
@@ -201,7 +200,7 @@ class DINO(PrototypeObjective):
   def _koleo(
     self, pooled: Float[Array, "b g e"], mesh: Mesh | None
   ) -> Float[Array, ""]:
-    """KoLeo summed over crops; crops of one image are not compared."""
+    """KoLeo summed over crops; never compares crops of one image."""
     rows, crops = pooled.shape[:2]
     if rows < 2:
       raise ConfigError(

@@ -1,13 +1,13 @@
 """Feature distillation from frozen teachers (AM-RADIO, PHI-S).
 
-An adaptor for each teacher and feature maps the student's pooled vector and
-patches to the teacher's. With weights l and g of each teacher i
+One adaptor per teacher and feature maps the student's pooled vector or patches
+to the teacher's. With weights l_i and g_i of teacher i and cosine distances,
 
     L = sum_i l_i cos(pooled) + g_i (0.9 cos(patches) + 0.1 smooth_l1(patches))
 
-of cosine distances (AM-RADIO, Ranzinger et al. 2023, arXiv 2312.06709, Eqs. 2
-and 3; all weights are 1 there). Patches of teachers are standardised first
-(PHI-S, Ranzinger et al. 2024, arXiv 2410.01680).
+(AM-RADIO, Ranzinger et al. 2023, arXiv 2312.06709, Eqs. 2 and 3, with all
+weights 1). Teacher patches are standardised first (PHI-S, Ranzinger et al.
+2024, arXiv 2410.01680).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def cosine_distance(
 def smooth_l1(
   x: Float[Array, "*b d"], y: Float[Array, "*b d"]
 ) -> Float[Array, "*b"]:
-  """Smooth L1 distance of threshold 1, the mean over channels.
+  """Smooth L1 distance with threshold 1, averaged over channels.
 
-  x^2 / 2 below the threshold, |x| - 1 / 2 above (Girshick 2015). AM-RADIO names
-  no threshold; 1 is PyTorch's default.
+  x^2 / 2 below the threshold, |x| - 1 / 2 above (Girshick 2015). AM-RADIO omits
+  the threshold; 1 is PyTorch's default.
   """
   error = jnp.abs(x - y)
   smooth = jnp.where(error < 1.0, 0.5 * jnp.square(error), error - 0.5)
@@ -57,7 +57,7 @@ def smooth_l1(
 
 
 def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
-  """The mean over all but the first axis."""
+  """Mean over all but the first axis."""
   return jnp.mean(x.reshape(len(x), -1), axis=1)
 
 
@@ -72,43 +72,42 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureDistillation(base.Objective):
-  """Distillation of pooled and patch features of frozen teachers.
+  """Distils pooled and patch features of frozen teachers.
 
-  Of two grids of patches the finer one is resampled to the coarser, with
-  antialiasing: our choice. AM-RADIO interpolates to the finer one (section 4),
-  PHI-S the teacher's to the student's (section 3).
+  The finer of two patch grids is resampled to the coarser, with antialiasing;
+  this is our choice. AM-RADIO interpolates to the finer grid (section 4), PHI-S
+  the teacher's grid to the student's (section 3).
   """
 
-  view: str = "image"  # The student's; teachers see the same crops.
-  # Names in `config.teachers`. None: all that have a path.
+  view: str = "image"  # The student's view; teachers see its crops.
+  # Names in `config.teachers`. None: all teachers with a path.
   teachers: tuple[str, ...] | None = None
-  # Rows of these sources alone, by their index in `data.train`. None: of all.
+  # Restricts the loss to these sources, by index in `data.train`. None: all.
   sources: tuple[options.NonNegativeInt, ...] | None = None
-  # Factors of the teachers' losses, 1 by default.
+  # Factors of the teachers' losses; default 1.
   teacher_weights: Mapping[str, options.NonNegativeFloat] = dataclasses.field(
     default_factory=dict
   )
   summary_weight: options.NonNegativeFloat = 1.0
   feature_weight: options.NonNegativeFloat = 1.0
-  # 'none' compares the features themselves, of a teacher of equal width.
+  # 'none' compares features directly, with a teacher of equal width.
   adaptor: Literal["mlp", "none"] = "mlp"
   # Hidden units of an adaptor. None: the wider of the student and its teacher,
-  # so that another teacher changes no adaptor. AM-RADIO has the width of the
+  # so that adding a teacher changes no adaptor. AM-RADIO uses the width of the
   # widest teacher (section 3.2).
   hidden: options.PositiveInt | None = None
-  # Distance of patches: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the
-  # mean square, with which PHI-S compares all standardisations (Eq. 1).
+  # Patch distance: AM-RADIO's 0.9 cosine + 0.1 smooth L1 (Eq. 3), or the mean
+  # square, with which PHI-S compares all standardisations (Eq. 1).
   feature_loss: Literal["cosine_smooth_l1", "mse"] = "cosine_smooth_l1"
-  cosine_share: options.Fraction = 0.9  # The cosine's; the rest is smooth L1's.
-  # How teachers' patches get unit variance, see `models/standardization.py`;
-  # AM-RADIO has 'none'. Without adaptors the student's are changed by the same
-  # map.
+  cosine_share: options.Fraction = 0.9  # The rest is smooth L1.
+  # Standardisation of teacher patches, see `models/standardization.py`; 'none'
+  # in AM-RADIO. Without adaptors it also applies to student patches.
   normalize: standardization.Method = "phi_s"
-  # Examples of the run that give mean and covariance, before step 0.
+  # Training examples that give mean and covariance, before step 0.
   statistics_examples: options.PositiveInt = 2048
-  # From `resolve`.
+  # Set by `resolve`.
   targets: tuple[Target, ...] | None = None
-  width: options.PositiveInt | None = None  # The student's.
+  width: options.PositiveInt | None = None  # The student's width.
 
   def __post_init__(self):
     if not self.summary_weight and not self.feature_weight:
@@ -146,7 +145,7 @@ class FeatureDistillation(base.Objective):
     )
 
   def _check_normalize(self, name: str, teacher: Any) -> None:
-    """Raises ConfigError for a teacher that `normalize` does not fit."""
+    """Raises ConfigError for a teacher that `normalize` does not support."""
     if not self.num_statistics_examples:
       return
     if teacher.copies:
@@ -169,7 +168,7 @@ class FeatureDistillation(base.Objective):
   def _targets_of(
     self, name: str, teacher: Any, spec: Any, view: Any
   ) -> list[Target]:
-    """The features of one teacher."""
+    """Builds the targets of one teacher."""
     student = spec.image
     if teacher.cached and is_cropped(view) and self.summary_weight:
       raise ConfigError(
@@ -240,7 +239,7 @@ class FeatureDistillation(base.Objective):
     return self.statistics_examples
 
   def _standardized(self) -> list[Target]:
-    """The targets that have statistics."""
+    """The targets with statistics."""
     if not self.num_statistics_examples:
       return []
     return [t for t in self._resolved() if t.kind != SUMMARY]
@@ -265,7 +264,7 @@ class FeatureDistillation(base.Objective):
   def _read_valid(
     self, target: Target, batch: base.Batch, rows: int
   ) -> Float[Array, " b"]:
-    """1 for rows that count, see `Target.read_valid`."""
+    """1 for rows in the loss, see `Target.read_valid`."""
     valid = target.read_valid(batch, rows)
     if self.sources is not None:
       valid *= jnp.isin(batch["source"], jnp.asarray(self.sources))
@@ -290,9 +289,9 @@ class FeatureDistillation(base.Objective):
     for target in self._resolved():
       theirs = target.read(encodings, batch).astype(jnp.float32)
       valid[target.name] = self._read_valid(target, batch, len(theirs))
-      ours = student.pooled
+      ours = student.pooled  # [b, n, E]
       if target.kind != SUMMARY:
-        ours = target.resize(student.patches)
+        ours = target.resize(student.patches)  # [b, n, p, D]
       if target in standardized:
         mean = statistics[f"{target.name}_mean"]
         matrix = statistics[f"{target.name}_matrix"]
@@ -315,7 +314,7 @@ class FeatureDistillation(base.Objective):
     ours: Float[Array, "b n p d"],
     theirs: Float[Array, "b n p d"],
   ) -> Float[Array, "b n p"]:
-    """The distance of each patch."""
+    """Distance per patch."""
     if self.feature_loss == "mse":
       return jnp.mean(jnp.square(ours - theirs), axis=-1)
     share = self.cosine_share
@@ -335,7 +334,7 @@ class FeatureDistillation(base.Objective):
       cosine = jnp.sum(loss_inputs.cosines[target.name] * valid)
       report[f"{target.name}_cosine"] = base.WeightedMean(cosine, count)
     every = jnp.stack([loss_inputs.valid[t.name] for t in targets])
-    rows = jnp.sum(jnp.max(every, axis=0))  # With a label of any teacher.
+    rows = jnp.sum(jnp.max(every, axis=0))  # Labelled by any teacher.
     report["labelled"] = base.WeightedMean(rows, jnp.float32(every.shape[1]))
     return base.Terms(
       loss=base.WeightedMean(total * rows, rows),
@@ -343,7 +342,7 @@ class FeatureDistillation(base.Objective):
     )
 
   def _weight(self, target: Target) -> float:
-    """The factor of a target's loss; layers share that of the features."""
+    """Factor of a target's loss; layers share the feature weight."""
     weight = self.teacher_weights.get(target.teacher, 1.0)
     if target.kind == SUMMARY:
       return weight * self.summary_weight

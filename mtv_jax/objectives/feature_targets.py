@@ -1,6 +1,6 @@
-"""Features of frozen teachers, as targets of `feature_distillation`.
+"""Frozen teachers' features, the targets of `feature_distillation`.
 
-In the step from a teacher's encoding, or from label sets in 8 bits.
+Computed in the step from a teacher's encoding, or read from 8-bit label sets.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ SUMMARY = "pooled"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Features of a teacher, which the student predicts."""
+  """Teacher features that the student predicts."""
 
   teacher: str
   kind: str  # 'pooled', 'patches' (after the final norm) or 'layerI'.
   channels: int
   encoding: base.Encoding
-  grid: int  # Patches along a side at which features are compared.
-  stored_grid: int  # Patches along a side of the teacher's.
+  grid: int  # Patches per side for the comparison.
+  stored_grid: int  # Patches per side of the teacher.
   tap: int | None = None  # The block of 'layerI'.
   prefix: int = 0  # Tokens before the patches in the taps.
-  cached: Format | None = None  # The label set's, if there is one.
-  is_cropped_or_flipped: bool = False  # Whether the view does so to canvases.
+  cached: Format | None = None  # Format of the label set, if any.
+  is_cropped_or_flipped: bool = False  # Whether the view crops or flips.
 
   @property
   def name(self) -> str:
-    """Its name among heads and statistics."""
+    """Name in heads and statistics."""
     return f"{self.teacher}_{self.kind}"
 
   @property
   def num_vectors(self) -> int:
-    """Vectors of an image in a label set."""
+    """Vectors per image in a label set."""
     return 1 if self.kind == SUMMARY else self.stored_grid**2
 
   def read(self, encodings: base.Encodings, batch: base.Batch) -> Array:
-    """The features of the view's crops: `[b, n, E]` or `[b, n, p, D]`."""
+    """Features of the view's crops: `[b, n, E]` or `[b, n, p, D]`."""
     if self.cached:
       return self._read_cached(batch)
     output = encodings[self.encoding]
@@ -59,7 +59,7 @@ class Target:
     return self.resize(output.taps[self.tap][:, :, self.prefix :])
 
   def _read_cached(self, batch: base.Batch) -> Float[Array, "b n *p d"]:
-    """The canvas's features; patches are cropped as depth maps are."""
+    """Decodes the canvas's features; crops patches like depth maps."""
     codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
     scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
     numbers = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
@@ -74,18 +74,18 @@ class Target:
     return jnp.broadcast_to(x[:, None], (b, count, *x.shape[1:]))
 
   def read_valid(self, batch: base.Batch, rows: int) -> Float[Array, " b"]:
-    """1 for rows with a label, and for all of them without label sets."""
+    """1 for labelled rows; 1 for all rows without a label set."""
     if self.cached:
       return batch[field_name(self.teacher, "valid")].astype(jnp.float32)
     return jnp.ones(rows)
 
   def resize(self, patches: Float[Array, "*b p d"]) -> Float[Array, "*b q d"]:
-    """Patches, of the teacher or of the student, on the grid of comparison."""
+    """Resamples teacher or student patches to the comparison grid."""
     return positions.resize_patches(patches, self.grid**2, "antialiased")
 
 
 def is_cropped(view: Any) -> bool:
-  """Whether a view shows other boxes than whole images."""
+  """Whether a view crops images."""
   return not all(isinstance(p.box_op, Resize) for p in view.pipelines)
 
 
@@ -98,18 +98,18 @@ def make_targets(
   summary: bool,
   features: bool,
 ) -> list[Target]:
-  """The targets of one teacher.
+  """Builds the targets of one teacher.
 
   Args:
-    name: of the teacher.
+    name: the teacher's name.
     teacher: a `train.teachers.FrozenTeacher`.
-    student: its `models.vit.ViTSpec`.
-    view: the student's `views.View`, whose crops the teacher sees.
-    summary: whether its pooled features are one.
-    features: whether its patches are, of each of its layers.
+    student: the student's `models.vit.ViTSpec`.
+    view: the student's `views.View`; the teacher sees its crops.
+    summary: whether to include pooled features.
+    features: whether to include patches, for each of the teacher's layers.
 
   Raises:
-    ConfigError: if its patches don't divide the size that it sees.
+    ConfigError: if the teacher's patch size does not divide its input size.
   """
   image = teacher.model.image
   size = teacher.size or teacher.input_size or image.image_size
@@ -119,7 +119,7 @@ def make_targets(
     raise ConfigError(f"config.teachers.{name}.size: {error}") from None
   common = dict(
     teacher=name,
-    # The view itself where it has the size, so that both see equal pixels.
+    # The view itself if sizes agree, so that both see equal pixels.
     encoding=base.Encoding(
       "image", view.name, name, 0 if size == view.size else size
     ),

@@ -1,7 +1,7 @@
 """Gram anchoring (DINOv3, Siméoni et al. 2025, arXiv 2508.10104, section 4.2).
 
-The student's similarities between patches of a crop follow a Gram teacher's,
-an encoder of an earlier iteration whose patch features are cleaner.
+Patch similarities of the student in a crop match a Gram teacher's, an earlier
+checkpoint with cleaner patch features.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 
-# Rows of a Gram matrix that are computed at once, of up to P.
+# Rows of a Gram matrix to compute at a time.
 _CHUNK = 256
 
 
@@ -29,9 +29,9 @@ def gram_losses(
 
       L = (1/P^2) || X_S X_S^T - X_G X_G^T ||_F^2,  |x| = 1
 
-  The paper's equation is the sum over the matrix; its released code takes the
-  mean, which the published weights refer to. Features are normalised here. The
-  `[P, P]` matrices exist in chunks of rows, recomputed in the backward pass.
+  The paper's equation sums over the matrix; its code takes the mean, to which
+  the published weights refer. Normalises the features. Computes the `[P, P]`
+  matrices in chunks of rows, which the backward pass recomputes.
   """
   student, teacher = unit(student), unit(teacher)
   patches = student.shape[-2]
@@ -39,7 +39,7 @@ def gram_losses(
   padding = -patches % chunk
 
   def rows(x):
-    # Padded rows are zero in both, so that they add nothing.
+    # Padded rows are zero in both, so they add nothing.
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)])
     x = x.reshape(*x.shape[:-2], -1, chunk, x.shape[-1])
     return jnp.moveaxis(x, -3, 0)  # [P / chunk, *b, chunk, D]
@@ -62,16 +62,16 @@ def gram_losses(
 class Gram(base.Objective):
   """Gram anchoring of the student's patches to a teacher's.
 
-  The loss is the mean over all crops. Patches are compared after the final
-  norm, masked ones included, as in the released configurations.
+  The mean over all crops. Compares patches after the final norm, masked patches
+  included, as in the released configurations.
   """
 
-  view: str = "global"  # The student's.
-  # The teacher's: crops of the same boxes at another resolution (section 4.3:
-  # twice the student's, whose features are then smoother). None: `view`.
+  view: str = "global"  # The student's view.
+  # The teacher's view: equal boxes at another resolution. Section 4.3 doubles
+  # the student's, for smoother features. None: `view`.
   view_teacher: str | None = None
-  teacher: str = "gram"  # In `config.teachers`, or 'teacher': EMA.
-  # Pixels per side that the teacher sees; `resolve` takes them from
+  teacher: str = "gram"  # A name in `config.teachers`, or 'teacher': the EMA.
+  # Pixels per side of the teacher's input; `resolve` takes it from
   # `config.teachers`. None: the view's.
   teacher_size: options.PositiveInt | None = None
 
@@ -103,7 +103,7 @@ class Gram(base.Objective):
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> Float[Array, "b n"]:
-    """The loss of each crop, since it depends on no other image."""
+    """Computes the loss per crop, which is independent across images."""
     student = encodings[self.image].patches.astype(jnp.float32)  # [b, n, P, D]
     teacher = encodings[self._teacher].patches.astype(jnp.float32)
     teacher = positions.resize_patches(

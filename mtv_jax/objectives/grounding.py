@@ -1,8 +1,8 @@
-"""CLOC region-text contrastive loss, and box regression of phrases.
+"""CLOC region-text contrastive loss, and box regression from phrases.
 
-A prompter embeds a region from its box and the image's patches; the embedding
-is compared with all phrases of the batch (Chen et al. 2025, CLOC;
-with SigLIP's sigmoid loss, as MTV is reported to do).
+A prompter embeds a region from its box and the image's patches; the loss
+contrasts the embedding with all phrases of the batch (Chen et al. 2025, CLOC;
+with SigLIP's sigmoid loss, as reported for MTV).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class RegionIds:
-  """Indices of regions in the global batch, their phrases, which are valid."""
+  """Indices of regions in the global batch, their phrases, and the mask."""
 
   index: Int[Array, " n"]
   phrase_id: UInt32[Array, " n"]
@@ -36,11 +36,11 @@ class RegionIds:
 
 @pytree_dataclass
 class PhraseMatches:
-  """Each region's greatest logits with texts of its phrase and of others."""
+  """Each region's largest logits with its own phrase and any other phrase."""
 
   same: Float[Array, " n"]
   other: Float[Array, " n"]  # -inf without another phrase.
-  peers: Float[Array, " n"]  # Texts of its phrase, its own included.
+  peers: Float[Array, " n"]  # Number of texts with its phrase.
 
 
 def region_losses(
@@ -53,18 +53,18 @@ def region_losses(
       L = -(1/n) sum_ab m_ab log sigmoid(y_ab (scale z_a.t_b + bias)),
       y_aa = 1, y_ab = -1 for a != b
 
-  with m_ab = 0 where a or b is invalid, and for a != b of the same phrase: with
-  class names as phrases a batch has hundreds of "person", and each would be a
-  positive and a negative at once.
+  m_ab = 0 if a or b is invalid, or if a != b have equal phrases: with class
+  names as phrases a batch has hundreds of "person", each of which would be both
+  a positive and a negative.
 
   Args:
     regions, texts: unit embeddings, z and t, with `RegionIds`; texts may be a
-      part of the batch.
+      chunk of the batch.
     affine: scale and bias of the logits.
 
   Returns:
-    Each region's sum over the texts, 0 for an invalid one, and its matches. L
-    is the mean of the sums over the valid regions.
+    Each region's sum over the texts (0 if invalid), and its matches. L is the
+    mean of the sums over valid regions.
   """
   logits = pairwise.logits(regions.embedding, texts.embedding, affine)  # [n, m]
   region_ids, text_ids = regions.metadata, texts.metadata
@@ -82,7 +82,7 @@ def region_losses(
 
 
 def merge_matches(a: PhraseMatches, b: PhraseMatches) -> PhraseMatches:
-  """The same regions' matches with two sets of texts."""
+  """Merges the regions' matches with two sets of texts."""
   return PhraseMatches(
     same=jnp.maximum(a.same, b.same),
     other=jnp.maximum(a.other, b.other),
@@ -91,7 +91,7 @@ def merge_matches(a: PhraseMatches, b: PhraseMatches) -> PhraseMatches:
 
 
 def centres(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
-  """(y0, x0, y1, x1) to (centre y, centre x, height, width)."""
+  """Converts (y0, x0, y1, x1) to (centre y, centre x, height, width)."""
   low, high = boxes[..., :2], boxes[..., 2:]
   return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
 
@@ -108,10 +108,10 @@ def overlap(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Overlap:
   """IoU and GIoU (Rezatofighi et al. 2019) of boxes `(y0, x0, y1, x1)`.
 
       GIoU = IoU - (C - U) / C,  U the union's area, C the area of the
-      least box around both
+      smallest enclosing box
 
-  Two boxes without area have IoU 0, and GIoU 0 where they are the same point;
-  gradients are finite.
+  Two boxes without area have IoU 0, and GIoU 0 if they are one point. Gradients
+  are finite.
   """
 
   def area(low, high):
@@ -132,9 +132,9 @@ def overlap(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Overlap:
 def box_losses(
   located: Float[Array, "*b 4"], boxes: Float[Array, "*b 4"]
 ) -> Float[Array, "*b"]:
-  """`5 L1 + 2 (1 - GIoU)` of each box, as in DETR (Carion et al. 2020).
+  """`5 L1 + 2 (1 - GIoU)` per box, as in DETR (Carion et al. 2020).
 
-  `located` are (centre y, centre x, height, width), `boxes` (y0, x0, y1, x1).
+  `located` is (centre y, centre x, height, width), `boxes` (y0, x0, y1, x1).
   """
   distance = jnp.abs(located - centres(boxes)).sum(axis=-1)
   giou = overlap(prompter.corners(located), boxes).giou
@@ -143,44 +143,43 @@ def box_losses(
 
 @pytree_dataclass
 class LossInputs:
-  """Regions of each example, `m` at most."""
+  """Per example, up to `m` regions."""
 
   region: Float[Array, "b m d"]  # Unit embeddings.
   text: Float[Array, "b m d"]  # Unit embeddings of the phrases.
   phrase_id: UInt32[Array, "b m"]  # Equal for equal phrases.
   valid: Bool[Array, "b m"]
   boxes: Float[Array, "b m 4"]  # (y0, x0, y1, x1) in the view.
-  # The locator's (centre y, centre x, height, width), with regression only.
+  # The locator's (centre y, centre x, height, width); only with regression.
   located: Float[Array, "b m 4"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Grounding(base.Objective):
-  """Contrastive loss between regions and phrases, with optional regression."""
+  """Region-phrase contrastive loss, with optional box regression."""
 
-  # Prompter and locator; a config gives their options beside these.
+  # Prompter and locator; their options share the config entry.
   head: prompter.GroundingHead = prompter.GroundingHead()
   view: str = "image"  # The first crop of each image.
-  # Whether `blocks` may mask patches of the view, which iBOT then shares.
+  # Whether `blocks` may mask patches of the view, to share it with iBOT.
   allow_masked: bool = False
-  # Maximum number of the regions visible in the view. CLOC: 4, and 2 do about
-  # as well.
+  # Maximum regions visible in the view. CLOC uses 4; 2 perform about as well.
   regions: options.PositiveInt = 4
-  # The first regions (the host's order is random) or the highest scores.
+  # Take the first regions (the host's order is random) or the highest scores.
   pick: Literal["first", "score"] = "first"
   min_visible: float = 0.4  # See `geometry.crop_boxes`.
   min_size: float = 1 / 56
   init_scale: options.PositiveFloat = 10.0
   init_bias: float = -10.0
   method: ring.Method = "auto"
-  # Gathered texts compared with all regions at a time, to bound memory; None
-  # for all of the batch. In the ring a chunk is a device's texts.
+  # Texts to compare with all regions at a time, to bound memory; None for the
+  # whole batch. The ring's chunk is a device's texts.
   chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
-  # Below 1, a device encodes equal phrases once, at most this share of its
-  # phrases; in a batch with more distinct ones all are encoded.
+  # Below 1, a device encodes each distinct phrase once; if a device has more
+  # than this share of distinct phrases, all are encoded.
   distinct_phrases: options.PositiveFraction = 1.0
-  # Weight of the box regression, 0 for none. CLOC gains little from it.
+  # Weight of the box regression; 0 disables it. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Grounding:
@@ -196,7 +195,7 @@ class Grounding(base.Objective):
 
   @property
   def phrase(self) -> base.Encoding:
-    """The phrases of the regions."""
+    """The text encoding of the regions' phrases."""
     return base.Encoding("text", "box_phrase", distinct=self.distinct_phrases)
 
   def needs(self) -> base.Needs:
@@ -274,7 +273,7 @@ class Grounding(base.Objective):
     count = weight.sum()
     labelled = loss_inputs.valid.any(axis=1).astype(jnp.float32)
     one = jnp.ones(())
-    # Over distinct phrases: texts of one phrase are one answer. A tie with
+    # Over distinct phrases: texts with equal phrases are one answer. A tie with
     # another phrase is a miss.
     hit = (matches.same > matches.other).astype(jnp.float32)
     phrases = weight / jnp.maximum(matches.peers, 1.0)
@@ -300,8 +299,8 @@ def _regression_loss(
 ) -> tuple[base.WeightedMean, base.WeightedMean]:
   """Loss and IoU of the located phrases.
 
-  "Where is the person?" has one answer: the first of an image's regions with
-  one phrase counts. With `pick='score'` it has the highest score.
+  A phrase has one answer: the first region of the image with that phrase. With
+  `pick='score'` this is the highest score.
   """
   phrase_id, valid = loss_inputs.phrase_id, loss_inputs.valid
   equal = phrase_id[:, :, None] == phrase_id[:, None]  # [B, m, m]

@@ -1,7 +1,7 @@
 """iBOT masked-patch loss (Zhou et al. 2022), as in DINOv2 and SigLIP 2.
 
 Cross-entropy between the student's predictions at masked patches and the
-teacher's prototype assignments of the same patches, which it sees.
+teacher's prototype assignments of these patches, unmasked.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, bottleneck vectors at `p` patches of its `n` crops."""
+  """Per example, bottleneck vectors at `p` patches of `n` crops."""
 
   teacher: Float[Array, "b p d"]  # From the unmasked crops.
   student: Float[Array, "b p d"]  # From the masked crops.
-  weights: Float[Array, "b p"]  # One weight per patch; 0 for padding.
+  weights: Float[Array, "b p"]  # 0 for padding.
   masked: Bool[Array, "b n"]  # Whether a crop has masked patches.
 
 
 def masked_first(
   mask: Bool[Array, "b patches"], count: int
 ) -> Int[Array, "b {count}"]:
-  """Indices of `count` patches: masked ones in order, then visible ones."""
+  """Indices of `count` patches: masked in order, then visible."""
   return jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
 
 
 def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
   """Weights 1 / (the crop's counted patches), as in DINOv2.
 
-  A crop counts the same at any share of masked patches.
+  A crop's weight does not depend on its share of masked patches.
   """
   counted = counted.astype(jnp.float32)
   return counted / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1.0)
@@ -50,19 +50,19 @@ def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
 class IBOT(PrototypeObjective):
   """iBOT masked-patch loss.
 
-  The loss is the mean over all crops. Crops without masked patches add 0, as in
-  DINOv2, so that an image's gradient does not depend on the number of masked
-  images in its batch.
+  The mean over all crops. Crops without masked patches add 0, as in DINOv2, so
+  that an image's gradient does not depend on the number of masked images in its
+  batch.
   """
 
-  # Separate, as in DINOv2's large models and DINOv3; 'dino' shares the head of
-  # DINO.
+  # A separate head, as in DINOv2's large models and DINOv3; 'dino' shares
+  # DINO's.
   head: str = "ibot"
   view: str = "global"  # With masked patches; the teacher sees it unmasked.
-  # All: targets on the visible patches of every crop too (iBOT++ of TIPSv2).
+  # 'all' adds targets on the visible patches of every crop (TIPSv2's iBOT++).
   patches: Literal["masked", "all"] = "masked"
-  # Most masked patches of an image, over all its crops; `resolve` takes it from
-  # the view. Without it the head runs on all patches, with the same result.
+  # Maximum masked patches of an image over all crops; `resolve` takes it from
+  # the view. None runs the head on all patches, with an equal result.
   max_masked: options.PositiveInt | None = None
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> IBOT:
@@ -102,7 +102,7 @@ class IBOT(PrototypeObjective):
     mask = batch["views"][self.view].mask  # [b, n, P]
     whole = self.patches == "all"
     weights = patch_weights(jnp.ones_like(mask) if whole else mask)
-    # All crops of an image together: their numbers of masked patches differ.
+    # All crops of an image jointly: their numbers of masked patches differ.
     # [b, n * P, D], [b, n * P, D], [b, n * P]
     student, teacher, weights = (
       x.reshape(len(mask), -1, *x.shape[3:])
@@ -143,8 +143,8 @@ class IBOT(PrototypeObjective):
     masked = jnp.sum(loss_inputs.masked.astype(jnp.float32))
     report = {
       **result.report,
-      # The weights of a crop sum to one, so this is a mean over the masked
-      # crops: unlike the loss it does not depend on their number.
+      # A crop's weights sum to one, so this is a mean over masked crops. Unlike
+      # the loss it does not depend on their number.
       "cross_entropy": base.WeightedMean(
         jax.lax.stop_gradient(result.sum), jnp.sum(weights)
       ),

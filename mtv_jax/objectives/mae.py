@@ -1,7 +1,7 @@
 """MAE pixel reconstruction loss (He et al. 2022).
 
-The encoder sees a subset of the patches, a decoder predicts the pixels of the
-others.
+The encoder sees a subset of the patches; a decoder predicts the pixels of the
+hidden patches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 
 def normalize_patches(pixels: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-  """Normalised pixels of MAE: each patch's contrast.
+  """MAE's per-patch pixel normalisation.
 
   (x - mean) / sqrt(var + 1e-6),  var unbiased, over all values of a patch
   """
@@ -38,7 +38,7 @@ def patch_errors(
   target: Float[Array, "b n f"],
   hidden: Bool[Array, "b n"],
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-  """Mean squared errors of the hidden patches: sum and count of each image."""
+  """Sum of the hidden patches' MSE per image, and their number."""
   errors = jnp.square(predicted - target).mean(axis=-1)
   count = hidden.astype(jnp.float32)
   return jnp.sum(errors * count, axis=-1), jnp.sum(count, axis=-1)
@@ -46,7 +46,7 @@ def patch_errors(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, sums over all crops of the view."""
+  """Per example, sums over the view's crops."""
 
   error: Float[Array, " b"]  # Mean squared errors of the hidden patches.
   hidden: Float[Array, " b"]  # Number of hidden patches.
@@ -55,11 +55,11 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class MAE(base.Objective):
-  """MAE loss: squared errors of the pixels of hidden patches."""
+  """MAE loss: squared pixel errors of hidden patches."""
 
   view: str = "mae"  # Its ops end in `keep(ratio)`.
-  patch: options.PositiveInt | None = None  # None to take it from the model.
-  norm_pixels: bool = True  # See `normalize_patches`; else as the encoder's.
+  patch: options.PositiveInt | None = None  # None: the model's.
+  norm_pixels: bool = True  # See `normalize_patches`; else the encoder's input.
   decoder_width: options.PositiveInt = 512
   decoder_depth: options.PositiveInt = 8
   decoder_heads: options.PositiveInt = 16
@@ -160,7 +160,7 @@ class MAE(base.Objective):
 
 
 def _example(spec: Any) -> tuple:
-  """Arguments to initialise the decoder with: one visible patch of four."""
+  """Arguments that initialise the decoder: one visible patch of four."""
   width, prefix = spec.image.width, spec.image.prefix
   return (
     jax.ShapeDtypeStruct((1, 1, width), "float32"),

@@ -19,23 +19,23 @@ from mtv_jax.utils.tree import pytree_dataclass
 def sigmoid_losses(
   logits: Float[Array, "n m"], positive: Bool[Array, "n m"]
 ) -> Float[Array, "n m"]:
-  """`-log sigmoid(y * logit)` of each pair, y = 1 where positive, else -1.
+  """`-log sigmoid(y * logit)` per pair, y = 1 if positive, else -1.
 
-  A binary classification of each pair (SigLIP; Zhai et al. 2023, Algorithm 1).
+  Binary classification of each pair (SigLIP; Zhai et al. 2023, Algorithm 1).
   """
   return -jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
 
 
 @pytree_dataclass
 class Affine:
-  """Scale and bias of logits `scale * cosine + bias`."""
+  """Scale and bias of the logits `scale * cosine + bias`."""
 
   scale: Float[Array, ""]
   bias: Float[Array, ""]
 
 
 def affine_report(affine: Affine) -> dict[str, base.WeightedMean]:
-  """Scale and bias as means for the log."""
+  """Scale and bias as metrics."""
   one = jnp.ones(())
   return {
     "scale": base.WeightedMean(affine.scale, one),
@@ -46,7 +46,7 @@ def affine_report(affine: Affine) -> dict[str, base.WeightedMean]:
 def logits(
   rows: Float[Array, "n d"], columns: Float[Array, "m d"], affine: Affine
 ) -> Float[Array, "n m"]:
-  """`scale * cosine + bias` of rows and columns of unit length."""
+  """`scale * cosine + bias` for unit rows and columns."""
   cosine = jnp.einsum("nd,md->nm", rows, columns, precision="highest")
   return affine.scale * cosine + affine.bias
 
@@ -62,11 +62,11 @@ def sum_losses(
   mesh: Mesh | None,
   chunk: int | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
-  """Sum of the losses of all pairs, and the diagnostics of each row.
+  """Sums the losses of all pairs; also returns each row's diagnostics.
 
-  With a `chunk`, that many columns are compared at a time, outside of the ring:
-  only `[n, chunk]` logits exist, forward and backward. The result is the same.
-  Rows are split over the devices, so the columns are chunked.
+  `chunk`: columns to compare at a time, except in the ring, so that only
+  `[n, chunk]` logits exist, forward and backward. Columns are chunked, since
+  rows are sharded over the devices.
   """
   if ring.should_use_ring(method, mesh):
     result = ring.ring_pairwise_loss(
@@ -82,7 +82,7 @@ def sum_losses(
     losses, diagnostics = pair_loss_fn(rows, columns, affine)
     return losses.sum(), diagnostics
 
-  # The loop itself keeps the recomputation apart from the forward pass.
+  # No CSE barrier needed: the loop separates recomputation from forward pass.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def compare(columns):
     losses, diagnostics = pair_loss_fn(rows, columns, affine)
@@ -97,10 +97,10 @@ def sum_losses(
 
 
 def _strided_chunks(x: Array, chunk: int) -> Array:
-  """Rows as `[chunks, chunk, ...]`, strided, padded with zeros.
+  """Splits rows into strided `[chunks, chunk, ...]`, padded with zeros.
 
-  A strided chunk has rows of every device, so that a step of the loop gathers
-  one chunk; with contiguous chunks it would gather all rows.
+  A strided chunk has rows of every device, so that an iteration gathers one
+  chunk. With contiguous chunks it would gather all rows.
   """
   chunks = -(-x.shape[0] // chunk)
   missing = chunks * chunk - x.shape[0]
@@ -109,11 +109,11 @@ def _strided_chunks(x: Array, chunk: int) -> Array:
 
 
 class Temperature(nn.Module):
-  """The learnt scale and bias of the logits.
+  """Learned scale and bias of the logits.
 
-  The parameter is the logarithm of the scale, which starts at 10 in SigLIP, at
-  1/0.07 in CLIP. None omits the bias. SigLIP's -10 makes almost all pairs
-  negative, as they are; log(1/B) balances the B pairs of a row.
+  The parameter is the logarithm of the scale, which starts at 10 in SigLIP and
+  1/0.07 in CLIP. None omits the bias. SigLIP's -10 predicts negative for almost
+  all pairs, as is correct; log(1/B) balances the B pairs of a row.
   """
 
   init_scale: float

@@ -1,13 +1,13 @@
 """Prototype assignments of DINO and iBOT: Sinkhorn-Knopp, centring, losses.
 
-A teacher assigns each vector to K prototypes, a student predicts the
+A teacher assigns each vector to K prototypes; a student predicts the
 assignment. The logits `[n, K]` of a batch would be the largest arrays of the
-step, so they are computed a chunk of prototypes at a time, and recomputed where
-they are needed again. Assignments are therefore represented by scalings:
+step, so they are computed in chunks of prototypes, and recomputed when needed
+again. Assignments are therefore represented by scalings:
 
     log q_ik = logits_ik / temperature + rows_i + columns_k
 
-Sinkhorn-Knopp and centring differ only in how they compute these two vectors.
+Sinkhorn-Knopp and centring differ only in how they compute both vectors.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class PrototypeLogits:
-  """`vectors @ prototypes / temperature` of v views, computed in chunks."""
+  """`vectors @ prototypes / temperature` for v views, computed in chunks."""
 
   vectors: Float[Array, "n v d"]
   prototypes: Float[Array, "d k"]
   temperature: Float[Array, ""] | float
 
   def chunk(self, prototypes: Float[Array, "d c"]) -> Float[Array, "n v c"]:
-    """Logits / temperature of a chunk of the prototypes."""
-    # In the backend's default precision: by far the largest product. Both sides
-    # have unit length, and bfloat16 inputs change a logit by about 2e-4.
+    """Logits / temperature for a chunk of the prototypes."""
+    # Default precision, since this is by far the largest product. Both sides
+    # have unit length; bfloat16 inputs change a logit by about 2e-4.
     return linear.linear(self.vectors, prototypes) / self.temperature
 
 
 @pytree_dataclass
 class Scalings:
-  """Logarithms of the scalings of exp(logits) to assignments."""
+  """Logarithms of the scalings from exp(logits) to assignments."""
 
   rows: Float[Array, "n v"]
   columns: Float[Array, " k"]
@@ -59,17 +59,17 @@ def sinkhorn(
   iterations: int = 3,
   chunk: int | None = None,
 ) -> Scalings:
-  """Sinkhorn-Knopp (Cuturi 2013; SwAV, Caron et al. 2020), in logarithms.
+  """Log-domain Sinkhorn-Knopp (Cuturi 2013; SwAV, Caron et al. 2020).
 
   Each iteration scales the prototypes to equal shares of the valid rows, then
-  each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Without the
-  logarithm, exp(logits / temperature) overflows float32 at a temperature of
-  0.06 for logits above 5.3. One pass over the prototypes per iteration does
-  both, since a chunk's columns need only the rows of the last iteration.
+  each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Outside of the
+  log domain, exp(logits / temperature) overflows float32 at a temperature of
+  0.06 for logits above 5.3. A single pass over the prototypes per iteration
+  scales both, since a chunk's columns need only the last iteration's rows.
 
-  The teacher, all rows of the global batch, gets no gradient. Invalid rows get
-  an assignment but don't enter the iterations; with none valid, assignments are
-  plain softmaxes.
+  `teacher`, all rows of the global batch, is not differentiated. Invalid rows
+  get an assignment but don't affect the iterations; without a valid row,
+  assignments are plain softmaxes.
   """
   teacher = jax.lax.stop_gradient(teacher)
   some = jnp.any(valid)
@@ -78,11 +78,11 @@ def sinkhorn(
   for _ in range(iterations):
 
     def scale(prototypes, rows=rows):
-      logits = teacher.chunk(prototypes)
+      logits = teacher.chunk(prototypes)  # [n, v, c]
       columns = -jax.nn.logsumexp(
         logits + rows[..., None], axis=(0, 1), where=valid[..., None]
       )
-      # Without a valid row the logarithm is infinite.
+      # The logarithm is infinite without a valid row.
       columns = jnp.where(some, columns, 0.0)
       return columns, jax.nn.logsumexp(logits + columns, axis=-1)
 
@@ -100,8 +100,8 @@ def centered_softmax(
 ) -> Scalings:
   """DINO's softmax((logits - center) / temperature) (Caron et al. 2021).
 
-  `center` is the running mean of the logits, before the temperature. The
-  teacher gets no gradient.
+  `center` is the running mean of the logits, before the temperature. `teacher`
+  is not differentiated.
   """
   teacher = jax.lax.stop_gradient(teacher)
   columns = -center / teacher.temperature
@@ -140,14 +140,14 @@ def update_center(
 class CrossEntropies:
   """Cross-entropies of a student's predictions, with diagnostics.
 
-  Only the cross-entropy has a gradient, and only to the student.
+  Only `cross_entropy` is differentiable, with respect to the student.
   """
 
   cross_entropy: Float[Array, "n g v"]  # Per pair of teacher and student view.
   entropy: Float[Array, "n g"]  # Per assignment, in nats.
   mean_entropy: Float[Array, ""]  # Entropy of the valid rows' mean assignment.
-  # Number of prototypes that are the largest assignment of some valid row, over
-  # min(K, valid rows).
+  # Number of prototypes that are the argmax of a valid row, over min(K, valid
+  # rows).
   used: Float[Array, ""]
 
 
@@ -161,15 +161,14 @@ def cross_entropies(
 ) -> CrossEntropies:
   """Cross-entropies -sum_k q_ik log softmax_k(student), and diagnostics.
 
-  `teacher` has g vectors of each item, `student` v; `valid` are the teacher
-  rows of the diagnostics. The backward pass recomputes the logits of each
-  chunk.
+  `teacher` has g vectors per item, `student` v; `valid` masks the teacher rows
+  in the diagnostics. The backward pass recomputes each chunk's logits.
   """
   teacher, scalings = jax.lax.stop_gradient((teacher, scalings))
 
   def part(teachers, students, columns):
     log_q = teacher.chunk(teachers) + scalings.rows[..., None] + columns
-    q, logits = jnp.exp(log_q), student.chunk(students)
+    q, logits = jnp.exp(log_q), student.chunk(students)  # [n, g | v, c]
     return {
       "hit": jnp.einsum("ngk,nvk->ngv", q, logits, precision="highest"),
       "sum": jax.nn.logsumexp(logits, axis=-1),
@@ -182,10 +181,10 @@ def cross_entropies(
   parts = map_chunks(
     part, chunk, teacher.prototypes, student.prototypes, scalings.columns
   )
-  # An assignment sums to 1, so the normaliser is outside of the sum.
-  total = jax.nn.logsumexp(parts["sum"], axis=0)
+  # An assignment sums to 1, so the normaliser factors out of the sum.
+  total = jax.nn.logsumexp(parts["sum"], axis=0)  # [n, v]
   count = jnp.sum(valid.astype(jnp.float32))
-  mean = _join_chunks(parts["mass"]) / jnp.maximum(count, 1.0)
+  mean = _join_chunks(parts["mass"]) / jnp.maximum(count, 1.0)  # [k]
   return CrossEntropies(
     cross_entropy=total[:, None, :] - jnp.sum(parts["hit"], axis=0),
     entropy=jnp.sum(parts["entropy"], axis=0),
@@ -214,8 +213,8 @@ def map_chunks(
     return jax.tree.map(lambda x: x[None], function(*arrays))
   parts = size // chunk
 
-  # Strided chunks: where the last axis is split over devices, each device has a
-  # share of every chunk, and no data moves.
+  # Strided chunks: if the last axis is sharded, each device has a share of each
+  # chunk, and no data moves.
   def split(x):
     return jnp.moveaxis(x.reshape(*x.shape[:-1], chunk, parts), -1, 0)
 
@@ -246,37 +245,37 @@ class PrototypeLoss:
 class PrototypeObjective(base.Objective):
   """Base class of DINO and iBOT: options, head, schedules, report.
 
-  Their loss is the cross-entropy between student and teacher assignments.
+  The loss is the cross-entropy between student and teacher assignments.
 
-  Defaults are DINOv2's (its `ssl_default_config.yaml`) unless stated otherwise.
+  Defaults are DINOv2's (`ssl_default_config.yaml`) unless stated otherwise.
   Durations are percentages of the run.
 
-  Signs of collapse in the report: `teacher_entropy` near log K, where all
-  inputs get the same assignment; `teacher_entropy` and `prototypes_used` near
-  0, where all inputs are assigned to one prototype. `mean_entropy` falls with
-  it under centring; Sinkhorn makes it near log K by construction.
+  Signs of collapse in the report: `teacher_entropy` near log K if all inputs
+  get a uniform assignment; `teacher_entropy` and `prototypes_used` near 0 if
+  all inputs are assigned to one prototype. `mean_entropy` then also falls under
+  centring; with Sinkhorn it is near log K by construction.
   """
 
-  # Objectives whose heads have one name share it, and must agree on its shape.
+  # Objectives with equal head names share a head, and must agree on its shape.
   head: str = "dino"
   prototypes: Annotated[int, Range(min=2)] = 65_536  # K.
   hidden: options.PositiveInt = 2048
   bottleneck: options.PositiveInt = 256
   student_temp: options.PositiveFloat = 0.1
-  # Rises linearly from its start, over the first 30 of DINOv2's 100 epochs.
+  # Rises linearly from `teacher_temp_start`, in DINOv2 over 30 of 100 epochs.
   teacher_temp: options.PositiveFloat = 0.07
   teacher_temp_start: options.PositiveFloat = 0.04
   teacher_temp_warmup_percent: Annotated[float, Range(min=0, max=100)] = 30.0
-  # Part of the run in which the student's prototypes are not updated: 1 of
-  # DINOv2's 100 epochs. As there, Adam's moments advance (`base.Head`).
+  # Share of the run with frozen student prototypes; DINOv2: 1 of 100 epochs. As
+  # there, Adam's moments advance (`base.Head`).
   freeze_last_layer_percent: Annotated[float, Range(min=0, max=100)] = 1.0
   # Sinkhorn: DINOv2's large models, DINOv3. Centring: DINO, DINOv2's default.
   target: Literal["sinkhorn", "centering"] = "sinkhorn"
   iterations: options.PositiveInt = 3  # Sinkhorn-Knopp iterations.
   center_momentum: Annotated[float, Range(min=0, max=0.9999)] = 0.9
-  # Prototypes whose logits are in memory at a time, None for all. Not DINOv2's:
-  # 65,536 prototypes then fit beside a ViT-L. Chunks are recomputed in the
-  # backward pass and in each iteration.
+  # Prototypes whose logits are in memory at a time; None for all. Not an option
+  # of DINOv2; 65,536 prototypes then fit beside a ViT-L. The backward pass and
+  # each iteration recompute the chunks.
   chunk: options.PositiveInt | None = 8192
 
   def __post_init__(self):
@@ -324,9 +323,9 @@ class PrototypeObjective(base.Objective):
   ) -> PrototypeLoss:
     """Weighted cross-entropies of the global batch.
 
-    `teacher` and `student` are bottleneck vectors of views of the same n items,
-    `valid` marks the teacher's vectors that count, and `weights` weigh the
-    pairs in the sum, 0 for all pairs of an invalid vector.
+    `teacher` and `student` are bottleneck vectors for views of n items, `valid`
+    masks the teacher's vectors, and `weights` are the pairs' weights in the
+    sum, 0 for all pairs with an invalid vector.
     """
     matrix = heads[self.head](method="prototypes")
     temperature = self._teacher_temp(context)
@@ -360,7 +359,7 @@ class PrototypeObjective(base.Objective):
     valid: Bool[Array, "n g"],
     statistics: Mapping[str, Array],
   ) -> tuple[Scalings, dict[str, Array]]:
-    """The teacher's assignments, and the new statistics."""
+    """Returns the teacher's assignments and the new statistics."""
     if self.target == "sinkhorn":
       scalings = sinkhorn(
         teacher, valid, iterations=self.iterations, chunk=self.chunk

@@ -1,8 +1,7 @@
 """Sharding constraints inside the compiled step.
 
-The compiler may otherwise choose to send all activations over the network. The
-constraints split activations by batch, and gather parameters where they are
-read (FSDP).
+They shard activations by batch, and gather parameters before use (FSDP).
+Without them the compiler may send all activations over the network.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from mtv_jax.utils.tree import first_match, flatten_with_names, map_with_names
 
 
 def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """Constrains arrays `[B, ...]` to be split like the batch.
+  """Constrains arrays `[B, ...]` to the batch sharding.
 
-  Otherwise the compiler may split them by channels, like a parameter.
+  Otherwise the compiler may shard them by channels, like a parameter.
   """
   if mesh is None or mesh.size == 1:
     return tree
@@ -46,16 +45,16 @@ def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def all_gather_params(
   params: PyTree, mesh: Mesh | None, *, keep: str = "$^", dtype: Any = None
 ) -> PyTree:
-  """Gathers parameters over `fsdp` before their use.
+  """Gathers parameters over `fsdp` before use.
 
-  Over `tensor` they stay split by `SHARDING_RULES`, as a layer's matrix
-  products are; `check_param_rules` rejects other rules of the config.
+  They stay sharded over `tensor` by `SHARDING_RULES`, like a layer's matrix
+  products; `check_param_rules` rejects incompatible config rules.
 
   Args:
-    params: by names that `SHARDING_RULES` match.
+    params: a tree whose names `SHARDING_RULES` match.
     mesh: None for one device.
-    keep: a regex over names that are not gathered, such as those of stacked
-      blocks, of which a loop gathers one at a time.
+    keep: a regex over names to leave sharded, such as stacked blocks, which a
+      loop gathers one at a time.
     dtype: the compute dtype; casting before gathering sends less.
   """
   if mesh is None or mesh.shape["fsdp"] == 1:
@@ -67,7 +66,7 @@ def all_gather_params(
     axes = first_match(name, SHARDING_RULES)
     whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
     if dtype is not None and "fsdp" in axis_names(axes):
-      # Constrained before, so that what remat saves of it is sharded as well.
+      # Constrained before gathering, so that remat saves the sharded cast.
       part = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
       leaf = leaf.astype(dtype)
       leaf = jax.lax.with_sharding_constraint(leaf, part)
@@ -77,7 +76,7 @@ def all_gather_params(
 
 
 def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
-  """The partition of one array without `fsdp`."""
+  """The partition of an array without `fsdp`."""
   without = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
   return partition_spec(without, shape, mesh)
 
@@ -87,9 +86,9 @@ def check_param_rules(
 ) -> None:
   """Raises ConfigError for sharding rules that layers can't follow.
 
-  On a mesh with both `fsdp` and `tensor`, a rule with `tensor` on another
+  On a mesh with both `fsdp` and `tensor`, a rule with `tensor` on a different
   dimension than the built-in rule would reshard the parameters in each layer.
-  `keep` is that of `all_gather_params`.
+  `keep`: see `all_gather_params`.
   """
   if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] == 1:
     return

@@ -1,4 +1,4 @@
-"""JAX's distributed runtime: initialisation, and what processes agree on."""
+"""JAX's distributed runtime: initialisation, and gathers over processes."""
 
 import json
 from typing import Any
@@ -18,14 +18,14 @@ def initialize(
   process: int | None = None,
   seconds: int = 300,
 ) -> None:
-  """`jax.distributed.initialize`, before anything else touches a device.
+  """Calls `jax.distributed.initialize`; must precede any use of a device.
 
-  On TPU pods, SLURM and Open MPI the hosts find each other; elsewhere give the
-  coordinator (host:port of process 0), the number of processes and this one's.
-  JAX aborts a process whose others have not connected after some seconds.
+  On TPU pods, SLURM and Open MPI JAX detects the cluster. Elsewhere pass the
+  coordinator (host:port of process 0), the number of processes and this
+  process's index. JAX aborts unless all processes connect within `seconds`.
 
   Raises:
-    InputError: only some of the last three are given.
+    InputError: only some of coordinator, processes and process are given.
   """
   given = [coordinator, processes, process]
   if any(g is not None for g in given) and None in given:
@@ -38,19 +38,16 @@ def initialize(
 
 
 def any_process(flag: bool) -> bool:
-  """Whether a flag is set in any process; waits for all, unless there is one.
-
-  Every process calls it at the same point of the program.
-  """
+  """Whether any process sets the flag. Collective: all processes call it."""
   if jax.process_count() == 1:
     return flag
   return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def gather_json(value: Any) -> list[Any]:
-  """A JSON value of each process, process 0's first; waits for all.
+  """Gathers a JSON value per process. Collective: all processes call it.
 
-  Every process calls it at the same point of the program.
+  Returns the values in process order.
   """
   if jax.process_count() == 1:
     return [value]
@@ -58,10 +55,10 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-  """Bytes of each process, process 0's first; waits for all.
+  """Gathers bytes per process. Collective: all processes call it.
 
-  Every process calls it at the same point of the program. Padded to a power of
-  two, so that few shapes are compiled.
+  Returns the values in process order. Pads to a power of two, to compile few
+  shapes.
   """
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)

@@ -1,7 +1,7 @@
-"""The device mesh and the sharding of batches over it.
+"""The device mesh, and the sharding of batches over it.
 
-Three axes: `data` (replicas), `fsdp` (the batch and the parameters), `tensor`
-(heads and hidden units). The batch is split over `data` and `fsdp` together.
+Three axes: `data` (replicas), `fsdp` (batch and parameters), `tensor` (heads
+and hidden units). The batch is sharded over `data` and `fsdp` jointly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-  """A number for each axis; -1 for what the others leave."""
+  """Size of each axis; -1 infers it."""
 
   data: int = -1
   fsdp: int = 1
@@ -38,7 +38,7 @@ class MeshAxes:
 class MeshConfig(MeshAxes):
   """`config.mesh`; see `make_mesh`."""
 
-  dcn: MeshAxes = MeshAxes()  # Parts of an axis that lie on different slices.
+  dcn: MeshAxes = MeshAxes()  # Number of slices along each axis.
 
 
 _DEFAULT_DCN = sections.to_dict(MeshAxes())
@@ -47,23 +47,23 @@ _DEFAULT_DCN = sections.to_dict(MeshAxes())
 def make_mesh(
   shape: MeshConfig | Mapping[str, Any], devices: Sequence[Any] | None = None
 ) -> Mesh:
-  """The mesh `(data, fsdp, tensor)`.
+  """Builds the mesh `(data, fsdp, tensor)`.
 
-  `dcn` is the number of slices along each axis, between which the network is
-  slow, as MaxText's `dcn_data_parallelism` and axlearn's `HybridMeshShape`: of
+  `dcn` is the number of slices along each axis, which a slow network connects,
+  as in MaxText's `dcn_data_parallelism` and axlearn's `HybridMeshShape`. With
   512 chips in two slices, `dict(data=128, fsdp=4, dcn=dict(data=2))` has 64 x 4
-  on each. By default `data` is split over all slices, so that only reductions
-  of gradients cross that network, then `fsdp`, then `tensor`.
+  per slice. By default slices split `data`, so that only gradient reductions
+  cross the slow network, then `fsdp`, then `tensor`.
 
   Args:
-    shape: sizes by axis over all devices; -1 for what the others leave. And
-      `dcn`, by axis: -1 for all slices that the others leave. Devices without
-      slices are cut into as many groups, in order.
+    shape: sizes by axis over all devices, and `dcn`: slices by axis; one size
+      of each may be -1, to infer it. Devices without slices are grouped into
+      slices in order.
     devices: `jax.Device`s or stand-ins; all by default.
 
   Raises:
-    ConfigError: for an unknown axis, or sizes that don't multiply to the
-      number of devices, or of slices.
+    ConfigError: for an unknown axis, or sizes whose product is not the number
+      of devices or slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sections.to_dict(shape)
@@ -72,10 +72,10 @@ def make_mesh(
   slices = _slices(devices)
   given = {**_DEFAULT_DCN, **(shape.get("dcn") or {})}
   if len(slices) == 1:
-    # Devices without slices can be cut into some by the config.
+    # The config can group devices without slices.
     slices = _cut(devices, math.prod(abs(int(n)) for n in given.values()))
   if given == _DEFAULT_DCN:
-    # The first axes take the most.
+    # Greedy, from the first axis.
     outer, rest = [], len(slices)
     for size in whole[:-1]:
       outer.append(math.gcd(size, rest))
@@ -91,14 +91,14 @@ def make_mesh(
         f"the slices, such as dcn=dict(data=1, fsdp={len(slices)})."
       )
   inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
-  # Within a slice, JAX orders the devices by its network. `jax.make_mesh` may
-  # split an axis of the network on v5e alone.
+  # JAX orders a slice's devices by its network. `jax.make_mesh` may split a
+  # physical axis only on v5e.
   blocks = [
     mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
     for part in slices
   ]
   grid = np.stack(blocks).reshape(*outer, *inner)
-  # Per axis, first the slice, then the index within it.
+  # Per axis: slice, then index within the slice.
   grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -106,7 +106,7 @@ def make_mesh(
 def _sizes(
   where: str, shape: Mapping[str, int], count: int, unit: str
 ) -> tuple[int, ...]:
-  """Sizes of all axes, which multiply to `count`, with -1 filled in."""
+  """Sizes of all axes, with -1 inferred; their product is `count`."""
   for name in shape:
     if name not in MESH_AXES:
       raise ConfigError(
@@ -137,7 +137,7 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
-  """Consecutive groups of devices."""
+  """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
       f"config.mesh.dcn gives {count} slices, but these {len(devices)} chips "
@@ -153,7 +153,7 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-  """The number of parts that the batch is split into."""
+  """Number of shards of the batch."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -171,14 +171,14 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 class HostRows(NamedTuple):
-  """Which part of each global batch this process reads: `index` of `count`."""
+  """This process's part of each global batch: `index` of `count`."""
 
   index: int
   count: int
 
 
 def host_rows(mesh: Mesh) -> HostRows:
-  """The part of a global batch that goes to this process's devices."""
+  """The part of the global batch for this process's devices."""
   parts = _parts(mesh)
   for i, (_, processes) in enumerate(parts):
     if jax.process_index() in processes:
@@ -190,12 +190,12 @@ def host_rows(mesh: Mesh) -> HostRows:
 
 
 def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
-  """For each row of a batch on the mesh, which row of the data it is.
+  """Data row of each row of a batch on the mesh.
 
-  Processes read consecutive rows, but the devices of a process need not be
-  consecutive on the mesh: on 4 x 4 chips in hosts of 2 x 2, the first row of
-  chips belongs to two hosts. A batch on the mesh is then a permutation of the
-  data's; random numbers of an example follow its row of the data.
+  Processes read consecutive rows, but a process's devices may not be
+  consecutive on the mesh: with 4 x 4 chips in hosts of 2 x 2, the first row of
+  chips belongs to two hosts. The batch on the mesh is then a permutation of the
+  data. An example's random numbers follow its data row.
   """
   size = batch_size // num_batch_shards(mesh)
   shards = np.concatenate([shards for shards, _ in _parts(mesh)])
@@ -205,7 +205,7 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
 
 
 def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
-  """(shards of the batch, processes that hold them), by the first shard."""
+  """(batch shards, processes with them), ordered by the first shard."""
   holders = collections.defaultdict(set)
   devices = mesh.devices.reshape(num_batch_shards(mesh), -1)
   for shard, row in enumerate(devices):
@@ -225,14 +225,14 @@ def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Sharding with the whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_batch(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Global arrays of this process's rows of a batch; see `data_rows`."""
+  """Builds global arrays from each process's rows; see `data_rows`."""
   sharding = NamedSharding(mesh, BATCH_SPEC)
   return {
     name: jax.make_array_from_process_local_data(sharding, value)
@@ -241,7 +241,7 @@ def shard_batch(
 
 
 def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
-  """The global array of an array that every host holds in full."""
+  """Builds a global array from an array that every host has in full."""
   value = np.asarray(value)
   return jax.make_array_from_callback(
     value.shape, sharding, lambda index: value[index]
@@ -257,9 +257,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 def shard_replicated(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Shards a batch that every host holds in full over the mesh, by rows.
+  """Shards a batch that every host has in full over the mesh, by rows.
 
-  An array whose rows the data axes do not divide is replicated.
+  Replicates an array if the number of batch shards does not divide its rows.
   """
   parts, sharded = num_batch_shards(mesh), NamedSharding(mesh, BATCH_SPEC)
 

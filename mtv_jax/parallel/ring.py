@@ -1,9 +1,9 @@
 """Pairwise losses around a ring of devices.
 
-In the chunked loss of SigLIP (Zhai et al. 2023) a device has the columns of one
-device at a time and sends them to its neighbour in the ring: its logits don't
-grow with the number of devices. The loss is a sum over pairs, so gradients are
-computed in the forward pass, and those of columns are sent with the columns.
+As in SigLIP's chunked loss (Zhai et al. 2023), a device compares its rows with
+one device's columns at a time, then sends these to its neighbour: its logits
+don't grow with the number of devices. The loss is a sum over pairs, so the
+forward pass computes gradients, and sends column gradients with the columns.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, PyTree
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
-# How a loss compares all pairs: with gathered columns, around the ring, or
-# 'auto', a ring if the batch is split. The result is the same.
+# How to compare all pairs, with equal results: gathered columns, the ring, or
+# 'auto': the ring if the batch is sharded.
 Method = Literal["auto", "gathered", "ring"]
 AXES = BATCH_SPEC[0]
 
@@ -30,8 +30,8 @@ AXES = BATCH_SPEC[0]
 class EmbeddingBatch:
   """One side of a comparison: images or texts, regions or phrases."""
 
-  embedding: Float[Array, "n d"]  # Of unit length.
-  metadata: PyTree  # `[n, ...]` without gradient, such as which are valid.
+  embedding: Float[Array, "n d"]  # Unit length.
+  metadata: PyTree  # `[n, ...]`, not differentiated, such as a mask.
 
 
 # (rows [n], columns [c], parameters) -> losses [n], summed over columns, and a
@@ -39,7 +39,7 @@ class EmbeddingBatch:
 PairLossFn = Callable[
   [EmbeddingBatch, EmbeddingBatch, PyTree], tuple[Array, PyTree]
 ]
-# Diagnostics over two sets of columns -> over their union.
+# Merges diagnostics over two sets of columns.
 MergeFn = Callable[[PyTree, PyTree], PyTree]
 
 
@@ -48,11 +48,11 @@ class PairwiseLoss:
   """Sum of the losses of all pairs."""
 
   loss: Float[Array, ""]
-  diagnostics: PyTree  # Of `pair_loss_fn` by row, without gradient.
+  diagnostics: PyTree  # From `pair_loss_fn`, by row, not differentiated.
 
 
 def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
-  """Whether to use the ring; `'auto'` uses it if the batch is split."""
+  """Whether to use the ring; `'auto'` uses it if the batch is sharded."""
   if mesh is None or method == "gathered":
     return False
   return method == "ring" or num_batch_shards(mesh) > 1
@@ -60,7 +60,7 @@ def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
 
 @pytree_dataclass
 class _Grads:
-  """Gradients of the loss; those of `columns` belong to the current chunk."""
+  """Gradients of the loss; `columns` belongs to the current chunk."""
 
   rows: Any
   columns: Any
@@ -69,7 +69,7 @@ class _Grads:
 
 @pytree_dataclass
 class _RunningSum:
-  """Losses, diagnostics and gradients over the chunks compared so far."""
+  """Losses, diagnostics and gradients, summed over the chunks so far."""
 
   losses: Any
   diagnostics: Any
@@ -87,17 +87,17 @@ def ring_pairwise_loss(
 ) -> PairwiseLoss:
   """Sums a loss over all pairs, one device's chunk of columns at a time.
 
-  Equal to `pair_loss_fn` of all rows and columns in value and gradient, up to
-  the order of additions. Each of `n` devices sends `n - 1` chunks of columns
-  and, with gradients, `n` of those. Devices along `tensor` repeat it.
+  Value and gradient equal `pair_loss_fn` on all rows and columns, up to the
+  order of additions. Each of `n` devices sends `n - 1` column chunks and, with
+  gradients, `n` gradient chunks. Devices along `tensor` repeat the computation.
 
   Args:
-    rows: split over the devices as the batch is; they are not sent.
-    columns: as many; their chunks are sent around the ring.
+    rows: sharded like the batch; never sent.
+    columns: sharded like `rows`; chunks are sent around the ring.
     params: the loss's parameters, such as temperature and bias.
     pair_loss_fn: losses and diagnostics of rows against a chunk of columns.
     merge_fn: merges the diagnostics of two chunks.
-    mesh: splits the rows over `data` and `fsdp`.
+    mesh: shards the rows over `data` and `fsdp`.
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
 
@@ -142,7 +142,7 @@ def _device_loss(
 ):
   """One device's part: `(losses, diagnostics, grads)` of its rows."""
   send = _send(count)
-  # Per-device sums until the end, instead of one reduction per step.
+  # Sum per device and reduce once at the end, not at every step.
   params = jax.lax.pcast(params, AXES, to="varying")
 
   def sum_losses(row, column, params, metadata):
@@ -162,7 +162,7 @@ def _device_loss(
     return _RunningSum(*aux, _Grads(*grads))
 
   def add(total, columns):
-    # Neither the gradients sent here nor the next chunk wait for these logits.
+    # Sending gradients and the next chunk does not wait for these logits.
     chunk, old, grads = compare(columns), total.grads, None
     if with_grads:
       sent = _Grads(old.rows, send(old.columns), old.params)
@@ -180,7 +180,7 @@ def _device_loss(
   total = compare(columns)
   if count > 1:
     carry = (send(columns), total)
-    # The last chunk is not sent on.
+    # The last chunk is not sent.
     (columns, total), _ = jax.lax.scan(step, carry, length=count - 2)
     total = add(total, columns)
   grads = total.grads

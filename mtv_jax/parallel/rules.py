@@ -1,4 +1,4 @@
-"""The rules that shard parameters over the mesh, by name."""
+"""Rules that shard parameters over the mesh, by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mtv_jax.utils.tree import (
 
 # (regex over names, axis or axes of each trailing dimension); the first match
 # wins. Column-parallel into a block, row-parallel out of it: `tensor` costs one
-# all-reduce a sublayer (Shoeybi et al. 2019, Megatron-LM). QKV columns are
-# ordered by head, so that a slice holds whole heads.
+# all-reduce per sublayer (Shoeybi et al. 2019, Megatron-LM). QKV columns are
+# ordered by head, so that a shard has whole heads.
 Axes = str | Sequence[str] | None
 ShardingRules = Sequence[tuple[str, Sequence[Axes]]]
 SHARDING_RULES: ShardingRules = (
@@ -35,7 +35,7 @@ SHARDING_RULES: ShardingRules = (
   (r"projection/kernel$", ("fsdp", None)),
   # DPT's convolutions: `[height, width, in, out]`.
   (r"(resize\d?|lateral\d|conv\d)/kernel$", (None, "fsdp")),
-  # Prototypes, of the self-distillation heads: each device has its own.
+  # Prototypes of the self-distillation heads, sharded over all but `data`.
   (r"last_layer/kernel$", (None, ("fsdp", "tensor"))),
   (r"last_layer/scale$", (("fsdp", "tensor"),)),
   (r"", ()),
@@ -47,8 +47,8 @@ def partition_spec(
 ) -> PartitionSpec:
   """Partition of one array, from a rule for its trailing dimensions.
 
-  Axes that don't divide a dimension, such as a vocabulary of 258, are dropped,
-  the first ones first.
+  Drops axes, from the first on, until the rest divide the dimension (a
+  vocabulary may be 258).
   """
   if len(axes) > len(shape):
     axes = ()
@@ -56,7 +56,7 @@ def partition_spec(
 
   def whole_or_part(axis, size):
     names = (axis,) if isinstance(axis, str) else tuple(axis or ())
-    # Axes of one device are left out, so that logs show what is split.
+    # Omit axes of size 1, so that logs show the actual sharding.
     names = tuple(n for n in names if mesh.shape[n] > 1) or names[-1:]
     while names and size % math.prod(mesh.shape[n] for n in names):
       names = names[1:]
@@ -70,9 +70,9 @@ def tree_shardings(
 ) -> PyTree:
   """Shardings for a tree of arrays or shapes, by its leaves' names.
 
-  The names of optimizer moments, teacher and EMA end in the parameters' names,
-  so that the same rules shard them. `rules` of the config precede the built-in
-  ones.
+  Names of optimizer moments, teacher and EMA end in the parameters' names, so
+  that parameter rules also shard them. The config's `rules` precede the
+  built-in rules.
   """
   every = [*rules, *SHARDING_RULES]
 

@@ -1,4 +1,4 @@
-"""Heads on the towers, and the registry of those that predict."""
+"""Heads on the towers, and the registry of prediction heads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.heads.prompter import GroundingHead, LocatorHead
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# By the name that `Encoder.predict` takes.
+# Keyed by the name that `Encoder.predict` takes.
 HEADS: dict[str, type[PredictionHead]] = {
   "depth": DepthHead,
   "metric_depth": MetricDepthHead,
@@ -40,9 +40,9 @@ HEADS: dict[str, type[PredictionHead]] = {
 def heads_of_config(
   objectives: Config, spec: Any, phrase_length: int | None = None
 ) -> dict[str, PredictionHead]:
-  """The heads that a config's `objectives` train on a `ModelSpec`.
+  """Builds the prediction heads that `config.objectives` trains.
 
-  `phrase_length` is that of heads whose entry gives none.
+  `spec`: the `ModelSpec`. `phrase_length`: default for entries that omit it.
   """
   entries = {
     entry.get("type", name): (f"config.objectives.{name}", entry)
@@ -63,13 +63,13 @@ def heads_of_config(
   return heads
 
 
-# Later options, which exports leave out at their defaults: files stay as they
-# were, and readable by earlier versions.
+# Later options, omitted from exports at their defaults so that files stay
+# unchanged and earlier versions can read them.
 _LATER = ("scale", "head_features", "upsample", "activation", "phrase_length")
 
 
 def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
-  """Options by objective, for an export's `mtv_jax.json`."""
+  """Head options by objective, for an export's `mtv_jax.json`."""
   described = {}
   for head in heads.values():
     fields = dataclasses.asdict(head)
@@ -101,10 +101,10 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
 
 
 def contrastive_head(heads: Mapping[str, Any]) -> str:
-  """Name of the head with the temperature between images and texts.
+  """Name of the head with the image-text temperature.
 
-  It is called 'contrastive', or the only one of `heads`, parameters by name,
-  that has a temperature.
+  Either 'contrastive', or the only head with a temperature. `heads`: parameters
+  by head name.
   """
   scaled = [name for name, head in heads.items() if "logit_scale" in head]
   if "contrastive" in scaled:

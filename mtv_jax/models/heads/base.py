@@ -1,7 +1,7 @@
-"""The contract of a head that predicts.
+"""Base class of prediction heads.
 
-An objective trains such a head, `Encoder.predict` runs it, and an export
-describes it; all three build it from the same configuration.
+An objective trains the head, `Encoder.predict` runs it, and an export describes
+it, all from one configuration.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from typing import Any, ClassVar
 import flax.linen as nn
 from jaxtyping import Array
 
-# Kinds of inputs that are strings, see `PredictionHead.inputs`: the head gets
-# the text tower's embeddings, or the token ids.
+# Kinds of string inputs, see `PredictionHead.inputs`: the head receives text
+# tower embeddings, or token ids.
 TEXT = "text"
 TOKENS = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictionHead:
-  """Configuration of a head that predicts, with its module and its function.
+  """Configuration of a prediction head, which builds and runs its module.
 
   A subclass is a frozen dataclass, registered in `heads.HEADS`. Its fields are
-  options of the head, which a config gives in the entry of the objective that
-  trains it. That objective has the head as its field `head`.
+  options in the config entry of the objective that trains it. That objective
+  stores the head in its field `head`.
   """
 
-  objective: ClassVar[str]  # Its type, by which exports describe the head.
+  objective: ClassVar[str]  # Objective type; exports describe the head by it.
   params_key: ClassVar[str]  # The head's parameters are `heads/PARAMS_KEY`.
-  # Inputs other than the image, by keyword of `Encoder.predict`: for each
-  # image any number of rows, of so many channels, or of strings (`TEXT`,
-  # `TOKENS`).
+  # Inputs beside the image, by keyword of `Encoder.predict`: channels per row,
+  # or strings (`TEXT`, `TOKENS`). An image may have any number of rows.
   inputs: ClassVar[Mapping[str, int | str]] = {}
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower blocks it reads, from 0.
 
   def resolve(self, spec: Any) -> PredictionHead:
-    """The head with open options filled in from a `two_tower.ModelSpec`."""
+    """Fills in unset options from a `two_tower.ModelSpec`."""
     del spec
     return self
 
@@ -47,7 +46,7 @@ class PredictionHead:
     return True
 
   def check_tokenizer(self, tokenizer: Any) -> None:
-    """Raises ConfigError for a tokenizer that it can't be trained with."""
+    """Raises ConfigError for a tokenizer that the head can't train with."""
     del tokenizer
 
   def module(self) -> nn.Module:
@@ -55,7 +54,7 @@ class PredictionHead:
     raise NotImplementedError
 
   def example(self, spec: Any) -> tuple:
-    """Arguments to initialise the module with, see `objectives.base.Head`."""
+    """Arguments that initialise the module, see `objectives.base.Head`."""
     raise NotImplementedError
 
   def predict(
@@ -65,22 +64,22 @@ class PredictionHead:
     grid: tuple[int, int],
     **inputs: Array,
   ) -> dict[str, Array]:
-    """Predictions `[B, ...]`, or `[B, m, ...]` for the m rows of an input.
+    """Predicts `[B, ...]`, or `[B, m, ...]` for the m rows of an input.
 
     Args:
       head: the module with its parameters.
       image: `vit.ImageOutput` of B images, with `taps`.
       grid: rows and columns of its patches.
-      **inputs: float32 `[B, m, C]`, as `inputs` names them.
+      **inputs: float32 `[B, m, C]`, by the names in `inputs`.
     """
     raise NotImplementedError
 
   def decode(self, out: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Adds to predictions, as NumPy arrays, what the tokenizer says of them.
+    """Adds the text that the tokenizer decodes from the predictions.
 
     Args:
-      out: by name, `[n, ...]`.
-      tokenizer: None for an encoder without one.
+      out: NumPy predictions by name, `[n, ...]`.
+      tokenizer: None for an encoder without a tokenizer.
     """
     del tokenizer
     return out

@@ -1,11 +1,11 @@
 """Captioning decoder of CapPa and LocCa, and the heads that decode with it.
 
-A transformer decoder attends to the image's patch tokens and predicts, token
-by token, the answers of `caption_sequences` (Wan et al. 2024, LocCa; Tschannen
+A transformer decoder attends to the image's patch tokens and predicts the
+answers of `caption_sequences` token by token (Wan et al. 2024, LocCa; Tschannen
 et al. 2025, SigLIP 2).
 
-CapPa's parallel prediction (Tschannen et al. 2023) has mask tokens as inputs,
-which attend to each other without a causal mask.
+In CapPa's parallel prediction (Tschannen et al. 2023) all inputs are mask
+tokens, without a causal mask.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class TokenLogits:
-  """`vectors @ kernel + bias`, the largest array of a step if computed whole.
+  """Logits `vectors @ kernel + bias` as float32 factors.
 
-  Everything is float32.
+  Computed whole, they would be the largest array of a step.
   """
 
   vectors: Float[Array, "b s l d"]
@@ -49,7 +49,7 @@ class TokenLogits:
   def chunk(
     self, kernel: Float[Array, "d c"], bias: Float[Array, " c"]
   ) -> Float[Array, "b s l c"]:
-    """The logits of some columns."""
+    """Logits for a subset of the columns."""
     return linear.linear(self.vectors, kernel, bias)
 
 
@@ -69,7 +69,7 @@ class DecoderBlock(nn.Module):
     patches: Float[Array, "b n e"],
     parallel: Bool[Array, "r 1"],
   ) -> Float[Array, "r l d"]:
-    """`r / b` rows of each image; `parallel` ones have no causal mask."""
+    """Runs `r / b` rows per image; `parallel` rows lack the causal mask."""
     length = x.shape[1]
     causal = np.tri(length, dtype=bool)
     mask = (causal | parallel[:, :, None])[:, None]  # [r, 1, l, l]
@@ -90,7 +90,7 @@ class DecoderBlock(nn.Module):
       self.heads, self.dtype, jax.nn.dot_product_attention,
       name="cross_attention",
     )  # fmt: skip
-    # All rows of an image at once, for which its keys and values are read once.
+    # All rows of an image at once, to read its keys and values once.
     queries = norm(2)(x).reshape(len(patches), -1, x.shape[-1])
     x = x + cross(queries, patches).reshape(x.shape)
     mlp = layers.Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name="mlp")
@@ -98,22 +98,22 @@ class DecoderBlock(nn.Module):
 
 
 class CaptionDecoder(nn.Module):
-  """The decoder: logits of the token after each input.
+  """Decoder that predicts the next token's logits after each input.
 
-  It computes in the dtype of the patches. Embeddings and last layer start as in
-  CapPa's code (normal(1), zero); unlike there, its layers have biases, as our
-  text tower's.
+  Computes in the dtype of the patches. Embeddings and last layer start as in
+  CapPa's code (normal(1), zero). Unlike CapPa's, its layers have biases,
+  as in our text tower.
   """
 
   vocabulary: sequences.Vocabulary
-  length: int  # Most tokens of a sequence.
+  length: int  # Maximum tokens of a sequence.
   width: int
   depth: int
   heads: int
   mlp_dim: int
   gelu: str
   norm_eps: float
-  remat: str = "none"  # And scan and mesh: see `stack.run_stack`.
+  remat: str = "none"  # remat, scan, mesh: see `stack.run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
 
@@ -124,7 +124,7 @@ class CaptionDecoder(nn.Module):
     parallel: Bool[Array, "b s"],
     patches: Float[Array, "b n e"],
   ) -> TokenLogits:
-    """Logits of `s` sequences of each image, see `DecoderBlock`."""
+    """Logits for `s` sequences per image, see `DecoderBlock`."""
     *rows, length = tokens.shape
     if length > self.length:
       raise InputError(
@@ -201,16 +201,15 @@ def greedy_decode(
   ids: tuple[int, int],
   stop: int | None = None,
 ) -> Int[Array, "b s {count}"]:
-  """The likeliest next token, `count` times, after `[begin, prompt]`.
+  """Greedy decoding of `count` tokens after `[begin, prompt]`.
 
-  The decoder runs over the whole sequence for each token: its cost grows with
-  the square of the length, and there is no cache to keep equal to the forward
-  pass.
+  Runs the decoder over the whole sequence for each token, without a KV cache:
+  the cost grows quadratically with the length.
 
   Args:
-    ids: first and one past the last id that is allowed.
-    stop: an id after which the answer has only that id; decoding ends when all
-      rows have it.
+    ids: first allowed id, and one past the last.
+    stop: id that ends an answer and pads it; decoding stops once all rows have
+      it.
   """
   low, high = ids
   shape = prompt.shape[:2]
@@ -243,27 +242,27 @@ def greedy_decode(
 
 @dataclasses.dataclass(frozen=True)
 class CaptionHead(base.PredictionHead):
-  """Caption head: the caption of an image.
+  """Caption head: captions an image.
 
-  The decoder has the text tower's shape with half of its layers (SigLIP 2),
-  unless given.
+  The decoder defaults to the text tower's shape with half of its layers
+  (SigLIP 2).
   """
 
   objective = "captioning"
   params_key = "caption_decoder"
 
-  # What it is trained for.
+  # Tasks to train.
   tasks: tuple[Literal[sequences.TASKS], ...] = sequences.TASKS
   width: options.PositiveInt | None = None
   depth: options.PositiveInt | None = None
   attention_heads: options.PositiveInt | None = None
   mlp_dim: options.PositiveInt | None = None
-  bins: options.PositiveInt = 500  # Of a coordinate; LocCa's.
+  bins: options.PositiveInt = 500  # Bins per coordinate, as in LocCa.
   gelu: str | None = None
   norm_eps: float | None = None
-  # Of the text tower, from which `resolve` takes them.
+  # `resolve` takes these from the text tower.
   vocab_size: options.PositiveInt | None = None
-  length: options.PositiveInt | None = None  # Most tokens of a text.
+  length: options.PositiveInt | None = None  # Maximum tokens of a text.
   eos_id: options.NonNegativeInt | None = None  # The tokenizer's end of text.
 
   def __post_init__(self):
@@ -302,11 +301,11 @@ class CaptionHead(base.PredictionHead):
 
   @property
   def vocabulary(self) -> sequences.Vocabulary:
-    """Ids of the decoder; the head is resolved."""
+    """The decoder's vocabulary; requires a resolved head."""
     return sequences.Vocabulary(self.vocab_size, self.bins)
 
   def module(self, **runtime: Any) -> CaptionDecoder:
-    """The decoder; `runtime` are `remat` and `scan`."""
+    """Builds the decoder; `runtime`: `remat` and `scan`."""
     return CaptionDecoder(
       vocabulary=self.vocabulary,
       length=self.length + sequences.CORNERS,
@@ -337,7 +336,7 @@ class CaptionHead(base.PredictionHead):
   def predict(
     self, head: Decoder, image: Any, grid: tuple[int, int]
   ) -> dict[str, Array]:
-    """`tokens` `[B, length]`; the end of text is also the padding."""
+    """Predicts `tokens` `[B, length]`, padded with the end of text."""
     del grid
     prompt = jnp.zeros((len(image.patches), 1, 0), jnp.int32)
     return {"tokens": self._text(head, image, "caption", prompt)[:, 0]}
@@ -381,7 +380,7 @@ class ReferringHead(CaptionHead):
     *,
     phrases: Float[Array, "b m p"],
   ) -> dict[str, Array]:
-    """`boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`, of the phrases' tokens."""
+    """Predicts `boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`, from phrase tokens."""
     del grid
     prompt = phrases.astype(jnp.int32)
     ids = greedy_decode(
@@ -410,7 +409,7 @@ class RegionCaptionHead(CaptionHead):
     *,
     boxes: Float[Array, "b m 4"],
   ) -> dict[str, Array]:
-    """`tokens` `[B, m, length]`, of `(y0, x0, y1, x1)`."""
+    """Predicts `tokens` `[B, m, length]` for boxes `(y0, x0, y1, x1)`."""
     del grid
     prompt = self.vocabulary.quantize(boxes)
     return {"tokens": self._text(head, image, "region_caption", prompt)}

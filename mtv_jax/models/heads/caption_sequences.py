@@ -4,10 +4,10 @@
     referring        [referring] phrase            -> y0 x0 y1 x1   (AREF)
     region_caption   [region_caption] y0 x0 y1 x1  -> phrase        (GCAP)
 
-The vocabulary is that of the tokenizer, then one token for each bin of a
-coordinate, then, as inputs only, a token that begins each task, and a mask
-token. LocCa begins tasks with words ("ARef:"); tokens are our choice, as they
-need no tokenizer. Captions and phrases end with the tokenizer's end of text.
+The vocabulary is the tokenizer's, then one token per coordinate bin, then, as
+inputs only, one start token per task and a mask token. LocCa starts tasks with
+words ("ARef:"); start tokens are our choice, since they need no tokenizer.
+Captions and phrases end with the tokenizer's end of text.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ CORNERS = 4  # Coordinates of a box: y0, x0, y1, x1.
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """Ids of the decoder: texts, bins of coordinates, tasks, the mask."""
+  """Token ids of the decoder: text, coordinate bins, tasks, mask."""
 
-  text: int  # Ids of the tokenizer.
+  text: int  # Size of the tokenizer's vocabulary.
   bins: int
 
   @property
   def outputs(self) -> int:
-    """Ids that are predicted: texts and bins."""
+    """Number of ids that the decoder predicts: text and bins."""
     return self.text + self.bins
 
   @property
   def inputs(self) -> int:
-    """All ids."""
+    """Number of all ids."""
     return self.outputs + len(TASKS) + 1
 
   @property
@@ -47,33 +47,33 @@ class Vocabulary:
     return self.inputs - 1
 
   def begin(self, task: str) -> int:
-    """The token that begins a task."""
+    """The start token of a task."""
     return self.outputs + TASKS.index(task)
 
   def quantize(self, boxes: Float[Array, "*b 4"]) -> Int[Array, "*b 4"]:
     """Ids of the bins nearest to coordinates in 0..1.
 
-    The first bin is 0 and the last one 1. LocCa has 500 bins, and does not say
-    where they are; this is our choice.
+    The first bin is 0, the last bin 1. LocCa has 500 bins, and does not specify
+    their positions; ours are a choice.
     """
     last = self.bins - 1
     index = jnp.round(jnp.clip(boxes, 0.0, 1.0) * last)
     return self.text + index.astype(jnp.int32)
 
   def dequantize(self, ids: Int[Array, "*b 4"]) -> Float[Array, "*b 4"]:
-    """Coordinates of ids of bins."""
+    """Coordinates of bin ids."""
     return (ids - self.text).astype(jnp.float32) / (self.bins - 1)
 
 
 @pytree_dataclass
 class Sequences:
-  """Rows of a prompt, given, and an answer, predicted.
+  """Token sequences: a given prompt, then the answer to predict.
 
-  An answer starts right after its prompt, so that nothing depends on padding.
+  The answer directly follows the prompt, so that padding has no effect.
   """
 
   inputs: Int[Array, "b s l"]
-  targets: Int[Array, "b s l"]  # The token that follows each input.
+  targets: Int[Array, "b s l"]  # The token after each input.
   is_answer: Bool[Array, "b s l"]  # Which targets belong to the answer.
 
 
@@ -84,9 +84,9 @@ def make_sequences(
   answer: Int[Array, "b s a"],
   answer_length: Int[Array, "b s"],
 ) -> Sequences:
-  """Sequences `[begin, prompt, answer]` of prompts and answers of any length.
+  """Joins right-padded prompts and answers to `[begin, prompt, answer]`.
 
-  Both are padded on the right; l = p + a.
+  l = p + a.
   """
   both = jnp.concatenate([prompt, answer], axis=-1)
   p, index = prompt.shape[-1], np.arange(both.shape[-1])
@@ -103,7 +103,7 @@ def make_sequences(
 
 
 def text_length(tokens: Int[Array, "*b t"], eos_id: int) -> Int[Array, "*b"]:
-  """Number of tokens up to the first end of text, it included."""
+  """Number of tokens up to and including the first end of text."""
   ends = tokens == eos_id
   before = jnp.cumsum(ends, axis=-1) - ends
   return jnp.sum(before == 0, axis=-1)

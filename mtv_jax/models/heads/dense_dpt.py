@@ -1,7 +1,7 @@
 """Dense heads of TIPSv2: metric depth, surface normals, segmentation.
 
-Each is a DPT (Ranftl et al. 2021) whose stages also read the CLS token. They
-are read from released files; no objective trains them.
+Each is a DPT (Ranftl et al. 2021) whose stages also read the CLS token. Weights
+come from released files; no objective trains these heads.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mtv_jax.utils.resampling import resize_matrix
 class DenseDPT(nn.Module):
   """DPT with readout of the CLS token.
 
-  The map has eight times the resolution of an even patch grid. Names are those
-  of `dpt.DPT`, and `readout1` to `readout4`.
+  The map has eight times the resolution of an even patch grid. Parameters are
+  named as in `dpt.DPT`, plus `readout1` to `readout4`.
   """
 
   features: int
@@ -75,7 +75,7 @@ class DenseDPT(nn.Module):
 def _resize(
   x: Float[Array, "b h w c"], size: tuple[int, int]
 ) -> Float[Array, "b h2 w2 c"]:
-  """Bilinear, of the map of an odd grid to the deeper stages' size."""
+  """Resizes an odd grid's map bilinearly to the deeper stages' size."""
   if x.shape[1:3] == size:
     return x
   rows, columns = (
@@ -87,7 +87,7 @@ def _resize(
 
 @dataclasses.dataclass(frozen=True)
 class DenseHead(base.PredictionHead):
-  """A dense head of TIPSv2: its layers, sizes and outputs."""
+  """Base class of TIPSv2's dense heads: layers, sizes and outputs."""
 
   output: ClassVar[str]  # Key of the prediction.
 
@@ -116,7 +116,7 @@ class DenseHead(base.PredictionHead):
   def predict(
     self, head: Callable[..., Any], image: Any, grid: tuple[int, int]
   ) -> dict[str, Array]:
-    """The map, `[B, H, W]` or `[B, H, W, C]`."""
+    """Predicts the map, `[B, H, W]` or `[B, H, W, C]`."""
     prefix = image.prefix.shape[1]
     taps = [image.taps[i] for i in self.taps]
     stages = [jnp.concatenate([x[:, :1], x[:, prefix:]], axis=1) for x in taps]

@@ -29,23 +29,23 @@ RESIZES = ("products", "neighbours")
 # Largest side of a depth map by default: the depth loss sorts its pixels.
 MAX_SIDE = 112
 
-# Depth Anything V2's channels by the encoder's width: of the fused maps, and of
-# the reassembled maps from the shallowest stage on.
+# Depth Anything V2's channels by encoder width: fused maps, then reassembled
+# maps from the shallowest stage on.
 _SHAPES = {
   384: (64, (48, 96, 192, 384)),
   768: (128, (96, 192, 384, 768)),
   1024: (256, (256, 512, 1024, 1024)),
   1536: (384, (1536,) * 4),
 }
-# DINOv2's and Depth Anything's of 24 layers; the rule gives 5 for the first.
+# DINOv2's and Depth Anything's for 24 layers; the rule's first would be 5.
 _TAPS = {24: (4, 11, 17, 23)}
 
 
 def quarter_taps(depth: int) -> tuple[int, int, int, int]:
   """The last layer of each quarter of a tower, counted from 0.
 
-  2, 5, 8, 11 of 12 layers, 9, 19, 29, 39 of 40; of 24 DINOv2's 4, 11, 17, 23.
-  Rounded up for depths that four does not divide; layers repeat below four.
+  12 layers: 2, 5, 8, 11; 40: 9, 19, 29, 39; 24: DINOv2's 4, 11, 17, 23. Rounds
+  up if the depth is not divisible by four; repeats layers below four.
   """
   quarters = [math.ceil(depth * (i + 1) / STAGES) - 1 for i in range(STAGES)]
   return _TAPS.get(depth, tuple(quarters))
@@ -54,7 +54,7 @@ def quarter_taps(depth: int) -> tuple[int, int, int, int]:
 def default_features(width: int) -> int:
   """Channels of the fused maps for an encoder of this width.
 
-  Depth Anything V2's for S, B, L and g; for other widths about a sixth.
+  As in Depth Anything V2 for S, B, L and g; otherwise about a sixth of it.
   """
   return _SHAPES.get(width, (max(16, width // 48 * 8), ()))[0]
 
@@ -62,8 +62,8 @@ def default_features(width: int) -> int:
 def default_channels(width: int) -> tuple[int, int, int, int]:
   """Channels of the reassembled maps for an encoder of this width.
 
-  Depth Anything V2's; for other widths an eighth, a quarter, half and all of
-  it, as in its S and B.
+  As in Depth Anything V2; otherwise an eighth, a quarter, half and all of the
+  width, the pattern of its S and B.
   """
   rule = tuple(max(1, width // share) for share in (8, 4, 2, 1))
   return _SHAPES.get(width, (0, rule))[1]
@@ -72,7 +72,7 @@ def default_channels(width: int) -> tuple[int, int, int, int]:
 def _interpolation(
   size: int, new_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The two neighbours of each new value, and the weight of the second."""
+  """Both neighbours of each new sample, and the weight of the second."""
   position = np.arange(new_size) * (size - 1) / max(new_size - 1, 1)
   low = np.minimum(np.floor(position).astype(int), size - 1)
   return low, np.minimum(low + 1, size - 1), position - low
@@ -83,8 +83,8 @@ def resize_corners(
 ) -> Float[Array, "b h2 w2 c"]:
   """Bilinear resampling with aligned corners, in the dtype of `x`.
 
-  `by` two matrix 'products', fast on accelerators as is their gradient; or by
-  the four 'neighbours' of each pixel, on a CPU in a hundredth of the time.
+  `by='products'`: two matrix products, fast on accelerators, as is their
+  gradient. `by='neighbours'`: gathers, a hundred times faster on CPUs.
   """
   resize = {"products": _by_products, "neighbours": _by_neighbours}[by]
   for axis in (1, 2):
@@ -141,8 +141,8 @@ class Pointwise(nn.Module):
 class Upsample(nn.Module):
   """Transposed convolution with stride = kernel size, as one matrix product.
 
-  Every pixel becomes a square of pixels; the columns of the kernel `[C, f*f*C]`
-  are ordered (row, column, channel).
+  Every pixel becomes `f` x `f` pixels; the kernel's columns `[C, f*f*C]` are
+  ordered (row, column, channel).
   """
 
   factor: int
@@ -160,7 +160,7 @@ class Upsample(nn.Module):
 
 
 class Reassemble(nn.Module):
-  """Tokens of a stage to a map of the stage's channels and resolution.
+  """Maps a stage's tokens to its channels and resolution.
 
   A 1x1 projection, then a resize by `factor`: transposed convolution, identity
   or strided convolution.
@@ -197,11 +197,11 @@ class Residual(nn.Module):
 class Fusion(nn.Module):
   """Fuses the deeper stages' map `x` with a stage's map, resized to `size`.
 
-  For the deepest stage, whose map is `x`, `stage` is None.
+  `stage` is None for the deepest stage, whose map is `x`.
   """
 
   resize: str = "products"  # See `resize_corners`.
-  use_bias: bool = True  # Of the residual units.
+  use_bias: bool = True  # In the residual units.
 
   @nn.compact
   def __call__(
@@ -214,7 +214,8 @@ class Fusion(nn.Module):
       x = x + Residual(self.use_bias, name="residual1")(stage)
     x = Residual(self.use_bias, name="residual2")(x)
     # Released code projects after resizing. Interpolation weights sum to one,
-    # so the order does not matter, and this needs a quarter of the products.
+    # so the order does not matter, and projecting first needs a quarter of the
+    # FLOPs.
     x = Pointwise(x.shape[-1], x.dtype, name="projection")(x)
     return resize_corners(x, size, by=self.resize)
 
@@ -223,24 +224,24 @@ class DPT(nn.Module):
   """DPT: reassembles stages, fuses them from deep to shallow, predicts.
 
   Computes in the dtype of its input; the last layer and the result are
-  float32. Names count stages from the shallowest, 1 to 4: `reassemble1`,
-  `lateral1`, `fusion1`. Unlike released checkpoints, `fusion4` lacks
-  `residual1`, which is not used.
+  float32. Parameter names number the stages 1 to 4 from the shallowest:
+  `reassemble1`, `lateral1`, `fusion1`. `fusion4` omits the unused `residual1`
+  of released checkpoints.
   """
 
   features: int  # Channels of the fused maps.
   channels: tuple[int, int, int, int]  # Per reassembled map, shallow first.
   head_features: int = 32  # Before the last layer.
-  # 'layer' for a LayerNorm on each stage's tokens, for outputs of pre-norm
-  # blocks, whose scale grows with the depth; 'none' for normalised tokens
-  # (Depth Anything: by the encoder's last norm).
+  # 'layer': a LayerNorm per stage, for outputs of pre-norm blocks, whose scale
+  # grows with depth. 'none': for tokens already normalised (Depth Anything, by
+  # the encoder's last norm).
   tap_norm: str = "layer"
-  # Factor by which the last fusion enlarges its map, which has four times the
-  # patch grid's size: 2 is Depth Anything's; 1 saves three quarters of the
-  # output convolutions if the prediction is not larger.
+  # Factor by which the last fusion enlarges its map, four times the patch grid.
+  # Depth Anything has 2; 1 saves three quarters of the output convolutions if
+  # the prediction is not larger.
   upsample: int = 2
-  # 'relu' (Depth Anything's disparity is not negative), or 'none' for training:
-  # a dead ReLU has no gradient.
+  # 'relu' (Depth Anything: non-negative disparity), or 'none' for training: a
+  # dead ReLU passes no gradient.
   activation: str = "none"
   resize: str = "products"  # See `resize_corners`.
 
@@ -254,8 +255,7 @@ class DPT(nn.Module):
 
     Args:
       stages: the tokens as maps, shallow to deep.
-      size: rows and columns of the prediction; Depth Anything's are the
-        image's.
+      size: rows and columns of the prediction; Depth Anything uses the image's.
     """
     check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
     check_choice("DPT.activation", self.activation, ("none", "relu"))
@@ -289,24 +289,24 @@ class DPT(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class DepthHead(base.PredictionHead):
-  """Depth head: relative inverse depth by a DPT.
+  """Depth head: a DPT that predicts relative inverse depth.
 
-  Larger is nearer; scale and shift are each image's own.
+  Larger is nearer, up to a scale and shift per image.
   """
 
   objective = "depth"
   params_key = "depth"
 
-  # Layers read, from shallow to deep, from 0; None for `quarter_taps`.
+  # Layers to read, shallow to deep, from 0; None for `quarter_taps`.
   taps: tuple[int, int, int, int] | None = None
   features: options.PositiveInt | None = None  # None for `default_features`.
-  channels: tuple[int, int, int, int] | None = None  # And `default_channels`.
+  channels: tuple[int, int, int, int] | None = None  # `default_channels`.
   tap_norm: Literal["layer", "none"] = DPT.tap_norm
   # Side of the map; None for four times the patch grid (a stride of 4 pixels at
   # patch 16), at most `MAX_SIDE`.
   size: options.PositiveInt | None = None
-  # Instead of `size`, the map's sides relative to the patch grid's: the patch
-  # gives a value per pixel, as Depth Anything has it.
+  # Overrides `size`: map sides relative to the patch grid. The patch size gives
+  # one value per pixel, as in Depth Anything.
   scale: options.PositiveInt | None = None
   head_features: options.PositiveInt = DPT.head_features
   # 1 suffices for a map that is at most as large as the last fusion's.
@@ -314,7 +314,7 @@ class DepthHead(base.PredictionHead):
   activation: Literal["none", "relu"] = DPT.activation
 
   def resolve(self, spec: Any) -> DepthHead:
-    """The head with taps and channels of the model."""
+    """Fills in the model's taps and channels."""
     image = spec.image
     taps = self.taps or quarter_taps(image.depth)
     stack_lib.check_taps(taps, image.depth)
@@ -347,7 +347,7 @@ class DepthHead(base.PredictionHead):
   def predict(
     self, head: Callable[..., Any], image: Any, grid: tuple[int, int]
   ) -> dict[str, Array]:
-    """`depth`, `[B, H, W]`."""
+    """Predicts `depth` `[B, H, W]`."""
     count = math.prod(grid)
     stages = [
       image.taps[i][:, -count:].reshape(-1, *grid, image.patches.shape[-1])

@@ -15,14 +15,13 @@ from mtv_jax.models.positions import sincos_positions
 def visible_slots(
   keep: Int[Array, "b k"], patches: int
 ) -> tuple[Int[Array, "b {patches}"], Bool[Array, "b {patches}"]]:
-  """Index of each patch among the visible ones.
+  """Index of each patch among the visible patches.
 
-  By comparison instead of a scatter, so that it stays local to each row of a
+  Compares instead of scattering, so that it stays local to the rows of a
   sharded batch.
 
   Returns:
-    For each patch its index in `keep`, `k` if it is hidden; and whether it is
-    visible.
+    Each patch's index in `keep` (`k` if hidden), and whether it is visible.
   """
   match = keep[:, None, :] == jnp.arange(patches)[None, :, None]
   visible = match.any(-1)
@@ -32,18 +31,18 @@ def visible_slots(
 class MaskedDecoder(nn.Module):
   """MAE decoder: predicts the pixels of all patches from the visible tokens.
 
-  Encoded tokens are embedded, a learnt mask token replaces each hidden patch,
-  and 2-D sine-cosine positions are added (none to CLS and registers, which take
-  part in the attention). Transformer blocks, a norm and a linear layer follow.
-  It computes in the dtype of its input; parameters and norms are float32.
+  Embeds the encoded tokens, replaces each hidden patch by a learned mask token,
+  and adds 2-D sine-cosine positions to the patches (not to CLS and registers,
+  which also attend). Transformer blocks, a norm and a linear layer follow.
+  Computes in the dtype of its input; parameters and norms are float32.
   """
 
-  outputs: int  # Values predicted for a patch.
+  outputs: int  # Values per patch.
   width: int = 512
   depth: int = 8
   heads: int = 16
   mlp_ratio: int = 4
-  remat: str = "none"  # And scan and mesh: see `stack.run_stack`.
+  remat: str = "none"  # remat, scan, mesh: see `stack.run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
 
@@ -59,7 +58,7 @@ class MaskedDecoder(nn.Module):
 
     Args:
       tokens: encoded visible patches, in the order of `keep`.
-      prefix: encoded CLS and register tokens, maybe none.
+      prefix: encoded CLS and register tokens, if any.
       keep: indices of the visible patches.
       grid: rows and columns of patches.
     """
@@ -75,7 +74,7 @@ class MaskedDecoder(nn.Module):
     x = jnp.concatenate([x, mask], axis=1)  # [B, K + 1, D]
     x = jnp.take_along_axis(x, slots[:, :, None], axis=1)  # [B, N, D]
     x = x + jnp.asarray(sincos_positions(grid, self.width), dtype)
-    x = jnp.concatenate([prefix, x], axis=1)
+    x = jnp.concatenate([prefix, x], axis=1)  # [B, P + N, D]
 
     block = layers.Block(
       heads=self.heads,
@@ -94,6 +93,6 @@ class MaskedDecoder(nn.Module):
       scan=self.scan,
       mesh=self.mesh,
     )
-    x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
+    x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])  # [B, N, D]
     y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
     return y.astype(jnp.float32)

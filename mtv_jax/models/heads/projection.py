@@ -1,4 +1,4 @@
-"""Prototype head of DINO and iBOT, adaptor of RADIO, L2 normalisation."""
+"""Prototype head (DINO, iBOT), adaptor head (AM-RADIO), L2 normalisation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from jaxtyping import Array, Float
 
 from mtv_jax.models import layers
 
-# DINO's: torch's trunc_normal_ cuts at +-2, a hundred of these deviations away.
+# DINO's; its trunc_normal_ truncates at +-2, a hundred standard deviations.
 _mlp_init = nn.initializers.normal(0.02)
 
 
 def unit(x: Float[Array, "*n"], axis: int = -1) -> Float[Array, "*n"]:
   """L2 normalisation over an axis, in float32.
 
-  The norm is floored at 1e-6, inside the root, so that a zero vector has a
-  finite gradient.
+  The norm is floored at 1e-6, inside the root, so that the gradient is finite
+  at zero.
   """
   x = x.astype(jnp.float32)
   squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
@@ -29,14 +29,14 @@ def unit(x: Float[Array, "*n"], axis: int = -1) -> Float[Array, "*n"]:
 class PrototypeHead(nn.Module):
   """DINO's projection head (Caron et al. 2021, appendix C).
 
-  An MLP with GELU, a bottleneck of unit length, and a last layer without bias
-  whose columns, the prototypes, are normalised by weight (Salimans and Kingma
-  2016): direction `last_layer/kernel`, length `last_layer/scale`, which starts
-  at 1 and is learnt, as in DINOv2.
+  An MLP with GELU, a bottleneck of unit length, and a last layer without bias.
+  The last layer's columns are the prototypes, with weight normalisation
+  (Salimans and Kingma 2016): direction `last_layer/kernel`, and a learned
+  length `last_layer/scale` that starts at 1, as in DINOv2.
 
-  MLP and prototypes are called separately. Logits are `head(x) @
-  head.prototypes()`, but far larger than the two factors, so the loss computes
-  them in chunks.
+  MLP and prototypes are called separately: the logits `head(x) @
+  head.prototypes()` are far larger than both factors, so the loss computes them
+  in chunks.
   """
 
   count: int  # Prototypes (K).
@@ -49,7 +49,7 @@ class PrototypeHead(nn.Module):
     self.last_layer = _Directions(self.count)
 
   def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b d"]:
-    """Bottleneck vectors: float32, of unit length.
+    """Bottleneck vectors: float32, unit length.
 
     The MLP computes in the dtype of `x`, pooled vectors or patches.
     """
@@ -65,8 +65,8 @@ class PrototypeHead(nn.Module):
 class Adaptor(nn.Module):
   """Adaptor head of AM-RADIO (Ranzinger et al. 2023, section 3.2).
 
-  A linear layer, layer norm, GELU and a linear layer, from the student's
-  features to a teacher's. Later releases may have residual blocks between.
+  Linear, LayerNorm, GELU, linear, from the student's features to a teacher's.
+  Later releases may insert residual blocks.
   """
 
   out: int  # Channels of the teacher's features (E).
@@ -83,7 +83,7 @@ class Adaptor(nn.Module):
 
 
 class _Mlp(nn.Module):
-  """Layers fc1 .. fcN with GELU (exact) between them, after a norm if asked."""
+  """Layers fc1 .. fcN with exact GELU between, after an optional norm."""
 
   hidden: int
   out: int
@@ -109,14 +109,14 @@ class _Mlp(nn.Module):
 
 
 class _Directions(nn.Module):
-  """Columns of learnt direction and length."""
+  """Weight-normalised columns: learned direction and length."""
 
   count: int
 
   @nn.compact
   def __call__(self, channels):
-    # Only the direction matters, but the length decides how fast Adam turns it:
-    # that of torch's default linear layer, as in DINO.
+    # Only the kernel's direction matters, but its length sets how fast Adam
+    # rotates it. Torch's default scale for linear layers, as in DINO.
     init = nn.initializers.normal((3 * channels) ** -0.5)
     kernel = self.param("kernel", init, (channels, self.count))
     scale = self.param("scale", nn.initializers.ones, (self.count,))

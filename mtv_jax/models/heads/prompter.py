@@ -1,14 +1,14 @@
 """CLOC prompter and locator (Chen et al. 2025), and the grounding heads.
 
-The prompter maps a box to an embedding, which is compared with text embeddings;
-the locator maps a text embedding to a box.
+The prompter maps a box to an embedding to compare with text embeddings; the
+locator maps a text embedding to a box.
 
-Both are one transformer layer over [prompt tokens; patch tokens], of which only
-the prompt tokens' outputs are read. With one layer these do not depend on the
-patches' queries, so only keys and values of the patches are computed, once for
-all prompts of an image. For ViT-B/16 at 224 and four boxes that is 0.6 GFLOP an
-image, 1.7 % of the tower; the whole layer for each box, to pool over the
-patches' outputs as well, is 11.7, 33 %.
+Both are one transformer layer over [prompt tokens; patch tokens] that outputs
+only the prompt tokens. A single layer's prompt outputs don't depend on the
+patches' queries, so only the patches' keys and values are computed, once for
+all prompts of an image. For ViT-B/16 at 224 and four boxes that costs 0.6 GFLOP
+an image, 1.7 % of the tower. The whole layer per box, which could also pool
+over the patches' outputs, would cost 11.7 GFLOP, 33 %.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
 
 NORM_EPS = 1e-6
-# Periods a unit length: a quarter distinguishes the two ends of an image, 16 is
-# a period per patch and distinguishes fractions of a patch.
+# Periods per unit length: a quarter distinguishes the two ends of an image; 16
+# is one period per patch and resolves fractions of a patch.
 FREQUENCIES = (0.25, 16.0)
 
 
 def sinusoids(
   coordinates: Float[Array, "*b c"], features: int
 ) -> Float[Array, "*b {features}"]:
-  """Sines and cosines of each coordinate, at a geometric series of frequencies.
+  """Sines and cosines of each coordinate, at geometrically spaced frequencies.
 
   Channels are float32, ordered (coordinate, sine | cosine, frequency).
   """
@@ -57,8 +57,8 @@ def sinusoids(
 class PromptLayer(nn.Module):
   """Pre-norm block that updates the prompts, which attend to [prompt; patches].
 
-  Equivalent to running the whole layer per prompt, see the module. It computes
-  in the dtype of `patches`, which the image tower has normalised.
+  Equivalent to running the whole layer per prompt, see the module docstring.
+  Computes in the dtype of `patches`, the image tower's normalised output.
   """
 
   heads: int
@@ -73,8 +73,8 @@ class PromptLayer(nn.Module):
       raise InputError(
         f"The patches' width {width} is not divisible by {self.heads} heads."
       )
-    # One call for all prompts of an image, masked from each other: the patches'
-    # keys and values are read once.
+    # One call for all prompts of an image, masked from one another, to read the
+    # patches' keys and values once.
     owner = np.arange(m * k) // k
     same = owner[:, None] == owner
     attention_mask = np.pad(
@@ -90,8 +90,8 @@ class PromptLayer(nn.Module):
     attention = layers.CrossAttention(
       self.heads, dtype, attend, name="attention"
     )
-    x = prompts.astype(dtype)
-    y = norm(x).reshape(b, m * k, width)
+    x = prompts.astype(dtype)  # [B, M, K, D]
+    y = norm(x).reshape(b, m * k, width)  # [B, M K, D]
     x = x + attention(y, jnp.concatenate([y, norm(patches)], axis=1))
     y = layers.norm(NORM_EPS, dtype, "norm2")(x)
     return x + layers.Mlp(4 * width, dtype=dtype, name="mlp")(y)
@@ -100,8 +100,8 @@ class PromptLayer(nn.Module):
 class Prompter(nn.Module):
   """Prompter: embeddings of boxes, not normalised.
 
-  Boxes are `(y0, x0, y1, x1)` in 0..1 of the tower's input; the text embeddings
-  that they are compared with have `features` channels.
+  Boxes are `(y0, x0, y1, x1)` in 0..1 of the tower's input. `features` is the
+  text embeddings' channels.
   """
 
   heads: int
@@ -115,13 +115,13 @@ class Prompter(nn.Module):
   ) -> Float[Array, "b m {features}"]:
     b, m, _ = boxes.shape
     width, dtype = patches.shape[-1], patches.dtype
-    # Two tokens per box, as in CLOC, which encodes one corner in each. With one
-    # layer a query needs both corners to attend to the box, so ours has both.
+    # Two tokens per box, as in CLOC, which encodes one corner in each. Ours
+    # encode both: in a single layer a query needs both to attend to the box.
     corners = sinusoids(boxes, 2 * width).astype(dtype)
     x = nn.Dense(2 * width, dtype=dtype, name="embed")(corners)
     x = x.reshape(b, m, 2, width)
     x = PromptLayer(self.heads, name="layer")(x, patches)
-    # The mean leaves out the patches' outputs, see the module.
+    # The mean excludes the patches' outputs, see the module docstring.
     x = layers.norm(NORM_EPS, dtype, "norm")(x)
     pooled = x.mean(axis=2, dtype=jnp.float32).reshape(b * m, width)
     return layers.project(pooled, features).reshape(b, m, features)
@@ -130,8 +130,8 @@ class Prompter(nn.Module):
 class Locator(nn.Module):
   """Locator: predicts a box per text embedding, `m` per image.
 
-  `(centre y, centre x, height, width)` in (0, 1), float32. Boxes may reach past
-  the image.
+  `(centre y, centre x, height, width)` in (0, 1), float32. Boxes may extend
+  beyond the image.
   """
 
   heads: int
@@ -145,7 +145,7 @@ class Locator(nn.Module):
     x = PromptLayer(self.heads, name="layer")(x[:, :, None], patches)[:, :, 0]
     x = layers.norm(NORM_EPS, dtype, "norm")(x)
     x = layers.gelu(nn.Dense(width, dtype=dtype, name="fc1")(x), "tanh")
-    # Float32 and zero at the start, as in OWL-ViT: boxes start in the centre.
+    # Float32, initialised to zero as in OWL-ViT: boxes start in the centre.
     x = nn.Dense(4, kernel_init=nn.initializers.zeros, name="fc2")(
       x.astype(jnp.float32)
     )
@@ -153,22 +153,22 @@ class Locator(nn.Module):
 
 
 def corners(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
-  """(centre y, centre x, height, width) to (y0, x0, y1, x1)."""
+  """Converts (centre y, centre x, height, width) to (y0, x0, y1, x1)."""
   centre, half = boxes[..., :2], boxes[..., 2:] / 2
   return jnp.concatenate([centre - half, centre + half], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class GroundingHead(base.PredictionHead):
-  """Grounding head: embeddings of regions by a prompter."""
+  """Grounding head: region embeddings from a prompter."""
 
   objective = "grounding"
   params_key = "prompter"
   inputs = {"boxes": 4}
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
-  # Tokens of a phrase, padding included, that it is trained with. A run takes
-  # those of the op `regions` of `config.data.ops`; None: as many as of texts.
+  # Tokens of a training phrase, padding included. A run takes this from the op
+  # `regions` in `config.data.ops`; None: the length of texts.
   phrase_length: options.PositiveInt | None = None
 
   def module(self) -> nn.Module:
@@ -185,7 +185,7 @@ class GroundingHead(base.PredictionHead):
     *,
     boxes: Float[Array, "b m 4"],
   ) -> dict[str, Array]:
-    """`embeddings` `[B, m, E]` of unit length, of `(y0, x0, y1, x1)`."""
+    """Predicts unit `embeddings` `[B, m, E]` for boxes `(y0, x0, y1, x1)`."""
     del grid
     features = image.pooled.shape[-1]
     return {"embeddings": unit(head(image.patches, boxes, features))}
@@ -193,7 +193,7 @@ class GroundingHead(base.PredictionHead):
 
 @dataclasses.dataclass(frozen=True)
 class LocatorHead(GroundingHead):
-  """Locator head: a box for each phrase, of grounding with regression."""
+  """Locator head: a box per phrase, trained by grounding with regression."""
 
   params_key = "locator"
   inputs = {"phrases": base.TEXT}
@@ -212,7 +212,7 @@ class LocatorHead(GroundingHead):
     *,
     phrases: Float[Array, "b m e"],
   ) -> dict[str, Array]:
-    """`boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`."""
+    """Predicts `boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`."""
     del grid
     return {"boxes": corners(head(image.patches, unit(phrases)))}
 
