@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mtv_jax.experts.labelling.phrases import Vocabulary
+from mtv_jax.experts.labelling.phrases import FixedPhrases
 from mtv_jax.experts.owlv2 import expert as expert_lib
 from mtv_jax.experts.owlv2 import weights
 from mtv_jax.experts.owlv2.model import Owlv2
@@ -47,7 +47,7 @@ _QUERIES = 64
 
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
   """A function that runs one batch; phrases are encoded once."""
-  options = dict(phrases=Vocabulary(PHRASES), batch_size=batch_size)
+  options = dict(phrases=FixedPhrases(PHRASES), batch_size=batch_size)
   expert = expert_lib.load_expert(folder, **options)
   size = weights.read_spec(CONFIGS[variant]).image.image_size
   arrays = {"pixels": experts.random_pixels(expert.rows, size)}
