@@ -355,7 +355,9 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["lin4", "dpt"])
+@pytest.mark.parametrize(
+  "protocol", ["lin4", pytest.param("dpt", marks=pytest.mark.long)]
+)
 def test_scenes_through_a_vit(protocol):
   encoder = baselines.random("mu/8", 64)
   result = DepthProbe(protocol=protocol).run(encoder)

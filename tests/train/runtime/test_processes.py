@@ -49,6 +49,7 @@ def but_key_biases(name, value):
   return value.reshape(-1, 2, 3, value.shape[-1] // 6)[:, :, [0, 2]]
 
 
+@pytest.mark.long
 def test_four_processes_resume_a_run_of_two(single, tmp_path):
   """And equal one process that was not interrupted."""
   workdir = tmp_path / "run"
