@@ -26,7 +26,7 @@ from mtv_jax.train.state import TrainState
 from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
 Batch = Mapping[str, Array]
-# Gathered where they are read: vocabularies by row, blocks in their loop.
+# Gathered at use instead: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
 _NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]

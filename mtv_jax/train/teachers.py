@@ -146,7 +146,7 @@ class FrozenTeacher:
   max_updates: int | None = None
   # Input pixels per side. None: the objective's choice.
   size: int | None = None
-  input_size: int | None = None  # Of its preprocessing. None: the model's.
+  input_size: int | None = None  # Preprocessing size. None: the model's.
   layers: tuple[int, ...] = ()  # Blocks whose tokens are distilled, from 0.
   pixels: PixelMap | None = None  # From the views' pixels to its own.
   cached: str | None = None  # Format of its label sets, if they replace it.

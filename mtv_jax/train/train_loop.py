@@ -360,7 +360,7 @@ class Trainer:
         bound.value(name, metrics)
 
   def previous_evaluation(self, name: str, step: int) -> int:
-    """The step of an evaluation's previous run; 0 if it has not run."""
+    """The step of an evaluation's previous run; 0 if this is the first."""
     entry = self.experiment.config.evals[name]
     every = self.experiment.length.steps(entry.every)
     return (step - 1) // every * every if every and step else 0

@@ -122,7 +122,7 @@ def make_optimizer(
 
   `params` are the parameters, or their shapes, and `table` their rules. The
   state of `tx` has moments with the parameters' names and shapes. Frozen
-  parameters have no moments and do not change.
+  parameters lack moments and do not change.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
