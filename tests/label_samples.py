@@ -46,7 +46,7 @@ def open_base(folder):
 
 
 def outcome(kind, i):
-  """Record 3 has no label, and record 5 has a label of no boxes."""
+  """Record 3 lacks a label, and record 5 has a label without boxes."""
   if i == 3:
     return no_label(f"{kind}: none")
   if kind == "depth":

@@ -8,7 +8,7 @@ from mtv_jax.evals.core import probe_heads
 
 
 def random_head(head, channels, *, seed=0):
-  """Parameters and running statistics, none of them zero or one."""
+  """Parameters and running statistics, never zero or one."""
   rng = np.random.default_rng(seed)
   params, state = probe_heads.init_head(head, channels, rng.standard_normal)
 

@@ -1,4 +1,4 @@
-"""Running the real training command, or code, in processes of its own."""
+"""Runs the real training command, or code, in subprocesses."""
 
 import contextlib
 import json
@@ -138,7 +138,7 @@ def together(
 ) -> Iterator[list[subprocess.Popen]]:
   """Runs in `count` processes, joined by `jax.distributed` if several.
 
-  Arguments and options are those of `start`.
+  Arguments and options are passed to `start`.
   """
   address = free_address()
   joins = [
@@ -186,7 +186,7 @@ def log(workdir: pathlib.Path) -> str:
 def wait_for_step(
   workdir: pathlib.Path, step: int, running: list[subprocess.Popen]
 ) -> None:
-  """Returns once a step was logged; fails where a process has ended before."""
+  """Returns once a step is logged; fails if a process ends before."""
   deadline = time.monotonic() + 400
   while max(losses(workdir), default=0) < step:
     assert all(p.poll() is None for p in running), log(workdir)

@@ -118,7 +118,7 @@ def test_bad_arguments(tmp_path):
 
 @pytest.fixture
 def failing_commit(monkeypatch):
-  """A context in which no checkpoint can be committed."""
+  """A context in which committing a checkpoint fails."""
 
   def full(*args, **kwargs):
     raise OSError("no space left")

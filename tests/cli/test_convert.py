@@ -148,7 +148,7 @@ def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
   )
   with pytest.raises(SystemExit, match="another format's conversion"):
     main(["to_hf", out, back])
-  # An upload that ended early is no model.
+  # An incomplete upload is not a model.
   path.remove(path.as_path(out) / "config.json")
   with pytest.raises(SystemExit, match=r"has no config\.json"):
     main(["from_hf", out, f"{bucket}/third"])

@@ -1,4 +1,4 @@
-"""`mtv-jax`: dispatch, shared arguments, errors, and the wheel alone."""
+"""`mtv-jax`: dispatch, shared arguments, errors, and the installed wheel."""
 
 import argparse
 import os
@@ -83,8 +83,8 @@ class Group(arguments.Flags):
   """Flags of several commands.
 
   Args:
-    size: of a side.
-    most: at least none.
+    size: size of a side.
+    most: at least 0.
   """
 
   size: float | None = None
@@ -165,7 +165,7 @@ PACKAGED = (
 def test_the_wheel_works_alone(tmp_path, repo_root):
   """An empty environment trains, evaluates and exports from another folder.
 
-  The environment has the dependencies of this one, and the wheel in place of
+  The environment has this one's dependencies, and the wheel instead of
   the checkout.
   """
   source = tmp_path / "source"

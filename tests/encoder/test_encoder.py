@@ -213,7 +213,7 @@ def test_pil_files_equal_their_bytes(encoder, images, make):
     out = encoder.image([opened, file.getvalue()], outputs=("pooled",)).pooled
     plain = np.asarray(opened.convert("RGB"))
   np.testing.assert_array_equal(out[0], out[1])
-  # Pillow alone would give another result.
+  # Pillow's resize would give another result.
   other = encoder.image([plain], outputs=("pooled",)).pooled
   assert np.abs(other[0] - out[0]).max() > 1e-3
 

@@ -91,7 +91,7 @@ for _suffix, _contents in {
   _places = {k: _beside(_suffix, make) for k, make in PLACES.items()}
   _folder = {"a folder": _places.pop("a folder")}
   _add(CAPTIONS, _places, MODES[:2], prefix=f"{_suffix}, ")
-  # As if there were none.
+  # Treated as missing.
   _add(CAPTIONS, _folder, MODES[:1], prefix=f"{_suffix}, ")
   _add(CAPTIONS, _folder, MODES[1:2], "used", prefix=f"{_suffix}, ")
 
@@ -178,7 +178,7 @@ _DATA["a PNG of 60,000 x 60,000"] = (
 _makes = {name: _captioned(_content(data)) for name, data in _DATA.items()}
 _add(IMAGES, _makes, MODES[::2])
 _makes = {name: _captioned(make) for name, make in PLACES.items()}
-# A folder is no image; the others are named, but for an absurd size.
+# A folder is not an image; the rest are named, except an absurd size.
 _skipped = {name: _makes.pop(name) for name in ("a folder", "a terabyte")}
 _add(IMAGES, _makes, MODES[:1], "error")
 _add(IMAGES, _skipped, MODES[:1])

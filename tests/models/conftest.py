@@ -33,7 +33,7 @@ class NumpyTransformer:
 
   def __init__(self, spec, rotate=lambda x: x):
     self.spec = spec
-    self.rotate = rotate  # Of queries and keys [T, D], by rotary positions.
+    self.rotate = rotate  # Rotates queries and keys [T, D] by position.
 
   def dense(self, p, x):
     y = x @ np.asarray(p["kernel"], np.float64)

@@ -306,7 +306,7 @@ def test_keep_of_all_patches_equals_no_keep(params_of):
   full = encode(DINOV2, params, images)
   encoded = encode(DINOV2, params, images, keep=keep)
   np.testing.assert_allclose(encoded.patches, full.patches, atol=1e-6)
-  # Positions follow the patches: another order gives the same tokens.
+  # Positions follow the patches: another order gives equal tokens.
   order = np.random.default_rng(0).permutation(16)
   shuffled = encode(DINOV2, params, images, keep=keep[:, order])
   np.testing.assert_allclose(
@@ -682,7 +682,7 @@ def test_positions_of_many_grids_are_those_of_each():
     alone = positions.resize_grid(table, size, method).reshape(-1, 3)
     np.testing.assert_allclose(row[: len(alone)], alone, atol=1e-6)
     assert np.isfinite(row).all()
-  # Of a square, cut: what a larger image has there too.
+  # Crops a square grid: equals the part of a larger image's grid.
   cut = positions.resize_grid(table, (2, 6), "crop")
   whole = positions.resize_grid(table, (6, 6), "bilinear")
   np.testing.assert_array_equal(cut, whole[:2])

@@ -14,7 +14,7 @@ from mtv_jax.parallel.rules import tree_shardings
 
 
 def test_check_param_rules():
-  """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
+  """If `fsdp` is gathered, `tensor` must be laid out as the layers use it."""
   name = "image/blocks/mlp/fc1/kernel"
   abstract = {name: jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)}
   both = make_mesh(dict(data=2, fsdp=2, tensor=2))

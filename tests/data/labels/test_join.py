@@ -488,7 +488,7 @@ def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
       of=lambda kind, i: no_label("no file"),
     )
   assert not (tmp_path / "manifest.json").exists()
-  # The set has no labels to lose, so other settings are not rejected.
+  # The set is empty, so other settings are not rejected.
   writer = LabelWriter(
     tmp_path, kind="depth", base=open_base(labelled / "base"), settings={"b": 1}
   )

@@ -276,7 +276,7 @@ def test_thirteen_rates_cost_at_most_twice_one():
     print(*(statistics.median(x) for x in zip(*pairs)))
   """
   # A shared compilation cache keeps programs that compile for over a second,
-  # which may be that of thirteen rates alone.
+  # which may be only the program of thirteen rates.
   environment = {
     k: v
     for k, v in os.environ.items()

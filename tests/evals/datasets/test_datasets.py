@@ -210,7 +210,7 @@ _KINDS = {
   "tokenizers": set(),
   "weights_fastestdet": set(),
 }
-# The sample of ADE20K has no training images.
+# The sample of ADE20K lacks training images.
 _INCOMPLETE = {("ade20k", "segmentation"): MissingFileError}
 
 
@@ -220,7 +220,7 @@ def opened(monkeypatch):
   kinds, depth = [], [0]
 
   def record(kind, opener, *args, **kwargs):
-    # One opener may try others.
+    # An opener may call another.
     kinds.extend([kind] * (not depth[0]))
     depth[0] += 1
     try:

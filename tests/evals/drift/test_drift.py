@@ -67,8 +67,8 @@ def test_equal_encoders_read_one(start):
   assert 0 < result.chance["cka"] < 0.9
   assert result.protocol["images"] == 24
 
-  # A change of the second block leaves the first as it is; a larger one of
-  # the same direction leaves less of the rest. The reference is read once.
+  # A change of the second block does not affect the first; a larger change in
+  # that direction lowers the rest more. The reference is read once.
   values = [result.metrics]
   for change in (0.05, 0.5):
     values.append(evaluator.run(changed(encoder, change)).metrics)

@@ -315,11 +315,11 @@ def test_broken_files_say_so(tmp_path, shared_data):
 
 @pytest.mark.reference
 def test_detections_on_photos_are_the_published_ones(detector, shared_data):
-  """Against the same file through onnxruntime and OpenCV as published.
+  """Matches onnxruntime and OpenCV on the same file, as published.
 
-  Boxes above the threshold are the same ones. After suppression the two may
-  differ where an overlap is as near to 45 % as the rounding to whole pixels,
-  and the part of a box outside the photo, which ours leaves out, are large.
+  Boxes above the threshold are equal. After suppression they may differ if an
+  overlap is near 45 %: the published code rounds to whole pixels and includes
+  the part of a box outside the photo, which ours leaves out.
   """
   import onnxruntime
 
@@ -370,7 +370,7 @@ def near(one, others):
 def test_the_rate_on_coco_is_the_published_codes(
   detector, shared_data, tmp_path, capsys
 ):
-  """The whole chain of tools, and the published rules on the same photos."""
+  """The whole chain of tools against the published rules, on real photos."""
   coco, weights = shared_data / "coco", shared_data / "weights_fastestdet"
   parts = ("train2017", "val2017")
   shards, truth = tmp_path / "shards", tmp_path / "truth"

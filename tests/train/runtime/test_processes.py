@@ -146,7 +146,7 @@ def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
     running[0].kill()
     code = running[1].wait(timeout=60)
   log = trainings.log(workdir)
-  # 75 where a collective has failed before.
+  # 75 if a collective has failed before.
   assert code in (-signal.SIGABRT, 75), log
   assert "JAX distributed service" in log or "run is lost" in log
 
@@ -232,7 +232,7 @@ with open(f"{sys.argv[2]}.{process}.json", "w") as file:
 def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
   tmp_path,
 ):
-  """What fits in each of two, also where one alone would save more."""
+  """A choice that fits both processes, even if one alone would save more."""
   workdir = tmp_path / "run"
   trainings.run_pair(AUTO_REMAT, str(trainings.CONFIG), str(workdir), devices=1)
   first, second = (
