@@ -1,4 +1,4 @@
-"""A small train state of several dtypes, saved on one mesh, read on others."""
+"""A small train state of several dtypes, to save and restore across meshes."""
 
 import flax.struct
 import jax

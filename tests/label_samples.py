@@ -83,7 +83,7 @@ def entry(folder, **labels):
 
 
 def make_copy(folder):
-  """Another copy of the images: shuffled, partial, in other shards."""
+  """Another copy of the images: shuffled, partial, in different shards."""
   numbers = [9, 3, 0, 7, 1, 5]
   records = [
     {

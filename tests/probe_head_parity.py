@@ -29,7 +29,7 @@ def as_torch(x):
 
 
 def torch_head(head, params, state):
-  """The same head as an nn.Sequential of features `[b, c, h, w]`."""
+  """The head as an nn.Sequential on features `[b, c, h, w]`."""
 
   def batch_norm(name):
     stats = state["batch_stats"][name]

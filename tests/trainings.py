@@ -19,8 +19,8 @@ from mtv_jax.utils.tree import flatten_with_names
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "tests" / "configs"
 CONFIG = CONFIGS / "smallest.py"
-# `python -m mtv_jax.main`, without what it inherits if the tests themselves run
-# by `nohup` or in the background: SIGHUP and SIGINT ignored.
+# `python -m mtv_jax.main`, without the handlers inherited if the tests run
+# under `nohup` or in the background: SIGHUP and SIGINT ignored.
 _MAIN = """
 import runpy, signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -58,7 +58,7 @@ def launch(
 def spawn(
   workdir: pathlib.Path, *args: str, devices: int = 1
 ) -> subprocess.Popen:
-  """Starts Python with arguments; `finish` shows what it prints."""
+  """Starts Python with arguments; `finish` shows its output."""
   env = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",

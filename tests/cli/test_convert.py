@@ -82,7 +82,7 @@ def test_a_source_is_never_written_over(native, tmp_path):
   for direction in ("to_hf", "from_hf"):
     with pytest.raises(SystemExit, match="is the source: name"):
       main([direction, str(native), f"{native}/../native"])
-  # A folder never has conversions in two formats: one would hide the other.
+  # A folder never has conversions in two formats: one would hide the second.
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
   with pytest.raises(

@@ -28,8 +28,8 @@ import tensorstore as ts
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED, STEPS = 2, 22
 SIZE, RECORDS, PER_SHARD = 16, 8, 5
-TIMES = ("speed/", "goodput/")  # What depends on the time.
-# Runs with a balancing method, and their other settings. Only one run has Adam:
+TIMES = ("speed/", "goodput/")  # Time-dependent metrics.
+# Runs with a balancing method, and further settings. Only one run has Adam:
 # moments can't be compressed.
 _SGD = dict(name="sgd", lr=0.03, momentum=0.9)
 METHODS = {
@@ -151,7 +151,7 @@ ALL = dict(
 
 
 def run(*arguments: str, **env: str) -> str:
-  """Runs Python in the current folder; returns what it prints."""
+  """Runs Python in the current folder; returns its output."""
   done = subprocess.run(
     [sys.executable, *arguments],
     env={**os.environ, "JAX_PLATFORMS": "cpu", **env},

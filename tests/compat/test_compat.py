@@ -253,7 +253,7 @@ def select(arrays, group):
 
 
 def assert_close(found, expected, **tolerance):
-  """Compares numbers, arrays and other values by name."""
+  """Compares numbers, arrays and the remaining values by name."""
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(
@@ -305,7 +305,7 @@ def test_batches_and_labels_are_the_same(expected):
 
 
 def test_views_are_the_same(arrays):
-  """Other processors round pixels otherwise."""
+  """Up to rounding, which differs between processors."""
   views, found = select(arrays, "views"), view_arrays()
   assert_close(found, views, rtol=0, atol=1e-6)
   for name, x in views.items():

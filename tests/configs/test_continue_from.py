@@ -1,4 +1,4 @@
-"""Arguments of configs/continue_from.py: what they set, and their errors."""
+"""Arguments of configs/continue_from.py: their effects and errors."""
 
 import pytest
 from hostile import foreign_samples as samples

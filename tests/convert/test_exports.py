@@ -89,7 +89,7 @@ def images():
 
 @pytest.mark.parametrize("name", CASES)
 def test_image_towers_are_restored(name, tmp_path):
-  """Exact with our description; without it, except what only we store."""
+  """Exact with our description; without it, except values only we store."""
   kind, fields = CASES[name]
   model = make_model(fields, family_specs.preprocess_of(kind))
   stored = model.store_positions()
@@ -124,7 +124,7 @@ def test_two_towers_are_restored(model, tmp_path):
   assert back.spec == model.spec and back.preprocess == SQUASH
   assert back.tokenizer.build().clean == "canonicalize"
   parity.assert_same_params(back.params, model.params)
-  # The same after a round trip through a native folder.
+  # Unchanged after a round trip through a native folder.
   again = huggingface.read(native.write(tmp_path / "b", back))
   assert again == dataclasses.replace(back, params=again.params)
   parity.assert_same_params(again.params, model.params)
@@ -146,7 +146,7 @@ def test_temperatures_keep_their_names(model, tmp_path):
 
 
 def test_positions_of_another_size_are_stored(model):
-  """The table is what the tower computes on the fly; fixed ones are stored."""
+  """The table equals the tower's computed positions; fixed ones are stored."""
   assert model.resize(64).spec == model.spec
   parity.assert_same_params(model.resize(64).params, model.params)
   fixed = make_model({**family_specs.BLOCK, "positions": "sincos"})
@@ -279,7 +279,7 @@ def assert_equal_logits(folder, model, processor, images):
     truncation=True,
     return_tensors="pt",
   )
-  # A mask over the padding would change what the text tower was trained on.
+  # The text tower was trained without a mask over the padding.
   assert set(inputs) == {"pixel_values", "input_ids"}
   with torch.no_grad():
     expected = model(**inputs).logits_per_image.numpy()

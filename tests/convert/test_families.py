@@ -67,7 +67,7 @@ SQUARES = ((64, 64), (96, 96), (48, 48))
 # By kind: the class, its config, the sizes of images.
 KINDS = {
   "siglip": ("SiglipModel", SIGLIP, SQUARES),
-  # SigLIP 2 of fixed resolution has SigLIP's classes, and other sizes.
+  # SigLIP 2 of fixed resolution has SigLIP's classes, and different sizes.
   "siglip2": (
     "SiglipModel",
     {

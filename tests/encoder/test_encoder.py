@@ -432,7 +432,7 @@ np.savez(f"{sys.argv[1]}/{process}", pooled=out.pooled, layer=out.layers[0],
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-  """Each decodes its own half; both get everything, as one process does."""
+  """Each decodes its own half; both get all results, like a single process."""
   trainings.run_pair(PROCESS, str(tmp_path), devices=2)
   first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
   assert sorted([*first["read"], *second["read"]]) == list(range(11))

@@ -11,7 +11,7 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.store import Store
 
-# Two names have the same letters and digits.
+# Two names with equal letters and digits.
 SHEETS = ["worst", "best: a/b", "best- a b"]
 ENTRY = {"type": "knn", "data": "scenes", "k": (1, 2)}
 

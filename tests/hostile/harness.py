@@ -8,7 +8,7 @@ outcome that the case allows, within 10 s and 1 GiB above the start:
   used   it returns anything else: the input is odd, and usable
 
 Any other exception is a defect, as is a crash. A worker process runs the cases
-one after the other; it is killed and replaced when a case hangs, crashes or
+one by one; it is killed and replaced when a case hangs, crashes or
 takes too much memory. A test file has its cases at the level of the module,
 since the worker imports the file to find them:
 

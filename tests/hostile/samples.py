@@ -207,7 +207,7 @@ PLACES = {
 
 
 def other_types(value: object) -> list[object]:
-  """JSON values of other types than a valid one's."""
+  """JSON values whose type differs from a valid one's."""
   kinds = None, True, "x", 0.5, [[1]], {"a": 1}
   return [kind for kind in kinds if type(kind) is not type(value)]
 
@@ -219,7 +219,7 @@ def as_bytes(content: object) -> bytes:
 
 
 def by_repr(values: Iterable[object]) -> dict[str, object]:
-  """Values by what they look like."""
+  """Values by (shortened) representation."""
   named: dict[str, object] = {}
   for value in values:
     name = ascii(value)[:40]

@@ -32,7 +32,7 @@ def _write(file: pathlib.Path, content: bytes = JPEG) -> None:
 def _read(folder: pathlib.Path, make, captions: str = "required"):
   """Reads a folder that `make` writes to, with two good images.
 
-  "skip" if an image is left out: those that are left out when the folder is
+  "skip" if an image is left out: images left out when the folder is
   opened are counted in the log.
   """
   root = folder / "photos"
@@ -49,7 +49,7 @@ def _read(folder: pathlib.Path, make, captions: str = "required"):
 
 
 def _add(cases, makes, modes, expects="skip", prefix=""):
-  """Cases of what `makes` write, with each treatment of captions."""
+  """Cases of the files that `makes` write, in each caption mode."""
   for mode in modes:
     read = functools.partial(_read, captions=mode)
     suffixed = {f"{name}, {mode}": make for name, make in makes.items()}
@@ -57,7 +57,7 @@ def _add(cases, makes, modes, expects="skip", prefix=""):
 
 
 def _beside(suffix, make):
-  """An image, and what `make` puts beside it."""
+  """An image, and the path that `make` creates next to it."""
 
   def run(folder):
     _write(folder / "h.jpg")

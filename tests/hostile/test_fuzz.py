@@ -1,6 +1,6 @@
 """Fuzzing of data readers: each input is used, a named error or a skip.
 
-FUZZ_EXAMPLES=100000 runs more examples than the suite does, of other seeds.
+FUZZ_EXAMPLES=100000 runs more examples than the suite, with new seeds.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Rematerialisation by name: choices, what they save, what they recompute."""
+"""Rematerialisation by name: choices, saved and recomputed arrays."""
 
 import functools
 
@@ -38,7 +38,7 @@ def saved_and_flops(choice, mlp="plain", layer_scale=None):
 def test_a_name_saves_its_array_and_the_product_that_computes_it(
   mlp, layer_scale
 ):
-  """By the shapes of a block; what is not read is neither saved nor computed.
+  """By the shapes of a block; unread arrays are neither saved nor computed.
 
   Only layer scale reads the output of the MLP.
   """

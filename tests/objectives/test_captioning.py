@@ -118,7 +118,7 @@ def run(objective, params, batch, seed=0):
   return compute(params, batch["patches"])
 
 
-# The same in NumPy: one sequence at a time, without padding, in float64.
+# NumPy reference: one sequence at a time, without padding, in float64.
 
 
 def np_norm(x, p):

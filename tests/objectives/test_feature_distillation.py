@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT = base.Context(step=0, total_steps=10, statistics={})
 VIEWS = views.build_views({"image": dict(ops="crop(16, 0.4, 1.0)|flip")})
 TEACHERS = {
-  # Finer patches at another resolution, of other pixels, and two layers.
+  # Finer patches at another resolution and normalisation, and two layers.
   "fine": FrozenTeacher(
     ModelSpec.from_config(
       dict(

@@ -15,7 +15,7 @@ from mtv_jax.parallel import ring
 
 def regions(n=7, seed=0, **changes):
   rng = np.random.default_rng(seed)
-  # Exact in float32, so that both sides compute with the same values.
+  # Exact in float32, so that both sides compute with equal values.
   region, text = np.float64(
     np.float32(samples.unit(rng.normal(size=(2, n, 5))))
   )

@@ -82,7 +82,7 @@ def batch_of(images=4, count=5, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def compute_loss_inputs(objective, params, batch):
-  """The loss inputs of what `batch_of` gives."""
+  """The loss inputs of `batch_of`'s batch."""
   empty = jnp.zeros((len(batch["boxes"]), 1, 1))
   encodings = {
     IMAGE: vit.ImageOutput(

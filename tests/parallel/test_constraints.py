@@ -1,4 +1,4 @@
-"""Parameters gathered where they are used; see `models/test_layers.py` too."""
+"""Parameters gathered at use; see also `models/test_layers.py`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The runs of a study: arms, what they leave out, lengths, seeds."""
+"""The runs of a study: arms, omissions, lengths, seeds."""
 
 import pathlib
 

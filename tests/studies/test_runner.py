@@ -142,7 +142,7 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   top1, rmse = read.metrics
   assert (top1.name, top1.unit, top1.lower) == ("retrieval/top1", "%", False)
   assert (rmse.unit, rmse.lower, rmse.chance) == ("m", True, None)
-  # Its last checkpoint is missing, or it had other settings.
+  # Its last checkpoint is missing, or its settings differed.
   path = tmp_path / "runs" / "a0-s0"
   (path / "checkpoints" / "5").rmdir()
   assert "a0-s0" in read_study(tmp_path).unfinished
@@ -278,7 +278,7 @@ def get_config(arg=None):
 
 @pytest.fixture
 def start():
-  """Starts a study; what still runs at the end of the test is killed."""
+  """Starts a study; kills processes that outlive the test."""
   started = []
 
   def start(recipe, output):

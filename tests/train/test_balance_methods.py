@@ -67,7 +67,7 @@ def test_uncertainty_follows_equation_10():
     for name, adam in expected.items():
       actual = state[name]["log_variance"]
       np.testing.assert_allclose(actual, adam.value, rtol=1e-5)
-  # The objective that has not started is unchanged.
+  # An objective before its start is unchanged.
   jax.tree.map(
     np.testing.assert_array_equal, state["late"], balance.init("x")["x"]
   )

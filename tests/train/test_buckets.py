@@ -20,7 +20,7 @@ STEPS = 12
 
 
 def rows(file):
-  """Lines of metrics.jsonl, without what depends on the time."""
+  """Lines of metrics.jsonl, without time-dependent values."""
   text = path.read_bytes(path.as_path(file) / "metrics.jsonl").decode()
   return [
     {

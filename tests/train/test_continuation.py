@@ -1,4 +1,4 @@
-"""configs/continue_from.py: a run, exported, is continued on other data."""
+"""configs/continue_from.py: continues an exported run on new data."""
 
 import json
 

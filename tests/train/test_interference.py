@@ -31,7 +31,7 @@ NAMES = (*COUNTED, "unlabelled")
 
 
 class Negative(Contrastive):
-  """The loss of contrast with the other sign."""
+  """The negated contrastive loss."""
 
   def loss(self, loss_inputs, heads, context):
     terms = super().loss(loss_inputs, heads, context)

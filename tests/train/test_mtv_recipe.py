@@ -123,7 +123,7 @@ def test_the_step_is_the_same_over_devices_and_parts(shape, accumulate):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["drop_path", "rope"])
 def test_augmentations_of_the_encoder_reach_the_losses(part):
-  """What the equality above compares is not absent in all cases."""
+  """The augmentations change the losses compared above."""
   spec = tiny_mtv.everything().select_objectives(("contrastive",))
   if part == "drop_path":
     spec = dataclasses.replace(spec, runtime={**spec.runtime, "drop_path": 0.0})

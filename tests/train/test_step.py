@@ -95,7 +95,7 @@ def test_sharded_step_equals_a_single_device(single_device):
 
 
 def test_fsdp_is_gathered_under_rules_of_the_config(single_device):
-  """Also of what the built-in rules leave whole."""
+  """Also parameters that the built-in rules leave whole."""
   rules = [
     (r"blocks/mlp/fc1/kernel$", (None, "fsdp")),
     (r"blocks/attention/qkv/(kernel|bias)$", ("fsdp",)),

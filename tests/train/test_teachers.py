@@ -67,7 +67,7 @@ def test_teachers_of_a_run(tmp_path):
   name = "patch_embed/kernel"
   assert np.abs(ema[3][name] - ema[1][name]).max() > 0
 
-  # The next stage reads what the run's config names, of another size.
+  # The next stage, of another size, reads the weights in the run's config.
   config = recipe(path=str(first), step=4)
   assert config.weights == "teacher"
   config.model.update(width=32)
@@ -192,7 +192,7 @@ def distilled(encoders, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_teachers(encoders, distilled):
-  """One entry a teacher; both are learned, of other pixels and patches."""
+  """One entry per teacher; both are learned, with their pixels and patches."""
   folder, state = distilled
   rows = (folder / "metrics.jsonl").read_text().splitlines()
   for name in encoders:

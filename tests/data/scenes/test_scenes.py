@@ -442,7 +442,7 @@ def test_easier_scenes_have_less_of_everything():
 
 @pytest.mark.parametrize("level", ["easy", "medium"])
 def test_labels_of_easier_scenes(level):
-  """As of the hard ones: two views of one scene, tight and named boxes."""
+  """Like hard scenes: two views of one scene, tight and named boxes."""
   for index in range(30):
     pair = render_pair(index, size=64, difficulty=level)
     scene = pair.first

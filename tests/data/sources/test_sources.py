@@ -166,7 +166,7 @@ def test_incomplete_groups_are_left_out_and_counted(tmp_path, caplog):
   source = one(tmp_path, members)
   assert len(source) == 4
   assert "left out 2 records without an image and 1 without a" in caplog.text
-  # The same if the index existed already.
+  # Also if the index existed already.
   caplog.clear()
   WebDatasetSource(tmp_path / "x.tar")
   assert "left out 2 records" in caplog.text

@@ -145,7 +145,7 @@ def test_embed(cls, images, feature):
   }[feature]
   got = global_features.embed(cls, labelled(images), feature=feature)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  # The same for pixels that already have the target size.
+  # Also for pixels that already have the target size.
   small = [np.asarray(PIL.Image.fromarray(i).resize((16, 16))) for i in images]
   got = global_features.embed(
     cls, labelled(small), feature=feature, pixels="crops"

@@ -1,4 +1,4 @@
-"""Training loop of probes, against NumPy, torch and other meshes."""
+"""Training loop of probes, against NumPy, torch and across meshes."""
 
 import functools
 

@@ -79,7 +79,7 @@ def test_transfer_matches_numpy(maps, points):
   best = scores.argmax(axis=1)
   want = np.stack([best % GRID, best // GRID], axis=1)
   np.testing.assert_array_equal(find(*maps, points), want)
-  # Features are normalised before sampling: the other order differs here.
+  # Features are normalised before sampling: the reverse order differs here.
   raw = sampled(maps[0].astype(float), points) @ second.reshape(-1, WIDTH).T
   assert (raw.argmax(axis=1) != best).any()
 

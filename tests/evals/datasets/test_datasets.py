@@ -236,7 +236,7 @@ def opened(monkeypatch):
 
 
 def test_every_evaluation_on_every_real_folder(shared_data, opened):
-  """Ready or not applicable; other errors are mistakes."""
+  """Ready or not applicable; any further error is a mistake."""
   wrong = {}
   for folder, kinds in _KINDS.items():
     kinds = kinds and {"images", *kinds}

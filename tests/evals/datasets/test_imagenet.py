@@ -228,7 +228,7 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
     ZeroShot(**options).prepare()
   with pytest.raises(InputError, match="relabels the files of ImageNet"):
     ZeroShot(real=str(real)).prepare()
-  # The same images in folders of classes.
+  # Equal images in folders of classes.
   write_image(tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.png", "red")
   jpeg = tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.JPEG"
   jpeg.with_suffix(".png").rename(jpeg)
@@ -392,8 +392,8 @@ def test_clip_benchmark_classification(clip_benchmark, colours):
   assert data.images[1][0, 0].tolist() == [255, 0, 0]
   result = ZeroShot(data=str(clip_benchmark)).run(colours)
   assert result.protocol["templates"] == ["a photo of a {}.", "{}"]
-  # Green is as far from all names, and the first wins. Equal names are no
-  # error, as the labels are the numbers of the lines.
+  # Green is equally far from all names, so the first wins. Equal names raise no
+  # error, as labels are line numbers.
   assert result.metrics["top1"] == pytest.approx(2 / 3)
   splits = registry.open_splits(clip_benchmark)
   assert list(splits.train.labels) == [0, 1, 2]

@@ -201,7 +201,7 @@ def test_partners_depend_on_the_group_and_the_seed_alone():
   first = posed.draw_pairs(single, seed=8).pairs
   second = posed.draw_pairs(behind, seed=8).pairs[3:]
   assert [p.second for p in first] == [p.second - 3 for p in second]
-  # The same on every machine and in every release.
+  # Equal on every machine and in every release.
   assert [p.second for p in first[:8]] == [8, 5, 8, 6, 3, 4, 0, 11]
   other = posed.draw_pairs(single, seed=9).pairs
   assert [p.second for p in first] != [p.second for p in other]

@@ -56,9 +56,9 @@ def cells(output, threshold):
 
 
 def published(output, threshold, height, width):
-  """The same in whole pixels, and without what overlaps a better one by 45 %.
+  """Detections in whole pixels, after suppression of overlaps above 45 %.
 
-  As the detector's example has it: boxes are cut to whole pixels, and both
+  Follows the detector's example: boxes are cut to whole pixels, and both
   ends count.
   """
   boxes = []
@@ -74,7 +74,7 @@ def published(output, threshold, height, width):
 
 
 def overlap(a, b, *, end=1):
-  """IoU; `end` is what both ends add to a side."""
+  """IoU; `end` is added to each side, as both ends count."""
   sides = [
     max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k]) + end) for k in (0, 1)
   ]

@@ -1,4 +1,4 @@
-"""Prompter and locator against a full layer in NumPy, and what they learn."""
+"""Prompter and locator, against a full layer in NumPy, and their learning."""
 
 import functools
 

@@ -61,7 +61,7 @@ def test_savings_follow_from_the_shapes(tiny):
 
 
 def test_encodings_of_one_view_are_saved_together():
-  """As of two objectives that encode a text field differently."""
+  """As with two objectives that encode a text field differently."""
   twice = remat.merge_savings([*SAVINGS, SAVINGS[2]])
   choice = remat.format_choice(twice, twice)
   assert choice == remat.format_choice(SAVINGS, SAVINGS)
@@ -112,7 +112,7 @@ def test_the_search_ends_next_to_the_budget(budget, padding, free):
   assert trials[0].remat == "full" and len(trials) <= remat.COMPILATIONS
   best = max((t for t in trials if t.fits), key=lambda t: t.flops)
   assert best.peak <= budget * MIB
-  # What could be saved within the budget, by the same rule.
+  # The savings within the budget, by this rule.
   capacity = ((budget - 1000 + free) * MIB) / padding
   most = sum(s.flops for s in remat.choose_savings(SAVINGS, capacity))
   assert best.flops >= 0.85 * most

@@ -1,4 +1,4 @@
-"""Required traffic between chips, and the rest of what programs send."""
+"""Required traffic between chips, and the remaining traffic of programs."""
 
 import json
 from collections import Counter

@@ -168,7 +168,7 @@ def test_a_process_that_fails_alone_tells_why_and_exits(
   log = trainings.log(workdir)
   assert (codes[failing], codes[1 - failing]) == (1, 75), log
   assert "\ntrain: too many records are bad\n" in log
-  # Whichever the other one sees first.
+  # Whichever message the second process sees first.
   assert "failed: CorruptDataError" in log or "run is lost" in log
   assert "Check failure" not in log and "Traceback" not in log
 
