@@ -67,7 +67,7 @@ class StepSpec:
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   remat: Remat = Remat("none")  # The towers' remat policy, by encoding.
   teacher_momentum: float = 0.996  # EMA momentum at the start.
-  teacher_end: float | None = None  # Half cosine to this; None: constant.
+  teacher_end: float | None = None  # End of a half cosine; None: constant.
   # EMA of `all` parameters, or of the `heads` on the student's encoder.
   teacher_ema: str = "all"
   ema_decay: float | None = None  # EMA of all parameters.

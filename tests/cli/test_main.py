@@ -83,8 +83,8 @@ class Group(arguments.Flags):
   """Flags of several commands.
 
   Args:
-    size: size of a side.
-    most: at least 0.
+    size: of a side.
+    most: at least none.
   """
 
   size: float | None = None

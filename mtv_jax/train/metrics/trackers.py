@@ -1,6 +1,6 @@
 """Trackers: destinations of a run's metrics.
 
-`config.log.trackers` names them, with optional options:
+`config.log.trackers` names them, optionally with options:
 
   config.log.trackers = ("jsonl", "tensorboard", "wandb(project='mtv')")
 
