@@ -59,8 +59,8 @@ def compute_loss_inputs(
   Args:
     spec: the objectives to compute.
     params: the student's parameters, as `gather_params` returns them.
-    state: as `gather_params` returns it; only the teachers' parameters and the
-      statistics are read.
+    state: as `gather_params` returns it; its step, statistics and teachers are
+      read, not its `params`.
     batch: batch fields `[b, ...]`.
     keys: random keys `[b]` by view, see `view_keys`.
     mesh: mesh that shards the rows; None on one device.

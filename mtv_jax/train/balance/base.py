@@ -52,7 +52,7 @@ class Balance:
     weights: Scalars,
     step: Int[Array, ""] | int,
   ) -> PyTree:
-    """The state after a gradient-norm measurement before an update.
+    """The state after a measurement of gradient norms, before an update.
 
     Args:
       state: state that weighted the measured losses.
