@@ -1,4 +1,4 @@
-"""A small train state of several dtypes, saved on one mesh, read on others."""
+"""A small train state of several dtypes, to save and restore across meshes."""
 
 import flax.struct
 import jax
@@ -41,7 +41,7 @@ def make_state(m, seed=0):
       "kernel": rng.normal(size=(6, 8)).astype(np.float32),
       "bias": rng.normal(size=3).astype(jnp.bfloat16),
     },
-    # Larger than what is stored within the index.
+    # Too large to be stored in the index.
     "text": {"embedding": rng.normal(size=(64, 40)).astype(np.float32)},
     "heads": {"logit_scale": np.float32(rng.normal()).reshape(())},
   }

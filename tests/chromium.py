@@ -22,7 +22,7 @@ def find_browser():
 
 
 class Browser:
-  """One page of a browser; `messages` are those of its console and log."""
+  """One page of a browser; `messages` come from its console and log."""
 
   def __init__(self, write, read):
     self._write, self._read = write, read

@@ -9,7 +9,7 @@ import pytest
 import selection
 from xla_options import xla_flags
 
-# Before JAX starts: eight CPU devices, so that meshes can be tested anywhere.
+# Before JAX starts: eight CPU devices, to test meshes anywhere.
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{given} {xla_flags(devices=8)}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-  """Files without a test that is asked for are not imported."""
+  """Files without a selected test are not imported."""
   if not collection_path.match("test_*.py"):
     return None
   expression = config.option.markexpr
@@ -34,7 +34,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-  """The longest first: files whose tests start processes of their own."""
+  """Longest first: files whose tests start processes."""
   trainings = selection.TESTS / "trainings.py"
   items.sort(key=lambda item: trainings not in selection.imported(item.path))
 
@@ -58,7 +58,7 @@ def repo_root() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-  """Real photos and annotations beside the checkout; skips where absent."""
+  """Real photos and annotations beside the checkout; skips if absent."""
   path = ROOT.parent / "shared" / "data"
   if not path.is_dir():
     pytest.skip("no real data beside this checkout (../shared/data)")
@@ -109,7 +109,7 @@ def bucket(request):
 
 @pytest.fixture(scope="session")
 def browser():
-  """A headless Chromium; skips where there is none."""
+  """A headless Chromium; skips if it is not installed."""
   import chromium
 
   path = chromium.find_browser()

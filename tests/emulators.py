@@ -1,7 +1,7 @@
-"""Emulators of object stores, in processes of their own.
+"""Emulators of object stores, in subprocesses.
 
-`python tests/emulators.py gs|s3 PORT` is one. That of Google's store adds to
-gcp-storage-emulator what tensorstore needs for writes that depend on a read:
+`python tests/emulators.py gs|s3 PORT` runs one. Google's adds to
+gcp-storage-emulator the features that tensorstore's conditional writes need:
 the header of an object's generation, and the condition on it. It refuses to
 write objects whose names match the regular expression that `REFUSED` contains.
 """

@@ -46,7 +46,7 @@ def open_base(folder):
 
 
 def outcome(kind, i):
-  """Record 3 has no label, and record 5 has a label of no boxes."""
+  """Record 3 lacks a label, and record 5 has a label without boxes."""
   if i == 3:
     return no_label(f"{kind}: none")
   if kind == "depth":
@@ -83,7 +83,7 @@ def entry(folder, **labels):
 
 
 def make_copy(folder):
-  """Another copy of the images: shuffled, partial, in other shards."""
+  """Another copy of the images: shuffled, partial, in different shards."""
   numbers = [9, 3, 0, 7, 1, 5]
   records = [
     {

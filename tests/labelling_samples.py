@@ -1,4 +1,4 @@
-"""Cheap experts and tars for tests of labelling; runs in processes of its own.
+"""Cheap experts and tars for tests of labelling; run as subprocesses.
 
 python tests/labelling_samples.py KIND BASE OUT DELAY [COORDINATOR PROCESS]
 """

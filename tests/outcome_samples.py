@@ -1,4 +1,4 @@
-"""Results of encoders with made-up numbers, for tests of reports."""
+"""Results of encoders with invented numbers, for tests of reports."""
 
 import dataclasses
 

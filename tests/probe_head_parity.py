@@ -8,7 +8,7 @@ from mtv_jax.evals.core import probe_heads
 
 
 def random_head(head, channels, *, seed=0):
-  """Parameters and running statistics, none of them zero or one."""
+  """Parameters and running statistics, never zero or one."""
   rng = np.random.default_rng(seed)
   params, state = probe_heads.init_head(head, channels, rng.standard_normal)
 
@@ -29,7 +29,7 @@ def as_torch(x):
 
 
 def torch_head(head, params, state):
-  """The same head as an nn.Sequential of features `[b, c, h, w]`."""
+  """The head as an nn.Sequential on features `[b, c, h, w]`."""
 
   def batch_norm(name):
     stats = state["batch_stats"][name]

@@ -78,7 +78,7 @@ def bound(objective, params):
 
 
 def prototypes_of(objective, params, side):
-  """The last layer in float64, from the parameters alone."""
+  """The last layer in float64, computed from the parameters."""
   layer = params[side][objective.head]["last_layer"]
   kernel = np.float64(layer["kernel"])
   return kernel / np.linalg.norm(kernel, axis=0) * np.float64(layer["scale"])

@@ -1,4 +1,4 @@
-"""Which files of tests a run needs: by marker, and by what they import."""
+"""Selects the test files of a run, by markers and imports."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ from _pytest.mark.expression import Expression
 
 TESTS = pathlib.Path(__file__).resolve().parent
 MARKERS = ("slow", "reference", "long")
-# Their releases are what the newest Python is tested for.
+# The newest Python is tested for releases of these.
 JAX = ("jax", "flax", "optax", "orbax")
 
 

@@ -15,7 +15,7 @@ from mtv_jax.train.spec import ObjectiveWeight, StepSpec, init_params
 
 
 def dino(**options):
-  """DINO on the view of contrast; options as of a config."""
+  """DINO on the view of contrast; options as in a config."""
   own = dict(
     view_global="image", view_local=None, same_crop="include", prototypes=8
   )
@@ -52,7 +52,7 @@ def make_batch(rows=16):
     "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
     "image_size": np.full((rows, 2), 24, np.int32),
     "caption": rng.integers(2, 32, (rows, 8), dtype=np.int32),
-    # Uneven over the devices: the last devices have no pairs.
+    # Uneven over the devices: the last devices lack pairs.
     "caption_valid": np.arange(rows) < rows - 3,
   }
 

@@ -1,4 +1,4 @@
-"""Folders of runs and studies with made-up numbers, for tests of reports."""
+"""Folders of runs and studies with invented numbers, for tests of reports."""
 
 import json
 import math

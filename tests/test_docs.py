@@ -18,7 +18,7 @@ SOURCES = sorted(
   for folder in ("mtv_jax", "configs", "tools")
   for path in (ROOT / folder).rglob("*.py")
 )
-# `mtv-jax COMMAND ... --option` or the same as a script, over several lines.
+# `mtv-jax COMMAND ... --option`, or the script, over several lines.
 _COMMAND = re.compile(
   r"(?:mtv-jax |python tools/|python -m mtv_jax\.)(\w+)(?:\.py)?"
   r"((?:[^`\n]|\\\n)*)"
@@ -39,7 +39,7 @@ def written():
 def commands():
   found = {}
   for path, text in written():
-    # What follows ` -- ` is a command of its own.
+    # The text after ` -- ` is a separate command.
     for name, arguments in _COMMAND.findall(text.replace(" -- ", "\n")):
       name = "train" if name == "main" else name
       if name not in COMMANDS:

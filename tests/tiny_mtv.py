@@ -65,7 +65,7 @@ def rows():
   experiment = build_experiment(read(), "unused")
   with make_loader(experiment, 0) as loader:
     batch = dict(next(loader))
-  # Of eight devices the first has no label, the second lacks one of two.
+  # The first of eight devices lacks labels, the second one of its two.
   batch["depth"][:3] = 0
   batch["box_valid"][:2] = False
   batch["caption"][:2] = 0

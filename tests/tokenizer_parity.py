@@ -41,7 +41,7 @@ TEXTS = [
   "a\x00b",
   "\ufeffbom",
 ]
-# Kinds of SentencePiece models by what has them.
+# Kinds of SentencePiece models, named after a user.
 GEMMA = {
   "model_type": "bpe",
   "vocab_size": 400,

@@ -1,4 +1,4 @@
-"""Comparison of towers with those of transformers and timm."""
+"""Comparison of towers with transformers and timm."""
 
 import functools
 
@@ -37,7 +37,7 @@ def save_model(
 ):
   """Saves a model of transformers of random weights, and returns it.
 
-  `options` are those of `save_pretrained`, `change` changes the model.
+  `options` go to `save_pretrained`, `change` changes the model.
   """
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
@@ -64,9 +64,9 @@ def remove_normalization(model):
 
 
 def random_params(spec, *, seed=0):
-  """Random parameters of a spec, none of them zero or one.
+  """Random parameters of a spec, never zero or one.
 
-  Those that are fixed at zero (biases of keys) are zero.
+  Parameters fixed at zero (biases of keys) are zero.
   """
   rng = np.random.default_rng(seed)
   leaves = {}

@@ -1,4 +1,4 @@
-"""Running the real training command, or code, in processes of its own."""
+"""Runs the real training command, or code, in subprocesses."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ from mtv_jax.utils.tree import flatten_with_names
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "tests" / "configs"
 CONFIG = CONFIGS / "smallest.py"
-# `python -m mtv_jax.main`, without what it inherits if the tests themselves run
-# by `nohup` or in the background: SIGHUP and SIGINT ignored.
+# `python -m mtv_jax.main`, without the handlers inherited if the tests run
+# under `nohup` or in the background: SIGHUP and SIGINT ignored.
 _MAIN = """
 import runpy, signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -58,7 +58,7 @@ def launch(
 def spawn(
   workdir: pathlib.Path, *args: str, devices: int = 1
 ) -> subprocess.Popen:
-  """Starts Python with arguments; `finish` shows what it prints."""
+  """Starts Python with arguments; `finish` shows its output."""
   env = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
@@ -138,7 +138,7 @@ def together(
 ) -> Iterator[list[subprocess.Popen]]:
   """Runs in `count` processes, joined by `jax.distributed` if several.
 
-  Arguments and options are those of `start`.
+  Arguments and options are passed to `start`.
   """
   address = free_address()
   joins = [
@@ -186,7 +186,7 @@ def log(workdir: pathlib.Path) -> str:
 def wait_for_step(
   workdir: pathlib.Path, step: int, running: list[subprocess.Popen]
 ) -> None:
-  """Returns once a step was logged; fails where a process has ended before."""
+  """Returns once a step is logged; fails if a process ends before."""
   deadline = time.monotonic() + 400
   while max(losses(workdir), default=0) < step:
     assert all(p.poll() is None for p in running), log(workdir)

@@ -4,9 +4,9 @@ import importlib.metadata
 
 # Without the emitters of fusions a step compiles in a third of the time, and
 # small gradients differ by up to 4e-3 from one program to another. Releases
-# after 0.10 have no such option.
+# after 0.10 lack the option.
 _OPTIONAL = importlib.metadata.version("jaxlib").startswith("0.10.")
-# For `jax.jit`, where a test compares two programs to the last digits.
+# For `jax.jit`, if a test compares two programs to the last digits.
 EXACT = {"xla_cpu_use_fusion_emitters": True} if _OPTIONAL else {}
 
 

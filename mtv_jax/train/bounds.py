@@ -1,4 +1,4 @@
-"""Bounds of evaluations' metrics, at which a run rolls back or stops."""
+"""Bounds on evaluation metrics, beyond which a run rolls back or stops."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,12 +15,11 @@ class BoundError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """An evaluation's `bound`: least and greatest value of one metric.
+  """An evaluation's `bound`: minimum and/or maximum of one metric.
 
-  Either of `min` and `max`, or both. Beyond it, `rollback` returns to the last
-  checkpoint at which the evaluation was within it, and leaves out the rows
-  since then, at most `config.nonfinite.max_rollbacks` times; `stop` ends the
-  run.
+  If the metric is out of bounds, `rollback` restores the last checkpoint at
+  which it was within them and skips the rows since then, at most
+  `config.nonfinite.max_rollbacks` times; `stop` ends the run.
   """
 
   metric: str
@@ -41,8 +40,7 @@ class Bound:
   ) -> None:
     """Checks the metrics of evaluation `name` after a step.
 
-    `last_step_within` is that of the evaluation before, which was within the
-    bound.
+    `last_step_within` is the step of the previous evaluation, within bounds.
     """
     value = self.value(name, metrics)
     if self.is_met(value):
@@ -68,7 +66,7 @@ class Bound:
     )
 
   def value(self, name: str, metrics: Mapping[str, float]) -> float:
-    """The metric of evaluation `name`; ConfigError if it has none such."""
+    """The metric of evaluation `name`; ConfigError if it is missing."""
     if self.metric not in metrics:
       raise ConfigError(
         f"config.evals.{name}.bound.metric: {name} has no {self.metric!r}. "

@@ -1,7 +1,7 @@
-"""Each objective's gradient by itself, on the image encoder.
+"""Per-objective gradients on the image encoder.
 
-For measurements, and for balancing methods that read norms of gradients. The
-train step computes the gradient of the weighted sum alone.
+Used by measurements and by balancing methods that read gradient norms. The
+train step itself computes only the gradient of the weighted sum.
 """
 
 import functools
@@ -52,7 +52,7 @@ def compute_objective_losses(
   batch: Batch,
   mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, ""]]:
-  """Each objective's loss, without its weight; a forward pass in parts."""
+  """Each objective's unweighted loss; one forward pass, in parts."""
   parts = split_batch(spec, state, batch, mesh)
   inputs = map_loss_inputs(spec, params, state, parts, mesh)
   params, state = gather_params(spec, params, state, mesh)
@@ -66,8 +66,8 @@ def compute_encoder_gradients(
   """Each objective's loss and its gradient on the image encoder, unweighted.
 
   Encodings are computed once for all objectives, and each objective's gradient
-  is pulled back through those that it reads. Takes the memory of a step and a
-  copy of the encoder for each objective.
+  is pulled back through the encodings that it reads. Takes the memory of a step
+  plus one copy of the encoder per objective.
   """
   parts = split_batch(spec, state, batch, mesh)
   if spec.accumulate == 1:
@@ -116,13 +116,13 @@ def _linearize(
   keys: Mapping[str, jax.Array],
   mesh: Mesh | None,
 ) -> tuple[dict[str, Any], dict[str, Callable[[list[Array]], PyTree]]]:
-  """`compute_loss_inputs`, and its derivative for the image encoder.
+  """`compute_loss_inputs`, and its VJP with respect to the image encoder.
 
   Each encoding is computed and linearized once for all objectives.
 
   Returns:
-    The loss inputs by objective, and by objective a function from cotangents of
-    the `float_leaves` of its loss inputs to a gradient on the image encoder.
+    By objective: the loss inputs, and functions from cotangents of the
+    `float_leaves` of its loss inputs to a gradient on the image encoder.
   """
   params, fixed = gather_params(spec, state.params, state, mesh)
   batch = add_views(spec, batch, keys, mesh)
@@ -170,10 +170,10 @@ def _linearize_encodings(
 ) -> tuple[
   dict[base.Encoding, Any], dict[base.Encoding, Callable[[Any], tuple[PyTree]]]
 ]:
-  """All encodings, and the VJPs of the student's for the image encoder.
+  """All encodings, and the student's VJPs with respect to the image encoder.
 
-  `image` are the encoder's parameters, `params` and `state` the others as the
-  layers read them.
+  `image` are the encoder's parameters; `params` and `state` are as
+  `gather_params` returns them.
   """
   encoded, vjps = {}, {}
   for encoding, layers in spec.plan.items():

@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 class Experiment(TrainStep):
   """A resolved config and everything that is built from it."""
 
-  workdir: pathlib.PurePath  # As given; `train` replaces a bucket's.
+  workdir: pathlib.PurePath  # `train` replaces a bucket by a local folder.
   tokenizer: Any  # None for a model without text.
-  sources: list[Any]  # Of `config.data.train`, in order.
+  sources: list[Any]  # In the order of `config.data.train`.
   prediction_heads: dict[str, PredictionHead]
   evaluators: dict[str, evals_base.Evaluator]
   trackers: dict[str, metrics.Tracker]  # Not opened yet.
@@ -57,17 +57,17 @@ class Experiment(TrainStep):
 def build_experiment(
   config: sections.Config | RunConfig, workdir: str | os.PathLike
 ) -> Experiment:
-  """Resolves a config and builds everything but the state."""
+  """Resolves a config and builds everything except the state."""
   check_workdir(workdir)
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  # Before the data, which may take long to open.
+  # Before the data, which may be slow to open.
   tokenizer = _build_tokenizer(config)
   if not saved_steps(path_lib.as_path(workdir)):
     check_source_tokenizer(config, tokenizer)
   entries = config.data.train
-  # As labels are aligned to whole sources, limits come last.
+  # Limits come last, because labels are aligned to whole sources.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
     for entry in entries
@@ -111,7 +111,7 @@ def _build_tokenizer(config: RunConfig) -> Any:
     return None
   if not text.tokenizer and config.init:
     path = config.init.path
-    # Without such a folder, what is missing is the recipe's own tokenizer.
+    # If the folder is missing, the error is about the recipe's own tokenizer.
     with contextlib.suppress(MissingFileError):
       if loading.read_model_info(path).tokenizer is None:
         raise ConfigError(
@@ -130,7 +130,7 @@ def _build_tokenizer(config: RunConfig) -> Any:
 def build_evaluators(
   evals: Mapping[str, EvalConfig],
 ) -> dict[str, evals_base.Evaluator]:
-  """The evaluators of a config by name; opens no data."""
+  """Builds the evaluators of a config by name, without opening data."""
   return {
     name: evals_base.build_evaluator(
       name, {"type": entry.type, **entry.options}
@@ -142,7 +142,7 @@ def build_evaluators(
 def evaluable(
   model: ModelSpec, heads: Mapping[str, PredictionHead]
 ) -> frozenset[str]:
-  """What evaluators of a run may require, see `Evaluator.requires`."""
+  """The capabilities of a run that match `Evaluator.requires`."""
   text = {"text"} if model.text is not None else set()
   return frozenset(text | {head.objective for head in heads.values()})
 
@@ -150,7 +150,7 @@ def evaluable(
 def _prepare_evaluators(
   step: TrainStep, given: frozenset[str]
 ) -> dict[str, evals_base.Evaluator]:
-  """Builds the evaluators and opens their data, so that errors show early."""
+  """Builds the evaluators and opens their data, to fail early."""
   config = step.config
   weights = {"config.weights": config.weights}
   for name, entry in config.evals.items():
@@ -184,7 +184,7 @@ def make_loader(
   skipped: order.SkippedBatches = (),
   stats: Stats | None = None,
 ) -> pipeline.Loader:
-  """Builds the loader of this process's batch rows, from a step on."""
+  """Builds the loader of this process's batch rows, from `start_step` on."""
   config = experiment.config
   rows = host_rows(experiment.mesh)
   loader = pipeline.make_loader(
@@ -214,14 +214,14 @@ def make_loader(
 
 
 def save_config(experiment: Experiment, command: str = "") -> None:
-  """Writes config, command and tokenizer file to the run's folder.
+  """Writes resolved config, command and tokenizer file to the run's folder.
 
-  The config is resolved; a command that is not known replaces none.
+  An empty `command` does not replace a recorded one.
   """
   if jax.process_index() != 0:
     return
   experiment.workdir.mkdir(parents=True, exist_ok=True)
-  # Of sessions that were killed.
+  # Temporary files of killed sessions.
   for folder in (experiment.workdir, experiment.workdir / "evals"):
     atomic.remove_abandoned(folder)
   path = experiment.workdir / "config.json"
@@ -241,7 +241,7 @@ def save_config(experiment: Experiment, command: str = "") -> None:
     )
     shutil.copyfile(path, path.with_name("config.json.old"))
   if old != text:
-    # A resumed run and a study read it, also after a kill at this moment.
+    # Atomic, since resumed runs and studies read it even after a kill here.
     atomic.write(path, text.encode())
   if command:
     atomic.write_text(path.with_name("command.txt"), command + "\n")
@@ -250,7 +250,7 @@ def save_config(experiment: Experiment, command: str = "") -> None:
     folder.mkdir(exist_ok=True)
     target = folder / pathlib.Path(source).name
     if not target.exists():
-      # A later start would take a part of a file for the file.
+      # Atomic, so that a later start does not accept a truncated file.
       with atomic.replace_file(target) as temporary:
         shutil.copyfile(source, temporary)
 
@@ -284,7 +284,7 @@ def log_experiment(experiment: Experiment) -> None:
 
 
 def _warn_of_repeated_rows(experiment: Experiment) -> None:
-  """Warns of sources with fewer records than rows of a batch."""
+  """Warns of sources with fewer records than their rows in a batch."""
   size = experiment.config.batch_size
   entries = experiment.config.data.train
   weights = [entry.get("weight", 1.0) for entry in entries]

@@ -1,9 +1,9 @@
 """The forward pass of a step: views, encodings, loss inputs, losses.
 
 An objective declares the encodings that it reads. Each distinct encoding
-(tower, view, weights) is computed once, and gives each objective its loss
-inputs, which are small and by example. The losses compare those of the whole
-batch.
+(tower, view, weights) is computed once. From it, each objective computes its
+loss inputs, which are small and per example. A loss sees the loss inputs of the
+whole batch.
 """
 
 import functools
@@ -26,7 +26,7 @@ from mtv_jax.train.state import TrainState
 from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
 Batch = Mapping[str, Array]
-# Not gathered whole: vocabularies by row, blocks one by one in their loop.
+# Gathered at use instead: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
 _NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
@@ -39,7 +39,7 @@ def total_loss(
   batch: Batch,
   mesh: Mesh | None = None,
 ) -> Loss:
-  """The loss of a whole batch, as a function of all parameters."""
+  """The loss of the whole batch, as a function of all parameters."""
   params, state = gather_params(spec, params, state, mesh)
   keys = view_keys(spec, state.step, len(batch["image"]), mesh)
   loss_inputs = compute_loss_inputs(spec, params, state, batch, keys, mesh)
@@ -57,13 +57,13 @@ def compute_loss_inputs(
   """The loss inputs of each objective for b rows of a batch.
 
   Args:
-    spec: of the objectives to compute.
-    params: the student's, by which the result is differentiated.
-    state: its teachers and statistics; its other parameters are not read. Both
-      as `gather_params` returns them.
+    spec: the objectives to compute.
+    params: the student's parameters, as `gather_params` returns them.
+    state: as `gather_params` returns it; its step, statistics and teachers are
+      read, not its `params`.
     batch: batch fields `[b, ...]`.
-    keys: random keys `[b]` of the rows by view, see `view_keys`.
-    mesh: over which the rows are sharded; None on one device.
+    keys: random keys `[b]` by view, see `view_keys`.
+    mesh: mesh that shards the rows; None on one device.
 
   Returns:
     By objective, trees of arrays `[b, ...]`.
@@ -89,10 +89,10 @@ def compute_losses(
   """The total loss of the global batch, and each objective's terms.
 
   Args:
-    spec: of the objectives to compute.
-    params: the parameters of the heads.
-    state: its step, statistics, balance and the teacher's heads. Both as
-      `gather_params` returns them.
+    spec: the objectives to compute.
+    params: the heads' parameters, as `gather_params` returns them.
+    state: as `gather_params` returns it; its step, statistics, balance and
+      teacher's heads are read.
     loss_inputs: results of `compute_loss_inputs` for all rows `[B, ...]`.
     mesh: as in `compute_loss_inputs`.
   """
@@ -118,9 +118,9 @@ def compute_losses(
 def gather_params(
   spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> tuple[PyTree, TrainState]:
-  """Parameters, and a state's teachers, as the layers read them.
+  """Gathers parameters and teachers over `fsdp`.
 
-  Gathered over `fsdp`, and frozen ones without a gradient.
+  Stops the gradient of frozen parameters.
   """
   if spec.frozen:
     params = stop_gradient_frozen(spec, params)
@@ -135,7 +135,7 @@ def gather_params(
 def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
   """Stops the gradient of frozen parameters, given under their full names.
 
-  A tower that is frozen whole then has no backward pass.
+  This removes the backward pass of a fully frozen tower.
   """
   return map_with_names(
     lambda name, leaf: (
@@ -148,7 +148,7 @@ def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
 def bind_heads(
   spec: StepSpec, params: PyTree, state: TrainState
 ) -> base.BoundHeads:
-  """Heads with the student's parameters, and with the teacher's fixed ones."""
+  """Binds heads to the student's and the teacher's (fixed) parameters."""
   teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
   return base.BoundHeads(spec.heads, params, teacher)
 
@@ -176,7 +176,7 @@ def objective_inputs(
 def view_keys(
   spec: StepSpec, step: Array, size: int, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-  """Random keys `[size]` for each view that is read."""
+  """Random keys `[size]` for each view in the plan."""
   seed = jax.random.key(spec.seed)
   names = {e.view_name for e in spec.plan if e.tower == "image"}
   keys = {
@@ -185,7 +185,7 @@ def view_keys(
   }
   if mesh is None or mesh.size == 1:
     return keys
-  # An example gets the same crops wherever it is on the mesh.
+  # An example's crops don't depend on its device.
   order = data_rows(size, mesh)
   if (order != np.arange(size)).any():
     keys = jax.tree.map(lambda k: k[order], keys)
@@ -227,16 +227,16 @@ def encode(
   Args:
     spec: has the towers.
     params: the student's parameters by tower.
-    fixed: the teachers' parameters by `Encoding.weights` and tower, which get
-      no gradient. A tower that the EMA teacher lacks is the student's.
+    fixed: the teachers' parameters by `Encoding.weights` and tower, without
+      gradient. A tower that the EMA teacher lacks is the student's.
     batch: token ids of text encodings, captions `[B, T]` or phrases
       `[B, M, T]`, and `views` by name. A view's `mask` hides patches from the
-      student only, its `keep` from both. With random `keys` of the rows by
-      view, the student drops paths.
-    plan: the encodings, with the layers whose outputs are read; by default all
-      that the objectives need.
-    step: for the augmentation of the student's rotary positions; None for none.
-    mesh: over which the rows are sharded; None on one device.
+      student only, its `keep` from both. The student uses stochastic depth if
+      the batch has random `keys` by view.
+    plan: encodings and the layers whose outputs are read; defaults to
+      `spec.plan`.
+    step: for the augmentation of the student's RoPE; None disables it.
+    mesh: mesh that shards the rows; None on one device.
 
   Returns:
     Each encoding's output, a `models.vit.ImageOutput` whose arrays are
@@ -248,7 +248,7 @@ def encode(
     if encoding.weights == base.STUDENT:
       weights = params[encoding.tower]
     else:
-      # A teacher of heads alone has the student's encoder.
+      # A teacher with heads only uses the student's encoder.
       weights = fixed[encoding.weights].get(encoding.tower)
       weights = params[encoding.tower] if weights is None else weights
       weights = jax.lax.stop_gradient(weights)
@@ -276,7 +276,7 @@ def _encode_images(
   step: Array | None,
   mesh: Mesh | None,
 ) -> Any:
-  """An image tower on the crops of a view."""
+  """Runs an image tower on the crops of a view."""
   view, options = batch["views"][encoding.view_name], {}
   lead, mask = view.images.shape[:2], None  # B, count
   if encoding.weights == base.STUDENT:
@@ -304,7 +304,7 @@ def _encode_images(
 def _encode_text(
   apply: Callable[..., Any], tokens: Int[Array, "*rows t"], mesh: Mesh | None
 ) -> Any:
-  """The text tower on token ids `[B, T]` or `[B, M, T]`."""
+  """Runs the text tower on token ids `[B, T]` or `[B, M, T]`."""
   rows = constrain_batch(tokens.reshape(-1, tokens.shape[-1]), mesh)
   return jax.tree.map(
     lambda x: x.reshape(*tokens.shape[:-1], *x.shape[1:]), apply(rows)
@@ -317,10 +317,10 @@ def _encode_distinct(
   share: float,
   mesh: Mesh | None,
 ) -> Any:
-  """`_encode_text` of each distinct text of a device once.
+  """Runs `_encode_text` once per distinct text on each device.
 
-  Where the texts of one device are more than `share` of its rows, all devices
-  encode all of theirs. Values and gradients are the same either way.
+  If a device's distinct texts exceed `share` of its rows, all devices encode
+  all their rows. Values and gradients are identical either way.
   """
   shards = 1 if mesh is None else num_batch_shards(mesh)
   rows = tokens.reshape(shards, -1, tokens.shape[-1])  # [S, R, T]
@@ -332,7 +332,7 @@ def _encode_distinct(
     jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
   )
   def encode_all(rows, distinct_rows):
-    # A conditional has memory for what either branch saves: nothing here.
+    # A conditional allocates what either branch saves; this one saves nothing.
     del distinct_rows
     return _encode_text(apply, rows, mesh)
 
@@ -344,8 +344,7 @@ def _encode_distinct(
       encoded,
     )
 
-  # The branch of False comes first: FLOPs are counted as that of the usual
-  # case.
+  # The False branch comes first, so FLOPs are counted for the usual case.
   overflow = jnp.any(distinct_rows.count > limit)
   output = jax.lax.cond(
     overflow, encode_all, encode_distinct, rows, distinct_rows
@@ -357,18 +356,18 @@ def _encode_distinct(
 
 @pytree_dataclass
 class DistinctRows:
-  """The distinct ones of R rows, K at most."""
+  """Up to K distinct rows among R rows."""
 
-  first: Int[Array, " k"]  # A row with each of them, beyond `count` any.
-  slot: Int[Array, " r"]  # Which of them each row is.
-  count: Int[Array, ""]  # May exceed K: then the others are not valid.
+  first: Int[Array, " k"]  # One row per distinct value; any beyond `count`.
+  slot: Int[Array, " r"]  # Each row's index in `first`.
+  count: Int[Array, ""]  # If above K, the fields above are invalid.
 
 
 def find_distinct(rows: Int[Array, "r t"], *, limit: int) -> DistinctRows:
   """Finds equal rows of ids by sorting their hashes.
 
-  Neighbours in this order are compared whole: rows of one hash that differ cost
-  at most a repetition.
+  Neighbours in this order are compared in full, so a hash collision costs at
+  most a repeated row.
   """
   powers = np.cumprod(np.full(rows.shape[1], 0x01000193, np.uint32))
   hashed = jnp.sum(rows.astype(jnp.uint32) * powers, axis=1)  # Modulo 2^32.
@@ -380,5 +379,5 @@ def find_distinct(rows: Int[Array, "r t"], *, limit: int) -> DistinctRows:
   first = jnp.zeros(limit, order.dtype)
   first = first.at[jnp.where(is_new, slots, limit)].set(order, mode="drop")
   slot = jnp.zeros_like(slots).at[order].set(slots)
-  # In bounds where there are more than K: then they are not read.
+  # Clipped to stay in bounds; slots are not read if there are more than K.
   return DistinctRows(first, jnp.minimum(slot, limit - 1), slots[-1] + 1)

@@ -2,8 +2,8 @@
 
 `accumulate_gradients` encodes the parts of a batch one by one to loss inputs,
 which are small, differentiates the losses on all inputs at once, and encodes
-each part again to pull the cotangents back (Gao et al. 2021, GradCache). For
-one more forward pass the gradients are exactly those of the whole batch.
+each part again to pull the cotangents back (GradCache, Gao et al. 2021). One
+extra forward pass makes the gradients equal to full-batch gradients.
 """
 
 import functools
@@ -32,7 +32,7 @@ from mtv_jax.train.state import TrainState
 def compute_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`((loss, terms), gradients)` of a batch that is sharded over the mesh."""
+  """`((loss, terms), gradients)` of a batch sharded over the mesh."""
   if spec.balance.combines and len(spec.objectives) > 1:
     return combine_gradients(spec, state, batch, mesh)
   if spec.accumulate > 1:
@@ -45,7 +45,7 @@ def compute_gradients(
 def combine_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`compute_gradients`, combined from those of each objective by itself."""
+  """`compute_gradients` if the balance combines per-objective gradients."""
   total, terms, grads, keys = 0.0, {}, {}, {}
   seed = jax.random.key(spec.seed)
   for name in spec.objectives:
@@ -62,8 +62,8 @@ def combine_gradients(
 def split_rows(x: Array, count: int) -> Array:
   """[B, ...] -> [count, B / count, ...].
 
-  Part i has rows i, i + count, ...: each device has its share of every part,
-  and no rows move.
+  Part i has rows i, i + count, ..., so each device has its share of every part
+  and rows don't move between devices.
   """
   return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 
@@ -76,20 +76,20 @@ def join_rows(x: Array) -> Array:
 def split_batch(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None
 ) -> PyTree:
-  """The batch and the keys of its views, in `spec.accumulate` parts."""
+  """Splits the batch and its view keys into `spec.accumulate` parts."""
   keys = view_keys(spec, state.step, len(batch["image"]), mesh)
   split = functools.partial(split_rows, count=spec.accumulate)
   return jax.tree.map(split, (dict(batch), keys))  # [count, B / count, ...]
 
 
 def float_leaves(tree: PyTree) -> list[Array]:
-  """The leaves that have a gradient."""
+  """The differentiable leaves."""
   leaves = jax.tree.leaves(tree)
   return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def replace_float_leaves(tree: PyTree, floats: list[Array]) -> PyTree:
-  """A tree with other values of `float_leaves`."""
+  """Replaces the tree's `float_leaves`."""
   new = iter(floats)
   return jax.tree.map(
     lambda x: next(new) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
@@ -103,7 +103,7 @@ def map_loss_inputs(
   parts: PyTree,
   mesh: Mesh | None,
 ) -> dict[str, Any]:
-  """The loss inputs of all parts of a batch, one part after the other."""
+  """The loss inputs of all parts of a batch, computed one part at a time."""
 
   def loss_inputs(part):
     read, fixed = gather_params(spec, params, state, mesh)
@@ -115,13 +115,13 @@ def map_loss_inputs(
 def accumulate_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`compute_gradients` in `spec.accumulate` parts, one after the other."""
+  """`compute_gradients` in `spec.accumulate` parts, one at a time."""
   params = state.params
   # 1. The loss inputs of all parts.
   parts = split_batch(spec, state, batch, mesh)
   inputs = map_loss_inputs(spec, params, state, parts, mesh)
 
-  # 2. The losses of the whole batch, and their gradients for the inputs.
+  # 2. The losses of the whole batch, and their gradients on the inputs.
   def loss(heads, floats):
     read, fixed = gather_params(spec, {"heads": heads}, state, mesh)
     loss_inputs = replace_float_leaves(inputs, floats)

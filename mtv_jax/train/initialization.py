@@ -1,4 +1,4 @@
-"""The initial state of a run: random, or of `config.init`."""
+"""The initial state of a run: random, or loaded from `config.init`."""
 
 import functools
 import logging
@@ -20,8 +20,8 @@ from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
 
-# Tokenizers that encode these equally are taken for equal: cases, punctuation,
-# digits, spaces, and letters beyond ASCII.
+# Tokenizers that encode these equally are considered equal. They cover case,
+# punctuation, digits, spaces and non-ASCII letters.
 _PROBE_TEXTS = (
   "A photo of 2 dogs, playing!  It's Mary's red-and-white BALL.",
   "ein Mädchen im Café \u2013 \u00bfd\u00f3nde? \u732b\u3068\u72ac",
@@ -30,7 +30,7 @@ _PROBE_TEXTS = (
 
 
 def initialize_state(train_step: TrainStep) -> TrainState:
-  """The state at step 0: parameters of `config.init`, or random ones."""
+  """The state at step 0, from `config.init` or random parameters."""
   params = jax.jit(
     functools.partial(init_params, train_step.step_spec),
     out_shardings=train_step.program.shardings.params,
@@ -63,10 +63,10 @@ def initialize_state(train_step: TrainStep) -> TrainState:
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
-  """Raises ConfigError if a loaded text tower would read other tokens.
+  """Raises ConfigError if a loaded text tower needs a different tokenizer.
 
-  The run's tokenizer, with its cleaning, must encode texts as the tokenizer of
-  the folder that `config.init` names.
+  The run's tokenizer, with its cleaning, must encode texts like the tokenizer
+  of `config.init.path`.
   """
   init = config.init
   if not init or init.new_tokenizer or tokenizer is None:
@@ -89,10 +89,10 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
 
 
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
-  """The EMA teacher of the run that `config.init` names.
+  """Reads the EMA teacher of the run at `config.init.path`.
 
-  Parameters that `init.include` leaves out, such as new heads, are copies of
-  the student's.
+  Parameters that `init.include` excludes, such as new heads, are copied from
+  the student.
   """
   init, spec = train_step.config.init, train_step.step_spec
   if spec.first_reads.get(TEACHER, 0) > 0:
@@ -125,7 +125,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
 
 
 def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
-  """Parameters of the frozen teachers that have a path, as `{image: ...}`."""
+  """Reads frozen teachers that have a path: `{name: {image: ...}}`."""
   abstract, loaded = train_step.program.abstract.teachers, {}
   for name in abstract:
     entry = train_step.config.teachers[name]

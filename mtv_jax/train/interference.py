@@ -1,15 +1,15 @@
 """Interference of the objectives' gradients on the image encoder.
 
-For each pair of objectives, the cosine of their gradients by block of the
-encoder, and the transfer from one to the other: with theta_i the encoder after
-a step along the gradient of objective i,
+For each pair of objectives: the cosine of their gradients by encoder block, and
+the transfer from objective i to j, with theta_i the encoder after a step along
+the gradient of objective i,
 
   transfer[i][j] = 1 - L_j(theta_i) / L_j(theta)
 
-(Fifty et al. 2021, equation 1, on the batch and the crops of the step). Fifty
-et al. step by `lr * g_i`, the update of their optimizer. Ours are scale free,
-so the step here has the length `lr * |theta|`, the trust ratio of LARS (You et
-al. 2017); our choice.
+(Fifty et al. 2021, equation 1, on the step's batch and crops). Fifty et al.
+step by `lr * g_i`, their optimizer's update. Our optimizers are scale free, so
+we chose a step of length `lr * |theta|`, the trust ratio of LARS (You et al.
+2017).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from mtv_jax.train.spec import StepSpec
 from mtv_jax.train.state import TrainState
 from mtv_jax.utils.tree import flatten_with_names
 
-# Parameters of the image encoder after its blocks; all others are before.
+# The image encoder's parameters after its blocks; the rest precede the blocks.
 _AFTER_BLOCKS = r"^(norm|pool|projection)/"
 
 
@@ -42,8 +42,8 @@ _AFTER_BLOCKS = r"^(norm|pool|projection)/"
 class InterferenceConfig:
   """`config.interference`."""
 
-  every: PositiveDuration = Duration(100)  # Between measurements.
-  transfer: bool = True  # Whether to measure it too.
+  every: PositiveDuration = Duration(100)  # Interval between measurements.
+  transfer: bool = True  # Whether to measure transfer too.
 
 
 def block_names(depth: int) -> list[str]:
@@ -54,8 +54,8 @@ def block_names(depth: int) -> list[str]:
 def block_products(grads: Sequence[PyTree]) -> Float[Array, "o o b"]:
   """Inner products of O gradients on an image encoder, by block.
 
-  Blocks are the embedding with prefix tokens, each of the stacked blocks, and
-  the final norm with the pooling.
+  Blocks are the embedding with prefix tokens, each stacked block, and the final
+  norm with the pooling.
   """
   sums: dict[str, Any] = dict(embedding=0.0, blocks=0.0, pool=0.0)
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)  # [O, ...]
@@ -92,10 +92,10 @@ def measure_interference(
   """Compares the gradients of the spec's O objectives on B blocks.
 
   Returns:
-    `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]`, which are
-    0 where a gradient is, `weights` `[O]` and unweighted `losses` `[O]`; with a
-    learning rate `transfer` `[O, O]` of the unweighted losses, for O + 1 more
-    forward passes. It is 0 where the gradient or the loss is.
+    `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]` (0 if a
+    gradient is 0), `weights` `[O]` and unweighted `losses` `[O]`. With a
+    learning rate also `transfer` `[O, O]` of the unweighted losses (0 if the
+    gradient or the loss is 0), which takes O + 1 more forward passes.
   """
   losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
@@ -125,7 +125,7 @@ def _transfer(
   lr: Float[Array, ""],
   mesh: Mesh | None,
 ) -> Float[Array, "o o"]:
-  """What a step along each gradient lowers the losses by, relative to them."""
+  """Relative decrease of each loss after a step along each gradient."""
   image = state.params["image"]
   length = lr * optax.tree.norm(image)
 
@@ -139,7 +139,7 @@ def _transfer(
     losses = compute_objective_losses(spec, params, state, batch, mesh)
     return jnp.stack([losses[name] for name in spec.objectives])
 
-  # With the encoder before the step, so that rounding is the same.
+  # One loop includes the encoder before the step, so that rounding is equal.
   encoders = [image, *(step(grads[name]) for name in spec.objectives)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders)
   losses = jax.lax.map(losses_of, stacked)  # [1 + O, O]
@@ -152,9 +152,9 @@ def _transfer(
 def conflict_share(
   cosines: Float[np.ndarray, "o o b"], norms: Float[np.ndarray, "o b"]
 ) -> float:
-  """The share of pairs x blocks whose cosine is negative.
+  """The share of (pair, block) entries whose cosine is negative.
 
-  Of those where both gradients have a norm; 0 if there are none.
+  Ignores entries with a zero gradient; 0 if no entry remains.
   """
   first, second = np.triu_indices(len(norms), k=1)
   counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
@@ -165,7 +165,7 @@ def conflict_share(
 def interference_row(
   names: Sequence[str], measured: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """A measurement as a line of `interference.jsonl`, without the step."""
+  """A measurement as a row of `interference.jsonl`, without the step."""
   cosines, norms = measured["cosines"], measured["norms"]
   return {
     "objectives": list(names),
@@ -178,10 +178,10 @@ def interference_row(
 def interference_scalars(
   measured: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
-  """The summary of a measurement for the metrics.
+  """Summarises a measurement as metrics.
 
-  Conflicts, the mean and the smallest cosine of two gradients on the whole
-  encoder, and the mean transfer between two objectives.
+  The share of conflicts, the mean and minimum cosine of two gradients on the
+  whole encoder, and the mean transfer between two objectives.
   """
   cosines, norms = measured["cosines"], measured["norms"]
   scalars = {"interference/conflicts": conflict_share(cosines, norms)}

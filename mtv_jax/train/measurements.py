@@ -1,7 +1,7 @@
 """Measurements of the objectives' gradients on the image encoder, in a run.
 
-Their norms and interference every few steps where a config asks for them, for
-the log or a balancing method; and their norms after an unusual update.
+Norms and interference every few steps, if configured, for the log or a
+balancing method; norms also after a spike or a non-finite update.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GradientMeasurements:
   def interference(self) -> Any:
     """`(state, batch, active, lr) -> arrays`, see `measure_interference`.
 
-    A learning rate of None leaves out the transfer.
+    Skips the transfer if the learning rate is None.
     """
 
     def measure(state, batch, active, lr=None):
@@ -70,16 +70,16 @@ class GradientMeasurements:
   def update_balance(
     self, state: TrainState, norms: Mapping[str, Array]
   ) -> TrainState:
-    """The state after a measurement of `encoder_grad_norms`."""
+    """Updates the balancing state from measured `encoder_grad_norms`."""
     balance = self._observe(state.balance, norms, state.step)
     return state.replace(balance=balance)
 
   def norms_or_warning(
     self, state: TrainState, batch: Any, active: tuple[str, ...]
   ) -> dict[str, float]:
-    """Each objective's gradient norm of a batch, as metrics.
+    """Each objective's gradient norm on a batch, as metrics.
 
-    Takes more memory than an update: empty where the devices lack it.
+    Takes more memory than an update; returns {} if the devices run out.
     """
     try:
       return norm_metrics(self.encoder_grad_norms(state, batch, active))
@@ -96,7 +96,7 @@ class GradientMeasurements:
   def measure_interference(
     self, state: TrainState, batch: Any, active: tuple[str, ...], lr: Any
   ) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
-    """A row of `interference.jsonl`, its summary, and the norms by name."""
+    """Returns a row of `interference.jsonl`, its metrics, and norms by name."""
     measured = jax.device_get(self.interference(state, batch, active, lr))
     norms = np.linalg.norm(measured["norms"], axis=1)
     return (
@@ -113,7 +113,7 @@ def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_balance_due(spec: StepSpec, step: int) -> bool:
-  """Whether the balance reads norms before the update after `step` others."""
+  """Whether the balance reads norms before update `step`, counted from 0."""
   if spec.balance.every_steps is None:
     return False
   starts = {weight.start for weight in spec.weights.values()}

@@ -1,8 +1,8 @@
-"""Updates that are not finite, and spikes of the gradient norm.
+"""Non-finite updates, and spikes of the gradient norm.
 
-The step leaves the state as it is where the loss or the gradient is not finite
-(`step.make_update_fn`). This module counts those steps and
-decides when a run returns to an earlier checkpoint.
+The train step skips an update if the loss or the gradient is non-finite (see
+`step.make_update_fn`). This module counts skipped updates and decides when a
+run rolls back to an earlier checkpoint.
 """
 
 import collections
@@ -23,7 +23,7 @@ from mtv_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Norms of which a spike is a multiple, and steps without another message.
+# Window of the median gradient norm; also the minimum steps between warnings.
 _WINDOW = 100
 _FEWEST = 50
 
@@ -38,10 +38,10 @@ SAVED = ("skipped_updates", "nonfinite_since")
 
 @dataclasses.dataclass(frozen=True)
 class NonFiniteConfig:
-  """`config.nonfinite`: updates that are not finite are skipped.
+  """`config.nonfinite`: non-finite updates are skipped.
 
-  After more than `max_consecutive` the run returns to the checkpoint before
-  them, and leaves out their rows.
+  After more than `max_consecutive` in a row, the run restores the checkpoint
+  before them and skips their rows.
   """
 
   max_consecutive: NonNegativeInt = 10
@@ -54,18 +54,18 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 class RollbackError(Exception):
-  """A run is to undo steps: to return to the last checkpoint before them.
+  """Raised to roll back to the last checkpoint before some steps.
 
-  By default, since too many updates in a row are not finite.
+  The default reason is too many non-finite updates in a row.
 
   Attributes:
-    first: the first of these steps.
-    last: the last one.
-    what: what is wrong, for messages.
-    hint: what to try, if the run ends.
+    first: first step to undo.
+    last: last step to undo.
+    what: the reason, for messages.
+    hint: what to try if the run ends.
     then: "rollback" or "stop"; None for `config.nonfinite.then`.
     then_key: the config key of `then`.
-    error_type: of the error that ends the run if it does not return.
+    error_type: type of the error that ends the run if it does not roll back.
   """
 
   def __init__(
@@ -87,16 +87,16 @@ class RollbackError(Exception):
 
 @dataclasses.dataclass
 class UpdateMonitor:
-  """Counts the skipped updates, and recognises spikes.
+  """Counts skipped updates and detects spikes.
 
-  Every process sees the same numbers and decides alike.
+  All processes see equal numbers and make equal decisions.
 
   Args:
     max_consecutive: more skipped updates in a row raise RollbackError.
-    spike_factor: a spike is a gradient norm of so many times the median of the
-      last 100; None for no spikes.
-    skipped_updates: those of earlier sessions.
-    nonfinite_since: the first of those in a row, if the last step was one.
+    spike_factor: a spike is a gradient norm this many times the median of the
+      last 100; None disables detection.
+    skipped_updates: number of updates that earlier sessions skipped.
+    nonfinite_since: first step of the current series of skipped updates.
   """
 
   max_consecutive: int
@@ -109,7 +109,7 @@ class UpdateMonitor:
     self._last_spike = -_WINDOW
 
   def observe(self, step: int, skipped: bool, grad_norm: float) -> float | None:
-    """Takes the numbers of a step; returns the factor of a spike, or None."""
+    """Records a step; returns the factor if it is a spike, else None."""
     if skipped:
       self.skipped_updates += 1
       first = self.nonfinite_since = self.nonfinite_since or step
@@ -127,12 +127,12 @@ class UpdateMonitor:
     return factor
 
   def to_dict(self) -> dict[str, Any]:
-    """What a checkpoint stores of it."""
+    """The counters to store in a checkpoint."""
     return {name: getattr(self, name) for name in SAVED}
 
 
 def list_non_finite(values: Mapping[str, Any]) -> list[str]:
-  """The names of the metrics that are not finite."""
+  """Names of the non-finite metrics."""
   return [name for name, value in values.items() if not math.isfinite(value)]
 
 
@@ -142,15 +142,15 @@ def format_values(values: Mapping[str, float]) -> str:
 
 
 def format_names(names: Sequence[str], limit: int = 16) -> str:
-  """The first names of a list, and the number of further ones."""
+  """The first `limit` names, and the number of further ones."""
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return ", ".join(names[:limit]) + more
 
 
 def locate_nan(function: Callable[..., Any], *args: Any) -> str:
-  """Where a function first computes NaN or infinity: calls, outermost first.
+  """Locates the first NaN or infinity: the call stack, outermost call first.
 
-  Runs it operation by operation, which is slow.
+  Runs the function operation by operation, which is slow.
   """
   root = pathlib.Path(mtv_jax.__file__).parent
   try:

@@ -1,7 +1,7 @@
 """The config of a run: one frozen object, resolved before anything is built.
 
 `resolve` reads a recipe with its overrides, or a run's `config.json`, and fills
-in what follows from the config alone. `RunConfig.to_dict` is `config.json`.
+in derived values. `RunConfig.to_dict` returns the content of `config.json`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ViewConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightConfig:
-  """An objective's weight: 0 until `start`, then rising over `ramp`."""
+  """An objective's weight: 0 until `start`, then a linear ramp."""
 
   value: NonNegativeFloat = 1.0
   start: Duration | None = None
@@ -77,7 +77,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-  """`config.ema`: an average of all parameters, to evaluate."""
+  """`config.ema`: an EMA of all parameters, for evaluation and export."""
 
   decay: Fraction = 0.9999
 
@@ -86,30 +86,29 @@ class EmaConfig:
 class EmaTeacherConfig:
   """`config.teacher`: the EMA teacher of self-distillation."""
 
-  # Constant as in SILC, where a rising momentum hurts the text tower; `end`
-  # gives DINOv2's cosine.
+  # Constant as in SILC, which reports that a rising momentum hurts the text
+  # tower; `end` gives DINOv2's cosine.
   momentum: Fraction = 0.996
   end: Fraction | None = None
-  # heads: the teacher's encoder is the student's of the same step (TIPSv2).
+  # heads: the teacher's encoder is the student's current one (TIPSv2).
   ema: Literal["all", "heads"] = "all"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-  """`config.init`: the folder whose parameters a run starts from."""
+  """`config.init`: the parameters that a run starts from."""
 
   path: str
   step: int | None = None
   weights: Weights = "student"
-  # Whether the EMA teacher starts as the source run's, and not as a copy of
-  # the student.
+  # Whether to load the source's EMA teacher instead of copying the student.
   teacher: bool = False
   # Whether heads that the source lacks, or has in another shape, start at
-  # random values; else they are an error.
+  # random values; otherwise they are an error.
   grow_heads: bool = False
-  # Whether the text tower may get another tokenizer than the source's.
+  # Whether the tokenizer may differ from the source's.
   new_tokenizer: bool = False
-  include: tuple[str, ...] | None = None  # Patterns of names; None: all.
+  include: tuple[str, ...] | None = None  # Regexes of names; None: all.
   rename: tuple[Any, ...] = ()  # Pairs (pattern, replacement).
   min_coverage: Fraction = 0.99
 
@@ -119,7 +118,7 @@ class EvalConfig:
   """An entry of `config.evals`."""
 
   type: str
-  every: Duration | None = None  # None: after the last step.
+  every: Duration | None = None  # None: only after the last step.
   at_start: bool = sparse(False)
   weights: str | None = sparse(None)  # None: `config.weights`.
   bound: Bound | None = sparse(None)
@@ -131,13 +130,13 @@ class LogConfig:
   """`config.log`."""
 
   every: PositiveDuration = Duration(50)
-  # Between measurements of each objective's gradient norm.
+  # Interval between measurements of each objective's gradient norm.
   gradients: Duration | None = None
-  # A gradient norm of so many times the usual one is logged with them; 0: none.
+  # Logs a spike if the gradient norm is this many times the median; 0: never.
   spikes: NonNegativeFloat = 10.0
   # Op strings, see `train/metrics/trackers.py`.
   trackers: str | tuple[str, ...] = ("jsonl", "tensorboard")
-  # The first and the last step of a profile, both included.
+  # First and last step to profile, inclusive.
   profile_steps: tuple[PositiveInt, PositiveInt] | None = None
 
   def __post_init__(self):
@@ -151,11 +150,11 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-  """What `resolve` builds of the train step, to know what it reads."""
+  """Parts of the train step that `resolve` builds to derive its inputs."""
 
   model: ModelSpec
   views: Mapping[str, views_lib.View]
-  teachers: Mapping[str, FrozenTeacher]  # Whether objectives read them or not.
+  teachers: Mapping[str, FrozenTeacher]  # Including unread ones.
   objectives: Mapping[str, base.Objective]
 
 
@@ -169,18 +168,18 @@ class RunConfig:
   data: DataConfig
   views: Mapping[str, ViewConfig]
   model: ModelConfig
-  accumulate: PositiveInt = 1  # Parts of a batch, encoded one after the other.
+  accumulate: PositiveInt = 1  # Parts of a batch, encoded one at a time.
   objectives: Mapping[str, ObjectiveConfig]
   balance: BalanceConfig | None = None  # None: fixed weights.
-  # How the objectives' gradients on the encoder agree.
+  # Measures the interference of the objectives' gradients on the encoder.
   interference: InterferenceConfig | None = None
   optim: OptimConfig
   schedule: ScheduleConfig
   ema: EmaConfig | None = None
   teacher: EmaTeacherConfig
-  teachers: Mapping[str, TeacherConfig]  # Frozen ones.
-  # What evaluation and export take unless told otherwise; self-distillation on
-  # images alone publishes the teacher.
+  teachers: Mapping[str, TeacherConfig]  # Frozen teachers.
+  # Default weights of evaluation and export; image-only self-distillation
+  # publishes the teacher.
   weights: Weights = "student"
   mesh: MeshConfig
   sharding: tuple[Any, ...] = ()  # (regex, axes of the trailing dimensions).
@@ -216,18 +215,18 @@ class RunConfig:
 def resolve(
   config: Config | RunConfig, workdir: str | os.PathLike | None = None
 ) -> RunConfig:
-  """Checks a config, and fills in what follows from it.
+  """Checks a config and fills in derived values.
 
-  That is the teachers' architectures, the mask token and the text tower. A
-  resolved config is returned as it is.
+  These are the teachers' architectures, the mask token and the text tower. A
+  resolved config is returned unchanged.
 
   Args:
     config: a recipe's config, or the content of a `config.json`.
     workdir: the run's folder, whose `config.json` records the teachers.
 
   Raises:
-    ConfigError: an unknown or missing key, a value of another type or out of
-      range, or views, teachers and objectives that don't fit each other.
+    ConfigError: a key is unknown or missing, a value has the wrong type or is
+      out of range, or views, teachers and objectives are incompatible.
   """
   if isinstance(config, RunConfig):
     return config
@@ -238,7 +237,7 @@ def resolve(
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec
-  # Teachers without an architecture of their own.
+  # Teachers that share the student's architecture.
   shared = {
     name: dataclasses.replace(teacher, model=ModelSpec(image=model.image))
     for name, teacher in parts.teachers.items()
@@ -253,7 +252,7 @@ def resolve(
 
 
 def _build_parts(run: RunConfig) -> StepParts:
-  """The views, teachers and objectives, for the model of the recipe."""
+  """Builds the views, teachers and objectives."""
   mean, std = run.model.pixels
   views = views_lib.build_views(sections.to_dict(run.views), mean=mean, std=std)
   teachers = build_teachers(run.teachers, run.model)
@@ -267,7 +266,7 @@ def _build_parts(run: RunConfig) -> StepParts:
 
 
 def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
-  """Sets the mask token and the text tower by what the objectives read."""
+  """Adds a mask token, and drops or freezes the text tower, as needed."""
   model, needs = run.model, [o.needs() for o in parts.objectives.values()]
   read = {encoding for need in needs for encoding in need.encodings}
   views = [parts.views[e.view] for e in read if e.view in parts.views]
@@ -277,7 +276,7 @@ def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
   optim, text = run.optim, {"caption", "box_phrase"}
   if model.text is None or any(e.tower == "text" for e in read):
     pass
-  # A captioning decoder has the tokens, and by default the shape, of the tower.
+  # A captioning decoder takes its tokens and default shape from the text tower.
   elif any(text & {*need.fields} for need in needs):
     log.warning(
       "No objective trains the text tower, which has the tokens of captions: "

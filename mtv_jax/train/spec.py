@@ -1,4 +1,4 @@
-"""Specification of the train step, and its initial state."""
+"""Specification of the train step, and the initial state."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from mtv_jax.utils.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveWeight:
-  """The weight of an objective in the total loss, by step.
+  """An objective's weight in the total loss, by step.
 
-  The objective is computed from step `start` on; its weight rises linearly to
-  `value` over `ramp` steps.
+  The objective is computed from step `start` on; its weight increases linearly
+  to `value` over `ramp` steps.
   """
 
   value: float
@@ -42,18 +42,18 @@ class ObjectiveWeight:
   ramp: int = 0
 
   def is_active(self, step: int) -> bool:
-    """Whether the objective is computed in the update after `step` others."""
+    """Whether update `step`, counted from 0, computes the objective."""
     return step >= self.start
 
   def __call__(self, step: Any) -> Float[Array, ""]:
-    """The weight at steps where the objective is active."""
+    """The weight while the objective is active."""
     since = jnp.asarray(step, jnp.float32) - self.start + 1.0
     return self.value * jnp.clip(since / max(self.ramp, 1), 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """Everything that the train step computes."""
+  """What the train step computes."""
 
   model: model_lib.ModelSpec
   dtype: Any  # Computation dtype; parameters and losses are float32.
@@ -62,25 +62,25 @@ class StepSpec:
   views: Mapping[str, views_lib.View]
   seed: int
   total_steps: int
-  init: str = "big_vision"  # Of the towers, see `models/init.py`.
-  # Options of the towers that are not architecture (scan, drop_path).
+  init: str = "big_vision"  # The towers' initialisation, see `models/init.py`.
+  # The towers' options beyond their architecture (scan, drop_path).
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  remat: Remat = Remat("none")  # Of the towers, by encoding.
+  remat: Remat = Remat("none")  # The towers' remat policy, by encoding.
   teacher_momentum: float = 0.996  # EMA momentum at the start.
-  teacher_end: float | None = None  # After half a cosine; None for constant.
-  # What the teacher is an EMA of: `all`, or `heads` on the student's encoder.
+  teacher_end: float | None = None  # End of a half cosine; None: constant.
+  # EMA of `all` parameters, or of the `heads` on the student's encoder.
   teacher_ema: str = "all"
   ema_decay: float | None = None  # EMA of all parameters.
-  accumulate: int = 1  # Parts of a batch, encoded one after the other.
+  accumulate: int = 1  # Parts of a batch, encoded one at a time.
   # Names of parameters that are neither differentiated nor updated.
   frozen: frozenset[str] = frozenset()
-  # Of `config.teachers`, those that an objective reads.
+  # The entries of `config.teachers` that an objective reads.
   teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
     default_factory=dict
   )
   # The tower of each encoding, built from the fields above.
   encoders: Mapping[base.Encoding, nn.Module] = dataclasses.field(init=False)
-  balance: Balance = Balance()  # By default the weights of the config.
+  balance: Balance = Balance()  # Default: the config's weights.
 
   def __post_init__(self):
     if not self.objectives:
@@ -90,7 +90,7 @@ class StepSpec:
     for name, objective in self.objectives.items():
       for encoding in objective.needs().encodings:
         self._check_encoding(f"config.objectives.{name}", encoding)
-    # Views at the sizes that encodings ask for.
+    # Views resized to the encodings' sizes.
     resized = {
       e.view_name: views_lib.resize_view(self.views[e.view], e.size)
       for e in self.plan
@@ -100,7 +100,7 @@ class StepSpec:
     object.__setattr__(self, "encoders", self._build_encoders())
 
   def _check_encoding(self, where: str, encoding: base.Encoding) -> None:
-    """Raises ConfigError unless the config has the encoding's parts."""
+    """Raises ConfigError if an encoding's teacher, view or tower is missing."""
     if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
       raise ConfigError(
         f"{where} reads the teacher {encoding.weights!r}, which "
@@ -119,10 +119,10 @@ class StepSpec:
       self._check_patch_size(encoding)
 
   def _check_patch_size(self, encoding: base.Encoding) -> None:
-    """Raises ConfigError if a view masks other patches than a tower's."""
+    """Raises ConfigError if patch sizes of a view's mask and tower differ."""
     mask = self.views[encoding.view].pipelines[0].mask
     is_student = encoding.weights == base.STUDENT
-    # Teachers see what `blocks` masks. Views at another size have no mask.
+    # `blocks` does not mask patches for teachers. Resized views lack a mask.
     if (
       mask is None or encoding.size or not (is_student or mask.field == "keep")
     ):
@@ -153,7 +153,7 @@ class StepSpec:
 
   @functools.cached_property
   def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
-    """The distinct encodings, with the union of the layers that are read."""
+    """The distinct encodings, with the union of the layers read."""
     union: dict[base.Encoding, set[int]] = {}
     for objective in self.objectives.values():
       for encoding, layers in objective.needs().encodings.items():
@@ -167,7 +167,7 @@ class StepSpec:
 
   @functools.cached_property
   def heads(self) -> dict[str, base.Head]:
-    """All heads of all objectives, by their global names."""
+    """The heads of all objectives, by global name."""
     heads = {}
     for name, objective in self.objectives.items():
       for key, head in objective.heads().items():
@@ -181,7 +181,7 @@ class StepSpec:
 
   @functools.cached_property
   def shared_modules(self) -> frozenset[str]:
-    """`image`, `text` and `heads/NAME` that several objectives train."""
+    """Modules (`image`, `text`, `heads/NAME`) that several objectives train."""
     readers = collections.Counter()
     for objective in self.objectives.values():
       encodings = objective.needs().encodings
@@ -191,9 +191,9 @@ class StepSpec:
 
   @property
   def start_steps(self) -> dict[str, int]:
-    """The step of their first update, by prefix of parameters.
+    """The step of the first update, by parameter-name prefix.
 
-    Of heads that objectives share, the earliest.
+    The earliest, if objectives share a head.
     """
     starts: dict[str, int] = {}
     for objective, weight in zip(
@@ -202,19 +202,19 @@ class StepSpec:
       rest = self.total_steps - weight.start
       for key, head in objective.heads().items():
         for part, percent in head.frozen_percent.items():
-          # Rounded, as 7 / 100 * 100 is above 7.
+          # Rounded, because 7 / 100 * 100 is above 7.
           step = weight.start + math.ceil(round(percent / 100 * rest, 6))
           name = f"heads/{key}/{part}/"
           starts[name] = min(step, starts.get(name, step))
     return starts
 
   def _build_encoders(self) -> dict[base.Encoding, nn.Module]:
-    """The tower that computes each encoding, as a linen module."""
+    """Builds the tower, a linen module, of each encoding."""
     options = dict(dtype=self.dtype, **self.runtime)
     towers = {}
     for e in self.plan:
       remat = {"remat": self.remat.choose(e.tower, e.view)}
-      if e.weights in self.teachers:  # Features are targets: not quantized.
+      if e.weights in self.teachers:  # Target features are not quantized.
         fixed = {**options, **remat, "quantization": "none"}
         model = self.teachers[e.weights].model
         towers[e] = model_lib.image_tower(model, **fixed)
@@ -226,17 +226,17 @@ class StepSpec:
 
   @property
   def attention_heads(self) -> dict[str, int]:
-    """Attention heads of each stack of blocks, by its parameters' prefix."""
+    """Attention heads of each stack of blocks, by parameter-name prefix."""
     towers = {"image": self.model.image, "text": self.model.text}
     stacks = {f"heads/{n}": h.module for n, h in self.heads.items()} | towers
     return {n: s.heads for n, s in stacks.items() if hasattr(s, "heads")}
 
   def active_objectives(self, step: int) -> tuple[str, ...]:
-    """The objectives that the update after `step` others computes."""
+    """The objectives that update `step`, counted from 0, computes."""
     return tuple(n for n, w in self.weights.items() if w.is_active(step))
 
   def select_objectives(self, names: tuple[str, ...]) -> StepSpec:
-    """The same step with some of the objectives."""
+    """This specification with only the named objectives."""
     if tuple(names) == tuple(self.objectives):
       return self
     return dataclasses.replace(
@@ -247,22 +247,22 @@ class StepSpec:
 
   @functools.cached_property
   def has_balance(self) -> bool:
-    """Whether a method weights losses or combines gradients."""
+    """Whether a balancing method is configured (weights are not fixed)."""
     return type(self.balance) is not Balance
 
   def config_weights(self, step: Any) -> dict[str, Array]:
-    """Each objective's weight of the config, with its ramp."""
+    """Each objective's configured weight, including its ramp."""
     return {name: weight(step) for name, weight in self.weights.items()}
 
   def loss_weights(self, state: TrainState) -> Mapping[str, Array]:
-    """Each objective's weight in the total loss."""
+    """Each objective's weight in the total loss, including the balance."""
     weights = {n: weight(state.step) for n, weight in self.weights.items()}
     if not self.has_balance:
       return weights
     return self.balance.loss_weights(weights, state.balance)
 
   def momentum(self, step: Any) -> Float[Array, ""]:
-    """The teacher's momentum in the update after `step` others."""
+    """The EMA teacher's momentum in update `step`, counted from 0."""
     start = jnp.float32(self.teacher_momentum)
     if self.teacher_end is None:
       return start
@@ -270,12 +270,12 @@ class StepSpec:
 
   @functools.cached_property
   def has_teacher(self) -> bool:
-    """Whether an objective reads a teacher's encoding."""
+    """Whether an objective reads the EMA teacher."""
     return any(e.weights == base.TEACHER for e in self.plan)
 
   @functools.cached_property
   def feature_layouts(self) -> dict[str, FeatureLayout]:
-    """The features of label sets that objectives read, by teacher."""
+    """The cached features that objectives read, by teacher."""
     layouts: dict[str, FeatureLayout] = {}
     for objective in self.objectives.values():
       for name, layout in objective.needs().features.items():
@@ -286,7 +286,7 @@ class StepSpec:
     return layouts
 
   def fields(self) -> dict[str, list[str]]:
-    """Batch fields by name, each with the objectives that read it."""
+    """The objectives that read each batch field, by field name."""
     readers = {f: list(self.objectives) for f in ("image", "image_size")}
     for name, objective in self.objectives.items():
       needs = objective.needs()
@@ -304,7 +304,7 @@ def find_first_reads(
   objectives: Mapping[str, base.Objective],
   weights: Mapping[str, ObjectiveWeight],
 ) -> dict[str, int]:
-  """The first step that reads the student and each teacher, by name."""
+  """The first step that reads each set of weights (student or teacher)."""
   first: dict[str, int] = {}
   for name, objective in objectives.items():
     start = weights[name].start
@@ -316,7 +316,7 @@ def find_first_reads(
 def _are_equal_heads(
   a: base.Head, b: base.Head, spec: model_lib.ModelSpec
 ) -> bool:
-  """Whether modules, bounds and input widths of two heads are equal."""
+  """Whether two heads have equal modules, bounds and input widths."""
 
   def shapes(head):
     leaves = jax.tree.leaves(head.example(spec))
@@ -327,10 +327,10 @@ def _are_equal_heads(
 
 
 def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
-  """The student's parameters of which the teacher is an EMA.
+  """The student's parameters that the teacher averages.
 
-  With `teacher_ema="heads"` those of heads alone: the teacher's encoder is the
-  student's of the same step, without gradient (TIPSv2, arXiv 2604.12012).
+  With `teacher_ema="heads"` only heads: the teacher's encoder is the student's
+  current one, without gradient (TIPSv2, arXiv 2604.12012).
   """
   if not spec.has_teacher:
     return {}
@@ -342,16 +342,16 @@ def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
 
 
 def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
-  """Parameters `{image, text, heads}`, float32.
+  """Initialises parameters `{image, text, heads}`, float32.
 
-  A head's key depends on its name alone: objectives that are added or dropped
-  change no other parameter.
+  A head's key depends only on its name, so adding or dropping an objective does
+  not change other parameters.
   """
   tower_rng, head_rng = jax.random.split(rng)
   params = dict(model_lib.init_params(spec.model, tower_rng, spec.init))
   params["heads"] = {}
   for name, head in spec.heads.items():
-    # crc32 and not hash(), which differs from one process to the next.
+    # crc32, because hash() differs between processes.
     key = jax.random.fold_in(head_rng, zlib.crc32(name.encode()))
     params["heads"][name] = head.init(key, spec.model)
   return params
@@ -364,10 +364,10 @@ def init_state(
   teachers: Mapping[str, PyTree] = types.MappingProxyType({}),
   teacher: PyTree | None = None,
 ) -> TrainState:
-  """The state at step 0: the teacher and the EMA start as copies.
+  """Initialises the state at step 0.
 
-  So do frozen teachers that are not given; those of another architecture start
-  with random parameters. `teacher`: the EMA teacher, if it is not a copy.
+  The EMA and, if not given, the `teacher` and frozen `teachers` start as copies
+  of the student; a frozen teacher with another architecture starts randomly.
   """
   copy = functools.partial(jax.tree.map, jnp.copy)
 
@@ -394,13 +394,13 @@ def init_state(
 
 
 def abstract_params(spec: StepSpec) -> PyTree:
-  """Shapes and dtypes of the parameters; computes nothing."""
+  """Shapes and dtypes of the parameters, without computing them."""
   return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))
 
 
 def abstract_state(
   spec: StepSpec, tx: optax.GradientTransformation
 ) -> TrainState:
-  """Shapes and dtypes of the state; computes nothing."""
+  """Shapes and dtypes of the state, without computing it."""
   init = functools.partial(init_state, spec, tx)
   return jax.eval_shape(init, abstract_params(spec))

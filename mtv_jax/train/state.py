@@ -11,7 +11,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class TrainState:
-  """Everything that training changes and a checkpoint stores."""
+  """All arrays that training updates and a checkpoint stores."""
 
   step: Int[Array, ""]  # Number of updates done.
   params: PyTree  # `image`, `text` and `heads/NAME`, float32.
@@ -33,7 +33,7 @@ class TrainState:
   def weights(self, which: str) -> PyTree:
     """The parameters to evaluate: `'student'`, `'teacher'` or `'ema'`.
 
-    With a teacher's image encoder go the student's text tower and temperature.
+    A teacher's image encoder comes with the student's text tower and heads.
     """
     weights = {"student": self.params}
     if self.ema:

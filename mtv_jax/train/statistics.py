@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
-  """The state at step 0 with statistics of the first batches.
+  """Returns the state at step 0 with statistics of the first batches.
 
-  They are part of the state: a run that resumes doesn't fit them again. Batches
-  and crops are those of the first steps, whatever the mesh. Process 0 decides,
-  as decompositions may differ between hosts.
+  They are part of the state, so a resumed run does not fit them again. Uses the
+  batches and crops of the first steps, on any mesh. All hosts use the result
+  of process 0, since matrix decompositions may differ between hosts.
   """
   spec, program = experiment.step_spec, experiment.program
   counts = {
@@ -61,10 +61,9 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
 
 
 def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
-  """Adds the moments of the parts of a batch to those of `key`.
+  """Merges the moments of a batch's parts into `moments[key]`.
 
-  `arrays` are count, mean and covariance: `[parts]`, `[parts, d]` and
-  `[parts, d, d]`.
+  `arrays` are count `[parts]`, mean `[parts, d]`, covariance `[parts, d, d]`.
   """
   for part in zip(*map(np.float64, arrays), strict=True):
     new = Moments(float(part[0]), *part[1:])
@@ -88,8 +87,8 @@ def compute_feature_moments(
 ) -> dict[str, dict[str, tuple[Array, Array, Array]]]:
   """Moments of the features whose statistics the objectives fit.
 
-  Count `[parts]`, mean `[parts, d]` and covariance `[parts, d, d]` of each of
-  the `spec.accumulate` parts of a batch, by objective and feature.
+  By objective and feature: count `[parts]`, mean `[parts, d]` and covariance
+  `[parts, d, d]`, for the `spec.accumulate` parts of a batch.
   """
 
   def moments(part):
@@ -109,7 +108,7 @@ def compute_statistics_features(
   keys: Mapping[str, jax.Array],
   mesh: Mesh | None = None,
 ) -> dict[str, dict[str, tuple[Array, Array]]]:
-  """Each objective's `statistics_features`, of frozen teachers alone."""
+  """Each objective's `statistics_features`; runs only the frozen teachers."""
   params, state = gather_params(spec, state.params, state, mesh)
   plan = {e: n for e, n in spec.plan.items() if e.weights in spec.teachers}
   batch, fixed = add_views(spec, batch, keys, mesh), state.fixed_params

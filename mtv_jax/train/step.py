@@ -1,4 +1,4 @@
-"""The train step: gradients, optimizer, and what a config adds to it."""
+"""The train step: gradients, optimizer, EMA, teacher and balance updates."""
 
 import dataclasses
 import functools
@@ -37,16 +37,16 @@ def make_update_fn(
   tx: optax.GradientTransformation,
   mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]:
-  """`(state, batch) -> (state, metrics)`, not yet compiled.
+  """Makes `(state, batch) -> (state, metrics)`, not yet compiled.
 
   Metrics are scalars by name: `loss`, `grad_norm`, `update_norm`, `skipped`,
-  and for each objective `NAME/loss`, `NAME/weight` and what it reports.
+  and for each objective `NAME/loss`, `NAME/weight` and its `Terms.report`.
 
-  Where the loss or gradient is not finite, `skipped` is 1 and the new state is
-  the old one, but for its step.
+  If the loss or gradient is non-finite, `skipped` is 1 and only the state's
+  step changes.
 
-  `spec` has all objectives, as the state; `active_spec` those that this update
-  computes.
+  `spec` has all objectives, like the state; `active_spec` has the objectives
+  that this update computes.
   """
   inactive = inactive_modules(spec, active_spec)
   state_updates = make_state_updates(spec, active_spec)
@@ -75,7 +75,7 @@ def make_update_fn(
         metrics[f"{name}/{key}"] = mean.value()
     for update_state in state_updates:
       new = update_state(new, state, terms)
-    # Known before the update, so that no second state has to wait for it.
+    # Independent of the update, so that a second state need not wait for it.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite
     new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
@@ -98,15 +98,15 @@ class Program:
 
   @functools.cached_property
   def shardings(self) -> TrainState:
-    """The sharding of each array of the state."""
+    """Shardings of the state's arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
   @functools.cached_property
   def update(self) -> Any:
     """`(state, batch, active) -> (state, metrics)`, jitted.
 
-    One update of the `active` objectives, all by default; compiled for each set
-    of them. The state is donated; the batch is sharded over the mesh.
+    Updates the `active` objectives, by default all; compiles once per set of
+    objectives. Donates the state; the batch is sharded over the mesh.
     """
 
     def update(state, batch, active=None):
@@ -150,7 +150,7 @@ def make_program(
   mesh: Mesh,
   rules: ShardingRules = (),
 ) -> Program:
-  """The train step for a mesh; nothing is compiled yet.
+  """Builds the train step for a mesh; does not compile.
 
   Sharding `rules` of the config precede the built-in ones.
   """
@@ -165,13 +165,13 @@ def make_program(
 
 
 # ---------------------------------------------------------------------------
-# Parts of an update that some configs have.
+# Optional parts of an update.
 
 
 def make_state_updates(
   spec: StepSpec, active_spec: StepSpec
 ) -> list[StateUpdate]:
-  """What a config adds after the optimizer's step, in this order."""
+  """State updates after the optimizer's step, in this order."""
   parts: list[StateUpdate] = []
   if any(head.bounds for head in active_spec.heads.values()):
     parts.append(functools.partial(clip_to_bounds, active_spec))
@@ -185,7 +185,7 @@ def make_state_updates(
 
 
 def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
-  """`image`, `text` and `heads/NAME` that no active objective reads."""
+  """Modules (`image`, `text`, `heads/NAME`) that no active objective reads."""
   towers = {"image", "text"} if spec.model.text else {"image"}
   heads = spec.heads.keys() - active_spec.heads.keys()
   towers -= {encoding.tower for encoding in active_spec.plan}
@@ -195,7 +195,7 @@ def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
 def zero_updates(updates: PyTree, modules: list[str]) -> PyTree:
   """Zeroes the updates of some modules.
 
-  Of inactive ones the gradients are zero, but weight decay would shrink them.
+  Inactive modules have zero gradients, but weight decay would shrink them.
   """
   updates = {**updates, "heads": dict(updates["heads"])}
   for module in modules:
@@ -206,9 +206,9 @@ def zero_updates(updates: PyTree, modules: list[str]) -> PyTree:
 
 
 def clip_to_bounds(spec: StepSpec, new: TrainState, *_: Any) -> TrainState:
-  """Clips the heads' parameters to their bounds, as CLIP its temperature.
+  """Clips the heads' parameters to their bounds, like CLIP's temperature.
 
-  A projection after the optimizer's step: gradients are not clipped.
+  Projects after the optimizer's step; does not clip gradients.
   """
   heads = dict(new.params["heads"])
   for name, head in spec.heads.items():
@@ -220,10 +220,10 @@ def clip_to_bounds(spec: StepSpec, new: TrainState, *_: Any) -> TrainState:
 def ema_update(
   ema: Any, params: Any, decay: Any, *, step: Any | None = None
 ) -> Any:
-  """One step of the exponential moving average, decay e + (1 - decay) p.
+  """One step of an exponential moving average, decay e + (1 - decay) p.
 
-  With `step` the decay is at most (1 + step) / (10 + step), which forgets the
-  initialisation. The average keeps its dtypes.
+  If `step` is given, the decay is at most (1 + step) / (10 + step), which
+  forgets the initialisation. Preserves the dtypes of `ema`.
   """
   rate = jnp.asarray(decay, jnp.float32)
   if step is not None:
@@ -236,7 +236,7 @@ def ema_update(
 def update_ema(
   spec: StepSpec, new: TrainState, old: TrainState, _: Any
 ) -> TrainState:
-  """The EMA of all parameters, for evaluation and export."""
+  """Updates the EMA of all parameters, for evaluation and export."""
   ema = ema_update(old.ema, new.params, spec.ema_decay, step=old.step)
   return new.replace(ema=ema)
 
@@ -244,7 +244,7 @@ def update_ema(
 def update_teacher(
   spec: StepSpec, new: TrainState, old: TrainState, *_: Any
 ) -> TrainState:
-  """The teacher's EMA step after an update of the student."""
+  """Updates the EMA teacher after an update of the student."""
   student, heads = teacher_params(spec, new.params), old.teacher["heads"]
   read = {**old.teacher, "heads": {n: heads[n] for n in student["heads"]}}
   teacher = ema_update(read, student, spec.momentum(old.step))
@@ -258,7 +258,7 @@ def update_balance(
   old: TrainState,
   terms: Mapping[str, Any],
 ) -> TrainState:
-  """The balancing method's state after an update with these losses."""
+  """Updates the balancing method's state from the objectives' losses."""
   losses = {name: term.loss for name, term in terms.items()}
   weights = spec.config_weights(old.step)
   balance = spec.balance.update(old.balance, losses, weights)

@@ -1,8 +1,8 @@
-"""Teachers that are copied during a run, between updates.
+"""Copies of teachers between the updates of a run.
 
 An EMA teacher that is first read after step 0 starts as a copy of the student
-at that step. Frozen teachers that are snapshots are copies of the EMA teacher,
-some of them again every few updates.
+at that step. Snapshot teachers are copies of the EMA teacher; some are
+refreshed every few updates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TeacherCopies:
 
   @staticmethod
   def are_needed(spec: StepSpec) -> bool:
-    """Whether a run ever copies a teacher after its start."""
+    """Whether a run copies a teacher at or after its start."""
     starts_late = spec.first_reads.get(TEACHER, 0) > 0
     return starts_late or any(t.copies for t in spec.teachers.values())
 
@@ -46,7 +46,7 @@ class TeacherCopies:
     )
 
   def __call__(self, state: TrainState, step: int) -> TrainState:
-    """The state with the copies that are due after `step` updates, in place."""
+    """Copies the teachers due after `step` updates; donates `state`."""
     names = self.due(step)
     starts_ema = self.starts_ema(step)
     if not names and not starts_ema:
@@ -59,7 +59,7 @@ class TeacherCopies:
       if starts_ema:
         teacher = teacher_params(self._program.spec, state.params)
         state = state.replace(teacher=jax.tree.map(jnp.copy, teacher))
-      # A teacher of heads alone has the student's encoder.
+      # A teacher with heads only uses the student's encoder.
       image = {**state.params, **state.teacher}["image"]
       new = {name: {"image": jax.tree.map(jnp.copy, image)} for name in names}
       return state.replace(teachers={**state.teachers, **new})

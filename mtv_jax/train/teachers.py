@@ -1,4 +1,4 @@
-"""Frozen teachers of `config.teachers`: architecture, pixels, snapshots."""
+"""Frozen teachers, `config.teachers`: architecture, pixels, snapshots."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ log = logging.getLogger(__name__)
 class TeacherConfig:
   """An entry of `config.teachers`: an image encoder that objectives read.
 
-  One of a path, or a copy of the EMA teacher that `FrozenTeacher` refreshes.
+  Loaded from a path, or a copy of the EMA teacher, see `FrozenTeacher`.
   """
 
   path: str | None = None
   step: int | None = None
-  # None: the weights that the source run's config names.
+  # None: `config.weights` of the source run.
   weights: Literal["student", "teacher", "ema"] | None = None
   update_every: Duration | None = None
   max_updates: PositiveInt | None = None
-  # Pixels per side that the teacher sees. None: the view's, or in
-  # `feature_distillation` its own.
+  # Input pixels per side. None: the view's size, or in `feature_distillation`
+  # the teacher's own.
   size: PositiveInt | None = None
-  # Blocks whose patch tokens `feature_distillation` learns, -1 for the last.
-  # None: the final ones, after the norm.
+  # Blocks whose patch tokens `feature_distillation` learns; -1 is the last.
+  # None: the final tokens, after the norm.
   layers: tuple[int, ...] | None = None
-  # Its features are read from label sets of this format, and it is not run.
+  # Format of label sets with its features, which replace running it.
   cached: Format | None = None
-  # Filled in from the path. None: the student's.
+  # Read from the path. None: the student's.
   model: Mapping[str, Any] | None = None
   image_mean: model_lib.Channels | None = None
   image_std: model_lib.Channels | None = None
-  # Pixels per side of its preprocessing. None: its model's.
+  # Pixels per side of its preprocessing. None: the model's.
   input_size: PositiveInt | None = None
 
 
@@ -61,8 +61,8 @@ def read_teacher_models(
 ) -> dict[str, TeacherConfig]:
   """Fills in architectures and pixel statistics of teachers with a path.
 
-  A run that resumes has recorded them, and their parameters are in its
-  checkpoints: the teachers' own folders are not read.
+  A resumed run does not read the teachers' folders: its config records these
+  values, and its checkpoints have the parameters.
   """
   recorded = {}
   if teachers and workdir is not None and saved_steps(workdir):
@@ -76,7 +76,7 @@ def read_teacher_models(
 def _read_teacher_model(
   teacher: TeacherConfig, recorded: Mapping[str, Any]
 ) -> TeacherConfig:
-  # Refreshed from the EMA teacher, it has the student's.
+  # A refreshed teacher has the student's architecture.
   refreshed = teacher.update_every is not None and teacher.update_every.value
   if teacher.path is None or teacher.model is not None or refreshed:
     return teacher
@@ -85,7 +85,7 @@ def _read_teacher_model(
     for key in ("path", "weights", "step")
   )
   if same and recorded.get("model"):
-    # Before the later keys, teachers had the run's pixels.
+    # Older configs lack some keys; their teachers saw the run's pixels.
     keys = ("model", "image_mean", "image_std", "input_size")
     values = {key: recorded.get(key) for key in keys}
     return sections.read(
@@ -106,11 +106,11 @@ def _read_teacher_model(
 
 @dataclasses.dataclass(frozen=True)
 class PixelMap:
-  """The map of pixels from one normalisation to another.
+  """Maps pixels from one normalisation to another.
 
   Attributes:
-    scale: of each channel, the old deviation over the new one.
-    offset: of each channel, in units of the new deviation.
+    scale: old std / new std, per channel.
+    offset: (old mean - new mean) / new std, per channel.
   """
 
   scale: tuple[float, ...]
@@ -118,7 +118,7 @@ class PixelMap:
 
   @classmethod
   def between(cls, ours: Any, theirs: Any) -> PixelMap | None:
-    """From pixels of (mean, std) `ours` to `theirs`; None if they are equal."""
+    """From (mean, std) `ours` to `theirs`; None if they are equal."""
     if ours == theirs:
       return None
     (mean, std), (new_mean, new_std) = map(np.float64, (ours, theirs))
@@ -126,7 +126,7 @@ class PixelMap:
     return cls(tuple((std / new_std).tolist()), tuple(offset.tolist()))
 
   def __call__(self, images: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
-    """The images in the new normalisation; computes in float32."""
+    """Renormalises images; computes in float32."""
     scale, offset = np.float32(self.scale), np.float32(self.offset)
     return (images.astype(jnp.float32) * scale + offset).astype(images.dtype)
 
@@ -136,28 +136,28 @@ class FrozenTeacher:
   """A frozen image encoder, or a snapshot of the EMA teacher.
 
   A snapshot is copied before the first update that reads it. With
-  `update_every` it is copied again after as many updates, `max_updates` times
-  at most, as DINOv3's Gram teacher (arXiv 2508.10104, section 4.2).
+  `update_every` it is refreshed every so many updates, at most `max_updates`
+  times, like DINOv3's Gram teacher (arXiv 2508.10104, section 4.2).
   """
 
   model: model_lib.ModelSpec
   snapshot: bool = False  # Whether it starts as a copy of the EMA teacher.
   update_every: int | Duration | None = None  # See `select_teachers`.
   max_updates: int | None = None
-  # Pixels per side that it sees. None: the objective's choice.
+  # Input pixels per side. None: the objective's choice.
   size: int | None = None
-  input_size: int | None = None  # Its preprocessing's; None: its model's.
+  input_size: int | None = None  # Preprocessing size. None: the model's.
   layers: tuple[int, ...] = ()  # Blocks whose tokens are distilled, from 0.
   pixels: PixelMap | None = None  # From the views' pixels to its own.
   cached: str | None = None  # Format of its label sets, if they replace it.
 
   @property
   def copies(self) -> bool:
-    """Whether it is ever copied from the EMA teacher."""
+    """Whether it is copied from the EMA teacher."""
     return self.snapshot or self.update_every is not None
 
   def due(self, since: int) -> bool:
-    """Whether to copy it `since` updates after the first that reads it."""
+    """Whether to copy it `since` updates after the first read."""
     if since <= 0 or not self.update_every:
       return since == 0 and self.snapshot
     count, rest = divmod(since, self.update_every)
@@ -168,7 +168,7 @@ def build_teachers(
   configs: Mapping[str, TeacherConfig],
   model: model_lib.ModelConfig,
 ) -> dict[str, FrozenTeacher]:
-  """All teachers of a config, whether objectives read them or not."""
+  """Builds all teachers of a config, including unread ones."""
   teachers = {}
   ours = model.pixels
   for name, entry in configs.items():
@@ -203,7 +203,7 @@ def build_teachers(
 
 
 def _read_spec(fields: dict[str, Any]) -> model_lib.ModelSpec:
-  """The architecture, from `ModelSpec.to_dict` or a config's `model`."""
+  """Reads an architecture from `ModelSpec.to_dict` or a config's `model`."""
   if "variant" in fields:
     return model_lib.ModelSpec.from_config({**fields, "text": None})
   return model_lib.ModelSpec.from_dict({"image": fields})
@@ -223,7 +223,7 @@ def _check_size(
 def _check_layers(
   where: str, layers: tuple[int, ...], depth: int
 ) -> tuple[int, ...]:
-  """Blocks counted from 0."""
+  """Returns sorted block indices, counted from 0."""
   for layer in layers:
     if not -depth <= layer < depth:
       raise ConfigError(
@@ -239,7 +239,7 @@ def select_teachers(
   first_reads: Mapping[str, int],
   length: RunLength,
 ) -> dict[str, FrozenTeacher]:
-  """The teachers that objectives read, first at the steps `first_reads`.
+  """Selects the teachers in `first_reads`, the steps of their first read.
 
   Converts the durations of `build_teachers` to steps.
   """

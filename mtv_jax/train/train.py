@@ -1,4 +1,4 @@
-"""Training of a config: build, restore, run the steps, roll back."""
+"""Trains a config: builds, restores, runs the steps, rolls back."""
 
 import contextlib
 import dataclasses
@@ -48,13 +48,13 @@ def check_balance_unchanged(
 ) -> None:
   """Raises ConfigError if a run was trained with another balancing method.
 
-  Some methods have no state, so that their checkpoints fit others too.
+  Checkpoints don't reveal it: some methods are stateless.
   """
 
   recorded = read_recorded_config(workdir)
   if not recorded:
     return
-  # Earlier configs have no `method`, and no weights are fixed ones.
+  # Older configs lack `method`; without a section, weights are fixed.
   section = recorded.get("balance")
   old = section.get("method", "grad_norm_mean") if section else "fixed"
   new = config.balance.method if config.balance else "fixed"
@@ -76,18 +76,18 @@ def train(
 ) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
-  The folder is the same on every host, and keeps the `command` for reports.
-  With `restore="latest_good"` damaged checkpoints are skipped. With
-  `debug_nans` the first update that is not finite is an error, which names the
-  operation. Returns the state after the last step.
+  All hosts use one `workdir`, which records the `command` for reports.
+  `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
+  first non-finite update, naming the operation. Returns the state after the
+  last step.
 
   Raises:
-    ConfigError: for anything in the config that can't be used.
-    NonFiniteError: too many updates are not finite.
-    bounds.BoundError: an evaluation is beyond its bound.
+    ConfigError: the config is invalid.
+    NonFiniteError: too many updates are non-finite.
+    bounds.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
     preemption.Preempted: after a signal, once a checkpoint is saved.
-    watchdog.StalledError: a step took too long; saved where possible.
+    watchdog.StalledError: a step took too long; saved if possible.
     checkpointer.DamagedCheckpointError: the last checkpoint is damaged.
     checkpointer.CheckpointSaveError: checkpoints can't be written.
   """
@@ -111,7 +111,7 @@ def train(
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         retries=config.checkpoint.retries,
-        # A run that resumes from a checkpoint has the rows before it.
+        # So that metrics in the bucket reach up to each checkpoint.
         before_save=folder.upload,
       )
     )
@@ -123,7 +123,7 @@ def train(
         config.watchdog.peer_seconds, when_alone=checkpoints.abandon
       )
     )
-    # Before the contexts above are left, which wait for the other processes.
+    # Exits before the contexts above, which would wait for lost processes.
     stack.enter_context(peers.exit_on_lost_peer())
     return _train_with_rollbacks(
       experiment,
@@ -145,7 +145,7 @@ def _train_with_rollbacks(
   latest_good: bool,
   **session: Any,
 ) -> TrainState:
-  """Trains from the last checkpoint, and from earlier ones after damage.
+  """Trains from the last checkpoint; on RollbackError, from an earlier one.
 
   `session` are further arguments of `_train_from`.
   """
@@ -162,7 +162,7 @@ def _train_with_rollbacks(
       )
     except RollbackError as error:
       damage = error.with_traceback(None)
-    # Outside the handler, which keeps the old state alive.
+    # Outside the handler, which would keep the old state alive.
     rollbacks += 1
     saved = _restore_before(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
@@ -171,7 +171,7 @@ def _train_with_rollbacks(
 
 
 def _skipped_batches(saved: Restored | None) -> order.SkippedBatches:
-  """The batches that a checkpoint's run leaves out."""
+  """The batches that the checkpoint's run skips."""
   ranges = saved.timing.get("skipped_batches", ()) if saved else ()
   return tuple((int(first), int(count)) for first, count in ranges)
 
@@ -184,9 +184,9 @@ def _restore_before(
   *,
   latest_good: bool,
 ) -> Restored:
-  """The checkpoint before the steps of `damage`; deletes later ones.
+  """Restores the last checkpoint before `damage.first`; deletes later ones.
 
-  With `latest_good` the one before it, if it is damaged.
+  With `latest_good`, skips damaged checkpoints.
   """
   options = experiment.config.nonfinite
   steps = checkpoints.steps()
@@ -206,7 +206,7 @@ def _restore_before(
   saved = checkpoints.restore(
     experiment.program.abstract, step=before, latest_good=latest_good
   )
-  # Not before, so that a damaged checkpoint leaves the later ones.
+  # After restoring, so that a damaged checkpoint does not delete later ones.
   checkpoints.delete_after(saved.step)
   log.warning(
     "%s: returns to the checkpoint of step %d and leaves out their rows.",
@@ -227,11 +227,11 @@ def _train_from(
   command: str,
   debug_nans: bool,
 ) -> TrainState:
-  """Trains from a checkpoint, None for the start, to the last step."""
+  """Trains from a checkpoint (None: from step 0) to the last step."""
   config = experiment.config
   first = saved.step if saved else 0
   timing = saved.timing if saved else {}
-  # Of process 0, whose counts are the run's metrics.
+  # Only process 0 reports data statistics.
   stats = None
   if saved:
     chrono.from_dict(timing)
@@ -256,7 +256,7 @@ def _train_from(
     profiler = stack.enter_context(
       StepProfiler(experiment.workdir / "profile", config.log.profile_steps)
     )
-    # Not before, so that a config that is rejected replaces nothing.
+    # Late, so that a rejected config does not replace the recorded one.
     save_config(experiment, command)
     if saved:
       state = saved.state
@@ -288,10 +288,10 @@ def _train_from(
 def _is_interrupted(
   notice: preemption.Notice, watchdog: Watchdog | None
 ) -> bool:
-  """Whether to wait for no further batch.
+  """Whether to stop waiting for a batch.
 
-  Of several processes none may stop alone, as they save together: where one's
-  reader stalls, its watchdog exits.
+  Multiple processes save together, so none may stop alone: if a reader stalls,
+  the watchdog exits.
   """
   stalled = bool(watchdog and watchdog.expired)
   return jax.process_count() == 1 and (notice.received or stalled)
@@ -300,7 +300,7 @@ def _is_interrupted(
 def _open_writer(
   experiment: Experiment, first: int, skipped: order.SkippedBatches
 ) -> MetricWriter:
-  """The writer of a session that starts after `first` updates."""
+  """Opens the metric writer of a session that starts after `first` updates."""
   return MetricWriter(
     experiment.workdir,
     total_steps=experiment.total_steps,
@@ -308,7 +308,7 @@ def _open_writer(
     process_index=jax.process_index(),
     trackers=experiment.trackers,
     config=experiment.config.to_dict(),
-    # Rows of the batches that a rollback has left out are repeated by no step.
+    # Batches that a rollback skipped are not repeated, so their rows stay.
     keep_row=lambda row: order.is_skipped(row.get("batch"), skipped),
   )
 
@@ -316,7 +316,7 @@ def _open_writer(
 def _start_session(
   experiment: Experiment, first: int, command: str
 ) -> sessions.Session:
-  """The record of a session that starts after `first` updates."""
+  """Starts the record of a session that starts after `first` updates."""
   return sessions.Session(
     experiment.workdir,
     start_step=first,

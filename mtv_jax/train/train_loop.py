@@ -51,13 +51,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Trainer:
-  """The loop over the steps of a session, from step `first` on."""
+  """Runs the steps of a session, after `first` completed ones."""
 
   experiment: Experiment
   state: TrainState
   first: int  # Number of updates of earlier sessions.
   loader: pipeline.Loader
-  batches: BackgroundLoader  # Of the loader.
+  batches: BackgroundLoader  # Wraps `loader`.
   skipped: order.SkippedBatches
   checkpoints: Checkpointer
   writer: MetricWriter
@@ -70,7 +70,7 @@ class Trainer:
   debug_nans: bool = False
 
   def __post_init__(self):
-    # Metrics of the last update, on the devices or fetched, and its objectives.
+    # Metrics (on device or host) and objectives of the last update.
     self.values: dict[str, Any] = {}
     self.active: tuple[str, ...] = ()
     # Step, metrics and batch of the updates in flight.
@@ -91,11 +91,11 @@ class Trainer:
     last = experiment.total_steps
     batches = prefetch_to_device(self.batches, self.experiment.mesh)
     if self.first == 0:
-      # Those with a bound, so that a misspelt metric shows at once.
+      # Includes evaluations with a bound, so a misspelt metric fails early.
       evals = config.evals.items()
       self.evaluate(0, [n for n, e in evals if e.at_start or e.bound])
     else:
-      # After a signal in the step that was saved.
+      # The previous session may have exited between save and evaluation.
       self.evaluate(self.first, self.missing_evaluations(self.first))
     if self.first >= last:
       log.info("The run is complete at step %d.", self.first)
@@ -111,18 +111,18 @@ class Trainer:
       is_due = is_due or bool(measured) or step in (1, last)
       if is_due or step == self.first + 1:
         self.log(step, measured, to_files=is_due)
-      # Before the evaluations, for which there may be no time.
+      # Before the evaluations, which may take too long after a signal.
       if self.should_stop(step) and step < last:
         self.save_and_exit(step)
       if step == last:
         if self.watchdog:
-          # No step follows that could stall, and the save may take long.
+          # The last save may take long and must not expire.
           self.watchdog.close()
         self.save(step)
       self.evaluate(step, self.due_evaluations(step))
-      if step < last:  # Else `wait` raises what `poll` would retry.
+      if step < last:  # After the last step, `wait` raises save errors.
         self.save_if_due(step)
-        with self.paused("save"):  # A last try waits for the save.
+        with self.paused("save"):  # The last retry waits for the save.
           self.checkpoints.poll(step)
       if self.watchdog:
         self.watchdog.step(step)
@@ -131,17 +131,17 @@ class Trainer:
     return self.state
 
   def should_stop(self, step: int) -> bool:
-    """Whether to save and exit after a step, which all processes agree on."""
+    """Whether to save and exit after a step; equal on all processes."""
     stalled = bool(self.watchdog and self.watchdog.expired)
     if stalled and jax.process_count() > 1:
-      # The others learn of it as of a preemption.
+      # JAX's preemption service makes all processes agree on a step.
       os.kill(os.getpid(), signal.SIGTERM)
       stalled = False
     return self.checkpoints.preempted(step) or self.notice.received or stalled
 
   @contextlib.contextmanager
   def paused(self, kind: str) -> Iterator[None]:
-    """Excludes the time inside from training's, and from the watchdog's."""
+    """Excludes the time inside from training time and from the watchdog."""
     untimed = (
       self.watchdog.pause() if self.watchdog else contextlib.nullcontext()
     )
@@ -149,22 +149,22 @@ class Trainer:
       yield
 
   def next_batch(self, step: int, batches: Iterator[Any]) -> Any:
-    """Returns a step's batch; saves and exits if none is to be waited for."""
+    """Returns a step's batch; saves and exits if interrupted."""
     with self.chrono.waiting():
       try:
         return next(batches)
       except Interrupted:
         log.warning("Step %d: stops waiting for a batch.", step)
       except Exception as error:
-        # A signal to a process group also ends the data workers. On several
-        # hosts there is no notice: none may exit alone.
+        # A signal to the process group also ends the data workers. With several
+        # hosts the notice is empty, since none may exit alone.
         if not self.notice.received:
           raise
         log.warning("No further batch, after %s: %s", self.notice.name, error)
     return self.save_and_exit(step - 1)
 
   def update(self, step: int, batch: Any) -> dict[str, Any]:
-    """One update; returns what `measure_gradients` does."""
+    """Runs one update; returns the metrics of `measure_gradients`."""
     spec, program = self.experiment.step_spec, self.experiment.program
     if spec.active_objectives(step - 1) != self.active:
       self.active = spec.active_objectives(step - 1)
@@ -177,13 +177,13 @@ class Trainer:
     measured = self.measure_gradients(step, batch)
     self.state, self.values = program.update(self.state, batch, self.active)
     self.in_flight.append((step, self.values, batch))
-    # Two steps in flight keep the devices busy; more would only take memory.
+    # Two steps in flight keep the devices busy; more only take memory.
     self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
     self.chrono.step()
     return measured
 
   def observe(self, keep: int = 0) -> None:
-    """Checks the numbers of updates until only `keep` are in flight."""
+    """Checks updates for NaN and spikes until only `keep` are in flight."""
     while len(self.in_flight) > keep:
       step, values, batch = self.in_flight.popleft()
       skipped, norm = jax.device_get((values["skipped"], values["grad_norm"]))
@@ -199,11 +199,11 @@ class Trainer:
         )
 
   def report_skipped(self, step: int, values: Any, batch: Any) -> None:
-    """Logs a step whose update is skipped, and what it was computed from."""
+    """Logs a skipped update with its non-finite metrics and its rows."""
     values = jax.device_get(values)
     names = numerics.list_non_finite(values)
     if not any(name.endswith("/loss") for name in names):
-      # The losses are finite; which of the gradients is not?
+      # The losses are finite: find the non-finite gradient.
       names += numerics.list_non_finite(self.measure_norms(batch))
     try:
       keys = self.loader.batches.read_keys(step - 1)
@@ -219,7 +219,7 @@ class Trainer:
     if self.debug_nans:
       experiment = self.experiment
       spec = experiment.step_spec.select_objectives(self.active)
-      # Of this step, whose random numbers depend on its number.
+      # Restores the step number, on which random numbers depend.
       state = self.state.replace(step=self.state.step - 1)
       with self.paused("measure"):
         where = numerics.locate_nan(
@@ -228,14 +228,14 @@ class Trainer:
       raise NonFiniteError(f"at step {step}: {where}")
 
   def measure_norms(self, batch: Any) -> dict[str, float]:
-    """Each objective's gradient norm of a batch, on the encoder, now."""
+    """Each objective's gradient norm on the encoder, for a batch."""
     with self.paused("measure"):
       return self.measurements.norms_or_warning(self.state, batch, self.active)
 
   def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
-    """Gradient norms and interference, as metrics, if they are due.
+    """Measures gradient norms and interference if due; returns metrics.
 
-    Updates the balance, and writes the interference of each pair.
+    Updates the balance and writes `interference.jsonl`.
     """
     experiment, config = self.experiment, self.experiment.config
     balances = is_balance_due(experiment.step_spec, step - 1)
@@ -264,8 +264,8 @@ class Trainer:
   ) -> None:
     """Writes the metrics of a step.
 
-    The first step of a resumed run is a line on the console, and not in the
-    files: they are those of a run that was not interrupted.
+    The first step of a resumed run is logged only to the console, so that the
+    files equal an uninterrupted run's.
     """
     self.observe()
     self.values = jax.device_get(self.values)
@@ -284,7 +284,7 @@ class Trainer:
     write(step, {name: values[name] for name in names}, self.chrono.rates(step))
 
   def due_evaluations(self, step: int) -> list[str]:
-    """The evaluations after a step: all of them after the last one."""
+    """The evaluations due after a step; all after the last step."""
     experiment = self.experiment
     return [
       name
@@ -293,10 +293,10 @@ class Trainer:
     ]
 
   def missing_evaluations(self, step: int) -> list[str]:
-    """Those of `due_evaluations` without a file, or beyond their bound.
+    """The `due_evaluations` without a file, or out of bounds.
 
-    The last step is saved before it is evaluated. A run that a bound stopped
-    there is not complete when it is started again.
+    The last step is saved before it is evaluated, so a run that a bound stopped
+    there evaluates again when it is restarted.
     """
     return [
       name
@@ -307,7 +307,7 @@ class Trainer:
     ]
 
   def is_evaluated(self, name: str, step: int) -> bool:
-    """Whether an evaluation has a file, whose metric is within the bound."""
+    """Whether an evaluation has a file and its metric is within bounds."""
     path = self.evals_path(name, step)
     bound = self.experiment.config.evals[name].bound
     try:
@@ -316,26 +316,26 @@ class Trainer:
       (outcome,) = results_lib.read(path)
       metrics = outcome.results[name].metrics
     except Exception as error:
-      # Any error: on several hosts the others wait for the answer.
+      # Catches any error, since other hosts wait for the answer.
       log.warning("%s can't be read (%r): evaluates again.", path, error)
       return False
     return bound.metric in metrics and bound.is_met(metrics[bound.metric])
 
   def evals_path(self, name: str, step: int) -> pathlib.Path:
-    """The file of an evaluation."""
+    """Path of an evaluation's JSON file."""
     return self.experiment.workdir / "evals" / f"{name}_{step}.json"
 
   def evaluate(self, step: int, names: Iterable[str]) -> None:
-    """Evaluates the current parameters; after a signal only the last ones.
+    """Evaluates the current parameters; after a signal only at the last step.
 
-    Writes the metrics, with their protocol `evals/NAME_STEP.json`, and the
-    metrics of resamples of the items, `evals/NAME_STEP.npz`. After the last
-    step also the sheets of images, `evals/NAME_STEP/SHEET.png`.
+    Writes metrics and protocol to `evals/NAME_STEP.json`, and metrics of
+    resamples to `evals/NAME_STEP.npz`; after the last step also image sheets,
+    `evals/NAME_STEP/SHEET.png`.
     """
     experiment, config = self.experiment, self.experiment.config
     for name in names:
       if self.notice.received and step < experiment.total_steps:
-        return  # The resumed run finds it missing.
+        return  # The resumed run evaluates it.
       self.session.report(step, f"evaluate {name}")
       with self.paused("evaluate"):
         weights = config.evals[name].weights or config.weights
@@ -360,13 +360,13 @@ class Trainer:
         bound.value(name, metrics)
 
   def previous_evaluation(self, name: str, step: int) -> int:
-    """The step of an evaluation's last run before a step; 0 if it had none."""
+    """The step of an evaluation's previous run; 0 if this is the first."""
     entry = self.experiment.config.evals[name]
     every = self.experiment.length.steps(entry.every)
     return (step - 1) // every * every if every and step else 0
 
   def build_encoder(self, step: int, weights: str) -> Encoder:
-    """An encoder of the current parameters; see `TrainState.weights`."""
+    """Builds an encoder of the current parameters; see `TrainState.weights`."""
     experiment, spec = self.experiment, self.experiment.step_spec
     config = experiment.config
     return Encoder(
@@ -384,8 +384,8 @@ class Trainer:
   def save_if_due(self, step: int) -> None:
     """Starts saving a checkpoint if one is due and the last update is finite.
 
-    Amid non-finite updates it could replace the one to return to. It is then
-    due after the next finite one.
+    While updates are non-finite, a save could replace the rollback target, so
+    it is postponed to the next finite update.
     """
     if not (self.checkpoints.due(step) or self.save_postponed):
       return
@@ -405,7 +405,7 @@ class Trainer:
       self.checkpoints.save(step, self.state, timing=timing)
 
   def save_deletes_rollback_target(self) -> bool:
-    """Whether a save deletes the checkpoint before non-finite updates."""
+    """Whether saving deletes the last checkpoint before non-finite updates."""
     since = self.monitor.nonfinite_since
     if since is None:
       return False
@@ -415,7 +415,7 @@ class Trainer:
   def save_and_exit(self, step: int) -> NoReturn:
     """Saves a checkpoint, unless the step has one, and raises.
 
-    Every process calls it after the same step, as they save together.
+    All processes call it after one step, since they save together.
     """
     if self.watchdog:
       self.watchdog.stopping()
@@ -434,7 +434,7 @@ class Trainer:
         with self.paused("save"):
           self.checkpoints.wait()
     except RollbackError as error:
-      # The resumed run decides what to do about them.
+      # The resumed run handles the rollback.
       done = f"saved nothing, as {error}"
     if self.watchdog:
       self.watchdog.close()

@@ -41,21 +41,21 @@ class TrainStep:
 
   @property
   def mesh(self) -> Mesh:
-    """Mesh of all devices of all processes."""
+    """The mesh of all devices of all processes."""
     return self.program.mesh
 
   @property
   def total_steps(self) -> int:
-    """Number of steps of the run."""
+    """The run's number of steps."""
     return self.length.total_steps
 
   def is_due(self, every: Duration | None, step: int) -> bool:
-    """Whether a step is a multiple of a duration; never of None or 0."""
+    """Whether a step is a multiple of a duration; False for None or 0."""
     steps = self.length.steps(every)
     return bool(steps) and step % steps == 0
 
   def require_fields(self, fields: Iterable[str]) -> None:
-    """Raises ConfigError if an objective reads another batch field."""
+    """Raises ConfigError if an objective reads a field not in `fields`."""
     for field, readers in self.step_spec.fields().items():
       if field not in fields:
         raise ConfigError(
@@ -68,7 +68,7 @@ class TrainStep:
 def make_config_mesh(
   config: RunConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of a config, over all devices by default."""
+  """Makes the mesh of a config, by default over all devices."""
   mesh = make_mesh(config.mesh, devices)
   if config.batch_size % config.accumulate:
     raise ConfigError(
@@ -104,7 +104,7 @@ def build_train_step(
 def build_step_spec(
   config: RunConfig, total_steps: int, examples_per_epoch: int | None = None
 ) -> StepSpec:
-  """Builds the specification of the train step of a config.
+  """Builds the train step specification of a config.
 
   Durations in epochs need `examples_per_epoch`.
   """
@@ -115,7 +115,7 @@ def build_step_spec(
 def _build_spec(
   config: RunConfig, length: RunLength
 ) -> tuple[StepSpec, PyTree, tuple[ParamRule, ...]]:
-  """The specification, the shapes of its parameters, and their rules."""
+  """Builds the specification, its parameters' shapes, and their rules."""
   parts, runtime = config.parts, config.model.runtime
   weights = {
     name: _build_weight(name, entry.weight, length)
@@ -161,14 +161,14 @@ def _build_spec(
 
 
 def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
-  """The rematerialisation; its entries name encodings that are trained."""
+  """Parses the remat policy; its entries name encodings of the student."""
   read = {e for o in objectives.values() for e in o.needs().encodings}
   trained = [e for e in read if e.weights == base.STUDENT]
   return Remat.parse(text, {key for e in trained for key in (e.tower, e.view)})
 
 
 def _reject_encoder_gradients(config: RunConfig, balance: Balance) -> None:
-  """Raises ConfigError for what measures gradients of a frozen encoder."""
+  """Raises ConfigError for settings that need gradients of the encoder."""
   settings = {
     "config.interference": config.interference is not None,
     "config.balance": balance.uses_encoder_gradients,

@@ -1,9 +1,8 @@
 """A run's folder: its lock, its recorded config, and its copy in a bucket.
 
-A run in a bucket (`gs://`) writes its checkpoints there directly. All other
-files are written to a folder of this machine, from which they are uploaded:
-objects can't be appended to. At a start, the bucket's files replace those of
-the folder.
+A run in a bucket (`gs://`) writes its checkpoints there directly. Other files
+are written to a local folder and uploaded from there, since bucket objects
+can't be appended to. At startup, the bucket's files replace the local ones.
 """
 
 import contextlib
@@ -38,32 +37,32 @@ log = logging.getLogger(__name__)
 LOCK, OWNER = ".lock", ".lock.owner"
 CHECKPOINTS = "checkpoints"
 UPLOAD_SECONDS = 30.0
-# Within which a run in a bucket shows that it goes on.
+# Maximum interval between liveness updates of a run in a bucket.
 WATCH_SECONDS = ALIVE_SECONDS + UPLOAD_SECONDS + 15.0
-# Beside the folder of a run in a bucket: its files that are not uploaded.
+# Next to the local folder of a run in a bucket: lists files not yet uploaded.
 _NOT_UPLOADED = "not_uploaded.json"
-# What Orbax and JAX write to the bucket themselves, and what no start reads.
+# Not downloaded: written to the bucket by Orbax or JAX, or not read on resume.
 _NOT_STAGED = (CHECKPOINTS, "compiled", "events.out.*", "profile")
 
 
 class LockedError(ConfigError):
-  """Another process trains in the folder."""
+  """Raised if another process trains in the folder."""
 
   exit_code = 1  # A restart may find it unlocked.
 
 
 class UploadError(StorageError):
-  """Files of a run are on this machine, and not in its bucket."""
+  """Raised if a run's files could not be uploaded to its bucket."""
 
 
 @contextlib.contextmanager
 def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
-  """Locks a run's folder, created if missing, so that a second run is rejected.
+  """Locks a run's folder, created if missing; raises LockedError if locked.
 
   Two runs would delete each other's unfinished checkpoints. One process locks
-  it for all, until it exits. File systems that can't lock are trusted. Buckets
-  have no locks: of a run there, one on another machine is known by its liveness
-  file, see `check_other_hosts`.
+  the folder for all, until it exits. On file systems without locks, this does
+  nothing. For buckets, which lack locks, `check_other_hosts` detects a run on
+  another machine by its liveness file.
   """
   check_workdir(folder)
   read_recorded_config(folder)
@@ -100,9 +99,9 @@ def check_other_hosts(
 ) -> None:
   """Raises LockedError if a process of another machine trains in a folder.
 
-  Such a process writes the folder's liveness file again within `seconds`,
-  unless it compiles or evaluates for longer. A file that is an hour old, or
-  says that its process exits, is not waited for.
+  Such a process rewrites the liveness file within `seconds`, unless it compiles
+  or evaluates for longer. Does not wait if the file is over an hour old or says
+  that its process exits.
   """
   alive = read_alive(workdir)
   if (
@@ -128,7 +127,7 @@ def check_other_hosts(
 
 
 def check_workdir(folder: str | os.PathLike) -> None:
-  """Raises ConfigError for a bucket that can't hold a run."""
+  """Raises ConfigError for buckets other than `gs://`."""
   if path_lib.is_remote(folder) and not str(folder).startswith("gs://"):
     raise ConfigError(
       f"--workdir={folder}: checkpoints can't be written to s3://. Give a "
@@ -137,9 +136,9 @@ def check_workdir(folder: str | os.PathLike) -> None:
 
 
 def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
-  """The resolved config of the run in a folder.
+  """Reads the resolved config of the run in a folder.
 
-  Empty if there is none, or a crash truncated it: training writes it again.
+  Empty if the file is missing or truncated by a crash; training rewrites it.
   """
   content = path_lib.read_json(path_lib.as_path(folder) / "config.json")
   if content is None:
@@ -158,11 +157,11 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class RunFolder:
-  """Where a run's files are written on this machine."""
+  """The local folder of a run's files, and their upload to a bucket."""
 
-  url: str | os.PathLike  # As given.
-  folder: pathlib.Path  # The same, unless it is in a bucket.
-  uploads: bool = False  # To a bucket, from this process.
+  url: str | os.PathLike  # The `workdir` as given.
+  folder: pathlib.Path  # Equals `url` unless that is a bucket.
+  uploads: bool = False  # Whether this process uploads to a bucket.
 
   def __post_init__(self):
     self._lock = threading.Lock()
@@ -172,16 +171,16 @@ class RunFolder:
     """Modification time and size of the files to upload."""
     files = {}
     for file in self.folder.rglob("*"):
-      with contextlib.suppress(FileNotFoundError):  # A file that was replaced.
+      with contextlib.suppress(FileNotFoundError):  # Replaced meanwhile.
         if file.is_file() and not atomic.is_temporary(file):
           state = file.stat()
           files[file] = state.st_mtime_ns, state.st_size
     return files
 
   def upload(self) -> bool:
-    """Uploads the files that have changed; whether that succeeded.
+    """Uploads changed files; returns whether that succeeded.
 
-    An error is a warning: the next upload tries again.
+    Logs errors as warnings; the next upload retries.
     """
     if not self.uploads:
       return True
@@ -193,15 +192,15 @@ class RunFolder:
     return True
 
   def upload_changed(self) -> None:
-    """Uploads the files that have changed."""
+    """Uploads changed files."""
     with self._lock:
       for file, state in self._list_changed().items():
-        # Read at once, as rows may be appended meanwhile.
+        # Read in one call, since rows may be appended meanwhile.
         self._upload_file(str(file.relative_to(self.folder)))
         self._uploaded[file] = state
 
   def upload_last(self) -> None:
-    """Uploads the files that have changed, which no session will change."""
+    """Uploads changed files at exit; raises UploadError if that fails."""
     try:
       self.upload_changed()
     except OSError as error:
@@ -217,11 +216,10 @@ class RunFolder:
       ) from error
 
   def upload_remaining(self) -> None:
-    """Uploads what the last session on this machine could not.
+    """Uploads files that the last session on this machine could not upload.
 
-    Where another machine has trained the run since, its files are newer, and a
-    run that was deleted from the bucket starts anew: the files of this machine
-    are left in a folder of their own.
+    If another machine has trained the run since, or the run was deleted from
+    the bucket, moves the local files to a separate folder instead.
     """
     names = path_lib.read_json(self._record, tolerant=True)
     if not isinstance(names, list) or not self.folder.is_dir():
@@ -250,13 +248,13 @@ class RunFolder:
     self._record.unlink()
 
   def _find_newer(self) -> str | None:
-    """What happened to the run since the session here; None for nothing."""
+    """How the run changed since the last session here; None if unchanged."""
     known = _list_starts(read_sessions(self.folder))
-    # An error of the bucket would read as a run without sessions.
+    # Not tolerant: a bucket error would read as a run without sessions.
     there = _list_starts(read_sessions(self.url, tolerant=False))
     if not there <= known:
       return "was trained on another machine"
-    # The session may have written checkpoints, and no record.
+    # The session may have written checkpoints but not run.json.
     if not there and not path_lib.list_folder(self.url):
       return "was deleted"
     return None
@@ -278,7 +276,7 @@ class RunFolder:
 
 
 def _warn_of_remaining(workdir: str | os.PathLike) -> None:
-  """Warns of files of a session in which this machine had process 0."""
+  """Warns of files left from a session with process 0 on this machine."""
   folder = local_folder(workdir)
   names = path_lib.read_json(folder.with_name(_NOT_UPLOADED), tolerant=True)
   if isinstance(names, list) and folder.is_dir():
@@ -299,8 +297,8 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
   """Yields the folder to write to, and uploads it if `workdir` is in a bucket.
 
-  Process 0 uploads what has changed every `UPLOAD_SECONDS`, and on exit. Every
-  process reads the bucket's files.
+  Process 0 uploads changed files every `UPLOAD_SECONDS` and on exit. All
+  processes download the bucket's files.
   """
   if not path_lib.is_remote(workdir):
     yield RunFolder(workdir, pathlib.Path(workdir))
@@ -343,7 +341,7 @@ def open_run_folder(
 def local_folder(
   workdir: str | os.PathLike, *, process_index: int = 0
 ) -> pathlib.Path:
-  """The folder of this machine to which a process writes a run's files."""
+  """The local folder to which a process writes a run's files."""
   if not path_lib.is_remote(workdir):
     return pathlib.Path(workdir)
   name = path_lib.as_path(workdir).name
@@ -351,7 +349,7 @@ def local_folder(
 
 
 def copy_run(workdir: str | os.PathLike, folder: pathlib.Path) -> pathlib.Path:
-  """A run's folder, or its files except checkpoints copied into `folder`."""
+  """Copies a bucket's files, except checkpoints; returns the local folder."""
   if not path_lib.is_remote(workdir):
     return pathlib.Path(workdir)
   target = folder / path_lib.as_path(workdir).name

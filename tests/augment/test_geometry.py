@@ -88,7 +88,7 @@ def test_crops_have_the_configured_area_and_ratio(image_size):
 
 
 def test_crops_that_never_fit_are_centred_and_largest():
-  # A panorama has no crop of 90 % of its area that is nearly square.
+  # A nearly square crop of 90 % of a panorama's area does not exist.
   boxes = sample_boxes(geometry.Crop(8, 0.9, 1.0), (100, 1000), 16)
   half = 0.5 * 100 * (4 / 3) / 1000
   expected = np.tile([0.0, 0.5 - half, 1.0, 0.5 + half], (16, 1))
@@ -99,7 +99,7 @@ def test_crops_that_never_fit_are_centred_and_largest():
 
 
 def distribution_distance(a, b, slack):
-  """Kolmogorov-Smirnov, where values may move by `slack`."""
+  """Kolmogorov-Smirnov statistic if values may move by `slack`."""
   a, b = np.sort(a), np.sort(b)
 
   def below(values, at):
@@ -181,8 +181,8 @@ def test_unlabelled_pixels_do_not_leak():
   values, retained = np.asarray(values[:, 0]), np.asarray(retained[:, 0])
   np.testing.assert_allclose(values[retained], 5.0, rtol=1e-5)
   assert (values[~retained] == 0).all()
-  # 30 % of random holes leave most pixels valid, a map without labels leaves
-  # none, and one whose upper half is NaN its lower half.
+  # 30 % random holes leave most pixels valid, a map without labels leaves
+  # 0, and a map whose upper half is NaN leaves its lower half.
   assert 0.85 < retained[0].mean() < 1
   assert not retained[1].any()
   assert not retained[2, :7].any() and retained[2, 9:].all()

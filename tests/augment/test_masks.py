@@ -92,7 +92,7 @@ def test_masks_are_contiguous_blocks(ratio):
 
 
 def test_patches_next_to_the_blocks_fill_the_mask():
-  # All proposals cover the same corner: 4 patches are masked, 3 are missing.
+  # All proposals cover one corner: 4 patches are masked, 3 are missing.
   u = jnp.concatenate(
     [
       jnp.tile(jnp.array([0.0, 0.5, 0.0, 0.0]), masks.PROPOSALS),

@@ -118,7 +118,7 @@ def test_bad_arguments(tmp_path):
 
 @pytest.fixture
 def failing_commit(monkeypatch):
-  """A context in which no checkpoint can be committed."""
+  """A context in which committing a checkpoint fails."""
 
   def full(*args, **kwargs):
     raise OSError("no space left")
@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_until_there_is_space(
         ckpt.wait()
       assert "No space left on device" in str(raised.value)
       assert "(the last one is of step 1)" in str(raised.value)
-    # Orbax deletes what was written in the background.
+    # Orbax deletes the files written in the background.
     wait_while(lambda: len(list((folder / "checkpoints").iterdir())) > 1)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["1"]
     np.testing.assert_array_equal(ckpt.restore(state).state["x"], values)

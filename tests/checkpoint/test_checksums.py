@@ -74,7 +74,7 @@ def test_scalars_empty_arrays_large_arrays_and_eight_bytes():
   long = np.arange(5, dtype=np.int64) << 33
   expected = sums_in_integers(long.view(np.uint32))
   assert describe(long) == f"int64[5] {expected[0]:08x}{expected[1]:08x}"
-  # Of several chunks, the last one partial.
+  # Several chunks; the last is partial.
   large = np.random.default_rng(1).normal(size=3 * checksums._CHUNK - 7)
   large = large.astype(np.float32)
   sums = checksums._sum_on_devices([jnp.asarray(large)])

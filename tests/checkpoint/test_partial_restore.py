@@ -42,7 +42,7 @@ def test_merge_loads_what_fits():
 
 
 def test_optional_groups_are_loaded_whole_or_left():
-  """Of two heads, one has another shape in the source."""
+  """One of two heads has another shape in the source."""
   shapes = dict(heads__a__kernel=(4, 10), heads__a__bias=(10,))
   target = arrays(image__norm=(10,), heads__b__bias=(3,), **shapes)
   source = arrays(image__norm=(10,), heads__b__bias=(3,), **shapes)
@@ -54,7 +54,7 @@ def test_optional_groups_are_loaded_whole_or_left():
   assert (params["heads"]["a"]["kernel"] == 1).all()
   assert (params["heads"]["b"]["bias"] == 2).all()
   assert "unchanged, as the source lacks them (1):" in str(report)
-  # What is no optional group has to be there.
+  # Parameters outside optional groups are required.
   del source["image"]
   with pytest.raises(CheckpointMismatchError, match="image/norm"):
     merge_params(target, source, optional="heads/[^/]+/")

@@ -118,7 +118,7 @@ def test_a_changed_array_is_named(run, damaged):
     ckpt.restore(wanted)
   with pytest.raises(DamagedCheckpointError, match=match):
     load_tree(damaged)
-  # What is not read is not checked.
+  # Only the parts that are read are checked.
   assert load_tree(damaged, part="params/heads")
 
 
@@ -205,7 +205,7 @@ def test_lost_checksums_are_damage(run, damaged):
 
 
 def flip_bits(folder, seed, count):
-  """Yields a place, with one random bit of a checkpoint's files flipped."""
+  """Flips one random bit of a checkpoint's files; yields its position."""
   files = sorted(p for p in folder.rglob("*") if p.is_file())
   generator = random.Random(seed)
   for _ in range(count):

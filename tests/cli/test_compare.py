@@ -91,7 +91,7 @@ def test_resume_evaluates_what_is_missing(
   run(*ENCODERS, data=splits, output=compared)
   assert loaded == ran == []
   assert (compared / "report.md").read_text() == before
-  # Another option: both are evaluated again. Another column: it alone.
+  # A new option evaluates both again; a new column evaluates only itself.
   run(*ENCODERS, "--set=knn.temperature=0.1", data=splits, output=compared)
   assert loaded == ran == ["pixels:8/8", "pixels:16/8"]
   run(*ENCODERS, data=splits, output=compared)
@@ -212,7 +212,7 @@ def test_two_processes_give_the_figures_of_one(splits, tmp_path):
     code = "from mtv_jax.cli.main import main; main()"
     return trainings.spawn(output, "-c", code, "compare", *arguments)
 
-  # The second time, both reuse what the first process has stored.
+  # The second run reuses the first run's stored results.
   for _ in range(2):
     with trainings.together(
       two, 2, *encoders, *options(splits, two), start=start

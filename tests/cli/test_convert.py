@@ -82,7 +82,7 @@ def test_a_source_is_never_written_over(native, tmp_path):
   for direction in ("to_hf", "from_hf"):
     with pytest.raises(SystemExit, match="is the source: name"):
       main([direction, str(native), f"{native}/../native"])
-  # A folder never has conversions in two formats: one would hide the other.
+  # A folder never has conversions in two formats: one would hide the second.
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
   with pytest.raises(
@@ -148,7 +148,7 @@ def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
   )
   with pytest.raises(SystemExit, match="another format's conversion"):
     main(["to_hf", out, back])
-  # An upload that ended early is no model.
+  # An incomplete upload is not a model.
   path.remove(path.as_path(out) / "config.json")
   with pytest.raises(SystemExit, match=r"has no config\.json"):
     main(["from_hf", out, f"{bucket}/third"])

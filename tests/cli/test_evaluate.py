@@ -473,7 +473,7 @@ def test_every_evaluation_can_run_in_training():
   for name in base.EVALUATORS:
     options = base.default_options(name)
     assert options["data"] == "scenes", name
-    # Sheets cost time, and training draws none.
+    # Sheets are slow, and training does not draw them.
     assert options.get("pictures", 0) == 0, name
     entry = ConfigDict({"type": name, "every_steps": 5, "data": "scenes"})
     run.build({"mine": entry})

@@ -47,7 +47,7 @@ def test_the_tool_labels_and_verifies(base, tmp_path, monkeypatch, capsys):
   argv = arguments(base, tmp_path)
   given = ["--side=64", "--batch_size=2", "--set=scale=2.0", "--set=name=a/b"]
   assert main([*argv, *given]) == 0
-  # Other options have the expert's defaults.
+  # Unset options have the expert's defaults.
   options = {"side": 64, "batch_size": 2, "scale": 2.0, "name": "a/b"}
   assert asked == [("depth", "x", options)]
   output = capsys.readouterr()

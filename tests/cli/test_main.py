@@ -1,4 +1,4 @@
-"""`mtv-jax`: dispatch, shared arguments, errors, and the wheel alone."""
+"""`mtv-jax`: dispatch, shared arguments, errors, and the installed wheel."""
 
 import argparse
 import os
@@ -165,7 +165,7 @@ PACKAGED = (
 def test_the_wheel_works_alone(tmp_path, repo_root):
   """An empty environment trains, evaluates and exports from another folder.
 
-  The environment has the dependencies of this one, and the wheel in place of
+  The environment has this one's dependencies, and the wheel instead of
   the checkout.
   """
   source = tmp_path / "source"

@@ -323,7 +323,7 @@ def test_the_tool_from_shards_to_a_source(tmp_path, format, capsys):
     "values": "metric", "scale": 10.0, "invalid": [0], "side": 32,
     "min_valid": 16,
   }  # fmt: skip
-  # Again: nothing to do, the same summary, the same file.
+  # A second run does nothing; summary and file are unchanged.
   assert main(depth) == 0
   assert "3 of 5 records have a label, in" in capsys.readouterr().out
   with pytest.raises(SystemExit) as exit:

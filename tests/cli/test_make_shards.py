@@ -421,7 +421,7 @@ def test_extensions_follow_the_bytes(tmp_path):
   actual = members(tmp_path / "out" / "00000.tar")
   assert actual["000000000.png"] == encoded(0, ".png")
   assert actual["000000001.webp"] == encoded(1, ".webp")
-  # What img2dataset has no extension for is kept without loss.
+  # Formats without an img2dataset extension are stored losslessly.
   pixels, expected = (
     cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     for data in (actual["000000002.png"], encoded(2, ".bmp"))
@@ -502,7 +502,7 @@ def test_tool_reports_errors_in_a_line(tmp_path, capsys):
 
 
 def test_readers_of_tars_agree(photos, tmp_path):
-  # tarfile and the offset index find the same members.
+  # tarfile and the offset index list equal members.
   shard_writer.write(examples_of(photos), tmp_path / "out", records_per_shard=7)
   source = WebDatasetSource(tmp_path / "out" / "00000.tar")
   data = (tmp_path / "out" / "00000.tar").read_bytes()

@@ -5,7 +5,7 @@ It was written with commit c3dc661, whose names of modules and tests it uses:
   cd CHECKOUT && python TESTS/compat/make_fixtures.py FOLDER
   tar -C FOLDER --sort=name -cf - . | xz -9e > TESTS/compat/fixtures.tar.xz
 
-The runs are very small. Each keeps the checkpoint of step 2 alone, and what
+The runs are very small. Each has only the checkpoint of step 2, and what
 the following twenty updates logged:
 
   all     nine objectives, frozen teachers, EMA, statistics, tars with label
@@ -28,8 +28,8 @@ import tensorstore as ts
 HERE = pathlib.Path(__file__).resolve().parent
 SAVED, STEPS = 2, 22
 SIZE, RECORDS, PER_SHARD = 16, 8, 5
-TIMES = ("speed/", "goodput/")  # What depends on the time.
-# Runs with a balancing method, and their other settings. Only one run has Adam:
+TIMES = ("speed/", "goodput/")  # Time-dependent metrics.
+# Runs with a balancing method, and further settings. Only one run has Adam:
 # moments can't be compressed.
 _SGD = dict(name="sgd", lr=0.03, momentum=0.9)
 METHODS = {
@@ -151,7 +151,7 @@ ALL = dict(
 
 
 def run(*arguments: str, **env: str) -> str:
-  """Runs Python in the current folder; returns what it prints."""
+  """Runs Python in the current folder; returns its output."""
   done = subprocess.run(
     [sys.executable, *arguments],
     env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
@@ -178,7 +178,7 @@ def write_annotated_images(folder: pathlib.Path) -> None:
     name = f"scene{i}"
     cv2.imwrite(f"{folder}/images/{name}.png", record["image"][..., ::-1])
     (folder / "images" / f"{name}.txt").write_text(record["captions"][0])
-    # Record 3 has no depth, record 5 no entry among the boxes, and record 6
+    # Record 3 lacks depth, record 5 an entry in the boxes, and record 6 has
     # an entry without a box.
     if i != 3:
       metres = np.divide(
@@ -274,7 +274,7 @@ def train(name: str, config: dict) -> dict[str, list[dict]]:
 def compact(item: pathlib.Path) -> None:
   """Rewrites the store of a checkpoint as one uncompressed file.
 
-  It has more superseded nodes than others, and an archive of compressed nodes
+  It has many superseded nodes, and an archive of compressed nodes
   is larger.
   """
 

@@ -90,7 +90,7 @@ def rename(row):
 
 
 def flat(value):
-  """An array of numbers; NaN for what is none."""
+  """A flat array of numbers; NaN for non-numbers."""
   flat = np.asarray(value, object).ravel()
   return np.array([x if isinstance(x, int | float) else np.nan for x in flat])
 
@@ -103,7 +103,7 @@ def state_digests(name):
   """Digests of the parts of a run's checkpoint, with names and arrays."""
   found = {}
   for part in STATE:
-    with contextlib.suppress(InputError):  # The run has no such part.
+    with contextlib.suppress(InputError):  # The run lacks the part.
       leaves = sorted(flatten_with_names(load_tree(f"runs/{name}", part=part)))
       text = "".join(f"{leaf} {digest(x)}\n" for leaf, x in leaves)
       found[part] = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -254,7 +254,7 @@ def select(arrays, group):
 
 
 def assert_close(found, expected, **tolerance):
-  """Compares numbers, arrays and other values by name."""
+  """Compares numbers, arrays and the remaining values by name."""
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(
@@ -306,7 +306,7 @@ def test_batches_and_labels_are_the_same(expected):
 
 
 def test_views_are_the_same(arrays):
-  """Other processors round pixels otherwise."""
+  """Up to rounding, which differs between processors."""
   views, found = select(arrays, "views"), view_arrays()
   assert_close(found, views, rtol=0, atol=1e-6)
   for name, x in views.items():
@@ -333,7 +333,7 @@ def test_an_export_has_the_same_files(tmp_path):
   }
   for name in files.keys() - {"README.md"}:
     written, before = files[name], pathlib.Path("exported", name)
-    if name.endswith(".json"):  # Keys of JSON objects have no order.
+    if name.endswith(".json"):  # Keys of JSON objects are unordered.
       assert json.loads(written.read_text()) == json.loads(before.read_text())
     else:
       assert written.read_bytes() == before.read_bytes(), name

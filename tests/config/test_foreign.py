@@ -1,4 +1,4 @@
-"""Readers of files that others wrote."""
+"""Readers of files in foreign formats."""
 
 import json
 import os

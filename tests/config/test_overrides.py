@@ -55,7 +55,7 @@ def test_command_line_overrides_become_assignments():
     ("batch_size=16", 16),
     ("optim.lr=2", 2.0),
     ("optim.lr=1e-4", 1e-4),
-    # Integers in the file, where the schema takes any number.
+    # Integers in the file; the schema takes any number.
     ("evals.retrieval.every_percent=2.5", 2.5),
     ("total_steps=1.5e3", 1500.0),
     ("data.train[1].weight=2", 2.0),

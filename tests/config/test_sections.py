@@ -61,7 +61,7 @@ def test_a_length_that_is_not_known():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner:
-  """A section within others."""
+  """A nested section."""
 
   value: NonNegativeFloat = 1.0
   start: Duration | None = None

@@ -17,8 +17,8 @@ FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
 every = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 # It takes all from a checkpoint: tests/train/test_continuation.py.
 WHOLE = [f for f in FILES if f.stem != "continue_from"]
-# Shrunk, a derived recipe differs from its base by a line or two, and others
-# have the objectives and views of one that is built.
+# Shrunk, a derived recipe differs from its base by a line or two, or shares
+# objectives and views with a recipe that is built.
 DERIVED = (
   "mtv_l16_256", "mtv_g14_224", "mtv_b16_512", "siglip_l16_256",
   "tips_b16_224", "coco_photos", "mtv_photos", "mtv_tiny", "dino_b16_224",
@@ -71,10 +71,10 @@ def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
 def test_the_whole_recipe_is_a_config(name):
   config = recipes.read_config(name)
   for entry in config.get("teachers", {}).values():
-    if entry.get("path"):  # Of a folder that is not here.
+    if entry.get("path"):  # The folder does not exist here.
       entry.model = dict(variant=config.model.variant)
   config = resolve(config)
-  # What a run writes opens to the same.
+  # A written config resolves to an equal one.
   written = json.loads(json.dumps(config.to_dict()))
   assert written == config.to_dict()
   assert resolve(written) == config

@@ -1,4 +1,4 @@
-"""Arguments of configs/continue_from.py: what they set, and their errors."""
+"""Arguments of configs/continue_from.py: their effects and errors."""
 
 import pytest
 from hostile import foreign_samples as samples
@@ -34,7 +34,7 @@ def test_guards_have_their_values():
   drift = config.evals.drift
   assert drift.bound.to_dict() == dict(metric="neighbours", min=0.5)
   assert (drift.data, drift.reference) == ("photos", config.init.path)
-  # Of towers with text; the checkpoint has the contrast's head.
+  # Image and text towers; the checkpoint has the contrastive head.
   config = read("")
   rules = [
     (f"^{tower}/", dict(layer_decay=0.85)) for tower in ("image", "text")

@@ -26,7 +26,7 @@ def test_every_objective_and_evaluation():
 
 def test_scenes_of_splits_and_training_are_disjoint():
   ranges = [(0, read("tiny=False").data.train[0]["length"])]
-  # Those of other recipes, and of the attempts at a world.
+  # Ranges of further recipes, and of the attempts at a world.
   ranges += [(HELD_OUT_SCENES, 1), (3_000_000, 1), (5_000_000, 1)]
   for split in ("validation", "test"):
     for entry in read(f"split={split}").evals.values():

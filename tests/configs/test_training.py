@@ -41,9 +41,9 @@ RUNS = [
   for name in NAMES
   if name not in {*SAME, *COVERED}
 ]
-# The recipes with the objectives of all; `make test-long` trains the others.
+# Recipes that cover all objectives; `make test-long` trains the rest.
 TRAINED = ("study:tiny", "dinov3_l16:tiny,gram", "siglip2_b16_256:tiny")
-# Of the larger ones, such as study.
+# Limits for the larger recipes, such as study.
 MOST_STEPS, MOST_ROWS = 30, 32
 
 

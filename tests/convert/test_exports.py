@@ -89,7 +89,7 @@ def images():
 
 @pytest.mark.parametrize("name", CASES)
 def test_image_towers_are_restored(name, tmp_path):
-  """With our description exactly; without it but for what only we store."""
+  """Exact with our description; without it, except values only we store."""
   kind, fields = CASES[name]
   model = make_model(fields, family_specs.preprocess_of(kind))
   stored = model.store_positions()
@@ -124,7 +124,7 @@ def test_two_towers_are_restored(model, tmp_path):
   assert back.spec == model.spec and back.preprocess == SQUASH
   assert back.tokenizer.build().clean == "canonicalize"
   parity.assert_same_params(back.params, model.params)
-  # The same after a round trip through a native folder.
+  # Unchanged after a round trip through a native folder.
   again = huggingface.read(native.write(tmp_path / "b", back))
   assert again == dataclasses.replace(back, params=again.params)
   parity.assert_same_params(again.params, model.params)
@@ -146,7 +146,7 @@ def test_temperatures_keep_their_names(model, tmp_path):
 
 
 def test_positions_of_another_size_are_stored(model):
-  """The table is what the tower computes on the fly; fixed ones are stored."""
+  """The table equals the tower's computed positions; fixed ones are stored."""
   assert model.resize(64).spec == model.spec
   parity.assert_same_params(model.resize(64).params, model.params)
   fixed = make_model({**family_specs.BLOCK, "positions": "sincos"})
@@ -253,8 +253,8 @@ def test_an_export_keeps_the_cleaning(
 def open_quietly(folder, class_name, caplog, *, processor):
   """transformers' model and processor, which log nothing."""
   transformers = pytest.importorskip("transformers")
-  # The defaults of this class itself are outside of its vocabulary, of which
-  # transformers 5 warns once, whatever SigLIP is opened.
+  # This class's default token ids are outside its vocabulary, and
+  # transformers 5 warns of it once for any SigLIP.
   transformers.SiglipTextConfig()
   root = logging.getLogger("transformers")
   root.addHandler(caplog.handler)
@@ -279,7 +279,7 @@ def assert_equal_logits(folder, model, processor, images):
     truncation=True,
     return_tensors="pt",
   )
-  # A mask over the padding would change what the text tower was trained on.
+  # The text tower was trained without a mask over the padding.
   assert set(inputs) == {"pixel_values", "input_ids"}
   with torch.no_grad():
     expected = model(**inputs).logits_per_image.numpy()
@@ -294,7 +294,7 @@ def assert_equal_logits(folder, model, processor, images):
   np.testing.assert_array_equal(ids, inputs["input_ids"].numpy())
   pooled = encoder.image(images, outputs=("pooled",), batch_size=8).pooled
   logits = encoder.similarity(pooled, encoder.text(TEXTS))
-  # Random towers give nearly equal logits; they must not be all the same.
+  # Random towers give nearly equal logits; they must not all be equal.
   assert np.ptp(expected) > 1e-3
   np.testing.assert_allclose(logits, expected, atol=parity.TOLERANCE)
 
@@ -309,7 +309,7 @@ def test_transformers_opens_two_towers(
   files = TokenizerFiles(small_tokenizers[kind], "canonicalize")
   fields, class_name, preprocess = SIGLIP, "SiglipModel", SQUASH
   if name == "clip":
-    # Of the released activations the bytes have one, the others the other.
+    # Covers both released activations.
     fields = _CLIP if kind == "bytes" else CLIP
     class_name, preprocess = "CLIPModel", CROP if kind == "json" else SQUASH
   folder = huggingface.write(
@@ -380,7 +380,7 @@ def test_the_readme_runs(name, images, tmp_path, monkeypatch):
     kind, fields = CASES[name]
     preprocess = family_specs.preprocess_of(kind)
     if "max_patches" in preprocess:
-      preprocess["max_patches"] = 18  # Of an image of 4 x 4, two are padding.
+      preprocess["max_patches"] = 18  # For 4 x 4 patches, two are padding.
     model = make_model(fields, preprocess)
   folder = huggingface.write(tmp_path / "a", model)
   PIL.Image.fromarray(images[2][:64, :64]).save("photo.png")
@@ -427,7 +427,7 @@ def test_logits_on_real_photos(photos, shared_data, tmp_path, caplog):
 @reference
 @quiet
 def test_torchvision_pixels_are_near(model, photos, tmp_path):
-  """transformers' default processor, where torchvision is installed."""
+  """transformers' default processor, if torchvision is installed."""
   transformers = pytest.importorskip("transformers")
   pytest.importorskip("torchvision")
   export = huggingface.write(tmp_path / "a", model)
@@ -439,6 +439,6 @@ def test_torchvision_pixels_are_near(model, photos, tmp_path):
   preprocess = Preprocess.from_dict(SQUASH)
   ours = np.stack([preprocess(photo) for photo in photos])
   difference = np.abs(np.moveaxis(np.asarray(theirs), 1, -1) - ours)
-  # It rounds once where Pillow rounds twice: a few pixels differ by one level.
+  # It rounds once and Pillow twice: a few pixels differ by one level.
   assert difference.max() <= 1.01 / 127.5
   assert (difference > 1e-4).mean() < 0.03

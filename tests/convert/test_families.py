@@ -1,7 +1,7 @@
 """Released layouts against transformers and timm, read and written.
 
 Each kind is a tiny model of random weights: its towers, at several sizes of
-images, and its texts have the same outputs here, and its export opens there.
+images, and its texts have equal outputs here, and its export opens there.
 """
 
 import json
@@ -61,13 +61,13 @@ GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 ROPE = {"rope_theta": 50.0, "pos_embed_rescale": None, "pos_embed_shift": 0.1}
 STORED = ((64, 64),)
 # At other sizes both sides resample the positions; antialiasing matters most
-# where they shrink.
+# if they shrink.
 ANY = ((64, 64), (96, 64), (48, 160))
 SQUARES = ((64, 64), (96, 96), (48, 48))
 # By kind: the class, its config, the sizes of images.
 KINDS = {
   "siglip": ("SiglipModel", SIGLIP, SQUARES),
-  # SigLIP 2 of fixed resolution has SigLIP's classes, and other sizes.
+  # SigLIP 2 of fixed resolution has SigLIP's classes, and different sizes.
   "siglip2": (
     "SiglipModel",
     {
@@ -133,7 +133,7 @@ KINDS = {
     STORED,
   ),
 }  # fmt: skip
-# An image tower alone is never exported as CLIP.
+# An image tower without text is never exported as CLIP.
 READ_ONLY = ("clip_vision", "clip_projected")
 
 
@@ -361,7 +361,7 @@ def test_dense_heads_of_tips_equal_transformers(tmp_path):
   described = huggingface.read(tmp_path, with_params=False)
   assert described.params == {} and len(described.prediction_heads) == 3
   encoder = mtv_jax.load(tmp_path)
-  # Of 3 x 5 patches: some stages have to be resized to the next one's size.
+  # 3 x 5 patches: some stages must be resized to the next one's size.
   images = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), np.uint8)
   with torch.no_grad():
     theirs = model(parity.as_torch(np.float32(images) / 255))

@@ -172,7 +172,7 @@ def _tower(**fields):
 
 @pytest.mark.parametrize("pool", ["map", "mean"])
 def test_padding_changes_no_output(pool):
-  """An image alone, of its own size, has the outputs of the padded one."""
+  """A single unpadded image has the outputs of the padded one."""
   spec, params = _tower(pool=pool)
   preprocess = Preprocess(64, "native", patch_size=16, max_patches=19)
   images = _images()[:2]

@@ -157,7 +157,7 @@ def test_processors_of_exports_equal_the_encoder(kind, tmp_path, monkeypatch):
   tokenizer_parity.assert_equal_ids(encoder.tokenizer, processor, length)
   texts, atol, options = tokenizer_parity.TEXTS, 1e-4, {}
   if kind in ("Aimv2", "Tipsv2"):
-    # A text is not padding alone, and the tower masks what it contains of it.
+    # A text is not only padding, and the tower masks its padding.
     texts = [t for t in texts if t.strip() and "<pad>" not in t]
     atol = 2e-4
   if kind == "Siglip2":

@@ -81,7 +81,7 @@ def test_exif_rotation(format, orientation, pil_image, pixels):
   data = encoded(pil_image, format, exif=exif, **options)
   image = canvas.decode(data)
   np.testing.assert_array_equal(image, pillow(data))
-  # The same rotation of the pixels by NumPy.
+  # Rotates the pixels in NumPy.
   flat = pixels.swapaxes(0, 1) if orientation > 4 else pixels
   flat = flat[::-1] if orientation in (3, 4, 7, 8) else flat
   flat = flat[:, ::-1] if orientation in (2, 3, 6, 7) else flat

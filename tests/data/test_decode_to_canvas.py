@@ -27,7 +27,7 @@ def encoded(image: np.ndarray | Image.Image, **options) -> bytes:
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-  """Noise whose spectrum falls with the frequency as that of photos does."""
+  """Noise whose spectrum decreases with frequency like a photo's."""
   rng = np.random.default_rng(seed)
   total = np.zeros((height, width, 3), np.float32)
   for level in range(2, 10):
@@ -130,7 +130,7 @@ def test_damaged_exif_is_judged_by_full_decoding(data, tags):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_a_partial_last_block_does_not_shift_the_image(orientation):
-  # 100 periods across 8 n + 1 pixels, of which a reduced one covers 8.
+  # 100 periods across 8 n + 1 pixels; a reduced pixel covers 8.
   x = np.arange(8 * 400 + 1)
   wave = 127 + 100 * np.sin(2 * np.pi * 100 * (x + 0.5) / len(x))
   image = np.broadcast_to(wave[None, :, None], (3210, len(x), 3))
@@ -149,7 +149,7 @@ def test_a_partial_last_block_does_not_shift_the_image(orientation):
 def test_reduced_images_of_nearly_the_canvas_are_resized(
   height, width, divisor
 ):
-  """OpenCV copies them where its rounded size is the reduced image's."""
+  """OpenCV copies them if its rounded size equals the reduced image's."""
   y, x = np.mgrid[:height, :width]
   ramps = np.stack([255 * y / height, 255 * x / width, 0 * x], axis=-1)
   data = encoded(ramps.astype(np.uint8), quality=98, subsampling=0)
@@ -165,7 +165,7 @@ def test_reduced_images_of_nearly_the_canvas_are_resized(
 def test_orientations_of_other_types_are_judged_by_full_decoding(
   data, order, kind, count
 ):
-  """The standard's is one SHORT (3); OpenCV and Pillow read others apart."""
+  """The standard's is one SHORT (3); OpenCV and Pillow differ on the rest."""
   value = (
     struct.pack(f"{order}HH", 5, 0)
     if kind == 3

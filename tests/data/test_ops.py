@@ -176,7 +176,7 @@ def test_missing_field():
 
 @dataclasses.dataclass(frozen=True)
 class Noise(HostOp):
-  """A random op that makes a field of its own."""
+  """A random op that adds a field."""
 
   size: PositiveInt
   random = True

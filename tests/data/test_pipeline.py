@@ -320,7 +320,7 @@ def test_too_many_bad_records_stop_the_run():
 
 
 class Texts(Numbers):
-  """Of ten records three have a caption of nine bytes, six of four bytes."""
+  """Of ten captions, three have nine bytes, six have four, one is missing."""
 
   def __getitem__(self, i: int) -> dict:
     text = "a" * (9 if i % 10 < 3 else 4)

@@ -1,4 +1,4 @@
-"""Counts of records: what is logged, kept in checkpoints, and too many."""
+"""Record counts: logging, checkpointing, and the limit of corrupt records."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ def test_counts_survive_a_checkpoint():
     "texts": {"captions": 2},
     "texts_cut": {"captions": 1},
   }
-  # Of an earlier version, without texts.
+  # Written by an earlier version, without texts.
   old = Stats.from_dict({"read": 4, "corrupt": 1})
   assert (old.read, old.corrupt, old.cut_shares) == (4, 1, {})
   assert stats.cut_shares == {"captions": 0.5}

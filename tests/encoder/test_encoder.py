@@ -213,7 +213,7 @@ def test_pil_files_equal_their_bytes(encoder, images, make):
     out = encoder.image([opened, file.getvalue()], outputs=("pooled",)).pooled
     plain = np.asarray(opened.convert("RGB"))
   np.testing.assert_array_equal(out[0], out[1])
-  # Pillow alone would give another result.
+  # Pillow's resize would give another result.
   other = encoder.image([plain], outputs=("pooled",)).pooled
   assert np.abs(other[0] - out[0]).max() > 1e-3
 
@@ -432,7 +432,7 @@ np.savez(f"{sys.argv[1]}/{process}", pooled=out.pooled, layer=out.layers[0],
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-  """Each decodes its own half; both get everything, as one process does."""
+  """Each decodes its own half; both get all results, like a single process."""
   trainings.run_pair(PROCESS, str(tmp_path), devices=2)
   first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
   assert sorted([*first["read"], *second["read"]]) == list(range(11))

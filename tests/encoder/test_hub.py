@@ -114,7 +114,7 @@ def test_what_is_no_model(server, tmp_path, monkeypatch):
 
 
 def test_push(server, export, tmp_path, capsys, monkeypatch):
-  """The card's code runs, on what was uploaded."""
+  """The card's code runs on the uploaded files."""
   results = tmp_path / "results.json"
   run_command(
     "evaluate",
@@ -151,7 +151,7 @@ def test_push(server, export, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.reference
 def test_transformers_runs_the_code_of_a_card(server, export, tmp_path):
-  """In a process of its own, which reads HF_ENDPOINT as it is imported."""
+  """In a subprocess, since HF_ENDPOINT is read on import."""
   pytest.importorskip("transformers")
   run_command("push", [str(export), "lab/new", "--license=mit", "--data=x"])
   commit = server.commits[server.revisions["lab/new"]["main"]]
@@ -192,7 +192,7 @@ def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
   (folder / "README.md").write_bytes(b"---\n---\ncaf\xe9")
   with pytest.raises(SystemExit, match=r"push: .*README.md is not UTF-8 text"):
     run_command("push", [str(folder), "lab/new", *options])
-  # Logging in helps against what is not allowed alone.
+  # Logging in is suggested only if access is denied.
   with monkeypatch.context() as patch:
     patch.setenv("HF_ENDPOINT", "http://localhost:9")
     with pytest.raises(SystemExit, match=r"can't be uploaded.*\.$") as caught:

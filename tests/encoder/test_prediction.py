@@ -101,7 +101,7 @@ PHRASES = [["a red ball", "a cube"], [], ["a cube", "a red ball", "a cube"]]
 def expected(encoder, heads, params, images):
   """What the objectives' own modules say of tokens computed here."""
   batch = jnp.stack([Preprocess(size=32)(image) for image in images])
-  # Every box and phrase in every image; none sees the others.
+  # Every box and phrase in every image, independent of each other.
   boxes = jnp.asarray([box for own in BOXES for box in own], jnp.float32)
   texts = encoder.text([phrase for own in PHRASES for phrase in own])
   texts = jnp.asarray(texts / np.linalg.norm(texts, axis=-1, keepdims=True))
@@ -250,7 +250,7 @@ def test_phrases_have_the_length_of_pretraining(
   want = tower.apply({"params": encoder.params["text"]}, tokens).pooled
   np.testing.assert_allclose(short, want, atol=1e-5)
   assert np.abs(short - full).max() > 0.01
-  # A longer phrase is cut, as in pre-training, and leaves the others alone.
+  # A longer phrase is cut, as in pre-training, and does not affect the rest.
   cut = loaded.phrases(["a red ball", "ball"])
   np.testing.assert_array_equal(cut[1:], short)
   assert loaded.tokenizer.is_cut("a red ball", 8)

@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     (f"a=siglip@teacher@{SIGLIP}", ("siglip", "teacher", "a", SIGLIP)),
     ("a=random:mu/8@16", ("random:mu/8@16", "student", "a", "")),
     (f"hf:{SIGLIP}", (f"hf:{SIGLIP}", "ema", SIGLIP[7:], SIGLIP)),
-    # Another revision may be other weights.
+    # Another revision may have different weights.
     (f"a={SIGLIP}@v1", (f"{SIGLIP}@v1", "ema", "a", "")),
     (f"a={SIGLIP}@v1@{SIGLIP}", (f"{SIGLIP}@v1", "ema", "a", SIGLIP)),
     # The name of a folder proves nothing, and so does one of another's hub.

@@ -1,4 +1,4 @@
-"""Stored results: reused with equal settings, evaluated again with others."""
+"""Stored results: reused with equal settings, else evaluated again."""
 
 import os
 
@@ -11,7 +11,7 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.store import ResultStore
 
-# Two names have the same letters and digits.
+# Two names with equal letters and digits.
 SHEETS = ["worst", "best: a/b", "best- a b"]
 ENTRY = {"type": "knn", "data": "scenes", "k": (1, 2)}
 
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path, outcome):
   result = found.results["knn"]
   assert result.metrics == {"x": 0.5} and result.errors == {"x": 0.1}
   np.testing.assert_array_equal(result.resamples["x"], np.arange(4.0))
-  # Their names and order are those of the page.
+  # Their names and order match the page.
   assert list(result.sheets) == SHEETS
   for i, sheet in enumerate(result.sheets.values()):
     np.testing.assert_array_equal(sheet, np.full((2, 3, 3), i, np.uint8))
@@ -91,7 +91,7 @@ def test_damaged_files_are_like_none(tmp_path, outcome, damaged, damage):
 
 
 def test_a_file_without_result_or_skip_is_like_none(tmp_path):
-  """As a process of several hosts left it whose evaluation had failed."""
+  """As left by one of several hosts after its evaluation failed."""
   store = ResultStore(tmp_path / "a", {})
   store.write("knn", ENTRY, Outcome("a", "p", "ema"))
   assert (store.folder / "knn.json").is_file()

@@ -13,8 +13,8 @@ from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.store import ResultStore
 
-CALLS: list[str] = []  # Of evaluators, in order.
-ERRORS: list[Exception] = []  # That `Second` raises.
+CALLS: list[str] = []  # Calls of evaluators, in order.
+ERRORS: list[Exception] = []  # Errors for `Second` to raise.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def evaluators(monkeypatch):
 def test_a_failed_evaluation_runs_again(
   names, processes, tmp_path, monkeypatch
 ):
-  """On several hosts the error is raised, as the others may wait for it."""
+  """On several hosts the error is raised, since other hosts may wait."""
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   monkeypatch.setattr(suite, "any_process", lambda flag: flag)
   store = ResultStore(tmp_path / "a", {})

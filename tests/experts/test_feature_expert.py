@@ -30,7 +30,7 @@ TEACHER = ModelSpec.from_config(
 )
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 PIXELS = PixelMap.between(((0.5,) * 3, (0.5,) * 3), (MEAN, STD))
-SIZE, CANVAS = 16, 20  # Of the teacher's view; of the stored image.
+SIZE, CANVAS = 16, 20  # Sizes of the teacher's view and the stored image.
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def test_cached_equals_in_step(folders):
     assert spec.plan.keys() == {spec.objectives[NAME].image}
     batch = batch_of(base, out, spec)
     got, valid, loss = read_targets(spec, batch, {})
-    # Broken images are skipped; others have labels.
+    # Broken images are skipped; valid ones have labels.
     assert valid.all()
-    if want is None:  # The images are the same.
+    if want is None:  # The images are equal.
       teachers = {"t": {"image": params["image"]}}
       want, _, want_loss = read_targets(in_step, batch, teachers)
     assert got.shape == want.shape == (8, 2, 4, 16)

@@ -258,7 +258,7 @@ def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
 
 @pytest.mark.slow
 def test_the_image_tower_runs_once(encoder):
-  """Locating and embedding read the same patches; nothing is computed twice."""
+  """Locating and embedding share the patches; nothing is computed twice."""
   expert = mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **EVERYTHING)
   images = jnp.zeros((2, 32, 32, 3))
   both = expert._function.lower(expert._params, {"images": images}).compile()

@@ -129,7 +129,7 @@ def _bases() -> pathlib.Path:
 
 @functools.cache
 def base(family: str) -> pathlib.Path:
-  """A valid folder of a family, which nobody changes."""
+  """A valid folder of a family; don't change it."""
   folder = _bases() / family
   if family in ("native", "export"):
     write = native.write if family == "native" else huggingface.write
@@ -262,7 +262,7 @@ def read_npz(folder: pathlib.Path, **changed: np.ndarray) -> object:
 def replacing(
   family: str, name: str, change: Callable[[bytes], bytes]
 ) -> Callable[[pathlib.Path], object]:
-  """A case that reads a family's folder with other bytes in a file."""
+  """A case that reads a family's folder with different bytes in a file."""
 
   def run(folder):
     path = copy(family, folder)
@@ -282,7 +282,7 @@ def write(folder: pathlib.Path, name: str, content: object) -> pathlib.Path:
 
 
 def pipe(folder: pathlib.Path, name: str) -> pathlib.Path:
-  """Makes a pipe that nobody writes to, whose reader would wait."""
+  """Makes a pipe without a writer, whose reader would block."""
   path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
   os.mkfifo(path)

@@ -8,7 +8,7 @@ outcome that the case allows, within 10 s and 1 GiB above the start:
   used   it returns anything else: the input is odd, and usable
 
 Any other exception is a defect, as is a crash. A worker process runs the cases
-one after the other; it is killed and replaced when a case hangs, crashes or
+one by one; it is killed and replaced when a case hangs, crashes or
 takes too much memory. A test file has its cases at the level of the module,
 since the worker imports the file to find them:
 
@@ -23,7 +23,7 @@ since the worker imports the file to find them:
 
   test_cases = run_all(HEADERS)
 
-Every few cases one is in the fast suite; the others have the marker `long`. The
+Every few cases one is in the fast suite; the rest have the marker `long`. The
 fixture `hostile` is in conftest.py of this folder. A run of pytest ends with
 the table of counts (`table`).
 """
@@ -64,7 +64,7 @@ class Case:
     file: the test file that defines it.
     subject: row of the table.
     name: unique within its subject.
-    run: gives the input, made in an empty folder, to a reader.
+    run: gives the input, written to an empty folder, to a reader.
     expects: allowed outcomes.
     match: text that the message contains.
   """
@@ -88,7 +88,7 @@ class Result:
 
 
 class Cases(list[Case]):
-  """The cases of one subject in a test file, of which every `every` is fast."""
+  """The cases of one subject in a test file; one in `every` is fast."""
 
   def __init__(self, file: str, subject: str, *, every: int = 3):
     super().__init__()
@@ -250,7 +250,7 @@ class Runner:
 
 
 def _resident(pid: int) -> int:
-  """Resident bytes of a process; 0 where /proc is absent or it has ended."""
+  """Resident bytes of a process; 0 if it has ended or /proc is absent."""
   try:
     pages = pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]
   except (OSError, IndexError):

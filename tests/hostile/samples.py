@@ -89,7 +89,7 @@ def record(key: str, image=JPEG, text="a dog", **fields) -> dict[str, bytes]:
 def read_epoch(source, *, tokenizer="bytes", ops=OPS):
   """Reads every record of a source; "skip" with the reasons of bad ones.
 
-  Each bad record must be counted, with its key, and the others used.
+  Each bad record must be counted, with its key, and the rest used.
   """
   if not hasattr(source, "shards"):
     source = build_source(source)
@@ -137,7 +137,7 @@ BROKEN_BYTES = {
   "a web page": lambda data: b"<!DOCTYPE html><html>404 Not Found</html>" * 50,
   "a pickle": lambda data: b"\x80\x04\x8c\x05posix\x94." + data[16:],
 }
-# Of these some readers can.
+# Damage that some readers accept.
 DAMAGED_BYTES = {
   "without its last byte": lambda data: data[:-1],
   "twice": lambda data: data * 2,
@@ -195,7 +195,7 @@ def sparse(file: pathlib.Path) -> None:
     stream.truncate(HUGE_FILE)
 
 
-# What may be in the place of a file, by a function of its path.
+# What may exist instead of a file: functions of its path.
 PLACES = {
   "a folder": os.mkdir,
   "a pipe": os.mkfifo,
@@ -207,7 +207,7 @@ PLACES = {
 
 
 def other_types(value: object) -> list[object]:
-  """JSON values of other types than a valid one's."""
+  """JSON values whose type differs from a valid one's."""
   kinds = None, True, "x", 0.5, [[1]], {"a": 1}
   return [kind for kind in kinds if type(kind) is not type(value)]
 
@@ -219,7 +219,7 @@ def as_bytes(content: object) -> bytes:
 
 
 def by_repr(values: Iterable[object]) -> dict[str, object]:
-  """Values by what they look like."""
+  """Values by (shortened) representation."""
   named: dict[str, object] = {}
   for value in values:
     name = ascii(value)[:40]

@@ -165,7 +165,7 @@ class _Failing(ByteTokenizer):
 
 
 class PanicException(BaseException):
-  """Derives from BaseException, as that of pyo3 does."""
+  """Derives from BaseException, like pyo3's."""
 
 
 def _tokenize(folder, error):

@@ -32,7 +32,7 @@ def _write(file: pathlib.Path, content: bytes = JPEG) -> None:
 def _read(folder: pathlib.Path, make, captions: str = "required"):
   """Reads a folder that `make` writes to, with two good images.
 
-  "skip" if an image is left out: those that are left out when the folder is
+  "skip" if an image is left out: images left out when the folder is
   opened are counted in the log.
   """
   root = folder / "photos"
@@ -49,7 +49,7 @@ def _read(folder: pathlib.Path, make, captions: str = "required"):
 
 
 def _add(cases, makes, modes, expects="skip", prefix=""):
-  """Cases of what `makes` write, with each treatment of captions."""
+  """Cases of the files that `makes` write, in each caption mode."""
   for mode in modes:
     read = functools.partial(_read, captions=mode)
     suffixed = {f"{name}, {mode}": make for name, make in makes.items()}
@@ -57,7 +57,7 @@ def _add(cases, makes, modes, expects="skip", prefix=""):
 
 
 def _beside(suffix, make):
-  """An image, and what `make` puts beside it."""
+  """An image, and the path that `make` creates next to it."""
 
   def run(folder):
     _write(folder / "h.jpg")
@@ -91,7 +91,7 @@ for _suffix, _contents in {
   _places = {k: _beside(_suffix, make) for k, make in PLACES.items()}
   _folder = {"a folder": _places.pop("a folder")}
   _add(CAPTIONS, _places, MODES[:2], prefix=f"{_suffix}, ")
-  # As if there were none.
+  # Treated as missing.
   _add(CAPTIONS, _folder, MODES[:1], prefix=f"{_suffix}, ")
   _add(CAPTIONS, _folder, MODES[1:2], "used", prefix=f"{_suffix}, ")
 
@@ -178,7 +178,7 @@ _DATA["a PNG of 60,000 x 60,000"] = (
 _makes = {name: _captioned(_content(data)) for name, data in _DATA.items()}
 _add(IMAGES, _makes, MODES[::2])
 _makes = {name: _captioned(make) for name, make in PLACES.items()}
-# A folder is no image; the others are named, but for an absurd size.
+# A folder is not an image; the rest are named, except an absurd size.
 _skipped = {name: _makes.pop(name) for name in ("a folder", "a terabyte")}
 _add(IMAGES, _makes, MODES[:1], "error")
 _add(IMAGES, _skipped, MODES[:1])

@@ -127,7 +127,7 @@ for _family, _keys, _value, _match in (
   ("siglip", "vision_config.num_hidden_layers", 2, "layers"),
   ("siglip", "model_type", ..., "model_type"),
   ("depth_anything", "model_type", "siglip", "model_type"),
-  # transformers has defaults for what is null or missing; these fit no tensor.
+  # transformers has defaults for null or missing keys; these fit no tensor.
   *(
     (family, "vision_config.hidden_size", value, "768")
     for family in ("siglip", "clip", "owlv2")
@@ -144,7 +144,7 @@ for _family, _config in samples.CONFIGS.items():
 
 
 def _replace(family, name):
-  """Reads a folder with other bytes in the file `name`."""
+  """Reads a folder with different bytes in the file `name`."""
 
   def read(folder, content):
     path = samples.copy(family, folder)

@@ -211,7 +211,7 @@ def _depth_bomb(folder):
 
 
 # ---------------------------------------------------------------------------
-# Lists of other data sets.
+# Lists of further data sets.
 
 
 def _ade20k(folder, listing):

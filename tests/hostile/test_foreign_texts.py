@@ -1,4 +1,4 @@
-"""Hostile prompts, answers to questions, and detectors of others."""
+"""Hostile prompts, answers to questions, and foreign detectors."""
 
 import importlib.util
 import types

@@ -238,7 +238,7 @@ for _label, _name, _data in (
 
 
 class _Repeated:
-  """Compresses equal blocks once, where zipfile would take seconds for them."""
+  """Compresses equal blocks once; zipfile would take seconds."""
 
   def __init__(self, block: bytes):
     self._deflate = zlib.compressobj(1, zlib.DEFLATED, -15)

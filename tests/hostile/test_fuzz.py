@@ -1,6 +1,6 @@
 """Fuzzing of data readers: each input is used, a named error or a skip.
 
-FUZZ_EXAMPLES=100000 runs more examples than the suite does, of other seeds.
+FUZZ_EXAMPLES=100000 runs more examples than the suite, with new seeds.
 """
 
 import functools
@@ -187,7 +187,7 @@ _EXIF = [_orientation(value) for value in (1, 3, 6, 99)]
   st.sampled_from(_EXIF).flatmap(_damaged) | st.binary(max_size=80)
 )
 def test_exif(exif):
-  """Both decoders read the EXIF, each with a library of its own."""
+  """Both decoders read the EXIF, with separate libraries."""
   segment = b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")
   length = (len(segment) + 2).to_bytes(2, "big")
   jpeg = _IMAGES["JPEG"]

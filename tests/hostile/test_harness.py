@@ -1,4 +1,4 @@
-"""The harness itself: what it lets pass, and what it kills."""
+"""The harness itself: outcomes it accepts, and cases it kills."""
 
 import os
 import signal

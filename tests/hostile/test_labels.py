@@ -172,7 +172,7 @@ VALUES.add_table(
 
 
 def _open(folder, change, *, keyed=False, read=True):
-  """Opens two label sets of ten images, of which `change` edits the boxes'."""
+  """Opens two label sets of ten images; `change` edits the boxes."""
   label_samples.make_all(folder)
   labels = {kind: str(folder / kind) for kind in ("depth", "boxes")}
   if keyed:
@@ -267,7 +267,7 @@ _add(_labels, "labels are ")
 
 
 def _flip(folder):
-  """Damages the bytes of the labels, not those of their index."""
+  """Damages the bytes of the labels, not their index."""
   file = folder / "00000.array_record"
   data = bytearray(file.read_bytes())
   at = data.find(b"phrases")

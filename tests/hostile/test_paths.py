@@ -1,4 +1,4 @@
-"""Hostile paths of data: braces without end, files that are none."""
+"""Hostile data paths: unclosed braces, paths that are not files."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Hostile tars: headers, extended headers, contents, files that are none."""
+"""Hostile tars: headers, extended headers, contents, non-tar files."""
 
 import bz2
 import gzip

@@ -33,7 +33,7 @@ class NumpyTransformer:
 
   def __init__(self, spec, rotate=lambda x: x):
     self.spec = spec
-    self.rotate = rotate  # Of queries and keys [T, D], by rotary positions.
+    self.rotate = rotate  # Rotates queries and keys [T, D] by position.
 
   def dense(self, p, x):
     y = x @ np.asarray(p["kernel"], np.float64)
@@ -62,7 +62,7 @@ class NumpyTransformer:
     return self.dense(p["fc2"], self.activation(y))
 
   def heads(self, q, k, v, causal=False):
-    """One head after the other: q [T, D], k and v [S, D] each by columns."""
+    """One head at a time: q [T, D], k and v [S, D] each by columns."""
     dim = self.spec.width // self.spec.heads
     out = np.zeros_like(q)
     for h in range(self.spec.heads):

@@ -168,7 +168,7 @@ class Gpu:
 
 
 def test_cudnn_is_not_given_what_it_lacks(monkeypatch):
-  """Float32 is rejected where cuDNN is required, else it takes XLA's."""
+  """Float32 is rejected if cuDNN is required, else it uses XLA's attention."""
   arrays = inputs(8)
   monkeypatch.setattr(attention.jax, "devices", lambda: [Gpu()])
   with pytest.raises(InputError, match="'cudnn', which needs.*not float32"):

@@ -29,7 +29,7 @@ def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
   program = jax.jit(jax.grad(loss)).lower(stack, x.astype(dtype)).compile()
   text = program.as_text()
   for shape, part in (("32,96", "4,96"), ("32,64", "4,64"), ("64,32", "64,4")):
-    # One layer's parameter is gathered; that of all layers stays sharded.
+    # One layer's parameter is gathered; the stack stays sharded.
     assert f"[{shape}]" in text and f"[{depth},{part}]" in text
     assert f"[{depth},{shape}]" not in text
 
@@ -69,7 +69,7 @@ def test_drop_path_of_a_block_is_its_formula():
   out, plain = apply(x, scales), block.apply({"params": params}, x)
   np.testing.assert_array_equal(out[0], x[0])
   np.testing.assert_allclose(out[3], plain[3], rtol=1e-5, atol=1e-6)
-  # One branch alone, twice: of the other parameters at zero.
+  # Each branch alone: zero the other branch's scale.
   zero = jnp.zeros_like(params["scale1"])
   attention = block.apply({"params": {**params, "scale2": zero}}, x)
   mlp = block.apply({"params": {**params, "scale1": zero}}, x)

@@ -31,7 +31,7 @@ def test_linear_gradients_equal_plain_gradients(lead):
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear_gradients_on_tpus_lower_to_the_plain_program(biased):
-  """On TPUs the program is that of x @ kernel + bias."""
+  """On TPUs the program equals x @ kernel + bias."""
   sizes = ((2, 3, 4), (4, 6), (6,))[: 2 + biased]
   shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in sizes]
 

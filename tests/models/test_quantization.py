@@ -111,11 +111,11 @@ def gradient_fn(name, **options):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_every_product_of_a_block_with_weights_is_quantized(stack, remat):
-  """Of q, k, v, out, gate, fc1, fc2: forward, and the input's gradient."""
+  """q, k, v, out, gate, fc1, fc2: forward, and the input's gradient."""
   gradient = gradient_fn("int8", remat=remat)
   found = collections.Counter(products(jax.make_jaxpr(gradient)(*stack)))
-  # Recomputed are those whose results the backward pass reads. In float32 are
-  # the kernels' gradients and attention.
+  # Products whose results the backward pass reads are recomputed. The kernels'
+  # gradients and attention are in float32.
   int8, float32 = (14, 7 + 6) if remat == "none" else (20, 7 + 8)
   assert found == {
     ("int8", "int8"): int8,

@@ -1,4 +1,4 @@
-"""Rematerialisation by name: choices, what they save, what they recompute."""
+"""Rematerialisation by name: choices, saved and recomputed arrays."""
 
 import functools
 
@@ -38,9 +38,9 @@ def saved_and_flops(choice, mlp="plain", layer_scale=None):
 def test_a_name_saves_its_array_and_the_product_that_computes_it(
   mlp, layer_scale
 ):
-  """By the shapes of a block; what is not read is neither saved nor computed.
+  """By the shapes of a block; unread arrays are neither saved nor computed.
 
-  The output of the MLP is read by layer scale alone.
+  Only layer scale reads the output of the MLP.
   """
   halves = 2 if mlp == "swiglu" else 1
   tokens = ROWS * TOKENS * DEPTH
@@ -60,7 +60,7 @@ def test_a_name_saves_its_array_and_the_product_that_computes_it(
     more, less = measure(name)
     assert more - saved == tokens * channels, name
     assert cost - less == tokens * saving, name
-  # All of them recompute the attention's weights alone.
+  # All of them recompute only the attention's weights.
   everything = measure(",".join(remat.NAMES))
   assert everything[0] - saved == tokens * sum(c for c, _ in arrays.values())
   assert everything[1] - measure("none")[1] == tokens * 2 * TOKENS * WIDTH

@@ -40,7 +40,7 @@ def test_unit_variance_and_invertible(method):
     np.testing.assert_allclose(covariance, np.eye(24), atol=5e-3)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-9)
   if method == "phi_s":
-    # A rotation and one scalar: all distances shrink alike.
+    # A rotation and one scalar: all distances shrink equally.
     scalar = np.trace(moments_of(x).covariance) / 24
     np.testing.assert_allclose(
       matrix @ matrix.T, np.eye(24) / scalar, atol=1e-9

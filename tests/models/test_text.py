@@ -88,7 +88,7 @@ def test_pools(params_of):
     ("first", 1, [[0]] * 3),
     ("last", 1, [[8]] * 3),
     ("mean", 1, [range(9)] * 3),
-    # Row 1 has no such token: argmax of nothing is the first, as in
+    # Row 1 lacks the token: argmax over nothing is the first, as in
     # transformers.
     ("eos", 39, [[2], [0], [8]]),
     # CLIP's first configurations pool at the highest id.

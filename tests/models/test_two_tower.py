@@ -1,4 +1,4 @@
-"""Specs, variants, and the parameter tree that other code relies on."""
+"""Specs, variants, and the parameter tree that dependent code relies on."""
 
 import dataclasses
 import functools

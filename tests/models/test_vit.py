@@ -77,7 +77,7 @@ def params_of(fill):
 
 @functools.cache
 def jitted(spec, taps, runtime):
-  """One jit for each way of running, so that tests share what it compiles."""
+  """One jit per way of running, so that tests share compilations."""
 
   @functools.partial(jax.jit, compiler_options=FAST)
   def run(params, images, mask, keep):
@@ -306,7 +306,7 @@ def test_keep_of_all_patches_equals_no_keep(params_of):
   full = encode(DINOV2, params, images)
   encoded = encode(DINOV2, params, images, keep=keep)
   np.testing.assert_allclose(encoded.patches, full.patches, atol=1e-6)
-  # Positions follow the patches: another order gives the same tokens.
+  # Positions follow the patches: another order gives equal tokens.
   order = np.random.default_rng(0).permutation(16)
   shuffled = encode(DINOV2, params, images, keep=keep[:, order])
   np.testing.assert_allclose(
@@ -325,7 +325,7 @@ def test_dropped_and_masked_patches_do_not_affect_the_output(params_of):
     pair = [encode(DINOV2, params, x, **kwargs) for x in (images, other)]
     return np.abs(pair[0].pooled - pair[1].pooled).max()
 
-  # The same count each time, so that it compiles once: 7 twice, no 6.
+  # A constant count, so that it compiles once: 7 twice, no 6.
   assert change(keep=everything.at[:, 6].set(7)) == 0
   assert change(keep=everything) > 1e-3
   assert change(mask=nothing.at[:, 6].set(True)) == 0
@@ -529,7 +529,7 @@ def test_rope_draws():
   shift = terms / factors
   assert 0.24 < shift.max() <= 0.25 and -0.25 <= shift.min() < -0.24
   np.testing.assert_allclose(np.cov(shift.T)[0, 1], 0, atol=1e-3)
-  # Only what is asked for.
+  # Draws only the requested augmentation.
   factors, terms = np.moveaxis(
     positions.Rope(rescale=2.0).draw(jax.random.key(0), 5), 1, 0
   )
@@ -651,7 +651,7 @@ def test_rope_attention_equals_torch_in_value_and_gradient():
 
 @pytest.mark.parametrize("normalize", ["separate", "min", "max", "index"])
 def test_rotary_positions_of_many_grids_are_those_of_each(params_of, normalize):
-  """Rows of patches with their grids equal images, and patches have places."""
+  """Rows of patches with grids equal images, and patches have positions."""
   rope = positions.Rope(base=20.0, normalize=normalize)
   spec = dataclasses.replace(DINOV3, rope=rope)
   sizes, length = [(2, 4), (3, 1)], 9
@@ -682,7 +682,7 @@ def test_positions_of_many_grids_are_those_of_each():
     alone = positions.resize_grid(table, size, method).reshape(-1, 3)
     np.testing.assert_allclose(row[: len(alone)], alone, atol=1e-6)
     assert np.isfinite(row).all()
-  # Of a square, cut: what a larger image has there too.
+  # Crops a square grid: equals the part of a larger image's grid.
   cut = positions.resize_grid(table, (2, 6), "crop")
   whole = positions.resize_grid(table, (6, 6), "bilinear")
   np.testing.assert_array_equal(cut, whole[:2])

@@ -54,7 +54,7 @@ OBJECTIVE = build()
 
 @functools.cache
 def params_of(seed=0):
-  """The decoder's parameters, none of them zero."""
+  """The decoder's parameters, all nonzero."""
   head = OBJECTIVE.heads()["caption_decoder"]
   shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), SPEC))
   rng = np.random.default_rng(seed)
@@ -118,7 +118,7 @@ def run(objective, params, batch, seed=0):
   return compute(params, batch["patches"])
 
 
-# The same in NumPy: one sequence at a time, without padding, in float64.
+# NumPy reference: one sequence at a time, without padding, in float64.
 
 
 def np_norm(x, p):
@@ -174,7 +174,7 @@ def until_end(tokens):
 
 
 def np_losses(p, batch, parallel):
-  """Losses of all answers' tokens by task, and those of all tasks."""
+  """Losses of all answers' tokens, by task and over all tasks."""
   caption, referring, region, mask = range(VOCAB + BINS, VOCAB + BINS + 4)
   losses = {k: [] for k in ("caption", "parallel", "referring")}
   losses["region_caption"] = []
@@ -358,7 +358,7 @@ def make_spec(**options):
 
 @functools.cache
 def make_batch(rows=16):
-  """Rendered scenes as the host gives them; some have no boxes."""
+  """Rendered scenes as the host gives them; some lack boxes."""
   pipeline = ops.build_ops(
     "canvas(16)|caption(8)|regions(3, 8)",
     tokenizer=tokenizers.build_tokenizer("bytes"),
@@ -396,7 +396,7 @@ def test_flops_of_the_decoder_equal_the_formula():
 
 @pytest.mark.slow
 def test_captions_of_photos_are_learnt_by_heart(shared_data):
-  """Eight COCO photos: generated captions equal those of training."""
+  """Eight COCO photos: generated captions equal the training captions."""
   folder = shared_data / "coco"
   truth = json.loads(
     (folder / "annotations" / "captions_val2017.json").read_text()

@@ -64,7 +64,7 @@ def make_batch():
     label_values.make_depth(scene.inverse_depth, side=24) for scene in rendered
   ]
   labels = np.stack([outcome.label.values for outcome in outcomes])
-  # Uneven over the devices; some devices have no label.
+  # Uneven over the devices; some devices lack labels.
   labels[4:8] = 0
   labels[0] = 0
   labels[9, :, :12] = 0

@@ -113,7 +113,7 @@ def _cases():
 
 
 CASES = _cases()
-# Where the loss has a slope at all: none of its sides is a kink.
+# Cases where the loss is differentiable, without kinks.
 SMOOTH = (
   "random",
   "some valid",

@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT = base.Context(step=0, total_steps=10, statistics={})
 VIEWS = views.build_views({"image": dict(ops="crop(16, 0.4, 1.0)|flip")})
 TEACHERS = {
-  # Finer patches at another resolution, of other pixels, and two layers.
+  # Finer patches at another resolution and normalisation, and two layers.
   "fine": FrozenTeacher(
     ModelSpec.from_config(
       dict(
@@ -134,7 +134,7 @@ def random_outputs(objective, rows=3, crops=2):
 
 
 def random_statistics(objective):
-  """Of any values, so that a wrong order or transpose shows."""
+  """Arbitrary values, so that a wrong order or transpose shows."""
   rng = np.random.default_rng(1)
   return {
     name: jnp.asarray(rng.normal(size=x.shape) / len(x), jnp.float32)
@@ -246,7 +246,7 @@ def test_rows_of_other_sources_do_not_count():
 
 
 def test_every_patch_of_a_finer_grid_is_learned():
-  """Also where the teacher's patches are four times as large."""
+  """Also if the teacher's patches are four times as large."""
   target = next(t for t in make(["coarse"]).targets if t.kind == "patches")
   target = dataclasses.replace(target, grid=2)
   patches = jnp.ones((1, 1, 64, 3))
@@ -261,7 +261,7 @@ def test_all_teachers_with_a_path_by_default():
   every = {**TEACHERS, "ema": snapshot}
   resolved = objective.resolve(STUDENT, VIEWS, every)
   assert resolved.teachers == ("fine", "coarse")
-  # Adding a teacher changes no head of the others.
+  # Adding a teacher does not change existing heads.
   one = objective.resolve(STUDENT, VIEWS, {"fine": TEACHERS["fine"]})
   assert one.heads().items() <= resolved.heads().items()
 
@@ -353,7 +353,7 @@ def moments_on(shape, accumulate=1):
 
 @pytest.mark.slow
 def test_statistics_give_the_targets_unit_variance():
-  """Of the examples themselves, at the grid and in the crops of the loss."""
+  """On the fitted examples, at the grid and in the crops of the loss."""
   moments = moments_on((1, 1, 1))
   assert {k: int(m.count) for k, m in moments.items()} == {
     "fine_layer0": 2 * 16 * 4, "fine_layer1": 2 * 16 * 4, "coarse_patches": 32,

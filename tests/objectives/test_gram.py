@@ -38,7 +38,7 @@ def test_loss_and_gradient_equal_numpy(chunk, monkeypatch):
   monkeypatch.setattr(gram, "_CHUNK", chunk)
   rng = np.random.default_rng(0)
   student = rng.normal(size=(3, 9, 16)) * rng.uniform(0.1, 5, (3, 9, 1))
-  teacher = rng.normal(size=(3, 9, 24))  # Of another width.
+  teacher = rng.normal(size=(3, 9, 24))  # Another width.
   student, teacher = np.float32(student), np.float32(teacher)
   values, slopes = numpy_loss_and_gradient(
     np.float64(student), np.float64(teacher)

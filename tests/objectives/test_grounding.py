@@ -15,7 +15,7 @@ from mtv_jax.parallel import ring
 
 def regions(n=7, seed=0, **changes):
   rng = np.random.default_rng(seed)
-  # Exact in float32, so that both sides compute with the same values.
+  # Exact in float32, so that both sides compute with equal values.
   region, text = np.float64(
     np.float32(samples.unit(rng.normal(size=(2, n, 5))))
   )
@@ -106,7 +106,7 @@ def test_chunks_give_the_same(case, chunk):
 
 
 def test_chunks_bound_the_logits_in_memory():
-  """Of 2048 regions and 16 texts at a time, forward and backward."""
+  """2048 regions and 16 texts at a time, forward and backward."""
   n = 2048
   sample = regions(n=n, valid=np.ones(n, bool))
   sizes = {}
@@ -118,7 +118,7 @@ def test_chunks_bound_the_logits_in_memory():
 
 
 def test_repeated_phrases_are_neither_positive_nor_negative():
-  """Pairs of one phrase that aren't partners have no gradient at all."""
+  """Pairs of one phrase that aren't partners have zero gradient."""
   sample = regions(
     n=4,
     phrase_id=np.array([5, 5, 8, 5], np.uint32),
@@ -168,7 +168,7 @@ def test_overlap_equals_torchvision():
   b[3:6] = a[3:6]  # equal
   b[6:9, 2:] = b[6:9, :2]  # a point
   result = grounding.overlap(jnp.asarray(a), jnp.asarray(b))
-  # torchvision reads (x0, y0, x1, y1); the two axes are alike.
+  # torchvision reads (x0, y0, x1, y1); the axes are symmetric.
   a, b = torch.tensor(a), torch.tensor(b)
   for name, function in (
     ("iou", ops.box_iou),

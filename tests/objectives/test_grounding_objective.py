@@ -47,7 +47,7 @@ SPEC = ModelSpec(
 
 @functools.cache
 def params_of(objective, seed=0):
-  """Its heads' parameters, none of them zero."""
+  """Its heads' parameters, all nonzero."""
 
   def make(key):
     heads = sorted(objective.heads().items())
@@ -82,7 +82,7 @@ def batch_of(images=4, count=5, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def compute_loss_inputs(objective, params, batch):
-  """The loss inputs of what `batch_of` gives."""
+  """The loss inputs of `batch_of`'s batch."""
   empty = jnp.zeros((len(batch["boxes"]), 1, 1))
   encodings = {
     IMAGE: vit.ImageOutput(
@@ -332,7 +332,7 @@ def on_mesh(shape, chunk):
   objective = dataclasses.replace(FULL, chunk=chunk)
   params = params_of(FULL)
   batch = batch_of(images=16)
-  # The second of eight devices has no region, nor has the second of four.
+  # The second of eight devices lacks regions, and so does the second of four.
   batch["box_valid"][2:8] = False
   batch["box_valid"][8, 1:] = False
   devices = jax.devices()[: math.prod(shape)]
@@ -440,7 +440,7 @@ def make_spec(*names, **options):
 
 
 def make_batch(rows=16):
-  """Rendered scenes as the host gives them; some have no boxes."""
+  """Rendered scenes as the host gives them; some lack boxes."""
   pipeline = ops.build_ops(
     "canvas(40)|caption(16)|regions(6, 12)",
     tokenizer=tokenizers.build_tokenizer("bytes"),
@@ -473,7 +473,7 @@ def test_train_step_with_the_contrastive_loss():
   _, terms, _ = loss_and_gradients(both, params, batch)
   assert terms["grounding"].report["labelled"].value() == 12 / 16
 
-  # Without boxes it trains like contrast alone.
+  # Without boxes it trains like contrast only.
   blank = batch | {"box_valid": np.zeros_like(batch["box_valid"])}
   _, _, without = loss_and_gradients(both, params, blank)
   contrast = make_spec("contrastive")

@@ -36,7 +36,7 @@ def make(**options):
 def make_loss_inputs(counts, patches=4, seed=0):
   """Crops with so many masked patches each: counts [rows, crops].
 
-  A row's patches are those of its crops, `patches` of each.
+  A row's patches come from its crops, `patches` from each.
   """
   rng = np.random.default_rng(seed)
   counts = np.asarray(counts)

@@ -32,7 +32,7 @@ def sinkhorn_assignments(teacher, valid, **options):
 
 
 def masked_sinkhorn(logits, valid, iterations=3):
-  """The reference of the valid rows alone, spread out again."""
+  """The reference on only the valid rows, scattered back."""
   q = np.full(logits.shape, np.nan)
   q[valid] = samples.sinkhorn(logits[valid] / TEACHER_TEMP, iterations)
   return q

@@ -1,4 +1,4 @@
-"""Parameters gathered where they are used; see `models/test_layers.py` too."""
+"""Parameters gathered at use; see also `models/test_layers.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from mtv_jax.parallel.rules import tree_shardings
 
 
 def test_check_param_rules():
-  """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
+  """If `fsdp` is gathered, `tensor` must be laid out as the layers use it."""
   name = "image/blocks/mlp/fc1/kernel"
   abstract = {name: jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)}
   both = make_mesh(dict(data=2, fsdp=2, tensor=2))

@@ -1,4 +1,4 @@
-"""The ring of devices against all logits at once, in value and gradient."""
+"""Ring losses against all logits on one device, in value and gradient."""
 
 import functools
 import math
@@ -43,7 +43,7 @@ def random_loss_inputs(name, rows=16, width=8):
   return grounding.LossInputs(
     region=unit(region),
     text=unit(text),
-    # Five phrases, so that most repeat on other devices.
+    # Five phrases, so that most repeat across devices.
     phrase_id=jnp.asarray(rng.integers(0, 5, (rows, 2)), jnp.uint32),
     valid=jnp.asarray(valid),
     boxes=jnp.zeros((rows, 2, 4)),

@@ -102,7 +102,7 @@ def test_attention_of_long_sequences_counts_without_recomputation(side):
   n, size = side**2, spec.model.image
   block = 4 * n * size.width**2 + 2 * n * size.width * size.mlp_dim
   block += 2 * n**2 * size.width
-  # Pixels have no gradient.
+  # Pixels don't need a gradient.
   products = 2 * n * 3 * 8**2 * size.width + 3 * size.depth * block
   cost = flops.count(jax.value_and_grad(loss), params, images)
   # The gradients of biases are products of a row.

@@ -129,7 +129,7 @@ frontend_attributes={{chain_id="0"}}
 
 
 def test_products_of_splash_attention_count_in_every_layer():
-  """A kernel's metadata spans lines, of which one starts with braces."""
+  """A kernel's metadata spans lines; one starts with braces."""
   text = """HloModule m, num_partitions=1
 
 %body (x: (s32[], bf16[2,3,256,64])) -> (s32[], bf16[2,3,256,64]) {
@@ -211,7 +211,7 @@ window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
   assert hlo.count_flops(text) == 2 * 22 * 22 * 3 * 4 * 5
   assert hlo.count_flops(text, "s8") == 0
   eight = text.replace("f32[4,8,8,3]", "s8[4,8,8,3]")
-  assert hlo.count_flops(eight, "s8") == 0  # Of one operand.
+  assert hlo.count_flops(eight, "s8") == 0  # Only one operand is s8.
   eight = eight.replace("f32[3,3,3,5]", "s8[3,3,3,5]")
   assert hlo.count_flops(eight, "s8") == hlo.count_flops(text)
 

@@ -4,8 +4,8 @@ import pytest
 
 from mtv_jax.perf import hlo, roofline, topologies
 
-# A loop of four iterations: each reads a row of %x, and writes a row of %y in
-# place. The last array is in another memory.
+# A loop of four iterations: each reads a row of %x, and updates a row of %y
+# in-place. The last array is in another memory.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %fused (p.0: s32[], p.1: f32[4,1024], p.2: f32[4,1024]) -> f32[4,1024] {

@@ -83,7 +83,7 @@ def test_a_line_passes_through_its_points_and_stops_at_a_missing_one():
   assert 0 < x0 < x4 < charts.WIDTH
   assert find(root, "g", "c2") and not find(root, "g", "c0")
   assert {"loss", "step", "a"} <= {*texts(root)}
-  assert len(find(root, "circle")) == 5  # Of four points and the label.
+  assert len(find(root, "circle")) == 5  # Four points and the label.
 
 
 def test_chance_and_intervals_are_in_the_range():
@@ -244,7 +244,7 @@ def test_names_are_escaped():
     ),
   ]
   for chart in drawn:
-    root = parse(chart)  # Raises where the markup is broken.
+    root = parse(chart)  # Raises if the markup is broken.
     assert not list(root.iter(f"{SVG}script"))
     assert "a<script>" in "".join(root.itertext())
 

@@ -195,7 +195,7 @@ def encoders():
   hard = rng.random(400)
   return [
     make_knn("first", hard < 0.6, SIGLIP),
-    # Right on the same items and on 5 % more.
+    # Right on these items and on 5 % more.
     make_knn("second", hard < 0.65),
     make_knn("a third one with a long name", hard < 0.601),
   ]

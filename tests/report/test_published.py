@@ -70,7 +70,7 @@ def test_a_figure_is_beside_the_row_of_its_checkpoint():
   [
     imagenet("siglip2-base-patch16-224"),  # A name proves nothing.
     imagenet("a", "google/siglip2-base-patch16-999"),
-    imagenet("a", "facebook/dinov2-base"),  # Has no figure of the metric.
+    imagenet("a", "facebook/dinov2-base"),  # Lacks a figure of the metric.
     imagenet("a", SIGLIP_2, images=500),
   ],
 )

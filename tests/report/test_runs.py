@@ -65,7 +65,7 @@ def test_page_of_one_run_in_its_folder(runs, tmp_path):
   (run / "command.txt").write_text("mtv-jax train --config=a\n")
   run_pages.write_runs([run], run)
   text = (run / "report.md").read_text()
-  # Its sheets stay where they are.
+  # Its sheets are not moved.
   assert "](evals/depth_probe_400/examples.png)" in text
   assert not (run / "sheets").exists()
   assert "```\nmtv-jax train --config=a\n```" in text
@@ -145,7 +145,7 @@ SHEET = "evals/depth_probe_400/examples.png"
     ("interference.jsonl", lambda x: b'{"step": 1}\n' + x, "step 1 is not"),
     ("interference.jsonl", lambda x: x.replace(b"[[", b"[", 1), "not a"),
     (SHEET, lambda x: x[:200], "not a whole image"),
-    # 30,000 pixels square, of which nothing is decoded.
+    # 30,000 pixels square; nothing is decoded.
     (SHEET, lambda x: x[:16] + b"\0\0u0" * 2 + x[24:], "not a whole image"),
   ],
 )
@@ -267,7 +267,7 @@ def test_curves_of_several_seeds_are_their_mean(runs):
   other = dataclasses.replace(run, series={"depth/loss": [(1, 3.0), (2, 5.0)]})
   (chart,), _ = run_pages.draw_training_curves([run, other])
   assert chart.title == "depth/loss"
-  # Of common steps, one curve and one area.
+  # Over common steps, one curve and one area.
   assert chart.svg.count("class='line'") == chart.svg.count("class='band'") == 1
   ends = re.findall(r"<title>([^<]*) at ", chart.svg)
   assert ends == [f"{html.escape(HOSTILE)}: {v}" for v in (2, 4)]

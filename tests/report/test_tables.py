@@ -106,7 +106,7 @@ def test_a_protocol_read_from_json_equals_the_original(tmp_path):
     ((8.0, 10.1), (0.1, 0.1), 10, None),
     ((8.0, 10.3), (0.1, 0.1), 10, 1),
     ((8.0, 10.3), (0.1, 0.1), None, 1),
-    # Unknown errors, also of the others; missing values don't matter.
+    # Unknown errors, in any row; missing values don't matter.
     ((10.0, 90.0), (1, None), 5, None),
     ((10.0, 90.0), (None, 1), 5, None),
     ((10.0, 90.0, None), (1, 1, None), 5, 1),
@@ -137,7 +137,7 @@ def test_best_is_beyond_errors_and_chance(values, errors, chance, best):
 
 
 def random_outcomes(rng, count):
-  """Encoders of different skill on the same 300 items, two metrics."""
+  """Encoders of different skill on 300 shared items, two metrics."""
   skill = rng.random((300, 1)) + 0.12 * rng.standard_normal((300, count))
   skill = skill + 0.05 * np.arange(count)
   outcomes = []
@@ -153,12 +153,12 @@ def random_outcomes(rng, count):
 
 @pytest.mark.parametrize("baseline", [0, 1, 2])
 def test_a_page_has_one_verdict_for_a_pair(baseline):
-  """Bold is exactly what all verdicts say, in the same family."""
+  """Bold matches all verdicts of a family exactly."""
   rng, num_best, num_open = np.random.default_rng(0), 0, 0
   for _ in range(12):
     outcomes = random_outcomes(rng, 3)
     rows = tables.compare(outcomes, split=True, baseline=baseline)
-    # The same family with each of the others as baseline.
+    # The family with each remaining arm as baseline.
     for row in rows:
       verdicts = {int(c.arm): c.verdict for c in row.differences}
       assert {*verdicts} == {0, 1, 2} - {baseline}
@@ -187,7 +187,7 @@ def test_descriptive_metrics_are_not_compared():
   described = [row for row in rows if row.evaluation == "patch_pca"]
   assert len(described) == 2
   assert all((r.best, r.differences) == (None, ()) for r in described)
-  # Their number does not count in the correction of the others.
+  # Their number does not count in the correction of the rest.
   (further,) = [r for r in rows if not r.is_main and r not in described]
   (difference,) = further.differences
   assert difference.p_holm == difference.p

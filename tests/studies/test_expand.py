@@ -1,4 +1,4 @@
-"""The runs of a study: arms, what they leave out, lengths, seeds."""
+"""The runs of a study: arms, omissions, lengths, seeds."""
 
 import pathlib
 
@@ -75,7 +75,7 @@ def test_ladder_of_every_objective():
     "grounding": {"contrastive", "grounding"} | SSL,
     "depth": {"contrastive", "grounding", "depth"} | SSL,
   }
-  # The depth head is there in the last arm alone; boxes can be cropped in all.
+  # Only the last arm has the depth head; boxes can be cropped in all.
   common = {"zero_shot", "retrieval", "grounding"}
   assert evaluated(study) == {
     "vl": common, "ssl": common, "grounding": common,
@@ -273,7 +273,7 @@ def test_balance_of_methods_and_weights(tmp_path):
   assert runs["fixed"]["balance"] is None
   assert runs["grad_norm_mean"]["balance"] is not None
   assert runs["small"]["objectives"]["depth"]["weight"] == 0.1
-  # The options of the config's own method stay its alone.
+  # Other methods don't inherit the options of the config's method.
   study = expand(
     "balance", TINY, assignments=["balance=dict(every_steps=7, decay=0.5)"],
     options=arms_lib.Options(methods=("grad_norm_mean", "gradnorm")),

@@ -188,7 +188,7 @@ def test_page_of_a_ladder(tmp_path, browser, width):
     "Runs",
     "Configs",
   ]
-  assert page.tags.count("img") == 3  # Of one seed an arm.
+  assert page.tags.count("img") == 3  # One seed per arm.
   text = (tmp_path / "report.md").read_text()
   assert "- Seeds: vl 3, ssl 3, all 3" in text
   assert "](runs/vl-s0/evals/depth_probe_400/examples.png)" in text

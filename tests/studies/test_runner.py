@@ -116,10 +116,10 @@ def test_flops_are_those_of_this_code(tmp_path):
   other = dataclasses.replace(other, match="flops", counted_by="0.0.9-a")
   with pytest.raises(ConfigError, match="by another version"):
     runner.write(tmp_path, other)
-  # The new code counts the same: the study goes on.
+  # The new code counts equally: the study resumes.
   runner.write(tmp_path, dataclasses.replace(study, counted_by="0.0.9-a"))
   assert table.known_costs(tmp_path) == {}
-  # Of a version that did not store it.
+  # Written by a version that did not store it.
   fields = json.loads((tmp_path / "study.json").read_text())
   del fields["counted_by"]
   (tmp_path / "study.json").write_text(json.dumps(fields))
@@ -142,7 +142,7 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   top1, rmse = read.metrics
   assert (top1.name, top1.unit, top1.lower) == ("retrieval/top1", "%", False)
   assert (rmse.unit, rmse.lower, rmse.chance) == ("m", True, None)
-  # Its last checkpoint is missing, or it had other settings.
+  # Its last checkpoint is missing, or its settings differed.
   path = tmp_path / "runs" / "a0-s0"
   (path / "checkpoints" / "5").rmdir()
   assert "a0-s0" in read_study(tmp_path).unfinished
@@ -226,7 +226,7 @@ def test_a_leased_run_is_left_to_its_process(tmp_path, trainings):
 
 
 def test_runs_that_others_finish_meanwhile_are_finished(tmp_path, monkeypatch):
-  """Of two processes, the last one has all results for its report."""
+  """The last of two processes has all results for its report."""
   study = make_study(3)
   runs = tmp_path / "runs"
   runs.mkdir()
@@ -244,7 +244,7 @@ def test_runs_that_others_finish_meanwhile_are_finished(tmp_path, monkeypatch):
 
 
 def test_a_locked_run_is_waited_for(tmp_path, trainings, monkeypatch):
-  """A runner was killed, and its training process goes on."""
+  """A runner was killed, and its training process continues."""
   study, lines = make_study(1), []
   lock = workdir.lock_workdir(tmp_path / "runs" / "a0-s0")
   lock.__enter__()
@@ -278,7 +278,7 @@ def get_config(arg=None):
 
 @pytest.fixture
 def start():
-  """Starts a study; what still runs at the end of the test is killed."""
+  """Starts a study; kills processes that outlive the test."""
   started = []
 
   def start(recipe, output):
@@ -321,7 +321,7 @@ def steps_logged(output):
   )
 
 
-# In each run: a kill of its runner with it, of the runner alone, or SIGTERM.
+# In each run: a kill of runner and run, of only the runner, or SIGTERM.
 @pytest.mark.parametrize(
   "kills",
   [
@@ -342,7 +342,7 @@ def test_a_study_killed_at_random_moments_gives_the_same_report(
   assert process.returncode == 0, text
   base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
   rng = random.Random(base)
-  lines = 13 // len(kills)  # Of the two runs.
+  lines = 13 // len(kills)  # Log lines of the two runs.
   for i, kill in enumerate(kills):
     at = rng.randint(i * lines + 1, (i + 1) * lines)
     print(f"MTV_JAX_SEED={base}: {kill} after {at} lines")

@@ -138,7 +138,7 @@ def test_interval_over_items_must_agree():
   assert row.p < 1e-3 and row.verdict == "better"
   errors = {arm: [0.02] * 3 for arm in arms}
   row = compare_one(TOP1, arms, errors=errors)
-  # The items are the same for all seeds: their error does not shrink.
+  # All seeds share the items, so their error does not shrink.
   assert row.item_high - row.difference > 1.95 * math.hypot(0.02, 0.02)
   assert row.verdict == "not distinguishable"
 
@@ -158,7 +158,7 @@ def test_paired_resamples_cancel_common_items():
   assert row.verdict == "better"
   errors = {arm: [x.std() / math.sqrt(500)] for arm, x in items.items()}
   assert compare_one(TOP1, values, errors=errors).verdict != "better"
-  # Of other data: their items can't be paired.
+  # Other data: items can't be paired.
   other = {**resamples, "vl": [resamples["vl"][0][:100]]}
   row = compare_one(TOP1, values, errors=errors, resamples=other)
   assert row.items == "errors"

@@ -1,4 +1,4 @@
-"""Checks of `make lint`: what nothing calls, and packages that grow."""
+"""Checks of `make lint`: unused functions, and growing packages."""
 
 import json
 import runpy

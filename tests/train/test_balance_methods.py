@@ -67,7 +67,7 @@ def test_uncertainty_follows_equation_10():
     for name, adam in expected.items():
       actual = state[name]["log_variance"]
       np.testing.assert_allclose(actual, adam.value, rtol=1e-5)
-  # The objective that has not started is as it was.
+  # An objective before its start is unchanged.
   jax.tree.map(
     np.testing.assert_array_equal, state["late"], balance.init("x")["x"]
   )
@@ -85,7 +85,7 @@ def test_uncertainty_follows_equation_10():
 
 
 def test_uncertainty_descends_the_total_loss():
-  """Its gradient is that of the total, by automatic differentiation."""
+  """Its update follows autodiff's gradient of the total."""
   balance, weights = Uncertainty(lr=0.1), scalars(a=1.0, b=0.5)
   losses = {"a": 4.0, "b": 0.1}
   state = balance.init("ab")
@@ -177,7 +177,7 @@ def test_gradnorm_with_late_objectives_and_missing_labels():
   state = step(
     state, dict(a=1.0, b=0.0, late=9.0), dict(a=3.0, b=0.0, late=5.0)
   )
-  # b has no labels: no part in the step. late starts at this loss.
+  # b lacks labels and is excluded from the step. late starts at this loss.
   jax.tree.map(np.testing.assert_array_equal, state["b"], old)
   first = [float(state[name]["initial_loss"]) for name in NAMES]
   assert first == [4.0, 2.0, 5.0]
@@ -190,7 +190,7 @@ def test_gradnorm_with_late_objectives_and_missing_labels():
 
 
 def test_gradnorm_makes_no_nan_between_measurements():
-  # Most updates have no measurement before them.
+  # Most updates don't follow a measurement.
   balance, weights = GradNorm(every_steps=10), scalars(a=1, b=1)
   state = balance.init(("a", "b"))
   with jax.debug_nans(True):

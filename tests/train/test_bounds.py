@@ -140,7 +140,7 @@ def test_a_run_stops(tmp_path, metric):
   with pytest.raises(BoundError, match=message):
     train(recipe("stop"), tmp_path / "stop")
   assert saved_steps(tmp_path / "stop") == [1, 2, 3, 4, 5]
-  # Nothing was within the bound before step 3, and step 0 has no checkpoint.
+  # Nothing was within the bound before step 3, and step 0 lacks a checkpoint.
   metric.append(3)
   with pytest.raises(BoundError, match="no checkpoint precedes"):
     train(recipe(), tmp_path / "early")
@@ -160,7 +160,7 @@ def test_a_misspelt_metric_is_found_before_the_first_update(tmp_path, metric):
   with pytest.raises(ConfigError, match="retrieval has no 'y'. There are: x"):
     train(config, tmp_path / "misspelt")
   assert saved_steps(tmp_path / "misspelt") == []
-  # The start's own value is no error, unless the evaluation is `at_start`.
+  # The value at the start is an error only if the evaluation is `at_start`.
   metric.append(0)
   train(recipe(), tmp_path / "low")
   metric.append(0)
@@ -178,5 +178,5 @@ def test_a_run_that_stops_at_its_last_step_is_not_complete(tmp_path, metric):
     with pytest.raises(BoundError, match=message):
       train(recipe("stop"), tmp_path)
   assert saved_steps(tmp_path)[-1] == 9
-  # Of a metric that is within it after all, the run is complete.
+  # If the metric is within it on restart, the run completes.
   train(recipe("stop"), tmp_path)

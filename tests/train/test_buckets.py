@@ -20,7 +20,7 @@ STEPS = 12
 
 
 def rows(file):
-  """Lines of metrics.jsonl, without what depends on the time."""
+  """Lines of metrics.jsonl, without time-dependent values."""
   text = path.read_bytes(path.as_path(file) / "metrics.jsonl").decode()
   return [
     {
@@ -93,7 +93,7 @@ def test_a_killed_run_in_a_bucket_resumes_bit_exactly(
 
 @contextlib.contextmanager
 def refused(gs, pattern):
-  """The emulator refuses to write objects of such names."""
+  """The emulator refuses to write objects whose names match `pattern`."""
   file = path.as_path(gs) / emulators.REFUSED
   path.write_bytes(file, pattern.encode())
   yield

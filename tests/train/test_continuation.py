@@ -1,4 +1,4 @@
-"""configs/continue_from.py: a run, exported, is continued on other data."""
+"""configs/continue_from.py: continues an exported run on new data."""
 
 import json
 
@@ -161,7 +161,7 @@ def test_images_alone(start, photos, tmp_path):
 def test_anchors_are_zero_at_the_start_and_images_are_kept(
   start, photos, tmp_path
 ):
-  """Also where patches of the global crops are masked."""
+  """Also if patches of the global crops are masked."""
   options = ",images_only,features=1.0,keep=scenes,keep_share=0.25"
   config = read(start, photos, options)
   kinds = [(s["type"], s["weight"]) for s in config.data.train]
@@ -202,6 +202,6 @@ def test_coco_photos(start, shared_data, tmp_path):
     with pytest.raises(BoundError, match="drift/neighbours is") as caught:
       train(config, workdir)
     messages.append(str(caught.value))
-  # The second time from the checkpoint of step 1, to the same bit.
+  # The second time from the checkpoint of step 1, bit-exactly.
   assert messages[0] == messages[1]
   assert "no checkpoint precedes" in messages[0]

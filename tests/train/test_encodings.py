@@ -56,7 +56,7 @@ def value_and_grad(tokens, **options):
   return jax.jit(function)(make_params(), tokens)
 
 
-# Of 64 texts 16 are encoded; 30 and 60 distinct ones are too many.
+# 16 of 64 texts are encoded; 30 and 60 distinct ones exceed the limit.
 @pytest.mark.parametrize("distinct", [1, 10, 30, 60])
 def test_distinct_texts_are_exact(distinct):
   tokens = make_tokens(distinct)

@@ -48,7 +48,7 @@ def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
   # The backward pass costs less than two forward ones: no pixel gradient.
   assert frozen[image] < 0.4 * trained[image]
   assert frozen[text] == trained[text]
-  # The whole step has no gradients through the tower, either.
+  # The whole step does not differentiate through the tower, either.
   assert actual.traced == pytest.approx(actual.total, rel=0.01)
   state = build_experiment(locked(), tmp_path).program.abstract
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state))

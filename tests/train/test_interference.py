@@ -31,7 +31,7 @@ NAMES = (*COUNTED, "unlabelled")
 
 
 class Negative(Contrastive):
-  """The loss of contrast with the other sign."""
+  """The negated contrastive loss."""
 
   def loss(self, loss_inputs, heads, context):
     terms = super().loss(loss_inputs, heads, context)
@@ -89,7 +89,7 @@ def one_device(params):
 
 @pytest.fixture(scope="module")
 def brute_force(params):
-  """Losses as a function of parameters, and each one's gradient alone."""
+  """Losses as a function of parameters, and each one's gradient."""
   spec, batch = make_spec(), step_samples.make_batch()
   tx, mesh = optax.sgd(0.1), step_samples.mesh_of((1, 1, 1))
   state = make_program(spec, tx, mesh).init(params)
@@ -132,7 +132,7 @@ def blocks_of(grad):
 
 
 def check_against(actual, brute_force, names=NAMES):
-  """Norms and cosines of a measurement against each gradient alone."""
+  """Norms and cosines of a measurement against separate gradients."""
   losses, grads = brute_force
   blocks = {name: blocks_of(grads[name]) for name in names}
   for i, a in enumerate(names):
@@ -198,7 +198,7 @@ def test_transfer_equals_differences_of_losses(params, one_device, brute_force):
   np.testing.assert_allclose(
     one_device["losses"], [before[n] for n in NAMES], rtol=1e-5
   )
-  # A loss and the same loss after a step along zero, each rounded.
+  # A loss before and after a step along zero, each rounded.
   for transfer in (one_device["transfer"][4], one_device["transfer"][:, 4]):
     np.testing.assert_allclose(transfer, 0, atol=np.finfo(np.float32).eps)
 
@@ -227,7 +227,7 @@ def test_accumulated_gradients_equal_the_whole_batch(params, brute_force):
 
 
 def test_conflicts_of_a_case_by_hand():
-  # Three objectives on two blocks; the third has no gradient on the second.
+  # Three objectives on two blocks; the third's gradient on the second is 0.
   cosines = np.zeros((3, 3, 2))
   cosines[0, 1] = cosines[1, 0] = -0.5, 0.2
   cosines[0, 2] = cosines[2, 0] = -0.1, 0.0

@@ -166,7 +166,7 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
   late.objectives.dino.weight = dict(value=1.0, start_steps=1)
   with pytest.raises(ValueError, match="init.teacher has no effect"):
     initialize_state(build_experiment(late, tmp_path / "b"))
-  # What the run's config names is what is read by default.
+  # By default, reads the weights that the run's config names.
   read = loading.read_model(tmp_path / "a")
   assert read.weights == "teacher"
   assert_equal(read.params["image"], teacher["image"])

@@ -40,7 +40,7 @@ def test_dropping_an_objective_changes_no_other_initial_value():
 
 @functools.cache
 def weights():
-  """Parameters, and those of the anchor, which differ.
+  """Parameters, and the anchor's, which differ.
 
   Sampled in NumPy, as compiling the initialisers takes longest.
   """
@@ -94,7 +94,7 @@ def assert_near(actual, expected, tolerance, floor):
     scale = np.linalg.norm(grad)
     if name == "heads/depth/conv3/bias":
       # Depth is invariant to shifts: this is the rounding of a sum of zero,
-      # whose terms are as large as those of the kernel beside it.
+      # whose terms are as large as the kernel's.
       scale = np.linalg.norm(expected[1]["heads/depth/conv3/kernel"])
     distance = np.linalg.norm(grads[name] - grad)
     assert distance <= tolerance * scale + floor, name
@@ -109,8 +109,8 @@ def assert_near(actual, expected, tolerance, floor):
 def test_the_step_is_the_same_over_devices_and_parts(shape, accumulate):
   """Losses and gradients of every objective, with unevenly spread labels.
 
-  KoLeo, Sinkhorn and the negatives of contrast included. Dropped paths depend
-  on the global row, rotary draws on the view alone.
+  Includes KoLeo, Sinkhorn and contrastive negatives. Dropped paths depend on
+  the global row, rotary draws only on the view.
   """
   assert set(objectives.REGISTRY) - set(one_device()[0]) == {
     "feature_distillation"
@@ -123,7 +123,7 @@ def test_the_step_is_the_same_over_devices_and_parts(shape, accumulate):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["drop_path", "rope"])
 def test_augmentations_of_the_encoder_reach_the_losses(part):
-  """What the equality above compares is not absent in all cases."""
+  """The augmentations change the losses compared above."""
   spec = tiny_mtv.everything().select_objectives(("contrastive",))
   if part == "drop_path":
     spec = dataclasses.replace(spec, runtime={**spec.runtime, "drop_path": 0.0})
@@ -221,7 +221,7 @@ def test_a_text_tower_that_no_objective_trains_is_frozen(tmp_path, caplog):
     if "/text/" in name
   ]
   assert not moments
-  # The resolved config builds the same.
+  # The resolved config builds an equal experiment.
   again = build_experiment(experiment.config.to_dict(), tmp_path)
   assert again.config == experiment.config
   config.objectives.contrastive = dict(weight=1.0)
@@ -279,7 +279,7 @@ def test_step_flops_are_the_sum_of_their_parts():
   less = flops.step_flops(
     tiny_mtv.built().select_objectives(rest), spec, optax.sgd(0.1)
   )
-  # Only its head disappears: grounding reads the same encoding.
+  # Only its head disappears: grounding also reads the encoding.
   assert cost.traced - less.traced == pytest.approx(
     cost.parts["heads of depth"] + cost.parts["loss of depth"], rel=1e-3
   )
@@ -312,7 +312,7 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "most", "compile"),
-  # XLA takes minutes for L/16, whose program differs in its sizes alone.
+  # XLA takes minutes for L/16, whose program differs only in its sizes.
   [
     ("mtv_b16_224.py", 0.71, "whole"),
     ("mtv_l16_256.py", 0.69, "no"),

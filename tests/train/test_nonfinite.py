@@ -176,7 +176,7 @@ def test_a_signal_amid_the_damage_leaves_the_checkpoint_to_return_to(
   with Checkpointer(tmp_path, every_steps=1, keep=keep) as checkpoints:
     checkpoints.save(2, state)
     checkpoints.wait()
-    trainer = Trainer.__new__(Trainer)  # With what an exit reads.
+    trainer = Trainer.__new__(Trainer)  # With the fields that an exit reads.
     vars(trainer).update(
       experiment=types.SimpleNamespace(total_steps=9),
       state=state,

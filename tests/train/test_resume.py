@@ -1,4 +1,4 @@
-"""Runs that are killed, resumed, moved to other processes: real ones."""
+"""Real runs that are killed, resumed, and moved to new processes."""
 
 import os
 import random

@@ -95,7 +95,7 @@ def test_sharded_step_equals_a_single_device(single_device):
 
 
 def test_fsdp_is_gathered_under_rules_of_the_config(single_device):
-  """Also of what the built-in rules leave whole."""
+  """Also parameters that the built-in rules leave whole."""
   rules = [
     (r"blocks/mlp/fc1/kernel$", (None, "fsdp")),
     (r"blocks/attention/qkv/(kernel|bias)$", ("fsdp",)),
@@ -261,10 +261,10 @@ def test_invalid_step_specs_are_rejected():
 
 @pytest.mark.parametrize("op", ["keep(0.5", "blocks(0.5"])
 def test_masks_have_the_patches_of_the_model(op):
-  """Indices of other patches would select wrong ones, or none."""
+  """Indices for another patch size would select wrong or missing patches."""
   views = [
     build_views({"image": dict(ops=f"resize(32)|{op}{patch})")})
-    for patch in ("", ", patch=8")  # Of 16 by default.
+    for patch in ("", ", patch=8")  # Patches of 16 by default.
   ]
   name = op.partition("(")[0]
   message = rf"views.image: {name}\(\) .* write {name}\(..., patch=8\)"
@@ -413,9 +413,9 @@ def sent_by_towers_beside_parameters(rows, params):
 
 
 def parameter_shapes(params):
-  """Of layers: shapes, whole and split once by `fsdp`, and vectors' lengths.
+  """Layer shapes, whole and split once by `fsdp`, and vectors' lengths.
 
-  Vectors may be cut by heads, so that only their length says what they are.
+  Vectors may be split by heads, so only their length identifies them.
   """
   matrices, vectors = set(), {1}
   for name, leaf in dict_of(params).items():
@@ -431,7 +431,7 @@ def parameter_shapes(params):
 
 
 def no_ones(dims):
-  """Sizes, sorted, as the compiler transposes; without those of 1."""
+  """Sizes except 1, sorted, since the compiler transposes."""
   return tuple(sorted(size for size in dims if size > 1))
 
 

@@ -67,13 +67,13 @@ def test_teachers_of_a_run(tmp_path):
   name = "patch_embed/kernel"
   assert np.abs(ema[3][name] - ema[1][name]).max() > 0
 
-  # The next stage reads what the run's config names, of another size.
+  # The next stage, of another size, reads the weights in the run's config.
   config = recipe(path=str(first), step=4)
   assert config.weights == "teacher"
   config.model.update(width=32)
   experiment = build_experiment(config, tmp_path / "second")
   assert experiment.step_spec.teachers["gram"].model.image.width == 16
-  # The resolved config builds the same without reading the folder's spec.
+  # The resolved config builds without reading the folder's spec.
   again = build_experiment(experiment.config.to_dict(), "unused")
   assert again.config.teachers == experiment.config.teachers
   state = initialize_state(experiment)
@@ -157,7 +157,7 @@ def encoders(tmp_path_factory):
   folder = tmp_path_factory.mktemp("encoders")
   return dict(
     near=write_encoder(folder / "near", 1, variant="mu/8"),
-    # Of other pixels, patches and size, with a CLS token.
+    # Other pixels, patches and size, with a CLS token.
     far=write_encoder(
       folder / "far", 2, mean=0.4, variant="mu/4", pool="cls", image_size=12
     ),
@@ -192,7 +192,7 @@ def distilled(encoders, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_teachers(encoders, distilled):
-  """One entry a teacher; both are learned, of other pixels and patches."""
+  """One entry per teacher; both are learned, with their pixels and patches."""
   folder, state = distilled
   rows = (folder / "metrics.jsonl").read_text().splitlines()
   for name in encoders:
@@ -259,7 +259,7 @@ def test_sizes_and_layers_are_checked(teacher, message, encoders, tmp_path):
 
 
 def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
-  """When they are needed: building an experiment reads none."""
+  """Only when needed: building an experiment does not read them."""
   monkeypatch.setattr(loading, "read_model", None)
   build_experiment(distillation(encoders), tmp_path)
   for options in (dict(weights="ema"), dict(step=3)):
@@ -282,7 +282,7 @@ def test_a_teacher_sees_images_of_its_preprocessing(tmp_path):
   assert stored == 3 and config.teachers["large"].input_size == 24
   assert config.teachers["large"].size is None  # `gram` takes the view's.
   assert grid(size=48)[1] == 6
-  # Of runs before this key.
+  # A config from before this key.
   assert grid(model=config.teachers["large"].model)[1] == 6
   path = write_encoder(tmp_path / "odd", 1, variant="mu/8", size=20)
   with pytest.raises(ConfigError, match="config.teachers.large.size: .*20x20"):

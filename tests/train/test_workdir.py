@@ -139,7 +139,7 @@ def write_record(folder, *hosts):
 
 @pytest.fixture
 def run(tmp_path):
-  """A run's folder of two sessions, the last of which uploaded nothing."""
+  """A run's folder of two sessions; the last one uploaded nothing."""
   run = workdir.RunFolder(tmp_path / "bucket", tmp_path / "0" / "run", True)
   write_record(run.folder, "a", "b")
   (run.folder / "log").write_text("b")
@@ -160,7 +160,7 @@ def list_apart(run):
 @pytest.mark.parametrize("there", [["a"], ["a", "b"], []])
 def test_remaining_files_are_uploaded(run, caplog, there):
   write_record(run.url, *there)
-  if not there:  # Checkpoints alone.
+  if not there:  # Only checkpoints.
     (run.url / "run.json").rename(run.url / "checkpoint")
   run.upload_remaining()
   assert (run.url / "log").read_text() == "b"

@@ -64,7 +64,7 @@ def test_owners():
   process = subprocess.Popen([sys.executable, "-c", ""])
   process.wait()
   assert Owner(mine.machine, process.pid, "0").is_dead
-  # An earlier process with the same id.
+  # An earlier process with this id.
   assert Owner(mine.machine, mine.pid, "0").is_dead
 
 
@@ -158,7 +158,7 @@ def test_replace_folder(tmp_path, monkeypatch, exchange):
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_kill_between_two_renames_loses_no_folder(tmp_path, replaced):
-  """Where folders can't be exchanged: after the first rename, or the second."""
+  """If folders can't be exchanged: after the first or the second rename."""
   folder = tmp_path / "out"
   dead = atomic.current_process()._replace(pid=10**7)
   live = atomic.temporary_path(folder).with_suffix(".old")

@@ -135,7 +135,7 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
 
 @pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
 def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
-  # The last of the three died before it could remove the others.
+  # The last of the three died before it could remove the rest.
   old = 0 if isinstance(owner, atomic.Owner) and owner.is_dead else 400
   claim(tmp_path, "a", dead_owner())
   for end in ("claim.1", "claim.12"):

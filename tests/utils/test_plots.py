@@ -55,7 +55,7 @@ def test_depth_is_coloured_between_its_limits():
   valid = np.array([[True, True, True, False]])
   far, _, near, hidden = plots.colour_depth(depth, valid=valid)[0].astype(int)
   assert far[2] > far[0] and near[0] > near[2] and not hidden.any()
-  # The same scale with values beyond its ends.
+  # An equal scale with values beyond its ends.
   wide = plots.colour_depth(depth, limits=(1.0, 4.0))
   assert (wide[0, :3] == plots.colour_depth(depth[:, :3])[0]).all()
   assert (wide[0, 3] == wide[0, 2]).all()

@@ -33,6 +33,6 @@ def test_a_bounded_number_is_computed_ahead():
     assert len(drawn) <= count + 3
   threads = threading.active_count()
   results.close()
-  # Neither more work nor threads, where the caller stops.
+  # The work and the threads end if the caller stops.
   assert len(done) <= len(drawn) <= 8
   assert threading.active_count() <= threads

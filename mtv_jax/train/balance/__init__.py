@@ -1,14 +1,14 @@
 """Balancing methods: how the objectives' losses or gradients are combined.
 
-Each method has a state, `TrainState.balance`, and one of three effects: it
-multiplies the weights of the losses (`loss_weights`), learns from the losses of
-each update (`update`) or from gradient norms on the image encoder that are
-measured every few steps (`observe`), or it combines the objectives' gradients
-itself (`combine_gradients`). `Balance` has none of them: fixed weights.
+A method stores its state in `TrainState.balance`. It scales the loss weights
+(`loss_weights`), which it learns from the losses of each update (`update`) or
+from gradient norms on the image encoder, measured every few steps (`observe`);
+or it combines the objectives' gradients itself (`combine_gradients`). The base
+class `Balance` uses fixed weights.
 
-L_i is an objective's loss, w_i its weight in the config, with its ramp. In all
-methods w_i is the share that the objective should have: where the method's own
-factor is 1, the total is sum_i w_i L_i.
+L_i is an objective's loss, w_i its weight in the config, including the ramp.
+w_i is the objective's intended share: if a method's own factors are 1, the
+total is sum_i w_i L_i.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BalanceConfig:
   """`config.balance`; without it, weights are fixed."""
 
   method: str = "grad_norm_mean"
-  # Between measurements of gradient norms, of methods that take them.
+  # Interval between gradient-norm measurements, for methods that use them.
   every: PositiveDuration | None = None
   options: Mapping[str, Any] = further_options()  # Fields of the method.
 

@@ -17,7 +17,7 @@ Scalars = Mapping[str, Float[Array, ""]]  # By objective.
 class Balance:
   """Fixed weights, sum_i w_i L_i; base class of the methods.
 
-  Mappings by objective have those that are active, `state` all of the run.
+  Mappings by objective cover the active ones; `state` covers all of the run.
   """
 
   every_steps = None  # Updates between measurements of gradient norms.
@@ -34,14 +34,14 @@ class Balance:
     return {}
 
   def loss_weights(self, weights: Scalars, state: PyTree) -> Scalars:
-    """The factors of the losses in the total, from the config's weights."""
+    """The factor of each loss in the total, from the config's weights."""
     del state
     return weights
 
   def penalty(
     self, weights: Scalars, state: PyTree
   ) -> Float[Array, ""] | float:
-    """What the total loss has besides the weighted losses."""
+    """Added to the weighted losses in the total loss."""
     del weights, state
     return 0.0
 
@@ -52,13 +52,13 @@ class Balance:
     weights: Scalars,
     step: Int[Array, ""] | int,
   ) -> PyTree:
-    """The state after a measurement, before the update after `step` others.
+    """The state after a measurement of gradient norms, before an update.
 
     Args:
-      state: that of the losses whose gradients were measured.
-      norms: the gradient norms on the image encoder of w_i L_i, times the
-        method's factor. One of 0, as of a batch without its labels, or one
-        that is not finite changes nothing.
+      state: state that weighted the measured losses.
+      norms: gradient norms on the image encoder of w_i L_i, times the method's
+        factor. A norm that is 0 (a batch without the objective's labels) or
+        non-finite is ignored.
       weights: w_i.
       step: number of updates done.
     """
@@ -68,7 +68,7 @@ class Balance:
   def update(
     self, state: PyTree, losses: Mapping[str, WeightedMean], weights: Scalars
   ) -> PyTree:
-    """The state after an update with these losses, L_i, of its batch."""
+    """The state after an update whose batch had the losses L_i."""
     del losses, weights
     return state
 
@@ -81,9 +81,9 @@ class Balance:
     """The gradient of an update.
 
     Args:
-      gradients: those of w_i L_i on all parameters.
-      shared: the modules that several objectives read, `image`, `text` and
+      gradients: gradients of w_i L_i on all parameters.
+      shared: modules that several objectives read: `image`, `text` or
         `heads/NAME`.
-      keys: a random key for each objective.
+      keys: one random key per objective.
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""PCGrad: the objectives' gradients without their conflicting parts."""
+"""PCGrad: gradient surgery for conflicting objectives."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class PCGrad(Balance):
       if g_i . g_j < 0:  g_i <- g_i - (g_i . g_j / |g_j|^2) g_j
     gradient = sum_i g_i
 
-  g_i starts as the gradient of w_i L_i, and g_j is as it was before all
-  projections. Each draws its order from seed, step and name. The projected
-  vectors are combinations of the first ones, so they are computed from their
-  inner products. Parameters outside `parameters` have the sum of gradients.
+  g_i starts as the gradient of w_i L_i; g_j is the unprojected gradient. Each
+  objective draws its order from seed, step and name. Projections are linear
+  combinations of the g_j, so their coefficients follow from inner products.
+  Parameters outside `parameters` get the sum of gradients.
 
-  Each objective has a forward and a backward pass of its own, also with
-  `config.accumulate`, through the views that it reads alone: more than a step
-  only where objectives share a view.
+  Each objective runs its own forward and backward pass, also with
+  `config.accumulate`, over the views that it reads. This costs more than a
+  plain step only if objectives share a view.
   """
 
   combines: ClassVar[bool] = True
-  # The image encoder, or all that several objectives read: both towers and
-  # shared heads, as one vector.
+  # The image encoder, or all modules that several objectives read (towers and
+  # heads), as one vector.
   parameters: Literal["image", "shared"] = "image"
 
   @property
@@ -78,9 +78,9 @@ class PCGrad(Balance):
 def projection_coefficients(
   products: Float[Array, "t t"], keys: Key[Array, " t"]
 ) -> Float[Array, "t t"]:
-  """PCGrad's projections, row i of which are g_i's coefficients of all g_j.
+  """Row i has the coefficients of all g_j in the projected g_i.
 
-  `products` are the inner products g_i . g_j, `keys` draw each row's order.
+  `products` are the inner products g_i . g_j; `keys` draw each row's order.
   """
   count = len(products)
 

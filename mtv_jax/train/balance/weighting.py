@@ -28,7 +28,7 @@ MaxFactor = Annotated[float, Range(min=1)]
 def _unweighted_norms(
   norms: Scalars, weights: Scalars, factors: Scalars
 ) -> dict[str, Float[Array, ""]]:
-  """The norms of the losses' gradients; 0 for those that are unknown."""
+  """Gradient norms of the unweighted losses; 0 if unknown."""
   raw = {}
   for name, norm in norms.items():
     scale = weights[name] * factors[name]
@@ -40,7 +40,7 @@ def _unweighted_norms(
 def _learn(
   lr: float, entry: PyTree, key: str, gradient: Array, valid: Array
 ) -> PyTree:
-  """One step of Adam on `entry[key]`, where the gradient is valid."""
+  """Takes an Adam step on `entry[key]` if the gradient is valid."""
   step, opt_state = optax.adam(lr).update(gradient, entry["opt_state"])
   new = {**entry, key: entry[key] + step, "opt_state": opt_state}
   return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, dict(entry))
@@ -53,13 +53,13 @@ class GradNormMean(Balance):
     sum_i w_i (m / m_i) L_i,   m = (prod_i m_i)^(1 / T)
 
   m_i is the running geometric mean of L_i's gradient norm on the image encoder,
-  so that a weight is the objective's share of the encoder's gradient. Our
-  choice; MTV publishes no weights. Its state is m_i by objective, 0 for those
-  not yet measured, which have the factor 1 and no part in m.
+  so w_i is the objective's share of the encoder's gradient. Our choice: MTV
+  does not publish its weights. The state is m_i by objective; 0 means not yet
+  measured: the factor is then 1, and m excludes the objective.
   """
 
   every_steps: PositiveInt = 100
-  decay: Fraction = 0.8  # Of the geometric running mean.
+  decay: Fraction = 0.8  # Decay of the running geometric mean.
   max_factor: MaxFactor = 100.0  # Factors are in [1 / max_factor, max_factor].
 
   def init(self, names: Iterable[str]) -> PyTree:
@@ -90,8 +90,8 @@ class GradNormMean(Balance):
   ) -> PyTree:
     """As in the base class.
 
-    After n measurements the decay is at most (1 + n) / (10 + n), as the norms
-    at the start are far from later ones.
+    After n measurements the decay is at most (1 + n) / (10 + n), because early
+    norms differ much from later ones.
     """
     count = step // self.every_steps
     decay = jnp.minimum(self.decay, (1.0 + count) / (10.0 + count))
@@ -109,17 +109,16 @@ class Uncertainty(Balance):
 
     sum_i w_i (exp(-s_i) L_i + s_i / 2),   s_i = log sigma_i^2
 
-  This is equation 10 for classification, 1 / sigma^2 L + log sigma: contrastive
-  losses, DINO's and iBOT's are cross-entropies. Its form for regression, which
-  halves the first term, is the same but for a constant with s_i - log 2 for
-  s_i: with one form for all, a regression starts at twice the weight. s_i
-  starts at 0, for which the total is that of fixed weights; at the minimum
-  exp(-s_i) L_i is 1 / 2.
+  This is equation 10 for classification, 1 / sigma^2 L + log sigma: the
+  contrastive, DINO and iBOT losses are cross-entropies. The regression form
+  halves the first term; with s_i - log 2 for s_i it differs only by a constant,
+  so a regression loss starts at twice its weight here. s_i starts at 0, which
+  equals fixed weights; at the minimum exp(-s_i) L_i = 1 / 2.
 
-  Our choices: w_i multiplies both terms, as s_i would cancel it otherwise; s_i
-  stays where a batch has no labels of L_i, and within log(max_factor), as a
-  loss near 0 or below, such as KoLeo's, has no minimum. s_i has its own Adam,
-  at the rate with which Chen et al. (2018) train it for comparison.
+  Our choices: w_i multiplies both terms, since s_i would cancel it otherwise.
+  s_i does not change if a batch lacks labels for L_i. |s_i| is at most
+  log(max_factor), since a loss near 0 or below (KoLeo) has no optimal s_i.
+  Each s_i has its own Adam, at the learning rate of Chen et al. (2018).
   """
 
   lr: PositiveFloat = 0.025
@@ -166,29 +165,29 @@ class GradNorm(Balance):
     G_i = f_i |grad L_i|,   r_i = (L_i / L_i(0)) / mean_j (L_j / L_j(0))
     L_grad = sum_i |G_i - mean_j(G_j) r_i^alpha|            (equation 2)
 
-  The total is sum_i w_i f_i L_i. A step of Adam on L_grad, in which
-  mean_j(G_j) r_i^alpha is constant, moves f_i, whose sum over the T objectives
-  is then scaled back to T. Rate and alpha are those of the paper on NYUv2.
+  The total is sum_i w_i f_i L_i. An Adam step on L_grad, with
+  mean_j(G_j) r_i^alpha held constant, updates f_i; the f_i are then rescaled to
+  sum to T, the number of objectives. lr and alpha follow the paper's NYUv2 run.
 
-  Our choices: the gradient is on the whole image encoder and not on one layer,
-  as objectives tap several; steps are every `every_steps` updates, and not in
-  each, as each takes a backward pass by objective; L_i(0) is that of the first
-  step in which L_i has labels, be it the start of the run or later; objectives
-  without labels in a batch have no part in its step; the others keep their sum.
+  Our choices: gradients are on the whole image encoder, since objectives tap
+  several layers. f_i is updated every `every_steps` updates, since a
+  measurement takes one backward pass per objective. L_i(0) is from the first
+  step in which L_i has labels. Objectives without labels in a batch are left
+  out of its update, which preserves the sum over the rest.
   """
 
   every_steps: PositiveInt = 10
   alpha: NonNegativeFloat = 1.5
   lr: PositiveFloat = 0.025
-  # Adam's f_i are clipped to [1 / max_factor, max_factor]; their sum is scaled
-  # after that, so that they may leave it by as much as the sum has changed.
+  # f_i are clipped to [1 / max_factor, max_factor] after the Adam step and
+  # before the rescaling, which may move them slightly out of this range.
   max_factor: MaxFactor = 100.0
 
   def init(self, names: Iterable[str]) -> PyTree:
     """As in the base class.
 
-    `norm` is |grad L_i| from its measurement to the update that follows, and
-    0 otherwise; `initial_loss` 0 before the first.
+    `norm` is |grad L_i| from its measurement to the next update, 0 otherwise;
+    `initial_loss` is 0 before the first.
     """
     one, zero = jnp.ones(()), jnp.zeros(())
     entry = {
@@ -218,7 +217,7 @@ class GradNorm(Balance):
   def update(
     self, state: PyTree, losses: Mapping[str, WeightedMean], weights: Scalars
   ) -> PyTree:
-    """As in the base class; nothing without a measurement before it."""
+    """As in the base class; a no-op unless a measurement precedes it."""
 
     def stack(key):
       return jnp.stack([state[name][key] for name in losses])  # [T]
@@ -228,7 +227,7 @@ class GradNorm(Balance):
     valid = (norm > 0) & jnp.isfinite(loss) & (loss > 0)
     count = jnp.sum(valid)
 
-    def mean(values):  # Of the valid ones; 1 where none is, as it divides.
+    def mean(values):  # Mean of valid values; 1 (a safe divisor) without any.
       total = jnp.sum(jnp.where(valid, values, 0.0))
       return jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)
 

@@ -1,8 +1,8 @@
 """Metrics of a run: the clock, log lines and trackers.
 
-Nothing here imports JAX; values may be JAX arrays. `MetricWriter` gives the
-metrics of a step to the trackers of `config.log.trackers`, one class each in
-`trackers.py`.
+This package does not import JAX; values may be JAX arrays. `MetricWriter`
+passes a step's metrics to the trackers of `config.log.trackers`, which are
+classes in `trackers.py`.
 """
 
 from mtv_jax.train.metrics.chrono import Chrono, Rates

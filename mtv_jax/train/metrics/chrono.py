@@ -21,8 +21,8 @@ class Rates:
   images_per_second: float
   wait: float  # Share of the time spent waiting for data.
   step_seconds: float
-  eta: float  # Seconds left at this session's mean pace; NaN where unknown.
-  core_hours: float  # Device hours of training, all sessions together.
+  eta: float  # Seconds left at this session's mean pace; NaN if unknown.
+  core_hours: float  # Device hours of training, over all sessions.
   # Shares of the wall time of all sessions, see `Chrono.goodput`.
   goodput: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -30,14 +30,14 @@ class Rates:
 class Chrono:
   """Measures training time without compilation, evaluation and checkpoints.
 
-  Once a step:
+  Usage, once per step:
 
     with chrono.waiting(): batch = next(batches)
     state, metrics = update(state, batch)
     chrono.step()
 
-  The first step of a session counts as compilation; wait for it before `step`.
-  Later steps may run ahead: reading metrics before `rates` waits for them.
+  The first step of a session counts as compilation; block on it before `step`.
+  Later steps are asynchronous; read metrics before `rates` to wait for them.
   """
 
   def __init__(
@@ -60,7 +60,7 @@ class Chrono:
     self.from_dict({})
 
   def expect_compilation(self) -> None:
-    """Counts the next step as compilation, too."""
+    """Counts the next step as compilation."""
     self._lap()
     self.compiling = True
 
@@ -71,7 +71,7 @@ class Chrono:
     self.compiling = False
 
   def waiting(self) -> contextlib.AbstractContextManager[None]:
-    """Counts the time inside as training and as waiting for data."""
+    """Counts the time inside as training time spent waiting for data."""
     return self._measure("wait")
 
   def pause(
@@ -108,7 +108,7 @@ class Chrono:
     return np.array([self._steps, times["train"], times["wait"]])
 
   def rates(self, step: int) -> Rates:
-    """The rates since the last call; `step` updates are done, for the ETA."""
+    """The rates since the last call; `step` updates are done."""
     self._lap()
     now = self._read()
     steps, train, wait = (now - self._window).tolist()
@@ -127,9 +127,9 @@ class Chrono:
   def _goodput(self) -> dict[str, float]:
     """Shares of the wall time of all sessions and the time between them.
 
-    `step` is that of updates, without `wait`. `lost` is the time from a
-    checkpoint to the moment when it was restored: steps that are done again,
-    the time without a process, building and restoring.
+    `step` is update time, excluding `wait`. `lost` is the time from a
+    checkpoint to its restore: repeated steps, time without a process, building
+    and restoring.
     """
     shares = {kind: self._seconds[kind] for kind in KINDS}
     total = sum(shares.values())
@@ -140,24 +140,24 @@ class Chrono:
     return {kind: seconds / total for kind, seconds in shares.items()}
 
   def to_dict(self) -> dict[str, float]:
-    """The times so far, for the checkpoint."""
+    """The times so far, to store in a checkpoint."""
     self._lap()
     return {**self._seconds, "wall": self._wall_clock()}
 
   def from_dict(self, times: Mapping[str, float]) -> None:
     """Continues from the times of an earlier session.
 
-    The time since they were read is lost to the restart.
+    Counts the time since `to_dict` as `lost`.
     """
     earlier = {k: float(times.get(k, 0.0)) for k in (*KINDS, "wait", "device")}
-    # Evaluations and checkpoints together, in checkpoints of older versions.
+    # Older checkpoints store evaluation and save time together.
     earlier["evaluate"] += float(times.get("pause", 0.0))
     if "wall" in times:
       # Clocks of two machines may differ.
       earlier["lost"] += max(self._wall_clock() - times["wall"], 0.0)
       self._last = self._clock()
     self._seconds = earlier
-    # Until the next batch is asked for: opens the data, makes the state.
+    # Until the first batch is requested: opening data, initialising the state.
     self._starting = True
-    # Readings at the start of the session, and at the last call of `rates`.
+    # Values at the start of the session and at the last call of `rates`.
     self._session = self._window = self._read()

@@ -1,4 +1,4 @@
-"""Log lines: their format, and the metrics of a step as one line."""
+"""Console logging: line format, and a step's metrics as one line."""
 
 import atexit
 import contextlib
@@ -17,8 +17,8 @@ WIDTH = 120
 class _Console(logging.Handler):
   """Writes to the current `sys.stdout`, which tests replace.
 
-  A line that can't be written is dropped: a full disk, a closed terminal or a
-  pipe whose reader has exited ends no run.
+  Drops lines that can't be written, so that a full disk, a closed terminal or
+  pipe does not end a run.
   """
 
   def emit(self, record: logging.LogRecord) -> None:
@@ -26,15 +26,15 @@ class _Console(logging.Handler):
     with contextlib.suppress(OSError):
       try:
         print(line, file=sys.stdout, flush=True)
-      except UnicodeEncodeError:  # Lone surrogates, or an encoding without it.
+      except UnicodeEncodeError:  # Lone surrogates, or a limited encoding.
         line = line.encode("ascii", "backslashreplace").decode()
         print(line, file=sys.stdout, flush=True)
 
 
 def _drop_unwritable() -> None:
-  """Points standard streams that can't be written to the null device.
+  """Redirects unwritable standard streams to the null device.
 
-  Python, which flushes them at exit, would replace the exit code by 120.
+  Otherwise Python, which flushes them at exit, sets the exit code to 120.
   """
   for stream in (sys.stdout, sys.stderr):
     try:
@@ -47,10 +47,10 @@ def _drop_unwritable() -> None:
 
 
 def setup_logging(*, process_index: int = 0) -> None:
-  """Sends the package's lines to standard output, from process 0 only.
+  """Logs the package's messages to standard output, info only in process 0.
 
-  Lines carry the time, the host and the process. Of libraries only warnings
-  are shown (Orbax and Grain log about 20 lines a checkpoint through absl).
+  Lines show time, host and process. Libraries log only warnings (Orbax and
+  Grain log about 20 lines per checkpoint through absl).
   """
   package = logging.getLogger("mtv_jax")
   package.setLevel(logging.INFO if process_index == 0 else logging.WARNING)
@@ -63,7 +63,7 @@ def setup_logging(*, process_index: int = 0) -> None:
     )
   )
   package.handlers[:] = [handler]
-  atexit.unregister(_drop_unwritable)  # Of an earlier call.
+  atexit.unregister(_drop_unwritable)  # Registered by an earlier call.
   atexit.register(_drop_unwritable)
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -76,13 +76,13 @@ def console_line(
   *,
   rates: Rates | None = None,
 ) -> str:
-  """One line, such as
+  """Formats one line, such as
 
     step 120/2000  6.0%  loss 3.412  lr 8.1e-04  812 img/s  wait 1%  eta 3m12s
 
   Metrics that don't fit in `WIDTH` are collapsed to "+N more".
   """
-  # Rounded down, so that only the last step is at 100 %.
+  # Rounded down, so that only the last step shows 100 %.
   percent = 1000 * step // max(total_steps, 1) / 10
   width = len(str(total_steps))
   head = f"step {step:>{width}}/{total_steps} {percent:5.1f}%"

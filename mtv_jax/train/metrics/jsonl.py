@@ -1,4 +1,4 @@
-"""Files of JSON lines that stay whole: on full disks, after kills."""
+"""JSON-lines files that stay intact on full disks and after kills."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from typing import Any
 
 from mtv_jax.utils import atomic
 
-# Rows that wait for a file that can't be written; older ones are dropped.
+# Maximum rows to buffer while a file can't be written; drops the oldest.
 MAX_PENDING = 100_000
 
 RowPredicate = Callable[[Mapping[str, Any]], bool]
 
 
 class JsonlFile:
-  """Rows of a run by step, one JSON object a line.
+  """Rows of a run by step, one JSON object per line.
 
-  A row is on the disk when `append` returns. Rows that can't be written are
-  written before the next one that can.
+  A row is on disk when `append` returns. If it raises, the row is buffered and
+  written by the next `append` that succeeds.
   """
 
   def __init__(
@@ -28,7 +28,7 @@ class JsonlFile:
     start_step: int = 0,
     keep_row: RowPredicate = lambda row: False,
   ):
-    """Drops the rows after `start_step`, except some; 0 drops all."""
+    """Drops rows after `start_step` unless `keep_row`; 0 drops all rows."""
     self.path = path
     _drop_after(path, start_step, keep_row)
     self._pending: list[bytes] = []
@@ -37,13 +37,13 @@ class JsonlFile:
     """Appends a row."""
     self._pending.append(json.dumps(row).encode() + b"\n")
     del self._pending[:-MAX_PENDING]
-    # Opened each time: mounted buckets store a file when it is closed, and a
-    # handle of a file that was deleted would take rows without an error.
+    # Opened each time: mounted buckets store a file only when it is closed, and
+    # writes to a deleted file would succeed silently.
     fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
       end = _end_of_last_row(fd)
       try:
-        # All or nothing, so that no row is in the file twice.
+        # All or nothing, to avoid duplicate rows.
         data = memoryview(b"".join(self._pending))
         while data:
           data = data[os.write(fd, data) :]
@@ -57,7 +57,7 @@ class JsonlFile:
 
 
 def _end_of_last_row(fd: int) -> int:
-  """The size of a file, after truncating a last line without its end."""
+  """Truncates an incomplete last line; returns the file's size."""
   size = os.fstat(fd).st_size
   end = size
   while end and os.pread(fd, 1, end - 1) != b"\n":
@@ -68,7 +68,7 @@ def _end_of_last_row(fd: int) -> int:
 
 
 def _drop_after(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
-  """Drops the rows after a step, and a last line that a crash truncated."""
+  """Drops rows after a step, and a last line truncated by a crash."""
   if not path.exists():
     return
   text = path.read_text(encoding="utf-8", errors="replace")
@@ -83,7 +83,7 @@ def _drop_after(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-  """A row with a step; None for a line that is not one."""
+  """Parses a row with a step; None if invalid."""
   try:
     row = json.loads(line)
     return {**row, "step": float(row["step"])}

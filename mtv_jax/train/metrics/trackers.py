@@ -1,11 +1,11 @@
-"""Trackers: where the metrics of a run are written.
+"""Trackers: destinations of a run's metrics.
 
-`config.log.trackers` names them, with options where they take some:
+`config.log.trackers` names them, optionally with options:
 
   config.log.trackers = ("jsonl", "tensorboard", "wandb(project='mtv')")
 
-A tracker is one class here and a line in `TRACKERS`. Its fields are its
-options. `MetricWriter` opens it on process 0, and survives its errors.
+A tracker is a class here and a line in `TRACKERS`; its fields are its options.
+`MetricWriter` opens it on process 0 and tolerates its errors.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-  """What a tracker is told of a run.
+  """The run that a tracker logs; it resumes from `start_step`.
 
-  It resumes from `start_step`. Later steps that an earlier session logged are
-  done again, with equal metrics: a tracker drops their rows, or does not write
-  them again.
+  Later steps that an earlier session logged are repeated with equal metrics: a
+  tracker drops their old rows or does not write them again.
   """
 
   folder: pathlib.Path
@@ -58,7 +57,7 @@ class TrackedRun:
     return self._ids().get(tracker) if self.start_step else None
 
   def write_id(self, tracker: str, value: str) -> None:
-    """Stores the tracker's identifier, for the sessions that resume."""
+    """Stores the tracker's identifier for resumed sessions."""
     ids = self._ids() | {tracker: value}
     path = self.folder / _IDS
     atomic.write(path, json.dumps(ids, indent=1).encode() + b"\n")
@@ -70,13 +69,13 @@ class TrackedRun:
 
 @dataclasses.dataclass
 class Tracker:
-  """Base class: a place where scalars are written."""
+  """Base class of trackers, which write scalars."""
 
-  # The package that it needs, and the command that installs it.
+  # Required package, and the command that installs it.
   package: ClassVar[str | None] = None
   install: ClassVar[str] = "pip install 'mtv_jax[trackers]'"
-  # Files are tried again after each error of the file system. Other trackers
-  # are disabled after several errors in a row, of any kind.
+  # File trackers retry after every file system error. Service trackers are
+  # disabled after several consecutive errors of any kind.
   is_file: ClassVar[bool] = False
 
   def open(self, run: TrackedRun) -> None:
@@ -84,7 +83,7 @@ class Tracker:
     raise NotImplementedError
 
   def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
-    """Writes the metrics of a step; a killed process does not lose them."""
+    """Writes a step's metrics durably: they survive a kill of the process."""
     raise NotImplementedError
 
   def close(self, *, failed: bool = False) -> None:
@@ -93,7 +92,7 @@ class Tracker:
 
 @dataclasses.dataclass
 class Jsonl(Tracker):
-  """metrics.jsonl: a row for each measurement; not finite is null."""
+  """metrics.jsonl: one row per measurement; non-finite values are null."""
 
   is_file = True
 
@@ -109,7 +108,7 @@ class Jsonl(Tracker):
 
 
 def _import_tensorboardx() -> ModuleType:
-  """tensorboardX without packages that it imports for other uses (8 s)."""
+  """Imports tensorboardX without optional packages, which take 8 s."""
   hidden = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
   # Importing them raises an ImportError.
   sys.modules |= dict.fromkeys(hidden)
@@ -122,11 +121,11 @@ def _import_tensorboardx() -> ModuleType:
 
 @dataclasses.dataclass
 class TensorBoard(Tracker):
-  """Event files in the run's folder; numbers that are not finite are left out.
+  """Event files in the run's folder; omits non-finite values.
 
-  Written without tensorboardX's `SummaryWriter`, whose thread ends at the first
-  error, so that the next call blocks forever. After an error, and where the
-  file is gone, a new file is started: a reader stops at a truncated record.
+  Does not use tensorboardX's `SummaryWriter`: its thread dies at the first
+  error, and the next call blocks forever. Starts a new file after an error or
+  if the file was deleted, since readers stop at a truncated record.
   """
 
   is_file = True
@@ -134,7 +133,7 @@ class TensorBoard(Tracker):
   def open(self, run: TrackedRun) -> None:
     self._library = _import_tensorboardx()
     self._folder = run.folder
-    # TensorBoard hides what an earlier session wrote from here on.
+    # TensorBoard hides an earlier session's values from this step on.
     self._purge_step = run.start_step + 1 if run.start_step else 0
     self._records = None
     self._start_file()
@@ -190,10 +189,10 @@ class TensorBoard(Tracker):
 
 @dataclasses.dataclass
 class Wandb(Tracker):
-  """Weights & Biases. A resumed run continues the same run there.
+  """Weights & Biases. A resumed run continues its W&B run.
 
-  W&B keeps the first values of a step, so that steps done again are not sent.
-  Login and mode are those of the package: WANDB_API_KEY, WANDB_MODE=offline.
+  W&B keeps the first values of a step, so repeated steps are not sent. Login
+  and mode follow the package: WANDB_API_KEY, WANDB_MODE=offline.
   """
 
   project: str = "mtv_jax"
@@ -217,11 +216,11 @@ class Wandb(Tracker):
       resume="allow",
       dir=str(run.folder),
       config=dict(run.config),
-      # The log is the console's; W&B would capture it a second time.
+      # Prevents W&B from capturing the console log.
       settings=wandb.Settings(console="off"),
     )
     run.write_id("wandb", self._run.id)
-    # The server's count of steps; 0 for a new run and offline.
+    # The server's step count; 0 for a new run or offline.
     self._first = self._run.starting_step
 
   def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -234,11 +233,11 @@ class Wandb(Tracker):
 
 @dataclasses.dataclass
 class MLflow(Tracker):
-  """MLflow. A resumed run continues the same run there.
+  """MLflow. A resumed run continues its MLflow run.
 
-  MLflow keeps every value of a step: steps before the last one that was logged
-  are not sent again. By default runs are in the folder `mlruns` of the run's,
-  or where MLFLOW_TRACKING_URI says.
+  MLflow stores every value of a step, so steps before the last logged one are
+  not sent again. Writes to MLFLOW_TRACKING_URI, by default the subfolder
+  `mlruns` of the run's folder.
   """
 
   experiment: str = "mtv_jax"
@@ -248,10 +247,10 @@ class MLflow(Tracker):
   package = "mlflow"
 
   def open(self, run: TrackedRun) -> None:
-    # A server that does not answer holds up training for seconds, not minutes.
+    # An unresponsive server delays training by seconds, not minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    # Of the two local stores, the one that needs no SQLAlchemy.
+    # Allows the local file store, which does not need SQLAlchemy.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient, entities, exceptions
 
@@ -305,7 +304,7 @@ class MLflow(Tracker):
 class Clu(Tracker):
   """`clu.metric_writers`: TensorFlow's event files, in the folder `clu`.
 
-  TensorBoard shows the steps that a resumed run does again twice.
+  TensorBoard shows the repeated steps of a resumed run twice.
   """
 
   package = "tensorflow"
@@ -334,7 +333,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def build_trackers(names: str | Sequence[str]) -> dict[str, Tracker]:
-  """The trackers of `config.log.trackers`, not opened yet.
+  """Builds the trackers of `config.log.trackers`, not opened yet.
 
   Args:
     names: op strings: "jsonl", "wandb(project='mtv')", "jsonl|tensorboard".

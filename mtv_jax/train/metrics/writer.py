@@ -1,4 +1,4 @@
-"""The writer of a run's metrics: to trackers, tables and the console."""
+"""Writes a run's metrics to trackers, tables and the console."""
 
 import contextlib
 import dataclasses
@@ -20,21 +20,21 @@ from mtv_jax.utils.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
 
-# Failures in a row after which a tracker is disabled, unless it retries.
+# Consecutive failures that disable a tracker, unless it is a file.
 MAX_FAILURES = 5
-# Between two warnings of one file or tracker.
+# Minimum interval between warnings about a file or tracker.
 WARN_SECONDS = 600.0
 
 
 class MetricWriter(contextlib.AbstractContextManager):
-  """Writes scalars of a run to its trackers and the console.
+  """Writes a run's scalars to its trackers and the console.
 
-  Measurements that are not scalars go to a file of their own, TABLE.jsonl.
-  Creates the run's folder if it is missing. Drops the rows after `start_step`,
-  from which the run resumes; 0 drops all. Only process 0 writes.
+  Non-scalar measurements go to separate files, TABLE.jsonl. Creates the run's
+  folder if missing. Drops rows after `start_step`, from which the run resumes;
+  0 drops all. Only process 0 writes.
 
-  Metrics that can't be written are warnings: a full disk or a server that is
-  away does not end a run.
+  Logs write errors as warnings: a full disk or an unreachable server does not
+  end a run.
   """
 
   TABLES = ("interference", "nonfinite")
@@ -54,12 +54,12 @@ class MetricWriter(contextlib.AbstractContextManager):
 
     Args:
       workdir: the run's folder.
-      total_steps: of the run, for the console.
+      total_steps: the run's number of steps, for the console.
       start_step: number of steps of earlier sessions.
-      process_index: of this process.
-      trackers: of `build_trackers`; by default metrics.jsonl and TensorBoard.
-      config: the resolved config, for trackers that store one.
-      keep_row: says which rows of tables after `start_step` are not dropped.
+      process_index: index of this process.
+      trackers: see `build_trackers`; defaults to metrics.jsonl and TensorBoard.
+      config: the resolved config, for trackers that store it.
+      keep_row: whether to keep a table's row after `start_step`.
     """
     self.total_steps = total_steps
     self._active = process_index == 0
@@ -87,9 +87,9 @@ class MetricWriter(contextlib.AbstractContextManager):
   def write_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
-    """Writes named numbers, to the trackers and as a line on the console.
+    """Writes named numbers to the trackers, and as a line to the console.
 
-    `values` are numbers or arrays of one element; '/' in names makes groups.
+    `values` are numbers or one-element arrays; '/' in names makes groups.
     """
     if not self._active:
       return
@@ -102,15 +102,15 @@ class MetricWriter(contextlib.AbstractContextManager):
     for name, tracker in [*self._trackers.items()]:
       with self._tolerate_tracker(name, tracker):
         tracker.write_scalars(step, numbers)
-    # Last, so that what is on the console is in the files.
+    # Last, so that the files include all metrics on the console.
     self.log_scalars(step, values, rates)
 
   def log_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
-    """Logs named numbers as a line on the console alone.
+    """Logs named numbers as a line, only on the console.
 
-    Arguments and errors are those of `write_scalars`.
+    Takes the arguments of `write_scalars`.
     """
     if not self._active:
       return
@@ -118,9 +118,9 @@ class MetricWriter(contextlib.AbstractContextManager):
     log.info(console_line(step, self.total_steps, numbers, rates=rates))
 
   def write_row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
-    """Appends a line of numbers, arrays and strings to TABLE.jsonl.
+    """Appends a row of numbers, arrays and strings to TABLE.jsonl.
 
-    Numbers have seven digits; one that is not finite is null.
+    Numbers have seven digits; non-finite ones are null.
     """
     if not self._active:
       return
@@ -129,7 +129,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       self._tables[table].append(row)
 
   def tolerate_errors(self, what: str) -> contextlib.AbstractContextManager:
-    """Turns errors of the file system inside the context into warnings."""
+    """Turns file system errors inside the context into warnings."""
     return self._tolerate(what, OSError)
 
   @contextlib.contextmanager
@@ -189,7 +189,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
 @dataclasses.dataclass
 class _Failures:
-  """Errors in a row of a file or a tracker."""
+  """Consecutive errors of a file or a tracker."""
 
   count: int = 0
   warned: float = -math.inf  # Time of the last warning.
@@ -198,7 +198,7 @@ class _Failures:
 def _open(
   name: str, tracker: trackers_lib.Tracker, run: trackers_lib.TrackedRun
 ) -> bool:
-  """Opens a tracker; False if it can't continue a run."""
+  """Opens a tracker; returns False if it can't continue a run."""
   if tracker.is_file:
     tracker.open(run)
     return True
@@ -217,7 +217,7 @@ def _open(
 
 
 def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
-  """Numbers and arrays of one element as floats; InputError for others."""
+  """Converts numbers and one-element arrays to floats, else InputError."""
   numbers = {}
   for name, value in values.items():
     if np.size(value) != 1:
@@ -229,7 +229,7 @@ def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _to_json(value: Any) -> Any:
-  """Strings, numbers and arrays as JSON's types."""
+  """Converts strings, numbers and arrays to JSON types."""
   if isinstance(value, list | tuple):
     return [_to_json(v) for v in value]
   if isinstance(value, str | int):

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
 
-It takes the kernels of the transformer blocks. Biases, norms, embeddings and
-heads don't map hidden states to hidden states, and get AdamW.
+Muon updates the kernels of transformer blocks. AdamW updates biases, norms,
+embeddings and heads, which don't map hidden states to hidden states.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ from optax.contrib import MuonDimensionNumbers
 from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
 from mtv_jax.utils.tree import map_with_names
 
-# Match names of parameters and, behind a prefix, of their moments.
+# Match parameter names, also with a prefix (their moments).
 _MATRIX = re.compile(r"(image|text|heads/[^/]+)/blocks/.*kernel$")
 _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-  """Muon for the kernels of the blocks, AdamW for all other parameters."""
+  """Muon for block kernels, AdamW for the remaining parameters."""
 
   momentum: Fraction = 0.95
   nesterov: bool = True
   ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
-  # Root mean square of Muon's updates. 0.2 is AdamW's, so that both
-  # share a learning rate and a weight decay (Liu et al. 2025, Muon is scalable
-  # for LLM training, arXiv 2502.16982).
+  # RMS of Muon's updates. 0.2 matches AdamW, so that both share a learning rate
+  # and a weight decay (Liu et al. 2025, Muon is scalable for LLM training,
+  # arXiv 2502.16982).
   rms: NonNegativeFloat = 0.2
-  b1: Fraction = 0.9  # Of AdamW, as b2 and eps.
+  b1: Fraction = 0.9  # AdamW's, like b2 and eps.
   b2: Fraction = 0.999
   eps: NonNegativeFloat = 1e-8
   mu_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -58,7 +58,7 @@ class Muon:
     )
 
   def describe(self, names: Sequence[str]) -> str:
-    """Names the trained parameters that Muon takes, for the log."""
+    """Lists the trained parameters that Muon updates, for the log."""
     taken = [name for name in names if _MATRIX.search(name)]
     return (
       f"Muon takes {len(taken)} of {len(names)} parameters, AdamW the others:"
@@ -84,11 +84,10 @@ def _labels(params: Any) -> Any:
 
 
 def _dimension_numbers(updates: Any) -> Any:
-  """The axes of the matrix; `scale_by_muon` maps over all further axes.
+  """The matrix axes; `scale_by_muon` maps over the remaining axes.
 
-  A kernel of a stack is `[depth, in, out]`: one matrix per block. The fused
-  QKV is three projections, each orthogonalised by itself: `[D, 3 D]` jointly
-  would couple them.
+  A stacked kernel is `[depth, in, out]`: one matrix per block. Each projection
+  of the fused QKV is orthogonalised separately; `[D, 3 D]` would couple them.
   """
 
   def numbers(name, update):
@@ -104,7 +103,7 @@ def _split_qkv(
 ) -> optax.GradientTransformation:
   """Runs `inner` on QKV kernels `[depth, D, heads, 3, dim]`.
 
-  Its state has the parameters' shapes, to be sharded and saved like them.
+  Its state has the parameters' shapes, so it is sharded and saved like them.
   """
 
   def split(name, leaf):
@@ -121,7 +120,7 @@ def _split_qkv(
     return map_with_names(merge, inner.init(map_with_names(split, params)))
 
   def update(updates, state, params=None):
-    del params  # Neither part reads them.
+    del params  # Not read by Muon or AdamW.
     updates, state = inner.update(
       map_with_names(split, updates), map_with_names(split, state)
     )

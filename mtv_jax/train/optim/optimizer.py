@@ -2,16 +2,15 @@
 
 One update, for a parameter p with gradient g:
 
-  g <- g * min(1, clip_norm / |g|)      (norm over all trained parameters, or
-                                         those of its tower or head)
+  g <- g * min(1, clip_norm / |g|)      (global norm over trained parameters, or
+                                         norm of p's tower or head)
   u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
   p <- p - lr(t) * m_lr * (u + weight_decay(t) * m_wd * p)
 
-m_lr and m_wd are the multipliers of `param_rules`; m_lr is a vector over the
-layers of a stack if its rate decays by layer, and 0 before the parameter's
-start, while the optimizer's moments advance. The weight decay is multiplied by
-the learning rate, as in optax and torch; big_vision's `wd=1e-4` at `lr=1e-3` is
-`weight_decay=0.1` here.
+m_lr and m_wd are the multipliers of `param_rules`. m_lr is a vector over the
+layers of a stack with layer decay. Before the parameter's start, m_lr is 0 but
+the moments advance. The weight decay is multiplied by the learning rate, as in
+optax and torch; big_vision's `wd=1e-4` at `lr=1e-3` is `weight_decay=0.1` here.
 """
 
 import dataclasses
@@ -42,31 +41,30 @@ from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  """`config.optim`: what all optimizers have, and the options of its class."""
+  """`config.optim`: settings of every optimizer, and options of its class."""
 
   name: str = "adamw"
   lr: NonNegativeFloat
-  # Where given, lr is the rate at so many examples per step, and is scaled to
+  # If set, lr is the rate at this batch size and is scaled to
   # `config.batch_size`.
   lr_per_examples: PositiveInt | None = None
   lr_scaling: Literal["linear", "sqrt"] = "linear"
-  weight_decay: NonNegativeFloat = 0.0  # Times the rate, as in optax.
-  # After half a cosine over the run, as in DINOv2; None: constant.
+  weight_decay: NonNegativeFloat = 0.0  # Multiplied by the rate, as in optax.
+  # End value of a half cosine over the run, as in DINOv2; None: constant.
   weight_decay_end: NonNegativeFloat | None = None
   eps: float = 1e-8
   mu_dtype: Literal["float32", "bfloat16"] = "float32"
-  clip_norm: NonNegativeFloat = 1.0  # 0 for no clipping.
-  # The norm of all gradients, or of each tower and each head by itself.
+  clip_norm: NonNegativeFloat = 1.0  # 0 disables clipping.
+  # Clips the global norm, or the norm of each tower and head separately.
   clip_by: Literal["global", "module"] = "global"
   rules: tuple[Any, ...] = ()  # Pairs (regex, dict(...)), see `param_rules`.
-  options: Mapping[str, Any] = further_options()  # Of its class.
+  options: Mapping[str, Any] = further_options()  # Fields of the class.
 
   def scale_lr(self, batch_size: int) -> float:
     """The peak rate at a batch size.
 
-    `lr` itself, or with `lr_per_examples` it times batch_size / lr_per_examples
-    (Goyal et al. 2017, arXiv 1706.02677), or times the square root of that
-    ratio, as in DINOv2.
+    With `lr_per_examples`, scales `lr` by batch_size / lr_per_examples (Goyal
+    et al. 2017, arXiv 1706.02677) or by its square root, as in DINOv2.
     """
     if self.lr_per_examples is None:
       if self.lr_scaling != "linear":
@@ -80,7 +78,7 @@ class OptimConfig:
     return self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5)
 
   def make_weight_decay(self, total_steps: int) -> float | Schedule:
-    """The weight decay: a number, or a function of the step."""
+    """The weight decay, or its schedule over steps."""
     start, end = self.weight_decay, self.weight_decay_end
     if end is None or end == start:
       return start
@@ -95,7 +93,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """An optax transformation, its schedules and the rules of its parameters."""
+  """An optax transformation, its schedules and its parameter rules."""
 
   tx: optax.GradientTransformation
   schedule: Schedule  # The learning rate.
@@ -123,8 +121,8 @@ def make_optimizer(
   """Builds the optimizer of a config.
 
   `params` are the parameters, or their shapes, and `table` their rules. The
-  state of its `tx` has moments of the parameters' names and shapes, and none
-  for frozen ones, which are unchanged.
+  state of `tx` has moments with the parameters' names and shapes. Frozen
+  parameters lack moments and do not change.
   """
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
@@ -157,7 +155,7 @@ def make_optimizer(
 def _mask_frozen(
   tx: optax.GradientTransformation, rows: Mapping[str, ParamRule], params: Any
 ) -> optax.GradientTransformation:
-  """Leaves frozen parameters without moments, and out of the norm."""
+  """Excludes frozen parameters from the moments and the gradient norm."""
   frozen = map_with_names(lambda name, _: rows[name].frozen, params)
   trainable = jax.tree.map(operator.not_, frozen)
   return optax.chain(
@@ -166,10 +164,10 @@ def _mask_frozen(
 
 
 def _build_optimizer(config: OptimConfig) -> Any:
-  """The instance of a class in `OPTIMIZERS` with the config's options.
+  """Instantiates the class in `OPTIMIZERS` with the config's options.
 
-  Options of the other classes are ignored, so that a recipe's optimizer can be
-  changed by its name alone.
+  Ignores common options that the class lacks, so that changing a recipe's
+  optimizer takes only a new name.
   """
   where = "config.optim"
   cls = options.look_up(OPTIMIZERS, config.name, where=where, key="name")
@@ -185,7 +183,7 @@ def _build_optimizer(config: OptimConfig) -> Any:
 
 
 def _make_clipping(config: OptimConfig) -> list[optax.GradientTransformation]:
-  """The clipping of a config; empty if it has none."""
+  """The gradient clipping of a config; empty if disabled."""
   clip_norm, clip_by = config.clip_norm, config.clip_by
   if not clip_norm and clip_by != "global":
     raise ConfigError(
@@ -200,7 +198,7 @@ def _make_clipping(config: OptimConfig) -> list[optax.GradientTransformation]:
 
 
 def _clip_by_module_norm(max_norm: float) -> optax.GradientTransformation:
-  """Clips the norm of each tower and each head, as DINOv2 its modules."""
+  """Clips the gradient norm of each tower and head, like DINOv2's modules."""
 
   def module(name: str) -> str:
     first, second, *_ = f"{name}/".split("/")
@@ -215,7 +213,7 @@ def _clip_by_module_norm(max_norm: float) -> optax.GradientTransformation:
 
     def scale(name: str, leaf: Any) -> Any:
       norm = norms[module(name)]
-      # As optax, which leaves gradients below the norm bit-equal.
+      # Like optax, leaves gradients below the norm bit-identical.
       return jnp.where(norm < max_norm, leaf, leaf / norm * max_norm)
 
     return map_with_names(scale, updates)

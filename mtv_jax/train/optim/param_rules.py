@@ -1,17 +1,16 @@
 """Learning-rate and decay multipliers of parameters, by rules over their names.
 
 Rules are pairs (regex, dict(lr=, weight_decay=, layer_decay=, start_steps=)).
-The regex may match anywhere in the name; only the first rule that matches
-applies.
+The regex may match anywhere in the name; only the first matching rule applies.
 
-`layer_decay` multiplies the rate of a tower's layer by a power that falls
-towards the output (Clark et al. 2020, ELECTRA; BEiT), with the exponents of
-DINOv2's parameter groups. In a tower of n blocks they are
+`layer_decay` is raised to an exponent that decreases towards the output (Clark
+et al. 2020, ELECTRA; BEiT) and multiplies the layer's rate. The exponents are
+DINOv2's; in a tower of n blocks they are
 
   n + 1    embeddings of patches, positions and text tokens; CLS, register and
            mask tokens; a norm before the blocks
   n - i    block i, from 0
-  0        all after the blocks, and heads
+  0        parameters after the blocks, and heads
 """
 
 import dataclasses
@@ -41,11 +40,11 @@ class _Multipliers:
   """The options of a rule."""
 
   lr: NonNegativeFloat = 1.0
-  # None: 1 for kernels and 0 for biases, norms, scalars, embeddings, tokens and
+  # None: 1 for kernels, 0 for biases, norms, scalars, embeddings, tokens and
   # probes, as in big_vision.
   weight_decay: NonNegativeFloat | None = None
   layer_decay: PositiveFraction = 1.0
-  start: Duration | None = None  # Before it, a parameter is not updated.
+  start: Duration | None = None  # The parameter is not updated before it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +53,12 @@ class ParamRule:
 
   name: str
   shape: tuple[int, ...]
-  rule: str | None  # The pattern that matches it.
+  rule: str | None  # The matching pattern.
   lr: float
   weight_decay: float
-  # A further factor of the rate: one, or one for each layer of a stack.
+  # Layer-decay factors of the rate: one, or one per layer of a stack.
   layers: tuple[float, ...] = (1.0,)
-  start: int = 0  # Updates before it are 0; moments advance.
+  start: int = 0  # First update of the parameter; moments advance before it.
 
   @property
   def frozen(self) -> bool:
@@ -68,12 +67,12 @@ class ParamRule:
 
   @property
   def rates(self) -> tuple[float, ...]:
-    """The rate's multipliers: one, or one for each layer of a stack."""
+    """Learning-rate multipliers: one, or one per layer of a stack."""
     return tuple(self.lr * factor for factor in self.layers)
 
   @property
   def multiplier(self) -> float | np.ndarray:
-    """The rate's multiplier; of a stack `[depth, 1, ...]`, float32."""
+    """Learning-rate multiplier; `[depth, 1, ...]` float32 for a stack."""
     if len(self.rates) == 1:
       return self.rates[0]
     shape = (len(self.rates),) + (1,) * (len(self.shape) - 1)
@@ -87,10 +86,10 @@ def match_param_rules(
   length: RunLength,
   start_steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tuple[ParamRule, ...]:
-  """Matches each parameter with the first of the rules that fits.
+  """Matches each parameter with the first matching rule.
 
-  `start_steps` has starts by prefix of the name: the later of these and the
-  rule's holds.
+  `start_steps` has start steps by name prefix; a parameter takes the later of
+  this and its rule's start.
   """
   values = [_read_rule(rule, length) for rule in rules]
   shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
@@ -135,7 +134,7 @@ def _check_layer_decay(pattern: str, rows: Sequence[ParamRule]) -> None:
 def _read_rule(
   rule: Any, length: RunLength
 ) -> tuple[str, tuple[_Multipliers, int]]:
-  """The pattern of a rule, its multipliers and its start in steps."""
+  """Parses a rule to its pattern, multipliers and start step."""
   pair = isinstance(rule, list | tuple) and len(rule) == 2
   if not pair or not isinstance(rule[1], Mapping):
     raise ConfigError(
@@ -162,7 +161,7 @@ def _read_rule(
 
 
 def _layer_exponents(name: str, depths: Mapping[str, int]) -> tuple[int, ...]:
-  """The exponents of the layer decay: one, or one for each block."""
+  """Exponents of the layer decay: one, or one per block."""
   if match := _BLOCKS.match(name):
     return tuple(range(depths[match[1]], 0, -1))
   match = _EMBEDDING.match(name)
@@ -172,7 +171,7 @@ def _layer_exponents(name: str, depths: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def describe_rules(table: Sequence[ParamRule]) -> str:
-  """The rules as a table for the log, a line for each pair of multipliers."""
+  """Formats the rules as a table for the log."""
   groups: dict[Any, list[ParamRule]] = {}
   for row in table:
     key = row.rule or "(no rule)", row.lr, row.weight_decay, row.start

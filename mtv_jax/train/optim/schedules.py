@@ -1,7 +1,6 @@
-"""Schedules of the learning rate.
+"""Learning-rate schedules: a warm-up, a shape and a cool-down.
 
-It has a warm-up, a shape and a cool-down. A new shape is one class
-in `SCHEDULES`; its fields are its options.
+A new shape is a class in `SCHEDULES`; its fields are its options.
 """
 
 import dataclasses
@@ -48,8 +47,8 @@ class Constant:
     return jnp.ones_like(step)
 
 
-# `(step, decay_steps) -> factor`: both count from the end of the warm-up,
-# `decay_steps` to the end of the run.
+# `(step, decay_steps) -> factor`, counted from the end of the warm-up;
+# `decay_steps` is the number of steps to the end of the run.
 SCHEDULES: dict[str, type[Callable[[Array, int], Array]]] = {
   "cosine": Cosine,
   "rsqrt": Rsqrt,
@@ -64,17 +63,17 @@ class ScheduleConfig:
   name: str = "cosine"
   warmup: Duration = Duration(0)
   cooldown: Duration = Duration(0)
-  timescale: Duration = Duration(10_000)  # Of rsqrt.
-  end: Fraction = 0.0  # Of cosine, as a share of the peak rate.
-  # Or as a rate, which does not scale with `lr` (DINOv2's min_lr).
+  timescale: Duration = Duration(10_000)  # For rsqrt.
+  end: Fraction = 0.0  # For cosine, as a share of the peak rate.
+  # For cosine, as an absolute rate, independent of `lr` (DINOv2's min_lr).
   end_lr: NonNegativeFloat | None = None
-  options: Mapping[str, Any] = further_options()  # Of its class.
+  options: Mapping[str, Any] = further_options()  # Fields of the shape.
 
 
 def half_cosine(
   step: Any, start: float | Array, end: float, steps: int
 ) -> Float[Array, ""]:
-  """Half a cosine from `start` at step 0 to `end` at `steps` and after."""
+  """Half a cosine from `start` at step 0 to `end` at step `steps` and later."""
   progress = jnp.clip(step / max(steps, 1), 0.0, 1.0)
   return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
@@ -84,13 +83,12 @@ def make_schedule(
 ) -> Schedule:
   """The learning rate of update t, counted from 0.
 
-  With T steps, w of warm-up and c of cool-down:
+  `lr` times the product of three factors, for T steps, w of warm-up and c of
+  cool-down:
 
-    warm-up   min(1, (t + 1) / w): the first update already moves
-    shape     of `SCHEDULES`, at max(t - w, 0) of T - w steps
-    cool-down min(1, (T - t) / c): linear, to zero at T
-
-  and the three are multiplied with `lr`.
+    warm-up   min(1, (t + 1) / w): not 0 in the first update
+    shape     a class in `SCHEDULES`, at step max(t - w, 0) of T - w
+    cool-down min(1, (T - t) / c): linear to 0 at T
   """
   total_steps = length.total_steps
   warmup, cooldown = length.steps(config.warmup), length.steps(config.cooldown)
@@ -116,7 +114,7 @@ def make_schedule(
 def _build_shape(
   config: ScheduleConfig, lr: float, length: RunLength, cooldown: int
 ) -> Callable[[Array, int], Array]:
-  """The instance of a class in `SCHEDULES`, which may lack `end`."""
+  """Instantiates a class in `SCHEDULES`; ignores options that it lacks."""
   where = "config.schedule"
   cls = options.look_up(SCHEDULES, config.name, where=where, key="name")
   fields = {field.name for field in dataclasses.fields(cls)}
@@ -134,7 +132,7 @@ def _build_shape(
 def _end_share(
   config: ScheduleConfig, lr: float, cls: type, cooldown: int
 ) -> float:
-  """An absolute end of a cosine as a share of the peak rate."""
+  """Converts `end_lr` to a share of the peak rate."""
   end_lr, problem = config.end_lr, None
   if cls is not Cosine:
     problem = "is an option of the cosine alone"

@@ -1,6 +1,6 @@
 """Optimizers: optax transformations from gradients to updates.
 
-A new optimizer is one class in `OPTIMIZERS`; its fields are its options.
+A new optimizer is a class in `OPTIMIZERS`; its fields are its options.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class AdamW:
   def scale(
     self, attention_heads: Mapping[str, int]
   ) -> optax.GradientTransformation:
-    """From gradients to updates, before the learning rate and the decay.
+    """Maps gradients to updates, before learning rate and weight decay.
 
     `attention_heads`: see `StepSpec.attention_heads`.
     """
@@ -55,17 +55,17 @@ class Lion:
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor:
-  """Adafactor as it trains ViTs (Zhai et al. 2022, arXiv 2106.04560, 3.4).
+  """Adafactor as modified for ViTs (Zhai et al. 2022, arXiv 2106.04560, 3.4).
 
-  No scaling by the parameter's size, optional momentum in half precision, and
-  a capped decay of the second moment.
+  Does not scale by the parameter's RMS, allows half-precision momentum, and
+  caps the decay of the second moment.
   """
 
-  b1: Fraction = 0.9  # Momentum; 0 for none.
-  b2: Fraction = 0.999  # The cap.
+  b1: Fraction = 0.9  # Momentum; 0 disables it.
+  b2: Fraction = 0.999  # Maximum decay of the second moment.
   mu_dtype: MomentDtype = "float32"
-  # Whether to clip the RMS of each parameter's update, or of each layer of
-  # stacked blocks, as if each had its own parameters.
+  # Clips the RMS of the update per parameter, or per layer of stacked blocks,
+  # as if their parameters were not stacked.
   clip_rms_by: Literal["parameter", "layer"] = "parameter"
 
   def scale(
@@ -88,7 +88,7 @@ class Adafactor:
 
 
 def _clip_layer_rms(name: str, update: Any) -> Any:
-  """Clips the RMS to 1, of each layer of stacked blocks by itself."""
+  """Clips the RMS to 1, separately for each layer of stacked blocks."""
   axes = range(1 if "/blocks/" in name else 0, update.ndim)
   squares = jnp.mean(jnp.square(update), axis=tuple(axes), keepdims=True)
   return update / jnp.maximum(jnp.sqrt(squares), 1.0)
@@ -96,7 +96,7 @@ def _clip_layer_rms(name: str, update: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
-  """Gradient descent, with optional momentum."""
+  """SGD, with optional momentum."""
 
   momentum: Fraction = 0.0
   mu_dtype: MomentDtype = "float32"

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own."""
+"""Launches training runs as subprocesses."""
 
 import pathlib
 import socket
@@ -15,14 +15,14 @@ def launch(
   log: pathlib.Path,
   processes: int = 1,
 ) -> list[subprocess.Popen]:
-  """Starts `mtv-jax train` in one process, or in several that are joined.
+  """Starts `mtv-jax train` in one process or several distributed ones.
 
   Args:
-    config: as of `--config`.
-    workdir: the run's folder or its URL.
+    config: the value of `--config`.
+    workdir: the run's folder or URL.
     assignments: overrides, KEY=VALUE.
-    log: a file to which the processes append their output.
-    processes: number of processes, on this machine.
+    log: file to which the processes append their output.
+    processes: number of processes on this machine.
   """
   command = [sys.executable, "-m", "mtv_jax.main"]
   command += [f"--config={config}", f"--workdir={workdir}"]
@@ -32,7 +32,7 @@ def launch(
     with socket.socket() as free:
       free.bind(("localhost", 0))
       join = [f"--coordinator=localhost:{free.getsockname()[1]}"]
-    # They start together.
+    # Short, since all processes start together.
     join += [f"--processes={processes}", "--connect_seconds=100"]
     joins = [[*join, f"--process={i}"] for i in range(processes)]
   log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Detection of lost processes: the others exit with a sentence.
+"""Detection of lost processes: the remaining ones exit with a message.
 
-JAX's own service aborts them after 100 s. Where process 0 dies, which runs that
-service, and its connections are closed, JAX's client aborts them at once
-(`PollForError`): no option of JAX 0.10 or 0.12 changes that, neither
+JAX's own coordination service aborts them after 100 s. If process 0, which runs
+that service, dies and its connections close, JAX's client aborts immediately
+(`PollForError`). No option of JAX 0.10 or 0.12 changes that, neither
 `jax_enable_recoverability` nor the timeouts of `jax.distributed.initialize`.
 """
 
@@ -19,11 +19,11 @@ from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.watchdog import EXIT_CODE
 from mtv_jax.utils.errors import UserError
 
-# In messages of collectives and of the service, not of compilation or memory.
+# In errors of collectives and of the service, not of compilation or memory.
 _SIGNS = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection", "coordination")
 _PREFIX = "mtv_jax/alive"
 _LOST = "mtv_jax/lost"
-_CHECKS = 6  # Of the other processes, within the time that they have to answer.
+_CHECKS = 6  # Number of checks within the timeout.
 
 
 def exit_now(reason: str) -> NoReturn:
@@ -37,7 +37,7 @@ def exit_now(reason: str) -> NoReturn:
 
 @contextlib.contextmanager
 def limit_connecting(seconds: float | int) -> Iterator[None]:
-  """Exits with one line when connecting, the context, takes `seconds`."""
+  """Exits with a message if connecting (the context) takes `seconds`."""
 
   def give_up():
     preemption.print_error(
@@ -57,7 +57,7 @@ def limit_connecting(seconds: float | int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_lost_peer() -> Iterator[None]:
-  """Exits at an error of JAX that tells of a lost process."""
+  """Exits on JAX errors that mean a lost process."""
   try:
     yield
   except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -66,7 +66,7 @@ def exit_on_lost_peer() -> Iterator[None]:
 
 
 def exit_if_lost(error: Exception) -> None:
-  """Exits if the error, of JAX, is that another process is lost."""
+  """Exits if a JAX error means that another process is lost."""
   text = str(error)
   if isinstance(error, UserError):
     return
@@ -79,29 +79,29 @@ def exit_if_lost(error: Exception) -> None:
 
 @dataclasses.dataclass
 class _Requests:
-  """What the thread of the requests tells the one that waits for answers."""
+  """State shared by the request thread and the thread that awaits answers."""
 
   closed: threading.Event = dataclasses.field(default_factory=threading.Event)
   answered: threading.Event = dataclasses.field(default_factory=threading.Event)
   joined: threading.Event = dataclasses.field(default_factory=threading.Event)
-  error: Exception | None = None  # Of the last request; None if it succeeded.
+  error: Exception | None = None  # The last request's; None if it succeeded.
 
 
 @contextlib.contextmanager
 def watch_peers(
   seconds: float | int, *, when_alone: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-  """Exits when another process has not answered for `seconds`; 0 for never.
+  """Exits if another process has not answered for `seconds`; 0 disables it.
 
-  Process 0 watches all; the others learn from it, and watch it. A process that
-  leaves the context is watched no longer, and one that leaves it by an error
-  ends the others. Where they have not failed alike, it calls `when_alone`, and
-  exits without the barriers of a shutdown: nothing may wait for them any more.
+  Process 0 watches all processes; they watch process 0 and learn of lost ones
+  from it. Leaving the context ends the watch of a process. If it leaves by an
+  error, the rest exit, too. Unless all processes fail together, the failing one
+  calls `when_alone` and exits without shutdown barriers.
   """
   if not seconds or jax.process_count() == 1:
     yield
     return
-  # No public interface has the key-value store; Orbax takes it here as well.
+  # The key-value store lacks a public API; Orbax imports it here, too.
   from jax._src import distributed
 
   client, index = distributed.global_state.client, jax.process_index()
@@ -128,8 +128,8 @@ def watch_peers(
     reason = f"process {index} failed: {error!r}"[:300]
     with contextlib.suppress(Exception):
       client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
-    # Half the time to the next check, at which the other processes exit, and
-    # with process 0 its service.
+    # Half the time to the next check, when the remaining processes exit, and
+    # the service with process 0.
     if not _all_fail(client, seconds / _CHECKS / 2):
       preemption.abandon_threads("the other processes have not failed")
       when_alone()
@@ -144,7 +144,7 @@ def watch_peers(
 
 
 def _all_fail(client: Any, seconds: float) -> bool:
-  """Whether every process calls this within some seconds."""
+  """Whether every process calls this function within `seconds`."""
   try:
     client.wait_at_barrier(f"{_LOST}/barrier", int(1000 * seconds))
   except jax.errors.JaxRuntimeError:
@@ -153,7 +153,7 @@ def _all_fail(client: Any, seconds: float) -> bool:
 
 
 def _watch_service(seconds: float | int, requests: _Requests) -> None:
-  """Exits when `_watch` has had no answer, for which its requests wait."""
+  """Exits if `_watch`, whose requests block, gets no answer for `seconds`."""
   while not requests.joined.is_set():
     if not requests.answered.wait(seconds):
       exit_now(_describe_silence(seconds, requests.error))
@@ -185,8 +185,7 @@ def _watch(
         lost = _find_silent(client, seconds, seen)
         if lost is not None:
           client.key_value_set(f"{_LOST}/reason", lost, allow_overwrite=True)
-    # Of any kind: a thread that ends by an error would look like a process 0
-    # that does not answer.
+    # Catches any error: if this thread died, process 0 would seem silent.
     except Exception as error:
       requests.error = error
       if not requests.closed.is_set():
@@ -195,14 +194,14 @@ def _watch(
     requests.error = None
     requests.answered.set()
     if lost is not None and not requests.closed.wait(period):
-      # The time is for an error of this process itself.
+      # The wait lets this process's own error surface first.
       exit_now(lost)
 
 
 def _find_silent(
   client: Any, seconds: float | int, seen: dict[str, tuple[str, float]]
 ) -> str | None:
-  """Names a process whose counter has not changed for `seconds`, or None."""
+  """Describes a process whose counter is unchanged for `seconds`, if any."""
   now = time.monotonic()
   for name, value in client.key_value_dir_get(_PREFIX):
     if seen.get(name, ("", 0.0))[0] != value:

@@ -1,10 +1,9 @@
 """Signals that stop a run: save a checkpoint, then exit.
 
-Schedulers and clouds send SIGTERM some time before they take a machine away, a
-closed terminal sends SIGHUP, Ctrl-C SIGINT. `train_loop.py` polls the notice
-after each step and while it waits for data; several hosts agree on a step
-through `Checkpointer.preempted`. `cli/errors.py` exits with the error's
-`exit_code`.
+Schedulers and clouds send SIGTERM before preempting a machine, a closed
+terminal sends SIGHUP, Ctrl-C sends SIGINT. `train_loop.py` polls the notice
+after each step and while it waits for data; hosts agree on a step through
+`Checkpointer.preempted`. `cli/errors.py` exits with the error's `exit_code`.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 # 128 + SIGTERM, as shells report it, so that the run does not look finished.
 EXIT_CODE = 143
 
-# Signals with the handlers that are replaced.
+# Signals, and the handlers that `catch_signals` replaces.
 _HANDLED = {
   signal.SIGTERM: signal.SIG_DFL,
   signal.SIGHUP: signal.SIG_DFL,
@@ -35,7 +34,7 @@ _HANDLED = {
 
 
 class RunStoppedError(UserError, RuntimeError):
-  """The run has stopped before its last step, and a restart resumes it."""
+  """The run stopped before its last step; a restart resumes it."""
 
   exit_code = 1
 
@@ -50,7 +49,7 @@ class Preempted(RunStoppedError):
 
 @dataclasses.dataclass
 class Notice:
-  """The signal that asks the run to stop, None so far."""
+  """The first signal that asked the run to stop, if any."""
 
   signal_number: int | None = None
 
@@ -67,13 +66,13 @@ class Notice:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Notice]:
-  """Notes SIGTERM, SIGHUP and SIGINT inside the context instead of exiting.
+  """Records SIGTERM, SIGHUP and SIGINT inside the context instead of exiting.
 
-  Repeated signals change nothing, as some programs send one to a process and
-  one to its group; but a second SIGINT interrupts. Leaves signals alone that
-  have another handler, and all of them outside the main thread. Under
-  `jax.distributed`, whose service makes hosts agree on a step after SIGTERM,
-  the others are passed on as SIGTERM, and the notice stays empty.
+  Repeated signals are ignored, since some programs signal both a process and
+  its group; a second SIGINT interrupts. Does not replace custom handlers, and
+  does nothing outside the main thread. Under `jax.distributed`, forwards SIGHUP
+  and SIGINT as SIGTERM, after which JAX makes the hosts agree on a step; the
+  notice stays empty.
   """
   import jax  # Imported late: cli/errors.py needs this module without it.
 
@@ -83,7 +82,7 @@ def catch_signals() -> Iterator[Notice]:
     return
 
   def receive(number, frame):
-    # Not an Event: a second signal would wait for its lock, held by the first.
+    # Not an Event: a second signal could deadlock on its lock.
     if number == signal.SIGINT:
       if interrupts:
         signal.default_int_handler(number, frame)
@@ -112,21 +111,21 @@ def catch_signals() -> Iterator[Notice]:
 
 
 # ---------------------------------------------------------------------------
-# Threads that don't end, such as readers of a storage that doesn't answer.
+# Threads that don't end, such as readers of unresponsive storage.
 
 _abandoned: list[str] = []
 
 
 def abandon_threads(reason: str) -> None:
-  """Has the command exit without joining its threads."""
+  """Makes `exit_without_threads` exit without joining threads."""
   log.warning("The process exits without its threads: %s.", reason)
   _abandoned.append(reason)
 
 
 def exit_without_threads(error: BaseException | None = None) -> None:
-  """Exits at once if threads were abandoned, which Python would join.
+  """Exits immediately if threads were abandoned, since Python would join them.
 
-  Prints what Python prints of `error`, and has the same exit code.
+  Prints `error` and sets the exit code as Python does.
   """
   if not _abandoned:
     return
@@ -143,9 +142,9 @@ def exit_without_threads(error: BaseException | None = None) -> None:
 
 
 def print_error(text: str) -> None:
-  """Prints to standard error, if it can be written.
+  """Prints to standard error; ignores write errors.
 
-  A thread that ends by this error would not end the process.
+  In a thread, such an error would prevent the exit that follows.
   """
   with contextlib.suppress(OSError, ValueError):
     print(text, file=sys.__stderr__, flush=True)
@@ -154,7 +153,7 @@ def print_error(text: str) -> None:
 def exit_now(code: int) -> NoReturn:
   """Kills the data workers, flushes the standard streams and exits.
 
-  Workers that read from a storage that does not answer would stay.
+  Workers that read unresponsive storage would otherwise survive.
   """
   for child in multiprocessing.active_children():
     child.kill()

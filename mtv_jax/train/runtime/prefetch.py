@@ -1,4 +1,4 @@
-"""Batches from the loader to the devices, with waits that end at a signal."""
+"""Prefetching of batches to the devices, interruptible by signals."""
 
 import collections
 import contextlib
@@ -14,25 +14,25 @@ from mtv_jax.data import pipeline
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train.runtime import preemption
 
-# Between looks at `interrupted`; a batch that arrives ends the wait at once.
+# Interval between calls of `interrupted`.
 _POLL_SECONDS = 0.1
-# For the reads that are in progress when a run ends.
+# Timeout for reads in progress when a run ends.
 _CLOSE_SECONDS = 10.0
 
 
 class Interrupted(Exception):
-  """Raised instead of a batch once the run is to stop."""
+  """Raised instead of returning a batch if the run should stop."""
 
 
 class BackgroundLoader(contextlib.AbstractContextManager):
-  """Reads the batches of a loader in a thread, one for each `next`.
+  """Reads the batches of a loader in a thread, one per `next`.
 
-  The main thread, on which Python runs signal handlers, waits only briefly at a
-  time, so that a reader that stalls holds up no signal.
+  The main thread, in which Python runs signal handlers, polls with a short
+  timeout, so a stalled reader does not delay signals.
 
   Args:
-    loader: closed with this.
-    interrupted: `next` raises Interrupted once it is true.
+    loader: closed with this object.
+    interrupted: `next` raises Interrupted once this returns True.
   """
 
   def __init__(self, loader: pipeline.Loader, interrupted: Callable[[], bool]):
@@ -83,7 +83,7 @@ class BackgroundLoader(contextlib.AbstractContextManager):
 def prefetch_to_device(
   batches: Iterable[pipeline.Batch], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-  """Batches on the devices, transferred one step ahead."""
+  """Yields batches on the devices, transferred one step ahead."""
   ahead: collections.deque[Any] = collections.deque()
   for batch in batches:
     ahead.append(shard_batch(batch, mesh))

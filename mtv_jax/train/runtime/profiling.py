@@ -1,4 +1,4 @@
-"""Profiles of some steps of a run, for TensorBoard and Perfetto."""
+"""Profiling of selected steps, for TensorBoard and Perfetto."""
 
 import contextlib
 import logging
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 class StepProfiler(contextlib.AbstractContextManager):
-  """Traces the steps `first` to `last`, both included, to a folder.
+  """Traces the steps `first` to `last`, inclusive, to a folder.
 
-  Every process writes its own trace. A run that resumes after `first` does not
+  Every process writes its own trace. A run that resumes after `first` writes no
   trace.
   """
 
@@ -28,13 +28,13 @@ class StepProfiler(contextlib.AbstractContextManager):
       return
     try:
       jax.profiler.start_trace(str(self._folder))
-    except Exception as error:  # No disk, or another profiler.
+    except Exception as error:  # A full disk, or another profiler.
       log.warning("No profile of step %d: %s", step, error)
       return
     self._tracing = True
 
   def stop(self, step: int, values: Any) -> None:
-    """Stops it after its last one, whose result `values` are."""
+    """Stops the trace after its last step, which computes `values`."""
     if not self._tracing or step < self._last:
       return
     jax.block_until_ready(values)

@@ -1,11 +1,9 @@
 """Sessions of a run: run.json and the liveness file.
 
-A session is a part of a run, from a start, a resume or a return to an earlier
-checkpoint to its exit.
+A session is the part of a run from a start, resume or rollback to an exit.
 
-  run.json   what trained which steps: code, packages, devices, exit of each
-             session
-  alive      written while the loop runs; its age tells whether it still does,
+  run.json   code, packages, devices, steps and exit of each session
+  alive      rewritten while the loop runs: its age shows whether it still runs,
              its content the step: {"step": 1200, "activity": "train", ...}
 
 Process 0 writes both.
@@ -31,7 +29,7 @@ from mtv_jax.utils import path as path_lib
 log = logging.getLogger(__name__)
 
 RECORD, ALIVE = "run.json", "alive"
-ALIVE_SECONDS = 15.0  # Between two writes of the file.
+ALIVE_SECONDS = 15.0  # Minimum interval between writes of the file.
 PACKAGES = (
   "jax",
   "jaxlib",
@@ -47,7 +45,7 @@ PACKAGES = (
 class Session(contextlib.AbstractContextManager):
   """This process's session: appends to run.json, writes the liveness file.
 
-  A file that can't be written is a warning.
+  Logs write errors as warnings.
   """
 
   def __init__(
@@ -64,9 +62,9 @@ class Session(contextlib.AbstractContextManager):
     Args:
       workdir: the run's folder.
       start_step: number of steps of earlier sessions.
-      devices: of `describe_devices`, for the record.
+      devices: result of `describe_devices`, for the record.
       command: the command line, for the record.
-      process_index: of this process.
+      process_index: index of this process.
     """
     self.folder = pathlib.Path(workdir)
     self.step = start_step
@@ -98,7 +96,7 @@ class Session(contextlib.AbstractContextManager):
     self.report(start_step, "start")
 
   def report(self, step: int, activity: str = "train") -> None:
-    """Writes the liveness file, if it is due: `step` updates are done."""
+    """Writes the liveness file if due; `step` is the number of updates done."""
     self.step = step
     if not self._active:
       return
@@ -118,7 +116,7 @@ class Session(contextlib.AbstractContextManager):
       atomic.write(self.folder / ALIVE, json.dumps(content).encode() + b"\n")
 
   def _describe_unreported_exit(self) -> dict[str, Any]:
-    """How the session before this one ended, if it could not write it."""
+    """Exit fields of the previous session, if it did not write them."""
     alive = read_alive(self.folder) or {}
     return {
       "ended": alive.get("time", "unknown"),
@@ -163,7 +161,7 @@ class Session(contextlib.AbstractContextManager):
 
 
 def read_alive(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """The liveness file's content; None without one that can be read."""
+  """Reads the liveness file; None if missing or unreadable."""
   content = path_lib.read_json(path_lib.as_path(workdir) / ALIVE, tolerant=True)
   return content if isinstance(content, dict) else None
 
@@ -180,11 +178,11 @@ def seconds_since(alive: Mapping[str, Any]) -> float:
 def read_sessions(
   workdir: str | os.PathLike, *, tolerant: bool = True
 ) -> list[dict[str, Any]]:
-  """The sessions of a run, oldest first; empty without a record.
+  """Reads the sessions of a run, oldest first; empty without a record.
 
   Args:
     workdir: the run's folder.
-    tolerant: whether a record that can't be read is as none.
+    tolerant: whether to treat an unreadable record as missing.
   """
   content = path_lib.read_json(
     path_lib.as_path(workdir) / RECORD, tolerant=tolerant
@@ -206,16 +204,16 @@ def describe_devices() -> dict[str, Any]:
 
 
 def code_revision() -> str:
-  """The git revision of a checkout, "-dirty" with changes; else the version.
+  """MTV_JAX_REVISION if set, else the git revision, else the version.
 
-  Where MTV_JAX_REVISION is set, as in an image without .git, that.
+  The git revision ends in "-dirty" if the checkout has changes.
   """
   if revision := os.environ.get("MTV_JAX_REVISION"):
     return revision
   package = pathlib.Path(mtv_jax.__file__).parent
   git = ["git", "-C", str(package)]
   try:
-    # Not the repository that a virtual environment may lie in.
+    # Fails if installed in a virtual environment inside another repository.
     tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
     describe = ["describe", "--always", "--dirty", "--abbrev=40"]
     for command in (tracked, [*git, *describe, "--exclude=*"]):
@@ -228,7 +226,7 @@ def code_revision() -> str:
 
 
 def package_versions() -> dict[str, str]:
-  """Versions of the installed packages that a run depends on."""
+  """Versions of the main packages that a run depends on."""
   versions = {"mtv_jax": mtv_jax.__version__}
   for name in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -237,6 +235,6 @@ def package_versions() -> dict[str, str]:
 
 
 def _format_time(seconds: float) -> str:
-  """UTC as ISO 8601, to the second."""
+  """Formats a Unix time as UTC ISO 8601, to the second."""
   when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
   return when.isoformat(timespec="seconds")

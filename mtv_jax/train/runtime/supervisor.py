@@ -1,7 +1,7 @@
-"""A supervisor: restarts a training command until it is done.
+"""A supervisor: restarts a training command until it succeeds.
 
-Progress is a larger step in the liveness file of the run (see `sessions.py`),
-or, where no folder is known, a session longer than `min_seconds`.
+Progress means a larger step in the run's liveness file (see `sessions.py`), or,
+if the folder is unknown, a session longer than `min_seconds`.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from mtv_jax.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Exit codes of commands that fail again: of a usage or a config error, and of
-# shells for a file that can't be executed or is not found.
+# Exit codes for which a restart fails again: usage and config errors, and the
+# shell's for a command that can't be executed or is not found.
 FINAL_CODES = (2, 126, 127)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -31,15 +31,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Supervisor:
   """Runs a command until it exits with 0.
 
-  A signal to the supervisor is passed on to the command, and is the end: the
-  supervisor exits with the command's code. One that is ignored, as SIGHUP is
-  under nohup, stays ignored.
+  Signals are forwarded to the command; the supervisor then exits with the
+  command's exit code. Ignored signals, such as SIGHUP under nohup, stay
+  ignored.
   """
 
   command: Sequence[str]
-  workdir: str | os.PathLike | None = None  # Of the run, for its progress.
+  workdir: str | os.PathLike | None = None  # The run's; shows its progress.
   max_failures: int = 5  # In a row, without progress.
-  backoff: float = 10.0  # Seconds before the first restart; then doubled.
+  backoff: float = 10.0  # Seconds before the first restart; then doubles.
   max_backoff: float = 600.0
   min_seconds: float = 600.0
 
@@ -50,9 +50,9 @@ class Supervisor:
     self._signal: int | None = None
 
   def run(self) -> int:
-    """Runs the command, again after failures, and returns its last exit code.
+    """Runs the command, restarts it on failure; returns the last exit code.
 
-    A code is as shells report it: 128 + the signal that ended the command.
+    A command killed by a signal has exit code 128 + signal, as in shells.
     """
     failures, reached = 0, self._read_step()
     with self._pass_on_signals():
@@ -77,7 +77,7 @@ class Supervisor:
             failures,
           )
           return code
-        # A power of more failures would be no float.
+        # Limits the exponent, to avoid float overflow.
         delay = self.backoff * 2.0 ** min(failures - 1, 100)
         delay = min(delay, self.max_backoff)
         where = f" at step {step}" if step else ""
@@ -87,7 +87,7 @@ class Supervisor:
 
   def _run_once(self) -> int:
     try:
-      # A group of its own, as a terminal sends Ctrl-C to the whole group.
+      # A new process group, since a terminal sends Ctrl-C to the whole group.
       self._child = subprocess.Popen(self.command, process_group=0)
     except OSError as error:
       if error.errno in (errno.EAGAIN, errno.ENOMEM):
@@ -96,7 +96,7 @@ class Supervisor:
       raise ConfigError(f"{self.command[0]!r} can't be started: {error}") from (
         error
       )
-    if self._signal is not None:  # It came before the command was there.
+    if self._signal is not None:  # Received before the command started.
       self._child.send_signal(self._signal)
     code = self._child.wait()
     self._child = None
@@ -108,13 +108,13 @@ class Supervisor:
     return step > reached
 
   def _read_step(self) -> int:
-    """The step of the liveness file; 0 where it is not known."""
+    """Reads the step from the liveness file; 0 if unknown."""
     alive = read_alive(self.workdir) if self.workdir is not None else None
     step = (alive or {}).get("step")
     return step if isinstance(step, int) else 0
 
   def _sleep(self, seconds: float) -> bool:
-    """Waits; False as soon as a signal was received."""
+    """Sleeps; returns False as soon as a signal is received."""
     deadline = time.monotonic() + seconds
     while self._signal is None:
       left = deadline - time.monotonic()
@@ -145,7 +145,7 @@ class Supervisor:
 
 
 def find_workdir(command: Sequence[str]) -> pathlib.PurePath | None:
-  """The `--workdir` of a training command; None without one."""
+  """The `--workdir` of a training command; None if not given."""
   for word, following in zip(command, [*command[1:], ""], strict=True):
     name, equals, value = word.partition("=")
     if name == "--workdir" and (equals or following):

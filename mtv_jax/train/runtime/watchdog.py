@@ -1,7 +1,7 @@
-"""Watchdog of the training loop: a step that hangs ends the run.
+"""Watchdog of the training loop: ends a run whose step hangs.
 
-A reader whose storage does not answer, a collective that waits for a dead host
-or a device that hangs would otherwise hold the machines until someone looks.
+Unresponsive storage, a collective that waits for a dead host, or a hanging
+device would otherwise occupy the machines until someone notices.
 """
 
 import collections
@@ -21,10 +21,10 @@ from mtv_jax.train.runtime import preemption
 
 log = logging.getLogger(__name__)
 
-# EX_TEMPFAIL of sysexits.h: the same command may succeed.
+# EX_TEMPFAIL of sysexits.h: a restart may succeed.
 EXIT_CODE = 75
 
-# Steps of which the median is taken.
+# Number of recent steps in the median.
 _WINDOW = 100
 
 
@@ -32,10 +32,10 @@ _WINDOW = 100
 class WatchdogConfig:
   """`config.watchdog`; see `Watchdog`, and `peers.watch_peers`."""
 
-  factor: NonNegativeFloat = 20.0  # 0: no step expires.
+  factor: NonNegativeFloat = 20.0  # 0 disables the watchdog.
   min_seconds: PositiveFloat = 300.0
   grace_seconds: PositiveFloat = 60.0
-  # A process that does not answer for so long ends the run; 0: none does.
+  # Timeout for an unresponsive process, which ends the run; 0 disables it.
   peer_seconds: NonNegativeFloat = 60.0
 
 
@@ -46,15 +46,16 @@ class StalledError(preemption.RunStoppedError):
 
 
 class Watchdog(contextlib.AbstractContextManager):
-  """Expires when a step takes `factor` times the median of recent steps.
+  """Expires if a step takes `factor` times the median of recent steps.
 
-  A thread then prints the stacks of all threads and sets `expired`, at which
-  the loop saves and stops. If the loop does not call `stopping` within
-  `grace_seconds`, as it waits for a device, the process exits.
+  A thread then prints the stacks of all threads and sets `expired`; the loop
+  then saves and stops. If the loop waits for a device and does not call
+  `stopping` within `grace_seconds`, the process exits.
 
   Args:
-    factor: of the median of the last 100 steps.
-    min_seconds: no step expires before; also the time to save after `stopping`.
+    factor: multiple of the median of the last 100 steps.
+    min_seconds: minimum limit of a step; also the time to save after
+      `stopping`.
     grace_seconds: time for the loop to react.
     exit_fn: for tests.
   """
@@ -80,7 +81,7 @@ class Watchdog(contextlib.AbstractContextManager):
     self._thread.start()
 
   def step(self, number: int) -> None:
-    """Step `number` is complete, and the next one starts."""
+    """Marks step `number` as complete and starts timing the next one."""
     now = time.monotonic()
     if self._started is not None:
       self._durations.append(now - self._started)
@@ -88,7 +89,7 @@ class Watchdog(contextlib.AbstractContextManager):
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Excludes the time inside, which has no usual length."""
+    """Excludes the time inside, whose duration is irregular."""
     started, before = self._started, time.monotonic()
     self._started = None
     try:
@@ -98,11 +99,11 @@ class Watchdog(contextlib.AbstractContextManager):
         self._started = started + time.monotonic() - before
 
   def restart(self) -> None:
-    """Does not time the current step, which compiles."""
+    """Stops timing the current step, which compiles."""
     self._started = None
 
   def stopping(self) -> None:
-    """The loop saves and stops."""
+    """Tells the watchdog that the loop saves and stops."""
     self._stopping.set()
 
   @property
@@ -127,7 +128,7 @@ class Watchdog(contextlib.AbstractContextManager):
       self._step + 1,
       self.limit,
     )
-    with contextlib.suppress(Exception):  # Without standard error.
+    with contextlib.suppress(Exception):  # Standard error may be closed.
       faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
     self.expired = True
     if self._stopping.wait(self._grace_seconds):

@@ -113,7 +113,7 @@ def test_host_op():
     row["features_b_patches"], label.arrays["patches"].codes
   )
   assert not row["features_a_patches"].any()
-  # Left out where nothing reads features.
+  # Omitted if features are not read.
   assert not ops.build_ops("decode|canvas(8)|features", wanted=[]).labels
 
   record["features"] = {"a": make_label("float8")}

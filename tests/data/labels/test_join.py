@@ -440,7 +440,7 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
     "  base.00001.tar: 4 -> none",
     "  base.00002.tar: 1 -> 2",
   ]
-  # The same keys and counts, but other images.
+  # Equal keys and counts, but different images.
   photos = open_base(make_base(tmp_path / "other", first=100, count=9))
   with pytest.raises(FileExistsError, match="labels of 00000 .* other rec"):
     LabelWriter(out, kind="depth", base=photos, settings=settings)
@@ -488,7 +488,7 @@ def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
       of=lambda kind, i: no_label("no file"),
     )
   assert not (tmp_path / "manifest.json").exists()
-  # The set has no labels to lose, so other settings are not rejected.
+  # The set is empty, so different settings are not rejected.
   writer = LabelWriter(
     tmp_path, kind="depth", base=open_base(labelled / "base"), settings={"b": 1}
   )

@@ -1,4 +1,4 @@
-"""Labels as fields of the batch: the ops, mixtures, what is counted."""
+"""Labels as batch fields: ops, mixtures, counts."""
 
 import logging
 import pickle
@@ -231,7 +231,7 @@ def test_unread_ops_and_sets_are_dropped():
 
 
 def test_labelled_and_unlabelled_sources_mix(labelled, tmp_path):
-  """Both kinds, one kind, none, and scenes, in one batch."""
+  """Sources with both, one or 0 kinds of labels, and scenes, in one batch."""
   config = {
     "train": [
       entry(labelled, depth=f"{labelled}/depth", boxes=f"{labelled}/boxes"),

@@ -112,7 +112,7 @@ def test_named_objects_are_visible(rendered):
 
 
 def test_objects_do_not_intersect():
-  """None in the backdrop, none in another unless it stands on it."""
+  """Objects intersect neither the backdrop nor objects they don't stand on."""
   for index in range(300):
     world = layout.sample_world(index, 0)
     sin, cos = math.sin(world.turn), math.cos(world.turn)
@@ -210,7 +210,7 @@ def test_points_lie_on_the_surfaces_of_their_objects(rendered):
 
 
 def test_nearer_objects_hide_farther_ones(rendered):
-  """Alone in the scene, an object is nowhere farther than what is shown."""
+  """An object rendered alone is never farther than the full scene."""
   x, y = scenes.pixel_grid(96)
   checked = 0
   for index in range(80):
@@ -442,7 +442,7 @@ def test_easier_scenes_have_less_of_everything():
 
 @pytest.mark.parametrize("level", ["easy", "medium"])
 def test_labels_of_easier_scenes(level):
-  """As of the hard ones: two views of one scene, tight and named boxes."""
+  """Like hard scenes: two views of one scene, tight and named boxes."""
   for index in range(30):
     pair = render_pair(index, size=64, difficulty=level)
     scene = pair.first
@@ -525,8 +525,8 @@ def test_cost_of_an_example():
   """A scene costs at most 2.2 times the decoding of a JPEG of 512 pixels.
 
   A ratio of processor times, since processors differ; type checks are off. Each
-  time is the least of many short rounds, as other processes slow both, and the
-  ratio that of three processes, whose memory differs: 1.4 to 2.0 each.
+  time is the minimum of many short rounds, as other processes slow both. The
+  ratio is over three processes, whose memory differs: 1.4 to 2.0 each.
   """
   code = """
 import time

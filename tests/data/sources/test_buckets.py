@@ -31,13 +31,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-  """Tars with labels, the same as ArrayRecord and Parquet."""
+  """Tars with labels, and equal data as ArrayRecord and Parquet."""
   folder = tmp_path_factory.mktemp("local")
   base = label_samples.open_base(label_samples.make_base(folder))
   for kind in ("depth", "boxes"):
     label_samples.make_set(folder / kind, base, kind)
   label_samples.make_base(folder / "records", format="array_record")
-  # The copy in a bucket has an index of its own.
+  # The copy in a bucket has a separate index.
   for file in (folder / "base").glob("*.index"):
     file.unlink()
   return folder

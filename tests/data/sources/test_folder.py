@@ -112,7 +112,7 @@ def test_what_can_not_be_used(folder, tmp_path):
   "code", [errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EIO]
 )
 def test_an_image_that_can_not_be_opened(folder, monkeypatch, code):
-  """As where a file disappears after its size was read."""
+  """As if a file disappears after its size was read."""
   source = build_source(
     dict(type="folder", path=str(folder), captions="ignored")
   )
@@ -125,7 +125,7 @@ def test_an_image_that_can_not_be_opened(folder, monkeypatch, code):
 
   monkeypatch.setattr(pathlib.Path, "read_bytes", read)
   assert source[0]["image"] == (folder / "a.png").read_bytes()
-  # A failing disk is no fault of the record.
+  # A failing disk is not the record's fault.
   error = OSError if code == errno.EIO else BadRecord
   with pytest.raises(error, match=os.strerror(code)) as raised:
     source[1]

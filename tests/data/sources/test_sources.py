@@ -166,7 +166,7 @@ def test_incomplete_groups_are_left_out_and_counted(tmp_path, caplog):
   source = one(tmp_path, members)
   assert len(source) == 4
   assert "left out 2 records without an image and 1 without a" in caplog.text
-  # The same if the index existed already.
+  # Also if the index existed already.
   caplog.clear()
   WebDatasetSource(tmp_path / "x.tar")
   assert "left out 2 records" in caplog.text
@@ -268,7 +268,7 @@ def test_threads_share_a_source(tmp_path):
   for t in range(12):
     write_tar(tmp_path / f"{t:02d}.tar", members_of(t, 9))
   source = WebDatasetSource(f"{tmp_path}/*.tar")
-  source._open_tars.limit = 2  # files are closed while others still read them
+  source._open_tars.limit = 2  # files are closed while still being read
   order = np.random.default_rng(1).integers(0, len(source), 3000)
   with futures.ThreadPoolExecutor(8) as pool:
     records = list(pool.map(lambda i: source[i], order, chunksize=16))

@@ -107,7 +107,7 @@ print(repr((records, sorted(source.fields), "tensorflow" in sys.modules)))
   records, fields, tensorflow = ast.literal_eval(output)
   assert not tensorflow
   assert fields == ["captions", "image", "key", "label"]
-  # One of the seven has no caption; the order is TFDS's own.
+  # One of the seven lacks a caption; the order is TFDS's own.
   bad = [r for r in records if isinstance(r, str)]
   assert len(bad) == 1 and "caption is empty" in bad[0]
   good = {r["captions"][0].split()[0]: r for r in records if r not in bad}

@@ -63,7 +63,7 @@ def captions(shared_data) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> str:
-  """A SentencePiece model of our own, where there is no real one."""
+  """A small SentencePiece model, if the real one is missing."""
   folder = tmp_path_factory.mktemp("spiece")
   text = "a the red blue green big small dog cat ball box on under by"
   words = text.split()
@@ -146,7 +146,7 @@ def test_texts_that_are_cut(small, words_json):
   text = "a dog cat red"
   for spec in ("bytes", "words", small, words_json):
     tokenizer = build_tokenizer(spec)
-    # Padding, which is the end of sequence for SentencePiece, is no text.
+    # Padding, which is SentencePiece's end of sequence, is not text.
     long = tokenizer.encode([text], 64)[0]
     other = tokenizer.pad_id
     count = int(np.flatnonzero(long != other)[-1]) + 1

@@ -1,4 +1,4 @@
-"""Linear probes: against NumPy, torch and scikit-learn; many heads at once."""
+"""Linear probes, against NumPy, torch and scikit-learn; parallel heads."""
 
 import os
 import subprocess
@@ -232,8 +232,8 @@ def test_a_head_equals_torchs(blobs, fitted):
 def test_thirteen_rates_cost_at_most_twice_one():
   """A probe of 300 steps on cached features, its compilation included.
 
-  Of the tiny encoder (64 wide, so 5 x 64 features), 1,000 images of 10
-  classes. CPU time, so that other processes change nothing; in a separate
+  Uses the tiny encoder (64 wide, so 5 x 64 features) and 1,000 images of 10
+  classes. Measures CPU time, to ignore background processes, in a separate
   process, since the tests set compiler options.
   """
   code = """
@@ -276,7 +276,7 @@ def test_thirteen_rates_cost_at_most_twice_one():
     print(*(statistics.median(x) for x in zip(*pairs)))
   """
   # A shared compilation cache keeps programs that compile for over a second,
-  # which may be that of thirteen rates alone.
+  # which may be only the program of thirteen rates.
   environment = {
     k: v
     for k, v in os.environ.items()

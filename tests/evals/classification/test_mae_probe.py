@@ -96,7 +96,7 @@ def test_scenes():
     train_batch=80,
     base_rate=20.0,
   ).run(SceneEncoder(16, 8))
-  # A batch has no image twice.
+  # Images in a batch are distinct.
   assert result.protocol["steps"] == 200
   assert result.protocol["train_batch"] == 60
   assert result.protocol["train_batch_asked"] == 80

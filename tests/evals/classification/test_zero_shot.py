@@ -186,7 +186,7 @@ def test_classes_of_one_name_are_rejected(folder, write_image):
   message = "classes 'Red!' and 'red' are both 'red' in prompts"
   with pytest.raises(ValueError, match=message):
     match_classes(data, None, keep="all")
-  # The same if the file has the name twice.
+  # Also if the file has the name twice.
   named = Prompts(("red", "green", "blue", "red"), ("{}",), name="f")
   with pytest.raises(ValueError, match=message):
     match_classes(data, named, keep="all")

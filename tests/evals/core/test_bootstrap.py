@@ -57,7 +57,7 @@ def test_jackknife_of_a_mean_equals_the_closed_form():
 def test_errors_where_nothing_varies():
   right = bootstrap.means({"all": np.ones(8), "none": np.zeros(8)})
   assert right.errors == {"all": 1 / 8, "none": 1 / 8}
-  # That of one wrong item, by the formula.
+  # The formula's error of one wrong item.
   one = bootstrap.means({"x": np.arange(8) > 0}).errors["x"]
   assert one == pytest.approx(1 / 8)
   assert bootstrap.means({"x": np.array([0.3])}).errors == {}

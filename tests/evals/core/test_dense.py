@@ -203,7 +203,7 @@ def evaluate(devices):
 
 
 def write_shared(path):
-  """What one of two processes evaluates, and the error of the other one."""
+  """Stores one process's evaluation, and the second process's error."""
   output = evaluate(jax.devices())
 
   def read(i):

@@ -87,7 +87,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("kind", FAMILIES.values())
 def test_earlier_blocks_pass_the_norm_of_every_family(kind, images):
-  """Of the last block, it gives the tower's own output."""
+  """For the last block, the result is the tower's own output."""
   spec = models.ModelSpec.from_config(family_specs.SPECS[kind])
   preprocess = Preprocess(size=64)
   encoder = Encoder(spec, parity.random_params(spec), preprocess)
@@ -145,7 +145,7 @@ def test_embed(cls, images, feature):
   }[feature]
   got = global_features.embed(cls, labelled(images), feature=feature)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  # The same for pixels that already have the target size.
+  # Also for pixels that already have the target size.
   small = [np.asarray(PIL.Image.fromarray(i).resize((16, 16))) for i in images]
   got = global_features.embed(
     cls, labelled(small), feature=feature, pixels="crops"
@@ -278,7 +278,7 @@ def test_crops():
   assert min(min(b) for b in boxes) == 0
   assert max(b[2] for b in boxes) == 100 and max(b[3] for b in boxes) == 60
   area, ratio = width * height / 6000, width / height
-  # To the rounding of a side, of which the least has 19 pixels.
+  # Up to rounding of a side; the smallest has 19 pixels.
   assert 0.075 < area.min() < 0.1 and 0.7 < area.max() <= 0.85
   assert 0.7 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.4
   assert abs(np.log(ratio[area < 0.4]).mean()) < 0.03

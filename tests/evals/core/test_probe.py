@@ -1,4 +1,4 @@
-"""Training loop of probes, against NumPy, torch and other meshes."""
+"""Training loop of probes, against NumPy, torch and across meshes."""
 
 import functools
 
@@ -63,7 +63,7 @@ def test_one_device_and_eight_agree(data):
   one = run(data, mesh=make_mesh({"data": -1}, jax.devices()[:1]))
   eight = run(data, mesh=make_mesh({"data": -1}))
   np.testing.assert_allclose(one.losses, eight.losses, atol=1e-5)
-  # Ten rows on eight devices are replicated, with the same results.
+  # Ten rows on eight devices are replicated, with equal results.
   odd = run(data, mesh=make_mesh({"data": -1}), size=10, steps=3)
   np.testing.assert_allclose(odd.losses, run(data, size=10, steps=3).losses)
 

@@ -45,7 +45,7 @@ def ball_view(pose, radius=0.2):
   at = (np.arange(CELLS) * 4 + 0.5 - OPTIONS.size / 2) / FOCAL
   ray = np.stack([*np.meshgrid(at, at), np.ones((CELLS, CELLS))], axis=-1)
   centre = pose[:3, 3]
-  # The nearer root of a z^2 - 2 b z + c = 0, where it exists.
+  # The nearer root of a z^2 - 2 b z + c = 0, if it exists.
   a, b, c = (ray**2).sum(axis=-1), ray @ centre, centre @ centre - radius**2
   discriminant = b**2 - a * c
   z = (b - np.sqrt(np.maximum(discriminant, 0))) / a * (discriminant > 0)
@@ -93,7 +93,7 @@ def test_unique_features_match_identical_views(views):
 
 
 def test_position_features_match_after_a_known_motion(views):
-  """The nearest descriptor is that of the nearest point in space."""
+  """The nearest descriptor belongs to the nearest point in space."""
   maps = np.stack([position_features(world_points(view)) for view in views])
   errors = geometric.match_pair(maps, views, options=OPTIONS)
   first, second = (world_points(v)[v.valid].astype(np.float64) for v in views)
@@ -134,7 +134,7 @@ def test_random_features_are_at_chance(views):
     p = chance[name]
     assert 0.005 < p < 0.4
     assert abs(metrics[name] - p) < 5 * np.sqrt(p * (1 - p) / 720)
-  # Chance from a sample of points is near that of all points.
+  # Chance from a sample of points is near the chance from all points.
   first, second = (world_points(v)[v.valid] for v in views)
   apart = np.linalg.norm(first[:, None] - second, axis=-1)
   assert chance["recall_5cm"] == pytest.approx((apart < 0.05).mean(), rel=0.1)
@@ -178,7 +178,7 @@ def test_averages():
   assert metrics["avg_recall"] == pytest.approx(1 / 3)
   assert metrics["avg_recall_pixel"] == pytest.approx(0.3)
   assert metrics["avg_recall_all"] == pytest.approx(19 / 60)
-  # Means over pairs; no bin has 120 degrees, and 60 to 90 has no pair.
+  # Means over pairs; bins exclude 120 degrees, and 60 to 90 is empty.
   assert metrics["recall_2cm_per_pair"] == pytest.approx((0.5 + 0.5 + 0.5) / 4)
   assert metrics["recall_2cm_0_30deg"] == pytest.approx(0.5)
   assert metrics["recall_2cm_30_60deg"] == pytest.approx(0.5)
@@ -236,7 +236,7 @@ def test_features_after_the_final_norm(result, pixels):
   got = GeometricCorrespondence(count=4, norm="final").run(pixels)
   assert got.errors.keys() == got.metrics.keys()
   assert got.protocol["final_norm"] is True
-  # Raw pixels have no norm, so the results are equal.
+  # Raw pixels are not normalised, so the results are equal.
   assert got.metrics == result.metrics
   assert got.chance == result.chance
 

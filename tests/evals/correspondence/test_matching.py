@@ -80,7 +80,7 @@ def test_matches_equal_those_of_upsampled_descriptors(maps, valid):
     got.second, np.argwhere(valid[1])[order[best, 0]]
   )
   np.testing.assert_allclose(got.weight, weight[best], atol=1e-5)
-  # The ratio decides, not the nearest distance alone.
+  # The ratio decides, not the nearest distance.
   assert set(best) != set(np.argsort(two[:, 0])[:50])
 
 
@@ -110,7 +110,7 @@ def test_ties_are_exact_and_the_first_wins():
   assert distance[0, 0] == distance[0, 1] < 1e-12
   assert index[1, 0] == 10
   assert distance[1, 0] < 1e-12
-  # A zero vector is at distance 1 from all others.
+  # A zero vector is at distance 1 from every vector.
   assert index[2].tolist() == [0, 1]
   assert distance[2].tolist() == [1, 1]
 

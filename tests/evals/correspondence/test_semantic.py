@@ -79,7 +79,7 @@ def test_transfer_matches_numpy(maps, points):
   best = scores.argmax(axis=1)
   want = np.stack([best % GRID, best // GRID], axis=1)
   np.testing.assert_array_equal(find(*maps, points), want)
-  # Features are normalised before sampling: the other order differs here.
+  # Features are normalised before sampling: the reverse order differs here.
   raw = sampled(maps[0].astype(float), points) @ second.reshape(-1, WIDTH).T
   assert (raw.argmax(axis=1) != best).any()
 
@@ -270,7 +270,7 @@ def write_spair(root):
   points = [[13, 21], [70, 101], [90, 40]]
   annotations = root / "PairAnnotation" / "test"
   annotations.mkdir(parents=True)
-  # The second dog pair has no keypoint in common.
+  # The images of the second dog pair share no keypoint.
   for number, category, first, second, view, keypoints in (
     (12, "cat", "a", "b", 0, points),
     (3, "cat", "b", "a", 1, points[:2]),
@@ -349,7 +349,7 @@ def test_equal_images_match(spair_root, pixels):
   got = build_evaluator("semantic_correspondence", options).run(pixels)
   assert got.metrics["recall"] == 1.0
   assert got.metrics["recall_dog"] == 1.0
-  # The hard pair has no keypoint in common.
+  # The images of the hard pair share no keypoint.
   assert "recall_view2" not in got.metrics
   protocol = json.loads(json.dumps(got.protocol))
   assert protocol["pairs"] == {"all": 4, "0": 1, "1": 2, "2": 1}

@@ -115,7 +115,7 @@ TOKEN = (
 KAGGLE = (
   "image_name| comment_number| comment\n"
   "0.jpg| 0| Red , it is .\n0.jpg| 1| a | red one\n"
-  "1.jpg| 4   green\n"  # as one line of the file is
+  "1.jpg| 4   green\n"  # a malformed line, as in the real file
   '2.jpg| 0| "blue"\n'
 )
 KARPATHY = (

@@ -210,7 +210,7 @@ _KINDS = {
   "tokenizers": set(),
   "weights_fastestdet": set(),
 }
-# The sample of ADE20K has no training images.
+# The sample of ADE20K lacks training images.
 _INCOMPLETE = {("ade20k", "segmentation"): MissingFileError}
 
 
@@ -220,7 +220,7 @@ def opened(monkeypatch):
   kinds, depth = [], [0]
 
   def record(kind, opener, *args, **kwargs):
-    # One opener may try others.
+    # An opener may call another.
     kinds.extend([kind] * (not depth[0]))
     depth[0] += 1
     try:
@@ -236,7 +236,7 @@ def opened(monkeypatch):
 
 
 def test_every_evaluation_on_every_real_folder(shared_data, opened):
-  """Ready or not applicable; other errors are mistakes."""
+  """Ready or not applicable; any further error is a mistake."""
   wrong = {}
   for folder, kinds in _KINDS.items():
     kinds = kinds and {"images", *kinds}

@@ -16,7 +16,7 @@ from mtv_jax.evals.core.prompts import Prompts
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import InputError, MissingFileError
 
-# By ILSVRC2012_ID: their order is not that of the WordNet ids.
+# By ILSVRC2012_ID, whose order differs from the WordNet ids'.
 SYNSETS = [
   (1, "n02000000", "green, verdant", 0),
   (2, "n03000000", "blue", 0),
@@ -25,7 +25,7 @@ SYNSETS = [
 ]
 TRUTH = [3, 1, 2, 3]  # by validation image
 COLOURS = ["red", "green", "blue", "red"]
-# 1000 names of which the first three are colours, in the order of their ids.
+# 1000 names in the order of their ids; the first three are colours.
 NAMES = ("red", "green", "blue", *(f"class {i}" for i in range(997)))
 IDS = ("n01000000", "n02000000", "n03000000") + tuple(
   f"n{4000000 + i:08}" for i in range(997)
@@ -73,7 +73,7 @@ def test_flat_validation_set(tmp_path, devkit, write_image, colours):
   assert len(registry.open_classification(tmp_path, count=2).images) == 2
   result = ZeroShot(data=str(tmp_path)).run(colours)
   assert result.metrics["top1"] == 1.0
-  # A missing image is not a smaller set.
+  # A missing image is an error, not a smaller set.
   (tmp_path / "val" / "ILSVRC2012_val_00000003.JPEG").unlink()
   with pytest.raises(MissingFileError, match="1 of 4 .*_00000003.JPEG"):
     registry.open_classification(tmp_path)
@@ -178,7 +178,7 @@ def test_200_wordnet_ids_are_scored_alone(tmp_path, write_image, colours):
   prompts.write_prompts(path, IMAGENET)
   options = {"data": str(root), "prompts": str(path), "count": 7}
   result = ZeroShot(**options).run(colours)
-  # Of all classes of the folder, and not only of those that were drawn.
+  # All classes of the folder, not only the drawn ones.
   assert result.protocol["classes"] == 200
   assert result.protocol["classes_scored"] == "dataset"
   assert result.chance["top1"] == 1 / 200
@@ -204,11 +204,11 @@ def test_an_archive_with_one_folder_in_it(tmp_path, write_image):
 def test_real_labels(tmp_path, devkit, write_image, colours):
   """An image is right by any of its labels, and left out without one."""
   write_flat(tmp_path / "val", write_image)
-  # Red as green or red; green as blue; none; red as class 5.
+  # Red as green or red; green as blue; no label; red as class 5.
   real = tmp_path / "real.json"
   real.write_text(json.dumps([[1, 0], [2], [], [7, 0, 7]]))
   path = tmp_path / "imagenet.json"
-  # The file's order is another one than that of the sorted ids.
+  # The file's order differs from the sorted ids'.
   order = np.random.default_rng(0).permutation(1000)
   shuffled = Prompts(
     tuple(NAMES[i] for i in order), ("{}",), tuple(IDS[i] for i in order)
@@ -228,7 +228,7 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
     ZeroShot(**options).prepare()
   with pytest.raises(InputError, match="relabels the files of ImageNet"):
     ZeroShot(real=str(real)).prepare()
-  # The same images in folders of classes.
+  # Equal images in folders of classes.
   write_image(tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.png", "red")
   jpeg = tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.JPEG"
   jpeg.with_suffix(".png").rename(jpeg)
@@ -246,7 +246,7 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
 
 @pytest.fixture
 def objectnet(tmp_path):
-  """Three folders, of which two overlap; a red border of two pixels."""
+  """Three folders, two of them overlapping; a red border of two pixels."""
   root = tmp_path / "objectnet-1.0"
   inner = {"a_tie": (0, 0, 255), "b_chair": (0, 255, 0), "c_other": (9, 9, 9)}
   for folder, colour in inner.items():
@@ -392,8 +392,8 @@ def test_clip_benchmark_classification(clip_benchmark, colours):
   assert data.images[1][0, 0].tolist() == [255, 0, 0]
   result = ZeroShot(data=str(clip_benchmark)).run(colours)
   assert result.protocol["templates"] == ["a photo of a {}.", "{}"]
-  # Green is as far from all names, and the first wins. Equal names are no
-  # error, as the labels are the numbers of the lines.
+  # Green is equally far from all names, so the first wins. Equal names raise no
+  # error, as labels are line numbers.
   assert result.metrics["top1"] == pytest.approx(2 / 3)
   splits = registry.open_splits(clip_benchmark)
   assert list(splits.train.labels) == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Malformed data sets of others: each is explained, none is a traceback."""
+"""Malformed data sets: each error is explained, without a traceback."""
 
 import json
 

@@ -24,7 +24,7 @@ def write_object(root, name, *, folders, count=3, rotated=0):
     for part in ("images", "depth", "masks"):
       (path / part).mkdir(parents=True)
     rows = []
-    # The order differs from that of the names.
+    # The order differs from the names' order.
     for i in reversed(range(count)):
       angle = np.radians(30 * i) / 2
       rows.append(
@@ -211,7 +211,7 @@ def test_sequences(sequences):
   first, last = frames.read(1, 0), frames.read(4, 0)
   assert first.depth[0, :3].tolist() == [0, 0, 2]
   assert first.image[3, 3, 0] == 1
-  # The default intrinsics are those of 7-Scenes.
+  # The default intrinsics are 7-Scenes'.
   assert (first.focal, first.centre) == (585.0, (288.0, 216.0))
   assert (last.focal, last.centre) == (60.5, (-2.0, 2.0))
   # The camera is at the origin of its frame.

@@ -82,7 +82,7 @@ def test_points_of_a_view_are_metric(stored, centre):
   view = posed.make_view(frame, size=64, stored=stored)
   points = view.points[view.valid] - pose[:3, 3]
   world = points @ pose[:3, :3]
-  # Nearest resizing moves depth by up to a pixel, where it moves it.
+  # Nearest resizing moves depth by up to a pixel.
   tolerance = 0.06 if stored == 100 else 1e-4
   np.testing.assert_allclose(world[:, 2], 4, atol=tolerance)
   radius = np.hypot(world[:, 0], world[:, 1])
@@ -94,7 +94,7 @@ def test_points_of_a_view_are_metric(stored, centre):
 
 
 def test_view_by_hand():
-  """No resizing: 8 x 8 pixels, of which a box of 4 x 3 has depth."""
+  """No resizing: 8 x 8 pixels with depth in a box of 4 x 3."""
   depth = np.zeros((8, 8), np.float32)
   depth[2:7, 3:7] = np.arange(1, 21).reshape(5, 4)
   image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
@@ -142,7 +142,7 @@ def test_stored_images_are_bilinear():
     (10, 4, 4, 10),
     (10, 4, 9, 8),  # spare of 5: two before
     (1, 4, 9, 0),  # would begin at -1
-    (25, 4, 9, 20),  # would end at 32 of 30: ends where the box does
+    (25, 4, 9, 20),  # would end at 32 of 30: ends at the box's edge
     (2, 20, 28, 0),
   ],
 )
@@ -184,7 +184,7 @@ def test_pairs_are_of_one_group_and_never_of_one_frame():
   degrees = [0, 10, 20, 170, 0, 60]
   frames = frames_at({"a": degrees[:4], "b": degrees[4:]})
   sample = posed.draw_pairs(frames, seed=8, max_angle=61)
-  # The fourth frame has no partner within 61 degrees.
+  # The fourth frame lacks a partner within 61 degrees.
   assert [p.first for p in sample.pairs] == [0, 1, 2, 4, 5]
   assert sample.unpaired == 1
   for pair in sample.pairs:
@@ -201,7 +201,7 @@ def test_partners_depend_on_the_group_and_the_seed_alone():
   first = posed.draw_pairs(single, seed=8).pairs
   second = posed.draw_pairs(behind, seed=8).pairs[3:]
   assert [p.second for p in first] == [p.second - 3 for p in second]
-  # The same on every machine and in every release.
+  # Equal on every machine and in every release.
   assert [p.second for p in first[:8]] == [8, 5, 8, 6, 3, 4, 0, 11]
   other = posed.draw_pairs(single, seed=9).pairs
   assert [p.second for p in first] != [p.second for p in other]

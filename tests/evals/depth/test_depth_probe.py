@@ -97,7 +97,7 @@ def test_inputs_are_padded_with_the_mean_on_all_sides():
 
 
 def test_restoring_undoes_the_padding():
-  """A plane over the padded input becomes the same plane over the image."""
+  """A plane over the padded input becomes an equal plane over the image."""
   view = PaddedView((60, 90), (30, 45), 14, "bilinear")
   rows, columns = (np.arange(14 * n) + 0.5 for n in view.grid)
   plane = (2 * rows[:, None] + 3 * columns).astype(np.float32)
@@ -133,7 +133,7 @@ def test_chance_of_scale_invariant_metrics_is_the_best_constant():
   assert chance["si_delta3"] == np.mean(ratio < 1.25**3) > 0
   want = np.sqrt(np.mean((truth.astype(float) - 2) ** 2))
   assert chance["rmse"] == pytest.approx(want, rel=1e-6)
-  # A prediction that doesn't vary has no scale, as in MiDaS's closed form.
+  # A constant prediction lacks a scale, as in MiDaS's closed form.
   flat = score(np.full(100, 3.0), truth, mean=2.0, scale_invariant=True)
   assert flat["si_rmse"] == pytest.approx(3.272, abs=1e-6)
   assert "si_rmse" not in score(None, truth, mean=2.0, scale_invariant=False)
@@ -168,7 +168,7 @@ def tower_of(cls_token=True):
 
 
 def test_dpt_reads_the_class_token_of_the_dino_family():
-  """Of B/16 Probe3D's DPT reads 4 x 1536 channels of DINO, 4 x 768 of CLIP."""
+  """On B/16, Probe3D's DPT reads 4 x 1536 channels of DINO, 4 x 768 of CLIP."""
   encoder, data = tower_of(), scenes()
 
   def channels(cls=None, **fields):

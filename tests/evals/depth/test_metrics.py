@@ -99,7 +99,7 @@ def test_crops():
   rows, columns = np.flatnonzero(eigen.any(1)), np.flatnonzero(eigen.any(0))
   assert (rows[0], rows[-1], columns[0], columns[-1]) == (45, 470, 41, 600)
   assert eigen.sum() == 426 * 560
-  # Of 352 x 1216: int(.40810811 * 352) = 143, int(.99189189 * 352) = 349,
+  # For 352 x 1216: int(.40810811 * 352) = 143, int(.99189189 * 352) = 349,
   # int(.03594771 * 1216) = 43, int(.96405229 * 1216) = 1172.
   garg = dm.crop_mask((352, 1216), "garg")
   rows, columns = np.flatnonzero(garg.any(1)), np.flatnonzero(garg.any(0))

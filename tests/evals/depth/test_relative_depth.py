@@ -46,7 +46,7 @@ def test_other_alignments_golden():
 
 
 def test_disparity_positive_fits_positive_predictions():
-  """As of Marigold's maps in 0..1, where 0 is no prediction."""
+  """Like Marigold's maps in 0..1; 0 means no prediction."""
   predicted = np.maximum(PREDICTED, 0)
   got = align(predicted, GT, alignment="disparity_positive", cap=10)
   rows = np.stack([predicted[:4], np.ones(4)], axis=1)
@@ -57,7 +57,7 @@ def test_disparity_positive_fits_positive_predictions():
 
 
 def test_disparity_positive_of_a_head_without_relu_fits_all_pixels():
-  """Where a third of the pixels is positive; by that third: AbsRel > 1."""
+  """A third of the pixels is positive; fit to that third, AbsRel > 1."""
   rng = np.random.default_rng(0)
   truth = rng.uniform(1, 10, 3000)
   inverse = 1 / truth + rng.normal(0, 0.05, len(truth))

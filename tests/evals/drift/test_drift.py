@@ -42,7 +42,7 @@ def gauge(folder, **options):
 
 
 def changed(encoder, change):
-  """A copy whose second block has other parameters."""
+  """A copy whose second block has different parameters."""
   params = jax.tree.map(np.array, encoder.params)
   rng = np.random.default_rng(0)
   kernel = params["image"]["blocks"]["mlp"]["fc2"]["kernel"]
@@ -67,8 +67,8 @@ def test_equal_encoders_read_one(start):
   assert 0 < result.chance["cka"] < 0.9
   assert result.protocol["images"] == 24
 
-  # A change of the second block leaves the first as it is; a larger one of
-  # the same direction leaves less of the rest. The reference is read once.
+  # A change of the second block does not affect the first; a larger change in
+  # that direction lowers the rest more. The reference is read once.
   values = [result.metrics]
   for change in (0.05, 0.5):
     values.append(evaluator.run(changed(encoder, change)).metrics)
@@ -87,7 +87,7 @@ def test_padding_of_native_images_is_left_out(start, tmp_path):
   assert got.keys() == want.keys() and want["cosine_patches"] < 0.99
   for name, value in want.items():
     assert got[name] == pytest.approx(value, abs=1e-5), name
-  # Patches of other grids are not compared.
+  # Patches of different grids are not compared.
   other = gauge(start).run(encoder).metrics
   assert got.keys() - other.keys() == {"cosine_patches"}
 

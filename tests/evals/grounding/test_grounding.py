@@ -165,7 +165,7 @@ class Guesser(Painter):
     return np.asarray([table[s] for s in strings], np.float32) + 0.1
 
   def ground(self, images, boxes, *, batch_size=16):
-    # Depends on the box alone.
+    # Depends only on the box.
     keys = np.asarray(boxes)[..., 0] * 1000
     vectors = [
       [np.random.default_rng(int(k)).integers(-1, 2, 3) + 0.1 for k in row]

@@ -119,7 +119,7 @@ def test_protocol_of_the_preprocessing():
   squashed = {"resize": "squash", "crop": "none", "resize_size": None}
   assert pooled == {**cropping.to_dict(), **squashed, "of": "the whole image"}
   assert cropped == {**cropping.to_dict(), **squashed, "of": "the box's pixels"}
-  # The prompter reads what the encoder reads.
+  # The prompter and the encoder read equal inputs.
   prompted = grounding.regions_preprocess(build(MEAN), "prompter")["preprocess"]
   assert prompted == {**Preprocess(size=32).to_dict(), "of": "the whole image"}
 
@@ -180,7 +180,7 @@ def test_scenes(with_heads):
   assert {"located_iou50", "box_top1"} <= result.metrics.keys()
   assert result.chance["box_top1"] == pytest.approx(1 / len(scenes.CLASS_NAMES))
   assert result.protocol["images"] == 6
-  # The boxes are those of scenes that no training run reaches.
+  # The boxes belong to scenes beyond any training run.
   want = scenes.render(1_000_000)
   data = registry.open_boxes("scenes", count=6)
   np.testing.assert_array_equal(data.boxes[0], want.boxes)

@@ -42,7 +42,7 @@ def test_golden_text_to_image():
 
 
 def test_golden_values_through_embeddings():
-  """Images as unit vectors and texts as their scores: S is the same."""
+  """Images as unit vectors and texts as their scores give an equal S."""
   image = np.eye(4, dtype=np.float32)
   text = (-DISTANCES.T).astype(np.float32)
   got = recalls(image, text, owner=OWNER, block_bytes=64).metrics
@@ -73,7 +73,7 @@ def test_chance_golden_and_simulated():
   want = chance(owner)
   assert want["text_to_image_r5"] == pytest.approx(5 / 6)
   assert want["text_to_image_r10"] == 1.0
-  # Of 12 captions 10 are drawn: 66 ways, of which 1 misses a pair and 11 miss
+  # 10 of 12 captions are drawn, in 66 ways: 1 misses a pair and 11 miss
   # a single one.
   pair, single = 1 - 1 / 66, 1 - 11 / 66
   assert want["image_to_text_r10"] == pytest.approx(
@@ -156,7 +156,7 @@ def test_equal_captions_are_embedded_once(coco, colours):
   coco.write_text(json.dumps(content))
   result = Retrieval(data=str(coco)).run(colours)
   assert colours.batches == [1]
-  # All captions tie, so the first image's captions are ahead of all others.
+  # All captions tie, so the first image's captions rank first.
   assert result.metrics["image_to_text_r1"] == pytest.approx(1 / 3)
   assert result.metrics["text_to_image_r1"] == pytest.approx(2 / 5)
   assert result.protocol["captions_distinct"] == 1

@@ -152,7 +152,7 @@ def test_inputs_of_another_size():
   evaluator = PatchPca(count=5, size=24, pictures=2)
   protocol = evaluator.run(baselines.PixelEncoder(16, 8)).protocol
   assert protocol["grid"] == [3, 3]
-  # Of the encoder's own preprocessing, only mean and std apply.
+  # Only mean and std of the encoder's own preprocessing apply.
   assert protocol["input_size"] == [24, 24]
   assert protocol["preprocess"] == {
     "mean": [0.5, 0.5, 0.5],

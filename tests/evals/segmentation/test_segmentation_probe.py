@@ -182,7 +182,7 @@ def test_convolutions_read_neighbours(monkeypatch):
   linear = Segmentation(**options).run(encoder)
   conv = Segmentation(head="conv", eval_every=50, **options).run(encoder)
   assert linear.metrics["aacc"] < 0.45
-  # The first of four columns has no left neighbour.
+  # The first of four columns lacks a left neighbour.
   assert 0.75 < conv.metrics["aacc"] < 0.95
   assert conv.protocol["kept_steps"] == [50, 80]
   assert "two 3x3 convolutions of 16 channels" in conv.protocol["head"]
@@ -226,7 +226,7 @@ def test_crops_of_one_class_are_resampled():
   labels[:, 60:] = 1
   rng = np.random.default_rng(0)
   lefts = [augment._corner(labels, rng, 16)[1] for _ in range(30)]
-  # Crops contain two classes from 49 on, and none contains 25 % of the
+  # Crops contain two classes from 49 on, and never contain 25 % of the
   # second before 48 + 4 = 52 columns: unreachable, so the last try stands.
   assert max(lefts) > 40
   labels[:, 50:] = 1

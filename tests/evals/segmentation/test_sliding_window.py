@@ -1,4 +1,4 @@
-"""Sliding windows: the grid, and maps equal to those of a loop."""
+"""Sliding windows: the grid, and maps equal to a loop's."""
 
 import dataclasses
 import functools
@@ -107,7 +107,7 @@ def test_resized_shapes():
 
 
 def test_scales_below_1_have_sides_of_32_and_smaller_windows():
-  """DINOv3's: 0.9 x 512 is 480, of which a window has 480 x 512."""
+  """DINOv3's: 0.9 x 512 is 480, so a window has 480 x 512."""
   slide = Slide(size=512, stride=341, short=512, scales=(0.9, 1.0, 1.1))
   shapes = [slide.shape(300, 400, scale=s) for s in slide.scales]
   assert shapes == [(480, 640), (512, 683), (563, 751)]
@@ -157,7 +157,7 @@ def test_mosaics_equal_a_loop(images, variant):
       assert predicted.shape == image.shape[:2]
       assert predicted.dtype == np.uint8
       top = np.sort(expected, axis=-1)
-      # Equal except where rounding decides.
+      # Equal up to rounding.
       sure = top[..., -1] - top[..., -2] > 1e-5
       assert sure.mean() > 0.99
       wrong = (predicted != expected.argmax(axis=-1)) & sure

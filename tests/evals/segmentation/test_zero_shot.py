@@ -84,14 +84,14 @@ def test_values_and_attention_differ_for_several_patches():
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", TOWERS)
 def test_patches_are_embedded_independently(pool):
-  """The last block's values and the pool act on each patch alone."""
+  """The last block's values and the pool act on each patch separately."""
   encoder = build(pool, depth=3)
   image = list(np.random.default_rng(2).integers(0, 256, (1, 16, 24, 3), "u1"))
   tokens = encoder.dense(image, layers=(1,), outputs=()).layers[1]
   patches = zero_shot.embed_patches(
     encoder, image, last_block="values", batch_size=8
   )
-  # A tower of the last block alone, run on one token at a time.
+  # A tower with only the last block, run on one token at a time.
   block = jax.tree.map(lambda p: p[2], encoder.params["image"]["blocks"])
   expected = alone(encoder, block, jnp.asarray(tokens.reshape(6, 16)))
   np.testing.assert_allclose(

@@ -161,7 +161,7 @@ def test_published_sizes(davis):
 
 
 def test_squares_are_followed(davis):
-  """Where colours tell objects apart, all of them are found again."""
+  """If colours distinguish the objects, all of them are tracked."""
   encoder = load("pixels:16/8")
   evaluator = VideoSegmentation(data=str(davis), size=96, pictures=2)
   result = evaluator.run(encoder)

@@ -65,7 +65,7 @@ def test_empty_masks():
   assert video.boundary_f(empty, full) == 0.0
   assert video.boundary_f(full, empty) == 0.0
   assert video.boundary_f(full, np.roll(full, 15, axis=1)) == 0.0
-  # A mask of all pixels has no boundary.
+  # A mask of all pixels lacks a boundary.
   assert video.boundary_f(~empty, empty) == 1.0
   assert video.region_iou(empty, empty) == 1.0
   assert video.region_iou(empty, full) == 0.0

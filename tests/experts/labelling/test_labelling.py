@@ -80,7 +80,7 @@ def test_labels_match_the_expert(finished, base, experts):
     apart = stored.label.values.astype(int) - label.values.astype(int)
     assert abs(apart).max() <= 2
   boxes = LabelSet(finished / "boxes", kind="boxes")
-  # Row 3 has a .json alone; 2 and 4 a blank .txt; 0 and 6 nothing.
+  # Row 3 has only a .json; 2 and 4 a blank .txt; 0 and 6 nothing.
   phrases = [boxes.read(1, at).label.phrases for at in range(7)]
   assert phrases == [
     ("a thing", "tag 1"), (), ("tag 3",), (), ("a thing", "tag 5"), (), (),
@@ -137,7 +137,7 @@ def test_the_manifest_identifies_the_base(finished, base, tmp_path):
   assert manifest["shards"][2]["base_hash"] == expected
   boxes = json.loads((finished / "boxes" / "manifest.json").read_text())
   assert boxes["base_hash"] == manifest["base_hash"]
-  # Different images with the same keys.
+  # Different images with equal keys.
   make_tars(tmp_path / "base", broken=False)
   labelling.run(
     FakeDepth(), open_base(tmp_path / "base"), tmp_path / "out", threads=2
@@ -204,7 +204,7 @@ def test_the_oldest_batch_is_released_incomplete():
     [[0], [1, 2], [3, 4]],
     2,
   )
-  # One group alone never exceeds the limit.
+  # A single group never exceeds the limit.
   assert group_batches("aaaa", rows=9, size=10, max_bytes=25) == (
     [[0, 1, 2, 3]],
     0,
@@ -434,7 +434,7 @@ def test_other_settings_are_rejected_with_the_difference(
   ],
 )
 def test_killed_at_random_moments(tmp_path, count):
-  """After several SIGKILLs, every file equals that of an undisturbed run."""
+  """After several SIGKILLs, every file equals an undisturbed run's."""
   base = make_tars(tmp_path / "base", shards=20, records=6)
   labelling.run(FakeDepth(), open_base(base), tmp_path / "whole", threads=2)
   draws, kills = random.Random(0), 0

@@ -67,7 +67,7 @@ def test_ngrams_by_hand():
 
 def test_the_word_lists_are_complete():
   assert len(phrases.GENERIC_WORDS) == 61
-  # NLTK's 179, of which "it's" is "its" without its apostrophe.
+  # NLTK's 179; without its apostrophe, "it's" is "its".
   assert len(phrases.STOP_WORDS) == 178
   assert not phrases.GENERIC_WORDS & phrases.STOP_WORDS
 

@@ -56,9 +56,9 @@ def cells(output, threshold):
 
 
 def published(output, threshold, height, width):
-  """The same in whole pixels, and without what overlaps a better one by 45 %.
+  """Detections in whole pixels, after suppression of overlaps above 45 %.
 
-  As the detector's example has it: boxes are cut to whole pixels, and both
+  Follows the detector's example: boxes are cut to whole pixels, and both
   ends count.
   """
   boxes = []
@@ -74,7 +74,7 @@ def published(output, threshold, height, width):
 
 
 def overlap(a, b, *, end=1):
-  """IoU; `end` is what both ends add to a side."""
+  """IoU; `end` is added to each side, as both ends count."""
   sides = [
     max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k]) + end) for k in (0, 1)
   ]
@@ -315,11 +315,11 @@ def test_broken_files_say_so(tmp_path, shared_data):
 
 @pytest.mark.reference
 def test_detections_on_photos_are_the_published_ones(detector, shared_data):
-  """Against the same file through onnxruntime and OpenCV as published.
+  """Matches onnxruntime and OpenCV on the same file, as published.
 
-  Boxes above the threshold are the same ones. After suppression the two may
-  differ where an overlap is as near to 45 % as the rounding to whole pixels,
-  and the part of a box outside the photo, which ours leaves out, are large.
+  Boxes above the threshold are equal. After suppression they may differ if an
+  overlap is near 45 %: the published code rounds to whole pixels and includes
+  the part of a box outside the photo, which ours leaves out.
   """
   import onnxruntime
 
@@ -370,7 +370,7 @@ def near(one, others):
 def test_the_rate_on_coco_is_the_published_codes(
   detector, shared_data, tmp_path, capsys
 ):
-  """The whole chain of tools, and the published rules on the same photos."""
+  """The whole chain of tools against the published rules, on real photos."""
   coco, weights = shared_data / "coco", shared_data / "weights_fastestdet"
   parts = ("train2017", "val2017")
   shards, truth = tmp_path / "shards", tmp_path / "truth"

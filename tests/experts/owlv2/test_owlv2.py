@@ -43,7 +43,7 @@ TINY = {
 
 @dataclasses.dataclass(frozen=True)
 class Given(Phrases):
-  """Phrases of `record["phrases"]`, or always the same ones."""
+  """Phrases of `record["phrases"]`, or constant ones."""
 
   vocabulary: tuple[str, ...] | None = None
 

@@ -68,7 +68,7 @@ def predict(name, **inputs):
 
 
 def follow(rows, patches, count, allowed, stop=None):
-  """Greedy answers of one image, each token by a forward pass of its own."""
+  """Greedy answers of one image, one forward pass per token."""
   answer = []
   for _ in range(count):
     # Padded on the right: one shape to compile. Later tokens are not seen.

@@ -111,7 +111,7 @@ def test_invalid_stages_and_options_raise():
 
 
 def _of_torch(state, features):
-  """Our parameters from those of DepthAnythingForDepthEstimation.
+  """Our parameters from DepthAnythingForDepthEstimation's.
 
   Convolutions go from [out, in, y, x] to [y, x, in, out]; transposed ones,
   [in, out, y, x], to columns (y, x, out); the fusion layers, deepest first,

@@ -1,4 +1,4 @@
-"""Prompter and locator against a full layer in NumPy, and what they learn."""
+"""Prompter and locator, against a full layer in NumPy, and their learning."""
 
 import functools
 
@@ -169,7 +169,7 @@ def test_sharding_rules_match_the_prompter_kernels(params):
 
 @pytest.mark.slow
 def test_prompter_learns_the_content_of_a_box():
-  """Patches that say where they are and what is in their quarter."""
+  """Patches that encode their position and their quarter's content."""
   width, grid, classes = 32, 4, 4
   module = prompter.Prompter(1)
   where = np.eye(grid * grid, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The PyTorch step computes the same loss as ours."""
+"""The PyTorch step's loss equals ours."""
 
 import pytest
 

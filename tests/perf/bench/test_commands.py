@@ -50,7 +50,7 @@ def test_gradient_norms_are_those_of_the_log(tmp_path, capsys):
   np.testing.assert_allclose(result["balanced"]["a"], 4.0)
   np.testing.assert_allclose(result["balanced_ratio"], 4.0)
   np.testing.assert_allclose(result["balanced_largest"], 8.0)
-  # a's weight was twice that of the config, and b's half.
+  # a's weight was twice the config's, and b's half.
   assert result["without_factors"] == pytest.approx({"a": 2.0, "b": 2.0})
   assert "0 of 2 above 10" in printed
   with pytest.raises(InputError, match="no gradient norms"):

@@ -1,4 +1,4 @@
-"""Decoding benchmark, compared with DINOv2's views of the same files."""
+"""Decoding benchmark, compared with DINOv2's views of equal files."""
 
 import io
 import json

@@ -163,7 +163,7 @@ def test_gradient_norms_are_compiled_if_the_config_measures_them(repo_root):
   config.log.gradients_steps = 10
   result = report.preflight(config, topologies.parse("cpu:1"), norms=True)
   assert result.norms.memory.arguments > 0 and result.fits
-  # The state is not donated; the output is the norms alone.
+  # The state is not donated; the output is only the norms.
   assert result.norms.memory.output < 1000
 
 
@@ -178,7 +178,7 @@ def test_user_errors_are_one_message(repo_root):
     main([f"--config={config}", "--topology=v5e:2x2", "--budget=9"])
   command = ["--config=continue_from:tiny", "--topology=cpu:1"]
   with pytest.raises(SystemExit, match="--budget is 9: .*it is 'none'"):
-    main([*command, "--budget=9"])  # Its recipe has no `remat`.
+    main([*command, "--budget=9"])  # Its recipe lacks `remat`.
   for budget in ("nan", "inf", "0"):
     with pytest.raises(SystemExit, match=f"--budget is {budget}: expected"):
       main([*command, "--config.model.remat=auto", f"--budget={budget}"])

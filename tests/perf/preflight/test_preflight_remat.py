@@ -36,7 +36,7 @@ def tiny(repo_root):
 
 
 def test_savings_follow_from_the_shapes(tiny):
-  """Of a chip's rows: bytes of each array, and FLOPs of its product."""
+  """On one chip's rows: bytes of each array, and FLOPs of its product."""
   tiny.accumulate = 2
   tiny.model.remat = "full"
   plan = compile_lib.make_plan(tiny, topologies.parse("cpu:8"))
@@ -61,7 +61,7 @@ def test_savings_follow_from_the_shapes(tiny):
 
 
 def test_encodings_of_one_view_are_saved_together():
-  """As of two objectives that encode a text field differently."""
+  """As with two objectives that encode a text field differently."""
   twice = remat.merge_savings([*SAVINGS, SAVINGS[2]])
   choice = remat.format_choice(twice, twice)
   assert choice == remat.format_choice(SAVINGS, SAVINGS)
@@ -79,7 +79,7 @@ def test_a_budget_above_the_memory_is_an_error(tiny):
 
 
 def search(budget, padding=1.25, free=0):
-  """Trials on a chip where saved arrays take `padding` times their size."""
+  """Trials on a chip on which saved arrays take `padding` times their size."""
 
   def measure_peak(choice):
     saved = sum(s.bytes for s in SAVINGS if is_saved(s, choice))
@@ -112,7 +112,7 @@ def test_the_search_ends_next_to_the_budget(budget, padding, free):
   assert trials[0].remat == "full" and len(trials) <= remat.COMPILATIONS
   best = max((t for t in trials if t.fits), key=lambda t: t.flops)
   assert best.peak <= budget * MIB
-  # What could be saved within the budget, by the same rule.
+  # The savings within the budget, by this rule.
   capacity = ((budget - 1000 + free) * MIB) / padding
   most = sum(s.flops for s in remat.choose_savings(SAVINGS, capacity))
   assert best.flops >= 0.85 * most
@@ -139,7 +139,7 @@ def test_a_capacity_takes_the_best_first_and_smaller_ones_after_it():
 
 
 def test_auto_of_a_run(tiny, tmp_path, caplog):
-  """'none' on CPUs; a resumed run has that of its recorded config."""
+  """'none' on CPUs; a resumed run uses its recorded choice."""
   caplog.set_level("INFO")
   tiny.model.remat = " auto "
 
@@ -148,7 +148,7 @@ def test_auto_of_a_run(tiny, tmp_path, caplog):
 
   assert choose() == "auto:none"
   assert "remat='auto' is 'none'." in caplog.text
-  # Runs before the prefix recorded the choice alone.
+  # Runs before the prefix recorded only the choice.
   for prefix in ("", "auto:"):
     model = dict(remat=f"{prefix}full|image=qkv")
     recorded = json.dumps(dict(objectives={}, model=model))
@@ -177,7 +177,7 @@ def test_auto_without_a_compiler_is_an_error_that_says_what_to_do(tiny):
 def test_the_gradient_norms_fit_too_where_the_run_may_measure_them(
   norms, tiny, monkeypatch
 ):
-  """The peak is that of the larger program; MiB beside the saved arrays."""
+  """The peak of the larger program, in MiB, without the saved arrays."""
 
   class Plan(compile_lib.CompilePlan):
     runs_norms = norms is not None

@@ -1,4 +1,4 @@
-"""Required traffic between chips, and the rest of what programs send."""
+"""Required traffic between chips, and the remaining traffic of programs."""
 
 import json
 from collections import Counter
@@ -40,7 +40,7 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   contrast = 7 * ROWS * (4 * width + 5) + 8 * ROWS * 4 * width
   regions = 4 * ROWS
   grounding = 7 * regions * (4 * width + 9) + 8 * regions * 4 * width
-  # A group of 64 is all 32 images; groups of 4 are those of a chip.
+  # A group of 64 is all 32 images; a group of 4 is a chip's images.
   koleo = 2 * 7 * ROWS * 4 * width
   assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
   local = make_plan(repo_root, "objectives.dino.koleo_group=4")
@@ -63,7 +63,7 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   depth, elements = fc1.shape[0], fc1.size // fc1.shape[0]
   # Encodings: image, global and local crops; captions and phrases.
   assert params["image"]["blocks"]["mlp"]["fc1"]["kernel"].shape == fc1.shape
-  fc2 = 1  # It has the same number of elements.
+  fc2 = 1  # It has an equal number of elements.
   assert sizes[elements] >= (1 + fc2) * 5 * depth
   assert sizes[params["text"]["token_embedding"].size] == 2
   chunked = make_plan(

@@ -1,8 +1,8 @@
 """Rates and decays of the recipe dinov2_l16 over a run, against DINOv2's.
 
-`dinov2_groups.json` has what dinov2's `get_params_groups_with_decay` and
-`CosineScheduler` (commit b8931f7) give for three of its configs, at the batch
-sizes 1,024, 2,048 and 3,072: the rates' multipliers by block, and the schedules
+`dinov2_groups.json` has the output of dinov2's
+`get_params_groups_with_decay` and `CosineScheduler` (commit b8931f7) for three
+configs, at batch sizes 1,024, 2,048 and 3,072: multipliers by block, schedules
 at some steps. This file run as a command prints our side:
 
   python tests/train/test_dinov2_groups.py vitl16_short

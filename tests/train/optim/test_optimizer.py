@@ -79,7 +79,7 @@ def test_weight_decay_follows_a_cosine_over_the_run():
   plain, _ = run(
     build({"b2": 0.95}, {"name": "constant", "warmup_steps": 3}).tx
   )
-  # What the decay alone took off, as the updates don't depend on it.
+  # The decay's share, since the updates don't depend on it.
   apart = 0.0
   before = dict(flatten_with_names(PARAMS))[kernel]
   for t in range(STEPS):

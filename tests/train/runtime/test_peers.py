@@ -69,7 +69,7 @@ def watch(monkeypatch):
     lines.append(reason)
     assert threading.current_thread().name.startswith("peers")
     exited.set()
-    sys.exit()  # Of the thread.
+    sys.exit()  # Ends the thread.
 
   monkeypatch.setattr(peers, "exit_now", exit_now)
   monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -147,7 +147,7 @@ def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
     running[0].kill()
     code = running[1].wait(timeout=60)
   log = trainings.log(workdir)
-  # 75 where a collective has failed before.
+  # 75 if a collective has failed before.
   assert code in (-signal.SIGABRT, 75), log
   assert "JAX distributed service" in log or "run is lost" in log
 
@@ -169,7 +169,7 @@ def test_a_process_that_fails_alone_tells_why_and_exits(
   log = trainings.log(workdir)
   assert (codes[failing], codes[1 - failing]) == (1, 75), log
   assert "\ntrain: too many records are bad\n" in log
-  # Whichever the other one sees first.
+  # Whichever message the second process sees first.
   assert "failed: CorruptDataError" in log or "run is lost" in log
   assert "Check failure" not in log and "Traceback" not in log
 
@@ -233,7 +233,7 @@ with open(f"{sys.argv[2]}.{process}.json", "w") as file:
 def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
   tmp_path,
 ):
-  """What fits in each of two, also where one alone would save more."""
+  """A choice that fits both processes, even if one alone would save more."""
   workdir = tmp_path / "run"
   trainings.run_pair(AUTO_REMAT, str(trainings.CONFIG), str(workdir), devices=1)
   first, second = (

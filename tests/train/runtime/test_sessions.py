@@ -51,7 +51,7 @@ def test_other_content_of_run_json_is_replaced(tmp_path, content):
 
 def test_a_killed_session_ends_where_it_was_last_alive(tmp_path):
   session = start(tmp_path)
-  session.report(7, "evaluate knn")  # Another activity is written at once.
+  session.report(7, "evaluate knn")  # A new activity is written immediately.
   session.report(7, "train")
   session.report(8, "train")  # Too early.
   alive = read_alive(tmp_path)

@@ -64,7 +64,7 @@ def supervise(folder, actions, **options):
     # Each failure after progress counts as the first.
     ([(s, 1) for s in range(1, 6)] + [(6, 0)], (0, 6)),
     ([(5, -signal.SIGKILL), (5, 143), (9, 0)], (0, 3)),
-    # The same step again is no progress, nor is an earlier one.
+    # A repeated or earlier step does not count as progress.
     ([(5, 1), (4, 1), (5, 1), (5, 1)], (1, 3)),
     ([(None, -signal.SIGKILL)] * 3, (137, 3)),
     # A restart fails again.
@@ -229,7 +229,7 @@ def test_a_signal_ends_a_pause(tmp_path, repo_root):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_twice_completes(tmp_path, repo_root):
-  """The metrics are those of an untouched run, and goodput counts the loss."""
+  """The metrics equal an uninterrupted run's, and goodput counts the loss."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   options = "steps=40,save=5"
   trainings.train(whole, arg=options)

@@ -1,4 +1,4 @@
-"""The watchdog: which steps expire, and what it does then."""
+"""The watchdog: expiry of steps, and its reaction."""
 
 import functools
 import io
