@@ -73,6 +73,11 @@ class RetrySchedule:
   failures: int = 0  # Since the last complete save.
   due_at: int | None = None  # A step.
 
+  @property
+  def is_exhausted(self) -> bool:
+    """Whether no retry is left: the next outcome decides."""
+    return self.failures > self.limit
+
   def postpone(self, step: int) -> None:
     """Schedules a retry of the save that failed at `step`."""
     fraction = 2.0 ** min(self.failures - 5, 0)  # 1/16, 1/8, ..., 1
@@ -225,11 +230,11 @@ class Checkpointer:
     if jax.process_count() > 1 and step % _POLL_STEPS:
       return
     retry = self._retry
-    # The last retry decides: wait for its outcome.
-    if any_process(self.saving) and retry.failures <= retry.limit:
+    # Once no retry is left, waits for the outcome of this save.
+    if any_process(self.saving) and not retry.is_exhausted:
       return
     if error := self._finish():
-      if not self._has_saved or retry.failures > retry.limit:
+      if not self._has_saved or retry.is_exhausted:
         raise error
       retry.postpone(step)
       log.warning(

@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides, recipes
-from mtv_jax.parallel import distributed
-from mtv_jax.train.runtime import peers
 from mtv_jax.utils.errors import InputError
 
 
@@ -184,6 +182,10 @@ class Distributed(Flags):
 def initialize_distributed(args: Distributed) -> None:
   """Initializes JAX for several hosts."""
   names = ("distributed", "coordinator", "processes", "process")
+  # They import JAX, which takes seconds, and most commands don't need it.
+  from mtv_jax.parallel import distributed
+  from mtv_jax.train.runtime import peers
+
   with peers.limit_connecting(args.connect_seconds):
     distributed.initialize(
       **{name: getattr(args, name) for name in names},

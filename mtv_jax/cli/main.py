@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from mtv_jax.cli import errors
+from mtv_jax.cli import arguments, errors
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 COMMANDS = {
@@ -92,8 +92,6 @@ def run_module(
   argv, rest = argv[:end], argv[end:]
   debug = "--debug" in argv
   with errors.readable_errors(name, debug=debug):
-    from mtv_jax.cli import arguments  # Imports JAX, which takes seconds.
-
     if isinstance(module, str):
       module = importlib.import_module(module)
     parser = argparse.ArgumentParser(

@@ -24,7 +24,7 @@ from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import gather_json
 from mtv_jax.train import workdir
 from mtv_jax.train.metrics import setup_logging
-from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.train.run import RunConfig, check_config, resolve
 from mtv_jax.train.train import train
 from mtv_jax.utils import xla_flags
 
@@ -50,13 +50,15 @@ class Flags(arguments.Config, arguments.Distributed):
 
 def run(args: Flags) -> None:
   """Trains; resumes if the workdir has a checkpoint."""
+  config = check_config(arguments.read_config(args))  # Before hosts connect.
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
-  config = resolve(arguments.read_config(args), args.workdir)
   with contextlib.ExitStack() as stack:
+    workdir.check_workdir(args.workdir)
     if process == 0:
       stack.enter_context(workdir.lock_workdir(args.workdir))
+    config = resolve(config, args.workdir)
     xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
     if jax.default_backend() == "cpu":
       xla_flags.retain_freed_memory()

@@ -29,12 +29,15 @@ def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
   renamed = {}
   for name, entry in objectives.items():
     new = new_name(name)
+    has_type = isinstance(entry, Mapping) and "type" in entry
+    if has_type and new_name(entry["type"]) != new:
+      new = name  # An entry of another objective that has an old name.
     if new != name and new in objectives:
       raise ConfigError(
         f"config.objectives has {new!r} and {name!r}, its old name. Give one "
         "of them."
       )
-    if isinstance(entry, Mapping) and "type" in entry:
+    if has_type:
       entry = {**entry, "type": new_name(entry["type"])}
     renamed[new] = entry
   return {**config, "objectives": renamed}

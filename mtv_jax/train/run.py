@@ -150,7 +150,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-  """Parts of the train step that `resolve` builds to derive its inputs."""
+  """Model, views, teachers and objectives, built once, by `resolve`."""
 
   model: ModelSpec
   views: Mapping[str, views_lib.View]
@@ -212,6 +212,14 @@ class RunConfig:
     return sections.to_dict(self)
 
 
+def check_config(config: Config | RunConfig) -> RunConfig:
+  """Checks keys, types and ranges, and fills in defaults; builds nothing."""
+  if isinstance(config, RunConfig):
+    return config
+  plain = aliases.rename_old_keys(sections.to_dict(config))
+  return sections.read(RunConfig, plain, "config")
+
+
 def resolve(
   config: Config | RunConfig, workdir: str | os.PathLike | None = None
 ) -> RunConfig:
@@ -228,10 +236,9 @@ def resolve(
     ConfigError: a key is unknown or missing, a value has the wrong type or is
       out of range, or views, teachers and objectives are incompatible.
   """
-  if isinstance(config, RunConfig):
-    return config
-  plain = aliases.rename_old_keys(sections.to_dict(config))
-  run = sections.read(RunConfig, plain, "config")
+  run = check_config(config)
+  if run.parts is not None:
+    return run
   teachers = read_teacher_models(run.teachers, workdir)
   run = dataclasses.replace(run, teachers=teachers)
   parts = _build_parts(run)
@@ -273,19 +280,20 @@ def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
   if any(view.max_masked for view in views):
     options = {**model.options, "mask_token": True}
     model = dataclasses.replace(model, options=options)
-  optim, text = run.optim, {"caption", "box_phrase"}
+  run = dataclasses.replace(run, model=model)
   if model.text is None or any(e.tower == "text" for e in read):
-    pass
-  # A captioning decoder takes its tokens and default shape from the text tower.
-  elif any(text & {*need.fields} for need in needs):
-    log.warning(
-      "No objective trains the text tower, which has the tokens of captions: "
-      "it is frozen, at random values unless config.init gives others."
-    )
-    if _FROZEN_TEXT not in optim.rules:
-      rules = (_FROZEN_TEXT, *optim.rules)
-      optim = dataclasses.replace(optim, rules=rules)
-  else:
+    return run
+  if not any({"caption", "box_phrase"} & {*need.fields} for need in needs):
     log.warning("No objective reads text: config.model.text is left out.")
-    model = dataclasses.replace(model, text=None)
-  return dataclasses.replace(run, model=model, optim=optim)
+    return dataclasses.replace(run, model=dataclasses.replace(model, text=None))
+  # A captioning decoder takes its tokens and default shape from the text tower.
+  log.warning(
+    "No objective trains the text tower, which has the tokens of captions: "
+    "it is frozen, at random values unless config.init gives others."
+  )
+  if _FROZEN_TEXT in run.optim.rules:
+    return run
+  rules = (_FROZEN_TEXT, *run.optim.rules)
+  return dataclasses.replace(
+    run, optim=dataclasses.replace(run.optim, rules=rules)
+  )
