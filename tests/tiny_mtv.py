@@ -4,9 +4,9 @@ import functools
 import pathlib
 
 from mtv_jax.config import recipes
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.run import resolve
-from mtv_jax.train.train_step import build_step_spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = 16

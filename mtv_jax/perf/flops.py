@@ -28,10 +28,10 @@ from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import forward as forward_lib
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import StepSpec, abstract_state
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import check_choice
 
 

@@ -26,14 +26,14 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train import metrics
-from mtv_jax.train.initialization import check_source_tokenizer
-from mtv_jax.train.optim import param_rules
-from mtv_jax.train.run import EvalConfig, RunConfig, resolve
-from mtv_jax.train.train_step import (
+from mtv_jax.train.build_step import (
   TrainStep,
   build_train_step,
   make_config_mesh,
 )
+from mtv_jax.train.initialization import check_source_tokenizer
+from mtv_jax.train.optim import param_rules
+from mtv_jax.train.run import EvalConfig, RunConfig, resolve
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib

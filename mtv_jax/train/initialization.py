@@ -11,10 +11,10 @@ from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.objectives.base import TEACHER
+from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.run import RunConfig
 from mtv_jax.train.spec import init_params, teacher_params
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.train_step import TrainStep
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
 

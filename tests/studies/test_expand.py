@@ -12,10 +12,10 @@ from mtv_jax.config.durations import RunLength
 from mtv_jax.data import pipeline, tokenizers
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.expand import expand
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.gradients import view_keys
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import init_params
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 

@@ -31,6 +31,7 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.measurements import GradientMeasurements, is_balance_due
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import (
@@ -41,7 +42,6 @@ from mtv_jax.train.spec import (
 )
 from mtv_jax.train.step import make_program
 from mtv_jax.train.train import train
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.tree import flatten_with_names
 
 NAMES = ("contrastive", "dino", "late")

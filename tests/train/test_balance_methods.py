@@ -19,9 +19,9 @@ from mtv_jax.train.balance import (
   Uncertainty,
 )
 from mtv_jax.train.balance.pcgrad import projection_coefficients
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.run import resolve
 from mtv_jax.train.train import check_balance_unchanged
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 
 NAMES = ("a", "b", "late")

@@ -12,13 +12,13 @@ from mtv_jax.config import recipes
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import train_loop
+from mtv_jax.train.build_step import build_train_step, make_config_mesh
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.spec import init_params
 from mtv_jax.train.train import train
-from mtv_jax.train.train_step import build_train_step, make_config_mesh
 from mtv_jax.utils.tree import flatten_with_names
 
 

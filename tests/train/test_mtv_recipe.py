@@ -16,12 +16,12 @@ from mtv_jax.models.positions import Rope
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import gradients
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.forward import total_loss
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import abstract_params, init_params, init_state
 from mtv_jax.train.step import make_program
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 

@@ -17,10 +17,10 @@ from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train import gradients
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import ObjectiveWeight
 from mtv_jax.train.step import make_program
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 

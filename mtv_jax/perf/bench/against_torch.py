@@ -21,9 +21,9 @@ import numpy as np
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import harness
+from mtv_jax.train.build_step import build_train_step
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import StepSpec, init_params
-from mtv_jax.train.train_step import build_train_step
 from mtv_jax.utils.errors import check_choice
 
 BENCHMARKS = ("siglip", "distillation")

@@ -18,13 +18,13 @@ from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, roofline, topologies
-from mtv_jax.train.measurements import GradientMeasurements
-from mtv_jax.train.run import RunConfig, resolve
-from mtv_jax.train.train_step import (
+from mtv_jax.train.build_step import (
   TrainStep,
   build_train_step,
   make_config_mesh,
 )
+from mtv_jax.train.measurements import GradientMeasurements
+from mtv_jax.train.run import RunConfig, resolve
 
 # Default number of examples per epoch; does not affect the results.
 EPOCH = 1_000_000

@@ -11,8 +11,8 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import remat, report
+from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.run import resolve
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import ConfigError
 
 MIB = 2**20
