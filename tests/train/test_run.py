@@ -138,7 +138,7 @@ from mtv_jax.cli import train
 train.write_report = lambda folder: None
 from mtv_jax.cli.main import run_command
 assert run_command("train", [
-  "--config={ROOT}/tests/configs/smallest.py:steps=1,save=1",
+  "--config={ROOT}/tests/configs/smallest.py:steps=3,save=3",
   "--workdir={tmp_path}/run", "--config.evals=None",
 ]) == 0
 instruments = ("mtv_jax.perf", "mtv_jax.studies", "mtv_jax.report")
