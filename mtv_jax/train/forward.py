@@ -126,10 +126,11 @@ def gather_params(
     params = stop_gradient_frozen(spec, params)
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params, state
-  params, teacher, teachers = all_gather_params(
-    (params, state.teacher, state.teachers), mesh, keep=_NOT_GATHERED
-  )
-  return params, state.replace(teacher=teacher, teachers=teachers)
+  # One tree at a time: `keep` matches names from the tree's root.
+  gather = functools.partial(all_gather_params, mesh=mesh, keep=_NOT_GATHERED)
+  teachers = {name: gather(tree) for name, tree in state.teachers.items()}
+  state = state.replace(teacher=gather(state.teacher), teachers=teachers)
+  return gather(params), state
 
 
 def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
