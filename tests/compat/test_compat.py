@@ -36,6 +36,7 @@ from mtv_jax.utils.tree import flatten_with_names
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+RECORDED_BY = "0.12"  # The release of JAX that the fixture was made with.
 RUNS = ("all", "grad_norm_mean", "uncertainty", "gradnorm", "pcgrad")
 EVALUATE = (
   "--encoder=runs/all", "--encoder=exported", "--data=scenes",
@@ -340,7 +341,14 @@ def test_an_export_has_the_same_files(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.skipif(
+  not jax.__version__.startswith(RECORDED_BY),
+  reason=f"recorded by JAX {RECORDED_BY}; other releases round differently",
+)
+@pytest.mark.parametrize(
+  "name",
+  ["pcgrad", *(pytest.param(n, marks=pytest.mark.long) for n in RUNS[:-1])],
+)
 def test_a_run_resumes_to_the_same_losses(tmp_path, expected, name):
   shutil.copytree(f"runs/{name}", tmp_path / name)
   done = subprocess.run(

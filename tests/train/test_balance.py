@@ -366,7 +366,7 @@ def test_methods_resume_bit_equal_with_a_late_objective(tmp_path, method):
   jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_gradient_is_ten_times_another_in_mtv_tiny(tmp_path):
   """Means of a short run: single norms of a batch of 16 scatter more.
 
