@@ -36,7 +36,6 @@ from mtv_jax.utils.tree import flatten_with_names
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
-RECORDED_BY = "0.12"  # The release of JAX that the fixture was made with.
 RUNS = ("all", "grad_norm_mean", "uncertainty", "gradnorm", "pcgrad")
 EVALUATE = (
   "--encoder=runs/all", "--encoder=exported", "--data=scenes",
@@ -73,6 +72,12 @@ RENAMED = {
   "masked_latent": "ibot",
   "masked_pixels": "mae",
 }
+# The release of JAX that the fixture was made with.
+RECORDED_BY = "0.12"
+with_its_jax = pytest.mark.skipif(
+  not jax.__version__.startswith(RECORDED_BY),
+  reason=f"recorded by JAX {RECORDED_BY}; other releases round differently",
+)
 
 
 def digest(array) -> str:
@@ -306,6 +311,7 @@ def test_batches_and_labels_are_the_same(expected):
   assert label_digests() == expected["labels"]
 
 
+@with_its_jax
 def test_views_are_the_same(arrays):
   """Up to rounding, which differs between processors."""
   views, found = select(arrays, "views"), view_arrays()
@@ -341,10 +347,7 @@ def test_an_export_has_the_same_files(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not jax.__version__.startswith(RECORDED_BY),
-  reason=f"recorded by JAX {RECORDED_BY}; other releases round differently",
-)
+@with_its_jax
 @pytest.mark.parametrize(
   "name",
   ["pcgrad", *(pytest.param(n, marks=pytest.mark.long) for n in RUNS[:-1])],
