@@ -82,9 +82,9 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     if list(theirs) != list(ours):
       raise ConfigError(
         f"config.model.text: {init.path} was trained with {source!r}, this run "
-        f"has {tokenizer!r}, which encodes {text!r} otherwise. Take the "
-        "source's tokenizer and clean, or set config.init.new_tokenizer=True "
-        "to learn new token embeddings."
+        f"has {tokenizer!r}, which encodes {text!r} differently. Use "
+        "the source's tokenizer and clean, or set "
+        "config.init.new_tokenizer=True to learn new token embeddings."
       )
 
 
@@ -98,7 +98,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   if spec.first_reads.get(TEACHER, 0) > 0:
     raise ConfigError(
       "config.init.teacher has no effect: no objective reads the teacher at "
-      "step 0, and at the start of the first that does it is a copy of the "
+      "step 0, and when the first one starts, the teacher is a copy of the "
       "student. Leave init.teacher out, or start the objective at step 0."
     )
   student = teacher_params(spec, params)

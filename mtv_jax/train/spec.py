@@ -256,7 +256,7 @@ class StepSpec:
 
   def loss_weights(self, state: TrainState) -> Mapping[str, Array]:
     """Each objective's weight in the total loss, including the balance."""
-    weights = {n: weight(state.step) for n, weight in self.weights.items()}
+    weights = self.config_weights(state.step)
     if not self.has_balance:
       return weights
     return self.balance.loss_weights(weights, state.balance)

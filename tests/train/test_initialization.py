@@ -35,7 +35,7 @@ def test_other_tokens_than_the_source(options, is_rejected, monkeypatch):
   config.init = dict(path="source", **options)
   ours = tokenizers.build_tokenizer("bytes", clean="lower")
   if is_rejected:
-    with pytest.raises(ConfigError, match="which encodes .* otherwise"):
+    with pytest.raises(ConfigError, match="which encodes .* differently"):
       check_source_tokenizer(resolve(config), ours)
   else:
     check_source_tokenizer(resolve(config), ours)

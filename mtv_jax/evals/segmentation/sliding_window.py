@@ -5,9 +5,9 @@ windows, which are scored on their patch grids. Scores are upsampled to the
 window, averaged over overlaps, and resized to the image; a pixel's class is the
 argmax.
 
-Everything before the argmax is linear and separable. So all windows' patches
-form one mosaic, and two matrices resample it to the image in one step, with
-reordered sums.
+With one view and averaged scores, everything before the argmax is linear and
+separable. So all windows' patches form one mosaic, and two matrices resample it
+to the image in one step, with reordered sums.
 """
 
 from __future__ import annotations

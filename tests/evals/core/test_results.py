@@ -6,19 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from outcome_samples import DEPTH
 
 from mtv_jax.evals.core import base, results
-from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
-
-DEPTH = Result(
-  {"rmse": 0.5, "delta1": 0.75},
-  {"encoder": "a", "data": "nyu", "data_hash": "1", "images": 20},
-  {"rmse": 1.5},
-  units={"rmse": "m"},
-  lower=("rmse",),
-  errors={"rmse": 0.03, "delta1": 0.02},
-)
 
 
 def outcome(name, **fields):
