@@ -256,6 +256,7 @@ def open_quietly(folder, class_name, caplog, *, processor):
   # This class's default token ids are outside its vocabulary, and
   # transformers 5 warns of it once for any SigLIP.
   transformers.SiglipTextConfig()
+  caplog.clear()  # Where CI is set, transformers' logger propagates.
   root = logging.getLogger("transformers")
   root.addHandler(caplog.handler)
   try:
