@@ -31,8 +31,8 @@ _TABLE = 1 << 16
 
 def addresses(
   sources: Sequence[Source],
-  *,
   weights: Sequence[float],
+  *,
   shuffle: str,
   seed: int,
 ) -> grain.MapDataset:
@@ -52,17 +52,15 @@ def addresses(
     if not len(source):
       raise InputError(f"{source!r} of data.train has no records.")
     if not weight > 0 or not math.isfinite(weight):
-      raise InputError(
-        f"{source!r} of data.train has weight={weight}; expected a number > 0"
-        " (leave the source out to give it no weight)."
-      )
+      problem = f"{source!r} of data.train has weight={weight}"
+      raise InputError(f"{problem}; expected a finite number > 0.")
   orders = [
     _order(source, shuffle, seed, k).map(functools.partial(_address, k))
     for k, source in enumerate(sources)
   ]
-  if len(orders) == 1:
-    return orders[0]
-  return grain.MapDataset.mix(orders, weights)
+  return (
+    orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+  )
 
 
 def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:

@@ -123,12 +123,8 @@ class HostBatches:
 
   def _fill_row(
     self, batch: Batch, position: int, address: tuple[int, int]
-  ) -> tuple[
-    list[tuple[str, str, str]],
-    list[tuple[str, str, int]],
-    list[tuple[str, bool]],
-  ]:
-    """Fills the row of `position`; returns the element's other parts."""
+  ) -> tuple[list, list, list]:
+    """Fills the row of `position`; returns `bad`, `dropped` and `cut`."""
     source, first = self.sources[address[0]], address[1]
     tries = min(len(source), _MAX_BAD_RUN)
     bad: list[tuple[str, str, str]] = []
@@ -140,8 +136,8 @@ class HostBatches:
         row = (position - self.first_row) % self.batch_size
         for name, values in batch.items():
           values[row] = record[name]
-        dropped = record.get("dropped", {}).items()
-        dropped = [(source.name, reason, n) for reason, n in dropped]
+        counts = record.get("dropped", {}).items()
+        dropped = [(source.name, reason, n) for reason, n in counts]
         cut = record.get("cut", {}).items()
         return bad, dropped, [(kind, c) for kind, cs in cut for c in cs]
       except BadRecord as error:
@@ -151,8 +147,7 @@ class HostBatches:
         raise
     raise CorruptDataError(
       f"{tries} consecutive records of {source!r}, from {first} on, can't be"
-      f" used. The first: {describe_bad(*bad[0])}. The last:"
-      f" {describe_bad(*bad[-1])}."
+      f" used. The first: {describe_bad(*bad[0])}."
     )
 
   def close(self) -> None:
@@ -246,52 +241,35 @@ def make_loader(
   stats: Stats | None = None,
   features: Mapping[str, FeatureLayout] | None = None,
 ) -> Loader:
-  """Builds the loader of a config's `data` section.
+  """Builds the loader of a config's `data` section, from `start_step` on.
 
-  Args:
-    config: the section, or its keys.
-    batch_size: global, over all hosts.
-    seed: seeds the order and all random choices.
-    start_step: step of the first batch.
-    skipped: batches that the run skips.
-    process_index, process_count: this host, and the number of hosts.
-    tokenizer: the text tower's.
-    wanted, features: see `build_ops`.
-    sources: replace the sources that `train` describes, one per entry; if
-      `train` is empty, all weights are 1.
-    stats: counts of the run's earlier batches.
+  `batch_size` is global. `sources` replace those that `train` describes; if
+  `train` is empty, all weights are 1. `stats` are the counts of the run's
+  earlier batches. For `wanted` and `features`, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     raise InputError(
       f"batch_size={batch_size} is not a multiple of the {process_count}"
       " processes; each takes an equal share of every batch."
     )
-  if not 0 <= process_index < process_count:
-    raise InputError(
-      f"process_index={process_index} is not in [0, {process_count})."
-    )
   if not isinstance(config, DataConfig):
     config = sections.read(DataConfig, config, "data")
   ops = build_ops(
-    config.ops,
-    tokenizer=tokenizer,
-    wanted=wanted,
-    features=features or {},
+    config.ops, tokenizer=tokenizer, wanted=wanted, features=features or {}
   )
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
-  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
   _check_labels(ops, sources)
-  rows = batch_size // process_count
-  weights = weights or [1.0] * len(sources)
   if config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
     for source in sources:
       source.read_in_blocks(order.BLOCK * order.WINDOW)
+  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
+  weights = weights or [1.0] * len(sources)
+  rows = batch_size // process_count
+  threads = max(available_cores() // max(config.workers, 1), 1)
   batches = HostBatches(
     sources,
-    order.addresses(
-      sources, weights=weights, shuffle=config.shuffle, seed=seed
-    ),
+    order.addresses(sources, weights, shuffle=config.shuffle, seed=seed),
     ops,
     seed=seed,
     batch_size=batch_size,
@@ -299,23 +277,11 @@ def make_loader(
     rows=rows,
     start_step=start_step,
     skipped=skipped,
-    threads=config.threads
-    or max(available_cores() // max(config.workers, 1), 1),
+    threads=config.threads or threads,
   )
-  ahead = config.prefetch or 2
-  read_options = grain.ReadOptions(
-    num_threads=ahead, prefetch_buffer_size=ahead
-  )
-  dataset = grain.MapDataset.source(batches).to_iter_dataset(read_options)
-  if config.workers:
-    if not flags.FLAGS.is_parsed():
-      # Grain's workers read absl flags, which only absl apps parse.
-      flags.FLAGS.mark_as_parsed()
-    workers = grain.MultiprocessingOptions(num_workers=config.workers)
-    dataset = dataset.mp_prefetch(workers)
   return Loader(
     batches,
-    iter(dataset),
+    _prefetch(batches, config),
     ops.fields,
     step=start_step,
     examples_per_epoch=sum(len(source) for source in sources),
@@ -324,12 +290,27 @@ def make_loader(
   )
 
 
+def _prefetch(
+  batches: HostBatches, config: DataConfig
+) -> grain.DatasetIterator:
+  """Reads batches ahead, in threads or worker processes."""
+  ahead = config.prefetch or 2
+  options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+  dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+  if config.workers:
+    if not flags.FLAGS.is_parsed():
+      # Grain's workers read absl flags, which only absl apps parse.
+      flags.FLAGS.mark_as_parsed()
+    workers = grain.MultiprocessingOptions(num_workers=config.workers)
+    dataset = dataset.mp_prefetch(workers)
+  return iter(dataset)
+
+
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
   """Rejects an op whose fields would be all zeros."""
   given = frozenset().union(*(source.fields for source in sources))
   if sources and (missing := sorted(ops.labels - given)):
     raise InputError(
-      f"{ops!r} needs the record fields {missing}; the sources of data.train"
-      f" have only {sorted(given)}. Add labels=dict(...) to a source, or leave"
-      " the op out of data.ops."
+      f"{ops!r} needs the record fields {missing}; data.train has only"
+      f" {sorted(given)}. Add labels=dict(...) to a source, or drop the op."
     )

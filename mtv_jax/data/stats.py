@@ -106,10 +106,8 @@ class Stats:
       if before[kind] < first <= self.texts[kind] and share > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
-          " Raise %s, or use a tokenizer of longer pieces (`bytes` has an id"
-          " for each byte).",
-          *(100 * share, self.texts[kind], kind, ops),
-          _LENGTHENED_BY[kind],
+          " Raise %s, or use a tokenizer of longer pieces.",
+          *(100 * share, self.texts[kind], kind, ops, _LENGTHENED_BY[kind]),
         )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:

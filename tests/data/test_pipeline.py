@@ -307,16 +307,9 @@ def test_too_many_bad_records_stop_the_run():
     ),
   ):
     # One in 50 records is bad; checked once 1000 records are read.
-    for _ in range(9):
-      next(batches)
-    for _ in range(20):
+    for _ in range(29):
       next(batches)
   assert 1000 <= batches.stats.read < 1100
-  few = Numbers("n", 5000, bad=range(0, 5000, 200))
-  with loader([few], batch_size=100) as batches:
-    for _ in range(50):
-      next(batches)
-    assert batches.stats.corrupt == 25
 
 
 class Texts(Numbers):
@@ -382,30 +375,12 @@ def test_cut_phrases_are_counted_beside_captions(caplog):
   assert "phrase_length of `regions`" in message
 
 
-def test_small_data_are_checked_after_an_epoch():
-  with loader([Numbers("n", 40, bad=[1, 2])]) as batches:
-    for _ in range(4):
-      next(batches)
-    with pytest.raises(CorruptDataError, match="max_corrupt"):
-      for _ in range(2):
-        next(batches)
-
-
 def test_no_good_record_at_all():
   with (
     loader([Numbers("n", 5, bad=range(5))]) as batches,
     pytest.raises(CorruptDataError, match="5 consecutive records of Numbers"),
   ):
     next(batches)
-
-
-class Broken(Numbers):
-  """Raises an error at record 3 that is not the record's fault."""
-
-  def __getitem__(self, i: int) -> dict:
-    if i == 3:
-      raise OSError("the disk is gone")
-    return super().__getitem__(i)
 
 
 # A separate module, which worker processes can import.
@@ -457,19 +432,21 @@ def test_worker_processes_give_the_same_rows_and_start_no_backend(
 
 
 def test_other_errors_name_the_record():
+  """Errors that are not the record's fault."""
+  source = Numbers("n", 6)
+  source._bad = None  # Raises a TypeError.
   with (
-    loader([Broken("n", 6)]) as batches,
-    pytest.raises(OSError, match="disk is gone") as caught,
+    loader([source]) as batches,
+    pytest.raises(TypeError, match="not (iterable|a container)") as caught,
   ):
     next(batches)
-  assert any("record 3 of Numbers(n)" in n for n in caught.value.__notes__)
+  assert "of Numbers(n) (row 0)" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
   ("options", "match"),
   [
     ({"batch_size": 9, "process_count": 2}, "batch_size=9 .* 2 processes"),
-    ({"process_index": 2, "process_count": 2}, "process_index=2"),
     ({"shuffle": "globe"}, "Did you mean 'global'"),
     ({"weights": [1, 0]}, "weight=0"),
     ({"workers": -1}, "data.workers is -1"),

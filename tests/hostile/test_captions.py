@@ -62,15 +62,10 @@ _add(
   "JSON, ",
   {
     "nested a thousand deep": b'{"caption": ' + _DEEP + b"}",
-    "objects a million deep": b'{"captions":' * 100_000,
-    "nested captions": b'{"captions": [' + _DEEP[:900] + b"x",
     "not UTF-8": '{"caption": "Stra\u00dfe"}'.encode("latin-1"),
     "NaN": b'{"caption": NaN}',
-    "infinity": b'{"captions": [1e999]}',
-    "a JPEG": JPEG,
     "names of lone surrogates": b'{"\\ud800": 1, "\\udfff": 2}',
     "100,000 names": {f"k{i}": i for i in range(100_000)},
-    "a name of 1 MB": {"k" * 1_000_000: 1},
   },
   "json",
 )
@@ -78,14 +73,11 @@ _add(
   "text, ",
   {
     "empty": b"",
-    "blank": b" \n\t\xc2\xa0",
     "a byte-order mark alone": b"\xef\xbb\xbf",
     "latin-1": "Stra\u00dfe".encode("latin-1"),
     "UTF-16": "a dog\u0100".encode("utf-16"),
-    "cut in a character": "a dog \u65e5".encode()[:-1],
     "an encoded lone surrogate": b"a \xed\xa0\x80 dog",
     "1 MB": b"dog " * 250_000,
-    "8 MB of one word": b"x" * (8 << 20),
     "17 MB": b"x" * (17 << 20),
     "a JPEG": JPEG,
   },
@@ -95,8 +87,6 @@ _add(
   "text, ",
   {
     "NUL bytes": b"a\0dog",
-    "controls": bytes(range(1, 32)),
-    "direction marks": "\u202ea dog\u202c\u200f".encode(),
     "5,000 combining marks": ("e" + "\u0301" * 5000).encode(),
     "99,000 characters": b"dog " * 24_750,
   },
@@ -107,7 +97,6 @@ _add(
 _LONE = {
   "high": "a \ud800 dog",
   "low": "\udfff",
-  "reversed pair": "\udc00\ud800",
   "at the end": "a dog" + "\udbff" * 3,
 }
 _add(
@@ -176,15 +165,10 @@ CONTENT.add_table(
   _tokenize,
   {
     "a panic": PanicException("index out of bounds"),
-    "a recursion": RecursionError("maximum recursion depth exceeded"),
-    "a lookup": KeyError("k"),
-    "a type": TypeError("TextEncodeInput must be Union[...]"),
     "an assertion": AssertionError(),
-    "an overflow": OverflowError("int too large"),
     "a message that can't be printed": ValueError("\ud800" * 10),
     "a message of 1 MB": ValueError("x" * 1_000_000),
     "a stop of an iteration": StopIteration(),
-    "a runtime error of C++": RuntimeError("Internal: unk is not defined."),
     "an OSError without a number": OSError("decoder error -2"),
   },
   prefix="a tokenizer raises ",
@@ -215,9 +199,7 @@ CONTENT.add_table(
   {
     "memory": MemoryError(),
     "the disk": OSError(5, "I/O error"),
-    "too many open files": OSError(24, "Too many open files"),
     "a source's own error": RuntimeError("HTTP 503"),
-    "a timeout of storage": TimeoutError(110, "timed out"),
   },
   prefix="ends the run, ",
 )

@@ -26,6 +26,7 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_threads
 
 
@@ -67,10 +68,8 @@ class LabelCounts:
   def format_summary(self, kind: str, out: str | os.PathLike) -> str:
     """Formats the counts and reasons as text."""
     boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
-    lines = [
-      f"{self.labelled:,} of {self.records:,} records have a label{boxes}, in"
-      f" {out}."
-    ]
+    count = f"{self.labelled:,} of {self.records:,} records"
+    lines = [f"{count} have a label{boxes}, in {out}."]
     reasons = self.to_dict()["reasons"].items()
     lines += [f"  {n:,} times: {reason}" for reason, n in reasons]
     return "\n".join(lines)
@@ -94,12 +93,7 @@ class LabelWriter:
     settings: Mapping[str, Any],
   ):
     check_choice("kind", kind, label_values.KINDS)
-    refuse_remote(
-      out,
-      "The output",
-      "Write labels to a folder, from which `gcloud storage cp -r` or `aws s3"
-      " cp --recursive` copies them.",
-    )
+    refuse_remote(out, "The output", "Write labels to a folder, and copy it.")
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base
@@ -117,19 +111,14 @@ class LabelWriter:
 
   def _check_files(self) -> None:
     if not self.names:
-      raise InputError(
-        f"{self.base!r} has no files: expected a source of files, such as tars."
-      )
+      raise InputError(f"{self.base!r} has no files: expected, say, tars.")
     counts = collections.Counter(self.names)
     if repeated := [name for name, count in counts.items() if count > 1]:
-      raise InputError(
-        f"Several shards, in different folders, are named"
-        f" {', '.join(repeated[:5])}. Write a label set for each folder."
-      )
+      names = list_first(repeated, 5)
+      fix = "Write a label set for each folder."
+      raise InputError(f"Several shards are named {names}. {fix}")
     if self.out.resolve() in {f.resolve().parent for f in self.base.files}:
-      raise InputError(
-        f"{self.out} contains the shards themselves: give another folder."
-      )
+      raise InputError(f"{self.out} contains the shards themselves.")
 
   def _check_samples(self, shard: int) -> None:
     """Compares a few images of a finished shard with stored hashes."""
@@ -139,8 +128,7 @@ class LabelWriter:
     if stored != read:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} are of other records"
-        f" (number, key, hash of the image): {stored}, now {read}. Remove the"
-        " folder, or give another one."
+        f" (number, key, hash of the image): {stored}, now {read}. Remove it."
       )
 
   def todo(self) -> list[int]:
@@ -223,10 +211,9 @@ class LabelWriter:
     record has a label.
     """
     if todo := self.todo():
-      raise LabelError(
-        f"{len(todo)} of {len(self.names)} shards have no labels yet"
-        f" ({self.names[todo[0]]}, ...): write them before the manifest."
-      )
+      count = f"{len(todo)} of {len(self.names)} shards"
+      first = self.names[todo[0]]
+      raise LabelError(f"{count} have no labels yet ({first}, ...).")
     total, shards = LabelCounts(), []
     for stats in map(self._stats, range(len(self.names))):
       shards.append({k: v for k, v in stats.items() if k != "made_by"})

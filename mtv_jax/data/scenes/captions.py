@@ -11,8 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from mtv_jax.data.scenes.difficulty import CAPTIONS
-from mtv_jax.data.scenes.layout import Draw
+from mtv_jax.data.scenes.layout import CAPTIONS, Draw
 from mtv_jax.data.scenes.world import Rect, SceneObject, World
 
 _COUNTS = ("no", "one", "two", "three", "four", "five")

@@ -120,9 +120,8 @@ class LimitedSource(Source):
 
   def __init__(self, source: Source, limit: int):
     if not 1 <= limit <= len(source):
-      raise InputError(
-        f"{source!r}: limit={limit}, expected 1 to {len(source)} records."
-      )
+      expected = f"expected 1 to {len(source)} records"
+      raise InputError(f"{source!r}: limit={limit}, {expected}.")
     self._source, self._limit = source, limit
     self.name = f"{limit} of {source.name}"
     self.fields = source.fields

@@ -90,17 +90,12 @@ class Tokenizer(abc.ABC):
     Raises TypeError unless `strings` is a list of strings, UnicodeError for
     invalid Unicode.
     """
-    wrong = [text for text in strings if not isinstance(text, str)]
-    wrong = [strings] if isinstance(strings, str) else wrong
-    if wrong:
-      raise TypeError(f"encode() takes a list of strings, got {wrong[0]!r}.")
+    if isinstance(strings, str) or not all(isinstance(s, str) for s in strings):
+      raise TypeError(f"encode() takes a list of strings, got {strings!r}.")
     if length < 1:
       raise InputError(f"length={length}: a text has at least 1 token.")
-    ids = np.full((len(strings), length), self.pad_id, np.int32)
-    for row, text in zip(ids, strings, strict=True):
-      tokens, _ = self._tokenize(text, length)
-      row[: len(tokens)] = tokens
-    return ids
+    rows = [self.encode_text(text, length)[0] for text in strings]
+    return np.array(rows, np.int32).reshape(-1, length)
 
   def encode_text(
     self, text: str, length: int
@@ -151,10 +146,8 @@ class Tokenizer(abc.ABC):
     return type(self), (self.path, self.clean)
 
   def __repr__(self) -> str:
-    return (
-      f"Tokenizer({self.path or self.kind}, clean={self.clean},"
-      f" vocab_size={self.vocab_size})"
-    )
+    name, size = self.path or self.kind, self.vocab_size
+    return f"Tokenizer({name}, clean={self.clean}, vocab_size={size})"
 
 
 def add_cleaning(model: tokenizers.Tokenizer, clean: str) -> None:
@@ -185,10 +178,8 @@ def add_special_tokens(
 def check_ids(path: str, vocab_size: int) -> None:
   """Raises InputError if a file lacks tokens, or has ids beyond int32."""
   if not 1 <= vocab_size <= np.iinfo(np.int32).max:
-    raise InputError(
-      f"{path} has ids up to {vocab_size - 1}; expected at least one token, and"
-      " 32-bit ids. It is damaged, or not a tokenizer of texts."
-    )
+    expected = "at least one token, and 32-bit ids"
+    raise InputError(f"{path} has {vocab_size} ids; expected {expected}.")
 
 
 def check_vocabulary(
@@ -199,10 +190,10 @@ def check_vocabulary(
   `where` is the config key of the table's size.
   """
   if tokenizer.vocab_size > vocab_size:
+    count = tokenizer.vocab_size
     raise InputError(
-      f"{where}={vocab_size} is too small for ids up to"
-      f" {tokenizer.vocab_size - 1} of {tokenizer!r}. Set"
-      f" {where}={tokenizer.vocab_size} or more, or use another tokenizer."
+      f"{where}={vocab_size} is too small for ids up to {count - 1} of"
+      f" {tokenizer!r}. Set {count} or more, or use another tokenizer."
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from mtv_jax.config.feature_layout import FeatureLayout, field_name
 from mtv_jax.data import ops
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.labels.feature_values import FeatureLabel, Quantized
+from mtv_jax.data.labels.label_values import FeatureLabel, Quantized
 from mtv_jax.data.records import BadRecord
 from mtv_jax.utils.errors import InputError
 

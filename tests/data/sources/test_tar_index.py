@@ -348,21 +348,6 @@ def test_empty_tar_has_an_empty_index(tmp_path):
   assert index.read_keys() == []
 
 
-def test_real_tars_of_coco(tmp_path, shared_data):
-  photos = sorted(Path(shared_data, "coco", "val2017").glob("*.jpg"))[:20]
-  members = []
-  for photo in photos:
-    members += [(photo.name, photo.read_bytes())]
-    members += [(photo.stem + ".txt", photo.stem.encode())]
-  path = write_tar(tmp_path / "coco.tar", members)
-  (index,) = tar_index.build_indices([path])
-  entries, _ = index.open()
-  with path.open("rb") as file:
-    for entry, photo in zip(entries, photos, strict=True):
-      file.seek(int(entry["image"]))
-      assert file.read(int(entry["image_size"])) == photo.read_bytes()
-
-
 @pytest.fixture(autouse=True)
 def _log_everything(caplog):
   caplog.set_level(logging.INFO)
