@@ -276,7 +276,8 @@ class DepthImages:
         raise ValueError("it is the same file for every image")
     except (LookupError, AttributeError, ValueError) as error:
       problem = f"pattern={self.pattern!r} can't be filled in ({error!r})"
-      raise InputError(f"{problem}; fields are {sorted(fields)}.") from error
+      known = ", ".join(f"{{{field}}}" for field in fields)
+      raise InputError(f"{problem}; it needs one of {known}.") from error
     return foreign.resolve_name(self.folder, name, where="pattern")
 
   def __call__(self, item: Item) -> LabelOutcome:

@@ -177,8 +177,8 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
       for row in reader:
         if row.get(None):
           raise InputError(
-            f"{path}, line {reader.line_num}: more cells than the header, from"
-            f" {row[None][0]!r} on. Quote cells that contain {delimiter!r}."
+            f"{path}, line {reader.line_num}: {len(row[None])} cells too many,"
+            f" from {row[None][0]!r} on. Quote cells with {delimiter!r}."
           )
         yield [row[column] for column in columns]
     except UnicodeDecodeError as error:
@@ -224,7 +224,7 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
       kind = type(image).__name__
-      raise InputError(f"Row {number}: the image must be a path, got {kind}.")
+      raise InputError(f"Row {number}: images must contain paths, got {kind}.")
     # A row without an image is reported under its row number.
     name = image or f"row {number}"
     row = caption if isinstance(caption, list) else [caption]

@@ -93,7 +93,7 @@ def write(
   out.mkdir(parents=True, exist_ok=True)
   if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
     count = f"{len(existing)} shards ({existing[0]}, ...)"
-    raise FileExistsError(f"{out} already has {count}: give another folder.")
+    raise FileExistsError(f"{out} already contains {count}: give another.")
   report = ShardReport(total=len(examples))
   digits = len(str(records_per_shard - 1))
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):
@@ -122,7 +122,7 @@ def write(
     counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
       f"None of the {report.total} examples can be used: {counts}. The first is"
-      f" {printable(examples[0].path)}. See {listing}."
+      f" at {printable(examples[0].path)}. See {listing}."
     )
   return report
 
