@@ -132,10 +132,9 @@ def decode_to_canvas(
 
 
 def choose_divisor(height: int, width: int, size: int) -> int:
-  """Chooses the divisor, 8, 4, 2 or 1, for decoding a JPEG to a canvas.
+  """The largest divisor of a JPEG (8, 4, 2, 1) that leaves the canvas's pixels.
 
-  The largest divisor that leaves both sides at least as long as the canvas,
-  unless OpenCV would then copy and crop the image instead of resizing it.
+  Except divisors for which OpenCV would copy and crop instead of resizing.
   """
   short = min(height, width)
 
@@ -179,11 +178,7 @@ def _decode_reduced(
 
 
 def _orientation(exif: bytes) -> int | None:
-  """EXIF orientation, 1 to 8; None if the file needs `decode`.
-
-  OpenCV and Pillow may disagree on damaged tags and on non-standard values,
-  types and counts.
-  """
+  """EXIF orientation, 1 to 8; None if OpenCV and Pillow may disagree on it."""
   if not exif:
     return 1
   tiff = exif[6:]

@@ -68,8 +68,8 @@ def check_opened(
 ) -> None:
   """Rejects an opened image that is too large or slow to decode in Pillow.
 
-  `size` is the file size in bytes. `max_pixels` is the limit for JPEGs; other
-  formats take twice the time and memory, so half of it is their limit.
+  `size` is in bytes. `max_pixels` is for JPEGs; other formats take twice the
+  time and memory, so half of it is their limit.
   """
   is_jpeg = image.format in ("JPEG", "MPO")
   limit = max_pixels if is_jpeg else max_pixels // 2

@@ -212,10 +212,7 @@ class DecodeOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class DecodeToCanvasOp(HostOp):
-  """Decodes an image file to a canvas, large JPEGs at reduced scale.
-
-  See `canvas.decode_to_canvas`. Configs write "decode|canvas(384)".
-  """
+  """Decodes to a canvas, see `canvas.decode_to_canvas`."""
 
   size: PositiveInt
   max_pixels: PositiveInt
@@ -254,11 +251,10 @@ class CanvasOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOp(TextOp):
-  """Token ids of one of the record's captions.
+  """Token ids of one of the record's captions that isn't blank after cleaning.
 
-  If the caption is blank after cleaning, the next one is used; a record with
-  only blank captions is a bad record. A record without captions (image-only
-  source) gives a row of padding with `caption_valid` False.
+  A record with only blank captions is a bad record. A record without captions
+  (image-only source) gives a row of padding with `caption_valid` False.
   """
 
   length: PositiveInt
@@ -325,8 +321,8 @@ class DepthOp(HostOp):
 class RegionsOp(TextOp):
   """At most `count` boxes, random or by score, with phrases as token ids.
 
-  Leaves out unusable boxes (see `label_values.make_boxes`) and boxes whose
-  phrase has zero tokens.
+  Leaves out boxes that are unusable (`label_values.make_boxes`) or whose phrase
+  has no tokens.
   """
 
   count: PositiveInt

@@ -110,10 +110,7 @@ class HostBatches:
     return range(first, first + self.rows)
 
   def read_keys(self, step: int) -> list[str]:
-    """Returns the keys of this host's rows of a step, as "source/key".
-
-    Doesn't skip bad records: a row's key may be that of an unusable record.
-    """
+    """The "source/key" of this host's rows of a step, even of bad records."""
     keys = []
     for position in self._positions(step):
       source, record = self.addresses[position]
@@ -165,10 +162,7 @@ class HostBatches:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Loader(Iterator[Batch], contextlib.AbstractContextManager):
-  """Endless iterator over this host's batches; not thread-safe.
-
-  Created by `make_loader`; call `close` or use `with`.
-  """
+  """Endless iterator over this host's batches, see `make_loader`."""
 
   batches: HostBatches
   iterator: grain.DatasetIterator

@@ -53,10 +53,9 @@ class BadRecord(InputError):
 def content_errors(key: str, problem: str) -> Iterator[None]:
   """Turns whatever a library raises on a record's content into a BadRecord.
 
-  For code that parses bytes in memory, not for code that reads files. Storage
-  errors (OSError with an errno), MemoryError, UserError and process exits pass
-  unchanged. Catches BaseException because panics of Rust libraries derive from
-  it. `problem` opens the message: "the image can't be decoded".
+  For code that parses bytes in memory. Storage errors (OSError with an errno),
+  MemoryError, UserError and process exits pass unchanged. Catches BaseException
+  because panics of Rust libraries derive from it.
   """
   try:
     yield
@@ -72,10 +71,7 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
 def read_captions(
   key: str, captions: Any, *, required: bool = True, where: str = ""
 ) -> list[str]:
-  """Non-blank captions of one caption or several (str or UTF-8 bytes).
-
-  Raises BadRecord if captions are unreadable or missing.
-  """
+  """Non-blank captions of one caption or several (str or UTF-8 bytes)."""
   if isinstance(captions, bytes | str):
     captions = [captions]
   with content_errors(key, "its captions can't be read"):
@@ -94,11 +90,7 @@ def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-  """Encodes a record's key, encoded image and captions as bytes.
-
-  Raises TypeError if the image is not bytes: only the caller knows whether a
-  lossy JPEG is acceptable.
-  """
+  """Encodes a record's key, encoded image and captions as bytes."""
   image = record["image"]
   if not isinstance(image, bytes | bytearray | memoryview):
     raise TypeError(

@@ -93,10 +93,7 @@ class Stats:
   def count_cut(
     self, cut: Sequence[tuple[str, bool]], *, ops: object, epoch: int
   ) -> None:
-    """Counts texts given as (kind, is_cut); warns once if many are truncated.
-
-    The warning names `ops`. An `epoch` may have few records.
-    """
+    """Counts (kind, is_cut) of texts; warns once if many of `ops` are cut."""
     before = self.texts.copy()
     self.texts.update(kind for kind, _ in cut)
     self.texts_cut.update(kind for kind, is_cut in cut if is_cut)

@@ -66,10 +66,7 @@ class JoinedLabels(abc.ABC):
 
   @abc.abstractmethod
   def get(self, i: int, record: Record) -> Label | None:
-    """Returns the label of record `i`.
-
-    Raises BadRecord if it is corrupt, LabelError if it is for another record.
-    """
+    """The label of a record; BadRecord if corrupt, LabelError for another's."""
 
 
 class LabelledSource(Source):
@@ -122,9 +119,7 @@ def join_labels(
 
   `labels` maps each kind to a folder or to options of `open_labels`, for
   features by teacher. Label sets without any of `fields` (None: all) are not
-  opened; if none is left, returns the source unchanged. Raises LabelError if a
-  label set has the wrong kind, is for different records, or adds fields that
-  the source already has.
+  opened; if none is left, returns the source.
   """
   if not isinstance(labels, Mapping) or not labels:
     expected = "expected a dict of folders, such as dict(depth='labels/depth')"
@@ -169,10 +164,7 @@ def open_labels(
   join: Literal["aligned", "key"] = "aligned",
   index_dir: str | os.PathLike | None = None,
 ) -> JoinedLabels:
-  """Opens the label set in `path` and joins it by position or by key.
-
-  `index_dir` holds the index of a join by key; default: `path`.
-  """
+  """Opens the label set in `path`; `index_dir` is for the index of keys."""
   labels = LabelSet(path, kind=kind)
   if join == "aligned":
     return AlignedLabels(labels, source)
@@ -183,8 +175,7 @@ class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
   The source may have a subset of the label set's shards, and may drop records
-  at the end of a shard, as tars do with images without captions. Raises
-  LabelError if the label set is for different shards or for fewer records.
+  at the end of a shard, as tars do with images without captions.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
@@ -274,8 +265,7 @@ class KeyedLabels(JoinedLabels):
 
   The index is a sorted table of key hashes and label positions, 16 bytes per
   label, in a memory-mapped file that is written once. Hashes may collide, so
-  the stored key decides. Raises LabelError if no record has a label,
-  StorageError if the table can't be written.
+  the stored key decides.
   """
 
   def __init__(

@@ -75,8 +75,7 @@ class LabelSet:
   """Labels in a folder, by shard and index; bucket folders are copied.
 
   `names` and `counts` are shard names and record counts; `digest`, a hash of
-  the manifest, identifies the label set. Raises LabelError if the kind or
-  version differs, or if files contradict the manifest.
+  the manifest, identifies the label set.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
@@ -131,10 +130,7 @@ class LabelSet:
 def load_array(
   file: Path, shape: tuple[int, ...], *, fix: str = "Write the set again."
 ) -> UInt64[np.ndarray, "..."]:
-  """Memory-maps a .npy file of unsigned 64-bit integers.
-
-  Raises LabelError if it is damaged or has the wrong shape or type.
-  """
+  """Memory-maps a .npy file of unsigned 64-bit integers of a shape."""
   try:
     # Unlike a read, a map doesn't allocate memory if the header is wrong.
     array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -213,10 +209,7 @@ def describe_settings(
 
 
 def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
-  """Writes `settings.json`, or compares it if it exists.
-
-  Raises FileExistsError, listing the differences.
-  """
+  """Writes `settings.json`, or raises FileExistsError if it differs."""
   if (out / MANIFEST).exists():
     check_manifest(out, described)
   file = out / SETTINGS
@@ -225,10 +218,7 @@ def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
 
 
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
-  """Compares a finished label set with some or all of `describe_settings`.
-
-  Raises FileExistsError, listing the differences.
-  """
+  """Raises FileExistsError if a finished set differs from `described`."""
   manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
   shards = manifest.get("shards", [])
   manifest["base"] = {shard["base"]: shard["records"] for shard in shards}

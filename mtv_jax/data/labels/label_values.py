@@ -65,10 +65,7 @@ class DepthLabel:
 
 @dataclasses.dataclass(frozen=True)
 class BoxLabel:
-  """Boxes (y0, x0, y1, x1) of one image in the unit square; may be empty.
-
-  Scores are confidences, 1 for human annotations.
-  """
+  """Boxes (y0, x0, y1, x1) of one image in the unit square; may be empty."""
 
   boxes: Float32[np.ndarray, "n 4"]
   phrases: tuple[str, ...]
@@ -319,11 +316,7 @@ def encode(key: str, label: Label | None) -> bytes:
 
 
 def decode(data: bytes, *, kind: str, where: str) -> Stored:
-  """Deserializes a label.
-
-  Raises BadRecord, at `where`, if the bytes are corrupt, of the wrong kind, or
-  too large, which is checked before decoding.
-  """
+  """Deserializes a label; BadRecord at `where` if corrupt or too large."""
   unpack = {
     "depth": _unpack_depth,
     "boxes": _unpack_boxes,

@@ -79,9 +79,7 @@ class LabelWriter:
   """Writes the labels of a source's shards to a folder.
 
   `settings` (JSON) is everything that determines the labels. Raises
-  FileExistsError, listing the differences, if the folder has labels of a
-  different kind, settings or base; InputError if the base lacks files, has two
-  shards with one name, or is in the folder itself.
+  FileExistsError if the folder has labels of another kind, settings or base.
   """
 
   def __init__(
@@ -164,10 +162,7 @@ class LabelWriter:
     return range(self._starts[shard], self._starts[shard + 1])
 
   def write(self, shard: int, entries: Iterable[Entry]) -> LabelCounts:
-    """Writes the labels of one shard: one entry per record, in order.
-
-    Raises LabelError if the number of entries differs.
-    """
+    """Writes the labels of one shard: one entry per record, in order."""
     summary, keys, images = LabelCounts(), [], []
 
     def encoded() -> Iterator[bytes]:
@@ -207,8 +202,7 @@ class LabelWriter:
     """Writes the manifest, which completes the label set.
 
     Several processes may do this. `base_hash`, present if all images were read,
-    hashes keys and images. Raises LabelError if shards are missing or no
-    record has a label.
+    hashes keys and images.
     """
     if todo := self.todo():
       count = f"{len(todo)} of {len(self.names)} shards"

@@ -163,10 +163,8 @@ def captions(
 ) -> tuple[str, ...]:
   """Returns captions of one view of a scene, filtered by `caption_kinds`.
 
-  Kinds: a full description; the first object; a relation of two objects; object
-  counts by class; the first object and its surroundings. Captions mention only
-  the objects in `visible` (indices, at least one). `rects` are the bounds of
-  all objects in the view. `draw` selects among equivalent wordings.
+  They mention only the objects in `visible` (indices, at least one). `rects`
+  are the bounds of all objects in the view. `draw` selects among wordings.
   """
   objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]

@@ -284,10 +284,7 @@ def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
 
 
 def second_camera(world: World, index: int, seed: int) -> Camera:
-  """Samples a camera 8 to 28 degrees around the main object, aimed near it.
-
-  If an object would hide the main one, draws the angle again, smaller.
-  """
+  """Samples a camera 8 to 28 degrees around the main object, aimed near it."""
   draw = Draw(seed, index, stream=1)
   first, main = world.camera, world.objects[0]
   camera_y = float(first.position[1]) * draw.uniform(0.85, 1.2)

@@ -129,10 +129,9 @@ def _open_cache(
   render: Callable[[int], Record],
   length: int,
 ) -> _Arrays:
-  """Returns the memory-mapped arrays of a folder; renders them if missing.
+  """Maps the arrays of a folder; one process renders them if missing.
 
-  One process renders, with a thread per core, while the rest wait. `settings`
-  (JSON) is everything that the records depend on.
+  `settings` (JSON) is everything that the records depend on.
   """
   settings = json.loads(json.dumps(settings))  # Tuples become lists.
   if not _is_complete(folder, settings):

@@ -115,10 +115,7 @@ def read_bytes(reader: Any, at: int, *, where: str) -> bytes:
 def write(
   path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]
 ) -> None:
-  """Writes records (`key`, `image` as bytes, `captions`) to one file.
-
-  The folder must exist. The file appears once it is complete.
-  """
+  """Writes records to one file, which appears once it is complete."""
   write_bytes(path, map(records.encode, examples))
 
 

@@ -31,7 +31,7 @@ class AnnotatedImage:
 def read_content(
   path: Path, fields: Mapping[str, Fields], *, hint: str
 ) -> dict[str, Any]:
-  """Reads and validates an annotation file.
+  """Reads an annotation file.
 
   `fields` maps each required list to the keys of its entries and their types.
   `hint` ends the error about a missing key.
@@ -58,8 +58,6 @@ def group_images(
   """Groups annotations by image id, in file order.
 
   `image` and `annotation` are the types of required keys, besides the ids.
-  Raises InputError if an image has an impossible size or, if `require_listed`,
-  if an annotated image isn't listed.
   """
   images = {}
   rows = foreign.read_rows(path, content, "images", {"id": ID, **image})

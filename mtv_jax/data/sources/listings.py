@@ -57,15 +57,12 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """Reads a listing; its name gives its kind.
+  """Reads a listing, whose name gives its kind: one example an image, in order.
 
   A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row per
   image or per caption (or list of captions), or a folder of images, each with a
   .txt or .json of that name. Relative image names are resolved in `images`, by
   default the listing's folder.
-
-  Returns one example per image with all of its captions, in listing order;
-  folders are sorted by name.
   """
   path = Path(path)
   # Not Path.exists(), which raises for names that are too long.
@@ -94,10 +91,7 @@ def read(
 
 
 def list_images(folder: str | os.PathLike) -> list[Example]:
-  """Lists the images of a folder and its subfolders, without captions.
-
-  Their problem is `NO_CAPTION`.
-  """
+  """Lists the images of a folder and its subfolders; all are `NO_CAPTION`."""
   if not os.path.isdir(folder):
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
@@ -270,11 +264,7 @@ def _read_beside(stem: str, file: Path | None) -> bytes | None:
 
 
 def read_content(key: str, what: str, file: Path, *, limit: int) -> bytes:
-  """Reads one file of an example; `what` names its role in errors.
-
-  Raises BadRecord if the file is missing, unreadable, not a regular file or
-  larger than `limit`, and OSError if the storage fails.
-  """
+  """Reads a file of an example; BadRecord if that file is unreadable."""
   try:
     return read_regular(file, limit=limit)
   except InputError as error:

@@ -112,8 +112,7 @@ def build_indices(
   """Returns the index of each tar; builds missing ones.
 
   Concurrent processes, even on several hosts, share the work. Threads wait for
-  I/O; if many indices are missing, worker processes parse the tars. Raises
-  TarError, naming every unusable tar.
+  I/O; if many indices are missing, worker processes parse the tars.
   """
   with _workers(tars, index_dir):
     indices, errors = _build(tars, index_dir, IO_THREADS)

@@ -54,8 +54,7 @@ def scan(path: PurePath) -> Scan:
   """Reads the headers of a tar.
 
   A member's key is its name up to the first dot after the last slash, as in
-  WebDataset; its role follows from its extension, ignoring case. Raises
-  TarError if the file is truncated, compressed, not a tar, or repeats a key.
+  WebDataset; its role follows from its extension, ignoring case.
   """
   groups: dict[str, list[Span]] = {}
   absent = Span(0, 0)

@@ -85,11 +85,7 @@ class Tokenizer(abc.ABC):
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Encodes each string, truncated to `length` and padded.
-
-    Raises TypeError unless `strings` is a list of strings, UnicodeError for
-    invalid Unicode.
-    """
+    """Encodes each string, truncated to `length` and padded."""
     if isinstance(strings, str) or not all(isinstance(s, str) for s in strings):
       raise TypeError(f"encode() takes a list of strings, got {strings!r}.")
     if length < 1:
@@ -107,10 +103,7 @@ class Tokenizer(abc.ABC):
     return ids, is_cut
 
   def is_cut(self, text: str, length: int) -> bool:
-    """Whether a text has more than `length` ids, including end of sequence.
-
-    Raises UnicodeError for invalid Unicode.
-    """
+    """Whether a text has more than `length` ids, including end of sequence."""
     return self._tokenize(text, length)[1]
 
   def is_blank(self, text: str) -> bool:
@@ -132,10 +125,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
-    """Returns at most `length` ids, and whether the text was truncated.
-
-    Cleans the text and appends the end of sequence.
-    """
+    """Cleans a text; returns at most `length` ids, and whether it was cut."""
 
   @abc.abstractmethod
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
@@ -185,10 +175,7 @@ def check_ids(path: str, vocab_size: int) -> None:
 def check_vocabulary(
   tokenizer: Tokenizer, vocab_size: int, where: str = "model.text.vocab_size"
 ) -> None:
-  """Raises InputError unless every id has a row in the embedding table.
-
-  `where` is the config key of the table's size.
-  """
+  """Raises InputError unless every id has a row of the table `where`."""
   if tokenizer.vocab_size > vocab_size:
     count = tokenizer.vocab_size
     raise InputError(

@@ -19,8 +19,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, whose post-processor adds the special tokens.
 
-  A tokenizer_config.json next to it names them. Raises InputError if the file
-  is malformed or lacks a padding token.
+  A tokenizer_config.json next to it names them.
   """
 
   kind = "json"

@@ -29,8 +29,7 @@ from mtv_jax.utils.errors import InputError, printable
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model, padded with the end-of-sequence id like SigLIP.
 
-  Equal to `SiglipTokenizer` of `transformers`, except for cleaning. Raises
-  InputError if the file is malformed or lacks an end of sequence.
+  Equal to `SiglipTokenizer` of `transformers`, except for cleaning.
   """
 
   kind = "sentencepiece"
