@@ -51,7 +51,6 @@ MAX_SECONDS = 10.0
 MAX_BYTES = 1 << 30
 MAX_MESSAGE = 3000  # Characters: a message is for a person to read.
 _POLL_SECONDS = 0.01
-_FAST = 4  # Cases of a subject in the fast suite.
 
 Function = Callable[[pathlib.Path], Any]
 
@@ -79,11 +78,11 @@ class Result:
 
 
 class Cases(list[Case]):
-  """The cases of one subject in a test file."""
+  """The cases of one subject in a test file; `fast` are not `long`."""
 
-  def __init__(self, file: str, subject: str):
+  def __init__(self, file: str, subject: str, *, fast: int = 4):
     super().__init__()
-    self._file, self._subject = file, subject
+    self._file, self._subject, self._fast = file, subject, fast
 
   def add(
     self,
@@ -119,7 +118,7 @@ class Cases(list[Case]):
   @property
   def parameters(self) -> list[Any]:
     """The parameters of a test that takes one as `case`."""
-    step = -(-len(self) // _FAST)
+    step = -(-len(self) // self._fast)
     return [
       pytest.param(
         case,

@@ -43,7 +43,7 @@ SAMPLES.add("memory", _fill_memory)
 
 
 def test_outcomes_and_limits(tmp_path, monkeypatch):
-  monkeypatch.setattr(harness, "MAX_SECONDS", 3.0)
+  monkeypatch.setattr(harness, "MAX_SECONDS", 2.0)
   monkeypatch.setattr(harness, "MAX_BYTES", 64 << 20)
   runner = Runner()
   cases = {case.name: case for case in SAMPLES}
@@ -60,7 +60,7 @@ def test_outcomes_and_limits(tmp_path, monkeypatch):
     ("defect", AssertionError, "got defect .*KeyError: 'k'"),
     ("surrogate", UnicodeEncodeError, "surrogates"),
     ("crash", AssertionError, "got crash .* exit code -11"),
-    ("hang", AssertionError, "got slow after 3"),
+    ("hang", AssertionError, "got slow after 2"),
     ("memory", AssertionError, "got large"),
   ]:
     with pytest.raises(error, match=message):

@@ -25,7 +25,7 @@ from mtv_jax.data.records import BadRecord
 DAMAGED = Cases(__file__, "images, damaged")
 SIZES = Cases(__file__, "images, absurd sizes")
 SLOW = Cases(__file__, "images, slow to decode")
-LIMITS = Cases(__file__, "images within the limits")
+LIMITS = Cases(__file__, "images within the limits", fast=1)
 IN_RUNS = Cases(__file__, "images in the pipeline")
 
 

@@ -217,8 +217,17 @@ def export_files(
   }
   if tokenizer.eos_id is not None:
     config["eos_token"] = model.id_to_token(tokenizer.eos_id)
+  write_files(folder, model, config)
+
+
+def write_files(
+  folder: str | os.PathLike,
+  model: tokenizers.Tokenizer,
+  config: Mapping[str, Any],
+) -> None:
+  """Writes `tokenizer.json` and `tokenizer_config.json`."""
   for name, text in (
-    ("tokenizer.json", model.to_str(pretty=False)),
+    ("tokenizer.json", model.to_str()),
     ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
   ):
     Path(folder, name).write_text(text, encoding="utf-8")

@@ -1,6 +1,5 @@
 """SentencePiece tokenizer, read from a `*.model` file."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from mtv_jax.data.tokenizers.base import (
   Tokenizer,
   add_special_tokens,
   check_ids,
+  write_files,
 )
 from mtv_jax.utils.errors import InputError, printable
 
@@ -146,11 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
     config = {"pad_token": proto.pieces[pad_id].piece}
     if add_end:
       config["eos_token"] = proto.pieces[self.eos_id].piece
-    for name, text in (
-      ("tokenizer.json", model.to_str()),
-      ("tokenizer_config.json", json.dumps(config)),
-    ):
-      (folder / name).write_text(text, encoding="utf-8")
+    write_files(folder, model, config)
 
 
 def _is_unigram(trainer: sentencepiece_model_pb2.TrainerSpec) -> bool:
