@@ -238,6 +238,7 @@ _ODD = {
   "noncharacters": "\ufffe\uffff\U0010ffff a",
   "combining marks": "e" + "\u0301" * 20_000,
   "special tokens": "<pad></s><unk>" * 100 + "a",
+  "no words": "???",
 }
 
 
