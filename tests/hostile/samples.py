@@ -82,10 +82,10 @@ def member(name: bytes, data: bytes, **fields) -> bytes:
   return header(name, size=len(data), **fields) + pad(data)
 
 
-def write_tar(file: pathlib.Path, members: dict[str, bytes]) -> pathlib.Path:
-  """A well-formed tar."""
-  with tarfile.open(file, "w") as tar:
-    for name, data in members.items():
+def write_tar(file: pathlib.Path, members, format=None) -> pathlib.Path:
+  """A well-formed tar of names and bytes."""
+  with tarfile.open(file, "w", format=format) as tar:
+    for name, data in dict(members).items():
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))

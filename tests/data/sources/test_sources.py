@@ -1,6 +1,5 @@
 """Reading records from tars and ArrayRecord files."""
 
-import io
 import json
 import logging
 import multiprocessing
@@ -8,11 +7,11 @@ import os
 import pickle
 import subprocess
 import sys
-import tarfile
 from concurrent import futures
 
 import numpy as np
 import pytest
+from hostile.samples import write_tar
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source, open_files
@@ -21,16 +20,6 @@ from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.sources.tar_scan import TarError
 from mtv_jax.data.sources.webdataset import WebDatasetSource
-
-
-def write_tar(path, members):
-  """Writes (name, bytes) members."""
-  with tarfile.open(path, "w") as tar:
-    for name, data in members:
-      info = tarfile.TarInfo(name)
-      info.size = len(data)
-      tar.addfile(info, io.BytesIO(data))
-  return path
 
 
 def members_of(shard, count):
@@ -101,6 +90,11 @@ def one(tmp_path, members, **options):
   return WebDatasetSource(tmp_path / "x.tar", **options)
 
 
+def captioned(tmp_path, text, sidecar):
+  members = {"a/k7.jpg": b"i", "a/k7.txt": text, "a/k7.json": sidecar}
+  return one(tmp_path, {k: v for k, v in members.items() if v is not None})
+
+
 @pytest.mark.parametrize(
   ("text", "sidecar", "captions"),
   [
@@ -118,10 +112,7 @@ def one(tmp_path, members, **options):
   ],
 )
 def test_parse_captions(tmp_path, text, sidecar, captions):
-  members = [("k.jpg", b"i")]
-  members += [("k.txt", text)] if text is not None else []
-  members += [("k.json", sidecar)] if sidecar is not None else []
-  assert one(tmp_path, members)[0]["captions"] == captions
+  assert captioned(tmp_path, text, sidecar)[0]["captions"] == captions
 
 
 @pytest.mark.parametrize(
@@ -139,10 +130,7 @@ def test_parse_captions(tmp_path, text, sidecar, captions):
   ],
 )
 def test_captions_that_cannot_be_used(tmp_path, text, sidecar, message):
-  members = [("a/k7.jpg", b"i")]
-  members += [("a/k7.txt", text)] if text is not None else []
-  members += [("a/k7.json", sidecar)] if sidecar is not None else []
-  source = one(tmp_path, members)
+  source = captioned(tmp_path, text, sidecar)
   with pytest.raises(BadRecord, match=message) as error:
     source[0]
   assert error.value.key == "a/k7"

@@ -9,19 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from hostile.samples import write_tar
 
 from mtv_jax.data.sources import tar_index, tar_scan
 from mtv_jax.data.sources.tar_scan import IMAGE, JSON, TEXT, TarError
-
-
-def write_tar(path, members, format=tarfile.GNU_FORMAT):
-  """Writes (name, bytes) members."""
-  with tarfile.open(path, "w", format=format) as tar:
-    for name, data in members:
-      info = tarfile.TarInfo(name)
-      info.size = len(data)
-      tar.addfile(info, io.BytesIO(data))
-  return path
 
 
 def plain(count, prefix="", captions=True):
