@@ -398,7 +398,7 @@ def test_easier_scenes_have_less_of_everything():
   """Objects, words of a caption and textures; a larger main object."""
   rows = []
   for level in ("easy", "medium", "hard"):
-    scenes_ = [render(i, size=32, difficulty=level) for i in range(150)]
+    scenes_ = [render(i, size=32, difficulty=level) for i in range(80)]
     texts = [text for scene in scenes_ for text in scene.captions]
     rows.append(
       (
