@@ -133,11 +133,9 @@ class LimitedSource(Source):
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
-    """As in the base class."""
     return self._count_before(self._source.blocks)
 
   def read_in_blocks(self, window: int) -> None:
-    """As in the base class."""
     self._source.read_in_blocks(window * len(self._source) // self._limit)
 
   def _index(self, i: SupportsIndex) -> int:
@@ -145,9 +143,7 @@ class LimitedSource(Source):
     return i.__index__() * len(self._source) // self._limit
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`."""
     return self._source[self._index(i)]
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    """As in the base class."""
     return self._source.read_metadata(self._index(i))
