@@ -357,10 +357,8 @@ def test_array_records_by_number(array_files):
   assert source.fields == {"key", "image", "captions"}
   assert "3 files), 13 records" in repr(source)
   assert [source[i] for i in range(13)] == examples
-  assert [pickle.loads(pickle.dumps(source))[i] for i in (12, 0)] == [
-    examples[12],
-    examples[0],
-  ]
+  copy = pickle.loads(pickle.dumps(source))
+  assert [copy[i] for i in (12, 0)] == [examples[12], examples[0]]
   with futures.ThreadPoolExecutor(8) as pool:
     order = np.random.default_rng(0).integers(0, 13, 500)
     records = list(pool.map(source.__getitem__, order))
@@ -423,21 +421,23 @@ def test_build_source_in_an_index_dir(tmp_path):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({"type": "webdatset", "path": "x"}, "Did you mean 'webdataset'"),
-    ({"path": "x"}, "type is missing. There are: array_record, "),
-    ({"type": "webdataset", "paths": "x"}, "no option 'paths'.*'path'"),
-    ({"type": "webdataset"}, "path is missing; expected"),
-    ({"type": "webdataset", "path": 7}, "path is 7, expected a string or"),
-    (
-      {"type": "webdataset", "path": "x", "captions": "option"},
-      "captions is 'option'. Did you mean 'optional'",
-    ),
-    ({"type": "tfds", "path": "x"}, "no option 'path'"),
+    ({"type": "webdatset"}, "Did you mean 'webdataset'"),
+    ({"type": ...}, "type is missing. There are: array_record, "),
+    ({"paths": "x"}, "no option 'paths'.*'path'"),
+    ({"path": ...}, "path is missing; expected"),
+    ({"path": 7}, "path is 7, expected a string or"),
+    ({"captions": "option"}, "is 'option'. Did you mean 'optional'"),
+    ({"type": "tfds"}, "no option 'path'"),
+    ({"limit": 14}, "limit=14, expected 1 to 13 records"),
+    ({"limit": 0}, "data.train.limit is 0, expected"),
+    ({"limit": 2.5}, "data.train.limit is 2.5, expected"),
+    ({"limit": "4"}, "data.train.limit is '4', expected"),
   ],
 )
-def test_build_source_explains(config, message):
+def test_build_source_explains(tars, config, message):
+  config = {"type": "webdataset", "path": f"{tars}/*.tar"} | config
   with pytest.raises(ValueError, match=message):
-    build_source(config)
+    build_source({k: v for k, v in config.items() if v is not ...})
 
 
 @pytest.fixture(autouse=True)
@@ -469,18 +469,3 @@ def test_a_limit_takes_records_evenly_from_all_files(tars, limit):
   np.testing.assert_array_equal(part.shards, before)
   with pytest.raises(IndexError):
     part[limit]
-
-
-@pytest.mark.parametrize(
-  ("limit", "message"),
-  [
-    (14, "limit=14, expected 1 to 13 records"),
-    (0, "data.train.limit is 0, expected"),
-    (2.5, "data.train.limit is 2.5, expected"),
-    ("4", "data.train.limit is '4', expected"),
-  ],
-)
-def test_limits_out_of_range_and_of_other_types(tars, limit, message):
-  config = dict(type="webdataset", path=f"{tars}/*.tar", index_dir=None)
-  with pytest.raises(ValueError, match=message):
-    build_source({**config, "limit": limit})
