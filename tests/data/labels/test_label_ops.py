@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from label_samples import entry, make_all, make_copy, ramp
+from label_samples import entry, ramp
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.join import join_labels
@@ -15,17 +15,6 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.tokenizers import build_tokenizer
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("labelled"))
-
-
-@pytest.fixture
-def copy(tmp_path):
-  return make_copy(tmp_path)
-
 
 # --- Ops ---------------------------------------------------------------------
 
