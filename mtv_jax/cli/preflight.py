@@ -89,7 +89,8 @@ def run(args: Flags) -> int:
 
 
 def _report(args: Flags, topology: Any) -> int:
-  from mtv_jax.perf.preflight import propose, report
+  from mtv_jax.perf.preflight import remat as remat_lib
+  from mtv_jax.perf.preflight import report
 
   config = arguments.read_config(args)
   remat = str((config.get("model") or {}).get("remat", "none")).strip()
@@ -114,7 +115,7 @@ def _report(args: Flags, topology: Any) -> int:
     atomic.write_text(args.json, result.to_json() + "\n")
   if not result.compiled.fits and args.propose:
     print("\nchanges, compiled:")
-    for proposal in propose.propose(config, topology):
+    for proposal in remat_lib.propose(config, topology):
       print(f"  {proposal}", flush=True)
   elif not result.compiled.fits:
     print("\n--propose compiles changes until one fits.")

@@ -56,11 +56,7 @@ class Report:
 
   @property
   def roofline(self) -> roofline_lib.Roofline | None:
-    """Lower bound of a step's time; None if unknown.
-
-    Several slices are not supported: the links and the network between slices
-    have different rates.
-    """
+    """Lower bound of a step's time; None if unknown, as with several slices."""
     if self.plan.topology.slices > 1:
       return None
     return roofline_lib.estimate(
@@ -330,12 +326,11 @@ def preflight(
   budget: int | None = None,
   **options: Any,
 ) -> Report:
-  """Compiles a config's train step for a topology.
+  """Compiles a config's train step for a topology; opens no data or weights.
 
-  Opens neither data nor weights. `norms` also compiles the objectives' gradient
-  norms if the config measures them, which doubles the time. `remat='auto'`
-  compiles several choices for a `budget` in bytes, see `remat.find_remat`.
-  `options` are further fields of the report.
+  `norms` also compiles the objectives' gradient norms if the config measures
+  them. `remat='auto'` compiles choices for a `budget` in bytes. `options` are
+  further fields of the report.
   """
   config = resolve(config)
   if config.model.remat.strip() == AUTO:
@@ -367,12 +362,12 @@ def preflight(
   return Report(plan, compiled, per_example * batch_size, *rest, **options)
 
 
-def _indent(text: str) -> list[str]:
-  return [f"  {line}" for line in text.splitlines() if line.strip()]
-
-
 def _format_shape(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "-"
+
+
+def _indent(text: str) -> list[str]:
+  return [f"  {line}" for line in text.splitlines() if line.strip()]
 
 
 # Less recomputation: saves most arrays, or offloads some to host memory.
