@@ -23,6 +23,8 @@ from mtv_jax.utils.tree import flatten_with_names
 TINY = "mtv_tiny:tiny"
 SSL = {"dino", "ibot", "mae"}
 TWO = Options(groups=("vl", "depth"))
+# Overrides that leave contrast and depth.
+SMALL = [f"objectives.{name}=None" for name in (*SSL, "grounding")]
 
 
 def keys_of(study, section):
@@ -107,15 +109,19 @@ def test_a_study_survives_its_json(ladder):
 
 
 def test_leave_one_out_repeats_in_the_training_command():
-  study = expand("leave_one_out", TINY, assignments=["optim.lr=0.5"], seeds="2")
+  options = Options(groups=("vl", "ssl", "grounding"))
+  study = expand(
+    "leave_one_out", TINY, assignments=["optim.lr=0.5"], seeds="2",
+    options=options,
+  )  # fmt: skip
   for run in study.runs:
     config = overrides.override(recipes.read_config(TINY), run.overrides)
     settings = resolve(config).to_dict()
     assert settings["optim"]["lr"] == 0.5 and settings == run.settings
   objectives = keys_of(study, "objectives")
   assert study.baseline == "all"
-  assert objectives["without_ssl"] == {"contrastive", "grounding", "depth"}
-  assert objectives["without_vl"] == {"grounding", "depth"} | SSL
+  assert objectives["without_ssl"] == {"contrastive", "grounding"}
+  assert objectives["without_vl"] == {"grounding"} | SSL
   # Phrases of boxes still train the text tower.
   assert "zero_shot" in keys_of(study, "evals")["without_vl"]
 
@@ -229,18 +235,18 @@ def test_durations_in_epochs_are_those_of_all_images(tmp_path):
 
 
 def test_equal_flops_are_those_of_the_whole_config():
-  options = dict(match="flops", seeds="2", options=TWO)
+  options = dict(match="flops", seeds="2", assignments=SMALL)
 
   def cost(settings):
     return float(len(settings["objectives"]))
 
   study = expand("ladder", TINY, cost_fn=cost, **options)
-  assert {run.arm: run.steps for run in study.runs} == {"vl": 180, "depth": 90}
-  assert {run.flops for run in study.runs} == {30 * 32 * 6.0}
+  assert {run.arm: run.steps for run in study.runs} == {"vl": 60, "depth": 30}
+  assert {run.flops for run in study.runs} == {30 * 32 * 2.0}
   # Known costs are not counted again: seeds and lengths share them.
   options |= dict(costs=study.costs, cost_fn=lambda _: pytest.fail("counted"))
   assert expand("ladder", TINY, **options).fingerprint == study.fingerprint
-  assert len(study.costs) == 3
+  assert len(study.costs) == 2  # The last arm is the config.
 
 
 def test_scaling_of_models_and_images(tmp_path):
@@ -251,7 +257,7 @@ def test_scaling_of_models_and_images(tmp_path):
   names = ["mu-100", "mu-1000", "wide-100", "wide-1000"]
   assert [arm.name for arm in arms] == names
   options = Options(models=models[1:], images=(100, 1000))
-  study = expand("scaling", TINY, options=options)
+  study = expand("scaling", TINY, options=options, assignments=SMALL)
   for run, images in zip(study.runs, (100, 1000), strict=True):
     assert run.settings["data"]["train"][0]["limit"] == images
     assert run.settings["model"]["width"] == 96
@@ -270,7 +276,8 @@ def test_balance_of_methods_and_weights():
   assert names == ["fixed", "small", *arms_lib.balance_methods()]
   # Other methods don't inherit the options of the config's method.
   study = expand(
-    "balance", TINY, assignments=["balance=dict(every_steps=7, decay=0.5)"],
+    "balance", TINY,
+    assignments=[*SMALL, "balance=dict(every_steps=7, decay=0.5)"],
     options=Options(methods=("grad_norm_mean", "gradnorm"), weights=weights),
   )  # fmt: skip
   fixed, small, own, other = (run.settings for run in study.runs)

@@ -209,6 +209,7 @@ def test_page_of_scaling(tmp_path, monkeypatch):
   monkeypatch.setattr(
     study_page, "count_parameters", lambda c: counts[c["model"]["variant"]]
   )
+  monkeypatch.setattr(scaling, "_RESAMPLES", 5)
   arms = [
     (f"{model}-{images}", OBJECTIVES[:1], 0.05 * (i + k), {"variant": model})
     for i, model in enumerate(counts)
