@@ -126,14 +126,12 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   from mtv_jax.perf import topologies
   from mtv_jax.perf.preflight import report
 
-  selected = [
-    row for row in report.ROWS if all(w in " ".join(row) for w in words)
-  ]
+  rows = report.read_table(page.read_text(encoding="utf-8"))
+  selected = [row for row in rows if all(w in " ".join(row) for w in words)]
   if not selected:
-    configs = dict.fromkeys(config for config, *_ in report.ROWS)
     raise ConfigError(
       f"--rows {' '.join(words)}: no row of the table has all of these words; "
-      f"rows are of {', '.join(configs)}"
+      f"rows are of {', '.join(dict.fromkeys(config for config, *_ in rows))}"
     )
   for config, topology, *changes in track(selected, "table", unit="configs"):
     result = report.preflight(

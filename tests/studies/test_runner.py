@@ -28,17 +28,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def make_study(count=3, **settings):
   settings = dict(batch_size=4, evals={"retrieval": {}}, seed=0) | settings
-  return Study(
-    kind="ladder",
-    config="nowhere.py",
-    baseline="a0",
-    match="images",
-    budget=1.0,
-    runs=tuple(
-      StudyRun(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
-      for i in range(count)
-    ),
-  )
+  runs = [
+    StudyRun(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
+    for i in range(count)
+  ]
+  return Study("ladder", "nowhere.py", "a0", "images", 1.0, tuple(runs))
 
 
 def write_run(folder, run, top1=0.5):

@@ -51,7 +51,7 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
   """The arrays that a plan's blocks can save, most FLOPs per byte first.
 
   Sizes follow from shapes, without padding, and for whole rows: a `tensor` axis
-  may split arrays further. Of equal ratios, the largest array is first.
+  may split arrays further. Ties put the largest array first.
   """
   spec = plan.step_spec
   parts = num_batch_shards(plan.mesh) * plan.config.accumulate

@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -370,53 +369,26 @@ def _indent(text: str) -> list[str]:
   return [f"  {line}" for line in text.splitlines() if line.strip()]
 
 
-# Less recomputation: saves most arrays, or offloads some to host memory.
-_SAVED = (
-  "model.remat=full|image=qkv,attention_out,mlp_hidden|local=attention_out,"
-  "mlp_hidden|text=qkv,attention_out,mlp_hidden"
-)
-_HOST = (
-  "model.remat=full|image=qkv:host,attention_out:host,mlp_hidden:host|"
-  "local=full"
-)
-# Rows of the table in docs/pods.md: config, topology, changes.
-ROWS = (
-  ("configs/mtv_b16_224.py", "v5e:16x16"),
-  (
-    "configs/mtv_b16_224.py:tokenizer=bytes",
-    "v5e:16x16",
-    "mesh.fsdp=8",
-    _SAVED,
-  ),
-  ("configs/mtv_b16_224.py:tokenizer=bytes", "v6e:16x16", _SAVED),
-  ("configs/mtv_b16_224.py:tokenizer=bytes", "v5p:4x4x8", _SAVED),
-  ("configs/mtv_l16_256.py:tokenizer=bytes", "v5e:16x16", _HOST),
-  ("configs/mtv_l16_256.py:tokenizer=bytes", "v6e:16x16", _HOST),
-  ("configs/mtv_l16_256.py:tokenizer=bytes", "v5p:4x4x8", _SAVED),
-  ("configs/mtv_l16_256.py", "v5e:16x16"),
-  ("configs/mtv_l16_256.py", "v4:4x4x8"),
-  ("configs/mtv_l16_256.py", "v5p:4x4x8"),
-  ("configs/mtv_g14_224.py", "v5e:16x16"),
-  ("configs/dinov2_l16.py", "v5e:4x8"),
-  ("configs/dinov3_l16.py", "v5e:4x8"),
-  ("configs/dinov2_l16.py:long", "v5e:8x16"),
-  ("configs/mae_b16_224.py", "v5e:8x8"),
-  ("configs/siglip_b16_224.py", "v5e:8x8"),
-  ("configs/clip_b16_224.py", "v5e:8x8"),
-  ("configs/siglip2_b16_256.py", "v5e:16x16"),
-  ("configs/tips_b14.py", "v5e:16x16"),
-)
+# The table in docs/pods.md; its first two columns say what to compile.
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
-_BAR = r"\|"  # Escaped bar in a cell.
+
+
+def read_table(page: str) -> list[tuple[str, ...]]:
+  """Config, topology and changes of each row of a page's table."""
+  rows = []
+  for line in _find_table(page)[1].splitlines()[2:]:
+    recipe, topology = _split(line)[1:3]
+    config, *changes = recipe.replace(r"\|", "|").split()
+    rows.append((config, topology.strip(), *changes))
+  return rows
 
 
 def table_row(config: str, report: Report, *changes: str) -> str:
   """Formats a report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
-  file, colon, arguments = config.partition(":")
   cells = [
-    " ".join([f"{pathlib.Path(file).stem}{colon}{arguments}", *changes]),
+    " ".join([config, *changes]),
     topology.name,
     f"{report.plan.config.batch_size:,}",
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
@@ -426,17 +398,27 @@ def table_row(config: str, report: Report, *changes: str) -> str:
     f"{received:.2f} GB",
     importlib.metadata.version("libtpu") if topology.is_tpu else "",
   ]
-  return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
+  escaped = [cell.replace("|", r"\|") for cell in cells]
+  return f"| {' | '.join(escaped)} |"
 
 
 def update_table(page: str, row: str) -> str:
   """Replaces a row of a page's table, or appends it."""
-  match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
-  if match is None:
-    raise ConfigError(f"the page needs a table between {BEGIN} and {END}")
+  match = _find_table(page)
   rows = match[1].splitlines()
-  keys = [tuple(re.split(r"(?<!\\)\|", line)[:3]) for line in (*rows, row)]
+  keys = [_split(line)[:3] for line in (*rows, row)]
   position = keys.index(keys[-1])
   rows[position : position + 1] = [row]
   table = "".join(f"{row}\n" for row in rows)
   return page[: match.start(1)] + table + page[match.end(1) :]
+
+
+def _find_table(page: str) -> re.Match[str]:
+  match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
+  if match is None:
+    raise ConfigError(f"the page needs a table between {BEGIN} and {END}")
+  return match
+
+
+def _split(row: str) -> list[str]:
+  return re.split(r"(?<!\\)\|", row)

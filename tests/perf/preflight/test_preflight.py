@@ -1,6 +1,7 @@
 """tools/preflight.py: reports, proposals and the table of docs/pods.md."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -97,7 +98,7 @@ def test_required_bytes_of_a_refusal():
 def test_update_table_leaves_other_rows():
   old = "| mtv_b16_224 | v5e:16x16 | old |"
   new = "| mtv_l16_256 | v5e:16x16 | new |"
-  begin = f"# Pods\n\n{report.BEGIN}\n| config | machine | batch |\n"
+  begin = f"# Pods\n\n{report.BEGIN}\n| config | machine | batch |\n| --- |\n"
   end = f"\nA note.\n{report.END}\nafter\n"
   page = report.update_table(f"{begin}{old}\n{end}", new)
   assert page == f"{begin}{old}\n{new}\n{end}"
@@ -109,6 +110,9 @@ def test_update_table_leaves_other_rows():
   page = report.update_table(page, bars.format("old"))
   page = report.update_table(page, bars.format("new"))
   assert page == f"{begin}{newer}\n{new}\n{bars.format('new')}\n{end}"
+  *names, last = report.read_table(page)
+  assert names == [(f"mtv_{n}", "v5e:16x16") for n in ("b16_224", "l16_256")]
+  assert last == ("mtv_b16_224", "v5e:16x16", "model.remat=full|image=qkv")
   for invalid in ("nothing", f"{report.BEGIN}\nno table\n{report.END}"):
     with pytest.raises(ValueError, match="fits: begin"):
       report.update_table(invalid, new)
@@ -117,13 +121,10 @@ def test_update_table_leaves_other_rows():
 def run(repo_root, *arguments):
   """Runs the command in a process, since it configures JAX's backends."""
   return subprocess.run(
-    [sys.executable, "tools/preflight.py", *arguments],
-    cwd=repo_root,
+    [sys.executable, "tools/preflight.py", *arguments], cwd=repo_root,
     env={"PYTHONPATH": str(repo_root), "PATH": "/usr/bin:/bin"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
 
 
 def test_gradient_norms_decide_whether_the_config_fits(repo_root):
@@ -159,6 +160,7 @@ def test_gradient_norms_are_compiled_if_the_config_measures_them(repo_root):
 
 
 TINY = ["--config=siglip_b16_224:tiny", "--topology=v5e:2x2"]
+PODS = pathlib.Path(__file__).parents[3] / "docs" / "pods.md"
 LACKS_REMAT = ["--config=continue_from:tiny", "--topology=cpu:1"]
 AUTO = [*LACKS_REMAT, "--config.model.remat=auto"]
 
@@ -176,7 +178,7 @@ AUTO = [*LACKS_REMAT, "--config.model.remat=auto"]
     (["--scaling=loss", "--budget=9"], "--budget is read with one --config"),
     ([*TINY, "--mfu=nan"], "--mfu is nan: expected a share"),
     ([*TINY, "--mfu=40"], "--mfu is 40: expected a share"),
-    (["--table=x", "--rows", "mtv", "v9"], "--rows mtv v9: no row.*mtv_b16"),
+    ([f"--table={PODS}", "--rows", "mtv", "v9"], "no row.*mtv_b16"),
   ],
 )
 def test_user_errors_are_one_message(flags, message):

@@ -19,14 +19,11 @@ MIB = 2**20
 SAVINGS = [
   remat.Saving(view, name, size * MIB, size * ratio)
   for view, name, size, ratio in (
-    ("local", "mlp_hidden", 400, 8.0),
-    ("image", "mlp_hidden", 300, 8.0),
-    ("local", "qkv", 200, 8.0),
-    ("image", "qkv", 150, 8.0),
-    ("image", "attention_out", 50, 8.0),
-    ("image", "attention", 50, 2.0),
+    ("local", "mlp_hidden", 400, 8.0), ("image", "mlp_hidden", 300, 8.0),
+    ("local", "qkv", 200, 8.0), ("image", "qkv", 150, 8.0),
+    ("image", "attention_out", 50, 8.0), ("image", "attention", 50, 2.0),
   )  # fmt: skip
-]
+]  # fmt: skip
 
 
 @pytest.fixture
