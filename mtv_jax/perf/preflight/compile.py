@@ -141,7 +141,7 @@ class CompileResult:
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
   # Batch size of `largest`; below the config's if the step does not fit.
-  largest_at: int = 0
+  largest_batch: int = 0
 
   @property
   def fits(self) -> bool:
@@ -177,7 +177,7 @@ def compile_step(plan: CompilePlan, *, explain: bool = True) -> CompileResult:
       host_bytes=roofline.count_host_bytes(module),
       cycles=hlo.count_cycles(module),
       largest=hlo.largest_temporaries(module, limit=_LARGEST),
-      largest_at=config.batch_size,
+      largest_batch=config.batch_size,
     )
   least = num_batch_shards(plan.mesh) * config.accumulate
   for divisor in (16, 256) if explain else ():
@@ -187,7 +187,7 @@ def compile_step(plan: CompilePlan, *, explain: bool = True) -> CompileResult:
     _, program = _compile(functools.partial(plan.lower, batch), plan)
     if program is not None:
       arrays = hlo.largest_temporaries(program, limit=_LARGEST)
-      return dataclasses.replace(result, largest=arrays, largest_at=batch)
+      return dataclasses.replace(result, largest=arrays, largest_batch=batch)
   return result
 
 

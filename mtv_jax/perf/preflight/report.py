@@ -229,7 +229,7 @@ class Report:
     ]
     if memory is None:
       title = "  the largest arrays of a chip, at a batch of"
-      arrays = arrays and [f"{title} {compiled.largest_at:,}:", *arrays]
+      arrays = arrays and [f"{title} {compiled.largest_batch:,}:", *arrays]
       return ["memory: DOES NOT FIT", *_indent(compiled.refusal), *arrays]
     limit = f" of {format_bytes(memory.limit)}" if memory.limit else ""
     verdict = "fits" if memory.fits else "DOES NOT FIT"

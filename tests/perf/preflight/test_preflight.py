@@ -81,7 +81,7 @@ def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(monkeypatch):
   config.update(batch_size=256, total_examples=40_000_000_000)
   plan = compile_lib.make_plan(config, topologies.parse("gpu:1xL4"))
   result = compile_lib.compile_step(plan)
-  assert not result.fits and result.largest_at == 0
+  assert not result.fits and result.largest_batch == 0
   assert lowered == [[256], [16], [1]]
 
 
