@@ -37,7 +37,7 @@ COMMANDS = {
     "interference meter against the train step",
   ),
   "gradient_norms": (
-    "bench.gradient_norms:run",
+    "bench.step:measure_norms",
     "balance of a run's gradients by objective, from its log",
   ),
   "eval": ("bench.evals:run", "images to features against the forward pass"),

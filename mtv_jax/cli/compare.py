@@ -85,8 +85,8 @@ def run(
       index = names.index(baseline)
       print(tables.format_metrics(outcomes, split=True, baseline=index))
     size = None if args.reference == "none" else args.reference
-    files = evaluations.write_comparison(
-      outcomes, args.output, baseline=baseline, size=size
+    files = evaluations.write_evaluation(
+      args.output, outcomes, baseline=baseline, size=size
     )
     print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(evaluated, chosen):

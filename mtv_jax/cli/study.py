@@ -25,7 +25,8 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
-from mtv_jax.studies import arms, expand, page, runner, table
+from mtv_jax.perf.flops import count_flops
+from mtv_jax.studies import arms, expand, page, runner
 from mtv_jax.utils.errors import UserError
 
 
@@ -94,13 +95,13 @@ def run(
     seeds=args.seeds,
     match=args.match,
     budget=args.budget,
-    cost_fn=table.count_flops,
-    costs=table.known_costs(folder),
+    cost_fn=count_flops,
+    costs=runner.known_costs(folder),
   )
   runner.select_runs(study.runs, args.index)  # Before the study is recorded.
   for note in study.notes:
     log(note)
-  log(table.format_runs(folder, study, measure=args.dry_run))
+  log(runner.format_runs(folder, study, measure=args.dry_run))
   if args.dry_run:
     return 0
   runner.write(folder, study)
