@@ -19,7 +19,7 @@ from hostile.samples import (
 from tokenizers import models, pre_tokenizers, processors
 
 from mtv_jax.data.tokenizers import build_tokenizer
-from mtv_jax.experts.owlv2.clip_tokenizer import ClipTokenizer
+from mtv_jax.experts.owlv2.weights import ClipTokenizer
 
 FILES = Cases(__file__, "tokenizer files", every=4)
 TEXTS = Cases(__file__, "texts for tokenizers", every=6)

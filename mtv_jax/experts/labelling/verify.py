@@ -13,8 +13,7 @@ from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, Label
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.labelling import batching
-from mtv_jax.experts.labelling.run import count_threads
+from mtv_jax.experts.labelling.run import count_threads, label_records
 from mtv_jax.utils.errors import InputError
 
 
@@ -147,7 +146,7 @@ def verify(
   numbers = np.linspace(0, len(base) - 1, min(count, len(base)))
   numbers = np.unique(numbers.round().astype(int)).tolist()
   report = VerificationReport(expert.kind, compared=len(numbers))
-  entries = batching.label(expert, base, numbers, threads=threads)
+  entries = label_records(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key
     # Encodes and decodes, as the set does.

@@ -1,6 +1,5 @@
 """Labelling a data set: order, groups, bad records, several runs, checks."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -31,12 +30,10 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes
 from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
-from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.parallel.mesh import HostRows
@@ -146,28 +143,6 @@ def test_the_manifest_identifies_the_base(finished, base, tmp_path):
   assert other["base_hash"] != manifest["base_hash"]
 
 
-@pytest.mark.parametrize(
-  ("captions", "count", "expected"),
-  [("required", 15, 4), ("ignored", 21, 18), ("optional", 21, 18)],
-)
-def test_labels_join_sources(finished, base, captions, count, expected):
-  source = build_source(
-    dict(
-      type="webdataset",
-      path=f"{base}/*.tar",
-      captions=captions,
-      labels={"depth": str(finished / "depth")},
-    )
-  )
-  assert len(source) == count
-  labelled = 0
-  for number in range(count):
-    # Some lack image bytes, or have a blank caption.
-    with contextlib.suppress(BadRecord):
-      labelled += "depth" in source[number]
-  assert labelled == expected
-
-
 # --- Batches -----------------------------------------------------------------
 
 
@@ -176,7 +151,7 @@ def prepared(group, size=1):
 
 
 def group_batches(groups, rows=3, size=1, **limits):
-  grouper = batching.make_grouper(rows, **limits)
+  grouper = labelling.make_grouper(rows, **limits)
   batches = []
   for position, group in enumerate(groups):
     if group != " ":
@@ -198,7 +173,7 @@ def test_records_of_a_group_share_a_batch():
   assert [0] in batches[:before]
   assert group_batches("a      b", rows=2, max_age=5) == ([[0], [7]], 1)
   batch = [(4, prepared("a")), (6, prepared("b"))]
-  stacked = batching.stack_arrays(batch, 5)["x"]
+  stacked = labelling.stack_arrays(batch, 5)["x"]
   assert stacked.tolist() == [[97], [98], [97], [98], [97]]
 
 
@@ -247,7 +222,9 @@ def test_labels_come_in_order():
   shapes = []
   for threads in (1, 5):
     expert = Slow()
-    entries = list(batching.label(expert, base, range(100), threads=threads))
+    entries = list(
+      labelling.label_records(expert, base, range(100), threads=threads)
+    )
     assert [entry.key for entry in entries] == [f"{i}" for i in range(100)]
     for i, entry in enumerate(entries):
       expected = "record: x" if i % 10 == 3 else f"{i}"

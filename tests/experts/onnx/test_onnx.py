@@ -13,13 +13,8 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.data import canvas
-from mtv_jax.data.labels.label_sets import LabelSet
-from mtv_jax.data.labels.label_values import BoxLabel
-from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.labelling import box_matching
 from mtv_jax.experts.labelling.detections import Detections
-from mtv_jax.experts.onnx import decoders
 from mtv_jax.experts.onnx import detector as onnx_detector
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -84,7 +79,7 @@ def overlap(a, b):
 
 def test_fastestdet_is_decoded_cell_by_cell():
   def decode(threshold):
-    return decoders.FastestDet().decode(
+    return onnx_detector.FastestDet().decode(
       {"758": output}, NAMES, threshold=threshold, image_size=(1, 1)
     )
 
@@ -102,7 +97,7 @@ def test_fastestdet_is_decoded_cell_by_cell():
 
 def test_images_go_in_as_published():
   image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-  got = decoders.FastestDet().prepare(image, 32, 48)
+  got = onnx_detector.FastestDet().prepare(image, 32, 48)
   bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
   want = cv2.resize(bgr, (48, 32), interpolation=cv2.INTER_AREA) / 255
   np.testing.assert_array_equal(got, want.transpose(2, 0, 1).astype("float32"))
@@ -146,7 +141,7 @@ def build(tmp_path, monkeypatch):
 
   def build(session, *, batch_size=4, names=NAMES, **options):
     names_file.write_text("\n".join(names))
-    monkeypatch.setattr(onnx_detector, "_open_session", lambda *_: session)
+    monkeypatch.setattr(onnx_detector, "_open_session", lambda _: session)
     options = dict(mesh=mesh, batch_size=batch_size, threshold=0.4) | options
     return onnx_detector.load_expert(file, names=names_file, **options)
 
@@ -338,9 +333,7 @@ def test_detections_on_photos_are_the_published_ones(detector, shared_data):
 
 
 @pytest.mark.reference
-def test_the_rate_on_coco_is_the_published_codes(
-  detector, shared_data, tmp_path
-):
+def test_the_rate_on_coco_is_the_published_codes(shared_data, tmp_path):
   """The whole chain of tools against the published rules, on real photos."""
   coco, weights = shared_data / "coco", shared_data / "weights_fastestdet"
   parts = ("train2017", "val2017")
@@ -361,33 +354,8 @@ def test_the_rate_on_coco_is_the_published_codes(
   argv += [f"--json={figures}", "--rename", *RENAMED]
   run_command("match_boxes", argv)
   ours = json.loads(figures.read_text())
-  theirs = rate_as_published(detector, shards, truth).to_dict()
-  assert ours["truth"] == theirs["truth"] == 2068
-  assert abs(ours["boxes"] - theirs["boxes"]) <= 2
-  assert ours["matched"] > 400
-  for name in ("recall", "precision"):
-    assert ours[name] >= theirs[name] - 0.002
-
-
-def rate_as_published(detector, shards, truth):
-  """Boxes of the published rules, matched as label sets are."""
-  renamed = box_matching.parse_renamed(RENAMED)
-  names = [renamed.get(name, name) for name in detector._names]
-  base = WebDatasetSource(f"{shards}/*.tar", captions="ignored")
-  annotated = LabelSet(truth, kind="boxes")
-  agreement = box_matching.Agreement(0.5)
-  for at in range(len(base)):
-    stored = annotated.read(0, at)
-    if stored.label is None:
-      continue
-    image = canvas.decode(base[at]["image"])
-    prepared = detector.prepare(image, {})
-    out = detector.run({"image": prepared.arrays["image"][None]})
-    size = image.shape[:2]
-    rows = published(out["758"][0], 0.65, *size)
-    boxes = np.array([row[:4] for row in rows]).reshape(-1, 4) / (size * 2)
-    phrases = tuple(names[row[5]] for row in rows)
-    scores = np.array([row[4] for row in rows], np.float32)
-    label = BoxLabel(boxes.astype(np.float32), phrases, scores)
-    agreement.add(label, stored.label)
-  return agreement
+  # By the published rules (`published`), 408 of 633 boxes match.
+  assert ours["truth"] == 2068
+  assert abs(ours["boxes"] - 633) <= 2
+  assert ours["recall"] >= 408 / 2068 - 0.002
+  assert ours["precision"] >= 408 / 633 - 0.002
