@@ -29,7 +29,7 @@ from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import PreparedInput
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
-from mtv_jax.parallel.mesh import HostRows
+from mtv_jax.parallel.mesh import HostRows, make_mesh
 from mtv_jax.utils import atomic
 
 SHAPES = ((12, 18), (18, 12), (12, 12))
@@ -130,6 +130,26 @@ def make_tars(folder, *, shards=3, records=7, broken=True):
 
 def open_base(folder):
   return registry.open_files([f"{folder}/*.tar"], captions="optional")
+
+
+def label_images(expert, images, records):
+  """The outcome of each image; all are of one group and fit the rows."""
+  prepared = [
+    expert.prepare(image, {"key": "7", **record})
+    for image, record in zip(images, records, strict=True)
+  ]
+  assert len({item.group for item in prepared}) == 1
+  filled = [prepared[i % len(prepared)] for i in range(expert.rows)]
+  arrays = jax.tree.map(lambda *x: np.stack(x), *[x.arrays for x in filled])
+  out = jax.device_get(expert.run(arrays))
+  return [
+    expert.finish({k: v[i, ...] for k, v in out.items()}, item.meta)
+    for i, item in enumerate(prepared)
+  ]
+
+
+def mesh_of(count):
+  return make_mesh({"data": -1}, jax.devices()[:count])
 
 
 def contents(folder):

@@ -13,6 +13,17 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 TOLERANCE = 1e-4
 
 
+def tower(width, depth, heads, mlp_dim, **more):
+  """Section of a transformers config."""
+  return {
+    "hidden_size": width,
+    "num_hidden_layers": depth,
+    "num_attention_heads": heads,
+    "intermediate_size": mlp_dim,
+    **more,
+  }
+
+
 def add_noise(model, *, seed=0, scale=0.1):
   """Adds noise to a torch model, so that no parameter is zero or one."""
   import torch
