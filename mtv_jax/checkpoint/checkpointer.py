@@ -17,16 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mtv_jax.checkpoint import checksums, reading
-from mtv_jax.checkpoint.partial_restore import (
-  CheckpointMismatchError,
-  first_lines,
-)
+from mtv_jax.checkpoint.partial_restore import CheckpointMismatchError
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
 from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.utils.errors import UserError
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -83,10 +81,6 @@ class RetrySchedule:
     fraction = 2.0 ** min(self.failures - 5, 0)  # 1/16, 1/8, ..., 1
     self.due_at = step + max(1, int(self.every_steps * fraction))
 
-  def reset(self) -> None:
-    """Clears the failures after a complete save."""
-    self.failures, self.due_at = 0, None
-
 
 @dataclasses.dataclass
 class PendingSave:
@@ -112,16 +106,10 @@ class Checkpointer:
   stay. On exit, the context manager waits for the pending save, which an
   exiting interpreter would abort.
 
-  Args:
-    folder: the run's `checkpoints` folder, created if missing. Unfinished
-      checkpoints of a killed run are never read, and deleted unless `folder`
-      is a URL.
-    every_steps: `due(step)` is true at its multiples.
-    keep: number of latest checkpoints to keep.
-    keep_every: also keep checkpoints at multiples of this step; None or 0 to
-      disable.
-    retries: number of retries of a failed save.
-    before_save: called before a save starts.
+  Creates `folder` if it is missing. Unfinished checkpoints of a killed run are
+  never read, and deleted unless `folder` is a URL. Keeps the latest `keep`
+  checkpoints and those at multiples of `keep_every`. `before_save` is called
+  before a save starts.
   """
 
   def __init__(
@@ -164,7 +152,7 @@ class Checkpointer:
     return self._manager
 
   def due(self, step: int) -> bool:
-    """Whether to save: a multiple of `every_steps`, step 1, or a retry.
+    """Whether to save: a multiple of `every_steps`, a retry, or step 1.
 
     The save at step 1 detects unusable storage early.
     """
@@ -182,15 +170,11 @@ class Checkpointer:
   def save(
     self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None
   ) -> None:
-    """Starts a save; returns once the arrays may be donated.
+    """Starts a save of a tree of arrays; returns once they may be donated.
 
     Waits for an earlier save, then writes in the background; `poll` and `wait`
-    report failures. Does nothing if the step is already saved.
-
-    Args:
-      step: number of completed updates.
-      state: a tree of arrays.
-      timing: JSON-serializable; restored with the state.
+    report failures. Does nothing if the step is already saved. `timing` is
+    JSON-serializable and restored with the state.
     """
     if error := self._finish():
       log.warning("%s", error)
@@ -222,12 +206,10 @@ class Checkpointer:
   def poll(self, step: int) -> None:
     """Checks whether the pending save has ended; call it every step.
 
-    Raises:
-      CheckpointSaveError: the save failed and is not retried.
+    Raises CheckpointSaveError if the save failed and is not retried.
     """
-    if self._pending is None:
-      return
-    if jax.process_count() > 1 and step % _POLL_STEPS:
+    skips = jax.process_count() > 1 and step % _POLL_STEPS
+    if self._pending is None or skips:
       return
     retry = self._retry
     # Once no retry is left, waits for the outcome of this save.
@@ -243,11 +225,7 @@ class Checkpointer:
       )
 
   def wait(self) -> None:
-    """Waits for the pending save.
-
-    Raises:
-      CheckpointSaveError: the save failed.
-    """
+    """Waits for the pending save; raises CheckpointSaveError if it failed."""
     if error := self._finish():
       raise error
 
@@ -274,7 +252,7 @@ class Checkpointer:
         log.warning("Saved step %d in %s, but %s.", step, self.folder, cause)
     if saved:
       self._has_saved = True
-      self._retry.reset()
+      self._retry.failures, self._retry.due_at = 0, None
       return None
     self._retry.failures += 1
     last = f"the last one is of step {max(steps)}" if steps else "there is none"
@@ -297,9 +275,8 @@ class Checkpointer:
 
   def _cached_steps(self) -> list[int]:
     """Steps of the complete checkpoints known to the manager."""
-    if self._manager is None:
-      return self._list_steps()
-    return sorted(self._manager.all_steps())
+    manager = self._manager
+    return sorted(manager.all_steps()) if manager else self._list_steps()
 
   def _list_steps(self) -> list[int]:
     try:
@@ -324,12 +301,9 @@ class Checkpointer:
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
         arrays). Leaves without a sharding go to the first local device.
-      step: the latest by default.
+      step: the latest by default; None is returned if the run has none.
       latest_good: if a checkpoint is damaged, rename it to `STEP.damaged` and
         restore the one before it.
-
-    Returns:
-      None if `step` is None and the run lacks checkpoints.
 
     Raises:
       MissingFileError: the step does not exist.
@@ -347,13 +321,12 @@ class Checkpointer:
     for candidate in candidates:
       try:
         restored = self._restore(abstract_state, candidate, steps)
+        break
       except DamagedCheckpointError as error:
         if not latest_good or candidate == candidates[-1]:
           raise
         log.warning("%s", error)
         damaged.append(candidate)
-      else:
-        break
     # Only now, so that a run without a good checkpoint keeps all of them.
     for bad in damaged:
       self._set_aside(bad)
@@ -391,11 +364,8 @@ class Checkpointer:
   def _set_aside(self, step: int) -> None:
     """Renames a damaged checkpoint so that its step can be saved again."""
     path, error = self.folder / str(step), None
-    name = next(
-      name
-      for name in (f"{step}.damaged{i or ''}" for i in itertools.count())
-      if not (self.folder / name).exists()
-    )
+    names = (f"{step}.damaged{i or ''}" for i in itertools.count())
+    name = next(name for name in names if not (self.folder / name).exists())
     if jax.process_index() == 0:
       try:
         path.rename(self.folder / name)

@@ -27,7 +27,6 @@ import tensorstore as ts
 from etils import epath
 
 from mtv_jax.checkpoint import checksums
-from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
@@ -35,6 +34,7 @@ from mtv_jax.utils.errors import (
   StorageError,
   UserError,
 )
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def load_tree(
     folder = folder / "checkpoints"
   if not folder.exists():
     raise MissingFileError(f"{folder} does not exist.")
-  steps = list_steps(folder)
-  if not steps:
+  if not (steps := list_steps(folder)):
     raise MissingFileError(f"no complete checkpoint in {folder}.")
   step = max(steps) if step is None else step
   require_step(folder, step, steps)
@@ -157,16 +156,15 @@ def read_arrays(
   The bare handler runs without barriers, so a single process may call it.
   """
   silence_orbax_tracebacks()
-  restored = ocp.PyTreeCheckpointHandler().restore(
-    item,
-    args=ocp.args.PyTreeRestore(
-      unflatten_names(
-        {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in wanted.items()}
-      ),
-      restore_args=unflatten_names(restore_args),
-      partial_restore=True,
-    ),
+  shapes = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()
+  }
+  args = ocp.args.PyTreeRestore(
+    unflatten_names(shapes),
+    restore_args=unflatten_names(restore_args),
+    partial_restore=True,
   )
+  restored = ocp.PyTreeCheckpointHandler().restore(item, args=args)
   arrays = dict(flatten_with_names(restored))
   return {name: arrays[name] for name in wanted}
 
@@ -204,21 +202,13 @@ def restore_json_item(item: epath.Path) -> Any:
   return ocp.JsonCheckpointHandler().restore(item, args=ocp.args.JsonRestore())
 
 
-# ---------------------------------------------------------------------------
-# Checksums.
-
-
 def make_json_items(
   arrays: checksums.Flat, timing: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
   """The items `timing` and `checksums`; every process must call it."""
   timing = {**timing, _HAS_CHECKSUMS: _VERSION}
-  stored = {
-    "version": _VERSION,
-    "arrays": checksums.describe_arrays(arrays),
-    "timing": _hash(timing),
-  }
-  return {"timing": timing, "checksums": stored}
+  sums = {"arrays": checksums.describe_arrays(arrays), "timing": _hash(timing)}
+  return {"timing": timing, "checksums": {"version": _VERSION, **sums}}
 
 
 def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
@@ -273,10 +263,6 @@ def _require_equal(
     )
 
 
-# ---------------------------------------------------------------------------
-# Errors.
-
-
 def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
   """Raises MissingFileError unless the step is in `steps`."""
   if step not in steps:
@@ -293,10 +279,7 @@ def report_damage(
   """Turns the exceptions that damaged files cause into DamagedCheckpointError.
 
   Few libraries expect a changed bit, so almost any exception counts. Lack of
-  permission or memory does not.
-
-  Raises:
-    StorageError: the storage does not answer.
+  permission or memory does not. StorageError: the storage does not answer.
   """
   try:
     yield
@@ -308,18 +291,16 @@ def report_damage(
         f"{folder}/{step} can't be read ({type(error).__name__}:"
         f" {str(error)[:300]}). Try again when its storage answers."
       ) from error
-    earlier = [s for s in steps if s < step]
     instead = "There is no earlier one."
-    if earlier:
+    if earlier := [s for s in steps if s < step]:
       instead = (
-        f"Training with --restore=latest_good can resume from step "
+        "Training with --restore=latest_good can resume from step "
         f"{max(earlier)}, the checkpoint before it."
       )
     cause = str(error)[:300]
     if not isinstance(error, _ChecksumError):
-      cause = (
-        f"its files are missing or corrupt ({type(error).__name__}: {cause})"
-      )
+      kind = type(error).__name__
+      cause = f"its files are missing or corrupt ({kind}: {cause})"
     raise DamagedCheckpointError(
       f"{folder}/{step} is damaged: {cause}.\n{instead}"
     ) from error

@@ -125,20 +125,18 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   from mtv_jax.perf import topologies
   from mtv_jax.perf.preflight import report
 
-  selected = [
-    row for row in report.ROWS if all(w in " ".join(row) for w in words)
-  ]
+  selected = report.ROWS
+  for word in words:
+    selected = [row for row in selected if word in " ".join(row)]
   if not selected:
-    configs = dict.fromkeys(config for config, *_ in report.ROWS)
+    configs = ", ".join(dict.fromkeys(config for config, *_ in report.ROWS))
     raise ConfigError(
       f"--rows {' '.join(words)}: no row of the table has all of these words; "
-      f"rows are of {', '.join(configs)}"
+      f"rows are of {configs}"
     )
   for config, topology, *changes in track(selected, "table", unit="configs"):
-    result = report.preflight(
-      overrides.override(recipes.read_config(config), changes),
-      topologies.parse(topology),
-    )
+    changed = overrides.override(recipes.read_config(config), changes)
+    result = report.preflight(changed, topologies.parse(topology))
     row = report.table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)

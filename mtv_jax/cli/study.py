@@ -64,11 +64,7 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(
-  kind: Literal[tuple(arms.KINDS)],
-  /,
-  args: Flags,
-) -> int:
+def run(kind: Literal[tuple(arms.KINDS)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:

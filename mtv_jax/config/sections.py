@@ -43,10 +43,8 @@ def sparse(default: Any) -> Any:
 
 def derived() -> Any:
   """A field that is not a key; set after reading."""
-  metadata = {_DERIVED: True}
-  return dataclasses.field(
-    default=None, compare=False, repr=False, metadata=metadata
-  )
+  options = dict(compare=False, repr=False, metadata={_DERIVED: True})
+  return dataclasses.field(default=None, **options)
 
 
 def list_keys(cls: type) -> list[str]:
@@ -81,17 +79,17 @@ def read(cls: type[T], entry: Any, where: str) -> T:
     elif given:
       values[field.name] = _read_value(path, given[field.name], hint)
     elif not _has_default(field):
-      values[field.name] = _read_absent(path, hint)
+      if not (_section_of(hint) or _entry_class(hint)):
+        raise ConfigError(f"{path} is missing; it has no default.")
+      values[field.name] = _read_value(path, {}, hint)
     elif isinstance(field.default, Duration):
-      default = dataclasses.replace(field.default, name=path)
-      values[field.name] = default
+      values[field.name] = dataclasses.replace(field.default, name=path)
   if further:
     values[further] = unread
   elif unread:
     key = next(iter(unread))
-    raise ConfigError(
-      f"{where}.{key} is an unknown key. {did_you_mean(key, list_keys(cls))}"
-    )
+    hint = did_you_mean(key, list_keys(cls))
+    raise ConfigError(f"{where}.{key} is an unknown key. {hint}")
   try:
     return cls(**values)
   except ConfigError as error:
@@ -101,10 +99,7 @@ def read(cls: type[T], entry: Any, where: str) -> T:
 
 
 def to_dict(value: Any) -> Any:
-  """The inverse of `read`: converts to dictionaries and lists, as in JSON.
-
-  Recursive; also converts a `ConfigDict`.
-  """
+  """The inverse of `read`: dictionaries and lists; also of a `ConfigDict`."""
   if isinstance(value, ConfigDict):
     value = value.to_dict()
   if isinstance(value, Mapping):
@@ -160,15 +155,6 @@ def _section_of(hint: Any) -> type | None:
   return next(filter(dataclasses.is_dataclass, _members(hint)), None)
 
 
-def _read_absent(path: str, hint: Any) -> Any:
-  """Value of an absent key: a section with its defaults, or empty entries."""
-  if section := _section_of(hint):
-    return read(section, {}, path)
-  if _entry_class(hint):
-    return {}
-  raise ConfigError(f"{path} is missing; it has no default.")
-
-
 def _entry_class(hint: Any) -> type | None:
   """The class of named entries, if the annotation has them."""
   arguments = typing.get_args(hint)
@@ -212,16 +198,11 @@ def _read_duration(
   """Reads the duration from one of its keys."""
   if len(given) != 1:
     got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
-    raise ConfigError(
-      f"{path}: give exactly one of {', '.join(keys)}; got {got}."
-    )
+    keys = ", ".join(keys)
+    raise ConfigError(f"{path}: give exactly one of {keys}; got {got}.")
   ((key, value),) = given.items()
-  bounds = [
-    note
-    for member in _members(hint)
-    for note in typing.get_args(member)
-    if isinstance(note, Range)
-  ]
+  notes = (note for m in _members(hint) for note in typing.get_args(m))
+  bounds = [note for note in notes if isinstance(note, Range)]
   where, unit = f"{path.rpartition('.')[0]}.{key}", key.rpartition("_")[2]
   number = Annotated[float, *(bounds or [Range(min=0)])]
   options.check_value(value, number, where)

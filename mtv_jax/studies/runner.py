@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.config import aliases, options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
@@ -31,6 +30,7 @@ from mtv_jax.train.runtime.launch import launch
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.text import first_lines
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
 _POLL_SECONDS = 1.0

@@ -56,10 +56,6 @@ def refuse_remote(path: AnyPath, what: str, instead: str) -> None:
     raise InputError(f"{what} {os.fspath(path)} is in a bucket. {instead}")
 
 
-# ---------------------------------------------------------------------------
-# Files in buckets.
-
-
 class Stat(NamedTuple):
   """Size and modification time, named as in `os.stat_result`."""
 
@@ -160,16 +156,13 @@ def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
   With `tolerant`, an unreadable file also gives None.
   """
   try:
-    data = read_bytes(path)
-  except OSError as error:
-    missing = FileNotFoundError | IsADirectoryError | NotADirectoryError
-    if tolerant or isinstance(error, missing):
+    return json.loads(read_bytes(path))
+  except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    return None
+  except OSError:
+    if tolerant:
       return None
     raise
-  try:
-    return json.loads(data)
-  except ValueError:
-    return None
 
 
 def check_regular_file(file: PurePath) -> None:
@@ -178,9 +171,8 @@ def check_regular_file(file: PurePath) -> None:
     return
   mode = os.stat(file).st_mode
   if not stat_lib.S_ISREG(mode):
-    kinds = {stat_lib.S_IFIFO: "a pipe", stat_lib.S_IFSOCK: "a socket"}
-    kinds[stat_lib.S_IFDIR] = "a folder"
-    kind = kinds.get(stat_lib.S_IFMT(mode), "a device")
+    kinds = {"d": "a folder", "p": "a pipe", "s": "a socket"}
+    kind = kinds.get(stat_lib.filemode(mode)[0], "a device")
     raise InputError(f"{file} is {kind}, expected a regular file.")
 
 
@@ -243,13 +235,13 @@ def upload_folder(
   Names in `last` are removed first and written last, in this order: they mark
   the folder as complete.
   """
-  names = [f.relative_to(folder) for f in folder.rglob("*") if f.is_file()]
-  order = sorted(names, key=lambda n: (str(n) in last, str(n)))
-  order = [n for n in order if str(n) not in last]
+  files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+  names = [file.relative_to(folder).as_posix() for file in files]
   for name in last:
     remove(path / name)
-  for name in (*order, *(PurePath(n) for n in last if PurePath(n) in names)):
-    upload(folder / name, path / name)
+  for name in (*(n for n in names if n not in last), *last):
+    if name in names:
+      upload(folder / name, path / name)
 
 
 def cache_folder() -> Path:
@@ -264,8 +256,7 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   """Returns a local copy of a bucket file or folder; local paths as they are.
 
   Copies go to `cache_folder()` by default, and are renewed when the object
-  changes. Only one process copies. Raises MissingFileError, StorageError, or
-  InputError if an object's name would escape the folder.
+  changes. Only one process copies.
   """
   if not is_remote(path):
     return Path(path)
@@ -302,11 +293,9 @@ def download_folder(
   Skips top-level names that match a pattern in `ignore`.
   """
   url = os.fspath(path).rstrip("/")
-  names = [
-    name
-    for name in buckets.list_tree(url)
-    if not any(fnmatch.fnmatch(name.split("/")[0], p) for p in ignore)
-  ]
+  names = [*buckets.list_tree(url)]
+  for pattern in ignore:
+    names = [n for n in names if not fnmatch.fnmatch(n.split("/")[0], pattern)]
   _download(url, names, folder)
 
 
@@ -325,14 +314,12 @@ def _download(url: str, names: Iterable[str], target: Path) -> None:
 def _resolve_object(folder: Path, name: str, url: str) -> Path:
   """Local path of an object; InputError if it would be outside `folder`.
 
-  Object names are arbitrary text, including `..`, chosen by anyone who can
-  write to the bucket.
+  Anyone who can write to the bucket chooses its name, which may contain `..`.
   """
   path = PurePath(name)
   if path.is_absolute() or ".." in path.parts or "\0" in name:
     raise InputError(
-      f"{url} has an object named {printable(repr(name))}, which can't be"
-      " copied to a folder: expected a relative path without '..'. Rename or"
-      " remove it."
+      f"{url} has an object named {printable(repr(name))}; expected a relative"
+      " path without '..'. Rename or remove it."
     )
   return folder / path

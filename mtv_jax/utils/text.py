@@ -28,6 +28,13 @@ def list_first(names: Sequence[str], limit: int) -> str:
   return ", ".join([*names[:limit], *["..."] * (len(names) > limit)])
 
 
+def first_lines(lines: Sequence[str], limit: int) -> str:
+  """The first `limit` lines, indented, and the number of further lines."""
+  more = f"... and {len(lines) - limit} more"
+  shown = [*lines[:limit], *[more] * (len(lines) > limit)]
+  return "\n".join(f"  {line}" for line in shown)
+
+
 def format_setting(value: Any, limit: int) -> str:
   """A string, or a value as JSON, truncated to `limit` characters."""
   text = value if isinstance(value, str) else json.dumps(value, default=str)

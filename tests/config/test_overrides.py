@@ -250,4 +250,4 @@ def test_bench_prints_one_message(arguments, message):
 def test_the_bench_takes_no_zeros(capsys):
   with pytest.raises(SystemExit):
     run_command("bench", ["data", "--batch_size=0"])
-  assert "--batch_size: 0: expected at least 1" in capsys.readouterr().err
+  assert "--batch_size: '0': expected an integer" in capsys.readouterr().err

@@ -23,9 +23,9 @@ from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
 from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
 
