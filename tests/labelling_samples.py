@@ -140,11 +140,7 @@ def contents(folder):
 def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
   """Starts this file; it writes "ready" before it labels."""
   root = pathlib.Path(__file__).resolve().parents[1]
-  env = {
-    **os.environ,
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONPATH": str(root),
-  }
+  env = dict(os.environ, XLA_FLAGS=xla_flags(devices), PYTHONPATH=str(root))
   return subprocess.Popen(
     [sys.executable, __file__, kind, base, out, str(delay), *join],
     env=env,

@@ -60,12 +60,8 @@ def spawn(
 ) -> subprocess.Popen:
   """Starts Python with arguments; `finish` shows its output."""
   env = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONWARNINGS": "default",
-  }
+    **cpu_env(devices), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "default"
+  }  # fmt: skip
   workdir.parent.mkdir(parents=True, exist_ok=True)
   # The child process has its own handle.
   with open(f"{workdir}.log", "a") as log:
@@ -97,35 +93,43 @@ def free_address() -> str:
     return f"localhost:{s.getsockname()[1]}"
 
 
+def cpu_env(devices: int) -> dict[str, str]:
+  """This environment, with so many CPU devices."""
+  flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+  return {**os.environ, **flags}
+
+
+@contextlib.contextmanager
+def killing(running: list[subprocess.Popen]) -> Iterator[None]:
+  """Kills the processes at the end."""
+  try:
+    yield
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
 def run_pair(code: str, *args: str, devices: int) -> None:
   """Runs Python code in two processes that `jax.distributed` joins.
 
   `process` is 0 or 1 there, and `args` follow in `sys.argv[1:]`.
   """
   address = free_address()
-  env = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-  }
+  paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  env = {**cpu_env(devices), "PYTHONPATH": paths}
   join = (
     "import jax; process = {}\n"
     "jax.config.update('jax_cpu_collectives_implementation', 'gloo')\n"
     "jax.distributed.initialize({!r}, 2, process)\n"
   )
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-c", join.format(i, address) + code, *args], env=env
-    )
+  commands = [
+    [sys.executable, "-c", join.format(i, address) + code, *args]
     for i in range(2)
   ]
-  try:
+  running = [subprocess.Popen(command, env=env) for command in commands]
+  with killing(running):
     assert [process.wait(timeout=600) for process in running] == [0, 0]
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
 
 
 @contextlib.contextmanager
@@ -141,24 +145,13 @@ def together(
   Arguments and options are passed to `start`.
   """
   address = free_address()
-  joins = [
-    (
-      f"--coordinator={address}",
-      f"--processes={count}",
-      f"--process={i}",
-    )
-    for i in range(count)
-  ]
-  running = [
-    start(workdir, *(join if count > 1 else ()), *args, **options)
-    for join in joins
-  ]
-  try:
+  running = []
+  with killing(running):
+    for i in range(count):
+      join = f"--coordinator={address} --processes={count} --process={i}"
+      join = join.split() if count > 1 else ()
+      running.append(start(workdir, *join, *args, **options))
     yield running
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
 
 
 def pair(
@@ -174,8 +167,7 @@ def rows(workdir: pathlib.Path) -> list[dict]:
   """The lines of metrics.jsonl."""
   path = workdir / "metrics.jsonl"
   text = path.read_text() if path.exists() else ""
-  lines = text.split("\n")[:-1]
-  return [json.loads(line) for line in lines]
+  return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def log(workdir: pathlib.Path) -> str:
