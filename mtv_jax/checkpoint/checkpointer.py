@@ -82,14 +82,6 @@ class RetrySchedule:
     self.due_at = step + max(1, int(self.every_steps * fraction))
 
 
-@dataclasses.dataclass
-class PendingSave:
-  """A started save with an unknown outcome."""
-
-  step: int
-  error: Exception | None = None  # Raised by its start.
-
-
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
@@ -127,7 +119,9 @@ class Checkpointer:
     self._keep, self._keep_every = keep, keep_every
     self._before_save = before_save
     self._retry = RetrySchedule(every_steps, retries)
-    self._pending: PendingSave | None = None
+    # Step of a started save with an unknown outcome, and its start's error.
+    self._pending: int | None = None
+    self._start_error: Exception | None = None
     # None after a failed save if the storage can't be reopened.
     self._manager: ocp.CheckpointManager | None = self._open()
     # Whether the storage is known to hold checkpoints.
@@ -190,17 +184,17 @@ class Checkpointer:
       state=ocp.args.PyTreeSave(unflatten_names(flat)),
       **{name: ocp.args.JsonSave(item) for name, item in items.items()},
     )
-    self._pending = PendingSave(step)
+    self._pending, self._start_error = step, None
     try:
       # The caller decides when to save.
       self._open_manager().save(step, args=args, force=True)
     except Exception as error:
-      self._pending.error = error
+      self._start_error = error
 
   @property
   def saving(self) -> bool:
     """Whether a save is in progress."""
-    started = self._pending is not None and self._pending.error is None
+    started = self._pending is not None and self._start_error is None
     return started and self._manager.is_saving_in_progress()
 
   def poll(self, step: int) -> None:
@@ -233,8 +227,7 @@ class Checkpointer:
     """Waits for the pending save; returns its error, if any."""
     if self._pending is None:
       return None
-    step, error = self._pending.step, self._pending.error
-    self._pending = None
+    step, error, self._pending = self._pending, self._start_error, None
     try:
       if self._manager is not None:
         self._manager.wait_until_finished()

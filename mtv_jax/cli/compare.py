@@ -80,10 +80,8 @@ def run(encoders: Sequence[str], /, args: Flags) -> None:
     if any(outcome.results for outcome in outcomes):
       index = names.index(baseline)
       print(tables.format_metrics(outcomes, split=True, baseline=index))
-    size = None if args.reference == "none" else args.reference
-    files = evaluations.write_comparison(
-      outcomes, args.output, baseline=baseline, size=size
-    )
+    options = dict(baseline=baseline, size=args.reference)
+    files = evaluations.write_comparison(outcomes, args.output, **options)
     print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(evaluated, chosen):
     raise SystemExit("compare: " + "\n".join(failed))

@@ -135,10 +135,8 @@ def run(args: Flags) -> None:
     if args.json:
       results.write(args.json, outcomes)
     if args.output:
-      size = None if args.reference == "none" else args.reference
-      files = evaluations.write_evaluation(
-        args.output, outcomes, compared=compared, size=size
-      )
+      options = dict(compared=compared, size=args.reference)
+      files = evaluations.write_evaluation(args.output, outcomes, **options)
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))

@@ -67,20 +67,18 @@ class Owner(NamedTuple):
     return False
 
 
+@functools.cache
 def current_process() -> Owner:
   """Returns the owner for this process."""
-  # Cached by process id: a fork is a new owner.
-  return _current_owner(os.getpid())
-
-
-@functools.cache
-def _current_owner(pid: int) -> Owner:
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):  # Not Linux.
     boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
     parts += [boot_id.read_text(), os.readlink("/proc/self/ns/pid")]
   machine = hashlib.blake2b("\n".join(parts).encode(), digest_size=4)
-  return Owner(machine.hexdigest(), pid, secrets.token_hex(4))
+  return Owner(machine.hexdigest(), os.getpid(), secrets.token_hex(4))
+
+
+os.register_at_fork(after_in_child=current_process.cache_clear)
 
 
 def temporary_path(file: pathlib.Path) -> pathlib.Path:

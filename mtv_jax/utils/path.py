@@ -45,9 +45,11 @@ def as_path(path: AnyPath) -> PurePath:
 
 def is_same(path: AnyPath, other: AnyPath) -> bool:
   """Whether two paths refer to one file or folder."""
-  if is_remote(path) or is_remote(other):
-    return os.fspath(path).rstrip("/") == os.fspath(other).rstrip("/")
-  return os.path.realpath(path) == os.path.realpath(other)
+
+  def normalize(path: AnyPath) -> str:
+    return str(path).rstrip("/") if is_remote(path) else os.path.realpath(path)
+
+  return normalize(path) == normalize(other)
 
 
 def refuse_remote(path: AnyPath, what: str, instead: str) -> None:
@@ -246,10 +248,9 @@ def upload_folder(
 
 def cache_folder() -> Path:
   """This machine's folder for copies of bucket files."""
-  if given := os.environ.get(CACHE_VARIABLE):
-    return Path(given).expanduser()
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return Path(base) / "mtv_jax"
+  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  folder = os.environ.get(CACHE_VARIABLE) or f"{base}/mtv_jax"
+  return Path(folder).expanduser()
 
 
 def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
@@ -261,8 +262,7 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   if not is_remote(path):
     return Path(path)
   url = os.fspath(path).rstrip("/")
-  files = buckets.list_tree(url)
-  if not files:
+  if not (files := buckets.list_tree(url)):
     raise MissingFileError(f"There is nothing at {url}.")
   lines = [
     f"{n}\0{i['size']}\0{buckets.object_version(i)}"
@@ -277,9 +277,8 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   base.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(f"{folder}.lock"):
     if not target.exists():
-      size = sum(info["size"] for info in files.values())
-      level = logging.INFO if size > _LARGE else logging.DEBUG
-      log.log(level, "Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
+      if (size := sum(info["size"] for info in files.values())) > _LARGE:
+        log.info("Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
       with atomic.replace_folder(folder) as temporary:
         _download(url, files, temporary / target.name)
   return target

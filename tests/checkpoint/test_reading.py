@@ -19,7 +19,7 @@ from checkpoint_samples import (
 
 from mtv_jax.checkpoint import reading
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, load_tree
-from mtv_jax.utils.errors import StorageError
+from mtv_jax.utils.errors import StorageError, UserError
 
 # --- reading a part ----------------------------------------------------------
 
@@ -35,15 +35,14 @@ def test_load_tree(run):
 
 
 def test_load_tree_errors(run, tmp_path):
-  folder, _ = run
-  with pytest.raises(ValueError, match="no 'ema'. Its parts are: opt_state, p"):
-    load_tree(folder, part="ema")
-  with pytest.raises(FileNotFoundError, match="step 3 in .*steps are: 7"):
-    load_tree(folder, step=3)
-  with pytest.raises(FileNotFoundError, match="does not exist"):
-    load_tree(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-    load_tree(tmp_path)
+  for folder, options, message in (
+    (run[0], dict(part="ema"), "no 'ema'. Its parts are: opt_state, p"),
+    (run[0], dict(step=3), "step 3 in .*steps are: 7"),
+    (tmp_path / "nowhere", {}, "does not exist"),
+    (tmp_path, {}, "no complete checkpoint"),
+  ):
+    with pytest.raises(UserError, match=message):
+      load_tree(folder, **options)
 
 
 # --- damage ------------------------------------------------------------------
@@ -63,15 +62,21 @@ def test_lost_files_are_named_with_the_step_before(run, damaged, lost):
     path = damaged / "7" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   why = "its checksums are missing" if lost == ("checksums",) else ""
-  match = rf"(?s)checkpoints/7 is damaged: {why}.*resume from step 3"
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(DamagedCheckpointError, match=match),
-  ):
-    ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)))
-  with pytest.raises(DamagedCheckpointError, match=match):
-    load_tree(damaged)
+  check_damage(damaged, run[1], f"7 is damaged: {why}.*resume from step 3")
   assert load_tree(damaged, step=3)
+
+
+def restore(folder, state, **options):
+  """Restores on two devices."""
+  with open_checkpointer(folder) as ckpt:
+    return ckpt.restore(abstract(state, make_mesh(1, 2, 1)), **options)
+
+
+def check_damage(folder, state, match):
+  with pytest.raises(DamagedCheckpointError, match=f"(?s){match}"):
+    restore(folder, state)
+  with pytest.raises(DamagedCheckpointError, match=f"(?s){match}"):
+    load_tree(folder)
 
 
 def change_checksum(folder, name="params/image/kernel", step=7):
@@ -85,15 +90,8 @@ def change_checksum(folder, name="params/image/kernel", step=7):
 
 def test_a_changed_array_is_named(run, damaged):
   change_checksum(damaged)
-  wanted = abstract(run[1], make_mesh(1, 2, 1))
-  match = "(?s)7 is damaged: the checksums of 1 of .* differ.*image/kernel"
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(DamagedCheckpointError, match=match),
-  ):
-    ckpt.restore(wanted)
-  with pytest.raises(DamagedCheckpointError, match=match):
-    load_tree(damaged)
+  match = "7 is damaged: the checksums of 1 of .* differ.*image/kernel"
+  check_damage(damaged, run[1], match)
   # Only the parts that are read are checked.
   assert load_tree(damaged, part="params/heads")
 
@@ -123,11 +121,8 @@ def test_latest_good_takes_the_checkpoint_before_and_frees_the_step(
 def test_without_any_good_checkpoint_nothing_is_renamed(run, damaged):
   for step in (3, 7):
     change_checksum(damaged, step=step)
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(DamagedCheckpointError, match="(?s)3 is.*no earlier one"),
-  ):
-    ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)), latest_good=True)
+  with pytest.raises(DamagedCheckpointError, match="(?s)3 is.*no earlier one"):
+    restore(damaged, run[1], latest_good=True)
   assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
 
 
@@ -146,11 +141,8 @@ def test_a_storage_that_does_not_answer_is_not_damage(
     raise error
 
   monkeypatch.setattr(reading, "read_arrays", fail)
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(StorageError, match="7 can't be read"),
-  ):
-    ckpt.restore(abstract(run[1], make_mesh(1, 2, 1)), latest_good=True)
+  with pytest.raises(StorageError, match="7 can't be read"):
+    restore(damaged, run[1], latest_good=True)
   assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
 
 
@@ -159,8 +151,7 @@ def test_an_old_checkpoint_is_read_with_a_note(run, damaged, caplog):
   shutil.rmtree(damaged / "7" / "checksums")
   path = damaged / "7" / "timing" / "metadata"
   path.write_text(json.dumps({"train": 1.5, "wait": 0.25}))
-  with open_checkpointer(damaged) as ckpt:
-    restored = ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)))
+  restored = restore(damaged, run[1])
   assert_same(restored.state, run[1])
   assert restored.timing == {"train": 1.5, "wait": 0.25}
   notes = [r.getMessage() for r in caplog.records if "mtv_jax" in r.name]
@@ -190,13 +181,11 @@ def flip_bits(folder, seed, count):
 def test_a_flipped_bit_never_changes_a_value_unseen(run, damaged, seed, count):
   """Saved on eight devices, read on two."""
   state = run[1]
-  wanted = abstract(state, make_mesh(1, 2, 1))
   params = jax.tree.map(np.asarray, state.params)
   raised = 0
 
-  def restore():
-    with open_checkpointer(damaged) as ckpt:
-      restored = ckpt.restore(wanted)
+  def check():
+    restored = restore(damaged, state)
     assert restored.step == 7
     assert_same(restored.state, state)
     assert restored.timing == {"train": 1.5, "wait": 0.25}
@@ -205,7 +194,7 @@ def test_a_flipped_bit_never_changes_a_value_unseen(run, damaged, seed, count):
     assert_same(load_tree(damaged), params)
 
   for place in flip_bits(damaged / "7", seed, count):
-    for read in (restore, load):
+    for read in (check, load):
       try:
         read()
       except DamagedCheckpointError as error:
