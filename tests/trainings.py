@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from emulators import free_port
 from xla_options import xla_flags
 
 from mtv_jax.checkpoint.reading import load_tree
@@ -88,9 +88,7 @@ def train(workdir: pathlib.Path, *args: str, **options) -> None:
 
 def free_address() -> str:
   """An address for `jax.distributed`."""
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    return f"localhost:{s.getsockname()[1]}"
+  return f"localhost:{free_port()}"
 
 
 def cpu_env(devices: int) -> dict[str, str]:

@@ -23,7 +23,7 @@ from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import any_process
-from mtv_jax.utils.errors import UserError
+from mtv_jax.utils.errors import UserError, printable
 from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # Multi-process runs poll a save at multiples of this step: agreeing on its
 # outcome blocks on the devices.
 _POLL_STEPS = 10
+# End of a TensorStore message.
+_DETAILS = re.compile(r" \[(?:source locations|tensorstore_spec)=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,8 @@ class Checkpointer:
       error = error or failure
     cause = "another process failed"
     if error is not None:
-      cause = f"{type(error).__name__}: {_shorten(str(error))}"
+      text = printable(_DETAILS.split(str(error))[0])
+      cause = f"{type(error).__name__}: {text}"
     saved = not any_process(error is not None)
     if not saved:
       # Reopening also removes the partial files: the disk may be full.
@@ -349,10 +352,8 @@ class Checkpointer:
       )
     with reading.report_damage(self.folder, step, steps):
       reading.verify_arrays(arrays, stored)
-    state = jax.tree.unflatten(
-      jax.tree.structure(abstract_state), arrays.values()
-    )
-    return Restored(state, timing, step)
+    structure = jax.tree.structure(abstract_state)
+    return Restored(structure.unflatten(arrays.values()), timing, step)
 
   def _set_aside(self, step: int) -> None:
     """Renames a damaged checkpoint so that its step can be saved again."""
@@ -366,9 +367,8 @@ class Checkpointer:
         error = failure
     if any_process(error is not None):
       cause = error or "process 0 failed"
-      raise CheckpointSaveError(
-        f"the damaged checkpoint {path} can't be renamed to {name}: {cause}."
-      ) from error
+      what = f"the damaged checkpoint {path} can't be renamed to {name}"
+      raise CheckpointSaveError(f"{what}: {cause}.") from error
     log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
     self._open_manager().reload()
 
@@ -410,12 +410,6 @@ class Checkpointer:
       if error is None:
         raise
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
-
-
-def _shorten(text: str) -> str:
-  """Shortens a TensorStore message: no source locations, no spec."""
-  text = re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
-  return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -114,10 +114,8 @@ def load_tree(
     saved = read_index(item, stored)
     wanted = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
     if not wanted:
-      raise InputError(
-        f"{item} has no {part!r}. Its parts are:"
-        f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
-      )
+      parts = ", ".join(sorted({name.split("/")[0] for name in saved}))
+      raise InputError(f"{item} has no {part!r}. Its parts are: {parts}.")
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     arrays = read_arrays(item, wanted, dict.fromkeys(wanted, as_numpy))
     verify_arrays(arrays, stored)
@@ -257,19 +255,17 @@ def _require_equal(
   names = sorted({*actual, *stored})
   wrong = [name for name in names if actual.get(name) != stored.get(name)]
   if wrong:
+    share = f"{len(wrong)} of {len(names)} arrays"
     raise _ChecksumError(
-      f"the {what} of {len(wrong)} of {len(names)} arrays differ from those"
-      f" stored with them:\n{first_lines(wrong, 5)}"
+      f"the stored {what} of {share} differ:\n{first_lines(wrong, 5)}"
     )
 
 
 def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
   """Raises MissingFileError unless the step is in `steps`."""
   if step not in steps:
-    raise MissingFileError(
-      f"no checkpoint of step {step} in {folder}. Its steps are:"
-      f" {', '.join(map(str, sorted(steps))) or 'none'}."
-    )
+    there = f"Its steps are: {', '.join(map(str, sorted(steps))) or 'none'}."
+    raise MissingFileError(f"no checkpoint of step {step} in {folder}. {there}")
 
 
 @contextlib.contextmanager
@@ -286,23 +282,20 @@ def report_damage(
   except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:
+    path = folder / str(step)
+    cause = f"{type(error).__name__}: {str(error)[:300]}"
     if _is_storage_error(error):
       raise StorageError(
-        f"{folder}/{step} can't be read ({type(error).__name__}:"
-        f" {str(error)[:300]}). Try again when its storage answers."
+        f"{path} can't be read ({cause}). Try again when its storage answers."
       ) from error
     instead = "There is no earlier one."
     if earlier := [s for s in steps if s < step]:
-      instead = (
-        "Training with --restore=latest_good can resume from step "
-        f"{max(earlier)}, the checkpoint before it."
-      )
-    cause = str(error)[:300]
-    if not isinstance(error, _ChecksumError):
-      kind = type(error).__name__
-      cause = f"its files are missing or corrupt ({kind}: {cause})"
+      option = "Training with --restore=latest_good can resume from step"
+      instead = f"{option} {max(earlier)}, the checkpoint before it."
+    is_sum = isinstance(error, _ChecksumError)
+    cause = error if is_sum else f"its files are missing or corrupt ({cause})"
     raise DamagedCheckpointError(
-      f"{folder}/{step} is damaged: {cause}.\n{instead}"
+      f"{path} is damaged: {cause}.\n{instead}"
     ) from error
 
 

@@ -19,21 +19,19 @@ _TEXT_SIZE, _LINE_HEIGHT = 11, 13
 _CAPTION_LINES = 7
 
 
-def draw_pair(
-  pair: scenes.ScenePair, *, count: int = 16
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Two views side by side with lines between `count` visible points."""
+def draw_pair(pair: scenes.ScenePair) -> UInt8[np.ndarray, "h w 3"]:
+  """Two views side by side with lines between 16 visible points."""
   size = pair.first.image.shape[0]
   visible = np.argwhere(pair.visible & (pair.first.instances >= 2))
   rng = np.random.default_rng(0)
-  starts = visible[rng.permutation(len(visible))[:count]]
+  starts = visible[rng.permutation(len(visible))[:16]]
   ends = pair.correspondence[starts[:, 0], starts[:, 1]] * size - 0.5
   return plots.draw_matches(
     pair.first.image,
     pair.second.image,
     starts,
     np.round(ends).astype(np.int64),
-    colours=plots.palette(count + 1)[1 : len(starts) + 1],
+    colours=plots.palette(17)[1 : len(starts) + 1],
   )
 
 

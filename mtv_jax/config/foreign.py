@@ -80,10 +80,9 @@ def read_field(
       raise InputError(str(error)) from None
   if default is not _REQUIRED:
     return default
-  raise InputError(
-    f"{where}{key} is missing, expected {options.describe(annotation)}."
-    f" {printable(errors.did_you_mean(key, content, limit=8))}"
-  )
+  hint = printable(errors.did_you_mean(key, content, limit=8))
+  kind = options.describe(annotation)
+  raise InputError(f"{where}{key} is missing, expected {kind}. {hint}")
 
 
 def read_fields(
@@ -130,11 +129,10 @@ def read_rows(
         names = shorten_repr(sorted(row)[:8])
         raise InputError(f"{path}: {at} has no {name!r}, only {names}; {hint}.")
       if type(row[name]) not in kinds:
-        raise InputError(
-          f"{path}: {name!r} of {at} is {shorten_repr(row[name])},"
-          f" {_type_name(row[name])};"
-          f" expected {' or '.join(k.__name__ for k in kinds)}."
-        )
+        value, kind = shorten_repr(row[name]), _type_name(row[name])
+        wanted = " or ".join(k.__name__ for k in kinds)
+        what = f"{name!r} of {at} is {value}, {kind}; expected {wanted}"
+        raise InputError(f"{path}: {what}.")
   return rows
 
 

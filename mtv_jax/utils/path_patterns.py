@@ -59,11 +59,11 @@ def expand_path(
       missing.append(pattern)
   if missing:
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    names = printable(", ".join(missing[:8]), 1000)
     raise MissingFileError(
-      f"{len(missing)} of {len(patterns)} files are missing:"
-      f" {printable(', '.join(missing[:8]), 1000)}{more}."
-      f" {_describe_folder(missing[0], suffix)} Add the missing files, or leave"
-      " them out of the path (with a glob)."
+      f"{len(missing)} of {len(patterns)} files are missing: {names}{more}."
+      f" {_describe_folder(missing[0], suffix)} Add them, or leave them out of"
+      " the path (with a glob)."
     )
   # Not resolve(): its system calls per path component are slow on network
   # disks. Two links to one file are detected by the check of keys.
@@ -76,10 +76,8 @@ def expand_path(
     path_lib.check_regular_file(file)
     name = str(file) if remote else os.path.abspath(file)
     if name in names:
-      raise InputError(
-        f"{file} is in the path twice; to see data more often, raise the"
-        " `weight` of its entry."
-      )
+      hint = "to see data more often, raise the `weight` of its entry"
+      raise InputError(f"{file} is in the path twice; {hint}.")
     names.add(name)
   return files
 
@@ -176,7 +174,5 @@ def _brace_options(text: str, pattern: str) -> Sequence[str]:
 
 def _check_count(count: float | int, pattern: str) -> None:
   if count > _MAX_FILES:
-    raise InputError(
-      f"{_quote(pattern)} stands for more than {_MAX_FILES:,} files. Check the"
-      " numbers in its braces."
-    )
+    what = f"{_quote(pattern)} stands for more than {_MAX_FILES:,} files"
+    raise InputError(f"{what}. Check the numbers in its braces.")

@@ -126,7 +126,7 @@ def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
     raise InputError(f"{what}: {rule[0]!r} is not a regex: {e}.") from None
 
 
-def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
+def closest_names(pattern: str, names: Iterable[str]) -> str:
   """Closing sentence of an error about a pattern that matches nothing."""
   names = list(names)
   plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
@@ -138,5 +138,5 @@ def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
       for part in [name, *name.split("/")]
     )
 
-  best = sorted(names, key=score, reverse=True)[:limit]
+  best = sorted(names, key=score, reverse=True)[:5]
   return f"The closest of {len(names)} names are: {', '.join(best) or 'none'}."

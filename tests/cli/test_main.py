@@ -43,11 +43,11 @@ _TRAIN = "train --config=mtv_tiny:tiny --workdir=x"
     (f"{_TRAIN} --connect_seconds=1m", "'1m': expected an integer of at le"),
   ],
 )
-def test_wrong_command_lines_exit_with_2(command, message, capsys):
+def test_wrong_command_lines_exit_with_a_message(command, message, capsys):
   with pytest.raises(SystemExit) as exit:
     main.main(command.split())
-  assert exit.value.code == 2
-  assert message in capsys.readouterr().err
+  text = capsys.readouterr().err if exit.value.code == 2 else exit.value.code
+  assert message in text
 
 
 def test_hyphens_in_options_are_underscores(tmp_path):

@@ -2,13 +2,10 @@
 
 import copy
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+import trainings
 from ml_collections import ConfigDict
 
 from mtv_jax.cli import errors
@@ -181,22 +178,13 @@ def test_a_message_has_the_notes():
 
 
 def test_the_training_command_prints_one_message(tmp_path):
-  root = pathlib.Path(__file__).resolve().parents[2]
-  done = subprocess.run(
-    [
-      sys.executable, "-m", "mtv_jax.main",
-      f"--config={root}/tests/configs/smallest.py",
-      f"--workdir={tmp_path}/run",
-      "--config.data.max_corupt=0.5",
-    ],
-    cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert done.returncode == 2
+  workdir = tmp_path / "run"
+  process = trainings.launch(workdir, "--config.data.max_corupt=0.5")
+  assert process.wait() == 2
+  log = trainings.log(workdir)
   message = "config.data.max_corupt is an unknown key. Did you mean 'max_corr"
-  assert done.stderr.strip().splitlines()[-1].startswith(f"train: {message}")
-  assert "Traceback" not in done.stderr
-  assert not (tmp_path / "run").exists()
+  assert log.strip().splitlines()[-1].startswith(f"train: {message}")
+  assert "Traceback" not in log and not workdir.exists()
 
 
 @pytest.mark.parametrize(

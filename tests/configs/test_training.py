@@ -117,7 +117,7 @@ def mark(run):
   return pytest.param(run, marks=marker)
 
 
-@pytest.mark.parametrize("run", map(mark, RUNS))
+@pytest.mark.parametrize("run", [*map(mark, RUNS)])
 def test_the_loss_falls(run, tmp_path):
   losses = train(run, tmp_path)
   assert len(losses) >= 20
