@@ -120,6 +120,14 @@ def wait_while(condition):
     time.sleep(0.01)
 
 
+def open_saved(folder, state, **options):
+  """A checkpointer whose folder has step 1."""
+  ckpt = open_checkpointer(folder, **options)
+  ckpt.save(1, state)
+  ckpt.wait()
+  return ckpt
+
+
 def fail_to_save(ckpt, step):
   ckpt.save(step, {"x": jnp.zeros(2)})
   wait_while(lambda: ckpt.saving)
@@ -128,9 +136,7 @@ def fail_to_save(ckpt, step):
 @pytest.mark.parametrize("call", ["save", "wait", "close", "poll"])
 def test_a_failed_save_is_seen(tmp_path, failing_commit, caplog, call):
   state = {"x": jnp.zeros(2)}
-  ckpt = open_checkpointer(tmp_path)
-  ckpt.save(1, state)
-  ckpt.wait()
+  ckpt = open_saved(tmp_path, state)
   with failing_commit():
     fail_to_save(ckpt, 2)
   if call in ("wait", "close"):
@@ -155,9 +161,7 @@ def test_a_failed_save_is_seen(tmp_path, failing_commit, caplog, call):
 def test_a_failed_save_is_retried_after_growing_waits(tmp_path, failing_commit):
   state = {"x": jnp.zeros(2)}
   tried = []
-  with open_checkpointer(tmp_path, every_steps=32, retries=5) as ckpt:
-    ckpt.save(1, state)
-    ckpt.wait()
+  with open_saved(tmp_path, state, every_steps=32, retries=5) as ckpt:
     with failing_commit(), pytest.raises(CheckpointSaveError, match="step 64"):
       for step in range(32, 200):
         if ckpt.due(step):
@@ -197,9 +201,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_until_there_is_space(
   folder, fill = full_disk
   values = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
   state = {"x": jnp.asarray(values)}
-  with open_checkpointer(folder / "checkpoints") as ckpt:
-    ckpt.save(1, state)
-    ckpt.wait()
+  with open_saved(folder / "checkpoints", state) as ckpt:
     fill(free)
     for step in (2, 3):
       ckpt.save(step, state)
@@ -249,9 +251,7 @@ def test_storage_that_can_not_hold_the_first_checkpoint_ends_the_run(
 def test_a_folder_deleted_during_a_run_is_created_again(tmp_path):
   state = {"x": jnp.arange(3.0)}
   folder = tmp_path / "run" / "checkpoints"
-  with open_checkpointer(folder) as ckpt:
-    ckpt.save(1, state)
-    ckpt.wait()
+  with open_saved(folder, state) as ckpt:
     shutil.rmtree(tmp_path / "run")
     ckpt.save(2, state)
     ckpt.wait()
@@ -271,9 +271,7 @@ def test_a_file_in_place_of_the_folder_is_a_named_error(tmp_path, monkeypatch):
   monkeypatch.setattr(threading.Thread, "start", start_daemon)
   state = {"x": jnp.arange(3.0)}
   folder = tmp_path / "checkpoints"
-  with open_checkpointer(folder) as ckpt:
-    ckpt.save(1, state)
-    ckpt.wait()
+  with open_saved(folder, state) as ckpt:
     shutil.rmtree(folder)
     folder.write_text("")
     for step in (2, 3):
