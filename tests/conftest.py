@@ -1,5 +1,6 @@
 """Settings and fixtures that every test shares."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -153,15 +154,10 @@ def pytest_terminal_summary(terminalreporter):
   """Prints the table of the hostile corpus (`hostile.harness`)."""
   from hostile import harness
 
-  reports = [
-    report
-    for reports in terminalreporter.stats.values()
-    for report in reports
-    if getattr(report, "when", "") == "call"
-  ]
   results = [
     result
-    for report in reports
+    for report in itertools.chain(*terminalreporter.stats.values())
+    if getattr(report, "when", "") == "call"
     for name, result in report.user_properties
     if name == "hostile"
   ]

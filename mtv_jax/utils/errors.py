@@ -68,8 +68,9 @@ def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
   """Raises ConfigError unless `value` is one of `choices`."""
   if value not in (choices := tuple(choices)):
-    hint = did_you_mean(str(value), choices)
-    raise ConfigError(f"{what} is {value!r}. {hint}")
+    raise ConfigError(
+      f"{what} is {value!r}. {did_you_mean(str(value), choices)}"
+    )
 
 
 def import_extra(module: str, extra: str) -> Any:
@@ -77,5 +78,6 @@ def import_extra(module: str, extra: str) -> Any:
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    command = f"pip install 'mtv_jax[{extra}]'"
-    raise ImportError(f"{module} is not installed: {command}.") from error
+    raise ImportError(
+      f"{module} is not installed: pip install 'mtv_jax[{extra}]'."
+    ) from error

@@ -30,9 +30,10 @@ def list_first(names: Sequence[str], limit: int) -> str:
 
 def first_lines(lines: Sequence[str], limit: int) -> str:
   """The first `limit` lines, indented, and the number of further lines."""
-  more = f"... and {len(lines) - limit} more"
-  shown = [*lines[:limit], *[more] * (len(lines) > limit)]
-  return "\n".join(f"  {line}" for line in shown)
+  shown = [f"  {line}" for line in lines[:limit]]
+  if len(lines) > limit:
+    shown.append(f"  ... and {len(lines) - limit} more")
+  return "\n".join(shown)
 
 
 def format_setting(value: Any, limit: int) -> str:
