@@ -82,14 +82,17 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   argv += ["--set=semantic_correspondence.count=60"]
   for name in ("segmentation", "depth_probe", "linear_probe"):
     argv.append(f"--set={name}.steps=4")
+  for name in ("knn", "few_shot", "linear_probe", "logistic", "mae_probe"):
+    argv.append(f"--set={name}.train_count=120")
   argv += ["--set=logistic.max_iter=4", "--set=mae_probe.epochs=12"]
+  argv += ["--set=knn.k=(10,)", "--set=few_shot.shots=(1,)"]
   main(argv)
   (first,) = results.read(out / "results.json")
   assert {*first.results, *first.skipped} == set(base.EVALUATORS)
   assert {"retrieval", "zero_shot"} <= {*first.results} and not first.failed
   for name in ("report.html", "results.md", "charts"):
     assert (out / name).stat().st_size
-  assert (out / "sheets" / "retrieval_captions_untrained.png").is_file()
+  assert (out / "sheets" / "retrieval_captions.png").is_file()
   for name, result in first.results.items():
     assert result.errors.keys() == result.metrics.keys(), name
     for key in ("data", "data_hash", "encoder", "seconds"):
