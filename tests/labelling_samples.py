@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from emulators import free_port as free_port
 from xla_options import xla_flags
 
 from mtv_jax.cli import errors
@@ -160,11 +160,7 @@ def contents(folder):
 def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
   """Starts this file; it writes "ready" before it labels."""
   root = pathlib.Path(__file__).resolve().parents[1]
-  env = {
-    **os.environ,
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONPATH": str(root),
-  }
+  env = dict(os.environ, XLA_FLAGS=xla_flags(devices), PYTHONPATH=str(root))
   return subprocess.Popen(
     [sys.executable, __file__, kind, base, out, str(delay), *join],
     env=env,
@@ -173,12 +169,6 @@ def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
     stderr=subprocess.PIPE,
     text=True,
   )
-
-
-def free_port():
-  with socket.socket() as taken:
-    taken.bind(("localhost", 0))
-    return taken.getsockname()[1]
 
 
 def claim(folder, name, owner, *, age=0.0):

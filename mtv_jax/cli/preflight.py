@@ -129,15 +129,14 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   rows = report.read_table(page.read_text(encoding="utf-8"))
   selected = [row for row in rows if all(w in " ".join(row) for w in words)]
   if not selected:
+    configs = ", ".join(dict.fromkeys(config for config, *_ in rows))
     raise ConfigError(
       f"--rows {' '.join(words)}: no row of the table has all of these words; "
-      f"rows are of {', '.join(dict.fromkeys(config for config, *_ in rows))}"
+      f"rows are of {configs}"
     )
   for config, topology, *changes in track(selected, "table", unit="configs"):
-    result = report.preflight(
-      overrides.override(recipes.read_config(config), changes),
-      topologies.parse(topology),
-    )
+    changed = overrides.override(recipes.read_config(config), changes)
+    result = report.preflight(changed, topologies.parse(topology))
     row = report.table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)

@@ -65,11 +65,7 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(
-  kind: Literal[tuple(arms.KINDS)],
-  /,
-  args: Flags,
-) -> int:
+def run(kind: Literal[tuple(arms.KINDS)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
@@ -109,22 +105,19 @@ def run(
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
   # If several runners share the study, the last one has all results.
-  reported = True
-  if status.finished and not status.leased:
-    reported = write_report(folder, log)
+  is_last = status.finished and not status.leased
+  reported = write_report(folder, log) if is_last else True
   return 1 if status.failed or not reported else 0
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
   """Writes the report; prints errors, since the runs are complete."""
   try:
-    paths = page.write_study(folder)
+    log("wrote " + ", ".join(map(str, page.write_study(folder))))
+    return True
   except (UserError, OSError) as error:
     print(f"study: no report: {message(error)}", file=sys.stderr)
   except Exception:
     print("study: no report:", file=sys.stderr)
     traceback.print_exc()
-  else:
-    log("wrote " + ", ".join(map(str, paths)))
-    return True
   return False

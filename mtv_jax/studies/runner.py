@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.config import aliases, options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
@@ -47,7 +46,7 @@ from mtv_jax.utils.errors import (
   check_choice,
 )
 from mtv_jax.utils.leases import Leases
-from mtv_jax.utils.text import align_columns, format_duration
+from mtv_jax.utils.text import align_columns, first_lines, format_duration
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
 _POLL_SECONDS = 1.0

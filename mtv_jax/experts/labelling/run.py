@@ -32,10 +32,10 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
 from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.grouping import Grouper
 from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
 

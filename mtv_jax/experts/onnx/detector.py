@@ -34,14 +34,13 @@ from mtv_jax.experts.base import (
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import hash_phrases
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import (
   InputError,
   MissingFileError,
   did_you_mean,
   import_extra,
 )
-from mtv_jax.utils.threads import map_threads
+from mtv_jax.utils.threads import available_cores, map_threads
 
 _MAX_SIDE = 1 << 13  # Pixels of an input.
 
