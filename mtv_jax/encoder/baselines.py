@@ -72,17 +72,9 @@ class PixelEncoder(Encoder):
   """
 
   def __init__(self, size: int, patch: int = 16, **options: Any):
-    image = ViTSpec(
-      image_size=size,
-      patch_size=patch,
-      width=3 * patch**2,
-      depth=1,
-      heads=1,
-      mlp_dim=1,
-      pool="mean",
-      final_norm=False,
-      projection=3 * THUMBNAIL**2,
-    )
+    tower = dict(width=3 * patch**2, depth=1, heads=1, mlp_dim=1, pool="mean")
+    tower |= dict(final_norm=False, projection=3 * THUMBNAIL**2)
+    image = ViTSpec(image_size=size, patch_size=patch, **tower)
     super().__init__(
       models.ModelSpec(image=image),
       {"image": {}},
