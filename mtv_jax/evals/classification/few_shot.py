@@ -65,12 +65,11 @@ class FewShot(FeatureProbe):
       row[used] = np.arange(len(used))
     test = self._features(encoder, data.test)
     hits = {f"top1_{k}shot": [] for k in shots}
+    options = {"classes": data.classes, "l2": self.l2}
     for seed in self.seeds:
       for k in shots:
         items = samples[seed][:, :k].ravel()
-        model = fit(
-          x[row[items]], labels[items], classes=data.classes, l2=self.l2
-        )
+        model = fit(x[row[items]], labels[items], **options)
         predicted = np.argmax(model.scores(test), axis=1)
         hits[f"top1_{k}shot"].append(predicted == data.test.labels)
     # Per test image: fraction of seeds with a hit.
@@ -84,7 +83,7 @@ class FewShot(FeatureProbe):
       "draw": "numpy default_rng(seed), a permutation of each class in turn",
       "averaging": "mean over seeds",
       "top1_of_seeds": {
-        name: np.mean(x, axis=1).tolist() for name, x in hits.items()
+        k: np.mean(x, axis=1).tolist() for k, x in hits.items()
       },
       "ties": "the lowest class of equal ones",
     }

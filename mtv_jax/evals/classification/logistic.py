@@ -130,15 +130,12 @@ def sweep(
   """Fits a model for each C; increasing values converge fastest.
 
   Logits are computed in blocks of rows to save memory. Features must be equal
-  on every host; rows are sharded over the mesh. `max_iter` and `tolerance`: see
-  `Logistic`.
+  on every host; rows are sharded over the mesh.
   """
   mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   data = _shard_blocks(x, labels, classes, mesh)
-  params = {
-    "kernel": np.zeros((x.shape[1], classes), np.float32),
-    "bias": np.zeros(classes, np.float32),
-  }
+  kernel = np.zeros((x.shape[1], classes), np.float32)
+  params = {"kernel": kernel, "bias": np.zeros(classes, np.float32)}
   params = mesh_lib.replicate(params, mesh)
   minimize = jax.jit(
     functools.partial(_minimize, max_iter=max_iter),
@@ -209,9 +206,8 @@ def _objective(params, data, l2):
   @jax.checkpoint
   def block(total, rows):
     logits = rows["x"] @ params["kernel"] + params["bias"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, rows["label"]
-    )
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    losses = cross_entropy(logits, rows["label"])
     return total + jnp.sum(losses * rows["weight"]), None
 
   total, _ = jax.lax.scan(block, jnp.zeros(()), data)
