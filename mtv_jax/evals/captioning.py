@@ -168,13 +168,7 @@ def _shares(indices: Sequence[int | None], size: int) -> np.ndarray:
   return counts / max(counts.sum(), 1)
 
 
-def _score(
-  name: str,
-  answers: np.ndarray,
-  truth: np.ndarray,
-  image: np.ndarray,
-  used: np.ndarray,
-) -> Scored:
+def _score(name: str, answers, truth, image, used) -> Scored:
   """Scores a metric over the rows in `used`, if any."""
   if not used.any():
     return Estimate({}, {}), {}
@@ -190,16 +184,14 @@ def _score_captions(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
     for phrases in data.phrases
   ]
   image = np.arange(len(mentions))
-  names = np.stack([_shares([n for n, _ in m], parser.size) for m in mentions])
-  truth = np.stack(
-    [_one_hot(i.tolist(), parser.size).max(0) for i in data.labels]
-  )
+  size, colour_count = parser.size, len(COLOURS)
+  names = np.stack([_shares([n for n, _ in m], size) for m in mentions])
+  truth = np.stack([_one_hot(i.tolist(), size).max(0) for i in data.labels])
   estimate, chance = _score("names", names, truth, image, image >= 0)
-  size = len(COLOURS)
-  colours = np.stack([_shares([c for _, c in m], size) for m in mentions])
-  truth = np.stack(
-    [_one_hot([c for _, c in m], size).sum(axis=0) > 0 for m in objects]
-  ).astype(float)
+  colours = [_shares([c for _, c in m], colour_count) for m in mentions]
+  colours = np.stack(colours)
+  truth = [_shares([c for _, c in m], colour_count) > 0 for m in objects]
+  truth = np.stack(truth).astype(float)
   if truth.any():  # Class names as phrases lack colours.
     has_colour = colours.any(axis=1)
     used = has_colour if has_colour.any() else image >= 0
@@ -217,17 +209,11 @@ def _score_region_captions(
   own = [(*parser.mentions(phrase), none)[0] for phrase in phrases]
   image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
   labels = np.concatenate(data.labels).tolist()
-  estimate, chance = _score(
-    "region_names",
-    _one_hot([name for name, _ in told], parser.size),
-    _one_hot(labels, parser.size),
-    image,
-    image >= 0,
-  )
+  names = [_one_hot(x, parser.size) for x in ([n for n, _ in told], labels)]
+  estimate, chance = _score("region_names", *names, image, image >= 0)
   colours = [_one_hot([c for _, c in x], len(COLOURS)) for x in (told, own)]
-  part, part_chance = _score(
-    "region_colours", *colours, image, colours[1].any(1)
-  )
+  used = colours[1].any(axis=1)
+  part, part_chance = _score("region_colours", *colours, image, used)
   return estimate | part, chance | part_chance
 
 

@@ -212,14 +212,7 @@ def ious(
   return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
 
 
-def _draw_sheet(
-  data: BoxSet,
-  region: Float32[np.ndarray, "r e"],
-  text: Float32[np.ndarray, "p e"],
-  phrases: Sequence[str],
-  *,
-  count: int,
-) -> np.ndarray:
+def _draw_sheet(data, region, text, phrases, *, count: int) -> np.ndarray:
   """Images with boxes, labelled by annotation and by top-1 phrase."""
   starts = np.cumsum([0, *map(len, data.boxes)])
   rows = []
@@ -287,12 +280,7 @@ def embed_regions(
   return np.concatenate(embeddings)
 
 
-def _pool_patches(
-  encoder: Encoder,
-  images: Sequence[Any],
-  boxes: Sequence[np.ndarray],
-  batch_size: int,
-) -> np.ndarray:
+def _pool_patches(encoder, images, boxes, batch_size) -> np.ndarray:
   # Squashed, so that the unit square is the whole image.
   options = {"outputs": ("patches",), "batch_size": batch_size}
   features = _with_squash(encoder).image(images, **options)
@@ -306,10 +294,9 @@ def _pool_patches(
   if encoder.spec.image.projection is not None:
     kernel = encoder.params["image"]["projection"]["kernel"]
     # On a pod, each host has a shard.
-    replicate = jax.jit(
-      lambda x: x, out_shardings=replicated_sharding(encoder.mesh)
-    )
-    pooled = pooled @ np.asarray(replicate(kernel))
+    everywhere = replicated_sharding(encoder.mesh)
+    kernel = jax.jit(lambda x: x, out_shardings=everywhere)(kernel)
+    pooled = pooled @ np.asarray(kernel)
   return normalize(pooled)
 
 
@@ -332,12 +319,7 @@ def _chunks(count: int) -> list[range]:
   return [range(s, min(s + _CHUNK, count)) for s in starts]
 
 
-def _embed_crops(
-  encoder: Encoder,
-  images: Sequence[Any],
-  boxes: Sequence[np.ndarray],
-  batch_size: int,
-) -> np.ndarray:
+def _embed_crops(encoder, images, boxes, batch_size) -> np.ndarray:
   regions = [(i, box) for i, own in enumerate(boxes) for box in own]
 
   def read(index: int) -> np.ndarray:

@@ -136,12 +136,7 @@ def recalls(
   return bootstrap.means(first, groups=groups) | bootstrap.means(second)
 
 
-def _draw_sheets(
-  data: CaptionSet,
-  image: Float32[np.ndarray, "n e"],
-  text: Float32[np.ndarray, "m e"],
-  count: int,
-) -> dict[str, np.ndarray]:
+def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
   """Top captions of `count` images, and top images of each one's first caption.
 
   The images are evenly spaced.

@@ -269,15 +269,14 @@ def _propagate_frame(
 
   def nearest(frame):
     key, is_valid = frame
-    scores = jnp.matmul(query, key.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.matmul(query, key.T, precision="highest")
     return jax.lax.top_k(jnp.where(near & is_valid, scores, -jnp.inf), k)
 
   # Frame by frame: only one [N, N] matrix in memory.
   scores, index = jax.lax.map(nearest, (keys, valid))  # [F, N, k]
   index += len(query) * jnp.arange(len(keys))[:, None, None]
-  scores, index = (
-    jnp.moveaxis(x, 0, 1).reshape(len(query), -1) for x in (scores, index)
-  )  # [N, F k]
+  both = (jnp.moveaxis(x, 0, 1) for x in (scores, index))
+  scores, index = (x.reshape(len(query), -1) for x in both)  # [N, F k]
   scores, best = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
   index = jnp.take_along_axis(index, best, axis=1)  # [N, k]
   weights = jax.nn.softmax(scores / temperature, axis=1)
@@ -310,18 +309,13 @@ def _check_sizes(video: Video, truth: list[UInt8[np.ndarray, "h w"]]) -> None:
       )
 
 
-def _draw_row(
-  video: Video,
-  truth: list[UInt8[np.ndarray, "h w"]],
-  predicted: list[UInt8[np.ndarray, "h w"]],
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+def _draw_row(video: Video, truth: list, predicted: list) -> np.ndarray:
   """The last scored frame, its true and its predicted objects."""
   colours = np.zeros((256, 3), np.uint8)
   colours[1 : 1 + video.objects] = plots.palette(video.objects)
   maps = [colours[labels[-1]] for labels in (truth, predicted)]
-  return plots.image_with_maps(
-    video.frames[len(truth)], maps, height=_SHEET_HEIGHT
-  )
+  frame = video.frames[len(truth)]
+  return plots.image_with_maps(frame, maps, height=_SHEET_HEIGHT)
 
 
 _BOUND = 0.008  # of the diagonal

@@ -382,11 +382,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     }
 
 
-def _draw_pair(
-  views: Sequence[posed.PosedView],
-  matches: matching.PatchMatches,
-  correct: np.ndarray,
-) -> np.ndarray:
+def _draw_pair(views, matches, correct: np.ndarray) -> np.ndarray:
   """Draws matches over the range of weights, coloured by correctness."""
   chosen = examples.subsample(range(len(correct)), _SHEET_MATCHES)
   cells = (x[chosen] * posed.CELL_SIZE for x in (matches.first, matches.second))

@@ -382,13 +382,7 @@ def _group_by_class(data: KeyPointPairs, pairs: list[int]) -> list[list[int]]:
   return groups
 
 
-def _draw_pair(
-  data: KeyPointPairs,
-  pair: KeyPointPair,
-  predicted: np.ndarray,
-  correct: np.ndarray,
-  size: int,
-) -> np.ndarray:
+def _draw_pair(data, pair, predicted, correct, size: int) -> np.ndarray:
   """Draws keypoints and their predictions, coloured by correctness."""
   points = points_in_square(pair.first_points, pair.first_side, size)
   return plots.draw_matches(
