@@ -73,25 +73,23 @@ class Painter(Encoder):
 
 def rows(*paintings):
   """COCO's instances of images, each [(colour, x, y, width, height), ...]."""
-  names = sorted(COLOURS)
-  return {
-    # Ids are not positions, as in COCO.
-    "categories": [{"id": 7 + 3 * i, "name": n} for i, n in enumerate(names)],
-    "images": [
-      {"id": 40 - i, "file_name": f"{i}.png", "height": 20, "width": 40}
-      for i in range(len(paintings))
-    ],
-    "annotations": [
+  # Ids are not positions, as in COCO.
+  ids = {name: 7 + 3 * i for i, name in enumerate(sorted(COLOURS))}
+  content = {"categories": [{"id": i, "name": n} for n, i in ids.items()]}
+  content |= {"images": [], "annotations": []}
+  for i, painting in enumerate(paintings):
+    image = {"id": 40 - i, "file_name": f"{i}.png", "height": 20, "width": 40}
+    content["images"].append(image)
+    content["annotations"] += [
       {
         "image_id": 40 - i,
-        "category_id": 7 + 3 * names.index(colour),
+        "category_id": ids[colour],
         "bbox": box,
         "iscrowd": 0,
       }
-      for i, painting in enumerate(paintings)
       for colour, *box in painting
-    ],
-  }
+    ]
+  return content
 
 
 PAINTINGS = (
@@ -159,8 +157,7 @@ def test_a_perfect_encoder(coco):
   )
   protocol = json.loads(json.dumps(result.protocol))
   assert protocol["regions"] == "prompter"
-  assert protocol["boxes"] == 5
-  assert protocol["phrases_distinct"] == 3
+  assert (protocol["boxes"], protocol["phrases_distinct"]) == (5, 3)
   assert result.sheets["regions"].shape[2] == 3
 
 
@@ -193,14 +190,10 @@ def test_retrieval_equals_a_loop(monkeypatch):
   phrases = [tuple(rng.choice(PHRASES, 4)) for _ in range(9)]
   boxes = rng.uniform(0, 0.4, (9, 4, 4)).astype(np.float32)
   data = BoxSet(
-    name="random",
+    **dict(name="random", digest="0", labels=None, classes=None, left_out={}),
     images=LazySequence(lambda i: np.zeros((8, 8, 3), np.uint8), 9),
     boxes=tuple(boxes),
     phrases=tuple(phrases),
-    labels=None,
-    classes=None,
-    digest="0",
-    left_out={},
   )
   monkeypatch.setattr(registry, "open_boxes", lambda *args, **kwargs: data)
   result = GroundingEvaluator().run(Guesser())
@@ -300,13 +293,11 @@ def test_real_coco(shared_data):
   assert sum(map(len, data.boxes)) == 872
   assert data.left_out["crowds"] == 8
   assert len(data.classes) == 80
-  result = GroundingEvaluator(
-    data=str(shared_data / "coco"), count=6, locate="none"
-  )
-  figures = result.run(Painter())
-  assert figures.protocol["images"] == 6
-  assert figures.chance["box_top1"] == 1 / 80
-  assert 0 <= figures.metrics["box_top1"] < 0.5
+  options = dict(data=str(shared_data / "coco"), count=6, locate="none")
+  result = GroundingEvaluator(**options).run(Painter())
+  assert result.protocol["images"] == 6
+  assert result.chance["box_top1"] == 1 / 80
+  assert 0 <= result.metrics["box_top1"] < 0.5
 
 
 def tower(**image):

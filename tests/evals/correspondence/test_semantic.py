@@ -153,13 +153,10 @@ def test_chance_is_the_pck_of_random_features():
   rule = semantic.PckRule("point", 0.3)
   chance = semantic.uniform_pck(pair, grid=GRID, size=60, rule=rule)
   # The fraction of the 36 cells whose corner is within 0.3 * 0.5 of the point.
+  corners = np.stack(np.meshgrid(*[np.arange(GRID) / GRID] * 2), axis=-1)
   for point, share in zip(points, chance, strict=True):
     true = np.floor(point * 60 / 100) / 60
-    near = [
-      np.hypot(x / GRID - true[0], y / GRID - true[1]) < 0.15
-      for x in range(GRID)
-      for y in range(GRID)
-    ]
+    near = np.linalg.norm(corners - true, axis=-1) < 0.15
     assert share == pytest.approx(np.mean(near))
   correct = []
   for _ in range(60):
@@ -187,22 +184,11 @@ def test_pairs_are_sampled_by_a_seeded_shuffle():
 
 
 def test_metrics_are_means_over_classes_with_keypoints():
-  sample = {
-    ("cat", None): (0, 1),
-    ("cat", 0): (0,),
-    ("cat", 2): (1,),
-    ("dog", None): (2, 3),
-    ("dog", 0): (2, 3),
-    ("owl", None): (4,),
-    ("owl", 1): (4,),
-  }
-  correct = {
-    0: np.array([1.0, 0.0]),
-    1: np.array([1.0, 1.0]),
-    2: np.array([0.0]),
-    3: np.array([1.0, 1.0, 1.0]),
-    4: np.zeros(0),
-  }
+  sample = {("cat", None): (0, 1), ("cat", 0): (0,), ("cat", 2): (1,)}
+  sample |= {("dog", None): (2, 3), ("dog", 0): (2, 3)}
+  sample |= {("owl", None): (4,), ("owl", 1): (4,)}
+  values = ([1, 0], [1, 1], [0], [1, 1, 1], [])
+  correct = {i: np.array(x, float) for i, x in enumerate(values)}
   got = semantic.average_pck(sample, correct, rule=POINT, report="classes")
   assert got.metrics == {
     "recall": pytest.approx((3 / 4 + 3 / 4) / 2),
@@ -249,22 +235,16 @@ def spair_root(tmp_path):
     (7, "dog", "c", "d", 1, points),
     (8, "dog", "d", "c", 2, []),
   ):
-    row = {
-      "pair_id": number,
-      "filename": f"{number:06d}-{first}-{second}:{category}",
-      "src_imname": f"{first}.jpg",
-      "trg_imname": f"{second}.jpg",
-      "src_imsize": [128, 128, 3],
-      "trg_imsize": [128, 128, 3],
-      "src_bndbox": [1, 1, 120, 120],
-      "trg_bndbox": [1, 1, 121, 101],
-      "src_kps": keypoints,
-      "trg_kps": keypoints,
-      "kps_ids": [str(i) for i in range(len(keypoints))],
-      "category": category,
-      "viewpoint_variation": view,
-      "mirror": 0,
-    }
+    row = {"pair_id": number, "category": category, "viewpoint_variation": view}
+    row |= {"filename": f"{number:06d}-{first}-{second}:{category}"}
+    for side, name, corner in (("src", first, 120), ("trg", second, 121)):
+      row[f"{side}_imname"], row[f"{side}_imsize"] = (
+        f"{name}.jpg",
+        [128, 128, 3],
+      )
+      row[f"{side}_bndbox"] = [1, 1, corner, 120 if side == "src" else 101]
+      row[f"{side}_kps"] = keypoints
+    row |= {"kps_ids": [str(i) for i in range(len(keypoints))], "mirror": 0}
     # File names sort in another order than the pairs.
     path = annotations / f"{'zyxw'[number % 4]}{row['filename']}.json"
     path.write_text(json.dumps(row))
@@ -285,39 +265,23 @@ def test_read_spair(spair_root):
     spair.open_key_points(spair_root, split="test")
 
 
-def no_shared_keypoint(root):
-  for path in (root / "PairAnnotation" / "test").iterdir():
-    row = json.loads(path.read_text())
-    path.write_text(json.dumps({**row, "src_kps": [], "trg_kps": []}))
-
-
-def damage(root, **fields):
-  path = next((root / "PairAnnotation" / "test").iterdir())
-  row = json.loads(path.read_text()) | fields
-  row = {k: v for k, v in row.items() if v is not None}
-  path.write_text(json.dumps(row))
-
-
 @pytest.mark.parametrize(
-  ("change", "options", "error", "message"),
+  ("fields", "options", "error", "message"),
   [
-    (functools.partial(damage, trg_kps=None), {}, ValueError,
-     "has no 'trg_kps'"),
-    (functools.partial(damage, trg_kps=[[1, 2]] * 9), {}, ValueError,
-     "and 9 in the second"),
-    (no_shared_keypoint, {}, ValueError, "none of its 4 pairs has a keypoint"),
-    (None, {"split": "val"}, FileNotFoundError,
-     "missing  PairAnnotation/val"),
-    (None, {"data": "JPEGImages"}, NotApplicable,
-     "Semantic correspondence reads"),
+    ({"trg_kps": None}, {}, ValueError, "has no 'trg_kps'"),
+    ({"trg_kps": [[1, 2]] * 9}, {}, ValueError, "and 9 in the second"),
+    ({"src_kps": [], "trg_kps": []}, {}, ValueError, "none of its 4 pairs has"),
+    ({}, {"split": "val"}, FileNotFoundError, "missing  PairAnnotation/val"),
+    ({}, {"data": "JPEGImages"}, NotApplicable, "Semantic correspondence read"),
   ],
-)  # fmt: skip
-def test_damaged_sets(spair_root, change, options, error, message):
-  if change:
-    change(spair_root)
-  data = str(spair_root / options.pop("data", ""))
+)
+def test_damaged_sets(spair_root, fields, options, error, message):
+  for path in (spair_root / "PairAnnotation" / "test").iterdir():
+    row = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}))
+  options = {**options, "data": str(spair_root / options.get("data", ""))}
   with pytest.raises(error, match=message):
-    SemanticCorrespondence(data=data, **options).prepare()
+    SemanticCorrespondence(**options).prepare()
 
 
 @pytest.fixture(scope="module")
