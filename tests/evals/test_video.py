@@ -26,13 +26,9 @@ def propagate_by_matrix(
   labels = [first.reshape(-1, c).astype(np.float64)]
   for t in range(1, len(features)):
     context = [0, *range(max(1, t - frames), t)]
-    affinity = np.concatenate(
-      [
-        np.where(far, 0, np.exp(unit[t] @ unit[s].T / temperature))
-        for s in context
-      ],
-      axis=1,
-    )
+    cosines = np.concatenate([unit[t] @ unit[s].T for s in context], axis=1)
+    affinity = np.exp(cosines / temperature)
+    affinity[np.tile(far, len(context))] = 0
     kth = np.sort(affinity, axis=1)[:, -top_k][:, None]
     affinity[affinity < kth] = 0
     affinity /= affinity.sum(axis=1, keepdims=True)
@@ -124,23 +120,28 @@ def test_davis_layout(davis):
 
 def test_incomplete_davis_is_explained(davis):
   mask = davis / "Annotations" / "480p" / "two" / "00003.png"
-  mask.unlink()
-  with pytest.raises(MissingFileError, match="1 of 6 files.*two/00003.png"):
-    registry.open_videos(davis)
-  first = mask.with_name("00000.png")
-  PIL.Image.new("L", (64, 48)).save(first)
-  PIL.Image.new("L", (64, 48)).save(mask)
-  with pytest.raises(InputError, match="00000.png has no object"):
-    registry.open_videos(davis)
-  (davis / "ImageSets" / "2017" / "val.txt").write_text("one\nthree\n")
-  with pytest.raises(InputError, match="three has 0 frames"):
-    registry.open_videos(davis)
-  (davis / "ImageSets" / "2017" / "val.txt").write_text("\n")
-  with pytest.raises(InputError, match="names no video"):
-    registry.open_videos(davis)
-  (davis / "ImageSets" / "2017" / "val.txt").unlink()
-  with pytest.raises(MissingFileError, match="missing +ImageSets"):
-    registry.open_videos(davis)
+  names = davis / "ImageSets" / "2017" / "val.txt"
+  empty = PIL.Image.new("L", (64, 48))
+  for change, error, message in (
+    (mask.unlink, MissingFileError, "1 of 6 files.*two/00003.png"),
+    (lambda: empty.save(mask), None, ""),
+    (
+      lambda: empty.save(mask.with_name("00000.png")),
+      InputError,
+      "00000.png has no object",
+    ),
+    (
+      lambda: names.write_text("one\nthree\n"),
+      InputError,
+      "three has 0 frames",
+    ),
+    (lambda: names.write_text("\n"), InputError, "names no video"),
+    (names.unlink, MissingFileError, "missing +ImageSets"),
+  ):
+    change()
+    if error:
+      with pytest.raises(error, match=message):
+        registry.open_videos(davis)
   with pytest.raises(NotApplicable, match="Video segmentation reads scenes"):
     registry.open_videos(davis / "ImageSets")
 
@@ -220,18 +221,10 @@ def test_scenes():
 
 def boundary_pixels(mask):
   """The official boundary map, pixel by pixel."""
-  h, w = mask.shape
-  out = np.zeros((h, w), bool)
-  for y in range(h):
-    for x in range(w):
-      others = []
-      if x + 1 < w:
-        others.append(mask[y, x + 1])
-      if y + 1 < h:
-        others.append(mask[y + 1, x])
-      if x + 1 < w and y + 1 < h:
-        others.append(mask[y + 1, x + 1])
-      out[y, x] = any(other != mask[y, x] for other in others)
+  out = np.zeros(mask.shape, bool)
+  for y, x in np.ndindex(mask.shape):
+    # The pixel, right, below and below right, as far as they exist.
+    out[y, x] = (mask[y : y + 2, x : x + 2] != mask[y, x]).any()
   return out
 
 
