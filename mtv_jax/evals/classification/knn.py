@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ from jaxtyping import Float32, Int
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.probe_evaluators import FeatureProbe, map_rows
+from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
+  FeatureProbe,
+  map_rows,
+)
 from mtv_jax.evals.core import bootstrap, ranking
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
@@ -42,9 +45,7 @@ class KNN(FeatureProbe):
   k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
   temperature: PositiveFloat = 0.07
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     bank = normalize(self._features(encoder, data.train))
     queries = normalize(self._features(encoder, data.test))
     ks = sorted({min(k, len(bank)) for k in self.k})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
   Select,
   TrainedProbe,
   map_rows,
@@ -34,7 +35,6 @@ from mtv_jax.evals.classification.probe_evaluators import (
   split_for_selection,
 )
 from mtv_jax.evals.core import global_features, probe
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.core.global_features import LastBlocks
 from mtv_jax.evals.datasets.registry import Splits
@@ -67,9 +67,7 @@ class LinearProbe(TrainedProbe):
   train_batch: PositiveInt | None = None
   select: Select = "val"
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     train, held_out, selection = split_for_selection(data, self.select)
     schedule = self._schedule(len(train))
     size = schedule.batch_size

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
   FeatureProbe,
   Select,
   score_accuracies,
   split_for_selection,
 )
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
@@ -61,9 +61,7 @@ class Logistic(FeatureProbe):
   normalize: Literal["l2", "raw"] = "l2"
   select: Select = "val"
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     values = sorted(self._default(self.strengths, STRENGTHS, STRENGTHS[::5]))
     scale = normalize if self.normalize == "l2" else np.asarray
     x = scale(self._features(encoder, data.train))

@@ -24,13 +24,13 @@ from mtv_jax.config import options as options_lib
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
   FeatureProbe,
   TrainedProbe,
   map_rows,
   score_accuracies,
 )
 from mtv_jax.evals.core import probe, probe_heads
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -57,9 +57,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     if self.warmup >= (epochs := self.epochs):
       raise ConfigError(f"warmup={self.warmup}; expected less than {epochs=}")
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     images = len(data.train.labels)
     size = min(self.train_batch, images)
     if size < 2:

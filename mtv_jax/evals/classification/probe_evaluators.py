@@ -24,6 +24,8 @@ from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
+# Metrics, and further protocol entries.
+Evaluation = tuple[Estimate, dict[str, Any]]
 # Images for selecting a hyper-parameter, see `split_for_selection`.
 Select = Literal["val", "train_split"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
@@ -84,10 +86,7 @@ class ClassificationProbe(Evaluator):
   def _view_name(self) -> str:
     return self._default(self.view, self.published_view, "encoder")
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
-    """Returns metrics and further protocol entries."""
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
 
   def _default(self, value: Any, published: Any, scenes: Any) -> Any:
