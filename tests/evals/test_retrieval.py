@@ -8,7 +8,6 @@ import pytest
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.evals import retrieval
-from mtv_jax.evals.core import ranking
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import Retrieval, chance, recalls
 from mtv_jax.utils import plots
@@ -25,30 +24,21 @@ DISTANCES = np.array(
 OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
 
 
-def test_golden_image_to_text():
-  own = np.arange(4)[:, None] == OWNER[None]
-  ranks = np.asarray(ranking.ranks_of_scores(-DISTANCES, own))
-  rates = {k: np.mean(ranks < k) for k in (1, 5, 10)}
-  assert rates == {1: 0.5, 5: 0.75, 10: 1.0}
-
-
-def test_golden_text_to_image():
-  distances = DISTANCES.copy()
-  distances[0, 6] = 0.1
-  own = OWNER[:, None] == np.arange(4)[None]
-  ranks = np.asarray(ranking.ranks_of_scores(-distances.T, own))
-  rates = {k: np.mean(ranks < k) for k in (1, 5, 10)}
-  assert rates == {1: 0.375, 5: 1.0, 10: 1.0}
-
-
-def test_golden_values_through_embeddings():
-  """Images as unit vectors and texts as their scores give an equal S."""
+@pytest.mark.parametrize(
+  ("direction", "change", "want"),
+  [
+    ("image_to_text", None, (0.5, 0.75, 1)),
+    ("text_to_image", 0.1, (0.375, 1, 1)),
+  ],
+)
+def test_golden(direction, change, want):
+  """Images as unit vectors and texts as their negative distances."""
+  distances = DISTANCES.astype(np.float32)
+  if change:
+    distances[0, 6] = change
   image = np.eye(4, dtype=np.float32)
-  text = (-DISTANCES.T).astype(np.float32)
-  got = recalls(image, text, owner=OWNER, block_bytes=64).metrics
-  assert got["image_to_text_r1"] == 0.5
-  assert got["image_to_text_r5"] == 0.75
-  assert got["image_to_text_r10"] == 1.0
+  got = recalls(image, -distances.T, OWNER, block_bytes=64).metrics
+  assert tuple(got[f"{direction}_r{k}"] for k in (1, 5, 10)) == want
 
 
 def test_recalls_equal_a_stable_sort():
@@ -56,7 +46,7 @@ def test_recalls_equal_a_stable_sort():
   image = rng.normal(size=(30, 8)).astype(np.float32)
   owner = np.repeat(np.arange(30), rng.integers(1, 4, 30))
   text = image[owner] + rng.normal(size=(len(owner), 8)).astype(np.float32)
-  got = recalls(image, text, owner=owner, block_bytes=400).metrics
+  got = recalls(image, text, owner, block_bytes=400).metrics
   scores = image.astype(np.float64) @ text.T.astype(np.float64)
   for k in (1, 5, 10):
     to_image = np.argsort(-scores, axis=0, kind="stable")[:k]
@@ -89,6 +79,7 @@ def coco(tmp_path, write_image):
   names = {7: "red", 3: "green", 9: "blue", 5: "white"}
   for number, colour in names.items():
     write_image(tmp_path / "val2017" / f"{number:012}.png", colour)
+  images = [{"id": i, "file_name": f"{i:012}.png"} for i in names]
   captions = [
     (3, "Green."),
     (7, "red"),
@@ -96,17 +87,19 @@ def coco(tmp_path, write_image):
     (9, "blue"),
     (3, "x"),
   ]
-  content = {
-    "images": [{"id": i, "file_name": f"{i:012}.png"} for i in names],
-    "annotations": [
-      {"id": n, "image_id": i, "caption": c}
-      for n, (i, c) in enumerate(captions)
-    ],
-  }
+  rows = [{"image_id": i, "caption": c} for i, c in captions]
+  rows = [{"id": n, **row} for n, row in enumerate(rows)]
   path = tmp_path / "annotations" / "captions_val2017.json"
   path.parent.mkdir()
-  path.write_text(json.dumps(content))
+  path.write_text(json.dumps({"images": images, "annotations": rows}))
   return path
+
+
+def change_rows(path, change):
+  content = json.loads(path.read_text())
+  for row in content["annotations"]:
+    change(row)
+  path.write_text(json.dumps(content))
 
 
 def test_coco_captions(coco, colours):
@@ -150,10 +143,7 @@ def test_max_captions_and_count(coco):
 
 
 def test_equal_captions_are_embedded_once(coco, colours):
-  content = json.loads(coco.read_text())
-  for row in content["annotations"]:
-    row["caption"] = "red"
-  coco.write_text(json.dumps(content))
+  change_rows(coco, lambda row: row.update(caption="red"))
   result = Retrieval(data=str(coco)).run(colours)
   assert colours.batches == [1]
   # All captions tie, so the first image's captions rank first.
@@ -163,19 +153,11 @@ def test_equal_captions_are_embedded_once(coco, colours):
 
 
 def test_karpathy_splits(tmp_path, write_image):
-  rows = []
-  for i, (colour, split) in enumerate(
-    [("red", "test"), ("green", "train"), ("blue", "test")]
-  ):
-    write_image(tmp_path / "val2014" / f"{i}.png", colour)
-    rows.append(
-      {
-        "filepath": "val2014",
-        "filename": f"{i}.png",
-        "split": split,
-        "sentences": [{"raw": f"A {colour} one."}],
-      }
-    )
+  rows, splits = [], {"red": "test", "green": "train", "blue": "test"}
+  for colour, split in splits.items():
+    write_image(tmp_path / "val2014" / f"{colour}.png", colour)
+    row = {"filepath": "val2014", "filename": f"{colour}.png", "split": split}
+    rows.append({**row, "sentences": [{"raw": f"A {colour} one."}]})
   path = tmp_path / "dataset_coco.json"
   path.write_text(json.dumps({"images": rows}))
   data = registry.open_captions(path)
@@ -225,10 +207,7 @@ def test_data_without_captions_are_rejected(tmp_path, coco, write_image):
     registry.open_captions(tmp_path / "set")
   with pytest.raises(ValueError, match="captions and no classes"):
     registry.open_classification(coco)
-  content = json.loads(coco.read_text())
-  for row in content["annotations"]:
-    row["category_id"] = row.pop("caption")
-  coco.write_text(json.dumps(content))
+  change_rows(coco, lambda row: row.update(category_id=row.pop("caption")))
   with pytest.raises(ValueError, match="no 'caption'"):
     registry.open_captions(coco)
 

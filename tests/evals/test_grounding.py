@@ -1,20 +1,39 @@
-"""Grounding: metrics of perfect and random encoders, and COCO's layout."""
+"""Grounding: metrics of perfect and random encoders, region features, COCO."""
 
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
+from random_trees import random_leaves, random_params
 
+from mtv_jax.data import tokenizers
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import Boxes, Regions, normalize
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import grounding
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import BoxSet, LazySequence
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import GroundingEvaluator
+from mtv_jax.models import heads as heads_lib
+from mtv_jax.models import two_tower as models
+from mtv_jax.objectives import build_objective
+from mtv_jax.parallel.mesh import make_mesh
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def padded(images, lists, function, channels):
+  """Values of `function` for each image and item, and their mask."""
+  shape = len(images), max(map(len, lists))
+  out, valid = np.zeros((*shape, channels), np.float32), np.zeros(shape, bool)
+  for i, items in enumerate(lists):
+    for k, item in enumerate(items):
+      out[i, k], valid[i, k] = function(images[i], item), True
+  return out, valid
 
 
 class Painter(Encoder):
@@ -34,28 +53,19 @@ class Painter(Encoder):
     return np.asarray(rows, np.float32)
 
   def ground(self, images, boxes, *, batch_size=16):
-    m = max(map(len, boxes))
-    out = np.zeros((len(images), m, 3), np.float32)
-    valid = np.zeros((len(images), m), bool)
-    for i, image_boxes in enumerate(boxes):
-      for k, box in enumerate(image_boxes):
-        pixels = grounding.crop_box(images[i], box).reshape(-1, 3)
-        out[i, k] = normalize(pixels.mean(axis=0)[None])[0]
-        valid[i, k] = True
-    return Regions(out, valid)
+    def embed(image, box):
+      pixels = grounding.crop_box(image, box).reshape(-1, 3)
+      return normalize(pixels.mean(axis=0)[None])[0]
+
+    return Regions(*padded(images, boxes, embed, 3))
 
   def locate(self, images, phrases, *, batch_size=16):
-    m = max(map(len, phrases))
-    out = np.zeros((len(images), m, 4), np.float32)
-    valid = np.zeros((len(images), m), bool)
-    for i, image_phrases in enumerate(phrases):
-      for k, phrase in enumerate(image_phrases):
-        y, x = np.nonzero((images[i] == COLOURS[phrase]).all(axis=-1))
-        size = np.tile(images[i].shape[:2], 2)
-        corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
-        out[i, k] = np.asarray(corners) / size
-        valid[i, k] = True
-    return Boxes(out, valid)
+    def find(image, phrase):
+      y, x = np.nonzero((image == COLOURS[phrase]).all(axis=-1))
+      corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
+      return np.asarray(corners) / np.tile(image.shape[:2], 2)
+
+    return Boxes(*padded(images, phrases, find, 4))
 
   def protocol(self):
     return {"encoder": "painter"}
@@ -63,25 +73,23 @@ class Painter(Encoder):
 
 def rows(*paintings):
   """COCO's instances of images, each [(colour, x, y, width, height), ...]."""
-  names = sorted(COLOURS)
-  return {
-    # Ids are not positions, as in COCO.
-    "categories": [{"id": 7 + 3 * i, "name": n} for i, n in enumerate(names)],
-    "images": [
-      {"id": 40 - i, "file_name": f"{i}.png", "height": 20, "width": 40}
-      for i in range(len(paintings))
-    ],
-    "annotations": [
+  # Ids are not positions, as in COCO.
+  ids = {name: 7 + 3 * i for i, name in enumerate(sorted(COLOURS))}
+  content = {"categories": [{"id": i, "name": n} for n, i in ids.items()]}
+  content |= {"images": [], "annotations": []}
+  for i, painting in enumerate(paintings):
+    image = {"id": 40 - i, "file_name": f"{i}.png", "height": 20, "width": 40}
+    content["images"].append(image)
+    content["annotations"] += [
       {
         "image_id": 40 - i,
-        "category_id": 7 + 3 * names.index(colour),
+        "category_id": ids[colour],
         "bbox": box,
         "iscrowd": 0,
       }
-      for i, painting in enumerate(paintings)
       for colour, *box in painting
-    ],
-  }
+    ]
+  return content
 
 
 PAINTINGS = (
@@ -149,8 +157,7 @@ def test_a_perfect_encoder(coco):
   )
   protocol = json.loads(json.dumps(result.protocol))
   assert protocol["regions"] == "prompter"
-  assert protocol["boxes"] == 5
-  assert protocol["phrases_distinct"] == 3
+  assert (protocol["boxes"], protocol["phrases_distinct"]) == (5, 3)
   assert result.sheets["regions"].shape[2] == 3
 
 
@@ -183,14 +190,10 @@ def test_retrieval_equals_a_loop(monkeypatch):
   phrases = [tuple(rng.choice(PHRASES, 4)) for _ in range(9)]
   boxes = rng.uniform(0, 0.4, (9, 4, 4)).astype(np.float32)
   data = BoxSet(
-    name="random",
+    **dict(name="random", digest="0", labels=None, classes=None, left_out={}),
     images=LazySequence(lambda i: np.zeros((8, 8, 3), np.uint8), 9),
     boxes=tuple(boxes),
     phrases=tuple(phrases),
-    labels=None,
-    classes=None,
-    digest="0",
-    left_out={},
   )
   monkeypatch.setattr(registry, "open_boxes", lambda *args, **kwargs: data)
   result = GroundingEvaluator().run(Guesser())
@@ -254,10 +257,6 @@ def test_chance_is_the_best_constant_answer(coco):
   assert (floor[:5] >= 0.999).any(axis=1).all()
 
 
-# ---------------------------------------------------------------------------
-# Mistakes, and real files.
-
-
 def test_invalid_data_are_rejected(coco, tmp_path):
   with pytest.raises(NotApplicable, match="Grounding reads"):
     registry.open_boxes(str(coco / "val2017"))
@@ -294,10 +293,149 @@ def test_real_coco(shared_data):
   assert sum(map(len, data.boxes)) == 872
   assert data.left_out["crowds"] == 8
   assert len(data.classes) == 80
-  result = GroundingEvaluator(
-    data=str(shared_data / "coco"), count=6, locate="none"
+  options = dict(data=str(shared_data / "coco"), count=6, locate="none")
+  result = GroundingEvaluator(**options).run(Painter())
+  assert result.protocol["images"] == 6
+  assert result.chance["box_top1"] == 1 / 80
+  assert 0 <= result.metrics["box_top1"] < 0.5
+
+
+def tower(**image):
+  shape = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
+  text = {"length": 12, "vocab_size": 258, **shape}
+  sizes = {"image_size": 32, "patch_size": 8}
+  return models.ModelSpec.from_config(shape | sizes | image | {"text": text})
+
+
+def build(spec, preprocess=None, params=None, heads=None):
+  params, preprocess = params or random_params(spec), preprocess or SQUASH
+  tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
+  mesh = make_mesh({"data": -1})
+  return Encoder(
+    spec, params, preprocess, tokenizer, mesh, prediction_heads=heads
   )
-  figures = result.run(Painter())
-  assert figures.protocol["images"] == 6
-  assert figures.chance["box_top1"] == 1 / 80
-  assert 0 <= figures.metrics["box_top1"] < 0.5
+
+
+MEAN, SQUASH = tower(pool="mean", projection=16), Preprocess(size=32)
+
+
+@pytest.fixture(scope="module")
+def images():
+  rng = np.random.default_rng(9)
+  return list(rng.integers(0, 256, (3, 40, 48, 3), np.uint8))
+
+
+WHOLE = [np.float32([[0, 0, 1, 1]])] * 3
+
+
+@pytest.mark.parametrize("method", ["pool", "crop"])
+def test_a_box_of_the_whole_image_equals_the_image(method, images):
+  encoder = build(MEAN)
+  got = grounding.embed_regions(encoder, images, WHOLE, method=method)
+  want = encoder.image(images, outputs=("pooled",)).pooled
+  np.testing.assert_allclose(got, normalize(want), atol=1e-5)
+
+
+def test_pooled_patches_are_weighted_by_area(images):
+  encoder = build(MEAN)
+  # Rows 0..1.5 of 4, columns 1..2.
+  boxes = [np.float32([[0, 0.25, 0.375, 0.5]])] * 3
+  got = grounding.embed_regions(encoder, images, boxes, method="pool")
+  patches = encoder.image(images, outputs=("patches",)).patches
+  want = (patches[:, 0, 1] + 0.5 * patches[:, 1, 1]) / 1.5
+  want = want @ random_params(MEAN)["image"]["projection"]["kernel"]
+  np.testing.assert_allclose(got, normalize(want), atol=1e-5)
+
+
+def test_crops_are_warped_for_every_preprocessing(images):
+  boxes = [np.float32([[0.1, 0.5, 0.9, 0.625], [0, 0, 0.01, 0.01]])] * 3
+  centred = Preprocess(size=32, resize="shortest", crop="center")
+  got = grounding.embed_regions(
+    build(MEAN, centred), images, boxes, method="crop"
+  )
+  encoder = build(MEAN)
+  cuts = [images[0][4:36, 24:30], images[0][:1, :1]]
+  want = normalize(encoder.image(cuts, outputs=("pooled",)).pooled)
+  np.testing.assert_allclose(got[:2], want, atol=1e-5)
+
+
+def test_native_images_are_squashed(images):
+  options = dict(projection=16, position_resize="bilinear_antialiased")
+  mean = tower(pool="mean", **options)
+  native = Preprocess(32, "native", patch_size=8, max_patches=16)
+  boxes = [np.float32([[0.1, 0.5, 0.9, 0.625]])] * 3
+  encoders = [build(mean, preprocess) for preprocess in (native, SQUASH)]
+  for method in ("pool", "crop"):
+    got, want = (
+      grounding.embed_regions(encoder, images, boxes, method=method)
+      for encoder in encoders
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_protocol_of_the_preprocessing():
+  """For an encoder that crops, only mean and standard deviation apply."""
+  whole = dict(resize="shortest", crop="center", resize_size=36)
+  cropping = Preprocess(size=32, mean=(0.4, 0.5, 0.6), **whole)
+  encoder = build(MEAN, cropping)
+  evaluator = GroundingEvaluator(count=2, locate="none", regions="pool")
+  pooled = evaluator.run(encoder).protocol["preprocess"]
+  cropped = grounding.regions_preprocess(encoder, "crop")["preprocess"]
+  squashed = {"resize": "squash", "crop": "none", "resize_size": None}
+  assert pooled == {**cropping.to_dict(), **squashed, "of": "the whole image"}
+  assert cropped == {**cropping.to_dict(), **squashed, "of": "the box's pixels"}
+  # The prompter and the encoder read equal inputs.
+  prompted = grounding.regions_preprocess(build(MEAN), "prompter")["preprocess"]
+  assert prompted == {**SQUASH.to_dict(), "of": "the whole image"}
+
+
+def test_covered():
+  got = grounding.covered(
+    np.float32([0, 0.3, 0.5, 1.0]), np.float32([1, 0.6, 0.5, 1.0]), 4
+  )
+  np.testing.assert_array_equal(got[0], [1, 1, 1, 1])
+  np.testing.assert_allclose(got[1], [0, 0.8, 0.4, 0], atol=1e-5)
+  assert (got.sum(axis=1) > 0).all()
+  assert got[2].argmax() == 2
+  assert got[3].argmax() == 3
+
+
+def test_resolve(with_heads):
+  plain = build(tower())
+  assert grounding.resolve_regions(plain, "auto") == "crop"
+  assert grounding.resolve_regions(with_heads, "auto") == "prompter"
+  with pytest.raises(NotApplicable, match="no prompter.*regions='crop'"):
+    grounding.resolve_regions(plain, "prompter")
+  with pytest.raises(NotApplicable, match="pools by 'map'"):
+    grounding.resolve_regions(plain, "pool")
+  assert grounding.resolve_regions(build(MEAN), "pool") == "pool"
+
+
+@pytest.fixture(scope="module")
+def with_heads():
+  """An encoder with prompter and locator."""
+  spec = tower()
+  entry = {"regression": 1.0}
+  objective = build_objective("grounding", entry).resolve(spec, {})
+  shapes = {
+    name: jax.eval_shape(lambda h=head: h.init(jax.random.key(0), spec))
+    for name, head in objective.heads().items()
+  }
+  params = {**random_params(spec), "heads": random_leaves(shapes, seed=10)}
+  heads = heads_lib.heads_of_config({"grounding": entry}, spec)
+  return build(spec, params=params, heads=heads)
+
+
+@pytest.mark.slow
+def test_scenes(with_heads):
+  result = GroundingEvaluator(count=6).run(with_heads)
+  assert {"located_iou50", "box_top1"} <= result.metrics.keys()
+  assert result.chance["box_top1"] == pytest.approx(1 / len(scenes.CLASS_NAMES))
+  assert result.protocol["images"] == 6
+  # The boxes belong to scenes beyond any training run.
+  want = scenes.render(1_000_000)
+  data = registry.open_boxes("scenes", count=6)
+  np.testing.assert_array_equal(data.boxes[0], want.boxes)
+  assert data.phrases[0] == want.phrases
+  for phrase, label in zip(data.phrases[0], data.labels[0], strict=True):
+    assert data.classes[label] in phrase

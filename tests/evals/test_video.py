@@ -1,8 +1,9 @@
-"""Label propagation: against NumPy, on DAVIS's layout, on scenes."""
+"""Video segmentation: propagation, J and F against NumPy and SciPy; DAVIS."""
 
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.ndimage
 
 from mtv_jax import load
 from mtv_jax.data.scenes import render as scenes
@@ -25,13 +26,9 @@ def propagate_by_matrix(
   labels = [first.reshape(-1, c).astype(np.float64)]
   for t in range(1, len(features)):
     context = [0, *range(max(1, t - frames), t)]
-    affinity = np.concatenate(
-      [
-        np.where(far, 0, np.exp(unit[t] @ unit[s].T / temperature))
-        for s in context
-      ],
-      axis=1,
-    )
+    cosines = np.concatenate([unit[t] @ unit[s].T for s in context], axis=1)
+    affinity = np.exp(cosines / temperature)
+    affinity[np.tile(far, len(context))] = 0
     kth = np.sort(affinity, axis=1)[:, -top_k][:, None]
     affinity[affinity < kth] = 0
     affinity /= affinity.sum(axis=1, keepdims=True)
@@ -123,23 +120,28 @@ def test_davis_layout(davis):
 
 def test_incomplete_davis_is_explained(davis):
   mask = davis / "Annotations" / "480p" / "two" / "00003.png"
-  mask.unlink()
-  with pytest.raises(MissingFileError, match="1 of 6 files.*two/00003.png"):
-    registry.open_videos(davis)
-  first = mask.with_name("00000.png")
-  PIL.Image.new("L", (64, 48)).save(first)
-  PIL.Image.new("L", (64, 48)).save(mask)
-  with pytest.raises(InputError, match="00000.png has no object"):
-    registry.open_videos(davis)
-  (davis / "ImageSets" / "2017" / "val.txt").write_text("one\nthree\n")
-  with pytest.raises(InputError, match="three has 0 frames"):
-    registry.open_videos(davis)
-  (davis / "ImageSets" / "2017" / "val.txt").write_text("\n")
-  with pytest.raises(InputError, match="names no video"):
-    registry.open_videos(davis)
-  (davis / "ImageSets" / "2017" / "val.txt").unlink()
-  with pytest.raises(MissingFileError, match="missing +ImageSets"):
-    registry.open_videos(davis)
+  names = davis / "ImageSets" / "2017" / "val.txt"
+  empty = PIL.Image.new("L", (64, 48))
+  for change, error, message in (
+    (mask.unlink, MissingFileError, "1 of 6 files.*two/00003.png"),
+    (lambda: empty.save(mask), None, ""),
+    (
+      lambda: empty.save(mask.with_name("00000.png")),
+      InputError,
+      "00000.png has no object",
+    ),
+    (
+      lambda: names.write_text("one\nthree\n"),
+      InputError,
+      "three has 0 frames",
+    ),
+    (lambda: names.write_text("\n"), InputError, "names no video"),
+    (names.unlink, MissingFileError, "missing +ImageSets"),
+  ):
+    change()
+    if error:
+      with pytest.raises(error, match=message):
+        registry.open_videos(davis)
   with pytest.raises(NotApplicable, match="Video segmentation reads scenes"):
     registry.open_videos(davis / "ImageSets")
 
@@ -215,3 +217,83 @@ def test_scenes():
   assert result.protocol["videos"] == 3
   assert result.protocol["neighbourhood"] == [3]
   assert result.metrics["j"] > result.chance["j"] > 0.1
+
+
+def boundary_pixels(mask):
+  """The official boundary map, pixel by pixel."""
+  out = np.zeros(mask.shape, bool)
+  for y, x in np.ndindex(mask.shape):
+    # The pixel, right, below and below right, as far as they exist.
+    out[y, x] = (mask[y : y + 2, x : x + 2] != mask[y, x]).any()
+  return out
+
+
+def f_by_distance(truth, predicted):
+  """F, with the disk as all pixels at most a radius away."""
+  radius = np.ceil(0.008 * np.sqrt(truth.shape[0] ** 2 + truth.shape[1] ** 2))
+  lines = boundary_pixels(truth), boundary_pixels(predicted)
+  if not lines[0].any() or not lines[1].any():
+    return float(lines[0].any() == lines[1].any())
+  near = [scipy.ndimage.distance_transform_edt(~b) <= radius for b in lines]
+  recall = near[1][lines[0]].mean()
+  precision = near[0][lines[1]].mean()
+  if precision + recall == 0:
+    return 0.0
+  return 2 * precision * recall / (precision + recall)
+
+
+def blob(rng, shape):
+  noise = scipy.ndimage.gaussian_filter(rng.normal(size=shape), 5)
+  return noise > np.quantile(noise, rng.uniform(0.5, 0.9))
+
+
+# Diagonals of 125.0 and 125.4 pixels: radii of one and two.
+@pytest.mark.parametrize("shape", [(75, 100), (60, 111), (100, 260)])
+def test_boundary_f_against_distances(shape):
+  rng = np.random.default_rng(0)
+  values = []
+  for shift in (0, 1, 2, 3, 6):
+    truth = blob(rng, shape)
+    predicted = np.roll(truth, shift, axis=1) ^ (rng.random(shape) < 0.002)
+    np.testing.assert_array_equal(video.boundary(truth), boundary_pixels(truth))
+    got = video.boundary_f(truth, predicted)
+    assert got == pytest.approx(f_by_distance(truth, predicted), abs=1e-12)
+    values.append(got)
+  assert values[-1] < 0.9 * values[0]
+
+
+def test_empty_masks():
+  empty, full = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+  full[5:9, 5:9] = True
+  assert video.boundary_f(empty, empty) == 1.0
+  assert video.boundary_f(empty, full) == 0.0
+  assert video.boundary_f(full, empty) == 0.0
+  assert video.boundary_f(full, np.roll(full, 15, axis=1)) == 0.0
+  # A mask of all pixels lacks a boundary.
+  assert video.boundary_f(~empty, empty) == 1.0
+  assert video.region_iou(empty, empty) == 1.0
+  assert video.region_iou(empty, full) == 0.0
+  assert video.region_iou(full, np.roll(full, 2, axis=0)) == 8 / 24
+
+
+def test_a_video_is_averaged_over_frames():
+  rng = np.random.default_rng(1)
+  truth = [
+    (blob(rng, (40, 50)) + 2 * blob(rng, (40, 50))).astype(np.uint8)
+    for _ in range(4)
+  ]
+  predicted = [np.roll(labels, t, axis=0) for t, labels in enumerate(truth)]
+  predicted[0][:] = 3
+  got = video.score_video(truth, predicted, objects=3)
+  for k in (1, 2, 3):
+    j, f = [], []
+    for a, b in zip(truth, predicted, strict=True):
+      a, b = a == k, b == k
+      j.append((a & b).sum() / (a | b).sum())
+      f.append(f_by_distance(a, b))
+    assert got["j"][k - 1] == pytest.approx(np.mean(j))
+    assert got["f"][k - 1] == pytest.approx(np.mean(f))
+    assert got["j_and_f"][k - 1] == pytest.approx((np.mean(j) + np.mean(f)) / 2)
+    assert got["j_recall"][k - 1] == np.mean(np.array(j) > 0.5)
+    assert got["f_recall"][k - 1] == np.mean(np.array(f) > 0.5)
+  assert 0 < got["j_recall"].min() < 1

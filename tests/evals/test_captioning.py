@@ -70,10 +70,8 @@ def data():
 def test_perfect_answers_score_one(data):
   queries = [list(dict.fromkeys(phrases)) for phrases in data.phrases]
   boxes = [
-    [own[phrases.index(q)] for q in asked]
-    for own, phrases, asked in zip(
-      data.boxes, data.phrases, queries, strict=True
-    )
+    [data.boxes[i][phrases.index(q)] for q in queries[i]]
+    for i, phrases in enumerate(data.phrases)
   ]
   captions = [", ".join(f"a {p}" for p in phrases) for phrases in data.phrases]
   encoder = Narrator(captions, data.phrases, boxes)
@@ -99,9 +97,8 @@ def test_scores_and_chance_equal_loops_over_pairs(data):
   regions = [texts(len(boxes)) for boxes in data.boxes]
   queries = [list(dict.fromkeys(phrases)) for phrases in data.phrases]
   boxes = [[data.boxes[rng.integers(n)][0] for _ in asked] for asked in queries]
-  result = CaptioningEvaluator(data=SCENES).run(
-    Narrator(captions, regions, boxes)
-  )
+  encoder = Narrator(captions, regions, boxes)
+  result = CaptioningEvaluator(data=SCENES).run(encoder)
 
   def score(kind, caption, i):
     found = [m[kind] for m in parser.mentions(caption) if m[kind] is not None]
@@ -109,12 +106,8 @@ def test_scores_and_chance_equal_loops_over_pairs(data):
     return np.mean([x in truth for x in found]) if found else 0.0
 
   for kind, name in enumerate(("names", "colours")):
-    has = [
-      i
-      for i in range(n)
-      if name == "names"
-      or any(c is not None for _, c in parser.mentions(captions[i]))
-    ]
+    found = [[m[kind] for m in parser.mentions(text)] for text in captions]
+    has = [i for i in range(n) if kind == 0 or {*found[i]} - {None}]
     pairs = itertools.permutations(has, 2)
     own = np.mean([score(kind, captions[i], i) for i in has])
     other = np.mean([score(kind, captions[i], j) for i, j in pairs])
@@ -135,9 +128,8 @@ def test_scores_and_chance_equal_loops_over_pairs(data):
     np.testing.assert_allclose(result.chance[name], np.mean(other))
 
   def hit(box, i, query):
-    same = [b for b, p in zip(data.boxes[i], data.phrases[i], strict=True)
-            if p == query]  # fmt: skip
-    return grounding.ious(box, np.stack(same)).max() >= 0.5
+    same = data.boxes[i][[p == query for p in data.phrases[i]]]
+    return grounding.ious(box, same).max() >= 0.5
 
   asked = [(i, q) for i, row in enumerate(queries) for q in row]
   given = [(i, b) for i, row in enumerate(boxes) for b in row]
