@@ -172,7 +172,6 @@ UNEVEN = [Fake(i, 0, int(i > 4)) for i in range(8)]
   [
     (dict(data=3), None, "8 devices"),
     (dict(data=-1, fsdp=-1), None, "8 devices"),
-    (dict(data=-1, fsdp=3), None, "8 devices"),
     (dict(data=0), None, "8 devices"),
     (dict(data=-1, tensors=2), None, "Did you mean 'tensor'"),
     (dict(data=-1, dcn=dict(dta=2)), None, "mesh.dcn: no axis 'dta'"),
