@@ -68,7 +68,8 @@ def build_attention(
   """
   if choice == PLAIN:
     return plain_attention
-  check_choice("config.model.attention", choice, CHOICES)
+  if choice not in CHOICES:
+    check_choice("config.model.attention", choice, CHOICES)
   device = (jax.devices() if mesh is None else mesh.devices.flat)[0]
   if choice == "splash" and device.platform in SPLASH_PLATFORMS:
     interpret = device.platform != "tpu"

@@ -316,8 +316,7 @@ class Block(nn.Module):
     return jnp.pad(angles, ((0, 0), (prefix, 0), (0, 0)))
 
 
-# Values of `ViTSpec.pool` with attention pooling.
-ATTENTION_POOLS = ("map", "query")
+ATTENTION_POOLS = ("map", "query")  # Values of `ViTSpec.pool`.
 
 
 class MapPool(nn.Module):

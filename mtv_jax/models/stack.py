@@ -101,7 +101,8 @@ def run_stack(
     layer_inputs: arguments of the block by name; leaves `[depth, ...]`.
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
-  check_taps(taps, depth)
+  if taps:
+    check_taps(taps, depth)
   policy = None if remat == "none" else build_policy(remat)
   has_fsdp = mesh is not None and mesh.shape["fsdp"] > 1
 

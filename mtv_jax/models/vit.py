@@ -194,7 +194,9 @@ class ViT(stack_lib.Tower):
       x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)  # [B, P+N, D]
     if spec.pre_norm:
       x = self._norm("pre_norm")(x)
-    coordinates, valid = self._coordinates(images, grids, keep), None
+    coordinates = valid = None
+    if spec.rope is not None:
+      coordinates = self._coordinates(images, grids, keep)
     if grids is not None:
       count = spec.prefix + grids.prod(axis=1)[:, None]
       valid = jnp.arange(x.shape[1]) < count  # [B, P + N]
@@ -302,10 +304,8 @@ class ViT(stack_lib.Tower):
     return [jnp.broadcast_to(x, (batch, *x.shape)) for x in tokens]
 
   def _coordinates(self, images, grids, keep):
-    """Patch coordinates for rotary positions: [#B, N, 2], or None."""
+    """Patch coordinates for rotary positions: [#B, N, 2]."""
     spec = self.spec
-    if spec.rope is None:
-      return None
     if grids is not None:
       return spec.rope.grid_coordinates(grids, images.shape[1])  # [B, N, 2]
     grid = spec.grid_of(*images.shape[1:3])

@@ -37,8 +37,7 @@ _SHAPES = {
   1024: (256, (256, 512, 1024, 1024)),
   1536: (384, (1536,) * 4),
 }
-# DINOv2's and Depth Anything's for 24 layers; the rule's first would be 5.
-_TAPS = {24: (4, 11, 17, 23)}
+_TAPS = {24: (4, 11, 17, 23)}  # DINOv2's; the rule's first would be 5.
 
 
 def quarter_taps(depth: int) -> tuple[int, int, int, int]:
