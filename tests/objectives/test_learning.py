@@ -40,5 +40,3 @@ def test_every_loss_falls():
   np.testing.assert_allclose(last["depth/loss"], total, rtol=1e-5)
   assert last["depth/error"] < first["depth/error"]
   assert last["mae/hidden"] == 0.75
-  for name in ("captioning", "grounding"):
-    assert last[f"{name}/accuracy"] > first[f"{name}/accuracy"]
