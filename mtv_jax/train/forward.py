@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment.random import image_keys, row_keys, step_key
 from mtv_jax.objectives import base
-from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
+from mtv_jax.parallel.rules import all_gather_params, constrain_batch
 from mtv_jax.train.spec import StepSpec
 from mtv_jax.train.state import TrainState
 from mtv_jax.utils.tree import map_with_names, pytree_dataclass

@@ -12,9 +12,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from mtv_jax.parallel.constraints import check_param_rules
 from mtv_jax.parallel.mesh import BATCH_SPEC, replicated_sharding
-from mtv_jax.parallel.rules import ShardingRules, tree_shardings
+from mtv_jax.parallel.rules import (
+  ShardingRules,
+  check_param_rules,
+  tree_shardings,
+)
 from mtv_jax.train.forward import EMBEDDING_TABLES
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.spec import (

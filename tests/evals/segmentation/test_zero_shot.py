@@ -17,7 +17,7 @@ from mtv_jax.evals.core.examples import LazySequence, SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.segmentation import zero_shot
 from mtv_jax.evals.segmentation.zero_shot import ZeroShotSegmentation
-from mtv_jax.models import layers, pooling
+from mtv_jax.models import layers
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
@@ -115,7 +115,7 @@ def alone(encoder, block, tokens):
     {"params": params["norm"]}, x
   )
   if spec.pool == "map":
-    pool = pooling.MapPool(spec.heads, spec.mlp_dim, spec.gelu, spec.norm_eps)
+    pool = layers.MapPool(spec.heads, spec.mlp_dim, spec.gelu, spec.norm_eps)
     x = pool.apply({"params": params["pool"]}, x)
   else:
     x = x[:, 0]

@@ -1,35 +1,11 @@
-"""Parameters and a plain NumPy transformer for the towers' tests."""
+"""A plain transformer in float64, from the papers and the parameter layout."""
 
 import jax
 import numpy as np
-import pytest
-
-
-@pytest.fixture(scope="session")
-def fill():
-  """fill(abstract tree, seed) -> numbers of a trained model's size."""
-
-  def draw(abstract, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, spec):
-      name = path[-1].key
-      noise = rng.normal(size=spec.shape)
-      if name == "kernel":
-        noise /= np.sqrt(spec.shape[-2])
-      elif name.startswith("scale"):
-        noise = 1 + 0.1 * noise
-      else:
-        noise *= 0.3
-      return jax.numpy.asarray(noise, spec.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, abstract)
-
-  return draw
 
 
 class NumpyTransformer:
-  """Towers in float64 loops, from the papers and the parameter layout."""
+  """Layers of one example [T, D]; `spec` has width, heads, gelu, norm_eps."""
 
   def __init__(self, spec, rotate=lambda x: x):
     self.spec = spec
@@ -101,8 +77,3 @@ class NumpyTransformer:
     kv = self.dense(p["attention"]["kv"], x)
     y = self.dense(p["attention"]["out"], self.heads(q, *self.split(kv, 2)))
     return (y + self.mlp(p["mlp"], self.norm(p["norm"], y)))[0]
-
-
-@pytest.fixture(scope="session")
-def numpy_transformer():
-  return NumpyTransformer
