@@ -310,9 +310,9 @@ def test_seven_scenes(shared_data, pixels):
 @pytest.mark.slow
 def test_seven_scenes_are_consistent(shared_data):
   """Position features of two frames match, by depth and pose."""
-  from mtv_jax.evals.datasets import rgbd
+  from mtv_jax.evals.datasets import posed_files
 
-  frames = rgbd.open_posed(shared_data / "rgbd_7scenes")
+  frames = posed_files.open_rgbd(shared_data / "rgbd_7scenes")
   drawn = posed.draw_pairs(frames, seed=8, count=4)
   options = MatchOptions(512, 1000, (0.01, 0.02, 0.05), (5, 25, 50), (0, 120))
   for pair in drawn.pairs:
