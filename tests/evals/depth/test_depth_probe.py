@@ -334,20 +334,17 @@ def test_scenes_through_a_vit(protocol):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_real_nyu(shared_data):
   evaluator = DepthProbe(
     data=str(shared_data / "nyuv2"),
-    input_size=(96, 128),
+    input_size=(192, 256),
     augment="none",
-    tta="none",
-    train_count=50,
-    count=20,
-    steps=100,
+    steps=300,
     lr=3e-3,
   )
   result = evaluator.run(baselines.random("mu/16", 96))
-  assert result.protocol["images"] == 20
-  assert result.protocol["train_images"] == 50
+  assert result.protocol["images"] == result.protocol["train_images"] == 100
   assert result.protocol["crop"] == "nyu_eigen"
   # The mean depth has an RMSE of about 1 m on these rooms.
   assert result.metrics["rmse"] < 0.98 * result.chance["rmse"]
