@@ -14,8 +14,8 @@ from mtv_jax.convert import processors
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import dense, examples
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
+from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import Data
-from mtv_jax.evals.core.padded_views import PaddedView
 from mtv_jax.utils import plots
 
 _TITLES = ("first image", "second image")

@@ -106,7 +106,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       )
       return (normalize(patches) @ classifier.T)[..., None, :]
 
-    predictions = self._predict(encoder, score, data, slide)
+    predictions = self._predict(score, data, slide)
     sums = predictions.sums[:, 0]
     estimate = metrics_lib.estimate(sums)
     pooled = encoder.spec.image.pool in layers.ATTENTION_POOLS
@@ -144,11 +144,8 @@ class ZeroShotSegmentation(SegmentationEvaluator):
 def default_last_block(encoder: Encoder) -> str:
   """`attention` for attention pooling or a single block, else `values`."""
   image = encoder.spec.image
-  return (
-    "attention"
-    if image.pool in layers.ATTENTION_POOLS or image.depth < 2
-    else "values"
-  )
+  pools = image.pool in layers.ATTENTION_POOLS
+  return "attention" if pools or image.depth < 2 else "values"
 
 
 def embed_patches(
@@ -161,21 +158,17 @@ def embed_patches(
   """Patch embeddings in the space of `encoder.text`, not normalised.
 
   `last_block` is `attention`, as trained, or `values`; `images` are as for
-  `Encoder.dense`. Raises the errors of `check_patch_text`.
+  `Encoder.dense`.
   """
   check_patch_text(encoder, last_block)
+  params, names = encoder.params["image"], ["pool", "projection"]
   if last_block == "values":
+    names += ["norm", "blocks"]
     before = encoder.spec.image.depth - 2
-    out = encoder.dense(
-      images, layers=(before,), outputs=(), batch_size=batch_size
-    )
-    tokens = out.layers[before]
+    options = {"layers": (before,), "outputs": (), "batch_size": batch_size}
+    tokens = encoder.dense(images, **options).layers[before]
   else:
     tokens = encoder.dense(images, batch_size=batch_size).patches
-  params = encoder.params["image"]
-  names = ("pool", "projection")
-  if last_block == "values":
-    names += ("norm", "blocks")
   function = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
   out = batched.in_batches(
     functools.partial(function, {k: params[k] for k in names if k in params}),

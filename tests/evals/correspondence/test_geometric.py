@@ -279,9 +279,9 @@ def test_seven_scenes(shared_data, pixels):
 @pytest.mark.slow
 def test_seven_scenes_are_consistent(shared_data):
   """Position features of two frames match, by depth and pose."""
-  from mtv_jax.evals.datasets import rgbd
+  from mtv_jax.evals.datasets import posed_files
 
-  frames = rgbd.open_posed(shared_data / "rgbd_7scenes")
+  frames = posed_files.open_rgbd(shared_data / "rgbd_7scenes")
   drawn = posed.draw_pairs(frames, seed=8, count=2)
   options = MatchOptions()
   for pair in drawn.pairs:

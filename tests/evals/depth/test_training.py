@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from random_trees import random_leaves
 
-from mtv_jax.evals.depth import heads, protocols, training
+from mtv_jax.evals.core import probe_heads as heads
+from mtv_jax.evals.depth import training
 
 
 def test_expected_depth_golden(monkeypatch):
@@ -82,28 +83,24 @@ def test_gradient_loss_by_hand():
 
 
 @pytest.mark.parametrize(
-  ("step", "rate"),
+  ("schedule", "options", "golden"),
   [
-    (0, 3e-7),
-    (6400, 1.4025e-4),
-    (12799, 2.2529e-4),
-    (12800, 2.2499e-4),
-    (25600, 7.4998e-5),
-    (38399, 1.2e-8),
+    (
+      training.warm_cosine,
+      {"steps": 38_400, "lr": 3e-4},
+      {0: 3e-7, 6400: 1.4025e-4, 12799: 2.2529e-4, 12800: 2.2499e-4}
+      | {25600: 7.4998e-5, 38399: 1.2e-8},
+    ),
+    (
+      training.quarter_cosine,
+      {"steps": 1000, "lr": 1.0},
+      {0: 0.01, 75: 0.505, 150: 1, 575: 0.71004, 1000: 0.01},
+    ),
   ],
 )
-def test_warm_cosine_golden(step, rate):
-  got = protocols.warm_cosine(step, steps=38_400, lr=3e-4)
-  assert float(got) == pytest.approx(rate, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-  ("step", "factor"),
-  [(0, 0.01), (75, 0.505), (150, 1), (575, 0.71004), (1000, 0.01)],
-)
-def test_quarter_cosine_golden(step, factor):
-  got = protocols.quarter_cosine(step, steps=1000, lr=1.0)
-  assert float(got) == pytest.approx(factor, abs=1e-5)
+def test_schedules_golden(schedule, options, golden):
+  for step, rate in golden.items():
+    assert float(schedule(step, **options)) == pytest.approx(rate, rel=1e-4)
 
 
 @pytest.mark.reference
@@ -122,21 +119,23 @@ def test_one_cycle_matches_torch(steps):
     optimizer.step()
     if len(want) < steps:
       schedule.step()
-  rate = functools.partial(protocols.one_cycle, steps=steps, lr=1e-4)
+  rate = functools.partial(training.one_cycle, steps=steps, lr=1e-4)
   got = jax.vmap(rate)(jnp.arange(steps))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-11)
 
 
 def test_layers_of_the_published_probes():
-  for depth, want in (
-    (12, ((11,), (11,), (2, 5, 8, 11), (2, 5, 8, 11))),
-    (24, ((23,), (23,), (4, 11, 17, 23), (5, 11, 17, 23))),
-  ):
-    for name, blocks in zip(
-      ("linear", "lin1", "lin4", "dpt"), want, strict=True
-    ):
-      assert protocols.PROTOCOLS[name].out_indices(depth) == blocks
-  assert protocols.PROTOCOLS["dpt"].out_indices(2) == (0, 0, 1, 1)
+  blocks = {
+    name: [protocol.out_indices(depth) for depth in (12, 24)]
+    for name, protocol in training.PROTOCOLS.items()
+  }
+  assert blocks == {
+    "linear": [(11,), (23,)],
+    "lin1": [(11,), (23,)],
+    "lin4": [(2, 5, 8, 11), (4, 11, 17, 23)],
+    "dpt": [(2, 5, 8, 11), (5, 11, 17, 23)],
+  }
+  assert training.PROTOCOLS["dpt"].out_indices(2) == (0, 0, 1, 1)
 
 
 def torch_bins(logits, max_depth):
