@@ -18,7 +18,7 @@ from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.train import forward, statistics
+from mtv_jax.train import forward, initialization
 from mtv_jax.train import spec as step_spec
 from mtv_jax.train.step import make_program
 from mtv_jax.train.teachers import FrozenTeacher, PixelMap
@@ -343,11 +343,11 @@ def moments_on(shape, accumulate=1):
   state, moments = initial_state(program), {}
   for step in range(2):
     batch = shard_batch(make_batch(), mesh)
-    parts = statistics.jit_feature_moments(program)(
+    parts = initialization.jit_feature_moments(program)(
       state, batch, np.int32(step), (NAME,)
     )
     for key, arrays in jax.device_get(parts)[NAME].items():
-      statistics.merge_parts(moments, key, arrays)
+      initialization.merge_parts(moments, key, arrays)
   return moments
 
 
@@ -378,7 +378,7 @@ def test_statistics_give_the_targets_unit_variance():
   for step in range(2):
     keys = forward.view_keys(spec, jnp.int32(step), 16, None)
     batch = jax.tree.map(jnp.asarray, make_batch())
-    statistics.compute_statistics_features(spec, state, batch, keys)
+    initialization.compute_statistics_features(spec, state, batch, keys)
   features = jnp.concatenate(seen).reshape(-1, 48)
   mean, matrix = (
     jnp.asarray(fitted[f"fine_layer1_{k}"]) for k in ("mean", "matrix")
