@@ -27,7 +27,7 @@ from mtv_jax.models import layers
 from mtv_jax.train import gradients, numerics
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import train as train_lib
-from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.metrics import Chrono
 from mtv_jax.train.numerics import (
@@ -229,26 +229,29 @@ def test_a_return_skips_a_damaged_checkpoint(tmp_path, damage, monkeypatch):
   ],
 )
 def test_when_a_run_does_not_return(first, rollbacks, options, message):
-  config = types.SimpleNamespace(nonfinite=NonFiniteConfig(**options))
-  experiment = types.SimpleNamespace(config=config)
-  checkpoints = mock.Mock(**{"steps.return_value": [1, 5, 6]})
-  damage = RollbackError(first, 8)
+  args, checkpoints = arguments_of_a_return(**options)
   with pytest.raises(NonFiniteError, match=message):
     train_lib._restore_before(
-      experiment, checkpoints, damage, rollbacks, latest_good=False
+      *args, RollbackError(first, 8), rollbacks, latest_good=False
     )
   checkpoints.restore.assert_not_called()
 
 
+def arguments_of_a_return(**options):
+  """An experiment, and checkpoints of three steps."""
+  experiment = mock.Mock(spec=Experiment, program=mock.Mock())
+  config = types.SimpleNamespace(nonfinite=NonFiniteConfig(**options))
+  experiment.config = config
+  checkpoints = mock.Mock(spec=Checkpointer)
+  checkpoints.steps.return_value = [1, 5, 6]
+  return (experiment, checkpoints), checkpoints
+
+
 def test_a_return_to_a_damaged_checkpoint_deletes_no_later_one():
-  config = types.SimpleNamespace(nonfinite=NonFiniteConfig())
-  experiment = types.SimpleNamespace(config=config, program=mock.Mock())
-  checkpoints = mock.Mock(**{"steps.return_value": [1, 5, 6]})
+  args, checkpoints = arguments_of_a_return()
   checkpoints.restore.side_effect = DamagedCheckpointError("5 is damaged")
   with pytest.raises(DamagedCheckpointError):
-    train_lib._restore_before(
-      experiment, checkpoints, RollbackError(6, 8), 1, latest_good=False
-    )
+    train_lib._restore_before(*args, RollbackError(6, 8), 1, latest_good=False)
   checkpoints.delete_after.assert_not_called()
 
 

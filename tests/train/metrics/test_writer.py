@@ -126,8 +126,11 @@ def test_only_process_0_writes(tmp_path, caplog):
 
 
 def test_a_metric_is_a_scalar(tmp_path):
-  writers = open_writer(tmp_path)
-  with pytest.raises(ValueError, match=r"'grads' has shape \(2,\)"):
+  message = r"'grads' has shape \(2,\)"
+  with (
+    open_writer(tmp_path) as writers,
+    pytest.raises(ValueError, match=message),
+  ):
     writers.write_scalars(1, {"grads": np.ones(2)})
 
 
