@@ -154,7 +154,9 @@ def _build_spec(
   if all(row.frozen for row in table if row.name.startswith("image/")):
     _reject_encoder_gradients(config, spec.balance)
   frozen = frozenset(row.name for row in table if row.frozen)
-  return dataclasses.replace(spec, frozen=frozen), params, table
+  spec = dataclasses.replace(spec, frozen=frozen)
+  _ = spec.towers  # Raises errors of their options before data is opened.
+  return spec, params, table
 
 
 def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
