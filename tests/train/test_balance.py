@@ -41,11 +41,12 @@ WEIGHTS = {"contrastive": 1.0, "dino": 0.5}
 def make_spec(**changes):
   """Contrast and DINO on one view."""
   contrastive = build_objective("contrastive", dict(init_bias=-2.0))
-  return step_samples.make_spec(
+  options = dict(
     objectives={"contrastive": contrastive, "dino": step_samples.dino()},
     weights={name: ObjectiveWeight(w) for name, w in WEIGHTS.items()},
-    **{"balance": GradNormMean(every_steps=10), **changes},
+    balance=GradNormMean(every_steps=10),
   )
+  return step_samples.make_spec(**{**options, **changes})
 
 
 def begin(spec, shape=(1, 1, 1)):
