@@ -17,7 +17,7 @@ from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.train import forward, statistics
+from mtv_jax.train import forward, initialization
 from mtv_jax.train import spec as step_spec
 from mtv_jax.train.step import make_program
 from mtv_jax.train.teachers import FrozenTeacher, PixelMap
@@ -331,11 +331,11 @@ def moments_on(shape, accumulate=1):
   state, moments = initial_state(program), {}
   for step in range(2):
     batch = shard_batch(make_batch(), mesh)
-    parts = statistics.jit_feature_moments(program)(
+    parts = initialization.jit_feature_moments(program)(
       state, batch, np.int32(step), (NAME,)
     )
     for key, arrays in jax.device_get(parts)[NAME].items():
-      statistics.merge_parts(moments, key, arrays)
+      initialization.merge_parts(moments, key, arrays)
   return moments
 
 

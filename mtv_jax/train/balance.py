@@ -1,17 +1,30 @@
-"""Balancing methods that weight the losses."""
+"""Balancing methods: how the objectives' losses or gradients are combined.
+
+A method stores its state in `TrainState.balance`. It scales the loss weights
+(`loss_weights`), which it learns from the losses of each update (`update`) or
+from gradient norms on the image encoder, measured every few steps (`observe`);
+or it combines the objectives' gradients itself (`combine_gradients`). The base
+class `Balance` uses fixed weights.
+
+L_i is an objective's loss, w_i its weight in the config, including the ramp.
+w_i is the objective's intended share: if a method's own factors are 1, the
+total is sum_i w_i L_i.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
+from mtv_jax.config import options
+from mtv_jax.config.durations import PositiveDuration, RunLength
 from mtv_jax.config.options import (
   Fraction,
   NonNegativeFloat,
@@ -19,10 +32,78 @@ from mtv_jax.config.options import (
   PositiveInt,
   Range,
 )
+from mtv_jax.config.sections import further_options
 from mtv_jax.objectives.base import WeightedMean
-from mtv_jax.train.balance.base import Balance, Scalars
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 MaxFactor = Annotated[float, Range(min=1)]
+Scalars = Mapping[str, Float[Array, ""]]  # By objective.
+Step = Int[Array, ""] | int  # Number of updates done.
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+  """Fixed weights, sum_i w_i L_i; base class of the methods.
+
+  Mappings by objective cover the active ones; `state` covers all of the run.
+  """
+
+  every_steps = None  # Updates between measurements of gradient norms.
+  combines: ClassVar[bool] = False  # Whether it has `combine_gradients`.
+
+  @property
+  def uses_encoder_gradients(self) -> bool:
+    """Whether it depends on gradients on the image encoder."""
+    return self.every_steps is not None
+
+  def init(self, names: Iterable[str]) -> PyTree:
+    """The state at step 0."""
+    del names
+    return {}
+
+  def loss_weights(self, weights: Scalars, state: PyTree) -> Scalars:
+    """The factor of each loss in the total, from the config's weights."""
+    del state
+    return weights
+
+  def penalty(
+    self, weights: Scalars, state: PyTree
+  ) -> Float[Array, ""] | float:
+    """Added to the weighted losses in the total loss."""
+    del weights, state
+    return 0.0
+
+  def observe(
+    self, state: PyTree, norms: Scalars, weights: Scalars, step: Step
+  ) -> PyTree:
+    """The state after a measurement of gradient norms, before an update.
+
+    `norms` are gradient norms on the image encoder of w_i L_i times the factor
+    by `state`; 0 (a batch without labels) or non-finite ones are ignored.
+    `weights` are w_i.
+    """
+    del norms, weights, step
+    return state
+
+  def update(
+    self, state: PyTree, losses: Mapping[str, WeightedMean], weights: Scalars
+  ) -> PyTree:
+    """The state after an update whose batch had the losses L_i."""
+    del losses, weights
+    return state
+
+  def combine_gradients(
+    self,
+    gradients: Mapping[str, PyTree],
+    shared: frozenset[str],
+    keys: Mapping[str, Key[Array, ""]],
+  ) -> PyTree:
+    """The gradient of an update, from the gradients of each w_i L_i.
+
+    `shared` are the modules that several objectives read: `image`, `text` or
+    `heads/NAME`. `keys` are random keys by objective.
+    """
+    raise NotImplementedError
 
 
 def _unweighted_norms(
@@ -63,7 +144,6 @@ class GradNormMean(Balance):
   max_factor: MaxFactor = 100.0  # Factors are in [1 / max_factor, max_factor].
 
   def init(self, names: Iterable[str]) -> PyTree:
-    """As in the base class."""
     return {name: jnp.zeros(()) for name in names}
 
   def factors(self, state: Scalars) -> dict[str, Float[Array, ""]]:
@@ -77,23 +157,14 @@ class GradNormMean(Balance):
     return dict(zip(state, factors, strict=True))
 
   def loss_weights(self, weights: Scalars, state: PyTree) -> Scalars:
-    """As in the base class."""
     factors = self.factors(state)
     return {name: factors[name] * weight for name, weight in weights.items()}
 
   def observe(
-    self,
-    state: PyTree,
-    norms: Scalars,
-    weights: Scalars,
-    step: Int[Array, ""] | int,
+    self, state: PyTree, norms: Scalars, weights: Scalars, step: Step
   ) -> PyTree:
-    """As in the base class.
-
-    After n measurements the decay is at most (1 + n) / (10 + n), because early
-    norms differ much from later ones.
-    """
     count = step // self.every_steps
+    # After n measurements at most (1 + n) / (10 + n): early norms differ much.
     decay = jnp.minimum(self.decay, (1.0 + count) / (10.0 + count))
     raw, new = _unweighted_norms(norms, weights, self.factors(state)), {}
     for name, value in raw.items():
@@ -125,26 +196,23 @@ class Uncertainty(Balance):
   max_factor: MaxFactor = 100.0  # exp(-s_i) is in [1 / max_factor, max_factor].
 
   def init(self, names: Iterable[str]) -> PyTree:
-    """As in the base class."""
     zero = jnp.zeros(())
     entry = {"log_variance": zero, "opt_state": optax.adam(self.lr).init(zero)}
     return {name: jax.tree.map(jnp.copy, entry) for name in names}
 
   def loss_weights(self, weights: Scalars, state: PyTree) -> Scalars:
-    """As in the base class."""
     return {
       name: weight * jnp.exp(-state[name]["log_variance"])
       for name, weight in weights.items()
     }
 
   def penalty(self, weights: Scalars, state: PyTree) -> Float[Array, ""]:
-    """As in the base class: sum_i w_i s_i / 2."""
     return sum(w * state[n]["log_variance"] / 2 for n, w in weights.items())
 
   def update(
     self, state: PyTree, losses: Mapping[str, WeightedMean], weights: Scalars
   ) -> PyTree:
-    """As in the base class; d/ds_i is w_i (1 / 2 - exp(-s_i) L_i)."""
+    # d/ds_i is w_i (1 / 2 - exp(-s_i) L_i).
     new, bound = {}, math.log(self.max_factor)
     for name, loss in losses.items():
       value, entry = loss.value(), state[name]
@@ -184,11 +252,8 @@ class GradNorm(Balance):
   max_factor: MaxFactor = 100.0
 
   def init(self, names: Iterable[str]) -> PyTree:
-    """As in the base class.
-
-    `norm` is |grad L_i| from its measurement to the next update, 0 otherwise;
-    `initial_loss` is 0 before the first.
-    """
+    # `norm` is |grad L_i| from its measurement to the next update, 0 otherwise;
+    # `initial_loss` is 0 before the first.
     one, zero = jnp.ones(()), jnp.zeros(())
     entry = {
       "factor": one,
@@ -199,17 +264,11 @@ class GradNorm(Balance):
     return {name: jax.tree.map(jnp.copy, entry) for name in names}
 
   def loss_weights(self, weights: Scalars, state: PyTree) -> Scalars:
-    """As in the base class."""
     return {name: w * state[name]["factor"] for name, w in weights.items()}
 
   def observe(
-    self,
-    state: PyTree,
-    norms: Scalars,
-    weights: Scalars,
-    step: Int[Array, ""] | int,
+    self, state: PyTree, norms: Scalars, weights: Scalars, step: Step
   ) -> PyTree:
-    """As in the base class."""
     factors = {name: state[name]["factor"] for name in norms}
     raw = _unweighted_norms(norms, weights, factors)
     return {**state, **{n: {**state[n], "norm": raw[n]} for n in norms}}
@@ -217,8 +276,7 @@ class GradNorm(Balance):
   def update(
     self, state: PyTree, losses: Mapping[str, WeightedMean], weights: Scalars
   ) -> PyTree:
-    """As in the base class; a no-op unless a measurement precedes it."""
-
+    # A no-op unless a measurement precedes it.
     def stack(key):
       return jnp.stack([state[name][key] for name in losses])  # [T]
 
@@ -245,3 +303,112 @@ class GradNorm(Balance):
     for i, name in enumerate(losses):
       new[name]["factor"] = jnp.where(valid[i], scaled[i], factor[i])
     return {**state, **new}
+
+
+@dataclasses.dataclass(frozen=True)
+class PCGrad(Balance):
+  """PCGrad (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
+
+    for each i, for each j != i in random order:
+      if g_i . g_j < 0:  g_i <- g_i - (g_i . g_j / |g_j|^2) g_j
+    gradient = sum_i g_i
+
+  g_i starts as the gradient of w_i L_i; g_j is the unprojected gradient. Each
+  objective draws its order from seed, step and name. Projections are linear
+  combinations of the g_j, so their coefficients follow from inner products.
+  Parameters outside `parameters` get the sum of gradients.
+
+  Each objective runs its own forward and backward pass, also with
+  `config.accumulate`, over the views that it reads. This costs more than a
+  plain step only if objectives share a view.
+  """
+
+  combines: ClassVar[bool] = True
+  # The image encoder, or all modules that several objectives read (towers and
+  # heads), as one vector.
+  parameters: Literal["image", "shared"] = "image"
+
+  @property
+  def uses_encoder_gradients(self) -> bool:
+    return self.parameters == "image"
+
+  def combine_gradients(
+    self,
+    gradients: Mapping[str, PyTree],
+    shared: frozenset[str],
+    keys: Mapping[str, Key[Array, ""]],
+  ) -> PyTree:
+    modules = {"image"} if self.parameters == "image" else shared
+    prefixes = tuple(f"{module}/" for module in modules)
+    trees = list(gradients.values())
+    vectors = [
+      [x for name, x in flatten_with_names(g) if name.startswith(prefixes)]
+      for g in trees
+    ]
+    products = jnp.stack(
+      [jnp.stack([optax.tree.vdot(a, b) for b in vectors]) for a in vectors]
+    )  # [T, T]
+    keys = jnp.stack([keys[name] for name in gradients])
+    scales = jnp.sum(projection_coefficients(products, keys), axis=0)  # [T]
+
+    def total(name, *leaves):
+      if name.startswith(prefixes):
+        leaves = [scales[i] * leaf for i, leaf in enumerate(leaves)]
+      return sum(leaves)
+
+    return map_with_names(total, *trees)
+
+
+def projection_coefficients(
+  products: Float[Array, "t t"], keys: Key[Array, " t"]
+) -> Float[Array, "t t"]:
+  """Row i has the coefficients of all g_j in the projected g_i.
+
+  `products` are the inner products g_i . g_j; `keys` draw each row's order.
+  """
+  count = len(products)
+
+  def row(i, key):
+    def project(coefficients, j):
+      product = jnp.sum(coefficients * products[:, j])
+      norm = products[j, j]
+      share = product / jnp.where(norm > 0, norm, 1.0)
+      conflict = (product < 0) & (norm > 0) & (j != i)
+      step = jnp.where(conflict, share, 0.0)
+      return coefficients - step * jax.nn.one_hot(j, count), None
+
+    order = jax.random.permutation(key, count)
+    return jax.lax.scan(project, jax.nn.one_hot(i, count), order)[0]
+
+  return jax.vmap(row)(jnp.arange(count), keys)
+
+
+METHODS: dict[str, type[Balance]] = {
+  "fixed": Balance,
+  "grad_norm_mean": GradNormMean,
+  "uncertainty": Uncertainty,
+  "gradnorm": GradNorm,
+  "pcgrad": PCGrad,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+  """`config.balance`; without it, weights are fixed."""
+
+  method: str = "grad_norm_mean"
+  # Interval between gradient-norm measurements, for methods that use them.
+  every: PositiveDuration | None = None
+  options: Mapping[str, Any] = further_options()  # Fields of the method.
+
+
+def build_balance(config: BalanceConfig | None, length: RunLength) -> Balance:
+  """The balancing method of a config."""
+  if config is None:
+    return Balance()
+  where, key = "config.balance", "method"
+  method = options.look_up(METHODS, config.method, where=where, key=key)
+  given = {k: v for k, v in config.options.items() if v is not None}
+  if config.every is not None:
+    given["every_steps"] = length.steps(config.every)
+  return options.build(method, given, where=where, reserved=(key,))
