@@ -68,7 +68,8 @@ def write_alive(folder, **changes):
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_run_of_another_host_is_known_by_its_liveness_file(tmp_path, goes_on):
-  write = functools.partial(write_alive, tmp_path)
+  now = datetime.datetime.now(datetime.UTC).isoformat()
+  write = functools.partial(write_alive, tmp_path, time=now)
   write(step=1)
   timer = threading.Timer(0.4, write, kwargs={"step": 2 if goes_on else 1})
   timer.start()
