@@ -389,13 +389,15 @@ def photos(shared_data):
 @reference
 @quiet
 @pytest.mark.slow
-def test_logits_on_real_photos(photos, shared_data, tmp_path, caplog):
+@pytest.mark.parametrize("depth", [3, pytest.param(12, marks=pytest.mark.long)])
+def test_logits_on_real_photos(photos, shared_data, tmp_path, caplog, depth):
   """The widths of MTV's smaller model, with a SentencePiece vocabulary."""
   piece = shared_data / "tokenizers" / "t5_cc_all_32000.spiece.model"
   files = TokenizerFiles(piece, "canonicalize")
-  text = {"variant": "B", "depth": 3, "vocab_size": files.build().vocab_size}
+  size = files.build().vocab_size
+  text = {"variant": "B", "depth": depth, "vocab_size": size, "length": 64}
   preprocess = {**SQUASH, "size": 224, "interpolation": "bicubic"}
-  fields = {"variant": "B/16", "depth": 3, "text": {**text, "length": 64}}
+  fields = {"variant": "B/16", "depth": depth, "text": text}
   model = make_model(fields, preprocess, files)
   folder = huggingface.write(tmp_path / "export", model)
   opened, processor = open_quietly(folder, "SiglipModel", caplog)

@@ -196,6 +196,13 @@ def test_loss_inputs_and_loss_equal_the_formula(parts, norm_pixels):
   np.testing.assert_allclose(terms.report["hidden"].value(), 0.75)
 
 
+def test_default_decoder_equals_the_paper():
+  heads = build_objective("mae", dict(patch=16)).heads()
+  module = heads["mae_decoder"].module
+  assert (module.width, module.depth, module.heads) == (512, 8, 16)
+  assert module.outputs == 768
+
+
 @pytest.mark.slow
 def test_a_masked_step_takes_less_than_half_the_flops():
   """ViT-B/16 and MAE's decoder, at 75 % masking and without."""

@@ -171,6 +171,12 @@ def scenes():
   return DepthProbe(count=2)._set("test", 32)
 
 
+def test_the_defaults_of_scenes_hold_for_a_mapping():
+  evaluator = DepthProbe(data={"type": "scenes", "length": 2})
+  assert len(evaluator._set("train", 32).images) == 2
+  assert evaluator._set("test", 32).images[0].shape == (32, 32, 3)
+
+
 SMALL = {"train_count": 24, "count": 10, "steps": 40, "batch_size": 8}
 
 
