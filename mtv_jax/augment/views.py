@@ -185,8 +185,10 @@ class View:
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):
-      got = f"{canvas.dtype} {list(shape)}"
-      raise InputError(f"A canvas is uint8 [batch, S, S, 3], not {got}.")
+      raise InputError(
+        f"view {self.name!r}: expected a canvas of uint8 [batch, S, S, 3], got "
+        f"{canvas.dtype} {list(shape)}. Do not scale pixels before the view."
+      )
     # Every pixel minus 127.5 is exact in bfloat16, which is finest around zero.
     planes = jnp.moveaxis(canvas.astype(jnp.float32) - 127.5, -1, 1)
     planes = planes.astype(dtype)  # [b, 3, s, s]
@@ -276,7 +278,7 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
   if crops(view) != crops(other):
     raise ConfigError(
       f"{where}={view.crops_of!r}: count, crop and flip of the two views "
-      "differ, beyond size and method."
+      "differ. Use equal ones, except for size and method."
     )
 
 
@@ -291,7 +293,10 @@ def _build_view(
 ) -> View:
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
-    raise ConfigError(f"{len(texts)} op strings for count={count}.")
+    raise ConfigError(
+      f"{len(texts)} op strings for count={count}: give one string, or one per "
+      "crop."
+    )
   pipelines = []
   for text in texts:
     try:

@@ -180,10 +180,14 @@ class TensorFiles:
 
 def _open(path: pathlib.Path) -> Any:
   if not path.is_file():
-    raise ConversionError(f"{path}, named by the index, is missing: copy it.")
+    raise ConversionError(
+      f"{path}, named by the index, is missing: download it too."
+    )
   with path.open("rb") as file:
     if file.read(len(_LFS)) == _LFS:
-      raise ConversionError(f"{path} is a Git LFS pointer: git lfs pull.")
+      raise ConversionError(
+        f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
+      )
   try:
     return safetensors.safe_open(str(path), framework="np")
   except safetensors.SafetensorError as error:
@@ -245,7 +249,9 @@ def require(*fields: tuple[str, Any, Any]) -> None:
   """Raises ConversionError unless each (key, value, expected) is supported."""
   for key, value, expected in fields:
     if value != expected:
-      raise ConversionError(f"{key}={value!r}; expected {expected!r}.")
+      raise ConversionError(
+        f"{key}={value!r} is not supported; only {expected!r} is."
+      )
 
 
 def read_side(value: Any, field: str) -> int:
@@ -254,5 +260,7 @@ def read_side(value: Any, field: str) -> int:
   if isinstance(value, int):
     return value
   if value[0] != value[1]:
-    raise ConversionError(f"{field}={list(value)}: only squares convert.")
+    raise ConversionError(
+      f"{field}={list(value)}: only square images and patches are supported."
+    )
   return value[0]

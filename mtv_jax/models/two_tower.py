@@ -149,7 +149,8 @@ class ModelSpec:
     if self.text and self.text.embed_dim != self.image.embed_dim:
       raise InputError(
         f"Image embeddings have {self.image.embed_dim} channels, text "
-        f"embeddings {self.text.embed_dim}: make text.projection equal."
+        f"embeddings {self.text.embed_dim}. Set "
+        f"model.text.projection={self.image.embed_dim}."
       )
 
   @property

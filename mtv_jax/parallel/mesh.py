@@ -132,7 +132,8 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
-      f"config.mesh.dcn gives {count} slices, but these chips are one."
+      f"config.mesh.dcn gives {count} slices, but these chips form one slice. "
+      "Drop dcn."
     )
   if count < 1 or len(devices) % count:
     raise ConfigError(
@@ -173,7 +174,8 @@ def host_rows(mesh: Mesh) -> HostRows:
     if jax.process_index() in processes:
       return HostRows(index=i, count=len(parts))
   raise ConfigError(
-    f"config.mesh: process {jax.process_index()} has no device on the mesh."
+    f"config.mesh: process {jax.process_index()} has no device on the mesh of "
+    f"{mesh.size} devices, so no rows to read. Use all devices in config.mesh."
   )
 
 
@@ -205,7 +207,8 @@ def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
       f"config.mesh: {len(holders)} processes would hold {sizes} of the "
-      f"{len(devices)} shards of the batch, which are not separate equal parts."
+      f"{len(devices)} shards of the batch, which are not separate equal "
+      "parts. Make data x fsdp a multiple of the number of processes."
     )
   return sorted(processes.items())
 

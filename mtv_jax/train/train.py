@@ -188,7 +188,8 @@ def _restore_before(
     if not stops:
       why = f"the run has returned to a checkpoint {rollbacks - 1} times"
     raise end(
-      f"{what}, and {why}. {names} That of step {before} precedes it. {hint}"
+      f"{what}, and {why}. {names} The checkpoint of step {before} precedes it."
+      f" {hint}"
     )
   saved = checkpoints.restore(
     experiment.program.abstract, step=before, latest_good=latest_good

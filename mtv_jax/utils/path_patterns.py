@@ -114,9 +114,11 @@ def _describe_folder(missing: str, suffix: str) -> str:
   if not names:
     return f"{folder} is empty."
   ending = [name for name in names if name.endswith(suffix)]
-  share, shown = f"{len(ending)} of {len(names)}", ending or names
-  span = f"{shown[0]} to {shown[-1]}"
-  return f"{folder} has {share} names in {suffix!r}, {span}."
+  shown = ending or names
+  return (
+    f"{len(ending)} of {len(names)} files in {folder} end in {suffix!r}; names:"
+    f" {shown[0]} to {shown[-1]}."
+  )
 
 
 def _quote(value: object, limit: int = 400) -> str:

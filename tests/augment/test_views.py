@@ -311,7 +311,7 @@ def test_a_canvas_of_another_shape_is_rejected():
     ("crop(224)|blocks|blur", r"blur \(photometrics\) comes after blocks"),
     ("crop(224)|blocks(patch=14)|", "can't read the ops"),
     ("crop(224)|blocks(patch=15)", "don't divide a view of 224"),
-    ("crop(224)|blocks(0.5, 1.0)", "leaves none visible"),
+    ("crop(224)|blocks(0.5, 1.0)", "leaves no patch visible"),
     ("crop(16)|keep(0.25)", "raise ratio"),
     ("crop(4)|blur", "9 taps are too many"),
     ("crop(8)|jitter(1.2)", "p is 1.2, expected a number >= 0 and <= 1"),
@@ -332,7 +332,7 @@ def test_bad_ops_are_rejected_with_the_view_and_the_fix(ops, message):
 @pytest.mark.parametrize(
   "entry, message",
   [
-    ({"ops": ["resize(8)"], "count": 2}, "1 op strings for count=2"),
+    ({"ops": ["resize(8)"], "count": 2}, "1 op strings for count=2: give one"),
     ({"ops": ["resize(8)", "resize(16)"]}, "different sizes, 8 and 16"),
     ({"ops": ["resize(16)|blocks(0.5, 0.5, patch=8)", "resize(16)"]}, "kinds"),
     ({"ops": [f"resize(64)|keep({r})" for r in (0.25, 0.5)]}, "4 and 8"),

@@ -132,7 +132,7 @@ def test_two_towers_are_restored(model, tmp_path):
   assert tensors["logit_bias"].tolist() == [0.0]
   back = dict(flatten_with_names(huggingface.read(folder).params["heads"]))
   assert back == {"clip/logit_scale": 3.0}
-  with pytest.raises(ConversionError, match=r"'a', 'b'.* have a temperature"):
+  with pytest.raises(ConversionError, match=r"\['a', 'b'\] of .* have one"):
     huggingface.write(tmp_path / "c", _with_heads(model, a=1, b=1))
 
 

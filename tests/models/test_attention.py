@@ -145,7 +145,7 @@ def test_cudnn_is_not_given_what_it_lacks(monkeypatch):
   """Float32 is rejected if cuDNN is required, else it uses XLA's attention."""
   arrays = inputs(8)
   monkeypatch.setattr(attention.jax, "devices", lambda: [Gpu()])
-  with pytest.raises(InputError, match="'cudnn', which needs.*not float32"):
+  with pytest.raises(InputError, match="='cudnn' needs.*not float32. Set"):
     attention.build_attention("cudnn")(*arrays)
   out = attention.build_attention("auto")(*arrays)
   np.testing.assert_array_equal(out, attention.attention(*arrays))

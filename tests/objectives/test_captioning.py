@@ -299,7 +299,7 @@ def test_a_tokenizer_ends_texts_as_the_decoder_does():
     (dict(tasks=["captions"]), "tasks"),
     (dict(tasks=[]), "tasks is empty"),
     (dict(attention_heads=3), "not divisible by attention_heads 3"),
-    (dict(ops="resize(64)|keep(0.25)"), "'image'.*drops patches"),
+    (dict(ops="resize(64)|keep(0.25)"), "drops some. .* blocks and keep.$"),
   ],
 )
 def test_invalid_options_raise(options, message):

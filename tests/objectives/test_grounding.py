@@ -513,11 +513,11 @@ def test_equal_phrases_may_be_encoded_once():
     (dict(regression=-1.0), "regression is -1"),
     (dict(region=3), "Did you mean 'regions'"),
     (dict(model=ModelSpec(image=SPEC.image)), "text tower"),
-    (dict(ops="resize(64)|blocks(0.2, 0.5)"), "'image'.*hides patches"),
-    (dict(ops="resize(64)|keep(0.25)"), "'image'.*drops patches"),
+    (dict(ops="resize(64)|blocks(0.2, 0.5)"), "'image'.*hides some.*set allow"),
+    (dict(ops="resize(64)|keep(0.25)"), "drops some. .* blocks and keep.$"),
     (
       dict(ops="resize(64)|keep(0.25)", allow_masked=True),
-      "drops patches",
+      "drops some. .*without keep.$",
     ),
   ],
 )

@@ -125,8 +125,9 @@ class LabelWriter:
     stored, read = self._stats(shard)["samples"], self._samples(shard)
     if stored != read:
       raise FileExistsError(
-        f"The labels of {self.names[shard]} in {self.out} are of other records"
-        f" (number, key, hash of the image): {stored}, now {read}. Remove it."
+        f"The labels of {self.names[shard]} in {self.out} belong to other"
+        f" records (number, key, image hash): {stored}, now {read}. Remove the"
+        f" folder {self.out}, or give another one."
       )
 
   def todo(self) -> list[int]:

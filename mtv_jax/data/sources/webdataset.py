@@ -250,7 +250,10 @@ class _OpenTar(abc.ABC):
       not key_start < key_end <= len(self._keys)
       or max(ends, default=self._size + 1) > self._size
     ):
-      raise TarError(f"{self._index} is damaged at record {i}: remove it.")
+      raise TarError(
+        f"The index {self._index} is damaged at record {i}: remove it; it is"
+        " rebuilt."
+      )
     key = self._keys[key_start:key_end].tobytes().decode(errors="replace")
     for role, (_, size) in zip(("image", ".txt", ".json"), spans, strict=True):
       limit = MAX_BYTES if role == "image" else MAX_TEXT
