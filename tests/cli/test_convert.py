@@ -164,7 +164,7 @@ def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
     main(["to_hf", out, back])
   # An incomplete upload is not a model.
   path.remove(path.as_path(out) / "config.json")
-  with pytest.raises(SystemExit, match=r"has no config\.json"):
+  with pytest.raises(SystemExit, match=r"lacks a config\.json"):
     main(["from_hf", out, f"{bucket}/third"])
 
 
