@@ -249,6 +249,11 @@ def build_views(
   `ops` is one string for all images, or a list of `count` strings. `crops_of`
   names a view whose crops and flips to repeat: the crop and flip ops must be
   equal except for size and method. `mean` and `std` normalise channels in 0..1.
+
+  Raises:
+    ConfigError: for unknown options or ops, wrong arguments or order of ops, a
+      list whose length differs from `count`, or `crops_of` a view with
+      different crops.
   """
   views = {}
   for name, entry in config.items():

@@ -59,7 +59,7 @@ def fused_init(
 
 
 def gelu(x: Float[Array, "*n"], kind: Gelu) -> Float[Array, "*n"]:
-  """GELU (Hendrycks and Gimpel 2016)."""
+  """GELU (Hendrycks and Gimpel 2016); for `kind`, see `Gelu`."""
   if kind == "relu":
     return jax.nn.relu(x)
   if kind == "quick":

@@ -41,7 +41,11 @@ from mtv_jax.train.spec import StepSpec, TrainState
 def compute_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`((loss, terms), gradients)` of a batch sharded over the mesh."""
+  """`((loss, terms), gradients)` of a batch `[B, ...]` sharded over the mesh.
+
+  `loss` is a scalar, `terms` are by objective, `gradients` have the shapes of
+  `state.params`.
+  """
   if spec.balance.combines and len(spec.objectives) > 1:
     return combine_gradients(spec, state, batch, mesh)
   if spec.accumulate > 1:

@@ -119,7 +119,10 @@ def join_labels(
 
   `labels` maps each kind to a folder or to options of `open_labels`, for
   features by teacher. Label sets without any of `fields` (None: all) are not
-  opened; if none is left, returns the source.
+  opened; if none is left, returns the source unchanged.
+
+  Raises LabelError if a label set has the wrong kind, is for different records,
+  or adds fields that the source already has.
   """
   if not isinstance(labels, Mapping) or not labels:
     expected = "expected a dict of folders, such as dict(depth='labels/depth')"
@@ -266,6 +269,9 @@ class KeyedLabels(JoinedLabels):
   The index is a sorted table of key hashes and label positions, 16 bytes per
   label, in a memory-mapped file that is written once. Hashes may collide, so
   the stored key decides.
+
+  Raises LabelError if no record has a label, StorageError if the table can't be
+  written.
   """
 
   def __init__(

@@ -149,6 +149,7 @@ class Owlv2Expert:
     phrases: queries, truncated to the text tower's 16 tokens.
     mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
+    dtype: computation dtype.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
     threshold: minimum score of a patch's best phrase, exclusive. The authors
@@ -156,6 +157,11 @@ class Owlv2Expert:
     nms, max_boxes, min_side, max_area: see `detections.select`.
     prompts: texts with a `{}` for the phrase, whose logits are averaged, or
       "ensemble" for `ENSEMBLE`.
+
+  Raises:
+    MissingFileError: the folder or its tokenizer is missing.
+    ConversionError: the folder has a different or an incomplete model.
+    InputError: `prompts` or `size` is invalid.
   """
 
   kind = "boxes"

@@ -294,7 +294,10 @@ class Proposal:
 def candidates(
   config: RunConfig, chips: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-  """Yields overrides, cheapest first, and how much they divide activations."""
+  """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
+
+  Yields `('KEY=VALUE', ...)` overrides and the factor that divides activations.
+  """
   base = ()
   if config.model.remat != "full":
     base = ("model.remat=full",)
