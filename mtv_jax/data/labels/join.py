@@ -77,8 +77,8 @@ class LabelledSource(Source):
     self._labels = labels
     self.name, self.files = source.name, source.files
     self.shards = source.shards
-    of_labels = (FIELDS[label.kind] for label in labels)
-    self.fields = frozenset(source.fields).union(*of_labels)
+    label_fields = (FIELDS[label.kind] for label in labels)
+    self.fields = frozenset(source.fields).union(*label_fields)
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
@@ -235,13 +235,14 @@ class AlignedLabels(JoinedLabels):
       given_key, given_image = label_sets.read_sample(source, i) or (key, image)
       if given_key != key:
         raise LabelError(
-          f"{self.label_set!r} is of other shards: record {i} of {source!r}, in"
-          f" {file.name}, has key {given_key!r}, expected {key!r}. {_ADVICE}"
+          f"{self.label_set!r} belongs to other shards: record {i} of"
+          f" {source!r}, in {file.name}, has key {given_key!r}, expected"
+          f" {key!r}. {_ADVICE}"
         )
       if given_image != image:
         raise LabelError(
-          f"{self.label_set!r} is of other images: {key!r} in {file} has the"
-          f" same key but other bytes. {_ADVICE}"
+          f"{self.label_set!r} belongs to other images: {key!r} in {file} has"
+          f" the same key but other bytes. {_ADVICE}"
         )
 
     map_threads(check, chosen)

@@ -343,7 +343,8 @@ def pad_to_square(
   sigma = max(shrink - 1, 0) / 2
   radius = int(_TRUNCATE * sigma + 0.5)
   # The difference from grey is 0 in the padding. Allocates only the part that
-  # the blurred image reaches: a banner's square may be huge.
+  # the blurred image reaches: padding an elongated image to a square may be
+  # large.
   margin = 2 * radius + math.ceil(shrink) + 2
   pad = [min(margin, side - n) for n in image.shape[:2]]
   pixels = np.zeros(
