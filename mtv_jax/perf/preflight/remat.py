@@ -246,7 +246,7 @@ def find_remat(
     plan = make_plan(remat)
     compiled = compile_lib.compile_step(plan, explain=False)
     peak, norms = _agree_on_peak(compiled), None
-    if plan.runs_norms and peak is not None and peak <= budget:
+    if plan.may_measure_norms and peak is not None and peak <= budget:
       norms = compile_lib.compile_norms(plan)
       more = _agree_on_peak(norms)
       peak = None if more is None else max(peak, more)
