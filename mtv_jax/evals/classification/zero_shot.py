@@ -310,8 +310,8 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
     )
   classes, ids = data.classes, class_folders.WORDNET_ID
   # Up to ten numbers may be digits.
-  has_digits = class_folders.are_numbers(classes) and classes[10:]
-  numbers = classes if has_digits else ()
+  too_many_digits = class_folders.are_numbers(classes) and classes[10:]
+  numbers = classes if too_many_digits else ()
   if not_names := [*filter(ids.fullmatch, classes), *numbers]:
     raise InputError(
       f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
