@@ -16,7 +16,7 @@ import safetensors.numpy
 from mtv_jax.config import foreign, options
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.layers import Depth, Length, Side, Vocabulary, Width
+from mtv_jax.models.layers import Length, NumLayers, Side, VocabularySize, Width
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import MissingFileError
@@ -74,12 +74,12 @@ _CONFIG_FIELDS = {
   "norm_mean": _THREE,
   "norm_std": _SCALES,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
-  "num_hidden_layers": Depth,
+  "num_hidden_layers": NumLayers,
   "out_features": list[str],
   "out_indices": list[int],
   "reassemble_factors": tuple[float, ...],
   "summary_idxs": tuple[int, ...],
-  "vocab_size": Vocabulary,
+  "vocab_size": VocabularySize,
 }
 _PROCESSOR_FIELDS = {
   **dict.fromkeys(

@@ -20,7 +20,7 @@ from mtv_jax.config.options import PositiveFloat, Range
 from mtv_jax.models import layers
 from mtv_jax.models import positions as positions_lib
 from mtv_jax.models import stack as stack_lib
-from mtv_jax.models.layers import Depth, Side, Width
+from mtv_jax.models.layers import NumLayers, Side, Width
 from mtv_jax.parallel.rules import constrain_batch
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass
@@ -43,7 +43,7 @@ class ViTSpec:
   image_size: Side = 224
   patch_size: Side = 16
   width: Width = 768  # Channels of a token (D).
-  depth: Depth = 12
+  depth: NumLayers = 12
   heads: Width = 12
   mlp_dim: Width = 3072  # For SwiGLU, the width of each half.
   pool: Pool = "map"

@@ -57,6 +57,10 @@ def make_mesh(
 
   One size over all devices, and one of `dcn`, may be -1, to infer it. Devices
   without slices are grouped into slices in order.
+
+  Raises:
+    ConfigError: for an unknown axis, or sizes whose product is not the number
+      of devices or slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sections.to_dict(shape)

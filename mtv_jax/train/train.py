@@ -79,7 +79,7 @@ def train(
   Raises:
     ConfigError: the config is invalid.
     NonFiniteError: too many updates are non-finite.
-    bounds.BoundError: an evaluation is out of bounds.
+    numerics.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
     preemption.Preempted: after a signal, once a checkpoint is saved.
     watchdog.StalledError: a step took too long; saved if possible.

@@ -258,6 +258,9 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
 
   Copies go to `cache_folder()` by default, and are renewed when the object
   changes. Only one process copies.
+
+  Raises MissingFileError, StorageError, or InputError if an object's name would
+  escape the folder.
   """
   if not is_remote(path):
     return Path(path)

@@ -31,6 +31,10 @@ def expand_path(
   """Expands `path` to existing files, globs sorted, without duplicates.
 
   `suffix` is the usual file ending, for hints in errors.
+
+  Raises MissingFileError if a file is missing or a glob matches nothing;
+  InputError if a file appears twice or is a folder, a pipe or a device, or if a
+  brace is malformed or expands to too many files.
   """
   files: list[PurePath] = []
   missing: list[str] = []

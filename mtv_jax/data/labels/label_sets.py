@@ -76,6 +76,9 @@ class LabelSet:
 
   `names` and `counts` are shard names and record counts; `digest`, a hash of
   the manifest, identifies the label set.
+
+  Raises LabelError if the kind or version differs, or if files contradict the
+  manifest; MissingFileError if one is missing.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):

@@ -59,6 +59,12 @@ class WebDatasetSource(FileSource):
     captions: "required" skips records with neither .txt nor .json; "ignored"
       reads all images and no captions; "optional" reads all images, and
       captions that are present, not blank and readable.
+
+  Raises:
+    TarError: a tar is truncated, corrupt, compressed or repeats a key.
+    OSError: an index is missing or stale and can't be written, or a bucket
+      can't be read.
+    InputError: the tars contain no records.
   """
 
   suffix = ".tar"
