@@ -32,6 +32,7 @@ def tiny(repo_root):
   return recipes.read_config(f"{path}:tiny")
 
 
+@pytest.mark.slow
 def test_savings_follow_from_the_shapes(tiny):
   """On one chip's rows: bytes of each array, and FLOPs of its product."""
   tiny.accumulate = 2
