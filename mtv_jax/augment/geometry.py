@@ -45,7 +45,7 @@ class BoxOp(ViewOp):
     self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]
   ) -> Float[Array, "4"]:
     """Samples a view's box on the canvas, for an image's height and width."""
-    raise NotImplementedError
+    raise NotImplementedError(f"{type(self).__name__} lacks box()")
 
   # Resampling kernel. Not annotated: as a field it would precede the ops' own.
   method = "bilinear"

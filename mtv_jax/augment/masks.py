@@ -50,7 +50,7 @@ class MaskOp(ViewOp):
 
   def count(self, size: int) -> int:
     """Maximum masked patches (`mask`), or number of visible ones (`keep`)."""
-    raise NotImplementedError
+    raise NotImplementedError(f"{type(self).__name__} lacks count()")
 
   def check(self, size: int) -> None:
     self.count(size)
@@ -62,7 +62,7 @@ class MaskOp(ViewOp):
 
     `masked`: see `sample_masked_images`.
     """
-    raise NotImplementedError
+    raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
 
 
 @dataclasses.dataclass(frozen=True)

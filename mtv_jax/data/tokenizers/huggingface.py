@@ -36,8 +36,10 @@ class HuggingFaceTokenizer(Tokenizer):
     except BaseException as error:
       # The library raises a bare Exception if it can't parse a file, and its
       # panics derive from BaseException.
-      problem = f"{path} is not a tokenizer.json ({printable(error)})"
-      raise InputError(f"{problem}; expected a fast tokenizer's.") from error
+      raise InputError(
+        f"{path} is not a tokenizer.json ({printable(error)}); expected the"
+        " file that `tokenizers` and fast tokenizers of `transformers` save."
+      ) from error
     vocabulary = model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
     check_ids(path, self.vocab_size)

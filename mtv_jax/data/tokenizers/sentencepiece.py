@@ -41,9 +41,9 @@ class SentencePieceTokenizer(Tokenizer):
     except (RuntimeError, OSError) as error:
       if getattr(error, "errno", None):
         raise
-      problem = f"not a SentencePiece model ({printable(error)})"
       raise InputError(
-        f"{path} is {problem}; expected a .model file."
+        f"{path} is not a SentencePiece model ({printable(error)}); expected"
+        " the binary file that its trainer writes, often called spiece.model."
       ) from error
     self.vocab_size = self._model.vocab_size()
     check_ids(path, self.vocab_size)
