@@ -8,28 +8,27 @@ lanes `[h L / n, (h + 1) L / n)`. So a step's batch doesn't depend on the number
 of hosts, and no two hosts read the same block.
 """
 
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Int64
 
+from mtv_jax.data.sources.base import cut_runs
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.process_cache import ProcessCache
 
-# Records per block, and blocks per window of a lane.
-BLOCK = 64
-WINDOW = 16
 _MAX_LANES = 256
 
 
 class Window(NamedTuple):
   """Blocks of a lane that are in memory together, and their shuffled rows."""
 
-  blocks: Int64[np.ndarray, " blocks"]
+  starts: Int64[np.ndarray, " blocks"]  # First record of each block.
+  sizes: Int64[np.ndarray, " blocks"]
   records: Int64[np.ndarray, " rows"]
 
 
@@ -51,9 +50,7 @@ def choose_lanes(batch_size: int, lanes: int | None, hosts: int) -> int:
     lanes = math.gcd(batch_size, _MAX_LANES)
   if batch_size % lanes or lanes % hosts:
     fits = [
-      n
-      for n in range(hosts, batch_size + 1, hosts)
-      if not batch_size % n
+      n for n in range(hosts, batch_size + 1, hosts) if not batch_size % n
     ]
     nearest = sorted(sorted(fits, key=lambda n: abs(n - lanes))[:2])
     raise ConfigError(
@@ -65,23 +62,21 @@ def choose_lanes(batch_size: int, lanes: int | None, hosts: int) -> int:
 
 
 def cut_blocks(
-  ends: Int64[np.ndarray, " runs"], *, size: int, at_least: int
+  ends: Int64[np.ndarray, " blocks"], lanes: int
 ) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
-  """Cuts runs of records into blocks; returns their starts and sizes.
+  """Returns the starts and sizes of blocks, given by cumulative counts.
 
-  `ends` are cumulative record counts. Blocks have at most `size` records, fewer
-  if there would be less than `at_least` blocks, down to single records.
+  Cuts them if there are fewer than lanes, down to single records.
   """
-  ends = np.asarray(ends, np.int64)
-  starts = np.concatenate([[0], ends[:-1]])
-  counts = ends - starts
-  while size > 1 and np.sum(-(-counts // size)) < at_least:
+  ends = np.unique(ends)  # Without empty blocks.
+  if ends[0] == 0:
+    ends = ends[1:]
+  size = int(np.diff(ends, prepend=0).max())
+  while len(ends) < lanes and size > 1:
     size = (size + 1) // 2
-  parts = -(-counts // size)
-  first = np.repeat(starts, parts)
-  number = np.arange(len(first)) - np.repeat(np.cumsum(parts) - parts, parts)
-  first = first + number * size
-  return first, np.diff(np.append(first, ends[-1]))
+    ends = cut_runs(ends, size)
+  starts = np.concatenate([[0], ends[:-1]])
+  return starts, ends - starts
 
 
 class BlockLanes:
@@ -131,12 +126,10 @@ class BlockLanes:
     lane, epoch, number = key
     blocks, _ = self._dealt.get(epoch * self._lanes + lane)
     blocks = blocks[number * self._window : (number + 1) * self._window]
-    runs = [
-      np.arange(a, a + n)
-      for a, n in zip(self._starts[blocks], self._sizes[blocks], strict=True)
-    ]
+    starts, sizes = self._starts[blocks], self._sizes[blocks]
+    runs = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     rng = np.random.default_rng((self._seed, epoch, lane, number))
-    return Window(blocks, rng.permutation(np.concatenate(runs)))
+    return Window(starts, sizes, rng.permutation(np.concatenate(runs)))
 
   def _epoch_of(self, lane: int, row: int) -> tuple[int, int]:
     """Returns a row's epoch, and the lane's rows before it."""
@@ -171,10 +164,12 @@ class BlockLanes:
     """Returns the window of a place."""
     return self._windows.get((lane, place.epoch, place.window))
 
-  def record(self, lane: int, row: int) -> int:
-    """Returns the record of row `row` of a lane."""
-    place = self.locate(lane, row)
-    return int(self.window(lane, place).records[place.row])
+  def next(self, lane: int, place: Place) -> Place:
+    """Returns the first row of the window after a place."""
+    epoch, window = place.epoch, place.window + 1
+    while window >= len(self._dealt.get(epoch * self._lanes + lane)[1]):
+      epoch, window = epoch + 1, 0
+    return Place(epoch, window, 0)
 
 
 class LaneOrder:
@@ -182,64 +177,101 @@ class LaneOrder:
 
   Sources keep their shares within each lane, and, to within one row per source,
   within each batch: lane l is `l r` rows ahead in the mixture.
+
+  Args:
+    blocks: cumulative record counts of each source's blocks.
+    weights: mixing weights, rounded to a hundredth of the smallest.
+    batch_size: rows of a step, over all hosts.
+    lanes: number of lanes, see `choose_lanes`.
+    window: blocks per window of a lane, shared out to the sources by weight.
+    seeds: one for each source.
   """
 
   def __init__(
     self,
-    ends: Sequence[Int64[np.ndarray, " runs"]],
+    blocks: Sequence[Int64[np.ndarray, " blocks"]],
     *,
     weights: Sequence[float],
     batch_size: int,
     lanes: int,
+    window: int,
     seeds: Sequence[int],
-    block: int = BLOCK,
-    window: int = WINDOW,
   ):
     self.lanes, self._batch_size = lanes, batch_size
     self._rows = batch_size // lanes
-    shares = np.asarray(weights) / np.sum(weights)
+    self._weights = [int(100 * w / min(weights)) for w in weights]
     self.sources = []
-    for runs, share, seed in zip(ends, shares, seeds, strict=True):
-      starts, sizes = cut_blocks(runs, size=block, at_least=lanes)
-      blocks = max(round(window * float(share)), 1)
+    for ends, weight, seed in zip(blocks, weights, seeds, strict=True):
+      starts, sizes = cut_blocks(ends, lanes)
+      width = max(round(window * weight / sum(weights)), 1)
       self.sources.append(
-        BlockLanes(starts, sizes, lanes=lanes, window=blocks, seed=seed)
+        BlockLanes(starts, sizes, lanes=lanes, window=width, seed=seed)
       )
-    endless = [grain.MapDataset.range(sys.maxsize).map(_Tag(k)) for k in
-               range(len(ends))]
-    self._mixture = grain.MapDataset.mix(endless, list(weights))
-    # Rows of each source before the first row of each lane.
-    taken = np.zeros((batch_size + 1, len(ends)), np.int64)
-    if len(ends) > 1:
-      for at in range(batch_size):
-        taken[at + 1, self._mixture[at][0]] = 1
-    else:
-      taken[1:] = 1
-    self._skipped = np.cumsum(taken, axis=0)[:: self._rows]
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, position: int) -> tuple[int, int]:
-    source, lane, row = self.place(position)
-    return source, self.sources[source].record(lane, row)
+    source, records = self.candidates(position)
+    return source, next(records)
 
-  def place(self, position: int) -> tuple[int, int, int]:
-    """Returns the source, the lane, and the source's row in the lane."""
+  def candidates(self, position: int) -> tuple[int, Iterator[int]]:
+    """Returns a row's source, and the records for it by preference.
+
+    The first one is the row's. The others replace it if it is unusable: those
+    of its window, which are in memory, then the following records.
+    """
+    lane, at = self._lane(position)
+    before, after = self._rows_before(at), self._rows_before(at + 1)
+    source = next(k for k, n in enumerate(before) if after[k] > n)
+    place, window = self._window(source, lane, before[source])
+    return source, _replacements(window.records, place.row)
+
+  def upcoming(
+    self, positions: range, *, windows: int
+  ) -> Iterator[tuple[int, Window]]:
+    """Yields (source, window) of rows, then of the following windows.
+
+    `positions` are rows of one step, of whole lanes.
+    """
+    starts = [self._lane(position) for position in positions[:: self._rows]]
+    places = []
+    for lane, at in starts:
+      for source, row in enumerate(self._rows_before(at)):
+        place, window = self._window(source, lane, row)
+        places.append((source, lane, place))
+        yield source, window
+    for _ in range(windows - 1):
+      for i, (source, lane, place) in enumerate(places):
+        place = self.sources[source].next(lane, place)
+        places[i] = source, lane, place
+        yield source, self.sources[source].window(lane, place)
+
+  def _lane(self, position: int) -> tuple[int, int]:
+    """Returns a row's lane, and its position in the mixture."""
     step, at = divmod(int(position), self._batch_size)
     lane, row = divmod(at, self._rows)
-    row += step * self._rows
-    if len(self.sources) == 1:
-      return 0, lane, row
-    source, row = self._mixture[row + lane * self._rows]
-    return source, lane, row - int(self._skipped[lane, source])
+    return lane, (step + lane) * self._rows + row
+
+  def _rows_before(self, at: int) -> list[int]:
+    """Rows of each source before a position of the mixture."""
+    counts, total = [], sum(self._weights)
+    for weight in self._weights:
+      others = at * (total - weight) // total
+      counts.append(at - others)
+      at, total = others, total - weight
+    return counts
+
+  def _window(self, source: int, lane: int, at: int) -> tuple[Place, Window]:
+    """Place and window of a lane's row; `at` counts from the mixture's start."""
+    row = at - self._rows_before(lane * self._rows)[source]
+    place = self.sources[source].locate(lane, row)
+    return place, self.sources[source].window(lane, place)
 
 
-class _Tag:
-  """Pairs an index with its source; a class, as workers unpickle it."""
-
-  def __init__(self, source: int):
-    self._source = source
-
-  def __call__(self, row: int) -> tuple[int, int]:
-    return self._source, row
+def _replacements(
+  records: Int64[np.ndarray, " rows"], row: int
+) -> Iterator[int]:
+  for k in range(len(records)):
+    yield int(records[(row + k) % len(records)])
+  yield from itertools.count(int(records[row]) + 1)

@@ -17,10 +17,11 @@ No module of `mtv_jax.data` imports JAX, and no worker starts a JAX backend.
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import logging
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -31,7 +32,8 @@ from absl import flags
 from mtv_jax.config import sections
 from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt
-from mtv_jax.data import order
+from mtv_jax.data import lanes, order
+from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
@@ -40,6 +42,7 @@ from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.ranges import RangeReader
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ Batch = dict[str, np.ndarray]
 # Block reads from buckets: every process reads every block, so with more
 # processes than this, single records are read instead.
 _MAX_BLOCK_READERS = 4
+# Windows of blocks in memory: those of a step's rows, and the following ones.
+_WINDOWS = 2
 # A longer run of consecutive bad records is not accidental.
 _MAX_BAD_RUN = 256
 # Batches that may be prefetched beyond the step whose counts are requested.
@@ -64,7 +69,7 @@ class HostBatches:
   """
 
   sources: Sequence[Source]
-  addresses: grain.MapDataset
+  addresses: grain.MapDataset | LaneOrder
   ops: Ops
   _: dataclasses.KW_ONLY
   seed: int
@@ -85,8 +90,10 @@ class HostBatches:
   def __getitem__(self, index: int) -> dict[str, Any]:
     positions = self._positions(self.start_step + int(index))
     with self._lock:
+      if isinstance(self.addresses, LaneOrder):
+        self._prefetch(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
-      addresses = [self.addresses[position] for position in positions]
+      candidates = [self._candidates(position) for position in positions]
       if self._pool is None:
         # Rows already run in parallel; OpenCV's own threads would contend.
         cv2.setNumThreads(1)
@@ -98,10 +105,23 @@ class HostBatches:
       name: np.empty((self.rows, *field.shape), field.dtype)
       for name, field in self.ops.fields.items()
     }
-    jobs = [batch] * self.rows, positions, addresses
+    jobs = [batch] * self.rows, positions, candidates
     lists = zip(*pool.map(self._fill_row, *jobs), strict=True)
     bad, dropped, cut = (sum(parts, []) for parts in lists)
     return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
+
+  def _candidates(self, position: int) -> tuple[int, Iterable[int]]:
+    """Returns a row's source, and records for it by preference."""
+    if isinstance(self.addresses, LaneOrder):
+      return self.addresses.candidates(position)
+    source, first = self.addresses[position]
+    return source, range(first, first + len(self.sources[source]))
+
+  def _prefetch(self, positions: range) -> None:
+    """Starts to read the blocks of rows, and those that follow."""
+    for source, window in self.addresses.upcoming(positions, windows=_WINDOWS):
+      for first, count in zip(window.starts, window.sizes, strict=True):
+        self.sources[source].prefetch(int(first), int(count))
 
   def _positions(self, step: int) -> range:
     """Positions of this host's rows in a step's batch."""
@@ -122,21 +142,22 @@ class HostBatches:
     return keys
 
   def _fill_row(
-    self, batch: Batch, position: int, address: tuple[int, int]
+    self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
   ) -> tuple[
     list[tuple[str, str, str]],
     list[tuple[str, str, int]],
     list[tuple[str, bool]],
   ]:
     """Fills the row of `position`; returns the element's other parts."""
-    source, first = self.sources[address[0]], address[1]
+    index, numbers = candidates
+    source = self.sources[index]
     tries = min(len(source), _MAX_BAD_RUN)
     bad: list[tuple[str, str, str]] = []
-    for number in range(first, first + tries):
+    for number in itertools.islice(numbers, tries):
       number %= len(source)
       try:
         rng = np.random.default_rng((self.seed, position))
-        record = self.ops(source[number], rng) | {SOURCE: address[0]}
+        record = self.ops(source[number], rng) | {SOURCE: index}
         row = (position - self.first_row) % self.batch_size
         for name, values in batch.items():
           values[row] = record[name]
@@ -150,9 +171,8 @@ class HostBatches:
         error.add_note(f"in record {number} of {source!r} (row {position})")
         raise
     raise CorruptDataError(
-      f"{tries} consecutive records of {source!r}, from {first} on, can't be"
-      f" used. The first: {describe_bad(*bad[0])}. The last:"
-      f" {describe_bad(*bad[-1])}."
+      f"{tries} records of {source!r} for one row can't be used. The first:"
+      f" {describe_bad(*bad[0])}. The last: {describe_bad(*bad[-1])}."
     )
 
   def close(self) -> None:
@@ -228,7 +248,12 @@ class DataConfig:
   threads: PositiveInt | None = None  # Per process; None: one per core.
   prefetch: PositiveInt | None = None  # Batches ahead, per process; None: 2.
   max_corrupt: Fraction = 0.01  # Maximum share of unusable records.
-  shuffle: Literal["global", "block", "none"] = "global"
+  # "lanes": whole blocks, each read by one host. "global": single records.
+  shuffle: Literal["lanes", "global", "block", "none"] = "global"
+  # For lanes. None: the largest power of two up to 256 that divides the batch.
+  lanes: PositiveInt | None = None
+  window: PositiveInt = 16  # Blocks that a lane shuffles together.
+  block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per process.
 
 
 def make_loader(
@@ -284,14 +309,30 @@ def make_loader(
   _check_labels(ops, sources)
   rows = batch_size // process_count
   weights = weights or [1.0] * len(sources)
-  if config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
+  if config.shuffle == "lanes":
+    reader = RangeReader(config.block_memory << 20)
+    for source in sources:
+      source.use_reader(reader)
+  elif config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
     for source in sources:
       source.read_in_blocks(order.BLOCK * order.WINDOW)
+  if config.shuffle == "lanes":
+    order.check(sources, weights, seed)
+    addresses = LaneOrder(
+      [source.lane_blocks for source in sources],
+      weights=weights,
+      batch_size=batch_size,
+      lanes=lanes.choose_lanes(batch_size, config.lanes, process_count),
+      window=config.window,
+      seeds=[order.source_seed(seed, k) for k in range(len(sources))],
+    )
+  else:
+    addresses = order.addresses(
+      sources, weights=weights, shuffle=config.shuffle, seed=seed
+    )
   batches = HostBatches(
     sources,
-    order.addresses(
-      sources, weights=weights, shuffle=config.shuffle, seed=seed
-    ),
+    addresses,
     ops,
     seed=seed,
     batch_size=batch_size,

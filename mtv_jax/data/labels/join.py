@@ -34,6 +34,7 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.ranges import RangeReader
 from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,16 @@ class LabelledSource(Source):
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
     return self._source.blocks
+
+  @property
+  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
+    return self._source.lane_blocks
+
+  def use_reader(self, reader: RangeReader) -> None:
+    self._source.use_reader(reader)
+
+  def prefetch(self, first: int, count: int) -> None:
+    self._source.prefetch(first, count)
 
   def read_in_blocks(self, window: int) -> None:
     self._source.read_in_blocks(window)

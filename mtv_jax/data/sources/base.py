@@ -11,12 +11,31 @@ from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.ranges import RangeReader
 
 # One or several paths: brace ranges, globs, commas; see `utils.path_patterns`.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 # Captions are required, not read, or read if present.
 CaptionMode = Literal["required", "ignored", "optional"]
+
+
+# Records per block of an order in lanes.
+LANE_BLOCK = 64
+
+
+def cut_runs(
+  ends: Int64[np.ndarray, " runs"], size: int
+) -> Int64[np.ndarray, " blocks"]:
+  """Cuts runs, given by cumulative counts, into runs of at most `size`."""
+  ends = np.asarray(ends, np.int64)
+  starts = np.concatenate([[0], ends[:-1]])
+  parts = -(-(ends - starts) // size)
+  before = np.repeat(np.cumsum(parts) - parts, parts)
+  number = np.arange(len(before)) - before + 1
+  return np.minimum(
+    np.repeat(starts, parts) + number * size, np.repeat(ends, parts)
+  )
 
 
 class Source(abc.ABC):
@@ -44,6 +63,23 @@ class Source(abc.ABC):
     A block shuffle keeps the records of a run close together.
     """
     return self.shards
+
+  @property
+  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
+    """Cumulative record counts of the blocks of an order in lanes.
+
+    Runs of a shard's records that one request reads, or that are read one by
+    one from a local disk.
+    """
+    return cut_runs(self.shards, LANE_BLOCK)
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """Reads byte ranges of bucket files through `reader` from now on."""
+    del reader
+
+  def prefetch(self, first: int, count: int) -> None:
+    """Starts to read `count` records from `first` on, if they are remote."""
+    del first, count
 
   def read_in_blocks(self, window: int) -> None:
     """Prepares for an order that stays within `window` records for long.
@@ -136,6 +172,21 @@ class LimitedSource(Source):
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
     """As in the base class."""
     return self._count_before(self._source.blocks)
+
+  @property
+  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
+    """As in the base class."""
+    return np.unique(self._count_before(self._source.lane_blocks))
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in the base class."""
+    self._source.use_reader(reader)
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in the base class."""
+    last = self._index(first + count - 1)
+    first = self._index(first)
+    self._source.prefetch(first, last - first + 1)
 
   def read_in_blocks(self, window: int) -> None:
     """As in the base class."""

@@ -1,0 +1,209 @@
+"""Blocks of tars: runs of records that one request reads."""
+
+import functools
+import io
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+
+from mtv_jax.data.sources import block_table, tar_scan
+from mtv_jax.data.sources.block_table import BlockTable
+from mtv_jax.data.sources.tar_scan import EXTENSIONS, IMAGE, Span, TarError
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.ranges import Range, RangeReader
+
+# Larger blocks don't fit in memory beside others. A block grows beyond its
+# number of records if members of a record are far apart.
+_MAX_SIZE = 1 << 30
+# Parsed blocks; their bytes are in the `RangeReader`.
+_MAX_PARSED = 4096
+
+
+class Member(NamedTuple):
+  """A record of a block: its key, and the spans of image, text and JSON."""
+
+  key: str
+  spans: Sequence[Span]
+
+  @property
+  def is_captioned(self) -> bool:
+    return any(span.offset for span in self.spans[IMAGE + 1 :])
+
+
+def scan(path: PurePath, *, records: int) -> Mapping[str, np.ndarray]:
+  """Returns the columns of a tar's blocks, without `shard`.
+
+  Reads the tar once. A block has `records` records with an image, in the order
+  of their first members, and more if members of several records alternate.
+  Raises TarError like `tar_scan.scan`.
+  """
+  with path_lib.open_file(path, buffering=1 << 13) as file:
+    total = file.seek(0, io.SEEK_END)
+    if not total:
+      raise TarError(f"{path} is empty (0 bytes): fetch it again.")
+    groups, end = _group(file, total, path)
+  rows, count, captioned, reach = [], 0, 0, 0
+  begin = 0
+  for group in groups.values():
+    if count >= records and group.start >= reach:
+      rows.append((begin, group.start - begin, count, captioned))
+      begin, count, captioned = group.start, 0, 0
+    if group.spans[IMAGE].offset:
+      count += 1
+      captioned += any(span.offset for span in group.spans[IMAGE + 1 :])
+    reach = max(reach, group.end)
+  rows += [(begin, end - begin, count, captioned)] * (count > 0)
+  table = np.array(rows, np.int64).reshape(-1, 4).T
+  if (table[1] > _MAX_SIZE).any():
+    raise TarError(
+      f"{path}: the members of its records are far apart, so that"
+      f" {int(table[2].max()):,} records would be one block of"
+      f" {int(table[1].max()):,} bytes. Write the images and their captions"
+      " next to each other, as `mtv-jax make_shards` does."
+    )
+  return dict(
+    zip(("offset", "size", "records", "captioned"), table, strict=True)
+  )
+
+
+class _Group:
+  """Members of one key."""
+
+  def __init__(self, start: int):
+    self.start, self.end = start, start
+    self.spans = [Span(0, 0)] * 3
+
+
+def _group(
+  file: io.BufferedIOBase, total: int, path: PurePath
+) -> tuple[dict[str, _Group], int]:
+  """Returns the members by key, in order, and the end of the last one."""
+  groups: dict[str, _Group] = {}
+  end = 0
+  for name, span, start in tar_scan.walk(file, total, path):
+    if name is None:
+      break
+    end = span.offset + span.size
+    key, extension = tar_scan.split_name(name)
+    role = EXTENSIONS.get(extension)
+    if not key or role is None:
+      continue
+    group = groups.setdefault(key, _Group(start))
+    if group.spans[role].offset:
+      raise TarError(
+        f"{path}: key {key!r} has a second {extension}, at offset"
+        f" {span.offset}. Keys must be unique: remove the duplicate, or leave"
+        " the tar out of the path."
+      )
+    group.spans[role], group.end = span, end
+  return groups, end
+
+
+def build_table(
+  files: Sequence[PurePath],
+  *,
+  records: int,
+  processes: int | None = None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BlockTable:
+  """Builds the table of tars of one folder; `records` as in `scan`."""
+  if len({file.parent for file in files}) > 1:
+    raise InputError("The tars are in several folders; index each by itself.")
+  states = block_table.read_states(files)
+  scan_file = functools.partial(scan, records=records)
+  count = min(processes or available_cores(), len(files))
+  columns = []
+  # Not forked, which is unsafe beside the threads of bucket clients.
+  with futures.ProcessPoolExecutor(
+    count, mp_context=multiprocessing.get_context("spawn")
+  ) as pool:
+    for of_file in pool.map(scan_file, files):
+      columns.append(of_file)
+      progress(len(columns), len(files))
+  if block_table.read_states(files) != states:
+    raise InputError("Tars changed while they were read. Run this again.")
+  counts = [len(of_file["offset"]) for of_file in columns]
+  joined = {n: np.concatenate([c[n] for c in columns]) for n in columns[0]}
+  return BlockTable(
+    files=tuple(files),
+    sizes=tuple(size for size, _ in states),
+    versions=tuple(version for _, version in states),
+    shard=np.repeat(np.arange(len(files)), counts),
+    **joined,
+  )
+
+
+class TarBlocks:
+  """Records of tars in blocks, by position.
+
+  `captioned` leaves out records without captions.
+  """
+
+  def __init__(
+    self, table: BlockTable, reader: RangeReader, *, captioned: bool
+  ):
+    self.table, self._captioned = table, captioned
+    self.use(reader)
+    counts = table.captioned if captioned else table.records
+    self.ends = np.cumsum(counts)  # Cumulative record counts of the blocks.
+
+  def use(self, reader: RangeReader) -> None:
+    """Reads through another reader from now on."""
+    self._reader = reader
+    self._parsed = ProcessCache(self._parse, limit=_MAX_PARSED)
+
+  def _range(self, block: int) -> Range:
+    table = self.table
+    path = table.files[table.shard[block]]
+    return Range(path, int(table.offset[block]), int(table.size[block]))
+
+  def prefetch(self, first: int, count: int) -> None:
+    """Starts to read the blocks of some records."""
+    ends = np.searchsorted(self.ends, [first, first + count - 1], side="right")
+    self._reader.prefetch(map(self._range, range(ends[0], ends[1] + 1)))
+
+  def _parse(self, block: int) -> list[Member]:
+    span = self._range(block)
+    data = self._reader.get(span)
+    try:
+      groups, _ = _group(io.BytesIO(data), len(data), span.path)
+    except TarError as error:
+      raise self._changed(block) from error
+    members = [
+      Member(key, group.spans)
+      for key, group in groups.items()
+      if group.spans[IMAGE].offset
+    ]
+    captioned = [member for member in members if member.is_captioned]
+    expected = self.table.records[block], self.table.captioned[block]
+    if (len(members), len(captioned)) != expected:
+      raise self._changed(block)
+    return captioned if self._captioned else members
+
+  def _changed(self, block: int) -> TarError:
+    span = self._range(block)
+    return TarError(
+      f"{span.path} has other content at offset {span.offset} than when its"
+      " table of blocks was written. Run `mtv-jax index` again."
+    )
+
+  def locate(self, i: int) -> tuple[int, int]:
+    """Returns the block of record `i` and its position in the block."""
+    block = int(np.searchsorted(self.ends, i, side="right"))
+    return block, i - (int(self.ends[block - 1]) if block else 0)
+
+  def read(self, i: int) -> tuple[str, list[bytes | None]]:
+    """Returns the key of record `i`, and its image, text and JSON."""
+    block, at = self.locate(i)
+    key, spans = self._parsed.get(block)[at]
+    data = memoryview(self._reader.get(self._range(block)))
+    return key, [
+      bytes(data[at : at + size]) if at else None for at, size in spans
+    ]
