@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.data.sources.base import cut_runs
+from mtv_jax.data.sources.base import cut_blocks
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.process_cache import ProcessCache
 
@@ -61,7 +61,7 @@ def choose_lanes(batch_size: int, lanes: int | None, hosts: int) -> int:
   return lanes
 
 
-def cut_blocks(
+def divide_blocks(
   ends: Int64[np.ndarray, " blocks"], lanes: int
 ) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
   """Returns the starts and sizes of blocks, given by cumulative counts.
@@ -74,7 +74,7 @@ def cut_blocks(
   size = int(np.diff(ends, prepend=0).max())
   while len(ends) < lanes and size > 1:
     size = (size + 1) // 2
-    ends = cut_runs(ends, size)
+    ends, _ = cut_blocks(ends, size)
   starts = np.concatenate([[0], ends[:-1]])
   return starts, ends - starts
 
@@ -202,7 +202,7 @@ class LaneOrder:
     self._weights = [int(100 * w / min(weights)) for w in weights]
     self.sources = []
     for ends, weight, seed in zip(blocks, weights, seeds, strict=True):
-      starts, sizes = cut_blocks(ends, lanes)
+      starts, sizes = divide_blocks(ends, lanes)
       width = max(round(window * weight / sum(weights)), 1)
       self.sources.append(
         BlockLanes(starts, sizes, lanes=lanes, window=width, seed=seed)
@@ -263,7 +263,7 @@ class LaneOrder:
     return counts
 
   def _window(self, source: int, lane: int, at: int) -> tuple[Place, Window]:
-    """Place and window of a lane's row; `at` counts from the mixture's start."""
+    """Place and window of a lane's row; `at` counts from the first batch."""
     row = at - self._rows_before(lane * self._rows)[source]
     place = self.sources[source].locate(lane, row)
     return place, self.sources[source].window(lane, place)

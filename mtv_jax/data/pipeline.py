@@ -319,7 +319,7 @@ def make_loader(
   if config.shuffle == "lanes":
     order.check(sources, weights, seed)
     addresses = LaneOrder(
-      [source.lane_blocks for source in sources],
+      [source.lane_blocks.ends for source in sources],
       weights=weights,
       batch_size=batch_size,
       lanes=lanes.choose_lanes(batch_size, config.lanes, process_count),

@@ -30,8 +30,9 @@ from mtv_jax.data.labels.feature_values import FeatureLabel
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import Blocks, Source
 from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
 from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.ranges import RangeReader
@@ -73,6 +74,14 @@ class JoinedLabels(abc.ABC):
   @abc.abstractmethod
   def _get(self, i: int, record: Record) -> Label | None: ...
 
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in `Source`."""
+    del reader
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in `Source`."""
+    del first, count
+
 
 class LabelledSource(Source):
   """A source whose records include the fields of joined label sets."""
@@ -90,14 +99,16 @@ class LabelledSource(Source):
     return self._source.blocks
 
   @property
-  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
+  def lane_blocks(self) -> Blocks:
     return self._source.lane_blocks
 
   def use_reader(self, reader: RangeReader) -> None:
-    self._source.use_reader(reader)
+    for part in (self._source, *self._labels):
+      part.use_reader(reader)
 
   def prefetch(self, first: int, count: int) -> None:
-    self._source.prefetch(first, count)
+    for part in (self._source, *self._labels):
+      part.prefetch(first, count)
 
   def read_in_blocks(self, window: int) -> None:
     self._source.read_in_blocks(window)
@@ -210,7 +221,11 @@ class AlignedLabels(JoinedLabels):
     self._starts = np.concatenate([[0], source.shards[:-1]]).astype(np.int64)
     counts = np.diff(source.shards, prepend=0)
     self._shards = self._match(counts)
-    self._check_samples(source, counts)
+    self._source = source
+    # Records of a bucket are checked when they are read.
+    self._is_remote = labels.blocks and path_lib.is_remote(self._files[0])
+    if not self._is_remote:
+      self._check_samples(source, counts)
 
   def _match(self, counts: np.ndarray) -> list[int]:
     """Returns the label set's shard for each shard of the source."""
@@ -268,7 +283,41 @@ class AlignedLabels(JoinedLabels):
 
     map_threads(check, chosen)
 
+  def use_reader(self, reader: RangeReader) -> None:
+    if self.label_set.blocks:
+      self.label_set.blocks.use(reader)
+
+  def prefetch(self, first: int, count: int) -> None:
+    if blocks := self.label_set.blocks:
+      _, shard, begin = self._source.lane_blocks.locate(first)
+      _, _, end = self._source.lane_blocks.locate(first + count - 1)
+      for number in range(begin, end + 1):
+        blocks.prefetch(self._shards[shard], number)
+
+  def _find(self, i: int, record: Record) -> Label | None:
+    """Returns the label of record `i` from its block."""
+    _, shard, number = self._source.lane_blocks.locate(i)
+    key, labels = record["key"], self.label_set
+    stored = labels.find(self._shards[shard], number, key)
+    if stored is None:
+      raise LabelError(
+        f"{labels!r} is of other shards: block {number} of"
+        f" {self._files[shard].name} has no label of its record {key!r}."
+        f" {_ADVICE}"
+      )
+    samples = labels.manifest["shards"][self._shards[shard]]["samples"]
+    for _, sample, image in samples:
+      if sample == key and image != label_sets.hash_bytes(record["image"]):
+        raise LabelError(
+          f"{labels!r} is of other images: {key!r} in"
+          f" {self._files[shard].name} has the same key but other bytes."
+          f" {_ADVICE}"
+        )
+    return stored.label
+
   def _get(self, i: int, record: Record) -> Label | None:
+    if self._is_remote:
+      return self._find(i, record)
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
     at = i - int(self._starts[shard])
     stored = self.label_set.read(self._shards[shard], at)

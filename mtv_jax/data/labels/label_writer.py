@@ -12,17 +12,18 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.labels import label_sets, label_values
+from mtv_jax.data.labels import label_blocks, label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.path import refuse_remote
@@ -106,9 +107,13 @@ class LabelWriter:
     self.names = [label_sets.shard_name(file) for file in base.files]
     self._check_files()
     self._starts = [0, *base.shards.tolist()]
-    described = label_sets.describe_settings(kind, settings, base)
+    # An unfinished set of version 1 is finished as such.
+    self._version = label_sets.stored_version(self.out)
+    described = label_sets.describe_settings(
+      kind, settings, base, self._version
+    )
     self._settings = described["settings"]
-    key = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
+    key = json.dumps([self._version, kind, settings], sort_keys=True)
     self._settings_hash = hash_bytes(key.encode())
     self.out.mkdir(parents=True, exist_ok=True)
     label_sets.write_or_check_settings(self.out, described)
@@ -182,18 +187,26 @@ class LabelWriter:
     """
     summary, keys, images = LabelCounts(), [], []
 
-    def encoded() -> Iterator[bytes]:
+    def encoded() -> Iterator[tuple[int, bytes]]:
       for entry in entries:
         summary.add(entry.outcome)
         keys.append(entry.key)
         images.append(entry.image)
-        yield label_values.encode(entry.key, entry.outcome.label)
+        label = label_values.encode(entry.key, entry.outcome.label)
+        yield label_sets.hash_key(entry.key), label
 
     labels_file, keys_file, stats_file = self._files(shard)
     if not self.is_done(shard):
       # The statistics are stale while the new labels are written.
       stats_file.unlink(missing_ok=True)
-    array_record.write_bytes(labels_file, encoded())
+    labels, blocks = encoded(), []
+    if self._version == 1:
+      array_record.write_bytes(labels_file, (label for _, label in labels))
+    else:
+      counts = self._block_counts(shard)
+      sizes = label_blocks.write(labels_file, labels, counts)
+      blocks = list(zip(sizes, counts, strict=True))
+    collections.deque(labels, maxlen=0)  # Counts those beyond the records.
     if len(keys) != (expected := len(self.numbers(shard))):
       labels_file.unlink()
       raise LabelError(
@@ -211,6 +224,7 @@ class LabelWriter:
       **_base_hash(keys, images),
       "samples": self._samples(shard),
       "made_by": self._settings_hash,
+      "blocks": blocks,
     }
     atomic.write(stats_file, to_json(stats))
     return summary
@@ -228,7 +242,9 @@ class LabelWriter:
         f" ({self.names[todo[0]]}, ...): write them before the manifest."
       )
     total, shards = LabelCounts(), []
+    blocks = []
     for stats in map(self._stats, range(len(self.names))):
+      blocks.append(stats.pop("blocks", []))
       shards.append({k: v for k, v in stats.items() if k != "made_by"})
       total.records += stats["records"]
       total.labelled += stats["labelled"]
@@ -243,8 +259,10 @@ class LabelWriter:
         f"None of the {total.records} records has a label:"
         f" {'; '.join(reasons[:5])}. Remove {self.out}."
       )
+    if self._version > 1:
+      self._write_table(blocks)
     manifest = {
-      "version": label_sets.VERSION,
+      "version": self._version,
       "kind": self.kind,
       "settings": self._settings,
       **_base_hash(self.names, [shard.get("base_hash") for shard in shards]),
@@ -253,6 +271,31 @@ class LabelWriter:
     }
     atomic.write(self.out / label_sets.MANIFEST, to_json(manifest))
     return total
+
+  def _block_counts(self, shard: int) -> list[int]:
+    """Records of each block of a base shard."""
+    ends, of_shard = self.base.lane_blocks
+    ends = ends[of_shard == shard]
+    return np.diff(ends, prepend=self._starts[shard]).tolist()
+
+  def _write_table(self, blocks: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Writes the table of blocks, given (size, records) by shard."""
+    files = [self._files(shard)[0] for shard in range(len(self.names))]
+    rows = [block for of_shard in blocks for block in of_shard]
+    size, records = np.array(rows, np.int64).reshape(-1, 2).T
+    offsets = [np.cumsum([0, *(n for n, _ in b)])[:-1] for b in blocks]
+    table = BlockTable(
+      files=tuple(files),
+      sizes=tuple(sum(n for n, _ in of_shard) for of_shard in blocks),
+      # Label sets are copied, which changes versions.
+      versions=("",) * len(files),
+      shard=np.repeat(np.arange(len(files)), [len(b) for b in blocks]),
+      offset=np.concatenate([np.zeros(0, np.int64), *offsets]),
+      size=size,
+      records=records,
+      captioned=records,
+    )
+    table.write(self.out / block_table.NAME)
 
   def _samples(self, shard: int) -> list[list[Any]]:
     """Index, key and image hash of a few readable records."""
@@ -266,7 +309,8 @@ class LabelWriter:
 
   def _files(self, shard: int) -> tuple[Path, Path, Path]:
     """Files of a shard: labels, key hashes, statistics."""
-    ends = ".array_record", ".keys.npy", "_stats.json"
+    labels = ".array_record" if self._version == 1 else label_blocks.SUFFIX
+    ends = labels, ".keys.npy", "_stats.json"
     labels, keys, stats = (self.out / f"{self.names[shard]}{e}" for e in ends)
     return labels, keys, stats
 

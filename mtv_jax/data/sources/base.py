@@ -1,10 +1,11 @@
 """Source interface: random access to the records of a data set."""
 
 import abc
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, ClassVar, Literal, SupportsIndex
+from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
@@ -24,18 +25,37 @@ CaptionMode = Literal["required", "ignored", "optional"]
 LANE_BLOCK = 64
 
 
-def cut_runs(
+class Blocks(NamedTuple):
+  """Blocks of a source, in order; they may be empty.
+
+  A block is a run of a shard's records that one request reads, or that are read
+  one by one from a local disk.
+  """
+
+  ends: Int64[np.ndarray, " blocks"]  # Cumulative record counts.
+  shard: Int64[np.ndarray, " blocks"]
+
+  def locate(self, i: int) -> tuple[int, int, int]:
+    """Returns the block of record `i`, its shard, and its number there."""
+    block = int(np.searchsorted(self.ends, i, side="right"))
+    shard = int(self.shard[block])
+    return block, shard, block - int(np.searchsorted(self.shard, shard))
+
+
+def cut_blocks(
   ends: Int64[np.ndarray, " runs"], size: int
-) -> Int64[np.ndarray, " blocks"]:
-  """Cuts runs, given by cumulative counts, into runs of at most `size`."""
+) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
+  """Cuts runs of records into blocks of at most `size`.
+
+  Runs are given by cumulative counts. Returns those of the blocks, and the run
+  of each block.
+  """
   ends = np.asarray(ends, np.int64)
   starts = np.concatenate([[0], ends[:-1]])
   parts = -(-(ends - starts) // size)
-  before = np.repeat(np.cumsum(parts) - parts, parts)
-  number = np.arange(len(before)) - before + 1
-  return np.minimum(
-    np.repeat(starts, parts) + number * size, np.repeat(ends, parts)
-  )
+  run = np.repeat(np.arange(len(ends)), parts)
+  number = np.arange(len(run)) - (np.cumsum(parts) - parts)[run]
+  return np.minimum(starts[run] + (number + 1) * size, ends[run]), run
 
 
 class Source(abc.ABC):
@@ -64,14 +84,10 @@ class Source(abc.ABC):
     """
     return self.shards
 
-  @property
-  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
-    """Cumulative record counts of the blocks of an order in lanes.
-
-    Runs of a shard's records that one request reads, or that are read one by
-    one from a local disk.
-    """
-    return cut_runs(self.shards, LANE_BLOCK)
+  @functools.cached_property
+  def lane_blocks(self) -> Blocks:
+    """The blocks of an order in lanes, and of label sets."""
+    return Blocks(*cut_blocks(self.shards, LANE_BLOCK))
 
   def use_reader(self, reader: RangeReader) -> None:
     """Reads byte ranges of bucket files through `reader` from now on."""
@@ -173,10 +189,11 @@ class LimitedSource(Source):
     """As in the base class."""
     return self._count_before(self._source.blocks)
 
-  @property
-  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
+  @functools.cached_property
+  def lane_blocks(self) -> Blocks:
     """As in the base class."""
-    return np.unique(self._count_before(self._source.lane_blocks))
+    ends, shard = self._source.lane_blocks
+    return Blocks(self._count_before(ends), shard)
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""

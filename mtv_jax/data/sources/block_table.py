@@ -44,7 +44,7 @@ class BlockTable:
 
   files: tuple[PurePath, ...]
   sizes: tuple[int, ...]  # Bytes of each file.
-  versions: tuple[str, ...]
+  versions: tuple[str, ...]  # "" is not compared.
   shard: Int64[np.ndarray, " blocks"]
   offset: Int64[np.ndarray, " blocks"]
   size: Int64[np.ndarray, " blocks"]
@@ -90,7 +90,7 @@ class BlockTable:
     changed = [
       file.name
       for file, i, state in zip(files, numbers, read_states(files), strict=True)
-      if state != (self.sizes[i], self.versions[i])
+      if state != (self.sizes[i], self.versions[i] or state[1])
     ]
     if changed:
       raise InputError(
@@ -173,7 +173,8 @@ def read(file: PurePath) -> BlockTable:
     raise
   except Exception as error:  # numpy and zipfile raise many types.
     raise InputError(
-      f"{file} is not a table of blocks, or damaged ({printable(error)}). {_FIX}"
+      f"{file} is not a table of blocks, or damaged ({printable(error)})."
+      f" {_FIX}"
     ) from error
   files = tuple(file.with_name(name) for name in names)
   return BlockTable(files, tuple(sizes), tuple(versions), **columns)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtv_jax.data.sources import block_table, tar_scan
+from mtv_jax.data.sources.base import Blocks
 from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.data.sources.tar_scan import EXTENSIONS, IMAGE, Span, TarError
 from mtv_jax.utils import path as path_lib
@@ -152,7 +153,7 @@ class TarBlocks:
     self.table, self._captioned = table, captioned
     self.use(reader)
     counts = table.captioned if captioned else table.records
-    self.ends = np.cumsum(counts)  # Cumulative record counts of the blocks.
+    self.blocks = Blocks(np.cumsum(counts), table.shard)
 
   def use(self, reader: RangeReader) -> None:
     """Reads through another reader from now on."""
@@ -166,8 +167,8 @@ class TarBlocks:
 
   def prefetch(self, first: int, count: int) -> None:
     """Starts to read the blocks of some records."""
-    ends = np.searchsorted(self.ends, [first, first + count - 1], side="right")
-    self._reader.prefetch(map(self._range, range(ends[0], ends[1] + 1)))
+    begin, end = (self.blocks.locate(i)[0] for i in (first, first + count - 1))
+    self._reader.prefetch(map(self._range, range(begin, end + 1)))
 
   def _parse(self, block: int) -> list[Member]:
     span = self._range(block)
@@ -194,14 +195,10 @@ class TarBlocks:
       " table of blocks was written. Run `mtv-jax index` again."
     )
 
-  def locate(self, i: int) -> tuple[int, int]:
-    """Returns the block of record `i` and its position in the block."""
-    block = int(np.searchsorted(self.ends, i, side="right"))
-    return block, i - (int(self.ends[block - 1]) if block else 0)
-
   def read(self, i: int) -> tuple[str, list[bytes | None]]:
     """Returns the key of record `i`, and its image, text and JSON."""
-    block, at = self.locate(i)
+    block, _, _ = self.blocks.locate(i)
+    at = i - (int(self.blocks.ends[block - 1]) if block else 0)
     key, spans = self._parsed.get(block)[at]
     data = memoryview(self._reader.get(self._range(block)))
     return key, [

@@ -12,12 +12,11 @@ from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int64
 
 from mtv_jax.data.image_limits import MAX_BYTES
 from mtv_jax.data.records import BadRecord, Record, content_errors
 from mtv_jax.data.sources import block_table, tar_index
-from mtv_jax.data.sources.base import CaptionMode, FileSource, Paths
+from mtv_jax.data.sources.base import Blocks, CaptionMode, FileSource, Paths
 from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.data.sources.tar_blocks import TarBlocks
 from mtv_jax.data.sources.tar_index import TarIndex
@@ -111,16 +110,16 @@ class WebDatasetSource(FileSource):
     captioned = self._captions == "required"
     reader = RangeReader(_MAX_BLOCKS * _BLOCK)
     self._blocks = TarBlocks(table, reader, captioned=captioned)
-    counts = np.diff(self._blocks.ends, prepend=0)
+    counts = np.diff(self._blocks.blocks.ends, prepend=0)
     counts = np.bincount(table.shard, counts, minlength=len(table.files))
     super().__init__(table.files, counts, captions=self._captions)
     if not len(self):
       raise InputError(f"{self.name} has no record in its table of blocks.")
 
   @property
-  def lane_blocks(self) -> Int64[np.ndarray, " blocks"]:
+  def lane_blocks(self) -> Blocks:
     """As in the base class."""
-    return self._blocks.ends if self._blocks else super().lane_blocks
+    return self._blocks.blocks if self._blocks else super().lane_blocks
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""

@@ -1,0 +1,133 @@
+"""Files of labels in the blocks of their base shard.
+
+One request reads the labels of one block, as the base's records. A block is,
+little-endian: the number of labels (u32), for each label the hash of its
+record's key (u64) and the end of its bytes (u32), then these bytes.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mtv_jax.data.sources import block_table
+from mtv_jax.data.sources.block_table import BlockTable
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.ranges import Range, RangeReader
+
+SUFFIX = ".blocks"
+_COUNT = np.dtype("<u4")
+_ENTRY = np.dtype([("key", "<u8"), ("end", "<u4")])
+
+
+def write(
+  file: Path, labels: Iterable[tuple[int, bytes]], counts: Sequence[int]
+) -> list[int]:
+  """Writes (key hash, label) pairs in blocks of `counts`; returns their sizes.
+
+  Stops early if there are fewer labels; further ones are left in the iterator.
+  """
+  labels, sizes = iter(labels), []
+  with atomic.replace_file(file) as temporary, temporary.open("wb") as stream:
+    for count in counts:
+      pairs = list(itertools.islice(labels, count))
+      data = _pack(pairs)
+      stream.write(data)
+      sizes.append(len(data))
+  return sizes
+
+
+def _pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
+  entries = np.zeros(len(pairs), _ENTRY)
+  entries["key"] = [key for key, _ in pairs]
+  entries["end"] = np.cumsum([len(label) for _, label in pairs], dtype=np.int64)
+  count = np.array(len(pairs), _COUNT)
+  labels = (label for _, label in pairs)
+  return b"".join([count.tobytes(), entries.tobytes(), *labels])
+
+
+class LabelBlocks:
+  """Labels of a set by block; bucket files are read by ranges."""
+
+  def __init__(self, table: BlockTable, reader: RangeReader):
+    self.table = table
+    self._reader = reader
+    numbers = np.arange(len(table.files) + 1)
+    self._first = np.searchsorted(table.shard, numbers)  # Block of each shard.
+    self._ends = np.cumsum(table.records)
+    self._maps = ProcessCache(self._map)
+
+  def use(self, reader: RangeReader) -> None:
+    """Reads through another reader from now on."""
+    self._reader = reader
+
+  def _map(self, shard: int) -> np.ndarray:
+    return np.memmap(self.table.files[shard], np.uint8, "r")
+
+  def _range(self, block: int) -> Range:
+    table = self.table
+    path = table.files[table.shard[block]]
+    return Range(path, int(table.offset[block]), int(table.size[block]))
+
+  def prefetch(self, shard: int, number: int) -> None:
+    """Starts to read block `number` of a shard."""
+    self._reader.prefetch([self._range(self._block(shard, number))])
+
+  def _block(self, shard: int, number: int) -> int:
+    block = int(self._first[shard]) + number
+    if block >= self._first[shard + 1]:
+      raise InputError(
+        f"{self.table.files[shard]} has no block {number}: its labels are of"
+        " other shards, or of other blocks. Label them again."
+      )
+    return block
+
+  def _open(self, block: int) -> tuple[np.ndarray, memoryview]:
+    """Returns the entries of a block, and the labels' bytes."""
+    span = self._range(block)
+    if path_lib.is_remote(span.path):
+      data = memoryview(self._reader.get(span))
+    else:
+      # Few pages of a map are read, if one label is.
+      data = self._maps.get(int(self.table.shard[block])).data
+      data = data[span.offset : span.offset + span.size]
+    count = int(self.table.records[block])
+    start = _COUNT.itemsize + count * _ENTRY.itemsize
+    if len(data) < start or np.frombuffer(data, _COUNT, 1)[0] != count:
+      raise InputError(
+        f"{span.path} has no block of {count} labels at offset {span.offset}:"
+        " it is damaged, or was replaced. Copy or write it again."
+      )
+    entries = np.frombuffer(data, _ENTRY, count, _COUNT.itemsize)
+    return entries, data[start:]
+
+  def read(self, shard: int, at: int) -> bytes:
+    """Returns label `at` of a shard."""
+    before = self._ends[self._first[shard] - 1] if self._first[shard] else 0
+    block = int(np.searchsorted(self._ends, before + at, side="right"))
+    entries, data = self._open(block)
+    at += int(before) - int(self._ends[block] - self.table.records[block])
+    return _slice(entries, data, at)
+
+  def find(self, shard: int, number: int, key: int) -> Iterator[bytes]:
+    """Yields the labels with a key's hash in block `number` of a shard."""
+    entries, data = self._open(self._block(shard, number))
+    for at in np.flatnonzero(entries["key"] == np.uint64(key)):
+      yield _slice(entries, data, int(at))
+
+
+def _slice(entries: np.ndarray, data: memoryview, at: int) -> bytes:
+  start = int(entries["end"][at - 1]) if at else 0
+  return bytes(data[start : int(entries["end"][at])])
+
+
+def open_table(folder: os.PathLike, names: Sequence[str]) -> BlockTable:
+  """Reads the table of a label set's files."""
+  folder = path_lib.as_path(folder)
+  table = block_table.read(folder / block_table.NAME)
+  return table.select([folder / f"{name}{SUFFIX}" for name in names])
