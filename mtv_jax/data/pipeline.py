@@ -42,7 +42,7 @@ from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.ranges import RangeReader
+from mtv_jax.utils.ranges import RangeReader, RangeServer
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,8 @@ def make_loader(
   rows = batch_size // process_count
   weights = weights or [1.0] * len(sources)
   if config.shuffle == "lanes":
-    reader = RangeReader(config.block_memory << 20)
+    shared = RangeServer if config.workers else RangeReader
+    reader = shared(config.block_memory << 20)
     for source in sources:
       source.use_reader(reader)
   elif config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:

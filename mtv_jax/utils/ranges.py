@@ -4,10 +4,15 @@ tensorstore sends the requests to buckets outside Python's interpreter lock.
 """
 
 import collections
+import contextlib
 import functools
+import mmap
 import os
+import resource
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from multiprocessing import connection
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -33,22 +38,15 @@ class RangeReader:
 
   def __init__(self, limit: int):
     self.limit = limit
-    self._start()
-
-  def _start(self) -> None:
     self._lock = threading.Lock()
     self._reads: collections.OrderedDict[Range, _Read] = (
       collections.OrderedDict()
     )
     self._size = 0
-    self.versions: dict[PurePath, Any] = {}
+    self._versions: dict[PurePath, Any] = {}
 
-  def __getstate__(self) -> int:
-    return self.limit
-
-  def __setstate__(self, limit: int) -> None:
-    self.limit = limit
-    self._start()
+  def __reduce__(self) -> tuple:
+    return type(self), (self.limit,)
 
   def prefetch(self, spans: Iterable[Range]) -> None:
     """Starts to read bucket ranges, as far as the limit allows."""
@@ -60,7 +58,7 @@ class RangeReader:
           return
         self._add(span)
 
-  def get(self, span: Range) -> bytes:
+  def get(self, span: Range) -> bytes | mmap.mmap:
     """Returns the bytes of a range."""
     with self._lock:
       read = self._reads.get(span) or self._add(span)
@@ -77,28 +75,42 @@ class RangeReader:
           self._size -= span.size
       raise
 
+  def close(self) -> None:
+    """Forgets everything."""
+    with self._lock:
+      self._reads.clear()
+      self._size = 0
+
   def _add(self, span: Range) -> "_Read":
-    read = self._reads[span] = _Read(span, self.versions)
+    read = self._reads[span] = _Read(span, self._versions, self._keep)
     self._size += span.size
     return read
+
+  def _keep(self, data: bytes) -> Any:
+    """Returns what is kept of a range."""
+    return data
 
 
 class _Read:
   """The read of one range, in progress or finished."""
 
-  def __init__(self, span: Range, versions: dict[PurePath, Any]):
-    self._span, self._versions = span, versions
+  def __init__(
+    self,
+    span: Range,
+    versions: dict[PurePath, Any],
+    keep: Callable[[bytes], Any],
+  ):
+    self._span, self._versions, self._keep = span, versions, keep
     self._lock = threading.Lock()
-    self._data: bytes | None = None
-    self._future = None
+    self._kept = self._future = None
     if path_lib.is_remote(span.path):
       store, key = _open_store(os.fspath(span.path))
       end = span.offset + span.size
       self._future = store.read(key, byte_range=slice(span.offset, end))
 
-  def result(self) -> bytes:
+  def result(self) -> Any:
     with self._lock:
-      if self._data is None:
+      if self._kept is None:
         data = self._read()
         if len(data) != self._span.size:
           raise InputError(
@@ -106,8 +118,8 @@ class _Read:
             f" {self._span.offset + self._span.size}: it was replaced or cut."
             " Restore it, or write its table of blocks again."
           )
-        self._data, self._future = data, None
-      return self._data
+        self._kept, self._future = self._keep(data), None
+      return self._kept
 
   def _read(self) -> bytes:
     path, offset, size = self._span
@@ -127,6 +139,134 @@ class _Read:
             )
           return result.value
     return path_lib.read_range(path, offset, size)
+
+
+# ---------------------------------------------------------------------------
+# Sharing with worker processes.
+
+
+class _Memory:
+  """Bytes in anonymous memory that other processes of this user can map.
+
+  The system frees it when the last process that has it open or mapped ends.
+  """
+
+  def __init__(self, data: bytes):
+    self.fd = os.memfd_create("range", os.MFD_CLOEXEC)
+    weakref.finalize(self, os.close, self.fd)
+    self.size = len(data)
+    view = memoryview(data)
+    while view:
+      view = view[os.write(self.fd, view) :]
+
+
+class RangeServer(RangeReader):
+  """A reader whose bytes are shared by this host's worker processes.
+
+  Pickled, it becomes a `RangeClient` in the worker, whose requests it answers.
+  """
+
+  def __init__(self, limit: int):
+    super().__init__(limit)
+    # One descriptor per range.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    self._listener = connection.Listener(family="AF_UNIX")
+    threading.Thread(target=self._accept, daemon=True).start()
+
+  def __reduce__(self) -> tuple:
+    return RangeClient, (self._listener.address, os.getpid())
+
+  def close(self) -> None:
+    """As in the base class; answers no further requests."""
+    self._listener.close()
+    super().close()
+
+  def get(self, span: Range) -> bytes | mmap.mmap:
+    """As in the base class."""
+    memory = super().get(span)
+    return os.pread(memory.fd, memory.size, 0)
+
+  def _keep(self, data: bytes) -> _Memory:
+    return _Memory(data)
+
+  def _accept(self) -> None:
+    while True:
+      try:
+        client = self._listener.accept()
+      except OSError:  # Closed.
+        return
+      answer = threading.Thread(target=self._answer, args=[client], daemon=True)
+      answer.start()
+
+  def _answer(self, client: connection.Connection) -> None:
+    with client, contextlib.suppress(EOFError, OSError):
+      while True:
+        spans, only_prefetch = client.recv()
+        spans = [Range(path_lib.as_path(p), *rest) for p, *rest in spans]
+        if only_prefetch:
+          self.prefetch(spans)
+          continue
+        try:
+          # Kept open here until the client, which has opened it, asks again.
+          memory = super().get(*spans)
+          client.send((memory.fd, memory.size))
+        except Exception as error:
+          client.send(error)
+
+
+class RangeClient:
+  """A worker's access to the `RangeServer` of its host."""
+
+  _MAPS = 512  # Mapped ranges.
+  _ASKED = 1 << 16  # Ranges that are not requested in advance again.
+
+  def __init__(self, address: str, pid: int):
+    self._arguments = address, pid
+    self._lock = threading.Lock()
+    self._client: connection.Connection | None = None
+    self._maps: collections.OrderedDict[Range, mmap.mmap] = (
+      collections.OrderedDict()
+    )
+    self._asked: collections.OrderedDict[Range, None] = (
+      collections.OrderedDict()
+    )
+
+  def __reduce__(self) -> tuple:
+    return RangeClient, self._arguments
+
+  def _send(self, spans: Iterable[Range], *, only_prefetch: bool) -> None:
+    if self._client is None:
+      self._client = connection.Client(self._arguments[0], family="AF_UNIX")
+    message = [(os.fspath(path), *rest) for path, *rest in spans]
+    self._client.send((message, only_prefetch))
+
+  def prefetch(self, spans: Iterable[Range]) -> None:
+    """As in `RangeReader`."""
+    with self._lock:
+      spans = [span for span in spans if span not in self._asked]
+      self._asked |= dict.fromkeys(spans)
+      while len(self._asked) > self._ASKED:
+        self._asked.popitem(last=False)
+      if spans:
+        self._send(spans, only_prefetch=True)
+
+  def get(self, span: Range) -> bytes | mmap.mmap:
+    """As in `RangeReader`."""
+    with self._lock:
+      if span not in self._maps:
+        self._send([span], only_prefetch=False)
+        answer = self._client.recv()
+        if isinstance(answer, Exception):
+          raise answer
+        fd, size = answer
+        with open(f"/proc/{self._arguments[1]}/fd/{fd}", "rb") as file:
+          access = mmap.ACCESS_READ
+          self._maps[span] = mmap.mmap(file.fileno(), size, access=access)
+        if len(self._maps) > self._MAPS:
+          self._maps.popitem(last=False)
+      self._maps.move_to_end(span)
+      return self._maps[span]
 
 
 def _open_store(url: str) -> tuple[Any, str]:
