@@ -183,7 +183,7 @@ class LaneOrder:
     weights: mixing weights, rounded to a hundredth of the smallest.
     batch_size: rows of a step, over all hosts.
     lanes: number of lanes, see `choose_lanes`.
-    window: blocks per window of a lane, shared out to the sources by weight.
+    window: records per window of a lane, shared out to the sources by weight.
     seeds: one for each source.
   """
 
@@ -203,7 +203,8 @@ class LaneOrder:
     self.sources = []
     for ends, weight, seed in zip(blocks, weights, seeds, strict=True):
       starts, sizes = divide_blocks(ends, lanes)
-      width = max(round(window * weight / sum(weights)), 1)
+      rows = window * weight / sum(weights)
+      width = max(round(rows / float(sizes.mean())), 1)
       self.sources.append(
         BlockLanes(starts, sizes, lanes=lanes, window=width, seed=seed)
       )

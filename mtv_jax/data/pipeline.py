@@ -252,7 +252,7 @@ class DataConfig:
   shuffle: Literal["lanes", "global", "block", "none"] = "global"
   # For lanes. None: the largest power of two up to 256 that divides the batch.
   lanes: PositiveInt | None = None
-  window: PositiveInt = 16  # Blocks that a lane shuffles together.
+  window: PositiveInt = 1024  # Records that a lane shuffles together.
   block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per process.
 
 

@@ -18,7 +18,7 @@ from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.ranges import RangeReader
 
 SUFFIX = ".blocks"
 _COUNT = np.dtype("<u4")
@@ -69,14 +69,9 @@ class LabelBlocks:
   def _map(self, shard: int) -> np.ndarray:
     return np.memmap(self.table.files[shard], np.uint8, "r")
 
-  def _range(self, block: int) -> Range:
-    table = self.table
-    path = table.files[table.shard[block]]
-    return Range(path, int(table.offset[block]), int(table.size[block]))
-
   def prefetch(self, shard: int, number: int) -> None:
     """Starts to read block `number` of a shard."""
-    self._reader.prefetch([self._range(self._block(shard, number))])
+    self._reader.prefetch([self.table.range(self._block(shard, number))])
 
   def _block(self, shard: int, number: int) -> int:
     block = int(self._first[shard]) + number
@@ -89,7 +84,7 @@ class LabelBlocks:
 
   def _open(self, block: int) -> tuple[np.ndarray, memoryview]:
     """Returns the entries of a block, and the labels' bytes."""
-    span = self._range(block)
+    span = self.table.range(block)
     if path_lib.is_remote(span.path):
       data = memoryview(self._reader.get(span))
     else:

@@ -9,8 +9,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from pathlib import PurePath
 from typing import Any
 
@@ -19,7 +21,9 @@ from jaxtyping import Int64
 
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.ranges import Range
 from mtv_jax.utils.text import list_first
 
 NAME = "blocks.npz"
@@ -32,6 +36,7 @@ _COLUMNS = {
   "records": "<u4",
   "captioned": "<u4",
 }
+Columns = Mapping[str, Int64[np.ndarray, " blocks"]]
 _FIX = "Run `mtv-jax index` again."
 
 
@@ -53,6 +58,11 @@ class BlockTable:
 
   def __len__(self) -> int:
     return len(self.shard)
+
+  def range(self, block: int) -> Range:
+    """Returns the bytes of a block."""
+    path = self.files[self.shard[block]]
+    return Range(path, int(self.offset[block]), int(self.size[block]))
 
   @property
   def digest(self) -> str:
@@ -110,6 +120,46 @@ class BlockTable:
       versions=tuple(self.versions[i] for i in numbers),
       **columns,
     )
+
+
+def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
+  """Returns columns, given (offset, size, records, captioned) of each block."""
+  columns = np.array(rows, np.int64).reshape(-1, 4).T
+  return dict(zip(list(_COLUMNS)[1:], columns, strict=True))
+
+
+def build(
+  files: Sequence[PurePath],
+  scan: Callable[[PurePath], Columns],
+  *,
+  processes: int | None = None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BlockTable:
+  """Builds the table of files of one folder, which `scan` reads in processes.
+
+  `scan` returns the columns of a file's blocks, without `shard`.
+  """
+  if len({file.parent for file in files}) > 1:
+    raise InputError("The shards are in several folders; index each by itself.")
+  states = read_states(files)
+  count = min(processes or available_cores(), len(files))
+  columns: list[Columns] = []
+  # Not forked, which is unsafe beside the threads of bucket clients.
+  context = multiprocessing.get_context("spawn")
+  with futures.ProcessPoolExecutor(count, mp_context=context) as pool:
+    for of_file in pool.map(scan, files):
+      columns.append(of_file)
+      progress(len(columns), len(files))
+  if read_states(files) != states:
+    raise InputError("Shards changed while they were read. Run this again.")
+  counts = [len(of_file["offset"]) for of_file in columns]
+  return BlockTable(
+    files=tuple(files),
+    sizes=tuple(size for size, _ in states),
+    versions=tuple(version for _, version in states),
+    shard=np.repeat(np.arange(len(files)), counts),
+    **{n: np.concatenate([c[n] for c in columns]) for n in columns[0]},
+  )
 
 
 def join(tables: Sequence[BlockTable]) -> BlockTable:

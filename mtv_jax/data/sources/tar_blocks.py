@@ -1,10 +1,7 @@
 """Blocks of tars: runs of records that one request reads."""
 
-import functools
 import io
-import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -12,13 +9,11 @@ import numpy as np
 
 from mtv_jax.data.sources import block_table, tar_scan
 from mtv_jax.data.sources.base import Blocks
-from mtv_jax.data.sources.block_table import BlockTable
+from mtv_jax.data.sources.block_table import BlockTable, Columns
 from mtv_jax.data.sources.tar_scan import EXTENSIONS, IMAGE, Span, TarError
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.cores import available_cores
-from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.ranges import RangeReader
 
 # Larger blocks don't fit in memory beside others. A block grows beyond its
 # number of records if members of a record are far apart.
@@ -38,7 +33,7 @@ class Member(NamedTuple):
     return any(span.offset for span in self.spans[IMAGE + 1 :])
 
 
-def scan(path: PurePath, *, records: int) -> Mapping[str, np.ndarray]:
+def scan(path: PurePath, *, records: int) -> Columns:
   """Returns the columns of a tar's blocks, without `shard`.
 
   Reads the tar once. A block has `records` records with an image, in the order
@@ -61,17 +56,14 @@ def scan(path: PurePath, *, records: int) -> Mapping[str, np.ndarray]:
       captioned += any(span.offset for span in group.spans[IMAGE + 1 :])
     reach = max(reach, group.end)
   rows += [(begin, end - begin, count, captioned)] * (count > 0)
-  table = np.array(rows, np.int64).reshape(-1, 4).T
-  if (table[1] > _MAX_SIZE).any():
+  columns = block_table.as_columns(rows)
+  if (columns["size"] > _MAX_SIZE).any():
     raise TarError(
-      f"{path}: the members of its records are far apart, so that"
-      f" {int(table[2].max()):,} records would be one block of"
-      f" {int(table[1].max()):,} bytes. Write the images and their captions"
-      " next to each other, as `mtv-jax make_shards` does."
+      f"{path}: members of one record are more than {_MAX_SIZE:,} bytes apart."
+      " Write images and captions next to each other, as `mtv-jax make_shards`"
+      " does."
     )
-  return dict(
-    zip(("offset", "size", "records", "captioned"), table, strict=True)
-  )
+  return columns
 
 
 class _Group:
@@ -107,40 +99,6 @@ def _group(
   return groups, end
 
 
-def build_table(
-  files: Sequence[PurePath],
-  *,
-  records: int,
-  processes: int | None = None,
-  progress: Callable[[int, int], None] = lambda done, total: None,
-) -> BlockTable:
-  """Builds the table of tars of one folder; `records` as in `scan`."""
-  if len({file.parent for file in files}) > 1:
-    raise InputError("The tars are in several folders; index each by itself.")
-  states = block_table.read_states(files)
-  scan_file = functools.partial(scan, records=records)
-  count = min(processes or available_cores(), len(files))
-  columns = []
-  # Not forked, which is unsafe beside the threads of bucket clients.
-  with futures.ProcessPoolExecutor(
-    count, mp_context=multiprocessing.get_context("spawn")
-  ) as pool:
-    for of_file in pool.map(scan_file, files):
-      columns.append(of_file)
-      progress(len(columns), len(files))
-  if block_table.read_states(files) != states:
-    raise InputError("Tars changed while they were read. Run this again.")
-  counts = [len(of_file["offset"]) for of_file in columns]
-  joined = {n: np.concatenate([c[n] for c in columns]) for n in columns[0]}
-  return BlockTable(
-    files=tuple(files),
-    sizes=tuple(size for size, _ in states),
-    versions=tuple(version for _, version in states),
-    shard=np.repeat(np.arange(len(files)), counts),
-    **joined,
-  )
-
-
 class TarBlocks:
   """Records of tars in blocks, by position.
 
@@ -160,18 +118,13 @@ class TarBlocks:
     self._reader = reader
     self._parsed = ProcessCache(self._parse, limit=_MAX_PARSED)
 
-  def _range(self, block: int) -> Range:
-    table = self.table
-    path = table.files[table.shard[block]]
-    return Range(path, int(table.offset[block]), int(table.size[block]))
-
   def prefetch(self, first: int, count: int) -> None:
     """Starts to read the blocks of some records."""
     begin, end = (self.blocks.locate(i)[0] for i in (first, first + count - 1))
-    self._reader.prefetch(map(self._range, range(begin, end + 1)))
+    self._reader.prefetch(map(self.table.range, range(begin, end + 1)))
 
   def _parse(self, block: int) -> list[Member]:
-    span = self._range(block)
+    span = self.table.range(block)
     data = self._reader.get(span)
     try:
       groups, _ = _group(io.BytesIO(data), len(data), span.path)
@@ -189,7 +142,7 @@ class TarBlocks:
     return captioned if self._captioned else members
 
   def _changed(self, block: int) -> TarError:
-    span = self._range(block)
+    span = self.table.range(block)
     return TarError(
       f"{span.path} has other content at offset {span.offset} than when its"
       " table of blocks was written. Run `mtv-jax index` again."
@@ -200,7 +153,7 @@ class TarBlocks:
     block, _, _ = self.blocks.locate(i)
     at = i - (int(self.blocks.ends[block - 1]) if block else 0)
     key, spans = self._parsed.get(block)[at]
-    data = memoryview(self._reader.get(self._range(block)))
+    data = memoryview(self._reader.get(self.table.range(block)))
     return key, [
       bytes(data[at : at + size]) if at else None for at, size in spans
     ]
