@@ -3,7 +3,8 @@
 `python tests/emulators.py gs|s3 PORT` runs one. Google's adds to
 gcp-storage-emulator the features that tensorstore's conditional writes need:
 the header of an object's generation, and the condition on it. It refuses to
-write objects whose names match the regular expression that `REFUSED` contains.
+write objects whose names match the regular expression that `REFUSED` contains,
+and logs its requests in the file of the variable `LOG`.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 import pytest
 
 REFUSED = ".refused"  # An object of the bucket.
+LOG = "MTV_JAX_TEST_REQUESTS"
 
 
 def _require(*modules: str) -> None:
@@ -48,7 +50,7 @@ def _run_server(
       [sys.executable, __file__, store, str(port)],
       stdout=log,
       stderr=subprocess.STDOUT,
-      env={**os.environ, "PYTHONWARNINGS": "default"},
+      env={**os.environ, **env, "PYTHONWARNINGS": "default"},
     )
     try:
       deadline = time.monotonic() + 60
@@ -71,12 +73,29 @@ def _run_server(
 
 
 @contextlib.contextmanager
+def count_requests() -> Iterator[list[tuple[str, str, int]]]:
+  """A list of method, path and response bytes, filled at the end of a block.
+
+  Of the requests to `google_storage`.
+  """
+  with open(os.environ[LOG], encoding="utf-8") as log:
+    log.seek(0, os.SEEK_END)
+    requests = []
+    yield requests
+    for line in log:
+      method, path, size = line.split()
+      requests.append((method, path, int(size)))
+
+
+@contextlib.contextmanager
 def google_storage() -> Iterator[str]:
   """The URL of a bucket of Google's store."""
   _require("gcsfs", "gcp_storage_emulator")
   port = _free_port()
   url = f"http://localhost:{port}"
+  log = tempfile.mkstemp(prefix="requests")[1]
   env = {
+    LOG: log,
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
     # Only asks Google which kind a bucket is.
@@ -85,6 +104,7 @@ def google_storage() -> Iterator[str]:
   }
   with _run_server("gs", port=port, env=env):
     yield "gs://bucket"
+  os.remove(log)
 
 
 @contextlib.contextmanager
@@ -143,6 +163,14 @@ def _serve_google_storage(port: int) -> None:
         return
     write(request, response, storage, *args, **kwargs)
 
+  def close(response):
+    handler = response._handler
+    line = f"{handler.command} {handler.path} {len(response._content)}\n"
+    os.write(log, line.encode())
+    close_response(response)
+
+  log = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND)
+  close_response, server.Response.close = server.Response.close, close
   send, write = objects.download, objects.insert
   objects.download, objects.insert = download, insert
   replaced = {send: download, write: insert}

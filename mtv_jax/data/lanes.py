@@ -62,7 +62,7 @@ def choose_lanes(batch_size: int, lanes: int | None, hosts: int) -> int:
 
 
 def divide_blocks(
-  ends: Int64[np.ndarray, " blocks"], lanes: int
+  ends: Int64[np.ndarray, " given"], lanes: int
 ) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
   """Returns the starts and sizes of blocks, given by cumulative counts.
 
@@ -175,7 +175,7 @@ class BlockLanes:
 class LaneOrder:
   """The endless sequence of (source index, record index), batch after batch.
 
-  Sources keep their shares within each lane, and, to within one row per source,
+  Sources keep their shares within each lane and, to within two rows,
   within each batch: lane l is `l r` rows ahead in the mixture.
 
   Args:
@@ -189,7 +189,7 @@ class LaneOrder:
 
   def __init__(
     self,
-    blocks: Sequence[Int64[np.ndarray, " blocks"]],
+    blocks: Sequence[Int64[np.ndarray, " _"]],
     *,
     weights: Sequence[float],
     batch_size: int,

@@ -4,9 +4,9 @@ import collections
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent import futures
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class ProcessCache(Generic[T]):
 
   def __init__(
     self,
-    load: Callable[[int], T],
+    load: Callable[[Any], T],
     *,
     limit: int | None = None,
     descriptors: int = 1,
@@ -37,7 +37,7 @@ class ProcessCache(Generic[T]):
     # A fork may happen while another thread holds the lock.
     self._pid = os.getpid()
     self._lock = threading.Lock()
-    self._values: collections.OrderedDict[int, futures.Future[T]] = (
+    self._values: collections.OrderedDict[Hashable, futures.Future[T]] = (
       collections.OrderedDict()
     )
     self._load, limit, descriptors = self._arguments
@@ -57,7 +57,7 @@ class ProcessCache(Generic[T]):
   def __len__(self) -> int:
     return len(self._values)
 
-  def get(self, i: int) -> T:
+  def get(self, i: Hashable) -> T:
     """Returns the value of entry `i`, loading it if needed."""
     if self._pid != os.getpid():
       self._start()

@@ -60,6 +60,10 @@ class RangeReader:
 
   def get(self, span: Range) -> bytes | mmap.mmap:
     """Returns the bytes of a range."""
+    return self._get(span)
+
+  def _get(self, span: Range) -> Any:
+    """Returns what is kept of a range."""
     with self._lock:
       read = self._reads.get(span) or self._add(span)
       self._reads.move_to_end(span)
@@ -87,7 +91,7 @@ class RangeReader:
     return read
 
   def _keep(self, data: bytes) -> Any:
-    """Returns what is kept of a range."""
+    """Converts the bytes of a range to what is kept of them."""
     return data
 
 
@@ -184,7 +188,7 @@ class RangeServer(RangeReader):
 
   def get(self, span: Range) -> bytes | mmap.mmap:
     """As in the base class."""
-    memory = super().get(span)
+    memory = self._get(span)
     return os.pread(memory.fd, memory.size, 0)
 
   def _keep(self, data: bytes) -> _Memory:
@@ -209,7 +213,7 @@ class RangeServer(RangeReader):
           continue
         try:
           # Kept open here until the client, which has opened it, asks again.
-          memory = super().get(*spans)
+          memory = self._get(*spans)
           client.send((memory.fd, memory.size))
         except Exception as error:
           client.send(error)

@@ -289,20 +289,19 @@ class AlignedLabels(JoinedLabels):
 
   def prefetch(self, first: int, count: int) -> None:
     if blocks := self.label_set.blocks:
-      _, shard, begin = self._source.lane_blocks.locate(first)
-      _, _, end = self._source.lane_blocks.locate(first + count - 1)
-      for number in range(begin, end + 1):
-        blocks.prefetch(self._shards[shard], number)
+      shard, begin = self._source.lane_blocks.locate(first)
+      _, end = self._source.lane_blocks.locate(first + count - 1)
+      blocks.prefetch(self._shards[shard], range(begin.start, end.stop))
 
   def _find(self, i: int, record: Record) -> Label | None:
     """Returns the label of record `i` from its block."""
-    _, shard, number = self._source.lane_blocks.locate(i)
+    shard, positions = self._source.lane_blocks.locate(i)
     key, labels = record["key"], self.label_set
-    stored = labels.find(self._shards[shard], number, key)
+    stored = labels.find(self._shards[shard], positions, key)
     if stored is None:
       raise LabelError(
-        f"{labels!r} is of other shards: block {number} of"
-        f" {self._files[shard].name} has no label of its record {key!r}."
+        f"{labels!r} is of other shards: it has no label of record {key!r} of"
+        f" {self._files[shard].name}."
         f" {_ADVICE}"
       )
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]

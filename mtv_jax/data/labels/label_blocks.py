@@ -69,18 +69,17 @@ class LabelBlocks:
   def _map(self, shard: int) -> np.ndarray:
     return np.memmap(self.table.files[shard], np.uint8, "r")
 
-  def prefetch(self, shard: int, number: int) -> None:
-    """Starts to read block `number` of a shard."""
-    self._reader.prefetch([self.table.range(self._block(shard, number))])
+  def prefetch(self, shard: int, positions: range) -> None:
+    """Starts to read the blocks at these positions of a shard."""
+    self._reader.prefetch(map(self.table.range, self._find(shard, positions)))
 
-  def _block(self, shard: int, number: int) -> int:
-    block = int(self._first[shard]) + number
-    if block >= self._first[shard + 1]:
-      raise InputError(
-        f"{self.table.files[shard]} has no block {number}: its labels are of"
-        " other shards, or of other blocks. Label them again."
-      )
-    return block
+  def _find(self, shard: int, positions: range) -> range:
+    """Returns the blocks at these positions of a shard."""
+    start, end = self._first[shard], self._first[shard + 1]
+    before = int(self._ends[start - 1]) if start else 0
+    at = np.add(before, [positions.start, positions.stop - 1])
+    first, last = np.searchsorted(self._ends, at, side="right")
+    return range(int(first), min(int(last) + 1, int(end)))
 
   def _open(self, block: int) -> tuple[np.ndarray, memoryview]:
     """Returns the entries of a block, and the labels' bytes."""
@@ -103,17 +102,19 @@ class LabelBlocks:
 
   def read(self, shard: int, at: int) -> bytes:
     """Returns label `at` of a shard."""
-    before = self._ends[self._first[shard] - 1] if self._first[shard] else 0
-    block = int(np.searchsorted(self._ends, before + at, side="right"))
+    (block,) = self._find(shard, range(at, at + 1))
+    first = int(self._first[shard])
+    start = int(self._ends[block - 1]) if block else 0
+    before = int(self._ends[first - 1]) if first else 0
     entries, data = self._open(block)
-    at += int(before) - int(self._ends[block] - self.table.records[block])
-    return _slice(entries, data, at)
+    return _slice(entries, data, at + before - start)
 
-  def find(self, shard: int, number: int, key: int) -> Iterator[bytes]:
-    """Yields the labels with a key's hash in block `number` of a shard."""
-    entries, data = self._open(self._block(shard, number))
-    for at in np.flatnonzero(entries["key"] == np.uint64(key)):
-      yield _slice(entries, data, int(at))
+  def find(self, shard: int, positions: range, key: int) -> Iterator[bytes]:
+    """Yields the labels with a key's hash in the blocks at these positions."""
+    for block in self._find(shard, positions):
+      entries, data = self._open(block)
+      for at in np.flatnonzero(entries["key"] == np.uint64(key)):
+        yield _slice(entries, data, int(at))
 
 
 def _slice(entries: np.ndarray, data: memoryview, at: int) -> bytes:

@@ -140,10 +140,10 @@ class LabelSet:
       data = array_record.read_bytes(self._readers.get(shard), at, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
-  def find(self, shard: int, number: int, key: str) -> Stored | None:
-    """Returns a record's label in block `number` of a shard, if there."""
+  def find(self, shard: int, positions: range, key: str) -> Stored | None:
+    """Returns a record's label near these positions of a shard, if there."""
     where = f"{self.folder.name}/{self.names[shard]}:{key}"
-    for data in self.blocks.find(shard, number, hash_key(key)):
+    for data in self.blocks.find(shard, positions, hash_key(key)):
       stored = label_values.decode(data, kind=self.kind, where=where)
       if stored.key == key:
         return stored
@@ -185,7 +185,9 @@ def load_array(
   return array
 
 
-def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
+def _load_manifest(
+  folder: PurePath, kind: str
+) -> tuple[Mapping[str, Any], str]:
   """Returns the manifest and its hash."""
   file = folder / MANIFEST
   if not path_lib.is_folder(folder):

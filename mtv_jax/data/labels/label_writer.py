@@ -274,8 +274,8 @@ class LabelWriter:
 
   def _block_counts(self, shard: int) -> list[int]:
     """Records of each block of a base shard."""
-    ends, of_shard = self.base.lane_blocks
-    ends = ends[of_shard == shard]
+    blocks = self.base.lane_blocks
+    ends = blocks.ends[blocks.shard == shard]
     return np.diff(ends, prepend=self._starts[shard]).tolist()
 
   def _write_table(self, blocks: Sequence[Sequence[Sequence[int]]]) -> None:

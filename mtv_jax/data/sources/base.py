@@ -34,12 +34,25 @@ class Blocks(NamedTuple):
 
   ends: Int64[np.ndarray, " blocks"]  # Cumulative record counts.
   shard: Int64[np.ndarray, " blocks"]
+  # Cumulative counts that include records which the source leaves out.
+  all_ends: Int64[np.ndarray, " blocks"]
 
-  def locate(self, i: int) -> tuple[int, int, int]:
-    """Returns the block of record `i`, its shard, and its number there."""
-    block = int(np.searchsorted(self.ends, i, side="right"))
+  def find(self, i: int) -> int:
+    """Returns the block of record `i`."""
+    return int(np.searchsorted(self.ends, i, side="right"))
+
+  def locate(self, i: int) -> tuple[int, range]:
+    """Returns the shard of record `i`, and the positions of its block there.
+
+    These include records that the source leaves out.
+    """
+    block = self.find(i)
     shard = int(self.shard[block])
-    return block, shard, block - int(np.searchsorted(self.shard, shard))
+    first = int(np.searchsorted(self.shard, shard))
+    before, start = (
+      int(self.all_ends[b - 1]) if b else 0 for b in (first, block)
+    )
+    return shard, range(start - before, int(self.all_ends[block]) - before)
 
 
 def cut_blocks(
@@ -87,7 +100,8 @@ class Source(abc.ABC):
   @functools.cached_property
   def lane_blocks(self) -> Blocks:
     """The blocks of an order in lanes, and of label sets."""
-    return Blocks(*cut_blocks(self.shards, LANE_BLOCK))
+    ends, shard = cut_blocks(self.shards, LANE_BLOCK)
+    return Blocks(ends, shard, ends)
 
   def use_reader(self, reader: RangeReader) -> None:
     """Reads byte ranges of bucket files through `reader` from now on."""
@@ -192,8 +206,8 @@ class LimitedSource(Source):
   @functools.cached_property
   def lane_blocks(self) -> Blocks:
     """As in the base class."""
-    ends, shard = self._source.lane_blocks
-    return Blocks(self._count_before(ends), shard)
+    ends, shard, all_ends = self._source.lane_blocks
+    return Blocks(self._count_before(ends), shard, all_ends)
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""

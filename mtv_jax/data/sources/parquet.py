@@ -131,7 +131,7 @@ class ParquetSource(base.FileSource):
     """As in the base class: the row groups."""
     groups = np.arange(len(self._starts) - 1)
     shard = np.searchsorted(self._first, groups, side="right") - 1
-    return base.Blocks(self._starts[1:], shard)
+    return base.Blocks(self._starts[1:], shard, self._starts[1:])
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""

@@ -111,7 +111,8 @@ class TarBlocks:
     self.table, self._captioned = table, captioned
     self.use(reader)
     counts = table.captioned if captioned else table.records
-    self.blocks = Blocks(np.cumsum(counts), table.shard)
+    all_ends = np.cumsum(table.records)
+    self.blocks = Blocks(np.cumsum(counts), table.shard, all_ends)
 
   def use(self, reader: RangeReader) -> None:
     """Reads through another reader from now on."""
@@ -120,7 +121,7 @@ class TarBlocks:
 
   def prefetch(self, first: int, count: int) -> None:
     """Starts to read the blocks of some records."""
-    begin, end = (self.blocks.locate(i)[0] for i in (first, first + count - 1))
+    begin, end = (self.blocks.find(i) for i in (first, first + count - 1))
     self._reader.prefetch(map(self.table.range, range(begin, end + 1)))
 
   def _parse(self, block: int) -> list[Member]:
@@ -150,7 +151,7 @@ class TarBlocks:
 
   def read(self, i: int) -> tuple[str, list[bytes | None]]:
     """Returns the key of record `i`, and its image, text and JSON."""
-    block, _, _ = self.blocks.locate(i)
+    block = self.blocks.find(i)
     at = i - (int(self.blocks.ends[block - 1]) if block else 0)
     key, spans = self._parsed.get(block)[at]
     data = memoryview(self._reader.get(self.table.range(block)))

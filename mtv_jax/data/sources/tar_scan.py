@@ -6,11 +6,12 @@ pax, GNU long names and sizes) into plain offsets.
 """
 
 import dataclasses
+import io
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
@@ -113,7 +114,7 @@ def members(path: PurePath) -> Iterator[tuple[str, Span]]:
 
 
 def walk(
-  file: BinaryIO, total: int, path: PurePath
+  file: io.BufferedIOBase, total: int, path: PurePath
 ) -> Iterator[tuple[str | None, Span, int]]:
   """Yields name, span and first header's offset of each regular file.
 

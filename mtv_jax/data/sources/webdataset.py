@@ -112,6 +112,7 @@ class WebDatasetSource(FileSource):
     self._blocks = TarBlocks(table, reader, captioned=captioned)
     counts = np.diff(self._blocks.blocks.ends, prepend=0)
     counts = np.bincount(table.shard, counts, minlength=len(table.files))
+    counts = counts.astype(np.int64).tolist()
     super().__init__(table.files, counts, captions=self._captions)
     if not len(self):
       raise InputError(f"{self.name} has no record in its table of blocks.")

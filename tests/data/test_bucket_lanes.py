@@ -1,0 +1,155 @@
+"""Training data in a bucket: 64 hosts read every block once.
+
+Processes are simulated by their indices; the emulator counts the requests.
+"""
+
+import itertools
+
+import emulators
+import label_samples
+import numpy as np
+import pytest
+
+from mtv_jax.cli.main import main
+from mtv_jax.data.pipeline import make_loader
+from mtv_jax.data.registry import open_files
+from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.utils import path
+from mtv_jax.utils.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+RECORDS, BATCH = 2048, 128
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def remote(gs, tmp_path_factory):
+  """Tars with their table, Parquet files with theirs, and label sets."""
+  folder = tmp_path_factory.mktemp("local")
+  label_samples.PER_SHARD, per_shard = 256, label_samples.PER_SHARD
+  tars = label_samples.make_base(folder, count=RECORDS)
+  label_samples.PER_SHARD = per_shard
+  base = label_samples.open_base(tars)
+  for kind in ("depth", "boxes"):
+    label_samples.make_set(folder / kind, base, kind)
+  for file in tars.glob("*.index"):
+    file.unlink()
+  url = f"{gs}/lanes"
+  for name in ("base", "depth", "boxes"):
+    path.upload_folder(folder / name, path.as_path(url) / name)
+  with emulators.count_requests() as requests:
+    flags = ["--records=8", "--processes=2"]
+    assert main(["index", f"{url}/base/*.tar", *flags]) == 0
+  reads = [p for _, p, _ in requests if "alt=media" in p]
+  assert len(reads) == 8
+  return url
+
+
+def entry(remote, **options):
+  labels = dict(depth=f"{remote}/depth", boxes=f"{remote}/boxes")
+  options = dict(labels=labels) | options
+  return dict(type="webdataset", path=f"{remote}/base/*.tar", **options)
+
+
+def read(entries, steps, *, index=0, count=1, **options):
+  data = dict(
+    train=entries,
+    ops="decode|canvas(8)|depth(8)|regions(4)|caption(16)",
+    shuffle="lanes",
+    lanes=64,
+    window=16,
+    **options,
+  )
+  with make_loader(
+    data,
+    batch_size=BATCH,
+    seed=0,
+    start_step=steps[0],
+    process_index=index,
+    process_count=count,
+    tokenizer=build_tokenizer("bytes"),
+  ) as loader:
+    return [next(loader) for _ in steps]
+
+
+def assert_part(batches, whole, index, count):
+  """A host's batches are its rows of the whole ones."""
+  rows = slice(index * BATCH // count, (index + 1) * BATCH // count)
+  for batch, expected in zip(batches, whole, strict=True):
+    for name, values in expected.items():
+      np.testing.assert_array_equal(batch[name], values[rows], err_msg=name)
+
+
+def test_64_hosts_read_their_share(remote, cache):
+  epochs = 2
+  steps = range(epochs * RECORDS // BATCH)
+  whole = read([entry(remote)], steps)
+  assert whole[0]["depth"].any() and whole[0]["box_valid"].any()
+  hosts = range(0, 64, 4)
+  with emulators.count_requests() as requests:
+    for index in hosts:
+      batches = read([entry(remote)], steps, index=index, count=64)
+      assert_part(batches, whole, index, 64)
+  reads = [p for _, p, _ in requests if "alt=media" in p]
+  # A request for each block of 8 records, also for those that are read ahead.
+  blocks = [p for p in reads if ".tar" in p]
+  share = epochs * RECORDS // 8 * len(hosts) / 64
+  assert share <= len(blocks) <= share * (1 + 1 / epochs)
+  blocks += [p for p in reads if ".blocks" in p]
+  # At the start: listings, tables and manifests.
+  assert len(requests) - len(blocks) <= 25 * len(hosts)
+  assert not cache.exists() or not any(cache.rglob("*.*"))
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_a_resume_on_other_hosts(remote, count):
+  whole = read([entry(remote)], range(7))
+  index = count - 1
+  part = read([entry(remote)], range(5, 7), index=index, count=count)
+  assert_part(part, whole[5:], index, count)
+
+
+def test_workers_share_a_hosts_blocks(remote):
+  steps = range(6)
+  whole = read([entry(remote)], steps)
+  with emulators.count_requests() as requests:
+    batches = read([entry(remote)], steps, index=3, count=4, workers=2)
+  assert_part(batches, whole, 3, 4)
+  reads = [p for _, p, _ in requests if ".tar" in p and "alt=media" in p]
+  assert len(reads) == len(set(reads))
+
+
+def test_a_changed_shard(remote, tmp_path):
+  url = path.as_path(f"{remote}/changed")
+  for name in ("00000.tar", "00001.tar", "blocks.npz"):
+    data = path.read_bytes(path.as_path(f"{remote}/base/{name}"))
+    path.write_bytes(url / name, data)
+  with pytest.raises(InputError, match="2 of 2 shards have changed"):
+    open_files(f"{url}/*.tar")
+  assert main(["index", f"{url}/*.tar"]) == 0
+  source = open_files(f"{url}/*.tar")
+  path.write_bytes(url / "00002.tar", b"")
+  with pytest.raises(InputError, match="1 of 3 shards are not in the table"):
+    open_files(f"{url}/*.tar")
+  # Replaced after the start.
+  expected = source[0]
+  path.write_bytes(url / "00000.tar", b"\0" * 10_240)
+  assert source[0] == expected  # Its block is in memory.
+  with pytest.raises(InputError, match="other content|was replaced"):
+    for i in itertools.count(64):
+      source[i]
+
+
+def test_labels_of_other_shards(remote, tmp_path):
+  base = label_samples.make_base(tmp_path, first=10)
+  base = label_samples.open_base(base)
+  label_samples.make_set(tmp_path / "depth", base, "depth")
+  wrong = entry(remote, labels=dict(depth=str(tmp_path / "depth")))
+  with pytest.raises(InputError, match="no labels for 5 of 8 shards"):
+    read([wrong], range(2))
