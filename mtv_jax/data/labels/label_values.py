@@ -6,7 +6,8 @@ with a phrase and a score. `make_depth` and `make_boxes` drop unusable raw
 values and count them by reason.
 
 A serialized label is a msgpack map with `key`, `valid` and, if valid, `png16`
-(an image file), `lo`, `hi`, `side` for depth; `boxes` (uint16, 65535 times the
+(an image file of values up to 2^`bits` - 1, by default 16 bits), `lo`, `hi`,
+`side` for depth; `boxes` (uint16, 65535 times the
 coordinate), `scores` (float32) and `phrases` for boxes. For features, see
 `feature_values.py`.
 """
@@ -51,6 +52,7 @@ class DepthLabel:
   values: UInt16[np.ndarray, "side side"]
   low: float
   high: float
+  bits: int = 16  # Precision of the values.
 
   @property
   def inverse(self) -> Float32[np.ndarray, "side side"]:
@@ -88,10 +90,20 @@ def no_label(reason: str) -> LabelOutcome:
   return LabelOutcome(None, {reason: 1})
 
 
+def _round_values(
+  values: UInt16[np.ndarray, "h w"], top: int, new_top: int
+) -> UInt16[np.ndarray, "h w"]:
+  """Maps values 1 to `top` to 1 to `new_top`, and 0 to 0."""
+  fraction = (values.astype(np.float64) - 1) / (top - 1)
+  scaled = 1 + np.rint(fraction * (new_top - 1))
+  return np.where(values > 0, scaled, 0).astype(np.uint16)
+
+
 def make_depth(
   inverse: Float[np.ndarray, "h w"],
   *,
   side: int,
+  bits: int = 16,
   valid: Bool[np.ndarray, "h w"] | None = None,
   min_valid: int = MIN_VALID,
 ) -> LabelOutcome:
@@ -119,7 +131,10 @@ def make_depth(
   fraction = (values.astype(np.float64) - low) / (high - low)
   scaled = 1 + np.rint(fraction.clip(0, 1) * (TOP - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)
-  return LabelOutcome(DepthLabel(scaled, low, high), counts)
+  if bits < 16:
+    top = 2**bits - 1
+    scaled = _round_values(_round_values(scaled, TOP, top), top, TOP)
+  return LabelOutcome(DepthLabel(scaled, low, high, bits), counts)
 
 
 def _squash(
@@ -210,12 +225,14 @@ def encode(key: str, label: Label | None) -> bytes:
   """Serializes a label."""
   packed: dict[str, Any] = {"key": key, "valid": label is not None}
   if isinstance(label, DepthLabel):
-    _, png = cv2.imencode(".png", label.values)
+    values = _round_values(label.values, TOP, 2**label.bits - 1)
+    _, png = cv2.imencode(".png", values)
     packed |= {
       "png16": png.tobytes(),
       "lo": label.low,
       "hi": label.high,
       "side": len(label.values),
+      **({"bits": label.bits} if label.bits < 16 else {}),
     }
   elif isinstance(label, BoxLabel):
     packed |= {
@@ -264,7 +281,12 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
     raise ValueError("png16 is damaged")
   if values.shape != (side, side):
     raise ValueError(f"png16 is {values.shape}, side is {side}")
-  return DepthLabel(values, low, high)
+  bits = packed.get("bits", 16)
+  if type(bits) is not int or not 2 <= bits <= 16 or values.max() >= 2**bits:
+    raise ValueError(f"bits is {bits}, the largest value {values.max()}")
+  if bits < 16:
+    values = _round_values(values, 2**bits - 1, TOP)
+  return DepthLabel(values, low, high, bits)
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
