@@ -31,7 +31,12 @@ from absl import flags
 
 from mtv_jax.config import sections
 from mtv_jax.config.feature_layout import FeatureLayout
-from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt
+from mtv_jax.config.options import (
+  Fraction,
+  NonNegativeFloat,
+  NonNegativeInt,
+  PositiveInt,
+)
 from mtv_jax.data import lanes, order
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
@@ -253,7 +258,10 @@ class DataConfig:
   # For lanes. None: the largest power of two up to 256 that divides the batch.
   lanes: PositiveInt | None = None
   window: PositiveInt = 1024  # Records that a lane shuffles together.
-  block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per process.
+  block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per host.
+  # How long to try a bucket that doesn't answer. A stalled step ends the run
+  # after `watchdog.min_seconds`.
+  storage_seconds: NonNegativeFloat = 240.0
 
 
 def make_loader(
@@ -311,7 +319,7 @@ def make_loader(
   weights = weights or [1.0] * len(sources)
   if config.shuffle == "lanes":
     shared = RangeServer if config.workers else RangeReader
-    reader = shared(config.block_memory << 20)
+    reader = shared(config.block_memory << 20, patience=config.storage_seconds)
     for source in sources:
       source.use_reader(reader)
   elif config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:

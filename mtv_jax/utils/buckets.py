@@ -5,6 +5,7 @@ retried with back-off. Callers use `utils.path`.
 """
 
 import functools
+import itertools
 import logging
 import os
 import random
@@ -28,6 +29,7 @@ _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
 _STORES = ("gs", "s3")
 # Attempts per request, in addition to the retries of gcsfs and s3fs.
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
+_LONGEST_WAIT = 60.0
 # Fields that change when an object is replaced, in order of preference.
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
 
@@ -101,6 +103,13 @@ def configure() -> None:
     options.setdefault("use_listings_cache", False)
   # Otherwise etils imports TensorFlow if it is installed.
   os.environ.setdefault("EPATH_USE_TF", "false")
+  # `retry` describes a failed request in one line, gcsfs in a traceback.
+  logging.getLogger("gcsfs").addFilter(_drop_traceback)
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+  record.exc_info = record.exc_text = None
+  return True
 
 
 def request(
@@ -116,15 +125,17 @@ def retry(
   verb: str,
   function: Callable[..., T],
   *args: Any,
+  patience: float = 0.0,
   **options: Any,
 ) -> T:
   """Calls a function of a store, retrying with back-off.
 
-  Raises MissingFileError, or StorageError if every attempt failed or access is
-  denied; both name the path.
+  After five attempts, tries once a minute for `patience` seconds. Raises
+  MissingFileError, or StorageError if every attempt failed or access is denied;
+  both name the path.
   """
-  name = os.fspath(path)
-  for left in reversed(range(_TRIES)):
+  name, deadline = os.fspath(path), time.monotonic() + patience
+  for attempt in itertools.count(1):
     try:
       return function(*args, **options)
     except UserError:
@@ -132,9 +143,11 @@ def retry(
     except FileNotFoundError as error:
       raise MissingFileError(f"There is no {name}.") from error
     except Exception as error:  # The libraries' errors lack a common base.
-      if not left or _is_final(error):
+      over = attempt >= _TRIES and time.monotonic() >= deadline
+      if over or _is_final(error):
         raise StorageError(f"{name} can't be {verb}: {error!r}") from error
-      wait = _FIRST_WAIT * 2 ** (_TRIES - 1 - left) * random.uniform(0.5, 1.0)
+      wait = _FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+      wait = min(wait, _LONGEST_WAIT)
       log.warning(
         "%s can't be %s (%r); again in %.1f s.", name, verb, error, wait
       )

@@ -192,13 +192,18 @@ def read_regular(file: PurePath, *, limit: int | None = None) -> bytes:
   return read_bytes(file)
 
 
-def read_range(path: PurePath, offset: int, size: int) -> bytes:
-  """Reads a byte range in one request; fewer bytes at the end of the file."""
+def read_range(
+  path: PurePath, offset: int, size: int, *, patience: float = 0.0
+) -> bytes:
+  """Reads a byte range in one request; fewer bytes at the end of the file.
+
+  `patience`: see `buckets.retry`.
+  """
   if not is_remote(path):
     with open(path, "rb", buffering=0) as file:
       return os.pread(file.fileno(), size, offset)
   span = dict(start=offset, end=offset + size)
-  return buckets.request(path, "read", "cat_file", **span)
+  return buckets.request(path, "read", "cat_file", patience=patience, **span)
 
 
 def write_bytes(path: PurePath, data: bytes) -> None:

@@ -11,7 +11,7 @@ import os
 import resource
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from multiprocessing import connection
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -31,22 +31,22 @@ class Range(NamedTuple):
 class RangeReader:
   """Reads byte ranges, and keeps the most recent `limit` bytes.
 
-  Raises InputError if a file ends before a range, or is replaced while its
-  ranges are read; StorageError if a bucket can't be read. Thread-safe; empty
-  after pickling.
+  A bucket that doesn't answer is tried for `patience` seconds. Raises InputError
+  if a file ends before a range, or is replaced while its ranges are read;
+  StorageError if a bucket can't be read. Thread-safe; empty after pickling.
   """
 
-  def __init__(self, limit: int):
-    self.limit = limit
+  def __init__(self, limit: int, *, patience: float = 0.0):
+    self.limit, self.patience = limit, patience
     self._lock = threading.Lock()
     self._reads: collections.OrderedDict[Range, _Read] = (
       collections.OrderedDict()
     )
     self._size = 0
-    self._versions: dict[PurePath, Any] = {}
+    self.versions: dict[PurePath, Any] = {}
 
   def __reduce__(self) -> tuple:
-    return type(self), (self.limit,)
+    return functools.partial(type(self), patience=self.patience), (self.limit,)
 
   def prefetch(self, spans: Iterable[Range]) -> None:
     """Starts to read bucket ranges, as far as the limit allows."""
@@ -86,11 +86,11 @@ class RangeReader:
       self._size = 0
 
   def _add(self, span: Range) -> "_Read":
-    read = self._reads[span] = _Read(span, self._versions, self._keep)
+    read = self._reads[span] = _Read(span, self)
     self._size += span.size
     return read
 
-  def _keep(self, data: bytes) -> Any:
+  def keep(self, data: bytes) -> Any:
     """Converts the bytes of a range to what is kept of them."""
     return data
 
@@ -98,13 +98,8 @@ class RangeReader:
 class _Read:
   """The read of one range, in progress or finished."""
 
-  def __init__(
-    self,
-    span: Range,
-    versions: dict[PurePath, Any],
-    keep: Callable[[bytes], Any],
-  ):
-    self._span, self._versions, self._keep = span, versions, keep
+  def __init__(self, span: Range, reader: RangeReader):
+    self._span, self._reader = span, reader
     self._lock = threading.Lock()
     self._kept = self._future = None
     if path_lib.is_remote(span.path):
@@ -122,7 +117,7 @@ class _Read:
             f" {self._span.offset + self._span.size}: it was replaced or cut."
             " Restore it, or write its table of blocks again."
           )
-        self._kept, self._future = self._keep(data), None
+        self._kept, self._future = self._reader.keep(data), None
       return self._kept
 
   def _read(self) -> bytes:
@@ -136,13 +131,14 @@ class _Read:
       else:
         if result.state == "value":
           version = result.stamp.generation
-          if self._versions.setdefault(path, version) != version:
+          if self._reader.versions.setdefault(path, version) != version:
             raise InputError(
               f"{path} was replaced while it was read. Start again, after"
               " `mtv-jax index` has written its table of blocks."
             )
           return result.value
-    return path_lib.read_range(path, offset, size)
+    patience = self._reader.patience
+    return path_lib.read_range(path, offset, size, patience=patience)
 
 
 # ---------------------------------------------------------------------------
@@ -170,8 +166,8 @@ class RangeServer(RangeReader):
   Pickled, it becomes a `RangeClient` in the worker, whose requests it answers.
   """
 
-  def __init__(self, limit: int):
-    super().__init__(limit)
+  def __init__(self, limit: int, *, patience: float = 0.0):
+    super().__init__(limit, patience=patience)
     # One descriptor per range.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -191,7 +187,7 @@ class RangeServer(RangeReader):
     memory = self._get(span)
     return os.pread(memory.fd, memory.size, 0)
 
-  def _keep(self, data: bytes) -> _Memory:
+  def keep(self, data: bytes) -> _Memory:
     return _Memory(data)
 
   def _accept(self) -> None:
