@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from mtv_jax.data.scenes import render as scenes
-from mtv_jax.data.scenes.difficulty import DIFFICULTIES
+from mtv_jax.data.scenes.layout import DIFFICULTIES
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import InputError
 

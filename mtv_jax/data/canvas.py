@@ -3,9 +3,9 @@
 The canvas is the whole image squashed to `S x S`, stored with its original
 size, so that image, depth and boxes share unit-square coordinates.
 
-OpenCV decodes JPEGs with one or three components and releases the GIL. Pillow
-decodes everything else, including CMYK, palettes, transparency and 16 bits. On
-ordinary JPEGs both give equal pixels. For every format:
+OpenCV decodes JPEGs with one or three components and releases the GIL; Pillow
+decodes everything else. On ordinary JPEGs both give equal pixels. For every
+format:
 
 * EXIF rotation is applied; the original size is the rotated one.
 * Transparent pixels are composited on white.
@@ -57,6 +57,10 @@ _EXIF_ORIENTATION = 0x0112
 _FRAMES = (0xC0, 0xC1, 0xC2)
 
 
+_RGB = UInt8[np.ndarray, "h w 3"]
+_Canvas = UInt8[np.ndarray, "size size 3"]
+
+
 class _Jpeg(NamedTuple):
   height: int
   width: int
@@ -72,13 +76,12 @@ class _Jpeg(NamedTuple):
 
 def decode(
   data: bytes, *, key: str = "image", max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> _RGB:
   """Decodes an image file to RGB and applies its EXIF rotation.
 
   Raises BadRecord if the file is not an image, is truncated or corrupt, would
   take long to decode (see `image_limits`), or has pixels with an unknown white
-  level. JPEGs above `max_pixels`, and other formats above half of it, are
-  rejected before decoding.
+  level.
   """
   if not data:
     raise BadRecord(key, "the image has no bytes")
@@ -87,9 +90,7 @@ def decode(
     return _decode(data, key, max_pixels)
 
 
-def _decode(
-  data: bytes, key: str, max_pixels: int
-) -> UInt8[np.ndarray, "h w 3"]:
+def _decode(data: bytes, key: str, max_pixels: int) -> _RGB:
   header = _jpeg_header(data)
   if header is not None:
     image_limits.check_size(header.width, header.height, key, max_pixels)
@@ -102,7 +103,7 @@ def _decode(
 
 def decode_to_canvas(
   data: bytes, size: int, *, key: str = "image", max_pixels: int = MAX_PIXELS
-) -> tuple[UInt8[np.ndarray, "size size 3"], tuple[int, int]]:
+) -> tuple[_Canvas, tuple[int, int]]:
   """Decodes a file and squashes it; large JPEGs are decoded at reduced scale.
 
   Returns the canvas and the (height, width) of the rotated image in the file.
@@ -124,19 +125,16 @@ def decode_to_canvas(
         image = _decode_reduced(data, header, size, divisor)
         if image is not None:
           shape = header.height, header.width
-          is_transposed = orientation > 4
-          return _rotate(image, orientation), shape[
-            :: -1 if is_transposed else 1
-          ]
+          shape = shape[::-1] if orientation > 4 else shape
+          return _rotate(image, orientation), shape
   image = decode(data, key=key, max_pixels=max_pixels)
   return squash(image, size), image.shape[:2]
 
 
 def choose_divisor(height: int, width: int, size: int) -> int:
-  """Chooses the divisor, 8, 4, 2 or 1, for decoding a JPEG to a canvas.
+  """The largest divisor of a JPEG (8, 4, 2, 1) that leaves the canvas's pixels.
 
-  The largest divisor that leaves both sides at least as long as the canvas,
-  unless OpenCV would then copy and crop the image instead of resizing it.
+  Except divisors for which OpenCV would copy and crop instead of resizing.
   """
   short = min(height, width)
 
@@ -158,7 +156,7 @@ def imread_flags(divisor: int) -> int:
 
 def _decode_reduced(
   data: bytes, header: _Jpeg, size: int, divisor: int
-) -> UInt8[np.ndarray, "size size 3"] | None:
+) -> _Canvas | None:
   """Decodes to the canvas, before rotation; None if OpenCV can't decode it.
 
   The last row and column of the reduced image may extend past the image. The
@@ -180,11 +178,7 @@ def _decode_reduced(
 
 
 def _orientation(exif: bytes) -> int | None:
-  """EXIF orientation, 1 to 8; None if the file needs `decode`.
-
-  OpenCV and Pillow may disagree on damaged tags and on non-standard values,
-  types and counts.
-  """
+  """EXIF orientation, 1 to 8; None if OpenCV and Pillow may disagree on it."""
   if not exif:
     return 1
   tiff = exif[6:]
@@ -209,9 +203,7 @@ def _orientation(exif: bytes) -> int | None:
   return None
 
 
-def _rotate(
-  image: UInt8[np.ndarray, "size size 3"], orientation: int
-) -> UInt8[np.ndarray, "size size 3"]:
+def _rotate(image: _Canvas, orientation: int) -> _Canvas:
   """Applies an EXIF orientation."""
   if orientation > 4:
     image = image.swapaxes(0, 1)
@@ -222,9 +214,7 @@ def _rotate(
   return np.ascontiguousarray(image)
 
 
-def from_pillow(
-  image: Image.Image, *, key: str = "image"
-) -> UInt8[np.ndarray, "h w 3"]:
+def from_pillow(image: Image.Image, *, key: str = "image") -> _RGB:
   """Converts a Pillow image to RGB, with the rules and errors of `decode`."""
   image.load()
   image = ImageOps.exif_transpose(image)
@@ -247,7 +237,7 @@ def from_pillow(
   return rgb
 
 
-def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+def _as_rgb(image: Image.Image) -> _RGB:
   """Scales 16-bit grey; composites transparent pixels on white."""
   if image.mode.startswith("I"):
     grey = (np.asarray(image).astype(np.int64) + 128) // 257
@@ -259,9 +249,7 @@ def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
   return np.array(image.convert("RGB"))
 
 
-def squash(
-  image: UInt8[np.ndarray, "h w 3"], size: int
-) -> UInt8[np.ndarray, "size size 3"]:
+def squash(image: _RGB, size: int) -> _Canvas:
   """Resizes the whole image to a square, antialiased.
 
   If neither dimension grows, each pixel is the mean over its area. Otherwise a
@@ -282,9 +270,7 @@ def squash(
   return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def _blur(
-  image: UInt8[np.ndarray, "h w 3"], size: int
-) -> UInt8[np.ndarray, "h w 3"]:
+def _blur(image: _RGB, size: int) -> _RGB:
   """Antialiasing blur along the longer dimension, before it shrinks to `size`.
 
   For a shrink factor s, an antialiased linear filter is a triangle of variance
@@ -326,9 +312,7 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
   return None
 
 
-def _decode_pillow(
-  data: bytes, key: str, max_pixels: int
-) -> UInt8[np.ndarray, "h w 3"]:
+def _decode_pillow(data: bytes, key: str, max_pixels: int) -> _RGB:
   try:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
       image_limits.check_opened(image, len(data), key, max_pixels)

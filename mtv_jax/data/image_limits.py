@@ -58,12 +58,9 @@ def check_file(data: bytes, key: str) -> None:
 def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
   """Rejects an image whose header gives too many pixels."""
   if width * height > max_pixels or max(width, height) > MAX_SIDE:
-    raise BadRecord(
-      key,
-      f"the image is {width}x{height}, {width * height / 1e6:.0f} million"
-      f" pixels; at most {max_pixels / 1e6:.0f} million, and {MAX_SIDE} on a"
-      " side, are decoded",
-    )
+    limit = f"{max_pixels / 1e6:.0f} million pixels, {MAX_SIDE} on a side"
+    reason = f"the image is {width}x{height}; at most {limit}, are decoded"
+    raise BadRecord(key, reason)
 
 
 def check_opened(
@@ -71,8 +68,8 @@ def check_opened(
 ) -> None:
   """Rejects an opened image that is too large or slow to decode in Pillow.
 
-  `size` is the file size in bytes. `max_pixels` is the limit for JPEGs; other
-  formats take twice the time and memory, so half of it is their limit.
+  `size` is in bytes. `max_pixels` is for JPEGs; other formats take twice the
+  time and memory, so half of it is their limit.
   """
   is_jpeg = image.format in ("JPEG", "MPO")
   limit = max_pixels if is_jpeg else max_pixels // 2
@@ -94,10 +91,8 @@ def _check(key: str, count: int, what: str, limit: int) -> None:
 
 
 def _exceeds(key: str, count: int, what: str, limit: int) -> BadRecord:
-  return BadRecord(
-    key,
-    f"the image has {count:,} {what} or more; at most {limit:,} are decoded",
-  )
+  reason = f"the image has {count:,} {what} or more; at most {limit:,}"
+  return BadRecord(key, f"{reason} are decoded")
 
 
 def _count_scans(data: bytes) -> int:

@@ -89,7 +89,7 @@ class TextOp(HostOp):
       name = type(self).__name__.removesuffix("Op").lower()
       raise InputError(
         f"data.ops has `{name}` but the model has no tokenizer: set"
-        f" model.text.tokenizer, or leave `{name}` out of data.ops."
+        " model.text.tokenizer, or drop the op."
       )
 
   def _encode(
@@ -97,11 +97,8 @@ class TextOp(HostOp):
   ) -> tuple[Int32[np.ndarray, " length"], bool]:
     """Returns the token ids, and whether the text was truncated."""
     if len(text) > _MAX_CHARACTERS:
-      raise BadRecord(
-        key,
-        f"a text has {len(text):,} characters; at most {_MAX_CHARACTERS:,} are"
-        " tokenized",
-      )
+      count = f"{len(text):,} characters; at most {_MAX_CHARACTERS:,}"
+      raise BadRecord(key, f"a text has {count} are tokenized")
     try:
       return self.tokenizer.encode_text(text, length)
     except UnicodeError as error:
@@ -129,9 +126,8 @@ class Ops:
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
     """Returns the record with the batch's `fields`; raises BadRecord.
 
-    Ops see only the record's content, so any error is treated as a bad record.
-    If every record fails, the config is wrong, and the pipeline stops with the
-    reason.
+    Any error counts as a bad record. If every record fails, the config is
+    wrong, and the pipeline stops with the reason.
     """
     seed = int(rng.integers(2**63))
     for name, op, name_hash in self._ops:
@@ -157,15 +153,12 @@ def build_ops(
   `wanted` are the batch fields that the run reads (None: all). Optional ops
   that add none of these are left out. `features` are the teachers' layouts.
   """
-  given = {
-    TextOp: dict(tokenizer=tokenizer),
-    FeaturesOp: dict(layouts=features),
+  registry = dict(OPS) | {
+    "features": functools.partial(FeaturesOp, layouts=features)
   }
-  registry = dict(OPS)
   for name, op in OPS.items():
-    for kind, arguments in given.items():
-      if issubclass(op, kind):
-        registry[name] = functools.partial(op, **arguments)
+    if issubclass(op, TextOp):
+      registry[name] = functools.partial(op, tokenizer=tokenizer)
 
   def is_read(name: str) -> bool:
     if wanted is None or name not in OPS or not OPS[name].is_optional:
@@ -184,10 +177,8 @@ def build_ops(
   if wanted is not None and SOURCE in wanted:
     built.fields[SOURCE] = Field((), np.dtype(np.int32))
   if not built.fields:
-    raise InputError(
-      f"data.ops={text!r} adds no field of the batch; write for example"
-      " 'decode|canvas(224)|caption(64)'."
-    )
+    example = "decode|canvas(224)|caption(64)"
+    raise InputError(f"data.ops={text!r} adds no field; expected {example!r}.")
   return built
 
 
@@ -221,10 +212,7 @@ class DecodeOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class DecodeToCanvasOp(HostOp):
-  """Decodes an image file to a canvas, large JPEGs at reduced scale.
-
-  See `canvas.decode_to_canvas`. Configs write "decode|canvas(384)".
-  """
+  """Decodes to a canvas, see `canvas.decode_to_canvas`."""
 
   size: PositiveInt
   max_pixels: PositiveInt
@@ -253,10 +241,8 @@ class CanvasOp(HostOp):
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image = _get(record, "image")
     if not isinstance(image, np.ndarray):
-      raise TypeError(
-        f"canvas({self.size}) got the image as {type(image).__name__}; put"
-        " `decode` before it in data.ops."
-      )
+      kind = type(image).__name__
+      raise TypeError(f"the image is {kind}: put `decode` before `canvas`.")
     # After `DecodeToCanvasOp` the image is already a canvas; keep its size.
     size = record.get("image_size", np.array(image.shape[:2], np.int32))
     image = canvas_lib.squash(image, self.size)
@@ -265,11 +251,10 @@ class CanvasOp(HostOp):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOp(TextOp):
-  """Token ids of one of the record's captions.
+  """Token ids of one of the record's captions that isn't blank after cleaning.
 
-  If the caption is blank after cleaning, the next one is used; a record with
-  only blank captions is a bad record. A record without captions (image-only
-  source) gives a row of padding with `caption_valid` False.
+  A record with only blank captions is a bad record. A record without captions
+  (image-only source) gives a row of padding with `caption_valid` False.
   """
 
   length: PositiveInt
@@ -319,14 +304,13 @@ class DepthOp(HostOp):
     depth = record.get("depth")
     if depth is None:
       return record | {"depth": unlabelled}
-    stored = depth.dtype == np.uint16
-    if stored and depth.shape == shape:
-      return record | {"depth": depth}
+    valid = None
+    if depth.dtype == np.uint16:
+      if depth.shape == shape:
+        return record | {"depth": depth}
+      valid, depth = depth > 0, depth.astype(np.float32)
     outcome = label_values.make_depth(
-      depth.astype(np.float32) if stored else depth,
-      side=self.size,
-      valid=depth > 0 if stored else None,
-      min_valid=self.min_valid,
+      depth, side=self.size, valid=valid, min_valid=self.min_valid
     )
     count_dropped(record, outcome.counts)
     depth = outcome.label.values if outcome.label else unlabelled
@@ -337,8 +321,8 @@ class DepthOp(HostOp):
 class RegionsOp(TextOp):
   """At most `count` boxes, random or by score, with phrases as token ids.
 
-  Leaves out unusable boxes (see `label_values.make_boxes`) and boxes whose
-  phrase has zero tokens.
+  Leaves out boxes that are unusable (`label_values.make_boxes`) or whose phrase
+  has no tokens.
   """
 
   count: PositiveInt
@@ -418,9 +402,8 @@ class FeaturesOp(HostOp):
         continue
       if problem := label.problem_with(layout):
         raise InputError(
-          f"The features of {teacher!r} in its label set {problem}. Label the "
-          "shards with the size, layers and format of "
-          f"config.teachers.{teacher}."
+          f"The features of {teacher!r} in its label set {problem}. Label the"
+          f" shards again, as config.teachers.{teacher} says."
         )
       row[field_name(teacher, "valid")] = np.bool_(True)
       for name in layout.shapes:
@@ -462,10 +445,8 @@ def _box_label(record: Record) -> label_values.BoxLabel:
 
 def _get(record: Record, field: str) -> Any:
   if field not in record:
-    raise KeyError(
-      f"record {record['key']!r} has no {field!r}. "
-      f"{did_you_mean(field, record)}"
-    )
+    hint = did_you_mean(field, record)
+    raise KeyError(f"record {record['key']!r} has no {field!r}. {hint}")
   return record[field]
 
 
@@ -473,9 +454,7 @@ def _as_rgb(image: np.ndarray, key: str) -> UInt8[np.ndarray, "h w 3"]:
   pixels = image[..., None] if image.ndim == 2 else image
   is_image = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and image.size
   if image.dtype != np.uint8 or not is_image:
-    raise BadRecord(
-      key,
-      f"the image is {image.dtype} {list(image.shape)}; expected uint8"
-      " [H, W, 3], [H, W, 1] or [H, W]",
-    )
+    given = f"{image.dtype} {list(image.shape)}"
+    expected = "uint8 [H, W, 3], [H, W, 1] or [H, W]"
+    raise BadRecord(key, f"the image is {given}; expected {expected}")
   return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels

@@ -31,8 +31,8 @@ _TABLE = 1 << 16
 
 def addresses(
   sources: Sequence[Source],
-  *,
   weights: Sequence[float],
+  *,
   shuffle: str,
   seed: int,
 ) -> grain.MapDataset:
@@ -68,10 +68,8 @@ def check(
     if not len(source):
       raise InputError(f"{source!r} of data.train has no records.")
     if not weight > 0 or not math.isfinite(weight):
-      raise InputError(
-        f"{source!r} of data.train has weight={weight}; expected a number > 0"
-        " (leave the source out to give it no weight)."
-      )
+      problem = f"{source!r} of data.train has weight={weight}"
+      raise InputError(f"{problem}; expected a finite number > 0.")
 
 
 def source_seed(seed: int, k: int) -> int:

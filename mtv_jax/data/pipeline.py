@@ -135,10 +135,7 @@ class HostBatches:
     return range(first, first + self.rows)
 
   def read_keys(self, step: int) -> list[str]:
-    """Returns the keys of this host's rows of a step, as "source/key".
-
-    Doesn't skip bad records: a row's key may be that of an unusable record.
-    """
+    """The "source/key" of this host's rows of a step, even of bad records."""
     keys = []
     for position in self._positions(step):
       source, record = self.addresses[position]
@@ -148,12 +145,8 @@ class HostBatches:
 
   def _fill_row(
     self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
-  ) -> tuple[
-    list[tuple[str, str, str]],
-    list[tuple[str, str, int]],
-    list[tuple[str, bool]],
-  ]:
-    """Fills the row of `position`; returns the element's other parts."""
+  ) -> tuple[list, list, list]:
+    """Fills the row of `position`; returns `bad`, `dropped` and `cut`."""
     index, numbers = candidates
     source = self.sources[index]
     tries = min(len(source), _MAX_BAD_RUN)
@@ -166,8 +159,8 @@ class HostBatches:
         row = (position - self.first_row) % self.batch_size
         for name, values in batch.items():
           values[row] = record[name]
-        dropped = record.get("dropped", {}).items()
-        dropped = [(source.name, reason, n) for reason, n in dropped]
+        counts = record.get("dropped", {}).items()
+        dropped = [(source.name, reason, n) for reason, n in counts]
         cut = record.get("cut", {}).items()
         return bad, dropped, [(kind, c) for kind, cs in cut for c in cs]
       except BadRecord as error:
@@ -177,7 +170,7 @@ class HostBatches:
         raise
     raise CorruptDataError(
       f"{tries} records of {source!r} for one row can't be used. The first:"
-      f" {describe_bad(*bad[0])}. The last: {describe_bad(*bad[-1])}."
+      f" {describe_bad(*bad[0])}."
     )
 
   def close(self) -> None:
@@ -195,10 +188,7 @@ class HostBatches:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Loader(Iterator[Batch], contextlib.AbstractContextManager):
-  """Endless iterator over this host's batches; not thread-safe.
-
-  Created by `make_loader`; call `close` or use `with`.
-  """
+  """Endless iterator over this host's batches, see `make_loader`."""
 
   batches: HostBatches
   iterator: grain.DatasetIterator
@@ -208,6 +198,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   examples_per_epoch: int  # Records of all sources.
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
+  reader: RangeReader | None = None  # Of blocks; closed with the loader.
 
   def __post_init__(self):
     self._snapshots = {self.step: self.stats.snapshot()}
@@ -237,6 +228,8 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     """Stops prefetching and ends the iteration."""
     self.iterator.close()
     self.batches.close()
+    if self.reader:
+      self.reader.close()
 
   def __exit__(self, *exception: object) -> None:
     self.close()
@@ -279,66 +272,32 @@ def make_loader(
   stats: Stats | None = None,
   features: Mapping[str, FeatureLayout] | None = None,
 ) -> Loader:
-  """Builds the loader of a config's `data` section.
+  """Builds the loader of a config's `data` section, from `start_step` on.
 
-  Args:
-    config: the section, or its keys.
-    batch_size: global, over all hosts.
-    seed: seeds the order and all random choices.
-    start_step: step of the first batch.
-    skipped: batches that the run skips.
-    process_index, process_count: this host, and the number of hosts.
-    tokenizer: the text tower's.
-    wanted, features: see `build_ops`.
-    sources: replace the sources that `train` describes, one per entry; if
-      `train` is empty, all weights are 1.
-    stats: counts of the run's earlier batches.
+  `batch_size` is global. `sources` replace those that `train` describes; if
+  `train` is empty, all weights are 1. `stats` are the counts of the run's
+  earlier batches. For `wanted` and `features`, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
     raise InputError(
       f"batch_size={batch_size} is not a multiple of the {process_count}"
       " processes; each takes an equal share of every batch."
     )
-  if not 0 <= process_index < process_count:
-    raise InputError(
-      f"process_index={process_index} is not in [0, {process_count})."
-    )
   if not isinstance(config, DataConfig):
     config = sections.read(DataConfig, config, "data")
   ops = build_ops(
-    config.ops,
-    tokenizer=tokenizer,
-    wanted=wanted,
-    features=features or {},
+    config.ops, tokenizer=tokenizer, wanted=wanted, features=features or {}
   )
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
-  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
   _check_labels(ops, sources)
-  rows = batch_size // process_count
+  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
   weights = weights or [1.0] * len(sources)
-  if config.shuffle == "lanes":
-    shared = RangeServer if config.workers else RangeReader
-    reader = shared(config.block_memory << 20, patience=config.storage_seconds)
-    for source in sources:
-      source.use_reader(reader)
-  elif config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
-    for source in sources:
-      source.read_in_blocks(order.BLOCK * order.WINDOW)
-  if config.shuffle == "lanes":
-    order.check(sources, weights, seed)
-    addresses = LaneOrder(
-      [source.lane_blocks.ends for source in sources],
-      weights=weights,
-      batch_size=batch_size,
-      lanes=lanes.choose_lanes(batch_size, config.lanes, process_count),
-      window=config.window,
-      seeds=[order.source_seed(seed, k) for k in range(len(sources))],
-    )
-  else:
-    addresses = order.addresses(
-      sources, weights=weights, shuffle=config.shuffle, seed=seed
-    )
+  rows = batch_size // process_count
+  threads = max(available_cores() // max(config.workers, 1), 1)
+  addresses, reader = _open_order(
+    config, sources, weights, batch_size, process_count, seed
+  )
   batches = HostBatches(
     sources,
     addresses,
@@ -349,29 +308,64 @@ def make_loader(
     rows=rows,
     start_step=start_step,
     skipped=skipped,
-    threads=config.threads
-    or max(available_cores() // max(config.workers, 1), 1),
+    threads=config.threads or threads,
   )
+  return Loader(
+    batches,
+    _prefetch(batches, config),
+    ops.fields,
+    step=start_step,
+    examples_per_epoch=sum(len(source) for source in sources),
+    max_corrupt=config.max_corrupt,
+    stats=stats or Stats(),
+    reader=reader,
+  )
+
+
+def _prefetch(
+  batches: HostBatches, config: DataConfig
+) -> grain.DatasetIterator:
+  """Reads batches ahead, in threads or worker processes."""
   ahead = config.prefetch or 2
-  read_options = grain.ReadOptions(
-    num_threads=ahead, prefetch_buffer_size=ahead
-  )
-  dataset = grain.MapDataset.source(batches).to_iter_dataset(read_options)
+  options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+  dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
   if config.workers:
     if not flags.FLAGS.is_parsed():
       # Grain's workers read absl flags, which only absl apps parse.
       flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers=config.workers)
     dataset = dataset.mp_prefetch(workers)
-  return Loader(
-    batches,
-    iter(dataset),
-    ops.fields,
-    step=start_step,
-    examples_per_epoch=sum(len(source) for source in sources),
-    max_corrupt=config.max_corrupt,
-    stats=stats or Stats(),
-  )
+  return iter(dataset)
+
+
+def _open_order(
+  config: DataConfig,
+  sources: Sequence[Source],
+  weights: Sequence[float],
+  batch_size: int,
+  hosts: int,
+  seed: int,
+) -> tuple[grain.MapDataset | LaneOrder, RangeReader | None]:
+  """Returns the order, and the reader of its blocks."""
+  if config.shuffle != "lanes":
+    if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
+      for source in sources:
+        source.read_in_blocks(order.BLOCK * order.WINDOW)
+    shuffle = config.shuffle
+    return order.addresses(sources, weights, shuffle=shuffle, seed=seed), None
+  order.check(sources, weights, seed)
+  kind = RangeServer if config.workers else RangeReader
+  reader = kind(config.block_memory << 20, patience=config.storage_seconds)
+  for source in sources:
+    source.use_reader(reader)
+  return LaneOrder(
+    [source.lane_blocks.ends for source in sources],
+    weights=weights,
+    batch_size=batch_size,
+    lanes=lanes.choose_lanes(batch_size, config.lanes, hosts),
+    window=config.window,
+    seeds=[order.source_seed(seed, k) for k in range(len(sources))],
+  ), reader
 
 
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
@@ -379,7 +373,6 @@ def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
   given = frozenset().union(*(source.fields for source in sources))
   if sources and (missing := sorted(ops.labels - given)):
     raise InputError(
-      f"{ops!r} needs the record fields {missing}; the sources of data.train"
-      f" have only {sorted(given)}. Add labels=dict(...) to a source, or leave"
-      " the op out of data.ops."
+      f"{ops!r} needs the record fields {missing}; data.train has only"
+      f" {sorted(given)}. Add labels=dict(...) to a source, or drop the op."
     )

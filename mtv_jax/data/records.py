@@ -53,10 +53,9 @@ class BadRecord(InputError):
 def content_errors(key: str, problem: str) -> Iterator[None]:
   """Turns whatever a library raises on a record's content into a BadRecord.
 
-  For code that parses bytes in memory, not for code that reads files. Storage
-  errors (OSError with an errno), MemoryError, UserError and process exits pass
-  unchanged. Catches BaseException because panics of Rust libraries derive from
-  it. `problem` opens the message: "the image can't be decoded".
+  For code that parses bytes in memory. Storage errors (OSError with an errno),
+  MemoryError, UserError and process exits pass unchanged. Catches BaseException
+  because panics of Rust libraries derive from it.
   """
   try:
     yield
@@ -69,20 +68,15 @@ def content_errors(key: str, problem: str) -> Iterator[None]:
     raise BadRecord(key, reason) from error
 
 
-def caption_list(captions: Any) -> list[str]:
-  """Non-blank captions of one caption or several (str or UTF-8 bytes)."""
-  if isinstance(captions, bytes | str):
-    captions = [captions]
-  texts = [t.decode() if isinstance(t, bytes) else str(t) for t in captions]
-  return [text for text in texts if text.strip()]
-
-
 def read_captions(
   key: str, captions: Any, *, required: bool = True, where: str = ""
 ) -> list[str]:
-  """`caption_list`; raises BadRecord if captions are unreadable or missing."""
+  """Non-blank captions of one caption or several (str or UTF-8 bytes)."""
+  if isinstance(captions, bytes | str):
+    captions = [captions]
   with content_errors(key, "its captions can't be read"):
-    texts = caption_list(captions)
+    texts = [t.decode() if isinstance(t, bytes) else str(t) for t in captions]
+    texts = [text for text in texts if text.strip()]
   if required and not texts:
     raise BadRecord(key, f"its caption{where} is empty")
   return texts
@@ -96,16 +90,12 @@ def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-  """Encodes a record's key, encoded image and captions as bytes.
-
-  Raises TypeError if the image is not bytes: only the caller knows whether a
-  lossy JPEG is acceptable.
-  """
+  """Encodes a record's key, encoded image and captions as bytes."""
   image = record["image"]
   if not isinstance(image, bytes | bytearray | memoryview):
     raise TypeError(
       f"record {record['key']!r}: 'image' must be the bytes of an encoded"
-      f" image, got {type(image).__name__}; encode it first (PNG is lossless)."
+      f" image, got {type(image).__name__}."
     )
   captions = [text.encode() for text in record["captions"]]
   parts = [record["key"].encode(), bytes(image), *captions]
@@ -116,12 +106,9 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def decode(data: bytes, *, where: str = "record") -> Record:
   """Decodes what `encode` wrote; raises BadRecord at `where` if corrupt."""
   if data[:4] != _MAGIC:
-    raise BadRecord(
-      where,
-      f"starts with {data[:4]!r}, expected {_MAGIC!r}; was the file written by"
-      " mtv-jax make_shards --format=array_record? TFDS data is read with"
-      " type='tfds'.",
-    )
+    start = f"starts with {data[:4]!r}, expected {_MAGIC!r}"
+    hint = "files of make_shards are read; TFDS data need type='tfds'"
+    raise BadRecord(where, f"{start}: {hint}")
   try:
     (n_captions,) = struct.unpack_from("<I", data, 4)
     start = 16 + 4 * n_captions

@@ -46,10 +46,7 @@ def complete_source(
   *,
   fields: Collection[str] | None = None,
 ) -> Source:
-  """Applies `labels` and `limit` of a config entry to a source.
-
-  Opens only labels of `fields`; None opens all.
-  """
+  """Applies `labels`, of `fields` (None: all), and `limit` to a source."""
   if (labels := config.get("labels")) is not None:
     source = join_labels(source, labels, fields=fields)
   if (limit := config.get("limit")) is None:
@@ -64,8 +61,7 @@ def complete_source(
 def open_files(paths: Paths, **options: Any) -> Source:
   """Opens data files as a source; the suffix gives the type (default: tar).
 
-  Options (such as `index_dir`) that are None or unknown to the type are
-  ignored.
+  Options that are None or unknown to the type are ignored.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}

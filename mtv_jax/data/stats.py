@@ -93,10 +93,7 @@ class Stats:
   def count_cut(
     self, cut: Sequence[tuple[str, bool]], *, ops: object, epoch: int
   ) -> None:
-    """Counts texts given as (kind, is_cut); warns once if many are truncated.
-
-    The warning names `ops`. An `epoch` may have few records.
-    """
+    """Counts (kind, is_cut) of texts; warns once if many of `ops` are cut."""
     before = self.texts.copy()
     self.texts.update(kind for kind, _ in cut)
     self.texts_cut.update(kind for kind, is_cut in cut if is_cut)
@@ -106,10 +103,8 @@ class Stats:
       if before[kind] < first <= self.texts[kind] and share > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
-          " Raise %s, or use a tokenizer of longer pieces (`bytes` has an id"
-          " for each byte).",
-          *(100 * share, self.texts[kind], kind, ops),
-          _LENGTHENED_BY[kind],
+          " Raise %s, or use a tokenizer of longer pieces.",
+          *(100 * share, self.texts[kind], kind, ops, _LENGTHENED_BY[kind]),
         )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:

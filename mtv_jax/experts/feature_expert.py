@@ -18,8 +18,12 @@ from mtv_jax.augment import views as views_lib
 from mtv_jax.config.feature_layout import Format
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import canvas as canvas_lib
-from mtv_jax.data.labels.feature_values import FeatureLabel, Quantized
-from mtv_jax.data.labels.label_values import LabelOutcome, no_label
+from mtv_jax.data.labels.label_values import (
+  FeatureLabel,
+  LabelOutcome,
+  Quantized,
+  no_label,
+)
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder

@@ -31,9 +31,10 @@ class Range(NamedTuple):
 class RangeReader:
   """Reads byte ranges, and keeps the most recent `limit` bytes.
 
-  A bucket that doesn't answer is tried for `patience` seconds. Raises InputError
-  if a file ends before a range, or is replaced while its ranges are read;
-  StorageError if a bucket can't be read. Thread-safe; empty after pickling.
+  A bucket that doesn't answer is tried for `patience` seconds. Raises
+  InputError if a file ends before a range, or is replaced while its ranges are
+  read; StorageError if a bucket can't be read. Thread-safe; empty after
+  pickling.
   """
 
   def __init__(self, limit: int, *, patience: float = 0.0):

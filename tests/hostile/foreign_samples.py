@@ -7,10 +7,12 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from hostile.samples import BROKEN_JSON, OUTSIDE, as_bytes  # noqa: F401
+import tokenizers
+from hostile.samples import as_bytes
 
 from mtv_jax.convert import big_vision, depth_anything, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
@@ -31,7 +33,6 @@ WRONG = {
   "list": [1, 2, 3],
   "object": {"a": 1},
 }
-BROKEN = BROKEN_JSON
 _TOWER = {
   "hidden_size": 32,
   "intermediate_size": 64,
@@ -108,17 +109,6 @@ def _param_mapping(config):
 
 READERS = {"depth_anything": depth_anything.read, "owlv2": owlv2.read}
 TOKENS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "<pad>": 3}
-TOKENIZER = {
-  "version": "1.0",
-  "truncation": None,
-  "padding": None,
-  "added_tokens": [],
-  "normalizer": None,
-  "pre_tokenizer": None,
-  "post_processor": None,
-  "decoder": None,
-  "model": {"type": "WordLevel", "vocab": TOKENS, "unk_token": "a"},
-}
 PROCESSOR = {"size": {"height": 32, "width": 32}, "resample": 3}
 
 
@@ -145,7 +135,8 @@ def base(family: str) -> pathlib.Path:
   save_tensors(folder, tensors)
   write_json(folder / "config.json", config)
   write_json(folder / "preprocessor_config.json", PROCESSOR)
-  write_json(folder / "tokenizer.json", TOKENIZER)
+  model = tokenizers.models.WordLevel(TOKENS, "a")
+  tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
   return folder
 
 
@@ -174,6 +165,19 @@ def read(family: str, folder: pathlib.Path) -> object:
   if family in READERS:
     return READERS[family](folder)
   return loading.load(folder)
+
+
+def read_edited(
+  family: str, edit: Callable[[pathlib.Path, Any], object]
+) -> Callable[[pathlib.Path, Any], object]:
+  """A reader of a copy of a folder that `edit(copy, input)` has changed."""
+
+  def read_copy(folder: pathlib.Path, value: Any) -> object:
+    path = copy(family, folder)
+    edit(path, value)
+    return read(family, path)
+
+  return read_copy
 
 
 def write_json(path: pathlib.Path, content: object) -> None:
@@ -208,69 +212,12 @@ def load_tensors(folder: pathlib.Path) -> dict:
 @functools.cache
 def npz_arrays() -> dict:
   """A SigLIP of big_vision."""
-  width, mlp, grid, heads = 32, 64, 2, 2
-  dim = width // heads
-  arrays = {}
-
-  def layer(name: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> None:
-    arrays[f"{name}/kernel"], arrays[f"{name}/bias"] = shape, bias
-
-  def norm(name: str) -> None:
-    arrays[f"{name}/scale"] = arrays[f"{name}/bias"] = (width,)
-
-  def attention(name: str) -> None:
-    for part in ("query", "key", "value"):
-      layer(f"{name}/{part}", (width, heads, dim), (heads, dim))
-    layer(f"{name}/out", (heads, dim, width), (width,))
-
-  def mlp_block(name: str) -> None:
-    layer(f"{name}/Dense_0", (width, mlp), (mlp,))
-    layer(f"{name}/Dense_1", (mlp, width), (width,))
-
-  for trunk in ("img/Transformer", "txt/Encoder_0"):
-    block = f"{trunk}/encoderblock_0"
-    norm(f"{block}/LayerNorm_0")
-    norm(f"{block}/LayerNorm_1")
-    attention(f"{block}/MultiHeadDotProductAttention_0")
-    mlp_block(f"{block}/MlpBlock_0")
-    norm(f"{trunk}/encoder_norm")
-  pool = "img/MAPHead_0"
-  arrays[f"{pool}/probe"] = (1, 1, width)
-  attention(f"{pool}/MultiHeadDotProductAttention_0")
-  norm(f"{pool}/LayerNorm_0")
-  mlp_block(f"{pool}/MlpBlock_0")
-  layer("img/embedding", (16, 16, 3, width), (width,))
-  arrays["img/pos_embedding"] = (1, grid**2, width)
-  arrays["txt/Embed_0/embedding"] = (64, width)
-  arrays["txt/pos_embedding"] = (1, 8, width)
-  layer("txt/head", (width, width), (width,))
-  arrays["t"] = arrays["b"] = (1,)
+  rules = big_vision._param_mapping(_model().spec, {"b"})
   return {
     f"params/{name}": np.ones(shape, np.float32)
-    for name, shape in arrays.items()
+    for rule in rules
+    for name, shape in rule.expected_shapes()
   }
-
-
-def read_npz(folder: pathlib.Path, **changed: np.ndarray) -> object:
-  """Writes an archive with changed or, if None, removed arrays; reads it."""
-  arrays = {**npz_arrays(), **{f"params/{k}": v for k, v in changed.items()}}
-  arrays = {k: v for k, v in arrays.items() if v is not None}
-  np.savez(folder / "a.npz", **arrays)
-  return big_vision.read(folder / "a.npz")
-
-
-def replacing(
-  family: str, name: str, change: Callable[[bytes], bytes]
-) -> Callable[[pathlib.Path], object]:
-  """A case that reads a family's folder with different bytes in a file."""
-
-  def run(folder):
-    path = copy(family, folder)
-    data = change((path / name).read_bytes())
-    (path / name).write_bytes(data)
-    return read(family, path)
-
-  return run
 
 
 def write(folder: pathlib.Path, name: str, content: object) -> pathlib.Path:

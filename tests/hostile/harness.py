@@ -1,45 +1,45 @@
 """Harness of the hostile corpus: cases that run in a process of their own.
 
-A case is a function that gives a reader a hostile input. It must end in an
-outcome that the case allows, within 10 s and 1 GiB above the start:
+A case gives a reader a hostile input. It must end in an outcome that the case
+allows, within 10 s and 1 GiB above the start:
 
   error  it raises a `UserError` (a named error)
   skip   it raises a `BadRecord`, or returns "skip" (a counted skip)
   used   it returns anything else: the input is odd, and usable
 
 Any other exception is a defect, as is a crash. A worker process runs the cases
-one by one; it is killed and replaced when a case hangs, crashes or
-takes too much memory. A test file has its cases at the level of the module,
-since the worker imports the file to find them:
+one by one; it is killed and replaced when a case hangs, crashes or takes too
+much memory. The worker imports the test file to find its cases, which are at
+module level:
 
   HEADERS = Cases(__file__, "tar headers")
+  # A case for each input, by name, that `read(folder, input)` reads.
+  HEADERS.add_table(read, {"empty": b"", "a page": b"<html>"}, match="x.tar")
 
   @HEADERS.add("a negative size")
   def _(folder):
     expand_path(...)
 
-  # A case for each input, by name, that `read(folder, input)` reads.
-  HEADERS.add_table(read, {"empty": b"", "a page": b"<html>"}, match="x.tar")
-
   test_cases = run_all(HEADERS)
 
-Every few cases one is in the fast suite; the rest have the marker `long`. The
-fixture `hostile` is in conftest.py of this folder. A run of pytest ends with
-the table of counts (`table`).
+A few cases of each subject are in the fast suite; the rest have the marker
+`long`. A run of pytest ends with the table of counts (`table`).
 """
 
+import collections
 import dataclasses
 import functools
-import importlib.util
 import multiprocessing
 import os
 import pathlib
 import resource
+import runpy
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing.connection import Connection
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
@@ -49,8 +49,7 @@ from mtv_jax.utils.errors import UserError
 
 MAX_SECONDS = 10.0
 MAX_BYTES = 1 << 30
-# A message is for a person to read, and is a line of a log.
-MAX_MESSAGE = 3000
+MAX_MESSAGE = 3000  # Characters: a message is for a person to read.
 _POLL_SECONDS = 0.01
 
 Function = Callable[[pathlib.Path], Any]
@@ -58,23 +57,14 @@ Function = Callable[[pathlib.Path], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One hostile input.
+  """One hostile input; `run` takes an empty folder."""
 
-  Attributes:
-    file: the test file that defines it.
-    subject: row of the table.
-    name: unique within its subject.
-    run: gives the input, written to an empty folder, to a reader.
-    expects: allowed outcomes.
-    match: text that the message contains.
-  """
-
-  file: str
-  subject: str
-  name: str
+  file: str  # The test file that defines it.
+  subject: str  # Row of the table.
+  name: str  # Unique within its subject.
   run: Function
-  expects: tuple[str, ...]
-  match: str
+  expects: tuple[str, ...]  # Allowed outcomes.
+  match: str  # Text that the message contains.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +78,11 @@ class Result:
 
 
 class Cases(list[Case]):
-  """The cases of one subject in a test file; one in `every` is fast."""
+  """The cases of one subject in a test file; `fast` are not `long`."""
 
-  def __init__(self, file: str, subject: str, *, every: int = 3):
+  def __init__(self, file: str, subject: str, *, fast: int = 4):
     super().__init__()
-    self._file, self._subject, self._every = file, subject, every
-    self._names: set[str] = set()
-    self._slow: set[str] = set()
+    self._file, self._subject, self._fast = file, subject, fast
 
   def add(
     self,
@@ -103,26 +91,15 @@ class Cases(list[Case]):
     *,
     expects: str = "error",
     match: str = "",
-    slow: bool = False,
   ) -> Any:
     """Adds a case; a decorator without `function`.
 
-    Args:
-      name: unique within the subject.
-      function: takes an empty folder.
-      expects: allowed outcomes, such as "error" or "error skip".
-      match: text that the message must contain.
-      slow: whether it takes more than a second.
+    `expects` are allowed outcomes, such as "error skip".
     """
     if function is None:
-      return functools.partial(
-        self.add, name, expects=expects, match=match, slow=slow
-      )
+      return functools.partial(self.add, name, expects=expects, match=match)
+    assert name not in {case.name for case in self}, name
     allowed = tuple(expects.split())
-    assert name not in self._names, name
-    self._names.add(name)
-    if slow or len(self) % self._every:
-      self._slow.add(name)
     self.append(Case(self._file, self._subject, name, function, allowed, match))
     return function
 
@@ -136,25 +113,19 @@ class Cases(list[Case]):
   ) -> None:
     """Adds a case for each input; `read` takes an empty folder and one."""
     for name, value in inputs.items():
-      run = functools.partial(_call, read, value)
-      self.add(prefix + name, run, **options)
-
-  @property
-  def parametrize(self) -> pytest.MarkDecorator:
-    """Decorates a test of the cases, which takes one as `case`."""
-    return pytest.mark.parametrize("case", self.parameters)
+      self.add(prefix + name, functools.partial(_call, read, value), **options)
 
   @property
   def parameters(self) -> list[Any]:
     """The parameters of a test that takes one as `case`."""
-    long = pytest.mark.long
+    step = -(-len(self) // self._fast)
     return [
       pytest.param(
         case,
         id=f"{case.subject}: {case.name}",
-        marks=long if case.name in self._slow else (),
+        marks=pytest.mark.long if i % step else (),
       )
-      for case in self
+      for i, case in enumerate(self)
     ]
 
 
@@ -177,37 +148,36 @@ class Runner:
   """Runs cases in a worker process, which it replaces when it must."""
 
   def __init__(self) -> None:
-    self._process: Any = None
-    self._connection: Connection | None = None
+    self._pool: futures.ProcessPoolExecutor | None = None
 
   def run(self, case: Case, folder: pathlib.Path) -> Result:
     """Runs a case in an empty folder; kills what exceeds the limits."""
-    if self._process is None:
-      self._start()
-    files = case.file, case.subject, case.name, str(folder)
-    # Imports are the file's, not the case's.
-    self._connection.send(files[:1])
-    assert self._connection.recv() == "ready", "the cases can't be imported"
-    start = _resident(self._process.pid)
+    if self._pool is None:
+      # Not forked: this process may have threads of JAX.
+      context = multiprocessing.get_context("spawn")
+      self._pool = futures.ProcessPoolExecutor(1, context)
+    # The time of imports doesn't count.
+    self._pool.submit(_import, case.file).result()
+    (process,) = self._pool._processes.values()
+    start = peak = _resident(process.pid)
     began = time.monotonic()
-    self._connection.send(files)
-    peak = start
-    while True:
+    files = case.file, case.subject, case.name, str(folder)
+    future = self._pool.submit(_run, *files)
+    while not futures.wait([future], _POLL_SECONDS).done:
       seconds = time.monotonic() - began
-      try:
-        if self._connection.poll(_POLL_SECONDS):
-          outcome, detail, highest = self._connection.recv()
-          return Result(outcome, detail, seconds, max(peak, highest) - start)
-        peak = max(peak, _resident(self._process.pid))
-      except (EOFError, OSError):
-        self._process.join()
-        detail = f"exit code {self._process.exitcode}"
-        self.close()
-        return Result("crash", detail, seconds, peak - start)
+      peak = max(peak, _resident(process.pid))
       if seconds > MAX_SECONDS or peak - start > MAX_BYTES:
         self.close()
         outcome = "slow" if seconds > MAX_SECONDS else "large"
         return Result(outcome, "killed", seconds, peak - start)
+    seconds = time.monotonic() - began
+    try:
+      outcome, detail, highest = future.result()
+    except BrokenProcessPool:
+      self.close()
+      detail = f"exit code {process.exitcode}"
+      return Result("crash", detail, seconds, peak - start)
+    return Result(outcome, detail, seconds, max(peak, highest) - start)
 
   def check(self, case: Case, folder: pathlib.Path) -> Result:
     """Runs a case; asserts that its outcome is allowed and readable."""
@@ -223,30 +193,20 @@ class Runner:
     assert result.peak <= MAX_BYTES, result
     if outcome in ("error", "skip"):
       assert detail.strip(), "the message is empty"
-      assert len(detail) <= MAX_MESSAGE, (
-        f"the message has {len(detail)} characters: {detail[:300]!r}"
-      )
+      assert len(detail) <= MAX_MESSAGE, detail[:300]
       detail.encode()  # A message must be printable.
     # Not in the folder's path, which has the name of the test.
     named = detail.replace(str(folder), "")
     assert case.match in named, f"{case.match!r} is not in {detail!r}"
     return result
 
-  def _start(self) -> None:
-    # Not forked: this process may have threads of JAX.
-    context = multiprocessing.get_context("spawn")
-    self._connection, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    self._process.start()
-    theirs.close()
-
   def close(self) -> None:
     """Kills the worker."""
-    if self._process is not None:
-      self._process.kill()
-      self._process.join()
-      self._connection.close()
-    self._process = self._connection = None
+    if self._pool is not None:
+      for process in [*(self._pool._processes or {}).values()]:
+        process.kill()
+      self._pool.shutdown()
+    self._pool = None
 
 
 def _resident(pid: int) -> int:
@@ -263,48 +223,28 @@ def _highest() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _serve(connection: Connection) -> None:
-  """The worker: imports files of cases, and runs cases by name."""
-  modules: dict[str, Any] = {}
-  while True:
-    try:
-      file, *request = connection.recv()
-    except EOFError:
-      return
-    if file not in modules:
-      modules[file] = _import(file)
-    if not request:
-      connection.send("ready")
-      continue
-    subject, name, folder = request
-    case = find(modules[file], subject, name)
-    os.chdir(folder)
-    before = _highest()
-    outcome, detail = _run(case, pathlib.Path(folder))
-    after = _highest()
-    # The maximum since the start of the process tells only of a new one.
-    connection.send((outcome, detail, after if after > before else 0))
+@functools.cache
+def _cases(file: str) -> dict[tuple[str, str], Case]:
+  """The cases of a file, by subject and name; in the worker."""
+  groups = [v for v in runpy.run_path(file).values() if isinstance(v, Cases)]
+  return {(case.subject, case.name): case for g in groups for case in g}
 
 
-def _import(file: str) -> Any:
-  name = f"hostile_cases_{pathlib.Path(file).stem}"
-  spec = importlib.util.spec_from_file_location(name, file)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
-  spec.loader.exec_module(module)
-  return module
+def _import(file: str) -> None:
+  _cases(file)
 
 
-def find(module: Any, subject: str, name: str) -> Case:
-  """The case of a module by its subject and name."""
-  for value in vars(module).values():
-    for case in value if isinstance(value, Cases) else ():
-      if (case.subject, case.name) == (subject, name):
-        return case
-  raise LookupError(f"{module} has no case {name!r} of {subject!r}")
+def _run(file: str, subject: str, name: str, folder: str) -> tuple:
+  """Outcome, message and a new maximum of memory; in the worker."""
+  os.chdir(folder)
+  before = _highest()
+  outcome, detail = _outcome(_cases(file)[subject, name], pathlib.Path(folder))
+  after = _highest()
+  # The maximum since the start of the process tells only of a new one.
+  return outcome, detail, after if after > before else 0
 
 
-def _run(case: Case, folder: pathlib.Path) -> tuple[str, str]:
+def _outcome(case: Case, folder: pathlib.Path) -> tuple[str, str]:
   try:
     value = case.run(folder)
   except BadRecord as error:
@@ -320,26 +260,17 @@ def _run(case: Case, folder: pathlib.Path) -> tuple[str, str]:
 
 def table(results: Iterable[tuple[str, str, float, int]]) -> str:
   """The counts of (subject, outcome, seconds, peak) by subject."""
-  rows: dict[str, list[tuple[str, float, int]]] = {}
+  rows = collections.defaultdict(list)
   for subject, *rest in results:
-    rows.setdefault(subject, []).append(tuple(rest))
-    rows.setdefault("all", []).append(tuple(rest))
-  rows["all"] = rows.pop("all", [])
+    rows[subject].append(rest)
+  rows["all"] = sum(rows.values(), [])
   columns = ("error", "skip", "used", "failed")
-  lines = [
-    f"{'subject':32}{'cases':>7}"
-    + "".join(f"{column:>8}" for column in columns)
-    + f"{'slowest':>10}{'largest':>10}"
-  ]
-  for subject, entries in rows.items():
-    counts = [
-      sum(outcome == column for outcome, _, _ in entries) for column in columns
-    ]
-    slowest = max((seconds for _, seconds, _ in entries), default=0)
-    largest = max((peak for _, _, peak in entries), default=0)
-    lines.append(
-      f"{subject:32}{len(entries):7}"
-      + "".join(f"{count:8}" for count in counts)
-      + f"{slowest:8.1f} s{largest >> 20:6} MiB"
-    )
+  names = "".join(f"{name:>8}" for name in ("cases", *columns))
+  lines = [f"{'subject':32}{names}{'slowest':>10}{'largest':>10}"]
+  for subject, row in rows.items():
+    outcomes, seconds, peaks = zip(*row, strict=True)
+    counts = [len(row), *map(outcomes.count, columns)]
+    numbers = "".join(f"{count:8}" for count in counts)
+    end = f"{max(seconds):8.1f} s{max(peaks) >> 20:6} MiB"
+    lines.append(f"{subject:32}{numbers}{end}")
   return "\n".join(lines)

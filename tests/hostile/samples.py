@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pathlib
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -29,6 +31,23 @@ def image_file(format="JPEG", size=(16, 12), mode="RGB", **options) -> bytes:
 
 
 JPEG = image_file()
+
+
+def chunk(kind: bytes, data: bytes = b"", checksum: int | None = None) -> bytes:
+  """A chunk of a PNG."""
+  end = zlib.crc32(kind + data) if checksum is None else checksum
+  return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", end)
+
+
+def png(*chunks: bytes) -> bytes:
+  """A PNG of chunks."""
+  return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def ihdr(width=10, height=10, bits=8, colour=2, interlace=0) -> bytes:
+  """The header chunk of a PNG."""
+  fields = width, height, bits, colour, 0, 0, interlace
+  return chunk(b"IHDR", struct.pack(">IIBBBBB", *fields))
 
 
 def header(
@@ -63,10 +82,10 @@ def member(name: bytes, data: bytes, **fields) -> bytes:
   return header(name, size=len(data), **fields) + pad(data)
 
 
-def write_tar(file: pathlib.Path, members: dict[str, bytes]) -> pathlib.Path:
-  """A well-formed tar."""
-  with tarfile.open(file, "w") as tar:
-    for name, data in members.items():
+def write_tar(file: pathlib.Path, members, format=None) -> pathlib.Path:
+  """A well-formed tar of names and bytes."""
+  with tarfile.open(file, "w", format=format) as tar:
+    for name, data in dict(members).items():
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))

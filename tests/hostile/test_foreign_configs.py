@@ -6,104 +6,79 @@ import numpy as np
 from hostile import foreign_samples as samples
 from hostile.foreign_samples import HUGE, NAN
 from hostile.harness import Cases, run_all
-from hostile.samples import BROKEN_BYTES, BROKEN_JSON, OUTSIDE, by_repr, changed
+from hostile.samples import (
+  BROKEN_BYTES,
+  BROKEN_JSON,
+  OUTSIDE,
+  PLACES,
+  by_repr,
+  changed,
+)
 
-CONFIGS = Cases(__file__, "configs of Hugging Face", every=12)
-PROCESSORS = Cases(__file__, "image processors", every=5)
-EXPORTS = Cases(__file__, "exports, native folders", every=6)
+CONFIGS = Cases(__file__, "configs of Hugging Face")
+PROCESSORS = Cases(__file__, "image processors")
+EXPORTS = Cases(__file__, "exports, native folders")
 LONG = "x" * 1_000_000
-
-
-def _read_changed(family, name):
-  """Reads a folder whose file `name` has another value at some keys."""
-
-  def read(folder, change):
-    path = samples.copy(family, folder)
-    samples.change_json(path / name, *change)
-    return samples.read(family, path)
-
-  return read
 
 
 def _add(cases, family, name, values, **options):
   """Cases of values at dotted keys, which the message must name."""
+  read = samples.read_edited(
+    family, lambda path, change: samples.change_json(path / name, *change)
+  )
   for keys, listed in values.items():
     for label, value in by_repr(listed).items():
       case = {f"{family}: {keys} is {label}": (keys, value)}
       named = {"match": keys.rpartition(".")[2]} | options
-      cases.add_table(_read_changed(family, name), case, **named)
+      cases.add_table(read, case, **named)
 
 
-def _list_keys(content, prefix=""):
-  """Dotted keys of all values of nested objects."""
+def _list_values(content, prefix=""):
+  """Dotted keys and values of nested objects."""
   for key, value in content.items():
-    yield prefix + key
+    yield prefix + key, value
     if isinstance(value, dict):
-      yield from _list_keys(value, f"{prefix}{key}.")
+      yield from _list_values(value, f"{prefix}{key}.")
 
 
-WRONG = [*samples.WRONG.values()]
+# Valid in type, or special to a family.
 _VALUES = {
   "siglip": {
-    "vision_config.hidden_size": WRONG,
-    "text_config.vocab_size": WRONG,
     "vision_config": ["x", []],
     "vision_config.layer_norm_eps": [NAN, "1e-6", 0],
     "vision_config.hidden_act": ["swish", 1],
     "vision_config.num_channels": [4],
     "vision_config.vision_use_head": ["yes"],
     "vision_config.image_size": [[32, 48]],
-    "text_config.max_position_embeddings": [HUGE],
-    "text_config.projection_size": ["x"],
     "model_type": [["siglip"], {}, "siglop"],
   },
   "clip": {
-    "vision_config.patch_size": WRONG,
-    "text_config.num_hidden_layers": WRONG,
     "text_config.eos_token_id": ["x", []],
     "text_config.hidden_size": [32.5],
     "projection_dim": [[32]],
   },
   "dinov2": {
-    "num_hidden_layers": WRONG,
-    "image_size": WRONG,
-    "mlp_ratio": [NAN, 1e30, -4],
+    "mlp_ratio": [1e30, -4],
     "layerscale_value": ["x"],
     "qkv_bias": [False],
     "use_swiglu_ffn": ["x"],
   },
   "dinov3": {
-    "num_hidden_layers": WRONG,
-    "intermediate_size": WRONG,
     "rope_theta": [NAN],
     "pos_embed_jitter": ["x"],
     "query_bias": [False],
     "use_gated_mlp": [2],
   },
-  "siglip2": {"num_patches": [*WRONG, 5], "patch_size": WRONG},
-  "aimv2": {
-    "intermediate_size": WRONG,
-    "image_size": WRONG,
-    "rms_norm_eps": [NAN],
-    "qkv_bias": [True],
-    "hidden_act": ["gelu"],
-  },
+  "siglip2": {"num_patches": [5]},
+  "aimv2": {"rms_norm_eps": [NAN], "qkv_bias": [True], "hidden_act": ["gelu"]},
   "radio": {
-    "max_img_size": WRONG,
-    "num_cls_tokens": WRONG,
     "norm_std": [[0, 1, 1]],
     "norm_mean": ["x"],
+    "num_cls_tokens": [*samples.WRONG.values()],
     "video_temporal_patch_size": [2],
   },
-  "tipsv2": {
-    "num_hidden_layers": WRONG,
-    "num_attention_heads": WRONG,
-    "qkv_bias": [False],
-    "hidden_act": ["swish"],
-  },
+  "tipsv2": {"qkv_bias": [False], "hidden_act": ["swish"]},
   "depth_anything": {
-    "backbone_config.hidden_size": WRONG,
-    "fusion_hidden_size": WRONG,
     "neck_hidden_sizes": [4, [], [HUGE] * 4],
     "reassemble_factors": [[NAN] * 4, "4,2,1"],
     "max_depth": [NAN],
@@ -112,15 +87,22 @@ _VALUES = {
     "backbone_config.layer_norm_eps": [NAN],
     "backbone_config.model_type": ["beit"],
   },
-  "owlv2": {
-    "vision_config.num_attention_heads": WRONG,
-    "projection_dim": WRONG,
-    "text_config": ["x"],
-    "vision_config.image_size": [[-32, -32]],
-  },
+  "owlv2": {"text_config": ["x"], "vision_config.image_size": [[-32, -32]]},
 }
-for _family, _values in _VALUES.items():
-  _add(CONFIGS, _family, "config.json", _values)
+_LENIENT = ("eos_token_id", "num_register_tokens")
+for _family, _config in samples.CONFIGS.items():
+  _keys = dict(_list_values(_config))
+  _numbers = [
+    keys
+    for keys, value in _keys.items()
+    if type(value) is int and not keys.endswith(_LENIENT)
+  ]
+  _wrong = {keys: samples.WRONG.values() for keys in _numbers}
+  _add(CONFIGS, _family, "config.json", _wrong)
+  _add(CONFIGS, _family, "config.json", _VALUES[_family])
+  _others = [keys for keys in _keys if keys not in _numbers]
+  _odd = {keys: [{"b": 1}, LONG[:999]] for keys in _others}
+  _add(CONFIGS, _family, "config.json", _odd, match="", expects="error used")
 for _family, _keys, _value, _match in (
   ("siglip", "vision_config.image_size", 8, "patch_size"),
   ("siglip", "vision_config.num_attention_heads", 3, "divi"),
@@ -137,21 +119,13 @@ for _family, _keys, _value, _match in (
   _add(CONFIGS, _family, "config.json", {_keys: [_value]}, match=_match)
 _odd = {"unknown_key": [HUGE], "torch_dtype": [["x"]]}
 _add(CONFIGS, "siglip", "config.json", _odd, match="", expects="used")
-# Every key of every family.
-for _family, _config in samples.CONFIGS.items():
-  _values = {keys: [{"b": 1}, LONG[:999]] for keys in _list_keys(_config)}
-  _add(CONFIGS, _family, "config.json", _values, match="", expects="error used")
 
 
 def _replace(family, name):
-  """Reads a folder with different bytes in the file `name`."""
-
-  def read(folder, content):
-    path = samples.copy(family, folder)
-    (path / name).write_bytes(content)
-    return samples.read(family, path)
-
-  return read
+  """Reads a folder with different content in the file `name`."""
+  return samples.read_edited(
+    family, lambda path, content: samples.write(path, name, content)
+  )
 
 
 for _cases, _family, _name in (
@@ -163,76 +137,44 @@ for _cases, _family, _name in (
   _cases.add_table(_read, BROKEN_JSON, prefix=f"{_name} ", match=_name)
 
 
-@CONFIGS.add("config.json of 100 MB", match="config.json")
-def _large_config(folder):
-  path = samples.copy("siglip", folder)
-  with (path / "config.json").open("ab") as file:
-    file.truncate(100 << 20)
-  return samples.read("siglip", path)
-
-
-@CONFIGS.add("config.json is a folder", match="config.json")
-def _folder_config(folder):
-  path = samples.copy("siglip", folder)
+def _replace_place(path, make):
   (path / "config.json").unlink()
-  (path / "config.json").mkdir()
-  return samples.read("siglip", path)
+  make(path / "config.json")
+
+
+_read = samples.read_edited("siglip", _replace_place)
+CONFIGS.add_table(_read, PLACES, prefix="config.json is ", match="config.json")
 
 
 # --- Processors --------------------------------------------------------------
 
 
-def _read_processor(folder, content):
-  family, name, content = content
-  path = samples.copy(family, folder)
-  samples.write_json(path / name, content)
-  return samples.read(family, path)
-
-
-def _add_processors(family, name, values):
-  contents = {
-    f"{family}: {label}": (family, name, content)
-    for label, content in changed({}, values).items()
-  }
-  PROCESSORS.add_table(_read_processor, contents, match=name)
-
-
 _PREPROCESSOR = "preprocessor_config.json"
-_add_processors(
-  "clip",
-  _PREPROCESSOR,
-  {
-    "size": [
-      *["x", 0, HUGE, {"height": 32}, {"shortest_edge": HUGE}],
-      *[{"shortest_edge": "x"}, {"shortest_edge": 0}],
-      {"height": -32, "width": -32},
-      {"height": "a", "width": "b"},
-      {"height": 32, "width": 64},
-      {"shortest_edge": 32, "longest_edge": 64},
-    ],
-    "resample": ["bicubic", 7, [3]],
-    "image_mean": ["x", 0.5, [0.5], [NAN] * 3],
-    "image_std": [[0] * 3, [-1] * 3, [NAN] * 3],
-    "rescale_factor": [0, "x", NAN],
-    "do_resize": ["no"],
-    "do_center_crop": [2],
-    "do_normalize": [[1]],
-  },
-)
-PROCESSORS.add_table(
-  _read_processor,
-  {
-    label: ("clip", _PREPROCESSOR, content)
-    for label, content in changed(
-      {"size": 32}, {"crop_size": ["x", 64, 8]}
-    ).items()
-  },
-  match=_PREPROCESSOR,
-)
-_version_5 = {"image_processor": ["x", [1], {"image_std": "x"}]}
-_add_processors("clip", "processor_config.json", _version_5)
+_sizes = ["x", 0, HUGE, {"height": 32}, {"shortest_edge": HUGE}]
+_sizes += [{"shortest_edge": "x"}, {"shortest_edge": 0}]
+_sizes += [{"height": -32, "width": -32}, {"height": "a", "width": "b"}]
+_sizes += [{"height": 32, "width": 64}]
+_sizes += [{"shortest_edge": 32, "longest_edge": 64}]
+_values = {
+  "size": _sizes,
+  "resample": ["bicubic", 7, [3]],
+  "image_mean": ["x", 0.5, [0.5], [NAN] * 3],
+  "image_std": [[0] * 3, [-1] * 3, [NAN] * 3],
+  "rescale_factor": [0, "x", NAN],
+  "do_resize": ["no"],
+  "do_center_crop": [2],
+  "do_normalize": [[1]],
+}
 _channels = {"image_mean": ["x", [0, 0]], "image_std": [[0, 0, 0]]}
-_add_processors("owlv2", _PREPROCESSOR, _channels)
+_version_5 = {"image_processor": ["x", [1], {"image_std": "x"}]}
+for _family, _name, _contents in (
+  ("clip", _PREPROCESSOR, changed({}, _values)),
+  ("clip", _PREPROCESSOR, changed({"size": 32}, {"crop_size": ["x", 64, 8]})),
+  ("clip", "processor_config.json", changed({}, _version_5)),
+  ("owlv2", _PREPROCESSOR, changed({}, _channels)),
+):
+  _options = {"prefix": f"{_family}: ", "match": _name}
+  PROCESSORS.add_table(_replace(_family, _name), _contents, **_options)
 
 
 # --- Exports -----------------------------------------------------------------
@@ -288,12 +230,10 @@ EXPORTS.add_table(
 )
 
 
-def _read_params(folder, change):
-  path = samples.copy("native", folder)
+def _change_params(path, change):
   os.replace(path / "params.safetensors", path / "model.safetensors")
   samples.save_tensors(path, change(samples.load_tensors(path)))
   os.replace(path / "model.safetensors", path / "params.safetensors")
-  return samples.read("native", path)
 
 
 def _set_bias(value):
@@ -301,7 +241,7 @@ def _set_bias(value):
 
 
 EXPORTS.add_table(
-  _read_params,
+  samples.read_edited("native", _change_params),
   {
     "NaN": _set_bias(np.full(32, NAN, np.float32)),
     "integers": _set_bias(np.zeros(32, np.int32)),
@@ -314,11 +254,9 @@ EXPORTS.add_table(
 )
 
 
-@EXPORTS.add("a native folder that was not finished", match="did not finish")
-def _unfinished(folder):
-  path = samples.copy("native", folder)
-  (path / "mtv_jax.json").unlink()
-  return samples.read("native", path)
+_read = samples.read_edited("native", lambda path, name: (path / name).unlink())
+_unfinished = {"not finished": "mtv_jax.json"}
+EXPORTS.add_table(_read, _unfinished, match="did not finish")
 
 
 @EXPORTS.add("what a killed conversion left", match="unfinished")

@@ -1,12 +1,10 @@
 """Hostile annotations and lists of data sets."""
 
-import struct
-import zlib
-
 import PIL.Image
 from hostile import foreign_samples as samples
 from hostile.harness import Cases, run_all
-from hostile.samples import changed
+from hostile.samples import BROKEN_JSON, changed, ihdr, png
+from hostile.samples import OUTSIDE as _OUTSIDE
 
 from mtv_jax.data.labels import annotations
 from mtv_jax.data.labels.annotations import Item
@@ -22,7 +20,7 @@ BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4]}
 CATEGORY = {"id": 3, "name": "cat"}
 CAPTION = {"image_id": 1, "caption": "red"}
 KARPATHY = {"split": "test", "filename": "1.png", "sentences": [{"raw": "a"}]}
-OUTSIDE = {k: v for k, v in samples.OUTSIDE.items() if isinstance(v, str)}
+OUTSIDE = {k: v for k, v in _OUTSIDE.items() if isinstance(v, str)}
 OUTSIDE["the folder"] = "."
 
 
@@ -57,126 +55,72 @@ def _list_captions(folder, content):
   return ("skip", example.problem) if example.problem else example.path
 
 
-def _instances(image=(), box=(), category=()):
+_INSTANCES = {
+  "images": [IMAGE],
+  "annotations": [BOX],
+  "categories": [CATEGORY],
+}
+_CAPTIONS = {"images": [IMAGE], "annotations": [CAPTION]}
+
+
+def _changed(content, part, values):
+  """Copies of a COCO file, each with another value in one entry of a list."""
   return {
-    "images": [IMAGE | dict(image)],
-    "annotations": [BOX | dict(box)],
-    "categories": [CATEGORY | dict(category)],
+    f"{part}: {name}": content | {part: [row]}
+    for name, row in changed(content[part][0], values).items()
   }
 
 
+_sides = {"height": ["8", True, 0], "width": [-8, HUGE], "id": [[1], 1.5]}
+_ids = {"image_id": [9, {}], "category_id": [9, [3]]}
+_boxes = [[1, 1, 4], "1 1 4 4", ["1", 1, 4, 4], [True, 1, 4, 4], {"x": 1}]
+_boxes += [[None, 1, 4, 4], [[1], [1], [4], [4]]]
+_lists = {"images": [{"1": IMAGE}, [1], [{"x" * 1_000_000: 1}]]}
+_bad = (
+  _changed(_INSTANCES, "images", {"file_name": [None]} | _sides)
+  | _changed(_INSTANCES, "annotations", {"bbox": _boxes} | _ids)
+  | _changed(_INSTANCES, "categories", {"name": [3]})
+  | changed(_INSTANCES, _lists | {"annotations": [None], "categories": [None]})
+  | BROKEN_JSON
+)
+_boxes = [[NAN, 1, 4, 4], [1, 1, float("inf"), 4], [1, 1, HUGE, 4]]
+_boxes += [[1, 1, -4, -4], [1, 1, 0, 0], [100, 100, 4, 4]]
+_odd = _changed(_INSTANCES, "annotations", {"bbox": _boxes})
+for _prefix, _read in (("boxes: ", _open_boxes), ("labels: ", _make_boxes)):
+  COCO.add_table(_read, {"valid": _INSTANCES}, prefix=_prefix, expects="used")
+  COCO.add_table(_read, _bad, prefix=_prefix)
+COCO.add_table(_open_boxes, _odd, prefix="odd boxes: ", expects="error used")
+COCO.add_table(_make_boxes, _odd, prefix="odd labels: ", expects="skip used")
+_crowds = _changed(_INSTANCES, "annotations", {"iscrowd": ["0", [0], {}]})
+COCO.add_table(_open_boxes, _crowds, prefix="boxes: ", match="iscrowd")
 COCO.add(
   "labels: a pipe",
   lambda folder: annotations.Instances([samples.pipe(folder, "a.json")]),
   match="a pipe",
 )
-_valid = {"valid": _instances()}
-_bad = {
-  **{
-    f"an image's {name}": _instances(change)
-    for name, change in changed(
-      {},
-      {
-        "file_name": [None],
-        "height": ["8", True, 0],
-        "width": [-8, HUGE],
-        "id": [[1], 1.5],
-      },
-    ).items()
-  },
-  **{
-    f"a box's {name}": _instances(box=change)
-    for name, change in changed(
-      {},
-      {
-        "image_id": [9, {}],
-        "category_id": [9, [3]],
-        "bbox": [
-          *[[1, 1, 4], "1 1 4 4", ["1", 1, 4, 4], [True, 1, 4, 4], {"x": 1}],
-          *[[None, 1, 4, 4], [[1], [1], [4], [4]]],
-        ],
-      },
-    ).items()
-  },
-  "a category's name of a number": _instances(category={"name": 3}),
-  "a key of a million characters": _instances()
-  | {"images": [{"x" * 1_000_000: 1}]},
-  "categories missing": {"images": [IMAGE], "annotations": [BOX]},
-  **changed(
-    _instances(), {"images": [{"1": IMAGE}, [1]], "annotations": [None]}
-  ),
-  **samples.BROKEN,
-}
-_odd = {
-  name: _instances(box=change)
-  for name, change in changed(
-    {},
-    {
-      "bbox": [
-        *[[NAN, 1, 4, 4], [1, 1, float("inf"), 4], [1, 1, HUGE, 4]],
-        *[[1, 1, -4, -4], [1, 1, 0, 0], [100, 100, 4, 4]],
-      ]
-    },
-  ).items()
-}
-for _prefix, _read in (("boxes: ", _open_boxes), ("labels: ", _make_boxes)):
-  COCO.add_table(_read, _valid, prefix=_prefix, expects="used")
-  COCO.add_table(_read, _bad, prefix=_prefix)
-COCO.add_table(_open_boxes, _odd, prefix="boxes: ", expects="error used")
-COCO.add_table(_make_boxes, _odd, prefix="labels: ", expects="skip used")
-_crowds = {
-  name: _instances(box=change)
-  for name, change in changed({}, {"iscrowd": ["0", [0], {}]}).items()
-}
-COCO.add_table(_open_boxes, _crowds, prefix="boxes: ", match="iscrowd")
 
-
-def _captions(image=(), caption=()):
-  return {
-    "images": [IMAGE | dict(image)],
-    "annotations": [CAPTION | dict(caption)],
-  }
-
-
-COCO.add_table(_open_captions, {"valid captions": _captions()}, expects="used")
-_captions_of = {k: _captions({"file_name": v}) for k, v in OUTSIDE.items()}
-for _prefix, _read, _contents in (
-  (
-    "boxes",
-    _open_boxes,
-    {k: _instances({"file_name": v}) for k, v in OUTSIDE.items()},
-  ),
-  ("captions", _open_captions, _captions_of),
-  (
-    "Karpathy",
-    _open_captions,
-    {k: {"images": [KARPATHY | {"filename": v}]} for k, v in OUTSIDE.items()},
-  ),
-):
-  COCO.add_table(_read, _contents, prefix=f"{_prefix}: a file name: ")
-COCO.add_table(
-  _list_captions, _captions_of, prefix="listing: a file name: ", expects="skip"
-)
-_bad = {
-  name: _captions(caption=change)
-  for name, change in changed(
-    {}, {"caption": [3, None, ["a"]], "image_id": [9, [1]]}
-  ).items()
-}
-COCO.add_table(_open_captions, _bad, prefix="captions: ")
-COCO.add_table(_list_captions, _bad, prefix="listing: ", expects="error skip")
-_rows = {
-  "split": [1, "val"],
-  "sentences": ["a", ["a"], [{"raw": 1}]],
-  "filepath": ["../../etc", ["a"]],
-}
-_karpathy = {k: {"images": [v]} for k, v in changed(KARPATHY, _rows).items()}
+COCO.add_table(_open_captions, {"valid captions": _CAPTIONS}, expects="used")
+_names = {"file_name": OUTSIDE.values()}
+_captions = _changed(_CAPTIONS, "images", _names)
+_values = {"filename": OUTSIDE.values(), "filepath": ["../../etc", ["a"]]}
+_values |= {"split": [1, "val"], "sentences": ["a", ["a"], [{"raw": 1}]]}
+_rows = changed(KARPATHY, _values)
+_karpathy = {name: {"images": [row]} for name, row in _rows.items()}
+_boxes = _changed(_INSTANCES, "images", _names)
+COCO.add_table(_open_boxes, _boxes, prefix="boxes outside: ")
+COCO.add_table(_open_captions, _captions, prefix="captions outside: ")
 COCO.add_table(_open_captions, _karpathy, prefix="Karpathy: ")
-COCO.add_table(_open_captions, samples.BROKEN, prefix="captions: ")
-COCO.add_table(_list_captions, samples.BROKEN, prefix="listing: ")
+_options = {"prefix": "listing outside: ", "expects": "skip"}
+COCO.add_table(_list_captions, _captions, **_options)
+_values = {"caption": [3, None, ["a"]], "image_id": [9, [1]]}
+_bad = _changed(_CAPTIONS, "annotations", _values)
+COCO.add_table(_open_captions, _bad | BROKEN_JSON, prefix="captions: ")
+COCO.add_table(_list_captions, BROKEN_JSON, prefix="listing: ")
+_options = {"prefix": "listing: ", "expects": "error skip"}
+COCO.add_table(_list_captions, _bad, **_options)
 COCO.add_table(
   _open_table,
-  samples.BROKEN
+  BROKEN_JSON
   | {
     "a parent": b"image,caption\n../1.jpg,a\n",
     "an absolute path": b"image,caption\n/etc/1.jpg,a\n",
@@ -187,31 +131,24 @@ COCO.add_table(
 )
 
 
-@COCO.add("depth images: a name that leaves the folder", expects="skip")
-def _depth_name(folder):
-  (folder / "depth").mkdir()
-  PIL.Image.new("L", (8, 8)).save(folder / "x.png")
+def _read_depth(folder, content):
+  """Reads x.png, in the folder and outside of it, whose header has a side."""
+  name, side = content
+  _image(folder / "x.png")
+  data = (folder / "x.png").read_bytes()
+  data = png(ihdr(side, side), data[33:])
+  samples.write(folder, "depth/x.png", data)
   read = annotations.DepthImages(folder / "depth", pattern="{name}.png")
-  outcome = read(Item("1", "../x.jpg", "1", 8, 8))
+  outcome = read(Item("1", name, "1", side, side))
   assert outcome.label is None
   return "skip", str(outcome.counts)
 
 
-@COCO.add("depth images: a bomb", expects="skip")
-def _depth_bomb(folder):
-  header = b"IHDR" + struct.pack(
-    ">IIBBBBB", side := 40_000, side, 8, 0, 0, 0, 0
-  )
-  chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-  (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
-  read = annotations.DepthImages(folder)
-  outcome = read(Item("1", "x.jpg", "1", side, side))
-  assert outcome.label is None
-  return "skip", str(outcome.counts)
+_depth = {"a name that leaves": ("../x.jpg", 8), "a bomb": ("x.jpg", 40_000)}
+COCO.add_table(_read_depth, _depth, prefix="depth images: ", expects="skip")
 
 
-# ---------------------------------------------------------------------------
-# Lists of further data sets.
+# --- Lists of further data sets ----------------------------------------------
 
 
 def _ade20k(folder, listing):
@@ -284,7 +221,7 @@ def _spair(folder, content):
 LISTS.add_table(_spair, {"SPair: valid": SPAIR}, expects="used")
 LISTS.add_table(
   _spair,
-  samples.BROKEN
+  BROKEN_JSON
   | changed(
     SPAIR,
     {

@@ -113,22 +113,21 @@ def _labels() -> dict[str, bytes]:
 # Not drawn in a strategy, since imports may use random numbers.
 _LABELS = _labels()
 
-_SCALARS = (
-  st.none()
-  | st.booleans()
-  | st.integers(-(2**63), 2**64 - 1)
-  | st.floats()
-  | st.text(max_size=8)
-  | st.binary(max_size=16)
-)
-_ANY = st.recursive(
-  _SCALARS,
-  lambda inner: (
-    st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=4), inner, max_size=4)
-  ),
-  max_leaves=8,
-)
+
+def _nested(scalars, names):
+  """Scalars, and lists and dicts of them."""
+  return st.recursive(
+    st.none() | st.booleans() | st.floats() | scalars,
+    lambda inner: (
+      st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4)
+    ),
+    max_leaves=8,
+  )
+
+
+_NUMBERS = st.integers(-(2**63), 2**64 - 1)
+_SCALARS = _NUMBERS | st.text(max_size=8) | st.binary(max_size=16)
+_ANY = _nested(_SCALARS, st.text(max_size=4))
 
 
 @st.composite
@@ -216,13 +215,7 @@ def _compare_decoders(file: bytes) -> None:
 
 
 _TEXTS = st.text(st.characters() | st.sampled_from("\ud800\udfff\0\ufeff"))
-_JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | _TEXTS,
-  lambda inner: (
-    st.lists(inner, max_size=4) | st.dictionaries(_TEXTS, inner, max_size=4)
-  ),
-  max_leaves=10,
-)
+_JSON = _nested(st.integers() | _TEXTS, _TEXTS)
 _SIDECARS = (
   st.binary(max_size=200)
   | _JSON.map(lambda value: json.dumps(value).encode())
@@ -234,11 +227,8 @@ _SIDECARS = (
 
 @functools.cache
 def _ops():
-  return build_ops("decode|canvas(4)|caption(8)", tokenizer=_tokenizer())
-
-
-def _tokenizer():
-  return build_tokenizer("bytes", clean="canonicalize")
+  tokenizer = build_tokenizer("bytes", clean="canonicalize")
+  return build_ops("decode|canvas(4)|caption(8)", tokenizer=tokenizer)
 
 
 @_fuzz(300)

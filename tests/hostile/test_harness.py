@@ -19,6 +19,12 @@ def _raise(folder, error):
   raise error
 
 
+def _fill_memory(folder):
+  pages = np.zeros(128 << 20, np.uint8)
+  pages[::4096] = 1
+  time.sleep(1)
+
+
 SAMPLES.add_table(
   _raise,
   {
@@ -33,56 +39,40 @@ SAMPLES.add("with a reason", lambda folder: ("skip", "why"), expects="skip")
 SAMPLES.add("used", lambda folder: 3, expects="used")
 SAMPLES.add("crash", lambda folder: os.kill(os.getpid(), signal.SIGSEGV))
 SAMPLES.add("hang", lambda folder: time.sleep(60))
+SAMPLES.add("memory", _fill_memory)
 
 
-@SAMPLES.add("memory")
-def _memory(folder):
-  pages = np.zeros(128 << 20, np.uint8)
-  pages[::4096] = 1
-  time.sleep(1)
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-  monkeypatch.setattr(harness, "MAX_SECONDS", 3.0)
+def test_outcomes_and_limits(tmp_path, monkeypatch):
+  monkeypatch.setattr(harness, "MAX_SECONDS", 2.0)
   monkeypatch.setattr(harness, "MAX_BYTES", 64 << 20)
   runner = Runner()
   cases = {case.name: case for case in SAMPLES}
 
-  def check(name):
-    folder = tmp_path / "case"
-    folder.mkdir(exist_ok=True)
-    return runner.check(cases[name], folder)
+  def run(name):
+    (tmp_path / "case").mkdir(exist_ok=True)
+    return runner.check(cases[name], tmp_path / "case")
 
-  yield check
-  runner.close()
-
-
-def test_outcomes_and_limits(run):
   assert run("error").outcome == "error"
   assert run("skip").outcome == "skip"
   assert run("with a reason").detail == "why"
   assert run("used").outcome == "used"
-  with pytest.raises(AssertionError, match="got defect .*KeyError: 'k'"):
-    run("defect")
-  with pytest.raises(UnicodeEncodeError):
-    run("surrogate")
-  for name, outcome in [
-    ("crash", "got crash .* exit code -11"),
-    ("hang", "got slow after 3"),
-    ("memory", "got large"),
+  for name, error, message in [
+    ("defect", AssertionError, "got defect .*KeyError: 'k'"),
+    ("surrogate", UnicodeEncodeError, "surrogates"),
+    ("crash", AssertionError, "got crash .* exit code -11"),
+    ("hang", AssertionError, "got slow after 2"),
+    ("memory", AssertionError, "got large"),
   ]:
-    with pytest.raises(AssertionError, match=outcome):
+    with pytest.raises(error, match=message):
       run(name)
-    # The next case runs in a new process.
-    assert run("used").outcome == "used"
+    assert run("used").outcome == "used"  # In a new process if it was killed.
+  runner.close()
 
 
 def test_table_counts_by_subject():
   results = [("tars", "error", 0.5, 3 << 20), ("tars", "failed", 2.0, 0)]
   lines = harness.table([*results, ("text", "skip", 0.0, 0)]).splitlines()
-  rows = [" ".join(line.split()) for line in lines[1:]]
-  assert rows == [
+  assert [" ".join(line.split()) for line in lines[1:]] == [
     "tars 2 1 0 0 1 2.0 s 3 MiB",
     "text 1 0 1 0 0 0.0 s 0 MiB",
     "all 3 1 1 0 1 2.0 s 3 MiB",

@@ -122,9 +122,8 @@ def _check_unique(seen: dict[str, str], item: Item) -> None:
   other = seen.setdefault(item.stem, item.name)
   if other != item.name:
     raise InputError(
-      f"The annotations can't distinguish {other!r} and {item.name!r} by the"
-      " name of the file: match by image_id or key, or write a label set for"
-      " each folder."
+      f"The annotations can't distinguish {other!r} and {item.name!r} by name:"
+      " match by image_id or key, or write a label set for each folder."
     )
 
 
@@ -143,8 +142,7 @@ class Instances:
     self._match = match
     self._images: dict[str, _Annotated] = {}
     self._seen: dict[str, str] = {}
-    files = [Path(path) for path in paths]
-    for path in files:
+    for path in (files := [Path(path) for path in paths]):
       self._read(path)
     self.settings = {
       "from": "coco instances",
@@ -173,10 +171,8 @@ class Instances:
       key = str(image.info[image_key])
       key = key if self._match == "image_id" else Path(key).stem
       if key in self._images:
-        raise InputError(
-          f"{path}: the image {key!r} is listed twice, in this file or an"
-          " earlier one. Give each file once, or match by image_id."
-        )
+        problem = f"{path}: the image {key!r} is listed twice"
+        raise InputError(f"{problem}. Give a file once, or match by image_id.")
       self._images[key] = _read_boxes(path, image, names)
 
   def __call__(self, item: Item) -> LabelOutcome:
@@ -213,7 +209,7 @@ def _read_boxes(
       raise InputError(
         f"{path}: annotation {annotation.get('id')} has category_id"
         f" {category!r} and bbox {shorten_repr(box)}; expected the id of a"
-        " category and [x, y, width, height] in pixels."
+        " category and [x, y, width, height]."
       )
     annotated.boxes.append([_to_float(number) for number in box])
     annotated.phrases.append(names[category])
@@ -272,18 +268,16 @@ class DepthImages:
 
   def _path(self, item: Item) -> Path:
     name = str(Path(item.name).with_suffix(""))
-    fields = dict(key=item.key, stem=item.stem, name=name)
+    fields = {"key": item.key, "stem": item.stem, "name": name}
     fields["image_id"] = item.image_id
-    known = ", ".join(f"{{{field}}}" for field in fields)
     try:
       name = self.pattern.format(**fields)
       if name == self.pattern:
         raise ValueError("it is the same file for every image")
     except (LookupError, AttributeError, ValueError) as error:
-      raise InputError(
-        f"pattern={self.pattern!r} can't be filled in ({error!r}); it needs"
-        f" one of {known}."
-      ) from error
+      problem = f"pattern={self.pattern!r} can't be filled in ({error!r})"
+      known = ", ".join(f"{{{field}}}" for field in fields)
+      raise InputError(f"{problem}; it needs one of {known}.") from error
     return foreign.resolve_name(self.folder, name, where="pattern")
 
   def __call__(self, item: Item) -> LabelOutcome:

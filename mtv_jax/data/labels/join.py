@@ -26,9 +26,14 @@ from jaxtyping import Int64, UInt64
 
 from mtv_jax.config import options as options_lib
 from mtv_jax.data.labels import label_sets
-from mtv_jax.data.labels.feature_values import FeatureLabel
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
-from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
+from mtv_jax.data.labels.label_values import (
+  KINDS,
+  DepthLabel,
+  FeatureLabel,
+  Label,
+  Stored,
+)
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Blocks, Source
 from mtv_jax.utils import atomic
@@ -36,6 +41,7 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
 from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.ranges import RangeReader
+from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
@@ -60,19 +66,9 @@ class JoinedLabels(abc.ABC):
     self.kind = label_set.kind
     self.label_set = label_set
 
-  def get(self, i: int, record: Record) -> Label | None:
-    """Returns the label of record `i`.
-
-    Raises BadRecord if it is corrupt, LabelError if it is for another record.
-    """
-    try:
-      return self._get(i, record)
-    except BadRecord as error:
-      reason = f"its label {error.key} {error.reason}"
-      raise BadRecord(record["key"], reason) from error
-
   @abc.abstractmethod
-  def _get(self, i: int, record: Record) -> Label | None: ...
+  def get(self, i: int, record: Record) -> Label | None:
+    """The label of a record; BadRecord if corrupt, LabelError for another's."""
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in `Source`."""
@@ -118,7 +114,11 @@ class LabelledSource(Source):
     i = i.__index__()
     record = self._source[i]
     for labels in self._labels:
-      label = labels.get(i, record)
+      try:
+        label = labels.get(i, record)
+      except BadRecord as error:
+        reason = f"its label {error.key} {error.reason}"
+        raise BadRecord(record["key"], reason) from error
       if isinstance(label, DepthLabel):
         record["depth"] = label.values
       elif isinstance(label, FeatureLabel):
@@ -141,33 +141,27 @@ def join_labels(
 
   `labels` maps each kind to a folder or to options of `open_labels`, for
   features by teacher. Label sets without any of `fields` (None: all) are not
-  opened; if none is left, returns the source unchanged. Raises LabelError if a
-  label set has the wrong kind, is for different records, or adds fields that
-  the source already has.
+  opened; if none is left, returns the source.
   """
   if not isinstance(labels, Mapping) or not labels:
-    raise ConfigError(
-      f"labels={labels!r}; expected a dict of folders, such as"
-      " dict(depth='labels/depth', boxes='labels/boxes')."
-    )
+    expected = "expected a dict of folders, such as dict(depth='labels/depth')"
+    raise ConfigError(f"labels={labels!r}; {expected}.")
   joined: list[JoinedLabels] = []
   for kind, entry in labels.items():
     check_choice("The kind of labels", kind, KINDS)
     if fields is not None and not FIELDS[kind] & set(fields):
       continue
     if both := source.fields & FIELDS[kind]:
-      raise LabelError(
-        f"{source!r} has {', '.join(sorted(both))} already: remove the label"
-        f" set of {kind} from its `labels`."
-      )
+      names = ", ".join(sorted(both))
+      raise LabelError(f"{source!r} has {names} already: remove labels.{kind}.")
     if kind != "features":
       joined.append(_open_entry(source, kind, entry, f"labels.{kind}"))
       continue
     if not isinstance(entry, Mapping):
-      raise ConfigError(
-        f"labels.features={entry!r}; expected a dict of folders by teacher, "
-        "such as dict(dino='labels/dino')."
+      expected = (
+        "a dict of folders by teacher, such as dict(dino='labels/dino')"
       )
+      raise ConfigError(f"labels.features={entry!r}; expected {expected}.")
     for teacher, of_teacher in entry.items():
       where = f"labels.features.{teacher}"
       joined.append(_open_entry(source, kind, of_teacher, where))
@@ -192,10 +186,7 @@ def open_labels(
   join: Literal["aligned", "key"] = "aligned",
   index_dir: str | os.PathLike | None = None,
 ) -> JoinedLabels:
-  """Opens the label set in `path` and joins it by position or by key.
-
-  `index_dir` holds the index of a join by key; default: `path`.
-  """
+  """Opens the label set in `path`; `index_dir` is for the index of keys."""
   labels = LabelSet(path, kind=kind)
   if join == "aligned":
     return AlignedLabels(labels, source)
@@ -206,16 +197,14 @@ class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
   The source may have a subset of the label set's shards, and may drop records
-  at the end of a shard, as tars do with images without captions. Raises
-  LabelError if the label set is for different shards or for fewer records.
+  at the end of a shard, as tars do with images without captions.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
     super().__init__(labels)
     if not source.files:
       raise LabelError(
-        f"{source!r} has no files that labels could be aligned with; set"
-        " join='key'."
+        f"{source!r} has no files to align with; set join='key'."
       )
     self._files = source.files
     self._starts = np.concatenate([[0], source.shards[:-1]]).astype(np.int64)
@@ -234,21 +223,20 @@ class AlignedLabels(JoinedLabels):
     if missing := [name for name in names if name not in index]:
       raise LabelError(
         f"{self.label_set!r} has no labels for {len(missing)} of {len(names)}"
-        f" shards ({', '.join(missing[:5])}); it has"
-        f" {', '.join(list(index)[:5])}. Label them, or remove them from the"
-        " source's path."
+        f" shards ({list_first(missing, 5)}); it has"
+        f" {list_first(list(index), 5)}. Label them, or leave them out."
       )
     if len(set(names)) < len(names):
       raise LabelError(
-        "Two shards of the source, in different folders, have one name. Give"
-        " each folder an entry in data.train with its labels."
+        "Two shards of the source have one name. Give each folder an entry in"
+        " data.train with its labels."
       )
     shards = [index[name] for name in names]
     for file, count, shard in zip(self._files, counts, shards, strict=True):
       if (labelled := self.label_set.counts[shard]) < count:
         raise LabelError(
           f"{self.label_set!r} has labels of {labelled} records of {file.name},"
-          f" which has {count}: label this shard again."
+          f" which has {count}: label it again."
         )
     return shards
 
@@ -266,16 +254,14 @@ class AlignedLabels(JoinedLabels):
     chosen = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
 
     def check(sample: tuple[int, PurePath, str, str]) -> None:
-      i, file, *expected = sample
-      stored = label_sets.read_sample(source, i) or expected
-      (key, image), (stored_key, stored_image) = expected, stored
-      if stored_key != key:
+      i, file, key, image = sample
+      given_key, given_image = label_sets.read_sample(source, i) or (key, image)
+      if given_key != key:
         raise LabelError(
           f"{self.label_set!r} is of other shards: record {i} of {source!r}, in"
-          f" {file.name}, has the key {stored_key!r}, expected {key!r}."
-          f" {_ADVICE}"
+          f" {file.name}, has key {given_key!r}, expected {key!r}. {_ADVICE}"
         )
-      if stored_image != image:
+      if given_image != image:
         raise LabelError(
           f"{self.label_set!r} is of other images: {key!r} in {file} has the"
           f" same key but other bytes. {_ADVICE}"
@@ -296,25 +282,19 @@ class AlignedLabels(JoinedLabels):
   def _find(self, i: int, record: Record) -> Label | None:
     """Returns the label of record `i` from its block."""
     shard, positions = self._source.lane_blocks.locate(i)
-    key, labels = record["key"], self.label_set
+    key, labels, file = record["key"], self.label_set, self._files[shard]
     stored = labels.find(self._shards[shard], positions, key)
     if stored is None:
-      raise LabelError(
-        f"{labels!r} is of other shards: it has no label of record {key!r} of"
-        f" {self._files[shard].name}."
-        f" {_ADVICE}"
-      )
+      problem = f"it has no label of record {key!r} of {file.name}"
+      raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
     for _, sample, image in samples:
       if sample == key and image != label_sets.hash_bytes(record["image"]):
-        raise LabelError(
-          f"{labels!r} is of other images: {key!r} in"
-          f" {self._files[shard].name} has the same key but other bytes."
-          f" {_ADVICE}"
-        )
+        problem = f"{key!r} in {file.name} has the same key but other bytes"
+        raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
     return stored.label
 
-  def _get(self, i: int, record: Record) -> Label | None:
+  def get(self, i: int, record: Record) -> Label | None:
     if self._is_remote:
       return self._find(i, record)
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -322,10 +302,10 @@ class AlignedLabels(JoinedLabels):
     stored = self.label_set.read(self._shards[shard], at)
     if stored.key != (key := record["key"]):
       file = self._files[shard]
+      name = label_sets.shard_name(file)
       raise LabelError(
-        f"{self.label_set!r}: label {at} of {label_sets.shard_name(file)} is"
-        f" of the record {stored.key!r}, record {at} of {file} is {key!r}."
-        f" {_ADVICE}"
+        f"{self.label_set!r}: label {at} of {name} is of the record"
+        f" {stored.key!r}, record {at} of {file} is {key!r}. {_ADVICE}"
       )
     return stored.label
 
@@ -338,8 +318,7 @@ class KeyedLabels(JoinedLabels):
 
   The index is a sorted table of key hashes and label positions, 16 bytes per
   label, in a memory-mapped file that is written once. Hashes may collide, so
-  the stored key decides. Raises LabelError if no record has a label,
-  StorageError if the table can't be written.
+  the stored key decides.
   """
 
   def __init__(
@@ -409,7 +388,7 @@ class KeyedLabels(JoinedLabels):
       at += 1
     return None
 
-  def _get(self, i: int, record: Record) -> Label | None:
+  def get(self, i: int, record: Record) -> Label | None:
     stored = self._find(record["key"])
     if stored is None:
       reason = f"{self.kind}: no entry with the key in the label set"
@@ -431,7 +410,6 @@ def _write_table(file: Path, labels: LabelSet) -> None:
     with atomic.replace_file(file) as temporary, temporary.open("wb") as stream:
       np.save(stream, table, allow_pickle=False)
   except OSError as error:
-    raise StorageError(
-      f"A join by key needs the table {file}, which can't be written"
-      f" ({error.strerror or error}). Set index_dir to a writable folder."
-    ) from error
+    problem = f"the table {file} can't be written ({error.strerror or error})"
+    fix = "Set index_dir to a writable folder."
+    raise StorageError(f"For a join by key, {problem}. {fix}") from error

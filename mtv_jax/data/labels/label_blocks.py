@@ -1,28 +1,30 @@
 """Files of labels in the blocks of their base shard.
 
 One request reads the labels of one block, as the base's records. A block is,
-little-endian: the number of labels (u32), for each label the hash of its
-record's key (u64) and the end of its bytes (u32), then these bytes.
+little-endian: the number of labels and the CRC-32 of the following entries
+(u32), for each label the hash of its record's key (u64), the end and the CRC-32
+of its bytes (u32), then these bytes.
 """
 
 import itertools
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import RangeReader
 
 SUFFIX = ".blocks"
-_COUNT = np.dtype("<u4")
-_ENTRY = np.dtype([("key", "<u8"), ("end", "<u4")])
+_HEADER = np.dtype([("count", "<u4"), ("crc", "<u4")])
+_ENTRY = np.dtype([("key", "<u8"), ("end", "<u4"), ("crc", "<u4")])
 
 
 def write(
@@ -45,10 +47,12 @@ def write(
 def _pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
   entries = np.zeros(len(pairs), _ENTRY)
   entries["key"] = [key for key, _ in pairs]
-  entries["end"] = np.cumsum([len(label) for _, label in pairs], dtype=np.int64)
-  count = np.array(len(pairs), _COUNT)
-  labels = (label for _, label in pairs)
-  return b"".join([count.tobytes(), entries.tobytes(), *labels])
+  labels = [label for _, label in pairs]
+  entries["end"] = np.cumsum([len(label) for label in labels], dtype=np.int64)
+  entries["crc"] = [zlib.crc32(label) for label in labels]
+  directory = entries.tobytes()
+  header = np.array((len(pairs), zlib.crc32(directory)), _HEADER)
+  return b"".join([header.tobytes(), directory, *labels])
 
 
 class LabelBlocks:
@@ -91,14 +95,14 @@ class LabelBlocks:
       data = self._maps.get(int(self.table.shard[block])).data
       data = data[span.offset : span.offset + span.size]
     count = int(self.table.records[block])
-    start = _COUNT.itemsize + count * _ENTRY.itemsize
-    if len(data) < start or np.frombuffer(data, _COUNT, 1)[0] != count:
-      raise InputError(
-        f"{span.path} has no block of {count} labels at offset {span.offset}:"
-        " it is damaged, or was replaced. Copy or write it again."
+    start = _HEADER.itemsize + count * _ENTRY.itemsize
+    header = np.frombuffer(bytes(data[: _HEADER.itemsize]).ljust(8), _HEADER)[0]
+    directory = data[_HEADER.itemsize : start]
+    if header["count"] != count or header["crc"] != zlib.crc32(directory):
+      raise BadRecord(
+        f"{span.path.name}:{span.offset}", f"is not a block of {count} labels"
       )
-    entries = np.frombuffer(data, _ENTRY, count, _COUNT.itemsize)
-    return entries, data[start:]
+    return np.frombuffer(directory, _ENTRY), data[start:]
 
   def read(self, shard: int, at: int) -> bytes:
     """Returns label `at` of a shard."""
@@ -118,12 +122,16 @@ class LabelBlocks:
 
 
 def _slice(entries: np.ndarray, data: memoryview, at: int) -> bytes:
-  start = int(entries["end"][at - 1]) if at else 0
-  return bytes(data[start : int(entries["end"][at])])
+  start, end = int(entries["end"][at - 1]) if at else 0, int(entries["end"][at])
+  label = bytes(data[start:end])
+  if zlib.crc32(label) != entries["crc"][at]:
+    raise BadRecord(f"label {at} of a block", "has another checksum")
+  return label
 
 
 def open_table(folder: os.PathLike, names: Sequence[str]) -> BlockTable:
   """Reads the table of a label set's files."""
   folder = path_lib.as_path(folder)
-  table = block_table.read(folder / block_table.NAME)
+  fix = "Copy the label set again, or write it again."
+  table = block_table.read(folder / block_table.NAME, fix=fix)
   return table.select([folder / f"{name}{SUFFIX}" for name in names])

@@ -34,6 +34,7 @@ from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.ranges import RangeReader
+from mtv_jax.utils.text import list_first, truncate
 from mtv_jax.utils.threads import map_threads
 
 VERSION = 2
@@ -82,8 +83,7 @@ class LabelSet:
   From a bucket, blocks are read by ranges; sets of version 1 are copied whole.
 
   `names` and `counts` are shard names and record counts; `digest`, a hash of
-  the manifest, identifies the label set. Raises LabelError if the kind or
-  version differs, or if files contradict the manifest.
+  the manifest, identifies the label set.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
@@ -118,15 +118,13 @@ class LabelSet:
     if missing := [file.name for file in files if not file.is_file()]:
       raise MissingFileError(
         f"{len(missing)} of {len(files)} files of the label set {self.folder}"
-        f" are missing: {', '.join(missing[:8])}. Copy or write them again."
+        f" are missing: {list_first(missing, 8)}. Copy or write them again."
       )
     counts = map_threads(array_record.count_records, files)
     for file, count, expected in zip(files, counts, self.counts, strict=True):
       if count != expected:
-        raise LabelError(
-          f"{file} contains {count} labels, {MANIFEST} lists {expected}: they"
-          " belong to different sets. Write the set again."
-        )
+        problem = f"{file} contains {count} labels, {MANIFEST} lists {expected}"
+        raise LabelError(f"{problem}. Write the set again.")
 
   def __len__(self) -> int:
     return sum(self.counts)
@@ -155,7 +153,7 @@ class LabelSet:
     if not file.is_file():
       raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
-        " needs. Copy it from the original set, or write the set again."
+        " needs. Copy it, or write the set again."
       )
     return np.array(load_array(file, (self.counts[shard],)))
 
@@ -166,22 +164,16 @@ class LabelSet:
 def load_array(
   file: Path, shape: tuple[int, ...], *, fix: str = "Write the set again."
 ) -> UInt64[np.ndarray, "..."]:
-  """Memory-maps a .npy file of unsigned 64-bit integers.
-
-  Raises LabelError if it is damaged or has the wrong shape or type.
-  """
+  """Memory-maps a .npy file of unsigned 64-bit integers of a shape."""
   try:
     # Unlike a read, a map doesn't allocate memory if the header is wrong.
     array = np.load(file, mmap_mode="r", allow_pickle=False)
   except (ValueError, EOFError, OverflowError, SyntaxError) as error:
-    raise LabelError(
-      f"{file} is not a .npy file, or damaged ({printable(error)}). {fix}"
-    ) from error
+    problem = f"{file} is not a .npy file, or damaged ({printable(error)})"
+    raise LabelError(f"{problem}. {fix}") from error
   if (array.shape, array.dtype) != (shape, np.uint64):
-    raise LabelError(
-      f"{file} has shape {array.shape}, expected {shape}, of {array.dtype},"
-      f" expected uint64: it belongs to another label set. {fix}"
-    )
+    problem = f"{file} has shape {array.shape}, expected {shape}"
+    raise LabelError(f"{problem}, and {array.dtype}, expected uint64. {fix}")
   return array
 
 
@@ -198,24 +190,18 @@ def _load_manifest(
       " command that writes it resumes it."
     )
   if (size := path_lib.stat(file).st_size) > _MAX_MANIFEST:
-    raise LabelError(
-      f"{file} has {size:,} bytes; a manifest has at most {_MAX_MANIFEST:,}."
-    )
+    raise LabelError(f"{file} has {size:,} bytes, at most {_MAX_MANIFEST:,}.")
   data = path_lib.read_bytes(file)
   try:
     manifest = json.loads(data)
     version, stored = manifest["version"], manifest["kind"]
     _check_shards(manifest["shards"])
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise LabelError(
-      f"{file} is not a manifest of a label set ({printable(repr(error))})."
-      " Copy it again, or write the labels again."
-    ) from error
+    problem = f"not a manifest of a label set ({printable(repr(error))})"
+    raise LabelError(f"{file} is {problem}. Copy it again.") from error
   if type(version) is not int or not 1 <= version <= VERSION:
-    raise LabelError(
-      f"{file} is of version {printable(version)}, this code reads 1 to"
-      f" {VERSION}: write the labels again."
-    )
+    problem = f"of version {printable(version)}, this code reads 1 to {VERSION}"
+    raise LabelError(f"{file} is {problem}: write the labels again.")
   if stored != kind:
     stored = printable(stored)
     raise LabelError(
@@ -268,10 +254,7 @@ def stored_version(out: Path) -> int:
 
 
 def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
-  """Writes `settings.json`, or compares it if it exists.
-
-  Raises FileExistsError, listing the differences.
-  """
+  """Writes `settings.json`, or raises FileExistsError if it differs."""
   if (out / MANIFEST).exists():
     check_manifest(out, described)
   file = out / SETTINGS
@@ -280,10 +263,7 @@ def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
 
 
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
-  """Compares a finished label set with some or all of `describe_settings`.
-
-  Raises FileExistsError, listing the differences.
-  """
+  """Raises FileExistsError if a finished set differs from `described`."""
   manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
   shards = manifest.get("shards", [])
   manifest["base"] = {shard["base"]: shard["records"] for shard in shards}
@@ -302,10 +282,8 @@ def _parse(data: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
       raise ValueError(f"a {type(content).__name__}")
   except ValueError as error:
-    raise FileExistsError(
-      f"{file} can't be read ({error}), so the settings of its labels are"
-      " unknown. Remove the folder, or give another one."
-    ) from error
+    fix = "Remove the folder, or give another one."
+    raise FileExistsError(f"{file} can't be read ({error}). {fix}") from error
   return content
 
 
@@ -328,9 +306,9 @@ def format_differences(
   lines = [
     f"{k}: {_format_leaf(a)} -> {_format_leaf(b)}" for k, a, b in rows if a != b
   ]
-  more = len(lines) - _MAX_LINES
-  shown = lines[:_MAX_LINES] + [f"... and {more} more"] * (more > 0)
-  return "".join(f"\n  {line}" for line in shown)
+  if (more := len(lines) - _MAX_LINES) > 0:
+    lines[_MAX_LINES:] = [f"... and {more} more"]
+  return "".join(f"\n  {line}" for line in lines)
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -344,5 +322,4 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _format_leaf(leaf: Any) -> str:
   text = "none" if leaf is _ABSENT else json.dumps(leaf, ensure_ascii=False)
-  cut = f"{text[: _MAX_CHARACTERS - 3]}..."
-  return text if len(text) <= _MAX_CHARACTERS else cut
+  return truncate(text, _MAX_CHARACTERS)

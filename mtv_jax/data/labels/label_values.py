@@ -7,9 +7,9 @@ values and count them by reason.
 
 A serialized label is a msgpack map with `key`, `valid` and, if valid, `png16`
 (an image file of values up to 2^`bits` - 1, by default 16 bits), `lo`, `hi`,
-`side` for depth; `boxes` (uint16, 65535 times the
-coordinate), `scores` (float32) and `phrases` for boxes. For features, see
-`feature_values.py`.
+`side` for depth; `boxes` (uint16, 65535 times the coordinate), `scores`
+(float32) and `phrases` for boxes; `format` and for each array `NAME` (codes),
+`NAME/scale` (float32) and `NAME/width` for features.
 """
 
 import dataclasses
@@ -19,13 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
+import ml_dtypes  # noqa: F401  Registers float8 with NumPy.
 import msgpack
 import numpy as np
-from jaxtyping import Bool, Float, Float32, UInt16
+from jaxtyping import Bool, Float, Float32, UInt8, UInt16
 
-from mtv_jax.data.labels import packing
-from mtv_jax.data.labels.feature_values import FeatureLabel
-from mtv_jax.data.labels.packing import read_typed_field
+from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, Format
 from mtv_jax.data.records import content_errors
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError
@@ -36,8 +35,12 @@ TOP = 65535
 # Minimum labelled pixels per map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
-# Limit of a stored label, far above the sizes of experts and data sets.
+# Limits of a stored label, far above the sizes of experts and data sets.
 _MAX_SIDE = 4096
+_MAX_WIDTH = 1 << 16
+_MAX_ENTRIES = 10_000
+_MAX_BYTES = 1 << 26
+_LARGEST = {"float8": 448.0, "int8": 127.0}  # Values of codes.
 # A map with a smaller relative range is constant, up to float32 rounding.
 _CONSTANT = 1e-5
 # Distance outside the image that is attributed to rounding errors.
@@ -64,14 +67,98 @@ class DepthLabel:
 
 @dataclasses.dataclass(frozen=True)
 class BoxLabel:
-  """Boxes (y0, x0, y1, x1) of one image in the unit square; may be empty.
-
-  Scores are confidences, 1 for human annotations.
-  """
+  """Boxes (y0, x0, y1, x1) of one image in the unit square; may be empty."""
 
   boxes: Float32[np.ndarray, "n 4"]
   phrases: tuple[str, ...]
   scores: Float32[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """8-bit vectors: codes, stored as bytes, times a scale per vector.
+
+  The scale maps a vector's largest absolute value to the format's largest. The
+  rounding error is half a step of 1/127 of that value for `int8`, and at most
+  1/16 of each value for `float8` (e4m3), which preserves small channels next to
+  very large ones.
+  """
+
+  codes: UInt8[np.ndarray, "n d"]
+  scale: Float32[np.ndarray, " n"]
+
+  @classmethod
+  def of(cls, x: Float[np.ndarray, "n d"], format: Format) -> "Quantized":
+    """Rounds vectors to the nearest codes."""
+    largest = np.abs(x).max(axis=1, initial=0.0)
+    scale = (largest / _LARGEST[format]).astype(np.float32)
+    # Avoids a zero scale, and keeps products with a scale finite.
+    scale = np.maximum(scale, np.finfo(np.float32).tiny)
+    codes = np.clip(x / scale[:, None], -_LARGEST[format], _LARGEST[format])
+    codes = np.rint(codes) if format == "int8" else codes
+    return cls(codes.astype(np.dtype(DTYPES[format])).view(np.uint8), scale)
+
+  def values(self, format: Format) -> Float32[np.ndarray, "n d"]:
+    """Dequantizes the vectors."""
+    codes = self.codes.view(np.dtype(DTYPES[format])).astype(np.float32)
+    return codes * self.scale[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureLabel:
+  """Features of one image: `pooled` `[1, e]`, and `patches` or `layerI`.
+
+  Patches are `[p, d]`, row-major over a square grid that covers the image.
+  """
+
+  arrays: Mapping[str, Quantized]
+  format: Format
+
+  def pack(self) -> dict[str, Any]:
+    """Returns the fields of a serialized label."""
+    packed: dict[str, Any] = {"format": self.format}
+    for name, array in self.arrays.items():
+      packed |= {
+        name: array.codes.tobytes(),
+        f"{name}/scale": array.scale.astype("<f4").tobytes(),
+        f"{name}/width": array.codes.shape[1],
+      }
+    return packed
+
+  def problem_with(self, layout: FeatureLayout) -> str:
+    """Describes how the label differs from a layout; empty if it fits."""
+    given = {n: a.codes.shape for n, a in self.arrays.items()}
+    found = {n: given.get(n) for n in layout.shapes}
+    if self.format == layout.format and found == dict(layout.shapes):
+      return ""
+    expected = f"{layout.format} of {dict(layout.shapes)}"
+    return f"are {self.format} of {given}; expected {expected}"
+
+  @classmethod
+  def unpack(cls, packed: Mapping[str, Any]) -> "FeatureLabel":
+    """The inverse of `pack`; ValueError for malformed input."""
+    kind = _read_field(packed, "format", str)
+    if kind not in DTYPES:
+      raise ValueError(f"format is {kind!r}, expected one of {sorted(DTYPES)}")
+    arrays = {}
+    names = [n.removesuffix("/scale") for n in packed if n.endswith("/scale")]
+    for name in names:
+      width = _read_field(packed, f"{name}/width", int)
+      if not 1 <= width <= _MAX_WIDTH:
+        raise ValueError(f"{name}/width is {width}, expected 1 to {_MAX_WIDTH}")
+      data = np.frombuffer(_read_field(packed, name, bytes), np.uint8)
+      scale = np.frombuffer(_read_field(packed, f"{name}/scale", bytes), "<f4")
+      if len(data) % width:
+        raise ValueError(f"{name} has {len(data):,} bytes, of rows of {width}")
+      codes = data.reshape(-1, width)
+      if len(codes) != len(scale):
+        raise ValueError(f"{name} has {len(codes)} rows, {len(scale)} scales")
+      if not np.isfinite(scale).all():
+        raise ValueError(f"{name} has scales that are not finite")
+      arrays[name] = Quantized(codes, scale.astype(np.float32))
+      if kind == "float8" and (codes & 0x7F == 0x7F).any():  # NaN.
+        raise ValueError(f"{name} has numbers that are not finite")
+    return cls(arrays, kind)
 
 
 Label = DepthLabel | BoxLabel | FeatureLabel
@@ -169,9 +256,9 @@ def make_boxes(
   ones = np.ones(len(boxes), np.float32)
   scores = ones if scores is None else scores.astype(np.float32)
   if not len(boxes) == len(phrases) == len(scores):
+    counts = f"{len(boxes)} boxes, {len(phrases)} phrases"
     raise InputError(
-      f"{len(boxes)} boxes, {len(phrases)} phrases and {len(scores)} scores:"
-      " expected as many of each."
+      f"{counts} and {len(scores)} scores: expected equal counts."
     )
   finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
   raw = np.where(finite[:, None], boxes, 0)
@@ -246,27 +333,23 @@ def encode(key: str, label: Label | None) -> bytes:
 
 
 def decode(data: bytes, *, kind: str, where: str) -> Stored:
-  """Deserializes a label.
-
-  Raises BadRecord, at `where`, if the bytes are corrupt, of the wrong kind, or
-  too large, which is checked before decoding.
-  """
+  """Deserializes a label; BadRecord at `where` if corrupt or too large."""
   unpack = {
     "depth": _unpack_depth,
     "boxes": _unpack_boxes,
     "features": FeatureLabel.unpack,
   }[kind]
   with content_errors(where, f"is not a {kind} label"):
-    packed = packing.unpack(data)
-    key = read_typed_field(packed, "key", str)
-    valid = read_typed_field(packed, "valid", bool)
+    packed = _unpack_map(data)
+    key = _read_field(packed, "key", str)
+    valid = _read_field(packed, "valid", bool)
     return Stored(key, unpack(packed) if valid else None)
 
 
 def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
-  png = read_typed_field(packed, "png16", bytes)
-  side = read_typed_field(packed, "side", int)
-  low, high = (read_typed_field(packed, k, float, int) for k in ("lo", "hi"))
+  png = _read_field(packed, "png16", bytes)
+  side = _read_field(packed, "side", int)
+  low, high = (_read_field(packed, k, float, int) for k in ("lo", "hi"))
   if not np.isfinite([low, high]).all():
     raise ValueError(f"its range is {low} to {high}")
   if not 1 <= side <= _MAX_SIDE:
@@ -290,10 +373,10 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
-  stored = np.frombuffer(read_typed_field(packed, "boxes", bytes), "<u2")
+  stored = np.frombuffer(_read_field(packed, "boxes", bytes), "<u2")
   stored = stored.reshape(-1, 4)
-  scores = np.frombuffer(read_typed_field(packed, "scores", bytes), "<f4")
-  phrases = tuple(read_typed_field(packed, "phrases", list))
+  scores = np.frombuffer(_read_field(packed, "scores", bytes), "<f4")
+  phrases = tuple(_read_field(packed, "phrases", list))
   counts = [len(stored), len(phrases), len(scores)]
   if len(set(counts)) > 1:
     raise ValueError(f"numbers of boxes, phrases and scores are {counts}")
@@ -301,3 +384,52 @@ def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
     raise ValueError(f"a phrase is a {type(wrong[0]).__name__}, not a text")
   boxes = stored.astype(np.float32) / np.float32(TOP)
   return BoxLabel(boxes, phrases, scores.astype(np.float32))
+
+
+def _unpack_map(data: bytes) -> dict[str, Any]:
+  """Parses a flat msgpack map of scalars and lists of scalars."""
+  if len(data) > _MAX_BYTES:
+    raise ValueError(f"{len(data):,} bytes, at most {_MAX_BYTES:,}")
+  unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1)
+  unpacker.feed(data)
+  packed = {}
+  for _ in range(unpacker.read_map_header()):
+    name = _unpack_scalar(unpacker, data)
+    if _is_list(data, unpacker.tell()):
+      count = unpacker.read_array_header()
+      if count > _MAX_ENTRIES:
+        raise ValueError(
+          f"{name} has {count:,} entries, above {_MAX_ENTRIES:,}"
+        )
+      value = [_unpack_scalar(unpacker, data) for _ in range(count)]
+    else:
+      value = _unpack_scalar(unpacker, data)
+    packed[name] = value
+  if (end := unpacker.tell()) != len(data):
+    raise ValueError(f"{len(data) - end} bytes after its end")
+  return packed
+
+
+def _is_list(data: bytes, at: int) -> bool:
+  return data[at] & 0xF0 == 0x90 or data[at] in (0xDC, 0xDD)
+
+
+def _unpack_scalar(unpacker: msgpack.Unpacker, data: bytes) -> Any:
+  """Reads a value; rejects nested ones, which cost memory per byte."""
+  at = unpacker.tell()
+  if _is_list(data, at) or data[at] & 0xF0 == 0x80 or data[at] in (0xDE, 0xDF):
+    raise ValueError(f"a nested value at byte {at}")
+  return unpacker.unpack()
+
+
+def _read_field(packed: Mapping[str, Any], name: str, *kinds: type) -> Any:
+  """Returns a field; ValueError if it is missing or of another type."""
+  if name not in packed:
+    raise ValueError(f"it has no {name!r}")
+  # Not isinstance: a bool is an int.
+  if type(packed[name]) not in kinds:
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ValueError(
+      f"{name!r} is a {type(packed[name]).__name__}, not {names}"
+    )
+  return packed[name]

@@ -27,6 +27,7 @@ from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_threads
 
 
@@ -68,10 +69,8 @@ class LabelCounts:
   def format_summary(self, kind: str, out: str | os.PathLike) -> str:
     """Formats the counts and reasons as text."""
     boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
-    lines = [
-      f"{self.labelled:,} of {self.records:,} records have a label{boxes}, in"
-      f" {out}."
-    ]
+    count = f"{self.labelled:,} of {self.records:,} records"
+    lines = [f"{count} have a label{boxes}, in {out}."]
     reasons = self.to_dict()["reasons"].items()
     lines += [f"  {n:,} times: {reason}" for reason, n in reasons]
     return "\n".join(lines)
@@ -81,9 +80,7 @@ class LabelWriter:
   """Writes the labels of a source's shards to a folder.
 
   `settings` (JSON) is everything that determines the labels. Raises
-  FileExistsError, listing the differences, if the folder has labels of a
-  different kind, settings or base; InputError if the base lacks files, has two
-  shards with one name, or is in the folder itself.
+  FileExistsError if the folder has labels of another kind, settings or base.
   """
 
   def __init__(
@@ -95,12 +92,7 @@ class LabelWriter:
     settings: Mapping[str, Any],
   ):
     check_choice("kind", kind, label_values.KINDS)
-    refuse_remote(
-      out,
-      "The output",
-      "Write labels to a folder, from which `gcloud storage cp -r` or `aws s3"
-      " cp --recursive` copies them.",
-    )
+    refuse_remote(out, "The output", "Write labels to a folder, and copy it.")
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base
@@ -122,19 +114,14 @@ class LabelWriter:
 
   def _check_files(self) -> None:
     if not self.names:
-      raise InputError(
-        f"{self.base!r} has no files: expected a source of files, such as tars."
-      )
+      raise InputError(f"{self.base!r} has no files: expected, say, tars.")
     counts = collections.Counter(self.names)
     if repeated := [name for name, count in counts.items() if count > 1]:
-      raise InputError(
-        f"Several shards, in different folders, are named"
-        f" {', '.join(repeated[:5])}. Write a label set for each folder."
-      )
+      names = list_first(repeated, 5)
+      fix = "Write a label set for each folder."
+      raise InputError(f"Several shards are named {names}. {fix}")
     if self.out.resolve() in {f.resolve().parent for f in self.base.files}:
-      raise InputError(
-        f"{self.out} contains the shards themselves: give another folder."
-      )
+      raise InputError(f"{self.out} contains the shards themselves.")
 
   def _check_samples(self, shard: int) -> None:
     """Compares a few images of a finished shard with stored hashes."""
@@ -144,8 +131,7 @@ class LabelWriter:
     if stored != read:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} are of other records"
-        f" (number, key, hash of the image): {stored}, now {read}. Remove the"
-        " folder, or give another one."
+        f" (number, key, hash of the image): {stored}, now {read}. Remove it."
       )
 
   def todo(self) -> list[int]:
@@ -181,10 +167,7 @@ class LabelWriter:
     return range(self._starts[shard], self._starts[shard + 1])
 
   def write(self, shard: int, entries: Iterable[Entry]) -> LabelCounts:
-    """Writes the labels of one shard: one entry per record, in order.
-
-    Raises LabelError if the number of entries differs.
-    """
+    """Writes the labels of one shard: one entry per record, in order."""
     summary, keys, images = LabelCounts(), [], []
 
     def encoded() -> Iterator[tuple[int, bytes]]:
@@ -233,14 +216,12 @@ class LabelWriter:
     """Writes the manifest, which completes the label set.
 
     Several processes may do this. `base_hash`, present if all images were read,
-    hashes keys and images. Raises LabelError if shards are missing or no
-    record has a label.
+    hashes keys and images.
     """
     if todo := self.todo():
-      raise LabelError(
-        f"{len(todo)} of {len(self.names)} shards have no labels yet"
-        f" ({self.names[todo[0]]}, ...): write them before the manifest."
-      )
+      count = f"{len(todo)} of {len(self.names)} shards"
+      first = self.names[todo[0]]
+      raise LabelError(f"{count} have no labels yet ({first}, ...).")
     total, shards = LabelCounts(), []
     blocks = []
     for stats in map(self._stats, range(len(self.names))):

@@ -11,8 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from mtv_jax.data.scenes.difficulty import CAPTIONS
-from mtv_jax.data.scenes.layout import Draw
+from mtv_jax.data.scenes.layout import CAPTIONS, Draw
 from mtv_jax.data.scenes.world import Rect, SceneObject, World
 
 _COUNTS = ("no", "one", "two", "three", "four", "five")
@@ -164,10 +163,8 @@ def captions(
 ) -> tuple[str, ...]:
   """Returns captions of one view of a scene, filtered by `caption_kinds`.
 
-  Kinds: a full description; the first object; a relation of two objects; object
-  counts by class; the first object and its surroundings. Captions mention only
-  the objects in `visible` (indices, at least one). `rects` are the bounds of
-  all objects in the view. `draw` selects among equivalent wordings.
+  They mention only the objects in `visible` (indices, at least one). `rects`
+  are the bounds of all objects in the view. `draw` selects among wordings.
   """
   objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]

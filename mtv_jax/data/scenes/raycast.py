@@ -102,8 +102,7 @@ class Hits:
   def _bound(self, blocks: list[tuple]) -> list[Box]:
     """Bounds the rays that may hit upright blocks.
 
-    A block is (x, y, z, half width, height, half depth); x, y, z is the middle
-    of its base.
+    A block is (x, y, z, half width, height, half depth), x, y, z its base.
     """
     shape = np.array([self.x.shape[1], self.y.shape[0]])
     values = np.array(blocks)[:, None]

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 
 from mtv_jax.data.scenes import captions as captions_lib
 from mtv_jax.data.scenes import layout, textures
-from mtv_jax.data.scenes.difficulty import Level
+from mtv_jax.data.scenes.layout import Level
 from mtv_jax.data.scenes.raycast import OBJECTS, Hits
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.world import (

@@ -1,21 +1,44 @@
-"""Built-in scenes as a data source."""
+"""Built-in scenes as a data source, and the cache of rendered records.
 
+The cache is a folder of memory-mapped arrays, one file per field, and
+`manifest.json`, which is written last and stores the settings of the records.
+Texts are UTF-8, joined by line feeds within a record. For fields of varying
+length, `NAME_ends.npy` stores where each record ends.
+"""
+
+import contextlib
 import dataclasses
+import json
+import logging
 import pathlib
-from typing import SupportsIndex
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, SupportsIndex
 
+import filelock
 import numpy as np
 
 from mtv_jax.data.records import Record
-from mtv_jax.data.scenes import cache as cache_lib
 from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes import render as render_lib
-from mtv_jax.data.scenes.difficulty import DIFFICULTIES, Level
+from mtv_jax.data.scenes.layout import DIFFICULTIES, Level
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.threads import map_ahead
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_FIXED = ("image", "depth", "segmentation", "label")  # Equal shapes.
+_BOXES = ("boxes", "box_scores")
+_TEXTS = ("captions", "phrases")
+
+_Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,7 +51,7 @@ class SceneSource(Source):
     first: index of the first scene. Training and evaluation use disjoint
       ranges, such as `first=1_000_000` for evaluation.
     seed: the series of scenes.
-    difficulty: see `difficulty.Difficulty`.
+    difficulty: see `layout.Difficulty`.
     cache: a folder for rendered records, shared by all runs with these
       settings; filled at the first read. Doesn't change the records.
   """
@@ -61,7 +84,7 @@ class SceneSource(Source):
     _, i = self._locate(i)
     if self.cache is None:
       return self._render(i)
-    record = cache_lib.read_record(self._arrays.get(0), i)
+    record = _read_record(self._arrays.get(0), i)
     return {"key": self.key(i), **record}
 
   def key(self, i: int) -> str:
@@ -90,11 +113,124 @@ class SceneSource(Source):
       "label": scene.label,
     }
 
-  def _open_cache(self, _: int) -> cache_lib.Arrays:
+  def _open_cache(self, _: int) -> _Arrays:
     names = ("size", "length", "first", "seed", "difficulty")
     settings = {name: getattr(self, name) for name in names}
     # Include the ranges, which may change with the version.
     settings["ranges"] = dataclasses.asdict(DIFFICULTIES[self.difficulty])
     refuse_remote(self.cache, "The cache", "Name a folder of this machine.")
     folder = pathlib.Path(self.cache)
-    return cache_lib.open_cache(folder, settings, self._render, self.length)
+    return _open_cache(folder, settings, self._render, self.length)
+
+
+def _open_cache(
+  folder: pathlib.Path,
+  settings: Mapping[str, Any],
+  render: Callable[[int], Record],
+  length: int,
+) -> _Arrays:
+  """Maps the arrays of a folder; one process renders them if missing.
+
+  `settings` (JSON) is everything that the records depend on.
+  """
+  settings = json.loads(json.dumps(settings))  # Tuples become lists.
+  if not _is_complete(folder, settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+      lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
+      # If the file system lacks locks, several processes render equal files.
+      with contextlib.suppress(NotImplementedError, OSError):
+        stack.enter_context(lock)
+      if not _is_complete(folder, settings):
+        atomic.remove_abandoned(folder)
+        _write(folder, settings, render, length)
+  names = json.loads((folder / MANIFEST).read_bytes())["arrays"]
+  mapped = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
+  # Plain array views: slicing a `memmap` is slow.
+  return {name: np.asarray(array) for name, array in mapped.items()}
+
+
+def _read_record(arrays: _Arrays, i: int) -> Record:
+  """Returns record i, without its key; arrays are views of the files."""
+  record: Record = {name: arrays[name][i] for name in _FIXED}
+  record["label"] = int(record["label"])
+  for name in (*_BOXES, *_TEXTS):
+    ends = arrays["boxes_ends" if name in _BOXES else f"{name}_ends"]
+    values = arrays[name][ends[i - 1] if i else 0 : ends[i]]
+    if name in _TEXTS:
+      values = values.tobytes().decode().split("\n") if len(values) else []
+    record[name] = values
+  return record
+
+
+def _is_complete(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
+  """Whether the folder is complete; ConfigError if its settings differ."""
+  try:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+  except FileNotFoundError:
+    return False
+  except ValueError:
+    manifest = {}
+  expected = {"format": _FORMAT, "settings": dict(settings)}
+  if {k: manifest.get(k) for k in expected} != expected:
+    raise ConfigError(
+      f"cache={folder} has records of {manifest.get('settings')}, expected"
+      f" {dict(settings)}. Give another folder, or remove this one."
+    )
+  return True
+
+
+def _write(
+  folder: pathlib.Path,
+  settings: Mapping[str, Any],
+  render: Callable[[int], Record],
+  length: int,
+) -> None:
+  """Renders all records and writes the files, manifest last."""
+  log.info("Rendering %d scenes to %s, once.", length, folder)
+  start = time.perf_counter()
+  first = render(0)
+  parts = {name: [] for name in (*_BOXES, *_TEXTS)}
+  arrays = {}
+  with contextlib.ExitStack() as stack:
+    for name in _FIXED:
+      value = np.asarray(first[name])
+      path = folder / f"{name}.npy"
+      temporary = stack.enter_context(atomic.replace_file(path))
+      shape = (length, *value.shape)
+      arrays[name] = np.lib.format.open_memmap(
+        temporary, "w+", value.dtype, shape
+      )
+    for i, record in enumerate(map_ahead(render, range(length))):
+      for name in _FIXED:
+        arrays[name][i] = record[name]
+      for name in _BOXES:
+        parts[name].append(record[name])
+      for name in _TEXTS:
+        text = "\n".join(record[name]).encode()
+        parts[name].append(np.frombuffer(text, np.uint8))
+    for array in arrays.values():
+      array.flush()
+  for name, values in parts.items():
+    arrays[name] = np.concatenate(values)
+    _save(folder, name, arrays[name])
+  for name in ("boxes", *_TEXTS):
+    arrays[f"{name}_ends"] = np.cumsum([len(values) for values in parts[name]])
+    _save(folder, f"{name}_ends", arrays[f"{name}_ends"])
+  manifest = {
+    "format": _FORMAT,
+    "settings": dict(settings),
+    "arrays": {
+      name: [str(array.dtype), *array.shape] for name, array in arrays.items()
+    },
+  }
+  atomic.write(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+  log.info("Rendered in %.0f s.", time.perf_counter() - start)
+
+
+def _save(folder: pathlib.Path, name: str, array: np.ndarray) -> None:
+  with (
+    atomic.replace_file(folder / f"{name}.npy") as temporary,
+    temporary.open("wb") as stream,
+  ):
+    np.save(stream, array)

@@ -35,10 +35,9 @@ class Atlas:
 def _noise(
   rng: np.random.Generator, low: int, high: int, stretch: float = 1.0
 ) -> Float[np.ndarray, "t t"]:
-  """Tileable noise between two spatial frequencies (cycles per tile).
+  """Normalised tileable noise between two frequencies (cycles per tile).
 
-  `stretch` > 1 elongates blobs along the first axis. The result has mean 0 and
-  standard deviation 1.
+  `stretch` > 1 elongates blobs along the first axis.
   """
   fy = np.fft.fftfreq(TILE, 1 / TILE)[:, None] * stretch
   fx = np.fft.fftfreq(TILE, 1 / TILE)[None, :]
@@ -159,11 +158,7 @@ def _polar(radius: float, wave: float = 0.0) -> Float[np.ndarray, "n 2"]:
 
 
 def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
-  """Outlines by silhouette: polygons of (x, y), y up, at any scale.
-
-  Several polygons are filled by the even-odd rule, so a second one inside the
-  first cuts a hole.
-  """
+  """Outlines by silhouette: polygons of (x, y), y up, filled by even-odd."""
   turn = np.linspace(0, 2 * np.pi, 11)[:-1]
   reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
   t = np.linspace(0, 2 * np.pi, 400, endpoint=False)

@@ -231,4 +231,4 @@ class World:
   offsets: tuple[float, float, float, float]  # Textures of ground, backdrop.
   camera: Camera
   noise: tuple[float, float]  # Offsets of the sensor noise.
-  caption_kinds: tuple[str, ...]  # See `difficulty.CAPTIONS`.
+  caption_kinds: tuple[str, ...]  # See `layout.CAPTIONS`.

@@ -28,11 +28,7 @@ class ArrayRecordSource(FileSource):
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`. Bucket files
       are copied whole, because the ArrayRecord reader needs local files.
-    cache: local folder for these copies; `utils.path.cache_folder()` by
-      default.
-
-  Raises:
-    InputError: a file is corrupt, or its records are grouped.
+    cache: local folder for these copies; default: `utils.path.cache_folder()`.
   """
 
   suffix = ".array_record"
@@ -77,12 +73,10 @@ def _read_sidecar(
   try:
     text = path_lib.read_bytes(file).decode() if path_lib.is_file(file) else ""
   except UnicodeDecodeError as error:
-    raise InputError(
-      f"{file} is not UTF-8 ({error}). Copy the file again, or remove it."
-    ) from error
-  lines = text.split("\n")
+    fix = "Copy the file again, or remove it."
+    raise InputError(f"{file} is not UTF-8 ({error}). {fix}") from error
   by_key = {}
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(text.split("\n"), 1):
     if not line:
       continue
     try:
@@ -121,10 +115,7 @@ def read_bytes(reader: Any, at: int, *, where: str) -> bytes:
 def write(
   path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]
 ) -> None:
-  """Writes records (`key`, `image` as bytes, `captions`) to one file.
-
-  The folder must exist. The file appears once it is complete.
-  """
+  """Writes records to one file, which appears once it is complete."""
   write_bytes(path, map(records.encode, examples))
 
 
@@ -159,14 +150,14 @@ def count_records(file: Path) -> int:
     reader.close()
   except RuntimeError as error:
     raise InputError(
-      f"{file} is not an ArrayRecord file, or is truncated ({error}). Fetch or"
-      " write it again, or leave it out of the path."
+      f"{file} is not an ArrayRecord file, or is truncated ({error}). Fetch it"
+      " again."
     ) from error
   group = re.search(r"group_size:(\d+)", options)
   if group and group[1] != "1":
     raise InputError(
       f"{file} was written in groups of {group[1]} records, which makes random"
-      f" reads many times slower: write it again with {_OPTIONS!r}."
+      f" reads slow: write it again with {_OPTIONS!r}."
     )
   return count
 

@@ -186,9 +186,8 @@ class LimitedSource(Source):
 
   def __init__(self, source: Source, limit: int):
     if not 1 <= limit <= len(source):
-      raise InputError(
-        f"{source!r}: limit={limit}, expected 1 to {len(source)} records."
-      )
+      expected = f"expected 1 to {len(source)} records"
+      raise InputError(f"{source!r}: limit={limit}, {expected}.")
     self._source, self._limit = source, limit
     self.name = f"{limit} of {source.name}"
     self.fields = source.fields
@@ -200,7 +199,6 @@ class LimitedSource(Source):
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
-    """As in the base class."""
     return self._count_before(self._source.blocks)
 
   @functools.cached_property
@@ -220,7 +218,6 @@ class LimitedSource(Source):
     self._source.prefetch(first, last - first + 1)
 
   def read_in_blocks(self, window: int) -> None:
-    """As in the base class."""
     self._source.read_in_blocks(window * len(self._source) // self._limit)
 
   def _index(self, i: SupportsIndex) -> int:
@@ -228,9 +225,7 @@ class LimitedSource(Source):
     return i.__index__() * len(self._source) // self._limit
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`."""
     return self._source[self._index(i)]
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    """As in the base class."""
     return self._source.read_metadata(self._index(i))

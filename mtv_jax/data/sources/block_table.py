@@ -55,6 +55,7 @@ class BlockTable:
   size: Int64[np.ndarray, " blocks"]
   records: Int64[np.ndarray, " blocks"]
   captioned: Int64[np.ndarray, " blocks"]
+  fix: str = _FIX  # Closing sentence of errors about changed files.
 
   def __len__(self) -> int:
     return len(self.shard)
@@ -94,7 +95,7 @@ class BlockTable:
     if missing := [f.name for f in files if f.name not in known]:
       raise InputError(
         f"{len(missing)} of {len(files)} shards are not in the table of blocks"
-        f" of {files[0].parent}: {list_first(missing, 3)}. {_FIX}"
+        f" of {files[0].parent}: {list_first(missing, 3)}. {self.fix}"
       )
     numbers = [known[file.name] for file in files]
     changed = [
@@ -104,8 +105,8 @@ class BlockTable:
     ]
     if changed:
       raise InputError(
-        f"{len(changed)} of {len(files)} shards have changed since the table"
-        f" of blocks was written: {list_first(changed, 3)}. {_FIX}"
+        f"{len(changed)} of {len(files)} shards in {files[0].parent} have"
+        f" changed since their table of blocks was written: {list_first(changed, 3)}. {self.fix}"
       )
     # Blocks of a shard are adjacent.
     starts = np.searchsorted(self.shard, [numbers, np.add(numbers, 1)])
@@ -180,6 +181,8 @@ def join(tables: Sequence[BlockTable]) -> BlockTable:
 def read_states(files: Sequence[PurePath]) -> list[tuple[int, str]]:
   """Returns size and version of each file; one listing of a bucket folder."""
   if not path_lib.is_remote(files[0]):
+    if missing := [file for file in files if not os.path.isfile(file)]:
+      raise MissingFileError(f"There is no {missing[0]}.")
     stats = map(os.stat, files)
     return [(stat.st_size, str(stat.st_mtime_ns)) for stat in stats]
   infos = buckets.list_objects(os.fspath(files[0].parent))
@@ -211,7 +214,7 @@ def find(
   )
 
 
-def read(file: PurePath) -> BlockTable:
+def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
   """Reads a table; InputError if it is damaged or of another version."""
   try:
     with np.load(io.BytesIO(path_lib.read_bytes(file))) as arrays:
@@ -223,11 +226,11 @@ def read(file: PurePath) -> BlockTable:
     raise
   except Exception as error:  # numpy and zipfile raise many types.
     raise InputError(
-      f"{file} is not a table of blocks, or damaged ({printable(error)})."
-      f" {_FIX}"
+      f"{file} is not a table of blocks, or damaged ({printable(error)}). {fix}"
     ) from error
   files = tuple(file.with_name(name) for name in names)
-  return BlockTable(files, tuple(sizes), tuple(versions), **columns)
+  states = tuple(sizes), tuple(versions)
+  return BlockTable(files, *states, **columns, fix=fix)
 
 
 def _check(

@@ -31,7 +31,7 @@ class AnnotatedImage:
 def read_content(
   path: Path, fields: Mapping[str, Fields], *, hint: str
 ) -> dict[str, Any]:
-  """Reads and validates an annotation file.
+  """Reads an annotation file.
 
   `fields` maps each required list to the keys of its entries and their types.
   `hint` ends the error about a missing key.
@@ -40,9 +40,8 @@ def read_content(
   given = sorted(content)[:8] if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not fields.keys() <= content.keys():
     needed = " and ".join(map(repr, fields))
-    raise InputError(
-      f"{path} is not a COCO file: it needs {needed}, it has {given}."
-    )
+    problem = f"it needs {needed}, it has {given}"
+    raise InputError(f"{path} is not a COCO file: {problem}.")
   for key, kinds in fields.items():
     foreign.read_rows(path, content, key, kinds, hint=hint)
   return content
@@ -59,17 +58,13 @@ def group_images(
   """Groups annotations by image id, in file order.
 
   `image` and `annotation` are the types of required keys, besides the ids.
-  Raises InputError if an image has an impossible size or, if `require_listed`,
-  if an annotated image isn't listed.
   """
   images = {}
   rows = foreign.read_rows(path, content, "images", {"id": ID, **image})
   for row in rows:
     sides = [row[side] for side in ("height", "width") if side in image]
     if any(not 1 <= side <= MAX_SIDE for side in sides):
-      raise InputError(
-        f"{path}: the image {row['id']!r} has sides of {sides} pixels"
-      )
+      raise InputError(f"{path}: image {row['id']!r} has sides of {sides}.")
     images[row["id"]] = AnnotatedImage(row, [])
   fields = {"image_id": ID, **annotation}
   unknown = set()

@@ -34,10 +34,6 @@ class FolderSource(Source):
     captions: "required" skips images without captions; "ignored" reads all
       images and no captions; "optional" reads all images, except those whose
       captions are unreadable.
-
-  Raises:
-    MissingFileError: the path or a listed file is missing.
-    InputError: no usable image is listed.
   """
 
   def __init__(
@@ -52,19 +48,13 @@ class FolderSource(Source):
     refuse_remote(path, "A folder of images", "Write shards, or copy it.")
     path = os.path.expanduser(path)
     if images is not None and os.path.isdir(path):
-      raise InputError(
-        f"{printable(path)} is a folder of images: leave out `images`, which is"
-        " the folder of a listing's."
-      )
+      name = printable(path)
+      raise InputError(f"{name} is a folder of images: leave out `images`.")
     if captions == "ignored" and os.path.isdir(path):
       found = listings.list_images(path)
     else:
-      found = listings.read(
-        path,
-        images=images,
-        image_column=image_column,
-        caption_column=caption_column,
-      )
+      columns = {"image_column": image_column, "caption_column": caption_column}
+      found = listings.read(path, images=images, **columns)
     allowed = {""} if captions == "required" else {"", listings.NO_CAPTION}
     self._examples = [e for e in found if e.problem in allowed]
     self.name = printable(path)

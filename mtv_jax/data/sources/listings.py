@@ -22,25 +22,12 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.path import check_regular_file, read_regular
 
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
-_IMAGE_SUFFIXES = (
-  ".jpg",
-  ".jpeg",
-  ".png",
-  ".webp",
-  ".bmp",
-  ".gif",
-  ".tif",
-  ".tiff",
-)
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGE_SUFFIXES += (".bmp", ".gif", ".tif", ".tiff")
 _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
-_FILE_ERRORS = (
-  errno.ENOENT,
-  errno.ENOTDIR,
-  errno.ELOOP,
-  errno.EACCES,
-  errno.EPERM,
-)
+_FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+_FILE_ERRORS += (errno.EPERM,)
 NO_CAPTION = "no caption"  # `Example.problem` of an image without captions.
 
 
@@ -70,15 +57,12 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """Reads a listing; its name gives its kind.
+  """Reads a listing, whose name gives its kind: one example an image, in order.
 
   A COCO caption file (.json), a table (.csv, .tsv, .parquet) with a row per
   image or per caption (or list of captions), or a folder of images, each with a
   .txt or .json of that name. Relative image names are resolved in `images`, by
   default the listing's folder.
-
-  Returns one example per image with all of its captions, in listing order;
-  folders are sorted by name.
   """
   path = Path(path)
   # Not Path.exists(), which raises for names that are too long.
@@ -99,19 +83,15 @@ def read(
     rows = read_rows[kind](path, (image_column, caption_column))
     examples = _group_rows(rows, root)
   else:
-    raise InputError(
-      f"{path}: a listing is a folder or ends in .json, .csv, .tsv or .parquet."
-    )
+    kinds = ".json, .csv, .tsv or .parquet"
+    raise InputError(f"{path}: a listing is a folder or ends in {kinds}.")
   if not examples:
     raise InputError(f"{printable(path)} lists no image.")
   return examples
 
 
 def list_images(folder: str | os.PathLike) -> list[Example]:
-  """Lists the images of a folder and its subfolders, without captions.
-
-  Their problem is `NO_CAPTION`.
-  """
+  """Lists the images of a folder and its subfolders; all are `NO_CAPTION`."""
   if not os.path.isdir(folder):
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
@@ -134,9 +114,8 @@ def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
       with os.scandir(parent) as listed:
         entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
-      raise InputError(
-        f"The folder {printable(parent)} can't be read: {error.strerror}."
-      ) from error
+      problem = f"{printable(parent)} can't be read: {error.strerror}."
+      raise InputError(problem) from error
     folders = []
     for entry in entries:
       if not os.path.isdir(entry):
@@ -192,30 +171,23 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
       for row in reader:
         if row.get(None):
           raise InputError(
-            f"{path}, line {reader.line_num}: {len(row[None])} more cells than"
-            f" the header, from {row[None][0]!r} on. Quote cells that contain"
-            f" {delimiter!r}."
+            f"{path}, line {reader.line_num}: {len(row[None])} cells too many,"
+            f" from {row[None][0]!r} on. Quote cells with {delimiter!r}."
           )
         yield [row[column] for column in columns]
     except UnicodeDecodeError as error:
-      raise InputError(
-        f"{path} is not UTF-8, near line {reader.line_num + 1} ({error}):"
-        " convert it, for example with iconv -f latin1 -t utf-8."
-      ) from error
+      at = f"near line {reader.line_num + 1} ({error})"
+      fix = "convert it, for example with iconv -f latin1 -t utf-8."
+      raise InputError(f"{path} is not UTF-8, {at}: {fix}") from error
     except csv.Error as error:
-      raise InputError(
-        f"{path}, near line {reader.line_num + 1}: {error}. Is a quotation"
-        " mark not closed?"
-      ) from error
+      at = f"{path}, near line {reader.line_num + 1}: {error}"
+      raise InputError(f"{at}. Is a quotation mark not closed?") from error
 
 
 def _read_lines(path: Path, file: TextIO) -> Iterator[str]:
   while line := file.readline(_MAX_LINE):
     if len(line) == _MAX_LINE:
-      raise InputError(
-        f"{path} has a line of {_MAX_LINE:,} characters or more; expected a"
-        " table of text."
-      )
+      raise InputError(f"{path} has a line of {_MAX_LINE:,} characters.")
     yield line
 
 
@@ -245,10 +217,8 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
   captions: dict[str, list[str]] = {}
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
-      raise InputError(
-        f"Row {number}: the image column must contain paths, got"
-        f" {type(image).__name__}."
-      )
+      kind = type(image).__name__
+      raise InputError(f"Row {number}: images must contain paths, got {kind}.")
     # A row without an image is reported under its row number.
     name = image or f"row {number}"
     row = caption if isinstance(caption, list) else [caption]
@@ -267,10 +237,8 @@ def _read_folder(folder: Path) -> list[Example]:
     stem = str(file.relative_to(folder))[: -len(file.suffix)]
     other = groups.setdefault(stem, {}).setdefault(kind, file)
     if other is not file:
-      raise InputError(
-        f"{printable(other)} and {printable(file)} are two files for one"
-        " example: rename or remove one of them."
-      )
+      names = f"{printable(other)} and {printable(file)}"
+      raise InputError(f"{names} are two files for one example: rename one.")
   examples = []
   for stem, files in groups.items():
     main = files.get("image") or files.get(".txt") or files[".json"]
@@ -296,11 +264,7 @@ def _read_beside(stem: str, file: Path | None) -> bytes | None:
 
 
 def read_content(key: str, what: str, file: Path, *, limit: int) -> bytes:
-  """Reads one file of an example; `what` names its role in errors.
-
-  Raises BadRecord if the file is missing, unreadable, not a regular file or
-  larger than `limit`, and OSError if the storage fails.
-  """
+  """Reads a file of an example; BadRecord if that file is unreadable."""
   try:
     return read_regular(file, limit=limit)
   except InputError as error:

@@ -4,7 +4,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, SupportsIndex
 
@@ -64,10 +64,6 @@ class ParquetSource(base.FileSource):
     captions: "required": a record without captions is a `BadRecord`; "ignored":
       captions are not read; "optional": the list of captions may be empty and
       the column may be missing.
-
-  Raises:
-    InputError: a file is corrupt, lacks a column or has the wrong type; two
-      files share a name; all files are empty.
   """
 
   suffix = ".parquet"
@@ -88,8 +84,8 @@ class ParquetSource(base.FileSource):
     for stem, file in zip(self._stems, files, strict=True):
       if (other := by_stem.setdefault(stem, file)) is not file:
         raise InputError(
-          f"{other} and {file} have the same name, so their records would have"
-          " the same keys. Give each folder an entry of data.train."
+          f"{other} and {file} have the same name, so records would share keys."
+          " Give each folder an entry of data.train."
         )
     self._table = block_table.find(files, blocks)
     self._reader = RangeReader(_MEMORY)
@@ -113,9 +109,9 @@ class ParquetSource(base.FileSource):
     ):
       self._caption = caption or _default_column(*first, "caption")
     for file, schema in zip(files, schemas, strict=not self._table):
-      _check_column(file, schema, "image", self._image, _is_image)
+      _check_column(file, schema, "image", self._image)
       if self._caption is not None:
-        _check_column(file, schema, "caption", self._caption, _is_caption)
+        _check_column(file, schema, "caption", self._caption)
     # First record of each row group, and first group of each file.
     self._starts = np.cumsum([0, *itertools.chain(*rows)], dtype=np.int64)
     self._first = np.cumsum([0, *map(len, rows)])
@@ -149,9 +145,7 @@ class ParquetSource(base.FileSource):
     image, path = _split_image(row[self._image])
     if not image:
       hint = f", only the path {path!r}" if path else ""
-      raise BadRecord(
-        key, f"its column {self._image!r} has no image bytes{hint}"
-      )
+      raise BadRecord(key, f"its {self._image!r} has no image bytes{hint}")
     record: Record = {"key": key, "image": image}
     if self._captions == "ignored":
       return record
@@ -185,9 +179,8 @@ class ParquetSource(base.FileSource):
       # Arrow's decoders also raise OSError, but only disk errors have an errno.
       if getattr(error, "errno", None) or isinstance(error, StorageError):
         raise
-      raise BadRecord(
-        key, f"its row group can't be decoded ({error})"
-      ) from error
+      reason = f"its row group can't be decoded ({error})"
+      raise BadRecord(key, reason) from error
     row = i.__index__() - int(self._starts[group])
     with content_errors(key, "its row can't be decoded"):
       names = table.column_names
@@ -204,9 +197,8 @@ class ParquetSource(base.FileSource):
     with parquet.ParquetFile(self._open(shard, group)) as file:
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
       if number >= groups or row_group(number).num_rows != rows:
-        raise InputError(
-          f"{self.files[shard]} has changed since it was opened: start again."
-        )
+        name = self.files[shard]
+        raise InputError(f"{name} has changed since it was opened.")
       return file.read_row_group(number, columns=columns, use_threads=False)
 
   def _open(self, shard: int, group: int) -> Any:
@@ -295,8 +287,7 @@ def open_parquet(file: PurePath) -> Any:
     if getattr(error, "errno", None) or isinstance(error, StorageError):
       raise
     raise InputError(
-      f"{file} is not a Parquet file, or is truncated ({error}). Fetch or write"
-      " it again, or leave it out of the path."
+      f"{file} is not a Parquet file, or truncated ({error}). Fetch it again."
     ) from error
 
 
@@ -316,9 +307,8 @@ def _read_footer(file: PurePath) -> tuple[Any, list[int]]:
     ):
       rows, size = max(sizes)
       raise InputError(
-        f"{file} has a row group of {rows:,} rows and {size:,} bytes, and a"
-        f" record is read with its whole group; at most {_MAX_ROWS:,} rows and"
-        f" {_MAX_BYTES:,} bytes are read. Write it with smaller row groups."
+        f"{file} has a row group of {rows:,} rows and {size:,} bytes; at most"
+        f" {_MAX_ROWS:,} and {_MAX_BYTES:,}. Write it with smaller row groups."
       )
     return opened.schema_arrow, [rows for rows, _ in sizes]
 
@@ -344,13 +334,8 @@ def _default_column(file: PurePath, schema: Any, role: str) -> str:
   return columns[0]
 
 
-def _check_column(
-  file: PurePath,
-  schema: Any,
-  role: str,
-  name: str,
-  accepts: Callable[[Any], bool],
-) -> None:
+def _check_column(file: PurePath, schema: Any, role: str, name: str) -> None:
+  accepts = _is_image if role == "image" else _is_caption
   if schema.names.count(name) != 1:
     raise InputError(
       f"{file} has no column {name!r}, or several, for the {role}."
@@ -362,9 +347,8 @@ def _check_column(
       expected = "binary or struct<bytes: binary, path: string>"
       if _is_string(kind):
         expected += "; URLs and paths are not fetched: store the bytes"
-    raise InputError(
-      f"{file}: column {name!r} is {kind}; the {role} must be {expected}."
-    )
+    problem = f"{file}: column {name!r} is {kind}"
+    raise InputError(f"{problem}; the {role} must be {expected}.")
 
 
 def _is_struct(kind: Any) -> bool:

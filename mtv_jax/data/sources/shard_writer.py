@@ -92,10 +92,8 @@ def write(
     raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
   out.mkdir(parents=True, exist_ok=True)
   if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
-    raise FileExistsError(
-      f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
-      " remove them or give another folder."
-    )
+    count = f"{len(existing)} shards ({existing[0]}, ...)"
+    raise FileExistsError(f"{out} already contains {count}: give another.")
   report = ShardReport(total=len(examples))
   digits = len(str(records_per_shard - 1))
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):
@@ -123,8 +121,8 @@ def write(
     reasons = Counter(e.problem for e in report.skipped).most_common(3)
     counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
-      f"None of the {report.total} examples can be used: {counts}. The first"
-      f" was expected at {printable(examples[0].path)}. See {listing}."
+      f"None of the {report.total} examples can be used: {counts}. The first is"
+      f" at {printable(examples[0].path)}. See {listing}."
     )
   return report
 
@@ -239,14 +237,13 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _stats(count: int, skipped: Sequence[Example]) -> str:
   status = Counter(example.problem for example in skipped)
   missing = status[os.strerror(errno.ENOENT)]
-  successes = count - len(skipped)
-  # Adding counters would drop a zero count.
-  status = Counter({"success": successes}) + status
+  if successes := count - len(skipped):
+    status["success"] = successes
   stats = {
     "count": count,
     "successes": successes,
     "failed_to_download": missing,
     "failed_to_resize": len(skipped) - missing,
-    "status_dict": dict(sorted(status.items())),
+    "status_dict": dict(sorted((+status).items())),
   }
   return json.dumps(stats, ensure_ascii=False, indent=1) + "\n"

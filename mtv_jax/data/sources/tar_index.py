@@ -112,8 +112,7 @@ def build_indices(
   """Returns the index of each tar; builds missing ones.
 
   Concurrent processes, even on several hosts, share the work. Threads wait for
-  I/O; if many indices are missing, worker processes parse the tars. Raises
-  TarError, naming every unusable tar.
+  I/O; if many indices are missing, worker processes parse the tars.
   """
   with _workers(tars, index_dir):
     indices, errors = _build(tars, index_dir, IO_THREADS)
@@ -134,8 +133,7 @@ def _build(
   """Returns indices and errors by position in `tars`."""
   indices: dict[int, TarIndex] = {}
   errors: dict[int, TarError] = {}
-  logged = time.monotonic()
-  built = 0
+  logged, built = time.monotonic(), 0
   # Shuffled, so that concurrent processes work on different tars.
   order = random.Random().sample(range(len(tars)), len(tars))
   with futures.ThreadPoolExecutor(min(threads, len(tars))) as pool:
@@ -216,8 +214,7 @@ def _load_or_build(
   except OSError as error:
     raise StorageError(
       f"{tar} needs an index ({reason}) and {file} can't be written"
-      f" ({error.strerror or error}). Set index_dir of this source to a"
-      " writable folder."
+      f" ({error.strerror or error}). Set index_dir to a writable folder."
     ) from error
   index, reason = _load(file, tar, path_lib.stat(tar))
   if index is None:
@@ -260,9 +257,10 @@ def _load(
 def _serialise(
   scan: Scan, stat: os.stat_result | path_lib.Stat, tar: PurePath
 ) -> bytes:
-  missing = {"no image": scan.no_image}
-  missing["neither .txt nor .json"] = scan.no_caption
-  for problem, keys in missing.items():
+  for problem, keys in (
+    ("no image", scan.no_image),
+    ("neither .txt nor .json", scan.no_caption),
+  ):
     if keys:
       some = list_first(keys, 5)
       log.warning("%s: %d records have %s: %s.", tar, len(keys), problem, some)

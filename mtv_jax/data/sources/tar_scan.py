@@ -55,8 +55,7 @@ def scan(path: PurePath) -> Scan:
   """Reads the headers of a tar.
 
   A member's key is its name up to the first dot after the last slash, as in
-  WebDataset; its role follows from its extension, ignoring case. Raises
-  TarError if the file is truncated, compressed, not a tar, or repeats a key.
+  WebDataset; its role follows from its extension, ignoring case.
   """
   groups: dict[str, list[Span]] = {}
   absent = Span(0, 0)
@@ -72,13 +71,10 @@ def scan(path: PurePath) -> Scan:
       kind = ("image", ".txt", ".json")[role]
       raise TarError(
         f"{path}: key {key!r} has a second {kind} ({name!r} at offset"
-        f" {span.offset}; the first is at {spans[role].offset}). Keys must be"
-        " unique: remove the duplicate, or leave the tar out of the path."
+        f" {span.offset}; the first is at {spans[role].offset}). Remove it."
       )
     if span.size >= 1 << 32:
-      raise TarError(
-        f"{path}: {name!r} has {span.size} bytes; expected less than 4 GiB."
-      )
+      raise TarError(f"{path}: {name!r} has {span.size} bytes, 4 GiB or more.")
     spans[role] = span
   no_image = [k for k, spans in groups.items() if not spans[IMAGE].offset]
   for key in no_image:
@@ -166,13 +162,9 @@ def _check_header(header: bytes, path: PurePath, offset: int) -> None:
   if offset:
     raise TarError(f"{path} is corrupt: no header at offset {offset}. {_FIX}")
   if header[:2] == b"\x1f\x8b":
-    raise TarError(
-      f"{path} is compressed, which prevents reads at an offset: gunzip it."
-    )
-  raise TarError(
-    f"{path} is not a tar: it starts with {header[:16]!r}. Fetch it again; the"
-    " download may have saved an error page."
-  )
+    raise TarError(f"{path} is compressed: gunzip it, to read at an offset.")
+  start = f"it starts with {header[:16]!r}"
+  raise TarError(f"{path} is not a tar: {start}. Fetch it again.")
 
 
 def _truncated(

@@ -41,10 +41,6 @@ class TFDSSource(Source):
     name: "coco_captions", with config and version as in TFDS.
     split: a split or a part of one, "train[:90%]".
     data_dir: folder of prepared data sets; None for TFDS's default.
-
-  Raises:
-    MissingFileError: the data set was not prepared as ArrayRecord.
-    InputError: the split or an image feature is missing.
   """
 
   def __init__(
@@ -67,11 +63,8 @@ class TFDSSource(Source):
     self._image = _image_feature(tfds, features, self.name)
     self._captions = caption_path(features)
     self._label = isinstance(features.get("label"), tfds.features.ClassLabel)
-    self.fields = frozenset(
-      ["key", "image"]
-      + ["captions"] * bool(self._captions)
-      + ["label"] * self._label
-    )
+    fields = ["key", "image"] + ["captions"] * bool(self._captions)
+    self.fields = frozenset(fields + ["label"] * self._label)
     parts = info.splits[split].file_instructions
     self.shards = np.cumsum([part.take for part in parts], dtype=np.int64)
     # Cached per process: readers have threads, which a fork doesn't copy.
@@ -92,24 +85,19 @@ class TFDSSource(Source):
         },
       )
     except NotImplementedError as error:
-      raise self._missing(
-        f"{self._name} is prepared in {builder.data_dir}, but not in a format"
-        " that allows random access."
-      ) from error
+      where = f"{self._name} is prepared in {builder.data_dir}"
+      problem = f"{where}, but not in a format that allows random access."
+      raise self._missing(problem) from error
 
   def _builder(self, tfds: Any) -> Any:
     try:
       builder = tfds.builder(self._name, data_dir=self._data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
       folder = self._data_dir or "its default folder"
-      raise self._missing(
-        f"TFDS has no data set {self._name!r}, and {folder} has none."
-      ) from error
+      raise self._missing(f"{folder} has no {self._name!r}.") from error
     splits = builder.info.splits
     if not splits:
-      raise self._missing(
-        f"{self._name} is not prepared in {builder.data_dir}."
-      )
+      raise self._missing(f"{self._name} is not in {builder.data_dir}.")
     base = self._split.partition("[")[0]
     if base not in splits and "+" not in base and base != "all":
       raise InputError(

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from mtv_jax.data.image_limits import MAX_BYTES
-from mtv_jax.data.records import BadRecord, Record, content_errors
+from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import block_table, tar_index
 from mtv_jax.data.sources.base import Blocks, CaptionMode, FileSource, Paths
 from mtv_jax.data.sources.block_table import BlockTable
@@ -65,12 +65,6 @@ class WebDatasetSource(FileSource):
     captions: "required" skips records with neither .txt nor .json; "ignored"
       reads all images and no captions; "optional" reads all images, and
       captions that are present, not blank and readable.
-
-  Raises:
-    TarError: a tar is truncated, corrupt, compressed or repeats a key.
-    OSError: an index is missing or stale and can't be written, or a bucket
-      can't be read.
-    InputError: the tars contain no records.
   """
 
   suffix = ".tar"
@@ -93,12 +87,9 @@ class WebDatasetSource(FileSource):
     if index_dir is not None:
       index_dir = path_lib.as_path(os.path.expanduser(index_dir))
     tars = tar_index.build_indices(files, index_dir=index_dir)
-    required = captions == "required"
-    super().__init__(
-      [t.tar for t in tars],
-      [t.header.captioned if required else t.header.count for t in tars],
-      captions=captions,
-    )
+    kind = "captioned" if captions == "required" else "count"
+    counts = [getattr(t.header, kind) for t in tars]
+    super().__init__([t.tar for t in tars], counts, captions=captions)
     self._report_skipped(tars)
     _check_duplicates(tars)
     self._tars, self._cache = tars, cache
@@ -152,9 +143,8 @@ class WebDatasetSource(FileSource):
       raise InputError(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
-        " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json, where"
-        " KEY ends at the first dot of a name; for images alone set"
-        " captions='ignored'."
+        " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"
+        " ends at the first dot. For images alone set captions='ignored'."
       )
     if no_caption or no_image:
       log.warning(
@@ -221,13 +211,6 @@ def parse_captions(
   key: str, text: bytes | None, sidecar: bytes | None
 ) -> list[str]:
   """Returns the non-blank captions; BadRecord if there are none."""
-  with content_errors(key, "its captions can't be read"):
-    return _parse_captions(key, text, sidecar)
-
-
-def _parse_captions(
-  key: str, text: bytes | None, sidecar: bytes | None
-) -> list[str]:
   captions: list[Any] = []
   # Parsing a .json costs more than reading it, and is rarely needed.
   if sidecar is not None and (text is None or b'"captions"' in sidecar):
@@ -243,12 +226,8 @@ def _parse_captions(
     elif text is None and single is not None:
       captions = [single]
     elif text is None:
-      raise BadRecord(
-        key,
-        "its .json has neither 'captions' nor 'caption', only"
-        f" {printable(', '.join(sorted(fields))) or 'nothing'}; and there is no"
-        " .txt",
-      )
+      names = printable(", ".join(sorted(fields))) or "nothing"
+      raise BadRecord(key, f"it has no .txt, and its .json has only {names}")
   if not captions and text is not None:
     try:
       captions = [text.decode("utf-8-sig")]
@@ -328,10 +307,7 @@ class _OpenTar(abc.ABC):
       not key_start < key_end <= len(self._keys)
       or max(ends, default=self._size + 1) > self._size
     ):
-      raise TarError(
-        f"The index {self._index} of {self.path} is damaged at record {i}:"
-        " remove it; it is built again."
-      )
+      raise TarError(f"{self._index} is damaged at record {i}: remove it.")
     key = self._keys[key_start:key_end].tobytes().decode(errors="replace")
     check_sizes(key, self.path.name, *(size for _, size in spans))
     start = min(at for at, _ in present)
@@ -363,8 +339,7 @@ class _LocalTar(_OpenTar):
     if stat.st_size != header.tar_size or not same_time:
       raise TarError(
         f"{index.tar} has changed since this run started (from"
-        f" {header.tar_size} to {stat.st_size} bytes): start again, which"
-        " rebuilds its index."
+        f" {header.tar_size} to {stat.st_size} bytes): start again."
       )
 
   def _pread(self, offset: int, size: int) -> bytes:
@@ -377,7 +352,7 @@ class _LocalTar(_OpenTar):
           end = os.fstat(self._fd).st_size
           raise TarError(
             f"{self.path} ends at offset {end}, its record at {offset + size}:"
-            " it was cut during this run. Restore it and start again."
+            " it was cut during this run. Restore it."
           )
         data += more
     except OSError as error:
@@ -400,7 +375,7 @@ class _RemoteTar(_OpenTar):
     if len(data) != size:
       raise TarError(
         f"{self.path} ends before its record at offset {offset + size}: it was"
-        " replaced during this run. Restore it and start again."
+        " replaced during this run. Restore it."
       )
     return data
 
@@ -422,7 +397,7 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
   if total > _MAX_COMPARED:
     log.warning(
       f"The keys of {len(suspects)} tars overlap ({suspects[0].tar}, ...) and"
-      f" are not compared, as there are {total}; records may be duplicated."
+      f" are not compared, as there are {total}."
     )
     return
   owner: dict[str, PurePath] = {}

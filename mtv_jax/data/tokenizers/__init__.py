@@ -8,10 +8,9 @@ from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
 from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
 from mtv_jax.data.tokenizers.base import check_vocabulary as check_vocabulary
 from mtv_jax.data.tokenizers.base import export_files as export_files
-from mtv_jax.data.tokenizers.byte import ByteTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from mtv_jax.data.tokenizers.words import SceneWordTokenizer
+from mtv_jax.data.tokenizers.words import ByteTokenizer, SceneWordTokenizer
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   ConfigError,
@@ -36,8 +35,7 @@ def build_tokenizer(
 
   `spec` is "bytes", "words" (of the built-in scenes), or the path of a
   SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json").
-  `clean` is "none", "lower" or "canonicalize". Raises MissingFileError,
-  InputError for unsupported files, or ConfigError.
+  `clean` is "none", "lower" or "canonicalize".
   """
   spec = os.fspath(spec)
   if not spec:
@@ -45,16 +43,14 @@ def build_tokenizer(
       "model.text.tokenizer is not set, as a recipe for real data has no"
       " default. Add `:tokenizer=PATH` to --config (after a comma, if it has"
       " arguments), a SentencePiece file '*.model' or a 'tokenizer.json'."
-      " tokenizer=bytes is for smoke tests: it cuts most captions."
     )
   if spec in BUILT_IN:
     return BUILT_IN[spec](None, clean)
   suffix = Path(spec).suffix
   if suffix not in _TYPES:
     raise InputError(
-      f"tokenizer={spec!r}: expected 'bytes' (258 ids), 'words' (of the"
-      " built-in scenes), a SentencePiece file '*.model' or a Hugging Face"
-      " 'tokenizer.json'."
+      f"tokenizer={spec!r}: expected 'bytes', 'words' (of the built-in scenes),"
+      " a SentencePiece file '*.model' or a Hugging Face 'tokenizer.json'."
     )
   if path_lib.is_remote(spec):
     return _TYPES[suffix](os.fspath(_copy_remote(spec)), clean)
@@ -65,9 +61,8 @@ def build_tokenizer(
       names = [p.name for p in folder.glob("*")]
       hint = did_you_mean(Path(spec).name, names, limit=8)
     raise MissingFileError(
-      f"tokenizer={spec!r}: there is no such file. {hint} Expected a"
-      " SentencePiece model or a tokenizer.json; 'bytes' and 'words' need no"
-      " file."
+      f"tokenizer={spec!r}: there is no such file. {hint} 'bytes' and 'words'"
+      " need no file."
     )
   return _TYPES[suffix](spec, clean)
 

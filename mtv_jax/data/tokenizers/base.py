@@ -85,22 +85,13 @@ class Tokenizer(abc.ABC):
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Encodes each string, truncated to `length` and padded.
-
-    Raises TypeError unless `strings` is a list of strings, UnicodeError for
-    invalid Unicode.
-    """
-    wrong = [text for text in strings if not isinstance(text, str)]
-    wrong = [strings] if isinstance(strings, str) else wrong
-    if wrong:
-      raise TypeError(f"encode() takes a list of strings, got {wrong[0]!r}.")
+    """Encodes each string, truncated to `length` and padded."""
+    if isinstance(strings, str) or not all(isinstance(s, str) for s in strings):
+      raise TypeError(f"encode() takes a list of strings, got {strings!r}.")
     if length < 1:
       raise InputError(f"length={length}: a text has at least 1 token.")
-    ids = np.full((len(strings), length), self.pad_id, np.int32)
-    for row, text in zip(ids, strings, strict=True):
-      tokens, _ = self._tokenize(text, length)
-      row[: len(tokens)] = tokens
-    return ids
+    rows = [self.encode_text(text, length)[0] for text in strings]
+    return np.array(rows, np.int32).reshape(-1, length)
 
   def encode_text(
     self, text: str, length: int
@@ -112,10 +103,7 @@ class Tokenizer(abc.ABC):
     return ids, is_cut
 
   def is_cut(self, text: str, length: int) -> bool:
-    """Whether a text has more than `length` ids, including end of sequence.
-
-    Raises UnicodeError for invalid Unicode.
-    """
+    """Whether a text has more than `length` ids, including end of sequence."""
     return self._tokenize(text, length)[1]
 
   def is_blank(self, text: str) -> bool:
@@ -137,10 +125,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
-    """Returns at most `length` ids, and whether the text was truncated.
-
-    Cleans the text and appends the end of sequence.
-    """
+    """Cleans a text; returns at most `length` ids, and whether it was cut."""
 
   @abc.abstractmethod
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:
@@ -151,10 +136,8 @@ class Tokenizer(abc.ABC):
     return type(self), (self.path, self.clean)
 
   def __repr__(self) -> str:
-    return (
-      f"Tokenizer({self.path or self.kind}, clean={self.clean},"
-      f" vocab_size={self.vocab_size})"
-    )
+    name, size = self.path or self.kind, self.vocab_size
+    return f"Tokenizer({name}, clean={self.clean}, vocab_size={size})"
 
 
 def add_cleaning(model: tokenizers.Tokenizer, clean: str) -> None:
@@ -185,24 +168,19 @@ def add_special_tokens(
 def check_ids(path: str, vocab_size: int) -> None:
   """Raises InputError if a file lacks tokens, or has ids beyond int32."""
   if not 1 <= vocab_size <= np.iinfo(np.int32).max:
-    raise InputError(
-      f"{path} has ids up to {vocab_size - 1}; expected at least one token, and"
-      " 32-bit ids. It is damaged, or not a tokenizer of texts."
-    )
+    expected = "at least one token, and 32-bit ids"
+    raise InputError(f"{path} has {vocab_size} ids; expected {expected}.")
 
 
 def check_vocabulary(
   tokenizer: Tokenizer, vocab_size: int, where: str = "model.text.vocab_size"
 ) -> None:
-  """Raises InputError unless every id has a row in the embedding table.
-
-  `where` is the config key of the table's size.
-  """
+  """Raises InputError unless every id has a row of the table `where`."""
   if tokenizer.vocab_size > vocab_size:
+    count = tokenizer.vocab_size
     raise InputError(
-      f"{where}={vocab_size} is too small for ids up to"
-      f" {tokenizer.vocab_size - 1} of {tokenizer!r}. Set"
-      f" {where}={tokenizer.vocab_size} or more, or use another tokenizer."
+      f"{where}={vocab_size} is too small for ids up to {count - 1} of"
+      f" {tokenizer!r}. Set {count} or more, or use another tokenizer."
     )
 
 
@@ -239,8 +217,17 @@ def export_files(
   }
   if tokenizer.eos_id is not None:
     config["eos_token"] = model.id_to_token(tokenizer.eos_id)
+  write_files(folder, model, config)
+
+
+def write_files(
+  folder: str | os.PathLike,
+  model: tokenizers.Tokenizer,
+  config: Mapping[str, Any],
+) -> None:
+  """Writes `tokenizer.json` and `tokenizer_config.json`."""
   for name, text in (
-    ("tokenizer.json", model.to_str(pretty=False)),
+    ("tokenizer.json", model.to_str()),
     ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
   ):
     Path(folder, name).write_text(text, encoding="utf-8")

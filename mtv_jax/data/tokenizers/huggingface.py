@@ -19,8 +19,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, whose post-processor adds the special tokens.
 
-  A tokenizer_config.json next to it names them. Raises InputError if the file
-  is malformed or lacks a padding token.
+  A tokenizer_config.json next to it names them.
   """
 
   kind = "json"
@@ -37,10 +36,8 @@ class HuggingFaceTokenizer(Tokenizer):
     except BaseException as error:
       # The library raises a bare Exception if it can't parse a file, and its
       # panics derive from BaseException.
-      raise InputError(
-        f"{path} is not a tokenizer.json ({printable(error)}); expected the"
-        " file that `tokenizers` and fast tokenizers of `transformers` save."
-      ) from error
+      problem = f"{path} is not a tokenizer.json ({printable(error)})"
+      raise InputError(f"{problem}; expected a fast tokenizer's.") from error
     vocabulary = model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
     check_ids(path, self.vocab_size)
@@ -48,14 +45,12 @@ class HuggingFaceTokenizer(Tokenizer):
     self.eos_id = _find_id(vocabulary, names.get("eos_token"), _EOS_NAMES)
     padding = model.padding or {}
     pad_name = names.get("pad_token") or padding.get("pad_token")
-    pad_id = _find_id(vocabulary, pad_name, _PAD_NAMES)
-    if pad_id is None:
+    self.pad_id = _find_id(vocabulary, pad_name, _PAD_NAMES)
+    if self.pad_id is None:
       raise InputError(
-        f"{path} names no padding token and has none of"
-        f" {', '.join(_PAD_NAMES)}. Add pad_token to tokenizer_config.json"
-        " beside it."
+        f"{path} names no padding token, and lacks {', '.join(_PAD_NAMES)}. Add"
+        " pad_token to tokenizer_config.json beside it."
       )
-    self.pad_id = pad_id
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
   def _truncating_model(self, length: int) -> tokenizers.Tokenizer:

@@ -1,6 +1,5 @@
 """SentencePiece tokenizer, read from a `*.model` file."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from mtv_jax.data.tokenizers.base import (
   Tokenizer,
   add_special_tokens,
   check_ids,
+  write_files,
 )
 from mtv_jax.utils.errors import InputError, printable
 
@@ -29,8 +29,7 @@ from mtv_jax.utils.errors import InputError, printable
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model, padded with the end-of-sequence id like SigLIP.
 
-  Equal to `SiglipTokenizer` of `transformers`, except for cleaning. Raises
-  InputError if the file is malformed or lacks an end of sequence.
+  Equal to `SiglipTokenizer` of `transformers`, except for cleaning.
   """
 
   kind = "sentencepiece"
@@ -42,16 +41,16 @@ class SentencePieceTokenizer(Tokenizer):
     except (RuntimeError, OSError) as error:
       if getattr(error, "errno", None):
         raise
+      problem = f"not a SentencePiece model ({printable(error)})"
       raise InputError(
-        f"{path} is not a SentencePiece model ({printable(error)}); expected"
-        " the binary file that its trainer writes, often called spiece.model."
+        f"{path} is {problem}; expected a .model file."
       ) from error
     self.vocab_size = self._model.vocab_size()
     check_ids(path, self.vocab_size)
     self.pad_id = self.eos_id = self._model.eos_id()
     if not 0 <= self.eos_id < self.vocab_size:
       raise InputError(
-        f"{path} has no end-of-sequence piece; train it with --eos_id set."
+        f"{path} has no end of sequence; train it with --eos_id."
       )
 
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
@@ -96,14 +95,13 @@ class SentencePieceTokenizer(Tokenizer):
       kind = trainer.ModelType.Name(trainer.model_type)
       raise InputError(
         f"{self.path} is a SentencePiece model of kind {kind}; only UNIGRAM and"
-        " BPE ones have a tokenizer.json. Train with the tokenizer.json of the"
-        " same tokenizer instead (model.text.tokenizer)."
+        " BPE ones have a tokenizer.json. Set model.text.tokenizer to one."
       )
     for field in ("eos_id", "unk_id"):
       if not 0 <= getattr(trainer, field) < len(proto.pieces):
+        given = f"{field} is {getattr(trainer, field)}"
         raise InputError(
-          f"{self.path}: its {field} is {getattr(trainer, field)}, of"
-          f" {len(proto.pieces)} pieces."
+          f"{self.path}: {given}, of {len(proto.pieces)} pieces."
         )
     return proto
 
@@ -132,7 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
     pad_id = proto.trainer_spec.pad_id
     if not 0 <= pad_id < len(proto.pieces):
       raise InputError(
-        f"{self.path} has no padding piece; train it with --pad_id set."
+        f"{self.path} has no padding piece; train with --pad_id."
       )
     kinds = proto.SentencePiece
     for kind, add in (
@@ -148,11 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
     config = {"pad_token": proto.pieces[pad_id].piece}
     if add_end:
       config["eos_token"] = proto.pieces[self.eos_id].piece
-    for name, text in (
-      ("tokenizer.json", model.to_str()),
-      ("tokenizer_config.json", json.dumps(config)),
-    ):
-      (folder / name).write_text(text, encoding="utf-8")
+    write_files(folder, model, config)
 
 
 def _is_unigram(trainer: sentencepiece_model_pb2.TrainerSpec) -> bool:

@@ -6,10 +6,14 @@ import os
 import numpy as np
 
 from mtv_jax.data.labels import label_sets, label_values
-from mtv_jax.data.labels.feature_values import FeatureLabel
 from mtv_jax.data.labels.join import AlignedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
-from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, Label
+from mtv_jax.data.labels.label_values import (
+  BoxLabel,
+  DepthLabel,
+  FeatureLabel,
+  Label,
+)
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert

@@ -30,6 +30,7 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,20 @@ def check_record(record, i):
   assert record["box_scores"].dtype == np.float32
 
 
+def by_position(base, labels, kinds=("depth", "boxes")):
+  """The tars of `base` with the label sets in `labels`."""
+  return build_source(entry(base, **{k: f"{labels}/{k}" for k in kinds}))
+
+
+def depth_of(base, labels):
+  return by_position(base, labels, ["depth"])
+
+
 # --- By position -------------------------------------------------------------
 
 
 def test_aligned_labels_of_tars(labelled):
-  source = build_source(
-    entry(labelled, depth=f"{labelled}/depth", boxes=f"{labelled}/boxes")
-  )
+  source = by_position(labelled, labelled)
   assert len(source) == COUNT and source.shards.tolist() == [4, 8, 10]
   assert source.name == "00000.tar..00002.tar (3 files)"
   assert source.fields == {
@@ -76,10 +84,9 @@ def test_aligned_labels_of_tars(labelled):
 
 
 def test_some_shards_of_the_base_in_another_order(labelled):
-  source = build_source(
-    entry(labelled, depth=f"{labelled}/depth", boxes=f"{labelled}/boxes")
-    | {"path": [f"{labelled}/base/00002.tar", f"{labelled}/base/00000.tar"]}
-  )
+  paths = [f"{labelled}/base/00002.tar", f"{labelled}/base/00000.tar"]
+  labels = {k: f"{labelled}/{k}" for k in ("depth", "boxes")}
+  source = build_source(entry(labelled, **labels) | {"path": paths})
   for i, number in enumerate([8, 9, 0, 1, 2, 3]):
     record = source[i]
     assert record["key"] == f"{number // 4:05d}{number % 4}"
@@ -88,20 +95,16 @@ def test_some_shards_of_the_base_in_another_order(labelled):
 
 def test_labels_of_tars_align_with_array_records(labelled, tmp_path):
   base = make_base(tmp_path, format="array_record")
-  source = build_source(
-    {
-      "type": "array_record",
-      "path": f"{base}/*.array_record",
-      "labels": {k: str(labelled / k) for k in ("depth", "boxes")},
-    }
-  )
+  config = {"type": "array_record", "path": f"{base}/*.array_record"}
+  labels = {k: str(labelled / k) for k in ("depth", "boxes")}
+  source = build_source(config | {"labels": labels})
   for i in range(COUNT):
     check_record(source[i], i)
 
 
 def test_manifest_counts(labelled):
   manifest = json.loads((labelled / "boxes" / "manifest.json").read_text())
-  assert manifest["version"] == 1 and manifest["kind"] == "boxes"
+  assert manifest["version"] == 2 and manifest["kind"] == "boxes"
   assert manifest["settings"] == {"of": "the test"}
   assert (manifest["records"], manifest["labelled"]) == (10, 9)
   assert manifest["boxes"] == sum(i % 5 for i in range(10) if i != 3)
@@ -147,25 +150,13 @@ def test_records_without_captions_are_dropped(tmp_path):
   [
     ("x", ValueError, "expected a dict of folders"),
     ({}, ValueError, "expected a dict of folders"),
-    (
-      {"dept": "x"},
-      ValueError,
-      "kind of labels is 'dept'. Did you mean 'depth'",
-    ),
+    ({"dept": "x"}, ValueError, "labels is 'dept'. Did you mean 'depth'"),
     ({"depth": "nowhere"}, FileNotFoundError, "no folder of labels nowhere"),
     ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*finished"),
     ({"depth": "{}/boxes"}, LabelError, r"'boxes', given as 'depth'.*\(box"),
     ({"depth": {"join": "key"}}, ValueError, "labels.depth.path is missing"),
-    (
-      {"depth": {"path": "{}/depth", "join": "keys"}},
-      ValueError,
-      "labels.depth.join is 'keys'. Did you mean 'key'",
-    ),
-    (
-      {"depth": {"paht": "{}/depth"}},
-      ValueError,
-      "no option 'paht'. Did you mean 'path'",
-    ),
+    ({"depth": {"path": "x", "join": "keys"}}, ValueError, "mean 'key'"),
+    ({"depth": {"paht": "x"}}, ValueError, "'paht'. Did you mean 'path'"),
   ],
 )
 def test_invalid_labels_of_a_config(labelled, labels, error, message):
@@ -175,92 +166,97 @@ def test_invalid_labels_of_a_config(labelled, labels, error, message):
 
 
 def test_a_source_with_the_same_field(labelled):
+  config = {"type": "scenes", "length": 3}
   with pytest.raises(LabelError, match="has depth already"):
-    build_source(
-      {"type": "scenes", "length": 3, "labels": {"depth": f"{labelled}/depth"}}
-    )
+    build_source(config | {"labels": {"depth": f"{labelled}/depth"}})
 
 
-def test_a_set_for_fewer_records(labelled, tmp_path):
-  base = open_base(make_base(tmp_path, count=9))
+@pytest.mark.parametrize(
+  ("count", "message"),
+  [
+    (9, "labels of 1 records of 00002.tar, which has 2"),
+    (8, r"no labels for 1 of 3 shards \(00002\); it has 00000"),
+  ],
+)
+def test_a_set_for_fewer_records_or_shards(labelled, tmp_path, count, message):
+  base = open_base(make_base(tmp_path, count=count))
   make_set(tmp_path / "depth", base, "depth")
-  with pytest.raises(
-    LabelError, match=r"labels of 1 records of 00002.tar, which has 2"
-  ):
-    build_source(entry(labelled, depth=f"{tmp_path}/depth"))
+  with pytest.raises(LabelError, match=message):
+    depth_of(labelled, tmp_path)
 
 
-def test_a_set_for_fewer_shards(labelled, tmp_path):
-  base = open_base(make_base(tmp_path, count=8))
-  make_set(tmp_path / "depth", base, "depth")
-  with pytest.raises(
-    LabelError, match=r"no labels for 1 of 3 shards \(00002\); it has 00000"
-  ):
-    build_source(entry(labelled, depth=f"{tmp_path}/depth"))
-
-
-def test_a_set_for_other_keys(labelled, tmp_path):
+def test_a_set_for_other_records(labelled, tmp_path):
   make_set(tmp_path / "depth", open_base(labelled / "base"), "depth")
   manifest = tmp_path / "depth" / "manifest.json"
   text = manifest.read_text().replace('"000012"', '"990012"')
   manifest.write_text(text)
-  with pytest.raises(
-    LabelError,
-    match="other shards: record 6 .* has the key '000012', expected '990012'",
-  ):
-    build_source(entry(labelled, depth=f"{tmp_path}/depth"))
-
-
-def test_a_set_for_other_images_of_the_same_keys(labelled, tmp_path):
-  make_base(tmp_path / "other", first=100)
+  message = "other shards: record 6 .* key '000012', expected '990012'"
+  with pytest.raises(LabelError, match=message):
+    depth_of(labelled, tmp_path)
+  # Other images of the same keys.
+  other = tmp_path / "other"
+  make_base(other, first=100)
   with pytest.raises(LabelError, match="other images: .* the same key but"):
-    build_source(entry(tmp_path / "other", depth=f"{labelled}/depth"))
+    depth_of(other, labelled)
   # A join by key compares no images.
   labels = {"path": f"{labelled}/depth", "join": "key"}
-  source = build_source(entry(tmp_path / "other", depth=labels))
-  np.testing.assert_array_equal(
-    source[1]["depth"], outcome("depth", 1).label.values
-  )
+  record = build_source(entry(other, depth=labels))[1]
+  expected = outcome("depth", 1).label.values
+  np.testing.assert_array_equal(record["depth"], expected)
 
 
 def test_reading_compares_keys(labelled, tmp_path):
-  base = open_base(labelled / "base")
   make_set(
-    tmp_path / "depth", base, "depth",
+    tmp_path / "depth", open_base(labelled / "base"), "depth",
     key=lambda key: {"000011": "other"}.get(key, key),
   )  # fmt: skip
-  source = build_source(entry(labelled, depth=f"{tmp_path}/depth"))
+  source = depth_of(labelled, tmp_path)
   source[4]
-  with pytest.raises(
-    LabelError,
-    match="label 1 of 00001 is of the record 'other', record 1 of"
-    r" .*00001.tar is '000011'.*join='key'",
-  ):
+  message = (
+    "label 1 of 00001 is of the record 'other', record 1 of"
+    r" .*00001.tar is '000011'.*join='key'"
+  )
+  with pytest.raises(LabelError, match=message):
     source[5]
 
 
 def test_files_that_contradict_the_manifest(labelled, tmp_path):
-  base = open_base(labelled / "base")
-  out = make_set(tmp_path / "depth", base, "depth")
-  array_record.write_bytes(out / "00001.array_record", [b"x"] * 3)
-  with pytest.raises(LabelError, match="00001.array_record contains 3 .* 4"):
-    LabelSet(out, kind="depth")
-  array_record.write_bytes(out / "00001.array_record", [b"x"] * 4)
-  source = build_source(entry(labelled, depth=str(out)))
-  with pytest.raises(
-    BadRecord, match="'000011'.*depth/00001.*:1 is not a depth label"
+  out = tmp_path / "depth"
+  make_set(out, open_base(labelled / "base"), "depth")
+  labels, manifest = out / "00001.blocks", out / "manifest.json"
+  data = bytearray(labels.read_bytes())
+  data[-1] ^= 1
+  labels.write_bytes(data)
+  source = depth_of(labelled, tmp_path)
+  source[4]
+  with pytest.raises(BadRecord, match="label 3 of .* has another checksum"):
+    source[7]
+  data[12] ^= 1
+  labels.write_bytes(data)
+  with pytest.raises(BadRecord, match="is not a block of 4 labels"):
+    depth_of(labelled, tmp_path)[4]
+  content = json.loads(manifest.read_text())
+  for change, error, message in (
+    (
+      lambda: labels.write_bytes(data[:-1]),
+      InputError,
+      "1 of 3 shards in .* have changed.*00001.blocks",
+    ),
+    (labels.unlink, FileNotFoundError, "There is no .*00001.blocks"),
+    (
+      lambda: manifest.write_text(json.dumps(content | {"version": 3})),
+      LabelError,
+      "of version 3, this code reads 1 to 2",
+    ),
+    (
+      lambda: manifest.write_text("{}"),
+      LabelError,
+      "not a manifest of a label set",
+    ),
   ):
-    source[5]
-  (out / "00001.array_record").unlink()
-  with pytest.raises(FileNotFoundError, match="1 of 3 files.*00001.array"):
-    LabelSet(out, kind="depth")
-  manifest = json.loads((out / "manifest.json").read_text())
-  (out / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
-  with pytest.raises(LabelError, match="of version 2, this code reads 1"):
-    LabelSet(out, kind="depth")
-  (out / "manifest.json").write_text("{}")
-  with pytest.raises(LabelError, match="not a manifest of a label set"):
-    LabelSet(out, kind="depth")
+    change()
+    with pytest.raises(error, match=message):
+      LabelSet(out, kind="depth")
 
 
 # --- By key ------------------------------------------------------------------
@@ -283,7 +279,7 @@ def test_a_join_by_key(labelled, copy, caplog):
       assert not {"depth", "boxes"} & record.keys()
   pickled = pickle.dumps(source)
   # A worker maps the table again: pickling would copy all of its bytes.
-  assert b"_table" not in pickled
+  assert label_sets.hash_key("000003").to_bytes(8, "little") not in pickled
   check_record(pickle.loads(pickled)[7], 7)
 
 
@@ -380,30 +376,23 @@ def test_writing_resumes(labelled, tmp_path):
   assert (tmp_path / "manifest.json").read_bytes() == before
   for file in sorted(tmp_path.glob("*.json")):
     assert file.read_text() == (labelled / "depth" / file.name).read_text()
-  for i in range(3):
-    name = f"0000{i}.array_record"
-    assert (tmp_path / name).read_bytes() == (
-      labelled / "depth" / name
-    ).read_bytes()
+  for file in sorted(tmp_path.glob("*.blocks")):
+    assert file.read_bytes() == (labelled / "depth" / file.name).read_bytes()
   # A removed file is written again.
-  (tmp_path / "00001.array_record").unlink()
+  (tmp_path / "00001.blocks").unlink()
   assert again.todo() == [1]
   assert not again.is_done(1)
 
 
 def test_a_finished_set_is_not_overwritten(labelled):
-  base = open_base(labelled / "base")
-  LabelWriter(
-    labelled / "depth", kind="depth", base=base, settings={"of": "the test"}
-  )
+  base, out = open_base(labelled / "base"), labelled / "depth"
+  LabelWriter(out, kind="depth", base=base, settings={"of": "the test"})
   for kind, settings, message in (
     ("boxes", "the test", 'kind: "depth" -> "boxes"'),
     ("depth", "another", 'settings.of: "the test" -> "another"'),
   ):
     with pytest.raises(FileExistsError, match="finished label set") as error:
-      LabelWriter(
-        labelled / "depth", kind=kind, base=base, settings={"of": settings}
-      )
+      LabelWriter(out, kind=kind, base=base, settings={"of": settings})
     assert str(error.value).splitlines()[1:-1] == [f"  {message}"]
 
 
@@ -446,14 +435,6 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
     LabelWriter(out, kind="depth", base=photos, settings=settings)
 
 
-def test_unreadable_settings(labelled, tmp_path):
-  (tmp_path / "settings.json").write_text("[]")
-  with pytest.raises(FileExistsError, match=r"can't be read \(a list\)"):
-    LabelWriter(
-      tmp_path, kind="depth", base=open_base(labelled / "base"), settings={}
-    )
-
-
 def test_the_first_of_many_differences_are_listed():
   stored = {"a": {str(i): i for i in range(30)}}
   requested = {"a": {str(i): -i for i in range(30)}}
@@ -463,35 +444,31 @@ def test_the_first_of_many_differences_are_listed():
   assert lines[-1] == "  ... and 17 more"
   assert not label_sets.format_differences(stored, stored)
   text = label_sets.format_differences({"b": "x" * 99}, {"b": "y"})
-  assert text == f'\n  b: "{"x" * 56}... -> "y"'
+  assert text == f'\n  b: "{"x" * 59}… -> "y"'
 
 
 def test_invalid_folders_kinds_and_sources(labelled, tmp_path):
   base = open_base(labelled / "base")
-  with pytest.raises(ValueError, match="contains the shards themselves"):
-    LabelWriter(labelled / "base", kind="depth", base=base, settings={})
-  with pytest.raises(ValueError, match="kind is 'deep'. Did you mean 'depth'"):
-    LabelWriter(tmp_path, kind="deep", base=base, settings={})
   scenes = build_source({"type": "scenes", "length": 2})
-  with pytest.raises(ValueError, match="SceneSource.* has no files"):
-    LabelWriter(tmp_path, kind="depth", base=scenes, settings={})
+  (tmp_path / "settings.json").write_text("[]")
+  for out, kind, source, error, message in (
+    (labelled / "base", "depth", base, ValueError, "the shards themselves"),
+    (tmp_path, "deep", base, ValueError, "'deep'. Did you mean 'depth'"),
+    (tmp_path, "depth", scenes, ValueError, "SceneSource.* has no files"),
+    (tmp_path, "depth", base, FileExistsError, r"can't be read \(a list\)"),
+  ):
+    with pytest.raises(error, match=message):
+      LabelWriter(out, kind=kind, base=source, settings={})
 
 
 def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
-  with pytest.raises(
-    LabelError, match="None of the 10 records has a label: 10 times 'no file'"
-  ):
-    make_set(
-      tmp_path,
-      open_base(labelled / "base"),
-      "depth",
-      of=lambda kind, i: no_label("no file"),
-    )
+  base = open_base(labelled / "base")
+  message = "None of the 10 records has a label: 10 times 'no file'"
+  with pytest.raises(LabelError, match=message):
+    make_set(tmp_path, base, "depth", of=lambda kind, i: no_label("no file"))
   assert not (tmp_path / "manifest.json").exists()
   # The set is empty, so different settings are not rejected.
-  writer = LabelWriter(
-    tmp_path, kind="depth", base=open_base(labelled / "base"), settings={"b": 1}
-  )
+  writer = LabelWriter(tmp_path, kind="depth", base=base, settings={"b": 1})
   assert writer.todo() == [0, 1, 2]
 
 

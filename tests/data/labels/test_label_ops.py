@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from label_samples import entry, keyed, make_all, make_copy, ramp
+from label_samples import entry, make_all, make_copy, ramp
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.join import join_labels
@@ -265,17 +265,6 @@ def test_labelled_and_unlabelled_sources_mix(labelled, tmp_path):
     np.testing.assert_array_equal(again[1][name], rows[4][name])
 
 
-def test_rows_do_not_depend_on_the_number_of_hosts(labelled):
-  config = {"train": [{"type": "scenes", "size": 32, "length": 20}]}
-  whole, _ = batches(config, 1)
-  halves = [
-    batches(config, 1, process_index=i, process_count=2)[0][0] for i in (0, 1)
-  ]
-  for name, values in whole[0].items():
-    both = np.concatenate([half[name] for half in halves])
-    np.testing.assert_array_equal(both, values)
-
-
 class Wrong(SceneSource):
   """Scenes with labels that can't be used."""
 
@@ -306,20 +295,6 @@ def test_an_op_without_a_source_of_its_field(labelled):
     ValueError, match=r"needs the record fields \['boxes', 'phrases'\]"
   ):
     batches({"train": [entry(labelled, depth=f"{labelled}/depth")]}, 1)
-
-
-def test_workers_read_labels_too(labelled, copy):
-  config = {
-    "train": [entry(labelled, **keyed(copy))],
-    "workers": 1,
-    "threads": 1,
-  }
-  here, stats = batches(config | {"workers": 0}, 2)
-  there, counted = batches(config, 2)
-  for mine, theirs in zip(here, there, strict=True):
-    for name, values in mine.items():
-      np.testing.assert_array_equal(theirs[name], values)
-  assert stats.dropped == counted.dropped and sum(stats.dropped.values()) > 0
 
 
 def test_labels_of_scenes():

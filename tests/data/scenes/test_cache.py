@@ -7,11 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mtv_jax.data import pipeline
-from mtv_jax.data.scenes import cache as cache_lib
 from mtv_jax.data.scenes import render as render_lib
-from mtv_jax.data.scenes.source import SceneSource
-from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.data.scenes.source import MANIFEST, SceneSource
 from mtv_jax.utils.errors import ConfigError
 
 OPTIONS = dict(size=24, length=9, first=5, seed=2)
@@ -82,23 +79,9 @@ def test_other_settings_are_refused(name, value, tmp_path):
 def test_an_unfinished_cache_is_written_again(tmp_path):
   source = SceneSource(**OPTIONS, cache=str(tmp_path))
   want = source[4]
-  manifest = tmp_path / cache_lib.MANIFEST
+  manifest = tmp_path / MANIFEST
   assert json.loads(manifest.read_text())["settings"]["seed"] == 2
   manifest.unlink()
   np.save(tmp_path / "label.npy", np.zeros(3))
   assert_equal_records(SceneSource(**OPTIONS, cache=str(tmp_path))[4], want)
   assert not [*tmp_path.glob("*.tmp")]
-
-
-def test_batches_equal_those_of_rendered_scenes(tmp_path):
-  ops = "decode|canvas(24)|caption(12)|depth(24)|regions(2, phrase_length=6)"
-  batches = []
-  for cache in (None, str(tmp_path)):
-    source = dict(type="scenes", **OPTIONS, cache=cache)
-    options = dict(batch_size=4, seed=1, tokenizer=build_tokenizer("words"))
-    with pipeline.make_loader(
-      dict(train=[source], ops=ops), **options
-    ) as loader:
-      batches.append([next(loader) for _ in range(3)])
-  for rendered, cached in zip(*batches, strict=True):
-    assert_equal_records(cached, rendered)

@@ -23,6 +23,10 @@ def folder(tmp_path, write_image):
   return root
 
 
+def opened(path, **options):
+  return build_source({"type": "folder", "path": str(path), **options})
+
+
 def captions(source):
   return {
     r["key"]: r["captions"] for r in map(source.__getitem__, range(len(source)))
@@ -30,7 +34,7 @@ def captions(source):
 
 
 def test_captions_beside_the_images(folder, caplog):
-  source = build_source(dict(type="folder", path=str(folder)))
+  source = opened(folder)
   assert captions(source) == {
     "a.png": ["a red square"],
     "sub/b.png": ["green", "leaf"],
@@ -46,38 +50,29 @@ def test_captions_beside_the_images(folder, caplog):
 
 def test_a_folder_has_no_folder_of_images(folder):
   for captions in ("required", "ignored"):
-    entry = dict(type="folder", path=str(folder), captions=captions)
     with pytest.raises(InputError, match="leave out `images`"):
-      build_source(entry | dict(images=str(folder)))
+      opened(folder, captions=captions, images=str(folder))
 
 
 def test_images_without_captions(folder):
-  optional = build_source(
-    dict(type="folder", path=str(folder), captions="optional")
-  )
+  optional = opened(folder, captions="optional")
   assert captions(optional) == {
     "a.png": ["a red square"],
     "c.png": [],
     "sub/b.png": ["green", "leaf"],
   }
   (folder / "a.txt").write_bytes(b"\xff\xfe not UTF-8")
-  ignored = build_source(
-    dict(type="folder", path=str(folder), captions="ignored")
-  )
-  assert [ignored[i]["key"] for i in range(3)] == [
-    "a.png",
-    "c.png",
-    "sub/b.png",
-  ]
+  ignored = opened(folder, captions="ignored")
+  keys = [ignored[i]["key"] for i in range(3)]
+  assert keys == ["a.png", "c.png", "sub/b.png"]
   assert "captions" not in ignored[0] and "captions" not in ignored.fields
 
 
 def test_listings(folder, tmp_path):
   table = tmp_path / "pairs.csv"
   table.write_text("file,text\na.png,one\nsub/b.png,two\na.png,three\n")
-  entry = dict(type="folder", path=str(table), images=str(folder))
   columns = dict(image_column="file", caption_column="text")
-  source = build_source(entry | columns)
+  source = opened(table, images=str(folder), **columns)
   assert captions(source) == {"a.png": ["one", "three"], "sub/b.png": ["two"]}
   coco = tmp_path / "captions.json"
   content = {
@@ -85,7 +80,7 @@ def test_listings(folder, tmp_path):
     "annotations": [{"image_id": 7, "caption": "blue"}],
   }
   coco.write_text(json.dumps(content))
-  source = build_source(entry | dict(path=str(coco)))
+  source = opened(coco, images=str(folder))
   assert captions(source) == {"c.png": ["blue"]}
   assert source.read_metadata(0)["image_id"] == 7
 
@@ -93,19 +88,16 @@ def test_listings(folder, tmp_path):
 def test_what_can_not_be_used(folder, tmp_path):
   table = tmp_path / "pairs.csv"
   table.write_text("image,caption\na.png,one\nmissing.png,two\n")
-  entry = dict(type="folder", path=str(table), images=str(folder))
   with pytest.raises(MissingFileError, match="1 of 2 .*missing.png"):
-    build_source(entry)
+    opened(table, images=str(folder))
   (tmp_path / "empty").mkdir()
   for captions_ in ("required", "ignored"):
     with pytest.raises(InputError, match="empty (has|lists) no"):
-      build_source(
-        dict(type="folder", path=str(tmp_path / "empty"), captions=captions_)
-      )
+      opened(tmp_path / "empty", captions=captions_)
   with pytest.raises(InputError, match="is in a bucket"):
-    build_source(dict(type="folder", path="gs://bucket/photos"))
+    opened("gs://bucket/photos")
   with pytest.raises(MissingFileError, match="nowhere"):
-    build_source(dict(type="folder", path=str(tmp_path / "nowhere")))
+    opened(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +105,7 @@ def test_what_can_not_be_used(folder, tmp_path):
 )
 def test_an_image_that_can_not_be_opened(folder, monkeypatch, code):
   """As if a file disappears after its size was read."""
-  source = build_source(
-    dict(type="folder", path=str(folder), captions="ignored")
-  )
+  source = opened(folder, captions="ignored")
   read_bytes = pathlib.Path.read_bytes
 
   def read(path):

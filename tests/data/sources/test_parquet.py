@@ -1,7 +1,6 @@
 """Parquet files as `datasets` writes them, read by row group."""
 
 import io
-import itertools
 import pickle
 import sys
 
@@ -9,12 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtv_jax.config.options import ConfigError
-from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source, open_files
 from mtv_jax.data.sources.parquet import ParquetSource
-from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils.errors import InputError
 
 
@@ -142,12 +138,6 @@ def test_every_file_has_the_columns(folder):
     ParquetSource(f"{folder}/*.parquet")
 
 
-def test_unknown_options(folder):
-  path = f"{folder}/*.parquet"
-  with pytest.raises(ConfigError, match="captions"):
-    build_source({"type": "parquet", "path": path, "captions": "some"})
-
-
 def test_damaged_files(folder):
   first, second = sorted(folder.glob("*.parquet"))
   data = second.read_bytes()
@@ -164,45 +154,3 @@ def test_damaged_files(folder):
   changed = pickle.loads(pickle.dumps(source))
   with pytest.raises(InputError, match="has changed since it was opened"):
     changed[16]
-
-
-def take(source, count, *, start_step=0, **options):
-  loader = make_loader(
-    {"ops": "decode|canvas(2)|caption(16)", **options},
-    tokenizer=build_tokenizer("bytes"),
-    sources=[source],
-    batch_size=4,
-    seed=0,
-    start_step=start_step,
-  )
-  with loader as batches:
-    return [
-      {name: np.array(values) for name, values in batch.items()}
-      for batch in itertools.islice(batches, count)
-    ]
-
-
-def assert_equal(a, b):
-  assert len(a) == len(b)
-  for x, y in zip(a, b, strict=True):
-    assert list(x) == list(y)
-    for name in x:
-      np.testing.assert_array_equal(x[name], y[name])
-
-
-@pytest.mark.parametrize("shuffle", ["global", "block"])
-def test_resume_is_exact(folder, shuffle):
-  source = ParquetSource(f"{folder}/*.parquet")
-  whole = take(source, 10, shuffle=shuffle, threads=3)
-  rows = np.concatenate([b["image"][:, 0, 0, 0] for b in whole])
-  assert sorted(rows[:17].tolist()) == list(range(17))
-  rest = take(source, 4, shuffle=shuffle, threads=1, start_step=6)
-  assert_equal(rest, whole[6:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shuffle", ["global", "block"])
-def test_worker_processes_give_the_same_batches(folder, shuffle):
-  source = ParquetSource(f"{folder}/*.parquet")
-  here = take(source, 5, shuffle=shuffle, threads=2)
-  assert_equal(take(source, 5, shuffle=shuffle, workers=1), here)

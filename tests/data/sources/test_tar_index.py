@@ -5,23 +5,14 @@ import logging
 import os
 import struct
 import tarfile
-import threading
+from concurrent import futures
 from pathlib import Path
 
 import pytest
+from hostile.samples import write_tar
 
 from mtv_jax.data.sources import tar_index, tar_scan
 from mtv_jax.data.sources.tar_scan import IMAGE, JSON, TEXT, TarError
-
-
-def write_tar(path, members, format=tarfile.GNU_FORMAT):
-  """Writes (name, bytes) members."""
-  with tarfile.open(path, "w", format=format) as tar:
-    for name, data in members:
-      info = tarfile.TarInfo(name)
-      info.size = len(data)
-      tar.addfile(info, io.BytesIO(data))
-  return path
 
 
 def plain(count, prefix="", captions=True):
@@ -204,38 +195,22 @@ def test_valid_index_is_not_rebuilt(tmp_path, monkeypatch):
   assert tar_index.build_indices([path]) == before
 
 
-def _newer(path, index):
-  write_tar(path, plain(5))
-
-
-def _touched(path, index):
-  os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-
-
-def _cut(path, index):
-  os.truncate(index, index.stat().st_size - 1)
-
-
-def _foreign(path, index):
-  index.write_bytes(b"something else entirely" * 10)
-
-
 @pytest.mark.parametrize(
-  ("change", "message"),
+  ("change", "count", "message"),
   [
-    (_newer, "the tar has"),
-    (_touched, "the tar was modified at"),
-    (_cut, "truncated"),
-    (_foreign, "not an index of this version"),
+    (lambda tar, index: write_tar(tar, plain(5)), 5, "the tar has"),
+    (lambda tar, index: os.utime(tar, ns=(0, 1)), 300, "was modified at"),
+    (lambda tar, index: os.truncate(index, 9000), 300, "truncated"),
+    (lambda tar, index: index.write_bytes(b"x" * 230), 300, "of this version"),
   ],
 )
-def test_stale_index_is_rebuilt(tmp_path, caplog, change, message):
+def test_stale_index_is_rebuilt(tmp_path, caplog, change, count, message):
   path = write_tar(tmp_path / "a.tar", plain(300))
   (old,) = tar_index.build_indices([path])
   change(path, old.file)
   (new,) = tar_index.build_indices([path])
   assert message in caplog.text and str(old.file) in caplog.text
-  assert new.header.count == (5 if change is _newer else 300)
+  assert new.header.count == count
   # The new index is also written.
   caplog.clear()
   assert tar_index.build_indices([path]) == [new]
@@ -281,18 +256,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_concurrent_builds(tmp_path):
   tars = [write_tar(tmp_path / f"{i}.tar", plain(20)) for i in range(6)]
-  results: list[list] = []
-  threads = [
-    threading.Thread(
-      target=lambda: results.append(tar_index.build_indices(tars))
-    )
-    for _ in range(8)
-  ]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert len(results) == 8
+  with futures.ThreadPoolExecutor(8) as pool:
+    results = list(pool.map(tar_index.build_indices, [tars] * 8))
   assert all(result == results[0] for result in results)
   assert len(list(tmp_path.iterdir())) == 12
 
@@ -346,21 +311,6 @@ def test_empty_tar_has_an_empty_index(tmp_path):
   entries, keys = index.open()
   assert entries.shape == (0,) and keys.shape == (0,)
   assert index.read_keys() == []
-
-
-def test_real_tars_of_coco(tmp_path, shared_data):
-  photos = sorted(Path(shared_data, "coco", "val2017").glob("*.jpg"))[:20]
-  members = []
-  for photo in photos:
-    members += [(photo.name, photo.read_bytes())]
-    members += [(photo.stem + ".txt", photo.stem.encode())]
-  path = write_tar(tmp_path / "coco.tar", members)
-  (index,) = tar_index.build_indices([path])
-  entries, _ = index.open()
-  with path.open("rb") as file:
-    for entry, photo in zip(entries, photos, strict=True):
-      file.seek(int(entry["image"]))
-      assert file.read(int(entry["image_size"])) == photo.read_bytes()
 
 
 @pytest.fixture(autouse=True)
