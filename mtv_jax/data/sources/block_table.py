@@ -106,7 +106,8 @@ class BlockTable:
     if changed:
       raise InputError(
         f"{len(changed)} of {len(files)} shards in {files[0].parent} have"
-        f" changed since their table of blocks was written: {list_first(changed, 3)}. {self.fix}"
+        " changed since their table of blocks was written:"
+        f" {list_first(changed, 3)}. {self.fix}"
       )
     # Blocks of a shard are adjacent.
     starts = np.searchsorted(self.shard, [numbers, np.add(numbers, 1)])
