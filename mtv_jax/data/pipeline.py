@@ -279,10 +279,8 @@ def make_loader(
   earlier batches. For `wanted` and `features`, see `build_ops`.
   """
   if batch_size % process_count or batch_size < 1:
-    raise InputError(
-      f"batch_size={batch_size} is not a multiple of the {process_count}"
-      " processes; each takes an equal share of every batch."
-    )
+    problem = f"is not a multiple of the {process_count} processes"
+    raise InputError(f"batch_size={batch_size} {problem} that share a batch.")
   if not isinstance(config, DataConfig):
     config = sections.read(DataConfig, config, "data")
   ops = build_ops(

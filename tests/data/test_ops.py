@@ -99,13 +99,6 @@ def test_blank_captions_are_skipped():
     assert row["caption_valid"]
 
 
-@pytest.mark.parametrize("captions", [[""], ["  ", "\t"]])
-def test_only_empty_captions_are_a_bad_record(captions, tokenizer):
-  ops = build_ops("caption(8)", tokenizer=tokenizer)
-  with pytest.raises(BadRecord, match="'k9'.*captions are empty"):
-    ops({"key": "k9", "captions": captions}, rng())
-
-
 @pytest.mark.parametrize("record", [{"key": "k"}, {"key": "k", "captions": []}])
 def test_no_captions_are_padding(record, tokenizer):
   ops = build_ops("caption(4)", tokenizer=tokenizer)
@@ -114,16 +107,20 @@ def test_no_captions_are_padding(record, tokenizer):
   assert not row["caption_valid"]
 
 
-def test_a_caption_that_is_not_unicode(tokenizer):
-  ops = build_ops("caption(8)", tokenizer=tokenizer)
-  with pytest.raises(BadRecord, match="not Unicode"):
-    ops({"key": "k", "captions": ["a \ud800"]}, rng())
-
-
-def test_bad_image_names_the_key(tokenizer):
-  ops = build_ops("decode|canvas(8)")
-  with pytest.raises(BadRecord, match="'k3'"):
-    ops({"key": "k3", "image": b"nothing"}, rng())
+@pytest.mark.parametrize(
+  ("ops", "fields", "message"),
+  [
+    ("caption(8)", {"captions": [""]}, "'k9'.*captions are empty"),
+    ("caption(8)", {"captions": ["  ", "\t"]}, "'k9'.*captions are empty"),
+    ("caption(8)", {"captions": ["a \ud800"]}, "not Unicode"),
+    ("decode|canvas(8)", {"image": b"nothing"}, "'k9'"),
+    ("canvas(8)", {"image": b"nothing"}, "put `decode` before"),
+    ("decode|canvas(8)", {"img": b""}, "`decode` .*KeyError.*'image'"),
+  ],
+)
+def test_bad_records_name_the_key(ops, fields, message, tokenizer):
+  with pytest.raises(BadRecord, match=message):
+    build_ops(ops, tokenizer=tokenizer)({"key": "k9"} | fields, rng())
 
 
 @pytest.mark.parametrize(
@@ -139,6 +136,13 @@ def test_bad_image_names_the_key(tokenizer):
     ("decode(canvas_size=4)|canvas(8)", ConfigError, "canvas_size"),
     ("decode", ValueError, "no field"),
     ("decode|canvas(", ConfigError, "character"),
+    ("regions(0)", ConfigError, "count is 0, expected an integer >= 1"),
+    ("regions(4, phrase_length=0)", ConfigError, "phrase_length is 0"),
+    ("regions(4, phrase_length=1)", ConfigError, "is 1, expected .* >= 2"),
+    ("regions(4, pick='best')", ValueError, "pick is 'best'.*random, score"),
+    ("depth(0)", ConfigError, "size is 0"),
+    ("depth(8, min_valid=0)", ConfigError, "min_valid is 0"),
+    ("region(4)", ConfigError, "Did you mean 'regions'"),
   ],
 )
 def test_invalid_config_is_rejected(ops, error, match, tokenizer):
@@ -146,9 +150,10 @@ def test_invalid_config_is_rejected(ops, error, match, tokenizer):
     build_ops(ops, tokenizer=tokenizer)
 
 
-def test_caption_without_a_tokenizer():
-  with pytest.raises(ValueError, match="model.text.tokenizer"):
-    build_ops("decode|canvas(8)|caption(8)")
+@pytest.mark.parametrize("op", ["caption", "regions"])
+def test_text_ops_without_a_tokenizer(op):
+  with pytest.raises(ValueError, match=f"`{op}` but.* model.text.tokenizer"):
+    build_ops(f"decode|canvas(8)|{op}(8)")
 
 
 @pytest.mark.parametrize(
@@ -162,16 +167,6 @@ def test_caption_without_a_tokenizer():
 )
 def test_phrase_length_of_ops(text, length):
   assert phrase_length(text) == length
-
-
-def test_canvas_before_decode(record):
-  with pytest.raises(BadRecord, match="put `decode` before"):
-    build_ops("canvas(8)")(record, rng())
-
-
-def test_missing_field():
-  with pytest.raises(BadRecord, match="`decode` .*KeyError.*'image'"):
-    build_ops("decode|canvas(8)")({"key": "k", "img": b""}, rng())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,10 +144,6 @@ def _read_parquet(file):
 
 
 def _read_table(folder, columns):
-  """Reads a table of a good image and caption, with other columns."""
-  good = {"image": _images(JPEG), "text": ["a"]}
-  columns = good | {k: v() if callable(v) else v for k, v in columns.items()}
-  columns = {k: v for k, v in columns.items() if v is not None}
   return _read_parquet(_write_table(folder, columns))
 
 
@@ -176,32 +172,28 @@ PARQUET.add_table(_read_damaged, DAMAGED_BYTES, expects=ANY)
 PARQUET.add_table(
   _read_table,
   {
-    "no rows": {"image": _images, "text": _bad_utf8},
-    "no columns": {"image": None, "text": None},
-    "no captions": {"text": None},
-    "an image of text": {"image": ["http://x"]},
+    "no rows": {"image": _images(), "text": _bad_utf8()},
+    "no columns": {},
+    "no captions": {"image": _images(JPEG)},
+    "an image of text": {"image": ["http://x"], "text": ["a"]},
   },
 )
-
-
-def _read_images(folder, values):
-  """A good record and one of an image and a caption."""
-  image, captions = values
-  columns = {"image": _images(JPEG, image), "text": captions()}
-  return _read_parquet(_write_table(folder, columns))
-
-
-for _name, _image, _captions in (
-  ("an image of null", None, lambda: ["a", "b"]),
-  ("an image of no bytes", b"", lambda: ["a", "b"]),
-  ("a caption of null", JPEG, lambda: ["a", None]),
-  ("a list of null captions", JPEG, lambda: [["a"], [None, ""]]),
-  ("a caption of 50 MB", JPEG, lambda: ["a", "x" * 50_000_000]),
-  ("a caption that is not UTF-8", JPEG, lambda: _bad_utf8(b"a", b"\xff\xfe")),
-  ("a lone surrogate", JPEG, lambda: _bad_utf8(b"a", b"\xed\xa0\x80")),
-):
-  _row = {_name: (_image, _captions)}
-  PARQUET.add_table(_read_images, _row, expects="skip")
+# After a good row.
+_texts = {
+  "null": ["a", None],
+  "null captions": [["a"], [None, ""]],
+  "20 MB": ["a", "x" * 20_000_000],
+  "bytes that are not UTF-8": _bad_utf8(b"a", b"\xff\xfe"),
+  "a lone surrogate": _bad_utf8(b"a", b"\xed\xa0\x80"),
+}
+_rows = {
+  f"a caption of {name}": {"image": _images(JPEG, JPEG), "text": values}
+  for name, values in _texts.items()
+}
+for _name, _value in {"null": None, "no bytes": b""}.items():
+  _image = {"image": _images(JPEG, _value), "text": ["a", "b"]}
+  _rows[f"an image of {_name}"] = _image
+PARQUET.add_table(_read_table, _rows, expects="skip")
 
 
 @PARQUET.add("a row group of ten million nulls", match="smaller row groups")

@@ -3,7 +3,7 @@
 import json
 import os
 
-import sentencepiece
+import tokenizer_parity
 import tokenizers
 from hostile import foreign_samples
 from hostile.harness import Cases, run_all
@@ -106,15 +106,9 @@ FILES.add_table(_read_config, _unknown, expects="used")
 
 def _train(folder) -> bytes:
   """A small SentencePiece model."""
-  texts = ["a dog and a cat", "a red ball", "two cones and a house"] * 20
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(texts),
-    model_prefix=str(folder / "spiece"),
-    vocab_size=40,
-    hard_vocab_limit=False,
-    minloglevel=2,
-  )
-  return (folder / "spiece.model").read_bytes()
+  file = folder / "spiece.model"
+  tokenizer_parity.train_sentencepiece(file, vocab_size=60)
+  return file.read_bytes()
 
 
 def _read_pieces(folder, change):

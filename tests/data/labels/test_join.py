@@ -12,9 +12,7 @@ from label_samples import (
   COUNT,
   entry,
   keyed,
-  make_all,
   make_base,
-  make_copy,
   make_set,
   open_base,
   outcome,
@@ -31,16 +29,6 @@ from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("labelled"))
-
-
-@pytest.fixture
-def copy(tmp_path):
-  return make_copy(tmp_path)
 
 
 def check_record(record, i):

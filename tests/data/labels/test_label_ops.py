@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from label_samples import entry, make_all, make_copy, ramp
+from label_samples import entry, ramp
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.join import join_labels
@@ -15,17 +15,6 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.tokenizers import build_tokenizer
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("labelled"))
-
-
-@pytest.fixture
-def copy(tmp_path):
-  return make_copy(tmp_path)
-
 
 # --- Ops ---------------------------------------------------------------------
 
@@ -104,11 +93,12 @@ def test_regions_pads_with_zeros():
 
 def test_regions_picks_from_many():
   record = boxes_record(11)
-  first = [tuple(apply("regions(4)", dict(record), seed=s)["box_phrase_id"])
-           for s in range(200)]  # fmt: skip
-  again = [tuple(apply("regions(4)", dict(record), seed=s)["box_phrase_id"])
-           for s in range(3)]  # fmt: skip
-  assert first[:3] == again
+
+  def pick(seed):
+    return tuple(apply("regions(4)", dict(record), seed=seed)["box_phrase_id"])
+
+  first = [pick(seed) for seed in range(200)]
+  assert first[:3] == [pick(seed) for seed in range(3)]
   ids = np.array(first)
   assert all(len(set(row)) == 4 for row in first)
   # Every box is as likely: 4 of 11 in 200 draws, five deviations wide.
@@ -159,26 +149,7 @@ def test_a_phrase_without_tokens_is_dropped():
     assert out["box_valid"].all()
 
 
-@pytest.mark.parametrize(
-  ("text", "message"),
-  [
-    ("regions(0)", "count is 0, expected an integer >= 1"),
-    ("regions(4, phrase_length=0)", "phrase_length is 0"),
-    ("regions(4, phrase_length=1)", "phrase_length is 1, expected .* >= 2"),
-    ("regions(4, pick='best')", "pick is 'best'.*random, score"),
-    ("depth(0)", "size is 0"),
-    ("depth(8, min_valid=0)", "min_valid is 0"),
-    ("region(4)", "Did you mean 'regions'"),
-  ],
-)
-def test_invalid_ops(text, message):
-  with pytest.raises(ValueError, match=message):
-    build_ops(text, tokenizer=TOKENIZER)
-
-
-def test_regions_needs_a_tokenizer_and_matching_labels():
-  with pytest.raises(ValueError, match="`regions` but the model has no token"):
-    build_ops("regions(4)")
+def test_regions_needs_matching_labels():
   record = boxes_record(3) | {"phrases": ["a"]}
   with pytest.raises(BadRecord, match="'k'.*3 boxes, 1 phrases and 3 scores"):
     apply("regions(4)", record)

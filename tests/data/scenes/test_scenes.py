@@ -50,14 +50,9 @@ def test_scenes_equal_those_of_earlier_versions():
   np.testing.assert_allclose(got, [0.591986, 0.931301, 0.43316], rtol=1e-3)
 
 
-def test_index_and_seed_change_the_scene():
-  images = [render(5).image, render(6).image, render(5, seed=1).image]
-  for a, b in ((0, 1), (0, 2), (1, 2)):
-    assert np.mean(cv2.absdiff(images[a], images[b])) > 10
-  assert len({render(5).captions[0], render(5, seed=1).captions[0]}) == 2
-
-
 def test_shapes_and_types(rendered):
+  assert scenes.SEGMENT_NAMES[2:] == scenes.CLASS_NAMES
+  assert {len(scene.objects) for scene in rendered} == {1, 2, 3, 4, 5}
   for scene in rendered[:20]:
     assert scene.image.shape == (96, 96, 3) and scene.image.dtype == np.uint8
     assert scene.depth.shape == (96, 96) and scene.depth.dtype == np.float32
@@ -376,22 +371,6 @@ for index in range({n}):
   assert len(set(captions)) > 0.998 * n
   # A byte tokenizer of 64 tokens sees this much of them.
   assert len({caption[:63] for caption in captions}) > 0.99 * n
-
-
-def test_the_vocabulary_is_large_enough():
-  assert len(scenes.CLASS_NAMES) >= 12
-  assert len(world_lib.COLOURS) >= 10
-  assert len(world_lib.TEXTURES) >= 6
-  assert scenes.SEGMENT_NAMES[2:] == scenes.CLASS_NAMES
-  counts = {len(layout.sample_world(i, 0).objects) for i in range(200)}
-  assert counts == {1, 2, 3, 4, 5}
-
-
-def test_hard_scenes_are_the_default():
-  hard = render(11, size=24, seed=1, difficulty="hard")
-  default = render(11, size=24, seed=1)
-  assert hard.captions == default.captions
-  np.testing.assert_array_equal(hard.image, default.image)
 
 
 def test_easier_scenes_have_less_of_everything():
