@@ -1,5 +1,7 @@
 """A small train state of several dtypes, to save and restore across meshes."""
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,12 @@ class State:
 
 
 def make_mesh(*shape):
-  axis_types = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=axis_types)
+  return jax.make_mesh(
+    shape,
+    ("data", "fsdp", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[: math.prod(shape)],
+  )
 
 
 def spec(leaf):

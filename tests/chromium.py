@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,6 @@ import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _TIMEOUT = 60.0  # Seconds, for one answer.
-
-
-def find_browser():
-  """The path of a Chromium, or None."""
-  return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
@@ -54,14 +48,10 @@ class Browser:
     """Opens a file at a width of the window, and waits until it is loaded."""
     self.messages.clear()
     self._events.clear()
-    self.call(
-      "Emulation.setDeviceMetricsOverride",
-      width=width,
-      height=900,
-      deviceScaleFactor=1,
-      mobile=width < 600,
-    )
-    scheme = {"name": "prefers-color-scheme", "value": "light"}
+    size = dict(width=width, height=900, mobile=width < 600)
+    method = "Emulation.setDeviceMetricsOverride"
+    self.call(method, deviceScaleFactor=1, **size)
+    scheme = {"name": "prefers-color-scheme"}
     scheme["value"] = "dark" if dark else "light"
     self.call("Emulation.setEmulatedMedia", features=[scheme])
     self.call("Page.navigate", url=path.resolve().as_uri())
@@ -95,11 +85,8 @@ class Browser:
   def _note(self, event):
     method = event.get("method", "")
     self._events.append(method)
-    if method in (
-      "Runtime.consoleAPICalled",
-      "Runtime.exceptionThrown",
-      "Log.entryAdded",
-    ):
+    logged = "Runtime.consoleAPICalled", "Runtime.exceptionThrown"
+    if method in (*logged, "Log.entryAdded"):
       self.messages.append(event["params"])
     if method == "Network.requestWillBeSent":
       url = event["params"]["request"]["url"]
@@ -120,14 +107,10 @@ def launch(path):
       "os.execv(sys.argv[1], sys.argv[1:])"
     )
     options = [
-      "--headless",
-      "--no-sandbox",
-      "--disable-gpu",
-      "--disable-dev-shm-usage",
-      "--no-first-run",
-      "--remote-debugging-pipe",
+      "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+      "--disable-dev-shm-usage", "--remote-debugging-pipe",
       f"--user-data-dir={profile}",
-    ]
+    ]  # fmt: skip
     process = subprocess.Popen(
       [sys.executable, "-c", program, path, *options],
       pass_fds=(to_browser, from_browser),

@@ -1,7 +1,9 @@
 """Settings and fixtures that every test shares."""
 
+import itertools
 import os
 import pathlib
+import shutil
 import sys
 
 import filelock
@@ -112,7 +114,7 @@ def browser():
   """A headless Chromium; skips if it is not installed."""
   import chromium
 
-  path = chromium.find_browser()
+  path = next(filter(None, map(shutil.which, chromium.NAMES)), None)
   if path is None:
     pytest.skip(f"needs one of {', '.join(chromium.NAMES)}")
   with chromium.launch(path) as browser:
@@ -152,15 +154,10 @@ def pytest_terminal_summary(terminalreporter):
   """Prints the table of the hostile corpus (`hostile.harness`)."""
   from hostile import harness
 
-  reports = [
-    report
-    for reports in terminalreporter.stats.values()
-    for report in reports
-    if getattr(report, "when", "") == "call"
-  ]
   results = [
     result
-    for report in reports
+    for report in itertools.chain(*terminalreporter.stats.values())
+    if getattr(report, "when", "") == "call"
     for name, result in report.user_properties
     if name == "hostile"
   ]

@@ -34,7 +34,7 @@ def _require(*modules: str) -> None:
     pytest.skip(f"no {missing[0]}: pip install -e '.[buckets,emulators]'")
 
 
-def _free_port() -> int:
+def free_port() -> int:
   with socket.socket() as s:
     s.bind(("localhost", 0))
     return s.getsockname()[1]
@@ -91,7 +91,7 @@ def count_requests() -> Iterator[list[tuple[str, str, int]]]:
 def google_storage() -> Iterator[str]:
   """The URL of a bucket of Google's store."""
   _require("gcsfs", "gcp_storage_emulator")
-  port = _free_port()
+  port = free_port()
   url = f"http://localhost:{port}"
   log = tempfile.mkstemp(prefix="requests")[1]
   env = {
@@ -111,7 +111,7 @@ def google_storage() -> Iterator[str]:
 def amazon_s3() -> Iterator[str]:
   """The URL of a bucket of Amazon's store."""
   _require("s3fs", "moto")
-  port = _free_port()
+  port = free_port()
   env = {
     "AWS_ENDPOINT_URL": f"http://localhost:{port}",
     "AWS_ACCESS_KEY_ID": "test",

@@ -14,6 +14,10 @@ import pytest
 EMPTY = "0" * 40
 
 
+def _digest(data: bytes) -> str:
+  return hashlib.sha1(data).hexdigest()
+
+
 class Hub:
   """Models as `{repo: {revision: commit}}` and `{commit: {path: bytes}}`."""
 
@@ -28,7 +32,7 @@ class Hub:
   def commit(self, repo: str, revision: str, files: dict[str, bytes]) -> str:
     old = self.commits[self.revisions[repo].get(revision, EMPTY)]
     content = old | files
-    digest = hashlib.sha1(repr(sorted(content.items())).encode()).hexdigest()
+    digest = _digest(repr(sorted(content.items())).encode())
     self.commits[digest] = content
     self.revisions[repo][revision] = digest
     return digest
@@ -77,18 +81,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.missing("RevisionNotFound")
       files = self.hub.commits[commit]
       if rest[:1] == ["tree"]:
-        return self.reply(
-          200,
-          [
-            {
-              "type": "file",
-              "path": name,
-              "size": len(data),
-              "oid": hashlib.sha1(data).hexdigest(),
-            }
-            for name, data in files.items()
-          ],
-        )
+        rows = [
+          dict(type="file", path=name, size=len(data), oid=_digest(data))
+          for name, data in files.items()
+        ]
+        return self.reply(200, rows)
       names = [{"rfilename": name} for name in files]
       return self.reply(200, {"id": repo, "sha": commit, "siblings": names})
     repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
@@ -96,7 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     data = self.hub.commits.get(commit, {}).get(name)
     if data is None:
       return self.missing("EntryNotFound")
-    etag = f'"{hashlib.sha1(data).hexdigest()}"'
+    etag = f'"{_digest(data)}"'
     return self.reply(200, data, ETag=etag, X_Repo_Commit=commit)
 
   def do_POST(self):
@@ -108,9 +105,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       return self.reply(401, {"error": "log in"})
     if path == "/api/repos/create":
       fields = json.loads(body)
-      repo = "/".join(
-        filter(None, [fields.get("organization"), fields["name"]])
-      )
+      names = fields.get("organization"), fields["name"]
+      repo = "/".join(filter(None, names))
       self.hub.create(repo)
       return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}"})
     if path == "/api/validate-yaml":
@@ -123,11 +119,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       ]
       return self.reply(200, {"files": files})
     rows = [json.loads(line) for line in body.splitlines()]
-    files = {
-      row["value"]["path"]: base64.b64decode(row["value"]["content"])
-      for row in rows
-      if row["key"] == "file"
-    }
+    values = [row["value"] for row in rows if row["key"] == "file"]
+    files = {v["path"]: base64.b64decode(v["content"]) for v in values}
     commit = self.hub.commit(repo, revision, files)
     url = f"http://{self.headers['Host']}/{repo}/commit/{commit}"
     return self.reply(200, {"commitUrl": url, "commitOid": commit})
@@ -144,9 +137,9 @@ def serve(cache) -> Iterator[Hub]:
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("HF_ENDPOINT", f"http://localhost:{server.server_port}")
     patch.setenv("HF_TOKEN", "hf_test")
-    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    patch.setattr(constants, "HF_HUB_OFFLINE", False)
-    patch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    options = dict(CACHE=str(cache), OFFLINE=False, DISABLE_PROGRESS_BARS=True)
+    for name, value in options.items():
+      patch.setattr(constants, f"HF_HUB_{name}", value)
     yield handler.hub
   server.shutdown()
   server.server_close()

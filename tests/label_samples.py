@@ -27,16 +27,13 @@ def make_base(folder, *, count=COUNT, first=0, format="webdataset"):
   """Shards of `count` images, the numbers of whose pixels begin at `first`."""
   photos = folder / "photos"
   photos.mkdir(parents=True)
-  examples = []
+  examples, base = [], folder / "base"
   for i in range(count):
-    (photos / f"{i}.png").write_bytes(png(first + i))
-    examples.append(
-      listings.Example(f"{i}.png", photos / f"{i}.png", [f"c{i}"])
-    )
-  shards_lib.write(
-    examples, folder / "base", format=format, records_per_shard=PER_SHARD
-  )
-  return folder / "base"
+    photo = photos / f"{i}.png"
+    photo.write_bytes(png(first + i))
+    examples.append(listings.Example(photo.name, photo, [f"c{i}"]))
+  shards_lib.write(examples, base, format=format, records_per_shard=PER_SHARD)
+  return base
 
 
 def open_base(folder):
@@ -75,34 +72,25 @@ def make_all(folder):
 
 
 def entry(folder, **labels):
-  return {
-    "type": "webdataset",
-    "path": f"{folder}/base/*.tar",
-    "labels": labels,
-  }
+  return dict(type="webdataset", path=f"{folder}/base/*.tar", labels=labels)
 
 
 def make_copy(folder):
   """Another copy of the images: shuffled, partial, in different shards."""
   numbers = [9, 3, 0, 7, 1, 5]
+  keys = [f"{i // 4:05d}{i % 4}" for i in numbers]
   records = [
-    {
-      "key": f"{i // 4:05d}{i % 4}",
-      "image": png(i) + b" ",
-      "captions": ["c"],
-      "number": i,
-    }
-    for i in numbers
+    dict(key=key, image=png(i) + b" ", captions=["c"], number=i)
+    for key, i in zip(keys, numbers, strict=True)
   ]
   base = folder / "copy"
   base.mkdir()
   array_record.write(base / "x-0.array_record", records[:5])
   array_record.write(base / "x-1.array_record", records[5:])
   source = open_base(base)
+  relabel = lambda kind, i: outcome(kind, numbers[i])  # noqa: E731
   for kind in ("depth", "boxes"):
-    make_set(
-      folder / kind, source, kind, of=lambda kind, i: outcome(kind, numbers[i])
-    )
+    make_set(folder / kind, source, kind, of=relabel)
   return folder
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from emulators import free_port as free_port
 from xla_options import xla_flags
 
 from mtv_jax.cli import errors
@@ -29,7 +29,7 @@ from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import PreparedInput
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
-from mtv_jax.parallel.mesh import HostRows
+from mtv_jax.parallel.mesh import HostRows, make_mesh
 from mtv_jax.utils import atomic
 
 SHAPES = ((12, 18), (18, 12), (12, 12))
@@ -132,6 +132,26 @@ def open_base(folder):
   return registry.open_files([f"{folder}/*.tar"], captions="optional")
 
 
+def label_images(expert, images, records):
+  """The outcome of each image; all are of one group and fit the rows."""
+  prepared = [
+    expert.prepare(image, {"key": "7", **record})
+    for image, record in zip(images, records, strict=True)
+  ]
+  assert len({item.group for item in prepared}) == 1
+  filled = [prepared[i % len(prepared)] for i in range(expert.rows)]
+  arrays = jax.tree.map(lambda *x: np.stack(x), *[x.arrays for x in filled])
+  out = jax.device_get(expert.run(arrays))
+  return [
+    expert.finish({k: v[i, ...] for k, v in out.items()}, item.meta)
+    for i, item in enumerate(prepared)
+  ]
+
+
+def mesh_of(count):
+  return make_mesh({"data": -1}, jax.devices()[:count])
+
+
 def contents(folder):
   """Every file of a folder, by name."""
   return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -140,11 +160,7 @@ def contents(folder):
 def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
   """Starts this file; it writes "ready" before it labels."""
   root = pathlib.Path(__file__).resolve().parents[1]
-  env = {
-    **os.environ,
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONPATH": str(root),
-  }
+  env = dict(os.environ, XLA_FLAGS=xla_flags(devices), PYTHONPATH=str(root))
   return subprocess.Popen(
     [sys.executable, __file__, kind, base, out, str(delay), *join],
     env=env,
@@ -153,12 +169,6 @@ def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
     stderr=subprocess.PIPE,
     text=True,
   )
-
-
-def free_port():
-  with socket.socket() as taken:
-    taken.bind(("localhost", 0))
-    return taken.getsockname()[1]
 
 
 def claim(folder, name, owner, *, age=0.0):

@@ -28,10 +28,6 @@ def make_outcome(name, depth=0.5, **kwargs):
     sheets={},
   )
   shot = dataclasses.replace(SHOT, protocol={**SHOT.protocol, "encoder": name})
-  fields = {
-    "results": {"depth": depth, "shot": shot},
-    "protocol": {"encoder": name},
-    "version": "0",
-    **kwargs,
-  }
-  return Outcome(name=name, encoder=name, weights="student", **fields)
+  fields = dict(results={"depth": depth, "shot": shot}, version="0")
+  fields |= dict(protocol={"encoder": name}, weights="student") | kwargs
+  return Outcome(name=name, encoder=name, **fields)

@@ -6,6 +6,8 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+from grounding_samples import gradients_of
+from grounding_samples import unit as unit
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.objectives import base
@@ -41,19 +43,8 @@ def koleo(x):
   return total / len(x)
 
 
-def numeric_gradient(function, x, step=1e-5):
-  x = np.array(x, np.float64)
-  gradient = np.zeros_like(x)
-  for index in np.ndindex(*x.shape):
-    up, down = x.copy(), x.copy()
-    up[index] += step
-    down[index] -= step
-    gradient[index] = (function(up) - function(down)) / (2 * step)
-  return gradient
-
-
-def unit(x):
-  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+def numeric_gradient(function, x):
+  return gradients_of(function, x, step=1e-5)[0]
 
 
 def params_of(objective, channels=5, seed=0):

@@ -16,27 +16,18 @@ from mtv_jax.train.spec import ObjectiveWeight, StepSpec, init_params
 
 def dino(**options):
   """DINO on the view of contrast; options as in a config."""
-  own = dict(
-    view_global="image", view_local=None, same_crop="include", prototypes=8
-  )
-  return build_objective("dino", own | options)
+  own = dict(view_global="image", view_local=None, same_crop="include")
+  return build_objective("dino", dict(own, prototypes=8) | options)
 
 
 def make_spec(**changes):
   """Contrast on images of four patches."""
-  spec = ModelSpec.from_config(
-    dict(
-      variant="mu/8",
-      image_size=16,
-      text=dict(variant="mu", length=8, vocab_size=32),
-    )
-  )
+  text = dict(variant="mu", length=8, vocab_size=32)
+  contrast = build_objective("contrastive", dict(init_bias=-2.0))
   spec = StepSpec(
-    model=spec,
+    model=ModelSpec.from_config(dict(variant="mu/8", image_size=16, text=text)),
     dtype="float32",
-    objectives={
-      "contrastive": build_objective("contrastive", dict(init_bias=-2.0))
-    },
+    objectives={"contrastive": contrast},
     weights={"contrastive": ObjectiveWeight(1.0)},
     views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
     seed=0,

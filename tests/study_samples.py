@@ -29,14 +29,11 @@ def write_run(
   """Writes a finished run's folder; `gain` raises its metrics."""
   rng = np.random.default_rng([seed, len(objectives)])
   (folder / "evals").mkdir(parents=True)
-  config = {
-    "seed": seed,
-    "batch_size": 64,
-    "total_steps": steps,
-    "model": {"variant": variant},
-    "objectives": {name: {"weight": 1.0} for name in objectives},
-    "evals": {name: {} for name in METRICS},
-  }
+  config = dict(
+    seed=seed, batch_size=64, total_steps=steps, model={"variant": variant},
+    objectives={name: {"weight": 1.0} for name in objectives},
+    evals={name: {} for name in METRICS},
+  )  # fmt: skip
   (folder / "config.json").write_text(json.dumps(config))
   (folder / "checkpoints" / str(steps)).mkdir(parents=True)
   rows = []
@@ -50,11 +47,9 @@ def write_run(
     rows.append(row | {f"speed/{k}": v for k, v in speed.items()})
   for step in (steps // 2, steps):
     for evaluation, chances in METRICS.items():
-      result = _write_evaluation(
-        folder / "evals" / f"{evaluation}_{step}.json",
-        chances,
-        (gain + 0.02 * rng.normal()) * step / steps,
-      )
+      path = folder / "evals" / f"{evaluation}_{step}.json"
+      reached = (gain + 0.02 * rng.normal()) * step / steps
+      result = _write_evaluation(path, chances, reached)
       values = {f"{evaluation}/{k}": v for k, v in result["metrics"].items()}
       rows.append({"step": step} | values)
   text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -62,16 +57,12 @@ def write_run(
   for name in sheets:
     path = folder / "evals" / f"depth_probe_{steps}" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    ramp = np.add.outer(np.arange(180), np.arange(420)) % 256
-    Image.fromarray(np.stack([ramp, ramp[::-1], ramp], -1).astype("u1")).save(
-      path
-    )
+    ramp = (np.add.outer(np.arange(180), np.arange(420)) % 256).astype("u1")
+    Image.fromarray(np.stack([ramp, ramp[::-1], ramp], -1)).save(path)
   if interference:
-    lines = [
-      json.dumps(_measure(rng, step, objectives))
-      for step in range(100, steps + 1, 100)
-    ]
-    (folder / "interference.jsonl").write_text("\n".join(lines) + "\n")
+    rows = (_measure(rng, i, objectives) for i in range(100, steps + 1, 100))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "interference.jsonl").write_text(text)
   return folder
 
 
@@ -80,57 +71,33 @@ def write_study(folder, kind, arms, *, baseline=None, seeds=3, **options):
   runs = []
   for name, objectives, gain, *more in arms:
     for seed in range(seeds):
-      run = write_run(
-        folder / "runs" / f"{name}-s{seed}",
-        seed=seed,
-        objectives=objectives,
-        gain=gain,
-        **{**options, **dict(*more)},
-      )
-      runs.append(
-        {
-          "name": run.name,
-          "arm": name,
-          "seed": seed,
-          "overrides": [f"seed={seed}"],
-          "steps": 400,
-          "settings": json.loads((run / "config.json").read_text()),
-          "flops": None,
-        }
-      )
-  study = {
-    "format": 1,
-    "fingerprint": "0123",
-    "kind": kind,
-    "config": "study",
-    "baseline": baseline or arms[0][0],
-    "match": "images",
-    "budget": 1.0,
-    "costs": {},
-    "runs": runs,
-  }
+      own = dict(seed=seed, objectives=objectives, gain=gain)
+      path = folder / "runs" / f"{name}-s{seed}"
+      run = write_run(path, **{**own, **options, **dict(*more)})
+      settings = json.loads((run / "config.json").read_text())
+      row = dict(name=run.name, arm=name, seed=seed, steps=400, flops=None)
+      runs.append(row | dict(overrides=[f"seed={seed}"], settings=settings))
+  study = dict(
+    format=1, fingerprint="0123", kind=kind, config="study", match="images",
+    baseline=baseline or arms[0][0], budget=1.0, costs={}, runs=runs,
+  )  # fmt: skip
   (folder / "study.json").write_text(json.dumps(study))
   return folder
 
 
 def _write_evaluation(path, chances, gain):
-  is_depth = "rmse" in chances
-  metrics, errors = {}, {}
-  for k, (name, chance) in enumerate(chances.items()):
-    if name == "rmse":
-      metrics[name] = chance * (0.6 - gain)
-    else:
-      metrics[name] = min(0.95, 0.3 * (k + 1) + gain)
-    errors[name] = 0.01
-  result = {
-    "metrics": metrics,
-    "protocol": {"data_hash": path.stem.rpartition("_")[0]},
-    "chance": {k: v for k, v in chances.items() if v is not None},
-    "units": {"rmse": "m"} if is_depth else {},
-    "lower": ["rmse"] if is_depth else [],
-    "errors": errors,
+  evaluation, is_depth = path.stem.rpartition("_")[0], "rmse" in chances
+  metrics = {
+    name: min(0.95, 0.3 * (k + 1) + gain) for k, name in enumerate(chances)
   }
-  evaluation = path.stem.rpartition("_")[0]
+  if is_depth:
+    metrics["rmse"] = chances["rmse"] * (0.6 - gain)
+  result = dict(
+    metrics=metrics, protocol={"data_hash": evaluation},
+    chance={k: v for k, v in chances.items() if v is not None},
+    units={"rmse": "m"} if is_depth else {},
+    lower=["rmse"] if is_depth else [], errors=dict.fromkeys(chances, 0.01),
+  )  # fmt: skip
   content = {"encoder": "a", "weights": "student", "mtv_jax": "0"}
   path.write_text(json.dumps(content | {"evals": {evaluation: result}}))
   return result
@@ -142,12 +109,10 @@ def _measure(rng, step, objectives):
   cosines = (cosines + cosines.swapaxes(0, 1)) / 2
   cosines[np.arange(size), np.arange(size)] = 1
   upper = cosines[np.triu_indices(size, 1)]
-  return {
-    "step": step,
-    "objectives": list(objectives),
-    "blocks": list(BLOCKS),
-    "norms": rng.uniform(0.1, 2, (size, blocks)).tolist(),
-    "cosines": cosines.tolist(),
-    "conflicts": float((upper < 0).mean()) if upper.size else 0.0,
-    "transfer": rng.uniform(-0.01, 0.03, (size, size)).tolist(),
-  }
+  return dict(
+    step=step, objectives=list(objectives), blocks=list(BLOCKS),
+    norms=rng.uniform(0.1, 2, (size, blocks)).tolist(),
+    cosines=cosines.tolist(),
+    conflicts=float((upper < 0).mean()) if upper.size else 0.0,
+    transfer=rng.uniform(-0.01, 0.03, (size, size)).tolist(),
+  )  # fmt: skip

@@ -42,40 +42,17 @@ TEXTS = [
   "\ufeffbom",
 ]
 # Kinds of SentencePiece models, named after a user.
-GEMMA = {
-  "model_type": "bpe",
-  "vocab_size": 400,
-  "byte_fallback": True,
-  "split_digits": True,
-  "pad_id": 0,
-  "eos_id": 1,
-  "bos_id": 2,
-  "unk_id": 3,
-  "pad_piece": "<pad>",
-  "eos_piece": "<eos>",
-  "bos_piece": "<bos>",
-  "add_dummy_prefix": False,
-  "remove_extra_whitespaces": False,
-  "normalization_rule_name": "identity",
-  "allow_whitespace_only_pieces": True,
-  "user_defined_symbols": [
-    "<mask>",
-    "\n",
-    "\n\n",
-    "\u2581\u2581",
-    "\u2581\u2581\u2581",
-    "<table>",
+_BPE = dict(model_type="bpe", vocab_size=400, byte_fallback=True, pad_id=0)
+GEMMA = dict(
+  _BPE, split_digits=True, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>",
+  eos_piece="<eos>", bos_piece="<bos>", add_dummy_prefix=False,
+  remove_extra_whitespaces=False, normalization_rule_name="identity",
+  allow_whitespace_only_pieces=True,
+  user_defined_symbols=[
+    "<mask>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<table>"
   ],
-}
-TIPS = {
-  "model_type": "bpe",
-  "vocab_size": 400,
-  "byte_fallback": True,
-  "pad_id": 0,
-  "eos_id": 1,
-  "unk_id": 2,
-  "bos_id": 3,
-}
+)  # fmt: skip
+TIPS = dict(_BPE, eos_id=1, unk_id=2, bos_id=3)
 
 
 def train_sentencepiece(path, **options):

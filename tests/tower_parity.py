@@ -13,6 +13,17 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 TOLERANCE = 1e-4
 
 
+def tower(width, depth, heads, mlp_dim, **more):
+  """Section of a transformers config."""
+  return {
+    "hidden_size": width,
+    "num_hidden_layers": depth,
+    "num_attention_heads": heads,
+    "intermediate_size": mlp_dim,
+    **more,
+  }
+
+
 def add_noise(model, *, seed=0, scale=0.1):
   """Adds noise to a torch model, so that no parameter is zero or one."""
   import torch
@@ -71,8 +82,8 @@ def random_params(spec, *, seed=0):
   rng = np.random.default_rng(seed)
   leaves = {}
   for name, leaf in flatten_with_names(two_tower.abstract_params(spec)):
-    scale = 0.02 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
-    value = rng.normal(size=leaf.shape).astype(np.float32) * np.float32(scale)
+    scale = np.float32(0.02 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5)
+    value = rng.normal(size=leaf.shape).astype(np.float32) * scale
     leaves[name] = value + ("scale" in name)
   name = "image/blocks/attention/qkv/bias"
   if spec.image.qkv_bias == "query_value":
@@ -96,27 +107,24 @@ def as_torch(images):
 
 
 @functools.cache
-def _image_function(spec):
-  tower, layers = two_tower.image_tower(spec), tuple(range(spec.image.depth))
-  return jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=layers))
+def _apply_fn(tower, **options):
+  return jax.jit(lambda p, x: tower.apply({"params": p}, x, **options))
 
 
 def run_image(model, images):
   """Output of the image tower of a `ConvertedModel` with all its layers."""
   params = jax.tree.map(jnp.asarray, model.params["image"])
-  return _image_function(model.spec)(params, jnp.asarray(images))
-
-
-@functools.cache
-def _text_function(spec):
-  tower = two_tower.text_tower(spec)
-  return jax.jit(lambda p, x: tower.apply({"params": p}, x))
+  layers = tuple(range(model.spec.image.depth))
+  apply_fn = _apply_fn(two_tower.image_tower(model.spec), taps=layers)
+  return apply_fn(params, jnp.asarray(images))
 
 
 def run_text(model, tokens):
   """Output of the text tower."""
   params = jax.tree.map(jnp.asarray, model.params["text"])
-  return _text_function(model.spec)(params, jnp.asarray(tokens))
+  return _apply_fn(two_tower.text_tower(model.spec))(
+    params, jnp.asarray(tokens)
+  )
 
 
 def largest_difference(pairs):

@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from emulators import free_port
 from xla_options import xla_flags
 
 from mtv_jax.checkpoint.reading import load_tree
@@ -60,12 +60,8 @@ def spawn(
 ) -> subprocess.Popen:
   """Starts Python with arguments; `finish` shows its output."""
   env = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONWARNINGS": "default",
-  }
+    **cpu_env(devices), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "default"
+  }  # fmt: skip
   workdir.parent.mkdir(parents=True, exist_ok=True)
   # The child process has its own handle.
   with open(f"{workdir}.log", "a") as log:
@@ -92,9 +88,24 @@ def train(workdir: pathlib.Path, *args: str, **options) -> None:
 
 def free_address() -> str:
   """An address for `jax.distributed`."""
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    return f"localhost:{s.getsockname()[1]}"
+  return f"localhost:{free_port()}"
+
+
+def cpu_env(devices: int) -> dict[str, str]:
+  """This environment, with so many CPU devices."""
+  flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+  return {**os.environ, **flags}
+
+
+@contextlib.contextmanager
+def killing(running: list[subprocess.Popen]) -> Iterator[None]:
+  """Kills the processes at the end."""
+  try:
+    yield
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
 
 
 def run_pair(code: str, *args: str, devices: int) -> None:
@@ -103,29 +114,20 @@ def run_pair(code: str, *args: str, devices: int) -> None:
   `process` is 0 or 1 there, and `args` follow in `sys.argv[1:]`.
   """
   address = free_address()
-  env = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": xla_flags(devices),
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-  }
+  paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  env = {**cpu_env(devices), "PYTHONPATH": paths}
   join = (
     "import jax; process = {}\n"
     "jax.config.update('jax_cpu_collectives_implementation', 'gloo')\n"
     "jax.distributed.initialize({!r}, 2, process)\n"
   )
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-c", join.format(i, address) + code, *args], env=env
-    )
+  commands = [
+    [sys.executable, "-c", join.format(i, address) + code, *args]
     for i in range(2)
   ]
-  try:
+  running = [subprocess.Popen(command, env=env) for command in commands]
+  with killing(running):
     assert [process.wait(timeout=600) for process in running] == [0, 0]
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
 
 
 @contextlib.contextmanager
@@ -141,24 +143,13 @@ def together(
   Arguments and options are passed to `start`.
   """
   address = free_address()
-  joins = [
-    (
-      f"--coordinator={address}",
-      f"--processes={count}",
-      f"--process={i}",
-    )
-    for i in range(count)
-  ]
-  running = [
-    start(workdir, *(join if count > 1 else ()), *args, **options)
-    for join in joins
-  ]
-  try:
+  running = []
+  with killing(running):
+    for i in range(count):
+      join = f"--coordinator={address} --processes={count} --process={i}"
+      join = join.split() if count > 1 else ()
+      running.append(start(workdir, *join, *args, **options))
     yield running
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
 
 
 def pair(
@@ -174,8 +165,7 @@ def rows(workdir: pathlib.Path) -> list[dict]:
   """The lines of metrics.jsonl."""
   path = workdir / "metrics.jsonl"
   text = path.read_text() if path.exists() else ""
-  lines = text.split("\n")[:-1]
-  return [json.loads(line) for line in lines]
+  return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def log(workdir: pathlib.Path) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.main import run_module
-from mtv_jax.report.charts import Series, line_chart, thin_out, write_files
+from mtv_jax.report.charts import Series, line_chart, thin_out, to_file
 from mtv_jax.train.runtime.launch import launch
 from mtv_jax.utils import atomic
 
@@ -49,7 +49,10 @@ def run(
     return 1
   result = summarize(samples, output / "run")
   atomic.write_text(output / "soak.json", json.dumps(result, indent=1) + "\n")
-  write_files(draw(result), output)
+  (output / "charts").mkdir(exist_ok=True)
+  for chart in draw(result):
+    path = output / "charts" / f"{chart.name}.svg"
+    atomic.write_text(path, to_file(chart))
   for name in ("memory_growth_mb", "open_files_growth", "step_ms_ratio"):
     print(f"{name}: {result[name]:.3g}")
   flat = result["memory_growth_mb"] < _MAX_GROWTH

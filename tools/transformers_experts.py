@@ -13,8 +13,7 @@ import transformers
 
 from mtv_jax.data import tokenizers
 from mtv_jax.experts.owlv2 import expert as owlv2
-from mtv_jax.perf.bench import depth_anything, experts
-from mtv_jax.perf.bench import owlv2 as owlv2_bench
+from mtv_jax.perf.bench import experts
 
 VERSIONS = {
   "torch": torch.__version__,
@@ -24,7 +23,7 @@ VERSIONS = {
 
 def write_depth_anything(variant: str, folder: pathlib.Path) -> Any:
   """Writes a Depth Anything V2 folder; returns the model."""
-  config = depth_anything.make_config(variant)
+  config = experts.DepthAnything.make_config(variant)
   config = transformers.DepthAnythingConfig(**config)
   model = transformers.DepthAnythingForDepthEstimation(config).eval()
   randomise(model, torch.Generator().manual_seed(0))
@@ -49,14 +48,14 @@ def randomise(model: Any, generator: torch.Generator) -> None:
 
 def run_depth_anything(model: Any, batch_size: int) -> Callable[[], Any]:
   """A function that computes the depth maps of one batch."""
-  pixels = _pixels(batch_size, depth_anything.SIZE)
+  pixels = _pixels(batch_size, experts.SIZE)
   return lambda: model(pixel_values=pixels).predicted_depth
 
 
 def write_owlv2(variant: str, folder: pathlib.Path) -> Any:
   """Writes an OWLv2 folder; returns the model."""
   torch.manual_seed(0)
-  config = transformers.Owlv2Config(**owlv2_bench.CONFIGS[variant])
+  config = transformers.Owlv2Config(**experts.OWLV2_CONFIGS[variant])
   model = transformers.Owlv2ForObjectDetection(config).eval()
   # With the default initialisation, each box is empty or the whole image.
   with torch.no_grad():
@@ -73,7 +72,7 @@ def run_owlv2(model: Any, batch_size: int) -> Callable[[], Any]:
   """A function that computes scores, including the text tower (1 % of time)."""
   pixels = _pixels(batch_size, model.config.vision_config.image_size)
   tokenizer = tokenizers.build_tokenizer("bytes")
-  tokens = tokenizer.encode(owlv2_bench.PHRASES, 16)
+  tokens = tokenizer.encode(experts.PHRASES, 16)
   tokens = torch.from_numpy(np.tile(tokens, (batch_size, 1))).long()
 
   def run() -> torch.Tensor:

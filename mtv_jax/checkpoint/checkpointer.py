@@ -17,16 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mtv_jax.checkpoint import checksums, reading
-from mtv_jax.checkpoint.partial_restore import (
-  CheckpointMismatchError,
-  first_lines,
-)
+from mtv_jax.checkpoint.partial_restore import CheckpointMismatchError
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
 from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.parallel.distributed import any_process
-from mtv_jax.utils.errors import UserError
+from mtv_jax.utils.errors import UserError, printable
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -34,6 +32,8 @@ log = logging.getLogger(__name__)
 # Multi-process runs poll a save at multiples of this step: agreeing on its
 # outcome blocks on the devices.
 _POLL_STEPS = 10
+# End of a TensorStore message.
+_DETAILS = re.compile(r" \[(?:source locations|tensorstore_spec)=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,6 @@ class RetrySchedule:
     fraction = 2.0 ** min(self.failures - 5, 0)  # 1/16, 1/8, ..., 1
     self.due_at = step + max(1, int(self.every_steps * fraction))
 
-  def reset(self) -> None:
-    """Clears the failures after a complete save."""
-    self.failures, self.due_at = 0, None
-
-
-@dataclasses.dataclass
-class PendingSave:
-  """A started save with an unknown outcome."""
-
-  step: int
-  error: Exception | None = None  # Raised by its start.
-
 
 class Checkpointer:
   """Saves and restores the whole train state of a run.
@@ -112,16 +100,10 @@ class Checkpointer:
   stay. On exit, the context manager waits for the pending save, which an
   exiting interpreter would abort.
 
-  Args:
-    folder: the run's `checkpoints` folder, created if missing. Unfinished
-      checkpoints of a killed run are never read, and deleted unless `folder`
-      is a URL.
-    every_steps: `due(step)` is true at its multiples.
-    keep: number of latest checkpoints to keep.
-    keep_every: also keep checkpoints at multiples of this step; None or 0 to
-      disable.
-    retries: number of retries of a failed save.
-    before_save: called before a save starts.
+  Creates `folder` if it is missing. Unfinished checkpoints of a killed run are
+  never read, and deleted unless `folder` is a URL. Keeps the latest `keep`
+  checkpoints and those at multiples of `keep_every`. `before_save` is called
+  before a save starts.
   """
 
   def __init__(
@@ -139,7 +121,9 @@ class Checkpointer:
     self._keep, self._keep_every = keep, keep_every
     self._before_save = before_save
     self._retry = RetrySchedule(every_steps, retries)
-    self._pending: PendingSave | None = None
+    # Step of a started save with an unknown outcome, and its start's error.
+    self._pending: int | None = None
+    self._start_error: Exception | None = None
     # None after a failed save if the storage can't be reopened.
     self._manager: ocp.CheckpointManager | None = self._open()
     # Whether the storage is known to hold checkpoints.
@@ -164,7 +148,7 @@ class Checkpointer:
     return self._manager
 
   def due(self, step: int) -> bool:
-    """Whether to save: a multiple of `every_steps`, step 1, or a retry.
+    """Whether to save: a multiple of `every_steps`, a retry, or step 1.
 
     The save at step 1 detects unusable storage early.
     """
@@ -182,15 +166,11 @@ class Checkpointer:
   def save(
     self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None
   ) -> None:
-    """Starts a save; returns once the arrays may be donated.
+    """Starts a save of a tree of arrays; returns once they may be donated.
 
     Waits for an earlier save, then writes in the background; `poll` and `wait`
-    report failures. Does nothing if the step is already saved.
-
-    Args:
-      step: number of completed updates.
-      state: a tree of arrays.
-      timing: JSON-serializable; restored with the state.
+    report failures. Does nothing if the step is already saved. `timing` is
+    JSON-serializable and restored with the state.
     """
     if error := self._finish():
       log.warning("%s", error)
@@ -206,28 +186,26 @@ class Checkpointer:
       state=ocp.args.PyTreeSave(unflatten_names(flat)),
       **{name: ocp.args.JsonSave(item) for name, item in items.items()},
     )
-    self._pending = PendingSave(step)
+    self._pending, self._start_error = step, None
     try:
       # The caller decides when to save.
       self._open_manager().save(step, args=args, force=True)
     except Exception as error:
-      self._pending.error = error
+      self._start_error = error
 
   @property
   def saving(self) -> bool:
     """Whether a save is in progress."""
-    started = self._pending is not None and self._pending.error is None
+    started = self._pending is not None and self._start_error is None
     return started and self._manager.is_saving_in_progress()
 
   def poll(self, step: int) -> None:
     """Checks whether the pending save has ended; call it every step.
 
-    Raises:
-      CheckpointSaveError: the save failed and is not retried.
+    Raises CheckpointSaveError if the save failed and is not retried.
     """
-    if self._pending is None:
-      return
-    if jax.process_count() > 1 and step % _POLL_STEPS:
+    skips = jax.process_count() > 1 and step % _POLL_STEPS
+    if self._pending is None or skips:
       return
     retry = self._retry
     # Once no retry is left, waits for the outcome of this save.
@@ -243,11 +221,7 @@ class Checkpointer:
       )
 
   def wait(self) -> None:
-    """Waits for the pending save.
-
-    Raises:
-      CheckpointSaveError: the save failed.
-    """
+    """Waits for the pending save; raises CheckpointSaveError if it failed."""
     if error := self._finish():
       raise error
 
@@ -255,8 +229,7 @@ class Checkpointer:
     """Waits for the pending save; returns its error, if any."""
     if self._pending is None:
       return None
-    step, error = self._pending.step, self._pending.error
-    self._pending = None
+    step, error, self._pending = self._pending, self._start_error, None
     try:
       if self._manager is not None:
         self._manager.wait_until_finished()
@@ -264,7 +237,8 @@ class Checkpointer:
       error = error or failure
     cause = "another process failed"
     if error is not None:
-      cause = f"{type(error).__name__}: {_shorten(str(error))}"
+      text = printable(_DETAILS.split(str(error))[0])
+      cause = f"{type(error).__name__}: {text}"
     saved = not any_process(error is not None)
     if not saved:
       # Reopening also removes the partial files: the disk may be full.
@@ -274,7 +248,7 @@ class Checkpointer:
         log.warning("Saved step %d in %s, but %s.", step, self.folder, cause)
     if saved:
       self._has_saved = True
-      self._retry.reset()
+      self._retry.failures, self._retry.due_at = 0, None
       return None
     self._retry.failures += 1
     last = f"the last one is of step {max(steps)}" if steps else "there is none"
@@ -297,9 +271,8 @@ class Checkpointer:
 
   def _cached_steps(self) -> list[int]:
     """Steps of the complete checkpoints known to the manager."""
-    if self._manager is None:
-      return self._list_steps()
-    return sorted(self._manager.all_steps())
+    manager = self._manager
+    return sorted(manager.all_steps()) if manager else self._list_steps()
 
   def _list_steps(self) -> list[int]:
     try:
@@ -324,12 +297,9 @@ class Checkpointer:
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
         arrays). Leaves without a sharding go to the first local device.
-      step: the latest by default.
+      step: the latest by default; None is returned if the run has none.
       latest_good: if a checkpoint is damaged, rename it to `STEP.damaged` and
         restore the one before it.
-
-    Returns:
-      None if `step` is None and the run lacks checkpoints.
 
     Raises:
       MissingFileError: the step does not exist.
@@ -347,13 +317,12 @@ class Checkpointer:
     for candidate in candidates:
       try:
         restored = self._restore(abstract_state, candidate, steps)
+        break
       except DamagedCheckpointError as error:
         if not latest_good or candidate == candidates[-1]:
           raise
         log.warning("%s", error)
         damaged.append(candidate)
-      else:
-        break
     # Only now, so that a run without a good checkpoint keeps all of them.
     for bad in damaged:
       self._set_aside(bad)
@@ -383,19 +352,14 @@ class Checkpointer:
       )
     with reading.report_damage(self.folder, step, steps):
       reading.verify_arrays(arrays, stored)
-    state = jax.tree.unflatten(
-      jax.tree.structure(abstract_state), arrays.values()
-    )
-    return Restored(state, timing, step)
+    structure = jax.tree.structure(abstract_state)
+    return Restored(structure.unflatten(arrays.values()), timing, step)
 
   def _set_aside(self, step: int) -> None:
     """Renames a damaged checkpoint so that its step can be saved again."""
     path, error = self.folder / str(step), None
-    name = next(
-      name
-      for name in (f"{step}.damaged{i or ''}" for i in itertools.count())
-      if not (self.folder / name).exists()
-    )
+    names = (f"{step}.damaged{i or ''}" for i in itertools.count())
+    name = next(name for name in names if not (self.folder / name).exists())
     if jax.process_index() == 0:
       try:
         path.rename(self.folder / name)
@@ -403,9 +367,8 @@ class Checkpointer:
         error = failure
     if any_process(error is not None):
       cause = error or "process 0 failed"
-      raise CheckpointSaveError(
-        f"the damaged checkpoint {path} can't be renamed to {name}: {cause}."
-      ) from error
+      what = f"the damaged checkpoint {path} can't be renamed to {name}"
+      raise CheckpointSaveError(f"{what}: {cause}.") from error
     log.warning("Renamed the damaged checkpoint %s to %s.", path, name)
     self._open_manager().reload()
 
@@ -447,12 +410,6 @@ class Checkpointer:
       if error is None:
         raise
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
-
-
-def _shorten(text: str) -> str:
-  """Shortens a TensorStore message: no source locations, no spec."""
-  text = re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
-  return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -11,19 +11,12 @@ import jax
 import numpy as np
 
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import closest_names, flatten_with_names, select_names
 
 
 class CheckpointMismatchError(InputError):
   """Raised if a checkpoint's names, shapes or types are not as expected."""
-
-
-def first_lines(lines: Sequence[str], limit: int) -> str:
-  """The first `limit` lines, and the number of further lines."""
-  shown = [f"  {line}" for line in lines[:limit]]
-  if len(lines) > limit:
-    shown.append(f"  ... and {len(lines) - limit} more")
-  return "\n".join(shown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +59,9 @@ def merge_params(
 ) -> tuple[Any, MergeReport]:
   """Copies matching arrays of a source tree into a copy of `target_params`.
 
+  Loaded parameters are numpy arrays of the target's dtype. The error about low
+  coverage has the report.
+
   Args:
     target_params: a tree of arrays.
     source_tree: a tree of arrays, such as `load_tree` returns.
@@ -76,39 +72,38 @@ def merge_params(
     optional: a regex matched at the start of names. Each distinct match is a
       group, such as a head. A group stays unchanged and is not wanted, unless
       the source has all of it with equal shapes.
-
-  Returns:
-    The parameters and the report. Loaded parameters are numpy arrays of the
-    target's dtype.
-
-  Raises:
-    CheckpointMismatchError: coverage is too low; the message has the report.
-    InputError: an include matches nothing, or two source names collide.
   """
   target = dict(flatten_with_names(target_params))
   source = _rename(dict(flatten_with_names(source_tree)), rename)
   wanted = select_names(target, include, what="init.include", unused="error")
-  untouched = _lacking_groups(optional, wanted, target, source)
+  fits = {
+    name
+    for name in source.keys() & {*wanted}
+    if source[name].shape == target[name].shape
+  }
+  lacking = {}  # Optional groups that the source lacks in part, in order.
+  for name in wanted:
+    if optional and name not in fits and (match := re.match(optional, name)):
+      lacking[match[0]] = None
+  untouched = tuple(lacking)
   if untouched:
     wanted = [name for name in wanted if not name.startswith(untouched)]
-  out = dict(target)
-  loaded, missing, mismatched = [], [], {}
-  for name in wanted:
-    if name not in source:
-      missing.append(name)
-    elif tuple(source[name].shape) != tuple(target[name].shape):
-      mismatched[name] = tuple(source[name].shape), tuple(target[name].shape)
-    else:
-      out[name] = np.asarray(source[name]).astype(target[name].dtype)
-      loaded.append(name)
+  loaded = [name for name in wanted if name in fits]
+  new = {n: np.asarray(source[n]).astype(target[n].dtype) for n in loaded}
+  shapes = {
+    name: (tuple(source[name].shape), tuple(target[name].shape))
+    for name in wanted
+    if name in source and name not in fits
+  }
+  missing = tuple(name for name in wanted if name not in source)
   size, total = (
     sum(target[name].size for name in names) for names in (loaded, wanted)
   )
   report = MergeReport(
     tuple(loaded),
-    tuple(missing),
+    missing,
     tuple(name for name in source if name not in target),
-    mismatched,
+    shapes,
     size / total if total else 1.0,
     untouched,
   )
@@ -124,22 +119,7 @@ def merge_params(
       f" {100 * min_coverage:g} % expected (init.min_coverage).\n{report}{hint}"
     )
   structure = jax.tree.structure(target_params)
-  return jax.tree.unflatten(structure, list(out.values())), report
-
-
-def _lacking_groups(
-  optional: str | None,
-  names: Sequence[str],
-  target: Mapping[str, Any],
-  source: Mapping[str, Any],
-) -> tuple[str, ...]:
-  """The optional groups that the source lacks in part."""
-  lacking = {}  # In order.
-  for name in names:
-    same = name in source and source[name].shape == target[name].shape
-    if optional and not same and (match := re.match(optional, name)):
-      lacking[match[0]] = None
-  return tuple(lacking)
+  return jax.tree.unflatten(structure, (target | new).values()), report
 
 
 def _rename(

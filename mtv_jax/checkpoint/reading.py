@@ -27,7 +27,6 @@ import tensorstore as ts
 from etils import epath
 
 from mtv_jax.checkpoint import checksums
-from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
@@ -35,6 +34,7 @@ from mtv_jax.utils.errors import (
   StorageError,
   UserError,
 )
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def load_tree(
     folder = folder / "checkpoints"
   if not folder.exists():
     raise MissingFileError(f"{folder} does not exist.")
-  steps = list_steps(folder)
-  if not steps:
+  if not (steps := list_steps(folder)):
     raise MissingFileError(f"no complete checkpoint in {folder}.")
   step = max(steps) if step is None else step
   require_step(folder, step, steps)
@@ -115,10 +114,8 @@ def load_tree(
     saved = read_index(item, stored)
     wanted = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
     if not wanted:
-      raise InputError(
-        f"{item} has no {part!r}. Its parts are:"
-        f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
-      )
+      parts = ", ".join(sorted({name.split("/")[0] for name in saved}))
+      raise InputError(f"{item} has no {part!r}. Its parts are: {parts}.")
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     arrays = read_arrays(item, wanted, dict.fromkeys(wanted, as_numpy))
     verify_arrays(arrays, stored)
@@ -157,16 +154,15 @@ def read_arrays(
   The bare handler runs without barriers, so a single process may call it.
   """
   silence_orbax_tracebacks()
-  restored = ocp.PyTreeCheckpointHandler().restore(
-    item,
-    args=ocp.args.PyTreeRestore(
-      unflatten_names(
-        {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in wanted.items()}
-      ),
-      restore_args=unflatten_names(restore_args),
-      partial_restore=True,
-    ),
+  shapes = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()
+  }
+  args = ocp.args.PyTreeRestore(
+    unflatten_names(shapes),
+    restore_args=unflatten_names(restore_args),
+    partial_restore=True,
   )
+  restored = ocp.PyTreeCheckpointHandler().restore(item, args=args)
   arrays = dict(flatten_with_names(restored))
   return {name: arrays[name] for name in wanted}
 
@@ -204,21 +200,13 @@ def restore_json_item(item: epath.Path) -> Any:
   return ocp.JsonCheckpointHandler().restore(item, args=ocp.args.JsonRestore())
 
 
-# ---------------------------------------------------------------------------
-# Checksums.
-
-
 def make_json_items(
   arrays: checksums.Flat, timing: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
   """The items `timing` and `checksums`; every process must call it."""
   timing = {**timing, _HAS_CHECKSUMS: _VERSION}
-  stored = {
-    "version": _VERSION,
-    "arrays": checksums.describe_arrays(arrays),
-    "timing": _hash(timing),
-  }
-  return {"timing": timing, "checksums": stored}
+  sums = {"arrays": checksums.describe_arrays(arrays), "timing": _hash(timing)}
+  return {"timing": timing, "checksums": {"version": _VERSION, **sums}}
 
 
 def read_checksums(checkpoint: epath.Path) -> dict[str, str] | None:
@@ -267,23 +255,17 @@ def _require_equal(
   names = sorted({*actual, *stored})
   wrong = [name for name in names if actual.get(name) != stored.get(name)]
   if wrong:
+    share = f"{len(wrong)} of {len(names)} arrays"
     raise _ChecksumError(
-      f"the {what} of {len(wrong)} of {len(names)} arrays differ from those"
-      f" stored with them:\n{first_lines(wrong, 5)}"
+      f"the stored {what} of {share} differ:\n{first_lines(wrong, 5)}"
     )
-
-
-# ---------------------------------------------------------------------------
-# Errors.
 
 
 def require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
   """Raises MissingFileError unless the step is in `steps`."""
   if step not in steps:
-    raise MissingFileError(
-      f"no checkpoint of step {step} in {folder}. Its steps are:"
-      f" {', '.join(map(str, sorted(steps))) or 'none'}."
-    )
+    there = f"Its steps are: {', '.join(map(str, sorted(steps))) or 'none'}."
+    raise MissingFileError(f"no checkpoint of step {step} in {folder}. {there}")
 
 
 @contextlib.contextmanager
@@ -293,35 +275,27 @@ def report_damage(
   """Turns the exceptions that damaged files cause into DamagedCheckpointError.
 
   Few libraries expect a changed bit, so almost any exception counts. Lack of
-  permission or memory does not.
-
-  Raises:
-    StorageError: the storage does not answer.
+  permission or memory does not. StorageError: the storage does not answer.
   """
   try:
     yield
   except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:
+    path = folder / str(step)
+    cause = f"{type(error).__name__}: {str(error)[:300]}"
     if _is_storage_error(error):
       raise StorageError(
-        f"{folder}/{step} can't be read ({type(error).__name__}:"
-        f" {str(error)[:300]}). Try again when its storage answers."
+        f"{path} can't be read ({cause}). Try again when its storage answers."
       ) from error
-    earlier = [s for s in steps if s < step]
     instead = "There is no earlier one."
-    if earlier:
-      instead = (
-        f"Training with --restore=latest_good can resume from step "
-        f"{max(earlier)}, the checkpoint before it."
-      )
-    cause = str(error)[:300]
-    if not isinstance(error, _ChecksumError):
-      cause = (
-        f"its files are missing or corrupt ({type(error).__name__}: {cause})"
-      )
+    if earlier := [s for s in steps if s < step]:
+      option = "Training with --restore=latest_good can resume from step"
+      instead = f"{option} {max(earlier)}, the checkpoint before it."
+    is_sum = isinstance(error, _ChecksumError)
+    cause = error if is_sum else f"its files are missing or corrupt ({cause})"
     raise DamagedCheckpointError(
-      f"{folder}/{step} is damaged: {cause}.\n{instead}"
+      f"{path} is damaged: {cause}.\n{instead}"
     ) from error
 
 

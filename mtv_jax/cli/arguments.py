@@ -1,6 +1,7 @@
 """Command-line arguments from function signatures."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -89,9 +90,7 @@ def _is_flags(annotation: Any) -> bool:
   return isinstance(annotation, type) and issubclass(annotation, Flags)
 
 
-def _parameters(
-  function: Callable[..., Any],
-) -> Mapping[str, inspect.Parameter]:
+def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
   return inspect.signature(function, eval_str=True).parameters
 
 
@@ -107,15 +106,12 @@ def _read_helps(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def _integer(least: int, text: str) -> int:
-  try:
-    value = int(text)
-  except ValueError:
-    raise argparse.ArgumentTypeError(
-      f"{text!r}: expected an integer of at least {least}"
-    ) from None
-  if value < least:
-    raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
-  return value
+  with contextlib.suppress(ValueError):
+    if (value := int(text)) >= least:
+      return value
+  raise argparse.ArgumentTypeError(
+    f"{text!r}: expected an integer of at least {least}"
+  )
 
 
 class Config(Flags):
@@ -195,15 +191,7 @@ def initialize_distributed(args: Distributed) -> None:
 
 
 def check_writable(folder: str, *parts: str) -> None:
-  """Checks early that a folder can be written.
-
-  Args:
-    folder: --output.
-    *parts: path of a subfolder.
-
-  Raises:
-    InputError: the folder or one of its parents is a file or not writable.
-  """
+  """Checks early that a subfolder of --output can be written."""
   if "\0" in folder:
     raise InputError(f"--output={folder!r} has the character NUL.")
   path = pathlib.Path(folder, *parts).absolute()

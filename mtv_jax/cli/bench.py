@@ -32,13 +32,10 @@ COMMANDS = {
   "decoding": ("bench.decoding:run", "canvases of photos, DINOv2's views"),
   "step": ("bench.step:run", "train step against matrix products"),
   "views": ("bench.step:time_views", "views against the step and decoding"),
-  "interference": (
-    "bench.step:time_interference",
-    "interference meter against the train step",
-  ),
+  "interference": ("bench.step:time_interference", "meter against the step"),
   "gradient_norms": (
-    "bench.gradient_norms:run",
-    "balance of a run's gradients by objective, from its log",
+    "bench.step:measure_norms",
+    "balance of a run's gradients",
   ),
   "eval": ("bench.evals:run", "images to features against the forward pass"),
   "checkpoint": ("bench.checkpoints:run", "saving, restoring against the disk"),

@@ -52,11 +52,7 @@ class Flags(evaluate.Evaluations, arguments.Weights, arguments.Distributed):
 EPILOG = evaluate.EPILOG
 
 
-def run(
-  encoders: Sequence[str],
-  /,
-  args: Flags,
-) -> None:
+def run(encoders: Sequence[str], /, args: Flags) -> None:
   """Runs missing evaluations and writes; raises SystemExit listing failures.
 
   Args:
@@ -85,8 +81,8 @@ def run(
       index = names.index(baseline)
       print(tables.format_metrics(outcomes, split=True, baseline=index))
     size = None if args.reference == "none" else args.reference
-    files = evaluations.write_comparison(
-      outcomes, args.output, baseline=baseline, size=size
+    files = evaluations.write_evaluation(
+      args.output, outcomes, baseline=baseline, size=size
     )
     print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(evaluated, chosen):
@@ -97,48 +93,39 @@ def _read_columns(
   given: Sequence[str], *, weights: str | None
 ) -> list[Request | Outcome]:
   """Encoders to evaluate and earlier outcomes, in command-line order."""
-  paths = [text for text in given if not _is_results(text)]
+  paths = [text for text in given if not text.endswith(".json")]
   requests = iter(encoder_requests.parse_requests(paths, weights=weights))
   columns = []
   for text in given:
-    if not _is_results(text):
+    if text in paths:
       columns.append(next(requests))
       continue
     name, path = encoder_requests.split_name(text)
     outcomes = results.read(path)
     for outcome in outcomes:
-      column = name or outcome.name
-      if name and len(outcomes) > 1:
-        column = f"{name} {outcome.name}"
+      names = [name, outcome.name] if len(outcomes) > 1 else [name]
+      column = " ".join(names) if name else outcome.name
       columns.append(dataclasses.replace(outcome, name=column))
   return columns
-
-
-def _is_results(text: str) -> bool:
-  """Whether an argument is a file of earlier results."""
-  return text.endswith(".json")
 
 
 def _stored_encoders(
   requests: Sequence[Request], output: str, dtype: str
 ) -> dict[str, suite.StoredEncoder]:
   """Encoders by name; checks paths and folders, loads nothing."""
-  folders: dict[str, str] = {}
+  folders, encoders = set(), {}
   for request in requests:
-    folder = file_name(request.name)
-    while folder in folders.values():  # "a/b" and "a:b" collide.
+    folder, weights = file_name(request.name), request.weights
+    while folder in folders:  # "a/b" and "a:b" collide.
       folder += "-"
-    folders[request.name] = folder
+    folders.add(folder)
     arguments.check_writable(output, _ENCODERS, folder)
-  return {
-    request.name: suite.StoredEncoder(
-      functools.partial(
-        mtv_jax.load, request.path, weights=request.weights, dtype=dtype
-      ),
+    options = dict(weights=weights, dtype=dtype)
+    encoders[request.name] = suite.StoredEncoder(
+      functools.partial(mtv_jax.load, request.path, **options),
       store.ResultStore(
-        pathlib.Path(output, _ENCODERS, folders[request.name]),
-        store.describe_encoder(request.path, request.weights, dtype),
+        pathlib.Path(output, _ENCODERS, folder),
+        store.describe_encoder(request.path, weights, dtype),
       ),
     )
-    for request in requests
-  }
+  return encoders

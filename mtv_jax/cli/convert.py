@@ -31,17 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `mtv-jax convert`."""
   commands = parser.add_subparsers(dest="command", required=True)
   for name, text in _COMMANDS.items():
-    command = commands.add_parser(name, help=text)
-    add = command.add_argument
+    add = commands.add_parser(name, help=text).add_argument
     add("source", help="the model to convert")
     add("output", help="a new or empty folder")
     text = "resample the position embedding for images of this size in pixels"
     add("--image_size", type=int, help=text)
-    text = (
-      "SentencePiece model, tokenizer.json, 'bytes' or 'words'; default: the "
-      "source's"
-    )
-    add("--tokenizer", help=text)
+    text = "SentencePiece model, tokenizer.json, 'bytes' or 'words'; default: "
+    add("--tokenizer", help=f"{text}the source's")
     choices = ("canonicalize", "lower", "none")
     text = "cleaning of texts before --tokenizer (default: %(default)s)"
     add("--clean", default=choices[0], choices=choices, help=text)

@@ -17,12 +17,9 @@ def readable_errors(program: str, *, debug: bool = False) -> Iterator[None]:
   """Replaces the traceback of a user error by its message, and exits.
 
   User errors are `UserError`, system errors about a file, and missing packages.
-  All remaining errors are bugs and keep their traceback. Abandoned threads do
-  not delay the exit.
-
-  Args:
-    program: first word of the message.
-    debug: show the traceback of every error.
+  All remaining errors are bugs and keep their traceback, with `debug` every
+  error. `program` is the first word of the message. Abandoned threads do not
+  delay the exit.
   """
   try:
     with _exit_with_message(program, debug=debug):
@@ -46,15 +43,15 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
   except (UserError, OSError, ImportError) as error:
     # An OSError without a file name is a bug, unless the disk is full or this
     # package raised it.
-    unnamed = (
+    is_bug = (
       isinstance(error, OSError)
+      and not isinstance(error, UserError)
       and error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
       and not error.filename
     )
-    is_defect = unnamed and not isinstance(error, UserError)
     # A traceback would hide the exit code of a stopped run.
     is_stop = isinstance(error, preemption.RunStoppedError)
-    if is_defect or (debug and not is_stop):
+    if is_bug or (debug and not is_stop):
       raise
     ending = SystemExit(f"{program}: {message(error)}")
     if (code := getattr(error, "exit_code", 1)) != 1:
@@ -67,9 +64,7 @@ def _exit_with_message(program: str, *, debug: bool) -> Iterator[None]:
 
 def message(error: BaseException) -> str:
   """An error's text and notes, except notes about shortened tracebacks."""
-  notes = [
-    note
-    for note in getattr(error, "__notes__", ())
-    if not any(flag in note for flag in _TRACEBACK_FLAGS)
-  ]
+  notes = getattr(error, "__notes__", ())
+  for flag in _TRACEBACK_FLAGS:
+    notes = [note for note in notes if flag not in note]
   return "\n".join([str(error), *notes])

@@ -98,14 +98,12 @@ EPILOG = f"evaluations: {', '.join(base.EVALUATORS)}"
 
 def read_plan(args: Evaluations) -> evals.EvaluationPlan:
   """Builds the evaluation plan from the flags."""
+  names = [field.name for field in dataclasses.fields(DataOptions)]
+  options = {name: getattr(args, name) for name in names}
   return evals.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
-    options={
-      field.name: getattr(args, field.name)
-      for field in dataclasses.fields(DataOptions)
-    }
-    | {"published": args.published or None},
+    options=options | {"published": args.published or None},
     preferences={"pictures": 8} if args.output else {},
     assignments=args.set,
   )
@@ -121,18 +119,15 @@ def run(args: Flags) -> None:
   compared = [outcome for path in earlier for outcome in results.read(path)]
   requests = parse_requests(args.encoder, weights=args.weights)
   encoders = {
-    request.name: mtv_jax.load(
-      request.path, weights=request.weights, dtype=args.dtype
-    )
-    for request in requests
+    r.name: mtv_jax.load(r.path, weights=r.weights, dtype=args.dtype)
+    for r in requests
   }
-  log_fn = functools.partial(print, file=sys.stderr, flush=True)
   outcomes = suite.evaluate(
     encoders,
     chosen,
     checkpoints={request.name: request.checkpoint for request in requests},
     folder=args.output,
-    log_fn=log_fn,
+    log_fn=functools.partial(print, file=sys.stderr, flush=True),
   )
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
@@ -140,10 +135,8 @@ def run(args: Flags) -> None:
     if args.json:
       results.write(args.json, outcomes)
     if args.output:
-      size = None if args.reference == "none" else args.reference
-      files = evaluations.write_evaluation(
-        args.output, outcomes, compared=compared, size=size
-      )
+      options = dict(compared=compared, size=args.reference)
+      files = evaluations.write_evaluation(args.output, outcomes, **options)
       print("\nWritten:", *files, sep="\n  ")
   if failed := suite.errors(outcomes, chosen):
     raise SystemExit("evaluate: " + "\n".join(failed))

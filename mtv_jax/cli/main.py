@@ -75,18 +75,11 @@ def run_module(
   *,
   function: str = "run",
 ) -> int:
-  """Runs a command; user errors exit with their message.
+  """Runs `function` of a command's module; returns the exit status.
 
-  Args:
-    name: the command's name.
-    module: the command's module or its import path.
-    argv: arguments; default: `sys.argv[1:]`. `--config.KEY=VALUE` means
-      `--set=KEY=VALUE`; hyphens in option names become underscores. Arguments
-      after `--` are not changed.
-    function: name of the function in the module.
-
-  Returns:
-    The exit status.
+  User errors exit with their message. In the arguments, `--config.KEY=VALUE`
+  means `--set=KEY=VALUE`, and hyphens in option names become underscores.
+  Arguments after `--` are not changed.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   end = argv.index("--") if "--" in argv else len(argv)
@@ -113,22 +106,13 @@ def run_module(
     own = _normalize(a for a in argv if a != "--debug")
     args, unknown = parser.parse_known_args([*own, *rest])
     if unknown:
-      _reject_unknown(parser, unknown)
+      given = unknown[0].partition("=")[0]
+      options = re.findall(r"--\w+", parser.format_help())
+      close = difflib.get_close_matches(given, options, n=1)
+      hint = f" (did you mean {close[0]}?)" if close else ""
+      parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     _check_outputs(name, args)
-    if has_subcommands:
-      return run(args) or 0
-    return arguments.call(run, args) or 0
-
-
-def _reject_unknown(
-  parser: argparse.ArgumentParser, unknown: Sequence[str]
-) -> None:
-  """Exits with argparse's message and the closest option."""
-  given = unknown[0].partition("=")[0]
-  options = re.findall(r"--\w+", parser.format_help())
-  close = difflib.get_close_matches(given, options, n=1)
-  hint = f" (did you mean {close[0]}?)" if close else ""
-  parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return (run(args) if has_subcommands else arguments.call(run, args)) or 0
 
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:

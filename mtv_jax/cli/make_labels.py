@@ -71,13 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   depth = kinds.add_parser("depth", help="from depth images of 8 or 16 bits")
   arguments.add_parameters(depth, DepthFlags)
   values = depth.add_mutually_exclusive_group(required=True)
-  for name, text in (
-    ("metric", "larger is farther: inverted"),
-    ("inverse", "larger is nearer"),
-  ):
-    values.add_argument(
-      f"--{name}", dest="values", action="store_const", const=name, help=text
-    )
+  option = dict(dest="values", action="store_const")
+  text = "larger is farther: inverted"
+  values.add_argument("--metric", const="metric", help=text, **option)
+  text = "larger is nearer"
+  values.add_argument("--inverse", const="inverse", help=text, **option)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,15 +88,11 @@ def run(args: argparse.Namespace) -> None:
   else:
     names = ("pattern", "values", "scale", "invalid", "side", "min_valid")
     given = {name: getattr(args, name) for name in names}
-    annotate = options.build(
-      annotations.DepthImages,
-      {"folder": args.depth_dir, **given},
-      where="depth",
-    )
+    given["folder"] = args.depth_dir
+    annotate = options.build(annotations.DepthImages, given, where="depth")
   writer = LabelWriter(
     args.output, kind=args.kind, base=base, settings=annotate.settings
   )
-  summary = annotations.write(
-    writer, annotate, progress=Progress(unit="records")
-  )
+  progress = Progress(unit="records")
+  summary = annotations.write(writer, annotate, progress=progress)
   print(summary.format_summary(args.kind, args.output))

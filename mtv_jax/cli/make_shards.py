@@ -52,14 +52,10 @@ def run(
       f"--images names {len(folders)} folders for {len(inputs)} inputs; "
       "give one, or one for each."
     )
+  columns = dict(image_column=image_column, caption_column=caption_column)
   examples = []
   for path, folder in zip(inputs, folders, strict=True):
-    examples += listings.read(
-      path,
-      images=folder,
-      image_column=image_column,
-      caption_column=caption_column,
-    )
+    examples += listings.read(path, images=folder, **columns)
   progress = Progress()
   report = shard_writer.write(
     examples,
@@ -69,12 +65,8 @@ def run(
     max_side=max_side,
     progress=lambda report: progress(report.done, report.total),
   )
-  _print_summary(report, output)
-
-
-def _print_summary(report: shard_writer.ShardReport, out: str) -> None:
   print(
-    f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
+    f"\n{report.written:,} records in {len(report.shards)} shards in {output};"
     f" {len(report.skipped):,} skipped."
   )
   reasons = Counter(skipped.problem for skipped in report.skipped)
@@ -83,4 +75,4 @@ def _print_summary(report: shard_writer.ShardReport, out: str) -> None:
   for skipped in report.skipped[:10]:
     print(f"  {skipped.name}: {skipped.problem}")
   if report.skipped:
-    print(f"{out}/skipped.jsonl lists all skipped inputs.")
+    print(f"{output}/skipped.jsonl lists all skipped inputs.")

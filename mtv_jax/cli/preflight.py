@@ -89,7 +89,8 @@ def run(args: Flags) -> int:
 
 
 def _report(args: Flags, topology: Any) -> int:
-  from mtv_jax.perf.preflight import propose, report
+  from mtv_jax.perf.preflight import remat as remat_lib
+  from mtv_jax.perf.preflight import report
 
   config = arguments.read_config(args)
   remat = str((config.get("model") or {}).get("remat", "none")).strip()
@@ -114,7 +115,7 @@ def _report(args: Flags, topology: Any) -> int:
     atomic.write_text(args.json, result.to_json() + "\n")
   if not result.compiled.fits and args.propose:
     print("\nchanges, compiled:")
-    for proposal in propose.propose(config, topology):
+    for proposal in remat_lib.propose(config, topology):
       print(f"  {proposal}", flush=True)
   elif not result.compiled.fits:
     print("\n--propose compiles changes until one fits.")
@@ -125,20 +126,17 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   from mtv_jax.perf import topologies
   from mtv_jax.perf.preflight import report
 
-  selected = [
-    row for row in report.ROWS if all(w in " ".join(row) for w in words)
-  ]
+  rows = report.read_table(page.read_text(encoding="utf-8"))
+  selected = [row for row in rows if all(w in " ".join(row) for w in words)]
   if not selected:
-    configs = dict.fromkeys(config for config, *_ in report.ROWS)
+    configs = ", ".join(dict.fromkeys(config for config, *_ in rows))
     raise ConfigError(
       f"--rows {' '.join(words)}: no row of the table has all of these words; "
-      f"rows are of {', '.join(configs)}"
+      f"rows are of {configs}"
     )
   for config, topology, *changes in track(selected, "table", unit="configs"):
-    result = report.preflight(
-      overrides.override(recipes.read_config(config), changes),
-      topologies.parse(topology),
-    )
+    changed = overrides.override(recipes.read_config(config), changes)
+    result = report.preflight(changed, topologies.parse(topology))
     row = report.table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)

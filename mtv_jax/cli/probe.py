@@ -14,6 +14,8 @@ augment=cached computes the features once. `mtv-jax evaluate` runs all
 evaluations.
 """
 
+import functools
+
 import jax
 
 from mtv_jax.cli import arguments
@@ -41,16 +43,6 @@ class Flags(arguments.Weights, arguments.Distributed):
   json: str | None = None
 
 
-def run_knn(args: Flags) -> None:
-  """Runs k-NN classification."""
-  _run("knn", args)
-
-
-def run_linear_probe(args: Flags) -> None:
-  """Runs linear classification."""
-  _run("linear_probe", args)
-
-
 def _run(name: str, args: Flags) -> None:
   arguments.initialize_distributed(args)
   entries = evals.plan(
@@ -65,3 +57,7 @@ def _run(name: str, args: Flags) -> None:
     print(tables.format_encoder(results))
     if args.json:
       results_lib.write_json(args.json, encoder, results)
+
+
+run_knn = functools.partial(_run, "knn")
+run_linear_probe = functools.partial(_run, "linear_probe")

@@ -51,12 +51,7 @@ class Flags(arguments.Flags):
   dry_run: bool = False
 
 
-def run(
-  folder: str,
-  repo: str,
-  /,
-  args: Flags,
-) -> None:
+def run(folder: str, repo: str, /, args: Flags) -> None:
   """Writes the card, uploads the folder and prints the URL.
 
   Args:
@@ -100,15 +95,10 @@ def run(
 
 
 def format_results(path: str) -> str:
-  """Formats the metrics and protocols of a results file as Markdown.
-
-  Raises:
-    InputError: the file has results of several encoders.
-  """
+  """Formats the metrics and protocols of one encoder's results as Markdown."""
   outcomes = results_lib.read(path)
-  if len(outcomes) != 1:
+  if (count := len(outcomes)) != 1:
     raise InputError(
-      f"{path} has results of {len(outcomes)} encoders; evaluate the export "
-      "alone."
+      f"{path} has results of {count} encoders; evaluate the export alone."
     )
   return f"```\n{tables.format_results(outcomes).strip()}\n```"

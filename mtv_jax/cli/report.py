@@ -9,9 +9,9 @@ Writes a self-contained `report.html`, `report.md` with its images, and one
 figure per metric as `charts/*.svg`.
 """
 
-import argparse
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 from mtv_jax.cli import arguments
 from mtv_jax.report import runs as run_pages
@@ -20,28 +20,27 @@ from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the options of `mtv-jax report`."""
-  text = "a run's folder, or the folder of one study"
-  parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
-  parser.add_argument("--output", required=True, help="folder of the report")
-  text = "regex of logged metrics to draw beside losses and evaluations"
-  parser.add_argument("--names", metavar="REGEX", help=text)
+def run(
+  runs: Sequence[str], /, *, output: str, names: str | None = None
+) -> None:
+  """Writes the report.
 
-
-def run(args: argparse.Namespace) -> None:
-  """Writes the report."""
-  arguments.check_writable(args.output)
+  Args:
+    runs: runs' folders, or the folder of one study.
+    output: folder of the report.
+    names: regex of logged metrics to draw beside losses and evaluations.
+  """
+  arguments.check_writable(output)
   with tempfile.TemporaryDirectory() as temporary:
-    runs = [
+    folders = [
       workdir.copy_run(run, pathlib.Path(temporary) / f"{i}")
-      for i, run in enumerate(args.runs)
+      for i, run in enumerate(runs)
     ]
-    if len(runs) == 1 and (runs[0] / runner.STUDY).exists():
-      if args.names is not None:
+    if len(folders) == 1 and (folders[0] / runner.STUDY).exists():
+      if names is not None:
         raise ConfigError("--names is an option of runs, not of a study.")
-      paths = page.write_study(runs[0], args.output)
+      paths = page.write_study(folders[0], output)
     else:
-      paths = run_pages.write_runs(runs, args.output, names=args.names)
+      paths = run_pages.write_runs(folders, output, names=names)
   for path in paths:
     print(f"wrote {path}")

@@ -10,17 +10,22 @@ exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
 """
 
 import dataclasses
-import json
+import json as json_lib
 from typing import Literal
 
-from mtv_jax.cli import arguments
 from mtv_jax.evals import vqa
 from mtv_jax.report import tables
 from mtv_jax.utils import atomic
 
 
-class Flags(arguments.Flags):
-  """Flags of `mtv-jax score_vqa`.
+def run(
+  rule: Literal[tuple(vqa.RULES)],
+  answers: str,
+  truths: str,
+  missing: Literal["error", "wrong"] = "error",
+  json: str | None = None,
+) -> None:
+  """Scores the answers and prints the metrics.
 
   Args:
     rule: scoring rule, see above.
@@ -29,28 +34,14 @@ class Flags(arguments.Flags):
     missing: count missing answers as wrong, or exit with an error.
     json: also write the scores to this file.
   """
-
-  rule: Literal[tuple(vqa.RULES)]
-  answers: str
-  truths: str
-  missing: Literal["error", "wrong"] = "error"
-  json: str | None = None
-
-
-def run(args: Flags) -> None:
-  """Scores the answers and prints the metrics."""
-  scores = vqa.score(
-    vqa.read_answers(args.answers),
-    vqa.read_questions(args.truths),
-    rule=args.rule,
-    missing=args.missing,
-  )
+  given, questions = vqa.read_answers(answers), vqa.read_questions(truths)
+  scores = vqa.score(given, questions, rule=rule, missing=missing)
   for name, value in scores.metrics.items():
     error = scores.errors.get(name)
-    error = None if error is None else 100 * error
+    error = error and 100 * error
     print(f"{name:<24}{tables.format_value(100 * value, '%', error):>16}")
   for name, value in scores.protocol.items():
     print(f"  {name}: {value}")
-  if args.json:
-    text = json.dumps(dataclasses.asdict(scores), indent=2) + "\n"
-    atomic.write_text(args.json, text)
+  if json:
+    text = json_lib.dumps(dataclasses.asdict(scores), indent=2) + "\n"
+    atomic.write_text(json, text)

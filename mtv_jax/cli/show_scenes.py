@@ -14,27 +14,24 @@ from PIL import Image, ImageDraw
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.data.scenes.layout import DIFFICULTIES
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError
 
 _TEXT_SIZE, _LINE_HEIGHT = 11, 13
 _CAPTION_LINES = 7
 
 
-def draw_pair(
-  pair: scenes.ScenePair, *, count: int = 16
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Two views side by side with lines between `count` visible points."""
+def draw_pair(pair: scenes.ScenePair) -> UInt8[np.ndarray, "h w 3"]:
+  """Two views side by side with lines between 16 visible points."""
   size = pair.first.image.shape[0]
   visible = np.argwhere(pair.visible & (pair.first.instances >= 2))
   rng = np.random.default_rng(0)
-  starts = visible[rng.permutation(len(visible))[:count]]
+  starts = visible[rng.permutation(len(visible))[:16]]
   ends = pair.correspondence[starts[:, 0], starts[:, 1]] * size - 0.5
   return plots.draw_matches(
     pair.first.image,
     pair.second.image,
     starts,
     np.round(ends).astype(np.int64),
-    colours=plots.palette(count + 1)[1 : len(starts) + 1],
+    colours=plots.palette(17)[1 : len(starts) + 1],
   )
 
 
@@ -57,29 +54,17 @@ def scene_row(
       draw_pair(pair),
     ]
   )
-  width = images.shape[1]
-  row = Image.new(
-    "RGB", (width, size + _LINE_HEIGHT * _CAPTION_LINES), plots.PAPER
-  )
+  width, height = images.shape[1], size + _LINE_HEIGHT * _CAPTION_LINES
+  row = Image.new("RGB", (width, height), plots.PAPER)
   row.paste(Image.fromarray(images))
   draw, font = ImageDraw.Draw(row), plots.font(_TEXT_SIZE)
   lines = [f"{index}: {scenes.CLASS_NAMES[scene.label]}"]
+  limits = dict(lines=_CAPTION_LINES, size=_TEXT_SIZE)
   for caption in scene.captions:
-    lines += plots.wrap(
-      caption, width - 8, lines=_CAPTION_LINES, size=_TEXT_SIZE
-    )
+    lines += plots.wrap(caption, width - 8, **limits)
   for k, line in enumerate(lines[:_CAPTION_LINES]):
     draw.text((4, size + _LINE_HEIGHT * k), line, plots.INK, font)
   return np.asarray(row)
-
-
-def scene_sheet(
-  indices: Sequence[int], *, size: int = 192, **options: Any
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Stacks the rows of several scenes, see `scene_row`."""
-  if not indices:
-    raise InputError("indices is empty; name at least one scene.")
-  return np.concatenate([scene_row(i, size=size, **options) for i in indices])
 
 
 def scene_tiles(
@@ -119,8 +104,11 @@ def run(
     difficulty: difficulty of the scenes.
     view: labels draws a row of labels per scene, images a grid of images.
   """
-  draw = scene_sheet if view == "labels" else scene_tiles
   options = {"seed": seed, "size": size, "difficulty": difficulty}
-  sheet = draw(range(first, first + count), **options)
+  indices = range(first, first + count)
+  if view == "labels":
+    sheet = np.concatenate([scene_row(i, **options) for i in indices])
+  else:
+    sheet = scene_tiles(indices, **options)
   plots.save_image(sheet, output)
   print(f"wrote {count} scenes from {first} on to {output}")

@@ -25,7 +25,8 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.cli.errors import message
-from mtv_jax.studies import arms, expand, page, runner, table
+from mtv_jax.perf.flops import count_flops
+from mtv_jax.studies import arms, expand, page, runner
 from mtv_jax.utils.errors import UserError
 
 
@@ -64,11 +65,7 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.split(",")))
 
 
-def run(
-  kind: Literal[tuple(arms.KINDS)],
-  /,
-  args: Flags,
-) -> int:
+def run(kind: Literal[tuple(arms.KINDS)], /, args: Flags) -> int:
   """Expands, trains and reports; returns the exit status.
 
   Args:
@@ -94,13 +91,13 @@ def run(
     seeds=args.seeds,
     match=args.match,
     budget=args.budget,
-    cost_fn=table.count_flops,
-    costs=table.known_costs(folder),
+    cost_fn=count_flops,
+    costs=runner.known_costs(folder),
   )
   runner.select_runs(study.runs, args.index)  # Before the study is recorded.
   for note in study.notes:
     log(note)
-  log(table.format_runs(folder, study, measure=args.dry_run))
+  log(runner.format_runs(folder, study, measure=args.dry_run))
   if args.dry_run:
     return 0
   runner.write(folder, study)
@@ -108,22 +105,19 @@ def run(
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
   # If several runners share the study, the last one has all results.
-  reported = True
-  if status.finished and not status.leased:
-    reported = write_report(folder, log)
+  is_last = status.finished and not status.leased
+  reported = write_report(folder, log) if is_last else True
   return 1 if status.failed or not reported else 0
 
 
 def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
   """Writes the report; prints errors, since the runs are complete."""
   try:
-    paths = page.write_study(folder)
+    log("wrote " + ", ".join(map(str, page.write_study(folder))))
+    return True
   except (UserError, OSError) as error:
     print(f"study: no report: {message(error)}", file=sys.stderr)
   except Exception:
     print("study: no report:", file=sys.stderr)
     traceback.print_exc()
-  else:
-    log("wrote " + ", ".join(map(str, paths)))
-    return True
   return False

@@ -81,14 +81,13 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
   """
   if config.model.remat.strip() != AUTO:
     return config
-  choice, source = AUTO, ""
+  choice = AUTO
   if jax.process_index() == 0:  # It may write the file before peers read it.
     recorded = workdir.read_recorded_config(folder).get("model", {})
     choice = recorded.get("remat", AUTO).removeprefix(f"{AUTO}:")
   choice = gather_json(choice)[0]
-  if choice != AUTO:
-    source = ", as in the run's config.json"
-  else:
+  source = ", as in the run's config.json" if choice != AUTO else ""
+  if choice == AUTO:
     from mtv_jax.perf import topologies
     from mtv_jax.perf.preflight.remat import find_remat
 
@@ -103,8 +102,7 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
 def write_report(folder: str) -> None:
   """Prints the last metrics beside chance level, and writes the run's report.
 
-  Only a failed upload raises. Other errors are logged, since the run is
-  complete without a report.
+  Only a failed upload raises: the run is complete without a report.
   """
   try:
     from mtv_jax.report import runs  # Slow import, not needed to train.
@@ -125,5 +123,4 @@ def write_report(folder: str) -> None:
 def _format_command(args: Flags) -> str:
   """The command without machine-specific options."""
   words = [f"--config={args.config}", *(f"--config.{s}" for s in args.set)]
-  words.append(f"--workdir={args.workdir}")
-  return shlex.join(["mtv-jax", "train", *words])
+  return shlex.join(["mtv-jax", "train", *words, f"--workdir={args.workdir}"])

@@ -18,11 +18,7 @@ _NEW_OBJECTIVES = {old: new for new, old in OLD_OBJECTIVES.items()}
 
 
 def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Renames a config's objectives to their new names; preserves the order.
-
-  Raises:
-    ConfigError: if an objective has both names in the config.
-  """
+  """Renames a config's objectives to their new names; preserves the order."""
   objectives = config.get("objectives")
   if not isinstance(objectives, Mapping):
     return dict(config)
@@ -33,10 +29,8 @@ def rename_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if has_type and new_name(entry["type"]) != new:
       new = name  # An entry of another objective that has an old name.
     if new != name and new in objectives:
-      raise ConfigError(
-        f"config.objectives has {new!r} and {name!r}, its old name. Give one "
-        "of them."
-      )
+      both = f"{new!r} and {name!r}, its old name"
+      raise ConfigError(f"config.objectives has {both}. Give one of them.")
     if has_type:
       entry = {**entry, "type": new_name(entry["type"])}
     renamed[new] = entry
@@ -63,10 +57,7 @@ def rename_interference(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_stored_name(name: str, stored: Container[str]) -> str:
-  """Name of an array in a checkpoint, old or new.
-
-  Statistics and balancing state are named after objectives.
-  """
+  """Name of an array in a checkpoint; some contain an objective's old name."""
   old = "/".join(OLD_OBJECTIVES.get(part, part) for part in name.split("/"))
   return old if name not in stored and old in stored else name
 

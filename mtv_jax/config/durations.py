@@ -44,20 +44,14 @@ class RunLength:
 
   @classmethod
   def of_total(
-    cls,
-    total: Duration,
-    batch_size: int,
-    examples_per_epoch: int | None = None,
+    cls, total: Duration, batch_size: int, examples_per_epoch: int | None = None
   ) -> "RunLength":
     """Builds the length from a total duration."""
     length = cls(batch_size, examples_per_epoch)
     return dataclasses.replace(length, total_steps=length.steps(total))
 
   def steps(self, duration: Duration | None) -> int | None:
-    """Converts a duration to steps; None stays None.
-
-    A positive duration gives at least one step.
-    """
+    """Converts a duration to steps, at least one if positive; None to None."""
     if duration is None:
       return None
     value, key = duration.value, f"{duration.name}_{duration.unit}"
@@ -72,9 +66,7 @@ class RunLength:
     else:
       if self.examples_per_epoch is None:
         name = duration.name.rpartition(".")[2]
-        raise ConfigError(
-          f"{key}: this data has no known length; use {name}_steps or"
-          f" {name}_examples."
-        )
+        instead = f"use {name}_steps or {name}_examples"
+        raise ConfigError(f"{key}: this data has no known length; {instead}.")
       count = value * self.examples_per_epoch / self.batch_size
     return max(round(count), 1) if value else 0

@@ -14,13 +14,9 @@ from typing import Any
 
 from mtv_jax.config import options
 from mtv_jax.config.options import shorten_repr
+from mtv_jax.utils import errors
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import (
-  ConfigError,
-  InputError,
-  did_you_mean,
-  printable,
-)
+from mtv_jax.utils.errors import ConfigError, InputError, printable
 
 # Limits for configs and for annotations (COCO's are 450 MB).
 MAX_CONFIG_BYTES = 64 << 20
@@ -41,17 +37,10 @@ def read_text(path: pathlib.Path) -> str:
 def read_untrusted_json(
   path: pathlib.Path, *, max_bytes: int = _MAX_BYTES
 ) -> Any:
-  """Reads an untrusted JSON file.
-
-  Raises InputError unless it is a regular JSON file of at most `max_bytes`.
-  """
-  path_lib.check_regular_file(path)
-  if (size := path.stat().st_size) > max_bytes:
-    raise InputError(
-      f"{path} has {size:,} bytes; expected at most {max_bytes:,} of JSON."
-    )
+  """Reads a regular JSON file of at most `max_bytes`; InputError otherwise."""
+  data = path_lib.read_regular(path, limit=max_bytes)
   try:
-    return json.loads(path.read_bytes())
+    return json.loads(data)
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from None
   except RecursionError:
@@ -59,18 +48,14 @@ def read_untrusted_json(
 
 
 def read_object(path: pathlib.PurePath) -> dict[str, Any]:
-  """Reads a JSON object; {} if the file does not exist.
-
-  Raises as `read_untrusted_json`, and if the content is not an object.
-  """
+  """Reads a JSON object; {} if the file does not exist."""
   if not path_lib.is_file(path):
     return {}
   path = path_lib.local_copy(path)
   value = read_untrusted_json(path, max_bytes=MAX_CONFIG_BYTES)
   if not isinstance(value, dict):
-    raise InputError(
-      f"{path} is not a JSON object but a {type(value).__name__}."
-    )
+    kind = type(value).__name__
+    raise InputError(f"{path} is not a JSON object but a {kind}.")
   return value
 
 
@@ -84,12 +69,8 @@ def read_field(
 ) -> Any:
   """Reads a key's value, converted to an annotation of `config.options`.
 
-  Args:
-    content: a JSON object; null counts as absent.
-    key: the key to read.
-    annotation: the value's type.
-    where: prefix of the key in errors, such as "text_config.".
-    default: value of an absent key; without it, absence raises InputError.
+  `where` is a prefix of the key in errors, such as "text_config.". An absent
+  key, or null, has the default; without one, it raises InputError.
   """
   value = content.get(key)
   if value is not None:
@@ -99,19 +80,15 @@ def read_field(
       raise InputError(str(error)) from None
   if default is not _REQUIRED:
     return default
-  raise InputError(
-    f"{where}{key} is missing, expected {options.describe(annotation)}."
-    f" {printable(did_you_mean(key, content, limit=8))}"
-  )
+  hint = printable(errors.did_you_mean(key, content, limit=8))
+  kind = options.describe(annotation)
+  raise InputError(f"{where}{key} is missing, expected {kind}. {hint}")
 
 
 def read_fields(
   content: Any, annotations: Mapping[str, Any], *, where: str = ""
 ) -> dict[str, Any]:
-  """Reads an object's non-null values; checks keys in `annotations`.
-
-  Raises InputError for a wrong type or range, or if `content` is not an object.
-  """
+  """Reads an object's non-null values; checks the keys in `annotations`."""
   if not isinstance(content, Mapping):
     name = where.rstrip(".") or "The content"
     raise InputError(f"{name} is {shorten_repr(content)}, expected an object.")
@@ -132,40 +109,30 @@ def read_rows(
 ) -> list[Mapping[str, Any]]:
   """Reads the list of objects `content[key]` of a JSON file.
 
-  Args:
-    path: the file.
-    content: its content, or an object in it.
-    key: the list's key.
-    fields: required keys of an object and their types; int rejects bools.
-    hint: end of the error for a missing key.
+  `fields` has the required keys of an object and their types (int rejects
+  bools), `hint` is the end of the error for a missing key.
   """
   rows = content.get(key)
   if not isinstance(rows, list):
-    raise InputError(
-      f"{path}: {key!r} is {_type_name(rows)}; expected a list of objects."
-    )
-  kinds = {
-    name: kind if isinstance(kind, tuple) else (kind,)
-    for name, kind in fields.items()
-  }
+    kind = _type_name(rows)
+    raise InputError(f"{path}: {key!r} is {kind}; expected a list of objects.")
+  hint = hint or f"expected {sorted(fields)}"
   for i, row in enumerate(rows):
+    at = f"{key}[{i}]"
     if not isinstance(row, dict):
       raise InputError(
-        f"{path}: {key}[{i}] is {_type_name(row)}; expected an object."
+        f"{path}: {at} is {_type_name(row)}; expected an object."
       )
-    for name, kind in kinds.items():
+    for name, kinds in fields.items():
+      kinds = kinds if isinstance(kinds, tuple) else (kinds,)
       if name not in row:
-        raise InputError(
-          f"{path}: {key}[{i}] has no {name!r}, only"
-          f" {shorten_repr(sorted(row)[:8])};"
-          f" {hint or f'expected {sorted(fields)}'}."
-        )
-      if type(row[name]) not in kind:
-        raise InputError(
-          f"{path}: {name!r} of {key}[{i}] is"
-          f" {shorten_repr(row[name])}, {_type_name(row[name])};"
-          f" expected {' or '.join(k.__name__ for k in kind)}."
-        )
+        names = shorten_repr(sorted(row)[:8])
+        raise InputError(f"{path}: {at} has no {name!r}, only {names}; {hint}.")
+      if type(row[name]) not in kinds:
+        value, kind = shorten_repr(row[name]), _type_name(row[name])
+        wanted = " or ".join(k.__name__ for k in kinds)
+        what = f"{name!r} of {at} is {value}, {kind}; expected {wanted}"
+        raise InputError(f"{path}: {what}.")
   return rows
 
 
@@ -190,16 +157,12 @@ def errors_of(path: str | os.PathLike) -> Iterator[None]:
 def resolve_name(
   folder: str | os.PathLike, name: Any, *, where: str | os.PathLike
 ) -> pathlib.Path:
-  """Resolves a file name that another file lists, within a folder.
+  """Resolves a relative file name, listed by the file `where`, in a folder.
 
-  Args:
-    folder: the data's folder.
-    name: a relative path without '..'. Links may point outside the folder, as
-      in the cache of the Hub.
-    where: the file that lists the name.
+  Links may point outside the folder, as in the cache of the Hub.
   """
-  path = pathlib.PurePath(name) if isinstance(name, str) else None
-  if path is None or not path.parts or not _is_storable(path):
+  path = pathlib.PurePath(name if isinstance(name, str) else "")
+  if not path.parts or not _is_storable(path):
     reason = "expected the name of a file"
   elif path.is_absolute() or ".." in path.parts:
     reason = f"expected a relative path in {folder}, without '..'"

@@ -25,10 +25,7 @@ class Op:
 
 
 def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
-  """Parses ops joined by `|`; arguments are Python literals.
-
-  `unique` rejects a repeated op.
-  """
+  """Parses ops joined by `|`; `unique` rejects a repeated op."""
   # Line breaks are layout; a space preserves every position.
   line = text.replace("\n", " ")
   if not line.strip():
@@ -69,11 +66,10 @@ def _op(node: ast.expr, fail: Callable[..., Exception]) -> Op:
     try:
       return ast.literal_eval(value)
     except ValueError:
-      raise fail(
-        value, "arguments are literals: numbers, quoted strings, tuples"
-      ) from None
+      why = "arguments are literals: numbers, quoted strings, tuples"
+      raise fail(value, why) from None
 
-  args = tuple(literal(a) for a in node.args)
+  args = tuple(map(literal, node.args))
   return Op(
     node.func.id, args, {k.arg: literal(k.value) for k in node.keywords}
   )
@@ -88,21 +84,15 @@ def _syntax_error(line: str, at: int, why: str) -> ConfigError:
 
 
 def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
-  """Calls the registered factory of an op with checked arguments.
-
-  `what` is the kind of op, for errors, such as "data op".
-  """
+  """Calls the registered factory of an op (a "data op", in errors)."""
   if op.name not in registry:
-    raise ConfigError(
-      f"unknown {what} {op.name!r}. {did_you_mean(op.name, registry)}"
-    )
+    hint = did_you_mean(op.name, registry)
+    raise ConfigError(f"unknown {what} {op.name!r}. {hint}")
   factory = registry[op.name]
   signature = inspect.signature(factory)
   try:
     arguments = signature.bind(*op.args, **op.kwargs).arguments
   except TypeError as e:
-    parameters = ", ".join(str(p) for p in signature.parameters.values())
-    raise ConfigError(
-      f"{what} {op}: {e}. Its parameters are: {op.name}({parameters})."
-    ) from None
+    usage = f"{op.name}({', '.join(map(str, signature.parameters.values()))})"
+    raise ConfigError(f"{what} {op}: {e}. Its parameters are: {usage}.") from e
   return options.build(factory, arguments, where=f"{what} {op}")

@@ -1,8 +1,8 @@
 """Options of config entries, checked against the annotations of a class.
 
 Objectives, sources, optimizers, schedules, ops and evaluators declare their
-options once, as annotated fields or parameters. `build` checks the names, types
-and ranges of a config entry against them:
+options as annotated fields or parameters, against which `build` checks a config
+entry's names, types and ranges:
 
   @dataclasses.dataclass(frozen=True)
   class Depth:
@@ -27,12 +27,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from mtv_jax.utils.errors import (
-  ConfigError,
-  InputError,
-  did_you_mean,
-  printable,
-)
+from mtv_jax.utils import errors
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 T = TypeVar("T")
 UNIONS = (typing.Union, types.UnionType)
@@ -95,19 +91,14 @@ def look_up(
   where: str,
   key: str = "type",
 ) -> Any:
-  """Looks up the registered factory of a type.
+  """Looks up the factory of a type, `key` of the config entry `where`.
 
-  Args:
-    registry: factories by type; a string "package.module:Class" is imported
-      on lookup.
-    name: the type; None if the entry omits it.
-    where: the entry's config key; its `key` gives the type.
+  A factory "package.module:Class" is imported on lookup.
   """
   if name not in registry:
     wrong = "is missing" if name is None else f"is {name!r}"
-    raise ConfigError(
-      f"{where}.{key} {wrong}. {did_you_mean(str(name), registry)}"
-    )
+    hint = did_you_mean(str(name), registry)
+    raise ConfigError(f"{where}.{key} {wrong}. {hint}")
   factory = registry[name]
   return pkgutil.resolve_name(factory) if isinstance(factory, str) else factory
 
@@ -121,29 +112,21 @@ def build(
 ) -> T:
   """Calls a dataclass, a class or a function with checked options.
 
-  Prefixes a ConfigError that the factory itself raises with the config key. If
-  an error names a field by the factory, such as "ViTSpec.gelu", the config key
-  replaces the factory's name.
-
-  Args:
-    factory: callable whose annotations declare the options.
-    options: values by name.
-    where: the entry's config key, for errors: "config.objectives.depth".
-    reserved: further known keys of the entry, for errors.
+  Prefixes a ConfigError that the factory itself raises with `where`, the
+  entry's config key. If an error names a field by the factory, such as
+  "ViTSpec.gelu", the config key replaces the factory's name. `reserved` are
+  further known keys of the entry, for errors.
   """
   parameters = inspect.signature(factory).parameters
   hints = annotations(factory)
   for name in options:
     if name not in parameters:
-      raise ConfigError(
-        f"{where} has no option {name!r}."
-        f" {did_you_mean(name, [*reserved, *parameters])}"
-      )
+      hint = did_you_mean(name, [*reserved, *parameters])
+      raise ConfigError(f"{where} has no option {name!r}. {hint}")
   for name, parameter in parameters.items():
     if parameter.default is parameter.empty and name not in options:
-      raise ConfigError(
-        f"{where}.{name} is missing; expected {describe(hints.get(name, Any))}."
-      )
+      kind = describe(hints.get(name, Any))
+      raise ConfigError(f"{where}.{name} is missing; expected {kind}.")
   checked = {
     name: check_value(value, hints.get(name, Any), f"{where}.{name}")
     for name, value in options.items()
@@ -204,14 +187,13 @@ def check_value(value: Any, annotation: Any, where: str) -> Any:
 
 
 _REPR = reprlib.Repr()
-_REPR.maxlevel = 3
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 200, 200
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
-_REPR.maxstring = _REPR.maxother = 200
 
 
 def shorten_repr(value: Any) -> str:
   """`repr` of a value, with long and deep values abbreviated."""
-  return printable(_REPR.repr(value))
+  return errors.printable(_REPR.repr(value))
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -239,15 +221,19 @@ def _convert(value: Any, annotation: Any) -> Any:
     if not is_number or not math.isfinite(value):
       raise ValueError
     return annotation(value)
-  if origin in _SEQUENCES or annotation in (tuple, Sequence):
-    return _convert_sequence(value, origin or annotation, args or (Any, ...))
+  if (kind := origin or annotation) in _SEQUENCES:
+    if not isinstance(value, list | tuple):
+      raise ValueError
+    if kind is not tuple or args[-1:] in ((), (Ellipsis,)):
+      args = [args[0] if args else Any] * len(value)
+    if len(value) != len(args):
+      raise ValueError
+    return (tuple if kind is Sequence else kind)(map(_convert, value, args))
   if origin is Literal:
     fits = any(value == a and type(value) is type(a) for a in args)
-  elif annotation in (None, types.NoneType):
-    fits = value is None
   else:
-    # `str`, `bool`, `dict`, and classes that only Python code passes.
-    kind = origin or annotation
+    # `None`, `str`, `bool`, `dict`, and classes that only Python code passes.
+    kind = types.NoneType if annotation is None else kind
     fits = not isinstance(kind, type) or isinstance(value, kind)
   if not fits:
     raise ValueError
@@ -255,17 +241,6 @@ def _convert(value: Any, annotation: Any) -> Any:
     key, item = args
     return {_convert(k, key): _convert(v, item) for k, v in value.items()}
   return value
-
-
-def _convert_sequence(value: Any, origin: type, args: Sequence[Any]) -> Any:
-  if not isinstance(value, list | tuple):
-    raise ValueError
-  if origin is not tuple or args[-1] is Ellipsis:
-    args = [args[0]] * len(value)
-  if len(value) != len(args):
-    raise ValueError
-  kind = tuple if origin is Sequence else origin
-  return kind(map(_convert, value, args))
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

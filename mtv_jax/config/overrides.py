@@ -13,28 +13,25 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import aliases, sections
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
+from mtv_jax.utils.text import truncate
 
 _MAX_VALUE = 120  # Characters of a value in a line of `describe_difference`.
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 
-def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
-  """Rewrites --config.KEY=VALUE and --config.KEY VALUE as --set=KEY=VALUE.
-
-  Any other argument is unchanged.
-  """
+def from_flags(argv: Iterable[str]) -> list[str]:
+  """Rewrites --config.KEY=VALUE and --config.KEY VALUE as --set=KEY=VALUE."""
   out, rest = [], list(argv)
   while rest:
     arg = rest.pop(0)
-    if not re.match(rf"--?{flag}\.", arg):
-      out.append(arg)
-      continue
-    assignment = arg.split(".", 1)[1]
-    if "=" not in assignment:
-      if not rest or rest[0].startswith("--"):
-        raise ConfigError(f"{arg} has no value: write {arg}=VALUE.")
-      assignment = f"{assignment}={rest.pop(0)}"
-    out.append(f"--set={assignment}")
+    if match := re.match(r"--?config\.(.*)", arg, re.DOTALL):
+      assignment = match[1]
+      if "=" not in assignment:
+        if not rest or rest[0].startswith("--"):
+          raise ConfigError(f"{arg} has no value: write {arg}=VALUE.")
+        assignment = f"{assignment}={rest.pop(0)}"
+      arg = f"--set={assignment}"
+    out.append(arg)
   return out
 
 
@@ -67,14 +64,9 @@ def describe_difference(
 ) -> list[str]:
   """A line `KEY: OLD -> NEW` per setting that differs."""
   return [
-    f"{key}: {_shorten(before)} -> {_shorten(after)}"
-    for key, (before, after) in list_differences([old, new])
+    f"{key}: " + " -> ".join(truncate(repr(v), _MAX_VALUE) for v in values)
+    for key, values in list_differences([old, new])
   ]
-
-
-def _shorten(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
 class _Absent:
@@ -102,7 +94,11 @@ def list_differences(
       f"{prefix}{name}": [config.get(name, ABSENT) for config in configs]
       for name in names
     }
-  elif _are_sections(configs):
+  elif (
+    all(isinstance(config, list) for config in configs)
+    and len({len(config) for config in configs}) == 1
+    and all(isinstance(item, Mapping) for item in sum(configs, []))
+  ):  # Lists of equally many sections.
     items = enumerate(zip(*configs, strict=True))
     children = {f"{key}[{i}]": values for i, values in items}
   elif all(config == configs[0] for config in configs):
@@ -116,15 +112,6 @@ def list_differences(
   ]
 
 
-def _are_sections(values: Sequence[Any]) -> bool:
-  """Whether values are lists with equally many sections."""
-  return (
-    all(isinstance(value, list) for value in values)
-    and len({len(value) for value in values}) == 1
-    and all(isinstance(item, Mapping) for value in values for item in value)
-  )
-
-
 def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
   path = "config"
   for i, part in enumerate(parts):
@@ -133,16 +120,14 @@ def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
       raise ConfigError(f"--config.{key}: {path} is {node!r}, not a {name}.")
     if kind is list and part >= len(node):
       raise ConfigError(
-        f"--config.{key}: {path} has {len(node)} entries, counted from 0; there"
-        f" is no [{part}]."
+        f"--config.{key}: {path} has {len(node)} entries; there is no [{part}]."
       )
     path += f".{part}" if kind is dict else f"[{part}]"
     old = node.get(part) if kind is dict else node[part]
     if i == len(parts) - 1:
       node[part] = _value(text, old, path)
     elif old is None:
-      # A section that the file omits.
-      node[part] = {}
+      node[part] = {}  # A section that the file omits.
     node = node[part]
 
 
@@ -158,12 +143,9 @@ def _value(text: str, old: Any, path: str) -> Any:
 
 
 def parse_value(text: str, old: Any, key: str) -> Any:
-  """Parses a value to the type of the old value.
+  """Parses a value to the type of the old value; None accepts any type.
 
-  Args:
-    text: a Python literal, may contain `dict(KEY=...)`; else a string.
-    old: the old value; None accepts any type.
-    key: the key, for errors.
+  `text` is a Python literal, which may contain `dict(KEY=...)`, or a string.
   """
   if isinstance(old, str):
     return text
@@ -174,14 +156,11 @@ def parse_value(text: str, old: Any, key: str) -> Any:
     # A section may replace a number: a weight with a schedule.
     return value
   if isinstance(old, dict):
-    raise ConfigError(
-      f"{key}={text}: this is a section; set one of its keys."
-      f" {did_you_mean('', old)}"
-    )
+    why = f"this is a section; set one of its keys. {did_you_mean('', old)}"
+    raise ConfigError(f"{key}={text}: {why}")
   if isinstance(old, bool | int | float):
-    raise ConfigError(
-      f"{key}={text}: expected {type(old).__name__}, such as {old!r}."
-    )
+    kind = type(old).__name__
+    raise ConfigError(f"{key}={text}: expected {kind}, such as {old!r}.")
   return value
 
 

@@ -15,18 +15,14 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """Parses the arguments after the colon in `--config=file.py:tiny,batch=64`.
 
   A bare name sets a bool to True. The defaults give the types; None allows any
-  literal or string.
-
-  Raises:
-    ConfigError: for an unknown name, or a value of the wrong type.
+  literal or string. Raises ConfigError for an unknown name or a wrong type.
   """
   out = dict(defaults)
   for part in filter(None, (p.strip() for p in (arg or "").split(","))):
     name, equals, text = part.partition("=")
     if name not in defaults:
-      raise ConfigError(
-        f"this config has no argument {name!r}. {did_you_mean(name, defaults)}"
-      )
+      hint = did_you_mean(name, defaults)
+      raise ConfigError(f"this config has no argument {name!r}. {hint}")
     default = defaults[name]
     if not equals and not isinstance(default, bool):
       raise ConfigError(f"argument {name!r} needs a value: {name}=...")
@@ -41,10 +37,8 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   """Reads the config of a recipe.
 
   The path is a file or a packaged recipe, with arguments after a colon, such as
-  `FOLDER/NAME.py` or `NAME:tiny,batch=64`.
-
-  Raises:
-    ConfigError: if the recipe does not exist, or lacks `get_config`.
+  `FOLDER/NAME.py` or `NAME:tiny,batch=64`. Raises ConfigError if it does not
+  exist or lacks `get_config`.
   """
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
@@ -54,9 +48,8 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
     # Outside a checkout, a file of `configs/` also names the packaged recipe.
     recipe = name.removeprefix("configs/").removesuffix(".py")
     if recipe not in recipes:
-      raise ConfigError(
-        f"there is no config {name!r}. {did_you_mean(name, recipes)}"
-      )
+      hint = did_you_mean(name, recipes)
+      raise ConfigError(f"there is no config {name!r}. {hint}")
     file = folder / f"{recipe}.py"
   values = runpy.run_path(str(file))
   if "get_config" not in values:

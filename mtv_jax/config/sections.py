@@ -15,6 +15,7 @@ a default.
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
@@ -43,55 +44,77 @@ def sparse(default: Any) -> Any:
 
 def derived() -> Any:
   """A field that is not a key; set after reading."""
-  metadata = {_DERIVED: True}
-  return dataclasses.field(
-    default=None, compare=False, repr=False, metadata=metadata
-  )
+  options = dict(compare=False, repr=False, metadata={_DERIVED: True})
+  return dataclasses.field(default=None, **options)
+
+
+class _Field:
+  """A field of a section, with its annotation and keys."""
+
+  def __init__(self, field: dataclasses.Field, hint: Any):
+    self.name, self.hint, self.default = field.name, hint, field.default
+    self.kinds, missing = {*field.metadata}, dataclasses.MISSING
+    self.required = field.default is field.default_factory is missing
+    is_union = typing.get_origin(hint) in options.UNIONS
+    self.members = typing.get_args(hint) if is_union else (hint,)
+    self.section: type | None = None  # The section among the members.
+    self.units: tuple[str, ...] = ()  # A duration's.
+    for member in self.members:
+      notes = [member, *typing.get_args(member)]
+      if Duration in notes:
+        given = (note.names for note in notes if isinstance(note, Units))
+        self.units = next(given, UNITS)
+        self.bounds = [note for note in notes if isinstance(note, Range)]
+      elif dataclasses.is_dataclass(member):
+        self.section = member
+    # The class of named entries.
+    is_mapping, last = typing.get_origin(hint) is Mapping, notes[-1]
+    has_entries = is_mapping and dataclasses.is_dataclass(last)
+    self.entries = last if has_entries else None
+    self.keys = [f"{self.name}_{unit}" for unit in self.units] or [self.name]
+
+
+@functools.cache
+def _fields(cls: type) -> list[_Field]:
+  hints = options.annotations(cls)
+  fields = (_Field(f, hints[f.name]) for f in dataclasses.fields(cls))
+  return [field for field in fields if _DERIVED not in field.kinds]
 
 
 def list_keys(cls: type) -> list[str]:
   """The keys of a section, except further options."""
-  hints = options.annotations(cls)
-  return [
-    key
-    for field in dataclasses.fields(cls)
-    if not {_FURTHER, _DERIVED} & {*field.metadata}
-    for key in _field_keys(field.name, hints[field.name])
-  ]
+  fields = (field for field in _fields(cls) if _FURTHER not in field.kinds)
+  return [key for field in fields for key in field.keys]
 
 
 def read(cls: type[T], entry: Any, where: str) -> T:
   """Reads a section from a dictionary; `where` is its key, for errors."""
   if not isinstance(entry, Mapping):
     raise ConfigError(f"{where} is {entry!r}, expected a section (a dict).")
-  hints, unread = options.annotations(cls), dict(entry)
-  values, further = {}, None
-  for field in dataclasses.fields(cls):
-    hint, path = hints[field.name], f"{where}.{field.name}"
-    if _DERIVED in field.metadata:
+  values, unread, further = {}, dict(entry), None
+  for field in _fields(cls):
+    name, path = field.name, f"{where}.{field.name}"
+    if _FURTHER in field.kinds:
+      further = name
       continue
-    if _FURTHER in field.metadata:
-      further = field.name
-      continue
-    keys = _field_keys(field.name, hint)
-    given = {key: unread.pop(key, None) for key in keys}
+    given = {key: unread.pop(key, None) for key in field.keys}
     given = {key: value for key, value in given.items() if value is not None}
-    if _units(hint) and (given or not _has_default(field)):
-      values[field.name] = _read_duration(path, given, hint, keys)
+    if field.units and (given or field.required):
+      values[name] = _read_duration(path, given, field)
     elif given:
-      values[field.name] = _read_value(path, given[field.name], hint)
-    elif not _has_default(field):
-      values[field.name] = _read_absent(path, hint)
+      values[name] = _read_value(path, given[name], field)
+    elif field.required:
+      if not (field.section or field.entries):
+        raise ConfigError(f"{path} is missing; it has no default.")
+      values[name] = _read_value(path, {}, field)
     elif isinstance(field.default, Duration):
-      default = dataclasses.replace(field.default, name=path)
-      values[field.name] = default
+      values[name] = dataclasses.replace(field.default, name=path)
   if further:
     values[further] = unread
   elif unread:
     key = next(iter(unread))
-    raise ConfigError(
-      f"{where}.{key} is an unknown key. {did_you_mean(key, list_keys(cls))}"
-    )
+    hint = did_you_mean(key, list_keys(cls))
+    raise ConfigError(f"{where}.{key} is an unknown key. {hint}")
   try:
     return cls(**values)
   except ConfigError as error:
@@ -101,10 +124,7 @@ def read(cls: type[T], entry: Any, where: str) -> T:
 
 
 def to_dict(value: Any) -> Any:
-  """The inverse of `read`: converts to dictionaries and lists, as in JSON.
-
-  Recursive; also converts a `ConfigDict`.
-  """
+  """The inverse of `read`: dictionaries and lists; also of a `ConfigDict`."""
   if isinstance(value, ConfigDict):
     value = value.to_dict()
   if isinstance(value, Mapping):
@@ -113,80 +133,30 @@ def to_dict(value: Any) -> Any:
     return [to_dict(item) for item in value]
   if not dataclasses.is_dataclass(value):
     return value
-  hints, out = options.annotations(type(value)), {}
-  for field in dataclasses.fields(value):
+  out = {}
+  for field in _fields(type(value)):
     item = getattr(value, field.name)
-    if _DERIVED in field.metadata:
-      continue
     if isinstance(item, Duration):
       out[f"{field.name}_{item.unit}"] = item.value
-    elif _FURTHER in field.metadata:
+    elif _FURTHER in field.kinds:
       out |= to_dict(item)
-    elif not _units(hints[field.name]) and not (
-      _SPARSE in field.metadata and item == field.default
+    elif not (
+      field.units or (_SPARSE in field.kinds and item == field.default)
     ):
       out[field.name] = to_dict(item)
   return out
 
 
-def _has_default(field: dataclasses.Field) -> bool:
-  missing = dataclasses.MISSING
-  return field.default is not missing or field.default_factory is not missing
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-  """The members of a union, or the annotation itself."""
-  is_union = typing.get_origin(hint) in options.UNIONS
-  return typing.get_args(hint) if is_union else (hint,)
-
-
-def _units(hint: Any) -> tuple[str, ...]:
-  """The units of a duration's annotation; empty if it is not one."""
-  for member in _members(hint):
-    if member is Duration:
-      return UNITS
-    if Duration in typing.get_args(member):
-      notes = typing.get_args(member)
-      return next((n.names for n in notes if isinstance(n, Units)), UNITS)
-  return ()
-
-
-def _field_keys(name: str, hint: Any) -> list[str]:
-  return [f"{name}_{unit}" for unit in _units(hint)] or [name]
-
-
-def _section_of(hint: Any) -> type | None:
-  """The section among the members of an annotation."""
-  return next(filter(dataclasses.is_dataclass, _members(hint)), None)
-
-
-def _read_absent(path: str, hint: Any) -> Any:
-  """Value of an absent key: a section with its defaults, or empty entries."""
-  if section := _section_of(hint):
-    return read(section, {}, path)
-  if _entry_class(hint):
-    return {}
-  raise ConfigError(f"{path} is missing; it has no default.")
-
-
-def _entry_class(hint: Any) -> type | None:
-  """The class of named entries, if the annotation has them."""
-  arguments = typing.get_args(hint)
-  is_section = arguments and dataclasses.is_dataclass(arguments[-1])
-  is_mapping = typing.get_origin(hint) is Mapping
-  return arguments[-1] if is_mapping and is_section else None
-
-
-def _read_value(path: str, value: Any, hint: Any) -> Any:
+def _read_value(path: str, value: Any, field: _Field) -> Any:
   """Checks and reads a key's value."""
-  if cls := _entry_class(hint):
-    return _read_entries(path, value, cls)
-  if (section := _section_of(hint)) is None:
-    return options.check_value(value, hint, path)
-  others = [m for m in _members(hint) if m not in (section, type(None))]
+  if field.entries:
+    return _read_entries(path, value, field.entries)
+  if field.section is None:
+    return options.check_value(value, field.hint, path)
+  others = [m for m in field.members if m not in (field.section, type(None))]
   if others and not isinstance(value, Mapping):
     return options.check_value(value, typing.Union[*others], path)
-  return read(section, value, path)
+  return read(field.section, value, path)
 
 
 def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
@@ -196,7 +166,7 @@ def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
   """
   if not isinstance(value, Mapping):
     raise ConfigError(f"{path} is {value!r}, expected named entries (a dict).")
-  has_type = any(field.name == "type" for field in dataclasses.fields(cls))
+  has_type = "type" in list_keys(cls)
   entries = {}
   for name, entry in sorted(value.items()):
     if isinstance(entry, Mapping) and has_type:
@@ -207,23 +177,16 @@ def _read_entries(path: str, value: Any, cls: type[T]) -> dict[str, T]:
 
 
 def _read_duration(
-  path: str, given: Mapping[str, Any], hint: Any, keys: list[str]
+  path: str, given: Mapping[str, Any], field: _Field
 ) -> Duration:
   """Reads the duration from one of its keys."""
   if len(given) != 1:
     got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
-    raise ConfigError(
-      f"{path}: give exactly one of {', '.join(keys)}; got {got}."
-    )
+    keys = ", ".join(field.keys)
+    raise ConfigError(f"{path}: give exactly one of {keys}; got {got}.")
   ((key, value),) = given.items()
-  bounds = [
-    note
-    for member in _members(hint)
-    for note in typing.get_args(member)
-    if isinstance(note, Range)
-  ]
   where, unit = f"{path.rpartition('.')[0]}.{key}", key.rpartition("_")[2]
-  number = Annotated[float, *(bounds or [Range(min=0)])]
+  number = Annotated[float, *(field.bounds or [Range(min=0)])]
   options.check_value(value, number, where)
   if unit == "steps" and value != int(value):
     raise ConfigError(f"{where} is {value!r}, expected a whole number.")

@@ -8,6 +8,7 @@ from mtv_jax.convert.family import (
   Family,
   Key,
   TowerTable,
+  blocks,
   read_activation,
   write_activation,
 )
@@ -52,10 +53,7 @@ class Aimv2(Family):
   class_name = "Aimv2"
   image = TowerTable(
     {
-      "hidden_size": 1024,
-      "num_hidden_layers": 24,
-      "num_attention_heads": 8,
-      "intermediate_size": 2816,
+      **blocks(1024, 24, 8, 2816),
       "image_size": 224,
       "patch_size": 14,
       **_COMMON,
@@ -93,10 +91,7 @@ class Aimv2(Family):
   )
   text = TowerTable(
     {
-      "hidden_size": 768,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 6,
-      "intermediate_size": 2048,
+      **blocks(768, 12, 6, 2048),
       "vocab_size": 49_408,
       "max_position_embeddings": 77,
       **_COMMON,

@@ -33,26 +33,21 @@ from mtv_jax.utils.errors import MissingFileError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+_ATTENTION = "MultiHeadDotProductAttention_0"
+_QKV = tuple(f"{_ATTENTION}/{part}" for part in ("query", "key", "value"))
 _BLOCKS = {
   "norm1": "LayerNorm_0",
-  "attention/qkv": (
-    "MultiHeadDotProductAttention_0/query",
-    "MultiHeadDotProductAttention_0/key",
-    "MultiHeadDotProductAttention_0/value",
-  ),
-  "attention/out": "MultiHeadDotProductAttention_0/out",
+  "attention/qkv": _QKV,
+  "attention/out": f"{_ATTENTION}/out",
   "norm2": "LayerNorm_1",
   "mlp/fc1": "MlpBlock_0/Dense_0",
   "mlp/fc2": "MlpBlock_0/Dense_1",
 }
 _POOL = {
   "probe": "probe",
-  "attention/q": "MultiHeadDotProductAttention_0/query",
-  "attention/kv": (
-    "MultiHeadDotProductAttention_0/key",
-    "MultiHeadDotProductAttention_0/value",
-  ),
-  "attention/out": "MultiHeadDotProductAttention_0/out",
+  "attention/q": _QKV[0],
+  "attention/kv": _QKV[1:],
+  "attention/out": f"{_ATTENTION}/out",
   "norm": "LayerNorm_0",
   "mlp/fc1": "MlpBlock_0/Dense_0",
   "mlp/fc2": "MlpBlock_0/Dense_1",
@@ -167,9 +162,7 @@ def _archive_errors(path: pathlib.Path) -> Iterator[None]:
     ValueError, EOFError, OSError, MemoryError, NotImplementedError,
     zipfile.BadZipFile, zlib.error,
   ) as error:  # fmt: skip
-    raise ConversionError(
-      f"{path} is not an .npz archive, or is damaged: {error}"
-    ) from None
+    raise ConversionError(f"{path} is not an .npz archive: {error}") from None
 
 
 def _read_headers(

@@ -168,13 +168,11 @@ def complete_card(
   for name in filter(None, (licence, licence_name)):
     if not _LICENCE.fullmatch(name):
       raise InputError(
-        f"the licence {name!r} is no identifier of the hub, such as apache-2.0"
-        " or, for any other one, other."
+        f"The licence {name!r} is not an identifier of the hub, such as"
+        " apache-2.0; others are 'other'."
       )
   if (licence_name or licence_link) and licence != "other":
-    raise InputError(
-      f"a name and a link are of the licence 'other', not {licence!r}."
-    )
+    raise InputError(f"A name or link needs licence 'other', not {licence!r}.")
   match = re.match(r"---\n((?:.*\n)*?)---\n((?s:.*))", readme)
   if match is None:
     raise InputError(

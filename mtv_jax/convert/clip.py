@@ -3,11 +3,10 @@
 Also exports our own models of this architecture.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.convert import processors, siglip, tables
-from mtv_jax.convert.family import Family, Key, TowerTable
+from mtv_jax.convert.family import Family, Key, Section, TowerTable, blocks
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 
@@ -15,7 +14,7 @@ _WIDTH = 512  # Default embedding width.
 _ACTIVATION = {"hidden_act": "quick_gelu", "attention_dropout": 0.0}
 
 
-def read_eos_id(section: Mapping[str, Any]) -> dict[str, Any]:
+def read_eos_id(section: Section) -> dict[str, Any]:
   """Reads `eos_token_id`, the first if several."""
   value = section["eos_token_id"]
   if value == []:
@@ -30,11 +29,7 @@ class Clip(Family):
   class_name = "CLIP"
   image = TowerTable(
     {
-      "hidden_size": 768,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 12,
-      "intermediate_size": 3072,
-      "layer_norm_eps": 1e-5,
+      **blocks(768, 12, 12, 3072, layer_norm_eps=1e-5),
       "image_size": 224,
       "patch_size": 32,
       **_ACTIVATION,
@@ -54,11 +49,7 @@ class Clip(Family):
   )
   text = TowerTable(
     {
-      "hidden_size": 512,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 8,
-      "intermediate_size": 2048,
-      "layer_norm_eps": 1e-5,
+      **blocks(512, 12, 8, 2048, layer_norm_eps=1e-5),
       "vocab_size": 49_408,
       "max_position_embeddings": 77,
       **_ACTIVATION,

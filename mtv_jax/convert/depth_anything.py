@@ -26,10 +26,10 @@ from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
 
 # Resolutions of the reassembled maps relative to the patch grid.
-_FACTORS = (4, 2, 1, 0.5)
+FACTORS = (4, 2, 1, 0.5)
 _DEFAULTS = {
   "reassemble_hidden_size": 384,
-  "reassemble_factors": _FACTORS,
+  "reassemble_factors": FACTORS,
   "neck_hidden_sizes": (48, 96, 192, 384),
   "fusion_hidden_size": 64,
   "head_hidden_size": 32,
@@ -123,9 +123,7 @@ def read_model(
     activation=spec.head.activation,
   )
   if params:
-    norm = params["image"]["norm"]
-    norms = {f"norm{i + 1}": norm for i in range(dpt.STAGES)}
-    leaves = {**params["depth"], **norms}
+    leaves = {**params["depth"], **stage_norms(params["image"])}
     params = {"image": params["image"], "heads": {head.params_key: leaves}}
   return ConvertedModel(
     ModelSpec(image=spec.image),
@@ -138,6 +136,11 @@ def read_model(
     },
     prediction_heads={"depth": head},
   )
+
+
+def stage_norms(image: Mapping[str, Any]) -> dict[str, Any]:
+  """Norms of the head's stages: the backbone's final norm."""
+  return {f"norm{i + 1}": image["norm"] for i in range(dpt.STAGES)}
 
 
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
@@ -178,7 +181,7 @@ def _check_supported(
   patch = hf_files.read_side(config["patch_size"], "patch_size")
   head_index = config["head_in_index"]
   hf_files.require(
-    ("reassemble_factors", tuple(config["reassemble_factors"]), _FACTORS),
+    ("reassemble_factors", tuple(config["reassemble_factors"]), FACTORS),
     ("len(neck_hidden_sizes)", len(config["neck_hidden_sizes"]), dpt.STAGES),
     ("reassemble_hidden_size", config["reassemble_hidden_size"], image.width),
     ("patch_size", patch, image.patch_size),
@@ -222,7 +225,7 @@ def param_mapping(spec: DepthSpec) -> list[Rule]:
     tables.transposed_conv_rule(
       f"depth/reassemble{i + 1}/resize/kernel",
       f"neck.reassemble_stage.layers.{i}.resize.weight",
-      _FACTORS[i],
+      FACTORS[i],
       spec.head.channels[i],
     )
     for i in range(2)

@@ -4,19 +4,26 @@ Also exports our own models that pool the CLS token (DINO, DINOv2, MAE).
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mtv_jax.convert import processors, tables
-from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, ignore
+from mtv_jax.convert.family import (
+  AnyOf,
+  Family,
+  Key,
+  Section,
+  TowerTable,
+  blocks,
+  ignore,
+)
 from mtv_jax.convert.tables import Rule
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
 
-def read_mlp(section: Mapping[str, Any]) -> dict[str, Any]:
+def read_mlp(section: Section) -> dict[str, Any]:
   """`mlp` and `mlp_dim` of the spec."""
   dim = int(section["hidden_size"] * section["mlp_ratio"])
   if section["use_swiglu_ffn"]:
@@ -88,6 +95,17 @@ def fused_swiglu_rule(layer: str, spec: ViTSpec) -> list[Rule]:
   ]
 
 
+# DINOv3 and RADIO share these names.
+BLOCK_NAMES = {
+  "norm1": "norm1",
+  "scale1": "layer_scale1.lambda1",
+  "norm2": "norm2",
+  "mlp/fc1": "mlp.fc1",
+  "mlp/fc2": "mlp.fc2",
+  "scale2": "layer_scale2.lambda1",
+}
+
+
 class Dinov2(Family):
   """DINOv2 without registers."""
 
@@ -95,10 +113,7 @@ class Dinov2(Family):
   class_name = "Dinov2"
   image = TowerTable(
     {
-      "hidden_size": 768,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 12,
-      "layer_norm_eps": 1e-6,
+      **blocks(768, 12, 12, layer_norm_eps=1e-6),
       "image_size": 224,
       "patch_size": 14,
       "hidden_act": "gelu",
@@ -121,18 +136,11 @@ class Dinov2(Family):
         "blocks/",
         "encoder.layer.{i}.",
         {
-          "norm1": "norm1",
-          "attention/qkv": (
-            "attention.attention.query",
-            "attention.attention.key",
-            "attention.attention.value",
+          **BLOCK_NAMES,
+          "attention/qkv": tuple(
+            f"attention.attention.{part}" for part in ("query", "key", "value")
           ),
           "attention/out": "attention.output.dense",
-          "scale1": "layer_scale1.lambda1",
-          "norm2": "norm2",
-          "mlp/fc1": "mlp.fc1",
-          "mlp/fc2": "mlp.fc2",
-          "scale2": "layer_scale2.lambda1",
         },
       ),
       "norm": "layernorm",

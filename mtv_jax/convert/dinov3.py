@@ -4,16 +4,18 @@ Also exports our own models with rotary positions.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.convert import processors, tables
+from mtv_jax.convert import dinov2, processors, tables
 from mtv_jax.convert.family import (
   Family,
   Key,
+  Section,
   TowerTable,
+  blocks,
   ignore,
   read_activation,
   write_activation,
@@ -32,7 +34,7 @@ _QKV_BIASES = {
 _QKV = tuple(f"attention.{part}_proj" for part in "qkv")
 
 
-def _read_biases(section: Mapping[str, Any]) -> dict[str, Any]:
+def _read_biases(section: Section) -> dict[str, Any]:
   biases = tuple(section[f"{part}_bias"] for part in ("query", "key", "value"))
   for name, value in _QKV_BIASES.items():
     if value == biases:
@@ -43,7 +45,7 @@ def _read_biases(section: Mapping[str, Any]) -> dict[str, Any]:
   )
 
 
-def _read_rope(section: Mapping[str, Any]) -> dict[str, Any]:
+def _read_rope(section: Section) -> dict[str, Any]:
   rope = Rope(
     base=section["rope_theta"],
     shift=section["pos_embed_shift"],
@@ -68,11 +70,7 @@ class Dinov3(Family):
   class_name = "DINOv3ViT"
   image = TowerTable(
     {
-      "hidden_size": 384,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 6,
-      "intermediate_size": 1536,
-      "layer_norm_eps": 1e-5,
+      **blocks(384, 12, 6, 1536, layer_norm_eps=1e-5),
       "image_size": 224,
       "patch_size": 16,
       "hidden_act": "gelu",
@@ -101,15 +99,12 @@ class Dinov3(Family):
         "blocks/",
         "layer.{i}.",
         {
-          "norm1": "norm1",
+          **dinov2.BLOCK_NAMES,
           "attention/qkv": _QKV,
           "attention/out": "attention.o_proj",
-          "scale1": "layer_scale1.lambda1",
-          "norm2": "norm2",
           "mlp/gate": "mlp.gate_proj",
           "mlp/fc1": "mlp.up_proj",
           "mlp/fc2": "mlp.down_proj",
-          "scale2": "layer_scale2.lambda1",
         },
       ),
       "norm": "norm",
@@ -154,9 +149,7 @@ class Dinov3(Family):
     "std": processors.IMAGENET_STD,
   }
 
-  def read_spec(
-    self, config: Mapping[str, Any], names: Collection[str]
-  ) -> ModelSpec:
+  def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     spec = super().read_spec(config, names)
     if config.get("pos_embed_rescale", 0) is not None:
       return spec

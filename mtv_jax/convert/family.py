@@ -85,11 +85,18 @@ def read_sizes(section: Section, key: str = "image_size") -> dict[str, Any]:
   size = hf_files.read_side(section[key], key)
   patch = hf_files.read_side(section["patch_size"], "patch_size")
   if patch > size:
-    raise ConversionError(
-      f"image_size={size} is smaller than patch_size={patch}."
-    )
+    raise ConversionError(f"image_size={size} is below patch_size={patch}.")
   # transformers drops pixels that don't fill a patch.
   return {"image_size": size // patch * patch, "patch_size": patch}
+
+
+def blocks(
+  width: int, depth: int, heads: int, mlp_dim: int | None = None, **norm: float
+) -> dict[str, Any]:
+  """Default sizes of a tower's blocks, in writing order."""
+  sizes = {"hidden_size": width, "num_hidden_layers": depth}
+  sizes["num_attention_heads"] = heads
+  return sizes | ({"intermediate_size": mlp_dim} if mlp_dim else {}) | norm
 
 
 # Keys with one meaning in all families.

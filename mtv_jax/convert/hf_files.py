@@ -180,14 +180,10 @@ class TensorFiles:
 
 def _open(path: pathlib.Path) -> Any:
   if not path.is_file():
-    raise ConversionError(
-      f"{path}, named by the index beside it, is missing: download it too."
-    )
+    raise ConversionError(f"{path}, named by the index, is missing: copy it.")
   with path.open("rb") as file:
     if file.read(len(_LFS)) == _LFS:
-      raise ConversionError(
-        f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
-      )
+      raise ConversionError(f"{path} is a Git LFS pointer: git lfs pull.")
   try:
     return safetensors.safe_open(str(path), framework="np")
   except safetensors.SafetensorError as error:
@@ -249,9 +245,7 @@ def require(*fields: tuple[str, Any, Any]) -> None:
   """Raises ConversionError unless each (key, value, expected) is supported."""
   for key, value, expected in fields:
     if value != expected:
-      raise ConversionError(
-        f"{key}={value!r} is not supported; expected {expected!r}."
-      )
+      raise ConversionError(f"{key}={value!r}; expected {expected!r}.")
 
 
 def read_side(value: Any, field: str) -> int:
@@ -260,7 +254,5 @@ def read_side(value: Any, field: str) -> int:
   if isinstance(value, int):
     return value
   if value[0] != value[1]:
-    raise ConversionError(
-      f"{field}={list(value)}: only square images and patches convert."
-    )
+    raise ConversionError(f"{field}={list(value)}: only squares convert.")
   return value[0]

@@ -31,7 +31,6 @@ from mtv_jax.convert import (
   siglip,
   tensors,
   tipsv2,
-  tipsv2_dpt,
 )
 from mtv_jax.convert.family import Family
 from mtv_jax.convert.model import ConvertedModel, LossType
@@ -66,7 +65,7 @@ _TEXT_ONLY = [f"{family.name}_text_model" for family in FAMILIES if family.text]
 # Models with heads, by model_type.
 _READERS = {
   "depth_anything": depth_anything.read_model,
-  "tipsv2_dpt": tipsv2_dpt.read_model,
+  "tipsv2_dpt": tipsv2.read_dense_model,
 }
 # All files that an export may contain.
 _EXPORTED = (
@@ -87,16 +86,12 @@ _EXPORTED = (
 def read(
   folder: str | os.PathLike, *, with_params: bool = True
 ) -> ConvertedModel:
-  """Reads a model from a folder.
+  """Reads a model from a folder; `with_params=False` skips the parameters.
 
-  Args:
-    folder: a Hugging Face folder with a model_type in docs/conversion.md; one
-      of our exports (restored with its heads and spec); or a native folder.
-    with_params: False skips reading the parameters.
-
-  Raises:
-    ConversionError: the model or weight format is unsupported, or tensors are
-      missing, unexpected or mismatched; names each tensor.
+  The folder is a Hugging Face folder with a model_type in docs/conversion.md,
+  one of our exports (restored with its heads and spec), or a native folder.
+  Raises ConversionError for an unsupported model or weight format; names each
+  tensor that is missing, unexpected or mismatched.
   """
   path = hf_files.require_folder(folder)
   info = native.read_info(path)
@@ -161,29 +156,22 @@ def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
   if not config:
     present = sorted(p.name for p in path.iterdir())[:8]
     raise ConversionError(
-      f"{path} has no config.json; it contains {present}. Expected: a Hugging "
+      f"{path} lacks a config.json; it contains {present}. Expected: a Hugging "
       f"Face folder, or a native one with {native.PARAMS}."
     )
   kind = config.get("model_type")
   if kind is None:
     raise ConversionError(
-      f"{path / 'config.json'} has no model_type; its keys are "
+      f"{path / 'config.json'} lacks a model_type; its keys are "
       f"{sorted(config)[:8]}. mtv_jax.load and `mtv-jax convert to_hf` open "
       "a training run."
     )
-  if not isinstance(kind, str):
-    raise ConversionError(
-      f"{path / 'config.json'}: model_type is {options.shorten_repr(kind)}, "
-      "expected a string."
-    )
   if kind in _TEXT_ONLY:
+    raise ConversionError(f"{path}: {kind!r} is a text tower alone.")
+  if not isinstance(kind, str) or kind not in _BY_MODEL_TYPE:
     raise ConversionError(
-      f"{path}: model_type {kind!r}. A text tower alone does not encode images."
-    )
-  if kind not in _BY_MODEL_TYPE:
-    raise ConversionError(
-      f"{path}: model_type {options.shorten_repr(kind)} is not supported. "
-      f"{did_you_mean(kind, _BY_MODEL_TYPE)}"
+      f"{path / 'config.json'}: model_type {options.shorten_repr(kind)} is not "
+      f"supported. {did_you_mean(str(kind), _BY_MODEL_TYPE)}"
     )
   return _BY_MODEL_TYPE[kind]
 
@@ -203,8 +191,12 @@ def _restore_export(
       leaves |= {name: tensors.read_float(store, name) for name in store.names}
   expected = flatten_with_names(two_tower.abstract_params(info.model))
   unused = leaves.keys() - dict(expected).keys()
-  for name in [n for n in unused if _is_neutral(n, leaves[n])]:
-    del leaves[name]
+  # Exports have parameters of `add_neutral`, which the model lacks.
+  neutral = {"scale1": 1, "scale2": 1, "mask_token": 0}
+  for name in unused:
+    value = neutral.get(name.rpartition("/")[2])
+    if value is not None and (leaves[name] == value).all():
+      del leaves[name]
   try:
     native.check_params(info.model, leaves)
   except ConversionError as error:
@@ -216,28 +208,15 @@ def _restore_export(
   return native.restore_model(path, info, leaves)
 
 
-def _is_neutral(name: str, leaf: np.ndarray) -> bool:
-  """Whether a parameter has the value that `add_neutral` adds."""
-  values = {"scale1": 1, "scale2": 1, "mask_token": 0}
-  value = values.get(name.rpartition("/")[2])
-  return value is not None and bool((leaf == value).all())
-
-
 def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   """Exports a folder that `transformers` opens with the matching class.
 
   `heads.safetensors` stores parameters that the class lacks under our names:
   remaining heads and possibly the mask token. `mtv_jax.json` stores our spec,
   from which `read` restores the model. Fixed positions are stored as
-  parameters.
-
-  Args:
-    folder: new, empty, or an earlier export, which is replaced.
-    model: needs a contrastive head if it has a text tower.
-
-  Raises:
-    ConversionError: no class can express the model; lists the unsupported
-      fields of the closest class.
+  parameters. An earlier export in the folder is replaced. A model with a text
+  tower needs a contrastive head. Raises ConversionError with the unsupported
+  fields of the closest class if no class can express the model.
   """
   model = model.store_positions()
   spec = model.spec
@@ -260,9 +239,8 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
   bias = leaves.get("heads/contrastive/logit_bias", 0)
   if family.loss == "softmax" and bias != 0:
     raise ConversionError(
-      f"transformers' {family.full_class_name(spec)} has no bias of the "
-      f"similarity, which is {float(bias):g} here: only the softmax loss has "
-      "none."
+      f"transformers' {family.full_class_name(spec)} lacks the bias of the "
+      f"similarity, {float(bias):g} here; only the softmax loss exports to it."
     )
   weights = tensors.save([*mapping, *family.constants(full.spec)], leaves)
 

@@ -46,12 +46,22 @@ class ConvertedModel:
     if tower.positions != "sincos":
       return self
     table = positions.sincos_positions((tower.grid, tower.grid), tower.width)
-    tower = dataclasses.replace(tower, positions="learned")
-    image = {**self.params["image"], "position_embedding": table}
+    return self._replace_image({"positions": "learned"}, table)
+
+  def _replace_image(
+    self,
+    fields: Mapping[str, Any],
+    table: np.ndarray | None = None,
+    **leaves: Any,
+  ) -> ConvertedModel:
+    """Changes fields of the image tower, its positions, and other leaves."""
+    if table is not None:
+      leaves["position_embedding"] = table
+    tower = dataclasses.replace(self.spec.image, **fields)
     return dataclasses.replace(
       self,
       spec=dataclasses.replace(self.spec, image=tower),
-      params={**self.params, "image": image},
+      params={**self.params, "image": {**self.params["image"], **leaves}},
     )
 
   def add_neutral(self, kinds: Collection[str]) -> ConvertedModel:
@@ -59,21 +69,16 @@ class ConvertedModel:
 
     `kinds` selects from 'layer_scale' (ones) and 'mask_token' (zeros).
     """
-    tower, image = self.spec.image, dict(self.params["image"])
-    fields: dict[str, Any] = {}
+    tower, fields, leaves = self.spec.image, {}, {}
     if "layer_scale" in kinds and tower.layer_scale is None:
       fields["layer_scale"] = 1.0
       ones = np.ones((tower.depth, tower.width), np.float32)
-      image["blocks"] = {**image["blocks"], "scale1": ones, "scale2": ones}
+      blocks = self.params["image"]["blocks"]
+      leaves["blocks"] = {**blocks, "scale1": ones, "scale2": ones}
     if "mask_token" in kinds and not tower.mask_token:
       fields["mask_token"] = True
-      image["mask_token"] = np.zeros(tower.width, np.float32)
-    tower = dataclasses.replace(tower, **fields)
-    return dataclasses.replace(
-      self,
-      spec=dataclasses.replace(self.spec, image=tower),
-      params={**self.params, "image": image},
-    )
+      leaves["mask_token"] = np.zeros(tower.width, np.float32)
+    return self._replace_image(fields, **leaves)
 
   def resize(self, image_size: int) -> ConvertedModel:
     """Adapts the model to another image size in pixels.
@@ -84,25 +89,14 @@ class ConvertedModel:
     rows, columns = tower.grid_of(image_size, image_size)
     if rows != tower.grid and tower.positions == "sincos":
       return self.store_positions().resize(image_size)
-    params = dict(self.params)
+    table, old = None, tower.grid
     # Rotary positions lack parameters.
-    if rows != tower.grid and "learned" in tower.positions:
-      old = tower.grid
-      table = np.asarray(params["image"]["position_embedding"], np.float64)
+    if rows != old and "learned" in tower.positions:
+      table = np.asarray(self.params["image"]["position_embedding"], np.float64)
+      table = table.reshape(old, old, tower.width)
       matrix = resize_matrix(old, rows, tower.position_resize)
-      grid = np.einsum(
-        "yh,xw,hwd->yxd",
-        matrix,
-        matrix,
-        table.reshape(old, old, tower.width),
-        optimize=True,
-      )
-      resampled = grid.reshape(rows * columns, tower.width).astype(np.float32)
-      params["image"] = {**params["image"], "position_embedding": resampled}
-    tower = dataclasses.replace(tower, image_size=image_size)
-    return dataclasses.replace(
-      self,
-      spec=dataclasses.replace(self.spec, image=tower),
-      params=params,
-      preprocess=processors.resize(self.preprocess, image_size),
-    )
+      table = np.einsum("yh,xw,hwd->yxd", matrix, matrix, table, optimize=True)
+      table = table.reshape(rows * columns, tower.width).astype(np.float32)
+    resized = self._replace_image({"image_size": image_size}, table)
+    preprocess = processors.resize(self.preprocess, image_size)
+    return dataclasses.replace(resized, preprocess=preprocess)

@@ -35,6 +35,7 @@ INFO = "mtv_jax.json"
 _FORMAT = 1
 _MAX_LINES = 20  # Maximum lines of an error.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_Weights = Literal["student", "teacher", "ema"]
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 
 
@@ -62,15 +63,13 @@ class ExportInfo:
   tokenizer: _Tokenizer | None
   contrastive: ContrastiveInfo | None
   prediction_heads: Mapping[str, heads_lib.PredictionHead]
-  weights: Literal["student", "teacher", "ema"]
+  weights: _Weights
 
 
 def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.PurePath:
-  """Writes a native folder, for `read` and for `config.init`.
+  """Writes any model as a native folder, for `read` and for `config.init`.
 
-  Args:
-    folder: new, empty, or an earlier conversion, which is replaced.
-    model: any model.
+  The folder is new, empty, or an earlier conversion, which is replaced.
   """
   leaves = numpy_leaves(model.params)
   check_params(model.spec, leaves)
@@ -126,17 +125,14 @@ def write_info(
   }
   if model.tokenizer is not None:
     path = model.tokenizer.path
-    info["tokenizer"] = {
-      "file": path and path.name,
-      "clean": model.tokenizer.clean,
-    }
+    clean = model.tokenizer.clean
+    info["tokenizer"] = {"file": path and path.name, "clean": clean}
     if path is None and model.tokenizer.built_in != "bytes":
       info["tokenizer"]["built_in"] = model.tokenizer.built_in
   if model.weights != "student":
     info["weights"] = model.weights
   if model.prediction_heads:
-    heads = heads_lib.describe_heads(model.prediction_heads)
-    info["predictors"] = heads
+    info["predictors"] = heads_lib.describe_heads(model.prediction_heads)
   hf_files.write_json(folder / INFO, info)
 
 
@@ -166,9 +162,7 @@ def read_info(folder: pathlib.Path) -> ExportInfo | None:
       prediction_heads=heads_lib.described_heads(
         read("predictors", dict[str, dict], default={})
       ),
-      weights=read(
-        "weights", Literal["student", "teacher", "ema"], default="student"
-      ),
+      weights=read("weights", _Weights, default="student"),
     )
 
 

@@ -6,6 +6,7 @@ of a head, rows first. The reader permutes the channels of queries and keys,
 which preserves their products.
 """
 
+import functools
 import math
 import pathlib
 import re
@@ -88,9 +89,7 @@ def read_spec(
 
   def shape(name: str, axes: int) -> tuple[int, ...]:
     if name not in names:
-      raise ConversionError(
-        f"{name!r} is missing: it is not a whole {config['architecture']}."
-      )
+      raise ConversionError(f"{name!r} is missing: incomplete weights.")
     sizes = shape_of(name)
     if len(sizes) != axes:
       raise ConversionError(f"{name} is {sizes}, expected {axes} axes.")
@@ -142,22 +141,14 @@ def read_preprocess(
 ) -> dict[str, Any]:
   """Fields of `Preprocess` from timm's `pretrained_cfg`."""
   fields = config.get("pretrained_cfg") or {}
-  three = tuple[float, float, float]
-  mean, std = (
-    foreign.read_field(
-      fields, key, three, where="pretrained_cfg.", default=processors.HALF
-    )
-    for key in ("mean", "std")
-  )
-  interpolation = foreign.read_field(
-    fields, "interpolation", str, where="pretrained_cfg.", default="bicubic"
-  )
+  read = functools.partial(foreign.read_field, fields, where="pretrained_cfg.")
+  three, half = tuple[float, float, float], processors.HALF
   return {
     "size": spec.image.image_size,
     "resize": "squash",
-    "interpolation": interpolation,
-    "mean": mean,
-    "std": std,
+    "interpolation": read("interpolation", str, default="bicubic"),
+    "mean": read("mean", three, default=half),
+    "std": read("std", three, default=half),
   }
 
 

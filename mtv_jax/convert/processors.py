@@ -71,9 +71,7 @@ def _read_resize(
   fields = dict(defaults)
   resample = processor.get("resample")
   if resample is not None and resample not in _RESAMPLE:
-    raise ConversionError(
-      f"resample={resample!r}; bilinear (2) and bicubic (3) are supported."
-    )
+    raise ConversionError(f"resample={resample!r}; expected 2 or 3 (bicubic).")
   if resample is not None:
     fields["interpolation"] = _RESAMPLE[resample]
   if fields["resize"] == "native":
@@ -132,9 +130,7 @@ def _read_size(size: Any, resize: str) -> dict[str, Any]:
   """Reads `size`; a number, as in old versions, implies the family's resize."""
   if isinstance(size, Mapping) and "shortest_edge" in size:
     if size.get("longest_edge"):
-      raise ConversionError(
-        f"size={dict(size)}: a limit on the longer side is not supported."
-      )
+      raise ConversionError(f"size={dict(size)}: longest_edge is unsupported.")
     edge = foreign.read_field(size, "shortest_edge", Side, where="size.")
     mode = "shortest"
   else:
@@ -146,9 +142,7 @@ def _read_size(size: Any, resize: str) -> dict[str, Any]:
 def _read_edge(value: Any, field: str) -> int:
   if isinstance(value, Mapping):
     if "height" not in value or "width" not in value:
-      raise ConversionError(
-        f"{field}={dict(value)}; height and width are expected."
-      )
+      raise ConversionError(f"{field}={dict(value)} lacks height or width.")
     value = [value["height"], value["width"]]
   return hf_files.read_side(value, field)
 
@@ -169,20 +163,26 @@ def write_processor(
   `name` is the processor's class without 'ImageProcessor': 'Siglip', 'Siglip2',
   or a class that can crop.
   """
-  if name == "Siglip2":
-    return _write_native(fields)
   is_cropped = name != "Siglip" and fields.get("crop") == "center"
-  squash = "Export with the images squashed to a square."
-  for field, expected, fix in (
-    ("resize", "shortest" if is_cropped else "squash", squash),
-    ("crop", "center" if is_cropped else "none", squash),
-    ("size", image_size, "Resize the position embedding (--image_size)."),
-  ):
-    value = fields.get(field, expected)
-    if value != expected:
+  expected = {
+    "resize": "shortest" if is_cropped else "squash",
+    "crop": "center" if is_cropped else "none",
+    "size": image_size,
+  }
+  is_native = name == "Siglip2"
+  if is_native:
+    expected = {"resize": "native"}
+  for field, needed in expected.items():
+    value = fields.get(field, None if is_native else needed)
+    if value != needed:
+      fix = "Export with the images squashed to a square."
+      if field == "size":
+        fix = "Resize the position embedding (--image_size)."
+      elif is_native:
+        fix = "Export with images of native aspect ratio."
       raise ConversionError(
         f"preprocess.{field} is {value!r}; transformers' {name}ImageProcessor "
-        f"needs {expected!r}. {fix}"
+        f"needs {needed!r}. {fix}"
       )
   if not fields.get("antialias", True):
     log.warning(
@@ -190,35 +190,21 @@ def write_processor(
       "preprocessing does not: its pixels will differ a little."
     )
   square = {"height": image_size, "width": image_size}
-  size, crop = square, {}
-  if name != "Siglip":
-    crop = {"do_center_crop": is_cropped, "crop_size": square}
+  resizing: dict[str, Any] = {"size": square}
   if is_cropped:
-    size = {"shortest_edge": fields.get("resize_size") or image_size}
-  resizing = {"do_resize": True, "size": size, **crop}
-  return _describe_processor(name, fields, resizing)
-
-
-def _write_native(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """`preprocessor_config.json` of SigLIP 2 NaFlex."""
-  if fields.get("resize") != "native":
-    raise ConversionError(
-      f"preprocess.resize is {fields.get('resize')!r}; transformers' "
-      "Siglip2ImageProcessor needs 'native'."
-    )
-  names = {"patch_size": "patch_size", "max_num_patches": "max_patches"}
-  sizes = {name: fields[field] for name, field in names.items()}
-  return _describe_processor("Siglip2", fields, {"do_resize": True, **sizes})
-
-
-def _describe_processor(
-  name: str, fields: Mapping[str, Any], resizing: Mapping[str, Any]
-) -> dict[str, Any]:
+    edge = fields.get("resize_size") or image_size
+    resizing = {"size": {"shortest_edge": edge}}
+  if is_native:
+    names = {"patch_size": "patch_size", "max_num_patches": "max_patches"}
+    resizing = {key: fields[field] for key, field in names.items()}
+  elif name != "Siglip":
+    resizing |= {"do_center_crop": is_cropped, "crop_size": square}
   interpolation = fields.get("interpolation", "bilinear")
   return {
     "image_processor_type": f"{name}ImageProcessor",
     "processor_class": f"{name}Processor",
     "do_convert_rgb": True,
+    "do_resize": True,
     **resizing,
     "resample": {name: n for n, name in _RESAMPLE.items()}[interpolation],
     "do_rescale": True,

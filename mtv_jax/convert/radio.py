@@ -7,13 +7,21 @@ normalises pixels itself. Video inputs are not supported.
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from mtv_jax.convert import dinov2, hf_files, processors, tables
-from mtv_jax.convert.family import Family, Key, TowerTable, ignore, read_sizes
+from mtv_jax.convert.family import (
+  Family,
+  Key,
+  Section,
+  TowerTable,
+  blocks,
+  ignore,
+  read_sizes,
+)
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -40,10 +48,7 @@ class Radio(Family):
   class_name = "Radio"
   image = TowerTable(
     {
-      "hidden_size": 1280,
-      "num_hidden_layers": 32,
-      "num_attention_heads": 16,
-      "layer_norm_eps": 1e-6,
+      **blocks(1280, 32, 16, layer_norm_eps=1e-6),
       "image_size": _SIZE,
       "patch_size": 16,
       "hidden_act": "gelu",
@@ -71,14 +76,9 @@ class Radio(Family):
         "blocks/",
         _BLOCK,
         {
-          "norm1": "norm1",
+          **dinov2.BLOCK_NAMES,
           "attention/out": "attn.proj",
-          "scale1": "layer_scale1.lambda1",
-          "norm2": "norm2",
           "mlp/gate": "mlp.gate_proj",
-          "mlp/fc1": "mlp.fc1",
-          "mlp/fc2": "mlp.fc2",
-          "scale2": "layer_scale2.lambda1",
         },
       ),
     },
@@ -121,13 +121,9 @@ class Radio(Family):
   )
   ignored = rf"^{_PREFIX}(summary_idxs|input_conditioner\..*)$"
 
-  def read_spec(
-    self, config: Mapping[str, Any], names: Collection[str]
-  ) -> ModelSpec:
+  def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     if config.get("video_temporal_patch_size"):
-      raise ConversionError(
-        "video_temporal_patch_size is set: RADIO of videos is not supported."
-      )
+      raise ConversionError("video_temporal_patch_size: videos do not convert.")
     spec = super().read_spec(config, names)
     if any(name.endswith("layer_scale1.lambda1") for name in names):
       return spec
@@ -144,7 +140,7 @@ class Radio(Family):
     }
 
   def read_preprocess(
-    self, folder: pathlib.Path, config: Mapping[str, Any], spec: ModelSpec
+    self, folder: pathlib.Path, config: Section, spec: ModelSpec
   ) -> dict[str, Any]:
     """Folds the model's own normalisation into the preprocessing."""
     fields = super().read_preprocess(folder, config, spec)

@@ -8,22 +8,15 @@ a linear layer embeds the patches.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.convert import hf_files, processors, tables
-from mtv_jax.convert.family import Family, Key, TowerTable
+from mtv_jax.convert.family import Family, Key, Section, TowerTable, blocks
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 
-_BLOCKS = {
-  "hidden_size": 768,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 12,
-  "intermediate_size": 3072,
-  "layer_norm_eps": 1e-6,
-}
+_BLOCKS = blocks(768, 12, 12, 3072, layer_norm_eps=1e-6)
 _ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
 # CLIP shares these names of blocks and text tower.
 BLOCK_NAMES = {
@@ -42,7 +35,7 @@ TEXT_NAMES = {
 }
 
 
-def _read_projection(section: Mapping[str, Any]) -> dict[str, Any]:
+def _read_projection(section: Section) -> dict[str, Any]:
   width = section["projection_size"] or section["hidden_size"]
   return {"projection": width}
 
@@ -128,13 +121,12 @@ class Siglip(Family):
     )
 
 
-def _read_patches(section: Mapping[str, Any]) -> dict[str, Any]:
+def _read_patches(section: Section) -> dict[str, Any]:
   """Reads the size of a square image of `num_patches` patches."""
-  side = math.isqrt(section["num_patches"])
-  if side**2 != section["num_patches"]:
-    raise ConversionError(
-      f"num_patches={section['num_patches']} is not a square of patches."
-    )
+  patches = section["num_patches"]
+  side = math.isqrt(patches)
+  if side**2 != patches:
+    raise ConversionError(f"num_patches={patches} is not a square.")
   patch = hf_files.read_side(section["patch_size"], "patch_size")
   return {"image_size": side * patch, "patch_size": patch}
 

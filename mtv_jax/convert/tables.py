@@ -122,12 +122,10 @@ def leaf_rules(
     shape = (*lead, width // len(tensors))
     axes = (1,) * (unit_axes or {}).get(name, 0)
     axes, order = _file_axes(name, (*axes, *shape), layout, heads)
-    rule = transpose_rule(
-      name, [t + suffix for t in tensors], shape, axes, order
-    )
-    if len(tensors) > 1:
-      rule = _fuse_rule(rule, heads)
-    rules.append(dataclasses.replace(rule, depth=depth))
+    tensors = [t + suffix for t in tensors]
+    rule = transpose_rule(name, tensors, shape, axes, order)
+    rule = dataclasses.replace(rule, depth=depth)
+    rules.append(_fuse_rule(rule, heads) if len(tensors) > 1 else rule)
   return rules
 
 

@@ -1,10 +1,24 @@
-"""Hugging Face TIPSv2, with or without text tower: read and export."""
+"""Hugging Face TIPSv2, with or without text tower: read and export.
 
+Also reads TIPSv2 with dense heads: depth, normals, segmentation.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
-from mtv_jax.convert import dinov2, tables
-from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable
-from mtv_jax.convert.tables import Rule
+from mtv_jax.config import foreign
+from mtv_jax.convert import dinov2, hf_files, tables, tensors
+from mtv_jax.convert.depth_anything import FACTORS, read_layers, stage_norms
+from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, blocks
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models.heads import dense_dpt, dpt
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -19,10 +33,7 @@ class Tipsv2(Family):
   class_name = "Tipsv2"
   image = TowerTable(
     {
-      "hidden_size": 768,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 12,
-      "layer_norm_eps": 1e-6,
+      **blocks(768, 12, 12, layer_norm_eps=1e-6),
       "image_size": 448,
       "patch_size": 14,
       "hidden_act": "gelu",
@@ -62,11 +73,7 @@ class Tipsv2(Family):
   )
   text = TowerTable(
     {
-      "hidden_size": 768,
-      "num_hidden_layers": 12,
-      "num_attention_heads": 12,
-      "intermediate_size": 3072,
-      "layer_norm_eps": 1e-5,
+      **blocks(768, 12, 12, 3072, layer_norm_eps=1e-5),
       "vocab_size": 32_000,
       "max_position_embeddings": 64,
       "hidden_act": "relu",
@@ -180,3 +187,147 @@ def _temperature() -> Rule:
 
 
 TIPSV2 = Tipsv2()
+_DEFAULTS = {
+  "neck_hidden_sizes": (96, 192, 384, 768),
+  "fusion_hidden_size": 256,
+  "reassemble_factors": FACTORS,
+  "readout_activation": "gelu_pytorch_tanh",
+  "num_depth_bins": 256,
+  "min_depth": 0.001,
+  "max_depth": 10.0,
+  "depth_decoder_activation": "relu",
+}
+_BACKBONE = {
+  "model_type": "tipsv2_vision_model",
+  "out_indices": (3, 6, 9, 12),
+  "apply_layernorm": True,
+}
+# Prefix in the file by head.
+_FILES = {
+  "metric_depth": "depth_head",
+  "normals": "normals_head",
+  "segmentation": "segmentation_head",
+}
+_PREFIX = "vision_encoder."
+
+
+def read_dense_model(
+  folder: str | os.PathLike, *, with_params: bool = True
+) -> ConvertedModel:
+  """Reads a folder as an encoder with its dense heads."""
+  path, config = hf_files.read_config(
+    folder, model_type="tipsv2_dpt", example="google/tipsv2-b14-dpt"
+  )
+  with hf_files.open_weights(path) as store:
+    with foreign.errors_of(path / "config.json"):
+      shapes = {name: store.shape(name) for name in store.names}
+      spec, heads = _read_dense_spec(config, shapes)
+    params = {}
+    if with_params:
+      rules = TIPSV2.param_mapping(spec, _PREFIX)
+      for name, head in heads.items():
+        rules += _head_rules(spec, name, head)
+      params = tensors.load(rules, store)
+      for leaves in params["heads"].values():
+        leaves.update(stage_norms(params["image"]))
+  preprocess = TIPSV2.read_preprocess(path, config, spec)
+  return ConvertedModel(spec, params, preprocess, prediction_heads=heads)
+
+
+def _read_dense_spec(
+  config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[ModelSpec, dict[str, dense_dpt.DenseHead]]:
+  """Reads tower and heads from a `config.json` and the tensors' shapes."""
+  backbone = config.get("backbone_config")
+  backbone = hf_files.with_defaults(backbone, _BACKBONE, "backbone_config")
+  config = hf_files.with_defaults(config, _DEFAULTS)
+  hf_files.require(
+    ("model_type", backbone["model_type"], "tipsv2_vision_model"),
+    ("apply_layernorm", backbone["apply_layernorm"], True),
+    ("reassemble_factors", tuple(config["reassemble_factors"]), FACTORS),
+    ("len(neck_hidden_sizes)", len(config["neck_hidden_sizes"]), dpt.STAGES),
+    *(
+      (key, config[key], _DEFAULTS[key])
+      for key in ("readout_activation", "depth_decoder_activation")
+    ),
+  )
+  names = [n for n in shapes if n.startswith(_PREFIX)]
+  spec = TIPSV2.read_spec(backbone, names)
+  common = {
+    "taps": read_layers(backbone, spec.image.depth),
+    "features": config["fusion_hidden_size"],
+    "channels": tuple(config["neck_hidden_sizes"]),
+    "norm_eps": spec.image.norm_eps,
+  }
+  heads: dict[str, dense_dpt.DenseHead] = {}
+  if any(n.startswith("depth_head.") for n in shapes):
+    heads["metric_depth"] = dense_dpt.MetricDepthHead(
+      **common,
+      outputs=config["num_depth_bins"],
+      min_depth=config["min_depth"],
+      max_depth=config["max_depth"],
+    )
+  if any(n.startswith("normals_head.") for n in shapes):
+    heads["normals"] = dense_dpt.NormalsHead(**common)
+  last = "segmentation_head.segmentation_head.weight"
+  if last in shapes:
+    heads["segmentation"] = dense_dpt.SegmentationHead(
+      **common, outputs=shapes[last][0]
+    )
+  if not heads:
+    raise ConversionError("the file has none of the heads of a TIPSv2-DPT.")
+  return spec, heads
+
+
+def _head_rules(
+  spec: ModelSpec, name: str, head: dense_dpt.DenseHead
+) -> list[Rule]:
+  file, ours = f"{_FILES[name]}.", f"heads/{name}/"
+  names = {
+    f"{ours}conv1": f"{file}project",
+    # Stored as a linear layer.
+    f"{ours}conv2": f"{file}{_FILES[name]}",
+  }
+  special = [
+    tables.transpose_rule(
+      f"{ours}conv2/kernel",
+      f"{file}{_FILES[name]}.weight",
+      (1, 1, head.features, head.outputs),
+      (head.features, head.outputs),
+      (1, 0),
+    )
+  ]
+  for i in range(dpt.STAGES):
+    block = f"{file}fusion_blocks.{dpt.STAGES - 1 - i}."
+    fusion = f"{ours}fusion{i + 1}/"
+    reassemble = f"{file}reassemble."
+    names |= {
+      f"{ours}readout{i + 1}": f"{reassemble}readout_projects.{i}",
+      f"{ours}reassemble{i + 1}/projection": f"{reassemble}out_projections.{i}",
+      f"{ours}reassemble{i + 1}/resize": f"{reassemble}resize_layers.{i}",
+      f"{ours}lateral{i + 1}": f"{file}convs.{i}",
+      f"{fusion}projection": f"{block}out_conv",
+    }
+    for unit, residual in (("residual_unit", 1), ("main_unit", 2)):
+      for k in (1, 2):
+        names[f"{fusion}residual{residual}/conv{k}"] = f"{block}{unit}.conv{k}"
+    if FACTORS[i] > 1:
+      resize = tables.transposed_conv_rule(
+        f"{ours}reassemble{i + 1}/resize/kernel",
+        f"{reassemble}resize_layers.{i}.weight",
+        FACTORS[i],
+        head.channels[i],
+      )
+      special.append(resize)
+  params = {"heads": {name: _abstract_params(spec, head)}}
+  return [*special, *tables.leaf_rules(params, names, *special)]
+
+
+def _abstract_params(
+  spec: ModelSpec, head: dense_dpt.DenseHead
+) -> dict[str, PyTree]:
+  """Shapes of a head's parameters, without the stages' norms."""
+  stages, grid = head.example(spec)
+  init = functools.partial(head.module().init, grid=grid)
+  params = jax.eval_shape(init, jax.random.key(0), stages)["params"]
+  return {k: v for k, v in params.items() if not k.startswith("norm")}

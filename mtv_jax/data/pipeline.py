@@ -45,9 +45,9 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.ranges import RangeReader, RangeServer
+from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float32, PyTree
 
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards, put_array
 from mtv_jax.parallel.rules import tree_shardings
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.threads import available_cores
 
 
 def in_batches(

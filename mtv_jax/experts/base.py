@@ -1,18 +1,27 @@
-"""Expert protocol: a model that labels images in batches."""
+"""Expert protocol, and the depth expert for any model of inverse depth."""
 
 import dataclasses
 import functools
+import importlib
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jax.sharding import Mesh
+from jaxtyping import PyTree, UInt8
 
 from mtv_jax.config.options import build
+from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
+from mtv_jax.experts import local_mesh
+from mtv_jax.utils.errors import InputError, did_you_mean
+
+Image = UInt8[np.ndarray, "h w 3"]
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +48,7 @@ class Expert(Protocol):
   settings: Mapping[str, Any]
   rows: int  # Batch size of `run`, over all devices of this host.
 
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> PreparedInput:
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Preprocesses a decoded image.
 
     Args:
@@ -53,20 +60,38 @@ class Expert(Protocol):
     """
     ...
 
-  def run(
-    self, arrays: Mapping[str, np.ndarray]
-  ) -> Mapping[str, jax.Array | np.ndarray]:
+  def run(self, arrays: Arrays) -> Mapping[str, jax.Array | np.ndarray]:
     """Starts the model on stacked arrays `[rows, ...]` of one group.
 
     Returns arrays `[rows, ...]`; experts that run on the host return NumPy.
     """
     ...
 
-  def finish(
-    self, outputs: Mapping[str, np.ndarray], meta: Any
-  ) -> LabelOutcome:
+  def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """Converts one record's row of `run`'s arrays to its label."""
     ...
+
+
+# `MODULE:NAME`, an object of a user's module.
+PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def import_plugin(name: str, option: str) -> Any:
+  """Imports the object `MODULE:NAME` that an option names."""
+  path, _, attribute = name.partition(":")
+  try:
+    module = importlib.import_module(path)
+  except ModuleNotFoundError as error:
+    raise InputError(
+      f"{option}={name!r}: {error}. Add the module's folder to PYTHONPATH."
+    ) from error
+  if not hasattr(module, attribute):
+    public = [key for key in vars(module) if not key.startswith("_")]
+    raise InputError(
+      f"{option}={name!r}: {path} lacks {attribute!r}."
+      f" {did_you_mean(attribute, public)}"
+    )
+  return getattr(module, attribute)
 
 
 def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
@@ -78,3 +103,47 @@ def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
     return build(functools.partial(load, path), options, where=name)
 
   return checked_load
+
+
+class DepthExpert:
+  """Labels images with the inverse depth of a model.
+
+  `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
+  `[n, h, w]`, with an arbitrary scale per image. `preprocess` maps an image to
+  the model's input; inputs of equal shape share a batch. Labels are `side` x
+  `side` pixels; `batch_size` is images per device.
+  """
+
+  kind = "depth"
+
+  def __init__(
+    self,
+    function: Callable[[PyTree, PyTree], dict[str, jax.Array]],
+    params: PyTree,
+    preprocess: Callable[[np.ndarray], np.ndarray],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    side: int,
+    settings: Mapping[str, Any],
+  ):
+    self.rows = batch_size * mesh.size
+    self.settings = {**settings, "batch_size": batch_size, "side": side}
+    self._mesh, self._preprocess, self._side = mesh, preprocess, side
+    self._params = local_mesh.replicate(params, mesh)
+    self._function = local_mesh.jit_per_device(function, mesh)
+
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
+    """Preprocesses an image."""
+    del record
+    pixels = self._preprocess(image)
+    return PreparedInput(pixels.shape[:2], {"images": pixels})
+
+  def run(self, arrays: Arrays) -> dict[str, jax.Array]:
+    """Predicts inverse `depth` `[rows, h, w]`."""
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+
+  def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
+    """The label of one image: its depth map, averaged to the label size."""
+    del meta
+    return label_values.make_depth(outputs["depth"], side=self._side)

@@ -34,18 +34,11 @@ def build_expert(
 ) -> Expert:
   """Builds the expert for a kind of label from a folder or file of weights.
 
-  Args:
-    kind: "depth", "boxes" or "features".
-    weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file, or
-      a run or export of this package; for features, any folder that
-      `mtv_jax.load` reads. Hub names (`ORG/NAME`) work too.
-    options: options of the module's `load_expert`; `phrases` names a source,
-      with the options of `build_phrases`.
-
-  Raises:
-    MissingFileError: the weights do not exist.
-    InputError: the expert writes a different kind, or an option is unknown.
-    ImportError: a required package is not installed (the extra `onnx`).
+  `weights` is a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
+  or a run or export of this package; for features, any folder that
+  `mtv_jax.load` reads. Hub names (`ORG/NAME`) work too. `options` are for the
+  module's `load_expert`; `phrases` names a source, with the options of
+  `build_phrases`.
   """
   check_choice("expert", kind, KINDS)
   path = path_lib.local_copy(loading.open_folder(weights)).expanduser()

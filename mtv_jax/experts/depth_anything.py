@@ -1,7 +1,4 @@
-"""Depth Anything V2 (Yang et al. 2024) as an inverse-depth expert.
-
-`depth_expert.py` converts predictions to labels.
-"""
+"""Depth Anything V2 (Yang et al. 2024) as an inverse-depth expert."""
 
 import dataclasses
 import os
@@ -24,8 +21,7 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.preprocess import lower_bound_shape, nearest_multiple
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import check_options
-from mtv_jax.experts.depth_expert import DepthExpert
+from mtv_jax.experts.base import DepthExpert, check_options
 from mtv_jax.models import layers, vit
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -66,9 +62,7 @@ class DepthPreprocess:
         f"the nearest is {near}."
       )
     if self.max_aspect < 1:
-      raise InputError(
-        f"max_aspect={self.max_aspect}: longer side over shorter, at least 1."
-      )
+      raise InputError(f"max_aspect={self.max_aspect}; expected at least 1.")
 
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"]
@@ -131,15 +125,9 @@ def load_expert(
       Depth-Anything-V2-Small-hf.
     mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
-    dtype: computation dtype.
     preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles only
       one program.
     side: side of a label, in pixels.
-
-  Raises:
-    MissingFileError: the folder is missing.
-    ConversionError: the folder has a different or an incomplete model.
-    ConfigError: an option is out of range.
   """
   spec, params = depth_anything.read(path)
   inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)

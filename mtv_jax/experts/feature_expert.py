@@ -5,14 +5,13 @@ and resized on the device, as in training.
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree, UInt8
+from jaxtyping import PyTree
 
 from mtv_jax.augment import views as views_lib
 from mtv_jax.config.feature_layout import Format
@@ -29,7 +28,7 @@ from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import block_index
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import PreparedInput, check_options
+from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import two_tower
 
 
@@ -72,22 +71,18 @@ class FeatureExpert:
     function = feature_function(encoder, size, layers)
     self._function = local_mesh.jit_per_device(function, encoder.mesh)
 
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> PreparedInput:
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Squashes an image to the canvas."""
     del record
     size = np.array(image.shape[:2], np.int32)
     pixels = canvas_lib.squash(image, self._canvas)
     return PreparedInput(None, {"image": pixels, "image_size": size})
 
-  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """`pooled` `[rows, 1, e]`, and `patches` or `layerI` `[rows, p, d]`."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
-  def finish(
-    self, outputs: Mapping[str, np.ndarray], meta: Any
-  ) -> LabelOutcome:
+  def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """The label of one image."""
     del meta
     if not all(np.isfinite(x).all() for x in outputs.values()):
@@ -144,17 +139,12 @@ def load_expert(
     folder: see `loading.load`.
     mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
-    dtype: computation dtype.
     weights, step: weights and checkpoint of a run, see `loading.load`.
     size: input size in pixels; default: the encoder's.
     canvas: size of the run's `canvas` op in pixels; default: `size`.
     layers: blocks whose patch tokens are stored, -1 for the last; default: the
       final patch tokens.
     format: `float8` or `int8`.
-
-  Raises:
-    MissingFileError: the folder can't be opened.
-    InputError: the encoder does not support the size or layers.
   """
   mesh = local_mesh.local_mesh() if mesh is None else mesh
   encoder = loading.load(

@@ -36,11 +36,7 @@ def replicate(params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def shard(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Shards arrays `[rows, ...]` over a local mesh, in order.
-
-  Raises:
-    ConfigError: the number of devices does not divide the rows.
-  """
+  """Shards arrays `[rows, ...]` over a local mesh, in order."""
   for value in arrays.values():
     check_batch_size(len(value), mesh)
   return jax.device_put(dict(arrays), NamedSharding(mesh, BATCH_SPEC))
@@ -51,10 +47,8 @@ def jit_per_device(
 ) -> Callable[[PyTree, PyTree], PyTree]:
   """Compiles a function that each device applies to its own rows.
 
-  Args:
-    function: maps parameters (see `replicate`) and arrays `[n, ...]` (see
-      `shard`) to arrays `[n, ...]`, row by row.
-    mesh: a local mesh.
+  It maps parameters (see `replicate`) and arrays `[n, ...]` (see `shard`) to
+  arrays `[n, ...]`, row by row.
   """
   # With shard_map every device runs the single-device program.
   mapped = jax.shard_map(

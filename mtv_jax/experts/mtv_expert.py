@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree, UInt8
+from jaxtyping import PyTree
 
 from mtv_jax.config.options import Fraction, PositiveInt, Range
 from mtv_jax.data.labels import label_values
@@ -27,8 +27,14 @@ from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Expert, PreparedInput, check_options
-from mtv_jax.experts.depth_expert import DepthExpert
+from mtv_jax.experts.base import (
+  Arrays,
+  DepthExpert,
+  Expert,
+  Image,
+  PreparedInput,
+  check_options,
+)
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
@@ -50,8 +56,7 @@ def mtv_depth_expert(
   encoder: Encoder, *, batch_size: int, side: int
 ) -> DepthExpert:
   """Builds a depth expert from the depth head of an encoder on a local mesh."""
-  _check_encoder(encoder, {"depth": "depth"})
-  params = _select_params(encoder, ["depth"])
+  params = _select_params(encoder, {"depth": "depth"}, ["depth"])
   return DepthExpert(
     inspect.unwrap(encoder.head_function("depth")),
     params,
@@ -81,14 +86,15 @@ class MtvBoxExpert:
     threshold: float,
     **options: Any,
   ):
-    _check_encoder(
+    params = _select_params(
       encoder,
       {"grounding": "grounding", "locator": "grounding with regression=1.0"},
+      ["locator", "prompter", "grounding"],
     )
+    params["text"] = encoder.params["text"]
     self.rows = batch_size * encoder.mesh.size
     self._preprocess = encoder.preprocess
     self._phrases, self._threshold, self._options = phrases, threshold, options
-    params = _select_params(encoder, ["locator", "prompter", "grounding"])
     self.settings = {
       **_settings(encoder, params),
       "batch_size": batch_size,
@@ -109,9 +115,7 @@ class MtvBoxExpert:
     self._function = local_mesh.jit_per_device(_detector(encoder), encoder.mesh)
     self._mesh = encoder.mesh
 
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> PreparedInput:
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Preprocesses image and phrases; raises BadRecord without phrases."""
     pixels = self._preprocess(image)
     vocabulary = self._phrases.vocabulary
@@ -125,13 +129,11 @@ class MtvBoxExpert:
       count, {"images": pixels, "tokens": tokens}, meta=phrases
     )
 
-  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """Predicts `boxes` `[rows, m, 4]` and `scores` `[rows, m]` of m phrases."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
-  def finish(
-    self, outputs: Mapping[str, np.ndarray], meta: Sequence[str]
-  ) -> LabelOutcome:
+  def finish(self, outputs: Arrays, meta: Sequence[str]) -> LabelOutcome:
     """The label of one image."""
     scores = outputs["scores"][: len(meta)]
     chosen = np.flatnonzero(scores > self._threshold)
@@ -175,38 +177,33 @@ def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
   return detect
 
 
-def _check_encoder(encoder: Encoder, objectives: Mapping[str, str]) -> None:
-  """Checks that the encoder has the heads and does not crop images."""
+def _select_params(
+  encoder: Encoder, objectives: Mapping[str, str], heads: Sequence[str]
+) -> dict[str, PyTree]:
+  """Selects the parameters of the image tower and of `heads`.
+
+  `objectives` gives the objective that trains each prediction head.
+  """
+  params = encoder.params.get("heads", {})
   for head, objective in objectives.items():
     if not encoder.can_predict(head):
-      heads = sorted(encoder.params.get("heads", {}))
       raise InputError(
-        f"{encoder!r} has no {HEADS[head].params_key} (its heads are {heads}):"
-        f" load a run trained with the objective {objective}, or an export that"
-        " has the head."
+        f"{encoder!r} lacks the head {HEADS[head].params_key!r}; it has"
+        f" {sorted(params)}. Load a run trained with the objective {objective},"
+        " or an export that has the head."
       )
   if encoder.preprocess.crop != "none":
     raise InputError(
       f"{encoder!r} sees a crop of an image"
       f" (crop={encoder.preprocess.crop!r}), and labels are of all of it."
     )
-
-
-def _select_params(encoder: Encoder, heads: Sequence[str]) -> dict[str, PyTree]:
-  """Selects the parameters that labels depend on."""
-  available = encoder.params["heads"]
-  if missing := [name for name in heads if name not in available]:
+  if missing := [name for name in heads if name not in params]:
     raise InputError(
-      f"{encoder!r} lacks the heads {missing}; it has {sorted(available)}."
+      f"{encoder!r} lacks the heads {missing}; it has {sorted(params)}."
       " An export without them can't label: use the run's own folder."
     )
-  params = {
-    "image": encoder.params["image"],
-    "heads": {name: available[name] for name in heads},
-  }
-  if "grounding" in heads:
-    params["text"] = encoder.params["text"]
-  return params
+  selected = {name: params[name] for name in heads}
+  return {"image": encoder.params["image"], "heads": selected}
 
 
 def _settings(encoder: Encoder, params: PyTree) -> dict[str, Any]:
@@ -242,15 +239,9 @@ def load_expert(
     phrases: queries, for boxes.
     mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
-    dtype: computation dtype.
     side: side of depth labels, in pixels.
     threshold: minimum score of a box, exclusive.
     nms, max_boxes, min_side, max_area: see `detections.select`.
-
-  Raises:
-    MissingFileError: the folder can't be opened.
-    InputError: the model lacks the heads, or `phrases` is missing for boxes.
-    ConfigError: an option is out of range.
   """
   if kind == "boxes" and phrases is None:
     raise InputError(

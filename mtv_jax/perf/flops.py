@@ -1,8 +1,7 @@
 """FLOPs of a train step: analytically by part, and of the compiled step.
 
-`count` traces a function and adds up the FLOPs of its matrix products and
-convolutions. `step_flops` traces each part of a step, each encoding once. If
-the whole step costs no more than the sum, nothing is computed twice.
+If the whole step costs no more than the sum of its parts, each traced once,
+nothing is computed twice.
 """
 
 import dataclasses
@@ -45,12 +44,11 @@ class Cost(NamedTuple):
 def count(
   function: Callable[..., PyTree], *args: PyTree, keep: Sequence[bool] = ()
 ) -> Cost:
-  """Counts the FLOPs of a function from its jaxpr, without running it.
+  """FLOPs of matrix products and convolutions in a function's jaxpr.
 
-  Dead code is free, common subexpressions count once, and a loop body counts
-  once per iteration. A conditional counts its False branch, see
-  `hlo.Module.run_counts`. `keep` flags the result leaves that are needed;
-  default: all.
+  Dead code is free, common subexpressions count once, a loop body once per
+  iteration, and of a conditional the False branch, see `hlo.Module.run_counts`.
+  `keep` flags the result leaves that are needed; default: all.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   return _count_live(jaxpr, list(keep or [True] * len(jaxpr.outvars)))
@@ -101,10 +99,6 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
   return first
 
 
-def _is_jaxpr(x: Any) -> bool:
-  return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
-
-
 def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
   """FLOPs of one operation, and which inputs it reads."""
   every, name = [True] * len(eqn.invars), eqn.primitive.name
@@ -116,11 +110,9 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
   if name == "conv_general_dilated":
     specs = eqn.params["dimension_numbers"]
     return Cost(hlo.convolution_flops(shapes, specs, eqn.params), every)
-  bodies = [
-    x.jaxpr if isinstance(x, core.ClosedJaxpr) else x
-    for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
-    if _is_jaxpr(x)
-  ]
+  leaves = jax.tree.leaves(eqn.params)
+  bodies = [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in leaves]
+  bodies = [x for x in bodies if isinstance(x, core.Jaxpr)]
   if len(bodies) == 1 and name not in ("scan", "while", "cond"):
     (body,) = bodies
     if len(body.invars) == len(every) and len(body.outvars) == len(needed):
@@ -197,11 +189,7 @@ def run(
 
 
 def build_long_step_spec(config: RunConfig) -> StepSpec:
-  """Builds the train step of a very long run of a config; opens no data.
-
-  In a long run every objective starts, even after a fraction of the steps or
-  some epochs.
-  """
+  """The step of a run so long that every objective starts; opens no data."""
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
@@ -266,6 +254,15 @@ def without_recomputation(spec: StepSpec) -> StepSpec:
   )
 
 
+def count_flops(settings: Mapping[str, Any]) -> float:
+  """Model FLOPs per image of a resolved config's step with all objectives."""
+  config = resolve(settings)
+  spec = build_long_step_spec(config)
+  rows = min(config.batch_size, 64)  # The cost per image hardly depends on it.
+  batch = abstract_batch(rows, batch_fields(config, spec))
+  return model_flops(spec, optax.adam(1e-3), batch) / rows
+
+
 def model_flops(
   spec: StepSpec,
   tx: optax.GradientTransformation,
@@ -289,42 +286,33 @@ def step_flops(
 ) -> StepFlops:
   """Counts the FLOPs of each part of a step, and of the whole step.
 
-  `compile="whole"` adds XLA's count of the step, compiled for one device with
-  unrolled layers (two minutes for a ViT-L).
+  `compile="whole"` adds XLA's count for one device with unrolled layers.
   """
   check_choice("compile", compile, ("no", "whole"))
-  rows = batch["image"].shape[0]
+  rows, compiled = batch["image"].shape[0], None
+  if compile == "whole":
+    runtime = {**spec.runtime, "scan": False}
+    mesh = make_mesh(dict(data=1), jax.devices()[:1])
+    program = make_program(dataclasses.replace(spec, runtime=runtime), tx, mesh)
+    lowered = program.update.lower(program.abstract, batch)
+    # XLA counts the HLO, so skip optimizing machine code.
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if cpu else {}
+    compiled = lowered.compile(options).cost_analysis()["flops"] / rows
   # Groups that separate runs would train: objectives with a teacher share one.
-  distilled = tuple(
+  taught = tuple(
     n for n in spec.objectives if spec.select_objectives((n,)).has_teacher
   )
-  groups = [(n,) for n in spec.objectives if n not in distilled]
-  groups += [distilled] if distilled else []
-  alone = {
-    "+".join(names): _count_step(spec.select_objectives(names), tx, batch)
-    / rows
-    for names in groups
-  }
-  parts = {k: v / rows for k, v in _count_parts(spec, batch, tx).items()}
+  groups = [(n,) for n in spec.objectives if n not in taught]
+  groups += [taught] if taught else []
+  costs = [_count_step(spec.select_objectives(g), tx, batch) for g in groups]
   return StepFlops(
-    parts=parts,
+    parts={k: v / rows for k, v in _count_parts(spec, batch, tx).items()},
     traced=_count_step(spec, tx, batch) / rows,
-    compiled=None if compile == "no" else _xla_flops(spec, batch, tx) / rows,
-    alone=alone,
+    compiled=compiled,
+    alone={"+".join(g): c / rows for g, c in zip(groups, costs, strict=True)},
     batch_size=rows,
   )
-
-
-def _xla_flops(spec: StepSpec, batch: Any, tx: Any) -> float:
-  """XLA's cost analysis of the compiled step on one device."""
-  unrolled = dataclasses.replace(spec, runtime={**spec.runtime, "scan": False})
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  program = make_program(unrolled, tx, mesh)
-  lowered = program.update.lower(program.abstract, batch)
-  # XLA counts the HLO, so skip optimizing machine code.
-  cpu = jax.default_backend() == "cpu"
-  options = {"xla_backend_optimization_level": 0} if cpu else {}
-  return lowered.compile(options).cost_analysis()["flops"]
 
 
 def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
@@ -373,12 +361,9 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 def _loss_inputs(spec, encoded, params, state, batch, views):
   heads = forward_lib.bind_heads(spec, params, state)
   keys = forward_lib.view_keys(spec, state.step, len(batch["image"]), None)
-  batch = {**batch, "views": views, "keys": keys}
+  args = encoded, heads, state, {**batch, "views": views, "keys": keys}, None
   return {
-    name: objective.loss_inputs(
-      encoded, heads, {**batch, "statistics": state.statistics[name]}
-    )
-    for name, objective in spec.objectives.items()
+    n: forward_lib.objective_inputs(spec, n, *args) for n in spec.objectives
   }
 
 

@@ -202,10 +202,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
-  """The trip count that XLA recorded, or that the condition implies.
-
-  Supports constant start, end and step; further loops count as 1.
-  """
+  """The recorded trip count, or that of constant bounds and step; else 1."""
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
     return int(known[1])
   called = dict(loop.called_computations())
@@ -284,17 +281,13 @@ def collectives(program: Any) -> tuple[Collective, ...]:
     kind = instruction.opcode.removesuffix("-start")
     # The TPU compiler splits a collective into a chain of pieces to overlap
     # with compute. Each repeats the whole operand; only the first counts.
+    start = 'custom_call_target="AsyncCollectiveStart"'
     is_later_piece = 'chain_id="' in instruction.text and not any(
-      'custom_call_target="AsyncCollectiveStart"' in other.text
-      for other in computation.values()
+      start in other.text for other in computation.values()
     )
     if kind not in _RECEIVED or is_later_piece:
       continue
-    operands = [
-      shape
-      for operand in instruction.operands
-      for shape in computation[operand].shapes
-    ]
+    operands = [s for o in instruction.operands for s in computation[o].shapes]
     sent = sum(shape.bytes for shape in operands)
     group = group_size(instruction, module.partitions)
     result = sent * group if kind == "all-gather" else sent
@@ -325,11 +318,10 @@ def group_size(instruction: Instruction, partitions: int) -> int:
 
 def sum_by_kind(rows: Iterable[Collective]) -> dict[str, tuple[float, float]]:
   """Sums by kind: `{kind: (executions per step, bytes per chip and step)}`."""
-  totals: dict[str, tuple[float, float]] = {}
+  totals = collections.defaultdict(lambda: np.zeros(2))
   for row in rows:
-    count, size = totals.get(row.kind, (0.0, 0.0))
-    totals[row.kind] = (count + row.count, size + row.bytes)
-  return dict(sorted(totals.items()))
+    totals[row.kind] += row.count, row.bytes
+  return {kind: tuple(totals[kind].tolist()) for kind in sorted(totals)}
 
 
 # Instructions that allocate no array.
@@ -344,8 +336,7 @@ def largest_temporaries(
 ) -> list[dict[str, Any]]:
   """The largest arrays that a program allocates in HBM, not all live at once.
 
-  Each shape and scope has one row: padded `bytes` of one array, `shape`, `name`
-  of an instruction that computes it, `scope`, and the `count` of arrays.
+  A row per shape and scope, with padded `bytes`, `count` and an instruction.
   """
   module = parse(program)
   rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -365,9 +356,8 @@ def largest_temporaries(
 
 
 def count_flops(program: Any, dtype: str = "") -> float:
-  """FLOPs of one chip's matrix products and convolutions.
+  """FLOPs of one chip's matrix products, convolutions and Pallas kernels.
 
-  A Pallas kernel counts its cost estimate, or `attention.kernel_flops`, or 0.
   `dtype`, such as "s8", counts only products whose operands all have it.
   """
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
@@ -391,11 +381,7 @@ def count_flops(program: Any, dtype: str = "") -> float:
 
 
 def count_cycles(program: Any) -> float:
-  """The TPU compiler's estimate of a step's clock cycles.
-
-  The compiler schedules by this estimate. It excludes collectives, transfers
-  and Pallas kernels.
-  """
+  """The TPU compiler's cycles, without collectives, transfers and kernels."""
   total = 0.0
   for instruction, _, times in parse(program).executed():
     estimate = _CYCLES.search(instruction.text)
@@ -444,11 +430,9 @@ def convolution_flops(
 ) -> float:
   """FLOPs of a convolution: two for each tap that reads an input element.
 
-  Taps that read padding, or zeros inserted by dilation, are free.
-
-  `shapes` are the shapes of input, kernel and output; `specs` their axes (see
-  `jax.lax.ConvDimensionNumbers`); `window` has `window_strides`, `padding`,
-  `lhs_dilation` and `rhs_dilation` of `jax.lax.conv_general_dilated`.
+  Taps on padding or dilation are free. `shapes` and `specs` (axes, see
+  `jax.lax.ConvDimensionNumbers`) are of input, kernel and output; `window` has
+  keywords of `jax.lax.conv_general_dilated`.
   """
   lhs, rhs, out = (
     [shape[axis] for axis in spec]

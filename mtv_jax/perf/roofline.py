@@ -1,10 +1,8 @@
 """Roofline of a compiled step: a lower bound of its time on a chip.
 
-Compute, memory, links and host connection each take at least their work divided
-by their peak rate. The slowest is the bound, since they may overlap perfectly.
-
-Ignores the network between slices, and bytes written by a broadcast or an iota
-outside fusions.
+Compute, memory, links and host each take at least their work divided by their
+peak rate; the slowest is the bound. Ignores the network between slices, and
+broadcasts and iotas outside fusions.
 """
 
 import dataclasses
@@ -44,10 +42,9 @@ def estimate(
   host_bytes: float | int = 0,
   int8_flops: float | int = 0,
 ) -> Roofline | None:
-  """Computes the roofline from the FLOPs and bytes of a chip's step.
+  """The roofline of a chip's step; None if the chip's rates are unknown.
 
-  `int8_flops` is the part of `flops` with 8-bit integer operands; the rest is
-  timed at the bfloat16 peak. None if the chip's rates are unknown.
+  `int8_flops` is the part of `flops` with 8-bit integer operands.
   """
   rates = (
     chip.peak_bf16_flops,
@@ -66,9 +63,8 @@ def estimate(
 def count_hbm_bytes(program: Any) -> float:
   """Bytes of HBM that a program reads and writes, with padding.
 
-  Each instruction reads its operands and writes its result. A slice reads only
-  the slice and an in-place update writes only the update, also inside fusions.
-  Arrays outside HBM are free.
+  A slice reads only the slice and an in-place update writes only the update,
+  also inside fusions. Arrays outside HBM are free.
   """
   module = hlo.parse(program)
   total = 0.0
@@ -77,8 +73,12 @@ def count_hbm_bytes(program: Any) -> float:
       continue
     computation = module.computations[name]
     for instruction in computation.values():
-      if not _is_free(instruction):
-        total += times * _traffic(module, computation, instruction)
+      if _is_free(instruction):
+        continue
+      size = _written(module, computation, instruction)
+      for operand in {*instruction.operands}:
+        size += _read(module, computation, instruction, operand)
+      total += times * size
   return total
 
 
@@ -101,21 +101,8 @@ def _is_free(instruction) -> bool:
   return opcode in _FREE or opcode.endswith(("-done", "-update"))
 
 
-def _traffic(module, computation, instruction) -> int:
-  """Bytes that an instruction reads and writes."""
-  operands = list(dict.fromkeys(instruction.operands))
-  reads = sum(
-    _read(module, computation, instruction, operand) for operand in operands
-  )
-  return reads + _written(module, computation, instruction)
-
-
 def _arrays(instruction) -> list[hlo.Shape]:
-  """Arrays of an instruction's type, without indices and semaphores.
-
-  An asynchronous start has (operand, result), but a copy's or an update's has
-  (result, operand).
-  """
+  """Arrays of an instruction's type, without indices and semaphores."""
   return [shape for shape in instruction.shapes if shape.dims]
 
 

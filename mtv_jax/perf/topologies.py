@@ -31,16 +31,8 @@ class Chip:
   peak_int8_flops: float | None = None  # Operations per second.
 
 
-def _tpu(
-  kind: str,
-  gib: float,
-  axes: int,
-  *,
-  bf16: float,
-  int8: float,
-  hbm: float,
-  links: float,
-) -> Chip:
+def _tpu(kind: str, axes: int, gib: float, *rates: float) -> Chip:
+  bf16, int8, hbm, links = rates
   return Chip(
     kind,
     int(gib * 2**30),
@@ -53,17 +45,14 @@ def _tpu(
   )
 
 
+# GiB, and bfloat16 FLOP/s, int8 operations/s, and bytes/s of HBM and links.
 # Rates: cloud.google.com/tpu/docs. Memory: the limit in the compiler's
 # out-of-memory error.
 TPUS = {
-  "v4": _tpu("v4", 30.75, 3, bf16=275e12, int8=275e12, hbm=1.2e12, links=3e11),
-  "v5e": _tpu("v5e", 15.75, 2, bf16=197e12, int8=393e12, hbm=819e9, links=2e11),
-  "v5p": _tpu(
-    "v5p", 95.73, 3, bf16=459e12, int8=918e12, hbm=2765e9, links=6e11
-  ),
-  "v6e": _tpu(
-    "v6e", 31.24, 2, bf16=918e12, int8=1836e12, hbm=1.6e12, links=4e11
-  ),
+  "v4": _tpu("v4", 3, 30.75, 275e12, 275e12, 1.2e12, 3e11),
+  "v5e": _tpu("v5e", 2, 15.75, 197e12, 393e12, 819e9, 2e11),
+  "v5p": _tpu("v5p", 3, 95.73, 459e12, 918e12, 2765e9, 6e11),
+  "v6e": _tpu("v6e", 2, 31.24, 918e12, 1836e12, 1.6e12, 4e11),
 }
 _GPUS_PER_HOST = 8
 
@@ -127,9 +116,8 @@ class Topology:
 def parse(name: str) -> Topology:
   """Parses a topology name, see `EXAMPLES`.
 
-  'KIND:SHAPE' is a TPU slice ('v5e-256' and 'v5litepod-256' mean 'v5e:16x16');
-  the prefix 'Nx' means N slices. 'cpu:N' is N CPU devices of this machine,
-  'gpu:NxMODEL' or 'gpu:NxSIZEGB' is N GPUs.
+  'KIND:SHAPE' or 'KIND-CHIPS' is a TPU slice; the prefix 'Nx' means N slices.
+  'gpu:NxMODEL' or 'gpu:NxSIZEGB' is N GPUs, 'cpu:N' N CPU devices.
   """
   try:
     return _parse(name)
@@ -201,10 +189,7 @@ def _parse_tpus(
 
 
 def describe_local() -> Topology:
-  """Describes this run's devices; all processes must call it together.
-
-  GPU memory is the minimum over processes.
-  """
+  """This run's devices; all processes must call it together."""
   # Only local devices have memory statistics.
   device = jax.local_devices()[0]
   kind = device.device_kind
@@ -230,11 +215,7 @@ def _number(text: str) -> int:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-  """Devices of a topology, to compile for.
-
-  TPU devices are compile-only. GPUs are replaced by CPU devices of this
-  machine: memory is an estimate.
-  """
+  """Devices to compile for: compile-only TPUs, or CPUs in place of GPUs."""
   if topology.is_local:
     return jax.devices()
   if not topology.is_tpu:
@@ -284,8 +265,7 @@ def devices(topology: Topology) -> list[jax.Device]:
 def use_cpu(topology: Topology | None = None) -> None:
   """Restricts JAX to CPU devices, as many as a CPU or GPU topology has.
 
-  Call this before JAX starts a backend: a process that has started a real TPU
-  can't compile for a different topology.
+  Call this before JAX starts a backend.
   """
   jax.config.update("jax_platforms", "cpu")
   if topology and not topology.is_tpu and topology.chips > 1:

@@ -1,4 +1,1 @@
-"""Reports of runs, encoders and label sets, as one HTML page and as Markdown.
-
-`studies/page.py` reports studies.
-"""
+"""Reports of runs, encoders and label sets, as HTML and as Markdown."""

@@ -1,14 +1,10 @@
-"""Changes of evaluations since step 0, with paired intervals.
-
-The runs of an arm are its seeds. Each later evaluation is compared with the
-run's evaluation at step 0, on equal items.
-"""
+"""Changes of evaluations since step 0, on equal items, by arm."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from mtv_jax.evals.core.base import Result
 from mtv_jax.report import charts
@@ -17,13 +13,8 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
   collect_measurements,
-  describe_metrics,
   estimate_contrast,
-)
-from mtv_jax.report.differences import (
-  contrast_table,
-  format_difference,
-  format_value,
+  list_metrics,
 )
 from mtv_jax.report.page import Charts, Details, Heading, Note, PageBlock, Table
 from mtv_jax.report.run_folders import (
@@ -32,7 +23,14 @@ from mtv_jax.report.run_folders import (
   list_evaluations,
   read_outcomes,
 )
-from mtv_jax.report.tables import is_main, protocol_key
+from mtv_jax.report.tables import (
+  EMPTY,
+  contrast_table,
+  format_difference,
+  format_measured,
+  protocol_key,
+  select_main,
+)
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
 
@@ -66,10 +64,7 @@ class Changes:
 
   @property
   def num_below_start(self) -> int | None:
-    """Number of evaluations whose whole interval is worse than the start.
-
-    None if an interval is unknown.
-    """
+    """Evaluations whose whole interval is below the start; None if unknown."""
     if any(c.item_low is None for c in self.by_step.values()):
       return None
     if self.metric.lower:
@@ -96,21 +91,18 @@ def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
     for change in found
     for step, contrast in change.by_step.items()
   ]
-  # Drop the corrected p value and the verdict based on it.
-  table = [row[:6] + row[7:9] + row[10:] for row in contrast_table(rows)]
-  yield Details("Every evaluation", [Table(table, numbers=2)])
+  table = Table(contrast_table(rows, ("p Holm", "verdict")), numbers=2)
+  yield Details("Every evaluation", [table])
 
 
 def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
-  """Changes of an arm's main metrics that all seeds evaluated at step 0.
+  """Changes of main metrics that all of an arm's seeds evaluated at step 0.
 
-  Skips evaluations whose protocol differs from step 0, or that lack a finite
-  value for a seed. `runs` are one arm's, with distinct seeds.
+  Skips evaluations of another protocol or without a finite value for a seed.
   """
   files = {run.seed: list_evaluations(run.folder) for run in runs}
-  first = next(iter(files.values()))
   measured = []
-  for name, steps in first.items():
+  for name, steps in next(iter(files.values())).items():
     by_step = {
       step: {seed: _read(files[seed][name][step], name) for seed in files}
       for step in steps
@@ -119,46 +111,28 @@ def measure_changes(runs: Sequence[RunRecord]) -> list[Changes]:
     if 0 not in by_step:
       continue
     start = next(iter(by_step[0].values()))
-    key = protocol_key(start)
-    same = {
-      step: seeds
-      for step, seeds in by_step.items()
-      if all(protocol_key(result) == key for result in seeds.values())
-    }
-    for metric in describe_metrics(name, start):
-      short = metric.name.removeprefix(f"{name}/")
-      if is_main(name, short, [*start.metrics]):
-        measured.append(_measure(runs[0].arm, metric, name, same))
-  return [changes for changes in measured if changes is not None]
-
-
-def _measure(
-  arm: str,
-  metric: Metric,
-  name: str,
-  by_step: Mapping[int, Mapping[int, Result]],
-) -> Changes | None:
-  """Changes of one metric; None without finite values at step 0 and later."""
-  data = collect_measurements(
-    {
-      str(step): {seed: {name: result} for seed, result in seeds.items()}
-      for step, seeds in by_step.items()
-    }
-  )
-  complete = [
-    step
-    for step, seeds in by_step.items()
-    if len(data.seeds(str(step), metric.name)) == len(seeds)
-  ]
-  if 0 not in complete or len(complete) < 2:
-    return None
-  values = [run[metric.name] for run in data.values["0"].values()]
-  by_step = {
-    step: estimate_contrast(data, metric, {str(step): 1.0, "0": -1.0})
-    for step in complete
-    if step > 0
-  }
-  return Changes(arm, metric, sum(values) / len(values), by_step)
+    data = collect_measurements(
+      {
+        str(step): {seed: {name: result} for seed, result in seeds.items()}
+        for step, seeds in by_step.items()
+        if {*map(protocol_key, seeds.values())} == {protocol_key(start)}
+      }
+    )
+    for metric in select_main(list_metrics([(name, start)])):
+      complete = [
+        step
+        for step in data.values
+        if len(data.seeds(step, metric.name)) == len(files)
+      ]
+      if complete[:1] == ["0"] and len(complete) > 1:
+        values = data.read("values", metric, "0", [*files])
+        later = {
+          int(step): estimate_contrast(data, metric, {step: 1.0, "0": -1.0})
+          for step in complete[1:]
+        }
+        mean = sum(values) / len(values)
+        measured.append(Changes(runs[0].arm, metric, mean, later))
+  return measured
 
 
 def _read(path: pathlib.Path, name: str) -> Result:
@@ -189,23 +163,14 @@ def _draw_metric(changes: Sequence[Changes], colours: dict[str, int]) -> Chart:
 
 def _changes_table(changes: Sequence[Changes]) -> list[list[str]]:
   """Start, and worst, best and last change: a header, then rows."""
-  rows = [
-    ["metric", "run", "start", "worst", "best", "last", "below the start"]
-  ]
+  head = ["metric", "run", "start", "worst", "best", "last"]
+  rows = [[*head, "below the start"]]
   for change in changes:
-    below = change.num_below_start
-    steps = change.worst_step, change.best_step, max(change.by_step)
-    rows.append(
-      [
-        change.metric.label,
-        change.arm,
-        format_value(change.start, change.metric),
-        *(
-          format_difference(change.by_step[step], seeds=False)
-          + f"\nat step {step:,}"
-          for step in steps
-        ),
-        "–" if below is None else f"{below} of {len(change.by_step)}",
-      ]
-    )
+    start = format_measured(change.start, change.metric)
+    rows.append([change.metric.label, change.arm, start])
+    for step in (change.worst_step, change.best_step, max(change.by_step)):
+      text = format_difference(change.by_step[step], seeds=False)
+      rows[-1].append(f"{text}\nat step {step:,}")
+    below, count = change.num_below_start, len(change.by_step)
+    rows[-1].append(EMPTY if below is None else f"{below} of {count}")
   return rows

@@ -1,19 +1,19 @@
-"""SVG charts: curves, values with intervals, heat maps, histograms.
+"""SVG charts: curves, values with intervals, heat maps.
 
-Sizes are in CSS pixels and never scaled, so text size is fixed. Every chart but
-a wide heat map fits a phone. `style.THEME` defines the light and dark colours.
-Browsers show the titles of marks on hover.
+Sizes are in CSS pixels and never scaled. Every chart but a wide heat map fits a
+phone. Browsers show the titles of marks on hover.
 """
 
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from scipy import optimize
+
 from mtv_jax.report.style import COLOURS, SVG_STYLE, THEME, escape
-from mtv_jax.utils import atomic
 from mtv_jax.utils.plots import shorten, text_width
 from mtv_jax.utils.text import format_short, one_line
 
@@ -27,7 +27,6 @@ _GAP = 14  # Between the labels of series.
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _ROW = 24  # Height of a row.
 _CELL = 44  # Width of a cell; its height is `_ROW`.
-_BARS = (276, 84)  # Width and height of the bars of a histogram.
 
 
 class Chart(NamedTuple):
@@ -62,11 +61,7 @@ def make_scale(
   log: bool = False,
   margin: Number = 0.05,
 ) -> Scale:
-  """A scale over the finite values, extended by `margin` (relative) per end.
-
-  If values are equal or absent, the scale has length 1, or a factor of 2 if
-  logarithmic. A logarithmic scale ignores values that are not positive.
-  """
+  """A scale over the drawable values, extended by relative `margin`."""
   known = [float(v) for v in values if is_drawn(v, log=log)]
   low, high = (min(known), max(known)) if known else (1.0, 1.0)
   if log:
@@ -83,9 +78,8 @@ def make_scale(
 def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
   """About `count` round values on a scale: 1, 2 or 5 times powers of ten."""
   if scale.log:
-    exponents = range(
-      math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1
-    )
+    low, high = math.log10(scale.low), math.log10(scale.high)
+    exponents = range(math.floor(low), math.ceil(high) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5)):
       ticks = [d * 10.0**e for e in exponents for d in digits]
       ticks = [t for t in ticks if scale.low <= t <= scale.high]
@@ -107,10 +101,7 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
 
 
 def is_drawn(value: Number | None, *, log: bool = False) -> bool:
-  """Whether a value can be drawn: finite, and above 0 if `log`.
-
-  Values near the largest float would overflow the scale.
-  """
+  """Whether a scale can draw a value; logarithmic scales only above 0."""
   if value is None or not abs(value) < _LARGEST:  # Also rejects NaN.
     return False
   return value > 0 or not log
@@ -165,15 +156,8 @@ def to_file(chart: Chart) -> str:
   ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
 
 
-def write_files(
-  drawn: Sequence[Chart], folder: pathlib.Path
-) -> list[pathlib.Path]:
-  """Writes `charts/NAME.svg` for Markdown links; returns the paths."""
-  paths = [folder / f"charts/{chart.name}.svg" for chart in drawn]
-  (folder / "charts").mkdir(parents=True, exist_ok=True)
-  for path, chart in zip(paths, drawn, strict=True):
-    atomic.write_text(path, to_file(chart))
-  return paths
+def _widest(texts: Sequence[str]) -> float:
+  return max([text_width(text, TEXT) for text in texts], default=0)
 
 
 class Series(NamedTuple):
@@ -200,7 +184,7 @@ def line_chart(
   """Line chart with labels at the right and a dashed line at `chance`."""
   labelled = [s for s in series if s.style != "dashed" and s.points]
   names = [shorten(s.name, 84, TEXT) for s in labelled]
-  right = 14 + max([text_width(n, TEXT) for n in names], default=0)
+  right = 14 + _widest(names)
   # The labels must fit in one column.
   height = max(210, TITLE + _GAP * len(names) + 34)
   xs = [x for s in series for x, _ in s.points]
@@ -210,19 +194,31 @@ def line_chart(
   bottom = height - 34
   y_scale = make_scale(ys, bottom, TITLE + 6, log=log_y)
   y_ticks = list_ticks(y_scale)
-  left = 8 + max(text_width(format_short(t), TEXT) for t in y_ticks)
+  left = 8 + _widest([format_short(tick) for tick in y_ticks])
   margin = 0.04 if any(s.style == "dots" for s in series) else 0.0
   x_scale = make_scale(xs, left, WIDTH - right, log=log_x, margin=margin)
-  parts = [*_axes(x_scale, y_scale, y_ticks, x_label, bottom)]
+  parts = []
+  for tick in y_ticks:
+    y, end = y_scale(tick), x_scale.end
+    parts.append(f"<path class='grid' d='M{left:.1f} {y:.1f}H{end:.1f}'/>")
+    parts.append(draw_text(left - 4, y + 4, format_short(tick), "tick end"))
+  parts += draw_x_axis(x_scale, TITLE, bottom)
+  middle = (left + x_scale.end) / 2
+  parts.append(draw_text(middle, bottom + 30, x_label, "tick middle"))
   if chance is not None and (chance > 0 or not log_y):
-    parts += _chance_line(left, y_scale(chance), WIDTH - right, chance)
+    y, end = y_scale(chance), WIDTH - right
+    parts.append(
+      f"<path class='chance' d='M{left:.1f} {y:.1f}H{end:.1f}'>"
+      f"<title>chance: {chance:.4g}</title></path>"
+    )
+    parts.append(draw_text(end - 2, y - 3, "chance", "tick end"))
   for line in series:
     parts += _draw_series(line, x_scale, y_scale)
-  shown = [
-    (s, n, y_scale(y))
-    for s, n in zip(labelled, names, strict=True)
-    if (y := _find_last(s, log=log_y)) is not None
-  ]
+  shown = []
+  for line, text in zip(labelled, names, strict=True):
+    known = [y for _, y in line.points if is_drawn(y, log=log_y)]
+    if known:
+      shown.append((line, text, y_scale(known[-1])))
   places = spread([y for *_, y in shown], low=TITLE + 8, high=bottom)
   for (line, text, y), place in zip(shown, places, strict=True):
     x = WIDTH - right
@@ -234,37 +230,6 @@ def line_chart(
       f"{add_title(line.name)}</text>"
     )
   return make_chart(title, name, WIDTH, height, parts)
-
-
-def _find_last(series: Series, *, log: bool) -> Number | None:
-  """The last drawable value, if any."""
-  return next((y for _, y in series.points[::-1] if is_drawn(y, log=log)), None)
-
-
-def _axes(
-  x_scale: Scale,
-  y_scale: Scale,
-  y_ticks: Sequence[Number],
-  x_label: str,
-  bottom: Number,
-) -> Iterator[str]:
-  left, right = x_scale.start, x_scale.end
-  for tick in y_ticks:
-    y = y_scale(tick)
-    yield f"<path class='grid' d='M{left:.1f} {y:.1f}H{right:.1f}'/>"
-    yield draw_text(left - 4, y + 4, format_short(tick), "tick end")
-  yield from draw_x_axis(x_scale, TITLE, bottom)
-  yield draw_text((left + right) / 2, bottom + 30, x_label, "tick middle")
-
-
-def _chance_line(
-  left: Number, y: Number, right: Number, chance: Number
-) -> list[str]:
-  return [
-    f"<path class='chance' d='M{left:.1f} {y:.1f}H{right:.1f}'>"
-    f"<title>chance: {chance:.4g}</title></path>",
-    draw_text(right - 2, y - 3, "chance", "tick end"),
-  ]
 
 
 def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
@@ -285,7 +250,11 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
     lower = " ".join(f"{x:.1f},{low:.1f}" for x, low, _ in reversed(ends))
     yield f"<polygon class='band' points='{upper} {lower}'/>"
   if line.style != "dots":
-    path = trace(line.points, x_scale, y_scale)
+    path, pen = "", "M"  # The pen is lifted at missing values.
+    for x, y in line.points:
+      known = is_drawn(y, log=y_scale.log)
+      path += f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}" if known else ""
+      pen = "L" if known else "M"
     yield f"<path class='{css}'{dash} d='{path}'>{add_title(line.name)}</path>"
   if line.style == "dots" or len(line.points) <= 12 and line.style == "line":
     for x, y in line.points:
@@ -298,45 +267,20 @@ def _draw_series(line: Series, x_scale: Scale, y_scale: Scale) -> Iterator[str]:
   yield "</g>"
 
 
-def trace(
-  points: Sequence[tuple[Number, Number | None]], x_scale: Scale, y_scale: Scale
-) -> str:
-  """SVG path data through points, interrupted at missing values."""
-  parts, pen = [], "M"
-  for x, y in points:
-    if not is_drawn(y, log=y_scale.log):
-      pen = "M"
-      continue
-    parts.append(f"{pen}{x_scale(x):.1f} {y_scale(y):.1f}")
-    pen = "L"
-  return "".join(parts)
-
-
 def spread(
   heights: Sequence[Number], *, low: Number, high: Number
 ) -> list[Number]:
-  """Label positions, at least `_GAP` apart, in order, near their heights.
-
-  Labels that don't fit between `low` and `high` overflow below.
-  """
-  order = sorted(range(len(heights)), key=lambda i: heights[i])
-  # Blocks of adjacent labels: (first position, indices).
-  blocks: list[tuple[Number, list[int]]] = []
-  for i in order:
-    block = [i]
-    while True:
-      # Mean of the block starts that the labels prefer.
-      top = sum(heights[k] - _GAP * n for n, k in enumerate(block)) / len(block)
-      top = max(min(top, high - _GAP * (len(block) - 1)), low)
-      if not blocks or blocks[-1][0] + _GAP * len(blocks[-1][1]) <= top:
-        break
-      block = blocks.pop()[1] + block
-    blocks.append((top, block))
-  placed = [0.0] * len(heights)
-  for top, block in blocks:
-    for n, i in enumerate(block):
-      placed[i] = top + _GAP * n
-  return placed
+  """Label positions near their heights, in order, at least `_GAP` apart."""
+  if not heights:
+    return []
+  order = np.argsort(heights, kind="stable")
+  offsets = _GAP * np.arange(len(order))
+  tops = optimize.isotonic_regression(np.take(heights, order) - offsets).x
+  # Labels that don't fit overflow below.
+  tops = np.clip(tops, low, max(high - offsets[-1], low))
+  placed = np.empty(len(order))
+  placed[order] = tops + offsets
+  return placed.tolist()
 
 
 def thin_out(
@@ -347,13 +291,7 @@ def thin_out(
   if size <= 1:
     return list(points)
   groups = [points[i : i + size] for i in range(0, len(points), size)]
-  return [
-    (
-      sum(x for x, _ in group) / len(group),
-      sum(y for _, y in group) / len(group),
-    )
-    for group in groups
-  ]
+  return [tuple(np.mean(group, axis=0).tolist()) for group in groups]
 
 
 class Row(NamedTuple):
@@ -378,11 +316,9 @@ def interval_plot(
   unit: str,
   lower: bool = False,
 ) -> Chart:
-  """Forest plot: a value with its interval per row.
+  """Forest plot: a value with its interval per row, and its chance dashed.
 
-  The axis spans chance and every interval. Percent intervals are clipped to
-  0..100, as intervals over two seeds may be wider. A dashed line marks each
-  row's chance.
+  Percent intervals are clipped to 0..100: over two seeds they may be wider.
   """
   labels = [shorten(row.name, 120, TEXT) for row in rows]
   left = 10 + _widest(labels)
@@ -409,17 +345,14 @@ def interval_plot(
   return make_chart(title, name, WIDTH, bottom + 38, parts)
 
 
-def _widest(texts: Sequence[str]) -> float:
-  return max([text_width(text, TEXT) for text in texts], default=0)
-
-
 def _shown_interval(row: Row, unit: str) -> tuple[Number, ...]:
   """Low and high, clipped if in percent; () without value or interval."""
-  if row.value is None or row.low is None or row.high is None:
+  value, low, high = row.value, row.low, row.high
+  if None in (value, low, high):
     return ()
   if unit != "%":
-    return row.low, row.high
-  return max(row.low, min(0, row.value)), min(row.high, max(100, row.value))
+    return low, high
+  return max(low, min(0, value)), min(high, max(100, value))
 
 
 def _value_text(value: Number | None) -> str:
@@ -472,10 +405,9 @@ def heat_map(
   x_label: str = "",
   marks: Sequence[Sequence[bool]] | None = None,
 ) -> Chart:
-  """Heat map of numbers, coloured by sign and magnitude.
+  """Heat map of numbers, coloured by sign and magnitude, up to `limit`.
 
-  `limit` is the magnitude of full colour, by default the largest; `x_label`
-  names the columns; `marks` selects bold numbers; None leaves a cell empty.
+  `limit` is by default the largest magnitude; `marks` selects bold numbers.
   """
   known = [abs(v) for row in values for v in row if is_drawn(v)]
   limit = limit or max(known, default=0) or 1.0
@@ -517,50 +449,13 @@ def _draw_cell(
   share = min(abs(value) / limit, 1.0)
   css = "negative" if value < 0 else "positive"
   weight = " bold" if bold else ""
+  # At most five characters.
+  digits = 2 if limit < 10 else 1 if limit < 100 else 0
+  text = f"{value:.{digits}f}" if limit < 1e4 else f"{value:.0e}"
+  text = text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")
   return (
     f"<rect class='{css}' {box} fill-opacity='{0.75 * share:.2f}'>"
     f"{add_title(f'{label}: {value:.4g}')}</rect>"
     f"<text class='middle cell{weight}' x='{x + _CELL / 2:.1f}' "
-    f"y='{y + 16:.1f}'>{_cell_text(value, limit)}</text>"
+    f"y='{y + 16:.1f}'>{text}</text>"
   )
-
-
-def _cell_text(value: Number, limit: Number) -> str:
-  """Formats a cell in at most five characters; `limit` sets the digits."""
-  digits = 2 if limit < 10 else 1 if limit < 100 else 0
-  text = f"{value:.{digits}f}" if limit < 1e4 else f"{value:.0e}"
-  return text.lstrip("-") if float(text) == 0 else text.replace("-", "\u2212")
-
-
-def histogram(
-  title: str,
-  counts: Sequence[int],
-  labels: Sequence[str],
-  *,
-  ends: tuple[str, str],
-  name: str,
-) -> Chart:
-  """Histogram; hovering a bar shows its label and count.
-
-  `ends` are the labels below the first and the last bar.
-  """
-  (width, height), largest = _BARS, max(counts)
-  pitch, bottom = width / len(counts), TITLE + height
-  parts = ["<g class='c0'>"]
-  for i, (count, label) in enumerate(zip(counts, labels, strict=True)):
-    share = count / sum(counts)
-    x, size = i * pitch, height * count / largest
-    text = f"{label}: {count:,} ({100 * share:.3g} %)"
-    parts.append(
-      f"<rect class='filled' x='{x:.1f}' y='{bottom - size:.1f}' "
-      f"width='{max(pitch - 1, 1):.1f}' height='{size:.1f}'>"
-      f"{add_title(text)}</rect>"
-    )
-  parts.append(f"</g><path class='axis' d='M0 {bottom}H{width}'/>")
-  for x, text, css in (
-    (0, ends[0], ""),
-    (width / 2, f"largest bar: {largest:,}", "middle"),
-    (width, ends[1], "end"),
-  ):
-    parts.append(draw_text(x, bottom + 14, text, f"tick {css}"))
-  return make_chart(title, name, width + 2, bottom + 18, parts)

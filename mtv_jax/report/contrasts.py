@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Float
 from scipy import special
 
 from mtv_jax.evals.core.base import Result
@@ -72,34 +71,35 @@ class ArmMeasurements:
 
   def seeds(self, arm: str, metric: str) -> list[int]:
     """Seeds of an arm with a finite value."""
-    return [
-      seed
-      for seed, run in self.values.get(arm, {}).items()
-      if is_finite(run.get(metric))
-    ]
+    runs = self.values.get(arm, {}).items()
+    return [seed for seed, run in runs if is_finite(run.get(metric))]
+
+  def read(
+    self, field: str, metric: Metric, arm: str, seeds: Sequence[int]
+  ) -> list[Any]:
+    """The values, errors or resamples of an arm's seeds; None if unknown."""
+    runs = getattr(self, field).get(arm, {})
+    return [runs.get(seed, {}).get(metric.name) for seed in seeds]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contrast:
-  """A difference between arms on one metric, in the metric's unit.
-
-  Intervals and p values that can't be computed are None; `note` says why.
-  """
+  """A difference between arms on one metric; None is unknown, see `note`."""
 
   metric: Metric
-  n: int  # number of seeds that all arms share; 0 if not paired
-  test: Literal["paired t", "Welch t", "items", ""]  # source of `p`
-  difference: float | None
-  low: float | None  # 95 % interval over seeds
-  high: float | None
-  p: float | None  # two-sided
-  p_holm: float | None  # Holm-corrected over its family of comparisons
-  item_low: float | None  # 95 % interval over items, and seeds if several
-  item_high: float | None
+  n: int = 0  # number of seeds that all arms share; 0 if not paired
+  test: Literal["paired t", "Welch t", "items", ""] = ""  # source of `p`
+  difference: float | None = None
+  low: float | None = None  # 95 % interval over seeds
+  high: float | None = None
+  p: float | None = None  # two-sided
+  p_holm: float | None = None  # Holm-corrected over its family
+  item_low: float | None = None  # 95 % over items, and seeds if several
+  item_high: float | None = None
   # Source of the item interval: paired resamples of the items, or the runs'
   # standard errors, assumed independent, which give a wider interval.
-  items: Literal["resamples", "errors", ""]
-  note: str  # caveats, or ""
+  items: Literal["resamples", "errors", ""] = ""
+  note: str = ""  # caveats
 
   @property
   def gain(self) -> float | None:
@@ -110,10 +110,9 @@ class Contrast:
 
   @property
   def verdict(self) -> str:
-    """Whether the difference is significant, and its direction.
+    """Direction of a significant difference: corrected p is below 0.05.
 
-    "better" or "worse" if the corrected p value is below 0.05 and the interval
-    over items, if known, excludes 0.
+    The interval over items, if known, must exclude 0.
     """
     if self.difference is None:
       return MISSING
@@ -137,27 +136,16 @@ class Comparison(Contrast):
     """The subtraction, as `ARM − BASELINE`."""
     return f"{self.arm} − {self.baseline}"
 
-  def reverse(self) -> Comparison:
-    """The baseline minus the arm."""
-    swapped = dict(low=self.high, high=self.low, difference=self.difference)
-    swapped |= dict(item_low=self.item_high, item_high=self.item_low)
-    swapped = {k: v if v is None else -v for k, v in swapped.items()}
-    return dataclasses.replace(
-      self, arm=self.baseline, baseline=self.arm, **swapped
-    )
 
-
-def describe_metrics(name: str, result: Result) -> list[Metric]:
-  """The metrics of an evaluation."""
-  return [
-    Metric(
-      f"{name}/{metric}",
-      unit=result.units.get(metric, "%"),
-      lower=metric in result.lower,
-      chance=result.chance.get(metric),
-    )
-    for metric in result.metrics
-  ]
+def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
+  """The distinct metrics of evaluations, in order."""
+  metrics: dict[str, Metric] = {}
+  for evaluation, result in results:
+    for metric in result.metrics:
+      name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
+      chance, lower = result.chance.get(metric), metric in result.lower
+      metrics.setdefault(name, Metric(name, unit, lower, chance))
+  return [*metrics.values()]
 
 
 def collect_measurements(
@@ -195,24 +183,21 @@ C = TypeVar("C", bound=Contrast)
 def correct_contrasts(rows: Iterable[C]) -> list[C]:
   """Adds Holm's p values to the contrasts of one family."""
   rows = list(rows)
-  corrected = holm([row.p for row in rows])
-  return [
-    dataclasses.replace(row, p_holm=p)
-    for row, p in zip(rows, corrected, strict=True)
-  ]
+  pairs = zip(rows, holm([row.p for row in rows]), strict=True)
+  return [dataclasses.replace(row, p_holm=p) for row, p in pairs]
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Holm's step-down adjusted p values (Holm 1979).
 
   In ascending order, the i-th of m is max over j <= i of (m - j + 1) p_j, at
-  most 1. A missing p value is not counted as a test.
+  most 1. A missing p value is not a test.
   """
-  tested = [i for i, p in enumerate(p_values) if p is not None]
+  tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
   adjusted: list[float | None] = [None] * len(p_values)
   largest = 0.0
-  for rank, i in enumerate(sorted(tested, key=lambda i: p_values[i])):
-    largest = max(largest, min(1.0, (len(tested) - rank) * p_values[i]))
+  for rank, (p, i) in enumerate(tested):
+    largest = max(largest, min(1.0, (len(tested) - rank) * p))
     adjusted[i] = largest
   return adjusted
 
@@ -233,18 +218,17 @@ def estimate_contrast(
   common = sorted(set.intersection(*map(set, own.values())))
   lacking = [arm for arm, seeds in own.items() if not seeds]
   if lacking:
-    return _missing(metric, f"no value of {', '.join(lacking)}")
+    return Contrast(metric=metric, note=f"no value of {', '.join(lacking)}")
   is_welch = len(common) < 2 and min(map(len, own.values())) > 1
   is_paired = bool(common) and not is_welch
   used = dict.fromkeys(own, common) if is_paired else own
   n = len(common) if is_paired else 0
   runs = {
-    arm: np.array([data.values[arm][s][metric.name] for s in seeds], np.float64)
+    arm: np.array(data.read("values", metric, arm, seeds), np.float64)
     for arm, seeds in used.items()
   }
-  difference = constant + sum(
-    w * runs[arm].mean() for arm, w in weights.items()
-  )
+  centre = sum(w * runs[arm].mean() for arm, w in weights.items())
+  difference = constant + centre
   notes = []
   spare = sum(len(own[arm]) - len(used[arm]) for arm in own)
   if spare:
@@ -256,7 +240,12 @@ def estimate_contrast(
     error, degrees = standard_error(sums), n - 1
   elif is_welch:
     notes.append("the arms' seeds differ: not paired")
-    error, degrees = _welch_error(runs, weights)
+    variances = {
+      arm: (w * standard_error(runs[arm])) ** 2 for arm, w in weights.items()
+    }
+    total = sum(variances.values())
+    spread = sum(v**2 / (len(runs[arm]) - 1) for arm, v in variances.items())
+    error, degrees = math.sqrt(total), total**2 / spread if spread else 1.0
   elif n == 1:
     notes.append("one seed: the interval is over items alone")
   else:
@@ -272,9 +261,13 @@ def estimate_contrast(
     test = "Welch t" if is_welch else "paired t"
     low, high = t_interval(difference, error, degrees)
     p = float(2 * special.stdtr(degrees, -abs(difference) / error))
-  item_low, item_high, item_error, source = _estimate_items(
-    data, metric, weights, used, paired=is_paired, seed_error=error or 0.0
+  errors, resamples = (
+    {arm: data.read(field, metric, arm, used[arm]) for arm in weights}
+    for field in ("errors", "resamples")
   )
+  items = _draw_items(resamples, weights, paired=is_paired)
+  items = items or _item_errors(errors, weights, centre, error or 0.0)
+  item_low, item_high, item_error, source = items or (None, None, None, "")
   if source:
     # The item interval lacks the constant.
     item_low, item_high = item_low + constant, item_high + constant
@@ -297,98 +290,60 @@ def estimate_contrast(
   )
 
 
-def _missing(metric: Metric, note: str) -> Contrast:
-  names = [f.name for f in dataclasses.fields(Contrast)]
-  fields = dict.fromkeys(names) | dict(n=0, test="", items="", note=note)
-  return Contrast(**fields | dict(metric=metric))
+# Low, high, standard error and source of an interval over items.
+ItemInterval = tuple[float, float, float, str]
 
 
-def _estimate_items(
-  data: ArmMeasurements,
-  metric: Metric,
+def _item_errors(
+  errors: Mapping[str, Sequence[Any]],
   weights: Mapping[str, float],
-  used: Mapping[str, Sequence[int]],
-  *,
-  paired: bool,
-  seed_error: float,
-) -> tuple[float | None, float | None, float | None, str]:
-  """Interval and standard error of the weighted sum over items and seeds.
+  centre: float,
+  seeds_error: float,
+) -> ItemInterval | None:
+  """Interval from independent standard errors; None if one is unknown.
 
-  All seeds share the items. If the runs have resamples, seeds and items are
-  drawn independently (Owen 2007, "The pigeonhole bootstrap") and the interval
-  is a percentile interval. Else the variance sums the squared error over seeds
-  and each arm's squared error, assumed independent. An arm's error is the mean
-  over its seeds, not divided by their number, since the items are shared.
-
-  Returns (low, high, standard error, source); None and "" if unknown.
+  An arm's error is the mean over its seeds, not divided by their number, since
+  all seeds share the items.
   """
-  drawn = _drawn_sums(data, metric, weights, used, paired=paired)
-  if drawn is not None:
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(drawn, [tail, 100 - tail])
-    return float(low), float(high), float(np.std(drawn, ddof=1)), "resamples"
-  variance, centre = seed_error**2, 0.0
+  variance = seeds_error**2
   for arm, weight in weights.items():
-    errors = [
-      data.errors.get(arm, {}).get(seed, {}).get(metric.name)
-      for seed in used[arm]
-    ]
-    if not all(map(is_finite, errors)):
-      return None, None, None, ""
-    variance += (weight * np.mean(errors)) ** 2
-    runs = [data.values[arm][seed][metric.name] for seed in used[arm]]
-    centre += weight * np.mean(runs)
+    if not all(map(is_finite, errors[arm])):
+      return None
+    variance += (weight * np.mean(errors[arm])) ** 2
   error = math.sqrt(variance)
   half = float(special.ndtri((1 + LEVEL) / 2)) * error
   return float(centre - half), float(centre + half), error, "errors"
 
 
-def _drawn_sums(
-  data: ArmMeasurements,
-  metric: Metric,
+def _draw_items(
+  resamples: Mapping[str, Sequence[Any]],
   weights: Mapping[str, float],
-  used: Mapping[str, Sequence[int]],
   *,
   paired: bool,
-) -> Float[np.ndarray, " d"] | None:
-  """Weighted sums for drawn items and seeds; None without resamples."""
-  tables = {}
-  for arm, seeds in used.items():
-    runs = [
-      data.resamples.get(arm, {}).get(seed, {}).get(metric.name)
-      for seed in seeds
-    ]
-    if any(run is None for run in runs):
-      return None
-    tables[arm] = runs
-  if len({len(run) for runs in tables.values() for run in runs}) != 1:
-    return None  # The data sets differ.
-  tables = {arm: np.stack(runs) for arm, runs in tables.items()}  # [S, B]
+) -> ItemInterval | None:
+  """Percentile interval over items and seeds; None without resamples.
+
+  Both are drawn independently (Owen 2007, "The pigeonhole bootstrap").
+  """
+  runs = [run for table in resamples.values() for run in table]
+  # Lengths differ if the data sets do.
+  if any(run is None for run in runs) or len({len(run) for run in runs}) != 1:
+    return None
   # Drop resamples with a missing value, such as a class without items.
-  whole = np.all([np.isfinite(t).all(axis=0) for t in tables.values()], 0)
+  whole = np.isfinite(np.stack(runs)).all(axis=0)
   if whole.mean() < 0.5:
     return None
   rng = np.random.default_rng(0)
   count = int(whole.sum())
   total, draws = 0.0, None
   for arm, weight in weights.items():
-    table = tables[arm][:, whole]
+    table = np.stack(resamples[arm])[:, whole]  # [S, B]
     if draws is None or not paired:
       draws = rng.integers(len(table), size=(len(table), _SEED_DRAWS, count))
     total = total + weight * table[draws, np.arange(count)].mean(axis=0)
-  return total.ravel()
-
-
-def _welch_error(
-  runs: Mapping[str, np.ndarray], weights: Mapping[str, float]
-) -> tuple[float, float]:
-  """Standard error of a weighted sum of means, and its degrees of freedom."""
-  parts = {
-    arm: (w * standard_error(runs[arm])) ** 2 for arm, w in weights.items()
-  }
-  total = sum(parts.values())
-  spread = sum(v**2 / (len(runs[arm]) - 1) for arm, v in parts.items())
-  return math.sqrt(total), total**2 / spread if spread else 1.0
+  tail = 50 * (1 - LEVEL)
+  low, high = np.percentile(total, [tail, 100 - tail])
+  return float(low), float(high), float(np.std(total, ddof=1)), "resamples"
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -7,20 +7,23 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.published import (
   COLUMNS,
+  FIGURES,
   REFERENCES,
   TABLE_5,
+  Figure,
   matching_column,
 )
-from mtv_jax.report import charts, differences, page, published, tables
+from mtv_jax.report import charts, page, tables
 from mtv_jax.report.charts import Chart, Row
 from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils.errors import ConfigError, did_you_mean
-from mtv_jax.utils.text import file_name
+from mtv_jax.utils.text import file_name, format_metric
 
 Z_95 = 1.96  # Half width of a 95 % interval, in standard errors.
 _PUBLISHED_COLOUR = 7  # Grey.
@@ -53,16 +56,8 @@ _UNPAIRED = (
   "Not paired, from the standard errors of both, which is wider: {}. All other "
   "differences are between both metrics on the same resamples."
 )
-# Columns of `differences.contrast_table` without the intervals over seeds.
-_CONTRAST = (
-  "comparison",
-  "metric",
-  "difference",
-  "items 95 %",
-  "p",
-  "p Holm",
-  "verdict",
-)
+# Columns of `tables.contrast_table` that one run per encoder leaves out.
+_SEED_COLUMNS = ("seeds 95 %", "n", "test", "note")
 
 
 def write_evaluation(
@@ -70,41 +65,26 @@ def write_evaluation(
   outcomes: Sequence[Outcome],
   *,
   compared: Sequence[Outcome] = (),
+  baseline: str | None = None,
   size: str | None = "base",
 ) -> list[pathlib.Path]:
-  """Writes the report of an evaluation; returns the paths.
+  """Writes the report of an evaluation, or of a comparison with a baseline.
 
-  Replaces `results.json`, `results.md`, `report.html`, `sheets/*.png` and
-  `charts/*.svg`. `compared` are earlier outcomes, shown if on equal data.
+  Replaces `results.json`, the pages, `sheets/*.png` and `charts/*.svg`, and
+  returns their paths. `compared` are earlier outcomes, shown if on equal data.
   `size` is the model size of the charted published encoders, None for none.
   """
-  blocks = describe_outcomes(outcomes, compared=compared, size=size)
+  title, markdown = "Evaluation", "results.md"
+  if baseline is not None:
+    names = [outcome.name for outcome in outcomes]
+    check_baseline(baseline, names)
+    title, markdown = f"Comparison of {', '.join(names)}", "report.md"
+  options = dict(compared=compared, baseline=baseline, size=size)
+  blocks = describe_outcomes(outcomes, **options)
   path = pathlib.Path(folder) / "results.json"
   results.write(path, outcomes)
-  names = ("report.html", "results.md")
-  return [*page.write_pages("Evaluation", blocks, folder, names=names), path]
-
-
-def write_comparison(
-  outcomes: Sequence[Outcome],
-  output: str | os.PathLike,
-  *,
-  baseline: str,
-  size: str | None = "base",
-) -> list[pathlib.Path]:
-  """Writes a comparison of encoders; returns the paths.
-
-  The tables have a row per protocol, and differences from the baseline encoder,
-  paired by item if the results have resamples. `size` is the model size of the
-  charted published encoders, None for none.
-  """
-  names = [outcome.name for outcome in outcomes]
-  check_baseline(baseline, names)
-  blocks = describe_outcomes(outcomes, baseline=baseline, size=size)
-  path = pathlib.Path(output) / "results.json"
-  results.write(path, outcomes)
-  title = f"Comparison of {', '.join(names)}"
-  return [*page.write_pages(title, blocks, output), path]
+  pages = ("report.html", markdown)
+  return [*page.write_pages(title, blocks, folder, names=pages), path]
 
 
 def check_baseline(baseline: str, names: Sequence[str]) -> None:
@@ -123,28 +103,32 @@ def describe_outcomes(
   baseline: str | None = None,
   size: str | None = "base",
 ) -> Iterator[page.PageBlock]:
-  """Metrics, charts, encoders, missing results, sheets and protocols.
-
-  With a baseline, each protocol has its own row, and differences from the
-  baseline are shown.
-  """
-  split = baseline is not None
-  columns = _number_equal_names([*outcomes, *compared])
+  """Blocks of an evaluation; with a baseline, of a comparison by protocol."""
+  split, columns, counts = baseline is not None, [], collections.Counter()
+  for outcome in (*outcomes, *compared):  # Number equal names.
+    counts[outcome.name] += 1
+    count = counts[outcome.name]
+    name = outcome.name if count == 1 else f"{outcome.name} ({count})"
+    columns.append(dataclasses.replace(outcome, name=name))
   outcomes = columns[: len(outcomes)]
   index = [o.name for o in columns].index(baseline) if split else None
   rows = tables.compare(columns, split=split, baseline=index)
-  left_out = [
-    i
-    for i in range(len(outcomes), len(columns))
-    if all(row.values[i] is None for row in rows)
+  missing = [
+    outcome.name
+    for i, outcome in enumerate(columns)
+    if i >= len(outcomes) and all(row.values[i] is None for row in rows)
   ]
-  missing = [columns[i].name for i in left_out]
-  if left_out:
-    columns = [o for i, o in enumerate(columns) if i not in left_out]
+  if missing:
+    columns = [o for o in columns if o.name not in missing]
     rows = tables.compare(columns, split=split, baseline=index)
-  matches = published.find_matches(columns, rows)
+  matches = find_matches(columns, rows)
   yield page.Heading("Metrics")
-  cells = _published_cells(columns, rows, matches) if matches else None
+  cells = ["published"]
+  for row in rows:
+    own = [match for match in matches if match.row == row]
+    lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in own]
+    cells.append("\n".join(lines))
+  cells = cells if matches else None
   yield page.Table(tables.metrics_table(columns, rows, cells), numbers=2)
   yield page.Note(_NOTE)
   variants = dict.fromkeys(row.evaluation for row in rows if row.variant)
@@ -154,47 +138,40 @@ def describe_outcomes(
       [line for n in variants for line in tables.list_differing(columns, n)]
     )
   if missing:
-    yield page.Note(
-      f"Not shown, for lack of the same data: {', '.join(missing)}."
-    )
+    names = ", ".join(missing)
+    yield page.Note(f"Not shown, for lack of the same data: {names}.")
   yield page.Note(_CHARTS_NOTE)
   drawn, quoted = draw_charts(columns, rows, size=size)
   yield page.Charts(drawn)
   if quoted:
     yield page.Note(_PUBLISHED_NOTE)
-    yield page.Table(_published_table(quoted))
+    head = ["published"]
+    for column in quoted:
+      unit = "m" if column == "nyu" else "%"
+      head.append(f"{COLUMNS[column].label}, {unit}")
+    lines = [
+      [r.name, *(f"{r.figures[n]:g}" for n in quoted)] for r in REFERENCES
+    ]
+    yield page.Table([head, *lines])
   if split and len(outcomes) > 1:
     yield from _describe_differences(rows, baseline)
-  yield from published.describe_matches(columns, matches)
+  yield from _describe_matches(columns, matches)
   yield page.Heading("Encoders")
   yield page.Table(tables.encoder_table(columns))
   yield from _describe_missing(outcomes)
   for name in tables.evaluation_names(columns):
     yield page.Heading(name)
     yield from _list_sheets(outcomes, name)
-    protocol = tables.compare_protocols(columns, name)
-    yield page.Details(
-      "Protocol", [page.Table(table) for table in protocol.tables()]
-    )
-
-
-def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
-  counts, renamed = collections.Counter(), []
-  for outcome in outcomes:
-    counts[outcome.name] += 1
-    count = counts[outcome.name]
-    name = outcome.name if count == 1 else f"{outcome.name} ({count})"
-    renamed.append(dataclasses.replace(outcome, name=name))
-  return renamed
+    found = tables.compare_protocols(columns, name).tables()
+    yield page.Details("Protocol", [page.Table(table) for table in found])
 
 
 def draw_charts(
   columns: Sequence[Outcome], rows: Sequence[MetricRow], *, size: str | None
 ) -> tuple[list[Chart], list[str]]:
-  """Charts of the main metrics, from chance to the best known value.
+  """Charts of the main metrics, and their columns of `COLUMNS`.
 
-  Published values, of encoders of `size` on equal data, are hollow. Returns the
-  charts, and their columns of `published.COLUMNS`.
+  Published values, of encoders of `size` on equal data, are hollow.
   """
   references = [r for r in REFERENCES if r.size == size]
   drawn, quoted = [], []
@@ -212,11 +189,8 @@ def draw_charts(
       options = dict(chance=row.chance, colour=_PUBLISHED_COLOUR, hollow=True)
       more = [Row(r.name, r.figures[column], **options) for r in references]
     # With several protocols, list only the encoders that used this one.
-    names = {
-      i: column.name
-      for i, column in enumerate(columns)
-      if i in known or not row.variant
-    }
+    used = known if row.variant else range(len(columns))
+    names = {i: columns[i].name for i in used}
     drawn.append(draw_metric(row, names, title=title, more=more))
   return drawn, list(dict.fromkeys(quoted))
 
@@ -241,38 +215,10 @@ def draw_metric(
 
 def interval_row(row: MetricRow, i: int, name: str, colour: int) -> Row:
   """The i-th value of a row, with chance and its 95 % interval."""
-  value, error = row.values[i], row.errors[i]
-  ends = (None, None)
+  value, error, ends = row.values[i], row.errors[i], (None, None)
   if value is not None and error is not None:
     ends = (value - Z_95 * error, value + Z_95 * error)
   return Row(name, value, *ends, chance=row.chance, colour=colour)
-
-
-def _published_cells(
-  columns: Sequence[Outcome],
-  rows: Sequence[MetricRow],
-  matches: Sequence[published.FigureMatch],
-) -> list[str]:
-  """The column of published figures: a header, then a cell per row."""
-  cells = ["published"]
-  for row in rows:
-    lines = [
-      f"{columns[m.encoder].name}: {published.format_figure(m)}"
-      for m in matches
-      if m.row == row
-    ]
-    cells.append("\n".join(lines))
-  return cells
-
-
-def _published_table(quoted: Sequence[str]) -> list[list[str]]:
-  """Published figures on equal data: a header, then a row per encoder."""
-  units = ["m" if name == "nyu" else "%" for name in quoted]
-  head = [
-    f"{COLUMNS[n].label}, {unit}" for n, unit in zip(quoted, units, strict=True)
-  ]
-  rows = [[r.name, *(f"{r.figures[n]:g}" for n in quoted)] for r in REFERENCES]
-  return [["published", *head], *rows]
 
 
 def _describe_differences(
@@ -284,11 +230,11 @@ def _describe_differences(
   if not known:
     return
   yield page.Heading(f"Differences from {baseline}")
-  yield page.Table(differences.differences_table(compared))
+  yield page.Table(tables.differences_table(compared))
   names = [f"{c.arm}, {c.metric.name}" for c in known if c.items == "errors"]
   how = _UNPAIRED.format("; ".join(names)) if names else _PAIRED
   yield page.Note(_DIFFERENCES_NOTE + how)
-  yield differences.list_contrasts([(c.name, c) for c in known], _CONTRAST)
+  yield tables.list_contrasts([(c.name, c) for c in known], _SEED_COLUMNS)
 
 
 def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
@@ -321,3 +267,103 @@ def _list_sheets(
       sheets.setdefault(name, []).append(file)
   for files in sheets.values():
     yield page.Images(files)
+
+
+class FigureMatch(NamedTuple):
+  """A result and the figure published for its declared checkpoint and data."""
+
+  encoder: int  # index of the outcome
+  row: MetricRow
+  column: str  # key of `COLUMNS`
+  figure: Figure
+
+
+def find_matches(
+  outcomes: Sequence[Outcome], rows: Sequence[MetricRow]
+) -> list[FigureMatch]:
+  """Matches results with figures published for their checkpoints, by row."""
+  matches = []
+  for row in rows:
+    for i, outcome in enumerate(outcomes):
+      figures = FIGURES.get(outcome.checkpoint, {})
+      if row.values[i] is None:
+        continue
+      protocol = outcome.results[row.evaluation].protocol
+      column = matching_column(row.evaluation, row.metric, protocol)
+      if column in figures:
+        matches.append(FigureMatch(i, row, column, figures[column]))
+  return matches
+
+
+def _describe_matches(
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
+) -> Iterator[page.PageBlock]:
+  """Published figures and results, sources and protocol differences."""
+  if not any(outcome.checkpoint for outcome in outcomes):
+    return
+  yield page.Heading("Published figures")
+  lines = [
+    f"{o.name} is compared with figures published for {o.checkpoint}."
+    for o in outcomes
+    if o.checkpoint
+  ]
+  table = [["metric", "encoder", "here", "published", "difference"]]
+  for match in matches:
+    unit, value = match.row.unit, match.row.values[match.encoder]
+    row = [COLUMNS[match.column].label, outcomes[match.encoder].name]
+    row.append(
+      tables.format_value(value, unit, match.row.errors[match.encoder])
+    )
+    difference = format_metric(value - match.figure.value, unit)
+    table.append([*row, format_figure(match), difference])
+  if matches:
+    yield page.Table(table, numbers=2)
+  yield page.Bullets([*lines, *_list_sources(outcomes, matches)])
+  if other := [*_other_data(outcomes, matches)]:
+    yield page.Note("Published, but not on the data of this comparison:")
+    yield page.Bullets(other)
+
+
+def format_figure(match: FigureMatch) -> str:
+  """A figure with its unit: one decimal for "%", else three."""
+  unit = match.row.unit
+  digits = f"{match.figure.value:.1f}" if unit == "%" else ""
+  return f"{digits or f'{match.figure.value:.3f}'} {unit}".strip()
+
+
+def _list_sources(
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
+) -> Iterator[str]:
+  """A line per figure: source, protocol, differences from it."""
+  for match in matches:
+    outcome, figure = outcomes[match.encoder], match.figure
+    protocol = outcome.results[match.row.evaluation].protocol
+    differing = [
+      f"{key} is {tables.format_entry(protocol[key])}, not {value}"
+      for key, value in figure.entries.items()
+      if protocol.get(key, value) != value
+    ]
+    here = f" Here {', '.join(differing)}." if differing else ""
+    yield (
+      f"{COLUMNS[match.column].label}, {outcome.name}: "
+      f"{format_figure(match)} is of {figure.source}. "
+      f"Its protocol: {figure.protocol}.{here}"
+    )
+
+
+def _other_data(
+  outcomes: Sequence[Outcome], matches: Sequence[FigureMatch]
+) -> Iterator[str]:
+  """A line per figure whose evaluation ran on different data."""
+  shown = {(match.encoder, match.column) for match in matches}
+  for i, outcome in enumerate(outcomes):
+    for name in FIGURES.get(outcome.checkpoint, {}):
+      column = COLUMNS[name]
+      result = outcome.results.get(column.evaluation)
+      if result is not None and (i, name) not in shown:
+        data = ", ".join(
+          f"{key} {tables.format_entry(result.protocol.get(key))}"
+          for key in ("data", "images", "train_images")
+          if key in result.protocol
+        )
+        yield f"{column.label}, {outcome.name}: here {data}."

@@ -35,6 +35,7 @@ _PAGE_SIZE = 456  # longer side of the images on the page, in pixels
 _PHRASES = 5  # frequent phrases on the terminal
 _NAMES = 8  # names per card shown without a click
 _VALUE = 500  # maximum characters of a setting
+_BARS = (276, 84)  # width and height of the bars of a histogram, in pixels
 # Titles of the histograms.
 _HISTOGRAMS = {
   "boxes": {
@@ -110,16 +111,8 @@ def inspect_labels(
     )
     for kind, labels in joined.items()
   }
-  summary = {
-    "data": list(data),
-    "records": len(source),
-    "sets": stats,
-    "look_at": [
-      finding
-      for set_stats in stats.values()
-      for finding in findings.find(set_stats)
-    ],
-  }
+  summary = {"data": list(data), "records": len(source), "sets": stats}
+  summary["look_at"] = [x for s in stats.values() for x in findings.find(s)]
   rng = np.random.default_rng(seed)
   chosen = rng.choice(len(source), min(count, len(source)), replace=False)
   chosen = sorted(chosen.tolist())
@@ -147,10 +140,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
   lines = [f"{', '.join(summary['data'])}: {summary['records']:,} records"]
   for kind, stats in summary["sets"].items():
     share = format_percent(stats["labelled"] / max(stats["records"], 1))
-    lines.append(
-      f"{kind} from {stats['folder']}: {stats['labelled']:,} of"
-      f" {stats['records']:,} records have a label ({share})"
-    )
+    lines.append(f"{kind} {_count_labels(stats)} ({share})")
     rows = list(describe(stats))
     if kind == "boxes":
       frequent = stats["phrases"]["most_frequent"][:_PHRASES]
@@ -162,6 +152,11 @@ def format_summary(summary: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def _count_labels(stats: Mapping[str, Any]) -> str:
+  records = f"{stats['labelled']:,} of {stats['records']:,} records"
+  return f"from {stats['folder']}: {records} have a label"
+
+
 def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
   """Renders the HTML page: the summary of `inspect_labels`, and cards."""
   title = f"Labels of {', '.join(summary['data'])}"
@@ -169,12 +164,17 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
   for kind, stats in summary["sets"].items():
     read = stats["read"]["records"]
     part = f" Statistics of {read:,} labels, evenly spaced."
-    body.append(
-      f"<p><b>{kind}</b> from {escape(stats['folder'])}:"
-      f" {stats['labelled']:,} of {stats['records']:,} records have a label."
-      f"{part if read < stats['records'] else ''}</p>"
-    )
-  body.append(_render_findings(summary["look_at"]))
+    part = part if read < stats["records"] else ""
+    body.append(f"<p><b>{kind}</b> {escape(_count_labels(stats))}.{part}</p>")
+  items = "".join(
+    f"<li><b>{finding['kind']}</b>: {escape(finding['text'])}"
+    for finding in summary["look_at"]
+  )
+  body.append(
+    f"<div class=warning><b>To look at</b><ul>{items}</ul></div>"
+    if items
+    else "<div class=ok>The statistics show nothing unusual.</div>"
+  )
   if cards:
     note = f"{len(cards)} of {summary['records']:,} records."
     legend = " ".join(_LEGENDS[kind] for kind in summary["sets"])
@@ -189,11 +189,8 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
 
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   yield page.Table([("statistic", ""), *describe(stats)]).html()
-  drawn = [
-    _draw_histogram(histogram, title)
-    for title, histogram in _histograms(stats).items()
-    if histogram["count"]
-  ]
+  found = _histograms(stats).items()
+  drawn = [draw_histogram(h, title) for title, h in found if h["count"]]
   yield page.Charts(drawn).html()
   if stats.get("boxes"):
     yield _render_phrases(stats)
@@ -207,16 +204,6 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   ]
   table = page.Table([("setting", ""), *rows])
   yield page.Details("Settings of the label set", [table]).html()
-
-
-def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
-  if not findings:
-    return "<div class=ok>The statistics show nothing unusual.</div>"
-  items = "".join(
-    f"<li><b>{finding['kind']}</b>: {escape(finding['text'])}"
-    for finding in findings
-  )
-  return f"<div class=warning><b>To look at</b><ul>{items}</ul></div>"
 
 
 def _render_card(card: Card) -> str:
@@ -264,14 +251,11 @@ def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
       format_percent(stats["narrow_maps"]),
     )
   for title, histogram in _histograms(stats).items():
+    text = "none"
     if histogram["count"]:
-      yield (
-        title,
-        f"mean {histogram['mean']:.3g}, {_spread(histogram['quantiles'])}, from"
-        f" {histogram['min']:.3g} to {histogram['max']:.3g}",
-      )
-    else:
-      yield title, "none"
+      text = f"mean {histogram['mean']:.3g}, {_spread(histogram['quantiles'])}"
+      text += f", from {histogram['min']:.3g} to {histogram['max']:.3g}"
+    yield title, text
 
 
 def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -308,17 +292,34 @@ def _spread(quantiles: Mapping[str, float]) -> str:
   return f"median {median:.3g}, 90 % in {low:.3g} to {high:.3g}"
 
 
-def _draw_histogram(histogram: Mapping[str, Any], title: str) -> charts.Chart:
-  """Bar chart that shows each bar's count on hover."""
+def draw_histogram(histogram: Mapping[str, Any], title: str) -> charts.Chart:
+  """Bar chart that shows each bar's label and count on hover."""
   edges, counts = histogram["bars"]["edges"], histogram["bars"]["counts"]
-  ends = [(f"{a:.3g}", f"{b:.3g}") for a, b in itertools.pairwise(edges)]
+  pairs = list(itertools.pairwise(edges))
+  ends = [(f"{a:.3g}", f"{b:.3g}") for a, b in pairs]
   if histogram["values"] == "whole":
-    pairs = itertools.pairwise(edges)
     ends = [(f"{a + 0.5:.0f}", f"{b - 0.5:.0f}") for a, b in pairs]
-  labels = [low if low == high else f"{low} to {high}" for low, high in ends]
-  outer = ends[0][0], ends[-1][1]
+  (width, height), largest = _BARS, max(counts)
+  pitch, bottom = width / len(counts), charts.TITLE + height
+  parts = ["<g class='c0'>"]
+  for i, (count, (low, high)) in enumerate(zip(counts, ends, strict=True)):
+    label = low if low == high else f"{low} to {high}"
+    text = f"{label}: {count:,} ({100 * count / sum(counts):.3g} %)"
+    x, size = i * pitch, height * count / largest
+    parts.append(
+      f"<rect class='filled' x='{x:.1f}' y='{bottom - size:.1f}' "
+      f"width='{max(pitch - 1, 1):.1f}' height='{size:.1f}'>"
+      f"{charts.add_title(text)}</rect>"
+    )
+  parts.append(f"</g><path class='axis' d='M0 {bottom}H{width}'/>")
+  for x, text, css in (
+    (0, ends[0][0], "tick"),
+    (width / 2, f"largest bar: {largest:,}", "tick middle"),
+    (width, ends[-1][1], "tick end"),
+  ):
+    parts.append(charts.draw_text(x, bottom + 14, text, css))
   name = file_name("histogram", title)
-  return charts.histogram(title, counts, labels, ends=outer, name=name)
+  return charts.make_chart(title, name, width + 2, bottom + 18, parts)
 
 
 def _render_phrases(stats: Mapping[str, Any]) -> str:

@@ -57,10 +57,7 @@ class PageFiles:
     self._contents: dict[str, str | np.ndarray | pathlib.Path] = {}
 
   def add(self, path: str, content: str | np.ndarray | pathlib.Path) -> str:
-    """Adds a file; returns its path, renamed if its content would collide.
-
-    Names can collide: file names turn both "a/b" and "a:b" into "a-b".
-    """
+    """Adds a file; returns its path, renamed if its content would collide."""
     file = pathlib.PurePosixPath(path)
     while True:
       known = self._contents.setdefault(str(file), content)
@@ -159,10 +156,7 @@ class Code(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A table: a header, then rows of text, `Bold`, `Link` or `Swatch`.
-
-  Columns from index `numbers` on are right-aligned.
-  """
+  """A header, then rows; columns from index `numbers` on are right-aligned."""
 
   rows: Sequence[Sequence[str]]
   numbers: int | None = None
@@ -322,10 +316,7 @@ def write_pages(
   *,
   names: tuple[str, str] = ("report.html", "report.md"),
 ) -> list[pathlib.Path]:
-  """Writes blocks as HTML, and as Markdown with its charts and images.
-
-  Returns the paths of the two pages, then of images and charts.
-  """
+  """Writes blocks as HTML and Markdown; returns the pages, then their files."""
   output = pathlib.Path(output)
   output.mkdir(parents=True, exist_ok=True)
   blocks = [Heading(title, level=1), *blocks]

@@ -66,8 +66,7 @@ def read_run(
 ) -> RunRecord:
   """Reads the folder of a run, finished or not.
 
-  `step` selects the evaluations, by default the last of each. Raises
-  MissingFileError without a config, InputError for a file that can't be read.
+  `step` selects the evaluations, by default the last of each.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder)
@@ -77,14 +76,16 @@ def read_run(
     for evaluation, by_step in list_evaluations(folder).items()
     if step is None or step in by_step
   }
-  command = folder / "command.txt"
+  command, text = folder / "command.txt", ""
+  if command.is_file():
+    text = command.read_text("utf-8", errors="replace")
   return RunRecord(
     name=name,
     arm=arm or name,
     seed=config.get("seed") or 0,
     folder=folder,
     config=config,
-    series=_read_series(folder),
+    series=read_metrics(folder),
     outcome=_read_outcome(name, list(files.values())),
     files=files,
     sheets={
@@ -93,17 +94,15 @@ def read_run(
       for sheet in sorted(file.with_suffix("").glob("*.png"))
     },
     interference=_read_interference(folder / "interference.jsonl"),
-    command=command.read_text("utf-8", errors="replace").strip()
-    if command.is_file()
-    else "",
+    command=text.strip(),
   )
 
 
 def name_arms(runs: Sequence[RunRecord]) -> list[RunRecord]:
   """Groups runs whose configs differ only in the seed into one arm.
 
-  Runs with equal seeds stay separate. The arm is named by the common stem of
-  its runs, such as `a` for `a_0` and `a_1`, else by its first run.
+  Its name is their common stem, such as `a` for `a_0` and `a_1`, else the first
+  run's. Runs with equal seeds stay separate.
   """
   groups: dict[str, list[RunRecord]] = {}
   for run in runs:
@@ -154,10 +153,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: pathlib.Path) -> Series:
-  """Reads the metrics of `metrics.jsonl` by name; empty without the file.
-
-  Skips values that are not finite or too large for a chart.
-  """
+  """The drawable metrics of `metrics.jsonl` by name; empty without the file."""
   series = collections.defaultdict(dict)
   path = folder / "metrics.jsonl"
   for row in read_rows(path) if path.is_file() else ():
@@ -166,7 +162,11 @@ def read_metrics(folder: pathlib.Path) -> Series:
       if isinstance(value, int | float) and is_drawn(value):
         # A resumed run logs some steps twice; keep the last value.
         series[name][step] = float(value)
-  return {name: sorted(points.items()) for name, points in series.items()}
+  # A resumed run may log old and new names of an objective.
+  renamed = collections.defaultdict(dict)
+  for name, points in series.items():
+    renamed[aliases.rename_metric(name)].update(points)
+  return {name: sorted(points.items()) for name, points in renamed.items()}
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -223,14 +223,6 @@ def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:
     return Outcome(name=name, encoder="", weights="")
   merged = {k: v for o in outcomes for k, v in o.results.items()}
   return dataclasses.replace(outcomes[-1], name=name, results=merged)
-
-
-def _read_series(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-  """The metrics; merges old and new names of objectives in a resumed run."""
-  series: dict[str, dict[int, float]] = {}
-  for name, points in read_metrics(folder).items():
-    series.setdefault(aliases.rename_metric(name), {}).update(points)
-  return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def _read_interference(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from mtv_jax.evals.encoder_requests import distinct_names
 from mtv_jax.report import charts, page, tables
 from mtv_jax.report.changes import describe_changes
 from mtv_jax.report.charts import Chart, Series
+from mtv_jax.report.contrasts import Metric, list_metrics
 from mtv_jax.report.evaluations import draw_metric, interval_row
 from mtv_jax.report.run_folders import (
   RunRecord,
@@ -44,7 +46,6 @@ _GRADIENTS_NOTE = (
 # Metrics drawn after those of evaluations.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
 _TIMES = ("speed/images_per_second", "speed/wait")
-_DASH = "–"
 _MAX_WIDTH = 1200  # Width of a sheet on the page, in pixels.
 _MAX_NAMES = 4  # Maximum number of runs listed in the title.
 _MAX_VALUE = 160  # Maximum characters of a config value.
@@ -56,10 +57,9 @@ def write_runs(
   *,
   names: str | None = None,
 ) -> list[pathlib.Path]:
-  """Writes the report of one run, or of several runs overlaid.
+  """Writes the report of one run, or of several overlaid; returns both pages.
 
-  `names` is a regular expression for extra logged metrics to draw. Returns the
-  paths of the two pages.
+  `names` is a regular expression for extra logged metrics to draw.
   """
   paths = [str(pathlib.Path(run)) for run in runs]
   if len({*map(os.path.realpath, paths)}) < len(paths):
@@ -76,7 +76,13 @@ def write_runs(
   title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(titles)
   if len(read) > _MAX_NAMES:
     title = f"{len(read)} runs"
-  blocks = _describe_runs(read, pathlib.Path(output), names)
+  blocks = [page.Table(runs_table(read), numbers=1)]
+  blocks += _describe_metrics(read)
+  blocks += describe_changes(read)
+  blocks += describe_training(read, names=names)
+  blocks += describe_gradients(read)
+  blocks += describe_sheets(read, pathlib.Path(output))
+  blocks += describe_configs(read)
   return page.write_pages(title, blocks, output)[:2]
 
 
@@ -86,24 +92,12 @@ def format_run(folder: str | os.PathLike) -> str:
   return tables.format_metrics([outcome]) if outcome.results else ""
 
 
-def _describe_runs(
-  runs: Sequence[RunRecord], output: pathlib.Path, names: str | None
-) -> Iterator[page.PageBlock]:
-  """The sections on runs, grouped by arm."""
-  yield page.Table(runs_table(runs), numbers=1)
-  if any(run.outcome.results for run in runs):
-    yield from _describe_metrics(runs)
-  yield from describe_changes(runs)
-  yield from describe_training(runs, names=names)
-  yield from describe_gradients(runs)
-  yield from describe_sheets(runs, output)
-  yield from describe_configs(runs)
-
-
 def _describe_metrics(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
-  """Last metrics with errors and chance, and their charts."""
+  """Last metrics with errors and chance, and their charts; if any are known."""
   outcomes = [run.outcome for run in runs]
   rows = tables.compare(outcomes)
+  if not rows:
+    return
   yield page.Heading("Metrics")
   # Drop the links, as evaluations lack headings here, and the columns of runs
   # without results.
@@ -119,7 +113,15 @@ def _describe_metrics(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   rows = [row for row in rows if row.evaluation not in tables.DESCRIPTIVE]
   rows = [row for row in rows if any(v is not None for v in row.values)]
   if len(runs) == 1:
-    yield page.Charts(_draw_evaluations(rows))
+    groups = collections.defaultdict(list)  # A chart per evaluation and unit.
+    for row in rows:
+      line = interval_row(row, 0, row.metric, 0)
+      groups[row.evaluation, row.unit].append(line)
+    drawn = []
+    for (name, unit), lines in groups.items():
+      file = file_name("metrics", name, unit)
+      drawn.append(charts.interval_plot(name, lines, name=file, unit=unit))
+    yield page.Charts(drawn)
     return
   yield page.Note(f"Bold: {tables.BEST_NOTE}.")
   drawn = {True: [], False: []}
@@ -129,19 +131,6 @@ def _describe_metrics(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   yield page.Charts(drawn[True])
   if drawn[False]:
     yield page.Details("Further metrics", [page.Charts(drawn[False])])
-
-
-def _draw_evaluations(rows: Sequence[tables.MetricRow]) -> list[Chart]:
-  """Metrics of one run with chance: a chart per evaluation and unit."""
-  groups = collections.defaultdict(list)
-  for row in rows:
-    groups[row.evaluation, row.unit].append(interval_row(row, 0, row.metric, 0))
-  return [
-    charts.interval_plot(
-      evaluation, rows, name=file_name("metrics", evaluation, unit), unit=unit
-    )
-    for (evaluation, unit), rows in groups.items()
-  ]
 
 
 def describe_training(
@@ -162,11 +151,10 @@ def describe_training(
 def draw_training_curves(
   runs: Sequence[RunRecord], *, timed: bool = True, names: str | None = None
 ) -> tuple[list[Chart], list[Chart]]:
-  """Metrics over steps by arm: losses and main metrics, then further metrics.
+  """Losses and main metrics over steps by arm, then further metrics.
 
-  An arm with several seeds is drawn as their mean with a min-max band. The
-  total loss is skipped if the arms' objectives differ: it is not comparable.
-  Metrics that match the regular expression `names` count as main.
+  Several seeds are drawn as their mean with a min-max band. The total loss is
+  skipped if objectives differ. Metrics that match `names` count as main.
   """
   logged = dict.fromkeys(name for run in runs for name in run.series)
   objectives = {
@@ -175,24 +163,24 @@ def draw_training_curves(
   losses = [n for n in logged if n.endswith("/loss")]
   if len(objectives) == 1 and len(losses) != 1:
     losses = [n for n in logged if n == "loss"] + losses
-  evaluated = {
-    f"{evaluation}/{metric}": tables.is_main(
-      evaluation, metric, [*result.metrics]
-    )
-    for run in runs
-    for evaluation, result in run.outcome.results.items()
-    for metric in result.metrics
-  }
-  main = losses + [n for n in logged if evaluated.get(n)]
+  metrics = list_metrics(
+    item for run in runs for item in run.outcome.results.items()
+  )
+  selected = {metric.name for metric in tables.select_main(metrics)}
+  metrics = {metric.name: metric for metric in metrics}
+  main = losses + [n for n in logged if n in selected]
   named = _find_names(logged, names) if names is not None else []
   main += named
-  further = [n for n in logged if evaluated.get(n) is False]
+  further = [n for n in logged if n in metrics and n not in selected]
   further += [n for n in logged if re.search(_FURTHER, n)]
   further += [n for n in logged if timed and n in _TIMES]
   main = dict.fromkeys(main)
   further = [n for n in dict.fromkeys(further) if n not in main]
-  drawn = [_draw_curve(runs, name, least=2 - (name in named)) for name in main]
-  rest = [_draw_curve(runs, name) for name in further]
+  drawn = [
+    _draw_curve(runs, name, metrics.get(name), least=2 - (name in named))
+    for name in main
+  ]
+  rest = [_draw_curve(runs, name, metrics.get(name)) for name in further]
   return [c for c in drawn if c], [c for c in rest if c]
 
 
@@ -212,12 +200,16 @@ def _find_names(logged: Collection[str], pattern: str) -> list[str]:
 
 
 def _draw_curve(
-  runs: Sequence[RunRecord], name: str, *, least: int = 2
+  runs: Sequence[RunRecord],
+  name: str,
+  metric: Metric | None,
+  *,
+  least: int = 2,
 ) -> Chart | None:
   """One metric over steps; None if no curve has `least` points."""
   curves, values = [], []
-  unit, chance = _find_unit(runs, name)
-  factor = 100.0 if unit == "%" else 1.0
+  metric = metric or Metric(name, unit="")  # Losses and speeds.
+  unit, chance, factor = metric.unit, metric.chance, metric.scale
   for colour, (arm, members) in enumerate(group_by_arm(runs).items()):
     seeds = [dict(run.series.get(name, ())) for run in members]
     seeds = [seed for seed in seeds if seed]
@@ -249,18 +241,6 @@ def _draw_curve(
   )
 
 
-def _find_unit(
-  runs: Sequence[RunRecord], name: str
-) -> tuple[str, float | None]:
-  """Unit and chance of an evaluation's metric; "" and None if unknown."""
-  evaluation, _, metric = name.partition("/")
-  for run in runs:
-    result = run.outcome.results.get(evaluation)
-    if result and metric in result.metrics:
-      return result.units.get(metric, "%"), result.chance.get(metric)
-  return "", None
-
-
 def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   """Conflicts between objectives' gradients, if measured."""
   arms = group_by_arm(runs).items()
@@ -278,10 +258,8 @@ def describe_gradients(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
 def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
   """Gradient conflicts of an arm's runs, averaged over measurements and seeds.
 
-  Charts show cosines of objective pairs by block, gradient norms by block, the
-  effect of a step along each objective's gradient on every loss, and the share
-  of conflicting pairs over steps. The means skip measurements whose objectives
-  differ from the last measurement, as some objectives start later.
+  Skips measurements whose objectives differ from the last measurement, as some
+  objectives start later.
   """
   rows = [row for run in runs for row in run.interference]
   if not rows or len(rows[-1]["objectives"]) < 2:
@@ -289,28 +267,20 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
   objectives, blocks = rows[-1]["objectives"], rows[-1]["blocks"]
   keys = ("objectives", "blocks")
   rows = [r for r in rows if all(r[key] == rows[-1][key] for key in keys)]
-  first, second = np.triu_indices(len(objectives), 1)
-  pairs = [
-    f"{objectives[i]}, {objectives[k]}"
-    for i, k in zip(first, second, strict=True)
-  ]
+  pairs = [", ".join(pair) for pair in itertools.combinations(objectives, 2)]
+  losses = dict(columns=objectives, x_label="loss")
   drawn = []
   for key, title, names, options in (
     ("cosines", "Cosine of two gradients", pairs, dict(limit=1)),
     ("norms", "Norm of the gradient", objectives, {}),
-    (
-      "transfer",
-      "Fall of losses (%) along a gradient",
-      objectives,
-      dict(columns=objectives, x_label="loss"),
-    ),
+    ("transfer", "Fall of losses (%) along a gradient", objectives, losses),
   ):
     values = [row[key] for row in rows if row.get(key) is not None]
     if not values:
       continue
     mean = np.array(values, float).mean(0)
     if key == "cosines":
-      mean = mean[first, second]
+      mean = mean[np.triu_indices(len(objectives), 1)]
     options = dict(columns=blocks, x_label="block") | options
     mean = (mean * (100 if key == "transfer" else 1)).tolist()
     name = file_name(key, runs[0].arm)
@@ -319,18 +289,12 @@ def draw_interference(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
-  lines = [
-    Series(
-      f"seed {run.seed}" if len(runs) > 1 else run.name,
-      [
-        (row["step"], 100 * row["conflicts"])
-        for row in run.interference
-        if row.get("conflicts") is not None
-      ],
-      colour,
-    )
-    for colour, run in enumerate(runs)
-  ]
+  lines = []
+  for colour, run in enumerate(runs):
+    rows = [r for r in run.interference if r.get("conflicts") is not None]
+    points = [(row["step"], 100 * row["conflicts"]) for row in rows]
+    name = f"seed {run.seed}" if len(runs) > 1 else run.name
+    lines.append(Series(name, points, colour))
   if not any(len(line.points) > 1 for line in lines):
     return []
   name = file_name("conflicts", runs[0].arm)
@@ -382,11 +346,8 @@ def describe_configs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
   yield page.Heading("Configs")
   if len(runs) > 1:
     table = config_table(runs)
-    yield (
-      page.Table(table)
-      if len(table) > 1
-      else page.Note("The configs are equal.")
-    )
+    equal = page.Note("The configs are equal.")
+    yield page.Table(table) if len(table) > 1 else equal
   for run in runs:
     text = json.dumps(run.config, indent=1, sort_keys=True)
     yield page.Details(f"Config of {run.name}", [page.Code(text)])
@@ -407,14 +368,10 @@ def runs_table(
     name = page.Swatch(run.name, colours[run.arm])
     rows.append([name, str(run.seed), progress, f"{steps * batch:,}"])
     if timed:
-      rows[-1].append(_last(run, "speed/images_per_second", ".0f"))
-      rows[-1].append(_last(run, "speed/core_hours", ".2f"))
+      for metric, form in (("images_per_second", ".0f"), ("core_hours", ".2f")):
+        points = run.series.get(f"speed/{metric}")
+        rows[-1].append(format(points[-1][1], form) if points else tables.EMPTY)
   return rows
-
-
-def _last(run: RunRecord, name: str, form: str) -> str:
-  points = run.series.get(name)
-  return format(points[-1][1], form) if points else _DASH
 
 
 def config_table(runs: Sequence[RunRecord]) -> list[list[str]]:
@@ -427,5 +384,7 @@ def config_table(runs: Sequence[RunRecord]) -> list[list[str]]:
     rows.append([key])
     for value in values:
       is_set = value not in (None, ABSENT)
-      rows[-1].append(format_setting(value, _MAX_VALUE) if is_set else _DASH)
+      rows[-1].append(
+        format_setting(value, _MAX_VALUE) if is_set else tables.EMPTY
+      )
   return rows

@@ -1,20 +1,29 @@
-"""Metrics of several encoders: rows with verdicts, as text and as tables."""
+"""Tables of metrics and of differences, as text and as page tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome, jsonable
 from mtv_jax.report import contrasts
-from mtv_jax.report.contrasts import Comparison, Metric
-from mtv_jax.report.page import Bold, Link
+from mtv_jax.report.contrasts import (
+  BETTER,
+  DISTINCT,
+  MISSING,
+  WORSE,
+  ArmMeasurements,
+  Comparison,
+  Contrast,
+  Metric,
+)
+from mtv_jax.report.page import Bold, Details, Link, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
+EMPTY = "–"
 # Evaluations whose metrics lack a better direction.
 DESCRIPTIVE = ("patch_pca",)
 # Main metrics, which have charts; by default an evaluation's first metric.
@@ -23,7 +32,6 @@ _MAIN = {
   "retrieval": ("text_to_image_r1", "image_to_text_r1"),
   **dict.fromkeys(DESCRIPTIVE, ()),
 }
-_EMPTY = "-"
 # Protocol keys that must be equal for `MetricRow.best`, besides the data.
 _COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 _ABSENT = "(absent)"
@@ -48,9 +56,9 @@ class MetricRow(NamedTuple):
   values: tuple[float | None, ...]  # None if missing or on different data
   errors: tuple[float | None, ...]  # standard errors; None if unknown
   is_main: bool
-  best: int | None = None  # index of the best value, see `BEST_NOTE`
   # Number of the protocol, from 1, if the evaluation has several; else 0.
   variant: int = 0
+  best: int | None = None  # index of the best value, see `BEST_NOTE`
   # Differences from the baseline, if the baseline has a value.
   differences: tuple[Comparison, ...] = ()
 
@@ -61,9 +69,15 @@ class MetricRow(NamedTuple):
     return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
 
 
-def is_main(evaluation: str, metric: str, metrics: Sequence[str]) -> bool:
-  """Whether a metric is a main metric; `metrics` are its evaluation's."""
-  return metric in _MAIN.get(evaluation, tuple(metrics)[:1])
+def select_main(metrics: Iterable[Metric]) -> list[Metric]:
+  """The metrics that reports chart: one or two per evaluation."""
+  first, main = {}, []
+  for metric in metrics:
+    evaluation, _, name = metric.name.partition("/")
+    first.setdefault(evaluation, name)
+    if name in _MAIN.get(evaluation, (first[evaluation],)):
+      main.append(metric)
+  return main
 
 
 def compare(
@@ -74,32 +88,37 @@ def compare(
 ) -> list[MetricRow]:
   """Every metric of several encoders, in order.
 
-  A row has only comparable values: it skips results on different data than the
-  first result's. With `split`, results that differ in data, protocol or options
-  get separate rows. `baseline` is the index of the encoder to subtract.
+  A row skips results on other data than the first result's. With `split`, data,
+  protocols and options have separate rows. `baseline` is an encoder's index.
   """
-  rows, members = [], []
+  rows, data, leading = [], [], []
   for name in evaluation_names(outcomes):
     results = [outcome.results.get(name) for outcome in outcomes]
     keys = [r and protocol_key(r, whole=split) for r in results]
     groups = list(dict.fromkeys(key for key in keys if key is not None))
     for number, group in enumerate(groups if split else groups[:1], 1):
-      chosen = [
-        r if key == group else None
-        for r, key in zip(results, keys, strict=True)
-      ]
-      variant = number if split and len(groups) > 1 else 0
-      for metric in dict.fromkeys(m for r in chosen if r for m in r.metrics):
-        rows.append(_row(name, metric, chosen)._replace(variant=variant))
-        members.append(chosen)
-  return _add_verdicts(rows, members, outcomes, baseline)
+      chosen = {
+        str(i): result for i, result in enumerate(results) if keys[i] == group
+      }
+      protocols = {protocol_key(result) for result in chosen.values()}
+      metrics = contrasts.list_metrics((name, r) for r in chosen.values())
+      measured = contrasts.collect_measurements(
+        {arm: {0: {name: result}} for arm, result in chosen.items()}
+      )
+      main = select_main(metrics)
+      for metric in metrics:
+        row = _row(metric, measured, len(outcomes), is_main=metric in main)
+        variant = number if split and len(groups) > 1 else 0
+        rows.append(row._replace(variant=variant))
+        data.append((measured, metric))
+        is_comparable = len(protocols) == 1 and name not in DESCRIPTIVE
+        leading.append(_find_leading(row) if is_comparable else None)
+  names = [outcome.name for outcome in outcomes]
+  return _add_verdicts(rows, data, leading, names, baseline)
 
 
 def protocol_key(result: Result, *, whole: bool = True) -> str:
-  """A key that is equal for results on equal data, which may share a row.
-
-  With `whole`, protocols and options must be equal too.
-  """
+  """Equal for equal data and, if `whole`, equal protocols and options."""
   keys = ["data_hash", *_COMPARED] if whole else ["data_hash"]
   values = [jsonable(result.protocol.get(key)) for key in keys]
   return json.dumps(values, default=str)
@@ -110,119 +129,83 @@ def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
   return list(dict.fromkeys(name for o in outcomes for name in o.results))
 
 
-def _row(name: str, metric: str, results: Sequence[Result | None]) -> MetricRow:
-  example = next(r for r in results if r and metric in r.metrics)
-  unit = example.units.get(metric, "%")
+def _row(
+  metric: Metric, data: ArmMeasurements, count: int, *, is_main: bool
+) -> MetricRow:
+  """A row without verdicts, in the metric's displayed unit."""
 
   def scaled(value: float | None) -> float | None:
-    value = math.nan if value is None else value
-    value *= 100.0 if unit == "%" else 1.0
-    return value if math.isfinite(value) else None
+    return metric.scale * value if contrasts.is_finite(value) else None
 
-  return MetricRow(
-    name,
-    metric,
-    unit,
-    metric in example.lower,
-    scaled(example.chance.get(metric)),
-    tuple(scaled(r and r.metrics.get(metric)) for r in results),
-    tuple(scaled(r and r.errors.get(metric)) for r in results),
-    is_main(name, metric, [*example.metrics]),
+  values, errors = (
+    tuple(
+      scaled(field.get(str(i), {0: {}})[0].get(metric.name))
+      for i in range(count)
+    )
+    for field in (data.values, data.errors)
   )
+  evaluation, _, name = metric.name.partition("/")
+  fields = metric.unit, metric.lower, scaled(metric.chance), values, errors
+  return MetricRow(evaluation, name, *fields, is_main)
+
+
+def _find_leading(row: MetricRow) -> int | None:
+  """Index of the best of several values."""
+  known = [i for i, value in enumerate(row.values) if value is not None]
+  if len(known) < 2:
+    return None
+  return (min if row.lower else max)(known, key=lambda i: row.values[i])
 
 
 def _add_verdicts(
   rows: Sequence[MetricRow],
-  members: Sequence[Sequence[Result | None]],
-  outcomes: Sequence[Outcome],
+  data: Sequence[tuple[ArmMeasurements, Metric]],
+  leading: Sequence[int | None],
+  names: Sequence[str],
   baseline: int | None,
 ) -> list[MetricRow]:
   """Adds the best value and the differences from the baseline to each row.
 
-  Contrasts each value with the row's leading value and with the baseline's.
-  Contrasts of main metrics are one family for Holm's correction, contrasts of
-  all other metrics a second one.
+  Contrasts each value with the leading value and the baseline's. Main and
+  further metrics are one family each for Holm's correction.
   """
-  leading = [_find_leading(*pair) for pair in zip(rows, members, strict=True)]
-  data = [_measure(*pair) for pair in zip(rows, members, strict=True)]
-  names = [outcome.name for outcome in outcomes]
-  # By (row, arm, reference) indices, in both orders of arm and reference.
+  # By (row, arm, reference) indices; the baseline is never an arm.
   compared: dict[tuple[int, int, int], Comparison] = {}
   for main in (True, False):
     family = {}
     for k, row in enumerate(rows):
       if row.is_main != main or row.evaluation in DESCRIPTIVE:
         continue
-      known = {i for i, value in enumerate(row.values) if value is not None}
-      for j in {baseline, leading[k]} & known:
+      for j in dict.fromkeys((baseline, leading[k])):
+        if j is None or row.values[j] is None:
+          continue
         for i in range(len(names)):
           if i != j and (k, j, i) not in family:
             c = contrasts.compare_arms(*data[k], str(i), str(j))
             c = dataclasses.replace(c, arm=names[i], baseline=names[j])
             family[k, i, j] = c
     corrected = contrasts.correct_contrasts(family.values())
-    for (k, i, j), c in zip(family, corrected, strict=True):
-      compared[k, i, j], compared[k, j, i] = c, c.reverse()
+    compared |= dict(zip(family, corrected, strict=True))
   judged = []
   for k, row in enumerate(rows):
-    best = leading[k]
-    if best is not None:
-      verdicts = {
-        c.verdict for (n, i, _), c in compared.items() if (n, i) == (k, best)
-      }
-      is_best = verdicts <= {contrasts.BETTER, contrasts.MISSING}
-      best = best if is_best and _beats_chance(*data[k], str(best)) else None
-    differences = tuple(
-      compared[k, i, baseline]
-      for i in range(len(names))
-      if (k, i, baseline) in compared
+    best, own = leading[k], {p: c for p, c in compared.items() if p[0] == k}
+    is_best = best is not None and all(
+      c.verdict in (MISSING, WORSE if j == best else BETTER)
+      for (_, i, j), c in own.items()
+      if best in (i, j)
     )
-    judged.append(row._replace(best=best, differences=differences))
+    is_best = is_best and _beats_chance(*data[k], str(best))
+    differences = tuple(c for (_, _, j), c in own.items() if j == baseline)
+    row = row._replace(best=best if is_best else None, differences=differences)
+    judged.append(row)
   return judged
 
 
-def _measure(
-  row: MetricRow, results: Sequence[Result | None]
-) -> tuple[contrasts.ArmMeasurements, Metric]:
-  """Measurements and metric for a row's contrasts; arms are indices."""
-  arms = {
-    str(i): {0: {row.evaluation: result}}
-    for i, result in enumerate(results)
-    if result
-  }
-  return contrasts.collect_measurements(arms), describe_metric(row)
-
-
-def describe_metric(row: MetricRow) -> Metric:
-  """The `Metric` of a row, with chance in stored units."""
-  name = f"{row.evaluation}/{row.metric}"
-  metric = Metric(name, unit=row.unit, lower=row.lower)
-  chance = None if row.chance is None else row.chance / metric.scale
-  return dataclasses.replace(metric, chance=chance)
-
-
-def _find_leading(
-  row: MetricRow, results: Sequence[Result | None]
-) -> int | None:
-  """Index of the best of several values, if their protocols are equal."""
-  known = [i for i, value in enumerate(row.values) if value is not None]
-  protocols = [
-    [jsonable(r.protocol.get(key)) for key in _COMPARED] for r in results if r
-  ]
-  if row.evaluation in DESCRIPTIVE or len(known) < 2:
-    return None
-  if any(protocol != protocols[0] for protocol in protocols):
-    return None
-  return (min if row.lower else max)(known, key=lambda i: row.values[i])
-
-
-def _beats_chance(
-  data: contrasts.ArmMeasurements, metric: Metric, arm: str
-) -> bool:
+def _beats_chance(data: ArmMeasurements, metric: Metric, arm: str) -> bool:
   if metric.chance is None:
     return True
   c = contrasts.estimate_contrast(data, metric, {arm: 1.0}, -metric.chance)
-  return c.verdict == contrasts.BETTER
+  return c.verdict == BETTER
 
 
 def format_value(
@@ -239,19 +222,18 @@ def format_results(outcomes: Sequence[Outcome]) -> str:
   for outcome in outcomes:
     if outcome.protocol:
       lines.append(f"\n{outcome.name}:")
-      lines += [
-        f"  {k}: {format_entry(v)}" for k, v in outcome.protocol.items()
-      ]
+      lines += _list_entries(outcome.protocol)
   for name in evaluation_names(outcomes):
     protocol = compare_protocols(outcomes, name)
-    lines.append(f"\n{name}:")
-    lines += [
-      f"  {key}: {format_entry(v)}" for key, v in protocol.common.items()
-    ]
+    lines += [f"\n{name}:", *_list_entries(protocol.common)]
     for key, values in protocol.differing.items():
       for encoder, value in zip(protocol.encoders, values, strict=True):
         lines.append(f"  {key} of {encoder}: {format_entry(value)}")
   return "\n".join(lines)
+
+
+def _list_entries(protocol: Mapping[str, Any]) -> list[str]:
+  return [f"  {key}: {format_entry(v)}" for key, v in protocol.items()]
 
 
 def format_encoder(results: Mapping[str, Result]) -> str:
@@ -267,10 +249,7 @@ def format_metrics(
   split: bool = False,
   baseline: int | None = None,
 ) -> str:
-  """Formats metrics as a text table with a column per encoder.
-
-  Standard errors follow the values; a star marks the best of several.
-  """
+  """A text table of metrics with standard errors; a star marks the best."""
   names = [outcome.name for outcome in outcomes]
   cells = [("evaluation", "metric", "unit", *names, "chance")]
   rows = compare(outcomes, split=split, baseline=baseline)
@@ -299,9 +278,9 @@ def metrics_table(
   rows: Sequence[MetricRow] | None = None,
   further: Sequence[str] | None = None,
 ) -> list[list[str]]:
-  """Metrics with errors: a header, then rows; `MetricRow.best` is bold.
+  """Metrics with errors, the best bold: a header, then rows.
 
-  Has a column per outcome; `further` is an optional last column, header first.
+  `further` is an optional last column, header first.
   """
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]
@@ -323,7 +302,7 @@ def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
   """Properties of the encoders: a header, then rows; a column per encoder."""
   columns = []
   for o in outcomes:
-    column = {"": o.name, "encoder": o.encoder or _EMPTY, "weights": o.weights}
+    column = {"": o.name, "encoder": o.encoder or "-", "weights": o.weights}
     columns.append({**o.protocol, **column, "mtv_jax": o.version})
   keys = dict.fromkeys(["", "encoder", "weights", "mtv_jax"])
   keys |= dict.fromkeys(key for column in columns for key in column)
@@ -385,4 +364,73 @@ def format_entry(value: Any) -> str:
     return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
   if isinstance(value, Mapping):
     return json.dumps(value, default=str)
-  return _EMPTY if value is None else str(value)
+  return "-" if value is None else str(value)
+
+
+def format_measured(
+  value: float, metric: Metric, *, signed: bool = False
+) -> str:
+  """A value in the metric's displayed unit, without the unit."""
+  return format_metric(
+    metric.scale * value, metric.unit, digits=1, signed=signed
+  )
+
+
+def format_ends(
+  low: float | None, high: float | None, metric: Metric, *, signed: bool = True
+) -> str:
+  """An interval as `low, high`; "" if unknown."""
+  if low is None or high is None:
+    return ""
+  return ", ".join(
+    format_measured(v, metric, signed=signed) for v in (low, high)
+  )
+
+
+def format_difference(c: Contrast, *, seeds: bool = True) -> str:
+  """Difference and interval, over seeds if `seeds` and known, else items."""
+  ends = format_ends(c.low, c.high, c.metric) if seeds else ""
+  ends = ends or format_ends(c.item_low, c.item_high, c.metric)
+  text = format_measured(c.difference, c.metric, signed=True)
+  return f"{text} [{ends}]" if ends else text
+
+
+def differences_table(compared: Sequence[Comparison]) -> list[list[str]]:
+  """Differences, intervals and verdicts: a header, then a row per metric."""
+  before = {c.arm: c.baseline for c in compared}
+  several = len({*before.values()}) > 1
+  rows: dict[Metric, list[str]] = {}
+  for c in compared:
+    text = MISSING
+    if c.difference is not None:
+      text = f"{format_difference(c)}\n{c.verdict}"
+    row = rows.setdefault(c.metric, [c.metric.label])
+    row.append(Bold(text) if c.verdict in DISTINCT else text)
+  head = [f"{a} − {before[a]}" if several else a for a in before]
+  return [["metric", *head], *rows.values()]
+
+
+def list_contrasts(
+  rows: Sequence[tuple[str, Contrast]], without: Sequence[str] = ()
+) -> Details:
+  """A collapsed `contrast_table`."""
+  table = Table(contrast_table(rows, without))
+  return Details("Intervals and p values", [table])
+
+
+def contrast_table(
+  rows: Sequence[tuple[str, Contrast]], without: Sequence[str] = ()
+) -> list[list[str]]:
+  """Named contrasts: a header, then a row each; lacks columns of `without`."""
+  head = ["comparison", "metric", "difference", "seeds 95 %", "items 95 %"]
+  table = [[*head, "p", "p Holm", "n", "test", "verdict", "note"]]
+  for name, c in rows:
+    row = [name, c.metric.label, EMPTY]
+    if c.difference is not None:
+      row[-1] = format_measured(c.difference, c.metric, signed=True)
+    row.append(format_ends(c.low, c.high, c.metric) or EMPTY)
+    row.append(format_ends(c.item_low, c.item_high, c.metric) or EMPTY)
+    row += (EMPTY if p is None else f"{p:.2g}" for p in (c.p, c.p_holm))
+    table.append([*row, str(c.n), c.test or EMPTY, c.verdict, c.note])
+  kept = [k for k, column in enumerate(table[0]) if column not in without]
+  return [[line[k] for k in kept] for line in table]

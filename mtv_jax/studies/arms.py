@@ -8,9 +8,11 @@ objective type is its own group.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mtv_jax.config import aliases
 from mtv_jax.data import registry
@@ -38,15 +40,6 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arms:
-  """The arms of a study."""
-
-  arms: list[Arm]
-  baseline: str
-  notes: tuple[str, ...] = ()  # Skipped arms, with reasons.
-
-
-@dataclasses.dataclass(frozen=True)
 class Options:
   """Options of the kinds of studies.
 
@@ -66,8 +59,13 @@ class Options:
   weights: tuple[str, ...] = ()
 
 
-def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
-  """Builds and checks the arms of a study of a resolved config."""
+def make_arms(
+  kind: str, config: RunConfig, options: Options
+) -> tuple[list[Arm], tuple[str, ...]]:
+  """Builds and checks the arms of a study of a resolved config.
+
+  The first arm is the baseline. Also returns notes on skipped arms.
+  """
   if kind not in KINDS:
     raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
   make, taken = KINDS[kind]
@@ -77,13 +75,20 @@ def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
       raise ConfigError(
         f"--{field.name} is an option of {', '.join(kinds)}, not of {kind}."
       )
-  arms = make(config, options)
-  names = [arm.name for arm in arms.arms]
+  arms, notes = make(config, options), ()
+  if "groups" in taken and not options.groups:
+    groups = group_objectives(config)
+    notes = tuple(
+      f"The config has no objective of the group {group!r}"
+      f" ({', '.join(kinds)}): its arms are left out."
+      for group, kinds in GROUPS.items()
+      if group not in groups
+    )
+  names = [arm.name for arm in arms]
   if len(names) < 2:
-    reasons = " ".join(arms.notes)
     raise ConfigError(
       f"this config gives the one arm {names} of a {kind}: nothing to compare. "
-      f"{reasons}".strip()
+      f"{' '.join(notes)}".strip()
     )
   for name in names:
     if names.count(name) > 1:
@@ -94,7 +99,7 @@ def make_arms(kind: str, config: RunConfig, options: Options) -> Arms:
         f"an arm has the name {name!r}; expected letters, digits and any of"
         " '_.+- ', a letter or digit first."
       )
-  return arms
+  return arms, notes
 
 
 def group_objectives(
@@ -120,63 +125,36 @@ def group_objectives(
   return {group: groups[group] for group in order or groups}
 
 
-def _lacking(groups: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-  return tuple(
-    f"The config has no objective of the group {group!r}"
-    f" ({', '.join(kinds)}): its arms are left out."
-    for group, kinds in GROUPS.items()
-    if group not in groups
-  )
-
-
 def _keep_groups(
-  name: str, config: RunConfig, groups: Mapping[str, Sequence[str]]
-) -> Arm:
-  """An arm that trains only the objectives of some groups."""
-  kept = {objective for names in groups.values() for objective in names}
-  dropped = [n for n in config.objectives if n not in kept]
-  return Arm(name, tuple(f"objectives.{n}=None" for n in dropped))
+  config: RunConfig, options: Options, select: Callable[[list[str]], Any]
+) -> list[Arm]:
+  """Arms that train the objectives of some groups, `{name: groups}`."""
+  groups, arms = group_objectives(config, options.groups), []
+  for name, selected in select(list(groups)).items():
+    kept = {objective for group in selected for objective in groups[group]}
+    dropped = [n for n in config.objectives if n not in kept]
+    arms.append(Arm(name, tuple(f"objectives.{n}=None" for n in dropped)))
+  return arms
 
 
-def _ladder(config: RunConfig, options: Options) -> Arms:
+def _ladder(groups: list[str]) -> dict[str, list[str]]:
   """Each arm adds a group, which names it."""
-  groups = group_objectives(config, options.groups)
-  arms, trained = [], {}
-  for name, objectives in groups.items():
-    trained[name] = objectives
-    arms.append(_keep_groups(name, config, trained))
-  notes = () if options.groups else _lacking(groups)
-  return Arms(arms, next(iter(groups)), notes)
+  return {name: groups[: i + 1] for i, name in enumerate(groups)}
 
 
-def _leave_one_out(config: RunConfig, options: Options) -> Arms:
+def _leave_one_out(groups: list[str]) -> dict[str, list[str]]:
   """All groups, then all groups but one."""
-  groups = group_objectives(config, options.groups)
-  arms = [_keep_groups("all", config, groups)]
-  for left_out in groups:
-    rest = {name: names for name, names in groups.items() if name != left_out}
-    if rest:
-      arms.append(_keep_groups(f"without_{left_out}", config, rest))
-  notes = () if options.groups else _lacking(groups)
-  return Arms(arms, "all", notes)
+  rest = {f"without_{g}": [n for n in groups if n != g] for g in groups}
+  return {"all": groups} | (rest if len(groups) > 1 else {})
 
 
-def _pairs(config: RunConfig, options: Options) -> Arms:
+def _pairs(groups: list[str]) -> dict[str, tuple[str, ...]]:
   """Each group alone, then each pair of groups."""
-  groups = group_objectives(config, options.groups)
-  sets = [(name,) for name in groups]
-  sets += itertools.combinations(groups, 2)
-  arms = [
-    _keep_groups(
-      "+".join(names), config, {name: groups[name] for name in names}
-    )
-    for names in sets
-  ]
-  notes = () if options.groups else _lacking(groups)
-  return Arms(arms, next(iter(groups)), notes)
+  sets = [*((name,) for name in groups), *itertools.combinations(groups, 2)]
+  return {"+".join(names): names for names in sets}
 
 
-def _scaling(config: RunConfig, options: Options) -> Arms:
+def _scaling(config: RunConfig, options: Options) -> list[Arm]:
   """The product of models and numbers of images."""
   variants = [text for text in options.models if ":" not in text]
   # If the patch sizes are equal, the shape names the model.
@@ -185,12 +163,10 @@ def _scaling(config: RunConfig, options: Options) -> Arms:
   models = models or [Arm(config.model.variant.partition("/")[0])]
   available = count_records(config, limited=False) if options.images else []
   sizes = [_limit_images(config, count, available) for count in options.images]
-  sizes = sizes or [Arm("all")]
-  arms = [
+  return [
     Arm(f"{model.name}-{size.name}", (*model.overrides, *size.overrides))
-    for model, size in itertools.product(models, sizes)
+    for model, size in itertools.product(models, sizes or [Arm("all")])
   ]
-  return Arms(arms, arms[0].name)
 
 
 def _scale_model(config: RunConfig, text: str, one_patch: bool) -> Arm:
@@ -250,7 +226,7 @@ def balance_methods() -> tuple[str, ...]:
   return tuple(method for method in METHODS if method != FIXED)
 
 
-def _balance(config: RunConfig, options: Options) -> Arms:
+def _balance(config: RunConfig, options: Options) -> list[Arm]:
   """The config's weights, alternative weights, and balancing methods."""
   known, section = balance_methods(), config.balance
   for method in options.methods:
@@ -264,7 +240,7 @@ def _balance(config: RunConfig, options: Options) -> Arms:
     is_own = section is not None and section.method == method
     new = f'balance=dict(method="{method}")'
     arms.append(Arm(method, () if is_own else (new,)))
-  return Arms(arms, FIXED)
+  return arms
 
 
 def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
@@ -288,7 +264,7 @@ def _set_weights(config: RunConfig, text: str, fixed: tuple[str, ...]) -> Arm:
   return Arm(name, (*fixed, *changes))
 
 
-def _teachers(config: RunConfig, options: Options) -> Arms:
+def _teachers(config: RunConfig, options: Options) -> list[Arm]:
   """Each teacher with a `path` alone, then all of them."""
   del options
   names = [n for n, t in config.teachers.items() if t.path is not None]
@@ -296,17 +272,17 @@ def _teachers(config: RunConfig, options: Options) -> Arms:
     Arm(name, tuple(f"teachers.{n}=None" for n in names if n != name))
     for name in names
   ]
-  if len(names) > 1:
-    arms.append(Arm("+".join(names)))
-  return Arms(arms, names[0] if names else "")
+  return [*arms, *[Arm("+".join(names))] * (len(names) > 1)]
 
 
 # By name: the function, and the fields of `Options` that it reads.
-KINDS: dict[str, tuple[Callable[[RunConfig, Options], Arms], tuple[str, ...]]]
-KINDS = {
-  "ladder": (_ladder, ("groups",)),
-  "leave_one_out": (_leave_one_out, ("groups",)),
-  "pairs": (_pairs, ("groups",)),
+KINDS: dict[str, tuple[Callable[[RunConfig, Options], list[Arm]], Any]] = {
+  "ladder": (functools.partial(_keep_groups, select=_ladder), ("groups",)),
+  "leave_one_out": (
+    functools.partial(_keep_groups, select=_leave_one_out),
+    ("groups",),
+  ),
+  "pairs": (functools.partial(_keep_groups, select=_pairs), ("groups",)),
   "scaling": (_scaling, ("models", "images")),
   "balance": (_balance, ("methods", "weights")),
   "teachers": (_teachers, ()),

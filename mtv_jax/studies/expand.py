@@ -10,14 +10,13 @@ keys fold in the seed and names, never the set of objectives.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -48,9 +47,11 @@ FORMAT = 1
 MATCHES = ("images", "flops")
 # Images per evaluation sheet, unless the config sets it.
 PICTURES = 4
-_TOTAL = tuple(f"total_{unit}" for unit in UNITS[:3])
 # Settings that don't change the FLOPs of a step.
-_NOT_COUNTED = ("seed", "schedule", "evals", "checkpoint", "log", "weights")
+_NOT_COUNTED = (
+  *("seed", "schedule", "evals", "checkpoint", "log", "weights"),
+  *(f"total_{unit}" for unit in UNITS[:3]),
+)
 
 # Maps a run's resolved config to training FLOPs per image.
 CostFn = Callable[[Mapping[str, Any]], float]
@@ -96,28 +97,24 @@ class Study:
 
   def to_dict(self) -> dict[str, Any]:
     """Converts to JSON-serializable fields."""
-    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    fields = {k: v for k, v in vars(self).items() if k != "notes"}
     runs = [{**vars(run), "overrides": [*run.overrides]} for run in self.runs]
-    del fields["notes"]
     head = {"format": FORMAT, "fingerprint": self.fingerprint}
     return {**head, **fields, "runs": runs}
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Study:
     """The inverse of `to_dict`."""
-    names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
-    runs = tuple(
-      StudyRun(
-        **{
-          **run,
-          "overrides": tuple(run["overrides"]),
-          "settings": aliases.rename_old_keys(run["settings"]),
-        }
+    runs = []
+    for run in fields["runs"]:
+      settings = aliases.rename_old_keys(run["settings"])
+      overrides = tuple(run["overrides"])
+      runs.append(
+        StudyRun(**{**run, "overrides": overrides, "settings": settings})
       )
-      for run in fields["runs"]
-    )
+    names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     known = {name: fields[name] for name in names & fields.keys()}
-    return cls(**known | {"runs": runs})
+    return cls(**known | {"runs": tuple(runs)})
 
 
 def digest(value: Any) -> str:
@@ -128,10 +125,7 @@ def digest(value: Any) -> str:
 
 @functools.cache
 def code_version() -> str:
-  """The package's version and a digest of the training code.
-
-  Counted FLOPs of equal settings may differ between versions.
-  """
+  """The package's version and a digest of the code that decides FLOPs."""
   root = pathlib.Path(mtv_jax.__file__).parent
   code = hashlib.blake2b(digest_size=8)
   for package in ("augment", "models", "objectives", "perf", "train"):
@@ -162,80 +156,70 @@ def expand(
     raise ConfigError(f"--budget={budget}: expected a share in (0, 1].")
   base = overrides_lib.override(recipes.read_config(config), assignments)
   resolved = resolve(base)
-  found = arms_lib.make_arms(kind, resolved, options or arms_lib.Options())
-  counts = _count_seeds(seeds, [arm.name for arm in found.arms])
-  meter = _CostMeter(cost_fn, dict(costs or {}))
+  arms, notes = arms_lib.make_arms(
+    kind, resolved, options or arms_lib.Options()
+  )
+  counts = _count_seeds(seeds, [arm.name for arm in arms])
+  costs = dict(costs or {})
+
+  def measure(settings):
+    """FLOPs per image, counted once; None if not counted."""
+    counted = {k: v for k, v in settings.items() if k not in _NOT_COUNTED}
+    objectives = settings["objectives"].items()
+    counted["objectives"] = {name: {**o, "weight": 1} for name, o in objectives}
+    key = digest(counted)
+    if key not in costs and cost_fn is not None:
+      costs[key] = cost_fn(settings)
+    return costs.get(key)
+
   length = _read_length(resolved)
   steps = max(round(budget * length.total_steps), 1)
   target = None  # FLOPs of a run, divided by its batch size
   if match == "flops":
     if cost_fn is None:
       raise ConfigError("--match=flops needs the count of FLOPs.")
-    target = steps * meter.measure(_resolve(base, (), "the config"))
+    target = steps * measure(_resolve(base, ()))
 
-  runs_by_arm = []
-  for arm in found.arms:
+  def make_runs(arm, steps=steps):
+    """The runs of an arm, one per seed."""
     changes = (*arm.overrides, *_adapt(base, arm, length))
     if target is not None:
-      per_image = meter.measure(_resolve(base, changes, arm.name))
+      per_image = measure(_resolve(base, changes))
       steps = max(round(target / per_image), 1)
     # Use the arm's config: setting a dropped objective would restore it.
-    adapted = _build(base, changes, arm.name)
+    adapted = resolve(overrides_lib.override(base, changes))
     changes += tuple(_set_length(adapted, length, steps))
+    settings = _resolve(base, changes)
+    per_image = measure(settings)
+    flops = per_image and per_image * steps * settings["batch_size"]
     runs = []
     for i in range(counts[arm.name]):
       seed = resolved.seed + i
-      changed = (*changes, f"seed={seed}") if i else changes
-      settings = _resolve(base, changed, arm.name)
-      flops, sets = meter.measure_run(settings, steps), (*assignments, *changed)
-      name = f"{arm.name}-s{seed}"
-      runs.append(StudyRun(name, arm.name, seed, sets, steps, settings, flops))
-    runs_by_arm.append(runs)
+      sets = (*assignments, *changes, *[f"seed={seed}"][: i > 0])
+      own, name = {**settings, "seed": seed}, f"{arm.name}-s{seed}"
+      runs.append(StudyRun(name, arm.name, seed, sets, steps, own, flops))
+    return runs
+
+  runs_by_arm = []
+  for arm in arms:
+    try:
+      runs_by_arm.append(make_runs(arm))
+    except UserError as error:
+      error.add_note(f"(in the arm {arm.name!r})")
+      raise
   # Order runs by seed, so that a study stopped early still compares all arms.
   rounds = itertools.zip_longest(*runs_by_arm)
   return Study(
     kind=kind,
     config=config,
-    baseline=found.baseline,
+    baseline=arms[0].name,
     match=match,
     budget=budget,
     runs=tuple(run for row in rounds for run in row if run is not None),
-    costs=meter.costs,
+    costs=costs,
     counted_by=code_version(),
-    notes=found.notes,
+    notes=notes,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class _CostMeter:
-  """Counts FLOPs per image of resolved configs, each once."""
-
-  cost_fn: CostFn | None
-  costs: dict[str, float]  # by digest, see `Study.costs`
-
-  def measure(self, settings: Mapping[str, Any]) -> float | None:
-    """Training FLOPs per image; None if not counted."""
-    key = _cost_key(settings)
-    if key not in self.costs and self.cost_fn is not None:
-      self.costs[key] = self.cost_fn(settings)
-    return self.costs.get(key)
-
-  def measure_run(
-    self, settings: Mapping[str, Any], steps: int
-  ) -> float | None:
-    """Training FLOPs of a run; None if not counted."""
-    per_image = self.measure(settings)
-    return per_image and per_image * steps * settings["batch_size"]
-
-
-def _cost_key(settings: Mapping[str, Any]) -> str:
-  """Digest of the settings that determine the FLOPs of a step."""
-  counted = {
-    k: v for k, v in settings.items() if k not in (*_NOT_COUNTED, *_TOTAL)
-  }
-  objectives = settings["objectives"].items()
-  counted["objectives"] = {name: {**o, "weight": 1} for name, o in objectives}
-  return digest(counted)
 
 
 def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
@@ -288,9 +272,8 @@ def _set_length(
 ) -> Iterable[str]:
   """Overrides that set the run length of an arm's config.
 
-  Scales the durations of schedules, weights and teachers, and the starts of
-  rules; percentages scale implicitly. Epochs become steps, because epochs of an
-  arm with fewer distinct images are shorter.
+  Scales durations and starts of rules; percentages scale implicitly. Epochs
+  become steps, since an arm with fewer distinct images has shorter epochs.
   """
   share, unit = steps / length.total_steps, config.total.unit
   if share != 1 or unit == "epochs":
@@ -338,24 +321,20 @@ def _scale(
 
 
 def _adapt(base: ConfigDict, arm: Arm, length: RunLength) -> list[str]:
-  """Overrides that drop what an arm can't use.
-
-  Drops evaluations of untrained towers or heads, teacher weights without a
-  teacher, and rules for absent parameters. Enables image sheets of evaluations.
-  """
+  """Overrides that drop what an arm can't use, and enable image sheets."""
   without_rules = ("optim.rules=None", "sharding=None")
-  config = _build(base, (*arm.overrides, *without_rules), arm.name)
-  with _name_arm(arm.name):
-    spec = build_long_step_spec(config)
-    params = abstract_params(spec)
-    # Detects invalid options before the study is recorded.
-    make_optimizer(
-      config.optim,
-      config.schedule,
-      length=length,
-      params=params,
-      table=match_param_rules(params, (), length=length),
-    )
+  changes = (*arm.overrides, *without_rules)
+  config = resolve(overrides_lib.override(base, changes))
+  spec = build_long_step_spec(config)
+  params = abstract_params(spec)
+  # Detects invalid options before the study is recorded.
+  make_optimizer(
+    config.optim,
+    config.schedule,
+    length=length,
+    params=params,
+    table=match_param_rules(params, (), length=length),
+  )
   heads = loading.prediction_heads(config.to_dict(), spec.model)
   given = experiment.evaluable(spec.model, heads)
   changes = []
@@ -390,25 +369,8 @@ def _is_used(rule: Any, names: Sequence[str]) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _name_arm(arm: str) -> Iterator[None]:
-  try:
-    yield
-  except UserError as error:
-    error.add_note(f"(in the arm {arm!r})")
-    raise
-
-
-def _build(base: ConfigDict, changes: Sequence[str], arm: str) -> RunConfig:
-  with _name_arm(arm):
-    return resolve(overrides_lib.override(base, changes))
-
-
-def _resolve(
-  base: ConfigDict, changes: Sequence[str], arm: str
-) -> dict[str, Any]:
-  """The resolved config, as a run writes it to `config.json`."""
-  config = _build(base, changes, arm)
-  with _name_arm(arm):
-    build_long_step_spec(config)
+def _resolve(base: ConfigDict, changes: Sequence[str]) -> dict[str, Any]:
+  """The resolved and checked config, as a run writes it to `config.json`."""
+  config = resolve(overrides_lib.override(base, changes))
+  build_long_step_spec(config)
   return config.to_dict()

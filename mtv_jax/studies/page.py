@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -11,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.perf.flops import build_long_step_spec
-from mtv_jax.report import charts, differences, page, runs, tables
-from mtv_jax.report.charts import Chart, Row
+from mtv_jax.report import charts, page, runs, tables
+from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
   DISTINCT,
   ArmMeasurements,
@@ -20,14 +21,14 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.differences import EMPTY, format_ends, format_value
 from mtv_jax.report.run_folders import group_by_arm
+from mtv_jax.report.tables import EMPTY, differences_table, select_main
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import StudyRun
 from mtv_jax.studies.statistics import StudyResults, Synergy
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import abstract_params
-from mtv_jax.utils.text import file_name
+from mtv_jax.utils.text import file_name, format_metric
 from mtv_jax.utils.tree import flatten_with_names
 
 _ARMS_NOTE = (
@@ -60,10 +61,7 @@ _SCALING_NOTE = (
 def write_study(
   folder: str | os.PathLike, output: str | os.PathLike | None = None
 ) -> list[pathlib.Path]:
-  """Writes the report of a study's finished runs.
-
-  `output` is the study's folder by default. Returns the paths of the two pages.
-  """
+  """Writes the report of a study's finished runs; returns both pages."""
   results = statistics.read_study(pathlib.Path(folder))
   output = pathlib.Path(folder if output is None else output)
   title = f"Study: {results.study.kind}"
@@ -95,14 +93,21 @@ def _describe_study(results: StudyResults) -> Iterator[page.PageBlock]:
     yield from _describe_scaling(results, main)
     return
   yield page.Heading(f"Differences from {study.baseline}")
-  yield from differences.describe_differences(compared)
+  yield from _describe_differences(compared)
   yield page.Note(_DIFFERENCES_NOTE)
   if study.kind == "ladder" and len(data.values) > 2:
     yield page.Heading("Differences from the arm before")
-    steps = statistics.compare_in_order(data, main)
-    yield from differences.describe_differences(steps)
+    yield from _describe_differences(statistics.compare(data, main))
   if study.kind == "pairs":
     yield from _describe_synergy(results, main)
+
+
+def _describe_differences(
+  compared: Sequence[Comparison],
+) -> Iterator[page.PageBlock]:
+  """A table of differences with verdicts, then their details."""
+  yield page.Table(differences_table(compared))
+  yield tables.list_contrasts([(c.name, c) for c in compared])
 
 
 def _describe_runs(
@@ -158,37 +163,22 @@ def _describe_protocols(results: StudyResults) -> list[str]:
   ]
 
 
-def select_main(metrics: Sequence[Metric]) -> list[Metric]:
-  """The metrics that reports chart: one or two per evaluation."""
-  groups = collections.defaultdict(list)
-  for metric in metrics:
-    evaluation, _, name = metric.name.partition("/")
-    groups[evaluation].append((name, metric))
-  return [
-    metric
-    for evaluation, members in groups.items()
-    for name, metric in members
-    if tables.is_main(evaluation, name, [n for n, _ in members])
-  ]
-
-
 def values_table(
   data: ArmMeasurements, metrics: Sequence[Metric]
 ) -> list[list[str]]:
   """Means with intervals, and chance: a header, then a row per metric."""
   rows = [["metric", *data.values, "chance"]]
   for metric in metrics:
+    form = functools.partial(format_metric, unit=metric.unit, digits=1)
+    arms = [statistics.summarise_arm(data, metric, arm) for arm in data.values]
     rows.append([metric.label])
-    for arm in data.values:
-      summary = statistics.summarise_arm(data, metric, arm)
-      text = EMPTY
-      if summary.mean is not None:
-        text = format_value(summary.mean, metric)
-      if summary.interval:
-        text += f" [{format_ends(*summary.interval, metric, signed=False)}]"
+    for arm in arms:
+      text = EMPTY if arm.value is None else form(arm.value)
+      if arm.low is not None:
+        text += f" [{form(arm.low)}, {form(arm.high)}]"
       rows[-1].append(text)
-    known = metric.chance is not None
-    rows[-1].append(format_value(metric.chance, metric) if known else "")
+    chance = arms[0].chance
+    rows[-1].append("" if chance is None else form(chance))
   return rows
 
 
@@ -201,34 +191,17 @@ def draw_arms(
   verdicts = {(c.metric, c.arm): c for c in comparisons}
   drawn = []
   for metric in metrics:
-    factor, rows = metric.scale, []
+    rows = []
     for colour, arm in enumerate(data.values):
-      summary = statistics.summarise_arm(data, metric, arm)
-      values = summary.mean, *(summary.interval or (None, None))
-      seeds = [
-        factor * data.values[arm][s][metric.name]
-        for s in data.seeds(arm, metric.name)
-      ]
       compared, note = verdicts.get((metric, arm)), ""
       if compared:
         than = "than" if compared.verdict in DISTINCT else "from"
         note = f"{compared.verdict} {than} {compared.baseline}"
-      rows.append(
-        Row(
-          arm,
-          *(v if v is None else factor * v for v in values),
-          points=seeds if len(seeds) > 1 else (),
-          chance=None if metric.chance is None else factor * metric.chance,
-          colour=colour,
-          note=note,
-        )
-      )
+      row = statistics.summarise_arm(data, metric, arm)
+      rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
-    drawn.append(
-      charts.interval_plot(
-        title, rows, name=name, unit=metric.unit, lower=metric.lower
-      )
-    )
+    options = dict(name=name, unit=metric.unit, lower=metric.lower)
+    drawn.append(charts.interval_plot(title, rows, **options))
   return drawn
 
 
@@ -239,14 +212,13 @@ def _describe_synergy(
   yield page.Heading("Synergy")
   yield page.Note(_SYNERGY_NOTE)
   yield page.Charts(draw_synergies(synergies))
-  yield differences.list_contrasts(synergy_rows(synergies))
+  yield tables.list_contrasts(synergy_rows(synergies))
 
 
 def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
-  """A matrix of gains per metric; positive is an improvement.
+  """A matrix of gains per metric; distinguishable gains are bold.
 
-  Right of the diagonal is a pair's gain over its better part, left of it the
-  gain over the sum of both parts. Distinguishable gains are bold.
+  Right of the diagonal over the better part, left of it over the sum of both.
   """
   groups: dict[Metric, list[Synergy]] = {}
   for synergy in synergies:
@@ -271,7 +243,7 @@ def draw_synergies(synergies: Sequence[Synergy]) -> list[Chart]:
 
 
 def synergy_rows(synergies: Sequence[Synergy]) -> list[tuple[str, Contrast]]:
-  """Named contrasts for `differences.contrast_table`."""
+  """Named contrasts for `tables.contrast_table`."""
   rows = []
   for s in synergies:
     rows.append((f"{s.arm} − {s.better}", s.over_better))
@@ -298,10 +270,7 @@ def _describe_scaling(
 
 
 def measure_size(run: StudyRun) -> dict[str, Any]:
-  """Model, images and image-tower parameters of a scaling study's arm.
-
-  Counts distinct images if the study limits them, else images seen.
-  """
+  """Model, distinct images (or images seen) and parameters of a scaling arm."""
   return {
     "model": run.arm.rpartition("-")[0],
     "images": _count_distinct(run.arm) or run.images,

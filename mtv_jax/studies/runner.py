@@ -1,4 +1,4 @@
-"""Runs a study: trains each run in its own process, with resume.
+"""Runs a study: `study.json`, training processes with resume, the table.
 
 Any number of runners may share a study's folder. A lease per run and a lock on
 its folder prevent two runners from training one run. Results don't depend on
@@ -19,18 +19,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.checkpoint.partial_restore import first_lines
+import jax
+import numpy as np
+
 from mtv_jax.config import aliases, options
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.overrides import describe_difference
+from mtv_jax.perf.bench.step import matmul_peak
+from mtv_jax.report.run_folders import read_metrics
 from mtv_jax.studies.arms import KINDS
-from mtv_jax.studies.expand import FORMAT, MATCHES, Study, StudyRun
+from mtv_jax.studies.expand import (
+  FORMAT,
+  MATCHES,
+  Study,
+  StudyRun,
+  code_version,
+)
 from mtv_jax.train import workdir
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.launch import launch
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  UserError,
+  check_choice,
+)
 from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.text import align_columns, first_lines, format_duration
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
 _POLL_SECONDS = 1.0
@@ -55,10 +71,7 @@ def check_index(index: str | None) -> None:
 
 
 def select_runs(runs: Sequence[StudyRun], index: str | None) -> list[StudyRun]:
-  """The runs of `--index=I` or `--index=I/N`; all by default.
-
-  `I` selects run I, counted from 0; `I/N` every N-th run from I on.
-  """
+  """The runs of `--index=I` (from 0) or `I/N` (every N-th from I); else all."""
   check_index(index)
   if index is None:
     return list(runs)
@@ -126,27 +139,20 @@ def write(folder: pathlib.Path, study: Study) -> None:
   data = (json.dumps(study.to_dict(), indent=1) + "\n").encode()
   if atomic.write_if_absent(folder / STUDY, data) == data:
     return
-  check_same(folder, read(folder), study)
-  atomic.write(folder / STUDY, data)
-
-
-def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
-  """Raises ConfigError unless `new` has all runs of `old` unchanged."""
+  old = read(folder)
   differences = [
-    f"{name}: {getattr(old, name)!r} -> {getattr(new, name)!r}"
+    f"{name}: {getattr(old, name)!r} -> {getattr(study, name)!r}"
     for name in ("kind", "match")
-    if getattr(old, name) != getattr(new, name)
+    if getattr(old, name) != getattr(study, name)
   ]
-  settings = {run.name: run.settings for run in new.runs}
+  settings = {run.name: run.settings for run in study.runs}
   for run in old.runs:
-    if run.name not in settings:
-      differences.append(f"{run.name}: not among the runs of this command")
-      continue
-    differences += [
-      f"{run.name}: {line}"
-      for line in describe_difference(run.settings, settings[run.name])
-    ]
-  if differences and old.counted_by != new.counted_by and new.match == "flops":
+    lines = ["not among the runs of this command"]
+    if run.name in settings:
+      lines = describe_difference(run.settings, settings[run.name])
+    differences += [f"{run.name}: {line}" for line in lines]
+  is_recounted = old.counted_by != study.counted_by and study.match == "flops"
+  if differences and is_recounted:
     differences.insert(0, "FLOPs: counted by another version of the package")
   if differences:
     raise ConfigError(
@@ -155,6 +161,7 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
       f"trained nothing, remove {folder / STUDY}. What differs:\n"
       f"{first_lines(differences, _MAX_DIFFERENCES)}"
     )
+  atomic.write(folder / STUDY, data)
 
 
 def is_finished(folder: pathlib.Path, run: StudyRun) -> bool:
@@ -255,10 +262,7 @@ def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
 def _train(
   folder: pathlib.Path, study: Study, run: StudyRun, log: pathlib.Path
 ) -> str | None:
-  """Trains in a new process; returns the reason of a failure, or None.
-
-  Raises Preempted if the process exited after SIGTERM.
-  """
+  """Trains in a new process; returns the reason of a failure, or None."""
   size = log.stat().st_size if log.exists() else 0
   (process,) = launch(
     study.config, folder / RUNS / run.name, run.overrides, log=log
@@ -304,3 +308,71 @@ def _forward_sigterm(
     yield notice
   finally:
     signal.signal(signal.SIGTERM, old)
+
+
+def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
+  """FLOPs stored by a study in the folder, if its `code_version` is equal."""
+  try:
+    study = read(folder)
+  except UserError:
+    return {}
+  return study.costs if study.counted_by == code_version() else {}
+
+
+def format_runs(
+  folder: pathlib.Path, study: Study, *, measure: bool = True
+) -> str:
+  """A line per run, the total, and the source of the time estimates."""
+  done = {run.name: is_finished(folder, run) for run in study.runs}
+  rate, source = _measure_rate(folder, study.runs, measure)
+  rows = [["", "run", "steps", "images", "GFLOP/image", "PFLOP", "time", ""]]
+  seconds = 0.0
+  for number, run in enumerate(study.runs):
+    estimate = run.flops / rate if run.flops and rate else float("nan")
+    seconds += 0.0 if done[run.name] else estimate
+    rows.append(
+      [
+        str(number),
+        run.name,
+        f"{run.steps:,}",
+        f"{run.images:,}",
+        f"{(run.flops or np.nan) / run.images / 1e9:.3f}",
+        f"{(run.flops or np.nan) / 1e15:.3g}",
+        format_duration(estimate) if rate else "",
+        "finished" if done[run.name] else "",
+      ]
+    )
+  left = len(study.runs) - sum(done.values())
+  table = "\n".join(align_columns(rows, left=(1, len(rows[0]) - 1)))
+  total = f"{table}\n{left} of {len(study.runs)} runs to train"
+  if not rate:
+    return total
+  return (
+    f"{total}, {format_duration(seconds)} {source}, without compilation and"
+    " evaluations"
+  )
+
+
+def _measure_rate(
+  folder: pathlib.Path, runs: Sequence[StudyRun], measure: bool
+) -> tuple[float | None, str]:
+  """FLOP/s and a description of their source.
+
+  The median of the study's runs; else, if `measure`, of a matmul on this
+  process's device, an upper bound.
+  """
+  rates = []
+  for run in runs:
+    # A crash damaged the log; resuming the run repairs it.
+    with contextlib.suppress(UserError):
+      series = read_metrics(folder / RUNS / run.name)
+      speeds = [x for _, x in series.get("speed/images_per_second", ()) if x]
+      if speeds and run.flops:
+        rates.append(run.flops / run.images * np.median(speeds))
+  if rates:
+    return float(np.median(rates)), "at the rate of the runs so far"
+  if not measure:
+    return None, ""
+  rate, device = matmul_peak("float32") / jax.device_count(), jax.devices()[0]
+  text = f"at {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+  return rate, f"at least, {text} on one {device.device_kind}"

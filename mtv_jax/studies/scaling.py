@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from scipy import optimize, special
 from mtv_jax.report import charts
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.contrasts import LEVEL, ArmMeasurements, Metric
-from mtv_jax.report.differences import EMPTY
+from mtv_jax.report.tables import EMPTY
 from mtv_jax.studies.statistics import summarise_arm
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import file_name
@@ -57,13 +58,13 @@ class ScalingFit:
   points: int
   # Geometric mean of each variable; x is relative to it.
   centres: dict[str, float]
-  # "floor", "coefficient VARIABLE", "exponent VARIABLE".
-  # Empty if they are not identifiable.
-  parameters: dict[str, Parameter]
-  r2: float | None  # in log e
-  residuals: tuple[float, ...]  # log e minus the fit, by point
   is_complement: bool  # whether e is 1 - metric, else the metric
   note: str  # why the fit is missing, or ""
+  # "floor", "coefficient VARIABLE", "exponent VARIABLE".
+  # Empty if they are not identifiable.
+  parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
+  r2: float | None = None  # in log e
+  residuals: tuple[float, ...] = ()  # log e minus the fit, by point
 
   @property
   def is_identifiable(self) -> bool:
@@ -92,15 +93,14 @@ def fit_scaling(
   x: Mapping[str, Sequence[float | int] | np.ndarray],
   values: Sequence[float | int] | np.ndarray,
 ) -> ScalingFit:
-  """Fits the scaling law to n points.
+  """Fits the scaling law to n points; drops points that are not finite.
 
   Intervals are percentiles over fits to resampled residuals. Residuals are
   first scaled by sqrt(n / (n - parameters)), which corrects their shrinkage by
   the fit, and by the ratio of Student's t to the normal quantile, for the small
   sample. For a linear law this yields the t interval (our choice).
 
-  The metric is a fraction and higher is better (e = 1 - metric), or lower is
-  better (e = metric). Points without a finite value are dropped.
+  e is the metric if lower is better, else 1 - metric.
   """
   if not metric.lower and metric.unit != "%":
     raise InputError(
@@ -117,180 +117,144 @@ def fit_scaling(
       f"the scaling law of {metric.name} needs errors, images and parameters "
       "above 0"
     )
-  law = _Law(names)
-  note = law.find_obstacle(points)
+  marks = [""] if len(names) == 1 else ["₁", "₂"]
+  terms = [
+    f"c{mark} ({name} / {name}₀)^-a{mark}"
+    for name, mark in zip(names, marks, strict=True)
+  ]
   centres = np.exp(np.log(points).sum(axis=1) / max(len(error), 1))
   fit = ScalingFit(
     metric=metric.name,
-    formula=law.formula,
+    formula=" + ".join(["e = e₀", *terms]),
     points=len(error),
     centres=dict(zip(names, map(float, centres), strict=True)),
-    parameters={},
-    r2=None,
-    residuals=(),
     is_complement=not metric.lower,
-    note=note,
+    note=_find_obstacle(names, points),
   )
-  if note:
+  if fit.note:
     return fit
   scaled, target = np.log(points / centres[:, None]), np.log(error)
-  theta = law.fit(scaled, target)
-  note = law.find_degeneracy(theta, scaled)
-  if note:
+  theta = _fit(scaled, target)
+  if note := _find_degeneracy(names, theta, scaled):
     return dataclasses.replace(fit, note=note)
-  fitted = law.predict(theta, scaled)
+  fitted = _predict(theta, scaled)
   residuals = target - fitted
   rng = np.random.default_rng(0)
-  degrees = len(target) - law.count
+  degrees = len(target) - len(theta)
   quantile = (1 + LEVEL) / 2
   widening = special.stdtrit(degrees, quantile) / special.ndtri(quantile)
   enlarged = residuals - residuals.mean()
   enlarged *= widening * np.sqrt(len(target) / degrees)
   drawn = np.stack(
     [
-      law.fit(scaled, fitted + rng.choice(enlarged, len(target)), theta)
+      _fit(scaled, fitted + rng.choice(enlarged, len(target)), theta)
       for _ in range(_RESAMPLES)
     ]
   )
+  for logarithms in (theta, drawn):
+    scales = logarithms[..., : len(names) + 1]
+    scales[...] = np.exp(scales)
+  tail = 50 * (1 - LEVEL)
+  ends = np.percentile(drawn, [tail, 100 - tail], axis=0)
+  labels = ["floor", *(f"coefficient {name}" for name in names)]
+  labels += [f"exponent {name}" for name in names]
+  rows = zip(theta.tolist(), *ends.tolist(), strict=True)
   spread = np.sum((target - target.mean()) ** 2)
   return dataclasses.replace(
     fit,
-    parameters=law.name_parameters(theta, drawn),
+    parameters={
+      label: Parameter(*row) for label, row in zip(labels, rows, strict=True)
+    },
     r2=float(1 - np.sum(residuals**2) / spread) if spread > 0 else None,
     residuals=tuple(map(float, residuals)),
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Law:
-  """The scaling law; theta is [log floor, log coefficients, exponents]."""
+def _find_obstacle(names: Sequence[str], points: np.ndarray) -> str:
+  """Why the points [V, N] can't determine the parameters, or ""."""
+  distinct = len(np.unique(points, axis=1).T) if points.size else 0
+  count = 2 * len(names) + 1
+  if distinct <= count:
+    return (
+      f"not identifiable: {distinct} different points for {count} "
+      f"parameters; at least {count + 1} are needed"
+    )
+  for name, row in zip(names, points, strict=True):
+    if len(np.unique(row)) < 2:
+      return f"not identifiable: all points have the same {name}"
+  return ""
 
-  names: list[str]
 
-  @property
-  def count(self) -> int:
-    """Number of parameters."""
-    return 2 * len(self.names) + 1
+# The law for log variables x [V, N]; theta [P] is [log floor, log coefficients,
+# exponents]. Hot functions: shapes in docstrings avoid runtime checks.
+def _predict(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Log e [N]."""
+  return np.logaddexp.reduce(_log_terms(theta, x), axis=0)
 
-  @property
-  def formula(self) -> str:
-    """Formula of the error e."""
-    marks = [""] if len(self.names) == 1 else ["₁", "₂"]
-    terms = [
-      f"c{mark} ({name} / {name}₀)^-a{mark}"
-      for name, mark in zip(self.names, marks, strict=True)
-    ]
-    return "e = " + " + ".join(["e₀", *terms])
 
-  def find_obstacle(self, points: Float[np.ndarray, "v n"]) -> str:
-    """Why the points can't determine the parameters, or ""."""
-    distinct = len(np.unique(points, axis=1).T) if points.size else 0
-    if distinct <= self.count:
+def _jacobian(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Jacobian [N, P] of `_predict`: each term's share of e, and -x times it."""
+  terms = _log_terms(theta, x)
+  shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
+  return np.concatenate([shares, -x * shares[1:]]).T
+
+
+def _log_terms(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+  scales, exponents = theta[1:].reshape(2, len(x), 1)
+  floors = np.full((1, x.shape[1]), theta[0])
+  return np.concatenate([floors, scales - exponents * x])  # [terms, N]
+
+
+def _fit(
+  x: np.ndarray, target: np.ndarray, start: np.ndarray | None = None
+) -> np.ndarray:
+  """The least-squares theta [P] for log errors [N]."""
+  variables = len(x)
+  # The floor: from a millionth of the smallest error to the largest error.
+  least, most = target.min() - np.log(1e6), target.max()
+  scales = [(least, most + np.log(1e6))] * variables
+  # Exponents are positive: a growing term would be confounded with the floor.
+  bounds = [(least, most), *scales, *[(0.0, _MAX_EXPONENT)] * variables]
+  low, high = np.array(bounds).T
+  starts = [] if start is None else [start]
+  for share, exponent in itertools.product(_FLOORS, _EXPONENTS):
+    if start is None:
+      term = target.mean() + np.log((1 - share) / variables)
+      rest = [term] * variables + [exponent] * variables
+      starts.append(np.array([target.mean() + np.log(share), *rest]))
+  fits = [
+    optimize.least_squares(
+      lambda theta: _predict(theta, x) - target,
+      np.clip(theta, low + 1e-9, high - 1e-9),
+      lambda theta: _jacobian(theta, x),
+      bounds=(low, high),
+      x_scale="jac",
+      max_nfev=_EVALUATIONS,
+      ftol=1e-7 if start is not None else 1e-12,
+    )
+    for theta in starts
+  ]
+  return min(fits, key=lambda fit: fit.cost).x
+
+
+def _find_degeneracy(
+  names: Sequence[str], theta: np.ndarray, x: np.ndarray
+) -> str:
+  """Why a fit does not identify its parameters, or ""."""
+  for name, exponent in zip(names, theta[-len(names) :], strict=True):
+    if not 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
+      bound = _MAX_EXPONENT if exponent > 1e-3 else 0.0
       return (
-        f"not identifiable: {distinct} different points for {self.count} "
-        f"parameters; at least {self.count + 1} are needed"
+        f"not identifiable: the exponent of {name} runs to {bound:g}, the "
+        "bound of the search"
       )
-    for name, row in zip(self.names, points, strict=True):
-      if len(np.unique(row)) < 2:
-        return f"not identifiable: all points have the same {name}"
-    return ""
-
-  # Hot functions: shapes in docstrings avoid runtime checks.
-  def predict(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Log e [N] for theta [P] at log variables [V, N]."""
-    return np.logaddexp.reduce(self._log_terms(theta, x), axis=0)
-
-  def jacobian(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Jacobian [N, P] of `predict`: each term's share of e, and -x times it."""
-    terms = self._log_terms(theta, x)
-    shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
-    return np.concatenate([shares, -x * shares[1:]]).T
-
-  def _log_terms(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-    scales, exponents = theta[1:].reshape(2, len(x), 1)
-    floors = np.full((1, x.shape[1]), theta[0])
-    return np.concatenate([floors, scales - exponents * x])  # [terms, N]
-
-  def fit(
-    self,
-    x: Float[np.ndarray, "v n"],
-    target: Float[np.ndarray, " n"],
-    start: Float[np.ndarray, " p"] | None = None,
-  ) -> Float[np.ndarray, " p"]:
-    """The least-squares theta."""
-    low, high = self._bounds(target)
-    fits = [
-      optimize.least_squares(
-        lambda theta: self.predict(theta, x) - target,
-        np.clip(theta, low + 1e-9, high - 1e-9),
-        lambda theta: self.jacobian(theta, x),
-        bounds=(low, high),
-        x_scale="jac",
-        max_nfev=_EVALUATIONS,
-        ftol=1e-7 if start is not None else 1e-12,
-      )
-      for theta in (self._starts(target) if start is None else [start])
-    ]
-    return min(fits, key=lambda fit: fit.cost).x
-
-  def _bounds(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    variables = len(self.names)
-    # The floor: from a millionth of the smallest error to the largest error.
-    floor = (target.min() - np.log(1e6), target.max())
-    scale = [(target.min() - np.log(1e6), target.max() + np.log(1e6))]
-    # Exponents are positive: a growing term would be confounded with the floor.
-    exponents = [(0.0, _MAX_EXPONENT)] * variables
-    low, high = np.array([floor, *scale * variables, *exponents]).T
-    return low, high
-
-  def _starts(self, target: np.ndarray) -> list[np.ndarray]:
-    variables = len(self.names)
-    starts = []
-    for share in _FLOORS:
-      terms = target.mean() + np.log((1 - share) / variables)
-      floor = target.mean() + np.log(share)
-      for exponent in _EXPONENTS:
-        rest = [terms] * variables + [exponent] * variables
-        starts.append(np.array([floor, *rest]))
-    return starts
-
-  def name_parameters(
-    self, theta: Float[np.ndarray, " p"], drawn: Float[np.ndarray, "b p"]
-  ) -> dict[str, Parameter]:
-    """Parameters by name, with percentile intervals of the bootstrap fits."""
-    variables = len(self.names)
-    logarithms = len(theta) - variables
-    theta, drawn = theta.copy(), drawn.copy()
-    for x in (theta, drawn):
-      x[..., :logarithms] = np.exp(x[..., :logarithms])
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
-    names = ["floor", *(f"coefficient {name}" for name in self.names)]
-    names += [f"exponent {name}" for name in self.names]
-    return {
-      name: Parameter(float(theta[i]), float(low[i]), float(high[i]))
-      for i, name in enumerate(names)
-    }
-
-  def find_degeneracy(
-    self, theta: Float[np.ndarray, " p"], x: Float[np.ndarray, "v n"]
-  ) -> str:
-    """Why a fit does not identify its parameters, or ""."""
-    exponents = theta[-len(self.names) :]
-    for name, exponent in zip(self.names, exponents, strict=True):
-      if not 1e-3 < exponent < _MAX_EXPONENT - 1e-3:
-        bound = _MAX_EXPONENT if exponent > 1e-3 else 0.0
-        return (
-          f"not identifiable: the exponent of {name} runs to {bound:g}, the "
-          "bound of the search"
-        )
-    jacobian = self.jacobian(theta, x)
-    unit = jacobian / np.linalg.norm(jacobian, axis=0).clip(1e-300)
-    # Ignore the vanishing derivative of a floor near 0: it is not an ambiguity.
-    shown = np.linalg.norm(jacobian, axis=0) > 1e-4
-    if np.linalg.svd(unit[:, shown], compute_uv=False)[-1] < _SINGULAR:
-      return "not identifiable: the points don't determine all parameters"
-    return ""
+  jacobian = _jacobian(theta, x)
+  norms = np.linalg.norm(jacobian, axis=0)
+  # Ignore the vanishing derivative of a floor near 0: it is not an ambiguity.
+  unit = (jacobian / norms.clip(1e-300))[:, norms > 1e-4]
+  if np.linalg.svd(unit, compute_uv=False)[-1] < _SINGULAR:
+    return "not identifiable: the points don't determine all parameters"
+  return ""
 
 
 def fit_metrics(
@@ -298,10 +262,9 @@ def fit_metrics(
   metrics: Sequence[Metric],
   sizes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, ScalingFit]:
-  """Fits a scaling law to each metric that is an error or a fraction.
+  """Fits a law to each metric that is an error or a fraction, by run.
 
-  Each run is a point. `sizes` gives `images` and `parameters` by arm; constant
-  variables are dropped.
+  `sizes` gives `images` and `parameters` by arm; constants are dropped.
   """
   fits = {}
   for metric in metrics:
@@ -331,26 +294,21 @@ def draw_scaling(
   fits: Mapping[str, ScalingFit],
   x_label: str = "distinct images",
 ) -> list[Chart]:
-  """A chart of each metric over images, with a curve per model.
-
-  `sizes` gives `model`, `images` and `parameters` by arm.
-  """
+  """A chart of each metric over images, with a curve per model of `sizes`."""
   models = collections.defaultdict(list)
   for arm in data.values:
     models[sizes[arm]["model"]].append(arm)
   drawn = []
   for metric in metrics:
-    factor, lines, fit = metric.scale, [], fits.get(metric.name)
+    lines, fit = [], fits.get(metric.name)
     for colour, (model, arms) in enumerate(models.items()):
       points, intervals = [], []
       for arm in sorted(arms, key=lambda a: sizes[a]["images"]):
-        summary = summarise_arm(data, metric, arm)
-        if summary.mean is None:
-          continue
-        x = sizes[arm]["images"]
-        points.append((x, factor * summary.mean))
-        if summary.interval:
-          intervals.append((x, *(factor * v for v in summary.interval)))
+        row, x = summarise_arm(data, metric, arm), sizes[arm]["images"]
+        if row.value is not None:
+          points.append((x, row.value))
+        if row.low is not None:
+          intervals.append((x, row.low, row.high))
       if not points:
         continue
       lines.append(Series(model, points, colour, intervals, "dots"))
@@ -358,8 +316,9 @@ def draw_scaling(
         x = np.geomspace(points[0][0], points[-1][0], 40)
         size = np.full(40, float(sizes[arms[0]].get("parameters", 1)))
         known = {"images": x, "parameters": size}
-        y = factor * fit.predict({name: known[name] for name in fit.centres})
-        curve = [*zip(x.tolist(), y.tolist(), strict=True)]
+        y = fit.predict({name: known[name] for name in fit.centres})
+        y = (metric.scale * y).tolist()
+        curve = [*zip(x.tolist(), y, strict=True)]
         lines.append(Series(f"fit, {model}", curve, colour, style="dashed"))
     if lines:
       drawn.append(
@@ -369,7 +328,7 @@ def draw_scaling(
           name=file_name("scaling", metric.name),
           x_label=x_label,
           log_x=True,
-          chance=None if metric.chance is None else factor * metric.chance,
+          chance=row.chance,
         )
       )
   return drawn

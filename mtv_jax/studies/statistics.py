@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from mtv_jax.evals.core.base import Result
 from mtv_jax.report import contrasts
+from mtv_jax.report.charts import Row
 from mtv_jax.report.contrasts import (
   ArmMeasurements,
   Comparison,
@@ -20,6 +21,7 @@ from mtv_jax.report.contrasts import (
   Metric,
   compare_arms,
   correct_contrasts,
+  estimate_contrast,
 )
 from mtv_jax.report.evaluations import Z_95
 from mtv_jax.report.run_folders import RunRecord, read_run
@@ -52,73 +54,49 @@ class Synergy:
   over_additive: Contrast | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-  """Mean of an arm on one metric."""
-
-  n: int  # number of seeds
-  mean: float | None
-  # 95 %: Student's t over seeds if there are several, else over items.
-  interval: tuple[float, float] | None
-
-
 def read_study(folder: pathlib.Path) -> StudyResults:
   """Reads the finished runs of a study."""
   study = runner.read(folder)
   arms = {run.arm: {} for run in study.runs}
-  metrics: dict[str, Metric] = {}
-  read, unfinished = [], []
+  read, results, unfinished = [], [], []
   for run in study.runs:
     if not runner.is_finished(folder, run):
       unfinished.append(run.name)
       continue
     path = folder / runner.RUNS / run.name
     read.append(read_run(path, name=run.name, arm=run.arm, step=run.steps))
+    known = read[-1].outcome.results
+    for name in run.settings["evals"]:
+      if name not in known:
+        file = read[-1].files[name]
+        raise InputError(f"{file} lacks results of {name!r}.")
     arms[run.arm][run.seed] = {
-      name: _get_result(read[-1], name) for name in run.settings["evals"]
+      name: known[name] for name in run.settings["evals"]
     }
-    for name, result in arms[run.arm][run.seed].items():
-      for metric in contrasts.describe_metrics(name, result):
-        metrics.setdefault(metric.name, metric)
-  return StudyResults(
-    study,
-    tuple(read),
-    contrasts.collect_measurements(arms),
-    tuple(metrics.values()),
-    tuple(unfinished),
-  )
-
-
-def _get_result(run: RunRecord, name: str) -> Result:
-  if name not in run.outcome.results:
-    raise InputError(f"{run.files[name]} lacks results of {name!r}.")
-  return run.outcome.results[name]
+    results += arms[run.arm][run.seed].items()
+  measured = contrasts.collect_measurements(arms)
+  metrics = tuple(contrasts.list_metrics(results))
+  runs, unfinished = tuple(read), tuple(unfinished)
+  return StudyResults(study, runs, measured, metrics, unfinished)
 
 
 def compare(
-  data: ArmMeasurements, metrics: Sequence[Metric], *, baseline: str
+  data: ArmMeasurements,
+  metrics: Sequence[Metric],
+  *,
+  baseline: str | None = None,
 ) -> list[Comparison]:
-  """Compares each arm with the baseline per metric, corrected as one family."""
-  arms = [arm for arm in data.values if arm != baseline]
-  if len(arms) == len(data.values):
-    names = ", ".join(data.values)
-    raise InputError(f"the baseline {baseline!r} is none of the arms: {names}")
-  return correct_contrasts(
-    compare_arms(data, metric, arm, baseline)
-    for metric in metrics
-    for arm in arms
-  )
-
-
-def compare_in_order(
-  data: ArmMeasurements, metrics: Sequence[Metric]
-) -> list[Comparison]:
-  """Compares each arm with its predecessor, corrected as one family."""
+  """Contrasts of one family: arm and baseline, by default the arm before it."""
   arms = list(data.values)
+  if baseline not in (None, *arms):
+    names = ", ".join(arms)
+    raise InputError(f"the baseline {baseline!r} is none of the arms: {names}")
+  pairs = itertools.pairwise(arms)
+  if baseline is not None:
+    pairs = ((baseline, arm) for arm in arms if arm != baseline)
+  jobs = itertools.product(metrics, list(pairs))
   return correct_contrasts(
-    compare_arms(data, metric, arm, before)
-    for metric in metrics
-    for before, arm in zip(arms, arms[1:], strict=False)
+    compare_arms(data, metric, arm, before) for metric, (before, arm) in jobs
   )
 
 
@@ -127,16 +105,24 @@ def find_synergies(
 ) -> list[Synergy]:
   """Compares each arm `A+B` with the arms `A` and `B`.
 
-  Selecting the better of A and B by its mean biases that mean upwards, so
-  `over_better` tends to underestimate the gain.
+  Selecting the better by its mean underestimates the gain over it.
   """
   pairs = [(arm, *arm.split("+")) for arm in data.values if arm.count("+") == 1]
   pairs = [pair for pair in pairs if {*pair} <= {*data.values}]
-  rows = [
-    _estimate_synergy(data, metric, pair)
-    for metric in metrics
-    for pair in pairs
-  ]
+  rows = []
+  for metric, (arm, first, second) in itertools.product(metrics, pairs):
+    means = {
+      single: mean * metric.sign
+      for single in (first, second)
+      if (mean := summarise_arm(data, metric, single).value) is not None
+    }
+    better = max(means or [first], key=means.get)
+    over_better = estimate_contrast(data, metric, {arm: 1.0, better: -1.0})
+    over_additive = None
+    if metric.chance is not None:
+      weights = {arm: 1.0, first: -1.0, second: -1.0}
+      over_additive = estimate_contrast(data, metric, weights, metric.chance)
+    rows.append(Synergy(arm, first, second, better, over_better, over_additive))
   better = correct_contrasts([row.over_better for row in rows])
   tested = [row.over_additive for row in rows if row.over_additive is not None]
   additive = iter(correct_contrasts(tested))
@@ -150,42 +136,22 @@ def find_synergies(
   ]
 
 
-def _estimate_synergy(
-  data: ArmMeasurements,
-  metric: Metric,
-  pair: tuple[str, str, str],
-) -> Synergy:
-  arm, first, second = pair
-  means = {
-    single: mean * metric.sign
-    for single in (first, second)
-    if (mean := summarise_arm(data, metric, single).mean) is not None
-  }
-  better = max(means or [first], key=means.get)
-  over_better = contrasts.estimate_contrast(
-    data, metric, {arm: 1.0, better: -1.0}
-  )
-  weights = {arm: 1.0, first: -1.0, second: -1.0}
-  over_additive = None
-  if metric.chance is not None:
-    over_additive = contrasts.estimate_contrast(
-      data, metric, weights, metric.chance
-    )
-  return Synergy(arm, first, second, better, over_better, over_additive)
+def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Row:
+  """Mean of an arm with its seeds and chance, in the displayed unit.
 
-
-def summarise_arm(data: ArmMeasurements, metric: Metric, arm: str) -> Summary:
-  """Mean and interval of an arm over its seeds."""
-  seeds = data.seeds(arm, metric.name)
+  The 95 % interval is Student's t over several seeds, else over items.
+  """
+  scale, seeds = metric.scale, data.seeds(arm, metric.name)
+  chance = None if metric.chance is None else scale * metric.chance
   if not seeds:
-    return Summary(0, None, None)
-  x = np.array([data.values[arm][s][metric.name] for s in seeds], np.float64)
-  mean, interval = float(np.mean(x)), None
-  errors = [data.errors.get(arm, {}).get(s, {}).get(metric.name) for s in seeds]
-  if len(seeds) > 1:
-    error = contrasts.standard_error(x)
-    interval = contrasts.t_interval(mean, error, len(x) - 1)
-  elif all(map(contrasts.is_finite, errors)):
-    half = Z_95 * float(np.mean(errors))
-    interval = mean - half, mean + half
-  return Summary(len(seeds), mean, interval)
+    return Row(arm, None, chance=chance)
+  x = scale * np.array(data.read("values", metric, arm, seeds), np.float64)
+  mean, ends, points = float(np.mean(x)), (None, None), ()
+  errors = data.read("errors", metric, arm, seeds)
+  if len(x) > 1:
+    error, points = contrasts.standard_error(x), x.tolist()
+    ends = contrasts.t_interval(mean, error, len(x) - 1)
+  elif contrasts.is_finite(errors[0]):
+    half = Z_95 * scale * errors[0]
+    ends = mean - half, mean + half
+  return Row(arm, mean, *ends, points, chance)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
-from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
@@ -38,6 +37,7 @@ from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
+from mtv_jax.utils.text import first_lines
 
 log = logging.getLogger(__name__)
 

@@ -67,27 +67,24 @@ class Owner(NamedTuple):
     return False
 
 
+@functools.cache
 def current_process() -> Owner:
   """Returns the owner for this process."""
-  # Cached by process id: a fork is a new owner.
-  return _current_owner(os.getpid())
-
-
-@functools.cache
-def _current_owner(pid: int) -> Owner:
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):  # Not Linux.
     boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
     parts += [boot_id.read_text(), os.readlink("/proc/self/ns/pid")]
   machine = hashlib.blake2b("\n".join(parts).encode(), digest_size=4)
-  return Owner(machine.hexdigest(), pid, secrets.token_hex(4))
+  return Owner(machine.hexdigest(), os.getpid(), secrets.token_hex(4))
+
+
+os.register_at_fork(after_in_child=current_process.cache_clear)
 
 
 def temporary_path(file: pathlib.Path) -> pathlib.Path:
   """Returns a new temporary path next to `file`."""
-  return file.with_name(
-    f".{file.name}.{current_process()}.{next(_numbers)}.tmp"
-  )
+  owner, number = current_process(), next(_numbers)
+  return file.with_name(f".{file.name}.{owner}.{number}.tmp")
 
 
 def is_temporary(path: pathlib.Path) -> bool:
@@ -99,8 +96,7 @@ def is_temporary(path: pathlib.Path) -> bool:
 def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path; renames it to `file` on success.
 
-  Readers see the old or the new content, never a partial file. Pipes and
-  devices (`/dev/stdout`) are written directly; links are followed.
+  Pipes and devices (`/dev/stdout`) are written directly; links are followed.
   """
   if file.exists() and not (file.is_file() or file.is_dir()):
     yield file
@@ -145,9 +141,9 @@ def replace_folder(
     except OSError as error:
       if error.errno not in (errno.EBUSY, errno.EXDEV):
         raise
+      why = f"({error.strerror}): it is the folder of a mount"
       raise InputError(
-        f"{folder} can't be replaced ({error.strerror}): it is the folder of a "
-        "mount. Name a folder in it."
+        f"{folder} can't be replaced {why}. Name a folder in it."
       ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -165,25 +161,18 @@ def _link_others(
   """Links files that are not in `replaced` into the new folder."""
 
   def link(source: str, target: str) -> None:
-    if os.path.exists(target):
-      return
-    try:
-      os.link(source, target)
-    except OSError:  # The file system lacks hard links.
-      shutil.copy2(source, target)
+    if not os.path.exists(target):
+      try:
+        os.link(source, target)
+      except OSError:  # The file system lacks hard links.
+        shutil.copy2(source, target)
 
   def ignore(parent: str, names: list[str]) -> list[str]:
     is_top = pathlib.Path(parent) == folder
     return [n for n in names if is_top and n in replaced]
 
-  shutil.copytree(
-    folder,
-    new,
-    symlinks=True,
-    ignore=ignore,
-    copy_function=link,
-    dirs_exist_ok=True,
-  )
+  options = dict(symlinks=True, ignore=ignore, dirs_exist_ok=True)
+  shutil.copytree(folder, new, copy_function=link, **options)
 
 
 def _exchange(new: pathlib.Path, folder: pathlib.Path) -> None:
@@ -232,21 +221,15 @@ def write_text(file: str | os.PathLike, text: str) -> None:
 
 
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
-  """Writes a file unless it exists; returns its content.
-
-  If several processes write, one wins.
-  """
+  """Writes a file unless it exists, by one of several writers; returns it."""
   if not file.exists():
     temporary = temporary_path(file)
     try:
       temporary.write_bytes(data)
       try:
         os.link(temporary, file)
-      except FileExistsError:
-        pass
       except OSError:
-        # The file system lacks hard links: the last writer wins.
-        if not file.exists():
+        if not file.exists():  # No hard links here: the last writer wins.
           os.replace(temporary, file)
     finally:
       temporary.unlink(missing_ok=True)
@@ -254,10 +237,7 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 
 
 def seconds_since_modified(file: pathlib.Path) -> float:
-  """Seconds since a file, or any file in a folder, was modified.
-
-  Uses the file system's clock. Raises FileNotFoundError.
-  """
+  """Age of a file, or of a folder's newest one, by the file system's clock."""
   clock = temporary_path(file)
   try:
     clock.touch()
@@ -269,23 +249,14 @@ def seconds_since_modified(file: pathlib.Path) -> float:
 
 
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
-  """Whether an unfinished file's owner is dead, or silent for too long.
-
-  Raises FileNotFoundError.
-  """
-  if owner is not None and owner.is_dead:
-    return True
-  return (
-    owner != current_process() and seconds_since_modified(file) > STALE_SECONDS
-  )
+  """Whether an unfinished file's owner is dead, or silent for too long."""
+  if owner is not None and (owner.is_dead or owner == current_process()):
+    return owner.is_dead
+  return seconds_since_modified(file) > STALE_SECONDS
 
 
-def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
-  """Removes abandoned temporary files and folders; returns their number.
-
-  `name` is a prefix of the final names.
-  """
-  removed = 0
+def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> None:
+  """Removes abandoned temporaries whose final names begin with `name`."""
   for file in folder.glob(f".{glob.escape(name)}*.tmp"):
     match = _TEMPORARY.fullmatch(file.name)
     with contextlib.suppress(FileNotFoundError):
@@ -294,5 +265,3 @@ def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
           shutil.rmtree(file, ignore_errors=True)
         else:
           file.unlink()
-        removed += 1
-  return removed

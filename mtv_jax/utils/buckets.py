@@ -14,12 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mtv_jax.utils.errors import (
-  InputError,
-  MissingFileError,
-  StorageError,
-  UserError,
-)
+from mtv_jax.utils import errors
+from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -138,19 +134,18 @@ def retry(
   for attempt in itertools.count(1):
     try:
       return function(*args, **options)
-    except UserError:
+    except errors.UserError:
       raise
     except FileNotFoundError as error:
-      raise MissingFileError(f"There is no {name}.") from error
+      raise errors.MissingFileError(f"There is no {name}.") from error
     except Exception as error:  # The libraries' errors lack a common base.
+      message = f"{name} can't be {verb}: {error!r}"
       over = attempt >= _TRIES and time.monotonic() >= deadline
       if over or _is_final(error):
-        raise StorageError(f"{name} can't be {verb}: {error!r}") from error
+        raise errors.StorageError(message) from error
       wait = _FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
       wait = min(wait, _LONGEST_WAIT)
-      log.warning(
-        "%s can't be %s (%r); again in %.1f s.", name, verb, error, wait
-      )
+      log.warning("%s; again in %.1f s.", message, wait)
       time.sleep(wait)
   raise AssertionError
 

@@ -67,8 +67,7 @@ def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
   """Raises ConfigError unless `value` is one of `choices`."""
-  choices = tuple(choices)
-  if value not in choices:
+  if value not in (choices := tuple(choices)):
     raise ConfigError(
       f"{what} is {value!r}. {did_you_mean(str(value), choices)}"
     )

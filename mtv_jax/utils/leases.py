@@ -61,37 +61,31 @@ class Leases:
   @contextlib.contextmanager
   def acquire(self, name: str) -> Iterator[bool]:
     """Leases a name; yields False if another process has leased it."""
-    lease = self._try_acquire(name)
-    if lease is None:
+    if (lease := self._try_acquire(name)) is None:
       yield False
       return
-    file, handle = lease
     try:
-      with _renewed(handle):
+      with _renewed(lease[1]):
         yield True
     finally:
-      _release(file, handle)
+      _release(*lease)
 
   def _try_acquire(self, name: str) -> tuple[pathlib.Path, int] | None:
     """Returns file and handle of a new lease; None if already leased."""
     file = self._folder / f".{name}.claim"
-    handle = _create(file)
-    if handle is None:
-      expired = self._expired(name)
-      if expired is None:
+    if (handle := _create(file)) is None:
+      if (expired := self._expired(name)) is None:
         return None
       number = 1 + max(map(_number, expired), default=0)
       file = file.with_name(f"{file.name}.{number}")
-      handle = _create(file)
-      if handle is None:
+      if (handle := _create(file)) is None:
         return None
     with contextlib.ExitStack() as on_failure:
       on_failure.callback(_release, file, handle)
       owner = str(atomic.current_process())
       content = json.dumps({"host": socket.gethostname(), "owner": owner})
       os.write(handle, content.encode())
-      expired = self._expired(name, ignore=file)
-      if expired is None:
+      if (expired := self._expired(name, ignore=file)) is None:
         return None
       for old in expired:
         # A process that just replaced it sees the new lease and yields.
@@ -107,14 +101,11 @@ class Leases:
     """Returns expired leases; None if another process has a valid one."""
     expired = []
     for file in self._files(name):
-      if file == ignore:
-        continue
-      try:
-        if not atomic.is_abandoned(file, _read(file).owner):
-          return None
-      except FileNotFoundError:
-        continue
-      expired.append(file)
+      with contextlib.suppress(FileNotFoundError):
+        if file != ignore:
+          if not atomic.is_abandoned(file, _read(file).owner):
+            return None
+          expired.append(file)
     return expired
 
   def holder(self, name: str) -> Lease | None:

@@ -45,19 +45,17 @@ def as_path(path: AnyPath) -> PurePath:
 
 def is_same(path: AnyPath, other: AnyPath) -> bool:
   """Whether two paths refer to one file or folder."""
-  if is_remote(path) or is_remote(other):
-    return os.fspath(path).rstrip("/") == os.fspath(other).rstrip("/")
-  return os.path.realpath(path) == os.path.realpath(other)
+
+  def normalize(path: AnyPath) -> str:
+    return str(path).rstrip("/") if is_remote(path) else os.path.realpath(path)
+
+  return normalize(path) == normalize(other)
 
 
 def refuse_remote(path: AnyPath, what: str, instead: str) -> None:
   """Raises InputError if a path that must be local is in a bucket."""
   if is_remote(path):
     raise InputError(f"{what} {os.fspath(path)} is in a bucket. {instead}")
-
-
-# ---------------------------------------------------------------------------
-# Files in buckets.
 
 
 class Stat(NamedTuple):
@@ -160,16 +158,13 @@ def read_json(path: PurePath, *, tolerant: bool = False) -> Any:
   With `tolerant`, an unreadable file also gives None.
   """
   try:
-    data = read_bytes(path)
-  except OSError as error:
-    missing = FileNotFoundError | IsADirectoryError | NotADirectoryError
-    if tolerant or isinstance(error, missing):
+    return json.loads(read_bytes(path))
+  except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    return None
+  except OSError:
+    if tolerant:
       return None
     raise
-  try:
-    return json.loads(data)
-  except ValueError:
-    return None
 
 
 def check_regular_file(file: PurePath) -> None:
@@ -178,9 +173,8 @@ def check_regular_file(file: PurePath) -> None:
     return
   mode = os.stat(file).st_mode
   if not stat_lib.S_ISREG(mode):
-    kinds = {stat_lib.S_IFIFO: "a pipe", stat_lib.S_IFSOCK: "a socket"}
-    kinds[stat_lib.S_IFDIR] = "a folder"
-    kind = kinds.get(stat_lib.S_IFMT(mode), "a device")
+    kinds = {"d": "a folder", "p": "a pipe", "s": "a socket"}
+    kind = kinds.get(stat_lib.filemode(mode)[0], "a device")
     raise InputError(f"{file} is {kind}, expected a regular file.")
 
 
@@ -248,35 +242,32 @@ def upload_folder(
   Names in `last` are removed first and written last, in this order: they mark
   the folder as complete.
   """
-  names = [f.relative_to(folder) for f in folder.rglob("*") if f.is_file()]
-  order = sorted(names, key=lambda n: (str(n) in last, str(n)))
-  order = [n for n in order if str(n) not in last]
+  files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+  names = [file.relative_to(folder).as_posix() for file in files]
   for name in last:
     remove(path / name)
-  for name in (*order, *(PurePath(n) for n in last if PurePath(n) in names)):
-    upload(folder / name, path / name)
+  for name in (*(n for n in names if n not in last), *last):
+    if name in names:
+      upload(folder / name, path / name)
 
 
 def cache_folder() -> Path:
   """This machine's folder for copies of bucket files."""
-  if given := os.environ.get(CACHE_VARIABLE):
-    return Path(given).expanduser()
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return Path(base) / "mtv_jax"
+  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  folder = os.environ.get(CACHE_VARIABLE) or f"{base}/mtv_jax"
+  return Path(folder).expanduser()
 
 
 def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   """Returns a local copy of a bucket file or folder; local paths as they are.
 
   Copies go to `cache_folder()` by default, and are renewed when the object
-  changes. Only one process copies. Raises MissingFileError, StorageError, or
-  InputError if an object's name would escape the folder.
+  changes. Only one process copies.
   """
   if not is_remote(path):
     return Path(path)
   url = os.fspath(path).rstrip("/")
-  files = buckets.list_tree(url)
-  if not files:
+  if not (files := buckets.list_tree(url)):
     raise MissingFileError(f"There is nothing at {url}.")
   lines = [
     f"{n}\0{i['size']}\0{buckets.object_version(i)}"
@@ -291,9 +282,8 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   base.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(f"{folder}.lock"):
     if not target.exists():
-      size = sum(info["size"] for info in files.values())
-      level = logging.INFO if size > _LARGE else logging.DEBUG
-      log.log(level, "Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
+      if (size := sum(info["size"] for info in files.values())) > _LARGE:
+        log.info("Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
       with atomic.replace_folder(folder) as temporary:
         _download(url, files, temporary / target.name)
   return target
@@ -307,11 +297,9 @@ def download_folder(
   Skips top-level names that match a pattern in `ignore`.
   """
   url = os.fspath(path).rstrip("/")
-  names = [
-    name
-    for name in buckets.list_tree(url)
-    if not any(fnmatch.fnmatch(name.split("/")[0], p) for p in ignore)
-  ]
+  names = [*buckets.list_tree(url)]
+  for pattern in ignore:
+    names = [n for n in names if not fnmatch.fnmatch(n.split("/")[0], pattern)]
   _download(url, names, folder)
 
 
@@ -330,14 +318,12 @@ def _download(url: str, names: Iterable[str], target: Path) -> None:
 def _resolve_object(folder: Path, name: str, url: str) -> Path:
   """Local path of an object; InputError if it would be outside `folder`.
 
-  Object names are arbitrary text, including `..`, chosen by anyone who can
-  write to the bucket.
+  Anyone who can write to the bucket chooses its name, which may contain `..`.
   """
   path = PurePath(name)
   if path.is_absolute() or ".." in path.parts or "\0" in name:
     raise InputError(
-      f"{url} has an object named {printable(repr(name))}, which can't be"
-      " copied to a folder: expected a relative path without '..'. Rename or"
-      " remove it."
+      f"{url} has an object named {printable(repr(name))}; expected a relative"
+      " path without '..'. Rename or remove it."
     )
   return folder / path

@@ -14,21 +14,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
-from mtv_jax.utils import buckets
+from mtv_jax.utils import buckets, errors
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.buckets import AnyPath
-from mtv_jax.utils.errors import (
-  FolderError,
-  InputError,
-  MissingFileError,
-  printable,
-)
+from mtv_jax.utils.errors import InputError, MissingFileError, printable
 
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
-# Files per path; more are assumed to be a typo.
-_MAX_FILES = 1_000_000
-# Characters of a pattern, braces included.
-_MAX_TEXT = 1 << 20
+_MAX_FILES = 1_000_000  # Files per path; more are assumed to be a typo.
+_MAX_TEXT = 1 << 20  # Characters of a pattern, braces included.
 _MAX_NAME = 4096  # Characters of one file's path.
 
 
@@ -37,24 +30,19 @@ def expand_path(
 ) -> list[PurePath]:
   """Expands `path` to existing files, globs sorted, without duplicates.
 
-  `suffix` is the usual file ending, for hints in errors. Raises
-  MissingFileError if a file is missing or a glob matches nothing; InputError if
-  a file appears twice or is a folder, a pipe or a device, or if a brace is
-  malformed or expands to too many files.
+  `suffix` is the usual file ending, for hints in errors.
   """
   files: list[PurePath] = []
   missing: list[str] = []
   patterns = [p for item in split_paths(path) for p in expand_braces(item)]
   if not patterns:
-    raise InputError(f"The path {printable(repr(path))} names no file.")
+    raise InputError(f"The path {_quote(path)} names no file.")
   # List each bucket folder once, instead of a request per file.
   listing = functools.cache(buckets.list_objects)
   for pattern in patterns:
-    if len(pattern) > _MAX_NAME:
-      raise InputError(
-        f"{printable(repr(pattern), 80)} has {len(pattern):,} characters; a"
-        f" file's path has at most {_MAX_NAME:,}."
-      )
+    if (size := len(pattern)) > _MAX_NAME:
+      what = f"{_quote(pattern, 80)} has {size:,} characters"
+      raise InputError(f"{what}; a file's path has at most {_MAX_NAME:,}.")
     remote = path_lib.is_remote(pattern)
     pattern = pattern if remote else os.path.expanduser(pattern)
     if _file_exists(pattern, listing):
@@ -64,21 +52,18 @@ def expand_path(
       matches = _glob(pattern)
       if not matches:
         prefix = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-        raise MissingFileError(
-          f"{pattern!r} matches no file. "
-          + _describe_folder(path_lib.as_path(prefix + "x").parent, suffix)
-        )
+        hint = _describe_folder(f"{prefix}x", suffix)
+        raise MissingFileError(f"{pattern!r} matches no file. {hint}")
       files.extend(map(path_lib.as_path, matches))
     else:
       missing.append(pattern)
   if missing:
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    folder = path_lib.as_path(missing[0]).parent
+    names = printable(", ".join(missing[:8]), 1000)
     raise MissingFileError(
-      f"{len(missing)} of {len(patterns)} files are missing:"
-      f" {printable(', '.join(missing[:8]), 1000)}{more}."
-      f" {_describe_folder(folder, suffix)} Add the missing files, or leave"
-      " them out of the path (with a glob)."
+      f"{len(missing)} of {len(patterns)} files are missing: {names}{more}."
+      f" {_describe_folder(missing[0], suffix)} Add them, or leave them out of"
+      " the path (with a glob)."
     )
   # Not resolve(): its system calls per path component are slow on network
   # disks. Two links to one file are detected by the check of keys.
@@ -86,16 +71,13 @@ def expand_path(
   for file in files:
     remote = path_lib.is_remote(file)
     if _is_folder(file, listing):
-      raise FolderError(
-        f"{file} is a folder; write {str(file / ('*' + suffix))!r}."
-      )
+      pattern = str(file / f"*{suffix}")
+      raise errors.FolderError(f"{file} is a folder; write {pattern!r}.")
     path_lib.check_regular_file(file)
     name = str(file) if remote else os.path.abspath(file)
     if name in names:
-      raise InputError(
-        f"{file} is in the path twice; to see data more often, raise the"
-        " `weight` of its entry."
-      )
+      hint = "to see data more often, raise the `weight` of its entry"
+      raise InputError(f"{file} is in the path twice; {hint}.")
     names.add(name)
   return files
 
@@ -123,34 +105,34 @@ def _glob(pattern: str) -> list[str]:
   return sorted(f"{scheme}://{name}" for name in names)
 
 
-def _describe_folder(folder: PurePath, suffix: str) -> str:
+def _describe_folder(missing: str, suffix: str) -> str:
+  """What the folder of a missing file has."""
+  folder = path_lib.as_path(missing).parent
   if not path_lib.is_folder(folder):
     return f"There is no folder {printable(folder)}."
   names = path_lib.list_folder(folder)
   if not names:
     return f"{folder} is empty."
   ending = [name for name in names if name.endswith(suffix)]
-  shown = ending or names
-  return (
-    f"{folder} has {len(ending)} of {len(names)} names in {suffix!r},"
-    f" {shown[0]} to {shown[-1]}."
-  )
+  share, shown = f"{len(ending)} of {len(names)}", ending or names
+  span = f"{shown[0]} to {shown[-1]}"
+  return f"{folder} has {share} names in {suffix!r}, {span}."
+
+
+def _quote(value: object, limit: int = 400) -> str:
+  return printable(repr(value), limit)
 
 
 def split_paths(path: str | os.PathLike | Sequence) -> list[str]:
   """Splits lists, and commas outside braces."""
   if isinstance(path, list | tuple):
     return [part for item in path for part in split_paths(item)]
-  if not isinstance(path, str | os.PathLike):
-    raise InputError(
-      f"{printable(repr(path))} is not a path; expected a text or a list of"
-      " them."
-    )
-  parts, text = [""], os.fspath(path)
+  parts = [""]
+  text = os.fspath(path) if isinstance(path, os.PathLike) else path
   if not isinstance(text, str) or len(text) > _MAX_TEXT:
     raise InputError(
-      f"{printable(repr(text), 80)} is not a path; expected a text of at most"
-      f" {_MAX_TEXT:,} characters."
+      f"{_quote(text, 80)} is not a path; expected a text of at most"
+      f" {_MAX_TEXT:,} characters, or a list of them."
     )
   for piece in re.findall(r"\{[^{}]*\}|,|[^,{}]+|[{}]", text):
     if piece == ",":
@@ -164,12 +146,9 @@ def expand_braces(pattern: str) -> Iterator[str]:
   """`a{08..10}` -> a08 a09 a10; `{x,y}z` -> xz yz; products of several."""
   texts = re.split(r"(\{[^{}]*\})", pattern)
   if any("{" in text or "}" in text for text in texts[::2]):
-    raise InputError(
-      f"{printable(repr(pattern))} has unbalanced or nested braces."
-    )
+    raise InputError(f"{_quote(pattern)} has unbalanced or nested braces.")
   options = [_brace_options(text, pattern) for text in texts[1::2]]
-  if math.prod(map(len, options)) > _MAX_FILES:
-    raise _too_many(pattern)
+  _check_count(math.prod(map(len, options)), pattern)
   for chosen in itertools.product(*options):
     parts = itertools.zip_longest(texts[::2], chosen, fillvalue="")
     yield "".join(itertools.chain.from_iterable(parts))
@@ -180,25 +159,20 @@ def _brace_options(text: str, pattern: str) -> Sequence[str]:
   inside = text[1:-1]
   if match := _RANGE.fullmatch(inside.strip()):
     first, last = match.groups()
-    if max(len(first), len(last)) > 18 or int(last) - int(first) > _MAX_FILES:
-      raise _too_many(pattern)
+    is_long = max(len(first), len(last)) > 18
+    _check_count(math.inf if is_long else int(last) - int(first), pattern)
     if int(last) < int(first):
-      raise InputError(
-        f"The range {text} of {printable(repr(pattern))} is empty."
-      )
+      raise InputError(f"The range {text} of {_quote(pattern)} is empty.")
     # Zero-padded if the first number is, like bash.
     width = len(first) if first.startswith("0") else 0
     return [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
   if "," in inside:
     return [option.strip() for option in inside.split(",")]
-  raise InputError(
-    f"{printable(text)} of {printable(repr(pattern))} is not a range; write"
-    " {00000..00012} or {a,b}."
-  )
+  what = f"{printable(text)} of {_quote(pattern)}"
+  raise InputError(f"{what} is not a range; write {{00000..00012}} or {{a,b}}.")
 
 
-def _too_many(pattern: str) -> InputError:
-  return InputError(
-    f"{printable(repr(pattern))} stands for more than {_MAX_FILES:,} files."
-    " Check the numbers in its braces."
-  )
+def _check_count(count: float | int, pattern: str) -> None:
+  if count > _MAX_FILES:
+    what = f"{_quote(pattern)} stands for more than {_MAX_FILES:,} files"
+    raise InputError(f"{what}. Check the numbers in its braces.")

@@ -31,11 +31,7 @@ _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 def save_image(
   pixels: UInt8[np.ndarray, "h w 3"], path: str | os.PathLike
 ) -> None:
-  """Writes an image; the suffix gives the format.
-
-  Raises:
-    InputError: unknown suffix.
-  """
+  """Writes an image; the suffix gives the format."""
   path = Path(path)
   known = Image.registered_extensions()
   if path.suffix.lower() not in known:
@@ -168,9 +164,7 @@ def draw_boxes(
 
   Labels stay inside the image and don't overlap; earlier boxes have priority.
   Names are truncated to the image's width, `suffixes` (such as scores) are not.
-
-  Returns:
-    The image, and the indices of the boxes whose label didn't fit.
+  Also returns the indices of the boxes whose label didn't fit.
   """
   height, width = image.shape[:2]
   canvas, size = Image.fromarray(image), _PLATE_SIZE
@@ -289,9 +283,6 @@ def image_grid(
   """A grid of images of any size, each fitted into a square of side `size`.
 
   `titles` are the column titles.
-
-  Raises:
-    InputError: `rows` is empty, or its rows differ in length.
   """
   lengths = {len(row) for row in rows}
   if len(lengths) != 1 or 0 in lengths:

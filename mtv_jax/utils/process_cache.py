@@ -30,16 +30,13 @@ class ProcessCache(Generic[T]):
     limit: int | None = None,
     descriptors: int = 1,
   ):
-    self._arguments = load, limit, descriptors
-    self._start()
+    self.__setstate__((load, limit, descriptors))
 
   def _start(self) -> None:
     # A fork may happen while another thread holds the lock.
     self._pid = os.getpid()
     self._lock = threading.Lock()
-    self._values: collections.OrderedDict[Hashable, futures.Future[T]] = (
-      collections.OrderedDict()
-    )
+    self._values = collections.OrderedDict[Hashable, futures.Future[T]]()
     self._load, limit, descriptors = self._arguments
     if limit is None:
       soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -70,9 +67,8 @@ class ProcessCache(Generic[T]):
       while len(self._values) > self.limit:
         self._values.popitem(last=False)
     if missing:
-      # Outside the lock: loading waits for I/O.
       try:
-        future.set_result(self._load(i))
+        future.set_result(self._load(i))  # Waits for I/O: outside the lock.
       except BaseException as error:
         with self._lock:
           if self._values.get(i) is future:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import io
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import tqdm
 
@@ -26,33 +25,22 @@ class _Lines(tqdm.tqdm):
 class Progress:
   """A progress bar; call it with the number of completed items.
 
-  Items completed before the first call don't count towards the rate. Defaults:
-  `stream` is stderr; `interval` between updates is 0.5 s on a terminal, 10 s
-  elsewhere.
+  Items completed before the first call don't count towards the rate.
   """
 
-  def __init__(
-    self,
-    *,
-    unit: str = "images",
-    description: str | None = None,
-    stream: TextIO | io.StringIO | None = None,
-    interval: float | int | None = None,
-  ):
-    stream = sys.stderr if stream is None else stream
+  def __init__(self, *, unit: str = "images", description: str | None = None):
     kind, every, meter = tqdm.tqdm, 0.5, "|{bar}| "
-    if not stream.isatty():
+    if not sys.stderr.isatty():
       kind, every, meter = _Lines, 10.0, ""
+    count = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
     self._bar: Any = None
     self._make_bar = functools.partial(
       kind,
       desc=f"{description}: " if description else "",
       unit=f" {unit}",
-      file=stream,
-      mininterval=every if interval is None else interval,
-      bar_format="{desc}{percentage:3.0f}% "
-      + meter
-      + "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left",
+      file=sys.stderr,
+      mininterval=every,
+      bar_format="{desc}{percentage:3.0f}% " + meter + count,
     )
 
   def __call__(self, done: int, total: int) -> None:

@@ -28,6 +28,14 @@ def list_first(names: Sequence[str], limit: int) -> str:
   return ", ".join([*names[:limit], *["..."] * (len(names) > limit)])
 
 
+def first_lines(lines: Sequence[str], limit: int) -> str:
+  """The first `limit` lines, indented, and the number of further lines."""
+  shown = [f"  {line}" for line in lines[:limit]]
+  if len(lines) > limit:
+    shown.append(f"  ... and {len(lines) - limit} more")
+  return "\n".join(shown)
+
+
 def format_setting(value: Any, limit: int) -> str:
   """A string, or a value as JSON, truncated to `limit` characters."""
   text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,14 +1,20 @@
 """Threaded maps, for work that waits for I/O or releases the GIL."""
 
 import collections
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
-from mtv_jax.utils.cores import available_cores
-
 # Threads that open or copy files; they mostly wait for the disk or network.
 IO_THREADS = 16
+
+
+def available_cores() -> int:
+  """Number of cores that this process may use; containers limit it."""
+  if hasattr(os, "sched_getaffinity"):  # Linux
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def map_threads(

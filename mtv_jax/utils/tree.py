@@ -76,27 +76,18 @@ def match_rules(
   what: str = "rules",
   unused: Literal["error", "allow"] = "error",
 ) -> list[RuleMatch]:
-  """Returns the first matching rule of each name.
+  """Returns the first matching rule (regex, value) of each name.
 
-  Args:
-    names: such as 'image/blocks/mlp/fc1/kernel'.
-    rules: pairs (regex, value).
-    what: config key of the rules, for errors.
-    unused: 'error' catches typos in users' rules; 'allow' is for rules shared
-      by many models.
-
-  Raises:
-    InputError: a malformed regex, or a rule that matches no name.
+  `what` is the rules' config key, for errors. `unused='error'` catches typos in
+  users' rules; 'allow' is for rules shared by many models.
   """
   names = list(names)
   compiled = [_compile(rule, what) for rule in rules]
   if unused == "error":
     for regex, _ in compiled:
       if not any(map(regex.search, names)):
-        raise InputError(
-          f"{what}: {regex.pattern!r} matches no parameter."
-          f" {closest_names(regex.pattern, names)}"
-        )
+        pattern, hint = regex.pattern, closest_names(regex.pattern, names)
+        raise InputError(f"{what}: {pattern!r} matches no parameter. {hint}")
   matches = []
   for name in names:
     fits = ((r.pattern, v) for r, v in compiled if r.search(name))
@@ -118,11 +109,7 @@ def select_names(
 
 
 def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
-  """Returns the value of the first rule that matches a name.
-
-  Raises:
-    InputError: no rule matches.
-  """
+  """Returns the value of the first rule that matches a name, or raises."""
   (match,) = match_rules([name], rules, unused="allow")
   if match.pattern is None:
     patterns = ", ".join(repr(rule[0]) for rule in rules)
@@ -139,7 +126,7 @@ def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
     raise InputError(f"{what}: {rule[0]!r} is not a regex: {e}.") from None
 
 
-def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
+def closest_names(pattern: str, names: Iterable[str]) -> str:
   """Closing sentence of an error about a pattern that matches nothing."""
   names = list(names)
   plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
@@ -151,5 +138,5 @@ def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
       for part in [name, *name.split("/")]
     )
 
-  best = sorted(names, key=score, reverse=True)[:limit]
+  best = sorted(names, key=score, reverse=True)[:5]
   return f"The closest of {len(names)} names are: {', '.join(best) or 'none'}."

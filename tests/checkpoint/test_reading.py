@@ -14,42 +14,12 @@ from checkpoint_samples import (
   abstract,
   assert_same,
   make_mesh,
-  make_state,
   open_checkpointer,
 )
 
 from mtv_jax.checkpoint import reading
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, load_tree
-from mtv_jax.utils.errors import StorageError
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  """A run's folder with a checkpoint of step 7, and the state saved there."""
-  folder = tmp_path_factory.mktemp("run")
-  state = make_state(make_mesh(8, 1, 1), seed=7)
-  with open_checkpointer(folder / "checkpoints") as ckpt:
-    ckpt.save(7, state, timing={"train": 1.5, "wait": 0.25})
-  return folder, state
-
-
-@pytest.fixture
-def damaged(run, tmp_path):
-  """A copy of the checkpoint at steps 3 and 7."""
-  folder = tmp_path / "checkpoints"
-  shutil.copytree(run[0] / "checkpoints", folder)
-  shutil.copytree(folder / "7", folder / "3")
-  return folder
-
-
-def on_two_devices():
-  devices = jax.devices()[:2]
-  axis_types = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh(
-    (1, 2, 1), ("data", "fsdp", "tensor"), axis_types=axis_types,
-    devices=devices,
-  )  # fmt: skip
-
+from mtv_jax.utils.errors import StorageError, UserError
 
 # --- reading a part ----------------------------------------------------------
 
@@ -65,15 +35,14 @@ def test_load_tree(run):
 
 
 def test_load_tree_errors(run, tmp_path):
-  folder, _ = run
-  with pytest.raises(ValueError, match="no 'ema'. Its parts are: opt_state, p"):
-    load_tree(folder, part="ema")
-  with pytest.raises(FileNotFoundError, match="step 3 in .*steps are: 7"):
-    load_tree(folder, step=3)
-  with pytest.raises(FileNotFoundError, match="does not exist"):
-    load_tree(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-    load_tree(tmp_path)
+  for folder, options, message in (
+    (run[0], dict(part="ema"), "no 'ema'. Its parts are: opt_state, p"),
+    (run[0], dict(step=3), "step 3 in .*steps are: 7"),
+    (tmp_path / "nowhere", {}, "does not exist"),
+    (tmp_path, {}, "no complete checkpoint"),
+  ):
+    with pytest.raises(UserError, match=message):
+      load_tree(folder, **options)
 
 
 # --- damage ------------------------------------------------------------------
@@ -81,21 +50,33 @@ def test_load_tree_errors(run, tmp_path):
 
 @pytest.mark.parametrize(
   "lost",
-  [("state/d", "state/ocdbt.process_0"), ("state/_METADATA",), ("state",)],
+  [
+    ("state/d", "state/ocdbt.process_0"),
+    ("state/_METADATA",),
+    ("state",),
+    ("checksums",),
+  ],
 )
 def test_lost_files_are_named_with_the_step_before(run, damaged, lost):
   for name in lost:
     path = damaged / "7" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-  match = r"(?s)checkpoints/7 is damaged.*resume from step 3"
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(DamagedCheckpointError, match=match),
-  ):
-    ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)))
-  with pytest.raises(DamagedCheckpointError, match=match):
-    load_tree(damaged)
+  why = "its checksums are missing" if lost == ("checksums",) else ""
+  check_damage(damaged, run[1], f"7 is damaged: {why}.*resume from step 3")
   assert load_tree(damaged, step=3)
+
+
+def restore(folder, state, **options):
+  """Restores on two devices."""
+  with open_checkpointer(folder) as ckpt:
+    return ckpt.restore(abstract(state, make_mesh(1, 2, 1)), **options)
+
+
+def check_damage(folder, state, match):
+  with pytest.raises(DamagedCheckpointError, match=f"(?s){match}"):
+    restore(folder, state)
+  with pytest.raises(DamagedCheckpointError, match=f"(?s){match}"):
+    load_tree(folder)
 
 
 def change_checksum(folder, name="params/image/kernel", step=7):
@@ -109,15 +90,8 @@ def change_checksum(folder, name="params/image/kernel", step=7):
 
 def test_a_changed_array_is_named(run, damaged):
   change_checksum(damaged)
-  wanted = abstract(run[1], on_two_devices())
-  match = "(?s)7 is damaged: the checksums of 1 of .* differ.*image/kernel"
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(DamagedCheckpointError, match=match),
-  ):
-    ckpt.restore(wanted)
-  with pytest.raises(DamagedCheckpointError, match=match):
-    load_tree(damaged)
+  match = "7 is damaged: the stored checksums of 1 of .* differ.*image/kernel"
+  check_damage(damaged, run[1], match)
   # Only the parts that are read are checked.
   assert load_tree(damaged, part="params/heads")
 
@@ -126,7 +100,7 @@ def test_latest_good_takes_the_checkpoint_before_and_frees_the_step(
   run, damaged, caplog
 ):
   state = run[1]
-  wanted = abstract(state, on_two_devices())
+  wanted = abstract(state, make_mesh(1, 2, 1))
   change_checksum(damaged)
   with open_checkpointer(damaged) as ckpt:
     restored = ckpt.restore(wanted, latest_good=True)
@@ -147,11 +121,8 @@ def test_latest_good_takes_the_checkpoint_before_and_frees_the_step(
 def test_without_any_good_checkpoint_nothing_is_renamed(run, damaged):
   for step in (3, 7):
     change_checksum(damaged, step=step)
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(DamagedCheckpointError, match="(?s)3 is.*no earlier one"),
-  ):
-    ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)), latest_good=True)
+  with pytest.raises(DamagedCheckpointError, match="(?s)3 is.*no earlier one"):
+    restore(damaged, run[1], latest_good=True)
   assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
 
 
@@ -170,11 +141,8 @@ def test_a_storage_that_does_not_answer_is_not_damage(
     raise error
 
   monkeypatch.setattr(reading, "read_arrays", fail)
-  with (
-    open_checkpointer(damaged) as ckpt,
-    pytest.raises(StorageError, match="7 can't be read"),
-  ):
-    ckpt.restore(abstract(run[1], on_two_devices()), latest_good=True)
+  with pytest.raises(StorageError, match="7 can't be read"):
+    restore(damaged, run[1], latest_good=True)
   assert sorted(p.name for p in damaged.iterdir()) == ["3", "7"]
 
 
@@ -183,25 +151,12 @@ def test_an_old_checkpoint_is_read_with_a_note(run, damaged, caplog):
   shutil.rmtree(damaged / "7" / "checksums")
   path = damaged / "7" / "timing" / "metadata"
   path.write_text(json.dumps({"train": 1.5, "wait": 0.25}))
-  with open_checkpointer(damaged) as ckpt:
-    restored = ckpt.restore(abstract(run[1], make_mesh(8, 1, 1)))
+  restored = restore(damaged, run[1])
   assert_same(restored.state, run[1])
   assert restored.timing == {"train": 1.5, "wait": 0.25}
   notes = [r.getMessage() for r in caplog.records if "mtv_jax" in r.name]
   (note,) = notes
   assert "7 has no checksums and can't be verified" in note
-
-
-def test_lost_checksums_are_damage(run, damaged):
-  shutil.rmtree(damaged / "7" / "checksums")
-  match = "7 is damaged: its checksums are missing"
-  with pytest.raises(DamagedCheckpointError, match=match):
-    load_tree(damaged)
-  wanted = abstract(run[1], make_mesh(8, 1, 1))
-  with open_checkpointer(damaged) as ckpt:
-    with pytest.raises(DamagedCheckpointError, match=match):
-      ckpt.restore(wanted)
-    assert ckpt.restore(wanted, latest_good=True).step == 3
 
 
 def flip_bits(folder, seed, count):
@@ -226,13 +181,11 @@ def flip_bits(folder, seed, count):
 def test_a_flipped_bit_never_changes_a_value_unseen(run, damaged, seed, count):
   """Saved on eight devices, read on two."""
   state = run[1]
-  wanted = abstract(state, on_two_devices())
   params = jax.tree.map(np.asarray, state.params)
   raised = 0
 
-  def restore():
-    with open_checkpointer(damaged) as ckpt:
-      restored = ckpt.restore(wanted)
+  def check():
+    restored = restore(damaged, state)
     assert restored.step == 7
     assert_same(restored.state, state)
     assert restored.timing == {"train": 1.5, "wait": 0.25}
@@ -241,7 +194,7 @@ def test_a_flipped_bit_never_changes_a_value_unseen(run, damaged, seed, count):
     assert_same(load_tree(damaged), params)
 
   for place in flip_bits(damaged / "7", seed, count):
-    for read in (restore, load):
+    for read in (check, load):
       try:
         read()
       except DamagedCheckpointError as error:

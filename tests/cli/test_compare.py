@@ -119,14 +119,9 @@ def test_earlier_results_of_another_protocol_have_their_own_row(
   assert second[0] == "-" and second[1].strip("*").startswith(value)
   assert "and rows of their own:" in text
   assert "temperature" in text and '"temperature": 9' in text
-
-
-def test_earlier_results_alone_need_no_data(compared, tmp_path):
-  file = tmp_path / "earlier.json"
-  (outcome, *_) = results.read(compared / "results.json")
-  results.write(file, [outcome])
-  output = tmp_path / "out"
-  run(f"old={file}", f"new={file}", data=tmp_path / "none", output=output)
+  # Earlier results alone need no data.
+  columns = [f"old={earlier}", f"new={earlier}"]
+  run(*columns, data=tmp_path / "none", output=output)
   text = (output / "report.md").read_text()
   assert "| evaluation | metric | old | new | chance |" in text
 
@@ -168,30 +163,27 @@ def test_mistakes_are_found_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-  ("name", "arguments"), [("compare", []), ("evaluate", ["--encoder"])]
+  ("command", "file", "output"),
+  [
+    ("compare", "file", "file/out"),
+    ("evaluate", "file", "file/out"),
+    ("compare", "out/encoders", "out"),
+    ("compare", "out/encoders/coarse", "out"),
+  ],
 )
 def test_an_output_that_is_a_file_is_found_before_anything_runs(
-  name, arguments, tmp_path, monkeypatch
+  command, file, output, tmp_path, monkeypatch
 ):
-  (tmp_path / "file").touch()
+  path = tmp_path / file
+  path.parent.mkdir(exist_ok=True, parents=True)
+  path.touch()
   monkeypatch.setattr(KNN, "run", None)
-  output = tmp_path / "file" / "out"
-  with pytest.raises(SystemExit, match=f"{name}: --output=.*file is a file"):
+  argv = ["--encoder", ENCODERS[0]] if command == "evaluate" else ENCODERS
+  argv = [*argv, "--evals=knn"]
+  with pytest.raises(SystemExit, match=f"--output=.*{file} is a file"):
     run_command(
-      name, [*arguments, "pixels:8/8", "--evals=knn", f"--output={output}"]
+      command, [*argv, "--evals=knn", f"--output={tmp_path}/{output}"]
     )
-
-
-@pytest.mark.parametrize("name", ["encoders", "encoders/coarse"])
-def test_a_file_in_place_of_stored_results_is_found_before_anything_runs(
-  name, tmp_path, monkeypatch
-):
-  file = tmp_path / name
-  file.parent.mkdir(exist_ok=True)
-  file.touch()
-  monkeypatch.setattr(KNN, "run", None)
-  with pytest.raises(SystemExit, match=f"--output=.*{name} is a file"):
-    run_command("compare", [*ENCODERS, "--evals=knn", f"--output={tmp_path}"])
 
 
 @pytest.mark.slow
@@ -230,9 +222,3 @@ def test_two_processes_give_the_figures_of_one(splits, tmp_path):
     )
     assert got == want
   assert trainings.log(two).count("reuses the stored result") == 4
-
-
-def test_output_is_required(capsys):
-  with pytest.raises(SystemExit):
-    run_command("compare", ["pixels:8/8"])
-  assert "--output" in capsys.readouterr().err

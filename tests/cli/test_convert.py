@@ -1,10 +1,9 @@
 """The command line of tools/convert.py."""
 
+import errno
 import functools
-import pathlib
-import subprocess
-import sys
-import time
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils import path
+from mtv_jax.utils import atomic, path
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 main = functools.partial(run_command, "convert")
@@ -48,33 +47,35 @@ def _leaves(folder):
   return dict(flatten_with_names(huggingface.read(folder).params))
 
 
-def test_to_hf_then_from_hf_is_identical(native, tmp_path, capsys):
-  out, back = str(tmp_path / "hf"), str(tmp_path / "back")
+def _check_round_trip(native, out, back):
   main(["to_hf", str(native), out, "--tokenizer=bytes", "--clean=lower"])
-  assert "model.safetensors" in capsys.readouterr().out
   main(["from_hf", out, back])
   want, got = _leaves(native), _leaves(back)
   assert got.keys() == want.keys()
   for name, value in want.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_to_hf_then_from_hf_is_identical(native, tmp_path, capsys):
+  out, back = str(tmp_path / "hf"), str(tmp_path / "back")
+  _check_round_trip(native, out, back)
+  assert "model.safetensors" in capsys.readouterr().out
   assert huggingface.read(back).tokenizer.clean == "lower"
 
 
 def test_image_size_resamples(native, tmp_path):
-  out = tmp_path / "hf"
-  main(["to_hf", str(native), str(out), "--image_size=64"])
+  out = str(tmp_path / "hf")
+  main(["to_hf", str(native), out, "--image_size=64"])
   model = huggingface.read(out)
   assert model.spec.image.image_size == model.preprocess["size"] == 64
   assert model.params["image"]["position_embedding"].shape == (16, 64)
-
-
-def test_errors_are_messages(native, tmp_path):
-  with pytest.raises(SystemExit, match="There is no folder"):
-    main(["from_hf", str(tmp_path / "no"), str(tmp_path / "out")])
-  with pytest.raises(SystemExit, match="33x33.*32x32"):
-    main(["to_hf", str(native), str(tmp_path / "out"), "--image_size=33"])
-  with pytest.raises(SystemExit, match="npz is expected"):
-    main(["from_big_vision", "no.npz", str(tmp_path / "out")])
+  for arguments, message in (
+    (["from_hf", f"{tmp_path}/no", out], "There is no folder"),
+    (["to_hf", str(native), out, "--image_size=33"], "33x33.*32x32"),
+    (["from_big_vision", "no.npz", out], "npz is expected"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      main(arguments)
 
 
 def test_a_source_is_never_written_over(native, tmp_path):
@@ -85,44 +86,35 @@ def test_a_source_is_never_written_over(native, tmp_path):
   # A folder never has conversions in two formats: one would hide the second.
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
-  with pytest.raises(
-    SystemExit, match=r"another format.* \(model\.safetensors\)"
+  for name, arguments in (
+    ("model", ["from_hf", str(native), str(out)]),
+    ("params", ["to_hf", str(out), str(native)]),
   ):
-    main(["from_hf", str(native), str(out)])
-  with pytest.raises(
-    SystemExit, match=r"another format.* \(params\.safetensors\)"
-  ):
-    main(["to_hf", str(out), str(native)])
+    match = rf"another format.* \({name}\.safetensors\)"
+    with pytest.raises(SystemExit, match=match):
+      main(arguments)
   assert {p.name: p.read_bytes() for p in native.iterdir()} == before
   assert (out / "config.json").is_file()
 
 
-@pytest.mark.slow
-def test_a_killed_conversion_leaves_the_old_one(native, tmp_path):
+def test_a_failed_conversion_leaves_the_old_one(native, tmp_path, monkeypatch):
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
   before = {p.name: p.read_bytes() for p in out.iterdir()}
-  # 120 MB take long enough to be caught while they are written.
-  large = _write_native(tmp_path / "large", vocab_size=470_000, seed=1)
-  tool = pathlib.Path(__file__).parents[2] / "tools" / "convert.py"
-  command = [sys.executable, str(tool), "to_hf", str(large), str(out)]
-  process = subprocess.Popen(command)
-  while not (unfinished := list(tmp_path.glob(".hf.*.tmp/*"))):
-    assert process.poll() is None, "It ended before it was killed."
-    time.sleep(0.0005)
-  process.kill()
-  process.wait()
-  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-  _leaves(out)
-  (left,) = tmp_path.glob(".hf.*.tmp")
-  assert unfinished[0].parent == left
-  assert "README.md" not in {p.name for p in left.iterdir()}
+  # What a killed one leaves is not a model.
+  left = shutil.copytree(out, atomic.temporary_path(out))
   with pytest.raises(ConversionError, match="unfinished conversion"):
     huggingface.read(left)
-  subprocess.run(command, check=True)
-  assert not list(tmp_path.glob(".hf.*"))
+  other = _write_native(tmp_path / "other", vocab_size=300, seed=1)
+  error = OSError(errno.ENOSPC, "full")
+  with monkeypatch.context() as patch:
+    patch.setattr(atomic, "_exchange", mock.Mock(side_effect=error))
+    with pytest.raises(SystemExit, match="full"):
+      main(["to_hf", str(other), str(out)])
+  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+  main(["to_hf", str(other), str(out)])
   table = huggingface.read(out).params["text"]["token_embedding"]
-  assert table.shape == (470_000, 64)
+  assert table.shape == (300, 64)
 
 
 @pytest.mark.slow
@@ -130,12 +122,7 @@ def test_a_killed_conversion_leaves_the_old_one(native, tmp_path):
 def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
   monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
   out, back = f"{bucket}/hf", f"{bucket}/native"
-  main(["to_hf", str(native), out, "--tokenizer=bytes", "--clean=lower"])
-  main(["from_hf", out, back])
-  want, got = _leaves(native), _leaves(back)
-  assert got.keys() == want.keys()
-  for name, value in want.items():
-    np.testing.assert_array_equal(got[name], value, err_msg=name)
+  _check_round_trip(native, out, back)
   images = [np.full((40, 48, 3), 90, np.uint8)]
   expected = mtv_jax.load(native).image(images).pooled
   for folder in (out, back):
@@ -154,8 +141,11 @@ def test_to_and_from_buckets(native, bucket, tmp_path, monkeypatch):
     main(["from_hf", out, f"{bucket}/third"])
 
 
-def test_other_outputs_are_folders():
+@pytest.mark.parametrize(
+  "argv",
+  ["report runs/a --output=gs://b/report", "preflight --json=s3://b/a.json"],
+)
+def test_other_outputs_are_folders(argv):
+  command, *arguments = argv.split()
   with pytest.raises(SystemExit, match="writes files and folders only"):
-    run_command("report", ["runs/a", "--output=gs://bucket/report"])
-  with pytest.raises(SystemExit, match="writes files and folders only"):
-    run_command("preflight", ["--config=study", "--json=s3://bucket/a.json"])
+    run_command(command, arguments)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+from unittest import mock
 
 import jax
 import numpy as np
@@ -25,6 +26,8 @@ from mtv_jax.evals.encoder_requests import parse_requests
 from mtv_jax.models import two_tower as models
 from mtv_jax.report import tables
 from mtv_jax.utils.errors import ConfigError, InputError
+
+main = functools.partial(run_command, "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +57,8 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_two_evaluations_of_scenes(folder, tmp_path, capsys):
   out = tmp_path / "deep" / "out.json"
-  run_command(
-    "evaluate",
-    [
-      f"--encoder={folder}",
-      "--evals=zero_shot,retrieval",
-      "--count=12",
-      "--set=retrieval.max_captions=2",
-      f"--json={out}",
-    ],
-  )
+  argv = [f"--encoder={folder}", "--evals=zero_shot,retrieval", "--count=12"]
+  main([*argv, "--set=retrieval.max_captions=2", f"--json={out}"])
   printed, said = capsys.readouterr()
   content = json.loads(out.read_text())
   assert content["weights"] == "student" and "student weights" in said
@@ -81,39 +76,44 @@ def test_two_evaluations_of_scenes(folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   out = tmp_path / "out"
-  argv = [f"--encoder={folder}", "--encoder=pixels:16/8", "--evals=all"]
-  argv += ["--count=6", "--pictures=2", f"--output={out}"]
+  argv = [f"--encoder={folder}", "--evals=all", "--count=6", "--pictures=2"]
+  argv.append(f"--output={out}")
   # Among so few scenes, no two show objects of one class.
   argv += ["--set=semantic_correspondence.count=60"]
   for name in ("segmentation", "depth_probe", "linear_probe"):
     argv.append(f"--set={name}.steps=4")
+  for name in ("knn", "few_shot", "linear_probe", "logistic", "mae_probe"):
+    argv.append(f"--set={name}.train_count=120")
   argv += ["--set=logistic.max_iter=4", "--set=mae_probe.epochs=12"]
-  run_command("evaluate", argv)
-  first, floor = results.read(out / "results.json")
-  ran = {*first.results, *first.skipped}
-  assert ran == set(base.EVALUATORS) == {*floor.results, *floor.skipped}
-  assert not first.failed and not floor.failed
-  assert {"retrieval", "zero_shot"} <= {*first.results} & {*floor.skipped}
+  argv += ["--set=knn.k=(10,)", "--set=few_shot.shots=(1,)"]
+  main(argv)
+  (first,) = results.read(out / "results.json")
+  assert {*first.results, *first.skipped} == set(base.EVALUATORS)
+  assert {"retrieval", "zero_shot"} <= {*first.results} and not first.failed
   for name in ("report.html", "results.md", "charts"):
     assert (out / name).stat().st_size
-  assert (out / "sheets" / "retrieval_captions_untrained.png").is_file()
-  assert "text tower" in (out / "results.md").read_text()
-  assert "pixels:16/8" in capsys.readouterr().out
-  for outcome in (first, floor):
-    for name, result in outcome.results.items():
-      assert result.errors.keys() == result.metrics.keys(), name
-      for key in ("data", "data_hash", "encoder", "seconds"):
-        assert key in result.protocol, (name, key)
+  assert (out / "sheets" / "retrieval_captions.png").is_file()
+  for name, result in first.results.items():
+    assert result.errors.keys() == result.metrics.keys(), name
+    for key in ("data", "data_hash", "encoder", "seconds"):
+      assert key in result.protocol, (name, key)
+  # A baseline beside these results.
+  argv = ["--encoder=pixels:16/8", "--evals=knn", "--count=6"]
+  argv += [f"--compare={out}/results.json", f"--output={tmp_path}/floor"]
+  main(argv)
+  page = (tmp_path / "floor" / "results.md").read_text()
+  for text in (page, capsys.readouterr().out):
+    assert "pixels:16/8" in text and "untrained" in text
 
 
 def test_errors_are_messages(folder, tmp_path):
-  main = functools.partial(run_command, "evaluate")
-  with pytest.raises(SystemExit, match="evaluate: .*Did you mean 'retrieval'"):
-    main([f"--encoder={folder}", "--evals=retreival"])
-  with pytest.raises(SystemExit, match="does not exist"):
-    main([f"--encoder={tmp_path / 'none'}", "--evals=retrieval"])
-  with pytest.raises(SystemExit, match="(?s)does not exist.*'retrieval'"):
-    main([f"--encoder={folder}", "--evals=retrieval", "--data=missing.json"])
+  for changes, message in (
+    (["--evals=retreival"], "evaluate: .*Did you mean 'retrieval'"),
+    ([f"--encoder={tmp_path / 'none'}"], "does not exist"),
+    (["--data=missing.json"], "(?s)does not exist.*'retrieval'"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      main([f"--encoder={folder}", "--evals=retrieval", *changes])
 
 
 def test_data_of_one_evaluation(folder, tmp_path, write_image):
@@ -122,17 +122,9 @@ def test_data_of_one_evaluation(folder, tmp_path, write_image):
   prompts = tmp_path / "prompts.json"
   prompts.write_text('{"classes": ["red", "blue", "white"]}')
   out = tmp_path / "out.json"
-  run_command(
-    "evaluate",
-    [
-      f"--encoder={folder}",
-      "--evals=zero_shot,retrieval",
-      f"--data=zero_shot={tmp_path / 'set'}",
-      f"--prompts={prompts}",
-      "--count=4",
-      f"--json={out}",
-    ],
-  )
+  argv = [f"--encoder={folder}", "--evals=zero_shot,retrieval", "--count=4"]
+  argv += [f"--data=zero_shot={tmp_path / 'set'}", f"--prompts={prompts}"]
+  main([*argv, f"--json={out}"])
   evals = json.loads(out.read_text())["evals"]
   assert evals["zero_shot"]["protocol"]["classes"] == 3
   assert evals["retrieval"]["protocol"]["data"] == "scenes"
@@ -147,43 +139,16 @@ def test_plan_passes_only_options_that_an_evaluation_has():
     assignments=["retrieval.max_captions=5", "zero_shot.clean=canonicalize"],
   )
   assert got.entries == {
-    "zero_shot": {
-      "type": "zero_shot",
-      "data": "scenes",
-      "prompts": "p.json",
-      "count": 3,
-      "clean": "canonicalize",
-    },
-    "retrieval": {
-      "type": "retrieval",
-      "data": "a=b.json",
-      "count": 3,
-      "pictures": 4,
-      "max_captions": 5,
-    },
-  }
+    "zero_shot": dict(
+      type="zero_shot", data="scenes", prompts="p.json", count=3,
+      clean="canonicalize",
+    ),
+    "retrieval": dict(
+      type="retrieval", data="a=b.json", count=3, pictures=4, max_captions=5
+    ),
+  }  # fmt: skip
   assert got.named == {"zero_shot", "retrieval"}
-
-
-def test_published_schedules_are_an_option_of_trained_probes():
-  got = run.plan(["all"], options={"published": True})
-  trained = {
-    name for name, entry in got.entries.items() if "published" in entry
-  }
-  assert trained == {
-    "linear_probe",
-    "mae_probe",
-    "segmentation",
-    "depth_probe",
-  }
-  parser = argparse.ArgumentParser()
-  arguments.add_parameters(parser, evaluate.run)
-  for flags, published in (([], False), (["--published"], True)):
-    args = parser.parse_args(["--encoder=pixels:64", *flags])
-    assert args.published is published
-
-
-def test_evaluations_named_besides_all():
+  # Evaluations named besides all.
   got = run.plan(["all"])
   assert list(got.entries) == list(base.EVALUATORS) and not got.named
   got = run.plan(
@@ -192,36 +157,54 @@ def test_evaluations_named_besides_all():
   assert got.named == {"zero_shot", "retrieval"}
 
 
+def test_published_schedules_are_an_option_of_trained_probes():
+  got = run.plan(["all"], options={"published": True})
+  trained = [
+    name for name, entry in got.entries.items() if "published" in entry
+  ]
+  probes = ["linear_probe", "mae_probe", "segmentation", "depth_probe"]
+  assert sorted(trained) == sorted(probes)
+  parser = argparse.ArgumentParser()
+  arguments.add_parameters(parser, evaluate.run)
+  for flags, published in (([], False), (["--published"], True)):
+    args = parser.parse_args(["--encoder=pixels:64", *flags])
+    assert args.published is published
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     ({"names": ["retreival"]}, "no evaluation.*Did you mean 'retrieval'"),
     ({"options": {"prompts": "x"}}, "--prompts: none of retrieval has"),
     ({"data": ["zero_shot=x"]}, "--data=zero_shot=...: zero_shot is not among"),
-    ({"assignments": ["max_captions=1"]}, "expected NAME.OPTION=VALUE"),
-    ({"assignments": ["retrieval.count"]}, "expected NAME.OPTION=VALUE"),
-    (
-      {"assignments": ["retreival.count=1"]},
-      "--set=retreival.count=1: no such.*Did you mean 'retrieval'",
-    ),
-    (
-      {"assignments": ["retrieval.cuont=1"]},
-      "retrieval has no option 'cuont'. Did you mean 'count'",
-    ),
-    (
-      {"assignments": ["retrieval.batch_size=many"]},
-      "--set=retrieval.batch_size=many: expected int, such as 64",
-    ),
-    (
-      {"assignments": ["retrieval.batch_size.x=1"]},
-      "--set=retrieval.batch_size.x: .* is 64, not a section",
-    ),
+    ("max_captions=1", "expected NAME.OPTION=VALUE"),
+    ("retrieval.count", "expected NAME.OPTION=VALUE"),
+    ("retreival.count=1", "count=1: no such.*Did you mean 'retrieval'"),
+    ("retrieval.cuont=1", "no option 'cuont'. Did you mean 'count'"),
+    ("retrieval.batch_size=many", "size=many: expected int, such as 64"),
+    ("retrieval.batch_size.x=1", "batch_size.x: .* is 64, not a section"),
   ],
 )
 def test_invalid_plans_raise(changes, message):
+  if isinstance(changes, str):
+    changes = {"assignments": [changes]}
   arguments = {"names": ["retrieval"], **changes}
   with pytest.raises(ConfigError, match=message):
     run.plan(arguments.pop("names"), **arguments)
+
+
+FAILURES = {
+  "no text": (base.NotApplicable, "this encoder has no text tower"),
+  "missing": (FileNotFoundError, "no such folder"),
+  "corrupt": (InputError, "1.png can't be read"),
+  "broken": (RuntimeError, "out of memory " + 5000 * "x"),
+}
+
+
+def fail(how):
+  if how in FAILURES:
+    kind, text = FAILURES[how]
+    raise kind(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,51 +212,27 @@ class Made(base.Evaluator):
   """An evaluator that fails in a given way."""
 
   data: str = "scenes"
-  prepares: str = "well"
-  runs: str = "well"
   pictures: int = 0
+  prepares = runs = "well"
 
   def prepare(self):
-    self.do(self.prepares)
+    fail(self.prepares)
 
   def run(self, encoder):
-    self.do(self.runs)
+    fail(self.runs)
     return Result({"x": 0.5}, {"data_hash": "1"})
-
-  def do(self, what):
-    if what == "no text":
-      raise base.NotApplicable("this encoder has no text tower")
-    if what == "missing":
-      raise FileNotFoundError("no such folder")
-    if what == "corrupt":
-      raise InputError("1.png can't be read")
-    if what == "broken":
-      raise RuntimeError("out of memory " + 5000 * "x")
 
 
 @pytest.fixture
 def register(monkeypatch):
-  """Registers evaluations by name with the options of their evaluator."""
+  """Registers evaluations by name with the failures of their evaluator."""
 
   def register(**kinds):
-    monkeypatch.setattr(
-      base,
-      "EVALUATORS",
-      {name: f"{__name__}.{name}:{name}" for name in kinds},
-    )
-    classes = {
-      name: dataclasses.make_dataclass(
-        name,
-        [("prepares", str, kind.get("prepares", "well"))]
-        + [("runs", str, kind.get("runs", "well"))],
-        bases=(Made,),
-        frozen=True,
-      )
-      for name, kind in kinds.items()
-    }
-    monkeypatch.setattr(
-      base, "evaluator_class", lambda kind, where="": classes[kind]
-    )
+    classes = {name: type(name, (Made,), kind) for name, kind in kinds.items()}
+    paths = {name: f"{__name__}.{name}:{name}" for name in kinds}
+    monkeypatch.setattr(base, "EVALUATORS", paths)
+    find = lambda kind, where="": classes[kind]  # noqa: E731
+    monkeypatch.setattr(base, "evaluator_class", find)
 
   return register
 
@@ -285,7 +244,8 @@ def outcomes_of(plan, encoder, **kwargs):
 
 
 def test_a_failure_does_not_stop_other_evaluations(register, colours, tmp_path):
-  register(a={}, b={"runs": "broken"}, c={"runs": "no text"}, d={})
+  how = dict(b="broken", c="no text", e="corrupt")
+  register(**{name: {"runs": how.get(name, "well")} for name in "abcde"})
   plan = run.plan(["all"])
   (got,), said = outcomes_of(plan, colours, folder=tmp_path)
   assert said[0].startswith("colours: ")
@@ -293,25 +253,18 @@ def test_a_failure_does_not_stop_other_evaluations(register, colours, tmp_path):
   assert got.skipped == {"c": "this encoder has no text tower"}
   assert got.failed["b"].startswith("RuntimeError: out of memory")
   assert len(got.failed["b"]) <= 1000
-  assert any("Traceback" in line and "b FAILED" in line for line in said)
+  # A user error has no traceback.
+  assert got.failed["e"] == "InputError: 1.png can't be read"
+  assert "e FAILED: 1.png can't be read" in said
+  (traced,) = (line for line in said if "Traceback" in line)
+  assert "b FAILED" in traced
   assert list(results.read(tmp_path / "results.json")[0].results) == ["a", "d"]
-  (line,) = suite.errors([got], plan)
+  line, _ = suite.errors([got], plan)
   assert line.startswith("b failed: RuntimeError")
 
 
-def test_a_user_error_while_running_has_no_traceback(register, colours):
-  register(a={"runs": "corrupt"}, b={})
-  (got,), said = outcomes_of(run.plan(["all"]), colours)
-  assert list(got.results) == ["b"]
-  assert got.failed == {"a": "InputError: 1.png can't be read"}
-  assert "a FAILED: 1.png can't be read" in said
-  assert not any("Traceback" in line for line in said)
-
-
-def test_results_of_finished_evaluations_survive_a_crash(
-  register, colours, tmp_path
-):
-  register(a={}, b={"runs": "well"}, c={})
+def test_results_of_finished_evaluations_survive_a_crash(register, colours):
+  register(a={}, b={}, c={})
   evaluators, *_ = run.prepare(run.plan(["all"]))
   outcome = results.Outcome("colours", "colours", "student")
   steps = run.attempt(colours, evaluators, outcome)
@@ -323,13 +276,10 @@ def test_skipped_is_an_error_only_by_name(register, colours):
   plan = run.plan(["a", "c"])
   (got,), _ = outcomes_of(plan, colours)
   assert list(got.results) == ["a"]
-  assert suite.errors([got], plan) == [
-    "c can't be run: this encoder has no text tower"
-  ]
-  assert suite.errors([got], run.plan(["all"])) == []
   # A reason that encoders share appears once; different reasons all appear.
   line = "c can't be run: this encoder has no text tower"
-  assert suite.errors([got, got], plan) == [line]
+  assert suite.errors([got], plan) == suite.errors([got, got], plan) == [line]
+  assert suite.errors([got], run.plan(["all"])) == []
   lacks = dataclasses.replace(got, skipped={"c": "no depth head"})
   assert suite.errors([got, lacks, got], plan) == [f"{line}; no depth head"]
   # Another encoder can run it: the baseline is merely skipped.
@@ -346,10 +296,9 @@ def test_data_that_cannot_be_opened_are_errors(register, colours):
   assert "b FAILED: no such folder" in said
   assert got.skipped == {"c": "this encoder has no text tower"}
   # If selected by name, a mistake is an error before anything is computed.
-  with pytest.raises(FileNotFoundError):
-    outcomes_of(run.plan(["a", "b"]), colours)
-  with pytest.raises(FileNotFoundError):
-    outcomes_of(run.plan(["all"], data=["b=x"]), colours)
+  for plan in (run.plan(["a", "b"]), run.plan(["all"], data=["b=x"])):
+    with pytest.raises(FileNotFoundError):
+      outcomes_of(plan, colours)
   register(b={"prepares": "missing"})
   with pytest.raises(FileNotFoundError):
     outcomes_of(run.plan(["all"]), colours)
@@ -358,11 +307,8 @@ def test_data_that_cannot_be_opened_are_errors(register, colours):
 def test_command_fails_with_the_failed_evaluations(
   folder, tmp_path, monkeypatch
 ):
-  def broken(self, encoder):
-    raise RuntimeError("boom")
-
+  broken = mock.Mock(side_effect=RuntimeError("boom"))
   monkeypatch.setattr(retrieval.Retrieval, "run", broken)
-  main = functools.partial(run_command, "evaluate")
   out = tmp_path / "out"
   argv = [f"--encoder={folder}", "--evals=retrieval,zero_shot", "--count=4"]
   with pytest.raises(SystemExit, match="retrieval failed: RuntimeError: boom"):
@@ -375,31 +321,24 @@ def test_command_fails_with_the_failed_evaluations(
 @pytest.mark.parametrize(
   ("given", "names"),
   [
-    (["runs/a"], ["a"]),
-    (
-      ["runs/a", "pixels:64", "random:mu/8@64"],
-      ["a", "pixels:64", "random:mu/8@64"],
-    ),
-    (["x/a", "y/a"], ["x/a", "y/a"]),
-    (["runs/a", "runs/a@ema"], ["a@student", "a@ema"]),
-    (["/a"], ["a"]),
-    ([".", "a"], [".", "a"]),
+    ("runs/a", "a"),
+    ("runs/a pixels:64 random:mu/8@64", "a pixels:64 random:mu/8@64"),
+    ("x/a y/a", "x/a y/a"),
+    ("runs/a runs/a@ema", "a@student a@ema"),
+    ("/a", "a"),
+    (". a", ". a"),
   ],
 )
 def test_names_of_encoders(given, names):
+  given = given.split()
   requests = parse_requests(given, weights="student")
-  assert [r.name for r in requests] == names
+  assert [r.name for r in requests] == names.split()
   assert [f"{r.path}@{r.weights}" for r in requests] == [
     g if g.endswith("@ema") else f"{g}@student" for g in given
   ]
-
-
-def test_baselines_ignore_weights():
+  # Baselines ignore weights.
   requests = parse_requests(["runs/a", "pixels:64"], weights="ema")
   assert [r.weights for r in requests] == ["ema", "student"]
-
-
-def test_repeated_encoders_raise():
   with pytest.raises(ValueError, match="the encoder a is given twice"):
     parse_requests(["a", "a@ema"], weights="ema")
 
@@ -435,13 +374,9 @@ def test_results_keep_units_and_pictures(colours):
 
   class Metres(base.Evaluator):
     def run(self, encoder):
-      return Result(
-        {"rmse": 0.5},
-        {},
-        units={"rmse": "m"},
-        lower=("rmse",),
-        sheets={"depth": picture},
-      )
+      units, sheets = {"rmse": "m"}, {"depth": picture}
+      options = dict(units=units, lower=("rmse",), sheets=sheets)
+      return Result({"rmse": 0.5}, {}, **options)
 
   got = run.evaluate(colours, {"depth": Metres()})["depth"]
   assert got.units == {"rmse": "m"} and got.lower == ("rmse",)

@@ -55,17 +55,18 @@ def coco(path, annotated=(), images=((7, "7.jpg"), (8, "8.jpg"))):
 
 
 def test_instances(tmp_path):
-  file = coco(
-    tmp_path / "x.json",
-    [
-      {"bbox": [20, 10, 100, 50], "category_id": 3},
-      {"bbox": [0, 0, 10, 10], "category_id": 3, "iscrowd": 1},
-      {"bbox": [190, 0, 20, 10], "category_id": 90},
-      {"bbox": [5, 5, 0, 10], "category_id": 3},
-      {"bbox": [5, 5, 10, -10], "category_id": 3},
-    ],
-  )
-  outcome = Instances([file])(item())
+  rows = [
+    {"bbox": [20, 10, 100, 50], "category_id": 3},
+    {"bbox": [0, 0, 10, 10], "category_id": 3, "iscrowd": 1},
+    {"bbox": [190, 0, 20, 10], "category_id": 90},
+    {"bbox": [5, 5, 0, 10], "category_id": 3},
+    {"bbox": [5, 5, 10, -10], "category_id": 3},
+  ]
+  instances = Instances([coco(tmp_path / "x.json", rows)])
+  assert instances(item("8.jpg")).label.boxes.shape == (0, 4)
+  unlisted = "boxes: the image is not in the annotations"
+  assert instances(item("9.jpg")) == no_label(unlisted)
+  outcome = instances(item())
   np.testing.assert_allclose(
     outcome.label.boxes, [[0.1, 0.1, 0.6, 0.6], [0, 0.95, 0.1, 1]], rtol=1e-6
   )
@@ -77,16 +78,6 @@ def test_instances(tmp_path):
     "boxes: empty": 1,
     "boxes: inverted": 1,
   }
-
-
-def test_images_without_boxes_and_unlisted_images(
-  tmp_path,
-):
-  instances = Instances([coco(tmp_path / "x.json")])
-  assert instances(item("8.jpg")).label.boxes.shape == (0, 4)
-  assert instances(item("9.jpg")) == no_label(
-    "boxes: the image is not in the annotations"
-  )
 
 
 def test_how_records_are_matched(tmp_path):
@@ -134,23 +125,22 @@ def test_shapes(tmp_path, size, same):
     ("{", "x.json is not JSON"),
     ("[]", "x.json is not a COCO file.*it has <class 'list'>"),
     ('{"images": []}', "needs 'images' and 'annotations' and 'categories'"),
+    (
+      {"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5},
+      "annotated image ids .* such as 5",
+    ),
+    ({"caption": "a cat"}, "has no 'bbox'.*give instances_"),
   ],
 )
-def test_files_of_another_kind(tmp_path, content, message):
-  (tmp_path / "x.json").write_text(content)
-  with pytest.raises(ValueError, match=message):
-    Instances([tmp_path / "x.json"])
-
-
-def test_inconsistent_instances(tmp_path):
+def test_invalid_instances(tmp_path, content, message):
   file = coco(tmp_path / "x.json")
   with pytest.raises(ValueError, match="image '7' is listed twice"):
     Instances([file, file])
-  coco(file, [{"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5}])
-  with pytest.raises(ValueError, match="annotated image ids .* such as 5"):
-    Instances([file])
-  coco(file, [{"caption": "a cat"}])
-  with pytest.raises(ValueError, match="has no 'bbox'.*give instances_"):
+  if isinstance(content, str):
+    file.write_text(content)
+  else:
+    coco(file, [content])
+  with pytest.raises(ValueError, match=message):
     Instances([file])
 
 
@@ -168,16 +158,16 @@ def depth_file(path, dtype=np.uint16, size=(50, 100)):
 def test_metric_depth_is_inverted(tmp_path, dtype):
   raw = depth_file(tmp_path / "7.png", dtype, size=(64, 128))
   blocks = raw.reshape(32, 2, 32, 4).astype(np.float64)
-  label = DepthImages(tmp_path, scale=10, side=32)(item()).label
   # Near is large, and at the top left.
-  assert label.values[0, 0] == 65535 and label.values[-1, -1] == 1
-  step = (label.high - label.low) / 65534
-  assert abs(label.inverse - (10 / blocks).mean((1, 3))).max() <= step
-  disparity = DepthImages(tmp_path, values="inverse", scale=10, side=32)
-  label = disparity(item()).label
-  assert label.values[0, 0] == 1
-  step = (label.high - label.low) / 65534
-  assert abs(label.inverse - (blocks / 10).mean((1, 3))).max() <= step
+  for values, pixels, corners in (
+    ("metric", 10 / blocks, (65535, 1)),
+    ("inverse", blocks / 10, (1, 65535)),
+  ):
+    annotate = DepthImages(tmp_path, values=values, scale=10, side=32)
+    label = annotate(item()).label
+    assert (label.values[0, 0], label.values[-1, -1]) == corners
+    step = (label.high - label.low) / 65534
+    assert abs(label.inverse - pixels.mean((1, 3))).max() <= step
 
 
 def test_invalid_depth_values(tmp_path):
@@ -185,33 +175,32 @@ def test_invalid_depth_values(tmp_path):
   raw[:25] = 0
   raw[:, 50:] = 65535
   cv2.imwrite(str(tmp_path / "7.png"), raw)
-  label = DepthImages(tmp_path, invalid=(0, 65535), side=16)(item()).label
-  assert (label.values[8:, :8] > 0).all()
-  assert (label.values > 0).sum() == 64
   # A distance of 0 is always invalid.
-  label = DepthImages(tmp_path, invalid=(65535,), side=16)(item()).label
-  assert (label.values > 0).sum() == 64
+  for invalid in ((0, 65535), (65535,)):
+    label = DepthImages(tmp_path, invalid=invalid, side=16)(item()).label
+    assert (label.values[8:, :8] > 0).all()
+    assert (label.values > 0).sum() == 64
 
 
 def test_unusable_depth_files(tmp_path):
   depth = DepthImages(tmp_path, side=16)
   assert depth(item()) == no_label("depth: no file for the image")
-  cv2.imwrite(str(tmp_path / "7.png"), np.zeros((50, 100, 3), np.uint8))
-  assert depth(item()) == no_label("depth: a file of mode RGB, not grey")
-  depth_file(tmp_path / "7.png", size=(50, 90))
-  assert depth(item()) == no_label(
-    "depth: a file of another shape than the image"
-  )
-  damaged = no_label("depth: a file that is no image, or damaged")
-  depth_file(tmp_path / "7.png")
-  data = (tmp_path / "7.png").read_bytes()
-  (tmp_path / "7.png").write_bytes(data[: len(data) // 2])
-  assert depth(item()) == damaged
-  (tmp_path / "7.png").write_bytes(b"no image")
-  assert depth(item()) == damaged
-  cv2.imwrite(str(tmp_path / "7.png"), np.full((50, 100), 7, np.uint8))
-  assert depth(item()) == no_label("depth: a map that is the same everywhere")
-  cv2.imwrite(str(tmp_path / "7.png"), np.zeros((50, 100), np.uint8))
+  file = tmp_path / "7.png"
+  depth_file(file)
+  half = file.read_bytes()[: file.stat().st_size // 2]
+  for content, why in (
+    (np.zeros((50, 100, 3), np.uint8), "a file of mode RGB, not grey"),
+    (np.eye(50, 90, dtype=np.uint8), "a file of another shape than the image"),
+    (half, "a file that is no image, or damaged"),
+    (b"no image", "a file that is no image, or damaged"),
+    (np.full((50, 100), 7, np.uint8), "a map that is the same everywhere"),
+  ):
+    if isinstance(content, bytes):
+      file.write_bytes(content)
+    else:
+      cv2.imwrite(str(file), content)
+    assert depth(item()) == no_label(f"depth: {why}")
+  cv2.imwrite(str(file), np.zeros((50, 100), np.uint8))
   assert depth(item()).label is None
 
 
@@ -291,22 +280,16 @@ def test_the_tool_from_shards_to_a_source(tmp_path, format, capsys):
   out = capsys.readouterr().out
   assert "3 of 5 records have a label, in" in out
   assert "2 times: depth: no file for the image" in out
-  boxes = [
-    "boxes", f"--data={base}", f"--output={tmp_path}/labels/boxes",
-    f"--instances={file}",
-  ]  # fmt: skip
-  assert main(boxes) == 0
+  assert not main(
+    ["boxes", f"--data={base}", f"--output={tmp_path}/labels/boxes",
+     f"--instances={file}"]
+  )  # fmt: skip
   out = capsys.readouterr().out
   assert "2 of 5 records have a label with 1 boxes, in" in out
   assert "3 times: boxes: the image is not in the annotations" in out
   assert "1 times: boxes: empty" in out
-  source = build_source(
-    {
-      "type": format,
-      "path": base,
-      "labels": {k: f"{tmp_path}/labels/{k}" for k in ("depth", "boxes")},
-    }
-  )
+  labels = {k: f"{tmp_path}/labels/{k}" for k in ("depth", "boxes")}
+  source = build_source({"type": format, "path": base, "labels": labels})
   for i in range(5):
     record = source[i]
     assert ("depth" in record, "boxes" in record) == (i in raw, i in (1, 3))
@@ -342,13 +325,10 @@ def test_bare_tars_are_matched_by_key(tmp_path):
       tar.addfile(info, io.BytesIO(data))
   (tmp_path / "depth").mkdir()
   depth_file(tmp_path / "depth" / "b.png")
-  code = main(
-    [
-      "depth", f"--data={tmp_path}/x.tar", f"--output={tmp_path}/out",
-      f"--depth_dir={tmp_path}/depth", "--inverse",
-    ]
+  assert not main(
+    ["depth", f"--data={tmp_path}/x.tar", f"--output={tmp_path}/out",
+     f"--depth_dir={tmp_path}/depth", "--inverse"]
   )  # fmt: skip
-  assert code == 0
   label_set = LabelSet(tmp_path / "out", kind="depth")
   assert [label_set.read(0, i).key for i in range(2)] == ["a", "b"]
   assert [label_set.read(0, i).label is None for i in range(2)] == [True, False]
@@ -390,53 +370,32 @@ def test_urls_are_names(tmp_path):
 # --- Real data ---------------------------------------------------------------
 
 
-def first_examples(listing, images, names):
-  examples = {e.name: e for e in listings.read(listing, images=images)}
-  return [examples[name] for name in names]
-
-
 def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path):
   coco = shared_data / "coco"
   file = coco / "annotations" / "instances_val2017.json"
   content = json.loads(file.read_text())
   listed = {image["file_name"]: image for image in content["images"]}
   names = sorted(listed)[:6]
-  other = sorted(
-    path.name
-    for path in (coco / "val2017").iterdir()
-    if path.name not in listed
-  )[:2]
-  examples = first_examples(
-    coco / "annotations" / "captions_val2017.json",
-    coco / "val2017",
-    names + other,
-  )
+  photos = {path.name for path in (coco / "val2017").iterdir()}
+  captions = coco / "annotations" / "captions_val2017.json"
+  read = listings.read(captions, images=coco / "val2017")
+  examples = {example.name: example for example in read}
+  examples = [examples[n] for n in names + sorted(photos - listed.keys())[:2]]
   # Resizing changes no coordinate.
   shards_lib.write(examples, tmp_path / "base", max_side=320)
   base = f"{tmp_path}/base/*.tar"
-  code = main(
-    [
-      "boxes", f"--data={base}", f"--output={tmp_path}/boxes", "--instances",
-      str(file), str(file).replace("val", "train"),
-    ]
+  assert not main(
+    ["boxes", f"--data={base}", f"--output={tmp_path}/boxes", "--instances",
+     str(file), str(file).replace("val", "train")]
   )  # fmt: skip
-  assert code == 0
-  source = build_source(
-    {
-      "type": "webdataset",
-      "path": base,
-      "labels": {"boxes": f"{tmp_path}/boxes"},
-    }
-  )
+  labels = {"boxes": f"{tmp_path}/boxes"}
+  source = build_source({"type": "webdataset", "path": base, "labels": labels})
   categories = {c["id"]: c["name"] for c in content["categories"]}
   total = 0
   for i, name in enumerate(names):
-    image = listed[name]
-    expected = [
-      a
-      for a in content["annotations"]
-      if a["image_id"] == image["id"] and not a["iscrowd"]
-    ]
+    image, rows = listed[name], content["annotations"]
+    expected = [r for r in rows if r["image_id"] == image["id"]]
+    expected = [r for r in expected if not r["iscrowd"]]
     x, y, w, h = np.array([a["bbox"] for a in expected]).T
     boxes = np.stack([y, x, y + h, x + w], 1)
     boxes /= np.array([image["height"], image["width"]] * 2)
@@ -459,13 +418,10 @@ def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path):
   ]
   shards_lib.write(examples, tmp_path / "base")
   base = f"{tmp_path}/base/*.tar"
-  code = main(
-    [
-      "depth", f"--data={base}", f"--output={tmp_path}/depth",
-      f"--depth_dir={nyu}/nyu_depths", "--metric", "--scale=25.5",
-    ]
+  assert not main(
+    ["depth", f"--data={base}", f"--output={tmp_path}/depth",
+     f"--depth_dir={nyu}/nyu_depths", "--metric", "--scale=25.5"]
   )  # fmt: skip
-  assert code == 0
   label_set = LabelSet(tmp_path / "depth", kind="depth")
   for i, name in enumerate(ids):
     label = label_set.read(0, i).label
@@ -475,12 +431,13 @@ def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path):
     means = cv2.resize(1 / metres, side, interpolation=cv2.INTER_AREA)
     error = abs(label.inverse - means).max()
     assert error <= (label.high - label.low) / 65534
-    near, far = np.argmin(metres), np.argmax(metres)
-    at = [
-      (np.array(np.unravel_index(p, metres.shape)) * 128)
-      // np.array(metres.shape)
-      for p in (near, far)
-    ]
-    values = [int(label.values[tuple(index)]) for index in at]
-    assert values[0] > 4 * values[1]
+    near, far = (
+      np.unravel_index(i, metres.shape)
+      for i in (np.argmin(metres), np.argmax(metres))
+    )
+    near, far = (
+      int(label.values[tuple(np.array(at) * 128 // metres.shape)])
+      for at in (near, far)
+    )
+    assert near > 4 * far
     assert 0.09 < label.low < label.high < 1.5

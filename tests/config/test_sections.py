@@ -19,8 +19,6 @@ from mtv_jax.config.durations import (
 from mtv_jax.config.options import NonNegativeFloat, PositiveInt
 from mtv_jax.utils.errors import ConfigError
 
-RUN = RunLength(batch_size=64, examples_per_epoch=313, total_steps=2000)
-
 
 def test_config_imports_no_jax():
   modules = "durations, op_strings, options, overrides, recipes, sections"
@@ -46,7 +44,8 @@ def test_config_imports_no_jax():
   ],
 )
 def test_steps(duration, expected):
-  assert RUN.steps(duration) == expected
+  run = RunLength(batch_size=64, examples_per_epoch=313, total_steps=2000)
+  assert run.steps(duration) == expected
 
 
 def test_a_length_that_is_not_known():
@@ -166,14 +165,8 @@ def test_given_values_and_units_are_read_and_written_back():
     ({"optional": {"x": 1}}, "config.optional.x is an unknown key"),
     ({"entries": [1]}, r"config.entries is \[1\], expected named entries"),
     ({"entries": {"a": 3}}, "config.entries.a is 3, expected a section"),
-    (
-      {"entries": {"a": {"weight": -1.0}}},
-      "config.entries.a.weight is -1.0, expected a number >= 0",
-    ),
-    (
-      {"entries": {"a": {"weight": {"starts": 1}}}},
-      "config.entries.a.weight.starts is an unknown key.*'start_",
-    ),
+    ({"entries": {"a": {"weight": -1.0}}}, "a.weight is -1.0, expected a numb"),
+    ({"entries": {"a": {"weight": {"b": 1}}}}, "a.weight.b is an unknown key"),
   ],
 )
 def test_errors_name_the_key(changes, message):

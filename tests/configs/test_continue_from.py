@@ -61,6 +61,8 @@ def test_canvases_have_the_pixels_of_crops():
     ("keep=scenes,guards=False", "guards=False and keep="),
     ("guards=False,layer_decay=0.85", "guards=False and layer_decay="),
     ("keep_share=0.25", "keep_share has no effect without keep=PATH"),
+    ("keep=scenes,keep_share=0.0", "keep_share=0.0: expected"),
+    ("keep=scenes,keep_share=1.0", "keep_share=1.0: expected"),
   ],
 )
 def test_arguments_that_contradict_each_other(options, message):
@@ -75,21 +77,11 @@ def test_images_are_of_a_listing():
     build_source(config.data.train[0])
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, 1.5])
-def test_a_share_of_kept_images_that_is_none(share):
-  with pytest.raises(ConfigError, match=f"keep_share={share}: expected"):
-    recipes.read_config(f"continue_from:tiny,keep=scenes,keep_share={share}")
-
-
-def test_a_folder_without_tokenizer(tmp_path):
-  folder = samples.copy("siglip", tmp_path)
-  (folder / "tokenizer.json").unlink()
-  with pytest.raises(ConfigError, match="siglip has no tokenizer that can be"):
-    build(folder)
-
-
-def test_the_evaluation_whose_data_are_missing_is_named(tmp_path):
+def test_a_folder_without_tokenizer_or_data(tmp_path):
   folder = samples.copy("siglip", tmp_path)
   with pytest.raises(MissingFileError, match="lost") as caught:
     build(folder, f",gauge={tmp_path / 'lost'}")
   assert caught.value.__notes__ == ["(in config.evals.drift)"]
+  (folder / "tokenizer.json").unlink()
+  with pytest.raises(ConfigError, match="siglip has no tokenizer that can be"):
+    build(folder)

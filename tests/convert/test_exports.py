@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-import sentencepiece
+import tokenizer_parity
 import tokenizers
 import tower_parity as parity
 from safetensors.numpy import load_file, save_file
@@ -33,15 +33,8 @@ TEXTS = [
   "the quick brown fox " * 30,
 ]
 SQUASH = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
-CROP = {
-  "size": 64,
-  "resize": "shortest",
-  "resize_size": 72,
-  "crop": "center",
-  "interpolation": "bicubic",
-  "mean": [0.48, 0.46, 0.41],
-  "std": [0.27, 0.26, 0.28],
-}
+CROP = dict(size=64, resize="shortest", resize_size=72, crop="center")
+CROP |= dict(interpolation="bicubic", mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
 # Two towers: MTV's, and CLIP's with both activations of released ones.
 _CLIP = family_specs.TEXT_SPECS["clip"]
 _QUICK = {"gelu": "quick", "norm_eps": 1e-5}
@@ -74,13 +67,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def images():
-  rng = np.random.default_rng(0)
+  rng, sizes = np.random.default_rng(0), ((90, 70), (64, 140), (75, 75))
   small = rng.integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
-  sizes = ((90, 70), (64, 140), (75, 75))
-  return [
-    np.asarray(PIL.Image.fromarray(image).resize(size))
-    for image, size in zip(small, sizes, strict=True)
-  ]
+  images = map(PIL.Image.fromarray, small)
+  return [np.asarray(x.resize(s)) for x, s in zip(images, sizes, strict=True)]
 
 
 # ---------------------------------------------------------------------------
@@ -116,6 +106,12 @@ def test_image_towers_are_restored(name, tmp_path):
       np.testing.assert_array_equal(got[leaf], value, err_msg=leaf)
 
 
+def _with_heads(model, **scales):
+  heads = {k: {"logit_scale": np.float32(v)} for k, v in scales.items()}
+  params = {**model.params, "heads": {**heads, "dino": {}}}
+  return dataclasses.replace(model, params=params)
+
+
 def test_two_towers_are_restored(model, tmp_path):
   folder = huggingface.write(tmp_path / "a", model)
   beside = load_file(str(folder / "heads.safetensors"))
@@ -128,21 +124,16 @@ def test_two_towers_are_restored(model, tmp_path):
   again = huggingface.read(native.write(tmp_path / "b", back))
   assert again == dataclasses.replace(back, params=again.params)
   parity.assert_same_params(again.params, model.params)
-
-
-def test_temperatures_keep_their_names(model, tmp_path):
-  heads = {"clip": {"logit_scale": np.float32(3.0)}, "dino": {}}
-  softmax = dataclasses.replace(model, params={**model.params, "heads": heads})
+  # Temperatures keep their names.
+  softmax = _with_heads(model, clip=3.0)
   folder = huggingface.write(tmp_path / "a", softmax)
   tensors = load_file(str(folder / "model.safetensors"))
   assert tensors["logit_scale"].tolist() == [3.0]
   assert tensors["logit_bias"].tolist() == [0.0]
   back = dict(flatten_with_names(huggingface.read(folder).params["heads"]))
   assert back == {"clip/logit_scale": 3.0}
-  heads = {n: {"logit_scale": np.float32(1)} for n in ("a", "b")}
-  two = dataclasses.replace(model, params={**model.params, "heads": heads})
   with pytest.raises(ConversionError, match=r"'a', 'b'.*'contrastive'"):
-    huggingface.write(tmp_path / "b", two)
+    huggingface.write(tmp_path / "c", _with_heads(model, a=1, b=1))
 
 
 def test_positions_of_another_size_are_stored(model):
@@ -197,18 +188,9 @@ def small_tokenizers(tmp_path_factory):
   """Files of tokenizers whose vocabularies fit the model, by kind."""
   folder = tmp_path_factory.mktemp("tokenizers")
   text = "a photo of cat two dogs playing in the park Red dog quick"
-  (folder / "text").write_text("\n".join([text] * 20))
-  sentencepiece.SentencePieceTrainer.train(
-    input=str(folder / "text"),
-    model_prefix=str(folder / "small"),
-    vocab_size=40,
-    hard_vocab_limit=False,
-    minloglevel=2,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-  )
+  ids = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+  path = folder / "small.model"
+  tokenizer_parity.train_sentencepiece(path, vocab_size=120, **ids)
   names = ["<pad>", "</s>", "<unk>", *text.split()]
   model = tokenizers.Tokenizer(
     tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, "<unk>")
@@ -220,7 +202,7 @@ def small_tokenizers(tmp_path_factory):
   model.save(str(folder / "tokenizer.json"))
   return {
     "bytes": None,
-    "sentencepiece": folder / "small.model",
+    "sentencepiece": path,
     "json": folder / "tokenizer.json",
   }
 
@@ -233,9 +215,8 @@ def test_an_export_keeps_the_cleaning(
   files = TokenizerFiles(small_tokenizers[kind], clean)
   texts = [*TEXTS, "A Red dog_."]
   want = files.build().encode(texts, 12)
-  folder = huggingface.write(
-    tmp_path / "a", dataclasses.replace(model, tokenizer=files)
-  )
+  model = dataclasses.replace(model, tokenizer=files)
+  folder = huggingface.write(tmp_path / "a", model)
   # Also of an export of the export, and without the file that is only ours.
   again = huggingface.write(tmp_path / "b", huggingface.read(folder))
   for path in (folder, again):
@@ -250,7 +231,7 @@ def test_an_export_keeps_the_cleaning(
 # transformers opens an export.
 
 
-def open_quietly(folder, class_name, caplog, *, processor):
+def open_quietly(folder, class_name, caplog, *, processor="AutoProcessor"):
   """transformers' model and processor, which log nothing."""
   transformers = pytest.importorskip("transformers")
   # This class's default token ids are outside its vocabulary, and
@@ -269,28 +250,35 @@ def open_quietly(folder, class_name, caplog, *, processor):
   return model, processor
 
 
+def load_on_one_device(folder):
+  """The tests' eight devices would each store a copy of a large model."""
+  return mtv_jax.load(folder, mesh=make_mesh({"data": 1}, jax.devices()[:1]))
+
+
+def process(processor, encoder, images, **options):
+  """The processor's tensors; the pixels are the encoder's."""
+  inputs = processor(
+    images=[PIL.Image.fromarray(image) for image in images],
+    return_tensors="pt",
+    **options,
+  )
+  pixels = np.stack([encoder.preprocess(image) for image in images])
+  theirs = inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_array_equal(pixels, theirs)
+  return inputs, pixels
+
+
 def assert_equal_logits(folder, model, processor, images):
   """Pixels, ids and logits are the encoder's."""
   import torch
 
-  inputs = processor(
-    images=[PIL.Image.fromarray(i) for i in images],
-    text=TEXTS,
-    padding="max_length",
-    truncation=True,
-    return_tensors="pt",
-  )
+  encoder = load_on_one_device(folder)
+  options = dict(text=TEXTS, padding="max_length", truncation=True)
+  inputs, _ = process(processor, encoder, images, **options)
   # The text tower was trained without a mask over the padding.
   assert set(inputs) == {"pixel_values", "input_ids"}
   with torch.no_grad():
     expected = model(**inputs).logits_per_image.numpy()
-  # One device: the tests' eight would each store a copy of a large model.
-  mesh = make_mesh({"data": 1}, jax.devices()[:1])
-  encoder = mtv_jax.load(folder, mesh=mesh)
-  pixels = np.stack([encoder.preprocess(image) for image in images])
-  np.testing.assert_array_equal(
-    pixels, inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
-  )
   ids = encoder.tokenizer.encode(TEXTS, encoder.spec.text.length)
   np.testing.assert_array_equal(ids, inputs["input_ids"].numpy())
   pooled = encoder.image(images, outputs=("pooled",), batch_size=8).pooled
@@ -313,12 +301,9 @@ def test_transformers_opens_two_towers(
     # Covers both released activations.
     fields = _CLIP if kind == "bytes" else CLIP
     class_name, preprocess = "CLIPModel", CROP if kind == "json" else SQUASH
-  folder = huggingface.write(
-    tmp_path / "a", make_model(fields, preprocess, files)
-  )
-  opened, processor = open_quietly(
-    folder, class_name, caplog, processor="AutoProcessor"
-  )
+  model = make_model(fields, preprocess, files)
+  folder = huggingface.write(tmp_path / "a", model)
+  opened, processor = open_quietly(folder, class_name, caplog)
   assert_equal_logits(folder, opened, processor, images)
   tokenizer, text = processor.tokenizer, opened.config.text_config
   for token in ("bos", "eos", "pad"):
@@ -343,29 +328,23 @@ def test_transformers_opens_image_towers(name, images, tmp_path, caplog):
   opened, processor = open_quietly(
     folder, config["architectures"][0], caplog, processor="AutoImageProcessor"
   )
-  inputs = processor(
-    images=[PIL.Image.fromarray(i) for i in images], return_tensors="pt"
-  )
-  encoder, ours = mtv_jax.load(folder), huggingface.read(folder)
-  pixels = np.stack([encoder.preprocess(image) for image in images])
-  np.testing.assert_array_equal(
-    pixels, inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
-  )
+  encoder = load_on_one_device(folder)
+  inputs, pixels = process(processor, encoder, images)
   with torch.no_grad():
     expected = opened(
       pixel_values=inputs["pixel_values"], output_hidden_states=True
     )
+  embedding = encoder.image(images).pooled
   if kind == "radio":
-    np.testing.assert_allclose(
-      encoder.image(images).pooled, expected.summary, atol=parity.TOLERANCE
-    )
+    parity.largest_difference({"embedding": (embedding, expected.summary)})
     return
-  pairs = parity.image_pairs(parity.run_image(ours, pixels), expected)
+  pairs = parity.image_pairs(
+    parity.run_image(huggingface.read(folder), pixels), expected
+  )
   pooled = expected.pooler_output
   if pooled is None:
     pooled = expected.last_hidden_state.mean(1)
-  pairs["embedding"] = (encoder.image(images).pooled, pooled)
-  parity.largest_difference(pairs)
+  parity.largest_difference({**pairs, "embedding": (embedding, pooled)})
 
 
 @reference
@@ -411,17 +390,15 @@ def photos(shared_data):
 @quiet
 @pytest.mark.slow
 def test_logits_on_real_photos(photos, shared_data, tmp_path, caplog):
-  """The shape of MTV's smaller model, with a SentencePiece vocabulary."""
+  """The widths of MTV's smaller model, with a SentencePiece vocabulary."""
   piece = shared_data / "tokenizers" / "t5_cc_all_32000.spiece.model"
   files = TokenizerFiles(piece, "canonicalize")
-  text = {"variant": "B", "length": 64, "vocab_size": files.build().vocab_size}
+  text = {"variant": "B", "depth": 3, "vocab_size": files.build().vocab_size}
   preprocess = {**SQUASH, "size": 224, "interpolation": "bicubic"}
-  model = make_model({"variant": "B/16", "text": text}, preprocess, files)
+  fields = {"variant": "B/16", "depth": 3, "text": {**text, "length": 64}}
+  model = make_model(fields, preprocess, files)
   folder = huggingface.write(tmp_path / "export", model)
-  del model
-  opened, processor = open_quietly(
-    folder, "SiglipModel", caplog, processor="AutoProcessor"
-  )
+  opened, processor = open_quietly(folder, "SiglipModel", caplog)
   assert_equal_logits(folder, opened, processor, photos)
 
 
@@ -431,14 +408,12 @@ def test_torchvision_pixels_are_near(model, photos, tmp_path):
   """transformers' default processor, if torchvision is installed."""
   transformers = pytest.importorskip("transformers")
   pytest.importorskip("torchvision")
-  export = huggingface.write(tmp_path / "a", model)
   processor = transformers.AutoImageProcessor.from_pretrained(
-    export, backend="torchvision"
+    huggingface.write(tmp_path / "a", model), backend="torchvision"
   )
   images = [PIL.Image.fromarray(photo) for photo in photos]
   theirs = processor(images=images, return_tensors="np")["pixel_values"]
-  preprocess = Preprocess.from_dict(SQUASH)
-  ours = np.stack([preprocess(photo) for photo in photos])
+  ours = np.stack(list(map(Preprocess.from_dict(SQUASH), photos)))
   difference = np.abs(np.moveaxis(np.asarray(theirs), 1, -1) - ours)
   # It rounds once and Pillow twice: a few pixels differ by one level.
   assert difference.max() <= 1.01 / 127.5

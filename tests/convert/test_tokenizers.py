@@ -17,12 +17,7 @@ pytestmark = [
   # Deprecations inside transformers.
   pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-BLOCK = {
-  "hidden_size": 48,
-  "intermediate_size": 64,
-  "num_hidden_layers": 1,
-  "num_attention_heads": 2,
-}
+BLOCK = parity.tower(48, 1, 2, 64)
 VISION = {**BLOCK, "image_size": 64, "patch_size": 16}
 SIGLIP_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 GEMMA_CONFIG = {
@@ -161,15 +156,11 @@ def test_processors_of_exports_equal_the_encoder(kind, tmp_path, monkeypatch):
     texts = [t for t in texts if t.strip() and "<pad>" not in t]
     atol = 2e-4
   if kind == "Siglip2":
-    # As the card has it.
-    options = {"max_num_patches": 40, "patch_size": 8}
+    options = MODELS[kind][2]  # As the card has it.
     card = (folder / "README.md").read_text()
     assert "max_num_patches=40,\n  patch_size=8" in card
-  rng = np.random.default_rng(0)
-  images = [
-    rng.integers(0, 256, (*shape, 3), np.uint8)
-    for shape in ((90, 60), (40, 200), (64, 64))
-  ]
+  rng, shapes = np.random.default_rng(0), ((90, 60), (40, 200), (64, 64))
+  images = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
   inputs = processor(
     images=[PIL.Image.fromarray(image) for image in images],
     text=texts,
@@ -187,8 +178,6 @@ def test_processors_of_exports_equal_the_encoder(kind, tmp_path, monkeypatch):
     np.testing.assert_allclose(rows.transpose(0, 3, 1, 2), pixels, atol=1e-6)
   theirs = transformers.AutoModel.from_pretrained(folder)(**inputs)
   image = encoder.image(images, outputs=("pooled",)).pooled
-  np.testing.assert_allclose(
-    encoder.similarity(image, encoder.text(texts)),
-    theirs.logits_per_image.detach(),
-    atol=atol,
-  )
+  logits = encoder.similarity(image, encoder.text(texts))
+  want = theirs.logits_per_image.detach()
+  np.testing.assert_allclose(logits, want, atol=atol)

@@ -222,7 +222,7 @@ def test_cards_without_metrics_and_of_other_licences(export, tmp_path, caplog):
   assert head.count('license_link: "LICENSE"\n') == 1
   assert "asks for" not in caplog.text
   assert "license_" not in push("--license=mit")
-  with pytest.raises(SystemExit, match="of the licence 'other', not 'mit'"):
+  with pytest.raises(SystemExit, match="licence 'other', not 'mit'"):
     push("--license=mit", *named)
 
 

@@ -2,9 +2,9 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
+from labelling_samples import mesh_of
 
 import mtv_jax
 from mtv_jax.convert import depth_anything as weights
@@ -14,7 +14,7 @@ from mtv_jax.data.labels.label_values import DepthLabel
 from mtv_jax.experts import depth_anything
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.depth_anything import MEAN, STD, DepthPreprocess
-from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names
 
 CONFIG = {
@@ -77,14 +77,10 @@ SIZES = {
 
 @pytest.mark.parametrize("image", SIZES, ids=str)
 def test_sizes_are_the_references(image):
-  original, huggingface = SIZES[image]
-  assert (
-    DepthPreprocess("original", max_aspect=9).resized_shape(*image) == original
-  )
-  assert (
-    DepthPreprocess("huggingface", max_aspect=9).resized_shape(*image)
-    == huggingface
-  )
+  names = ("original", "huggingface")
+  for name, size in zip(names, SIZES[image], strict=True):
+    inputs = DepthPreprocess(name, max_aspect=9)
+    assert inputs.resized_shape(*image) == size
   assert DepthPreprocess("square").resized_shape(*image) == (518, 518)
 
 
@@ -100,13 +96,17 @@ def test_long_images_are_squeezed_and_shapes_are_few():
   assert all(not side % 14 for shape in shapes for side in shape)
 
 
-def test_invalid_options_are_rejected():
-  with pytest.raises(ValueError, match="nearest is 504"):
-    DepthPreprocess(size=500)
-  with pytest.raises(ValueError, match="did you mean 'original'|original"):
-    DepthPreprocess("orginal")
-  with pytest.raises(ValueError, match="max_aspect=0.5"):
-    DepthPreprocess(max_aspect=0.5)
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"size": 500}, "nearest is 504"),
+    ({"preprocess": "orginal"}, "Did you mean 'original'"),
+    ({"max_aspect": 0.5}, "max_aspect=0.5"),
+  ],
+)
+def test_invalid_options_are_rejected(options, message):
+  with pytest.raises(ValueError, match=message):
+    DepthPreprocess(**options)
 
 
 def _cubic(x, a):
@@ -130,8 +130,7 @@ def _neighbours(image, new, axis):
 
 
 def test_original_is_bicubic_on_floats_without_antialiasing():
-  rng = np.random.default_rng(0)
-  image = rng.integers(0, 256, (40, 61, 3), np.uint8)
+  image = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
   inputs = DepthPreprocess(size=28)
   height, width = inputs.resized_shape(40, 61)
   wanted = _neighbours(image / 255, height, 0)
@@ -139,10 +138,7 @@ def test_original_is_bicubic_on_floats_without_antialiasing():
   pixels = inputs(image)
   assert pixels.shape == (28, 42, 3) and pixels.dtype == np.float32
   np.testing.assert_allclose(pixels, wanted, atol=2e-5)
-
-
-def test_square_is_the_canvas_normalised():
-  image = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
+  # "square" is the canvas, normalised.
   got = DepthPreprocess("square", size=28)(image)
   pixels = canvas.squash(image, 28) / 255
   np.testing.assert_allclose(got, (pixels - MEAN) / STD, atol=1e-6)
@@ -156,80 +152,90 @@ def test_every_tensor_of_a_folder_is_read(folder):
   read = {n: leaf.shape for n, leaf in flatten_with_names(params)}
   assert read == {n: leaf.shape for n, leaf in flatten_with_names(shapes)}
   # The transposed convolution: [in, out, y, x] to columns (y, x, out).
-  stored = _tensors()["neck.reassemble_stage.layers.1.resize.weight"]
+  tensors = _tensors()
+  stored = tensors["neck.reassemble_stage.layers.1.resize.weight"]
   kernel = params["depth"]["reassemble2"]["resize"]["kernel"]
   assert kernel[3, (1 * 2 + 0) * 8 + 5] == stored[3, 5, 1, 0]
   # Ours count fusions from the shallowest, files from the deepest.
-  stored = _tensors()[
-    "neck.fusion_stage.layers.3.residual_layer1.convolution2.weight"
-  ]
+  fusion = "neck.fusion_stage.layers"
+  stored = tensors[f"{fusion}.3.residual_layer1.convolution2.weight"]
   kernel = params["depth"]["fusion1"]["residual1"]["conv2"]["kernel"]
   np.testing.assert_array_equal(kernel, stored.transpose(2, 3, 1, 0))
 
 
-def test_an_incomplete_folder_names_the_missing_tensors(tmp_path):
+def test_tensors_that_are_missing_or_unexpected(tmp_path):
+  fusion = "neck.fusion_stage.layers"
   tensors = _tensors()
-  lost = "neck.fusion_stage.layers.2.residual_layer2.convolution1.bias"
-  del tensors[lost], tensors["backbone.encoder.layer.3.mlp.fc1.weight"]
-  with pytest.raises(ConversionError, match="missing") as error:
-    weights.read(_write(tmp_path / "a", tensors=tensors))
-  assert lost in str(error.value)
-  assert "backbone.encoder.layer.3.mlp.fc1.weight" in str(error.value)
+  bias = np.zeros(8, np.float32)
   # Unused layers may be in the file, and nothing else.
-  tensors = _tensors()
-  unused = "neck.fusion_stage.layers.0.residual_layer1.convolution1.bias"
-  tensors[unused] = np.zeros(8, np.float32)
-  weights.read(_write(tmp_path / "b", tensors=tensors))
-  tensors["head.conv4.bias"] = np.zeros(8, np.float32)
-  with pytest.raises(ConversionError, match="unexpected") as error:
-    weights.read(_write(tmp_path / "b", tensors=tensors))
-  assert "head.conv4.bias" in str(error.value)
+  tensors[f"{fusion}.0.residual_layer1.convolution1.bias"] = bias
+  weights.read(_write(tmp_path / "a", tensors=tensors))
+  lost = f"{fusion}.2.residual_layer2.convolution1.bias"
+  del tensors[lost]
+  tensors["head.conv4.bias"] = bias
+  message = rf"(?s)missing.*{lost}.*unexpected.*head\.conv4\.bias"
+  with pytest.raises(ConversionError, match=message):
+    weights.read(_write(tmp_path / "a", tensors=tensors))
   with pytest.raises(FileNotFoundError, match="nowhere"):
     weights.read(tmp_path / "nowhere")
 
 
 BACKBONE = CONFIG["backbone_config"]
-WRONG = {
-  "metric": {"depth_estimation_type": "metric"},
-  "'dinov2_with_registers'": {
-    "backbone_config": {**BACKBONE, "model_type": "dinov2_with_registers"}
-  },
-  "backbone='vit_small'": {"backbone_config": None, "backbone": "vit_small"},
-  "apply_layernorm=False": {
-    "backbone_config": {**BACKBONE, "apply_layernorm": False}
-  },
-  "out_indices": {"backbone_config": {**BACKBONE, "out_indices": [0, 1, 2, 3]}},
-  "reassemble_factors": {"reassemble_factors": [4, 2, 1, 1]},
-  "head_in_index=0": {"head_in_index": 0},
-  "patch_size=16": {"patch_size": 16},
-  "model_type 'dpt'": {"model_type": "dpt"},
-}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-@pytest.mark.parametrize("message", WRONG, ids=str)
-def test_unsupported_configs_are_rejected(message, tmp_path):
-  folder = _write(tmp_path / "a")
-  config = {**CONFIG, **WRONG[message]}
-  (folder / "config.json").write_text(json.dumps(config))
-  with pytest.raises(ConversionError) as error:
-    weights.read(folder)
-  assert message in str(error.value)
+def _with_backbone(**changes):
+  """A config with another backbone."""
+  return {"backbone_config": {**BACKBONE, **changes}}
 
 
-def test_stages_may_be_given_by_name():
-  backbone = {k: v for k, v in BACKBONE.items() if k != "out_indices"}
-  backbone["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
-  config = {**CONFIG, "backbone_config": backbone}
-  assert weights.read_spec(config, []).layers == (0, 1, 2, 3)
-  backbone["out_features"][0] = "stage9"
-  with pytest.raises(ConversionError, match="stage9"):
-    weights.read_spec(config, [])
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"model_type": "dpt"}, "model_type 'dpt'"),
+    ({"depth_estimation_type": "metric"}, "metric"),
+    ({"backbone_config": None, "backbone": "vit_small"}, "'vit_small'"),
+    ({"backbone_config": "x"}, "backbone_config"),
+    ({"reassemble_factors": [4, 2, 1, 1]}, "reassemble_factors"),
+    ({"reassemble_factors": 3}, "reassemble_factors"),
+    ({"head_in_index": 0}, "head_in_index=0"),
+    ({"patch_size": 16}, "patch_size=16"),
+    ({"patch_size": "a"}, "patch_size"),
+    (_with_backbone(model_type="dinov2_registers"), "'dinov2_registers'"),
+    (_with_backbone(apply_layernorm=False), "apply_layernorm=False"),
+    (_with_backbone(out_indices=[0, 1, 2, 3]), "out_indices"),
+    (_with_backbone(out_indices=[1, 2, 3, 9]), "out_indices"),
+    (_with_backbone(out_indices=3), "out_indices"),
+    (
+      _with_backbone(out_indices=None, out_features=["stage9", *STAGES[1:]]),
+      "stage9",
+    ),
+  ],
+)
+def test_unsupported_configs_are_rejected(change, message, tmp_path):
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps({**CONFIG, **change}))
+  (tmp_path / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}")
+  with pytest.raises(InputError, match=message):
+    weights.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "stages",
+  [
+    {"out_features": STAGES, "out_indices": None},
+    {"out_indices": [1, 2, -2, 4]},
+  ],
+)
+def test_stages_by_name_and_from_the_end(stages):
+  spec = weights.read_spec({**CONFIG, **_with_backbone(**stages)}, [])
+  assert spec.layers == (0, 1, 2, 3)
 
 
 @pytest.mark.slow
 def test_a_folder_is_an_encoder_with_a_depth_head(folder):
   """Its maps are the expert's, of inputs of any shape."""
-  mesh = make_mesh({"data": 1}, jax.devices()[:1])
+  mesh = mesh_of(1)
   encoder = mtv_jax.load(folder, mesh=mesh)
   preprocess = encoder.preprocess
   assert (preprocess.size, preprocess.resize) == (42, "squash")
@@ -259,11 +265,12 @@ def test_a_photo_becomes_a_label_on_any_number_of_devices(folder):
   options = dict(preprocess="square", size=28, side=8)
   record = {"key": "a", "captions": [], "meta": {}}
   depths = []
-  for devices in (jax.devices()[:1], jax.devices()):
-    mesh = make_mesh({"data": -1}, devices)
-    expert = depth_anything.load_expert(folder, mesh=mesh, **options)
+  for devices in (1, 8):
+    expert = depth_anything.load_expert(
+      folder, mesh=mesh_of(devices), **options
+    )
     assert isinstance(expert, Expert) and expert.kind == "depth"
-    assert expert.rows == len(devices)
+    assert expert.rows == devices
     items = [expert.prepare(image, record) for image in images]
     assert {item.group for item in items} == {(28, 28)}
     pixels = np.stack([item.arrays["images"] for item in items])
@@ -286,31 +293,25 @@ def test_a_photo_becomes_a_label_on_any_number_of_devices(folder):
 # ---------------------------------------------------------------------------
 # Against transformers.
 
-# COCO's val2017, by aspect: upright, square, wide, and one that is very wide.
-_ASPECTS = (0.7, 1.0, 1.5, 2.2)
 
-
-def _photos(shared_data, count):
-  """Photos of the aspects above, as near as there are."""
-  import PIL.Image
-
-  paths = sorted((shared_data / "coco" / "val2017").glob("*.jpg"))
-  aspects = {}
-  for path in paths:
-    with PIL.Image.open(path) as image:
-      aspects[path] = image.width / image.height
-  chosen = [
-    min(paths, key=lambda p: abs(aspects[p] - aspect))
-    for aspect in _ASPECTS[:count]
+@pytest.fixture(scope="module")
+def photos(shared_data):
+  """COCO's val2017: one upright, square, wide and very wide."""
+  images = [
+    canvas.decode(path.read_bytes(), key=path.name)
+    for path in sorted((shared_data / "coco" / "val2017").glob("*.jpg"))
   ]
-  return [canvas.decode(path.read_bytes(), key=path.name) for path in chosen]
+
+  def nearest(aspect):
+    return min(images, key=lambda x: abs(x.shape[1] / x.shape[0] - aspect))
+
+  return [nearest(aspect) for aspect in (0.7, 1.0, 1.5, 2.2)]
 
 
-def _both(model, folder, images, **options):
-  """The largest differences, relative to the largest value, and the maps."""
+def _compare(model, folder, images, **options):
+  """The depth maps of both are equal, relative to the largest value."""
   torch = pytest.importorskip("torch")
-  mesh = make_mesh({"data": 1}, jax.devices()[:1])
-  expert = depth_anything.load_expert(folder, mesh=mesh, **options)
+  expert = depth_anything.load_expert(folder, mesh=mesh_of(1), **options)
   for image in images:
     pixels = expert.prepare(image, {}).arrays["images"][None]
     with torch.no_grad():
@@ -323,47 +324,37 @@ def _both(model, folder, images, **options):
 
 
 @pytest.mark.reference
-def test_small_equals_transformers(tmp_path, shared_data):
+def test_small_equals_transformers(tmp_path, photos):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   from tools.transformers_experts import randomise
 
-  backbone = transformers.Dinov2Config(
-    image_size=70,
-    hidden_size=32,
-    num_hidden_layers=6,
-    num_attention_heads=2,
-    out_indices=[1, 3, 4, 6],
-    reshape_hidden_states=False,
-  )
-  config = transformers.DepthAnythingConfig(
-    backbone_config=backbone,
-    reassemble_hidden_size=32,
-    neck_hidden_sizes=[8, 16, 16, 32],
-    fusion_hidden_size=16,
-    head_hidden_size=8,
-  )
+  stages = dict(num_hidden_layers=6, out_indices=[1, 3, 4, 6])
+  backbone = _with_backbone(**stages, reshape_hidden_states=False)
+  config = transformers.DepthAnythingConfig(**{**CONFIG, **backbone})
   model = transformers.DepthAnythingForDepthEstimation(config).eval()
   randomise(model, torch.Generator().manual_seed(1))
   model.save_pretrained(tmp_path)
-  images = _photos(shared_data, 4)
-  assert len({image.shape for image in images}) > 2
-  _both(model, tmp_path, images, size=84)
-  _both(model, tmp_path, images[:1], size=70, preprocess="huggingface")
+  assert len({image.shape for image in photos}) > 2
+  _compare(model, tmp_path, photos, size=84)
+  _compare(model, tmp_path, photos[:1], size=70, preprocess="huggingface")
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize(("variant", "count"), [("S", 2), ("B", 1)])
-def test_true_shapes_equal_transformers(variant, count, tmp_path, shared_data):
+@pytest.mark.parametrize(
+  ("variant", "size"),
+  [("S", 252), pytest.param("B", 518, marks=pytest.mark.long)],
+)
+def test_true_shapes_equal_transformers(variant, size, tmp_path, photos):
   pytest.importorskip("transformers")
   from tools.transformers_experts import write_depth_anything
 
   model = write_depth_anything(variant, tmp_path)
-  _both(model, tmp_path, _photos(shared_data, count))
+  _compare(model, tmp_path, photos[:1], size=size)
 
 
 @pytest.mark.reference
-def test_huggingface_inputs_equal_its_processors(shared_data):
+def test_huggingface_inputs_equal_its_processors(photos):
   """Equal to its Pillow backend, and to torchvision's but for rounding."""
   transformers = pytest.importorskip("transformers")
   options = dict(
@@ -377,9 +368,7 @@ def test_huggingface_inputs_equal_its_processors(shared_data):
   pillow = transformers.DPTImageProcessorPil(**options)
   torchvision = transformers.DPTImageProcessor(**options)
   inputs = DepthPreprocess("huggingface", max_aspect=9.0)
-  images = _photos(shared_data, 4)
-  images.append(images[0][:200, :300])
-  for image in images:
+  for image in [*photos, photos[0][:200, :300]]:
     pixels = inputs(image).transpose(2, 0, 1)[None]
     wanted = pillow(images=image, return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(pixels, wanted, atol=1e-5)

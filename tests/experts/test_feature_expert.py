@@ -37,21 +37,16 @@ SIZE, CANVAS = 16, 20  # Sizes of the teacher's view and the stored image.
 def folders(tmp_path_factory):
   folder = tmp_path_factory.mktemp("features")
   params = jax.device_get(init_params(TEACHER, jax.random.key(3)))
-  preprocess = Preprocess(size=12, mean=MEAN, std=STD).to_dict()
+  preprocess = Preprocess(size=8, mean=MEAN, std=STD).to_dict()
   native.write(folder / "teacher", ConvertedModel(TEACHER, params, preprocess))
   make_tars(folder / "shards", shards=1)
   return folder
 
 
-def label(folders, format, **options):
-  expert = build_expert(
-    "features",
-    folders / "teacher",
-    options=dict(
-      size=SIZE, canvas=CANVAS, layers=(-1,), format=format, batch_size=2,
-      **options,
-    ),
-  )  # fmt: skip
+def label(folders, format):
+  options = dict(size=SIZE, canvas=CANVAS, layers=(-1,), batch_size=2)
+  options["format"] = format
+  expert = build_expert("features", folders / "teacher", options=options)
   base, out = open_base(folders / "shards"), folders / format
   labelling.run(expert, base, out, threads=1)
   return expert, base, out
@@ -173,21 +168,19 @@ def test_pooled_features_need_whole_images():
     make_spec("int8", "crop(16, 0.25, 1.0)")
 
 
-def test_the_default_size_is_that_of_the_preprocessing(folders, tmp_path):
-  params = jax.device_get(init_params(TEACHER, jax.random.key(3)))
-  preprocess = Preprocess(size=8).to_dict()
-  native.write(tmp_path / "a", ConvertedModel(TEACHER, params, preprocess))
-  settings = build_expert("features", tmp_path / "a").settings
+def test_the_default_size_is_the_encoders(folders):
+  settings = build_expert("features", folders / "teacher").settings
   assert settings["size"] == settings["canvas"] == 8
 
 
-def test_wrong_options_are_rejected(folders):
-  def build(**options):
-    build_expert("features", folders / "teacher", options=options)
-
-  with pytest.raises(InputError, match="no option 'side'"):
-    build(side=32)
-  with pytest.raises(InputError, match="not divisible"):
-    build(size=18)
-  with pytest.raises(InputError, match="layer 2 of an encoder with 2 blocks"):
-    build(layers=(2,))
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    ({"side": 32}, "no option 'side'"),
+    ({"size": 18}, "not divisible"),
+    ({"layers": (2,)}, "layer 2 of an encoder with 2 blocks"),
+  ],
+)
+def test_wrong_options_are_rejected(folders, option, message):
+  with pytest.raises(InputError, match=message):
+    build_expert("features", folders / "teacher", options=option)

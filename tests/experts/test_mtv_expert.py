@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelling_samples import label_images, mesh_of
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.data import tokenizers
@@ -21,7 +22,6 @@ from mtv_jax.experts.labelling.phrases import FixedPhrases, NGrams
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel.mesh import make_mesh
 
 TOWER = {"width": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
 MODEL = {
@@ -59,18 +59,21 @@ def params():
   )
 
 
-def build(params, *, devices=1, **changes):
-  mesh = make_mesh({"data": -1}, jax.devices()[:devices])
+def build(params, *, devices=1):
   return Encoder(
     SPEC,
     params,
     Preprocess(size=32),
     tokenizers.build_tokenizer("bytes", clean="lower"),
-    mesh,
-    **{
-      "prediction_heads": heads_lib.heads_of_config(OBJECTIVES, SPEC),
-      **changes,
-    },
+    mesh_of(devices),
+    prediction_heads=heads_lib.heads_of_config(OBJECTIVES, SPEC),
+  )
+
+
+def box_expert_of(encoder, phrases=None, *, batch_size=2, **options):
+  """Labels every box, of a vocabulary by default."""
+  return mtv_expert.MtvBoxExpert(
+    encoder, phrases or NAMES, batch_size=batch_size, **(EVERYTHING | options)
   )
 
 
@@ -81,8 +84,7 @@ def encoder(params):
 
 @pytest.fixture(scope="module")
 def box_expert(encoder):
-  """Labels every box of a vocabulary."""
-  return mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **EVERYTHING)
+  return box_expert_of(encoder)
 
 
 @pytest.fixture(scope="module")
@@ -91,31 +93,11 @@ def images():
   return [rng.integers(0, 256, (30 + i, 50, 3), np.uint8) for i in range(2)]
 
 
-def label(expert, images, records=None):
-  """The outcome of each image; all are of one group and fill the rows."""
-  records = records or [{"key": str(i)} for i in range(len(images))]
-  prepared = [
-    expert.prepare(image, record)
-    for image, record in zip(images, records, strict=True)
-  ]
-  assert len({p.group for p in prepared}) == 1
-  filled = [prepared[i % len(prepared)] for i in range(expert.rows)]
-  arrays = {
-    name: np.stack([p.arrays[name] for p in filled])
-    for name in prepared[0].arrays
-  }
-  out = {k: np.asarray(v) for k, v in expert.run(arrays).items()}
-  return [
-    expert.finish({k: v[i] for k, v in out.items()}, p.meta)
-    for i, p in enumerate(prepared)
-  ]
-
-
 @pytest.mark.slow
 def test_depth_is_the_encoders(encoder, images):
   expert = mtv_expert.mtv_depth_expert(encoder, batch_size=2, side=16)
   assert isinstance(expert, Expert)
-  outcomes = label(expert, images)
+  outcomes = label_images(expert, images, [{}] * 2)
   for outcome, wanted in zip(outcomes, encoder.depth(images), strict=True):
     want = label_values.make_depth(wanted, side=16).label
     assert len(np.unique(want.values)) > 100
@@ -134,15 +116,10 @@ def test_boxes_are_the_locators_and_scores_the_losses(
   phrases, expert = NAMES, box_expert
   if kind == "ngrams":
     phrases = NGrams()
-    expert = mtv_expert.MtvBoxExpert(
-      encoder, phrases, batch_size=2, **EVERYTHING
-    )
-  records = [
-    {"key": str(i), "captions": ["cube under blue sky"[i:]], "meta": {}}
-    for i in range(2)
-  ]
+    expert = box_expert_of(encoder, phrases)
+  records = [{"captions": ["cube under blue sky"[i:]]} for i in range(2)]
   assert isinstance(expert, Expert)
-  outcomes = label(expert, images, records)
+  outcomes = label_images(expert, images, records)
   queries = [phrases(record) for record in records]
   located = encoder.locate(images, queries)
   inside = located.boxes.clip(0, 1)
@@ -163,78 +140,45 @@ def test_boxes_are_the_locators_and_scores_the_losses(
     np.testing.assert_allclose(outcome.label.boxes, inside[i, order], atol=2e-5)
 
 
-def test_thresholds_count(encoder, box_expert, images):
-  prepared = [box_expert.prepare(image, {"key": "a"}) for image in images]
-  out = box_expert.run(
-    {"images": np.stack([p.arrays["images"] for p in prepared])}
-  )
-  row = {name: np.asarray(value)[0] for name, value in out.items()}
-  scores = box_expert.finish(row, NAMES.vocabulary).label.scores
-  options = {**EVERYTHING, "threshold": float(scores[1])}
-  fewer = mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **options)
-  assert len(fewer.finish(row, NAMES.vocabulary).label.boxes) == 1
-  assert fewer.settings["threshold"] == options["threshold"]
+def test_thresholds_count(encoder, box_expert):
+  boxes, scores = np.zeros((3, 4), np.float32), np.float32([0.2, 0.5, 0.9])
+  row = {"boxes": boxes + np.float32([0, 0, 1, 1]), "scores": scores}
+  assert len(box_expert.finish(row, NAMES.vocabulary).label.boxes) == 3
+  fewer = box_expert_of(encoder, threshold=0.5)
+  label = fewer.finish(row, NAMES.vocabulary).label
+  assert label.phrases == ("sky",) and label.scores == scores[2:]
+  assert fewer.settings["threshold"] == 0.5
   assert fewer.settings["hash"] == box_expert.settings["hash"]
   json.dumps(fewer.settings)
 
 
-@pytest.mark.slow
-def test_any_number_of_devices_gives_the_same_bits(params, encoder, images):
-  many = build(params, devices=2)
-  for kind in ("depth", "boxes"):
-    outputs = []
-    for each in (encoder, many):
-      rows = each.mesh.size
-      expert = (
-        mtv_expert.mtv_depth_expert(each, batch_size=1, side=16)
-        if kind == "depth"
-        else mtv_expert.MtvBoxExpert(each, NAMES, batch_size=1, **EVERYTHING)
-      )
-      prepared = [expert.prepare(image, {"key": "a"}) for image in images]
-      out = []
-      for start in range(0, len(prepared), rows):
-        part = prepared[start : start + rows]
-        out.append(
-          expert.run({"images": np.stack([p.arrays["images"] for p in part])})
-        )
-      outputs.append(jax.tree.map(lambda *x: np.concatenate(x), *out))
-    assert outputs[0].keys() == outputs[1].keys()
-    for name in outputs[0]:
-      np.testing.assert_array_equal(outputs[0][name], outputs[1][name])
-
-
 def test_a_record_without_phrases_is_a_bad_record(encoder, images):
-  expert = mtv_expert.MtvBoxExpert(
-    encoder, NGrams(), batch_size=1, **EVERYTHING
-  )
+  expert = box_expert_of(encoder, NGrams())
   record = {"key": "7", "captions": ["the photo"], "meta": {}}
   with pytest.raises(BadRecord, match="'7'.*no phrases"):
     expert.prepare(images[0], record)
 
 
-def test_models_without_the_heads(params):
-  heads = dict(params["heads"])
-  del heads["locator"]
-  no_locator = build({**params, "heads": heads})
-  with pytest.raises(ValueError, match="no locator.*regression"):
-    mtv_expert.MtvBoxExpert(no_locator, NAMES, batch_size=1, **EVERYTHING)
-  bare = build({**params, "heads": {"contrastive": heads["contrastive"]}})
-  with pytest.raises(ValueError, match="no prompter"):
-    mtv_expert.MtvBoxExpert(bare, NAMES, batch_size=1, **EVERYTHING)
-  with pytest.raises(ValueError, match="no depth"):
-    mtv_expert.mtv_depth_expert(bare, batch_size=1, side=16)
-  del heads["grounding"]
-  heads["locator"] = params["heads"]["locator"]
-  unscaled = build({**params, "heads": heads})
-  with pytest.raises(ValueError, match="lacks the heads.*grounding"):
-    mtv_expert.MtvBoxExpert(unscaled, NAMES, batch_size=1, **EVERYTHING)
-
-
-def test_encoders_of_a_crop_are_rejected(params):
-  cropped = Preprocess(size=32, resize="shortest", crop="center")
-  encoder = build(params).with_preprocess(cropped)
-  with pytest.raises(ValueError, match="crop"):
-    mtv_expert.mtv_depth_expert(encoder, batch_size=1, side=16)
+@pytest.mark.parametrize(
+  ("kind", "lacking", "message"),
+  [
+    ("boxes", ["locator"], "lacks the head 'locator'.*regression"),
+    ("boxes", ["prompter"], "lacks the head 'prompter'"),
+    ("boxes", ["grounding"], "lacks the heads.*grounding"),
+    ("depth", ["depth"], "lacks the head 'depth'"),
+    ("depth", [], "crop"),
+  ],
+)
+def test_encoders_that_cannot_label(params, kind, lacking, message):
+  heads = {k: v for k, v in params["heads"].items() if k not in lacking}
+  encoder = build({**params, "heads": heads})
+  if not lacking:
+    cropped = Preprocess(size=32, resize="shortest", crop="center")
+    encoder = encoder.with_preprocess(cropped)
+  with pytest.raises(ValueError, match=message):
+    if kind == "depth":
+      mtv_expert.mtv_depth_expert(encoder, batch_size=1, side=16)
+    box_expert_of(encoder)
 
 
 @pytest.mark.slow
@@ -243,12 +187,12 @@ def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   with Checkpointer(tmp_path / "checkpoints", every_steps=1) as saver:
     saver.save(1, {"params": params})
-  mesh = make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = mesh_of(1)
   expert = mtv_expert.load_expert(
     tmp_path, kind="depth", mesh=mesh, batch_size=2
   )
   assert expert.rows == 2 and expert.kind == "depth"
-  outcome, _ = label(expert, images)
+  outcome, _ = label_images(expert, images, [{}] * 2)
   assert outcome.label.values.shape == (128, 128)
   with pytest.raises(ValueError, match="phrases"):
     mtv_expert.load_expert(tmp_path, kind="boxes", mesh=mesh)
@@ -257,10 +201,9 @@ def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_image_tower_runs_once(encoder):
+def test_the_image_tower_runs_once(encoder, box_expert):
   """Locating and embedding share the patches; nothing is computed twice."""
-  expert = mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **EVERYTHING)
-  images = jnp.zeros((2, 32, 32, 3))
+  expert, images = box_expert, jnp.zeros((2, 32, 32, 3))
   both = expert._function.lower(expert._params, {"images": images}).compile()
   tower = apply_fns.image_function(
     SPEC, "float32", (), ("patches",), encoder.mesh

@@ -8,6 +8,7 @@ import pytest
 
 from mtv_jax.report import charts
 from mtv_jax.report.charts import Row, Scale, Series
+from mtv_jax.report.labels import draw_histogram
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "a<script>&\"'\x00|b"
@@ -24,6 +25,11 @@ def find(root, kind, css=None):
     for e in root.iter(f"{SVG}{kind}")
     if css is None or css in e.get("class", "").split()
   ]
+
+
+def heads(root):
+  """The marks of values in an interval plot."""
+  return [c for c in find(root, "circle") if c.get("r") == "4.5"]
 
 
 def texts(root):
@@ -69,10 +75,8 @@ def test_ticks_are_round_and_within_the_scale(low, high, log, want):
 
 def test_a_line_passes_through_its_points_and_stops_at_a_missing_one():
   points = [(0, 0.0), (1, 1.0), (2, None), (3, 4.0), (4, 2.0)]
-  chart = charts.line_chart(
-    "loss", [Series("a", points, colour=2)], name="loss", x_label="step"
-  )
-  root = parse(chart)
+  series = [Series("a", points, colour=2)]
+  root = parse(charts.line_chart("loss", series, name="l", x_label="step"))
   (line,) = find(root, "path", "line")
   assert re.sub(r"[\d. ]", "", line.get("d")) == "MLML"
   x0, y0, x1, y1, x3, y3, x4, y4 = numbers(line.get("d"))
@@ -100,9 +104,8 @@ def test_chance_and_intervals_are_in_the_range():
   y_chance = numbers(line.get("d"))[1]
   _, y_low, y_high = numbers(bars[0].get("d"))
   # 0 and 2 are 10 and 12 above chance; heights grow downwards.
-  assert (y_chance - y_low) / (y_chance - y_high) == pytest.approx(
-    10 / 12, 1e-2
-  )
+  share = (y_chance - y_low) / (y_chance - y_high)
+  assert share == pytest.approx(10 / 12, 1e-2)
   corners = np.reshape(numbers(area.get("points")), (4, 2))
   assert corners[:, 0].tolist() == [*corners[:2, 0], *corners[1::-1, 0]]
   assert (corners[:2, 1] < corners[:1:-1, 1]).all()
@@ -137,7 +140,7 @@ def test_interval_plot_coordinates():
   ]
   chart = charts.interval_plot("top1", rows, name="top1", unit="%", lower=True)
   root = parse(chart)
-  marks = [c for c in find(root, "circle") if c.get("r") == "4.5"]
+  marks = heads(root)
   a, c = (float(mark.get("cx")) for mark in marks)
   (bar,) = find(root, "path", "bar")
   low, _, high = numbers(bar.get("d"))[:3]
@@ -151,15 +154,13 @@ def test_interval_plot_coordinates():
   assert np.mean(seeds) == pytest.approx(a, abs=0.1)
   title = marks[0].find(f"{SVG}title").text
   assert title == "a: 20 %, 10 to 30. better"
-  assert "–" in texts(root) and "% · lower is better · dashed: chance" in texts(
-    root
-  )
+  assert {"–", "% · lower is better · dashed: chance"} <= {*texts(root)}
 
 
 def test_intervals_of_percentages_end_at_0_and_100():
   rows = [Row("a", 60.0, -120.0, 240.0), Row("b", 30.0, 20.0, 40.0)]
   root = parse(charts.interval_plot("t", rows, name="t", unit="%"))
-  a, b = (c for c in find(root, "circle") if c.get("r") == "4.5")
+  a, b = heads(root)
   per_unit = (float(a.get("cx")) - float(b.get("cx"))) / 30
   low, _, high = numbers(find(root, "path", "bar")[0].get("d"))[:3]
   assert high - low == pytest.approx(100 * per_unit, abs=0.3)
@@ -177,12 +178,8 @@ def test_heat_map_cells():
   assert css == ["positive", "negative", "empty"] + ["positive"] * 2 + ["empty"]
   opacity = [float(c.get("fill-opacity", 0)) for c in cells]
   np.testing.assert_allclose(opacity[:2], [0.75, 0.375], atol=0.01)
-  assert [e.text for e in find(root, "text", "cell")] == [
-    "1.00",
-    "−0.50",
-    "0.00",
-    "0.25",
-  ]
+  cell_texts = [e.text for e in find(root, "text", "cell")]
+  assert cell_texts == ["1.00", "−0.50", "0.00", "0.25"]
   left = [float(c.get("x")) for c in cells]
   top = [float(c.get("y")) for c in cells]
   assert left[0] < left[1] < left[2] and left[:3] == left[3:]
@@ -196,13 +193,15 @@ def test_heat_map_cells():
   [(-0.001, 1, "0.00"), (12.34, 20, "12.3"), (3e5, 3e5, "3e+05")],
 )
 def test_cell_texts(value, limit, want):
-  assert charts._cell_text(value, limit) == want
+  values, names = [[value]], dict(rows=["a"], columns=["b"])
+  chart = charts.heat_map("title", values, name="n", limit=limit, **names)
+  (cell,) = find(parse(chart), "text", "cell")
+  assert cell.text == want
 
 
 def test_histogram_bars():
-  chart = charts.histogram(
-    "sizes", [1, 4, 0], ["0 to 1", "1 to 2", "2"], ends=("0", "2"), name="s"
-  )
+  bars = {"edges": [0, 1, 2, 3], "counts": [1, 4, 0]}
+  chart = draw_histogram({"bars": bars, "values": "real"}, "sizes")
   root = parse(chart)
   bars = find(root, "rect", "filled")
   heights = [float(bar.get("height")) for bar in bars]
@@ -211,39 +210,30 @@ def test_histogram_bars():
   assert len(bottoms) == 1
   titles = [bar.find(f"{SVG}title").text for bar in bars]
   assert titles[1] == "1 to 2: 4 (80 %)"
-  assert {"0", "2", "largest bar: 4"} <= {*texts(root)}
+  assert {"0", "3", "largest bar: 4"} <= {*texts(root)}
+
+
+def draw_each(text, value, low, high):
+  """A chart of each kind, of a value with an interval."""
+  points, interval = [(0, low), (1, value), (2, high)], [(0, low, high)]
+  curve, row = Series(text, points, 0, interval), Row(text, value, low, high)
+  names = dict(rows=[text], columns=[text, "b"], name="c")
+  return (
+    charts.line_chart(text, [curve], name="a", x_label=text),
+    charts.interval_plot(text, [row, Row("b", low)], name="b", unit=text),
+    charts.heat_map(text, [[value, low]], **names),
+  )
 
 
 def test_values_near_the_largest_float_are_left_out():
-  huge = 1.7e308
-  drawn = [
-    charts.line_chart(
-      "a",
-      [Series("a", [(0, -huge), (1, 1.0), (2, huge)], 0, [(0, -huge, huge)])],
-      name="a",
-      x_label="x",
-    ),
-    charts.interval_plot(
-      "b", [Row("a", huge), Row("b", 1.0, -huge, huge)], name="b", unit="m"
-    ),
-    charts.heat_map("c", [[huge, 1.0]], rows="a", columns="ab", name="c"),
-  ]
+  drawn = draw_each("a", 1.0, -1.7e308, 1.7e308)
   for chart in drawn:
     assert not re.search(r"\b(nan|inf)\b", chart.svg)
   assert len(find(parse(drawn[0]), "circle")) == 2  # A point and the label.
 
 
 def test_names_are_escaped():
-  drawn = [
-    charts.line_chart(
-      HOSTILE, [Series(HOSTILE, [(0, 1.0)])], name="a", x_label=HOSTILE
-    ),
-    charts.interval_plot(HOSTILE, [Row(HOSTILE, 1.0)], name="b", unit=HOSTILE),
-    charts.heat_map(
-      HOSTILE, [[1.0]], rows=[HOSTILE], columns=[HOSTILE], name="c"
-    ),
-  ]
-  for chart in drawn:
+  for chart in draw_each(HOSTILE, 1.0, 0.5, 2.0):
     root = parse(chart)  # Raises if the markup is broken.
     assert not list(root.iter(f"{SVG}script"))
     assert "a<script>" in "".join(root.itertext())

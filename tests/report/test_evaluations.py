@@ -13,20 +13,18 @@ from mtv_jax.evals.core import bootstrap, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import charts, evaluations, tables
-from mtv_jax.report.page import Note, Table
+from mtv_jax.report.page import Bullets, Note, Table
 from mtv_jax.utils.errors import ConfigError
 
 SIGLIP = "google/siglip-base-patch16-224"
+SIGLIP_2 = "google/siglip2-base-patch16-224"
 
 
 def whole(images=50_000):
-  shot = Result(
-    {"top1": 0.7}, {"images": images, "classes": 1000}, {"top1": 0.001}
-  )
-  coco = Result(
-    {"text_to_image_r1": 0.4, "image_to_text_r1": 0.6},
-    {"images": 5000, "captions": 25_010},
-  )
+  protocol = {"images": images, "classes": 1000}
+  shot = Result({"top1": 0.7}, protocol, {"top1": 0.001})
+  recall = {"text_to_image_r1": 0.4, "image_to_text_r1": 0.6}
+  coco = Result(recall, {"images": 5000, "captions": 25_010})
   return Outcome("ours", "ours", "ema", {"zero_shot": shot, "retrieval": coco})
 
 
@@ -52,11 +50,8 @@ def draw(columns, *, size):
 def test_published_figures_need_the_same_data():
   drawn, quoted = draw([whole()], size="base")
   assert quoted == ["imagenet", "coco_t2i", "coco_i2t"]
-  assert [chart.title for chart in drawn] == [
-    "ImageNet zero-shot",
-    "COCO text to image R@1",
-    "COCO image to text R@1",
-  ]
+  titles = "COCO text to image R@1", "COCO image to text R@1"
+  assert [c.title for c in drawn] == ["ImageNet zero-shot", *titles]
   values, hollow = rows_of(drawn[0])
   assert values["ours"] == 70.0 and values["SigLIP 2 B/16"] == 78.2
   assert "ours" not in hollow and len(hollow) == len(values) - 1 == 4
@@ -79,47 +74,38 @@ _NYU = {"images": 654, "crop": "nyu_eigen", "depth": "raw, mm"}
 _ADE = {"images": 2000, "classes": 150, "train_split": "train"}
 _COCO = {"images": 5000, "captions": 25_010}
 _NAVI = {"dataset": "NAVI", "subset": "wild_set", "pairs": 575}
-_SPAIR = {
-  "dataset": "SPair-71k",
-  "split": "test",
-  "classes": 18,
-  "threshold": 0.1,
-}
+_SPAIR = {"dataset": "SPair-71k", "split": "test", "classes": 18}
+_SPAIR |= {"threshold": 0.1}
+_MAT = {"depth": "raw (rawDepths), float32"}
 
 
 @pytest.mark.parametrize(
-  ("evaluation", "metric", "fits", "other"),
+  ("name", "protocol", "same", "other"),
   [
-    ("depth_probe", "rmse", _NYU, {"images": 100}),
-    ("depth_probe", "rmse", _NYU, {"crop": "none"}),
-    ("depth_probe", "rmse", _NYU, {"depth": "filled, mm"}),
-    ("segmentation", "miou", _ADE, {"train_split": "test"}),
-    ("segmentation", "miou", _ADE, {"train_split": None}),
-    ("segmentation", "miou", _ADE, {"images": 200}),
-    ("retrieval", "text_to_image_r1", _COCO, {"split": "val"}),
-    ("geometric_correspondence", "avg_recall", _NAVI, {"subset": "multiview"}),
-    ("geometric_correspondence", "avg_recall", _NAVI, {"pairs": 9}),
-    ("semantic_correspondence", "recall", _SPAIR, {"split": "val"}),
-    ("semantic_correspondence", "recall", _SPAIR, {"threshold": 0.05}),
+    ("depth_probe/rmse", _NYU, {}, {"images": 100}),
+    ("depth_probe/rmse", _NYU, {}, {"crop": "none"}),
+    ("depth_probe/rmse", _NYU, _MAT, {"depth": "filled, mm"}),
+    ("segmentation/miou", _ADE, {}, {"train_split": "test"}),
+    ("segmentation/miou", _ADE, {}, {"train_split": None}),
+    ("segmentation/miou", _ADE, {}, {"images": 200}),
+    ("retrieval/image_to_text_r1", _COCO, {"split": "test"}, {"split": "val"}),
+    ("geometric_correspondence/avg_recall", _NAVI, {}, {"subset": "multiview"}),
+    ("geometric_correspondence/avg_recall", _NAVI, {}, {"pairs": 9}),
+    ("semantic_correspondence/recall", _SPAIR, {}, {"split": "val"}),
+    ("semantic_correspondence/recall", _SPAIR, {}, {"threshold": 0.05}),
   ],
 )
-def test_other_data_match_no_published_column(evaluation, metric, fits, other):
-  assert published.matching_column(evaluation, metric, fits) is not None
-  assert (
-    published.matching_column(evaluation, metric, {**fits, **other}) is None
-  )
+def test_other_data_match_no_published_column(name, protocol, same, other):
+  evaluation, metric = name.split("/")
 
+  def column(entries):
+    return published.matching_column(evaluation, metric, protocol | entries)
 
-def test_published_columns():
-  nyu = _NYU
-  assert published.matching_column("depth_probe", "rmse", nyu) == "nyu"
-  mat = {**nyu, "depth": "raw (rawDepths), float32"}
-  assert published.matching_column("depth_probe", "rmse", mat) == "nyu"
-  karpathy = {**_COCO, "split": "test"}
-  name = "image_to_text_r1"
-  assert published.matching_column("retrieval", name, karpathy) == "coco_i2t"
-  assert published.matching_column("depth_probe", "rmse", nyu) == "nyu"
-  assert published.matching_column("depth_probe", "delta1", nyu) is None
+  assert column({}) == column(same)
+  names = dict(depth_probe="nyu", retrieval="coco_i2t")
+  assert column({}) == names.get(evaluation, column({})) is not None
+  assert column(other) is None
+  assert published.matching_column("depth_probe", "delta1", _NYU) is None
 
 
 def test_report_folder(tmp_path):
@@ -131,17 +117,12 @@ def test_report_folder(tmp_path):
   files = evaluations.write_evaluation(
     folder, [first, second], compared=[whole()]
   )
+  metrics = ["depth_rmse", "retrieval_image_to_text_r1"]
+  metrics += ["retrieval_text_to_image_r1", "shot_top1", "zero_shot_top1"]
   assert sorted(str(f.relative_to(folder)) for f in files) == [
-    "charts/metric_depth_rmse.svg",
-    "charts/metric_retrieval_image_to_text_r1.svg",
-    "charts/metric_retrieval_text_to_image_r1.svg",
-    "charts/metric_shot_top1.svg",
-    "charts/metric_zero_shot_top1.svg",
-    "report.html",
-    "results.json",
-    "results.md",
-    "sheets/depth_sheet_a-b-.png",
-    "sheets/depth_sheet_a-b.png",
+    *(f"charts/metric_{name}.svg" for name in metrics),
+    *("report.html", "results.json", "results.md"),
+    *("sheets/depth_sheet_a-b-.png", "sheets/depth_sheet_a-b.png"),
   ]
   assert all(f.stat().st_size for f in files)
   # Earlier results are shown but not written again.
@@ -176,14 +157,9 @@ def make_knn(name, hits, checkpoint=""):
   estimate = bootstrap.means({"top1_k20": hits, "top1_k10": ~hits})
   protocol = {"data_hash": "1", "images": 50_000, "classes": 1000, "k": [20]}
   sheet = np.full((30, 90, 3), 5 * len(name), np.uint8)
-  result = Result(
-    estimate.metrics,
-    protocol,
-    {"top1_k20": 0.1},
-    errors=estimate.errors,
-    resamples=estimate.resamples,
-    sheets={"neighbours": sheet},
-  )
+  options = dict(errors=estimate.errors, resamples=estimate.resamples)
+  options |= dict(sheets={"neighbours": sheet})
+  result = Result(estimate.metrics, protocol, {"top1_k20": 0.1}, **options)
   shot = Result({"top1": 0.7}, protocol, errors={"top1": 0.01})
   evals = {"knn": result, "zero_shot": shot}
   return Outcome(name, f"runs/{name}", "ema", evals, checkpoint=checkpoint)
@@ -227,7 +203,7 @@ def test_results_of_another_protocol_have_no_difference(encoders, tmp_path):
   found = differences_of([first, second])
   assert found["knn/top1_k20", "second"].verdict == "missing"
   assert found["zero_shot/top1", "second"].verdict == "not distinguishable"
-  evaluations.write_comparison([first, second], tmp_path, baseline="first")
+  evaluations.write_evaluation(tmp_path, [first, second], baseline="first")
   text = (tmp_path / "report.md").read_text()
   assert "| knn/top1_k20 (%) | missing |" in text
   assert "| zero_shot/top1 (%) | +0.0 [−2.8, +2.8] not distinguish" in text
@@ -235,21 +211,18 @@ def test_results_of_another_protocol_have_no_difference(encoders, tmp_path):
 
 def test_an_unknown_baseline_raises(encoders, tmp_path):
   with pytest.raises(ConfigError, match="Did you mean 'first'"):
-    evaluations.write_comparison(encoders, tmp_path, baseline="frist")
+    evaluations.write_evaluation(tmp_path, encoders, baseline="frist")
   assert [*tmp_path.iterdir()] == []
 
 
 def test_comparison_and_its_layout(encoders, tmp_path, browser):
-  files = evaluations.write_comparison(encoders, tmp_path, baseline="second")
+  files = evaluations.write_evaluation(tmp_path, encoders, baseline="second")
   assert all(file.stat().st_size for file in files)
   page = Outline((tmp_path / "report.html").read_text())
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
   assert page.headings[1:5] == [
-    "Metrics",
-    "Differences from second",
-    "Published figures",
-    "Encoders",
-  ]
+    "Metrics", "Differences from second", "Published figures", "Encoders",
+  ]  # fmt: skip
   assert page.tags.count("img") == 3
   text = (tmp_path / "report.md").read_text()
   assert "first: 76.2 %" in text  # Zero-shot ImageNet.
@@ -257,3 +230,105 @@ def test_comparison_and_its_layout(encoders, tmp_path, browser):
     assert f"neighbours, {encoder.name}" in text
   for width, dark in ((1280, False), (390, False), (390, True)):
     check_layout(browser, tmp_path / "report.html", width, dark=dark)
+
+
+def imagenet(name, checkpoint="", *, images=50_000, **protocol):
+  protocol = {"images": images, "classes": 1000, "data": "val", **protocol}
+  result = Result({"top1": 0.77, "top5": 0.9}, protocol, errors={"top1": 0.002})
+  evals = {"zero_shot": result}
+  return Outcome(name, name, "ema", evals, checkpoint=checkpoint)
+
+
+def blocks(*outcomes):
+  return [*evaluations.describe_outcomes(outcomes, size=None)]
+
+
+def texts(*outcomes):
+  lines = []
+  for block in blocks(*outcomes):
+    if isinstance(block, Note):
+      lines.append(block.text)
+    elif isinstance(block, Bullets):
+      lines += block.lines
+  return lines
+
+
+def test_a_figure_is_beside_the_row_of_its_checkpoint():
+  outcomes = [
+    imagenet("mine"),
+    imagenet("s2", SIGLIP_2, view="encoder", clean="canonicalize"),
+    imagenet("clip", "openai/clip-vit-base-patch16", view="encoder"),
+  ]
+  table = blocks(*outcomes)[1].rows
+  assert table[0][-1] == "published"
+  assert table[1][1] == "top1"
+  assert table[1][-1] == "s2: 78.2 %\nclip: 68.3 %"
+  assert table[2][1] == "top5" and table[2][-1] == ""
+  found = [b.rows for b in blocks(*outcomes) if isinstance(b, Table)]
+  (compared,) = (rows for rows in found if "published" in rows[0][3:4])
+  name, *cells = compared[1]
+  assert name == "ImageNet zero-shot"
+  assert cells == ["s2", "77.00 ± 0.20 %", "78.2 %", "\u22121.20"]
+  lines = texts(*outcomes)
+  assert f"s2 is compared with figures published for {SIGLIP_2}." in lines
+  (line,) = [t for t in lines if t.startswith("ImageNet zero-shot, s2")]
+  assert "README_siglip2.md" in line
+  assert line.endswith("Here view is encoder, not squash_center.")
+
+
+@pytest.mark.parametrize(
+  "outcome",
+  [
+    imagenet("siglip2-base-patch16-224"),  # A name proves nothing.
+    imagenet("a", "google/siglip2-base-patch16-999"),
+    imagenet("a", "facebook/dinov2-base"),  # Lacks a figure of the metric.
+    imagenet("a", SIGLIP_2, images=500),
+  ],
+)
+def test_no_figure_without_checkpoint_metric_and_data(outcome):
+  assert "published" not in blocks(outcome)[1].rows[0]
+  lines = texts(outcome)
+  assert not any("78.2" in line for line in lines)
+  here = "ImageNet zero-shot, a: here data val, images 500."
+  is_subset = outcome.results["zero_shot"].protocol["images"] == 500
+  assert (here in lines) == is_subset
+
+
+def test_figures_have_a_source_and_a_known_column():
+  for checkpoint, figures in published.FIGURES.items():
+    organisation, name = checkpoint.split("/")
+    assert organisation and name
+    for column, figure in figures.items():
+      assert column in published.COLUMNS
+      assert figure.source and figure.protocol
+      unit = (0.1, 1) if column == "nyu" else (10, 100)
+      assert unit[0] < figure.value < unit[1]
+  # Two sources of one figure agree.
+  for row in published.REFERENCES:
+    for column, value in row.figures.items():
+      assert published.FIGURES[row.checkpoint][column].value == value
+
+
+def test_charts_of_other_protocols_are_apart():
+  outcomes = [imagenet("a"), imagenet("b", options={"view": "center"})]
+  rows = tables.compare(outcomes, split=True)
+  drawn, quoted = evaluations.draw_charts(outcomes, rows, size="base")
+  assert quoted == ["imagenet"]
+  titles = [f"ImageNet zero-shot (protocol {i})" for i in (1, 2)]
+  assert [chart.title for chart in drawn] == titles
+  assert len({chart.name for chart in drawn}) == 2
+  assert "<title>a:" in drawn[0].svg and "<title>b:" not in drawn[0].svg
+  assert "<title>b:" in drawn[1].svg and "<title>a:" not in drawn[1].svg
+
+
+def test_rows_of_other_protocols_are_apart():
+  first = [imagenet("a", data_hash="1"), imagenet("b", data_hash="2")]
+  other = imagenet("c", data_hash="1", options={"view": "center"})
+  outcomes = [*first, other, imagenet("d", data_hash="1")]
+  rows = tables.compare(outcomes, split=True)
+  values = [(r.label, r.values) for r in rows if r.metric == "top1"]
+  assert values == [
+    ("top1 (protocol 1)", (77.0, None, None, 77.0)),
+    ("top1 (protocol 2)", (None, 77.0, None, None)),
+    ("top1 (protocol 3)", (None, None, 77.0, None)),
+  ]

@@ -29,13 +29,10 @@ BAD = "<b>&\"'</b>"
 @pytest.mark.parametrize("kind", ["fractions", "magnitudes", "whole"])
 def test_histograms_match_numpy(kind):
   rng = np.random.default_rng(0)
+  wide = rng.normal(size=5000) * 10 ** rng.uniform(-4, 4, 5000)
   histogram, values, error = {
     "fractions": (Histogram.of_fractions(), rng.beta(0.5, 3, 5000), 2e-3),
-    "magnitudes": (
-      Histogram.of_magnitudes(),
-      rng.normal(size=5000) * 10 ** rng.uniform(-4, 4, 5000),
-      None,
-    ),
+    "magnitudes": (Histogram.of_magnitudes(), wide, None),
     "whole": (Histogram.of_integers(64), rng.poisson(9, 5000), 0),
   }[kind]
   for part in np.array_split(values, 7):
@@ -129,55 +126,45 @@ def gathered(folder, kind, **options):
 @pytest.mark.parametrize("min_score", [0.0, 0.4])
 def test_statistics_of_boxes(labelled, min_score):
   stats = gathered(labelled, "boxes", min_score=min_score)
-  expected = []
-  for i in (i for i in range(10) if i != 3):
-    corners, phrases, scores = boxes_of(i)
-    keep = scores >= min_score
-    words = [p for p, k in zip(phrases, keep, strict=True) if k]
-    expected.append((corners[keep], words, scores[keep]))
-  boxes = np.concatenate([k[0] for k in expected])
-  scores = np.concatenate([k[2] for k in expected])
-  phrases = [phrase for k in expected for phrase in k[1]]
+  drawn = [boxes_of(i) for i in range(10) if i != 3]
+  kept = [scores >= min_score for *_, scores in drawn]
+  boxes, phrases, scores = (
+    [np.array(x)[k] for x, k in zip(column, kept, strict=True)]
+    for column in zip(*drawn, strict=True)
+  )
+  # Case, spaces and full stops are ignored, as in training.
+  same = [["dog" if w != BAD else w for w in words] for words in phrases]
+  repeated = sum(words.count(w) > 1 for words in same for w in words)
+  count = sum(map(len, boxes))
+  names = np.unique(np.concatenate(phrases), return_counts=True)
+  boxes, scores = np.concatenate(boxes), np.concatenate(scores)
   sides = boxes[:, 2:] - boxes[:, :2]
   assert (stats["records"], stats["labelled"]) == (10, 9)
   assert stats["reasons"] == {"boxes: none": 1}
-  assert stats["read"] == {
-    "every": 1,
-    "records": 10,
-    "labelled": 9,
-    "damaged": 0,
-    "examples": [],
-  }
-  assert stats["boxes"] == len(boxes)
-  assert stats["below_min_score"] == sum(i % 5 for i in range(10) if i != 3) - (
-    len(boxes)
-  )
-  assert stats["boxes_an_image"]["mean"] == pytest.approx(len(boxes) / 9)
-  assert stats["images_without_boxes"] == pytest.approx(
-    np.mean([not len(k[0]) for k in expected])
-  )
-  assert stats["scores"]["mean"] == pytest.approx(scores.mean(), rel=1e-6)
+  read = dict(every=1, records=10, labelled=9, damaged=0, examples=[])
+  assert stats["read"] == read
+  assert stats["boxes"] == count
+  assert stats["below_min_score"] == sum(len(k) for k in kept) - count
+  empty = np.mean([not k.any() for k in kept])
+  assert stats["images_without_boxes"] == pytest.approx(empty)
   assert stats["scores"]["max"] == pytest.approx(scores.max(), rel=1e-6)
-  for name, values in (
-    ("shorter_sides", sides.min(1)),
-    ("longer_sides", sides.max(1)),
-    ("sides", np.sqrt(sides.prod(1))),
-  ):
-    assert stats[name]["mean"] == pytest.approx(values.mean(), abs=2e-5), name
+  for name, mean in {
+    "boxes_an_image": count / 9,
+    "scores": scores.mean(),
+    "shorter_sides": sides.min(1).mean(),
+    "longer_sides": sides.max(1).mean(),
+    "sides": np.sqrt(sides.prod(1)).mean(),
+  }.items():
+    assert stats[name]["mean"] == pytest.approx(mean, abs=2e-5), name
   small = (sides.min(1) < 16 / 384).mean()
   assert stats["small_boxes"] == pytest.approx(small)
   median = np.quantile(sides.prod(1), 0.5, method="inverted_cdf")
   assert stats["areas"]["quantiles"]["0.5"] == pytest.approx(median, abs=2e-3)
-  names, counts = np.unique(phrases, return_counts=True)
-  frequent = dict(stats["phrases"]["most_frequent"])
-  assert frequent == dict(zip(names.tolist(), counts.tolist(), strict=True))
-  assert stats["phrases"]["different"] == len(names)
-  # Case, spaces and full stops are ignored, as in training.
-  repeated = 0
-  for _, words, _ in expected:
-    same = ["dog" if w != BAD else w for w in words]
-    repeated += sum(same.count(word) > 1 for word in same)
-  assert stats["boxes_with_repeated_phrase"] == repeated / len(boxes)
+  frequent = [list(pair) for pair in stats["phrases"]["most_frequent"]]
+  names = [x.tolist() for x in names]
+  assert sorted(frequent) == sorted(map(list, zip(*names, strict=True)))
+  assert stats["phrases"]["different"] == len(names[0])
+  assert stats["boxes_with_repeated_phrase"] == repeated / count
 
 
 def test_statistics_of_depth(labelled):
@@ -225,46 +212,39 @@ def test_damaged_labels_are_counted(labelled, monkeypatch):
   assert "00001.array_record:2" in finding["text"]
 
 
-def finding_names(tmp_path, make, *, kind="boxes", records=30, **options):
+def finding_names(tmp_path, make, *, kind="boxes", **options):
   """Names of the findings in a set with the labels `make(i)`."""
   base = tmp_path / "base"
   base.mkdir()
   image = label_samples.png(0)
-  array_record.write(
-    base / "0.array_record",
-    [
-      {"key": f"{i}", "image": image, "captions": ["c"]} for i in range(records)
-    ],
-  )
+  entries = [{"key": f"{i}", "image": image} for i in range(30)]
+  entries = [entry | {"captions": ["c"]} for entry in entries]
+  array_record.write(base / "0.array_record", entries)
   source = label_samples.open_base(base)
-  label_samples.make_set(
-    tmp_path / kind, source, kind, of=lambda kind, i: make(i)
-  )
+  label_samples.make_set(tmp_path / kind, source, kind, of=lambda _, i: make(i))
   stats = gathered(tmp_path, kind, **options)
   return {finding["name"] for finding in findings.find(stats)}
 
 
 def good(i):
   """One to three boxes of side 0.3 with distinct phrases and scores."""
-  corners = np.array(
-    [[0, 0, 0.3, 0.3], [0.5, 0.1, 0.8, 0.4], [0, 0.6, 0.3, 0.9]]
-  )
-  names = [f"thing {i} {j}" for j in range(1 + i % 3)]
-  return make_boxes(
-    corners[: len(names)], names, np.linspace(0.2, 0.9, len(names))
-  )
+  count = 1 + i % 3
+  corners = [[0, 0, 0.3, 0.3], [0.5, 0.1, 0.8, 0.4], [0, 0.6, 0.3, 0.9]]
+  names = [f"thing {i} {j}" for j in range(count)]
+  scores = np.linspace(0.2, 0.9, count)
+  return make_boxes(np.array(corners[:count]), names, scores)
 
 
 def bad_boxes(i):
-  return make_boxes(
-    np.array([[0, 0, 1, 1], [0, 0, 0.99, 1], [0, 0, 1, 0.99]]),
-    ["a"] * 3,
-    np.array([1, 1, 1 + i % 2], np.float32),
-  )
+  corners = np.array([[0, 0, 1, 1], [0, 0, 0.99, 1], [0, 0, 1, 0.99]])
+  return make_boxes(corners, ["a"] * 3, np.array([1, 1, 1 + i % 2], "f4"))
 
 
 NOTHING = make_boxes(np.zeros((0, 4)), [])
 RAMP = label_samples.ramp(8, 8)
+PEAK, FEW = np.where(CELLS == 9, 99, RAMP), CELLS < 20
+SMALL = np.array([[0, 0, 0.04, 0.5]])
+BAD_BOXES = "large_boxes at_most one_phrase repeated_phrases scores_beyond"
 
 
 @pytest.mark.parametrize(
@@ -274,28 +254,12 @@ RAMP = label_samples.ramp(8, 8)
     ("boxes", lambda i: good(i) if i % 4 else no_label("x"), "without_label"),
     ("boxes", lambda i: good(i) if i % 5 else no_label("x"), ""),
     ("boxes", lambda i: NOTHING if i % 3 else good(i), "images_without_boxes"),
-    (
-      "boxes",
-      bad_boxes,
-      "large_boxes at_most one_phrase repeated_phrases scores_beyond",
-    ),
-    (
-      "boxes",
-      lambda i: make_boxes(np.array([[0, 0, 0.04, 0.5]]), [f"thing {i}"]),
-      "small_boxes scores_of_1",
-    ),
+    ("boxes", bad_boxes, BAD_BOXES),
+    ("boxes", lambda i: make_boxes(SMALL, [f"{i}"]), "small_boxes scores_of_1"),
     ("depth", lambda i: make_depth(RAMP, side=8), ""),
     ("depth", lambda i: make_depth(1 + 1e-2 * RAMP, side=8), "constant_maps"),
-    (
-      "depth",
-      lambda i: make_depth(np.where(CELLS == 9, 99, RAMP), side=8 + i % 2),
-      "narrow_maps sides",
-    ),
-    (
-      "depth",
-      lambda i: make_depth(RAMP, side=8, valid=CELLS < 20),
-      "sparse_maps",
-    ),
+    ("depth", lambda i: make_depth(PEAK, side=8 + i % 2), "narrow_maps sides"),
+    ("depth", lambda i: make_depth(RAMP, side=8, valid=FEW), "sparse_maps"),
   ],
 )
 def test_findings(tmp_path, kind, make, expected):
@@ -322,17 +286,13 @@ def grey_card(folder, make, *, kind, image=None):
   if image is None:
     grey = np.full((60, 120, 3), 128, np.uint8)
     image = cv2.imencode(".png", grey)[1].tobytes()
-  records = [{"key": "one", "image": image, "captions": ["its caption"]}]
   # A second record, as a set needs a label.
-  records.append(records[0] | {"key": "two"})
+  record = {"image": image, "captions": ["its caption"]}
+  records = [record | {"key": key} for key in ("one", "two")]
   array_record.write(base / "0.array_record", records)
   source = label_samples.open_base(base)
-  label_samples.make_set(
-    folder / kind,
-    source,
-    kind,
-    of=lambda kind, i: make if i == 0 else outcome(kind, 4),
-  )
+  of = lambda kind, i: make if i == 0 else outcome(kind, 4)  # noqa: E731
+  label_samples.make_set(folder / kind, source, kind, of=of)
   labels = AlignedLabels(LabelSet(folder / kind, kind=kind), source)
   return cards.draw_card(source, {kind: labels}, 0, size=240)
 
@@ -372,12 +332,11 @@ def test_pixels_without_depth_are_striped(tmp_path):
 @pytest.mark.parametrize("kind", ["boxes", "depth"])
 def test_record_without_a_label(tmp_path, kind, monkeypatch):
   titles, add_title_bar = [], plots.add_title_bar
-
-  def record(image, text):
-    titles.append(text)
-    return add_title_bar(image, text)
-
-  monkeypatch.setattr(plots, "add_title_bar", record)
+  monkeypatch.setattr(
+    plots,
+    "add_title_bar",
+    lambda image, text: titles.append(text) or add_title_bar(image, text),
+  )
   card = grey_card(tmp_path, no_label("none"), kind=kind)
   assert titles == [f"no label of {kind}"]
   assert (card.images[kind][:20] < 80).any()
@@ -431,10 +390,7 @@ def test_tool_errors(labelled, tmp_path):
     ([data, out], "No label set is given"),
     ([data, out, "--boxes=nowhere"], "There is no folder of labels nowhere"),
     ([data, out, f"--depth={labelled}/boxes"], "labels of kind 'boxes'"),
-    (
-      [f"--data={other}/*.tar", boxes, out],
-      "is of other images",
-    ),
+    ([f"--data={other}/*.tar", boxes, out], "is of other images"),
     ([f"--data={tmp_path}/x*.tar", boxes, out], "x*.tar"),
   ):
     with pytest.raises(SystemExit, match="^inspect_labels: ") as raised:
@@ -448,16 +404,9 @@ def test_tool_errors(labelled, tmp_path):
 
 def test_join_by_key_inspects_the_whole_set(labelled, tmp_path):
   folder = label_samples.make_copy(tmp_path)
-  main(
-    [
-      f"--data={labelled}/base/00000.tar",
-      f"--boxes={folder}/boxes",
-      "--join=key",
-      f"--index_dir={tmp_path}/index",
-      f"--output={tmp_path}/out",
-      "--count=1",
-    ]
-  )
+  options = [f"--data={labelled}/base/00000.tar", f"--boxes={folder}/boxes"]
+  options += [f"--index_dir={tmp_path}/index", f"--output={tmp_path}/out"]
+  main([*options, "--join=key", "--count=1"])
   text = (tmp_path / "out" / "statistics.json").read_text()
   assert json.loads(text)["sets"]["boxes"]["records"] == 6
 

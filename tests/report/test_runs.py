@@ -38,15 +38,10 @@ def test_page_of_two_runs(runs, tmp_path):
   assert run_command("report", [*map(str, runs), f"--output={tmp_path}"]) == 0
   page = Outline((tmp_path / "report.html").read_text())
   assert page.headings == [
-    f"Runs first, {HOSTILE}",
-    "Metrics",
-    "Training",
-    "Gradients of objectives",
-    HOSTILE,
-    "Images",
-    "depth_probe: examples",
+    f"Runs first, {HOSTILE}", "Metrics", "Training",
+    "Gradients of objectives", HOSTILE, "Images", "depth_probe: examples",
     "Configs",
-  ]
+  ]  # fmt: skip
   assert "script" not in page.tags and "b" in page.tags
   assert page.tags.count("img") == 2
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
@@ -88,13 +83,16 @@ def test_missing_parts_leave_no_section(tmp_path):
 
 
 def test_bad_runs(runs, tmp_path):
-  with pytest.raises(ConfigError, match="given twice"):
-    run_pages.write_runs([runs[0], runs[0] / "."], tmp_path)
-  with pytest.raises(MissingFileError, match="expected the folder of a run"):
-    run_pages.write_runs([tmp_path], tmp_path)
-  (tmp_path / "study.json").write_text("{}")
-  with pytest.raises(ConfigError, match="is a study. Give it alone"):
-    run_pages.write_runs([runs[0], tmp_path], tmp_path)
+  study = tmp_path / "study"
+  study.mkdir()
+  (study / "study.json").write_text("{}")
+  for folders, error, message in (
+    ([runs[0], runs[0] / "."], ConfigError, "given twice"),
+    ([tmp_path], MissingFileError, "expected the folder of a run"),
+    ([runs[0], study], ConfigError, "is a study. Give it alone"),
+  ):
+    with pytest.raises(error, match=message):
+      run_pages.write_runs(folders, tmp_path)
 
 
 def test_last_evaluations_and_truncated_lines(runs, tmp_path):
@@ -111,10 +109,8 @@ def test_last_evaluations_and_truncated_lines(runs, tmp_path):
   content = json.loads(files["zero_shot"].read_text())
   want = content["evals"]["zero_shot"]["metrics"]
   assert read.outcome.results["zero_shot"].metrics == want
-  earlier = (
-    run_folders.read_run(run, step=200).outcome.results["zero_shot"].metrics
-  )
-  assert earlier.keys() == want.keys() and earlier != want
+  earlier = run_folders.read_run(run, step=200).outcome.results["zero_shot"]
+  assert earlier.metrics.keys() == want.keys() and earlier.metrics != want
 
 
 ZERO_SHOT = "evals/zero_shot_400.json"
@@ -158,16 +154,25 @@ def test_damaged_files_are_named(tmp_path, name, change, message):
   assert str(file) in str(caught.value)
 
 
-def test_texts_and_numbers_of_any_size_are_drawn(tmp_path):
+@pytest.mark.parametrize(
+  ("rows", "series"),
+  [
+    # A resumed run logs some steps twice.
+    ([(1, 3.0), (2, 9.0), (2, 2.0), (3, 1.0)], [(1, 3.0), (2, 2.0), (3, 1.0)]),
+    ([(0, 1.0), (1, math.nan), (2, -math.inf), (3, None)], [(0, 1.0)]),
+    ([(0, 1.0), (1, 1e308), (2, 10**400), (3, {})], [(0, 1.0)]),
+  ],
+)
+def test_values_that_can_be_drawn_are_read_once(tmp_path, rows, series):
   run = study_samples.write_run(tmp_path / "run", sheets=())
   (run / "command.txt").write_bytes(b"mtv-jax train \xff")
-  with (run / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 401, "depth/loss": 1e308, "loss": -1.7e308}\n')
-    file.write(f'{{"step": 402, "depth/loss": {10**400}, "loss": {{}}}}\n')
-  run_pages.write_runs([run], tmp_path / "report")
-  text = (tmp_path / "report" / "report.md").read_text()
-  assert "mtv-jax train \ufffd" in text
-  assert run_folders.read_run(run).series["depth/loss"][-1][0] == 400
+  rows = [{"step": step, "depth/loss": value} for step, value in rows]
+  (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  assert run_folders.read_run(run).series == {"depth/loss": series}
+  run_pages.write_runs([run], tmp_path)
+  page = (tmp_path / "report.html").read_text()
+  assert not re.search(r"\b(nan|inf)\b", page)
+  assert "mtv-jax train \ufffd" in page
 
 
 def test_figures_of_named_metrics(runs, tmp_path):
@@ -178,59 +183,34 @@ def test_figures_of_named_metrics(runs, tmp_path):
   text = (tmp_path / "report.md").read_text()
   for name in ("core_hours", "core_count"):  # The latter has one value.
     assert f"![speed/{name}](charts/curve_speed-{name}.svg)" in text
-  for names, message in (
-    ("x{", "matches no metric of"),
-    ("(", "not a regular"),
-  ):
+  for names, message in (("x{", "no metric of"), ("(", "not a regular")):
     with pytest.raises(SystemExit, match=message):
       run_command("report", [*argv, f"--names={names}"])
   with pytest.raises(SystemExit, match="NUL"):
     run_command("report", [str(runs[0]), "--output=a\0b"])
 
 
-def test_resumed_steps_count_once(tmp_path):
-  rows = [
-    {"step": 1, "a/loss": 3.0, "lr": 0.1},
-    {"step": 2, "a/loss": 9.0},
-    {"step": 2, "a/loss": 2.0},
-    {"step": 3, "a/loss": 1.0, "b/loss": 4},
-  ]
-  text = "".join(json.dumps(row) + "\n" for row in rows)
-  (tmp_path / "metrics.jsonl").write_text(text)
-  series = run_folders.read_metrics(tmp_path)
-  assert series["a/loss"] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-
-
-def test_values_that_are_not_finite_are_missing(tmp_path):
+def test_metrics_that_are_not_finite_are_missing(tmp_path):
   run = study_samples.write_run(tmp_path / "run", sheets=())
+  r1 = "text_to_image_r1"
   for name, values in {
     "zero_shot": dict(metrics={"top1": math.nan, "top5": None}),
-    "retrieval": dict(
-      chance={"text_to_image_r1": None}, errors={"text_to_image_r1": math.nan}
-    ),
+    "retrieval": dict(chance={r1: None}, errors={r1: math.nan}),
   }.items():
     file = run / "evals" / f"{name}_400.json"
     content = json.loads(file.read_text())
     content["evals"][name] |= values
     file.write_text(json.dumps(content))
-  rows = [
-    {"step": step, "depth/loss": value, "zero_shot/top1": math.nan}
-    for step, value in enumerate((1.0, math.nan, -math.inf, None, 4.0))
-  ]
-  (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
   run_pages.write_runs([run], tmp_path)
   page = (tmp_path / "report.html").read_text()
   assert "zero_shot" in page and not re.search(r"\b(nan|inf)\b", page)
-  series = run_folders.read_run(run).series
-  assert series == {"depth/loss": [(0, 1.0), (4, 4.0)]}
 
 
 def test_runs_without_a_common_metric(tmp_path):
-  runs = [
-    study_samples.write_run(tmp_path / name, sheets=()) for name in ("a", "b")
-  ]
-  for run, kept in zip(runs, ("zero_shot", "depth_probe"), strict=True):
-    for file in run.glob("evals/*.json"):
+  runs = []
+  for name, kept in (("a", "zero_shot"), ("b", "depth_probe")):
+    runs.append(study_samples.write_run(tmp_path / name, sheets=()))
+    for file in runs[-1].glob("evals/*.json"):
       if not file.name.startswith(kept):
         file.unlink()
   run_pages.write_runs(runs, tmp_path / "report")
@@ -260,12 +240,10 @@ def test_many_runs_have_a_short_title_and_room_for_names(tmp_path):
 
 
 def test_curves_of_several_seeds_are_their_mean(runs):
-  run = dataclasses.replace(
-    run_folders.read_run(runs[1]),
-    series={"depth/loss": [(1, 1.0), (2, 3.0), (3, 9.0)]},
-  )
-  other = dataclasses.replace(run, series={"depth/loss": [(1, 3.0), (2, 5.0)]})
-  (chart,), _ = run_pages.draw_training_curves([run, other])
+  run, curves = run_folders.read_run(runs[1]), []
+  for points in ([(1, 1.0), (2, 3.0), (3, 9.0)], [(1, 3.0), (2, 5.0)]):
+    curves.append(dataclasses.replace(run, series={"depth/loss": points}))
+  (chart,), _ = run_pages.draw_training_curves(curves)
   assert chart.title == "depth/loss"
   # Over common steps, one curve and one area.
   assert chart.svg.count("class='line'") == chart.svg.count("class='band'") == 1
@@ -294,9 +272,8 @@ def test_differences_of_configs(runs):
   assert run_pages.config_table([with_data(one, two), three])[1:] == [
     ["data.train[1].path", "x" * 160 + "…", "x" * 160 + "…"]
   ]
-  ((key, values),) = overrides.list_differences(
-    [with_data(one).config, with_data(one, two).config]
-  )
+  configs = [with_data(one).config, with_data(one, two).config]
+  ((key, values),) = overrides.list_differences(configs)
   assert key == "data.train" and values == ([one], [one, two])
 
 
@@ -311,20 +288,16 @@ def write_evaluation(run, step, *, hits, rmse, data="scenes"):
   """k-NN on as many items as `hits`, and an error without resamples."""
   knn = bootstrap.means({"top1_k10": np.asarray(hits, bool)})
   protocol = {"data_hash": data}
-  result = Result(
-    knn.metrics, protocol, errors=knn.errors, resamples=knn.resamples
-  )
-  stem = run / "evals" / f"knn_{step}"
-  content = {"encoder": "a", "weights": "student", "mtv_jax": "0"}
-  evals = {"knn": result.to_dict()}
-  stem.with_suffix(".json").write_text(json.dumps(content | {"evals": evals}))
-  write_arrays(stem, result)
-  result = Result(
-    {"rmse": rmse}, protocol, lower=("rmse",), units={"rmse": "m"}
-  )
-  path = stem.with_name(f"depth_probe_{step}.json")
-  evals = {"depth_probe": result.to_dict()}
-  path.write_text(json.dumps(content | {"evals": evals}))
+  known = dict(errors=knn.errors, resamples=knn.resamples)
+  results = {"knn": Result(knn.metrics, protocol, **known)}
+  options = dict(lower=("rmse",), units={"rmse": "m"})
+  results["depth_probe"] = Result({"rmse": rmse}, protocol, **options)
+  for name, result in results.items():
+    content = {"encoder": "a", "weights": "student", "mtv_jax": "0"}
+    content["evals"] = {name: result.to_dict()}
+    path = run / "evals" / f"{name}_{step}.json"
+    path.write_text(json.dumps(content))
+  write_arrays(run / "evals" / f"knn_{step}", results["knn"])
 
 
 def write_continued_runs(folder):
@@ -380,12 +353,13 @@ def test_changes_of_collapsed_and_of_other_evaluations(tmp_path):
   write_evaluation(run, 10, hits=np.ones(8), rmse=math.nan)
   write_evaluation(run, 30, hits=np.ones(1000), rmse=0.5, data="other")
   run_pages.write_runs([run], tmp_path / "report")
-  by_name = {
-    c.metric.name: c
-    for c in changes.measure_changes([run_folders.read_run(run)])
-  }
+  measured = changes.measure_changes([run_folders.read_run(run)])
+  by_name = {c.metric.name: c for c in measured}
   assert list(by_name["depth_probe/rmse"].by_step) == [20]
   assert list(by_name["knn/top1_k10"].by_step) == [10, 20]
+  (run / "evals" / "knn_0.json").unlink()
+  measured = changes.measure_changes([run_folders.read_run(run)])
+  assert [c.metric.name for c in measured] == ["depth_probe/rmse"]
 
 
 def test_arms_are_runs_of_distinct_seeds(tmp_path):
@@ -402,7 +376,3 @@ def test_arms_are_runs_of_distinct_seeds(tmp_path):
   assert names(("a-s0", 0), ("a-s1", 1), ("b", 2)) == ["a-s0"] * 3
   assert names(("a-s0", 0), ("a-s1", 1)) == ["a", "a"]
   assert names(("first", 0), ("again", 0)) == ["first", "again"]
-
-
-def test_runs_without_an_evaluation_at_the_start_have_no_changes(runs):
-  assert changes.measure_changes([run_folders.read_run(runs[0])]) == []

@@ -68,10 +68,9 @@ def test_best_needs_equal_protocols(key):
   assert not marked("dpt")
 
 
-def test_equal_protocol_entries_are_shown_once():
-  shown = tables.compare_protocols(
-    [make_outcome("a"), make_outcome("b")], "depth"
-  )
+def test_equal_protocol_entries_are_shown_once(tmp_path):
+  same = [make_outcome("a"), make_outcome("b")]
+  shown = tables.compare_protocols(same, "depth")
   # The encoder's own entries are in the table of encoders.
   assert shown.common == {"data": "nyu", "data_hash": "1", "images": 20}
   assert shown.differing == {}
@@ -83,12 +82,9 @@ def test_equal_protocol_entries_are_shown_once():
   text = tables.format_results([make_outcome("a"), other])
   assert "  images of a: 20\n  images of b: 7" in text
   assert "a:\n  encoder: a" in text
-
-
-def test_a_protocol_read_from_json_equals_the_original(tmp_path):
-  outcome = make_outcome("a")
-  results.write(tmp_path / "a.json", [outcome])
-  outcomes = [outcome, *results.read(tmp_path / "a.json")]
+  # Tuples equal the lists that JSON makes of them.
+  results.write(tmp_path / "a.json", [other])
+  outcomes = [other, *results.read(tmp_path / "a.json")]
   assert tables.compare_protocols(outcomes, "shot").differing == {}
 
 
@@ -129,11 +125,9 @@ def test_best_is_beyond_errors_and_chance(values, errors, chance, best):
   text = tables.format_metrics(columns)
   assert text.count(" *") == (best is not None)
   assert ("*: is better than" in text) == (best is not None)
-  bold = [
-    cell.startswith("**")
-    for cell in cells(markdown_metrics(columns).splitlines()[2])
-  ]
-  assert bold[2:-1] == [i == best for i in range(len(values))]
+  _, _, *line, _ = cells(markdown_metrics(columns).splitlines()[2])
+  bold = [cell.startswith("**") for cell in line]
+  assert bold == [i == best for i in range(len(values))]
 
 
 def random_outcomes(rng, count):
@@ -142,8 +136,7 @@ def random_outcomes(rng, count):
   skill = skill + 0.05 * np.arange(count)
   outcomes = []
   for i in range(count):
-    hits = {"a": skill[:, i] > 0.6, "b": skill[:, i] > 0.9}
-    made = bootstrap.means(hits)
+    made = bootstrap.means({"a": skill[:, i] > 0.6, "b": skill[:, i] > 0.9})
     fields = dict(errors=made.errors, resamples=made.resamples)
     protocol, chance = {"data_hash": "1"}, {"a": 0.1, "b": 0.1}
     result = Result(made.metrics, protocol, chance, **fields)

@@ -12,11 +12,10 @@ from scipy import stats
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.report.contrasts import ArmMeasurements, Metric
-from mtv_jax.report.differences import contrast_table, differences_table
 from mtv_jax.report.page import Bold
+from mtv_jax.report.tables import contrast_table, differences_table
 from mtv_jax.studies import page as study_page
 from mtv_jax.studies import runner, scaling, statistics
-from mtv_jax.studies.table import format_runs
 
 TOP1 = Metric("zero_shot/top1", chance=0.05)
 RMSE = Metric("depth/rmse", unit="m", lower=True, chance=3.0)
@@ -30,12 +29,10 @@ LADDER = [
 
 def measure(arms):
   """Measurements from lists of (top1, rmse), one pair a seed."""
+  names = TOP1.name, RMSE.name
   return ArmMeasurements(
     {
-      arm: {
-        seed: {TOP1.name: top1, RMSE.name: rmse}
-        for seed, (top1, rmse) in enumerate(runs)
-      }
+      arm: {s: dict(zip(names, x, strict=True)) for s, x in enumerate(runs)}
       for arm, runs in arms.items()
     }
   )
@@ -93,13 +90,9 @@ def test_charts_of_arms_name_verdicts():
 
 
 def test_steps_are_compared_with_the_arm_before():
-  data = measure(
-    {
-      k: [(v, 1.0), (v + 0.01, 1.1)]
-      for k, v in zip("abc", (0.1, 0.3, 0.6), strict=True)
-    }
-  )
-  rows = statistics.compare_in_order(data, [TOP1])
+  levels = dict(a=0.1, b=0.3, c=0.6)
+  data = measure({k: [(v, 1.0), (v + 0.01, 1.1)] for k, v in levels.items()})
+  rows = statistics.compare(data, [TOP1])
   assert [(r.arm, r.baseline) for r in rows] == [("b", "a"), ("c", "b")]
   np.testing.assert_allclose([r.difference for r in rows], [0.2, 0.3])
   head = differences_table(rows)[0]
@@ -107,13 +100,8 @@ def test_steps_are_compared_with_the_arm_before():
 
 
 def test_synergy_matrix():
-  data = measure(
-    {
-      "a": [(0.10, 2.0), (0.11, 2.1)],
-      "b": [(0.20, 1.8), (0.21, 1.9)],
-      "a+b": [(0.30, 1.5), (0.31, 1.6)],
-    }
-  )
+  arms = {"a": [(0.10, 2.0), (0.11, 2.1)], "b": [(0.20, 1.8), (0.21, 1.9)]}
+  data = measure(arms | {"a+b": [(0.30, 1.5), (0.31, 1.6)]})
   synergies = statistics.find_synergies(data, [TOP1, RMSE])
   top1, rmse = study_page.draw_synergies(synergies)
   cells = re.findall(r"<title>([ab], [ab]): ([^<]*)</title>", top1.svg)
@@ -175,19 +163,10 @@ def test_page_of_a_ladder(tmp_path, browser, width):
   study_page.write_study(tmp_path)
   page = Outline((tmp_path / "report.html").read_text())
   assert page.headings == [
-    "Study: ladder",
-    "Arms",
-    "Differences from vl",
-    "Differences from the arm before",
-    "Training",
-    "Gradients of objectives",
-    "ssl",
-    "all",
-    "Images",
-    "depth_probe: examples",
-    "Runs",
-    "Configs",
-  ]
+    "Study: ladder", "Arms", "Differences from vl",
+    "Differences from the arm before", "Training", "Gradients of objectives",
+    "ssl", "all", "Images", "depth_probe: examples", "Runs", "Configs",
+  ]  # fmt: skip
   assert page.tags.count("img") == 3  # One seed per arm.
   text = (tmp_path / "report.md").read_text()
   assert "- Seeds: vl 3, ssl 3, all 3" in text
@@ -206,9 +185,8 @@ def test_arms_that_are_evaluated_in_other_ways_are_named(tmp_path):
   for arm, regions in (("vl", "crop"), ("ssl", "crop"), ("all", "prompter")):
     file = tmp_path / "runs" / f"{arm}-s0" / "evals" / "zero_shot_400.json"
     content = json.loads(file.read_text())
-    content["evals"]["zero_shot"]["protocol"] |= dict(
-      regions=regions, seconds=len(arm)
-    )
+    protocol = content["evals"]["zero_shot"]["protocol"]
+    protocol |= dict(regions=regions, seconds=len(arm))
     file.write_text(json.dumps(content))
   study_page.write_study(tmp_path)
   text = page.read_text()
@@ -231,6 +209,7 @@ def test_page_of_scaling(tmp_path, monkeypatch):
   monkeypatch.setattr(
     study_page, "count_parameters", lambda c: counts[c["model"]["variant"]]
   )
+  monkeypatch.setattr(scaling, "_RESAMPLES", 5)
   arms = [
     (f"{model}-{images}", OBJECTIVES[:1], 0.05 * (i + k), {"variant": model})
     for i, model in enumerate(counts)
@@ -257,19 +236,20 @@ def test_scaling_without_limits_is_over_the_images_seen(tmp_path, monkeypatch):
   assert "images seen" in chart and "distinct" not in chart
 
 
-def test_times_are_of_this_device_only_if_it_is_measured(tmp_path):
+def test_times_are_of_this_device_only_if_it_is_measured(tmp_path, monkeypatch):
   study_samples.write_study(tmp_path, "ladder", LADDER, seeds=1)
   study = runner.read(tmp_path)
   runs = tuple(dataclasses.replace(r, flops=1e12) for r in study.runs)
   study = dataclasses.replace(study, runs=runs)
-  assert "at the rate of the runs so far" in format_runs(tmp_path, study)
+  assert "at the rate of the runs so far" in runner.format_runs(tmp_path, study)
   for run in runs:
     # Two lines that crashes have truncated: their run repairs them.
     metrics = tmp_path / "runs" / run.name / "metrics.jsonl"
     metrics.write_text('{"step": 1, "spe{"step": 1}\n{"ste')
-  table = format_runs(tmp_path, study)
-  assert "of a matrix product on one" in table
-  table = format_runs(tmp_path, study, measure=False)
+  monkeypatch.setattr(runner, "matmul_peak", lambda dtype: 8e9)
+  table = runner.format_runs(tmp_path, study)
+  assert "at 1 GFLOP/s of a matrix product on one" in table
+  table = runner.format_runs(tmp_path, study, measure=False)
   assert table.endswith("0 of 3 runs to train")
 
 

@@ -16,7 +16,7 @@ import pytest
 from xla_options import xla_flags
 
 from mtv_jax.cli.study import write_report
-from mtv_jax.studies import expand, runner, table
+from mtv_jax.studies import expand, runner
 from mtv_jax.studies.expand import Study, StudyRun
 from mtv_jax.studies.statistics import read_study
 from mtv_jax.train import workdir
@@ -28,17 +28,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def make_study(count=3, **settings):
   settings = dict(batch_size=4, evals={"retrieval": {}}, seed=0) | settings
-  return Study(
-    kind="ladder",
-    config="nowhere.py",
-    baseline="a0",
-    match="images",
-    budget=1.0,
-    runs=tuple(
-      StudyRun(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
-      for i in range(count)
-    ),
-  )
+  runs = [
+    StudyRun(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
+    for i in range(count)
+  ]
+  return Study("ladder", "nowhere.py", "a0", "images", 1.0, tuple(runs))
 
 
 def write_run(folder, run, top1=0.5):
@@ -62,46 +56,49 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
   runner.write(tmp_path, study)
   runner.write(tmp_path, study)
   assert runner.read(tmp_path) == study
-  other = make_study(2, optim={"lr": 0.1})
-  with pytest.raises(ConfigError, match="optim: absent -> {'lr': 0.1}"):
-    runner.write(tmp_path, other)
-  with pytest.raises(ConfigError, match="a1-s0: not among the runs"):
-    runner.write(tmp_path, make_study(1))
-  with pytest.raises(ConfigError, match="match: 'images' -> 'flops'"):
-    runner.write(tmp_path, dataclasses.replace(study, match="flops"))
+  for other, message in (
+    (make_study(2, optim={"lr": 0.1}), "optim: absent -> {'lr': 0.1}"),
+    (make_study(1), "a1-s0: not among the runs"),
+    (dataclasses.replace(study, match="flops"), "match: 'images' -> 'flops'"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      runner.write(tmp_path, other)
   assert runner.read(tmp_path) == study
   runner.write(tmp_path, make_study(3))
   assert len(runner.read(tmp_path).runs) == 3
   with pytest.raises(InputError, match="is not a study"):
     runner.read(tmp_path / "runs")
+  write_run(tmp_path, study.runs[0])
   with pytest.raises(ConfigError, match="is the folder of a run"):
-    write_run(tmp_path, study.runs[0])
     runner.write(tmp_path / "runs" / "a0-s0", study)
-  for text, message in {
-    "{": "Remove it", "[" * 10**5: "Remove it", "[]": "has format None",
-    '{"format": 1}': "not a study",
-  }.items():  # fmt: skip
-    (tmp_path / "study.json").write_text(text)
-    with pytest.raises(InputError, match=message):
-      runner.read(tmp_path)
 
 
-def test_a_study_edited_by_hand_is_refused(tmp_path):
-  whole = make_study(2).to_dict()
-  first, second = whole["runs"]
-  for change, message in (
+WHOLE = make_study(2).to_dict()
+FIRST, SECOND = WHOLE["runs"]
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("{", "Remove it"),
+    ("[" * 10**5, "Remove it"),
+    ("[]", "has format None"),
+    ('{"format": 1}', "not a study"),
     ({"kind": "lader"}, "Did you mean 'ladder'"),
     ({"budget": "half"}, "budget is 'half'"),
-    ({"runs": [{**first, "steps": "5"}]}, r"runs\[0\].steps is '5'"),
-    ({"runs": [first, {**second, "arm": 3}]}, r"runs\[1\].arm is 3"),
-    ({"runs": [{**first, "settings": "x"}]}, "settings is 'x'"),
-    ({"runs": [first, first]}, "the same name"),
-    ({"runs": [first, {**second, "arm": "a0"}]}, "the same arm and seed"),
-  ):
-    (tmp_path / "study.json").write_text(json.dumps({**whole, **change}))
-    with pytest.raises(InputError, match=message) as caught:
-      runner.read(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path))
+    ({"runs": [{**FIRST, "steps": "5"}]}, r"runs\[0\].steps is '5'"),
+    ({"runs": [FIRST, {**SECOND, "arm": 3}]}, r"runs\[1\].arm is 3"),
+    ({"runs": [{**FIRST, "settings": "x"}]}, "settings is 'x'"),
+    ({"runs": [FIRST, FIRST]}, "the same name"),
+    ({"runs": [FIRST, {**SECOND, "arm": "a0"}]}, "the same arm and seed"),
+  ],
+)
+def test_a_damaged_study_is_refused(tmp_path, text, message):
+  text = text if isinstance(text, str) else json.dumps(WHOLE | text)
+  (tmp_path / "study.json").write_text(text)
+  with pytest.raises(InputError, match=message) as caught:
+    runner.read(tmp_path)
+  assert str(caught.value).startswith(str(tmp_path))
 
 
 def test_flops_are_those_of_this_code(tmp_path):
@@ -109,22 +106,22 @@ def test_flops_are_those_of_this_code(tmp_path):
   study = dataclasses.replace(
     study, match="flops", costs={"a": 2.0}, counted_by=expand.code_version()
   )
-  assert table.known_costs(tmp_path) == {}
+  assert runner.known_costs(tmp_path) == {}
   runner.write(tmp_path, study)
-  assert table.known_costs(tmp_path) == {"a": 2.0}
+  assert runner.known_costs(tmp_path) == {"a": 2.0}
   other = make_study(1, total_steps=6)
   other = dataclasses.replace(other, match="flops", counted_by="0.0.9-a")
   with pytest.raises(ConfigError, match="by another version"):
     runner.write(tmp_path, other)
   # The new code counts equally: the study resumes.
   runner.write(tmp_path, dataclasses.replace(study, counted_by="0.0.9-a"))
-  assert table.known_costs(tmp_path) == {}
+  assert runner.known_costs(tmp_path) == {}
   # Written by a version that did not store it.
   fields = json.loads((tmp_path / "study.json").read_text())
   del fields["counted_by"]
   (tmp_path / "study.json").write_text(json.dumps(fields))
   assert runner.read(tmp_path).costs == {"a": 2.0}
-  assert table.known_costs(tmp_path) == {}
+  assert runner.known_costs(tmp_path) == {}
 
 
 def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
@@ -214,33 +211,26 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, trainings):
   assert trainings[2:] == ["a1-s0"]
 
 
-def test_a_leased_run_is_left_to_its_process(tmp_path, trainings):
-  study, lines = make_study(3), []
-  runs = tmp_path / "runs"
-  runs.mkdir()
-  with Leases(runs).acquire("a0-s0"):
+@pytest.mark.parametrize("finishes", [False, True])
+def test_a_leased_run_is_left_to_its_process(
+  tmp_path, trainings, monkeypatch, finishes
+):
+  """The last of two processes has all results for its report."""
+  study, lines, train = make_study(3), [], runner._train
+
+  def train_both(folder, study, run, log):
+    if run.name == "a1-s0" and finishes:
+      write_run(folder, study.runs[0])  # By the other process.
+    return train(folder, study, run, log)
+
+  monkeypatch.setattr(runner, "_train", train_both)
+  (tmp_path / "runs").mkdir()
+  with Leases(tmp_path / "runs").acquire("a0-s0"):
     status = runner.run_study(tmp_path, study, log_fn=lines.append)
   assert trainings == ["a1-s0", "a2-s0"]
-  assert list(status.leased) == ["a0-s0"]
   assert f"process {os.getpid()}" in lines[0]
-
-
-def test_runs_that_others_finish_meanwhile_are_finished(tmp_path, monkeypatch):
-  """The last of two processes has all results for its report."""
-  study = make_study(3)
-  runs = tmp_path / "runs"
-  runs.mkdir()
-
-  def train(folder, study, run, log):
-    write_run(folder, run)
-    if run.name == "a1-s0":
-      write_run(folder, study.runs[0])
-
-  monkeypatch.setattr(runner, "_train", train)
-  with Leases(runs).acquire("a0-s0"):
-    status = runner.run_study(tmp_path, study)
-  assert status.leased == {}
-  assert sorted(status.finished) == ["a0-s0", "a1-s0", "a2-s0"]
+  assert list(status.leased) == ([] if finishes else ["a0-s0"])
+  assert ("a0-s0" in status.finished) == finishes
 
 
 def test_a_locked_run_is_waited_for(tmp_path, trainings, monkeypatch):
@@ -321,11 +311,11 @@ def steps_logged(output):
   )
 
 
-# In each run: a kill of runner and run, of only the runner, or SIGTERM.
+# SIGTERM, or a kill of runner and run, or of only the runner.
 @pytest.mark.parametrize(
   "kills",
   [
-    pytest.param(("runner", "term"), marks=pytest.mark.slow),
+    pytest.param(("term",), marks=pytest.mark.slow),
     pytest.param(("group", "runner", "term"), marks=pytest.mark.long),
   ],
   ids=len,

@@ -63,14 +63,11 @@ def test_law_of_images_and_parameters():
   found = {name: p.value for name, p in fit.parameters.items()}
   assert found == pytest.approx(
     {
-      "floor": 0.3,
-      "coefficient parameters": 0.2,
-      "coefficient images": 0.1,
-      "exponent parameters": 0.3,
-      "exponent images": 0.5,
+      "floor": 0.3, "coefficient parameters": 0.2, "coefficient images": 0.1,
+      "exponent parameters": 0.3, "exponent images": 0.5,
     },
     rel=1e-3,
-  )
+  )  # fmt: skip
 
 
 def test_too_few_points_are_refused():

@@ -32,9 +32,8 @@ def measure(metric, arms, **known):
 
 
 def compare_one(metric, arms, **known):
-  [row] = statistics.compare(
-    measure(metric, arms, **known), [metric], baseline="vl"
-  )
+  data = measure(metric, arms, **known)
+  [row] = statistics.compare(data, [metric], baseline="vl")
   return row
 
 
@@ -80,11 +79,9 @@ def test_other_seeds_are_compared_by_welch():
 
 
 def test_one_seed_has_an_interval_over_items_alone():
-  row = compare_one(
-    TOP1,
-    {"vl": [0.30], "depth": [0.36]},
-    errors={"vl": [0.012], "depth": [0.016]},
-  )
+  arms = {"vl": [0.30], "depth": [0.36]}
+  errors = {"vl": [0.012], "depth": [0.016]}
+  row = compare_one(TOP1, arms, errors=errors)
   assert row.low is None and row.n == 1 and row.test == "items"
   assert row.items == "errors" and "one seed" in row.note
   half = 1.959964 * 0.02
@@ -118,10 +115,8 @@ def test_equal_differences_are_no_certainty():
 def test_missing_values_and_nan():
   arms = {"vl": [0.30, math.nan, 0.31, 0.29], "depth": [0.4, 0.5, 0.42, None]}
   row = compare_one(TOP1, arms)
-  assert row.n == 2
-  assert row.p == pytest.approx(
-    stats.ttest_rel([0.4, 0.42], [0.30, 0.31]).pvalue
-  )
+  expected = stats.ttest_rel([0.4, 0.42], [0.30, 0.31])
+  assert row.n == 2 and row.p == pytest.approx(expected.pvalue)
   row = compare_one(TOP1, {"vl": [0.3, 0.31], "depth": [math.nan, None]})
   assert row.difference is None and row.p_holm is None
   assert row.verdict == "missing" and row.note == "no value of depth"
@@ -183,9 +178,8 @@ def test_a_table_is_one_family():
     }
     for arm, level in dict(vl=0.3, ssl=0.33, depth=0.36).items()
   }
-  rows = statistics.compare(
-    ArmMeasurements(values), [TOP1, RMSE], baseline="vl"
-  )
+  data = ArmMeasurements(values)
+  rows = statistics.compare(data, [TOP1, RMSE], baseline="vl")
   names = [(row.metric.name, row.arm) for row in rows]
   assert names == [(m, a) for m in ("top1", "rmse") for a in ("ssl", "depth")]
   smallest = min(rows, key=lambda row: row.p)
@@ -197,21 +191,19 @@ def test_summary():
   data = measure(TOP1, arms, errors={"vl": [0.01] * 3, "one": [0.01]})
   summary = statistics.summarise_arm(data, TOP1, "vl")
   interval = stats.ttest_1samp([0.3, 0.34, 0.35], 0).confidence_interval(0.95)
-  assert summary.interval == pytest.approx((interval.low, interval.high))
-  assert summary.n == 3
+  ends = 100 * interval.low, 100 * interval.high
+  assert (summary.low, summary.high) == pytest.approx(ends)
+  assert summary.points == pytest.approx([30, 34, 35])
+  assert summary.chance == pytest.approx(5)
   one = statistics.summarise_arm(data, TOP1, "one")
-  assert one.interval == pytest.approx((0.3 - 0.0196, 0.3 + 0.0196))
-  assert statistics.summarise_arm(data, TOP1, "bare").interval is None
-  assert statistics.summarise_arm(data, RMSE, "vl").mean is None
+  assert (one.low, one.high) == pytest.approx((30 - 1.96, 30 + 1.96))
+  assert statistics.summarise_arm(data, TOP1, "bare").low is None
+  assert statistics.summarise_arm(data, RMSE, "vl").value is None
 
 
 def test_synergy_by_hand():
-  arms = {
-    "vl": [1.9, 2.0, 2.1],
-    "ssl": [1.8, 1.95, 2.0],
-    "depth": [1.5, 1.6, 1.55],
-    "ssl+depth": [1.2, 1.25, 1.32],
-  }
+  arms = {"ssl": [1.8, 1.95, 2.0], "depth": [1.5, 1.6, 1.55]}
+  arms |= {"vl": [1.9, 2.0, 2.1], "ssl+depth": [1.2, 1.25, 1.32]}
   data = measure(RMSE, arms)
   [row] = statistics.find_synergies(data, [RMSE])
   assert (row.first, row.second, row.better) == ("ssl", "depth", "depth")
@@ -232,44 +224,29 @@ def test_synergy_by_hand():
 
 
 def test_synergy_of_a_missing_single():
-  data = measure(
-    TOP1, {"a": [math.nan] * 2, "b": [0.3, 0.4], "a+b": [0.5, 0.6]}
-  )
+  arms = {"a": [math.nan] * 2, "b": [0.3, 0.4], "a+b": [0.5, 0.6]}
+  data = measure(TOP1, arms)
   [row] = statistics.find_synergies(data, [TOP1])
   assert row.better == "b" and row.over_additive.verdict == "missing"
   assert statistics.find_synergies(measure(TOP1, {"a+b": [0.5]}), [TOP1]) == []
 
 
-def test_intervals_cover_the_true_difference():
+def test_intervals_of_errors_cover_the_true_difference():
   """1,000 studies of 5 seeds and 200 items with a known true difference."""
   rng = np.random.default_rng(7)
-  trials, seeds, items, truth = 1000, 5, 200, 0.03
-  covered = {"seeds": 0, "items": 0, "one seed": 0, "false": 0}
+  trials, seeds, truth, inside = 1000, 5, 0.03, 0
+  error = 0.3 / math.sqrt(200)
   for _ in range(trials):
     # Seed effects are shared by arms, item effects by arms and seeds.
     shared = 0.05 * rng.standard_normal(seeds)
     own = 0.02 * rng.standard_normal((2, seeds))
-    sampled = 0.3 / math.sqrt(items) * rng.standard_normal(2)
-    vl, depth = 0.4 + shared + own[0], 0.4 + truth + shared + own[1]
-    row = compare_one(TOP1, {"vl": vl, "depth": depth})
-    covered["seeds"] += row.low <= truth <= row.high
-    error = 0.3 / math.sqrt(items)
-    row = compare_one(
-      TOP1,
-      {"vl": vl + sampled[0], "depth": depth + sampled[1]},
-      errors={"vl": [error] * seeds, "depth": [error] * seeds},
-    )
-    covered["items"] += row.item_low <= truth <= row.item_high
-    row = compare_one(
-      TOP1,
-      {"vl": [0.4 + sampled[0]], "depth": [0.4 + sampled[1]]},
-      errors={"vl": [error], "depth": [error]},
-    )
-    covered["one seed"] += row.item_low <= 0 <= row.item_high
-    covered["false"] += row.verdict == "not distinguishable"
-  shares = {name: count / trials for name, count in covered.items()}
-  for name, share in shares.items():
-    assert 0.93 <= share <= 0.97, (name, shares)
+    sampled = error * rng.standard_normal(2)
+    vl = 0.4 + shared + own[0] + sampled[0]
+    depth = 0.4 + truth + shared + own[1] + sampled[1]
+    errors = {"vl": [error] * seeds, "depth": [error] * seeds}
+    row = compare_one(TOP1, {"vl": vl, "depth": depth}, errors=errors)
+    inside += row.item_low <= truth <= row.item_high
+  assert 0.93 <= inside / trials <= 0.97
 
 
 def test_resampled_intervals_cover_the_true_difference():
@@ -283,14 +260,11 @@ def test_resampled_intervals_cover_the_true_difference():
     gaps = truth + effect + noise + 0.01 * rng.standard_normal((seeds, 1))
     base = rng.random((seeds, items))
     drawn = rng.integers(items, size=(400, items))
-    runs = {"vl": base, "depth": base + gaps}
-    row = compare_one(
-      TOP1,
-      {arm: [*x.mean(axis=1)] for arm, x in runs.items()},
-      resamples={
-        arm: [run[drawn].mean(axis=1) for run in x] for arm, x in runs.items()
-      },
-    )
+    arms, resamples = {}, {}
+    for arm, x in (("vl", base), ("depth", base + gaps)):
+      arms[arm] = [*x.mean(axis=1)]
+      resamples[arm] = [run[drawn].mean(axis=1) for run in x]
+    row = compare_one(TOP1, arms, resamples=resamples)
     assert row.items == "resamples"
     inside += row.item_low <= truth <= row.item_high
   assert 0.93 <= inside / trials <= 0.97

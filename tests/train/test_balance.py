@@ -22,7 +22,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.perf.bench import gradient_norms
+from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train import gradients
 from mtv_jax.train.balance import (
   Balance,
@@ -384,8 +384,8 @@ def test_no_gradient_is_ten_times_another_in_mtv_tiny(tmp_path):
   ]
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   subprocess.run(command, cwd=trainings.ROOT, env=env, check=True)
-  names, balanced, _ = gradient_norms.read_norms(tmp_path, after=30)
+  names, balanced, _ = step_bench.read_norms(tmp_path, after=30)
   assert balanced.shape == (12, 6)
-  means = gradient_norms.mean_norms(balanced)
+  means = step_bench.mean_norms(balanced)
   print(dict(zip(names, means, strict=True)))
   assert means.max() <= 10 * means.min()

@@ -4,24 +4,22 @@ import contextlib
 import errno
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from labelling_samples import ELSEWHERE, claim
 
 from mtv_jax.utils import atomic, leases
 from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.threads import map_threads
 
-
-def dead_owner():
-  """A dead process of this machine."""
-  process = subprocess.Popen([sys.executable, "-c", ""])
-  process.wait()
-  mine = atomic.current_process()
-  return atomic.Owner(mine.machine, process.pid, mine.token)
+# A process that no longer exists, and an earlier one with this one's number,
+# as a container's only process always has.
+DEAD = atomic.current_process()._replace(pid=10**7)
+EARLIER = atomic.current_process()._replace(token="00000000")
 
 
 def test_a_lease_is_exclusive_and_released(tmp_path):
@@ -40,16 +38,11 @@ def test_a_lease_is_exclusive_and_released(tmp_path):
 @pytest.mark.parametrize(
   ("owner", "age", "gone"),
   [
-    (dead_owner(), 0, True),
+    (DEAD, 0, True),
+    (EARLIER, 0, True),
     (ELSEWHERE, 0, False),
     (ELSEWHERE, 200, False),
     (ELSEWHERE, 400, True),
-    # A container's only process has the number 1 every time.
-    (
-      atomic.Owner(atomic.current_process().machine, os.getpid(), "00000000"),
-      0,
-      True,
-    ),
     ("damaged", 0, False),
     ("damaged", 400, True),
   ],
@@ -73,7 +66,7 @@ def test_leases_of_dead_processes_expire(tmp_path, owner, age, gone):
 
 
 def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
-  file = claim(tmp_path, "a", dead_owner())
+  file = claim(tmp_path, "a", DEAD)
   is_left = atomic.is_abandoned
 
   def slow(path, owner):
@@ -89,15 +82,11 @@ def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
   assert [f.name for f in tmp_path.iterdir()] == [".a.claim"]
 
 
-def names(folder):
-  return sorted(file.name for file in folder.iterdir())
-
-
 def test_a_check_before_a_takeover_grants_nothing_after_it(
   tmp_path, monkeypatch
 ):
   """A third process fails to lease at every line of the second one."""
-  claim(tmp_path, "a", dead_owner())
+  claim(tmp_path, "a", DEAD)
   is_left = atomic.is_abandoned
   granted, tried = [], []
 
@@ -133,11 +122,11 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
   assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
+@pytest.mark.parametrize("owner", [DEAD, ELSEWHERE, "damaged"])
 def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
   # The last of the three died before it could remove the rest.
   old = 0 if isinstance(owner, atomic.Owner) and owner.is_dead else 400
-  claim(tmp_path, "a", dead_owner())
+  claim(tmp_path, "a", DEAD)
   for end in ("claim.1", "claim.12"):
     os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
   # A lease of another shard with a similar name.
@@ -149,6 +138,10 @@ def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
     with Leases(tmp_path).acquire("a") as again:
       assert not again
   assert names(tmp_path) == [".a.claim.claim"]
+
+
+def names(folder):
+  return sorted(file.name for file in folder.iterdir())
 
 
 def test_a_takeover_is_valid_without_the_first_lease(tmp_path):
@@ -181,62 +174,18 @@ def test_one_of_many_takeovers_wins(tmp_path):
   for number in range(rounds):
     claim(tmp_path, f"{number}", ELSEWHERE, age=1000)
   barrier = threading.Barrier(many, timeout=60)
-  wins = [[] for _ in range(rounds)]
 
-  def contend():
+  def contend(_):
+    wins = []
     for number in range(rounds):
       barrier.wait()
       with Leases(tmp_path).acquire(f"{number}") as taken:
-        wins[number].append(taken)
+        wins.append(taken)
         barrier.wait()
+    return wins
 
-  threads = [threading.Thread(target=contend, daemon=True) for _ in range(many)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join(timeout=120)
-  assert [sum(each) for each in wins] == [1] * rounds
-  assert [len(each) for each in wins] == [many] * rounds
-  assert names(tmp_path) == []
-
-
-_PROCESS = """
-import contextlib, pathlib, sys
-from mtv_jax.utils.leases import Leases
-leases = Leases(pathlib.Path(sys.argv[1]))
-with contextlib.ExitStack() as stack:
-  print("ready", flush=True)
-  for line in sys.stdin:
-    taken = stack.enter_context(leases.acquire(line.strip()))
-    print(int(taken), flush=True)
-"""
-
-
-def test_one_of_many_processes_takes_over(tmp_path, repo_root):
-  rounds = [f"{number}" for number in range(50)]
-  for name in rounds:
-    claim(tmp_path, name, ELSEWHERE, age=1000)
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-c", _PROCESS, tmp_path],
-      cwd=repo_root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )
-    for _ in range(4)
-  ]  # fmt: skip
-  with contextlib.ExitStack() as stack:
-    for process in running:
-      stack.callback(process.kill)
-    for process in running:
-      assert process.stdout.readline() == "ready\n"
-    for name in rounds:
-      for process in running:
-        process.stdin.write(f"{name}\n")
-        process.stdin.flush()
-      won = [int(process.stdout.readline()) for process in running]
-      assert sum(won) == 1, name
-    for process in running:
-      process.communicate(timeout=60)
-      assert process.returncode == 0
+  wins = map_threads(contend, range(many))
+  assert np.sum(wins, axis=0).tolist() == [1] * rounds
   assert names(tmp_path) == []
 
 
@@ -247,12 +196,8 @@ def test_a_lease_is_renewed(tmp_path, monkeypatch):
     time.sleep(0.3)
     assert atomic.seconds_since_modified(tmp_path / ".a.claim") < 10
     # A lost lease is neither renewed nor released.
-    file = claim(tmp_path, "a", ELSEWHERE, age=1000)
-    os.replace(file, tmp_path / "other")
-    os.replace(tmp_path / "other", file)
-    moved = tmp_path / "moved"
-    moved.write_bytes(file.read_bytes())
-    os.replace(moved, file)
+    other = claim(tmp_path, "other", ELSEWHERE)
+    file = other.rename(tmp_path / ".a.claim")
     os.utime(file, (0, 0))
     time.sleep(0.1)
     assert file.stat().st_mtime == 0

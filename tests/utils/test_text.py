@@ -53,6 +53,8 @@ from mtv_jax.utils import text
     (text.truncate("abcdefg", 6), "abcdef…"),
     (text.list_first(["a", "b", "c"], 2), "a, b, ..."),
     (text.list_first(["a", "b"], 2), "a, b"),
+    (text.first_lines("abc", 2), "  a\n  b\n  ... and 1 more"),
+    (text.first_lines("ab", 2), "  a\n  b"),
     (text.format_setting({"a": 1}, 20), '{"a": 1}'),
     (text.file_name("a/b c", "..", "d.e"), "a-b-c_unnamed_d.e"),
   ],

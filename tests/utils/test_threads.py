@@ -1,11 +1,21 @@
-"""Maps by threads: order, errors, how far they read ahead."""
+"""Cores, and maps by threads: order, errors, how far they read ahead."""
 
+import os
 import threading
 import time
 
 import pytest
 
-from mtv_jax.utils.threads import map_ahead, map_threads
+from mtv_jax.utils.threads import available_cores, map_ahead, map_threads
+
+
+def test_available_cores(monkeypatch):
+  affinity = lambda pid: {0, 2, 5}  # noqa: E731
+  monkeypatch.setattr(os, "sched_getaffinity", affinity, raising=False)
+  assert available_cores() == 3
+  monkeypatch.delattr(os, "sched_getaffinity")
+  monkeypatch.setattr(os, "cpu_count", lambda: 8)
+  assert available_cores() == 8
 
 
 @pytest.mark.parametrize("map_", [map_threads, map_ahead])

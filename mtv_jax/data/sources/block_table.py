@@ -21,10 +21,10 @@ from jaxtyping import Int64
 
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.ranges import Range
 from mtv_jax.utils.text import list_first
+from mtv_jax.utils.threads import available_cores
 
 NAME = "blocks.npz"
 _VERSION = 1

@@ -30,11 +30,10 @@ import numpy as np
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.data.sources.tar_scan import Scan, TarError
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import StorageError
 from mtv_jax.utils.path import check_regular_file
 from mtv_jax.utils.text import list_first
-from mtv_jax.utils.threads import IO_THREADS, map_threads
+from mtv_jax.utils.threads import IO_THREADS, available_cores, map_threads
 
 log = logging.getLogger(__name__)
 

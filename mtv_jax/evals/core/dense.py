@@ -18,10 +18,9 @@ from mtv_jax.encoder.features import block_index
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.global_features import final_norm
 from mtv_jax.parallel.distributed import gather_bytes
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.grouping import Grouper
-from mtv_jax.utils.threads import map_ahead
+from mtv_jax.utils.threads import available_cores, map_ahead
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
 # Number of batches' worth of items after which an incomplete batch runs.

@@ -183,8 +183,6 @@ def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
   for pair in pairs:
     old, _, new = pair.partition("=")
     if not canonicalize(old) or not canonicalize(new):
-      raise InputError(
-        f"{pair!r} renames nothing: write LABEL=TRUTH, such as 'sofa=couch'."
-      )
+      raise InputError(f"{pair!r}: write LABEL=TRUTH, such as sofa=couch.")
     renamed[old] = new
   return renamed

@@ -60,15 +60,9 @@ def select(
 
   Drops boxes mostly outside the image, small boxes and large boxes before
   suppression, so that dropped boxes suppress nothing. Sizes are measured inside
-  the image.
-
-  Args:
-    detections: detections above the threshold, in any order.
-    nms: `iou` of `suppress`.
-    max_boxes: maximum number of boxes, the best by score.
-    min_side: minimum side, as a fraction of the image's.
-    max_area: maximum area, as a fraction of the image's; a larger box adds
-      nothing to the caption.
+  the image, as fractions of it: a box above `max_area` adds nothing to the
+  caption. `nms` is `iou` of `suppress`; of the rest, the `max_boxes` best by
+  score remain.
   """
   boxes, scores = detections.boxes, detections.scores
   inside = boxes.clip(0, 1)

@@ -16,7 +16,6 @@ A phrase source is named by a string:
 import abc
 import dataclasses
 import functools
-import importlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data.labels.label_sets import hash_bytes
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
+from mtv_jax.experts.base import PLUGIN, import_plugin
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 # OWLv2's limits; a caption of 35 words has about 300 10-grams.
@@ -37,7 +37,6 @@ MAX_WORDS = 10
 _MIN_PADDED = 8
 _NO_PHRASES = "boxes: no phrases to look for"
 _SEPARATORS = re.compile(r"[,;|]")
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # OWLv2's lists (Minderer et al. 2023): common words of web captions without
 # visual content, and NLTK's English stop words, as `canonicalize` spells them.
@@ -103,7 +102,7 @@ def build_phrases(
     return Tags(field or "tags", max_phrases)
   if Path(source).expanduser().is_file():
     return _read_vocabulary(source)
-  if _FUNCTION.fullmatch(source):
+  if PLUGIN.fullmatch(source):
     return _Function(source, max_phrases)
   raise InputError(
     f"phrases={source!r} is neither a phrase source nor a file."
@@ -169,9 +168,7 @@ def _read_vocabulary(file: str) -> "FixedPhrases":
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
-    raise InputError(
-      f"{file} has {len(lines)} lines and no phrase; expected one per line."
-    )
+    raise InputError(f"{file} has {len(lines)} lines and no phrase.")
   if len(phrases) < len(lines):
     logging.info(
       f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(filled)}"
@@ -214,21 +211,9 @@ class _Function(Phrases):
 
   @functools.cached_property
   def _function(self) -> Callable[[Record], Iterable[str]]:
-    name, _, attribute = self.source.partition(":")
-    try:
-      module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-      raise InputError(
-        f"phrases={self.source!r}: {error}. Add the module's folder to"
-        " PYTHONPATH."
-      ) from error
-    function = getattr(module, attribute, None)
+    function = import_plugin(self.source, "phrases")
     if not callable(function):
-      public = [key for key in vars(module) if not key.startswith("_")]
-      raise InputError(
-        f"phrases={self.source!r}: {name} has no function {attribute!r}."
-        f" {did_you_mean(attribute, public)}"
-      )
+      raise InputError(f"phrases={self.source!r} is not a function.")
     return function
 
   def __call__(self, record: Record) -> list[str]:

@@ -1,36 +1,57 @@
 """Labels a data set with an expert, on any number of hosts.
 
-The source reads a record; `Expert.prepare` converts its image to arrays;
-`Expert.run` runs the model on a batch (`batching.py`); `Expert.finish` converts
-the outputs to a label (`data/labels/label_values.py`), which `LabelWriter`
-writes.
+Threads read, decode and prepare records ahead of the devices
+(`Expert.prepare`), and finish labels afterwards (`Expert.finish`), which
+`LabelWriter` writes. One batch runs on the devices (`Expert.run`) while the
+next is assembled. Batches depend only on the order of records.
 
 Hosts lease whole shards one by one (`utils/leases.py`), and communicate only
 through files in the label set's folder. Hosts may join, leave or be killed: the
 label set is byte-identical.
 """
 
+import collections
 import contextlib
 import dataclasses
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 
+import jax
+import numpy as np
+
+from mtv_jax.data import canvas
+from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels.label_values import LabelOutcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
+from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
-from mtv_jax.experts.base import Expert
-from mtv_jax.experts.labelling import batching
+from mtv_jax.experts.base import Expert, PreparedInput
 from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
-from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.grouping import Grouper
 from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
 
 # Seconds between checks of shards that peers are labelling, doubling.
 _MIN_WAIT, _MAX_WAIT = 0.2, 5.0
+# Limit of the total size of prepared records in incomplete batches.
+_MAX_BYTES = 2 << 30
+# Records that a waiting record may delay: labels are written in order.
+_MAX_AGE = 4096
+
+# Parts of a reason that differ between records.
+_BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
+_NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
+
+# (position, prepared record) pairs of one group.
+Batch = list[tuple[int, PreparedInput]]
 
 
 def run(
@@ -123,7 +144,7 @@ class _HostJob:
 
   def _entries(self, shard: int) -> Iterator[Entry]:
     base, numbers = self.writer.base, self.writer.numbers(shard)
-    for entry in batching.label(
+    for entry in label_records(
       self.expert, base, numbers, threads=self.threads
     ):
       self.done += 1
@@ -140,3 +161,156 @@ class _HostJob:
       len(names),
       ", ".join(some),
     )
+
+
+def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
+  """Stacks a batch's arrays, padded to `rows` by repetition."""
+  chosen = [batch[i % len(batch)][1].arrays for i in range(rows)]
+  return {name: np.stack([x[name] for x in chosen]) for name in chosen[0]}
+
+
+def make_grouper(
+  rows: int, *, max_bytes: int = _MAX_BYTES, max_age: int = _MAX_AGE
+) -> Grouper[PreparedInput]:
+  """Builds a grouper that collects batches of `rows`, with bounded memory."""
+  return Grouper(rows, max_age=max_age, max_bytes=max_bytes, item_bytes=_size)
+
+
+def _size(prepared: PreparedInput) -> int:
+  return sum(array.nbytes for array in prepared.arrays.values())
+
+
+def label_records(
+  expert: Expert, base: Source, numbers: Sequence[int], *, threads: int
+) -> Iterator[Entry]:
+  """Labels records of a source by number; yields entries in order.
+
+  Bad records yield entries without a label. `threads` decode, prepare and
+  finish.
+  """
+  pool = futures.ThreadPoolExecutor(threads)
+  pipeline = _Pipeline(expert, pool)
+  pending: collections.deque[futures.Future] = collections.deque()
+  try:
+    for number in numbers:
+      if len(pending) == expert.rows + 2 * threads:
+        yield from pipeline.add(*pending.popleft().result())
+      pending.append(pool.submit(_prepare, expert, base, number))
+    while pending:
+      yield from pipeline.add(*pending.popleft().result())
+    yield from pipeline.flush()
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclasses.dataclass
+class _Item:
+  """A record in the pipeline; its outcome may be pending."""
+
+  key: str
+  image: str = ""
+  outcome: LabelOutcome | futures.Future[LabelOutcome] | None = None
+
+
+def _prepare(
+  expert: Expert, base: Source, number: int
+) -> tuple[_Item, PreparedInput | None]:
+  """Reads a record by number; prepares the expert's input unless it is bad."""
+  item = None
+  try:
+    record = base.read_with_metadata(number)
+    item = _Item(record["key"], label_sets.hash_bytes(record["image"]))
+    pixels = canvas.decode(record["image"], key=item.key)
+    return item, expert.prepare(pixels, record)
+  except BadRecord as error:
+    item = item or _Item(error.key)
+    item.outcome = no_label(reason(error))
+    return item, None
+  except Exception as error:
+    key = "of unknown key" if item is None else repr(item.key)
+    error.add_note(f"(while preparing record {number}, {key})")
+    raise
+
+
+def reason(error: BadRecord) -> str:
+  """An error's reason, without parts that differ between records."""
+  text = _BYTES.sub("...", error.reason)
+  return f"record: {_NUMBER.sub('N', text)}"
+
+
+class _Pipeline:
+  """Pipeline stages between preparing and writing."""
+
+  def __init__(self, expert: Expert, pool: futures.ThreadPoolExecutor):
+    self._expert = expert
+    self._pool = pool
+    self._grouper = make_grouper(expert.rows)
+    self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
+    self._finishing: list[futures.Future[LabelOutcome]] = []
+    # Items by position; removed in order.
+    self._items: dict[int, _Item] = {}
+    self._added = self._yielded = 0
+
+  def add(self, item: _Item, prepared: PreparedInput | None) -> Iterator[Entry]:
+    """Adds a record; yields finished entries in order."""
+    position, self._added = self._added, self._added + 1
+    self._items[position] = item
+    if prepared is not None:
+      for batch in self._grouper.add(position, prepared.group, prepared):
+        self._start(batch)
+    yield from self._pop_finished()
+
+  def flush(self) -> Iterator[Entry]:
+    """Yields the remaining entries."""
+    for batch in self._grouper.flush():
+      self._start(batch)
+      yield from self._pop_finished()
+    self._collect()
+    futures.wait(self._finishing)
+    yield from self._pop_finished()
+
+  def _start(self, batch: Batch) -> None:
+    outputs = self._expert.run(stack_arrays(batch, self._expert.rows))
+    self._collect()
+    self._running = (batch, outputs)
+
+  def _collect(self) -> None:
+    """Waits for the running batch and submits its rows to threads."""
+    batch, outputs = self._running or ([], {})
+    self._running = None
+    # Bounds the number of pending labels.
+    futures.wait(self._finishing)
+    self._finishing = []
+    fetched = {name: np.asarray(value) for name, value in outputs.items()}
+    for row, (position, prepared) in enumerate(batch):
+      item = self._items[position]
+      # The ellipsis keeps scalars arrays.
+      rows = {name: value[row, ...] for name, value in fetched.items()}
+      item.outcome = self._pool.submit(
+        self._finish, item.key, rows, prepared.meta
+      )
+      self._finishing.append(item.outcome)
+
+  def _finish(
+    self, key: str, rows: Mapping[str, np.ndarray], meta: object
+  ) -> LabelOutcome:
+    try:
+      return self._expert.finish(rows, meta)
+    except BadRecord as error:
+      return no_label(reason(error))
+    except Exception as error:
+      error.add_note(f"(while labelling the record {key!r})")
+      raise
+
+  def _pop_finished(self) -> Iterator[Entry]:
+    while item := self._items.get(self._yielded):
+      outcome = item.outcome
+      if outcome is None:
+        return
+      if isinstance(outcome, futures.Future):
+        if not outcome.done():
+          return
+        outcome = outcome.result()
+      del self._items[self._yielded]
+      self._yielded += 1
+      yield Entry(item.key, outcome, item.image)

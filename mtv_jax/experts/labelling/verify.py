@@ -17,8 +17,7 @@ from mtv_jax.data.labels.label_values import (
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.labelling import batching
-from mtv_jax.experts.labelling.run import count_threads
+from mtv_jax.experts.labelling.run import count_threads, label_records
 from mtv_jax.utils.errors import InputError
 
 
@@ -151,7 +150,7 @@ def verify(
   numbers = np.linspace(0, len(base) - 1, min(count, len(base)))
   numbers = np.unique(numbers.round().astype(int)).tolist()
   report = VerificationReport(expert.kind, compared=len(numbers))
-  entries = batching.label(expert, base, numbers, threads=threads)
+  entries = label_records(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key
     # Encodes and decodes, as the set does.

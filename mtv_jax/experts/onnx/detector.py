@@ -1,30 +1,46 @@
 """ONNX detectors as box experts, with onnxruntime (extra `onnx`).
 
-`decoders.py` interprets the outputs. Images run on the CPU, one per thread:
-labels do not depend on the number of threads, rows or devices.
+Images run on the CPU, one per thread: labels do not depend on the number of
+threads, rows or devices. An ONNX file does not define the meaning of its
+outputs; a `Decoder` does:
+
+  fastestdet     FastestDet (Qiu 2022, github.com/dog-qiuqiu/FastestDet)
+  MODULE:NAME    an object with the members of `Decoder`
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import cv2
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import PreparedInput, check_options
+from mtv_jax.experts.base import (
+  PLUGIN,
+  Arrays,
+  Image,
+  PreparedInput,
+  check_options,
+  import_plugin,
+)
 from mtv_jax.experts.labelling import detections
+from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import hash_phrases
-from mtv_jax.experts.onnx.decoders import get_decoder
-from mtv_jax.utils.cores import available_cores
-from mtv_jax.utils.errors import InputError, MissingFileError
-from mtv_jax.utils.threads import map_threads
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+  did_you_mean,
+  import_extra,
+)
+from mtv_jax.utils.threads import available_cores, map_threads
 
 _MAX_SIDE = 1 << 13  # Pixels of an input.
 
@@ -41,16 +57,11 @@ class OnnxDetector:
     mesh: this host's mesh; sets only the batch, the model runs on the CPU.
     batch_size: images per device.
     dtype: unused; the file determines the dtype.
-    decoder: see `decoders.py`.
+    decoder: see the top of the file.
     size: side or (height, width) of the input, if the file leaves it open.
     threshold: minimum score, exclusive; default: the decoder's.
     nms: see `detections.select`; default: the decoder's.
     max_boxes, min_side, max_area: see `detections.select`.
-
-  Raises:
-    ImportError: onnxruntime is not installed.
-    MissingFileError: a file is missing.
-    InputError: the file, the names and the decoder don't match.
   """
 
   kind = "boxes"
@@ -75,7 +86,7 @@ class OnnxDetector:
     self._decoder = get_decoder(decoder)
     data = _read_file(file, "ONNX file")
     try:
-      self._session = _open_session(data, file)
+      self._session = _open_session(data)
       self._names = _read_names(names)
       self._input, batch, self._size = _read_input(self._session, size)
       outputs = {x.name: x.shape for x in self._session.get_outputs()}
@@ -109,17 +120,13 @@ class OnnxDetector:
       **self._options,
     }
 
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> PreparedInput:
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Preprocesses an image with the decoder."""
     del record
     pixels = self._decoder.prepare(image, *self._size)
     return PreparedInput("image", {"image": pixels}, meta=image.shape[:2])
 
-  def run(
-    self, arrays: Mapping[str, np.ndarray]
-  ) -> dict[str, Float[np.ndarray, " rows *_"]]:
+  def run(self, arrays: Arrays) -> dict[str, Float[np.ndarray, " rows *_"]]:
     """Computes the model's outputs by name; blocks."""
     images = arrays["image"]
 
@@ -131,9 +138,7 @@ class OnnxDetector:
     outputs = zip(*results, strict=True)
     return dict(zip(self._outputs, map(np.concatenate, outputs), strict=True))
 
-  def finish(
-    self, outputs: Mapping[str, np.ndarray], meta: tuple[int, int]
-  ) -> LabelOutcome:
+  def finish(self, outputs: Arrays, meta: tuple[int, int]) -> LabelOutcome:
     """The label of one image."""
     boxes = self._decoder.decode(
       outputs, self._names, threshold=self._threshold, image_size=meta
@@ -168,9 +173,7 @@ def _read_input(
   given = (size, size) if isinstance(size, int) else size
   is_fixed = [isinstance(side, int) for side in sides]
   if given is None and not all(is_fixed):
-    raise InputError(
-      f"the file takes images of any size ({listed}): set one with size="
-    )
+    raise InputError(f"the input takes any size ({listed}): set size=")
   height, width = (
     side if fixed else other
     for side, fixed, other in zip(sides, is_fixed, given or sides, strict=True)
@@ -178,21 +181,13 @@ def _read_input(
   if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
     raise InputError(f"size={size}; expected 1 to {_MAX_SIDE} pixels.")
   if given and (height, width) != tuple(given):
-    raise InputError(
-      f"size={size}, and the file takes {(height, width)} only ({listed})"
-    )
+    raise InputError(f"size={size}; the file takes {(height, width)} only")
   batch = batch if isinstance(batch, int) else None
   return inputs[0].name, batch, (height, width)
 
 
-def _open_session(data: bytes, file: Any) -> Any:
-  try:
-    import onnxruntime
-  except ImportError as error:
-    raise ImportError(
-      f"{file} needs onnxruntime, which is not installed: pip install"
-      " 'mtv_jax[onnx]'"
-    ) from error
+def _open_session(data: bytes) -> Any:
+  onnxruntime = import_extra("onnxruntime", "onnx")
   options = onnxruntime.SessionOptions()
   # We run one image per thread. A single thread also fixes the order of sums.
   options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -219,13 +214,143 @@ def _read_names(file: str | os.PathLike) -> tuple[str, ...]:
     # Some editors write a byte order mark.
     text = _read_file(file, "file of class names").decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise InputError(
-      f"{file} is not UTF-8 text ({error}); expected a class name per line."
-    ) from error
+    raise InputError(f"{file} is not UTF-8 text ({error}).") from error
   names = tuple(line.strip() for line in text.rstrip().splitlines())
   if "" in names:
-    index = names.index("")
-    raise InputError(
-      f"{file}: line {index + 1} is blank; class {index} needs a name."
-    )
+    raise InputError(f"{file}: line {names.index('') + 1} is blank.")
   return names
+
+
+@runtime_checkable
+class Decoder(Protocol):
+  """Preprocessing and output format of a kind of detector."""
+
+  name: str  # For the manifest; changes when results change.
+  threshold: float  # Minimum score, the authors' default.
+  nms: float  # IoU of duplicates, the authors' default.
+
+  def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
+    """Raises ValueError if the model is not this kind of detector.
+
+    Args:
+      outputs: shapes by name, in order, with batch dimension; symbolic sizes
+        are names or None.
+      classes: number of class names.
+    """
+    ...
+
+  def prepare(
+    self, image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+  ) -> Float32[np.ndarray, "3 height width"]:
+    """Converts an RGB image to the model's input."""
+    ...
+
+  def decode(
+    self,
+    outputs: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    *,
+    threshold: float | int,
+    image_size: tuple[int, int],
+  ) -> Detections:
+    """Returns boxes with scores above a threshold, before suppression.
+
+    `outputs` belong to one image, without batch dimension; `names` are class
+    names; `image_size` is (height, width) before `prepare`.
+    """
+    ...
+
+
+class FastestDet:
+  """FastestDet decoder: one box per cell of a grid `[1, 5 + classes, h, w]`.
+
+  For the cell of row i and column j, with channels o (0), r (1 to 4) and c (the
+  rest), where o and c are in [0, 1]:
+
+      score = o^0.6 (max c)^0.4,  class = argmax c
+      centre x = (j + tanh r_0) / w,  width = sigmoid r_2
+      centre y = (i + tanh r_1) / h,  height = sigmoid r_3
+
+  Images are squashed with area interpolation, in BGR order, divided by 255.
+  Unlike the published example, does not round boxes to pixels.
+  """
+
+  name = "fastestdet"
+  threshold = 0.65
+  nms = 0.45
+
+  def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
+    """Raises InputError unless the output is one `[n, 5 + classes, h, w]`."""
+    shapes = list(outputs.values())
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+      listed = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
+      raise InputError(
+        "FastestDet has one output [n, 5 + classes, h, w]; the file has"
+        f" {listed}. Give decoder=MODULE:NAME for another detector (see"
+        " mtv_jax/experts/onnx/detector.py)."
+      )
+    channels = shapes[0][1]
+    if classes < 1:
+      raise InputError("there is no class name; give one per line.")
+    if isinstance(channels, int) and channels != 5 + classes:
+      raise InputError(
+        f"the output has {channels} channels: {channels - 5} classes after 5 of"
+        f" objectness and box, and there are {classes} names. Give those of its"
+        " training, one per line, in their order."
+      )
+
+  def prepare(
+    self, image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+  ) -> Float32[np.ndarray, "3 height width"]:
+    """Squashes an image; BGR, 0 to 1."""
+    bgr = np.ascontiguousarray(image[..., ::-1])
+    small = cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA)
+    return (small.transpose(2, 0, 1) / 255).astype(np.float32)
+
+  def decode(
+    self,
+    outputs: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    *,
+    threshold: float | int,
+    image_size: tuple[int, int],
+  ) -> Detections:
+    """Returns the boxes of cells with scores above the threshold."""
+    del image_size  # Squashed images share the unit square.
+    (grid,) = outputs.values()
+    self.check({"output": (1, *grid.shape)}, len(names))
+    classes = grid[5:]
+    scores = grid[0] ** 0.6 * classes.max(axis=0) ** 0.4
+    rows, columns = np.nonzero(scores > threshold)
+    cells = grid[:, rows, columns]
+    corners = np.stack([rows, columns]).astype(np.float32)
+    sizes = np.array(scores.shape, np.float32)[:, None]
+    centres = (corners + np.tanh(cells[[2, 1]])) / sizes
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is the sigmoid's 0.
+      halves = 0.5 / (1 + np.exp(-cells[[4, 3]]))
+    return Detections(
+      boxes=np.concatenate([centres - halves, centres + halves]).T,
+      scores=scores[rows, columns],
+      phrases=tuple(names[i] for i in cells[5:].argmax(axis=0)),
+    )
+
+
+DECODERS: dict[str, Decoder] = {"fastestdet": FastestDet()}
+
+
+def get_decoder(name: str) -> Decoder:
+  """Returns a decoder by name, see the top of the file."""
+  if name in DECODERS:
+    return DECODERS[name]
+  if not PLUGIN.fullmatch(name):
+    raise InputError(
+      f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME imports "
+      "one."
+    )
+  decoder = import_plugin(name, "decoder")
+  if not isinstance(decoder, Decoder) or isinstance(decoder, type):
+    raise InputError(
+      f"decoder={name!r} is {decoder!r}; expected an object with the members of"
+      " `Decoder` of mtv_jax/experts/onnx/detector.py."
+    )
+  return decoder

@@ -1,14 +1,14 @@
 """OWLv2 (Minderer et al. 2023): open-vocabulary box expert.
 
-The devices embed an image's phrases as queries (see `queries.py`), choose the
-best phrase of each patch and the best patches, and return only a few kilobytes
-per image.
+The devices embed an image's phrases as queries, choose the best phrase of each
+patch and the best patches, and return only a few kilobytes per image.
 """
 
+import collections
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -16,22 +16,112 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32, PyTree, UInt8
+from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 
 from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import PreparedInput, check_options
+from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
 from mtv_jax.experts.owlv2.model import Owlv2, Patches
-from mtv_jax.experts.owlv2.queries import QueryCache
+from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
+
+# Phrases per device and run of the text tower: with 16 tokens each, enough that
+# reading weights is not the bottleneck of a TPU.
+_BATCH_SIZE = 16
+# Number of cached phrases: 32 MB per device at 512 channels.
+_CAPACITY = 16_384
+
+
+class QueryCache:
+  """A table of queries on every device of a mesh; not thread-safe.
+
+  Many n-grams of captions recur, and a fixed vocabulary never changes. The text
+  tower always runs on a fixed number of independent rows, so that a query does
+  not depend on earlier requests.
+
+  `embed` maps `params` (on the devices) and tokens `[n, k, t]` to queries
+  `[n, width]`, row by row. Requests for more than `capacity` phrases grow it.
+  """
+
+  def __init__(
+    self,
+    embed: Callable[[PyTree, Array], Array],
+    params: Any,
+    *,
+    width: int,
+    mesh: Mesh,
+    capacity: int = _CAPACITY,
+  ):
+    self._params, self._mesh = params, mesh
+    self._embed = local_mesh.jit_per_device(
+      lambda params, rows: embed(params, rows["tokens"]), mesh
+    )
+    self._write = jax.jit(
+      lambda table, slots, new: table.at[slots].set(new, mode="drop"),
+      out_shardings=replicated_sharding(mesh),
+    )
+    # [capacity, e]; slots of `look_up` are valid until its next call.
+    self.table: Float32[Array, "capacity e"] = local_mesh.replicate(
+      np.zeros((capacity, width), np.float32), mesh
+    )
+    # Slots by the tokens' bytes, most recently used last.
+    self._slots: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+    self.encoded = 0
+
+  def look_up(
+    self, tokens: Int32[np.ndarray, "*n k t"]
+  ) -> Int32[np.ndarray, "*n"]:
+    """Slot of each phrase's query in `table`; -1 for padding (all ids are 0).
+
+    A phrase has t token ids in each of k prompts.
+    """
+    lead = tokens.shape[:-2]
+    rows = tokens.reshape(-1, *tokens.shape[-2:])
+    keys = [row.tobytes() if row.any() else None for row in rows]
+    # First row of each phrase, in order.
+    wanted = {key: i for i, key in reversed([*enumerate(keys)]) if key}
+    new = []
+    for key, i in sorted(wanted.items(), key=lambda item: item[1]):
+      if key in self._slots:
+        self._slots.move_to_end(key)
+      else:
+        new.append((key, i))
+    if len(wanted) > len(self.table):
+      capacity = 1 << (len(wanted) - 1).bit_length()
+      more = ((0, capacity - len(self.table)), (0, 0))
+      self.table = local_mesh.replicate(jnp.pad(self.table, more), self._mesh)
+    count = self._mesh.size * _BATCH_SIZE
+    for start in range(0, len(new), count):
+      self._encode(rows, new[start : start + count], count)
+    slots = [self._slots[key] if key else -1 for key in keys]
+    return np.array(slots, np.int32).reshape(lead)
+
+  def _encode(
+    self, rows: np.ndarray, new: list[tuple[bytes, int]], count: int
+  ) -> None:
+    """Encodes phrases into free or least recently used slots."""
+    capacity = len(self.table)
+    tokens = np.zeros((count, *rows.shape[1:]), np.int32)
+    slots = np.full(count, capacity, np.int32)  # Out of range: not written.
+    for row, (key, i) in enumerate(new):
+      slot = len(self._slots)
+      if slot == capacity:
+        _, slot = self._slots.popitem(last=False)
+      self._slots[key] = slot
+      tokens[row], slots[row] = rows[i], slot
+    sharded = local_mesh.shard({"tokens": tokens}, self._mesh)
+    queries = self._embed(self._params, sharded)
+    self.table = self._write(self.table, slots, queries)
+    self.encoded += len(new)
+
 
 # OWL-ViT averages logits over these prompts: CLIP's best seven on ImageNet, in
 # OWL-ViT's normalised spelling.
@@ -59,7 +149,6 @@ class Owlv2Expert:
     phrases: queries, truncated to the text tower's 16 tokens.
     mesh: mesh of this host's devices; default: all devices.
     batch_size: images per device.
-    dtype: computation dtype.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
     threshold: minimum score of a patch's best phrase, exclusive. The authors
@@ -67,11 +156,6 @@ class Owlv2Expert:
     nms, max_boxes, min_side, max_area: see `detections.select`.
     prompts: texts with a `{}` for the phrase, whose logits are averaged, or
       "ensemble" for `ENSEMBLE`.
-
-  Raises:
-    MissingFileError: the folder or its tokenizer is missing.
-    ConversionError: the folder has a different or an incomplete model.
-    InputError: `prompts` or `size` is invalid.
   """
 
   kind = "boxes"
@@ -141,9 +225,7 @@ class Owlv2Expert:
       slots = np.tile(self._queries.look_up(tokens), (self.rows, 1))
       self._slots = local_mesh.shard({"slots": slots}, mesh)["slots"]
 
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> PreparedInput:
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
     """Pads the image; tokenizes its phrases unless the vocabulary is fixed."""
     pixels = pad_to_square(image, self._size)
     pixels -= np.array(self._files.mean, np.float32)
@@ -167,7 +249,7 @@ class Owlv2Expert:
     ids = self._files.tokenizer.encode(texts, length)
     return ids.reshape(len(phrases), len(self._prompts), length)
 
-  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  def run(self, arrays: Arrays) -> dict[str, jax.Array]:
     """Predicts the best `CANDIDATES` boxes, see `Programs.score`."""
     pixels = local_mesh.shard({"pixels": arrays["pixels"]}, self._mesh)
     patches = self._detect(self._params, pixels)
@@ -178,9 +260,7 @@ class Owlv2Expert:
     consts = {"table": self._queries.table, "threshold": self._threshold}
     return self._score(consts, {"patches": patches, "slots": slots})
 
-  def finish(
-    self, outputs: Mapping[str, np.ndarray], meta: Any
-  ) -> LabelOutcome:
+  def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """The label of one image."""
     (height, width), phrases = meta
     above = outputs["scores"] > self._threshold
@@ -222,12 +302,10 @@ class Programs:
   ) -> dict[str, jax.Array]:
     """Selects the best phrase of each patch, and the best patches.
 
-    `slots` index the `table` of queries; -1 is padding.
-
-    Returns:
-      For the k best patches, best first: `boxes` `[b, k, 4]` in the unit square
-      of the padded image, `scores` `[b, k]` and `labels` `[b, k]`, indices into
-      `slots`; and the number of patches `above` the threshold, `[b]`.
+    `slots` index the `table` of queries; -1 is padding. Returns, for the k best
+    patches, best first: `boxes` `[b, k, 4]` in the padded image's unit square,
+    `scores` `[b, k]` and `labels` `[b, k]`, indices into `slots`; and the
+    number of patches `above` the threshold, `[b]`.
     """
     patches, slots = rows["patches"], rows["slots"]
     # Slots of -1 read an arbitrary query, which is masked.
@@ -252,9 +330,7 @@ def pad_to_square(
   of (s - 1) / 2 pixels for shrinking by s, then linear interpolation. Enlarged
   images differ beyond the centres of the outermost pixels: edges are repeated
   (as in PyTorch), not mirrored.
-
-  Returns:
-    Values from 0 to 1.
+  Returns values from 0 to 1.
   """
   side = max(image.shape[:2])
   shrink = side / size

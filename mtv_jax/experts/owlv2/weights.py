@@ -2,26 +2,26 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+import tokenizers as hf_tokenizers
+from jaxtyping import Int32, PyTree
+from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import processors as post_processors
 
 from mtv_jax.config import foreign
 from mtv_jax.convert import clip, hf_files, processors, tables, tensors
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.data import tokenizers
-from mtv_jax.experts.owlv2.clip_tokenizer import (
-  MERGES,
-  VOCABULARY,
-  ClipTokenizer,
-)
 from mtv_jax.experts.owlv2.model import Owlv2
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 # Defaults that differ from CLIP's.
 _VISION = {"image_size": 768, "patch_size": 16}
@@ -39,6 +39,81 @@ _HEADS = {
   "objectness/mlp/fc2": "objectness_head.dense1",
   "objectness/last": "objectness_head.dense2",
 }
+VOCABULARY = "vocab.json"
+MERGES = "merges.txt"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# Radford et al. 2021: contractions, letters, single digits, punctuation.
+_WORD = (
+  r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+  r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class ClipTokenizer:
+  """CLIP's BPE tokenizer, equal to `CLIPTokenizer` of `transformers`.
+
+  For folders with `vocab.json` and `merges.txt`, without `tokenizer.json`:
+  byte-level BPE on lower-cased text, with `</w>` at the end of words.
+  """
+
+  def __init__(self, folder: str | os.PathLike):
+    files = [pathlib.Path(folder) / name for name in (VOCABULARY, MERGES)]
+    for file in files:
+      if not file.is_file():
+        raise MissingFileError(
+          f"There is no {file}. A tokenizer is a tokenizer.json, or a "
+          f"{VOCABULARY} with a {MERGES}: copy those of the model's processor."
+        )
+    try:
+      vocabulary = json.loads(files[0].read_text(encoding="utf-8"))
+      lines = files[1].read_text(encoding="utf-8").splitlines()
+      pairs = [tuple(s.split()) for s in lines if not s.startswith("#version")]
+      merges = [pair for pair in pairs if pair]
+      special = [(token, vocabulary[token]) for token in (_START, _END)]
+      model = models.BPE(
+        vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END
+      )
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:
+      # The library raises bare Exception; its panics are BaseException.
+      raise InputError(
+        f"{files[0]} and {MERGES} are not CLIP's ({error!r}): expected ids of "
+        f"tokens, with {_START} and {_END}, and a pair of tokens per line."
+      ) from error
+    self._end = vocabulary[_END]
+    self._model = hf_tokenizers.Tokenizer(model)
+    self._model.normalizer = normalizers.Sequence(
+      [
+        normalizers.NFC(),
+        normalizers.Replace(hf_tokenizers.Regex(r"\s+"), " "),
+        normalizers.Lowercase(),
+      ]
+    )
+    self._model.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(
+          hf_tokenizers.Regex(_WORD), behavior="removed", invert=True
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+      ]
+    )
+    self._model.post_processor = post_processors.TemplateProcessing(
+      single=f"{_START} $A {_END}", special_tokens=special
+    )
+    self._model.add_special_tokens([_START, _END])
+
+  def encode(
+    self, strings: Sequence[str], length: int
+  ) -> Int32[np.ndarray, "n length"]:
+    """Ids of each string with start and end, truncated or padded with end."""
+    ids = np.full((len(strings), length), self._end, np.int32)
+    encodings = self._model.encode_batch(list(strings))
+    # The last id stays, so that truncated texts end with the end token.
+    for row, encoding in zip(ids[:, :-1], encodings, strict=True):
+      part = encoding.ids[: length - 1]
+      row[: len(part)] = part
+    return ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +133,6 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
 
   Needs a tokenizer (`tokenizer.json`, or `vocab.json` and `merges.txt`);
   `processor_config.json` or `preprocessor_config.json` is optional.
-
-  Raises:
-    MissingFileError: the folder or its tokenizer is missing.
-    ConversionError: the model is of a different kind, or tensors are missing,
-      unexpected or of a wrong shape; the message names each.
   """
   path, config = hf_files.read_config(
     folder, model_type="owlv2", example="google/owlv2-base-patch16-ensemble"

@@ -1,13 +1,11 @@
 """Train step benchmark against PyTorch, on one CPU.
 
-Both steps start from equal weights and batches, so their first losses are
-equal. Rounds alternate.
-
   siglip         ViT-S/16 and text tower, sigmoid loss; against open_clip
   distillation   DINO and iBOT on ViT-S/16, two global and eight local crops;
                  against a PyTorch step written from the papers
 
-Float32, gradient clipping at 1 and AdamW (fused in PyTorch).
+Both start from equal weights and batches, in float32, with gradient clipping at
+1 and AdamW (fused in PyTorch). Rounds alternate.
 """
 
 import functools
@@ -31,10 +29,7 @@ OPTIM = dict(name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0)
 
 
 def pin(threads: int) -> int:
-  """Pins this process to at most `threads` cores; returns the number of cores.
-
-  XLA starts one thread per available core: call this before JAX runs anything.
-  """
+  """Pins this process to cores before JAX starts; returns their number."""
   cores = sorted(os.sched_getaffinity(0))[:threads]
   os.sched_setaffinity(0, cores)
   return len(cores)
@@ -70,8 +65,7 @@ def compare(
 ) -> harness.BenchResult:
   """Times our step and PyTorch's in alternating rounds.
 
-  `threads` applies to PyTorch; JAX uses all cores of the process, see `pin`.
-  `model` overrides model fields, to shrink the model.
+  `threads` are PyTorch's, see `pin`; `model` overrides model fields.
   """
   check_choice("what", what, BENCHMARKS)
   torch_steps = harness.import_oracle("torch_steps")

@@ -97,10 +97,7 @@ def _time_save(
 
 
 def disk_speed(folder: pathlib.Path) -> dict[str, float]:
-  """Bytes per second of writing ('write') and reading ('read') one file.
-
-  Writing includes fsync; the page cache is dropped before reading.
-  """
+  """Bytes per second of writing with fsync and of reading, uncached."""
   data = np.random.default_rng(0).integers(0, 256, _CHUNK, np.uint8).tobytes()
   path = folder / "speed.bin"
   try:

@@ -17,8 +17,7 @@ from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.perf.bench import harness
-from mtv_jax.utils.cores import available_cores
-from mtv_jax.utils.threads import map_threads
+from mtv_jax.utils.threads import available_cores, map_threads
 
 
 def run(

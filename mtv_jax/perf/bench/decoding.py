@@ -5,10 +5,9 @@ local views on the host. Ours resizes it to a canvas, and the device computes
 the views. Both process equal files in turn, on one thread.
 """
 
-import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -21,8 +20,6 @@ from mtv_jax.utils.errors import InputError
 
 # JPEG quality of resized photos.
 _QUALITY = 90
-
-Transform = Callable[[bytes], object]
 
 
 def run(
@@ -53,31 +50,42 @@ def run(
   oracle = harness.import_oracle("dinov2_views")
   result = harness.BenchResult(size=size, images=images, threads=threads)
   files = _read_files(data, size, images)
-  with _limit_threads(threads):
-    methods: dict[str, Transform] = {
-      "canvas": functools.partial(canvas.decode_to_canvas, size=size),
-      "exact": lambda file: canvas.squash(canvas.decode(file), size),
-      "views": oracle.make_dinov2_views(),
-    }
-    for number in numbers:
-      photos = files if not number else _enlarge(files, number)
-      times = _time_methods(methods, photos, rounds)
-      _add_times(result, number, photos, times)
-  return result
-
-
-@contextlib.contextmanager
-def _limit_threads(threads: int) -> Iterator[None]:
-  import torch
-
-  before = torch.get_num_threads(), cv2.getNumThreads()
-  torch.set_num_threads(threads)
+  oracle.torch.set_num_threads(threads)
   cv2.setNumThreads(threads)
-  try:
-    yield
-  finally:
-    torch.set_num_threads(before[0])
-    cv2.setNumThreads(before[1])
+  methods = {
+    "views": ("DINOv2's views", oracle.make_dinov2_views()),
+    "exact": (
+      "canvas, decoded fully",
+      lambda file: canvas.squash(canvas.decode(file), size),
+    ),
+    "canvas": (
+      "canvas",
+      functools.partial(canvas.decode_to_canvas, size=size),
+    ),
+  }
+  for number in numbers:
+    photos = files if not number else _enlarge(files, number)
+    calls = [
+      lambda transform=transform, photos=photos: list(map(transform, photos))
+      for _, transform in methods.values()
+    ]
+    times = harness.time_rounds(calls, rounds=rounds, clock="cpu")
+    times = dict(zip(methods, 1e3 * times.T / len(photos), strict=True))
+    medians = {name: float(np.median(times[name])) for name in methods}
+    key, title = f"{number:g}", f"{number:g} megapixels"
+    title = title if number else "as they are"
+    kilobytes = statistics.mean(map(len, photos)) / 1e3
+    result.add(key, {"kilobytes": kilobytes, "cpu_ms": medians})
+    for name, (label, _) in methods.items():
+      ms = medians[name]
+      text = f"{ms:.2f} CPU ms, {1e3 / ms:.0f} images/s/core"
+      result.add(f"{key}_{name}", ms, f"{title}: {label}", text)
+    for name in ("exact", "canvas"):
+      label = f"{title}, {kilobytes:.0f} kB: views / {methods[name][0]}"
+      result.add_ratio(
+        f"{key}_{name}_ratio", times["views"], times[name], label, ".1f"
+      )
+  return result
 
 
 def _parse_megapixels(megapixels: str) -> list[float]:
@@ -113,44 +121,3 @@ def _enlarge(files: Sequence[bytes], megapixels: float) -> list[bytes]:
     )
     photos.append(cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes())
   return photos
-
-
-def _time_methods(
-  methods: dict[str, Transform], photos: Sequence[bytes], rounds: int
-) -> dict[str, np.ndarray]:
-  """CPU milliseconds per image, `{method: [rounds]}`."""
-  times = {name: [] for name in methods}
-  for _ in range(rounds + 1):
-    for name, transform in methods.items():
-      with harness.Stopwatch() as watch:
-        for photo in photos:
-          transform(photo)
-      times[name].append(1e3 * watch.cpu / len(photos))
-  return {name: np.array(values[1:]) for name, values in times.items()}
-
-
-def _add_times(
-  result: harness.BenchResult,
-  megapixels: float,
-  photos: Sequence[bytes],
-  times: dict[str, np.ndarray],
-) -> None:
-  title = f"{megapixels:g} megapixels" if megapixels else "as they are"
-  kilobytes = statistics.mean(map(len, photos)) / 1e3
-  labels = {
-    "views": "DINOv2's views",
-    "exact": "canvas, decoded fully",
-    "canvas": "canvas",
-  }
-  medians = {name: float(np.median(times[name])) for name in labels}
-  key = f"{megapixels:g}"
-  result.add(key, {"kilobytes": kilobytes, "cpu_ms": medians})
-  for name, label in labels.items():
-    milliseconds = medians[name]
-    text = f"{milliseconds:.2f} CPU ms, {1e3 / milliseconds:.0f} images/s/core"
-    result.add(f"{key}_{name}", milliseconds, f"{title}: {label}", text)
-  for name in ("exact", "canvas"):
-    label = f"{title}, {kilobytes:.0f} kB: views / {labels[name]}"
-    result.add_ratio(
-      f"{key}_{name}_ratio", times["views"], times[name], label, ".1f"
-    )

@@ -1,8 +1,4 @@
-"""Encoder benchmark: feature extraction and an end-to-end k-NN evaluation.
-
-Also compares dense features of several image shapes, batched by shape as in the
-evaluations, with encoding one image at a time.
-"""
+"""Encoder benchmark: features, a k-NN evaluation, dense features by shape."""
 
 import statistics
 
@@ -92,10 +88,7 @@ def run(
 def _time_shapes(
   encoder: Encoder, count: int, *, batch_size: int, rounds: int
 ) -> np.ndarray:
-  """Seconds `[rounds, 2]` of `dense`: batched by shape, and one by one.
-
-  Images have random shapes, as in a data set.
-  """
+  """Seconds `[rounds, 2]` of `dense`: batched by random shape, one by one."""
   size, patch = encoder.preprocess.size, encoder.spec.image.patch_size
   rng = np.random.default_rng(0)
   images = [

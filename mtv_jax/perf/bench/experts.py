@@ -1,40 +1,67 @@
 """Expert benchmark: against `transformers`, or compiled ahead of time for TPU.
 
-Each module in `MODELS` defines
-
-  ours(variant, folder, batch_size)            a `RunFn` with a folder's weights
-  program(variant, batch_size, mesh, dtype)    a `ExpertProgram`
-
 tools/transformers_experts.py writes the folders and runs `transformers`.
 """
 
-import importlib
 import math
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
-from mtv_jax.experts import local_mesh
+from mtv_jax.convert import depth_anything as depth_weights
+from mtv_jax.experts import depth_anything, local_mesh
+from mtv_jax.experts.labelling.phrases import FixedPhrases
+from mtv_jax.experts.owlv2 import expert as owlv2
+from mtv_jax.experts.owlv2 import weights as owlv2_weights
+from mtv_jax.experts.owlv2.model import Owlv2
+from mtv_jax.models import two_tower
+from mtv_jax.models.heads import dpt
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
 from mtv_jax.perf import flops, topologies
 from mtv_jax.perf.bench import harness
 from mtv_jax.perf.preflight.compile import Memory
 from mtv_jax.utils.errors import InputError, check_choice
 
-# Module by kind of label.
-MODELS = {
-  "depth": "mtv_jax.perf.bench.depth_anything",
-  "boxes": "mtv_jax.perf.bench.owlv2",
-}
 AGAINST = ("transformers", "none")
+# Input size of Depth Anything V2.
+SIZE = 518
+
+
+def _tower(width: int, depth: int, heads: int, **options: int) -> dict:
+  return dict(
+    hidden_size=width,
+    intermediate_size=4 * width,
+    num_hidden_layers=depth,
+    num_attention_heads=heads,
+    **options,
+  )
+
+
+# Differences from the default config of OWLv2, B/16 at 768 pixels.
+OWLV2_CONFIGS: Mapping[str, dict[str, Any]] = {
+  "tiny": dict(
+    projection_dim=64,
+    text_config=_tower(64, 2, 4),
+    vision_config=_tower(64, 2, 4, image_size=96),
+  ),
+  "B": dict(vision_config=dict(image_size=960)),
+  "L": dict(
+    projection_dim=768,
+    text_config=_tower(768, 12, 12),
+    vision_config=_tower(1024, 24, 16, image_size=1008, patch_size=14),
+  ),
+}
+PHRASES = ("a dog", "person", "red car", "tree", "traffic light", "boat")
+# Queries per image: about the n-grams of one caption.
+_QUERIES = 64
 
 RunFn = Callable[[], Any]  # Runs one batch; returns an array or a tensor.
 
@@ -45,6 +72,88 @@ class ExpertProgram(NamedTuple):
   function: Callable[[PyTree, PyTree], PyTree]
   params: PyTree  # Shapes and dtypes.
   rows: PyTree  # Shapes and dtypes of all devices' rows.
+
+
+class DepthAnything:
+  """Depth Anything V2: `ours` with a folder's weights, `program` per device."""
+
+  @staticmethod
+  def make_config(variant: str) -> dict[str, Any]:
+    """The `config.json` of any variant in `two_tower.VARIANTS`."""
+    shape = two_tower.VARIANTS[variant]
+    width, depth = shape["width"], shape["depth"]
+    return dict(
+      backbone_config=dict(
+        model_type="dinov2",
+        image_size=SIZE,
+        patch_size=14,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=shape["heads"],
+        out_indices=[tap + 1 for tap in dpt.quarter_taps(depth)],
+        reshape_hidden_states=False,
+      ),
+      reassemble_hidden_size=width,
+      neck_hidden_sizes=list(dpt.default_channels(width)),
+      fusion_hidden_size=dpt.default_features(width),
+      head_hidden_size=32,
+    )
+
+  def ours(self, variant, folder, batch_size):
+    del variant
+    expert = depth_anything.load_expert(
+      folder, preprocess="square", size=SIZE, batch_size=batch_size
+    )
+    arrays = {"images": random_pixels(expert.rows, SIZE)}
+    return lambda: expert.run(arrays)["depth"]
+
+  def program(self, variant, batch_size, mesh, dtype):
+    names = ["backbone.embeddings.mask_token"]
+    spec = depth_weights.read_spec(self.make_config(variant), names)
+    shape = (batch_size * mesh.size, SIZE, SIZE, 3)
+    return ExpertProgram(
+      depth_anything.make_function(spec, dtype=dtype, mesh=mesh),
+      depth_weights.abstract_params(spec),
+      {"images": jax.ShapeDtypeStruct(shape, np.float32)},
+    )
+
+
+class OWLv2:
+  """OWLv2: image tower and scores; its phrases are encoded once."""
+
+  def ours(self, variant, folder, batch_size):
+    options = dict(phrases=FixedPhrases(PHRASES), batch_size=batch_size)
+    expert = owlv2.load_expert(folder, **options)
+    size = owlv2_weights.read_spec(OWLV2_CONFIGS[variant]).image.image_size
+    arrays = {"pixels": random_pixels(expert.rows, size)}
+    return lambda: expert.run(arrays)["scores"]
+
+  def program(self, variant, batch_size, mesh, dtype):
+    spec = owlv2_weights.read_spec(OWLV2_CONFIGS[variant])
+    model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
+    programs = owlv2.Programs(model, dtype)
+    batch, size = batch_size * mesh.size, spec.image.image_size
+    shape = jax.ShapeDtypeStruct
+
+    def function(params, rows):
+      patches = programs.detect(params["model"], rows)
+      rows = {"patches": patches, "slots": rows["slots"]}
+      return programs.score(params["consts"], rows)
+
+    consts = {
+      "table": shape((16_384, spec.text.projection), np.float32),
+      "threshold": shape((), np.float32),
+    }
+    params = {"model": owlv2_weights.abstract_params(spec), "consts": consts}
+    rows = {
+      "pixels": shape((batch, size, size, 3), jnp.dtype(dtype)),
+      "slots": shape((batch, _QUERIES), np.int32),
+    }
+    return ExpertProgram(function, params, rows)
+
+
+# By kind of label.
+MODELS = {"depth": DepthAnything(), "boxes": OWLv2()}
 
 
 def run(
@@ -69,7 +178,7 @@ def run(
     threads: PyTorch threads; JAX uses the process's, see `against_torch.pin`.
     topology: compile for this topology instead, see `compile_expert`.
   """
-  model_lib = _import_model(kind)
+  check_choice("kind", kind, tuple(MODELS))
   check_choice("against", against, AGAINST)
   if topology:
     return compile_expert(
@@ -77,7 +186,7 @@ def run(
     )
   versions = {"jax": jax.__version__}
   if against == "none":
-    fns = [_random_fn(model_lib, variant, batch_size)]
+    fns = [_random_fn(kind, variant, batch_size)]
   else:
     if jax.local_device_count() > 1:
       raise InputError(
@@ -91,7 +200,7 @@ def run(
       path = pathlib.Path(folder)
       model = oracle.WRITE[kind](variant, path)
       fns = [
-        model_lib.ours(variant, path, batch_size),
+        MODELS[kind].ours(variant, path, batch_size),
         torch.inference_mode()(oracle.RUN[kind](model, batch_size)),
       ]
   # `np.asarray` waits for the results.
@@ -127,15 +236,10 @@ def run(
   return result
 
 
-def _import_model(kind: str) -> ModuleType:
-  check_choice("kind", kind, tuple(MODELS))
-  return importlib.import_module(MODELS[kind])
-
-
-def _random_fn(model_lib: ModuleType, variant: str, batch_size: int) -> RunFn:
+def _random_fn(kind: str, variant: str, batch_size: int) -> RunFn:
   """A function that runs the program on random parameters and rows."""
   mesh = local_mesh.local_mesh()
-  program = model_lib.program(variant, batch_size, mesh, "float32")
+  program = MODELS[kind].program(variant, batch_size, mesh, "float32")
   rng = np.random.default_rng(0)
 
   def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -165,15 +269,12 @@ def random_pixels(rows: int, size: int) -> np.ndarray:
 def compile_expert(
   kind: str, *, variant: str, batch_size: int, topology: str
 ) -> harness.BenchResult:
-  """Compiles an expert in bfloat16 for one device of a topology.
-
-  All devices run one program, so the topology's size does not matter.
-  """
+  """Compiles an expert in bfloat16 for one device of a topology."""
   parsed = topologies.parse(topology)
   topologies.use_cpu(parsed)
   chip = parsed.chip
   mesh = make_mesh({"data": 1}, topologies.devices(parsed)[:1])
-  program = _import_model(kind).program(variant, batch_size, mesh, "bfloat16")
+  program = MODELS[kind].program(variant, batch_size, mesh, "bfloat16")
 
   def shard(tree, to):
     return jax.tree.map(lambda x: x.update(sharding=to), tree)

@@ -1,8 +1,7 @@
 """Benchmark harness: timing in alternating rounds, and result tables.
 
-A benchmark is a function that returns a `BenchResult`; its parameters become
-the flags of its command. `mtv_jax.cli.bench` lists the benchmarks. Does not
-import JAX: input pipeline benchmarks run without it.
+The parameters of a benchmark become flags of its command, see
+`mtv_jax.cli.bench`. Does not import JAX.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ from mtv_jax.utils.errors import InputError
 
 
 class BenchResult:
-  """Measurements of one benchmark: a table to print and values for `--json`.
-
-  The table's title shows `context`, such as `batch_size`, and the processor.
-  """
+  """A table to print, titled by `context`, and values for `--json`."""
 
   def __init__(self, **context: Any):
     self.values = context | {"processor": describe_processor()}
@@ -44,7 +40,7 @@ class BenchResult:
     text: str = "",
     unit: float = 1,
   ) -> None:
-    """Adds a JSON-compatible value, and a table row if `label` is given.
+    """Adds a JSON value, and a table row if labelled.
 
     A replacement field in `text`, such as '{:.1f}', formats `value / unit`.
     """
@@ -61,10 +57,7 @@ class BenchResult:
     label: str,
     spec: str,
   ) -> None:
-    """Adds the median ratio as `name` and all rounds' ratios as `f"{name}s"`.
-
-    The row shows median and range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
-    """
+    """Adds the median ratio as `name`, all rounds' ratios as `f"{name}s"`."""
     rounds = zip(numerators, denominators, strict=True)
     ratios = [float(a) / float(b) for a, b in rounds]
     median, low, high = (f(ratios) for f in (statistics.median, min, max))
@@ -86,10 +79,7 @@ class BenchResult:
 
 
 def describe_processor(info: str | None = None) -> str:
-  """The processor's name, and whether it has AVX-512.
-
-  `info` is the text of /proc/cpuinfo; default: this machine's.
-  """
+  """The processor's name and AVX-512, from the text of /proc/cpuinfo."""
   path = pathlib.Path("/proc/cpuinfo")
   if info is None:
     info = path.read_text() if path.exists() else ""
@@ -100,10 +90,7 @@ def describe_processor(info: str | None = None) -> str:
 
 
 class Stopwatch:
-  """Wall and CPU seconds of a `with` block.
-
-  CPU time does not depend on the machine's load.
-  """
+  """Wall and CPU seconds of a block; CPU time ignores the machine's load."""
 
   wall = cpu = 0.0
 
@@ -116,22 +103,26 @@ class Stopwatch:
     self.cpu = time.process_time() - self._start[1]
 
 
-def time_call(function: Callable[[], Any]) -> float:
-  """Wall seconds of a call; `function` must block until it is done."""
+def time_call(function: Callable[[], Any], clock: str = "wall") -> float:
+  """Seconds of a call, "wall" or "cpu"; `function` must block until done."""
   with Stopwatch() as watch:
     function()
-  return watch.wall
+  return getattr(watch, clock)
 
 
 def time_rounds(
-  functions: Sequence[Callable[[], Any]], *, rounds: int, warmup: int = 1
+  functions: Sequence[Callable[[], Any]],
+  *,
+  rounds: int,
+  warmup: int = 1,
+  clock: str = "wall",
 ) -> np.ndarray:
-  """Wall seconds `[rounds, functions]`; functions take turns.
+  """Seconds `[rounds, functions]` of blocking functions that take turns.
 
-  Alternating exposes all functions to equal load, so ratios within a round are
-  comparable. Functions must block until their results are ready.
+  Alternating exposes all functions to equal load, for ratios within a round.
   """
-  times = [[time_call(f) for f in functions] for _ in range(warmup + rounds)]
+  turns = range(warmup + rounds)
+  times = [[time_call(f, clock) for f in functions] for _ in turns]
   return np.array(times[warmup:])
 
 

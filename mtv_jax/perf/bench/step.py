@@ -1,7 +1,9 @@
-"""Benchmarks of the train step, its views and its interference meter."""
+"""Benchmarks of the train step, its views, its meter and a run's norms."""
 
 import dataclasses
 import functools
+import json
+import pathlib
 import statistics
 import tempfile
 from typing import Any
@@ -15,13 +17,14 @@ from mtv_jax.config.sections import Config
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import data, harness
+from mtv_jax.report.run_folders import read_rows
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.interference import InterferenceConfig, measure_interference
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 
 class StepTimer:
@@ -201,3 +204,61 @@ def time_interference(
       words = text.format(cost, cost / (every + cost))
       result.add(label, seconds, f"{label}, median", words)
   return result
+
+
+def measure_norms(workdir: str, *, after: int = 0) -> harness.BenchResult:
+  """Mean norms, and the ratios of the largest norm to the smallest.
+
+  Args:
+    workdir: a run with `log.gradients_steps` and a balance that scales weights.
+    after: use only norms logged after this step.
+  """
+  names, balanced, plain = read_norms(pathlib.Path(workdir), after)
+  result = harness.BenchResult(
+    run=workdir, after=after, measurements=len(balanced)
+  )
+  for title, norms in (("balanced", balanced), ("without_factors", plain)):
+    means, ratios = mean_norms(norms), norms.max(1) / norms.min(1)
+    scatter = np.log(norms).std(0)
+    label = title.replace("_", " ")
+    ratio = float(means.max() / means.min())
+    result.add(f"{title}_ratio", ratio, f"{label}, means' ratio", "{:.1f}")
+    values = [*zip(names, means, scatter, strict=True)]
+    result.add(title, {name: float(mean) for name, mean, _ in values})
+    for name, mean, deviation in values:
+      text = f"{mean:.2f}, deviation of the log {deviation:.2f}"
+      result.add(f"{title}_{name}_deviation", float(deviation), name, text)
+    above = f"{(ratios > 10).sum()} of {len(ratios)} above 10"
+    largest = float(ratios.max())
+    text = f"{largest:.1f}, {above}"
+    result.add(f"{title}_largest", largest, "largest single ratio", text)
+  return result
+
+
+def read_norms(
+  workdir: pathlib.Path, after: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+  """Names, norms and norms without the balance's factors, `[steps, names]`."""
+  config = json.loads((workdir / "config.json").read_text())["objectives"]
+  weights = {name: entry["weight"] for name, entry in config.items()}
+  balanced, plain = [], []
+  used = dict(weights)  # Weights before the update; initially the config's.
+  for row in read_rows(workdir / "metrics.jsonl"):
+    if any(f"{name}/weight" not in row for name in weights):
+      continue
+    norms = {n: row.get(f"{n}/encoder_grad_norm") for n in weights}
+    if all(norms.values()) and row["step"] > after:
+      balanced.append(list(norms.values()))
+      plain.append([v * weights[n] / used[n] for n, v in norms.items()])
+    used = {name: row[f"{name}/weight"] for name in weights}
+  if not balanced:
+    raise InputError(
+      f"{workdir} has no gradient norms of all objectives after step {after}:"
+      " train it with log.gradients_steps."
+    )
+  return list(weights), np.array(balanced), np.array(plain)
+
+
+def mean_norms(norms: np.ndarray) -> np.ndarray:
+  """Geometric mean over steps, `[names]`."""
+  return np.exp(np.log(norms).mean(0))

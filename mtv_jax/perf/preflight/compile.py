@@ -41,18 +41,16 @@ class CompilePlan(TrainStep):
   def abstract_batch(
     self, rows: int | None = None
   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the global batch, sharded over the mesh.
-
-    `rows` defaults to the config's batch size.
-    """
+    """Shapes of the sharded global batch, of `rows` or the batch size."""
     split = NamedSharding(self.mesh, BATCH_SPEC)
-    rows = self.config.batch_size if rows is None else rows
-    return flops_lib.abstract_batch(rows, self.fields, split)
+    return flops_lib.abstract_batch(
+      rows or self.config.batch_size, self.fields, split
+    )
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of `rows`."""
-    inputs = self.program.abstract, self.abstract_batch(rows)
-    return self.program.update.lower(*inputs)
+    batch = self.abstract_batch(rows)
+    return self.program.update.lower(self.program.abstract, batch)
 
   @property
   def measures_norms(self) -> bool:
@@ -84,10 +82,9 @@ def make_plan(
   *,
   examples_per_epoch: int | None = None,
 ) -> CompilePlan:
-  """Builds a config's step; opens neither data nor tokenizer.
+  """Builds a config's step with 'KEY=VALUE' changes; opens no data.
 
-  Reads the folders of frozen teachers unless their `model` is given. `changes`
-  are config overrides, 'KEY=VALUE'.
+  Reads the folders of frozen teachers unless their `model` is given.
   """
   if changes:
     config = overrides.override(config, changes)
@@ -144,39 +141,54 @@ class CompileResult:
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
   # Batch size of `largest`; below the config's if the step does not fit.
-  largest_at: int = 0
+  largest_batch: int = 0
 
   @property
   def fits(self) -> bool:
     """Whether the program can run."""
     return self.memory is not None and self.memory.fits
 
+  @property
+  def required_bytes(self) -> int | None:
+    """Peak bytes, also of a refused program if the compiler says."""
+    if self.memory is not None:
+      return self.memory.peak
+    pattern = r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])"
+    match = re.search(pattern, self.refusal)
+    return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
+
 
 def compile_step(plan: CompilePlan, *, explain: bool = True) -> CompileResult:
   """Compiles a plan's train step and lists the largest arrays.
 
-  With `explain`, a step that the compiler refuses is recompiled with fewer rows
-  to list them.
+  With `explain`, a refused step is recompiled with fewer rows to list them.
   """
   result, program = _compile(plan.lower, plan)
-  if program is None:
-    if not explain:
-      return result
-    arrays, batch = _largest_of_smaller_batch(plan)
-    return dataclasses.replace(result, largest=arrays, largest_at=batch)
-  module, is_tpu = hlo.parse(program), plan.topology.is_tpu
-  return dataclasses.replace(
-    result,
-    collectives=hlo.collectives(module),
-    # Off TPU, XLA calls libraries whose FLOPs the HLO does not show.
-    flops=hlo.count_flops(module) if is_tpu else 0.0,
-    int8_flops=hlo.count_flops(module, "s8") if is_tpu else 0.0,
-    hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
-    host_bytes=roofline.count_host_bytes(module),
-    cycles=hlo.count_cycles(module),
-    largest=hlo.largest_temporaries(module, limit=_LARGEST),
-    largest_at=plan.config.batch_size,
-  )
+  config, is_tpu = plan.config, plan.topology.is_tpu
+  if program is not None:
+    module = hlo.parse(program)
+    return dataclasses.replace(
+      result,
+      collectives=hlo.collectives(module),
+      # Off TPU, XLA calls libraries whose FLOPs the HLO does not show.
+      flops=hlo.count_flops(module) if is_tpu else 0.0,
+      int8_flops=hlo.count_flops(module, "s8") if is_tpu else 0.0,
+      hbm_bytes=roofline.count_hbm_bytes(module) if is_tpu else 0.0,
+      host_bytes=roofline.count_host_bytes(module),
+      cycles=hlo.count_cycles(module),
+      largest=hlo.largest_temporaries(module, limit=_LARGEST),
+      largest_batch=config.batch_size,
+    )
+  least = num_batch_shards(plan.mesh) * config.accumulate
+  for divisor in (16, 256) if explain else ():
+    # Lowers the plan with fewer rows, not the config with a smaller batch_size:
+    # durations in examples would overflow int32 steps in long runs.
+    batch = max(config.batch_size // divisor // least, 1) * least
+    _, program = _compile(functools.partial(plan.lower, batch), plan)
+    if program is not None:
+      arrays = hlo.largest_temporaries(program, limit=_LARGEST)
+      return dataclasses.replace(result, largest=arrays, largest_batch=batch)
+  return result
 
 
 def compile_norms(plan: CompilePlan) -> CompileResult:
@@ -198,25 +210,3 @@ def _compile(
     program, refusal, memory = None, str(error), None
   seconds = time.perf_counter() - begin
   return CompileResult(memory, refusal, seconds), program
-
-
-def _largest_of_smaller_batch(
-  plan: CompilePlan,
-) -> tuple[Sequence[dict[str, Any]], int]:
-  """The largest arrays of a step with fewer rows, and the number of rows."""
-  least = num_batch_shards(plan.mesh) * plan.config.accumulate
-  for divisor in (16, 256):
-    # Lowers the plan with fewer rows, not the config with a smaller batch_size:
-    # durations in examples would overflow int32 steps in long runs.
-    batch = max(plan.config.batch_size // divisor // least, 1) * least
-    _, program = _compile(functools.partial(plan.lower, batch), plan)
-    if program is not None:
-      return hlo.largest_temporaries(program, limit=_LARGEST), batch
-  return (), 0
-
-
-def required_bytes(refusal: str) -> int | None:
-  """Parses the bytes that the program needs from the compiler's message."""
-  pattern = r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])"
-  match = re.search(pattern, refusal)
-  return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))

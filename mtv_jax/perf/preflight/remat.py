@@ -1,4 +1,4 @@
-"""Search for the least recomputation that fits a chip (`model.remat="auto"`).
+"""Searches for what fits a chip: `model.remat="auto"`, and `--propose`.
 
 The size and the recomputation cost of each array that a block can save
 (`models/remat.py`) follow from its shape, for each trained encoding. The search
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -23,7 +24,7 @@ from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.train import forward as forward_lib
 from mtv_jax.train.gradients import float_leaves
-from mtv_jax.train.run import RunConfig
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import abstract_state
 from mtv_jax.utils.errors import ConfigError
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 # and for evaluations between steps.
 SHARE = 0.95
 COMPILATIONS = 6
+_FACTORS = (2, 4, 8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,10 @@ class Saving:
 
 
 def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
-  """Lists the arrays that a plan's blocks can save, most FLOPs per byte first.
+  """The arrays that a plan's blocks can save, most FLOPs per byte first.
 
   Sizes follow from shapes, without padding, and for whole rows: a `tensor` axis
-  may split arrays further. Ties are sorted by decreasing size, so that small
-  arrays fill the remaining capacity.
+  may split arrays further. Ties put the largest array first.
   """
   spec = plan.step_spec
   parts = num_batch_shards(plan.mesh) * plan.config.accumulate
@@ -100,9 +101,9 @@ def merge_savings(savings: Iterable[Saving]) -> list[Saving]:
   """Sums savings by view and name: all encodings of a view share a choice."""
   sums: dict[tuple[str, str], Saving] = {}
   for s in savings:
-    key = s.view, s.name
-    before = sums.get(key, Saving(*key, 0, 0.0))
-    sums[key] = Saving(*key, before.bytes + s.bytes, before.flops + s.flops)
+    old = sums.get((s.view, s.name), Saving(s.view, s.name, 0, 0.0))
+    total = old.bytes + s.bytes, old.flops + s.flops
+    sums[s.view, s.name] = Saving(s.view, s.name, *total)
   return list(sums.values())
 
 
@@ -119,10 +120,7 @@ def choose_savings(
 
 
 def format_choice(chosen: Sequence[Saving], savings: Sequence[Saving]) -> str:
-  """Formats chosen savings as a value of `config.model.remat`.
-
-  Every view gets an entry, since views without one inherit the 'image' entry.
-  """
+  """A value of `config.model.remat` with an entry for every view."""
   if not chosen:
     return "full"
   entries = {view: [] for view in sorted({s.view for s in savings})}
@@ -155,14 +153,11 @@ def search(
   savings: Sequence[Saving],
   measure_peak: Callable[[str], int | None],
   budget: int,
-  *,
-  compilations: int = COMPILATIONS,
 ) -> Iterator[Trial]:
   """Compiles choices, starting at 'full', and closes in on the budget.
 
-  Yields each trial. Trials depend only on the peaks. `measure_peak` returns the
-  bytes that the step needs with a `remat`, or None if the step does not fit and
-  the compiler did not say.
+  `measure_peak` returns the bytes that a step with a `remat` needs, None if it
+  does not fit and the compiler did not say. Trials depend only on the peaks.
   """
 
   def compile_choice(chosen):
@@ -178,7 +173,7 @@ def search(
   if not fits.fits:
     return
   beyond, tried, growth = None, {fits.remat}, 1.0
-  while len(tried) < compilations:
+  while len(tried) < COMPILATIONS:
     capacity = fits.saved + (budget - fits.peak) / growth
     if beyond is not None and capacity >= beyond.saved:
       capacity = (fits.saved + beyond.saved) / 2
@@ -199,8 +194,7 @@ def search(
       fits = trial
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
   """Result of a search: the best fitting trial and its programs."""
 
   plan: compile_lib.CompilePlan
@@ -223,12 +217,9 @@ def find_remat(
 ) -> Choice:
   """Finds the least recomputation within a budget by compiling the step.
 
-  Also compiles the gradient-norm program if the run may measure norms, and uses
-  the larger peak. All processes must call this together: each compiles, since
-  XLA may share autotuning between processes, and all use the largest peak, so
-  that they agree.
-
-  `budget` is in bytes per chip; default: `SHARE` of the chip's memory.
+  Also compiles the gradient-norm program if the run may measure norms. All
+  processes must call this together, and agree on the largest peak. `budget` is
+  in bytes per chip, by default `SHARE` of its memory.
   """
   limit = topology.chip.hbm_bytes
   if budget is None and limit is None:
@@ -247,12 +238,9 @@ def find_remat(
   programs = {}
 
   def make_plan(remat):
-    return compile_lib.make_plan(
-      config,
-      topology,
-      [f"model.remat={remat}"],
-      examples_per_epoch=examples_per_epoch,
-    )
+    changes = [f"model.remat={remat}"]
+    options = dict(examples_per_epoch=examples_per_epoch)
+    return compile_lib.make_plan(config, topology, changes, **options)
 
   def measure_peak(remat):
     plan = make_plan(remat)
@@ -284,9 +272,67 @@ def find_remat(
 
 def _agree_on_peak(compiled: compile_lib.CompileResult) -> int | None:
   """The largest peak over all processes; None if one is unknown."""
-  if compiled.memory is None:
-    peak = compile_lib.required_bytes(compiled.refusal)
-  else:
-    peak = compiled.memory.peak
-  peaks = gather_json(peak)
+  peaks = gather_json(compiled.required_bytes)
   return None if None in peaks else max(peaks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+  """A config change and whether it fits."""
+
+  changes: tuple[str, ...]  # 'KEY=VALUE' overrides.
+  peak: int | None  # Bytes per chip; None if the compiler did not say.
+  fits: bool
+
+  def __str__(self) -> str:
+    verdict = "fits" if self.fits else "does not fit"
+    peak = f", {self.peak / 2**30:.2f} GiB" if self.peak else ""
+    options = " ".join(f"--config.{change}" for change in self.changes)
+    return f"{options}: {verdict}{peak}"
+
+
+def candidates(
+  config: RunConfig, chips: int
+) -> Iterator[tuple[tuple[str, ...], int]]:
+  """Yields overrides, cheapest first, and how much they divide activations."""
+  base = ()
+  if config.model.remat != "full":
+    base = ("model.remat=full",)
+    yield base, 1
+  shards = max(chips // max(config.mesh.tensor, 1), 1)
+  fsdp = config.mesh.fsdp
+  if fsdp > 0 and config.mesh.data == -1:
+    for factor in _FACTORS[1:4]:
+      if shards % (fsdp * factor) == 0:
+        yield (*base, f"mesh.fsdp={fsdp * factor}"), 1
+  for factor in _FACTORS:
+    parts = config.accumulate * factor
+    if config.batch_size % (parts * shards) == 0:
+      yield (*base, f"accumulate={parts}"), factor
+  for factor in _FACTORS:
+    size = config.batch_size // factor
+    if size and size % (shards * config.accumulate) == 0:
+      yield (*base, f"batch_size={size}"), factor
+
+
+def propose(
+  config: Config, topology: topologies.Topology, *, tries: int = 8
+) -> Iterator[Proposal]:
+  """Compiles changes of a config, at most `tries`, until one fits.
+
+  Skips changes that are too small according to the last compilation.
+  """
+  config = resolve(config)
+  limit, excess = topology.chip.hbm_bytes, 1.0
+  for changes, factor in candidates(config, topology.chips):
+    if 1 < factor < excess / 2:
+      continue
+    plan = compile_lib.make_plan(config, topology, changes)
+    compiled = compile_lib.compile_step(plan, explain=False)
+    needed = compiled.required_bytes
+    if factor == 1 and needed and limit:
+      excess = needed / limit
+    yield Proposal(changes, needed, compiled.fits)
+    tries -= 1
+    if compiled.fits or not tries:
+      return

@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -56,11 +55,7 @@ class Report:
 
   @property
   def roofline(self) -> roofline_lib.Roofline | None:
-    """Lower bound of a step's time; None if unknown.
-
-    Several slices are not supported: the links and the network between slices
-    have different rates.
-    """
+    """Lower bound of a step's time; None if unknown, as with several slices."""
     if self.plan.topology.slices > 1:
       return None
     return roofline_lib.estimate(
@@ -234,7 +229,7 @@ class Report:
     ]
     if memory is None:
       title = "  the largest arrays of a chip, at a batch of"
-      arrays = arrays and [f"{title} {compiled.largest_at:,}:", *arrays]
+      arrays = arrays and [f"{title} {compiled.largest_batch:,}:", *arrays]
       return ["memory: DOES NOT FIT", *_indent(compiled.refusal), *arrays]
     limit = f" of {format_bytes(memory.limit)}" if memory.limit else ""
     verdict = "fits" if memory.fits else "DOES NOT FIT"
@@ -330,12 +325,11 @@ def preflight(
   budget: int | None = None,
   **options: Any,
 ) -> Report:
-  """Compiles a config's train step for a topology.
+  """Compiles a config's train step for a topology; opens no data or weights.
 
-  Opens neither data nor weights. `norms` also compiles the objectives' gradient
-  norms if the config measures them, which doubles the time. `remat='auto'`
-  compiles several choices for a `budget` in bytes, see `remat.find_remat`.
-  `options` are further fields of the report.
+  `norms` also compiles the objectives' gradient norms if the config measures
+  them. `remat='auto'` compiles choices for a `budget` in bytes. `options` are
+  further fields of the report.
   """
   config = resolve(config)
   if config.model.remat.strip() == AUTO:
@@ -367,61 +361,34 @@ def preflight(
   return Report(plan, compiled, per_example * batch_size, *rest, **options)
 
 
-def _indent(text: str) -> list[str]:
-  return [f"  {line}" for line in text.splitlines() if line.strip()]
-
-
 def _format_shape(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "-"
 
 
-# Less recomputation: saves most arrays, or offloads some to host memory.
-_SAVED = (
-  "model.remat=full|image=qkv,attention_out,mlp_hidden|local=attention_out,"
-  "mlp_hidden|text=qkv,attention_out,mlp_hidden"
-)
-_HOST = (
-  "model.remat=full|image=qkv:host,attention_out:host,mlp_hidden:host|"
-  "local=full"
-)
-# Rows of the table in docs/pods.md: config, topology, changes.
-ROWS = (
-  ("configs/mtv_b16_224.py", "v5e:16x16"),
-  (
-    "configs/mtv_b16_224.py:tokenizer=bytes",
-    "v5e:16x16",
-    "mesh.fsdp=8",
-    _SAVED,
-  ),
-  ("configs/mtv_b16_224.py:tokenizer=bytes", "v6e:16x16", _SAVED),
-  ("configs/mtv_b16_224.py:tokenizer=bytes", "v5p:4x4x8", _SAVED),
-  ("configs/mtv_l16_256.py:tokenizer=bytes", "v5e:16x16", _HOST),
-  ("configs/mtv_l16_256.py:tokenizer=bytes", "v6e:16x16", _HOST),
-  ("configs/mtv_l16_256.py:tokenizer=bytes", "v5p:4x4x8", _SAVED),
-  ("configs/mtv_l16_256.py", "v5e:16x16"),
-  ("configs/mtv_l16_256.py", "v4:4x4x8"),
-  ("configs/mtv_l16_256.py", "v5p:4x4x8"),
-  ("configs/mtv_g14_224.py", "v5e:16x16"),
-  ("configs/dinov2_l16.py", "v5e:4x8"),
-  ("configs/dinov3_l16.py", "v5e:4x8"),
-  ("configs/dinov2_l16.py:long", "v5e:8x16"),
-  ("configs/mae_b16_224.py", "v5e:8x8"),
-  ("configs/siglip_b16_224.py", "v5e:8x8"),
-  ("configs/clip_b16_224.py", "v5e:8x8"),
-  ("configs/siglip2_b16_256.py", "v5e:16x16"),
-  ("configs/tips_b14.py", "v5e:16x16"),
-)
+def _indent(text: str) -> list[str]:
+  return [f"  {line}" for line in text.splitlines() if line.strip()]
+
+
+# The table in docs/pods.md; its first two columns say what to compile.
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
-_BAR = r"\|"  # Escaped bar in a cell.
+
+
+def read_table(page: str) -> list[tuple[str, ...]]:
+  """Config, topology and changes of each row of a page's table."""
+  rows = []
+  for line in _find_table(page)[1].splitlines()[2:]:
+    recipe, topology = _split(line)[1:3]
+    config, *changes = recipe.replace(r"\|", "|").split()
+    rows.append((config, topology.strip(), *changes))
+  return rows
 
 
 def table_row(config: str, report: Report, *changes: str) -> str:
   """Formats a report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
-  file, colon, arguments = config.partition(":")
   cells = [
-    " ".join([f"{pathlib.Path(file).stem}{colon}{arguments}", *changes]),
+    " ".join([config, *changes]),
     topology.name,
     f"{report.plan.config.batch_size:,}",
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
@@ -431,17 +398,27 @@ def table_row(config: str, report: Report, *changes: str) -> str:
     f"{received:.2f} GB",
     importlib.metadata.version("libtpu") if topology.is_tpu else "",
   ]
-  return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
+  escaped = [cell.replace("|", r"\|") for cell in cells]
+  return f"| {' | '.join(escaped)} |"
 
 
 def update_table(page: str, row: str) -> str:
   """Replaces a row of a page's table, or appends it."""
-  match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
-  if match is None:
-    raise ConfigError(f"the page needs a table between {BEGIN} and {END}")
+  match = _find_table(page)
   rows = match[1].splitlines()
-  keys = [tuple(re.split(r"(?<!\\)\|", line)[:3]) for line in (*rows, row)]
+  keys = [_split(line)[:3] for line in (*rows, row)]
   position = keys.index(keys[-1])
   rows[position : position + 1] = [row]
   table = "".join(f"{row}\n" for row in rows)
   return page[: match.start(1)] + table + page[match.end(1) :]
+
+
+def _find_table(page: str) -> re.Match[str]:
+  match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
+  if match is None:
+    raise ConfigError(f"the page needs a table between {BEGIN} and {END}")
+  return match
+
+
+def _split(row: str) -> list[str]:
+  return re.split(r"(?<!\\)\|", row)

@@ -1,8 +1,7 @@
 """Growth of memory and collectives with the number of chips.
 
-A step must reduce gradients, and losses over the global batch must exchange
-embeddings. Both are computed analytically; the remaining traffic of the
-compiled program should not grow.
+Traffic for gradients and for losses over the global batch is computed
+analytically; the rest of the compiled program's traffic should not grow.
 """
 
 import collections
@@ -82,10 +81,9 @@ def embedding_bytes(plan: CompilePlan) -> int:
 def gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
   """Gradient reductions that a step needs: `{elements: number of reductions}`.
 
-  A parameter's gradient is reduced once per encoding and accumulated
-  microbatch, split by block, prototype chunk and layer of a fused kernel. With
-  `fsdp`, a chip may contribute the whole gradient or its shard; both sizes
-  count.
+  A parameter's gradient is reduced once per encoding and microbatch, split by
+  block, prototype chunk and layer of a fused kernel. With `fsdp`, a chip may
+  contribute the whole gradient or its shard; both sizes count.
   """
   spec, sizes = plan.step_spec, collections.Counter()
   encodings = collections.Counter(
@@ -113,11 +111,7 @@ def gradient_sizes(plan: CompilePlan) -> collections.Counter[int]:
 
 
 def _head_reductions(objectives, head, name, leaf) -> tuple[int, int, int]:
-  """How a head parameter's gradient is reduced.
-
-  Returns:
-    Columns per reduction, total columns, and reductions of each column.
-  """
+  """Columns per reduction, total columns, and reductions of each column."""
   users = [o for o in objectives.values() if head in o.heads()]
   decoders = [o for o in users if isinstance(o, captioning.Captioning)]
   times = len(users) + sum(o.decoder_calls - 1 for o in decoders)
@@ -134,12 +128,10 @@ def _head_reductions(objectives, head, name, leaf) -> tuple[int, int, int]:
 def gradient_reductions(
   rows: Sequence[hlo.Collective], sizes: collections.Counter[int]
 ) -> list[hlo.Collective]:
-  """Selects collectives that reduce gradients, counting only gradient bytes.
+  """Collectives that reduce gradients, counting only gradient bytes.
 
-  The compiler chooses the precision, and fuses and reshapes reductions, so
-  operands are matched to `sizes` (see `gradient_sizes`) by number of elements,
-  each size at most as often as `sizes` says: surplus operands are activations.
-  Operands of backward passes are matched first.
+  The compiler chooses precision, fusion and shape, so operands match `sizes` by
+  number of elements, backward passes first; surplus operands are activations.
   """
   unmatched, reductions = collections.Counter(sizes), []
   for row in sorted(rows, key=lambda r: "transpose(" not in r.scope):
@@ -159,14 +151,11 @@ def gradient_reductions(
 
 
 def step_row(plan: CompilePlan, compiled: CompileResult) -> dict[str, Any]:
-  """Summarizes a compiled plan; sizes are bytes per chip and step.
+  """A compiled plan's bytes per chip and step: `received`, and parts of it.
 
-  Returns:
-    `chips`, `peak`, `seconds`; `received`, bytes of all collectives;
-    `gradients`, their part for gradients; `embeddings`, the part for losses
-    over the global batch; the `rest`; and `steady`, the rest with all-reduces
-    scaled to an infinite ring. An all-reduce over n chips moves (n - 1) / n as
-    much, which grows by 6.25 % from 16 to 256 chips without more work.
+  The `rest` is neither `gradients` nor `embeddings` (losses over the global
+  batch). `steady` is the rest with all-reduces scaled to an infinite ring: over
+  n chips they move (n - 1) / n as much, which grows without more work.
   """
   collectives = compiled.collectives
   reduced = gradient_reductions(collectives, gradient_sizes(plan))
@@ -213,8 +202,7 @@ def compile_loss(
 ) -> dict[str, Any]:
   """Compiles only the sigmoid loss and its gradients, with `rows` per chip.
 
-  `method` is a method of `contrastive`. With few rows, logits don't need HBM.
-  The result's `temporaries` and `received` are bytes per chip.
+  With few rows, logits don't need HBM. Sizes are in bytes per chip.
   """
   objective = build_objective("contrastive", dict(method=method))
   devices = topologies.devices(topologies.parse(topology))

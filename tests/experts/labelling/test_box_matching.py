@@ -77,27 +77,16 @@ def write(folder, base, entries):
 def sets(tmp_path):
   base = label_samples.open_base(label_samples.make_base(tmp_path, count=5))
   moved = [0.1, 0.1, 0.5, 0.4]
-  truth = write(
-    tmp_path / "truth", base,
-    [
-      labels([SQUARE, SQUARE], ["couch", "cat"]),
-      labels([SQUARE], ["cat"]),
-      None,
-      labels([], []),
-      None,
-    ],
-  )  # fmt: skip
-  predicted = write(
-    tmp_path / "boxes", base,
-    [
-      labels([SQUARE, moved, moved], ["Sofa.", "cat", "cat"], [0.9, 0.8, 0.7]),
-      None,
-      labels([SQUARE], ["cat"]),
-      labels([SQUARE], ["ufo"]),
-      None,
-    ],
-  )  # fmt: skip
-  return predicted, truth
+  cat = labels([SQUARE], ["cat"])
+  truth = [labels([SQUARE, SQUARE], ["couch", "cat"]), cat]
+  truth += [None, labels([], []), None]
+  boxes = [SQUARE, moved, moved]
+  predicted = [labels(boxes, ["Sofa.", "cat", "cat"], [0.9, 0.8, 0.7])]
+  predicted += [None, cat, labels([SQUARE], ["ufo"]), None]
+  return (
+    write(tmp_path / "boxes", base, predicted),
+    write(tmp_path / "truth", base, truth),
+  )
 
 
 def test_metrics_of_two_sets(sets, tmp_path, capsys):
@@ -113,11 +102,9 @@ def test_metrics_of_two_sets(sets, tmp_path, capsys):
   strict = box_matching.compare(predicted, truth, iou=0.8)
   assert strict.total.matched == 0
   file = tmp_path / "figures.json"
-  run_command(
-    "match_boxes",
-    [f"--labels={predicted.folder}", f"--truth={truth.folder}", "--phrases=1"]
-    + ["--rename", "sofa=couch", f"--json={file}"],
-  )
+  argv = [f"--labels={predicted.folder}", f"--truth={truth.folder}"]
+  argv += ["--phrases=1", "--rename", "sofa=couch", f"--json={file}"]
+  run_command("match_boxes", argv)
   assert json.loads(file.read_text()) == total
   output = capsys.readouterr().out
   assert "| all | 3 | 4 | 2 | 66.7 % | 50.0 % | 87.5 % |" in output
@@ -129,17 +116,11 @@ def test_incomparable_sets(sets, tmp_path):
   predicted, truth = sets
   with pytest.raises(ValueError, match="iou=0"):
     box_matching.compare(predicted, truth, iou=0)
+  argv = [f"--labels={predicted.folder}", f"--truth={truth.folder}"]
   with pytest.raises(SystemExit, match="match_boxes: 'sofa'.*LABEL=TRUTH"):
-    run_command(
-      "match_boxes",
-      [f"--labels={predicted.folder}", f"--truth={truth.folder}"]
-      + ["--rename", "sofa"],
-    )
+    run_command("match_boxes", [*argv, "--rename", "sofa"])
   folder = label_samples.make_base(tmp_path / "other", count=3)
-  other = write(
-    tmp_path / "set",
-    label_samples.open_base(folder),
-    [labels([SQUARE], ["a"])] * 3,
-  )
+  base = label_samples.open_base(folder)
+  other = write(tmp_path / "set", base, [labels([SQUARE], ["a"])] * 3)
   with pytest.raises(LabelError, match="different shards"):
     box_matching.compare(other, truth)

@@ -45,8 +45,7 @@ def test_suppression_is_greedy(threshold):
   assert detections.suppress(boxes, scores, iou=threshold).tolist() == expected
   assert 1 < len(expected) <= 60
 
-
-def test_the_first_of_equal_scores_wins():
+  # The first of equal scores wins.
   boxes = np.array([[0, 0, 1, 1]] * 3, np.float32)
   selected = detections.suppress(boxes, np.ones(3, np.float32), iou=0.5)
   assert selected.tolist() == [0]
@@ -78,8 +77,7 @@ def test_dropped_boxes_are_counted_by_reason():
     "boxes: reached outside the image, cut": 1,
   }
 
-
-def test_dropped_boxes_suppress_no_others():
+  # Dropped boxes suppress no others.
   boxes = [[0, 0, 1, 1], [0, 0, 0.9, 0.95]]
   outcome = detections.select(make_detections(boxes), **OPTIONS)
   assert outcome.label.phrases == ("p1",)
@@ -93,8 +91,7 @@ def test_the_best_scores_are_selected():
   assert outcome.label.phrases == ("p3", "p1", "p5")
   assert outcome.counts == {"boxes: more than wanted": 5}
 
-
-def test_no_detection_is_a_label_without_boxes():
+  # Without a detection, a label has no boxes.
   outcome = detections.select(make_detections([]), **OPTIONS)
   assert outcome.label.boxes.shape == (0, 4)
   assert not outcome.counts

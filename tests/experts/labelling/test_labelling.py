@@ -28,17 +28,21 @@ from mtv_jax.cli import errors
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes
-from mtv_jax.data.labels.label_values import LabelOutcome
+from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
-from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.parallel.mesh import HostRows
+
+
+def run(base, out, expert=None, *, threads=2, **options):
+  base = open_base(base)
+  expert = expert or FakeDepth()
+  return labelling.run(expert, base, out, threads=threads, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def experts():
 def finished(tmp_path_factory, base, experts):
   folder = tmp_path_factory.mktemp("finished")
   for kind, expert in experts.items():
-    labelling.run(expert, open_base(base), folder / kind, threads=3)
+    run(base, folder / kind, expert, threads=3)
   return folder
 
 
@@ -87,7 +91,7 @@ def test_labels_match_the_expert(finished, base, experts):
   ]  # fmt: skip
 
 
-def test_bad_records_are_counted_by_reason(finished):
+def test_bad_records_are_counted_by_reason(finished, tmp_path):
   manifest = json.loads((finished / "depth" / "manifest.json").read_text())
   assert (manifest["records"], manifest["labelled"]) == (21, 18)
   assert manifest["reasons"] == {
@@ -97,13 +101,9 @@ def test_bad_records_are_counted_by_reason(finished):
     "record: the image can't be decoded (OSError: image file is truncated)": 1,
   }
   assert [s["labelled"] for s in manifest["shards"]] == [4, 7, 7]
-
-
-def test_a_record_that_the_expert_rejects(tmp_path):
-  make_tars(tmp_path / "base", shards=1, records=9, broken=False)
-  summary = labelling.run(
-    FakeDepth(), open_base(tmp_path / "base"), tmp_path / "out", threads=2
-  )
+  # The expert rejects the last one.
+  base = make_tars(tmp_path / "base", shards=1, records=9, broken=False)
+  summary = run(base, tmp_path / "out")
   assert summary.labelled == 8
   assert summary.reasons == {"record: the number N (...) of (N, N, N)": 1}
 
@@ -117,7 +117,7 @@ def test_a_defect_of_the_expert_stops_and_names_the_record(base, tmp_path):
       raise ArithmeticError("a defect")
 
   with pytest.raises(ArithmeticError) as error:
-    labelling.run(Broken(), open_base(base), tmp_path / "out", threads=2)
+    run(base, tmp_path / "out", Broken())
   assert "record '00000000" in "".join(error.value.__notes__)
   left = sorted(file.name for file in (tmp_path / "out").iterdir())
   assert left == ["settings.json"]
@@ -127,53 +127,20 @@ def test_the_manifest_identifies_the_base(finished, base, tmp_path):
   source, manifest = open_base(base), finished / "depth" / "manifest.json"
   manifest = json.loads(manifest.read_text())
   assert manifest["settings"] == {"of": "the test", "scale": 2.0, "side": 16}
-  lines = []
+  digest = hashlib.blake2b(digest_size=16)
   for number in range(14, 21):
     record = source[number]
-    lines.append(f"{record['key']}\0{hash_bytes(record['image'])}\n")
-  expected = hashlib.blake2b(
-    "".join(lines).encode(), digest_size=16
-  ).hexdigest()
-  assert manifest["shards"][2]["base_hash"] == expected
+    digest.update(f"{record['key']}\0{hash_bytes(record['image'])}\n".encode())
+  assert manifest["shards"][2]["base_hash"] == digest.hexdigest()
   boxes = json.loads((finished / "boxes" / "manifest.json").read_text())
   assert boxes["base_hash"] == manifest["base_hash"]
   # Different images with equal keys.
-  make_tars(tmp_path / "base", broken=False)
-  labelling.run(
-    FakeDepth(), open_base(tmp_path / "base"), tmp_path / "out", threads=2
-  )
+  run(make_tars(tmp_path / "base", broken=False), tmp_path / "out")
   other = json.loads((tmp_path / "out" / "manifest.json").read_text())
-  same = [
-    a["base_hash"] == b["base_hash"]
-    for a, b in zip(other["shards"], manifest["shards"], strict=True)
-  ]
+  shards = zip(other["shards"], manifest["shards"], strict=True)
+  same = [a["base_hash"] == b["base_hash"] for a, b in shards]
   assert same == [False, True, True]
   assert other["base_hash"] != manifest["base_hash"]
-
-
-def test_labels_join_sources_with_and_without_captions(finished, base):
-  for captions, count, expected in (
-    ("required", 15, 4),
-    ("ignored", 21, 18),
-    ("optional", 21, 18),
-  ):
-    source = build_source(
-      {
-        "type": "webdataset",
-        "path": f"{base}/*.tar",
-        "captions": captions,
-        "labels": {"depth": str(finished / "depth")},
-      }
-    )
-    assert len(source) == count
-    labelled = 0
-    for number in range(count):
-      try:
-        labelled += "depth" in source[number]
-      except BadRecord:
-        # Without image bytes, or with a blank caption.
-        continue
-    assert labelled == expected
 
 
 # --- Batches -----------------------------------------------------------------
@@ -184,7 +151,7 @@ def prepared(group, size=1):
 
 
 def group_batches(groups, rows=3, size=1, **limits):
-  grouper = batching.make_grouper(rows, **limits)
+  grouper = labelling.make_grouper(rows, **limits)
   batches = []
   for position, group in enumerate(groups):
     if group != " ":
@@ -196,32 +163,17 @@ def group_batches(groups, rows=3, size=1, **limits):
 
 def test_records_of_a_group_share_a_batch():
   assert group_batches("aababbca") == ([[0, 1, 3], [2, 4, 5], [6], [7]], 2)
-
-
-def test_the_oldest_batch_is_released_incomplete():
+  limits = dict(rows=9, size=10, max_bytes=25)
   # The third record exceeds the limit; its group is not the oldest.
-  assert group_batches("abbcc", rows=9, size=10, max_bytes=25) == (
-    [[0], [1, 2], [3, 4]],
-    2,
-  )
+  assert group_batches("abbcc", **limits) == ([[0], [1, 2], [3, 4]], 2)
   # A single group never exceeds the limit.
-  assert group_batches("aaaa", rows=9, size=10, max_bytes=25) == (
-    [[0, 1, 2, 3]],
-    0,
-  )
-
-
-def test_waiting_is_bounded():
+  assert group_batches("aaaa", **limits) == ([[0, 1, 2, 3]], 0)
+  # Waiting is bounded; unusable records count towards the waiting time.
   batches, before = group_batches("abbbbbbbbb", rows=2, max_age=5)
   assert [0] in batches[:before]
-  # Unusable records count towards the waiting time.
-  batches, before = group_batches("a      b", rows=2, max_age=5)
-  assert (batches, before) == ([[0], [7]], 1)
-
-
-def test_a_batch_is_padded():
+  assert group_batches("a      b", rows=2, max_age=5) == ([[0], [7]], 1)
   batch = [(4, prepared("a")), (6, prepared("b"))]
-  stacked = batching.stack_arrays(batch, 5)["x"]
+  stacked = labelling.stack_arrays(batch, 5)["x"]
   assert stacked.tolist() == [[97], [98], [97], [98], [97]]
 
 
@@ -270,7 +222,9 @@ def test_labels_come_in_order():
   shapes = []
   for threads in (1, 5):
     expert = Slow()
-    entries = list(batching.label(expert, base, range(100), threads=threads))
+    entries = list(
+      labelling.label_records(expert, base, range(100), threads=threads)
+    )
     assert [entry.key for entry in entries] == [f"{i}" for i in range(100)]
     for i, entry in enumerate(entries):
       expected = "record: x" if i % 10 == 3 else f"{i}"
@@ -298,17 +252,14 @@ def test_a_full_disk_is_reported_as_a_message(base, tmp_path, monkeypatch):
     def close(self):
       self.inner.close()
 
-  monkeypatch.setattr(
-    array_record,
-    "_module",
-    lambda: types.SimpleNamespace(ArrayRecordWriter=Full),
-  )
+  module = types.SimpleNamespace(ArrayRecordWriter=Full)
+  monkeypatch.setattr(array_record, "_module", lambda: module)
   out = tmp_path / "out"
   with (
     pytest.raises(SystemExit, match="label: .*00000.array_record can't be wr"),
     errors.readable_errors("label"),
   ):
-    labelling.run(FakeDepth(), open_base(base), out, threads=2)
+    run(base, out)
   assert [file.name for file in out.iterdir()] == ["settings.json"]
 
 
@@ -318,40 +269,27 @@ def test_a_shard_with_damaged_statistics_is_labelled_again(
 ):
   folder = copy(finished, tmp_path, "depth")
   (folder / "00001_stats.json").write_text(text)
-  labelling.run(experts["depth"], open_base(base), folder, threads=2)
+  run(base, folder, experts["depth"])
   assert contents(folder) == contents(finished / "depth")
 
 
-def make_array_records(folder, shards):
-  png = cv2.imencode(".png", np.arange(432, dtype=np.uint8).reshape(12, 12, 3))
-  folder.mkdir()
-  for shard in range(shards):
-    array_record.write(
-      folder / f"{shard:05d}.array_record",
-      [
-        {"key": f"{shard}.{i}", "image": png[1].tobytes(), "captions": ["a"]}
-        for i in range(4)
-      ],
-    )
-  return ArrayRecordSource(f"{folder}/*.array_record")
-
-
 def test_verify_caches_metadata_of_few_shards(tmp_path):
-  source = make_array_records(tmp_path / "base", 12)
+  png = cv2.imencode(".png", np.arange(432, dtype=np.uint8).reshape(12, 12, 3))
+  record = {"image": png[1].tobytes(), "captions": ["a"]}
+  for shard in range(12):
+    records = [{"key": f"{shard}.{i}", **record} for i in range(4)]
+    array_record.write(tmp_path / f"{shard:05d}.array_record", records)
+  source = ArrayRecordSource(f"{tmp_path}/*.array_record")
   labelling.run(FakeDepth(), source, tmp_path / "out", threads=1)
   report = verify(FakeDepth(), source, tmp_path / "out", count=24, threads=1)
   assert (report.compared, report.different) == (24, {})
   assert 0 < len(source._sidecars) <= 8
 
 
-def test_threads_are_at_least_one(base, finished, tmp_path):
+def test_threads_are_at_least_one(base, tmp_path):
   with pytest.raises(ValueError, match="threads=0; expected at least 1"):
-    labelling.run(FakeDepth(), open_base(base), tmp_path / "out", threads=0)
+    run(base, tmp_path / "out", threads=0)
   assert not (tmp_path / "out").exists()
-  with pytest.raises(ValueError, match="threads=-1; expected at least 1"):
-    verify(
-      FakeDepth(), open_base(base), finished / "depth", count=1, threads=-1
-    )
 
 
 # --- Several runs ------------------------------------------------------------
@@ -373,57 +311,49 @@ def test_hosts_begin_with_different_shards(tmp_path):
   out.mkdir()
   claim(out, "00003", ELSEWHERE)
   timer = threading.Timer(0.5, lambda: claim(out, "00003", ELSEWHERE, age=999))
-  labelling.run(
-    Observed(), open_base(base), out, host=HostRows(1, 2), threads=1
-  )
+  run(base, out, Observed(), host=HostRows(1, 2), threads=1)
   assert list(dict.fromkeys(order)) == ["00002", "00000", "00001", "00003"]
-  alone = tmp_path / "alone"
-  labelling.run(FakeDepth(), open_base(base), alone, threads=1)
-  assert contents(out) == contents(alone)
+  run(base, tmp_path / "alone", threads=1)
+  assert contents(out) == contents(tmp_path / "alone")
 
 
 def test_waiting_is_logged(tmp_path, caplog):
   base = make_tars(tmp_path / "base", shards=1, records=2, broken=False)
   out = tmp_path / "out"
   out.mkdir()
-  file = claim(out, "00000", ELSEWHERE)
-  timer = threading.Timer(0.3, file.unlink)
-  timer.start()
+  threading.Timer(0.3, claim(out, "00000", ELSEWHERE).unlink).start()
   with caplog.at_level(logging.INFO, "mtv_jax.experts.labelling.run"):
-    labelling.run(FakeDepth(), open_base(base), out, threads=1)
-  assert (
-    "waiting for 1 shards of other hosts: 00000 (process 1 on there)."
-    in caplog.text
-  )
+    run(base, out, threads=1)
+  assert "for 1 shards of other hosts: 00000 (process 1 on" in caplog.text
 
 
-def test_a_finished_set_is_not_modified(finished, base, tmp_path, experts):
-  before = {
-    f.name: f.stat().st_mtime_ns for f in (finished / "boxes").iterdir()
-  }
-  summary = labelling.run(experts["boxes"], open_base(base), finished / "boxes")
+def test_a_finished_set_is_not_modified(finished, base, experts):
+  def times():
+    files = (finished / "boxes").glob("*[!t].*")  # But for manifest.json.
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+  before = times()
+  summary = run(base, finished / "boxes", experts["boxes"])
   assert (summary.records, summary.labelled) == (21, 18)
-  after = {f.name: f.stat().st_mtime_ns for f in (finished / "boxes").iterdir()}
-  del before["manifest.json"], after["manifest.json"]
-  assert before == after
+  assert len(before) > 3 and before == times()
 
 
-def test_other_settings_are_rejected_with_the_difference(
-  base, tmp_path, finished
-):
+def test_other_settings_are_rejected(base, tmp_path, finished):
   class Stops(FakeDepth):
     def run(self, arrays):
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    labelling.run(Stops(), open_base(base), tmp_path, threads=1)
-  for folder, what in (
-    (tmp_path, "an unfinished"),
-    (finished / "depth", "a fini"),
-  ):
+    run(base, tmp_path, Stops(), threads=1)
+  other = FakeDepth(scale=3.0)
+  for folder, what in ((tmp_path, "an unfin"), (finished / "depth", "a fin")):
     with pytest.raises(FileExistsError, match=f"{what}.*other settings") as e:
-      labelling.run(FakeDepth(scale=3.0), open_base(base), folder)
+      run(base, folder, other)
     assert "\n  settings.scale: 2.0 -> 3.0\n" in str(e.value)
+  with pytest.raises(FileExistsError, match=r"settings.scale: 2.0 -> 3.0"):
+    verify(other, open_base(base), finished / "depth", count=1)
+  with pytest.raises(ValueError, match="0 records to verify"):
+    verify(FakeDepth(), open_base(base), finished / "depth", count=0)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +366,7 @@ def test_other_settings_are_rejected_with_the_difference(
 def test_killed_at_random_moments(tmp_path, count):
   """After several SIGKILLs, every file equals an undisturbed run's."""
   base = make_tars(tmp_path / "base", shards=20, records=6)
-  labelling.run(FakeDepth(), open_base(base), tmp_path / "whole", threads=2)
+  run(base, tmp_path / "whole")
   draws, kills = random.Random(0), 0
   out = tmp_path / "out"
   done = []
@@ -462,24 +392,20 @@ def test_killed_at_random_moments(tmp_path, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["distributed", "by hand"])
-def test_two_processes_at_once(tmp_path, how):
-  base = make_tars(tmp_path / "base", shards=9, records=5)
-  for kind, expert in (("depth", FakeDepth()), ("boxes", FakeBoxes())):
-    labelling.run(expert, open_base(base), tmp_path / kind, threads=2)
-    port = f"localhost:{free_port()}"
-    out = tmp_path / f"{kind} of two"
-    running = [
-      launch(
-        kind, base, out, delay=0.02, devices=1 + i,
-        join=[port, str(i)] if how == "distributed" else [],
-      )
-      for i in range(2)
-    ]  # fmt: skip
-    for process in running:
-      _, errors = process.communicate(timeout=60)
-      assert process.returncode == 0, errors
-    assert contents(out) == contents(tmp_path / kind)
+@pytest.mark.parametrize(
+  ("kind", "distributed"), [("depth", True), ("boxes", False)]
+)
+def test_two_processes_at_once(tmp_path, base, finished, kind, distributed):
+  """Joined by jax.distributed, or started by hand."""
+  port, running = f"localhost:{free_port()}", []
+  for i in range(2):
+    options = dict(join=[port, str(i)]) if distributed else {}
+    process = launch(kind, base, tmp_path, delay=0.05, devices=1 + i, **options)
+    running.append(process)
+  for process in running:
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+  assert contents(tmp_path) == contents(finished / kind)
 
 
 # --- Verifying ---------------------------------------------------------------
@@ -490,13 +416,9 @@ def alter(folder, kind, at, change):
   stored = [LabelSet(folder, kind=kind).read(1, i) for i in range(7)]
   labels = [s.label for s in stored]
   labels[at] = change(labels[at])
-  array_record.write_bytes(
-    folder / "00001.array_record",
-    [
-      label_values.encode(s.key, label)
-      for s, label in zip(stored, labels, strict=True)
-    ],
-  )
+  pairs = zip(stored, labels, strict=True)
+  encoded = [label_values.encode(s.key, label) for s, label in pairs]
+  array_record.write_bytes(folder / "00001.array_record", encoded)
 
 
 def copy(finished, tmp_path, kind):
@@ -541,19 +463,13 @@ def test_changed_boxes(finished, base, experts, tmp_path):
   folder = copy(finished, tmp_path, "boxes")
 
   def fewer(label):
-    return label_values.BoxLabel(
-      label.boxes[:1], label.phrases[:1], label.scores[:1]
-    )
+    return BoxLabel(label.boxes[:1], label.phrases[:1], label.scores[:1])
+
+  def other(label):
+    return BoxLabel(label.boxes, ("a thing", "another"), label.scores - 0.125)
 
   alter(folder, "boxes", ROWS.index(1), fewer)
-  alter(
-    folder,
-    "boxes",
-    ROWS.index(5),
-    lambda label: label_values.BoxLabel(
-      label.boxes, ("a thing", "another"), label.scores - 0.125
-    ),
-  )
+  alter(folder, "boxes", ROWS.index(5), other)
   report = verify(experts["boxes"], open_base(base), folder, count=21)
   assert report.different == {
     "000010001": "1 boxes, now 2",
@@ -561,10 +477,3 @@ def test_changed_boxes(finished, base, experts, tmp_path):
     " up to 0.125 apart",
   }
   assert report.new_boxes == report.boxes + 1
-
-
-def test_a_set_of_another_expert_is_not_compared(finished, base):
-  with pytest.raises(FileExistsError, match=r"settings.scale: 2.0 -> 3.0"):
-    verify(FakeDepth(scale=3.0), open_base(base), finished / "depth", count=1)
-  with pytest.raises(ValueError, match="0 records to verify"):
-    verify(FakeDepth(), open_base(base), finished / "depth", count=0)

@@ -34,11 +34,7 @@ def restated(captions, *, max_words, max_phrases):
         run = words[i : i + n]
         if len(run) == n and not set(run) <= phrases.STOP_WORDS:
           ngrams.append(" ".join(run))
-  distinct = []
-  for phrase in ngrams:
-    if phrase not in distinct:
-      distinct.append(phrase)
-  return distinct[:max_phrases]
+  return list(dict.fromkeys(ngrams))[:max_phrases]
 
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -47,10 +43,9 @@ PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 @pytest.mark.parametrize("max_words", [1, 3, 10])
 @pytest.mark.parametrize("max_phrases", [4, 300])
 def test_ngrams_match_owlv2(max_words, max_phrases):
-  source = build_phrases("ngrams", max_words=max_words, max_phrases=max_phrases)
-  got = source(record(*CAPTIONS))
-  want = restated(CAPTIONS, max_words=max_words, max_phrases=max_phrases)
-  assert got == want
+  limits = dict(max_words=max_words, max_phrases=max_phrases)
+  source = build_phrases("ngrams", **limits)
+  assert source(record(*CAPTIONS)) == restated(CAPTIONS, **limits)
   assert isinstance(source, phrases.Phrases)
   assert source.vocabulary is None
 
@@ -64,8 +59,7 @@ def test_ngrams_by_hand():
   assert len(source(long)) == phrases.MAX_PHRASES
   assert max(len(p.split()) for p in source(long)) == phrases.MAX_WORDS
 
-
-def test_the_word_lists_are_complete():
+  # The word lists are complete.
   assert len(phrases.GENERIC_WORDS) == 61
   # NLTK's 179; without its apostrophe, "it's" is "its".
   assert len(phrases.STOP_WORDS) == 178
@@ -88,22 +82,15 @@ def test_records_without_tags_have_no_phrases():
   assert source(record("a caption")) == []
   assert source(record(tags=None)) == source(record(tags=[])) == []
   assert source.settings["field"] == "tags"
+  # A lone surrogate, from a truncated JSON string.
+  (phrase,) = source(record(tags=["dog \ud83d"]))
+  assert phrase.encode() == b"dog ?"
 
 
 @pytest.mark.parametrize("wrong", [3, {"a": 1}, ["a", 3]])
 def test_invalid_tags_are_a_bad_record(wrong):
   with pytest.raises(BadRecord, match="'tags'.*string"):
     build_phrases("tags")(record(tags=wrong))
-
-
-def test_lone_surrogates_are_replaced():
-  (phrase,) = build_phrases("tags")(record(tags=["dog \ud83d"]))
-  assert phrase.encode() == b"dog ?"
-
-
-def test_a_missing_module():
-  with pytest.raises(ValueError, match="PYTHONPATH"):
-    build_phrases("no_such_module:function")
 
 
 def test_a_vocabulary_is_closed(tmp_path, caplog):
@@ -120,16 +107,6 @@ def test_a_vocabulary_is_closed(tmp_path, caplog):
   assert settings == dict(source="vocabulary", file="names.txt", phrases=3)
 
 
-def test_files_without_phrases(tmp_path):
-  empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
-  empty.write_text("\n ,\n")
-  binary.write_bytes(b"\xff\xfe\x00\x81")
-  with pytest.raises(ValueError, match="2 lines and no phrase"):
-    build_phrases(str(empty))
-  with pytest.raises(ValueError, match="UTF-8"):
-    build_phrases(str(binary))
-
-
 def colours(record):
   return (f"{word} thing" for word in record["captions"][0].split())
 
@@ -138,12 +115,22 @@ def test_a_user_function():
   source = build_phrases(f"{__name__}:colours", max_phrases=2)
   assert source(record("red green blue")) == ["red thing", "green thing"]
   assert source.settings["source"].endswith(":colours")
-  with pytest.raises(ValueError, match="Did you mean 'colours'"):
-    build_phrases(f"{__name__}:colour")
 
 
-def test_unknown_sources_and_limits():
-  with pytest.raises(ValueError, match="Did you mean 'ngrams'"):
-    build_phrases("ngram")
-  with pytest.raises(ValueError, match="max_phrases is 0"):
-    build_phrases("ngrams", max_phrases=0)
+@pytest.mark.parametrize(
+  ("source", "limit", "message"),
+  [
+    ("ngram", 9, "Did you mean 'ngrams'"),
+    ("ngrams", 0, "max_phrases is 0"),
+    (f"{__name__}:colour", 9, "Did you mean 'colours'"),
+    ("missing_module:function", 9, "PYTHONPATH"),
+    (b"\n ,\n", 9, "2 lines and no phrase"),
+    (b"\xff\xfe\x00\x81", 9, "UTF-8"),
+  ],
+)
+def test_unknown_sources_and_limits(source, limit, message, tmp_path):
+  if isinstance(source, bytes):
+    (tmp_path / "names.txt").write_bytes(source)
+    source = str(tmp_path / "names.txt")
+  with pytest.raises(ValueError, match=message):
+    build_phrases(source, max_phrases=limit)

@@ -13,13 +13,8 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.data import canvas
-from mtv_jax.data.labels.label_sets import LabelSet
-from mtv_jax.data.labels.label_values import BoxLabel
-from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.labelling import box_matching
 from mtv_jax.experts.labelling.detections import Detections
-from mtv_jax.experts.onnx import decoders
 from mtv_jax.experts.onnx import detector as onnx_detector
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -73,39 +68,36 @@ def published(output, threshold, height, width):
   return best
 
 
-def overlap(a, b, *, end=1):
-  """IoU; `end` is added to each side, as both ends count."""
-  sides = [
-    max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k]) + end) for k in (0, 1)
-  ]
-  areas = [(x[2] - x[0] + end) * (x[3] - x[1] + end) for x in (a, b)]
-  return math.prod(sides) / (sum(areas) - math.prod(sides))
+def overlap(a, b):
+  """IoU in whole pixels, of which both ends count."""
+  shared = math.prod(
+    max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k]) + 1) for k in (0, 1)
+  )
+  areas = [(x[2] - x[0] + 1) * (x[3] - x[1] + 1) for x in (a, b)]
+  return shared / (sum(areas) - shared)
 
 
 def test_fastestdet_is_decoded_cell_by_cell():
+  def decode(threshold):
+    return onnx_detector.FastestDet().decode(
+      {"758": output}, NAMES, threshold=threshold, image_size=(1, 1)
+    )
+
   for seed in range(4):
     output = grid(seed)
-    want = cells(output, 0.4)
-    got = decoders.FastestDet().decode(
-      {"758": output}, NAMES, threshold=0.4, image_size=(1, 1)
-    )
+    got, want = decode(0.4), cells(output, 0.4)
     assert 5 < len(want) < 30
-    boxes, scores = (
-      np.array([w[:4] for w in want]), np.array([w[4] for w in want])
-    )  # fmt: skip
-    np.testing.assert_allclose(got.boxes, boxes, atol=1e-6)
-    np.testing.assert_allclose(got.scores, scores, rtol=1e-6)
+    np.testing.assert_allclose(got.boxes, [w[:4] for w in want], atol=1e-6)
+    np.testing.assert_allclose(got.scores, [w[4] for w in want], rtol=1e-6)
     assert got.phrases == tuple(NAMES[w[5]] for w in want)
     assert got.boxes.dtype == got.scores.dtype == np.float32
-  nothing = decoders.FastestDet().decode(
-    {"758": output}, NAMES, threshold=1.0, image_size=(1, 1)
-  )
+  nothing = decode(1.0)
   assert nothing.boxes.shape == (0, 4) and nothing.phrases == ()
 
 
 def test_images_go_in_as_published():
   image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-  got = decoders.FastestDet().prepare(image, 32, 48)
+  got = onnx_detector.FastestDet().prepare(image, 32, 48)
   bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
   want = cv2.resize(bgr, (48, 32), interpolation=cv2.INTER_AREA) / 255
   np.testing.assert_array_equal(got, want.transpose(2, 0, 1).astype("float32"))
@@ -121,8 +113,8 @@ class Port:
 class Session:
   """Like onnxruntime's; its output is a grid, seeded by the image."""
 
-  def __init__(self, batch=1, side=32, outputs=None):
-    self.input = Port("in", [batch, 3, side, side])
+  def __init__(self, batch=1, side=32, outputs=None, **port):
+    self.input = Port(**{"name": "in", "shape": [batch, 3, side, side], **port})
     self.outputs = outputs or [Port("out", [batch, 8, 5, 7])]
     self.batches, self.lock = [], threading.Lock()
 
@@ -149,8 +141,8 @@ def build(tmp_path, monkeypatch):
 
   def build(session, *, batch_size=4, names=NAMES, **options):
     names_file.write_text("\n".join(names))
-    monkeypatch.setattr(onnx_detector, "_open_session", lambda *_: session)
-    options = dict(mesh=mesh, batch_size=batch_size, threshold=0.4, **options)
+    monkeypatch.setattr(onnx_detector, "_open_session", lambda _: session)
+    options = dict(mesh=mesh, batch_size=batch_size, threshold=0.4) | options
     return onnx_detector.load_expert(file, names=names_file, **options)
 
   return build
@@ -180,13 +172,14 @@ def test_rows_are_the_files_batches(build, batch, rows, wanted):
     np.testing.assert_array_equal(out["out"][i], grid(i))
     label = expert.finish({"out": out["out"][i]}, each.meta).label
     # Boxes mostly outside of the image are dropped.
-    best = max(filter(inside, cells(grid(i), 0.4)), key=lambda f: f[4])
-    assert label.phrases[0] == NAMES[best[5]]
-    np.testing.assert_allclose(
-      label.boxes[0], np.clip(best[:4], 0, 1), atol=1e-6
-    )
+    *box, _, kind = max(filter(inside, cells(grid(i), 0.4)), key=lambda f: f[4])
+    assert label.phrases[0] == NAMES[kind]
+    np.testing.assert_allclose(label.boxes[0], np.clip(box, 0, 1), atol=1e-6)
     assert (np.diff(label.scores) <= 0).all()
   json.dumps(expert.settings)
+
+
+TWO_OUTPUTS = [Port("a", [1, 8, 5, 7]), Port("b", [1, 4])]
 
 
 @pytest.mark.parametrize(
@@ -196,27 +189,23 @@ def test_rows_are_the_files_batches(build, batch, rows, wanted):
     (Session(), {"size": 64}, r"size=64.*\(32, 32\) only"),
     (Session(), {"names": ["one"]}, "3 classes.*1 names"),
     (Session(outputs=[Port("a", [1, 9, 9])]), {}, r"a: \[1, 9, 9\].*decoder"),
-    (
-      Session(outputs=[Port("a", [1, 8, 5, 7]), Port("b", [1, 4])]),
-      {}, "FastestDet has one output",
-    ),
+    (Session(outputs=TWO_OUTPUTS), {}, "FastestDet has one output"),
+    (Session(type="tensor(uint8)"), {}, r"uint8.*\[1, 3, 32, 32\]"),
+    (Session(shape=[1, 1, 32, 32]), {}, "3 channels"),
+    (Session(), {"dtype": "bfloat16"}, "dtype"),
+    (Session(), {"threshold": 65.0}, "threshold is 65.0, expected a number"),
+    (Session(), {"decoder": "fastestdat"}, "Did you mean 'fastestdet'"),
+    (Session(), {"decoder": f"{__name__}:Corners"}, "Decoder"),
   ],
-)  # fmt: skip
+)
 def test_files_of_other_models(build, session, changes, message):
   with pytest.raises(ValueError, match=message):
     build(session, **changes)
 
 
-def test_files_with_other_inputs(build):
-  session = Session()
-  session.input.type = "tensor(uint8)"
-  with pytest.raises(ValueError, match=r"uint8.*\[1, 3, 32, 32\]"):
-    build(session)
-  session.input.type, session.input.shape = "tensor(float)", [1, 1, 32, 32]
-  with pytest.raises(ValueError, match="3 channels"):
-    build(session)
-  open_ = build(Session(side="side"), size=(20, 40))
-  assert open_.prepare(image_of(0), {}).arrays["image"].shape == (3, 20, 40)
+def test_files_that_leave_the_size_open(build):
+  expert = build(Session(side="side"), size=(20, 40))
+  assert expert.prepare(image_of(0), {}).arrays["image"].shape == (3, 20, 40)
 
 
 class Corners:
@@ -233,30 +222,20 @@ class Corners:
   def decode(self, outputs, names, *, threshold, image_size):
     rows = outputs["boxes"]
     rows = rows[rows[:, 4] > threshold]
-    height, width = image_size
-    boxes = rows[:, [1, 0, 3, 2]] / [height, width, height, width]
-    return Detections(
-      boxes.astype(np.float32), rows[:, 4], (names[0],) * len(rows)
-    )
+    boxes = np.float32(rows[:, [1, 0, 3, 2]] / (image_size * 2))
+    return Detections(boxes, rows[:, 4], (names[0],) * len(rows))
 
 
 corners = Corners()
 
 
 def test_a_decoder_by_module_and_name(build):
-  expert = build(
-    Session(outputs=[Port("boxes", ["n", 5])]),
-    decoder=f"{__name__}:corners",
-    names=["thing"],
-  )
+  session = Session(outputs=[Port("boxes", ["n", 5])])
+  expert = build(session, decoder=f"{__name__}:corners", names=["thing"])
   rows = np.array([[6, 4, 30, 20, 0.9], [0, 0, 9, 9, 0.3]], np.float32)
   label = expert.finish({"boxes": rows}, (40, 60)).label
   np.testing.assert_allclose(label.boxes, [[0.1, 0.1, 0.5, 0.5]], atol=1e-6)
   assert label.phrases == ("thing",)
-  with pytest.raises(ValueError, match="Decoder"):
-    decoders.get_decoder(f"{__name__}:Corners")
-  with pytest.raises(ValueError, match="Did you mean 'fastestdet'"):
-    decoders.get_decoder("fastestdat")
 
 
 def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
@@ -267,10 +246,6 @@ def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "onnxruntime", None)
   with pytest.raises(ImportError, match=r"mtv_jax\[onnx\]"):
     onnx_detector.load_expert(model, names=names)
-  with pytest.raises(ValueError, match="dtype"):
-    onnx_detector.load_expert(model, names=names, dtype="bfloat16")
-  with pytest.raises(ValueError, match="threshold is 65.0, expected a number"):
-    onnx_detector.load_expert(model, names=names, threshold=65.0)
 
 
 def test_names_begin_after_a_byte_order_mark(build, tmp_path):
@@ -279,9 +254,13 @@ def test_names_begin_after_a_byte_order_mark(build, tmp_path):
   names.write_text("\ufeff" + "\r\n".join(NAMES) + "\r\n", encoding="utf-8")
   expert = onnx_detector.load_expert(model, names=names)
   assert expert.settings["names_hash"] == wanted
-  names.write_bytes(b"caf\xe9\n")
-  with pytest.raises(ValueError, match=r"names\.txt is not UTF-8 text"):
-    onnx_detector.load_expert(model, names=names)
+  for content, message in (
+    (b"caf\xe9\n", r"names\.txt is not UTF-8 text"),
+    (b"person\n\ndog\n", "line 2 is blank"),
+  ):
+    names.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+      onnx_detector.load_expert(model, names=names)
 
 
 @pytest.fixture(scope="module")
@@ -292,25 +271,16 @@ def detector(shared_data):
   )
 
 
-def files(shared_data):
-  return sorted((shared_data / "coco").glob("*2017/*.jpg"))
-
-
 @pytest.mark.reference
 def test_broken_files_say_so(tmp_path, shared_data):
-  names = shared_data / "weights_fastestdet" / "coco.names"
-  model = tmp_path / "a.onnx"
+  model, names = tmp_path / "a.onnx", tmp_path / "names.txt"
   model.write_bytes(b"no model")
+  names.write_text("person\ndog\n")
   with pytest.raises(ValueError, match=r"a\.onnx: onnxruntime can't open it"):
     onnx_detector.load_expert(model, names=names)
-  short = tmp_path / "short.txt"
-  short.write_text("person\n\ndog\n")
   real = shared_data / "weights_fastestdet" / "FastestDet.onnx"
-  with pytest.raises(ValueError, match="line 2 is blank"):
-    onnx_detector.load_expert(real, names=short)
-  short.write_text("person\ndog\n")
   with pytest.raises(ValueError, match="80 classes.*2 names"):
-    onnx_detector.load_expert(real, names=short)
+    onnx_detector.load_expert(real, names=names)
 
 
 @pytest.mark.reference
@@ -328,7 +298,7 @@ def test_detections_on_photos_are_the_published_ones(detector, shared_data):
     providers=["CPUExecutionProvider"],
   )
   differ, boxes = 0, 0
-  for file in files(shared_data)[::3]:
+  for file in sorted((shared_data / "coco").glob("*2017/*.jpg"))[::3]:
     image = cv2.imread(str(file))
     height, width = image.shape[:2]
     small = cv2.resize(image, (352, 352), interpolation=cv2.INTER_AREA)
@@ -356,84 +326,36 @@ def test_detections_on_photos_are_the_published_ones(detector, shared_data):
     # Only boxes near an IoU of 45 % differ.
     for one in want:
       distance = abs(got - np.clip(one[:4], 0, sides)).max(axis=1)
-      assert distance.min() <= 1 or near(one, want), file.name
+      nearest = max(overlap(one, other) for other in want if other is not one)
+      assert distance.min() <= 1 or nearest > 0.4, file.name
   assert boxes > 250
   assert differ <= 2
 
 
-def near(one, others):
-  judged = [overlap(one, other) for other in others if other is not one]
-  return max(judged) > 0.4
-
-
 @pytest.mark.reference
-def test_the_rate_on_coco_is_the_published_codes(
-  detector, shared_data, tmp_path, capsys
-):
+def test_the_rate_on_coco_is_the_published_codes(shared_data, tmp_path):
   """The whole chain of tools against the published rules, on real photos."""
   coco, weights = shared_data / "coco", shared_data / "weights_fastestdet"
   parts = ("train2017", "val2017")
   shards, truth = tmp_path / "shards", tmp_path / "truth"
   captions = [str(coco / f"annotations/captions_{p}.json") for p in parts]
   images = [str(coco / p) for p in parts]
-  assert not run_command(
-    "make_shards", [*captions, "--images", *images, f"--output={shards}"]
-  )
+  argv = [*captions, "--images", *images, f"--output={shards}"]
+  assert not run_command("make_shards", argv)
   instances = [str(coco / f"annotations/instances_{p}.json") for p in parts]
-  assert not run_command(
-    "make_labels",
-    ["boxes", f"--data={shards}/*.tar", f"--output={truth}"]
-    + ["--instances", *instances],
-  )
-  assert not run_command(
-    "label",
-    ["--expert=boxes", f"--weights={weights / 'FastestDet.onnx'}"]
-    + [f"--names={weights / 'coco.names'}", f"--data={shards}/*.tar"]
-    + [f"--output={tmp_path / 'boxes'}", "--batch_size=2"],
-  )
+  data = f"--data={shards}/*.tar"
+  argv = ["boxes", data, f"--output={truth}", "--instances", *instances]
+  assert not run_command("make_labels", argv)
+  argv = ["--expert=boxes", f"--weights={weights / 'FastestDet.onnx'}", data]
+  argv += [f"--names={weights / 'coco.names'}", "--batch_size=2"]
+  assert not run_command("label", [*argv, f"--output={tmp_path / 'boxes'}"])
   figures = tmp_path / "figures.json"
-  run_command(
-    "match_boxes",
-    [f"--labels={tmp_path / 'boxes'}", f"--truth={truth}"]
-    + [f"--json={figures}", "--rename", *RENAMED],
-  )
+  argv = [f"--labels={tmp_path / 'boxes'}", f"--truth={truth}"]
+  argv += [f"--json={figures}", "--rename", *RENAMED]
+  run_command("match_boxes", argv)
   ours = json.loads(figures.read_text())
-  theirs = rate_as_published(detector, shards, truth).to_dict()
-  with capsys.disabled():
-    for name, row in (("ours", ours), ("published", theirs)):
-      print(
-        f"\n{name}: {row['matched']} of {row['boxes']} boxes match one of"
-        f" {row['truth']}; recall {row['recall']:.4f}, precision"
-        f" {row['precision']:.4f}"
-      )
-  assert ours["truth"] == theirs["truth"] == 2068
-  assert abs(ours["boxes"] - theirs["boxes"]) <= 2
-  assert ours["matched"] > 400
-  for name in ("recall", "precision"):
-    assert ours[name] >= theirs[name] - 0.002
-
-
-def rate_as_published(detector, shards, truth):
-  """Boxes of the published rules, matched as label sets are."""
-  renamed = box_matching.parse_renamed(RENAMED)
-  names = [renamed.get(name, name) for name in detector._names]
-  base = WebDatasetSource(f"{shards}/*.tar", captions="ignored")
-  annotated = LabelSet(truth, kind="boxes")
-  agreement = box_matching.Agreement(0.5)
-  for at in range(len(base)):
-    stored = annotated.read(0, at)
-    if stored.label is None:
-      continue
-    image = canvas.decode(base[at]["image"])
-    prepared = detector.prepare(image, {})
-    out = detector.run({"image": prepared.arrays["image"][None]})
-    height, width = image.shape[:2]
-    rows = published(out["758"][0], 0.65, height, width)
-    boxes = np.array([row[:4] for row in rows]).reshape(-1, 4)
-    label = BoxLabel(
-      (boxes / [height, width, height, width]).astype(np.float32),
-      tuple(names[row[5]] for row in rows),
-      np.array([row[4] for row in rows], np.float32),
-    )
-    agreement.add(label, stored.label)
-  return agreement
+  # By the published rules (`published`), 408 of 633 boxes match.
+  assert ours["truth"] == 2068
+  assert abs(ours["boxes"] - 633) <= 2
+  assert ours["recall"] >= 408 / 2068 - 0.002
+  assert ours["precision"] >= 408 / 633 - 0.002

@@ -1,7 +1,7 @@
 """tools/preflight.py: reports, proposals and the table of docs/pods.md."""
 
-import functools
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -11,7 +11,7 @@ from mtv_jax.cli.main import run_command
 from mtv_jax.config import recipes
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight import propose, report
+from mtv_jax.perf.preflight import remat, report
 from mtv_jax.train.run import resolve
 
 CONFIG = "configs/siglip_b16_224.py:tiny"
@@ -30,7 +30,7 @@ def test_plan_opens_no_data_and_no_tokenizer(repo_root):
 
 def test_candidates_go_from_cheap_to_expensive(repo_root):
   config = recipes.read_config(str(repo_root / CONFIG))
-  tried, factors = zip(*propose.candidates(resolve(config), 4), strict=True)
+  tried, factors = zip(*remat.candidates(resolve(config), 4), strict=True)
   assert tried[0] == ("model.remat=full",)
   assert ("model.remat=full", "mesh.fsdp=4") in tried
   assert ("model.remat=full", "mesh.fsdp=8") not in tried
@@ -39,9 +39,7 @@ def test_candidates_go_from_cheap_to_expensive(repo_root):
   assert factors[-1] == 16
 
 
-def test_propose_stops_at_the_first_fit_and_skips_small_changes(
-  repo_root, monkeypatch
-):
+def test_propose_stops_at_the_first_fit_and_skips_small_changes(monkeypatch):
   """On a chip whose memory fits 4 rows of any recipe."""
   compiled = []
 
@@ -52,16 +50,13 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
     memory = compile_lib.Memory(0, 0, 0, 1, None) if rows <= 4 else None
     return compile_lib.CompileResult(memory, "" if memory else refusal)
 
-  monkeypatch.setattr(propose.compile_lib, "compile_step", compile_step)
-  config = recipes.read_config(
-    str(repo_root / "configs/mae_b16_224.py") + ":tiny"
-  )
+  monkeypatch.setattr(remat.compile_lib, "compile_step", compile_step)
+  config = recipes.read_config("mae_b16_224:tiny")
   config.batch_size = 64
   config.model.remat = "full"
-  monkeypatch.setitem(
-    topologies.GPUS, "L4", topologies.Chip("L4", 16 * 2**30, None)
-  )
-  tried = list(propose.propose(config, topologies.parse("gpu:1xL4")))
+  chip = topologies.Chip("L4", 16 * 2**30, None)
+  monkeypatch.setitem(topologies.GPUS, "L4", chip)
+  tried = list(remat.propose(config, topologies.parse("gpu:1xL4")))
   # 64 rows were not compiled: no candidate is known to be too small.
   assert compiled == [32, 16, 8, 4]
   assert tried[-1].fits and tried[-1].changes == ("accumulate=16",)
@@ -70,9 +65,7 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
 
 
 @pytest.mark.slow
-def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(
-  repo_root, monkeypatch
-):
+def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(monkeypatch):
   """40B examples are 2.5e9 steps of 16 rows, beyond int32."""
   lowered = []
 
@@ -83,14 +76,12 @@ def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(
     return compile_lib.CompileResult(None, "refused"), None
 
   monkeypatch.setattr(compile_lib, "_compile", compile)
-  config = recipes.read_config(
-    str(repo_root / "configs/mae_b16_224.py") + ":tiny"
-  )
+  config = recipes.read_config("mae_b16_224:tiny")
   del config["total_steps"]
   config.update(batch_size=256, total_examples=40_000_000_000)
   plan = compile_lib.make_plan(config, topologies.parse("gpu:1xL4"))
   result = compile_lib.compile_step(plan)
-  assert not result.fits and result.largest_at == 0
+  assert not result.fits and result.largest_batch == 0
   assert lowered == [[256], [16], [1]]
 
 
@@ -99,14 +90,15 @@ def test_required_bytes_of_a_refusal():
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
     "the total memory required for HLO temporaries (192.00G) exceeds available"
   )
-  assert compile_lib.required_bytes(text) == 192 * 2**30
-  assert compile_lib.required_bytes("no number") is None
+  for refusal, expected in ((text, 192 * 2**30), ("no number", None)):
+    result = compile_lib.CompileResult(None, refusal)
+    assert result.required_bytes == expected
 
 
 def test_update_table_leaves_other_rows():
   old = "| mtv_b16_224 | v5e:16x16 | old |"
   new = "| mtv_l16_256 | v5e:16x16 | new |"
-  begin = f"# Pods\n\n{report.BEGIN}\n| config | machine | batch |\n"
+  begin = f"# Pods\n\n{report.BEGIN}\n| config | machine | batch |\n| --- |\n"
   end = f"\nA note.\n{report.END}\nafter\n"
   page = report.update_table(f"{begin}{old}\n{end}", new)
   assert page == f"{begin}{old}\n{new}\n{end}"
@@ -118,6 +110,9 @@ def test_update_table_leaves_other_rows():
   page = report.update_table(page, bars.format("old"))
   page = report.update_table(page, bars.format("new"))
   assert page == f"{begin}{newer}\n{new}\n{bars.format('new')}\n{end}"
+  *names, last = report.read_table(page)
+  assert names == [(f"mtv_{n}", "v5e:16x16") for n in ("b16_224", "l16_256")]
+  assert last == ("mtv_b16_224", "v5e:16x16", "model.remat=full|image=qkv")
   for invalid in ("nothing", f"{report.BEGIN}\nno table\n{report.END}"):
     with pytest.raises(ValueError, match="fits: begin"):
       report.update_table(invalid, new)
@@ -126,13 +121,10 @@ def test_update_table_leaves_other_rows():
 def run(repo_root, *arguments):
   """Runs the command in a process, since it configures JAX's backends."""
   return subprocess.run(
-    [sys.executable, "tools/preflight.py", *arguments],
-    cwd=repo_root,
+    [sys.executable, "tools/preflight.py", *arguments], cwd=repo_root,
     env={"PYTHONPATH": str(repo_root), "PATH": "/usr/bin:/bin"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
 
 
 def test_gradient_norms_decide_whether_the_config_fits(repo_root):
@@ -167,32 +159,31 @@ def test_gradient_norms_are_compiled_if_the_config_measures_them(repo_root):
   assert result.norms.memory.output < 1000
 
 
-def test_user_errors_are_one_message(repo_root):
-  main = functools.partial(run_command, "preflight")
-  config = str(repo_root / CONFIG)
-  with pytest.raises(SystemExit, match="preflight: topology 'v5:2x2'"):
-    main([f"--config={config}", "--topology=v5:2x2"])
-  with pytest.raises(SystemExit, match="--topology are needed"):
-    main([f"--config={config}"])
-  with pytest.raises(SystemExit, match="--budget is 9: .*it is 'none'"):
-    main([f"--config={config}", "--topology=v5e:2x2", "--budget=9"])
-  command = ["--config=continue_from:tiny", "--topology=cpu:1"]
-  with pytest.raises(SystemExit, match="--budget is 9: .*it is 'none'"):
-    main([*command, "--budget=9"])  # Its recipe lacks `remat`.
-  for budget in ("nan", "inf", "0"):
-    with pytest.raises(SystemExit, match=f"--budget is {budget}: expected"):
-      main([*command, "--config.model.remat=auto", f"--budget={budget}"])
-  for flags, message in (
+TINY = ["--config=siglip_b16_224:tiny", "--topology=v5e:2x2"]
+PODS = pathlib.Path(__file__).parents[3] / "docs" / "pods.md"
+LACKS_REMAT = ["--config=continue_from:tiny", "--topology=cpu:1"]
+AUTO = [*LACKS_REMAT, "--config.model.remat=auto"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ([TINY[0], "--topology=v5:2x2"], "topology 'v5:2x2'"),
+    (TINY[:1], "--topology are needed"),
+    ([*TINY, "--budget=9"], "--budget is 9: .*it is 'none'"),
+    ([*LACKS_REMAT, "--budget=9"], "--budget is 9: .*it is 'none'"),
+    ([*AUTO, "--budget=nan"], "--budget is nan: expected"),
+    ([*AUTO, "--budget=inf"], "--budget is inf: expected"),
+    ([*AUTO, "--budget=0"], "--budget is 0: expected"),
     (["--scaling=loss", "--budget=9"], "--budget is read with one --config"),
-    ([*command, "--mfu=nan"], "--mfu is nan: expected a share"),
-    ([*command, "--mfu=40"], "--mfu is 40: expected a share"),
-    (
-      ["--table=x", "--rows", "mtv", "v9"],
-      "--rows mtv v9: no row.*mtv_b16_224",
-    ),
-  ):
-    with pytest.raises(SystemExit, match=message):
-      main(flags)
+    ([*TINY, "--mfu=nan"], "--mfu is nan: expected a share"),
+    ([*TINY, "--mfu=40"], "--mfu is 40: expected a share"),
+    ([f"--table={PODS}", "--rows", "mtv", "v9"], "no row.*mtv_b16"),
+  ],
+)
+def test_user_errors_are_one_message(flags, message):
+  with pytest.raises(SystemExit, match=f"preflight: .*{message}"):
+    run_command("preflight", flags)
 
 
 @pytest.mark.reference
@@ -220,11 +211,9 @@ def test_a_config_that_does_not_fit_exits_with_1_and_lists_large_arrays(
   repo_root,
 ):
   completed = run(
-    repo_root,
-    "--config=configs/mae_b16_224.py:tiny",
-    "--topology=v5e:1x1",
+    repo_root, "--config=configs/mae_b16_224.py:tiny", "--topology=v5e:1x1",
     "--config.batch_size=131072",
-  )
+  )  # fmt: skip
   assert completed.returncode == 1, completed.stderr
   assert "DOES NOT FIT" in completed.stdout
   assert "exceeds available HBM (15.75G)" in completed.stdout
@@ -238,13 +227,10 @@ def test_arrays_on_the_host_leave_the_chips_memory(repo_root, tmp_path):
   for choice in ("mlp_hidden", "mlp_hidden:host"):
     out = tmp_path / f"{len(reports)}.json"
     completed = run(
-      repo_root,
-      f"--config={CONFIG}",
-      "--topology=v5e:1x1",
-      "--config.batch_size=4096",
-      f"--config.model.remat={choice}",
+      repo_root, f"--config={CONFIG}", "--topology=v5e:1x1",
+      "--config.batch_size=4096", f"--config.model.remat={choice}",
       f"--json={out}",
-    )
+    )  # fmt: skip
     assert completed.returncode == 0, completed.stderr
     reports.append(json.loads(out.read_text()))
   chip, host = reports

@@ -45,12 +45,11 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
   local = make_plan(repo_root, "objectives.dino.koleo_group=4")
   assert scaling.embedding_bytes(local) == contrast + grounding
-  gathered = make_plan(
-    repo_root,
-    "objectives.contrastive.method=gathered",
-    "objectives.grounding.method=gathered",
-    "objectives.dino.koleo_weight=0",
-  )
+  changes = [
+    f"objectives.{n}.method=gathered" for n in ("contrastive", "grounding")
+  ]
+  changes.append("objectives.dino.koleo_weight=0")
+  gathered = make_plan(repo_root, *changes)
   expected = 2 * 7 * 5 * ROWS * 4 * width
   assert scaling.embedding_bytes(gathered) == expected
 
@@ -66,11 +65,8 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   fc2 = 1  # It has an equal number of elements.
   assert sizes[elements] >= (1 + fc2) * 5 * depth
   assert sizes[params["text"]["token_embedding"].size] == 2
-  chunked = make_plan(
-    repo_root,
-    "objectives.dino.prototypes=66",
-    "objectives.dino.chunk=11",
-  )
+  changes = "objectives.dino.prototypes=66", "objectives.dino.chunk=11"
+  chunked = make_plan(repo_root, *changes)
   matrix = params["heads"]["dino"]["last_layer"]["kernel"]
   assert sizes[matrix.size] == 1
   actual = scaling.gradient_sizes(chunked)

@@ -158,12 +158,16 @@ def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
 def test_a_process_that_fails_alone_tells_why_and_exits(
   tmp_path, monkeypatch, failing
 ):
-  monkeypatch.setenv("FAILS", str(failing))
+  monkeypatch.setenv("FAIL_IN", str(failing))
   workdir = tmp_path / "run"
   options = ("--config.watchdog.peer_seconds=20",)
   # A save is in progress, in which both take part.
   with trainings.together(
-    workdir, 2, *options, config=trainings.CONFIGS / "failing.py", arg="save=4"
+    workdir,
+    2,
+    *options,
+    config=trainings.CONFIGS / "unreliable.py",
+    arg="save=4",
   ) as running:
     codes = [process.wait(timeout=150) for process in running]
   log = trainings.log(workdir)

@@ -8,7 +8,7 @@ import trainings
 
 pytestmark = pytest.mark.slow
 
-STALLING = trainings.CONFIGS / "stalling.py"
+STALLING = trainings.CONFIGS / "unreliable.py"
 
 
 @pytest.fixture
