@@ -9,8 +9,11 @@ import optax
 
 from mtv_jax.config import sections
 from mtv_jax.config.durations import RunLength
-from mtv_jax.train.optim.optimizer import OptimConfig, make_optimizer
-from mtv_jax.train.optim.param_rules import match_param_rules
+from mtv_jax.train.optim.optimizer import (
+  OptimConfig,
+  make_optimizer,
+  match_param_rules,
+)
 from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 

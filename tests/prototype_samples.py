@@ -11,9 +11,7 @@ from grounding_samples import unit as unit
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.objectives import base
-from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh
-
-MESHES = [(8, 1, 1), (2, 2, 2)]
+from mtv_jax.parallel.mesh import BATCH_SPEC
 
 
 def log_softmax(x):
@@ -105,21 +103,3 @@ def loss_and_gradients(objective, params, loss_inputs, context, mesh=None):
     x for x in jax.tree.leaves(gradients) if x.dtype != jax.dtypes.float0
   ]
   return jax.device_get((value, aux, floats))
-
-
-def assert_same_on_meshes(objective, params, loss_inputs):
-  """Sharded over 8 devices as on one: value, report, gradients."""
-  context = context_of(objective)
-  one = loss_and_gradients(objective, params, loss_inputs, context)
-  assert len(one[2]) > 3
-  for shape in MESHES:
-    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
-    many = loss_and_gradients(objective, params, loss_inputs, context, mesh)
-    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-      many[1],
-      one[1],
-    )
-    for a, b in zip(many[2], one[2], strict=True):
-      assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8

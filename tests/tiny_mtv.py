@@ -43,7 +43,7 @@ def built():
 
 
 @functools.cache
-def everything(accumulate=1):
+def everything(accumulate=1, remat="none"):
   """The step of every objective, with rotary positions and drop path.
 
   But for feature distillation, whose teacher is a folder.
@@ -56,6 +56,9 @@ def everything(accumulate=1):
   config.objectives.gram = dict(teacher="anchor")
   config.teachers = dict(anchor=dict())
   config.accumulate = accumulate
+  config.model.remat = remat
+  if remat != "none":
+    config.objectives.mae.remat = "qkv,mlp_hidden"
   return build_step_spec(resolve(config), total_steps=100)
 
 

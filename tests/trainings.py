@@ -14,6 +14,7 @@ from emulators import free_port
 from xla_options import xla_flags
 
 from mtv_jax.checkpoint.reading import load_tree
+from mtv_jax.config import recipes
 from mtv_jax.utils.tree import flatten_with_names
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,6 +37,15 @@ DINO = dict(
   hidden=8,
   bottleneck=4,
 )
+
+
+def smallest(arg: str = "", **changes):
+  """The smallest config, with changes; `evals` replaces its evaluations."""
+  config = recipes.read_config(f"{CONFIG}:{arg}" if arg else str(CONFIG))
+  if "evals" in changes:
+    config.evals = {}
+  config.update(changes)
+  return config
 
 
 def launch(

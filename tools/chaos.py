@@ -29,9 +29,9 @@ import numpy as np
 from mtv_jax.checkpoint.reading import load_tree, saved_steps
 from mtv_jax.cli import arguments
 from mtv_jax.cli.main import run_module
-from mtv_jax.train.runtime.launch import launch
 from mtv_jax.train.runtime.sessions import ALIVE, read_alive
-from mtv_jax.train.state import TrainState
+from mtv_jax.train.runtime.supervisor import launch
+from mtv_jax.train.spec import TrainState
 from mtv_jax.train.workdir import CHECKPOINTS, local_folder
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.tree import flatten_with_names

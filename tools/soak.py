@@ -21,7 +21,7 @@ from typing import Any
 from mtv_jax.cli import arguments
 from mtv_jax.cli.main import run_module
 from mtv_jax.report.charts import Series, line_chart, thin_out, to_file
-from mtv_jax.train.runtime.launch import launch
+from mtv_jax.train.runtime.supervisor import launch
 from mtv_jax.utils import atomic
 
 _PERIOD = 1.0

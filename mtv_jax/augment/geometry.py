@@ -23,12 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from mtv_jax.augment.op import ViewOp, check_ascending
 from mtv_jax.augment.random import bernoulli, uniform
-from mtv_jax.config.options import (
-  Fraction,
-  PositiveFloat,
-  PositiveFraction,
-  PositiveInt,
-)
+from mtv_jax.config import options
+from mtv_jax.config.options import PositiveFloat, PositiveFraction
 
 # Kernels: a triangle, or Keys' cubic convolution (1981) with a = -0.5, as in
 # Pillow. torchvision defaults to bilinear; DINOv2 and MAE crop bicubic.
@@ -43,13 +39,13 @@ class BoxOp(ViewOp):
   """Base class of ops that sample a view's box; a view has exactly one."""
 
   stage = "geometry"
-  size: PositiveInt  # Pixels per side of the view.
+  size: options.PositiveInt  # Pixels per side of the view.
 
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]
   ) -> Float[Array, "4"]:
     """Samples a view's box on the canvas, for an image's height and width."""
-    raise NotImplementedError(f"{type(self).__name__} lacks box()")
+    raise NotImplementedError
 
   # Resampling kernel. Not annotated: as a field it would precede the ops' own.
   method = "bilinear"
@@ -60,13 +56,9 @@ class Resize(BoxOp, name="resize"):
   """`resize(S, method)`: the whole canvas, `S` x `S` pixels."""
 
   method: Method = "bilinear"
+  uniforms = 0
 
-  def num_uniforms(self, size: int) -> int:
-    return 0
-
-  def box(
-    self, image_size: Int[Array, "2"], u: Float[Array, "0"]
-  ) -> Float[Array, "4"]:
+  def box(self, image_size, u) -> Float[Array, "4"]:
     del image_size, u
     return jnp.array([0.0, 0.0, 1.0, 1.0])
 
@@ -91,12 +83,9 @@ class Crop(BoxOp, name="crop"):
     check_ascending("areas", self.min_area, self.max_area)
     check_ascending("ratio", *self.ratio)
 
-  def num_uniforms(self, size: int) -> int:
-    return 2 * CANDIDATES + 2
+  uniforms = 2 * CANDIDATES + 2
 
-  def box(
-    self, image_size: Int[Array, "2"], u: Float[Array, " uniforms"]
-  ) -> Float[Array, "4"]:
+  def box(self, image_size, u) -> Float[Array, "4"]:
     height_width = jnp.maximum(image_size, 1).astype(jnp.float32)
     shape = height_width[1] / height_width[0]  # Width over height.
     low, high = (math.log(r) for r in self.ratio)
@@ -122,10 +111,8 @@ class Flip(ViewOp, name="flip"):
   """`flip(p)`: mirrors horizontally with probability `p`."""
 
   stage = "geometry"
-  p: Fraction = 0.5
-
-  def num_uniforms(self, size: int) -> int:
-    return 1
+  p: options.Fraction = 0.5
+  uniforms = 1
 
   def flipped(self, u: Float[Array, "1"]) -> Bool[Array, ""]:
     """Whether this view is mirrored."""
@@ -167,12 +154,11 @@ def separable_product(
   right: Float[Array, "x w"],
 ) -> Float[Array, "c y x"]:
   """Float32 `left @ planes @ right.T`, with products in `planes.dtype`."""
-  # A TPU multiplies float32 in bfloat16 by default.
-  precision = jax.lax.Precision.HIGHEST if planes.dtype == jnp.float32 else None
-  product = functools.partial(
-    jnp.einsum, precision=precision, preferred_element_type=jnp.float32
-  )
   dtype = planes.dtype
+  # A TPU multiplies float32 in bfloat16 by default.
+  precision = "highest" if dtype == jnp.float32 else None
+  options = dict(precision=precision, preferred_element_type=jnp.float32)
+  product = functools.partial(jnp.einsum, **options)
   half = product("yh,chw->cyw", left.astype(dtype), planes)
   return product("xw,cyw->cyx", right.astype(dtype), half.astype(dtype))
 
@@ -194,11 +180,18 @@ def resample(
   left = jnp.where(flipped, x1, x0)
   right = jnp.where(flipped, x0, x1)
   height, width = planes.shape[1:]
-  return separable_product(
-    resample_matrix(y0, y1, source=height, target=size, method=method),
-    planes,
-    resample_matrix(left, right, source=width, target=size, method=method),
+  matrix = functools.partial(resample_matrix, target=size, method=method)
+  rows, columns = (
+    matrix(y0, y1, source=height),
+    matrix(left, right, source=width),
   )
+  return separable_product(rows, planes, columns)
+
+
+def _resample_crops(planes: Array, box: Array, flipped: Array, size: int):
+  """`resample` of a row's planes `[b, c, h, w]` for each of its crops."""
+  crops = jax.vmap(functools.partial(resample, size=size), in_axes=(None, 0, 0))
+  return jax.vmap(crops)(planes, box, flipped)  # [b, count, c, y, x]
 
 
 def crop_maps(
@@ -215,20 +208,14 @@ def crop_maps(
 
   Masked values and the mask are resampled with equal weights and divided, so
   that a pixel is the mean of the labelled pixels under it. Sizes of map, canvas
-  and view may differ. NaN and infinity count as missing labels. `box` and
-  `flipped`: see `ViewBatch`.
-
-  Returns:
-    The maps, zero where invalid, and a mask of valid pixels, which have more
-    than half of their weight on labels.
+  and view may differ. NaN and infinity count as missing labels. Returns the
+  maps, zero where invalid, and a mask of valid pixels, with more than half of
+  their weight on labels. `box` and `flipped`: see `ViewBatch`.
   """
   valid = valid & jnp.isfinite(values)
-  planes = jnp.stack(
-    [jnp.where(valid, values, 0.0), valid.astype(values.dtype)], axis=1
-  ).astype(jnp.float32)
-  cut = functools.partial(resample, size=size)
-  # Outer vmap: rows of the batch. Inner: crops of a row.
-  cut = jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(planes, box, flipped)
+  planes = [jnp.where(valid, values, 0.0), valid.astype(values.dtype)]
+  planes = jnp.stack(planes, axis=1).astype(jnp.float32)
+  cut = _resample_crops(planes, box, flipped, size)
   total, weight = cut[:, :, 0], cut[:, :, 1]  # [b, count, size, size]
   labelled = weight > 0.5
   return jnp.where(labelled, total / jnp.maximum(weight, 0.5), 0.0), labelled
@@ -243,16 +230,13 @@ def crop_features(
 ) -> Float[Array, "b count {size}*{size} d"]:
   """Crops and flips patch features of the canvas like the views.
 
-  Features lie on a square grid, row by row, and are resampled like pixels to
-  `size` x `size`.
+  Features lie on a square grid, row by row, and are resampled like pixels.
   """
   b, patches, channels = features.shape
   grid = round(patches**0.5)
   planes = jnp.moveaxis(features.reshape(b, grid, grid, channels), -1, 1)
-  cut = functools.partial(resample, size=size)
-  cut = jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(planes, box, flipped)
   # [b, count, d, y, x] -> [b, count, y x, d]
-  cut = jnp.moveaxis(cut, 2, -1)
+  cut = jnp.moveaxis(_resample_crops(planes, box, flipped, size), 2, -1)
   return cut.reshape(b, box.shape[1], size * size, channels)
 
 
@@ -265,21 +249,13 @@ def crop_boxes(
   min_visible: float = 0.4,
   min_size: float = 1 / 56,
 ) -> tuple[Float[Array, "b count m 4"], Bool[Array, "b count m"]]:
-  """Transforms boxes to the coordinates of the views.
+  """Transforms boxes to the coordinates of the views (`box`, `flipped`).
 
-  Args:
-    boxes: `(y0, x0, y1, x1)`, clipped to the canvas's unit square; NaN,
-      infinite, inverted and empty boxes are dropped.
-    valid: mask of `boxes`.
-    box: crop boxes, as in `ViewBatch`.
-    flipped: as in `ViewBatch`.
-    min_visible: minimum share of a box's area inside the view.
-    min_size: minimum height and width of the visible part, in the view's unit
-      square; the default is 4 pixels of 224.
-
-  Returns:
-    The boxes, clipped to the view's unit square and zero where dropped, and
-    their mask.
+  Boxes `(y0, x0, y1, x1)` are clipped to the canvas's unit square; NaN,
+  infinite, inverted and empty boxes are dropped. So are boxes with less than
+  `min_visible` of their area inside the view, or whose visible part is smaller
+  than `min_size` in the view's unit square (4 pixels of 224). Returns the
+  boxes, clipped to the view's unit square and zero where dropped, and a mask.
   """
   usable = valid & jnp.isfinite(boxes).all(-1)  # [b, m]
   inside = jnp.clip(jnp.where(usable[..., None], boxes, 0.0), 0.0, 1.0)
@@ -313,25 +289,13 @@ def choose_boxes(
 ) -> tuple[Int[Array, "b k"], Float[Array, "b k 4"], Bool[Array, "b k"]]:
   """Chooses at most `count` boxes in the first crop of each image.
 
-  Visible boxes come first, ordered by score.
-
-  Args:
-    boxes, valid, min_visible, min_size: see `crop_boxes`.
-    view: a `views.ViewBatch`.
-    count: k, at most m.
-    score: score per box; None preserves the order of `boxes`.
-
-  Returns:
-    Indices for `take_boxes`, the boxes in the crop, and the visible mask.
+  Visible boxes come first, ordered by score; without scores, in the order of
+  `boxes`. Returns indices for `take_boxes`, the boxes in the crop of the `view`
+  (a `views.ViewBatch`), and the visible mask; see `crop_boxes`.
   """
-  boxes, visible = crop_boxes(
-    boxes,
-    valid,
-    view.box[:, :1],
-    view.flipped[:, :1],
-    min_visible=min_visible,
-    min_size=min_size,
-  )
+  crop = view.box[:, :1], view.flipped[:, :1]
+  limits = dict(min_visible=min_visible, min_size=min_size)
+  boxes, visible = crop_boxes(boxes, valid, *crop, **limits)
   score = 0.0 if score is None else jnp.nan_to_num(score)
   rank = jnp.where(visible[:, 0], score, -jnp.inf)  # [b, m]
   # Stable: ties preserve the order. Not top_k, for which XLA gathers the rows
@@ -353,13 +317,9 @@ def crop_depth(
 ) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
   """Crops depth labels for all crops of a view (`views.ViewBatch`).
 
-  `depth` is inverse depth, 1 to 65535; 0 means unlabelled.
-
-  Returns:
-    Maps in [0, 1] and their masks, `[b * count, size, size]`.
+  `depth` is inverse depth, 1 to 65535; 0 means unlabelled. Returns maps in
+  [0, 1] and their masks, `[b * count, size, size]`.
   """
   values = (depth.astype(jnp.float32) - 1.0) / 65534.0
-  values, valid = crop_maps(
-    values, depth > 0, view.box, view.flipped, size=size
-  )
-  return tuple(x.reshape(-1, size, size) for x in (values, valid))
+  maps = crop_maps(values, depth > 0, view.box, view.flipped, size=size)
+  return tuple(x.reshape(-1, size, size) for x in maps)

@@ -33,10 +33,10 @@ MIN_ASPECT = 0.3
 def patch_grid(op: str, size: int, patch: int) -> int:
   """Patches per side; raises ConfigError unless the patch divides the view."""
   if size % patch:
+    near = round(size / patch) * patch or patch
     raise ConfigError(
       f"{op}: patches of {patch} pixels don't divide a view of {size}; make "
-      f"the view {round(size / patch) * patch or patch}, or set patch= to the "
-      "model's patch size."
+      f"the view {near}, or set patch= to the model's patch size."
     )
   return size // patch
 
@@ -50,7 +50,7 @@ class MaskOp(ViewOp):
 
   def count(self, size: int) -> int:
     """Maximum masked patches (`mask`), or number of visible ones (`keep`)."""
-    raise NotImplementedError(f"{type(self).__name__} lacks count()")
+    raise NotImplementedError
 
   def check(self, size: int) -> None:
     self.count(size)
@@ -62,7 +62,7 @@ class MaskOp(ViewOp):
 
     `masked`: see `sample_masked_images`.
     """
-    raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +91,23 @@ class Blocks(MaskOp, name="blocks"):
     count = round(self.max_ratio * patches)
     if count == patches:
       raise ConfigError(
-        f"blocks: max_ratio={self.max_ratio} leaves none visible of the"
-        f" {patches} patches of {size} pixels; lower it."
+        f"blocks: max_ratio={self.max_ratio} leaves none visible; lower it."
       )
     if round(self.min_ratio * patches) == 0:
       raise ConfigError(
-        f"blocks: min_ratio={self.min_ratio} masks none of the {patches} "
-        f"patches of {size} pixels; raise it, or lower p."
+        f"blocks: min_ratio={self.min_ratio} masks none of {patches} patches."
       )
     return count
 
   def num_uniforms(self, size: int) -> int:
     return 1 + 4 * PROPOSALS + patch_grid("blocks", size, self.patch) ** 2
 
-  def __call__(
-    self, u: Float[Array, " uniforms"], masked: Bool[Array, ""], *, size: int
-  ) -> Bool[Array, " patches"]:
+  def __call__(self, u, masked, *, size) -> Bool[Array, " patches"]:
     grid = patch_grid("blocks", size, self.patch)
     ratio = uniform(u[0], self.min_ratio, self.max_ratio)
     count = jnp.round(ratio * grid**2).astype(jnp.int32)
     # float32 may round above the static bound.
-    count = jnp.minimum(count, self.count(size))
-    count = jnp.where(masked, count, 0)
+    count = jnp.where(masked, jnp.minimum(count, self.count(size)), 0)
     return block_mask(u[1:], count, grid=grid).reshape(-1)
 
 
@@ -156,17 +151,14 @@ class Keep(MaskOp, name="keep"):
     count = round(self.ratio * patches)
     if count == 0:
       raise ConfigError(
-        f"keep: ratio={self.ratio} leaves none of the {patches} patches of "
-        f"{size} pixels visible; raise ratio."
+        f"keep: none of {patches} patches is visible; raise ratio={self.ratio}."
       )
     return count
 
   def num_uniforms(self, size: int) -> int:
     return patch_grid("keep", size, self.patch) ** 2
 
-  def __call__(
-    self, u: Float[Array, " patches"], masked: Bool[Array, ""], *, size: int
-  ) -> Int[Array, " visible"]:
+  def __call__(self, u, masked, *, size) -> Int[Array, " visible"]:
     del masked
     visible = jnp.argsort(u)[: self.count(size)]
     return jnp.sort(visible).astype(jnp.int32)
@@ -200,11 +192,8 @@ def block_mask(
     joined = mask | block
     return jnp.where(joined.sum() <= count, joined, mask), None
 
-  mask, _ = jax.lax.scan(
-    propose,
-    jnp.zeros((grid, grid), bool),
-    u[: 4 * PROPOSALS].reshape(PROPOSALS, 4),
-  )
+  proposals = u[: 4 * PROPOSALS].reshape(PROPOSALS, 4)
+  mask, _ = jax.lax.scan(propose, jnp.zeros((grid, grid), bool), proposals)
   noise = u[4 * PROPOSALS :].reshape(grid, grid)
   return _fill(mask, count - mask.sum(), noise)
 

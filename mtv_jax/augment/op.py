@@ -30,6 +30,7 @@ class ViewOp:
 
   name: ClassVar[str]  # In op strings.
   stage: ClassVar[str]  # One of `STAGES`.
+  uniforms: ClassVar[int]  # Uniform numbers that it consumes, at any size.
 
   def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any):
     """Registers the class under `name`; base classes omit it."""
@@ -44,7 +45,8 @@ class ViewOp:
 
   def num_uniforms(self, size: int) -> int:
     """Uniform numbers that the op consumes in a view of `size` pixels."""
-    raise NotImplementedError(f"{type(self).__name__} lacks num_uniforms()")
+    del size
+    return self.uniforms
 
   def check(self, size: int) -> None:
     """Raises ConfigError if the op does not fit a view of `size` pixels."""

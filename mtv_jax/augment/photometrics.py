@@ -23,12 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mtv_jax.augment import geometry
 from mtv_jax.augment.op import ViewOp, check_ascending
 from mtv_jax.augment.random import bernoulli, ranks, uniform
-from mtv_jax.config.options import (
-  Fraction,
-  NonNegativeFloat,
-  PositiveFloat,
-  Range,
-)
+from mtv_jax.config import options
+from mtv_jax.config.options import Fraction, NonNegativeFloat, Range
 from mtv_jax.utils.errors import ConfigError
 
 # ITU-R 601 luma, with torchvision's rounding.
@@ -42,9 +38,7 @@ Image = tuple[Float[Array, "h w"], Float[Array, "h w"], Float[Array, "h w"]]
 
 def luma(image: Image) -> Float[Array, "h w"]:
   """Luma of each pixel."""
-  return sum(
-    weight * channel for weight, channel in zip(LUMA, image, strict=True)
-  )
+  return sum(w * channel for w, channel in zip(LUMA, image, strict=True))
 
 
 def blend(
@@ -57,9 +51,8 @@ def blend(
 
 def select(which: Bool[Array, ""], image: Image, other: Image) -> Image:
   """`image` if `which`, else `other`."""
-  return tuple(
-    jnp.where(which, x, y) for x, y in zip(image, other, strict=True)
-  )
+  pairs = zip(image, other, strict=True)
+  return tuple(jnp.where(which, x, y) for x, y in pairs)
 
 
 def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
@@ -73,14 +66,9 @@ def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
   chroma = top - jnp.minimum(jnp.minimum(red, green), blue)
   scale = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
   # In sixths of a circle; arbitrary for grey, whose chroma is 0.
-  hue = jnp.where(
-    top == red,
-    (green - blue) * scale,
-    jnp.where(
-      top == green, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale
-    ),
-  )
-  hue = hue + 6.0 * shift
+  hue = 4.0 + (red - green) * scale
+  hue = jnp.where(top == green, 2.0 + (blue - red) * scale, hue)
+  hue = jnp.where(top == red, (green - blue) * scale, hue) + 6.0 * shift
 
   def channel(peak):
     distance = jnp.mod(hue + peak, 6.0)
@@ -120,11 +108,7 @@ def jitter_colour(
 
 
 def gaussian_blur(
-  image: Image,
-  sigma: Float[Array, ""],
-  *,
-  kernel: int,
-  dtype: Any = jnp.float32,
+  image: Image, sigma: Float[Array, ""], kernel: int, dtype: Any = jnp.float32
 ) -> Image:
   """Gaussian blur with `kernel` taps along both axes and mirrored borders.
 
@@ -172,7 +156,7 @@ class PhotometricOp(ViewOp):
 
     The image is float32 in [0, 1]; `dtype` applies to matrix products.
     """
-    raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +174,7 @@ class Jitter(PhotometricOp, name="jitter"):
   saturation: NonNegativeFloat = 0.2
   hue: Annotated[float, Range(min=0, max=0.5)] = 0.1
 
-  def num_uniforms(self, size: int) -> int:
-    return 9
+  uniforms = 9
 
   def factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
     """Samples arguments of `jitter_colour`, neutral with probability 1 - p."""
@@ -222,9 +205,7 @@ class Grey(PhotometricOp, name="grey"):
   """`grey(p)`: sets all channels to luma, with probability `p`."""
 
   p: Fraction = 0.2
-
-  def num_uniforms(self, size: int) -> int:
-    return 1
+  uniforms = 1
 
   def __call__(self, image: Image, u: Float[Array, "1"], dtype: Any) -> Image:
     del dtype
@@ -242,7 +223,10 @@ class Blur(PhotometricOp, name="blur"):
   """
 
   p: Fraction = 0.5
-  sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # Range, in pixels.
+  sigma: tuple[options.PositiveFloat, options.PositiveFloat] = (
+    0.1,
+    2.0,
+  )  # Range, in pixels.
   kernel: Annotated[int, Range(min=3)] = 9  # Taps per side, odd.
 
   def __post_init__(self):
@@ -253,12 +237,10 @@ class Blur(PhotometricOp, name="blur"):
   def check(self, size: int) -> None:
     if self.kernel // 2 >= size:
       raise ConfigError(
-        f"blur: {self.kernel} taps are too many for {size} pixels; use at most "
-        f"{2 * size - 1}."
+        f"blur: {self.kernel} taps are too many; at most {2 * size - 1}."
       )
 
-  def num_uniforms(self, size: int) -> int:
-    return 2
+  uniforms = 2
 
   def __call__(self, image: Image, u: Float[Array, "2"], dtype: Any) -> Image:
     sigma = uniform(u[1], *self.sigma)
@@ -276,9 +258,7 @@ class Solarize(PhotometricOp, name="solarize"):
 
   p: Fraction = 0.2
   threshold: Annotated[float, Range(min=0, max=255)] = 128.0
-
-  def num_uniforms(self, size: int) -> int:
-    return 1
+  uniforms = 1
 
   def __call__(self, image: Image, u: Float[Array, "1"], dtype: Any) -> Image:
     del dtype

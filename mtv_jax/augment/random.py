@@ -44,7 +44,7 @@ def image_keys(
   return jax.vmap(row)(keys).reshape(-1)
 
 
-def bernoulli(u: Float[Array, ""], p: float | int) -> Bool[Array, ""]:
+def bernoulli(u: Float[Array, "*n"], p: float | int) -> Bool[Array, "*n"]:
   """True with probability `p`, exact for 0 and 1."""
   return u < p
 

@@ -105,7 +105,14 @@ class Pipeline:
     flipped = jnp.zeros((), bool)
     if self.flip is not None:
       flipped = self.flip.flipped(of_flip)
-    image = self._crop(planes, box, flipped)  # [3, size, size]
+    if isinstance(self.box_op, geometry.Resize) and planes.shape[1] == size:
+      image = jnp.where(flipped, planes[..., ::-1], planes)
+      image = image.astype(jnp.float32)  # [3, size, size]
+    else:
+      method = self.box_op.method
+      image = geometry.resample(planes, box, flipped, size=size, method=method)
+      if method == "bicubic":  # It overshoots.
+        image = jnp.clip(image, -127.5, 127.5)
     if self.photometrics:
       image = tuple(jnp.clip(image / 255.0 + 0.5, 0.0, 1.0))
       for op, u in zip(self.photometrics, of_photometrics, strict=True):
@@ -121,20 +128,7 @@ class Pipeline:
     patches = {}
     if self.mask is not None:
       patches[self.mask.field] = self.mask(of_mask, masked, size=size)
-    return ViewBatch(
-      images=image.astype(planes.dtype), box=box, flipped=flipped, **patches
-    )
-
-  def _crop(self, planes, box, flipped):
-    resize = isinstance(self.box_op, geometry.Resize)
-    if resize and planes.shape[1] == self.box_op.size:
-      return jnp.where(flipped, planes[..., ::-1], planes).astype(jnp.float32)
-    method = self.box_op.method
-    image = geometry.resample(
-      planes, box, flipped, size=self.box_op.size, method=method
-    )
-    # The cubic kernel overshoots.
-    return jnp.clip(image, -127.5, 127.5) if method == "bicubic" else image
+    return ViewBatch(image.astype(planes.dtype), box, flipped, **patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +162,8 @@ class View:
 
     With a probability of 0, the maximum for one image.
     """
-    counts = sorted(
-      p.mask.count(self.size)
-      for p in self.pipelines
-      if p.mask is not None and p.mask.field == "mask"
-    )
+    masks = [p.mask for p in self.pipelines if p.mask is not None]
+    counts = sorted(m.count(self.size) for m in masks if m.field == "mask")
     return sum(counts[-max(max_masked_images(self._shares), 1) :])
 
   @functools.cached_property
@@ -188,18 +179,14 @@ class View:
   ) -> ViewBatch:
     """Computes the view; a row depends only on its canvas, size and key.
 
-    Args:
-      canvas: stored images, each squashed to a square.
-      image_size: height and width of the original images.
-      keys: from `row_keys`.
-      dtype: dtype of resampling and images.
+    `image_size` is the height and width of the original images, which are
+    squashed to squares; `keys` come from `row_keys`; `dtype` is the dtype of
+    resampling and images.
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):
-      raise InputError(
-        f"view {self.name!r}: expected a canvas of uint8 [batch, S, S, 3], got "
-        f"{canvas.dtype} {list(shape)}. Do not scale pixels before the view."
-      )
+      got = f"{canvas.dtype} {list(shape)}"
+      raise InputError(f"A canvas is uint8 [batch, S, S, 3], not {got}.")
     # Every pixel minus 127.5 is exact in bfloat16, which is finest around zero.
     planes = jnp.moveaxis(canvas.astype(jnp.float32) - 127.5, -1, 1)
     planes = planes.astype(dtype)  # [b, 3, s, s]
@@ -207,8 +194,13 @@ class View:
     for i, pipeline in enumerate(self.pipelines):
       groups.setdefault(pipeline, []).append(i)
     masked = None
+
+    def sample_masked(key):  # Images fold in 0 to count - 1.
+      u = jax.random.uniform(jax.random.fold_in(key, self.count))
+      return sample_masked_images(u, self._shares)
+
     if any(pipeline.mask is not None for pipeline in self.pipelines):
-      masked = jax.vmap(self._sample_masked)(keys)  # [b, n]
+      masked = jax.vmap(sample_masked)(keys)  # [b, n]
 
     def run(pipeline, indices):
       images = jnp.array(indices)
@@ -231,23 +223,16 @@ class View:
       lambda *arrays: jnp.concatenate(arrays, axis=1)[:, order], *parts
     )
 
-  def _sample_masked(self, key: Key[Array, ""]) -> Bool[Array, " n"]:
-    """Samples which of a row's images `blocks` masks."""
-    # Images fold in 0 to count - 1.
-    u = jax.random.uniform(jax.random.fold_in(key, len(self.pipelines)))
-    return sample_masked_images(u, self._shares)
-
 
 def resize_view(view: View, size: int) -> View:
   """Returns a view with equal crops, flips and colours at another size.
 
-  `size` is in pixels per side. The view is named `VIEW@SIZE` and lacks masks.
-  The blur's kernel in pixels is unchanged.
+  The view is named `VIEW@SIZE` and lacks masks. The blur's kernel in pixels is
+  unchanged.
   """
+  replace = dataclasses.replace
   pipelines = tuple(
-    dataclasses.replace(
-      p, box_op=dataclasses.replace(p.box_op, size=size), mask=None
-    )
+    replace(p, box_op=replace(p.box_op, size=size), mask=None)
     for p in view.pipelines
   )
   return View(f"{view.name}@{size}", pipelines, view.crops_of or view.name)
@@ -264,20 +249,11 @@ def build_views(
   `ops` is one string for all images, or a list of `count` strings. `crops_of`
   names a view whose crops and flips to repeat: the crop and flip ops must be
   equal except for size and method. `mean` and `std` normalise channels in 0..1.
-
-  Raises:
-    ConfigError: for unknown options or ops, wrong arguments or order of ops, a
-      list whose length differs from `count`, or `crops_of` a view with
-      different crops.
   """
-  views = {
-    name: options.build(
-      functools.partial(_build_view, name, mean, std),
-      entry,
-      where=f"config.views.{name}",
-    )
-    for name, entry in config.items()
-  }
+  views = {}
+  for name, entry in config.items():
+    build = functools.partial(_build_view, name, mean, std)
+    views[name] = options.build(build, entry, where=f"config.views.{name}")
   for view in views.values():
     if view.crops_of is not None:
       _check_crops_of(view, views)
@@ -292,16 +268,15 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
     raise ConfigError(f"{where}={view.crops_of!r}, expected one of {known}.")
 
   def crops(v):
-    boxes = [
-      dataclasses.replace(p.box_op, size=1, method="bilinear")
-      for p in v.pipelines
+    same = dict(size=1, method="bilinear")
+    return [
+      (dataclasses.replace(p.box_op, **same), p.flip) for p in v.pipelines
     ]
-    return [(box, p.flip) for box, p in zip(boxes, v.pipelines, strict=True)]
 
   if crops(view) != crops(other):
     raise ConfigError(
       f"{where}={view.crops_of!r}: count, crop and flip of the two views "
-      "differ. Write the same ones, but for size and method."
+      "differ, beyond size and method."
     )
 
 
@@ -316,10 +291,7 @@ def _build_view(
 ) -> View:
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
-    raise ConfigError(
-      f"{len(texts)} op strings for count={count}; give one string, or one for"
-      " each."
-    )
+    raise ConfigError(f"{len(texts)} op strings for count={count}.")
   pipelines = []
   for text in texts:
     try:
@@ -345,9 +317,10 @@ def build_pipeline(text: str) -> Pipeline:
         "'crop(224)|flip|jitter|blocks'."
       )
     ops.append(built)
-  boxes = [op for op in ops if isinstance(op, geometry.BoxOp)]
-  flips = [op for op in ops if isinstance(op, geometry.Flip)]
-  masks = [op for op in ops if isinstance(op, MaskOp)]
+  kinds = (geometry.BoxOp, geometry.Flip, PhotometricOp, MaskOp)
+  boxes, flips, photometrics, masks = (
+    [op for op in ops if isinstance(op, kind)] for kind in kinds
+  )
   if len(boxes) != 1:
     raise ConfigError(
       f"{len(boxes)} ops choose the view's box; expected exactly one "
@@ -358,12 +331,8 @@ def build_pipeline(text: str) -> Pipeline:
     raise ConfigError(f"more than one op of {double}; leave one of them.")
   for op in ops:
     op.check(boxes[0].size)
-  return Pipeline(
-    box_op=boxes[0],
-    flip=flips[0] if flips else None,
-    photometrics=tuple(op for op in ops if isinstance(op, PhotometricOp)),
-    mask=masks[0] if masks else None,
-  )
+  flip, mask = (found[0] if found else None for found in (flips, masks))
+  return Pipeline(boxes[0], flip, tuple(photometrics), mask)
 
 
 def _check_stackable(pipelines: Sequence[Pipeline]) -> None:

@@ -63,9 +63,6 @@ NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 PositiveFraction = Annotated[float, Range(above=0, max=1)]
 
-# Values of `ViTSpec.pool`.
-Pool = Literal["map", "query", "cls", "mean"]
-
 
 def build_entry(
   registry: Mapping[str, Any],

@@ -18,7 +18,7 @@ from mtv_jax.convert.depth_anything import FACTORS, read_layers, stage_norms
 from mtv_jax.convert.family import AnyOf, Family, Key, TowerTable, blocks
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
-from mtv_jax.models.heads import dense_dpt, dpt
+from mtv_jax.models.heads import dpt
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -236,7 +236,7 @@ def read_dense_model(
 
 def _read_dense_spec(
   config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[ModelSpec, dict[str, dense_dpt.DenseHead]]:
+) -> tuple[ModelSpec, dict[str, dpt.DenseHead]]:
   """Reads tower and heads from a `config.json` and the tensors' shapes."""
   backbone = config.get("backbone_config")
   backbone = hf_files.with_defaults(backbone, _BACKBONE, "backbone_config")
@@ -259,19 +259,19 @@ def _read_dense_spec(
     "channels": tuple(config["neck_hidden_sizes"]),
     "norm_eps": spec.image.norm_eps,
   }
-  heads: dict[str, dense_dpt.DenseHead] = {}
+  heads: dict[str, dpt.DenseHead] = {}
   if any(n.startswith("depth_head.") for n in shapes):
-    heads["metric_depth"] = dense_dpt.MetricDepthHead(
+    heads["metric_depth"] = dpt.MetricDepthHead(
       **common,
       outputs=config["num_depth_bins"],
       min_depth=config["min_depth"],
       max_depth=config["max_depth"],
     )
   if any(n.startswith("normals_head.") for n in shapes):
-    heads["normals"] = dense_dpt.NormalsHead(**common)
+    heads["normals"] = dpt.NormalsHead(**common)
   last = "segmentation_head.segmentation_head.weight"
   if last in shapes:
-    heads["segmentation"] = dense_dpt.SegmentationHead(
+    heads["segmentation"] = dpt.SegmentationHead(
       **common, outputs=shapes[last][0]
     )
   if not heads:
@@ -279,9 +279,7 @@ def _read_dense_spec(
   return spec, heads
 
 
-def _head_rules(
-  spec: ModelSpec, name: str, head: dense_dpt.DenseHead
-) -> list[Rule]:
+def _head_rules(spec: ModelSpec, name: str, head: dpt.DenseHead) -> list[Rule]:
   file, ours = f"{_FILES[name]}.", f"heads/{name}/"
   names = {
     f"{ours}conv1": f"{file}project",
@@ -323,9 +321,7 @@ def _head_rules(
   return [*special, *tables.leaf_rules(params, names, *special)]
 
 
-def _abstract_params(
-  spec: ModelSpec, head: dense_dpt.DenseHead
-) -> dict[str, PyTree]:
+def _abstract_params(spec: ModelSpec, head: dpt.DenseHead) -> dict[str, PyTree]:
   """Shapes of a head's parameters, without the stages' norms."""
   stages, grid = head.example(spec)
   init = functools.partial(head.module().init, grid=grid)

@@ -41,7 +41,7 @@ def load(name: str, **options: Any) -> Encoder:
     return random(variant, int(size), **options)
   raise InputError(
     f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
-    f"random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
+    "random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
     f"Variants: {', '.join(models.VARIANTS)}"
   )
 
@@ -53,14 +53,8 @@ def random(variant: str, size: int = 224, **options: Any) -> Encoder:
   """
   spec = models.ModelSpec.from_config({"variant": variant, "image_size": size})
   params = jax.tree.map(np.asarray, models.init_params(spec, jax.random.key(0)))
-  return Encoder(
-    spec,
-    params,
-    Preprocess(size=size),
-    weights="untrained",
-    source=f"random:{variant}@{size}",
-    **options,
-  )
+  options |= {"weights": "untrained", "source": f"random:{variant}@{size}"}
+  return Encoder(spec, params, Preprocess(size=size), **options)
 
 
 class PixelEncoder(Encoder):
@@ -72,25 +66,12 @@ class PixelEncoder(Encoder):
   """
 
   def __init__(self, size: int, patch: int = 16, **options: Any):
-    image = ViTSpec(
-      image_size=size,
-      patch_size=patch,
-      width=3 * patch**2,
-      depth=1,
-      heads=1,
-      mlp_dim=1,
-      pool="mean",
-      final_norm=False,
-      projection=3 * THUMBNAIL**2,
-    )
-    super().__init__(
-      models.ModelSpec(image=image),
-      {"image": {}},
-      Preprocess(size=size),
-      weights="none",
-      source=f"pixels:{size}/{patch}",
-      **options,
-    )
+    tower = dict(width=3 * patch**2, depth=1, heads=1, mlp_dim=1, pool="mean")
+    tower |= dict(final_norm=False, projection=3 * THUMBNAIL**2)
+    image = ViTSpec(image_size=size, patch_size=patch, **tower)
+    spec = models.ModelSpec(image=image)
+    options |= {"weights": "none", "source": f"pixels:{size}/{patch}"}
+    super().__init__(spec, {"image": {}}, Preprocess(size=size), **options)
 
   def protocol(self):
     return {**super().protocol(), "image_pool": f"{THUMBNAIL}x{THUMBNAIL} area"}

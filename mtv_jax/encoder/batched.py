@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,7 +48,7 @@ def in_batches(
 
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
 
-    def submit(start: int) -> dict[int, tuple[int, concurrent.futures.Future]]:
+    def submit(start: int) -> dict[int, tuple]:
       items = {row: start + row for row in rows if start + row < count}
       return {row: (i, pool.submit(prepare, i)) for row, i in items.items()}
 
@@ -76,8 +75,7 @@ def put_params(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
   """Shards leaves over the mesh, unless they already are on it."""
 
   def put(leaf, sharding):
-    is_put = mesh_of(leaf) == mesh
-    return leaf if is_put else put_array(leaf, sharding)
+    return leaf if mesh_of(leaf) == mesh else put_array(leaf, sharding)
 
   return jax.tree.map(put, dict(params), tree_shardings(params, mesh))
 
@@ -95,11 +93,8 @@ def padded_batch(count: int, batch_size: int, shards: int) -> int:
   return -(-batch_size // shards) * shards
 
 
-def _assemble(
-  pending: Mapping[int, tuple[int, concurrent.futures.Future]],
-  blank: PyTree,
-  size: int,
-) -> PyTree:
+def _assemble(pending: Mapping[int, tuple], blank: PyTree, size: int) -> PyTree:
+  """A batch of blank rows and `pending` rows: (item, future) by row."""
   batch = jax.tree.map(lambda x: np.repeat(x[None], size, axis=0), blank)
   for row, (index, future) in pending.items():
     try:
@@ -116,8 +111,7 @@ def _assemble(
   return batch
 
 
-@dataclasses.dataclass(frozen=True)
-class Padded:
+class Padded(NamedTuple):
   """Ragged lists as one zero-padded array.
 
   `values` is padded to the longest list, rounded up to a power of two to limit
@@ -133,23 +127,17 @@ def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
 
   Errors name a list by `what` and its index.
   """
-  arrays = []
-  for i, item in enumerate(lists):
-    array = np.asarray(item, np.float32)
-    if array.size == 0:
-      array = array.reshape(0, channels)
-    if array.ndim != 2 or array.shape[1] != channels:
-      raise InputError(
-        f"{what} {i} must be [m, {channels}]; got {list(array.shape)}"
-      )
-    if not np.isfinite(array).all():
+  arrays = [np.asarray(item, np.float32) for item in lists]
+  arrays = [x if x.size else x.reshape(0, channels) for x in arrays]
+  for i, x in enumerate(arrays):
+    if x.ndim != 2 or x.shape[1] != channels:
+      raise InputError(f"{what} {i} must be [m, {channels}]; got {[*x.shape]}")
+    if not np.isfinite(x).all():
       raise InputError(f"{what} {i} are not finite")
-    arrays.append(array)
   longest = max([1, *map(len, arrays)])
   length = 1 << (longest - 1).bit_length()
   values = np.zeros((len(arrays), length, channels), np.float32)
   valid = np.zeros((len(arrays), longest), bool)
-  for i, array in enumerate(arrays):
-    values[i, : len(array)] = array
-    valid[i, : len(array)] = True
+  for i, x in enumerate(arrays):
+    values[i, : len(x)], valid[i, : len(x)] = x, True
   return Padded(values, valid)

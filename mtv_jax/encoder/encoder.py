@@ -141,14 +141,8 @@ class Encoder:
       InputError: a layer or an output is unknown.
     """
     check_images(images, "image")
-    prepare_image, blank = self.preprocess, self._blank(self.preprocess)
-    if self.preprocess.resize == "native":
-      prepare_image = self.preprocess.patches
-
-    def prepare(i):
-      return prepare_image(as_image(images[i], f"image {i}"))
-
-    return self._features(images, prepare, blank, layers, outputs, batch_size)
+    rows = self._rows(images, self.preprocess)
+    return self._features(rows, len(images), layers, outputs, batch_size)
 
   def dense(
     self,
@@ -169,15 +163,8 @@ class Encoder:
         uint8 or float32 in 0..255. H and W must be multiples of the patch size.
     """
     check_images(images, "dense")
-    size = as_pixels(images[0], "image 0").shape[:2]
-    self.spec.image.grid_of(*size)
-
-    def prepare(i):
-      pixels = as_pixels(images[i], f"image {i}", size=size)
-      return self.preprocess.normalize(pixels)
-
-    blank = np.zeros((*size, 3), np.float32)
-    return self._features(images, prepare, blank, layers, outputs, batch_size)
+    rows = self._rows(images, self.preprocess, resize=False)
+    return self._features(rows, len(images), layers, outputs, batch_size)
 
   def text(
     self,
@@ -192,8 +179,7 @@ class Encoder:
     """
     if self.spec.text is None or "text" not in self.params:
       raise InputError(
-        f"{self!r} has no text tower, so it can't embed text; SigLIP, CLIP and "
-        "contrastive runs have one"
+        f"{self!r} has no text tower; SigLIP, CLIP and contrastive runs do"
       )
     if isinstance(strings, str):
       raise TypeError("Encoder.text takes a list of strings: pass [string]")
@@ -203,7 +189,7 @@ class Encoder:
     function = apply_fns.text_function(self.spec, self.dtype, self.mesh)
     run = functools.partial(function, self.params["text"])
     blank = np.zeros_like(tokens[0])
-    out = self._run(run, tokens.__getitem__, len(tokens), blank, batch_size)
+    out = self._run(run, tokens.__getitem__, blank, len(tokens), batch_size)
     return out["pooled"]
 
   @property
@@ -279,53 +265,43 @@ class Encoder:
       InputError: the encoder lacks the head, or inputs don't fit the images.
       TypeError: the head does not accept an input, or text is not a string.
     """
-    function = self.head_function(name)
-    kinds = self.prediction_heads[name].inputs
-    method = f"predict({name!r})"
-    check_images(images, method)
+    function, head = self.head_function(name), self.prediction_heads[name]
+    method, kinds = f"Encoder.predict({name!r})", head.inputs
+    check_images(images, f"predict({name!r})")
     if set(inputs) != set(kinds):
       raise TypeError(
-        f"Encoder.{method} takes the inputs {sorted(kinds)}; got "
-        f"{sorted(inputs)}"
+        f"{method} takes the inputs {sorted(kinds)}; got {sorted(inputs)}"
       )
     for key, values in inputs.items():
       if len(values) != len(images):
         counts = f"{len(images)} images, and {key} of {len(values)}"
-        raise InputError(f"Encoder.{method} got {counts}")
+        raise InputError(f"{method} got {counts}")
     if inputs and resize and self.preprocess.crop != "none":
       raise InputError(
-        f"Encoder.{method} needs an encoder that sees whole images, to which "
+        f"{method} needs an encoder that sees whole images, to which "
         f"{sorted(inputs)} refer; this one has crop={self.preprocess.crop!r}"
       )
-    head = self.prediction_heads[name]
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
-
     preprocess = self.preprocess.squashed()
-    size = (preprocess.size,) * 2
-    if not resize:
-      size = as_pixels(images[0], "image 0").shape[:2]
-      self.spec.image.grid_of(*size)
+    pixels, blank_pixels = self._rows(images, preprocess, resize=resize)
 
     def prepare(i):
-      if resize:
-        pixels = preprocess(as_image(images[i], f"image {i}"))
-      else:
-        pixels = as_pixels(images[i], f"image {i}", size=size)
-        pixels = preprocess.normalize(pixels)
-      return {"images": pixels, **{k: p.values[i] for k, p in padded.items()}}
+      return {
+        "images": pixels(i),
+        **{k: p.values[i] for k, p in padded.items()},
+      }
 
-    blank = {"images": np.zeros((*size, 3), np.float32)}
+    blank = {"images": blank_pixels}
     blank |= {k: np.zeros_like(p.values[0]) for k, p in padded.items()}
     heads = {head.params_key: self.params["heads"][head.params_key]}
     params = {"image": self.params["image"], "heads": heads}
     run = functools.partial(function, params)
-    out = self._run(run, prepare, len(images), blank, batch_size)
-    for rows in padded.values():
-      n, m = rows.valid.shape
+    out = self._run(run, prepare, blank, len(images), batch_size)
+    for _, valid in padded.values():
       for key, values in out.items():
-        mask = rows.valid.reshape(n, m, *[1] * (values.ndim - 2))
-        out[key] = values[:, :m] * mask
-      out["valid"] = rows.valid
+        mask = valid.reshape(*valid.shape, *[1] * (values.ndim - 2))
+        out[key] = values[:, : valid.shape[1]] * mask
+      out["valid"] = valid
     return head.decode(out, self.tokenizer)
 
   def depth(
@@ -349,9 +325,8 @@ class Encoder:
 
     `boxes` are `[m, 4]` per image, (y0, x0, y1, x1) in the unit square.
     """
-    return Regions(
-      **self.predict("grounding", images, boxes=boxes, batch_size=batch_size)
-    )
+    options = dict(boxes=boxes, batch_size=batch_size)
+    return Regions(**self.predict("grounding", images, **options))
 
   def locate(
     self,
@@ -361,22 +336,17 @@ class Encoder:
     batch_size: int = 16,
   ) -> Boxes:
     """A box per phrase from the grounding regression head; see `predict`."""
-    return Boxes(
-      **self.predict("locator", images, phrases=phrases, batch_size=batch_size)
-    )
+    options = dict(phrases=phrases, batch_size=batch_size)
+    return Boxes(**self.predict("locator", images, **options))
 
   def head_function(self, name: str) -> apply_fns.Function:
-    """The jitted function of a head, see `apply_fns.head_function`.
-
-    Raises:
-      InputError: the encoder lacks the head.
-    """
+    """The jitted function of a head, see `apply_fns.head_function`."""
     if not self.can_predict(name):
+      able = sorted(filter(self.can_predict, self.prediction_heads))
       raise InputError(
-        f"{self!r} can't predict {name!r}, only "
-        f"{sorted(filter(self.can_predict, self.prediction_heads))} (it has "
-        f"parameters of {sorted(self.params.get('heads', {}))}); load a run or "
-        "an export that trained this head"
+        f"{self!r} can't predict {name!r}, only {able} (it has parameters of "
+        f"{sorted(self.params.get('heads', {}))}); load a run or an export "
+        "that trained this head"
       )
     return apply_fns.head_function(
       self.spec, self.prediction_heads[name], self.dtype, self.mesh
@@ -409,14 +379,10 @@ class Encoder:
     args = self.spec, self.dtype, layers, outputs, self.mesh
     return apply_fns.image_function(*args)
 
-  def _run(self, function, prepare, count, blank, batch_size):
+  def _run(self, function, prepare, blank, count, batch_size):
+    options = dict(batch_size=batch_size, mesh=self.mesh)
     return batched.in_batches(
-      function,
-      prepare,
-      count=count,
-      blank=blank,
-      batch_size=batch_size,
-      mesh=self.mesh,
+      function, prepare, count=count, blank=blank, **options
     )
 
   def _tokenize(
@@ -433,7 +399,7 @@ class Encoder:
     return np.asarray(tokens, np.int32)
 
   def _pad(self, key, kind, values) -> batched.Padded:
-    """Pads one head input to `[n, k, C]`; tokenizes or embeds strings."""
+    """Pads a head input to `[n, k, C]`; tokenizes or embeds strings."""
     what = f"the {key} of image"
     if kind not in (TEXT, TOKENS):
       return batched.pad(values, channels=kind, what=what)
@@ -444,25 +410,34 @@ class Encoder:
           f"[[string, ...], ...]; got {strings!r:.40}"
         )
     distinct = list(dict.fromkeys(s for strings in values for s in strings))
-    if kind == TOKENS:
-      vectors = self._tokenize(distinct)
-    else:
-      vectors = self.phrases(distinct)
+    embed = self._tokenize if kind == TOKENS else self.phrases
+    vectors = embed(distinct)
     table = dict(zip(distinct, vectors, strict=True))
     rows = [[table[s] for s in strings] for strings in values]
     return batched.pad(rows, channels=vectors.shape[1], what=what)
 
-  def _blank(self, preprocess):
-    """A padding row of `image`."""
-    if preprocess.resize != "native":
-      return np.zeros((preprocess.size, preprocess.size, 3), np.float32)
-    shape = preprocess.max_patches, 3 * self.spec.image.patch_size**2
-    return {
-      "patches": np.zeros(shape, np.float32),
-      "grids": np.ones(2, np.int32),
-    }
+  def _rows(self, images, preprocess, *, resize=True):
+    """A function from an index to its preprocessed image, and a blank row."""
+    if not resize:
+      size = as_pixels(images[0], "image 0").shape[:2]
+      self.spec.image.grid_of(*size)
 
-  def _features(self, images, prepare, blank, layers, outputs, batch_size):
+      def read(i):
+        return as_pixels(images[i], f"image {i}", size=size)
+
+      blank = np.zeros((*size, 3), np.float32)
+      return lambda i: preprocess.normalize(read(i)), blank
+    apply = preprocess
+    if preprocess.resize == "native":
+      apply = preprocess.patches
+      shape = preprocess.max_patches, 3 * self.spec.image.patch_size**2
+      patches, grids = np.zeros(shape, np.float32), np.ones(2, np.int32)
+      blank = {"patches": patches, "grids": grids}
+    else:
+      blank = np.zeros((preprocess.size, preprocess.size, 3), np.float32)
+    return lambda i: apply(as_image(images[i], f"image {i}")), blank
+
+  def _features(self, rows, count, layers, outputs, batch_size):
     check_outputs(outputs)
     blocks = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(
@@ -470,7 +445,7 @@ class Encoder:
       tuple(o for o in OUTPUTS if o in outputs),
     )
     run = functools.partial(function, self.params["image"])
-    out = self._run(run, prepare, len(images), blank, batch_size)
+    out = self._run(run, *rows, count, batch_size)
     return ImageFeatures(
       **{name: out.get(name) for name in OUTPUTS},
       layers={i: out[f"layer{b}"] for i, b in blocks.items()},

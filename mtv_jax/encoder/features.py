@@ -72,11 +72,9 @@ class Boxes:
   valid: Bool[np.ndarray, "n m"]
 
 
-def normalize(
-  embeddings: Float[np.ndarray, "*n e"],
-) -> Float32[np.ndarray, "*n e"]:
+def normalize(x: Float[np.ndarray, "*n e"]) -> Float32[np.ndarray, "*n e"]:
   """L2-normalises the last axis; zero rows stay zero."""
-  x = np.asarray(embeddings, np.float32)
+  x = np.asarray(x, np.float32)
   length = np.linalg.norm(x, axis=-1, keepdims=True)
   return x / np.maximum(length, 1e-12)
 

@@ -67,17 +67,13 @@ def download(name: str) -> pathlib.Path:
     hub = import_hub()
   except ImportError as error:
     raise MissingFileError(f"{name} is no local path, and {error}") from error
+  options = {"allow_patterns": list(_FILES), "endpoint": endpoint()}
   try:
-    folder = hub.snapshot_download(
-      parts[0],
-      revision=parts[1],
-      allow_patterns=list(_FILES),
-      endpoint=endpoint(),
-    )
+    folder = hub.snapshot_download(parts[0], revision=parts[1], **options)
   except _errors(hub) as error:
-    reason = printable(" ".join(str(error).split()))
     raise MissingFileError(
-      f"{name} is no local path, and can't be read from the hub: {reason}"
+      f"{name} is no local path, and can't be read from the hub: "
+      f"{_reason(error)}"
     ) from error
   return pathlib.Path(folder)
 
@@ -90,22 +86,15 @@ def upload(
   revision: str | None = None,
   message: str = "Upload with mtv_jax",
 ) -> str:
-  """Uploads a folder to a hub model, created if missing.
-
-  Returns the commit's URL.
-  """
+  """Uploads a folder to a hub model, created if missing; the commit's URL."""
   hub = import_hub()
   api = hub.HfApi(endpoint=endpoint())
+  options = {"revision": revision, "commit_message": message}
   try:
     api.create_repo(repo, private=private, exist_ok=True)
-    commit = api.upload_folder(
-      repo_id=repo,
-      folder_path=folder,
-      revision=revision,
-      commit_message=message,
-    )
+    commit = api.upload_folder(repo_id=repo, folder_path=folder, **options)
   except _errors(hub) as error:
-    reason = printable(" ".join(str(error).split())).rstrip(".")
+    reason = _reason(error).rstrip(".")
     status = getattr(getattr(error, "response", None), "status_code", None)
     hint = (
       " Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
@@ -116,6 +105,10 @@ def upload(
       f"{folder} can't be uploaded to {repo}: {reason}.{hint}"
     ) from error
   return str(commit.commit_url)
+
+
+def _reason(error: Exception) -> str:
+  return printable(" ".join(str(error).split()))
 
 
 def _errors(hub: Any) -> tuple[type[Exception], ...]:

@@ -64,7 +64,7 @@ def load(
     InputError: the folder lacks the weights or the step.
   """
   if baselines.is_baseline(os.fspath(path)):
-    _require_one_set(path, weights, step)
+    check_weights(path, weights=weights, step=step)
     return baselines.load(os.fspath(path), dtype=dtype, mesh=mesh)
   model = read_model(path, weights=weights, step=step)
   with foreign.errors_of(path):
@@ -110,24 +110,20 @@ def _hidden_differences(
   model: ConvertedModel, spec: ModelSpec | None, preprocess: Preprocess | None
 ) -> list[str]:
   """Differences between a model and a new one that shapes don't show."""
-  pairs = []
-  for tower in ("image", "text"):
-    theirs = getattr(model.spec, tower)
-    ours = getattr(spec, tower, None)
-    if theirs and ours:
-      for field in ("gelu", "norm_eps"):
-        values = getattr(theirs, field), getattr(ours, field)
-        pairs.append((f"{tower}.{field}", *values))
+  pairs = {  # by prefix: the objects and the fields to compare
+    f"{tower}.": (getattr(model.spec, tower), getattr(spec, tower, None))
+    for tower in ("image", "text")
+  }
   if preprocess:
-    source = Preprocess.from_dict(model.preprocess)
-    for field in ("mean", "std"):
-      values = getattr(source, field), getattr(preprocess, field)
-      pairs.append((f"image_{field}", *values))
-  return [
-    f"{name}={theirs}, this run has {ours}"
-    for name, theirs, ours in pairs
-    if theirs != ours
-  ]
+    pairs["image_"] = Preprocess.from_dict(model.preprocess), preprocess
+  differences = []
+  for prefix, (theirs, ours) in pairs.items():
+    fields = ("mean", "std") if prefix == "image_" else ("gelu", "norm_eps")
+    for field in fields if theirs and ours else ():
+      old, new = getattr(theirs, field), getattr(ours, field)
+      if old != new:
+        differences.append(f"{prefix}{field}={old}, this run has {new}")
+  return differences
 
 
 def read_teacher(
@@ -174,8 +170,12 @@ def check_weights(
   """Raises InputError for `weights` or `step` of a folder that is not a run."""
   if weights is not None:
     check_choice("weights", weights, WEIGHTS)
-  if not is_run(path):
-    _require_one_set(path, weights, step)
+  has_one_set = baselines.is_baseline(os.fspath(path)) or not is_run(path)
+  if has_one_set and (weights not in (None, "student") or step is not None):
+    raise InputError(
+      f"{path} is not a training run, and has one set of weights; got "
+      f"weights={weights!r}, step={step}"
+    )
 
 
 def open_folder(path: str | os.PathLike) -> pathlib.PurePath:
@@ -215,11 +215,9 @@ def is_run(path: str | os.PathLike) -> bool:
 
 def _suggestion(folder: pathlib.PurePath) -> str:
   """Suggests the right path for a checkpoint's folder."""
-  if path_lib.is_remote(folder):
-    return ""
-  folder = pathlib.Path(folder)
-  for run in folder.parents[:2]:
-    if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
+  for run in () if path_lib.is_remote(folder) else folder.parents[:2]:
+    files = path_lib.is_file(run / "config.json")
+    if files and path_lib.is_folder(run / "checkpoints"):
       return f" Give the run's own folder, {run}; `step` chooses a checkpoint."
   return ""
 
@@ -247,14 +245,13 @@ def read_run(
 ) -> ConvertedModel:
   """Reads a training run's model as NumPy arrays; see `load`."""
   folder = open_folder(path)
-  config, model = read_run_config(folder)
+  _, model = read_run_config(folder)
   weights = weights or default_weights(folder)
   log.info("%s: reads the %s weights.", folder, weights)
   part = "ema" if weights == "ema" else "params"
   params = load_tree(folder, step=step, part=part)
   if weights == "teacher":
-    # The teacher is an image encoder only; text tower and temperature are the
-    # student's.
+    # Only an image encoder: text tower and temperature are the student's.
     image = load_tree(folder, step=step, part="teacher/image")
     params = {**params, "image": image}
   try:
@@ -275,20 +272,16 @@ def read_run_config(
   with foreign.errors_of(folder / "config.json"):
     try:
       section = sections.read(ModelConfig, config["model"], "config.model")
-      spec = section.spec
       views = config.get("views", {})
       preprocess = preprocess_from_config(section, views).to_dict()
-      heads = prediction_heads(config, spec)
+      heads = prediction_heads(config, section.spec)
     except (LookupError, TypeError, AttributeError) as error:
       raise InputError(
         f"it is not the config that a run writes ({error!r})."
       ) from error
+  tokenizer = _tokenizer(folder, section.text)
   model = ConvertedModel(
-    spec=spec,
-    params={},
-    preprocess=preprocess,
-    tokenizer=_tokenizer(folder, section.text),
-    prediction_heads=heads,
+    section.spec, {}, preprocess, tokenizer, prediction_heads=heads
   )
   return config, model
 
@@ -328,15 +321,13 @@ class ModelInfo:
       del image["rope"]
     preprocess = self.preprocess.to_dict()
     image |= {f"image_{key}": preprocess.pop(key) for key in ("mean", "std")}
-    text = None
-    if self.spec.text is not None:
-      text = dataclasses.asdict(self.spec.text)
-      if self.tokenizer is not None:
-        files = self.tokenizer
+    text, files = self.spec.text, self.tokenizer
+    if text is not None:
+      # Training requires the user to set a missing tokenizer.
+      text = dataclasses.asdict(text) | {"tokenizer": ""}
+      if files is not None:
         text["tokenizer"] = str(files.path or files.built_in)
         text["clean"] = files.clean
-      else:
-        text["tokenizer"] = ""  # Training requires the user to set it.
     return {**image, "preprocess": preprocess, "text": text}
 
 
@@ -359,24 +350,19 @@ def _contrast_of_objectives(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, entry in (config.get("objectives") or {}).items():
     if entry.get("type", name) == "contrastive":
       options = {"loss_type": entry.get("loss_type", "sigmoid")}
-      if (max_scale := entry.get("max_scale")) is not None:
-        options["max_scale"] = max_scale
-      return options
+      options["max_scale"] = entry.get("max_scale")
+      return {k: v for k, v in options.items() if v is not None}
   return {}
 
 
 def _contrast_of_export(
   folder: pathlib.PurePath, spec: ModelSpec
 ) -> dict[str, Any]:
-  if spec.text is None:
+  if spec.text is None or not (read := huggingface.read_contrastive(folder)):
     return {}
-  if (contrast := huggingface.read_contrastive(folder)) is None:
-    return {}
-  loss_type, scale = contrast
-  options: dict[str, Any] = {"loss_type": loss_type}
-  if loss_type == "softmax":
-    options["max_scale"] = max(_MAX_SCALE, scale)
-  return options
+  loss_type, scale = read
+  maximum = {"max_scale": max(_MAX_SCALE, scale)}
+  return {"loss_type": loss_type, **(maximum if loss_type == "softmax" else {})}
 
 
 def prediction_heads(
@@ -406,15 +392,4 @@ def _tokenizer(
   raise MissingFileError(
     f"the tokenizer of this run is at neither {copy} nor {spec}; copy it to "
     "the first"
-  )
-
-
-def _require_one_set(
-  folder: str | os.PathLike, weights: str | None, step: int | None
-) -> None:
-  if weights in (None, "student") and step is None:
-    return
-  raise InputError(
-    f"{folder} is not a training run, and has one set of weights; got "
-    f"weights={weights!r}, step={step}"
   )

@@ -65,25 +65,25 @@ class Preprocess:
     for name in ("mean", "std"):
       object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
     options.check_fields(self)
-    is_native = self.resize == "native"
-    if is_native and not (self.patch_size and self.max_patches):
-      raise ConfigError("resize='native' needs patch_size and max_patches")
-    if is_native and self.crop != "none":
-      raise ConfigError("resize='native' takes the whole image: crop='none'")
-    if self.resize == "shortest" and self.crop == "none":
-      raise ConfigError(
-        "resize='shortest' gives images of different shapes, which can't be "
-        "batched; add crop='center' or use resize='squash'"
-      )
+    is_native, crops = self.resize == "native", self.crop != "none"
     resized = self.resize_size or self.size
-    if self.crop == "none" and resized != self.size:
-      raise ConfigError(
-        f"resize_size={resized} with size={self.size} needs crop='center'"
-      )
-    if resized < self.size:
-      raise ConfigError(
-        f"resize_size={resized} is smaller than the crop's size={self.size}"
-      )
+    sizes = f"resize_size={resized}, size={self.size}"
+    for is_wrong, message in (
+      (
+        is_native and not (self.patch_size and self.max_patches),
+        "resize='native' needs patch_size and max_patches",
+      ),
+      (is_native and crops, "resize='native' needs crop='none'"),
+      (
+        self.resize == "shortest" and not crops,
+        "resize='shortest' gives images of different shapes, which can't be "
+        "batched; add crop='center' or use resize='squash'",
+      ),
+      (not crops and resized != self.size, f"{sizes} needs crop='center'"),
+      (resized < self.size, f"{sizes} is smaller than the crop"),
+    ):
+      if is_wrong:
+        raise ConfigError(message)
 
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
@@ -157,10 +157,9 @@ class Preprocess:
     """
     lists = {"mean": list(self.mean), "std": list(self.std)}
     fields = dataclasses.asdict(self) | lists
-    for name, default in _LATER.items():
-      if fields[name] == default:
-        del fields[name]
-    return fields
+    return {
+      k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]
+    }
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
@@ -178,29 +177,25 @@ def native_shape(
   `transformers`.
   """
 
-  def patches(scale: float) -> tuple[int, int]:
-    rows, columns = (
-      max(1, math.ceil(side * scale / patch_size)) for side in (height, width)
-    )
-    return rows, columns
+  def patches(scale: float) -> list[int]:
+    sides = (height, width)
+    return [max(1, math.ceil(side * scale / patch_size)) for side in sides]
 
   low, high = 1e-6, 100.0
   while high - low >= 1e-5:
     middle = (low + high) / 2
-    if math.prod(patches(middle)) <= limit:
-      low = middle
-    else:
-      high = middle
+    fits = math.prod(patches(middle)) <= limit
+    low, high = (middle, high) if fits else (low, middle)
   rows, columns = patches(low)
   return rows * patch_size, columns * patch_size
 
 
 def nearest_multiple(side: float, multiple: int, *, least: int = 0) -> int:
   """Rounds `side` to a multiple, upwards if the nearest is below `least`."""
-  nearest = round(side / multiple) * multiple
-  if nearest < least:
-    nearest = math.ceil(side / multiple) * multiple
-  return max(nearest, multiple)
+  nearest = round(side / multiple)
+  if nearest * multiple < least:
+    nearest = math.ceil(side / multiple)
+  return max(nearest, 1) * multiple
 
 
 def lower_bound_shape(
@@ -251,10 +246,10 @@ def check_images(images: Any, method: str) -> None:
     isinstance(images, np.ndarray) and images.ndim < 4
   )
   if single or not hasattr(images, "__len__"):
+    got = f"a {type(images).__name__}"
+    fix = "[image]" if single else "list(images)"
     raise TypeError(
-      f"Encoder.{method} takes a sequence of images and got a "
-      f"{type(images).__name__}: pass "
-      + ("[image]" if single else "list(images)")
+      f"Encoder.{method} takes a sequence of images and got {got}: pass {fix}"
     )
   if not len(images):
     raise InputError(f"Encoder.{method} got no images")
@@ -286,19 +281,13 @@ def as_image(item: Any, key: str) -> Any:
 
 
 def _is_rgb(item: Any, *dtypes: Any) -> bool:
-  return (
-    isinstance(item, np.ndarray)
-    and item.dtype in dtypes
-    and item.ndim == 3
-    and item.shape[-1] == 3
-    and item.size > 0
-  )
+  if not isinstance(item, np.ndarray) or item.dtype not in dtypes:
+    return False
+  return item.ndim == 3 and item.shape[-1] == 3 and item.size > 0
 
 
-def as_pixels(
-  item: Any, key: str, *, size: Sequence[int] | None = None
-) -> np.ndarray:
-  """Checks pixels to encode without a resize; returns them.
+def as_pixels(item: Any, key: str, *, size: Sequence[int] = ()) -> np.ndarray:
+  """Returns pixels to encode without a resize.
 
   They must be uint8 or float32 `[H, W, 3]`, of `size` if given.
   """
@@ -310,7 +299,7 @@ def as_pixels(
       f"{key} must be an array [H, W, 3], uint8 or float32 in 0..255; got "
       f"{' '.join(map(str, got))}. Encoder.image takes any image."
     )
-  if size is not None and item.shape[:2] != tuple(size):
+  if size and item.shape[:2] != tuple(size):
     raise InputError(
       f"{key} is {item.shape[0]}x{item.shape[1]} and the first one "
       f"{size[0]}x{size[1]}; Encoder.dense takes images of one size"

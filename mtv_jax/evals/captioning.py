@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -78,14 +79,12 @@ class CaptioningEvaluator(Evaluator):
     if data.classes is None:
       raise NotApplicable(f"{data.name} names no classes to look for in texts")
     parser = Parser(data.classes)
-    score = {
-      "caption": _score_captions,
-      "region_caption": _score_region_captions,
-      "referring": _score_referring,
-    }
     estimate, chance = Estimate({}, {}), {}
     for task in tasks:
-      part, part_chance = score[task](encoder, data, parser, self.batch_size)
+      predict = functools.partial(
+        encoder.predict, task, data.images, batch_size=self.batch_size
+      )
+      part, part_chance = _SCORES[task](predict, data, parser)
       estimate |= part
       chance |= part_chance
     protocol = {
@@ -96,11 +95,7 @@ class CaptioningEvaluator(Evaluator):
       "referred": "IoU >= 0.5 with any box of the phrase in the image",
       "chance": "the same answers in the other images",
     }
-    return Result.from_estimate(
-      estimate,
-      protocol,
-      chance,
-    )
+    return Result.from_estimate(estimate, protocol, chance)
 
 
 class Parser:
@@ -163,11 +158,8 @@ def agreement(
 
 def _one_hot(indices: Sequence[int | None], size: int) -> np.ndarray:
   """One-hot rows `[r, size]`; None is a row of zeros."""
-  rows = np.zeros((len(indices), size))
-  for row, i in zip(rows, indices, strict=True):
-    if i is not None:
-      row[i] = 1
-  return rows
+  rows = [size if i is None else i for i in indices]
+  return np.eye(size + 1)[rows, :size]
 
 
 def _shares(indices: Sequence[int | None], size: int) -> np.ndarray:
@@ -176,13 +168,7 @@ def _shares(indices: Sequence[int | None], size: int) -> np.ndarray:
   return counts / max(counts.sum(), 1)
 
 
-def _score(
-  name: str,
-  answers: np.ndarray,
-  truth: np.ndarray,
-  image: np.ndarray,
-  used: np.ndarray,
-) -> Scored:
+def _score(name: str, answers, truth, image, used) -> Scored:
   """Scores a metric over the rows in `used`, if any."""
   if not used.any():
     return Estimate({}, {}), {}
@@ -191,26 +177,21 @@ def _score(
   return bootstrap.means({name: values}, groups=image), {name: chance}
 
 
-def _score_captions(
-  encoder: Encoder, data: BoxSet, parser: Parser, batch_size: int
-) -> Scored:
-  out = encoder.predict("caption", data.images, batch_size=batch_size)
-  mentions = [parser.mentions(text) for text in out["text"]]
+def _score_captions(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
+  mentions = [parser.mentions(text) for text in predict()["text"]]
   objects = [
     [m for phrase in phrases for m in parser.mentions(phrase)]
     for phrases in data.phrases
   ]
   image = np.arange(len(mentions))
-  names = np.stack([_shares([n for n, _ in m], parser.size) for m in mentions])
-  truth = np.stack(
-    [_one_hot(i.tolist(), parser.size).max(0) for i in data.labels]
-  )
+  size, colour_count = parser.size, len(COLOURS)
+  names = np.stack([_shares([n for n, _ in m], size) for m in mentions])
+  truth = np.stack([_one_hot(i.tolist(), size).max(0) for i in data.labels])
   estimate, chance = _score("names", names, truth, image, image >= 0)
-  size = len(COLOURS)
-  colours = np.stack([_shares([c for _, c in m], size) for m in mentions])
-  truth = np.stack(
-    [_one_hot([c for _, c in m], size).sum(axis=0) > 0 for m in objects]
-  ).astype(float)
+  colours = [_shares([c for _, c in m], colour_count) for m in mentions]
+  colours = np.stack(colours)
+  truth = [_shares([c for _, c in m], colour_count) > 0 for m in objects]
+  truth = np.stack(truth).astype(float)
   if truth.any():  # Class names as phrases lack colours.
     has_colour = colours.any(axis=1)
     used = has_colour if has_colour.any() else image >= 0
@@ -220,45 +201,28 @@ def _score_captions(
 
 
 def _score_region_captions(
-  encoder: Encoder, data: BoxSet, parser: Parser, batch_size: int
+  predict: Callable, data: BoxSet, parser: Parser
 ) -> Scored:
-  out = encoder.predict(
-    "region_caption", data.images, boxes=data.boxes, batch_size=batch_size
-  )
-  none = (None, None)
+  out, none = predict(boxes=data.boxes), (None, None)
   told = [(*parser.mentions(t), none)[0] for t in out["text"][out["valid"]]]
-  own = [
-    (*parser.mentions(phrase), none)[0]
-    for phrases in data.phrases
-    for phrase in phrases
-  ]
+  phrases = itertools.chain.from_iterable(data.phrases)
+  own = [(*parser.mentions(phrase), none)[0] for phrase in phrases]
   image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
   labels = np.concatenate(data.labels).tolist()
-  estimate, chance = _score(
-    "region_names",
-    _one_hot([name for name, _ in told], parser.size),
-    _one_hot(labels, parser.size),
-    image,
-    image >= 0,
-  )
+  names = [_one_hot(x, parser.size) for x in ([n for n, _ in told], labels)]
+  estimate, chance = _score("region_names", *names, image, image >= 0)
   colours = [_one_hot([c for _, c in x], len(COLOURS)) for x in (told, own)]
-  part, part_chance = _score(
-    "region_colours", *colours, image, colours[1].any(1)
-  )
+  used = colours[1].any(axis=1)
+  part, part_chance = _score("region_colours", *colours, image, used)
   return estimate | part, chance | part_chance
 
 
-def _score_referring(
-  encoder: Encoder, data: BoxSet, parser: Parser, batch_size: int
-) -> Scored:
+def _score_referring(predict: Callable, data: BoxSet, parser: Parser) -> Scored:
   del parser
   queries = [list(dict.fromkeys(phrases)) for phrases in data.phrases]
-  out = encoder.predict(
-    "referring", data.images, phrases=queries, batch_size=batch_size
-  )
-  boxes = [
-    rows[valid] for rows, valid in zip(out["boxes"], out["valid"], strict=True)
-  ]
+  out = predict(phrases=queries)
+  pairs = zip(out["boxes"], out["valid"], strict=True)
+  boxes = [rows[valid] for rows, valid in pairs]
   image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
   hits = grounding.best_overlaps(boxes, queries, data) >= 0.5
   chosen = np.asarray(examples.subsample(range(len(image)), _FIXED_BOXES))
@@ -266,7 +230,12 @@ def _score_referring(
   others = grounding.best_overlaps([answers] * len(queries), queries, data)
   elsewhere = image[chosen][:, None] != image
   chance = float(np.mean(others[elsewhere] >= 0.5)) if elsewhere.any() else 0.0
-  return (
-    bootstrap.means({"referred_iou50": hits}, groups=image),
-    {"referred_iou50": chance},
-  )
+  estimate = bootstrap.means({"referred_iou50": hits}, groups=image)
+  return estimate, {"referred_iou50": chance}
+
+
+_SCORES = {
+  "caption": _score_captions,
+  "region_caption": _score_region_captions,
+  "referring": _score_referring,
+}

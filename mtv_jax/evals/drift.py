@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32
@@ -93,39 +93,39 @@ class Drift(Evaluator):
         dtype=encoder.dtype,
         mesh=encoder.mesh,
       )
-      self._references[encoder.dtype] = encode(
-        reference, data, batch_size=self.batch_size
-      )
+      theirs = encode(reference, data, batch_size=self.batch_size)
+      self._references[encoder.dtype] = theirs
     theirs = self._references[encoder.dtype]
     ranking.check_finite(pooled=ours.pooled, patches=ours.patches)
     estimate = bootstrap.means(self._per_image(ours, theirs))
-    metrics = dict(estimate.metrics)
-    metrics["cka"] = linear_cka(ours.pooled, theirs.pooled)
+    cka = linear_cka(ours.pooled, theirs.pooled)
+    estimate |= bootstrap.Estimate({"cka": cka}, {})
     order = np.random.default_rng(0).permutation(len(data.images))
     chance = {
       "neighbours": self.k / (len(data.images) - 1),
       "cka": linear_cka(ours.pooled, theirs.pooled[order]),
     }
-    return Result(
-      metrics,
-      self._protocol(encoder, data),
-      chance=chance,
-      errors=estimate.errors,
-      resamples=estimate.resamples,
-    )
+    protocol = {
+      **encoder.protocol(),
+      **data.protocol(),
+      "reference": self.reference,
+      "reference_weights": self.reference_weights or "as published",
+      "k": self.k,
+      "similarity": "cosine, float64; of equals the lower index first",
+    }
+    return Result.from_estimate(estimate, protocol, chance)
 
   def _per_image(
     self, ours: DriftFeatures, theirs: DriftFeatures
   ) -> dict[str, np.ndarray]:
     """Per-image values of the averaged metrics."""
-    values = {
-      "neighbours": neighbour_agreement(ours.pooled, theirs.pooled, self.k)
-    }
+    neighbours = neighbour_agreement(ours.pooled, theirs.pooled, self.k)
+    values = {"neighbours": neighbours}
     if ours.pooled.shape == theirs.pooled.shape:
       values["cosine"] = cosines(ours.pooled, theirs.pooled)
-    if ours.patches.shape == theirs.patches.shape and _equal_grids(
-      ours.grids, theirs.grids
-    ):
+    # Both None, or equal.
+    equal_grids = np.array_equal(ours.grids, theirs.grids)
+    if ours.patches.shape == theirs.patches.shape and equal_grids:
       patches = cosines(ours.patches, theirs.patches)
       means = mean_patches(patches[..., None], ours.grids)
       values["cosine_patches"] = means[:, 0]
@@ -135,16 +135,6 @@ class Drift(Evaluator):
         if a.shape == b.shape:
           values[f"cosine_layer_{i}"] = cosines(a, b)
     return values
-
-  def _protocol(self, encoder: Encoder, data: ImageSet) -> dict[str, Any]:
-    return {
-      **encoder.protocol(),
-      **data.protocol(),
-      "reference": self.reference,
-      "reference_weights": self.reference_weights or "as published",
-      "k": self.k,
-      "similarity": "cosine, float64; of equals the lower index first",
-    }
 
 
 def encode(
@@ -168,12 +158,6 @@ def encode(
   pooled, patches, *layers = arrays[: 2 + depth]
   grids = next(iter(arrays[2 + depth :]), None)
   return DriftFeatures(pooled, patches, tuple(layers), grids)
-
-
-def _equal_grids(x: np.ndarray | None, y: np.ndarray | None) -> bool:
-  if x is None or y is None:
-    return x is y
-  return np.array_equal(x, y)
 
 
 _TINY = np.finfo(np.float64).tiny

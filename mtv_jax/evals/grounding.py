@@ -90,13 +90,8 @@ class GroundingEvaluator(Evaluator):
     base.require_text(encoder)
     data, named = self._set
     method = resolve_regions(encoder, self.regions)
-    region = embed_regions(
-      encoder,
-      data.images,
-      data.boxes,
-      method=method,
-      batch_size=self.batch_size,
-    )
+    options = {"method": method, "batch_size": self.batch_size}
+    region = embed_regions(encoder, data.images, data.boxes, **options)
     phrases, owner = retrieval.distinct_texts(
       [phrase for names in data.phrases for phrase in names]
     )
@@ -121,16 +116,13 @@ class GroundingEvaluator(Evaluator):
     # As image-caption retrieval, with a distinct phrase as the "image".
     names = ("region_to_phrase", "phrase_to_region")
     image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
-    estimate = retrieval.recalls(
-      text, region, owner=owner, names=names, groups=image
-    )
+    estimate = retrieval.recalls(text, region, owner, names=names, groups=image)
     chance = retrieval.chance(owner, names=names)
     if named is not None:
+      classifier = zero_shot.text_classifier(embed, named)
+      labels = np.concatenate(data.labels)
       accuracies, uniform = zero_shot.class_accuracies(
-        region,
-        zero_shot.text_classifier(embed, named),
-        np.concatenate(data.labels),
-        groups=image,
+        region, classifier, labels, groups=image
       )
       estimate |= accuracies.rename("box_{}")
       chance |= {f"box_{name}": value for name, value in uniform.items()}
@@ -151,12 +143,7 @@ class GroundingEvaluator(Evaluator):
     if self.pictures:
       sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
       sheets["regions"] = sheet
-    return Result.from_estimate(
-      estimate,
-      protocol,
-      chance,
-      sheets=sheets,
-    )
+    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
 
 def _locate(
@@ -165,14 +152,11 @@ def _locate(
   """Scores of predicted boxes of phrases; chance is the best constant box."""
   queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
   boxes = []
-  for start in range(0, len(queries), _CHUNK):
-    chosen = range(start, min(start + _CHUNK, len(queries)))
-    out = encoder.locate(
-      examples.select_images(data.images, chosen),
-      [queries[i] for i in chosen],
-      batch_size=batch_size,
-    )
-    boxes += [out.boxes[k, : len(queries[i])] for k, i in enumerate(chosen)]
+  for chosen in _chunks(len(queries)):
+    images = examples.select_images(data.images, chosen)
+    asked = [queries[i] for i in chosen]
+    out = encoder.locate(images, asked, batch_size=batch_size)
+    boxes += [out.boxes[k, : len(own)] for k, own in enumerate(asked)]
   answers = fixed_answers(data)[:, None]
 
   def score(predicted):
@@ -196,12 +180,9 @@ def best_overlaps(
   all queries.
   """
   best = []
-  for predicted, image_queries, truth, phrases in zip(
-    boxes, queries, data.boxes, data.phrases, strict=True
-  ):
-    same = np.asarray(
-      [[p == query for p in phrases] for query in image_queries]
-    )
+  rows = zip(boxes, queries, data.boxes, data.phrases, strict=True)
+  for predicted, own, truth, phrases in rows:
+    same = np.asarray(own, object)[:, None] == np.asarray(phrases, object)
     best.append(np.where(same, ious(predicted, truth), 0).max(axis=-1))
   return np.concatenate(best, axis=-1)
 
@@ -231,14 +212,7 @@ def ious(
   return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
 
 
-def _draw_sheet(
-  data: BoxSet,
-  region: Float32[np.ndarray, "r e"],
-  text: Float32[np.ndarray, "p e"],
-  phrases: Sequence[str],
-  *,
-  count: int,
-) -> np.ndarray:
+def _draw_sheet(data, region, text, phrases, *, count: int) -> np.ndarray:
   """Images with boxes, labelled by annotation and by top-1 phrase."""
   starts = np.cumsum([0, *map(len, data.boxes)])
   rows = []
@@ -246,12 +220,8 @@ def _draw_sheet(
     scores = region[starts[i] : starts[i + 1]] @ text.T
     top = [phrases[k] for k in np.argmax(scores, axis=1)]
     image = np.asarray(plots.fit_image(data.images[i], _IMAGE_SIZE))
-    rows.append(
-      [
-        plots.draw_boxes(image, data.boxes[i], names)[0]
-        for names in (data.phrases[i], top)
-      ]
-    )
+    labels = data.phrases[i], top
+    rows.append([plots.draw_boxes(image, data.boxes[i], x)[0] for x in labels])
   return plots.image_grid(rows, titles=("annotated", "top 1"), size=_IMAGE_SIZE)
 
 
@@ -299,8 +269,7 @@ def embed_regions(
   if method == "crop":
     return _embed_crops(encoder, images, boxes, batch_size)
   embeddings = []
-  for start in range(0, len(images), _CHUNK):
-    chosen = range(start, min(start + _CHUNK, len(images)))
+  for chosen in _chunks(len(images)):
     part = examples.select_images(images, chosen)
     image_boxes = [boxes[i] for i in chosen]
     if method == "prompter":
@@ -311,30 +280,23 @@ def embed_regions(
   return np.concatenate(embeddings)
 
 
-def _pool_patches(
-  encoder: Encoder,
-  images: Sequence[Any],
-  boxes: Sequence[np.ndarray],
-  batch_size: int,
-) -> np.ndarray:
+def _pool_patches(encoder, images, boxes, batch_size) -> np.ndarray:
   # Squashed, so that the unit square is the whole image.
-  features = _with_squash(encoder).image(
-    images, outputs=("patches",), batch_size=batch_size
-  )
+  options = {"outputs": ("patches",), "batch_size": batch_size}
+  features = _with_squash(encoder).image(images, **options)
   rows = []
-  for grid, image_boxes in zip(features.patches, boxes, strict=True):
-    down = covered(image_boxes[:, 0], image_boxes[:, 2], grid.shape[0])
-    across = covered(image_boxes[:, 1], image_boxes[:, 3], grid.shape[1])
+  for grid, own in zip(features.patches, boxes, strict=True):
+    down = covered(own[:, 0], own[:, 2], grid.shape[0])
+    across = covered(own[:, 1], own[:, 3], grid.shape[1])
     total = np.einsum("by,bx,yxd->bd", down, across, grid, optimize=True)
     rows.append(total / (down.sum(1) * across.sum(1))[:, None])
   pooled = np.concatenate(rows).astype(np.float32)
   if encoder.spec.image.projection is not None:
     kernel = encoder.params["image"]["projection"]["kernel"]
     # On a pod, each host has a shard.
-    replicate = jax.jit(
-      lambda x: x, out_shardings=replicated_sharding(encoder.mesh)
-    )
-    pooled = pooled @ np.asarray(replicate(kernel))
+    everywhere = replicated_sharding(encoder.mesh)
+    kernel = jax.jit(lambda x: x, out_shardings=everywhere)(kernel)
+    pooled = pooled @ np.asarray(kernel)
   return normalize(pooled)
 
 
@@ -352,23 +314,20 @@ def covered(
   return np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, 1)
 
 
-def _embed_crops(
-  encoder: Encoder,
-  images: Sequence[Any],
-  boxes: Sequence[np.ndarray],
-  batch_size: int,
-) -> np.ndarray:
-  regions = [
-    (i, box) for i, image_boxes in enumerate(boxes) for box in image_boxes
-  ]
+def _chunks(count: int) -> list[range]:
+  starts = range(0, count, _CHUNK)
+  return [range(s, min(s + _CHUNK, count)) for s in starts]
+
+
+def _embed_crops(encoder, images, boxes, batch_size) -> np.ndarray:
+  regions = [(i, box) for i, own in enumerate(boxes) for box in own]
 
   def read(index: int) -> np.ndarray:
     i, box = regions[index]
     return crop_box(images[i], box)
 
-  features = _with_squash(encoder).image(
-    LazySequence(read, len(regions)), outputs=("pooled",), batch_size=batch_size
-  )
+  crops, encoder = LazySequence(read, len(regions)), _with_squash(encoder)
+  features = encoder.image(crops, outputs=("pooled",), batch_size=batch_size)
   return normalize(features.pooled)
 
 
@@ -386,9 +345,7 @@ def _with_squash(encoder: Encoder) -> Encoder:
   """The encoder with squashed images: no crop, no native aspect ratio."""
   if not hasattr(encoder, "preprocess"):
     return encoder
-  preprocess = encoder.preprocess.squashed()
-  if preprocess.crop != "none":
-    preprocess = dataclasses.replace(
-      preprocess, resize="squash", crop="none", resize_size=None
-    )
-  return encoder.with_preprocess(preprocess)
+  whole = {"resize": "squash", "crop": "none", "resize_size": None}
+  return encoder.with_preprocess(
+    dataclasses.replace(encoder.preprocess.squashed(), **whole)
+  )

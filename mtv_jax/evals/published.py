@@ -89,38 +89,22 @@ COLUMNS = {
 TABLE_5 = ("imagenet", "coco_t2i", "coco_i2t", "ade20k", "navi", "spair", "nyu")
 
 REFERENCES = (
-  _row(
-    "CLIP B/16", "base", "openai/clip-vit-base-patch16",
-    68.3, 33.1, 52.4, 42.2, 36.9, 15.9, 0.603,
-  ),
-  _row(
-    "SigLIP B/16", "base", "google/siglip-base-patch16-224",
-    76.2, 47.2, 64.5, 45.1, 38.5, 17.3, 0.615,
-  ),
-  _row(
-    "SigLIP 2 B/16", "base", "google/siglip2-base-patch16-224",
-    78.2, 52.1, 68.9, 46.0, 38.0, 20.8, 0.562,
-  ),
-  _row(
-    "MTV B/16", "base", "Becomebright/MTV-base-patch16-224",
-    69.5, 41.2, 57.1, 44.6, 43.8, 28.4, 0.469,
-  ),
-  _row(
-    "CLIP L/14", "large", "openai/clip-vit-large-patch14",
-    75.5, 36.5, 56.3, 46.2, 36.0, 20.5, 0.588,
-  ),
-  _row(
-    "SigLIP L/16", "large", "google/siglip-large-patch16-256",
-    80.5, 51.2, 69.6, 47.7, 38.8, 19.7, 0.550,
-  ),
-  _row(
-    "SigLIP 2 L/16", "large", "google/siglip2-large-patch16-256",
-    82.5, 54.7, 71.5, 51.6, 43.2, 29.9, 0.484,
-  ),
-  _row(
-    "MTV L/16", "large", "Becomebright/MTV-large-patch16-256",
-    75.2, 43.0, 58.1, 48.2, 45.0, 30.1, 0.414,
-  ),
+  _row("CLIP B/16", "base", "openai/clip-vit-base-patch16",
+       68.3, 33.1, 52.4, 42.2, 36.9, 15.9, 0.603),
+  _row("SigLIP B/16", "base", "google/siglip-base-patch16-224",
+       76.2, 47.2, 64.5, 45.1, 38.5, 17.3, 0.615),
+  _row("SigLIP 2 B/16", "base", "google/siglip2-base-patch16-224",
+       78.2, 52.1, 68.9, 46.0, 38.0, 20.8, 0.562),
+  _row("MTV B/16", "base", "Becomebright/MTV-base-patch16-224",
+       69.5, 41.2, 57.1, 44.6, 43.8, 28.4, 0.469),
+  _row("CLIP L/14", "large", "openai/clip-vit-large-patch14",
+       75.5, 36.5, 56.3, 46.2, 36.0, 20.5, 0.588),
+  _row("SigLIP L/16", "large", "google/siglip-large-patch16-256",
+       80.5, 51.2, 69.6, 47.7, 38.8, 19.7, 0.550),
+  _row("SigLIP 2 L/16", "large", "google/siglip2-large-patch16-256",
+       82.5, 54.7, 71.5, 51.6, 43.2, 29.9, 0.484),
+  _row("MTV L/16", "large", "Becomebright/MTV-large-patch16-256",
+       75.2, 43.0, 58.1, 48.2, 45.0, 30.1, 0.414),
 )  # fmt: skip
 
 
@@ -155,8 +139,8 @@ _DINOV3 = "MODEL_CARD.md of facebookresearch/dinov3"
 def _table_5(column: str, value: float, name: str) -> Figure:
   """Builds the figure of a table cell; `name` is the row."""
   protocol, entries = _UNKNOWN, {}
-  if column == "imagenet" or column.startswith("coco"):
-    protocol, entries = "not published", {}
+  if column in TABLE_5[:3]:
+    protocol = "not published"
     if name.startswith("CLIP"):
       protocol, entries = f"{_CLIP_VIEW} (the figure is open_clip's)", _OWN
     elif name.startswith("SigLIP"):
@@ -236,17 +220,11 @@ _BY_AUTHORS = {
 
 # By Hugging Face id and column.
 FIGURES: dict[str, dict[str, Figure]] = {
-  **{
-    row.checkpoint: {
-      column: _table_5(column, value, row.name)
-      for column, value in row.figures.items()
-    }
-    | _BY_AUTHORS.get(row.checkpoint, {})
-    for row in REFERENCES
-  },
-  **{
-    checkpoint: figures
-    for checkpoint, figures in _BY_AUTHORS.items()
-    if checkpoint not in {row.checkpoint for row in REFERENCES}
-  },
+  row.checkpoint: {
+    column: _table_5(column, value, row.name)
+    for column, value in row.figures.items()
+  }
+  for row in REFERENCES
 }
+for _checkpoint, _figures in _BY_AUTHORS.items():
+  FIGURES.setdefault(_checkpoint, {}).update(_figures)

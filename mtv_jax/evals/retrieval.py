@@ -98,13 +98,8 @@ class Retrieval(Evaluator):
     sheets = {}
     if self.pictures:
       sheets = _draw_sheets(data, image, text, self.pictures)
-    estimate = recalls(image, text, owner=data.owner)
-    return Result.from_estimate(
-      estimate,
-      protocol,
-      chance(data.owner),
-      sheets=sheets,
-    )
+    estimate, by_chance = recalls(image, text, data.owner), chance(data.owner)
+    return Result.from_estimate(estimate, protocol, by_chance, sheets=sheets)
 
 
 def distinct_texts(
@@ -118,8 +113,8 @@ def distinct_texts(
 def recalls(
   image: Float32[np.ndarray, "n e"],
   text: Float32[np.ndarray, "m e"],
-  *,
   owner: Int[np.ndarray, " m"],
+  *,
   names: tuple[str, str] = DIRECTIONS,
   groups: Int[np.ndarray, " m"] | None = None,
   block_bytes: int = 2**26,
@@ -130,12 +125,9 @@ def recalls(
   Errors resample captions with their image, or by `groups`.
   """
   ids = np.arange(len(image))
-  to_image = ranking.ranks(
-    text, image, query_ids=owner, candidate_ids=ids, block_bytes=block_bytes
-  )
-  to_text = ranking.ranks(
-    image, text, query_ids=ids, candidate_ids=owner, block_bytes=block_bytes
-  )
+  rank = functools.partial(ranking.ranks, block_bytes=block_bytes)
+  to_image = rank(text, image, query_ids=owner, candidate_ids=ids)
+  to_text = rank(image, text, query_ids=ids, candidate_ids=owner)
   first, second = (
     {f"{name}_r{k}": ranks < k for k in AT}
     for name, ranks in zip(names, (to_image, to_text), strict=True)
@@ -144,12 +136,7 @@ def recalls(
   return bootstrap.means(first, groups=groups) | bootstrap.means(second)
 
 
-def _draw_sheets(
-  data: CaptionSet,
-  image: Float32[np.ndarray, "n e"],
-  text: Float32[np.ndarray, "m e"],
-  count: int,
-) -> dict[str, np.ndarray]:
+def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
   """Top captions of `count` images, and top images of each one's first caption.
 
   The images are evenly spaced.
@@ -161,19 +148,13 @@ def _draw_sheets(
   correct = np.zeros((len(data.images), len(distinct)), bool)
   correct[data.owner, index] = True
   queries = np.searchsorted(data.owner, chosen)
+  images, scores = [data.images[i] for i in chosen], image[chosen] @ text.T
+  captions, by_text = [data.captions[j] for j in queries], text[queries]
   return {
     "captions": ranked_captions(
-      [data.images[i] for i in chosen],
-      image[chosen] @ text[first].T,
-      distinct,
-      correct[chosen],
+      images, scores[:, first], distinct, correct[chosen]
     ),
-    "images": ranked_images(
-      [data.captions[j] for j in queries],
-      text[queries] @ image.T,
-      data.images,
-      chosen,
-    ),
+    "images": ranked_images(captions, by_text @ image.T, data.images, chosen),
   }
 
 

@@ -41,13 +41,10 @@ def plan(
 ) -> EvaluationPlan:
   """Builds a plan from command-line arguments.
 
-  Args:
-    names: evaluations, or `all`.
-    data: `DATA` for every evaluation, or `NAME=DATA` for one.
-    options: set on every evaluation that has the option; None is ignored. An
-      option that no evaluation has is an error.
-    preferences: like `options`, but unknown options are ignored.
-    assignments: `NAME.OPTION=VALUE`, typed like config overrides.
+  `names` may be `all`; `data` are `DATA` for every evaluation, or `NAME=DATA`.
+  `options` apply to every evaluation that has the option, at least one; None is
+  ignored. No evaluation needs to have `preferences`. `assignments` are
+  `NAME.OPTION=VALUE`, typed like config overrides.
   """
   requested = _expand_names(names)
   common, by_name = _split_data(data)
@@ -98,9 +95,7 @@ def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _assign(
-  given: dict[str, dict[str, Any]],
-  defaults: Mapping[str, Mapping[str, Any]],
-  assignments: Sequence[str],
+  given: Mapping[str, dict], defaults: Mapping, assignments: Sequence[str]
 ) -> set[str]:
   """Adds the assignments to `given`; returns the evaluations they name."""
   changed = {}
@@ -126,8 +121,7 @@ def _assign(
     typed = overrides.override(ConfigDict(values), assignments).to_dict()
   except ConfigError as error:
     # Name the flag that the user typed.
-    message = str(error).replace("--config.", "--set=", 1)
-    raise ConfigError(message) from None
+    raise ConfigError(str(error).replace("--config.", "--set=", 1)) from None
   for name, names in changed.items():
     given[name].update({option: typed[name][option] for option in names})
   return set(changed)
@@ -165,10 +159,9 @@ def evaluate(
 def prepare(
   plan: EvaluationPlan, *, log_fn: Callable[[str], None] = lambda line: None
 ) -> tuple[dict[str, Evaluator], dict[str, str], dict[str, str]]:
-  """Builds the evaluators of a plan and opens their data.
+  """Builds a plan's evaluators and opens their data.
 
-  Returns:
-    Evaluators, reasons for skipping, and errors, each by evaluation.
+  Returns evaluators, reasons for skipping, and errors, each by evaluation.
   """
   evaluators, skipped, failed = {}, {}, {}
   last = None
@@ -196,11 +189,7 @@ def attempt(
   *,
   log_fn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Outcome]:
-  """Runs prepared evaluations in order and records errors.
-
-  Yields:
-    The outcome after each evaluation; at least one.
-  """
+  """Runs prepared evaluations; yields the outcome after each, at least once."""
   if not evaluators:
     yield outcome
   for kind, evaluator in evaluators.items():
@@ -228,10 +217,9 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   start = time.perf_counter()
   with _add_name(name):
     result = evaluator.run(encoder)
-  seconds = round(time.perf_counter() - start, 1)
-  options = {"options": evaluator.changed_options()}
-  protocol = {**result.protocol, **options, "seconds": seconds}
-  return dataclasses.replace(result, protocol=protocol)
+  more = {"options": evaluator.changed_options()}
+  more["seconds"] = round(time.perf_counter() - start, 1)
+  return dataclasses.replace(result, protocol={**result.protocol, **more})
 
 
 @contextlib.contextmanager

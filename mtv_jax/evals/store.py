@@ -69,12 +69,10 @@ class ResultStore:
       return outcome
     if name not in outcome.results:
       return None
+    names = foreign.read_field(content, "sheets", tuple[str, ...])
     outcome.results[name] = dataclasses.replace(
       outcome.results[name],
-      sheets=results.read_sheets(
-        file.with_suffix(""),
-        foreign.read_field(content, "sheets", tuple[str, ...]),
-      ),
+      sheets=results.read_sheets(file.with_suffix(""), names),
       resamples=results.read_resamples(file),
     )
     return outcome
@@ -86,9 +84,9 @@ class ResultStore:
     file = self._file(name)
     stem = file.with_suffix("")
     # Stale sheets and resamples would be read with this result.
-    file.unlink(missing_ok=True)
+    for stale in (file, file.with_suffix(".npz")):
+      stale.unlink(missing_ok=True)
     shutil.rmtree(stem, ignore_errors=True)
-    stem.with_suffix(".npz").unlink(missing_ok=True)
     fields = {
       field: {k: v for k, v in getattr(outcome, field).items() if k == name}
       for field in ("results", "skipped")
@@ -161,10 +159,9 @@ def fingerprint(path: str | os.PathLike) -> str:
       files = path_patterns.expand_path(text)
   digest = hashlib.sha256()
   for file in files:
+    line = f"{file.name}/\n"
     if path_lib.is_file(file):
       stat = path_lib.stat(file)
       line = f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n"
-      digest.update(line.encode("utf-8", "replace"))
-    else:
-      digest.update(f"{file.name}/\n".encode("utf-8", "replace"))
+    digest.update(line.encode("utf-8", "replace"))
   return digest.hexdigest()[:16] if files else ""

@@ -46,18 +46,11 @@ def evaluate(
   evaluators, skipped, failed = run.prepare(chosen, log_fn=log_fn)
   outcomes: list[Outcome] = []
   for name, encoder in encoders.items():
-    outcome = Outcome(
-      name=name,
-      encoder="",
-      weights="",
-      skipped=dict(skipped),
-      failed=dict(failed),
-      checkpoint=(checkpoints or {}).get(name, ""),
-    )
+    outcome = Outcome(name, "", "", {}, {**skipped}, {**failed})
+    checkpoint = (checkpoints or {}).get(name, "")
+    outcome = dataclasses.replace(outcome, checkpoint=checkpoint)
     outcomes.append(outcome)
-    for partial in _evaluate(
-      encoder, chosen, evaluators, outcome, log_fn=log_fn
-    ):
+    for partial in _evaluate(encoder, chosen, evaluators, outcome, log_fn):
       outcomes[-1] = partial
       if folder is not None and jax.process_index() == 0:
         results.write(pathlib.Path(folder) / "results.json", outcomes)
@@ -69,7 +62,6 @@ def _evaluate(
   chosen: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
   outcome: Outcome,
-  *,
   log_fn: Callable[[str], None],
 ) -> Iterator[Outcome]:
   """Yields the outcome of an encoder after each evaluation; at least one.
@@ -98,10 +90,8 @@ def _evaluate(
       return
     log_fn(f"{outcome.name}: {encoder!r}")
     described = Outcome("", encoder.source, encoder.weights)
-    protocol = encoder.protocol()
-    outcome = _describe(
-      outcome, dataclasses.replace(described, protocol=protocol)
-    )
+    described.protocol.update(encoder.protocol())
+    outcome = _describe(outcome, described)
   if not missing:
     yield sort_results(outcome, chosen)
     return
@@ -120,10 +110,7 @@ def _find_stored(
   chosen: run.EvaluationPlan,
   evaluators: Mapping[str, Evaluator],
 ) -> dict[str, Outcome]:
-  """Stored evaluations, as seen by process 0, which writes the files.
-
-  Non-zero processes get empty outcomes.
-  """
+  """Evaluations stored by process 0; other processes get empty outcomes."""
   is_first = jax.process_index() == 0
   found = {}
   for name in evaluators:
@@ -135,12 +122,9 @@ def _find_stored(
 
 def _describe(outcome: Outcome, source: Outcome) -> Outcome:
   """Copies the description of the encoder from `source`."""
-  return dataclasses.replace(
-    outcome,
-    encoder=source.encoder,
-    weights=source.weights,
-    protocol=source.protocol,
-  )
+  names = ("encoder", "weights", "protocol")
+  fields = {name: getattr(source, name) for name in names}
+  return dataclasses.replace(outcome, **fields)
 
 
 def sort_results(outcome: Outcome, chosen: run.EvaluationPlan) -> Outcome:

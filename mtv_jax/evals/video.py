@@ -32,11 +32,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Array, Bool, Float, Float32, Float64, UInt8
 
-from mtv_jax.config.options import (
-  NonNegativeInt,
-  PositiveFloat,
-  PositiveInt,
-)
+from mtv_jax.config.options import NonNegativeInt, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.core import bootstrap, dense, resizing
@@ -46,6 +42,7 @@ from mtv_jax.evals.core.examples import (
   LazySequence,
   Video,
   VideoSet,
+  select_images,
   subsample,
 )
 from mtv_jax.evals.datasets import registry
@@ -121,14 +118,12 @@ class VideoSegmentation(Evaluator):
       for total in (scores, copies)
     )
     estimate = bootstrap.means(values, groups=np.asarray(groups))
-    return Result.from_estimate(
-      estimate,
-      self._protocol(encoder, sizes, len(groups)),
-      {name: float(np.mean(x)) for name, x in copied.items()},
-      sheets={"video_segmentation": plots.stack_rows(rows, _TITLES)}
-      if rows
-      else {},
-    )
+    protocol = self._protocol(encoder, sizes, len(groups))
+    chance = {name: float(np.mean(x)) for name, x in copied.items()}
+    sheets = {}
+    if rows:
+      sheets["video_segmentation"] = plots.stack_rows(rows, _TITLES)
+    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _input_size(
     self, encoder: Encoder, shape: tuple[int, int]
@@ -157,20 +152,13 @@ class VideoSegmentation(Evaluator):
     return max(1, round(min(grid) * _NEIGHBOURHOOD / (_SIZE // _PATCH)))
 
   def _predict(
-    self,
-    encoder: Encoder,
-    video: Video,
-    size: tuple[int, int],
-    block: int,
-    channels: int,
+    self, encoder: Encoder, video: Video, size: tuple, block: int, channels: int
   ) -> Iterator[UInt8[np.ndarray, "h w"]]:
     """Object maps of the frames between the first and the last."""
     grid = encoder.spec.image.grid_of(*size)
     first = video.masks[0]
-    small = PIL.Image.fromarray(first).resize(
-      grid[::-1], PIL.Image.Resampling.NEAREST
-    )
-    labels = np.eye(channels, dtype=np.float32)[np.asarray(small)]
+    small = _resize_nearest(first, grid)
+    labels = np.eye(channels, dtype=np.float32)[small]
     soft = propagate(
       self._features(encoder, video, size, block),
       labels,
@@ -181,31 +169,23 @@ class VideoSegmentation(Evaluator):
     )
     for scores in soft:
       labels = np.asarray(_largest(scores, size))
-      yield np.asarray(
-        PIL.Image.fromarray(labels).resize(
-          first.shape[::-1], PIL.Image.Resampling.NEAREST
-        )
-      )
+      yield _resize_nearest(labels, first.shape)
 
   def _features(
     self, encoder: Encoder, video: Video, size: tuple[int, int], block: int
   ) -> Iterator[Float32[np.ndarray, "h w d"]]:
     """Patch tokens of each frame except the last."""
-    count = len(video.frames) - 1
-    for start in range(0, count, _CHUNK):
-      images = LazySequence(
-        lambda i, start=start: cv2.resize(
-          video.frames[start + i], size[::-1], interpolation=cv2.INTER_LINEAR
-        ),
-        min(_CHUNK, count - start),
-      )
-      yield from dense.features(
-        encoder,
-        images,
-        (block,),
-        norm=self.norm,
-        batch_size=self.batch_size,
-      )
+    options = {"norm": self.norm, "batch_size": self.batch_size}
+
+    def read(t: int) -> np.ndarray:
+      frame, linear = video.frames[t], cv2.INTER_LINEAR
+      return cv2.resize(frame, size[::-1], interpolation=linear)
+
+    images = LazySequence(read, len(video.frames) - 1)
+    for start in range(0, len(images), _CHUNK):
+      chunk = range(start, min(start + _CHUNK, len(images)))
+      part = select_images(images, chunk)
+      yield from dense.features(encoder, part, (block,), **options)
 
   def _protocol(
     self, encoder: Encoder, sizes: set[tuple[int, int]], objects: int
@@ -242,11 +222,12 @@ def propagate(
   first: Float32[np.ndarray, "h w c"],
   *,
   frames: int,
-  top_k: int,
-  neighbourhood: int,
-  temperature: float,
+  **options: Any,
 ) -> Iterator[Float32[Array, "h w c"]]:
-  """Yields soft labels of the second and later frames."""
+  """Yields soft labels of the second and later frames.
+
+  `options` are `top_k`, `neighbourhood` and `temperature`.
+  """
   h, w, c = first.shape
   keys = labels = None
   for t, feature in enumerate(features):
@@ -257,16 +238,8 @@ def propagate(
       labels = jnp.zeros((frames + 1, h * w, c))
       labels = labels.at[0].set(first.reshape(h * w, c))
       continue
-    soft = _propagate_frame(
-      query,
-      keys,
-      labels,
-      jnp.arange(frames + 1) < t,
-      grid=(h, w),
-      top_k=top_k,
-      neighbourhood=neighbourhood,
-      temperature=temperature,
-    )
+    valid = jnp.arange(frames + 1) < t
+    soft = _propagate_frame(query, keys, labels, valid, grid=(h, w), **options)
     slot = 1 + (t - 1) % frames
     keys, labels = keys.at[slot].set(query), labels.at[slot].set(soft)
     yield soft.reshape(h, w, c)
@@ -296,22 +269,19 @@ def _propagate_frame(
 
   def nearest(frame):
     key, is_valid = frame
-    scores = jnp.matmul(query, key.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.matmul(query, key.T, precision="highest")
     return jax.lax.top_k(jnp.where(near & is_valid, scores, -jnp.inf), k)
 
   # Frame by frame: only one [N, N] matrix in memory.
   scores, index = jax.lax.map(nearest, (keys, valid))  # [F, N, k]
   index += len(query) * jnp.arange(len(keys))[:, None, None]
-  scores, index = (
-    jnp.moveaxis(x, 0, 1).reshape(len(query), -1) for x in (scores, index)
-  )  # [N, F k]
+  both = (jnp.moveaxis(x, 0, 1) for x in (scores, index))
+  scores, index = (x.reshape(len(query), -1) for x in both)  # [N, F k]
   scores, best = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
   index = jnp.take_along_axis(index, best, axis=1)  # [N, k]
   weights = jax.nn.softmax(scores / temperature, axis=1)
   values = labels.reshape(-1, labels.shape[-1])[index]  # [N, k, C]
-  return jnp.einsum(
-    "nk,nkc->nc", weights, values, precision=jax.lax.Precision.HIGHEST
-  )
+  return jnp.einsum("nk,nkc->nc", weights, values, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -325,6 +295,11 @@ def _largest(scores: Float[Array, "h w c"], size: tuple[int, int]) -> Array:
   return jnp.argmax(scaled, axis=-1).astype(jnp.uint8)
 
 
+def _resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  nearest = PIL.Image.Resampling.NEAREST
+  return np.asarray(PIL.Image.fromarray(labels).resize(size[::-1], nearest))
+
+
 def _check_sizes(video: Video, truth: list[UInt8[np.ndarray, "h w"]]) -> None:
   for t, labels in enumerate(truth, start=1):
     if labels.shape != video.masks[0].shape:
@@ -334,18 +309,13 @@ def _check_sizes(video: Video, truth: list[UInt8[np.ndarray, "h w"]]) -> None:
       )
 
 
-def _draw_row(
-  video: Video,
-  truth: list[UInt8[np.ndarray, "h w"]],
-  predicted: list[UInt8[np.ndarray, "h w"]],
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+def _draw_row(video: Video, truth: list, predicted: list) -> np.ndarray:
   """The last scored frame, its true and its predicted objects."""
   colours = np.zeros((256, 3), np.uint8)
   colours[1 : 1 + video.objects] = plots.palette(video.objects)
   maps = [colours[labels[-1]] for labels in (truth, predicted)]
-  return plots.image_with_maps(
-    video.frames[len(truth)], maps, height=_SHEET_HEIGHT
-  )
+  frame = video.frames[len(truth)]
+  return plots.image_with_maps(frame, maps, height=_SHEET_HEIGHT)
 
 
 _BOUND = 0.008  # of the diagonal
@@ -401,8 +371,7 @@ def score_video(
 
   `truth` and `predicted` are maps of the scored frames; objects are 1, 2, ...
   """
-  j = np.empty((objects, len(truth)))
-  f = np.empty((objects, len(truth)))
+  j, f = np.empty((2, objects, len(truth)))
   for t, maps in enumerate(zip(truth, predicted, strict=True)):
     for k in range(objects):
       masks = [labels == k + 1 for labels in maps]

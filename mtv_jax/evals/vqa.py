@@ -18,12 +18,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
+import string
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -127,16 +129,13 @@ def vqa_accuracy(
   """
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
-  answer, truths = _strip(answer), [_strip(truth) for truth in truths]
-  if len(set(truths)) > 1:
-    answer = normalize_answer(answer)
-    truths = [normalize_answer(truth) for truth in truths]
-  agree = [truth == answer for truth in truths]
+  clean = normalize_answer if len({*map(_strip, truths)}) > 1 else _strip
+  said = clean(answer)
+  agree = [clean(truth) == said for truth in truths]
   count = sum(agree)
   if counting == "simple":
     return min(1.0, count / 3)
-  others = [min(1.0, (count - same) / 3) for same in agree]
-  return sum(others) / len(others)
+  return sum(min(1.0, (count - same) / 3) for same in agree) / len(agree)
 
 
 def _require_truths(truths: Sequence[str]) -> None:
@@ -171,22 +170,21 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
   exactly one option, equal or else contained. Returns a capital letter, or None
   without a match.
   """
-  last = chr(ord("A") + (len(options) or 26) - 1)
+  letters = string.ascii_uppercase[: len(options) or 26]
   for pattern in (_LETTER, _NAMED_LETTER):
     for match in pattern.finditer(answer.strip()):
-      if match[1].upper() <= last:
+      if match[1].upper() in letters:
         return match[1].upper()
-  said = _plain(answer)
-  plain = [_plain(option) for option in options]
-  equal = [i for i, option in enumerate(plain) if option == said]
+  said, plain = _plain(answer), [_plain(option) for option in options]
+  equal = [option == said for option in plain]
   contained = [
-    i
-    for i, option in enumerate(plain)
-    if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
+    option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
+    for option in plain
   ]
   for matches in (equal, contained):
-    if len(matches) == 1:
-      return chr(ord("A") + matches[0])
+    chosen = [*itertools.compress(letters, matches)]
+    if len(chosen) == 1:
+      return chosen[0]
   return None
 
 
@@ -241,15 +239,9 @@ def anls(answer: str, truths: Sequence[str]) -> float:
   Raises InputError for empty truths.
   """
   _require_truths(truths)
-  said = " ".join(answer.lower().split())
-  best = 0.0
-  for truth in truths:
-    true = " ".join(truth.lower().split())
-    longest = max(len(said), len(true))
-    distance = levenshtein(said, true) / longest if longest else 0.0
-    if distance < 0.5:
-      best = max(best, 1 - distance)
-  return best
+  said, *plain = (" ".join(text.lower().split()) for text in (answer, *truths))
+  near = (levenshtein(said, t) / max(1, len(said), len(t)) for t in plain)
+  return max(1 - distance if distance < 0.5 else 0.0 for distance in near)
 
 
 def levenshtein(first: str, second: str) -> int:
@@ -269,8 +261,7 @@ _TRUTHS = ("answers", "answer", "label")
 _OPTIONS = ("options", "choices")
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
   """Truths of a question."""
 
   truths: tuple[str, ...]  # correct answers, one per annotator
@@ -319,9 +310,7 @@ def _rows_by_question(
   rows = [content] if isinstance(content, Mapping) else content
   valid = isinstance(rows, list) and all(isinstance(r, Mapping) for r in rows)
   if not valid or not rows:
-    got = f"a {type(content).__name__}"
-    if isinstance(content, Mapping):
-      got = f"keys {sorted(content)[:6]}"
+    got = shorten_repr(content)
     raise InputError(f"{path}: expected rows of questions; got {got}")
   by_question = {}
   for row in rows:
@@ -334,32 +323,24 @@ def _rows_by_question(
 
 def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   options = next((row[name] for name in _OPTIONS if name in row), None) or []
+  shown = shorten_repr(row)
   if not isinstance(options, list):
-    raise InputError(
-      f"{path}: expected a list of options, got {shorten_repr(options)}"
-    )
+    raise InputError(f"{path}: expected a list of options: {shown}")
   truths = _get(path, row, _TRUTHS)
-  truths = truths if isinstance(truths, list) else [truths]
-  plain = [
-    _get(path, t, ("answer",)) if isinstance(t, Mapping) else t for t in truths
-  ]
-  if options:
-    beyond = [
-      t for t in plain if type(t) is int and t not in range(len(options))
-    ]
-    if beyond:
-      raise InputError(
-        f"{path}: {shorten_repr(beyond[0])} is no index of the options of "
-        f"{shorten_repr(row)}"
-      )
-    plain = [chr(ord("A") + t) if type(t) is int else t for t in plain]
+  plain = []
+  for truth in truths if isinstance(truths, list) else [truths]:
+    if isinstance(truth, Mapping):
+      truth = _get(path, truth, ("answer",))
+    if options and type(truth) is int:
+      if truth not in range(len(options)):
+        raise InputError(f"{path}: an answer is no index of options: {shown}")
+      truth = chr(ord("A") + truth)
+    plain.append(_text(path, truth, "a correct answer"))
   if not plain:
-    raise InputError(
-      f"{path}: a question without an answer: {shorten_repr(row)}"
-    )
+    raise InputError(f"{path}: a question without an answer: {shown}")
   kind = row.get("answer_type")
   return Question(
-    tuple(_text(path, truth, "a correct answer") for truth in plain),
+    tuple(plain),
     tuple(_text(path, option, "an option") for option in options),
     None if kind is None else _text(path, kind, "an answer_type"),
   )
@@ -395,9 +376,8 @@ def _get(
   for name in names:
     if name in row:
       return row[name]
-  raise InputError(
-    f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
-  )
+  has = sorted(row)[:8]
+  raise InputError(f"{path}: a row has {has}, and none of {list(names)}")
 
 
 def _score_option(answer: str, question: Question) -> float:
@@ -436,23 +416,17 @@ def score(
       f"{f'(such as {unknown[0]})' if unknown else ''}. missing=wrong counts "
       "unanswered ones as wrong."
     )
-  digest = hashlib.sha256(
-    json.dumps([[k, *q.truths] for k, q in questions.items()]).encode()
-  )
-  estimate = _score_rule(
-    rule, list(map(answers.get, questions)), questions.values()
-  )
-  return Scores(
-    estimate.metrics,
-    estimate.errors,
-    {
-      "rule": rule,
-      "questions": len(questions),
-      "unanswered": len(unanswered),
-      "missing": missing,
-      "data_hash": digest.hexdigest()[:16],
-    },
-  )
+  truths = json.dumps([[k, *q.truths] for k, q in questions.items()])
+  said = [answers.get(key) for key in questions]
+  estimate = _score_rule(rule, said, questions.values())
+  protocol = {
+    "rule": rule,
+    "questions": len(questions),
+    "unanswered": len(unanswered),
+    "missing": missing,
+    "data_hash": hashlib.sha256(truths.encode()).hexdigest()[:16],
+  }
+  return Scores(estimate.metrics, estimate.errors, protocol)
 
 
 def _score_rule(

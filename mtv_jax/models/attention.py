@@ -10,10 +10,9 @@ softmax, and its gradient.
 - `cudnn`: cuDNN flash attention, in bfloat16 or float16.
 - `splash`: Pallas splash attention on TPUs, from `SPLASH_LENGTH` tokens on.
 
-A 960-pixel image in 16-pixel patches has 3601 tokens; their float32 logits take
-0.6 GB per layer and image. Every query sees all keys at once, so blocks of
-queries need no online softmax. Memory grows linearly with the tokens, and the
-backward pass recomputes each block.
+The float32 logits of 3601 tokens would take 0.6 GB per layer and image. Blocks
+of queries see all keys at once, so they need no online softmax. The backward
+pass recomputes each block.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import partition_spec
 from mtv_jax.utils.errors import InputError, check_choice
 
+Heads = Float[Array, "b n h d"]
+Valid = Bool[Array, "b n"] | None
 CHOICES = ("auto", "xla", "cudnn", "splash")
 PLAIN = "plain"  # Internal, to count FLOPs: see `plain_attention`.
 # In `remat.NAMES`: the output, and the residuals of splash attention.
@@ -62,10 +63,8 @@ def build_attention(
 ) -> Callable[..., Array]:
   """Returns the attention function (q, k, v, causal=, valid=) for a choice.
 
-  Args:
-    choice: one of `CHOICES`, or `PLAIN`.
-    mesh: shards rows and heads; its platform selects the kernel. None: the
-      default devices.
+  `mesh` shards rows and heads; its platform selects the kernel. None: the
+  default devices.
   """
   if choice == PLAIN:
     return plain_attention
@@ -76,20 +75,14 @@ def build_attention(
     interpret = device.platform != "tpu"
     return functools.partial(splash_attention, mesh=mesh, interpret=interpret)
   if choice in ("auto", "cudnn") and device.platform == "gpu":
-    return functools.partial(
-      _gpu_attention, device=device, required=choice == "cudnn"
-    )
+    required = choice == "cudnn"
+    return functools.partial(_gpu_attention, device=device, required=required)
   return attention
 
 
 def attention(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b n h d"],
-  v: Float[Array, "b n h d"],
-  *,
-  causal: bool = False,
-  valid: Bool[Array, "b n"] | None = None,
-) -> Float[Array, "b n h d"]:
+  q: Heads, k: Heads, v: Heads, *, causal: bool = False, valid: Valid = None
+) -> Heads:
   """softmax(q k^T / sqrt(d)) v compiled by XLA, with a float32 softmax.
 
   `causal`: a token attends to itself and earlier tokens. `valid`: tokens to
@@ -106,13 +99,8 @@ def attention(
 
 
 def plain_attention(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b n h d"],
-  v: Float[Array, "b n h d"],
-  *,
-  causal: bool = False,
-  valid: Bool[Array, "b n"] | None = None,
-) -> Float[Array, "b n h d"]:
+  q: Heads, k: Heads, v: Heads, *, causal: bool = False, valid: Valid = None
+) -> Heads:
   """`attention` without blocks at any length; nothing is recomputed."""
   mask = None if valid is None else valid[:, None, None, :]
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
@@ -127,10 +115,7 @@ def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
   """
   lacks = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
   if lacks and required:
-    raise InputError(
-      f"config.model.attention is 'cudnn', which needs {lacks}. Set 'auto' or "
-      "'xla'."
-    )
+    raise InputError(f"config.model.attention 'cudnn', which needs {lacks}.")
   if lacks or valid is not None:
     return attention(q, k, v, causal=causal, valid=valid)
   y = jax.nn.dot_product_attention(
@@ -155,28 +140,20 @@ def cudnn_lacks(q: Any, compute_capability: str) -> str | None:
 
 
 def splash_attention(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b n h d"],
-  v: Float[Array, "b n h d"],
+  q: Heads,
+  k: Heads,
+  v: Heads,
   *,
   causal: bool = False,
-  valid: Bool[Array, "b n"] | None = None,
+  valid: Valid = None,
   mesh: Mesh | None = None,
   interpret: bool = False,
-) -> Float[Array, "b n h d"]:
+) -> Heads:
   """Pallas splash attention: online softmax in blocks of queries and keys.
 
   Sequences are padded to a multiple of `SPLASH_UNIT`; the padding is masked.
-  Sequences below `SPLASH_LENGTH` take `attention`.
-
-  Args:
-    q: queries.
-    k: keys.
-    v: values.
-    causal: see `attention`.
-    valid: see `attention`.
-    mesh: each device runs the kernel on its rows and heads.
-    interpret: runs the kernel without a TPU.
+  Sequences below `SPLASH_LENGTH` take `attention`. On a mesh each device runs
+  the kernel on its rows and heads. `interpret` needs no TPU.
   """
   if q.shape[1] < SPLASH_LENGTH:
     return attention(q, k, v, causal=causal, valid=valid)
@@ -238,11 +215,8 @@ def _splash(q, k, v, valid, *, causal, interpret):
 def kernel_flops(name: str, operands: Sequence[Sequence[int]]) -> float:
   """FLOPs of the products inside a splash kernel; 0 for any other operation.
 
-  Includes blocks that a causal mask skips.
-
-  Args:
-    name: `op_name` of the compiled operation.
-    operands: shapes; the first of rank 4 is the queries' `[b, h, n, d]`.
+  Includes blocks that a causal mask skips. `name` is the operation's `op_name`;
+  the first operand of rank 4 is the queries' `[b, h, n, d]`.
   """
   for phase, products in _SPLASH_PRODUCTS.items():
     if f"splash_mha_{phase}" in name:
@@ -251,11 +225,7 @@ def kernel_flops(name: str, operands: Sequence[Sequence[int]]) -> float:
   return 0.0
 
 
-def blockwise_attention(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b n h d"],
-  v: Float[Array, "b n h d"],
-) -> Float[Array, "b n h d"]:
+def blockwise_attention(q: Heads, k: Heads, v: Heads) -> Heads:
   """Attention in blocks of `BLOCK` queries, all heads at once."""
   block = _save_only_args(jax.nn.dot_product_attention)
   blocks = jnp.moveaxis(_split_blocks(q, BLOCK), 1, 0)  # [c, b, s, h, d]
@@ -263,11 +233,7 @@ def blockwise_attention(
   return _join_blocks(jnp.moveaxis(out, 0, 1), q.shape[1])
 
 
-def cpu_attention(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b n h d"],
-  v: Float[Array, "b n h d"],
-) -> Float[Array, "b n h d"]:
+def cpu_attention(q: Heads, k: Heads, v: Heads) -> Heads:
   """Attention in blocks of `CPU_BLOCK` queries of one head, queries last.
 
   XLA for CPUs vectorises sums and maxima over a leading dimension, not over the
@@ -293,13 +259,14 @@ def cpu_attention(
     )
     return (out / total).astype(values.dtype)
 
-  def head(queries, keys, values):
+  def head(arrays):
+    queries, keys, values = arrays
     return jax.lax.map(lambda x: block(x, keys, values), queries)
 
   queries = _split_blocks(q, CPU_BLOCK).transpose(3, 1, 0, 4, 2)  # h c b d s
   keys = k.transpose(2, 0, 1, 3)  # h b n d
   values = v.transpose(2, 0, 3, 1)  # h b d n
-  out = jax.lax.map(lambda x: head(*x), (queries, keys, values))
+  out = jax.lax.map(head, (queries, keys, values))
   return _join_blocks(out.transpose(2, 1, 4, 0, 3), q.shape[1])
 
 
@@ -310,14 +277,10 @@ def _save_only_args(function: Callable[..., Array]) -> Callable[..., Array]:
   products would also save the products inside `function`.
   """
   wrapped = jax.custom_vjp(function)
-
-  def forward(*args):
-    return function(*args), args
-
-  def backward(args, cotangent):
-    return jax.vjp(function, *args)[1](cotangent)
-
-  wrapped.defvjp(forward, backward)
+  wrapped.defvjp(
+    lambda *args: (function(*args), args),
+    lambda args, cotangent: jax.vjp(function, *args)[1](cotangent),
+  )
   return wrapped
 
 

@@ -8,6 +8,7 @@ both.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,9 +26,8 @@ Rules = list[tuple[str, Initializer]]  # The first match wins.
 _zeros = initializers.zeros
 
 
-def _normal(std: float) -> Initializer:
-  # Some references truncate at 2, which is a hundred standard deviations.
-  return initializers.normal(std)
+# Some references truncate at 2, which is a hundred standard deviations.
+_normal = initializers.normal
 
 
 def _uniform(limit: float) -> Initializer:
@@ -42,18 +42,18 @@ def _torch(fan_in: int) -> Initializer:
   return _uniform(fan_in**-0.5)
 
 
+def _torch_patch(spec: Any) -> Initializer:
+  return _torch(3 * spec.image.patch_size**2)
+
+
 def _xavier(key: Array, shape: Sequence[int]) -> Array:
   """Xavier-uniform over the last two dimensions (Glorot and Bengio 2010)."""
   return _uniform((6 / (shape[-2] + shape[-1])) ** 0.5)(key, shape)
 
 
-def _patch_values(spec: Any) -> int:
-  return 3 * spec.image.patch_size**2
-
-
 def _dino(spec: Any, registers: float) -> Rules:
   return [
-    ("^image/patch_embed/", _torch(_patch_values(spec))),
+    ("^image/patch_embed/", _torch_patch(spec)),
     ("^image/(position_embedding|cls_token)$", _normal(0.02)),
     ("^image/registers$", _normal(registers)),
     ("^image/.*/kernel$", _normal(0.02)),
@@ -61,19 +61,10 @@ def _dino(spec: Any, registers: float) -> Rules:
   ]
 
 
-def _dinov2(spec: Any) -> Rules:
-  """DINOv2, with the initial registers of its register variant."""
-  return _dino(spec, registers=1e-6)
-
-
-def _dinov3(spec: Any) -> Rules:
-  return _dino(spec, registers=0.02)
-
-
 def _mae(spec: Any) -> Rules:
   """MAE: Xavier-uniform, also for the fused QKV kernel."""
   return [
-    ("^image/patch_embed/bias$", _torch(_patch_values(spec))),
+    ("^image/patch_embed/bias$", _torch_patch(spec)),
     ("^image/(cls_token|mask_token)$", _normal(0.02)),
     ("^image/.*kernel$", _xavier),
     ("^image/.*bias$", _zeros),
@@ -85,7 +76,7 @@ def _clip(spec: Any) -> Rules:
   image, text = spec.image, spec.text
   scale = image.width**-0.5
   rules = [
-    ("^image/patch_embed/", _torch(_patch_values(spec))),
+    ("^image/patch_embed/", _torch_patch(spec)),
     ("^image/cls_token$", _normal(2**0.5 * scale)),
     ("^image/(position_embedding|projection/kernel)$", _normal(scale)),
     ("^image/blocks/attention/qkv/kernel$", _xavier),
@@ -113,9 +104,7 @@ def _clip(spec: Any) -> Rules:
 
 def _siglip(spec: Any) -> Rules:
   """big_vision's text tower: Flax's `nn.Embed` default, also for positions."""
-  if spec.text is None:
-    return []
-  scale = spec.text.width**-0.5
+  scale = spec.text.width**-0.5 if spec.text else 1.0
   return [("^text/(token|position)_embedding$", _normal(scale))]
 
 
@@ -124,8 +113,8 @@ SCHEMES: dict[str, Callable[[Any], Rules]] = {
   "big_vision": lambda spec: [],
   "siglip": _siglip,
   "clip": _clip,
-  "dinov2": _dinov2,
-  "dinov3": _dinov3,
+  "dinov2": functools.partial(_dino, registers=1e-6),  # Its register variant's.
+  "dinov3": functools.partial(_dino, registers=0.02),
   "mae": _mae,
 }
 
@@ -133,14 +122,7 @@ SCHEMES: dict[str, Callable[[Any], Rules]] = {
 def reinitialize(
   params: Mapping[str, Any], spec: Any, rng: Array, scheme: str
 ) -> dict[str, Any]:
-  """Reinitialises the parameters that match a rule of the scheme.
-
-  Args:
-    params: both towers' parameters, `{'image': ..., 'text': ...}`.
-    spec: their `ModelSpec`.
-    rng: folded with a parameter's name into its key.
-    scheme: name in `SCHEMES`.
-  """
+  """Reinitialises the towers' parameters that match a rule of the scheme."""
   check_choice("config.model.init", scheme, SCHEMES)
   rules = [*SCHEMES[scheme](spec), (".", None)]
 

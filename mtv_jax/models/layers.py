@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -35,6 +36,10 @@ _QKV_BIASES = {
   "none": (False, False, False),
 }
 NormKind = Literal["layer", "rms"]
+# 'tanh': approximated (SigLIP, big_vision); 'exact': by the error function
+# (DINOv2); 'quick': x * sigmoid(1.702 x) (CLIP); a plain 'relu' (TIPS' text).
+Gelu = Literal["tanh", "exact", "quick", "relu"]
+MlpKind = Literal["plain", "swiglu"]
 
 # Glorot and Bengio 2010; MLP biases start as in big_vision's ViT.
 kernel_init = nn.initializers.xavier_uniform()
@@ -53,15 +58,8 @@ def fused_init(
   return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def gelu(x: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
-  """GELU (Hendrycks and Gimpel 2016).
-
-  Args:
-    x: any shape.
-    kind: 'exact' (error function; DINOv2), 'tanh' (its approximation; SigLIP,
-      big_vision), 'quick' (x * sigmoid(1.702 x); CLIP), or a plain 'relu' (the
-      text tower of TIPS).
-  """
+def gelu(x: Float[Array, "*n"], kind: Gelu) -> Float[Array, "*n"]:
+  """GELU (Hendrycks and Gimpel 2016)."""
   if kind == "relu":
     return jax.nn.relu(x)
   if kind == "quick":
@@ -83,10 +81,7 @@ def norm(
 
 
 def project(
-  pooled: Float[Array, "b d"],
-  features: int | None,
-  *,
-  bias: bool = False,
+  pooled: Float[Array, "b d"], features: int | None, *, bias: bool = False
 ) -> Float[Array, "b e"]:
   """Projects pooled vectors by the calling module's layer `projection`.
 
@@ -178,25 +173,14 @@ class Attention(nn.Module):
     `angles` rotate queries and keys, see `positions.rotate`.
     """
     b, n, d = x.shape
-    q, k, v = FusedDense(
-      d,
-      self.heads,
-      _QKV_BIASES[self.qkv_bias],
-      dtype=self.dtype,
-      linear_fn=self.linear_fn,
-      name="qkv",
-    )(x)
+    common = dict(dtype=self.dtype, linear_fn=self.linear_fn)
+    biases = _QKV_BIASES[self.qkv_bias]
+    q, k, v = FusedDense(d, self.heads, biases, name="qkv", **common)(x)
     if angles is not None:
       q, k = positions.rotate(q, angles), positions.rotate(k, angles)
     masks = {} if valid is None else {"valid": valid}
     y = self.attention_fn(q, k, v, causal=self.causal, **masks)  # [B, N, H, d]
-    out = Dense(
-      d,
-      dtype=self.dtype,
-      use_bias=self.out_bias,
-      linear_fn=self.linear_fn,
-      name="out",
-    )
+    out = Dense(d, use_bias=self.out_bias, name="out", **common)
     return checkpoint_name(out(y.reshape(b, n, d)), "attention_out")
 
 
@@ -221,10 +205,8 @@ class CrossAttention(nn.Module):
     q = checkpoint_name(q, "qkv")
     q = q.reshape(*q.shape[:-1], self.heads, -1)  # [..., H, d]
     biases = (self.projects_queries,) * 2
-    k, v = FusedDense(d, self.heads, biases, dtype=self.dtype, name="kv")(
-      tokens
-    )
-    y = self.attention_fn(q, k, v)  # [B, ..., H, d]
+    kv = FusedDense(d, self.heads, biases, dtype=self.dtype, name="kv")
+    y = self.attention_fn(q, *kv(tokens))  # [B, ..., H, d]
     y = checkpoint_name(y.reshape(*y.shape[:-2], d), "attention")
     out = Dense(d, dtype=self.dtype, name="out")
     return checkpoint_name(out(y), "attention_out")
@@ -246,23 +228,17 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    def dense(features, name):
-      return Dense(
-        features,
-        bias_init=mlp_bias_init,
-        dtype=self.dtype,
-        use_bias=self.use_bias,
-        linear_fn=self.linear_fn,
-        name=name,
-      )
-
-    y = checkpoint_name(dense(self.dim, "fc1")(x), "mlp_hidden")
+    dense = functools.partial(
+      Dense, bias_init=mlp_bias_init, dtype=self.dtype,
+      use_bias=self.use_bias, linear_fn=self.linear_fn,
+    )  # fmt: skip
+    y = checkpoint_name(dense(self.dim, name="fc1")(x), "mlp_hidden")
     if self.kind == "swiglu":
-      gate = checkpoint_name(dense(self.dim, "gate")(x), "mlp_hidden")
+      gate = checkpoint_name(dense(self.dim, name="gate")(x), "mlp_hidden")
       y = jax.nn.silu(gate) * y
     else:
       y = gelu(y, self.gelu)
-    return checkpoint_name(dense(x.shape[-1], "fc2")(y), "mlp_out")
+    return checkpoint_name(dense(x.shape[-1], name="fc2")(y), "mlp_out")
 
 
 class Block(nn.Module):
@@ -298,14 +274,10 @@ class Block(nn.Module):
     drop_path: Float[Array, "b 2"] | None = None,
     rope_draw: Float[Array, "2 2"] | None = None,
   ) -> Float[Array, "b n d"]:
-    """Runs the block.
+    """Runs the block on the tokens.
 
-    Args:
-      x: tokens.
-      coordinates: (y, x) of the last k tokens, which `rope` rotates.
-      valid: tokens to attend to; all by default.
-      drop_path: multiplier of each branch of each example.
-      rope_draw: augmentation of the coordinates, see `Rope.draw`.
+    `rope` rotates the last k tokens, at (y, x) `coordinates`, which `rope_draw`
+    augments (`Rope.draw`). `valid`: tokens to attend to; all by default.
     """
 
     def scaled(y, branch):
@@ -318,25 +290,15 @@ class Block(nn.Module):
       # In float32: 1 / keep rounded to bfloat16 would bias the expectation.
       return (y * drop_path[:, branch - 1, None, None]).astype(y.dtype)
 
+    common = dict(dtype=self.dtype, linear_fn=self.linear_fn)
     attention = Attention(
-      self.heads,
-      self.causal,
-      self.qkv_bias,
-      self.bias,
-      self.dtype,
-      self.attention_fn,
-      self.linear_fn,
-      name="attention",
-    )
+      self.heads, self.causal, self.qkv_bias, self.bias,
+      attention_fn=self.attention_fn, name="attention", **common,
+    )  # fmt: skip
     mlp = Mlp(
-      self.mlp_dim,
-      self.gelu,
-      self.mlp,
-      self.dtype,
-      self.bias,
-      self.linear_fn,
-      name="mlp",
-    )
+      self.mlp_dim, self.gelu, self.mlp, use_bias=self.bias, name="mlp",
+      **common,
+    )  # fmt: skip
     angles = None
     if self.rope is not None and coordinates is not None:
       angles = self._angles(x, coordinates, rope_draw)
@@ -352,3 +314,63 @@ class Block(nn.Module):
     angles = self.rope.angles(coordinates, x.shape[-1] // self.heads)
     prefix = x.shape[1] - angles.shape[1]
     return jnp.pad(angles, ((0, 0), (prefix, 0), (0, 0)))
+
+
+ATTENTION_POOLS = ("map", "query")  # Values of `ViTSpec.pool`.
+
+
+class MapPool(nn.Module):
+  """Multi-head attention pooling of the (`valid`) tokens by a learned probe.
+
+  In SigLIP (Zhai et al. 2022) x + mlp(norm(x)) follows. AIMv2, without
+  `mlp_dim`: no MLP, no query projection, and no bias for keys and values.
+  """
+
+  heads: int
+  mlp_dim: int | None
+  gelu: str = "tanh"
+  norm_eps: float = 1e-6
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, tokens: Float[Array, "b n d"], valid: Bool[Array, "b n"] | None = None
+  ) -> Float[Array, "b d"]:
+    # big_vision's: xavier_uniform of a [1, 1, D] array.
+    shape = (1, tokens.shape[-1])
+    probe = self.param("probe", lambda key: kernel_init(key, shape)[0])
+    attend = functools.partial(_attend, valid=valid)
+    has_mlp = self.mlp_dim is not None
+    x = CrossAttention(
+      self.heads, self.dtype, attend, has_mlp, name="attention"
+    )(probe, tokens)
+    if not has_mlp:
+      return x
+    mlp = Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name="mlp")
+    return x + mlp(norm(self.norm_eps, self.dtype, "norm")(x))
+
+
+def build_pool(spec: Any, dtype: Any) -> MapPool:
+  """Builds the module `pool` of an image tower with attention pooling."""
+  heads = spec.pool_heads or spec.heads
+  mlp_dim = spec.pool_mlp_dim or spec.mlp_dim
+  if spec.pool == "query":
+    mlp_dim = None
+  return MapPool(heads, mlp_dim, spec.gelu, spec.norm_eps, dtype, name="pool")
+
+
+def _attend(
+  q: Float[Array, "h d"],
+  k: Float[Array, "b n h d"],
+  v: Float[Array, "b n h d"],
+  *,
+  valid: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b h d"]:
+  """Attention with one query, shared by all examples."""
+  # Not jax.nn.dot_product_attention: XLA for CPUs may fail to compile its
+  # gradient for one bfloat16 query.
+  logits = jnp.einsum("hd,bnhd->bhn", q, k, preferred_element_type=jnp.float32)
+  if valid is not None:
+    logits = jnp.where(valid[:, None], logits, jnp.finfo(logits.dtype).min)
+  weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
+  return jnp.einsum("bhn,bnhd->bhd", weights, v)

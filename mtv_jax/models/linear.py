@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxtyping import Array, Float
 
 from mtv_jax.utils.errors import check_choice, import_extra
 
+Bias = Float[Array, " e"] | None
 # Dtypes of operands and of gradients. float8: Micikevicius et al. 2022.
 DTYPES = {
   "int8": ("int8", "int8"),
@@ -34,9 +34,7 @@ DTYPES = {
 
 
 def plain_linear(
-  x: Float[Array, "*b d"],
-  kernel: Float[Array, "d e"],
-  bias: Float[Array, " e"] | None = None,
+  x: Float[Array, "*b d"], kernel: Float[Array, "d e"], bias: Bias = None
 ) -> Float[Array, "*b e"]:
   """x kernel + bias."""
   y = x @ kernel
@@ -82,30 +80,22 @@ def build_linear_fn(quantization: str) -> Callable[..., Array]:
   check_choice("config.model.quantization", quantization, ("none", *DTYPES))
   if quantization == "none":
     return linear
-  return functools.partial(
-    _quantized_linear, _build_provider(*DTYPES[quantization])
-  )
-
-
-def _build_provider(dtype: str, grad_dtype: str) -> Any:
   qwix = import_extra("qwix", "quantization")
-  options = dict(
-    use_original_residuals=True, dlhs_residual_qtype=dtype, drhs_grad_qtype=None
-  )
+  dtype, grad_dtype = DTYPES[quantization]
   rule = qwix.QtRule(
     weight_qtype=dtype,
     act_qtype=dtype,
     bwd_qtype=grad_dtype,
-    additional_qt_config=options,
+    additional_qt_config=dict(
+      use_original_residuals=True,
+      dlhs_residual_qtype=dtype,
+      drhs_grad_qtype=None,
+    ),
   )
-  return qwix.QtProvider([rule])
+  provider = qwix.QtProvider([rule])
 
+  def quantized_linear(x, kernel, bias=None):
+    y = provider.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return y if bias is None else y + bias
 
-def _quantized_linear(
-  provider: Any,
-  x: Float[Array, "*b d"],
-  kernel: Float[Array, "d e"],
-  bias: Float[Array, " e"] | None = None,
-) -> Float[Array, "*b e"]:
-  y = provider.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-  return y if bias is None else y + bias
+  return quantized_linear

@@ -22,7 +22,7 @@ from mtv_jax.utils.resampling import resize_matrix
 
 # Resampling methods of towers; 'crop': resample bilinearly to a square, then
 # crop its top left part (RADIO).
-RESIZES = ("bicubic", "antialiased", "bilinear_antialiased", "crop")
+Resize = Literal["bicubic", "antialiased", "bilinear_antialiased", "crop"]
 
 
 @functools.lru_cache(maxsize=32)
@@ -36,9 +36,7 @@ def sincos_positions(
   (He et al. 2022) puts columns first.
   """
   if width % 4:
-    raise InputError(
-      f"2-D sine-cosine positions need a width that 4 divides, not {width}."
-    )
+    raise InputError(f"Positions need a width that 4 divides, not {width}.")
   rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
   parts = []
   for axis in np.indices(grid).reshape(2, -1):
@@ -50,26 +48,21 @@ def sincos_positions(
 
 
 def resize_grid(
-  grid: Float[Array, "h w d"], size: tuple[int, int], method: str = "bicubic"
-) -> Float[Array, "h2 w2 d"]:
+  grid: Float[Array, "*b h w d"], size: tuple[int, int], method: str = "bicubic"
+) -> Float[Array, "*b h2 w2 d"]:
   """Resamples a grid of embeddings to `size` = (rows, columns), in float32."""
   if method == "crop":
     square = resize_grid(grid, (max(size),) * 2, "bilinear")
-    return square[: size[0], : size[1]]
-  if grid.shape[:2] == size:
+    return square[..., : size[0], : size[1], :]
+  if grid.shape[-3:-1] == size:
     return grid
-  rows, columns = (
+  matrices = (
     jnp.asarray(resize_matrix(a, b, method), jnp.float32)
-    for a, b in zip(grid.shape[:2], size, strict=True)
+    for a, b in zip(grid.shape[-3:-1], size, strict=True)
   )
   # Small and sensitive to rounding: no bfloat16 passes.
-  return jnp.einsum(
-    "yh,xw,hwd->yxd",
-    rows,
-    columns,
-    grid,
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  equation = "yh,xw,...hwd->...yxd"
+  return jnp.einsum(equation, *matrices, grid, precision="highest")
 
 
 def resize_patches(
@@ -83,13 +76,9 @@ def resize_patches(
   old, new = (round(n**0.5) for n in (patches.shape[-2], count))
   if old == new:
     return patches
-  matrix = jnp.asarray(resize_matrix(old, new, method), jnp.float32)
-  grid = patches.astype(jnp.float32)
-  grid = grid.reshape(*grid.shape[:-2], old, old, grid.shape[-1])
-  grid = jnp.einsum(
-    "yh,xw,...hwd->...yxd", matrix, matrix, grid, precision="highest"
-  )
-  return grid.reshape(*grid.shape[:-3], count, grid.shape[-1])
+  *lead, _, width = patches.shape
+  grid = patches.astype(jnp.float32).reshape(*lead, old, old, width)
+  return resize_grid(grid, (new, new), method).reshape(*lead, count, width)
 
 
 def resize_grids(
@@ -111,9 +100,7 @@ def resize_grids(
     weight = 1 - jnp.abs(distance) / jnp.maximum(scale, 1)[..., None]
     weight = jnp.maximum(weight, 0)
     weights.append(weight / weight.sum(-1, keepdims=True))
-  return jnp.einsum(
-    "bny,bnx,yxd->bnd", *weights, grid, precision=jax.lax.Precision.HIGHEST
-  )
+  return jnp.einsum("bny,bnx,yxd->bnd", *weights, grid, precision="highest")
 
 
 def sinusoidal_positions(
@@ -192,9 +179,7 @@ class Rope:
       lengths = lengths.max(-1, keepdims=True)
     return 2 * (indices + 0.5) / lengths - 1
 
-  def draw(
-    self, key: Key[Array, ""], depth: int
-  ) -> Float[Array, "{depth} 2 2"]:
+  def draw(self, key: Key[Array, ""], depth: int) -> Float[Array, "depth 2 2"]:
     """Samples each layer's augmentation: factors of (y, x), then offsets."""
 
     def uniform(name, axes):

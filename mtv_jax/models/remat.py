@@ -48,25 +48,23 @@ def build_policy(choice: str, *, where: str = "remat") -> Callable | None:
   if choice in POLICIES:
     return POLICIES[choice]
   parts = [part.strip() for part in choice.split(",")]
-  names = {
-    part.removesuffix(HOST).strip(): part.endswith(HOST) for part in parts
-  }
+  names = {p.removesuffix(HOST).strip(): p.endswith(HOST) for p in parts}
   for name in names:
     if name in (*POLICIES, AUTO):
       whole = "all of config.model.remat" if name == AUTO else "a whole choice"
       raise ConfigError(f"{where} is {choice!r}: {name!r} can be {whole} only.")
     if name not in NAMES:
+      known = did_you_mean(name, (*POLICIES, *NAMES))
       raise ConfigError(
         f"{where} is {choice!r}, expected one of {', '.join(POLICIES)} or, "
-        f"with commas, arrays of a block: {', '.join(NAMES)}, with {HOST!r} to "
-        f"save them in the host's memory. {name!r} is none of them. "
-        f"{did_you_mean(name, (*POLICIES, *NAMES))}"
+        f"with commas, arrays of a block: {', '.join(NAMES)} (with {HOST!r} in "
+        f"the host's memory). {name!r} is none of them. {known}"
       )
   if len(names) < len(parts):
     raise ConfigError(f"{where} is {choice!r}, which names an array twice.")
   return jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[n for n, on_host in names.items() if not on_host],
-    names_which_can_be_offloaded=[n for n, on_host in names.items() if on_host],
+    names_which_can_be_saved=[n for n in names if not names[n]],
+    names_which_can_be_offloaded=[n for n in names if names[n]],
     offload_src="device",
     offload_dst="pinned_host",
   )
@@ -102,10 +100,10 @@ class Remat:
     for part in rest:
       key, equals, choice = (word.strip() for word in part.partition("="))
       if not equals or (keys is not None and key not in keys):
-        expected = "" if keys is None else f": {', '.join(sorted(keys))}"
+        known = f": {', '.join(sorted(keys or ()))}"
         raise ConfigError(
           f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an "
-          f"encoding that this config trains{expected}."
+          f"encoding that this config trains{known}."
         )
       if key in entries:
         raise ConfigError(f"{where}: two entries of {key!r} in {text!r}.")
@@ -119,5 +117,4 @@ class Remat:
 
   def choose(self, tower: str, view: str) -> str:
     """The choice for an encoding."""
-    tower_choice = self.entries.get(tower, self.default)
-    return self.entries.get(view, tower_choice)
+    return self.entries.get(view, self.entries.get(tower, self.default))

@@ -23,8 +23,8 @@ from mtv_jax.models.attention import build_attention
 from mtv_jax.models.layers import Block, norm
 from mtv_jax.models.linear import build_linear_fn
 from mtv_jax.models.remat import build_policy
-from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
-from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.parallel.rules import all_gather_params, constrain_batch
+from mtv_jax.utils.errors import ConfigError, InputError
 
 
 def drop_path_scales(
@@ -39,13 +39,8 @@ def drop_path_scales(
   At rates above 0.1 DINOv2 drops a fixed number `p * b` of random examples, and
   skips their computation; the marginals are equal.
 
-  Args:
-    keys: one per example.
-    rate: the probability, below 1.
-    depth: number of blocks.
-    uniform: whether all layers have this rate (DINOv2, DINOv3); else it rises
-      linearly from 0 at the first layer to `rate` at the last (Huang et al.,
-      DeiT).
+  `uniform`: all layers have this rate (DINOv2, DINOv3); else it rises linearly
+  from 0 at the first layer to `rate` at the last (Huang et al., DeiT).
   """
   rates = np.full(depth, rate) if uniform else np.linspace(0, rate, depth)
   keep = jnp.asarray(1 - rates, jnp.float32)[:, None]  # [depth, 1]
@@ -87,14 +82,13 @@ def run_stack(
   mesh: Mesh | None = None,
   layer_inputs: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-  """Runs a stack of blocks.
+  """Runs a stack of blocks; returns the output, and {layer: output} for `taps`.
 
   Args:
     block: the detached module passed to `stacked_init`.
     stack: its stacked parameters.
     x: tokens in the block's compute dtype.
-    context: further arguments of every block, such as the tokens that a
-      decoder attends to.
+    context: further arguments of every block, such as tokens to attend to.
     taps: layers whose output to return, from 0. The scan runs over static
       slices of the stack that end at these layers, so that a tap costs only
       the array it returns.
@@ -104,11 +98,7 @@ def run_stack(
     mesh: shards rows and parameters. Rows stay on their devices; each block
       gathers its parameters over `fsdp`, and again in the backward pass.
       Without this constraint the compiler may split channels over a batch axis.
-    layer_inputs: further arguments of the block by name; leaves have a leading
-      `[depth]`.
-
-  Returns:
-    The last block's output, and {layer: output} for the taps.
+    layer_inputs: arguments of the block by name; leaves `[depth, ...]`.
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
   if taps:
@@ -187,14 +177,11 @@ class Tower(nn.Module):
       linear_fn=build_linear_fn(self.quantization),
       parent=None,
     )
-    init = stacked_init(
-      block, spec.depth, x.shape[-1], inputs.get("context", ())
-    )
+    context = inputs.get("context", ())
+    init = stacked_init(block, spec.depth, x.shape[-1], context)
     stack = self.param("blocks", init)
-    options = dict(remat=self.remat, scan=self.scan, mesh=self.mesh)
-    x, tapped = run_stack(
-      block, stack, x.astype(self.dtype), **options, **inputs
-    )
+    options = dict(remat=self.remat, scan=self.scan, mesh=self.mesh, **inputs)
+    x, tapped = run_stack(block, stack, x.astype(self.dtype), **options)
     return final_norm(spec, self.dtype)(x), tapped
 
 
@@ -208,22 +195,19 @@ def check_taps(taps: Sequence[int], depth: int) -> None:
   bad = [i for i in taps if not 0 <= i < depth]
   if bad:
     raise InputError(
-      f"taps {bad} are not layers of a tower of depth {depth}, which are "
-      f"numbered 0 (output of the first block) to {depth - 1}."
+      f"taps {bad} are not layers of a tower of depth {depth}: 0 (output of "
+      f"the first block) to {depth - 1}."
     )
 
 
 def check_tower(spec: Any) -> None:
   """Raises InputError for invalid fields common to both towers' specs."""
-  name = type(spec).__name__
   try:
     options.check_fields(spec)
   except ConfigError as error:
     raise InputError(str(error)) from None
   if spec.width % spec.heads:
+    name = type(spec).__name__
     raise InputError(
-      f"{name}.width {spec.width} is not divisible by its {spec.heads} heads. "
-      f"Choose heads that divide it, or a multiple of {spec.heads} as width."
+      f"{name}.width {spec.width} is not divisible by its {spec.heads} heads."
     )
-  check_choice(f"{name}.gelu", spec.gelu, ("tanh", "exact", "quick", "relu"))
-  check_choice(f"{name}.mlp", spec.mlp, ("plain", "swiglu"))

@@ -100,8 +100,7 @@ def fit_standardization(
 
   With the covariance U L U^T and the equations of PHI-S:
     'phi_s': H U^T / sqrt(mean(L)) with a Hadamard matrix H (Eqs. 22 to 26);
-    'whiten': U L^-1/2 U^T (ZCA, Eqs. 8 and 12); the output's covariance is the
-      identity;
+    'whiten': U L^-1/2 U^T (ZCA, Eqs. 8 and 12);
     'standardize': the inverse deviation of each channel (Eq. 6).
 
   All output channels have unit variance, except for constant channels with the

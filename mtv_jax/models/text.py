@@ -6,6 +6,7 @@ Covers the towers of SigLIP, CLIP, AIMv2 and TIPS.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +17,7 @@ from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.layers import Depth, Length, Vocabulary, Width
 from mtv_jax.models.positions import sinusoidal_positions
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -32,15 +33,15 @@ class TextSpec:
   mlp_dim: Width = 3072
   # Pooled token: 'last' (SigLIP), 'eos' (CLIP), 'first', or the 'mean' of all
   # tokens, padding included unless `pad_id` is set.
-  pool: str = "last"
+  pool: Literal["last", "eos", "first", "mean"] = "last"
   causal: bool = False  # A token attends to itself and earlier tokens (CLIP).
-  gelu: str = "tanh"  # SigLIP's; 'exact', CLIP's 'quick', or TIPS' 'relu'.
-  mlp: str = "plain"  # Or 'swiglu' (AIMv2).
+  gelu: layers.Gelu = "tanh"
+  mlp: layers.MlpKind = "plain"  # Or 'swiglu' (AIMv2).
   qkv_bias: layers.QkvBias = "all"
   bias: bool = True  # In the blocks' other linear layers; AIMv2 has none.
   norm_kind: layers.NormKind = "layer"  # Or 'rms' (AIMv2).
   # 'learned', or fixed 'sinusoidal' without parameters (TIPS).
-  positions: str = "learned"
+  positions: Literal["learned", "sinusoidal"] = "learned"
   token_scale: bool = False  # Multiply token embeddings by sqrt(D) (TIPS).
   # Padding token, excluded from attention and 'mean' pooling (TIPS). None:
   # attention includes padding (SigLIP, CLIP).
@@ -56,9 +57,6 @@ class TextSpec:
 
   def __post_init__(self):
     stack_lib.check_tower(self)
-    check_choice("TextSpec.pool", self.pool, ("last", "eos", "first", "mean"))
-    positions_kinds = ("learned", "sinusoidal")
-    check_choice("TextSpec.positions", self.positions, positions_kinds)
 
   @property
   def embed_dim(self) -> int:
@@ -85,24 +83,17 @@ class TextTower(stack_lib.Tower):
 
     Attention includes padding, as in SigLIP and CLIP, unless `pad_id` is set.
     An id outside the vocabulary gives NaN, not another token's embedding.
-
-    Raises:
-      InputError: for an empty text, or too many tokens.
     """
     spec = self.spec
     length = tokens.shape[1]
     if not 1 <= length <= spec.length:
       raise InputError(
         f"The texts have {length} tokens; the tower has positions for 1 to "
-        f"{spec.length}. Tokenize to at most {spec.length}, or build the model "
-        f"with length={length}."
+        f"{spec.length}. Shorten them, or build it with length={length}."
       )
     # CLIP's initialisation (Radford et al. 2021).
-    table = self.param(
-      "token_embedding",
-      nn.initializers.normal(0.02),
-      (spec.vocab_size, spec.width),
-    )
+    init, shape = nn.initializers.normal(0.02), (spec.vocab_size, spec.width)
+    table = self.param("token_embedding", init, shape)
     shape = (spec.length, spec.width)
     if spec.positions == "sinusoidal":
       positions = jnp.asarray(sinusoidal_positions(*shape))

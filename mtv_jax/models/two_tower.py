@@ -12,20 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mtv_jax.config import options, sections
-from mtv_jax.config.options import Pool, Range
+from mtv_jax.config.options import Range
 from mtv_jax.models import init
 from mtv_jax.models.attention import CHOICES, PLAIN
 from mtv_jax.models.linear import build_linear_fn
 from mtv_jax.models.positions import Rope
 from mtv_jax.models.remat import build_policy
 from mtv_jax.models.text import TextSpec, TextTower
-from mtv_jax.models.vit import ViT, ViTSpec
-from mtv_jax.utils.errors import (
-  ConfigError,
-  InputError,
-  check_choice,
-  did_you_mean,
-)
+from mtv_jax.models.vit import Pool, ViT, ViTSpec
+from mtv_jax.utils import errors
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
@@ -129,18 +125,14 @@ class ModelConfig:
 def pixel_statistics(
   mean: Channels, std: Channels
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and standard deviation of each of three channels.
-
-  Raises:
-    ConfigError: for values that channels in 0..1 can't have.
-  """
+  """Mean and standard deviation of each of three channels in 0..1."""
   both = []
   for name, value, least in (("mean", mean, 0.0), ("std", std, 1e-3)):
     channels = value if isinstance(value, tuple) else (value,) * 3
     if not all(least <= x <= 1 for x in channels):
       raise ConfigError(
         f"config.model.image_{name} is {value}, expected values of pixels in "
-        f"0..1, at least {least}: divide those of pixels in 0..255 by 255."
+        f"0..1, at least {least}: divide values of pixels in 0..255 by 255."
       )
     both.append(tuple(map(float, channels)))
   return both[0], both[1]
@@ -148,11 +140,7 @@ def pixel_statistics(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-  """Architecture of a model: an image tower and, unless None, a text tower.
-
-  Raises:
-    InputError: if their embeddings have different widths.
-  """
+  """Architecture of a model: an image tower and, unless None, a text tower."""
 
   image: ViTSpec
   text: TextSpec | None = None
@@ -161,9 +149,7 @@ class ModelSpec:
     if self.text and self.text.embed_dim != self.image.embed_dim:
       raise InputError(
         f"Image embeddings have {self.image.embed_dim} channels, text "
-        f"embeddings {self.text.embed_dim}: they could not be compared. Set "
-        f"text.projection to {self.image.embed_dim}, or the image "
-        f"projection to {self.text.embed_dim}."
+        f"embeddings {self.text.embed_dim}: make text.projection equal."
       )
 
   @property
@@ -181,31 +167,22 @@ class ModelSpec:
     width by default; `cls_token` defaults to true if `pool` is 'cls'. Ignores
     keys of the runtime (`RUNTIME`), the initialisation, the pixels and the text
     input (tokenizer, clean).
-
-    Raises:
-      InputError: for an unknown variant or key, or inconsistent fields.
     """
     fields = sections.to_dict(model)
     text = fields.pop("text", None)
     fields = _expand(fields, "model", ignored=_TRAINING, patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")
     fields = _build_rope(fields, "config.model")
-    reserved = ("variant", "text", *_TRAINING)
-    image = options.build(
-      ViTSpec, fields, where="config.model", reserved=reserved
-    )
+    reserved, where = ("variant", "text", *_TRAINING), "config.model"
+    image = options.build(ViTSpec, fields, where=where, reserved=reserved)
     if text is None:
       return cls(image=image)
     if not isinstance(text, Mapping):
-      raise InputError(
-        f"config.model.text is {text!r}, expected the options of a text tower."
-      )
+      raise InputError(f"config.model.text is {text!r}, expected its options.")
     text = _expand(text, "model.text", ignored=_TEXT_INPUT, patch=False)
     text.setdefault("projection", image.embed_dim)
-    reserved = ("variant", *_TEXT_INPUT)
-    text = options.build(
-      TextSpec, text, where="config.model.text", reserved=reserved
-    )
+    reserved, where = ("variant", *_TEXT_INPUT), "config.model.text"
+    text = options.build(TextSpec, text, where=where, reserved=reserved)
     return cls(image=image, text=text)
 
   def to_dict(self) -> dict[str, Any]:
@@ -224,84 +201,54 @@ class ModelSpec:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:
-    """The inverse of `to_dict`.
-
-    Raises:
-      ConfigError: for unknown or missing keys, or values of the wrong type.
-    """
-    kinds = {"image": ViTSpec, "text": TextSpec}
+    """The inverse of `to_dict`."""
     specs = {}
-    for name, kind in kinds.items():
+    for name, kind in {"image": ViTSpec, "text": TextSpec}.items():
       if fields.get(name) is not None:
         where = f"the model's {name}"
         if not isinstance(fields[name], Mapping):
           value = options.shorten_repr(fields[name])
           raise InputError(f"{where} is {value}, expected an object.")
-        specs[name] = options.build(
-          kind, _build_rope(fields[name], where), where=where
-        )
+        given = _build_rope(fields[name], where)
+        specs[name] = options.build(kind, given, where=where)
     return options.build(cls, {**fields, **specs}, where="the model's spec")
 
 
 def variant(name: str) -> dict[str, int]:
-  """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well.
-
-  Raises:
-    InputError: for a name that is not in `VARIANTS`, or an invalid patch size.
-  """
+  """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well."""
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
-    raise InputError(
-      f"Unknown variant '{name}'. {did_you_mean(shape, VARIANTS)}"
-    )
+    known = errors.did_you_mean(shape, VARIANTS)
+    raise InputError(f"Unknown variant '{name}'. {known}")
   if slash and not (patch.isdecimal() and int(patch)):
     raise InputError(
-      f"The patch size of variant '{name}' is not a number of pixels; write it "
-      f"like '{shape}/16'."
+      f"The patch size of variant '{name}' is not a number: write '{shape}/16'."
     )
   return VARIANTS[shape] | ({"patch_size": int(patch)} if slash else {})
 
 
 def image_tower(spec: ModelSpec, **options: Any) -> ViT:
   """Builds the image tower with the options `RUNTIME`."""
-  drop_path = {n: options.pop(n) for n in _DROP_PATH if n in options}
-  return ViT(spec.image, **drop_path, **_tower_options(**options))
+  return _check_options(ViT(spec.image, **options))
 
 
 def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
-  """Builds the text tower with the options `RUNTIME`, without drop path.
-
-  Raises:
-    InputError: if the model lacks a text tower.
-  """
+  """Builds the text tower with the options `RUNTIME`, without drop path."""
   if spec.text is None:
     raise InputError(
-      "This model has no text tower: its config has no model.text, or it was "
-      "loaded from a vision-only folder."
+      "This model has no text tower: no model.text, or a vision-only folder."
     )
   options = {n: v for n, v in options.items() if n not in _DROP_PATH}
-  return TextTower(spec.text, **_tower_options(**options))
+  return _check_options(TextTower(spec.text, **options))
 
 
-def _tower_options(
-  *,
-  dtype: Any = "float32",
-  remat: str = "none",
-  scan: bool = True,
-  attention: str = "auto",
-  quantization: str = "none",
-) -> dict[str, Any]:
-  build_policy(remat)
-  if attention != PLAIN:
-    check_choice("config.model.attention", attention, CHOICES)
-  build_linear_fn(quantization)
-  return {
-    "dtype": jnp.dtype(dtype),
-    "remat": remat,
-    "scan": scan,
-    "attention": attention,
-    "quantization": quantization,
-  }
+def _check_options(tower: Any) -> Any:
+  """Raises ConfigError for options that the first call would reject."""
+  build_policy(tower.remat)
+  if tower.attention != PLAIN:
+    check_choice("config.model.attention", tower.attention, CHOICES)
+  build_linear_fn(tower.quantization)
+  return tower.clone(dtype=jnp.dtype(tower.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -312,10 +259,7 @@ def init_params(
 
   Without a text tower 'text' is absent. Jitted, so that the forward pass that
   Flax traces is not computed; inside a jit with output shardings each device
-  computes only its shard.
-
-  Raises:
-    InputError: for a scheme that is not in `init.SCHEMES`.
+  computes only its shard. `scheme`: in `init.SCHEMES`.
   """
   image_rng, text_rng = jax.random.split(rng)
   size = spec.image.image_size
@@ -351,12 +295,9 @@ def _expand(
   shape = variant(options.check_value(name, str, f"config.{where}.variant"))
   if patch and not {"patch_size"} & {*shape, *fields}:
     raise InputError(
-      f"{where}.variant '{name}' names no patch size; write it like "
-      f"'{name}/16'."
+      f"{where}.variant '{name}' names no patch size: write '{name}/16'."
     )
   if not patch and "patch_size" in shape:
-    raise InputError(
-      f"{where}.variant '{name}' names a patch size; text has none: write "
-      f"'{name.partition('/')[0]}'."
-    )
+    name = name.partition("/")[0]
+    raise InputError(f"{where}.variant names a patch size: write '{name}'.")
   return shape | fields

@@ -9,23 +9,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, get_args
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mtv_jax.config.options import Pool, PositiveFloat, Range
-from mtv_jax.models import layers, pooling
+from mtv_jax.config.options import PositiveFloat, Range
+from mtv_jax.models import layers
 from mtv_jax.models import positions as positions_lib
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.layers import Depth, Side, Width
-from mtv_jax.parallel.constraints import constrain_batch
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.parallel.rules import constrain_batch
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass
 
-POSITIONS = ("learned", "sincos", "sincos_xy", "rope", "learned_rope")
+# How `pooled` is computed: attention pooling of the patches ('map', 'query'),
+# the CLS token, or the mean over patches, all after the final norm.
+Pool = Literal["map", "query", "cls", "mean"]
+# 'learned' or 'sincos' (fixed, not parameters; MAE), both stored for
+# `image_size`. 'sincos_xy': fixed, for each image's own grid, columns first
+# (AIMv2). 'rope': rotations of queries and keys (DINOv3). 'learned_rope':
+# learned and rotary (PE).
+Positions = Literal["learned", "sincos", "sincos_xy", "rope", "learned_rope"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,76 +46,54 @@ class ViTSpec:
   depth: Depth = 12
   heads: Width = 12
   mlp_dim: Width = 3072  # For SwiGLU, the width of each half.
-  # How `pooled` is computed: 'map' or 'query' (attention pooling of the
-  # patches, see `pooling`), 'cls' (the CLS token) or 'mean' (over patches), all
-  # after the final norm.
-  pool: str = "map"  # One of `Pool`.
+  pool: Pool = "map"
   # Prefix tokens that 'cls' concatenates (RADIO: several CLS tokens).
   pool_tokens: tuple[int, ...] = (0,)
   pool_prefix: bool = False  # Whether pooling includes the prefix (PE).
   pool_heads: Width | None = None  # Attention pooling; defaults to `heads`.
   pool_mlp_dim: Width | None = None  # MLP of 'map'; defaults to `mlp_dim`.
-  # 'learned' or 'sincos' (fixed, not parameters; MAE), both stored for
-  # `image_size`. 'sincos_xy': fixed, for each image's own grid, columns first
-  # (AIMv2). 'rope': rotations of queries and keys (DINOv3). 'learned_rope':
-  # learned and rotary (PE).
-  positions: str = "learned"
+  positions: Positions = "learned"
   rope: positions_lib.Rope | None = None  # `Rope()` for rotary positions.
   cls_token: bool = False  # Without a position embedding.
-  registers: Annotated[int, Range(min=0, max=1 << 10)] = (
-    0  # Darcet et al. 2024.
-  )
+  # Darcet et al. 2024.
+  registers: Annotated[int, Range(min=0, max=1 << 10)] = 0
   layer_scale: float | None = None  # Initial value, or no layer scale.
   pre_norm: bool = False  # Norm between embedding and blocks (CLIP).
   patch_norm: bool = False  # Norm before the positions are added (AIMv2).
   final_norm: bool = True  # Norm after the blocks; RADIO has none.
   norm_kind: layers.NormKind = "layer"  # Or 'rms' (AIMv2).
   patch_bias: bool = True  # Bias of the patch embedding; CLIP has none.
-  gelu: str = "tanh"  # SigLIP's; DINOv2's is 'exact', CLIP's 'quick'.
-  mlp: str = "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
+  gelu: layers.Gelu = "tanh"
+  mlp: layers.MlpKind = "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
   qkv_bias: layers.QkvBias = "all"
   bias: bool = True  # In the blocks' other linear layers; AIMv2 has none.
   norm_eps: PositiveFloat = 1e-6
   projection: Width | None = None  # Output channels of a layer on `pooled`.
   mask_token: bool = False
-  position_resize: str = "bicubic"  # See `positions.resize_matrix`.
+  position_resize: positions_lib.Resize = "bicubic"
 
   def __post_init__(self):
     stack_lib.check_tower(self)
-    check_choice("ViTSpec.pool", self.pool, get_args(Pool))
-    check_choice("ViTSpec.positions", self.positions, POSITIONS)
-    check_choice(
-      "ViTSpec.position_resize", self.position_resize, positions_lib.RESIZES
-    )
-    self._check_rope()
     if self.pool == "cls" and not self.cls_token:
       raise InputError(
-        "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or pool "
-        "'map' or 'mean'."
+        "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True."
       )
     if not all(0 <= i < max(self.prefix, 1) for i in self.pool_tokens):
       raise InputError(
-        f"ViTSpec.pool_tokens {self.pool_tokens} are not all among the "
-        f"{self.prefix} prefix tokens."
+        f"ViTSpec.pool_tokens {self.pool_tokens} exceed {self.prefix} prefixes."
       )
     self.grid_of(self.image_size, self.image_size)
-
-  def _check_rope(self):
     if "rope" not in self.positions:
       if self.rope is not None:
         raise InputError(
-          f"ViTSpec.rope is set, and positions is {self.positions!r}: make it "
-          "'rope', or leave rope out."
+          f"ViTSpec.rope with positions {self.positions!r}: make it 'rope'."
         )
-      return
-    if self.width // self.heads % 4:
+    elif self.width // self.heads % 4:
       raise InputError(
         f"ViTSpec.positions {self.positions!r} needs heads of channels that 4 "
-        "divides; "
-        f"width {self.width} has {self.width // self.heads} for each of "
-        f"{self.heads} heads."
+        f"divides; width {self.width} has {self.heads} heads."
       )
-    if self.rope is None:
+    elif self.rope is None:
       object.__setattr__(self, "rope", positions_lib.Rope())
 
   @functools.cached_property
@@ -132,10 +117,10 @@ class ViTSpec:
     """Rows and columns of patches of an image of `height` x `width` pixels."""
     p = self.patch_size
     if height < p or width < p or height % p or width % p:
-      near = [max(p, round(side / p) * p) for side in (height, width)]
+      y, x = (max(p, round(side / p) * p) for side in (height, width))
       raise InputError(
         f"An image of {height}x{width} pixels is not divisible into patches of "
-        f"{p}x{p}; the nearest size that is: {near[0]}x{near[1]}."
+        f"{p}x{p}; the nearest size that is: {y}x{x}."
       )
     return height // p, width // p
 
@@ -144,8 +129,7 @@ class ViTSpec:
 class ImageOutput:
   """Output of the image tower: P prefix tokens and N patches."""
 
-  # After the final norm: row by row, or in the order of `keep`.
-  patches: Float[Array, "b n d"]
+  patches: Float[Array, "b n d"]  # Normed; by rows, or in the order of `keep`.
   prefix: Float[Array, "b p d"]  # CLS (if any), then registers; also normed.
   pooled: Float[Array, "b e"]  # Image embedding, float32, not normalised.
   taps: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
@@ -154,11 +138,8 @@ class ImageOutput:
 def check_images(images: Array) -> None:
   """Raises InputError unless the images are `[b, h, w, 3]`."""
   if images.ndim != 4 or images.shape[-1] != 3:
-    raise InputError(
-      "Images are [batch, height, width, 3]; these have "
-      f"{images.shape[-1]} channels (shape {images.shape}). Grey images: repeat"
-      " the channel; channels first: transpose."
-    )
+    channels = f"{images.shape[-1]} channels (shape {images.shape})"
+    raise InputError(f"Images are [batch, h, w, 3]; these have {channels}.")
 
 
 def patchify(
@@ -204,9 +185,6 @@ class ViT(stack_lib.Tower):
         not computed. A `mask` refers to all N patches.
       drop_path_keys: one per image; None disables drop path.
       rope_key: key of the rotary augmentation; None disables it.
-
-    Raises:
-      InputError: for a size, channel count, tap or mask that does not fit.
     """
     spec = self.spec
     x = self._embed(images, mask, grids)  # [B, N, D]
@@ -226,7 +204,12 @@ class ViT(stack_lib.Tower):
     if rope_key is not None and spec.rope is not None and spec.rope.is_random:
       layer_inputs["rope_draw"] = spec.rope.draw(rope_key, spec.depth)
     if self.drop_path and drop_path_keys is not None:
-      layer_inputs["drop_path"] = self._drop_path(drop_path_keys)
+      scales = stack_lib.drop_path_scales(
+        drop_path_keys, self.drop_path, spec.depth,
+        uniform=self.drop_path_uniform,
+      )  # fmt: skip
+      scales = constrain_batch(scales, self.mesh)
+      layer_inputs["drop_path"] = jnp.swapaxes(scales, 0, 1)  # [depth, B, 2]
     x, tapped = self.run_blocks(
       x, taps=taps, layer_inputs=layer_inputs, context=(coordinates, valid)
     )
@@ -262,20 +245,13 @@ class ViT(stack_lib.Tower):
       # Zero, as in DINOv2. Declared even without a mask, so that the parameters
       # don't depend on the arguments of the first call. A variable: `param`
       # would consume a key and change the initial values of later parameters.
-      token = self.variable(
-        "params", "mask_token", jnp.zeros, (spec.width,)
-      ).value
+      shape = (spec.width,)
+      token = self.variable("params", "mask_token", jnp.zeros, shape).value
     if mask is not None:
       if not spec.mask_token:
-        raise InputError(
-          "A mask needs a mask token: set mask_token=True in the model."
-        )
+        raise InputError("A mask needs a mask token: set mask_token=True.")
       if mask.shape != x.shape[:2]:
-        count = "x".join(map(str, grid or x.shape[1:2]))
-        raise InputError(
-          f"The mask is {mask.shape}; {x.shape[0]} images of {count} patches "
-          f"need {x.shape[:2]}."
-        )
+        raise InputError(f"The mask is {mask.shape}, not {x.shape[:2]}.")
       x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
     if spec.patch_norm:
       x = self._norm("patch_norm")(x)
@@ -286,12 +262,15 @@ class ViT(stack_lib.Tower):
   def _positions(self, grid, grids, length):
     """Position embedding, float32: [N, D] for `grid`, [B, N, D] for `grids`."""
     spec = self.spec
-    if spec.positions == "sincos_xy":
-      if grids is not None:
-        self._check_native()
-      rows, columns = np.split(
-        positions_lib.sincos_positions(grid, spec.width), 2, axis=1
+    resizing = (spec.positions, spec.position_resize)
+    if grids is not None and resizing != ("learned", "bilinear_antialiased"):
+      raise InputError(
+        "Images of different grids need positions 'rope', or 'learned' with "
+        f"position_resize 'bilinear_antialiased'; this tower has {resizing}."
       )
+    if spec.positions == "sincos_xy":
+      table = positions_lib.sincos_positions(grid, spec.width)
+      rows, columns = np.split(table, 2, axis=1)
       return jnp.concatenate([columns, rows], axis=1)
     if spec.positions == "sincos":
       size = (spec.grid, spec.grid)
@@ -304,21 +283,10 @@ class ViT(stack_lib.Tower):
       )
     stored = table.reshape(spec.grid, spec.grid, spec.width)
     if grids is not None:
-      self._check_native()
       return positions_lib.resize_grids(stored, grids, length)
     if grid != (spec.grid, spec.grid):
       stored = positions_lib.resize_grid(stored, grid, spec.position_resize)
     return stored.reshape(-1, spec.width)
-
-  def _check_native(self):
-    spec = self.spec
-    resize = "bilinear_antialiased"
-    if (spec.positions, spec.position_resize) != ("learned", resize):
-      raise InputError(
-        "Images of different grids need positions 'rope', or 'learned' with "
-        f"position_resize {resize!r}; this tower has {spec.positions!r} and "
-        f"{spec.position_resize!r}."
-      )
 
   def _prefix(self, batch):
     """CLS and register tokens, each [B, n, D], in that order."""
@@ -332,9 +300,8 @@ class ViT(stack_lib.Tower):
     if spec.registers:
       shape = (spec.registers, spec.width)
       tokens.append(self.param("registers", init, shape))
-    return [
-      jnp.broadcast_to(t.astype(self.dtype), (batch, *t.shape)) for t in tokens
-    ]
+    tokens = [token.astype(self.dtype) for token in tokens]
+    return [jnp.broadcast_to(x, (batch, *x.shape)) for x in tokens]
 
   def _coordinates(self, images, grids, keep):
     """Patch coordinates for rotary positions: [#B, N, 2]."""
@@ -345,21 +312,14 @@ class ViT(stack_lib.Tower):
     xy = jnp.asarray(spec.rope.coordinates(grid))  # [N, 2]
     return xy[None] if keep is None else xy[keep]  # [B, K, 2]
 
-  def _drop_path(self, keys):
-    """Multipliers of each block's branches: [depth, B, 2]."""
-    scales = stack_lib.drop_path_scales(
-      keys, self.drop_path, self.spec.depth, uniform=self.drop_path_uniform
-    )
-    return jnp.swapaxes(constrain_batch(scales, self.mesh), 0, 1)
-
   def _pool(self, x, valid):
     """Pools all tokens: float32 [B, E]."""
     spec = self.spec
     first = 0 if spec.pool_prefix else spec.prefix
     if valid is not None:
       valid = valid[:, first:]
-    if spec.pool in pooling.KINDS:
-      pooled = pooling.build(spec, self.dtype)(x[:, first:], valid)
+    if spec.pool in layers.ATTENTION_POOLS:
+      pooled = layers.build_pool(spec, self.dtype)(x[:, first:], valid)
     elif spec.pool == "cls":
       pooled = x[:, np.array(spec.pool_tokens)].reshape(x.shape[0], -1)
     else:

@@ -36,14 +36,8 @@ REGISTRY: dict[str, type[base.Objective]] = {
 def build_objective(name: str, entry: Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
-  Args:
-    name: the entry's name; also the default of its type.
-    entry: hyper-parameters of the objective and its prediction head; the
-      trainer reads `weight`.
-
-  Raises:
-    ConfigError: for an unknown type, or a hyper-parameter that is unknown, of
-      the wrong type or out of range.
+  The type defaults to the name. The entry has hyper-parameters of the objective
+  and its prediction head; the trainer reads `weight`.
   """
   where = f"config.objectives.{name}"
   kind = options_lib.look_up(REGISTRY, entry.get("type", name), where=where)

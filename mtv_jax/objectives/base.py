@@ -9,8 +9,9 @@ belongs in `loss_inputs`. The split also makes gradient accumulation exact.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float
 from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.models.standardization import Moments
-from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 STUDENT = "student"
@@ -46,9 +47,6 @@ class Encoding:
   # Below 1, a device encodes each distinct text once; if a device has more than
   # this share of distinct rows, all texts are encoded.
   distinct: float = 1.0
-
-  def __post_init__(self):
-    check_choice("Encoding.tower", self.tower, ("image", "text"))
 
   def __str__(self):
     return f"{self.tower}({self.view_name}, {self.weights})"
@@ -128,20 +126,13 @@ class BoundHeads:
 
   def __getitem__(self, key: str | tuple[str, str]) -> Callable[..., Any]:
     name, weights = (key, STUDENT) if isinstance(key, str) else key
-    if name not in self._heads:
-      raise KeyError(f"no head '{name}'; there are: {sorted(self._heads)}.")
     if name not in self._params[weights]:
       raise KeyError(
         f"head '{name}' has no {weights} parameters; heads with them: "
-        f"{sorted(self._params[weights])}. Declare it with Head(teacher=True) "
-        "to keep an EMA copy of it."
+        f"{sorted(self._params[weights])}. Head(teacher=True) has an EMA copy."
       )
-    module, params = self._heads[name].module, self._params[weights][name]
-
-    def call(*args, **kwargs):
-      return module.apply({"params": params}, *args, **kwargs)
-
-    return call
+    params = {"params": self._params[weights][name]}
+    return functools.partial(self._heads[name].module.apply, params)
 
 
 @pytree_dataclass
@@ -180,10 +171,9 @@ class Context:
 
 
 def check_visible(
-  objective: str,
+  what: str,
   name: str,
   views: Mapping[str, Any],
-  *,
   allow_masked: bool = False,
 ) -> None:
   """Raises ConfigError if the view `name` hides patches from the student.
@@ -193,24 +183,11 @@ def check_visible(
   view = views.get(name)
   if view is None or view.patch is None or (allow_masked and view.max_masked):
     return
-  masked = "" if not view.max_masked else ", or set allow_masked=True"
+  hides = "hides" if view.max_masked else "drops"
   raise ConfigError(
-    f"{objective} reads the view {name!r}, which hides patches; it needs all "
-    f"of them. Name a view without blocks and keep{masked}."
+    f"{what} needs all patches, and the view {name!r} {hides} patches: "
+    "name a view without blocks and keep, or set allow_masked."
   )
-
-
-def check_all_patches(
-  objective: str, names: Sequence[str], views: Mapping[str, Any]
-) -> None:
-  """Raises ConfigError if a view drops patches; masked patches are allowed."""
-  for name in names:
-    view = views.get(name)
-    if view and view.patch is not None and not view.max_masked:
-      raise ConfigError(
-        f"{objective}: the view {name!r} drops patches (keep), and it compares "
-        "all of them. Name a view without it."
-      )
 
 
 class Objective:
@@ -224,21 +201,14 @@ class Objective:
 
   def resolve(
     self,
-    spec: Any,
-    views: Mapping[str, Any],
-    teachers: Mapping[str, Any] = NO_TEACHERS,
+    spec: Any,  # `two_tower.ModelSpec`.
+    views: Mapping[str, Any],  # `views.View` by name.
+    teachers: Mapping[str, Any] = NO_TEACHERS,  # All `FrozenTeacher`s, by name.
   ) -> Objective:
     """Fills in unset options from the model, views and teachers.
 
-    Ignores a missing view: the trainer rejects it for any objective.
-
-    Args:
-      spec: `two_tower.ModelSpec`.
-      views: `views.View` by name.
-      teachers: all `train.teachers.FrozenTeacher`s, by name.
-
-    Raises:
-      ConfigError: for a model, views or teachers that don't fit the objective.
+    Ignores a missing view: the trainer rejects it for any objective. Raises
+    ConfigError for what does not fit the objective.
     """
     del spec, views, teachers
     return self
@@ -268,10 +238,9 @@ class Objective:
   def statistics_features(
     self, encodings: Encodings, batch: Batch
   ) -> dict[str, tuple[Array, Array]]:
-    """Features for `fit_statistics`, by name.
+    """Features for `fit_statistics` by name, from frozen teachers' encodings.
 
-    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1. Arguments as in
-    `loss_inputs`, but with only the frozen teachers' encodings.
+    Each is `[b, ..., d]`, with weights `[b, ...]` of 0 or 1.
     """
     del encodings, batch
     return {}
@@ -288,12 +257,9 @@ class Objective:
   ) -> Any:
     """Computes small per-example arrays `[b, ...]` for any part of the batch.
 
-    Args:
-      encodings: the outputs of `needs().encodings`.
-      heads: heads bound to their parameters.
-      batch: the batch's fields; `views`: `views.ViewBatch` by name; `keys`: row
-        keys `[b]` by view, for further randomness; `statistics`: the
-        objective's running statistics.
+    `encodings` are the outputs of `needs().encodings`. The batch has its
+    fields, `views` (`views.ViewBatch` by name), `keys` (row keys `[b]` by view,
+    for further randomness) and `statistics`, the objective's.
     """
     raise NotImplementedError
 

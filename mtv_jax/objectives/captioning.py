@@ -13,7 +13,6 @@ only. All tokens have equal weight across tasks; this is our choice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,9 @@ from mtv_jax.augment import geometry
 from mtv_jax.augment import random as random_lib
 from mtv_jax.config import options
 from mtv_jax.models.heads import caption_decoder as decoders
-from mtv_jax.models.heads import caption_sequences as sequences
 from mtv_jax.models.remat import build_policy
 from mtv_jax.objectives import base, prototypes
 from mtv_jax.utils.tree import pytree_dataclass
-
-_REGION_TASKS = ("referring", "region_caption")
 
 
 @pytree_dataclass
@@ -48,8 +44,7 @@ def cross_entropies(
 ) -> tuple[Float[Array, "b s l"], Bool[Array, "b s l"]]:
   """-log softmax(logits)[target], and whether the target is the argmax.
 
-  `chunk`: columns of the `[b, s, l, V]` logits to compute at a time, to bound
-  memory; the backward pass recomputes them.
+  `chunk`: columns of the logits to compute, forward and backward, at a time.
   """
   size = logits.bias.shape[0]
   columns = jnp.arange(size)
@@ -112,7 +107,8 @@ class Captioning(base.Objective):
 
   @property
   def _region_tasks(self) -> tuple[str, ...]:
-    return tuple(t for t in _REGION_TASKS if t in self.head.tasks)
+    tasks = ("referring", "region_caption")
+    return tuple(t for t in tasks if t in self.head.tasks)
 
   @property
   def decoder_calls(self) -> int:
@@ -120,9 +116,9 @@ class Captioning(base.Objective):
     return ("caption" in self.head.tasks) + bool(self._region_tasks)
 
   def needs(self) -> base.Needs:
-    fields = (
-      ("caption", "caption_valid") if "caption" in self.head.tasks else ()
-    )
+    fields = ()
+    if "caption" in self.head.tasks:
+      fields = ("caption", "caption_valid")
     if self._region_tasks:
       fields += ("boxes", "box_phrase", "box_valid")
     return base.Needs(encodings={self.image: ()}, fields=fields)
@@ -131,9 +127,7 @@ class Captioning(base.Objective):
     module = self.head.module(remat=self.remat, scan=self.scan)
     return {self.head.params_key: base.Head(module, self.head.example)}
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     patches = encodings[self.image].patches[:, 0]
     decoder = heads[self.head.params_key]
     sums = {}
@@ -148,12 +142,12 @@ class Captioning(base.Objective):
     """Token sums of autoregressive and of parallel captions."""
     vocabulary, caption = self.head.vocabulary, batch["caption"][:, None]
     valid = batch["caption_valid"].astype(bool)[:, None]
-    rows = sequences.make_sequences(
+    rows = decoders.make_sequences(
       vocabulary.begin("caption"),
       caption[..., :0],
       jnp.zeros_like(caption[..., 0]),
       caption,
-      jnp.where(valid, sequences.text_length(caption, self.head.eos_id), 0),
+      jnp.where(valid, decoders.text_length(caption, self.head.eos_id), 0),
     )
     keys = batch["keys"][self.view]
     parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
@@ -175,14 +169,14 @@ class Captioning(base.Objective):
     )
     phrase = geometry.take_boxes(batch["box_phrase"], chosen)  # [b, k, P]
     corners = self.head.vocabulary.quantize(boxes)
-    length = sequences.text_length(phrase, self.head.eos_id)
-    four = jnp.full_like(length, sequences.CORNERS)
+    length = decoders.text_length(phrase, self.head.eos_id)
+    four = jnp.full_like(length, decoders.CORNERS)
     pairs = {
       "referring": (phrase, length, corners, four),
       "region_caption": (corners, four, phrase, length),
     }
     every = [
-      sequences.make_sequences(
+      decoders.make_sequences(
         self.head.vocabulary.begin(task),
         *prompt,
         answer,
@@ -198,50 +192,30 @@ class Captioning(base.Objective):
     of = {name: task == i for i, name in enumerate(self._region_tasks)}
     return self._sums(decoder(rows.inputs, causal, patches), rows, of)
 
-  def _sums(
-    self,
-    logits: decoders.TokenLogits,
-    rows: sequences.Sequences,
-    of: Mapping[str, Bool[Array, "..."]],
-  ) -> dict[str, TokenSums]:
+  def _sums(self, logits, rows, of) -> dict[str, TokenSums]:
     """Sums over each example's answers; `of` selects the rows of each sum."""
     losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
-    sums = {}
+    tokens, sums = (losses, correct.astype(jnp.float32), 1.0), {}
     for name, which in of.items():
       weights = rows.is_answer & which[..., None]
-      sums[name] = TokenSums(
-        *(
-          jnp.sum(jnp.where(weights, x, 0.0), axis=(1, 2))
-          for x in (losses, correct.astype(jnp.float32), 1.0)
-        )
-      )
+      parts = (jnp.where(weights, x, 0.0).sum(axis=(1, 2)) for x in tokens)
+      sums[name] = TokenSums(*parts)
     return sums
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     totals = jax.tree.map(jnp.sum, loss_inputs.sums)
     loss, correct, count = (
       sum(getattr(part, name) for part in totals.values())
       for name in ("loss", "correct", "count")
     )
-    report = {
-      name: base.WeightedMean(part.loss, part.count)
-      for name, part in totals.items()
-    }
-    labelled = loss_inputs.labelled
-    report |= {
-      "accuracy": base.WeightedMean(correct, count),
-      "labelled": base.WeightedMean(labelled.sum(), jnp.float32(labelled.size)),
-    }
-    return base.Terms(loss=base.WeightedMean(loss, count), report=report)
+    mean, labelled = base.WeightedMean, loss_inputs.labelled
+    report = {name: mean(x.loss, x.count) for name, x in totals.items()}
+    report["accuracy"] = mean(correct, count)
+    report["labelled"] = mean(labelled.sum(), jnp.float32(labelled.size))
+    return base.Terms(loss=mean(loss, count), report=report)
 
 
 def _draw_parallel(keys: Key[Array, " b"], share: float) -> Bool[Array, " b"]:
   """Samples which rows predict their caption in parallel."""
   keys = random_lib.image_keys(keys, "captioning", 1)
-
-  def draw(key):
-    return random_lib.bernoulli(jax.random.uniform(key), share)
-
-  return jax.vmap(draw)(keys)
+  return random_lib.bernoulli(jax.vmap(jax.random.uniform)(keys), share)

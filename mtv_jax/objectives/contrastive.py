@@ -61,15 +61,9 @@ def sigmoid_losses(
 
   Pairs are independent; no softmax over the batch. MTV prints the bias with the
   opposite sign; this is big_vision's form. Pairs with an invalid image or text
-  are excluded.
-
-  Args:
-    images, texts: unit embeddings with `ExampleIds`; texts may be a chunk of
-      the batch.
-    affine: scale and bias of the logits.
-
-  Returns:
-    Each image's sum over the texts, and its nearest text.
+  are excluded. Both sides are unit embeddings with `ExampleIds`; texts may be a
+  chunk of the batch. Returns each image's sum over the texts, and its nearest
+  text.
   """
   logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [n, m]
   image_ids, text_ids = images.metadata, texts.metadata
@@ -135,15 +129,12 @@ class Contrastive(base.Objective):
   def __post_init__(self):
     if self.loss_type == "softmax" and self.method == "ring":
       raise ConfigError(
-        "method='ring' needs loss_type='sigmoid': a softmax needs all columns "
-        "at once. Leave method out, or take the sigmoid loss."
+        "method='ring' needs loss_type='sigmoid': a softmax needs all columns."
       )
     scale, highest = self._init_scale, self.max_scale
     if highest is not None and not 1 <= scale <= highest:
-      raise ConfigError(
-        f"init_scale is {scale:g}, expected 1 <= init_scale <= max_scale="
-        f"{highest:g}."
-      )
+      expected = f"1 <= init_scale <= max_scale={highest:g}"
+      raise ConfigError(f"init_scale is {scale:g}, expected {expected}.")
 
   @property
   def _init_scale(self) -> float:
@@ -152,10 +143,8 @@ class Contrastive(base.Objective):
     return 10.0 if self.loss_type == "sigmoid" else 1 / 0.07
 
   def needs(self) -> base.Needs:
-    return base.Needs(
-      encodings={self.image: (), CAPTION: ()},
-      fields=("caption", "caption_valid"),
-    )
+    fields = ("caption", "caption_valid")
+    return base.Needs({self.image: (), CAPTION: ()}, fields)
 
   def heads(self) -> dict[str, base.Head]:
     bias = self.init_bias
@@ -167,9 +156,7 @@ class Contrastive(base.Objective):
       bounds["logit_scale"] = (0.0, math.log(self.max_scale))
     return {"contrastive": base.Head(module, bounds=bounds)}
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     image = encodings[self.image].pooled  # [b, n, d]
     return LossInputs(
       image=unit(image if self.crops == "all" else image[:, :1]),
@@ -177,9 +164,7 @@ class Contrastive(base.Objective):
       valid=batch["caption_valid"].astype(bool),
     )
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     affine = heads["contrastive"]()
     valid = loss_inputs.valid
     ids = ExampleIds(jnp.arange(valid.shape[0]), valid)
@@ -205,6 +190,6 @@ class Contrastive(base.Objective):
       report={
         "accuracy": base.WeightedMean(hits, count),
         "labelled": base.WeightedMean(count, jnp.float32(valid.shape[0])),
-        **pairwise.affine_report(affine),
+        **affine.report(),
       },
     )

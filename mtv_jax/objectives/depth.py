@@ -38,22 +38,15 @@ def _mean(
   return jnp.sum(jnp.where(valid, x, 0.0), axis=axes) / jnp.maximum(count, 1.0)
 
 
-@pytree_dataclass
-class Standardised:
-  """Maps without scale and shift, 0 where invalid, and the scale."""
-
-  values: Float[Array, "b h w"]
-  scale: Float[Array, " b"]
-
-
 def standardise(
   x: Float[Array, "b h w"], valid: Bool[Array, "b h w"]
-) -> Standardised:
+) -> tuple[Float[Array, "b h w"], Float[Array, " b"]]:
   """Removes the scale and the shift of each map (MiDaS, Equations 5 and 6).
 
       (x - t) / max(s, 1e-3),  t = median(x),  s = mean |x - t|
 
-  over the valid pixels; the lower median if their number is even.
+  over the valid pixels, else 0; the lower median if their number is even. Also
+  returns s.
   """
   flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))  # [B, HW]
   # The sort gives the median's index; value and gradient come from the map.
@@ -63,13 +56,11 @@ def standardise(
   centred = x - jnp.take_along_axis(flat, index, axis=1)[..., None]
   scale = _mean(jnp.abs(centred), valid)
   floored = jnp.maximum(scale, SCALE_FLOOR)[:, None, None]
-  return Standardised(jnp.where(valid, centred / floored, 0.0), scale)
+  return jnp.where(valid, centred / floored, 0.0), scale
 
 
 def trimmed_error(
-  residual: Float[Array, "b h w"],
-  valid: Bool[Array, "b h w"],
-  trim: float,
+  residual: Float[Array, "b h w"], valid: Bool[Array, "b h w"], trim: float
 ) -> Float[Array, " b"]:
   """Trimmed mean absolute residual of each map.
 
@@ -95,10 +86,7 @@ def trimmed_error(
 
 
 def gradient_error(
-  residual: Float[Array, "b h w"],
-  valid: Bool[Array, "b h w"],
-  *,
-  scales: int = 4,
+  residual: Float[Array, "b h w"], valid: Bool[Array, "b h w"], scales: int = 4
 ) -> Float[Array, " b"]:
   """Mean absolute differences of neighbouring residuals (MiDaS, Equation 11).
 
@@ -166,19 +154,15 @@ def map_errors(
   absolute deviation below 1e-3 of the image's range): every standardised
   prediction is equally far from a flat label.
   """
-  p, d = standardise(predicted, valid), standardise(label, valid)
-  labelled = (valid.sum((1, 2)) >= max(min_pixels, 1)) & (
-    d.scale >= SCALE_FLOOR
+  (p, _), (d, scale) = (standardise(x, valid) for x in (predicted, label))
+  labelled = (valid.sum((1, 2)) >= min_pixels) & (scale >= SCALE_FLOOR)
+  errors = (
+    trimmed_error(p - d, valid, trim),
+    gradient_error(p - d, valid, scales),
+    affine_error(predicted, label, valid),
   )
-  residual = p.values - d.values
-
-  def counted(x):
-    return jnp.where(labelled, x, 0.0)
-
   return LossInputs(
-    ssi=counted(trimmed_error(residual, valid, trim)),
-    gradient=counted(gradient_error(residual, valid, scales=scales)),
-    error=counted(affine_error(predicted, label, valid)),
+    *(jnp.where(labelled, error, 0.0) for error in errors),
     labelled=labelled.astype(jnp.float32),
     crops=jnp.ones(labelled.shape),
   )
@@ -200,25 +184,18 @@ class Depth(base.Objective):
   min_pixels: options.PositiveInt = 16
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Depth:
-    base.check_visible(
-      "depth", self.view, views, allow_masked=self.allow_masked
-    )
+    base.check_visible("depth", self.view, views, self.allow_masked)
     return dataclasses.replace(self, head=self.head.resolve(spec))
 
   def needs(self) -> base.Needs:
     if self.head.taps is None:
-      raise ConfigError(
-        "depth: the depth of the model is not known; give taps, or resolve() "
-        "with the model."
-      )
+      raise ConfigError("depth: give taps, or resolve() it with the model.")
     return base.Needs({self.image: self.head.taps}, fields=("depth",))
 
   def heads(self) -> dict[str, base.Head]:
     return base.Head.of(self.head)
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     output = encodings[self.image]
     b, count, patches, _ = output.patches.shape
     grid = math.isqrt(patches)  # Views are squares.
@@ -229,27 +206,14 @@ class Depth(base.Objective):
     label, valid = geometry.crop_depth(
       batch["depth"], batch["views"][self.view], predicted.shape[-1]
     )
-    errors = map_errors(
-      predicted,
-      label,
-      valid,
-      trim=self.trim,
-      scales=self.scales,
-      min_pixels=self.min_pixels,
-    )
+    options = {k: getattr(self, k) for k in ("trim", "scales", "min_pixels")}
+    errors = map_errors(predicted, label, valid, **options)
     return jax.tree.map(lambda x: x.reshape(b, count).sum(1), errors)
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
-    count = jnp.sum(loss_inputs.labelled)
-    ssi, gradient = jnp.sum(loss_inputs.ssi), jnp.sum(loss_inputs.gradient)
-    return base.Terms(
-      loss=base.WeightedMean(ssi + GRADIENT_WEIGHT * gradient, count),
-      report={
-        "ssi": base.WeightedMean(ssi, count),
-        "gradient": base.WeightedMean(gradient, count),
-        "error": base.WeightedMean(jnp.sum(loss_inputs.error), count),
-        "labelled": base.WeightedMean(count, jnp.sum(loss_inputs.crops)),
-      },
-    )
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
+    mean, sums = base.WeightedMean, jax.tree.map(jnp.sum, loss_inputs)
+    names = ("ssi", "gradient", "error")
+    report = {k: mean(getattr(sums, k), sums.labelled) for k in names}
+    report["labelled"] = mean(sums.labelled, sums.crops)
+    loss = sums.ssi + GRADIENT_WEIGHT * sums.gradient
+    return base.Terms(loss=mean(loss, sums.labelled), report=report)

@@ -89,17 +89,15 @@ def pair_weights(
 
   Each pair has the weight 1 / (number of pairs), as in DINOv2: 2 x 1 global and
   2 x 8 local terms, each a mean over the batch, are divided by 18.
-  `same_crop='exclude'` omits a global crop against itself. Raises ConfigError
-  if no pair remains.
+  `same_crop='exclude'` omits a global crop against itself.
   """
   pairs = np.ones((global_views, global_views + local_views), np.float32)
   if same_crop == "exclude":
     pairs[:, :global_views] -= np.eye(global_views, dtype=np.float32)
   if not pairs.any():
     raise ConfigError(
-      "dino has one global crop and no local ones: nothing is left to "
-      "compare. Give the global view count=2, name a local view, or set "
-      "same_crop='include' where the global view has masked patches."
+      "dino has one global crop and no local ones: nothing is left to compare. "
+      "Give the global view count=2, or name a local view."
     )
   return pairs / pairs.sum()
 
@@ -144,10 +142,8 @@ class DINO(PrototypeObjective):
 
   @property
   def _student(self) -> list[base.Encoding]:
-    views = [self.view_global]
-    if self.view_local is not None:
-      views.append(self.view_local)
-    return [base.Encoding("image", view) for view in views]
+    views = (self.view_global, self.view_local)
+    return [base.Encoding("image", view) for view in views if view is not None]
 
   @property
   def _teacher(self) -> base.Encoding:
@@ -157,9 +153,7 @@ class DINO(PrototypeObjective):
     every = [*self._student, self._teacher]
     return base.Needs(encodings=dict.fromkeys(every, ()))
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     pooled = [encodings[e].pooled for e in self._student]  # [b, g | l, E]
     return LossInputs(
       teacher=heads[self.head, base.TEACHER](encodings[self._teacher].pooled),
@@ -167,15 +161,11 @@ class DINO(PrototypeObjective):
       pooled=pooled[0],
     )
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     rows, crops = loss_inputs.teacher.shape[:2]
-    views = loss_inputs.student.shape[1]
-    pairs = pair_weights(
-      crops, views - crops, same_crop=self.same_crop
-    )  # [g, v]
-    result = self.prototype_loss(
+    num_local = loss_inputs.student.shape[1] - crops
+    pairs = pair_weights(crops, num_local, same_crop=self.same_crop)  # [g, v]
+    total, report, statistics = self.prototype_loss(
       loss_inputs.teacher,
       loss_inputs.student,
       valid=jnp.ones((rows, crops), bool),
@@ -184,32 +174,22 @@ class DINO(PrototypeObjective):
       context=context,
     )
     count = jnp.ones(()) * rows
-    total = result.sum
-    report = {**result.report, "labelled": base.WeightedMean(count, count)}
+    report = {**report, "labelled": base.WeightedMean(count, count)}
     if self.koleo_weight:
-      koleo_loss = self._koleo(loss_inputs.pooled, context.mesh)
-      total = total + self.koleo_weight * rows * koleo_loss
-      report["koleo"] = base.WeightedMean(koleo_loss / crops, jnp.ones(()))
-      report["cross_entropy"] = base.WeightedMean(result.sum, count)
-    return base.Terms(
-      loss=base.WeightedMean(total, count),
-      report=jax.lax.stop_gradient(report),
-      statistics=result.statistics,
-    )
-
-  def _koleo(
-    self, pooled: Float[Array, "b g e"], mesh: Mesh | None
-  ) -> Float[Array, ""]:
-    """KoLeo summed over crops; never compares crops of one image."""
-    rows, crops = pooled.shape[:2]
-    if rows < 2:
-      raise ConfigError(
-        f"dino: koleo_weight={self.koleo_weight} compares images of "
-        f"the global batch, which has {rows}; it needs at least 2. Raise "
-        "batch_size or set koleo_weight=0."
+      if rows < 2:
+        raise ConfigError(
+          f"dino: koleo_weight={self.koleo_weight} compares images of the "
+          f"global batch, which has {rows}: raise batch_size, or set it to 0."
+        )
+      options = dict(group=self.koleo_group, mesh=context.mesh)
+      every = jnp.ones(rows, bool)
+      # Never compares crops of one image.
+      koleo_loss = sum(
+        koleo(loss_inputs.pooled[:, i], every, **options).value()
+        for i in range(crops)
       )
-    every = jnp.ones(rows, bool)
-    return sum(
-      koleo(pooled[:, i], every, group=self.koleo_group, mesh=mesh).value()
-      for i in range(crops)
-    )
+      report["koleo"] = base.WeightedMean(koleo_loss / crops, jnp.ones(()))
+      report["cross_entropy"] = base.WeightedMean(total, count)
+      total = total + self.koleo_weight * rows * koleo_loss
+    report = jax.lax.stop_gradient(report)
+    return base.Terms(base.WeightedMean(total, count), report, statistics)

@@ -21,17 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mtv_jax.augment import geometry
 from mtv_jax.config import options
-from mtv_jax.config.feature_layout import FeatureLayout
-from mtv_jax.models import standardization
+from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, field_name
+from mtv_jax.models import positions, standardization
 from mtv_jax.models.heads.projection import Adaptor, unit
 from mtv_jax.objectives import base
-from mtv_jax.objectives.feature_targets import (
-  SUMMARY,
-  Target,
-  is_cropped,
-  make_targets,
-)
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -59,6 +54,71 @@ def smooth_l1(
 def per_example_mean(x: Float[Array, " b *n"]) -> Float[Array, " b"]:
   """Mean over all but the first axis."""
   return jnp.mean(x.reshape(len(x), -1), axis=1)
+
+
+SUMMARY = "pooled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Teacher features that the student predicts."""
+
+  teacher: str
+  kind: str  # 'pooled', 'patches' (after the final norm) or 'layerI'.
+  channels: int
+  encoding: base.Encoding
+  grid: int  # Patches per side for the comparison.
+  stored_grid: int  # Patches per side of the teacher.
+  tap: int | None = None  # The block of 'layerI'.
+  prefix: int = 0  # Tokens before the patches in the taps.
+  cached: str | None = None  # Format of the label set, if any.
+  is_cropped_or_flipped: bool = False  # Whether the view crops or flips.
+
+  @property
+  def name(self) -> str:
+    """Name in heads and statistics."""
+    return f"{self.teacher}_{self.kind}"
+
+  def read(self, encodings: base.Encodings, batch: base.Batch) -> Array:
+    """Features of the view's crops: `[b, n, E]` or `[b, n, p, D]`."""
+    if self.cached:
+      return self._read_cached(batch)
+    output = encodings[self.encoding]
+    if self.kind == SUMMARY:
+      return output.pooled
+    if self.tap is None:
+      return self.resize(output.patches)
+    return self.resize(output.taps[self.tap][:, :, self.prefix :])
+
+  def _read_cached(self, batch: base.Batch) -> Float[Array, "b n *p d"]:
+    """Decodes the canvas's features; crops patches like depth maps."""
+    codes = batch[field_name(self.teacher, self.kind)]  # [b, p, D]
+    scale = batch[field_name(self.teacher, self.kind, "scale")]  # [b, p]
+    numbers = jax.lax.bitcast_convert_type(codes, DTYPES[self.cached])
+    x = numbers.astype(jnp.float32) * scale[..., None]
+    view = batch["views"][self.encoding.view]
+    b, count = view.flipped.shape
+    if self.kind == SUMMARY:
+      return jnp.broadcast_to(x, (b, count, x.shape[-1]))
+    if self.is_cropped_or_flipped:
+      return geometry.crop_features(x, view.box, view.flipped, size=self.grid)
+    x = self.resize(x)
+    return jnp.broadcast_to(x[:, None], (b, count, *x.shape[1:]))
+
+  def read_valid(self, batch: base.Batch, rows: int) -> Float[Array, " b"]:
+    """1 for labelled rows; 1 for all rows without a label set."""
+    if self.cached:
+      return batch[field_name(self.teacher, "valid")].astype(jnp.float32)
+    return jnp.ones(rows)
+
+  def resize(self, patches: Float[Array, "*b p d"]) -> Float[Array, "*b q d"]:
+    """Resamples teacher or student patches to the comparison grid."""
+    return positions.resize_patches(patches, self.grid**2, "antialiased")
+
+
+def is_cropped(view: Any) -> bool:
+  """Whether a view crops images."""
+  return not all(isinstance(p.box_op, geometry.Resize) for p in view.pipelines)
 
 
 @pytree_dataclass
@@ -113,10 +173,8 @@ class FeatureDistillation(base.Objective):
     if not self.summary_weight and not self.feature_weight:
       raise ConfigError("summary_weight and feature_weight are both 0.")
 
-  def resolve(
-    self, spec, views, teachers=base.NO_TEACHERS
-  ) -> FeatureDistillation:
-    base.check_all_patches("feature_distillation", [self.view], views)
+  def resolve(self, spec, views, teachers=base.NO_TEACHERS):
+    base.check_visible("feature_distillation", self.view, views, True)
     names = self.teachers
     if names is None:
       names = tuple(n for n, t in teachers.items() if not t.snapshot)
@@ -125,17 +183,15 @@ class FeatureDistillation(base.Objective):
         "feature_distillation: config.teachers names no encoder. Add one: "
         "config.teachers.NAME = dict(path='FOLDER')."
       )
-    unknown = {*names, *self.teacher_weights} - {*teachers}
-    if unknown:
-      raise ConfigError(
-        f"feature_distillation names the teachers {sorted(unknown)}, which "
-        f"config.teachers lacks; there are: {sorted(teachers)}."
-      )
-    if self.view not in views:
-      raise ConfigError(
-        f"feature_distillation reads the view {self.view!r}, which "
-        f"config.views lacks; there are: {sorted(views)}."
-      )
+    for key, known, used in (
+      ("teachers", teachers, {*names, *self.teacher_weights}),
+      ("views", views, {self.view}),
+    ):
+      if unknown := sorted(used - {*known}):
+        raise ConfigError(
+          f"feature_distillation names the {key} {unknown}, which config.{key} "
+          f"lacks; there are: {sorted(known)}."
+        )
     targets = []
     for name in names:
       self._check_normalize(name, teachers[name])
@@ -151,47 +207,63 @@ class FeatureDistillation(base.Objective):
     if teacher.copies:
       raise ConfigError(
         f"feature_distillation: the teacher {name!r} is copied from the EMA "
-        "teacher later, and its statistics are estimated at the start. Set "
-        "normalize='none', or give it a path without update_every."
+        "teacher later, and its statistics are estimated at the start: set "
+        "normalize='none'."
       )
-    width = teacher.model.image.width
     if self.normalize == "phi_s":
+      width = teacher.model.image.width
       try:
         standardization.hadamard(width)
       except InputError as error:
         raise ConfigError(
           f"feature_distillation: normalize='phi_s' of the teacher {name!r} of "
-          f"{width} channels: {error}. Set normalize='whiten' or "
-          "'standardize'."
+          f"{width} channels: {error}. Set 'whiten' or 'standardize'."
         ) from None
 
   def _targets_of(
     self, name: str, teacher: Any, spec: Any, view: Any
   ) -> list[Target]:
-    """Builds the targets of one teacher."""
-    student = spec.image
+    """Builds the targets of one teacher (`train.teachers.FrozenTeacher`)."""
+    student, image = spec.image, teacher.model.image
     if teacher.cached and is_cropped(view) and self.summary_weight:
       raise ConfigError(
         f"feature_distillation: label sets of {name!r} have pooled features of "
-        f"whole images, and the view {self.view!r} crops them. Name a view of "
-        "'resize', or set summary_weight=0."
+        f"whole images: name a view without crops, or set summary_weight=0."
       )
-    targets = make_targets(
-      name,
-      teacher,
-      student,
-      view,
-      summary=bool(self.summary_weight),
-      features=bool(self.feature_weight),
+    size = teacher.size or teacher.input_size or image.image_size
+    try:
+      stored_grid = image.grid_of(size, size)[0]
+    except InputError as error:
+      raise ConfigError(f"config.teachers.{name}.size: {error}") from None
+    # The view itself if sizes agree, so that both see equal pixels.
+    view_size = 0 if size == view.size else size
+    is_flipped = any(p.flip for p in view.pipelines)
+    common = dict(
+      teacher=name,
+      encoding=base.Encoding("image", view.name, name, view_size),
+      grid=min(stored_grid, view.size // student.patch_size),
+      stored_grid=stored_grid,
+      cached=teacher.cached,
+      is_cropped_or_flipped=is_cropped(view) or is_flipped,
     )
+    targets = []
+    if self.summary_weight:
+      targets.append(Target(kind=SUMMARY, channels=image.embed_dim, **common))
+    common |= dict(channels=image.width)
+    if self.feature_weight and not teacher.layers:
+      targets.append(Target(kind="patches", **common))
+    if self.feature_weight:
+      targets += [
+        Target(kind=f"layer{i}", tap=i, prefix=image.prefix, **common)
+        for i in teacher.layers
+      ]
     for target in targets if self.adaptor == "none" else ():
       summary = target.kind == SUMMARY
       ours = student.embed_dim if summary else student.width
       if ours != target.channels:
         raise ConfigError(
-          f"feature_distillation: features of {ours} channels can't be "
-          f"compared with those of the teacher {name!r}, {target.channels}, "
-          "without an adaptor. Set adaptor='mlp'."
+          f"feature_distillation: {ours} channels can't be compared with "
+          f"{target.channels} of the teacher {name!r}: set adaptor='mlp'."
         )
     return targets
 
@@ -207,10 +279,10 @@ class FeatureDistillation(base.Objective):
     layouts: dict[str, FeatureLayout] = {}
     for target in self._resolved():
       if target.cached:
-        layout = layouts.setdefault(
-          target.teacher, FeatureLayout(target.cached, {})
-        )
-        layout.shapes[target.kind] = (target.num_vectors, target.channels)
+        empty = FeatureLayout(target.cached, {})
+        layout = layouts.setdefault(target.teacher, empty)
+        count = 1 if target.kind == SUMMARY else target.stored_grid**2
+        layout.shapes[target.kind] = (count, target.channels)
         continue
       read = taps.setdefault(target.encoding, set())
       if target.tap is not None:
@@ -220,16 +292,12 @@ class FeatureDistillation(base.Objective):
     return base.Needs(encodings, fields, features=layouts)
 
   def heads(self) -> dict[str, base.Head]:
-    if self.adaptor == "none":
-      return {}
     heads = {}
-    for target in self._resolved():
-      module = Adaptor(
-        out=target.channels,
-        hidden=self.hidden or max(self.width or 0, target.channels),
-      )
+    for target in self._resolved() if self.adaptor != "none" else ():
+      hidden = self.hidden or max(self.width or 0, target.channels)
       example = _pooled if target.kind == SUMMARY else _patches
-      heads[f"adaptor_{target.name}"] = base.Head(module, example)
+      head = base.Head(Adaptor(target.channels, hidden), example)
+      heads[f"adaptor_{target.name}"] = head
     return heads
 
   @property
@@ -251,9 +319,7 @@ class FeatureDistillation(base.Objective):
       statistics[f"{target.name}_matrix"] = jnp.eye(target.channels)
     return statistics
 
-  def statistics_features(
-    self, encodings: base.Encodings, batch: base.Batch
-  ) -> dict[str, tuple[Array, Array]]:
+  def statistics_features(self, encodings, batch):
     features = {}
     for target in self._standardized():
       x = target.read(encodings, batch)  # [b, n, p, d]
@@ -261,18 +327,14 @@ class FeatureDistillation(base.Objective):
       features[target.name] = x, jnp.broadcast_to(valid, x.shape[:-1])
     return features
 
-  def _read_valid(
-    self, target: Target, batch: base.Batch, rows: int
-  ) -> Float[Array, " b"]:
+  def _read_valid(self, target, batch, rows) -> Float[Array, " b"]:
     """1 for rows in the loss, see `Target.read_valid`."""
     valid = target.read_valid(batch, rows)
     if self.sources is not None:
       valid *= jnp.isin(batch["source"], jnp.asarray(self.sources))
     return valid
 
-  def fit_statistics(
-    self, moments: Mapping[str, standardization.Moments]
-  ) -> dict[str, np.ndarray]:
+  def fit_statistics(self, moments) -> dict[str, np.ndarray]:
     statistics = {}
     for name, values in moments.items():
       mean, matrix = standardization.fit_standardization(values, self.normalize)
@@ -280,9 +342,7 @@ class FeatureDistillation(base.Objective):
       statistics[f"{name}_matrix"] = matrix.astype(np.float32)
     return statistics
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     student, statistics = encodings[self.image], batch["statistics"]
     standardized = self._standardized()
     losses, cosines, valid = {}, {}, {}
@@ -308,21 +368,14 @@ class FeatureDistillation(base.Objective):
     fixed = jax.lax.stop_gradient((cosines, valid))
     return LossInputs(losses, *fixed)
 
-  def _feature_distance(
-    self,
-    cosine: Float[Array, "b n p"],
-    ours: Float[Array, "b n p d"],
-    theirs: Float[Array, "b n p d"],
-  ) -> Float[Array, "b n p"]:
-    """Distance per patch."""
+  def _feature_distance(self, cosine, ours, theirs) -> Float[Array, "b n p"]:
+    """Distance per patch, from features `[b, n, p, d]`."""
     if self.feature_loss == "mse":
       return jnp.mean(jnp.square(ours - theirs), axis=-1)
     share = self.cosine_share
     return share * cosine + (1.0 - share) * smooth_l1(ours, theirs)
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     total, report = jnp.zeros(()), {}
     targets = self._resolved()
     for target in targets:
@@ -346,16 +399,14 @@ class FeatureDistillation(base.Objective):
     weight = self.teacher_weights.get(target.teacher, 1.0)
     if target.kind == SUMMARY:
       return weight * self.summary_weight
-    layers = sum(
-      t.teacher == target.teacher and t.kind != SUMMARY
-      for t in self._resolved()
-    )
+    same = [t for t in self._resolved() if t.teacher == target.teacher]
+    layers = sum(t.kind != SUMMARY for t in same)
     return weight * self.feature_weight / layers
 
 
 def _pooled(spec: Any) -> tuple:
-  return (jax.ShapeDtypeStruct((1, spec.image.embed_dim), jnp.float32),)
+  return (jax.ShapeDtypeStruct((1, spec.image.embed_dim), "float32"),)
 
 
 def _patches(spec: Any) -> tuple:
-  return (jax.ShapeDtypeStruct((1, 1, spec.image.width), jnp.float32),)
+  return (jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),)

@@ -49,9 +49,8 @@ def gram_losses(
 
   @jax.checkpoint
   def chunk_sum(parts):
-    of_student, of_teacher = parts
-    difference = similarities(of_student, student)
-    difference = difference - similarities(of_teacher, teacher)
+    ours, theirs = parts
+    difference = similarities(ours, student) - similarities(theirs, teacher)
     return jnp.sum(jnp.square(difference), axis=(-2, -1))  # [*b]
 
   sums = jax.lax.map(chunk_sum, (rows(student), rows(teacher)))
@@ -79,12 +78,13 @@ class Gram(base.Objective):
     names = [self.view, self._teacher.view]
     if not all(name in views for name in names):
       return self
-    base.check_all_patches("gram", names, views)
+    for name in names:
+      base.check_visible("gram", name, views, True)
     student, teacher = (views[name] for name in names)
     if student is not teacher and teacher.crops_of != self.view:
       raise ConfigError(
-        f"gram: {names[1]!r} has other crops than {self.view!r}. Set "
-        f"config.views.{names[1]}.crops_of={self.view!r}."
+        f"gram: set config.views.{names[1]}.crops_of={self.view!r}: the two "
+        "views differ in their crops."
       )
     frozen = teachers.get(self.teacher)
     if frozen is None or frozen.size in (None, teacher.size):
@@ -100,22 +100,13 @@ class Gram(base.Objective):
   def needs(self) -> base.Needs:
     return base.Needs(encodings={self.image: (), self._teacher: ()})
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> Float[Array, "b n"]:
+  def loss_inputs(self, encodings, heads, batch) -> Float[Array, "b n"]:
     """Computes the loss per crop, which is independent across images."""
     student = encodings[self.image].patches.astype(jnp.float32)  # [b, n, P, D]
     teacher = encodings[self._teacher].patches.astype(jnp.float32)
-    teacher = positions.resize_patches(
-      teacher, student.shape[-2]
-    )  # [b, n, P, E]
+    teacher = positions.resize_patches(teacher, student.shape[-2])
     return gram_losses(student, teacher)
 
-  def loss(
-    self,
-    loss_inputs: Float[Array, "b n"],
-    heads: base.BoundHeads,
-    context: base.Context,
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     count = jnp.float32(loss_inputs.size)
     return base.Terms(loss=base.WeightedMean(jnp.sum(loss_inputs), count))

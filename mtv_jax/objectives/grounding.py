@@ -55,16 +55,9 @@ def region_losses(
 
   m_ab = 0 if a or b is invalid, or if a != b have equal phrases: with class
   names as phrases a batch has hundreds of "person", each of which would be both
-  a positive and a negative.
-
-  Args:
-    regions, texts: unit embeddings, z and t, with `RegionIds`; texts may be a
-      chunk of the batch.
-    affine: scale and bias of the logits.
-
-  Returns:
-    Each region's sum over the texts (0 if invalid), and its matches. L is the
-    mean of the sums over valid regions.
+  a positive and a negative. z and t are unit embeddings with `RegionIds`; texts
+  may be a chunk of the batch. Returns each region's sum over the texts (0 if
+  invalid), and its matches. L is the mean of the sums over valid regions.
   """
   logits = pairwise.logits(regions.embedding, texts.embedding, affine)  # [n, m]
   region_ids, text_ids = regions.metadata, texts.metadata
@@ -96,15 +89,9 @@ def centres(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
   return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
 
 
-@pytree_dataclass
-class Overlap:
-  """Intersection over union of pairs of boxes, plain and generalised."""
-
-  iou: Float[Array, "*b"]
-  giou: Float[Array, "*b"]
-
-
-def overlap(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Overlap:
+def overlap(
+  a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
   """IoU and GIoU (Rezatofighi et al. 2019) of boxes `(y0, x0, y1, x1)`.
 
       GIoU = IoU - (C - U) / C,  U the union's area, C the area of the
@@ -126,7 +113,7 @@ def overlap(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Overlap:
   union = area(a0, a1) + area(b0, b1) - both
   around = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
   iou = ratio(both, union)
-  return Overlap(iou=iou, giou=iou - ratio(around - union, around))
+  return iou, iou - ratio(around - union, around)
 
 
 def box_losses(
@@ -137,7 +124,7 @@ def box_losses(
   `located` is (centre y, centre x, height, width), `boxes` (y0, x0, y1, x1).
   """
   distance = jnp.abs(located - centres(boxes)).sum(axis=-1)
-  giou = overlap(prompter.corners(located), boxes).giou
+  _, giou = overlap(prompter.corners(located), boxes)
   return 5.0 * distance + 2.0 * (1.0 - giou)
 
 
@@ -183,14 +170,9 @@ class Grounding(base.Objective):
   regression: options.NonNegativeFloat = 0.0
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Grounding:
-    base.check_visible(
-      "grounding", self.view, views, allow_masked=self.allow_masked
-    )
+    base.check_visible("grounding", self.view, views, self.allow_masked)
     if spec.text is None:
-      raise ConfigError(
-        "grounding compares regions with phrases, and this model has no text "
-        "tower: set config.model.text."
-      )
+      raise ConfigError("grounding needs a text tower: set config.model.text.")
     return self
 
   @property
@@ -199,12 +181,8 @@ class Grounding(base.Objective):
     return base.Encoding("text", "box_phrase", distinct=self.distinct_phrases)
 
   def needs(self) -> base.Needs:
-    return base.Needs(
-      encodings={self.image: (), self.phrase: ()},
-      fields=(
-        "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid",
-      ),
-    )  # fmt: skip
+    fields = "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid"
+    return base.Needs({self.image: (), self.phrase: ()}, fields)
 
   @property
   def _locator(self) -> prompter.LocatorHead:
@@ -217,9 +195,7 @@ class Grounding(base.Objective):
       heads |= base.Head.of(self._locator)
     return heads
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     chosen, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
@@ -229,12 +205,10 @@ class Grounding(base.Objective):
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    text = geometry.take_boxes(
-      encodings[self.phrase].pooled, chosen
-    )  # [b, m, d]
+    text = geometry.take_boxes(encodings[self.phrase].pooled, chosen)
     if self.stop_text_gradient:
       text = jax.lax.stop_gradient(text)
-    text = unit(text)
+    text = unit(text)  # [b, m, d]
     image = jax.tree.map(lambda x: x[:, 0], encodings[self.image])
     grid = (math.isqrt(image.patches.shape[1]),) * 2  # Views are squares.
     head = heads[self.head.params_key]
@@ -251,12 +225,9 @@ class Grounding(base.Objective):
       located=located,
     )
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
-    flat = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), loss_inputs
-    )  # [B * m, ...]
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
+    # [B * m, ...]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), loss_inputs)
     affine = heads["grounding"]()
     ids = RegionIds(jnp.arange(len(flat.valid)), flat.phrase_id, flat.valid)
     total, matches = pairwise.sum_losses(
@@ -281,22 +252,18 @@ class Grounding(base.Objective):
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),
       "phrases": base.WeightedMean(phrases.sum(), one),
-      **pairwise.affine_report(affine),
+      **affine.report(),
       "labelled": base.WeightedMean(labelled.sum(), one * labelled.size),
       "regions": base.WeightedMean(count, labelled.sum()),
     }
     if self.regression:
-      regression, iou = _regression_loss(loss_inputs)
-      report |= {"regression": regression, "iou": iou}
-      loss = base.WeightedMean(
-        loss.sum + self.regression * regression.value() * count, count
-      )
+      report |= _regression(loss_inputs)
+      regression = self.regression * report["regression"].value()
+      loss = base.WeightedMean(loss.sum + regression * count, count)
     return base.Terms(loss=loss, report=report)
 
 
-def _regression_loss(
-  loss_inputs: LossInputs,
-) -> tuple[base.WeightedMean, base.WeightedMean]:
+def _regression(loss_inputs: LossInputs) -> dict[str, base.WeightedMean]:
   """Loss and IoU of the located phrases.
 
   A phrase has one answer: the first region of the image with that phrase. With
@@ -309,9 +276,9 @@ def _regression_loss(
   first = (valid & ~repeated).astype(jnp.float32)
   losses = box_losses(loss_inputs.located, loss_inputs.boxes)
   predicted = prompter.corners(loss_inputs.located)
-  iou = overlap(predicted, loss_inputs.boxes).iou
-  count = first.sum()
-  return (
-    base.WeightedMean((losses * first).sum(), count),
-    base.WeightedMean((iou * first).sum(), count),
-  )
+  iou, _ = overlap(predicted, loss_inputs.boxes)
+  values = {"regression": losses, "iou": iou}
+  return {
+    name: base.WeightedMean((value * first).sum(), first.sum())
+    for name, value in values.items()
+  }

@@ -71,8 +71,7 @@ class IBOT(PrototypeObjective):
     view, patch = views[self.view], spec.image.patch_size
     if not view.max_masked:
       raise ConfigError(
-        f"ibot: the view '{self.view}' hides no patches. Add an op "
-        "such as blocks(0.1, 0.5) to its ops, or name another view."
+        f"ibot: the view '{self.view}' hides no patches: add blocks(0.1, 0.5)."
       )
     if view.patch != patch:
       raise ConfigError(
@@ -81,8 +80,8 @@ class IBOT(PrototypeObjective):
       )
     if self.max_masked not in (None, view.max_masked):
       raise ConfigError(
-        f"ibot: max_masked is {self.max_masked}, but the view "
-        f"'{self.view}' hides up to {view.max_masked}. Leave it out."
+        f"ibot: max_masked is {self.max_masked}, but the view '{self.view}' "
+        f"hides up to {view.max_masked}. Leave it out."
       )
     return dataclasses.replace(self, max_masked=view.max_masked)
 
@@ -96,21 +95,15 @@ class IBOT(PrototypeObjective):
   def needs(self) -> base.Needs:
     return base.Needs(encodings={self.image: (), self._teacher: ()})
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     mask = batch["views"][self.view].mask  # [b, n, P]
     whole = self.patches == "all"
     weights = patch_weights(jnp.ones_like(mask) if whole else mask)
     # All crops of an image jointly: their numbers of masked patches differ.
     # [b, n * P, D], [b, n * P, D], [b, n * P]
+    outputs = (encodings[e].patches for e in (self.image, self._teacher))
     student, teacher, weights = (
-      x.reshape(len(mask), -1, *x.shape[3:])
-      for x in (
-        encodings[self.image].patches,
-        encodings[self._teacher].patches,
-        weights,
-      )
+      x.reshape(len(mask), -1, *x.shape[3:]) for x in (*outputs, weights)
     )
     if not whole and self.max_masked is not None:
       where = masked_first(weights > 0, self.max_masked)  # [b, p]
@@ -126,12 +119,10 @@ class IBOT(PrototypeObjective):
       masked=jnp.any(mask, axis=2),
     )
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     channels = loss_inputs.teacher.shape[-1]
     weights = loss_inputs.weights.reshape(-1, 1)  # [B * p, 1]
-    result = self.prototype_loss(
+    total, report, statistics = self.prototype_loss(
       loss_inputs.teacher.reshape(-1, 1, channels),
       loss_inputs.student.reshape(-1, 1, channels),
       valid=weights > 0,
@@ -141,17 +132,9 @@ class IBOT(PrototypeObjective):
     )
     count = jnp.ones(()) * loss_inputs.masked.size
     masked = jnp.sum(loss_inputs.masked.astype(jnp.float32))
-    report = {
-      **result.report,
-      # A crop's weights sum to one, so this is a mean over masked crops. Unlike
-      # the loss it does not depend on their number.
-      "cross_entropy": base.WeightedMean(
-        jax.lax.stop_gradient(result.sum), jnp.sum(weights)
-      ),
-      "labelled": base.WeightedMean(masked, count),
-    }
-    return base.Terms(
-      loss=base.WeightedMean(result.sum, count),
-      report=report,
-      statistics=result.statistics,
-    )
+    # A crop's weights sum to one, so this is a mean over masked crops. Unlike
+    # the loss it does not depend on their number.
+    mean = base.WeightedMean(jax.lax.stop_gradient(total), jnp.sum(weights))
+    labelled = base.WeightedMean(masked, count)
+    report = {**report, "cross_entropy": mean, "labelled": labelled}
+    return base.Terms(base.WeightedMean(total, count), report, statistics)

@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import masks
 from mtv_jax.config import options
-from mtv_jax.models import vit
-from mtv_jax.models.heads import mae_decoder
+from mtv_jax.models import layers, vit
+from mtv_jax.models import stack as stack_lib
+from mtv_jax.models.positions import sincos_positions
 from mtv_jax.models.remat import build_policy
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
@@ -42,6 +45,74 @@ def patch_errors(
   errors = jnp.square(predicted - target).mean(axis=-1)
   count = hidden.astype(jnp.float32)
   return jnp.sum(errors * count, axis=-1), jnp.sum(count, axis=-1)
+
+
+def visible_slots(
+  keep: Int[Array, "b k"], patches: int
+) -> tuple[Int[Array, "b {patches}"], Bool[Array, "b {patches}"]]:
+  """Index of each patch among the visible patches.
+
+  Returns the index in `keep` (`k` if hidden), and whether a patch is visible.
+  Compares instead of scattering, so that it stays local to the rows of a
+  sharded batch.
+  """
+  match = keep[:, None, :] == jnp.arange(patches)[None, :, None]
+  visible = match.any(-1)
+  return jnp.where(visible, match.argmax(-1), keep.shape[1]), visible
+
+
+class MaskedDecoder(nn.Module):
+  """MAE decoder: predicts the pixels of all patches from the visible tokens.
+
+  Embeds the encoded tokens, replaces each hidden patch by a learned mask token,
+  and adds 2-D sine-cosine positions to the patches (not to CLS and registers,
+  which also attend). Transformer blocks, a norm and a linear layer follow.
+  Computes in the dtype of its input; parameters and norms are float32.
+  """
+
+  outputs: int  # Values per patch.
+  width: int = 512
+  depth: int = 8
+  heads: int = 16
+  remat: str = "none"  # remat, scan, mesh: see `stack.run_stack`.
+  scan: bool = True
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Float[Array, "b k d"],
+    prefix: Float[Array, "b p d"],
+    keep: Int[Array, "b k"],
+    grid: tuple[int, int],
+  ) -> Float[Array, "b n {self.outputs}"]:
+    """Predicts all patches of a grid, row by row, in float32.
+
+    `tokens` are the encoded visible patches, in the order of `keep`, their
+    indices; `prefix` are the encoded CLS and register tokens, if any.
+    """
+    dtype = tokens.dtype
+    b = len(tokens)
+    slots, _ = visible_slots(keep, grid[0] * grid[1])
+    embed = layers.Dense(self.width, dtype=dtype, name="embed")
+    x = embed(jnp.concatenate([prefix, tokens], axis=1))
+    prefix, x = x[:, : prefix.shape[1]], x[:, prefix.shape[1] :]
+    mask = self.param("mask_token", nn.initializers.normal(0.02), (self.width,))
+    mask = jnp.broadcast_to(mask.astype(dtype), (b, 1, self.width))
+    x = jnp.concatenate([x, mask], axis=1)  # [B, K + 1, D]
+    x = jnp.take_along_axis(x, slots[:, :, None], axis=1)  # [B, N, D]
+    x = x + jnp.asarray(sincos_positions(grid, self.width), dtype)
+    x = jnp.concatenate([prefix, x], axis=1)  # [B, P + N, D]
+
+    block = layers.Block(
+      self.heads, 4 * self.width, gelu="exact", dtype=dtype, parent=None
+    )
+    init = stack_lib.stacked_init(block, self.depth, self.width)
+    runtime = dict(remat=self.remat, scan=self.scan, mesh=self.mesh)
+    x, _ = stack_lib.run_stack(block, self.param("blocks", init), x, **runtime)
+    x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])  # [B, N, D]
+    y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
+    return y.astype(jnp.float32)
 
 
 @pytree_dataclass
@@ -71,8 +142,8 @@ class MAE(base.Objective):
     width, heads = self.decoder_width, self.decoder_heads
     if width % heads or width % 4:
       raise ConfigError(
-        f"decoder_width is {width}; expected a multiple of "
-        f"decoder_heads ({heads}) and of 4, which 2-D positions need."
+        f"decoder_width is {width}, expected a multiple of decoder_heads "
+        f"({heads}) and of 4, which 2-D positions need."
       )
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> MAE:
@@ -83,23 +154,18 @@ class MAE(base.Objective):
       )
     for pipeline in views[self.view].pipelines if self.view in views else ():
       op = pipeline.mask
-      if not isinstance(op, masks.Keep):
-        raise ConfigError(
-          f"mae reads the view {self.view!r}, which hides no patch "
-          "from the encoder. End its ops in keep(0.25), or name another view."
-        )
-      if op.patch != patch:
-        raise ConfigError(
-          f"config.views.{self.view}: keep() makes patches of {op.patch} "
-          f"pixels, the model's are {patch}: write keep({op.ratio}, "
-          f"patch={patch})."
-        )
+      wrong = None
       patches = (pipeline.size // patch) ** 2
-      if op.count(pipeline.size) >= patches:
-        raise ConfigError(
-          f"mae: the view {self.view!r} keeps all {patches} patches, "
-          "which leaves none to predict; lower the ratio of keep(0.25)."
+      if not isinstance(op, masks.Keep):
+        wrong = "hides no patch, which mae needs: end its ops in keep(0.25)."
+      elif op.patch != patch:
+        wrong = f"keep() needs the model's patches: patch={patch}."
+      elif op.count(pipeline.size) >= patches:
+        wrong = (
+          f"keeps all {patches} patches, which leaves mae none to predict."
         )
+      if wrong:
+        raise ConfigError(f"config.views.{self.view} {wrong}")
     return dataclasses.replace(self, patch=patch)
 
   def needs(self) -> base.Needs:
@@ -107,11 +173,8 @@ class MAE(base.Objective):
 
   def heads(self) -> dict[str, base.Head]:
     if self.patch is None:
-      raise ConfigError(
-        "mae: the patch size is not known; give patch=16, or "
-        "resolve() it with the model."
-      )
-    module = mae_decoder.MaskedDecoder(
+      raise ConfigError("mae: give patch=16, or resolve() it with the model.")
+    module = MaskedDecoder(
       outputs=3 * self.patch**2,
       width=self.decoder_width,
       depth=self.decoder_depth,
@@ -119,11 +182,10 @@ class MAE(base.Objective):
       remat=self.remat,
       scan=self.scan,
     )
-    return {"mae_decoder": base.Head(module, example=_example)}
 
-  def loss_inputs(
-    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
-  ) -> LossInputs:
+    return {"mae_decoder": base.Head(module, _example)}
+
+  def loss_inputs(self, encodings, heads, batch) -> LossInputs:
     view = batch["views"][self.view]
     b, count, size = view.images.shape[:3]
     grid = size // self.patch
@@ -136,7 +198,7 @@ class MAE(base.Objective):
     target = vit.patchify(images.astype(jnp.float32), self.patch)
     if self.norm_pixels:
       target = normalize_patches(target)
-    _, visible = mae_decoder.visible_slots(keep, grid**2)
+    _, visible = visible_slots(keep, grid**2)
     error, hidden = patch_errors(predicted, target, ~visible)
     return LossInputs(
       error=error.reshape(b, count).sum(1),
@@ -144,9 +206,7 @@ class MAE(base.Objective):
       patches=jnp.full((b,), float(count * grid**2)),
     )
 
-  def loss(
-    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
-  ) -> base.Terms:
+  def loss(self, loss_inputs, heads, context) -> base.Terms:
     hidden = jnp.sum(loss_inputs.hidden)
     # Every image is its own label.
     images = jnp.float32(loss_inputs.hidden.size)
@@ -161,10 +221,9 @@ class MAE(base.Objective):
 
 def _example(spec: Any) -> tuple:
   """Arguments that initialise the decoder: one visible patch of four."""
-  width, prefix = spec.image.width, spec.image.prefix
-  return (
-    jax.ShapeDtypeStruct((1, 1, width), "float32"),
-    jax.ShapeDtypeStruct((1, prefix, width), "float32"),
-    jax.ShapeDtypeStruct((1, 1), "int32"),
-    (2, 2),
+  shapes = (
+    (1, 1, spec.image.width),
+    (1, spec.image.prefix, spec.image.width),
   )
+  tokens, prefix = (jax.ShapeDtypeStruct(s, "float32") for s in shapes)
+  return tokens, prefix, jax.ShapeDtypeStruct((1, 1), "int32"), (2, 2)

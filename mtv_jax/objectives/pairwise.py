@@ -33,14 +33,10 @@ class Affine:
   scale: Float[Array, ""]
   bias: Float[Array, ""]
 
-
-def affine_report(affine: Affine) -> dict[str, base.WeightedMean]:
-  """Scale and bias as metrics."""
-  one = jnp.ones(())
-  return {
-    "scale": base.WeightedMean(affine.scale, one),
-    "bias": base.WeightedMean(affine.bias, one),
-  }
+  def report(self) -> dict[str, base.WeightedMean]:
+    """Both as metrics."""
+    one = jnp.ones(())
+    return {k: base.WeightedMean(v, one) for k, v in vars(self).items()}
 
 
 def logits(
@@ -69,25 +65,19 @@ def sum_losses(
   rows are sharded over the devices.
   """
   if ring.should_use_ring(method, mesh):
-    result = ring.ring_pairwise_loss(
-      rows,
-      columns,
-      affine,
-      pair_loss_fn=pair_loss_fn,
-      merge_fn=merge_fn,
-      mesh=mesh,
+    functions = dict(pair_loss_fn=pair_loss_fn, merge_fn=merge_fn)
+    return ring.ring_pairwise_loss(
+      rows, columns, affine, mesh=mesh, **functions
     )
-    return result.loss, result.diagnostics
-  if chunk is None or chunk >= len(columns.embedding):
-    losses, diagnostics = pair_loss_fn(rows, columns, affine)
-    return losses.sum(), diagnostics
 
-  # No CSE barrier needed: the loop separates recomputation from forward pass.
-  @functools.partial(jax.checkpoint, prevent_cse=False)
   def compare(columns):
     losses, diagnostics = pair_loss_fn(rows, columns, affine)
     return losses.sum(), diagnostics
 
+  if chunk is None or chunk >= len(columns.embedding):
+    return compare(columns)
+  # No CSE barrier needed: the loop separates recomputation from forward pass.
+  compare = jax.checkpoint(compare, prevent_cse=False)
   chunks = jax.tree.map(lambda x: _strided_chunks(x, chunk), columns)
   losses, diagnostics = jax.lax.map(compare, chunks)
   parts = [
@@ -121,12 +111,10 @@ class Temperature(nn.Module):
 
   @nn.compact
   def __call__(self) -> Affine:
-    log_scale = self.param(
-      "logit_scale", nn.initializers.constant(math.log(self.init_scale)), ()
-    )
+    constant = nn.initializers.constant
     bias = jnp.zeros(())
+    init = constant(math.log(self.init_scale))
+    log_scale = self.param("logit_scale", init, ())
     if self.init_bias is not None:
-      bias = self.param(
-        "logit_bias", nn.initializers.constant(self.init_bias), ()
-      )
+      bias = self.param("logit_bias", constant(self.init_bias), ())
     return Affine(scale=jnp.exp(log_scale), bias=bias)

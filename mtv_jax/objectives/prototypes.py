@@ -13,7 +13,7 @@ Sinkhorn-Knopp and centring differ only in how they compute both vectors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -63,9 +63,9 @@ def sinkhorn(
 
   Each iteration scales the prototypes to equal shares of the valid rows, then
   each row to sum 1. Constants such as SwAV's 1/B and 1/K cancel. Outside of the
-  log domain, exp(logits / temperature) overflows float32 at a temperature of
-  0.06 for logits above 5.3. A single pass over the prototypes per iteration
-  scales both, since a chunk's columns need only the last iteration's rows.
+  log domain, exp(logits / 0.06) overflows float32 for logits above 5.3. A pass
+  over the prototypes per iteration scales both, since a chunk's columns need
+  only the last iteration's rows.
 
   `teacher`, all rows of the global batch, is not differentiated. Invalid rows
   get an assignment but don't affect the iterations; without a valid row,
@@ -93,10 +93,7 @@ def sinkhorn(
 
 
 def centered_softmax(
-  teacher: PrototypeLogits,
-  center: Float[Array, " k"],
-  *,
-  chunk: int | None = None,
+  teacher: PrototypeLogits, center: Float[Array, " k"], chunk: int | None = None
 ) -> Scalings:
   """DINO's softmax((logits - center) / temperature) (Caron et al. 2021).
 
@@ -105,14 +102,11 @@ def centered_softmax(
   """
   teacher = jax.lax.stop_gradient(teacher)
   columns = -center / teacher.temperature
-  sums = map_chunks(
-    lambda prototypes, columns: jax.nn.logsumexp(
-      teacher.chunk(prototypes) + columns, axis=-1
-    ),
-    chunk,
-    teacher.prototypes,
-    columns,
-  )
+
+  def sum_chunk(prototypes, columns):
+    return jax.nn.logsumexp(teacher.chunk(prototypes) + columns, axis=-1)
+
+  sums = map_chunks(sum_chunk, chunk, teacher.prototypes, columns)
   return Scalings(rows=-jax.nn.logsumexp(sums, axis=0), columns=columns)
 
 
@@ -129,9 +123,8 @@ def update_center(
   count = jnp.sum(weights)
   # The mean of the logits is the logit of the mean.
   mean = jnp.einsum("nv,nvd->d", weights, teacher.vectors, precision="highest")
-  mean = jnp.matmul(
-    mean / jnp.maximum(count, 1.0), teacher.prototypes, precision="highest"
-  )
+  mean = mean / jnp.maximum(count, 1.0)
+  mean = jnp.matmul(mean, teacher.prototypes, precision="highest")
   new = momentum * center + (1.0 - momentum) * mean
   return jnp.where(count > 0, new, center)
 
@@ -146,9 +139,8 @@ class CrossEntropies:
   cross_entropy: Float[Array, "n g v"]  # Per pair of teacher and student view.
   entropy: Float[Array, "n g"]  # Per assignment, in nats.
   mean_entropy: Float[Array, ""]  # Entropy of the valid rows' mean assignment.
-  # Number of prototypes that are the argmax of a valid row, over min(K, valid
-  # rows).
-  used: Float[Array, ""]
+  # Prototypes that are the argmax of a valid row, over min(K, valid rows).
+  share_used: Float[Array, ""]
 
 
 def cross_entropies(
@@ -189,11 +181,11 @@ def cross_entropies(
     cross_entropy=total[:, None, :] - jnp.sum(parts["hit"], axis=0),
     entropy=jnp.sum(parts["entropy"], axis=0),
     mean_entropy=jnp.sum(jax.scipy.special.entr(mean)),
-    used=_used_fraction(parts["top"], parts["best"], valid, mean.shape[0]),
+    share_used=_share_used(parts["top"], parts["best"], valid, mean.shape[0]),
   )
 
 
-def _used_fraction(top, best, valid, prototypes):
+def _share_used(top, best, valid, prototypes):
   """Distinct best prototypes over min(prototypes, valid rows)."""
   chunks = top.shape[0]
   which = jnp.argmax(top, axis=0)
@@ -218,27 +210,13 @@ def map_chunks(
   def split(x):
     return jnp.moveaxis(x.reshape(*x.shape[:-1], chunk, parts), -1, 0)
 
-  return jax.lax.map(
-    jax.checkpoint(lambda x: function(*x)), tuple(map(split, arrays))
-  )
+  checkpointed = jax.checkpoint(lambda x: function(*x))
+  return jax.lax.map(checkpointed, tuple(map(split, arrays)))
 
 
 def _join_chunks(chunks: Float[Array, "parts chunk"]) -> Float[Array, " k"]:
   """Joins the chunks that `map_chunks` stacked."""
   return chunks.T.reshape(-1)
-
-
-# ---------------------------------------------------------------------------
-# The base class.
-
-
-@pytree_dataclass
-class PrototypeLoss:
-  """Weighted sum of cross-entropies, diagnostics and running statistics."""
-
-  sum: Float[Array, ""]
-  report: dict[str, base.WeightedMean]
-  statistics: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,34 +251,26 @@ class PrototypeObjective(base.Objective):
   target: Literal["sinkhorn", "centering"] = "sinkhorn"
   iterations: options.PositiveInt = 3  # Sinkhorn-Knopp iterations.
   center_momentum: Annotated[float, Range(min=0, max=0.9999)] = 0.9
-  # Prototypes whose logits are in memory at a time; None for all. Not an option
-  # of DINOv2; 65,536 prototypes then fit beside a ViT-L. The backward pass and
-  # each iteration recompute the chunks.
+  # Prototypes whose logits are in memory at a time; None for all. The backward
+  # pass and each iteration recompute the chunks. Not an option of DINOv2.
   chunk: options.PositiveInt | None = 8192
 
   def __post_init__(self):
-    chunked = self.chunk is not None and self.chunk < self.prototypes
-    if chunked and self.prototypes % self.chunk:
+    count = self.prototypes
+    if count % min(self.chunk or count, count):
       raise ConfigError(
-        f"chunk is {self.chunk}; expected a divisor of prototypes="
-        f"{self.prototypes}, or None."
+        f"chunk is {self.chunk}; expected a divisor of prototypes={count}, or "
+        "None."
       )
 
   def heads(self) -> dict[str, base.Head]:
-    module = PrototypeHead(
-      count=self.prototypes, hidden=self.hidden, bottleneck=self.bottleneck
-    )
+    frozen = {"last_layer": self.freeze_last_layer_percent}
+    module = PrototypeHead(self.prototypes, self.hidden, self.bottleneck)
 
     def example(spec):
       return (jax.ShapeDtypeStruct((1, self._channels(spec)), "float32"),)
 
-    head = base.Head(
-      module,
-      example=example,
-      teacher=True,
-      frozen_percent={"last_layer": self.freeze_last_layer_percent},
-    )
-    return {self.head: head}
+    return {self.head: base.Head(module, example, True, frozen)}
 
   def _channels(self, spec) -> int:
     """Channels of the head's input."""
@@ -320,62 +290,48 @@ class PrototypeObjective(base.Objective):
     weights: Float[Array, "n g v"],
     heads: base.BoundHeads,
     context: base.Context,
-  ) -> PrototypeLoss:
-    """Weighted cross-entropies of the global batch.
+  ) -> tuple[Array, dict[str, base.WeightedMean], dict[str, Array]]:
+    """Weighted sum of cross-entropies, diagnostics and running statistics.
 
     `teacher` and `student` are bottleneck vectors for views of n items, `valid`
     masks the teacher's vectors, and `weights` are the pairs' weights in the
     sum, 0 for all pairs with an invalid vector.
     """
-    matrix = heads[self.head](method="prototypes")
-    temperature = self._teacher_temp(context)
-    teacher_matrix = heads[self.head, base.TEACHER](method="prototypes")
-    targets = PrototypeLogits(teacher, teacher_matrix, temperature)
-    predictions = PrototypeLogits(student, matrix, self.student_temp)
-    scalings, statistics = self._assign(targets, valid, context.statistics)
-    losses = cross_entropies(
-      targets, scalings, predictions, valid, chunk=self.chunk
-    )
-    total = jnp.sum(weights * losses.cross_entropy)  # [n, g, v] -> []
-    rows, pairs = jnp.sum(valid.astype(jnp.float32)), jnp.sum(weights)
-    entropies = jnp.sum(weights * losses.entropy[..., None])
-    one = jnp.ones(())
-    some = jnp.any(valid).astype(jnp.float32)
-    report = {
-      "teacher_entropy": base.WeightedMean(
-        jnp.sum(valid * losses.entropy), rows
-      ),
-      "mean_entropy": base.WeightedMean(some * losses.mean_entropy, some),
-      "prototypes_used": base.WeightedMean(some * losses.used, some),
-      "kl": base.WeightedMean(total - entropies, pairs),
-      "teacher_temp": base.WeightedMean(temperature * one, one),
-    }
-    stop = jax.lax.stop_gradient
-    return PrototypeLoss(total, stop(report), stop(statistics))
-
-  def _assign(
-    self,
-    teacher: PrototypeLogits,
-    valid: Bool[Array, "n g"],
-    statistics: Mapping[str, Array],
-  ) -> tuple[Scalings, dict[str, Array]]:
-    """Returns the teacher's assignments and the new statistics."""
-    if self.target == "sinkhorn":
-      scalings = sinkhorn(
-        teacher, valid, iterations=self.iterations, chunk=self.chunk
-      )
-      return scalings, {}
-    center = statistics["center"]
-    scalings = centered_softmax(teacher, center, chunk=self.chunk)
-    center = update_center(
-      center, teacher, valid, momentum=self.center_momentum
-    )
-    return scalings, {"center": center}
-
-  def _teacher_temp(self, context: base.Context) -> Float[Array, ""]:
     share = jnp.ones(())
     if self.teacher_temp_warmup_percent:
       steps = self.teacher_temp_warmup_percent / 100 * context.total_steps
       share = jnp.clip(context.step / steps, 0.0, 1.0)
     start = self.teacher_temp_start
-    return start + share * (self.teacher_temp - start)
+    temperature = start + share * (self.teacher_temp - start)
+    matrix = heads[self.head, base.TEACHER](method="prototypes")
+    targets = PrototypeLogits(teacher, matrix, temperature)
+    matrix = heads[self.head](method="prototypes")
+    predictions = PrototypeLogits(student, matrix, self.student_temp)
+    if self.target == "sinkhorn":
+      options = dict(iterations=self.iterations, chunk=self.chunk)
+      scalings, statistics = sinkhorn(targets, valid, **options), {}
+    else:
+      center = context.statistics["center"]
+      scalings = centered_softmax(targets, center, self.chunk)
+      momentum = self.center_momentum
+      center = update_center(center, targets, valid, momentum=momentum)
+      statistics = {"center": center}
+    losses = cross_entropies(
+      targets, scalings, predictions, valid, chunk=self.chunk
+    )
+    total = jnp.sum(weights * losses.cross_entropy)  # [n, g, v] -> []
+    entropies = jnp.sum(weights * losses.entropy[..., None])
+    entropy, rows = (
+      jnp.sum(valid * losses.entropy),
+      jnp.sum(valid, dtype=jnp.float32),
+    )
+    mean, one = base.WeightedMean, jnp.ones(())
+    some = jnp.any(valid).astype(jnp.float32)
+    report = {
+      "teacher_entropy": mean(entropy, rows),
+      "mean_entropy": mean(some * losses.mean_entropy, some),
+      "prototypes_used": mean(some * losses.share_used, some),
+      "kl": mean(total - entropies, jnp.sum(weights)),
+      "teacher_temp": mean(temperature * one, one),
+    }
+    return total, *jax.lax.stop_gradient((report, statistics))

@@ -23,9 +23,6 @@ def initialize(
   On TPU pods, SLURM and Open MPI JAX detects the cluster. Elsewhere pass the
   coordinator (host:port of process 0), the number of processes and this
   process's index. JAX aborts unless all processes connect within `seconds`.
-
-  Raises:
-    InputError: only some of coordinator, processes and process are given.
   """
   given = [coordinator, processes, process]
   if any(g is not None for g in given) and None in given:
@@ -45,26 +42,20 @@ def any_process(flag: bool) -> bool:
 
 
 def gather_json(value: Any) -> list[Any]:
-  """Gathers a JSON value per process. Collective: all processes call it.
-
-  Returns the values in process order.
-  """
+  """Gathers JSON values in process order. Collective: all processes call it."""
   if jax.process_count() == 1:
     return [value]
   return [json.loads(row) for row in gather_bytes(json.dumps(value).encode())]
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-  """Gathers bytes per process. Collective: all processes call it.
+  """Gathers bytes in process order. Collective: all processes call it.
 
-  Returns the values in process order. Pads to a power of two, to compile few
-  shapes.
+  Pads to a power of two, to compile few shapes.
   """
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
   padded[: len(data)] = np.frombuffer(data, np.uint8)
   rows = multihost_utils.process_allgather(padded)  # [processes, bytes]
-  return [
-    np.asarray(row[:size]).tobytes()
-    for row, size in zip(rows, sizes, strict=True)
-  ]
+  pairs = zip(rows, sizes, strict=True)
+  return [np.asarray(row[:size]).tobytes() for row, size in pairs]

@@ -55,15 +55,8 @@ def make_mesh(
   per slice. By default slices split `data`, so that only gradient reductions
   cross the slow network, then `fsdp`, then `tensor`.
 
-  Args:
-    shape: sizes by axis over all devices, and `dcn`: slices by axis; one size
-      of each may be -1, to infer it. Devices without slices are grouped into
-      slices in order.
-    devices: `jax.Device`s or stand-ins; all by default.
-
-  Raises:
-    ConfigError: for an unknown axis, or sizes whose product is not the number
-      of devices or slices.
+  One size over all devices, and one of `dcn`, may be -1, to infer it. Devices
+  without slices are grouped into slices in order.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sections.to_dict(shape)
@@ -87,8 +80,8 @@ def make_mesh(
     if size % parts:
       raise ConfigError(
         f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
-        f"equal parts. Take a multiple of {parts}, or split another axis over "
-        f"the slices, such as dcn=dict(data=1, fsdp={len(slices)})."
+        "equal parts. Take a multiple, or split another axis over the slices, "
+        f"such as dcn=dict(data=1, fsdp={len(slices)})."
       )
   inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
   # JAX orders a slice's devices by its network. `jax.make_mesh` may split a
@@ -109,9 +102,8 @@ def _sizes(
   """Sizes of all axes, with -1 inferred; their product is `count`."""
   for name in shape:
     if name not in MESH_AXES:
-      raise ConfigError(
-        f"{where}: no axis {name!r}. {did_you_mean(name, MESH_AXES)}"
-      )
+      known = did_you_mean(name, MESH_AXES)
+      raise ConfigError(f"{where}: no axis {name!r}. {known}")
   sizes = [int(shape.get(name, 1)) for name in MESH_AXES]
   wrong = ConfigError(
     f"{where}: {dict(zip(MESH_AXES, sizes, strict=True))} does not divide "
@@ -140,13 +132,11 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
-      f"config.mesh.dcn gives {count} slices, but these {len(devices)} chips "
-      "are one. Leave dcn out."
+      f"config.mesh.dcn gives {count} slices, but these chips are one."
     )
   if count < 1 or len(devices) % count:
     raise ConfigError(
-      f"config.mesh.dcn gives {count} slices, which don't divide "
-      f"{len(devices)} devices."
+      f"config.mesh.dcn: {count} slices don't divide {len(devices)} devices."
     )
   size = len(devices) // count
   return [devices[i * size : (i + 1) * size] for i in range(count)]
@@ -164,9 +154,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     below = batch_size // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
     raise ConfigError(
-      f"config.batch_size is {batch_size}, which data x fsdp = "
-      f"{mesh.shape['data']} x {mesh.shape['fsdp']} does not divide. Take "
-      f"{near}, or another config.mesh."
+      f"config.batch_size is {batch_size}, which data x fsdp = {parts} does "
+      f"not divide. Take {near}, or another config.mesh."
     )
 
 
@@ -184,8 +173,7 @@ def host_rows(mesh: Mesh) -> HostRows:
     if jax.process_index() in processes:
       return HostRows(index=i, count=len(parts))
   raise ConfigError(
-    f"config.mesh: process {jax.process_index()} has no device on the mesh of "
-    f"{mesh.size} devices, and so no rows to read."
+    f"config.mesh: process {jax.process_index()} has no device on the mesh."
   )
 
 
@@ -193,9 +181,8 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   """Data row of each row of a batch on the mesh.
 
   Processes read consecutive rows, but a process's devices may not be
-  consecutive on the mesh: with 4 x 4 chips in hosts of 2 x 2, the first row of
-  chips belongs to two hosts. The batch on the mesh is then a permutation of the
-  data. An example's random numbers follow its data row.
+  consecutive on the mesh (4 x 4 chips in hosts of 2 x 2): the batch on the mesh
+  is then a permutation. An example's random numbers follow its data row.
   """
   size = batch_size // num_batch_shards(mesh)
   shards = np.concatenate([shards for shards, _ in _parts(mesh)])
@@ -218,8 +205,7 @@ def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
       f"config.mesh: {len(holders)} processes would hold {sizes} of the "
-      f"{len(devices)} shards of the batch, which are not separate equal "
-      "parts. Make data x fsdp a multiple of the number of processes."
+      f"{len(devices)} shards of the batch, which are not separate equal parts."
     )
   return sorted(processes.items())
 

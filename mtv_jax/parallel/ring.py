@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
-# How to compare all pairs, with equal results: gathered columns, the ring, or
-# 'auto': the ring if the batch is sharded.
+# Gathered columns, the ring (equal in result), or the ring on a sharded batch.
 Method = Literal["auto", "gathered", "ring"]
 AXES = BATCH_SPEC[0]
 
@@ -43,14 +42,6 @@ PairLossFn = Callable[
 MergeFn = Callable[[PyTree, PyTree], PyTree]
 
 
-@pytree_dataclass
-class PairwiseLoss:
-  """Sum of the losses of all pairs."""
-
-  loss: Float[Array, ""]
-  diagnostics: PyTree  # From `pair_loss_fn`, by row, not differentiated.
-
-
 def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
   """Whether to use the ring; `'auto'` uses it if the batch is sharded."""
   if mesh is None or method == "gathered":
@@ -58,8 +49,7 @@ def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
   return method == "ring" or num_batch_shards(mesh) > 1
 
 
-@pytree_dataclass
-class _Grads:
+class _Grads(NamedTuple):
   """Gradients of the loss; `columns` belongs to the current chunk."""
 
   rows: Any
@@ -67,8 +57,7 @@ class _Grads:
   params: Any
 
 
-@pytree_dataclass
-class _RunningSum:
+class _RunningSum(NamedTuple):
   """Losses, diagnostics and gradients, summed over the chunks so far."""
 
   losses: Any
@@ -84,20 +73,14 @@ def ring_pairwise_loss(
   pair_loss_fn: PairLossFn,
   merge_fn: MergeFn,
   mesh: Mesh,
-) -> PairwiseLoss:
+) -> tuple[Float[Array, ""], PyTree]:
   """Sums a loss over all pairs, one device's chunk of columns at a time.
 
   Value and gradient equal `pair_loss_fn` on all rows and columns, up to the
-  order of additions. Each of `n` devices sends `n - 1` column chunks and, with
-  gradients, `n` gradient chunks. Devices along `tensor` repeat the computation.
-
-  Args:
-    rows: sharded like the batch; never sent.
-    columns: sharded like `rows`; chunks are sent around the ring.
-    params: the loss's parameters, such as temperature and bias.
-    pair_loss_fn: losses and diagnostics of rows against a chunk of columns.
-    merge_fn: merges the diagnostics of two chunks.
-    mesh: shards the rows over `data` and `fsdp`.
+  order of additions. Both sides are sharded like the batch; chunks of columns
+  are sent around the ring. Each of `n` devices sends `n - 1` column chunks and,
+  with gradients, `n` gradient chunks. Devices along `tensor` repeat the
+  computation. Also returns the diagnostics by row, not differentiated.
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
 
@@ -110,16 +93,13 @@ def ring_pairwise_loss(
       with_grads=with_grads,
     )
     grad_specs = _Grads(split, split, whole) if with_grads else None
-    losses, diagnostics, grads = jax.shard_map(
-      device_fn,
-      mesh=mesh,
-      in_specs=(split, split, whole),
-      out_specs=(split, split, grad_specs),
-    )(
-      EmbeddingBatch(row, row_metadata),
-      EmbeddingBatch(column, column_metadata),
-      params,
+    in_specs, out_specs = (split, split, whole), (split, split, grad_specs)
+    mapped = jax.shard_map(
+      device_fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs
     )
+    rows = EmbeddingBatch(row, row_metadata)
+    columns = EmbeddingBatch(column, column_metadata)
+    losses, diagnostics, grads = mapped(rows, columns, params)
     return (jnp.sum(losses), diagnostics), grads
 
   @jax.custom_vjp
@@ -134,23 +114,22 @@ def ring_pairwise_loss(
   loss, diagnostics = total(
     rows.embedding, columns.embedding, params, rows.metadata, columns.metadata
   )
-  return PairwiseLoss(loss, jax.lax.stop_gradient(diagnostics))
+  return loss, jax.lax.stop_gradient(diagnostics)
 
 
 def _device_loss(
   rows, columns, params, *, pair_loss_fn, merge_fn, count, with_grads
 ):
   """One device's part: `(losses, diagnostics, grads)` of its rows."""
-  send = _send(count)
+  pairs = [(i, (i + 1) % count) for i in range(count)]
+  # Sends a tree to the next device of the ring.
+  send = functools.partial(jax.lax.ppermute, axis_name=AXES, perm=pairs)
   # Sum per device and reduce once at the end, not at every step.
   params = jax.lax.pcast(params, AXES, to="varying")
 
   def sum_losses(row, column, params, metadata):
-    losses, diagnostics = pair_loss_fn(
-      EmbeddingBatch(row, rows.metadata),
-      EmbeddingBatch(column, metadata),
-      params,
-    )
+    sides = EmbeddingBatch(row, rows.metadata), EmbeddingBatch(column, metadata)
+    losses, diagnostics = pair_loss_fn(*sides, params)
     return jnp.sum(losses), (losses, diagnostics)
 
   def compare(columns):
@@ -185,15 +164,6 @@ def _device_loss(
     total = add(total, columns)
   grads = total.grads
   if with_grads:
-    grads = _Grads(
-      rows=grads.rows,
-      columns=send(grads.columns),
-      params=jax.lax.psum(grads.params, AXES),
-    )
+    params = jax.lax.psum(grads.params, AXES)
+    grads = _Grads(grads.rows, send(grads.columns), params)
   return total.losses, total.diagnostics, grads
-
-
-def _send(count: int) -> Callable[[PyTree], PyTree]:
-  """Sends a tree to the next device of the ring."""
-  pairs = [(i, (i + 1) % count) for i in range(count)]
-  return functools.partial(jax.lax.ppermute, axis_name=AXES, perm=pairs)

@@ -1,10 +1,17 @@
-"""Rules that shard parameters over the mesh, by name."""
+"""Rules that shard parameters by name, and constraints in the compiled step.
+
+The constraints shard activations by batch, and gather parameters before use
+(FSDP). Without them the compiler may send all activations over the network.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -19,9 +26,8 @@ from mtv_jax.utils.tree import (
 )
 
 # (regex over names, axis or axes of each trailing dimension); the first match
-# wins. Column-parallel into a block, row-parallel out of it: `tensor` costs one
-# all-reduce per sublayer (Shoeybi et al. 2019, Megatron-LM). QKV columns are
-# ordered by head, so that a shard has whole heads.
+# wins. Column-parallel into a block, row-parallel out of it (Megatron-LM):
+# `tensor` costs one all-reduce per sublayer. QKV columns are ordered by head.
 Axes = str | Sequence[str] | None
 ShardingRules = Sequence[tuple[str, Sequence[Axes]]]
 SHARDING_RULES: ShardingRules = (
@@ -95,9 +101,9 @@ def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
   for pattern, axes in rules:
     for axis in axis_names(axes):
       if axis not in MESH_AXES:
+        known = did_you_mean(str(axis), MESH_AXES)
         raise ConfigError(
-          f"config.sharding: {pattern!r} names the axis {axis!r}. "
-          f"{did_you_mean(str(axis), MESH_AXES)}"
+          f"config.sharding {pattern!r}: axis {axis!r}. {known}"
         )
 
 
@@ -111,3 +117,79 @@ def sharding_table(
     size = math.prod(local) * np.dtype(leaf.dtype).itemsize
     rows.append((name, tuple(leaf.shape), str(leaf.sharding.spec), size))
   return rows
+
+
+def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
+  """Constrains arrays `[B, ...]` to the batch sharding.
+
+  Otherwise the compiler may shard them by channels, like a parameter.
+  """
+  if mesh is None or mesh.size == 1:
+    return tree
+
+  def constrain(x):
+    axes = (MESH_AXES[:2], *[None] * (x.ndim - 1))
+    sharding = NamedSharding(mesh, partition_spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(constrain, tree)
+
+
+def all_gather_params(
+  params: PyTree, mesh: Mesh | None, *, keep: str = "$^", dtype: Any = None
+) -> PyTree:
+  """Gathers parameters over `fsdp` before use.
+
+  They stay sharded over `tensor` by `SHARDING_RULES`, like a layer's matrix
+  products; `check_param_rules` rejects incompatible config rules. `keep` is a
+  regex over names to leave sharded, such as stacked blocks, which a loop
+  gathers one at a time. Casting to the compute `dtype` first sends less.
+  """
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return params
+
+  def constrain(name, leaf):
+    if re.search(keep, name):
+      return leaf
+    axes = first_match(name, SHARDING_RULES)
+    whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
+    if dtype is not None and "fsdp" in axis_names(axes):
+      # Constrained before gathering, so that remat saves the sharded cast.
+      part = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
+      leaf = leaf.astype(dtype)
+      leaf = jax.lax.with_sharding_constraint(leaf, part)
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+  return map_with_names(constrain, params)
+
+
+def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
+  """The partition of an array without `fsdp`."""
+  without = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
+  return partition_spec(without, shape, mesh)
+
+
+def check_param_rules(
+  params: PyTree, mesh: Mesh, rules: ShardingRules, *, keep: str = "$^"
+) -> None:
+  """Raises ConfigError for sharding rules that layers can't follow.
+
+  On a mesh with both `fsdp` and `tensor`, a rule with `tensor` on a different
+  dimension than the built-in rule would reshard the parameters in each layer.
+  `keep`: see `all_gather_params`.
+  """
+  if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] == 1:
+    return
+  for name, leaf in flatten_with_names(params):
+    if re.search(keep, name):
+      continue
+    given, built_in = (
+      NamedSharding(mesh, _gathered(first_match(name, every), leaf.shape, mesh))
+      for every in ([*rules, *SHARDING_RULES], SHARDING_RULES)
+    )
+    if not given.is_equivalent_to(built_in, len(leaf.shape)):
+      raise ConfigError(
+        f"config.sharding splits {name} over tensor as {given.spec}; layers "
+        f"gather it over fsdp to {built_in.spec}: set mesh.fsdp=1 or mesh."
+        "tensor=1, or place tensor as SHARDING_RULES does."
+      )

@@ -352,7 +352,7 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state)
-    return update_teacher(spec, new, state) if spec.has_teacher else new
+    return update_teacher(spec, new, state, {}) if spec.has_teacher else new
 
   parts["optimizer"] = count(finish, state, state.params).flops
   return parts

@@ -37,7 +37,7 @@ from mtv_jax.studies.expand import (
 )
 from mtv_jax.train import workdir
 from mtv_jax.train.runtime import preemption
-from mtv_jax.train.runtime.launch import launch
+from mtv_jax.train.runtime.supervisor import launch
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import (
   ConfigError,

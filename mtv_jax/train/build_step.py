@@ -14,8 +14,12 @@ from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import check_batch_size, make_mesh
 from mtv_jax.parallel.rules import check_sharding_rules
 from mtv_jax.train.balance import Balance, build_balance
-from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
-from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
+from mtv_jax.train.optim.optimizer import (
+  Optimizer,
+  ParamRule,
+  make_optimizer,
+  match_param_rules,
+)
 from mtv_jax.train.run import RunConfig, WeightConfig
 from mtv_jax.train.spec import (
   ObjectiveWeight,
@@ -41,12 +45,10 @@ class TrainStep:
 
   @property
   def mesh(self) -> Mesh:
-    """The mesh of all devices of all processes."""
     return self.program.mesh
 
   @property
   def total_steps(self) -> int:
-    """The run's number of steps."""
     return self.length.total_steps
 
   def is_due(self, every: Duration | None, step: int) -> bool:
@@ -83,13 +85,11 @@ def build_train_step(
   config: RunConfig, mesh: Mesh, examples_per_epoch: int | None
 ) -> TrainStep:
   """Builds the train step of a config; opens no data."""
-  length = RunLength.of_total(
-    config.total, config.batch_size, examples_per_epoch
-  )
+  total, batch_size = config.total, config.batch_size
+  length = RunLength.of_total(total, batch_size, examples_per_epoch)
   spec, params, table = _build_spec(config, length)
   optimizer = make_optimizer(
-    config.optim,
-    config.schedule,
+    *(config.optim, config.schedule),
     length=length,
     params=params,
     table=table,
@@ -121,8 +121,7 @@ def _build_spec(
     name: _build_weight(name, entry.weight, length)
     for name, entry in config.objectives.items()
   }
-  first = min((weight.start for weight in weights.values()), default=0)
-  if first > 0:
+  if first := min((weight.start for weight in weights.values()), default=0):
     raise ConfigError(
       f"config.objectives: the first one starts at step {first}; at least one "
       "must start at step 0."
@@ -145,19 +144,19 @@ def _build_spec(
     teacher_ema=config.teacher.ema,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
-    teachers=select_teachers(parts.teachers, parts.model, first_reads, length),
+    teachers=select_teachers(
+      *(config.teachers, parts.teachers, parts.model, first_reads, length)
+    ),
   )
-  params = abstract_params(spec)
-  table = match_param_rules(
-    params,
-    config.optim.rules,
-    length=length,
-    start_steps=spec.start_steps,
-  )
+  params, rules = abstract_params(spec), config.optim.rules
+  starts = spec.start_steps
+  table = match_param_rules(params, rules, length=length, start_steps=starts)
   if all(row.frozen for row in table if row.name.startswith("image/")):
     _reject_encoder_gradients(config, spec.balance)
   frozen = frozenset(row.name for row in table if row.frozen)
-  return dataclasses.replace(spec, frozen=frozen), params, table
+  spec = dataclasses.replace(spec, frozen=frozen)
+  _ = spec.towers  # Raises errors of their options before data is opened.
+  return spec, params, table
 
 
 def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
@@ -169,17 +168,17 @@ def _read_remat(text: str, objectives: Mapping[str, base.Objective]) -> Remat:
 
 def _reject_encoder_gradients(config: RunConfig, balance: Balance) -> None:
   """Raises ConfigError for settings that need gradients of the encoder."""
-  settings = {
-    "config.interference": config.interference is not None,
-    "config.balance": balance.uses_encoder_gradients,
-  }
-  for name, is_set in settings.items():
-    if is_set:
-      raise ConfigError(
-        f"{name} compares the objectives' gradients on the image encoder, "
-        "which config.optim.rules freeze whole, so that all of them are 0. "
-        f"Leave it out (--{name}=None), or train a part of the encoder."
-      )
+  if config.interference is not None:
+    name = "config.interference"
+  elif balance.uses_encoder_gradients:
+    name = "config.balance"
+  else:
+    return
+  raise ConfigError(
+    f"{name} compares the objectives' gradients on the image encoder, which"
+    " config.optim.rules freeze whole, so that all of them are 0. Leave it out"
+    f" (--{name}=None), or train a part of the encoder."
+  )
 
 
 def _build_weight(

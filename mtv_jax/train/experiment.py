@@ -30,16 +30,24 @@ from mtv_jax.train.build_step import (
   build_train_step,
   make_config_mesh,
 )
-from mtv_jax.train.initialization import check_source_tokenizer
-from mtv_jax.train.optim import param_rules
+from mtv_jax.train.optim.optimizer import describe_rules
 from mtv_jax.train.run import EvalConfig, RunConfig, resolve
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
 from mtv_jax.utils.text import first_lines
+from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
+
+# Tokenizers that encode these equally are considered equal. They cover case,
+# punctuation, digits, spaces and non-ASCII letters.
+_PROBE_TEXTS = (
+  "A photo of 2 dogs, playing!  It's Mary's red-and-white BALL.",
+  "ein Mädchen im Café \u2013 \u00bfd\u00f3nde? \u732b\u3068\u72ac",
+  "a small blue circle left of a large green square",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +74,17 @@ def build_experiment(
   tokenizer = _build_tokenizer(config)
   if not saved_steps(path_lib.as_path(workdir)):
     check_source_tokenizer(config, tokenizer)
-  entries = config.data.train
   # Limits come last, because labels are aligned to whole sources.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
-    for entry in entries
+    for entry in config.data.train
   ]
-  lengths = [
+  entries = [*zip(config.data.train, whole, strict=True)]
+  length = sum(
     len(sources_lib.complete_source(source, {"limit": entry.get("limit")}))
-    for entry, source in zip(entries, whole, strict=True)
-  ]
-  step = build_train_step(config, mesh, sum(lengths))
+    for entry, source in entries
+  )
+  step = build_train_step(config, mesh, length)
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   for head in heads.values():
@@ -92,7 +100,7 @@ def build_experiment(
     sources_lib.complete_source(
       source, {**entry, "labels": entry.get("labels") or None}, fields=read
     )
-    for entry, source in zip(entries, whole, strict=True)
+    for entry, source in entries
   ]
   return Experiment(
     **vars(step),
@@ -115,10 +123,9 @@ def _build_tokenizer(config: RunConfig) -> Any:
     with contextlib.suppress(MissingFileError):
       if loading.read_model_info(path).tokenizer is None:
         raise ConfigError(
-          f"config.model.text.tokenizer is not set, and {path} has no "
-          "tokenizer that can be read (tokenizer.json, spiece.model or "
-          "tokenizer.model). Add the file, or set "
-          "--config.model.text.tokenizer=FILE."
+          f"config.model.text.tokenizer is not set, and {path} has no tokenizer"
+          " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
+          " Add the file, or set --config.model.text.tokenizer=FILE."
         )
   tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
   tokenizers.check_vocabulary(
@@ -127,16 +134,38 @@ def _build_tokenizer(config: RunConfig) -> Any:
   return tokenizer
 
 
+def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
+  """Raises ConfigError if a loaded text tower needs a different tokenizer.
+
+  The run's tokenizer, with its cleaning, must encode texts like the tokenizer
+  of `config.init.path`.
+  """
+  init = config.init
+  if not init or init.new_tokenizer or tokenizer is None:
+    return
+  if not select_names(["text/token_embedding"], init.include or ("",)):
+    return
+  files = loading.read_model_info(init.path).tokenizer
+  if files is None:
+    return
+  source, length = files.build(), config.model.text.length
+  for text in _PROBE_TEXTS:
+    theirs, ours = (t.encode([text], length)[0] for t in (source, tokenizer))
+    if list(theirs) != list(ours):
+      raise ConfigError(
+        f"config.model.text: {init.path} was trained with {source!r}, this run "
+        f"has {tokenizer!r}, which encodes {text!r} differently. Use "
+        "the source's tokenizer and clean, or set "
+        "config.init.new_tokenizer=True to learn new token embeddings."
+      )
+
+
 def build_evaluators(
   evals: Mapping[str, EvalConfig],
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators of a config by name, without opening data."""
-  return {
-    name: evals_base.build_evaluator(
-      name, {"type": entry.type, **entry.options}
-    )
-    for name, entry in evals.items()
-  }
+  build = evals_base.build_evaluator
+  return {n: build(n, {"type": e.type, **e.options}) for n, e in evals.items()}
 
 
 def evaluable(
@@ -163,9 +192,8 @@ def _prepare_evaluators(
   evaluators = build_evaluators(config.evals)
   for name, evaluator in evaluators.items():
     if lacking := sorted(evaluator.requires - given):
-      what = (
-        "a text tower" if "text" in lacking else f"objective {lacking[0]!r}"
-      )
+      what = f"objective {lacking[0]!r}"
+      what = "a text tower" if "text" in lacking else what
       raise ConfigError(
         f"config.evals.{name} evaluates {what}, which this run does not train."
         f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
@@ -228,16 +256,12 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   new = experiment.config.to_dict()
   text = json.dumps(new, indent=2) + "\n"
   old = path.read_text() if path.exists() else None
-  changes = []
-  if old is not None:
-    recorded = read_recorded_config(experiment.workdir)
-    changes = overrides.describe_difference(recorded, new)
-  if changes:
+  recorded = new if old is None else read_recorded_config(experiment.workdir)
+  if changes := overrides.describe_difference(recorded, new):
     log.warning(
-      "%s has changed; the old one is config.json.old. With another seed, "
-      "batch size or data the run continues with other rows.\n%s",
-      path,
-      first_lines(changes, 20),
+      f"{path} has changed; the old one is config.json.old. With another seed,"
+      " batch size or data the run continues with other rows.\n"
+      f"{first_lines(changes, 20)}"
     )
     shutil.copyfile(path, path.with_name("config.json.old"))
   if old != text:
@@ -258,11 +282,9 @@ def save_config(experiment: Experiment, command: str = "") -> None:
 def log_experiment(experiment: Experiment) -> None:
   """Logs parameters with their sharding, rules, encodings and length."""
   state, mesh = experiment.program.abstract, experiment.mesh
-  overview = parameter_overview.get_parameter_overview(
-    state.params, include_stats="sharding"
-  )
-  log.info("\n%s", overview)
-  log.info("\n%s\n", param_rules.describe_rules(experiment.optimizer.table))
+  overview = parameter_overview.get_parameter_overview
+  log.info("\n%s", overview(state.params, include_stats="sharding"))
+  log.info("\n%s\n", describe_rules(experiment.optimizer.table))
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
   megabytes = sum(row[3] for row in sharding_table(state)) / 1e6

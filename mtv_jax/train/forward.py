@@ -19,10 +19,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment.random import image_keys, row_keys, step_key
 from mtv_jax.objectives import base
-from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
-from mtv_jax.train.spec import StepSpec
-from mtv_jax.train.state import TrainState
+from mtv_jax.parallel.rules import all_gather_params, constrain_batch
+from mtv_jax.train.spec import StepSpec, TrainState
 from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
 Batch = Mapping[str, Array]
@@ -54,19 +53,11 @@ def compute_loss_inputs(
   keys: Mapping[str, jax.Array],
   mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-  """The loss inputs of each objective for b rows of a batch.
+  """The loss inputs `[b, ...]` of each objective for b rows of a batch.
 
-  Args:
-    spec: the objectives to compute.
-    params: the student's parameters, as `gather_params` returns them.
-    state: as `gather_params` returns it; its step, statistics and teachers are
-      read, not its `params`.
-    batch: batch fields `[b, ...]`.
-    keys: random keys `[b]` by view, see `view_keys`.
-    mesh: mesh that shards the rows; None on one device.
-
-  Returns:
-    By objective, trees of arrays `[b, ...]`.
+  `params` (the student's) and `state` are as `gather_params` returns them;
+  `state.params` is not read. `keys` are random keys `[b]` by view, see
+  `view_keys`. `mesh` shards the rows; None on one device.
   """
   batch = add_views(spec, batch, keys, mesh)
   encoded = encode(
@@ -88,13 +79,8 @@ def compute_losses(
 ) -> Loss:
   """The total loss of the global batch, and each objective's terms.
 
-  Args:
-    spec: the objectives to compute.
-    params: the heads' parameters, as `gather_params` returns them.
-    state: as `gather_params` returns it; its step, statistics, balance and
-      teacher's heads are read.
-    loss_inputs: results of `compute_loss_inputs` for all rows `[B, ...]`.
-    mesh: as in `compute_loss_inputs`.
+  `params` are the heads' parameters. `loss_inputs` are the results of
+  `compute_loss_inputs` for all rows `[B, ...]`; other arguments are the same.
   """
   heads, weights = bind_heads(spec, params, state), spec.loss_weights(state)
   total, terms = 0.0, {}
@@ -118,10 +104,7 @@ def compute_losses(
 def gather_params(
   spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> tuple[PyTree, TrainState]:
-  """Gathers parameters and teachers over `fsdp`.
-
-  Stops the gradient of frozen parameters.
-  """
+  """Gathers parameters and teachers over `fsdp`; detaches frozen parameters."""
   if spec.frozen:
     params = stop_gradient_frozen(spec, params)
   if mesh is None or mesh.shape["fsdp"] == 1:
@@ -138,12 +121,11 @@ def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
 
   This removes the backward pass of a fully frozen tower.
   """
-  return map_with_names(
-    lambda name, leaf: (
-      jax.lax.stop_gradient(leaf) if name in spec.frozen else leaf
-    ),
-    params,
-  )
+
+  def stop(name, leaf):
+    return jax.lax.stop_gradient(leaf) if name in spec.frozen else leaf
+
+  return map_with_names(stop, params)
 
 
 def bind_heads(
@@ -170,10 +152,6 @@ def objective_inputs(
   return constrain_batch(inputs, mesh)
 
 
-# ---------------------------------------------------------------------------
-# Views.
-
-
 def view_keys(
   spec: StepSpec, step: Array, size: int, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
@@ -194,10 +172,7 @@ def view_keys(
 
 
 def add_views(
-  spec: StepSpec,
-  batch: Batch,
-  keys: Mapping[str, jax.Array],
-  mesh: Mesh | None,
+  spec: StepSpec, batch: Batch, keys: Mapping[str, jax.Array], mesh: Mesh | None
 ) -> dict[str, Any]:
   """The batch with `views`, `ViewBatch`es by name, and with their `keys`."""
   views = {}
@@ -207,10 +182,6 @@ def add_views(
         batch["image"], batch["image_size"], rngs, spec.dtype
       )
   return {**batch, "views": constrain_batch(views, mesh), "keys": keys}
-
-
-# ---------------------------------------------------------------------------
-# Encodings.
 
 
 def encode(
@@ -223,26 +194,17 @@ def encode(
   step: Array | None = None,
   mesh: Mesh | None = None,
 ) -> dict[base.Encoding, Any]:
-  """Runs every encoding of a plan.
+  """Runs every encoding of a plan (encodings, and layers to return).
 
-  Args:
-    spec: has the towers.
-    params: the student's parameters by tower.
-    fixed: the teachers' parameters by `Encoding.weights` and tower, without
-      gradient. A tower that the EMA teacher lacks is the student's.
-    batch: token ids of text encodings, captions `[B, T]` or phrases
-      `[B, M, T]`, and `views` by name. A view's `mask` hides patches from the
-      student only, its `keep` from both. The student uses stochastic depth if
-      the batch has random `keys` by view.
-    plan: encodings and the layers whose outputs are read; defaults to
-      `spec.plan`.
-    step: for the augmentation of the student's RoPE; None disables it.
-    mesh: mesh that shards the rows; None on one device.
+  `params` are the student's by tower, `fixed` the teachers' by
+  `Encoding.weights` and tower, without gradient. The batch has token ids,
+  captions `[B, T]` or phrases `[B, M, T]`, and `views` by name. A view's `mask`
+  hides patches from the student only, its `keep` from both. The student uses
+  stochastic depth if the batch has random `keys` by view; `step` draws the
+  augmentation of its RoPE, None disables it.
 
-  Returns:
-    Each encoding's output, a `models.vit.ImageOutput` whose arrays are
-    `[B, count, ...]`, or a `models.text.TextOutput` with arrays `[B, ...]` or
-    `[B, M, ...]`.
+  Returns `ImageOutput`s with arrays `[B, count, ...]` and `TextOutput`s with
+  arrays `[B, ...]` or `[B, M, ...]`.
   """
   outputs = {}
   for encoding, layers in (spec.plan if plan is None else plan).items():
@@ -250,10 +212,9 @@ def encode(
       weights = params[encoding.tower]
     else:
       # A teacher with heads only uses the student's encoder.
-      weights = fixed[encoding.weights].get(encoding.tower)
-      weights = params[encoding.tower] if weights is None else weights
+      weights = {**params, **fixed[encoding.weights]}[encoding.tower]
       weights = jax.lax.stop_gradient(weights)
-    tower = spec.encoders[encoding].clone(mesh=mesh)
+    tower = spec.towers[encoding].clone(mesh=mesh)
     apply = functools.partial(tower.apply, {"params": weights})
     with jax.named_scope(str(encoding)):
       if encoding.tower == "image":
@@ -282,7 +243,7 @@ def _encode_images(
   lead, mask = view.images.shape[:2], None  # B, count
   if encoding.weights == base.STUDENT:
     mask, name = view.mask, encoding.view
-    tower = spec.encoders[encoding]
+    tower = spec.towers[encoding]
     rope = tower.spec.rope
     if step is not None and rope is not None and rope.is_random:
       seed = jax.random.key(spec.seed)
@@ -329,11 +290,9 @@ def _encode_distinct(
   limit = math.ceil(share * rows.shape[1])  # K
   distinct_rows = jax.vmap(lambda r: find_distinct(r, limit=limit))(rows)
 
-  @functools.partial(
-    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
-  )
+  # A conditional allocates what either branch saves; this one saves nothing.
+  @jax.checkpoint
   def encode_all(rows, distinct_rows):
-    # A conditional allocates what either branch saves; this one saves nothing.
     del distinct_rows
     return _encode_text(apply, rows, mesh)
 

@@ -1,32 +1,32 @@
-"""The initial state of a run: random, or loaded from `config.init`."""
+"""The initial state of a run: random or loaded parameters, and statistics."""
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
 from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
+from mtv_jax.models.standardization import Moments, batch_moments
 from mtv_jax.objectives.base import TEACHER
+from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train.build_step import TrainStep
-from mtv_jax.train.run import RunConfig
-from mtv_jax.train.spec import init_params, teacher_params
-from mtv_jax.train.state import TrainState
+from mtv_jax.train.experiment import Experiment, make_loader
+from mtv_jax.train.forward import Batch, add_views, encode, gather_params
+from mtv_jax.train.gradients import split_batch
+from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
+from mtv_jax.train.step import Program
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
-
-# Tokenizers that encode these equally are considered equal. They cover case,
-# punctuation, digits, spaces and non-ASCII letters.
-_PROBE_TEXTS = (
-  "A photo of 2 dogs, playing!  It's Mary's red-and-white BALL.",
-  "ein Mädchen im Café \u2013 \u00bfd\u00f3nde? \u732b\u3068\u72ac",
-  "a small blue circle left of a large green square",
-)
 
 
 def initialize_state(train_step: TrainStep) -> TrainState:
@@ -35,16 +35,14 @@ def initialize_state(train_step: TrainStep) -> TrainState:
     functools.partial(init_params, train_step.step_spec),
     out_shardings=train_step.program.shardings.params,
   )(jax.random.key(train_step.config.seed))
-  teacher = None
-  if init := train_step.config.init:
+  config, teacher = train_step.config, None
+  if init := config.init:
     source = loading.read_params(
       init.path,
       weights=init.weights,
       step=init.step,
       spec=train_step.step_spec.model,
-      preprocess=preprocess_from_config(
-        train_step.config.model, train_step.config.views
-      ),
+      preprocess=preprocess_from_config(config.model, config.views),
     )
     params, report = merge_params(
       params,
@@ -57,35 +55,8 @@ def initialize_state(train_step: TrainStep) -> TrainState:
     log.info("Initialised from %s:\n%s", hub.pin_name(init.path), report)
     if init.teacher:
       teacher = init_teacher(train_step, params)
-  return train_step.program.init(
-    params, read_teacher_params(train_step), teacher
-  )
-
-
-def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
-  """Raises ConfigError if a loaded text tower needs a different tokenizer.
-
-  The run's tokenizer, with its cleaning, must encode texts like the tokenizer
-  of `config.init.path`.
-  """
-  init = config.init
-  if not init or init.new_tokenizer or tokenizer is None:
-    return
-  if not select_names(["text/token_embedding"], init.include or ("",)):
-    return
-  files = loading.read_model_info(init.path).tokenizer
-  if files is None:
-    return
-  source, length = files.build(), config.model.text.length
-  for text in _PROBE_TEXTS:
-    theirs, ours = (t.encode([text], length)[0] for t in (source, tokenizer))
-    if list(theirs) != list(ours):
-      raise ConfigError(
-        f"config.model.text: {init.path} was trained with {source!r}, this run "
-        f"has {tokenizer!r}, which encodes {text!r} differently. Use "
-        "the source's tokenizer and clean, or set "
-        "config.init.new_tokenizer=True to learn new token embeddings."
-      )
+  teachers = read_teacher_params(train_step)
+  return train_step.program.init(params, teachers, teacher)
 
 
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
@@ -131,15 +102,104 @@ def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
     entry = train_step.config.teachers[name]
     if entry.path is None:
       continue
-    source = loading.read_params(
-      entry.path,
-      weights=entry.weights,
-      step=entry.step,
-      spec=train_step.step_spec.teachers[name].model,
-    )
-    loaded[name], report = merge_params(
-      abstract[name], {"image": source["image"]}, min_coverage=1.0
-    )
-    source = hub.pin_name(entry.path)
-    log.info("Teacher %s, from %s: %s", name, source, report)
+    spec = train_step.step_spec.teachers[name].model
+    options = dict(weights=entry.weights, step=entry.step, spec=spec)
+    image = {"image": loading.read_params(entry.path, **options)["image"]}
+    loaded[name], report = merge_params(abstract[name], image, min_coverage=1.0)
+    log.info(f"Teacher {name}, from {hub.pin_name(entry.path)}: {report}")
   return loaded
+
+
+def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
+  """Returns the state at step 0 with statistics of the first batches.
+
+  They are part of the state, so a resumed run does not fit them again. Uses the
+  batches and crops of the first steps, on any mesh. All hosts use the result
+  of process 0, since matrix decompositions may differ between hosts.
+  """
+  spec, program = experiment.step_spec, experiment.program
+  counts = {
+    name: -(-objective.num_statistics_examples // experiment.config.batch_size)
+    for name, objective in spec.objectives.items()
+    if objective.num_statistics_examples
+  }
+  if not counts:
+    return state
+  log.info("Statistics of features: reads %d batches.", max(counts.values()))
+  moments: dict[str, dict[str, Moments]] = {name: {} for name in counts}
+  measure = jit_feature_moments(program)
+  with make_loader(experiment, 0) as loader:
+    for step in range(max(counts.values())):
+      batch = shard_batch(next(loader), experiment.mesh)
+      active = tuple(name for name, count in counts.items() if step < count)
+      parts = jax.device_get(measure(state, batch, np.int32(step), active))
+      for name, features in parts.items():
+        for key, arrays in features.items():
+          merge_parts(moments[name], key, arrays)
+  fitted = dict(state.statistics)
+  for name, of_features in moments.items():
+    new = spec.objectives[name].fit_statistics(of_features)
+    fitted[name] = {**fitted[name], **new}
+  if jax.process_count() > 1:
+    fitted = multihost_utils.broadcast_one_to_all(jax.device_get(fitted))
+  statistics = jax.device_put(fitted, program.shardings.statistics)
+  return state.replace(statistics=statistics)
+
+
+def merge_parts(moments: dict[str, Moments], key: str, arrays: Any) -> None:
+  """Merges the moments of a batch's parts into `moments[key]`.
+
+  `arrays` are count `[parts]`, mean `[parts, d]`, covariance `[parts, d, d]`.
+  """
+  for part in zip(*map(np.float64, arrays), strict=True):
+    new = Moments(float(part[0]), *part[1:])
+    moments[key] = moments[key].merge(new) if key in moments else new
+
+
+def jit_feature_moments(program: Program) -> Any:
+  """`compute_feature_moments` as `(state, batch, step, active) -> moments`."""
+
+  def moments(state, batch, step, active):
+    spec = program.spec.select_objectives(active)
+    state = state.replace(step=step)
+    return compute_feature_moments(spec, state, batch, program.mesh)
+
+  replicated = replicated_sharding(program.mesh)
+  return program.jit(moments, replicated, replicated, static_argnums=3)
+
+
+def compute_feature_moments(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
+) -> dict[str, dict[str, tuple[Array, Array, Array]]]:
+  """Moments of the features whose statistics the objectives fit.
+
+  By objective and feature: count `[parts]`, mean `[parts, d]` and covariance
+  `[parts, d, d]`, for the `spec.accumulate` parts of a batch.
+  """
+
+  def moments(part):
+    features = compute_statistics_features(spec, state, *part, mesh)
+    return {
+      name: {key: batch_moments(*pair) for key, pair in of_objective.items()}
+      for name, of_objective in features.items()
+    }
+
+  return jax.lax.map(moments, split_batch(spec, state, batch, mesh))
+
+
+def compute_statistics_features(
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, dict[str, tuple[Array, Array]]]:
+  """Each objective's `statistics_features`; runs only the frozen teachers."""
+  params, state = gather_params(spec, state.params, state, mesh)
+  plan = {e: n for e, n in spec.plan.items() if e.weights in spec.teachers}
+  batch, fixed = add_views(spec, batch, keys, mesh), state.fixed_params
+  encoded = encode(spec, params, fixed, batch, plan=plan, mesh=mesh)
+  return {
+    name: objective.statistics_features(encoded, batch)
+    for name, objective in spec.objectives.items()
+  }

@@ -1,28 +1,201 @@
-"""Measurements of the objectives' gradients on the image encoder, in a run.
+"""Measurements of the objectives' gradients on the image encoder.
 
-Norms and interference every few steps, if configured, for the log or a
-balancing method; norms also after a spike or a non-finite update.
+Interference compares the gradients of each pair of objectives: their cosine by
+encoder block, and the transfer from objective i to j, with theta_i the encoder
+after a step along the gradient of objective i,
+
+  transfer[i][j] = 1 - L_j(theta_i) / L_j(theta)
+
+(Fifty et al. 2021, equation 1, on the step's batch and crops). Fifty et al.
+step by `lr * g_i`, their optimizer's update. Our optimizers are scale free, so
+we chose a step of length `lr * |theta|`, the trust ratio of LARS (You et al.
+2017).
 """
 
-from __future__ import annotations
-
+import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
 
+from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.parallel.mesh import replicated_sharding
-from mtv_jax.train import interference
-from mtv_jax.train.encoder_gradients import compute_encoder_grad_norms
-from mtv_jax.train.spec import StepSpec
-from mtv_jax.train.state import TrainState
+from mtv_jax.train.forward import Batch
+from mtv_jax.train.gradients import (
+  compute_encoder_grad_norms,
+  compute_encoder_gradients,
+  compute_objective_losses,
+)
+from mtv_jax.train.spec import StepSpec, TrainState
 from mtv_jax.train.step import Program
+from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
+
+# The image encoder's parameters after its blocks; the rest precede the blocks.
+_AFTER_BLOCKS = r"^(norm|pool|projection)/"
+
+
+@dataclasses.dataclass(frozen=True)
+class InterferenceConfig:
+  """`config.interference`."""
+
+  every: PositiveDuration = Duration(100)  # Interval between measurements.
+  transfer: bool = True  # Whether to measure transfer too.
+
+
+def block_names(depth: int) -> list[str]:
+  """Names of the encoder's blocks, in the order of `block_products`."""
+  return ["embedding", *map(str, range(depth)), "pool"]
+
+
+def block_products(grads: Sequence[PyTree]) -> Float[Array, "o o b"]:
+  """Inner products of O gradients on an image encoder, by block.
+
+  Blocks are the embedding with prefix tokens, each stacked block, and the final
+  norm with the pooling.
+  """
+  sums: dict[str, Any] = dict(embedding=0.0, blocks=0.0, pool=0.0)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)  # [O, ...]
+  for name, leaf in flatten_with_names(stacked):
+    if name.startswith("blocks/"):
+      block, batch = "blocks", (1,)
+    else:
+      block = "pool" if re.search(_AFTER_BLOCKS, name) else "embedding"
+      batch = ()
+    contracted = tuple(range(1 + len(batch), leaf.ndim))
+    axes = (contracted, contracted), (batch, batch)
+    sums[block] += jax.lax.dot_general(
+      leaf, leaf, axes, precision="highest"
+    )  # [depth, O, O] or [O, O]
+  blocks = jnp.moveaxis(sums["blocks"], 0, -1)
+  ends = sums["embedding"][:, :, None], sums["pool"][:, :, None]
+  return jnp.concatenate([ends[0], blocks, ends[1]], axis=-1)
+
+
+def measure_interference(
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  lr: Float[Array, ""] | None = None,
+  mesh: Mesh | None = None,
+) -> dict[str, Array]:
+  """Compares the gradients of the spec's O objectives on B blocks.
+
+  Returns `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]` (0
+  if a gradient is 0), `weights` `[O]` and unweighted `losses` `[O]`. With a
+  learning rate also `transfer` `[O, O]` of the unweighted losses (0 if the
+  gradient or the loss is 0), which takes O + 1 more forward passes.
+  """
+  losses, grads = compute_encoder_gradients(spec, state, batch, mesh)
+  weights = spec.loss_weights(state)
+  weights = jnp.stack([weights[name] for name in spec.objectives])  # [O]
+  products = block_products([grads[name] for name in spec.objectives])
+  norms = jnp.sqrt(jnp.einsum("iib->ib", products))
+  scale = norms[:, None] * norms[None]  # [O, O, B]
+  cosines = jnp.where(
+    scale > 0, products / jnp.where(scale > 0, scale, 1.0), 0.0
+  )
+  result = dict(
+    norms=weights[:, None] * norms,
+    cosines=jnp.clip(cosines, -1.0, 1.0),
+    weights=weights,
+    losses=jnp.stack([losses[name] for name in spec.objectives]),
+  )
+  if lr is not None:
+    result["transfer"] = _transfer(spec, state, batch, grads, lr, mesh)
+  return result
+
+
+def _transfer(
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  grads: Mapping[str, PyTree],
+  lr: Float[Array, ""],
+  mesh: Mesh | None,
+) -> Float[Array, "o o"]:
+  """Relative decrease of each loss after a step along each gradient."""
+  image = state.params["image"]
+  length = lr * optax.tree.norm(image)
+
+  def step(grad):
+    norm = optax.tree.norm(grad)
+    scale = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1.0), 0.0)
+    return jax.tree.map(lambda p, g: p - scale * g, image, grad)
+
+  def losses_of(image):
+    params = {**state.params, "image": image}
+    losses = compute_objective_losses(spec, params, state, batch, mesh)
+    return jnp.stack([losses[name] for name in spec.objectives])
+
+  # One loop includes the encoder before the step, so that rounding is equal.
+  encoders = [image, *(step(grads[name]) for name in spec.objectives)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders)
+  losses = jax.lax.map(losses_of, stacked)  # [1 + O, O]
+  before, after = losses[0], losses[1:]
+  has_loss = before != 0
+  ratio = after / jnp.where(has_loss, before, 1.0)
+  return jnp.where(has_loss, 1.0 - ratio, 0.0)
+
+
+def conflict_share(
+  cosines: Float[np.ndarray, "o o b"], norms: Float[np.ndarray, "o b"]
+) -> float:
+  """The share of (pair, block) entries whose cosine is negative.
+
+  Ignores entries with a zero gradient; 0 if no entry remains.
+  """
+  first, second = np.triu_indices(len(norms), k=1)
+  counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
+  negative = cosines[first, second] < 0
+  return float((negative & counted).sum() / max(counted.sum(), 1))
+
+
+def interference_row(
+  names: Sequence[str], measured: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """A measurement as a row of `interference.jsonl`, without the step."""
+  cosines, norms = measured["cosines"], measured["norms"]
+  return {
+    "objectives": list(names),
+    "blocks": block_names(norms.shape[1] - 2),
+    "conflicts": conflict_share(cosines, norms),
+    **measured,
+  }
+
+
+def interference_scalars(
+  measured: Mapping[str, np.ndarray],
+) -> dict[str, float]:
+  """Summarises a measurement as metrics.
+
+  The share of conflicts, the mean and minimum cosine of two gradients on the
+  whole encoder, and the mean transfer between two objectives.
+  """
+  cosines, norms = measured["cosines"], measured["norms"]
+  scalars = {"interference/conflicts": conflict_share(cosines, norms)}
+  pairs = np.triu_indices(len(norms), k=1)
+  products = np.einsum("ijb,ib,jb->ij", cosines, norms, norms)[pairs]
+  lengths = np.sqrt(np.square(norms).sum(axis=1))  # [O]
+  scale = np.outer(lengths, lengths)[pairs]
+  whole = products[scale > 0] / scale[scale > 0]
+  if whole.size:
+    scalars["interference/cosine_mean"] = float(whole.mean())
+    scalars["interference/cosine_min"] = float(whole.min())
+  if "transfer" in measured and len(norms) > 1:
+    others = ~np.eye(len(norms), dtype=bool)
+    transfer = measured["transfer"][others].mean()
+    scalars["interference/transfer_mean"] = float(transfer)
+  return scalars
 
 
 class GradientMeasurements:
@@ -34,29 +207,24 @@ class GradientMeasurements:
   @functools.cached_property
   def encoder_grad_norms(self) -> Any:
     """`(state, batch, active) -> {name: norm}`, jitted."""
-
-    def norms(state, batch, active):
-      spec = self._program.spec.select_objectives(active)
-      return compute_encoder_grad_norms(spec, state, batch, self._program.mesh)
-
-    replicated = replicated_sharding(self._program.mesh)
-    return self._program.jit(norms, replicated, static_argnums=2)
+    return self._jit(compute_encoder_grad_norms)
 
   @functools.cached_property
   def interference(self) -> Any:
-    """`(state, batch, active, lr) -> arrays`, see `measure_interference`.
+    """`(state, batch, active, lr) -> arrays`, see `measure_interference`."""
+    return self._jit(
+      measure_interference, replicated_sharding(self._program.mesh)
+    )
 
-    Skips the transfer if the learning rate is None.
-    """
+  def _jit(self, measure: Any, *inputs: Any) -> Any:
+    program = self._program
 
-    def measure(state, batch, active, lr=None):
-      spec = self._program.spec.select_objectives(active)
-      return interference.measure_interference(
-        spec, state, batch, lr, self._program.mesh
-      )
+    def measure_active(state, batch, active, *args):
+      spec = program.spec.select_objectives(active)
+      return measure(spec, state, batch, *args, mesh=program.mesh)
 
-    replicated = replicated_sharding(self._program.mesh)
-    return self._program.jit(measure, replicated, replicated, static_argnums=2)
+    outputs = replicated_sharding(program.mesh)
+    return program.jit(measure_active, outputs, *inputs, static_argnums=2)
 
   @functools.cached_property
   def _observe(self) -> Any:
@@ -87,9 +255,8 @@ class GradientMeasurements:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       log.warning(
-        "The objectives' gradient norms are unknown, as their measurement"
-        " takes more memory than there is. %s",
-        str(error).splitlines()[0],
+        "The objectives' gradient norms are unknown: their measurement takes"
+        f" more memory than there is. {str(error).splitlines()[0]}"
       )
       return {}
 
@@ -99,15 +266,14 @@ class GradientMeasurements:
     """Returns a row of `interference.jsonl`, its metrics, and norms by name."""
     measured = jax.device_get(self.interference(state, batch, active, lr))
     norms = np.linalg.norm(measured["norms"], axis=1)
-    return (
-      interference.interference_row(active, measured),
-      interference.interference_scalars(measured),
-      dict(zip(active, norms, strict=True)),
+    row, scalars = (
+      interference_row(active, measured),
+      interference_scalars(measured),
     )
+    return row, scalars, dict(zip(active, norms, strict=True))
 
 
 def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:
-  """Gradient norms as metrics."""
   norms = jax.device_get(norms)
   return {f"{n}/encoder_grad_norm": float(v) for n, v in norms.items()}
 

@@ -1,4 +1,4 @@
-"""Non-finite updates, and spikes of the gradient norm.
+"""Non-finite updates, spikes of the gradient norm, and bounds on metrics.
 
 The train step skips an update if the loss or the gradient is non-finite (see
 `step.make_update_fn`). This module counts skipped updates and decides when a
@@ -19,7 +19,8 @@ import jax
 
 import mtv_jax
 from mtv_jax.config.options import NonNegativeInt
-from mtv_jax.utils.errors import UserError
+from mtv_jax.config.sections import sparse
+from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +55,18 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 class RollbackError(Exception):
-  """Raised to roll back to the last checkpoint before some steps.
+  """Raised to undo the steps `first` to `last`, inclusive.
 
-  The default reason is too many non-finite updates in a row.
-
-  Attributes:
-    first: first step to undo.
-    last: last step to undo.
-    what: the reason, for messages.
-    hint: what to try if the run ends.
-    then: "rollback" or "stop"; None for `config.nonfinite.then`.
-    then_key: the config key of `then`.
-    error_type: type of the error that ends the run if it does not roll back.
+  `what` is the reason (default: too many non-finite updates in a row), and
+  `hint` what to try if the run ends. `then` is "rollback" or "stop" (None for
+  `config.nonfinite.then`), and `then_key` its config key. `error_type` ends the
+  run if it does not roll back.
   """
 
   def __init__(
     self,
     first: int,
     last: int,
-    *,
     what: str | None = None,
     hint: str = _HINT,
     then: str | None = None,
@@ -90,19 +84,14 @@ class UpdateMonitor:
   """Counts skipped updates and detects spikes.
 
   All processes see equal numbers and make equal decisions.
-
-  Args:
-    max_consecutive: more skipped updates in a row raise RollbackError.
-    spike_factor: a spike is a gradient norm this many times the median of the
-      last 100; None disables detection.
-    skipped_updates: number of updates that earlier sessions skipped.
-    nonfinite_since: first step of the current series of skipped updates.
   """
 
-  max_consecutive: int
-  spike_factor: float | None
-  skipped_updates: int = 0
-  nonfinite_since: int | None = None
+  max_consecutive: int  # More skipped updates in a row raise RollbackError.
+  # A spike is a gradient norm this many times the median of the last 100; 0
+  # disables detection.
+  spike_factor: float
+  skipped_updates: int = 0  # Including those of earlier sessions.
+  nonfinite_since: int | None = None  # First step of the current series.
 
   def __post_init__(self):
     self._norms = collections.deque(maxlen=_WINDOW)
@@ -127,7 +116,6 @@ class UpdateMonitor:
     return factor
 
   def to_dict(self) -> dict[str, Any]:
-    """The counters to store in a checkpoint."""
     return {name: getattr(self, name) for name in SAVED}
 
 
@@ -165,3 +153,69 @@ def locate_nan(function: Callable[..., Any], *args: Any) -> str:
     ]
     return f"{str(error).splitlines()[0]} In: {' > '.join(calls)}"
   return "no operation by itself: it depends on the compiled order of sums"
+
+
+class BoundError(UserError):
+  """A metric is beyond its bound, and the run does not roll back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An evaluation's `bound`: minimum and/or maximum of one metric.
+
+  If the metric is out of bounds, `rollback` restores the last checkpoint at
+  which it was within them and skips the rows since then, at most
+  `config.nonfinite.max_rollbacks` times; `stop` ends the run.
+  """
+
+  metric: str
+  min: float | None = sparse(None)
+  max: float | None = sparse(None)
+  then: Literal["rollback", "stop"] = sparse("rollback")
+
+  def __post_init__(self):
+    if self.min is None and self.max is None:
+      raise ConfigError("has neither min nor max: give one or both.")
+
+  def check(
+    self, name: str, metrics: Mapping[str, float], step: int, last_within: int
+  ) -> None:
+    """Checks the metrics of evaluation `name` after a step.
+
+    `last_within` is the step of the previous evaluation, within bounds.
+    """
+    value = self.value(name, metrics)
+    if self.is_met(value):
+      return
+    is_low = self._is_low(value)
+    side = f"below {self.min:g}" if is_low else f"above {self.max:g}"
+    what = f"{name}/{self.metric} is {value:.4g} at step {step}, {side}"
+    if step == 0:
+      raise BoundError(
+        f"{what}: the run starts beyond config.evals.{name}.bound."
+      )
+    hint = (
+      "Resume with a lower learning rate, a stronger anchor or lower"
+      " layer_decay, or loosen the bound."
+    )
+    key = f"config.evals.{name}.bound.then"
+    raise RollbackError(
+      *(last_within + 1, step, what, hint, self.then, key, BoundError)
+    )
+
+  def value(self, name: str, metrics: Mapping[str, float]) -> float:
+    """The metric of evaluation `name`; ConfigError if it is missing."""
+    if self.metric not in metrics:
+      raise ConfigError(
+        f"config.evals.{name}.bound.metric: {name} has no {self.metric!r}. "
+        f"{did_you_mean(self.metric, metrics)}"
+      )
+    return metrics[self.metric]
+
+  def is_met(self, value: float) -> bool:
+    """Whether a value is within the bound; NaN is not."""
+    high = self.max is not None and not value <= self.max
+    return not (self._is_low(value) or high)
+
+  def _is_low(self, value: float) -> bool:
+    return self.min is not None and not value >= self.min

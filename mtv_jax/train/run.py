@@ -28,9 +28,8 @@ from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
-from mtv_jax.train.bounds import Bound
-from mtv_jax.train.interference import InterferenceConfig
-from mtv_jax.train.numerics import NonFiniteConfig
+from mtv_jax.train.measurements import InterferenceConfig
+from mtv_jax.train.numerics import Bound, NonFiniteConfig
 from mtv_jax.train.optim.optimizer import OptimConfig
 from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
@@ -144,7 +143,7 @@ class LogConfig:
     if last < first:
       raise ConfigError(
         f"config.log.profile_steps is ({first}, {last}), expected the first and"
-        " the last step of a profile."
+        " the last step."
       )
 
 
@@ -208,7 +207,6 @@ class RunConfig:
         )
 
   def to_dict(self) -> dict[str, Any]:
-    """The content of `config.json`."""
     return sections.to_dict(self)
 
 
@@ -223,18 +221,11 @@ def check_config(config: Config | RunConfig) -> RunConfig:
 def resolve(
   config: Config | RunConfig, workdir: str | os.PathLike | None = None
 ) -> RunConfig:
-  """Checks a config and fills in derived values.
+  """Checks a config and fills in derived values; ConfigError if invalid.
 
-  These are the teachers' architectures, the mask token and the text tower. A
-  resolved config is returned unchanged.
-
-  Args:
-    config: a recipe's config, or the content of a `config.json`.
-    workdir: the run's folder, whose `config.json` records the teachers.
-
-  Raises:
-    ConfigError: a key is unknown or missing, a value has the wrong type or is
-      out of range, or views, teachers and objectives are incompatible.
+  Derived values are the teachers' architectures, the mask token and the text
+  tower. A resolved config is returned unchanged. The `config.json` of a run in
+  `workdir` records the teachers.
   """
   run = check_config(config)
   if run.parts is not None:
@@ -250,12 +241,9 @@ def resolve(
     for name, teacher in parts.teachers.items()
     if teachers[name].model is None
   }
-  return dataclasses.replace(
-    run,
-    parts=dataclasses.replace(
-      parts, model=model, teachers={**parts.teachers, **shared}
-    ),
-  )
+  built = {**parts.teachers, **shared}
+  parts = dataclasses.replace(parts, model=model, teachers=built)
+  return dataclasses.replace(run, parts=parts)
 
 
 def _build_parts(run: RunConfig) -> StepParts:
@@ -294,6 +282,5 @@ def _apply_needs(run: RunConfig, parts: StepParts) -> RunConfig:
   if _FROZEN_TEXT in run.optim.rules:
     return run
   rules = (_FROZEN_TEXT, *run.optim.rules)
-  return dataclasses.replace(
-    run, optim=dataclasses.replace(run.optim, rules=rules)
-  )
+  optim = dataclasses.replace(run.optim, rules=rules)
+  return dataclasses.replace(run, optim=optim)

@@ -1,6 +1,4 @@
-"""Specification of the train step, and the initial state."""
-
-from __future__ import annotations
+"""The train state, and the specification of the step that updates it."""
 
 import collections
 import dataclasses
@@ -11,22 +9,63 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment import views as views_lib
 from mtv_jax.config.feature_layout import FeatureLayout
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
-from mtv_jax.train.balance.base import Balance
+from mtv_jax.train.balance import Balance
 from mtv_jax.train.optim.schedules import half_cosine
-from mtv_jax.train.state import TrainState
 from mtv_jax.train.teachers import FrozenTeacher
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.tree import pytree_dataclass
+
+
+@pytree_dataclass
+class TrainState:
+  """All arrays that training updates and a checkpoint stores."""
+
+  step: Int[Array, ""]  # Number of updates done.
+  params: PyTree  # `image`, `text` and `heads/NAME`, float32.
+  opt_state: Any  # Moments have the parameters' names and shapes.
+  # EMA of `image` and heads, or of heads; {} if no objective reads it.
+  teacher: PyTree
+  ema: PyTree  # EMA of all parameters, for evaluation and export, or {}.
+  statistics: PyTree  # By objective, such as DINO's centre.
+  # Frozen encoders of `config.teachers` by name, each `{image: ...}`, or {}.
+  teachers: PyTree = flax.struct.field(default_factory=dict)
+  # State of the balancing method, see `train/balance.py`, or {}.
+  balance: PyTree = flax.struct.field(default_factory=dict)
+
+  @property
+  def fixed_params(self) -> dict[str, PyTree]:
+    """The parameters without gradient, by `Encoding.weights`."""
+    return {"teacher": self.teacher, **self.teachers}
+
+  def weights(self, which: str) -> PyTree:
+    """The parameters to evaluate: `'student'`, `'teacher'` or `'ema'`.
+
+    A teacher's image encoder comes with the student's text tower and heads.
+    """
+    weights = {"student": self.params}
+    if self.ema:
+      weights["ema"] = self.ema
+    if "image" in self.teacher:
+      weights["teacher"] = {**self.params, "image": self.teacher["image"]}
+    if which not in weights:
+      hint = did_you_mean(str(which), weights)
+      raise ConfigError(
+        f"this run has no {which!r} weights. {hint} 'ema' needs config.ema, "
+        "'teacher' an objective that reads one and teacher.ema='all'."
+      )
+    return weights[which]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +117,13 @@ class StepSpec:
   teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
     default_factory=dict
   )
-  # The tower of each encoding, built from the fields above.
-  encoders: Mapping[base.Encoding, nn.Module] = dataclasses.field(init=False)
   balance: Balance = Balance()  # Default: the config's weights.
 
   def __post_init__(self):
     if not self.objectives:
       raise ConfigError("config.objectives is empty.")
-    if self.teacher_ema == "heads":
-      self._check_head_only_teacher()
     for name, objective in self.objectives.items():
-      for encoding in objective.needs().encodings:
-        self._check_encoding(f"config.objectives.{name}", encoding)
+      self._check_objective(f"config.objectives.{name}", objective)
     # Views resized to the encodings' sizes.
     resized = {
       e.view_name: views_lib.resize_view(self.views[e.view], e.size)
@@ -97,35 +131,41 @@ class StepSpec:
       if e.size
     }
     object.__setattr__(self, "views", {**self.views, **resized})
-    object.__setattr__(self, "encoders", self._build_encoders())
 
-  def _check_encoding(self, where: str, encoding: base.Encoding) -> None:
-    """Raises ConfigError if an encoding's teacher, view or tower is missing."""
-    if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
+  def _check_objective(self, where: str, objective: base.Objective) -> None:
+    """Raises ConfigError if a teacher, view or tower is missing."""
+    encodings = objective.needs().encodings
+    for e in encodings:
+      if e.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
+        raise ConfigError(
+          f"{where} reads the teacher {e.weights!r}, which config.teachers "
+          f"lacks; there are: {sorted(self.teachers)}."
+        )
+      if e.tower == "text" and self.model.text is None:
+        raise ConfigError(f"{where} reads text, but config.model.text is None.")
+      if e.tower == "image" and e.view not in self.views:
+        raise ConfigError(
+          f"{where} reads the view {e.view!r}, which config.views lacks; there "
+          f"are: {sorted(self.views)}."
+        )
+      if e.tower == "image":
+        self._check_patch_size(e)
+    reads_teacher = any(e.weights == base.TEACHER for e in encodings)
+    averages = any(head.teacher for head in objective.heads().values())
+    if self.teacher_ema == "heads" and reads_teacher and not averages:
       raise ConfigError(
-        f"{where} reads the teacher {encoding.weights!r}, which "
-        f"config.teachers lacks; there are: {sorted(self.teachers)}."
+        f"{where} would compare the student with itself: with "
+        "config.teacher.ema='heads' the EMA teacher has the student's encoder. "
+        "Set teacher.ema='all', or name a teacher of config.teachers."
       )
-    if encoding.tower == "image" and encoding.view not in self.views:
-      raise ConfigError(
-        f"{where} reads the view {encoding.view!r}, which config.views lacks; "
-        f"there are: {sorted(self.views)}."
-      )
-    if encoding.tower == "text" and self.model.text is None:
-      raise ConfigError(
-        f"{where} reads text, but config.model.text is not set."
-      )
-    if encoding.tower == "image":
-      self._check_patch_size(encoding)
 
   def _check_patch_size(self, encoding: base.Encoding) -> None:
     """Raises ConfigError if patch sizes of a view's mask and tower differ."""
     mask = self.views[encoding.view].pipelines[0].mask
-    is_student = encoding.weights == base.STUDENT
-    # `blocks` does not mask patches for teachers. Resized views lack a mask.
-    if (
-      mask is None or encoding.size or not (is_student or mask.field == "keep")
-    ):
+    if mask is None or encoding.size:  # Resized views lack a mask.
+      return
+    # `blocks` does not mask patches for teachers.
+    if encoding.weights != base.STUDENT and mask.field != "keep":
       return
     teacher = self.teachers.get(encoding.weights)
     spec = self.model if teacher is None else teacher.model
@@ -137,20 +177,6 @@ class StepSpec:
         f"{mask.name}(..., patch={patch})."
       )
 
-  def _check_head_only_teacher(self) -> None:
-    """Raises ConfigError if an objective needs a teacher's encoder."""
-    for name, objective in self.objectives.items():
-      read = {e.weights for e in objective.needs().encodings}
-      if base.TEACHER in read and not any(
-        head.teacher for head in objective.heads().values()
-      ):
-        raise ConfigError(
-          f"config.objectives.{name} would compare the student with itself: "
-          "with config.teacher.ema='heads' the EMA teacher has the student's "
-          "encoder. Set teacher.ema='all', or name a teacher of "
-          "config.teachers."
-        )
-
   @functools.cached_property
   def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
     """The distinct encodings, with the union of the layers read."""
@@ -161,8 +187,25 @@ class StepSpec:
     return {e: tuple(sorted(union[e])) for e in sorted(union)}
 
   @functools.cached_property
+  def towers(self) -> dict[base.Encoding, nn.Module]:
+    """The tower, a linen module, of each encoding."""
+    towers = {}
+    for e in self.plan:
+      remat = self.remat.choose(e.tower, e.view)
+      options = dict(dtype=self.dtype, **self.runtime, remat=remat)
+      if e.weights in self.teachers:  # Target features are not quantized.
+        model = self.teachers[e.weights].model
+        options["quantization"] = "none"
+        towers[e] = model_lib.image_tower(model, **options)
+      elif e.tower == "image":
+        towers[e] = model_lib.image_tower(self.model, **options)
+      else:
+        towers[e] = model_lib.text_tower(self.model, **options)
+    return towers
+
+  @functools.cached_property
   def first_reads(self) -> dict[str, int]:
-    """See `find_first_reads`."""
+    """The first step that reads each teacher, or the student."""
     return find_first_reads(self.objectives, self.weights)
 
   @functools.cached_property
@@ -196,33 +239,16 @@ class StepSpec:
     The earliest, if objectives share a head.
     """
     starts: dict[str, int] = {}
-    for objective, weight in zip(
-      self.objectives.values(), self.weights.values(), strict=True
-    ):
-      rest = self.total_steps - weight.start
+    for objective_name, objective in self.objectives.items():
+      first = self.weights[objective_name].start
+      rest = self.total_steps - first
       for key, head in objective.heads().items():
         for part, percent in head.frozen_percent.items():
           # Rounded, because 7 / 100 * 100 is above 7.
-          step = weight.start + math.ceil(round(percent / 100 * rest, 6))
+          step = first + math.ceil(round(percent / 100 * rest, 6))
           name = f"heads/{key}/{part}/"
           starts[name] = min(step, starts.get(name, step))
     return starts
-
-  def _build_encoders(self) -> dict[base.Encoding, nn.Module]:
-    """Builds the tower, a linen module, of each encoding."""
-    options = dict(dtype=self.dtype, **self.runtime)
-    towers = {}
-    for e in self.plan:
-      remat = {"remat": self.remat.choose(e.tower, e.view)}
-      if e.weights in self.teachers:  # Target features are not quantized.
-        fixed = {**options, **remat, "quantization": "none"}
-        model = self.teachers[e.weights].model
-        towers[e] = model_lib.image_tower(model, **fixed)
-      elif e.tower == "image":
-        towers[e] = model_lib.image_tower(self.model, **options, **remat)
-      else:
-        towers[e] = model_lib.text_tower(self.model, **options, **remat)
-    return towers
 
   @property
   def attention_heads(self) -> dict[str, int]:
@@ -235,7 +261,7 @@ class StepSpec:
     """The objectives that update `step`, counted from 0, computes."""
     return tuple(n for n, w in self.weights.items() if w.is_active(step))
 
-  def select_objectives(self, names: tuple[str, ...]) -> StepSpec:
+  def select_objectives(self, names: tuple[str, ...]) -> "StepSpec":
     """This specification with only the named objectives."""
     if tuple(names) == tuple(self.objectives):
       return self
@@ -279,10 +305,9 @@ class StepSpec:
     layouts: dict[str, FeatureLayout] = {}
     for objective in self.objectives.values():
       for name, layout in objective.needs().features.items():
-        shapes = layouts[name].shapes if name in layouts else {}
-        layouts[name] = FeatureLayout(
-          layout.format, {**shapes, **layout.shapes}
-        )
+        known = layouts[name].shapes if name in layouts else {}
+        shapes = {**known, **layout.shapes}
+        layouts[name] = FeatureLayout(layout.format, shapes)
     return layouts
 
   def fields(self) -> dict[str, list[str]]:
@@ -290,12 +315,10 @@ class StepSpec:
     readers = {f: list(self.objectives) for f in ("image", "image_size")}
     for name, objective in self.objectives.items():
       needs = objective.needs()
-      of_features = [
-        field
-        for teacher, layout in needs.features.items()
-        for field in layout.fields(teacher)
-      ]
-      for field in (*needs.fields, *of_features):
+      fields = [*needs.fields]
+      for teacher, layout in needs.features.items():
+        fields += layout.fields(teacher)
+      for field in fields:
         readers.setdefault(field, []).append(name)
     return readers
 
@@ -304,7 +327,7 @@ def find_first_reads(
   objectives: Mapping[str, base.Objective],
   weights: Mapping[str, ObjectiveWeight],
 ) -> dict[str, int]:
-  """The first step that reads each set of weights (student or teacher)."""
+  """The first step that reads each set of weights, by `Encoding.weights`."""
   first: dict[str, int] = {}
   for name, objective in objectives.items():
     start = weights[name].start
@@ -313,9 +336,7 @@ def find_first_reads(
   return first
 
 
-def _are_equal_heads(
-  a: base.Head, b: base.Head, spec: model_lib.ModelSpec
-) -> bool:
+def _are_equal_heads(a: base.Head, b: base.Head, spec: Any) -> bool:
   """Whether two heads have equal modules, bounds and input widths."""
 
   def shapes(head):
@@ -376,9 +397,8 @@ def init_state(
       return teachers[name]
     if teacher.model.image == spec.model.image:
       return {"image": copy(params["image"])}
-    rng = jax.random.fold_in(
-      jax.random.key(spec.seed), zlib.crc32(name.encode())
-    )
+    key = jax.random.key(spec.seed)
+    rng = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return {"image": model_lib.init_params(teacher.model, rng)["image"]}
 
   return TrainState(

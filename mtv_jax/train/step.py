@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,23 +13,30 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from mtv_jax.parallel.constraints import check_param_rules
+from mtv_jax.objectives.base import TEACHER
 from mtv_jax.parallel.mesh import BATCH_SPEC, replicated_sharding
-from mtv_jax.parallel.rules import ShardingRules, tree_shardings
+from mtv_jax.parallel.rules import (
+  ShardingRules,
+  check_param_rules,
+  tree_shardings,
+)
 from mtv_jax.train.forward import EMBEDDING_TABLES
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.spec import (
   StepSpec,
+  TrainState,
   abstract_state,
   init_state,
   teacher_params,
 )
-from mtv_jax.train.state import TrainState
 from mtv_jax.utils import xla_flags
 
+log = logging.getLogger(__name__)
+
 Metrics = dict[str, Array]
-# (state after the optimizer, state before it, terms by objective) -> state
-StateUpdate = Callable[[TrainState, TrainState, Mapping[str, Any]], TrainState]
+Terms = Mapping[str, Any]  # `objectives.base.Terms` by objective.
+# (state after the optimizer, state before it, terms) -> state
+StateUpdate = Callable[[TrainState, TrainState, Terms], TrainState]
 
 
 def make_update_fn(
@@ -86,19 +94,15 @@ def make_update_fn(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The compiled functions of training on one mesh.
-
-  `abstract` has the shapes and shardings of the state.
-  """
+  """The compiled functions of training on one mesh."""
 
   spec: StepSpec
   tx: optax.GradientTransformation
   mesh: Mesh
-  abstract: TrainState
+  abstract: TrainState  # Shapes and shardings of the state.
 
   @functools.cached_property
   def shardings(self) -> TrainState:
-    """Shardings of the state's arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
   @functools.cached_property
@@ -143,6 +147,33 @@ class Program:
     jitted = jax.jit(init, out_shardings=self.shardings)
     return jitted(params, dict(teachers), teacher)
 
+  def copy_teachers(self, state: TrainState, step: int) -> TrainState:
+    """Copies the teachers due after `step` updates; then donates `state`.
+
+    An EMA teacher that is first read after step 0 starts as a copy of the
+    student at that step. Snapshot teachers are copies of the EMA teacher; some
+    are refreshed every few updates.
+    """
+    spec, first = self.spec, self.spec.first_reads
+    starts_ema = step > 0 and first.get(TEACHER) == step
+    names = [n for n, t in spec.teachers.items() if t.due(step - first[n])]
+    if not names and not starts_ema:
+      return state
+    if names:
+      log.info(f"Step {step + 1} copies the EMA teacher to {', '.join(names)}.")
+
+    def copy(state):
+      if starts_ema:
+        teacher = teacher_params(spec, state.params)
+        state = state.replace(teacher=jax.tree.map(jnp.copy, teacher))
+      # A teacher with heads only uses the student's encoder.
+      image = {**state.params, **state.teacher}["image"]
+      new = {name: {"image": jax.tree.map(jnp.copy, image)} for name in names}
+      return state.replace(teachers={**state.teachers, **new})
+
+    options = dict(out_shardings=self.shardings, donate_argnums=0)
+    return jax.jit(copy, **options)(state)
+
 
 def make_program(
   spec: StepSpec,
@@ -164,24 +195,18 @@ def make_program(
   return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract)
 
 
-# ---------------------------------------------------------------------------
-# Optional parts of an update.
-
-
 def make_state_updates(
   spec: StepSpec, active_spec: StepSpec
 ) -> list[StateUpdate]:
   """State updates after the optimizer's step, in this order."""
-  parts: list[StateUpdate] = []
-  if any(head.bounds for head in active_spec.heads.values()):
-    parts.append(functools.partial(clip_to_bounds, active_spec))
-  if spec.ema_decay is not None:
-    parts.append(functools.partial(update_ema, spec))
-  if active_spec.has_teacher:
-    parts.append(functools.partial(update_teacher, active_spec))
-  if spec.has_balance:
-    parts.append(functools.partial(update_balance, active_spec))
-  return parts
+  parts: dict[Any, bool] = {
+    clip_to_bounds: any(head.bounds for head in active_spec.heads.values()),
+    update_ema: spec.ema_decay is not None,
+    update_teacher: active_spec.has_teacher,
+    update_balance: spec.has_balance,
+  }
+  used = [update_state for update_state, is_used in parts.items() if is_used]
+  return [functools.partial(update, active_spec) for update in used]
 
 
 def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
@@ -205,11 +230,14 @@ def zero_updates(updates: PyTree, modules: list[str]) -> PyTree:
   return updates
 
 
-def clip_to_bounds(spec: StepSpec, new: TrainState, *_: Any) -> TrainState:
+def clip_to_bounds(
+  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
+) -> TrainState:
   """Clips the heads' parameters to their bounds, like CLIP's temperature.
 
   Projects after the optimizer's step; does not clip gradients.
   """
+  del old, terms
   heads = dict(new.params["heads"])
   for name, head in spec.heads.items():
     clipped = {k: jnp.clip(heads[name][k], *b) for k, b in head.bounds.items()}
@@ -234,17 +262,19 @@ def ema_update(
 
 
 def update_ema(
-  spec: StepSpec, new: TrainState, old: TrainState, _: Any
+  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
 ) -> TrainState:
   """Updates the EMA of all parameters, for evaluation and export."""
+  del terms
   ema = ema_update(old.ema, new.params, spec.ema_decay, step=old.step)
   return new.replace(ema=ema)
 
 
 def update_teacher(
-  spec: StepSpec, new: TrainState, old: TrainState, *_: Any
+  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
 ) -> TrainState:
   """Updates the EMA teacher after an update of the student."""
+  del terms
   student, heads = teacher_params(spec, new.params), old.teacher["heads"]
   read = {**old.teacher, "heads": {n: heads[n] for n in student["heads"]}}
   teacher = ema_update(read, student, spec.momentum(old.step))
@@ -253,10 +283,7 @@ def update_teacher(
 
 
 def update_balance(
-  spec: StepSpec,
-  new: TrainState,
-  old: TrainState,
-  terms: Mapping[str, Any],
+  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
 ) -> TrainState:
   """Updates the balancing method's state from the objectives' losses."""
   losses = {name: term.loss for name, term in terms.items()}

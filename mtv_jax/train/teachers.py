@@ -64,12 +64,11 @@ def read_teacher_models(
   A resumed run does not read the teachers' folders: its config records these
   values, and its checkpoints have the parameters.
   """
-  recorded = {}
+  known = {}
   if teachers and workdir is not None and saved_steps(workdir):
-    recorded = read_recorded_config(workdir).get("teachers") or {}
+    known = read_recorded_config(workdir).get("teachers") or {}
   return {
-    name: _read_teacher_model(teacher, recorded.get(name) or {})
-    for name, teacher in teachers.items()
+    n: _read_teacher_model(t, known.get(n) or {}) for n, t in teachers.items()
   }
 
 
@@ -80,17 +79,13 @@ def _read_teacher_model(
   refreshed = teacher.update_every is not None and teacher.update_every.value
   if teacher.path is None or teacher.model is not None or refreshed:
     return teacher
-  same = all(
-    recorded.get(key) == getattr(teacher, key)
-    for key in ("path", "weights", "step")
-  )
+  source = ("path", "weights", "step")
+  same = all(recorded.get(key) == getattr(teacher, key) for key in source)
   if same and recorded.get("model"):
     # Older configs lack some keys; their teachers saw the run's pixels.
     keys = ("model", "image_mean", "image_std", "input_size")
-    values = {key: recorded.get(key) for key in keys}
-    return sections.read(
-      TeacherConfig, sections.to_dict(teacher) | values, "config.teachers"
-    )
+    values = sections.to_dict(teacher) | {k: recorded.get(k) for k in keys}
+    return sections.read(TeacherConfig, values, "config.teachers")
   path = teacher.path
   loading.check_weights(path, weights=teacher.weights, step=teacher.step)
   described = loading.read_model_info(path)
@@ -106,15 +101,10 @@ def _read_teacher_model(
 
 @dataclasses.dataclass(frozen=True)
 class PixelMap:
-  """Maps pixels from one normalisation to another.
+  """Maps pixels from one normalisation to another, per channel."""
 
-  Attributes:
-    scale: old std / new std, per channel.
-    offset: (old mean - new mean) / new std, per channel.
-  """
-
-  scale: tuple[float, ...]
-  offset: tuple[float, ...]
+  scale: tuple[float, ...]  # Old std / new std.
+  offset: tuple[float, ...]  # (old mean - new mean) / new std.
 
   @classmethod
   def between(cls, ours: Any, theirs: Any) -> PixelMap | None:
@@ -142,7 +132,7 @@ class FrozenTeacher:
 
   model: model_lib.ModelSpec
   snapshot: bool = False  # Whether it starts as a copy of the EMA teacher.
-  update_every: int | Duration | None = None  # See `select_teachers`.
+  update_every: int | None = None  # 0 until `select_teachers` sets it.
   max_updates: int | None = None
   # Input pixels per side. None: the objective's choice.
   size: int | None = None
@@ -153,7 +143,6 @@ class FrozenTeacher:
 
   @property
   def copies(self) -> bool:
-    """Whether it is copied from the EMA teacher."""
     return self.snapshot or self.update_every is not None
 
   def due(self, since: int) -> bool:
@@ -165,12 +154,10 @@ class FrozenTeacher:
 
 
 def build_teachers(
-  configs: Mapping[str, TeacherConfig],
-  model: model_lib.ModelConfig,
+  configs: Mapping[str, TeacherConfig], model: model_lib.ModelConfig
 ) -> dict[str, FrozenTeacher]:
   """Builds all teachers of a config, including unread ones."""
   teachers = {}
-  ours = model.pixels
   for name, entry in configs.items():
     where = f"config.teachers.{name}"
     if name in (base.STUDENT, base.TEACHER):
@@ -180,10 +167,14 @@ def build_teachers(
         f"{where}.cached: the shapes of its features are not known. Give the "
         "path of the encoder, or its model."
       )
-    spec = model_lib.ModelSpec(image=model.spec.image)
-    if entry.model is not None:
-      spec = _read_spec(entry.model)
-    theirs, mean, std = ours, entry.image_mean, entry.image_std
+    spec = _read_spec(entry, model)
+    if entry.size is not None:
+      try:
+        spec.image.grid_of(entry.size, entry.size)
+      except InputError as error:
+        raise ConfigError(f"{where}.size: {error}") from None
+    ours = theirs = model.pixels
+    mean, std = entry.image_mean, entry.image_std
     if mean is not None or std is not None:
       theirs = model_lib.pixel_statistics(
         0.5 if mean is None else mean, 0.5 if std is None else std
@@ -191,9 +182,9 @@ def build_teachers(
     teachers[name] = FrozenTeacher(
       model=spec,
       snapshot=entry.path is None and not entry.cached,
-      update_every=entry.update_every,
+      update_every=None if entry.update_every is None else 0,
       max_updates=entry.max_updates,
-      size=_check_size(where, entry.size, spec),
+      size=entry.size,
       input_size=entry.input_size,
       layers=_check_layers(where, entry.layers or (), spec.image.depth),
       pixels=PixelMap.between(ours, theirs),
@@ -202,22 +193,16 @@ def build_teachers(
   return teachers
 
 
-def _read_spec(fields: dict[str, Any]) -> model_lib.ModelSpec:
-  """Reads an architecture from `ModelSpec.to_dict` or a config's `model`."""
+def _read_spec(
+  entry: TeacherConfig, student: model_lib.ModelConfig
+) -> model_lib.ModelSpec:
+  """The architecture, as `ModelSpec.to_dict` or a config's model gives it."""
+  fields = entry.model
+  if fields is None:
+    return model_lib.ModelSpec(image=student.spec.image)
   if "variant" in fields:
     return model_lib.ModelSpec.from_config({**fields, "text": None})
   return model_lib.ModelSpec.from_dict({"image": fields})
-
-
-def _check_size(
-  where: str, size: int | None, spec: model_lib.ModelSpec
-) -> int | None:
-  if size is not None:
-    try:
-      spec.image.grid_of(size, size)
-    except InputError as error:
-      raise ConfigError(f"{where}.size: {error}") from None
-  return size
 
 
 def _check_layers(
@@ -234,33 +219,28 @@ def _check_layers(
 
 
 def select_teachers(
+  configs: Mapping[str, TeacherConfig],
   teachers: Mapping[str, FrozenTeacher],
   model: model_lib.ModelSpec,
   first_reads: Mapping[str, int],
   length: RunLength,
 ) -> dict[str, FrozenTeacher]:
-  """Selects the teachers in `first_reads`, the steps of their first read.
-
-  Converts the durations of `build_teachers` to steps.
-  """
+  """Selects the teachers in `first_reads`, the steps of their first read."""
   selected = {}
   for name, teacher in teachers.items():
     where = f"config.teachers.{name}"
-    if teacher.cached and name not in first_reads:
-      continue
     if name not in first_reads:
-      log.warning("No objective reads %s: it is not loaded.", where)
+      if not teacher.cached:
+        log.warning("No objective reads %s: it is not loaded.", where)
       continue
     if teacher.copies and base.TEACHER not in first_reads:
       raise ConfigError(
         f"{where} is copied from the EMA teacher, which no objective reads. "
         "Give a path without update_every, or add a self-distillation."
       )
-    every = length.steps(teacher.update_every)
+    every = length.steps(configs[name].update_every)
     teacher = dataclasses.replace(teacher, update_every=every)
-    copied = first_reads[name]
-    if not teacher.snapshot:
-      copied += teacher.update_every or 0
+    copied = first_reads[name] + (0 if teacher.snapshot else every or 0)
     if teacher.copies and copied < first_reads[base.TEACHER]:
       raise ConfigError(
         f"{where} is copied from the EMA teacher at step {copied}, which "

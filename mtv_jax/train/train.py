@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 from typing import Any, Literal
@@ -21,16 +20,14 @@ from mtv_jax.train.experiment import (
   make_loader,
   save_config,
 )
-from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.initialization import fit_statistics, initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.numerics import RollbackError, UpdateMonitor
 from mtv_jax.train.run import RunConfig
 from mtv_jax.train.runtime import peers, preemption, sessions
 from mtv_jax.train.runtime.prefetch import BackgroundLoader
-from mtv_jax.train.runtime.profiling import StepProfiler
-from mtv_jax.train.runtime.watchdog import Watchdog
-from mtv_jax.train.state import TrainState
-from mtv_jax.train.statistics import fit_statistics
+from mtv_jax.train.runtime.watchdog import StepProfiler, Watchdog
+from mtv_jax.train.spec import TrainState
 from mtv_jax.train.train_loop import Trainer
 from mtv_jax.train.workdir import (
   CHECKPOINTS,
@@ -50,9 +47,7 @@ def check_balance_unchanged(
 
   Checkpoints don't reveal it: some methods are stateless.
   """
-
-  recorded = read_recorded_config(workdir)
-  if not recorded:
+  if not (recorded := read_recorded_config(workdir)):
     return
   # Older configs lack `method`; without a section, weights are fixed.
   section = recorded.get("balance")
@@ -100,11 +95,10 @@ def train(
     devices=experiment.mesh.size,
   )
   with contextlib.ExitStack() as stack:
-    folder = stack.enter_context(
-      open_run_folder(workdir, process_index=jax.process_index())
-    )
+    enter, index = stack.enter_context, jax.process_index()
+    folder = enter(open_run_folder(workdir, process_index=index))
     experiment = dataclasses.replace(experiment, workdir=folder.folder)
-    checkpoints = stack.enter_context(
+    checkpoints = enter(
       Checkpointer(
         path_lib.as_path(workdir) / CHECKPOINTS,
         every_steps=experiment.length.steps(config.checkpoint.every),
@@ -117,14 +111,11 @@ def train(
     )
     if checkpoints.steps():
       check_balance_unchanged(config, workdir)
-    notice = stack.enter_context(preemption.catch_signals())
-    stack.enter_context(
-      peers.watch_peers(
-        config.watchdog.peer_seconds, when_alone=checkpoints.abandon
-      )
-    )
+    notice = enter(preemption.catch_signals())
+    seconds = config.watchdog.peer_seconds
+    enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
-    stack.enter_context(peers.exit_on_lost_peer())
+    enter(peers.exit_on_lost_peer())
     return _train_with_rollbacks(
       experiment,
       workdir,
@@ -154,7 +145,9 @@ def _train_with_rollbacks(
   )
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
-  skipped, rollbacks = _skipped_batches(saved), 0
+  ranges = saved.timing.get("skipped_batches", ()) if saved else ()
+  skipped = tuple((int(first), int(count)) for first, count in ranges)
+  rollbacks = 0
   while True:
     try:
       return _train_from(
@@ -168,12 +161,6 @@ def _train_with_rollbacks(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
-
-
-def _skipped_batches(saved: Restored | None) -> order.SkippedBatches:
-  """The batches that the checkpoint's run skips."""
-  ranges = saved.timing.get("skipped_batches", ()) if saved else ()
-  return tuple((int(first), int(count)) for first, count in ranges)
 
 
 def _restore_before(
@@ -209,9 +196,8 @@ def _restore_before(
   # After restoring, so that a damaged checkpoint does not delete later ones.
   checkpoints.delete_after(saved.step)
   log.warning(
-    "%s: returns to the checkpoint of step %d and leaves out their rows.",
-    what.capitalize(),
-    saved.step,
+    f"{what.capitalize()}: returns to the checkpoint of step {saved.step} and"
+    " leaves out their rows."
   )
   return saved
 
@@ -228,34 +214,37 @@ def _train_from(
   debug_nans: bool,
 ) -> TrainState:
   """Trains from a checkpoint (None: from step 0) to the last step."""
-  config = experiment.config
-  first = saved.step if saved else 0
-  timing = saved.timing if saved else {}
-  # Only process 0 reports data statistics.
+  config, is_main = experiment.config, jax.process_index() == 0
+  first, timing = (saved.step, saved.timing) if saved else (0, {})
   stats = None
   if saved:
     chrono.from_dict(timing)
-    if jax.process_index() == 0:
+    if is_main:  # Other processes don't report data statistics.
       stats = Stats.from_dict(timing.get("data", {}))
   with contextlib.ExitStack() as stack:
-    watchdog = None
-    if config.watchdog.factor:
-      options = config.watchdog
-      watchdog = stack.enter_context(
-        Watchdog(
-          factor=options.factor,
-          min_seconds=options.min_seconds,
-          grace_seconds=options.grace_seconds,
-        )
-      )
-    interrupted = functools.partial(_is_interrupted, notice, watchdog)
+    enter = stack.enter_context
+    watchdog = enter(Watchdog(config.watchdog))
+
+    def is_interrupted():
+      # Multiple processes save together, so none may stop alone: if a reader
+      # stalls, the watchdog exits.
+      is_alone = jax.process_count() == 1
+      return is_alone and (notice.received or watchdog.expired)
+
     loader = make_loader(experiment, first, skipped, stats)
-    batches = stack.enter_context(BackgroundLoader(loader, interrupted))
-    writer = stack.enter_context(_open_writer(experiment, first, skipped))
-    session = stack.enter_context(_start_session(experiment, first, command))
-    profiler = stack.enter_context(
-      StepProfiler(experiment.workdir / "profile", config.log.profile_steps)
+    batches = enter(BackgroundLoader(loader, is_interrupted))
+    writer = enter(_open_writer(experiment, first, skipped))
+    session = enter(
+      sessions.Session(
+        experiment.workdir,
+        start_step=first,
+        devices=sessions.describe_devices(),
+        command=command,
+        process_index=jax.process_index(),
+      )
     )
+    profile = experiment.workdir / "profile", config.log.profile_steps
+    profiler = enter(StepProfiler(*profile))
     # Late, so that a rejected config does not replace the recorded one.
     save_config(experiment, command)
     if saved:
@@ -266,7 +255,6 @@ def _train_from(
       experiment=experiment,
       state=state,
       first=first,
-      loader=loader,
       batches=batches,
       skipped=skipped,
       checkpoints=checkpoints,
@@ -276,25 +264,13 @@ def _train_from(
       watchdog=watchdog,
       monitor=UpdateMonitor(
         max_consecutive=config.nonfinite.max_consecutive,
-        spike_factor=config.log.spikes or None,
+        spike_factor=config.log.spikes,
         **{k: timing[k] for k in numerics.SAVED if k in timing},
       ),
       session=session,
       profiler=profiler,
       debug_nans=debug_nans,
     ).run()
-
-
-def _is_interrupted(
-  notice: preemption.Notice, watchdog: Watchdog | None
-) -> bool:
-  """Whether to stop waiting for a batch.
-
-  Multiple processes save together, so none may stop alone: if a reader stalls,
-  the watchdog exits.
-  """
-  stalled = bool(watchdog and watchdog.expired)
-  return jax.process_count() == 1 and (notice.received or stalled)
 
 
 def _open_writer(
@@ -310,17 +286,4 @@ def _open_writer(
     config=experiment.config.to_dict(),
     # Batches that a rollback skipped are not repeated, so their rows stay.
     keep_row=lambda row: order.is_skipped(row.get("batch"), skipped),
-  )
-
-
-def _start_session(
-  experiment: Experiment, first: int, command: str
-) -> sessions.Session:
-  """Starts the record of a session that starts after `first` updates."""
-  return sessions.Session(
-    experiment.workdir,
-    start_step=first,
-    devices=sessions.describe_devices(),
-    command=command,
-    process_index=jax.process_index(),
   )

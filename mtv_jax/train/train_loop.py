@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import pathlib
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.data import order, pipeline
+from mtv_jax.data import order
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
@@ -30,21 +29,15 @@ from mtv_jax.train.measurements import (
   norm_metrics,
 )
 from mtv_jax.train.metrics import Chrono, MetricWriter
-from mtv_jax.train.numerics import (
-  NonFiniteError,
-  RollbackError,
-  UpdateMonitor,
-)
+from mtv_jax.train.numerics import NonFiniteError, RollbackError, UpdateMonitor
 from mtv_jax.train.runtime import preemption, sessions
 from mtv_jax.train.runtime.prefetch import (
   BackgroundLoader,
   Interrupted,
   prefetch_to_device,
 )
-from mtv_jax.train.runtime.profiling import StepProfiler
-from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
-from mtv_jax.train.state import TrainState
-from mtv_jax.train.teacher_copies import TeacherCopies
+from mtv_jax.train.runtime.watchdog import StalledError, StepProfiler, Watchdog
+from mtv_jax.train.spec import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +49,13 @@ class Trainer:
   experiment: Experiment
   state: TrainState
   first: int  # Number of updates of earlier sessions.
-  loader: pipeline.Loader
-  batches: BackgroundLoader  # Wraps `loader`.
+  batches: BackgroundLoader
   skipped: order.SkippedBatches
   checkpoints: Checkpointer
   writer: MetricWriter
   chrono: Chrono
   notice: preemption.Notice
-  watchdog: Watchdog | None
+  watchdog: Watchdog
   monitor: UpdateMonitor
   session: sessions.Session
   profiler: StepProfiler
@@ -76,17 +68,9 @@ class Trainer:
     # Step, metrics and batch of the updates in flight.
     self.in_flight = collections.deque()
     self.save_postponed = False
-    program, self.copy_teachers = self.experiment.program, None
-    if TeacherCopies.are_needed(program.spec):
-      self.copy_teachers = TeacherCopies(program)
-
-  @functools.cached_property
-  def measurements(self) -> GradientMeasurements:
-    """Norms and interference of the objectives' gradients."""
-    return GradientMeasurements(self.experiment.program)
+    self.measurements = GradientMeasurements(self.experiment.program)
 
   def run(self) -> TrainState:
-    """Trains to the last step."""
     experiment, config = self.experiment, self.experiment.config
     last = experiment.total_steps
     batches = prefetch_to_device(self.batches, self.experiment.mesh)
@@ -115,24 +99,21 @@ class Trainer:
       if self.should_stop(step) and step < last:
         self.save_and_exit(step)
       if step == last:
-        if self.watchdog:
-          # The last save may take long and must not expire.
-          self.watchdog.close()
+        self.watchdog.close()  # The last save may take long.
         self.save(step)
       self.evaluate(step, self.due_evaluations(step))
       if step < last:  # After the last step, `wait` raises save errors.
         self.save_if_due(step)
         with self.paused("save"):  # The last retry waits for the save.
           self.checkpoints.poll(step)
-      if self.watchdog:
-        self.watchdog.step(step)
+      self.watchdog.step(step)
     with self.paused("save"):
       self.checkpoints.wait()
     return self.state
 
   def should_stop(self, step: int) -> bool:
     """Whether to save and exit after a step; equal on all processes."""
-    stalled = bool(self.watchdog and self.watchdog.expired)
+    stalled = self.watchdog.expired
     if stalled and jax.process_count() > 1:
       # JAX's preemption service makes all processes agree on a step.
       os.kill(os.getpid(), signal.SIGTERM)
@@ -142,15 +123,12 @@ class Trainer:
   @contextlib.contextmanager
   def paused(self, kind: str) -> Iterator[None]:
     """Excludes the time inside from training time and from the watchdog."""
-    untimed = (
-      self.watchdog.pause() if self.watchdog else contextlib.nullcontext()
-    )
-    with self.chrono.pause(kind), untimed:
+    with self.chrono.measure(kind), self.watchdog.pause():
       yield
 
   def next_batch(self, step: int, batches: Iterator[Any]) -> Any:
     """Returns a step's batch; saves and exits if interrupted."""
-    with self.chrono.waiting():
+    with self.chrono.measure("wait"):
       try:
         return next(batches)
       except Interrupted:
@@ -170,10 +148,9 @@ class Trainer:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s. Compiling.", step, ", ".join(self.active))
       self.chrono.expect_compilation()
-    if self.chrono.compiling and self.watchdog:
+    if self.chrono.compiling:
       self.watchdog.restart()
-    if self.copy_teachers is not None:
-      self.state = self.copy_teachers(self.state, step - 1)
+    self.state = program.copy_teachers(self.state, step - 1)
     measured = self.measure_gradients(step, batch)
     self.state, self.values = program.update(self.state, batch, self.active)
     self.in_flight.append((step, self.values, batch))
@@ -193,9 +170,9 @@ class Trainer:
       if spike is not None:
         norms = self.measure_norms(batch)
         log.warning(
-          "Step %d: the gradient's norm is %.3g, %.0f times the median of the"
-          " steps before. Norms on the encoder: %s.",
-          *(step, norm, spike, numerics.format_values(norms) or "unknown"),
+          f"Step {step}: the gradient's norm is {norm:.3g}, {spike:.0f} times"
+          " the median of the steps before. Norms on the encoder: "
+          f"{numerics.format_values(norms) or 'unknown'}."
         )
 
   def report_skipped(self, step: int, values: Any, batch: Any) -> None:
@@ -206,12 +183,12 @@ class Trainer:
       # The losses are finite: find the non-finite gradient.
       names += numerics.list_non_finite(self.measure_norms(batch))
     try:
-      keys = self.loader.batches.read_keys(step - 1)
+      keys = self.batches.loader.batches.read_keys(step - 1)
     except Exception as error:
       keys = [f"unknown: {error}"]
     log.warning(
-      "Step %d: not finite: %s. The update is skipped. Rows: %s.",
-      *(step, ", ".join(names), numerics.format_names(keys)),
+      f"Step {step}: not finite: {', '.join(names)}. The update is skipped."
+      f" Rows: {numerics.format_names(keys)}."
     )
     row = {"batch": order.batch_of_step(step - 1, self.skipped)}
     row |= {"metrics": names, "keys": keys}
@@ -269,7 +246,7 @@ class Trainer:
     """
     self.observe()
     self.values = jax.device_get(self.values)
-    stats = self.loader.stats_at(step)
+    stats = self.batches.loader.stats_at(step)
     values = {k: v for k, v in self.values.items() if k != "skipped"} | {
       "skipped_updates": self.monitor.skipped_updates,
       **self.experiment.optimizer.hyperparameters(step - 1),
@@ -285,11 +262,10 @@ class Trainer:
 
   def due_evaluations(self, step: int) -> list[str]:
     """The evaluations due after a step; all after the last step."""
-    experiment = self.experiment
+    experiment, evals = self.experiment, self.experiment.config.evals
+    is_last = step >= experiment.total_steps
     return [
-      name
-      for name, entry in experiment.config.evals.items()
-      if step >= experiment.total_steps or experiment.is_due(entry.every, step)
+      n for n in evals if is_last or experiment.is_due(evals[n].every, step)
     ]
 
   def missing_evaluations(self, step: int) -> list[str]:
@@ -298,13 +274,12 @@ class Trainer:
     The last step is saved before it is evaluated, so a run that a bound stopped
     there evaluates again when it is restarted.
     """
-    return [
-      name
-      for name in self.due_evaluations(step)
-      if any_process(
-        jax.process_index() == 0 and not self.is_evaluated(name, step)
-      )
-    ]
+
+    def is_missing(name):  # Process 0 decides.
+      return jax.process_index() == 0 and not self.is_evaluated(name, step)
+
+    due = self.due_evaluations(step)
+    return [name for name in due if any_process(is_missing(name))]
 
   def is_evaluated(self, name: str, step: int) -> bool:
     """Whether an evaluation has a file and its metric is within bounds."""
@@ -322,7 +297,6 @@ class Trainer:
     return bound.metric in metrics and bound.is_met(metrics[bound.metric])
 
   def evals_path(self, name: str, step: int) -> pathlib.Path:
-    """Path of an evaluation's JSON file."""
     return self.experiment.workdir / "evals" / f"{name}_{step}.json"
 
   def evaluate(self, step: int, names: Iterable[str]) -> None:
@@ -396,12 +370,11 @@ class Trainer:
       self.save(step)
 
   def save(self, step: int) -> None:
-    """Starts saving a checkpoint."""
     self.observe()
     with self.paused("save"):
       timing = self.chrono.to_dict() | self.monitor.to_dict()
       timing["skipped_batches"] = self.skipped
-      timing["data"] = self.loader.stats_at(step).to_dict()
+      timing["data"] = self.batches.loader.stats_at(step).to_dict()
       self.checkpoints.save(step, self.state, timing=timing)
 
   def save_deletes_rollback_target(self) -> bool:
@@ -417,8 +390,7 @@ class Trainer:
 
     All processes call it after one step, since they save together.
     """
-    if self.watchdog:
-      self.watchdog.stopping()
+    self.watchdog.stopping()
     done = f"saved step {step}" if step else "completed no step"
     done += f" of {self.experiment.total_steps}"
     try:
@@ -436,15 +408,14 @@ class Trainer:
     except RollbackError as error:
       # The resumed run handles the rollback.
       done = f"saved nothing, as {error}"
-    if self.watchdog:
-      self.watchdog.close()
+    self.watchdog.close()
     folder = self.checkpoints.folder.parent
     where = f"{done} in {folder}. The same command resumes."
     if self.notice.received:
       raise preemption.Preempted(
         f"received {self.notice.name}; {where}", self.notice.signal_number
       )
-    if self.watchdog and self.watchdog.expired:
+    if self.watchdog.expired:
       raise StalledError(
         f"a step took more than {self.watchdog.limit:.0f} s; {where}"
       )

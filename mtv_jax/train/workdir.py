@@ -60,9 +60,8 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   """Locks a run's folder, created if missing; raises LockedError if locked.
 
   Two runs would delete each other's unfinished checkpoints. One process locks
-  the folder for all, until it exits. On file systems without locks, this does
-  nothing. For buckets, which lack locks, `check_other_hosts` detects a run on
-  another machine by its liveness file.
+  the folder for all, until it exits. Does nothing on file systems without
+  locks. In a bucket, `check_other_hosts` detects runs of other machines.
   """
   check_workdir(folder)
   read_recorded_config(folder)
@@ -113,10 +112,9 @@ def check_other_hosts(
     return
   by = f"process {alive.get('process')} on {alive.get('host')}"
   log.info(
-    "%s was trained by %s until %s without an exit. Waits up to %g s to see "
-    "whether it still is.",
-    workdir, by, alive.get("time"), seconds,
-  )  # fmt: skip
+    f"{workdir} was trained by {by} until {alive.get('time')} without an exit."
+    f" Waits up to {seconds:g} s to see whether it still is."
+  )
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     time.sleep(min(seconds / 10, 5.0))
@@ -151,10 +149,6 @@ def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
   return aliases.rename_old_keys(content)
 
 
-# ---------------------------------------------------------------------------
-# Runs in buckets.
-
-
 @dataclasses.dataclass
 class RunFolder:
   """The local folder of a run's files, and their upload to a bucket."""
@@ -168,7 +162,6 @@ class RunFolder:
     self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
 
   def list_files(self) -> dict[pathlib.Path, tuple[int, int]]:
-    """Modification time and size of the files to upload."""
     files = {}
     for file in self.folder.rglob("*"):
       with contextlib.suppress(FileNotFoundError):  # Replaced meanwhile.
@@ -177,22 +170,17 @@ class RunFolder:
           files[file] = state.st_mtime_ns, state.st_size
     return files
 
-  def upload(self) -> bool:
-    """Uploads changed files; returns whether that succeeded.
-
-    Logs errors as warnings; the next upload retries.
-    """
-    if not self.uploads:
-      return True
+  def upload(self) -> None:
+    """Uploads changed files. Logs errors; the next upload retries."""
     try:
       self.upload_changed()
     except OSError as error:
       log.warning("%s can't be uploaded: %s", self.url, error)
-      return False
-    return True
 
   def upload_changed(self) -> None:
-    """Uploads changed files."""
+    """Uploads changed files, if this process uploads."""
+    if not self.uploads:
+      return
     with self._lock:
       for file, state in self._list_changed().items():
         # Read in one call, since rows may be appended meanwhile.
@@ -229,8 +217,8 @@ class RunFolder:
       missing = [n for n in names if not (self.folder / n).is_file()]
       if missing:
         log.warning(
-          "%s lacks files that are no longer in %s either: %s.",
-          *(self.url, self.folder, printable(", ".join(missing))),
+          f"{self.url} lacks files that are no longer in {self.folder} either:"
+          f" {printable(', '.join(missing))}."
         )
       for name in names:
         if name not in missing:
@@ -238,12 +226,11 @@ class RunFolder:
       count = len(names) - len(missing)
       log.info("Uploaded %d files that %s lacked.", count, self.url)
     else:
-      old = f"{self.folder.name}.{time.time_ns()}"
-      self.folder.rename(self.folder.with_name(old))
+      old = self.folder.with_name(f"{self.folder.name}.{time.time_ns()}")
+      self.folder.rename(old)
       log.warning(
-        "%s %s since a session here that could not upload %d files. They are in"
-        " %s.",
-        *(self.url, problem, len(names), self.folder.with_name(old)),
+        f"{self.url} {problem} since a session here that could not upload"
+        f" {len(names)} files. They are in {old}."
       )
     self._record.unlink()
 
@@ -264,11 +251,8 @@ class RunFolder:
     return self.folder.with_name(_NOT_UPLOADED)
 
   def _list_changed(self) -> dict[pathlib.Path, tuple[int, int]]:
-    return {
-      file: state
-      for file, state in self.list_files().items()
-      if self._uploaded.get(file) != state
-    }
+    files, uploaded = self.list_files(), self._uploaded
+    return {f: state for f, state in files.items() if uploaded.get(f) != state}
 
   def _upload_file(self, name: str) -> None:
     data = (self.folder / name).read_bytes()
@@ -281,9 +265,9 @@ def _warn_of_remaining(workdir: str | os.PathLike) -> None:
   names = path_lib.read_json(folder.with_name(_NOT_UPLOADED), tolerant=True)
   if isinstance(names, list) and folder.is_dir():
     log.warning(
-      "%s may lack %d files of a session that had process 0 on this machine."
-      " They are in %s. A start with process 0 on this machine uploads them.",
-      *(workdir, len(names), folder),
+      f"{workdir} may lack {len(names)} files of a session that had process 0"
+      f" on this machine. They are in {folder}. A start with process 0 on this"
+      " machine uploads them."
     )
 
 
@@ -329,13 +313,12 @@ def open_run_folder(
   finally:
     exits.set()
     thread.join()
-    if run.uploads:
-      try:
-        run.upload_last()
-      except UploadError as error:
-        if not failed:
-          raise
-        log.error("%s", error)
+    try:
+      run.upload_last()
+    except UploadError as error:
+      if not failed:
+        raise
+      log.error("%s", error)
 
 
 def local_folder(

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from mtv_jax.augment import masks
-from mtv_jax.augment.op import OPS
-from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -130,19 +128,3 @@ def test_the_visible_subset_is_unique_sorted_and_uniform():
 def test_masks_that_do_not_fit_the_view_are_rejected(op, size, message):
   with pytest.raises(ConfigError, match=message):
     op.count(size)
-
-
-@pytest.mark.parametrize(
-  ("op", "message"),
-  [
-    ("blocks(0.5, 0.1)", "from 0.5 to 0.1 must ascend"),
-    ("blocks(0.0, 0.5)", "expected"),
-    ("blocks(p=1.5)", "expected"),
-    ("keep(0.0)", "expected"),
-    ("keep(1.5)", "expected"),
-    ("keep(patch=0)", "expected"),
-  ],
-)
-def test_ratios_out_of_range_are_rejected(op, message):
-  with pytest.raises(ConfigError, match=message):
-    build_op(parse_ops(op)[0], OPS, "view op")

@@ -1,12 +1,9 @@
 """Views: real images against Pillow, keys, meshes, labels, bad configs."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from mtv_jax.augment import geometry, views
@@ -102,25 +99,6 @@ def test_pixels_are_normalised_as_for_evaluation(noise, ops):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_crops_of_every_image_agree_with_pillow(shared_data, dtype):
-  canvas, sizes = read_images(shared_data, 384)
-  view = build(["crop(224, 0.32, 1.0)|flip", "crop(224, 0.05, 0.32)|flip"])
-  compiled = jax.jit(lambda c, s, k: view(c, s, k, dtype))
-  keys = row_keys(jax.random.key(0), "v", 0, len(canvas))
-  errors = []
-  for at in range(0, len(canvas), 16):
-    part = slice(at, at + 16)
-    batch = compiled(canvas[part], sizes[part], keys[part])
-    errors.append(pillow_error(batch, canvas[part]))
-  errors = np.concatenate(errors)
-  print(
-    f"{len(errors)} crops, mean {errors.mean():.3f}, max {errors.max():.3f}"
-  )
-  assert len(errors) == 2 * len(canvas) and errors.max() < 0.5
-
-
 def test_the_whole_canvas_is_exact_in_bfloat16(noise):
   canvas, sizes = noise
   for ops in ("resize(48)", "resize(48)|flip"):
@@ -172,34 +150,18 @@ def test_images_boxes_and_depth_stay_aligned():
       assert abs(centre - (left + right) / 2) < 0.25
 
 
-def test_a_row_depends_on_neither_batch_nor_mesh(noise):
+def test_a_row_does_not_depend_on_its_batch(noise):
   canvas, sizes = (np.concatenate([x, x]) for x in noise)
   view = build(GLOBAL, count=2)
   keys = row_keys(jax.random.key(3), "v", 7, 8)
   whole = run(view, canvas, sizes, keys=keys)
 
-  def check(part, batch):
-    for field in dataclasses.fields(views.ViewBatch):
-      want, got = getattr(whole, field.name), getattr(batch, field.name)
-      if field.name == "images":
-        # The order of summation depends on the batch size.
-        np.testing.assert_allclose(got, want[part], atol=2e-5)
-      elif want is not None:
-        np.testing.assert_array_equal(got, want[part])
-
-  check(slice(3, 5), run(view, canvas[3:5], sizes[3:5], keys=keys[3:5]))
-  mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
-  split = NamedSharding(mesh, PartitionSpec("data"))
-  sharded = [jax.device_put(x, split) for x in (canvas, sizes)]
-  compiled = jax.jit(
-    lambda c, s, step: view(
-      c, s, row_keys(jax.random.key(3), "v", step, 8), jnp.float32
-    ),
-    out_shardings=split,
-  )
-  batch = compiled(*sharded, jnp.asarray(7))
-  assert batch.images.sharding.is_equivalent_to(split, batch.images.ndim)
-  check(slice(0, 8), batch)
+  batch = run(view, canvas[3:5], sizes[3:5], keys=keys[3:5])
+  # The order of summation depends on the batch size.
+  np.testing.assert_allclose(batch.images, whole.images[3:5], atol=2e-5)
+  for name in ("box", "flipped", "mask"):
+    want = getattr(whole, name)[3:5]
+    np.testing.assert_array_equal(getattr(batch, name), want)
 
 
 def test_keys_differ_by_view_step_and_row():
@@ -304,7 +266,6 @@ def test_a_canvas_of_another_shape_is_rejected():
     ("crop(224, ratio=(2.0, 0.5))", "ratio from 2.0 to 0.5"),
     ("crop(0)", "size is 0, expected an integer >= 1"),
     ("resize(224.0)", "size is 224.0, expected an integer >= 1"),
-    ("crop(True)", "size is True, expected an integer"),
     ("crop(8)|grey('a')", "p is 'a', expected a number .* <= 1"),
     (
       "crop(8)|blur(sigma=2.0)",
@@ -318,19 +279,23 @@ def test_a_canvas_of_another_shape_is_rejected():
     ("crop(8)|keep(0)", "ratio is 0, expected a number > 0 and <= 1"),
     ("crop(8)|jitter(hue=0.6)", "hue is 0.6, expected a number .* <= 0.5"),
     ("", "0 ops choose the view's box"),
-    ("flip|jitter", "0 ops choose the view's box"),
-    ("crop(224)|crop(96)", "2 ops choose the view's box"),
     ("resize(256)|crop(224)", "2 ops choose the view's box"),
     ("crop(224)|flip|flip", "more than one op of flip"),
     ("crop(224)|blocks|keep", "more than one op of masks"),
     ("jitter|crop(224)", r"crop \(geometry\) comes after jitter"),
     ("crop(224)|blocks|blur", r"blur \(photometrics\) comes after blocks"),
-    ("crop(224)|flip(1.5)", "p is 1.5"),
     ("crop(224)|blocks(patch=14)|", "can't read the ops"),
     ("crop(224)|blocks(patch=15)", "don't divide a view of 224"),
     ("crop(224)|blocks(0.5, 1.0)", "leaves none visible"),
     ("crop(16)|keep(0.25)", "raise ratio"),
     ("crop(4)|blur", "9 taps are too many"),
+    ("crop(8)|jitter(1.2)", "p is 1.2, expected a number >= 0 and <= 1"),
+    ("crop(8)|jitter(contrast=-0.1)", "contrast is -0.1"),
+    ("crop(8)|blur(1e999)", "p is inf"),
+    ("crop(8)|blur(sigma=(2.0, 0.1))", "sigma from 2.0 to 0.1 must ascend"),
+    ("crop(8)|blur(kernel=1)", "kernel is 1, expected an integer >= 3"),
+    ("crop(8)|solarize(threshold=300)", "threshold is 300"),
+    ("crop(8)|blocks(0.5, 0.1)", "from 0.5 to 0.1 must ascend"),
   ],
 )
 def test_bad_ops_are_rejected_with_the_view_and_the_fix(ops, message):

@@ -15,7 +15,6 @@ from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.run import resolve
 from mtv_jax.train.step import make_program
-from mtv_jax.train.teacher_copies import TeacherCopies
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
@@ -58,11 +57,10 @@ def train(run, workdir):
   program = make_program(spec, tx, mesh)
   experiment = dataclasses.replace(experiment, program=program)
   state, losses = initialize_state(experiment), []
-  copy_teachers = TeacherCopies(program)
   with make_loader(experiment, 0) as loader:
     steps = min(experiment.total_steps, MOST_STEPS)
     for step, batch in zip(range(steps), loader, strict=False):
-      state = copy_teachers(state, step)
+      state = program.copy_teachers(state, step)
       batch = shard_batch(dict(batch), mesh)
       state, metrics = program.update(
         state, batch, spec.active_objectives(step)

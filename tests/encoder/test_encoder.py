@@ -1,7 +1,4 @@
-"""Encoder: features do not depend on batch size, mesh and number of hosts.
-
-Also `Encoder.dense`, features at the size of the images.
-"""
+"""Encoder: features do not depend on batch size, mesh and number of hosts."""
 
 import dataclasses
 import io
@@ -14,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import trainings
+from random_trees import random_params
 
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched, preprocess
@@ -27,50 +25,39 @@ from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
 
-TOWER = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
+TOWER = {"width": 32, "heads": 2, "mlp_dim": 64}
 SPEC = models.ModelSpec(
   image=ViTSpec(
-    image_size=32,
-    patch_size=8,
-    width=32,
-    depth=3,
-    heads=2,
-    mlp_dim=64,
-    cls_token=True,
-    registers=2,
+    image_size=32, patch_size=8, depth=3, cls_token=True, registers=2, **TOWER
   ),
-  text=TextSpec(
-    vocab_size=258,
-    length=12,
-    width=32,
-    depth=1,
-    heads=2,
-    mlp_dim=64,
-    projection=32,
-  ),
+  text=TextSpec(vocab_size=258, length=12, depth=1, projection=32, **TOWER),
 )
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+PREPROCESS = Preprocess(size=32, mean=MEAN, std=STD)
 
 
 @pytest.fixture(scope="module")
 def params():
-  # Random instead of initialised: no leaf is zero, and nothing is compiled.
-  rng = np.random.default_rng(1)
-  params = jax.tree.map(
-    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
-    models.abstract_params(SPEC),
-  )
   head = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
-  return {**params, "heads": {"contrastive": head}}
+  return random_params(SPEC, seed=1) | {"heads": {"contrastive": head}}
 
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+VISION = dataclasses.replace(SPEC, text=None)
+SMALL = dataclasses.replace(
+  SPEC, text=dataclasses.replace(SPEC.text, vocab_size=100)
+)
 
 
-def build(params, devices=None, **kwargs):
+def build(params, devices=None, spec=SPEC, **kwargs):
   mesh = make_mesh({"data": -1}, devices)
   tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
-  preprocess = Preprocess(size=32, mean=MEAN, std=STD)
-  return Encoder(SPEC, params, preprocess, tokenizer, mesh, **kwargs)
+  return Encoder(spec, params, PREPROCESS, tokenizer, mesh, **kwargs)
+
+
+def apply_tower(params, pixels, taps):
+  tower = models.image_tower(SPEC)
+  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=taps))
+  return apply(params["image"], jnp.asarray(pixels, jnp.float32))
 
 
 @pytest.fixture(scope="module")
@@ -95,34 +82,36 @@ def features(encoder, images):
   return encoder.image(images, layers=(0, -1))
 
 
-def test_features_are_those_of_the_tower(features, params, images):
-  preprocess = Preprocess(size=32, mean=MEAN, std=STD)
-  batch = jnp.stack([preprocess(image) for image in images])
-  tower = models.image_tower(SPEC)
-  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=(0, 2)))
-  out = apply(params["image"], batch)
-  assert features.pooled.shape == (5, 32)
-  assert features.patches.shape == (5, 4, 4, 32)
-  assert features.prefix.shape == (5, 3, 32)
-  assert sorted(features.layers) == [-1, 0]
-  np.testing.assert_allclose(features.pooled, out.pooled, atol=2e-5)
-  np.testing.assert_allclose(features.prefix, out.prefix, atol=2e-5)
-  flat = features.patches.reshape(5, 16, 32)
-  np.testing.assert_allclose(flat, out.patches, atol=2e-5)
-  for layer, tap in ((0, 0), (-1, 2)):
-    flat = features.layers[layer].reshape(5, 16, 32)
-    np.testing.assert_allclose(flat, out.taps[tap][:, 3:], atol=2e-5)
+def assert_equal_features(got, out, grid, layers):
+  """Equal to the tower's output; `layers` maps requested blocks to taps."""
+  rows = len(got.patches)
+  pairs = [(got.pooled, out.pooled), (got.prefix, out.prefix)]
+  pairs.append((got.patches, out.patches.reshape(rows, *grid, 32)))
+  assert got.layers.keys() == got.prefix_layers.keys() == layers.keys()
+  for layer, tap in layers.items():
+    tokens = np.asarray(out.taps[tap])
+    pairs.append((got.layers[layer], tokens[:, 3:].reshape(rows, *grid, 32)))
+    pairs.append((got.prefix_layers[layer], tokens[:, :3]))
+  for ours, want in pairs:
+    np.testing.assert_allclose(ours, want, atol=2e-5)
   # Different layers, so that the comparison can fail.
-  assert np.abs(features.layers[0] - features.layers[-1]).max() > 0.1
+  first, last = (got.layers[layer] for layer in layers)
+  assert np.abs(first - last).max() > 0.1
+  assert np.abs(got.prefix_layers[-1] - got.prefix).max() > 0.1
+
+
+def test_features_are_those_of_the_tower(features, params, images):
+  out = apply_tower(params, [PREPROCESS(image) for image in images], (0, 2))
+  assert features.pooled.shape == (5, 32)
+  assert_equal_features(features, out, (4, 4), {0: 0, -1: 2})
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 def test_results_of_any_batch_size(encoder, features, images, batch_size):
-  again = encoder.image(
-    [*images, *images], outputs=("pooled",), batch_size=batch_size
-  )
+  options = dict(outputs=("pooled",), batch_size=batch_size)
+  again = encoder.image([*images, *images], **options).pooled
   both = np.concatenate([features.pooled] * 2)
-  np.testing.assert_allclose(again.pooled, both, atol=1e-5)
+  np.testing.assert_allclose(again, both, atol=1e-5)
 
 
 def test_one_device_and_eight_agree(single, features, images):
@@ -137,26 +126,22 @@ def test_text_on_one_device_and_eight(single, encoder, params):
   strings = ["a red ball", "Two CUBES", "", "x" * 40]
   texts = encoder.text(strings)
   tokens = jnp.asarray(encoder.tokenizer.encode(strings, 12))
-  tower = models.text_tower(SPEC)
-  out = jax.jit(lambda p, x: tower.apply({"params": p}, x))(
-    params["text"], tokens
-  )
+  apply = jax.jit(models.text_tower(SPEC).apply)
+  out = apply({"params": params["text"]}, tokens)
   np.testing.assert_allclose(texts, out.pooled, atol=2e-5)
-  np.testing.assert_allclose(
-    single.text(strings, batch_size=3), texts, atol=1e-5
-  )
+  again = single.text(strings, batch_size=3)
+  np.testing.assert_allclose(again, texts, atol=1e-5)
 
 
 def test_sharded_parameters_give_the_same(params, features, images):
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   sharded = jax.device_put(params, tree_shardings(params, mesh))
   # Without a mesh, the parameters' mesh is used.
-  live = Encoder(SPEC, sharded, Preprocess(size=32, mean=MEAN, std=STD))
+  live = Encoder(SPEC, sharded, PREPROCESS)
   assert live.mesh == mesh
-  leaves = zip(
-    jax.tree.leaves(live.params), jax.tree.leaves(sharded), strict=True
-  )
-  assert all(a is b for a, b in leaves), "live parameters were copied"
+  leaves = map(jax.tree.leaves, (live.params, sharded))
+  copied = [a is not b for a, b in zip(*leaves, strict=True)]
+  assert not any(copied), "live parameters were copied"
   out = live.image(images, outputs=("pooled",))
   np.testing.assert_allclose(out.pooled, features.pooled, atol=1e-5)
 
@@ -177,15 +162,12 @@ def test_new_parameters_do_not_recompile(encoder, features, params, images):
 
 
 def test_image_kinds_agree(encoder, images):
-  square = images[4]
-  jpeg = PIL.Image.fromarray(square)
-  as_array = encoder.image(np.stack([square]), outputs=("pooled",)).pooled
-  as_pil = encoder.image([jpeg], outputs=("pooled",)).pooled
-  np.testing.assert_array_equal(as_array, as_pil)
-  file = io.BytesIO()
-  jpeg.save(file, "PNG")
-  as_bytes = encoder.image([file.getvalue()], outputs=("pooled",)).pooled
-  np.testing.assert_array_equal(as_array, as_bytes)
+  pil_image, file = PIL.Image.fromarray(images[4]), io.BytesIO()
+  pil_image.save(file, "PNG")
+  kinds = [np.stack([images[4]]), [pil_image], [file.getvalue()]]
+  first, *others = (encoder.image(k, outputs=("pooled",)).pooled for k in kinds)
+  for other in others:
+    np.testing.assert_array_equal(other, first)
 
 
 def turned(image):
@@ -220,25 +202,17 @@ def test_pil_files_equal_their_bytes(encoder, images, make):
 
 def test_only_requested_outputs(encoder, images):
   out = encoder.image(images, outputs=("prefix",))
-  assert out.pooled is None
-  assert out.patches is None
+  assert out.pooled is None and out.patches is None
   assert out.prefix.shape == (5, 3, 32)
 
 
 def test_similarity_is_the_formula(encoder):
   rng = np.random.default_rng(3)
-  a = rng.normal(size=(3, 32)).astype(np.float32)
-  b = rng.normal(size=(2, 32)).astype(np.float32)
-  want = np.array(
-    [
-      [
-        np.exp(1.5) * (x @ y) / (np.linalg.norm(x) * np.linalg.norm(y)) - 2.0
-        for y in b
-      ]
-      for x in a
-    ]
-  )
-  np.testing.assert_allclose(encoder.similarity(a, b), want, atol=1e-5)
+  a, b = (rng.normal(size=(n, 32)).astype(np.float32) for n in (3, 2))
+  got = encoder.similarity(a, b)
+  for i, j in np.ndindex(3, 2):
+    cosine = a[i] @ b[j] / (np.linalg.norm(a[i]) * np.linalg.norm(b[j]))
+    assert got[i, j] == pytest.approx(np.exp(1.5) * cosine - 2, abs=1e-5)
 
 
 def test_normalize_keeps_zero():
@@ -262,56 +236,78 @@ def test_protocol_is_json(encoder):
   assert protocol["tokenizer"]["kind"] == "bytes"
 
 
-def test_invalid_arguments_raise(encoder, images, params):
-  with pytest.raises(TypeError, match=r"pass \[image\]"):
-    encoder.image(images[0])
-  with pytest.raises(TypeError, match=r"uint8 \[H, W, 3\].*float64") as error:
+@pytest.mark.parametrize(
+  ("call", "error", "message"),
+  [
+    (lambda e, x: e.image(x[0]), TypeError, r"pass \[image\]"),
+    (lambda e, x: e.image([x[0] / 255.0]), TypeError, r"uint8 \[.*float64"),
+    (lambda e, x: e.image(x, layers=(3,)), ValueError, r"layer 3 .*0\.\.2"),
+    (lambda e, x: e.image(x, outputs=("pool",)), ValueError, "some of"),
+    (lambda e, x: e.image([]), ValueError, "no images"),
+    # The annotations, which tests check, are stricter than users' code.
+    (
+      lambda e, x: preprocess.check_images((i for i in x), "image"),
+      TypeError,
+      r"a generator: pass list\(images\)",
+    ),
+    (lambda e, x: e.image([x[0][:0]]), TypeError, r"must be.*\[0, 56, 3\]"),
+    (lambda e, x: e.image([b"no"]), ValueError, "'image 0'.*are no image"),
+    (lambda e, x: e.image(["a/b.jpg"]), TypeError, "path 'a/b.jpg'.*read"),
+    (
+      lambda e, x: e.image([pathlib.Path("a/b.jpg")]),
+      TypeError,
+      r"image 0 is the path 'a/b.jpg'.*read",
+    ),
+    (lambda e, x: e.text([None]), TypeError, "strings"),
+    (lambda e, x: e.text("a ball"), TypeError, r"pass \[string\]"),
+    (
+      lambda e, x: encoder_lib.check_embeddings(np.ones((1, 3)), np.eye(2)),
+      ValueError,
+      r"\[1, 3\] and \[2, 2\]",
+    ),
+    (
+      lambda e, x: build(e.params, dtype="float8"),
+      ValueError,
+      "mean 'float32'",
+    ),
+    (lambda e, x: build(e.params["image"]), ValueError, "has no 'image'"),
+    (lambda e, x: build(e.params, spec=SMALL), ValueError, "100 is too small"),
+    (
+      lambda e, x: build(e.params, spec=VISION).text(["a"]),
+      ValueError,
+      "no text",
+    ),
+    (
+      lambda e, x: build({"image": e.params["image"]}, spec=VISION).similarity(
+        np.ones((1, 32)), np.ones((1, 32))
+      ),
+      ValueError,
+      r"logit_scale\): \[\]; expected one",
+    ),
+    (
+      lambda e, x: e.dense([np.zeros((41, 24, 3), np.uint8)]),
+      ValueError,
+      "41x24 .* nearest size that is: 40x24",
+    ),
+    (
+      lambda e, x: e.dense([x[1], x[1][:16]]),
+      ValueError,
+      "image 1 is 16x32 and the first one 32",
+    ),
+    (lambda e, x: e.dense([x[1] / 255]), TypeError, "image 0 must be an array"),
+    (lambda e, x: as_pixels(b"jpeg", "image 0"), TypeError, "Encoder.image"),
+    (lambda e, x: e.dense(x[1]), TypeError, r"Encoder.dense takes.*\[image\]"),
+  ],
+)
+def test_invalid_arguments(encoder, images, call, error, message):
+  with pytest.raises(error, match=message):
+    call(encoder, images)
+
+
+def test_an_error_names_the_item(encoder, images):
+  with pytest.raises(TypeError) as error:
     encoder.image([images[0], images[1] / 255.0])
   assert "item 1" in "".join(error.value.__notes__)
-  with pytest.raises(ValueError, match=r"layer 3 .* 3 blocks.*0\.\.2"):
-    encoder.image(images, layers=(3,))
-  with pytest.raises(ValueError, match="expected some of"):
-    encoder.image(images, outputs=("pool",))
-  with pytest.raises(ValueError, match="no images"):
-    encoder.image([])
-  with pytest.raises(TypeError, match=r"a generator: pass list\(images\)"):
-    # The annotations, which tests check, are stricter than users' code.
-    preprocess.check_images((image for image in images), "image")
-  with pytest.raises(TypeError, match=r"image 0 must be.*\[0, 9, 3\]"):
-    encoder.image([np.zeros((0, 9, 3), np.uint8)])
-  with pytest.raises(ValueError, match="record 'image 1'.*are no image"):
-    encoder.image([images[0], b"nothing"])
-  with pytest.raises(TypeError, match="strings"):
-    encoder.text([None])
-  with pytest.raises(ValueError, match=r"\[1, 32\] and \[1, 16\]"):
-    encoder_lib.check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
-  with pytest.raises(ValueError, match="'float8'. Did you mean 'float32'"):
-    Encoder(SPEC, params, Preprocess(size=32), dtype="float8")
-  for path in ("a/b.jpg", pathlib.Path("a/b.jpg")):
-    with pytest.raises(TypeError, match=r"image 0 is the path 'a/b.jpg'.*read"):
-      encoder.image([path])
-  with pytest.raises(TypeError, match=r"pass \[string\]"):
-    encoder.text("a ball")
-  with pytest.raises(ValueError, match="params has no 'image'"):
-    Encoder(SPEC, params["image"], Preprocess(size=32))
-  vision = dataclasses.replace(SPEC, text=None)
-  image_only = Encoder(vision, {"image": params["image"]}, Preprocess(size=32))
-  with pytest.raises(ValueError, match="no text tower"):
-    image_only.text(["a"])
-  with pytest.raises(ValueError, match=r"logit_scale\): \[\]; expected one"):
-    image_only.similarity(np.ones((1, 32)), np.ones((1, 32)))
-
-
-def test_tokenizer_larger_than_the_vocabulary_raises(params):
-  text = dataclasses.replace(SPEC.text, vocab_size=100)
-  tokenizer = tokenizers.build_tokenizer("bytes")
-  with pytest.raises(ValueError, match="100 is too small"):
-    Encoder(
-      dataclasses.replace(SPEC, text=text),
-      params,
-      Preprocess(size=32),
-      tokenizer,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -326,26 +322,8 @@ def dense(encoder, tall):
 
 
 def test_dense_equals_the_tower_at_that_size(dense, params, tall):
-  pixels = (tall.astype(np.float32) / 255 - MEAN) / STD
-  tower = models.image_tower(SPEC)
-  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=(1, 2)))
-  out = apply(params["image"], jnp.asarray(pixels, jnp.float32))
-  want = {
-    "pooled": out.pooled,
-    "patches": out.patches.reshape(5, 5, 3, 32),
-    "prefix": out.prefix,
-  }
-  for name, value in want.items():
-    np.testing.assert_allclose(getattr(dense, name), value, atol=2e-5)
-  for layer, tap in ((1, 1), (-1, 2)):
-    tapped = np.asarray(out.taps[tap])
-    np.testing.assert_allclose(
-      dense.layers[layer], tapped[:, 3:].reshape(5, 5, 3, 32), atol=2e-5
-    )
-    np.testing.assert_allclose(
-      dense.prefix_layers[layer], tapped[:, :3], atol=2e-5
-    )
-  assert np.abs(dense.prefix_layers[-1] - dense.prefix).max() > 0.1
+  out = apply_tower(params, (tall / np.float32(255) - MEAN) / STD, (1, 2))
+  assert_equal_features(dense, out, (5, 3), {1: 1, -1: 2})
 
 
 def test_dense_at_the_input_size_equals_image(encoder, tall):
@@ -373,41 +351,34 @@ def test_floats_and_lists_are_the_same_pixels(encoder, dense, tall):
   assert np.abs(other.patches - dense.patches).max() > 1e-4
 
 
-def test_invalid_arguments_of_dense_raise(encoder, tall):
-  with pytest.raises(ValueError, match="41x24 .* nearest size that is: 40x24"):
-    encoder.dense([np.zeros((41, 24, 3), np.uint8)])
-  with pytest.raises(ValueError, match="image 1 is 24x40 and the first one 40"):
-    encoder.dense([tall[0], tall[0].transpose(1, 0, 2)])
-  with pytest.raises(TypeError, match=r"image 0 must be an array.*float64"):
-    encoder.dense([tall[0] / 255])
-  with pytest.raises(TypeError, match="Encoder.image takes any image"):
-    as_pixels(b"jpeg", "image 0")
-  with pytest.raises(TypeError, match=r"Encoder.dense takes a seq.*\[image\]"):
-    encoder.dense(tall[0])
+@pytest.mark.parametrize(
+  ("arguments", "want"),
+  [
+    ((1000, 64, 8), 64),
+    ((1000, 60, 8), 64),
+    ((1, 64, 1), 1),
+    ((5, 64, 1), 8),
+    ((5, 6, 1), 6),
+    ((3, 64, 8), 8),
+  ],
+)
+def test_padded_batch(arguments, want):
+  assert batched.padded_batch(*arguments) == want
 
 
-def test_padded_batch():
-  assert batched.padded_batch(1000, 64, 8) == 64
-  assert batched.padded_batch(1000, 60, 8) == 64
-  assert batched.padded_batch(1, 64, 1) == 1
-  assert batched.padded_batch(5, 64, 1) == 8
-  assert batched.padded_batch(5, 6, 1) == 6
-  assert batched.padded_batch(3, 64, 8) == 8
-
-
-PROCESS = """
-import sys
+# In two processes, and in this one.
+MODEL = """
+import jax
 import numpy as np
-from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.models import two_tower as models
-from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.data import tokenizers
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
 
-assert jax.device_count() == 4 and jax.local_device_count() == 2
-spec = models.ModelSpec.from_config({
-  "image_size": 16, "patch_size": 8, "width": 32, "depth": 1, "heads": 2,
-  "mlp_dim": 64, "text": {"length": 8, "vocab_size": 258, "width": 32,
-                          "depth": 1, "heads": 2, "mlp_dim": 64}})
+tower = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
+text = {"length": 8, "vocab_size": 258, **tower}
+spec = models.ModelSpec.from_config(
+  {"image_size": 16, "patch_size": 8, **tower, "text": text})
 params = jax.tree.map(np.asarray, models.init_params(spec, jax.random.key(0)))
 
 
@@ -421,41 +392,28 @@ class Photos(list):
 
 rng = np.random.default_rng(0)
 photos = Photos(rng.integers(0, 256, (11, 20, 24, 3), np.uint8))
-encoder = Encoder(spec, params, Preprocess(size=16),
-                  tokenizers.build_tokenizer("bytes"))
+tokenizer = tokenizers.build_tokenizer("bytes")
+encoder = Encoder(spec, params, Preprocess(size=16), tokenizer)
 out = encoder.image(photos, layers=(0,), batch_size=4)
-text = encoder.text(["a", "b", "c"])
-np.savez(f"{sys.argv[1]}/{process}", pooled=out.pooled, layer=out.layers[0],
-         text=text, read=sorted(photos.read))
+arrays = dict(pooled=out.pooled, layer=out.layers[0], read=sorted(Photos.read),
+              text=encoder.text(["a", "b", "c"]))
+"""
+SAVE = """
+import sys
+assert jax.device_count() == 4 and jax.local_device_count() == 2
+np.savez(f"{sys.argv[1]}/{process}", **arrays)
 """
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
   """Each decodes its own half; both get all results, like a single process."""
-  trainings.run_pair(PROCESS, str(tmp_path), devices=2)
+  trainings.run_pair(MODEL + SAVE, str(tmp_path), devices=2)
   first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
   assert sorted([*first["read"], *second["read"]]) == list(range(11))
   assert len(first["read"]) == 6
-
-  spec = models.ModelSpec.from_config(
-    {
-      "image_size": 16,
-      "patch_size": 8,
-      **TOWER,
-      "text": {"length": 8, "vocab_size": 258, **TOWER},
-    }
-  )
-  params = models.init_params(spec, jax.random.key(0))
-  rng = np.random.default_rng(0)
-  photos = rng.integers(0, 256, (11, 20, 24, 3), np.uint8)
-  alone = Encoder(
-    spec, params, Preprocess(size=16), tokenizers.build_tokenizer("bytes")
-  )
-  out = alone.image(photos, layers=(0,))
+  exec(MODEL, alone := {})
   for got in (first, second):
-    np.testing.assert_allclose(got["pooled"], out.pooled, atol=1e-5)
-    np.testing.assert_allclose(got["layer"], out.layers[0], atol=1e-5)
-    np.testing.assert_allclose(
-      got["text"], alone.text(["a", "b", "c"]), atol=1e-5
-    )
+    for name in ("pooled", "layer", "text"):
+      want = alone["arrays"][name]
+      np.testing.assert_allclose(got[name], want, atol=1e-5)

@@ -116,27 +116,19 @@ def test_what_is_no_model(server, tmp_path, monkeypatch):
 def test_push(server, export, tmp_path, capsys, monkeypatch):
   """The card's code runs on the uploaded files."""
   results = tmp_path / "results.json"
-  run_command(
-    "evaluate",
-    [
-      f"--encoder={export}",
-      "--evals=patch_pca",
-      "--count=2",
-      f"--json={results}",
-    ],
-  )
+  command = [f"--encoder={export}", "--evals=patch_pca", "--count=2"]
+  run_command("evaluate", [*command, f"--json={results}"])
   options = ["--license=apache-2.0", "--data=40 photos", "--base_model=lab/b"]
+  options.append(f"--results={results}")
   for repo in ("lab/old", "lab/new"):  # The second replaces the card's parts.
-    command = ["push", str(export), repo, *options]
-    run_command(command[0], [*command[1:], f"--results={results}"])
+    run_command("push", [str(export), repo, *options])
   assert "to lab/new: http" in capsys.readouterr().out
   commit = server.commits[server.revisions["lab/new"]["main"]]
   assert commit.keys() == files_of(export).keys()
   text = commit["README.md"].decode()
   head, body = text.split("---\n", 2)[1:]
-  assert (
-    head.count("license: apache-2.0") == head.count("base_model: lab/b") == 1
-  )
+  for line in ("license: apache-2.0", "base_model: lab/b"):
+    assert head.count(line) == 1
   assert text.count("## Training data\n\n40 photos") == 1
   assert "explained_by_3" in body and "data_hash" in body
   assert "lab/old" not in text
@@ -170,37 +162,56 @@ def test_transformers_runs_the_code_of_a_card(server, export, tmp_path):
   assert done.stdout.strip().endswith("(1, 32)"), done.stderr
 
 
-def test_what_can_not_be_pushed(server, export, tmp_path, monkeypatch):
-  options = ["--license=mit", "--data=x"]
-  for repo in ("new", "-a/..b", "a/b--c"):
-    with pytest.raises(SystemExit, match="expected ORG/NAME"):
-      run_command("push", [*options, "--", str(export), repo])
-  (tmp_path / "empty").mkdir()
-  with pytest.raises(SystemExit, match="is no export"):
-    run_command("push", [str(tmp_path / "empty"), "lab/new", *options])
-  with pytest.raises(SystemExit, match="'my: own' is no identifier"):
-    run_command(
-      "push", [str(export), "lab/new", "--license=my: own", "--data=x"]
-    )
-  folder = shutil.copytree(export, tmp_path / "part")
+def lacks_weights(folder):
   (folder / "model.safetensors").unlink()
-  before = (folder / "README.md").read_text()
-  with pytest.raises(SystemExit, match=r"push: .*lacks model.safetensors"):
-    run_command("push", [str(folder), "lab/new", *options])
-  assert (folder / "README.md").read_text() == before
-  folder = shutil.copytree(export, tmp_path / "latin")
+
+
+def in_latin(folder):
   (folder / "README.md").write_bytes(b"---\n---\ncaf\xe9")
-  with pytest.raises(SystemExit, match=r"push: .*README.md is not UTF-8 text"):
-    run_command("push", [str(folder), "lab/new", *options])
-  # Logging in is suggested only if access is denied.
+
+
+def emptied(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+@pytest.mark.parametrize(
+  ("change", "repo", "options", "message"),
+  [
+    (None, "new", (), "expected ORG/NAME"),
+    (None, "-a/..b", (), "expected ORG/NAME"),
+    (None, "a/b--c", (), "expected ORG/NAME"),
+    (emptied, "lab/new", (), "is no export"),
+    (None, "lab/new", ("--license=my: own",), "'my: own' is no identifier"),
+    (lacks_weights, "lab/new", (), "push: .*lacks model.safetensors"),
+    (in_latin, "lab/new", (), "push: .*README.md is not UTF-8 text"),
+  ],
+)
+def test_what_can_not_be_pushed(
+  export, tmp_path, change, repo, options, message
+):
+  folder = shutil.copytree(export, tmp_path / "copy")
+  if change:
+    change(folder)
+  before = files_of(folder)
+  options = ["--license=mit", "--data=x", *options, "--", str(folder), repo]
+  with pytest.raises(SystemExit, match=message):
+    run_command("push", options)
+  assert files_of(folder) == before
+
+
+def test_logging_in_is_suggested_if_access_is_denied(
+  server, export, monkeypatch
+):
+  command = [str(export), "lab/new", "--license=mit", "--data=x"]
   with monkeypatch.context() as patch:
     patch.setenv("HF_ENDPOINT", "http://localhost:9")
     with pytest.raises(SystemExit, match=r"can't be uploaded.*\.$") as caught:
-      run_command("push", [str(export), "lab/new", *options])
+      run_command("push", command)
     assert "HF_TOKEN" not in str(caught.value)
   monkeypatch.setenv("HF_TOKEN", "")
   with pytest.raises(SystemExit, match="can't be uploaded.*HF_TOKEN"):
-    run_command("push", [str(export), "lab/new", *options])
+    run_command("push", command)
 
 
 def test_cards_without_metrics_and_of_other_licences(export, tmp_path, caplog):
@@ -244,8 +255,7 @@ def test_metadata_of_several_lines():
   lists = "base_model:\n- lab/a\n- lab/b\nlicense:\n  - mit\n"
   text = f"---\n{lists}{own}---\n# A model\n"
   for _ in range(2):
-    text = card.complete_card(
-      text, repo="lab/new", licence="mit", data="x", base_model="lab/c"
-    )
+    facts = dict(licence="mit", data="x", base_model="lab/c")
+    text = card.complete_card(text, repo="lab/new", **facts)
   completed = f"---\n{own}license: mit\nbase_model: lab/c\n---\n# A model\n"
   assert text.startswith(completed)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from hostile import foreign_samples as samples
+from random_trees import random_params
 
 import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
@@ -25,28 +26,17 @@ MODEL = {
   "patch_size": 8,
   "pool": "map",
   **TOWER,
-  "text": {
-    "length": 12,
-    "vocab_size": 258,
-    "tokenizer": "bytes",
-    "clean": "lower",
-    **TOWER,
-  },
+  "text": dict(
+    length=12, vocab_size=258, tokenizer="bytes", clean="lower", **TOWER
+  ),
 }
 SPEC = models.ModelSpec.from_config(MODEL)
-SHAPES = models.abstract_params(SPEC)
 
 
 def init(seed):
-  head = {
-    "logit_scale": np.array(1.0, "f4"),
-    "logit_bias": np.array(-3.0, "f4"),
-  }
-  rng = np.random.default_rng(seed)
-  params = jax.tree.map(
-    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), SHAPES
-  )
-  return {**params, "heads": {"contrastive": head}}
+  scalars = {"logit_scale": 1.0, "logit_bias": -3.0}
+  head = {name: np.array(x, "f4") for name, x in scalars.items()}
+  return random_params(SPEC, seed=seed) | {"heads": {"contrastive": head}}
 
 
 @pytest.fixture(scope="module")
@@ -127,46 +117,56 @@ def test_a_native_folder(tmp_path, images, run):
     mtv_jax.load(tmp_path / "native", weights="ema")
 
 
-def test_unknown_folders_raise(tmp_path, run, monkeypatch):
-  with pytest.raises(FileNotFoundError, match="does not exist.*Expected a"):
-    mtv_jax.load(tmp_path / "nowhere")
+def link_run(run, folder, **model):
+  """A folder with the run's checkpoints and another model's config."""
+  (folder / "config.json").write_text(json.dumps({"model": MODEL | model}))
+  (folder / "checkpoints").symlink_to(run / "checkpoints")
+
+
+MOVED = MODEL["text"] | {"tokenizer": "old/place/my.model"}
+
+
+@pytest.mark.parametrize(
+  ("path", "options", "files", "error", "message"),
+  [
+    ("/no", {}, {}, FileNotFoundError, "does not exist.*Expected a"),
+    ("google/x", {}, {}, FileNotFoundError, r"no local path, and .*\[hub\]"),
+    ("RUN/checkpoints", {}, {}, FileNotFoundError, "run's own folder, RUN;"),
+    ("RUN/checkpoints/7", {}, {}, FileNotFoundError, "run's own folder, RUN;"),
+    ("", {}, {"notes": "x"}, FileNotFoundError, r"has notes\. Expected"),
+    (
+      "",
+      {},
+      {"config.json": '{"a": 1}', "n": ""},
+      FileNotFoundError,
+      r"config\.json, n",
+    ),
+    ("", {}, {"config.json": "{"}, ValueError, "not JSON"),
+    ("RUN", {"weights": "teachers"}, {}, ValueError, "mean 'teacher'"),
+    ("RUN", {"step": 7}, {}, FileNotFoundError, "7"),
+    (
+      "",
+      {},
+      {"width": 64},
+      ValueError,
+      r"config\.json describes another model.*\.old(.|\n)*image/.*32.*64",
+    ),
+    ("", {}, {"text": MOVED}, FileNotFoundError, r"tokenizer/my\.model.*old/"),
+  ],
+)
+def test_folders_that_can_not_be_loaded(
+  path, options, files, error, message, run, tmp_path, monkeypatch
+):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(FileNotFoundError, match=r"no local path, and .*\[hub\]"):
-    mtv_jax.load("google/siglip-x")
-  for inside in ("checkpoints", "checkpoints/7"):
-    with pytest.raises(FileNotFoundError, match=f"run's own folder, {run};"):
-      mtv_jax.load(run / inside)
-  (tmp_path / "notes.txt").write_text("x")
-  with pytest.raises(FileNotFoundError, match=r"has notes\.txt\. Expected"):
-    mtv_jax.load(tmp_path)
-  (tmp_path / "config.json").write_text('{"a": 1}')
-  with pytest.raises(FileNotFoundError, match=r"config\.json, notes\.txt"):
-    mtv_jax.load(tmp_path)
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="not JSON"):
-    mtv_jax.load(tmp_path)
-  with pytest.raises(ValueError, match="Did you mean 'teacher'"):
-    mtv_jax.load(run, weights="teachers")
-  with pytest.raises(FileNotFoundError, match="7"):
-    mtv_jax.load(run, step=7)
-
-
-def test_a_config_of_another_model_raises(run, tmp_path):
-  config = {"model": {**MODEL, "width": 64}}
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-  match = r"config\.json describes another model.*\.old(.|\n)*image/.*32.*64"
-  with pytest.raises(ValueError, match=match):
-    mtv_jax.load(tmp_path)
-
-
-def test_a_missing_tokenizer_raises(run, tmp_path):
-  text = {**MODEL["text"], "tokenizer": "old/place/my.model"}
-  config = {"model": {**MODEL, "text": text}}
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-  with pytest.raises(FileNotFoundError, match=r"tokenizer/my\.model.*old/"):
-    mtv_jax.load(tmp_path)
+  if {"width", "text"} & files.keys():
+    link_run(run, tmp_path, **files)
+  else:
+    for name, content in files.items():
+      (tmp_path / name).write_text(content)
+  message = message.replace("RUN", str(run))
+  path = path.replace("RUN", str(run)) or tmp_path
+  with pytest.raises(error, match=message):
+    mtv_jax.load(path, **options)
 
 
 def test_the_package_imports_nothing_heavy(repo_root):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from random_trees import random_leaves
 
 import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
@@ -37,44 +38,34 @@ OBJECTIVES = {
 }
 SPEC = models.ModelSpec.from_config(MODEL)
 HEADS = heads_lib.heads_of_config(OBJECTIVES, SPEC)
-
-
-def objective(name):
-  entry = OBJECTIVES[name]
-  return build_objective(name, entry).resolve(SPEC, {})
+PREPROCESS = Preprocess(size=32)
+CROPPING = Preprocess(size=32, resize="shortest", crop="center")
 
 
 @pytest.fixture(scope="module")
 def heads():
   """The modules of pretraining, by name."""
   result = {}
-  for name in OBJECTIVES:
-    result |= objective(name).heads()
+  for name, entry in OBJECTIVES.items():
+    result |= build_objective(name, entry).resolve(SPEC, {}).heads()
   return result
 
 
 @pytest.fixture(scope="module")
 def params(heads):
-  rng = np.random.default_rng(3)
   shapes = models.abstract_params(SPEC)
   shapes["heads"] = {
     name: jax.eval_shape(lambda h=head: h.init(jax.random.key(0), SPEC))
     for name, head in heads.items()
   }
-  return jax.tree.map(
-    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes
-  )
+  return random_leaves(shapes, seed=3)
 
 
-def build(params, devices=None, prediction_heads=HEADS, **kwargs):
+def build(params, heads=HEADS, devices=None, preprocess=PREPROCESS):
+  tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
+  mesh = make_mesh({"data": -1}, devices)
   return Encoder(
-    SPEC,
-    params,
-    Preprocess(size=32),
-    tokenizers.build_tokenizer("bytes", clean="lower"),
-    make_mesh({"data": -1}, devices),
-    prediction_heads=prediction_heads,
-    **kwargs,
+    SPEC, params, preprocess, tokenizer, mesh, prediction_heads=heads
   )
 
 
@@ -122,15 +113,12 @@ def expected(encoder, heads, params, images):
 
 
 def test_depth_equals_the_objective_s_head(encoder, images, expected):
-  assert encoder.can_predict("depth")
   got = encoder.depth(images)
-  assert got.shape == (3, 12, 12)
-  assert np.std(got) > 0.01
+  assert got.shape == (3, 12, 12) and np.std(got) > 0.01
   np.testing.assert_allclose(got, expected["depth"], atol=2e-5)
 
 
 def test_regions_equal_the_prompter(encoder, images, expected):
-  assert encoder.can_predict("grounding")
   result = encoder.ground(images, BOXES)
   assert result.embeddings.shape == (3, 3, 32)
   np.testing.assert_array_equal(result.valid.sum(axis=1), [3, 0, 1])
@@ -144,7 +132,6 @@ def test_regions_equal_the_prompter(encoder, images, expected):
 
 
 def test_boxes_equal_the_locator(encoder, images, expected):
-  assert encoder.can_predict("locator")
   result = encoder.locate(images, PHRASES)
   np.testing.assert_array_equal(result.valid.sum(axis=1), [2, 0, 3])
   centre, half = expected["boxes"][..., :2], expected["boxes"][..., 2:] / 2
@@ -155,12 +142,16 @@ def test_boxes_equal_the_locator(encoder, images, expected):
 
 
 def test_one_device_and_eight_agree(encoder, params, images):
-  single = build(params, jax.devices()[:1])
-  np.testing.assert_allclose(
-    single.ground(images, BOXES, batch_size=2).embeddings,
-    encoder.ground(images, BOXES).embeddings,
-    atol=1e-5,
-  )
+  single = build(params, devices=jax.devices()[:1])
+  one = single.ground(images, BOXES, batch_size=2).embeddings
+  eight = encoder.ground(images, BOXES).embeddings
+  np.testing.assert_allclose(one, eight, atol=1e-5)
+
+
+def assert_described(heads):
+  """Heads survive their JSON description."""
+  described = json.loads(json.dumps(heads_lib.describe_heads(heads)))
+  assert heads_lib.described_heads(described) == heads
 
 
 @pytest.mark.parametrize("open_", [True, False])
@@ -173,47 +164,45 @@ def test_heads_of_a_config_equal_those_of_its_objectives(name, open_):
   heads = heads_lib.heads_of_config({name: entry}, SPEC)
   key = {"deep": "depth", "captioning": "caption"}.get(name, name)
   assert heads[key] == resolved.head
-  described = json.loads(json.dumps(heads_lib.describe_heads(heads)))
-  assert heads_lib.described_heads(described) == heads
+  assert_described(heads)
 
 
 def test_only_trained_tasks_predict():
   entry = {"captioning": {"tasks": ["caption", "referring"]}}
   heads = heads_lib.heads_of_config(entry, SPEC)
   assert set(heads) == {"caption", "referring"}
-  described = json.loads(json.dumps(heads_lib.describe_heads(heads)))
-  assert heads_lib.described_heads(described) == heads
+  assert_described(heads)
 
 
-@pytest.fixture(scope="module")
-def run(params, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("run")
-  config = {"model": MODEL, "objectives": OBJECTIVES}
-  (folder / "config.json").write_text(json.dumps(config))
-  with Checkpointer(folder / "checkpoints", every_steps=1) as saver:
-    saver.save(1, {"params": params})
-  return folder
+@pytest.fixture(scope="module", params=["run", "to_hf", "native"])
+def save(request, params, tmp_path_factory):
+  """Function that writes a run with a config, or an export of that run."""
+
+  def save(**config):
+    folder = tmp_path_factory.mktemp("run")
+    config |= {"model": MODEL, "objectives": OBJECTIVES}
+    (folder / "config.json").write_text(json.dumps(config))
+    with Checkpointer(folder / "checkpoints", every_steps=1) as saver:
+      saver.save(1, {"params": params})
+    if request.param == "run":
+      return folder
+    write = huggingface.write if request.param == "to_hf" else native.write
+    return write(folder / "out", loading.read_model(folder))
+
+  return save
 
 
-@pytest.mark.parametrize("form", ["run", "to_hf", "native"])
-def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
-  folder = run
-  if form != "run":
-    model = loading.read_model(run)
-    write = huggingface.write if form == "to_hf" else native.write
-    folder = write(tmp_path / "out", model)
-  loaded = mtv_jax.load(folder)
+def test_loaded_heads_predict(save, encoder, images):
+  loaded = mtv_jax.load(save())
   assert loaded.prediction_heads == HEADS
-  np.testing.assert_array_equal(loaded.depth(images), encoder.depth(images))
-  np.testing.assert_array_equal(
-    loaded.ground(images, BOXES).embeddings,
-    encoder.ground(images, BOXES).embeddings,
-  )
   for name, given in {
+    "depth": {},
+    "grounding": {"boxes": BOXES},
     "caption": {},
     "referring": {"phrases": PHRASES},
     "region_caption": {"boxes": BOXES},
   }.items():
+    assert encoder.can_predict(name)
     got = loaded.predict(name, images, **given)
     want = encoder.predict(name, images, **given)
     assert got.keys() == want.keys()
@@ -221,27 +210,10 @@ def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
       np.testing.assert_array_equal(got[key], value)
 
 
-@pytest.fixture(scope="module")
-def short_phrases(params, tmp_path_factory):
-  """A run whose phrases have fewer tokens than its captions."""
-  folder = tmp_path_factory.mktemp("short_phrases")
+def test_phrases_have_the_length_of_pretraining(save, encoder, images):
+  """Phrases have fewer tokens than captions."""
   ops = "decode|canvas(32)|caption(12)|regions(2, phrase_length=8)"
-  config = {"data": {"ops": ops}, "model": MODEL, "objectives": OBJECTIVES}
-  (folder / "config.json").write_text(json.dumps(config))
-  with Checkpointer(folder / "checkpoints", every_steps=1) as saver:
-    saver.save(1, {"params": params})
-  return folder
-
-
-@pytest.mark.parametrize("form", ["run", "to_hf", "native"])
-def test_phrases_have_the_length_of_pretraining(
-  form, short_phrases, encoder, images, tmp_path
-):
-  folder = short_phrases
-  if form != "run":
-    write = huggingface.write if form == "to_hf" else native.write
-    folder = write(tmp_path / "out", loading.read_model(short_phrases))
-  loaded = mtv_jax.load(folder)
+  loaded = mtv_jax.load(save(data={"ops": ops}))
   assert loaded.phrase_length == 8
   # The text tower attends to padding.
   short, full = loaded.phrases(["ball"]), loaded.text(["ball"])
@@ -304,11 +276,9 @@ def test_a_registered_head_predicts(params, images, encoder, monkeypatch):
   monkeypatch.setitem(heads_lib.HEADS, "colour", ColourHead)
   config = {"colour": {"weight": 1.0, "channels": 2}}
   heads = heads_lib.heads_of_config(config, SPEC)
-  assert heads_lib.described_heads(heads_lib.describe_heads(heads)) == heads
+  assert_described(heads)
   head = base.Head.of(heads["colour"])["colour"].init(jax.random.key(1), SPEC)
-  extended = build(
-    {**params, "heads": {"colour": head}}, prediction_heads=heads
-  )
+  extended = build({**params, "heads": {"colour": head}}, heads)
   assert extended.can_predict("colour") and not extended.can_predict("depth")
   colour = extended.predict("colour", images)["colour"]
   patches = encoder.image(images, outputs=("patches",)).patches
@@ -318,35 +288,53 @@ def test_a_registered_head_predicts(params, images, encoder, monkeypatch):
   np.testing.assert_allclose(colour, expected, atol=1e-5)
 
 
-def test_invalid_arguments_raise(encoder, params, images):
-  bare = build(params, prediction_heads=None)
-  assert not bare.can_predict("depth")
-  assert not bare.can_predict("grounding")
-  with pytest.raises(ValueError, match="can't predict 'depth'"):
-    bare.depth(images)
-  with pytest.raises(ValueError, match="can't predict 'grounding'"):
-    bare.ground(images, BOXES)
-  with pytest.raises(ValueError, match="can't predict 'locator'"):
-    bare.locate(images, PHRASES)
-  with pytest.raises(ValueError, match="3 images, and boxes of 2"):
-    encoder.ground(images, BOXES[:2])
-  with pytest.raises(ValueError, match=r"boxes of image 0 must be \[m, 4\]"):
-    encoder.ground(images, [[[0.1, 0.2, 0.3]], [], []])
-  with pytest.raises(ValueError, match="boxes of image 2 are not finite"):
-    encoder.ground(images, [[], [], [[0, 0, 1, np.nan]]])
-  with pytest.raises(TypeError, match="list of phrases for each image"):
-    encoder.locate(images, ["a ball", "a cube", "a cone"])
-  with pytest.raises(TypeError, match=r"inputs \['boxes'\]; got \[\]"):
-    encoder.predict("grounding", images)
+@pytest.mark.parametrize(
+  ("options", "name", "inputs", "error", "message"),
+  [
+    ({"heads": None}, "depth", {}, ValueError, "can't predict 'depth'"),
+    ({}, "grounding", {"boxes": BOXES[:2]}, ValueError, "3 .*, and boxes of 2"),
+    (
+      {},
+      "grounding",
+      {"boxes": [[[0.1, 0.2, 0.3]], [], []]},
+      ValueError,
+      r"boxes of image 0 must be \[m, 4\]",
+    ),
+    (
+      {},
+      "grounding",
+      {"boxes": [[], [], [[0, 0, 1, np.nan]]]},
+      ValueError,
+      "boxes of image 2 are not finite",
+    ),
+    (
+      {},
+      "locator",
+      {"phrases": ["a ball", "a cube", "a cone"]},
+      TypeError,
+      "list of phrases for each image",
+    ),
+    ({}, "grounding", {}, TypeError, r"inputs \['boxes'\]; got \[\]"),
+    (
+      {"preprocess": CROPPING},
+      "grounding",
+      {"boxes": BOXES},
+      ValueError,
+      "sees whole images",
+    ),
+  ],
+)
+def test_invalid_arguments(
+  params, images, options, name, inputs, error, message
+):
+  encoder = build(params, **options)
+  assert encoder.can_predict(name) == ("heads" not in options)
+  with pytest.raises(error, match=message):
+    encoder.predict(name, images, **inputs)
+
+
+def test_invalid_descriptions():
   with pytest.raises(ValueError, match="'tabs'. Did you mean 'taps'"):
     heads_lib.described_heads({"depth": {"tabs": [0]}})
   with pytest.raises(ValueError, match="has 'depths'"):
     heads_lib.described_heads({"depths": {}})
-  cropping = Encoder(
-    SPEC,
-    params,
-    Preprocess(size=32, resize="shortest", crop="center"),
-    prediction_heads=HEADS,
-  )
-  with pytest.raises(ValueError, match="sees whole images"):
-    cropping.ground(images, BOXES)

@@ -70,18 +70,19 @@ def test_center_crop_of_the_shorter_side():
 
 
 def test_dict_round_trip_and_mistakes():
-  preprocess = Preprocess(
-    size=24, resize="shortest", crop="center", resize_size=32
-  )
+  options = dict(resize="shortest", crop="center", resize_size=32)
+  preprocess = Preprocess(size=24, **options)
   assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
-  with pytest.raises(ValueError, match="'crop_size'"):
-    Preprocess.from_dict({"size": 3, "crop_size": 2})
-  with pytest.raises(ValueError, match="There are"):
-    Preprocess.from_dict({"size": 24, "resize": "stretch"})
-  with pytest.raises(ValueError, match="different shapes"):
-    Preprocess(size=24, resize="shortest")
-  with pytest.raises(ValueError, match="smaller than the crop"):
-    Preprocess(size=24, crop="center", resize_size=20)
+  for fields, message in (
+    ({"crop_size": 2}, "'crop_size'"),
+    ({"resize": "stretch"}, "There are"),
+    ({"resize": "shortest"}, "different shapes"),
+    ({"resize": "native"}, "needs patch_size and max_patches"),
+    ({"resize_size": 32}, "needs crop='center'"),
+    ({"crop": "center", "resize_size": 20}, "smaller than the crop"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Preprocess.from_dict({"size": 24, **fields})
 
 
 def test_preprocess_of_a_config():
@@ -111,24 +112,16 @@ def test_preprocess_of_a_config():
 @pytest.mark.reference
 def test_equals_transformers():
   transformers = pytest.importorskip("transformers")
-  siglip = transformers.SiglipImageProcessorPil(
-    size={"height": 32, "width": 32}
-  )
-  clip = transformers.CLIPImageProcessorPil(
-    size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-  )
+  square = {"height": 32, "width": 32}
+  siglip = transformers.SiglipImageProcessorPil(size=square)
+  crop = {"crop_size": {"height": 28, "width": 28}}
+  size = {"shortest_edge": 28}
+  clip = transformers.CLIPImageProcessorPil(size=size, **crop)
+  statistics = {f"image_{k}": list(v) for k, v in IMAGENET.items()}
   dino = transformers.BitImageProcessorPil(
-    size={"shortest_edge": 36},
-    crop_size={"height": 28, "width": 28},
-    resample=3,
-    image_mean=list(IMAGENET["mean"]),
-    image_std=list(IMAGENET["std"]),
+    size={"shortest_edge": 36}, resample=3, **crop, **statistics
   )
-  shortest = {
-    "resize": "shortest",
-    "crop": "center",
-    "interpolation": "bicubic",
-  }
+  shortest = dict(resize="shortest", crop="center", interpolation="bicubic")
   pairs = [
     (siglip, Preprocess(size=32, interpolation="bicubic")),
     (clip, Preprocess(size=28, **shortest, **CLIP)),

@@ -17,7 +17,7 @@ from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.models.two_tower import ModelSpec, init_params
 from mtv_jax.objectives import build_objective
-from mtv_jax.train import forward, statistics
+from mtv_jax.train import forward, initialization
 from mtv_jax.train import spec as step_spec
 from mtv_jax.train.teachers import FrozenTeacher, PixelMap
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -95,7 +95,9 @@ def read_targets(spec, batch, teachers):
 
   @jax.jit
   def run(batch):
-    features = statistics.compute_statistics_features(spec, state, batch, keys)
+    features = initialization.compute_statistics_features(
+      spec, state, batch, keys
+    )
     inputs = forward.compute_loss_inputs(spec, params, state, batch, keys)
     _, terms = forward.compute_losses(spec, params["heads"], state, inputs)
     return features[NAME]["t_layer1"], terms[NAME].loss.value()

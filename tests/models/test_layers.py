@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.models import layers
+from mtv_jax.models import layers, linear
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
+from mtv_jax.utils import xla_flags
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -103,3 +104,92 @@ def test_tokens_that_are_not_valid_change_nothing():
     masked[0, :3], module.apply(params, x[:1, :3])[0], atol=1e-6
   )
   np.testing.assert_allclose(masked[1], module.apply(params, x)[1], atol=1e-6)
+
+
+# Linear layers against the plain formula, in value and gradient.
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)], ids=str)
+def test_linear_gradients_equal_plain_gradients(lead):
+  rng = np.random.default_rng(0)
+  x, kernel, bias, weights = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32)
+    for shape in ((*lead, 4), (4, 6), (6,), (*lead, 6))
+  )
+
+  def loss(layer):
+    return lambda *args: (jnp.sin(layer(*args)) * weights).sum()
+
+  def grads(layer, *args):
+    return jax.grad(loss(layer), argnums=tuple(range(len(args))))(*args)
+
+  result = grads(linear.linear, x, kernel, bias)
+  result += grads(linear.linear, x, kernel)
+  expected = grads(lambda x, k, b: x @ k + b, x, kernel, bias)
+  expected += grads(lambda x, k: x @ k, x, kernel)
+  for a, b in zip(result, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_gradients_on_tpus_lower_to_the_plain_program(biased):
+  """On TPUs the program equals x @ kernel + bias."""
+  sizes = ((2, 3, 4), (4, 6), (6,))[: 2 + biased]
+  shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in sizes]
+
+  def lowered(layer):
+    def grads(*args):
+      y, vjp = jax.vjp(layer, *args)
+      return vjp(y)
+
+    exported = jax.export.export(jax.jit(grads), platforms=["tpu"])(*shapes)
+    text = exported.mlir_module()
+    return [
+      op
+      for op in ("dot_general", "reduce", "transpose", "reshape")
+      for _ in range(text.count(f"stablehlo.{op}"))
+    ]
+
+  plain = lowered((lambda x, k, b: x @ k + b) if biased else jnp.matmul)
+  assert lowered(linear.linear) == plain
+  assert plain.count("dot_general") == 3
+
+
+# Pooling by attention.
+
+
+TOKENS = jax.random.normal(jax.random.key(0), (2, 5, 16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_map_pool_gradients_compile_with_the_step_options(dtype):
+  """One query's gradient in bfloat16 used a product that CPUs lack."""
+  pool = layers.MapPool(heads=2, mlp_dim=8, dtype=jnp.dtype(dtype))
+  variables = pool.init(jax.random.key(1), TOKENS)
+
+  def loss(variables, tokens):
+    return jnp.square(pool.apply(variables, tokens)).sum()
+
+  options = xla_flags.compiler_options(None)
+  grad = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options)
+  result = jax.tree.leaves(grad(variables, TOKENS))
+  assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in result)
+
+
+def test_map_pool_attention_equals_jax():
+  """Without its MLP, it is the library's attention of one query."""
+  pool = layers.MapPool(heads=2, mlp_dim=8)
+  variables = pool.init(jax.random.key(1), TOKENS)
+  params = jax.tree.map(lambda x: x + 0.1, variables["params"])
+  params["mlp"] = jax.tree.map(jnp.zeros_like, params["mlp"])
+  at = params["attention"]
+
+  def dense(name, x):
+    return x @ at[name]["kernel"] + at[name]["bias"]
+
+  q = jnp.broadcast_to(dense("q", params["probe"]).reshape(2, 8), (2, 1, 2, 8))
+  kv = dense("kv", TOKENS).reshape(2, 5, 2, 2, 8)
+  y = jax.nn.dot_product_attention(q, kv[:, :, :, 0], kv[:, :, :, 1])
+  expected = dense("out", y.reshape(2, 16))
+  result = pool.apply({"params": params}, TOKENS)
+  np.testing.assert_allclose(result, expected, atol=1e-5)

@@ -8,7 +8,6 @@ import jax.extend.core as core
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 from step_samples import mesh_of
 
@@ -150,40 +149,6 @@ def test_gradients_of_a_stack_keep_their_direction(stack, name):
     where = jax.tree_util.keystr(path)
     assert cosine(leaf, one) > least, where
     assert cosine(one, many) > 0.999, where
-
-
-@pytest.mark.slow
-def test_a_stack_learns_as_in_floats():
-  """Adam for 300 steps on the outputs of another stack."""
-  rng = jax.random.key(3)
-  target, start, xs = (jax.random.fold_in(rng, i) for i in range(3))
-  target, start = (
-    stack_lib.stacked_init(build_block("none"), DEPTH, 32)(key)
-    for key in (target, start)
-  )
-  xs = jax.random.normal(xs, (300, 8, 5, 32))
-  optimizer = optax.adam(3e-3)
-
-  def losses(name):
-    def loss(stack, x):
-      y = stack_lib.run_stack(build_block("none"), target, x)[0]
-      error = stack_lib.run_stack(build_block(name), stack, x)[0] - y
-      return jnp.square(error).mean()
-
-    def step(carry, x):
-      stack, state = carry
-      value, grads = jax.value_and_grad(loss)(stack, x)
-      updates, state = optimizer.update(grads, state)
-      return (optax.apply_updates(stack, updates), state), value
-
-    carry = start, optimizer.init(start)
-    return jax.device_get(jax.jit(lambda: jax.lax.scan(step, carry, xs)[1])())
-
-  curves = {name: losses(name) for name in ("none", "int8", "fp8")}
-  means = {k: v.reshape(6, 50).mean(1) for k, v in curves.items()}
-  assert means["none"][-1] < 0.5 * means["none"][0]
-  np.testing.assert_allclose(means["int8"], means["none"], rtol=0.01)
-  np.testing.assert_allclose(means["fp8"], means["none"], rtol=0.02)
 
 
 def test_towers_have_the_parameters_of_those_without():

@@ -66,6 +66,12 @@ def test_a_name_saves_its_array_and_the_product_that_computes_it(
   assert everything[1] - measure("none")[1] == tokens * 2 * TOKENS * WIDTH
 
 
+def test_policies_save_less_in_the_documented_order():
+  order = ("full", "dots_no_batch", "dots", "none")
+  sizes = [saved_and_flops(choice)[0] for choice in order]
+  assert sizes == sorted(sizes) and len(set(sizes)) == 4
+
+
 @functools.cache
 def values_and_gradients(choice):
   block = layers.Block(

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_transformer import NumpyTransformer
+from random_trees import fill
 
+from mtv_jax.config import options
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.models import attention, layers, positions
+from mtv_jax.models import layers, positions
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT, ViTSpec, patchify
+from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh
+from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils import resampling
 
 SIZE, BATCH = 16, 2
@@ -21,23 +26,14 @@ BASE = ViTSpec(
 SIGLIP = BASE
 CLIP = dataclasses.replace(
   BASE,
-  pool="cls",
-  cls_token=True,
-  pre_norm=True,
-  patch_bias=False,
-  gelu="quick",
-  norm_eps=1e-5,
-  projection=24,
-)
+  pool="cls", cls_token=True, pre_norm=True, patch_bias=False, gelu="quick",
+  norm_eps=1e-5, projection=24,
+)  # fmt: skip
 DINOV2 = dataclasses.replace(
   BASE,
-  pool="cls",
-  cls_token=True,
-  registers=3,
-  layer_scale=1.0,
-  gelu="exact",
+  pool="cls", cls_token=True, registers=3, layer_scale=1.0, gelu="exact",
   mask_token=True,
-)
+)  # fmt: skip
 GIANT = dataclasses.replace(DINOV2, mlp="swiglu", registers=0)
 MAE = dataclasses.replace(
   BASE, pool="mean", cls_token=True, gelu="exact", positions="sincos"
@@ -66,7 +62,7 @@ def images_of(height=SIZE, width=SIZE, seed=0):
 
 
 @pytest.fixture(scope="module")
-def params_of(fill):
+def params_of():
   @functools.cache
   def make(spec):
     init = jax.eval_shape(ViT(spec).init, jax.random.key(0), images_of())
@@ -169,7 +165,7 @@ def numpy_vit(transformer, params, image, *, mask=None, keep=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_numpy(kind, params_of, numpy_transformer):
+def test_equals_numpy(kind, params_of):
   spec = KINDS[kind]
   params, images = params_of(spec), images_of()
   rng = np.random.default_rng(1)
@@ -180,7 +176,7 @@ def test_equals_numpy(kind, params_of, numpy_transformer):
   out = encode(spec, params, images, taps=(0, 2), mask=mask, keep=keep)
   for i in range(BATCH):
     prefix, patches, pooled, blocks = numpy_vit(
-      numpy_transformer(spec),
+      NumpyTransformer(spec),
       params,
       images[i],
       mask=None if mask is None else mask[i],
@@ -193,22 +189,6 @@ def test_equals_numpy(kind, params_of, numpy_transformer):
     assert set(out.taps) == {0, 2}
     for layer, tapped in out.taps.items():
       close(tapped[i], blocks[layer])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_shapes(kind, params_of):
-  spec = KINDS[kind]
-  keep = jax.ShapeDtypeStruct((BATCH, 7), jnp.int32)
-  images = jax.ShapeDtypeStruct((BATCH, 24, 32, 3), jnp.float32)
-
-  def run(params, images, keep):
-    return ViT(spec).apply({"params": params}, images, keep=keep, taps=(1,))
-
-  out = jax.eval_shape(run, params_of(spec), images, keep)
-  assert out.patches.shape == (BATCH, 7, 32)
-  assert out.prefix.shape == (BATCH, spec.prefix, 32)
-  assert out.pooled.shape == (BATCH, spec.embed_dim)
-  assert out.taps[1].shape == (BATCH, 7 + spec.prefix, 32)
 
 
 def gradients(spec, params, images, *, taps=(), **runtime):
@@ -227,28 +207,16 @@ def gradients(spec, params, images, *, taps=(), **runtime):
 
 @pytest.fixture(scope="module")
 def unrolled(params_of):
-  taps = tuple(range(DINOV2.depth))
-  return gradients(
-    DINOV2,
-    params_of(DINOV2),
-    images_of(),
-    scan=False,
-    remat="dots",
-    taps=taps,
-  )
+  runtime = dict(scan=False, remat="dots", taps=tuple(range(DINOV2.depth)))
+  return gradients(DINOV2, params_of(DINOV2), images_of(), **runtime)
 
 
 @pytest.mark.parametrize(
-  "scan, remat, taps",
-  [
-    (True, "none", (2, 0)),
-    (True, "full", ()),
-    (True, "dots_no_batch", (1,)),
-  ],
+  "remat, taps", [("none", (2, 0)), ("dots_no_batch", (1,))]
 )
-def test_scan_remat_and_taps(scan, remat, taps, params_of, unrolled):
+def test_scan_remat_and_taps(remat, taps, params_of, unrolled):
   loss, tapped, grads = gradients(
-    DINOV2, params_of(DINOV2), images_of(), scan=scan, remat=remat, taps=taps
+    DINOV2, params_of(DINOV2), images_of(), remat=remat, taps=taps
   )
   np.testing.assert_allclose(loss, unrolled[0], rtol=1e-6)
   assert set(tapped) == set(taps)
@@ -269,26 +237,6 @@ def test_every_parameter_has_a_finite_gradient(unrolled):
     assert np.abs(grad).max() > 0 or path[-1].key == "mask_token", path
 
 
-def test_remat_saves_less():
-  """What is saved for the backward pass shrinks in the documented order."""
-  spec = dataclasses.replace(BASE, depth=6)
-  init = jax.eval_shape(ViT(spec).init, jax.random.key(0), images_of())
-
-  def saved(remat):
-    def loss(params, images):
-      out = ViT(spec, remat=remat).apply({"params": params}, images)
-      return out.patches.sum()
-
-    _, pullback = jax.eval_shape(
-      functools.partial(jax.vjp, loss), init["params"], images_of()
-    )
-    return sum(x.size for x in jax.tree.leaves(pullback))
-
-  sizes = [saved(r) for r in ("full", "dots_no_batch", "dots", "none")]
-  assert sizes == sorted(sizes)
-  assert len(set(sizes)) == 4
-
-
 def test_bfloat16_is_close(params_of):
   params, images = params_of(DINOV2), images_of()
   full = encode(DINOV2, params, images)
@@ -298,38 +246,6 @@ def test_bfloat16_is_close(params_of):
   for got, want in ((half.pooled, full.pooled), (half.patches, full.patches)):
     error = np.linalg.norm(np.float32(got) - want) / np.linalg.norm(want)
     assert 0 < error < 0.03
-
-
-def test_keep_of_all_patches_equals_no_keep(params_of):
-  params, images = params_of(DINOV2), images_of()
-  keep = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))
-  full = encode(DINOV2, params, images)
-  encoded = encode(DINOV2, params, images, keep=keep)
-  np.testing.assert_allclose(encoded.patches, full.patches, atol=1e-6)
-  # Positions follow the patches: another order gives equal tokens.
-  order = np.random.default_rng(0).permutation(16)
-  shuffled = encode(DINOV2, params, images, keep=keep[:, order])
-  np.testing.assert_allclose(
-    shuffled.patches, full.patches[:, order], atol=5e-6
-  )
-  np.testing.assert_allclose(shuffled.pooled, full.pooled, atol=5e-6)
-
-
-def test_dropped_and_masked_patches_do_not_affect_the_output(params_of):
-  params, images = params_of(DINOV2), images_of()
-  other = images.at[:, 4:8, 8:12].add(3.0)  # patch 1 * 4 + 2
-  everything = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))
-  nothing = jnp.zeros((BATCH, 16), bool)
-
-  def change(**kwargs):
-    pair = [encode(DINOV2, params, x, **kwargs) for x in (images, other)]
-    return np.abs(pair[0].pooled - pair[1].pooled).max()
-
-  # A constant count, so that it compiles once: 7 twice, no 6.
-  assert change(keep=everything.at[:, 6].set(7)) == 0
-  assert change(keep=everything) > 1e-3
-  assert change(mask=nothing.at[:, 6].set(True)) == 0
-  assert change(mask=nothing) > 1e-3
 
 
 def test_other_sizes_resample_the_positions(params_of):
@@ -359,89 +275,16 @@ def test_fixed_positions_are_no_parameters(params_of):
   )
   with pytest.raises(ValueError, match="4 divides, not 6"):
     positions.sincos_positions((2, 2), 6)
-  with pytest.raises(ValueError, match="Did you mean 'sincos'"):
-    dataclasses.replace(BASE, positions="sincoss")
-
-
-@pytest.mark.parametrize("method", resampling.METHODS)
-def test_resize_matrix(method):
-  for old, new in ((4, 7), (7, 4), (14, 37), (16, 5)):
-    matrix = resampling.resize_matrix(old, new, method)
-    np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
-    # Mirrored input gives mirrored output.
-    np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)
-  np.testing.assert_array_equal(
-    resampling.resize_matrix(5, 5, method), np.eye(5)
-  )
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("method", resampling.METHODS)
-def test_positions_equal_torch(method):
-  torch = pytest.importorskip("torch")
-
-  def resize(x, size):  # [h, w, d]
-    y = torch.nn.functional.interpolate(
-      torch.from_numpy(x).permute(2, 0, 1)[None],
-      size=size,
-      mode="bilinear" if "bilinear" in method else "bicubic",
-      align_corners=(method == "bilinear_corners") or None,
-      antialias="antialiased" in method,
-    )
-    return y[0].permute(1, 2, 0).numpy()
-
-  sizes = [(16, 32), (16, 7), (37, 16), (37, 21), (14, 18), (14, 4), (3, 1)]
-  for old, new in sizes:
-    # Two columns: torch 2.13 antialiases an image one pixel wide wrongly.
-    columns = np.repeat(np.eye(old)[:, None], 2, axis=1)
-    got = resampling.resize_matrix(old, new, method)
-    want = resize(columns, (new, 2))[:, 0]
-    np.testing.assert_allclose(got, want, atol=1e-12)
-  grid = np.random.default_rng(0).normal(size=(16, 16, 5)).astype(np.float32)
-  got = positions.resize_grid(jnp.asarray(grid), (9, 21), method)
-  np.testing.assert_allclose(got, resize(grid, (9, 21)), atol=1e-5)
-
-
-@pytest.mark.reference
-def test_gelu_equals_torch():
-  torch = pytest.importorskip("torch")
-  activations = pytest.importorskip("transformers.activations")
-  x = np.linspace(-9, 9, 2001, dtype=np.float32)
-  t = torch.from_numpy(x)
-  for kind, want in {
-    "exact": torch.nn.functional.gelu(t),
-    "tanh": torch.nn.functional.gelu(t, approximate="tanh"),
-    "quick": activations.ACT2FN["quick_gelu"](t),
-  }.items():
-    got = layers.gelu(jnp.asarray(x), kind)
-    np.testing.assert_allclose(got, want.numpy(), atol=2e-6)
 
 
 def test_tensor_sharding_needs_no_all_to_all(params_of):
   """Heads and hidden units split over devices: two all-reduces a block."""
   spec = dataclasses.replace(SIGLIP, pool="mean")
-  mesh = jax.make_mesh(
-    (4, 2),
-    ("data", "tensor"),
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
-  columns = ("qkv", "fc1")
-  rows = ("out", "fc2")
-
-  def put(path, leaf):
-    names = [part.key for part in path]
-    axes = [None] * leaf.ndim
-    if set(columns) & set(names):
-      axes[-1] = "tensor"
-    elif set(rows) & set(names) and names[-1] == "kernel":
-      axes[-2] = "tensor"
-    spec = jax.sharding.PartitionSpec(*axes)
-    return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
-
+  mesh = make_mesh(dict(data=4, tensor=2))
   params = {k: v for k, v in params_of(SIGLIP).items() if k != "pool"}
-  sharded = jax.tree_util.tree_map_with_path(put, params)
+  sharded = jax.device_put(params, tree_shardings(params, mesh))
   images = jnp.concatenate([images_of()] * 4)
-  by_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  by_data = jax.sharding.NamedSharding(mesh, BATCH_SPEC)
   keep = jnp.tile(jnp.arange(8)[::-1], (8, 1))
   run = jax.jit(
     lambda p, x, k: ViT(spec).apply({"params": p}, x, keep=k).pooled
@@ -457,17 +300,6 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
   np.testing.assert_allclose(got, run(params, images, keep), atol=1e-5)
 
 
-def test_outputs_are_a_pytree(params_of):
-  params = params_of(SIGLIP)
-
-  def run(image):
-    return ViT(SIGLIP).apply({"params": params}, image[None], taps=(0,))
-
-  out = jax.eval_shape(jax.vmap(run), images_of())
-  assert out.pooled.shape == (BATCH, 1, 32)
-  assert jax.tree.map(lambda _: None, out).taps == {0: None}
-
-
 @pytest.mark.parametrize(
   "fields, message",
   [
@@ -475,15 +307,18 @@ def test_outputs_are_a_pytree(params_of):
     ({"heads": 5}, "width 32 is not divisible by its 5 heads"),
     ({"pool": "cls"}, "needs a CLS token"),
     ({"pool": "mapp"}, "Did you mean 'map'"),
+    ({"positions": "sincoss"}, "Did you mean 'sincos'"),
     ({"gelu": "fast"}, "exact"),
     ({"depth": 0}, "depth is 0"),
     ({"registers": -1}, "registers is -1"),
     ({"position_resize": "cubic"}, "bicubic"),
+    ({"rope": positions.Rope()}, "make it 'rope'"),
+    ({"positions": "rope", "heads": 16}, "heads of channels that 4 divides"),
   ],
 )
 def test_bad_specs(fields, message):
   with pytest.raises(ValueError, match=message):
-    dataclasses.replace(BASE, **fields)
+    options.build(ViTSpec, {**dataclasses.asdict(BASE), **fields}, where="spec")
 
 
 @pytest.mark.parametrize(
@@ -494,23 +329,16 @@ def test_bad_specs(fields, message):
     ((SIZE, SIZE, 3), {"taps": (1, 3)}, r"taps \[3\].*0 .*to 2"),
     ((SIZE, SIZE, 3), {"remat": "ful"}, "Did you mean 'full'"),
     ((SIZE, SIZE, 3), {"mask": (1, 16)}, "needs a mask token"),
+    ((SIZE, SIZE, 3), {"spec": DINOV2, "mask": (1, 9)}, r"\(1, 9\).*\(1, 16\)"),
   ],
 )
 def test_bad_calls(shape, kwargs, message, params_of):
+  kwargs = {"spec": BASE, **kwargs}
   if "mask" in kwargs:
-    kwargs = {"mask": jnp.zeros(kwargs["mask"], bool)}
+    kwargs["mask"] = jnp.zeros(kwargs["mask"], bool)
+  params, images = params_of(kwargs["spec"]), jnp.zeros((1, *shape))
   with pytest.raises(ValueError, match=message):
-    encode(BASE, params_of(BASE), jnp.zeros((1, *shape)), **kwargs)
-
-
-def test_mask_of_another_grid(params_of):
-  with pytest.raises(ValueError, match="4x4 patches need"):
-    encode(
-      DINOV2,
-      params_of(DINOV2),
-      images_of(),
-      mask=jnp.zeros((BATCH, 9), bool),
-    )
+    encode(params=params, images=images, **kwargs)
 
 
 def test_rope_draws():
@@ -584,69 +412,6 @@ def test_rope_of_other_sizes(params_of):
     encode(larger.spec.image, params_of(DINOV3), images).pooled,
     encode(DINOV3, params_of(DINOV3), images).pooled,
   )
-
-
-@pytest.mark.parametrize(
-  "fields, message",
-  [
-    ({"positions": "learned", "rope": positions.Rope()}, "make it 'rope'"),
-    ({"heads": 16, "rope": None}, "heads of channels that 4 divides"),
-  ],
-)
-def test_bad_rope(fields, message):
-  with pytest.raises(ValueError, match=message):
-    dataclasses.replace(DINOV3, **fields)
-
-
-@pytest.mark.reference
-def test_rope_attention_equals_torch_in_value_and_gradient():
-  """Against complex rotations in float64, and transformers' DINOv3."""
-  torch = pytest.importorskip("torch")
-  heads, d, grid = 2, 16, (3, 5)
-  rope = positions.Rope(base=100.0)
-  rng = np.random.default_rng(0)
-  arrays = rng.normal(size=(4, 2, 17, heads, d))  # q, k, v, cotangent
-
-  def attend(q, k, v):
-    angles = rope.angles(jnp.asarray(rope.coordinates(grid))[None], d)
-    angles = jnp.pad(angles, ((0, 0), (2, 0), (0, 0)))
-    rotate = positions.rotate
-    return attention.attention(rotate(q, angles), rotate(k, angles), v)
-
-  inputs = [jnp.asarray(a, jnp.float32) for a in arrays]
-  out, pull = jax.vjp(attend, *inputs[:3])
-  grads = pull(inputs[3])
-
-  y, x = np.meshgrid(*((np.arange(n) + 0.5) / n for n in grid), indexing="ij")
-  centres = 2 * np.stack([y.ravel(), x.ravel()], 1) - 1
-  periods = 100.0 ** (2 * np.arange(d // 4) / (d // 2))
-  angles = 2 * np.pi * centres[:, :, None] / periods
-  angles = np.concatenate([np.zeros((2, d // 2)), angles.reshape(15, -1)])
-  turn = torch.polar(
-    torch.ones(17, 1, d // 2).double(), torch.tensor(angles)[:, None]
-  )
-
-  def rotated(x):
-    z = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn
-    return torch.cat([z.real, z.imag], -1)
-
-  q, k, v = (torch.tensor(a, requires_grad=True) for a in arrays[:3])
-  logits = torch.einsum("bnhd,bmhd->bhnm", rotated(q), rotated(k)) / d**0.5
-  want = torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v)
-  want.backward(torch.tensor(arrays[3]))
-  np.testing.assert_allclose(out, want.detach(), atol=1e-5)
-  for got, leaf in zip(grads, (q, k, v), strict=True):
-    np.testing.assert_allclose(got, leaf.grad, atol=1e-5)
-
-  dinov3 = pytest.importorskip("transformers.models.dinov3_vit")
-  config = dinov3.DINOv3ViTConfig(
-    hidden_size=heads * d, num_attention_heads=heads, patch_size=4
-  )
-  module = dinov3.modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding(config)
-  cos, sin = module.eval()(torch.zeros(1, 3, 12, 20))
-  ours = rope.angles(jnp.asarray(rope.coordinates(grid)), d)
-  np.testing.assert_allclose(np.tile(np.cos(ours), 2), cos, atol=1e-5)
-  np.testing.assert_allclose(np.tile(np.sin(ours), 2), sin, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", ["separate", "min", "max", "index"])

@@ -1,33 +1,20 @@
 """Captioning losses against NumPy, one unpadded sequence at a time; steps."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import PIL.Image
 import pytest
+from numpy_transformer import NumpyTransformer
 
 from mtv_jax.augment import views
-from mtv_jax.data import ops, tokenizers
-from mtv_jax.data.scenes.source import SceneSource
-from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.data import tokenizers
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
 from mtv_jax.models.heads import caption_decoder as decoders
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, captioning
-from mtv_jax.parallel.mesh import make_mesh, shard_batch
-from mtv_jax.perf import flops
-from mtv_jax.train.spec import (
-  ObjectiveWeight,
-  StepSpec,
-  init_params,
-)
-from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -44,9 +31,10 @@ SPEC = ModelSpec(
 )  # fmt: skip
 
 
-def build(**options):
+def build(model=SPEC, ops="resize(64)", **options):
   entry = dict(bins=BINS, regions=2, chunk=None) | options
-  return build_objective("captioning", entry).resolve(SPEC, {})
+  built = views.build_views({"image": dict(ops=ops)})
+  return build_objective("captioning", entry).resolve(model, built)
 
 
 OBJECTIVE = build()
@@ -121,49 +109,20 @@ def run(objective, params, batch, seed=0):
 # NumPy reference: one sequence at a time, without padding, in float64.
 
 
-def np_norm(x, p):
-  x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-  return x * p["scale"] + p["bias"]
-
-
-def np_attention(q, k, v, mask=None):
-  q, k, v = (x.reshape(len(x), HEADS, -1).swapaxes(0, 1) for x in (q, k, v))
-  logits = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
-  if mask is not None:
-    logits = np.where(mask, logits, -np.inf)
-  weights = np.exp(logits - logits.max(-1, keepdims=True))
-  weights /= weights.sum(-1, keepdims=True)
-  return (weights @ v).swapaxes(0, 1).reshape(q.shape[1], -1)
-
-
-def np_dense(x, p):
-  return x @ p["kernel"] + p["bias"]
-
-
-def np_split(x, parts):
-  """Columns ordered (head, part, dim) as `parts` arrays."""
-  x = x.reshape(len(x), HEADS, parts, -1)
-  return [x[:, :, i].reshape(len(x), -1) for i in range(parts)]
-
-
 def np_log_probabilities(p, tokens, patches, *, causal):
+  t = NumpyTransformer(SPEC.text)
   length = len(tokens)
   x = p["token_embedding"][tokens] + p["position_embedding"][:length]
   for i in range(len(p["blocks"]["norm1"]["scale"])):
     block = jax.tree.map(lambda a, i=i: a[i], p["blocks"])
-    y = np_norm(x, block["norm1"])
-    q, k, v = np_split(np_dense(y, block["attention"]["qkv"]), 3)
-    mask = np.tri(length, dtype=bool) if causal else None
-    x = x + np_dense(np_attention(q, k, v, mask), block["attention"]["out"])
-    cross = block["cross_attention"]
-    q = np_dense(np_norm(x, block["norm2"]), cross["q"])
-    k, v = np_split(np_dense(patches, cross["kv"]), 2)
-    x = x + np_dense(np_attention(q, k, v), cross["out"])
-    y = np_dense(np_norm(x, block["norm3"]), block["mlp"]["fc1"])
-    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-    x = x + np_dense(y, block["mlp"]["fc2"])
-  logits = np_dense(np_norm(x, p["norm"]), p["projection"])
+    own, cross = block["attention"], block["cross_attention"]
+    qkv = t.split(t.dense(own["qkv"], t.norm(block["norm1"], x)), 3)
+    x = x + t.dense(own["out"], t.heads(*qkv, causal=causal))
+    q = t.dense(cross["q"], t.norm(block["norm2"], x))
+    kv = t.split(t.dense(cross["kv"], patches), 2)
+    x = x + t.dense(cross["out"], t.heads(q, *kv))
+    x = x + t.mlp(block["mlp"], t.norm(block["norm3"], x))
+  logits = t.dense(p["projection"], t.norm(p["norm"], x))
   top = logits.max(-1, keepdims=True)
   return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
@@ -281,7 +240,8 @@ def test_chunks_of_the_vocabulary_change_nothing(chunk):
     (parts, grads),
     (whole, expected),
   )
-  np.testing.assert_array_equal(whole[1], logits().argmax(-1) == targets)
+  every = logits.chunk(logits.kernel, logits.bias)
+  np.testing.assert_array_equal(whole[1], every.argmax(-1) == targets)
 
 
 def test_without_labels_the_loss_is_zero(example):
@@ -314,143 +274,23 @@ def test_needs_follow_the_tasks():
   assert (head.width, head.depth, head.mlp_dim, head.length) == (8, 2, 10, 6)
 
 
-def test_invalid_options_raise():
-  with pytest.raises(ConfigError, match="set config.model.text"):
-    build_objective("captioning", {}).resolve(ModelSpec(image=SPEC.image), {})
-  with pytest.raises(ConfigError, match="tasks"):
-    build(tasks=["captions"])
-  with pytest.raises(ConfigError, match="tasks is empty"):
-    build(tasks=[])
-  with pytest.raises(ConfigError, match="not divisible by attention_heads 3"):
-    build(attention_heads=3)
+def test_a_tokenizer_ends_texts_as_the_decoder_does():
   tokenizer = tokenizers.build_tokenizer("bytes")
   OBJECTIVE.head.check_tokenizer(tokenizer)
   with pytest.raises(ConfigError, match=r"ends them with 1: set .*eos_id"):
     build(eos_id=0).head.check_tokenizer(tokenizer)
-  built = views.build_views({"image": dict(ops="resize(64)|keep(0.25)")})
-  with pytest.raises(ConfigError, match="'image'.*hides patches"):
-    build_objective("captioning", {}).resolve(SPEC, built)
 
 
-STEP_SPEC = ModelSpec.from_config(
-  dict(
-    variant="mu/8", width=32, image_size=16, depth=1,
-    text=dict(variant="mu", width=32, length=8, vocab_size=258),
-  )
-)  # fmt: skip
-
-
-@functools.cache
-def make_spec(**options):
-  built = views.build_views({"image": dict(ops="crop(16, 0.6, 1.0)|flip")})
-  objective = build_objective("captioning", dict(bins=16, chunk=100))
-  return StepSpec(
-    model=STEP_SPEC,
-    dtype="float32",
-    objectives={"captioning": objective.resolve(STEP_SPEC, built)},
-    weights={"captioning": ObjectiveWeight(1.0)},
-    views=built,
-    seed=0,
-    total_steps=100,
-    **options,
-  )
-
-
-@functools.cache
-def make_batch(rows=16):
-  """Rendered scenes as the host gives them; some lack boxes."""
-  pipeline = ops.build_ops(
-    "canvas(16)|caption(8)|regions(3, 8)",
-    tokenizer=tokenizers.build_tokenizer("bytes"),
-  )
-  source = SceneSource(size=16, length=rows)
-  records = [pipeline(source[i], np.random.default_rng(i)) for i in range(rows)]
-  batch = {k: np.stack([r[k] for r in records]) for k in pipeline.fields}
-  batch["box_valid"][4:8] = False
-  return batch
-
-
-@pytest.mark.slow
-def test_flops_of_the_decoder_equal_the_formula():
-  """Products of the forward pass times 3, for one caption and 2 x 3 regions."""
-  spec, batch = flops.without_recomputation(make_spec()), make_batch()
-  got = flops.step_flops(
-    spec,
-    {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()},
-    optax.sgd(1.0),
-  ).parts["heads of captioning"]
-  d, mlp, outputs, patches = 32, 256, 258 + 16, 4
-
-  def forward(rows, length):
-    tokens = rows * length
-    own = 4 * d * d * tokens + 2 * d * rows * length**2
-    cross = 2 * d * d * (tokens + patches) + 2 * d * tokens * patches
-    return own + cross + 2 * d * mlp * tokens + d * outputs * tokens
-
-  # The decoder has one layer. Gradients of biases are products with ones.
-  want = 3 * 2 * (forward(1, 8) + forward(6, 12))
-  outs = 3 * d + d + 2 * d + mlp + d + outputs
-  want += 2 * (8 + 6 * 12) * outs + 2 * 2 * patches * 2 * d
-  assert got == want
-
-
-@pytest.mark.slow
-def test_captions_of_photos_are_learnt_by_heart(shared_data):
-  """Eight COCO photos: generated captions equal the training captions."""
-  folder = shared_data / "coco"
-  truth = json.loads(
-    (folder / "annotations" / "captions_val2017.json").read_text()
-  )
-  names = {x["id"]: x["file_name"] for x in truth["images"]}
-  captions = {}
-  for x in truth["annotations"]:
-    file = folder / "val2017" / names[x["image_id"]]
-    if len(x["caption"]) < 60 and file.is_file():
-      captions.setdefault(file, x["caption"].strip().lower())
-  files = sorted(captions)[:8]
-  texts = [captions[file] for file in files]
-  assert len(set(texts)) == 8
-  images = [
-    np.asarray(PIL.Image.open(file).convert("RGB").resize((32, 32)))
-    for file in files
-  ]
-  tokenizer = tokenizers.build_tokenizer("bytes")
-  model = ModelSpec.from_config(
-    dict(
-      variant="mu/8", image_size=32,
-      text=dict(variant="mu", length=64, vocab_size=258),
-    )
-  )  # fmt: skip
-  built = views.build_views({"image": dict(ops="resize(32)")})
-  options = dict(tasks=["caption"], bins=2)
-  objective = build_objective("captioning", options).resolve(model, built)
-  spec = StepSpec(
-    model=model,
-    dtype="float32",
-    objectives={"captioning": objective},
-    weights={"captioning": ObjectiveWeight(1.0)},
-    views=built,
-    seed=0,
-    total_steps=400,
-  )
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  program = make_program(spec, optax.adam(2e-3), mesh)
-  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
-  batch = {
-    "image": np.stack(images),
-    "image_size": np.full((8, 2), 32, np.int32),
-    "caption": tokenizer.encode(texts, 64),
-    "caption_valid": np.ones(8, bool),
-  }
-  state, placed = program.init(params), shard_batch(batch, mesh)
-  for _ in range(400):
-    state, _ = program.update(state, placed)
-  encoder = Encoder(
-    model,
-    state.params,
-    Preprocess(size=32),
-    tokenizer,
-    mesh,
-    prediction_heads={"caption": objective.head},
-  )
-  assert encoder.predict("caption", images)["text"].tolist() == texts
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(model=ModelSpec(image=SPEC.image)), "set config.model.text"),
+    (dict(tasks=["captions"]), "tasks"),
+    (dict(tasks=[]), "tasks is empty"),
+    (dict(attention_heads=3), "not divisible by attention_heads 3"),
+    (dict(ops="resize(64)|keep(0.25)"), "'image'.*drops patches"),
+  ],
+)
+def test_invalid_options_raise(options, message):
+  with pytest.raises(ConfigError, match=message):
+    build(**options)

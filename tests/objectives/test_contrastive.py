@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prototype_samples import numeric_gradient
 
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, build_objective, contrastive, pairwise
@@ -29,16 +30,6 @@ def numpy_softmax_loss(logits, valid):
   rows = np.log(np.exp(pairs).sum(1)) - np.diag(pairs)
   columns = np.log(np.exp(pairs).sum(0)) - np.diag(pairs)
   return 0.5 * (rows + columns).mean()
-
-
-def numpy_gradient(function, logits, valid):
-  gradient = np.zeros_like(logits)
-  for index in np.ndindex(*logits.shape):
-    up, down = logits.copy(), logits.copy()
-    up[index] += 1e-5
-    down[index] -= 1e-5
-    gradient[index] = (function(up, valid) - function(down, valid)) / 2e-5
-  return gradient
 
 
 CASES = {
@@ -77,9 +68,8 @@ def test_loss_and_gradient_equal_numpy(ours, reference, case):
   np.testing.assert_allclose(
     value, reference(logits, valid), rtol=1e-5, atol=1e-12
   )
-  np.testing.assert_allclose(
-    gradient, numpy_gradient(reference, logits, valid), rtol=1e-4, atol=1e-6
-  )
+  expected = numeric_gradient(lambda x: reference(x, valid), logits)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 def _terms(objective, image, text, valid):
@@ -133,26 +123,6 @@ def test_every_crop_is_compared_with_the_captions_of_the_batch(loss_type):
   assert each[0].loss.value() != each[1].loss.value()
 
 
-def test_siglip_starts_at_its_published_temperature_and_bias():
-  ones = jnp.ones((2, 4))
-  _, params = _terms(
-    build_objective("contrastive", {}), ones, ones, np.ones(2, bool)
-  )
-  np.testing.assert_allclose(params["contrastive"]["logit_scale"], np.log(10))
-  np.testing.assert_allclose(params["contrastive"]["logit_bias"], -10)
-
-
-def test_softmax_has_no_bias():
-  ones = jnp.ones((2, 4))
-  _, params = _terms(
-    build_objective('contrastive', dict(loss_type='softmax')),
-    ones, ones, np.ones(2, bool),
-  )  # fmt: skip
-  assert set(params["contrastive"]) == {"logit_scale"}
-  # CLIP's.
-  np.testing.assert_allclose(params["contrastive"]["logit_scale"], 2.6592600)
-
-
 def test_accuracy_counts_valid_rows_only():
   eye = jnp.eye(4, 8)
   swapped = eye[jnp.array([0, 2, 1, 3])]
@@ -164,22 +134,6 @@ def test_accuracy_counts_valid_rows_only():
   np.testing.assert_allclose(terms.report["labelled"].value(), 3 / 4)
 
 
-def test_unknown_types_and_options_suggest_a_name():
-  with pytest.raises(ValueError, match="Did you mean 'contrastive'"):
-    build_objective("contrastiv", {})
-  with pytest.raises(ValueError, match="Did you mean 'init_scale'"):
-    build_objective("contrastive", dict(init_scal=1.0))
-  with pytest.raises(ValueError, match="There are.*sigmoid"):
-    build_objective("contrastive", dict(loss_type="siglip"))
-  with pytest.raises(ValueError, match="1 <= init_scale <= max_scale=5"):
-    build_objective("contrastive", dict(max_scale=5.0))
-
-
-def test_encoding_of_an_unknown_tower_raises():
-  with pytest.raises(ValueError, match="audio"):
-    base.Encoding("audio", "image")
-
-
 def test_mean_of_a_zero_count_is_zero_with_a_zero_gradient():
   def value(x):
     return base.WeightedMean(sum=x, count=jnp.zeros(())).value()
@@ -188,24 +142,34 @@ def test_mean_of_a_zero_count_is_zero_with_a_zero_gradient():
   assert jax.grad(value)(3.0) == 0.0
 
 
-def test_sigmoid_losses_are_binary_cross_entropies():
-  logits = np.array([[-3.0, 0.0, 2.0], [1e4, -1e4, 0.5]], np.float32)
-  positive = np.array([[True, False, True], [False, False, True]])
-  chance = np.where(positive, logits, -logits).astype(np.float64)
-  result = pairwise.sigmoid_losses(jnp.asarray(logits), jnp.asarray(positive))
-  np.testing.assert_allclose(result, np.logaddexp(0, -chance), rtol=1e-6)
-  gradient = jax.grad(
-    lambda l: pairwise.sigmoid_losses(l, jnp.asarray(positive)).sum()
-  )(jnp.asarray(logits))
-  sigmoid = np.where(logits > 0, 1, np.exp(np.minimum(logits, 0)))
-  sigmoid = sigmoid / (1 + np.exp(-np.abs(logits)))
-  np.testing.assert_allclose(gradient, sigmoid - positive, atol=1e-6)
+@pytest.mark.parametrize(
+  "options, expected",
+  [
+    ({}, dict(logit_scale=np.log(10), logit_bias=-10)),  # SigLIP's.
+    (dict(loss_type="softmax"), dict(logit_scale=2.6592600)),  # CLIP's.
+  ],
+)
+def test_published_temperatures_and_biases(options, expected):
+  ones, objective = jnp.ones((2, 4)), build_objective("contrastive", options)
+  terms, params = _terms(objective, ones, ones, np.ones(2, bool))
+  params = params["contrastive"]
+  assert params.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(params[name], value)
+  scale = np.exp(expected["logit_scale"])
+  np.testing.assert_allclose(terms.report["scale"].value(), scale, rtol=1e-6)
+  assert terms.report["bias"].value() == expected.get("logit_bias", 0)
 
 
-def test_temperature_is_a_logarithm_with_optional_bias():
-  module = pairwise.Temperature(init_scale=7.0, init_bias=None)
-  params = module.init(jax.random.key(0))["params"]
-  assert set(params) == {"logit_scale"}
-  affine = module.apply({"params": params})
-  np.testing.assert_allclose(affine.scale, 7.0, rtol=1e-6)
-  assert affine.bias == 0
+@pytest.mark.parametrize(
+  "name, options, message",
+  [
+    ("contrastiv", {}, "Did you mean 'contrastive'"),
+    ("contrastive", dict(init_scal=1.0), "Did you mean 'init_scale'"),
+    ("contrastive", dict(loss_type="siglip"), "There are.*sigmoid"),
+    ("contrastive", dict(max_scale=5.0), "1 <= init_scale <= max_scale=5"),
+  ],
+)
+def test_invalid_types_and_options_raise(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    build_objective(name, options)

@@ -18,14 +18,9 @@ from mtv_jax.perf import hlo
 from mtv_jax.train.spec import ObjectiveWeight, StepSpec
 
 SMALL = dict(
-  prototypes=8,
-  hidden=6,
-  bottleneck=4,
-  chunk=None,
-  student_temp=0.5,
-  teacher_temp=0.4,
-  teacher_temp_start=0.2,
-)
+  prototypes=8, hidden=6, bottleneck=4, chunk=None, student_temp=0.5,
+  teacher_temp=0.4, teacher_temp_start=0.2,
+)  # fmt: skip
 
 
 def make(**options):
@@ -129,16 +124,6 @@ def test_loss_and_gradient_equal_numpy(case):
     )
   else:
     assert statistics == {}
-
-
-@pytest.mark.parametrize(
-  "target", ["sinkhorn", pytest.param("centering", marks=pytest.mark.slow)]
-)
-def test_sharded_equals_single_device(target):
-  objective = make(target=target, chunk=2)
-  samples.assert_same_on_meshes(
-    objective, samples.params_of(objective), make_loss_inputs(rows=16)
-  )
 
 
 # ---------------------------------------------------------------------------
@@ -255,20 +240,19 @@ def same_class_share(features, labels, group, mesh):
   return (np.take_along_axis(classes, np.asarray(index), 1) == classes).mean()
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_koleo_seldom_repels_images_of_one_class_in_groups_of_64(devices):
+def test_koleo_seldom_repels_images_of_one_class_in_groups_of_64():
   """The table of docs/results.md: 1,000 clusters, 8,192 images."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 1000, 8192)
   centers = rng.normal(size=(1000, 64))
   noise = rng.normal(size=(8192, 64))
   features = np.float32(samples.unit(centers[labels] + noise))
-  mesh = make_mesh(dict(data=devices), jax.devices()[:devices])
+  mesh = make_mesh(dict(data=8))
   shares = {
     group: same_class_share(features, labels, group, mesh)
     for group in (64, 1024, 8192)
   }
-  print(f"{devices} devices: {shares}")
+  print(shares)
   expected = {64: 0.062, 1024: 0.578, 8192: 0.965}
   for group, share in shares.items():
     np.testing.assert_allclose(share, expected[group], atol=0.001)
@@ -277,7 +261,7 @@ def test_koleo_seldom_repels_images_of_one_class_in_groups_of_64(devices):
 def test_koleo_of_a_batch_of_one_raises():
   loss_inputs = make_loss_inputs(rows=1)
   params = samples.params_of(make())
-  with pytest.raises(ValueError, match="global batch, which has 1; .*koleo_w"):
+  with pytest.raises(ValueError, match="koleo_weight.*which has 1: "):
     samples.loss_and_gradients(
       make(), params, loss_inputs, samples.context_of(make())
     )
@@ -319,20 +303,12 @@ def test_last_layer_is_frozen_for_the_first_percent_of_the_run():
     make(teacher_temp_warmup_percent=0),
     make_loss_inputs(),
   )
-  params = samples.params_of(objective)
-
-  @jax.jit
-  def gradient(step):
-    def loss(student):
-      heads = samples.bound(objective, {**params, "student": student})
-      context = base.Context(step, 1000, {})
-      return objective.loss(loss_inputs, heads, context).loss.value()
-
-    return jax.grad(loss)(params["student"])["dino"]["last_layer"]
-
-  for step in (0, 500):
-    for leaf in jax.tree.leaves(gradient(step)):
-      assert np.abs(leaf).max() > 0
+  params, context = samples.params_of(objective), base.Context(0, 1000, {})
+  _, _, gradients = samples.loss_and_gradients(
+    objective, params, loss_inputs, context
+  )
+  kernel, scale = gradients[3:5]  # After the three loss inputs'.
+  assert np.abs(kernel).max() > 0 and np.abs(scale).max() > 0
   for percent, starts, total, expected in [
     (1.0, (0, 0), 1000, 10),
     (7.0, (0, 0), 100, 7),
@@ -369,11 +345,6 @@ def test_pair_weights_equal_dinov2():
   assert weights.shape == (2, 10)
   assert weights[0, 0] == weights[1, 1] == 0
   np.testing.assert_allclose(np.unique(weights), [0, 1 / 18])
-  with pytest.raises(ValueError, match="nothing is left to compare"):
-    dino.pair_weights(1, 0, same_crop="exclude")
-
-
-def test_views_without_pairs_raise():
   crops = views.build_views({"global": dict(ops="resize(16)")})
   with pytest.raises(ValueError, match="nothing is left to compare"):
     make().resolve(None, crops)

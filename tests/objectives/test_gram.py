@@ -11,12 +11,10 @@ import pytest
 
 from mtv_jax.augment import views
 from mtv_jax.models import positions
-from mtv_jax.models.two_tower import ModelSpec, init_params
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, gram
-from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import spec as step_spec
-from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -112,28 +110,12 @@ def make_batch(rows=16):
   }
 
 
-@pytest.mark.slow
-def test_the_step_trains_the_student_alone():
-  spec, mesh = make_spec(), make_mesh(dict(data=1), jax.devices()[:1])
-  program = make_program(spec, optax.sgd(0.5), mesh)
-  params = jax.jit(functools.partial(step_spec.init_params, spec))
-  frozen = init_params(spec.teachers["gram"].model, jax.random.key(7))
-  state = program.init(params(jax.random.key(1)), {"gram": frozen})
-  losses = []
-  for _ in range(2):
-    state, metrics = program.update(state, shard_batch(make_batch(), mesh))
-    losses.append(float(metrics["gram/loss"]))
-  np.testing.assert_array_equal(
-    state.teachers["gram"]["image"]["patch_embed"]["kernel"],
-    frozen["image"]["patch_embed"]["kernel"],
-  )
-  assert 0 < losses[1] < losses[0]
+def test_a_teacher_has_no_moments():
   abstract = step_spec.abstract_state(make_spec(), optax.adam(1e-3))
-  student, teacher = (
+  student, teacher, moments = (
     sum(x.size for x in jax.tree.leaves(tree))
-    for tree in (abstract.params, abstract.teachers)
+    for tree in (abstract.params, abstract.teachers, abstract.opt_state)
   )
-  moments = sum(x.size for x in jax.tree.leaves(abstract.opt_state))
   assert moments == 2 * student + 1 and teacher > student
 
 
@@ -169,25 +151,13 @@ def test_the_size_of_a_teacher_makes_its_view():
   assert view.crops_of == "global"
 
 
-@pytest.mark.slow
-def test_the_cost_of_a_teacher_is_a_forward_pass():
-  batch = {
-    k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in make_batch(4).items()
-  }
-  costs = flops.step_flops(make_spec(), batch, optax.adam(1e-3))
-  assert costs.traced == pytest.approx(costs.total, rel=0.01)
-  assert (
-    costs.parts["image(gram, gram)"] > costs.parts["image(global, student)"]
-  )
-
-
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     (dict(count=1), "count, crop and flip"),
     (dict(ops="crop(32, 0.3, 1.0)|flip"), "count, crop and flip"),
     (dict(crops_of="globl"), "expected one of \\['global'\\]"),
-    (dict(crops_of=None), "other crops than 'global'"),
+    (dict(crops_of=None), "crops_of='global'"),
     (dict(ops="crop(32, 0.4, 1.0)|flip|keep(0.25)"), "drops patches"),
   ],
   ids=["count", "area", "name", "none", "keep"],

@@ -76,6 +76,54 @@ def test_targets_have_no_mean_and_unit_variance():
   assert not np.asarray(result[2]).any()
 
 
+def test_slots_invert_keep():
+  keep = jnp.array([[4, 0, 2], [1, 2, 3]])
+  slots, visible = mae.visible_slots(keep, 5)
+  np.testing.assert_array_equal(slots, [[1, 3, 2, 3, 0], [3, 0, 1, 2, 3]])
+  np.testing.assert_array_equal(visible, np.asarray(slots) < 3)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+  module = mae.MaskedDecoder(outputs=12, width=16, depth=2, heads=2)
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
+  prefix = jnp.asarray(rng.normal(size=(2, 1, 8)), jnp.float32)
+  keep = jnp.array([[0, 2, 5], [1, 3, 4]], jnp.int32)
+  init = jax.jit(module.init, static_argnums=4)
+  params = init(jax.random.key(0), tokens, prefix, keep, (2, 3))
+  apply = jax.jit(module.apply, static_argnums=4)
+  return params, apply, tokens, prefix, keep
+
+
+def test_order_of_visible_patches_does_not_matter(decoder):
+  params, apply, tokens, prefix, keep = decoder
+  expected = apply(params, tokens, prefix, keep, (2, 3))
+  assert expected.shape == (2, 6, 12)
+  order = jnp.array([2, 0, 1])
+  shuffled = apply(params, tokens[:, order], prefix, keep[:, order], (2, 3))
+  np.testing.assert_allclose(shuffled, expected, atol=1e-5)
+
+
+def test_hidden_patches_depend_on_position_and_prefix(decoder):
+  params, apply, tokens, prefix, keep = decoder
+  result = apply(params, tokens, prefix, keep, (2, 3))
+  assert np.abs(result[0, 1] - result[0, 3]).max() > 1e-3
+  other = apply(params, tokens, prefix + 1.0, keep, (2, 3))
+  assert np.abs(other - result).max(axis=(1, 2)).min() > 1e-3
+
+
+def test_without_prefix_and_in_bfloat16(decoder):
+  params, apply, tokens, prefix, keep = decoder
+  none = prefix[:, :0]
+  exact = apply(params, tokens, none, keep, (2, 3))
+  half = (x.astype(jnp.bfloat16) for x in (tokens, none))
+  rough = apply(params, *half, keep, (2, 3))
+  assert rough.dtype == jnp.float32
+  error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
+  assert 1e-4 < error < 0.05
+
+
 SPEC = ModelSpec.from_config(
   dict(variant="mu/8", image_size=32, pool="cls", registers=1)
 )
@@ -148,41 +196,6 @@ def test_loss_inputs_and_loss_equal_the_formula(parts, norm_pixels):
   np.testing.assert_allclose(terms.report["hidden"].value(), 0.75)
 
 
-def test_visible_patches_are_not_targets(parts):
-  view_batch, output = _inputs()
-  before = _loss_inputs(*parts, view_batch, output)
-  seen = np.asarray(view_batch.images).copy()
-  for i, j, n in np.ndindex(3, 2, 4):
-    y, x = divmod(int(view_batch.keep[i, j, n]), 4)
-    seen[i, j, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] *= -3
-  after = _loss_inputs(
-    *parts, dataclasses.replace(view_batch, images=jnp.asarray(seen)), output
-  )
-  np.testing.assert_array_equal(after.error, before.error)
-
-
-def test_invalid_options_and_views_raise():
-  with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
-    _resolved(ops="resize(32)")
-  with pytest.raises(ConfigError, match="keeps all 16 patches"):
-    _resolved(ops="resize(32)|keep(1.0, patch=8)")
-  with pytest.raises(ConfigError, match="patch=8"):
-    _resolved(ops="resize(32)|keep(0.25, patch=16)")
-  with pytest.raises(ConfigError, match="the model's is 8"):
-    _resolved(patch=14)
-  with pytest.raises(ConfigError, match="decoder_heads"):
-    build_objective("mae", dict(decoder_heads=7))
-  with pytest.raises(ConfigError, match="give patch=16"):
-    build_objective("mae", {}).heads()
-
-
-def test_default_decoder_equals_the_paper():
-  objective = build_objective("mae", dict(patch=16))
-  module = objective.heads()["mae_decoder"].module
-  assert (module.width, module.depth, module.heads) == (512, 8, 16)
-  assert module.outputs == 768
-
-
 @pytest.mark.slow
 def test_a_masked_step_takes_less_than_half_the_flops():
   """ViT-B/16 and MAE's decoder, at 75 % masking and without."""
@@ -208,3 +221,20 @@ def test_a_masked_step_takes_less_than_half_the_flops():
     return flops.step_flops(spec, batch, optax.sgd(0.1)).traced
 
   assert count(0.25) < 0.5 * count(1.0)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(ops="resize(32)"), r"keep\(0.25\)"),
+    (dict(ops="resize(32)|keep(1.0, patch=8)"), "keeps all 16 patches"),
+    (dict(ops="resize(32)|keep(0.25, patch=16)"), "patch=8"),
+    (dict(patch=14), "the model's is 8"),
+    (dict(decoder_heads=7), "decoder_heads"),
+  ],
+)
+def test_invalid_options_and_views_raise(options, message):
+  with pytest.raises(ConfigError, match=message):
+    _resolved(**options)
+  with pytest.raises(ConfigError, match="give patch=16"):
+    build_objective("mae", {}).heads()

@@ -174,7 +174,7 @@ def test_cross_entropy_and_gradient_equal_numpy(target, chunk):
   np.testing.assert_allclose(
     actual.mean_entropy, -(mean * np.log(mean)).sum(), rtol=1e-5
   )
-  assert actual.used == len(np.unique(q.argmax(-1))) / 8
+  assert actual.share_used == len(np.unique(q.argmax(-1))) / 8
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -192,7 +192,7 @@ def test_diagnostics_are_of_the_valid_rows(chunk):
     )
 
   actual = compute(side(logits, 1.0))
-  np.testing.assert_allclose(actual.used, 2 / 3, rtol=1e-6)
+  np.testing.assert_allclose(actual.share_used, 2 / 3, rtol=1e-6)
   q = np.exp(samples.log_softmax(logits[:, 0]))[best != 7].mean(0)
   np.testing.assert_allclose(
     actual.mean_entropy, -(q * np.log(q)).sum(), rtol=1e-5

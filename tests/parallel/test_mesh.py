@@ -18,30 +18,24 @@ from mtv_jax.parallel.mesh import (
   shard_batch,
 )
 from mtv_jax.parallel.rules import (
+  all_gather_params,
+  check_param_rules,
   check_sharding_rules,
+  constrain_batch,
   sharding_table,
   tree_shardings,
 )
 from mtv_jax.utils.tree import flatten_with_names
 
 
-def test_minus_one_takes_the_remaining_devices():
+def test_mesh_and_batch():
   mesh = make_mesh(dict(data=-1, fsdp=2, tensor=2))
   assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
-
-
-@pytest.mark.parametrize(
-  "shape",
-  [dict(data=3), dict(data=-1, fsdp=-1), dict(data=-1, fsdp=3), dict(data=0)],
-)
-def test_a_mesh_that_does_not_fill_the_devices_is_rejected(shape):
-  with pytest.raises(ValueError, match="8 devices"):
-    make_mesh(shape)
-
-
-def test_an_unknown_axis_is_named():
-  with pytest.raises(ValueError, match="Did you mean 'tensor'"):
-    make_mesh(dict(data=-1, tensors=2))
+  assert host_rows(mesh) == HostRows(index=0, count=1)
+  batch = {"x": np.arange(16).reshape(8, 2)}
+  sharded = shard_batch(batch, mesh)["x"]
+  np.testing.assert_array_equal(sharded, batch["x"])
+  assert sharded.sharding.shard_shape(sharded.shape) == (2, 2)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_rejected_with_a_size():
@@ -51,11 +45,6 @@ def test_a_batch_that_the_mesh_does_not_divide_is_rejected_with_a_size():
     check_batch_size(12, mesh)
   with pytest.raises(ValueError, match=r"Take 8, or another"):
     check_batch_size(4, mesh)
-
-
-def test_one_process_reads_all_rows():
-  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
-  assert host_rows(mesh) == HostRows(index=0, count=1)
 
 
 def _abstract():
@@ -124,14 +113,6 @@ def test_rules_of_the_config_come_first_and_must_match():
     check_sharding_rules([("image/norm/.*", ("fdsp",))], _abstract())
 
 
-def test_shard_batch_splits_over_data_and_fsdp():
-  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
-  batch = {"x": np.arange(16).reshape(8, 2)}
-  sharded = shard_batch(batch, mesh)["x"]
-  np.testing.assert_array_equal(sharded, batch["x"])
-  assert sharded.sharding.shard_shape(sharded.shape) == (2, 2)
-
-
 def test_sharding_table_counts_bytes_per_device():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   shapes = _abstract()
@@ -162,43 +143,54 @@ def fakes(count=8, slices=2):
   return [Fake(i, i // 2, i // size) for i in reversed(range(count))]
 
 
-def test_slices_are_the_outer_part_of_the_data_axis():
-  mesh = make_mesh(dict(data=-1, fsdp=2), fakes())
-  assert dict(mesh.shape) == dict(data=4, fsdp=2, tensor=1)
-  part = np.vectorize(lambda d: d.slice_index)(mesh.devices[..., 0])
-  np.testing.assert_array_equal(part, [[0, 0], [0, 0], [1, 1], [1, 1]])
-
-
-def test_slices_that_data_does_not_divide_into_fall_to_fsdp():
-  mesh = make_mesh(dict(data=1, fsdp=8), fakes())
-  part = np.vectorize(lambda d: d.slice_index)(mesh.devices[0, :, 0])
-  np.testing.assert_array_equal(part, [0] * 4 + [1] * 4)
-
-
-def test_another_axis_may_cross_the_slices():
-  shape = dict(data=-1, fsdp=4, dcn=dict(data=1, fsdp=2))
+@pytest.mark.parametrize(
+  ("shape", "slices"),
+  [
+    # Slices are the outer part of `data`, then of `fsdp`.
+    (dict(data=-1, fsdp=2), [[0, 0], [0, 0], [1, 1], [1, 1]]),
+    (dict(data=1, fsdp=8), [[0] * 4 + [1] * 4]),
+    (dict(data=-1, fsdp=4, dcn=dict(data=1, fsdp=2)), [[0, 0, 1, 1]] * 2),
+  ],
+)
+def test_slices_of_devices(shape, slices):
   mesh = make_mesh(shape, fakes())
   part = np.vectorize(lambda d: d.slice_index)(mesh.devices[..., 0])
-  np.testing.assert_array_equal(part, [[0, 0, 1, 1]] * 2)
+  np.testing.assert_array_equal(part, slices)
 
 
 def test_without_slices_dcn_cuts_the_devices_in_order():
-  shape = dict(data=4, fsdp=2, dcn=dict(data=1, fsdp=2))
-  mesh = make_mesh(shape)
+  mesh = make_mesh(dict(data=4, fsdp=2, dcn=dict(data=1, fsdp=2)))
   ids = np.vectorize(lambda d: d.id)(mesh.devices[..., 0])
   assert (ids[:, 0] < 4).all() and (ids[:, 1] >= 4).all()
 
 
-def test_slices_that_do_not_divide_an_axis_are_rejected():
-  with pytest.raises(ValueError, match=r"data=1 can't lie on dcn.data=2"):
-    make_mesh(dict(data=1, fsdp=8, dcn=dict(data=2)), fakes())
-  with pytest.raises(ValueError, match="mesh.dcn: .*does not divide 2 slices"):
-    make_mesh(dict(data=-1, dcn=dict(data=3)), fakes())
-  with pytest.raises(ValueError, match="mesh.dcn: no axis 'dta'"):
-    make_mesh(dict(data=-1, dcn=dict(dta=2)))
-  with pytest.raises(ValueError, match=r"\[5, 3\] devices"):
-    uneven = [Fake(i, 0, int(i > 4)) for i in range(8)]
-    make_mesh(dict(data=-1), uneven)
+UNEVEN = [Fake(i, 0, int(i > 4)) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+  ("shape", "devices", "message"),
+  [
+    (dict(data=3), None, "8 devices"),
+    (dict(data=-1, fsdp=-1), None, "8 devices"),
+    (dict(data=0), None, "8 devices"),
+    (dict(data=-1, tensors=2), None, "Did you mean 'tensor'"),
+    (dict(data=-1, dcn=dict(dta=2)), None, "mesh.dcn: no axis 'dta'"),
+    (
+      dict(data=1, fsdp=8, dcn=dict(data=2)),
+      fakes(),
+      "data=1 can't lie on dcn.data=2",
+    ),
+    (
+      dict(data=-1, dcn=dict(data=3)),
+      fakes(),
+      "mesh.dcn: .*does not divide 2 slices",
+    ),
+    (dict(data=-1), UNEVEN, r"\[5, 3\] devices"),
+  ],
+)
+def test_invalid_meshes_are_rejected(shape, devices, message):
+  with pytest.raises(ValueError, match=message):
+    make_mesh(shape, devices)
 
 
 def test_data_rows_follow_a_process_s_devices():
@@ -233,3 +225,45 @@ def test_prototypes_are_split_over_whatever_there_is(shape, spec):
   name = "heads/dino/last_layer/kernel"
   tree = {name: jax.ShapeDtypeStruct((4, 16), jnp.float32)}
   assert tree_shardings(tree, mesh)[name].spec == spec
+
+
+def test_check_param_rules():
+  """If `fsdp` is gathered, `tensor` must be laid out as the layers use it."""
+  name = "image/blocks/mlp/fc1/kernel"
+  abstract = {name: jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)}
+  both = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  moved = [("mlp/fc1/kernel$", (None, ("fsdp", "tensor")))]
+  check_param_rules(abstract, both, moved)
+  odd = [("mlp/fc1/kernel$", ("tensor", "fsdp"))]
+  with pytest.raises(ValueError, match=r"fc1/kernel over tensor as .*fsdp=1"):
+    check_param_rules(abstract, both, odd)
+  check_param_rules(abstract, both, odd, keep="fc1")
+  for shape in (dict(fsdp=8), dict(tensor=8)):
+    check_param_rules(abstract, make_mesh(shape), odd)
+
+
+def test_constrain_batch_and_all_gather_params():
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  params = {
+    "mlp/fc1/kernel": jnp.ones((16, 64)),
+    "stack/mlp/fc1/kernel": jnp.ones((16, 64)),
+    "norm/scale": jnp.ones(16),
+  }
+  params = jax.device_put(params, tree_shardings(params, mesh))
+
+  @jax.jit
+  def used(params, rows):
+    sharded = all_gather_params(
+      params, mesh, keep="^stack/", dtype=jnp.bfloat16
+    )
+    return sharded, constrain_batch(rows, mesh)
+
+  sharded, rows = used(params, jnp.ones((8, 6)))
+  kernel = sharded["mlp/fc1/kernel"]
+  assert kernel.dtype == jnp.bfloat16
+  assert kernel.sharding.shard_shape(kernel.shape) == (16, 32)
+  assert sharded["norm/scale"].dtype == jnp.float32
+  left = sharded["stack/mlp/fc1/kernel"]
+  assert left.dtype == jnp.float32
+  assert left.sharding.shard_shape(left.shape) == (8, 32)
+  assert rows.sharding.shard_shape(rows.shape) == (2, 6)

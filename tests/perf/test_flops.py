@@ -91,7 +91,7 @@ def test_attention_of_long_sequences_counts_without_recomputation(side):
   text = dict(variant="mu", length=8, vocab_size=32)
   model = dict(variant="mu/8", image_size=image_size, text=text)
   spec = make_spec(model=ModelSpec.from_config(model))
-  encoders = flops.without_recomputation(spec).encoders
+  encoders = flops.without_recomputation(spec).towers
   (tower,) = (t for e, t in encoders.items() if e.tower == "image")
   images = shape(2, image_size, image_size, 3)
   params = jax.eval_shape(tower.init, jax.random.key(0), images)

@@ -1,4 +1,4 @@
-"""Balance of gradients against NumPy, on meshes, resumed, and its bound."""
+"""Balancing methods in the step: values, meshes, resumed runs, and cost."""
 
 import dataclasses
 import functools
@@ -9,18 +9,15 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import step_samples
 import trainings
 
-from mtv_jax.augment import views
 from mtv_jax.config import recipes
-from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel.mesh import make_mesh, shard_batch
+from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train import gradients
@@ -36,99 +33,39 @@ from mtv_jax.train.measurements import GradientMeasurements, is_balance_due
 from mtv_jax.train.run import resolve
 from mtv_jax.train.spec import (
   ObjectiveWeight,
-  StepSpec,
   abstract_state,
-  init_params,
 )
 from mtv_jax.train.step import make_program
 from mtv_jax.train.train import train
 from mtv_jax.utils.tree import flatten_with_names
-
-NAMES = ("contrastive", "dino", "late")
-
-
-def scalars(values):
-  return {n: jnp.float32(v) for n, v in zip(NAMES, values, strict=False)}
-
-
-def test_factors_are_the_geometric_mean_over_the_norm():
-  factors = GradNormMean(max_factor=10.0).factors(scalars([4.0, 1.0, 0.0]))
-  np.testing.assert_allclose(list(factors.values()), [0.5, 2.0, 1.0])
-  # Bounded, and 1 before any measurement.
-  factors = GradNormMean(max_factor=10.0).factors(scalars([1e6, 1e-6]))
-  np.testing.assert_allclose(list(factors.values()), [0.1, 10], rtol=1e-6)
-  factors = GradNormMean().factors(scalars([0, 0]))
-  assert set(map(float, factors.values())) == {1.0}
-
-
-def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
-  balance = GradNormMean(decay=0.25, every_steps=10)
-  weights = scalars([0.5, 2.0])
-  norms = balance.observe(
-    scalars([0, 0, 0]), scalars([8.0, 2.0]), weights, 0
-  )  # Factors are 1.
-  np.testing.assert_allclose(list(norms.values()), [16.0, 1.0, 0.0])
-  # Factors 1/4 and 4: raw norms of 4 and 1/2.
-  early = balance.observe(norms, scalars([0.5, 4.0]), weights, 9)
-  np.testing.assert_allclose(early["dino"], 0.5**0.9, rtol=1e-6)
-  norms = balance.observe(norms, scalars([0.5, 4.0]), weights, 500)
-  expected = [16**0.25 * 4**0.75, 0.5**0.75, 0.0]
-  np.testing.assert_allclose(list(norms.values()), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
-def test_a_batch_without_labels_changes_no_running_norm(value):
-  old = scalars([4.0, 1.0, 0.0])
-  weights = scalars([1, 1, 1])
-  new = GradNormMean(1).observe(old, scalars([value, 1.0, value]), weights, 3)
-  assert new["contrastive"] == 4 and new["late"] == 0
-  assert new["dino"] != 1  # 1 / factor 2.
-  unweighted = GradNormMean(1).observe(old, scalars([1.0]), scalars([0]), 3)
-  assert unweighted["contrastive"] == 4
-
 
 WEIGHTS = {"contrastive": 1.0, "dino": 0.5}
 
 
 def make_spec(**changes):
   """Contrast and DINO on one view."""
-  model = ModelSpec.from_config(
-    dict(
-      variant="mu/8",
-      image_size=16,
-      text=dict(variant="mu", length=8, vocab_size=32),
-    )
-  )
-  dino = dict(
-    view_global="image", view_local=None, same_crop="include", prototypes=8
-  )
-  spec = StepSpec(
-    model=model,
-    dtype="float32",
-    objectives={
-      "contrastive": build_objective("contrastive", dict(init_bias=-2.0)),
-      "dino": build_objective("dino", dino),
-    },
+  contrastive = build_objective("contrastive", dict(init_bias=-2.0))
+  options = dict(
+    objectives={"contrastive": contrastive, "dino": step_samples.dino()},
     weights={name: ObjectiveWeight(w) for name, w in WEIGHTS.items()},
-    views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
-    seed=0,
-    total_steps=100,
     balance=GradNormMean(every_steps=10),
   )
-  return dataclasses.replace(spec, **changes)
+  return step_samples.make_spec(**{**options, **changes})
+
+
+def begin(spec, shape=(1, 1, 1)):
+  """The step on a mesh: program, state, batch and measurements."""
+  mesh = step_samples.mesh_of(shape)
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  state = program.init(step_samples.params_of(spec, seed=0))
+  batch = shard_batch(step_samples.make_batch(), mesh)
+  return program, state, batch, GradientMeasurements(program)
 
 
 def balanced_step(spec, shape):
   """Norms before and after the balance, running norms, and metrics."""
-  mesh = step_samples.mesh_of(shape)
-  program = make_program(spec, optax.sgd(0.1), mesh)
-  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
-  state, batch = (
-    program.init(params),
-    shard_batch(step_samples.make_batch(), mesh),
-  )
+  program, state, batch, measurements = begin(spec, shape)
   active = tuple(spec.objectives)
-  measurements = GradientMeasurements(program)
   before = measurements.encoder_grad_norms(state, batch, active)
   state = measurements.update_balance(state, before)
   after = measurements.encoder_grad_norms(state, batch, active)
@@ -160,13 +97,8 @@ def test_balanced_norms_have_the_ratio_of_the_weights(one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "case", [pytest.param("mesh", marks=pytest.mark.slow), "accumulated"]
-)
-def test_meshes_and_accumulation_balance_as_one_device(one_device, case):
-  accumulate = 2 if case == "accumulated" else 1
-  shape = (2, 2, 2) if case == "mesh" else (1, 1, 1)
-  actual = balanced_step(make_spec(accumulate=accumulate), shape)
+def test_a_mesh_with_accumulation_balances_as_one_device(one_device):
+  actual = balanced_step(make_spec(accumulate=2), (2, 2, 1))
   for tree, expected in zip(actual, one_device, strict=True):
     for name, value in expected.items():
       np.testing.assert_allclose(
@@ -185,17 +117,12 @@ METHODS = {
 def two_updates(method, shape=(1, 1, 1), accumulate=1):
   """Parameters and state of the method after two updates, and metrics."""
   spec = make_spec(balance=METHODS[method], accumulate=accumulate)
-  mesh = step_samples.mesh_of(shape)
-  program = make_program(spec, optax.sgd(0.1), mesh)
-  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
-  state, rows = program.init(params), []
-  measurements = GradientMeasurements(program)
+  program, state, batch, measurements = begin(spec, shape)
+  rows, active = [], tuple(spec.objectives)
   for step in range(2):
-    batch, row = shard_batch(step_samples.make_batch(), mesh), {}
+    row = {}
     if is_balance_due(spec, step):
-      row["norms"] = measurements.encoder_grad_norms(
-        state, batch, tuple(spec.objectives)
-      )
+      row["norms"] = measurements.encoder_grad_norms(state, batch, active)
       state = measurements.update_balance(state, row["norms"])
     state, metrics = program.update(state, batch)
     rows.append(jax.device_get(row | metrics))
@@ -233,30 +160,25 @@ def test_gradnorm_in_the_step():
 
 def flat_gradients(spec, state, names):
   """The gradient of some objectives by parameter."""
-
-  def compute(state, batch):
-    return gradients.compute_gradients(
-      spec.select_objectives(names), state, batch
-    )[1]
-
-  tree = jax.device_get(jax.jit(compute)(state, step_samples.make_batch()))
-  return dict(flatten_with_names(tree))
+  alone = spec.select_objectives(names)
+  compute = jax.jit(functools.partial(gradients.compute_gradients, alone))
+  _, grads = jax.device_get(compute(state, step_samples.make_batch()))
+  return dict(flatten_with_names(grads))
 
 
 @pytest.mark.slow
-def test_pcgrad_in_the_step():
+def test_pcgrad_in_the_step(one_device):
   """Against the projections, in NumPy, of each objective's own gradient."""
   spec = make_spec(balance=METHODS["pcgrad"])
   # Only the image encoder is shared.
   assert spec.shared_modules == {"image"}
-  program = make_program(
-    spec, optax.sgd(0.1), make_mesh(dict(data=1), jax.devices()[:1])
-  )
-  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
-  state = program.init(params)
+  _, state, _, _ = begin(spec)
   flat = [flat_gradients(spec, state, (name,)) for name in spec.objectives]
   image = sorted(n for n in flat[0] if n.startswith("image/"))
   a, b = (np.concatenate([g[n].ravel() for n in image]) for g in flat)
+  # The norms that other methods measure are theirs.
+  norms = [np.linalg.norm(a), np.linalg.norm(b)]
+  np.testing.assert_allclose(list(one_device[0].values()), norms, rtol=1e-5)
   product = a @ b
   assert product < -0.02 * np.linalg.norm(a) * np.linalg.norm(b)
   shares = 1 - product / (a @ a), 1 - product / (b @ b)
@@ -271,21 +193,23 @@ def test_pcgrad_in_the_step():
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("method", "shape", "accumulate"),
-  [*((name, (2, 2, 2), 1) for name in METHODS), ("pcgrad", (1, 1, 1), 2)],
+  [
+    ("gradnorm", (2, 2, 2), 1),
+    ("pcgrad", (2, 2, 1), 2),
+    pytest.param("uncertainty", (2, 2, 2), 1, marks=pytest.mark.long),
+    pytest.param("pcgrad", (2, 2, 2), 1, marks=pytest.mark.long),
+  ],
 )
 def test_methods_are_the_same_on_meshes_and_accumulated(
   method, shape, accumulate
 ):
-  trees, rows = two_updates(method, shape, accumulate)
-  expected_trees, expected_rows = two_updates(method)
-  for (name, actual), (_, expected) in zip(
-    flatten_with_names((trees, rows)),
-    flatten_with_names((expected_trees, expected_rows)),
-    strict=True,
-  ):
+  actual = flatten_with_names(two_updates(method, shape, accumulate))
+  expected = dict(flatten_with_names(two_updates(method)))
+  for name, value in actual:
     np.testing.assert_allclose(
-      actual, expected, rtol=1e-3, atol=2e-5, err_msg=name
+      value, expected.pop(name), rtol=1e-3, atol=2e-5, err_msg=name
     )
+  assert not expected
 
 
 @pytest.mark.slow
@@ -317,53 +241,42 @@ def test_norms_are_measured_as_a_function_of_the_step():
   assert not is_balance_due(make_spec(balance=Balance()), 0)
 
 
-def config_of(**changes):
-  config = recipes.read_config(str(trainings.CONFIG))
-  config.update(
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("method", "options"),
+  [
+    ("grad_norm_mean", dict(every_steps=2, decay=0.5)),
+    ("gradnorm", dict(every_steps=1)),
+    pytest.param("uncertainty", {}, marks=pytest.mark.long),
+    pytest.param("pcgrad", {}, marks=pytest.mark.long),
+  ],
+)
+def test_methods_resume_bit_equal_with_a_late_objective(
+  tmp_path, method, options
+):
+  config = trainings.smallest(
     total_steps=4,
     evals={},
-    balance=dict(every_steps=2, decay=0.5),
     checkpoint=dict(every_steps=3, keep=5),
-    **changes,
+    balance=dict(method=method, **options),
   )
-  config.objectives.dino = trainings.DINO
-  return config
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_bit_equal_and_an_unbalanced_one_is_told_apart(
-  tmp_path,
-):
-  state = train(config_of(), tmp_path / "run")
-  assert set(state.balance) == {"contrastive", "dino"}
-  assert all(value > 0 for value in state.balance.values())
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-  resumed = train(config_of(), tmp_path / "run")
-  jax.tree.map(np.testing.assert_array_equal, resumed, state)
-  config = config_of()
-  config.balance = dict(method="pcgrad")
-  with pytest.raises(ValueError, match="is 'pcgrad'.* by 'grad_norm_mean'"):
-    train(config, tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_resume_bit_equal_with_a_late_objective(tmp_path, method):
-  config = config_of()
-  config.balance = dict(method=method)
-  if method == "gradnorm":
-    config.balance.every_steps = 1
-  config.objectives.dino.weight = dict(value=1.0, start_steps=1)
-  state = train(config, tmp_path / "run")
+  weight = dict(value=1.0, start_steps=1)
+  config.objectives.dino = dict(weight=weight, **trainings.DINO)
+  state = train(config, tmp_path)
+  entries = state.balance.values()
+  if method == "grad_norm_mean":
+    assert len(entries) == 2 and all(value > 0 for value in entries)
   if method == "gradnorm":
     # Both have a first loss, and their factors a sum of 2.
-    entries = state.balance.values()
     assert min(entry["initial_loss"] for entry in entries) > 0
     total = sum(entry["factor"] for entry in entries)
     np.testing.assert_allclose(total, 2.0, rtol=1e-6)
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-  resumed = train(config, tmp_path / "run")
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  resumed = train(config, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, resumed, state)
+  config.balance = None
+  with pytest.raises(ValueError, match=f"is 'fixed'.* by '{method}'"):
+    train(config, tmp_path)
 
 
 @pytest.mark.long

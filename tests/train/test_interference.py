@@ -13,11 +13,10 @@ import pytest
 import step_samples
 import trainings
 
-from mtv_jax.config import recipes
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
-from mtv_jax.train import interference
+from mtv_jax.train import measurements
 from mtv_jax.train.forward import total_loss
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.spec import ObjectiveWeight
@@ -117,7 +116,7 @@ def brute_force(params):
 def blocks_of(grad):
   """The gradient of each block as one vector, float64."""
   depth = len(grad["blocks/norm1/scale"])
-  blocks = {name: [] for name in interference.block_names(depth)}
+  blocks = {name: [] for name in measurements.block_names(depth)}
   for name, leaf in grad.items():
     if name.startswith("blocks/"):
       for layer in range(depth):
@@ -161,15 +160,10 @@ def test_norms_and_cosines_equal_those_of_single_gradients(
   # Neither equal nor orthogonal.
   assert 0.01 < np.abs(cosines[0, 3]).max() < 0.99
 
-
-@pytest.mark.slow
-def test_copies_read_one_and_the_negative_minus_one(one_device):
-  cosines = one_device["cosines"]
+  # Copies and the negative.
   np.testing.assert_allclose(cosines[0, 1], 1, rtol=0, atol=1e-5)
   np.testing.assert_allclose(cosines[:2, 2], -1, rtol=0, atol=1e-5)
-  np.testing.assert_allclose(
-    one_device["norms"][1], 3 * one_device["norms"][0], rtol=1e-5
-  )
+  np.testing.assert_allclose(norms[1], 3 * norms[0], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -207,23 +201,26 @@ PAIR = ("contrastive", "dino")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8, 1), (8, 1, 1), (2, 2, 2)], ids=str)
-def test_a_pair_on_eight_devices(params, brute_force, shape):
-  check_against(measure(params, PAIR, shape), brute_force, PAIR)
+@pytest.mark.parametrize(
+  ("shape", "accumulate"),
+  [
+    ((2, 2, 1), 2),
+    pytest.param((1, 8, 1), 1, marks=pytest.mark.long),
+    pytest.param((2, 2, 2), 1, marks=pytest.mark.long),
+  ],
+)
+def test_a_pair_on_devices_and_in_parts(params, brute_force, shape, accumulate):
+  actual = measure(params, PAIR, shape, accumulate=accumulate)
+  check_against(actual, brute_force, PAIR)
 
 
 @pytest.mark.slow
 def test_all_objectives_on_eight_devices(params, one_device, brute_force):
-  actual = measure(params, shape=(2, 4, 1), lr=LR)
+  actual = measure(params, shape=(2, 2, 2), lr=LR)
   check_against(actual, brute_force)
   np.testing.assert_allclose(
     actual["transfer"], one_device["transfer"], rtol=1e-3, atol=2e-6
   )
-
-
-@pytest.mark.slow
-def test_accumulated_gradients_equal_the_whole_batch(params, brute_force):
-  check_against(measure(params, PAIR, accumulate=2), brute_force, PAIR)
 
 
 def test_conflicts_of_a_case_by_hand():
@@ -233,9 +230,9 @@ def test_conflicts_of_a_case_by_hand():
   cosines[0, 2] = cosines[2, 0] = -0.1, 0.0
   cosines[1, 2] = cosines[2, 1] = 0.3, 0.0
   norms = np.array([[1.0, 2.0], [3.0, 1.0], [2.0, 0.0]])
-  assert interference.conflict_share(cosines, norms) == 2 / 4
-  assert interference.conflict_share(cosines, 0 * norms) == 0
-  scalars = interference.interference_scalars(
+  assert measurements.conflict_share(cosines, norms) == 2 / 4
+  assert measurements.conflict_share(cosines, 0 * norms) == 0
+  scalars = measurements.interference_scalars(
     dict(cosines=cosines, norms=norms, transfer=np.eye(3) + 0.5)
   )
   whole = [
@@ -251,27 +248,19 @@ def test_conflicts_of_a_case_by_hand():
   }
 
 
-def config_of(**changes):
+@pytest.mark.slow
+def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
   """The second objective starts after three updates."""
-  config = recipes.read_config(str(trainings.CONFIG))
-  config.update(
+  config = trainings.smallest(
     total_steps=6,
     evals={},
     interference=dict(every_steps=2),
     checkpoint=dict(every_steps=4, keep=5),
     log=dict(every_steps=4),
-    **changes,
   )
-  config.objectives.dino = dict(
-    weight=dict(value=0.5, start_steps=3),
-    **trainings.DINO,
-  )
-  return config
-
-
-@pytest.mark.slow
-def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
-  train(config_of(), tmp_path)
+  weight = dict(value=0.5, start_steps=3)
+  config.objectives.dino = dict(weight=weight, **trainings.DINO)
+  train(config, tmp_path)
   path = tmp_path / "interference.jsonl"
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4, 6]
@@ -282,19 +271,15 @@ def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
   assert np.shape(rows[1]["cosines"]) == (2, 2, 3)
   assert np.shape(rows[1]["transfer"]) == (2, 2)
   metrics = {r["step"]: r for r in trainings.rows(tmp_path) if "loss" in r}
-  assert metrics[4]["interference/conflicts"] == pytest.approx(
-    rows[1]["conflicts"]
-  )
+  conflicts = metrics[4]["interference/conflicts"]
+  assert conflicts == pytest.approx(rows[1]["conflicts"])
   for row in rows:
-    norms = np.linalg.norm(row["norms"], axis=1)
-    logged = [
-      metrics[row["step"]][f"{name}/encoder_grad_norm"]
-      for name in row["objectives"]
-    ]
+    norms, values = np.linalg.norm(row["norms"], axis=1), metrics[row["step"]]
+    logged = [values[f"{n}/encoder_grad_norm"] for n in row["objectives"]]
     np.testing.assert_allclose(norms, logged, rtol=1e-5)
   # It measured step 6 and was killed before its next checkpoint.
   shutil.rmtree(tmp_path / "checkpoints" / "6")
-  train(config_of(), tmp_path)
+  train(config, tmp_path)
   again = [json.loads(line) for line in path.read_text().splitlines()]
   assert again == rows
   # Step 5, the first one after the resume, is in no file.

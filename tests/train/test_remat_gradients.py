@@ -24,11 +24,12 @@ from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
-# All of them, for a stack of blocks, are in tests/models/test_remat.py.
+# All of them, for a stack of blocks, are in tests/models/test_remat.py, and
+# all objectives in test_mtv_recipe.py.
 CHOICES = (
-  "full",
   "mlp_hidden:host,qkv",
-  "full|image=qkv,mlp_hidden|caption=attention",
+  pytest.param("full", marks=pytest.mark.long),
+  pytest.param("full|image=qkv|caption=attention", marks=pytest.mark.long),
 )
 SHAPE = (2, 2, 2)
 
@@ -79,30 +80,9 @@ def test_gradients_do_not_depend_on_what_is_saved(remat):
 
 
 @pytest.mark.slow
-def test_gradients_of_all_objectives():
-  """Local crops, masks, taps, phrases and the MAE decoder."""
-  spec = tiny_mtv.built()
-  assert str(spec.remat) == "none"
-  config = tiny_mtv.read()
-  config.model.remat = (
-    "full|image=qkv,mlp_hidden|local=attention_out|global=dots|text=mlp_hidden"
-    "|box_phrase=none"
-  )
-  config.objectives.mae.remat = "qkv,mlp_hidden"
-  chosen = build_step_spec(resolve(config), total_steps=100)
-  assert str(chosen.remat) == config.model.remat
-  params = step_samples.params_of(spec)
-  batch = tiny_mtv.rows()
-  actual = gradients_of(chosen, params, batch, SHAPE)
-  expected = gradients_of(spec, params, batch, SHAPE)
-  # Rounding of a sum of zero: depth is invariant to shifts.
-  expected.pop("heads/depth/conv3/bias")
-  actual.pop("heads/depth/conv3/bias")
-  assert_near(actual, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "attention"])
+@pytest.mark.parametrize(
+  "remat", [pytest.param("none", marks=pytest.mark.long), "attention"]
+)
 def test_gradients_of_splash_attention(remat, monkeypatch):
   """Interpreted, on sequences that are mostly padding."""
   monkeypatch.setattr(attention, "SPLASH_PLATFORMS", ("cpu",))
@@ -110,7 +90,7 @@ def test_gradients_of_splash_attention(remat, monkeypatch):
   spec = spec_of(remat)
   params = step_samples.params_of(spec_of("none"))
   spec = dataclasses.replace(spec, runtime=dict(attention="splash"))
-  built = {tower.attention for tower in spec.encoders.values()}
+  built = {tower.attention for tower in spec.towers.values()}
   assert built == {"splash"}
   expected = contrast_and_dino("none", (1, 1, 1))
   assert_near(gradients_of(spec, params, make_batch(), SHAPE), expected)
@@ -138,20 +118,18 @@ def test_an_encoding_that_is_not_trained_is_an_error():
 
 
 @pytest.mark.parametrize(
-  ("choice", "message"),
+  ("read", "choice", "message"),
   [
-    ("qkv:disk", "'qkv:disk' is none of them"),
-    ("full:host", "'full' can be a whole choice only"),
-    ("qkv,qkv:host", "names an array twice"),
+    (Remat.parse, "qkv:disk", "'qkv:disk' is none of them"),
+    (Remat.parse, "full:host", "'full' can be a whole choice only"),
+    (Remat.parse, "qkv,qkv:host", "names an array twice"),
+    ("captioning", "qvk", "objectives.captioning.remat is 'qvk'.*mean 'qkv'"),
+    ("mae", "qvk", "config.objectives.mae.remat is 'qvk'.*Did you mean 'qkv'"),
   ],
 )
-def test_an_invalid_choice_is_an_error(choice, message):
+def test_an_invalid_choice_is_an_error(read, choice, message):
   with pytest.raises(ConfigError, match=message):
-    Remat.parse(choice)
-
-
-@pytest.mark.parametrize("name", ["captioning", "mae"])
-def test_an_unknown_choice_of_a_decoder_names_its_config_key(name):
-  message = rf"config.objectives.{name}.remat is 'qvk'.*Did you mean 'qkv'"
-  with pytest.raises(ConfigError, match=message):
-    build_objective(name, dict(remat="qvk"))
+    if isinstance(read, str):
+      build_objective(read, dict(remat=choice))
+    else:
+      read(choice)

@@ -15,13 +15,13 @@ from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models.two_tower import ModelSpec, init_params
-from mtv_jax.train import statistics
+from mtv_jax.train import initialization
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.teachers import FrozenTeacher
 from mtv_jax.train.train import train
 from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -106,33 +106,31 @@ def test_when_a_teacher_is_copied():
   assert due(update_every=3, max_updates=2) == [3, 6]
 
 
+LATE = dict(weight=dict(start_steps=2))
+
+
 @pytest.mark.parametrize(
-  ("teacher", "message"),
+  ("teacher", "objectives", "message"),
   [
     (
       dict(update_evry_steps=3),
-      "teachers.gram.update_evry_steps is an unknown",
+      {},
+      "teachers.gram.update_evry_steps is an",
     ),
-    (dict(weights="best"), "teachers.gram.weights"),
-    (dict(path="/nowhere"), "/nowhere does not exist"),
+    (dict(weights="best"), {}, "teachers.gram.weights"),
+    (dict(path="/nowhere"), {}, "/nowhere does not exist"),
+    (dict(), dict(dino=None), "EMA teacher, which no objective"),
+    (dict(), dict(dino=LATE), "at step 0, which starts at step 2"),
   ],
-  ids=["key", "weights", "path"],
 )
-def test_wrong_teachers_are_rejected(teacher, message, tmp_path):
-  with pytest.raises((ConfigError, FileNotFoundError), match=message):
-    build_experiment(recipe(**teacher), tmp_path)
-
-
-def test_a_snapshot_needs_an_ema_teacher(tmp_path):
-  config = recipe()
-  config.objectives = dict(gram=dict(weight=1.0))
-  config.model.mask_token = True
-  with pytest.raises(ConfigError, match="EMA teacher, which no objective"):
-    build_experiment(config, tmp_path)
-  config = recipe().to_dict()
+def test_wrong_teachers_are_rejected(teacher, objectives, message, tmp_path):
+  config = recipe(**teacher).to_dict()
+  config["model"]["mask_token"] = True
   config["objectives"]["gram"]["weight"] = 1.0
-  config["objectives"]["dino"]["weight"] = dict(start_steps=2)
-  with pytest.raises(ConfigError, match="at step 0, which starts at step 2"):
+  for name, changes in objectives.items():
+    entry = config["objectives"][name]
+    config["objectives"][name] = changes and {**entry, **changes}
+  with pytest.raises((ConfigError, FileNotFoundError), match=message):
     build_experiment(config, tmp_path)
 
 
@@ -212,7 +210,7 @@ def test_a_resumed_run_fits_no_statistics(
   """It equals the uninterrupted one, and reads no teacher's folder again."""
   config, part = distillation(encoders), tmp_path / "part"
   train({**config, "total_steps": 2}, part)
-  monkeypatch.setattr(statistics, "make_loader", None)
+  monkeypatch.setattr(initialization, "make_loader", None)
   for path in encoders.values():
     os.rename(path, f"{path}.moved")
   try:
@@ -245,25 +243,17 @@ def test_two_processes_fit_the_statistics_of_one(encoders, tmp_path):
   assert trainings.losses(two) == pytest.approx(trainings.losses(one), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-  ("teacher", "message"),
-  [
-    (dict(size=18), "config.teachers.far.size: An image of 18x18"),
-    (dict(layers=[1]), "teachers.far.layers: 1 of an encoder with 1 blocks"),
-  ],
-  ids=["size", "layers"],
-)
-def test_sizes_and_layers_are_checked(teacher, message, encoders, tmp_path):
-  with pytest.raises(ConfigError, match=message):
-    build_experiment(distillation(encoders, **teacher), tmp_path)
-
-
 def test_weights_of_teachers_are_read_once(encoders, tmp_path, monkeypatch):
   """Only when needed: building an experiment does not read them."""
   monkeypatch.setattr(loading, "read_model", None)
   build_experiment(distillation(encoders), tmp_path)
-  for options in (dict(weights="ema"), dict(step=3)):
-    with pytest.raises(InputError, match="is not a training run, and has one"):
+  for options, message in (
+    (dict(weights="ema"), "is not a training run, and has one"),
+    (dict(step=3), "is not a training run, and has one"),
+    (dict(size=18), "config.teachers.far.size: An image of 18x18"),
+    (dict(layers=[1]), "teachers.far.layers: 1 of an encoder with 1 blocks"),
+  ):
+    with pytest.raises(UserError, match=message):
       build_experiment(distillation(encoders, **options), tmp_path)
 
 

@@ -1,14 +1,22 @@
-"""The lock on a run's folder."""
+"""A run's folder: its lock, and its files in a bucket."""
 
+import contextlib
 import datetime
+import functools
 import json
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+import emulators
+import numpy as np
 import pytest
+import trainings
+from label_samples import make_base
 
 from mtv_jax.train import workdir
 from mtv_jax.train.runtime import sessions
@@ -16,18 +24,17 @@ from mtv_jax.utils import atomic, path
 from mtv_jax.utils.errors import ConfigError, StorageError
 
 
+def lock(folder):
+  with workdir.lock_workdir(folder):
+    pass
+
+
 def test_a_folder_is_created_and_released(tmp_path):
   folder = tmp_path / "runs" / "ü a"
-  for _ in range(2):
-    with workdir.lock_workdir(folder):
-      assert "process" in (folder / workdir.OWNER).read_text()
-
-
-def test_an_error_inside_is_raised_and_releases_the_lock(tmp_path):
-  with pytest.raises(OSError, match="full"), workdir.lock_workdir(tmp_path):
+  with pytest.raises(OSError, match="full"), workdir.lock_workdir(folder):
     raise OSError("full")
-  with workdir.lock_workdir(tmp_path):
-    pass
+  with workdir.lock_workdir(folder):
+    assert "process" in (folder / workdir.OWNER).read_text()
 
 
 def test_a_second_run_is_rejected_until_the_first_exits(tmp_path):
@@ -44,27 +51,24 @@ def test_a_second_run_is_rejected_until_the_first_exits(tmp_path):
   )
   assert other.stdout.readline() == "locked\n"
   match = f"locked by process {other.pid} on"
-  with (
-    pytest.raises(workdir.LockedError, match=match) as error,
-    workdir.lock_workdir(tmp_path),
-  ):
-    pass
+  with pytest.raises(workdir.LockedError, match=match) as error:
+    lock(tmp_path)
   assert error.value.exit_code == 1  # A supervisor tries again.
   # As after a crash.
   other.kill()
   other.communicate()
-  with workdir.lock_workdir(tmp_path):
-    pass
+  lock(tmp_path)
+
+
+def write_alive(folder, **changes):
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  alive = {"activity": "train", "time": now, "host": "other", "process": 7}
+  atomic.write(folder / "alive", json.dumps(alive | changes).encode())
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_run_of_another_host_is_known_by_its_liveness_file(tmp_path, goes_on):
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  alive = {"activity": "train", "time": now, "host": "other", "process": 7}
-
-  def write(**changes):
-    atomic.write(tmp_path / "alive", json.dumps(alive | changes).encode())
-
+  write = functools.partial(write_alive, tmp_path)
   write(step=1)
   timer = threading.Timer(0.4, write, kwargs={"step": 2 if goes_on else 1})
   timer.start()
@@ -87,9 +91,7 @@ def test_a_run_of_another_host_is_known_by_its_liveness_file(tmp_path, goes_on):
 def test_a_liveness_file_that_no_other_host_writes_is_not_waited_for(
   tmp_path, changes
 ):
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  alive = {"activity": "train", "time": now, "host": "other"} | changes
-  (tmp_path / "alive").write_text(json.dumps(alive))
+  write_alive(tmp_path, **changes)
   start = time.monotonic()
   workdir.check_other_hosts(tmp_path, seconds=60)
   assert time.monotonic() - start < 5
@@ -97,38 +99,30 @@ def test_a_liveness_file_that_no_other_host_writes_is_not_waited_for(
 
 def test_folders_of_other_content_are_rejected(tmp_path):
   (tmp_path / "file").touch()
-  with pytest.raises(ConfigError, match="file is a file; a folder"):  # noqa: SIM117
-    with workdir.lock_workdir(tmp_path / "file"):
-      pass
+  with pytest.raises(ConfigError, match="file is a file; a folder"):
+    lock(tmp_path / "file")
   model = tmp_path / "model"
   model.mkdir()
   text = json.dumps({"model_type": "siglip"})
   (model / "config.json").write_text(text)
-  with (
-    pytest.raises(ConfigError, match="that is not a run's"),
-    workdir.lock_workdir(model),
-  ):
-    pass
+  with pytest.raises(ConfigError, match="that is not a run's"):
+    lock(model)
   assert [p.name for p in model.iterdir()] == ["config.json"]
   # A file that a crash truncated is written again.
   (model / "config.json").write_text('{"batch')
-  with workdir.lock_workdir(model):
-    pass
+  lock(model)
 
 
 def test_no_local_folder_is_created_for_a_bucket(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with (
-    pytest.raises(ConfigError, match="can't be written to s3://"),
-    workdir.lock_workdir("s3://bucket/run"),
-  ):
-    pass
+  with pytest.raises(ConfigError, match="can't be written to s3://"):
+    lock("s3://bucket/run")
   assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------
 # Files that a session could not upload. A folder stands for the bucket, whose
-# emulator takes seconds to start: see test_buckets.py.
+# emulator takes seconds to start.
 
 
 def write_record(folder, *hosts):
@@ -208,3 +202,129 @@ def test_another_process_warns_of_remaining_files(run, monkeypatch, caplog):
   workdir._warn_of_remaining("gs://bucket/run")
   assert "gs://bucket/run may lack 3 files" in caplog.text
   assert f"They are in {run.folder}." in caplog.text
+
+
+STEPS = 12
+
+
+def rows(file):
+  """Lines of metrics.jsonl, without time-dependent values."""
+  text = path.read_bytes(path.as_path(file) / "metrics.jsonl").decode()
+  return [
+    {
+      k: v
+      for k, v in json.loads(line).items()
+      if not re.match("speed/|goodput/", k)
+    }
+    for line in text.splitlines()
+  ]
+
+
+def arguments(data):
+  entry = f'[dict(type="webdataset", path="{data}/*.tar", captions="optional")]'
+  return [f"--config.data.train={entry}", "--config.checkpoint.keep=2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, gs):
+  """Tars in a folder and in a bucket."""
+  folder = make_base(tmp_path_factory.mktemp("data"), count=40)
+  path.upload_folder(folder, path.as_path(f"{gs}/data"))
+  return folder, f"{gs}/data"
+
+
+def launch(tmp_path, url, *args):
+  """The run in a bucket; its log is beside a folder of this machine."""
+  return trainings.launch(
+    tmp_path / "run", *args, f"--workdir={url}", arg=f"steps={STEPS},save=3"
+  )
+
+
+def has_step(url, step):
+  folder = path.as_path(url) / "checkpoints" / f"{step}"
+  return path.is_file(folder / "commit_success.txt")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_killed_run_in_a_bucket_resumes_bit_exactly(
+  data, gs, tmp_path, monkeypatch
+):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  local, remote = data
+  url = f"{gs}/runs/killed"
+  process = launch(tmp_path, url, *arguments(remote))
+  deadline = time.monotonic() + 400
+  while not has_step(url, 3):
+    log = trainings.log(tmp_path / "run")
+    assert process.poll() is None and time.monotonic() < deadline, log
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not has_step(url, STEPS)
+  assert rows(url)[-1]["step"] < STEPS
+  # As on another machine.
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "other"))
+  trainings.finish(launch(tmp_path, url, *arguments(remote)), tmp_path / "run")
+  assert f"Resumed {url}" in trainings.log(tmp_path / "run")
+  whole = tmp_path / "whole"
+  trainings.train(whole, *arguments(local), arg=f"steps={STEPS},save=3")
+  assert rows(url) == rows(whole)
+  actual, expected = trainings.params(url), trainings.params(whole)
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
+  names = {p.name for p in whole.iterdir() if not p.name.startswith(".")}
+  names = {n for n in names if not n.startswith("events.out")}
+  assert names <= {*path.list_folder(url)}
+
+
+@contextlib.contextmanager
+def refused(gs, pattern):
+  """The emulator refuses to write objects whose names match `pattern`."""
+  file = path.as_path(gs) / emulators.REFUSED
+  path.write_bytes(file, pattern.encode())
+  yield
+  path.remove(file)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_run_whose_last_upload_fails_exits_with_1_and_is_uploaded_later(
+  gs, tmp_path, monkeypatch
+):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  url = f"{gs}/runs/refused"
+  args = "--config.total_steps=4", "--config.evals.retrieval.every_steps=2"
+  with refused(gs, "^runs/refused/(?!checkpoints|compiled)"):
+    assert launch(tmp_path, url, *args).wait(timeout=400) == 1
+  log = trainings.log(tmp_path / "run")
+  (line,) = [s for s in log.splitlines() if s.startswith("train: ")]
+  assert f"{url} lacks files of the run: alive, command.txt, " in line
+  folder = workdir.local_folder(url)
+  assert f"gcloud storage cp --recursive '{folder}/*' {url}/" in line
+  assert "Forbidden" in line and "Traceback" not in log
+  assert has_step(url, 4) and not path.exists(f"{url}/metrics.jsonl")
+  written = rows(folder)
+  trainings.finish(launch(tmp_path, url, *args), tmp_path / "run")
+  log = trainings.log(tmp_path / "run")
+  assert f"files that {url} lacked" in log and "complete at step 4" in log
+  assert rows(url) == written and len(written) >= 4
+  exits = [s["exit"] for s in sessions.read_sessions(url)]
+  assert exits == ["finished", "finished"]
+  assert path.is_file(f"{url}/report.html")
+
+
+@pytest.mark.slow
+def test_the_error_of_a_run_comes_before_that_of_its_upload(
+  gs, tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path))
+  with (
+    refused(gs, "^runs/failed"),
+    pytest.raises(ValueError, match="bad data"),
+    workdir.open_run_folder(f"{gs}/runs/failed") as run,
+  ):
+    (run.folder / "a").touch()
+    raise ValueError("bad data")
+  assert "lacks files of the run: a." in caplog.text

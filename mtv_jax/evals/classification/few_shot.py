@@ -11,17 +11,19 @@ The bias is regularised too, but weakly, since its feature is large.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification.probe_evaluators import FeatureProbe
+from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
+  FeatureProbe,
+)
 from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 
 SHOTS = (1, 5, 10, 25)
@@ -47,9 +49,7 @@ class FewShot(FeatureProbe):
   seeds: tuple[int, ...] = (0, 1, 2)
   l2: NonNegativeFloat = 1024.0
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     labels = data.train.labels
     shots = self._shots(data)
     samples = {
@@ -65,12 +65,11 @@ class FewShot(FeatureProbe):
       row[used] = np.arange(len(used))
     test = self._features(encoder, data.test)
     hits = {f"top1_{k}shot": [] for k in shots}
+    options = {"classes": data.classes, "l2": self.l2}
     for seed in self.seeds:
       for k in shots:
         items = samples[seed][:, :k].ravel()
-        model = fit(
-          x[row[items]], labels[items], classes=data.classes, l2=self.l2
-        )
+        model = fit(x[row[items]], labels[items], **options)
         predicted = np.argmax(model.scores(test), axis=1)
         hits[f"top1_{k}shot"].append(predicted == data.test.labels)
     # Per test image: fraction of seeds with a hit.
@@ -84,7 +83,7 @@ class FewShot(FeatureProbe):
       "draw": "numpy default_rng(seed), a permutation of each class in turn",
       "averaging": "mean over seeds",
       "top1_of_seeds": {
-        name: np.mean(x, axis=1).tolist() for name, x in hits.items()
+        k: np.mean(x, axis=1).tolist() for k, x in hits.items()
       },
       "ties": "the lowest class of equal ones",
     }

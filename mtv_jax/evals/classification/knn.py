@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ from jaxtyping import Float32, Int
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.evals.classification.probe_evaluators import FeatureProbe, map_rows
+from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
+  FeatureProbe,
+  map_rows,
+)
 from mtv_jax.evals.core import bootstrap, ranking
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
@@ -42,20 +45,14 @@ class KNN(FeatureProbe):
   k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
   temperature: PositiveFloat = 0.07
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     bank = normalize(self._features(encoder, data.train))
     queries = normalize(self._features(encoder, data.test))
     ks = sorted({min(k, len(bank)) for k in self.k})
     mesh = getattr(encoder, "mesh", None)
-    predicted = predict(
-      find_neighbours(queries, bank, k=ks[-1], mesh=mesh),
-      data.train.labels,
-      ks=ks,
-      classes=data.classes,
-      temperature=self.temperature,
-    )
+    neighbours = find_neighbours(queries, bank, k=ks[-1], mesh=mesh)
+    options = {"classes": data.classes, "temperature": self.temperature}
+    predicted = predict(neighbours, data.train.labels, ks=ks, **options)
     hits = {f"top1_k{k}": p == data.test.labels for k, p in predicted.items()}
     return bootstrap.means(hits), {
       "feature": self.feature,
@@ -114,14 +111,9 @@ def _search(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Top-k similarities and indices of a block of queries."""
   merge = _merge_fn(mesh)
-  state = mesh_lib.shard_replicated(
-    {
-      "queries": queries,
-      "values": np.full((len(queries), k), -np.inf, np.float32),
-      "index": np.zeros((len(queries), k), np.int32),
-    },
-    mesh,
-  )
+  values = np.full((len(queries), k), -np.inf, np.float32)
+  state = {"values": values, "index": np.zeros(values.shape, np.int32)}
+  state = mesh_lib.shard_replicated(state | {"queries": queries}, mesh)
   top = state["values"], state["index"]
   for start in range(0, len(bank), columns):
     block = bank[start : start + columns]
@@ -131,9 +123,8 @@ def _search(
     top = merge(*top, state["queries"], block, limits)
   if jax.process_count() > 1:
     # Gathers all rows on every host.
-    top = jax.jit(
-      lambda x: x, out_shardings=mesh_lib.replicated_sharding(mesh)
-    )(top)
+    everywhere = mesh_lib.replicated_sharding(mesh)
+    top = jax.jit(lambda x: x, out_shardings=everywhere)(top)
   return jax.tree.map(np.asarray, top)
 
 
@@ -155,15 +146,9 @@ def _merge_fn(mesh: Mesh):
     return values, index
 
   rows, whole = mesh_lib.BATCH_SPEC, PartitionSpec()
-  return jax.jit(
-    jax.shard_map(
-      merge,
-      mesh=mesh,
-      in_specs=(rows, rows, rows, whole, whole),
-      out_specs=(rows, rows),
-    ),
-    donate_argnums=(0, 1),
-  )
+  specs = {"in_specs": (rows,) * 3 + (whole,) * 2, "out_specs": (rows, rows)}
+  sharded = jax.shard_map(merge, mesh=mesh, **specs)
+  return jax.jit(sharded, donate_argnums=(0, 1))
 
 
 def predict(
@@ -185,10 +170,9 @@ def predict(
   votes = labels[neighbours.index[:, :largest]]
 
   def best(weights, votes):
-    cells = np.arange(len(votes))[:, None] * classes + votes
-    sums = np.bincount(
-      cells.ravel(), weights.ravel(), minlength=len(votes) * classes
-    )
+    count = len(votes)
+    cells = np.arange(count)[:, None] * classes + votes
+    sums = np.bincount(cells.ravel(), weights.ravel(), count * classes)
     return np.argmax(sums.reshape(-1, classes), axis=1)
 
   # A block of queries at a time: 50,000 x 1,000 sums are 400 MB.

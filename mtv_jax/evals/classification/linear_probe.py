@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
   Select,
   TrainedProbe,
   map_rows,
@@ -34,7 +35,6 @@ from mtv_jax.evals.classification.probe_evaluators import (
   split_for_selection,
 )
 from mtv_jax.evals.core import global_features, probe
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.core.global_features import LastBlocks
 from mtv_jax.evals.datasets.registry import Splits
@@ -67,28 +67,24 @@ class LinearProbe(TrainedProbe):
   train_batch: PositiveInt | None = None
   select: Select = "val"
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     train, held_out, selection = split_for_selection(data, self.select)
     schedule = self._schedule(len(train))
-    steps, size = schedule.steps, schedule.batch_size
+    size = schedule.batch_size
     augment = self._augmentation(
-      steps=steps,
+      steps=schedule.steps,
       batch=size,
       images=len(train),
       is_capped=schedule.is_capped,
     )
-    batches = self._batches(
-      encoder, data.train.select(train), augment=augment, batch_size=size
-    )
+    batches = self._batches(encoder, data.train.select(train), augment, size)
     test = self._table(encoder, data.test)
     fitted = train_heads(
       batches,
       columns=test.columns,
       rates=self.rates,
       classes=data.classes,
-      steps=steps,
+      steps=schedule.steps,
       batch_size=size,
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
@@ -135,14 +131,11 @@ class LinearProbe(TrainedProbe):
   ) -> Table:
     depth = encoder.spec.image.depth
     blocks = sorted({min(b, depth) for b in self.blocks})
+    options = {"batch_size": self.batch_size, "pixels": pixels}
     features = global_features.last_blocks(
-      encoder,
-      data.images,
-      blocks=blocks[-1],
-      batch_size=self.batch_size,
-      pixels=pixels,
+      encoder, data.images, blocks=blocks[-1], **options
     )
-    return make_table(features, blocks=blocks, average=self.average)
+    return make_table(features, blocks, self.average)
 
   def _features(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
@@ -162,15 +155,9 @@ class Table(NamedTuple):
 
 
 def make_table(
-  features: LastBlocks,
-  *,
-  blocks: Sequence[int],
-  average: Sequence[str],
+  features: LastBlocks, blocks: Sequence[int], average: Sequence[str]
 ) -> Table:
-  """Feature table for heads of `blocks` x `average`.
-
-  `features` must have at least max(blocks) blocks.
-  """
+  """Feature table for heads of `blocks` x `average`."""
   widths = [token.shape[1] for token in features.tokens]
   first = features.mean.shape[1]
   columns = {}
@@ -237,16 +224,11 @@ def train_heads(
     # A sum, so that each head gets the gradient of its own loss.
     return total, state
 
-  fitted = probe.fit(
-    loss,
-    init_heads(columns, rates=len(rates), classes=classes, seed=seed),
-    batches,
-    optimizer=optimizer,
-    steps=steps,
-    mesh=mesh,
-  )
-  heads = len(columns) * len(rates)
-  return dataclasses.replace(fitted, losses=fitted.losses / heads)
+  heads = init_heads(columns, rates=len(rates), classes=classes, seed=seed)
+  options = {"optimizer": optimizer, "steps": steps, "mesh": mesh}
+  fitted = probe.fit(loss, heads, batches, **options)
+  count = len(columns) * len(rates)
+  return dataclasses.replace(fitted, losses=fitted.losses / count)
 
 
 def top1(
@@ -258,9 +240,8 @@ def top1(
   accuracies = {}
   for name, columns in data.columns.items():
     head = jax.tree.map(np.asarray, params[name])
-    predicted = map_rows(
-      functools.partial(predict, head), data.x[:, columns], rows=_ROWS
-    )  # [n, rates]
+    run = functools.partial(predict, head)
+    predicted = map_rows(run, data.x[:, columns], rows=_ROWS)  # [n, rates]
     accuracies[name] = np.mean(predicted == labels[:, None], axis=0)
   return accuracies
 
@@ -270,9 +251,8 @@ def scores(
 ) -> Float32[np.ndarray, "n c"]:
   """Logits of the head `name` at learning rate index `rate`."""
   # [d, 1, c] and [1, c]: rates are the second to last axis.
-  head = jax.tree.map(
-    lambda p: np.asarray(p)[..., rate : rate + 1, :], params[name]
-  )
+  one = np.s_[..., rate : rate + 1, :]
+  head = jax.tree.map(lambda p: np.asarray(p)[one], params[name])
   x = data.x[:, data.columns[name]]
   return map_rows(functools.partial(_logits, head), x, rows=_ROWS)[:, 0]
 
@@ -280,7 +260,5 @@ def scores(
 @jax.jit
 def _logits(head, x):
   """Logits `[n, rates, classes]`."""
-  product = jnp.einsum(
-    "nd,drc->nrc", x, head["kernel"], precision=jax.lax.Precision.HIGHEST
-  )
-  return product + head["bias"]
+  kernel, bias = head["kernel"], head["bias"]
+  return jnp.einsum("nd,drc->nrc", x, kernel, precision="highest") + bias

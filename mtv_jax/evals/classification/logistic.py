@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
   FeatureProbe,
   Select,
   score_accuracies,
   split_for_selection,
 )
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
@@ -61,9 +61,7 @@ class Logistic(FeatureProbe):
   normalize: Literal["l2", "raw"] = "l2"
   select: Select = "val"
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     values = sorted(self._default(self.strengths, STRENGTHS, STRENGTHS[::5]))
     scale = normalize if self.normalize == "l2" else np.asarray
     x = scale(self._features(encoder, data.train))
@@ -130,15 +128,12 @@ def sweep(
   """Fits a model for each C; increasing values converge fastest.
 
   Logits are computed in blocks of rows to save memory. Features must be equal
-  on every host; rows are sharded over the mesh. `max_iter` and `tolerance`: see
-  `Logistic`.
+  on every host; rows are sharded over the mesh.
   """
   mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   data = _shard_blocks(x, labels, classes, mesh)
-  params = {
-    "kernel": np.zeros((x.shape[1], classes), np.float32),
-    "bias": np.zeros(classes, np.float32),
-  }
+  kernel = np.zeros((x.shape[1], classes), np.float32)
+  params = {"kernel": kernel, "bias": np.zeros(classes, np.float32)}
   params = mesh_lib.replicate(params, mesh)
   minimize = jax.jit(
     functools.partial(_minimize, max_iter=max_iter),
@@ -209,9 +204,8 @@ def _objective(params, data, l2):
   @jax.checkpoint
   def block(total, rows):
     logits = rows["x"] @ params["kernel"] + params["bias"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, rows["label"]
-    )
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    losses = cross_entropy(logits, rows["label"])
     return total + jnp.sum(losses * rows["weight"]), None
 
   total, _ = jax.lax.scan(block, jnp.zeros(()), data)

@@ -20,21 +20,17 @@ import numpy as np
 import optax
 from jaxtyping import Float32
 
-from mtv_jax.config.options import (
-  NonNegativeInt,
-  PositiveFloat,
-  PositiveInt,
-  Range,
-)
+from mtv_jax.config import options as options_lib
+from mtv_jax.config.options import NonNegativeInt, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.probe_evaluators import (
+  Evaluation,
   FeatureProbe,
   TrainedProbe,
   map_rows,
   score_accuracies,
 )
 from mtv_jax.evals.core import probe, probe_heads
-from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -54,18 +50,14 @@ class MaeProbe(FeatureProbe, TrainedProbe):
   base_rate: PositiveFloat = 0.1
   epochs: PositiveInt = 90
   warmup: NonNegativeInt = 10
-  train_batch: Annotated[int, Range(min=2)] = 16_384
+  train_batch: Annotated[int, options_lib.Range(min=2)] = 16_384
 
   def __post_init__(self):
     super().__post_init__()
-    if self.warmup >= self.epochs:
-      raise ConfigError(
-        f"warmup={self.warmup}; expected fewer than epochs={self.epochs}"
-      )
+    if self.warmup >= (epochs := self.epochs):
+      raise ConfigError(f"warmup={self.warmup}; expected less than {epochs=}")
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     images = len(data.train.labels)
     size = min(self.train_batch, images)
     if size < 2:
@@ -75,7 +67,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     augment = self._augmentation(steps=steps, batch=size, images=images)
     test = self._features(encoder, data.test)
     fitted = fit(
-      self._batches(encoder, data.train, augment=augment, batch_size=size),
+      self._batches(encoder, data.train, augment, size),
       width=test.shape[1],
       classes=data.classes,
       rate=rate,
@@ -104,7 +96,6 @@ def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
   `optax.lars` applies it before, which differs if the rate changes.
   """
-
   scaled = optax.scale_by_trust_ratio(trust_coefficient=0.001)
   return optax.chain(
     optax.masked(scaled, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
@@ -125,10 +116,8 @@ def fit(
   mesh: Any = None,
 ) -> probe.FitResult:
   """Trains the batch norm and the linear layer."""
-  head = _head(classes)
-  params, state = probe_heads.init_head(
-    head, width, np.random.default_rng(seed).standard_normal
-  )
+  head, normal = _head(classes), np.random.default_rng(seed).standard_normal
+  params, state = probe_heads.init_head(head, width, normal)
 
   def schedule(step):
     rising = step / max(1, warmup)
@@ -138,26 +127,15 @@ def fit(
 
   def loss(params, state, batch, rng):
     del rng
+    variables, options = {"params": params, **state}, {"train": True}
     logits, state = head.apply(
-      {"params": params, **state},
-      batch["x"],
-      train=True,
-      mutable=["batch_stats"],
+      variables, batch["x"], **options, mutable=["batch_stats"]
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch["label"]
-    )
-    return losses.mean(), state
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    return cross_entropy(logits, batch["label"]).mean(), state
 
-  return probe.fit(
-    loss,
-    params,
-    batches,
-    optimizer=lars(schedule),
-    steps=steps,
-    state=state,
-    mesh=mesh,
-  )
+  options = {"optimizer": lars(schedule), "steps": steps, "mesh": mesh}
+  return probe.fit(loss, params, batches, state=state, **options)
 
 
 def _head(classes: int) -> probe_heads.ProbeHead:

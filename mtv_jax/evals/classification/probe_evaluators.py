@@ -15,12 +15,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import (
-  bootstrap,
-  global_features,
-  probe,
-  ranking,
-)
+from mtv_jax.evals.core import bootstrap, global_features, probe, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet, Data, LazySequence
@@ -29,6 +24,8 @@ from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import ConfigError, InputError
 
+# Metrics, and further protocol entries.
+Evaluation = tuple[Estimate, dict[str, Any]]
 # Images for selecting a hyper-parameter, see `split_for_selection`.
 Select = Literal["val", "train_split"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
@@ -83,19 +80,13 @@ class ClassificationProbe(Evaluator):
     data = self._set
     estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
-    return Result.from_estimate(
-      estimate,
-      described | protocol,
-      chance_accuracies(estimate.metrics, data.classes),
-    )
+    chance = chance_accuracies(estimate.metrics, data.classes)
+    return Result.from_estimate(estimate, described | protocol, chance)
 
   def _view_name(self) -> str:
     return self._default(self.view, self.published_view, "encoder")
 
-  def _evaluate(
-    self, encoder: Encoder, data: Splits
-  ) -> tuple[Estimate, dict[str, Any]]:
-    """Returns metrics and further protocol entries."""
+  def _evaluate(self, encoder: Encoder, data: Splits) -> Evaluation:
     raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
 
   def _default(self, value: Any, published: Any, scenes: Any) -> Any:
@@ -169,24 +160,20 @@ class TrainedProbe(ClassificationProbe):
     return augment
 
   def _batches(
-    self,
-    encoder: Encoder,
-    train: ClassificationSet,
-    *,
-    augment: str,
-    batch_size: int,
+    self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
   ) -> probe.Batches:
-    """Shuffled batches by step: `x` `[b, d]` and `label` `[b]`."""
+    """Shuffled batches by step: `x` `[size, d]` and `label` `[size]`."""
     indices = probe.shuffled_batches(
-      len(train.labels), batch_size=batch_size, seed=self.seed
+      len(train.labels), batch_size=size, seed=self.seed
     )
-    cached = self._features(encoder, train) if augment == "cached" else None
+    if augment == "cached":
+      cached = self._features(encoder, train)
+      rows = {"x": cached, "label": train.labels}
+      return lambda step: {k: v[indices(step)] for k, v in rows.items()}
 
     def batch(step: int) -> probe.FeatureBatch:
       items = indices(step)
       label = train.labels[items]
-      if cached is not None:
-        return {"x": cached[items], "label": label}
 
       def crop(row: int) -> np.ndarray:
         image = train.images[int(items[row])]
@@ -221,11 +208,8 @@ def split_for_selection(
 
   `val` selects on the test images, as the published protocols do; the reported
   metric is slightly optimistic. `train_split` trains on nine tenths of each
-  class and selects on one tenth.
-
-  Returns:
-    Indices to train on, indices to select on (None for the test images), and a
-    description for the protocol.
+  class and selects on one tenth. Returns the indices to train on, the indices
+  to select on (None for the test images), and a text for the protocol.
   """
   if select == "val":
     how = "the best on the test images themselves, as published"
@@ -303,12 +287,9 @@ def map_rows(
   function: Callable[..., Any], *arrays: np.ndarray, rows: int = 4096
 ) -> Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]:
   """Applies `function` to blocks of rows; concatenates on the host."""
-  return np.concatenate(
-    [
-      np.asarray(function(*(a[s : s + rows] for a in arrays)))
-      for s in range(0, len(arrays[0]), rows)
-    ]
-  )
+  blocks = (slice(s, s + rows) for s in range(0, len(arrays[0]), rows))
+  parts = [np.asarray(function(*(a[b] for a in arrays))) for b in blocks]
+  return np.concatenate(parts)
 
 
 CROP_PROTOCOL = "random crop (area 0.08..1, ratio 3/4..4/3, bicubic), flip 0.5"

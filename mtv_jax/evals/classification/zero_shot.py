@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -82,7 +82,7 @@ class ZeroShot(Evaluator):
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
       named = prompts.replace_templates(candidates.named, self.templates)
-      candidates = dataclasses.replace(candidates, named=named)
+      candidates = candidates._replace(named=named)
     return data, candidates
 
   def run(self, encoder: Encoder) -> Result:
@@ -92,10 +92,8 @@ class ZeroShot(Evaluator):
     named, labels = candidates.named, candidates.labels
     encoder = global_features.with_view(encoder, self.view)
     classifier = text_classifier(encoder.text, named, clean=self.clean)
-    features = encoder.image(
-      data.images, outputs=("pooled",), batch_size=self.batch_size
-    )
-    embeddings = normalize(features.pooled)
+    options = {"outputs": ("pooled",), "batch_size": self.batch_size}
+    embeddings = normalize(encoder.image(data.images, **options).pooled)
     accuracies, chance = class_accuracies(
       embeddings, classifier, labels, candidate_ids=candidates.ids
     )
@@ -120,11 +118,7 @@ class ZeroShot(Evaluator):
       accuracies, chance = accuracies | real, chance | real_chance
       protocol["real"] = "right if among the image's labels"
       protocol["real_images"] = sum(map(bool, candidates.accepted))
-    return Result.from_estimate(
-      accuracies,
-      protocol,
-      chance,
-    )
+    return Result.from_estimate(accuracies, protocol, chance)
 
 
 def class_accuracies(
@@ -183,10 +177,8 @@ def real_accuracy(
   correct[owner[ranks == 0]] = True
   labelled = counts > 0
   chance = float(np.mean(counts[labelled])) / len(classifier)
-  return (
-    bootstrap.means({"real_top1": correct[labelled]}),
-    {"real_top1": chance},
-  )
+  estimate = bootstrap.means({"real_top1": correct[labelled]})
+  return estimate, {"real_top1": chance}
 
 
 def text_classifier(
@@ -213,8 +205,7 @@ def text_classifier(
   return np.stack([vectors[name] for name in named.classes])
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):
   """Candidate classes, and the images' labels."""
 
   named: prompts.Prompts
@@ -252,7 +243,7 @@ def match_candidates(
         "ReaL's; use more (count=)"
       )
     order = _imagenet_order(given)
-    accepted = tuple(tuple(order[i] for i in labels) for labels in accepted)
+    accepted = tuple(tuple(order[i] for i in own) for own in accepted)
   return Candidates(named, labels, None, keep, accepted)
 
 
@@ -281,11 +272,9 @@ def _imagenet_order(given: prompts.Prompts) -> list[int]:
 def _select_classes(
   given: prompts.Prompts, indices: Int[np.ndarray, " c"]
 ) -> prompts.Prompts:
-  return dataclasses.replace(
-    given,
-    classes=tuple(given.classes[i] for i in indices),
-    ids=given.ids and tuple(given.ids[i] for i in indices),
-  )
+  classes = tuple(given.classes[i] for i in indices)
+  ids = given.ids and tuple(given.ids[i] for i in indices)
+  return dataclasses.replace(given, classes=classes, ids=ids)
 
 
 def match_classes(
@@ -377,9 +366,9 @@ def _match_to_file(
   index = {key: i for i, key in reversed([*enumerate(known)])}
   missing = [key for key in wanted if key not in index]
   if missing:
+    first = missing[0]
     raise InputError(
       f"{len(missing)} of {len(wanted)} classes of {data.name} are not in "
-      f"{given.name}, such as {missing[0]!r}. "
-      f"{did_you_mean(missing[0], known)}"
+      f"{given.name}, such as {first!r}. {did_you_mean(first, known)}"
     )
   return [index[key] for key in wanted]

@@ -55,16 +55,12 @@ def means(
   *,
   groups: Int[np.ndarray, " m"] | None = None,
 ) -> Estimate:
-  """Means of m values, by metric.
+  """Means of m values, by metric: one per item, or several with `groups`.
 
   The error is s / sqrt(m) with s over m - 1. If all values are 0 or all are 1,
   it is 1 / m, as if one value differed (our choice: s = 0 would understate it).
-  A single value other than 0 or 1 gets no error.
-
-  Args:
-    values: one per item, or several with `groups`.
-    groups: the item of each value, such as the image of each caption. Items
-      are resampled with all their values.
+  A single value other than 0 or 1 gets no error. `groups` is the item of each
+  value, such as a caption's image; items are resampled with all their values.
   """
   if groups is not None:
     return _group_means(groups, values)
@@ -83,14 +79,11 @@ def estimate(
   metrics: Callable[[Float64[np.ndarray, " n"]], Mapping[str, float]],
   count: int,
 ) -> Estimate:
-  """Metrics of a set, and their standard deviation over its resamples.
+  """Metrics of a set of n items, and their standard deviation over resamples.
 
   As in `means`, a fraction that is constant over resamples has error 1 / n.
-
-  Args:
-    metrics: maps weights (how often each item occurs) to fractions. May omit
-      metrics that a resample lacks (a class without items).
-    count: n, the number of items.
+  `metrics` maps weights (how often each item occurs) to fractions; it may omit
+  metrics that a resample lacks (a class without items).
   """
   whole = {k: float(v) for k, v in metrics(np.ones(count)).items()}
   drawn = {name: np.full(RESAMPLES, np.nan) for name in whole}
@@ -115,17 +108,11 @@ def _draw_weights(count: int) -> Iterator[Float64[np.ndarray, " n"]]:
     yield np.bincount(drawn, minlength=count).astype(np.float64)
 
 
-def _resample_means(
-  values: Mapping[str, np.ndarray],
-) -> dict[str, Float64[np.ndarray, " b"]]:
+def _resample_means(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Means of one value per item, for the resamples of `estimate`."""
-  by_count: dict[int, list[str]] = {}
-  for name, x in values.items():
-    by_count.setdefault(len(x), []).append(name)
   means = {}
-  for count, names in by_count.items():
-    if not count:
-      continue
+  for count in {len(x) for x in values.values()} - {0}:
+    names = [name for name, x in values.items() if len(x) == count]
     table = np.stack([np.asarray(values[n], np.float64) for n in names], 1)
     drawn = [w @ table for w in _draw_weights(count)]
     means |= dict(zip(names, np.stack(drawn, 1) / count, strict=True))
@@ -141,9 +128,7 @@ def jackknife_error(values: Float64[np.ndarray, " n"]) -> float:
   return float(np.sqrt((count - 1) * np.var(values)))
 
 
-def _group_means(
-  groups: np.ndarray, values: Mapping[str, np.ndarray]
-) -> Estimate:
+def _group_means(groups: np.ndarray, values: Mapping) -> Estimate:
   _, item = np.unique(groups, return_inverse=True)
   counts = np.bincount(item)
   sums = {k: np.bincount(item, v.astype(np.float64)) for k, v in values.items()}

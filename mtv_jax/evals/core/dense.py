@@ -1,21 +1,31 @@
-"""Dense features of a frozen encoder, batched for probes and matching."""
+"""Dense features of a frozen encoder, batched for probes and matching.
+
+A `PaddedView` resizes an image to the input size and pads it on all sides, with
+the encoder's mean colour, to a multiple of the patch size. Predictions are
+upsampled over the padded input and then cropped, so that patches and pixels
+stay aligned.
+"""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
+import functools
 import itertools
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import block_index
-from mtv_jax.evals.core import probe
+from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.global_features import final_norm
 from mtv_jax.parallel.distributed import gather_bytes
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -41,16 +51,11 @@ def features(
   cls: bool = False,
   batch_size: int,
 ) -> Float32[np.ndarray, "n h w c"]:
-  """Patch tokens of blocks, concatenated along the channels.
+  """Patch tokens of blocks (0-based), concatenated along the channels.
 
-  Args:
-    encoder: any.
-    images: values in 0..255; one size, divisible by the patch size.
-    blocks: 0-based indices.
-    norm: `final` applies the encoder's final norm, if any, to the tokens of
-      every block; `none` does not.
-    cls: whether to append the block's CLS token to each of its patches.
-    batch_size: images per step.
+  Images are in 0..255 and have one size, divisible by the patch size. `norm`
+  `final` applies the encoder's final norm, if any, to the tokens of every
+  block, `none` does not; `cls` appends each block's CLS token to its patches.
   """
   last = encoder.spec.image.depth - 1
   # The last block's normalised tokens come from the encoder itself.
@@ -90,6 +95,85 @@ def matched_block(layer: int, *, norm: str, depth: int) -> int:
   return block
 
 
+@dataclasses.dataclass(frozen=True)
+class PaddedView:
+  """Resized and padded encoder input for images of one size."""
+
+  size: tuple[int, int]  # rows and columns of the image
+  input_size: tuple[int, int]  # after resizing, before padding
+  patch: int
+  resize: str = "bilinear"  # how predictions are resized, see `resizing`
+  # Mean of the encoder's normalisation, in 0..1; padding normalises to zero.
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+  @property
+  def padded(self) -> tuple[int, int]:
+    """Rows and columns with padding."""
+    h, w = (-(-side // self.patch) * self.patch for side in self.input_size)
+    return h, w
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return self.padded[0] // self.patch, self.padded[1] // self.patch
+
+  def pad(self, image: Float[np.ndarray, "h w 3"]) -> np.ndarray:
+    """Resizes and pads an image in 0..255, to float32."""
+    if image.shape[:2] != self.size:
+      got, expected = (f"{h} x {w}" for h, w in (image.shape[:2], self.size))
+      raise InputError(f"an image of {got} among images of {expected}")
+    height, width = self.input_size
+    if self.size != self.input_size:
+      shrinks = height * width < self.size[0] * self.size[1]
+      method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+      image = cv2.resize(
+        np.ascontiguousarray(image), (width, height), interpolation=method
+      )
+    padded = np.empty((*self.padded, 3), np.float32)
+    padded[:] = 255 * np.float32(self.mean)
+    top, left = _margin(height, self.patch), _margin(width, self.patch)
+    padded[top : top + height, left : left + width] = image
+    return padded
+
+  def restore(
+    self, maps: Float[Array, "b gh gw"] | Float[np.ndarray, "b gh gw"]
+  ) -> Float[Array, "b h w"] | Float[np.ndarray, "b h w"]:
+    """Resamples maps of the padded input to image pixels."""
+    rows, columns = (
+      _restoring_matrix(
+        maps.shape[i + 1], self.input_size[i], side, self.patch, self.resize
+      )
+      for i, side in enumerate(self.size)
+    )
+    if isinstance(maps, np.ndarray):
+      return rows @ maps @ columns.T
+    precise = functools.partial(jnp.matmul, precision="highest")
+    return precise(precise(jnp.asarray(rows), maps), jnp.asarray(columns.T))
+
+
+def _margin(side: int, patch: int) -> int:
+  """Padding before; if odd, the extra pixel goes after."""
+  return -side % patch // 2
+
+
+@functools.lru_cache(maxsize=64)
+def _restoring_matrix(
+  grid: int, input_side: int, side: int, patch: int, method: str
+) -> np.ndarray:
+  """One axis: upsamples to the padded input, crops, resizes to `side`."""
+  if input_side % patch == 0:
+    # In one step, since interpolating twice smooths twice.
+    matrix = resizing.matrix(grid, side, method)
+  else:
+    padded, top = -(-input_side // patch) * patch, _margin(input_side, patch)
+    matrix = resizing.matrix(grid, padded, method)[top : top + input_side]
+    if input_side != side:
+      matrix = resizing.matrix(input_side, side, method) @ matrix
+  matrix = matrix.astype(np.float32)
+  matrix.setflags(write=False)  # cached, so shared by all callers
+  return matrix
+
+
 def shared_map(
   function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
 ) -> Iterator[Any]:
@@ -120,9 +204,7 @@ def shared_map(
       yield from (parts[i % processes][i // processes] for i in range(count))
 
 
-def _gather_results(
-  futures: Sequence[concurrent.futures.Future],
-) -> list[list[Any]]:
+def _gather_results(futures: Sequence[concurrent.futures.Future]) -> list:
   """Gathers each process's results; an error in one is raised in all."""
   results, failure = [], None
   try:
@@ -213,7 +295,6 @@ def cached_batches(
   """Shuffled batches by step; all rows of `batches` are kept in memory."""
   parts = list(batches)
   rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-  order: Callable[[int], Int[np.ndarray, " b"]] = probe.shuffled_batches(
-    len(rows["targets"]), batch_size=batch_size, seed=seed
-  )
+  count = len(rows["targets"])
+  order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
   return lambda step: {k: values[order(step)] for k, values in rows.items()}

@@ -55,9 +55,11 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     return canvas.decode(file.read(), key=os.fspath(path))
 
 
-def open_images(paths: Sequence[str | os.PathLike]) -> LazySequence:
-  """Opens image files lazily, in their order."""
-  return LazySequence(lambda i: read_image(paths[i]), len(paths))
+def open_items(
+  items: Sequence[Any], read: Callable[[Any], np.ndarray] = read_image
+) -> LazySequence:
+  """Reads items lazily, in their order: by default image files."""
+  return LazySequence(lambda i: read(items[i]), len(items))
 
 
 def hash_rows(rows: Iterable[Iterable[Any]]) -> str:
@@ -72,8 +74,7 @@ def select_images(
   images: Sequence[Any], indices: Sequence[int] | Int[np.ndarray, " m"]
 ) -> LazySequence:
   """Selects images by index, lazily."""
-  indices = [int(i) for i in indices]
-  return LazySequence(lambda i: images[indices[i]], len(indices))
+  return open_items([int(i) for i in indices], images.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,9 @@ class ImageSet:
     `hashed` returns what identifies a record (name, size, labels); `prefix`
     identifies the set.
     """
-    images = LazySequence(lambda i: read(records[i]), len(records))
     rows = [prefix] if prefix else []
     digest = hash_rows(itertools.chain(rows, map(hashed, records)))
-    return cls(images=images, digest=digest, **fields)
+    return cls(images=open_items(records, read), digest=digest, **fields)
 
   def protocol(self) -> dict[str, Any]:
     """Protocol entries."""

@@ -36,16 +36,9 @@ Feature = Literal["pooled", "cls", "mean"]
 Pixels = Literal["images", "crops"]
 
 # Resize factor before the crop, and further `Preprocess` fields, by view.
+_CENTER = {"resize": "shortest", "interpolation": "bicubic", "crop": "center"}
 _VIEWS = {
-  "center": (
-    256 / 224,
-    {
-      "resize": "shortest",
-      "interpolation": "bicubic",
-      "crop": "center",
-      "crop_rounding": "nearest",
-    },
-  ),
+  "center": (256 / 224, {**_CENTER, "crop_rounding": "nearest"}),
   "squash_center": (256 / 224, {"crop": "center", "antialias": False}),
   "squash": (1, {"antialias": False}),
 }
@@ -63,15 +56,14 @@ _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
 def with_view(encoder: Encoder, name: ViewName) -> Encoder:
   """The encoder with the preprocessing of a protocol.
 
-  Args:
-    encoder: any.
-    name: `encoder` keeps the encoder's preprocessing. `center` is DINOv2's and
-      MAE's: the shorter side to 256/224 of the input size (bicubic,
-      antialiased), then torchvision's center crop. `squash_center` is
-      big_vision's for zero-shot and few-shot evaluations,
-      `resize(256)|central_crop(224)`: both sides to 256/224 of the input size
-      (bilinear, not antialiased, as `tf.image.resize`), then a center crop.
-      `squash` is big_vision's for retrieval, `resize(224)`, without a crop.
+  `encoder`        the encoder's preprocessing
+  `center`         DINOv2's and MAE's: the shorter side to 256/224 of the input
+                   size (bicubic, antialiased), then torchvision's center crop
+  `squash_center`  big_vision's for zero-shot and few-shot evaluations,
+                   `resize(256)|central_crop(224)`: both sides to 256/224 of the
+                   input size (bilinear, not antialiased, as
+                   `tf.image.resize`), then a center crop
+  `squash`         big_vision's for retrieval, `resize(224)`, without a crop
   """
   if name == "encoder":
     return encoder
@@ -100,24 +92,19 @@ def embed(
 ) -> Float32[np.ndarray, "n d"]:
   """One vector per image, not normalised.
 
-  Args:
-    encoder: any.
-    data: the images and their hash.
-    feature: `pooled` is the encoder's embedding (attention pooling, projected
-      CLS token, ...); `cls` the CLS token and `mean` the mean of the patch
-      tokens, both after the final norm.
-    batch_size: images per step.
-    pixels: `images` are preprocessed by the encoder and their features cached,
-      except `mean`; `crops` have the input size and are only normalised.
+  `feature` is `pooled`, the encoder's embedding (attention pooling, projected
+  CLS token, ...); `cls`, the CLS token, or `mean`, the mean of the patch
+  tokens, both after the final norm. `pixels` are `images`, which the encoder
+  preprocesses and whose features are cached, except `mean`; or `crops`, which
+  have the input size and are only normalised.
   """
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(
       f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
     )
   if feature == "mean":
-    return last_blocks(
-      encoder, data.images, batch_size=batch_size, pixels=pixels
-    ).mean
+    options = {"batch_size": batch_size, "pixels": pixels}
+    return last_blocks(encoder, data.images, **options).mean
   encode = functools.partial(encode_images, encoder, digest=data.digest)
   if pixels == "crops":
     encode = encoder.dense
@@ -178,18 +165,15 @@ def last_blocks(
     parts.append([mean, out.prefix[:, 0] if cls else out.pooled])
     for layer in layers:
       if cls:
-        token = final_norm(encoder, out.prefix_layers[layer][:, 0])
+        parts[-1].append(final_norm(encoder, out.prefix_layers[layer][:, 0]))
       else:
         token = final_norm(encoder, out.layers[layer])
-        token = mean_patches(token, out.grids)
-      parts[-1].append(token)
+        parts[-1].append(mean_patches(token, out.grids))
   mean, *tokens = map(np.concatenate, zip(*parts, strict=True))
   return LastBlocks(tokens=tuple(tokens), mean=mean)
 
 
-def final_norm(
-  encoder: Encoder, x: Float32[np.ndarray, "*n d"]
-) -> Float32[np.ndarray, "*n d"]:
+def final_norm(encoder: Encoder, x: Float32[np.ndarray, "*n d"]) -> np.ndarray:
   """Applies the encoder's final norm, if any, to tokens of a block."""
   spec = encoder.spec.image
   norm = stack_lib.final_norm(spec, np.float32)
@@ -230,13 +214,9 @@ class _Store(collections.OrderedDict[_Key, np.ndarray]):
       if not self.is_warned:
         log.warning(
           "features of an encoder exceed the cache of %.2g GB: %s %s of the "
-          "data %s is the first to be evicted. Evaluations that share such "
-          "features compute them again",
-          BUDGET / 1e9,
-          evicted[2],
-          array.shape,
-          evicted[0],
-        )
+          "data %s is the first to be evicted and will be computed again",
+          BUDGET / 1e9, evicted[2], array.shape, evicted[0],
+        )  # fmt: skip
       self.is_warned = True
 
 
@@ -271,11 +251,10 @@ def encode_images(
       arrays[field, tap] = store.get((*data_key, field, tap))
   missing = [key for key, array in arrays.items() if array is None]
   if missing:
+    blocks = {tap for name, tap in missing if name in _LAYER_FIELDS}
     out = encoder.image(
       images,
-      layers=tuple(
-        sorted({tap for name, tap in missing if name in _LAYER_FIELDS})
-      ),
+      layers=tuple(sorted(blocks)),
       outputs=tuple(name for name, _ in missing if name not in _LAYER_FIELDS),
       batch_size=batch_size,
     )
@@ -289,9 +268,8 @@ def encode_images(
   for array in arrays.values():
     if len(array) != len(images):
       raise InputError(
-        f"{len(images)} images have the digest {digest!r}, and "
-        f"{len(array)} were encoded before: it must depend on which images of "
-        "a data set are used"
+        f"{len(images)} images have the digest {digest!r}, and {len(array)} "
+        "were encoded before: it must depend on which images are used"
       )
   return ImageFeatures(
     **{name: arrays.get((name, 0)) for name in OUTPUTS},

@@ -22,12 +22,7 @@ import tqdm
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int, PyTree
 
-from mtv_jax.parallel.mesh import (
-  make_mesh,
-  replicate,
-  replicated_sharding,
-  shard_replicated,
-)
+from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
 
 FeatureBatch = Mapping[str, np.ndarray]
@@ -63,11 +58,8 @@ def resolve_schedule(
 ) -> ProbeSchedule:
   """The user's steps, or the published ones capped at `MAX_PASSES` epochs.
 
-  Args:
-    published: steps and batch size of the published schedule.
-    images: number of training images.
-    steps, batch_size: the user's choices, which override `published`.
-    in_full: runs all published steps, however few images there are.
+  `published` are steps and batch size, which `steps` and `batch_size` override;
+  `in_full` runs all published steps, however few training images there are.
   """
   size = batch_size or published[1]
   if steps is not None:
@@ -118,7 +110,6 @@ def fit(
     params: float32 arrays; not modified.
     batches: `batches(step)`, or an iterable: dictionaries of arrays
       `[B, ...]` of constant shape, equal on every host.
-    optimizer, steps: the optimizer and the number of updates.
     state: untrained arrays that `loss` carries from step to step.
     seed: seed of the key, folded with the step.
     mesh: shards the batch over its data axes if they divide it; one device by
@@ -127,11 +118,11 @@ def fit(
   """
   if steps < 1:
     raise InputError(f"probe.fit: steps={steps}; expected at least 1")
-  mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
+  mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   batches = map(batches, range(steps)) if callable(batches) else iter(batches)
   # A copy, since the compiled step donates its inputs.
   params, state = jax.tree.map(jnp.array, (params, state))
-  carry = replicate((params, state, optimizer.init(params)), mesh)
+  carry = mesh_lib.replicate((params, state, optimizer.init(params)), mesh)
   update = _update(loss, optimizer, mesh)
   key = jax.random.key(seed)
   losses: list[jax.Array] = []
@@ -140,8 +131,9 @@ def fit(
     batch = next(batches, None)
     if batch is None:
       raise InputError(f"probe.fit: batches end after {step} steps")
-    batch = shard_replicated(batch, mesh)
-    rng = replicate(jax.random.key_data(jax.random.fold_in(key, step)), mesh)
+    batch = mesh_lib.shard_replicated(batch, mesh)
+    rng = jax.random.key_data(jax.random.fold_in(key, step))
+    rng = mesh_lib.replicate(rng, mesh)
     *carry, value = update(*carry, batch, rng)
     losses.append(value)
     if step + 1 in snapshot_steps:
@@ -162,11 +154,9 @@ def fit(
 def _update(
   loss: ProbeLoss, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable:
-  @functools.partial(
-    jax.jit,
-    donate_argnums=(0, 1, 2),
-    out_shardings=replicated_sharding(mesh),
-  )
+  sharding = mesh_lib.replicated_sharding(mesh)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1, 2), out_shardings=sharding)
   def update(params, state, moments, batch, rng):
     # TPUs multiply float32 in bfloat16 by default.
     with jax.default_matmul_precision("highest"):
@@ -190,10 +180,8 @@ def shuffled_batches(
   larger than the set.
   """
   if count < 1 or batch_size < 1:
-    raise InputError(
-      f"shuffled_batches: count={count}, batch_size={batch_size}; expected at "
-      "least 1 of each"
-    )
+    got = f"count={count}, batch_size={batch_size}"
+    raise InputError(f"shuffled_batches: {got}; expected at least 1 of each")
 
   @functools.lru_cache(maxsize=2 + batch_size // count)
   def epoch(number: int) -> np.ndarray:

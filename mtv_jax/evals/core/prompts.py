@@ -38,24 +38,23 @@ class Prompts:
   name: str = "built in"  # for protocols
 
   def __post_init__(self):
-    for template in self.templates:
-      if template.count("{}") != 1:
+    classes, templates = len(self.classes), len(self.templates)
+    for text in self.templates:
+      if text.count("{}") != 1:
         raise InputError(
-          f"{self.name}: template {template!r} must contain '{{}}' exactly "
-          "once, for the class name"
+          f"{self.name}: template {text!r} must contain '{{}}' exactly once"
         )
-    if not self.classes or not self.templates:
+    if not classes or not templates:
       raise InputError(
-        f"{self.name}: {len(self.classes)} classes and {len(self.templates)} "
-        "templates; expected at least one of each"
+        f"{self.name}: {classes} classes and {templates} templates; expected "
+        "at least one of each"
       )
-    if self.ids is not None:
-      distinct = len(set(self.ids))
-      if not len(self.ids) == distinct == len(self.classes):
-        raise InputError(
-          f"{self.name}: {len(self.ids)} ids, {distinct} of them distinct, for "
-          f"{len(self.classes)} classes; expected one id per class"
-        )
+    ids = range(classes) if self.ids is None else self.ids
+    if not len(set(ids)) == len(ids) == classes:
+      raise InputError(
+        f"{self.name}: {len(ids)} ids, {len(set(ids))} of them distinct, for "
+        f"{classes} classes; expected one id per class"
+      )
 
   @property
   def digest(self) -> str:
@@ -75,14 +74,12 @@ class Prompts:
 def read_prompts(
   path: str | os.PathLike, *, classes: int | None = None
 ) -> Prompts:
-  """Reads class names and templates.
+  """Reads class names and templates; `classes` is their expected number.
 
-  Args:
-    path: JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
-      `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
-      line; or a folder with CLIP_benchmark's two text files. `templates` and
-      `ids` are optional.
-    classes: expected number of class names.
+  The path is JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
+  `mtv-jax make_prompts` writes for ImageNet; a text file with one name per
+  line; or a folder with CLIP_benchmark's two text files. `templates` and `ids`
+  are optional.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -139,9 +136,8 @@ def _read_object(path: pathlib.Path) -> Prompts:
   fields = {}
   for key in ("classes", "templates", "ids"):
     values = [] if content.get(key) is None else content[key]
-    if not isinstance(values, list) or not all(
-      isinstance(v, str) and v for v in values
-    ):
+    is_list = isinstance(values, list)
+    if not is_list or not all(isinstance(v, str) and v for v in values):
       raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
     if values or key == "ids" and content.get(key) is not None:
       fields[key] = tuple(values)

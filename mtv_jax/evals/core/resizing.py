@@ -12,19 +12,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int, Shaped
+from jaxtyping import Array, Float64, Int, Shaped
 
 from mtv_jax.augment import geometry
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.resampling import resize_matrix
 
-LINEAR = (
-  "bilinear",
-  "bilinear_corners",
-  "bilinear_antialiased",
-  "bicubic",
-  "bicubic_antialiased",
-)
+LINEAR = ("bilinear", "bilinear_corners", "bilinear_antialiased", "bicubic")
+LINEAR += ("bicubic_antialiased",)
 NEAREST = ("nearest", "nearest_exact")
 METHODS = (*LINEAR, *NEAREST)
 
@@ -48,15 +43,13 @@ def matrix(
   if method == "bilinear_corners":
     weights = resize_matrix(size, new_size, method)
     weights = np.array(weights.astype(np.float32), np.float64)
-  elif method in ("bicubic", "bicubic_antialiased"):
-    kind = method.removeprefix("bicubic_")
-    weights = np.array(resize_matrix(size, new_size, kind))
   elif method == "bilinear_antialiased":
     # Concrete even under tracing: it depends only on sizes.
     with jax.ensure_compile_time_eval():
       weights = np.array(_triangles(size, new_size), np.float64)
   else:
-    weights = np.array(resize_matrix(size, new_size, method))
+    kind = method.removeprefix("bicubic_")
+    weights = np.array(resize_matrix(size, new_size, kind))
   weights.setflags(write=False)  # cached, so shared by every caller
   return weights
 
@@ -87,25 +80,19 @@ def indices(
   return nearest
 
 
-def resize(
-  x: Shaped[Array, "*n h w d"] | Shaped[np.ndarray, "*n h w d"],
-  size: tuple[int, int],
-  *,
-  method: str = "bilinear",
-) -> Shaped[Array, "*n h2 w2 d"] | Shaped[np.ndarray, "*n h2 w2 d"]:
-  """Resizes feature maps or images with channels, on the host or the device.
+Images = Shaped[Array, "*n h w d"] | Shaped[np.ndarray, "*n h w d"]
+Maps = Shaped[Array, "*n h w"] | Shaped[np.ndarray, "*n h w"]
+
+
+def resize(x: Images, size: tuple[int, int], *, method: str = "bilinear"):
+  """Resizes `[*n, h, w, d]`, images or features, on the host or the device.
 
   The result has the dtype of `x`; linear methods turn integers into float32.
   """
   return _resize(x, size, method=method, axis=x.ndim - 3)
 
 
-def resize_maps(
-  x: Shaped[Array, "*n h w"] | Shaped[np.ndarray, "*n h w"],
-  size: tuple[int, int],
-  *,
-  method: str = "bilinear",
-) -> Shaped[Array, "*n h2 w2"] | Shaped[np.ndarray, "*n h2 w2"]:
+def resize_maps(x: Maps, size: tuple[int, int], *, method: str = "bilinear"):
   """Resizes maps without channels (depth, labels); see `resize`."""
   return _resize(x, size, method=method, axis=x.ndim - 2)
 
@@ -140,10 +127,8 @@ def _resize(x, size, *, method, axis):
 
 
 @functools.lru_cache(maxsize=64)
-def _taps(
-  size: int, new_size: int, method: str
-) -> tuple[Int[np.ndarray, "taps new"], Float[np.ndarray, "taps new"]]:
-  """Columns and values of the non-zero entries of each matrix row."""
+def _taps(size: int, new_size: int, method: str) -> tuple:
+  """Columns and values `[taps, new]` of each matrix row's non-zero entries."""
   full = matrix(size, new_size, method)
   count = int((full != 0).sum(axis=1).max())
   # Stable, so that taps are summed in axis order.

@@ -106,9 +106,7 @@ def read_sheets(
   return sheets
 
 
-def _sheet_files(
-  stem: pathlib.Path, names: Iterable[str]
-) -> dict[str, pathlib.Path]:
+def _sheet_files(stem: pathlib.Path, names: Iterable[str]) -> dict:
   """File of each sheet, such as `STEM/a-b.png` for "a b" or "a/b"."""
   files = {}
   for name in names:
@@ -157,9 +155,7 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   return [_outcome(path, entry, content) for entry in entries]
 
 
-def _outcome(
-  path: pathlib.Path, entry: Mapping[str, Any], content: Mapping[str, Any]
-) -> Outcome:
+def _outcome(path: pathlib.Path, entry: Mapping, content: Mapping) -> Outcome:
   try:
     return Outcome(
       name=entry.get("name") or entry["encoder"] or path.stem,

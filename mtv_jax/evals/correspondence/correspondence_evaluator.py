@@ -14,8 +14,8 @@ from mtv_jax.convert import processors
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import dense, examples
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
+from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import Data
-from mtv_jax.evals.core.padded_views import PaddedView
 from mtv_jax.utils import plots
 
 _TITLES = ("first image", "second image")
@@ -63,35 +63,28 @@ class CorrespondenceEvaluator(Evaluator):
     if self.image_mean == "encoder":
       return encoder
     normal = {"mean": processors.IMAGENET_MEAN, "std": processors.IMAGENET_STD}
-    return encoder.with_preprocess(
-      dataclasses.replace(encoder.preprocess, **normal)
-    )
+    preprocess = dataclasses.replace(encoder.preprocess, **normal)
+    return encoder.with_preprocess(preprocess)
 
   def _padded(self, encoder: Encoder, size: int) -> PaddedView:
     """Padded view of squares of side `size`."""
-    return PaddedView(
-      (size, size),
-      (size, size),
-      encoder.spec.image.patch_size,
-      mean=encoder.preprocess.mean,
-    )
+    patch, mean = encoder.spec.image.patch_size, encoder.preprocess.mean
+    return PaddedView((size, size), (size, size), patch, mean=mean)
 
   def _features(
     self, encoder: Encoder, images: Sequence[np.ndarray]
   ) -> Float32[np.ndarray, "n h w d"]:
     """Patch tokens of equal squares, padded to whole patches."""
-    block = dense.matched_block(
-      self.layer, norm=self.norm, depth=encoder.spec.image.depth
-    )
+    image, norm = encoder.spec.image, self.norm
+    block = dense.matched_block(self.layer, norm=norm, depth=image.depth)
     size = images[0].shape[0]
-    if size % encoder.spec.image.patch_size:
+    if size % image.patch_size:
       squares, view = images, self._padded(encoder, size)
       images = examples.LazySequence(
         lambda i: view.pad(squares[i].astype(np.float32)), len(squares)
       )
-    return dense.features(
-      encoder, images, (block,), norm=self.norm, batch_size=self.batch_size
-    )
+    options = {"norm": norm, "batch_size": self.batch_size}
+    return dense.features(encoder, images, (block,), **options)
 
   def _draw_sheets(
     self, rows: Sequence[UInt8[np.ndarray, "_ _ 3"]]

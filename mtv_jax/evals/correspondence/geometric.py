@@ -18,11 +18,11 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
@@ -62,8 +62,7 @@ class MatchOptions:
     return [f"recall_{t:g}px" for t in self.pixels]
 
 
-@dataclasses.dataclass(frozen=True)
-class PairErrors:
+class PairErrors(NamedTuple):
   """3D and 2D errors of the matches of one pair."""
 
   matches: matching.PatchMatches
@@ -81,17 +80,13 @@ def match_pair(
   options: MatchOptions,
   angle: float = 0.0,
 ) -> PairErrors:
-  """Matches the first view to the second and computes the errors.
+  """Matches the patch features of two views and computes the errors.
 
-  `maps` are the views' patch features. Each view needs at least two points.
+  Each view needs at least two points.
   """
   first, second = views
-  matches = matching.match(
-    *maps,
-    first_valid=first.valid,
-    second_valid=second.valid,
-    keep=options.keep,
-  )
+  valid = {"first_valid": first.valid, "second_valid": second.valid}
+  matches = matching.match(*maps, **valid, keep=options.keep)
   motion = posed.motion(first.pose, second.pose)
   moved = first.points.astype(np.float64) @ motion[:3, :3].T + motion[:3, 3]
   target = second.points.astype(np.float64)
@@ -140,51 +135,43 @@ def average_recalls(
   ]
   counts = np.array([len(p.metres) for p in pairs])
   angles = np.array([p.angle for p in pairs])
-  metrics, chance = (
-    functools.partial(_metrics, x, counts, angles, options)
-    for x in (np.array(recalls), np.array([p.chance for p in pairs]))
-  )
-  return bootstrap.estimate(metrics, len(pairs)), chance(np.ones(len(pairs)))
-
-
-def _metrics(
-  recalls: Float64[np.ndarray, "n t"],
-  counts: Int64[np.ndarray, " n"],
-  angles: Float64[np.ndarray, " n"],
-  options: MatchOptions,
-  weights: Float64[np.ndarray, " n"],
-) -> dict[str, float]:
-  """Means over pairs, weighted by `weights`."""
-  counts = weights * counts
-  pooled = counts @ recalls / counts.sum()
   split = len(options.metres)
-  # Recall by angle and per pair use the middle threshold.
-  middle, by_pair = options.metre_names[split // 2], recalls[:, split // 2]
-  bins = {}
-  for low, high in itertools.pairwise(options.angles):
-    inside = weights * ((angles >= low) & (angles < high))
-    if inside.any():
-      name = f"{middle}_{low:g}_{high:g}deg"
-      bins[name] = inside @ by_pair / inside.sum()
-  names = options.metre_names + options.pixel_names
-  metrics = {
-    "avg_recall": pooled[:split].mean(),
-    "avg_recall_pixel": pooled[split:].mean(),
-    "avg_recall_all": pooled.mean(),
-    **({"avg_recall_angle": np.mean(list(bins.values()))} if bins else {}),
-    **dict(zip(names, pooled, strict=True)),
-    f"{middle}_per_pair": weights @ by_pair / weights.sum(),
-    **bins,
-  }
-  return {name: float(value) for name, value in metrics.items()}
+  middle = options.metre_names[split // 2]
+
+  def metrics(recalls, weights):
+    """Means over pairs of `recalls` `[n, t]`, weighted by `weights`."""
+    pooled = weights * counts @ recalls / (weights * counts).sum()
+    # Recall by angle and per pair use the middle threshold.
+    by_pair, bins = recalls[:, split // 2], {}
+    for low, high in itertools.pairwise(options.angles):
+      inside = weights * ((angles >= low) & (angles < high))
+      if inside.any():
+        name = f"{middle}_{low:g}_{high:g}deg"
+        bins[name] = inside @ by_pair / inside.sum()
+    names = options.metre_names + options.pixel_names
+    values = {
+      "avg_recall": pooled[:split].mean(),
+      "avg_recall_pixel": pooled[split:].mean(),
+      "avg_recall_all": pooled.mean(),
+      **({"avg_recall_angle": np.mean(list(bins.values()))} if bins else {}),
+      **dict(zip(names, pooled, strict=True)),
+      f"{middle}_per_pair": weights @ by_pair / weights.sum(),
+      **bins,
+    }
+    return {name: float(value) for name, value in values.items()}
+
+  estimate = bootstrap.estimate(
+    functools.partial(metrics, np.array(recalls)), len(pairs)
+  )
+  chance = np.array([p.chance for p in pairs])
+  return estimate, metrics(chance, np.ones(len(pairs)))
 
 
 _CHUNK = 32  # pairs in memory at a time
 _SHEET_MATCHES = 24  # matches drawn per pair
 
 
-@dataclasses.dataclass(frozen=True)
-class _Defaults:
+class _Defaults(NamedTuple):
   """Defaults of options that are None."""
 
   why: str
@@ -212,8 +199,7 @@ _DEFAULTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _PairSet:
+class _PairSet(NamedTuple):
   """Frames and their pairs, drawn (`drawn`) or read from a file."""
 
   frames: posed.PosedFrames
@@ -257,33 +243,29 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     super().__post_init__()
     for name in ("metres", "pixels", "angles"):
       values = getattr(self, name)
-      if values is not None and (
-        not values or list(values) != sorted(set(values))
-      ):
+      increasing = values is None or list(values) == sorted(set(values))
+      if not increasing or values == ():
         raise ConfigError(f"{name} is {values}, expected increasing numbers")
 
   @functools.cached_property
   def _set(self) -> _PairSet:
-    frames = registry.open_posed(
-      self.data,
-      subset=self.subset,
-      count=self.count or _DEFAULTS["scenes"].count,
-    )
+    scenes = self.count or _DEFAULTS["scenes"].count
+    frames = registry.open_posed(self.data, subset=self.subset, count=scenes)
+    default = _DEFAULTS[frames.layout]
     drawn = not (self.pairs and pathlib.Path(self.pairs).is_file())
     if drawn:
       sample = posed.draw_pairs(
         frames,
         seed=self.seed,
-        stride=self.stride or _DEFAULTS[frames.layout].stride,
-        count=self.count or _DEFAULTS[frames.layout].count,
+        stride=self.stride or default.stride,
+        count=self.count or default.count,
         max_angle=self.max_angle,
       )
       if self.pairs and jax.process_index() == 0:
         posed.write_pairs(self.pairs, frames, sample.pairs)
     else:
       pairs = posed.read_pairs(self.pairs, frames)
-      pairs = examples.subsample(pairs, self.count)
-      sample = posed.PairSample(tuple(pairs), 0)
+      sample = posed.PairSample(tuple(examples.subsample(pairs, self.count)), 0)
     digest = posed.hash_pairs(frames, sample.pairs)
     return _PairSet(frames, sample, drawn, digest)
 
@@ -298,18 +280,16 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       errors = match_pair(maps, views, options=options, angle=pairs[i].angle)
       scored.append(errors)
       if self.pictures and i in chosen:
-        rows.append(_draw_pair(views, errors, options.metres))
+        correct = errors.metres < options.metres[len(options.metres) // 2]
+        rows.append(_draw_pair(views, errors.matches, correct))
     if not scored:
       raise InputError(
         f"{frames.name}: none of {len(pairs)} pairs has depth in both views"
       )
     estimate, chance = average_recalls(scored, options=options)
-    return Result.from_estimate(
-      estimate,
-      self._protocol(encoder, options, scored),
-      chance,
-      sheets=self._draw_sheets(rows),
-    )
+    protocol = self._protocol(encoder, options, scored)
+    sheets = self._draw_sheets(rows)
+    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _resolve(self, encoder: Encoder, layout: str) -> MatchOptions:
     default = _DEFAULTS[layout]
@@ -323,9 +303,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
 
   def _encode_pairs(
     self, encoder: Encoder, size: int
-  ) -> Iterator[
-    tuple[int, tuple[posed.PosedView, ...], Float32[np.ndarray, "2 h w d"]]
-  ]:
+  ) -> Iterator[tuple[int, tuple[posed.PosedView, ...], np.ndarray]]:
     """Yields index, views and features of each pair with enough points."""
     frames, pairs = self._set.frames, self._set.sample.pairs
 
@@ -348,10 +326,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
         yield i, views, maps[2 * k : 2 * k + 2]
 
   def _protocol(
-    self,
-    encoder: Encoder,
-    options: MatchOptions,
-    scored: Sequence[PairErrors],
+    self, encoder: Encoder, options: MatchOptions, scored: Sequence[PairErrors]
   ) -> dict[str, Any]:
     frames, sample = self._set.frames, self._set.sample
     default = _DEFAULTS[frames.layout]
@@ -407,18 +382,9 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     }
 
 
-def _draw_pair(
-  views: Sequence[posed.PosedView],
-  errors: PairErrors,
-  metres: Sequence[float],
-) -> np.ndarray:
+def _draw_pair(views, matches, correct: np.ndarray) -> np.ndarray:
   """Draws matches over the range of weights, coloured by correctness."""
-  matches = errors.matches
-  chosen = examples.subsample(range(len(matches.first)), _SHEET_MATCHES)
-  return plots.draw_matches(
-    views[0].image,
-    views[1].image,
-    matches.first[chosen] * posed.CELL_SIZE,
-    matches.second[chosen] * posed.CELL_SIZE,
-    correct=errors.metres[chosen] < metres[len(metres) // 2],
-  )
+  chosen = examples.subsample(range(len(correct)), _SHEET_MATCHES)
+  cells = (x[chosen] * posed.CELL_SIZE for x in (matches.first, matches.second))
+  images = (view.image for view in views)
+  return plots.draw_matches(*images, *cells, correct=correct[chosen])

@@ -7,8 +7,8 @@ highest weights are returned.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ MIN_DISTANCE = 1e-9
 _MAX_QUERIES = 1024  # on the device at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class PatchMatches:
+class PatchMatches(NamedTuple):
   """k matches of cells (row, column), by decreasing weight."""
 
   first: Int[np.ndarray, "k 2"]
@@ -53,11 +52,8 @@ def match(
   # Stable: ties go to the lowest index.
   order = np.argsort(-weight, kind="stable")[:keep]
   cells = np.unravel_index(index[order, 0], second_valid.shape)
-  return PatchMatches(
-    first=np.argwhere(first_valid)[order],
-    second=np.stack(cells, axis=-1),
-    weight=weight[order],
-  )
+  first_cells = np.argwhere(first_valid)[order]
+  return PatchMatches(first_cells, np.column_stack(cells), weight[order])
 
 
 def two_nearest(
@@ -71,14 +67,11 @@ def two_nearest(
 
   Returns row-major indices and cosine distances (0 to 2), nearest first. Ties
   go to the lowest index. A zero vector has distance 1 to every vector. Inputs
-  need not be normalised. No upsampling if `valid` has the map's size.
-  `block_bytes` limits a block of similarities.
+  need not be normalised. `block_bytes` limits a block of similarities.
   """
   ranking.check_finite(queries=queries, candidates=candidates)
-  if valid.sum() < 2:
-    raise InputError(
-      f"{valid.sum()} candidates: a ratio of distances needs at least two"
-    )
+  if (count := valid.sum()) < 2:
+    raise InputError(f"{count} candidates; a ratio of distances needs two")
   # Blocks of one size, so that few shapes are compiled.
   rows = min(_MAX_QUERIES, max(128, 1 << (len(queries) - 1).bit_length()))
   block = max(1, min(rows, block_bytes // (4 * valid.size)))
@@ -119,14 +112,8 @@ def _nearest(queries, candidates, fine, valid, block):
 
   index = jax.lax.map(nearest_two, queries, batch_size=block)
   distance = _distances(queries, fine.reshape(valid.size, -1)[index])
-  swapped = (distance[:, 1] < distance[:, 0]) | (
-    (distance[:, 1] == distance[:, 0]) & (index[:, 1] < index[:, 0])
-  )
-  swapped = swapped[:, None]
-  return (
-    jnp.where(swapped, index[:, ::-1], index),
-    jnp.where(swapped, distance[:, ::-1], distance),
-  )
+  # Exact distances decide the order, then the index.
+  return jax.lax.sort((distance, index), dimension=1, num_keys=2)[::-1]
 
 
 def _argmax(scores):

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def pad_to_square(
 
 
 def points_in_square(
-  points: Float64[np.ndarray, "k 2"], *, side: int, size: int
+  points: Float64[np.ndarray, "k 2"], side: int, size: int
 ) -> Float64[np.ndarray, "k 2"]:
   """Converts points (x, y) to pixels of the square, rounded down.
 
@@ -94,13 +94,6 @@ def points_in_square(
   """
   # Multiply first: the product is exact, and so are integer quotients.
   return np.floor(points * size / side)
-
-
-def source_points(
-  pair: KeyPointPair, *, size: int
-) -> Float64[np.ndarray, "k 2"]:
-  """The first image's keypoints in pixels of its square."""
-  return points_in_square(pair.first_points, side=pair.first_side, size=size)
 
 
 def transfer_points(
@@ -112,9 +105,8 @@ def transfer_points(
   """Most similar patch (column, row) in the second image for each point.
 
   Similarities are float32 dot products at the highest matmul precision; ties go
-  to the first patch. `maps` are normalised and on the device; `first` and
-  `second` index them. `points` of the first image are (x, y) as fractions of
-  the square's side.
+  to the first patch. `first` and `second` index the normalised `maps`. `points`
+  are (x, y) in the first image as fractions of the square's side.
   """
   count, grid = len(points), maps.shape[2]
   # Padded to limit the number of shapes; SPair's pairs have up to 30 points.
@@ -137,11 +129,9 @@ def _most_similar(maps, first, second, positions):
   upper = source[y0, x0] * (1 - right) + source[y0, x1] * right
   lower = source[y1, x0] * (1 - right) + source[y1, x1] * right
   descriptors = upper * (1 - below) + lower * below  # [K, D]
-  scores = jnp.matmul(
-    descriptors,
-    target.reshape(height * width, -1).T,
-    precision=jax.lax.Precision.HIGHEST,
-  )  # [K, H W]
+  target = target.reshape(height * width, -1)
+  highest = jax.lax.Precision.HIGHEST
+  scores = jnp.matmul(descriptors, target.T, precision=highest)  # [K, H W]
   return jnp.argmax(scores, axis=1)
 
 
@@ -153,7 +143,7 @@ def transfer_errors(
   `predicted` are (x, y) in the second image as fractions of the square's side.
   True keypoints are rounded down to pixels of the square, of side `size`.
   """
-  true = points_in_square(pair.second_points, side=pair.second_side, size=size)
+  true = points_in_square(pair.second_points, pair.second_side, size)
   box = np.max(pair.second_box[2:] - pair.second_box[:2]) / pair.second_side
   return np.linalg.norm(predicted - true / size, axis=-1) / box
 
@@ -201,35 +191,29 @@ def average_pck(
   `correct` maps pairs to values of `PckRule.correct` or `uniform_pck`;
   `report="classes"` adds the recall of each category.
   """
-  pairs = sorted(set().union(*sample.values()))
+  pairs = _pairs_in(sample)
   terms = np.array([rule.terms(correct[i]) for i in pairs])
   rows = {key: np.searchsorted(pairs, m) for key, m in sample.items()}
 
   def metrics(weights):
     sums = {key: weights[row] @ terms[row] for key, row in rows.items()}
     means = {key: s / count for key, (s, count) in sums.items() if count}
-    return _average_categories(means, report)
+    by_view = {}
+    for view in (None, *VIEWPOINTS):
+      if values := [x for key, x in means.items() if key[1] == view]:
+        by_view[view] = float(np.mean(values))
+    named = {
+      "recall" if view is None else f"recall_view{view}": value
+      for view, value in by_view.items()
+    }
+    if len(by_view) > 1:
+      views = [x for view, x in by_view.items() if view is not None]
+      named["avg_recall_views"] = float(np.mean(views))
+    if report == "classes":
+      named |= {f"recall_{c}": x for (c, v), x in means.items() if v is None}
+    return named
 
   return bootstrap.estimate(metrics, len(pairs))
-
-
-def _average_categories(
-  means: Mapping[tuple[str, int | None], float], report: str
-) -> dict[str, float]:
-  metrics = {}
-  for view in (None, *VIEWPOINTS):
-    values = [value for key, value in means.items() if key[1] == view]
-    if values:
-      name = "recall" if view is None else f"recall_view{view}"
-      metrics[name] = float(np.mean(values))
-  if len(metrics) > 1:
-    views = [value for name, value in metrics.items() if name != "recall"]
-    metrics["avg_recall_views"] = float(np.mean(views))
-  if report == "classes":
-    for (category, view), value in means.items():
-      if view is None:
-        metrics[f"recall_{category}"] = value
-  return metrics
 
 
 # Images with features in memory: 1.3 GB for ViT-L at 50 x 50 patches.
@@ -263,9 +247,8 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
 
   @functools.cached_property
   def _set(self) -> tuple[KeyPointPairs, Sample]:
-    data = registry.open_key_points(
-      self.data, split=self.split, count=self.count
-    )
+    options = {"split": self.split, "count": self.count}
+    data = registry.open_key_points(self.data, **options)
     sample = sample_pairs(data.pairs, limit=_PAIRS_PER_CLASS, seed=self.seed)
     if not any(len(data.pairs[i].first_points) for i in _pairs_in(sample)):
       raise InputError(
@@ -291,59 +274,49 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       )
       if i in chosen:
         rows.append(_draw_pair(data, pair, predicted, correct[i], grid.size))
-    average = functools.partial(
-      average_pck, sample, rule=grid.rule, report=self.report
+    estimate, chance = (
+      average_pck(sample, x, rule=grid.rule, report=self.report)
+      for x in (correct, chance)
     )
-    estimate = average(correct)
     return Result.from_estimate(
       estimate,
       self._protocol(encoder, data, sample, grid),
-      average(chance).metrics,
+      chance.metrics,
       sheets=self._draw_sheets(rows),
     )
 
   def _grid(self, encoder: Encoder, layout: str) -> _Grid:
     patch, scenes = encoder.spec.image.patch_size, layout == "scenes"
     size = self._input_size(encoder, 16 * patch if scenes else 800)
-    threshold = self.threshold
-    if threshold is None:
-      # A patch is 1/16 of a scene's side, an object about 0.4.
-      threshold = 0.25 if scenes else 0.1
+    # A patch is 1/16 of a scene's side, an object about 0.4.
+    default = 0.25 if scenes else 0.1
+    threshold = default if self.threshold is None else self.threshold
     return _Grid(size, -(-size // patch), PckRule(self.aggregate, threshold))
 
   def _transfer(
-    self,
-    encoder: Encoder,
-    data: KeyPointPairs,
-    pairs: Sequence[int],
-    grid: _Grid,
+    self, encoder: Encoder, data: KeyPointPairs, pairs: list[int], grid: _Grid
   ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields index and predicted points of each pair, grouped by class.
 
     Points are fractions of the square's side.
     """
     for group in _group_by_class(data, pairs):
-      indices = _images_of(data, group)
-      squares = examples.LazySequence(
-        lambda k, indices=indices: pad_to_square(
-          data.images[indices[k]], grid.size
-        ),
-        len(indices),
-      )
+      indices = sorted(_images_of(data, group))
+
+      def read(k: int, indices=indices) -> np.ndarray:
+        return pad_to_square(data.images[indices[k]], grid.size)
+
+      squares = examples.LazySequence(read, len(indices))
       maps = jnp.asarray(normalize(self._features(encoder, squares)))
       for i in group:
         pair = data.pairs[i]
-        points = source_points(pair, size=grid.size) / grid.size
         first, second = map(indices.index, (pair.first, pair.second))
-        cells = transfer_points(maps, first, second, points)
+        points = points_in_square(pair.first_points, pair.first_side, grid.size)
+        cells = transfer_points(maps, first, second, points / grid.size)
         yield i, cells / grid.patches
 
   def _protocol(
-    self,
-    encoder: Encoder,
-    data: KeyPointPairs,
-    sample: Sample,
-    grid: _Grid,
+    self, encoder: Encoder, data: KeyPointPairs, sample: Sample, grid: _Grid
   ) -> dict[str, Any]:
     counts = {"all": 0} | {str(view): 0 for view in VIEWPOINTS}
     for (_, view), members in sample.items():
@@ -378,8 +351,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grid:
+class _Grid(NamedTuple):
   """Side of the square, patches per side, and the rule of a correct match."""
 
   size: int
@@ -391,41 +363,31 @@ def _pairs_in(sample: Sample) -> list[int]:
   return sorted(set().union(*sample.values()))
 
 
-def _images_of(data: KeyPointPairs, pairs: Sequence[int]) -> list[int]:
+def _images_of(data: KeyPointPairs, pairs: Sequence[int]) -> set[int]:
   pairs = [data.pairs[i] for i in pairs]
-  return sorted({p.first for p in pairs} | {p.second for p in pairs})
+  return {p.first for p in pairs} | {p.second for p in pairs}
 
 
-def _group_by_class(
-  data: KeyPointPairs, pairs: Sequence[int]
-) -> Iterator[list[int]]:
+def _group_by_class(data: KeyPointPairs, pairs: list[int]) -> list[list[int]]:
   """Groups whole classes, with up to `_MAX_IMAGES` images if possible."""
-  by_class: dict[str, list[int]] = {}
+  by_class = collections.defaultdict(list)
   for i in pairs:
-    by_class.setdefault(data.pairs[i].category, []).append(i)
-  group, images = [], set()
+    by_class[data.pairs[i].category].append(i)
+  groups = [[]]
   for members in by_class.values():
-    more = set(_images_of(data, members))
-    if group and len(images | more) > _MAX_IMAGES:
-      yield group
-      group, images = [], set()
-    group, images = group + members, images | more
-  if group:
-    yield group
+    images = _images_of(data, groups[-1] + members)
+    if groups[-1] and len(images) > _MAX_IMAGES:
+      groups.append([])
+    groups[-1] += members
+  return groups
 
 
-def _draw_pair(
-  data: KeyPointPairs,
-  pair: KeyPointPair,
-  predicted: np.ndarray,
-  correct: np.ndarray,
-  size: int,
-) -> np.ndarray:
+def _draw_pair(data, pair, predicted, correct, size: int) -> np.ndarray:
   """Draws keypoints and their predictions, coloured by correctness."""
+  points = points_in_square(pair.first_points, pair.first_side, size)
   return plots.draw_matches(
-    pad_to_square(data.images[pair.first], size),
-    pad_to_square(data.images[pair.second], size),
-    source_points(pair, size=size)[:, ::-1].astype(np.int64),
+    *(pad_to_square(data.images[i], size) for i in (pair.first, pair.second)),
+    points[:, ::-1].astype(np.int64),
     np.floor(predicted[:, ::-1] * size).astype(np.int64),
     correct=correct > 0,
   )

@@ -1,15 +1,26 @@
-"""Labelled images in class folders.
+"""Labelled images in class folders, and CLIP_benchmark's folders of tars.
 
-ROOT/CLASS/*.jpg                   one set
-ROOT/wnid_name.JPEG                one set, flat
-ROOT/train/CLASS/*.jpg             training set
-ROOT/{test,val}/CLASS/*.jpg        test set: test, val or validation
-ROOT/FOLDER/CLASS/*.jpg            an unpacked archive; FOLDER is alone in ROOT
+Class folders:
+
+    ROOT/CLASS/*.jpg                   one set
+    ROOT/wnid_name.JPEG                one set, flat
+    ROOT/train/CLASS/*.jpg             training set
+    ROOT/{test,val}/CLASS/*.jpg        test set: test, val or validation
+    ROOT/FOLDER/CLASS/*.jpg            an unpacked archive; FOLDER is alone
 
 Classes are sorted by name, numbers by value: ImageNet-V2's folders 0 to 999 are
 ImageNet's labels (Recht et al. 2019). For 200 WordNet ids, such as ImageNet-A's
 and -R's (Hendrycks et al. 2021), zero-shot classification by default scores
 only these classes.
+
+CLIP_benchmark (github.com/LAION-AI):
+
+    ROOT/{train,test}/0.tar ...     KEY.webp (jpg, png) with KEY.cls, the class
+                                    index, or KEY.txt, one caption per line
+    ROOT/{train,test}/nshards.txt   number of tars
+    ROOT/classnames.txt             one name per line
+    ROOT/zeroshot_classification_templates.txt   one per line, {c}: name
+    ROOT/dataset_type.txt           `retrieval`, or missing
 """
 
 from __future__ import annotations
@@ -17,14 +28,18 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from mtv_jax.evals.core import examples
+from mtv_jax.config import foreign
+from mtv_jax.data import canvas
+from mtv_jax.data.sources import tar_scan
+from mtv_jax.evals.core import examples, prompts
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import imagenet
-from mtv_jax.evals.datasets.files import require_layout
+from mtv_jax.evals.datasets import files, imagenet
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 # Folder names of each split, in order of preference.
 SPLITS = {
@@ -36,9 +51,9 @@ _FLAT = re.compile(r"(n\d{8})_(.+)\.\w+$")
 _SUBSET_COUNT = 200  # classes in ImageNet-A, ImageNet-R and Tiny ImageNet
 
 
-def has_splits(root: str | os.PathLike) -> bool:
+def has_splits(root: pathlib.Path) -> bool:
   """Whether a folder has class folders for training or testing."""
-  return any(_split_folder(pathlib.Path(root), split) for split in SPLITS)
+  return any(_split_folder(root, split) for split in SPLITS)
 
 
 def are_numbers(names: Sequence[str]) -> bool:
@@ -49,19 +64,16 @@ def are_numbers(names: Sequence[str]) -> bool:
 def open_folder(
   root: pathlib.Path,
   *,
-  split: str = "test",
-  count: int | None = None,
-  real: str | os.PathLike | None = None,
+  split: str,
+  count: int | None,
+  real: str | os.PathLike | None,
 ) -> examples.ClassificationSet:
   """Opens class folders, see `registry.open_classification`."""
   if has_splits(root):
     folder = _split_folder(root, split)
     if folder is None:
-      require_layout(
-        root,
-        ("train/*/*", "val/*/*"),
-        what="a folder of classes with a training and a test split",
-      )
+      what = "a folder of classes with a training and a test split"
+      files.require_layout(root, ("train/*/*", "val/*/*"), what=what)
     root = folder or root
   rows = _list_classes(root)
   folders = list_folders(root)
@@ -81,8 +93,6 @@ def open_folder(
   ids = tuple(sorted(names, key=int if are_numbers([*names]) else None))
   index = {key: i for i, key in enumerate(ids)}
   rows = examples.subsample(rows, count)
-  # Uncompressed training images may match the test images' names and sizes.
-  prefix = ("train",) if split == "train" else ()
   paths = [path for _, _, path in rows]
   return examples.ClassificationSet.from_records(
     rows,
@@ -92,7 +102,8 @@ def open_folder(
       os.stat(row[2]).st_size,
       row[0],
     ),
-    prefix=prefix,
+    # Uncompressed training images may match the test images' names and sizes.
+    prefix=("train",) if split == "train" else (),
     name=str(root),
     labels=np.asarray([index[key] for key, _, _ in rows], np.int32),
     classes=tuple(names[key] for key in ids),
@@ -130,3 +141,134 @@ def _list_images(folder: pathlib.Path) -> list[str]:
       for e in entries
       if e.name.lower().endswith(examples.SUFFIXES) and e.is_file()
     )
+
+
+def has_tars(root: pathlib.Path, *splits: str) -> bool:
+  """Whether a folder has CLIP_benchmark's tars of one of the splits."""
+  return any(any((root / split).glob("*.tar")) for split in splits)
+
+
+def is_retrieval(root: pathlib.Path) -> bool:
+  """Whether CLIP_benchmark's images have captions, not classes."""
+  path = root / "dataset_type.txt"
+  return path.is_file() and foreign.read_text(path).strip() == "retrieval"
+
+
+def open_labelled_tars(
+  root: pathlib.Path, *, split: str, count: int | None
+) -> examples.ClassificationSet:
+  """Images of a split, with the folder's class names and templates."""
+  if is_retrieval(root):
+    raise NotApplicable(
+      f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
+      "and no classes"
+    )
+  given = prompts.read_prompts(root)
+  rows = examples.subsample(_read_tars(root, split, "cls"), count)
+  labels = []
+  for row in rows:
+    number = row.label.strip()
+    if not number.isdecimal() or int(number) >= len(given.classes):
+      raise InputError(
+        f"{row.tar}: {row.key}.cls is {number!r}; expected the number of a "
+        f"line of classnames.txt, 0 to {len(given.classes) - 1}"
+      )
+    labels.append(int(number))
+  return examples.ClassificationSet.from_records(
+    rows,
+    read=_Record.read_image,
+    hashed=lambda row: (row.key, row.image.size, row.label.strip()),
+    name=str(root / split),
+    labels=np.asarray(labels, np.int32),
+    classes=given.classes,
+    ids=None,
+    templates=given.templates,
+  )
+
+
+def open_captioned_tars(
+  root: pathlib.Path,
+  *,
+  split: str,
+  count: int | None,
+  max_captions: int | None,
+) -> examples.CaptionSet:
+  """Images of a split with their captions."""
+
+  def captions(row: _Record) -> tuple[str, ...]:
+    lines = [line.strip() for line in row.label.splitlines()]
+    texts = tuple(line for line in lines if line)[:max_captions]
+    if not texts:
+      raise InputError(f"{row.tar}: {row.key}.txt has no caption")
+    return texts
+
+  return examples.CaptionSet.from_records(
+    examples.subsample(_read_tars(root, split, "txt"), count),
+    read=_Record.read_image,
+    captions=captions,
+    hashed=lambda row: (row.key, row.image.size, *captions(row)),
+    name=str(root / split),
+    split=split,
+  )
+
+
+class _Record(NamedTuple):
+  """An image in a tar, and its .cls or .txt."""
+
+  key: str
+  tar: pathlib.Path
+  image: tar_scan.Span
+  label: str
+
+  def read_image(self) -> np.ndarray:
+    return canvas.decode(files.read_span(self.tar, self.image), key=self.key)
+
+
+def _read_tars(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
+  """Records of a split with both an image and a `suffix` file."""
+  records = [
+    row for tar in _list_tars(root, split) for row in _scan(tar, suffix)
+  ]
+  if not records:
+    raise InputError(
+      f"{root / split}: its tars have no KEY.webp (jpg, png) with KEY.{suffix}"
+    )
+  return records
+
+
+def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
+  """Tars of a split; their number is in nshards.txt, if it exists."""
+  folder = root / split
+  files.require_layout(root, [f"{split}/*.tar"], what="CLIP_benchmark's data")
+  listing = folder / "nshards.txt"
+  if not listing.is_file():
+    return sorted(folder.glob("*.tar"), key=lambda p: (len(p.name), p.name))
+  number = foreign.read_text(listing).strip()
+  if not number.isdecimal():
+    raise InputError(f"{listing}: expected a number of tars, got {number!r}")
+  tars = [folder / f"{i}.tar" for i in range(int(number))]
+  missing = [tar.name for tar in tars if not tar.is_file()]
+  if missing:
+    raise MissingFileError(
+      f"{folder}: nshards.txt is {number}, and {len(missing)} tars are "
+      f"missing, such as {missing[0]}"
+    )
+  return tars
+
+
+def _scan(tar: pathlib.Path, suffix: str) -> Iterator[_Record]:
+  """Records of a tar, in the order of their first members."""
+  groups: dict[str, dict[str, tar_scan.Span]] = {}
+  for name, span in tar_scan.members(tar):
+    key, extension = tar_scan.split_name(name)
+    groups.setdefault(key, {})[extension] = span
+  for key, members in groups.items():
+    images = [e for e in members if f".{e}" in examples.SUFFIXES]
+    if images and suffix in members:
+      try:
+        label = files.read_span(tar, members[suffix]).decode("utf-8")
+      except UnicodeDecodeError as error:
+        raise InputError(
+          f"{tar}: {key}.{suffix} is not UTF-8: {error}"
+        ) from None
+      yield _Record(key, tar, members[images[0]], label)

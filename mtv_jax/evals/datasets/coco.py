@@ -17,7 +17,6 @@ or its folder, or passed as `images`.
 from __future__ import annotations
 
 import collections
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -47,16 +46,9 @@ CAPTION_FILES = (
   "results.csv",
 )
 _IMAGE_FOLDERS = (
-  "val2014",
-  "val2017",
-  "train2014",
-  "train2017",
-  "images",
-  "Images",
-  "flickr30k-images",
-  "flickr30k_images",
-  "flickr30k_images/flickr30k_images",
-)
+  "val2014", "val2017", "train2014", "train2017", "images", "Images",
+  "flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images",
+)  # fmt: skip
 _INSTANCES = "annotations/instances_val2017.json"
 _MIN_SIDE = 1.0  # smallest side of a box, in pixels
 
@@ -73,8 +65,7 @@ def matches(root: pathlib.Path) -> bool:
 def find_captions(path: pathlib.Path) -> pathlib.Path | None:
   """The caption file: `path` itself, or the first match in a folder."""
   if path.is_dir():
-    files_of = (path / name for name in CAPTION_FILES)
-    return next((file for file in files_of if file.is_file()), None)
+    return files.find_list(path, CAPTION_FILES)
   suffixes = (".json", ".token", ".csv", ".txt")
   return path if path.is_file() and path.suffix in suffixes else None
 
@@ -92,10 +83,10 @@ def read_annotations(path: pathlib.Path) -> dict[str, Any]:
 def open_captions(
   path: pathlib.Path,
   *,
-  images: str | os.PathLike | None = None,
-  split: str = "test",
-  count: int | None = None,
-  max_captions: int | None = None,
+  images: pathlib.Path | None,
+  split: str,
+  count: int | None,
+  max_captions: int | None,
 ) -> examples.CaptionSet:
   """Opens a caption file, see `registry.open_captions`."""
   stem = path.stem.removeprefix("captions_")
@@ -113,20 +104,14 @@ def open_captions(
   else:
     rows, split = _flickr_rows(path), None
   rows = examples.subsample(rows, count)
+  rows = [(name, tuple(texts)[:max_captions]) for name, texts in rows]
   paths = _find_images(path, images, stem, [name for name, _ in rows])
-
-  def captions(record: tuple[tuple[str, list[str]], pathlib.Path]):
-    return tuple(record[0][1])[:max_captions]
-
+  sizes = files.file_sizes(paths)
   return examples.CaptionSet.from_records(
-    [*zip(rows, paths, strict=True)],
+    [*zip(rows, paths, sizes, strict=True)],
     read=lambda record: examples.read_image(record[1]),
-    captions=captions,
-    hashed=lambda record: (
-      record[0][0],
-      record[1].stat().st_size,
-      *captions(record),
-    ),
+    captions=lambda record: record[0][1],
+    hashed=lambda record: (record[0][0], record[2], *record[0][1]),
     name=str(path),
     split=split,
   )
@@ -203,47 +188,29 @@ def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
   return row if isinstance(row, dict) else {}
 
 
-def _find_images(
-  path: pathlib.Path,
-  given: str | os.PathLike | None,
-  stem: str,
-  names: Sequence[str],
-) -> list[pathlib.Path]:
+def _find_images(path, given, stem: str, names: Sequence[str]) -> list:
   """Image paths in the given folder, or in the first usual folder with images.
 
   `stem` is the preferred folder name, such as val2017.
   """
-  if given is not None:
-    folders = [pathlib.Path(given)]
-  else:
-    above = (path.parent, path.parent.parent)
-    usual = (stem, "", f"images/{stem}")
-    if stem not in _IMAGE_FOLDERS:
-      usual += _IMAGE_FOLDERS
-    folders = [root / folder for folder in usual for root in above]
-    folders = [
-      folder
-      for folder in folders
-      if any(
-        foreign.resolve_name(folder, name, where=path).is_file()
-        for name in names
-      )
-    ]
-  if not folders:
-    raise MissingFileError(
-      f"{path}: its images ({names[0] if names else 'none listed'}, ...) are "
-      "not beside it; set images= to their folder"
-    )
-  paths = [foreign.resolve_name(folders[0], n, where=path) for n in names]
-  files.require_files(paths, path)
-  return paths
+  usual = (stem, "", f"images/{stem}")
+  if stem not in _IMAGE_FOLDERS:
+    usual += _IMAGE_FOLDERS
+  above = (path.parent, path.parent.parent)
+  folders = [given] if given else [r / name for name in usual for r in above]
+  for folder in folders:
+    paths = [foreign.resolve_name(folder, name, where=path) for name in names]
+    if given or any(p.is_file() for p in paths):
+      files.require_files(paths, path)
+      return paths
+  raise MissingFileError(
+    f"{path}: its images ({names[0] if names else 'none listed'}, ...) are not "
+    "beside it; set images= to their folder"
+  )
 
 
 def open_boxes(
-  path: pathlib.Path,
-  *,
-  images: str | os.PathLike | None = None,
-  count: int | None = None,
+  path: pathlib.Path, *, images: pathlib.Path | None, count: int | None
 ) -> examples.BoxSet:
   """Images and boxes of COCO's instances.
 
@@ -255,9 +222,8 @@ def open_boxes(
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
     path = path / _INSTANCES
   content = read_annotations(path)
-  if (
-    "bbox" not in _first(content, "annotations") or "categories" not in content
-  ):
+  row = _first(content, "annotations")
+  if "bbox" not in row or "categories" not in content:
     raise NotApplicable(
       f"{path} has no named boxes; expected COCO's instances_*.json"
     )
@@ -289,25 +255,25 @@ def open_boxes(
       boxes = np.asarray(boxes, np.float32)
       annotated.append((image.info, boxes, np.asarray(labels, np.int32)))
   annotated = examples.subsample(annotated, count)
-  names = [info["file_name"] for info, _, _ in annotated]
+  infos, boxes, labels = zip(*annotated, strict=True) if annotated else [()] * 3
+  names = [info["file_name"] for info in infos]
   stem = path.stem.removeprefix("instances_")
   paths = _find_images(path, images, stem, names)
+  sizes = files.file_sizes(paths)
   classes = tuple(row["name"] for row in categories)
   return examples.BoxSet.from_records(
-    [*zip(paths, annotated, strict=True)],
-    read=lambda record: _read_checked(record[0], record[1][0]),
-    hashed=lambda record: (
-      record[1][0]["file_name"],
-      record[0].stat().st_size,
-      *record[1][1].ravel().tolist(),
-      *record[1][2].tolist(),
-    ),
+    [*zip(paths, infos, sizes, boxes, labels, strict=True)],
+    read=lambda row: _read_checked(row[0], row[1]),
+    hashed=lambda row: (
+      row[1]["file_name"],
+      row[2],
+      *row[3].ravel().tolist(),
+      *row[4].tolist(),
+    ),  # fmt: skip
     name=str(path),
-    boxes=tuple(boxes for _, boxes, _ in annotated),
-    phrases=tuple(
-      tuple(classes[label] for label in labels) for _, _, labels in annotated
-    ),
-    labels=tuple(labels for _, _, labels in annotated),
+    boxes=boxes,
+    phrases=tuple(tuple(classes[i] for i in row) for row in labels),
+    labels=labels,
     classes=classes,
     left_out=left_out,
   )
@@ -316,7 +282,11 @@ def open_boxes(
 def _check_annotation(
   path: pathlib.Path, row: Mapping[str, Any], index: Mapping[Any, int]
 ) -> None:
-  if row["category_id"] not in index or not _is_box(row["bbox"]):
+  is_box = len(row["bbox"]) == 4 and all(
+    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE
+    for v in row["bbox"]
+  )
+  if row["category_id"] not in index or not is_box:
     raise InputError(
       f"{path}: an annotation has category_id {row['category_id']!r} and "
       f"bbox {options.shorten_repr(row['bbox'])}; expected the id of a "
@@ -329,15 +299,7 @@ def _check_annotation(
     )
 
 
-def _is_box(values: Sequence[Any]) -> bool:
-  return len(values) == 4 and all(
-    type(v) in (int, float) and abs(v) <= coco_json.MAX_SIDE for v in values
-  )
-
-
-def _corners(
-  bbox: Sequence[float | int], info: Mapping[str, Any]
-) -> np.ndarray:
+def _corners(bbox: list, info: Mapping[str, Any]) -> np.ndarray:
   """Converts (x, y, width, height) in pixels to unit-square corners."""
   x, y, width, height = bbox
   size = np.tile((info["height"], info["width"]), 2)

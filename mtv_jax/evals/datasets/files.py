@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import UInt8
 
 from mtv_jax.config import foreign
 from mtv_jax.data.sources import tar_scan
@@ -19,38 +18,33 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.text import list_first
 
-
-class LabelledFile(NamedTuple):
-  """An image file and its label file (depth map, class map or sweep)."""
-
-  image: pathlib.Path
-  label: pathlib.Path
+# An image file and its label file (depth map, class map or sweep).
+LabelledFile = tuple[pathlib.Path, pathlib.Path]
 
 
 def open_pairs(
   cls: type[examples.DenseSet],
   files: Sequence[LabelledFile],
   *,
-  read_label: Callable[[LabelledFile], np.ndarray],
+  read_label: Callable[[pathlib.Path, pathlib.Path], np.ndarray],
   count: int | None,
-  name: str,
   **fields: Any,
 ) -> Any:
-  """Opens a data set of image files and label files."""
+  """A set of images and maps; `read_label` takes image and label file."""
   files = examples.subsample(files, count)
-  require_files([path for pair in files for path in pair], name)
-  labels = examples.LazySequence(lambda i: read_label(files[i]), len(files))
+  require_files([*itertools.chain(*files)], fields["name"])
   return cls.from_records(
     files,
-    read=lambda pair: examples.read_image(pair.image),
-    hashed=lambda pair: (
-      *(path.name for path in pair),
-      *(path.stat().st_size for path in pair),
-    ),
-    name=name,
-    maps=labels,
+    read=lambda pair: examples.read_image(pair[0]),
+    hashed=lambda pair: (*(p.name for p in pair), *file_sizes(pair)),
+    maps=examples.open_items(files, lambda pair: read_label(*pair)),
     **fields,
   )
+
+
+def file_sizes(paths: Sequence[pathlib.Path]) -> tuple[int, ...]:
+  """Sizes of files in bytes, which identify them in digests."""
+  return tuple(path.stat().st_size for path in paths)
 
 
 def require_files(
@@ -89,8 +83,8 @@ def unknown_layout(
 ) -> MissingFileError | NotApplicable:
   """Builds the error for data that an evaluation can't read.
 
-  A missing path is a MissingFileError. An existing path or a tar pattern is
-  NotApplicable, since another evaluation may read it. `expected` says, in full
+  MissingFileError for a missing path; NotApplicable for an existing path or a
+  tar pattern, which another evaluation may read. `expected` says, in full
   sentences, what the evaluation reads.
   """
   text = os.fspath(data)
@@ -112,7 +106,7 @@ def _list_folder(root: pathlib.Path) -> str:
 
 
 def find_list(
-  root: pathlib.Path, names: Iterable[str], split: str
+  root: pathlib.Path, names: Sequence[str], split: str = ""
 ) -> pathlib.Path | None:
   """The first existing file of `names`, templates with `{split}`."""
   paths = [root / name.format(split=split) for name in names]
@@ -143,7 +137,7 @@ def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   """Reads a single-channel image, `[h, w]`.
 
   `modes` are the accepted Pillow modes, by default "L" (8 bits) and "I;16" (16
-  bits); "P" returns palette indices. Raises InputError for any different mode.
+  bits); "P" returns palette indices.
   """
   modes = modes or ("L", "I;16")
   try:
@@ -162,11 +156,10 @@ def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
 
 def read_class_map(
   path: pathlib.Path, *, largest: int, hint: str
-) -> UInt8[np.ndarray, "h w"]:
-  """Reads classes from a single-channel or palette image.
+) -> np.ndarray:
+  """Reads classes, uint8 `[h, w]`, from a single-channel or palette image.
 
-  Raises InputError for classes above `largest` except `IGNORE`; `hint` is its
-  last sentence.
+  InputError for classes above `largest` except `IGNORE`, which ends in `hint`.
   """
   values = read_channel(path, "L", "P")
   unknown = values[(values > largest) & (values != examples.IGNORE)]

@@ -47,13 +47,8 @@ _EXPECTED = (
 )
 
 
-def matches_validation(path: pathlib.Path) -> bool:
-  """Whether a path is or contains the flat validation images or their tar."""
-  return _find_images(path) is not None
-
-
-def _find_images(path: pathlib.Path) -> pathlib.Path | None:
-  """The tar or the folder of flat images."""
+def find_validation(path: pathlib.Path) -> pathlib.Path | None:
+  """The tar or the folder of flat validation images."""
   if path.is_file():
     return path if path.name == _TAR else None
   for folder in (path, path / "val"):
@@ -63,21 +58,18 @@ def _find_images(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def open_validation(
-  path: pathlib.Path,
-  *,
-  count: int | None = None,
-  real: str | os.PathLike | None = None,
+  path: pathlib.Path, *, count: int | None, real: str | os.PathLike | None
 ) -> examples.ClassificationSet:
   """Flat validation images with the devkit's labels."""
-  source = _find_images(path)
+  source = find_validation(path)
   ids, names, truth = _read_devkit(source)
   if source.is_file():
     members = tar_scan.members(source)
     images = {name.rpartition("/")[2]: span for name, span in members}
-    read = functools.partial(files.read_span, source)
+    read, size = functools.partial(files.read_span, source), lambda s: s.size
   else:
     images = {p.name: p for p in source.iterdir()}
-    read = pathlib.Path.read_bytes
+    read, size = pathlib.Path.read_bytes, lambda p: p.stat().st_size
   wanted = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
   missing = [name for name in wanted if name not in images]
   if missing:
@@ -87,16 +79,10 @@ def open_validation(
     )
   rows = examples.subsample([*zip(wanted, truth, strict=True)], count)
   wanted = [name for name, _ in rows]
-
-  def hash_row(row: tuple[str, int]) -> tuple[str, int, str]:
-    image = images[row[0]]
-    size = image.size if source.is_file() else image.stat().st_size
-    return row[0], size, ids[row[1]]
-
   return examples.ClassificationSet.from_records(
     rows,
     read=lambda row: canvas.decode(read(images[row[0]]), key=row[0]),
-    hashed=hash_row,
+    hashed=lambda row: (row[0], size(images[row[0]]), ids[row[1]]),
     name=str(source),
     labels=np.asarray([label for _, label in rows], np.int32),
     classes=names,
@@ -105,9 +91,7 @@ def open_validation(
   )
 
 
-def _read_devkit(
-  images: pathlib.Path,
-) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
+def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:
   """Sorted WordNet ids, first names, and the label of each image."""
   reader = _find_devkit(images)
   meta, truth = reader("meta.mat"), reader(_TRUTH)
@@ -166,20 +150,15 @@ def _read_synsets(meta: bytes, name: str) -> dict[int, tuple[str, str]]:
     rows = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     leaves = np.atleast_1d(rows)
     leaves = leaves[leaves["num_children"] == 0]
-    return {
-      int(row["ILSVRC2012_ID"]): (str(row["WNID"]), _first_name(row["words"]))
-      for row in leaves
-    }
+    names = [str(words).partition(",")[0].strip() for words in leaves["words"]]
+    rows = zip(leaves["ILSVRC2012_ID"], leaves["WNID"], names, strict=True)
+    return {int(number): (str(key), name) for number, key, name in rows}
   # SciPy's reader raises many error types for a corrupt file.
   except Exception as error:
     raise InputError(
       f"{name} is not ImageNet's: {error}; expected a struct array `synsets` "
       "with ILSVRC2012_ID, WNID, words and num_children"
     ) from None
-
-
-def _first_name(words: Any) -> str:
-  return str(words).partition(",")[0].strip()
 
 
 def read_real(
@@ -193,7 +172,11 @@ def read_real(
       "github.com/google-research/reassessed-imagenet"
     )
   lists = foreign.read_untrusted_json(path)
-  if not isinstance(lists, list) or not all(map(_is_labels, lists)):
+  rows = lists if isinstance(lists, list) else [None]
+  labels = [
+    x for row in rows for x in (row if isinstance(row, list) else [None])
+  ]
+  if not all(type(x) is int and 0 <= x < CLASS_COUNT for x in labels):
     raise InputError(
       f"{path}: expected ReaL's list with a list of labels (0 to "
       f"{CLASS_COUNT - 1}) for each validation image"
@@ -209,12 +192,6 @@ def read_real(
       )
     accepted.append(tuple(lists[number - 1]))
   return tuple(accepted)
-
-
-def _is_labels(row: Any) -> bool:
-  return isinstance(row, list) and all(
-    type(label) is int and 0 <= label < CLASS_COUNT for label in row
-  )
 
 
 _FOLDERS = "folder_to_objectnet_label.json"
@@ -234,7 +211,7 @@ def find_objectnet(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def open_objectnet(
-  path: pathlib.Path, *, count: int | None = None
+  path: pathlib.Path, *, count: int | None
 ) -> examples.ClassificationSet:
   """ObjectNet's images of classes shared with ImageNet.
 
@@ -280,9 +257,7 @@ def open_objectnet(
   )
 
 
-def _read_mappings(
-  root: pathlib.Path,
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+def _read_mappings(root: pathlib.Path) -> tuple[dict, dict]:
   """ObjectNet name and ImageNet labels of each overlapping folder."""
   folder_names = _read_object(root / _FOLDERS, str)
   overlap = _read_object(root / _OVERLAP, str)
@@ -295,8 +270,7 @@ def _read_mappings(
   if sorted(labels) != numbers or sorted(order) != sorted(map(str, numbers)):
     raise InputError(
       f"{root / _ORDER} has {len(order)} labels and {_NAMES} {len(lines)} "
-      f"lines; expected each label once, with its line from 0 to "
-      f"{len(lines) - 1}"
+      f"lines; expected each label once, with its line from 0"
     )
   label_of = {line: int(labels[i]) for i, line in enumerate(lines)}
   folder_of = {name: folder for folder, name in folder_names.items()}
@@ -317,11 +291,8 @@ def _read_mappings(
 def _read_object(path: pathlib.Path, kind: type) -> Mapping[str, Any]:
   """Reads a JSON object with values of type `kind`."""
   content = foreign.read_untrusted_json(path)
-  if (
-    not isinstance(content, dict)
-    or not content
-    or not all(type(value) is kind for value in content.values())
-  ):
+  values = content.values() if isinstance(content, dict) else []
+  if not values or not all(type(value) is kind for value in values):
     raise InputError(
       f"{path}: expected an object of {kind.__name__} values, as ObjectNet has"
     )

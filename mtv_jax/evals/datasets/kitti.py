@@ -17,12 +17,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32
 
 from mtv_jax.config import foreign
-from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
-from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 SUBSETS = ("all", "train", "val")
@@ -47,39 +46,54 @@ def has_depth(root: pathlib.Path) -> bool:
 
 
 def open_depth(
-  root: pathlib.Path,
-  *,
-  split: str = "test",
-  count: int | None = None,
-  subset: str = "all",
-) -> DepthSet:
+  root: pathlib.Path, *, split: str, count: int | None, subset: str
+) -> examples.DepthSet:
   """One split, see `registry.open_depth`.
 
   `subset` selects from a list: `all` images, or images with a map in `train` or
   `val` of the annotated depth. MiDaS tests on `val` (161 images).
   """
+  fields = {"count": count, "kind": "kitti", "name": str(root)}
   listing = files.find_list(root, _LISTS, split)
   if listing is not None:
-    return _open_list(listing, count, subset)
-  if not (root / "training").is_dir():
-    files.require_layout(
-      root,
-      (
-        _LISTS[0].format(split=split),
-        "raw_data/*/*/image_02/data/*",
-        "data_depth_annotated/*/*/proj_depth/groundtruth/image_02/*.png",
-      ),
-      what="KITTI's raw images and annotated depth with Eigen et al.'s list",
+    return files.open_pairs(
+      examples.DepthSet,
+      _listed_files(listing, subset),
+      read_label=lambda _, path: files.read_channel(path).astype("f4") / 256,
+      source="annotated (several sweeps), 16 bits: value / 256 m",
+      **fields,
     )
-  if split != "test":
+  name = _LISTS[0].format(split=split)
+  parts = [
+    f"training/{p}" for p in ("image_2/*.png", "velodyne/*.bin", "calib/*.txt")
+  ]
+  what = "KITTI's object benchmark"
+  if not (root / "training").is_dir():
+    parts = (
+      name,
+      "raw_data/*/*/image_02/data/*",
+      "data_depth_annotated/*/*/proj_depth/groundtruth/image_02/*.png",
+    )
+    what = "KITTI's raw images and annotated depth with Eigen et al.'s list"
+  elif split != "test":
     raise InputError(
       f"{root}: the object benchmark's frames have no {split} split of depth; "
-      f"expected {_LISTS[0].format(split=split)}"
+      f"expected {name}"
     )
-  return _open_object(root, count)
+  files.require_layout(root, parts, what=what)
+  folder = root / "training"
+  images = sorted((folder / "image_2").glob("*.png"))
+  return files.open_pairs(
+    examples.DepthSet,
+    [(p, folder / "velodyne" / f"{p.stem}.bin") for p in images],
+    read_label=_read_sweep,
+    source="one velodyne sweep projected by P2 R0_rect Tr_velo_to_cam, nearest "
+    "point of a pixel",
+    **fields,
+  )
 
 
-def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
+def _listed_files(path: pathlib.Path, subset: str) -> list[files.LabelledFile]:
   check_choice("subset", subset, SUBSETS)
   root, pairs, missing = path.parent, [], []
   for image, depth in files.read_file_list(path):
@@ -90,29 +104,17 @@ def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
       label = next((p for p in maps if p.is_file()), None)
       if label is None:
         missing.append(depth)
-      pairs.append(LabelledFile(_image_path(root, image), label))
+      pairs.append((_image_path(root, image), label))
   if missing:
     raise MissingFileError(
       f"{root}: {len(missing)} of {len(pairs)} depth maps are missing, such as "
       f"{missing[0]}, under data_depth_annotated/train and .../val"
     )
   if subset != "all":
-    pairs = [pair for pair in pairs if pair.label.parts[-6] == subset]
+    pairs = [pair for pair in pairs if pair[1].parts[-6] == subset]
   if not pairs:
     raise InputError(f"{path}: no image has a map in the subset {subset!r}")
-  return files.open_pairs(
-    DepthSet,
-    pairs,
-    read_label=_read_map,
-    count=count,
-    kind="kitti",
-    name=str(root),
-    source="annotated (several sweeps), 16 bits: value / 256 m",
-  )
-
-
-def _read_map(pair: LabelledFile) -> np.ndarray:
-  return files.read_channel(pair.label).astype(np.float32) / 256
+  return pairs
 
 
 def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
@@ -125,50 +127,21 @@ def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
   return next((p for p in paths if p.is_file()), paths[0])
 
 
-def _open_object(root: pathlib.Path, count: int | None) -> DepthSet:
-  parts = ("image_2/*.png", "velodyne/*.bin", "calib/*.txt")
-  files.require_layout(
-    root,
-    [f"training/{part}" for part in parts],
-    what="KITTI's object benchmark",
-  )
-  folder = root / "training"
-  return files.open_pairs(
-    DepthSet,
-    [
-      LabelledFile(p, folder / "velodyne" / f"{p.stem}.bin")
-      for p in sorted((folder / "image_2").glob("*.png"))
-    ],
-    read_label=_read_sweep,
-    count=count,
-    kind="kitti",
-    name=str(root),
-    source=(
-      "one velodyne sweep projected by P2 R0_rect Tr_velo_to_cam, nearest "
-      "point of a pixel"
-    ),
-  )
-
-
-def _read_sweep(pair: LabelledFile) -> np.ndarray:
-  # Reads only the header.
-  with PIL.Image.open(pair.image) as image:
-    width, height = image.size
-  values = np.fromfile(pair.label, np.float32)
+def _read_sweep(image: pathlib.Path, sweep: pathlib.Path) -> np.ndarray:
+  with PIL.Image.open(image) as header:
+    width, height = header.size
+  values = np.fromfile(sweep, np.float32)
   if values.size % 4:
     raise InputError(
-      f"{pair.label} has {values.size} numbers; expected 4 for each point"
+      f"{sweep} has {values.size} numbers; expected 4 for each point"
     )
+  path = sweep.parents[1] / "calib" / f"{sweep.stem}.txt"
   points = values.reshape(-1, 4)[:, :3]
-  folder = pair.label.parents[1] / "calib"
-  calibration = read_calibration(folder / f"{pair.label.stem}.txt")
-  return project_points(points, calibration, size=(height, width))
+  return project_points(points, _read_calibration(path), size=(height, width))
 
 
-def read_calibration(
-  path: pathlib.Path,
-) -> dict[str, Float64[np.ndarray, "3 n"]]:
-  """Reads the `[3, 3]` and `[3, 4]` matrices of a calibration file, by name."""
+def _read_calibration(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The `[3, 3]` and `[3, 4]` matrices of a calibration file, by name."""
   if not path.is_file():
     raise MissingFileError(f"{path}: this frame has no calibration")
   matrices = {}

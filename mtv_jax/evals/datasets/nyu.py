@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ import numpy as np
 from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
-from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError, import_extra
 
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
@@ -68,11 +67,7 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def open_depth(
-  root: pathlib.Path,
-  *,
-  split: str,
-  count: int | None = None,
-  truth: str | None = None,
+  root: pathlib.Path, *, split: str, count: int | None, truth: str | None
 ) -> examples.DepthSet:
   """One split, see `registry.open_depth`.
 
@@ -93,14 +88,10 @@ def open_depth(
   else:
     pairs = _marigold_files(root, split, truth or "raw")
     source = f"{truth or 'raw'}, mm"
-
-  def read_depth(pair: LabelledFile) -> np.ndarray:
-    return (files.read_channel(pair.label) * unit).astype(np.float32)
-
   return files.open_pairs(
     examples.DepthSet,
     pairs,
-    read_label=read_depth,
+    read_label=lambda _, path: (files.read_channel(path) * unit).astype("f4"),
     count=count,
     kind="nyu",
     name=str(root),
@@ -116,17 +107,16 @@ def _check_truth(given: str | None, available: str, layout: str) -> None:
     )
 
 
-def _listed_files(path: pathlib.Path, split: str) -> list[LabelledFile]:
-  """The pairs in a list file."""
+def _listed_files(path: pathlib.Path, split: str) -> list[files.LabelledFile]:
   rows = files.read_file_list(path)
   roots = [path.parent / p.format(split=split) for p in _PREFIXES]
   root = next((r for r in roots if (r / rows[0][0]).is_file()), path.parent)
-  return [LabelledFile(root / image, root / depth) for image, depth in rows]
+  return [(root / image, root / depth) for image, depth in rows]
 
 
 def _marigold_files(
   root: pathlib.Path, split: str, truth: str
-) -> list[LabelledFile]:
+) -> list[files.LabelledFile]:
   name = "filled" if truth == "filled" else "depth"
   files.require_layout(
     root,
@@ -134,14 +124,14 @@ def _marigold_files(
     what="NYUv2's files with a list, its .mat file, or Marigold's layout",
   )
   return [
-    LabelledFile(p, p.with_name(p.name.replace("rgb_", f"{name}_")))
+    (p, p.with_name(p.name.replace("rgb_", f"{name}_")))
     for p in sorted(root.glob(f"{split}/*/rgb_*.png"))
   ]
 
 
 def _numbered_files(
   root: pathlib.Path, split: str, labels: str
-) -> list[LabelledFile]:
+) -> list[files.LabelledFile]:
   """The pairs of a split in the IDS layout."""
   files.require_layout(
     root,
@@ -149,17 +139,15 @@ def _numbered_files(
     what="NYUv2 by number",
   )
   return [
-    LabelledFile(root / f"nyu_images/{i}.jpg", root / f"{labels}/{i}.png")
+    (root / f"nyu_images/{i}.jpg", root / f"{labels}/{i}.png")
     for i in _read_ids(root / f"{split}.txt")
   ]
 
 
 def _read_ids(path: pathlib.Path) -> list[int]:
   """0-based indices into the .mat file: the first word of each line."""
-  lines = [
-    line for line in foreign.read_text(path).splitlines() if line.strip()
-  ]
-  words = [line.split()[0] for line in lines]
+  lines = foreign.read_text(path).splitlines()
+  words = [line.split()[0] for line in lines if line.strip()]
   wrong = [word for word in words if not word.isdecimal()]
   if wrong or not words:
     got = repr(wrong[0]) if wrong else "an empty file"
@@ -174,12 +162,11 @@ def _open_mat(
   ids = examples.subsample(_mat_split(path.parent, split), count)
   file = _open_hdf5(path)
   key = "depths" if truth == "filled" else "rawDepths"
-
-  # HDF5 reverses the axes of MATLAB's arrays: [n, channel, x, y].
   return _open_arrays(
-    lambda i: file["images"][ids[i]].T,
-    lambda i: file[key][ids[i]].T,
     ids,
+    # HDF5 reverses the axes of MATLAB's arrays: [n, channel, x, y].
+    image=lambda i: np.ascontiguousarray(file["images"][i].T),
+    depth=lambda i: np.ascontiguousarray(file[key][i].T, np.float32),
     name=str(path),
     source=f"{truth} ({key}), float32",
     hashed=(path.name, path.stat().st_size, key),
@@ -187,26 +174,14 @@ def _open_mat(
 
 
 def _open_arrays(
-  image: Callable[[int], np.ndarray],
-  depth: Callable[[int], np.ndarray],
-  ids: Sequence[int],
-  *,
-  name: str,
-  source: str,
-  hashed: tuple[Any, ...],
+  ids: Sequence[int], *, image, depth, hashed: tuple, **fields: str
 ) -> examples.DepthSet:
-  def read(function: Callable[[int], np.ndarray], dtype: Any) -> Any:
-    return examples.LazySequence(
-      lambda i: np.ascontiguousarray(function(i), dtype), len(ids)
-    )
-
   return examples.DepthSet(
     kind="nyu",
-    name=name,
-    images=read(image, None),
-    maps=read(depth, np.float32),
-    source=source,
+    images=examples.open_items(ids, image),
+    maps=examples.open_items(ids, depth),
     digest=examples.hash_rows([(*hashed, *ids)]),
+    **fields,
   )
 
 
@@ -242,7 +217,7 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
 
 
 def open_tfds(
-  config: Mapping[str, Any], *, split: str, count: int | None = None
+  config: Mapping[str, Any], *, split: str, count: int | None
 ) -> examples.DepthSet:
   """Opens `{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
 
@@ -257,9 +232,9 @@ def open_tfds(
   )
   ids = examples.subsample(range(len(records)), count)
   return _open_arrays(
-    lambda i: records[ids[i]]["image"],
-    lambda i: records[ids[i]]["depth"],
     ids,
+    image=lambda i: records[i]["image"],
+    depth=lambda i: np.asarray(records[i]["depth"], np.float32),
     name=f"tfds {name}",
     source="filled, float16",
     hashed=(name, split, len(records)),
@@ -267,7 +242,7 @@ def open_tfds(
 
 
 def open_segmentation(
-  root: pathlib.Path, *, split: str, count: int | None = None
+  root: pathlib.Path, *, split: str, count: int | None
 ) -> examples.SegmentationSet:
   """Opens one split with class maps, see `CLASSES`."""
   return files.open_pairs(
@@ -282,9 +257,7 @@ def open_segmentation(
   )
 
 
-def _read_classes(pair: LabelledFile) -> np.ndarray:
-  other = len(CLASSES)
-  values = files.read_class_map(
-    pair.label, largest=other, hint="Classes are numbered from 0."
-  )
+def _read_classes(_, path: pathlib.Path) -> np.ndarray:
+  other, hint = len(CLASSES), "Classes are numbered from 0."
+  values = files.read_class_map(path, largest=other, hint=hint)
   return np.where(values == other, examples.IGNORE, values).astype(np.uint8)

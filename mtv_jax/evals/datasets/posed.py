@@ -17,18 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, UInt8
 
 from mtv_jax.config import foreign
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.core.examples import hash_rows, open_images, subsample
-from mtv_jax.evals.datasets.files import LabelledFile
+from mtv_jax.evals.core.examples import hash_rows, open_items, subsample
+from mtv_jax.evals.datasets.files import LabelledFile, file_sizes
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 CELL_SIZE = 4  # pixels of a view per cell of its point grid
-# Shorter side of the protocol's offline copies.
-STORED_SHORT_SIDE = 1024
+Pose = Float64[np.ndarray, "4 4"]  # world to camera
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Frame:
   image: UInt8[np.ndarray, "h w 3"]
   depth: Float32[np.ndarray, "h w"]
   focal: float  # in pixels of this image
-  pose: Float64[np.ndarray, "4 4"]  # world to camera
+  pose: Pose
   # Principal point (x, y) relative to the image centre, in pixels.
   centre: tuple[float | int, float | int] = (0.0, 0.0)
 
@@ -57,7 +56,7 @@ class PosedView:
   image: UInt8[np.ndarray, "s s 3"]
   points: Float32[np.ndarray, "c c 3"]
   focal: float  # in pixels of this image
-  pose: Float64[np.ndarray, "4 4"]  # world to camera
+  pose: Pose
 
   @property
   def valid(self) -> Bool[np.ndarray, "c c"]:
@@ -95,26 +94,25 @@ def open_frames(
   **fields: Any,
 ) -> PosedFrames:
   """Opens image files and depth files as a data set of frames."""
-  images = open_images([file.image for file in files])
+  images = open_items([image for image, _ in files])
 
   def read(i: int, size: int) -> Frame:
-    image, depth = images[i], read_depth(files[i].label)
+    image, depth = images[i], read_depth(files[i][1])
     if depth.shape != image.shape[:2]:
       raise InputError(
-        f"{files[i].image} is {image.shape[0]}x{image.shape[1]} (rotated by "
-        f"its EXIF) and its depth {depth.shape[0]}x{depth.shape[1]}; expected "
-        "equal sizes"
+        f"{files[i][0]} is {image.shape[0]}x{image.shape[1]} (rotated by its "
+        f"EXIF) and its depth {depth.shape[0]}x{depth.shape[1]}"
       )
     focal, centre = camera(i, depth.shape)
     return Frame(image, depth, focal, fields["poses"][i], centre)
 
   return PosedFrames(
     name=str(root),
-    names=tuple(file.image.relative_to(root).as_posix() for file in files),
-    groups=tuple(tuple(group) for group in groups),
+    names=tuple(image.relative_to(root).as_posix() for image, _ in files),
+    groups=tuple(map(tuple, groups)),
     read=read,
-    fingerprint=lambda i: tuple(path.stat().st_size for path in files[i]),
-    stored=STORED_SHORT_SIDE,
+    fingerprint=lambda i: file_sizes(files[i]),
+    stored=1024,
     **fields,
   )
 
@@ -181,12 +179,15 @@ def make_view(
   )
 
 
-def _resize_shorter_side(frame: Frame, size: int | None):
+def _resize_shorter_side(
+  frame: Frame, size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
   """Resizes image and depth to a shorter side of `size` pixels."""
   height, width = frame.depth.shape
-  if size is None or min(height, width) == size:
+  short = min(height, width)
+  if size is None or short == size:
     return frame.image, frame.depth
-  tall, wide = (_scaled(n, min(height, width), size) for n in (height, width))
+  tall, wide = (n * size // short for n in (height, width))
   image = PIL.Image.fromarray(frame.image)
   image = np.asarray(image.resize((wide, tall), PIL.Image.Resampling.BILINEAR))
   rows = resizing.indices(height, tall, "nearest_exact")
@@ -194,14 +195,9 @@ def _resize_shorter_side(frame: Frame, size: int | None):
   return image, frame.depth[np.ix_(rows, columns)]
 
 
-def _scaled(length: int, short: int, target: int) -> int:
-  """A side's length after resizing the shorter side to `target`."""
-  return length * target // short
-
-
-def _middle(length: int, short: int, size: int) -> Int[np.ndarray, " s"]:
+def _middle(length: int, short: int, size: int) -> np.ndarray:
   """Source pixels along a side of the center crop of the resized image."""
-  long = _scaled(length, short, size)
+  long = length * size // short
   top = round((long - size) / 2)
   return resizing.indices(length, long)[top : top + size]
 
@@ -215,31 +211,25 @@ def _corner(low: int, extent: int, side: int, size: int) -> int:
   return start
 
 
-def motion(
-  first: Float64[np.ndarray, "4 4"], second: Float64[np.ndarray, "4 4"]
-) -> Float64[np.ndarray, "4 4"]:
+def motion(first: Pose, second: Pose) -> Pose:
   """Transform from first to second camera coordinates: `P_1 P_0^-1`."""
   return second @ np.linalg.inv(first)
 
 
-def rotation_angle(
-  rotation: Float[np.ndarray, "*n 3 3"],
-) -> Float[np.ndarray, "*n"] | float:
+def rotation_angle(rotation: Float[np.ndarray, "*n 3 3"]) -> Any:
   """`acos((tr R - 1) / 2)` in degrees, 0 to 180."""
-  return _angle_of(np.trace(rotation, axis1=-2, axis2=-1))
+  return _trace_angle(np.trace(rotation, axis1=-2, axis2=-1))
 
 
-def _angle_of(trace):
+def _trace_angle(trace):
   return np.degrees(np.arccos(np.clip((trace - 1) / 2, -1.0, 1.0)))
 
 
-def angles_between(
-  poses: Float64[np.ndarray, "n 4 4"],
-) -> Float64[np.ndarray, "n n"]:
-  """Angle of `R_i R_j^T` for all pairs of poses, in degrees."""
+def angles_between(poses: Float64[np.ndarray, "n 4 4"]) -> np.ndarray:
+  """Angle of `R_i R_j^T` for all pairs of poses, in degrees, `[n, n]`."""
   flat = poses[:, :3, :3].reshape(len(poses), 9)
   # tr(R_i R_j^T) is the dot product of their entries.
-  return _angle_of(flat @ flat.T)
+  return _trace_angle(flat @ flat.T)
 
 
 def draw_pairs(
@@ -268,11 +258,10 @@ def draw_pairs(
       raise InputError(_describe_unpaired(frames, group, between, max_angle))
     for i, row, degrees in zip(group, near, between, strict=True):
       if i in wanted:
-        partners = np.flatnonzero(row)
-        k = _draw_partner(frames, i, [group[p] for p in partners], seed)
-        if k is not None:
-          j = partners[k]
-          pairs.append(Pair(i, group[j], float(degrees[j])))
+        angles = {group[p]: float(degrees[p]) for p in np.flatnonzero(row)}
+        j = _draw_partner(frames, i, [*angles], seed)
+        if j is not None:
+          pairs.append(Pair(i, j, angles[j]))
   if not pairs:
     raise InputError(
       f"{frames.name}: none of {len(chosen)} frames overlaps with another of "
@@ -282,26 +271,25 @@ def draw_pairs(
 
 
 def _draw_partner(
-  frames: PosedFrames, index: int, partners: Sequence[int], seed: int
+  frames: PosedFrames, index: int, partners: list[int], seed: int
 ) -> int | None:
-  """Draws partners until one overlaps; returns its index."""
-  candidates = list(range(len(partners)))
+  """Draws partners until one overlaps."""
   for attempt in range(len(partners)):
     text = f"{seed}/{frames.names[index]}/{attempt}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-    k = candidates.pop(number % len(candidates))
-    if frames.overlaps is None or frames.overlaps(index, partners[k]):
-      return k
+    partner = partners.pop(number % len(partners))
+    if frames.overlaps is None or frames.overlaps(index, partner):
+      return partner
   return None
 
 
 def _describe_unpaired(frames, group, between, max_angle) -> str:
   names = [frames.names[i] for i in group]
   folder = os.path.commonpath([os.path.dirname(n) for n in names]) or names[0]
-  others = between[~np.eye(len(group), dtype=bool)]
+  angles = between[~np.eye(len(group), dtype=bool)]
   degrees = ""
-  if others.size:
-    degrees = f" {others.min():.1f} to {others.max():.1f} degrees apart"
+  if angles.size:
+    degrees = f" {angles.min():.1f} to {angles.max():.1f} degrees apart"
   return (
     f"{frames.name}: {folder} has no usable pair of views: it has {len(group)} "
     f"frames{degrees}; expected some within (0, {max_angle:g}]. Is it unpacked "
@@ -345,15 +333,15 @@ def read_pairs(
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
-    fields = line.split()
+    fields, where = line.split(), f"{path}, line {number}"
     if len(fields) != 3:
       raise InputError(
-        f"{path}, line {number}: expected 'first second degrees', got {line!r}"
+        f"{where}: expected 'first second degrees', got {line!r}"
       )
     for name in fields[:2]:
       if name not in index:
         raise InputError(
-          f"{path}, line {number}: {frames.name} has no frame {name!r}. "
+          f"{where}: {frames.name} has no frame {name!r}. "
           f"{did_you_mean(name, frames.names[:1000])}"
         )
     i, j = (index[name] for name in fields[:2])

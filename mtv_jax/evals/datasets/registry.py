@@ -7,9 +7,8 @@
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
   FOLDER              a layout in `LAYOUTS`, ImageNet's validation images or
-                      ObjectNet (`imagenet.py`), CLIP_benchmark's tars
-                      (`clip_benchmark.py`), or class folders
-                      (`class_folders.py`)
+                      ObjectNet (`imagenet.py`), CLIP_benchmark's tars or class
+                      folders (`class_folders.py`)
 
 Annotations are read when a data set is opened; images are loaded lazily, in
 their original size. Common arguments:
@@ -22,8 +21,9 @@ All functions raise MissingFileError if `data` doesn't exist or lacks files,
 NotApplicable if it lacks the labels, and InputError for invalid options or
 annotations that don't match the images.
 
-To add a data set, write a module with `matches(root)` and an `open_*` function
-per kind of example; register it in `LAYOUTS` and in the functions below.
+To add a data set, write a module with a function that recognizes its folder and
+an `open_*` function per kind of example; register the first in `LAYOUTS` and
+both in the functions below.
 """
 
 from __future__ import annotations
@@ -32,24 +32,21 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.examples import Data
 from mtv_jax.evals.datasets import (
-  ade20k,
   class_folders,
-  clip_benchmark,
   coco,
-  davis,
   imagenet,
   kitti,
-  navi,
+  masks,
   nyu,
-  rgbd,
+  posed_files,
   scenes,
   source_records,
   spair,
@@ -60,19 +57,21 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
-# By the name shown in errors; folders are matched in this order.
-LAYOUTS: dict[str, ModuleType] = {
-  "NYU depth": nyu,
-  "KITTI": kitti,
-  "SPair-71k": spair,
-  "NAVI": navi,
-  "ADE20K": ade20k,
-  "DAVIS": davis,
-  "RGB-D sequences (7-Scenes)": rgbd,
-  "a data set with annotations/, such as COCO": coco,
+# Recognizes a folder, by the name shown in errors; matched in this order.
+LAYOUTS: dict[str, Callable[[pathlib.Path], Any]] = {
+  "NYU depth": nyu.matches,
+  "KITTI": kitti.matches,
+  "SPair-71k": spair.matches,
+  "NAVI": posed_files.matches_navi,
+  "ADE20K": masks.find_ade20k,
+  "DAVIS": masks.find_davis,
+  "RGB-D sequences (7-Scenes)": posed_files.matches_rgbd,
+  "a data set with annotations/, such as COCO": coco.matches,
 }
 
 SPLITS = ("train", "test")
+Count = int | None
+OptionalPath = str | os.PathLike | None
 
 # Default numbers of scenes; see also `scenes`.
 _CLASSIFICATION_SCENES = 1000
@@ -80,11 +79,11 @@ _BOX_SCENES = 128
 
 
 def open_classification(
-  data: examples.Data,
+  data: Data,
   *,
   split: str = "test",
-  count: int | None = None,
-  real: str | os.PathLike | None = None,
+  count: Count = None,
+  real: OptionalPath = None,
 ) -> examples.ClassificationSet:
   """Labelled images: scenes, a folder, or a source with labels.
 
@@ -93,26 +92,27 @@ def open_classification(
   ImageNet's validation images.
   """
   check_choice("split", split, SPLITS)
-  chosen: dict[str, Any] = {"count": count}
+  chosen: dict[str, Any] = {"split": split, "count": count}
   # Checked before sources, as it may be a tar.
-  if _is_flat_imagenet(data) and split == "test":
-    return imagenet.open_validation(_local(data), real=real, **chosen)
+  if split == "test" and _is_imagenet(data):
+    path = path_lib.local_copy(data)
+    return imagenet.open_validation(path, count=count, real=real)
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
-  if real is not None and (config is not None or not _local(data).is_dir()):
+  path = None if config is not None else path_lib.local_copy(data)
+  if real is not None and not (path and path.is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
       f"set, and data={data!r} is no folder of them"
     )
   if config is not None:
-    return source_records.open_labelled(config, split=split, **chosen)
-  path = _local(data)
+    return source_records.open_labelled(config, **chosen)
   if path.is_dir():
     _reject_other_layouts(path)
-    if clip_benchmark.matches(path):
-      return clip_benchmark.open_classification(path, split=split, **chosen)
+    if class_folders.has_tars(path, *SPLITS):
+      return class_folders.open_labelled_tars(path, **chosen)
     if imagenet.find_objectnet(path):
-      return imagenet.open_objectnet(path, **chosen)
-    return class_folders.open_folder(path, split=split, real=real, **chosen)
+      return imagenet.open_objectnet(path, count=count)
+    return class_folders.open_folder(path, real=real, **chosen)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
       f"{data} is JSON, which has captions and no classes; expected scenes, a "
@@ -125,10 +125,10 @@ def open_classification(
   )
 
 
-def _is_flat_imagenet(data: examples.Data) -> bool:
+def _is_imagenet(data: Data) -> bool:
   if _is_source(data) or (path_lib.is_remote(data) and ".tar" in str(data)):
     return False  # A source of tars in a bucket.
-  return imagenet.matches_validation(_local(data))
+  return imagenet.find_validation(path_lib.local_copy(data)) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,48 +141,40 @@ class Splits:
 
   def protocol(self) -> dict[str, Any]:
     """Protocol entries."""
-    return {
-      "data": self.test.name,
-      "data_hash": self.test.digest,
-      "images": len(self.test.images),
-      "train_data": self.train.name,
-      "train_data_hash": self.train.digest,
-      "train_images": len(self.train.images),
-      "classes": self.classes,
-    }
+    train = self.train.protocol().items()
+    train = {f"train_{name}": value for name, value in train}
+    return {**self.test.protocol(), **train, "classes": self.classes}
 
 
 def open_splits(
-  data: examples.Data,
+  data: Data,
   *,
-  train: examples.Data | None = None,
-  count: int | None = None,
-  train_count: int | None = None,
+  train: Data | None = None,
+  count: Count = None,
+  train_count: Count = None,
 ) -> Splits:
   """A training and a test set for a probe.
 
   `data` has both splits (a folder, scenes, a TFDS set), or has the test images
   and `train` the training images.
   """
+  shown = data
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
-  elif _local(data).is_dir():
-    # Checked first, as these layouts may have a training folder too.
-    _reject_other_layouts(_local(data))
-    path = _local(data)
-    has_both = class_folders.has_splits(path) or clip_benchmark.has_split(
-      path, "train"
-    )
   else:
+    shown, path = repr(os.fspath(data)), path_lib.local_copy(data)
     has_both = is_scenes(data)
-    tars = ".tar" in os.fspath(data)
-    if not has_both and not tars and not _local(data).exists():
-      raise MissingFileError(f"data={os.fspath(data)!r} does not exist")
+    if path.is_dir():
+      # Checked first, as these layouts may have a training folder too.
+      _reject_other_layouts(path)
+      has_tars = class_folders.has_tars(path, "train")
+      has_both = has_tars or class_folders.has_splits(path)
+    elif not (has_both or ".tar" in os.fspath(data) or path.exists()):
+      raise MissingFileError(f"data={shown} does not exist")
   if train is None and not has_both:
     raise NotApplicable(
-      f"data={data if isinstance(data, Mapping) else os.fspath(data)!r} has no "
-      "training images for a probe; expected train/CLASS/*.jpg and "
-      "val/CLASS/*.jpg, scenes or a TFDS set, or train="
+      f"data={shown} has no training images for a probe; expected "
+      "train/CLASS/*.jpg and val/CLASS/*.jpg, scenes or a TFDS set, or train="
     )
   training = data if train is None else train
   return _match_splits(
@@ -224,11 +216,11 @@ def _match_splits(
 
 
 def open_captions(
-  data: examples.Data,
+  data: Data,
   *,
-  images: str | os.PathLike | None = None,
+  images: OptionalPath = None,
   split: str = "test",
-  count: int | None = None,
+  count: Count = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
   """Captioned images: scenes, COCO, Flickr30k, or tars.
@@ -236,17 +228,17 @@ def open_captions(
   `images` is the image folder, if not beside the JSON; `split` is Karpathy's or
   CLIP_benchmark's; `max_captions` limits captions per image.
   """
-  chosen = {"count": count, "max_captions": max_captions}
+  options = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
   if config is not None:
-    return source_records.open_captions(config, **chosen)
-  path = _local(data)
-  if path.is_dir() and clip_benchmark.is_retrieval(path):
-    return clip_benchmark.open_captions(path, split=split, **chosen)
+    return source_records.open_captions(config, **options)
+  options |= {"split": split}
+  path = path_lib.local_copy(data)
+  if path.is_dir() and class_folders.is_retrieval(path):
+    return class_folders.open_captioned_tars(path, **options)
   if file := coco.find_captions(path):
-    return coco.open_captions(
-      file, images=images and _local(images), split=split, **chosen
-    )
+    images = images and path_lib.local_copy(images)
+    return coco.open_captions(file, images=images, **options)
   raise unknown_layout(
     data,
     "Retrieval reads scenes, COCO's folder or captions_*.json, Karpathy's "
@@ -255,7 +247,7 @@ def open_captions(
   )
 
 
-def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
+def open_images(data: Data, *, count: int) -> examples.ImageSet:
   """Images of any data set, source or folder."""
   errors = []
   for opener in (open_classification, open_captions):
@@ -266,7 +258,7 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
   config = _source_config(data, length=count)
   if config is not None:
     return source_records.open_images(config, count=count)
-  root = _local(data)
+  root = path_lib.local_copy(data)
   # JPEGs first: beside JPEGs, PNGs tend to be label maps.
   files = []
   for suffixes in ((".jpg", ".jpeg"), (".png", ".webp")):
@@ -275,9 +267,8 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
     )
   if not files:
     raise NotApplicable(f"there are no images in {data}: {'; '.join(errors)}")
-  files = examples.subsample(files, count)
   return examples.ImageSet.from_records(
-    files,
+    examples.subsample(files, count),
     read=examples.read_image,
     hashed=lambda file: (file.relative_to(root), file.stat().st_size),
     name=str(data),
@@ -285,7 +276,7 @@ def open_images(data: examples.Data, *, count: int) -> examples.ImageSet:
 
 
 def open_segmentation(
-  data: examples.Data, *, split: str, count: int | None = None
+  data: Data, *, split: str, count: Count = None
 ) -> examples.SegmentationSet:
   """Images with class maps: scenes, ADE20K or NYUv2."""
   check_choice("split", split, SPLITS)
@@ -298,11 +289,11 @@ def open_segmentation(
     "and annotations/) and NYUv2 with nyu_images/, nyu_labels40/, train.txt "
     "and test.txt.",
     (nyu.has_segmentation, lambda p: nyu.open_segmentation(p, **options)),
-    (ade20k.matches, lambda p: ade20k.open_segmentation(p, **options)),
+    (masks.find_ade20k, lambda p: masks.open_ade20k(p, **options)),
   )
 
 
-def depth_kind(data: examples.Data) -> str:
+def depth_kind(data: Data) -> str:
   """`scenes`, `nyu` or `kitti`, without opening `data`."""
   if is_scenes(data):
     return "scenes"
@@ -324,11 +315,11 @@ def depth_kind(data: examples.Data) -> str:
 
 
 def open_depth(
-  data: examples.Data,
+  data: Data,
   *,
   split: str,
   size: int,
-  count: int | None = None,
+  count: Count = None,
   truth: str | None = None,
   subset: str = "all",
 ) -> examples.DepthSet:
@@ -347,17 +338,14 @@ def open_depth(
     return scenes.open_depth(data, size=size, **options)
   if isinstance(data, Mapping):
     return nyu.open_tfds(data, **options)
-  root = _local(data)
+  root = path_lib.local_copy(data)
   if kind == "nyu":
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
 
 
 def open_boxes(
-  data: examples.Data,
-  *,
-  images: str | os.PathLike | None = None,
-  count: int | None = None,
+  data: Data, *, images: OptionalPath = None, count: Count = None
 ) -> examples.BoxSet:
   """Images with named boxes: scenes, COCO, or a source with labels of boxes.
 
@@ -368,15 +356,14 @@ def open_boxes(
     config = _source_config(data, length=count or _BOX_SCENES)
     boxes = source_records.open_boxes(config, count=count)
   else:
+    images = images and path_lib.local_copy(images)
     boxes = _open_layout(
       data,
       "Grounding reads scenes, COCO's folder or its annotations/"
       "instances_*.json, or a source with labels of boxes.",
       (
         lambda p: coco.matches(p) or (p.is_file() and p.suffix == ".json"),
-        lambda p: coco.open_boxes(
-          p, images=images and _local(images), count=count
-        ),
+        lambda p: coco.open_boxes(p, images=images, count=count),
       ),
     )
   if not len(boxes.images):
@@ -384,10 +371,10 @@ def open_boxes(
   return boxes
 
 
-def open_posed(data: examples.Data, *, subset: str, count: int) -> PosedFrames:
+def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
   """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
-  `subset` applies to NAVI, see `navi.open_posed`; `count` applies to scenes.
+  `subset` applies to NAVI, see `open_navi`; `count` applies to scenes.
   """
   if _is_source(data):
     return scenes.open_posed(data, count=count)
@@ -395,13 +382,16 @@ def open_posed(data: examples.Data, *, subset: str, count: int) -> PosedFrames:
     data,
     "Geometric correspondence reads scenes, NAVI (OBJECT/wild_set/...) or "
     "RGB-D sequences (frame-000000.{color.png,depth.png,pose.txt}).",
-    (navi.matches, lambda p: navi.open_posed(p, subset=subset)),
-    (rgbd.has_frames, rgbd.open_posed),
+    (
+      posed_files.matches_navi,
+      lambda p: posed_files.open_navi(p, subset=subset),
+    ),
+    (posed_files.has_rgbd_frames, posed_files.open_rgbd),
   )
 
 
 def open_key_points(
-  data: examples.Data, *, split: str, count: int
+  data: Data, *, split: str, count: int
 ) -> examples.KeyPointPairs:
   """Pairs of images with keypoints: scenes, or SPair-71k.
 
@@ -417,9 +407,7 @@ def open_key_points(
   )
 
 
-def open_videos(
-  data: examples.Data, *, count: int | None = None
-) -> examples.VideoSet:
+def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
   """Videos with object masks: scenes with a moving camera, or DAVIS 2017.
 
   `count` is the number of videos.
@@ -430,35 +418,28 @@ def open_videos(
     data,
     "Video segmentation reads scenes or DAVIS 2017 (JPEGImages/480p/, "
     "Annotations/480p/, ImageSets/2017/val.txt).",
-    (davis.matches, lambda p: davis.open_videos(p, count=count)),
+    (masks.find_davis, lambda p: masks.open_davis(p, count=count)),
   )
 
 
 def _open_layout(
   data: str | os.PathLike,
   expected: str,
-  *readers: tuple[Callable[..., bool], Callable[..., Any]],
+  *readers: tuple[Callable[..., Any], Callable[..., Any]],
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
-  path = _local(data)
+  path = path_lib.local_copy(data)  # Buckets are copied.
   for matches, open_path in readers:
     if matches(path):
       return open_path(path)
   raise unknown_layout(data, expected)
 
 
-def _local(data: str | os.PathLike) -> pathlib.Path:
-  """Local path of a data set; buckets are copied."""
-  return path_lib.local_copy(data)
-
-
-def _is_source(data: examples.Data) -> bool:
+def _is_source(data: Data) -> bool:
   return isinstance(data, Mapping) or is_scenes(data)
 
 
-def _source_config(
-  data: examples.Data, *, length: int
-) -> dict[str, Any] | None:
+def _source_config(data: Data, *, length: int) -> dict[str, Any] | None:
   """Config of a source; None for files and folders."""
   if isinstance(data, Mapping):
     return dict(data)
@@ -474,8 +455,8 @@ def _source_config(
 
 def _reject_other_layouts(root: pathlib.Path) -> None:
   """Raises NotApplicable for a layout whose folders aren't classes."""
-  for name, layout in LAYOUTS.items():
-    if layout.matches(root):
+  for name, matches in LAYOUTS.items():
+    if matches(root):
       raise NotApplicable(
         f"{root} is laid out as {name}, whose folders are not classes; "
         "expected CLASS/*.jpg, wnid_name.JPEG or {train,val}/CLASS/*.jpg"

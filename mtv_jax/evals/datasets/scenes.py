@@ -86,7 +86,6 @@ class SceneRange:
     return {name: getattr(self, name) for name in names}
 
   def digest(self) -> str:
-    """Hash of numbers, size, seed and difficulty."""
     first, count = self.numbers[0], len(self)
     rows = [("scenes", first, count, self.size, self.seed)]
     if self.difficulty != "hard":
@@ -96,29 +95,26 @@ class SceneRange:
     return examples.hash_rows(rows)
 
   def protocol(self) -> dict[str, Any]:
-    """Protocol entries."""
     first = self.numbers[0]
     return {"dataset": "scenes", "scenes": {"first": first, **self.options}}
 
   @property
   def non_defaults(self) -> tuple[int | str | None, ...]:
     """Non-default seed, size and difficulty, for the digest of pairs."""
-    given = (
-      (self.seed, self.size) if (self.seed, self.size) != (0, None) else ()
-    )
-    return given + (() if self.difficulty == "hard" else (self.difficulty,))
+    given = (self.seed, self.size) if self.seed or self.size else ()
+    return given if self.difficulty == "hard" else (*given, self.difficulty)
 
 
 def open_range(
   data: examples.Data,
-  *,
-  default: int,
   needs: str,
+  default: int,
+  *,
   split: str = "test",
-  count: int | None = None,
+  count: int | None,
   size: int | None = None,
 ) -> SceneRange:
-  """The scenes of a split."""
+  """The scenes of a split, `default` ones; `needs` is used in the error."""
   given = dict(data) if isinstance(data, Mapping) else {"type": data}
   if not is_scenes(given):
     raise NotApplicable(
@@ -142,9 +138,9 @@ def open_depth(
   data: examples.Data, *, split: str, count: int | None, size: int
 ) -> examples.DepthSet:
   """Scenes with exact depth; by default 192 for training, 64 for testing."""
+  options = {"split": split, "count": count, "size": size}
   default = {"train": 192, "test": 64}[split]
-  options = {"default": default, "needs": "metric depth"}
-  scenes = open_range(data, split=split, count=count, size=size, **options)
+  scenes = open_range(data, "metric depth", default, **options)
   return _open_maps(examples.DepthSet, scenes, "depth", source="exact")
 
 
@@ -152,9 +148,9 @@ def open_segmentation(
   data: examples.Data, *, split: str, count: int | None
 ) -> examples.SegmentationSet:
   """Scenes with class maps; by default 256 for training, 100 for testing."""
+  options = {"split": split, "count": count, "size": 96}
   default = {"train": 256, "test": 100}[split]
-  options = {"default": default, "needs": "classes of pixels"}
-  scenes = open_range(data, split=split, count=count, size=96, **options)
+  scenes = open_range(data, "classes of pixels", default, **options)
   return _open_maps(
     examples.SegmentationSet,
     scenes,
@@ -170,12 +166,12 @@ def _open_maps(
   """A set of the scenes' images and their field `name`."""
   # Cached, since image and map of a scene are read in turn.
   render = functools.lru_cache(maxsize=64)(scenes.render)
-  count = len(scenes)
+  indices = range(len(scenes))
   return cls(
     kind="scenes",
     name="scenes",
-    images=examples.LazySequence(lambda i: render(i).image, count),
-    maps=examples.LazySequence(lambda i: getattr(render(i), name), count),
+    images=examples.open_items(indices, lambda i: render(i).image),
+    maps=examples.open_items(indices, lambda i: getattr(render(i), name)),
     digest=scenes.digest(),
     **fields,
   )
@@ -184,15 +180,14 @@ def _open_maps(
 def ignore_stuff(data: examples.SegmentationSet) -> examples.SegmentationSet:
   """Scenes with object classes; background and ground are ignored."""
 
-  def read(i: int) -> np.ndarray:
-    labels = data.maps[i]
+  def read(labels: np.ndarray) -> np.ndarray:
     things = np.where(labels < _STUFF, examples.IGNORE, labels - _STUFF)
     return things.astype(np.uint8)
 
   return dataclasses.replace(
     data,
     name=f"{data.name}, things only",
-    maps=examples.LazySequence(read, len(data.maps)),
+    maps=examples.open_items(data.maps, read),
     classes=render_lib.CLASS_NAMES,
     class_count=len(render_lib.CLASS_NAMES),
   )
@@ -231,18 +226,16 @@ def open_boxes(
 
 def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
   """Scenes from two cameras; each scene is a group."""
-  scenes = open_range(data, default=count, count=count, needs="posed views")
-  numbers = scenes.numbers
+  scenes = open_range(data, "posed views", count, count=count)
 
   # Cached, since both frames of a pair are read in turn.
   @functools.lru_cache(maxsize=32)
-  def render(index: int, size: int) -> render_lib.ScenePair:
-    options = {**scenes.options, "size": size}
-    return render_lib.render_pair(numbers[index], **options)
+  def render(number: int, size: int) -> render_lib.ScenePair:
+    return render_lib.render_pair(number, **{**scenes.options, "size": size})
 
   def read(index: int, size: int) -> Frame:
     size = scenes.size or min(2 * size, _MAX_POSED_SIZE)
-    pair = render(index // 2, size)
+    pair = render(scenes.numbers[index // 2], size)
     scene = pair.second if index % 2 else pair.first
     depth = np.where(scene.instances >= _STUFF, scene.depth, 0)
     return Frame(
@@ -253,16 +246,15 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
     )
 
   cameras = []
-  for number in numbers:
+  for number in scenes.numbers:
     # The camera doesn't depend on the size.
-    options = {**scenes.options, "size": render_lib.MIN_SIZE}
-    pair = render_lib.render_pair(number, **options)
+    pair = render.__wrapped__(number, render_lib.MIN_SIZE)
     cameras += [pair.first.camera, pair.second.camera]
   return PosedFrames(
     name="scenes",
     layout="scenes",
-    names=tuple(f"scene-{n}/{view}" for n in numbers for view in "01"),
-    groups=tuple((2 * i, 2 * i + 1) for i in range(len(numbers))),
+    names=tuple(f"scene-{n}/{view}" for n in scenes.numbers for view in "01"),
+    groups=tuple((2 * i, 2 * i + 1) for i in range(len(scenes))),
     poses=np.stack([_pose(camera) for camera in cameras]),
     read=read,
     fingerprint=lambda i: (
@@ -283,36 +275,34 @@ def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
 
   Objects must cover 2 % of the first frame (our choice).
   """
-  options = {"default": _VIDEO_SCENES, "needs": "videos", "size": _VIDEO_SIZE}
-  scenes = open_range(data, count=count, **options)
+  options = {"count": count, "size": _VIDEO_SIZE}
+  scenes = open_range(data, "videos", _VIDEO_SCENES, **options)
   digest = examples.hash_rows([("videos", scenes.digest(), _VIDEO_FRAMES)])
-  videos = tuple(_open_video(scenes, number) for number in scenes.numbers)
+  videos = tuple(_open_video(scenes, i) for i in range(len(scenes)))
   return examples.VideoSet(
     kind="scenes", name="scenes", videos=videos, digest=digest
   )
 
 
-def _open_video(scenes: SceneRange, number: int) -> examples.Video:
-  render = functools.partial(
-    render_lib.render_video,
-    number,
-    frames=_VIDEO_FRAMES,
-    **scenes.options,
-  )
-  first = scenes.render(scenes.numbers.index(number)).instances
+def _open_video(scenes: SceneRange, index: int) -> examples.Video:
+  number, options = scenes.numbers[index], scenes.options
+  first = scenes.render(index).instances
   pixels = np.bincount(first.ravel(), minlength=256)
   large = np.flatnonzero(pixels >= _MIN_OBJECT * first.size)
   things = large[large >= _STUFF]
   table = np.zeros(256, np.uint8)
   table[things] = 1 + np.arange(len(things))
-  # Frames and masks are read in turn.
-  frames = functools.cache(render)
+
+  # Cached, since frames and masks are read in turn.
+  @functools.cache
+  def render() -> tuple[render_lib.Scene, ...]:
+    return render_lib.render_video(number, frames=_VIDEO_FRAMES, **options)
+
+  indices = range(_VIDEO_FRAMES)
   return examples.Video(
     name=f"scene-{number}",
-    frames=examples.LazySequence(lambda i: frames()[i].image, _VIDEO_FRAMES),
-    masks=examples.LazySequence(
-      lambda i: table[frames()[i].instances], _VIDEO_FRAMES
-    ),
+    frames=examples.open_items(indices, lambda i: render()[i].image),
+    masks=examples.open_items(indices, lambda i: table[render()[i].instances]),
     objects=len(things),
   )
 
@@ -333,7 +323,7 @@ def open_key_points(
   cyclically. Keypoints are the centre of the main object's bounding box, and
   the points at 15 and 85 % of its height.
   """
-  scenes = open_range(data, default=count, count=count, needs="keypoints")
+  scenes = open_range(data, "keypoints", count, count=count)
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
   sized = dataclasses.replace(scenes, size=side)
   rendered = [sized.render(i) for i in range(len(scenes))]
@@ -367,11 +357,10 @@ def open_key_points(
       f"scenes: {len(scenes)} of them (from number {numbers[0]}) show no two "
       f"main objects of one class of {enough - 1}; set count={enough} or more"
     )
-  images = [scene.image for scene in rendered]
   return examples.KeyPointPairs(
     name="scenes",
     layout="scenes",
-    images=examples.LazySequence(lambda i: images[i], len(images)),
+    images=examples.open_items(rendered, lambda scene: scene.image),
     pairs=tuple(pairs),
     digest=examples.hash_rows(hashed),
     metadata={

@@ -17,32 +17,32 @@ from mtv_jax.evals.datasets import scenes
 from mtv_jax.utils.threads import map_ahead
 
 
-def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
+def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
   """Config of a source's split; unchanged for sources without splits."""
   config = dict(config)
   if config.get("type") == "scenes":
-    return scenes.split_config(config, split)
-  if config.get("type") == "tfds":
+    return scenes.split_config(config, split or "test")
+  if config.get("type") == "tfds" and split is not None:
     if split == "train":
       config["split"] = "train"
     elif "split" not in config:
-      config["split"] = _tfds_test_split(config)
+      # ImageNet's and COCO's test sets lack labels.
+      config["split"] = "validation"
+      try:
+        sources.build_source(config)
+      except ValueError:
+        config["split"] = "test"
   return config
 
 
-def _tfds_test_split(config: Mapping[str, Any]) -> str:
-  """`validation` if it exists: ImageNet's and COCO's test sets lack labels."""
-  try:
-    sources.build_source({**config, "split": "validation"})
-  except ValueError:
-    return "test"
-  return "validation"
-
-
 def _open(
-  config: Mapping[str, Any], count: int | None, *fields: str
+  config: Mapping[str, Any],
+  split: str | None,
+  count: int | None,
+  *fields: str,
 ) -> tuple[str, Any, list[int]]:
   """Name, source and evenly spaced indices of records with `fields`."""
+  config = _split_config(config, split)
   name = str(config.get("path", config["type"]))
   if config["type"] == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
@@ -69,7 +69,7 @@ def open_images(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.ImageSet:
   """Images of a source."""
-  name, source, indices = _open(split_config(config, "test"), count)
+  name, source, indices = _open(config, "test", count)
   rows = _read_rows(source, indices, lambda record: None)
   return _make_set(examples.ImageSet, source, rows, _hash_size, name=name)
 
@@ -78,8 +78,7 @@ def open_labelled(
   config: Mapping[str, Any], *, split: str, count: int | None
 ) -> examples.ClassificationSet:
   """Images of a source with `label`."""
-  config = split_config(config, split)
-  name, source, indices = _open(config, count, "label")
+  name, source, indices = _open(config, split, count, "label")
   is_scenes = isinstance(source, SceneSource)
   if is_scenes:
     # Labels of scenes are known without rendering, which is slow.
@@ -103,8 +102,7 @@ def open_captions(
   config: Mapping[str, Any], *, count: int | None, max_captions: int | None
 ) -> examples.CaptionSet:
   """Images of a source with non-empty `captions`."""
-  config = split_config(config, "test")
-  name, source, indices = _open(config, count, "captions")
+  name, source, indices = _open(config, "test", count, "captions")
   rows = _read_rows(
     source, indices, lambda record: tuple(record["captions"])[:max_captions]
   )
@@ -122,19 +120,15 @@ def open_boxes(
   config: Mapping[str, Any], *, count: int | None
 ) -> examples.BoxSet:
   """Images of a source with non-empty `boxes`, and their `phrases`."""
-  if scenes.is_scenes(config):
-    config = scenes.split_config(config, "test")
-  name, source, indices = _open(config, count, "boxes", "phrases")
+  name, source, indices = _open(config, None, count, "boxes", "phrases")
   if isinstance(source, SceneSource):
     return scenes.open_boxes(name, source, indices)
-  rows = _read_rows(
-    source,
-    indices,
-    lambda record: (
-      np.asarray(record["boxes"], np.float32).reshape(-1, 4),
-      tuple(record["phrases"]),
-    ),
-  )
+
+  def read_label(record: Mapping[str, Any]) -> tuple[np.ndarray, tuple]:
+    boxes = np.asarray(record["boxes"], np.float32).reshape(-1, 4)
+    return boxes, tuple(record["phrases"])
+
+  rows = _read_rows(source, indices, read_label)
   rows = [row for row in rows if row.label[1]]
   return _make_set(
     examples.BoxSet,

@@ -16,28 +16,16 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.config import foreign
-from mtv_jax.evals.core.examples import (
-  KeyPointPair,
-  KeyPointPairs,
-  hash_rows,
-  open_images,
-)
+from mtv_jax.evals.core import examples
+from mtv_jax.evals.core.examples import KeyPointPair, KeyPointPairs
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, check_choice
 
 SPLITS = ("trn", "val", "test")
 _KEYS = (
-  "pair_id",
-  "category",
-  "viewpoint_variation",
-  "src_imname",
-  "trg_imname",
-  "src_imsize",
-  "trg_imsize",
-  "src_kps",
-  "trg_kps",
-  "trg_bndbox",
-)
+  "pair_id", "category", "viewpoint_variation", "src_imname", "trg_imname",
+  "src_imsize", "trg_imsize", "src_kps", "trg_kps", "trg_bndbox",
+)  # fmt: skip
 
 
 def matches(root: pathlib.Path) -> bool:
@@ -45,45 +33,42 @@ def matches(root: pathlib.Path) -> bool:
   return (root / "PairAnnotation").is_dir()
 
 
-def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
+def open_key_points(root: pathlib.Path, *, split: str) -> KeyPointPairs:
   """All pairs of a split (`trn`, `val` or `test`), sorted by number."""
   check_choice("SPair-71k: split", split, SPLITS)
-  root = files.require_layout(
+  files.require_layout(
     root,
     [f"PairAnnotation/{split}/*.json", "JPEGImages/*/*.jpg"],
     what="SPair-71k (cvlab.postech.ac.kr)",
   )
   paths = sorted((root / "PairAnnotation" / split).glob("*.json"))
   rows = sorted(map(_read_row, paths), key=lambda row: int(row["pair_id"]))
-  pair_images = [
-    [
-      root / "JPEGImages" / row["category"] / row[f"{side}_imname"]
-      for side in ("src", "trg")
-    ]
-    for row in rows
-  ]
+  pair_images = [_image_paths(root, row) for row in rows]
   images = sorted({path for pair in pair_images for path in pair})
   files.require_files(images, root)
   index = {path: i for i, path in enumerate(images)}
-  pairs = [
-    _make_pair(row, *(index[path] for path in pair))
-    for row, pair in zip(rows, pair_images, strict=True)
-  ]
+  pairs, hashed = [], []
+  for row, pair in zip(rows, pair_images, strict=True):
+    pairs.append(_make_pair(row, *(index[path] for path in pair)))
+    content = json.dumps(row, sort_keys=True)
+    hashed.append((content, *files.file_sizes(pair)))
   return KeyPointPairs(
     name=str(root),
     layout="spair",
-    images=open_images(images),
+    images=examples.open_items(images),
     pairs=tuple(pairs),
-    digest=hash_rows(
-      (json.dumps(row, sort_keys=True), *(path.stat().st_size for path in pair))
-      for row, pair in zip(rows, pair_images, strict=True)
-    ),
+    digest=examples.hash_rows(hashed),
     metadata={
       "dataset": "SPair-71k",
       "split": split,
       "key_points": "those that both images show",
     },
   )
+
+
+def _image_paths(root: pathlib.Path, row: dict[str, Any]) -> list[pathlib.Path]:
+  folder = root / "JPEGImages" / row["category"]
+  return [folder / row[name] for name in ("src_imname", "trg_imname")]
 
 
 def _read_row(path: pathlib.Path) -> dict[str, Any]:
@@ -96,7 +81,7 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
     )
   row = {key: content[key] for key in _KEYS}
   try:
-    counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
+    counts = len(row["src_kps"]), len(row["trg_kps"])
     for key in ("category", "src_imname", "trg_imname"):
       foreign.resolve_name("JPEGImages", row[key], where=path)
     int(row["pair_id"])

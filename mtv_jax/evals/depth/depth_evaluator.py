@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped, UInt8
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.evals.core.base import Evaluator, Result
@@ -65,14 +64,10 @@ class DepthEvaluator(Evaluator):
   ) -> Result:
     """Returns means over images, chance, and the sheet.
 
-    Args:
-      predictions: one per image.
-      score: metrics from predicted (None for the best constant) and true values
-        of the valid pixels.
-      protocol: the number of images is added to it.
-      to_metres: depth on the sheet, from predicted map, true map, valid mask.
-      min_pixels: images with fewer valid pixels are skipped.
-      **limits: of `metrics.valid_mask`.
+    `score` gives metrics from predicted (None for the best constant) and true
+    values of the pixels that are valid within `limits` (`metrics.valid_mask`);
+    images with fewer than `min_pixels` are skipped. `to_metres` gives depth on
+    the sheet, from predicted map, true map and valid mask.
     """
     scores, chance, rows, skipped = [], [], [], 0
     for image, truth, predicted in predictions:
@@ -84,7 +79,7 @@ class DepthEvaluator(Evaluator):
       chance.append(score(None, truth[valid]))
       if len(rows) < self.pictures:
         depth = to_metres(predicted, truth, valid)
-        rows.append(depth_row(image, truth, depth, valid))
+        rows.append(_depth_row(image, truth, depth, valid))
     means = metrics.average(scores, skipped=skipped)
     units = {k: u for k, u in metrics.UNITS.items() if k in means.metrics}
     return Result.from_estimate(
@@ -97,15 +92,10 @@ class DepthEvaluator(Evaluator):
     )
 
 
-def depth_row(
-  image: Shaped[np.ndarray, "h w 3"],
-  truth: Float[np.ndarray, "h w"],
-  predicted: Float[np.ndarray, "h w"],
-  valid: Bool[np.ndarray, "h w"],
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """Row of a sheet: image, true and predicted depth on the truth's scale.
+def _depth_row(image, truth, predicted, valid) -> np.ndarray:
+  """Image, true and predicted depth (metres) on the truth's scale.
 
-  Depth is in metres; invalid pixels of the truth are black.
+  Invalid pixels of the truth are black.
   """
   inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
   limits = float(inverse[valid].min()), float(inverse[valid].max())

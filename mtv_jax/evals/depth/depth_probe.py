@@ -1,7 +1,7 @@
 """Depth probe: metric depth from frozen features (NYUv2).
 
 Trains a head on frozen features and reports RMSE, AbsRel, delta and more.
-`protocols.py` has the published probes: DINOv3's linear probe (the default),
+`training.py` has the published probes: DINOv3's linear probe (the default),
 DINOv2's over one or four layers, and Probe3D's DPT. Results of different
 protocols are not comparable.
 """
@@ -13,18 +13,16 @@ import functools
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense, examples, probe
+from mtv_jax.evals.core import dense, examples, probe, probe_heads
 from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import registry, scenes
-from mtv_jax.evals.depth import augment, heads, metrics, training
+from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator
-from mtv_jax.evals.depth.protocols import PROTOCOLS, ProbeProtocol
-from mtv_jax.evals.depth.training import Setup
+from mtv_jax.evals.depth.training import PROTOCOLS, ProbeProtocol, Setup
 from mtv_jax.utils.errors import InputError
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
@@ -52,7 +50,7 @@ class DepthProbe(DepthEvaluator):
   None means the published value on real data and a small value on scenes.
 
   Attributes:
-    protocol: see `protocols.py`.
+    protocol: see `training.py`.
     layers: blocks to read instead of the protocol's; without the final norm.
     cls: `concat` appends the CLS token, if any, to every patch; the default for
       `lin1`, `lin4`, and for `dpt` with the DINO family.
@@ -112,18 +110,17 @@ class DepthProbe(DepthEvaluator):
     setup = self._resolve(encoder, train)
     fitted = training.train(setup, train)
     mean = _mean_depth(train, setup)
-
-    result = self._score_images(
+    protocol = self._protocol(setup, train, test)
+    protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
+    return self._score_images(
       training.predict(setup, test, fitted),
       functools.partial(
         score, mean=mean, scale_invariant=self.protocol == "dpt"
       ),
-      self._protocol(setup, train, test),
+      protocol,
       high=setup.max_depth,
       crop=setup.protocol.crop,
     )
-    result.protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
-    return result
 
   def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
     """Published values, overridden by scenes' defaults, then by options."""
@@ -132,9 +129,8 @@ class DepthProbe(DepthEvaluator):
       options = {"augment": "none", "crop": "none"}
       options |= {} if self.published else _SCENES[self.protocol]
       dpt_features = 16
-    for name in (*_OPTIONS, "cls"):
-      if (value := getattr(self, name)) is not None:
-        options[name] = value
+    given = {name: getattr(self, name) for name in (*_OPTIONS, "cls")}
+    options |= {k: value for k, value in given.items() if value is not None}
     if self.layers is not None:
       options["norm"] = "none"
     protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)
@@ -209,7 +205,7 @@ class DepthProbe(DepthEvaluator):
       "final_norm": protocol.norm == "final",
       "cls_token": "beside every patch" if setup.has_cls else "not read",
       "head": _HEADS[protocol.head].format(setup.dpt_features),
-      "bins": f"{heads.BINS}, {heads.MIN_DEPTH} m to max_depth",
+      "bins": f"{training.BINS}, {probe_heads.MIN_DEPTH} m to max_depth",
       "max_depth": setup.max_depth,
       "prediction_resize": protocol.resize,
       "loss": (
@@ -229,8 +225,8 @@ class DepthProbe(DepthEvaluator):
 
 
 def score(
-  predicted: Float[np.ndarray, " n"] | None,
-  truth: Float[np.ndarray, " n"],
+  predicted: metrics.Pixels | None,
+  truth: metrics.Pixels,
   *,
   mean: float,
   scale_invariant: bool,
@@ -242,9 +238,8 @@ def score(
   if scale_invariant:
     affine = metrics.fit_affine(predicted, truth)
     if is_chance:
-      affine = metrics.ScaleAndShift(
-        0.0, float(np.mean(truth, dtype=np.float64))
-      )
+      best = float(np.mean(truth, dtype=np.float64))
+      affine = metrics.ScaleAndShift(0.0, best)
     names = ("rmse", *metrics.DELTAS)
     aligned = metrics.image_metrics(affine(predicted), truth, names)
     scores |= {f"si_{name}": value for name, value in aligned.items()}

@@ -17,6 +17,8 @@ from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import ConfigError, InputError
 
+Pixels = Float[np.ndarray, " n"]
+
 AVERAGING = "per image over valid pixels, then mean over images"
 
 # (top, bottom, left, right) of NYUv2's 480 x 640 (Eigen et al. 2014), and as
@@ -29,9 +31,7 @@ _FRACTIONS = {
 CropName = Literal["none", "nyu_eigen", "garg", "kitti_eigen"]
 
 
-def crop_mask(
-  shape: tuple[int, int], crop: CropName
-) -> Bool[np.ndarray, "{shape[0]} {shape[1]}"]:
+def crop_mask(shape: tuple[int, int], crop: CropName) -> np.ndarray:
   """Mask of the evaluated pixels of a map of `shape`.
 
   `nyu_eigen` is rows 45 to 471 and columns 41 to 601 of 480 x 640; `garg` and
@@ -44,7 +44,7 @@ def crop_mask(
     if shape != (480, 640):
       raise ConfigError(
         f"crop='nyu_eigen' is defined on maps of 480 x 640 and this one has "
-        f"{height} x {width}; use crop='none' for other data"
+        f"{height} x {width}; use crop='none'"
       )
     top, bottom, left, right = _NYU_EIGEN
   else:
@@ -106,9 +106,7 @@ UNITS |= {"rmse": "m", "sq_rel": "m", "si_rmse": "m"}
 
 
 def image_metrics(
-  predicted: Float[np.ndarray, " n"],
-  truth: Float[np.ndarray, " n"],
-  names: Iterable[str] = tuple(METRICS),
+  predicted: Pixels, truth: Pixels, names: Iterable[str] = tuple(METRICS)
 ) -> dict[str, float]:
   """Metrics over the valid pixels of one image.
 
@@ -121,15 +119,12 @@ def image_metrics(
   if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):
     raise InputError(
       f"image_metrics got {g.size} pixels, {(g <= 0).sum()} true and "
-      f"{(p <= 0).sum()} predicted depths of 0 or less; expected positive: "
-      "mask invalid pixels, clamp the prediction"
+      f"{(p <= 0).sum()} predicted depths of 0 or less; expected positive"
     )
   return {name: float(METRICS[name](p, g)) for name in names}
 
 
-def average(
-  rows: Sequence[Mapping[str, float]], *, skipped: int = 0
-) -> Estimate:
+def average(rows: Sequence[Mapping], *, skipped: int = 0) -> Estimate:
   """Mean of each metric over images; InputError if all were skipped."""
   if not rows:
     raise InputError(
@@ -147,13 +142,11 @@ class ScaleAndShift(NamedTuple):
   scale: float
   shift: float
 
-  def __call__(self, x: Float[np.ndarray, "*n"]) -> Float64[np.ndarray, "*n"]:
+  def __call__(self, x: np.ndarray) -> Float64[np.ndarray, "..."]:
     return self.scale * np.asarray(x, np.float64) + self.shift
 
 
-def fit_affine(
-  predicted: Float[np.ndarray, " n"], target: Float[np.ndarray, " n"]
-) -> ScaleAndShift:
+def fit_affine(predicted: Pixels, target: Pixels) -> ScaleAndShift:
   """Least-squares scale and shift from `predicted` to `target`.
 
       (s, t) = argmin sum (s d + t - g)^2

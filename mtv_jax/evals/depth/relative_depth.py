@@ -21,17 +21,13 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float32, UInt8
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import lower_bound_shape
-from mtv_jax.evals.core import dense, resizing
-from mtv_jax.evals.core.base import (
-  NotApplicable,
-  Result,
-  preprocess_protocol,
-)
+from mtv_jax.evals.core import base, dense, resizing
+from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
@@ -168,11 +164,9 @@ class RelativeDepth(DepthEvaluator):
 
   def _resolve(self, kind: str) -> AlignmentProtocol:
     protocol = published_protocol(self.protocol, kind)
-    options = {
-      name: value
-      for name in ("alignment", "resize", "cut", "crop", "cap")
-      if (value := getattr(self, name)) is not None
-    }
+    names = ("alignment", "resize", "cut", "crop", "cap")
+    given = {name: getattr(self, name) for name in names}
+    options = {k: value for k, value in given.items() if value is not None}
     if self.cap is not None and protocol.high is not None:
       options["high"] = self.cap
     return dataclasses.replace(protocol, **options)
@@ -241,7 +235,7 @@ class RelativeDepth(DepthEvaluator):
     size = self.input_size or encoder.preprocess.size
     inputs = {
       "input_size": size,
-      "preprocess": preprocess_protocol(
+      "preprocess": base.preprocess_protocol(
         encoder, resize=_KEEP, interpolation="bicubic a=-0.75"
       ),
     }
@@ -288,7 +282,7 @@ def predict_maps(
   *,
   resize: bool,
   batch_size: int,
-) -> Iterator[Float32[np.ndarray, "_ _"]]:
+) -> Iterator[np.ndarray]:
   """Yields inverse depth of images, in order."""
   options = {} if resize else {"resize": False}
   return dense.map_by_group(
@@ -300,9 +294,7 @@ def predict_maps(
   )
 
 
-def _align_map(
-  predicted: np.ndarray, truth: np.ndarray, valid: np.ndarray
-) -> np.ndarray:
+def _align_map(predicted, truth, valid) -> np.ndarray:
   """Depth in metres from the least-squares fit of inverse depth."""
   affine = metrics.fit_affine(predicted[valid], 1 / truth[valid])
   return 1 / np.maximum(affine(predicted), 1e-6)
@@ -315,30 +307,26 @@ def cut(x: np.ndarray, name: str) -> np.ndarray:
   (height, width), (rows, columns) = x.shape[:2], _KB_SIZE
   if height < rows or width < columns:
     raise ConfigError(
-      f"cut='kb' takes 352 x 1216 of KITTI's images, and this one has {height} "
-      f"x {width}; use cut='none' for other data"
+      "cut='kb' takes 352 x 1216 of KITTI's images, and this one has "
+      f"{height} x {width}; use cut='none'"
     )
   left = (width - columns) // 2
   return x[height - rows :, left : left + columns]
 
 
 def align(
-  predicted: Float[np.ndarray, " n"] | None,
-  truth: Float[np.ndarray, " n"],
+  predicted: metrics.Pixels | None,
+  truth: metrics.Pixels,
   *,
   alignment: str = "disparity",
   cap: float | int,
   min_depth: float = 1e-3,
-) -> Float64[np.ndarray, " n"]:
+) -> np.ndarray:
   """Depth in metres at valid pixels, after least-squares alignment.
 
-  Args:
-    predicted: inverse depth up to scale and shift (or depth, with
-      `alignment="depth"`); None for the best constant.
-    truth: metres.
-    alignment: one of `ALIGNMENTS`; `disparity_space` gives inverse depth.
-    cap: largest depth.
-    min_depth: smallest depth, for the alignments that clip.
+  `predicted` is inverse depth up to scale and shift (or depth, with
+  `alignment="depth"`); None for the best constant. `disparity_space` gives
+  inverse depth; `min_depth` is used by the alignments that clip.
   """
   g = np.asarray(truth, np.float64)
   target = g if alignment == "depth" else 1 / g
@@ -360,21 +348,14 @@ def align(
 
 
 def score(
-  predicted: Float[np.ndarray, " n"] | None,
-  truth: Float[np.ndarray, " n"],
-  protocol: AlignmentProtocol,
+  predicted: np.ndarray | None, truth: np.ndarray, protocol: AlignmentProtocol
 ) -> dict[str, float]:
   """Metrics of one image; see `align`. RMSE only for depth."""
-  depth = align(
-    predicted,
-    truth,
-    alignment=protocol.alignment,
-    cap=protocol.cap,
-    min_depth=protocol.min_depth,
-  )
+  names = ("alignment", "cap", "min_depth")
+  options = {name: getattr(protocol, name) for name in names}
+  depth = align(predicted, truth, **options)
   names = ("abs_rel", *metrics.DELTAS)
   if protocol.alignment == "disparity_space":
-    return metrics.image_metrics(
-      depth, 1 / np.asarray(truth, np.float64), names
-    )
+    inverse = 1 / np.asarray(truth, np.float64)
+    return metrics.image_metrics(depth, inverse, names)
   return metrics.image_metrics(depth, truth, (*names, "rmse"))

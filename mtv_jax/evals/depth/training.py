@@ -1,4 +1,10 @@
-"""Training of a depth head on frozen features: setup, losses, predictions."""
+"""Published depth probes: protocols, schedules, losses, training, predictions.
+
+linear  DINOv3's: last block after the final norm, batch norm, linear layer
+lin1    DINOv2's: last block, CLS token concatenated to every patch
+lin4    DINOv2's: as lin1, over four blocks
+dpt     Probe3D's (El Banani et al. 2024): DPT over four blocks
+"""
 
 from __future__ import annotations
 
@@ -8,25 +14,168 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32
+import optax
+from jaxtyping import Array, Bool, Float
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import dense, probe, probe_heads
+from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import DepthSet
-from mtv_jax.evals.core.padded_views import PaddedView
-from mtv_jax.evals.core.probe_heads import ProbeHead
-from mtv_jax.evals.depth import augment, heads
+from mtv_jax.evals.depth import augment
 from mtv_jax.evals.depth.augment import DepthExample
 from mtv_jax.evals.depth.depth_evaluator import Prediction
-from mtv_jax.evals.depth.protocols import ProbeProtocol
+from mtv_jax.models.heads import dpt
+
+BINS = probe_heads.BINS
+Maps = Float[Array, "b h w"]
+Rate = Float[Array, ""]
 
 # Limit of cached features and depth, without augmentation.
 _CACHE_BYTES = 2 * 2**30
 _EPS = 1e-3  # metres, added before the logarithm
 _MEAN_WEIGHT = 0.15  # weight of the squared mean: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeProtocol:
+  """A published NYUv2 probe; the defaults are DINOv3's linear probe."""
+
+  # The `last` block, or the end of each quarter: `quarters` as in DINOv2 for 24
+  # blocks, `even_quarters` as in Probe3D.
+  layers: str = "last"
+  norm: str = "final"  # `final` applies the final norm to the features
+  # `concat` appends the CLS token, if any, to every patch; `dino_concat` only
+  # for the DINO family.
+  cls: str = "off"
+  head: str = "linear"  # `upsampled` (x4, without batch norm) or `dpt`
+  resize: str = "bilinear"  # resizing of predictions, see `resizing`
+  frame: str = "full"  # whole images, or their central `square`
+  augment: str = "toolbox"  # see `augment.AUGMENTS`
+  schedule: str = "warm_cosine"  # see `SCHEDULES`
+  lr: float = 3e-4
+  b1: float = 0.9  # constant; upstream cycles it with the learning rate
+  b2: float = 0.99
+  weight_decay: float = 1e-4
+  clip: float | None = 35.0  # maximum global norm of the gradient
+  batch_size: int = 16
+  steps: int | None = 38_400  # updates; if None, `epochs` over the images
+  epochs: int | None = None
+  sig_weight: float = 1.0
+  gradient_weight: float = 0.0
+  ddof: int = 1  # of the variance in the SIG loss, see `sig_loss`
+  warm_steps: int = 100  # first updates, SIG loss without variance
+  tta: str = "flip"  # averages with the prediction of the mirrored image
+  crop: str = "nyu_eigen"  # evaluated pixels, see `metrics.crop_mask`
+
+  def out_indices(self, depth: int) -> tuple[int, ...]:
+    """Indices of the blocks to read, for an encoder with `depth` blocks."""
+    if self.layers == "last":
+      return (depth - 1,)
+    if self.layers == "quarters":
+      return dpt.quarter_taps(depth)
+    return tuple(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4))
+
+  def optimizer(self) -> optax.GradientTransformation:
+    """AdamW with the schedule over `steps`."""
+    schedule = SCHEDULES[self.schedule]
+    rate = functools.partial(schedule, steps=self.steps, lr=self.lr)
+    adamw = optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay)
+    if self.clip is None:
+      return adamw
+    return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+
+
+_LIN1 = ProbeProtocol(
+  norm="none",
+  cls="concat",
+  head="upsampled",
+  schedule="one_cycle",
+  lr=1e-4,
+  b1=0.95,
+  weight_decay=0.01,
+  sig_weight=10.0,
+  gradient_weight=0.5,
+)
+PROTOCOLS = {
+  "linear": ProbeProtocol(),
+  "lin1": _LIN1,
+  "lin4": dataclasses.replace(_LIN1, layers="quarters"),
+  "dpt": ProbeProtocol(
+    layers="even_quarters",
+    norm="none",
+    cls="dino_concat",
+    head="dpt",
+    resize="bilinear_corners",
+    frame="square",
+    augment="probe3d",
+    schedule="quarter_cosine",
+    lr=5e-4,
+    b2=0.999,
+    weight_decay=0.01,
+    clip=None,
+    batch_size=8,
+    steps=None,
+    epochs=10,
+    sig_weight=10.0,
+    gradient_weight=0.5,
+    ddof=0,
+    warm_steps=0,
+    tta="none",
+    crop="none",
+  ),
+}
+
+
+def warm_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
+  """DINOv3's schedule: cosine with linear warmup over the first third.
+
+  With T steps and W = T / 3: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
+  before W, then a cosine from lr to lr / 25000 at (s + 1) / T.
+  """
+  warmup = max(1, steps // 3)  # 12,800 of 38,400
+  s = jnp.asarray(step, jnp.float32)
+  ramp = lr / 1000 + _cosine(lr, 0.0, s / steps) * s / warmup
+  return jnp.where(s < warmup, ramp, _cosine(lr, lr / 25_000, (s + 1) / steps))
+
+
+def one_cycle(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
+  """PyTorch's OneCycleLR (Smith and Topin 2018): two half cosines.
+
+  From lr / 25 up to lr at 0.3 of the steps, down to lr / 2500 at the last step.
+  """
+  s = jnp.asarray(step, jnp.float32)
+  peak = max(0.3 * steps - 1, 1e-6)
+  up = _cosine(lr / 25, lr, s / peak)
+  down = _cosine(lr, lr / 25 / 100, (s - peak) / max(steps - 1 - peak, 1e-6))
+  return jnp.where(s <= peak, up, down)
+
+
+def quarter_cosine(step: int | jax.Array, *, steps: int, lr: float) -> Rate:
+  """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
+
+  r = (s - W) / (T - W), with T steps and W = 0.15 T warmup steps (1.5 of 10
+  epochs).
+  """
+  warmup = max(1, round(0.15 * steps))
+  s = jnp.asarray(step, jnp.float32)
+  rest = (s - warmup) / max(steps - warmup, 1)
+  factor = jnp.where(s <= warmup, s / warmup, jnp.cos(jnp.pi / 2 * rest))
+  return lr * (0.01 + 0.99 * factor)
+
+
+def _cosine(start: float, end: float, share: jax.Array) -> jax.Array:
+  return end + (start - end) * (1 + jnp.cos(jnp.pi * share)) / 2
+
+
+SCHEDULES = {
+  "warm_cosine": warm_cosine,
+  "one_cycle": one_cycle,
+  "quarter_cosine": quarter_cosine,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +213,17 @@ class Setup:
     return tokens * self.encoder.spec.image.width
 
   @property
-  def head(self) -> ProbeHead | heads.DPTHead:
+  def head(self) -> probe_heads.ProbeHead | probe_heads.DPTHead:
     """The head, which predicts bin logits."""
     if self.protocol.head == "dpt":
-      return heads.DPTHead(self.dpt_features)
+      return probe_heads.DPTHead(self.dpt_features)
     if self.protocol.head == "upsampled":
       # Upstream upsamples the features: equal, but more expensive.
-      return ProbeHead(heads.BINS, batch_norm=False, upsample=4)
-    return ProbeHead(heads.BINS)
+      return probe_heads.ProbeHead(BINS, batch_norm=False, upsample=4)
+    return probe_heads.ProbeHead(BINS)
 
-  def features(
-    self, images: list[np.ndarray]
-  ) -> Float32[np.ndarray, "n h w c"]:
-    """The head's input, from padded images of one size in 0..255."""
+  def features(self, images: list[np.ndarray]) -> np.ndarray:
+    """The head's input `[n, h, w, c]`, from padded images in 0..255."""
     return dense.features(
       self.encoder,
       images,
@@ -119,20 +266,16 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   full_shape = setup.example(data, 0).depth.shape
   size = augment.augmented_size(protocol.augment, full_shape)
   view = setup.view(size, full_shape)
-  to_depth = heads.DepthBins(setup.max_depth)
+  to_depth = probe_heads.DepthBins(setup.max_depth)
 
   def read(i, rng=None):
     example = augment.AUGMENTS[protocol.augment](setup.example(data, i), rng)
     return view.pad(example.image), example.depth
 
   def loss_fn(params, state, batch, rng):
-    del rng
     step, truth = state["step"], batch["targets"]  # truth: [B, H, W], metres
-    logits, head_state = head.apply(
-      {"params": params, **state["head"]},
-      batch["features"],
-      train=True,
-      mutable=["batch_stats"],
+    logits, head_state = probe_heads.apply_training(
+      head, params, state["head"], batch["features"], rng
     )
     valid = (truth > 0) & (truth <= setup.max_depth)
     maps = view.restore(to_depth(logits)), truth, valid
@@ -156,7 +299,9 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
     batches = dense.training_batches(
       setup.features, read, count, steps=protocol.steps, **options
     )
-  params, state = heads.init_depth_head(head, setup.channels, seed=setup.seed)
+  params, state = probe_heads.init_depth_head(
+    head, setup.channels, seed=setup.seed
+  )
   return probe.fit(
     loss_fn,
     params,
@@ -185,7 +330,7 @@ def predict(
     [(fitted.params, fitted.state["head"])],
     mesh=setup.encoder.mesh,
     batch_size=rows * (2 if flip else 1),
-    finish=heads.DepthBins(setup.max_depth),
+    finish=probe_heads.DepthBins(setup.max_depth),
   )
   read = functools.partial(setup.example, data)
   examples = dense.shared_map(read, range(len(data.images)))
@@ -199,7 +344,7 @@ def predict(
     if flip:
       maps = (maps[: len(batch)] + maps[len(batch) :, :, ::-1]) / 2
     for example, depth in zip(batch, maps, strict=True):
-      clipped = np.clip(depth, heads.MIN_DEPTH, setup.max_depth)
+      clipped = np.clip(depth, probe_heads.MIN_DEPTH, setup.max_depth)
       yield example.image, example.depth, clipped
 
 
@@ -212,12 +357,12 @@ def _log_error(predicted, truth, valid):
 
 
 def sig_loss(
-  predicted: Float[Array, "b h w"],
-  truth: Float[Array, "b h w"],
+  predicted: Maps,
+  truth: Maps,
   valid: Bool[Array, "b h w"],
   *,
   ddof: int = 1,
-  variance_weight: Float[Array, ""] | float = 1.0,
+  variance_weight: Rate | float = 1.0,
 ) -> Float[Array, ""]:
   """Scale-invariant log error: sqrt(var g + 0.15 (mean g)^2).
 
@@ -239,9 +384,7 @@ def sig_loss(
 
 
 def gradient_loss(
-  predicted: Float[Array, "b h w"],
-  truth: Float[Array, "b h w"],
-  valid: Bool[Array, "b h w"],
+  predicted: Maps, truth: Maps, valid: Bool[Array, "b h w"]
 ) -> Float[Array, ""]:
   """Multi-scale gradient loss of the log error.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+from jaxtyping import Float32, UInt8
 
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.examples import IGNORE
@@ -35,17 +35,14 @@ def augment(
   *,
   size: int,
   fill: Float32[np.ndarray, "3"],
-  interpolation: str = "bilinear",
-) -> tuple[
-  Shaped[np.ndarray, "{size} {size} 3"], UInt8[np.ndarray, "{size} {size}"]
-]:
-  """Random square crop of an image and its map, see `PROTOCOL`.
+) -> tuple[np.ndarray, np.ndarray]:
+  """Random `size` x `size` crop of an image and its map, see `PROTOCOL`.
 
   Padding has the colour `fill` in 0..255 and makes the crop float32.
   """
   short = int(size * rng.uniform(0.5, 2.0))
   shape = sliding_window.resized(*image.shape[:2], short=short)
-  image = sliding_window.resize_image(image, shape, interpolation)
+  image = sliding_window.resize_image(image, shape)
   labels = resizing.resize_maps(labels, shape, method="nearest")
   top, left = _corner(labels, rng, size)
   box = np.s_[top : top + size, left : left + size]

@@ -16,12 +16,11 @@ AVERAGING = (
 )
 
 
-def confusion(
-  truth: Int[np.ndarray, "*n"] | UInt8[np.ndarray, "*n"],
-  predicted: Int[np.ndarray, "*n"] | UInt8[np.ndarray, "*n"],
-  *,
-  classes: int,
-) -> Int64[np.ndarray, "{classes} {classes}"]:
+Labels = Int[np.ndarray, "*n"] | UInt8[np.ndarray, "*n"]
+Sums = Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"]
+
+
+def confusion(truth: Labels, predicted: Labels, *, classes: int) -> np.ndarray:
   """Pixel counts by (true class, predicted class), without `IGNORE`."""
   counted = truth != IGNORE
   rows = truth[counted].astype(np.int64)
@@ -37,10 +36,8 @@ def confusion(
   return counts.astype(np.int64).reshape(classes, classes)
 
 
-def class_sums(
-  counts: Int64[np.ndarray, "*n k k"],
-) -> Int64[np.ndarray, "*n 3 k"]:
-  """Correct, true and predicted pixels of each class.
+def class_sums(counts: Int64[np.ndarray, "*n k k"]) -> np.ndarray:
+  """Correct, true and predicted pixels of each class, `[*n, 3, k]`.
 
   Rows of `counts` are the truth. All metrics are functions of these sums, which
   are much smaller than per-image confusion matrices.
@@ -49,18 +46,14 @@ def class_sums(
   return np.stack([hit, counts.sum(axis=-1), counts.sum(axis=-2)], axis=-2)
 
 
-def class_ious(
-  sums: Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"],
-) -> Float[np.ndarray, " k"]:
+def class_ious(sums: Sums) -> Float[np.ndarray, " k"]:
   """IoU per class; NaN if a class is in neither truth nor prediction."""
   hit, true, predicted = sums
   union = true + predicted - hit
   return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
 
 
-def scores(
-  sums: Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"],
-) -> dict[str, float]:
+def scores(sums: Sums) -> dict[str, float]:
   """`miou`, `macc` and `aacc` from the `class_sums` of a set.
 
   `miou` counts classes that are only predicted as 0; `macc` averages over
@@ -78,10 +71,7 @@ def scores(
 
 
 def estimate(sums: Int64[np.ndarray, "n 3 k"]) -> Estimate:
-  """`scores` of n images, with errors over images.
-
-  Raises InputError if every pixel is ignored.
-  """
+  """`scores` of n images, with errors over images."""
   flat = sums[sums[:, 1].any(axis=-1)].reshape(-1, 3 * sums.shape[-1])
   if not len(flat):
     raise InputError("every pixel is ignored")

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float32, Float64, UInt8
+from jaxtyping import Bool, Float32
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
@@ -25,6 +25,9 @@ from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.examples import Data, ImageSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
+
+Patches = Float32[np.ndarray, "n h w d"]
+Mask = Bool[np.ndarray, "n h w"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +118,12 @@ class PatchPca(Evaluator):
       colours = np.asarray(grid.resize(shape, PIL.Image.Resampling.NEAREST))
     return [image, colours]
 
-  def _patches(
-    self, encoder: Encoder, images: Sequence[np.ndarray]
-  ) -> Float32[np.ndarray, "n h w d"]:
+  def _patches(self, encoder: Encoder, images: Sequence[np.ndarray]) -> Patches:
     method = encoder.image
     if self.size is not None:
-      shape, source = (self.size, self.size), images
-      images = examples.LazySequence(
-        lambda i: np.asarray(PIL.Image.fromarray(source[i]).resize(shape)),
-        len(source),
+      shape = (self.size, self.size)
+      images = examples.open_items(
+        images, lambda x: np.asarray(PIL.Image.fromarray(x).resize(shape))
       )
       method = encoder.dense
     if self.layer is None:
@@ -143,10 +143,7 @@ class Components:
 
 
 def principal_components(
-  patches: Float32[np.ndarray, "n h w d"],
-  *,
-  mask: Bool[np.ndarray, "n h w"],
-  count: int = 3,
+  patches: Patches, *, mask: Mask, count: int = 3
 ) -> Components:
   """Projects patches on the principal components of the patches in `mask`.
 
@@ -169,19 +166,14 @@ def principal_components(
   )
 
 
-def _covariance(
-  rows: Float64[np.ndarray, "m d"],
-) -> Float64[np.ndarray, "d d"]:
-  """Covariance of features; its size doesn't depend on the patches."""
+def _covariance(rows: np.ndarray) -> np.ndarray:
+  """Covariance `[d, d]` of features `[m, d]`."""
   centred = rows - rows.mean(axis=0)
   return centred.T @ centred / len(rows)
 
 
 def share_error(
-  patches: Float32[np.ndarray, "n h w d"],
-  *,
-  mask: Bool[np.ndarray, "n h w"],
-  count: int = 3,
+  patches: Patches, *, mask: Mask, count: int = 3
 ) -> float | None:
   """Jackknife error over images of the variance explained by `count`.
 
@@ -199,9 +191,7 @@ def share_error(
   return bootstrap.jackknife_error(np.array(shares))
 
 
-def foreground(
-  patches: Float32[np.ndarray, "n h w d"],
-) -> Bool[np.ndarray, "n h w"]:
+def foreground(patches: Patches) -> Mask:
   """Foreground mask: one side of the first component's mean.
 
   The component's sign is arbitrary. We take the side that is rarer at image
@@ -217,10 +207,7 @@ def foreground(
   return above if above.any() else all_patches
 
 
-def component_colours(
-  components: Float32[np.ndarray, "n h w 3"],
-  mask: Bool[np.ndarray, "n h w"],
-) -> UInt8[np.ndarray, "n h w 3"]:
+def component_colours(components: Patches, mask: Mask) -> np.ndarray:
   """Three components per patch as RGB, on one scale for all images.
 
   Each component is scaled from its 1st to its 99th percentile over patches in

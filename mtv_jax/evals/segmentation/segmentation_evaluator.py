@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Int64
 from PIL import Image, ImageDraw
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
-from mtv_jax.evals.core.examples import (
-  IGNORE,
-  Data,
-  SegmentationSet,
-  subsample,
-)
+from mtv_jax.evals.core.examples import Data, SegmentationSet
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import sliding_window
@@ -60,14 +56,13 @@ class SegmentationEvaluator(Evaluator):
 
   def _predict(
     self,
-    encoder: Encoder,
     score: sliding_window.Score,
     data: SegmentationSet,
     slide: sliding_window.Slide,
   ) -> Predictions:
     """Class sums of all heads for each image, and rows of the sheet."""
     indices = range(len(data.images))
-    chosen = subsample(indices, self.pictures) if self.pictures else ()
+    chosen = self.pictures and examples.subsample(indices, self.pictures)
     names = data.classes or [str(i) for i in range(data.class_count)]
 
     def summarize(
@@ -80,18 +75,13 @@ class SegmentationEvaluator(Evaluator):
         for p in predicted
       ]
       row = []
-      if i in chosen:
+      if chosen and i in chosen:
         image = data.images[i]
         row = [_draw_row(image, (truth, p), names) for p in predicted]
       return metrics_lib.class_sums(np.stack(counts)), row
 
-    predictions = sliding_window.predict(
-      data.images,
-      score,
-      slide,
-      batch_size=self.encode_batch,
-      summarize=summarize,
-    )
+    options = {"batch_size": self.encode_batch, "summarize": summarize}
+    predictions = sliding_window.predict(data.images, score, slide, **options)
     sums, rows = zip(*predictions, strict=True)
     return Predictions(np.stack(sums), [row for row in rows if row])
 
@@ -112,11 +102,6 @@ class SegmentationEvaluator(Evaluator):
     }
 
 
-def padding_colour(encoder: Encoder) -> Float32[np.ndarray, "3"]:
-  """The colour, in 0..255, that normalises to zero."""
-  return np.float32(255) * np.asarray(encoder.preprocess.mean, np.float32)
-
-
 @dataclasses.dataclass(frozen=True)
 class Predictions:
   """Class sums of several heads, and rows of their sheets."""
@@ -124,9 +109,7 @@ class Predictions:
   sums: Int64[np.ndarray, "n heads 3 k"]  # per image, `metrics.class_sums`
   rows: list[list[np.ndarray]]  # per chosen image, one row per head
 
-  def sheets(
-    self, name: str, *, head: int = 0
-  ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+  def sheets(self, name: str, *, head: int = 0) -> dict[str, np.ndarray]:
     """A head's sheet by name; empty if no images were chosen.
 
     Rows show image, truth and prediction above their class names.
@@ -137,23 +120,21 @@ class Predictions:
 
 
 def _draw_row(
-  image: UInt8[np.ndarray, "h w 3"],
-  maps: Sequence[UInt8[np.ndarray, "h w"]],
-  names: Sequence[str],
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+  image: np.ndarray, maps: Sequence[np.ndarray], names: Sequence[str]
+) -> np.ndarray:
   """Image and maps in `plots.palette` colours; ignored pixels are white."""
   colours = np.full((256, 3), 255, np.uint8)
   colours[: len(names)] = plots.palette(len(names))
   strip = plots.image_with_maps(
     image, [colours[labels] for labels in maps], height=_IMAGE_HEIGHT
   )
-  present = [int(i) for i in np.union1d(*maps) if i != IGNORE]
+  present = [int(i) for i in np.union1d(*maps) if i != examples.IGNORE]
   return np.concatenate([strip, _legend(present, strip.shape[1], names)])
 
 
 def _legend(
   present: Sequence[int], width: int, names: Sequence[str]
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> np.ndarray:
   """Legend of class names and colours."""
   font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
   corners, x, y = [], 0, 2

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -42,7 +42,6 @@ from mtv_jax.evals.segmentation import augment, sliding_window
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation.segmentation_evaluator import (
   SegmentationEvaluator,
-  padding_colour,
 )
 from mtv_jax.models.heads import dpt
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -137,7 +136,7 @@ class Segmentation(SegmentationEvaluator):
       norm=self.norm,
       batch_size=self.encode_batch,
     )
-    head = probe_heads.ProbeHead(
+    head = ProbeHead(
       test.class_count,
       dropout=plan.dropout,
       convs=2 if self.head == "conv" else 0,
@@ -151,7 +150,6 @@ class Segmentation(SegmentationEvaluator):
       batch_size=self.encode_batch,
     )
     predictions = self._predict(
-      encoder,
       lambda windows: np.stack(predict(features(windows)), axis=-2),
       test,
       plan.slide,
@@ -172,12 +170,7 @@ class Segmentation(SegmentationEvaluator):
       "final_loss": float(fitted.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
-    return Result.from_estimate(
-      estimate,
-      protocol,
-      chance,
-      sheets=sheets,
-    )
+    return Result.from_estimate(estimate, protocol, chance, sheets=sheets)
 
   def _plan(self, encoder: Encoder) -> _Plan:
     scenes, patch = is_scenes(self.data), encoder.spec.image.patch_size
@@ -209,7 +202,8 @@ class Segmentation(SegmentationEvaluator):
       ),
       augment=self.augment or ("none" if small else "official"),
       schedule=schedule,
-      warmup=round(steps * WARMUP),
+      # As 1,500 of the published 40,000 steps.
+      warmup=round(steps * 1500 / 40_000),
       rate=self.learning_rate or (1e-2 if small else 1e-3),
       saved_steps=(*range(every, steps, every), steps),
       layers=layers,
@@ -221,7 +215,7 @@ class Segmentation(SegmentationEvaluator):
   def _fit(
     self,
     encoder: Encoder,
-    head: probe_heads.ProbeHead,
+    head: ProbeHead,
     plan: _Plan,
     features: dense.Encode,
   ) -> tuple[probe.FitResult, int | str]:
@@ -234,14 +228,12 @@ class Segmentation(SegmentationEvaluator):
       windows = sum(len(part["targets"]) for part in cache)
       batches = dense.cached_batches(cache, **options)
     else:
+      # The colour, in 0..255, that normalises to zero.
+      fill = np.float32(255) * np.float32(encoder.preprocess.mean)
       batches = dense.training_batches(
         features,
         lambda i, rng: augment.augment(
-          *train.read_pair(i),
-          rng,
-          size=plan.slide.size,
-          fill=padding_colour(encoder),
-          interpolation=plan.slide.interpolation,
+          *train.read_pair(i), rng, size=plan.slide.size, fill=fill
         ),
         len(train.images),
         steps=plan.schedule.steps,
@@ -277,7 +269,7 @@ class Segmentation(SegmentationEvaluator):
       image, labels = train.read_pair(i)
       shape = slide.shape(*image.shape[:2])
       labels = resizing.resize_maps(labels, shape, method="nearest")
-      pixels = sliding_window.resize_image(image, shape, slide.interpolation)
+      pixels = sliding_window.resize_image(image, shape)
       windows = (sliding_window.cut(x, slide) for x in (pixels, labels))
       return list(zip(*windows, strict=True))
 
@@ -342,8 +334,6 @@ class _Plan:
   conv_features: int
 
 
-# Warmup fraction of the steps: 1,500 of 40,000.
-WARMUP = 1500 / 40000
 _START = 1e-6  # learning rate at step 0, as a fraction of the peak
 _ROW_PARTS = 8
 
@@ -368,7 +358,7 @@ def out_indices(layers: str, depth: int) -> tuple[int, ...]:
 
 def learning_rate_schedule(
   peak: float, *, steps: int, warmup: int
-) -> Callable[[Any], Float[Array, ""]]:
+) -> optax.Schedule:
   """DINOv3's learning rate at step s of T, with W warmup steps.
 
   For s < W: peak * (1 - (1 - s / W) (1 - 1e-6)) * (1 - s / T), then
@@ -391,12 +381,9 @@ def make_loss(head: ProbeHead) -> probe.ProbeLoss:
   """Cross-entropy loss of `features` and `targets`, for `probe.fit`."""
 
   def loss(params, state, batch, rng):
-    logits, state = head.apply(
-      {"params": params, **state},
-      batch["features"],  # [B, h, w, C]
-      train=True,
-      rng=rng,
-      mutable=["batch_stats"],
+    features = batch["features"]  # [B, h, w, C]
+    logits, state = probe_heads.apply_training(
+      head, params, state, features, rng
     )
     return pixel_loss(logits, batch["targets"]), state
 

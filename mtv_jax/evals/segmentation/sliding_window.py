@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -123,7 +123,9 @@ def resized(
 
 
 def resize_image(
-  image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolation: str
+  image: UInt8[np.ndarray, "h w 3"],
+  size: tuple[int, int],
+  interpolation: str = "bilinear",
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
   """Resizes with Pillow, antialiased."""
   if image.shape[:2] == size:
@@ -132,8 +134,7 @@ def resize_image(
   return np.asarray(PIL.Image.fromarray(image).resize(size[::-1], method))
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaledView:
+class ScaledView(NamedTuple):
   """Windows of an image at one scale, row by row, optionally mirrored."""
 
   windows: list[np.ndarray]
@@ -141,9 +142,7 @@ class ScaledView:
   mirrored: bool
 
 
-def cut_views(
-  image: UInt8[np.ndarray, "h w 3"], slide: Slide
-) -> list[ScaledView]:
+def _cut_views(image: np.ndarray, slide: Slide) -> list[ScaledView]:
   """Cuts an image into views at all scales and flips."""
   views = []
   for scale in slide.scales:
@@ -167,10 +166,10 @@ def cut(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
 
 
 @functools.lru_cache(maxsize=64)
-def axis_matrix(
+def _axis_matrix(
   length: int, target: int, *, window: int, stride: int, grid: int
-) -> Float32[np.ndarray, "target cells"]:
-  """Matrix along one axis from the cells of all windows to image pixels.
+) -> np.ndarray:
+  """`[target, cells]` matrix along an axis, from all windows' cells to pixels.
 
   The resized image has `length` pixels, each window `grid` cells, the original
   image `target` pixels.
@@ -190,36 +189,29 @@ def axis_matrix(
   return matrix
 
 
-def class_map(
-  scores: Sequence[Float32[np.ndarray, "_ _ _ k"]],
+def _class_map(
+  scores: Sequence[np.ndarray],
   views: Sequence[ScaledView],
   slide: Slide,
-  *,
   size: tuple[int, int],
-) -> UInt8[np.ndarray, "h2 w2"]:
+) -> np.ndarray:
   """Argmax class of every pixel of an image of `size`.
 
-  `scores` are the window scores of each view, on the patch grid.
+  `scores` are the window scores `[n, h, w, K]` of each view.
   """
-  if slide.average == "softmax":
-    scores = [
-      _softmax(resizing.resize(s, slide.window(*view.shape)))
-      for s, view in zip(scores, views, strict=True)
-    ]
-  resamplers = [
-    _resampler(*pair, slide, size) for pair in zip(scores, views, strict=True)
-  ]
+  resamplers = []
+  for part, view in zip(scores, views, strict=True):
+    if slide.average == "softmax":
+      part = _softmax(resizing.resize(part, slide.window(*view.shape)))
+    resamplers.append(_resampler(part, view, slide, size))
   classes = scores[0].shape[-1]
   step = max(1, _BLOCK // (4 * size[1] * classes))
   parts = []
   for top in range(0, size[0], step):
     blocks = (resample(slice(top, top + step)) for resample in resamplers)
-    if len(resamplers) == 1:
-      total = next(blocks)
-    else:
-      total = sum(
-        _softmax(b) if slide.average == "scores" else b for b in blocks
-      )
+    if len(resamplers) > 1 and slide.average == "scores":
+      blocks = map(_softmax, blocks)
+    total = functools.reduce(np.add, blocks)
     parts.append(np.argmax(total, axis=-1).astype(np.uint8))
   return np.concatenate(parts)
 
@@ -230,7 +222,7 @@ def _resampler(
   """Returns a function from a row range to full-size scores `[rows, W, K]`."""
   _, h, w, classes = scores.shape
   rows, columns = (
-    axis_matrix(length, target, window=window, stride=slide.stride, grid=grid)
+    _axis_matrix(length, target, window=window, stride=slide.stride, grid=grid)
     for length, target, window, grid in zip(
       view.shape, size, slide.window(*view.shape), (h, w), strict=True
     )
@@ -254,8 +246,6 @@ def _softmax(x: np.ndarray) -> np.ndarray:
   return x
 
 
-# Score list of the window's view, which is appended to, and the pixels.
-_Window = tuple[list[np.ndarray], np.ndarray]
 ClassMaps = list[UInt8[np.ndarray, "h w"]]  # one per head
 Score = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w heads k"]]
 
@@ -274,68 +264,34 @@ def predict(
   caller's thread scores batches of equally shaped windows across images, so
   that few shapes are compiled.
   """
+  jobs: collections.deque = collections.deque()
 
-  def read(i: int) -> _Job:
+  def read(i: int) -> tuple[int, tuple[int, int], list[ScaledView]]:
     image = images[i]
-    return _Job(i, cut_views(image, slide), slide, image.shape[:2])
+    return i, image.shape[:2], _cut_views(image, slide)
 
-  def score_batch(batch: list[_Window]) -> Iterator[Any]:
-    scores = score([pixels for _, pixels in batch])
-    return zip((target for target, _ in batch), scores, strict=True)
+  def windows() -> Iterator[np.ndarray]:
+    for job in dense.shared_map(read, range(len(images))):
+      jobs.append(job)
+      for view in job[-1]:
+        yield from view.windows
 
-  def score_windows() -> Iterator[_Job]:
-    jobs: collections.deque[_Job] = collections.deque()
-
-    def windows() -> Iterator[_Window]:
-      for job in dense.shared_map(read, range(len(images))):
-        jobs.append(job)
-        for view, target in zip(job.views, job.scores, strict=True):
-          yield from ((target, pixels) for pixels in view.windows)
-
-    for target, window_scores in dense.map_by_group(
-      score_batch,
-      windows(),
-      lambda window: window[1].shape,
-      batch_size=batch_size,
+  def score_jobs() -> Iterator[tuple]:
+    scores = []  # In the windows' order.
+    for window_scores in dense.map_by_group(
+      score, windows(), np.shape, batch_size=batch_size
     ):
-      target.append(window_scores)
-      if jobs[0].is_scored:
-        yield jobs.popleft()
+      scores.append(window_scores)
+      if len(scores) == sum(len(view.windows) for view in jobs[0][-1]):
+        yield *jobs.popleft(), scores
+        scores = []
 
-  return dense.shared_map(
-    lambda job: summarize(job.index, job.class_maps()), score_windows()
-  )
+  def resample(job: tuple) -> Any:
+    i, size, views, scores = job
+    scores = iter(scores)
+    parts = [np.stack([next(scores) for _ in view.windows]) for view in views]
+    heads = range(parts[0].shape[-2])
+    parts = [[part[..., head, :] for part in parts] for head in heads]
+    return summarize(i, [_class_map(p, views, slide, size) for p in parts])
 
-
-class _Job:
-  """An image's views, and the window scores computed so far."""
-
-  def __init__(
-    self,
-    index: int,
-    views: list[ScaledView],
-    slide: Slide,
-    size: tuple[int, int],
-  ):
-    self.index = index
-    self.views, self.slide, self.size = views, slide, size
-    self.scores: list[list[np.ndarray]] = [[] for _ in views]
-
-  @property
-  def is_scored(self) -> bool:
-    """Whether all windows have scores."""
-    pairs = zip(self.views, self.scores, strict=True)
-    return all(len(view.windows) == len(scores) for view, scores in pairs)
-
-  def class_maps(self) -> ClassMaps:
-    """Class map of each head."""
-    parts = [np.stack(scores) for scores in self.scores]
-    return [
-      class_map(
-        [part[..., head, :] for part in parts],
-        self.views,
-        self.slide,
-        size=self.size,
-      )
-      for head in range(parts[0].shape[-2])
-    ]
+  return dense.shared_map(resample, score_jobs())

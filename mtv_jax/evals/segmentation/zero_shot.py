@@ -45,7 +45,7 @@ from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.evals.segmentation.segmentation_evaluator import (
   SegmentationEvaluator,
 )
-from mtv_jax.models import layers, pooling
+from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel.mesh import replicated_sharding
@@ -106,10 +106,10 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       )
       return (normalize(patches) @ classifier.T)[..., None, :]
 
-    predictions = self._predict(encoder, score, data, slide)
+    predictions = self._predict(score, data, slide)
     sums = predictions.sums[:, 0]
     estimate = metrics_lib.estimate(sums)
-    pooled = encoder.spec.image.pool in pooling.KINDS
+    pooled = encoder.spec.image.pool in layers.ATTENTION_POOLS
     protocol = {
       **self._common_protocol(encoder, data, slide),
       **named.protocol(),
@@ -144,9 +144,8 @@ class ZeroShotSegmentation(SegmentationEvaluator):
 def default_last_block(encoder: Encoder) -> str:
   """`attention` for attention pooling or a single block, else `values`."""
   image = encoder.spec.image
-  return (
-    "attention" if image.pool in pooling.KINDS or image.depth < 2 else "values"
-  )
+  pools = image.pool in layers.ATTENTION_POOLS
+  return "attention" if pools or image.depth < 2 else "values"
 
 
 def embed_patches(
@@ -159,21 +158,17 @@ def embed_patches(
   """Patch embeddings in the space of `encoder.text`, not normalised.
 
   `last_block` is `attention`, as trained, or `values`; `images` are as for
-  `Encoder.dense`. Raises the errors of `check_patch_text`.
+  `Encoder.dense`.
   """
   check_patch_text(encoder, last_block)
+  params, names = encoder.params["image"], ["pool", "projection"]
   if last_block == "values":
+    names += ["norm", "blocks"]
     before = encoder.spec.image.depth - 2
-    out = encoder.dense(
-      images, layers=(before,), outputs=(), batch_size=batch_size
-    )
-    tokens = out.layers[before]
+    options = {"layers": (before,), "outputs": (), "batch_size": batch_size}
+    tokens = encoder.dense(images, **options).layers[before]
   else:
     tokens = encoder.dense(images, batch_size=batch_size).patches
-  params = encoder.params["image"]
-  names = ("pool", "projection")
-  if last_block == "values":
-    names += ("norm", "blocks")
   function = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
   out = batched.in_batches(
     functools.partial(function, {k: params[k] for k in names if k in params}),
@@ -190,7 +185,7 @@ def check_patch_text(encoder: Encoder, last_block: str) -> None:
   """Raises InputError if an encoder's patches can't be embedded."""
   check_choice("last_block", last_block, ("attention", "values"))
   spec, params = encoder.spec.image, encoder.params["image"]
-  required = ["pool"] if spec.pool in pooling.KINDS else []
+  required = ["pool"] if spec.pool in layers.ATTENTION_POOLS else []
   if spec.projection:
     required.append("projection")
   if last_block == "values":
@@ -247,6 +242,6 @@ class _TokenTower(nn.Module):
         **stack_lib.block_options(spec), dtype=self.dtype, name="block"
       )(x)
       x = stack_lib.final_norm(spec, self.dtype)(x)
-    if spec.pool in pooling.KINDS:
-      x = pooling.build(spec, self.dtype)(x)  # [N, D]
+    if spec.pool in layers.ATTENTION_POOLS:
+      x = layers.build_pool(spec, self.dtype)(x)  # [N, D]
     return layers.project(x.reshape(-1, x.shape[-1]), spec.projection)

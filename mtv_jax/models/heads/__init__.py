@@ -8,32 +8,21 @@ from typing import Any
 
 from mtv_jax.config import options
 from mtv_jax.config.sections import Config
+from mtv_jax.models.heads import caption_decoder, dpt, prompter
 from mtv_jax.models.heads.base import PredictionHead
-from mtv_jax.models.heads.caption_decoder import (
-  CaptionHead,
-  ReferringHead,
-  RegionCaptionHead,
-)
-from mtv_jax.models.heads.dense_dpt import (
-  MetricDepthHead,
-  NormalsHead,
-  SegmentationHead,
-)
-from mtv_jax.models.heads.dpt import DepthHead
-from mtv_jax.models.heads.prompter import GroundingHead, LocatorHead
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 # Keyed by the name that `Encoder.predict` takes.
 HEADS: dict[str, type[PredictionHead]] = {
-  "depth": DepthHead,
-  "metric_depth": MetricDepthHead,
-  "normals": NormalsHead,
-  "segmentation": SegmentationHead,
-  "grounding": GroundingHead,
-  "locator": LocatorHead,
-  "caption": CaptionHead,
-  "referring": ReferringHead,
-  "region_caption": RegionCaptionHead,
+  "depth": dpt.DepthHead,
+  "metric_depth": dpt.MetricDepthHead,
+  "normals": dpt.NormalsHead,
+  "segmentation": dpt.SegmentationHead,
+  "grounding": prompter.GroundingHead,
+  "locator": prompter.LocatorHead,
+  "caption": caption_decoder.CaptionHead,
+  "referring": caption_decoder.ReferringHead,
+  "region_caption": caption_decoder.RegionCaptionHead,
 }
 
 
@@ -72,11 +61,12 @@ def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
   """Head options by objective, for an export's `mtv_jax.json`."""
   described = {}
   for head in heads.values():
-    fields = dataclasses.asdict(head)
-    for field in dataclasses.fields(head):
-      if field.name in _LATER and fields[field.name] == field.default:
-        del fields[field.name]
-    described[head.objective] = fields
+    defaults = {f.name: f.default for f in dataclasses.fields(head)}
+    described[head.objective] = {
+      name: value
+      for name, value in dataclasses.asdict(head).items()
+      if name not in _LATER or value != defaults[name]
+    }
   return described
 
 
@@ -112,6 +102,5 @@ def contrastive_head(heads: Mapping[str, Any]) -> str:
   if len(scaled) == 1:
     return scaled[0]
   raise InputError(
-    f"Of the heads {sorted(heads)} these have a temperature (logit_scale): "
-    f"{scaled}; expected one, or one called 'contrastive'."
+    f"The heads {scaled} of {sorted(heads)} have a temperature; expected one."
   )

@@ -59,27 +59,15 @@ class PredictionHead:
 
   def predict(
     self,
-    head: Callable[..., Any],
-    image: Any,
-    grid: tuple[int, int],
-    **inputs: Array,
+    head: Callable[..., Any],  # The module with its parameters.
+    image: Any,  # `vit.ImageOutput` of B images, with `taps`.
+    grid: tuple[int, int],  # Rows and columns of its patches.
+    **inputs: Array,  # float32 `[B, m, C]`, by the names in `inputs`.
   ) -> dict[str, Array]:
-    """Predicts `[B, ...]`, or `[B, m, ...]` for the m rows of an input.
-
-    Args:
-      head: the module with its parameters.
-      image: `vit.ImageOutput` of B images, with `taps`.
-      grid: rows and columns of its patches.
-      **inputs: float32 `[B, m, C]`, by the names in `inputs`.
-    """
+    """Predicts `[B, ...]`, or `[B, m, ...]` for the m rows of an input."""
     raise NotImplementedError
 
   def decode(self, out: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Adds the text that the tokenizer decodes from the predictions.
-
-    Args:
-      out: NumPy predictions by name, `[n, ...]`.
-      tokenizer: None for an encoder without a tokenizer.
-    """
+    """Adds the text that the tokenizer, if any, decodes from predictions."""
     del tokenizer
     return out

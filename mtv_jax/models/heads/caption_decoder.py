@@ -1,11 +1,20 @@
 """Captioning decoder of CapPa and LocCa, and the heads that decode with it.
 
 A transformer decoder attends to the image's patch tokens and predicts the
-answers of `caption_sequences` token by token (Wan et al. 2024, LocCa; Tschannen
+answers of its tasks token by token (Wan et al. 2024, LocCa; Tschannen
 et al. 2025, SigLIP 2).
 
 In CapPa's parallel prediction (Tschannen et al. 2023) all inputs are mask
-tokens, without a causal mask.
+tokens, without a causal mask. The tasks' sequences (LocCa):
+
+    caption          [caption]                     -> caption
+    referring        [referring] phrase            -> y0 x0 y1 x1   (AREF)
+    region_caption   [region_caption] y0 x0 y1 x1  -> phrase        (GCAP)
+
+The vocabulary is the tokenizer's, then one token per coordinate bin, then, as
+inputs only, one start token per task and a mask token. LocCa starts tasks with
+words ("ARef:"); start tokens are our choice, since they need no tokenizer.
+Captions and phrases end with the tokenizer's end of text.
 """
 
 from __future__ import annotations
@@ -26,9 +35,85 @@ from mtv_jax.config import options
 from mtv_jax.models import layers, linear
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
-from mtv_jax.models.heads import caption_sequences as sequences
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import pytree_dataclass
+
+TASKS = ("caption", "referring", "region_caption")
+CORNERS = 4  # Coordinates of a box: y0, x0, y1, x1.
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """Token ids of the decoder: text, coordinate bins, tasks, mask."""
+
+  text: int  # Size of the tokenizer's vocabulary.
+  bins: int
+
+  @property
+  def outputs(self) -> int:  # Ids that the decoder predicts: text and bins.
+    return self.text + self.bins
+
+  @property
+  def inputs(self) -> int:  # All ids.
+    return self.outputs + len(TASKS) + 1
+
+  @property
+  def mask(self) -> int:  # The mask token of parallel prediction.
+    return self.inputs - 1
+
+  def begin(self, task: str) -> int:
+    """The start token of a task."""
+    return self.outputs + TASKS.index(task)
+
+  def quantize(self, boxes: Float[Array, "*b 4"]) -> Int[Array, "*b 4"]:
+    """Ids of the bins nearest to coordinates in 0..1.
+
+    The first bin is 0, the last bin 1. LocCa does not specify their positions.
+    """
+    index = jnp.round(jnp.clip(boxes, 0.0, 1.0) * (self.bins - 1))
+    return self.text + index.astype(jnp.int32)
+
+  def dequantize(self, ids: Int[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+    """Coordinates of bin ids."""
+    return (ids - self.text).astype(jnp.float32) / (self.bins - 1)
+
+
+@pytree_dataclass
+class Sequences:
+  """Token sequences: a given prompt, then the answer to predict.
+
+  The answer directly follows the prompt, so that padding has no effect.
+  """
+
+  inputs: Int[Array, "b s l"]
+  targets: Int[Array, "b s l"]  # The token after each input.
+  is_answer: Bool[Array, "b s l"]  # Which targets belong to the answer.
+
+
+def make_sequences(
+  begin: int,
+  prompt: Int[Array, "b s p"],
+  prompt_length: Int[Array, "b s"],
+  answer: Int[Array, "b s a"],
+  answer_length: Int[Array, "b s"],
+) -> Sequences:
+  """Joins right-padded prompts and answers: `[begin, prompt, answer]`."""
+  both = jnp.concatenate([prompt, answer], axis=-1)
+  p, index = prompt.shape[-1], np.arange(both.shape[-1])
+  start, end = prompt_length[..., None], answer_length[..., None]
+  order = jnp.where(index < start, index, index + p - start)
+  order = jnp.minimum(order, len(index) - 1)
+  targets = jnp.take_along_axis(both, order, axis=-1)
+  first = jnp.full_like(targets[..., :1], begin)
+  inputs = jnp.concatenate([first, targets[..., :-1]], axis=-1)
+  return Sequences(inputs, targets, (index >= start) & (index < start + end))
+
+
+def text_length(tokens: Int[Array, "*b t"], eos_id: int) -> Int[Array, "*b"]:
+  """Number of tokens up to and including the first end of text."""
+  ends = tokens == eos_id
+  before = jnp.cumsum(ends, axis=-1) - ends
+  return jnp.sum(before == 0, axis=-1)
 
 
 @pytree_dataclass
@@ -41,10 +126,6 @@ class TokenLogits:
   vectors: Float[Array, "b s l d"]
   kernel: Float[Array, "d v"]
   bias: Float[Array, " v"]
-
-  def __call__(self) -> Float[Array, "b s l v"]:
-    """All logits."""
-    return self.chunk(self.kernel, self.bias)
 
   def chunk(
     self, kernel: Float[Array, "d c"], bias: Float[Array, " c"]
@@ -105,7 +186,7 @@ class CaptionDecoder(nn.Module):
   as in our text tower.
   """
 
-  vocabulary: sequences.Vocabulary
+  vocabulary: Vocabulary
   length: int  # Maximum tokens of a sequence.
   width: int
   depth: int
@@ -129,21 +210,14 @@ class CaptionDecoder(nn.Module):
     if length > self.length:
       raise InputError(
         f"Sequences of {length} tokens for a captioning decoder of "
-        f"{self.length}: shorten captions and phrases to "
-        f"{self.length - sequences.CORNERS} tokens, or set the length to "
-        f"{length - sequences.CORNERS}."
+        f"{self.length}: shorten the texts by {length - self.length} tokens."
       )
     dtype = patches.dtype
-    table = self.param(
-      "token_embedding",
-      nn.initializers.normal(1.0),
-      (self.vocabulary.inputs, self.width),
-    )
-    positions = self.param(
-      "position_embedding",
-      nn.initializers.normal(self.width**-0.5),
-      (self.length, self.width),
-    )
+    width = self.width
+    init = nn.initializers.normal(1.0)
+    table = self.param("token_embedding", init, (self.vocabulary.inputs, width))
+    init = nn.initializers.normal(width**-0.5)
+    positions = self.param("position_embedding", init, (self.length, width))
     x = jnp.take(table, tokens.reshape(-1, length), axis=0)
     x = (x + positions[:length]).astype(dtype)  # [B * s, l, D]
     block = DecoderBlock(
@@ -155,35 +229,18 @@ class CaptionDecoder(nn.Module):
       parent=None,
     )
     context = (patches, parallel.reshape(-1, 1))
-    init = stack_lib.stacked_init(block, self.depth, self.width, context)
-    x, _ = stack_lib.run_stack(
-      block,
-      self.param("blocks", init),
-      x,
-      context=context,
-      remat=self.remat,
-      scan=self.scan,
-      mesh=self.mesh,
+    stack = self.param(
+      "blocks", stack_lib.stacked_init(block, self.depth, width, context)
     )
+    runtime = dict(remat=self.remat, scan=self.scan, mesh=self.mesh)
+    x, _ = stack_lib.run_stack(block, stack, x, context=context, **runtime)
     x = layers.norm(self.norm_eps, jnp.float32, "norm")(x)
-    kernel, bias = _Output(self.vocabulary.outputs, name="projection")(
-      self.width
+    size = self.vocabulary.outputs
+    shapes = {"kernel": (width, size), "bias": (size,)}
+    last_layer = self.param(
+      "projection", lambda key: {k: jnp.zeros(s) for k, s in shapes.items()}
     )
-    return TokenLogits(x.reshape(*rows, length, self.width), kernel, bias)
-
-
-class _Output(nn.Module):
-  """The last layer's parameters."""
-
-  outputs: int
-
-  @nn.compact
-  def __call__(self, width):
-    zeros = nn.initializers.zeros
-    return (
-      self.param("kernel", zeros, (width, self.outputs)),
-      self.param("bias", zeros, (self.outputs,)),
-    )
+    return TokenLogits(x.reshape(*rows, length, width), **last_layer)
 
 
 # (tokens, parallel, patches) -> TokenLogits: the module with its parameters.
@@ -204,12 +261,9 @@ def greedy_decode(
   """Greedy decoding of `count` tokens after `[begin, prompt]`.
 
   Runs the decoder over the whole sequence for each token, without a KV cache:
-  the cost grows quadratically with the length.
-
-  Args:
-    ids: first allowed id, and one past the last.
-    stop: id that ends an answer and pads it; decoding stops once all rows have
-      it.
+  the cost grows quadratically with the length. `ids` are the first allowed id
+  and one past the last. `stop` ends an answer and pads it; decoding stops once
+  all rows have it.
   """
   low, high = ids
   shape = prompt.shape[:2]
@@ -222,7 +276,7 @@ def greedy_decode(
 
   def step(state):
     i, answer, done = state
-    rows = sequences.make_sequences(begin, prompt, prompt_length, answer, full)
+    rows = make_sequences(begin, prompt, prompt_length, answer, full)
     logits = decoder(rows.inputs, parallel, patches)
     at = (prompt_length + i)[..., None, None]
     vectors = jnp.take_along_axis(logits.vectors, at, axis=2)  # [B, s, 1, D]
@@ -240,6 +294,12 @@ def greedy_decode(
   return jax.lax.while_loop(unfinished, step, (0, answer, done))[1]
 
 
+# Options of the head that default to the text tower's of the same name.
+_TEXT_OPTIONS = (
+  "width", "mlp_dim", "gelu", "norm_eps", "vocab_size", "length", "eos_id"
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class CaptionHead(base.PredictionHead):
   """Caption head: captions an image.
@@ -252,7 +312,7 @@ class CaptionHead(base.PredictionHead):
   params_key = "caption_decoder"
 
   # Tasks to train.
-  tasks: tuple[Literal[sequences.TASKS], ...] = sequences.TASKS
+  tasks: tuple[Literal[TASKS], ...] = TASKS
   width: options.PositiveInt | None = None
   depth: options.PositiveInt | None = None
   attention_heads: options.PositiveInt | None = None
@@ -267,7 +327,7 @@ class CaptionHead(base.PredictionHead):
 
   def __post_init__(self):
     if not self.tasks:
-      raise ConfigError(f"tasks is empty; expected some of {sequences.TASKS}.")
+      raise ConfigError(f"tasks is empty; expected some of {TASKS}.")
 
   def is_trained(self, name: str) -> bool:
     return name in self.tasks
@@ -275,21 +335,10 @@ class CaptionHead(base.PredictionHead):
   def resolve(self, spec: Any) -> CaptionHead:
     text = spec.text
     if text is None:
-      raise ConfigError(
-        "captioning reads captions, whose tokens the text tower's options give "
-        "(tokenizer, length, vocab_size): set config.model.text."
-      )
-    defaults = dict(
-      width=text.width,
-      depth=max(text.depth // 2, 1),
-      attention_heads=text.heads,
-      mlp_dim=text.mlp_dim,
-      gelu=text.gelu,
-      norm_eps=text.norm_eps,
-      vocab_size=text.vocab_size,
-      length=text.length,
-      eos_id=text.eos_id,
-    )
+      raise ConfigError("captioning needs a tokenizer: set config.model.text.")
+    defaults = {name: getattr(text, name) for name in _TEXT_OPTIONS}
+    defaults["depth"] = max(text.depth // 2, 1)
+    defaults["attention_heads"] = text.heads
     given = {k: v for k, v in vars(self).items() if v is not None}
     head = dataclasses.replace(self, **(defaults | given))
     if head.width % head.attention_heads or head.bins < 2:
@@ -300,15 +349,15 @@ class CaptionHead(base.PredictionHead):
     return head
 
   @property
-  def vocabulary(self) -> sequences.Vocabulary:
+  def vocabulary(self) -> Vocabulary:
     """The decoder's vocabulary; requires a resolved head."""
-    return sequences.Vocabulary(self.vocab_size, self.bins)
+    return Vocabulary(self.vocab_size, self.bins)
 
   def module(self, **runtime: Any) -> CaptionDecoder:
     """Builds the decoder; `runtime`: `remat` and `scan`."""
     return CaptionDecoder(
       vocabulary=self.vocabulary,
-      length=self.length + sequences.CORNERS,
+      length=self.length + CORNERS,
       width=self.width,
       depth=self.depth,
       heads=self.attention_heads,
@@ -328,14 +377,11 @@ class CaptionHead(base.PredictionHead):
   def check_tokenizer(self, tokenizer: Any) -> None:
     if tokenizer.eos_id != self.eos_id:
       raise ConfigError(
-        f"captioning ends texts with the id {self.eos_id}, but {tokenizer!r} "
-        f"ends them with {tokenizer.eos_id}: set config.objectives.captioning."
-        f"eos_id to that, or use a tokenizer with an end of text."
+        f"captioning ends texts with {self.eos_id}, but {tokenizer!r} "
+        f"ends them with {tokenizer.eos_id}: set objectives.captioning.eos_id."
       )
 
-  def predict(
-    self, head: Decoder, image: Any, grid: tuple[int, int]
-  ) -> dict[str, Array]:
+  def predict(self, head, image, grid) -> dict[str, Array]:
     """Predicts `tokens` `[B, length]`, padded with the end of text."""
     del grid
     prompt = jnp.zeros((len(image.patches), 1, 0), jnp.int32)
@@ -372,15 +418,11 @@ class ReferringHead(CaptionHead):
 
   inputs = {"phrases": base.TOKENS}
 
-  def predict(
-    self,
-    head: Decoder,
-    image: Any,
-    grid: tuple[int, int],
-    *,
-    phrases: Float[Array, "b m p"],
-  ) -> dict[str, Array]:
-    """Predicts `boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`, from phrase tokens."""
+  def predict(self, head, image, grid, *, phrases) -> dict[str, Array]:
+    """Predicts `boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`, from phrase tokens.
+
+    `phrases`: `[B, m, P]`, float.
+    """
     del grid
     prompt = phrases.astype(jnp.int32)
     ids = greedy_decode(
@@ -388,8 +430,8 @@ class ReferringHead(CaptionHead):
       image.patches,
       self.vocabulary.begin("referring"),
       prompt,
-      sequences.text_length(prompt, self.eos_id),
-      count=sequences.CORNERS,
+      text_length(prompt, self.eos_id),
+      count=CORNERS,
       ids=(self.vocab_size, self.vocabulary.outputs),
     )
     return {"boxes": self.vocabulary.dequantize(ids)}
@@ -399,16 +441,9 @@ class ReferringHead(CaptionHead):
 class RegionCaptionHead(CaptionHead):
   """Region caption head: a phrase for each box."""
 
-  inputs = {"boxes": sequences.CORNERS}
+  inputs = {"boxes": CORNERS}
 
-  def predict(
-    self,
-    head: Decoder,
-    image: Any,
-    grid: tuple[int, int],
-    *,
-    boxes: Float[Array, "b m 4"],
-  ) -> dict[str, Array]:
+  def predict(self, head, image, grid, *, boxes) -> dict[str, Array]:
     """Predicts `tokens` `[B, m, length]` for boxes `(y0, x0, y1, x1)`."""
     del grid
     prompt = self.vocabulary.quantize(boxes)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
-from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.models.positions import resize_grid
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.resampling import resize_matrix
 
 STAGES = 4
-RESIZES = ("products", "neighbours")
 # Largest side of a depth map by default: the depth loss sorts its pixels.
 MAX_SIDE = 112
 
@@ -37,45 +37,26 @@ _SHAPES = {
   1024: (256, (256, 512, 1024, 1024)),
   1536: (384, (1536,) * 4),
 }
-# DINOv2's and Depth Anything's for 24 layers; the rule's first would be 5.
-_TAPS = {24: (4, 11, 17, 23)}
+_TAPS = {24: (4, 11, 17, 23)}  # DINOv2's; the rule's first would be 5.
 
 
 def quarter_taps(depth: int) -> tuple[int, int, int, int]:
-  """The last layer of each quarter of a tower, counted from 0.
+  """The last layer of each quarter of a tower, rounded up, counted from 0.
 
-  12 layers: 2, 5, 8, 11; 40: 9, 19, 29, 39; 24: DINOv2's 4, 11, 17, 23. Rounds
-  up if the depth is not divisible by four; repeats layers below four.
+  12 layers: 2, 5, 8, 11; 24: DINOv2's 4, 11, 17, 23.
   """
   quarters = [math.ceil(depth * (i + 1) / STAGES) - 1 for i in range(STAGES)]
   return _TAPS.get(depth, tuple(quarters))
 
 
-def default_features(width: int) -> int:
-  """Channels of the fused maps for an encoder of this width.
+def default_shape(width: int) -> tuple[int, tuple[int, int, int, int]]:
+  """Channels of the fused and of the reassembled maps, by encoder width.
 
-  As in Depth Anything V2 for S, B, L and g; otherwise about a sixth of it.
-  """
-  return _SHAPES.get(width, (max(16, width // 48 * 8), ()))[0]
-
-
-def default_channels(width: int) -> tuple[int, int, int, int]:
-  """Channels of the reassembled maps for an encoder of this width.
-
-  As in Depth Anything V2; otherwise an eighth, a quarter, half and all of the
-  width, the pattern of its S and B.
+  As in Depth Anything V2 for S, B, L and g; otherwise about a sixth of the
+  width, and an eighth, a quarter, half and all of it, the pattern of S and B.
   """
   rule = tuple(max(1, width // share) for share in (8, 4, 2, 1))
-  return _SHAPES.get(width, (0, rule))[1]
-
-
-def _interpolation(
-  size: int, new_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Both neighbours of each new sample, and the weight of the second."""
-  position = np.arange(new_size) * (size - 1) / max(new_size - 1, 1)
-  low = np.minimum(np.floor(position).astype(int), size - 1)
-  return low, np.minimum(low + 1, size - 1), position - low
+  return _SHAPES.get(width, (max(16, width // 48 * 8), rule))
 
 
 def resize_corners(
@@ -103,13 +84,14 @@ def _by_products(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _by_neighbours(x: jax.Array, axis: int, size: int) -> jax.Array:
-  low, high, weight = _interpolation(x.shape[axis], size)
-  weight = jnp.asarray(
-    np.expand_dims(weight, (*range(1, x.ndim - axis),)), x.dtype
-  )
+  last = x.shape[axis] - 1
+  position = np.arange(size) * last / max(size - 1, 1)
+  low = np.minimum(np.floor(position).astype(int), last)
+  weight = np.expand_dims(position - low, (*range(1, x.ndim - axis),))
+  weight = jnp.asarray(weight, x.dtype)
   below, above = (
     jnp.take(x, i, axis=axis, mode="clip", indices_are_sorted=True)
-    for i in (low, high)
+    for i in (low, np.minimum(low + 1, last))
   )
   return below * (1 - weight) + above * weight
 
@@ -181,6 +163,15 @@ class Reassemble(nn.Module):
     return Upsample(int(self.factor), name="resize")(x)
 
 
+def reassemble(
+  x: Float[Array, "b h w d"], i: int, channels: Sequence[int], features: int
+) -> Float[Array, "b h2 w2 f"]:
+  """Maps the tokens of stage i, from the shallowest, to the fused channels."""
+  factor, name = (4, 2, 1, 0.5)[i], f"reassemble{i + 1}"
+  y = Reassemble(channels[i], factor, name=name)(x)
+  return conv(features, 3, x.dtype, f"lateral{i + 1}", use_bias=False)(y)
+
+
 class Residual(nn.Module):
   """Pre-activation residual unit x + conv(relu(conv(relu(x))))."""
 
@@ -214,8 +205,7 @@ class Fusion(nn.Module):
       x = x + Residual(self.use_bias, name="residual1")(stage)
     x = Residual(self.use_bias, name="residual2")(x)
     # Released code projects after resizing. Interpolation weights sum to one,
-    # so the order does not matter, and projecting first needs a quarter of the
-    # FLOPs.
+    # so the order does not matter, and projecting first takes a quarter of it.
     x = Pointwise(x.shape[-1], x.dtype, name="projection")(x)
     return resize_corners(x, size, by=self.resize)
 
@@ -247,33 +237,18 @@ class DPT(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    stages: Sequence[Float[Array, "b h w d"]],
-    size: tuple[int, int],
+    self, stages: Sequence[Float[Array, "b h w d"]], size: tuple[int, int]
   ) -> Float[Array, "b h2 w2"]:
     """Predicts a float32 map from the patch tokens of four layers.
 
-    Args:
-      stages: the tokens as maps, shallow to deep.
-      size: rows and columns of the prediction; Depth Anything uses the image's.
+    `stages` are the tokens as maps, shallow to deep; `size` is the prediction's
+    rows and columns, in Depth Anything the image's.
     """
-    check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
-    check_choice("DPT.activation", self.activation, ("none", "relu"))
-    check_choice("DPT.resize", self.resize, RESIZES)
-    if len(stages) != STAGES:
-      raise InputError(f"DPT reads {STAGES} stages, not {len(stages)}.")
     maps = []  # [B, h_i, w_i, features]
     for i, x in enumerate(stages):
       if self.tap_norm == "layer":
         x = layers.norm(1e-6, x.dtype, f"norm{i + 1}")(x)
-      reassemble = Reassemble(
-        self.channels[i], (4, 2, 1, 0.5)[i], name=f"reassemble{i + 1}"
-      )
-      lateral = conv(
-        self.features, 3, x.dtype, f"lateral{i + 1}", use_bias=False
-      )
-      maps.append(lateral(reassemble(x)))
-
+      maps.append(reassemble(x, i, self.channels, self.features))
     x = maps[-1]
     h, w = (self.upsample * side for side in maps[0].shape[1:3])
     sizes = [(h, w), *(m.shape[1:3] for m in maps[:-1])]
@@ -299,8 +274,8 @@ class DepthHead(base.PredictionHead):
 
   # Layers to read, shallow to deep, from 0; None for `quarter_taps`.
   taps: tuple[int, int, int, int] | None = None
-  features: options.PositiveInt | None = None  # None for `default_features`.
-  channels: tuple[int, int, int, int] | None = None  # `default_channels`.
+  features: options.PositiveInt | None = None  # None for `default_shape`.
+  channels: tuple[int, int, int, int] | None = None  # As above.
   tap_norm: Literal["layer", "none"] = DPT.tap_norm
   # Side of the map; None for four times the patch grid (a stride of 4 pixels at
   # patch 16), at most `MAX_SIDE`.
@@ -318,19 +293,17 @@ class DepthHead(base.PredictionHead):
     image = spec.image
     taps = self.taps or quarter_taps(image.depth)
     stack_lib.check_taps(taps, image.depth)
+    features, channels = default_shape(image.width)
     return dataclasses.replace(
       self,
       taps=taps,
-      features=self.features or default_features(image.width),
-      channels=self.channels or default_channels(image.width),
+      features=self.features or features,
+      channels=self.channels or channels,
     )
 
   def module(self) -> DPT:
     if self.features is None or self.channels is None:
-      raise ConfigError(
-        "depth: the width of the model is not known; give features and "
-        "channels, or resolve() with the model."
-      )
+      raise ConfigError("depth: give features and channels, or resolve() it.")
     return DPT(
       features=self.features,
       channels=self.channels,
@@ -344,17 +317,127 @@ class DepthHead(base.PredictionHead):
     stage = jax.ShapeDtypeStruct((1, 2, 2, spec.image.width), "float32")
     return [stage] * STAGES, (8, 8)
 
-  def predict(
-    self, head: Callable[..., Any], image: Any, grid: tuple[int, int]
-  ) -> dict[str, Array]:
+  def predict(self, head, image, grid) -> dict[str, Array]:
     """Predicts `depth` `[B, H, W]`."""
-    count = math.prod(grid)
+    shape = (-1, *grid, image.patches.shape[-1])  # [B, h, w, D]
     stages = [
-      image.taps[i][:, -count:].reshape(-1, *grid, image.patches.shape[-1])
-      for i in self.taps
-    ]  # [B, h, w, D]
+      image.taps[i][:, -math.prod(grid) :].reshape(shape) for i in self.taps
+    ]
+    size = tuple(self.size or min(4 * side, MAX_SIDE) for side in grid)
     if self.scale is not None:
-      rows, columns = (self.scale * side for side in grid)
-    else:
-      rows, columns = (self.size or min(4 * side, MAX_SIDE) for side in grid)
-    return {"depth": head(stages, (rows, columns))}
+      size = tuple(self.scale * side for side in grid)
+    return {"depth": head(stages, size)}
+
+
+class DenseDPT(nn.Module):
+  """DPT of TIPSv2's dense heads, whose stages also read the CLS token.
+
+  The map has eight times the resolution of an even patch grid. Parameters are
+  named as in `DPT`, plus `readout1` to `readout4`. They come from released
+  files; no objective trains these heads.
+  """
+
+  features: int
+  channels: tuple[int, int, int, int]  # Per reassembled map, shallow first.
+  outputs: int
+  activation: str = "none"  # Before the last layer: 'none' or 'relu'.
+  norm_eps: float = 1e-6
+
+  @nn.compact
+  def __call__(
+    self, stages: Sequence[Float[Array, "b k d"]], grid: tuple[int, int]
+  ) -> Float[Array, "b h w c"]:
+    """Predicts a float32 map from the tokens (CLS, patches) of four layers."""
+    maps = []
+    for i, x in enumerate(stages):
+      x = layers.norm(self.norm_eps, x.dtype, f"norm{i + 1}")(x)
+      cls, patches = jnp.broadcast_arrays(x[:, :1], x[:, 1:])
+      x = jnp.concatenate([patches, cls], axis=-1)  # [B, N, 2 D]
+      width = patches.shape[-1]
+      x = layers.Dense(width, dtype=x.dtype, name=f"readout{i + 1}")(x)
+      x = layers.gelu(x, "tanh").reshape(-1, *grid, width)
+      maps.append(reassemble(x, i, self.channels, self.features))
+    x, *others = reversed(maps)
+    others = [None, *others]
+    for i, stage in zip((4, 3, 2, 1), others, strict=True):
+      if stage is not None:  # Of an odd grid: to the deeper stages' size.
+        stage = resize_grid(stage, x.shape[1:3], "bilinear").astype(x.dtype)
+      size = (2 * x.shape[1], 2 * x.shape[2])
+      x = Fusion(use_bias=False, name=f"fusion{i}")(x, stage, size)
+    x = conv(self.features, 3, x.dtype, "conv1")(x)
+    if self.activation == "relu":
+      x = jax.nn.relu(x)
+    return Pointwise(self.outputs, jnp.float32, name="conv2")(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseHead(base.PredictionHead):
+  """Base class of TIPSv2's dense heads: layers, sizes and outputs."""
+
+  output: ClassVar[str]  # Key of the prediction.
+  activation: ClassVar[str] = "none"
+
+  taps: tuple[int, int, int, int] = (2, 5, 8, 11)
+  features: options.PositiveInt = 256
+  channels: tuple[int, int, int, int] = (96, 192, 384, 768)
+  outputs: options.PositiveInt = 3
+  norm_eps: options.PositiveFloat = 1e-6
+
+  def module(self) -> DenseDPT:
+    return DenseDPT(
+      features=self.features,
+      channels=self.channels,
+      outputs=self.outputs,
+      activation=self.activation,
+      norm_eps=self.norm_eps,
+    )
+
+  def example(self, spec: Any) -> tuple:
+    stage = jax.ShapeDtypeStruct((1, 5, spec.image.width), "float32")
+    return [stage] * STAGES, (2, 2)
+
+  def predict(self, head, image, grid) -> dict[str, Array]:
+    """Predicts the map, `[B, H, W]` or `[B, H, W, C]`."""
+    prefix = image.prefix.shape[1]
+    taps = [image.taps[i] for i in self.taps]
+    stages = [jnp.concatenate([x[:, :1], x[:, prefix:]], axis=1) for x in taps]
+    return {self.output: self._finish(head(stages, grid))}
+
+  def _finish(self, x: Float[Array, "b h w c"]) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricDepthHead(DenseHead):
+  """Depth in metres: the mean of `outputs` bins, weighted by their logits."""
+
+  objective = "metric_depth"
+  params_key = "metric_depth"
+  output = "depth"
+  activation = "relu"
+
+  min_depth: options.PositiveFloat = 0.001
+  max_depth: options.PositiveFloat = 10.0
+
+  def _finish(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
+    weights = jax.nn.relu(x) + self.min_depth
+    bins = jnp.linspace(self.min_depth, self.max_depth, self.outputs)
+    return (weights * bins).sum(-1) / weights.sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalsHead(DenseHead):
+  """Surface normals (x, y, z), not normalised."""
+
+  objective = "normals"
+  params_key = "normals"
+  output = "normals"
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationHead(DenseHead):
+  """Logits of `outputs` classes."""
+
+  objective = "segmentation"
+  params_key = "segmentation"
+  output = "logits"

@@ -73,9 +73,8 @@ class Adaptor(nn.Module):
   hidden: int
 
   def setup(self):
-    self.mlp = _Mlp(
-      self.hidden, self.out, 2, norm=True, kernel_init=layers.kernel_init
-    )
+    init = layers.kernel_init
+    self.mlp = _Mlp(self.hidden, self.out, 2, norm=True, kernel_init=init)
 
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
     """Predicted features, float32; computes in the dtype of `x`."""
@@ -95,12 +94,11 @@ class _Mlp(nn.Module):
   def __call__(self, x):
     for i in range(1, self.layers + 1):
       last = i == self.layers
-      x = layers.Dense(
-        self.out if last else self.hidden,
-        dtype=x.dtype,
-        kernel_init=self.kernel_init,
-        name=f"fc{i}",
-      )(x)
+      size = self.out if last else self.hidden
+      dense = layers.Dense(
+        size, kernel_init=self.kernel_init, dtype=x.dtype, name=f"fc{i}"
+      )
+      x = dense(x)
       if not last:
         if self.norm:
           x = layers.norm(1e-6, x.dtype, f"norm{i}")(x)

@@ -94,8 +94,8 @@ class DepthAnything:
         reshape_hidden_states=False,
       ),
       reassemble_hidden_size=width,
-      neck_hidden_sizes=list(dpt.default_channels(width)),
-      fusion_hidden_size=dpt.default_features(width),
+      neck_hidden_sizes=list(dpt.default_shape(width)[1]),
+      fusion_hidden_size=dpt.default_shape(width)[0],
       head_hidden_size=32,
     )
 

@@ -20,8 +20,11 @@ from mtv_jax.perf.bench import data, harness
 from mtv_jax.report.run_folders import read_rows
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.interference import InterferenceConfig, measure_interference
-from mtv_jax.train.measurements import GradientMeasurements
+from mtv_jax.train.measurements import (
+  GradientMeasurements,
+  InterferenceConfig,
+  measure_interference,
+)
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.utils.errors import InputError, check_choice

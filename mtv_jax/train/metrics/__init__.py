@@ -6,16 +6,8 @@ classes in `trackers.py`.
 """
 
 from mtv_jax.train.metrics.chrono import Chrono, Rates
-from mtv_jax.train.metrics.console import console_line, setup_logging
 from mtv_jax.train.metrics.trackers import Tracker, build_trackers
-from mtv_jax.train.metrics.writer import MetricWriter
+from mtv_jax.train.metrics.writer import MetricWriter, setup_logging
 
-__all__ = [
-  "Chrono",
-  "MetricWriter",
-  "Rates",
-  "Tracker",
-  "build_trackers",
-  "console_line",
-  "setup_logging",
-]
+__all__ = ["Chrono", "MetricWriter", "Rates", "Tracker"]
+__all__ += ["build_trackers", "setup_logging"]

@@ -32,7 +32,7 @@ class Chrono:
 
   Usage, once per step:
 
-    with chrono.waiting(): batch = next(batches)
+    with chrono.measure("wait"): batch = next(batches)
     state, metrics = update(state, batch)
     chrono.step()
 
@@ -70,18 +70,11 @@ class Chrono:
     self._steps += not self.compiling
     self.compiling = False
 
-  def waiting(self) -> contextlib.AbstractContextManager[None]:
-    """Counts the time inside as training time spent waiting for data."""
-    return self._measure("wait")
-
-  def pause(
-    self, kind: Literal["save", "evaluate", "measure"]
-  ) -> contextlib.AbstractContextManager[None]:
-    """Excludes the time inside from training: a checkpoint, an evaluation."""
-    return self._measure(kind)
-
   @contextlib.contextmanager
-  def _measure(self, kind: str) -> Iterator[None]:
+  def measure(
+    self, kind: Literal["wait", "save", "evaluate", "measure"]
+  ) -> Iterator[None]:
+    """Counts the time inside as `kind`: of training, only `wait` is a part."""
     self._lap()
     self._starting = False
     try:

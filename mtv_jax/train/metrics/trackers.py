@@ -23,12 +23,11 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.train.metrics.jsonl import JsonlFile
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError
@@ -37,6 +36,85 @@ log = logging.getLogger(__name__)
 
 _IDS = "trackers.json"
 _numbers = itertools.count()
+# Maximum rows to buffer while a file can't be written; drops the oldest.
+MAX_PENDING = 100_000
+
+RowPredicate = Callable[[Mapping[str, Any]], bool]
+
+
+class JsonlFile:
+  """A JSON-lines file that stays intact on full disks and after kills.
+
+  Rows are JSON objects with a step. A row is on disk when `append` returns. If
+  it raises, the row is buffered and written by the next `append` that succeeds.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    *,
+    start_step: int = 0,
+    keep_row: RowPredicate = lambda row: False,
+  ):
+    """Drops rows after `start_step` unless `keep_row`; 0 drops all rows."""
+    self.path = path
+    _drop_after(path, start_step, keep_row)
+    self._pending: list[bytes] = []
+
+  def append(self, row: Mapping[str, Any]) -> None:
+    self._pending.append(json.dumps(row).encode() + b"\n")
+    del self._pending[:-MAX_PENDING]
+    # Opened each time: mounted buckets store a file only when it is closed, and
+    # writes to a deleted file would succeed silently.
+    fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+      end = _end_of_last_row(fd)
+      try:
+        # All or nothing, to avoid duplicate rows.
+        data = memoryview(b"".join(self._pending))
+        while data:
+          data = data[os.write(fd, data) :]
+        os.fsync(fd)
+      except OSError:
+        os.ftruncate(fd, end)
+        raise
+    finally:
+      os.close(fd)
+    self._pending.clear()
+
+
+def _end_of_last_row(fd: int) -> int:
+  """Truncates an incomplete last line; returns the file's size."""
+  size = end = os.fstat(fd).st_size
+  while end and os.pread(fd, 1, end - 1) != b"\n":
+    end -= 1
+  if end < size:
+    os.ftruncate(fd, end)
+  return end
+
+
+def _drop_after(path: pathlib.Path, step: int, keep_row: RowPredicate) -> None:
+  """Drops rows after a step, and a last line truncated by a crash."""
+  if not path.exists():
+    return
+  text = path.read_text(encoding="utf-8", errors="replace")
+  lines = text.splitlines() if step else []
+  new = "".join(
+    f"{line}\n"
+    for line, row in zip(lines, map(_parse, lines), strict=True)
+    if row and (row["step"] <= step or keep_row(row))
+  )
+  if new != text:
+    atomic.write(path, new.encode())
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+  """Parses a row with a step; None if invalid."""
+  try:
+    row = json.loads(line)
+    return {**row, "step": float(row["step"])}
+  except (ValueError, KeyError, TypeError):
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,14 +344,11 @@ class MLflow(Tracker):
         self._first = max((value.step for value in losses), default=0)
         return
       except exceptions.MlflowException as error:
-        log.warning(
-          "MLflow lacks the run %s, and starts one: %s", self._id, error
-        )
-    experiment = self._client.get_experiment_by_name(self.experiment)
-    if experiment is None:
+        log.warning(f"MLflow lacks the run {self._id}, and starts one: {error}")
+    known = self._client.get_experiment_by_name(self.experiment)
+    experiment_id = known and known.experiment_id
+    if known is None:
       experiment_id = self._client.create_experiment(self.experiment)
-    else:
-      experiment_id = experiment.experiment_id
     name = self.name or run.name
     self._id = self._client.create_run(experiment_id, run_name=name).info.run_id
     params = [
@@ -335,8 +410,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 def build_trackers(names: str | Sequence[str]) -> dict[str, Tracker]:
   """Builds the trackers of `config.log.trackers`, not opened yet.
 
-  Args:
-    names: op strings: "jsonl", "wandb(project='mtv')", "jsonl|tensorboard".
+  Names are op strings: "jsonl", "wandb(project='mtv')", "jsonl|tensorboard".
   """
   text = names if isinstance(names, str) else "|".join(names)
   trackers = {}

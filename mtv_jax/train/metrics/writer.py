@@ -1,11 +1,14 @@
-"""Writes a run's metrics to trackers, tables and the console."""
+"""Writers of a run's metrics: console, trackers and tables."""
 
+import atexit
 import contextlib
 import dataclasses
 import logging
 import math
 import os
 import pathlib
+import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,24 +17,114 @@ import numpy as np
 
 from mtv_jax.train.metrics import trackers as trackers_lib
 from mtv_jax.train.metrics.chrono import Rates
-from mtv_jax.train.metrics.console import console_line
-from mtv_jax.train.metrics.jsonl import JsonlFile, RowPredicate
+from mtv_jax.train.metrics.trackers import JsonlFile, RowPredicate
 from mtv_jax.utils.errors import InputError, UserError
+from mtv_jax.utils.text import format_duration, format_number
 
 log = logging.getLogger(__name__)
 
+WIDTH = 120  # Of a line on the console.
 # Consecutive failures that disable a tracker, unless it is a file.
 MAX_FAILURES = 5
 # Minimum interval between warnings about a file or tracker.
 WARN_SECONDS = 600.0
 
 
+class _Console(logging.Handler):
+  """Writes to the current `sys.stdout`, which tests replace.
+
+  Drops lines that can't be written, so that a full disk, a closed terminal or
+  pipe does not end a run.
+  """
+
+  def emit(self, record: logging.LogRecord) -> None:
+    line = self.format(record)
+    with contextlib.suppress(OSError):
+      try:
+        print(line, file=sys.stdout, flush=True)
+      except UnicodeEncodeError:  # Lone surrogates, or a limited encoding.
+        line = line.encode("ascii", "backslashreplace").decode()
+        print(line, file=sys.stdout, flush=True)
+
+
+def _drop_unwritable() -> None:
+  """Redirects unwritable standard streams to the null device.
+
+  Otherwise Python, which flushes them at exit, sets the exit code to 120.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:
+        stream.flush()
+    except OSError:
+      null = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(null, stream.fileno())
+      os.close(null)
+
+
+def setup_logging(*, process_index: int = 0) -> None:
+  """Logs the package's messages to standard output, info only in process 0.
+
+  Lines show time, host and process. Libraries log only warnings (Orbax and
+  Grain log about 20 lines per checkpoint through absl).
+  """
+  package = logging.getLogger("mtv_jax")
+  package.setLevel(logging.INFO if process_index == 0 else logging.WARNING)
+  package.propagate = False
+  handler = _Console()
+  host = f"{socket.gethostname()}:{process_index}".replace("%", "%%")
+  handler.setFormatter(
+    logging.Formatter(
+      f"%(levelname).1s %(asctime)s {host}] %(message)s", "%m%d %H:%M:%S"
+    )
+  )
+  package.handlers[:] = [handler]
+  atexit.unregister(_drop_unwritable)  # Registered by an earlier call.
+  atexit.register(_drop_unwritable)
+  for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
+    logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def console_line(
+  step: int,
+  total_steps: int,
+  numbers: Mapping[str, float],
+  *,
+  rates: Rates | None = None,
+) -> str:
+  """Formats one line, such as
+
+    step 120/2000  6.0%  loss 3.412  lr 8.1e-04  812 img/s  wait 1%  eta 3m12s
+
+  Metrics that don't fit in `WIDTH` are collapsed to "+N more".
+  """
+  # Rounded down, so that only the last step shows 100 %.
+  percent = 1000 * step // max(total_steps, 1) / 10
+  width = len(str(total_steps))
+  head = f"step {step:>{width}}/{total_steps} {percent:5.1f}%"
+  tail = []
+  if rates is not None:
+    tail.append(f"{rates.images_per_second:,.0f} img/s")
+    tail.append(f"wait {100 * rates.wait:.0f}%")
+    tail.append(f"eta {format_duration(rates.eta)}")
+  parts, space = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
+  for name, value in numbers.items():
+    part = f"{name} {format_number(value)}"
+    space -= len(part) + 2
+    if space < 0:
+      parts.append(f"+{len(numbers) - len(parts)} more")
+      break
+    parts.append(part)
+  return "  ".join([head, *parts, *tail])
+
+
 class MetricWriter(contextlib.AbstractContextManager):
   """Writes a run's scalars to its trackers and the console.
 
   Non-scalar measurements go to separate files, TABLE.jsonl. Creates the run's
-  folder if missing. Drops rows after `start_step`, from which the run resumes;
-  0 drops all. Only process 0 writes.
+  folder if missing. Drops rows after `start_step`, from which the run resumes,
+  except rows of tables for which `keep_row` is True; 0 drops all. Only process
+  0 writes. `config` is for trackers that store it.
 
   Logs write errors as warnings: a full disk or an unreachable server does not
   end a run.
@@ -50,17 +143,6 @@ class MetricWriter(contextlib.AbstractContextManager):
     config: Mapping[str, Any] | None = None,
     keep_row: RowPredicate = lambda row: False,
   ):
-    """Opens the trackers.
-
-    Args:
-      workdir: the run's folder.
-      total_steps: the run's number of steps, for the console.
-      start_step: number of steps of earlier sessions.
-      process_index: index of this process.
-      trackers: see `build_trackers`; defaults to metrics.jsonl and TensorBoard.
-      config: the resolved config, for trackers that store it.
-      keep_row: whether to keep a table's row after `start_step`.
-    """
     self.total_steps = total_steps
     self._active = process_index == 0
     if not self._active:
@@ -79,10 +161,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       folder, folder.absolute().name, start_step, config=config or {}
     )
     self._failures: dict[str, _Failures] = {}
-    self._trackers = {}
-    for name, tracker in trackers.items():
-      if _open(name, tracker, run):
-        self._trackers[name] = tracker
+    self._trackers = {n: t for n, t in trackers.items() if _open(n, t, run)}
 
   def write_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
@@ -108,14 +187,10 @@ class MetricWriter(contextlib.AbstractContextManager):
   def log_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
-    """Logs named numbers as a line, only on the console.
-
-    Takes the arguments of `write_scalars`.
-    """
-    if not self._active:
-      return
-    numbers = _to_floats(values)
-    log.info(console_line(step, self.total_steps, numbers, rates=rates))
+    """Logs named numbers as a line, only on the console."""
+    if self._active:
+      numbers = _to_floats(values)
+      log.info(console_line(step, self.total_steps, numbers, rates=rates))
 
   def write_row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends a row of numbers, arrays and strings to TABLE.jsonl.
@@ -144,9 +219,8 @@ class MetricWriter(contextlib.AbstractContextManager):
       yield
     if failures.count >= MAX_FAILURES:
       log.warning(
-        "%s is disabled until the run is resumed, after %d errors in a row.",
-        name,
-        failures.count,
+        f"{name} is disabled until the run is resumed, after {failures.count}"
+        " errors in a row."
       )
       del self._trackers[name]
 
@@ -164,10 +238,8 @@ class MetricWriter(contextlib.AbstractContextManager):
       if now - failures.warned >= WARN_SECONDS:
         failures.warned = now
         log.warning(
-          "Metrics can't be written to %s; training continues. %s: %s",
-          what,
-          type(error).__name__,
-          error,
+          f"Metrics can't be written to {what}; training continues."
+          f" {type(error).__name__}: {error}"
         )
     else:
       if failures.count:
@@ -175,7 +247,6 @@ class MetricWriter(contextlib.AbstractContextManager):
       failures.count, failures.warned = 0, -math.inf
 
   def close(self, *, failed: bool = False) -> None:
-    """Ends the trackers' sessions."""
     if not self._active:
       return
     for name, tracker in [*self._trackers.items()]:
@@ -199,12 +270,11 @@ def _open(
   name: str, tracker: trackers_lib.Tracker, run: trackers_lib.TrackedRun
 ) -> bool:
   """Opens a tracker; returns False if it can't continue a run."""
-  if tracker.is_file:
-    tracker.open(run)
-    return True
   try:
     tracker.open(run)
   except Exception as error:
+    if tracker.is_file:
+      raise
     text = f"{type(error).__name__}: {error}"
     if not run.start_step:
       raise UserError(
@@ -230,10 +300,8 @@ def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _to_json(value: Any) -> Any:
   """Converts strings, numbers and arrays to JSON types."""
-  if isinstance(value, list | tuple):
-    return [_to_json(v) for v in value]
   if isinstance(value, str | int):
     return value
-  if np.ndim(value):
+  if isinstance(value, list | tuple) or np.ndim(value):
     return [_to_json(v) for v in value]
   return float(f"{value:.7g}") if math.isfinite(value) else None

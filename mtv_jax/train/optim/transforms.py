@@ -4,17 +4,21 @@ A new optimizer is a class in `OPTIMIZERS`; its fields are its options.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
-from mtv_jax.config.options import Fraction, NonNegativeFloat
-from mtv_jax.train.optim.muon import Muon
+from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
 from mtv_jax.utils.tree import map_with_names
 
+Transform = optax.GradientTransformation
 MomentDtype = Literal["float32", "bfloat16"]
+# Heads of each stack of blocks, see `StepSpec.attention_heads`.
+Heads = Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +30,8 @@ class AdamW:
   eps: NonNegativeFloat = 1e-8
   mu_dtype: MomentDtype = "float32"
 
-  def scale(
-    self, attention_heads: Mapping[str, int]
-  ) -> optax.GradientTransformation:
-    """Maps gradients to updates, before learning rate and weight decay.
-
-    `attention_heads`: see `StepSpec.attention_heads`.
-    """
+  def scale(self, attention_heads: Heads) -> Transform:
+    """Maps gradients to updates, before learning rate and weight decay."""
     return optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
@@ -46,10 +45,7 @@ class Lion:
   b2: Fraction = 0.99
   mu_dtype: MomentDtype = "float32"
 
-  def scale(
-    self, attention_heads: Mapping[str, int]
-  ) -> optax.GradientTransformation:
-    """As `AdamW.scale`."""
+  def scale(self, attention_heads: Heads) -> Transform:
     return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype)
 
 
@@ -68,10 +64,7 @@ class Adafactor:
   # as if their parameters were not stacked.
   clip_rms_by: Literal["parameter", "layer"] = "parameter"
 
-  def scale(
-    self, attention_heads: Mapping[str, int]
-  ) -> optax.GradientTransformation:
-    """As `AdamW.scale`."""
+  def scale(self, attention_heads: Heads) -> Transform:
 
     def decay_rate(step: Any, exponent: Any) -> Any:
       return jnp.minimum(self.b2, 1.0 - (step + 1.0) ** -exponent)
@@ -101,13 +94,121 @@ class SGD:
   momentum: Fraction = 0.0
   mu_dtype: MomentDtype = "float32"
 
-  def scale(
-    self, attention_heads: Mapping[str, int]
-  ) -> optax.GradientTransformation:
-    """As `AdamW.scale`."""
+  def scale(self, attention_heads: Heads) -> Transform:
     if not self.momentum:
       return optax.identity()
     return optax.trace(self.momentum, accumulator_dtype=self.mu_dtype)
+
+
+# Match parameter names, also with a prefix (their moments).
+_MATRIX = re.compile(r"(image|text|heads/[^/]+)/blocks/.*kernel$")
+_QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+  """Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
+
+  For block kernels. AdamW updates biases, norms, embeddings and heads, which
+  don't map hidden states to hidden states.
+  """
+
+  momentum: Fraction = 0.95
+  nesterov: bool = True
+  ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
+  # RMS of Muon's updates. 0.2 matches AdamW, so that both share a learning rate
+  # and a weight decay (Liu et al. 2025, Muon is scalable for LLM training,
+  # arXiv 2502.16982).
+  rms: NonNegativeFloat = 0.2
+  b1: Fraction = 0.9  # AdamW's, like b2 and eps.
+  b2: Fraction = 0.999
+  eps: NonNegativeFloat = 1e-8
+  mu_dtype: MomentDtype = "float32"
+
+  def scale(self, attention_heads: Heads) -> Transform:
+    muon = optax.chain(
+      optax.contrib.scale_by_muon(
+        beta=self.momentum,
+        nesterov=self.nesterov,
+        ns_steps=self.ns_steps,
+        mu_dtype=self.mu_dtype,
+        weight_dimension_numbers=_dimension_numbers,
+      ),
+      optax.stateless(lambda updates, _: self._scale_to_rms(updates)),
+    )
+    adamw = optax.scale_by_adam(
+      self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
+    )
+    return optax.partition(
+      {"muon": _split_qkv(muon, attention_heads), "adamw": adamw}, _labels
+    )
+
+  def describe(self, names: Sequence[str]) -> str:
+    """Lists the trained parameters that Muon updates, for the log."""
+    taken = [name for name in names if _MATRIX.search(name)]
+    return (
+      f"Muon takes {len(taken)} of {len(names)} parameters, AdamW the others:"
+      f" {', '.join(taken) or 'none'}."
+    )
+
+  def _scale_to_rms(self, updates: Any) -> Any:
+    """Orthogonal matrices `[m, n]` have an RMS of 1 / sqrt(max(m, n))."""
+
+    def scale(name, update):
+      m, n = update.shape[1:3]
+      if _QKV.search(name):  # [depth, D, heads, 3, dim]
+        n *= update.shape[4]
+      return self.rms * max(m, n) ** 0.5 * update
+
+    return map_with_names(scale, updates)
+
+
+def _labels(params: Any) -> Any:
+  return map_with_names(
+    lambda name, _: "muon" if _MATRIX.search(name) else "adamw", params
+  )
+
+
+def _dimension_numbers(updates: Any) -> Any:
+  """The matrix axes; `scale_by_muon` maps over the remaining axes.
+
+  A stacked kernel is `[depth, in, out]`: one matrix per block. Each projection
+  of the fused QKV is orthogonalised separately; `[D, 3 D]` would couple them.
+  """
+
+  def numbers(name, update):
+    if _QKV.search(name):  # [depth, D, heads, 3, dim]
+      return MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 4))
+    return MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+  return map_with_names(numbers, updates)
+
+
+def _split_qkv(inner: Transform, attention_heads: Heads) -> Transform:
+  """Runs `inner` on QKV kernels `[depth, D, heads, 3, dim]`.
+
+  Its state has the parameters' shapes, so it is sharded and saved like them.
+  """
+
+  def split(name, leaf):
+    if not (match := _QKV.search(name)):
+      return leaf
+    return leaf.reshape(*leaf.shape[:2], attention_heads[match[1]], 3, -1)
+
+  def merge(name, leaf):
+    return leaf.reshape(*leaf.shape[:2], -1) if _QKV.search(name) else leaf
+
+  def init(params):
+    return map_with_names(merge, inner.init(map_with_names(split, params)))
+
+  def update(updates, state, params=None):
+    del params  # Not read by Muon or AdamW.
+    updates, state = inner.update(
+      map_with_names(split, updates), map_with_names(split, state)
+    )
+    return map_with_names(merge, updates), map_with_names(merge, state)
+
+  return optax.GradientTransformation(init, update)
 
 
 OPTIMIZERS: dict[str, Any] = {

@@ -94,9 +94,9 @@ def watch_peers(
   """Exits if another process has not answered for `seconds`; 0 disables it.
 
   Process 0 watches all processes; they watch process 0 and learn of lost ones
-  from it. Leaving the context ends the watch of a process. If it leaves by an
-  error, the rest exit, too. Unless all processes fail together, the failing one
-  calls `when_alone` and exits without shutdown barriers.
+  from it. If a process leaves the context by an error, the rest exit, too.
+  Unless all processes fail together, the failing one calls `when_alone` and
+  exits without shutdown barriers.
   """
   if not seconds or jax.process_count() == 1:
     yield
@@ -106,19 +106,8 @@ def watch_peers(
 
   client, index = distributed.global_state.client, jax.process_index()
   requests = _Requests()
-  thread = threading.Thread(
-    target=_watch,
-    args=(client, index, seconds, requests),
-    name="peers",
-    daemon=True,
-  )
-  thread.start()
-  threading.Thread(
-    target=_watch_service,
-    args=(seconds, requests),
-    name="peers_service",
-    daemon=True,
-  ).start()
+  thread = _start("peers", _watch, client, index, seconds, requests)
+  _start("peers_service", _watch_service, seconds, requests)
   own = f"{_PREFIX}/{index}"
   try:
     yield
@@ -141,6 +130,12 @@ def watch_peers(
     requests.answered.set()
     with contextlib.suppress(Exception):
       client.key_value_set(own, "done", allow_overwrite=True)
+
+
+def _start(name: str, target: Any, *args: Any) -> threading.Thread:
+  thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+  thread.start()
+  return thread
 
 
 def _all_fail(client: Any, seconds: float) -> bool:

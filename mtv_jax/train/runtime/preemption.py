@@ -60,7 +60,6 @@ class Notice:
 
   @property
   def name(self) -> str:
-    """The signal's name."""
     return signal.Signals(self.signal_number or signal.SIGTERM).name
 
 
@@ -93,26 +92,18 @@ def catch_signals() -> Iterator[Notice]:
       notice.signal_number = notice.signal_number or number
 
   is_distributed = jax.distributed.is_initialized()
-  handlers = dict.fromkeys(_HANDLED, receive)
-  if is_distributed:
-    del handlers[signal.SIGTERM]
-  handlers = {
-    number: handler
-    for number, handler in handlers.items()
-    if signal.getsignal(number) == _HANDLED[number]
-  }
-  for number, handler in handlers.items():
-    signal.signal(number, handler)
+  handled = _HANDLED.keys() - ({signal.SIGTERM} if is_distributed else set())
+  numbers = [n for n in handled if signal.getsignal(n) == _HANDLED[n]]
+  for number in numbers:
+    signal.signal(number, receive)
   try:
     yield notice
   finally:
-    for number in handlers:
+    for number in numbers:
       signal.signal(number, _HANDLED[number])
 
 
-# ---------------------------------------------------------------------------
-# Threads that don't end, such as readers of unresponsive storage.
-
+# Reasons to leave threads that don't end: readers of unresponsive storage.
 _abandoned: list[str] = []
 
 
@@ -129,7 +120,7 @@ def exit_without_threads(error: BaseException | None = None) -> None:
   """
   if not _abandoned:
     return
-  code = 0
+  code = 0 if error is None else 1
   if isinstance(error, SystemExit):
     code = error.code or 0
     if not isinstance(code, int):
@@ -137,7 +128,6 @@ def exit_without_threads(error: BaseException | None = None) -> None:
       code = 1
   elif error is not None:
     traceback.print_exception(error)
-    code = 1
   exit_now(code)
 
 

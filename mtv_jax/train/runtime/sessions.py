@@ -30,22 +30,15 @@ log = logging.getLogger(__name__)
 
 RECORD, ALIVE = "run.json", "alive"
 ALIVE_SECONDS = 15.0  # Minimum interval between writes of the file.
-PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "numpy",
-  "libtpu",
-)
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+PACKAGES += ("orbax-checkpoint", "grain", "numpy", "libtpu")
 
 
 class Session(contextlib.AbstractContextManager):
   """This process's session: appends to run.json, writes the liveness file.
 
-  Logs write errors as warnings.
+  `devices` are the result of `describe_devices`; it and the `command` are for
+  the record. Logs write errors as warnings.
   """
 
   def __init__(
@@ -57,15 +50,6 @@ class Session(contextlib.AbstractContextManager):
     command: str = "",
     process_index: int = 0,
   ):
-    """Starts the session.
-
-    Args:
-      workdir: the run's folder.
-      start_step: number of steps of earlier sessions.
-      devices: result of `describe_devices`, for the record.
-      command: the command line, for the record.
-      process_index: index of this process.
-    """
     self.folder = pathlib.Path(workdir)
     self.step = start_step
     self._active = process_index == 0
@@ -125,10 +109,7 @@ class Session(contextlib.AbstractContextManager):
     }
 
   def _write_record(self) -> None:
-    content = {
-      "name": self.folder.absolute().name,
-      "sessions": self._sessions,
-    }
+    content = {"name": self.folder.absolute().name, "sessions": self._sessions}
     with self._tolerate_errors():
       text = json.dumps(content, indent=1) + "\n"
       atomic.write(self.folder / RECORD, text.encode())
@@ -180,13 +161,10 @@ def read_sessions(
 ) -> list[dict[str, Any]]:
   """Reads the sessions of a run, oldest first; empty without a record.
 
-  Args:
-    workdir: the run's folder.
-    tolerant: whether to treat an unreadable record as missing.
+  An unreadable record counts as missing if `tolerant`.
   """
-  content = path_lib.read_json(
-    path_lib.as_path(workdir) / RECORD, tolerant=tolerant
-  )
+  file = path_lib.as_path(workdir) / RECORD
+  content = path_lib.read_json(file, tolerant=tolerant)
   sessions = content.get("sessions") if isinstance(content, dict) else None
   sessions = sessions if isinstance(sessions, list) else []
   return [session for session in sessions if isinstance(session, dict)]

@@ -1,7 +1,8 @@
-"""A supervisor: restarts a training command until it succeeds.
+"""Processes of training: starts runs, and restarts one until it succeeds.
 
-Progress means a larger step in the run's liveness file (see `sessions.py`), or,
-if the folder is unknown, a session longer than `min_seconds`.
+For the supervisor, progress is a larger step in the run's liveness file (see
+`sessions.py`), or, if the folder is unknown, a session longer than
+`min_seconds`.
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -72,9 +75,8 @@ class Supervisor:
         reached = max(reached, step)
         if failures > self.max_failures:
           log.error(
-            "Exit code %d. Gives up after %d failures without progress.",
-            code,
-            failures,
+            f"Exit code {code}. Gives up after {failures} failures without"
+            " progress."
           )
           return code
         # Limits the exponent, to avoid float overflow.
@@ -93,9 +95,8 @@ class Supervisor:
       if error.errno in (errno.EAGAIN, errno.ENOMEM):
         log.warning("%r can't be started now: %s", self.command[0], error)
         return os.EX_TEMPFAIL
-      raise ConfigError(f"{self.command[0]!r} can't be started: {error}") from (
-        error
-      )
+      text = f"{self.command[0]!r} can't be started: {error}"
+      raise ConfigError(text) from error
     if self._signal is not None:  # Received before the command started.
       self._child.send_signal(self._signal)
     code = self._child.wait()
@@ -151,3 +152,33 @@ def find_workdir(command: Sequence[str]) -> pathlib.PurePath | None:
     if name == "--workdir" and (equals or following):
       return path_lib.as_path(value if equals else following)
   return None
+
+
+def launch(
+  config: str,
+  workdir: object,
+  assignments: Sequence[str] = (),
+  *,
+  log: pathlib.Path,
+  processes: int = 1,
+) -> list[subprocess.Popen]:
+  """Starts `mtv-jax train` in one process or several distributed ones.
+
+  `assignments` are overrides KEY=VALUE. The processes append their output to
+  the file `log`.
+  """
+  command = [sys.executable, "-m", "mtv_jax.main"]
+  command += [f"--config={config}", f"--workdir={workdir}"]
+  command += [f"--set={assignment}" for assignment in assignments]
+  joins = [[]]
+  if processes > 1:
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      join = [f"--coordinator=localhost:{free.getsockname()[1]}"]
+    # Short, since all processes start together.
+    join += [f"--processes={processes}", "--connect_seconds=100"]
+    joins = [[*join, f"--process={i}"] for i in range(processes)]
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with log.open("ab") as stream:
+    output = dict(stdout=stream, stderr=subprocess.STDOUT)
+    return [subprocess.Popen([*command, *join], **output) for join in joins]

@@ -1,4 +1,4 @@
-"""Watchdog of the training loop: ends a run whose step hangs.
+"""Watchers of the steps: a watchdog that ends a run, and a profiler.
 
 Unresponsive storage, a collective that waits for a dead host, or a hanging
 device would otherwise occupy the machines until someone notices.
@@ -9,12 +9,15 @@ import contextlib
 import dataclasses
 import faulthandler
 import logging
+import pathlib
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveFloat
 from mtv_jax.train.runtime import preemption
@@ -24,8 +27,7 @@ log = logging.getLogger(__name__)
 # EX_TEMPFAIL of sysexits.h: a restart may succeed.
 EXIT_CODE = 75
 
-# Number of recent steps in the median.
-_WINDOW = 100
+_WINDOW = 100  # Steps in the median.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class WatchdogConfig:
   """`config.watchdog`; see `Watchdog`, and `peers.watch_peers`."""
 
   factor: NonNegativeFloat = 20.0  # 0 disables the watchdog.
-  min_seconds: PositiveFloat = 300.0
+  min_seconds: PositiveFloat = 300.0  # Minimum limit of a step.
   grace_seconds: PositiveFloat = 60.0
   # Timeout for an unresponsive process, which ends the run; 0 disables it.
   peer_seconds: NonNegativeFloat = 60.0
@@ -46,39 +48,28 @@ class StalledError(preemption.RunStoppedError):
 
 
 class Watchdog(contextlib.AbstractContextManager):
-  """Expires if a step takes `factor` times the median of recent steps.
+  """Expires if a step takes `factor` times the median of the last 100 steps.
 
   A thread then prints the stacks of all threads and sets `expired`; the loop
-  then saves and stops. If the loop waits for a device and does not call
-  `stopping` within `grace_seconds`, the process exits.
-
-  Args:
-    factor: multiple of the median of the last 100 steps.
-    min_seconds: minimum limit of a step; also the time to save after
-      `stopping`.
-    grace_seconds: time for the loop to react.
-    exit_fn: for tests.
+  then saves and stops, for which it has `min_seconds` after `stopping`. If the
+  loop waits for a device and does not call `stopping` within `grace_seconds`,
+  the process exits.
   """
 
   def __init__(
     self,
-    *,
-    factor: float | int,
-    min_seconds: float | int,
-    grace_seconds: float | int,
+    config: WatchdogConfig,
     exit_fn: Callable[[int], Any] = preemption.exit_now,
   ):
     self.expired = False
-    self._factor, self._min_seconds = factor, min_seconds
-    self._grace_seconds, self._exit_fn = grace_seconds, exit_fn
+    self._factor, self._min_seconds = config.factor, config.min_seconds
+    self._grace_seconds, self._exit_fn = config.grace_seconds, exit_fn
     self._durations = collections.deque(maxlen=_WINDOW)
     self._started: float | None = None  # None while nothing is timed.
     self._step = 0
     self._stopping, self._closed = threading.Event(), threading.Event()
-    self._thread = threading.Thread(
-      target=self._watch, name="watchdog", daemon=True
-    )
-    self._thread.start()
+    if self._factor:
+      threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
   def step(self, number: int) -> None:
     """Marks step `number` as complete and starts timing the next one."""
@@ -146,8 +137,51 @@ class Watchdog(contextlib.AbstractContextManager):
       self._exit_fn(EXIT_CODE)
 
   def close(self) -> None:
-    """Stops watching."""
     self._closed.set()
 
   def __exit__(self, *error: object) -> None:
     self.close()
+
+
+class StepProfiler(contextlib.AbstractContextManager):
+  """Traces the steps `first` to `last`, inclusive, to a folder.
+
+  Every process writes its own trace. A run that resumes after `first` writes no
+  trace.
+  """
+
+  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+    self._folder = folder
+    self._first, self._last = steps or (0, 0)
+    self._tracing = False
+
+  def start(self, step: int) -> None:
+    """Starts the trace before its first step."""
+    if step != self._first:
+      return
+    try:
+      jax.profiler.start_trace(str(self._folder))
+    except Exception as error:  # A full disk, or another profiler.
+      log.warning("No profile of step %d: %s", step, error)
+      return
+    self._tracing = True
+
+  def stop(self, step: int, values: Any) -> None:
+    """Stops the trace after its last step, which computes `values`."""
+    if not self._tracing or step < self._last:
+      return
+    jax.block_until_ready(values)
+    self._finish()
+
+  def _finish(self) -> None:
+    self._tracing = False
+    try:
+      jax.profiler.stop_trace()
+    except Exception as error:
+      log.warning("No profile: %s", error)
+    else:
+      log.info("Wrote a profile to %s.", self._folder)
+
+  def __exit__(self, *error: Any) -> None:
+    if self._tracing:
+      self._finish()

@@ -7,17 +7,13 @@ import sys
 import textwrap
 import time
 
-import jax
 import numpy as np
 import pytest
 
+import mtv_jax
 from mtv_jax.cli.main import run_command
-from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import normalize
-from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
-from mtv_jax.models import two_tower as models
-from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import make_mesh
 
 
@@ -68,12 +64,9 @@ def test_predict_golden():
   labels = np.array([0, 2, 0, 0, 1], np.int32)
 
   def predict(temperature):
-    return {
-      k: int(p[0])
-      for k, p in knn.predict(
-        neighbours, labels, ks=(1, 3, 5), classes=3, temperature=temperature
-      ).items()
-    }
+    options = dict(ks=(1, 3, 5), classes=3, temperature=temperature)
+    got = knn.predict(neighbours, labels, **options)
+    return {k: int(p[0]) for k, p in got.items()}
 
   # 1 against e^-1 + e^-2 (+ e^-4) = 0.50 (0.52).
   assert predict(0.1) == {1: 1, 3: 1, 5: 1}
@@ -143,11 +136,9 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
   bank = normalize(rng.normal(size=(300, 6)).astype(np.float32))
   queries = normalize(rng.normal(size=(200, 6)).astype(np.float32))
   labels = rng.integers(0, 7, 300).astype(np.int32)
+  weights = dict(weights=lambda d: np.exp((1 - d) / 0.07))
   oracle = KNeighborsClassifier(
-    k,
-    metric="cosine",
-    algorithm="brute",
-    weights=lambda d: np.exp((1 - d) / 0.07),
+    k, metric="cosine", algorithm="brute", **weights
   )
   want = oracle.fit(bank, labels).predict(queries)
   neighbours = knn.find_neighbours(queries, bank, k=20, mesh=mesh)
@@ -175,7 +166,7 @@ def test_probe_commands(tmp_path, capsys, name):
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_block():
-  """The 3.2 GB of 8,000 x 100,000 scores exist a block at a time."""
+  """The 1.6 GB of 4,000 x 100,000 scores exist a block at a time."""
   code = """
     import resource
     import numpy as np
@@ -189,7 +180,7 @@ def test_memory_is_that_of_a_block():
     knn.find_neighbours(bank[:8], bank[:300], k=200)
     before = peak()
     index = knn.find_neighbours(
-      bank[:8000], bank, k=200, block_bytes=2**24
+      bank[:4000], bank, k=200, block_bytes=2**24
     ).index
     print(peak() - before)
     assert (index[:, 0] != index[:, 1]).all()
@@ -206,13 +197,7 @@ def test_memory_is_that_of_a_block():
 @pytest.mark.slow
 def test_cifar_in_half_a_minute(shared_data):
   """1,500 images read, encoded and searched on two cores."""
-  spec = models.ModelSpec(
-    image=ViTSpec(
-      image_size=64, patch_size=8, width=64, depth=2, heads=2, mlp_dim=256
-    )
-  )
-  params = models.init_params(spec, jax.random.key(0))
-  encoder = Encoder(spec, params, Preprocess(size=64))
+  encoder = mtv_jax.load("random:mu/8@64")
   evaluator = knn.KNN(data=str(shared_data / "cifar10_jpg"))
   start, work = time.perf_counter(), time.process_time()
   result = evaluator.run(encoder)

@@ -79,23 +79,17 @@ class SceneEncoder(baselines.PixelEncoder):
 
   def image(self, images, **kwargs):
     split = {16: "test", 60: "train"}[len(images)]
-    labels = registry.open_classification(
-      "scenes", split=split, count=len(images)
-    ).labels
+    options = dict(split=split, count=len(images))
+    labels = registry.open_classification("scenes", **options).labels
     rows = np.eye(len(scenes.CLASS_NAMES), dtype=np.float32)[labels]
     return ImageFeatures(rows, None, None, {})
 
 
 @pytest.mark.slow
 def test_scenes():
-  result = mae_probe.MaeProbe(
-    count=16,
-    train_count=60,
-    epochs=200,
-    warmup=1,
-    train_batch=80,
-    base_rate=20.0,
-  ).run(SceneEncoder(16, 8))
+  options = dict(epochs=200, warmup=1, train_batch=80, base_rate=20.0)
+  evaluator = mae_probe.MaeProbe(count=16, train_count=60, **options)
+  result = evaluator.run(SceneEncoder(16, 8))
   # Images in a batch are distinct.
   assert result.protocol["steps"] == 200
   assert result.protocol["train_batch"] == 60

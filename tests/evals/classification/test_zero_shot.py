@@ -1,6 +1,5 @@
 """Zero-shot classification: the classifier, its ties, and its data."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -17,6 +16,7 @@ from mtv_jax.evals.classification.zero_shot import (
   text_classifier,
 )
 from mtv_jax.evals.core import prompts
+from mtv_jax.evals.core.examples import ClassificationSet, LazySequence
 from mtv_jax.evals.core.prompts import Prompts, read_prompts
 from mtv_jax.evals.datasets import registry
 
@@ -37,8 +37,7 @@ def test_accuracies_of_a_folder(colours, folder):
   assert result.metrics["top5"] == 1.0
   assert result.chance["top1"] == pytest.approx(1 / 3)
   protocol = json.loads(json.dumps(result.protocol))
-  assert protocol["images"] == 7
-  assert protocol["classes"] == 3
+  assert (protocol["images"], protocol["classes"]) == (7, 3)
   assert protocol["encoder"] == "colours"
   assert protocol["templates"] == list(prompts.DEFAULT_TEMPLATES)
   assert "lower index" in protocol["ties"]
@@ -63,23 +62,59 @@ def test_classifier_normalises_before_the_mean(colours):
   assert np.abs(got[0] - normalize(raw)).max() > 0.01
 
 
-def test_equal_names_tie_and_the_first_wins(colours, folder):
-  data = registry.open_classification(str(folder))
+def test_equal_names_have_equal_vectors(colours):
   named = Prompts(("red", "green", "blue", "red"), ("{}",))
   got = text_classifier(colours.text, named)
   np.testing.assert_array_equal(got[0], got[3])
-  given, labels = match_classes(data, named, keep="all")
-  assert given == named
-  # Folders in sorted order are blue, green, red; red is the first of its two.
-  assert [labels[data.labels == i][0] for i in range(3)] == [2, 1, 0]
 
 
-def test_present_classes_only(colours, folder):
-  data = registry.open_classification(str(folder))
-  named = Prompts(("white", "red", "green", "blue"), ("{}",), name="file")
-  given, labels = match_classes(data, named, keep="present")
-  assert given.classes == ("red", "green", "blue")
-  assert [labels[data.labels == i][0] for i in range(3)] == [2, 1, 0]
+RGB = ("blue", "green", "red")
+FOUR = ("red", "green", "blue", "red")
+WORDNET = ("n00000001", "n00000002")
+IDS = Prompts(("a", "b", "c"), ids=(WORDNET[1], "n00000009", WORDNET[0]))
+TWICE = ("Red!", *RGB)
+BOTH = "classes 'Red!' and 'red' are both 'red' in prompts"
+
+
+@pytest.mark.parametrize(
+  ("names", "given", "keep", "want"),
+  [
+    # Equal names tie, and the first wins.
+    (RGB, Prompts(FOUR), "all", [2, 1, 0]),
+    (RGB, Prompts(("white", *FOUR[:3])), "present", [2, 1, 0]),
+    (RGB, Prompts(("red", "greene")), "all", "2 of 3 .*'blue'.*: greene, red"),
+    # By ids if the file has them, regardless of the names.
+    (WORDNET, IDS, "all", [2, 0]),
+    # All WordNet ids in sorted order need no ids.
+    (WORDNET, Prompts(("tench", "carp")), "all", [0, 1]),
+    (WORDNET, None, "all", "WordNet ids"),
+    # Labels of a source are indices of the file.
+    (None, Prompts(RGB), "all", [0, 1, 2]),
+    (None, None, "all", "no class names: give a prompt file"),
+    (None, Prompts(("zero", "one")), "all", "labels up to 2 .* 2 classes"),
+    # Also if the file has the name twice; ids distinguish the classes.
+    (TWICE, None, "all", BOTH),
+    (TWICE, Prompts(FOUR), "all", BOTH),
+    (TWICE, Prompts(FOUR, ids=(*FOUR[:3], "Red!")), "all", [3, 2, 1, 0]),
+  ],
+)
+def test_match_classes(names, given, keep, want):
+  count = len(names or "012")
+  data = ClassificationSet(
+    name="set",
+    images=LazySequence(lambda i: None, count),
+    labels=np.arange(count, dtype=np.int32),
+    classes=names,
+    ids=names,
+    digest="0",
+  )
+  if isinstance(want, str):
+    with pytest.raises(ValueError, match=want):
+      match_classes(data, given, keep=keep)
+    return
+  named, labels = match_classes(data, given, keep=keep)
+  assert labels.tolist() == want
+  assert named.classes == (FOUR[:3] if keep == "present" else given.classes)
 
 
 def test_prompts_are_embedded_in_chunks(colours):
@@ -129,33 +164,12 @@ def test_flat_wnid_folder(tmp_path, write_image):
   write_image(tmp_path / "n00000001_green.JPEG", "green")
   (tmp_path / "notes.txt").write_text("not an image")
   data = registry.open_classification(tmp_path)
-  assert data.ids == ("n00000001", "n00000002")
+  assert data.ids == WORDNET
   assert data.classes == ("green", "great red")
   assert list(data.labels) == [0, 1]
-  # By ids if the file has them, regardless of the names.
-  named = Prompts(
-    ("a", "b", "c"), ids=("n00000002", "n00000009", "n00000001"), name="f"
-  )
-  assert list(match_classes(data, named, keep="all")[1]) == [2, 0]
 
 
-def test_all_wnids_in_sorted_order_need_no_ids(tmp_path, write_image):
-  for i, colour in ((2, "red"), (1, "green")):
-    write_image(tmp_path / f"n0000000{i}" / "a.png", colour)
-  data = registry.open_classification(tmp_path)
-  labels = match_classes(data, Prompts(("tench", "carp")), keep="all")[1]
-  assert list(labels) == [0, 1]
-  with pytest.raises(ValueError, match="WordNet ids"):
-    match_classes(data, None, keep="all")
-
-
-def test_unknown_class_is_named(folder):
-  data = registry.open_classification(str(folder))
-  with pytest.raises(ValueError, match="1 of 3 classes.*'green'.*'greene'"):
-    match_classes(data, Prompts(("red", "greene", "blue")), keep="all")
-
-
-class Numbers:
+class Numbers(list):
   """A source with labels and no names for them."""
 
   fields = frozenset({"image", "label"})
@@ -164,36 +178,18 @@ class Numbers:
     return 4
 
   def __getitem__(self, i):
-    image = np.full((2, 3, 3), 10 * i, np.uint8)
-    return {"key": str(i), "image": image, "label": i % 3}
+    return {
+      "key": str(i),
+      "image": np.zeros((2, 3, 3), np.uint8),
+      "label": i % 3,
+    }
 
 
-def test_labels_of_a_source_are_indices_of_the_file(monkeypatch):
+def test_a_source_has_labels_without_names(monkeypatch):
   monkeypatch.setattr(sources, "build_source", lambda config: Numbers())
   data = registry.open_classification({"type": "tfds", "name": "digits"})
   assert list(data.labels) == [0, 1, 2, 0]
-  named = Prompts(("zero", "one", "two"))
-  assert list(match_classes(data, named, keep="all")[1]) == [0, 1, 2, 0]
-  with pytest.raises(ValueError, match="no class names: give a prompt file"):
-    match_classes(data, None, keep="all")
-  with pytest.raises(ValueError, match="labels up to 2 .* 2 classes"):
-    match_classes(data, Prompts(("zero", "one")), keep="all")
-
-
-def test_classes_of_one_name_are_rejected(folder, write_image):
-  write_image(folder / "Red!" / "a.png", "red")
-  data = registry.open_classification(str(folder))
-  message = "classes 'Red!' and 'red' are both 'red' in prompts"
-  with pytest.raises(ValueError, match=message):
-    match_classes(data, None, keep="all")
-  # Also if the file has the name twice.
-  named = Prompts(("red", "green", "blue", "red"), ("{}",), name="f")
-  with pytest.raises(ValueError, match=message):
-    match_classes(data, named, keep="all")
-  # Ids distinguish them.
-  named = dataclasses.replace(named, ids=("red", "green", "blue", "Red!"))
-  given, labels = match_classes(data, named, keep="all")
-  assert sorted(set(labels.tolist())) == [0, 1, 2, 3]
+  assert data.classes is data.ids is None
 
 
 def test_count_is_spread_over_the_classes(folder):
@@ -243,9 +239,8 @@ class SceneEncoder(Encoder):
     return {"encoder": "scenes"}
 
   def image(self, images, **kwargs):
-    shown = registry.open_classification(
-      "scenes", count=len(images)
-    ).labels.copy()
+    data = registry.open_classification("scenes", count=len(images))
+    shown = data.labels.copy()
     shown[0] = (shown[0] + 1) % len(scenes.CLASS_NAMES)
     return ImageFeatures(self.rows(shown), None, None, {})
 

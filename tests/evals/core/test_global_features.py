@@ -76,12 +76,8 @@ def test_last_blocks_of_a_tower_without(images):
 
 # One family for each kind of token and of final norm.
 FAMILIES = {
-  (
-    spec.get("pool") == "cls",
-    spec.get("final_norm"),
-    spec.get("norm_kind"),
-  ): kind
-  for kind, spec in family_specs.SPECS.items()
+  (s.get("pool") == "cls", s.get("final_norm"), s.get("norm_kind")): kind
+  for kind, s in family_specs.SPECS.items()
 }
 
 
@@ -169,31 +165,13 @@ def test_views(cls):
   for size, resized in ((224, 256), (256, 292), (384, 438)):
     encoder = mtv_jax.load(f"pixels:{size}")
     preprocess = global_features.with_view(encoder, "center").preprocess
-    assert (preprocess.resize_size, preprocess.interpolation) == (
-      resized,
-      "bicubic",
-    )
-
-
-def test_the_centre_is_torchvisions():
-  """Half of an odd margin is rounded to even; of 3, 7, ... a pixel further."""
-  encoder = mtv_jax.load("pixels:224/16")
-  center = global_features.with_view(encoder, "center").preprocess
-  off_by_one = []
-  for margin in range(32, 64):
-    width = 224 + margin
-    image = np.zeros((256, width, 3), np.uint8)
-    image[:, :, :2] = np.stack(np.divmod(np.arange(width), 256), axis=-1)
-    got = np.rint((center(image)[0, 0, :2] + 1) * 127.5)
-    left = int(256 * got[0] + got[1])
-    assert left == int(round((width - 224) / 2.0))
-    if left != margin // 2:
-      off_by_one.append(margin)
-  assert off_by_one == [35, 39, 43, 47, 51, 55, 59, 63]
-  # Processors of transformers and big_vision's central_crop round down.
-  down = dataclasses.replace(center, crop_rounding="down")
-  pixels = down(np.pad(np.zeros((256, 258, 3), np.uint8), ((0,), (1,), (0,))))
-  assert pixels.shape == (224, 224, 3)
+    assert preprocess.resize_size == resized
+    assert preprocess.interpolation == "bicubic"
+  # A view follows later changes of the encoder's preprocessing.
+  other = dataclasses.replace(encoder.preprocess, mean=(0.1, 0.2, 0.3))
+  encoder.preprocess = other
+  got = global_features.with_view(encoder, "center").preprocess.mean
+  assert (got, preprocess.mean) == (other.mean, (0.5, 0.5, 0.5))
 
 
 @pytest.mark.reference
@@ -218,18 +196,7 @@ def test_the_centre_equals_torchvision():
     np.testing.assert_array_equal(got, want)
     down = dataclasses.replace(center, crop_rounding="down")
     moved += not np.array_equal(down(image), center(image))
-  assert 2 < moved < 20  # The review: 64 of 500 photos.
-
-
-def test_views_follow_the_encoders_preprocess_protocoling():
-  encoder = mtv_jax.load("pixels:16/8")
-  first = global_features.with_view(encoder, "center")
-  encoder.preprocess = dataclasses.replace(
-    encoder.preprocess, mean=(0.1, 0.2, 0.3)
-  )
-  second = global_features.with_view(encoder, "center")
-  assert second.preprocess.mean == (0.1, 0.2, 0.3)
-  assert first.preprocess.mean == (0.5, 0.5, 0.5)
+  assert 2 < moved < 20
 
 
 def halfway(x, size):
@@ -241,9 +208,15 @@ def halfway(x, size):
   return x[below] * (1 - share) + x[above] * share
 
 
-@pytest.mark.parametrize("size, resized", [(28, 32), (24, 27)])
-def test_few_shot_sees_what_big_vision_shows(size, resized):
-  """resize(256)|central_crop(224) in proportion, of a wide image."""
+@pytest.mark.parametrize(
+  "size, resized, name",
+  [(28, 32, "few_shot"), (24, 27, "few_shot"), (24, 24, "squash")],
+)
+def test_few_shot_and_retrieval_see_what_big_vision_shows(size, resized, name):
+  """resize(256)|central_crop(224) in proportion, or resize(224)."""
+  if name == "few_shot":
+    name = few_shot.FewShot(data="elsewhere")._view_name()
+    assert name == "squash_center"
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (90, 150, 3), np.uint8)
   want = halfway(image.astype(float), resized)
@@ -251,23 +224,11 @@ def test_few_shot_sees_what_big_vision_shows(size, resized):
   start = (resized - size) // 2
   want = want[start : start + size, start : start + size]
   encoder = mtv_jax.load(f"pixels:{size}/4")
-  name = few_shot.FewShot(data="elsewhere")._view_name()
-  encoder_view = global_features.with_view(encoder, name)
   # big_vision casts the result of the resize to bytes, which cuts fractions.
-  got = (encoder_view.preprocess(image) + 1) * 127.5
+  view = global_features.with_view(encoder, name)
+  got = (view.preprocess(image) + 1) * 127.5
   np.testing.assert_allclose(got, np.floor(want + 1e-3), atol=1e-3)
   assert few_shot.FewShot()._view_name() == "encoder"
-  assert encoder_view is global_features.with_view(encoder, "squash_center")
-
-
-def test_retrieval_sees_what_big_vision_shows():
-  """resize(224), not antialiased."""
-  image = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
-  want = halfway(image.astype(float), 24)
-  want = halfway(want.swapaxes(0, 1), 24).swapaxes(0, 1)
-  encoder = global_features.with_view(mtv_jax.load("pixels:24/4"), "squash")
-  got = (encoder.preprocess(image) + 1) * 127.5
-  np.testing.assert_allclose(got, np.floor(want + 1e-3), atol=1e-3)
 
 
 def test_crops():
@@ -283,12 +244,8 @@ def test_crops():
   assert 0.7 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.4
   assert abs(np.log(ratio[area < 0.4]).mean()) < 0.03
   # No crop of this strip fits: the fallback is the centre, at 4 : 3.
-  assert probe_evaluators.crop_box(3, 300, np.random.default_rng(0)) == (
-    148,
-    0,
-    152,
-    3,
-  )
+  box = probe_evaluators.crop_box(3, 300, np.random.default_rng(0))
+  assert box == (148, 0, 152, 3)
   image = np.zeros((8, 8, 3), np.uint8)
   image[:, :4] = 200
   cropped = [

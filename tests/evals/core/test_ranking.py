@@ -28,14 +28,10 @@ def integers(rng, rows, width=4):
 def test_a_tie_goes_to_the_lowest_index():
   scores = np.array([[1.0, 3.0, 3.0, 3.0]] * 4)
   assert list(ranks_of_scores(scores, np.eye(4, dtype=bool))) == [3, 0, 1, 2]
-
-
-def test_best_of_several_own_candidates():
-  scores = np.array([[0.2, 0.9, 0.5, 0.9]])
-  own = np.array([[True, False, False, True]])
-  assert list(ranks_of_scores(scores, own)) == [1]
-  own = np.array([[True, False, True, False]])
-  assert list(ranks_of_scores(scores, own)) == [2]
+  # The best of several own candidates.
+  scores = np.array([[0.2, 0.9, 0.5, 0.9]] * 2)
+  own = np.array([[True, False, False, True], [True, False, True, False]])
+  assert list(ranks_of_scores(scores, own)) == [1, 2]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 * 37 * 5, 2**26])
@@ -87,22 +83,17 @@ def test_distinct_rows_against_a_dictionary(width):
   assert len(seen) < 700
 
 
-def test_not_a_number_is_not_a_hit():
+def test_mistakes_are_named():
   good, bad = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
   bad[1, 2] = np.nan
-  ids = np.arange(2)
-  with pytest.raises(ValueError, match="1 of 2 queries .*number 1"):
-    ranks(bad, good, query_ids=ids, candidate_ids=ids)
-  with pytest.raises(ValueError, match="candidates are not finite"):
-    ranks(good, bad, query_ids=ids, candidate_ids=ids)
-
-
-def test_a_query_nobody_answers_is_rejected():
-  rows = np.ones((2, 3), np.float32)
-  with pytest.raises(ValueError, match="1 query ids .* first is 7"):
-    ranks(
-      rows, rows, query_ids=np.array([0, 7]), candidate_ids=np.array([0, 1])
-    )
+  for queries, candidates, ids, message in (
+    (bad, good, [0, 1], "1 of 2 queries .*number 1"),
+    (good, bad, [0, 1], "candidates are not finite"),
+    (good, good, [0, 7], "1 query ids .* first is 7"),
+  ):
+    options = {"query_ids": np.array(ids), "candidate_ids": np.arange(2)}
+    with pytest.raises(ValueError, match=message):
+      ranks(queries, candidates, **options)
 
 
 @pytest.mark.slow
@@ -161,33 +152,3 @@ def test_hit_rates_are_those_of_torchmetrics():
     got = np.mean(got_ranks < k)
     assert got == pytest.approx(np.mean(want), abs=1e-6)
     assert 0 < got < 1
-
-
-@pytest.mark.reference
-def test_top_k_accuracy_is_that_of_the_libraries():
-  """On scores with ties: torch's topk and argmax take the lowest index."""
-  pytest.importorskip("torchmetrics")
-  metrics = pytest.importorskip("sklearn.metrics")
-  import torch
-  from torchmetrics.functional.classification import multiclass_accuracy
-
-  rng = np.random.default_rng(3)
-  labels = rng.integers(0, 7, 200)
-  distinct = rng.normal(size=(200, 7)).astype(np.float32)
-  tied = np.round(distinct)
-  own = labels[:, None] == np.arange(7)
-  for scores, ks in ((distinct, (1, 2, 5)), (tied, (1,))):
-    got_ranks = np.asarray(ranks_of_scores(scores, own))
-    for k in ks:
-      got = np.mean(got_ranks < k)
-      want = multiclass_accuracy(
-        torch.tensor(scores),
-        torch.tensor(labels),
-        num_classes=7,
-        average="micro",
-        top_k=k,
-      )
-      assert got == pytest.approx(want.item(), abs=1e-6)
-      if scores is distinct:
-        want = metrics.top_k_accuracy_score(labels, scores, k=k)
-        assert got == pytest.approx(want, abs=1e-6)

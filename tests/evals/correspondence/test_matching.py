@@ -24,13 +24,11 @@ def valid():
   return np.random.default_rng(1).random((2, CELLS, CELLS)) < 0.6
 
 
-def flat_map(rows):
-  """Descriptors as a map of one row, whose cells are its patches."""
-  return np.asarray(rows, np.float32)[None]
-
-
-def all_valid(rows):
-  return np.ones((1, len(rows)), bool)
+def two_nearest(queries, rows):
+  """Among descriptors as a map of one row, whose cells are its patches."""
+  valid = np.ones((1, len(rows)), bool)
+  queries, rows = np.float32(queries), np.float32(rows)
+  return matching.two_nearest(queries, rows[None], valid=valid)
 
 
 def keys(x):
@@ -87,10 +85,8 @@ def test_matches_equal_those_of_upsampled_descriptors(maps, valid):
 def test_blocks_change_nothing(maps, valid):
   queries = maps[0].reshape(-1, WIDTH)
   whole, parts = (
-    matching.two_nearest(
-      queries, maps[1], valid=valid[1], block_bytes=block_bytes
-    )
-    for block_bytes in (2**22, 3000)
+    matching.two_nearest(queries, maps[1], valid=valid[1], block_bytes=size)
+    for size in (2**22, 3000)
   )
   np.testing.assert_array_equal(whole[0], parts[0])
   np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
@@ -101,11 +97,7 @@ def test_ties_are_exact_and_the_first_wins():
   rows = rng.normal(size=(40, 7))
   # Rows 3, 8 and 39 are equal up to their norm.
   rows[8], rows[39] = 2 * rows[3], 4 * rows[3]
-  index, distance = matching.two_nearest(
-    np.float32([rows[3], rows[10], np.zeros(7)]),
-    flat_map(rows),
-    valid=all_valid(rows),
-  )
+  index, distance = two_nearest([rows[3], rows[10], np.zeros(7)], rows)
   assert index[0].tolist() == [3, 8]
   assert distance[0, 0] == distance[0, 1] < 1e-12
   assert index[1, 0] == 10
@@ -119,22 +111,19 @@ def test_small_distances_are_accurate():
   """1 - cos of float32 unit vectors would err by half here."""
   angle = np.array([3e-4, 5e-4])
   rows = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-  index, distance = matching.two_nearest(
-    np.float32([[1, 0]]), flat_map(rows), valid=all_valid(rows)
-  )
+  _, distance = two_nearest([[1, 0]], rows)
   np.testing.assert_allclose(distance[0], angle**2 / 2, rtol=1e-3)
 
 
 def test_highest_weights_first_then_lowest_index():
-  candidates = np.eye(4)
-  queries = np.array(
+  queries = np.float32(
     [(1, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0), (0, 0, 1, 1), (2, 1, 0, 0)]
-  )
+  )[None]
+  candidates, valid = np.eye(4, dtype=np.float32)[None], np.ones((1, 5), bool)
   got = matching.match(
-    flat_map(queries),
-    flat_map(candidates),
-    first_valid=all_valid(queries),
-    second_valid=all_valid(candidates),
+    *(queries, candidates),
+    first_valid=valid,
+    second_valid=valid[:, :4],
     keep=4,
   )
   # 1 and 2 are exact, 4 has a ratio, 0 and 3 have equal distances.
@@ -168,32 +157,32 @@ def test_invalid_inputs(maps, valid):
   queries = maps[0].reshape(-1, WIDTH).copy()
   one = np.zeros_like(valid[1])
   one[3, 4] = True
-  with pytest.raises(ValueError, match="1 candidates.*at least two"):
+  with pytest.raises(ValueError, match="1 candidates; a ratio .* needs two"):
     matching.two_nearest(queries, maps[1], valid=one)
   queries[7, 2] = np.nan
   with pytest.raises(ValueError, match="1 of 25 queries are not finite"):
     matching.two_nearest(queries, maps[1], valid=valid[1])
 
 
-def encoder_of(patch):
-  return baselines.PixelEncoder(8 * patch, patch)
-
-
-def input_size(patch, size=None, *, published):
+@pytest.mark.parametrize(
+  ("patch", "size", "published", "want"),
+  [
+    (16, None, 512, 512),
+    (14, None, 512, 448),
+    (8, None, 512, 512),
+    (14, None, 800, 700),
+    (14, 896, 800, 896),
+    (14, 800, 512, "800x800 .*14x14; the nearest .*798x798"),
+  ],
+)
+def test_input_size_preserves_the_published_grid(patch, size, published, want):
   evaluator = CorrespondenceEvaluator(size=size)
-  return evaluator._input_size(encoder_of(patch), published)
-
-
-def test_input_size_preserves_the_published_grid():
-  assert input_size(16, published=512) == 512
-  assert input_size(14, published=512) == 448
-  assert input_size(8, published=512) == 512
-  assert input_size(14, published=800) == 700
-  assert input_size(14, 896, published=800) == 896
-  with pytest.raises(
-    ValueError, match="800x800 .*14x14; the nearest .*798x798"
-  ):
-    input_size(14, 800, published=512)
+  encoder = baselines.PixelEncoder(8 * patch, patch)
+  if isinstance(want, str):
+    with pytest.raises(ValueError, match=want):
+      evaluator._input_size(encoder, published)
+  else:
+    assert evaluator._input_size(encoder, published) == want
 
 
 def test_final_norm_needs_the_last_layer():

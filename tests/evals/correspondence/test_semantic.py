@@ -1,6 +1,6 @@
 """Semantic correspondence: keypoint transfer, PCK, SPair-71k and scenes."""
 
-import dataclasses
+import functools
 import json
 import random
 
@@ -24,20 +24,14 @@ GRID, WIDTH = 6, 9
 POINT, IMAGE = semantic.PckRule("point", 0.1), semantic.PckRule("image", 0.1)
 
 
-def pair_of(points, second, **fields):
+def pair_of(points, second, category="cat", viewpoint=0):
   """A pair whose second image is 100 x 80, with a box of 50 x 40."""
-  given = dict(
-    category="cat",
-    viewpoint=0,
-    first=0,
-    second=1,
-    first_points=np.array(points, float).reshape(-1, 2),
-    second_points=np.array(second, float).reshape(-1, 2),
-    second_box=np.array([10.0, 20.0, 60.0, 60.0]),
-    first_side=100,
-    second_side=100,
+  points, second = np.array(points, float), np.array(second, float)
+  box = np.array([10.0, 20.0, 60.0, 60.0])
+  sides = dict(first_side=100, second_side=100)
+  return KeyPointPair(
+    category, viewpoint, 0, 1, points, second, second_box=box, **sides
   )
-  return KeyPointPair(**{**given, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +116,11 @@ def test_transfer_within_one_image_errs_by_at_most_1_5_patches(points):
 
 
 def test_keypoints_are_rounded_down():
-  got = semantic.points_in_square(
-    np.array([[62.0, 462.0], [499.0, 0.0], [333.0, 125.0]]), side=500, size=800
-  )
+  points = np.array([[62.0, 462.0], [499.0, 0.0], [333.0, 125.0]])
+  got = semantic.points_in_square(points, 500, 800)
   assert got.tolist() == [[99, 739], [798, 0], [532, 200]]
   # 333 * 800 / 333 is 800, though 800 / 333 * 333 is less in floats.
-  got = semantic.points_in_square(np.array([[333.0, 0.0]]), side=333, size=800)
+  got = semantic.points_in_square(np.array([[333.0, 0.0]]), 333, 800)
   assert got[0, 0] == 800
 
 
@@ -146,15 +139,11 @@ def test_rules_of_correct_keypoints():
   pairs = [np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0]), np.zeros(0)]
   assert [POINT.terms(p) for p in pairs] == [(3, 4), (0, 1), (0, 0)]
   assert [IMAGE.terms(p) for p in pairs] == [(3 / 4, 1), (0, 1), (0, 0)]
-
-
-def test_published_rule_golden():
+  # Golden: the published rule.
   errors = np.array([0.068718, 0.25, 0.194365])
   for threshold, want in ((0.1, 1 / 3), (0.3, 1.0)):
     rule = semantic.PckRule("point", threshold)
-    correct = {0: rule.correct(errors)}
-    got = semantic.average_pck({("cat", None): (0,)}, correct, rule=rule)
-    assert got.metrics["recall"] == pytest.approx(want, abs=1e-12)
+    assert rule.correct(errors).mean() == pytest.approx(want)
 
 
 def test_chance_is_the_pck_of_random_features():
@@ -164,13 +153,10 @@ def test_chance_is_the_pck_of_random_features():
   rule = semantic.PckRule("point", 0.3)
   chance = semantic.uniform_pck(pair, grid=GRID, size=60, rule=rule)
   # The fraction of the 36 cells whose corner is within 0.3 * 0.5 of the point.
+  corners = np.stack(np.meshgrid(*[np.arange(GRID) / GRID] * 2), axis=-1)
   for point, share in zip(points, chance, strict=True):
     true = np.floor(point * 60 / 100) / 60
-    near = [
-      np.hypot(x / GRID - true[0], y / GRID - true[1]) < 0.15
-      for x in range(GRID)
-      for y in range(GRID)
-    ]
+    near = np.linalg.norm(corners - true, axis=-1) < 0.15
     assert share == pytest.approx(np.mean(near))
   correct = []
   for _ in range(60):
@@ -183,52 +169,26 @@ def test_chance_is_the_pck_of_random_features():
 
 
 def test_pairs_are_sampled_by_a_seeded_shuffle():
-  pairs = [
-    pair_of([(1, 1)], [(1, 1)], category=c, viewpoint=v)
-    for c, v in [("dog", 0), ("cat", 1), ("dog", 1), ("dog", 1), ("dog", 0)] * 9
-  ]
+  keys = [("dog", 0), ("cat", 1), ("dog", 1), ("dog", 1), ("dog", 0)] * 9
+  pairs = [pair_of([(1, 1)], [(1, 1)], *key) for key in keys]
   sample = semantic.sample_pairs(pairs, limit=5, seed=20)
-  for category, view, count in (
-    ("dog", None, 5),
-    ("dog", 0, 5),
-    ("dog", 1, 5),
-    ("cat", 1, 5),
-  ):
+  # Viewpoints without a pair are left out.
+  assert set(sample) == {*keys, ("dog", None), ("cat", None)}
+  for (category, view), chosen in sample.items():
     members = [
-      i
-      for i, p in enumerate(pairs)
-      if p.category == category and view in (None, p.viewpoint)
+      i for i, (c, v) in enumerate(keys) if c == category and view in (None, v)
     ]
     random.seed(20)
     random.shuffle(members)
-    assert list(sample[category, view]) == members[:count]
-  # Viewpoints without a pair are left out.
-  assert set(sample) == {
-    ("dog", None),
-    ("dog", 0),
-    ("dog", 1),
-    ("cat", None),
-    ("cat", 1),
-  }
+    assert list(chosen) == members[:5]
 
 
 def test_metrics_are_means_over_classes_with_keypoints():
-  sample = {
-    ("cat", None): (0, 1),
-    ("cat", 0): (0,),
-    ("cat", 2): (1,),
-    ("dog", None): (2, 3),
-    ("dog", 0): (2, 3),
-    ("owl", None): (4,),
-    ("owl", 1): (4,),
-  }
-  correct = {
-    0: np.array([1.0, 0.0]),
-    1: np.array([1.0, 1.0]),
-    2: np.array([0.0]),
-    3: np.array([1.0, 1.0, 1.0]),
-    4: np.zeros(0),
-  }
+  sample = {("cat", None): (0, 1), ("cat", 0): (0,), ("cat", 2): (1,)}
+  sample |= {("dog", None): (2, 3), ("dog", 0): (2, 3)}
+  sample |= {("owl", None): (4,), ("owl", 1): (4,)}
+  values = ([1, 0], [1, 1], [0], [1, 1, 1], [])
+  correct = {i: np.array(x, float) for i, x in enumerate(values)}
   got = semantic.average_pck(sample, correct, rule=POINT, report="classes")
   assert got.metrics == {
     "recall": pytest.approx((3 / 4 + 3 / 4) / 2),
@@ -248,17 +208,15 @@ def test_metrics_are_means_over_classes_with_keypoints():
 def test_squares_are_padded_with_white_at_the_bottom_right():
   image = np.full((30, 60, 3), 7, np.uint8)
   got = semantic.pad_to_square(image, 60)
-  assert (got[:28] == 7).all()
-  assert (got[32:] == 255).all()
-  assert semantic.pad_to_square(image.transpose(1, 0, 2), 40).shape == (
-    40,
-    40,
-    3,
-  )
+  assert (got[:28] == 7).all() and (got[32:] == 255).all()
+  got = semantic.pad_to_square(image.transpose(1, 0, 2), 40)
+  assert got.shape == (40, 40, 3) and (got[:, 24:] == 255).all()
 
 
-def write_spair(root):
-  """Writes images of one noise, whose keypoints have equal positions."""
+@pytest.fixture
+def spair_root(tmp_path):
+  """Images of one noise, whose keypoints have equal positions."""
+  root = tmp_path
   rng = np.random.default_rng(0)
   noise = rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)
   image = PIL.Image.fromarray(noise)
@@ -277,31 +235,20 @@ def write_spair(root):
     (7, "dog", "c", "d", 1, points),
     (8, "dog", "d", "c", 2, []),
   ):
-    row = {
-      "pair_id": number,
-      "filename": f"{number:06d}-{first}-{second}:{category}",
-      "src_imname": f"{first}.jpg",
-      "trg_imname": f"{second}.jpg",
-      "src_imsize": [128, 128, 3],
-      "trg_imsize": [128, 128, 3],
-      "src_bndbox": [1, 1, 120, 120],
-      "trg_bndbox": [1, 1, 121, 101],
-      "src_kps": keypoints,
-      "trg_kps": keypoints,
-      "kps_ids": [str(i) for i in range(len(keypoints))],
-      "category": category,
-      "viewpoint_variation": view,
-      "mirror": 0,
-    }
+    row = {"pair_id": number, "category": category, "viewpoint_variation": view}
+    row |= {"filename": f"{number:06d}-{first}-{second}:{category}"}
+    for side, name, corner in (("src", first, 120), ("trg", second, 121)):
+      row[f"{side}_imname"], row[f"{side}_imsize"] = (
+        f"{name}.jpg",
+        [128, 128, 3],
+      )
+      row[f"{side}_bndbox"] = [1, 1, corner, 120 if side == "src" else 101]
+      row[f"{side}_kps"] = keypoints
+    row |= {"kps_ids": [str(i) for i in range(len(keypoints))], "mirror": 0}
     # File names sort in another order than the pairs.
     path = annotations / f"{'zyxw'[number % 4]}{row['filename']}.json"
     path.write_text(json.dumps(row))
-
-
-@pytest.fixture
-def spair_root(tmp_path):
-  write_spair(tmp_path)
-  return tmp_path
+  return root
 
 
 def test_read_spair(spair_root):
@@ -318,19 +265,23 @@ def test_read_spair(spair_root):
     spair.open_key_points(spair_root, split="test")
 
 
-def test_errors_of_damaged_annotations(spair_root):
-  path = next((spair_root / "PairAnnotation" / "test").iterdir())
-  row = json.loads(path.read_text())
-  path.write_text(json.dumps({k: v for k, v in row.items() if k != "trg_kps"}))
-  with pytest.raises(ValueError, match="has no 'trg_kps'"):
-    SemanticCorrespondence(data=str(spair_root)).prepare()
-  path.write_text(json.dumps({**row, "trg_kps": [[1, 2]] * 9}))
-  with pytest.raises(ValueError, match="and 9 in the second"):
-    SemanticCorrespondence(data=str(spair_root)).prepare()
-  with pytest.raises(FileNotFoundError, match="missing  PairAnnotation/val"):
-    SemanticCorrespondence(data=str(spair_root), split="val").prepare()
-  with pytest.raises(NotApplicable, match="Semantic correspondence reads"):
-    SemanticCorrespondence(data=str(spair_root / "JPEGImages")).prepare()
+@pytest.mark.parametrize(
+  ("fields", "options", "error", "message"),
+  [
+    ({"trg_kps": None}, {}, ValueError, "has no 'trg_kps'"),
+    ({"trg_kps": [[1, 2]] * 9}, {}, ValueError, "and 9 in the second"),
+    ({"src_kps": [], "trg_kps": []}, {}, ValueError, "none of its 4 pairs has"),
+    ({}, {"split": "val"}, FileNotFoundError, "missing  PairAnnotation/val"),
+    ({}, {"data": "JPEGImages"}, NotApplicable, "Semantic correspondence read"),
+  ],
+)
+def test_damaged_sets(spair_root, fields, options, error, message):
+  for path in (spair_root / "PairAnnotation" / "test").iterdir():
+    row = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}))
+  options = {**options, "data": str(spair_root / options.get("data", ""))}
+  with pytest.raises(error, match=message):
+    SemanticCorrespondence(**options).prepare()
 
 
 @pytest.fixture(scope="module")
@@ -340,21 +291,15 @@ def pixels():
 
 def test_equal_images_match(spair_root, pixels):
   """The error is at most 1.5 / 16 an axis, 0.142 of these boxes."""
-  options = {
-    "data": str(spair_root),
-    "size": 128,
-    "report": "classes",
-    "threshold": 0.142,
-  }
-  got = build_evaluator("semantic_correspondence", options).run(pixels)
-  assert got.metrics["recall"] == 1.0
-  assert got.metrics["recall_dog"] == 1.0
+  options = {"data": str(spair_root), "size": 128, "report": "classes"}
+  build = functools.partial(build_evaluator, "semantic_correspondence")
+  got = build({**options, "threshold": 0.142}).run(pixels)
+  assert got.metrics["recall"] == got.metrics["recall_dog"] == 1.0
   # The images of the hard pair share no keypoint.
   assert "recall_view2" not in got.metrics
   protocol = json.loads(json.dumps(got.protocol))
   assert protocol["pairs"] == {"all": 4, "0": 1, "1": 2, "2": 1}
-  assert protocol["points"] == 8
-  assert protocol["grid"] == [16, 16]
+  assert (protocol["points"], protocol["grid"]) == (8, [16, 16])
   # The encoder's own preprocessing (64 x 64, bilinear) is not used.
   assert protocol["preprocess"] == {
     "mean": list(pixels.preprocess.mean),
@@ -365,8 +310,7 @@ def test_equal_images_match(spair_root, pixels):
     "interpolation": "bicubic, antialiased (Pillow)",
   }
   # Most of the error comes from sampling and corners.
-  options["threshold"] = 0.05
-  close = build_evaluator("semantic_correspondence", options).run(pixels)
+  close = build({**options, "threshold": 0.05}).run(pixels)
   assert 0 < close.metrics["recall"] < 1
 
 
@@ -381,19 +325,17 @@ def test_probe3d_pads_patches_of_14_and_normalises_by_imagenet(spair_root):
   got = evaluator.run(encoder)
   preprocess = got.protocol["preprocess"]
   assert got.protocol["input_size"] == [100, 100]
-  assert preprocess["padded"] == [112, 112]
-  assert got.protocol["grid"] == [8, 8]
+  assert (preprocess["padded"], got.protocol["grid"]) == ([112, 112], [8, 8])
   np.testing.assert_array_equal(
     [preprocess["mean"], preprocess["std"]], [MEAN, STD]
   )
   # Equal images: the source's nearest patch by its normalised position.
   data = evaluator._set[0]
-  pair = data.pairs[3]
-  points = np.floor(pair.first_points * 100 / 128) / 100
+  points = np.floor(data.pairs[3].first_points * 100 / 128) / 100
   grid = evaluator._grid(encoder, data.layout)
-  for i, predicted in evaluator._transfer(encoder, data, [3], grid):
-    assert i == 3
-    assert abs(predicted - np.rint(points * 7) / 8).max() < 2 / 8
+  ((i, predicted),) = evaluator._transfer(encoder, data, [3], grid)
+  assert i == 3
+  assert abs(predicted - np.rint(points * 7) / 8).max() < 2 / 8
   navi = GeometricCorrespondence(**options)
   assert navi._input_size(encoder, 512) == 512
   assert navi._padded(encoder, 800).padded == (812, 812)
@@ -423,7 +365,7 @@ def test_scenes(result):
 
 
 def test_groups_of_classes_change_nothing(result, pixels, monkeypatch):
-  monkeypatch.setattr("mtv_jax.evals.correspondence.semantic._MAX_IMAGES", 5)
+  monkeypatch.setattr(semantic, "_MAX_IMAGES", 5)
   got = SemanticCorrespondence(count=40).run(pixels)
   assert got.errors.keys() == got.metrics.keys()
   assert got.metrics == result.metrics
@@ -452,33 +394,21 @@ def test_too_few_scenes():
   SemanticCorrespondence(count=enough).prepare()
 
 
-def test_no_keypoints(spair_root, monkeypatch):
-  data = spair.open_key_points(spair_root, split="test")
-  empty = tuple(p for p in data.pairs if not len(p.first_points))
-  data = dataclasses.replace(data, pairs=empty)
-  monkeypatch.setattr(spair, "open_key_points", lambda *_, **__: data)
-  with pytest.raises(ValueError, match="none of its 1 pairs has a keypoint"):
-    SemanticCorrespondence(data=str(spair_root)).prepare()
-
-
 @pytest.mark.slow
 def test_spair(shared_data, pixels):
-  data = spair.open_key_points(shared_data / "SPair-71k", split="test")
-  assert len(data.pairs) == 9
-  assert len(data.images) == 12
-  for i, pair in enumerate(data.pairs):
+  root = shared_data / "SPair-71k"
+  data = spair.open_key_points(root, split="test")
+  assert (len(data.pairs), len(data.images)) == (9, 12)
+  for pair in data.pairs:
     for points, image in (
       (pair.first_points, data.images[pair.first]),
       (pair.second_points, data.images[pair.second]),
     ):
-      assert (points >= 0).all(), i
-      assert (points <= np.array(image.shape[1::-1])).all(), i
+      assert (points >= 0).all()
+      assert (points <= np.array(image.shape[1::-1])).all()
     assert pair.second_side == max(data.images[pair.second].shape)
-  got = SemanticCorrespondence(
-    data=str(shared_data / "SPair-71k"), aggregate="image"
-  ).run(pixels)
+  got = SemanticCorrespondence(data=str(root), aggregate="image").run(pixels)
   assert got.protocol["input_size"] == [800, 800]
-  assert got.protocol["classes"] == 6
-  assert got.protocol["points"] == 66
+  assert (got.protocol["classes"], got.protocol["points"]) == (6, 66)
   assert got.metrics["recall"] > 2 * got.chance["recall"] > 0
   assert "recall_view2" not in got.metrics

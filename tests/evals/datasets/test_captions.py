@@ -1,11 +1,7 @@
 """Captions in the official layouts of COCO, Flickr30k and CLIP_benchmark."""
 
-import io
-import json
-import tarfile
-
-import PIL.Image
 import pytest
+from dataset_samples import image_bytes, write_jpeg, write_json, write_tar
 
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
@@ -13,35 +9,35 @@ from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 COLOURS = ("red", "green", "blue")
+COCO_NAME = "COCO_val2014_{:012}.jpg"
+CAPTIONS = [["red", "a red one"], ["green"], ["blue"]]
 
 
 def write_coco(path, name, captions):
   """COCO's form of captions; `name` is a format of the file names."""
+  rows = [(i, text) for i, texts in enumerate(captions) for text in texts]
   content = {
     "images": [
       {"id": i, "file_name": name.format(i)} for i in range(len(captions))
     ],
     "annotations": [
       {"id": n, "image_id": i, "caption": text}
-      for n, (i, text) in enumerate(
-        (i, text) for i, texts in enumerate(captions) for text in texts
-      )
+      for n, (i, text) in enumerate(rows)
     ],
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(content))
+  write_json(path, content)
   return content
 
 
 def write_images(folder, name, write_image):
   for i, colour in enumerate(COLOURS):
-    path = folder / name.format(i)
-    write_image(path.with_suffix(".png"), colour)
-    path.with_suffix(".png").rename(path)
+    write_jpeg(write_image, folder / name.format(i), colour)
 
 
-COCO_NAME = "COCO_val2014_{:012}.jpg"
-CAPTIONS = [["red", "a red one"], ["green"], ["blue"]]
+def check_captions(data):
+  assert data.captions == ("red", "a red one", "green", "blue")
+  assert list(data.owner) == [0, 0, 1, 2]
+  assert data.images[2][0, 0].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize("folder", ["", "annotations"])
@@ -55,10 +51,7 @@ def test_coco_test_karpathy_beside_val2014(
   other = tmp_path / "annotations" / "captions_val2017.json"
   write_coco(other, "{}.jpg", [["x"]])
   for data in (path, tmp_path):
-    got = registry.open_captions(data)
-    assert got.captions == ("red", "a red one", "green", "blue")
-    assert list(got.owner) == [0, 0, 1, 2]
-    assert got.images[2][0, 0].tolist() == [0, 0, 255]
+    check_captions(registry.open_captions(data))
   result = Retrieval(data=str(tmp_path)).run(colours)
   assert result.metrics["text_to_image_r1"] == 1.0
 
@@ -74,20 +67,19 @@ def test_a_plain_coco_folder(tmp_path, write_image):
     registry.open_captions(tmp_path)
 
 
-def karpathy(names, splits, folder=None):
-  rows = []
-  for i, (name, split) in enumerate(zip(names, splits, strict=True)):
-    sentences = [{"raw": text} for text in CAPTIONS[i]]
-    row = {"filename": name, "split": split, "sentences": sentences}
-    rows.append(row | ({"filepath": folder} if folder else {}))
-  return json.dumps({"images": rows, "dataset": "d"})
+def write_karpathy(path, names, splits, **fields):
+  rows = [
+    {"filename": n, "split": s, "sentences": [{"raw": t} for t in c], **fields}
+    for n, s, c in zip(names, splits, CAPTIONS, strict=True)
+  ]
+  write_json(path, {"images": rows, "dataset": "d"})
 
 
 def test_karpathy_in_the_folder(tmp_path, write_image):
   write_images(tmp_path / "val2014", COCO_NAME, write_image)
   names = [COCO_NAME.format(i) for i in range(3)]
-  text = karpathy(names, ["test", "restval", "test"], "val2014")
-  (tmp_path / "dataset_coco.json").write_text(text)
+  path, splits = tmp_path / "dataset_coco.json", ["test", "restval", "test"]
+  write_karpathy(path, names, splits, filepath="val2014")
   got = registry.open_captions(tmp_path)
   assert got.captions == ("red", "a red one", "blue")
   assert registry.open_captions(tmp_path, split="restval").split == "restval"
@@ -96,15 +88,16 @@ def test_karpathy_in_the_folder(tmp_path, write_image):
 @pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images"])
 def test_flickr30k_by_karpathy(tmp_path, write_image, folder):
   write_images(tmp_path / folder, "{}.jpg", write_image)
-  names = [f"{i}.jpg" for i in range(3)]
-  path = tmp_path / "dataset_flickr30k.json"
-  path.write_text(karpathy(names, ["train", "test", "test"]))
+  names, path = (
+    [f"{i}.jpg" for i in range(3)],
+    tmp_path / "dataset_flickr30k.json",
+  )
+  write_karpathy(path, names, ["train", "test", "test"])
   # Beside it, the captions of all images.
   (tmp_path / "results.csv").write_text("image_name| comment_number| comment\n")
   for data in (path, tmp_path):
     got = registry.open_captions(data)
-    assert got.captions == ("green", "blue")
-    assert got.split == "test"
+    assert (got.captions, got.split) == (("green", "blue"), "test")
     assert got.images[0][0, 0].tolist() == [0, 255, 0]
 
 
@@ -163,44 +156,17 @@ def test_missing_images_are_named(tmp_path, write_image):
     registry.open_captions(tmp_path, images=tmp_path)
 
 
-def test_coco_without_file_names(tmp_path, write_image):
-  path = tmp_path / "annotations" / "captions_val2017.json"
-  content = write_coco(path, "{}.jpg", CAPTIONS)
-  for row in content["images"]:
-    row["coco_url"] = row.pop("file_name")
-  path.write_text(json.dumps(content))
-  with pytest.raises(InputError, match="no 'file_name', only .'coco_url'"):
-    registry.open_captions(path)
-  content["categories"] = [{"id": 1, "name": "cat"}]
-  content["annotations"] = [{"image_id": 0, "bbox": [0, 0, 1, 1]}]
-  path = path.with_name("instances_val2017.json")
-  path.write_text(json.dumps(content))
-  with pytest.raises(InputError, match="has no 'file_name'"):
-    registry.open_boxes(tmp_path)
-  for row in content["images"]:
-    row["file_name"] = row.pop("coco_url")
-  path.write_text(json.dumps(content))
-  with pytest.raises(InputError, match="has no 'height'"):
-    registry.open_boxes(tmp_path)
-
-
-def test_clip_benchmark_retrieval(tmp_path, colours):
-  (tmp_path / "test").mkdir()
-  with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
-    for i, (colour, texts) in enumerate(zip(COLOURS, CAPTIONS, strict=True)):
-      image = io.BytesIO()
-      PIL.Image.new("RGB", (8, 8), colour).save(image, "webp", lossless=True)
-      text = "\n".join(texts).encode()
-      for suffix, data in (("webp", image.getvalue()), ("txt", text)):
-        info = tarfile.TarInfo(f"s{i:07}.{suffix}")
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+def test_clip_benchmark_retrieval(tmp_path):
+  records = {
+    f"s{i:07}": {"webp": image_bytes(c), "txt": "\n".join(texts).encode()}
+    for i, (c, texts) in enumerate(zip(COLOURS, CAPTIONS, strict=True))
+  }
+  records["s0000001"]["webp"] = image_bytes((0, 255, 0))
+  write_tar(tmp_path / "test" / "0.tar", records)
   with pytest.raises(NotApplicable, match="dataset_type.txt"):
     registry.open_captions(tmp_path)
   (tmp_path / "dataset_type.txt").write_text("retrieval")
-  got = registry.open_captions(tmp_path)
-  assert got.captions == ("red", "a red one", "green", "blue")
-  assert list(got.owner) == [0, 0, 1, 2]
+  check_captions(registry.open_captions(tmp_path))
   one = registry.open_captions(tmp_path, max_captions=1)
   assert one.captions == ("red", "green", "blue")
   with pytest.raises(MissingFileError, match="missing .*train"):

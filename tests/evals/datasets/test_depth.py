@@ -3,18 +3,13 @@
 import sys
 import types
 
-import cv2
 import numpy as np
 import pytest
 import scipy.io
+from dataset_samples import write_pixels
 
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import kitti, nyu, registry
-
-
-def write(path, values):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  assert cv2.imwrite(str(path), values)
 
 
 def grey_image(level, size=(6, 8)):
@@ -31,8 +26,8 @@ def bts(tmp_path):
   depth = np.array([[1000, 2500], [0, 9999]], np.uint16)
   lines = []
   for i in range(2):
-    write(tmp_path / f"kitchen/rgb_{i}.png", grey_image(10 * i, (2, 2)))
-    write(tmp_path / f"kitchen/sync_depth_{i}.png", depth + np.uint16(i))
+    write_pixels(tmp_path / f"kitchen/rgb_{i}.png", grey_image(10 * i, (2, 2)))
+    write_pixels(tmp_path / f"kitchen/sync_depth_{i}.png", depth + np.uint16(i))
     lines.append(f"/kitchen/rgb_{i}.png /kitchen/sync_depth_{i}.png 518.8579")
   name = "nyudepthv2_test_files_with_gt.txt"
   (tmp_path / name).write_text("\n".join(lines) + "\n")
@@ -50,20 +45,27 @@ def test_nyu_lists(bts):
   assert open_depth(bts, count=1).digest != data.digest
   with pytest.raises(IndexError, match="2 of 2 items"):
     _ = data.maps[2]
+  # A colour image is not a depth map.
+  write_pixels(bts / "kitchen" / "sync_depth_0.png", grey_image(3))
+  with pytest.raises(ValueError, match="mode RGB; expected one channel"):
+    _ = open_depth(bts).maps[0]
+  (bts / "kitchen" / "sync_depth_1.png").unlink()
+  with pytest.raises(FileNotFoundError, match="1 of 4 files .*sync_depth_1"):
+    open_depth(bts)
 
 
 def test_nyu_lists_in_the_folders_of_bts(tmp_path):
-  write(tmp_path / "sync/a/rgb.png", grey_image(1))
-  write(tmp_path / "sync/a/d.png", np.full((6, 8), 500, np.uint16))
+  write_pixels(tmp_path / "sync/a/rgb.png", grey_image(1))
+  write_pixels(tmp_path / "sync/a/d.png", np.full((6, 8), 500, np.uint16))
   (tmp_path / "nyu_train.txt").write_text("/a/rgb.png /a/d.png 518.8\n")
   assert open_depth(tmp_path, "train").maps[0][0, 0] == np.float32(0.5)
 
 
 def test_nyu_of_marigold_has_both_depths(tmp_path):
   folder = tmp_path / "test" / "kitchen_0004"
-  write(folder / "rgb_0001.png", grey_image(3))
-  write(folder / "depth_0001.png", np.full((6, 8), 0, np.uint16))
-  write(folder / "filled_0001.png", np.full((6, 8), 1500, np.uint16))
+  write_pixels(folder / "rgb_0001.png", grey_image(3))
+  write_pixels(folder / "depth_0001.png", np.full((6, 8), 0, np.uint16))
+  write_pixels(folder / "filled_0001.png", np.full((6, 8), 1500, np.uint16))
   assert open_depth(tmp_path).maps[0].max() == 0
   filled = open_depth(tmp_path, truth="filled")
   assert filled.maps[0].min() == np.float32(1.5)
@@ -71,8 +73,8 @@ def test_nyu_of_marigold_has_both_depths(tmp_path):
 
 
 def test_nyu_by_id(tmp_path):
-  write(tmp_path / "nyu_images/7.jpg", grey_image(3))
-  write(tmp_path / "nyu_depths/7.png", np.full((6, 8), 51, np.uint8))
+  write_pixels(tmp_path / "nyu_images/7.jpg", grey_image(3))
+  write_pixels(tmp_path / "nyu_depths/7.png", np.full((6, 8), 51, np.uint8))
   (tmp_path / "test.txt").write_text("7 kitchen_0004\n")
   data = open_depth(tmp_path)
   assert data.maps[0][0, 0] == np.float32(2.0)
@@ -103,10 +105,8 @@ def test_nyu_mat(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "h5py", module)
   path = tmp_path / "nyu_depth_v2_labeled.mat"
   path.write_bytes(b"")
-  scipy.io.savemat(
-    tmp_path / "splits.mat",
-    {"trainNdxs": [[1]], "testNdxs": [[2], [3]]},
-  )
+  splits = {"trainNdxs": [[1]], "testNdxs": [[2], [3]]}
+  scipy.io.savemat(tmp_path / "splits.mat", splits)
   data, file = open_depth(path), FakeHDF5(path, "r")
   assert len(data.images) == 2
   # MATLAB counts from one, and puts rows first.
@@ -119,25 +119,15 @@ def test_nyu_mat(tmp_path, monkeypatch):
   assert filled.maps[1][4, 5] == file["depths"][2, 5, 4]
   assert filled.digest != data.digest
   assert len(open_depth(tmp_path, "train").images) == 1
-
-
-def test_nyu_mat_without_h5py(tmp_path, monkeypatch):
   nyu._open_hdf5.cache_clear()
   monkeypatch.setitem(sys.modules, "h5py", None)
-  (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"")
-  (tmp_path / "test.txt").write_text("1 a\n")
   with pytest.raises(ImportError, match="pip install h5py"):
     open_depth(tmp_path)
 
 
 def test_nyu_tfds(monkeypatch):
-  rows = [
-    {
-      "image": grey_image(i),
-      "depth": np.full((6, 8), 1.5 + i, np.float16),
-    }
-    for i in range(3)
-  ]
+  depths = [np.full((6, 8), 1.5 + i, np.float16) for i in range(3)]
+  rows = [{"image": grey_image(i), "depth": d} for i, d in enumerate(depths)]
   calls = []
   module = types.ModuleType("tensorflow_datasets")
   module.data_source = lambda name, **k: calls.append((name, k)) or rows
@@ -161,10 +151,10 @@ def eigen(tmp_path):
     image = f"2011_09_26/{drive}/image_02/data/0000000069.png"
     depth = f"{drive}/proj_depth/groundtruth/image_02/0000000069.png"
     path = tmp_path / "raw_data" / image
-    write(path.with_suffix(f".{suffix}"), grey_image(50))
+    write_pixels(path.with_suffix(f".{suffix}"), grey_image(50))
     values = np.zeros((6, 8), np.uint16)
     values[2, 3] = 256 * 12 + 64
-    write(tmp_path / "data_depth_annotated" / part / depth, values)
+    write_pixels(tmp_path / "data_depth_annotated" / part / depth, values)
     lines.append(f"{image} {depth} 721.5377")
   lines.append("2011_09_26/x/image_02/data/0000000000.png None 721.5377")
   (tmp_path / "kitti_eigen_test_files_with_gt.txt").write_text("\n".join(lines))
@@ -182,9 +172,6 @@ def test_kitti_list(eigen):
   assert val.digest != data.digest
   with pytest.raises(ValueError, match="subset is 'vall'"):
     open_depth(eigen, subset="vall")
-
-
-def test_kitti_without_its_depth(eigen):
   (eigen / "data_depth_annotated" / "val").rename(eigen / "moved")
   with pytest.raises(FileNotFoundError, match="1 of 2 depth maps are missing"):
     open_depth(eigen)
@@ -198,7 +185,7 @@ Tr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0
 
 def write_frame(root, points):
   folder = root / "training"
-  write(folder / "image_2" / "000000.png", grey_image(9))
+  write_pixels(folder / "image_2" / "000000.png", grey_image(9))
   for name in ("velodyne", "calib"):
     (folder / name).mkdir(parents=True, exist_ok=True)
   sweep = np.concatenate([points, np.zeros((len(points), 1))], axis=1)
@@ -255,18 +242,6 @@ def test_kitti_frames_without_calibration(tmp_path):
     open_depth(tmp_path)
 
 
-def test_missing_files_are_named(bts):
-  (bts / "kitchen" / "sync_depth_1.png").unlink()
-  with pytest.raises(FileNotFoundError, match="1 of 4 files .*sync_depth_1"):
-    open_depth(bts)
-
-
-def test_a_colour_image_is_not_a_depth_map(bts):
-  write(bts / "kitchen" / "sync_depth_0.png", grey_image(3))
-  with pytest.raises(ValueError, match="mode RGB; expected one channel"):
-    _ = open_depth(bts).maps[0]
-
-
 def test_nothing_of_the_kind(tmp_path):
   (tmp_path / "notes").mkdir()
   with pytest.raises(NotApplicable, match="the folder contains notes/"):
@@ -278,22 +253,6 @@ def test_nothing_of_the_kind(tmp_path):
     open_depth(tmp_path / "missing")
   with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
     registry.open_depth({"type": "webdataset"}, split="test", size=32)
-
-
-def test_scenes_are_exact_and_held_out():
-  from mtv_jax.data.scenes import render as scenes
-
-  test, train = (
-    open_depth("scenes", s, count=2) for s in registry.SPLITS[::-1]
-  )
-  scene = scenes.render(1_000_001, size=32)
-  np.testing.assert_array_equal(test.maps[1], scene.depth)
-  np.testing.assert_array_equal(test.images[1], scene.image)
-  np.testing.assert_array_equal(
-    train.images[0], scenes.render(2_000_000, size=32).image
-  )
-  assert test.digest != train.digest
-  assert max(d.max() for d in test.maps) < registry.scenes.MAX_DEPTH
 
 
 def test_real_nyu(shared_data):

@@ -1,19 +1,23 @@
 """ImageNet's official files, its test sets, and CLIP_benchmark's folders."""
 
-import io
 import json
 import tarfile
 
 import numpy as np
-import PIL.Image
 import pytest
 import scipy.io
+from dataset_samples import (
+  image_bytes,
+  write_jpeg,
+  write_json,
+  write_pixels,
+  write_tar,
+)
 
 from mtv_jax.evals.classification.zero_shot import ZeroShot, match_candidates
 from mtv_jax.evals.core import prompts
-from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.prompts import Prompts
-from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets import imagenet, registry
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 # By ILSVRC2012_ID, whose order differs from the WordNet ids'.
@@ -23,7 +27,7 @@ SYNSETS = [
   (3, "n01000000", "red", 0),
   (4, "n00000001", "colour", 3),  # with children, so no class
 ]
-TRUTH = [3, 1, 2, 3]  # by validation image
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 COLOURS = ["red", "green", "blue", "red"]
 # 1000 names in the order of their ids; the first three are colours.
 NAMES = ("red", "green", "blue", *(f"class {i}" for i in range(997)))
@@ -38,27 +42,25 @@ def devkit(tmp_path):
   """The devkit's folder, in the layout of ILSVRC2012_devkit_t12."""
   data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
   data.mkdir(parents=True)
-  kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
-  rows = np.array(SYNSETS, [*kinds, ("num_children", "O")])
-  scipy.io.savemat(data / "meta.mat", {"synsets": rows[:, None]})
-  truth = data / "ILSVRC2012_validation_ground_truth.txt"
-  truth.write_text("".join(f"{number}\n" for number in TRUTH))
+  write_synsets(data, SYNSETS)
+  write_truth(data, "3\n1\n2\n3\n")
   return data
+
+
+def write_truth(devkit, text):
+  (devkit / TRUTH).write_text(text)
+
+
+def write_synsets(data, rows):
+  names = ("ILSVRC2012_ID", "WNID", "words", "num_children")
+  rows = np.array(rows, [(name, "O") for name in names])
+  scipy.io.savemat(data / "meta.mat", {"synsets": rows[:, None]})
 
 
 def write_flat(root, write_image):
   for i, colour in enumerate(COLOURS):
-    name = f"ILSVRC2012_val_{i + 1:08}"
-    write_image(root / f"{name}.png", colour)
-    (root / f"{name}.png").rename(root / f"{name}.JPEG")
-
-
-def pack(archive, root, mode="w"):
-  """A tar of a folder's files, by their paths in its parent."""
-  with tarfile.open(archive, mode) as tar:
-    for path in sorted(root.rglob("*")):
-      if path.is_file():
-        tar.add(path, path.relative_to(root.parent))
+    path = root / f"ILSVRC2012_val_{i + 1:08}.JPEG"
+    write_jpeg(write_image, path, colour)
 
 
 def test_flat_validation_set(tmp_path, devkit, write_image, colours):
@@ -85,9 +87,9 @@ def test_validation_tar_and_devkit_archive(tmp_path, devkit, write_image):
   folder.mkdir()
   tar = folder / "ILSVRC2012_img_val.tar"
   with tarfile.open(tar, "w") as file:
-    for path in sorted((tmp_path / "images").iterdir()):
-      file.add(path, path.name)
-  pack(folder / "ILSVRC2012_devkit_t12.tar.gz", devkit.parent, "w:gz")
+    file.add(tmp_path / "images", ".")
+  with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as file:
+    file.add(devkit.parent, devkit.parent.name)
   for path in (folder, tar, str(tar)):
     data = registry.open_classification(path)
     assert list(data.labels) == [0, 1, 2, 0]
@@ -100,23 +102,32 @@ def test_validation_tar_and_devkit_archive(tmp_path, devkit, write_image):
   assert list(splits.train.labels) == [0, 1, 2]
 
 
-def test_devkit_is_checked(tmp_path, devkit, write_image):
+TAR_GZ = "ILSVRC2012_devkit_t12.tar.gz"
+
+
+@pytest.mark.parametrize(
+  "change, error",
+  [
+    (lambda d: write_truth(d, "1\n4\n"), "4 is not an ILSVRC2012_ID"),
+    (lambda d: write_truth(d, "1\nred\n"), "not an ILSVRC2012_ID"),
+    (lambda d: write_truth(d, ""), "0 numbers"),
+    (lambda d: write_synsets(d, SYNSETS[3:]), "has 0 classes"),
+    (lambda d: (d / "meta.mat").write_bytes(b""), "meta.mat is not Image"),
+    (lambda d: (d / TRUTH).unlink(), "missing .*ground_truth.txt"),
+    (lambda d: d.parent.rename("moved"), "no devkit .*image-net.org"),
+    (
+      lambda d: [d.parent.rename("moved"), open(TAR_GZ, "w").close()],
+      "can't be read as ImageNet's devkit",
+    ),
+  ],
+)
+def test_devkit_is_checked(
+  tmp_path, monkeypatch, devkit, write_image, change, error
+):
+  monkeypatch.chdir(tmp_path)
   write_flat(tmp_path, write_image)
-  truth = devkit / "ILSVRC2012_validation_ground_truth.txt"
-  truth.write_text("1\n4\n")  # 4 has children
-  with pytest.raises(InputError, match="4 is not an ILSVRC2012_ID"):
-    registry.open_classification(tmp_path)
-  (devkit / "meta.mat").write_bytes(b"no matrix")
-  with pytest.raises(InputError, match="meta.mat is not ImageNet's"):
-    registry.open_classification(tmp_path)
-  truth.unlink()
-  with pytest.raises(MissingFileError, match="missing .*ground_truth.txt"):
-    registry.open_classification(tmp_path)
-  devkit.parent.rename(tmp_path / "devkit")
-  with pytest.raises(MissingFileError, match="no devkit .*image-net.org"):
-    registry.open_classification(tmp_path)
-  (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no archive")
-  with pytest.raises(InputError, match="can't be read as ImageNet's devkit"):
+  change(devkit)
+  with pytest.raises((InputError, MissingFileError), match=error):
     registry.open_classification(tmp_path)
 
 
@@ -182,9 +193,8 @@ def test_200_wordnet_ids_are_scored_alone(tmp_path, write_image, colours):
   assert result.protocol["classes"] == 200
   assert result.protocol["classes_scored"] == "dataset"
   assert result.chance["top1"] == 1 / 200
-  assert ZeroShot(**options, classes="all").run(colours).protocol[
-    "classes"
-  ] == 1000  # fmt: skip
+  every = ZeroShot(**options, classes="all").run(colours)
+  assert every.protocol["classes"] == 1000
   present = ZeroShot(**options, classes="present").run(colours)
   assert present.protocol["classes"] == 7
   (root / chosen[1] / "1.png").unlink()
@@ -229,9 +239,8 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
   with pytest.raises(InputError, match="relabels the files of ImageNet"):
     ZeroShot(real=str(real)).prepare()
   # Equal images in folders of classes.
-  write_image(tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.png", "red")
   jpeg = tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.JPEG"
-  jpeg.with_suffix(".png").rename(jpeg)
+  write_jpeg(write_image, jpeg, "red")
   data = registry.open_classification(tmp_path / "f", real=real)
   assert data.accepted == ((1, 0),)
   jpeg.rename(jpeg.with_name("other.JPEG"))
@@ -252,30 +261,22 @@ def objectnet(tmp_path):
   for folder, colour in inner.items():
     pixels = np.full((10, 14, 3), (255, 0, 0), np.uint8)
     pixels[2:-2, 2:-2] = colour
-    (root / "images" / folder).mkdir(parents=True)
-    PIL.Image.fromarray(pixels).save(root / "images" / folder / "1.png")
+    write_pixels(root / "images" / folder / "1.png", pixels)
   mappings = root / "mappings"
-  mappings.mkdir()
-
-  def write(name, content):
-    (mappings / name).write_text(json.dumps(content))
-
-  write(
-    "folder_to_objectnet_label.json",
+  write_json(
+    mappings / "folder_to_objectnet_label.json",
     {"a_tie": "Tie", "b_chair": "Chair", "c_other": "Other"},
   )
-  write(
-    "objectnet_to_imagenet_1k.json",
+  write_json(
+    mappings / "objectnet_to_imagenet_1k.json",
     {"Tie": "bow tie, bowtie; Windsor tie", "Chair": "chair"},
   )
   # Lines are in the order of ILSVRC2012_ID, labels are not.
   lines = ["chair", "Windsor tie", "bow tie, bowtie"]
   lines += [f"other {i}" for i in range(997)]
   (mappings / "imagenet_to_label_2012_v2").write_text("\n".join(lines) + "\n")
-  line_of = {0: 1, 1: 0, 2: 2} | {i: i for i in range(3, 1000)}
-  write(
-    "pytorch_to_imagenet_2012_id.json", {str(k): v for k, v in line_of.items()}
-  )
+  lines = {"0": 1, "1": 0, "2": 2} | {str(i): i for i in range(3, 1000)}
+  write_json(mappings / "pytorch_to_imagenet_2012_id.json", lines)
   return root
 
 
@@ -287,9 +288,7 @@ def test_objectnet(objectnet, colours, tmp_path):
   assert data.groups == ((2, 0), (1,))
   # Without the border.
   assert data.images[0].shape == (6, 10, 3)
-  assert np.unique(data.images[0].reshape(-1, 3), axis=0).tolist() == [
-    [0, 0, 255]
-  ]
+  assert (data.images[0] == (0, 0, 255)).all()
   # ObjectNet's own names.
   own = Prompts(("chair", "tie"), name="own")
   assert list(match_candidates(data, own, keep=None).labels) == [1, 0]
@@ -310,26 +309,28 @@ def test_objectnet(objectnet, colours, tmp_path):
   got = every.chance["top5"]
   miss = (998 * 997 * 996 * 995 * 994) / (1000 * 999 * 998 * 997 * 996)
   assert got == pytest.approx((1 - miss + 5 / 1000) / 2)
+  write_pixels(objectnet / "images/a_tie/1.png", np.zeros((4, 9, 3), np.uint8))
+  with pytest.raises(InputError, match="a_tie/1.png is 4x9 pixels"):
+    _ = registry.open_classification(objectnet).images[0]
+
+
+LATE = json.dumps({str(i + 1): i for i in range(1000)})
 
 
 @pytest.mark.parametrize(
   "name, content, message",
   [
-    ("folder_to_objectnet_label.json", "[]", "expected an object of str"),
-    ("folder_to_objectnet_label.json", "{", "is not JSON"),
-    ("folder_to_objectnet_label.json", '{"a": 1}', "expected an object of str"),
-    ("folder_to_objectnet_label.json", '{"a": "b"}', "no folder of that name"),
-    ("objectnet_to_imagenet_1k.json", '{"Tie": "cap"}', "'cap' is not in"),
-    ("objectnet_to_imagenet_1k.json", '{"Tie": null}', "an object of str"),
-    ("pytorch_to_imagenet_2012_id.json", '{"0": 5}', "each label once"),
-    ("pytorch_to_imagenet_2012_id.json", '{"0": "5"}', "an object of int"),
-    (
-      "pytorch_to_imagenet_2012_id.json",
-      json.dumps({str(i + 1): i for i in range(1000)}),
-      "each label once",
-    ),
-    ("imagenet_to_label_2012_v2", "chair", "1000 labels and .* 1 lines"),
-    ("imagenet_to_label_2012_v2", None, "missing .*2012_v2"),
+    (imagenet._FOLDERS, "[]", "expected an object of str"),
+    (imagenet._FOLDERS, "{", "is not JSON"),
+    (imagenet._FOLDERS, '{"a": 1}', "expected an object of str"),
+    (imagenet._FOLDERS, '{"a": "b"}', "no folder of that name"),
+    (imagenet._OVERLAP, '{"Tie": "cap"}', "'cap' is not in"),
+    (imagenet._OVERLAP, '{"Tie": null}', "an object of str"),
+    (imagenet._ORDER, '{"0": 5}', "each label once"),
+    (imagenet._ORDER, '{"0": "5"}', "an object of int"),
+    (imagenet._ORDER, LATE, "each label once"),
+    (imagenet._NAMES, "chair", "1000 labels and .* 1 lines"),
+    (imagenet._NAMES, None, "missing .*2012_v2"),
   ],
 )
 def test_malformed_mappings_are_explained(objectnet, name, content, message):
@@ -341,39 +342,13 @@ def test_malformed_mappings_are_explained(objectnet, name, content, message):
     registry.open_classification(objectnet)
 
 
-def test_an_image_smaller_than_its_border_is_named(objectnet):
-  path = objectnet / "images" / "a_tie" / "1.png"
-  PIL.Image.new("RGB", (9, 4)).save(path)
-  data = registry.open_classification(objectnet)
-  with pytest.raises(InputError, match="a_tie/1.png is 4x9 pixels"):
-    data.images[0]
-
-
-def write_tar(path, records):
-  """Members of records, as webdataset's ShardWriter names them."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tarfile.open(path, "w") as tar:
-    for key, members in records.items():
-      for suffix, content in members.items():
-        info = tarfile.TarInfo(f"{key}.{suffix}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
-
-
-def image_bytes(colour, kind="webp"):
-  out = io.BytesIO()
-  lossless = {"lossless": True} if kind == "webp" else {}
-  PIL.Image.new("RGB", (8, 8), colour).save(out, kind, **lossless)
-  return out.getvalue()
-
-
 @pytest.fixture
 def clip_benchmark(tmp_path):
   colours = ["blue", "red", "green"]
   for split, numbers in (("train", [0, 1, 2]), ("test", [2, 1, 1])):
     for shard, number in enumerate(numbers):
       kind = ("webp", "png", "jpg")[shard]
-      image = image_bytes(colours[number], {"jpg": "jpeg"}.get(kind, kind))
+      image = image_bytes(colours[number], kind.replace("jpg", "jpeg"))
       label = {kind: image, "cls": str(number).encode()}
       write_tar(tmp_path / split / f"{shard}.tar", {f"s{shard:07}": label})
     (tmp_path / split / "nshards.txt").write_text("3\n")
@@ -420,30 +395,31 @@ def test_prompt_files_of_the_users(clip_benchmark, colours, tmp_path):
   assert own.run(colours).protocol["templates"] == ["my {}"]
   # A folder of another data set is a prompt file too.
   read = prompts.read_prompts(clip_benchmark)
-  assert read.classes == ("blue", "red", "blue")
-  assert read.templates == ("a photo of a {}.", "{}")
+  assert (read.classes[1], read.templates[1]) == ("red", "{}")
 
 
-def test_clip_benchmark_is_checked(clip_benchmark):
-  image = {"png": image_bytes("red", "png")}
-  tar = clip_benchmark / "test" / "1.tar"
-  write_tar(tar, {"a": image | {"cls": b"3"}})
-  with pytest.raises(InputError, match="a.cls is '3'.*0 to 2"):
-    registry.open_classification(clip_benchmark)
-  write_tar(tar, {"a": image | {"cls": b"\xff\xfe1"}})
-  with pytest.raises(InputError, match="a.cls is not UTF-8"):
-    registry.open_classification(clip_benchmark)
-  tar.unlink()
-  with pytest.raises(MissingFileError, match="nshards.txt is 3.*1.tar"):
-    registry.open_classification(clip_benchmark)
-  (clip_benchmark / "test" / "nshards.txt").write_text("1")
-  write_tar(clip_benchmark / "test" / "0.tar", {"a": image})
-  with pytest.raises(InputError, match="with KEY.cls"):
-    registry.open_classification(clip_benchmark)
-  (clip_benchmark / "dataset_type.txt").write_text("retrieval\n")
-  with pytest.raises(NotApplicable, match="captions and no classes"):
-    registry.open_classification(clip_benchmark)
-  (clip_benchmark / "dataset_type.txt").unlink()
-  (clip_benchmark / "classnames.txt").unlink()
-  with pytest.raises(MissingFileError, match="classnames.txt"):
+RED = {"png": image_bytes("red", "png")}
+
+
+@pytest.mark.parametrize(
+  "name, content, error",
+  [
+    ("test/1.tar", RED | {"cls": b"3"}, "a.cls is '3'.*0 to 2"),
+    ("test/1.tar", RED | {"cls": b"\xff1"}, "a.cls is not UTF-8"),
+    ("test/1.tar", None, "nshards.txt is 3.*1.tar"),
+    ("test/nshards.txt", "x", "a number of tars"),
+    ("test/nshards.txt", "0", "with KEY.cls"),
+    ("dataset_type.txt", "retrieval\n", "captions and no classes"),
+    ("classnames.txt", None, "classnames.txt"),
+  ],
+)
+def test_clip_benchmark_is_checked(clip_benchmark, name, content, error):
+  path = clip_benchmark / name
+  if content is None:
+    path.unlink()
+  elif path.suffix == ".tar":
+    write_tar(path, {"a": content})
+  else:
+    path.write_text(content)
+  with pytest.raises((InputError, MissingFileError), match=error):
     registry.open_classification(clip_benchmark)

@@ -49,6 +49,11 @@ def test_golden_angle():
   np.testing.assert_allclose(got[0], [0, 30, 150, 60], atol=1e-5)
   np.testing.assert_allclose(got[1], [30, 0, 120, 90], atol=1e-5)
   np.testing.assert_allclose(got, got.T)
+  # A motion takes points from one camera to another.
+  first, second = turn(30), turn(70)
+  first[:3, 3], second[:3, 3] = (1, 2, 3), (-1, 0, 2)
+  moved = posed.motion(first, second) @ first
+  np.testing.assert_allclose(moved, second, atol=1e-12)
 
 
 def wall(pose, *, size=(64, 96), focal=70.0, centre=(0.0, 0.0)):
@@ -169,15 +174,6 @@ def test_frames_without_depth_have_no_view():
   assert posed.make_view(nothing, size=64) is None
   nothing.depth[5, 5] = 1
   assert posed.make_view(nothing, size=64) is None
-
-
-def test_motion_takes_points_from_one_camera_to_the_other():
-  first, second = turn(30), turn(70)
-  first[:3, 3], second[:3, 3] = (1, 2, 3), (-1, 0, 2)
-  point = np.array([0.3, -0.4, 5, 1])
-  np.testing.assert_allclose(
-    posed.motion(first, second) @ (first @ point), second @ point
-  )
 
 
 def test_pairs_are_of_one_group_and_never_of_one_frame():

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.evals.core import probe, resizing
+from mtv_jax.evals.core import probe, probe_heads, resizing
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import LazySequence
-from mtv_jax.evals.core.padded_views import PaddedView
-from mtv_jax.evals.depth import augment, heads, metrics, training
+from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.augment import DepthExample
 from mtv_jax.evals.depth.depth_probe import DepthProbe, score
-from mtv_jax.evals.depth.protocols import PROTOCOLS
+from mtv_jax.evals.depth.training import PROTOCOLS
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,9 @@ def test_image_and_depth_stay_aligned(nyu_like, name):
     assert augmented.image.max() <= 255
     # Except at edges, grey remains a function of depth, up to the colour
     # jitter: a rank correlation near one.
-    grey, depth = (
-      augmented.image[::5, ::5].mean(axis=-1),
-      augmented.depth[::5, ::5],
-    )
-    order = np.corrcoef(
-      grey.ravel().argsort().argsort(), depth.ravel().argsort().argsort()
-    )
-    assert order[0, 1] > 0.97
+    grey, depth = augmented.image.mean(axis=-1), augmented.depth
+    orders = [x[::5, ::5].ravel().argsort().argsort() for x in (grey, depth)]
+    assert np.corrcoef(*orders)[0, 1] > 0.97
     seen.append(augmented.depth.tobytes())
   assert len(set(seen)) > 1
   again = augment.AUGMENTS[name](nyu_like, np.random.default_rng(7))
@@ -139,50 +134,37 @@ def test_chance_of_scale_invariant_metrics_is_the_best_constant():
   assert "si_rmse" not in score(None, truth, mean=2.0, scale_invariant=False)
 
 
-@pytest.mark.parametrize(
-  ("protocol", "cls_token", "width"),
-  [
-    ("linear", True, 2),
-    ("lin1", True, 4),
-    ("dpt", True, 8),  # CLIP, MAE
-    ("dpt", False, 8),
-  ],
-)
-def test_features_of_the_protocols(protocol, cls_token, width):
-  """Blocks and CLS tokens that a head reads."""
-  encoder = tower_of(cls_token)
-  setup = DepthProbe(protocol=protocol)._resolve(encoder, scenes())
-  assert setup.has_cls == (cls_token and protocol == "lin1")
-  assert setup.channels == width
-  last = {"linear": (11,), "lin1": (11,), "dpt": (2, 5, 8, 11)}
-  assert setup.layers == last[protocol]
-
-
-def tower_of(cls_token=True):
+def tower_of(cls_token=True, **fields):
   """An encoder of 12 blocks of width 2 that computes nothing."""
   encoder = baselines.load("pixels:32/8")
-  spec = encoder.spec.image
-  image = dataclasses.replace(spec, cls_token=cls_token, width=2, depth=12)
+  fields |= {"cls_token": cls_token, "width": 2, "depth": 12}
+  image = dataclasses.replace(encoder.spec.image, **fields)
   encoder.spec = dataclasses.replace(encoder.spec, image=image)
   return encoder
 
 
-def test_dpt_reads_the_class_token_of_the_dino_family():
-  """On B/16, Probe3D's DPT reads 4 x 1536 channels of DINO, 4 x 768 of CLIP."""
-  encoder, data = tower_of(), scenes()
+DINO = {"pool": "cls", "layer_scale": 1e-5}
 
-  def channels(cls=None, **fields):
-    image = dataclasses.replace(encoder.spec.image, **fields)
-    encoder.spec = dataclasses.replace(encoder.spec, image=image)
-    setup = DepthProbe(protocol="dpt", cls=cls)._resolve(encoder, data)
-    assert setup.has_cls == (setup.channels == 2 * 4 * 768)
-    return setup.channels
 
-  dino = {"pool": "cls", "layer_scale": 1e-5, "width": 768, "heads": 12}
-  assert channels(**dino) == 4 * 1536
-  assert channels(layer_scale=None) == 4 * 768
-  assert channels("concat") == 4 * 1536
-  assert channels("off", layer_scale=1e-5) == 4 * 768
+@pytest.mark.parametrize(
+  ("protocol", "cls", "fields", "blocks", "channels"),
+  [
+    ("linear", None, {}, (11,), 2),
+    ("lin1", None, {}, (11,), 4),
+    ("lin1", None, {"cls_token": False}, (11,), 2),
+    # Probe3D's DPT reads the CLS token of DINO, and not of CLIP and MAE.
+    ("dpt", None, DINO, (2, 5, 8, 11), 16),
+    ("dpt", None, {"pool": "cls"}, (2, 5, 8, 11), 8),
+    ("dpt", "concat", {}, (2, 5, 8, 11), 16),
+    ("dpt", "off", DINO, (2, 5, 8, 11), 8),
+  ],
+)
+def test_features_of_the_protocols(protocol, cls, fields, blocks, channels):
+  """Blocks of width 2 that a head reads, with or without CLS tokens."""
+  evaluator = DepthProbe(protocol=protocol, cls=cls)
+  setup = evaluator._resolve(tower_of(**fields), scenes())
+  assert (setup.layers, setup.channels) == (blocks, channels)
+  assert setup.has_cls == (channels == 4 * len(blocks))
 
 
 def scenes():
@@ -253,7 +235,7 @@ def test_predictions_match_torch(pixels, tta):
   rng = np.random.default_rng(0)
   params, state = jax.tree.map(
     lambda x: rng.uniform(-0.5, 1, x.shape).astype(np.float32),
-    heads.init_depth_head(setup.head, setup.channels, seed=0),
+    probe_heads.init_depth_head(setup.head, setup.channels, seed=0),
   )
   state["batch_stats"]["norm"]["var"] += 0.6
   # Weights that grow with the bin, or every depth would be near the mean.
@@ -273,22 +255,8 @@ def test_predictions_match_torch(pixels, tta):
     assert np.ptp(depth) > 0.5
 
 
-def test_scenes_as_a_mapping():
-  # The defaults for scenes hold for every way to name them.
-  scenes = DepthProbe(data={"type": "scenes", "length": 2})
-  scenes.prepare()
-  assert len(scenes._set("train", 32).images) == 2
-  assert scenes._set("test", 32).images[0].shape == (32, 32, 3)
-
-
-@pytest.mark.parametrize(
-  "part",
-  ["training/velodyne/0.bin", "kitti_eigen_test_files_with_gt.txt"],
-)
-def test_kitti_is_rejected(tmp_path, part):
-  path = tmp_path / part
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.touch()
+def test_kitti_is_rejected(tmp_path):
+  (tmp_path / "kitti_eigen_test_files_with_gt.txt").touch()
   with pytest.raises(NotApplicable, match="is KITTI.*relative_depth"):
     DepthProbe(data=str(tmp_path)).prepare()
 
@@ -340,18 +308,17 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
     batch_size=2,
     input_size=(48, 64),
     dpt_features=8,
-    pictures=1,
   )
-  evaluator.prepare()
   result = evaluator.run(pixels)
   assert result.protocol["images"] == 2
   assert result.protocol["depth"] == "raw, mm"
   assert result.metrics["rmse"] < result.chance["rmse"]
-  assert ("si_rmse" in result.metrics) == (protocol == "dpt")
-  if protocol == "dpt":
+  scale_invariant = protocol == "dpt"
+  assert ("si_rmse" in result.metrics) == scale_invariant
+  assert ("si_rmse" in result.lower) == scale_invariant
+  if scale_invariant:
     assert result.protocol["image_size"] == [480, 480]
     assert result.metrics["si_rmse"] <= result.metrics["rmse"] + 1e-6
-    assert "si_rmse" in result.lower
 
 
 @pytest.mark.slow
@@ -359,15 +326,16 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
   "protocol", ["lin4", pytest.param("dpt", marks=pytest.mark.long)]
 )
 def test_scenes_through_a_vit(protocol):
+  options = {} if protocol == "dpt" else {"train_count": 64, "count": 16}
   encoder = baselines.random("mu/8", 64)
-  result = DepthProbe(protocol=protocol).run(encoder)
+  result = DepthProbe(protocol=protocol, **options).run(encoder)
   assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_real_nyu(shared_data):
-  encoder = baselines.random("mu/16", 96)
   evaluator = DepthProbe(
     data=str(shared_data / "nyuv2"),
     input_size=(192, 256),
@@ -375,7 +343,7 @@ def test_real_nyu(shared_data):
     steps=300,
     lr=3e-3,
   )
-  result = evaluator.run(encoder)
+  result = evaluator.run(baselines.random("mu/16", 96))
   assert result.protocol["images"] == result.protocol["train_images"] == 100
   assert result.protocol["crop"] == "nyu_eigen"
   # The mean depth has an RMSE of about 1 m on these rooms.

@@ -57,33 +57,24 @@ def test_negative_predictions_fail_delta_and_are_rejected():
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("seed", range(3))
-def test_metrics_agree_with_libraries(seed):
-  import torch
-  import torchmetrics.functional as functional
+def test_metrics_agree_with_sklearn():
   from sklearn import metrics
 
-  p, g = random_depths(seed)
+  p, g = random_depths()
   valid = dm.valid_mask(g.reshape(40, 50), high=9.0).ravel()
   assert 0 < valid.sum() < (g > 0).sum()
-  p, g = p[valid], g[valid]
-  got = dm.image_metrics(p, g)
-  p64, g64 = p.astype(np.float64), g.astype(np.float64)
+  p, g = p[valid].astype(np.float64), g[valid].astype(np.float64)
+  near = np.abs(np.log(p / g)) < np.log(1.25)
   want = {
-    "rmse": metrics.root_mean_squared_error(g64, p64),
-    "abs_rel": metrics.mean_absolute_percentage_error(g64, p64),
-    "rmse_log": metrics.root_mean_squared_error(np.log(g64), np.log(p64)),
-    "log10": metrics.mean_absolute_error(np.log10(g64), np.log10(p64)),
-    "delta1": metrics.accuracy_score(
-      np.ones(len(p)), np.abs(np.log(p64 / g64)) < np.log(1.25)
-    ),
+    "rmse": metrics.root_mean_squared_error(g, p),
+    "abs_rel": metrics.mean_absolute_percentage_error(g, p),
+    "rmse_log": metrics.root_mean_squared_error(np.log(g), np.log(p)),
+    "log10": metrics.mean_absolute_error(np.log10(g), np.log10(p)),
+    "delta1": metrics.accuracy_score(np.ones(len(p)), near),
   }
+  got = dm.image_metrics(p, g)
   for name, value in want.items():
     assert got[name] == pytest.approx(value, abs=1e-9), name
-  theirs = functional.mean_squared_error(
-    torch.from_numpy(p64), torch.from_numpy(g64), squared=False
-  )
-  assert got["rmse"] == pytest.approx(float(theirs), abs=1e-9)
 
 
 def test_mean_is_over_images():
@@ -139,18 +130,6 @@ def test_alignment_is_least_squares(offset):
   got = dm.fit_affine(d, g)
   assert got.scale == pytest.approx(want[0], rel=1e-9)
   np.testing.assert_allclose(got(d), centred @ want, atol=1e-9)
-
-
-@pytest.mark.reference
-def test_alignment_matches_sklearn():
-  from sklearn.linear_model import LinearRegression
-
-  p, g = random_depths(5)
-  p, g = p[g > 0].astype(np.float64), 1 / g[g > 0].astype(np.float64)
-  want = LinearRegression().fit(p[:, None], g)
-  got = dm.fit_affine(p, g)
-  assert got.scale == pytest.approx(want.coef_[0], abs=1e-9)
-  assert got.shift == pytest.approx(want.intercept_, abs=1e-9)
 
 
 @pytest.mark.parametrize(

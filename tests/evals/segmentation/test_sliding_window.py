@@ -166,21 +166,14 @@ def test_mosaics_equal_a_loop(images, variant):
   assert len(np.unique(predictions[0][0])) > 2
 
 
-def test_maps_do_not_depend_on_the_batch_size(images):
-  maps = [
-    list(predict(images, score, SLIDE, batch_size=b)) for b in (1, 7, 100)
-  ]
-  for other in maps[1:]:
-    for a, b in zip(maps[0], other, strict=True):
+@pytest.mark.parametrize("rows", [7, 10_000])
+def test_maps_do_not_depend_on_batches_and_blocks(images, monkeypatch, rows):
+  want = list(predict(images, score, SLIDE, batch_size=1))
+  monkeypatch.setattr(sliding_window, "_BLOCK", 4 * 60 * CLASSES * rows)
+  for batch_size in (7, 100):
+    got = list(predict(images, score, SLIDE, batch_size=batch_size))
+    for a, b in zip(want, got, strict=True):
       np.testing.assert_array_equal(np.stack(a), np.stack(b))
-
-
-def test_memory_is_bounded_by_blocks(images, monkeypatch):
-  whole = list(predict(images, score, SLIDE, batch_size=4))
-  monkeypatch.setattr(sliding_window, "_BLOCK", 4 * 60 * CLASSES * 7)
-  parts = list(predict(images, score, SLIDE, batch_size=4))
-  for a, b in zip(whole, parts, strict=True):
-    np.testing.assert_array_equal(np.stack(a), np.stack(b))
 
 
 def test_an_error_while_reading_is_raised(images):
@@ -199,34 +192,3 @@ def test_options_are_checked():
     Slide(size=16, stride=8, short=16, scales=())
   with pytest.raises(ValueError, match="gaps"):
     Slide(size=16, stride=17, short=16)
-
-
-@pytest.mark.reference
-def test_maps_equal_torch(images):
-  import torch
-  import torch.nn.functional as F
-
-  image = images[0]
-  shape = sliding_window.resized(40, 60, short=20)
-  pixels = torch.from_numpy(
-    sliding_window.resize_image(image, shape, "bilinear").copy()
-  )
-  logits = torch.zeros(CLASSES, *shape, dtype=torch.float64)
-  count = torch.zeros(shape, dtype=torch.float64)
-  rows, columns = [0, 4], [0, 10, 14]
-  for y in rows:
-    for x in columns:
-      window = pixels[y : y + 16, x : x + 16].numpy()
-      cells = torch.from_numpy(score([window])[0, :, :, 0]).double()
-      full = F.interpolate(
-        cells.permute(2, 0, 1)[None], size=(16, 16), mode="bilinear"
-      )[0]
-      logits[:, y : y + 16, x : x + 16] += full
-      count[y : y + 16, x : x + 16] += 1
-  logits = F.interpolate((logits / count)[None], size=(40, 60), mode="bilinear")
-  top = logits[0].softmax(dim=0).sort(dim=0).values
-  theirs = logits[0].argmax(dim=0).numpy()
-  (ours,) = predict([image], score, SLIDE, batch_size=4)
-  sure = (top[-1] - top[-2]).numpy() > 1e-6
-  assert sure.mean() > 0.999
-  np.testing.assert_array_equal(ours[0][sure], theirs[sure])

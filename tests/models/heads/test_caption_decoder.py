@@ -11,7 +11,7 @@ import pytest
 from mtv_jax.data import tokenizers
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import vit
-from mtv_jax.models.heads import caption_sequences as sequences
+from mtv_jax.models.heads import caption_decoder as sequences
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError
 
@@ -55,7 +55,8 @@ def params():
 def full_logits(rows, patches):
   """All logits of one sequence of each image."""
   parallel = jnp.zeros((len(rows), 1), bool)
-  return HEAD.module().apply(params(), rows[:, None], parallel, patches)()[:, 0]
+  logits = HEAD.module().apply(params(), rows[:, None], parallel, patches)
+  return logits.chunk(logits.kernel, logits.bias)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

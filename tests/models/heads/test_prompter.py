@@ -1,13 +1,15 @@
 """Prompter and locator, against a full layer in NumPy, and their learning."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from numpy_transformer import NumpyTransformer
+from random_trees import fill
 
 from mtv_jax.models.heads import prompter
 from mtv_jax.parallel.mesh import make_mesh
@@ -17,18 +19,8 @@ WIDTH, FEATURES = 16, 6
 
 
 def random_params(module, *example):
-  """Parameters of a trained model's size."""
   make = functools.partial(module.init, jax.random.key(0))
-  shapes = jax.eval_shape(lambda: make(*example))["params"]
-  rng = np.random.default_rng(1)
-
-  def leaf(path, x):
-    noise = rng.normal(size=x.shape) * (
-      0.4 if path[-1].key == "kernel" else 0.2
-    )
-    return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
-
-  return jax.tree_util.tree_map_with_path(leaf, shapes)
+  return fill(jax.eval_shape(lambda: make(*example))["params"])
 
 
 def sample(images=2, regions=3, patches=9, seed=0):
@@ -56,35 +48,20 @@ def locate(params, patches, texts):
   return prompter.Locator(1).apply({"params": params}, patches, texts)
 
 
-def dense(p, x):
-  return x @ np.float64(p["kernel"]) + np.float64(p.get("bias", 0.0))
-
-
-def norm(p, x):
-  x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-  return x * np.float64(p["scale"]) + np.float64(p["bias"])
-
-
-def gelu(x):
-  inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
-  return 0.5 * x * (1 + np.tanh(inner))
+def transformer(heads=1):
+  return NumpyTransformer(
+    types.SimpleNamespace(width=WIDTH, heads=heads, gelu="tanh", norm_eps=1e-6)
+  )
 
 
 def whole_layer(p, tokens, heads=1):
   """A pre-norm transformer layer over all tokens [T, D]."""
-  y = norm(p["norm1"], tokens)
-  q = dense(p["attention"]["q"], y)
-  kv = dense(p["attention"]["kv"], y).reshape(len(y), heads, 2, -1)
-  mixed = np.zeros_like(q).reshape(len(y), heads, -1)
-  for h in range(heads):
-    size = WIDTH // heads
-    logits = q[:, h * size : (h + 1) * size] @ kv[:, h, 0].T / np.sqrt(size)
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    mixed[:, h] = weights / weights.sum(1, keepdims=True) @ kv[:, h, 1]
-  x = tokens + dense(p["attention"]["out"], mixed.reshape(len(y), -1))
-  y = gelu(dense(p["mlp"]["fc1"], norm(p["norm2"], x)))
-  return x + dense(p["mlp"]["fc2"], y)
+  t = transformer(heads)
+  y = t.norm(p["norm1"], tokens)
+  q = t.dense(p["attention"]["q"], y)
+  k, v = t.split(t.dense(p["attention"]["kv"], y), 2)
+  x = tokens + t.dense(p["attention"]["out"], t.heads(q, k, v))
+  return x + t.mlp(p["mlp"], t.norm(p["norm2"], x))
 
 
 def numpy_sinusoids(coordinates, features):
@@ -99,10 +76,11 @@ def numpy_sinusoids(coordinates, features):
 
 def numpy_prompter(params, patches, box, heads=1):
   code = numpy_sinusoids(np.float64(box), 2 * WIDTH)
-  corners = dense(params["embed"], code).reshape(2, WIDTH)
+  t = transformer()
+  corners = t.dense(params["embed"], code).reshape(2, WIDTH)
   tokens = np.concatenate([corners, np.float64(patches)])
   out = whole_layer(params["layer"], tokens, heads)[:2]
-  return dense(params["projection"], norm(params["norm"], out).mean(0))
+  return t.dense(params["projection"], t.norm(params["norm"], out).mean(0))
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -167,49 +145,6 @@ def test_sharding_rules_match_the_prompter_kernels(params):
   assert layer["mlp"]["fc1"]["kernel"].spec == P("fsdp", "tensor")
 
 
-@pytest.mark.slow
-def test_prompter_learns_the_content_of_a_box():
-  """Patches that encode their position and their quarter's content."""
-  width, grid, classes = 32, 4, 4
-  module = prompter.Prompter(1)
-  where = np.eye(grid * grid, dtype=np.float32)
-  quarter = np.arange(16).reshape(4, 4) // 8 * 2 + np.arange(4) // 2
-  corners = np.array([[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]])
-  boxes = jnp.asarray(np.concatenate([corners, corners + 0.5], 1), jnp.float32)
-
-  def draw(key):
-    what = jax.random.randint(key, (32, 4), 0, classes)
-    seen = jax.nn.one_hot(what[:, quarter.ravel()], width - grid * grid)
-    position = jnp.broadcast_to(where, (32, *where.shape))
-    patches = jnp.concatenate([position, seen], axis=-1)
-    return patches, jnp.broadcast_to(boxes, (32, 4, 4)), what
-
-  def loss(params, key):
-    patches, boxes, what = draw(key)
-    logits = module.apply({"params": params}, patches, boxes, classes)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, what).mean()
-
-  tx = optax.adam(1e-2)
-
-  @jax.jit
-  def train(key):
-    patches, boxes, _ = draw(key)
-    params = module.init(key, patches, boxes, classes)["params"]
-
-    def step(carry, key):
-      value, gradient = jax.value_and_grad(loss)(carry[0], key)
-      updates, state = tx.update(gradient, carry[1])
-      return (optax.apply_updates(carry[0], updates), state), value
-
-    keys = jax.random.split(key, 60)
-    return jax.lax.scan(step, (params, tx.init(params)), keys)[1]
-
-  history = np.asarray(train(jax.random.key(0)))
-  # Without the box, the best guess mixes four quarters: over one nat.
-  assert history[:3].mean() > 1.2
-  assert history[-5:].mean() < 0.3
-
-
 @functools.cache
 def locator_sample():
   patches, _ = sample()
@@ -230,11 +165,11 @@ def test_locator_starts_in_the_centre_and_has_gradients():
 
 def test_locator_equals_a_full_layer_per_text():
   patches, texts = locator_sample()
-  params = random_params(prompter.Locator(1), patches, texts)
+  params, t = random_params(prompter.Locator(1), patches, texts), transformer()
   result = locate(params, patches, texts)
   for i, m in np.ndindex(2, 3):
-    query = dense(params["embed"], np.float64(texts[i, m]))[None]
+    query = t.dense(params["embed"], np.float64(texts[i, m]))[None]
     tokens = np.concatenate([query, np.float64(patches[i])])
-    x = norm(params["norm"], whole_layer(params["layer"], tokens)[0])
-    x = dense(params["fc2"], gelu(dense(params["fc1"], x)))
+    x = t.norm(params["norm"], whole_layer(params["layer"], tokens)[0])
+    x = t.dense(params["fc2"], t.activation(t.dense(params["fc1"], x)))
     np.testing.assert_allclose(result[i, m], 1 / (1 + np.exp(-x)), rtol=2e-5)

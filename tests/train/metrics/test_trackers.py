@@ -31,12 +31,6 @@ def read_ids(folder):
 # --- the config --------------------------------------------------------------
 
 
-def test_options_are_those_of_the_class():
-  built = build_trackers("jsonl|tensorboard")
-  assert [*built] == ["jsonl", "tensorboard"]
-  assert build_trackers(()) == {}
-
-
 @pytest.mark.parametrize(
   ("names", "message"),
   [
@@ -95,22 +89,22 @@ def warnings(caplog):
   return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_a_server_may_be_away_for_a_while(tmp_path, caplog):
-  server = Server(away=range(3, 7))
+@pytest.mark.parametrize(
+  ("end", "steps", "closed", "message"),
+  [
+    (7, [1, 2, *range(7, 21)], False, "Metrics are written to server again."),
+    (100, [1, 2], None, "server is disabled until the run is resumed, after 5"),
+  ],
+)
+def test_a_server_may_be_away_for_a_while(
+  tmp_path, caplog, end, steps, closed, message
+):
+  server = Server(away=range(3, end))
   run_server(tmp_path, server)
-  assert server.steps == [1, 2, *range(7, 21)] and server.closed is False
-  assert warnings(caplog) == [
-    "Metrics can't be written to server; training continues. RuntimeError: 503",
-    "Metrics are written to server again.",
-  ]
-
-
-def test_a_server_that_stays_away_is_disabled(tmp_path, caplog):
-  server = Server(away=range(3, 100))
-  run_server(tmp_path, server)
-  assert server.steps == [1, 2] and server.closed is None
-  assert "server is disabled" in warnings(caplog)[-1]
-  assert len(warnings(caplog)) == 2
+  assert server.steps == steps and server.closed is closed
+  first, last = warnings(caplog)
+  assert first.endswith("to server; training continues. RuntimeError: 503")
+  assert last.startswith(message)
 
 
 def test_a_server_must_be_there_at_the_start_but_not_at_a_resume(

@@ -11,7 +11,6 @@ import pytest
 
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
-from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 DEPTH, WIDTH, HEADS, DIM = 2, 8, 4, 2
@@ -132,19 +131,3 @@ def test_sharded_equals_a_single_device():
   sharded, state = run(build().tx, shardings)
   for name, value in sharded.items():
     np.testing.assert_allclose(value, params[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_frozen_tower_has_no_moments():
-  optimizer = build(rules=[("^image/", {"lr": 0})])
-  params, state = run(optimizer.tx)
-  assert not [n for n, _ in flatten_with_names(state) if "image" in n]
-  before = dict(flatten_with_names(PARAMS))
-  for name in TAKEN:
-    np.testing.assert_array_equal(params[name], before[name])
-
-
-def test_options_are_checked():
-  with pytest.raises(ConfigError, match="optim.ns_steps is 0, expected an int"):
-    build(ns_steps=0)
-  with pytest.raises(ConfigError, match="optim has no option 'nesterv'"):
-    build(nesterv=True)

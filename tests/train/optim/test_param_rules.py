@@ -1,4 +1,4 @@
-"""Rules of parameters, and the updates that they scale."""
+"""Rules of parameters, the updates that they scale, and schedules."""
 
 import functools
 
@@ -7,53 +7,62 @@ import numpy as np
 import pytest
 from optim_samples import PARAMS, RNG, SHAPES, STEPS, build, numpy_adamw, run
 
+from mtv_jax.config import sections
 from mtv_jax.config.durations import RunLength
-from mtv_jax.train.optim import param_rules
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.train.optim import schedules
+from mtv_jax.train.optim.optimizer import describe_rules, match_param_rules
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
-match = functools.partial(
-  param_rules.match_param_rules, length=RunLength(8, None, STEPS)
+match = functools.partial(match_param_rules, length=RunLength(8, None, STEPS))
+
+
+def rule(pattern, **values):
+  return {"rules": [(pattern, values)]}
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (rule("image/pos_embedding", lr=0), "names are: image/position_embedding"),
+    (
+      rule(".", wd=0),
+      "wd is an unknown key. There are: layer_decay, lr, start",
+    ),
+    (rule(".", lr=-1), "lr is -1, expected a number >= 0"),
+    ({"rules": [None]}, "a rule is .* got None"),
+    ({"rules": [(".", 0.1)]}, "a rule is"),
+    (rule(".", lr=0, layer_decay=0.9), "layer_decay, but lr=0 freezes all"),
+    (rule("logit", layer_decay=0.9), "but matches no block or embedding"),
+    (rule(".", layer_decay=0.0), "layer_decay is 0.0, expected a number >"),
+    (rule("token", start=3), "start is an unknown key. Did you mean 'start_"),
+    (rule("token", start_steps=6), "starts at step 6 of a run of 6 steps and"),
+    (rule("token", start_steps=3, lr=0), "has a start, but lr=0 freezes"),
+    (rule(".", lr=0), "freeze every parameter"),
+    ({"name": "adam"}, "'adam'. Did you mean 'adamw'"),
+    ({"weight_decy": 1.0}, "'weight_decy'. .*'weight_decay'"),
+    (
+      {"weight_decay_end": 1.0, **rule(".", weight_decay=0)},
+      "weight_decay_end has no effect",
+    ),
+    ({"b2": 2}, "optim.b2 is 2, expected a number >= 0"),
+    ({"clip_by": "module"}, "'module' has no effect, as clip_norm=0"),
+    (
+      {"clip_norm": 1.0, "clip_by": "head"},
+      "'head'. There are: global",
+    ),
+    ({"lr_scaling": "sqrt"}, "'sqrt' has no effect without"),
+    ({"name": "muon", "ns_steps": 0}, "optim.ns_steps is 0, expected an int"),
+    ({"name": "muon", "nesterv": True}, "optim has no option 'nesterv'"),
+  ],
 )
-
-
-def test_rule_errors():
-  def table(*rules):
-    return match(PARAMS, rules)
-
-  with pytest.raises(ValueError, match="names are: image/position_embedding"):
-    table(("image/pos_embedding", {"lr": 0}))
-  with pytest.raises(
-    ConfigError,
-    match="wd is an unknown key. There are: layer_decay, lr, start_epochs",
-  ):
-    table((".", {"wd": 0}))
-  with pytest.raises(ConfigError, match="lr is -1, expected a number >= 0"):
-    table((".", {"lr": -1}))
-  with pytest.raises(ConfigError, match="a rule is .* got None"):
-    table(None)
-  with pytest.raises(ConfigError, match="a rule is"):
-    table((".", 0.1))
-  with pytest.raises(ConfigError, match="layer_decay, but lr=0 freezes all"):
-    table((".", {"lr": 0, "layer_decay": 0.9}))
-  with pytest.raises(ConfigError, match="freeze every parameter"):
-    build({"rules": [(".", {"lr": 0})]})
-  with pytest.raises(ConfigError, match="'adam'. Did you mean 'adamw'"):
-    build({"name": "adam"})
-  with pytest.raises(ConfigError, match="'weight_decy'. .*'weight_decay'"):
-    build({"weight_decy": 1.0})
-  with pytest.raises(ConfigError, match="weight_decay_end has no effect"):
-    build({"weight_decay_end": 1.0, "rules": [(".", {"weight_decay": 0})]})
-  with pytest.raises(
-    ConfigError, match="optim.b2 is 2, expected a number >= 0"
-  ):
-    build({"b2": 2})
+def test_errors_name_the_key(config, message):
+  with pytest.raises((ConfigError, InputError), match=message):
+    build(config)
 
 
 def test_describe():
-  text = param_rules.describe_rules(
-    match(PARAMS, [("^image/blocks", {"lr": 0})])
-  )
+  text = describe_rules(match(PARAMS, [("^image/blocks", {"lr": 0})]))
   rows = [line.split() for line in text.split("\n")[1:]]
   # Sorted names: heads (1 number), image (60 in two groups), the rest.
   assert rows[0][:6] == ["(no", "rule)", "1", "0", "3", "49"]
@@ -104,18 +113,12 @@ def test_layer_decay_of_a_tower():
   assert {row.name: row.rates for row in table} == {
     name: pytest.approx(rates) for name, rates in expected.items()
   }
-  lines = param_rules.describe_rules(table).split("\n")
+  lines = describe_rules(table).split("\n")
   ranges = {tuple(line.split()[:3]) for line in lines}
   assert ("^(image|heads)/", "0.0625-1", "0") in ranges
   assert ("^(image|heads)/", "0.125-1", "1") in ranges
   assert ("patch_embed", "0.0125", "1") in ranges
   assert ("^text/", "1.62-2", "1") in ranges
-  with pytest.raises(ConfigError, match="but matches no block or embedding"):
-    match(params, [("^heads/", {"layer_decay": 0.9})])
-  with pytest.raises(
-    ConfigError, match="layer_decay is 0.0, expected a number >"
-  ):
-    match(params, [(".", {"layer_decay": 0.0})])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd", "muon"])
@@ -170,15 +173,76 @@ def test_before_its_start_a_parameter_stays_and_its_moments_advance():
       np.testing.assert_allclose(ours[t][name], expected, rtol=2e-5, atol=2e-6)
     for name, first in starts.items():
       assert np.array_equal(ours[t][name], start[name]) == (t < first)
-  text = param_rules.describe_rules(optimizer.table)
+  text = describe_rules(optimizer.table)
   assert "text/token_embedding (from step 3)" in text
-  for options, message in [
-    ({"start": 3}, "start is an unknown key. Did you mean 'start_"),
+
+
+def make_schedule(config, lr):
+  config = sections.read(schedules.ScheduleConfig, config, "config.schedule")
+  length = RunLength(8, None, 100)
+  return schedules.make_schedule(config, lr=lr, length=length)
+
+
+@pytest.mark.parametrize(
+  ("config", "expected"),
+  [
+    ({"name": "constant"}, {0: 1.0, 50: 1.0, 99: 1.0}),
     (
-      {"start_steps": 6},
-      "starts at step 6 of a run of 6 steps and would never",
+      {"name": "constant", "warmup_steps": 10, "cooldown_steps": 20},
+      {0: 0.1, 4: 0.5, 9: 1.0, 80: 1.0, 90: 0.5, 99: 0.05, 100: 0.0, 120: 0.0},
     ),
-    ({"start_steps": 3, "lr": 0}, "has a start, but lr=0 freezes"),
-  ]:
-    with pytest.raises(ConfigError, match=message):
-      build({"rules": [("token", options)]})
+    (
+      {"name": "cosine", "warmup_percent": 20},
+      # (1 + cos(pi/4)) / 2 = 0.853553
+      {0: 0.05, 19: 1.0, 20: 1.0, 40: 0.853553, 60: 0.5, 100: 0.0, 150: 0.0},
+    ),
+    ({"name": "cosine", "end": 0.1}, {0: 1.0, 50: 0.55, 100: 0.1}),
+    (
+      {"name": "rsqrt", "warmup_examples": 80, "timescale_steps": 30},
+      {0: 0.1, 9: 1.0, 10: 1.0, 40: 0.707107, 100: 0.5},
+    ),
+  ],
+)
+def test_schedules(config, expected):
+  schedule = make_schedule(config, lr=2.0)
+  got = {t: float(schedule(t)) / 2 for t in expected}
+  assert got == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"warmup_steps": 60, "cooldown_steps": 50}, "60 steps of warm-up and 50"),
+    ({"name": "cosin"}, "'cosin'. Did you mean 'cosine'"),
+    ({"end": 2}, "schedule.end is 2, expected a number"),
+    ({"warmup": 3}, "no option 'warmup'. .*warmup_steps"),
+    ({"name": "rsqrt", "end_lr": 0.1}, "end_lr=0.1 is an option of the cosine"),
+    ({"end": 0.2, "end_lr": 0.1}, "end_lr=0.1 and end=0.2 are two ends; give"),
+    (
+      {"cooldown_steps": 5, "end_lr": 0.1},
+      "end_lr=0.1 contradicts a cool",
+    ),
+    ({"end_lr": 2.0}, "end_lr=2 exceeds the peak rate, 1 at this batch size"),
+  ],
+)
+def test_schedule_errors(config, message):
+  with pytest.raises(ConfigError, match=message):
+    make_schedule(config, lr=1.0)
+
+
+@pytest.mark.parametrize(
+  ("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0), (None, 4.0)]
+)
+def test_the_rate_follows_the_batch_and_its_end_does_not(scaling, factor):
+  config = {"lr": 2e-3, "lr_per_examples": 256, "lr_scaling": scaling}
+  for batch_size, ratio in [(1024, factor), (256, 1.0), (64, 1 / factor)]:
+    schedule = build(
+      config,
+      {"name": "cosine", "end_lr": 1e-6},
+      total_steps=100,
+      batch_size=batch_size,
+    ).schedule
+    assert float(schedule(0)) == pytest.approx(2e-3 * ratio, rel=1e-6)
+    middle = (2e-3 * ratio + 1e-6) / 2
+    assert float(schedule(50)) == pytest.approx(middle, rel=1e-6)
+    assert float(schedule(100)) == pytest.approx(1e-6, rel=1e-5)

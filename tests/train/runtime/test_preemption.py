@@ -1,5 +1,6 @@
 """SIGTERM: a run saves a checkpoint, exits and resumes bit-exactly."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -14,7 +15,6 @@ import trainings
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.cli import errors
-from mtv_jax.config import recipes
 from mtv_jax.train import train as train_lib
 from mtv_jax.train import train_loop
 from mtv_jax.train.metrics import MetricWriter
@@ -22,11 +22,7 @@ from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.prefetch import prefetch_to_device
 from mtv_jax.train.train import train
 
-
-def smallest(**changes):
-  config = recipes.read_config(f"{trainings.CONFIG}:save=100")
-  config.update(changes)
-  return config
+smallest = functools.partial(trainings.smallest, "steps=4,save=100")
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +52,13 @@ def sigterm_at(monkeypatch):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_and_exits(tmp_path, sigterm_at):
-  sigterm_at(2)
-  config = smallest(total_steps=4, evals={})
-  with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
-    train(config, tmp_path / "run")
-  assert saved_steps(tmp_path / "run") == [1, 2]
-  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-@pytest.mark.slow
 def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, sigterm_at):
   workdir = tmp_path / "run"
-  sigterm_at(5)
-  with pytest.raises(preemption.Preempted, match="saved step 5 of 12"):
+  sigterm_at(2)
+  with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
     train(smallest(), workdir)
+  assert saved_steps(workdir) == [1, 2]
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   train(smallest(), workdir)
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
   expected = trainings.params(uninterrupted)
@@ -80,9 +68,9 @@ def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, sigterm_at):
 
 @pytest.mark.slow
 def test_sigterm_at_the_last_step_completes_the_run(tmp_path, sigterm_at):
-  sigterm_at(12)
+  sigterm_at(4)
   state = train(smallest(), tmp_path / "run")
-  assert int(state.step) == 12
+  assert int(state.step) == 4
   assert list((tmp_path / "run" / "evals").iterdir())
 
 
@@ -91,7 +79,7 @@ def test_the_resumed_run_evaluates_what_an_exit_left_out(
   tmp_path, sigterm_at, monkeypatch
 ):
   workdir, evals = tmp_path / "run", tmp_path / "run" / "evals"
-  config = smallest(total_steps=4)
+  config = smallest()
   config.evals.retrieval.every_steps = 2
   sigterm_at(2)
   with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
@@ -131,7 +119,7 @@ def test_a_signal_before_the_first_step_does_not_wait_for_it(
     return initialize(experiment)
 
   monkeypatch.setattr(train_lib, "initialize_state", kill)
-  with pytest.raises(preemption.Preempted, match="completed no step of 12"):
+  with pytest.raises(preemption.Preempted, match="completed no step of 4"):
     train(smallest(), tmp_path / "run")
   assert saved_steps(tmp_path / "run") == []
 
@@ -158,8 +146,14 @@ def test_only_the_default_sigterm_handler_is_replaced():
   assert received == [False]
 
 
+def run_python(code):
+  """The completed process of some code."""
+  command = [sys.executable, "-c", code]
+  return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
 def test_signals_during_the_handler_do_not_block():
-  code = """
+  done = run_python("""
 import os, subprocess, sys, time
 from mtv_jax.train.runtime import preemption
 kill = "import os\\nfor _ in range(100_000): os.kill(%d, 15)"
@@ -168,15 +162,12 @@ with preemption.catch_signals() as notice:
   while child.poll() is None:
     time.sleep(0.01)
 print(notice.received)
-"""
-  done = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-  )
+""")
   assert done.stdout == "True\n", done.stderr
 
 
 def test_an_exit_without_threads_leaves_no_worker_process():
-  code = """
+  done = run_python("""
 import multiprocessing, os, signal, time
 from mtv_jax.train.runtime import preemption
 child = multiprocessing.get_context("fork").Process(
@@ -186,10 +177,7 @@ child.start()
 print(child.pid, flush=True)
 os.kill(child.pid, signal.SIGSTOP)
 preemption.exit_now(3)
-"""
-  done = subprocess.run(
-    [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60
-  )
+""")
   assert done.returncode == 3
   status = pathlib.Path(f"/proc/{int(done.stdout)}/status")
   deadline = time.monotonic() + 10
@@ -215,7 +203,7 @@ def test_the_command_prints_one_line_and_exits_with_143(capsys):
   ],
 )
 def test_no_error_waits_for_abandoned_threads(raised, code, message):
-  program = f"""
+  done = run_python(f"""
 import threading
 from mtv_jax.cli import errors
 from mtv_jax.train.runtime import preemption
@@ -224,10 +212,7 @@ threading.Thread(target=threading.Event().wait).start()
 with errors.readable_errors("train"):
   preemption.abandon_threads("a reader does not answer")
   raise {raised}
-"""
-  done = subprocess.run(
-    [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-  )
+""")
   assert done.returncode == code and done.stderr.endswith(message), done.stderr
 
 
@@ -244,8 +229,8 @@ def test_all_processes_save_the_same_step_after_a_signal_to_one(
   tmp_path, count, number
 ):
   workdir = tmp_path / "run"
-  long = "steps=100000,save=100000"
-  with trainings.together(workdir, count, arg=long) as running:
+  endless = "steps=100000,save=100000"
+  with trainings.together(workdir, count, arg=endless) as running:
     trainings.wait_for_step(workdir, 3, running)
     running[-1].send_signal(number)
     codes = [p.wait(timeout=200) for p in running]
@@ -274,7 +259,7 @@ def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
       yield batch
 
   monkeypatch.setattr(train_loop, "prefetch_to_device", ended)
-  config = smallest(total_steps=4, evals={})
+  config = smallest(evals={})
   with pytest.raises(preemption.Preempted, match=message):
     train(config, tmp_path / "run")
   assert saved_steps(tmp_path / "run") == saved

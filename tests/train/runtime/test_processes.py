@@ -1,7 +1,8 @@
-"""Four real processes train, evaluate, save and resume like one."""
+"""Real processes: killed, resumed, lost and failing ones, agreement."""
 
 import json
-import shutil
+import os
+import random
 import signal
 import time
 
@@ -11,66 +12,7 @@ import trainings
 
 pytestmark = pytest.mark.slow
 
-ARG = "steps=8,save=4"
-
-
-def together(workdir, count, *args, devices=1, arg=ARG):
-  """Trains to the end in `count` processes."""
-  options = dict(devices=devices, arg=arg)
-  with trainings.together(workdir, count, *args, **options) as running:
-    for process in running:
-      trainings.finish(process, workdir)
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("single") / "run"
-  trainings.train(workdir, devices=4, arg=ARG)
-  return workdir
-
-
-def figures(workdir):
-  last = trainings.rows(workdir)[-1]
-  return {k: v for k, v in last.items() if k.startswith("retrieval/")}
-
-
-def assert_same_curve(workdir, expected):
-  actual, wanted = trainings.losses(workdir), trainings.losses(expected)
-  assert actual.keys() == wanted.keys()
-  for step, loss in wanted.items():
-    assert actual[step] == pytest.approx(loss, abs=1e-5), step
-
-
-def but_key_biases(name, value):
-  """A key's bias moves no attention, and Adam follows its rounding errors."""
-  if not name.endswith("attention/qkv/bias"):
-    return value
-  # Columns ordered (head, q|k|v, dim), of two heads.
-  return value.reshape(-1, 2, 3, value.shape[-1] // 6)[:, :, [0, 2]]
-
-
-@pytest.mark.long
-def test_four_processes_resume_a_run_of_two(single, tmp_path):
-  """And equal one process that was not interrupted."""
-  workdir = tmp_path / "run"
-  keep = "--config.checkpoint.keep=8"
-  together(workdir, 2, keep, devices=2, arg="steps=8,save=1")
-  # As if the two processes had been stopped after four steps.
-  for step in (5, 6, 7, 8):
-    shutil.rmtree(workdir / "checkpoints" / str(step))
-  together(workdir, 4, arg=ARG)
-  assert "Resumed" in trainings.log(workdir)
-  assert_same_curve(workdir, single)
-  assert figures(workdir) == figures(single) and figures(single)
-  actual, wanted = trainings.params(workdir), trainings.params(single)
-  assert actual.keys() == wanted.keys()
-  for name, value in wanted.items():
-    # Adam divides by the root of squares that are near zero at first.
-    np.testing.assert_allclose(
-      *(but_key_biases(name, x) for x in (actual[name], value)),
-      atol=1e-4,
-      err_msg=name,
-    )
+ENDLESS = "steps=100000,save=100000"
 
 
 def test_compilation_cache_is_reused(tmp_path):
@@ -99,9 +41,7 @@ def _timing(workdir):
     (1, signal.SIGKILL, "another process of the run is lost"),
     (0, signal.SIGSTOP, "process 0 has not answered for 10 s"),
     pytest.param(
-      1,
-      signal.SIGSTOP,
-      "process 1 has not answered for 10 s",
+      *(1, signal.SIGSTOP, "process 1 has not answered for 10 s"),
       marks=pytest.mark.long,
     ),
   ],
@@ -111,8 +51,7 @@ def test_the_others_exit_when_a_process_is_lost(
 ):
   workdir = tmp_path / "run"
   options = ("--config.watchdog.peer_seconds=10",)
-  long = "steps=100000,save=100000"
-  with trainings.together(workdir, 2, *options, arg=long) as running:
+  with trainings.together(workdir, 2, *options, arg=ENDLESS) as running:
     trainings.wait_for_step(workdir, 3, running)
     running[lost].send_signal(number)
     start = time.monotonic()
@@ -139,10 +78,10 @@ def test_a_process_without_its_others_exits(tmp_path, process):
   assert "Check failure" not in log and "Traceback" not in log
 
 
+@pytest.mark.long
 def test_the_service_aborts_the_others_when_process_0_is_killed(tmp_path):
   workdir = tmp_path / "run"
-  long = "steps=100000,save=100000"
-  with trainings.together(workdir, 2, arg=long) as running:
+  with trainings.together(workdir, 2, arg=ENDLESS) as running:
     trainings.wait_for_step(workdir, 3, running)
     running[0].kill()
     code = running[1].wait(timeout=60)
@@ -234,9 +173,7 @@ with open(f"{sys.argv[2]}.{process}.json", "w") as file:
 """
 
 
-def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
-  tmp_path,
-):
+def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(tmp_path):
   """A choice that fits both processes, even if one alone would save more."""
   workdir = tmp_path / "run"
   trainings.run_pair(AUTO_REMAT, str(trainings.CONFIG), str(workdir), devices=1)
@@ -255,3 +192,108 @@ def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(
   recorded = json.loads((workdir / "config.json").read_text())
   assert recorded["model"]["remat"] == f"auto:{best}"
   assert sorted(trainings.losses(workdir)) == [1, 2, 3, 4]
+
+
+# Long enough for a checkpoint to be complete before the run is killed.
+LONGER = "steps=30,save=5"
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("eight") / "run"
+  trainings.train(workdir, devices=8, arg=LONGER)
+  return workdir
+
+
+def kill_when(process, condition, timeout=200):
+  """SIGKILL as soon as a condition holds."""
+  start = time.monotonic()
+  while not condition():
+    assert process.poll() is None, "the run ended before it could be killed"
+    assert time.monotonic() - start < timeout
+    time.sleep(0.0005)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+
+
+def assert_same_params(actual, expected):
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+def step_of_last_line(workdir):
+  return max(trainings.losses(workdir), default=0)
+
+
+@pytest.mark.parametrize(
+  "seed", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 9))]
+)
+def test_resume_after_sigkill_is_bit_exact(smallest_run, tmp_path, seed):
+  workdir = tmp_path / "run"
+  # MTV_JAX_SEED repeats a failure; by default every run kills elsewhere.
+  base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
+  at = random.Random(base + seed).randint(2, 11)
+  process = trainings.launch(workdir, "--config.data.threads=1")
+  kill_when(process, lambda: step_of_last_line(workdir) >= at)
+  killed_at = step_of_last_line(workdir)
+  print(f"MTV_JAX_SEED={base}: killed at {killed_at}, asked for {at}")
+  # With other threads and workers.
+  trainings.train(workdir, "--config.data.workers=2", "--config.data.threads=3")
+  assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
+  assert trainings.losses(workdir) == trainings.losses(smallest_run)
+
+
+def test_resume_after_sigkill_during_a_save_is_bit_exact(
+  smallest_run, tmp_path
+):
+  workdir = tmp_path / "run"
+  folder = workdir / "checkpoints"
+
+  def being_written():
+    return folder.exists() and any(
+      not path.name.isdecimal() and any(path.iterdir())
+      for path in folder.iterdir()
+      if path.is_dir() and path.exists()
+    )
+
+  # At the second save an older checkpoint exists to fall back to.
+  process = trainings.launch(workdir)
+  kill_when(
+    process, lambda: (folder / "4").exists() and _quietly(being_written)
+  )
+  assert not (folder / "12").exists()
+  trainings.train(workdir)
+  assert "Resumed" in trainings.log(workdir)
+  assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
+
+
+def _quietly(condition):
+  """Folders vanish while they are looked at: the writer renames them."""
+  try:
+    return condition()
+  except FileNotFoundError:
+    return False
+
+
+def figures(workdir):
+  last = trainings.rows(workdir)[-1]
+  return {k: v for k, v in last.items() if k.startswith("retrieval/")}
+
+
+def test_a_run_resumes_on_two_processes(on_eight_devices, tmp_path):
+  workdir = tmp_path / "run"
+  process = trainings.launch(workdir, devices=8, arg=LONGER)
+  saved = [workdir / "checkpoints" / f"{step}" for step in (5, 10, 15, 20)]
+  kill_when(process, lambda: any(folder.exists() for folder in saved))
+  assert step_of_last_line(workdir) < 30
+  trainings.pair(workdir, arg=LONGER)
+  assert "Resumed" in trainings.log(workdir)
+  actual, expected = (
+    trainings.losses(workdir),
+    trainings.losses(on_eight_devices),
+  )
+  assert actual.keys() == expected.keys()
+  for step, loss in expected.items():
+    assert actual[step] == pytest.approx(loss, abs=1e-5), step
+  assert figures(workdir) == figures(on_eight_devices) != {}

@@ -1,0 +1,43 @@
+"""Files of data sets in miniature."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import PIL.Image
+
+
+def write_pixels(path, values):
+  """An image of an array: uint8 `[h, w, 3]`, or one channel of 8 or 16 bits."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  PIL.Image.fromarray(np.asarray(values)).save(path)
+
+
+def write_json(path, content):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content))
+  return path
+
+
+def write_jpeg(write_image, path, colour):
+  """A colour's PNG under a name that may end in .jpg or .JPEG."""
+  write_image(path.with_suffix(".png"), colour)
+  path.with_suffix(".png").rename(path)
+
+
+def write_tar(path, records):
+  """Members of records, as webdataset's ShardWriter names them."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, "w") as tar:
+    for key, members in records.items():
+      for suffix, content in members.items():
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def image_bytes(colour, kind="webp"):
+  out, options = io.BytesIO(), {"lossless": True} if kind == "webp" else {}
+  PIL.Image.new("RGB", (8, 8), colour).save(out, kind, **options)
+  return out.getvalue()
