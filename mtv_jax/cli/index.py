@@ -2,7 +2,9 @@
 
   mtv-jax index gs://bucket/web/{00000..09999}.tar
 
-Reads every tar once, and the footer of every Parquet file. Then train with
+Reads every tar once, and the footer of every Parquet file. Run it on several
+hosts at once to share the shards, and again after it was stopped or shards were
+added: finished shards are not read again. Then train with
 data.train = [dict(type="webdataset", path="gs://bucket/web/*.tar")]
 and data.shuffle = "lanes".
 """
@@ -14,6 +16,12 @@ from mtv_jax.data.sources import block_table, parquet, tar_blocks
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.progress import Progress
+from mtv_jax.utils.text import format_bytes
+from mtv_jax.utils.threads import available_cores
+
+_REQUEST = 1 << 24  # Bytes per request.
+_RATE = 1e8  # Assumed bytes per second and process.
+_OTHERS = 4  # Requests per shard, besides its bytes: its size and its part.
 
 
 def run(
@@ -29,15 +37,33 @@ def run(
   """
   files = expand_path(list(data), suffix=".tar")
   scan = functools.partial(tar_blocks.scan, records=records)
-  if files[0].suffix == ParquetSource.suffix:
-    scan = parquet.scan
+  if is_parquet := files[0].suffix == ParquetSource.suffix:
+    scan, records = parquet.scan, 0
+
+  def announce(sizes: Sequence[int]) -> None:
+    print(f"Reading {len(sizes):,} of {len(files):,} shards", end="")
+    if is_parquet:
+      sizes = [min(size, parquet.FOOTER) for size in sizes]
+    requests = sum(_OTHERS - size // -_REQUEST for size in sizes)
+    count = min(processes or available_cores(), max(len(sizes), 1))
+    minutes = sum(sizes) / _RATE / count / 60
+    print(
+      f": {format_bytes(sum(sizes))}, in a bucket {requests:,} requests; with"
+      f" {count} processes at {_RATE / 1e6:.0f} MB/s each {minutes:,.1f}"
+      " minutes, less on several hosts.",
+      flush=True,
+    )
+
   table = block_table.build(
-    files, scan, processes=processes, progress=Progress()
+    files,
+    scan,
+    per_block=records,
+    processes=processes,
+    announce=announce,
+    progress=Progress(unit="shards"),
   )
-  out = files[0].parent / block_table.NAME
-  table.write(out)
   print(
     f"{int(table.records.sum()):,} records in {len(table):,} blocks of"
     f" {len(files):,} shards; {int(table.captioned.sum()):,} have captions."
-    f" Wrote {out}."
+    f" Wrote {files[0].parent / block_table.NAME}."
   )

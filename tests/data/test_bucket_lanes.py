@@ -4,6 +4,10 @@ Processes are simulated by their indices; the emulator counts the requests.
 """
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 
 import emulators
 import label_samples
@@ -46,8 +50,7 @@ def remote(gs, tmp_path_factory):
   with emulators.count_requests() as requests:
     flags = ["--records=8", "--processes=2"]
     assert main(["index", f"{url}/base/*.tar", *flags]) == 0
-  reads = [p for _, p, _ in requests if "alt=media" in p]
-  assert len(reads) == 8
+  assert sum(".tar?alt=media" in p for _, p, _ in requests) == 8
   return url
 
 
@@ -144,6 +147,30 @@ def test_a_changed_shard(remote, tmp_path):
   with pytest.raises(InputError, match="other content|was replaced"):
     for i in itertools.count(64):
       source[i]
+
+
+def test_a_killed_index_reads_no_tar_twice(remote):
+  url = path.as_path(f"{remote}/killed")
+  for name in path.list_folder(f"{remote}/base"):
+    if name.endswith(".tar"):
+      data = path.read_bytes(path.as_path(f"{remote}/base/{name}"))
+      path.write_bytes(url / name, data)
+  command = ["index", f"{url}/*.tar", "--processes=1"]
+  program = "import sys; from mtv_jax.cli.main import main; main(sys.argv[1:])"
+  with emulators.count_requests() as requests:
+    process = subprocess.Popen(
+      [sys.executable, "-c", program, *command], start_new_session=True
+    )
+    while len(parts := path.list_folder(url / "blocks.parts")) < 3:
+      assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    parts = path.list_folder(url / "blocks.parts")
+    assert main(command) == 0
+  reads = sum(".tar?alt=media" in p for _, p, _ in requests)
+  assert reads <= 9  # The tar of the kill is read again.
+  assert 3 <= len(parts) < 8 and "blocks.parts" not in path.list_folder(url)
+  assert len(open_files(f"{url}/*.tar")) == RECORDS
 
 
 def test_labels_of_other_shards(remote, tmp_path):

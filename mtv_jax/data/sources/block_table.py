@@ -3,17 +3,25 @@
 A block is a run of a shard's records that one request reads. `mtv-jax index`
 writes the table next to the shards, as `blocks.npz`; a start reads it and
 compares the shards' sizes and versions by one listing.
+
+While the table is built, the folder `blocks.parts` has the table of each shard
+that was read, so that no shard is read twice, by any host or after a kill.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -22,11 +30,12 @@ from jaxtyping import Int64
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.leases import Leases
 from mtv_jax.utils.ranges import Range
 from mtv_jax.utils.text import list_first
-from mtv_jax.utils.threads import available_cores
+from mtv_jax.utils.threads import available_cores, map_threads
 
-NAME = "blocks.npz"
+NAME, PARTS = "blocks.npz", "blocks.parts"
 _VERSION = 1
 # Stored type of each column.
 _COLUMNS = {
@@ -38,6 +47,7 @@ _COLUMNS = {
 }
 Columns = Mapping[str, Int64[np.ndarray, " blocks"]]
 _FIX = "Run `mtv-jax index` again."
+_WAIT = 5.0  # Seconds between two looks at the shards that others read.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +65,7 @@ class BlockTable:
   size: Int64[np.ndarray, " blocks"]
   records: Int64[np.ndarray, " blocks"]
   captioned: Int64[np.ndarray, " blocks"]
+  per_block: int = 0  # Records per block, as requested; 0: row groups.
   fix: str = _FIX  # Closing sentence of errors about changed files.
 
   def __len__(self) -> int:
@@ -74,6 +85,7 @@ class BlockTable:
     names = [file.name for file in self.files]
     header = {
       "version": _VERSION,
+      "per_block": self.per_block,
       "files": list(zip(names, self.sizes, self.versions, strict=True)),
     }
     columns = {n: getattr(self, n).astype(t) for n, t in _COLUMNS.items()}
@@ -120,6 +132,7 @@ class BlockTable:
       files=tuple(files),
       sizes=tuple(self.sizes[i] for i in numbers),
       versions=tuple(self.versions[i] for i in numbers),
+      per_block=self.per_block,
       **columns,
     )
 
@@ -130,38 +143,204 @@ def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
   return dict(zip(list(_COLUMNS)[1:], columns, strict=True))
 
 
+def of_file(
+  file: PurePath, state: tuple[int, str], columns: Columns, *, per_block: int
+) -> BlockTable:
+  """Returns the table of one file, of a size and version."""
+  shard = np.zeros(len(columns["offset"]), np.int64)
+  return BlockTable(
+    *((value,) for value in (file, *state)),
+    shard=shard,
+    per_block=per_block,
+    **columns,
+  )
+
+
 def build(
   files: Sequence[PurePath],
   scan: Callable[[PurePath], Columns],
   *,
+  per_block: int,
   processes: int | None = None,
+  announce: Callable[[Sequence[int]], None] = lambda sizes: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BlockTable:
-  """Builds the table of files of one folder, which `scan` reads in processes.
+  """Builds and writes the table of files of one folder.
 
-  `scan` returns the columns of a file's blocks, without `shard`.
+  Several hosts may build a table at once: they share the files. Those that an
+  earlier command read, for blocks of `per_block` records, are not read again,
+  unless they changed.
+
+  Args:
+    files: shards of one folder.
+    scan: returns the columns of a file's blocks, without `shard`; called in
+      processes.
+    per_block: records per block that `scan` aims at.
+    processes: default: one per core.
+    announce: called once, with the sizes of the files to read, in bytes.
+    progress: called with the numbers of finished and of all files.
   """
   if len({file.parent for file in files}) > 1:
     raise InputError("The shards are in several folders; index each by itself.")
-  states = read_states(files)
+  states = dict(zip(files, read_states(files), strict=True))
+  tables = _find_parts(states, per_block)
+  missing = {f: state for f, state in states.items() if f not in tables}
+  announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
-  columns: list[Columns] = []
+  joint = _stat(files[0].parent / NAME)
+  scan_one = functools.partial(
+    _scan, scan=scan, per_block=per_block, joint=joint
+  )
   # Not forked, which is unsafe beside the threads of bucket clients.
   context = multiprocessing.get_context("spawn")
   with futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-    for of_file in pool.map(scan, files):
-      columns.append(of_file)
-      progress(len(columns), len(files))
-  if read_states(files) != states:
+    while missing:
+      submit = functools.partial(pool.submit, scan_one)
+      tables |= _scan_missing(submit, missing, count, len(files), progress)
+      # What other hosts read is verified once, by the one that joins it.
+      with _acquire(files[0].parent / NAME) as acquired:
+        missing = {f: s for f, s in missing.items() if f not in tables}
+        if missing and acquired:
+          tables |= _find_parts(missing, per_block)
+          missing = {f: s for f, s in missing.items() if f not in tables}
+        if not missing:
+          return _write_joint([tables[file] for file in files], states)
+      time.sleep(_WAIT)
+  return _write_joint([tables[file] for file in files], states)
+
+
+def _write_joint(
+  tables: Sequence[BlockTable], states: Mapping[PurePath, tuple[int, str]]
+) -> BlockTable:
+  """Joins and writes the tables of files, and removes the parts."""
+  if read_states(list(states)) != list(states.values()):
     raise InputError("Shards changed while they were read. Run this again.")
-  counts = [len(of_file["offset"]) for of_file in columns]
-  return BlockTable(
-    files=tuple(files),
-    sizes=tuple(size for size, _ in states),
-    versions=tuple(version for _, version in states),
-    shard=np.repeat(np.arange(len(files)), counts),
-    **{n: np.concatenate([c[n] for c in columns]) for n in columns[0]},
-  )
+  table = join(tables)
+  folder = table.files[0].parent
+  table.write(folder / NAME)
+  with contextlib.suppress(MissingFileError):
+    path_lib.remove_folder(folder / PARTS)
+  return table
+
+
+def _scan_missing(
+  submit: Callable[..., futures.Future],
+  missing: Mapping[PurePath, tuple[int, str]],
+  count: int,
+  total: int,
+  progress: Callable[[int, int], None],
+) -> dict[PurePath, BlockTable]:
+  """Reads files, `count` at once, until this or other hosts have read all.
+
+  Returns the tables of those that this host read.
+  """
+  folder = next(iter(missing)).parent
+  tables: dict[PurePath, BlockTable] = {}
+  pending: dict[futures.Future, PurePath] = {}
+  others: set[PurePath] = set()  # Read by other hosts, now or before.
+  # Hosts start at different shards.
+  todo = random.SystemRandom().sample(list(missing), len(missing))
+  looked = time.monotonic()
+  while todo or pending:
+    if time.monotonic() > looked + _WAIT:
+      names = set(path_lib.list_folder(folder / PARTS))
+      others |= {file for file in missing if _part(file).name in names}
+      looked = time.monotonic()
+    while todo and len(pending) < count:
+      if (file := todo.pop()) not in others:
+        pending[submit(file, missing[file])] = file
+    done, _ = futures.wait(pending, _WAIT, futures.FIRST_COMPLETED)
+    for job in done:
+      file = pending.pop(job)
+      if table := job.result():
+        tables[file] = table
+    progress(total - len(todo) - len(pending), total)
+  return tables
+
+
+def _part(file: PurePath) -> PurePath:
+  """Path of a shard's own table, while the joint table is built."""
+  return file.parent / PARTS / f"{file.name}.npz"
+
+
+def _scan(
+  file: PurePath,
+  state: tuple[int, str],
+  *,
+  scan: Callable[[PurePath], Columns],
+  per_block: int,
+  joint: tuple[int, int] | None,
+) -> BlockTable | None:
+  """Reads a shard and writes its part.
+
+  Returns None if another process reads it, or has replaced the joint table,
+  whose state was `joint`.
+  """
+  part = _part(file)
+  with _acquire(file) as acquired:
+    if not acquired:
+      return None
+    found = _read_parts([part] * path_lib.exists(part), {file: state})
+    if file in found and found[file].per_block == per_block:
+      return found[file]
+    if _stat(file.parent / NAME) != joint:
+      return None
+    table = of_file(file, state, scan(file), per_block=per_block)
+    table.write(part)
+    return table
+
+
+def _stat(file: PurePath) -> tuple[int, int] | None:
+  with contextlib.suppress(FileNotFoundError):
+    stat = path_lib.stat(file)
+    return stat.st_size, stat.st_mtime_ns
+  return None
+
+
+def _acquire(file: PurePath) -> contextlib.AbstractContextManager[bool]:
+  """Leases a file among hosts; yields False if another one has leased it."""
+  if path_lib.is_remote(file):
+    # Hosts rarely read one shard twice, as each has its own order.
+    return contextlib.nullcontext(True)
+  return Leases(Path(file).parent).acquire(file.name)
+
+
+def _find_parts(
+  states: Mapping[PurePath, tuple[int, str]], per_block: int
+) -> dict[PurePath, BlockTable]:
+  """Returns the tables of unchanged files that are in a table or a part."""
+  folder = next(iter(states)).parent
+  names = set(path_lib.list_folder(folder / PARTS))
+  files = [f for f in (folder / NAME,) if path_lib.exists(f)]
+  files += [part for part in map(_part, states) if part.name in names]
+  found = _read_parts(files, states)
+  return {f: t for f, t in found.items() if t.per_block == per_block}
+
+
+def _read_parts(
+  tables: Iterable[PurePath], states: Mapping[PurePath, tuple[int, str]]
+) -> dict[PurePath, BlockTable]:
+  """Reads tables, and returns that of each file in one of these states."""
+
+  def read_one(file: PurePath) -> BlockTable | None:
+    # Another host may have removed it, and a damaged one is replaced.
+    with contextlib.suppress(InputError, FileNotFoundError):
+      return read(file)
+
+  known = {file.name: file for file in states}
+  found = {}
+  for table in filter(None, map_threads(read_one, tables)):
+    starts = np.searchsorted(table.shard, np.arange(len(table.files) + 1))
+    entries = zip(table.files, table.sizes, table.versions, strict=True)
+    for i, (file, *state) in enumerate(entries):
+      file = known.get(file.name)
+      if file is not None and states[file] == tuple(state):
+        rows = slice(starts[i], starts[i + 1])
+        columns = {n: getattr(table, n)[rows] for n in list(_COLUMNS)[1:]}
+        found[file] = of_file(
+          file, states[file], columns, per_block=table.per_block
+        )
+  return found
 
 
 def join(tables: Sequence[BlockTable]) -> BlockTable:
@@ -172,9 +351,10 @@ def join(tables: Sequence[BlockTable]) -> BlockTable:
   }
   columns["shard"] += np.repeat(first[:-1], [len(t) for t in tables])
   return BlockTable(
-    files=sum((t.files for t in tables), ()),
-    sizes=sum((t.sizes for t in tables), ()),
-    versions=sum((t.versions for t in tables), ()),
+    files=tuple(itertools.chain(*(t.files for t in tables))),
+    sizes=tuple(itertools.chain(*(t.sizes for t in tables))),
+    versions=tuple(itertools.chain(*(t.versions for t in tables))),
+    per_block=tables[0].per_block,
     **columns,
   )
 
@@ -231,7 +411,8 @@ def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
     ) from error
   files = tuple(file.with_name(name) for name in names)
   states = tuple(sizes), tuple(versions)
-  return BlockTable(files, *states, **columns, fix=fix)
+  per_block = int(header.get("per_block", 0))
+  return BlockTable(files, *states, **columns, per_block=per_block, fix=fix)
 
 
 def _check(

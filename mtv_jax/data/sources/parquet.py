@@ -36,7 +36,7 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # Block shuffling mixes 16 groups (`data.order.WINDOW`); the extra ones hold
 # prefetched rows of the next window.
 _MAX_CACHED_GROUPS = 24
-_FOOTER = 1 << 16  # Bytes that pyarrow reads at the end of a file.
+FOOTER = 1 << 16  # Bytes that pyarrow reads at the end of a file.
 # Row group limits: a group is decoded whole, by several threads at once.
 _MEMORY = 1 << 30  # Bytes of row groups of a bucket, outside of training.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
@@ -207,7 +207,7 @@ class ParquetSource(base.FileSource):
       return _open(self.files[shard])
     last = self._table.range(int(self._first[shard + 1]) - 1)
     size = self._table.sizes[shard]
-    start = min(last.offset + last.size, max(size - _FOOTER, 0))
+    start = min(last.offset + last.size, max(size - FOOTER, 0))
     footer = Range(self.files[shard], start, size - start)
     pieces = [self._table.range(group), footer]
     return _Pieces(size, {r.offset: self._reader.get(r) for r in pieces})

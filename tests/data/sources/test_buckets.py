@@ -37,8 +37,8 @@ def local(tmp_path_factory):
   for kind in ("depth", "boxes"):
     label_samples.make_set(folder / kind, base, kind)
   label_samples.make_base(folder / "records", format="array_record")
-  # The copy in a bucket has a separate index.
-  for file in (folder / "base").glob("*.index"):
+  # The copy in a bucket has a separate index, and no table of blocks.
+  for file in (*(folder / "base").glob("*.index"), folder / "base/blocks.npz"):
     file.unlink()
   return folder
 
