@@ -10,6 +10,7 @@ and logs its requests in the file of the variable `LOG`.
 import contextlib
 import ctypes
 import http
+import http.server
 import importlib.util
 import os
 import re
@@ -26,6 +27,7 @@ import pytest
 
 REFUSED = ".refused"  # An object of the bucket.
 LOG = "MTV_JAX_TEST_REQUESTS"
+LATENCY = "MTV_JAX_TEST_LATENCY"  # Seconds of each request; then in threads.
 
 
 def _require(*modules: str) -> None:
@@ -88,14 +90,15 @@ def count_requests() -> Iterator[list[tuple[str, str, int]]]:
 
 
 @contextlib.contextmanager
-def google_storage() -> Iterator[str]:
-  """The URL of a bucket of Google's store."""
+def google_storage(*, latency: float = 0.0) -> Iterator[str]:
+  """The URL of a bucket of Google's store, which answers after `latency` s."""
   _require("gcsfs", "gcp_storage_emulator")
   port = free_port()
   url = f"http://localhost:{port}"
   log = tempfile.mkstemp(prefix="requests")[1]
   env = {
     LOG: log,
+    LATENCY: str(latency),
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
     # Only asks Google which kind a bucket is.
@@ -164,11 +167,15 @@ def _serve_google_storage(port: int) -> None:
     write(request, response, storage, *args, **kwargs)
 
   def close(response):
+    time.sleep(latency)
     handler = response._handler
     line = f"{handler.command} {handler.path} {len(response._content)}\n"
     os.write(log, line.encode())
     close_response(response)
 
+  if latency := float(os.environ[LATENCY]):
+    server.server.HTTPServer = http.server.ThreadingHTTPServer
+    server.server.HTTPServer.request_queue_size = 256
   log = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND)
   close_response, server.Response.close = server.Response.close, close
   send, write = objects.download, objects.insert

@@ -68,9 +68,7 @@ def divide_blocks(
 
   Cuts them if there are fewer than lanes, down to single records.
   """
-  ends = np.unique(ends)  # Without empty blocks.
-  if ends[0] == 0:
-    ends = ends[1:]
+  ends = ends[np.diff(ends, prepend=0) > 0]  # Without empty blocks.
   size = int(np.diff(ends, prepend=0).max())
   while len(ends) < lanes and size > 1:
     size = (size + 1) // 2
@@ -100,7 +98,7 @@ class BlockLanes:
   ):
     self._starts, self._sizes, self._lanes = starts, sizes, lanes
     self._window, self._seed = window, seed
-    self._equal = len(np.unique(sizes)) == 1
+    self._equal = sizes.min() == sizes.max()
     # Rows of every lane before each epoch; computed as far as needed.
     self._before = [np.zeros(lanes, np.int64)]
     self._epochs = ProcessCache(self._permute, limit=4)
@@ -140,17 +138,22 @@ class BlockLanes:
       # Blocks of this lane in earlier epochs: n with n % lanes == lane.
       return epoch, -(-(epoch * blocks - lane) // lanes) * size
     while self._before[-1][lane] <= row:
-      epoch = len(self._before) - 1
-      at = (epoch * blocks + np.arange(blocks)) % lanes
-      sizes = self._sizes[self._epochs.get(epoch)]
-      rows = np.bincount(at, weights=sizes, minlength=lanes)
-      self._before.append(self._before[-1] + rows.astype(np.int64))
+      rows = self.count_rows(len(self._before) - 1)
+      self._before.append(self._before[-1] + rows)
     lower, upper = 0, len(self._before) - 1
     while upper - lower > 1:
       middle = (lower + upper) // 2
       inside = self._before[middle][lane] <= row
       lower, upper = (middle, upper) if inside else (lower, middle)
     return lower, int(self._before[lower][lane])
+
+  def count_rows(self, epoch: int) -> Int64[np.ndarray, " lanes"]:
+    """Returns the number of rows of each lane in an epoch."""
+    blocks = len(self._starts)
+    at = (epoch * blocks + np.arange(blocks)) % self._lanes
+    sizes = self._sizes[self._epochs.get(epoch)]
+    rows = np.bincount(at, weights=sizes, minlength=self._lanes)
+    return rows.astype(np.int64)
 
   def locate(self, lane: int, row: int) -> Place:
     """Returns the place of row `row` of a lane."""

@@ -293,7 +293,7 @@ def make_loader(
   weights = weights or [1.0] * len(sources)
   rows = batch_size // process_count
   threads = max(available_cores() // max(config.workers, 1), 1)
-  addresses, reader = _open_order(
+  addresses, reader = open_order(
     config, sources, weights, batch_size, process_count, seed
   )
   batches = HostBatches(
@@ -336,7 +336,7 @@ def _prefetch(
   return iter(dataset)
 
 
-def _open_order(
+def open_order(
   config: DataConfig,
   sources: Sequence[Source],
   weights: Sequence[float],
@@ -344,7 +344,7 @@ def _open_order(
   hosts: int,
   seed: int,
 ) -> tuple[grain.MapDataset | LaneOrder, RangeReader | None]:
-  """Returns the order, and the reader of its blocks."""
+  """Returns the order of a batch's rows, and the reader of its blocks."""
   if config.shuffle != "lanes":
     if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
       for source in sources:

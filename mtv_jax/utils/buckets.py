@@ -30,6 +30,23 @@ _LONGEST_WAIT = 60.0
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
 
 
+_PAGE = 1000  # Objects per request of a listing.
+_requests = 0
+
+
+def count_requests() -> int:
+  """Returns the number of requests of this process so far.
+
+  Retries of the libraries, and block reads by tensorstore, are not counted.
+  """
+  return _requests
+
+
+def _count(requests: int) -> None:
+  global _requests
+  _requests += requests
+
+
 def is_remote(path: AnyPath) -> bool:
   """Whether a path is in a bucket; InputError for unsupported URLs."""
   match = _SCHEME.match(os.fspath(path))
@@ -49,6 +66,7 @@ def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
     listed = request(folder, "read", "ls", detail=True)
   except FileNotFoundError:
     return {}
+  _count(len(listed) // _PAGE)
   infos = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in listed}
   # Some stores also list the folder itself, as an empty object.
   own = folder.rstrip("/").partition("://")[2]
@@ -61,9 +79,11 @@ def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
   For a file, the only name is empty.
   """
   base = url.partition("://")[2]
+  listed = request(url, "read", "find", detail=True)
+  _count(len(listed) // _PAGE)
   return {
     name[len(base) :].lstrip("/"): info
-    for name, info in request(url, "read", "find", detail=True).items()
+    for name, info in listed.items()
     if not name.endswith("/")
   }
 
@@ -132,6 +152,7 @@ def retry(
   """
   name, deadline = os.fspath(path), time.monotonic() + patience
   for attempt in itertools.count(1):
+    _count(1)
     try:
       return function(*args, **options)
     except errors.UserError:
