@@ -6,6 +6,7 @@ A local path is a `pathlib.Path`, a bucket path an `epath.Path`. Both are
 
 import datetime
 import fnmatch
+import functools
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import logging
 import os
 import shutil
 import stat as stat_lib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -23,13 +24,15 @@ from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils.buckets import AnyPath
 from mtv_jax.utils.buckets import is_remote as is_remote
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.text import format_bytes
 from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
 # Environment variable: this machine's folder for copies of bucket files.
 CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
-_LARGE = 1 << 26  # Copies above this many bytes are logged.
+# Copies above this many bytes are logged, and on every host.
+_LARGE, _VERY_LARGE = 1 << 26, 1 << 33
 _READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
 
 
@@ -262,10 +265,37 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   """Returns a local copy of a bucket file or folder; local paths as they are.
 
   Copies go to `cache_folder()` by default, and are renewed when the object
-  changes. Only one process copies.
+  changes. Only one process copies. Raises InputError if the disk lacks the
+  space.
   """
+  return local_copies([path], cache=cache)[0]
+
+
+def local_copies(
+  paths: Sequence[AnyPath], *, cache: AnyPath | None = None
+) -> list[Path]:
+  """Returns local copies like `local_copy`, if the disk has space for all."""
+  base = cache_folder() if cache is None else Path(cache).expanduser()
+  copies = map_threads(functools.partial(_plan_copy, base), paths)
+  missing = [copy for copy in copies if not copy.target.exists()]
+  if size := sum(i["size"] for c in missing for i in c.files.values()):
+    others = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
+    _check_space(size, f"{missing[0].url}{others}", base)
+  map_threads(_make_copy, missing)
+  return [copy.target for copy in copies]
+
+
+class _Copy(NamedTuple):
+  """A local copy of a bucket file or folder, which may not exist yet."""
+
+  url: str
+  files: Mapping[str, Mapping[str, Any]]  # The store's metadata by name.
+  target: Path
+
+
+def _plan_copy(base: Path, path: AnyPath) -> _Copy:
   if not is_remote(path):
-    return Path(path)
+    return _Copy("", {}, Path(path))
   url = os.fspath(path).rstrip("/")
   if not (files := buckets.list_tree(url)):
     raise MissingFileError(f"There is nothing at {url}.")
@@ -274,19 +304,38 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
     for n, i in sorted(files.items())
   ]
   digest = hashlib.blake2b("\n".join([url, *lines]).encode(), digest_size=12)
-  base = cache_folder() if cache is None else Path(cache).expanduser()
   folder = base / digest.hexdigest()
-  target = _resolve_object(folder, url.rsplit("/", 1)[-1], url)
-  if target.exists():
-    return target
-  base.mkdir(parents=True, exist_ok=True)
+  return _Copy(url, files, _resolve_object(folder, url.rsplit("/", 1)[-1], url))
+
+
+def _make_copy(copy: _Copy) -> None:
+  url, files, target = copy
+  if not url:
+    return
+  folder = target.parent
+  folder.parent.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(f"{folder}.lock"):
     if not target.exists():
-      if (size := sum(info["size"] for info in files.values())) > _LARGE:
-        log.info("Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
       with atomic.replace_folder(folder) as temporary:
         _download(url, files, temporary / target.name)
-  return target
+
+
+def _check_space(size: int, what: str, folder: Path) -> None:
+  """Announces a copy of `size` bytes; InputError if the disk lacks the space.
+
+  Creates the folder.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  free = shutil.disk_usage(folder).free
+  if size > free:
+    raise InputError(
+      f"A copy of {what} takes {format_bytes(size)}; {folder} has only"
+      f" {format_bytes(free)}. Give it a larger disk ({CACHE_VARIABLE}), or use"
+      " data that is read in blocks: see docs/data.md, Buckets."
+    )
+  if size > _LARGE:
+    level = logging.WARNING if size > _VERY_LARGE else logging.INFO
+    log.log(level, f"Copying {what} ({format_bytes(size)}) to {folder}.")
 
 
 def download_folder(

@@ -35,8 +35,7 @@ class ArrayRecordSource(FileSource):
 
   def __init__(self, path: Paths, *, cache: str | os.PathLike | None = None):
     files = expand_path(path, suffix=self.suffix)
-    copy = functools.partial(path_lib.local_copy, cache=cache)
-    copies = map_threads(copy, files)
+    copies = path_lib.local_copies(files, cache=cache)
     super().__init__(files, map_threads(count_records, copies))
     if not len(self):
       raise InputError(f"{self.name} has no record.")
