@@ -4,10 +4,11 @@
   python tools/bench_lanes.py mixing
   python tools/bench_lanes.py start --images='coco/*.jpg'
   python tools/bench_lanes.py hosts --images='coco/*.jpg'
+  python tools/bench_lanes.py speed --images='coco/*.jpg'
 
-`table` has 10,000 tars of 10,000 records; no tar exists. `start` and `hosts`
-write small tars with depth and boxes to an emulator of a bucket (extra
-`emulators`). `mtv-jax bench data` measures the speed. One line a figure.
+`table` has 10,000 tars of 10,000 records; no tar exists. The others write small
+tars with depth and boxes to an emulator of a bucket (extra `emulators`).
+`speed` runs `mtv-jax bench data` for a host that owns four lanes.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import numpy as np
 
 from mtv_jax.cli.main import run_module
 from mtv_jax.data import order, pipeline
+from mtv_jax.data.labels import label_values
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.sources import (
   block_table,
@@ -37,19 +39,28 @@ from mtv_jax.data.sources import (
 )
 from mtv_jax.data.sources.base import LANE_BLOCK, FileSource, cut_blocks
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.perf.bench import data as bench_data
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.ranges import RangeReader
 from mtv_jax.utils.threads import map_threads
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
+# Tars, and records per tar.
+SHAPES = dict(
+  table=(10_000, 10_000),
+  mixing=(10_000, 10_000),
+  start=(1000, 16),
+  hosts=(64, 256),
+  speed=(8, 512),
+)
 RECORD = 89_150  # Bytes of a photo of 384 pixels, with its caption.
 SEED = 0
 OPS = "decode|canvas(32)|caption(16)|depth(32)|regions(4)"
 
 
 def run(
-  what: Literal["table", "mixing", "start", "hosts"],
+  what: Literal["table", "mixing", "start", "hosts", "speed"],
   /,
   *,
   images: str = "",
@@ -61,23 +72,28 @@ def run(
 
   Args:
     what: which figures.
-    images: photos for `start` and `hosts`.
-    tars: number of tars; default: 10,000, for `start` 1,000, for `hosts` 64.
-    records: records per tar; default: 10,000, for `start` 16, for `hosts` 256.
+    images: photos for `start`, `hosts` and `speed`.
+    tars: number of tars; default: see `SHAPES`.
+    records: records per tar.
     latency: seconds of a request, for `start`.
   """
-  if what in ("start", "hosts"):
+  shape = tars or SHAPES[what][0], records or SHAPES[what][1]
+  if what in ("start", "hosts", "speed"):
     if not (photos := sorted(glob.glob(images))):
       raise SystemExit(f"--images={images!r} has no file: name some photos.")
-    measure = measure_start if what == "start" else measure_hosts
-    shape = (1000, 16) if what == "start" else (64, 256)
-    shape = tars or shape[0], records or shape[1]
+    measures = dict(
+      start=measure_start, hosts=measure_hosts, speed=measure_speed
+    )
     latency = latency if what == "start" else 0.0
-    with write_bucket(photos, *shape, latency=latency) as url:
-      measure(url, *shape)
+    side = 384 if what == "speed" else 64
+    with tempfile.TemporaryDirectory() as folder:
+      folder = pathlib.Path(folder)
+      write_files(folder, photos, *shape, side=side)
+      with open_bucket(folder, latency=latency) as url:
+        measures[what](folder, url, *shape)
     return
   measure = measure_table if what == "table" else measure_mixing
-  measure(tars or 10_000, records or 10_000)
+  measure(*shape)
 
 
 def show(label: str, value: str) -> None:
@@ -202,41 +218,55 @@ def measure_mixing(tars: int, records: int) -> None:
       )
 
 
-@contextlib.contextmanager
-def write_bucket(
-  photos: Sequence[str], tars: int, records: int, *, latency: float
-) -> Iterator[str]:
-  """Yields the URL of a folder with tars and labels, in an emulator."""
-  import emulators
+def write_files(
+  folder: pathlib.Path,
+  photos: Sequence[str],
+  tars: int,
+  records: int,
+  *,
+  side: int,
+) -> None:
+  """Writes tars of photos whose longer side is `side`, with two label sets."""
   import label_samples
 
-  with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
-    small = []
-    for number, photo in enumerate(photos[:1024]):
-      image = cv2.resize(cv2.imread(photo), (64, 64))
-      small.append(folder / f"{number}.jpg")
-      cv2.imwrite(str(small[-1]), image)
-    examples = [
-      listings.Example(f"{i}", small[i % len(small)], [f"photo {i}"])
-      for i in range(tars * records)
+  small = []
+  for number, photo in enumerate(photos[:1024]):
+    image = cv2.imread(photo)
+    scale = side / max(image.shape)
+    small.append(folder / f"{number}.jpg")
+    cv2.imwrite(str(small[-1]), cv2.resize(image, None, fx=scale, fy=scale))
+  examples = [
+    listings.Example(f"{i}", small[i % len(small)], [f"photo {i}"])
+    for i in range(tars * records)
+  ]
+  shard_writer.write(examples, folder / "base", records_per_shard=records)
+  base = label_samples.open_base(folder / "base")
+
+  def label(kind: str, i: int) -> label_values.Label:
+    if kind == "boxes":
+      return label_samples.outcome(kind, i)
+    depth = cv2.resize(cv2.imread(str(small[i % len(small)]), 0), (128, 128))
+    return label_values.make_depth(1 + depth.astype(np.float32), side=128)
+
+  for kind in ("depth", "boxes"):
+    label_samples.make_set(folder / kind, base, kind, of=label)
+
+
+@contextlib.contextmanager
+def open_bucket(folder: pathlib.Path, *, latency: float) -> Iterator[str]:
+  """Yields the URL of the files of `write_files` in an emulator."""
+  import emulators
+
+  with emulators.google_storage(latency=latency) as bucket:
+    url = f"{bucket}/web"
+    files = [
+      (file, path_lib.as_path(f"{url}/{name}/{file.name}"))
+      for name in ("base", "depth", "boxes")
+      for file in sorted((folder / name).iterdir())
+      if file.suffix != ".index"
     ]
-    shard_writer.write(examples, folder / "base", records_per_shard=records)
-    base = label_samples.open_base(folder / "base")
-    for kind in ("depth", "boxes"):
-      label_samples.make_set(folder / kind, base, kind)
-    for file in (folder / "base").glob("*"):
-      if file.suffix not in (".tar", ".npz"):
-        file.unlink()
-    with emulators.google_storage(latency=latency) as bucket:
-      url = f"{bucket}/web"
-      files = [
-        (file, path_lib.as_path(f"{url}/{name}/{file.name}"))
-        for name in ("base", "depth", "boxes")
-        for file in sorted((folder / name).iterdir())
-      ]
-      map_threads(lambda pair: path_lib.upload(*pair), files)
-      yield url
+    map_threads(lambda pair: path_lib.upload(*pair), files)
+    yield url
 
 
 def data_config(url: str, **options: Any) -> pipeline.DataConfig:
@@ -270,7 +300,9 @@ print(imported - start, opened - imported, first - opened)
 """
 
 
-def measure_start(url: str, tars: int, records: int) -> None:
+def measure_start(
+  folder: pathlib.Path, url: str, tars: int, records: int
+) -> None:
   """Seconds and requests from a process's start to its first batch."""
   import emulators
 
@@ -296,11 +328,13 @@ def measure_start(url: str, tars: int, records: int) -> None:
   show("requests", f"{statistics.median(counts):,.0f}")
 
 
-def measure_hosts(url: str, tars: int, records: int) -> None:
+def measure_hosts(
+  folder: pathlib.Path, url: str, tars: int, records: int
+) -> None:
   """Requests and bytes a record, of 64 hosts."""
   import emulators
 
-  hosts, batch, epochs = 64, 1024, 2
+  hosts, batch, epochs = 64, 1024, 6
   steps = epochs * tars * records // batch
   ranges, starts, sizes = [], [], []
   for host in range(hosts):
@@ -330,6 +364,36 @@ def measure_hosts(url: str, tars: int, records: int) -> None:
     "other requests a host, at its start", f"{statistics.median(starts):.0f}"
   )
   show("requests of all starts, a shard", f"{sum(starts) / tars:.2f}")
+
+
+def measure_speed(
+  folder: pathlib.Path, url: str, tars: int, records: int
+) -> None:
+  """Records a second and CPU time a record, beside decoding alone."""
+  variants = [
+    ("disk, global", folder, dict(shuffle="global")),
+    ("disk, lanes", folder, dict(shuffle="lanes")),
+    ("bucket, lanes", url, dict(shuffle="lanes")),
+    ("bucket, lanes, two workers", url, dict(shuffle="lanes", workers=2)),
+  ]
+  for name, where, options in variants:
+    result = bench_data.run(
+      f"{where}/base/*.tar",
+      depth=f"{where}/depth",
+      boxes=f"{where}/boxes",
+      batch_size=256,
+      lanes=4,
+      batches=4,
+      rounds=3,
+      **options,
+    )
+    pipeline, decode = result["pipeline"], result["decode"]
+    show(
+      name,
+      f"{pipeline['images_per_second']:.0f} records/s, decoding alone"
+      f" {decode['images_per_second']:.0f}; CPU {pipeline['cpu_ms']:.2f} ms,"
+      f" {decode['cpu_ms']:.2f}",
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ and data.shuffle = "lanes".
 import functools
 from collections.abc import Sequence
 
-from mtv_jax.data.sources import block_table, parquet, tar_blocks
+from mtv_jax.data.sources import (
+  array_record,
+  block_table,
+  parquet,
+  tar_blocks,
+)
+from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.progress import Progress
@@ -30,15 +36,18 @@ def run(
   """Writes the table next to the shards and prints a summary.
 
   Args:
-    data: .tar or .parquet shards of one folder; ranges and globs are allowed.
+    data: .tar, .parquet or .array_record shards of one folder; ranges and globs
+      are allowed.
     records: records per block of a tar, which one request reads; the blocks of
-      Parquet are its row groups.
+      Parquet are its row groups, those of ArrayRecord whole files.
     processes: processes that read shards (default: one per core).
   """
   files = expand_path(list(data), suffix=".tar")
   scan = functools.partial(tar_blocks.scan, records=records)
   if is_parquet := files[0].suffix == ParquetSource.suffix:
     scan, records = parquet.scan, 0
+  elif files[0].suffix == ArrayRecordSource.suffix:
+    scan, records = array_record.scan, 0
 
   def announce(sizes: Sequence[int]) -> None:
     print(f"Reading {len(sizes):,} of {len(files):,} shards", end="")

@@ -97,7 +97,7 @@ class BlockLanes:
     seed: int,
   ):
     self._starts, self._sizes, self._lanes = starts, sizes, lanes
-    self._window, self._seed = window, seed
+    self.width, self._seed = window, seed
     self._equal = sizes.min() == sizes.max()
     # Rows of every lane before each epoch; computed as far as needed.
     self._before = [np.zeros(lanes, np.int64)]
@@ -117,13 +117,13 @@ class BlockLanes:
     first = (lane - epoch * len(self._starts)) % self._lanes
     blocks = self._epochs.get(epoch)[first :: self._lanes]
     ends = np.cumsum(self._sizes[blocks])
-    last = np.arange(0, len(blocks), self._window) + self._window - 1
+    last = np.arange(0, len(blocks), self.width) + self.width - 1
     return blocks, ends[np.minimum(last, len(blocks) - 1)]
 
   def _shuffle(self, key: tuple[int, int, int]) -> Window:
     lane, epoch, number = key
     blocks, _ = self._dealt.get(epoch * self._lanes + lane)
-    blocks = blocks[number * self._window : (number + 1) * self._window]
+    blocks = blocks[number * self.width : (number + 1) * self.width]
     starts, sizes = self._starts[blocks], self._sizes[blocks]
     runs = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     rng = np.random.default_rng((self._seed, epoch, lane, number))
@@ -230,6 +230,10 @@ class LaneOrder:
     source = next(k for k, n in enumerate(before) if after[k] > n)
     place, window = self._window(source, lane, before[source])
     return source, _replacements(window.records, place.row)
+
+  def count_blocks(self, source: int, *, hosts: int, windows: int) -> int:
+    """Number of a source's blocks in as many windows of a host."""
+    return self.lanes // hosts * windows * self.sources[source].width
 
   def upcoming(
     self, positions: range, *, windows: int

@@ -356,14 +356,18 @@ def open_order(
   reader = kind(config.block_memory << 20, patience=config.storage_seconds)
   for source in sources:
     source.use_reader(reader)
-  return LaneOrder(
+  addresses = LaneOrder(
     [source.lane_blocks.ends for source in sources],
     weights=weights,
     batch_size=batch_size,
     lanes=lanes.choose_lanes(batch_size, config.lanes, hosts),
     window=config.window,
     seeds=[order.source_seed(seed, k) for k in range(len(sources))],
-  ), reader
+  )
+  for k, source in enumerate(sources):
+    count = addresses.count_blocks(k, hosts=hosts, windows=_WINDOWS)
+    source.keep_blocks(count)
+  return addresses, reader
 
 
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:

@@ -31,9 +31,11 @@ class _RecordingReader(RangeReader):
     super().__init__(0)
     self.spans: list[Range] = []
 
-  def prefetch(self, spans: Iterable[Range]) -> None:
-    """As in the base class."""
+  def note(self, spans: Iterable[Range]) -> None:
+    """Notes ranges, also those that are copied to the disk."""
     self.spans += [s for s in spans if path_lib.is_remote(s.path)]
+
+  prefetch = note
 
   def take(self) -> list[Range]:
     """Returns the ranges since the last call, each one once."""

@@ -280,7 +280,7 @@ def local_copies(
   missing = [copy for copy in copies if not copy.target.exists()]
   if size := sum(i["size"] for c in missing for i in c.files.values()):
     others = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
-    _check_space(size, f"{missing[0].url}{others}", base)
+    check_space(size, f"{missing[0].url}{others}", base)
   map_threads(_make_copy, missing)
   return [copy.target for copy in copies]
 
@@ -320,7 +320,7 @@ def _make_copy(copy: _Copy) -> None:
         _download(url, files, temporary / target.name)
 
 
-def _check_space(size: int, what: str, folder: Path) -> None:
+def check_space(size: int, what: str, folder: Path) -> None:
   """Announces a copy of `size` bytes; InputError if the disk lacks the space.
 
   Creates the folder.

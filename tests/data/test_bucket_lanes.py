@@ -60,18 +60,17 @@ def entry(remote, **options):
   return dict(type="webdataset", path=f"{remote}/base/*.tar", **options)
 
 
-def read(entries, steps, *, index=0, count=1, **options):
+def read(entries, steps, *, index=0, count=1, batch_size=BATCH, **options):
   data = dict(
     train=entries,
     ops="decode|canvas(8)|depth(8)|regions(4)|caption(16)",
     shuffle="lanes",
     lanes=64,
     window=16,
-    **options,
   )
   with make_loader(
-    data,
-    batch_size=BATCH,
+    data | options,
+    batch_size=batch_size,
     seed=0,
     start_step=steps[0],
     process_index=index,
@@ -83,9 +82,10 @@ def read(entries, steps, *, index=0, count=1, **options):
 
 def assert_part(batches, whole, index, count):
   """A host's batches are its rows of the whole ones."""
-  rows = slice(index * BATCH // count, (index + 1) * BATCH // count)
   for batch, expected in zip(batches, whole, strict=True):
     for name, values in expected.items():
+      size = len(values) // count
+      rows = slice(index * size, (index + 1) * size)
       np.testing.assert_array_equal(batch[name], values[rows], err_msg=name)
 
 
@@ -126,6 +126,39 @@ def test_workers_share_a_hosts_blocks(remote):
   assert_part(batches, whole, 3, 4)
   reads = [p for _, p, _ in requests if ".tar" in p and "alt=media" in p]
   assert len(reads) == len(set(reads))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_array_records_are_copied_shard_by_shard(
+  gs, tmp_path, monkeypatch, workers
+):
+  monkeypatch.setattr(label_samples, "PER_SHARD", 16)
+  local = label_samples.make_base(tmp_path, count=256, format="array_record")
+  url = path.as_path(f"{gs}/records_{workers}")
+  path.upload_folder(local, url)
+  options = dict(
+    ops="decode|canvas(8)|caption(16)", lanes=8, batch_size=16, window=16
+  )
+  steps = range(20)  # An epoch and a quarter.
+  whole = read(
+    [dict(type="array_record", path=f"{local}/*.array_record")],
+    steps, **options,
+  )  # fmt: skip
+  copied, hosts = 0, [1] if workers else range(4)
+  for index in hosts:
+    cache = tmp_path / f"cache{index}"
+    monkeypatch.setenv(path.CACHE_VARIABLE, str(cache))
+    part = [dict(type="array_record", path=f"{url}/*.array_record")]
+    options |= dict(index=index, count=4, workers=workers)
+    with emulators.count_requests() as requests:
+      assert_part(read(part, steps, **options), whole, index, 4)
+    copied += sum(
+      ".array_record" in p and "alt=media" in p for _, p, _ in requests
+    )
+    # Two lanes' windows of one shard, and the next ones.
+    assert len(list(cache.rglob("*.array_record"))) <= 4
+  # A shard a lane and window; also of the windows that are read ahead.
+  assert 6 * len(hosts) <= copied <= 8 * len(hosts)
 
 
 def test_a_changed_shard(remote, tmp_path):

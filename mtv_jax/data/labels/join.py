@@ -102,6 +102,9 @@ class LabelledSource(Source):
     for part in (self._source, *self._labels):
       part.use_reader(reader)
 
+  def keep_blocks(self, count: int) -> None:
+    self._source.keep_blocks(count)
+
   def prefetch(self, first: int, count: int) -> None:
     for part in (self._source, *self._labels):
       part.prefetch(first, count)

@@ -107,6 +107,13 @@ class Source(abc.ABC):
     """Reads byte ranges of bucket files through `reader` from now on."""
     del reader
 
+  def keep_blocks(self, count: int) -> None:
+    """Keeps `count` blocks at least, if it copies them to the local disk.
+
+    Must be called before pickling.
+    """
+    del count
+
   def prefetch(self, first: int, count: int) -> None:
     """Starts to read `count` records from `first` on, if they are remote."""
     del first, count
@@ -210,6 +217,10 @@ class LimitedSource(Source):
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""
     self._source.use_reader(reader)
+
+  def keep_blocks(self, count: int) -> None:
+    """As in the base class."""
+    self._source.keep_blocks(count)
 
   def prefetch(self, first: int, count: int) -> None:
     """As in the base class."""

@@ -110,15 +110,15 @@ def write(
     write_shard(path, named)
     stats = _stats(len(rows), report.skipped[skipped:])
     atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
+    # A copy in a bucket has another version, so none is compared.
+    state = path.stat().st_size, ""
+    columns, per_block = array_record.scan, 0
     if suffix == ".tar":
-      # A copy in a bucket has another version, so none is compared.
-      state, columns = (
-        (path.stat().st_size, ""),
-        tar_blocks.scan(path, records=LANE_BLOCK),
-      )
-      tables.append(
-        block_table.of_file(path, state, columns, per_block=LANE_BLOCK)
-      )
+      per_block = LANE_BLOCK
+      columns = functools.partial(tar_blocks.scan, records=per_block)
+    tables.append(
+      block_table.of_file(path, state, columns(path), per_block=per_block)
+    )
     report.shards.append(path)
     progress(report)
   if tables:

@@ -1,5 +1,6 @@
 """Input pipeline benchmark: shards to batches against decoding alone."""
 
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ def run(
   depth: str | None = None,
   boxes: str | None = None,
   shuffle: Literal["lanes", "global", "block", "none"] = "global",
+  lanes: int | None = None,
   hosts: int = 1,
   batch_size: int = 64,
   batches: int = 12,
@@ -56,6 +58,7 @@ def run(
     depth: folder of a label set, read at a side of 128 pixels.
     boxes: folder of a label set, of which four regions are read.
     shuffle: order of the records, as in a config.
+    lanes: for `shuffle=lanes`: lanes of a batch.
     hosts: hosts of the printed requests, which each read a batch.
     batch_size: the pipeline's batch size.
     batches: timed batches per round, after one warm-up batch.
@@ -78,6 +81,7 @@ def run(
       train=(entry,),
       ops=ops,
       shuffle=shuffle,
+      lanes=lanes,
       workers=workers,
       threads=max(threads // max(workers, 1), 1),
     )
@@ -123,7 +127,7 @@ def run(
   result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
   if path_lib.is_remote(path):
     plane = data_plane.compute(
-      config,
+      dataclasses.replace(config, lanes=lanes and lanes * hosts),
       batch_size=batch_size * hosts,
       hosts=hosts,
       examples_per_second=result["pipeline"]["images_per_second"] * hosts,

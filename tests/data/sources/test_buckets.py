@@ -114,8 +114,14 @@ def test_whole_tars_are_cached(remote, local, tmp_path, monkeypatch):
   assert len(list((tmp_path / "tars").rglob("*.tar"))) == 3
 
 
-def test_array_record(remote, local):
-  actual = open_files(f"{remote}/records/base/*.array_record")
+@pytest.mark.parametrize("table", [False, True])
+def test_array_record(remote, local, cache, table):
+  options = dict(blocks=f"{remote}/records/base/blocks.npz") if table else {}
+  if not table:
+    # A cache means whole copies.
+    options = dict(cache=cache / "whole")
+  actual = open_files(f"{remote}/records/base/*.array_record", **options)
+  assert len(list(cache.rglob("*.array_record"))) == (0 if table else 3)
   expected = open_files(f"{local}/records/base/*.array_record")
   assert records(actual) == records(expected)
   assert actual.read_metadata(5) == expected.read_metadata(5)
