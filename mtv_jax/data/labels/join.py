@@ -288,8 +288,9 @@ class AlignedLabels(JoinedLabels):
       problem = f"it has no label of record {key!r} of {file.name}"
       raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
+    data = record.get("image")
     for _, sample, image in samples:
-      if sample == key and image != label_sets.hash_bytes(record["image"]):
+      if sample == key and data and image != label_sets.hash_bytes(data):
         problem = f"{key!r} in {file.name} has the same key but other bytes"
         raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
     return stored.label
