@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from labelling_samples import ELSEWHERE, claim
 
-from mtv_jax.utils import atomic, leases
-from mtv_jax.utils.leases import FileLeases
+from mtv_jax.utils import atomic, leases, path
+from mtv_jax.utils.leases import FileLeases, ObjectLeases, open_leases
 from mtv_jax.utils.threads import map_threads
 
 # A process that no longer exists, and an earlier one with this one's number,
@@ -202,3 +202,57 @@ def test_a_lease_is_renewed(tmp_path, monkeypatch):
     time.sleep(0.1)
     assert file.stat().st_mtime == 0
   assert file.exists()
+
+
+@pytest.mark.slow
+def test_leases_in_a_bucket(bucket, monkeypatch):
+  """Acquired, renewed, taken over and released by generation."""
+  monkeypatch.setattr(atomic, "STALE_SECONDS", 1.0)
+  folder = path.as_path(f"{bucket}/leases")
+
+  def content():
+    return path.read_bytes(folder / ".a.claim")
+
+  mine = open_leases(folder)
+  with mine.acquire("a") as taken, mine.acquire("a") as again:
+    assert (taken, again) == (True, False)
+    first = content()
+    time.sleep(0.5)
+    assert content() != first  # Renewed.
+    assert str(mine.holder("a")).startswith(f"process {os.getpid()} on ")
+  assert path.list_folder(folder) == []
+  # Of a process that is known to be dead; that could live; that was silent.
+  for owner, wait, gone in (
+    (DEAD, 0, True),
+    (ELSEWHERE, 0, False),
+    ("damaged", 1.2, True),
+  ):
+    data = json.dumps({"host": "there", "owner": str(owner)}).encode()
+    path.write_bytes(folder / ".a.claim", data)
+    with mine.acquire("a") as taken:
+      assert taken == (gone and not wait)
+    time.sleep(wait)
+    with mine.acquire("a") as taken:
+      assert taken == gone
+      if taken:
+        # A lost lease is neither renewed nor released.
+        path.write_bytes(folder / ".a.claim", data)
+        time.sleep(0.3)
+    assert content() == data
+    path.remove(folder / ".a.claim")
+
+
+@pytest.mark.slow
+def test_one_of_many_processes_writes(bucket):
+  folder, many = path.as_path(f"{bucket}/contended"), 8
+  barrier = threading.Barrier(many, timeout=60)
+
+  def contend(number):
+    barrier.wait()
+    with ObjectLeases(folder).acquire("a") as taken:
+      barrier.wait()
+    written = path.write_if_absent(folder / "b", b"%d" % number)
+    return taken, written
+
+  taken, written = zip(*map_threads(contend, range(many)), strict=True)
+  assert sum(taken) == 1 and len(set(written)) == 1

@@ -45,8 +45,9 @@ _SHARD_FILES = (label_blocks.SUFFIX, ".keys.npy", "_stats.json")
 _LENGTH = np.dtype("<u8")  # Ends a part: bytes of the JSON before it.
 # Finished shards whose images are compared with the base at a start.
 _MAX_CHECKED = 4
-# Seconds between checks of parts that peers write, doubling.
-_MIN_WAIT, _MAX_WAIT = 0.2, 20.0
+# Seconds between checks of parts that peers write, doubling, up to this
+# fraction of the time after which a lease expires.
+_MIN_WAIT, _MAX_WAIT = 0.2, 0.05
 # Parts found to be another process's, after which the folder is listed again.
 _MAX_MISSES = 16
 
@@ -492,7 +493,7 @@ class _Job:
       if wait == _MIN_WAIT:
         self._log_waiting(todo)
       time.sleep(wait)
-      wait = min(2 * wait, _MAX_WAIT)
+      wait = min(2 * wait, _MAX_WAIT * atomic.STALE_SECONDS)
 
   def _list(self) -> dict[int, list[Part]]:
     todo, total = self._writer.todo(), len(self._writer.base)
