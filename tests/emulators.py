@@ -2,9 +2,10 @@
 
 `python tests/emulators.py gs|s3 PORT` runs one. Google's adds to
 gcp-storage-emulator the features that tensorstore's conditional writes need:
-the header of an object's generation, and the condition on it, also of deletions. It refuses to
-write objects whose names match the regular expression that `REFUSED` contains,
-and logs its requests in the file of the variable `LOG`.
+the header of an object's generation, and the condition on it of writes and
+deletions. It refuses to write objects whose names match the regular expression
+that `REFUSED` contains, and logs its requests in the file of the variable
+`LOG`.
 """
 
 import contextlib

@@ -71,7 +71,8 @@ def read_log(log):
   """Returns host and number of each labelled record."""
   with open(log, "ab+") as file:
     file.seek(0)
-    return [tuple(map(int, line.split())) for line in file if line[-1:] == b"\n"]
+    lines = [line for line in file if line.endswith(b"\n")]
+  return [tuple(map(int, line.split())) for line in lines]
 
 
 if __name__ == "__main__":

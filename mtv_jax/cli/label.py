@@ -42,11 +42,12 @@ class ExpertOptions(arguments.Flags):
     names: file of an .onnx detector's classes, one per line.
     preprocess: image preprocessing for depth, such as original.
     size: side of the expert's input images, in pixels.
-    side: side of a stored map, in pixels.
+    side: side of a stored depth map, in pixels (default: 96).
+    bits: bits of a stored depth value (default: 10).
     canvas: canvas size of data.ops in training, for features.
     format: storage format of features: float8 or int8.
-    dtype: computation dtype: float32 or bfloat16.
-    batch_size: images per step and device.
+    dtype: float32 or bfloat16 (default: bfloat16 on accelerators).
+    batch_size: images per step and device (default: 1; 16 on accelerators).
   """
 
   phrases: str | None = None
@@ -57,6 +58,7 @@ class ExpertOptions(arguments.Flags):
   preprocess: str | None = None
   size: int | None = None
   side: int | None = None
+  bits: int | None = None
   canvas: int | None = None
   format: str | None = None
   dtype: str | None = None

@@ -211,5 +211,8 @@ def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
 def remove_if(path: AnyPath, generation: bytes) -> None:
   """Removes an object if it has this generation."""
   store, key = open_store(path)
-  remove = lambda: store.write(key, None, if_equal=generation).result()
-  retry(path, "removed", remove)
+  retry(
+    path,
+    "removed",
+    lambda: store.write(key, None, if_equal=generation).result(),
+  )

@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils import path as path_lib

@@ -257,8 +257,9 @@ def remove(path: PurePath) -> None:
   """Removes a file if it exists."""
   if not is_remote(path):
     Path(path).unlink(missing_ok=True)
-  elif exists(path):
-    buckets.request(path, "removed", "rm_file")
+  else:
+    with contextlib.suppress(FileNotFoundError):
+      buckets.request(path, "removed", "rm_file")
 
 
 def remove_folder(path: PurePath) -> None:

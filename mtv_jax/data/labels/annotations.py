@@ -243,7 +243,9 @@ class DepthImages:
   # Divisor: 1000 for millimetres, 256 for KITTI.
   scale: Annotated[float | int, Range(above=0)] = 1.0
   invalid: Sequence[int] = (0,)  # Values that mark a missing measurement.
-  side: Annotated[int, Range(min=2)] = 128  # Side of the label, in pixels.
+  # Side of the label in pixels, and bits of a pixel.
+  side: Annotated[int, Range(min=2)] = label_values.SIDE
+  bits: label_values.Bits = label_values.BITS
   min_valid: Annotated[int, Range(min=2)] = label_values.MIN_VALID
 
   def __post_init__(self):
@@ -257,7 +259,8 @@ class DepthImages:
   def settings(self) -> dict[str, Any]:
     """Settings stored in the manifest."""
     changed = {"folder": Path(self.folder).name, "invalid": list(self.invalid)}
-    return {"from": "depth images", **dataclasses.asdict(self), **changed}
+    options = label_values.depth_settings(dataclasses.asdict(self))
+    return {"from": "depth images", **options, **changed}
 
   def _path(self, item: Item) -> Path:
     name = str(Path(item.name).with_suffix(""))
@@ -301,5 +304,9 @@ class DepthImages:
     else:
       inverse = raw / self.scale
     return label_values.make_depth(
-      inverse, side=self.side, valid=valid, min_valid=self.min_valid
+      inverse,
+      side=self.side,
+      bits=self.bits,
+      valid=valid,
+      min_valid=self.min_valid,
     )

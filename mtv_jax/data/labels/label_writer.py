@@ -223,7 +223,7 @@ class LabelWriter:
       names = set(path_lib.list_folder(self.out))
       if label_sets.SETTINGS not in names:
         raise LabelError(
-          f"{label_sets.SETTINGS} was removed from {self.out}, by a user or by a"
+          f"{label_sets.SETTINGS} was removed from {self.out}, by a user or a"
           " process that found no label in the whole set. Start again."
         )
       shards = range(len(self.names))
@@ -235,6 +235,10 @@ class LabelWriter:
       for shard in shards
       if not names.issuperset(file.name for file in self._files(shard))
     }
+
+  def is_missing(self, part: Part) -> bool:
+    """Whether a part is still to be written."""
+    return part in self.todo(part.shard).get(part.shard, [])
 
   def write(self, part: Part, entries: Iterable[Entry]) -> None:
     """Writes the labels of one part: one entry per record, in order."""
@@ -497,8 +501,8 @@ class _Job:
 
   def _list(self) -> dict[int, list[Part]]:
     todo, total = self._writer.todo(), len(self._writer.base)
-    missing = sum(len(part.numbers) for parts in todo.values() for part in parts)
-    self._done = total - missing
+    parts = [part for of_shard in todo.values() for part in of_shard]
+    self._done = total - sum(len(part.numbers) for part in parts)
     self._progress(self._done, total)
     return todo
 
@@ -525,7 +529,7 @@ class _Job:
     """Writes a part unless another process has leased or finished it."""
     writer = self._writer
     with self._leases.acquire(part.name) as acquired:
-      if not acquired or part not in writer.todo(part.shard).get(part.shard, []):
+      if not (acquired and writer.is_missing(part)):
         return False
       try:
         with contextlib.closing(self._entries(part.numbers)) as entries:
