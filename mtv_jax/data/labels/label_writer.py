@@ -537,7 +537,8 @@ class _Job:
       except FileNotFoundError:
         # A peer took over the part while this process was suspended.
         holder = self._leases.holder(part.name)
-        if holder is None or holder.owner == atomic.current_process():
+        lost = holder is not None and holder.owner != atomic.current_process()
+        if not lost and writer.is_missing(part):
           raise
         return False
     if not writer.todo(part.shard).get(part.shard):
