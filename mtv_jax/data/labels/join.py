@@ -330,9 +330,13 @@ class KeyedLabels(JoinedLabels):
     index_dir: str | os.PathLike | None = None,
   ):
     super().__init__(labels)
-    folder = labels.folder if index_dir is None else Path(index_dir)
     if index_dir is not None:
       refuse_remote(index_dir, "index_dir", "Name a folder of this machine.")
+      folder = Path(index_dir)
+    elif path_lib.is_remote(labels.folder):
+      folder = path_lib.cache_folder()
+    else:
+      folder = Path(labels.folder)
     # The digest distinguishes the tables of different label sets.
     self._file = folder.expanduser() / f"keys-{labels.digest}.npy"
     self._ends = np.cumsum(labels.counts, dtype=np.int64)

@@ -148,11 +148,12 @@ class LabelSet:
   def key_hashes(self, shard: int) -> UInt64[np.ndarray, " n"]:
     """Returns `hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
-    if not file.is_file():
+    if not path_lib.is_file(file):
       raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
         " needs. Copy it, or write the set again."
       )
+    file = path_lib.local_copy(file)
     return np.array(load_array(file, (self.counts[shard],)))
 
   def __repr__(self) -> str:

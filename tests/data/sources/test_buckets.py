@@ -60,9 +60,15 @@ def test_tars_and_labels(remote, local, cache):
     dict(
       type="webdataset",
       path=f"{root}/base/*.tar",
-      labels=dict(depth=f"{root}/depth", boxes=f"{root}/boxes"),
+      labels=dict(
+        depth=f"{root}/depth", boxes=dict(path=f"{root}/boxes", join=join)
+      ),
     )
-    for root in (str(local), remote)
+    for root, join in (
+      (str(local), "aligned"),
+      (remote, "aligned"),
+      (remote, "key"),
+    )
   ]
   batches = []
   for entry in entries:
@@ -70,9 +76,10 @@ def test_tars_and_labels(remote, local, cache):
     tokenizer = build_tokenizer("bytes")
     with make_loader(data, batch_size=4, seed=0, tokenizer=tokenizer) as loader:
       batches.append([next(loader) for _ in range(3)])
-  for wanted, actual in zip(*batches, strict=True):
+  for wanted, *others in zip(*batches, strict=True):
     for name, values in wanted.items():
-      np.testing.assert_array_equal(actual[name], values, err_msg=name)
+      for actual in others:
+        np.testing.assert_array_equal(actual[name], values, err_msg=name)
   # Beside the tars, for other hosts.
   assert "00000.tar.index" in path.list_folder(f"{remote}/base")
 
