@@ -2,9 +2,10 @@
 
 `python tests/emulators.py gs|s3 PORT` runs one. Google's adds to
 gcp-storage-emulator the features that tensorstore's conditional writes need:
-the header of an object's generation, and the condition on it. It refuses to
-write objects whose names match the regular expression that `REFUSED` contains,
-and logs its requests in the file of the variable `LOG`.
+the header of an object's generation, and the condition on it of writes and
+deletions. It refuses to write objects whose names match the regular expression
+that `REFUSED` contains, and logs its requests in the file of the variable
+`LOG`.
 """
 
 import contextlib
@@ -166,6 +167,14 @@ def _serve_google_storage(port: int) -> None:
         return
     write(request, response, storage, *args, **kwargs)
 
+  def delete(request, response, storage, *args, **kwargs):
+    (wanted,) = request.query.get("ifGenerationMatch", [None])
+    where = request.params["bucket_name"], request.params["object_id"]
+    if wanted not in (None, read_generation(storage, *where)):
+      response.status = http.HTTPStatus.PRECONDITION_FAILED
+      return
+    remove(request, response, storage, *args, **kwargs)
+
   def close(response):
     time.sleep(latency)
     handler = response._handler
@@ -178,9 +187,9 @@ def _serve_google_storage(port: int) -> None:
     server.server.HTTPServer.request_queue_size = 256
   log = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND)
   close_response, server.Response.close = server.Response.close, close
-  send, write = objects.download, objects.insert
+  send, write, remove = objects.download, objects.insert, objects.delete
   objects.download, objects.insert = download, insert
-  replaced = {send: download, write: insert}
+  replaced = {send: download, write: insert, remove: delete}
   for _, handlers in server.HANDLERS:
     for method, handler in handlers.items():
       handlers[method] = replaced.get(handler, handler)

@@ -84,9 +84,7 @@ def compare(stored, whole, boxes):
   ours, true = targets
   relative = jnp.abs(true / jnp.maximum(ours, 1e-3) - 1)
   absrel = jnp.sum(jnp.where(valid, relative, 0)) / jnp.sum(valid)
-  ours, true = (
-    depth_lib.standardise(target, valid).values for target in targets
-  )
+  ours, true = (depth_lib.standardise(target, valid)[0] for target in targets)
   added = depth_lib.gradient_error(ours - true, valid)
   own = depth_lib.gradient_error(true, valid)
   return jnp.stack([absrel, jnp.sum(added) / jnp.sum(own)])

@@ -27,7 +27,8 @@ from mtv_jax.utils.threads import available_cores
 
 _REQUEST = 1 << 24  # Bytes per request.
 _RATE = 1e8  # Assumed bytes per second and process.
-_OTHERS = 4  # Requests per shard, besides its bytes: its size and its part.
+# Requests per shard, besides its bytes: its size, its part and its lease.
+_OTHERS = 10
 
 
 def run(

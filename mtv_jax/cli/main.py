@@ -117,7 +117,7 @@ def run_module(
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:
   """Rejects bucket URLs, which would create a local folder named `gs:`."""
-  if name in ("chaos", "convert"):
+  if name in ("chaos", "convert", "label", "make_labels"):
     return
   for option in ("output", "json", "table", "profile"):
     value = getattr(args, option, None)

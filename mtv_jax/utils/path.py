@@ -4,6 +4,7 @@ A local path is a `pathlib.Path`, a bucket path an `epath.Path`. Both are
 `PurePath`s, and the functions here accept both.
 """
 
+import contextlib
 import datetime
 import fnmatch
 import functools
@@ -14,7 +15,8 @@ import logging
 import os
 import shutil
 import stat as stat_lib
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -103,11 +105,21 @@ def is_folder(path: AnyPath) -> bool:
   return buckets.request(path, "read", "isdir")
 
 
-def list_folder(path: AnyPath) -> list[str]:
-  """Sorted names in a folder; empty if the folder doesn't exist."""
+def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
+  """Sorted names in a folder; empty if the folder doesn't exist.
+
+  With a `prefix`, only files whose names begin with it; of a bucket's folder,
+  also those in folders below, as relative paths.
+  """
   if not is_remote(path):
-    return sorted(os.listdir(path)) if os.path.isdir(path) else []
-  return sorted(buckets.list_objects(os.fspath(path)))
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return sorted(name for name in names if name.startswith(prefix))
+  if not prefix:
+    return sorted(buckets.list_objects(os.fspath(path)))
+  url = os.fspath(path).rstrip("/")
+  base = url.partition("://")[2]
+  found = buckets.request(url, "read", "find", prefix=prefix)
+  return sorted(name[len(base) + 1 :] for name in found)
 
 
 def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
@@ -215,12 +227,42 @@ def write_bytes(path: PurePath, data: bytes) -> None:
   atomic.write(Path(path), data)
 
 
+def write_if_absent(path: PurePath, data: bytes) -> bytes:
+  """Writes a file unless it exists, by one of several writers; returns it."""
+  if not is_remote(path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return atomic.write_if_absent(Path(path), data)
+  found, generation = buckets.read_with_generation(path)
+  if found is not None:
+    return found
+  if buckets.write_if(path, data, generation) is not None:
+    return data
+  return read_bytes(path)
+
+
+@contextlib.contextmanager
+def replace_file(path: PurePath) -> Iterator[Path]:
+  """Yields a temporary local path; its content replaces the file on success.
+
+  Creates the parent folder. A bucket object is uploaded at the end.
+  """
+  if not is_remote(path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replace_file(Path(path)) as temporary:
+      yield temporary
+    return
+  with tempfile.TemporaryDirectory(prefix="mtv_jax") as folder:
+    yield Path(folder) / path.name
+    upload(Path(folder) / path.name, path)
+
+
 def remove(path: PurePath) -> None:
   """Removes a file if it exists."""
   if not is_remote(path):
     Path(path).unlink(missing_ok=True)
-  elif exists(path):
-    buckets.request(path, "removed", "rm_file")
+  else:
+    with contextlib.suppress(FileNotFoundError):
+      buckets.request(path, "removed", "rm_file")
 
 
 def remove_folder(path: PurePath) -> None:

@@ -16,6 +16,7 @@ from multiprocessing import connection
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
@@ -104,7 +105,7 @@ class _Read:
     self._lock = threading.Lock()
     self._kept = self._future = None
     if path_lib.is_remote(span.path):
-      store, key = _open_store(os.fspath(span.path))
+      store, key = buckets.open_store(span.path)
       end = span.offset + span.size
       self._future = store.read(key, byte_range=slice(span.offset, end))
 
@@ -268,22 +269,3 @@ class RangeClient:
           self._maps.popitem(last=False)
       self._maps.move_to_end(span)
       return self._maps[span]
-
-
-def _open_store(url: str) -> tuple[Any, str]:
-  """Returns tensorstore's store of a URL's bucket, and the object's key."""
-  scheme, _, rest = url.partition("://")
-  bucket, _, key = rest.partition("/")
-  return _open_bucket(scheme, bucket), key
-
-
-@functools.cache
-def _open_bucket(scheme: str, bucket: str) -> Any:
-  import tensorstore as ts  # Takes 0.3 s to import.
-
-  if scheme == "gs":
-    return ts.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
-  spec = {"driver": "s3", "bucket": bucket}
-  names = dict(endpoint="AWS_ENDPOINT_URL", aws_region="AWS_DEFAULT_REGION")
-  spec |= {k: os.environ[v] for k, v in names.items() if os.environ.get(v)}
-  return ts.KvStore.open(spec).result()

@@ -291,8 +291,9 @@ class AlignedLabels(JoinedLabels):
       problem = f"it has no label of record {key!r} of {file.name}"
       raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
+    data = record.get("image")
     for _, sample, image in samples:
-      if sample == key and image != label_sets.hash_bytes(record["image"]):
+      if sample == key and data and image != label_sets.hash_bytes(data):
         problem = f"{key!r} in {file.name} has the same key but other bytes"
         raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
     return stored.label
@@ -332,9 +333,13 @@ class KeyedLabels(JoinedLabels):
     index_dir: str | os.PathLike | None = None,
   ):
     super().__init__(labels)
-    folder = labels.folder if index_dir is None else Path(index_dir)
     if index_dir is not None:
       refuse_remote(index_dir, "index_dir", "Name a folder of this machine.")
+      folder = Path(index_dir)
+    elif path_lib.is_remote(labels.folder):
+      folder = path_lib.cache_folder()
+    else:
+      folder = Path(labels.folder)
     # The digest distinguishes the tables of different label sets.
     self._file = folder.expanduser() / f"keys-{labels.digest}.npy"
     self._ends = np.cumsum(labels.counts, dtype=np.int64)

@@ -10,14 +10,13 @@ import itertools
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.block_table import BlockTable
-from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import RangeReader
@@ -28,19 +27,17 @@ _ENTRY = np.dtype([("key", "<u8"), ("end", "<u4"), ("crc", "<u4")])
 
 
 def write(
-  file: Path, labels: Iterable[tuple[int, bytes]], counts: Sequence[int]
+  stream: BinaryIO, labels: Iterable[tuple[int, bytes]], counts: Sequence[int]
 ) -> list[int]:
   """Writes (key hash, label) pairs in blocks of `counts`; returns their sizes.
 
   Stops early if there are fewer labels; further ones are left in the iterator.
   """
   labels, sizes = iter(labels), []
-  with atomic.replace_file(file) as temporary, temporary.open("wb") as stream:
-    for count in counts:
-      pairs = list(itertools.islice(labels, count))
-      data = _pack(pairs)
-      stream.write(data)
-      sizes.append(len(data))
+  for count in counts:
+    data = _pack(list(itertools.islice(labels, count)))
+    stream.write(data)
+    sizes.append(len(data))
   return sizes
 
 

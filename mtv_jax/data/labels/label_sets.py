@@ -13,7 +13,6 @@ stores a few keys and image hashes of the base. Sets of version 1 have
 `00000.array_record` instead of the blocks, and are read from a local disk.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +29,6 @@ from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.ranges import RangeReader
@@ -150,11 +148,12 @@ class LabelSet:
   def key_hashes(self, shard: int) -> UInt64[np.ndarray, " n"]:
     """Returns `hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
-    if not file.is_file():
+    if not path_lib.is_file(file):
       raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
         " needs. Copy it, or write the set again."
       )
+    file = path_lib.local_copy(file)
     return np.array(load_array(file, (self.counts[shard],)))
 
   def __repr__(self) -> str:
@@ -244,27 +243,21 @@ def describe_settings(
   return json.loads(json.dumps(described))
 
 
-def stored_version(out: Path) -> int:
-  """Version of the label set in a folder; the current one if there is none."""
-  for name in (SETTINGS, MANIFEST):
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-      if json.loads((out / name).read_bytes())["version"] == 1:
-        return 1
-  return VERSION
-
-
-def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
+def write_or_check_settings(
+  out: PurePath, described: Mapping[str, Any]
+) -> None:
   """Writes `settings.json`, or raises FileExistsError if it differs."""
-  if (out / MANIFEST).exists():
+  if path_lib.exists(out / MANIFEST):
     check_manifest(out, described)
   file = out / SETTINGS
-  data = atomic.write_if_absent(file, to_json(described))
+  data = path_lib.write_if_absent(file, to_json(described))
   _require_equal(_parse(data, file), described, f"{out} has an unfinished")
 
 
-def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
+def check_manifest(out: PurePath, described: Mapping[str, Any]) -> None:
   """Raises FileExistsError if a finished set differs from `described`."""
-  manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
+  file = out / MANIFEST
+  manifest = _parse(path_lib.read_bytes(file), file)
   shards = manifest.get("shards", [])
   manifest["base"] = {shard["base"]: shard["records"] for shard in shards}
   stored = {key: manifest.get(key) for key in described}
@@ -276,7 +269,7 @@ def to_json(content: Any) -> bytes:
   return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _parse(data: bytes, file: Path) -> dict[str, Any]:
+def _parse(data: bytes, file: PurePath) -> dict[str, Any]:
   try:
     content = json.loads(data)
     if not isinstance(content, dict):

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import ml_dtypes  # noqa: F401  Registers float8 with NumPy.
@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8, UInt16
 
 from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, Format
+from mtv_jax.config.options import Range
 from mtv_jax.data.records import content_errors
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError
@@ -35,6 +36,10 @@ TOP = 65535
 # Minimum labelled pixels per map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
+# Default size of a depth label (docs/experts.md).
+SIDE, BITS = 96, 10
+# Bits of a stored value: fewer than 2^2 levels are no map.
+Bits = Annotated[int, Range(min=2, max=16)]
 # Limits of a stored label, far above the sizes of experts and data sets.
 _MAX_SIDE = 4096
 _MAX_WIDTH = 1 << 16
@@ -222,6 +227,11 @@ def make_depth(
     top = 2**bits - 1
     scaled = _round_values(_round_values(scaled, TOP, top), top, TOP)
   return LabelOutcome(DepthLabel(scaled, low, high, bits), counts)
+
+
+def depth_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Options as in a label set's settings: sets without `bits` have 16."""
+  return {k: v for k, v in options.items() if (k, v) != ("bits", 16)}
 
 
 def _squash(

@@ -5,7 +5,8 @@ writes the table next to the shards, as `blocks.npz`; a start reads it and
 compares the shards' sizes and versions by one listing.
 
 While the table is built, the folder `blocks.parts` has the table of each shard
-that was read, so that no shard is read twice, by any host or after a kill.
+that was read, and hosts lease the shards that they read: none is read twice, by
+any host or after a kill.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from jaxtyping import Int64
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
-from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.leases import open_leases
 from mtv_jax.utils.ranges import Range
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import available_cores, map_threads
@@ -299,10 +300,11 @@ def _stat(file: PurePath) -> tuple[int, int] | None:
 
 def _acquire(file: PurePath) -> contextlib.AbstractContextManager[bool]:
   """Leases a file among hosts; yields False if another one has leased it."""
-  if path_lib.is_remote(file):
-    # Hosts rarely read one shard twice, as each has its own order.
-    return contextlib.nullcontext(True)
-  return Leases(Path(file).parent).acquire(file.name)
+  return _open_leases(file.parent).acquire(file.name)
+
+
+# A process that keeps them notices leases that are not renewed.
+_open_leases = functools.cache(open_leases)
 
 
 def _find_parts(

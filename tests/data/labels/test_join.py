@@ -17,15 +17,18 @@ from label_samples import (
   open_base,
   outcome,
   png,
+  write_shard,
 )
+from labelling_samples import contents
 
-from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels import label_sets, label_writer
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import base as sources_base
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
@@ -333,43 +336,57 @@ def test_missing_or_foreign_key_hashes(labelled, copy):
 # --- Writing -----------------------------------------------------------------
 
 
-def test_writing_resumes(labelled, tmp_path):
+def test_writing_resumes(labelled, tmp_path, monkeypatch):
+  """Parts are lost; the set is byte-identical to one of whole shards."""
+  monkeypatch.setattr(sources_base, "LANE_BLOCK", 1)
   base = open_base(labelled / "base")
-  settings = {"of": "the test"}
-  writer = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
-  assert writer.todo() == [0, 1, 2]
+  whole = make_set(tmp_path / "whole", base, "depth")
+  out, settings = tmp_path / "out", {"of": "the test"}
+  monkeypatch.setattr(label_writer, "PART_RECORDS", 2)
+  writer = LabelWriter(out, kind="depth", base=base, settings=settings)
+  todo = writer.todo()
+  parts = [part.file_name for part in todo[0]]
+  assert parts == ["00000.0-2.part", "00000.2-4.part"]
+  assert [len(todo[shard]) for shard in range(3)] == [2, 2, 1]
 
-  def entries(shard, stop=None):
-    for i in writer.numbers(shard):
+  def entries(numbers, stop=None):
+    for i in numbers:
       if i == stop:
         raise KeyboardInterrupt
       yield Entry(base[i]["key"], outcome("depth", i))
 
-  writer.write(1, entries(1))
+  write_shard(writer, 1, entries)
+  writer.write(todo[0][0], entries(todo[0][0].numbers))
   with pytest.raises(KeyboardInterrupt):
-    writer.write(0, entries(0, stop=2))
-  assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
-  with pytest.raises(LabelError, match="2 of 3 shards have no labels yet"):
-    writer.finish()
+    writer.write(todo[0][1], entries(todo[0][1].numbers, stop=3))
+  assert not list(out.glob("*.tmp")) + list(out.glob(".*"))
+  assert writer.finish() is None
   with pytest.raises(LabelError, match="4 labels for 2 records"):
-    writer.write(2, entries(1))
-  again = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
-  assert again.todo() == [0, 2]
-  for shard in again.todo():
-    again.write(shard, entries(shard))
-  summary = again.finish()
+    writer.write(todo[2][0], entries(range(4)))
+  again = LabelWriter(out, kind="depth", base=base, settings=settings)
+  assert again.todo() == {0: todo[0][1:], 2: todo[2]}
+  # A damaged or removed part is written again.
+  again.write(todo[0][1], entries(todo[0][1].numbers))
+  first = out / parts[0]
+  for damage in (
+    lambda: first.write_bytes(first.read_bytes()[:-9]),
+    lambda: first.write_bytes(b""),
+    first.unlink,
+  ):
+    damage()
+    again.join(0)
+    assert again.todo(0) == {0: todo[0][:1]}
+    again.write(todo[0][0], entries(todo[0][0].numbers))
+  summary = label_writer.write_all(again, entries)
   assert (summary.records, summary.labelled) == (10, 9)
-  before = (tmp_path / "manifest.json").read_bytes()
   assert again.finish() == summary
-  assert (tmp_path / "manifest.json").read_bytes() == before
-  for file in sorted(tmp_path.glob("*.json")):
-    assert file.read_text() == (labelled / "depth" / file.name).read_text()
-  for file in sorted(tmp_path.glob("*.blocks")):
-    assert file.read_bytes() == (labelled / "depth" / file.name).read_bytes()
-  # A removed file is written again.
-  (tmp_path / "00001.blocks").unlink()
-  assert again.todo() == [1]
-  assert not again.is_done(1)
+  assert contents(out) == contents(whole)
+  # So is a set's file. A set without one is unfinished.
+  (out / "00001.blocks").unlink()
+  again = LabelWriter(out, kind="depth", base=base, settings=settings)
+  assert list(again.todo()) == [1] and not (out / "manifest.json").exists()
+  label_writer.write_all(again, entries)
+  assert contents(out) == contents(whole)
 
 
 def test_a_finished_set_is_not_overwritten(labelled):
@@ -391,9 +408,12 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   out = tmp_path / "out"
   writer = LabelWriter(out, kind="depth", base=base, settings=settings)
   for shard in range(3 if finished else 1):
-    numbers = writer.numbers(shard)
-    writer.write(
-      shard, [Entry(base[i]["key"], outcome("depth", i)) for i in numbers]
+    write_shard(
+      writer,
+      shard,
+      lambda numbers: (
+        Entry(base[i]["key"], outcome("depth", i)) for i in numbers
+      ),
     )
   if finished:
     writer.finish()
@@ -457,7 +477,7 @@ def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
   assert not (tmp_path / "manifest.json").exists()
   # The set is empty, so different settings are not rejected.
   writer = LabelWriter(tmp_path, kind="depth", base=base, settings={"b": 1})
-  assert writer.todo() == [0, 1, 2]
+  assert list(writer.todo()) == [0, 1, 2]
 
 
 def test_order_of_reasons():
@@ -478,15 +498,12 @@ def test_hashes_of_the_base(labelled, tmp_path):
     out = tmp_path / f"{number}"
     writer = LabelWriter(out, kind="depth", base=base, settings={})
     images = [image if i == 5 else "" for i in range(COUNT)]
-    for shard in range(3):
-      writer.write(
-        shard,
-        [
-          Entry(base[i]["key"], outcome("depth", i), images[i])
-          for i in writer.numbers(shard)
-        ],
-      )
-    writer.finish()
+    label_writer.write_all(
+      writer,
+      lambda numbers, images=images: (
+        Entry(base[i]["key"], outcome("depth", i), images[i]) for i in numbers
+      ),
+    )
     manifests.append(json.loads((out / "manifest.json").read_text()))
   first, second, unread = manifests
   assert first["base_hash"] != second["base_hash"]
