@@ -365,7 +365,9 @@ def open_order(
     seeds=[order.source_seed(seed, k) for k in range(len(sources))],
   )
   for k, source in enumerate(sources):
-    count = addresses.count_blocks(k, hosts=hosts, windows=_WINDOWS)
+    # Workers may be in different windows.
+    windows = _WINDOWS + (config.workers > 0)
+    count = addresses.count_blocks(k, hosts=hosts, windows=windows)
     source.keep_blocks(count)
   return addresses, reader
 

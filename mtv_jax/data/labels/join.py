@@ -284,7 +284,11 @@ class AlignedLabels(JoinedLabels):
 
   def _find(self, i: int, record: Record) -> Label | None:
     """Returns the label of record `i` from its block."""
-    shard, positions = self._source.lane_blocks.locate(i)
+    blocks = self._source.lane_blocks
+    shard, positions = blocks.locate(i)
+    if blocks.ends[-1] == blocks.all_ends[-1]:  # No record is left out.
+      at = i - int(self._starts[shard])
+      positions = range(at, at + 1)
     key, labels, file = record["key"], self.label_set, self._files[shard]
     stored = labels.find(self._shards[shard], positions, key)
     if stored is None:
