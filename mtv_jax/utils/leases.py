@@ -55,7 +55,7 @@ def _describe_process(**fields: str) -> bytes:
   return json.dumps(content).encode()
 
 
-class Held(abc.ABC):
+class LeaseHandle(abc.ABC):
   """A lease of this process."""
 
   @abc.abstractmethod
@@ -73,17 +73,17 @@ class Leases(abc.ABC):
   @contextlib.contextmanager
   def acquire(self, name: str) -> Iterator[bool]:
     """Leases a name; yields False if another process has leased it."""
-    if (held := self._try_acquire(name)) is None:
+    if (lease := self._try_acquire(name)) is None:
       yield False
       return
     try:
-      with _renewed(held):
+      with _renewed(lease):
         yield True
     finally:
-      held.release()
+      lease.release()
 
   @abc.abstractmethod
-  def _try_acquire(self, name: str) -> Held | None:
+  def _try_acquire(self, name: str) -> LeaseHandle | None:
     """Returns a new lease; None if already leased."""
 
   @abc.abstractmethod
@@ -103,7 +103,7 @@ def open_leases(folder: pathlib.PurePath) -> Leases:
 
 
 @contextlib.contextmanager
-def _renewed(held: Held) -> Iterator[None]:
+def _renewed(lease: LeaseHandle) -> Iterator[None]:
   """Renews a lease in a background thread."""
   released = threading.Event()
 
@@ -111,7 +111,7 @@ def _renewed(held: Held) -> Iterator[None]:
     while not released.wait(atomic.STALE_SECONDS / _RENEWALS_PER_EXPIRY):
       # Errors may be transient; the next renewal tries again.
       with contextlib.suppress(OSError):
-        held.renew()
+        lease.renew()
 
   thread = threading.Thread(target=renew, name="lease", daemon=True)
   thread.start()
@@ -147,7 +147,7 @@ class FileLeases(Leases):
       if file.suffix[1:].isdigit():
         yield file
 
-  def _try_acquire(self, name: str) -> Held | None:
+  def _try_acquire(self, name: str) -> LeaseHandle | None:
     file = self._folder / f".{name}.claim"
     if (handle := _create(file)) is None:
       if (expired := self._expired(name)) is None:
@@ -157,8 +157,8 @@ class FileLeases(Leases):
       if (handle := _create(file)) is None:
         return None
     with contextlib.ExitStack() as on_failure:
-      held = _HeldFile(file, handle)
-      on_failure.callback(held.release)
+      lease = _FileHandle(file, handle)
+      on_failure.callback(lease.release)
       os.write(handle, _describe_process())
       if (expired := self._expired(name, ignore=file)) is None:
         return None
@@ -168,7 +168,7 @@ class FileLeases(Leases):
       for prefix in (f"{name}.", f"{name}_") if expired else ():
         atomic.remove_abandoned(self._folder, name=prefix)
       on_failure.pop_all()
-    return held
+    return lease
 
   def _expired(
     self, name: str, *, ignore: pathlib.Path | None = None
@@ -211,22 +211,22 @@ def _create(file: pathlib.Path) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _HeldFile(Held):
-  """A lease file and its handle, so that no other process's is renewed."""
+class _FileHandle(LeaseHandle):
+  """A lease file, by descriptor, so that no other process's is renewed."""
 
   file: pathlib.Path
-  handle: int
+  descriptor: int
 
   def renew(self) -> None:
-    os.utime(self.handle)
+    os.utime(self.descriptor)
 
   def release(self) -> None:
     try:
       with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(self.handle), self.file.stat()):
+        if os.path.samestat(os.fstat(self.descriptor), self.file.stat()):
           self.file.unlink()
     finally:
-      os.close(self.handle)
+      os.close(self.descriptor)
 
 
 class ObjectLeases(Leases):
@@ -245,13 +245,13 @@ class ObjectLeases(Leases):
   def _object(self, name: str) -> pathlib.PurePath:
     return self._folder / f".{name}.claim"
 
-  def _try_acquire(self, name: str) -> Held | None:
+  def _try_acquire(self, name: str) -> LeaseHandle | None:
     found, generation = buckets.read_with_generation(self._object(name))
     if found is not None and not self._is_stale(name, found, generation):
       return None
-    held = _HeldObject(self._object(name), generation)
-    held.renew()
-    return held if held.generation else None
+    lease = _ObjectHandle(self._object(name), generation)
+    lease.renew()
+    return lease if lease.generation else None
 
   def _is_stale(self, name: str, data: bytes, generation: bytes) -> bool:
     owner = Lease.parse(data).owner
@@ -274,7 +274,7 @@ class ObjectLeases(Leases):
         path_lib.remove(self._folder / name)
 
 
-class _HeldObject(Held):
+class _ObjectHandle(LeaseHandle):
   """A lease object; `generation` is None once another process has it."""
 
   def __init__(self, path: pathlib.PurePath, generation: bytes | None):

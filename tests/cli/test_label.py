@@ -15,7 +15,7 @@ from mtv_jax.cli import label
 from mtv_jax.cli.main import run_command
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts import build
-from mtv_jax.utils import path
+from mtv_jax.utils import path as path_lib
 
 main = functools.partial(run_command, "label")
 
@@ -91,13 +91,13 @@ def test_from_a_bucket_to_a_bucket(tmp_path, monkeypatch, gs, capsys):
   monkeypatch.setattr(label, "build_expert", lambda *a, **k: FakeDepth())
   assert main(arguments(base, tmp_path / "out")) == 0
   for file in base.glob("*.tar"):
-    path.upload(file, path.as_path(f"{gs}/web/{file.name}"))
+    path_lib.upload(file, path_lib.as_path(f"{gs}/web/{file.name}"))
   argv = arguments(f"{gs}/web", f"{gs}/web_depth")
   assert run_command("index", [f"{gs}/web/*.tar", "--processes=1"]) == 0
   assert main(argv) == 0
-  folder = path.as_path(f"{gs}/web_depth")
-  names = path.list_folder(folder)
-  written = {name: path.read_bytes(folder / name) for name in names}
+  folder = path_lib.as_path(f"{gs}/web_depth")
+  names = path_lib.list_folder(folder)
+  written = {name: path_lib.read_bytes(folder / name) for name in names}
   assert written == contents(tmp_path / "out")
   assert main([*argv, "--verify=10"]) == 0
   assert "10 records labelled again, 10 with a label" in capsys.readouterr().out

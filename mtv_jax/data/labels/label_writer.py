@@ -48,8 +48,9 @@ _MAX_CHECKED = 4
 # Seconds between checks of parts that peers write, doubling, up to this
 # fraction of the time after which a lease expires.
 _MIN_WAIT, _MAX_WAIT = 0.2, 0.05
-# Parts found to be another process's, after which the folder is listed again.
-_MAX_MISSES = 16
+# Parts found to be another process's, and seconds, after which the folder is
+# listed again.
+_MAX_MISSES, _MAX_AGE = 16, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +190,10 @@ class LabelWriter:
   def _cut_shard(self, shard: int, ends: Sequence[int]) -> list[Part]:
     parts, blocks = [], []
     origin = at = start = self._starts[shard]
-    for end in ends:
+    for i, end in enumerate(ends, 1):
       blocks.append(end - at)
       at = end
-      if at - start >= PART_RECORDS or end == ends[-1]:
+      if at - start >= PART_RECORDS or i == len(ends):
         name = f"{self.names[shard]}.{start - origin}-{at - origin}"
         parts.append(Part(shard, name, range(start, at), tuple(blocks)))
         start, blocks = at, []
@@ -508,7 +509,7 @@ class _Job:
 
   def _work(self, todo: Mapping[int, Sequence[Part]]) -> bool:
     """Writes parts that are not leased; whether there were any."""
-    worked, misses = False, 0
+    worked, misses, deadline = False, 0, time.monotonic() + _MAX_AGE
     for shard in sorted(todo, key=lambda shard: (shard < self._first, shard)):
       if not todo[shard]:
         worked |= self._join(shard)
@@ -517,7 +518,7 @@ class _Job:
           misses += 1
           break  # Another process is in this shard.
         worked = True
-      if misses == _MAX_MISSES:
+      if misses == _MAX_MISSES or time.monotonic() > deadline:
         break
     if worked:
       return True
