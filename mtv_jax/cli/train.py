@@ -21,7 +21,7 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.models.remat import AUTO
-from mtv_jax.parallel.distributed import gather_json
+from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import workdir
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.run import RunConfig, check_config, resolve
@@ -79,6 +79,7 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
   A resumed run reuses the choice recorded in its folder. CPU runs use 'none'.
   Accelerators compile candidates, see `perf.preflight.remat.find_remat`.
   """
+  agree({"config": {"model": {"remat": config.model.remat}}})
   if config.model.remat.strip() != AUTO:
     return config
   choice = AUTO

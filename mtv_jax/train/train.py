@@ -12,6 +12,7 @@ from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
+from mtv_jax.parallel.distributed import agree
 from mtv_jax.train import numerics
 from mtv_jax.train.experiment import (
   Experiment,
@@ -61,6 +62,19 @@ def check_balance_unchanged(
     )
 
 
+def _describe_run(
+  experiment: Experiment, checkpoints: Checkpointer, **options: Any
+) -> dict[str, Any]:
+  """What the processes of a run must have in common, as JSON."""
+  return {
+    "config": experiment.config.to_dict(),
+    "options": options,
+    "code": {"digest": sessions.code_digest()} | sessions.package_versions(),
+    "data": [source.describe() for source in experiment.sources],
+    "checkpoints": checkpoints.listed_steps(),
+  }
+
+
 def train(
   config: Config | RunConfig,
   workdir: str | os.PathLike,
@@ -78,6 +92,7 @@ def train(
 
   Raises:
     ConfigError: the config is invalid.
+    ProcessMismatchError: processes differ in config, code, data or checkpoints.
     NonFiniteError: too many updates are non-finite.
     bounds.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
@@ -109,13 +124,16 @@ def train(
         before_save=folder.upload,
       )
     )
-    if checkpoints.steps():
-      check_balance_unchanged(config, workdir)
     notice = enter(preemption.catch_signals())
     seconds = config.watchdog.peer_seconds
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())
+    if jax.process_count() > 1:
+      options = {"restore": restore, "debug_nans": debug_nans}
+      agree(_describe_run(experiment, checkpoints, **options))
+    if checkpoints.steps():
+      check_balance_unchanged(config, workdir)
     return _train_with_rollbacks(
       experiment,
       workdir,
