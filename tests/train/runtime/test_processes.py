@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 
+import dataset_samples
 import numpy as np
 import pytest
 import trainings
@@ -115,6 +118,60 @@ def test_a_process_that_fails_alone_tells_why_and_exits(
   # Whichever message the second process sees first.
   assert "failed: CorruptDataError" in log or "run is lost" in log
   assert "Check failure" not in log and "Traceback" not in log
+
+
+# The training command in another folder, which relative paths refer to.
+ELSEWHERE = """
+import os, runpy, sys
+import mtv_jax
+os.chdir(sys.argv.pop(1))
+runpy.run_module("mtv_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_processes_that_differ_exit_with_one_sentence(smallest_run, tmp_path):
+  image = dataset_samples.image_bytes((9, 9, 9), "jpeg")
+  for process, (tars, steps) in enumerate([(2, [4, 8, 12]), (1, [4, 8])]):
+    folder = tmp_path / f"{process}"
+    for step in steps:
+      source, target = (
+        d / f"checkpoints/{step}" for d in (smallest_run, folder)
+      )
+      shutil.copytree(source, target)
+    for tar in range(tars):
+      records = {f"{tar}{i}": {"jpg": image, "txt": b"a dog"} for i in range(9)}
+      dataset_samples.write_tar(folder / f"{tar}.tar", records)
+
+  def start(workdir, *args, **options):
+    process = int("--process=1" in args)
+    own = [
+      f"--config.optim.lr={process + 1}",
+      f"--workdir={tmp_path}/{process}",
+    ]
+    code = ["-c", ELSEWHERE, str(tmp_path / f"{process}")]
+    return trainings.spawn(workdir, *code, *args, *own, **options)
+
+  workdir = tmp_path / "run"
+  options = [
+    f"--config={trainings.CONFIG}",
+    "--config.data.train=[dict(type='webdataset', path='*.tar')]",
+  ]
+  with trainings.together(workdir, 2, *options, start=start) as running:
+    codes = [process.wait(timeout=150) for process in running]
+  log = trainings.log(workdir)
+  assert codes == [1, 1], log
+  assert "Traceback" not in log
+  lines = [line for line in log.splitlines() if line.startswith("train: ")]
+  assert len(lines) == 2 and len(set(lines)) == 1, log
+  assert re.sub("'[^']+'", "_", lines[0]) == (
+    "train: The processes of this run differ in"
+    " config.optim.lr (1.0 on process 0; 2.0 on process 1),"
+    " data[0].name (_ on process 0; _ on process 1),"
+    " data[0].records (18 on process 0; 9 on process 1),"
+    " data[0].digest (_ on process 0; _ on process 1),"
+    " checkpoints ([4, 8, 12] on process 0; [4, 8] on process 1). Start all of"
+    " them with the same command, code, data and workdir."
+  )
 
 
 AUTO_REMAT = """
