@@ -18,7 +18,7 @@ T = TypeVar("T")
 # Enough for thousands of shards with two label sets; with fewer, the readers of
 # most shards are opened again for each record.
 _MIN_FILES = 1 << 14
-_MAX_FILES = 1 << 16
+_MAX_FILES = 1 << 16  # Memory maps have a limit of their own.
 
 
 @functools.cache
