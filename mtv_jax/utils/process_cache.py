@@ -38,10 +38,10 @@ def raise_file_limit() -> int:
   limit = _MAX_FILES if soft == infinity else soft
   if limit < _MIN_FILES:
     log.warning(
-      f"This process may open {limit:,} files (`ulimit -Hn`): shards of large"
-      " data sets are closed and opened again all the time. Allow"
-      f" {_MAX_FILES:,} in /etc/security/limits.conf (nofile), or with docker"
-      f" run --ulimit nofile={_MAX_FILES}."
+      f"This process may open at most {limit:,} files (`ulimit -Hn`), too few"
+      " for data sets of thousands of shards, which are then opened again and"
+      f" again. Allow {_MAX_FILES:,}: `nofile` in /etc/security/limits.conf, or"
+      f" `docker run --ulimit nofile={_MAX_FILES}`."
     )
   return limit
 

@@ -23,4 +23,4 @@ def test_the_limit_of_open_files_is_raised_or_named(monkeypatch, caplog, hard):
   raised = 1 << 16 if hard == resource.RLIM_INFINITY else hard
   assert limits == [raised, hard]
   assert cache.limit == min(raised, 1 << 16) // 6
-  assert ("may open 1,024 files" in caplog.text) == (hard == 1024)
+  assert ("at most 1,024 files" in caplog.text) == (hard == 1024)
