@@ -8,7 +8,6 @@ import contextlib
 import functools
 import mmap
 import os
-import resource
 import threading
 import weakref
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.process_cache import raise_file_limit
 
 
 class Range(NamedTuple):
@@ -170,9 +170,7 @@ class RangeServer(RangeReader):
 
   def __init__(self, limit: int, *, patience: float = 0.0):
     super().__init__(limit, patience=patience)
-    # One descriptor per range.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_file_limit()  # One descriptor per range.
     self._listener = connection.Listener(family="AF_UNIX")
     threading.Thread(target=self._accept, daemon=True).start()
 

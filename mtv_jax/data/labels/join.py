@@ -112,6 +112,15 @@ class LabelledSource(Source):
   def read_in_blocks(self, window: int) -> None:
     self._source.read_in_blocks(window)
 
+  def describe(self) -> dict[str, Any]:
+    """As in the base class, with the digest of each label set."""
+    labels = {
+      ".".join(filter(None, [label.kind, label.teacher])): label.label_set
+      for label in self._labels
+    }
+    digests = {name: label_set.digest for name, label_set in labels.items()}
+    return self._source.describe() | {"labels": digests}
+
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i` with its labels."""
     i = i.__index__()

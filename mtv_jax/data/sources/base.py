@@ -2,6 +2,8 @@
 
 import abc
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -128,6 +130,21 @@ class Source(abc.ABC):
   def __len__(self) -> int:
     return int(self.shards[-1])
 
+  def _list_names(self) -> list[str]:
+    """Names of the files, in the order of their records."""
+    return [file.name for file in self.files]
+
+  def describe(self) -> dict[str, Any]:
+    """What all hosts of a run must have in common, as JSON.
+
+    The digest depends on what numbers the records: files and record counts.
+    """
+    names = json.dumps(self._list_names())
+    ends = [np.asarray(e, "<i8").tobytes() for e in (self.shards, self.blocks)]
+    data = b"".join([names.encode(), *ends])
+    digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+    return {"name": self.name, "records": len(self), "digest": digest}
+
   def __repr__(self) -> str:
     return f"{type(self).__name__}({self.name}, {len(self)} records)"
 
@@ -230,6 +247,10 @@ class LimitedSource(Source):
 
   def read_in_blocks(self, window: int) -> None:
     self._source.read_in_blocks(window * len(self._source) // self._limit)
+
+  def describe(self) -> dict[str, Any]:
+    """As in the base class."""
+    return self._source.describe() | {"limit": self._limit}
 
   def _index(self, i: SupportsIndex) -> int:
     self._locate(i)

@@ -129,6 +129,11 @@ class ParquetSource(base.FileSource):
     shard = np.searchsorted(self._first, groups, side="right") - 1
     return base.Blocks(self._starts[1:], shard, self._starts[1:])
 
+  def describe(self) -> dict[str, Any]:
+    """As in the base class; depends on the table of blocks, if there is one."""
+    digest = {"digest": self._table.digest} if self._table else {}
+    return super().describe() | digest
+
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""
     self._reader = reader

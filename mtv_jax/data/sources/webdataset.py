@@ -113,6 +113,11 @@ class WebDatasetSource(FileSource):
     """As in the base class."""
     return self._blocks.blocks if self._blocks else super().lane_blocks
 
+  def describe(self) -> dict[str, Any]:
+    """As in the base class; depends on the table of blocks, if there is one."""
+    digest = {"digest": self._blocks.table.digest} if self._blocks else {}
+    return super().describe() | digest
+
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""
     if self._blocks:

@@ -1,5 +1,6 @@
 """Label sets: written, and joined to the records of a source."""
 
+import functools
 import io
 import json
 import logging
@@ -27,7 +28,7 @@ from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import array_record, block_table, tar_blocks
 from mtv_jax.data.sources import base as sources_base
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
@@ -72,6 +73,38 @@ def test_aligned_labels_of_tars(labelled):
   for i in range(COUNT):
     check_record(source[i], i)
   check_record(pickle.loads(pickle.dumps(source))[7], 7)
+
+
+def test_what_hosts_compare(labelled, tmp_path):
+  """Files in their order, record counts, label sets, or the table of blocks."""
+
+  def describe(*shards, **options):
+    paths = [f"{labelled}/base/{name}.tar" for name in shards]
+    return build_source(
+      entry("", **labels) | options | {"path": paths}
+    ).describe()
+
+  labels = {k: f"{labelled}/{k}" for k in ("depth", "boxes")}
+  names = "00000", "00001"
+  described = describe(*names)
+  assert describe(*names) == described
+  assert json.loads(json.dumps(described)) == described
+  assert described["records"] == 8
+  assert described["labels"] == {
+    k: LabelSet(path, kind=k).digest for k, path in labels.items()
+  }
+  assert describe(*names, limit=4) == described | {"limit": 4}
+  table = tmp_path / "blocks.npz"
+  files = [labelled / f"base/{name}.tar" for name in names]
+  scan = functools.partial(tar_blocks.scan, records=4)
+  block_table.build(files, scan, processes=1).write(table)
+  digests = [
+    described["digest"],
+    describe(*names[::-1])["digest"],
+    describe(names[0], "00002")["digest"],
+    describe(*names, blocks=str(table))["digest"],
+  ]
+  assert len(set(digests)) == 4
 
 
 def test_some_shards_of_the_base_in_another_order(labelled):
