@@ -41,8 +41,8 @@ def koleo(x):
   return total / len(x)
 
 
-def numeric_gradient(function, x):
-  return gradients_of(function, x, step=1e-5)[0]
+def numeric_gradient(function, x, *, step=1e-5):
+  return gradients_of(function, x, step=step)[0]
 
 
 def params_of(objective, channels=5, seed=0):

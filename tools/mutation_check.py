@@ -26,6 +26,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+MARKS = ("slow", "reference", "long")  # Left out.
 SWAPS = {
   ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
   ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
@@ -157,9 +158,13 @@ def run_tests(root, mutation, python, timeout):
     lines[number] = text[:start] + mutation["replacement"] + text[end:]
     target.write_text("".join(lines))
     package = path.relative_to(root).parts[1]
+    # Checkouts without a marker reject its name.
+    marks = [
+      m for m in MARKS if f'"{m}:' in (root / "pyproject.toml").read_text()
+    ]
     command = [
       python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-      "-m", "not slow and not reference and not long", f"tests/{package}",
+      "-m", " and ".join(f"not {m}" for m in marks), f"tests/{package}",
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(clone)}
     try:
@@ -168,9 +173,12 @@ def run_tests(root, mutation, python, timeout):
       )
     except subprocess.TimeoutExpired:
       return "timeout"
-    last = [t for t in done.stdout.decode().splitlines() if "FAILED" in t]
+    output = done.stdout.decode()
+    if done.returncode == 4:
+      raise RuntimeError(f"pytest can't run: {output}{done.stderr.decode()}")
+    lines = [t for t in output.splitlines() if t[:6] in ("FAILED", "ERROR ")]
     found = done.returncode not in (0, 5)
-    return (last or ["error"])[0] if found else ""
+    return (lines or ["error"])[0] if found else ""
 
 
 def main():

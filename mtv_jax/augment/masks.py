@@ -91,11 +91,12 @@ class Blocks(MaskOp, name="blocks"):
     count = round(self.max_ratio * patches)
     if count == patches:
       raise ConfigError(
-        f"blocks: max_ratio={self.max_ratio} leaves none visible; lower it."
+        f"blocks: max_ratio={self.max_ratio} leaves no patch visible; lower it."
       )
     if round(self.min_ratio * patches) == 0:
       raise ConfigError(
-        f"blocks: min_ratio={self.min_ratio} masks none of {patches} patches."
+        f"blocks: min_ratio={self.min_ratio} masks none of {patches} patches; "
+        "raise it, or lower p."
       )
     return count
 

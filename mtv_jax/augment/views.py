@@ -100,11 +100,11 @@ class Pipeline:
     # Ops with p=0 also consume their numbers, so that the rest don't shift.
     u = jax.random.uniform(key, (sum(self.num_uniforms),))
     ends = np.cumsum(self.num_uniforms)[:-1].tolist()
-    of_box, of_flip, *of_photometrics, of_mask = jnp.split(u, ends)
-    box = self.box_op.box(image_size, of_box)
+    box_u, flip_u, *photometric_u, mask_u = jnp.split(u, ends)
+    box = self.box_op.box(image_size, box_u)
     flipped = jnp.zeros((), bool)
     if self.flip is not None:
-      flipped = self.flip.flipped(of_flip)
+      flipped = self.flip.flipped(flip_u)
     if isinstance(self.box_op, geometry.Resize) and planes.shape[1] == size:
       image = jnp.where(flipped, planes[..., ::-1], planes)
       image = image.astype(jnp.float32)  # [3, size, size]
@@ -115,7 +115,7 @@ class Pipeline:
         image = jnp.clip(image, -127.5, 127.5)
     if self.photometrics:
       image = tuple(jnp.clip(image / 255.0 + 0.5, 0.0, 1.0))
-      for op, u in zip(self.photometrics, of_photometrics, strict=True):
+      for op, u in zip(self.photometrics, photometric_u, strict=True):
         if op.p > 0:
           image = op(image, u, planes.dtype)
       image = 2.0 * jnp.stack(image) - 1.0
@@ -127,7 +127,7 @@ class Pipeline:
       image = image * np.float32(0.5 / std) + np.float32((0.5 - mean) / std)
     patches = {}
     if self.mask is not None:
-      patches[self.mask.field] = self.mask(of_mask, masked, size=size)
+      patches[self.mask.field] = self.mask(mask_u, masked, size=size)
     return ViewBatch(image.astype(planes.dtype), box, flipped, **patches)
 
 
@@ -185,8 +185,10 @@ class View:
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):
-      got = f"{canvas.dtype} {list(shape)}"
-      raise InputError(f"A canvas is uint8 [batch, S, S, 3], not {got}.")
+      raise InputError(
+        f"view {self.name!r}: expected a canvas of uint8 [batch, S, S, 3], got "
+        f"{canvas.dtype} {list(shape)}. Do not scale pixels before the view."
+      )
     # Every pixel minus 127.5 is exact in bfloat16, which is finest around zero.
     planes = jnp.moveaxis(canvas.astype(jnp.float32) - 127.5, -1, 1)
     planes = planes.astype(dtype)  # [b, 3, s, s]
@@ -249,6 +251,11 @@ def build_views(
   `ops` is one string for all images, or a list of `count` strings. `crops_of`
   names a view whose crops and flips to repeat: the crop and flip ops must be
   equal except for size and method. `mean` and `std` normalise channels in 0..1.
+
+  Raises:
+    ConfigError: for unknown options or ops, wrong arguments or order of ops, a
+      list whose length differs from `count`, or `crops_of` a view with
+      different crops.
   """
   views = {}
   for name, entry in config.items():
@@ -276,7 +283,7 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
   if crops(view) != crops(other):
     raise ConfigError(
       f"{where}={view.crops_of!r}: count, crop and flip of the two views "
-      "differ, beyond size and method."
+      "differ. Use equal ones, except for size and method."
     )
 
 
@@ -291,7 +298,10 @@ def _build_view(
 ) -> View:
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
-    raise ConfigError(f"{len(texts)} op strings for count={count}.")
+    raise ConfigError(
+      f"{len(texts)} op strings for count={count}: give one string, or one per "
+      "crop."
+    )
   pipelines = []
   for text in texts:
     try:

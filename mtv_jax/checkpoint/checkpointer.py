@@ -226,7 +226,10 @@ class Checkpointer:
       retry.postpone(step)
       log.warning(
         "%s Training continues; retry %d of %d after step %d.",
-        *(error, retry.failures, retry.limit, retry.due_at),
+        error,
+        retry.failures,
+        retry.limit,
+        retry.due_at,
       )
 
   def wait(self) -> None:

@@ -59,8 +59,7 @@ def merge_params(
 ) -> tuple[Any, MergeReport]:
   """Copies matching arrays of a source tree into a copy of `target_params`.
 
-  Loaded parameters are numpy arrays of the target's dtype. The error about low
-  coverage has the report.
+  Loaded parameters are numpy arrays of the target's dtype.
 
   Args:
     target_params: a tree of arrays.
@@ -72,6 +71,10 @@ def merge_params(
     optional: a regex matched at the start of names. Each distinct match is a
       group, such as a head. A group stays unchanged and is not wanted, unless
       the source has all of it with equal shapes.
+
+  Raises:
+    CheckpointMismatchError: coverage is too low; the message has the report.
+    InputError: an include matches nothing, or two source names collide.
   """
   target = dict(flatten_with_names(target_params))
   source = _rename(dict(flatten_with_names(source_tree)), rename)

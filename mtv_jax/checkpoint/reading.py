@@ -255,9 +255,9 @@ def _require_equal(
   names = sorted({*actual, *stored})
   wrong = [name for name in names if actual.get(name) != stored.get(name)]
   if wrong:
-    share = f"{len(wrong)} of {len(names)} arrays"
     raise _ChecksumError(
-      f"the stored {what} of {share} differ:\n{first_lines(wrong, 5)}"
+      f"the {what} of {len(wrong)} of {len(names)} arrays differ from the "
+      f"stored ones:\n{first_lines(wrong, 5)}"
     )
 
 

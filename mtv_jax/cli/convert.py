@@ -36,8 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("output", help="a new or empty folder")
     text = "resample the position embedding for images of this size in pixels"
     add("--image_size", type=int, help=text)
-    text = "SentencePiece model, tokenizer.json, 'bytes' or 'words'; default: "
-    add("--tokenizer", help=f"{text}the source's")
+    text = (
+      "SentencePiece model, tokenizer.json, 'bytes' or 'words'; default: the "
+      "source's"
+    )
+    add("--tokenizer", help=text)
     choices = ("canonicalize", "lower", "none")
     text = "cleaning of texts before --tokenizer (default: %(default)s)"
     add("--clean", default=choices[0], choices=choices, help=text)

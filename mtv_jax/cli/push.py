@@ -65,7 +65,7 @@ def run(folder: str, repo: str, /, args: Flags) -> None:
   info = native.read_info(hf_files.require_folder(folder))
   if info is None or not readme.is_file():
     raise InputError(
-      f"{folder} is no export: write one with `mtv-jax convert to_hf`."
+      f"{folder} is not an export: write one with `mtv-jax convert to_hf`."
     )
   native.restore_model(folder, info, None)  # Raises without a tokenizer.
   with hf_files.open_weights(folder):  # Raises without weights.

@@ -25,7 +25,7 @@ from mtv_jax.config import foreign, options
 from mtv_jax.convert import tables, tensors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
-from mtv_jax.models.layers import Depth
+from mtv_jax.models.layers import NumLayers
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -102,7 +102,7 @@ class _Archive:
         self._members[name], self._shapes[name] = (member, None), shape
         continue
       depth = shape[0] if shape else 0
-      options.check_value(depth, Depth, f"{path}: the layers of {name!r}")
+      options.check_value(depth, NumLayers, f"{path}: the layers of {name!r}")
       for i in range(depth):
         block = name.replace("/encoderblock/", f"/encoderblock_{i}/")
         self._members[block], self._shapes[block] = (member, i), shape[1:]

@@ -16,7 +16,7 @@ import safetensors.numpy
 from mtv_jax.config import foreign, options
 from mtv_jax.config.options import NonNegativeInt, PositiveFloat, Range
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.layers import Depth, Length, Side, Vocabulary, Width
+from mtv_jax.models.layers import Length, NumLayers, Side, VocabularySize, Width
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import MissingFileError
@@ -74,12 +74,12 @@ _CONFIG_FIELDS = {
   "norm_mean": _THREE,
   "norm_std": _SCALES,
   "num_cls_tokens": Annotated[int, Range(min=1, max=1 << 10)],
-  "num_hidden_layers": Depth,
+  "num_hidden_layers": NumLayers,
   "out_features": list[str],
   "out_indices": list[int],
   "reassemble_factors": tuple[float, ...],
   "summary_idxs": tuple[int, ...],
-  "vocab_size": Vocabulary,
+  "vocab_size": VocabularySize,
 }
 _PROCESSOR_FIELDS = {
   **dict.fromkeys(
@@ -180,10 +180,14 @@ class TensorFiles:
 
 def _open(path: pathlib.Path) -> Any:
   if not path.is_file():
-    raise ConversionError(f"{path}, named by the index, is missing: copy it.")
+    raise ConversionError(
+      f"{path}, named by the index, is missing: download it too."
+    )
   with path.open("rb") as file:
     if file.read(len(_LFS)) == _LFS:
-      raise ConversionError(f"{path} is a Git LFS pointer: git lfs pull.")
+      raise ConversionError(
+        f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
+      )
   try:
     return safetensors.safe_open(str(path), framework="np")
   except safetensors.SafetensorError as error:
@@ -245,7 +249,9 @@ def require(*fields: tuple[str, Any, Any]) -> None:
   """Raises ConversionError unless each (key, value, expected) is supported."""
   for key, value, expected in fields:
     if value != expected:
-      raise ConversionError(f"{key}={value!r}; expected {expected!r}.")
+      raise ConversionError(
+        f"{key}={value!r} is not supported; only {expected!r} is."
+      )
 
 
 def read_side(value: Any, field: str) -> int:
@@ -254,5 +260,7 @@ def read_side(value: Any, field: str) -> int:
   if isinstance(value, int):
     return value
   if value[0] != value[1]:
-    raise ConversionError(f"{field}={list(value)}: only squares convert.")
+    raise ConversionError(
+      f"{field}={list(value)}: only square images and patches are supported."
+    )
   return value[0]

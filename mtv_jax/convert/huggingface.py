@@ -167,7 +167,10 @@ def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> Family:
       "a training run."
     )
   if kind in _TEXT_ONLY:
-    raise ConversionError(f"{path}: {kind!r} is a text tower alone.")
+    raise ConversionError(
+      f"{path}: model_type {kind!r} is a text tower, which encodes no images; "
+      "give a two-tower or vision checkpoint."
+    )
   if not isinstance(kind, str) or kind not in _BY_MODEL_TYPE:
     raise ConversionError(
       f"{path / 'config.json'}: model_type {options.shorten_repr(kind)} is not "

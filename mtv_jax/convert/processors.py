@@ -71,7 +71,9 @@ def _read_resize(
   fields = dict(defaults)
   resample = processor.get("resample")
   if resample is not None and resample not in _RESAMPLE:
-    raise ConversionError(f"resample={resample!r}; expected 2 or 3 (bicubic).")
+    raise ConversionError(
+      f"resample={resample!r}; expected 2 (bilinear) or 3 (bicubic)."
+    )
   if resample is not None:
     fields["interpolation"] = _RESAMPLE[resample]
   if fields["resize"] == "native":

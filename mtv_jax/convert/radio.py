@@ -123,7 +123,9 @@ class Radio(Family):
 
   def read_spec(self, config: Section, names: Collection[str]) -> ModelSpec:
     if config.get("video_temporal_patch_size"):
-      raise ConversionError("video_temporal_patch_size: videos do not convert.")
+      raise ConversionError(
+        "video_temporal_patch_size is set: video models are not supported."
+      )
     spec = super().read_spec(config, names)
     if any(name.endswith("layer_scale1.lambda1") for name in names):
       return spec

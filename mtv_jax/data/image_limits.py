@@ -58,9 +58,11 @@ def check_file(data: bytes, key: str) -> None:
 def check_size(width: int, height: int, key: str, max_pixels: int) -> None:
   """Rejects an image whose header gives too many pixels."""
   if width * height > max_pixels or max(width, height) > MAX_SIDE:
-    limit = f"{max_pixels / 1e6:.0f} million pixels, {MAX_SIDE} on a side"
-    reason = f"the image is {width}x{height}; at most {limit}, are decoded"
-    raise BadRecord(key, reason)
+    raise BadRecord(
+      key,
+      f"the image is {width}x{height}; expected at most"
+      f" {max_pixels / 1e6:.0f} million pixels and {MAX_SIDE} per side",
+    )
 
 
 def check_opened(

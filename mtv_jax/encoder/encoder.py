@@ -179,7 +179,8 @@ class Encoder:
     """
     if self.spec.text is None or "text" not in self.params:
       raise InputError(
-        f"{self!r} has no text tower; SigLIP, CLIP and contrastive runs do"
+        f"{self!r} has no text tower; SigLIP, CLIP and contrastive runs have "
+        "one"
       )
     if isinstance(strings, str):
       raise TypeError("Encoder.text takes a list of strings: pass [string]")

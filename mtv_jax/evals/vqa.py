@@ -130,8 +130,8 @@ def vqa_accuracy(
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
   clean = normalize_answer if len({*map(_strip, truths)}) > 1 else _strip
-  said = clean(answer)
-  agree = [clean(truth) == said for truth in truths]
+  plain_answer = clean(answer)
+  agree = [clean(truth) == plain_answer for truth in truths]
   count = sum(agree)
   if counting == "simple":
     return min(1.0, count / 3)
@@ -175,10 +175,10 @@ def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     for match in pattern.finditer(answer.strip()):
       if match[1].upper() in letters:
         return match[1].upper()
-  said, plain = _plain(answer), [_plain(option) for option in options]
-  equal = [option == said for option in plain]
+  plain_answer, plain = _plain(answer), [_plain(option) for option in options]
+  equal = [option == plain_answer for option in plain]
   contained = [
-    option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
+    option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", plain_answer)
     for option in plain
   ]
   for matches in (equal, contained):
@@ -210,23 +210,23 @@ def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
   unknown = sorted({t for t in plain if t not in ("yes", "no")})
   if unknown:
     raise InputError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
-  said = np.array([says_yes(answer) for answer in answers])
+  predicted = np.array([says_yes(answer) for answer in answers])
   true = np.array([truth == "yes" for truth in plain])
 
   def scores(weights):
-    hits = weights @ (said & true)
-    precision = hits / max(weights @ said, 1)
+    hits = weights @ (predicted & true)
+    precision = hits / max(weights @ predicted, 1)
     recall = hits / max(weights @ true, 1)
     total = precision + recall
     return {
-      "accuracy": weights @ (said == true) / len(said),
+      "accuracy": weights @ (predicted == true) / len(predicted),
       "precision": precision,
       "recall": recall,
       "f1": 2 * precision * recall / total if total else 0,
-      "yes_rate": weights @ said / len(said),
+      "yes_rate": weights @ predicted / len(predicted),
     }
 
-  return bootstrap.estimate(scores, len(said))
+  return bootstrap.estimate(scores, len(predicted))
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
@@ -239,8 +239,11 @@ def anls(answer: str, truths: Sequence[str]) -> float:
   Raises InputError for empty truths.
   """
   _require_truths(truths)
-  said, *plain = (" ".join(text.lower().split()) for text in (answer, *truths))
-  near = (levenshtein(said, t) / max(1, len(said), len(t)) for t in plain)
+  plain_answer, *plain = (
+    " ".join(text.lower().split()) for text in (answer, *truths)
+  )
+  length = len(plain_answer)
+  near = (levenshtein(plain_answer, t) / max(1, length, len(t)) for t in plain)
   return max(1 - distance if distance < 0.5 else 0.0 for distance in near)
 
 
@@ -417,8 +420,8 @@ def score(
       "unanswered ones as wrong."
     )
   truths = json.dumps([[k, *q.truths] for k, q in questions.items()])
-  said = [answers.get(key) for key in questions]
-  estimate = _score_rule(rule, said, questions.values())
+  given = [answers.get(key) for key in questions]
+  estimate = _score_rule(rule, given, questions.values())
   protocol = {
     "rule": rule,
     "questions": len(questions),
@@ -436,8 +439,8 @@ def _score_rule(
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
-    said = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
-    return pope_scores(said, truths)
+    given = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
+    return pope_scores(given, truths)
   scores, kinds = [], collections.defaultdict(list)
   for answer, question in zip(answers, questions, strict=True):
     scores.append(0.0 if answer is None else RULES[rule](answer, question))

@@ -39,6 +39,11 @@ def build_expert(
   `mtv_jax.load` reads. Hub names (`ORG/NAME`) work too. `options` are for the
   module's `load_expert`; `phrases` names a source, with the options of
   `build_phrases`.
+
+  Raises:
+    MissingFileError: the weights do not exist.
+    InputError: the expert writes a different kind, or an option is unknown.
+    ImportError: a required package is not installed (the extra `onnx`).
   """
   check_choice("expert", kind, KINDS)
   path = path_lib.local_copy(loading.open_folder(weights)).expanduser()

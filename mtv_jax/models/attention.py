@@ -115,7 +115,9 @@ def _gpu_attention(q, k, v, *, causal=False, valid=None, device, required):
   """
   lacks = cudnn_lacks(q, getattr(device, "compute_capability", "0"))
   if lacks and required:
-    raise InputError(f"config.model.attention 'cudnn', which needs {lacks}.")
+    raise InputError(
+      f"config.model.attention='cudnn' needs {lacks}. Set 'auto' or 'xla'."
+    )
   if lacks or valid is not None:
     return attention(q, k, v, causal=causal, valid=valid)
   y = jax.nn.dot_product_attention(

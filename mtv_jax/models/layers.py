@@ -22,9 +22,9 @@ from mtv_jax.models.linear import linear
 # Limits of tower sizes. A malformed file with larger sizes would exhaust memory
 # before they are compared with its tensors.
 Width = Annotated[int, Range(min=1, max=1 << 17)]  # Channels, or heads.
-Depth = Annotated[int, Range(min=1, max=1 << 10)]
+NumLayers = Annotated[int, Range(min=1, max=1 << 10)]
 Length = Annotated[int, Range(min=1, max=1 << 16)]  # Tokens.
-Vocabulary = Annotated[int, Range(min=1, max=1 << 24)]
+VocabularySize = Annotated[int, Range(min=1, max=1 << 24)]
 Side = Annotated[int, Range(min=1, max=1 << 13)]  # Pixels.
 
 # Attention projections with a bias: all, none, or queries and values (BEiT,
@@ -59,7 +59,7 @@ def fused_init(
 
 
 def gelu(x: Float[Array, "*n"], kind: Gelu) -> Float[Array, "*n"]:
-  """GELU (Hendrycks and Gimpel 2016)."""
+  """GELU (Hendrycks and Gimpel 2016); for `kind`, see `Gelu`."""
   if kind == "relu":
     return jax.nn.relu(x)
   if kind == "quick":

@@ -209,5 +209,6 @@ def check_tower(spec: Any) -> None:
   if spec.width % spec.heads:
     name = type(spec).__name__
     raise InputError(
-      f"{name}.width {spec.width} is not divisible by its {spec.heads} heads."
+      f"{name}.width {spec.width} is not divisible by its {spec.heads} heads: "
+      "choose heads that divide it."
     )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from mtv_jax.config.options import PositiveFloat
 from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
-from mtv_jax.models.layers import Depth, Length, Vocabulary, Width
+from mtv_jax.models.layers import Length, NumLayers, VocabularySize, Width
 from mtv_jax.models.positions import sinusoidal_positions
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass
@@ -25,10 +25,10 @@ from mtv_jax.utils.tree import pytree_dataclass
 class TextSpec:
   """Architecture of a text tower; InputError for inconsistent fields."""
 
-  vocab_size: Vocabulary = 32_000
+  vocab_size: VocabularySize = 32_000
   length: Length = 64  # Most tokens; shorter texts use the first positions.
   width: Width = 768  # Channels of a token (D).
-  depth: Depth = 12
+  depth: NumLayers = 12
   heads: Width = 12
   mlp_dim: Width = 3072
   # Pooled token: 'last' (SigLIP), 'eos' (CLIP), 'first', or the 'mean' of all

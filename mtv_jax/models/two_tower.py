@@ -149,7 +149,8 @@ class ModelSpec:
     if self.text and self.text.embed_dim != self.image.embed_dim:
       raise InputError(
         f"Image embeddings have {self.image.embed_dim} channels, text "
-        f"embeddings {self.text.embed_dim}: make text.projection equal."
+        f"embeddings {self.text.embed_dim}. Set "
+        f"model.text.projection={self.image.embed_dim}."
       )
 
   @property
@@ -167,6 +168,8 @@ class ModelSpec:
     width by default; `cls_token` defaults to true if `pool` is 'cls'. Ignores
     keys of the runtime (`RUNTIME`), the initialisation, the pixels and the text
     input (tokenizer, clean).
+
+    Raises InputError for an unknown variant or key, or inconsistent fields.
     """
     fields = sections.to_dict(model)
     text = fields.pop("text", None)
@@ -215,7 +218,11 @@ class ModelSpec:
 
 
 def variant(name: str) -> dict[str, int]:
-  """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well."""
+  """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well.
+
+  Raises InputError for a name that is not in `VARIANTS`, or an invalid patch
+  size.
+  """
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
     known = errors.did_you_mean(shape, VARIANTS)

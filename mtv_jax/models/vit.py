@@ -20,7 +20,7 @@ from mtv_jax.config.options import PositiveFloat, Range
 from mtv_jax.models import layers
 from mtv_jax.models import positions as positions_lib
 from mtv_jax.models import stack as stack_lib
-from mtv_jax.models.layers import Depth, Side, Width
+from mtv_jax.models.layers import NumLayers, Side, Width
 from mtv_jax.parallel.rules import constrain_batch
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import pytree_dataclass
@@ -43,7 +43,7 @@ class ViTSpec:
   image_size: Side = 224
   patch_size: Side = 16
   width: Width = 768  # Channels of a token (D).
-  depth: Depth = 12
+  depth: NumLayers = 12
   heads: Width = 12
   mlp_dim: Width = 3072  # For SwiGLU, the width of each half.
   pool: Pool = "map"
@@ -76,17 +76,20 @@ class ViTSpec:
     stack_lib.check_tower(self)
     if self.pool == "cls" and not self.cls_token:
       raise InputError(
-        "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True."
+        "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or "
+        "pool='map' or 'mean'."
       )
     if not all(0 <= i < max(self.prefix, 1) for i in self.pool_tokens):
       raise InputError(
-        f"ViTSpec.pool_tokens {self.pool_tokens} exceed {self.prefix} prefixes."
+        f"ViTSpec.pool_tokens {self.pool_tokens} must index the {self.prefix} "
+        "prefix tokens."
       )
     self.grid_of(self.image_size, self.image_size)
     if "rope" not in self.positions:
       if self.rope is not None:
         raise InputError(
-          f"ViTSpec.rope with positions {self.positions!r}: make it 'rope'."
+          f"ViTSpec.rope is set, but positions is {self.positions!r}: set "
+          "positions='rope', or drop rope."
         )
     elif self.width // self.heads % 4:
       raise InputError(
@@ -138,8 +141,10 @@ class ImageOutput:
 def check_images(images: Array) -> None:
   """Raises InputError unless the images are `[b, h, w, 3]`."""
   if images.ndim != 4 or images.shape[-1] != 3:
-    channels = f"{images.shape[-1]} channels (shape {images.shape})"
-    raise InputError(f"Images are [batch, h, w, 3]; these have {channels}.")
+    raise InputError(
+      f"Images are [batch, height, width, 3], got {images.shape}. Grey images: "
+      "repeat the channel; channels first: transpose."
+    )
 
 
 def patchify(
@@ -251,7 +256,10 @@ class ViT(stack_lib.Tower):
       if not spec.mask_token:
         raise InputError("A mask needs a mask token: set mask_token=True.")
       if mask.shape != x.shape[:2]:
-        raise InputError(f"The mask is {mask.shape}, not {x.shape[:2]}.")
+        raise InputError(
+          f"The mask has shape {mask.shape}, expected {x.shape[:2]} (images, "
+          "patches)."
+        )
       x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
     if spec.patch_norm:
       x = self._norm("patch_norm")(x)

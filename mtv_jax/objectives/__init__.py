@@ -38,6 +38,9 @@ def build_objective(name: str, entry: Config) -> base.Objective:
 
   The type defaults to the name. The entry has hyper-parameters of the objective
   and its prediction head; the trainer reads `weight`.
+
+  Raises ConfigError for an unknown type, or a hyper-parameter that is unknown,
+  of the wrong type or out of range.
   """
   where = f"config.objectives.{name}"
   kind = options_lib.look_up(REGISTRY, entry.get("type", name), where=where)

@@ -175,18 +175,24 @@ def check_visible(
   name: str,
   views: Mapping[str, Any],
   allow_masked: bool = False,
+  *,
+  has_option: bool = False,
 ) -> None:
   """Raises ConfigError if the view `name` hides patches from the student.
 
-  `allow_masked` permits masked patches, which have outputs.
+  `allow_masked` permits masked patches, which have outputs; `has_option`: it is
+  an option of the objective, which the error then names.
   """
   view = views.get(name)
   if view is None or view.patch is None or (allow_masked and view.max_masked):
     return
   hides = "hides" if view.max_masked else "drops"
+  ops = "keep" if allow_masked else "blocks and keep"
+  has_option = has_option and view.max_masked
+  option = ", or set allow_masked=True" if has_option else ""
   raise ConfigError(
-    f"{what} needs all patches, and the view {name!r} {hides} patches: "
-    "name a view without blocks and keep, or set allow_masked."
+    f"{what} needs all patches, but the view {name!r} {hides} some. Name a "
+    f"view without {ops}{option}."
   )
 
 

@@ -184,7 +184,9 @@ class Depth(base.Objective):
   min_pixels: options.PositiveInt = 16
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Depth:
-    base.check_visible("depth", self.view, views, self.allow_masked)
+    base.check_visible(
+      "depth", self.view, views, self.allow_masked, has_option=True
+    )
     return dataclasses.replace(self, head=self.head.resolve(spec))
 
   def needs(self) -> base.Needs:

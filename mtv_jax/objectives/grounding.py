@@ -170,7 +170,9 @@ class Grounding(base.Objective):
   regression: options.NonNegativeFloat = 0.0
 
   def resolve(self, spec, views, teachers=base.NO_TEACHERS) -> Grounding:
-    base.check_visible("grounding", self.view, views, self.allow_masked)
+    base.check_visible(
+      "grounding", self.view, views, self.allow_masked, has_option=True
+    )
     if spec.text is None:
       raise ConfigError("grounding needs a text tower: set config.model.text.")
     return self

@@ -153,19 +153,23 @@ class MAE(base.Objective):
         f"mae: patch is {self.patch}, the model's is {patch}. Leave it out."
       )
     for pipeline in views[self.view].pipelines if self.view in views else ():
-      op = pipeline.mask
-      wrong = None
-      patches = (pipeline.size // patch) ** 2
+      op, where = pipeline.mask, f"config.views.{self.view}"
       if not isinstance(op, masks.Keep):
-        wrong = "hides no patch, which mae needs: end its ops in keep(0.25)."
-      elif op.patch != patch:
-        wrong = f"keep() needs the model's patches: patch={patch}."
-      elif op.count(pipeline.size) >= patches:
-        wrong = (
-          f"keeps all {patches} patches, which leaves mae none to predict."
+        raise ConfigError(
+          f"{where} drops no patch, but mae predicts dropped ones: end its ops "
+          "in keep(0.25), or name another view."
         )
-      if wrong:
-        raise ConfigError(f"config.views.{self.view} {wrong}")
+      if op.patch != patch:
+        raise ConfigError(
+          f"{where}: keep() has patches of {op.patch} pixels, the model's are "
+          f"{patch}: write keep({op.ratio}, patch={patch})."
+        )
+      patches = (pipeline.size // patch) ** 2
+      if op.count(pipeline.size) >= patches:
+        raise ConfigError(
+          f"{where} keeps all {patches} patches, which leaves mae none to "
+          "predict; lower the ratio of keep()."
+        )
     return dataclasses.replace(self, patch=patch)
 
   def needs(self) -> base.Needs:

@@ -35,6 +35,9 @@ def initialize(
   On TPU pods, SLURM and Open MPI JAX detects the cluster. Elsewhere pass the
   coordinator (host:port of process 0), the number of processes and this
   process's index. JAX aborts unless all processes connect within `seconds`.
+
+  Raises InputError if only some of coordinator, processes and process are
+  given.
   """
   given = [coordinator, processes, process]
   if any(g is not None for g in given) and None in given:

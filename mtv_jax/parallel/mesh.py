@@ -57,6 +57,10 @@ def make_mesh(
 
   One size over all devices, and one of `dcn`, may be -1, to infer it. Devices
   without slices are grouped into slices in order.
+
+  Raises:
+    ConfigError: for an unknown axis, or sizes whose product is not the number
+      of devices or slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sections.to_dict(shape)
@@ -132,7 +136,8 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Splits devices into consecutive groups."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
-      f"config.mesh.dcn gives {count} slices, but these chips are one."
+      f"config.mesh.dcn gives {count} slices, but these chips form one slice. "
+      "Drop dcn."
     )
   if count < 1 or len(devices) % count:
     raise ConfigError(
@@ -173,7 +178,8 @@ def host_rows(mesh: Mesh) -> HostRows:
     if jax.process_index() in processes:
       return HostRows(index=i, count=len(parts))
   raise ConfigError(
-    f"config.mesh: process {jax.process_index()} has no device on the mesh."
+    f"config.mesh: process {jax.process_index()} has no device on the mesh of "
+    f"{mesh.size} devices, so no rows to read. Use all devices in config.mesh."
   )
 
 
@@ -205,7 +211,8 @@ def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
       f"config.mesh: {len(holders)} processes would hold {sizes} of the "
-      f"{len(devices)} shards of the batch, which are not separate equal parts."
+      f"{len(devices)} shards of the batch, which are not separate equal "
+      "parts. Make data x fsdp a multiple of the number of processes."
     )
   return sorted(processes.items())
 

@@ -77,10 +77,11 @@ def ring_pairwise_loss(
   """Sums a loss over all pairs, one device's chunk of columns at a time.
 
   Value and gradient equal `pair_loss_fn` on all rows and columns, up to the
-  order of additions. Both sides are sharded like the batch; chunks of columns
-  are sent around the ring. Each of `n` devices sends `n - 1` column chunks and,
-  with gradients, `n` gradient chunks. Devices along `tensor` repeat the
-  computation. Also returns the diagnostics by row, not differentiated.
+  order of additions. Both sides are sharded like the batch; rows are never
+  sent, chunks of columns are sent around the ring. Each of `n` devices sends
+  `n - 1` column chunks and, with gradients, `n` gradient chunks. Devices along
+  `tensor` repeat the computation. Also returns the diagnostics by row, not
+  differentiated.
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
 

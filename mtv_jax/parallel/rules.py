@@ -103,7 +103,7 @@ def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
       if axis not in MESH_AXES:
         known = did_you_mean(str(axis), MESH_AXES)
         raise ConfigError(
-          f"config.sharding {pattern!r}: axis {axis!r}. {known}"
+          f"config.sharding: {pattern!r} names the axis {axis!r}. {known}"
         )
 
 

@@ -300,11 +300,11 @@ def step_flops(
     options = {"xla_backend_optimization_level": 0} if cpu else {}
     compiled = lowered.compile(options).cost_analysis()["flops"] / rows
   # Groups that separate runs would train: objectives with a teacher share one.
-  taught = tuple(
+  with_teacher = tuple(
     n for n in spec.objectives if spec.select_objectives((n,)).has_teacher
   )
-  groups = [(n,) for n in spec.objectives if n not in taught]
-  groups += [taught] if taught else []
+  groups = [(n,) for n in spec.objectives if n not in with_teacher]
+  groups += [with_teacher] if with_teacher else []
   costs = [_count_step(spec.select_objectives(g), tx, batch) for g in groups]
   return StepFlops(
     parts={k: v / rows for k, v in _count_parts(spec, batch, tx).items()},

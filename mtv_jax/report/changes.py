@@ -75,20 +75,20 @@ class Changes:
 def describe_changes(runs: Sequence[RunRecord]) -> Iterator[PageBlock]:
   """Changes of evaluations since step 0; empty without such evaluations."""
   arms = group_by_arm(runs)
-  found = [c for arm in arms.values() for c in measure_changes(arm)]
-  if not found:
+  changes = [c for arm in arms.values() for c in measure_changes(arm)]
+  if not changes:
     return
-  names = [*dict.fromkeys(c.metric.name for c in found)]
-  found.sort(key=lambda change: names.index(change.metric.name))
+  names = [*dict.fromkeys(c.metric.name for c in changes)]
+  changes.sort(key=lambda change: names.index(change.metric.name))
   yield Heading("Changes since the start")
-  yield Table(_changes_table(found), numbers=2)
+  yield Table(_changes_table(changes), numbers=2)
   yield Note(_NOTE)
   colours = {arm: i for i, arm in enumerate(arms)}
-  members = [[c for c in found if c.metric.name == name] for name in names]
-  yield Charts([_draw_metric(changes, colours) for changes in members])
+  members = [[c for c in changes if c.metric.name == name] for name in names]
+  yield Charts([_draw_metric(member, colours) for member in members])
   rows = [
     (f"{change.arm}, step {step:,}", contrast)
-    for change in found
+    for change in changes
     for step, contrast in change.by_step.items()
   ]
   table = Table(contrast_table(rows, ("p Holm", "verdict")), numbers=2)

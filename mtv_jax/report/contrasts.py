@@ -214,14 +214,14 @@ def estimate_contrast(
   Else, if each arm has at least 2 seeds, it is Welch's (1947) interval for
   unequal variances. Else only the interval over items is known.
   """
-  own = {arm: data.seeds(arm, metric.name) for arm in weights}
-  common = sorted(set.intersection(*map(set, own.values())))
-  lacking = [arm for arm, seeds in own.items() if not seeds]
-  if lacking:
-    return Contrast(metric=metric, note=f"no value of {', '.join(lacking)}")
-  is_welch = len(common) < 2 and min(map(len, own.values())) > 1
+  seeds_by_arm = {arm: data.seeds(arm, metric.name) for arm in weights}
+  common = sorted(set.intersection(*map(set, seeds_by_arm.values())))
+  missing = [arm for arm, seeds in seeds_by_arm.items() if not seeds]
+  if missing:
+    return Contrast(metric=metric, note=f"no value of {', '.join(missing)}")
+  is_welch = len(common) < 2 and min(map(len, seeds_by_arm.values())) > 1
   is_paired = bool(common) and not is_welch
-  used = dict.fromkeys(own, common) if is_paired else own
+  used = dict.fromkeys(seeds_by_arm, common) if is_paired else seeds_by_arm
   n = len(common) if is_paired else 0
   runs = {
     arm: np.array(data.read("values", metric, arm, seeds), np.float64)
@@ -230,9 +230,11 @@ def estimate_contrast(
   centre = sum(w * runs[arm].mean() for arm, w in weights.items())
   difference = constant + centre
   notes = []
-  spare = sum(len(own[arm]) - len(used[arm]) for arm in own)
-  if spare:
-    count = f"{spare} run{'s' * (spare > 1)}"
+  num_unused = sum(
+    len(seeds_by_arm[arm]) - len(used[arm]) for arm in seeds_by_arm
+  )
+  if num_unused:
+    count = f"{num_unused} run{'s' * (num_unused > 1)}"
     notes.append(f"not used, as other arms lack the seed: {count}")
   error, degrees = None, 0.0
   if is_paired and n > 1:

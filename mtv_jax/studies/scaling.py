@@ -105,7 +105,7 @@ def fit_scaling(
   if not metric.lower and metric.unit != "%":
     raise InputError(
       f"{metric.name} is neither a fraction nor lower if better; a scaling law "
-      "is of an error"
+      "needs an error metric"
     )
   known = np.isfinite(np.asarray(values, np.float64))
   names = list(x)

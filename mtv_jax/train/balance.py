@@ -49,7 +49,8 @@ class Balance:
   """
 
   every_steps = None  # Updates between measurements of gradient norms.
-  combines: ClassVar[bool] = False  # Whether it has `combine_gradients`.
+  # Whether it has `combine_gradients`.
+  combines_gradients: ClassVar[bool] = False
 
   @property
   def uses_encoder_gradients(self) -> bool:
@@ -323,7 +324,7 @@ class PCGrad(Balance):
   plain step only if objectives share a view.
   """
 
-  combines: ClassVar[bool] = True
+  combines_gradients: ClassVar[bool] = True
   # The image encoder, or all modules that several objectives read (towers and
   # heads), as one vector.
   parameters: Literal["image", "shared"] = "image"

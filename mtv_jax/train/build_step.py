@@ -89,7 +89,8 @@ def build_train_step(
   length = RunLength.of_total(total, batch_size, examples_per_epoch)
   spec, params, table = _build_spec(config, length)
   optimizer = make_optimizer(
-    *(config.optim, config.schedule),
+    config.optim,
+    config.schedule,
     length=length,
     params=params,
     table=table,
@@ -145,7 +146,11 @@ def _build_spec(
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
     teachers=select_teachers(
-      *(config.teachers, parts.teachers, parts.model, first_reads, length)
+      config.teachers,
+      parts.teachers,
+      model=parts.model,
+      first_reads=first_reads,
+      length=length,
     ),
   )
   params, rules = abstract_params(spec), config.optim.rules

@@ -55,9 +55,10 @@ def compute_loss_inputs(
 ) -> dict[str, Any]:
   """The loss inputs `[b, ...]` of each objective for b rows of a batch.
 
-  `params` (the student's) and `state` are as `gather_params` returns them;
-  `state.params` is not read. `keys` are random keys `[b]` by view, see
-  `view_keys`. `mesh` shards the rows; None on one device.
+  `params` (the student's) and `state` are as `gather_params` returns them; of
+  the state, reads step, statistics and teachers, not `params`. `batch` has
+  fields `[b, ...]`. `keys` are random keys `[b]` by view, see `view_keys`.
+  `mesh` shards the rows; None on one device.
   """
   batch = add_views(spec, batch, keys, mesh)
   encoded = encode(
@@ -80,7 +81,8 @@ def compute_losses(
   """The total loss of the global batch, and each objective's terms.
 
   `params` are the heads' parameters. `loss_inputs` are the results of
-  `compute_loss_inputs` for all rows `[B, ...]`; other arguments are the same.
+  `compute_loss_inputs` for all rows `[B, ...]`. `mesh` shards the rows; reads
+  the state's step, statistics, balance and teacher heads.
   """
   heads, weights = bind_heads(spec, params, state), spec.loss_weights(state)
   total, terms = 0.0, {}

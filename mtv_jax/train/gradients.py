@@ -41,9 +41,13 @@ from mtv_jax.train.spec import StepSpec, TrainState
 def compute_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`((loss, terms), gradients)` of a batch sharded over the mesh."""
-  if spec.balance.combines and len(spec.objectives) > 1:
-    return combine_gradients(spec, state, batch, mesh)
+  """`((loss, terms), gradients)` of a batch `[B, ...]` sharded over the mesh.
+
+  `loss` is a scalar, `terms` are by objective, `gradients` have the shapes of
+  `state.params`.
+  """
+  if spec.balance.combines_gradients and len(spec.objectives) > 1:
+    return compute_combined_gradients(spec, state, batch, mesh)
   if spec.accumulate > 1:
     return accumulate_gradients(spec, state, batch, mesh)
   return jax.value_and_grad(
@@ -51,7 +55,7 @@ def compute_gradients(
   )(state.params)
 
 
-def combine_gradients(
+def compute_combined_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
   """`compute_gradients` if the balance combines per-objective gradients."""

@@ -137,8 +137,8 @@ def fit_statistics(experiment: Experiment, state: TrainState) -> TrainState:
         for key, arrays in features.items():
           merge_parts(moments[name], key, arrays)
   fitted = dict(state.statistics)
-  for name, of_features in moments.items():
-    new = spec.objectives[name].fit_statistics(of_features)
+  for name, feature_moments in moments.items():
+    new = spec.objectives[name].fit_statistics(feature_moments)
     fitted[name] = {**fitted[name], **new}
   if jax.process_count() > 1:
     fitted = multihost_utils.broadcast_one_to_all(jax.device_get(fitted))

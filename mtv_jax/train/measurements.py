@@ -274,6 +274,7 @@ class GradientMeasurements:
 
 
 def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:
+  """Gradient norms as metrics `NAME/encoder_grad_norm`."""
   norms = jax.device_get(norms)
   return {f"{n}/encoder_grad_norm": float(v) for n, v in norms.items()}
 

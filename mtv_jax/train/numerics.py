@@ -200,7 +200,13 @@ class Bound:
     )
     key = f"config.evals.{name}.bound.then"
     raise RollbackError(
-      *(last_within + 1, step, what, hint, self.then, key, BoundError)
+      first=last_within + 1,
+      last=step,
+      what=what,
+      hint=hint,
+      then=self.then,
+      then_key=key,
+      error_type=BoundError,
     )
 
   def value(self, name: str, metrics: Mapping[str, float]) -> float:

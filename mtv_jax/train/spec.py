@@ -172,7 +172,7 @@ class StepSpec:
     patch = spec.image.patch_size
     if mask.patch != patch:
       raise ConfigError(
-        f"config.views.{encoding.view}: {mask.name}() is of patches of "
+        f"config.views.{encoding.view}: {mask.name}() has patches of "
         f"{mask.patch} pixels, and {encoding} has patches of {patch}: write "
         f"{mask.name}(..., patch={patch})."
       )

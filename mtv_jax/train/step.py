@@ -34,9 +34,9 @@ from mtv_jax.utils import xla_flags
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, Array]
-Terms = Mapping[str, Any]  # `objectives.base.Terms` by objective.
+TermsByObjective = Mapping[str, Any]  # `objectives.base.Terms` by objective.
 # (state after the optimizer, state before it, terms) -> state
-StateUpdate = Callable[[TrainState, TrainState, Terms], TrainState]
+StateUpdate = Callable[[TrainState, TrainState, TermsByObjective], TrainState]
 
 
 def make_update_fn(
@@ -199,14 +199,18 @@ def make_state_updates(
   spec: StepSpec, active_spec: StepSpec
 ) -> list[StateUpdate]:
   """State updates after the optimizer's step, in this order."""
-  parts: dict[Any, bool] = {
-    clip_to_bounds: any(head.bounds for head in active_spec.heads.values()),
-    update_ema: spec.ema_decay is not None,
-    update_teacher: active_spec.has_teacher,
-    update_balance: spec.has_balance,
-  }
-  used = [update_state for update_state, is_used in parts.items() if is_used]
-  return [functools.partial(update, active_spec) for update in used]
+  has_bounds = any(head.bounds for head in active_spec.heads.values())
+  updates = [
+    (has_bounds, clip_to_bounds),
+    (spec.ema_decay is not None, update_ema),
+    (active_spec.has_teacher, update_teacher),
+    (spec.has_balance, update_balance),
+  ]
+  return [
+    functools.partial(update, active_spec)
+    for is_used, update in updates
+    if is_used
+  ]
 
 
 def inactive_modules(spec: StepSpec, active_spec: StepSpec) -> list[str]:
@@ -231,7 +235,7 @@ def zero_updates(updates: PyTree, modules: list[str]) -> PyTree:
 
 
 def clip_to_bounds(
-  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
+  spec: StepSpec, new: TrainState, old: TrainState, terms: TermsByObjective
 ) -> TrainState:
   """Clips the heads' parameters to their bounds, like CLIP's temperature.
 
@@ -262,7 +266,7 @@ def ema_update(
 
 
 def update_ema(
-  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
+  spec: StepSpec, new: TrainState, old: TrainState, terms: TermsByObjective
 ) -> TrainState:
   """Updates the EMA of all parameters, for evaluation and export."""
   del terms
@@ -271,7 +275,7 @@ def update_ema(
 
 
 def update_teacher(
-  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
+  spec: StepSpec, new: TrainState, old: TrainState, terms: TermsByObjective
 ) -> TrainState:
   """Updates the EMA teacher after an update of the student."""
   del terms
@@ -283,7 +287,7 @@ def update_teacher(
 
 
 def update_balance(
-  spec: StepSpec, new: TrainState, old: TrainState, terms: Terms
+  spec: StepSpec, new: TrainState, old: TrainState, terms: TermsByObjective
 ) -> TrainState:
   """Updates the balancing method's state from the objectives' losses."""
   losses = {name: term.loss for name, term in terms.items()}

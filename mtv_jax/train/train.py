@@ -93,7 +93,7 @@ def train(
     ConfigError: the config is invalid.
     ProcessMismatchError: processes differ in config, code, data or checkpoints.
     NonFiniteError: too many updates are non-finite.
-    bounds.BoundError: an evaluation is out of bounds.
+    numerics.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
     preemption.Preempted: after a signal, once a checkpoint is saved.
     watchdog.StalledError: a step took too long; saved if possible.
@@ -207,7 +207,8 @@ def _restore_before(
     if not stops:
       why = f"the run has returned to a checkpoint {rollbacks - 1} times"
     raise end(
-      f"{what}, and {why}. {names} That of step {before} precedes it. {hint}"
+      f"{what}, and {why}. {names} The checkpoint of step {before} precedes it."
+      f" {hint}"
     )
   saved = checkpoints.restore(
     experiment.program.abstract, step=before, latest_good=latest_good

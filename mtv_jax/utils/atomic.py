@@ -96,7 +96,8 @@ def is_temporary(path: pathlib.Path) -> bool:
 def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path; renames it to `file` on success.
 
-  Pipes and devices (`/dev/stdout`) are written directly; links are followed.
+  Readers see the old or the new content, never a part. Pipes and devices
+  (`/dev/stdout`) are written directly; links are followed.
   """
   if file.exists() and not (file.is_file() or file.is_dir()):
     yield file

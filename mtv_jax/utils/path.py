@@ -307,8 +307,10 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   """Returns a local copy of a bucket file or folder; local paths as they are.
 
   Copies go to `cache_folder()` by default, and are renewed when the object
-  changes. Only one process copies. Raises InputError if the disk lacks the
-  space.
+  changes. Only one process copies.
+
+  Raises MissingFileError, StorageError, or InputError if an object's name would
+  escape the folder, or the disk lacks the space.
   """
   return local_copies([path], cache=cache)[0]
 

@@ -31,6 +31,10 @@ def expand_path(
   """Expands `path` to existing files, globs sorted, without duplicates.
 
   `suffix` is the usual file ending, for hints in errors.
+
+  Raises MissingFileError if a file is missing or a glob matches nothing;
+  InputError if a file appears twice or is a folder, a pipe or a device, or if a
+  brace is malformed or expands to too many files.
   """
   files: list[PurePath] = []
   missing: list[str] = []
@@ -114,9 +118,11 @@ def _describe_folder(missing: str, suffix: str) -> str:
   if not names:
     return f"{folder} is empty."
   ending = [name for name in names if name.endswith(suffix)]
-  share, shown = f"{len(ending)} of {len(names)}", ending or names
-  span = f"{shown[0]} to {shown[-1]}"
-  return f"{folder} has {share} names in {suffix!r}, {span}."
+  shown = ending or names
+  return (
+    f"{len(ending)} of {len(names)} files in {folder} end in {suffix!r}; names:"
+    f" {shown[0]} to {shown[-1]}."
+  )
 
 
 def _quote(value: object, limit: int = 400) -> str:

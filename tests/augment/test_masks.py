@@ -117,9 +117,9 @@ def test_the_visible_subset_is_unique_sorted_and_uniform():
 @pytest.mark.parametrize(
   "op, size, message",
   [
-    (masks.Blocks(0.5, 1.0), 224, "leaves none visible"),
-    (masks.Blocks(0.5, 0.99), 64, "leaves none visible"),
-    (masks.Blocks(0.001, 0.5), 224, "masks none"),
+    (masks.Blocks(0.5, 1.0), 224, "leaves no patch visible"),
+    (masks.Blocks(0.5, 0.99), 64, "leaves no patch visible"),
+    (masks.Blocks(0.001, 0.5), 224, "masks none.*raise it"),
     (masks.Keep(0.001), 224, "visible"),
     (masks.Keep(0.25, patch=14), 240, "set patch="),
     (masks.Blocks(patch=14), 240, "make the view 238"),

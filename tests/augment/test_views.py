@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from PIL import Image
+from step_samples import mesh_of
 
 from mtv_jax.augment import geometry, views
 from mtv_jax.augment.random import row_keys
 from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.parallel.mesh import BATCH_SPEC
 from mtv_jax.utils.errors import ConfigError
 
 GLOBAL = "crop(32, 0.32, 1.0)|flip|jitter|grey|blur(1.0)|blocks(0.2, 0.5, p=1)"
@@ -86,6 +89,17 @@ def test_crops_agree_with_pillow(shared_data, dtype, method):
     assert np.abs(batch.images).max() <= 1  # It overshoots, and Pillow clips.
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_crops_of_every_image_agree_with_pillow(shared_data, dtype):
+  canvas, sizes = read_images(shared_data, 384)
+  view = build(["crop(224, 0.32, 1.0)|flip", "crop(224, 0.05, 0.32)|flip"])
+  for at in range(0, len(canvas), 16):
+    part = slice(at, at + 16)
+    batch = run(view, canvas[part], sizes[part], dtype=dtype)
+    assert pillow_error(batch, canvas[part]).max() < 0.5
+
+
 @pytest.mark.parametrize("ops", ["resize(48)", "resize(48)|solarize(0.0)"])
 def test_pixels_are_normalised_as_for_evaluation(noise, ops):
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -150,18 +164,29 @@ def test_images_boxes_and_depth_stay_aligned():
       assert abs(centre - (left + right) / 2) < 0.25
 
 
-def test_a_row_does_not_depend_on_its_batch(noise):
+def test_a_row_depends_on_neither_batch_nor_mesh(noise):
   canvas, sizes = (np.concatenate([x, x]) for x in noise)
   view = build(GLOBAL, count=2)
   keys = row_keys(jax.random.key(3), "v", 7, 8)
   whole = run(view, canvas, sizes, keys=keys)
 
-  batch = run(view, canvas[3:5], sizes[3:5], keys=keys[3:5])
-  # The order of summation depends on the batch size.
-  np.testing.assert_allclose(batch.images, whole.images[3:5], atol=2e-5)
-  for name in ("box", "flipped", "mask"):
-    want = getattr(whole, name)[3:5]
-    np.testing.assert_array_equal(getattr(batch, name), want)
+  def check(batch, part):
+    # The order of summation depends on the batch size.
+    np.testing.assert_allclose(batch.images, whole.images[part], atol=2e-5)
+    for name in ("box", "flipped", "mask"):
+      want = getattr(whole, name)[part]
+      np.testing.assert_array_equal(getattr(batch, name), want)
+
+  check(run(view, canvas[3:5], sizes[3:5], keys=keys[3:5]), slice(3, 5))
+  split = NamedSharding(mesh_of((8, 1, 1)), BATCH_SPEC)
+
+  def sharded(canvas, sizes, step):
+    keys = row_keys(jax.random.key(3), "v", step, 8)
+    return view(canvas, sizes, keys, jnp.float32)
+
+  arrays = jax.device_put((canvas, sizes), split)
+  batch = jax.jit(sharded, out_shardings=split)(*arrays, jnp.asarray(7))
+  check(batch, slice(0, 8))
 
 
 def test_keys_differ_by_view_step_and_row():
@@ -286,7 +311,7 @@ def test_a_canvas_of_another_shape_is_rejected():
     ("crop(224)|blocks|blur", r"blur \(photometrics\) comes after blocks"),
     ("crop(224)|blocks(patch=14)|", "can't read the ops"),
     ("crop(224)|blocks(patch=15)", "don't divide a view of 224"),
-    ("crop(224)|blocks(0.5, 1.0)", "leaves none visible"),
+    ("crop(224)|blocks(0.5, 1.0)", "leaves no patch visible"),
     ("crop(16)|keep(0.25)", "raise ratio"),
     ("crop(4)|blur", "9 taps are too many"),
     ("crop(8)|jitter(1.2)", "p is 1.2, expected a number >= 0 and <= 1"),
@@ -307,7 +332,7 @@ def test_bad_ops_are_rejected_with_the_view_and_the_fix(ops, message):
 @pytest.mark.parametrize(
   "entry, message",
   [
-    ({"ops": ["resize(8)"], "count": 2}, "1 op strings for count=2"),
+    ({"ops": ["resize(8)"], "count": 2}, "1 op strings for count=2: give one"),
     ({"ops": ["resize(8)", "resize(16)"]}, "different sizes, 8 and 16"),
     ({"ops": ["resize(16)|blocks(0.5, 0.5, patch=8)", "resize(16)"]}, "kinds"),
     ({"ops": [f"resize(64)|keep({r})" for r in (0.25, 0.5)]}, "4 and 8"),

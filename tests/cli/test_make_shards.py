@@ -268,7 +268,7 @@ def test_unusable_images_and_outputs_raise(photos, tmp_path):
   with pytest.raises(NotADirectoryError, match="file is a file; give a folder"):
     shard_writer.write(examples_of(photos), tmp_path / "file")
   shard_writer.write(examples_of(photos), tmp_path / "out")
-  match = r"already contains 1 shards \(00000.tar"
+  match = r"contains 1 shards \(00000.tar, ...\): remove them, or give"
   with pytest.raises(FileExistsError, match=match):
     shard_writer.write(examples_of(photos), tmp_path / "out")
   for name, value in dict(format="x", records_per_shard=0, max_side=0).items():

@@ -299,6 +299,19 @@ def test_too_many_bad_records_stop_the_run():
     for _ in range(29):
       next(batches)
   assert 1000 <= batches.stats.read < 1100
+  with loader([Numbers("n", 5000, bad=range(0, 5000, 200))]) as batches:
+    for _ in range(5000 // 8):
+      next(batches)
+    assert batches.stats.corrupt == 25
+
+
+def test_small_data_are_checked_after_an_epoch():
+  with loader([Numbers("n", 40, bad=[1, 2])]) as batches:
+    for _ in range(4):
+      next(batches)
+    with pytest.raises(CorruptDataError, match="max_corrupt"):
+      for _ in range(2):
+        next(batches)
 
 
 class Texts(Numbers):

@@ -282,7 +282,7 @@ def test_protocol_is_json(encoder):
         np.ones((1, 32)), np.ones((1, 32))
       ),
       ValueError,
-      r"logit_scale\): \[\]; expected one",
+      r"one named 'contrastive'; none of \[\] have one",
     ),
     (
       lambda e, x: e.dense([np.zeros((41, 24, 3), np.uint8)]),

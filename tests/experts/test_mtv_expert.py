@@ -140,6 +140,29 @@ def test_boxes_are_the_locators_and_scores_the_losses(
     np.testing.assert_allclose(outcome.label.boxes, inside[i, order], atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["depth", "boxes"])
+def test_any_number_of_devices_gives_the_same_bits(
+  params, encoder, images, kind
+):
+  outputs = []
+  for each in (encoder, build(params, devices=2)):
+    expert = (
+      mtv_expert.mtv_depth_expert(each, batch_size=1, side=16)
+      if kind == "depth"
+      else box_expert_of(each, batch_size=1)
+    )
+    rows = [expert.prepare(image, {"key": "a"}).arrays for image in images]
+    batches = [
+      jax.tree.map(lambda *x: np.stack(x), *rows[i : i + expert.rows])
+      for i in range(0, len(rows), expert.rows)
+    ]
+    outputs.append([jax.device_get(expert.run(batch)) for batch in batches])
+  one, two = (jax.tree.map(lambda *x: np.concatenate(x), *o) for o in outputs)
+  assert len(outputs[0]) == 2 * len(outputs[1])
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
 def test_thresholds_count(encoder, box_expert):
   boxes, scores = np.zeros((3, 4), np.float32), np.float32([0.2, 0.5, 0.9])
   row = {"boxes": boxes + np.float32([0, 0, 1, 1]), "scores": scores}

@@ -20,7 +20,7 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError
-from mtv_jax.data.tokenizers import ByteTokenizer
+from mtv_jax.data.tokenizers import ByteTokenizer, SceneWordTokenizer
 
 CAPTIONS = Cases(__file__, "captions and their JSON")
 CONTENT = Cases(__file__, "content or storage")
@@ -117,6 +117,8 @@ CONTENT.add_table(
   _tokenize,
   {
     "a panic": PanicException("index out of bounds"),
+    "a recursion": RecursionError("maximum recursion depth exceeded"),
+    "a runtime error of C++": RuntimeError("Internal: unk is not defined."),
     "an assertion": AssertionError(),
     "a message that can't be printed": ValueError("\ud800" * 10),
     "a message of 1 MB": ValueError("x" * 1_000_000),
@@ -152,6 +154,7 @@ CONTENT.add_table(
     "memory": MemoryError(),
     "the disk": OSError(5, "I/O error"),
     "a source's own error": RuntimeError("HTTP 503"),
+    "a timeout of storage": TimeoutError(110, "timed out"),
   },
   prefix="ends the run, ",
 )
@@ -170,6 +173,12 @@ def _mistake(folder):
     except CorruptDataError:
       assert time.monotonic() - start < 5
       raise
+
+
+@CONTENT.add("a caption without words", expects="used")
+def _unknown(folder):
+  tokenizer = SceneWordTokenizer(None, "lower")
+  return read_record(folder, text="???", tokenizer=tokenizer)
 
 
 @CONTENT.add("a key of 1 MB", expects="skip")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.models import attention
+from mtv_jax.models import attention, layers, positions
 from mtv_jax.utils.errors import ConfigError, InputError
 
 
@@ -145,7 +145,7 @@ def test_cudnn_is_not_given_what_it_lacks(monkeypatch):
   """Float32 is rejected if cuDNN is required, else it uses XLA's attention."""
   arrays = inputs(8)
   monkeypatch.setattr(attention.jax, "devices", lambda: [Gpu()])
-  with pytest.raises(InputError, match="'cudnn', which needs.*not float32"):
+  with pytest.raises(InputError, match="='cudnn' needs.*not float32. Set"):
     attention.build_attention("cudnn")(*arrays)
   out = attention.build_attention("auto")(*arrays)
   np.testing.assert_array_equal(out, attention.attention(*arrays))
@@ -166,3 +166,54 @@ def test_cudnn_takes_what_it_supports(choice, causal, monkeypatch):
   monkeypatch.setattr(attention.jax.nn, "dot_product_attention", record)
   attention.build_attention(choice)(*arrays, causal=causal)
   assert options == [dict(is_causal=causal, implementation="cudnn")]
+
+
+@pytest.mark.reference
+def test_rope_attention_equals_transformers_in_value_and_gradient():
+  torch = pytest.importorskip("torch")
+  dinov3 = pytest.importorskip(
+    "transformers.models.dinov3_vit.modeling_dinov3_vit"
+  )
+  grid, heads, d = (3, 5), 2, 16
+  rope = positions.Rope(base=100.0)
+  shape = (4, 2, 2 + 15, heads, d)  # q, k, v and a cotangent; two registers.
+  arrays = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+  def attend(q, k, v):
+    angles = rope.angles(jnp.asarray(rope.coordinates(grid))[None], d)
+    angles = jnp.pad(angles, ((0, 0), (2, 0), (0, 0)))
+    q, k = (positions.rotate(x, angles) for x in (q, k))
+    return attention.attention(q, k, v)
+
+  out, pull = jax.vjp(attend, *map(jnp.asarray, arrays[:3]))
+  config = dinov3.DINOv3ViTConfig(
+    hidden_size=heads * d, num_attention_heads=heads, patch_size=4
+  )
+  turn = dinov3.DINOv3ViTRopePositionEmbedding(config).eval()
+  leaves = [torch.tensor(x, requires_grad=True) for x in arrays[:3]]
+  q, k, v = (x.transpose(1, 2) for x in leaves)
+  cos, sin = turn(torch.zeros(1, 3, 4 * grid[0], 4 * grid[1]))
+  q, k = dinov3.apply_rotary_pos_emb(q, k, cos, sin)
+  attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+  want = attended.transpose(1, 2)
+  want.backward(torch.tensor(arrays[3]))
+  np.testing.assert_allclose(out, want.detach(), atol=1e-5)
+  for got, leaf in zip(pull(jnp.asarray(arrays[3])), leaves, strict=True):
+    np.testing.assert_allclose(got, leaf.grad, atol=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", ["exact", "tanh", "quick"])
+def test_gelu_equals_torch_in_value_and_gradient(kind):
+  torch = pytest.importorskip("torch")
+  activations = pytest.importorskip("transformers.activations")
+  names = dict(exact="gelu", tanh="gelu_pytorch_tanh", quick="quick_gelu")
+  x = np.linspace(-9, 9, 2001, dtype=np.float32)
+  leaf = torch.tensor(x, requires_grad=True)
+  want = activations.ACT2FN[names[kind]](leaf)
+  want.sum().backward()
+  got, pull = jax.vjp(lambda x: layers.gelu(x, kind), jnp.asarray(x))
+  np.testing.assert_allclose(got, want.detach(), atol=2e-6)
+  (slope,) = pull(jnp.ones_like(got))
+  # 1 - tanh^2 is multiplied by 50 at the ends of the range.
+  np.testing.assert_allclose(slope, leaf.grad, atol=2e-5)

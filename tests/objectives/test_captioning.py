@@ -5,16 +5,27 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import PIL.Image
 import pytest
+import step_samples
+import tiny_mtv
 from numpy_transformer import NumpyTransformer
 
 from mtv_jax.augment import views
 from mtv_jax.data import tokenizers
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.datasets import registry
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
 from mtv_jax.models.heads import caption_decoder as decoders
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, captioning
+from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.perf import flops
+from mtv_jax.train.spec import ObjectiveWeight
+from mtv_jax.train.step import make_program
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -288,9 +299,74 @@ def test_a_tokenizer_ends_texts_as_the_decoder_does():
     (dict(tasks=["captions"]), "tasks"),
     (dict(tasks=[]), "tasks is empty"),
     (dict(attention_heads=3), "not divisible by attention_heads 3"),
-    (dict(ops="resize(64)|keep(0.25)"), "'image'.*drops patches"),
+    (dict(ops="resize(64)|keep(0.25)"), "drops some. .* blocks and keep.$"),
   ],
 )
 def test_invalid_options_raise(options, message):
   with pytest.raises(ConfigError, match=message):
     build(**options)
+
+
+@pytest.mark.slow
+def test_flops_of_the_decoder_equal_the_formula():
+  """Products of the forward pass times 3, for one caption and 2 x 2 regions."""
+  spec = tiny_mtv.everything().select_objectives(("captioning",))
+  batch = jax.eval_shape(tiny_mtv.rows)
+  got = flops.step_flops(
+    flops.without_recomputation(spec), batch, optax.sgd(1.0)
+  ).parts["heads of captioning"]
+  d, mlp, outputs, patches = 32, 64, 258 + 8, 16
+
+  def forward(rows, length):
+    tokens = rows * length
+    own = 4 * d * d * tokens + 2 * d * rows * length**2
+    cross = 2 * d * d * (tokens + patches) + 2 * d * tokens * patches
+    return own + cross + 2 * d * mlp * tokens + d * outputs * tokens
+
+  # The decoder has one layer. Gradients of biases are products with ones.
+  want = 3 * 2 * (forward(1, 16) + forward(4, 12))
+  biases = 3 * d + d + 2 * d + mlp + d + outputs
+  want += 2 * (16 + 4 * 12) * biases + 2 * 2 * patches * 2 * d
+  assert got == want
+
+
+@pytest.mark.long
+def test_captions_of_photos_are_learnt_by_heart(shared_data):
+  """Eight COCO photos: generated captions equal the training captions."""
+  file = shared_data / "coco" / "annotations" / "captions_val2017.json"
+  data = registry.open_captions(file, max_captions=1)
+  short = [i for i, text in enumerate(data.captions) if len(text) < 60][:8]
+  texts = [data.captions[i].strip().lower() for i in short]
+  assert len(set(texts)) == 8
+  images = [
+    np.asarray(PIL.Image.fromarray(data.images[i]).resize((32, 32)))
+    for i in short
+  ]
+  text = dict(variant="mu", length=64, vocab_size=258)
+  model = ModelSpec.from_config(dict(variant="mu/8", image_size=32, text=text))
+  objective = build(model, "resize(32)", tasks=["caption"], bins=2)
+  spec = step_samples.make_spec(
+    model=model,
+    objectives={"captioning": objective},
+    weights={"captioning": ObjectiveWeight(1.0)},
+    views=views.build_views({"image": dict(ops="resize(32)")}),
+  )
+  mesh = step_samples.mesh_of((1, 1, 1))
+  program = make_program(spec, optax.adam(2e-3), mesh)
+  state = program.init(step_samples.params_of(spec))
+  tokenizer = tokenizers.build_tokenizer("bytes")
+  batch = {
+    "image": np.stack(images),
+    "image_size": np.full((8, 2), 32, np.int32),
+    "caption": tokenizer.encode(texts, 64),
+    "caption_valid": np.ones(8, bool),
+  }
+  batch = shard_batch(batch, mesh)
+  for _ in range(400):
+    state, _ = program.update(state, batch)
+  heads = {"caption": objective.head}
+  encoder = Encoder(
+    *(model, state.params, Preprocess(size=32), tokenizer, mesh),
+    prediction_heads=heads,
+  )
+  assert encoder.predict("caption", images)["text"].tolist() == texts

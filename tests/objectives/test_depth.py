@@ -347,7 +347,7 @@ def test_open_options_come_from_the_model():
     (dict(trim=1.0), "trim is 1.0"),
     (dict(tap_norm="batch"), "tap_norm"),
     (dict(taps=[2, 5, 8, 11]), "depth 2"),
-    (dict(ops="resize(16)|keep(0.5, patch=8)"), "drops patches"),
+    (dict(ops="resize(16)|keep(0.5, patch=8)"), "drops some"),
   ],
 )
 def test_invalid_options_and_views_raise(options, message):

@@ -9,6 +9,7 @@ import numpy as np
 import prototype_samples as samples
 import pytest
 from jax.sharding import NamedSharding
+from step_samples import mesh_of
 
 from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
@@ -124,6 +125,24 @@ def test_loss_and_gradient_equal_numpy(case):
     )
   else:
     assert statistics == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sinkhorn", "centering"])
+def test_sharded_chunks_equal_one_device(target):
+  """Each device has some prototypes, of which a chunk has fewer."""
+  objective = make(target=target, chunk=2)
+  args = objective, samples.params_of(objective), make_loss_inputs(rows=16)
+  compute = functools.partial(
+    samples.loss_and_gradients, *args, samples.context_of(objective)
+  )
+  one, many = compute(), compute(mesh_of((2, 2, 2)))
+  np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, many[1], one[1])
+  assert len(one[2]) > 3
+  for a, b in zip(many[2], one[2], strict=True):
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8
 
 
 # ---------------------------------------------------------------------------

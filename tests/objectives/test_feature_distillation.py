@@ -387,3 +387,11 @@ def test_a_teacher_sees_the_crops_at_its_size_in_its_pixels():
   encoding = next(e for e in spec.plan if e.weights == "fine")
   got = spec.teachers[encoding.weights].pixels(images)
   np.testing.assert_allclose(got, want.images, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_cost_is_that_of_its_parts():
+  batch = jax.eval_shape(lambda: make_batch(4))
+  costs = flops.step_flops(make_spec(), batch, optax.adam(1e-3))
+  assert costs.traced == pytest.approx(costs.total, rel=0.01)
+  assert costs.parts["image(image@24, fine)"] > 0

@@ -15,6 +15,7 @@ from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, ibot
 from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.train import gradients
 from mtv_jax.train.step import make_program
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -255,20 +256,25 @@ def by_name(tree):
   return dict(flatten_with_names(jax.device_get(tree)))
 
 
+def begin(spec, **optim):
+  """The step on one device: program, state and batch."""
+  params, mesh = step_samples.params_of(spec), step_samples.mesh_of((1, 1, 1))
+  lengths = dict(total_steps=spec.total_steps, start_steps=spec.start_steps)
+  tx = optim_samples.build({"lr": 1e-3, **optim}, params=params, **lengths).tx
+  program = make_program(spec, tx, mesh)
+  return program, program.init(params), shard_batch(tiny_mtv.rows(), mesh)
+
+
 @pytest.mark.slow
 def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
-  spec, mesh = make_spec(), step_samples.mesh_of((1, 1, 1))
+  spec = make_spec()
   assert [str(e) for e in spec.plan] == [
     "image(global, student)",
     "image(global, teacher)",
     "image(local, student)",
   ]
-  params = step_samples.params_of(spec)
-  lengths = dict(total_steps=spec.total_steps, start_steps=spec.start_steps)
-  tx = optim_samples.build({"lr": 1e-3}, params=params, **lengths).tx
-  program = make_program(spec, tx, mesh)
-  state, start = program.init(params), by_name(params)
-  batch = shard_batch(tiny_mtv.rows(), mesh)
+  program, state, batch = begin(spec)
+  start = by_name(state.params)
   assert set(state.teacher["heads"]) == {"dino", "ibot"}
   history = []
   for _ in range(5):
@@ -289,6 +295,35 @@ def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
   for name, value in teacher.items():
     expected = 0.5 * previous[name] + 0.5 * student[name]
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.reference
+def test_the_first_updates_of_the_last_layer_are_those_of_torch():
+  """DINOv2 freezes it by a rate of 0, under which Adam's moments advance."""
+  torch = pytest.importorskip("torch")
+  program, state, batch = begin(make_spec(), weight_decay=0.04)
+  compute = jax.jit(
+    lambda state: gradients.compute_gradients(program.spec, state, batch)[1]
+  )
+  name = "heads/dino/last_layer/kernel"
+  weight = torch.nn.Parameter(torch.tensor(by_name(state.params)[name]))
+  adamw = torch.optim.AdamW([weight], lr=0.0, weight_decay=0.04)
+  moved = []
+  for step in range(7):
+    weight.grad = torch.tensor(by_name(compute(state))[name])
+    adamw.param_groups[0]["lr"] = 0.0 if step < 3 else 1e-3
+    before, theirs = by_name(state.params)[name], weight.detach().clone()
+    adamw.step()
+    state, _ = program.update(state, batch)
+    ours = by_name(state.params)[name] - before
+    theirs = (weight.detach() - theirs).numpy()
+    if step < 3:
+      assert not ours.any() and not theirs.any()
+    else:
+      assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
+      moved.append(np.sqrt(np.mean(ours**2)) / 1e-3)
+  # Without moments the first one would be sqrt(1 / (1 - b2)) times as large.
+  assert max(moved) < 1.1
 
 
 def test_a_shared_head_has_one_set_of_parameters():

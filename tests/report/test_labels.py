@@ -390,7 +390,7 @@ def test_tool_errors(labelled, tmp_path):
     ([data, out], "No label set is given"),
     ([data, out, "--boxes=nowhere"], "There is no folder of labels nowhere"),
     ([data, out, f"--depth={labelled}/boxes"], "labels of kind 'boxes'"),
-    ([f"--data={other}/*.tar", boxes, out], "is of other images"),
+    ([f"--data={other}/*.tar", boxes, out], "belongs to other images"),
     ([f"--data={tmp_path}/x*.tar", boxes, out], "x*.tar"),
   ):
     with pytest.raises(SystemExit, match="^inspect_labels: ") as raised:

@@ -108,6 +108,7 @@ def test_a_study_survives_its_json(ladder):
   assert resolve(ladder.runs[0].settings).objectives
 
 
+@pytest.mark.slow
 def test_leave_one_out_repeats_in_the_training_command():
   options = Options(groups=("vl", "ssl", "grounding"))
   study = expand(
@@ -126,6 +127,7 @@ def test_leave_one_out_repeats_in_the_training_command():
   assert "zero_shot" in keys_of(study, "evals")["without_vl"]
 
 
+@pytest.mark.slow
 def test_pairs():
   options = Options(groups=("vl", "ssl", "depth"))
   study = expand("pairs", TINY, options=options)

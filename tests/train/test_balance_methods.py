@@ -119,6 +119,25 @@ def test_uncertainty_follows_equation_10():
   np.testing.assert_allclose(actual, penalty, rtol=1e-5)
 
 
+def test_uncertainty_descends_the_total_loss():
+  """Its update follows autodiff's gradient of the total."""
+  balance, weights = Uncertainty(lr=0.1), scalars(a=1.0, b=0.5)
+  losses = {"a": 4.0, "b": 0.1}
+  means = {name: mean(value) for name, value in losses.items()}
+  state = balance.update(balance.init("ab"), means, weights)
+
+  def total(s):
+    entries = {name: {"log_variance": value} for name, value in s.items()}
+    scaled = balance.loss_weights(weights, entries)
+    weighted = sum(scaled[name] * losses[name] for name in losses)
+    return weighted + balance.penalty(weights, entries)
+
+  gradient = jax.grad(total)(scalars(a=0.0, b=0.0))
+  for name, entry in state.items():
+    moment = entry["opt_state"][0].mu
+    np.testing.assert_allclose(moment, 0.1 * gradient[name], rtol=1e-5)
+
+
 def test_uncertainty_is_bounded():
   balance = Uncertainty(lr=1.0, max_factor=10.0)
   state = balance.init("ab")

@@ -114,6 +114,7 @@ REMAT = (
     ((2, 2, 2), 1, REMAT),
     ((2, 1, 1), 4, "none"),
     pytest.param((8, 1, 1), 1, "none", marks=pytest.mark.long),
+    pytest.param((2, 4, 1), 1, "none", marks=pytest.mark.long),
   ],
   ids=str,
 )

@@ -68,7 +68,8 @@ def write_alive(folder, **changes):
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_run_of_another_host_is_known_by_its_liveness_file(tmp_path, goes_on):
-  write = functools.partial(write_alive, tmp_path)
+  now = datetime.datetime.now(datetime.UTC).isoformat()
+  write = functools.partial(write_alive, tmp_path, time=now)
   write(step=1)
   timer = threading.Timer(0.4, write, kwargs={"step": 2 if goes_on else 1})
   timer.start()
@@ -195,6 +196,28 @@ def test_remaining_files_wait_for_a_bucket_that_can_not_be_read(
   assert read_hosts(run.url) == ["a", "c"]
   run.upload_remaining()
   assert sorted(list_apart(run)) == ["log", "run.json"]
+
+
+@pytest.mark.slow
+def test_remaining_files_replace_no_newer_run_in_a_bucket(
+  gs, tmp_path, monkeypatch
+):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path))
+  url = f"{gs}/newer/run"
+  write_record(tmp_path / "a", "a")
+  write_record(tmp_path / "c", "a", "c")
+  path.upload_folder(tmp_path / "a", path.as_path(url))
+  with (
+    refused(gs, "^newer"),
+    pytest.raises(workdir.UploadError, match=r"the run: log, run\.json\."),
+    workdir.open_run_folder(url) as run,
+  ):
+    write_record(run.folder, "a", "b")
+    (run.folder / "log").touch()
+  path.upload_folder(tmp_path / "c", path.as_path(url))
+  with workdir.open_run_folder(url) as run:
+    assert read_hosts(run.folder) == ["a", "c"]
+  assert not path.is_file(f"{url}/log") and "log" in list_apart(run)
 
 
 def test_another_process_warns_of_remaining_files(run, monkeypatch, caplog):

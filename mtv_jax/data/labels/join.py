@@ -87,8 +87,8 @@ class LabelledSource(Source):
     self._labels = labels
     self.name, self.files = source.name, source.files
     self.shards = source.shards
-    of_labels = (FIELDS[label.kind] for label in labels)
-    self.fields = frozenset(source.fields).union(*of_labels)
+    label_fields = (FIELDS[label.kind] for label in labels)
+    self.fields = frozenset(source.fields).union(*label_fields)
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
@@ -153,7 +153,10 @@ def join_labels(
 
   `labels` maps each kind to a folder or to options of `open_labels`, for
   features by teacher. Label sets without any of `fields` (None: all) are not
-  opened; if none is left, returns the source.
+  opened; if none is left, returns the source unchanged.
+
+  Raises LabelError if a label set has the wrong kind, is for different records,
+  or adds fields that the source already has.
   """
   if not isinstance(labels, Mapping) or not labels:
     expected = "expected a dict of folders, such as dict(depth='labels/depth')"
@@ -270,13 +273,14 @@ class AlignedLabels(JoinedLabels):
       given_key, given_image = label_sets.read_sample(source, i) or (key, image)
       if given_key != key:
         raise LabelError(
-          f"{self.label_set!r} is of other shards: record {i} of {source!r}, in"
-          f" {file.name}, has key {given_key!r}, expected {key!r}. {_ADVICE}"
+          f"{self.label_set!r} belongs to other shards: record {i} of"
+          f" {source!r}, in {file.name}, has key {given_key!r}, expected"
+          f" {key!r}. {_ADVICE}"
         )
       if given_image != image:
         raise LabelError(
-          f"{self.label_set!r} is of other images: {key!r} in {file} has the"
-          f" same key but other bytes. {_ADVICE}"
+          f"{self.label_set!r} belongs to other images: {key!r} in {file} has"
+          f" the same key but other bytes. {_ADVICE}"
         )
 
     map_threads(check, chosen)
@@ -336,6 +340,9 @@ class KeyedLabels(JoinedLabels):
   The index is a sorted table of key hashes and label positions, 16 bytes per
   label, in a memory-mapped file that is written once. Hashes may collide, so
   the stored key decides.
+
+  Raises LabelError if no record has a label, StorageError if the table can't be
+  written.
   """
 
   def __init__(

@@ -82,6 +82,9 @@ class LabelSet:
 
   `names` and `counts` are shard names and record counts; `digest`, a hash of
   the manifest, identifies the label set.
+
+  Raises LabelError if the kind or version differs, or if files contradict the
+  manifest; MissingFileError if one is missing.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
@@ -121,8 +124,10 @@ class LabelSet:
     counts = map_threads(array_record.count_records, files)
     for file, count, expected in zip(files, counts, self.counts, strict=True):
       if count != expected:
-        problem = f"{file} contains {count} labels, {MANIFEST} lists {expected}"
-        raise LabelError(f"{problem}. Write the set again.")
+        raise LabelError(
+          f"{file} contains {count} labels, {MANIFEST} lists {expected}: they"
+          " belong to different sets. Write the set again."
+        )
 
   def __len__(self) -> int:
     return sum(self.counts)
@@ -168,11 +173,14 @@ def load_array(
     # Unlike a read, a map doesn't allocate memory if the header is wrong.
     array = np.load(file, mmap_mode="r", allow_pickle=False)
   except (ValueError, EOFError, OverflowError, SyntaxError) as error:
-    problem = f"{file} is not a .npy file, or damaged ({printable(error)})"
-    raise LabelError(f"{problem}. {fix}") from error
+    raise LabelError(
+      f"{file} is not a .npy file, or damaged ({printable(error)}). {fix}"
+    ) from error
   if (array.shape, array.dtype) != (shape, np.uint64):
-    problem = f"{file} has shape {array.shape}, expected {shape}"
-    raise LabelError(f"{problem}, and {array.dtype}, expected uint64. {fix}")
+    raise LabelError(
+      f"{file} has shape {array.shape}, expected {shape}, of {array.dtype},"
+      f" expected uint64: it belongs to another label set. {fix}"
+    )
   return array
 
 
@@ -189,18 +197,25 @@ def _load_manifest(
       " command that writes it resumes it."
     )
   if (size := path_lib.stat(file).st_size) > _MAX_MANIFEST:
-    raise LabelError(f"{file} has {size:,} bytes, at most {_MAX_MANIFEST:,}.")
+    raise LabelError(
+      f"{file} has {size:,} bytes; a manifest has at most {_MAX_MANIFEST:,}."
+      " Copy it again."
+    )
   data = path_lib.read_bytes(file)
   try:
     manifest = json.loads(data)
     version, stored = manifest["version"], manifest["kind"]
     _check_shards(manifest["shards"])
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    problem = f"not a manifest of a label set ({printable(repr(error))})"
-    raise LabelError(f"{file} is {problem}. Copy it again.") from error
+    raise LabelError(
+      f"{file} is not a manifest of a label set ({printable(repr(error))})."
+      " Copy it again, or write the labels again."
+    ) from error
   if type(version) is not int or not 1 <= version <= VERSION:
-    problem = f"of version {printable(version)}, this code reads 1 to {VERSION}"
-    raise LabelError(f"{file} is {problem}: write the labels again.")
+    raise LabelError(
+      f"{file} is of version {printable(version)}, this code reads 1 to"
+      f" {VERSION}: write the labels again."
+    )
   if stored != kind:
     stored = printable(stored)
     raise LabelError(

@@ -207,8 +207,9 @@ class LabelWriter:
     stored, read = stats["samples"], self._samples(shard, {})
     if stored != read:
       raise FileExistsError(
-        f"The labels of {self.names[shard]} in {self.out} are of other records"
-        f" (number, key, hash of the image): {stored}, now {read}. Remove it."
+        f"The labels of {self.names[shard]} in {self.out} belong to other"
+        f" records (number, key, image hash): {stored}, now {read}. Remove the"
+        f" folder {self.out}, or give another one."
       )
 
   def numbers(self, shard: int) -> range:

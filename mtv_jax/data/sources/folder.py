@@ -34,6 +34,10 @@ class FolderSource(Source):
     captions: "required" skips images without captions; "ignored" reads all
       images and no captions; "optional" reads all images, except those whose
       captions are unreadable.
+
+  Raises:
+    MissingFileError: the path or a listed file is missing.
+    InputError: no usable image is listed.
   """
 
   def __init__(

@@ -64,6 +64,10 @@ class ParquetSource(base.FileSource):
     captions: "required": a record without captions is a `BadRecord`; "ignored":
       captions are not read; "optional": the list of captions may be empty and
       the column may be missing.
+
+  Raises:
+    InputError: a file is corrupt, lacks a column or has the wrong type; two
+      files share a name; all files are empty.
   """
 
   suffix = ".parquet"

@@ -94,8 +94,10 @@ def write(
     raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
   out.mkdir(parents=True, exist_ok=True)
   if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
-    count = f"{len(existing)} shards ({existing[0]}, ...)"
-    raise FileExistsError(f"{out} already contains {count}: give another.")
+    raise FileExistsError(
+      f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
+      " remove them, or give another folder."
+    )
   report = ShardReport(total=len(examples))
   digits, tables = len(str(records_per_shard - 1)), []
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):

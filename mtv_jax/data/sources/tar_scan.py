@@ -71,7 +71,8 @@ def scan(path: PurePath) -> Scan:
       kind = ("image", ".txt", ".json")[role]
       raise TarError(
         f"{path}: key {key!r} has a second {kind} ({name!r} at offset"
-        f" {span.offset}; the first is at {spans[role].offset}). Remove it."
+        f" {span.offset}; the first is at {spans[role].offset}). Keys must be"
+        " unique: remove the duplicate, or leave the tar out of the path."
       )
     if span.size >= 1 << 32:
       raise TarError(f"{path}: {name!r} has {span.size} bytes, 4 GiB or more.")

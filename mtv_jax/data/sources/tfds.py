@@ -41,6 +41,10 @@ class TFDSSource(Source):
     name: "coco_captions", with config and version as in TFDS.
     split: a split or a part of one, "train[:90%]".
     data_dir: folder of prepared data sets; None for TFDS's default.
+
+  Raises:
+    MissingFileError: the data set was not prepared as ArrayRecord.
+    InputError: the split or an image feature is missing.
   """
 
   def __init__(

@@ -65,6 +65,12 @@ class WebDatasetSource(FileSource):
     captions: "required" skips records with neither .txt nor .json; "ignored"
       reads all images and no captions; "optional" reads all images, and
       captions that are present, not blank and readable.
+
+  Raises:
+    TarError: a tar is truncated, corrupt, compressed or repeats a key.
+    OSError: an index is missing or stale and can't be written, or a bucket
+      can't be read.
+    InputError: the tars contain no records.
   """
 
   suffix = ".tar"
@@ -312,7 +318,10 @@ class _OpenTar(abc.ABC):
       not key_start < key_end <= len(self._keys)
       or max(ends, default=self._size + 1) > self._size
     ):
-      raise TarError(f"{self._index} is damaged at record {i}: remove it.")
+      raise TarError(
+        f"The index {self._index} is damaged at record {i}: remove it; it is"
+        " rebuilt."
+      )
     key = self._keys[key_start:key_end].tobytes().decode(errors="replace")
     check_sizes(key, self.path.name, *(size for _, size in spans))
     start = min(at for at, _ in present)

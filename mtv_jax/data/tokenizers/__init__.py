@@ -36,6 +36,9 @@ def build_tokenizer(
   `spec` is "bytes", "words" (of the built-in scenes), or the path of a
   SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json").
   `clean` is "none", "lower" or "canonicalize".
+
+  Raises MissingFileError, InputError for unsupported files, or ConfigError if
+  `spec` is not set.
   """
   spec = os.fspath(spec)
   if not spec:

@@ -149,13 +149,21 @@ class TrainedProbe(ClassificationProbe):
         "%s: %d steps of %d crops are %d times the %d training images%s, so "
         "features are computed once; set augment='crops' to encode crops, or "
         "published=True to train in full as published",
-        *(name, steps, batch, encoded // images, images),
+        name,
+        steps,
+        batch,
+        encoded // images,
+        images,
         ", as many as a shortened schedule has" if is_capped else "",
       )
     if augment == "crops":
       log.info(
         "%s: encodes %d random crops (%d steps of %d) of %d training images",
-        *(name, encoded, steps, batch, images),
+        name,
+        encoded,
+        steps,
+        batch,
+        images,
       )
     return augment
 

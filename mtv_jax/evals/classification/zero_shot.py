@@ -81,17 +81,19 @@ class ZeroShot(Evaluator):
     given = prompts.read_prompts(self.prompts) if self.prompts else None
     candidates = match_candidates(data, given, keep=self.classes)
     if self.templates:
-      named = prompts.replace_templates(candidates.named, self.templates)
-      candidates = candidates._replace(named=named)
+      class_prompts = prompts.replace_templates(
+        candidates.prompts, self.templates
+      )
+      candidates = candidates._replace(prompts=class_prompts)
     return data, candidates
 
   def run(self, encoder: Encoder) -> Result:
     """Returns accuracies among the candidate classes."""
     require_text(encoder)
     data, candidates = self._set
-    named, labels = candidates.named, candidates.labels
+    class_prompts, labels = candidates.prompts, candidates.labels
     encoder = global_features.with_view(encoder, self.view)
-    classifier = text_classifier(encoder.text, named, clean=self.clean)
+    classifier = text_classifier(encoder.text, class_prompts, clean=self.clean)
     options = {"outputs": ("pooled",), "batch_size": self.batch_size}
     embeddings = normalize(encoder.image(data.images, **options).pooled)
     accuracies, chance = class_accuracies(
@@ -101,9 +103,9 @@ class ZeroShot(Evaluator):
       **encoder.protocol(),
       "view": self.view,
       **data.protocol(),
-      "classes": len(named.classes),
+      "classes": len(class_prompts.classes),
       "classes_scored": candidates.keep,
-      **named.protocol(),
+      **class_prompts.protocol(),
       "clean": self.clean,
       "similarity": "cosine, float32, highest matmul precision",
       "ties": ranking.TIE_RULE,
@@ -183,7 +185,7 @@ def real_accuracy(
 
 def text_classifier(
   embed: Callable[[list[str]], Float32[np.ndarray, "n e"]],
-  named: prompts.Prompts,
+  class_prompts: prompts.Prompts,
   *,
   clean: str = "tokenizer",
 ) -> Float32[np.ndarray, "c e"]:
@@ -192,23 +194,25 @@ def text_classifier(
   Equal names are embedded once, so that their vectors are bit-identical and
   ties go to the lowest index (ImageNet has "missile" and "sunglasses" twice).
   """
-  names = list(dict.fromkeys(named.classes))
+  names = list(dict.fromkeys(class_prompts.classes))
   vectors = {}
   for start in range(0, len(names), _CLASSES):
     chunk = names[start : start + _CLASSES]
-    strings = [t.replace("{}", name) for name in chunk for t in named.templates]
+    strings = [
+      t.replace("{}", name) for name in chunk for t in class_prompts.templates
+    ]
     if clean == "canonicalize":
       strings = [tokenizers.canonicalize(string) for string in strings]
     embedded = normalize(embed(strings))
-    by_class = embedded.reshape(len(chunk), len(named.templates), -1)
+    by_class = embedded.reshape(len(chunk), len(class_prompts.templates), -1)
     vectors.update(zip(chunk, normalize(by_class.mean(axis=1)), strict=True))
-  return np.stack([vectors[name] for name in named.classes])
+  return np.stack([vectors[name] for name in class_prompts.classes])
 
 
 class Candidates(NamedTuple):
   """Candidate classes, and the images' labels."""
 
-  named: prompts.Prompts
+  prompts: prompts.Prompts
   labels: Int[np.ndarray, " n"]  # of the images
   # Label of each class, -1 if absent from the data; None: the class index.
   ids: Int[np.ndarray, " c"] | None
@@ -229,7 +233,7 @@ def match_candidates(
   if data.groups is not None and full:
     return _match_groups(data, given, keep=keep or "dataset")
   keep = keep or ("dataset" if data.subset else "all")
-  named, labels = match_classes(data, given, keep=keep)
+  class_prompts, labels = match_classes(data, given, keep=keep)
   accepted = data.accepted
   if accepted is not None:
     if not full or keep != "all":
@@ -244,7 +248,7 @@ def match_candidates(
       )
     order = _imagenet_order(given)
     accepted = tuple(tuple(order[i] for i in own) for own in accepted)
-  return Candidates(named, labels, None, keep, accepted)
+  return Candidates(class_prompts, labels, None, keep, accepted)
 
 
 def _match_groups(
@@ -304,10 +308,11 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
       f"{data.name} has labels but no class names: give a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
-  named, ids = data.classes, class_folders.WORDNET_ID
+  classes, ids = data.classes, class_folders.WORDNET_ID
   # Up to ten numbers may be digits.
-  numbers = named if class_folders.are_numbers(named) and named[10:] else ()
-  if not_names := [*filter(ids.fullmatch, named), *numbers]:
+  too_many_digits = class_folders.are_numbers(classes) and classes[10:]
+  numbers = classes if too_many_digits else ()
+  if not_names := [*filter(ids.fullmatch, classes), *numbers]:
     raise InputError(
       f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
       "and not names. Give a prompt file: mtv-jax make_prompts writes "
@@ -315,8 +320,8 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
     )
   if data.templates is None:
     _canonical_names(data)
-    return prompts.Prompts(classes=named)
-  return prompts.Prompts(named, data.templates, name=data.name)
+    return prompts.Prompts(classes=classes)
+  return prompts.Prompts(classes, data.templates, name=data.name)
 
 
 def _canonical_names(data: ClassificationSet) -> list[str]:

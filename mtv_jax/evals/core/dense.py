@@ -121,7 +121,10 @@ class PaddedView:
     """Resizes and pads an image in 0..255, to float32."""
     if image.shape[:2] != self.size:
       got, expected = (f"{h} x {w}" for h, w in (image.shape[:2], self.size))
-      raise InputError(f"an image of {got} among images of {expected}")
+      raise InputError(
+        f"an image of {got} among images of {expected}; all images must have "
+        "one size"
+      )
     height, width = self.input_size
     if self.size != self.input_size:
       shrinks = height * width < self.size[0] * self.size[1]

@@ -154,9 +154,9 @@ def last_blocks(
   chunk = max(batch_size, _CHUNK_BYTES // each // batch_size * batch_size)
   parts = []
   for start in range(0, len(images), chunk):
-    some = range(start, min(start + chunk, len(images)))
+    chunk_indices = range(start, min(start + chunk, len(images)))
     out = run(
-      select_images(images, some),
+      select_images(images, chunk_indices),
       layers=layers,
       outputs=("patches", "prefix" if cls else "pooled"),
       batch_size=batch_size,

@@ -101,7 +101,8 @@ def open_frames(
     if depth.shape != image.shape[:2]:
       raise InputError(
         f"{files[i][0]} is {image.shape[0]}x{image.shape[1]} (rotated by its "
-        f"EXIF) and its depth {depth.shape[0]}x{depth.shape[1]}"
+        f"EXIF) and its depth {depth.shape[0]}x{depth.shape[1]}; expected "
+        "equal sizes"
       )
     focal, centre = camera(i, depth.shape)
     return Frame(image, depth, focal, fields["poses"][i], centre)

@@ -57,11 +57,16 @@ class OnnxDetector:
     mesh: this host's mesh; sets only the batch, the model runs on the CPU.
     batch_size: images per device.
     dtype: unused; the file determines the dtype.
-    decoder: see the top of the file.
+    decoder: a key of `DECODERS`, or MODULE:NAME of a `Decoder`.
     size: side or (height, width) of the input, if the file leaves it open.
     threshold: minimum score, exclusive; default: the decoder's.
     nms: see `detections.select`; default: the decoder's.
     max_boxes, min_side, max_area: see `detections.select`.
+
+  Raises:
+    ImportError: onnxruntime is not installed.
+    MissingFileError: a file is missing.
+    InputError: the file, the names and the decoder don't match.
   """
 
   kind = "boxes"
@@ -339,7 +344,7 @@ DECODERS: dict[str, Decoder] = {"fastestdet": FastestDet()}
 
 
 def get_decoder(name: str) -> Decoder:
-  """Returns a decoder by name, see the top of the file."""
+  """Returns a decoder: a key of `DECODERS`, or MODULE:NAME of a `Decoder`."""
   if name in DECODERS:
     return DECODERS[name]
   if not PLUGIN.fullmatch(name):

@@ -157,6 +157,11 @@ class Owlv2Expert:
     nms, max_boxes, min_side, max_area: see `detections.select`.
     prompts: texts with a `{}` for the phrase, whose logits are averaged, or
       "ensemble" for `ENSEMBLE`.
+
+  Raises:
+    MissingFileError: the folder or its tokenizer is missing.
+    ConversionError: the folder has a different or an incomplete model.
+    InputError: `prompts` or `size` is invalid.
   """
 
   kind = "boxes"
@@ -343,7 +348,8 @@ def pad_to_square(
   sigma = max(shrink - 1, 0) / 2
   radius = int(_TRUNCATE * sigma + 0.5)
   # The difference from grey is 0 in the padding. Allocates only the part that
-  # the blurred image reaches: a banner's square may be huge.
+  # the blurred image reaches: padding an elongated image to a square may be
+  # large.
   margin = 2 * radius + math.ceil(shrink) + 2
   pad = [min(margin, side - n) for n in image.shape[:2]]
   pixels = np.zeros(

@@ -102,5 +102,6 @@ def contrastive_head(heads: Mapping[str, Any]) -> str:
   if len(scaled) == 1:
     return scaled[0]
   raise InputError(
-    f"The heads {scaled} of {sorted(heads)} have a temperature; expected one."
+    "Expected one head with a temperature (logit_scale), or one named "
+    f"'contrastive'; {scaled or 'none'} of {sorted(heads)} have one."
   )

@@ -22,7 +22,7 @@ from mtv_jax.models import layers
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.heads import base
 from mtv_jax.models.positions import resize_grid
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 from mtv_jax.utils.resampling import resize_matrix
 
 STAGES = 4
@@ -244,6 +244,10 @@ class DPT(nn.Module):
     `stages` are the tokens as maps, shallow to deep; `size` is the prediction's
     rows and columns, in Depth Anything the image's.
     """
+    check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
+    check_choice("DPT.activation", self.activation, ("none", "relu"))
+    if len(stages) != STAGES:
+      raise InputError(f"DPT reads {STAGES} stages, got {len(stages)}.")
     maps = []  # [B, h_i, w_i, features]
     for i, x in enumerate(stages):
       if self.tap_norm == "layer":

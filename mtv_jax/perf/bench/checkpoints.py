@@ -54,7 +54,7 @@ def run(
       step = timer.median_step(steps)
       costs = [_time_save(timer, saver, 2 + i, step) for i in range(saves)]
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(timer.state))
-  stolen = [blocked + slowed for blocked, slowed in costs]
+  overhead = [blocked + slowed for blocked, slowed in costs]
   blocked, slowed = (statistics.median(x) for x in zip(*costs, strict=True))
   result = harness.BenchResult(
     batch_size=timer.experiment.config.batch_size,
@@ -68,23 +68,23 @@ def run(
   text = "{{:.0f}} MB/s; disk alone {:.0f} MB/s".format
   label, limit = "save, until on disk", text(disk["write"] / 1e6)
   add("save", size / saving.wall, label, limit, 1e6)
-  of_save = f"{{:.2f}} s ({checksum / saving.wall:.1%} of the save)"
-  add("checksum", checksum, "  its checksums", of_save)
+  template = f"{{:.2f}} s ({checksum / saving.wall:.1%} of the save)"
+  add("checksum", checksum, "  its checksums", template)
   limit = text(disk["read"] / 1e6)
   add("restore", size / restoring.wall, "restore", limit, 1e6)
   add("step", step, "a step", "{:.2f} s")
   add("blocked", blocked, "save() blocks the loop", "{:.2f} s")
-  add("slowed", slowed, "and slows steps, in total", "{:.2f} s")
-  add("stolen", stolen)
-  median = statistics.median(stolen)
-  text = f"{min(stolen):.2f} to {max(stolen):.2f} s a save, {saves} saves"
+  add("slowed", slowed, "slowdown of later steps, total", "{:.2f} s")
+  add("stolen", overhead)
+  median = statistics.median(overhead)
+  text = f"{min(overhead):.2f} to {max(overhead):.2f} s a save, {saves} saves"
   share = median / (every * step + median)
   add("share", share, "share of the run", f"{{:.2%}} ({text})")
   return result
 
 
 def _time_save(
-  timer: StepTimer, saver: Checkpointer, number: int, usual: float
+  timer: StepTimer, saver: Checkpointer, number: int, step_seconds: float
 ) -> tuple[float, float]:
   """Seconds that a save blocks the loop, and that it slows later steps by."""
   blocked = harness.time_call(lambda: saver.save(number, timer.state))
@@ -93,7 +93,7 @@ def _time_save(
     times.append(timer.time_step())
   times.append(timer.time_step())
   saver.wait()
-  return blocked, sum(times) - usual * len(times)
+  return blocked, sum(times) - step_seconds * len(times)
 
 
 def disk_speed(folder: pathlib.Path) -> dict[str, float]:

@@ -60,7 +60,7 @@ class CompilePlan(TrainStep):
     return bool(measures or self.length.steps(config.log.gradients))
 
   @property
-  def runs_norms(self) -> bool:
+  def may_measure_norms(self) -> bool:
     """Whether the run may measure gradient norms, including at spikes."""
     return self.measures_norms or bool(self.config.log.spikes)
 

@@ -246,7 +246,7 @@ def find_remat(
     plan = make_plan(remat)
     compiled = compile_lib.compile_step(plan, explain=False)
     peak, norms = _agree_on_peak(compiled), None
-    if plan.runs_norms and peak is not None and peak <= budget:
+    if plan.may_measure_norms and peak is not None and peak <= budget:
       norms = compile_lib.compile_norms(plan)
       more = _agree_on_peak(norms)
       peak = None if more is None else max(peak, more)
@@ -294,7 +294,10 @@ class Proposal:
 def candidates(
   config: RunConfig, chips: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-  """Yields overrides, cheapest first, and how much they divide activations."""
+  """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
+
+  Yields `('KEY=VALUE', ...)` overrides and the factor that divides activations.
+  """
   base = ()
   if config.model.remat != "full":
     base = ("model.remat=full",)

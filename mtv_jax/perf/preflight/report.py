@@ -50,7 +50,7 @@ class Report:
     return self.compiled.fits and (self.norms is None or self.norms.fits)
 
   @property
-  def useful(self) -> float | None:
+  def useful_flops_share(self) -> float | None:
     """Model FLOPs over the compiled program's FLOPs; None if unknown."""
     if not self.compiled.flops:
       return None
@@ -134,7 +134,7 @@ class Report:
       "refusal": compiled.refusal or None,
       "model_flops": self.model_flops,
       "compiled_flops_per_chip": compiled.flops or None,
-      "useful": self.useful,
+      "useful": self.useful_flops_share,
       "hbm_bytes_per_chip": compiled.hbm_bytes or None,
       "host_bytes_per_chip": compiled.host_bytes,
       "estimated_cycles": compiled.cycles or None,
@@ -279,10 +279,10 @@ class Report:
   def _flops(self) -> list[str]:
     total, per_chip = self.model_flops, self.model_flops / self.plan.mesh.size
     lines = [f"model FLOPs per step: {total:.4g}, per chip: {per_chip:.4g}"]
-    if self.useful is not None:
+    if (useful := self.useful_flops_share) is not None:
       lines.append(
         f"  the program does {self.compiled.flops:.4g} per chip: "
-        f"{self.useful:.1%} of it is useful, the rest is recomputation"
+        f"{useful:.1%} of it is useful, the rest is recomputation"
       )
     if bound := self.roofline:
       lines.append(
@@ -414,6 +414,7 @@ def table_row(config: str, report: Report, *changes: str) -> str:
   """Formats a report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
+  useful = report.useful_flops_share
   cells = [
     " ".join([config, *changes]),
     topology.name,
@@ -421,7 +422,7 @@ def table_row(config: str, report: Report, *changes: str) -> str:
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
     f"{memory.limit / 2**30:.2f} GiB" if memory and memory.limit else "",
     f"{report.model_flops / 1e15:.2f}",
-    f"{report.useful:.0%}" if report.useful else "-",
+    f"{useful:.0%}" if useful else "-",
     f"{received:.2f} GB",
     importlib.metadata.version("libtpu") if topology.is_tpu else "",
   ]

@@ -218,7 +218,8 @@ class OptimConfig:
   clip_norm: NonNegativeFloat = 1.0  # 0 disables clipping.
   # Clips the global norm, or the norm of each tower and head separately.
   clip_by: Literal["global", "module"] = "global"
-  rules: tuple[Any, ...] = ()  # Pairs (regex, dict(...)), see `param_rules`.
+  # Pairs (regex, dict(...)), see the module docstring.
+  rules: tuple[Any, ...] = ()
   options: Mapping[str, Any] = further_options()  # Fields of the class.
 
   def scale_lr(self, batch_size: int) -> float:

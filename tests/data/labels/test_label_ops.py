@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from label_samples import entry, ramp
+from label_samples import entry, keyed, ramp
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.join import join_labels
@@ -176,6 +176,22 @@ def batches(config, steps, **options):
   options = {"batch_size": 8, "seed": 1, "tokenizer": TOKENIZER} | options
   with make_loader({"ops": OPS, **config}, **options) as loader:
     return [next(loader) for _ in range(steps)], loader.stats
+
+
+@pytest.mark.slow
+def test_workers_and_hosts_read_the_same_labels(labelled, copy):
+  config = {"train": [entry(labelled, **keyed(copy))]}
+  here, stats = batches(config, 2)
+  there, counted = batches(config | {"workers": 1}, 2)
+  halves = [
+    batches(config, 2, process_index=i, process_count=2)[0] for i in (0, 1)
+  ]
+  for step, batch in enumerate(here):
+    for name, values in batch.items():
+      np.testing.assert_array_equal(there[step][name], values)
+      both = np.concatenate([half[step][name] for half in halves])
+      np.testing.assert_array_equal(both, values)
+  assert stats.dropped == counted.dropped and sum(stats.dropped.values()) > 0
 
 
 def test_random_numbers_of_an_op_are_independent():

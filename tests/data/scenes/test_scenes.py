@@ -51,6 +51,8 @@ def test_scenes_equal_those_of_earlier_versions():
 
 
 def test_shapes_and_types(rendered):
+  assert len(scenes.CLASS_NAMES) >= 12
+  assert len(world_lib.COLOURS) >= 10 and len(world_lib.TEXTURES) >= 6
   assert scenes.SEGMENT_NAMES[2:] == scenes.CLASS_NAMES
   assert {len(scene.objects) for scene in rendered} == {1, 2, 3, 4, 5}
   for scene in rendered[:20]:

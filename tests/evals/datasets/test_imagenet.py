@@ -174,7 +174,7 @@ def test_ten_numbers_are_digits(tmp_path, write_image):
   for digit in range(10):
     write_image(tmp_path / str(digit) / "1.png", "red")
   data = registry.open_classification(tmp_path)
-  assert match_candidates(data, None, keep=None).named.classes[3] == "3"
+  assert match_candidates(data, None, keep=None).prompts.classes[3] == "3"
   words = Prompts(("zero", "one", "two", "three"))
   with pytest.raises(InputError, match="labels up to 9"):
     match_candidates(data, words, keep=None)

@@ -87,7 +87,7 @@ def test_inputs_are_padded_with_the_mean_on_all_sides():
   assert (padded[6:36, 5:50] == 0).all()
   np.testing.assert_allclose(padded[0, 0], 255 * np.array(mean))
   assert (padded.any(-1)).sum() == 42 * 56 - 30 * 45
-  with pytest.raises(ValueError, match="29 x 45 among images of 30 x 45"):
+  with pytest.raises(ValueError, match="29 x 45 among images of 30 x 45; all"):
     view.pad(image[1:])
 
 
@@ -169,6 +169,12 @@ def test_features_of_the_protocols(protocol, cls, fields, blocks, channels):
 
 def scenes():
   return DepthProbe(count=2)._set("test", 32)
+
+
+def test_the_defaults_of_scenes_hold_for_a_mapping():
+  evaluator = DepthProbe(data={"type": "scenes", "length": 2})
+  assert len(evaluator._set("train", 32).images) == 2
+  assert evaluator._set("test", 32).images[0].shape == (32, 32, 3)
 
 
 SMALL = {"train_count": 24, "count": 10, "steps": 40, "batch_size": 8}

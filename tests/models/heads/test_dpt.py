@@ -9,6 +9,7 @@ import pytest
 from random_trees import fill
 
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -83,3 +84,20 @@ def test_every_parameter_has_a_gradient():
   )(params)
   for name, grad in flatten_with_names(grads):
     assert np.abs(grad).max() > 0, name
+
+
+@pytest.mark.parametrize(
+  ("fields", "count", "error", "match"),
+  [
+    ({}, 3, InputError, "DPT reads 4 stages, got 3"),
+    ({}, 5, InputError, "DPT reads 4 stages, got 5"),
+    ({"activation": "relo"}, 4, ConfigError, "mean 'relu'"),
+    ({"tap_norm": "layr"}, 4, ConfigError, "mean 'layer'"),
+  ],
+)
+def test_wrong_stages_and_options(fields, count, error, match):
+  head = dpt.DPT(features=8, channels=(4, 8, 8, 16), **fields)
+  stages = [jax.ShapeDtypeStruct((1, 2, 2, 16), "float32")] * count
+  init = functools.partial(head.init, size=(8, 8))
+  with pytest.raises(error, match=match):
+    jax.eval_shape(init, jax.random.key(0), stages)

@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from numpy_transformer import NumpyTransformer
@@ -109,6 +110,43 @@ def test_a_tenth_of_a_patch_changes_the_embedding(
   result = embed(params, patches, jnp.asarray(boxes[None], jnp.float32))[0]
   gaps = np.linalg.norm(result[1:] - result[:1], axis=-1)
   assert (gaps > 1e-3 * np.linalg.norm(result[0])).all()
+
+
+@pytest.mark.slow
+def test_prompter_learns_the_content_of_a_box():
+  """Patches encode their position and the content of their quarter."""
+  module, classes = prompter.Prompter(1), 4
+  rows, columns = np.divmod(np.arange(16), 4)
+  quarter = rows // 2 * 2 + columns // 2
+  corners = np.array([[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]], np.float32)
+  boxes = jnp.tile(np.concatenate([corners, corners + 0.5], 1), (32, 1, 1))
+  where = jnp.tile(jnp.eye(16), (32, 1, 1))
+
+  def loss(params, key):
+    what = jax.random.randint(key, (32, 4), 0, classes)
+    seen = jax.nn.one_hot(what[:, quarter], 16)
+    patches = jnp.concatenate([where, seen], -1)
+    logits = module.apply({"params": params}, patches, boxes, classes)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, what).mean()
+
+  tx = optax.adam(1e-2)
+
+  def step(carry, key):
+    value, gradient = jax.value_and_grad(loss)(carry[0], key)
+    updates, state = tx.update(gradient, carry[1])
+    return (optax.apply_updates(carry[0], updates), state), value
+
+  @jax.jit
+  def train(key):
+    patches = jnp.zeros((32, 16, 32))
+    params = module.init(key, patches, boxes, classes)["params"]
+    keys = jax.random.split(key, 60)
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+
+  history = np.asarray(train(jax.random.key(0)))
+  # Without the box, the best guess mixes four quarters: over one nat.
+  assert history[:3].mean() > 1.2
+  assert history[-5:].mean() < 0.3
 
 
 def test_sinusoids_differ_between_the_ends_of_the_image():

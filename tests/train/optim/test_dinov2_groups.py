@@ -5,7 +5,7 @@
 configs, at batch sizes 1,024, 2,048 and 3,072: multipliers by block, schedules
 at some steps. This file run as a command prints our side:
 
-  python tests/train/test_dinov2_groups.py vitl16_short
+  python tests/train/optim/test_dinov2_groups.py vitl16_short
 """
 
 import functools

@@ -365,3 +365,38 @@ def test_a_run_resumes_on_two_processes(on_eight_devices, tmp_path):
   for step, loss in expected.items():
     assert actual[step] == pytest.approx(loss, abs=1e-5), step
   assert figures(workdir) == figures(on_eight_devices) != {}
+
+
+@pytest.mark.long
+def test_four_processes_resume_a_run_of_two(tmp_path):
+  """And equal one process that was not interrupted."""
+  single, workdir = tmp_path / "single", tmp_path / "run"
+  trainings.train(single, devices=4, arg="steps=8,save=4")
+
+  def train(count, devices, save):
+    options = dict(devices=devices, arg=f"steps=8,save={save}")
+    keep = "--config.checkpoint.keep=8"
+    with trainings.together(workdir, count, keep, **options) as running:
+      for process in running:
+        trainings.finish(process, workdir)
+
+  train(2, 2, 1)
+  # As if the two processes had been stopped after four steps.
+  for step in (5, 6, 7, 8):
+    shutil.rmtree(workdir / "checkpoints" / f"{step}")
+  train(4, 1, 4)
+  assert "Resumed" in trainings.log(workdir)
+  actual, expected = map(trainings.losses, (workdir, single))
+  assert actual == pytest.approx(expected, abs=1e-5)
+  assert figures(workdir) == figures(single) != {}
+  actual, expected = map(trainings.params, (workdir, single))
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    # A key's bias moves no attention, and Adam follows its rounding errors:
+    # columns are ordered (head, q|k|v, dim), of two heads.
+    pair = actual[name], value
+    if name.endswith("attention/qkv/bias"):
+      shape = -1, 2, 3, value.shape[-1] // 6
+      pair = (x.reshape(shape)[:, :, [0, 2]] for x in pair)
+    # It divides by the root of squares that are near zero at first.
+    np.testing.assert_allclose(*pair, rtol=1e-7, atol=1e-4, err_msg=name)
