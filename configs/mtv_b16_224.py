@@ -61,7 +61,7 @@ def get_config(arg=None):
   siglip = {k: v for k, v in arg.items() if k != "shared_crop"}
   config = read_config("siglip_b16_224", **siglip)
   config.batch_size = arg.batch or (16 if arg.tiny else 16_384)
-  ops = "decode|canvas(384)|caption(64)|depth(128)|regions(4)"
+  ops = "decode|canvas(384)|caption(64)|depth(96)|regions(4)"
   config.data.ops = ops
   config.data.train[0]["labels"] = dict(
     depth="/data/web_depth", boxes="/data/web_boxes"

@@ -62,6 +62,7 @@ def get_config(arg=None):
   config.data = dict(
     train=[dict(type="webdataset", path="/data/web/{00000..09999}.tar")],
     ops=f"decode|canvas({arg.res})|caption(64)",
+    shuffle="lanes",
   )
   config.views = dict(image=dict(count=1, ops=f"resize({arg.res})"))
   config.model = dict(
@@ -109,6 +110,7 @@ def get_config(arg=None):
       data=dict(
         train=[dict(type="scenes", size=32)],
         ops="decode|canvas(32)|caption(64)",
+        shuffle="global",
       ),
       views=dict(image=dict(ops="resize(32)")),
       model=dict(

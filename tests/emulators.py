@@ -2,13 +2,16 @@
 
 `python tests/emulators.py gs|s3 PORT` runs one. Google's adds to
 gcp-storage-emulator the features that tensorstore's conditional writes need:
-the header of an object's generation, and the condition on it. It refuses to
-write objects whose names match the regular expression that `REFUSED` contains.
+the header of an object's generation, and the condition on it of writes and
+deletions. It refuses to write objects whose names match the regular expression
+that `REFUSED` contains, and logs its requests in the file of the variable
+`LOG`.
 """
 
 import contextlib
 import ctypes
 import http
+import http.server
 import importlib.util
 import os
 import re
@@ -24,6 +27,8 @@ from collections.abc import Iterator
 import pytest
 
 REFUSED = ".refused"  # An object of the bucket.
+LOG = "MTV_JAX_TEST_REQUESTS"
+LATENCY = "MTV_JAX_TEST_LATENCY"  # Seconds of each request; then in threads.
 
 
 def _require(*modules: str) -> None:
@@ -48,7 +53,7 @@ def _run_server(
       [sys.executable, __file__, store, str(port)],
       stdout=log,
       stderr=subprocess.STDOUT,
-      env={**os.environ, "PYTHONWARNINGS": "default"},
+      env={**os.environ, **env, "PYTHONWARNINGS": "default"},
     )
     try:
       deadline = time.monotonic() + 60
@@ -71,12 +76,30 @@ def _run_server(
 
 
 @contextlib.contextmanager
-def google_storage() -> Iterator[str]:
-  """The URL of a bucket of Google's store."""
+def count_requests() -> Iterator[list[tuple[str, str, int]]]:
+  """A list of method, path and response bytes, filled at the end of a block.
+
+  Of the requests to `google_storage`.
+  """
+  with open(os.environ[LOG], encoding="utf-8") as log:
+    log.seek(0, os.SEEK_END)
+    requests = []
+    yield requests
+    for line in log:
+      method, path, size = line.split()
+      requests.append((method, path, int(size)))
+
+
+@contextlib.contextmanager
+def google_storage(*, latency: float = 0.0) -> Iterator[str]:
+  """The URL of a bucket of Google's store, which answers after `latency` s."""
   _require("gcsfs", "gcp_storage_emulator")
   port = free_port()
   url = f"http://localhost:{port}"
+  log = tempfile.mkstemp(prefix="requests")[1]
   env = {
+    LOG: log,
+    LATENCY: str(latency),
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
     # Only asks Google which kind a bucket is.
@@ -85,6 +108,7 @@ def google_storage() -> Iterator[str]:
   }
   with _run_server("gs", port=port, env=env):
     yield "gs://bucket"
+  os.remove(log)
 
 
 @contextlib.contextmanager
@@ -143,9 +167,29 @@ def _serve_google_storage(port: int) -> None:
         return
     write(request, response, storage, *args, **kwargs)
 
-  send, write = objects.download, objects.insert
+  def delete(request, response, storage, *args, **kwargs):
+    (wanted,) = request.query.get("ifGenerationMatch", [None])
+    where = request.params["bucket_name"], request.params["object_id"]
+    if wanted not in (None, read_generation(storage, *where)):
+      response.status = http.HTTPStatus.PRECONDITION_FAILED
+      return
+    remove(request, response, storage, *args, **kwargs)
+
+  def close(response):
+    time.sleep(latency)
+    handler = response._handler
+    line = f"{handler.command} {handler.path} {len(response._content)}\n"
+    os.write(log, line.encode())
+    close_response(response)
+
+  if latency := float(os.environ[LATENCY]):
+    server.server.HTTPServer = http.server.ThreadingHTTPServer
+    server.server.HTTPServer.request_queue_size = 256
+  log = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND)
+  close_response, server.Response.close = server.Response.close, close
+  send, write, remove = objects.download, objects.insert, objects.delete
   objects.download, objects.insert = download, insert
-  replaced = {send: download, write: insert}
+  replaced = {send: download, write: insert, remove: delete}
   for _, handlers in server.HANDLERS:
     for method, handler in handlers.items():
       handlers[method] = replaced.get(handler, handler)

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 
+from mtv_jax.data.labels import label_writer
 from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.sources import array_record, listings
@@ -54,13 +55,19 @@ def outcome(kind, i):
 
 def make_set(out, base, kind, key=lambda key: key, of=outcome):
   writer = LabelWriter(out, kind=kind, base=base, settings={"of": "the test"})
-  for shard in writer.todo():
-    writer.write(
-      shard,
-      [Entry(key(base[i]["key"]), of(kind, i)) for i in writer.numbers(shard)],
-    )
-  writer.finish()
+
+  def make_entries(numbers):
+    return (Entry(key(base[i]["key"]), of(kind, i)) for i in numbers)
+
+  label_writer.write_all(writer, make_entries)
   return out
+
+
+def write_shard(writer, shard, entries):
+  """Writes the missing parts of a shard, given its entries by record."""
+  for part in writer.todo(shard)[shard]:
+    writer.write(part, entries(part.numbers))
+  writer.join(shard)
 
 
 def make_all(folder):

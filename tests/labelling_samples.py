@@ -29,7 +29,7 @@ from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import PreparedInput
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
-from mtv_jax.parallel.mesh import HostRows, make_mesh
+from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils import atomic
 
 SHAPES = ((12, 18), (18, 12), (12, 12))
@@ -192,9 +192,8 @@ def main(kind, base, out, delay, coordinator=None, process="0"):
   )
   expert = EXPERTS[kind](delay=float(delay))
   print("ready", flush=True)
-  host = HostRows(jax.process_index(), jax.process_count())
   with errors.readable_errors("label"):
-    labelling.run(expert, open_base(base), out, host=host, threads=2)
+    labelling.run(expert, open_base(base), out, threads=2)
 
 
 if __name__ == "__main__":

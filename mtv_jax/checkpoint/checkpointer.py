@@ -6,10 +6,11 @@ of a checkpoint.
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,12 @@ from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
 from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
-from mtv_jax.parallel.distributed import any_process
-from mtv_jax.utils.errors import UserError, printable
+from mtv_jax.parallel.distributed import (
+  any_process,
+  gather_json,
+  name_processes,
+)
+from mtv_jax.utils.errors import StorageError, UserError, printable
 from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -87,8 +92,9 @@ class RetrySchedule:
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
-  Every process must call every method in the same order. The processes agree
-  on the outcome of each save:
+  Every process must call every method in the same order. The steps of the
+  checkpoints are those that process 0 lists, and the processes agree on the
+  outcome of each restore and save:
 
     idle     `save` starts a save, which is then pending.
     pending  `poll`, called every step, checks whether the save has completed,
@@ -174,8 +180,11 @@ class Checkpointer:
     """
     if error := self._finish():
       log.warning("%s", error)
-    if step in self._cached_steps():
+    is_known = step in self.listed_steps()
+    if gather_json(is_known)[0]:
       return
+    if is_known:  # By this process alone, where Orbax would raise.
+      self._open_manager().reload()
     self._before_save()
     flat = _flat(state)
     for name, leaf in flat.items():
@@ -272,8 +281,8 @@ class Checkpointer:
     except Exception as error:
       log.warning("%s can't be opened: %s", self.folder, error)
 
-  def _cached_steps(self) -> list[int]:
-    """Steps of the complete checkpoints known to the manager."""
+  def listed_steps(self) -> list[int]:
+    """Steps of the complete checkpoints that this process has listed."""
     manager = self._manager
     return sorted(manager.all_steps()) if manager else self._list_steps()
 
@@ -284,9 +293,12 @@ class Checkpointer:
       return []
 
   def steps(self) -> list[int]:
-    """Steps of all complete checkpoints; waits for the pending save."""
+    """Steps of all complete checkpoints, as process 0 lists them.
+
+    Waits for the pending save.
+    """
     self.wait()
-    return self._cached_steps()
+    return gather_json(self.listed_steps())[0]
 
   def restore(
     self,
@@ -296,6 +308,9 @@ class Checkpointer:
     latest_good: bool = False,
   ) -> Restored | None:
     """Restores and verifies a checkpoint, possibly saved on another mesh.
+
+    If any process can't read or verify it, all processes read it once more, and
+    then all raise.
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
@@ -334,26 +349,31 @@ class Checkpointer:
   def _restore(
     self, abstract_state: Any, step: int, steps: Sequence[int]
   ) -> Restored:
-    path, error = self.folder / str(step), None
     try:
-      with reading.report_damage(self.folder, step, steps):
-        stored = reading.read_checksums(path)
-        saved = reading.read_index(path / "state", stored)
-        flat = {
-          aliases.find_stored_name(name, saved): leaf
-          for name, leaf in _flat(abstract_state).items()
-        }
-        _require_same(saved, flat, str(path))
-        restore_args = {name: _restore_args(x) for name, x in flat.items()}
-        arrays = reading.read_arrays(path / "state", flat, restore_args)
-        timing = reading.read_timing(path)
-    except DamagedCheckpointError as damage:
-      error = damage
-    if any_process(error is not None):
-      raise error or DamagedCheckpointError(
-        f"{path} is damaged: another process can't read it."
-      )
-    with reading.report_damage(self.folder, step, steps):
+      return self._read(abstract_state, step, steps)
+    except (DamagedCheckpointError, StorageError) as error:
+      log.warning("%s\nIt is read once more.", str(error))
+    gc.collect()  # Tracebacks hold the arrays, in cycles.
+    return self._read(abstract_state, step, steps)
+
+  def _read(
+    self, abstract_state: Any, step: int, steps: Sequence[int]
+  ) -> Restored:
+    """Reads and verifies a checkpoint; raises on all processes or on none."""
+    path = self.folder / str(step)
+    with _raise_on_all(), reading.report_damage(self.folder, step, steps):
+      stored = reading.read_checksums(path)
+      saved = reading.read_index(path / "state", stored)
+      flat = {
+        aliases.find_stored_name(name, saved): leaf
+        for name, leaf in _flat(abstract_state).items()
+      }
+      _require_same(saved, flat, str(path))
+      restore_args = {name: _restore_args(x) for name, x in flat.items()}
+      arrays = reading.read_arrays(path / "state", flat, restore_args)
+      timing = reading.read_timing(path)
+    # Collective, so only after all processes have read.
+    with _raise_on_all(), reading.report_damage(self.folder, step, steps):
       reading.verify_arrays(arrays, stored)
     structure = jax.tree.structure(abstract_state)
     return Restored(structure.unflatten(arrays.values()), timing, step)
@@ -377,7 +397,7 @@ class Checkpointer:
 
   def survives_save(self, step: int) -> bool:
     """Whether a save now would keep the checkpoint of a step."""
-    later = sum(s > step for s in self._cached_steps())
+    later = sum(s > step for s in self.steps())
     is_periodic = bool(self._keep_every) and step % self._keep_every == 0
     return is_periodic or later + 1 < self._keep
 
@@ -413,6 +433,39 @@ class Checkpointer:
       if error is None:
         raise
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
+
+
+@contextlib.contextmanager
+def _raise_on_all() -> Iterator[None]:
+  """Raises on all processes, and the same type, if the context raises on one.
+
+  A DamagedCheckpointError if all errors are, else a StorageError, unless all
+  processes raise errors of one type. Collective: all processes call it.
+  """
+  error = None
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:  # Of the devices, or a lost process.
+    raise
+  except Exception as failure:
+    error = failure
+  try:
+    reports = gather_json(error and [type(error).__name__, str(error)])
+    failed = [i for i, report in enumerate(reports) if report]
+    if not failed:
+      return
+    kinds = {reports[i][0] for i in failed}
+    if len(failed) == len(reports) and len(kinds) == 1:
+      raise error
+    who = "No process can"
+    if len(failed) < len(reports):
+      who = f"Only {name_processes(failed)} of {len(reports)} can't"
+    is_damaged = kinds == {DamagedCheckpointError.__name__}
+    raise (DamagedCheckpointError if is_damaged else StorageError)(
+      f"{who} read and verify a checkpoint: {reports[failed[0]][1]}"
+    ) from error
+  finally:
+    del error  # Its traceback refers to this frame.
 
 
 def _flat(tree: Any) -> dict[str, Any]:

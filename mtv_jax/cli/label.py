@@ -9,8 +9,8 @@
       --data='shards/*.tar' --output=labels/dino --dtype=bfloat16
 
 On a pod, run the command on every host with --distributed. Hosts started by
-hand on a shared folder need no flag. Hosts divide the shards among themselves.
-Rerunning the command resumes.
+hand need no flag. They divide the records among themselves, through the output:
+a shared folder, gs:// or s3://. Rerunning the command resumes.
 
   mtv-jax label ... --verify=100
 
@@ -27,7 +27,6 @@ from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.build import build_expert, parse_options
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify as verify_labels
-from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils.progress import Progress
 
@@ -43,11 +42,12 @@ class ExpertOptions(arguments.Flags):
     names: file of an .onnx detector's classes, one per line.
     preprocess: image preprocessing for depth, such as original.
     size: side of the expert's input images, in pixels.
-    side: side of a stored map, in pixels.
+    side: side of a stored depth map, in pixels (default: 96).
+    bits: bits of a stored depth value (default: 10).
     canvas: canvas size of data.ops in training, for features.
     format: storage format of features: float8 or int8.
-    dtype: computation dtype: float32 or bfloat16.
-    batch_size: images per step and device.
+    dtype: float32 or bfloat16 (default: bfloat16 on accelerators).
+    batch_size: images per step and device (default: 1; 16 on accelerators).
   """
 
   phrases: str | None = None
@@ -58,6 +58,7 @@ class ExpertOptions(arguments.Flags):
   preprocess: str | None = None
   size: int | None = None
   side: int | None = None
+  bits: int | None = None
   canvas: int | None = None
   format: str | None = None
   dtype: str | None = None
@@ -82,7 +83,7 @@ def run(
     expert: kind of labels.
     weights: folder of Depth Anything V2 or OWLv2, .onnx file, run or export;
       for features, any encoder.
-    output: folder of the label set.
+    output: folder of the label set, local, gs:// or s3://.
     threads: decoding threads; default: one per core.
     set: further expert options, OPTION=VALUE, as --set=min_side=0.02.
     verify: number of records of a finished set to relabel and compare.
@@ -98,16 +99,16 @@ def run(
     report = verify_labels(built, base, output, count=verify, threads=threads)
     print(report)
     return 1 if report.different else 0
-  host = HostRows(jax.process_index(), jax.process_count())
+  is_first = jax.process_index() == 0
   summary = labelling.run(
     built,
     base,
     output,
-    host=host,
+    check=is_first,
     threads=threads,
-    # Host 0 reports the progress of all.
-    **({} if host.index else {"progress": Progress()}),
+    # Process 0 reports the progress of all.
+    **({"progress": Progress()} if is_first else {}),
   )
-  if not host.index:
+  if is_first:
     print(summary.format_summary(expert, output))
   return 0

@@ -30,6 +30,7 @@ COMMANDS = {
   "inspect_labels": "sheet, page and statistics of label sets",
   "match_boxes": "compare an expert's boxes with annotations",
   "make_shards": "write shards of images and captions",
+  "index": "write the table of blocks of tars in a bucket",
   "make_prompts": "write ImageNet's class names and prompts",
   "score_vqa": "score answers to questions about images",
   "convert": "convert to and from Hugging Face and big_vision",
@@ -116,7 +117,7 @@ def run_module(
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:
   """Rejects bucket URLs, which would create a local folder named `gs:`."""
-  if name in ("chaos", "convert"):
+  if name in ("chaos", "convert", "label", "make_labels"):
     return
   for option in ("output", "json", "table", "profile"):
     value = getattr(args, option, None)

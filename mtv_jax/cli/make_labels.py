@@ -33,7 +33,7 @@ class BoxFlags(arguments.Shards):
   Args:
     instances: COCO's instances_*.json.
     match: match a record by its file's name, its .json's image_id, or its key.
-    output: folder of the label set.
+    output: folder of the label set, local, gs:// or s3://.
   """
 
   instances: Sequence[str]
@@ -49,15 +49,17 @@ class DepthFlags(arguments.Shards):
     pattern: file name with {key}, {stem}, {name} or {image_id}.
     scale: divisor of the values, such as 1000 for millimetres.
     side: side of a stored map, in pixels.
+    bits: bits of a stored pixel.
     min_valid: minimum number of valid pixels of a label.
     invalid: values that mark a missing measurement.
-    output: folder of the label set.
+    output: folder of the label set, local, gs:// or s3://.
   """
 
   depth_dir: str
   pattern: str = "{stem}.png"
   scale: float = 1.0
-  side: int = 128
+  side: int = label_values.SIDE
+  bits: int = label_values.BITS
   min_valid: int = label_values.MIN_VALID
   invalid: Sequence[int] = (0,)
   output: str
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
   if args.kind == "boxes":
     annotate = annotations.Instances(args.instances, match=args.match)
   else:
-    names = ("pattern", "values", "scale", "invalid", "side", "min_valid")
+    names = ("pattern", "values", "scale", "invalid")
+    names += ("side", "bits", "min_valid")
     given = {name: getattr(args, name) for name in names}
     given["folder"] = args.depth_dir
     annotate = options.build(annotations.DepthImages, given, where="depth")

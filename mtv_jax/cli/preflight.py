@@ -9,6 +9,11 @@ fit; --propose then compiles changes until one fits. --config.model.remat=auto
 finds the least recomputation that fits. Override config keys with
 --config.KEY=VALUE.
 
+  mtv-jax preflight --config=mtv_b16_224 --topology=v5e:16x16 --data
+
+opens the config's data and also reports the requests, bytes and memory that its
+hosts ask for, from the tables of blocks.
+
   mtv-jax preflight --table=docs/pods.md
 
 compiles each config of the page's table and updates the table.
@@ -48,6 +53,8 @@ class Flags(arguments.Config):
     budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
     mfu: assumed model FLOPs utilization.
     examples: examples per epoch.
+    data: also open the config's data, and report its requests and bytes.
+    step_seconds: a measured time of a step, for --data; default: by --mfu.
     table: update the table in this page.
     rows: update only rows that contain all these words.
     scaling: compile for 16 to 256 chips.
@@ -62,6 +69,8 @@ class Flags(arguments.Config):
   budget: float | None = None
   mfu: float = 0.4
   examples: int | None = None
+  data: bool = False
+  step_seconds: float | None = None
   table: pathlib.Path | None = None
   rows: Sequence[str] = ()
   scaling: Literal["loss", "step"] | None = None
@@ -76,6 +85,8 @@ def run(args: Flags) -> int:
     raise ConfigError("--config and --topology are needed")
   if args.budget is not None and (args.table or args.scaling):
     raise ConfigError("--budget is read with one --config and --topology alone")
+  if args.step_seconds is not None and not 0 < args.step_seconds < math.inf:
+    raise ConfigError(f"--step_seconds is {args.step_seconds:g}: expected > 0")
   if not 0 < args.mfu <= 1:
     raise ConfigError(f"--mfu is {args.mfu:g}: expected a share, such as 0.4")
   topology = topologies.parse(args.topology) if args.topology else None
@@ -109,6 +120,8 @@ def _report(args: Flags, topology: Any) -> int:
     examples_per_epoch=args.examples,
     norms=args.norms,
     budget=args.budget and int(args.budget * 2**30),
+    data=args.data,
+    step_seconds=args.step_seconds,
   )
   print(result)
   if args.json:

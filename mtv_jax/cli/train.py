@@ -21,10 +21,11 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.models.remat import AUTO
-from mtv_jax.parallel.distributed import gather_json
+from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import workdir
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.run import RunConfig, check_config, resolve
+from mtv_jax.train.runtime import peers
 from mtv_jax.train.train import train
 from mtv_jax.utils import xla_flags
 
@@ -54,16 +55,19 @@ def run(args: Flags) -> None:
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
+  seconds = config.watchdog.peer_seconds
   with contextlib.ExitStack() as stack:
-    workdir.check_workdir(args.workdir)
-    if process == 0:
-      stack.enter_context(workdir.lock_workdir(args.workdir))
-    config = resolve(config, args.workdir)
-    xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
-    if jax.default_backend() == "cpu":
-      xla_flags.retain_freed_memory()
+    with peers.watch_peers(seconds), peers.exit_on_lost_peer():
+      workdir.check_workdir(args.workdir)
+      if process == 0:
+        stack.enter_context(workdir.lock_workdir(args.workdir))
+      config = resolve(config, args.workdir)
+      xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
+      if jax.default_backend() == "cpu":
+        xla_flags.retain_freed_memory()
+      config = choose_remat(config, args.workdir)
     train(
-      choose_remat(config, args.workdir),
+      config,
       args.workdir,
       command=_format_command(args),
       restore=args.restore,
@@ -79,6 +83,7 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
   A resumed run reuses the choice recorded in its folder. CPU runs use 'none'.
   Accelerators compile candidates, see `perf.preflight.remat.find_remat`.
   """
+  agree({"config": {"model": {"remat": config.model.remat}}})
   if config.model.remat.strip() != AUTO:
     return config
   choice = AUTO

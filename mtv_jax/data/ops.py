@@ -23,7 +23,7 @@ from jaxtyping import Int32, UInt8
 
 from mtv_jax.config.feature_layout import FeatureLayout, field_name
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.config.options import PositiveInt, Range
+from mtv_jax.config.options import Fraction, PositiveInt, Range
 from mtv_jax.data import canvas as canvas_lib
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import (
@@ -329,6 +329,7 @@ class RegionsOp(TextOp):
   # The end of sequence takes one token.
   phrase_length: Annotated[int, Range(min=2)] = 16
   pick: Literal["random", "score"] = "random"
+  min_score: Fraction = 0.0  # Leaves out boxes below it.
 
   is_optional = True
   batch_fields = {
@@ -355,7 +356,7 @@ class RegionsOp(TextOp):
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
     at, cut = 0, []
-    for box in order:
+    for box in order[label.scores[order] >= self.min_score]:
       if at == self.count:
         break
       phrase = label.phrases[box]

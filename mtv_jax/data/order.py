@@ -44,6 +44,22 @@ def addresses(
   "global", "block" (blocks of shards, then records within) or "none".
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)
+  check(sources, weights, seed)
+  orders = [
+    _order(source, shuffle, source_seed(seed, k)).map(
+      functools.partial(_address, k)
+    )
+    for k, source in enumerate(sources)
+  ]
+  if len(orders) == 1:
+    return orders[0]
+  return grain.MapDataset.mix(orders, weights)
+
+
+def check(
+  sources: Sequence[Source], weights: Sequence[float], seed: int
+) -> None:
+  """Raises InputError if sources can't be mixed."""
   if seed < 0:
     raise InputError(f"seed={seed}: expected a number >= 0.")
   if not sources:
@@ -54,20 +70,19 @@ def addresses(
     if not weight > 0 or not math.isfinite(weight):
       problem = f"{source!r} of data.train has weight={weight}"
       raise InputError(f"{problem}; expected a finite number > 0.")
-  orders = [
-    _order(source, shuffle, seed, k).map(functools.partial(_address, k))
-    for k, source in enumerate(sources)
-  ]
-  return (
-    orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-  )
 
 
-def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:
+def source_seed(seed: int, k: int) -> int:
+  """Seed of the order of source `k`.
+
+  Grain adds the epoch to the seed. Consecutive seeds would give two equal
+  sources the same order, one epoch apart, so the seeds are hashed.
+  """
+  return int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
+
+
+def _order(source: Source, shuffle: str, seed: int) -> grain.MapDataset:
   """Returns the endless sequence of one source's record indices."""
-  # Grain adds the epoch to the seed. Consecutive seeds would give two equal
-  # sources the same order, one epoch apart, so the seeds are hashed.
-  seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
   length = len(source)
   if shuffle == "block":
     return grain.MapDataset.source(BlockShuffle(source.blocks, seed=seed))

@@ -17,10 +17,11 @@ No module of `mtv_jax.data` imports JAX, and no worker starts a JAX backend.
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import logging
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -30,8 +31,14 @@ from absl import flags
 
 from mtv_jax.config import sections
 from mtv_jax.config.feature_layout import FeatureLayout
-from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt
-from mtv_jax.data import order
+from mtv_jax.config.options import (
+  Fraction,
+  NonNegativeFloat,
+  NonNegativeInt,
+  PositiveInt,
+)
+from mtv_jax.data import lanes, order
+from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
@@ -39,6 +46,7 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.ranges import RangeReader, RangeServer
 from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
@@ -48,6 +56,8 @@ Batch = dict[str, np.ndarray]
 # Block reads from buckets: every process reads every block, so with more
 # processes than this, single records are read instead.
 _MAX_BLOCK_READERS = 4
+# Windows of blocks in memory: those of a step's rows, and the following ones.
+_WINDOWS = 2
 # A longer run of consecutive bad records is not accidental.
 _MAX_BAD_RUN = 256
 # Batches that may be prefetched beyond the step whose counts are requested.
@@ -64,7 +74,7 @@ class HostBatches:
   """
 
   sources: Sequence[Source]
-  addresses: grain.MapDataset
+  addresses: grain.MapDataset | LaneOrder
   ops: Ops
   _: dataclasses.KW_ONLY
   seed: int
@@ -85,8 +95,10 @@ class HostBatches:
   def __getitem__(self, index: int) -> dict[str, Any]:
     positions = self._positions(self.start_step + int(index))
     with self._lock:
+      if isinstance(self.addresses, LaneOrder):
+        self._prefetch(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
-      addresses = [self.addresses[position] for position in positions]
+      candidates = [self._candidates(position) for position in positions]
       if self._pool is None:
         # Rows already run in parallel; OpenCV's own threads would contend.
         cv2.setNumThreads(1)
@@ -98,10 +110,23 @@ class HostBatches:
       name: np.empty((self.rows, *field.shape), field.dtype)
       for name, field in self.ops.fields.items()
     }
-    jobs = [batch] * self.rows, positions, addresses
+    jobs = [batch] * self.rows, positions, candidates
     lists = zip(*pool.map(self._fill_row, *jobs), strict=True)
     bad, dropped, cut = (sum(parts, []) for parts in lists)
     return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
+
+  def _candidates(self, position: int) -> tuple[int, Iterable[int]]:
+    """Returns a row's source, and records for it by preference."""
+    if isinstance(self.addresses, LaneOrder):
+      return self.addresses.candidates(position)
+    source, first = self.addresses[position]
+    return source, range(first, first + len(self.sources[source]))
+
+  def _prefetch(self, positions: range) -> None:
+    """Starts to read the blocks of rows, and those that follow."""
+    for source, window in self.addresses.upcoming(positions, windows=_WINDOWS):
+      for first, count in zip(window.starts, window.sizes, strict=True):
+        self.sources[source].prefetch(int(first), int(count))
 
   def _positions(self, step: int) -> range:
     """Positions of this host's rows in a step's batch."""
@@ -119,17 +144,18 @@ class HostBatches:
     return keys
 
   def _fill_row(
-    self, batch: Batch, position: int, address: tuple[int, int]
+    self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
   ) -> tuple[list, list, list]:
     """Fills the row of `position`; returns `bad`, `dropped` and `cut`."""
-    source, first = self.sources[address[0]], address[1]
+    index, numbers = candidates
+    source = self.sources[index]
     tries = min(len(source), _MAX_BAD_RUN)
     bad: list[tuple[str, str, str]] = []
-    for number in range(first, first + tries):
+    for number in itertools.islice(numbers, tries):
       number %= len(source)
       try:
         rng = np.random.default_rng((self.seed, position))
-        record = self.ops(source[number], rng) | {SOURCE: address[0]}
+        record = self.ops(source[number], rng) | {SOURCE: index}
         row = (position - self.first_row) % self.batch_size
         for name, values in batch.items():
           values[row] = record[name]
@@ -143,8 +169,8 @@ class HostBatches:
         error.add_note(f"in record {number} of {source!r} (row {position})")
         raise
     raise CorruptDataError(
-      f"{tries} consecutive records of {source!r}, from {first} on, can't be"
-      f" used. The first: {describe_bad(*bad[0])}."
+      f"{tries} records of {source!r} for one row can't be used. The first:"
+      f" {describe_bad(*bad[0])}."
     )
 
   def close(self) -> None:
@@ -172,6 +198,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   examples_per_epoch: int  # Records of all sources.
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
+  reader: RangeReader | None = None  # Of blocks; closed with the loader.
 
   def __post_init__(self):
     self._snapshots = {self.step: self.stats.snapshot()}
@@ -201,6 +228,8 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     """Stops prefetching and ends the iteration."""
     self.iterator.close()
     self.batches.close()
+    if self.reader:
+      self.reader.close()
 
   def __exit__(self, *exception: object) -> None:
     self.close()
@@ -217,7 +246,15 @@ class DataConfig:
   threads: PositiveInt | None = None  # Per process; None: one per core.
   prefetch: PositiveInt | None = None  # Batches ahead, per process; None: 2.
   max_corrupt: Fraction = 0.01  # Maximum share of unusable records.
-  shuffle: Literal["global", "block", "none"] = "global"
+  # "lanes": whole blocks, each read by one host. "global": single records.
+  shuffle: Literal["lanes", "global", "block", "none"] = "global"
+  # For lanes. None: the largest power of two up to 256 that divides the batch.
+  lanes: PositiveInt | None = None
+  window: PositiveInt = 1024  # Records that a lane shuffles together.
+  block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per host.
+  # How long to try a bucket that doesn't answer. A stalled step ends the run
+  # after `watchdog.min_seconds`.
+  storage_seconds: NonNegativeFloat = 240.0
 
 
 def make_loader(
@@ -252,16 +289,16 @@ def make_loader(
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
   _check_labels(ops, sources)
-  if config.shuffle != "global" and process_count <= _MAX_BLOCK_READERS:
-    for source in sources:
-      source.read_in_blocks(order.BLOCK * order.WINDOW)
   weights = [float(entry.get("weight", 1.0)) for entry in config.train]
   weights = weights or [1.0] * len(sources)
   rows = batch_size // process_count
   threads = max(available_cores() // max(config.workers, 1), 1)
+  addresses, reader = open_order(
+    config, sources, weights, batch_size, process_count, seed
+  )
   batches = HostBatches(
     sources,
-    order.addresses(sources, weights, shuffle=config.shuffle, seed=seed),
+    addresses,
     ops,
     seed=seed,
     batch_size=batch_size,
@@ -279,6 +316,7 @@ def make_loader(
     examples_per_epoch=sum(len(source) for source in sources),
     max_corrupt=config.max_corrupt,
     stats=stats or Stats(),
+    reader=reader,
   )
 
 
@@ -296,6 +334,42 @@ def _prefetch(
     workers = grain.MultiprocessingOptions(num_workers=config.workers)
     dataset = dataset.mp_prefetch(workers)
   return iter(dataset)
+
+
+def open_order(
+  config: DataConfig,
+  sources: Sequence[Source],
+  weights: Sequence[float],
+  batch_size: int,
+  hosts: int,
+  seed: int,
+) -> tuple[grain.MapDataset | LaneOrder, RangeReader | None]:
+  """Returns the order of a batch's rows, and the reader of its blocks."""
+  if config.shuffle != "lanes":
+    if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
+      for source in sources:
+        source.read_in_blocks(order.BLOCK * order.WINDOW)
+    shuffle = config.shuffle
+    return order.addresses(sources, weights, shuffle=shuffle, seed=seed), None
+  order.check(sources, weights, seed)
+  kind = RangeServer if config.workers else RangeReader
+  reader = kind(config.block_memory << 20, patience=config.storage_seconds)
+  for source in sources:
+    source.use_reader(reader)
+  addresses = LaneOrder(
+    [source.lane_blocks.ends for source in sources],
+    weights=weights,
+    batch_size=batch_size,
+    lanes=lanes.choose_lanes(batch_size, config.lanes, hosts),
+    window=config.window,
+    seeds=[order.source_seed(seed, k) for k in range(len(sources))],
+  )
+  for k, source in enumerate(sources):
+    # Workers may be in different windows.
+    windows = _WINDOWS + (config.workers > 0)
+    count = addresses.count_blocks(k, hosts=hosts, windows=windows)
+    source.keep_blocks(count)
+  return addresses, reader
 
 
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:

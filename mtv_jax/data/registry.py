@@ -64,6 +64,16 @@ def open_files(paths: Paths, **options: Any) -> Source:
   Options that are None or unknown to the type are ignored.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  kind = source_type(paths)
+  parameters = inspect.signature(SOURCES[kind]).parameters
+  given = {k: v for k, v in options.items() if v is not None}
+  options = {k: v for k, v in given.items() if k in parameters}
+  return build_source({"type": kind, "path": listed, **options})
+
+
+def source_type(paths: Paths) -> str:
+  """Returns the `type` of data files; InputError if they differ."""
+  listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}
   suffixes = {os.path.splitext(path)[1] for path in listed}
   kinds = {by_suffix.get(suffix, "webdataset") for suffix in suffixes}
@@ -72,8 +82,4 @@ def open_files(paths: Paths, **options: Any) -> Source:
       f"{', '.join(map(str, listed))}: expected files of one type, got"
       f" {' and '.join(sorted(kinds))}."
     )
-  (kind,) = kinds
-  parameters = inspect.signature(SOURCES[kind]).parameters
-  given = {k: v for k, v in options.items() if v is not None}
-  options = {k: v for k, v in given.items() if k in parameters}
-  return build_source({"type": kind, "path": listed, **options})
+  return kinds.pop()

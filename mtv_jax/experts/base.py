@@ -111,7 +111,7 @@ class DepthExpert:
   `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
   `[n, h, w]`, with an arbitrary scale per image. `preprocess` maps an image to
   the model's input; inputs of equal shape share a batch. Labels are `side` x
-  `side` pixels; `batch_size` is images per device.
+  `side` pixels of `bits`; `batch_size` is images per device.
   """
 
   kind = "depth"
@@ -125,11 +125,17 @@ class DepthExpert:
     mesh: Mesh,
     batch_size: int,
     side: int,
+    bits: int,
     settings: Mapping[str, Any],
   ):
     self.rows = batch_size * mesh.size
-    self.settings = {**settings, "batch_size": batch_size, "side": side}
-    self._mesh, self._preprocess, self._side = mesh, preprocess, side
+    self._size = {"side": side, "bits": bits}
+    self.settings = {
+      **settings,
+      "batch_size": batch_size,
+      **label_values.depth_settings(self._size),
+    }
+    self._mesh, self._preprocess = mesh, preprocess
     self._params = local_mesh.replicate(params, mesh)
     self._function = local_mesh.jit_per_device(function, mesh)
 
@@ -146,4 +152,4 @@ class DepthExpert:
   def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
     """The label of one image: its depth map, averaged to the label size."""
     del meta
-    return label_values.make_depth(outputs["depth"], side=self._side)
+    return label_values.make_depth(outputs["depth"], **self._size)

@@ -111,11 +111,12 @@ def load_expert(
   path: str | os.PathLike,
   *,
   mesh: Mesh | None = None,
-  batch_size: PositiveInt = 1,
-  dtype: Literal["float32", "bfloat16"] = "float32",
-  preprocess: str = "original",
+  batch_size: PositiveInt | None = None,
+  dtype: Literal["float32", "bfloat16"] | None = None,
+  preprocess: str | None = None,
   size: int = 518,
-  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
+  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = label_values.SIDE,
+  bits: label_values.Bits = label_values.BITS,
   max_aspect: float = 2.0,
 ) -> DepthExpert:
   """Opens a Depth Anything V2 folder of `transformers` as a depth expert.
@@ -124,14 +125,17 @@ def load_expert(
     path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
     mesh: mesh of this host's devices; default: all devices.
-    batch_size: images per device.
-    preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles only
-      one program.
-    side: side of a label, in pixels.
+    batch_size, dtype: see `local_mesh.fill_defaults`.
+    preprocess, size, max_aspect: see `DepthPreprocess`. The default is "square"
+      on accelerators, which compiles only one program, else "original".
+    side, bits: side of a label in pixels, and bits of a pixel.
   """
   spec, params = depth_anything.read(path)
-  inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
   mesh = local_mesh.local_mesh() if mesh is None else mesh
+  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  if preprocess is None:
+    preprocess = "square" if local_mesh.is_accelerator(mesh) else "original"
+  inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
   return DepthExpert(
     make_function(spec, dtype=dtype, mesh=mesh),
     params,
@@ -139,6 +143,7 @@ def load_expert(
     mesh=mesh,
     batch_size=batch_size,
     side=side,
+    bits=bits,
     settings={
       "expert": "depth_anything",
       "hash": local_mesh.fingerprint(params),
@@ -160,8 +165,8 @@ def make_function(
   compute = jnp.dtype(dtype)
   tower = vit.ViT(spec.image, dtype=compute)
   norm = layers.norm(spec.image.norm_eps, compute, "norm")
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  head = spec.head.clone(resize="neighbours" if on_cpu else "products")
+  resize = "products" if local_mesh.is_accelerator(mesh) else "neighbours"
+  head = spec.head.clone(resize=resize)
   first = spec.image.prefix
 
   def run(params, rows):

@@ -124,8 +124,8 @@ def load_expert(
   folder: str | os.PathLike,
   *,
   mesh: Mesh | None = None,
-  batch_size: PositiveInt = 1,
-  dtype: str = "float32",
+  batch_size: PositiveInt | None = None,
+  dtype: str | None = None,
   weights: Literal["student", "teacher", "ema"] | None = None,
   step: int | None = None,
   size: PositiveInt | None = None,
@@ -138,7 +138,7 @@ def load_expert(
   Args:
     folder: see `loading.load`.
     mesh: mesh of this host's devices; default: all devices.
-    batch_size: images per device.
+    batch_size, dtype: see `local_mesh.fill_defaults`.
     weights, step: weights and checkpoint of a run, see `loading.load`.
     size: input size in pixels; default: the encoder's.
     canvas: size of the run's `canvas` op in pixels; default: `size`.
@@ -147,6 +147,7 @@ def load_expert(
     format: `float8` or `int8`.
   """
   mesh = local_mesh.local_mesh() if mesh is None else mesh
+  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(
     folder, dtype=dtype, mesh=mesh, weights=weights, step=step
   )

@@ -30,6 +30,22 @@ def local_mesh() -> Mesh:
   return Mesh(devices, MESH_AXES)
 
 
+def is_accelerator(mesh: Mesh) -> bool:
+  """Whether the devices of a mesh are GPUs or TPUs."""
+  return mesh.devices.flat[0].platform != "cpu"
+
+
+def fill_defaults(
+  mesh: Mesh, dtype: str | None, batch_size: int | None
+) -> tuple[str, int]:
+  """Returns `dtype` and `batch_size`, images per device; None is the default.
+
+  bfloat16 and 16 on accelerators, else float32 and 1.
+  """
+  default = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
+  return dtype or default[0], batch_size or default[1]
+
+
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:
   """Copies parameters to every device of a local mesh."""
   return jax.device_put(params, replicated_sharding(mesh))

@@ -45,7 +45,7 @@ from mtv_jax.utils.errors import InputError
 
 # Options that apply only to this kind.
 OPTIONS_BY_KIND = {
-  "depth": ("side",),
+  "depth": ("side", "bits"),
   "boxes": ("phrases", "threshold", "nms", "max_boxes", "min_side", "max_area"),
 }
 # Settings of an encoder that determine labels.
@@ -53,7 +53,7 @@ _PROTOCOL = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 
 
 def mtv_depth_expert(
-  encoder: Encoder, *, batch_size: int, side: int
+  encoder: Encoder, *, batch_size: int, side: int, bits: int
 ) -> DepthExpert:
   """Builds a depth expert from the depth head of an encoder on a local mesh."""
   params = _select_params(encoder, {"depth": "depth"}, ["depth"])
@@ -64,6 +64,7 @@ def mtv_depth_expert(
     mesh=encoder.mesh,
     batch_size=batch_size,
     side=side,
+    bits=bits,
     settings=_settings(encoder, params),
   )
 
@@ -222,9 +223,10 @@ def load_expert(
   kind: Literal["depth", "boxes"],
   phrases: Phrases | None = None,
   mesh: Mesh | None = None,
-  batch_size: PositiveInt = 1,
-  dtype: str = "float32",
-  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
+  batch_size: PositiveInt | None = None,
+  dtype: str | None = None,
+  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = label_values.SIDE,
+  bits: label_values.Bits = label_values.BITS,
   threshold: Fraction = 0.1,
   nms: Fraction = 0.5,
   max_boxes: PositiveInt = 30,
@@ -238,8 +240,8 @@ def load_expert(
     kind: kind of labels, "depth" or "boxes".
     phrases: queries, for boxes.
     mesh: mesh of this host's devices; default: all devices.
-    batch_size: images per device.
-    side: side of depth labels, in pixels.
+    batch_size, dtype: see `local_mesh.fill_defaults`.
+    side, bits: side of depth labels in pixels, and bits of a pixel.
     threshold: minimum score of a box, exclusive.
     nms, max_boxes, min_side, max_area: see `detections.select`.
   """
@@ -249,9 +251,11 @@ def load_expert(
       " file (in Python, phrases=build_phrases(...))."
     )
   mesh = local_mesh.local_mesh() if mesh is None else mesh
+  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(folder, dtype=dtype, mesh=mesh)
   if kind == "depth":
-    return mtv_depth_expert(encoder, batch_size=batch_size, side=side)
+    sizes = dict(batch_size=batch_size, side=side, bits=bits)
+    return mtv_depth_expert(encoder, **sizes)
   return MtvBoxExpert(
     encoder,
     phrases,

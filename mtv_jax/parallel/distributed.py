@@ -1,13 +1,25 @@
-"""JAX's distributed runtime: initialisation, and gathers over processes."""
+"""JAX's distributed runtime: initialisation, gathers and agreement."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mtv_jax.utils.errors import InputError
+from mtv_jax.config.overrides import list_differences
+from mtv_jax.utils.errors import ConfigError, InputError, printable
+from mtv_jax.utils.text import list_first
+
+# Limits of an error: differences, characters per value, ranges of processes.
+_MAX_DIFFERENCES, _MAX_CHARACTERS, _MAX_RANGES = 5, 120, 8
+
+
+class ProcessMismatchError(ConfigError):
+  """Raised if the processes of a run differ in what must be equal."""
+
+  exit_code = 1  # Started again, they may be equal.
 
 
 def initialize(
@@ -62,3 +74,43 @@ def gather_bytes(data: bytes) -> list[bytes]:
   rows = multihost_utils.process_allgather(padded)  # [processes, bytes]
   pairs = zip(rows, sizes, strict=True)
   return [np.asarray(row[:size]).tobytes() for row, size in pairs]
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+  """Raises ProcessMismatchError on all processes if JSON values differ.
+
+  The error names the dotted keys that differ, their values and processes.
+  Collective: all processes call it.
+  """
+  rows = list_differences(gather_json(facts))
+  if not rows:
+    return
+  shown = [f"{key} ({_describe(values)})" for key, values in rows]
+  raise ProcessMismatchError(
+    f"The processes of this run differ in {list_first(shown, _MAX_DIFFERENCES)}"
+    ". Start all of them with the same command, code, data and workdir."
+  )
+
+
+def _describe(values: Sequence[Any]) -> str:
+  """The distinct values, each with its processes."""
+  processes: dict[str, list[int]] = {}
+  for process, value in enumerate(values):
+    processes.setdefault(repr(value), []).append(process)
+  return "; ".join(
+    f"{printable(text, _MAX_CHARACTERS)} on {name_processes(numbers)}"
+    for text, numbers in processes.items()
+  )
+
+
+def name_processes(numbers: Sequence[int]) -> str:
+  """Text such as "process 1" or "processes 0, 2-4" for ascending numbers."""
+  ranges: list[list[int]] = []
+  for number in numbers:
+    if ranges and ranges[-1][-1] == number - 1:
+      ranges[-1].append(number)
+    else:
+      ranges.append([number])
+  texts = [f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
+  kind = "process" if len(numbers) == 1 else "processes"
+  return f"{kind} {list_first(texts, _MAX_RANGES)}"

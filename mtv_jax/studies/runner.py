@@ -45,7 +45,7 @@ from mtv_jax.utils.errors import (
   UserError,
   check_choice,
 )
-from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.leases import open_leases
 from mtv_jax.utils.text import align_columns, first_lines, format_duration
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
@@ -204,7 +204,7 @@ def run_study(
   """
   status = StudyStatus()
   selected = select_runs(study.runs, index)
-  leases = Leases(folder / RUNS)
+  leases = open_leases(folder / RUNS)
   (folder / RUNS).mkdir(exist_ok=True)
   (folder / LOGS).mkdir(exist_ok=True)
   for number, run in enumerate(selected, 1):

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import jax
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
+from mtv_jax.parallel.distributed import agree
 from mtv_jax.train import numerics
 from mtv_jax.train.experiment import (
   Experiment,
@@ -23,7 +25,7 @@ from mtv_jax.train.experiment import (
 from mtv_jax.train.initialization import fit_statistics, initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.numerics import RollbackError, UpdateMonitor
-from mtv_jax.train.run import RunConfig
+from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime import peers, preemption, sessions
 from mtv_jax.train.runtime.prefetch import BackgroundLoader
 from mtv_jax.train.runtime.watchdog import StepProfiler, Watchdog
@@ -61,6 +63,17 @@ def check_balance_unchanged(
     )
 
 
+def _describe_run(experiment: Experiment, **options: Any) -> dict[str, Any]:
+  """What the processes of a run must have in common, as JSON."""
+  return {
+    "config": experiment.config.to_dict(),
+    "options": options,
+    "code": {"digest": sessions.code_digest()} | sessions.package_versions(),
+    "data": [source.describe() for source in experiment.sources],
+    "checkpoints": saved_steps(experiment.workdir),
+  }
+
+
 def train(
   config: Config | RunConfig,
   workdir: str | os.PathLike,
@@ -78,6 +91,7 @@ def train(
 
   Raises:
     ConfigError: the config is invalid.
+    ProcessMismatchError: processes differ in config, code, data or checkpoints.
     NonFiniteError: too many updates are non-finite.
     numerics.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
@@ -86,8 +100,14 @@ def train(
     checkpointer.DamagedCheckpointError: the last checkpoint is damaged.
     checkpointer.CheckpointSaveError: checkpoints can't be written.
   """
-  experiment = build_experiment(config, workdir)
-  config = experiment.config
+  config = resolve(config, workdir)
+  seconds = config.watchdog.peer_seconds
+  # A process that fails to open its data ends the others.
+  with peers.watch_peers(seconds), peers.exit_on_lost_peer():
+    experiment = build_experiment(config, workdir)
+    if jax.process_count() > 1:
+      options = {"restore": restore, "debug_nans": debug_nans}
+      agree(_describe_run(experiment, **options))
   log_experiment(experiment)
   chrono = Chrono(
     total_steps=experiment.total_steps,
@@ -112,7 +132,6 @@ def train(
     if checkpoints.steps():
       check_balance_unchanged(config, workdir)
     notice = enter(preemption.catch_signals())
-    seconds = config.watchdog.peer_seconds
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())

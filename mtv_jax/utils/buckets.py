@@ -1,10 +1,13 @@
-"""Requests to object stores (`gs://`, `s3://`) through fsspec.
+"""Requests to object stores (`gs://`, `s3://`).
 
-gcsfs and s3fs (extra `buckets`) are imported on first use. Failed requests are
-retried with back-off. Callers use `utils.path`.
+Through fsspec: gcsfs and s3fs (extra `buckets`) are imported on first use, and
+failed requests are retried with back-off. Callers use `utils.path`. Through
+tensorstore, which retries by itself: byte ranges (`utils.ranges`), and writes
+that depend on an object's generation.
 """
 
 import functools
+import itertools
 import logging
 import os
 import random
@@ -24,8 +27,26 @@ _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
 _STORES = ("gs", "s3")
 # Attempts per request, in addition to the retries of gcsfs and s3fs.
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
+_LONGEST_WAIT = 60.0
 # Fields that change when an object is replaced, in order of preference.
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
+
+
+_PAGE = 1000  # Objects per request of a listing.
+_requests = 0
+
+
+def count_requests() -> int:
+  """Returns the number of requests of this process so far.
+
+  Retries of the libraries, and block reads by tensorstore, are not counted.
+  """
+  return _requests
+
+
+def _count(requests: int) -> None:
+  global _requests
+  _requests += requests
 
 
 def is_remote(path: AnyPath) -> bool:
@@ -47,6 +68,7 @@ def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
     listed = request(folder, "read", "ls", detail=True)
   except FileNotFoundError:
     return {}
+  _count(len(listed) // _PAGE)
   infos = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in listed}
   # Some stores also list the folder itself, as an empty object.
   own = folder.rstrip("/").partition("://")[2]
@@ -59,9 +81,11 @@ def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
   For a file, the only name is empty.
   """
   base = url.partition("://")[2]
+  listed = request(url, "read", "find", detail=True)
+  _count(len(listed) // _PAGE)
   return {
     name[len(base) :].lstrip("/"): info
-    for name, info in request(url, "read", "find", detail=True).items()
+    for name, info in listed.items()
     if not name.endswith("/")
   }
 
@@ -97,6 +121,13 @@ def configure() -> None:
     options.setdefault("use_listings_cache", False)
   # Otherwise etils imports TensorFlow if it is installed.
   os.environ.setdefault("EPATH_USE_TF", "false")
+  # `retry` describes a failed request in one line, gcsfs in a traceback.
+  logging.getLogger("gcsfs").addFilter(_drop_traceback)
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+  record.exc_info = record.exc_text = None
+  return True
 
 
 def request(
@@ -112,15 +143,18 @@ def retry(
   verb: str,
   function: Callable[..., T],
   *args: Any,
+  patience: float = 0.0,
   **options: Any,
 ) -> T:
   """Calls a function of a store, retrying with back-off.
 
-  Raises MissingFileError, or StorageError if every attempt failed or access is
-  denied; both name the path.
+  After five attempts, tries once a minute for `patience` seconds. Raises
+  MissingFileError, or StorageError if every attempt failed or access is denied;
+  both name the path.
   """
-  name = os.fspath(path)
-  for left in reversed(range(_TRIES)):
+  name, deadline = os.fspath(path), time.monotonic() + patience
+  for attempt in itertools.count(1):
+    _count(1)
     try:
       return function(*args, **options)
     except errors.UserError:
@@ -129,9 +163,11 @@ def retry(
       raise errors.MissingFileError(f"There is no {name}.") from error
     except Exception as error:  # The libraries' errors lack a common base.
       message = f"{name} can't be {verb}: {error!r}"
-      if not left or _is_final(error):
+      over = attempt >= _TRIES and time.monotonic() >= deadline
+      if over or _is_final(error):
         raise errors.StorageError(message) from error
-      wait = _FIRST_WAIT * 2 ** (_TRIES - 1 - left) * random.uniform(0.5, 1.0)
+      wait = _FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+      wait = min(wait, _LONGEST_WAIT)
       log.warning("%s; again in %.1f s.", message, wait)
       time.sleep(wait)
   raise AssertionError
@@ -143,3 +179,61 @@ def _is_final(error: Exception) -> bool:
     return True
   text = f"{type(error).__name__} {error}"
   return any(w in text for w in ("Credentials", "Forbidden", "Unauthorized"))
+
+
+# ---------------------------------------------------------------------------
+# tensorstore.
+
+
+def open_store(path: AnyPath) -> tuple[Any, str]:
+  """Returns tensorstore's store of a URL's bucket, and the object's key."""
+  scheme, _, rest = os.fspath(path).partition("://")
+  bucket, _, key = rest.partition("/")
+  return _open_bucket(scheme, bucket), key
+
+
+@functools.cache
+def _open_bucket(scheme: str, bucket: str) -> Any:
+  import tensorstore as ts  # Takes 0.3 s to import.
+
+  if scheme == "gs":
+    return ts.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
+  spec = {"driver": "s3", "bucket": bucket}
+  names = dict(endpoint="AWS_ENDPOINT_URL", aws_region="AWS_DEFAULT_REGION")
+  spec |= {k: os.environ[v] for k, v in names.items() if os.environ.get(v)}
+  return ts.KvStore.open(spec).result()
+
+
+def read_with_generation(path: AnyPath) -> tuple[bytes | None, bytes]:
+  """Returns an object, or None if it is missing, and its generation."""
+  store, key = open_store(path)
+  read = retry(path, "read", lambda: store.read(key).result())
+  return read.value if read.state == "value" else None, read.stamp.generation
+
+
+def write_if(path: AnyPath, data: bytes, generation: bytes) -> bytes | None:
+  """Writes an object of this generation, which may be a missing one's.
+
+  Returns the new generation; None if the object has another one. The content
+  must differ from all that other processes write.
+  """
+  store, key = open_store(path)
+
+  def write() -> bytes:
+    return store.write(key, data, if_equal=generation).result().generation
+
+  if new := retry(path, "written", write):
+    return new
+  # A request that is repeated, since its response was lost, fails as well.
+  found, new = read_with_generation(path)
+  return new if found == data else None
+
+
+def remove_if(path: AnyPath, generation: bytes) -> None:
+  """Removes an object if it has this generation."""
+  store, key = open_store(path)
+  retry(
+    path,
+    "removed",
+    lambda: store.write(key, None, if_equal=generation).result(),
+  )

@@ -1,28 +1,26 @@
-"""Leases: files by which processes divide named pieces of work.
+"""Leases, by which processes divide named pieces of work.
 
-`.NAME.claim` names its process, which keeps updating the modification time. A
-lease expires when its process is known to be dead, or hasn't updated it for
-`atomic.STALE_SECONDS` by the file system's clock. Leases only avoid duplicate
-work. Results must not depend on them: rarely, two processes do one piece.
-
-A takeover creates the next lease, `.NAME.claim.1`, before it removes the old
-one, so that a lease always exists. A lease is valid if no other live process
-has one. Every process checks this after creating its lease, and of two
-processes the later one yields. This needs only exclusive file creation, since
-some shared file systems lack locks.
+A lease names its process, which keeps renewing it. It expires when its process
+is known to be dead, or hasn't renewed it for `atomic.STALE_SECONDS`. Leases
+only avoid duplicate work. Results must not depend on them: rarely, two
+processes do one piece.
 """
 
+import abc
 import contextlib
 import dataclasses
 import glob
 import json
 import os
 import pathlib
+import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, buckets
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.atomic import Owner
 
 _RENEWALS_PER_EXPIRY = 10
@@ -30,7 +28,7 @@ _RENEWALS_PER_EXPIRY = 10
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-  """Content of a lease file; `owner` is None if the file is corrupt."""
+  """Content of a lease; `owner` is None if it is corrupt."""
 
   host: str
   owner: Owner | None
@@ -40,9 +38,100 @@ class Lease:
       return "an unknown process"
     return f"process {self.owner.pid} on {self.host}"
 
+  @classmethod
+  def parse(cls, data: bytes) -> "Lease":
+    try:
+      content = json.loads(data)
+      return cls(str(content["host"]), Owner.parse(content["owner"]))
+    except (ValueError, LookupError, TypeError, AttributeError):
+      # Not written yet, or its process was killed before writing it.
+      return cls("", None)
 
-class Leases:
+
+def _describe_process(**fields: str) -> bytes:
+  """Content of this process's lease."""
+  owner = str(atomic.current_process())
+  content = {"host": socket.gethostname(), "owner": owner, **fields}
+  return json.dumps(content).encode()
+
+
+class LeaseHandle(abc.ABC):
+  """A lease of this process."""
+
+  @abc.abstractmethod
+  def renew(self) -> None:
+    """Renews it, unless another process has taken it over."""
+
+  @abc.abstractmethod
+  def release(self) -> None:
+    """Removes it, unless another process has taken it over."""
+
+
+class Leases(abc.ABC):
   """This process's leases in a folder, such as a label set."""
+
+  @contextlib.contextmanager
+  def acquire(self, name: str) -> Iterator[bool]:
+    """Leases a name; yields False if another process has leased it."""
+    if (lease := self._try_acquire(name)) is None:
+      yield False
+      return
+    try:
+      with _renewed(lease):
+        yield True
+    finally:
+      lease.release()
+
+  @abc.abstractmethod
+  def _try_acquire(self, name: str) -> LeaseHandle | None:
+    """Returns a new lease; None if already leased."""
+
+  @abc.abstractmethod
+  def holder(self, name: str) -> Lease | None:
+    """Returns the latest lease on a name."""
+
+  @abc.abstractmethod
+  def clear(self) -> None:
+    """Removes all leases, after all work, and files of dead processes."""
+
+
+def open_leases(folder: pathlib.PurePath) -> Leases:
+  """The leases in a folder, of a file system or a bucket."""
+  if path_lib.is_remote(folder):
+    return ObjectLeases(folder)
+  return FileLeases(pathlib.Path(folder))
+
+
+@contextlib.contextmanager
+def _renewed(lease: LeaseHandle) -> Iterator[None]:
+  """Renews a lease in a background thread."""
+  released = threading.Event()
+
+  def renew() -> None:
+    while not released.wait(atomic.STALE_SECONDS / _RENEWALS_PER_EXPIRY):
+      # Errors may be transient; the next renewal tries again.
+      with contextlib.suppress(OSError):
+        lease.renew()
+
+  thread = threading.Thread(target=renew, name="lease", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    released.set()
+    thread.join()
+
+
+class FileLeases(Leases):
+  """Leases that are files, `.NAME.claim`.
+
+  Their age is measured by the file system's clock. A takeover creates the next
+  lease, `.NAME.claim.1`, before it removes the old one, so that a lease always
+  exists. A lease is valid if no other live process has one. Every process
+  checks this after creating its lease, and of two processes the later one
+  yields. This needs only exclusive file creation, since some shared file
+  systems lack locks.
+  """
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
@@ -58,20 +147,7 @@ class Leases:
       if file.suffix[1:].isdigit():
         yield file
 
-  @contextlib.contextmanager
-  def acquire(self, name: str) -> Iterator[bool]:
-    """Leases a name; yields False if another process has leased it."""
-    if (lease := self._try_acquire(name)) is None:
-      yield False
-      return
-    try:
-      with _renewed(lease[1]):
-        yield True
-    finally:
-      _release(*lease)
-
-  def _try_acquire(self, name: str) -> tuple[pathlib.Path, int] | None:
-    """Returns file and handle of a new lease; None if already leased."""
+  def _try_acquire(self, name: str) -> LeaseHandle | None:
     file = self._folder / f".{name}.claim"
     if (handle := _create(file)) is None:
       if (expired := self._expired(name)) is None:
@@ -81,10 +157,9 @@ class Leases:
       if (handle := _create(file)) is None:
         return None
     with contextlib.ExitStack() as on_failure:
-      on_failure.callback(_release, file, handle)
-      owner = str(atomic.current_process())
-      content = json.dumps({"host": socket.gethostname(), "owner": owner})
-      os.write(handle, content.encode())
+      lease = _FileHandle(file, handle)
+      on_failure.callback(lease.release)
+      os.write(handle, _describe_process())
       if (expired := self._expired(name, ignore=file)) is None:
         return None
       for old in expired:
@@ -93,7 +168,7 @@ class Leases:
       for prefix in (f"{name}.", f"{name}_") if expired else ():
         atomic.remove_abandoned(self._folder, name=prefix)
       on_failure.pop_all()
-    return file, handle
+    return lease
 
   def _expired(
     self, name: str, *, ignore: pathlib.Path | None = None
@@ -103,26 +178,23 @@ class Leases:
     for file in self._files(name):
       with contextlib.suppress(FileNotFoundError):
         if file != ignore:
-          if not atomic.is_abandoned(file, _read(file).owner):
+          owner = Lease.parse(file.read_bytes()).owner
+          if not atomic.is_abandoned(file, owner):
             return None
           expired.append(file)
     return expired
 
   def holder(self, name: str) -> Lease | None:
-    """Returns the latest lease on a name."""
     for file in sorted(self._files(name), key=_number, reverse=True):
       with contextlib.suppress(FileNotFoundError):
-        return _read(file)
+        return Lease.parse(file.read_bytes())
     return None
 
-  def sweep(self) -> None:
-    """Removes all leases and temporary files of dead processes."""
+  def clear(self) -> None:
     atomic.remove_abandoned(self._folder)
     find = self._folder.glob
     for file in (*find(".*.claim"), *find(".*.claim.[1-9]*")):
-      with contextlib.suppress(FileNotFoundError):
-        if atomic.is_abandoned(file, _read(file).owner):
-          file.unlink()
+      file.unlink(missing_ok=True)
 
 
 def _number(file: pathlib.Path) -> int:
@@ -138,40 +210,82 @@ def _create(file: pathlib.Path) -> int | None:
   return None
 
 
-def _read(file: pathlib.Path) -> Lease:
-  try:
-    content = json.loads(file.read_bytes())
-    return Lease(str(content["host"]), Owner.parse(content["owner"]))
-  except (ValueError, LookupError, TypeError, AttributeError):
-    # Not written yet, or its process was killed before writing it.
-    return Lease("", None)
+@dataclasses.dataclass(frozen=True)
+class _FileHandle(LeaseHandle):
+  """A lease file, by descriptor, so that no other process's is renewed."""
+
+  file: pathlib.Path
+  descriptor: int
+
+  def renew(self) -> None:
+    os.utime(self.descriptor)
+
+  def release(self) -> None:
+    try:
+      with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(self.descriptor), self.file.stat()):
+          self.file.unlink()
+    finally:
+      os.close(self.descriptor)
 
 
-@contextlib.contextmanager
-def _renewed(handle: int) -> Iterator[None]:
-  """Renews a lease in a background thread."""
-  released = threading.Event()
+class ObjectLeases(Leases):
+  """Leases that are objects of a bucket, `.NAME.claim`.
 
-  def renew() -> None:
-    while not released.wait(atomic.STALE_SECONDS / _RENEWALS_PER_EXPIRY):
-      # By handle, so that another process's lease is never renewed. Errors may
-      # be transient; the next renewal tries again.
-      with contextlib.suppress(OSError):
-        os.utime(handle)
+  Every write depends on the object's generation, so that one process acquires,
+  renews or takes over. A lease is stale if its generation doesn't change for
+  `atomic.STALE_SECONDS` after this process has read it: clocks may differ.
+  """
 
-  thread = threading.Thread(target=renew, name="lease", daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    released.set()
-    thread.join()
+  def __init__(self, folder: pathlib.PurePath):
+    self._folder = folder
+    # Generation, and time of its first read, by name.
+    self._seen: dict[str, tuple[bytes, float]] = {}
+
+  def _object(self, name: str) -> pathlib.PurePath:
+    return self._folder / f".{name}.claim"
+
+  def _try_acquire(self, name: str) -> LeaseHandle | None:
+    found, generation = buckets.read_with_generation(self._object(name))
+    if found is not None and not self._is_stale(name, found, generation):
+      return None
+    lease = _ObjectHandle(self._object(name), generation)
+    lease.renew()
+    return lease if lease.generation else None
+
+  def _is_stale(self, name: str, data: bytes, generation: bytes) -> bool:
+    owner = Lease.parse(data).owner
+    if owner is not None and (
+      owner.is_dead or owner == atomic.current_process()
+    ):
+      return owner.is_dead
+    now = time.monotonic()
+    if name not in self._seen or self._seen[name][0] != generation:
+      self._seen[name] = generation, now
+    return now - self._seen[name][1] > atomic.STALE_SECONDS
+
+  def holder(self, name: str) -> Lease | None:
+    found, _ = buckets.read_with_generation(self._object(name))
+    return None if found is None else Lease.parse(found)
+
+  def clear(self) -> None:
+    for name in path_lib.list_folder(self._folder, prefix="."):
+      if name.endswith(".claim"):
+        path_lib.remove(self._folder / name)
 
 
-def _release(file: pathlib.Path, handle: int) -> None:
-  try:
-    with contextlib.suppress(FileNotFoundError):
-      if os.path.samestat(os.fstat(handle), file.stat()):
-        file.unlink()
-  finally:
-    os.close(handle)
+class _ObjectHandle(LeaseHandle):
+  """A lease object; `generation` is None once another process has it."""
+
+  def __init__(self, path: pathlib.PurePath, generation: bytes | None):
+    self.path, self.generation = path, generation
+
+  def renew(self) -> None:
+    if self.generation is not None:
+      # Some stores derive the generation from the content.
+      data = _describe_process(renewal=secrets.token_hex(8))
+      self.generation = buckets.write_if(self.path, data, self.generation)
+
+  def release(self) -> None:
+    if self.generation is not None:
+      buckets.remove_if(self.path, self.generation)

@@ -4,8 +4,10 @@ A local path is a `pathlib.Path`, a bucket path an `epath.Path`. Both are
 `PurePath`s, and the functions here accept both.
 """
 
+import contextlib
 import datetime
 import fnmatch
+import functools
 import hashlib
 import io
 import json
@@ -13,7 +15,8 @@ import logging
 import os
 import shutil
 import stat as stat_lib
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -23,13 +26,15 @@ from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils.buckets import AnyPath
 from mtv_jax.utils.buckets import is_remote as is_remote
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.text import format_bytes
 from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
 
 # Environment variable: this machine's folder for copies of bucket files.
 CACHE_VARIABLE = "MTV_JAX_CACHE_DIR"
-_LARGE = 1 << 26  # Copies above this many bytes are logged.
+# Copies above this many bytes are logged, and on every host.
+_LARGE, _VERY_LARGE = 1 << 26, 1 << 33
 _READ_AHEAD = 1 << 24  # Bytes per request in sequential reads.
 
 
@@ -100,11 +105,21 @@ def is_folder(path: AnyPath) -> bool:
   return buckets.request(path, "read", "isdir")
 
 
-def list_folder(path: AnyPath) -> list[str]:
-  """Sorted names in a folder; empty if the folder doesn't exist."""
+def list_folder(path: AnyPath, *, prefix: str = "") -> list[str]:
+  """Sorted names in a folder; empty if the folder doesn't exist.
+
+  With a `prefix`, only files whose names begin with it; of a bucket's folder,
+  also those in folders below, as relative paths.
+  """
   if not is_remote(path):
-    return sorted(os.listdir(path)) if os.path.isdir(path) else []
-  return sorted(buckets.list_objects(os.fspath(path)))
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return sorted(name for name in names if name.startswith(prefix))
+  if not prefix:
+    return sorted(buckets.list_objects(os.fspath(path)))
+  url = os.fspath(path).rstrip("/")
+  base = url.partition("://")[2]
+  found = buckets.request(url, "read", "find", prefix=prefix)
+  return sorted(name[len(base) + 1 :] for name in found)
 
 
 def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
@@ -186,13 +201,18 @@ def read_regular(file: PurePath, *, limit: int | None = None) -> bytes:
   return read_bytes(file)
 
 
-def read_range(path: PurePath, offset: int, size: int) -> bytes:
-  """Reads a byte range in one request; fewer bytes at the end of the file."""
+def read_range(
+  path: PurePath, offset: int, size: int, *, patience: float = 0.0
+) -> bytes:
+  """Reads a byte range in one request; fewer bytes at the end of the file.
+
+  `patience`: see `buckets.retry`.
+  """
   if not is_remote(path):
     with open(path, "rb", buffering=0) as file:
       return os.pread(file.fileno(), size, offset)
   span = dict(start=offset, end=offset + size)
-  return buckets.request(path, "read", "cat_file", **span)
+  return buckets.request(path, "read", "cat_file", patience=patience, **span)
 
 
 def write_bytes(path: PurePath, data: bytes) -> None:
@@ -207,12 +227,42 @@ def write_bytes(path: PurePath, data: bytes) -> None:
   atomic.write(Path(path), data)
 
 
+def write_if_absent(path: PurePath, data: bytes) -> bytes:
+  """Writes a file unless it exists, by one of several writers; returns it."""
+  if not is_remote(path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return atomic.write_if_absent(Path(path), data)
+  found, generation = buckets.read_with_generation(path)
+  if found is not None:
+    return found
+  if buckets.write_if(path, data, generation) is not None:
+    return data
+  return read_bytes(path)
+
+
+@contextlib.contextmanager
+def replace_file(path: PurePath) -> Iterator[Path]:
+  """Yields a temporary local path; its content replaces the file on success.
+
+  Creates the parent folder. A bucket object is uploaded at the end.
+  """
+  if not is_remote(path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replace_file(Path(path)) as temporary:
+      yield temporary
+    return
+  with tempfile.TemporaryDirectory(prefix="mtv_jax") as folder:
+    yield Path(folder) / path.name
+    upload(Path(folder) / path.name, path)
+
+
 def remove(path: PurePath) -> None:
   """Removes a file if it exists."""
   if not is_remote(path):
     Path(path).unlink(missing_ok=True)
-  elif exists(path):
-    buckets.request(path, "removed", "rm_file")
+  else:
+    with contextlib.suppress(FileNotFoundError):
+      buckets.request(path, "removed", "rm_file")
 
 
 def remove_folder(path: PurePath) -> None:
@@ -260,10 +310,36 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
   changes. Only one process copies.
 
   Raises MissingFileError, StorageError, or InputError if an object's name would
-  escape the folder.
+  escape the folder, or the disk lacks the space.
   """
+  return local_copies([path], cache=cache)[0]
+
+
+def local_copies(
+  paths: Sequence[AnyPath], *, cache: AnyPath | None = None
+) -> list[Path]:
+  """Returns local copies like `local_copy`, if the disk has space for all."""
+  base = cache_folder() if cache is None else Path(cache).expanduser()
+  copies = map_threads(functools.partial(_plan_copy, base), paths)
+  missing = [copy for copy in copies if not copy.target.exists()]
+  if size := sum(i["size"] for c in missing for i in c.files.values()):
+    others = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
+    check_space(size, f"{missing[0].url}{others}", base)
+  map_threads(_make_copy, missing)
+  return [copy.target for copy in copies]
+
+
+class _Copy(NamedTuple):
+  """A local copy of a bucket file or folder, which may not exist yet."""
+
+  url: str
+  files: Mapping[str, Mapping[str, Any]]  # The store's metadata by name.
+  target: Path
+
+
+def _plan_copy(base: Path, path: AnyPath) -> _Copy:
   if not is_remote(path):
-    return Path(path)
+    return _Copy("", {}, Path(path))
   url = os.fspath(path).rstrip("/")
   if not (files := buckets.list_tree(url)):
     raise MissingFileError(f"There is nothing at {url}.")
@@ -272,19 +348,38 @@ def local_copy(path: AnyPath, *, cache: AnyPath | None = None) -> Path:
     for n, i in sorted(files.items())
   ]
   digest = hashlib.blake2b("\n".join([url, *lines]).encode(), digest_size=12)
-  base = cache_folder() if cache is None else Path(cache).expanduser()
   folder = base / digest.hexdigest()
-  target = _resolve_object(folder, url.rsplit("/", 1)[-1], url)
-  if target.exists():
-    return target
-  base.mkdir(parents=True, exist_ok=True)
+  return _Copy(url, files, _resolve_object(folder, url.rsplit("/", 1)[-1], url))
+
+
+def _make_copy(copy: _Copy) -> None:
+  url, files, target = copy
+  if not url:
+    return
+  folder = target.parent
+  folder.parent.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(f"{folder}.lock"):
     if not target.exists():
-      if (size := sum(info["size"] for info in files.values())) > _LARGE:
-        log.info("Copying %s (%.1f MB) to %s.", url, size / 1e6, base)
       with atomic.replace_folder(folder) as temporary:
         _download(url, files, temporary / target.name)
-  return target
+
+
+def check_space(size: int, what: str, folder: Path) -> None:
+  """Announces a copy of `size` bytes; InputError if the disk lacks the space.
+
+  Creates the folder.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  free = shutil.disk_usage(folder).free
+  if size > free:
+    raise InputError(
+      f"A copy of {what} takes {format_bytes(size)}; {folder} has only"
+      f" {format_bytes(free)}. Give it a larger disk ({CACHE_VARIABLE}), or use"
+      " data that is read in blocks: see docs/data.md, Buckets."
+    )
+  if size > _LARGE:
+    level = logging.WARNING if size > _VERY_LARGE else logging.INFO
+    log.log(level, f"Copying {what} ({format_bytes(size)}) to {folder}.")
 
 
 def download_folder(

@@ -1,14 +1,49 @@
 """Least-recently-used cache of one process, shared by its threads."""
 
 import collections
+import contextlib
+import functools
+import logging
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent import futures
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Enough for thousands of shards with two label sets; with fewer, the readers of
+# most shards are opened again for each record.
+_MIN_FILES = 1 << 14
+_MAX_FILES = 1 << 16  # Memory maps have a limit of their own.
+
+
+@functools.cache
+def raise_file_limit() -> int:
+  """Raises this process's limit of open files as far as it may; returns it.
+
+  Warns if the limit stays too low for data sets of thousands of shards.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  infinity = resource.RLIM_INFINITY
+  # Systems reject an infinite limit of files.
+  target = _MAX_FILES if hard == infinity else hard
+  if soft != infinity and soft < target:
+    with contextlib.suppress(ValueError, OSError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+      soft = target
+  limit = _MAX_FILES if soft == infinity else soft
+  if limit < _MIN_FILES:
+    log.warning(
+      f"This process may open at most {limit:,} files (`ulimit -Hn`), too few"
+      " for data sets of thousands of shards, which are then opened again and"
+      f" again. Allow {_MAX_FILES:,}: `nofile` in /etc/security/limits.conf, or"
+      f" `docker run --ulimit nofile={_MAX_FILES}`."
+    )
+  return limit
 
 
 class ProcessCache(Generic[T]):
@@ -20,12 +55,13 @@ class ProcessCache(Generic[T]):
   itself when deleted.
 
   `load` returns the value of entry `i`. The default `limit` uses a third of the
-  process's open-file limit (`ulimit -n`), at `descriptors` files per value.
+  process's limit of open files, raised as far as possible and at most 65,536,
+  at `descriptors` files per value.
   """
 
   def __init__(
     self,
-    load: Callable[[int], T],
+    load: Callable[[Any], T],
     *,
     limit: int | None = None,
     descriptors: int = 1,
@@ -36,12 +72,11 @@ class ProcessCache(Generic[T]):
     # A fork may happen while another thread holds the lock.
     self._pid = os.getpid()
     self._lock = threading.Lock()
-    self._values = collections.OrderedDict[int, futures.Future[T]]()
+    self._values = collections.OrderedDict[Hashable, futures.Future[T]]()
     self._load, limit, descriptors = self._arguments
     if limit is None:
-      soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-      soft = soft if soft > 0 else 1 << 16  # -1: unlimited.
-      limit = max(8, soft // 3 // descriptors)
+      files = min(raise_file_limit(), _MAX_FILES)
+      limit = max(8, files // 3 // descriptors)
     self.limit = limit
 
   def __getstate__(self) -> tuple:
@@ -54,7 +89,7 @@ class ProcessCache(Generic[T]):
   def __len__(self) -> int:
     return len(self._values)
 
-  def get(self, i: int) -> T:
+  def get(self, i: Hashable) -> T:
     """Returns the value of entry `i`, loading it if needed."""
     if self._pid != os.getpid():
       self._start()

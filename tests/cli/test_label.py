@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 
+import label_samples
 import numpy as np
 import pytest
 from labelling_samples import FakeDepth, contents, launch, make_tars
@@ -14,6 +15,7 @@ from mtv_jax.cli import label
 from mtv_jax.cli.main import run_command
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts import build
+from mtv_jax.utils import path as path_lib
 
 main = functools.partial(run_command, "label")
 
@@ -83,6 +85,25 @@ def test_invalid_commands(base, tmp_path, more, message):
 
 
 @pytest.mark.slow
+def test_from_a_bucket_to_a_bucket(tmp_path, monkeypatch, gs, capsys):
+  """As on a pod; the result is that of local files."""
+  base = label_samples.make_base(tmp_path)
+  monkeypatch.setattr(label, "build_expert", lambda *a, **k: FakeDepth())
+  assert main(arguments(base, tmp_path / "out")) == 0
+  for file in base.glob("*.tar"):
+    path_lib.upload(file, path_lib.as_path(f"{gs}/web/{file.name}"))
+  argv = arguments(f"{gs}/web", f"{gs}/web_depth")
+  assert run_command("index", [f"{gs}/web/*.tar", "--processes=1"]) == 0
+  assert main(argv) == 0
+  folder = path_lib.as_path(f"{gs}/web_depth")
+  names = path_lib.list_folder(folder)
+  written = {name: path_lib.read_bytes(folder / name) for name in names}
+  assert written == contents(tmp_path / "out")
+  assert main([*argv, "--verify=10"]) == 0
+  assert "10 records labelled again, 10 with a label" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_partial_file(tmp_path):
   base = make_tars(tmp_path / "base", shards=20, records=6)
   out = tmp_path / "out"
@@ -99,7 +120,7 @@ def test_an_interrupt_leaves_no_partial_file(tmp_path):
   assert "settings.json" in left and "manifest.json" not in left
   assert not [name for name in left if name.startswith(".")]
   # A shard's statistics are its last file: the interrupt may come before it.
-  labels = {name.split(".")[0] for name in left if "_record" in name}
+  labels = {name.split(".")[0] for name in left if ".blocks" in name}
   finished = {name[:5] for name in left if "_stats" in name}
   assert finished <= labels and len(labels - finished) <= 1
   process = launch("depth", base, out, delay=0)

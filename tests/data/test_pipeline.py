@@ -371,7 +371,7 @@ def test_cut_phrases_are_counted_beside_captions(caplog):
 def test_no_good_record_at_all():
   with (
     loader([Numbers("n", 5, bad=range(5))]) as batches,
-    pytest.raises(CorruptDataError, match="5 consecutive records of Numbers"),
+    pytest.raises(CorruptDataError, match="5 records of Numbers"),
   ):
     next(batches)
 

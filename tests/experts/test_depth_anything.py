@@ -1,5 +1,6 @@
 """Depth Anything V2: folders, preprocessing, predictions, labels."""
 
+import functools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from mtv_jax.convert import depth_anything as weights
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
-from mtv_jax.experts import depth_anything
+from mtv_jax.experts import depth_anything, local_mesh
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.depth_anything import MEAN, STD, DepthPreprocess
 from mtv_jax.utils.errors import InputError
@@ -255,6 +256,26 @@ def test_a_folder_is_an_encoder_with_a_depth_head(folder):
   with pytest.raises(ValueError, match="nearest size that is: 28x42"):
     encoder.depth([pixels[:-1]], resize=False)
   assert encoder.depth([image]).shape == (1, 42, 42)
+
+
+def test_defaults_on_accelerators(folder, monkeypatch):
+  """bfloat16 and full batches of one shape; options take precedence."""
+  open_expert = functools.partial(
+    depth_anything.load_expert, folder, mesh=mesh_of(2), size=28
+  )
+  names = ("dtype", "batch_size", "preprocess", "side", "bits")
+
+  def settings(**options):
+    return [open_expert(**options).settings.get(name) for name in names]
+
+  assert settings() == ["float32", 1, "original", 96, 10]
+  old = settings(side=128, bits=16)
+  assert old == ["float32", 1, "original", 128, None]
+  monkeypatch.setattr(local_mesh, "is_accelerator", lambda mesh: True)
+  assert settings() == ["bfloat16", 16, "square", 96, 10]
+  assert open_expert().rows == 32
+  given = dict(dtype="float32", batch_size=1, preprocess="original")
+  assert settings(**given, side=128, bits=16) == old
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def images():
 
 @pytest.mark.slow
 def test_depth_is_the_encoders(encoder, images):
-  expert = mtv_expert.mtv_depth_expert(encoder, batch_size=2, side=16)
+  expert = mtv_expert.mtv_depth_expert(encoder, batch_size=2, side=16, bits=16)
   assert isinstance(expert, Expert)
   outcomes = label_images(expert, images, [{}] * 2)
   for outcome, wanted in zip(outcomes, encoder.depth(images), strict=True):
@@ -200,7 +200,7 @@ def test_encoders_that_cannot_label(params, kind, lacking, message):
     encoder = encoder.with_preprocess(cropped)
   with pytest.raises(ValueError, match=message):
     if kind == "depth":
-      mtv_expert.mtv_depth_expert(encoder, batch_size=1, side=16)
+      mtv_expert.mtv_depth_expert(encoder, batch_size=1, side=16, bits=16)
     box_expert_of(encoder)
 
 
@@ -216,7 +216,7 @@ def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
   )
   assert expert.rows == 2 and expert.kind == "depth"
   outcome, _ = label_images(expert, images, [{}] * 2)
-  assert outcome.label.values.shape == (128, 128)
+  assert (outcome.label.values.shape, outcome.label.bits) == ((96, 96), 10)
   with pytest.raises(ValueError, match="phrases"):
     mtv_expert.load_expert(tmp_path, kind="boxes", mesh=mesh)
   with pytest.raises(ValueError, match="Did you mean 'boxes'"):

@@ -1,5 +1,6 @@
 """Hostile label sets: values, manifests, key tables."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,11 +22,11 @@ from hostile.samples import (
   read_epoch,
 )
 
-from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels import label_blocks, label_values
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
 from mtv_jax.data.registry import build_source
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import block_table
 
 VALUES = Cases(__file__, "label values")
 SETS = Cases(__file__, "label sets")
@@ -191,10 +192,10 @@ def _flip(data):
   return data[: at - 60] + flipped + data[at + 60 :]
 
 
-_LABELS, _MANIFEST = "00000.array_record", "manifest.json"
+_LABELS, _MANIFEST = "00000.blocks", "manifest.json"
 _texts = BROKEN_JSON | {"of 40 MB": lambda: b"[" + b"[]," * 14_000_000 + b"[]]"}
 _contents = {
-  "version": [*other_types(1), 2, "1" * 1_000_000],
+  "version": [*other_types(2), 3, "1" * 1_000_000],
   "kind": [*other_types("boxes"), "depth", "\ud800"],
   "shards": [*other_types([]), [], ["00000.tar"]],
 }
@@ -222,11 +223,20 @@ SETS.add_table(_open, _flips, expects="skip error used")
 
 
 def _write_labels(data):
-  return lambda folder: array_record.write_bytes(folder / _LABELS, [data] * 4)
+  def write(folder):
+    (size,) = label_blocks.write(folder / _LABELS, [(0, data)] * 4, [4])
+    file = folder / block_table.NAME
+    table = block_table.read(file)
+    sizes = np.where(np.arange(len(table)) == 0, size, table.size)
+    dataclasses.replace(table, size=sizes, sizes=tuple(sizes.tolist())).write(
+      file
+    )
+
+  return write
 
 
 _foreign = {"labels that are no labels": _write_labels(b"\x93\1\2\3")}
-SETS.add_table(_open, _foreign, expects="skip", match="0.array_record")
+SETS.add_table(_open, _foreign, expects="skip", match="boxes/00000:")
 _BLANK = BoxLabel(np.zeros((0, 4), np.float32), (), np.zeros(0, np.float32))
 _other = _write_labels(label_values.encode("another", _BLANK))
 SETS.add_table(_open, {"labels of other keys": _other}, match="key")

@@ -1,6 +1,7 @@
 """Files in buckets, in emulators of both stores."""
 
 import logging
+import shutil
 
 import pytest
 
@@ -89,6 +90,25 @@ def test_names_that_leave_the_folder_are_not_copied(
   assert (copy / "sub" / "..also.txt").read_bytes() == b"ok"
   path.download_folder("gs://b/m", local, ignore=["good*"])
   assert [f.name for f in local.rglob("*") if f.is_file()] == ["..also.txt"]
+
+
+def test_copies_need_space(tmp_path, monkeypatch, caplog):
+  store = _HostileStore("a", "b", "c")
+  monkeypatch.setattr(buckets, "get_store", lambda path: store)
+  usage = shutil.disk_usage(tmp_path)
+  full = lambda folder: usage._replace(free=11)  # noqa: E731
+  monkeypatch.setattr(shutil, "disk_usage", full)
+  urls = ["gs://b/m", "gs://b/n"]
+  with pytest.raises(InputError, match="m and 1 more takes 12 B; .* only 11 B"):
+    path.local_copies(urls, cache=tmp_path)
+  assert not any(tmp_path.iterdir())
+  # What is there already takes no more space.
+  path.local_copy(urls[0], cache=tmp_path)
+  monkeypatch.setattr(path, "_LARGE", 5)
+  monkeypatch.setattr(path, "_VERY_LARGE", 5)
+  copies = path.local_copies(urls, cache=tmp_path)
+  assert all((copy / "c").is_file() for copy in copies)
+  assert "Copying gs://b/n (6 B) to" in caplog.text
 
 
 @pytest.mark.slow

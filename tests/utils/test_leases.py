@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from labelling_samples import ELSEWHERE, claim
 
-from mtv_jax.utils import atomic, leases
-from mtv_jax.utils.leases import Leases
+from mtv_jax.utils import atomic, leases, path
+from mtv_jax.utils.leases import FileLeases, ObjectLeases, open_leases
 from mtv_jax.utils.threads import map_threads
 
 # A process that no longer exists, and an earlier one with this one's number,
@@ -24,7 +24,7 @@ EARLIER = atomic.current_process()._replace(token="00000000")
 
 
 def test_a_lease_is_exclusive_and_released(tmp_path):
-  mine = Leases(tmp_path)
+  mine = FileLeases(tmp_path)
   with (
     mine.acquire("a") as taken,
     mine.acquire("a") as again,
@@ -57,12 +57,12 @@ def test_leases_of_dead_processes_expire(tmp_path, owner, age, gone):
   for half in halves:
     half.touch()
     os.utime(half, (time.time() - age,) * 2)
-  with Leases(tmp_path).acquire("00001") as taken:
+  with FileLeases(tmp_path).acquire("00001") as taken:
     assert taken == gone
   assert file.exists() != gone
   if owner != "damaged":
     assert [half.exists() for half in halves] == [not gone, not gone, True]
-    Leases(tmp_path).sweep()
+    FileLeases(tmp_path).clear()
     assert (list(tmp_path.iterdir()) == []) == gone
 
 
@@ -77,7 +77,7 @@ def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
     return result
 
   monkeypatch.setattr(leases.atomic, "is_abandoned", slow)
-  with Leases(tmp_path).acquire("a") as taken:
+  with FileLeases(tmp_path).acquire("a") as taken:
     assert not taken
   assert json.loads(file.read_text())["owner"] == str(ELSEWHERE)
   assert [f.name for f in tmp_path.iterdir()] == [".a.claim"]
@@ -94,7 +94,7 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
   def slow(path, owner):
     result = is_left(path, owner)
     monkeypatch.setattr(leases.atomic, "is_abandoned", is_left)
-    granted.append(faster.enter_context(Leases(tmp_path).acquire("a")))
+    granted.append(faster.enter_context(FileLeases(tmp_path).acquire("a")))
     return result
 
   def at_line(frame, event, _):
@@ -102,7 +102,7 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
       return None
     if event == "line" and granted:
       sys.settrace(None)
-      with Leases(tmp_path).acquire("a") as third:
+      with FileLeases(tmp_path).acquire("a") as third:
         tried.append(third)
       sys.settrace(at_line)
     return at_line
@@ -112,14 +112,14 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
   with contextlib.ExitStack() as faster:
     sys.settrace(at_line)
     try:
-      with Leases(tmp_path).acquire("a") as taken:
+      with FileLeases(tmp_path).acquire("a") as taken:
         sys.settrace(before)
         assert not taken
     finally:
       sys.settrace(before)
     assert granted == [True] and len(tried) > 3 and not any(tried)
     assert len(names(tmp_path)) == 1
-    assert Leases(tmp_path).holder("a").owner == atomic.current_process()
+    assert FileLeases(tmp_path).holder("a").owner == atomic.current_process()
   assert names(tmp_path) == []
 
 
@@ -132,11 +132,11 @@ def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
     os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
   # A lease of another shard with a similar name.
   claim(tmp_path, "a.claim", ELSEWHERE)
-  with Leases(tmp_path).acquire("a") as taken:
+  with FileLeases(tmp_path).acquire("a") as taken:
     assert taken
     assert names(tmp_path) == [".a.claim.13", ".a.claim.claim"]
-    assert Leases(tmp_path).holder("a").owner == atomic.current_process()
-    with Leases(tmp_path).acquire("a") as again:
+    assert FileLeases(tmp_path).holder("a").owner == atomic.current_process()
+    with FileLeases(tmp_path).acquire("a") as again:
       assert not again
   assert names(tmp_path) == [".a.claim.claim"]
 
@@ -148,11 +148,11 @@ def names(folder):
 def test_a_takeover_is_valid_without_the_first_lease(tmp_path):
   file = claim(tmp_path, "a", ELSEWHERE)
   os.replace(file, tmp_path / ".a.claim.1")
-  with Leases(tmp_path).acquire("a") as taken:
+  with FileLeases(tmp_path).acquire("a") as taken:
     assert not taken
-  assert str(Leases(tmp_path).holder("a")) == "process 1 on there"
+  assert str(FileLeases(tmp_path).holder("a")) == "process 1 on there"
   os.utime(tmp_path / ".a.claim.1", (0, 0))
-  Leases(tmp_path).sweep()
+  FileLeases(tmp_path).clear()
   assert names(tmp_path) == []
 
 
@@ -163,7 +163,7 @@ def test_an_unwritable_lease_is_released(tmp_path, monkeypatch):
   monkeypatch.setattr(leases.os, "write", full)
   with (
     pytest.raises(OSError, match="No space"),
-    Leases(tmp_path).acquire("a"),
+    FileLeases(tmp_path).acquire("a"),
   ):
     pass
   assert names(tmp_path) == []
@@ -180,7 +180,7 @@ def test_one_of_many_takeovers_wins(tmp_path):
     wins = []
     for number in range(rounds):
       barrier.wait()
-      with Leases(tmp_path).acquire(f"{number}") as taken:
+      with FileLeases(tmp_path).acquire(f"{number}") as taken:
         wins.append(taken)
         barrier.wait()
     return wins
@@ -224,7 +224,7 @@ def test_one_of_many_processes_takes_over(tmp_path, repo_root):
 
 def test_a_lease_is_renewed(tmp_path, monkeypatch):
   monkeypatch.setattr(atomic, "STALE_SECONDS", 0.2)
-  with Leases(tmp_path).acquire("a"):
+  with FileLeases(tmp_path).acquire("a"):
     os.utime(tmp_path / ".a.claim", (0, 0))
     time.sleep(0.3)
     assert atomic.seconds_since_modified(tmp_path / ".a.claim") < 10
@@ -235,3 +235,57 @@ def test_a_lease_is_renewed(tmp_path, monkeypatch):
     time.sleep(0.1)
     assert file.stat().st_mtime == 0
   assert file.exists()
+
+
+@pytest.mark.slow
+def test_leases_in_a_bucket(bucket, monkeypatch):
+  """Acquired, renewed, taken over and released by generation."""
+  monkeypatch.setattr(atomic, "STALE_SECONDS", 1.0)
+  folder = path.as_path(f"{bucket}/leases")
+
+  def content():
+    return path.read_bytes(folder / ".a.claim")
+
+  mine = open_leases(folder)
+  with mine.acquire("a") as taken, mine.acquire("a") as again:
+    assert (taken, again) == (True, False)
+    first = content()
+    time.sleep(0.5)
+    assert content() != first  # Renewed.
+    assert str(mine.holder("a")).startswith(f"process {os.getpid()} on ")
+  assert path.list_folder(folder) == []
+  # Of a process that is known to be dead; that could live; that was silent.
+  for owner, wait, gone in (
+    (DEAD, 0, True),
+    (ELSEWHERE, 0, False),
+    ("damaged", 1.2, True),
+  ):
+    data = json.dumps({"host": "there", "owner": str(owner)}).encode()
+    path.write_bytes(folder / ".a.claim", data)
+    with mine.acquire("a") as taken:
+      assert taken == (gone and not wait)
+    time.sleep(wait)
+    with mine.acquire("a") as taken:
+      assert taken == gone
+      if taken:
+        # A lost lease is neither renewed nor released.
+        path.write_bytes(folder / ".a.claim", data)
+        time.sleep(0.3)
+    assert content() == data
+    path.remove(folder / ".a.claim")
+
+
+@pytest.mark.slow
+def test_one_of_many_processes_writes(bucket):
+  folder, many = path.as_path(f"{bucket}/contended"), 8
+  barrier = threading.Barrier(many, timeout=60)
+
+  def contend(number):
+    barrier.wait()
+    with ObjectLeases(folder).acquire("a") as taken:
+      barrier.wait()
+    written = path.write_if_absent(folder / "b", b"%d" % number)
+    return taken, written
+
+  taken, written = zip(*map_threads(contend, range(many)), strict=True)
+  assert sum(taken) == 1 and len(set(written)) == 1

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mtv_jax.config import foreign
 from mtv_jax.config.options import Range, shorten_repr
-from mtv_jax.data.labels import label_sets, label_values
+from mtv_jax.data.labels import label_sets, label_values, label_writer
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import LabelOutcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
@@ -65,28 +65,21 @@ def write(
   *,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCounts:
-  """Writes labels of all unfinished shards; `annotate` runs in threads."""
-  todo, total = writer.todo(), len(writer.base)
-  done = total - sum(len(writer.numbers(shard)) for shard in todo)
+  """Writes the labels of all records; `annotate` runs in threads."""
   first = None
-  progress(done, total)
 
   def annotate_item(item: Item) -> tuple[Item, LabelOutcome]:
     return item, annotate(item)
 
-  def entries(shard: int) -> Iterator[Entry]:
-    nonlocal done, first
-    items = _items(writer.base, writer.numbers(shard))
+  def make_entries(numbers: range) -> Iterator[Entry]:
+    nonlocal first
+    items = _items(writer.base, numbers)
     for item, outcome in map_ahead(annotate_item, items, ahead=_AHEAD):
       first = first or item
       yield Entry(item.key, outcome)
-      done += 1
-      progress(done, total)
 
-  for shard in todo:
-    writer.write(shard, entries(shard))
   try:
-    return writer.finish()
+    return label_writer.write_all(writer, make_entries, progress=progress)
   except LabelError as error:
     if first is not None:
       error.add_note(f"The first record was looked up as {first}.")
@@ -250,7 +243,9 @@ class DepthImages:
   # Divisor: 1000 for millimetres, 256 for KITTI.
   scale: Annotated[float | int, Range(above=0)] = 1.0
   invalid: Sequence[int] = (0,)  # Values that mark a missing measurement.
-  side: Annotated[int, Range(min=2)] = 128  # Side of the label, in pixels.
+  # Side of the label in pixels, and bits of a pixel.
+  side: Annotated[int, Range(min=2)] = label_values.SIDE
+  bits: label_values.Bits = label_values.BITS
   min_valid: Annotated[int, Range(min=2)] = label_values.MIN_VALID
 
   def __post_init__(self):
@@ -264,7 +259,8 @@ class DepthImages:
   def settings(self) -> dict[str, Any]:
     """Settings stored in the manifest."""
     changed = {"folder": Path(self.folder).name, "invalid": list(self.invalid)}
-    return {"from": "depth images", **dataclasses.asdict(self), **changed}
+    options = label_values.depth_settings(dataclasses.asdict(self))
+    return {"from": "depth images", **options, **changed}
 
   def _path(self, item: Item) -> Path:
     name = str(Path(item.name).with_suffix(""))
@@ -308,5 +304,9 @@ class DepthImages:
     else:
       inverse = raw / self.scale
     return label_values.make_depth(
-      inverse, side=self.side, valid=valid, min_valid=self.min_valid
+      inverse,
+      side=self.side,
+      bits=self.bits,
+      valid=valid,
+      min_valid=self.min_valid,
     )

@@ -35,10 +35,12 @@ from mtv_jax.data.labels.label_values import (
   Stored,
 )
 from mtv_jax.data.records import BadRecord, Record, count_dropped
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import Blocks, Source
 from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.ranges import RangeReader
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_threads
 
@@ -68,6 +70,14 @@ class JoinedLabels(abc.ABC):
   def get(self, i: int, record: Record) -> Label | None:
     """The label of a record; BadRecord if corrupt, LabelError for another's."""
 
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in `Source`."""
+    del reader
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in `Source`."""
+    del first, count
+
 
 class LabelledSource(Source):
   """A source whose records include the fields of joined label sets."""
@@ -84,8 +94,32 @@ class LabelledSource(Source):
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
     return self._source.blocks
 
+  @property
+  def lane_blocks(self) -> Blocks:
+    return self._source.lane_blocks
+
+  def use_reader(self, reader: RangeReader) -> None:
+    for part in (self._source, *self._labels):
+      part.use_reader(reader)
+
+  def keep_blocks(self, count: int) -> None:
+    self._source.keep_blocks(count)
+
+  def prefetch(self, first: int, count: int) -> None:
+    for part in (self._source, *self._labels):
+      part.prefetch(first, count)
+
   def read_in_blocks(self, window: int) -> None:
     self._source.read_in_blocks(window)
+
+  def describe(self) -> dict[str, Any]:
+    """As in the base class, with the digest of each label set."""
+    labels = {
+      ".".join(filter(None, [label.kind, label.teacher])): label.label_set
+      for label in self._labels
+    }
+    digests = {name: label_set.digest for name, label_set in labels.items()}
+    return self._source.describe() | {"labels": digests}
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i` with its labels."""
@@ -191,7 +225,11 @@ class AlignedLabels(JoinedLabels):
     self._starts = np.concatenate([[0], source.shards[:-1]]).astype(np.int64)
     counts = np.diff(source.shards, prepend=0)
     self._shards = self._match(counts)
-    self._check_samples(source, counts)
+    self._source = source
+    # Records of a bucket are checked when they are read.
+    self._is_remote = labels.blocks and path_lib.is_remote(self._files[0])
+    if not self._is_remote:
+      self._check_samples(source, counts)
 
   def _match(self, counts: np.ndarray) -> list[int]:
     """Returns the label set's shard for each shard of the source."""
@@ -247,7 +285,39 @@ class AlignedLabels(JoinedLabels):
 
     map_threads(check, chosen)
 
+  def use_reader(self, reader: RangeReader) -> None:
+    if self.label_set.blocks:
+      self.label_set.blocks.use(reader)
+
+  def prefetch(self, first: int, count: int) -> None:
+    if blocks := self.label_set.blocks:
+      shard, begin = self._source.lane_blocks.locate(first)
+      _, end = self._source.lane_blocks.locate(first + count - 1)
+      blocks.prefetch(self._shards[shard], range(begin.start, end.stop))
+
+  def _find(self, i: int, record: Record) -> Label | None:
+    """Returns the label of record `i` from its block."""
+    blocks = self._source.lane_blocks
+    shard, positions = blocks.locate(i)
+    if blocks.ends[-1] == blocks.all_ends[-1]:  # No record is left out.
+      at = i - int(self._starts[shard])
+      positions = range(at, at + 1)
+    key, labels, file = record["key"], self.label_set, self._files[shard]
+    stored = labels.find(self._shards[shard], positions, key)
+    if stored is None:
+      problem = f"it has no label of record {key!r} of {file.name}"
+      raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
+    samples = labels.manifest["shards"][self._shards[shard]]["samples"]
+    data = record.get("image")
+    for _, sample, image in samples:
+      if sample == key and data and image != label_sets.hash_bytes(data):
+        problem = f"{key!r} in {file.name} has the same key but other bytes"
+        raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
+    return stored.label
+
   def get(self, i: int, record: Record) -> Label | None:
+    if self._is_remote:
+      return self._find(i, record)
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
     at = i - int(self._starts[shard])
     stored = self.label_set.read(self._shards[shard], at)
@@ -283,9 +353,13 @@ class KeyedLabels(JoinedLabels):
     index_dir: str | os.PathLike | None = None,
   ):
     super().__init__(labels)
-    folder = labels.folder if index_dir is None else Path(index_dir)
     if index_dir is not None:
       refuse_remote(index_dir, "index_dir", "Name a folder of this machine.")
+      folder = Path(index_dir)
+    elif path_lib.is_remote(labels.folder):
+      folder = path_lib.cache_folder()
+    else:
+      folder = Path(labels.folder)
     # The digest distinguishes the tables of different label sets.
     self._file = folder.expanduser() / f"keys-{labels.digest}.npy"
     self._ends = np.cumsum(labels.counts, dtype=np.int64)

@@ -2,13 +2,15 @@
 
   settings.json         kind, settings, record counts of the base shards
   manifest.json         settings and statistics; written last
-  00000.array_record    a label for every record of base shard 00000, in order
+  00000.blocks          a label for every record of base shard 00000, in order
+  blocks.npz            table of the blocks of these files
   00000.keys.npy        uint64 hash of each record's key, for joins by key
   00000_stats.json      the manifest's entry of this shard
 
 Label i of a file is for record i of its base shard; a record without a label
 has an entry marked invalid. Every label stores its record's key. The manifest
-stores a few keys and image hashes of the base.
+stores a few keys and image hashes of the base. Sets of version 1 have
+`00000.array_record` instead of the blocks, and are read from a local disk.
 """
 
 import hashlib
@@ -21,22 +23,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt64
 
-from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels import label_blocks, label_values
+from mtv_jax.data.labels.label_blocks import LabelBlocks
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.ranges import RangeReader
 from mtv_jax.utils.text import list_first, truncate
 from mtv_jax.utils.threads import map_threads
 
-VERSION = 1
+VERSION = 2
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
 # Limits on differences in an error: lines, and characters per value.
 _MAX_LINES, _MAX_CHARACTERS = 12, 60
+_MEMORY = 1 << 28  # Bytes of blocks of a bucket, outside of training.
 _ABSENT = object()
 # Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
 _MAX_MANIFEST = 1 << 25
@@ -72,7 +76,9 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
 
 
 class LabelSet:
-  """Labels in a folder, by shard and index; bucket folders are copied.
+  """Labels in a folder, by shard and index.
+
+  From a bucket, blocks are read by ranges; sets of version 1 are copied whole.
 
   `names` and `counts` are shard names and record counts; `digest`, a hash of
   the manifest, identifies the label set.
@@ -82,13 +88,27 @@ class LabelSet:
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
-    # Copied whole: ArrayRecord readers need local files.
-    self.folder = path_lib.local_copy(folder).expanduser()
+    self.folder = path_lib.as_path(folder)
+    if not path_lib.is_remote(folder):
+      self.folder = self.folder.expanduser()
     self.kind = kind
     self.manifest, self.digest = _load_manifest(self.folder, kind)
     shards = self.manifest["shards"]
     self.names = [shard_name(Path(shard["base"])) for shard in shards]
     self.counts = [shard["records"] for shard in shards]
+    self.blocks: LabelBlocks | None = None
+    if self.manifest["version"] == VERSION:
+      table = label_blocks.open_table(self.folder, self.names)
+      counts = np.bincount(table.shard, table.records, len(self.names))
+      if counts.tolist() != self.counts:
+        raise LabelError(
+          f"The table of blocks in {self.folder} doesn't fit its {MANIFEST}:"
+          " they belong to different sets. Copy or write the set again."
+        )
+      self.blocks = LabelBlocks(table, RangeReader(_MEMORY))
+      return
+    # ArrayRecord readers need local files.
+    self.folder = path_lib.local_copy(folder).expanduser()
     self._files = [self.folder / f"{name}.array_record" for name in self.names]
     self._check_files()
     # Two label sets and their source share the process's open-file limit.
@@ -114,18 +134,31 @@ class LabelSet:
 
   def read(self, shard: int, at: int) -> Stored:
     """Reads label `at` of a shard; BadRecord if its bytes are corrupt."""
-    where = f"{self.folder.name}/{self._files[shard].name}:{at}"
-    data = array_record.read_bytes(self._readers.get(shard), at, where=where)
+    where = f"{self.folder.name}/{self.names[shard]}:{at}"
+    if self.blocks:
+      data = self.blocks.read(shard, at)
+    else:
+      data = array_record.read_bytes(self._readers.get(shard), at, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
+
+  def find(self, shard: int, positions: range, key: str) -> Stored | None:
+    """Returns a record's label near these positions of a shard, if there."""
+    where = f"{self.folder.name}/{self.names[shard]}:{key}"
+    for data in self.blocks.find(shard, positions, hash_key(key)):
+      stored = label_values.decode(data, kind=self.kind, where=where)
+      if stored.key == key:
+        return stored
+    return None
 
   def key_hashes(self, shard: int) -> UInt64[np.ndarray, " n"]:
     """Returns `hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
-    if not file.is_file():
+    if not path_lib.is_file(file):
       raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
         " needs. Copy it, or write the set again."
       )
+    file = path_lib.local_copy(file)
     return np.array(load_array(file, (self.counts[shard],)))
 
   def __repr__(self) -> str:
@@ -151,22 +184,24 @@ def load_array(
   return array
 
 
-def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
+def _load_manifest(
+  folder: PurePath, kind: str
+) -> tuple[Mapping[str, Any], str]:
   """Returns the manifest and its hash."""
   file = folder / MANIFEST
-  if not folder.is_dir():
+  if not path_lib.is_folder(folder):
     raise MissingFileError(f"There is no folder of labels {folder}.")
-  if not file.is_file():
+  if not path_lib.is_file(file):
     raise MissingFileError(
       f"{folder} has no {MANIFEST}: it is not a label set, or not finished. The"
       " command that writes it resumes it."
     )
-  if (size := file.stat().st_size) > _MAX_MANIFEST:
+  if (size := path_lib.stat(file).st_size) > _MAX_MANIFEST:
     raise LabelError(
       f"{file} has {size:,} bytes; a manifest has at most {_MAX_MANIFEST:,}."
       " Copy it again."
     )
-  data = file.read_bytes()
+  data = path_lib.read_bytes(file)
   try:
     manifest = json.loads(data)
     version, stored = manifest["version"], manifest["kind"]
@@ -176,10 +211,10 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
       f"{file} is not a manifest of a label set ({printable(repr(error))})."
       " Copy it again, or write the labels again."
     ) from error
-  if type(version) is not int or version != VERSION:
+  if type(version) is not int or not 1 <= version <= VERSION:
     raise LabelError(
-      f"{file} is of version {printable(version)}, this code reads {VERSION}:"
-      " write the labels again."
+      f"{file} is of version {printable(version)}, this code reads 1 to"
+      f" {VERSION}: write the labels again."
     )
   if stored != kind:
     stored = printable(stored)
@@ -209,12 +244,12 @@ def _check_shards(shards: Any) -> None:
 
 
 def describe_settings(
-  kind: str, settings: Mapping[str, Any], base: Source
+  kind: str, settings: Mapping[str, Any], base: Source, version: int = VERSION
 ) -> dict[str, Any]:
   """Content of `settings.json`; TypeError if it can't be JSON."""
   counts = np.diff(base.shards, prepend=0).tolist()
   described = {
-    "version": VERSION,
+    "version": version,
     "kind": kind,
     "settings": dict(settings),
     "base": {f.name: n for f, n in zip(base.files, counts, strict=True)},
@@ -223,18 +258,21 @@ def describe_settings(
   return json.loads(json.dumps(described))
 
 
-def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
+def write_or_check_settings(
+  out: PurePath, described: Mapping[str, Any]
+) -> None:
   """Writes `settings.json`, or raises FileExistsError if it differs."""
-  if (out / MANIFEST).exists():
+  if path_lib.exists(out / MANIFEST):
     check_manifest(out, described)
   file = out / SETTINGS
-  data = atomic.write_if_absent(file, to_json(described))
+  data = path_lib.write_if_absent(file, to_json(described))
   _require_equal(_parse(data, file), described, f"{out} has an unfinished")
 
 
-def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
+def check_manifest(out: PurePath, described: Mapping[str, Any]) -> None:
   """Raises FileExistsError if a finished set differs from `described`."""
-  manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
+  file = out / MANIFEST
+  manifest = _parse(path_lib.read_bytes(file), file)
   shards = manifest.get("shards", [])
   manifest["base"] = {shard["base"]: shard["records"] for shard in shards}
   stored = {key: manifest.get(key) for key in described}
@@ -246,7 +284,7 @@ def to_json(content: Any) -> bytes:
   return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _parse(data: bytes, file: Path) -> dict[str, Any]:
+def _parse(data: bytes, file: PurePath) -> dict[str, Any]:
   try:
     content = json.loads(data)
     if not isinstance(content, dict):

@@ -6,16 +6,17 @@ with a phrase and a score. `make_depth` and `make_boxes` drop unusable raw
 values and count them by reason.
 
 A serialized label is a msgpack map with `key`, `valid` and, if valid, `png16`
-(an image file), `lo`, `hi`, `side` for depth; `boxes` (uint16, 65535 times the
-coordinate), `scores` (float32) and `phrases` for boxes; `format` and for each
-array `NAME` (codes), `NAME/scale` (float32) and `NAME/width` for features.
+(an image file of values up to 2^`bits` - 1, by default 16 bits), `lo`, `hi`,
+`side` for depth; `boxes` (uint16, 65535 times the coordinate), `scores`
+(float32) and `phrases` for boxes; `format` and for each array `NAME` (codes),
+`NAME/scale` (float32) and `NAME/width` for features.
 """
 
 import dataclasses
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import ml_dtypes  # noqa: F401  Registers float8 with NumPy.
@@ -24,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8, UInt16
 
 from mtv_jax.config.feature_layout import DTYPES, FeatureLayout, Format
+from mtv_jax.config.options import Range
 from mtv_jax.data.records import content_errors
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError
@@ -34,6 +36,10 @@ TOP = 65535
 # Minimum labelled pixels per map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
 MIN_SIDE = 4
+# Default size of a depth label (docs/experts.md).
+SIDE, BITS = 96, 10
+# Bits of a stored value: fewer than 2^2 levels are no map.
+Bits = Annotated[int, Range(min=2, max=16)]
 # Limits of a stored label, far above the sizes of experts and data sets.
 _MAX_SIDE = 4096
 _MAX_WIDTH = 1 << 16
@@ -54,6 +60,7 @@ class DepthLabel:
   values: UInt16[np.ndarray, "side side"]
   low: float
   high: float
+  bits: int = 16  # Precision of the values.
 
   @property
   def inverse(self) -> Float32[np.ndarray, "side side"]:
@@ -175,10 +182,20 @@ def no_label(reason: str) -> LabelOutcome:
   return LabelOutcome(None, {reason: 1})
 
 
+def _round_values(
+  values: UInt16[np.ndarray, "h w"], top: int, new_top: int
+) -> UInt16[np.ndarray, "h w"]:
+  """Maps values 1 to `top` to 1 to `new_top`, and 0 to 0."""
+  fraction = (values.astype(np.float64) - 1) / (top - 1)
+  scaled = 1 + np.rint(fraction * (new_top - 1))
+  return np.where(values > 0, scaled, 0).astype(np.uint16)
+
+
 def make_depth(
   inverse: Float[np.ndarray, "h w"],
   *,
   side: int,
+  bits: int = 16,
   valid: Bool[np.ndarray, "h w"] | None = None,
   min_valid: int = MIN_VALID,
 ) -> LabelOutcome:
@@ -206,7 +223,15 @@ def make_depth(
   fraction = (values.astype(np.float64) - low) / (high - low)
   scaled = 1 + np.rint(fraction.clip(0, 1) * (TOP - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)
-  return LabelOutcome(DepthLabel(scaled, low, high), counts)
+  if bits < 16:
+    top = 2**bits - 1
+    scaled = _round_values(_round_values(scaled, TOP, top), top, TOP)
+  return LabelOutcome(DepthLabel(scaled, low, high, bits), counts)
+
+
+def depth_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Options as in a label set's settings: sets without `bits` have 16."""
+  return {k: v for k, v in options.items() if (k, v) != ("bits", 16)}
 
 
 def _squash(
@@ -297,12 +322,14 @@ def encode(key: str, label: Label | None) -> bytes:
   """Serializes a label."""
   packed: dict[str, Any] = {"key": key, "valid": label is not None}
   if isinstance(label, DepthLabel):
-    _, png = cv2.imencode(".png", label.values)
+    values = _round_values(label.values, TOP, 2**label.bits - 1)
+    _, png = cv2.imencode(".png", values)
     packed |= {
       "png16": png.tobytes(),
       "lo": label.low,
       "hi": label.high,
       "side": len(label.values),
+      **({"bits": label.bits} if label.bits < 16 else {}),
     }
   elif isinstance(label, BoxLabel):
     packed |= {
@@ -347,7 +374,12 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
     raise ValueError("png16 is damaged")
   if values.shape != (side, side):
     raise ValueError(f"png16 is {values.shape}, side is {side}")
-  return DepthLabel(values, low, high)
+  bits = packed.get("bits", 16)
+  if type(bits) is not int or not 2 <= bits <= 16 or values.max() >= 2**bits:
+    raise ValueError(f"bits is {bits}, the largest value {values.max()}")
+  if bits < 16:
+    values = _round_values(values, 2**bits - 1, TOP)
+  return DepthLabel(values, low, high, bits)
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:

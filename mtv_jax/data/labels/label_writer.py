@@ -1,33 +1,56 @@
-"""Writer of label sets, one base shard at a time.
+"""Writer of label sets, by any number of processes.
 
-A shard's statistics file is written after its labels, and the manifest after
-all shards. So an interrupted run resumes with the unfinished shards, and
-several processes can write different shards. Files don't depend on time, host
-or write order: equal labels give equal bytes.
+The unit of work is a part: about a thousand records of a shard, in whole
+blocks, one file. Once all parts of a shard exist, they are joined to its files,
+the statistics last, and removed; the manifest is written after all shards.
+Processes lease parts (`utils.leases`), and otherwise communicate only through
+the names in the folder, which may be in a bucket. So an interrupted run resumes
+with the missing parts. Files don't depend on time, host or write order: equal
+labels give equal bytes.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.labels import label_sets, label_values
+from mtv_jax.data.labels import label_blocks, label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils import atomic
+from mtv_jax.data.sources.block_table import BlockTable
+from mtv_jax.utils import atomic, leases
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, check_choice
-from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_threads
+
+log = logging.getLogger(__name__)
+
+PART_RECORDS = 1000  # At least, except for the last part of a shard.
+_PART = ".part"
+_SHARD_FILES = (label_blocks.SUFFIX, ".keys.npy", "_stats.json")
+_LENGTH = np.dtype("<u8")  # Ends a part: bytes of the JSON before it.
+# Finished shards whose images are compared with the base at a start.
+_MAX_CHECKED = 4
+# Seconds between checks of parts that peers write, doubling, up to this
+# fraction of the time after which a lease expires.
+_MIN_WAIT, _MAX_WAIT = 0.2, 0.05
+# Parts found to be another process's, and seconds, after which the folder is
+# listed again.
+_MAX_MISSES, _MAX_AGE = 16, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +83,13 @@ class LabelCounts:
       self.boxes += len(outcome.label.boxes)
     self.reasons.update(outcome.counts)
 
+  def merge(self, counts: Mapping[str, Any]) -> None:
+    """Adds the counts of `to_dict`."""
+    self.records += counts["records"]
+    self.labelled += counts["labelled"]
+    self.boxes += counts["boxes"]
+    self.reasons.update(counts["reasons"])
+
   def to_dict(self) -> dict[str, Any]:
     """As a JSON object; reasons by descending count, then by name."""
     order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
@@ -75,11 +105,30 @@ class LabelCounts:
     return "\n".join(lines)
 
 
-class LabelWriter:
-  """Writes the labels of a source's shards to a folder.
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Records of whole blocks of a shard, which one process labels."""
 
-  `settings` (JSON) is everything that determines the labels. Raises
-  FileExistsError if the folder has labels of another kind, settings or base.
+  shard: int
+  name: str  # Of its lease.
+  numbers: range  # Indices of the base's records.
+  blocks: tuple[int, ...]  # Records of each block.
+
+  @property
+  def file_name(self) -> str:
+    return self.name + _PART
+
+
+class _InvalidPart(Exception):
+  """A part that is missing, or that was removed since it is damaged."""
+
+
+class LabelWriter:
+  """Writes the labels of a source's shards to a folder, also of a bucket.
+
+  `settings` (JSON) is everything that determines the labels. With `check`,
+  compares images of a few finished shards with the base. Raises FileExistsError
+  if the folder has labels of another kind, settings or base.
   """
 
   def __init__(
@@ -89,23 +138,31 @@ class LabelWriter:
     kind: str,
     base: Source,
     settings: Mapping[str, Any],
+    check: bool = True,
   ):
     check_choice("kind", kind, label_values.KINDS)
-    refuse_remote(out, "The output", "Write labels to a folder, and copy it.")
-    self.out = Path(out).expanduser()
+    self.out = path_lib.as_path(out)
+    if not path_lib.is_remote(out):
+      self.out = self.out.expanduser()
     self.kind = kind
     self.base = base
     self.names = [label_sets.shard_name(file) for file in base.files]
     self._check_files()
     self._starts = [0, *base.shards.tolist()]
+    self._parts = self._cut_parts()
     described = label_sets.describe_settings(kind, settings, base)
     self._settings = described["settings"]
     key = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
     self._settings_hash = hash_bytes(key.encode())
-    self.out.mkdir(parents=True, exist_ok=True)
     label_sets.write_or_check_settings(self.out, described)
-    self._finished: set[int] = set()
-    map_threads(self._check_samples, range(len(self.names)))
+    todo = self.todo()
+    if todo:
+      # Whoever reads a set with a manifest relies on all files.
+      path_lib.remove(self.out / label_sets.MANIFEST)
+    if check:
+      done = [shard for shard in range(len(self.names)) if shard not in todo]
+      for shard in done[:: -(-len(done) // _MAX_CHECKED) or 1]:
+        self._check_samples(shard)
 
   def _check_files(self) -> None:
     if not self.names:
@@ -115,14 +172,39 @@ class LabelWriter:
       names = list_first(repeated, 5)
       fix = "Write a label set for each folder."
       raise InputError(f"Several shards are named {names}. {fix}")
-    if self.out.resolve() in {f.resolve().parent for f in self.base.files}:
+    folders = {file.parent for file in self.base.files}
+    if any(path_lib.is_same(self.out, folder) for folder in folders):
       raise InputError(f"{self.out} contains the shards themselves.")
+
+  def _cut_parts(self) -> list[list[Part]]:
+    """Returns the parts of each shard."""
+    ends, of_block, _ = self.base.lane_blocks
+    bounds = np.searchsorted(of_block, np.arange(len(self.names) + 1))
+    return [
+      self._cut_shard(shard, ends[first:last].tolist())
+      for shard, (first, last) in enumerate(
+        zip(bounds[:-1], bounds[1:], strict=True)
+      )
+    ]
+
+  def _cut_shard(self, shard: int, ends: Sequence[int]) -> list[Part]:
+    parts, blocks = [], []
+    origin = at = start = self._starts[shard]
+    for i, end in enumerate(ends, 1):
+      blocks.append(end - at)
+      at = end
+      if at - start >= PART_RECORDS or i == len(ends):
+        name = f"{self.names[shard]}.{start - origin}-{at - origin}"
+        parts.append(Part(shard, name, range(start, at), tuple(blocks)))
+        start, blocks = at, []
+    return parts
 
   def _check_samples(self, shard: int) -> None:
     """Compares a few images of a finished shard with stored hashes."""
-    if not self.is_done(shard):
+    stats = self._read_stats(shard)
+    if stats is None:
       return
-    stored, read = self._stats(shard)["samples"], self._samples(shard)
+    stored, read = stats["samples"], self._samples(shard, {})
     if stored != read:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} belong to other"
@@ -130,101 +212,179 @@ class LabelWriter:
         f" folder {self.out}, or give another one."
       )
 
-  def todo(self) -> list[int]:
-    """Returns unfinished shards, including shards with a missing file."""
-    # One listing is faster than looking up every file.
-    existing = set(os.listdir(self.out))
-    todo = []
-    for shard in range(len(self.names)):
-      files = {file.name for file in self._files(shard)}
-      if not (files <= existing and self.is_done(shard)):
-        self._finished.discard(shard)
-        todo.append(shard)
-    return todo
-
-  def is_done(self, shard: int) -> bool:
-    """Whether this or another process has finished the shard."""
-    if shard in self._finished:
-      return True
-    try:
-      stats = dict(self._stats(shard))
-    except (FileNotFoundError, ValueError, TypeError):
-      return False  # Missing or corrupt.
-    expected = self._settings_hash, len(self.numbers(shard))
-    if (stats.get("made_by"), stats.get("records")) != expected:
-      return False
-    if not all(file.exists() for file in self._files(shard)):
-      return False
-    self._finished.add(shard)
-    return True
-
   def numbers(self, shard: int) -> range:
     """Base record indices of a shard."""
     return range(self._starts[shard], self._starts[shard + 1])
 
-  def write(self, shard: int, entries: Iterable[Entry]) -> LabelCounts:
-    """Writes the labels of one shard: one entry per record, in order."""
+  def todo(self, shard: int | None = None) -> dict[int, list[Part]]:
+    """Returns the missing parts of each unfinished shard, by one listing.
+
+    A shard without missing parts is to be joined. `shard` limits the listing.
+    """
+    if shard is None:
+      names = set(path_lib.list_folder(self.out))
+      if label_sets.SETTINGS not in names:
+        raise LabelError(
+          f"{label_sets.SETTINGS} was removed from {self.out}, by a user or a"
+          " process that found no label in the whole set. Start again."
+        )
+      shards = range(len(self.names))
+    else:
+      names = path_lib.list_folder(self.out, prefix=self.names[shard])
+      names, shards = set(names), [shard]
+    return {
+      shard: [p for p in self._parts[shard] if p.file_name not in names]
+      for shard in shards
+      if not names.issuperset(file.name for file in self._files(shard))
+    }
+
+  def is_missing(self, part: Part) -> bool:
+    """Whether a part is still to be written."""
+    return part in self.todo(part.shard).get(part.shard, [])
+
+  def write(self, part: Part, entries: Iterable[Entry]) -> None:
+    """Writes the labels of one part: one entry per record, in order."""
     summary, keys, images = LabelCounts(), [], []
 
-    def encoded() -> Iterator[bytes]:
+    def encoded() -> Iterator[tuple[int, bytes]]:
       for entry in entries:
         summary.add(entry.outcome)
         keys.append(entry.key)
         images.append(entry.image)
-        yield label_values.encode(entry.key, entry.outcome.label)
+        label = label_values.encode(entry.key, entry.outcome.label)
+        yield label_sets.hash_key(entry.key), label
 
+    with (
+      path_lib.replace_file(self.out / part.file_name) as temporary,
+      temporary.open("wb") as stream,
+    ):
+      labels = encoded()
+      sizes = label_blocks.write(stream, labels, part.blocks)
+      collections.deque(labels, maxlen=0)  # Counts those beyond the records.
+      if len(keys) != len(part.numbers):
+        raise LabelError(
+          f"{len(keys)} labels for {len(part.numbers)} records of"
+          f" {self.base.files[part.shard]}: expected one entry per record, in"
+          " order."
+        )
+      content = {
+        "made_by": self._settings_hash,
+        "counts": summary.to_dict(),
+        "keys": keys,
+        "images": images,
+        "sizes": sizes,
+      }
+      data = json.dumps(content).encode()
+      stream.write(data + np.array(len(data), _LENGTH).tobytes())
+
+  def _read_part(self, part: Part) -> tuple[memoryview, dict[str, Any]]:
+    """Returns the blocks of a part, and its content's description."""
+    file = self.out / part.file_name
+    try:
+      data = memoryview(path_lib.read_bytes(file))
+      end = len(data) - _LENGTH.itemsize
+      start = end - int(np.frombuffer(data[end:], _LENGTH)[0])
+      content = json.loads(bytes(data[start:end]))
+      if content["made_by"] != self._settings_hash:
+        raise ValueError("other settings")
+      if sum(content["sizes"]) != start:
+        raise ValueError("it is truncated")
+    except FileNotFoundError as error:
+      raise _InvalidPart from error
+    except (ValueError, LookupError, TypeError) as error:
+      log.warning("%s is damaged (%s): it is written again.", file, error)
+      path_lib.remove(file)
+      raise _InvalidPart from error
+    return data[:start], content
+
+  def join(self, shard: int) -> None:
+    """Joins the parts of a shard, if it is unfinished and all are there."""
+    if self.todo(shard) == {shard: []}:
+      with contextlib.suppress(_InvalidPart):
+        self._write_shard(shard)
+    if not self.todo(shard):
+      self._remove_parts(shard)
+
+  def _write_shard(self, shard: int) -> None:
     labels_file, keys_file, stats_file = self._files(shard)
-    if not self.is_done(shard):
-      # The statistics are stale while the new labels are written.
-      stats_file.unlink(missing_ok=True)
-    array_record.write_bytes(labels_file, encoded())
-    if len(keys) != (expected := len(self.numbers(shard))):
-      labels_file.unlink()
-      raise LabelError(
-        f"{len(keys)} labels for {expected} records of"
-        f" {self.base.files[shard]}: expected one entry per record, in order."
-      )
+    # The statistics mark the shard as finished.
+    path_lib.remove(stats_file)
+    summary, keys, images, sizes = LabelCounts(), [], [], []
+    with (
+      path_lib.replace_file(labels_file) as temporary,
+      temporary.open("wb") as stream,
+    ):
+      for part in self._parts[shard]:
+        blocks, content = self._read_part(part)
+        stream.write(blocks)
+        summary.merge(content["counts"])
+        keys += content["keys"]
+        images += content["images"]
+        sizes += content["sizes"]
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
     stream = io.BytesIO()
     np.save(stream, hashes, allow_pickle=False)
-    atomic.write(keys_file, stream.getvalue())
+    path_lib.write_bytes(keys_file, stream.getvalue())
+    counts = [count for part in self._parts[shard] for count in part.blocks]
+    known = {at: (keys[at], image) for at, image in enumerate(images) if image}
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
       "keys_hash": hash_bytes(hashes.tobytes()),
       **_base_hash(keys, images),
-      "samples": self._samples(shard),
+      "samples": self._samples(shard, known),
       "made_by": self._settings_hash,
+      "blocks": list(zip(sizes, counts, strict=True)),
     }
-    atomic.write(stats_file, to_json(stats))
-    return summary
+    path_lib.write_bytes(stats_file, to_json(stats))
 
-  def finish(self) -> LabelCounts:
+  def _remove_parts(self, shard: int) -> None:
+    name = self.names[shard]
+    pattern = re.compile(rf"{re.escape(name)}\.\d+-\d+{re.escape(_PART)}")
+    names = path_lib.list_folder(self.out, prefix=f"{name}.")
+    files = [self.out / n for n in names if pattern.fullmatch(n)]
+    map_threads(path_lib.remove, files)
+
+  def finish(self) -> LabelCounts | None:
     """Writes the manifest, which completes the label set.
 
-    Several processes may do this. `base_hash`, present if all images were read,
-    hashes keys and images.
+    Returns None if shards are unfinished, also if their statistics are damaged.
+    `base_hash`, present if all images were read, hashes keys and images.
     """
-    if todo := self.todo():
-      count = f"{len(todo)} of {len(self.names)} shards"
-      first = self.names[todo[0]]
-      raise LabelError(f"{count} have no labels yet ({first}, ...).")
-    total, shards = LabelCounts(), []
-    for stats in map(self._stats, range(len(self.names))):
+    file = self.out / label_sets.MANIFEST
+    if path_lib.exists(file):
+      counts = LabelCounts()
+      counts.merge(json.loads(path_lib.read_bytes(file)))
+      return counts
+    if self.todo():
+      return None
+    all_stats = map_threads(self._read_stats, range(len(self.names)))
+    if None in all_stats:
+      for shard, stats in enumerate(all_stats):
+        if stats is None:
+          log.warning("%s is damaged: it is written again.", self.names[shard])
+          path_lib.remove(self._files(shard)[-1])
+      return None
+    total, shards, blocks = LabelCounts(), [], []
+    for stats in all_stats:
+      total.merge(stats)
+      blocks.append(stats.pop("blocks"))
       shards.append({k: v for k, v in stats.items() if k != "made_by"})
-      total.records += stats["records"]
-      total.labelled += stats["labelled"]
-      total.boxes += stats["boxes"]
-      total.reasons.update(stats["reasons"])
     counts = total.to_dict()
     if not total.labelled:
       # Nothing to protect: let a run with different settings start.
-      (self.out / label_sets.SETTINGS).unlink(missing_ok=True)
+      path_lib.remove(self.out / label_sets.SETTINGS)
+      files = [self._files(shard)[-1] for shard in range(len(self.names))]
+      map_threads(path_lib.remove, files)
       reasons = [f"{n} times {r!r}" for r, n in counts["reasons"].items()]
       raise LabelError(
         f"None of the {total.records} records has a label:"
         f" {'; '.join(reasons[:5])}. Remove {self.out}."
       )
+    for name in path_lib.list_folder(self.out):
+      if name.endswith(_PART):  # A process was killed while removing them.
+        path_lib.remove(self.out / name)
+    self._write_table(blocks)
     manifest = {
       "version": label_sets.VERSION,
       "kind": self.kind,
@@ -233,28 +393,189 @@ class LabelWriter:
       **counts,
       "shards": shards,
     }
-    atomic.write(self.out / label_sets.MANIFEST, to_json(manifest))
+    path_lib.write_bytes(file, to_json(manifest))
     return total
 
-  def _samples(self, shard: int) -> list[list[Any]]:
-    """Index, key and image hash of a few readable records."""
+  def _write_table(self, blocks: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Writes the table of blocks, given (size, records) by shard."""
+    files = [self._files(shard)[0] for shard in range(len(self.names))]
+    rows = [block for of_shard in blocks for block in of_shard]
+    size, records = np.array(rows, np.int64).reshape(-1, 2).T
+    offsets = [np.cumsum([0, *(n for n, _ in b)])[:-1] for b in blocks]
+    table = BlockTable(
+      files=tuple(files),
+      sizes=tuple(sum(n for n, _ in of_shard) for of_shard in blocks),
+      # Label sets are copied, which changes versions.
+      versions=("",) * len(files),
+      shard=np.repeat(np.arange(len(files)), [len(b) for b in blocks]),
+      offset=np.concatenate([np.zeros(0, np.int64), *offsets]),
+      size=size,
+      records=records,
+      captioned=records,
+    )
+    table.write(self.out / block_table.NAME)
+
+  def _samples(
+    self, shard: int, known: Mapping[int, tuple[str, str]]
+  ) -> list[list[Any]]:
+    """Index, key and image hash of a few readable records.
+
+    Reads those that are not `known` by index.
+    """
     numbers = self.numbers(shard)
     chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
-    return [
-      [at, *sample]
+    read = label_sets.read_sample
+    samples = (
+      (at, known.get(at) or read(self.base, numbers[at]))
       for at in sorted(chosen)
-      if (sample := label_sets.read_sample(self.base, numbers[at]))
-    ]
+    )
+    return [[at, *sample] for at, sample in samples if sample]
 
-  def _files(self, shard: int) -> tuple[Path, Path, Path]:
+  def _files(self, shard: int) -> tuple[PurePath, PurePath, PurePath]:
     """Files of a shard: labels, key hashes, statistics."""
-    ends = ".array_record", ".keys.npy", "_stats.json"
-    labels, keys, stats = (self.out / f"{self.names[shard]}{e}" for e in ends)
+    name = self.names[shard]
+    labels, keys, stats = (self.out / f"{name}{end}" for end in _SHARD_FILES)
     return labels, keys, stats
 
-  def _stats(self, shard: int) -> dict[str, Any]:
+  def _read_stats(self, shard: int) -> dict[str, Any] | None:
+    """Returns a shard's statistics; None if missing, damaged or of others."""
     *_, file = self._files(shard)
-    return json.loads(file.read_text(encoding="utf-8"))
+    stats = path_lib.read_json(file)
+    expected = self._settings_hash, len(self.numbers(shard))
+    if not isinstance(stats, dict) or (
+      (stats.get("made_by"), stats.get("records")) != expected
+    ):
+      return None
+    return stats
+
+
+def write_all(
+  writer: LabelWriter,
+  make_entries: Callable[[range], Iterator[Entry]],
+  *,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LabelCounts:
+  """Writes all parts that no other process writes, and completes the set.
+
+  Returns when all processes have written all parts; parts of dead processes are
+  taken over. `make_entries` yields the entries of these records, in order.
+  `progress` receives the number of records done by all processes and the total.
+  Raises LabelError if all records lack a label.
+  """
+  return _Job(writer, make_entries, progress).run()
+
+
+class _Job:
+  """The loop of one process."""
+
+  def __init__(
+    self,
+    writer: LabelWriter,
+    make_entries: Callable[[range], Iterator[Entry]],
+    progress: Callable[[int, int], None],
+  ):
+    self._writer, self._make_entries = writer, make_entries
+    self._progress = progress
+    self._leases = leases.open_leases(writer.out)
+    self._done = 0
+    # Processes begin at different shards.
+    owner = str(atomic.current_process()).encode()
+    self._rng = np.random.default_rng(list(owner))
+    self._first = int(self._rng.integers(len(writer.names)))
+
+  def run(self) -> LabelCounts:
+    wait = _MIN_WAIT
+    while True:
+      if todo := self._list():
+        worked = self._work(todo)
+      elif counts := self._finish():
+        self._leases.clear()
+        return counts
+      else:
+        worked = False
+      if worked:
+        wait = _MIN_WAIT
+        continue
+      if wait == _MIN_WAIT:
+        self._log_waiting(todo)
+      time.sleep(wait)
+      wait = min(2 * wait, _MAX_WAIT * atomic.STALE_SECONDS)
+
+  def _list(self) -> dict[int, list[Part]]:
+    todo, total = self._writer.todo(), len(self._writer.base)
+    parts = [part for of_shard in todo.values() for part in of_shard]
+    self._done = total - sum(len(part.numbers) for part in parts)
+    self._progress(self._done, total)
+    return todo
+
+  def _work(self, todo: Mapping[int, Sequence[Part]]) -> bool:
+    """Writes parts that are not leased; whether there were any."""
+    worked, misses, deadline = False, 0, time.monotonic() + _MAX_AGE
+    for shard in sorted(todo, key=lambda shard: (shard < self._first, shard)):
+      if not todo[shard]:
+        worked |= self._join(shard)
+      for part in todo[shard]:
+        if not self._write(part):
+          misses += 1
+          break  # Another process is in this shard.
+        worked = True
+      if misses == _MAX_MISSES or time.monotonic() > deadline:
+        break
+    if worked:
+      return True
+    # Every shard has its process: help with one.
+    parts = [part for of_shard in todo.values() for part in of_shard]
+    return any(self._write(parts[i]) for i in self._rng.permutation(len(parts)))
+
+  def _write(self, part: Part) -> bool:
+    """Writes a part unless another process has leased or finished it."""
+    writer = self._writer
+    with self._leases.acquire(part.name) as acquired:
+      if not (acquired and writer.is_missing(part)):
+        return False
+      try:
+        with contextlib.closing(self._entries(part.numbers)) as entries:
+          writer.write(part, entries)
+      except FileNotFoundError:
+        # A peer took over the part while this process was suspended.
+        holder = self._leases.holder(part.name)
+        lost = holder is not None and holder.owner != atomic.current_process()
+        if not lost and writer.is_missing(part):
+          raise
+        return False
+    if not writer.todo(part.shard).get(part.shard):
+      self._join(part.shard)
+    return True
+
+  def _join(self, shard: int) -> bool:
+    with self._leases.acquire(self._writer.names[shard]) as acquired:
+      if acquired:
+        self._writer.join(shard)
+    return acquired
+
+  def _finish(self) -> LabelCounts | None:
+    with self._leases.acquire("manifest") as acquired:
+      return self._writer.finish() if acquired else None
+
+  def _entries(self, numbers: range) -> Iterator[Entry]:
+    total = len(self._writer.base)
+    for entry in self._make_entries(numbers):
+      self._done += 1
+      self._progress(min(self._done, total), total)
+      yield entry
+
+  def _log_waiting(self, todo: Mapping[int, Sequence[Part]]) -> None:
+    names = [part.name for parts in todo.values() for part in parts]
+    names = names or [self._writer.names[shard] for shard in todo]
+    names = names or ["manifest"]
+    holders = [(name, self._leases.holder(name)) for name in names[:3]]
+    some = [f"{name} ({lease})" for name, lease in holders if lease]
+    some += ["..."] * (len(names) > 3)
+    log.info(
+      "Nothing is left to lease: waiting for %d parts of other hosts: %s.",
+      len(names),
+      ", ".join(some),
+    )
 
 
 def _base_hash(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:

@@ -4,13 +4,19 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
+import numpy as np
+from jaxtyping import Int64
+
 from mtv_jax.data import records
 from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import FileSource, Paths
+from mtv_jax.data.sources.shard_cache import CachedShardsSource, ShardCache
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
@@ -22,29 +28,60 @@ from mtv_jax.utils.threads import map_threads
 _OPTIONS = "group_size:1"
 
 
-class ArrayRecordSource(FileSource):
+class ArrayRecordSource(CachedShardsSource, FileSource):
   """Records of ArrayRecord files.
 
+  The ArrayRecord reader needs local files, so those of a bucket are copied
+  whole: all at the start or, with a table of blocks, each when it is read.
+
   Args:
-    path: brace ranges, globs, commas or a list; see `expand_path`. Bucket files
-      are copied whole, because the ArrayRecord reader needs local files.
-    cache: local folder for these copies; default: `utils.path.cache_folder()`.
+    path: brace ranges, globs, commas or a list; see `expand_path`.
+    cache: local folder for whole copies; default: `utils.path.cache_folder()`.
+    blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
+      next to the files, if they are in a bucket and it exists.
   """
 
   suffix = ".array_record"
 
-  def __init__(self, path: Paths, *, cache: str | os.PathLike | None = None):
+  def __init__(
+    self,
+    path: Paths,
+    *,
+    cache: str | os.PathLike | None = None,
+    blocks: str | os.PathLike | None = None,
+  ):
     files = expand_path(path, suffix=self.suffix)
-    copy = functools.partial(path_lib.local_copy, cache=cache)
-    copies = map_threads(copy, files)
-    super().__init__(files, map_threads(count_records, copies))
+    if cache is None and (table := block_table.find(files, blocks)):
+      counts = np.bincount(table.shard, table.records, len(files))
+      super().__init__(files, counts.astype(np.int64).tolist())
+      copies: Sequence[Path] = ()
+      if path_lib.is_remote(files[0]):
+        self._cache = ShardCache(files, table.sizes, table.versions)
+      else:
+        copies = path_lib.local_copies(files)
+    else:
+      copies = path_lib.local_copies(files, cache=cache)
+      super().__init__(files, map_threads(count_records, copies))
     if not len(self):
       raise InputError(f"{self.name} has no record.")
-    self._readers = open_readers(copies)
+    self._readers = self._open_readers(copies)
     # Megabytes per shard, and only labelling reads it.
     self._sidecars = ProcessCache(
       functools.partial(_read_sidecar, self.files), limit=8
     )
+
+  def _open_readers(self, copies: Sequence[Path]) -> ProcessCache:
+    if not self._cache:
+      return open_readers(copies)
+    load = functools.partial(_open_cached, self._cache, self.shards)
+    # An open reader keeps the space of a removed copy.
+    return ProcessCache(load, limit=self._cache.limit)
+
+  def keep_blocks(self, count: int) -> None:
+    """As in the base class."""
+    super().keep_blocks(count)
+    if self._cache:
+      self._readers = self._open_readers(())
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; BadRecord if it is corrupt or lacks a caption."""
@@ -93,6 +130,34 @@ def _read_sidecar(
 def open_readers(files: Sequence[Path], **options: Any) -> ProcessCache:
   """Returns a cache of readers, for random reads by several threads."""
   return ProcessCache(functools.partial(_open_reader, files), **options)
+
+
+def _open_cached(
+  cache: ShardCache, ends: Int64[np.ndarray, " shards"], shard: int
+) -> Any:
+  """Opens a bucket shard, whose count must be that of its table."""
+  expected = int(np.diff(ends, prepend=0)[shard])
+
+  def open_copy(file: Path) -> Any:
+    if (count := count_records(file)) != expected:
+      raise InputError(
+        f"{cache.span(shard).path} has {count:,} records, its table of blocks"
+        f" {expected:,}. Run `mtv-jax index` again."
+      )
+    return _open_reader([file], 0)
+
+  return cache.open(shard, open_copy)
+
+
+def scan(path: PurePath) -> block_table.Columns:
+  """Returns the columns of a file's only block, without `shard`.
+
+  Copies a bucket file whole, and removes the copy.
+  """
+  size = path_lib.stat(path).st_size
+  with tempfile.TemporaryDirectory() as folder:
+    count = count_records(path_lib.local_copy(path, cache=folder))
+  return block_table.as_columns([(0, size, count, count)])
 
 
 def _open_reader(files: Sequence[Path], shard: int) -> Any:

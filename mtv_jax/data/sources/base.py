@@ -1,22 +1,76 @@
 """Source interface: random access to the records of a data set."""
 
 import abc
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, ClassVar, Literal, SupportsIndex
+from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.ranges import RangeReader
 
 # One or several paths: brace ranges, globs, commas; see `utils.path_patterns`.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 # Captions are required, not read, or read if present.
 CaptionMode = Literal["required", "ignored", "optional"]
+
+
+# Records per block of an order in lanes.
+LANE_BLOCK = 64
+
+
+class Blocks(NamedTuple):
+  """Blocks of a source, in order; they may be empty.
+
+  A block is a run of a shard's records that one request reads, or that are read
+  one by one from a local disk.
+  """
+
+  ends: Int64[np.ndarray, " blocks"]  # Cumulative record counts.
+  shard: Int64[np.ndarray, " blocks"]
+  # Cumulative counts that include records which the source leaves out.
+  all_ends: Int64[np.ndarray, " blocks"]
+
+  def find(self, i: int) -> int:
+    """Returns the block of record `i`."""
+    return int(np.searchsorted(self.ends, i, side="right"))
+
+  def locate(self, i: int) -> tuple[int, range]:
+    """Returns the shard of record `i`, and the positions of its block there.
+
+    These include records that the source leaves out.
+    """
+    block = self.find(i)
+    shard = int(self.shard[block])
+    first = int(np.searchsorted(self.shard, shard))
+    before, start = (
+      int(self.all_ends[b - 1]) if b else 0 for b in (first, block)
+    )
+    return shard, range(start - before, int(self.all_ends[block]) - before)
+
+
+def cut_blocks(
+  ends: Int64[np.ndarray, " runs"], size: int
+) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
+  """Cuts runs of records into blocks of at most `size`.
+
+  Runs are given by cumulative counts. Returns those of the blocks, and the run
+  of each block.
+  """
+  ends = np.asarray(ends, np.int64)
+  starts = np.concatenate([[0], ends[:-1]])
+  parts = -(-(ends - starts) // size)
+  run = np.repeat(np.arange(len(ends)), parts)
+  number = np.arange(len(run)) - (np.cumsum(parts) - parts)[run]
+  return np.minimum(starts[run] + (number + 1) * size, ends[run]), run
 
 
 class Source(abc.ABC):
@@ -45,6 +99,27 @@ class Source(abc.ABC):
     """
     return self.shards
 
+  @functools.cached_property
+  def lane_blocks(self) -> Blocks:
+    """The blocks of an order in lanes, and of label sets."""
+    ends, shard = cut_blocks(self.shards, LANE_BLOCK)
+    return Blocks(ends, shard, ends)
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """Reads byte ranges of bucket files through `reader` from now on."""
+    del reader
+
+  def keep_blocks(self, count: int) -> None:
+    """Keeps `count` blocks at least, if it copies them to the local disk.
+
+    Must be called before pickling.
+    """
+    del count
+
+  def prefetch(self, first: int, count: int) -> None:
+    """Starts to read `count` records from `first` on, if they are remote."""
+    del first, count
+
   def read_in_blocks(self, window: int) -> None:
     """Prepares for an order that stays within `window` records for long.
 
@@ -54,6 +129,21 @@ class Source(abc.ABC):
 
   def __len__(self) -> int:
     return int(self.shards[-1])
+
+  def _list_names(self) -> list[str]:
+    """Names of the files, in the order of their records."""
+    return [file.name for file in self.files]
+
+  def describe(self) -> dict[str, Any]:
+    """What all hosts of a run must have in common, as JSON.
+
+    The digest depends on what numbers the records: files and record counts.
+    """
+    names = json.dumps(self._list_names())
+    ends = [np.asarray(e, "<i8").tobytes() for e in (self.shards, self.blocks)]
+    data = b"".join([names.encode(), *ends])
+    digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+    return {"name": self.name, "records": len(self), "digest": digest}
 
   def __repr__(self) -> str:
     return f"{type(self).__name__}({self.name}, {len(self)} records)"
@@ -135,8 +225,32 @@ class LimitedSource(Source):
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
     return self._count_before(self._source.blocks)
 
+  @functools.cached_property
+  def lane_blocks(self) -> Blocks:
+    """As in the base class."""
+    ends, shard, all_ends = self._source.lane_blocks
+    return Blocks(self._count_before(ends), shard, all_ends)
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in the base class."""
+    self._source.use_reader(reader)
+
+  def keep_blocks(self, count: int) -> None:
+    """As in the base class."""
+    self._source.keep_blocks(count)
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in the base class."""
+    last = self._index(first + count - 1)
+    first = self._index(first)
+    self._source.prefetch(first, last - first + 1)
+
   def read_in_blocks(self, window: int) -> None:
     self._source.read_in_blocks(window * len(self._source) // self._limit)
+
+  def describe(self) -> dict[str, Any]:
+    """As in the base class."""
+    return self._source.describe() | {"limit": self._limit}
 
   def _index(self, i: SupportsIndex) -> int:
     self._locate(i)

@@ -84,6 +84,9 @@ class FolderSource(Source):
         f" {len(self._examples)} remain."
       )
 
+  def _list_names(self) -> list[str]:
+    return [example.name for example in self._examples]
+
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; BadRecord if its file is missing or unreadable."""
     _, i = self._locate(i)

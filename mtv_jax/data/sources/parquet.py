@@ -1,6 +1,9 @@
 """Parquet files with image bytes and captions, as in Hugging Face data sets."""
 
+import functools
+import io
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, SupportsIndex
@@ -14,7 +17,7 @@ from mtv_jax.data.records import (
   content_errors,
   read_captions,
 )
-from mtv_jax.data.sources import base
+from mtv_jax.data.sources import base, block_table
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
@@ -24,6 +27,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.ranges import Range, RangeReader
 from mtv_jax.utils.threads import map_threads
 
 # Default columns, used if exactly one of them exists.
@@ -32,7 +36,9 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # Block shuffling mixes 16 groups (`data.order.WINDOW`); the extra ones hold
 # prefetched rows of the next window.
 _MAX_CACHED_GROUPS = 24
+FOOTER = 1 << 16  # Bytes that pyarrow reads at the end of a file.
 # Row group limits: a group is decoded whole, by several threads at once.
+_MEMORY = 1 << 30  # Bytes of row groups of a bucket, outside of training.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
 
 
@@ -47,6 +53,9 @@ class ParquetSource(base.FileSource):
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
+    blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
+      next to the files, if they are in a bucket and it exists. With it, a row
+      group is one request, and the other files' footers are read on first use.
     image: column of encoded images, struct {bytes, path} or binary. None: the
       column "image" if it is of this type, else the only such struct or binary
       column named img or jpg.
@@ -70,6 +79,7 @@ class ParquetSource(base.FileSource):
     image: str | None = None,
     caption: str | None = None,
     captions: base.CaptionMode = "required",
+    blocks: str | os.PathLike | None = None,
   ):
     _pyarrow()  # Fail first if it isn't installed.
     files = expand_path(path, suffix=self.suffix)
@@ -81,7 +91,16 @@ class ParquetSource(base.FileSource):
           f"{other} and {file} have the same name, so records would share keys."
           " Give each folder an entry of data.train."
         )
-    schemas, rows = zip(*map_threads(_read_footer, files), strict=True)
+    self._table = block_table.find(files, blocks)
+    self._reader = RangeReader(_MEMORY)
+    if self._table is None:
+      schemas, rows = zip(*map_threads(_read_footer, files), strict=True)
+    else:
+      files = list(self._table.files)
+      self._stems = [file.name.removesuffix(self.suffix) for file in files]
+      schemas = [open_parquet(files[0]).schema_arrow]
+      of_shard = np.searchsorted(self._table.shard, np.arange(1, len(files)))
+      rows = np.split(self._table.records, of_shard)
     super().__init__(files, list(map(sum, rows)), captions=captions)
     if not len(self):
       raise InputError(f"{self.name} has no row.")
@@ -93,7 +112,7 @@ class ParquetSource(base.FileSource):
       captions == "optional" and {*_CAPTION_COLUMNS} & {*schemas[0].names}
     ):
       self._caption = caption or _default_column(*first, "caption")
-    for file, schema in zip(files, schemas, strict=True):
+    for file, schema in zip(files, schemas, strict=not self._table):
       _check_column(file, schema, "image", self._image)
       if self._caption is not None:
         _check_column(file, schema, "caption", self._caption)
@@ -106,6 +125,28 @@ class ParquetSource(base.FileSource):
   def blocks(self) -> Int64[np.ndarray, " groups"]:
     """Cumulative row counts of the row groups of all files."""
     return self._starts[1:]
+
+  @functools.cached_property
+  def lane_blocks(self) -> base.Blocks:
+    """As in the base class: the row groups."""
+    groups = np.arange(len(self._starts) - 1)
+    shard = np.searchsorted(self._first, groups, side="right") - 1
+    return base.Blocks(self._starts[1:], shard, self._starts[1:])
+
+  def describe(self) -> dict[str, Any]:
+    """As in the base class; depends on the table of blocks, if there is one."""
+    digest = {"digest": self._table.digest} if self._table else {}
+    return super().describe() | digest
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in the base class."""
+    self._reader = reader
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in the base class."""
+    if self._table is not None:
+      ends = np.searchsorted(self._starts, [first, first + count - 1], "right")
+      self._reader.prefetch(map(self._table.range, range(ends[0] - 1, ends[1])))
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; InputError if the file changed after opening."""
@@ -162,12 +203,81 @@ class ParquetSource(base.FileSource):
     columns = [self._image] + [self._caption] * (self._caption is not None)
     rows = self._starts[group + 1] - self._starts[group]
     # A ParquetFile is not thread-safe, so open a new one.
-    with parquet.ParquetFile(_open(self.files[shard])) as file:
+    with parquet.ParquetFile(self._open(shard, group)) as file:
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
       if number >= groups or row_group(number).num_rows != rows:
         name = self.files[shard]
         raise InputError(f"{name} has changed since it was opened.")
       return file.read_row_group(number, columns=columns, use_threads=False)
+
+  def _open(self, shard: int, group: int) -> Any:
+    """Argument for `ParquetFile`, from which a row group is read."""
+    if self._table is None:
+      return _open(self.files[shard])
+    last = self._table.range(int(self._first[shard + 1]) - 1)
+    size = self._table.sizes[shard]
+    start = min(last.offset + last.size, max(size - FOOTER, 0))
+    footer = Range(self.files[shard], start, size - start)
+    pieces = [self._table.range(group), footer]
+    return _Pieces(size, {r.offset: self._reader.get(r) for r in pieces})
+
+
+class _Pieces(io.RawIOBase):
+  """A file of which only some parts are in memory."""
+
+  def __init__(self, size: int, pieces: Mapping[int, bytes]):
+    super().__init__()
+    self._size, self._pieces, self._at = size, pieces, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._at
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
+    self._at = base[whence] + offset
+    return self._at
+
+  def read(self, size: int = -1) -> bytes:
+    end = self._size if size < 0 else min(self._at + size, self._size)
+    for start, data in self._pieces.items():
+      if start <= self._at and end <= start + len(data):
+        part = bytes(memoryview(data)[self._at - start : end - start])
+        self._at = end
+        return part
+    raise InputError(
+      f"The bytes {self._at} to {end} are outside of a row group of the table"
+      " of blocks. Run `mtv-jax index` again."
+    )
+
+
+def scan(path: PurePath) -> block_table.Columns:
+  """Returns the columns of a file's blocks, its row groups, without `shard`.
+
+  Reads the footer. A group's range contains all of its columns.
+  """
+  rows = []
+  with open_parquet(path) as opened:
+    for group in map(
+      opened.metadata.row_group, range(opened.metadata.num_row_groups)
+    ):
+      columns = [group.column(i) for i in range(group.num_columns)]
+      starts = [
+        min(filter(None, (c.dictionary_page_offset, c.data_page_offset)))
+        for c in columns
+      ]
+      ends = [
+        start + column.total_compressed_size
+        for start, column in zip(starts, columns, strict=True)
+      ]
+      begin = min(starts)
+      rows.append((begin, max(ends) - begin, group.num_rows, group.num_rows))
+  return block_table.as_columns(rows)
 
 
 def _split_image(image: Any) -> tuple[bytes | None, str | None]:

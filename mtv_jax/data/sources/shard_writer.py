@@ -2,7 +2,8 @@
 
 For each record, `00000.tar` has `000000000.jpg`, `000000000.json` and
 `000000000.txt`. The key combines shard and row number, so an unusable row
-leaves a gap. `00000_stats.json` has counts. The JSON field `captions` has all
+leaves a gap. `00000_stats.json` has counts, `blocks.npz` the table of the tars'
+blocks. The JSON field `captions` has all
 captions, the .txt only the first. For ArrayRecord, the JSON of all records is
 in `00000_meta.jsonl`. Equal input gives equal bytes.
 """
@@ -25,7 +26,8 @@ import cv2
 from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import array_record, block_table, tar_blocks
+from mtv_jax.data.sources.base import LANE_BLOCK
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice, printable
@@ -97,7 +99,7 @@ def write(
       " remove them, or give another folder."
     )
   report = ShardReport(total=len(examples))
-  digits = len(str(records_per_shard - 1))
+  digits, tables = len(str(records_per_shard - 1)), []
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):
     rows = examples[start : start + records_per_shard]
     skipped = len(report.skipped)
@@ -110,8 +112,19 @@ def write(
     write_shard(path, named)
     stats = _stats(len(rows), report.skipped[skipped:])
     atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
+    # A copy in a bucket has another version, so none is compared.
+    state = path.stat().st_size, ""
+    columns, per_block = array_record.scan, 0
+    if suffix == ".tar":
+      per_block = LANE_BLOCK
+      columns = functools.partial(tar_blocks.scan, records=per_block)
+    tables.append(
+      block_table.of_file(path, state, columns(path), per_block=per_block)
+    )
     report.shards.append(path)
     progress(report)
+  if tables:
+    block_table.join(tables).write(out / block_table.NAME)
   listing = out / "skipped.jsonl"
   listing.unlink(missing_ok=True)
   entries = [

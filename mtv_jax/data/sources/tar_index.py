@@ -29,6 +29,7 @@ import numpy as np
 
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.data.sources.tar_scan import Scan, TarError
+from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import StorageError
 from mtv_jax.utils.path import check_regular_file
@@ -113,6 +114,10 @@ def build_indices(
   Concurrent processes, even on several hosts, share the work. Threads wait for
   I/O; if many indices are missing, worker processes parse the tars.
   """
+  for folder in {index_file(tar, index_dir).parent for tar in tars}:
+    if not path_lib.is_remote(folder):
+      with contextlib.suppress(OSError):  # Read-only, or missing.
+        atomic.remove_abandoned(Path(folder))
   with _workers(tars, index_dir):
     indices, errors = _build(tars, index_dir, IO_THREADS)
   if len(errors) == 1:

@@ -6,6 +6,7 @@ pax, GNU long names and sizes) into plain offsets.
 """
 
 import dataclasses
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -99,41 +100,56 @@ def members(path: PurePath) -> Iterator[tuple[str, Span]]:
     total = file.seek(0, os.SEEK_END)
     if total == 0:
       raise TarError(f"{path} is empty (0 bytes): fetch it again.")
-    offset = 0
-    # Overrides for the next member, from extended headers.
-    name, size = "", -1
-    # Past the end only if the last padding is missing, which is harmless.
-    while offset < total:
-      file.seek(offset)
-      header = file.read(_BLOCK)
-      if len(header) < _BLOCK:
-        raise _truncated(path, offset, _BLOCK, total, "a header")
-      if not header.strip(b"\0"):
+    for name, span, _ in walk(file, total, path):
+      if name is None:
         return
-      _check_header(header, path, offset)
-      kind = header[156:157]
-      length = size
-      if size < 0 or kind in b"LKxg":
-        length = _parse_number(header[124:136], path, offset)
-      start = offset + _BLOCK
-      if start + length > total:
-        member = repr(name or _header_name(header))
-        raise _truncated(path, start, length, total, member)
-      if kind in b"Lx" and length <= _MAX_NAME:
-        extra = file.read(length)
-        if kind == b"L":
-          name = _decode(extra.rstrip(b"\0"))
-        else:
-          name, size = _parse_pax(extra, name, size, path, offset)
-      elif kind not in b"Kg":
-        if kind in b"0\x007":
-          yield name or _header_name(header), Span(start, length)
-        name, size = "", -1
-      offset = start + -(-length // _BLOCK) * _BLOCK
+      yield name, span
     log.warning(
       f"{path} has no end mark at offset {total}; if its writer was stopped,"
       " records are missing."
     )
+
+
+def walk(
+  file: io.BufferedIOBase, total: int, path: PurePath
+) -> Iterator[tuple[str | None, Span, int]]:
+  """Yields name, span and first header's offset of each regular file.
+
+  Ends after `total` bytes or, after a None for the name, at an end mark.
+  """
+  offset = first = 0
+  # Overrides for the next member, from extended headers.
+  name, size = "", -1
+  # Past the end only if the last padding is missing, which is harmless.
+  while offset < total:
+    file.seek(offset)
+    header = file.read(_BLOCK)
+    if len(header) < _BLOCK:
+      raise _truncated(path, offset, _BLOCK, total, "a header")
+    if not header.strip(b"\0"):
+      yield None, Span(offset, 0), first
+      return
+    _check_header(header, path, offset)
+    kind = header[156:157]
+    length = size
+    if size < 0 or kind in b"LKxg":
+      length = _parse_number(header[124:136], path, offset)
+    start = offset + _BLOCK
+    if start + length > total:
+      member = repr(name or _header_name(header))
+      raise _truncated(path, start, length, total, member)
+    end = start + -(-length // _BLOCK) * _BLOCK
+    if kind in b"Lx" and length <= _MAX_NAME:
+      extra = file.read(length)
+      if kind == b"L":
+        name = _decode(extra.rstrip(b"\0"))
+      else:
+        name, size = _parse_pax(extra, name, size, path, offset)
+    elif kind not in b"Kg":
+      if kind in b"0\x007":
+        yield name or _header_name(header), Span(start, length), first
+      name, size, first = "", -1, end
+    offset = end
 
 
 def _check_header(header: bytes, path: PurePath, offset: int) -> None:

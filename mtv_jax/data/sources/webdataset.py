@@ -15,14 +15,17 @@ import numpy as np
 
 from mtv_jax.data.image_limits import MAX_BYTES
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.sources import tar_index
-from mtv_jax.data.sources.base import CaptionMode, FileSource, Paths
+from mtv_jax.data.sources import block_table, tar_index
+from mtv_jax.data.sources.base import Blocks, CaptionMode, FileSource, Paths
+from mtv_jax.data.sources.block_table import BlockTable
+from mtv_jax.data.sources.tar_blocks import TarBlocks
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, printable
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.ranges import RangeReader
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,9 @@ class WebDatasetSource(FileSource):
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
     index_dir: folder of the indices; default: next to the tars.
+    blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
+      next to the tars, if they are in a bucket and it exists. With it, a record
+      is read with its whole block, and no index is needed.
     cache: local folder for whole copies of bucket tars, each copied when first
       read; None reads ranges of the remote tars.
     captions: "required" skips records with neither .txt nor .json; "ignored"
@@ -76,16 +82,20 @@ class WebDatasetSource(FileSource):
     index_dir: str | os.PathLike | None = None,
     captions: CaptionMode = "required",
     cache: str | os.PathLike | None = None,
+    blocks: str | os.PathLike | None = None,
   ):
+    files = expand_path(path, suffix=self.suffix)
+    self._captions = captions
+    self._blocks = None
+    if cache is None and (table := block_table.find(files, blocks)):
+      self._open_blocks(table)
+      return
     if index_dir is not None:
       index_dir = path_lib.as_path(os.path.expanduser(index_dir))
-    tars = tar_index.build_indices(
-      expand_path(path, suffix=self.suffix), index_dir=index_dir
-    )
+    tars = tar_index.build_indices(files, index_dir=index_dir)
     kind = "captioned" if captions == "required" else "count"
     counts = [getattr(t.header, kind) for t in tars]
     super().__init__([t.tar for t in tars], counts, captions=captions)
-    self._captions = captions
     self._report_skipped(tars)
     _check_duplicates(tars)
     self._tars, self._cache = tars, cache
@@ -93,9 +103,40 @@ class WebDatasetSource(FileSource):
     load = functools.partial(_open_tar, tars, cache=cache)
     self._open_tars = ProcessCache(load, descriptors=2)
 
+  def _open_blocks(self, table: BlockTable) -> None:
+    captioned = self._captions == "required"
+    reader = RangeReader(_MAX_BLOCKS * _BLOCK)
+    self._blocks = TarBlocks(table, reader, captioned=captioned)
+    counts = np.diff(self._blocks.blocks.ends, prepend=0)
+    counts = np.bincount(table.shard, counts, minlength=len(table.files))
+    counts = counts.astype(np.int64).tolist()
+    super().__init__(table.files, counts, captions=self._captions)
+    if not len(self):
+      raise InputError(f"{self.name} has no record in its table of blocks.")
+
+  @property
+  def lane_blocks(self) -> Blocks:
+    """As in the base class."""
+    return self._blocks.blocks if self._blocks else super().lane_blocks
+
+  def describe(self) -> dict[str, Any]:
+    """As in the base class; depends on the table of blocks, if there is one."""
+    digest = {"digest": self._blocks.table.digest} if self._blocks else {}
+    return super().describe() | digest
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in the base class."""
+    if self._blocks:
+      self._blocks.use(reader)
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in the base class."""
+    if self._blocks:
+      self._blocks.prefetch(first, count)
+
   def read_in_blocks(self, window: int) -> None:
     """Reads bucket tars in blocks if a window's blocks fit in memory."""
-    if self._cache is not None:
+    if self._blocks or self._cache is not None:
       return
     tars = [t for t in self._tars if path_lib.is_remote(t.tar)]
     records = sum(t.header.count for t in tars)
@@ -129,10 +170,11 @@ class WebDatasetSource(FileSource):
   def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
     """Returns record `i`, and the bytes of its .json."""
     shard, at = self._locate(i)
-    tar = self._open_tars.get(shard)
-    key, image, text, sidecar = tar.read(at)
+    key, image, text, sidecar = self._read_members(shard, at, i)
     if not image:
-      raise BadRecord(key, f"its image in {tar.path.name} has no bytes")
+      raise BadRecord(
+        key, f"its image in {self.files[shard].name} has no bytes"
+      )
     record: Record = {"key": key, "image": image}
     if self._captions != "ignored":
       try:
@@ -143,11 +185,22 @@ class WebDatasetSource(FileSource):
         record["captions"] = []
     return record, sidecar
 
+  def _read_members(
+    self, shard: int, at: int, i: SupportsIndex
+  ) -> tuple[str, bytes, bytes | None, bytes | None]:
+    """Returns key, image bytes, text and JSON of a record."""
+    if not self._blocks:
+      return self._open_tars.get(shard).read(at)
+    key, (image, text, sidecar) = self._blocks.read(i.__index__())
+    sizes = (len(part or b"") for part in (image, text, sidecar))
+    check_sizes(key, self.files[shard].name, *sizes)
+    return key, image or b"", text, sidecar
+
   def read_metadata(self, i: SupportsIndex) -> dict[str, Any]:
     """Returns the object in KEY.json of record `i` (or {}), with its `key`."""
     shard, at = self._locate(i)
     try:
-      key, _, _, sidecar = self._open_tars.get(shard).read(at)
+      key, _, _, sidecar = self._read_members(shard, at, i)
     except BadRecord as error:
       return {"key": error.key}
     return _parse_metadata(key, sidecar)
@@ -198,6 +251,15 @@ def parse_captions(
   if not captions:
     raise BadRecord(key, "its caption is empty")
   return captions
+
+
+def check_sizes(key: str, file: str, *sizes: int) -> None:
+  """BadRecord if a record's image, text or JSON has too many bytes."""
+  for role, size in zip(("image", ".txt", ".json"), sizes, strict=True):
+    limit = MAX_BYTES if role == "image" else MAX_TEXT
+    if size > limit:
+      where = f"its {role} in {file} has {size:,} bytes"
+      raise BadRecord(key, f"{where}; at most {limit:,} are read")
 
 
 class BlockReader:
@@ -261,11 +323,7 @@ class _OpenTar(abc.ABC):
         " rebuilt."
       )
     key = self._keys[key_start:key_end].tobytes().decode(errors="replace")
-    for role, (_, size) in zip(("image", ".txt", ".json"), spans, strict=True):
-      limit = MAX_BYTES if role == "image" else MAX_TEXT
-      if size > limit:
-        where = f"its {role} in {self.path.name} has {size:,} bytes"
-        raise BadRecord(key, f"{where}; at most {limit:,} are read")
+    check_sizes(key, self.path.name, *(size for _, size in spans))
     start = min(at for at, _ in present)
     end = max(ends)
     if end - start <= sum(size for _, size in present) + _MAX_GAP:

@@ -143,7 +143,10 @@ def verify(
   if count < 1:
     raise InputError(f"{count} records to verify; expected at least 1.")
   stored = LabelSet(out, kind=expert.kind)
-  described = label_sets.describe_settings(expert.kind, expert.settings, base)
+  version = stored.manifest["version"]
+  described = label_sets.describe_settings(
+    expert.kind, expert.settings, base, version
+  )
   del described["base"]
   label_sets.check_manifest(stored.folder, described)
   aligned = AlignedLabels(stored, base)

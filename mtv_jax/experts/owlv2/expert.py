@@ -148,8 +148,8 @@ class Owlv2Expert:
     folder: has `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, truncated to the text tower's 16 tokens.
     mesh: mesh of this host's devices; default: all devices.
-    batch_size: images per device.
-    dtype: computation dtype.
+    batch_size, dtype: see `local_mesh.fill_defaults`. On accelerators, phrases
+      are padded to the largest number, so that one program is compiled.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
     threshold: minimum score of a patch's best phrase, exclusive. The authors
@@ -172,9 +172,9 @@ class Owlv2Expert:
     *,
     phrases: Phrases,
     mesh: Mesh | None = None,
-    batch_size: PositiveInt = 1,
+    batch_size: PositiveInt | None = None,
     # float16 overflows in OWLv2's activations.
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16"] | None = None,
     size: int | None = None,
     threshold: Fraction = 0.1,
     nms: Fraction = 0.5,
@@ -194,6 +194,10 @@ class Owlv2Expert:
     size = files.spec.image.image_size if size is None else size
     files.spec.image.grid_of(size, size)
     mesh = local_mesh.local_mesh() if mesh is None else mesh
+    dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+    self._max_phrases = 1
+    if local_mesh.is_accelerator(mesh):
+      self._max_phrases = phrases.max_phrases
     options = dict(
       nms=nms, max_boxes=max_boxes, min_side=min_side, max_area=max_area
     )
@@ -241,7 +245,8 @@ class Owlv2Expert:
     if phrases is None:
       phrases = phrases_lib.require_phrases(self._phrases, record)
       tokens = self._tokenize(phrases)
-      group = phrases_lib.padded_count(len(phrases))
+      count = max(len(phrases), self._max_phrases)
+      group = phrases_lib.padded_count(count)
       arrays["tokens"] = np.zeros((group, *tokens.shape[1:]), np.int32)
       arrays["tokens"][: len(phrases)] = tokens
     return PreparedInput(group, arrays, meta=(image.shape[:2], phrases))

@@ -1,22 +1,28 @@
 """Input pipeline benchmark: shards to batches against decoding alone."""
 
+import dataclasses
 import io
+import multiprocessing
+import os
 import statistics
 import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from mtv_jax.data import canvas, order, pipeline
-from mtv_jax.data.registry import open_files
+from mtv_jax.data.registry import complete_source, open_files, source_type
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.perf import data_plane
 from mtv_jax.perf.bench import harness
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.threads import available_cores, map_threads
 
 
@@ -26,6 +32,11 @@ def run(
   size: int = 384,
   length: int = 64,
   tokenizer: str = "bytes",
+  depth: str | None = None,
+  boxes: str | None = None,
+  shuffle: Literal["lanes", "global", "block", "none"] = "global",
+  lanes: int | None = None,
+  hosts: int = 1,
   batch_size: int = 64,
   batches: int = 12,
   rounds: int = 5,
@@ -36,13 +47,19 @@ def run(
 
   Both process equal images with equally many threads, in alternating rounds.
   Decoding starts from bytes in memory. The pipeline reads tars, decodes,
-  resizes to canvases, tokenizes and batches.
+  resizes to canvases, tokenizes and batches. For data in a bucket, also prints
+  the requests, bytes and memory of hosts that each read at the measured speed.
 
   Args:
     data: path of tars, as in a config; None renders scenes to a temporary tar.
     size: side of the canvas, in pixels.
     length: length of the captions, in tokens.
     tokenizer: "bytes" or a file's path.
+    depth: folder of a label set, read at a side of 128 pixels.
+    boxes: folder of a label set, of which four regions are read.
+    shuffle: order of the records, as in a config.
+    lanes: for `shuffle=lanes`: lanes of a batch.
+    hosts: hosts of the printed requests, which each read a batch.
     batch_size: the pipeline's batch size.
     batches: timed batches per round, after one warm-up batch.
     rounds: timed rounds, after one warm-up round.
@@ -53,12 +70,22 @@ def run(
   images = batches * batch_size
   times = {"pipeline": [], "decode": []}
   with tempfile.TemporaryDirectory() as folder:
-    source = open_files(data or _write_scenes_tar(Path(folder), size))
-    config = {
-      "ops": f"decode|canvas({size})|caption({length})",
-      "workers": workers,
-      "threads": max(threads // max(workers, 1), 1),
-    }
+    path = data or _write_scenes_tar(Path(folder), size)
+    source = open_files(path)
+    entry = dict(type=source_type(path), path=path)
+    ops = f"decode|canvas({size})|caption({length})"
+    if labels := {k: v for k, v in (("depth", depth), ("boxes", boxes)) if v}:
+      entry["labels"] = labels
+      ops += "|depth(128)" * bool(depth) + "|regions(4)" * bool(boxes)
+    config = pipeline.DataConfig(
+      train=(entry,),
+      ops=ops,
+      shuffle=shuffle,
+      lanes=lanes,
+      workers=workers,
+      threads=max(threads // max(workers, 1), 1),
+    )
+    labelled = complete_source(source, entry)
     tokens = build_tokenizer(tokenizer)
     for number in range(rounds + 1):
       start = number * (batches + 1)
@@ -68,13 +95,15 @@ def run(
         seed=0,
         start_step=start,
         tokenizer=tokens,
-        sources=[source],
+        sources=[labelled],
       ) as loader:
         # The first batch fills the queues.
         next(loader)
+        before = _workers_cpu()
         with harness.Stopwatch() as watch:
           for _ in range(batches):
             next(loader)
+        watch.cpu += _workers_cpu() - before
       times["pipeline"].append(watch)
       files = _read_images(source, (start + 1) * batch_size, images)
       times["decode"].append(_time_decoding(files, size, threads))
@@ -96,7 +125,24 @@ def run(
     result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
   walls = ([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))
   result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
+  if path_lib.is_remote(path):
+    plane = data_plane.compute(
+      dataclasses.replace(config, lanes=lanes and lanes * hosts),
+      batch_size=batch_size * hosts,
+      hosts=hosts,
+      examples_per_second=result["pipeline"]["images_per_second"] * hosts,
+    )
+    result.add("data_plane", plane.to_dict(), "data plane", str(plane))
   return result
+
+
+def _workers_cpu() -> float:
+  """CPU seconds of this process's children."""
+  total = 0.0
+  for process in multiprocessing.active_children():
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2]
+    total += sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+  return total
 
 
 def decode_cpu_ms(

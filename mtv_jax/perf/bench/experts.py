@@ -101,8 +101,9 @@ class DepthAnything:
 
   def ours(self, variant, folder, batch_size):
     del variant
+    options = dict(preprocess="square", size=SIZE, dtype="float32")
     expert = depth_anything.load_expert(
-      folder, preprocess="square", size=SIZE, batch_size=batch_size
+      folder, batch_size=batch_size, **options
     )
     arrays = {"images": random_pixels(expert.rows, SIZE)}
     return lambda: expert.run(arrays)["depth"]
@@ -122,8 +123,8 @@ class OWLv2:
   """OWLv2: image tower and scores; its phrases are encoded once."""
 
   def ours(self, variant, folder, batch_size):
-    options = dict(phrases=FixedPhrases(PHRASES), batch_size=batch_size)
-    expert = owlv2.load_expert(folder, **options)
+    options = dict(phrases=FixedPhrases(PHRASES), dtype="float32")
+    expert = owlv2.load_expert(folder, batch_size=batch_size, **options)
     size = owlv2_weights.read_spec(OWLV2_CONFIGS[variant]).image.image_size
     arrays = {"pixels": random_pixels(expert.rows, size)}
     return lambda: expert.run(arrays)["scores"]

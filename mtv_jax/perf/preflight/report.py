@@ -16,6 +16,7 @@ from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
+from mtv_jax.perf import data_plane as data_plane_lib
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf import roofline as roofline_lib
@@ -40,6 +41,8 @@ class Report:
   mfu: float = 0.4  # Assumed; typical of large ViTs on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
   trials: tuple[remat_lib.Trial, ...] = ()  # Of `remat` 'auto'.
+  step_seconds: float | None = None  # Measured; replaces `mfu`.
+  data_plane: data_plane_lib.DataPlane | None = None
 
   @property
   def fits(self) -> bool:
@@ -79,6 +82,8 @@ class Report:
   def examples_per_second(self) -> float | None:
     """Examples per second at `mfu`; None if the chips' peak is unknown."""
     topology = self.plan.topology
+    if self.step_seconds is not None:
+      return self.plan.config.batch_size / self.step_seconds
     if topology.chip.peak_bf16_flops is None:
       return None
     per_example = self.model_flops / self.plan.config.batch_size
@@ -147,6 +152,7 @@ class Report:
       "assumed_mfu": self.mfu,
       "examples_per_second": rate,
       "input_bytes_per_second_per_host": rate and rate * self.row_bytes / hosts,
+      "data_plane": self.data_plane and self.data_plane.to_dict(),
       "compile_seconds": compiled.seconds,
     }
 
@@ -165,6 +171,7 @@ class Report:
       self._flops(),
       self._collectives(),
       self._input(),
+      [str(self.data_plane)] if self.data_plane else [],
       [f"compiled in {self.compiled.seconds:.0f} s"],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -309,8 +316,11 @@ class Report:
     if rate is None:
       return []
     per_host = rate / self.plan.topology.hosts
+    basis = f"{self.mfu:.0%} of the chips' peak (assumed)"
+    if self.step_seconds is not None:
+      basis = f"{self.step_seconds:g} s a step"
     return [
-      f"input: at {self.mfu:.0%} of the chips' peak (assumed) {rate:,.0f} "
+      f"input: at {basis} {rate:,.0f} "
       f"examples/s; a host delivers {per_host:,.0f} examples/s, "
       f"{per_host * self.row_bytes / 1e6:,.0f} MB/s of rows"
     ]
@@ -323,10 +333,12 @@ def preflight(
   examples_per_epoch: int | None = None,
   norms: bool = False,
   budget: int | None = None,
+  data: bool = False,
   **options: Any,
 ) -> Report:
-  """Compiles a config's train step for a topology; opens no data or weights.
+  """Compiles a config's train step for a topology; opens no weights.
 
+  With `data`, opens the config's data, and reports what it asks for.
   `norms` also compiles the objectives' gradient norms if the config measures
   them. `remat='auto'` compiles choices for a `budget` in bytes. `options` are
   further fields of the report.
@@ -358,7 +370,22 @@ def preflight(
       bar.set_description(description)
       results.append(job())
   per_example, compiled, *rest = results
-  return Report(plan, compiled, per_example * batch_size, *rest, **options)
+  report = Report(plan, compiled, per_example * batch_size, *rest, **options)
+  if not data:
+    return report
+  if (rate := report.examples_per_second) is None:
+    raise ConfigError(
+      f"the peak of {topology.chip.kind} is unknown: add --step_seconds"
+    )
+  return dataclasses.replace(
+    report,
+    data_plane=data_plane_lib.compute(
+      config.data,
+      batch_size=batch_size,
+      hosts=topology.hosts,
+      examples_per_second=rate,
+    ),
+  )
 
 
 def _format_shape(shape: Sequence[int]) -> str:

@@ -117,9 +117,11 @@ def watch_peers(
     reason = f"process {index} failed: {error!r}"[:300]
     with contextlib.suppress(Exception):
       client.key_value_set(f"{_LOST}/reason", reason, allow_overwrite=True)
-    # Half the time to the next check, when the remaining processes exit, and
-    # the service with process 0.
-    if not _all_fail(client, seconds / _CHECKS / 2):
+    requests.closed.set()  # Or this process would exit by its own report.
+    # The others exit within two checks. Process 0, which runs the service, has
+    # to outlive them; the rest have to exit before it.
+    checks = 2.5 if index == 0 else 0.5
+    if not _all_fail(client, checks * seconds / _CHECKS):
       preemption.abandon_threads("the other processes have not failed")
       when_alone()
     raise

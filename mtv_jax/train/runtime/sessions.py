@@ -11,6 +11,7 @@ Process 0 writes both.
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -201,6 +202,14 @@ def code_revision() -> str:
     return done.stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return mtv_jax.__version__
+
+
+def code_digest() -> str:
+  """Hash of the package's source files."""
+  package, total = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
+  for file in sorted(package.rglob("*.py")):
+    total.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+  return total.hexdigest()[:16]
 
 
 def package_versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Label sets: written, and joined to the records of a source."""
 
+import functools
 import io
 import json
 import logging
@@ -17,17 +18,21 @@ from label_samples import (
   open_base,
   outcome,
   png,
+  write_shard,
 )
+from labelling_samples import contents
 
-from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels import label_sets, label_writer
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import array_record, block_table, tar_blocks
+from mtv_jax.data.sources import base as sources_base
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 
 
 def check_record(record, i):
@@ -70,6 +75,38 @@ def test_aligned_labels_of_tars(labelled):
   check_record(pickle.loads(pickle.dumps(source))[7], 7)
 
 
+def test_what_hosts_compare(labelled, tmp_path):
+  """Files in their order, record counts, label sets, or the table of blocks."""
+
+  def describe(*shards, **options):
+    paths = [f"{labelled}/base/{name}.tar" for name in shards]
+    return build_source(
+      entry("", **labels) | options | {"path": paths}
+    ).describe()
+
+  labels = {k: f"{labelled}/{k}" for k in ("depth", "boxes")}
+  names = "00000", "00001"
+  described = describe(*names)
+  assert describe(*names) == described
+  assert json.loads(json.dumps(described)) == described
+  assert described["records"] == 8
+  assert described["labels"] == {
+    k: LabelSet(path, kind=k).digest for k, path in labels.items()
+  }
+  assert describe(*names, limit=4) == described | {"limit": 4}
+  table = tmp_path / "blocks.npz"
+  files = [labelled / f"base/{name}.tar" for name in names]
+  scan = functools.partial(tar_blocks.scan, records=4)
+  block_table.build(files, scan, processes=1).write(table)
+  digests = [
+    described["digest"],
+    describe(*names[::-1])["digest"],
+    describe(names[0], "00002")["digest"],
+    describe(*names, blocks=str(table))["digest"],
+  ]
+  assert len(set(digests)) == 4
+
+
 def test_some_shards_of_the_base_in_another_order(labelled):
   paths = [f"{labelled}/base/00002.tar", f"{labelled}/base/00000.tar"]
   labels = {k: f"{labelled}/{k}" for k in ("depth", "boxes")}
@@ -91,7 +128,7 @@ def test_labels_of_tars_align_with_array_records(labelled, tmp_path):
 
 def test_manifest_counts(labelled):
   manifest = json.loads((labelled / "boxes" / "manifest.json").read_text())
-  assert manifest["version"] == 1 and manifest["kind"] == "boxes"
+  assert manifest["version"] == 2 and manifest["kind"] == "boxes"
   assert manifest["settings"] == {"of": "the test"}
   assert (manifest["records"], manifest["labelled"]) == (10, 9)
   assert manifest["boxes"] == sum(i % 5 for i in range(10) if i != 3)
@@ -210,24 +247,30 @@ def test_reading_compares_keys(labelled, tmp_path):
 def test_files_that_contradict_the_manifest(labelled, tmp_path):
   out = tmp_path / "depth"
   make_set(out, open_base(labelled / "base"), "depth")
-  labels, manifest = out / "00001.array_record", out / "manifest.json"
-  array_record.write_bytes(labels, [b"x"] * 4)
+  labels, manifest = out / "00001.blocks", out / "manifest.json"
+  data = bytearray(labels.read_bytes())
+  data[-1] ^= 1
+  labels.write_bytes(data)
   source = depth_of(labelled, tmp_path)
-  message = "'000011'.*depth/00001.*:1 is not a depth label"
-  with pytest.raises(BadRecord, match=message):
-    source[5]
+  source[4]
+  with pytest.raises(BadRecord, match="label 3 of .* has another checksum"):
+    source[7]
+  data[12] ^= 1
+  labels.write_bytes(data)
+  with pytest.raises(BadRecord, match="is not a block of 4 labels"):
+    depth_of(labelled, tmp_path)[4]
   content = json.loads(manifest.read_text())
   for change, error, message in (
     (
-      lambda: array_record.write_bytes(labels, [b"x"] * 3),
-      LabelError,
-      "00001.array_record contains 3 .* 4",
+      lambda: labels.write_bytes(data[:-1]),
+      InputError,
+      "1 of 3 shards in .* have changed.*00001.blocks",
     ),
-    (labels.unlink, FileNotFoundError, "1 of 3 files.*00001.array"),
+    (labels.unlink, FileNotFoundError, "There is no .*00001.blocks"),
     (
-      lambda: manifest.write_text(json.dumps(content | {"version": 2})),
+      lambda: manifest.write_text(json.dumps(content | {"version": 3})),
       LabelError,
-      "of version 2, this code reads 1",
+      "of version 3, this code reads 1 to 2",
     ),
     (
       lambda: manifest.write_text("{}"),
@@ -260,7 +303,7 @@ def test_a_join_by_key(labelled, copy, caplog):
       assert not {"depth", "boxes"} & record.keys()
   pickled = pickle.dumps(source)
   # A worker maps the table again: pickling would copy all of its bytes.
-  assert b"_table" not in pickled
+  assert label_sets.hash_key("000003").to_bytes(8, "little") not in pickled
   check_record(pickle.loads(pickled)[7], 7)
 
 
@@ -326,43 +369,57 @@ def test_missing_or_foreign_key_hashes(labelled, copy):
 # --- Writing -----------------------------------------------------------------
 
 
-def test_writing_resumes(labelled, tmp_path):
+def test_writing_resumes(labelled, tmp_path, monkeypatch):
+  """Parts are lost; the set is byte-identical to one of whole shards."""
+  monkeypatch.setattr(sources_base, "LANE_BLOCK", 1)
   base = open_base(labelled / "base")
-  settings = {"of": "the test"}
-  writer = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
-  assert writer.todo() == [0, 1, 2]
+  whole = make_set(tmp_path / "whole", base, "depth")
+  out, settings = tmp_path / "out", {"of": "the test"}
+  monkeypatch.setattr(label_writer, "PART_RECORDS", 2)
+  writer = LabelWriter(out, kind="depth", base=base, settings=settings)
+  todo = writer.todo()
+  parts = [part.file_name for part in todo[0]]
+  assert parts == ["00000.0-2.part", "00000.2-4.part"]
+  assert [len(todo[shard]) for shard in range(3)] == [2, 2, 1]
 
-  def entries(shard, stop=None):
-    for i in writer.numbers(shard):
+  def entries(numbers, stop=None):
+    for i in numbers:
       if i == stop:
         raise KeyboardInterrupt
       yield Entry(base[i]["key"], outcome("depth", i))
 
-  writer.write(1, entries(1))
+  write_shard(writer, 1, entries)
+  writer.write(todo[0][0], entries(todo[0][0].numbers))
   with pytest.raises(KeyboardInterrupt):
-    writer.write(0, entries(0, stop=2))
-  assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
-  with pytest.raises(LabelError, match="2 of 3 shards have no labels yet"):
-    writer.finish()
+    writer.write(todo[0][1], entries(todo[0][1].numbers, stop=3))
+  assert not list(out.glob("*.tmp")) + list(out.glob(".*"))
+  assert writer.finish() is None
   with pytest.raises(LabelError, match="4 labels for 2 records"):
-    writer.write(2, entries(1))
-  again = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
-  assert again.todo() == [0, 2]
-  for shard in again.todo():
-    again.write(shard, entries(shard))
-  summary = again.finish()
+    writer.write(todo[2][0], entries(range(4)))
+  again = LabelWriter(out, kind="depth", base=base, settings=settings)
+  assert again.todo() == {0: todo[0][1:], 2: todo[2]}
+  # A damaged or removed part is written again.
+  again.write(todo[0][1], entries(todo[0][1].numbers))
+  first = out / parts[0]
+  for damage in (
+    lambda: first.write_bytes(first.read_bytes()[:-9]),
+    lambda: first.write_bytes(b""),
+    first.unlink,
+  ):
+    damage()
+    again.join(0)
+    assert again.todo(0) == {0: todo[0][:1]}
+    again.write(todo[0][0], entries(todo[0][0].numbers))
+  summary = label_writer.write_all(again, entries)
   assert (summary.records, summary.labelled) == (10, 9)
-  before = (tmp_path / "manifest.json").read_bytes()
   assert again.finish() == summary
-  assert (tmp_path / "manifest.json").read_bytes() == before
-  for file in sorted(tmp_path.glob("*.json")):
-    assert file.read_text() == (labelled / "depth" / file.name).read_text()
-  for file in sorted(tmp_path.glob("*.array_record")):
-    assert file.read_bytes() == (labelled / "depth" / file.name).read_bytes()
-  # A removed file is written again.
-  (tmp_path / "00001.array_record").unlink()
-  assert again.todo() == [1]
-  assert not again.is_done(1)
+  assert contents(out) == contents(whole)
+  # So is a set's file. A set without one is unfinished.
+  (out / "00001.blocks").unlink()
+  again = LabelWriter(out, kind="depth", base=base, settings=settings)
+  assert list(again.todo()) == [1] and not (out / "manifest.json").exists()
+  label_writer.write_all(again, entries)
+  assert contents(out) == contents(whole)
 
 
 def test_a_finished_set_is_not_overwritten(labelled):
@@ -384,9 +441,12 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   out = tmp_path / "out"
   writer = LabelWriter(out, kind="depth", base=base, settings=settings)
   for shard in range(3 if finished else 1):
-    numbers = writer.numbers(shard)
-    writer.write(
-      shard, [Entry(base[i]["key"], outcome("depth", i)) for i in numbers]
+    write_shard(
+      writer,
+      shard,
+      lambda numbers: (
+        Entry(base[i]["key"], outcome("depth", i)) for i in numbers
+      ),
     )
   if finished:
     writer.finish()
@@ -450,7 +510,7 @@ def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
   assert not (tmp_path / "manifest.json").exists()
   # The set is empty, so different settings are not rejected.
   writer = LabelWriter(tmp_path, kind="depth", base=base, settings={"b": 1})
-  assert writer.todo() == [0, 1, 2]
+  assert list(writer.todo()) == [0, 1, 2]
 
 
 def test_order_of_reasons():
@@ -471,15 +531,12 @@ def test_hashes_of_the_base(labelled, tmp_path):
     out = tmp_path / f"{number}"
     writer = LabelWriter(out, kind="depth", base=base, settings={})
     images = [image if i == 5 else "" for i in range(COUNT)]
-    for shard in range(3):
-      writer.write(
-        shard,
-        [
-          Entry(base[i]["key"], outcome("depth", i), images[i])
-          for i in writer.numbers(shard)
-        ],
-      )
-    writer.finish()
+    label_writer.write_all(
+      writer,
+      lambda numbers, images=images: (
+        Entry(base[i]["key"], outcome("depth", i), images[i]) for i in numbers
+      ),
+    )
     manifests.append(json.loads((out / "manifest.json").read_text()))
   first, second, unread = manifests
   assert first["base_hash"] != second["base_hash"]

@@ -109,6 +109,18 @@ def test_regions_picks_from_many():
   assert best["box_score"].tolist() == sorted(record["box_scores"])[:-5:-1]
 
 
+@pytest.mark.parametrize("pick", ["random", "score"])
+def test_regions_leaves_out_low_scores(pick):
+  record = boxes_record(11)
+  scores = record["box_scores"]
+  limit = sorted(scores)[-3]
+  out = apply(f"regions(4, pick='{pick}', min_score={limit})", dict(record))
+  assert sorted(out["box_score"]) == [0, *sorted(scores)[-3:]]
+  assert out["box_valid"].tolist() == [True] * 3 + [False]
+  out = apply(f"regions(4, pick='{pick}', min_score=1.0)", dict(record))
+  assert not out["box_valid"].any() and not out["boxes"].any()
+
+
 def test_ops_after_regions_do_not_depend_on_the_boxes():
   draws = set()
   for n in (0, 1, 9):

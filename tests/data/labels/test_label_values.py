@@ -10,6 +10,7 @@ from mtv_jax.config.feature_layout import FeatureLayout, field_name
 from mtv_jax.data import ops
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import (
+  TOP,
   FeatureLabel,
   Quantized,
   make_boxes,
@@ -34,6 +35,26 @@ def test_depth_without_resizing_is_exact_to_half_a_step():
   assert abs(label.inverse - inverse).max() <= 0.5 * step + 1e-7
   # Larger is nearer, strictly.
   assert (np.diff(label.values.astype(int), axis=0) > 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 10, 13])
+def test_depth_of_fewer_bits(bits):
+  """Exact to half a step, after 16 bits; unchanged when it is stored."""
+  inverse = np.random.default_rng(0).random((32, 32), np.float32)
+  inverse[3, 5] = np.nan
+  label = make_depth(inverse, side=32, bits=bits).label
+  step = (label.high - label.low) / (2**bits - 2)
+  error = abs(label.inverse - inverse)
+  fine = (label.high - label.low) / 65534
+  assert 0.4 * step < np.nanmax(error) <= 0.5 * (step + fine) + 1e-6
+  assert label.values[3, 5] == 0 and len(np.unique(label.values)) <= 2**bits
+  assert (label.values.max(), label.values[label.values > 0].min()) == (TOP, 1)
+  data = label_values.encode("a", label)
+  stored = label_values.decode(data, kind="depth", where="a").label
+  np.testing.assert_array_equal(stored.values, label.values)
+  assert (stored.low, stored.high, stored.bits) == (label.low, label.high, bits)
+  whole = label_values.encode("a", make_depth(inverse, side=32).label)
+  assert len(data) < len(whole)
 
 
 def test_depth_is_averaged_over_labelled_area_only():

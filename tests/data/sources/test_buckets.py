@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mtv_jax.data import order
-from mtv_jax.data.labels.label_writer import LabelWriter
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import build_source, open_files
 from mtv_jax.data.sources import webdataset
@@ -37,8 +36,8 @@ def local(tmp_path_factory):
   for kind in ("depth", "boxes"):
     label_samples.make_set(folder / kind, base, kind)
   label_samples.make_base(folder / "records", format="array_record")
-  # The copy in a bucket has a separate index.
-  for file in (folder / "base").glob("*.index"):
+  # The copy in a bucket has a separate index, and no table of blocks.
+  for file in (*(folder / "base").glob("*.index"), folder / "base/blocks.npz"):
     file.unlink()
   return folder
 
@@ -61,9 +60,15 @@ def test_tars_and_labels(remote, local, cache):
     dict(
       type="webdataset",
       path=f"{root}/base/*.tar",
-      labels=dict(depth=f"{root}/depth", boxes=f"{root}/boxes"),
+      labels=dict(
+        depth=f"{root}/depth", boxes=dict(path=f"{root}/boxes", join=join)
+      ),
     )
-    for root in (str(local), remote)
+    for root, join in (
+      (str(local), "aligned"),
+      (remote, "aligned"),
+      (remote, "key"),
+    )
   ]
   batches = []
   for entry in entries:
@@ -71,9 +76,10 @@ def test_tars_and_labels(remote, local, cache):
     tokenizer = build_tokenizer("bytes")
     with make_loader(data, batch_size=4, seed=0, tokenizer=tokenizer) as loader:
       batches.append([next(loader) for _ in range(3)])
-  for wanted, actual in zip(*batches, strict=True):
+  for wanted, *others in zip(*batches, strict=True):
     for name, values in wanted.items():
-      np.testing.assert_array_equal(actual[name], values, err_msg=name)
+      for actual in others:
+        np.testing.assert_array_equal(actual[name], values, err_msg=name)
   # Beside the tars, for other hosts.
   assert "00000.tar.index" in path.list_folder(f"{remote}/base")
 
@@ -114,8 +120,14 @@ def test_whole_tars_are_cached(remote, local, tmp_path, monkeypatch):
   assert len(list((tmp_path / "tars").rglob("*.tar"))) == 3
 
 
-def test_array_record(remote, local):
-  actual = open_files(f"{remote}/records/base/*.array_record")
+@pytest.mark.parametrize("table", [False, True])
+def test_array_record(remote, local, cache, table):
+  options = dict(blocks=f"{remote}/records/base/blocks.npz") if table else {}
+  if not table:
+    # A cache means whole copies.
+    options = dict(cache=cache / "whole")
+  actual = open_files(f"{remote}/records/base/*.array_record", **options)
+  assert len(list(cache.rglob("*.array_record"))) == (0 if table else 3)
   expected = open_files(f"{local}/records/base/*.array_record")
   assert records(actual) == records(expected)
   assert actual.read_metadata(5) == expected.read_metadata(5)
@@ -149,10 +161,7 @@ def test_a_tar_that_changes_is_named(gs, local):
     open_files(url)
 
 
-def test_what_works_on_folders_only(gs, local, tmp_path):
-  base = open_files(f"{local}/base/*.tar")
-  with pytest.raises(InputError, match="Write labels to a folder"):
-    LabelWriter(f"{gs}/out", kind="depth", base=base, settings={})
+def test_what_works_on_folders_only(gs):
   with pytest.raises(InputError, match="Name a folder of this machine"):
     scenes = dict(type="scenes", size=16, length=2, cache=f"{gs}/scenes")
     records(build_source(scenes))

@@ -13,6 +13,7 @@ from hostile.samples import write_tar
 
 from mtv_jax.data.sources import tar_index, tar_scan
 from mtv_jax.data.sources.tar_scan import IMAGE, JSON, TEXT, TarError
+from mtv_jax.utils import atomic
 
 
 def plain(count, prefix="", captions=True):
@@ -252,6 +253,16 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="can't be written"):
     tar_index.build_indices([path])
   assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_temporary_files_of_killed_builds_are_removed(tmp_path):
+  tar = write_tar(tmp_path / "a.tar", plain(3))
+  mine = atomic.current_process()
+  killed = atomic.Owner(mine.machine, mine.pid, "00000000")
+  abandoned = tmp_path / f".a.tar.index.{killed}.0.tmp"
+  abandoned.touch()
+  tar_index.build_indices([tar])
+  assert not abandoned.exists()
 
 
 def test_concurrent_builds(tmp_path):

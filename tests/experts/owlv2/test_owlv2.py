@@ -12,6 +12,7 @@ from labelling_samples import label_images, mesh_of
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import tokenizers
 from mtv_jax.data.records import BadRecord
+from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import FixedPhrases, Tags
 from mtv_jax.experts.owlv2 import expert as owlv2
@@ -90,7 +91,7 @@ def test_images_are_padded_to_a_grey_square(shape):
 
 
 @pytest.mark.slow
-def test_labels_do_not_depend_on_the_number_of_devices(folder):
+def test_labels_do_not_depend_on_devices_and_padding(folder, monkeypatch):
   images = [photo((30, 60), i) for i in range(8)]
   phrases = [[f"a {i}", "dog", "the same"] for i in range(8)]
   options = dict(phrases=Tags("tags"), threshold=0.0, nms=0.9)
@@ -111,6 +112,18 @@ def test_labels_do_not_depend_on_the_number_of_devices(folder):
     assert set(batched.phrases) <= set(phrases[i])
     assert (batched.boxes >= 0).all() and (batched.boxes <= 1).all()
     assert (np.diff(batched.scores) <= 0).all()
+
+  # One program on accelerators.
+  with monkeypatch.context() as patch:
+    patch.setattr(local_mesh, "is_accelerator", lambda mesh: True)
+    given = dict(dtype="float32", batch_size=1)
+    padded = owlv2.load_expert(folder, mesh=mesh_of(1), **given, **options)
+  assert padded.settings == one.settings
+  record = {"key": "7", "captions": [], "meta": {"tags": phrases[0]}}
+  assert padded.prepare(images[0], record).group == 512
+  (alone,) = label(padded, images[:1], phrases[:1])
+  assert alone.label.phrases == together[0].label.phrases
+  np.testing.assert_array_equal(alone.label.boxes, together[0].label.boxes)
 
   with pytest.raises(BadRecord, match="no phrases"):
     one.prepare(images[0], {"key": "7", "meta": {}})

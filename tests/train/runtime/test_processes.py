@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 
+import dataset_samples
 import numpy as np
 import pytest
 import trainings
@@ -116,6 +118,71 @@ def test_a_process_that_fails_alone_tells_why_and_exits(
   # Whichever message the second process sees first.
   assert "failed: CorruptDataError" in log or "run is lost" in log
   assert "Check failure" not in log and "Traceback" not in log
+
+
+# The training command in another folder, which relative paths refer to.
+ELSEWHERE = """
+import os, runpy, sys
+import mtv_jax
+os.chdir(sys.argv.pop(1))
+runpy.run_module("mtv_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def start_apart(tmp_path, tars, **options):
+  """Starts processes in folders of so many tars each; returns a context."""
+  image = dataset_samples.image_bytes((9, 9, 9), "jpeg")
+  for process, count in enumerate(tars):
+    folder = tmp_path / f"{process}"
+    folder.mkdir(exist_ok=True)
+    for tar in range(count):
+      records = {f"{tar}{i}": {"jpg": image, "txt": b"a dog"} for i in range(9)}
+      dataset_samples.write_tar(folder / f"{tar}.tar", records)
+
+  def start(workdir, *args):
+    process = int("--process=1" in args)
+    own = [
+      f"--config.{key}={values[process]}" for key, values in options.items()
+    ]
+    folder = str(tmp_path / f"{process}")
+    code = ["-c", ELSEWHERE, folder, f"--workdir={folder}"]
+    return trainings.spawn(workdir, *code, *args, *own)
+
+  data = "--config.data.train=[dict(type='webdataset', path='*.tar')]"
+  arguments = (f"--config={trainings.CONFIG}", data)
+  return trainings.together(tmp_path / "run", 2, *arguments, start=start)
+
+
+def test_processes_that_differ_exit_with_one_sentence(smallest_run, tmp_path):
+  for process, steps in enumerate([(4, 8, 12), (4, 8)]):
+    for step in steps:
+      name = f"checkpoints/{step}"
+      shutil.copytree(smallest_run / name, tmp_path / f"{process}" / name)
+  with start_apart(tmp_path, tars=(2, 1), seed=(3, 4)) as running:
+    codes = [process.wait(timeout=150) for process in running]
+  log = trainings.log(tmp_path / "run")
+  assert codes == [1, 1], log
+  assert "Traceback" not in log
+  lines = [line for line in log.splitlines() if line.startswith("train: ")]
+  assert len(lines) == 2 and len(set(lines)) == 1, log
+  assert re.sub("'[^']+'", "_", lines[0]) == (
+    "train: The processes of this run differ in"
+    " config.seed (3 on process 0; 4 on process 1),"
+    " data[0].name (_ on process 0; _ on process 1),"
+    " data[0].records (18 on process 0; 9 on process 1),"
+    " data[0].digest (_ on process 0; _ on process 1),"
+    " checkpoints ([4, 8, 12] on process 0; [4, 8] on process 1). Start all of"
+    " them with the same command, code, data and workdir."
+  )
+
+
+def test_a_process_without_data_ends_the_others(tmp_path):
+  with start_apart(tmp_path, tars=(1, 0)) as running:
+    codes = [process.wait(timeout=150) for process in running]
+  log = trainings.log(tmp_path / "run")
+  assert codes == [75, 1], log
+  assert "train: '*.tar' matches no file" in log
+  assert "Traceback" not in log
 
 
 AUTO_REMAT = """

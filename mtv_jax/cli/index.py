@@ -1,0 +1,79 @@
+"""Writes the table of blocks of shards in a bucket, which training reads.
+
+  mtv-jax index gs://bucket/web/{00000..09999}.tar
+
+Reads every tar once, and the footer of every Parquet file. Run it on several
+hosts at once to share the shards, and again after it was stopped or shards were
+added: finished shards are not read again. Then train with
+data.train = [dict(type="webdataset", path="gs://bucket/web/*.tar")]
+and data.shuffle = "lanes".
+"""
+
+import functools
+from collections.abc import Sequence
+
+from mtv_jax.data.sources import (
+  array_record,
+  block_table,
+  parquet,
+  tar_blocks,
+)
+from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.sources.parquet import ParquetSource
+from mtv_jax.utils.path_patterns import expand_path
+from mtv_jax.utils.progress import Progress
+from mtv_jax.utils.text import format_bytes
+from mtv_jax.utils.threads import available_cores
+
+_REQUEST = 1 << 24  # Bytes per request.
+_RATE = 1e8  # Assumed bytes per second and process.
+# Requests per shard, besides its bytes: its size, its part and its lease.
+_OTHERS = 10
+
+
+def run(
+  data: Sequence[str], /, *, records: int = 64, processes: int | None = None
+) -> None:
+  """Writes the table next to the shards and prints a summary.
+
+  Args:
+    data: .tar, .parquet or .array_record shards of one folder; ranges and globs
+      are allowed.
+    records: records per block of a tar, which one request reads; the blocks of
+      Parquet are its row groups, those of ArrayRecord whole files.
+    processes: processes that read shards (default: one per core).
+  """
+  files = expand_path(list(data), suffix=".tar")
+  scan = functools.partial(tar_blocks.scan, records=records)
+  if is_parquet := files[0].suffix == ParquetSource.suffix:
+    scan, records = parquet.scan, 0
+  elif files[0].suffix == ArrayRecordSource.suffix:
+    scan, records = array_record.scan, 0
+
+  def announce(sizes: Sequence[int]) -> None:
+    print(f"Reading {len(sizes):,} of {len(files):,} shards", end="")
+    if is_parquet:
+      sizes = [min(size, parquet.FOOTER) for size in sizes]
+    requests = sum(_OTHERS - size // -_REQUEST for size in sizes)
+    count = min(processes or available_cores(), max(len(sizes), 1))
+    minutes = sum(sizes) / _RATE / count / 60
+    print(
+      f": {format_bytes(sum(sizes))}, in a bucket {requests:,} requests; with"
+      f" {count} processes at {_RATE / 1e6:.0f} MB/s each {minutes:,.1f}"
+      " minutes, less on several hosts.",
+      flush=True,
+    )
+
+  table = block_table.build(
+    files,
+    scan,
+    per_block=records,
+    processes=processes,
+    announce=announce,
+    progress=Progress(unit="shards"),
+  )
+  print(
+    f"{int(table.records.sum()):,} records in {len(table):,} blocks of"
+    f" {len(files):,} shards; {int(table.captioned.sum()):,} have captions."
+    f" Wrote {files[0].parent / block_table.NAME}."
+  )

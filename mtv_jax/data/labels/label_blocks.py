@@ -1,0 +1,134 @@
+"""Files of labels in the blocks of their base shard.
+
+One request reads the labels of one block, as the base's records. A block is,
+little-endian: the number of labels and the CRC-32 of the following entries
+(u32), for each label the hash of its record's key (u64), the end and the CRC-32
+of its bytes (u32), then these bytes.
+"""
+
+import itertools
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources import block_table
+from mtv_jax.data.sources.block_table import BlockTable
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.ranges import RangeReader
+
+SUFFIX = ".blocks"
+_HEADER = np.dtype([("count", "<u4"), ("crc", "<u4")])
+_ENTRY = np.dtype([("key", "<u8"), ("end", "<u4"), ("crc", "<u4")])
+
+
+def write(
+  stream: BinaryIO, labels: Iterable[tuple[int, bytes]], counts: Sequence[int]
+) -> list[int]:
+  """Writes (key hash, label) pairs in blocks of `counts`; returns their sizes.
+
+  Stops early if there are fewer labels; further ones are left in the iterator.
+  """
+  labels, sizes = iter(labels), []
+  for count in counts:
+    data = _pack(list(itertools.islice(labels, count)))
+    stream.write(data)
+    sizes.append(len(data))
+  return sizes
+
+
+def _pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
+  entries = np.zeros(len(pairs), _ENTRY)
+  entries["key"] = [key for key, _ in pairs]
+  labels = [label for _, label in pairs]
+  entries["end"] = np.cumsum([len(label) for label in labels], dtype=np.int64)
+  entries["crc"] = [zlib.crc32(label) for label in labels]
+  directory = entries.tobytes()
+  header = np.array((len(pairs), zlib.crc32(directory)), _HEADER)
+  return b"".join([header.tobytes(), directory, *labels])
+
+
+class LabelBlocks:
+  """Labels of a set by block; bucket files are read by ranges."""
+
+  def __init__(self, table: BlockTable, reader: RangeReader):
+    self.table = table
+    self._reader = reader
+    numbers = np.arange(len(table.files) + 1)
+    self._first = np.searchsorted(table.shard, numbers)  # Block of each shard.
+    self._ends = np.cumsum(table.records)
+    self._maps = ProcessCache(self._map)
+
+  def use(self, reader: RangeReader) -> None:
+    """Reads through another reader from now on."""
+    self._reader = reader
+
+  def _map(self, shard: int) -> np.ndarray:
+    return np.memmap(self.table.files[shard], np.uint8, "r")
+
+  def prefetch(self, shard: int, positions: range) -> None:
+    """Starts to read the blocks at these positions of a shard."""
+    self._reader.prefetch(map(self.table.range, self._find(shard, positions)))
+
+  def _find(self, shard: int, positions: range) -> range:
+    """Returns the blocks at these positions of a shard."""
+    start, end = self._first[shard], self._first[shard + 1]
+    before = int(self._ends[start - 1]) if start else 0
+    at = np.add(before, [positions.start, positions.stop - 1])
+    first, last = np.searchsorted(self._ends, at, side="right")
+    return range(int(first), min(int(last) + 1, int(end)))
+
+  def _open(self, block: int) -> tuple[np.ndarray, memoryview]:
+    """Returns the entries of a block, and the labels' bytes."""
+    span = self.table.range(block)
+    if path_lib.is_remote(span.path):
+      data = memoryview(self._reader.get(span))
+    else:
+      # Few pages of a map are read, if one label is.
+      data = self._maps.get(int(self.table.shard[block])).data
+      data = data[span.offset : span.offset + span.size]
+    count = int(self.table.records[block])
+    start = _HEADER.itemsize + count * _ENTRY.itemsize
+    header = np.frombuffer(bytes(data[: _HEADER.itemsize]).ljust(8), _HEADER)[0]
+    directory = data[_HEADER.itemsize : start]
+    if header["count"] != count or header["crc"] != zlib.crc32(directory):
+      raise BadRecord(
+        f"{span.path.name}:{span.offset}", f"is not a block of {count} labels"
+      )
+    return np.frombuffer(directory, _ENTRY), data[start:]
+
+  def read(self, shard: int, at: int) -> bytes:
+    """Returns label `at` of a shard."""
+    (block,) = self._find(shard, range(at, at + 1))
+    first = int(self._first[shard])
+    start = int(self._ends[block - 1]) if block else 0
+    before = int(self._ends[first - 1]) if first else 0
+    entries, data = self._open(block)
+    return _slice(entries, data, at + before - start)
+
+  def find(self, shard: int, positions: range, key: int) -> Iterator[bytes]:
+    """Yields the labels with a key's hash in the blocks at these positions."""
+    for block in self._find(shard, positions):
+      entries, data = self._open(block)
+      for at in np.flatnonzero(entries["key"] == np.uint64(key)):
+        yield _slice(entries, data, int(at))
+
+
+def _slice(entries: np.ndarray, data: memoryview, at: int) -> bytes:
+  start, end = int(entries["end"][at - 1]) if at else 0, int(entries["end"][at])
+  label = bytes(data[start:end])
+  if zlib.crc32(label) != entries["crc"][at]:
+    raise BadRecord(f"label {at} of a block", "has another checksum")
+  return label
+
+
+def open_table(folder: os.PathLike, names: Sequence[str]) -> BlockTable:
+  """Reads the table of a label set's files."""
+  folder = path_lib.as_path(folder)
+  fix = "Copy the label set again, or write it again."
+  table = block_table.read(folder / block_table.NAME, fix=fix)
+  return table.select([folder / f"{name}{SUFFIX}" for name in names])

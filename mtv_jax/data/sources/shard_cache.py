@@ -1,0 +1,175 @@
+"""Bounded local cache of whole bucket shards.
+
+Readers of ArrayRecord and TFRecord open local files only. In an order in lanes,
+a block of such a source is a shard, or a part of one if there are fewer shards
+than lanes: the host whose lane owns it copies it, and removes it later.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from pathlib import Path, PurePath
+from typing import TypeVar
+
+import filelock
+import numpy as np
+
+from mtv_jax.data.sources.base import Blocks, Source
+from mtv_jax.utils import atomic, buckets
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.process_cache import ProcessCache
+from mtv_jax.utils.ranges import Range, RangeReader
+
+T = TypeVar("T")
+_THREADS = 4  # Copies at once.
+
+
+class ShardCache:
+  """Local copies of bucket shards, at most `limit` of them and those in copy.
+
+  Processes of a host share the copies. The ones that were opened longest ago
+  are removed. Thread-safe; pickled without copies in progress.
+
+  Args:
+    files: shards.
+    sizes: bytes of each one.
+    versions: version of each one in the store.
+  """
+
+  def __init__(
+    self,
+    files: Sequence[PurePath],
+    sizes: Sequence[int],
+    versions: Sequence[str],
+  ):
+    self._files, self._sizes, self._versions = files, sizes, versions
+    self.limit, self.patience = len(files), 0.0
+    self._is_checked = False
+    # One per process: threads don't survive a fork or pickling.
+    self._pools = ProcessCache(_start_pool, limit=1)
+    names = zip(map(str, files), versions, strict=True)
+    digest = hashlib.blake2b(repr(list(names)).encode(), digest_size=12)
+    self._folder = path_lib.cache_folder() / f"shards-{digest.hexdigest()}"
+
+  def span(self, shard: int) -> Range:
+    """Returns the bytes of a shard."""
+    return Range(self._files[shard], 0, self._sizes[shard])
+
+  def check_space(self) -> None:
+    """Announces the size of the copies; InputError if the disk lacks it."""
+    needed = sum(sorted(self._sizes)[-self.limit - _THREADS :])
+    present = sum(file.stat().st_size for file in self._copies())
+    shards = f"{self.limit:,} of the {len(self._files):,} shards"
+    path_lib.check_space(
+      max(needed - present, 0),
+      f"{shards} in {self._files[0].parent}",
+      path_lib.cache_folder(),
+    )
+    self._is_checked = True
+
+  def open(self, shard: int, function: Callable[[Path], T]) -> T:
+    """Calls a function with a shard's local path, copying it if needed.
+
+    The copy may be removed afterwards; an open file remains readable.
+    """
+    if not self._is_checked:
+      self.check_space()
+    target = self._target(shard)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{target}.lock"):
+      if not target.exists():
+        url, size = self._files[shard], self._sizes[shard]
+        with atomic.replace_file(target) as temporary:
+          buckets.request(
+            url, "read", "get_file", str(temporary), patience=self.patience
+          )
+          if (copied := temporary.stat().st_size) != size:
+            raise InputError(
+              f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
+              " Start again."
+            )
+        self._remove_old()
+      os.utime(target)
+      return function(target)
+
+  def prefetch(self, shards: Iterable[int]) -> None:
+    """Starts to copy shards."""
+    pool = self._pools.get(0)
+    for shard in shards:
+      if not self._target(shard).exists():
+        pool.submit(self._try_copy, shard)
+
+  def _try_copy(self, shard: int) -> None:
+    # `open` raises the error.
+    with contextlib.suppress(Exception):
+      self.open(shard, lambda path: None)
+
+  def _target(self, shard: int) -> Path:
+    return self._folder / self._files[shard].name
+
+  def _copies(self) -> list[Path]:
+    """Returns the copies, the one that was opened longest ago first."""
+    names = {file.name for file in self._files}
+    files = []
+    for file in self._folder.glob("*"):
+      with contextlib.suppress(FileNotFoundError):
+        if file.name in names:
+          files.append((file.stat().st_mtime_ns, file))
+    return [file for _, file in sorted(files)]
+
+  def _remove_old(self) -> None:
+    """Removes copies beyond the limit."""
+    copies = self._copies()
+    for file in copies[: max(len(copies) - self.limit, 0)]:
+      # Not while another process opens it.
+      lock = filelock.FileLock(f"{file}.lock", blocking=False)
+      with contextlib.suppress(filelock.Timeout), lock:
+        file.unlink(missing_ok=True)
+
+
+def _start_pool(_: int) -> futures.ThreadPoolExecutor:
+  return futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="copy")
+
+
+class CachedShardsSource(Source):
+  """A source whose shards are copied whole from a bucket, one by one.
+
+  Subclasses set `_cache` if their shards are in a bucket.
+  """
+
+  _cache: ShardCache | None = None
+  _reader: RangeReader | None = None
+
+  @property
+  def lane_blocks(self) -> Blocks:
+    """As in the base class: whole shards of a bucket."""
+    if not self._cache:
+      return super().lane_blocks
+    return Blocks(self.shards, np.arange(len(self.shards)), self.shards)
+
+  def use_reader(self, reader: RangeReader) -> None:
+    """As in the base class."""
+    self._reader = reader
+    if self._cache:
+      self._cache.patience = reader.patience
+
+  def keep_blocks(self, count: int) -> None:
+    """As in the base class."""
+    if self._cache:
+      self._cache.limit = min(count, len(self.shards))
+      self._cache.check_space()
+
+  def prefetch(self, first: int, count: int) -> None:
+    """As in the base class."""
+    if not self._cache:
+      return
+    shards = range(
+      self._locate(first)[0], self._locate(first + count - 1)[0] + 1
+    )
+    if note := getattr(self._reader, "note", None):
+      note(map(self._cache.span, shards))  # A reader that reads nothing.
+    else:
+      self._cache.prefetch(shards)

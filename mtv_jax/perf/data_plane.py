@@ -1,0 +1,204 @@
+"""Requests, bytes and memory of a run's data, computed from tables of blocks.
+
+Opens the sources of a config, so that their tables and manifests are read, but
+no record. The blocks of each host's first windows are those of `data.lanes`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mtv_jax.data import pipeline
+from mtv_jax.data.lanes import LaneOrder
+from mtv_jax.data.pipeline import DataConfig
+from mtv_jax.data.registry import build_source
+from mtv_jax.data.sources.base import Source
+from mtv_jax.utils import buckets
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.text import format_bytes
+
+# Reads per second that a bucket serves before it has scaled up, see
+# cloud.google.com/storage/docs/request-rate.
+INITIAL_READS = 5000
+_SAMPLES = 256  # Records, in orders of single records.
+
+
+class _RecordingReader(RangeReader):
+  """Notes the ranges that would be read ahead, and reads none."""
+
+  def __init__(self):
+    super().__init__(0)
+    self.spans: list[Range] = []
+
+  def note(self, spans: Iterable[Range]) -> None:
+    """Notes ranges, also those that are copied to the disk."""
+    self.spans += [s for s in spans if path_lib.is_remote(s.path)]
+
+  prefetch = note
+
+  def take(self) -> list[Range]:
+    """Returns the ranges since the last call, each one once."""
+    spans, self.spans = list(dict.fromkeys(self.spans)), []
+    return spans
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPlane:
+  """What the data of a run asks of a bucket, at a number of examples/s."""
+
+  hosts: int
+  examples_per_second: float  # Of all hosts.
+  requests_per_example: float
+  bytes_per_example: float
+  largest_share: float  # Records of a host in an epoch, over the mean.
+  window_bytes: int  # Blocks of a step's rows, of the largest host.
+  ahead_bytes: int  # With the blocks that are read ahead.
+  block_memory: int  # Bytes.
+  start_requests: int  # Per host.
+  copied_bytes: int  # In the folder for copies of bucket files.
+
+  @property
+  def requests_per_second(self) -> float:
+    """Requests of all hosts."""
+    return self.examples_per_second * self.requests_per_example
+
+  @property
+  def bytes_per_second(self) -> float:
+    """Bytes of all hosts."""
+    return self.examples_per_second * self.bytes_per_example
+
+  @property
+  def warnings(self) -> list[str]:
+    """Sentences about what a bucket or a host can't be expected to do."""
+    warnings = []
+    if self.requests_per_second > INITIAL_READS:
+      warnings.append(
+        f"A bucket serves about {INITIAL_READS:,} reads/s at first and doubles"
+        " that in 20 minutes. Use data.shuffle='lanes' with `mtv-jax index`,"
+        " larger blocks, or expect a slow start."
+      )
+    if self.window_bytes > self.block_memory:
+      warnings.append(
+        f"Windows of {format_bytes(self.window_bytes)} exceed data.block_memory"
+        ", so blocks are read again. Raise it, or lower data.window."
+      )
+    return warnings
+
+  def to_dict(self) -> dict[str, Any]:
+    """The figures as plain values."""
+    return dataclasses.asdict(self) | {
+      "requests_per_second": self.requests_per_second,
+      "bytes_per_second": self.bytes_per_second,
+      "warnings": self.warnings,
+    }
+
+  def __str__(self) -> str:
+    requests, size = self.requests_per_second, self.bytes_per_second
+    lines = [
+      f"data from buckets, {self.hosts} hosts at"
+      f" {self.examples_per_second:,.0f} examples/s:",
+      f"  {requests:,.0f} requests/s, {requests / self.hosts:,.1f} per host"
+      f" ({self.requests_per_example:.4f} per example)",
+      f"  {size / 1e6:,.0f} MB/s, {size / self.hosts / 1e6:,.1f} per host"
+      f" ({self.bytes_per_example / 1e3:,.1f} kB per example); the largest"
+      f" host reads {self.largest_share:.3f} times its share of records",
+      f"  memory of the windows {format_bytes(self.window_bytes)} per host,"
+      f" {format_bytes(self.ahead_bytes)} with the next ones, of"
+      f" {format_bytes(self.block_memory)} (data.block_memory)",
+      f"  at a start {self.start_requests:,} requests per host,"
+      f" {self.start_requests * self.hosts:,} in all; local copies"
+      f" {format_bytes(self.copied_bytes)} in {path_lib.cache_folder()}",
+    ]
+    return "\n".join(lines + [f"  WARNING: {w}" for w in self.warnings])
+
+
+def compute(
+  config: DataConfig,
+  *,
+  batch_size: int,
+  hosts: int,
+  examples_per_second: float,
+) -> DataPlane:
+  """Opens the sources of a config, and computes what its data asks for."""
+  before = buckets.count_requests()
+  sources = [build_source(entry) for entry in config.train]
+  start_requests = buckets.count_requests() - before
+  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
+  order, reader = pipeline.open_order(
+    config, sources, weights, batch_size, hosts, seed=0
+  )
+  if reader:
+    reader.close()
+  recorder = _RecordingReader()
+  for source in sources:
+    source.use_reader(recorder)
+  if isinstance(order, LaneOrder):
+    figures = _measure_windows(order, sources, recorder, batch_size, hosts)
+  else:
+    figures = _measure_records(order, sources, recorder)
+  copies = path_lib.cache_folder().rglob("*")
+  return DataPlane(
+    hosts=hosts,
+    examples_per_second=examples_per_second,
+    block_memory=config.block_memory << 20,
+    start_requests=start_requests,
+    copied_bytes=sum(f.stat().st_size for f in copies if f.is_file()),
+    **figures,
+  )
+
+
+def _measure_windows(
+  order: LaneOrder,
+  sources: Sequence[Source],
+  recorder: _RecordingReader,
+  batch_size: int,
+  hosts: int,
+) -> dict[str, float]:
+  """Reads the ranges of each host's first windows."""
+  rows = batch_size // hosts
+  examples = requests = size = 0
+  largest = [0, 0]
+  for host in range(hosts):
+    positions = range(host * rows, (host + 1) * rows)
+    for windows in (1, 2):
+      for number, window in order.upcoming(positions, windows=windows):
+        for first, count in zip(window.starts, window.sizes, strict=True):
+          sources[number].prefetch(int(first), int(count))
+        examples += len(window.records) * (windows == 2)
+      spans = recorder.take()
+      total = sum(span.size for span in spans)
+      largest[windows - 1] = max(largest[windows - 1], total)
+    requests, size = requests + len(spans), size + total
+  rows_of_lanes = sum(lanes.count_rows(0) for lanes in order.sources)
+  owned = rows_of_lanes.reshape(hosts, -1).sum(1)
+  return dict(
+    requests_per_example=requests / examples,
+    bytes_per_example=size / examples,
+    window_bytes=largest[0],
+    ahead_bytes=largest[1],
+    largest_share=float(owned.max() / owned.mean()),
+  )
+
+
+def _measure_records(
+  order: Any, sources: Sequence[Source], recorder: _RecordingReader
+) -> dict[str, float]:
+  """Reads the ranges of some records; one request for each without a table."""
+  requests = size = 0
+  for position in range(_SAMPLES):
+    number, record = order[position]
+    source = sources[number]
+    source.prefetch(record, 1)
+    spans = recorder.take()
+    requests += len(spans)
+    size += sum(span.size for span in spans)
+    # Without a table, a record is one request.
+    requests += not spans and any(map(path_lib.is_remote, source.files[:1]))
+  return dict(
+    requests_per_example=requests / _SAMPLES,
+    bytes_per_example=size / _SAMPLES,
+    window_bytes=0,
+    ahead_bytes=0,
+    largest_share=1.0,
+  )
