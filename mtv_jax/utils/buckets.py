@@ -22,12 +22,17 @@ from mtv_jax.utils.errors import InputError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 AnyPath = str | os.PathLike
+# Maps the names in a folder to the store's metadata.
+Listing = Callable[[str], Mapping[str, Mapping[str, Any]]]
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
 _STORES = ("gs", "s3")
 # Attempts per request, in addition to the retries of gcsfs and s3fs.
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
-_LONGEST_WAIT = 60.0
+# gcsfs repeats a request for half a minute, so a line is logged every minute.
+_LONGEST_WAIT = 30.0
+# Repetitions by tensorstore, which logs none: `retry` and `ranges` go on.
+_SILENT_TRIES = 3
 # Fields that change when an object is replaced, in order of preference.
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
 
@@ -73,6 +78,11 @@ def list_objects(folder: str) -> dict[str, Mapping[str, Any]]:
   # Some stores also list the folder itself, as an empty object.
   own = folder.rstrip("/").partition("://")[2]
   return {n: i for n, i in infos.items() if i["name"].rstrip("/") != own and n}
+
+
+def cached_listing() -> Listing:
+  """Returns `list_objects` that lists each folder once."""
+  return functools.cache(list_objects)
 
 
 def list_tree(url: str) -> dict[str, Mapping[str, Any]]:
@@ -148,7 +158,7 @@ def retry(
 ) -> T:
   """Calls a function of a store, retrying with back-off.
 
-  After five attempts, tries once a minute for `patience` seconds. Raises
+  After five attempts, goes on for `patience` seconds. Raises
   MissingFileError, or StorageError if every attempt failed or access is denied;
   both name the path.
   """
@@ -196,11 +206,12 @@ def open_store(path: AnyPath) -> tuple[Any, str]:
 def _open_bucket(scheme: str, bucket: str) -> Any:
   import tensorstore as ts  # Takes 0.3 s to import.
 
-  if scheme == "gs":
-    return ts.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
-  spec = {"driver": "s3", "bucket": bucket}
+  driver = {"gs": "gcs"}.get(scheme, scheme)
+  retries = {f"{driver}_request_retries": {"max_retries": _SILENT_TRIES}}
+  spec = {"driver": driver, "bucket": bucket, "context": retries}
   names = dict(endpoint="AWS_ENDPOINT_URL", aws_region="AWS_DEFAULT_REGION")
-  spec |= {k: os.environ[v] for k, v in names.items() if os.environ.get(v)}
+  if scheme == "s3":
+    spec |= {k: os.environ[v] for k, v in names.items() if os.environ.get(v)}
   return ts.KvStore.open(spec).result()
 
 

@@ -5,18 +5,18 @@ A pattern is a brace range (`cc3m/{00000..00331}.tar`), a brace list
 commas, or a list of them; for local files and buckets.
 """
 
-import functools
+import fnmatch
 import glob
 import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from mtv_jax.utils import buckets, errors
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.buckets import AnyPath
+from mtv_jax.utils.buckets import AnyPath, Listing
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
@@ -26,11 +26,15 @@ _MAX_NAME = 4096  # Characters of one file's path.
 
 
 def expand_path(
-  path: AnyPath | Sequence[AnyPath], *, suffix: str = ".tar"
+  path: AnyPath | Sequence[AnyPath],
+  *,
+  suffix: str = ".tar",
+  listing: Listing | None = None,
 ) -> list[PurePath]:
   """Expands `path` to existing files, globs sorted, without duplicates.
 
-  `suffix` is the usual file ending, for hints in errors.
+  `suffix` is the usual file ending, for hints in errors; `listing` lists bucket
+  folders.
 
   Raises MissingFileError if a file is missing or a glob matches nothing;
   InputError if a file appears twice or is a folder, a pipe or a device, or if a
@@ -42,7 +46,7 @@ def expand_path(
   if not patterns:
     raise InputError(f"The path {_quote(path)} names no file.")
   # List each bucket folder once, instead of a request per file.
-  listing = functools.cache(buckets.list_objects)
+  listing = listing or buckets.cached_listing()
   for pattern in patterns:
     if (size := len(pattern)) > _MAX_NAME:
       what = f"{_quote(pattern, 80)} has {size:,} characters"
@@ -53,7 +57,7 @@ def expand_path(
       # Tried before globbing, because a file name may contain brackets.
       files.append(path_lib.as_path(pattern))
     elif glob.has_magic(pattern):
-      matches = _glob(pattern)
+      matches = _glob(pattern, listing)
       if not matches:
         prefix = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         hint = _describe_folder(f"{prefix}x", suffix)
@@ -86,7 +90,7 @@ def expand_path(
   return files
 
 
-def _file_exists(file: str, listing: Callable[[str], Mapping]) -> bool:
+def _file_exists(file: str, listing: Listing) -> bool:
   if not path_lib.is_remote(file):
     return os.path.exists(file)
   folder, _, name = file.rstrip("/").rpartition("/")
@@ -94,16 +98,20 @@ def _file_exists(file: str, listing: Callable[[str], Mapping]) -> bool:
   return not glob.has_magic(folder) and name in listing(folder)
 
 
-def _is_folder(file: PurePath, listing: Callable[[str], Mapping]) -> bool:
+def _is_folder(file: PurePath, listing: Listing) -> bool:
   if not path_lib.is_remote(file):
     return Path(file).is_dir()
   info = listing(os.fspath(file.parent)).get(file.name, {})
   return info.get("type") == "directory"
 
 
-def _glob(pattern: str) -> list[str]:
+def _glob(pattern: str, listing: Listing) -> list[str]:
   if not path_lib.is_remote(pattern):
     return sorted(glob.glob(pattern, recursive=True))
+  folder, _, name = pattern.rpartition("/")
+  if not glob.has_magic(folder) and "**" not in name:
+    names = fnmatch.filter(listing(folder), name)
+    return sorted(f"{folder}/{name}" for name in names)
   scheme = pattern.partition("://")[0]
   names = buckets.request(pattern, "read", "glob")
   return sorted(f"{scheme}://{name}" for name in names)

@@ -189,19 +189,22 @@ def _load_manifest(
 ) -> tuple[Mapping[str, Any], str]:
   """Returns the manifest and its hash."""
   file = folder / MANIFEST
-  if not path_lib.is_folder(folder):
-    raise MissingFileError(f"There is no folder of labels {folder}.")
-  if not path_lib.is_file(file):
-    raise MissingFileError(
-      f"{folder} has no {MANIFEST}: it is not a label set, or not finished. The"
-      " command that writes it resumes it."
-    )
-  if (size := path_lib.stat(file).st_size) > _MAX_MANIFEST:
+  try:
+    path_lib.check_regular_file(file)
+    data = path_lib.read_range(file, 0, _MAX_MANIFEST + 1)
+  except (FileNotFoundError, NotADirectoryError) as error:
+    problem = f"There is no folder of labels {folder}."
+    if path_lib.is_folder(folder):
+      problem = (
+        f"{folder} has no {MANIFEST}: it is not a label set, or not finished."
+        " The command that writes it resumes it."
+      )
+    raise MissingFileError(problem) from error
+  if len(data) > _MAX_MANIFEST:
     raise LabelError(
-      f"{file} has {size:,} bytes; a manifest has at most {_MAX_MANIFEST:,}."
-      " Copy it again."
+      f"{file} has more than {_MAX_MANIFEST:,} bytes, as no manifest has. Copy"
+      " it again."
     )
-  data = path_lib.read_bytes(file)
   try:
     manifest = json.loads(data)
     version, stored = manifest["version"], manifest["kind"]

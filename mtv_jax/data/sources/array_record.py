@@ -17,7 +17,7 @@ from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import FileSource, Paths
 from mtv_jax.data.sources.shard_cache import CachedShardsSource, ShardCache
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path_patterns import expand_path
@@ -50,8 +50,9 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
     cache: str | os.PathLike | None = None,
     blocks: str | os.PathLike | None = None,
   ):
-    files = expand_path(path, suffix=self.suffix)
-    if cache is None and (table := block_table.find(files, blocks)):
+    listing = buckets.cached_listing()
+    files = expand_path(path, suffix=self.suffix, listing=listing)
+    if cache is None and (table := block_table.find(files, blocks, listing)):
       counts = np.bincount(table.shard, table.records, len(files))
       super().__init__(files, counts.astype(np.int64).tolist())
       copies: Sequence[Path] = ()

@@ -22,14 +22,15 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.utils import buckets
+from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.buckets import Listing
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.leases import open_leases
 from mtv_jax.utils.ranges import Range
@@ -99,7 +100,11 @@ class BlockTable:
     """Writes the table."""
     path_lib.write_bytes(file, self._to_bytes())
 
-  def select(self, files: Sequence[PurePath]) -> "BlockTable":
+  def select(
+    self,
+    files: Sequence[PurePath],
+    listing: Listing = buckets.list_objects,
+  ) -> "BlockTable":
     """Returns the table of some of the files, in their order.
 
     Raises InputError if one is not in the table, or has changed since.
@@ -111,9 +116,10 @@ class BlockTable:
         f" of {files[0].parent}: {list_first(missing, 3)}. {self.fix}"
       )
     numbers = [known[file.name] for file in files]
+    states = read_states(files, listing)
     changed = [
       file.name
-      for file, i, state in zip(files, numbers, read_states(files), strict=True)
+      for file, i, state in zip(files, numbers, states, strict=True)
       if state != (self.sizes[i], self.versions[i] or state[1])
     ]
     if changed:
@@ -219,6 +225,8 @@ def _write_joint(
   table = join(tables)
   folder = table.files[0].parent
   table.write(folder / NAME)
+  if not path_lib.is_remote(folder):
+    atomic.remove_abandoned(Path(folder), name=f"{NAME}.")
   with contextlib.suppress(MissingFileError):
     path_lib.remove_folder(folder / PARTS)
   return table
@@ -361,14 +369,16 @@ def join(tables: Sequence[BlockTable]) -> BlockTable:
   )
 
 
-def read_states(files: Sequence[PurePath]) -> list[tuple[int, str]]:
+def read_states(
+  files: Sequence[PurePath], listing: Listing = buckets.list_objects
+) -> list[tuple[int, str]]:
   """Returns size and version of each file; one listing of a bucket folder."""
   if not path_lib.is_remote(files[0]):
     if missing := [file for file in files if not os.path.isfile(file)]:
       raise MissingFileError(f"There is no {missing[0]}.")
     stats = map(os.stat, files)
     return [(stat.st_size, str(stat.st_mtime_ns)) for stat in stats]
-  infos = buckets.list_objects(os.fspath(files[0].parent))
+  infos = listing(os.fspath(files[0].parent))
   if missing := [file for file in files if file.name not in infos]:
     raise MissingFileError(f"There is no {missing[0]}.")
   of_files = (infos[file.name] for file in files)
@@ -376,7 +386,9 @@ def read_states(files: Sequence[PurePath]) -> list[tuple[int, str]]:
 
 
 def find(
-  files: Sequence[PurePath], table: str | os.PathLike | None
+  files: Sequence[PurePath],
+  table: str | os.PathLike | None,
+  listing: Listing = buckets.list_objects,
 ) -> BlockTable | None:
   """Returns the table of shards; None if there is none next to them.
 
@@ -384,15 +396,18 @@ def find(
   `BlockTable.select`, and MissingFileError if `table` doesn't exist.
   """
   if table is not None:
-    return read(path_lib.as_path(table)).select(files)
+    return read(path_lib.as_path(table)).select(files, listing)
   folders = list(dict.fromkeys(file.parent for file in files))
-  tables = [folder / NAME for folder in folders]
-  if not path_lib.is_remote(files[0]) or not all(map(path_lib.exists, tables)):
+  if not path_lib.is_remote(files[0]) or not all(
+    NAME in listing(os.fspath(folder)) for folder in folders
+  ):
     return None
   return join(
     [
-      read(table).select([f for f in files if f.parent == folder])
-      for folder, table in zip(folders, tables, strict=True)
+      read(folder / NAME).select(
+        [file for file in files if file.parent == folder], listing
+      )
+      for folder in folders
     ]
   )
 

@@ -18,6 +18,7 @@ from mtv_jax.data.records import (
   read_captions,
 )
 from mtv_jax.data.sources import base, block_table
+from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
@@ -82,7 +83,8 @@ class ParquetSource(base.FileSource):
     blocks: str | os.PathLike | None = None,
   ):
     _pyarrow()  # Fail first if it isn't installed.
-    files = expand_path(path, suffix=self.suffix)
+    listing = buckets.cached_listing()
+    files = expand_path(path, suffix=self.suffix, listing=listing)
     self._stems = [file.name.removesuffix(self.suffix) for file in files]
     by_stem: dict[str, PurePath] = {}
     for stem, file in zip(self._stems, files, strict=True):
@@ -91,7 +93,7 @@ class ParquetSource(base.FileSource):
           f"{other} and {file} have the same name, so records would share keys."
           " Give each folder an entry of data.train."
         )
-    self._table = block_table.find(files, blocks)
+    self._table = block_table.find(files, blocks, listing)
     self._reader = RangeReader(_MEMORY)
     if self._table is None:
       schemas, rows = zip(*map_threads(_read_footer, files), strict=True)
@@ -101,7 +103,8 @@ class ParquetSource(base.FileSource):
       schemas = [open_parquet(files[0]).schema_arrow]
       of_shard = np.searchsorted(self._table.shard, np.arange(1, len(files)))
       rows = np.split(self._table.records, of_shard)
-    super().__init__(files, list(map(sum, rows)), captions=captions)
+    counts = [int(np.sum(groups)) for groups in rows]
+    super().__init__(files, counts, captions=captions)
     if not len(self):
       raise InputError(f"{self.name} has no row.")
     self._captions = captions

@@ -21,6 +21,7 @@ from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.data.sources.tar_blocks import TarBlocks
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, printable
 from mtv_jax.utils.path_patterns import expand_path
@@ -84,10 +85,11 @@ class WebDatasetSource(FileSource):
     cache: str | os.PathLike | None = None,
     blocks: str | os.PathLike | None = None,
   ):
-    files = expand_path(path, suffix=self.suffix)
+    listing = buckets.cached_listing()
+    files = expand_path(path, suffix=self.suffix, listing=listing)
     self._captions = captions
     self._blocks = None
-    if cache is None and (table := block_table.find(files, blocks)):
+    if cache is None and (table := block_table.find(files, blocks, listing)):
       self._open_blocks(table)
       return
     if index_dir is not None:
