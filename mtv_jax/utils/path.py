@@ -324,6 +324,7 @@ def local_copies(
   missing = [copy for copy in copies if not copy.target.exists()]
   if size := sum(i["size"] for c in missing for i in c.files.values()):
     others = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
+    atomic.remove_abandoned(base)
     check_space(size, f"{missing[0].url}{others}", base)
   map_threads(_make_copy, missing)
   return [copy.target for copy in copies]

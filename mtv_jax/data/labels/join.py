@@ -435,6 +435,7 @@ def _write_table(file: Path, labels: LabelSet) -> None:
   )
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
+    atomic.remove_abandoned(file.parent, name="keys-")
     with atomic.replace_file(file) as temporary, temporary.open("wb") as stream:
       np.save(stream, table, allow_pickle=False)
   except OSError as error:

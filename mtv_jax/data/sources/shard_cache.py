@@ -60,6 +60,7 @@ class ShardCache:
 
   def check_space(self) -> None:
     """Announces the size of the copies; InputError if the disk lacks it."""
+    atomic.remove_abandoned(self._folder)
     needed = sum(sorted(self._sizes)[-self.limit - _THREADS :])
     present = sum(file.stat().st_size for file in self._copies())
     shards = f"{self.limit:,} of the {len(self._files):,} shards"
