@@ -4,8 +4,7 @@
 gcp-storage-emulator the features that tensorstore's conditional writes need:
 the header of an object's generation, and the condition on it of writes and
 deletions. It refuses to write objects whose names match the regular expression
-that `REFUSED` contains, and logs its requests in the file of the variable
-`LOG`.
+that `REFUSED` contains. Both log their requests, see `count_requests`.
 """
 
 import contextlib
@@ -22,12 +21,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 REFUSED = ".refused"  # An object of the bucket.
-LOG = "MTV_JAX_TEST_REQUESTS"
 LATENCY = "MTV_JAX_TEST_LATENCY"  # Seconds of each request; then in threads.
 
 
@@ -35,6 +33,11 @@ def _require(*modules: str) -> None:
   # Without an import: gcsfs reads its variables then.
   if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
     pytest.skip(f"no {missing[0]}: pip install -e '.[buckets,emulators]'")
+
+
+def _log_variable(store: str) -> str:
+  """The environment variable with the path of a store's log."""
+  return f"MTV_JAX_TEST_REQUESTS_{store}"
 
 
 def free_port() -> int:
@@ -48,7 +51,12 @@ def _run_server(
   store: str, *, port: int, env: dict[str, str]
 ) -> Iterator[None]:
   """Runs a server with these variables in this process's environment."""
-  with tempfile.TemporaryFile() as log, pytest.MonkeyPatch.context() as patch:
+  with (
+    tempfile.TemporaryFile() as log,
+    tempfile.NamedTemporaryFile(prefix="requests") as requests,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    env |= {_log_variable(store): requests.name}
     process = subprocess.Popen(
       [sys.executable, __file__, store, str(port)],
       stdout=log,
@@ -76,12 +84,14 @@ def _run_server(
 
 
 @contextlib.contextmanager
-def count_requests() -> Iterator[list[tuple[str, str, int]]]:
+def count_requests(
+  store: str = "gs",
+) -> Iterator[list[tuple[str, str, int]]]:
   """A list of method, path and response bytes, filled at the end of a block.
 
-  Of the requests to `google_storage`.
+  The path of a request of a range ends in `#bytes=FIRST-LAST`.
   """
-  with open(os.environ[LOG], encoding="utf-8") as log:
+  with open(os.environ[_log_variable(store)], encoding="utf-8") as log:
     log.seek(0, os.SEEK_END)
     requests = []
     yield requests
@@ -96,9 +106,7 @@ def google_storage(*, latency: float = 0.0) -> Iterator[str]:
   _require("gcsfs", "gcp_storage_emulator")
   port = free_port()
   url = f"http://localhost:{port}"
-  log = tempfile.mkstemp(prefix="requests")[1]
   env = {
-    LOG: log,
     LATENCY: str(latency),
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
@@ -108,7 +116,6 @@ def google_storage(*, latency: float = 0.0) -> Iterator[str]:
   }
   with _run_server("gs", port=port, env=env):
     yield "gs://bucket"
-  os.remove(log)
 
 
 @contextlib.contextmanager
@@ -178,14 +185,14 @@ def _serve_google_storage(port: int) -> None:
   def close(response):
     time.sleep(latency)
     handler = response._handler
-    line = f"{handler.command} {handler.path} {len(response._content)}\n"
-    os.write(log, line.encode())
+    bytes_ = handler.headers.get("Range")
+    log(handler.command, handler.path, bytes_, len(response._content))
     close_response(response)
 
   if latency := float(os.environ[LATENCY]):
     server.server.HTTPServer = http.server.ThreadingHTTPServer
     server.server.HTTPServer.request_queue_size = 256
-  log = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND)
+  log = _open_log("gs")
   close_response, server.Response.close = server.Response.close, close
   send, write, remove = objects.download, objects.insert, objects.delete
   objects.download, objects.insert = download, insert
@@ -197,9 +204,29 @@ def _serve_google_storage(port: int) -> None:
   thread.run()
 
 
+def _open_log(store: str) -> Callable[[str, str, str | None, int], None]:
+  """Returns a function that logs a request."""
+  file = os.open(os.environ[_log_variable(store)], os.O_WRONLY | os.O_APPEND)
+
+  def log(method: str, path: str, bytes_: str | None, size: int) -> None:
+    path += f"#{bytes_}" if bytes_ else ""
+    os.write(file, f"{method} {path} {size}\n".encode())
+
+  return log
+
+
 def _serve_amazon_s3(port: int) -> None:
   from moto import server
 
+  class Application(server.DomainDispatcherApplication):
+    def __call__(self, environ, start_response):
+      parts = [*super().__call__(environ, start_response)]
+      method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+      log(method, path, environ.get("HTTP_RANGE"), sum(map(len, parts)))
+      return parts
+
+  log = _open_log("s3")
+  server.DomainDispatcherApplication = Application
   server.main(["-p", str(port)])
 
 

@@ -51,7 +51,7 @@ SHAPES = dict(
   table=(10_000, 10_000),
   mixing=(10_000, 10_000),
   start=(1000, 16),
-  hosts=(64, 256),
+  hosts=(16, 256),
   speed=(8, 512),
 )
 RECORD = 89_150  # Bytes of a photo of 384 pixels, with its caption.
@@ -143,7 +143,7 @@ def measure_table(tars: int, records: int) -> None:
     table, seconds = timed(lambda: block_table.read(file))
     show("read it", f"{seconds:.2f} s")
     # The listing, of 10 pages for 10,000 tars, is left out.
-    with mock.patch.object(block_table, "read_states", lambda files: states):
+    with mock.patch.object(block_table, "read_states", lambda *_: states):
       table, seconds = timed(lambda: table.select(table.files))
     show("compare sizes and versions", f"{seconds:.2f} s")
   reader = RangeReader(0)
@@ -273,16 +273,21 @@ def data_config(url: str, **options: Any) -> pipeline.DataConfig:
   """The data of the tars and labels of a bucket."""
   labels = dict(depth=f"{url}/depth", boxes=f"{url}/boxes")
   entry = dict(type="webdataset", path=f"{url}/base/*.tar", labels=labels)
-  return pipeline.DataConfig(
-    train=(entry,), ops=OPS, shuffle="lanes", **options
-  )
+  options = dict(ops=OPS) | options
+  return pipeline.DataConfig(train=(entry,), shuffle="lanes", **options)
 
 
-def open_loader(url: str, **options: Any) -> pipeline.Loader:
-  """The loader of a host, of 64 by default."""
-  options = dict(batch_size=1024, process_count=64) | options
+def open_loader(
+  url: str, index: int, *, batch_size: int = 1024, **options: Any
+) -> pipeline.Loader:
+  """The loader of a host of 64; `options` are of `config.data`."""
   return pipeline.make_loader(
-    data_config(url), seed=SEED, tokenizer=build_tokenizer("bytes"), **options
+    data_config(url, **options),
+    batch_size=batch_size,
+    process_index=index,
+    process_count=64,
+    seed=SEED,
+    tokenizer=build_tokenizer("bytes"),
   )
 
 
@@ -291,12 +296,13 @@ import sys, time
 start = time.perf_counter()
 sys.path.insert(0, {tools!r})
 import bench_lanes
+from mtv_jax.utils import buckets
 imported = time.perf_counter()
-with bench_lanes.open_loader({url!r}, process_index=5) as loader:
-  opened = time.perf_counter()
+with bench_lanes.open_loader({url!r}, 5) as loader:
+  opened, requests = time.perf_counter(), buckets.count_requests()
   next(loader)
   first = time.perf_counter()
-print(imported - start, opened - imported, first - opened)
+print(imported - start, opened - imported, first - opened, requests)
 """
 
 
@@ -304,66 +310,68 @@ def measure_start(
   folder: pathlib.Path, url: str, tars: int, records: int
 ) -> None:
   """Seconds and requests from a process's start to its first batch."""
-  import emulators
-
   tools = str(pathlib.Path(__file__).parent)
   program = _START.format(tools=tools, url=url)
-  runs, counts = [], []
+  runs = []
   for _ in range(3):
-    with emulators.count_requests() as requests:
-      output = subprocess.run(
-        [sys.executable, "-c", program],
-        check=True,
-        capture_output=True,
-        text=True,
-      ).stdout
+    output = subprocess.run(
+      [sys.executable, "-c", program],
+      check=True,
+      capture_output=True,
+      text=True,
+    ).stdout
     runs.append([float(word) for word in output.split()])
-    counts.append(len(requests))
+  *times, counts = zip(*runs, strict=True)
   names = "imports", "open tars and two label sets", "first batch"
-  for name, seconds in zip(names, zip(*runs, strict=True), strict=True):
+  for name, seconds in zip(names, times, strict=True):
     show(
       f"{tars:,} tars of {records}: {name}",
       f"{statistics.median(seconds):.1f} s",
     )
-  show("requests", f"{statistics.median(counts):,.0f}")
+  # The emulator's listings have one page.
+  show("requests to open them, in pages of 1,000", f"{counts[0]:,.0f}")
+  show("of 64 hosts, a tar", f"{64 * counts[0] / tars:.2f}")
 
 
 def measure_hosts(
   folder: pathlib.Path, url: str, tars: int, records: int
 ) -> None:
-  """Requests and bytes a record, of 64 hosts."""
+  """Requests and bytes a record, of eight of 64 hosts with a lane each."""
   import emulators
 
-  hosts, batch, epochs = 64, 1024, 6
-  steps = epochs * tars * records // batch
+  hosts, batch, epochs = range(0, 64, 8), 1024, 60
+  rows = epochs * tars * records // 64
+  ops = "caption(16)|depth(32)|regions(4)"
+  options = dict(batch_size=batch, lanes=64, ops=ops, block_memory=3)
+  shares = [
+    path_lib.as_path(f"{url}/{name}/{block_table.NAME}")
+    for name in ("base", "depth", "boxes")
+  ]
+  share = epochs / 64 * sum(block_table.read(f).size.sum() for f in shares)
   ranges, starts, sizes = [], [], []
-  for host in range(hosts):
+  for host in hosts:
     with (
       emulators.count_requests() as requests,
-      open_loader(url, process_index=host) as loader,
+      open_loader(url, host, **options) as loader,
     ):
-      for _ in range(steps):
+      for _ in range(64 * rows // batch):
         next(loader)
     of_host = [
-      (path, size)
+      size
       for _, path, size in requests
-      if "alt=media" in path and (".tar" in path or ".blocks" in path)
+      if "#" in path and (".tar?" in path or ".blocks?" in path)
     ]
     ranges.append(len(of_host))
-    sizes.append(sum(size for _, size in of_host))
+    sizes.append(sum(of_host))
     starts.append(len(requests) - len(of_host))
-  total = steps * batch
-  show(f"records, of {hosts} hosts", f"{total:,}")
+  show(f"records a host, {epochs} epochs", f"{rows:,}")
   show(
-    "requests a record, tars and two label sets", f"{sum(ranges) / total:.4f}"
+    "requests a record, tars and two label sets",
+    f"{statistics.mean(ranges) / rows:.4f}",
   )
-  show("bytes a record", f"{sum(sizes) / total:,.0f}")
-  mean = statistics.mean(sizes)
-  show("bytes of the largest host over the mean", f"{max(sizes) / mean:.3f}")
-  show(
-    "other requests a host, at its start", f"{statistics.median(starts):.0f}"
-  )
-  show("requests of all starts, a shard", f"{sum(starts) / tars:.2f}")
+  for name, count in (("mean", statistics.mean(sizes)), ("most", max(sizes))):
+    show(f"bytes of a host over its share, {name}", f"{count / share:.3f}")
+  show("other requests of a host", f"{max(starts)}")
 
 
 def measure_speed(

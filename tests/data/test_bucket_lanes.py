@@ -3,11 +3,14 @@
 Processes are simulated by their indices; the emulator counts the requests.
 """
 
+import collections
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.parse
 
 import emulators
 import label_samples
@@ -18,12 +21,14 @@ from mtv_jax.cli.main import main
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import open_files
 from mtv_jax.data.tokenizers import build_tokenizer
-from mtv_jax.utils import path
+from mtv_jax.utils import atomic, path
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.ranges import RangeReader
 
 pytestmark = pytest.mark.slow
 
-RECORDS, BATCH = 2048, 128
+RECORDS, BATCH, LANES = 2048, 128, 64
+OPS = "decode|canvas(8)|depth(8)|regions(4)|caption(16)"
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +38,10 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def remote(gs, tmp_path_factory):
-  """Tars with their table, Parquet files with theirs, and label sets."""
+def local(tmp_path_factory):
+  """Tars and label sets for them, and two folders of Parquet files."""
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
   folder = tmp_path_factory.mktemp("local")
   label_samples.PER_SHARD, per_shard = 256, label_samples.PER_SHARD
   tars = label_samples.make_base(folder, count=RECORDS)
@@ -44,14 +51,48 @@ def remote(gs, tmp_path_factory):
     label_samples.make_set(folder / kind, base, kind)
   for file in tars.glob("*.index"):
     file.unlink()
-  url = f"{gs}/lanes"
-  for name in ("base", "depth", "boxes"):
-    path.upload_folder(folder / name, path.as_path(url) / name)
+  for first, name in enumerate(["parquet", "more"]):
+    (folder / name).mkdir()
+    for i in range(4):
+      numbers = range(64 * (4 * first + i), 64 * (4 * first + i + 1))
+      columns = dict(image=[*map(label_samples.png, numbers)],
+                     text=[f"row {n}" for n in numbers])  # fmt: skip
+      file = folder / name / f"{i}.parquet"
+      parquet.write_table(pyarrow.table(columns), file, row_group_size=4)
+  return folder
+
+
+def upload(local, bucket):
+  """Copies the files to a bucket, and writes the tables of blocks."""
+  url = f"{bucket}/lanes"
+  for folder in local.iterdir():
+    if folder.name != "photos":
+      path.upload_folder(folder, path.as_path(url) / folder.name)
+  flags = ["--records=8", "--processes=2"]
+  for pattern in ("base/*.tar", "parquet/*.parquet", "more/*.parquet"):
+    assert main(["index", f"{url}/{pattern}", *flags]) == 0
+  return url
+
+
+@pytest.fixture(scope="module")
+def remote(gs, local):
   with emulators.count_requests() as requests:
-    flags = ["--records=8", "--processes=2"]
-    assert main(["index", f"{url}/base/*.tar", *flags]) == 0
+    url = upload(local, gs)
   assert sum(".tar?alt=media" in p for _, p, _ in requests) == 8
   return url
+
+
+@pytest.fixture(scope="module")
+def stores(remote, local):
+  """The URL of the files in a store."""
+  urls = {"gs": remote}
+
+  def open_store(request, store):
+    if store not in urls:
+      urls[store] = upload(local, request.getfixturevalue(store))
+    return urls[store]
+
+  return open_store
 
 
 def entry(remote, **options):
@@ -60,23 +101,22 @@ def entry(remote, **options):
   return dict(type="webdataset", path=f"{remote}/base/*.tar", **options)
 
 
-def read(entries, steps, *, index=0, count=1, batch_size=BATCH, **options):
-  data = dict(
-    train=entries,
-    ops="decode|canvas(8)|depth(8)|regions(4)|caption(16)",
-    shuffle="lanes",
-    lanes=64,
-    window=16,
-  )
-  with make_loader(
-    data | options,
+def open_loader(entries, *, index=0, count=1, batch_size=BATCH, start_step=0,
+                ops=OPS, lanes=LANES, window=16, **options):  # fmt: skip
+  data = dict(train=entries, shuffle="lanes", ops=ops, lanes=lanes)
+  return make_loader(
+    data | dict(window=window) | options,
     batch_size=batch_size,
     seed=0,
-    start_step=steps[0],
+    start_step=start_step,
     process_index=index,
     process_count=count,
     tokenizer=build_tokenizer("bytes"),
-  ) as loader:
+  )
+
+
+def read(entries, steps, **options):
+  with open_loader(entries, start_step=steps[0], **options) as loader:
     return [next(loader) for _ in steps]
 
 
@@ -89,24 +129,85 @@ def assert_part(batches, whole, index, count):
       np.testing.assert_array_equal(batch[name], values[rows], err_msg=name)
 
 
-def test_64_hosts_read_their_share(remote, cache):
-  epochs = 2
-  steps = range(epochs * RECORDS // BATCH)
-  whole = read([entry(remote)], steps)
-  assert whole[0]["depth"].any() and whole[0]["box_valid"].any()
-  hosts = range(0, 64, 4)
-  with emulators.count_requests() as requests:
-    for index in hosts:
-      batches = read([entry(remote)], steps, index=index, count=64)
-      assert_part(batches, whole, index, 64)
-  reads = [p for _, p, _ in requests if "alt=media" in p]
-  # A request for each block of 8 records, also for those that are read ahead.
-  blocks = [p for p in reads if ".tar" in p]
-  share = epochs * RECORDS // 8 * len(hosts) / 64
-  assert share <= len(blocks) <= share * (1 + 1 / epochs)
-  blocks += [p for p in reads if ".blocks" in p]
-  # At the start: listings, tables and manifests.
-  assert len(requests) - len(blocks) <= 25 * len(hosts)
+class _Spans(RangeReader):
+  """Lists the ranges that would be read."""
+
+  def __init__(self):
+    super().__init__(0)
+    self.spans = []
+
+  def prefetch(self, spans):
+    self.spans += spans
+
+
+def count_reads(loader, index, steps):
+  """Counts the reads of each range if no window's block is read twice."""
+  order, rows = loader.batches.addresses, BATCH // 64
+  records = collections.Counter(
+    order[step * BATCH + index * rows + row]
+    for step in range(steps)
+    for row in range(rows)
+  )
+  reads = collections.Counter()
+  for (source, record), count in records.items():
+    spans = _Spans()
+    loader.batches.sources[source].use_reader(spans)
+    loader.batches.sources[source].prefetch(record, 1)
+    for span in spans.spans:
+      name = "/".join(span.path.parts[-2:])
+      key = f"{name}#bytes={span.offset}-{span.offset + span.size - 1}"
+      reads[key] = max(reads[key], count)
+  return reads
+
+
+def count_ranges(requests):
+  """Counts the requests of each range of a file."""
+  reads = collections.Counter()
+  for method, url, _ in requests:
+    name, _, part = url.partition("#")
+    name = urllib.parse.unquote(name.partition("?")[0])
+    if method == "GET" and re.search(r"\.(tar|blocks|parquet)$", name) and part:
+      reads["/".join(name.split("/")[-2:]) + f"#{part}"] += 1
+  return reads
+
+
+@pytest.mark.parametrize(
+  ("store", "kinds"),
+  [
+    ("gs", "base"),
+    ("s3", "base"),
+    ("gs", "parquet"),
+    ("gs", "base parquet more"),
+  ],
+)
+def test_64_hosts_read_their_share(request, stores, cache, store, kinds):
+  url, kinds = stores(request, store), kinds.split()
+  entries = [
+    entry(url, weight=2)
+    if kind == "base"
+    else dict(type="parquet", path=f"{url}/{kind}/*.parquet")
+    for kind in kinds
+  ]
+  ops = OPS if "base" in kinds else "decode|canvas(8)|caption(16)"
+  steps = 6
+  whole = read(entries, range(steps), ops=ops)
+  assert ops != OPS or (whole[0]["depth"].any() and whole[0]["boxes"].any())
+  for index in (0, 21, 42, 63):
+    with emulators.count_requests(store) as requests:
+      loader = open_loader(entries, index=index, count=64, ops=ops)
+      with loader:
+        assert_part([next(loader) for _ in whole], whole, index, 64)
+    # Of the rows; then with Grain's batches ahead, and two windows.
+    least, most = (count_reads(loader, index, n) for n in (steps, steps + 40))
+    reads = count_ranges(requests)
+    # The first one, with the schema, also at the start.
+    footers = {n: reads[n] for n in set(reads) - set(most) if "parquet" in n}
+    assert least <= reads - collections.Counter(footers) <= most
+    assert all(count <= 1 + ("/0." in n) for n, count in footers.items())
+    # A listing, a table, and a manifest or a schema; s3fs asks for sizes.
+    starts = [m for m, *_ in requests if m != "HEAD"]
+    limit = sum(8 if kind == "base" else 4 for kind in kinds)
+    assert len(starts) - reads.total() <= limit
   assert not cache.exists() or not any(cache.rglob("*.*"))
 
 
@@ -124,8 +225,8 @@ def test_workers_share_a_hosts_blocks(remote):
   with emulators.count_requests() as requests:
     batches = read([entry(remote)], steps, index=3, count=4, workers=2)
   assert_part(batches, whole, 3, 4)
-  reads = [p for _, p, _ in requests if ".tar" in p and "alt=media" in p]
-  assert len(reads) == len(set(reads))
+  reads = count_ranges(requests)
+  assert reads and set(reads.values()) == {1}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -165,6 +266,13 @@ def test_array_records_are_copied_shard_by_shard(
     # that threads copy.
     kept = len(list(cache.rglob("*.array_record")))
     assert kept <= (10 if workers else 8)
+  # What a killed process has left is removed at the next start.
+  dead = atomic.current_process()._replace(token="00000000")
+  copy = next(cache.rglob("*.array_record"))
+  left = copy.with_name(f".{copy.name}.{dead}.0.tmp")
+  left.touch()
+  read(entries[1:], range(1), **options)
+  assert not left.exists()
   # A shard a lane and 16 records, and those ahead; some are there already.
   last = 2 * (len(steps) // 8 + 3)
   assert 6 * len(hosts) <= copied <= last * len(hosts)

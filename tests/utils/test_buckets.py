@@ -3,9 +3,10 @@
 import logging
 import shutil
 
+import numpy as np
 import pytest
 
-from mtv_jax.utils import buckets, path
+from mtv_jax.utils import atomic, buckets, path
 from mtv_jax.utils.errors import (
   InputError,
   MissingFileError,
@@ -37,6 +38,50 @@ def test_a_failed_request_is_repeated_and_names_the_file(monkeypatch, caplog):
   with caplog.at_level(logging.WARNING):
     assert buckets.retry("gs://b/1.tar", "read", recover, 7) == "data"
   assert "gs://b/1.tar can't be read" in caplog.text
+
+
+def test_a_bucket_that_does_not_answer_is_tried_on(monkeypatch, caplog):
+  times = [0.0]
+  monkeypatch.setattr(buckets.time, "monotonic", lambda: times[-1])
+  monkeypatch.setattr(
+    buckets.time, "sleep", lambda wait: times.append(times[-1] + wait)
+  )
+
+  def read():
+    if times[-1] < answers:
+      raise ConnectionError("reset by peer")
+    return "data"
+
+  answers = 200
+  assert buckets.retry("gs://b/1.tar", "read", read, patience=240.0) == "data"
+  waits = np.diff(times)
+  assert 10 < max(waits) <= 60
+  assert caplog.text.count("gs://b/1.tar can't be read") == len(waits)
+  answers = 500
+  with pytest.raises(StorageError, match="reset by peer"):
+    buckets.retry("gs://b/1.tar", "read", read, patience=240.0)
+  assert 440 <= times[-1] < 500
+
+
+def test_gcsfs_logs_no_traceback(caplog):
+  buckets.configure()
+  try:
+    raise ConnectionError("reset by peer")
+  except ConnectionError:
+    logging.getLogger("gcsfs").exception("out of retries")
+  assert "out of retries" in caplog.text and "Traceback" not in caplog.text
+
+
+@pytest.mark.slow
+def test_tensorstore_soon_gives_up(monkeypatch):
+  """It logs no repetition; by default, it goes on for a quarter of an hour."""
+  names = "ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"
+  values = "http://localhost:9", "test", "test", "us-east-1"
+  for name, value in zip(names, values, strict=True):
+    monkeypatch.setenv(f"AWS_{name}", value)
+  store, key = buckets.open_store("s3://unreachable/1.tar")
+  with pytest.raises(ValueError, match="All 3 retry attempts failed"):
+    store.read(key).result(timeout=60)
 
 
 def test_what_is_not_allowed_is_not_repeated(monkeypatch):
@@ -106,7 +151,11 @@ def test_copies_need_space(tmp_path, monkeypatch, caplog):
   path.local_copy(urls[0], cache=tmp_path)
   monkeypatch.setattr(path, "_LARGE", 5)
   monkeypatch.setattr(path, "_VERY_LARGE", 5)
+  dead = atomic.current_process()._replace(token="00000000")
+  killed = tmp_path / f".n.{dead}.0.tmp"
+  killed.mkdir()
   copies = path.local_copies(urls, cache=tmp_path)
+  assert not killed.exists()
   assert all((copy / "c").is_file() for copy in copies)
   assert "Copying gs://b/n (6 B) to" in caplog.text
 
