@@ -51,7 +51,7 @@ SHAPES = dict(
   table=(10_000, 10_000),
   mixing=(10_000, 10_000),
   start=(1000, 16),
-  hosts=(16, 256),
+  hosts=(64, 256),
   speed=(8, 512),
 )
 RECORD = 89_150  # Bytes of a photo of 384 pixels, with its caption.
@@ -339,10 +339,10 @@ def measure_hosts(
   """Requests and bytes a record, of eight of 64 hosts with a lane each."""
   import emulators
 
-  hosts, batch, epochs = range(0, 64, 8), 1024, 60
+  hosts, batch, epochs = range(0, 64, 8), 1024, 15
   rows = epochs * tars * records // 64
   ops = "caption(16)|depth(32)|regions(4)"
-  options = dict(batch_size=batch, lanes=64, ops=ops, block_memory=3)
+  options = dict(batch_size=batch, lanes=64, ops=ops, block_memory=8)
   shares = [
     path_lib.as_path(f"{url}/{name}/{block_table.NAME}")
     for name in ("base", "depth", "boxes")

@@ -197,6 +197,8 @@ def test_64_hosts_read_their_share(request, stores, cache, store, kinds):
       loader = open_loader(entries, index=index, count=64, ops=ops)
       with loader:
         assert_part([next(loader) for _ in whole], whole, index, 64)
+        for span in list(loader.reader._reads):
+          loader.reader.get(span)  # No request is in progress any more.
     # Of the rows; then with Grain's batches ahead, and two windows.
     least, most = (count_reads(loader, index, n) for n in (steps, steps + 40))
     reads = count_ranges(requests)
@@ -271,11 +273,12 @@ def test_array_records_are_copied_shard_by_shard(
   copy = next(cache.rglob("*.array_record"))
   left = copy.with_name(f".{copy.name}.{dead}.0.tmp")
   left.touch()
-  read(entries[1:], range(1), **options)
+  read(entries[1:], range(1), **options | dict(workers=0))
   assert not left.exists()
-  # A shard a lane and 16 records, and those ahead; some are there already.
+  # A shard a lane and 16 records, and those ahead; after the first epoch, some
+  # are there already.
   last = 2 * (len(steps) // 8 + 3)
-  assert 6 * len(hosts) <= copied <= last * len(hosts)
+  assert 4 * len(hosts) <= copied <= last * len(hosts)
 
 
 def test_a_changed_shard(remote, tmp_path):
