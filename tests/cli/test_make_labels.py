@@ -316,7 +316,7 @@ def test_the_tool_from_shards_to_a_source(tmp_path, format, capsys):
     main([*depth[:-1], "--side=16", "--bits=10"])
   assert "finished label set" in exit.value.code
   assert "settings.side: 32 -> 16" in exit.value.code
-  assert "settings.bits: none -> 10" in exit.value.code
+  assert "settings.bits: absent -> 10" in exit.value.code
 
 
 def test_bare_tars_are_matched_by_key(tmp_path):

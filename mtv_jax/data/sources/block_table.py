@@ -77,6 +77,12 @@ class BlockTable:
     path = self.files[self.shard[block]]
     return Range(path, int(self.offset[block]), int(self.size[block]))
 
+  def count_records(self, *, captioned: bool = False) -> list[int]:
+    """Returns the number of records, or of captioned ones, of each file."""
+    records = self.captioned if captioned else self.records
+    counts = np.bincount(self.shard, records, len(self.files))
+    return counts.astype(np.int64).tolist()
+
   @property
   def digest(self) -> str:
     """A hash of the table."""
@@ -104,17 +110,19 @@ class BlockTable:
 
     Raises InputError if one is not in the table, or has changed since.
     """
-    known = {file.name: i for i, file in enumerate(self.files)}
-    if missing := [f.name for f in files if f.name not in known]:
+    parts = {part.files[0].name: part for part in self.split()}
+    if missing := [f.name for f in files if f.name not in parts]:
       raise InputError(
         f"{len(missing)} of {len(files)} shards are not in the table of blocks"
         f" of {files[0].parent}: {list_first(missing, 3)}. {self.fix}"
       )
-    numbers = [known[file.name] for file in files]
+    chosen = [parts[file.name] for file in files]
     changed = [
       file.name
-      for file, i, state in zip(files, numbers, read_states(files), strict=True)
-      if state != (self.sizes[i], self.versions[i] or state[1])
+      for file, part, state in zip(
+        files, chosen, read_states(files), strict=True
+      )
+      if state != (part.sizes[0], part.versions[0] or state[1])
     ]
     if changed:
       raise InputError(
@@ -122,20 +130,23 @@ class BlockTable:
         " changed since their table of blocks was written:"
         f" {list_first(changed, 3)}. {self.fix}"
       )
-    # Blocks of a shard are adjacent.
-    starts = np.searchsorted(self.shard, [numbers, np.add(numbers, 1)])
-    runs = [np.arange(a, b) for a, b in starts.T]
-    rows = np.concatenate([np.zeros(0, np.int64), *runs])
-    columns = {n: getattr(self, n)[rows] for n in _COLUMNS}
-    counts = [len(run) for run in runs]
-    columns["shard"] = np.repeat(np.arange(len(files)), counts)
-    return BlockTable(
-      files=tuple(files),
-      sizes=tuple(self.sizes[i] for i in numbers),
-      versions=tuple(self.versions[i] for i in numbers),
-      per_block=self.per_block,
-      **columns,
-    )
+    return dataclasses.replace(join(chosen), files=tuple(files))
+
+  def split(self) -> list["BlockTable"]:
+    """Returns the table of each file."""
+    starts = np.searchsorted(self.shard, np.arange(len(self.files) + 1))
+    rows = map(slice, starts[:-1], starts[1:])
+    return [
+      of_file(
+        file,
+        state,
+        {name: getattr(self, name)[chosen] for name in list(_COLUMNS)[1:]},
+        per_block=self.per_block,
+      )
+      for file, *state, chosen in zip(
+        self.files, self.sizes, self.versions, rows, strict=True
+      )
+    ]
 
 
 def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
@@ -145,7 +156,7 @@ def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
 
 
 def of_file(
-  file: PurePath, state: tuple[int, str], columns: Columns, *, per_block: int
+  file: PurePath, state: Sequence[Any], columns: Columns, *, per_block: int
 ) -> BlockTable:
   """Returns the table of one file, of a size and version."""
   shard = np.zeros(len(columns["offset"]), np.int64)
@@ -332,16 +343,10 @@ def _read_parts(
   known = {file.name: file for file in states}
   found = {}
   for table in filter(None, map_threads(read_one, tables)):
-    starts = np.searchsorted(table.shard, np.arange(len(table.files) + 1))
-    entries = zip(table.files, table.sizes, table.versions, strict=True)
-    for i, (file, *state) in enumerate(entries):
-      file = known.get(file.name)
-      if file is not None and states[file] == tuple(state):
-        rows = slice(starts[i], starts[i + 1])
-        columns = {n: getattr(table, n)[rows] for n in list(_COLUMNS)[1:]}
-        found[file] = of_file(
-          file, states[file], columns, per_block=table.per_block
-        )
+    for part in table.split():
+      file = known.get(part.files[0].name)
+      if file and states[file] == (part.sizes[0], part.versions[0]):
+        found[file] = dataclasses.replace(part, files=(file,))
   return found
 
 

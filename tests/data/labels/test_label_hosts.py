@@ -47,7 +47,7 @@ def test_writing_resumes(bucket, base, alone):
   assert remote_contents(out) == alone
   assert len(LabelSet(out, kind="depth")) == RECORDS
   source = label_samples.open_base(base)
-  with pytest.raises(FileExistsError, match="settings.a: none -> 1"):
+  with pytest.raises(FileExistsError, match="settings.a: absent -> 1"):
     LabelWriter(out, kind="depth", base=source, settings={"a": 1})
   # Without a shard's file, only this shard is written.
   path.remove(path.as_path(f"{out}/00002.blocks"))
