@@ -68,13 +68,11 @@ def write(
   """Writes the labels of all records; `annotate` runs in threads."""
   first = None
 
-  def annotate_item(item: Item) -> tuple[Item, LabelOutcome]:
-    return item, annotate(item)
-
   def make_entries(numbers: range) -> Iterator[Entry]:
     nonlocal first
     items = _items(writer.base, numbers)
-    for item, outcome in map_ahead(annotate_item, items, ahead=_AHEAD):
+    annotated = map_ahead(lambda i: (i, annotate(i)), items, ahead=_AHEAD)
+    for item, outcome in annotated:
       first = first or item
       yield Entry(item.key, outcome)
 

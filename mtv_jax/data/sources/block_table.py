@@ -394,12 +394,11 @@ def find(
   tables = [folder / NAME for folder in folders]
   if not path_lib.is_remote(files[0]) or not all(map(path_lib.exists, tables)):
     return None
-  return join(
-    [
-      read(table).select([f for f in files if f.parent == folder])
-      for folder, table in zip(folders, tables, strict=True)
-    ]
-  )
+  parts = {}
+  for folder, table in zip(folders, tables, strict=True):
+    chosen = read(table).select([f for f in files if f.parent == folder])
+    parts |= {part.files[0]: part for part in chosen.split()}
+  return join([parts[file] for file in files])
 
 
 def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
