@@ -422,18 +422,6 @@ def test_writing_resumes(labelled, tmp_path, monkeypatch):
   assert contents(out) == contents(whole)
 
 
-def test_a_finished_set_is_not_overwritten(labelled):
-  base, out = open_base(labelled / "base"), labelled / "depth"
-  LabelWriter(out, kind="depth", base=base, settings={"of": "the test"})
-  for kind, settings, message in (
-    ("boxes", "the test", "kind: 'depth' -> 'boxes'"),
-    ("depth", "another", "settings.of: 'the test' -> 'another'"),
-  ):
-    with pytest.raises(FileExistsError, match="finished label set") as error:
-      LabelWriter(out, kind=kind, base=base, settings={"of": settings})
-    assert str(error.value).splitlines()[1:-1] == [f"  {message}"]
-
-
 @pytest.mark.parametrize("finished", [True, False])
 def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   base = open_base(make_base(tmp_path, count=9))
@@ -455,9 +443,11 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   # Tuples are lists in the file, which does not count as a difference.
   LabelWriter(out, kind="depth", base=base, settings=settings)
   other = {"model": {"name": "b", "layers": [1, 2]}, "nms": 0.5}
-  with pytest.raises(FileExistsError) as error:
-    LabelWriter(out, kind="depth", base=base, settings=other)
+  state = "a finished" if finished else "an unfinished"
+  with pytest.raises(FileExistsError, match=f"{state} label set") as error:
+    LabelWriter(out, kind="boxes", base=base, settings=other)
   assert str(error.value).splitlines()[1:-1] == [
+    "  kind: 'depth' -> 'boxes'",
     "  settings.model.name: 'a' -> 'b'",
     "  settings.threshold: 0.1 -> absent",
     "  settings.nms: absent -> 0.5",
