@@ -32,7 +32,7 @@ from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils import atomic, leases
+from mtv_jax.utils import leases
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.text import list_first
@@ -207,7 +207,9 @@ class LabelWriter:
       "images": images,
       "blocks": blocks,
     }
-    path_lib.write_bytes(self.out / part.name, msgpack.packb(content))
+    # A process that took over the part has removed the temporary file.
+    with contextlib.suppress(FileNotFoundError):
+      path_lib.write_bytes(self.out / part.name, msgpack.packb(content))
 
   def _read_part(self, part: Part) -> dict[str, Any]:
     """Reads a part; FileNotFoundError, also after removing a damaged one."""
@@ -429,16 +431,8 @@ class _Job:
     writer = self._writer
     if not writer.is_missing(part):
       return False
-    try:
-      with contextlib.closing(self._entries(part.numbers)) as entries:
-        writer.write(part, entries)
-    except FileNotFoundError:
-      # A peer took over the part while this process was suspended.
-      holder = self.leases.holder(part.name)
-      lost = holder is not None and holder.owner != atomic.current_process()
-      if not lost and writer.is_missing(part):
-        raise
-      return False
+    with contextlib.closing(self._entries(part.numbers)) as entries:
+      writer.write(part, entries)
     if not writer.todo(part.shard).get(part.shard):
       with self.leases.acquire(writer.names[part.shard]) as acquired:
         if acquired:
