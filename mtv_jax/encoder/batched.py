@@ -32,37 +32,49 @@ def in_batches(
 
   `prepare` maps an item's index to its row and runs in threads; `blank` is a
   padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
-  Every host prepares the rows of its own devices and returns all results. While
-  the devices compute a batch, threads prepare the next one, and the host
-  fetches the previous results.
+  Every host prepares the rows of its own devices and returns all results. On
+  several hosts a row takes consecutive items, batch after batch, so that each
+  host reads one part of the data. While the devices compute a batch, threads
+  prepare the next one, and the host fetches the previous results.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
   indices = sharding.addressable_devices_indices_map((size,)).values()
   rows = sorted({r for i in indices for r in range(*i[0].indices(size))})
+  steps = -(-count // size)
+  is_shared = jax.process_count() > 1
+  items = np.arange(steps * size)
+  items = items.reshape(size, -1).T if is_shared else items.reshape(-1, size)
   results = collections.defaultdict(list)
-
-  def collect(out: dict[str, jax.Array], start: int) -> None:
-    for name, value in out.items():
-      results[name].append(np.asarray(value)[: count - start])
 
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
 
-    def submit(start: int) -> dict[int, tuple]:
-      items = {row: start + row for row in rows if start + row < count}
-      return {row: (i, pool.submit(prepare, i)) for row, i in items.items()}
+    def submit(step: int) -> dict[int, tuple]:
+      chosen = {row: int(items[step, row]) for row in rows}
+      return {
+        row: (i, pool.submit(prepare, i))
+        for row, i in chosen.items()
+        if i < count
+      }
+
+    def collect(out: dict[str, jax.Array]) -> None:
+      for name, value in out.items():
+        results[name].append(np.asarray(value))
 
     ready, running = submit(0), None
-    steps = range(0, count, size)
-    for start in tqdm.tqdm(steps, desc="encode", leave=False, disable=None):
+    for step in tqdm.trange(steps, desc="encode", leave=False, disable=None):
       batch = _assemble(ready, blank, size)
-      ready = submit(start + size)
+      ready = submit(step + 1) if step + 1 < steps else {}
       out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))
       if running:
-        collect(*running)
-      running = (out, start)
-    collect(*running)
-  return {name: np.concatenate(parts) for name, parts in results.items()}
+        collect(running)
+      running = out
+    collect(running)
+  output = {}
+  for name, parts in results.items():
+    values = np.stack(parts, axis=int(is_shared))  # [steps, B] or [B, steps].
+    output[name] = values.reshape(-1, *values.shape[2:])[:count]
+  return output
 
 
 def mesh_of(leaf: Any) -> Mesh | None:

@@ -33,16 +33,18 @@ from mtv_jax.data import canvas
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
+from mtv_jax.parallel.distributed import shared_map
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 CLASS_COUNT = 1000
 
-_TAR = "ILSVRC2012_img_val.tar"
+TAR = "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG$")
 _EXPECTED = (
-  f"expected ILSVRC2012_val_*.JPEG or {_TAR} beside {_DEVKIT}/data/{{meta.mat,"
+  f"expected ILSVRC2012_val_*.JPEG or {TAR} beside {_DEVKIT}/data/{{meta.mat,"
   f"{_TRUTH}}} or {_DEVKIT}.tar.gz"
 )
 
@@ -50,11 +52,11 @@ _EXPECTED = (
 def find_validation(path: pathlib.Path) -> pathlib.Path | None:
   """The tar or the folder of flat validation images."""
   if path.is_file():
-    return path if path.name == _TAR else None
+    return path if path.name == TAR else None
   for folder in (path, path / "val"):
     if folder.is_dir() and any(folder.glob("ILSVRC2012_val_*.JPEG")):
       return folder
-  return path / _TAR if (path / _TAR).is_file() else None
+  return path / TAR if (path / TAR).is_file() else None
 
 
 def open_validation(
@@ -64,12 +66,12 @@ def open_validation(
   source = find_validation(path)
   ids, names, truth = _read_devkit(source)
   if source.is_file():
-    members = tar_scan.members(source)
-    images = {name.rpartition("/")[2]: span for name, span in members}
+    # One host reads the headers.
+    (images,) = shared_map(_find_members, [source])
     read, size = functools.partial(files.read_span, source), lambda s: s.size
   else:
     images = {p.name: p for p in source.iterdir()}
-    read, size = pathlib.Path.read_bytes, lambda p: p.stat().st_size
+    read, size = _read_file, lambda p: p.stat().st_size
   wanted = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
   missing = [name for name in wanted if name not in images]
   if missing:
@@ -89,6 +91,15 @@ def open_validation(
     ids=ids,
     accepted=None if real is None else read_real(real, wanted),
   )
+
+
+def _find_members(tar: pathlib.Path) -> dict[str, tar_scan.Span]:
+  members = tar_scan.members(path_lib.fetch(tar))
+  return {name.rpartition("/")[2]: span for name, span in members}
+
+
+def _read_file(path: pathlib.Path) -> bytes:
+  return path_lib.fetch(path).read_bytes()
 
 
 def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:
