@@ -73,7 +73,7 @@ def in_batches(
   output = {}
   for name, parts in results.items():
     values = np.stack(parts, axis=int(is_shared))  # [steps, B] or [B, steps].
-    output[name] = values.reshape(-1, *values.shape[2:])[:count]
+    output[name] = values.reshape(steps * size, *values.shape[2:])[:count]
   return output
 
 

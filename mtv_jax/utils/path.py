@@ -359,9 +359,10 @@ _lazy_copies: dict[Path, str] = {}
 def origin(file: AnyPath) -> PurePath:
   """Returns the object of a lazy file without content; others as they are."""
   file = Path(file)
-  if os.stat(file).st_mtime_ns:
+  parents = () if os.stat(file).st_mtime_ns else (file, *file.parents)
+  root = next((p for p in parents if p in _lazy_copies), None)
+  if root is None:
     return file
-  root = next(p for p in (file, *file.parents) if p in _lazy_copies)
   name = file.relative_to(root).as_posix()
   url = _lazy_copies[root]
   return as_path(url if name == "." else f"{url}/{name}")

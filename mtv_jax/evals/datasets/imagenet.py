@@ -39,12 +39,12 @@ from mtv_jax.utils.errors import InputError, MissingFileError
 
 CLASS_COUNT = 1000
 
-TAR = "ILSVRC2012_img_val.tar"
+_TAR = "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG$")
 _EXPECTED = (
-  f"expected ILSVRC2012_val_*.JPEG or {TAR} beside {_DEVKIT}/data/{{meta.mat,"
+  f"expected ILSVRC2012_val_*.JPEG or {_TAR} beside {_DEVKIT}/data/{{meta.mat,"
   f"{_TRUTH}}} or {_DEVKIT}.tar.gz"
 )
 
@@ -52,11 +52,11 @@ _EXPECTED = (
 def find_validation(path: pathlib.Path) -> pathlib.Path | None:
   """The tar or the folder of flat validation images."""
   if path.is_file():
-    return path if path.name == TAR else None
+    return path if path.name == _TAR else None
   for folder in (path, path / "val"):
     if folder.is_dir() and any(folder.glob("ILSVRC2012_val_*.JPEG")):
       return folder
-  return path / TAR if (path / TAR).is_file() else None
+  return path / _TAR if (path / _TAR).is_file() else None
 
 
 def open_validation(

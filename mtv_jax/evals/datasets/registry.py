@@ -100,7 +100,8 @@ def open_classification(
   chosen: dict[str, Any] = {"split": split, "count": count}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
   path = None
-  if not (_is_source(data) or _is_remote_tar(data)):
+  # Tars in a bucket are a source.
+  if config is None or not (_is_source(data) or path_lib.is_remote(data)):
     path = _open_path(data)
     # Checked before sources, as it may be a tar.
     if split == "test" and imagenet.find_validation(path):
@@ -129,13 +130,6 @@ def open_classification(
     "Expected 'scenes', a folder of classes, or tars with labels "
     "(shards/{00000..00009}.tar)",
   )
-
-
-def _is_remote_tar(data: str | os.PathLike) -> bool:
-  """Whether tars in a bucket are a source, not ImageNet's validation images."""
-  path = os.fspath(data)
-  is_tar = ".tar" in path and os.path.basename(path) != imagenet.TAR
-  return is_tar and path_lib.is_remote(path)
 
 
 @dataclasses.dataclass(frozen=True)
