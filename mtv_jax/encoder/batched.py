@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,10 +41,19 @@ def in_batches(
   indices = sharding.addressable_devices_indices_map((size,)).values()
   rows = sorted({r for i in indices for r in range(*i[0].indices(size))})
   steps = -(-count // size)
-  is_shared = jax.process_count() > 1
-  items = np.arange(steps * size)
-  items = items.reshape(size, -1).T if is_shared else items.reshape(-1, size)
-  results = collections.defaultdict(list)
+  items = np.arange(steps * size).reshape(steps, size)  # Blank from `count` on.
+  if jax.process_count() > 1:
+    ends = -(-np.arange(size + 1) * count // size)
+    items = ends[:-1] + np.arange(steps)[:, None]
+    items[items >= ends[1:]] = count
+  results: dict[str, np.ndarray] = {}
+
+  def collect(out: dict[str, jax.Array], step: int) -> None:
+    valid = items[step] < count
+    for name, value in out.items():
+      if name not in results:
+        results[name] = np.empty((count, *value.shape[1:]), value.dtype)
+      results[name][items[step][valid]] = np.asarray(value)[valid]
 
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
 
@@ -57,24 +65,16 @@ def in_batches(
         if i < count
       }
 
-    def collect(out: dict[str, jax.Array]) -> None:
-      for name, value in out.items():
-        results[name].append(np.asarray(value))
-
     ready, running = submit(0), None
     for step in tqdm.trange(steps, desc="encode", leave=False, disable=None):
       batch = _assemble(ready, blank, size)
       ready = submit(step + 1) if step + 1 < steps else {}
       out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))
       if running:
-        collect(running)
-      running = out
-    collect(running)
-  output = {}
-  for name, parts in results.items():
-    values = np.stack(parts, axis=int(is_shared))  # [steps, B] or [B, steps].
-    output[name] = values.reshape(steps * size, *values.shape[2:])[:count]
-  return output
+        collect(*running)
+      running = (out, step)
+    collect(*running)
+  return results
 
 
 def mesh_of(leaf: Any) -> Mesh | None:
