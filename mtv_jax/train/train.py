@@ -20,6 +20,7 @@ from mtv_jax.train.experiment import (
   build_experiment,
   log_experiment,
   make_loader,
+  open_evaluations,
   save_config,
 )
 from mtv_jax.train.initialization import fit_statistics, initialize_state
@@ -108,6 +109,7 @@ def train(
     if jax.process_count() > 1:
       options = {"restore": restore, "debug_nans": debug_nans}
       agree(_describe_run(experiment, **options))
+    open_evaluations(experiment)
   log_experiment(experiment)
   chrono = Chrono(
     total_steps=experiment.total_steps,
