@@ -40,7 +40,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.progress import track
 
 
-class Flags(arguments.Config):
+class Flags(arguments.ConfigFlags):
   """Flags of `mtv-jax preflight`.
 
   Args:

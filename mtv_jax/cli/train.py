@@ -32,7 +32,7 @@ from mtv_jax.utils import xla_flags
 log = logging.getLogger(__name__)
 
 
-class Flags(arguments.Config, arguments.Distributed):
+class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   """Flags of `mtv-jax train`.
 
   Args:

@@ -70,7 +70,7 @@ class ViTSpec:
   norm_eps: PositiveFloat = 1e-6
   projection: Width | None = None  # Output channels of a layer on `pooled`.
   mask_token: bool = False
-  position_resize: positions_lib.Resize = "bicubic"
+  position_resize: positions_lib.ResizeMethod = "bicubic"
 
   def __post_init__(self):
     stack_lib.check_tower(self)

@@ -162,7 +162,7 @@ class FeatureDistillation(base.Objective):
   cosine_share: options.Fraction = 0.9  # The rest is smooth L1.
   # Standardisation of teacher patches, see `models/standardization.py`; 'none'
   # in AM-RADIO. Without adaptors it also applies to student patches.
-  normalize: standardization.Method = "phi_s"
+  normalize: standardization.Standardization = "phi_s"
   # Training examples that give mean and covariance, before step 0.
   statistics_examples: options.PositiveInt = 2048
   # Set by `resolve`.

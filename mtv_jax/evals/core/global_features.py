@@ -33,7 +33,7 @@ from mtv_jax.utils.errors import InputError
 
 ViewName = Literal["center", "squash_center", "squash", "encoder"]
 Feature = Literal["pooled", "cls", "mean"]
-Pixels = Literal["images", "crops"]
+PixelSource = Literal["images", "crops"]
 
 # Resize factor before the crop, and further `Preprocess` fields, by view.
 _CENTER = {"resize": "shortest", "interpolation": "bicubic", "crop": "center"}
@@ -88,7 +88,7 @@ def embed(
   *,
   feature: Feature = "pooled",
   batch_size: int = 64,
-  pixels: Pixels = "images",
+  pixels: PixelSource = "images",
 ) -> Float32[np.ndarray, "n d"]:
   """One vector per image, not normalised.
 
@@ -139,7 +139,7 @@ def last_blocks(
   *,
   blocks: int = 1,
   batch_size: int = 64,
-  pixels: Pixels = "images",
+  pixels: PixelSource = "images",
 ) -> LastBlocks:
   """Tokens of the last blocks, and the mean patch.
 
