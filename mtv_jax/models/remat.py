@@ -37,7 +37,7 @@ POLICIES: dict[str, Callable | None] = {
 }
 # Suffix of a name that is offloaded to host memory.
 HOST = ":host"
-# Config value: selects what fits the chip, see `perf/preflight/remat.py`. A run
+# Config value: `perf/preflight/search.py` selects what fits the chip. A run
 # records its choice as 'auto:CHOICE'.
 AUTO = "auto"
 

@@ -1,8 +1,8 @@
-"""Non-finite updates, spikes of the gradient norm, and bounds on metrics.
+"""When a run rolls back: non-finite updates, and metrics out of bounds.
 
 The train step skips an update if the loss or the gradient is non-finite (see
-`step.make_update_fn`). This module counts skipped updates and decides when a
-run rolls back to an earlier checkpoint.
+`step.make_update_fn`); `UpdateMonitor` counts these and spikes of the gradient
+norm.
 """
 
 import collections
@@ -12,7 +12,7 @@ import math
 import pathlib
 import statistics
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -122,17 +122,6 @@ class UpdateMonitor:
 def list_non_finite(values: Mapping[str, Any]) -> list[str]:
   """Names of the non-finite metrics."""
   return [name for name, value in values.items() if not math.isfinite(value)]
-
-
-def format_values(values: Mapping[str, float]) -> str:
-  """ "a 1.2, b 0.3"."""
-  return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-
-
-def format_names(names: Sequence[str], limit: int = 16) -> str:
-  """The first `limit` names, and the number of further ones."""
-  more = f" and {len(names) - limit} more" if len(names) > limit else ""
-  return ", ".join(names[:limit]) + more
 
 
 def locate_nan(function: Callable[..., Any], *args: Any) -> str:

@@ -149,7 +149,7 @@ class Trial:
     return f"peak {peak}, {verdict}: {self.remat}"
 
 
-def search(
+def search_remat(
   savings: Sequence[Saving],
   measure_peak: Callable[[str], int | None],
   budget: int,
@@ -254,7 +254,8 @@ def find_remat(
     return peak
 
   trials = []
-  for trial in search(list_savings(make_plan("full")), measure_peak, budget):
+  savings = list_savings(make_plan("full"))
+  for trial in search_remat(savings, measure_peak, budget):
     log.info("remat: %s", trial)
     trials.append(trial)
   fitting = [trial for trial in trials if trial.fits]
