@@ -100,10 +100,9 @@ class Remat:
     for part in rest:
       key, equals, choice = (word.strip() for word in part.partition("="))
       if not equals or (keys is not None and key not in keys):
-        known = f": {', '.join(sorted(keys or ()))}"
         raise ConfigError(
-          f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an "
-          f"encoding that this config trains{known}."
+          f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an encoding"
+          f" that this config trains: {', '.join(sorted(keys or ()))}."
         )
       if key in entries:
         raise ConfigError(f"{where}: two entries of {key!r} in {text!r}.")

@@ -183,18 +183,14 @@ class Bound:
       raise BoundError(
         f"{what}: the run starts beyond config.evals.{name}.bound."
       )
-    hint = (
-      "Resume with a lower learning rate, a stronger anchor or lower"
-      " layer_decay, or loosen the bound."
-    )
-    key = f"config.evals.{name}.bound.then"
     raise RollbackError(
       first=last_within + 1,
       last=step,
       what=what,
-      hint=hint,
+      hint="Resume with a lower learning rate, a stronger anchor or lower"
+      " layer_decay, or loosen the bound.",
       then=self.then,
-      then_key=key,
+      then_key=f"config.evals.{name}.bound.then",
       error_type=BoundError,
     )
 
