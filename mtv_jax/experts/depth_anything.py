@@ -226,10 +226,10 @@ def make_function(
     n, *size = images.shape[:3]
     grid = spec.image.grid_of(*size)
     with apply_fns.precision(dtype):
-      out = tower.apply({"params": params["image"]}, images, taps=spec.layers)
+      out = tower.apply({"params": params["image"]}, images, layers=spec.layers)
       normed = [
-        norm.apply({"params": params["image"]["norm"]}, out.taps[tap])
-        for tap in spec.layers
+        norm.apply({"params": params["image"]["norm"]}, out.intermediates[i])
+        for i in spec.layers
       ]
       stages = [x[:, first:].reshape(n, *grid, -1) for x in normed]
       depth = head.apply({"params": params["depth"]}, stages, tuple(size))

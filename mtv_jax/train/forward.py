@@ -220,7 +220,7 @@ def encode(
     apply = functools.partial(tower.apply, {"params": weights})
     with jax.named_scope(str(encoding)):
       if encoding.tower == "image":
-        apply = functools.partial(apply, taps=layers)
+        apply = functools.partial(apply, layers=layers)
         outputs[encoding] = _encode_images(
           spec, encoding, apply, batch, step, mesh
         )

@@ -59,18 +59,18 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
   state = abstract_state(spec, plan.optimizer.tx)
   views = jax.eval_shape(functools.partial(flops_lib.make_views, spec), batch)
   savings = []
-  for encoding, taps in spec.plan.items():
+  for encoding, layers in spec.plan.items():
     if encoding.weights != base.STUDENT:
       continue
 
-    def measure(choice, encoding=encoding, taps=taps):
+    def measure(choice, encoding=encoding, layers=layers):
       """Saved bytes, and FLOPs of the value and its gradient."""
       chosen = dataclasses.replace(spec, remat=Remat(choice))
 
       def forward(params, views, batch):
         params = forward_lib.stop_gradient_frozen(spec, params)
         batch = {**batch, "views": views}
-        plan = {encoding: taps}
+        plan = {encoding: layers}
         outputs = forward_lib.encode(chosen, params, {}, batch, plan=plan)
         return float_leaves(outputs)
 
