@@ -51,7 +51,7 @@ from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
 
-HostBatch = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
 
 # Block reads from buckets: every process reads every block, so with more
 # processes than this, single records are read instead.
@@ -144,7 +144,7 @@ class HostBatches:
     return keys
 
   def _fill_row(
-    self, batch: HostBatch, position: int, candidates: tuple[int, Iterable[int]]
+    self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
   ) -> tuple[list, list, list]:
     """Fills the row of `position`; returns `bad`, `dropped` and `cut`."""
     index, numbers = candidates
@@ -187,7 +187,7 @@ class HostBatches:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Loader(Iterator[HostBatch], contextlib.AbstractContextManager):
+class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   """Endless iterator over this host's batches, see `make_loader`."""
 
   batches: HostBatches
@@ -207,7 +207,7 @@ class Loader(Iterator[HostBatch], contextlib.AbstractContextManager):
     """The counts after `step` batches; more may have been prefetched."""
     return self._snapshots[step]
 
-  def __next__(self) -> HostBatch:
+  def __next__(self) -> Batch:
     """Returns the next batch; CorruptDataError if too many bad records."""
     element = next(self.iterator)
     rows, bad = element["rows"], element["bad"]

@@ -52,10 +52,10 @@ class BackgroundLoader(contextlib.AbstractContextManager):
       except BaseException as error:
         self._replies.put((None, error))
 
-  def __iter__(self) -> Iterator[pipeline.HostBatch]:
+  def __iter__(self) -> Iterator[pipeline.Batch]:
     return self
 
-  def __next__(self) -> pipeline.HostBatch:
+  def __next__(self) -> pipeline.Batch:
     self._calls.put(next)
     while True:
       try:
@@ -81,7 +81,7 @@ class BackgroundLoader(contextlib.AbstractContextManager):
 
 
 def prefetch_to_device(
-  batches: Iterable[pipeline.HostBatch], mesh: Mesh
+  batches: Iterable[pipeline.Batch], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields batches on the devices, transferred one step ahead."""
   ahead: collections.deque[Any] = collections.deque()
