@@ -108,9 +108,9 @@ def feature_function(
     keys = jax.random.split(jax.random.key(0), len(batch["image"]))
     view = views["image"](batch["image"], batch["image_size"], keys, dtype)
     with apply_fns.precision(encoder.dtype):
-      out = tower.apply({"params": params}, view.images[:, 0], taps=layers)
+      out = tower.apply({"params": params}, view.images[:, 0], layers=layers)
     features = {
-      f"layer{i}": out.taps[i][:, spec.image.prefix :] for i in layers
+      f"layer{i}": out.intermediates[i][:, spec.image.prefix :] for i in layers
     }
     features = features or {"patches": out.patches}
     features["pooled"] = out.pooled[:, None]

@@ -29,12 +29,12 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import (
   Arrays,
-  DepthExpert,
   Expert,
   Image,
   PreparedInput,
   check_options,
 )
+from mtv_jax.experts.depth_anything import DepthExpert
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections

@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.config.durations import Duration, PositiveDuration
+from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import replicated_sharding
-from mtv_jax.train.forward import Batch
 from mtv_jax.train.gradients import (
   compute_encoder_grad_norms,
   compute_encoder_gradients,

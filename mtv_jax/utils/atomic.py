@@ -143,9 +143,9 @@ def replace_folder(
     except OSError as error:
       if error.errno not in (errno.EBUSY, errno.EXDEV):
         raise
-      why = f"({error.strerror}): it is the folder of a mount"
       raise InputError(
-        f"{folder} can't be replaced {why}. Name a folder in it."
+        f"{folder} can't be replaced ({error.strerror}): it is the folder of a"
+        " mount. Name a folder in it."
       ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

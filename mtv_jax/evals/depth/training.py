@@ -77,7 +77,7 @@ class ProbeProtocol:
     if self.layers == "last":
       return (depth - 1,)
     if self.layers == "quarters":
-      return dpt.quarter_taps(depth)
+      return dpt.quarter_layers(depth)
     return tuple(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4))
 
   def optimizer(self) -> optax.GradientTransformation:

@@ -354,7 +354,7 @@ def out_indices(layers: str, depth: int) -> tuple[int, ...]:
     )
   if layers == "FOUR_LAST":
     return tuple(range(depth - 4, depth))
-  return dpt.quarter_taps(depth)
+  return dpt.quarter_layers(depth)
 
 
 def learning_rate_schedule(

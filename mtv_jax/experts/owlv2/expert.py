@@ -29,7 +29,7 @@ from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
-from mtv_jax.experts.owlv2.model import Owlv2, Patches
+from mtv_jax.experts.owlv2.model import Owlv2, Proposals
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
 
@@ -292,7 +292,7 @@ class Programs:
   model: Owlv2
   dtype: str
 
-  def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Patches:
+  def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Proposals:
     """Predictions for the patches of `pixels`, without objectness."""
     with apply_fns.precision(self.dtype):
       patches = self.model.apply(

@@ -94,8 +94,7 @@ class Supervisor:
       if error.errno in (errno.EAGAIN, errno.ENOMEM):
         log.warning("%r can't be started now: %s", self.command[0], error)
         return os.EX_TEMPFAIL
-      text = f"{self.command[0]!r} can't be started: {error}"
-      raise ConfigError(text) from error
+      raise ConfigError(f"can't start {self.command[0]!r}: {error}") from error
     if self._signal is not None:  # Received before the command started.
       self._child.send_signal(self._signal)
     code = self._child.wait()
