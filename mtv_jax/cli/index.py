@@ -10,6 +10,7 @@ and data.shuffle = "lanes".
 """
 
 import functools
+import re
 from collections.abc import Sequence
 
 from mtv_jax.data.sources import (
@@ -20,6 +21,7 @@ from mtv_jax.data.sources import (
 )
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.parquet import ParquetSource
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.progress import Progress
 from mtv_jax.utils.text import format_bytes
@@ -27,6 +29,7 @@ from mtv_jax.utils.threads import available_cores
 
 _REQUEST = 1 << 24  # Bytes per request.
 _RATE = 1e8  # Assumed bytes per second and process.
+_TFDS_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # Requests per shard, besides its bytes: its size, its part and its lease.
 _OTHERS = 10
 
@@ -44,6 +47,11 @@ def run(
     processes: processes that read shards (default: one per core).
   """
   files = expand_path(list(data), suffix=".tar")
+  if _TFDS_SHARD.search(files[0].name):
+    raise InputError(
+      f"{files[0]} is a shard of a TFDS data set, whose metadata replace a"
+      " table of blocks. Train with type='tfds', name= and data_dir=."
+    )
   scan = functools.partial(tar_blocks.scan, records=records)
   if is_parquet := files[0].suffix == ParquetSource.suffix:
     scan, records = parquet.scan, 0

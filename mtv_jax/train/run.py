@@ -29,9 +29,9 @@ from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
-from mtv_jax.train.numerics import Bound, NonFiniteConfig
 from mtv_jax.train.optim.optimizer import OptimConfig
 from mtv_jax.train.optim.schedules import ScheduleConfig
+from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
   FrozenTeacher,

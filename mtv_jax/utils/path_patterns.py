@@ -18,6 +18,7 @@ from mtv_jax.utils import buckets, errors
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.buckets import AnyPath, Listing
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.text import list_first
 
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 _MAX_FILES = 1_000_000  # Files per path; more are assumed to be a typo.
@@ -66,10 +67,9 @@ def expand_path(
     else:
       missing.append(pattern)
   if missing:
-    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    names = printable(", ".join(missing[:8]), 1000)
+    names = printable(list_first(missing, 8), 1000)
     raise MissingFileError(
-      f"{len(missing)} of {len(patterns)} files are missing: {names}{more}."
+      f"{len(missing)} of {len(patterns)} files are missing: {names}."
       f" {_describe_folder(missing[0], suffix)} Add them, or leave them out of"
       " the path (with a glob)."
     )

@@ -278,12 +278,15 @@ class AlignedLabels(JoinedLabels):
           f" {key!r}. {_ADVICE}"
         )
       if given_image != image:
-        raise LabelError(
-          f"{self.label_set!r} belongs to other images: {key!r} in {file} has"
-          f" the same key but other bytes. {_ADVICE}"
-        )
+        raise self._other_images(key, file)
 
     map_threads(check, chosen)
+
+  def _other_images(self, key: str, file: PurePath) -> LabelError:
+    return LabelError(
+      f"{self.label_set!r} belongs to other images: {key!r} in {file} has the"
+      f" same key but other bytes. {_ADVICE}"
+    )
 
   def use_reader(self, reader: RangeReader) -> None:
     if self.label_set.blocks:
@@ -311,8 +314,7 @@ class AlignedLabels(JoinedLabels):
     data = record.get("image")
     for _, sample, image in samples:
       if sample == key and data and image != label_sets.hash_bytes(data):
-        problem = f"{key!r} in {file.name} has the same key but other bytes"
-        raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
+        raise self._other_images(key, file)
     return stored.label
 
   def get(self, i: int, record: Record) -> Label | None:

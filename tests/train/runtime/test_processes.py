@@ -190,11 +190,11 @@ import dataclasses, json, sys
 from mtv_jax.cli import train
 from mtv_jax.cli.main import run_command
 from mtv_jax.perf import topologies
-from mtv_jax.perf.preflight import compile as compile_lib, remat
+from mtv_jax.perf.preflight import compile as compile_lib, search
 
 describe, choose_remat = topologies.describe_local, train.choose_remat
 savings = [
-  remat.Saving(view, name, 100, flops)
+  search.Saving(view, name, 100, flops)
   for view in ("image", "caption")
   for name, flops in (("mlp_hidden", 200.0), ("qkv", 100.0))
 ]
@@ -202,7 +202,7 @@ savings = [
 
 def describe_local():
   topology = describe()
-  limit = int(budget / remat.SHARE) + 1
+  limit = int(budget / search.SHARE) + 1
   chip = dataclasses.replace(topology.chip, kind="chip", hbm_bytes=limit)
   return dataclasses.replace(topology, chip=chip)
 
@@ -224,7 +224,7 @@ def choose(*args):
 
 topologies.describe_local = describe_local
 compile_lib.compile_step = compile_step
-remat.list_savings = lambda plan: savings
+search.list_savings = lambda plan: savings
 train.choose_remat = choose
 compiled, resolved, statuses = [], [], []
 for budget, steps in ((1450, 3), (9000, 4)):
