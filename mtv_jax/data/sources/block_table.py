@@ -1,10 +1,10 @@
 """Table of a data set's blocks, which replaces an index of every record.
 
 A block is a run of a shard's records that one request reads. `mtv-jax index`
-writes the table next to the shards, as `blocks.npz`; a start reads it and
-compares the shards' sizes and versions by one listing.
+writes the table next to the shards or to another folder, as `blocks.npz`; a
+start reads it and compares the shards' sizes and versions by one listing.
 
-While the table is built, the folder `blocks.parts` has the table of each shard
+While the table is built, `blocks.parts` beside it has the table of each shard
 that was read, and hosts lease the shards that they read: none is read twice, by
 any host or after a kill.
 """
@@ -162,6 +162,7 @@ def build(
   scan: Callable[[PurePath], Columns],
   *,
   per_block: int,
+  folder: PurePath | None = None,
   processes: int | None = None,
   announce: Callable[[Sequence[int]], None] = lambda sizes: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
@@ -177,47 +178,55 @@ def build(
     scan: returns the columns of a file's blocks, without `shard`; called in
       processes.
     per_block: records per block that `scan` aims at.
+    folder: where to write the table; default: that of the files.
     processes: default: one per core.
     announce: called once, with the sizes of the files to read, in bytes.
     progress: called with the numbers of finished and of all files.
   """
   if len({file.parent for file in files}) > 1:
     raise InputError("The shards are in several folders; index each by itself.")
+  folder = folder or files[0].parent
   states = dict(zip(files, read_states(files), strict=True))
-  tables = _find_parts(states, per_block)
+  tables = _find_parts(states, folder, per_block)
   missing = {f: state for f, state in states.items() if f not in tables}
   announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
-  joint = _stat(files[0].parent / NAME)
   scan_one = functools.partial(
-    _scan, scan=scan, per_block=per_block, joint=joint
+    _scan,
+    folder=folder,
+    scan=scan,
+    per_block=per_block,
+    joint=_stat(folder / NAME),
   )
   # Not forked, which is unsafe beside the threads of bucket clients.
   context = multiprocessing.get_context("spawn")
   with futures.ProcessPoolExecutor(count, mp_context=context) as pool:
     while missing:
       submit = functools.partial(pool.submit, scan_one)
-      tables |= _scan_missing(submit, missing, count, len(files), progress)
+      tables |= _scan_missing(
+        submit, missing, folder, count, len(files), progress
+      )
       # What other hosts read is verified once, by the one that joins it.
-      with _acquire(files[0].parent / NAME) as acquired:
+      with _acquire(folder, NAME) as acquired:
         missing = {f: s for f, s in missing.items() if f not in tables}
         if missing and acquired:
-          tables |= _find_parts(missing, per_block)
+          tables |= _find_parts(missing, folder, per_block)
           missing = {f: s for f, s in missing.items() if f not in tables}
         if not missing:
-          return _write_joint([tables[file] for file in files], states)
+          break
       time.sleep(_WAIT)
-  return _write_joint([tables[file] for file in files], states)
+  return _write_joint([tables[file] for file in files], states, folder)
 
 
 def _write_joint(
-  tables: Sequence[BlockTable], states: Mapping[PurePath, tuple[int, str]]
+  tables: Sequence[BlockTable],
+  states: Mapping[PurePath, tuple[int, str]],
+  folder: PurePath,
 ) -> BlockTable:
   """Joins and writes the tables of files, and removes the parts."""
   if read_states(list(states)) != list(states.values()):
     raise InputError("Shards changed while they were read. Run this again.")
   table = join(tables)
-  folder = table.files[0].parent
   table.write(folder / NAME)
   with contextlib.suppress(MissingFileError):
     path_lib.remove_folder(folder / PARTS)
@@ -227,6 +236,7 @@ def _write_joint(
 def _scan_missing(
   submit: Callable[..., futures.Future],
   missing: Mapping[PurePath, tuple[int, str]],
+  folder: PurePath,
   count: int,
   total: int,
   progress: Callable[[int, int], None],
@@ -235,7 +245,6 @@ def _scan_missing(
 
   Returns the tables of those that this host read.
   """
-  folder = next(iter(missing)).parent
   tables: dict[PurePath, BlockTable] = {}
   pending: dict[futures.Future, PurePath] = {}
   others: set[PurePath] = set()  # Read by other hosts, now or before.
@@ -245,7 +254,7 @@ def _scan_missing(
   while todo or pending:
     if time.monotonic() > looked + _WAIT:
       names = set(path_lib.list_folder(folder / PARTS))
-      others |= {file for file in missing if _part(file).name in names}
+      others |= {f for f in missing if _part(folder, f).name in names}
       looked = time.monotonic()
     while todo and len(pending) < count:
       if (file := todo.pop()) not in others:
@@ -259,15 +268,16 @@ def _scan_missing(
   return tables
 
 
-def _part(file: PurePath) -> PurePath:
+def _part(folder: PurePath, file: PurePath) -> PurePath:
   """Path of a shard's own table, while the joint table is built."""
-  return file.parent / PARTS / f"{file.name}.npz"
+  return folder / PARTS / f"{file.name}.npz"
 
 
 def _scan(
   file: PurePath,
   state: tuple[int, str],
   *,
+  folder: PurePath,
   scan: Callable[[PurePath], Columns],
   per_block: int,
   joint: tuple[int, int] | None,
@@ -277,14 +287,14 @@ def _scan(
   Returns None if another process reads it, or has replaced the joint table,
   whose state was `joint`.
   """
-  part = _part(file)
-  with _acquire(file) as acquired:
+  part = _part(folder, file)
+  with _acquire(folder, file.name) as acquired:
     if not acquired:
       return None
     found = _read_parts([part] * path_lib.exists(part), {file: state})
     if file in found and found[file].per_block == per_block:
       return found[file]
-    if _stat(file.parent / NAME) != joint:
+    if _stat(folder / NAME) != joint:
       return None
     table = of_file(file, state, scan(file), per_block=per_block)
     table.write(part)
@@ -298,9 +308,11 @@ def _stat(file: PurePath) -> tuple[int, int] | None:
   return None
 
 
-def _acquire(file: PurePath) -> contextlib.AbstractContextManager[bool]:
+def _acquire(
+  folder: PurePath, name: str
+) -> contextlib.AbstractContextManager[bool]:
   """Leases a file among hosts; yields False if another one has leased it."""
-  return _open_leases(file.parent).acquire(file.name)
+  return _open_leases(folder).acquire(name)
 
 
 # A process that keeps them notices leases that are not renewed.
@@ -308,13 +320,13 @@ _open_leases = functools.cache(open_leases)
 
 
 def _find_parts(
-  states: Mapping[PurePath, tuple[int, str]], per_block: int
+  states: Mapping[PurePath, tuple[int, str]], folder: PurePath, per_block: int
 ) -> dict[PurePath, BlockTable]:
   """Returns the tables of unchanged files that are in a table or a part."""
-  folder = next(iter(states)).parent
   names = set(path_lib.list_folder(folder / PARTS))
   files = [f for f in (folder / NAME,) if path_lib.exists(f)]
-  files += [part for part in map(_part, states) if part.name in names]
+  parts = (_part(folder, file) for file in states)
+  files += [part for part in parts if part.name in names]
   found = _read_parts(files, states)
   return {f: t for f, t in found.items() if t.per_block == per_block}
 
@@ -334,9 +346,10 @@ def _read_parts(
   for table in filter(None, map_threads(read_one, tables)):
     starts = np.searchsorted(table.shard, np.arange(len(table.files) + 1))
     entries = zip(table.files, table.sizes, table.versions, strict=True)
-    for i, (file, *state) in enumerate(entries):
+    for i, (file, size, version) in enumerate(entries):
       file = known.get(file.name)
-      if file is not None and states[file] == tuple(state):
+      # Without a version, as `make_shards` writes it, the store's is taken.
+      if file and states[file] == (size, version or states[file][1]):
         rows = slice(starts[i], starts[i + 1])
         columns = {n: getattr(table, n)[rows] for n in list(_COLUMNS)[1:]}
         found[file] = of_file(
@@ -362,17 +375,17 @@ def join(tables: Sequence[BlockTable]) -> BlockTable:
 
 
 def read_states(files: Sequence[PurePath]) -> list[tuple[int, str]]:
-  """Returns size and version of each file; one listing of a bucket folder."""
+  """Returns size and version of each file; one listing per bucket folder."""
   if not path_lib.is_remote(files[0]):
     if missing := [file for file in files if not os.path.isfile(file)]:
       raise MissingFileError(f"There is no {missing[0]}.")
     stats = map(os.stat, files)
     return [(stat.st_size, str(stat.st_mtime_ns)) for stat in stats]
-  infos = buckets.list_objects(os.fspath(files[0].parent))
-  if missing := [file for file in files if file.name not in infos]:
-    raise MissingFileError(f"There is no {missing[0]}.")
-  of_files = (infos[file.name] for file in files)
-  return [(info["size"], buckets.object_version(info)) for info in of_files]
+  listing = functools.cache(buckets.list_objects)
+  infos = [listing(os.fspath(f.parent)).get(f.name) for f in files]
+  if None in infos:
+    raise MissingFileError(f"There is no {files[infos.index(None)]}.")
+  return [(info["size"], buckets.object_version(info)) for info in infos]
 
 
 def find(

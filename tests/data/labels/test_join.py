@@ -22,7 +22,7 @@ from label_samples import (
 )
 from labelling_samples import contents
 
-from mtv_jax.data.labels import label_sets, label_writer
+from mtv_jax.data.labels import join, label_sets, label_writer
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
@@ -142,10 +142,8 @@ def test_manifest_counts(labelled):
   ]  # fmt: skip
 
 
-def test_records_without_captions_are_dropped(tmp_path):
-  base = make_base(tmp_path)
-  # The third record of the first tar loses its texts.
-  tar = base / "00000.tar"
+def remove_captions(tar):
+  """The third record of the first tar loses its texts."""
   with tarfile.open(tar) as opened:
     members = [(m.name, opened.extractfile(m).read()) for m in opened]
   with tarfile.open(tar, "w") as opened:
@@ -155,6 +153,11 @@ def test_records_without_captions_are_dropped(tmp_path):
       info = tarfile.TarInfo(name)
       info.size = len(data)
       opened.addfile(info, io.BytesIO(data))
+
+
+def test_records_without_captions_are_dropped(tmp_path):
+  base = make_base(tmp_path)
+  remove_captions(base / "00000.tar")
   everything = WebDatasetSource(f"{base}/*.tar", captions="ignored")
   keys = [everything[i]["key"] for i in range(len(everything))]
   make_set(tmp_path / "depth", everything, "depth")
@@ -167,6 +170,44 @@ def test_records_without_captions_are_dropped(tmp_path):
       np.testing.assert_array_equal(
         record["depth"], outcome("depth", of).label.values
       )
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_labels_of_records_in_another_order(tmp_path, in_blocks):
+  """An index orders records without captions last, a table doesn't."""
+  base = make_base(tmp_path)
+  remove_captions(base / "00000.tar")
+  tables = [
+    block_table.of_file(
+      file,
+      (file.stat().st_size, ""),
+      tar_blocks.scan(file, records=2),
+      per_block=2,
+    )
+    for file in sorted(base.glob("*.tar"))
+  ]
+  table = tmp_path / "blocks.npz"
+  block_table.join(tables).write(table)
+  path = f"{base}/*.tar"
+  orders = [
+    WebDatasetSource(path, captions="ignored", blocks=blocks)
+    for blocks in (None, table)
+  ]
+  captioned = WebDatasetSource(path, blocks=table)
+  orders_of_keys = [[order[i]["key"] for i in range(COUNT)] for order in orders]
+  assert orders_of_keys[0] != orders_of_keys[1]
+  for n, keys in enumerate(orders_of_keys):
+    out = make_set(tmp_path / str(n), orders[n], "depth")
+    for source in (orders[1 - n], captioned):
+      source = join.join_labels(source, {"depth": str(out)})
+      source._labels[0]._is_remote = in_blocks
+      for i in range(len(source)):
+        record = source[i]
+        if (number := keys.index(record["key"])) == 3:
+          assert "depth" not in record
+        else:
+          expected = outcome("depth", number).label.values
+          np.testing.assert_array_equal(record["depth"], expected)
 
 
 @pytest.mark.parametrize(
