@@ -22,7 +22,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,8 @@ def build(
   if len({file.parent for file in files}) > 1:
     raise InputError("The shards are in several folders; index each by itself.")
   folder = folder or files[0].parent
+  if not path_lib.is_remote(folder):
+    Path(folder).mkdir(parents=True, exist_ok=True)
   states = dict(zip(files, read_states(files), strict=True))
   tables = _find_parts(states, folder, per_block)
   missing = {f: state for f, state in states.items() if f not in tables}
