@@ -118,9 +118,13 @@ class ProcessCache(Generic[T]):
   def _evict(self) -> None:
     """Evicts the oldest values beyond `max_bytes`."""
     with self._lock:
-      total = 0
-      for i, future in reversed([*self._values.items()]):
-        loaded = future.done() and not future.exception()
-        total += future.result().nbytes if loaded else 0
-        if loaded and total > self._max_bytes and len(self._values) > 1:
+      sizes = {
+        i: future.result().nbytes
+        for i, future in self._values.items()
+        if future.done() and not future.exception()
+      }
+      total = sum(sizes.values())
+      for i in [*sizes][:-1]:
+        if total > self._max_bytes:
           del self._values[i]
+          total -= sizes[i]

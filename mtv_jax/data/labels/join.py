@@ -278,7 +278,7 @@ class AlignedLabels(JoinedLabels):
       given_key, given_image = label_sets.read_sample(source, i) or (key, image)
       if given_key != key:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        if self._find_by_key(shard, given_key):
+        if all(self._find_by_key(shard, k) for k in (key, given_key)):
           return  # In another order.
         raise LabelError(
           f"{self.label_set!r} belongs to other shards: record {i} of"
@@ -325,13 +325,18 @@ class AlignedLabels(JoinedLabels):
     if stored is None:
       problem = f"it has no label of record {key!r} of {file.name}"
       raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
+    self._check_image(shard, record)
+    return stored.label
+
+  def _check_image(self, shard: int, record: Record) -> None:
+    """Compares a record's image with the manifest, if it is listed there."""
+    labels, key, data = self.label_set, record["key"], record.get("image")
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
-    data = record.get("image")
     for _, sample, image in samples:
       if sample == key and data and image != label_sets.hash_bytes(data):
-        problem = f"{key!r} in {file.name} has the same key but other bytes"
+        name = self._files[shard].name
+        problem = f"{key!r} in {name} has the same key but other bytes"
         raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
-    return stored.label
 
   def get(self, i: int, record: Record) -> Label | None:
     if self._is_remote:
@@ -341,6 +346,7 @@ class AlignedLabels(JoinedLabels):
     stored = self.label_set.read(self._shards[shard], at)
     if stored.key != (key := record["key"]):
       if moved := self._find_by_key(shard, key):
+        self._check_image(shard, record)
         return moved.label
       file = self._files[shard]
       name = label_sets.shard_name(file)

@@ -172,28 +172,35 @@ def test_records_without_captions_are_dropped(tmp_path):
       )
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_labels_of_records_in_another_order(tmp_path, in_blocks):
-  """An index orders records without captions last, a table doesn't."""
+def two_orders(tmp_path, *, records):
+  """Tars by their index and by a table, and the table.
+
+  An index orders records without captions last, a table doesn't.
+  """
   base = make_base(tmp_path)
   remove_captions(base / "00000.tar")
   tables = [
     block_table.of_file(
       file,
       (file.stat().st_size, ""),
-      tar_blocks.scan(file, records=2),
-      per_block=2,
+      tar_blocks.scan(file, records=records),
+      per_block=records,
     )
     for file in sorted(base.glob("*.tar"))
   ]
   table = tmp_path / "blocks.npz"
   block_table.join(tables).write(table)
-  path = f"{base}/*.tar"
   orders = [
-    WebDatasetSource(path, captions="ignored", blocks=blocks)
+    WebDatasetSource(f"{base}/*.tar", captions="ignored", blocks=blocks)
     for blocks in (None, table)
   ]
-  captioned = WebDatasetSource(path, blocks=table)
+  return orders, table
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_labels_of_records_in_another_order(tmp_path, in_blocks):
+  orders, table = two_orders(tmp_path, records=2)
+  captioned = WebDatasetSource(f"{tmp_path}/base/*.tar", blocks=table)
   orders_of_keys = [[order[i]["key"] for i in range(COUNT)] for order in orders]
   assert orders_of_keys[0] != orders_of_keys[1]
   for n, keys in enumerate(orders_of_keys):
@@ -208,6 +215,20 @@ def test_labels_of_records_in_another_order(tmp_path, in_blocks):
         else:
           expected = outcome("depth", number).label.values
           np.testing.assert_array_equal(record["depth"], expected)
+
+
+def test_parts_of_two_orders(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources_base, "LANE_BLOCK", 1)
+  monkeypatch.setattr(label_writer, "PART_RECORDS", 1)
+  orders, _ = two_orders(tmp_path, records=1)
+  for base, parts in zip(orders, (slice(3), slice(3, None)), strict=True):
+    writer = LabelWriter(tmp_path / "x", kind="depth", base=base, settings={})
+    for part in writer.todo()[0]:
+      if part.numbers.start in range(4)[parts]:
+        keys = (base[i]["key"] for i in part.numbers)
+        writer.write(part, (Entry(key, no_label("none")) for key in keys))
+  with pytest.raises(LabelError, match="repeat a record: its table of blocks"):
+    writer.join(0)
 
 
 @pytest.mark.parametrize(
