@@ -97,7 +97,7 @@ def test_what_hosts_compare(labelled, tmp_path):
   table = tmp_path / "blocks.npz"
   files = [labelled / f"base/{name}.tar" for name in names]
   scan = functools.partial(tar_blocks.scan, records=4)
-  block_table.build(files, scan, processes=1).write(table)
+  block_table.build(files, scan, per_block=4, processes=1).write(table)
   digests = [
     described["digest"],
     describe(*names[::-1])["digest"],
