@@ -49,6 +49,8 @@ _MAX_CACHED = 1 << 30  # Bytes of decoded row groups.
 # Beyond these bytes, one thread at a time decodes a group.
 _LARGE_GROUP = 1 << 26
 _large_group = threading.Lock()
+# Rows that are decoded at once, and bytes of rows that are kept together.
+_MAX_BATCH, _PART = 1024, 1 << 23
 
 
 class ParquetSource(base.FileSource):
@@ -254,18 +256,25 @@ class ParquetSource(base.FileSource):
         raise _changed(path)
       self._check_columns(path, file.schema_arrow)
       _check_group(path, row_group(number))
-      batches, size = [], 0
-      # One row of a few bytes may decode to gigabytes, by a dictionary.
-      for batch in file.iter_batches(
-        1, row_groups=[number], columns=columns, use_threads=False
-      ):
+      # Each value may be the whole dictionary of its column.
+      size = row_group(number).total_byte_size
+      batches = file.iter_batches(
+        min(max(_LARGE_GROUP // max(size, 1), 1), _MAX_BATCH),
+        row_groups=[number],
+        columns=columns,
+        use_threads=False,
+      )
+      parts, part, size, joined = [], [], 0, 0
+      for batch in batches:
         before, size = size, size + batch.nbytes
         if size > _MAX_BYTES:
           raise _too_large(path)
         if before <= _LARGE_GROUP < size:
           stack.enter_context(_large_group)
-        batches.append(batch)
-      return _pyarrow().Table.from_batches(batches)
+        part.append(batch)
+        if size - joined > _PART:
+          parts, part, joined = [*parts, _join(part)], [], size
+      return _pyarrow().concat_tables([*parts, _join(part)] if part else parts)
 
   def _open(self, shard: int, group: int) -> Any:
     """Argument for `ParquetFile`, from which a row group is read."""
@@ -346,6 +355,11 @@ def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
       size = max(ends, default=0) - begin
       rows.append((begin, size, group.num_rows, group.num_rows))
     return opened.schema_arrow, block_table.as_columns(rows)
+
+
+def _join(batches: Sequence[Any]) -> Any:
+  """Joins batches to a table of one chunk."""
+  return _pyarrow().Table.from_batches(batches).combine_chunks()
 
 
 def _check_group(path: PurePath, group: Any) -> None:
