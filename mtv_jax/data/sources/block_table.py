@@ -215,7 +215,7 @@ def build(
           tables |= _find_parts(missing, folder, per_block)
           missing = {f: s for f, s in missing.items() if f not in tables}
         if not missing:
-          break
+          return _write_joint([tables[f] for f in files], states, folder)
       time.sleep(_WAIT)
   return _write_joint([tables[file] for file in files], states, folder)
 
