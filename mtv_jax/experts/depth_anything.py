@@ -124,15 +124,13 @@ def load_expert(
   Args:
     path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
-    mesh: mesh of this host's devices; default: all devices.
-    batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
     preprocess, size, max_aspect: see `DepthPreprocess`. The default is "square"
       on accelerators, which compiles only one program, else "original".
     side, bits: side of a label in pixels, and bits of a pixel.
   """
   spec, params = depth_anything.read(path)
-  mesh = local_mesh.local_mesh() if mesh is None else mesh
-  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   if preprocess is None:
     preprocess = "square" if local_mesh.is_accelerator(mesh) else "original"
   inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)

@@ -51,12 +51,13 @@ class DataPlane:
   examples_per_second: float  # Of all hosts.
   requests_per_example: float
   bytes_per_example: float
-  largest_share: float  # Records of a host in an epoch, over the mean.
-  window_bytes: int  # Blocks of a step's rows, of the largest host.
-  ahead_bytes: int  # With the blocks that are read ahead.
   block_memory: int  # Bytes.
   start_requests: int  # Per host.
   copied_bytes: int  # In the folder for copies of bucket files.
+  # Orders of single records have no windows.
+  largest_share: float = 1.0  # Records of a host in an epoch, over the mean.
+  window_bytes: int = 0  # Blocks of a step's rows, of the largest host.
+  ahead_bytes: int = 0  # With the blocks that are read ahead.
 
   @property
   def requests_per_second(self) -> float:
@@ -198,7 +199,4 @@ def _measure_records(
   return dict(
     requests_per_example=requests / _SAMPLES,
     bytes_per_example=size / _SAMPLES,
-    window_bytes=0,
-    ahead_bytes=0,
-    largest_share=1.0,
   )

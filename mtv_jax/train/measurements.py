@@ -266,11 +266,9 @@ class GradientMeasurements:
     """Returns a row of `interference.jsonl`, its metrics, and norms by name."""
     measured = jax.device_get(self.interference(state, batch, active, lr))
     norms = np.linalg.norm(measured["norms"], axis=1)
-    row, scalars = (
-      interference_row(active, measured),
-      interference_scalars(measured),
-    )
-    return row, scalars, dict(zip(active, norms, strict=True))
+    row = interference_row(active, measured)
+    by_name = dict(zip(active, norms, strict=True))
+    return row, interference_scalars(measured), by_name
 
 
 def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:

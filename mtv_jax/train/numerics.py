@@ -124,11 +124,6 @@ def list_non_finite(values: Mapping[str, Any]) -> list[str]:
   return [name for name, value in values.items() if not math.isfinite(value)]
 
 
-def format_values(values: Mapping[str, float]) -> str:
-  """ "a 1.2, b 0.3"."""
-  return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-
-
 def format_names(names: Sequence[str], limit: int = 16) -> str:
   """The first `limit` names, and the number of further ones."""
   more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -168,11 +168,11 @@ class Trainer:
         self.report_skipped(step, values, batch)
       spike = self.monitor.observe(step, bool(skipped), float(norm))
       if spike is not None:
-        norms = self.measure_norms(batch)
+        norms = self.measure_norms(batch).items()
         log.warning(
           f"Step {step}: the gradient's norm is {norm:.3g}, {spike:.0f} times"
           " the median of the steps before. Norms on the encoder: "
-          f"{numerics.format_values(norms) or 'unknown'}."
+          f"{', '.join(f'{n} {v:.3g}' for n, v in norms) or 'unknown'}."
         )
 
   def report_skipped(self, step: int, values: Any, batch: Any) -> None:

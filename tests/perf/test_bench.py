@@ -1,11 +1,10 @@
 """tools/bench.py: each benchmark prints and writes its measurements."""
 
-import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
+from dataset_samples import write_members
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.data import order
@@ -170,10 +169,7 @@ def test_megapixels_that_are_no_sizes(text):
 
 
 def test_photos_need_no_captions(tmp_path):
-  with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-    member = tarfile.TarInfo("a.jpg")
-    member.size = 5
-    tar.addfile(member, io.BytesIO(b"photo"))
+  write_members(tmp_path / "photos.tar", {"a.jpg": b"photo"})
   files = decoding._read_files(str(tmp_path / "photos.tar"), 64, 4)
   assert files == [b"photo"]
 

@@ -286,12 +286,15 @@ class AlignedLabels(JoinedLabels):
           f" {key!r}. {_ADVICE}"
         )
       if given_image != image:
-        raise LabelError(
-          f"{self.label_set!r} belongs to other images: {key!r} in {file} has"
-          f" the same key but other bytes. {_ADVICE}"
-        )
+        raise self._other_images(key, file)
 
     map_threads(check, chosen)
+
+  def _other_images(self, key: str, file: PurePath) -> LabelError:
+    return LabelError(
+      f"{self.label_set!r} belongs to other images: {key!r} in {file} has the"
+      f" same key but other bytes. {_ADVICE}"
+    )
 
   def use_reader(self, reader: RangeReader) -> None:
     if self.label_set.blocks:
@@ -334,9 +337,7 @@ class AlignedLabels(JoinedLabels):
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
     for _, sample, image in samples:
       if sample == key and data and image != label_sets.hash_bytes(data):
-        name = self._files[shard].name
-        problem = f"{key!r} in {name} has the same key but other bytes"
-        raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
+        raise self._other_images(key, self._files[shard])
 
   def get(self, i: int, record: Record) -> Label | None:
     if self._is_remote:

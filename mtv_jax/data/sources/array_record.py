@@ -52,8 +52,7 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
   ):
     files = expand_path(path, suffix=self.suffix)
     if cache is None and (table := block_table.find(files, blocks)):
-      counts = np.bincount(table.shard, table.records, len(files))
-      super().__init__(files, counts.astype(np.int64).tolist())
+      super().__init__(files, table.count_records())
       copies: Sequence[Path] = ()
       if path_lib.is_remote(files[0]):
         self._cache = ShardCache(files, table.sizes, table.versions)
@@ -78,7 +77,6 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
     return ProcessCache(load, limit=self._cache.limit)
 
   def keep_blocks(self, count: int) -> None:
-    """As in the base class."""
     super().keep_blocks(count)
     if self._cache:
       self._readers = self._open_readers(())
