@@ -250,6 +250,13 @@ class LabelWriter:
         keys += content["keys"]
         images += content["images"]
         sizes += map(len, content["blocks"])
+    if len({*keys}) < len(keys):
+      # An index and a table of blocks order the records of a tar differently.
+      raise LabelError(
+        f"The parts of {self.names[shard]} in {self.out} repeat a record: its"
+        " table of blocks was written, or removed, between them. Remove the"
+        f" parts ({self.names[shard]}.*{_PART}) and label again."
+      )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
     stream = io.BytesIO()
     np.save(stream, hashes, allow_pickle=False)

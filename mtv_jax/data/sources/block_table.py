@@ -1,8 +1,8 @@
 """Table of a data set's blocks, which replaces an index of every record.
 
 A block is a run of a shard's records that one request reads. `mtv-jax index`
-writes the table next to the shards, as `blocks.npz`; a start reads it and
-compares the shards' sizes and versions by one listing.
+writes the table next to the shards or to another folder, as `blocks.npz`; a
+start reads it and compares the shards' sizes and versions by one listing.
 
 While the table is built, the folder `blocks.parts` has the table of each shard
 that was read, and hosts lease the shards that they read: none is read twice, by
@@ -106,9 +106,7 @@ class BlockTable:
     path_lib.write_bytes(file, self._to_bytes())
 
   def select(
-    self,
-    files: Sequence[PurePath],
-    listing: Listing = buckets.list_objects,
+    self, files: Sequence[PurePath], listing: Listing | None = None
   ) -> "BlockTable":
     """Returns the table of some of the files, in their order.
 
@@ -176,6 +174,7 @@ def build(
   scan: Callable[[PurePath], Columns],
   *,
   per_block: int,
+  folder: PurePath | None = None,
   processes: int | None = None,
   announce: Callable[[Sequence[int]], None] = lambda sizes: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
@@ -191,16 +190,19 @@ def build(
     scan: returns the columns of a file's blocks, without `shard`; called in
       processes.
     per_block: records per block that `scan` aims at.
+    folder: where to write the table; default: that of the files.
     processes: default: one per core.
     announce: called once, with the sizes of the files to read, in bytes.
     progress: called with the numbers of finished and of all files.
   """
   if len({file.parent for file in files}) > 1:
     raise InputError("The shards are in several folders; index each by itself.")
-  folder = files[0].parent
+  folder = folder or files[0].parent
+  if not path_lib.is_remote(folder):
+    Path(folder).mkdir(parents=True, exist_ok=True)
   states = dict(zip(files, read_states(files), strict=True))
   joint = _stat(folder / NAME)
-  tables = _find_parts(states, per_block)
+  tables = _find_parts(states, folder, per_block)
   missing = {f: state for f, state in states.items() if f not in tables}
   announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
@@ -210,7 +212,7 @@ def build(
   options = dict(initializer=_start_worker, initargs=(stopped,))
   with futures.ProcessPoolExecutor(count, context, **options) as pool:
     while missing:
-      scans = _Scans(missing, scan, per_block, joint)
+      scans = _Scans(missing, folder, scan, per_block, joint)
       jobs = {pool.submit(scans.run) for _ in range(count)}
       try:
         while jobs:
@@ -225,22 +227,23 @@ def build(
       with open_leases(folder).acquire(NAME) as acquired:
         if acquired:
           joint = _stat(folder / NAME)
-          tables |= _find_parts(missing, per_block)
+          tables |= _find_parts(missing, folder, per_block)
           missing = {f: s for f, s in missing.items() if f not in tables}
           if not missing:
-            return _write_joint([tables[file] for file in files], states)
+            return _write_joint([tables[f] for f in files], states, folder)
       time.sleep(_WAIT)
-  return _write_joint([tables[file] for file in files], states)
+  return _write_joint([tables[f] for f in files], states, folder)
 
 
 def _write_joint(
-  tables: Sequence[BlockTable], states: Mapping[PurePath, tuple[int, str]]
+  tables: Sequence[BlockTable],
+  states: Mapping[PurePath, tuple[int, str]],
+  folder: PurePath,
 ) -> BlockTable:
   """Joins and writes the tables of files, and removes the parts."""
   if read_states(list(states)) != list(states.values()):
     raise InputError("Shards changed while they were read. Run this again.")
   table = join(tables)
-  folder = table.files[0].parent
   table.write(folder / NAME)
   if not path_lib.is_remote(folder):
     atomic.remove_abandoned(Path(folder), name=f"{NAME}.")
@@ -254,34 +257,37 @@ class _Scans:
   """Shards that processes of any host read, each into a part."""
 
   missing: Mapping[PurePath, tuple[int, str]]
+  folder: PurePath  # Of the table.
   scan: Callable[[PurePath], Columns]
   per_block: int
   joint: tuple[int, int] | None  # State of the table; changed by who joins it.
 
   def run(self) -> None:
     """Reads shards until this or other processes have read all."""
-    folder = next(iter(self.missing)).parent
-    run_jobs(open_leases(folder), self.list)
+    run_jobs(open_leases(self.folder), self.list)
 
   def list(self) -> Jobs:
     """Returns the shards that no process has read."""
-    folder = next(iter(self.missing)).parent
-    names = set(path_lib.list_folder(folder / PARTS))
-    if (_stopped and _stopped.is_set()) or _stat(folder / NAME) != self.joint:
+    names = set(path_lib.list_folder(self.folder / PARTS))
+    joint = _stat(self.folder / NAME)
+    if (_stopped and _stopped.is_set()) or joint != self.joint:
       return {}
-    files = [f for f in self.missing if _part(f).name not in names]
+    files = [f for f in self.missing if self._part(f).name not in names]
     return {f.name: functools.partial(self._read, f) for f in files}
 
   def _read(self, file: PurePath) -> bool:
     if _stopped.is_set():
       raise futures.CancelledError
-    joint = _stat(file.parent / NAME)
-    if path_lib.exists(_part(file)) or joint != self.joint:
+    joint = _stat(self.folder / NAME)
+    if path_lib.exists(self._part(file)) or joint != self.joint:
       return False
     state, columns = self.missing[file], self.scan(file)
     table = of_file(file, state, columns, per_block=self.per_block)
-    table.write(_part(file))
+    table.write(self._part(file))
     return True
+
+  def _part(self, file: PurePath) -> PurePath:
+    return _part(self.folder, file)
 
 
 _stopped: Any = None  # Set once a process of this host has failed.
@@ -292,9 +298,9 @@ def _start_worker(stopped: Any) -> None:
   _stopped = stopped
 
 
-def _part(file: PurePath) -> PurePath:
+def _part(folder: PurePath, file: PurePath) -> PurePath:
   """Path of a shard's own table, while the joint table is built."""
-  return file.parent / PARTS / f"{file.name}.npz"
+  return folder / PARTS / f"{file.name}.npz"
 
 
 def _stat(file: PurePath) -> tuple[int, int] | None:
@@ -305,15 +311,15 @@ def _stat(file: PurePath) -> tuple[int, int] | None:
 
 
 def _find_parts(
-  states: Mapping[PurePath, tuple[int, str]], per_block: int
+  states: Mapping[PurePath, tuple[int, str]], folder: PurePath, per_block: int
 ) -> dict[PurePath, BlockTable]:
   """Returns the tables of unchanged files that are in a table or a part.
 
   Removes other parts: a shard without one is read.
   """
-  folder = next(iter(states)).parent
   names = set(path_lib.list_folder(folder / PARTS))
-  parts = {f: _part(f) for f in states if _part(f).name in names}
+  parts = {f: _part(folder, f) for f in states}
+  parts = {f: part for f, part in parts.items() if part.name in names}
   files = [f for f in (folder / NAME,) if path_lib.exists(f)]
   found = _read_parts([*files, *parts.values()], states)
   found = {f: t for f, t in found.items() if t.per_block == per_block}
@@ -336,8 +342,15 @@ def _read_parts(
   for table in filter(None, map_threads(read_one, tables)):
     for part in table.split():
       file = known.get(part.files[0].name)
-      if file and states[file] == (part.sizes[0], part.versions[0]):
-        found[file] = dataclasses.replace(part, files=(file,))
+      # Without a version, as `make_shards` writes it, the store's is taken.
+      if file and states[file] == (
+        part.sizes[0],
+        part.versions[0] or states[file][1],
+      ):
+        versions = (states[file][1],)
+        found[file] = dataclasses.replace(
+          part, files=(file,), versions=versions
+        )
   return found
 
 
@@ -358,19 +371,19 @@ def join(tables: Sequence[BlockTable]) -> BlockTable:
 
 
 def read_states(
-  files: Sequence[PurePath], listing: Listing = buckets.list_objects
+  files: Sequence[PurePath], listing: Listing | None = None
 ) -> list[tuple[int, str]]:
-  """Returns size and version of each file; one listing of a bucket folder."""
+  """Returns size and version of each file; one listing per bucket folder."""
   if not path_lib.is_remote(files[0]):
     if missing := [file for file in files if not os.path.isfile(file)]:
       raise MissingFileError(f"There is no {missing[0]}.")
     stats = map(os.stat, files)
     return [(stat.st_size, str(stat.st_mtime_ns)) for stat in stats]
-  infos = listing(os.fspath(files[0].parent))
-  if missing := [file for file in files if file.name not in infos]:
-    raise MissingFileError(f"There is no {missing[0]}.")
-  of_files = (infos[file.name] for file in files)
-  return [(info["size"], buckets.object_version(info)) for info in of_files]
+  listing = listing or buckets.cached_listing()
+  infos = [listing(os.fspath(f.parent)).get(f.name) for f in files]
+  if None in infos:
+    raise MissingFileError(f"There is no {files[infos.index(None)]}.")
+  return [(info["size"], buckets.object_version(info)) for info in infos]
 
 
 def find(

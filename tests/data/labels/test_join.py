@@ -22,7 +22,7 @@ from label_samples import (
 )
 from labelling_samples import contents
 
-from mtv_jax.data.labels import label_sets, label_writer
+from mtv_jax.data.labels import join, label_sets, label_writer
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import LabelCounts, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
@@ -142,14 +142,17 @@ def test_manifest_counts(labelled):
   ]  # fmt: skip
 
 
-def test_records_without_captions_are_dropped(tmp_path):
-  base = make_base(tmp_path)
-  # The third record of the first tar loses its texts.
-  tar = base / "00000.tar"
+def remove_captions(tar):
+  """The third record of the first tar loses its texts."""
   with tarfile.open(tar) as opened:
     members = [(m.name, opened.extractfile(m).read()) for m in opened]
   dropped = {"000002.json", "000002.txt"}
   write_members(tar, [m for m in members if m[0] not in dropped])
+
+
+def test_records_without_captions_are_dropped(tmp_path):
+  base = make_base(tmp_path)
+  remove_captions(base / "00000.tar")
   everything = WebDatasetSource(f"{base}/*.tar", captions="ignored")
   keys = [everything[i]["key"] for i in range(len(everything))]
   make_set(tmp_path / "depth", everything, "depth")
@@ -162,6 +165,65 @@ def test_records_without_captions_are_dropped(tmp_path):
       np.testing.assert_array_equal(
         record["depth"], outcome("depth", of).label.values
       )
+
+
+def two_orders(tmp_path, *, records):
+  """Tars by their index and by a table, and the table.
+
+  An index orders records without captions last, a table doesn't.
+  """
+  base = make_base(tmp_path)
+  remove_captions(base / "00000.tar")
+  tables = [
+    block_table.of_file(
+      file,
+      (file.stat().st_size, ""),
+      tar_blocks.scan(file, records=records),
+      per_block=records,
+    )
+    for file in sorted(base.glob("*.tar"))
+  ]
+  table = tmp_path / "blocks.npz"
+  block_table.join(tables).write(table)
+  orders = [
+    WebDatasetSource(f"{base}/*.tar", captions="ignored", blocks=blocks)
+    for blocks in (None, table)
+  ]
+  return orders, table
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_labels_of_records_in_another_order(tmp_path, in_blocks):
+  orders, table = two_orders(tmp_path, records=2)
+  captioned = WebDatasetSource(f"{tmp_path}/base/*.tar", blocks=table)
+  orders_of_keys = [[order[i]["key"] for i in range(COUNT)] for order in orders]
+  assert orders_of_keys[0] != orders_of_keys[1]
+  for n, keys in enumerate(orders_of_keys):
+    out = make_set(tmp_path / str(n), orders[n], "depth")
+    for source in (orders[1 - n], captioned):
+      source = join.join_labels(source, {"depth": str(out)})
+      source._labels[0]._is_remote = in_blocks
+      for i in range(len(source)):
+        record = source[i]
+        if (number := keys.index(record["key"])) == 3:
+          assert "depth" not in record
+        else:
+          expected = outcome("depth", number).label.values
+          np.testing.assert_array_equal(record["depth"], expected)
+
+
+def test_parts_of_two_orders(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources_base, "LANE_BLOCK", 1)
+  monkeypatch.setattr(label_writer, "PART_RECORDS", 1)
+  orders, _ = two_orders(tmp_path, records=1)
+  for base, parts in zip(orders, (slice(3), slice(3, None)), strict=True):
+    writer = LabelWriter(tmp_path / "x", kind="depth", base=base, settings={})
+    for part in writer.todo()[0]:
+      if part.numbers.start in range(4)[parts]:
+        keys = (base[i]["key"] for i in part.numbers)
+        writer.write(part, (Entry(key, no_label("none")) for key in keys))
+  with pytest.raises(LabelError, match="repeat a record: its table of blocks"):
+    writer.join(0)
 
 
 @pytest.mark.parametrize(
