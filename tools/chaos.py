@@ -185,9 +185,10 @@ class Run:
           time.sleep(delay)
         break
       time.sleep(0.005)
-    ended = all(p.poll() == 0 for p in running)
-    victim = rng.choice(running)
-    victim.kill()
+    # Processes of a finished run don't exit at the same moment.
+    ended = any(p.poll() == 0 for p in running)
+    if not ended:
+      rng.choice(running).kill()
     for process in running:
       try:
         process.wait(timeout=_EXIT_SECONDS)
