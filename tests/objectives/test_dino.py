@@ -208,20 +208,26 @@ def test_koleo_of_equal_vectors_is_finite(vectors, valid):
     np.testing.assert_allclose(value, -np.log(2e-8), rtol=1e-5)
 
 
-@pytest.mark.parametrize("group", [4, 16], ids=["aligned", "across devices"])
-def test_koleo_on_a_mesh_equals_one_device(group):
+@pytest.mark.parametrize(
+  ("group", "strided", "received"),
+  [(4, False, 16), (16, False, None), (8, True, 2 * 8 * 16), (16, True, None)],
+  ids=["aligned", "across devices", "strided", "few strided groups"],
+)
+def test_koleo_on_a_mesh_equals_one_device(group, strided, received):
   mesh = make_mesh(dict(data=4, fsdp=2))
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(64, 4)).astype(np.float32)
   valid = np.arange(64) % 5 > 0
 
   def loss(x, mesh=None):
-    mean = dino.koleo(x, jnp.asarray(valid), group=group, mesh=mesh)
-    return mean.value()
+    options = dict(group=group, mesh=mesh, strided=strided)
+    return dino.koleo(x, jnp.asarray(valid), **options).value()
 
   expected = jax.jit(jax.value_and_grad(loss))(vectors)
+  rows = np.arange(64).reshape(group, -1).T if strided else np.arange(64)
+  rows = rows.reshape(-1)
   np.testing.assert_allclose(
-    expected[0], grouped_koleo(vectors, valid, group), rtol=1e-5
+    expected[0], grouped_koleo(vectors[rows], valid[rows], group), rtol=1e-5
   )
   sharding = NamedSharding(mesh, BATCH_SPEC)
   sharded = jax.device_put(vectors, sharding)
@@ -232,9 +238,9 @@ def test_koleo_on_a_mesh_equals_one_device(group):
   result = graded(sharded)
   np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
   np.testing.assert_allclose(result[1], expected[1], rtol=1e-5, atol=1e-7)
-  if group == 4:  # Eight rows a device: no vector leaves it.
+  if received:  # Eight rows a device: none or all leave it, and return.
     rows = hlo.collectives(graded.lower(sharded).compile())
-    assert sum(row.bytes for row in rows) <= 16, rows
+    assert sum(row.bytes for row in rows) <= received + 16, rows
 
 
 def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
@@ -244,6 +250,9 @@ def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
   monkeypatch.setattr(dino, "data_rows", lambda rows, mesh: order)
   groups = dino.group_rows(jnp.asarray(order), 8, mesh)
   np.testing.assert_array_equal(groups, np.arange(16).reshape(2, 8))
+  groups = dino.group_rows(jnp.asarray(order), 5, mesh, strided=True)
+  expected = np.pad(np.arange(16), (0, 4)).reshape(5, 4).T
+  np.testing.assert_array_equal(groups, expected)
 
 
 def same_class_share(features, labels, group, mesh):
