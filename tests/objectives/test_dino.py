@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from step_samples import mesh_of
 
 from mtv_jax.augment import views
+from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, dino
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
@@ -255,16 +256,27 @@ def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
   np.testing.assert_array_equal(groups, expected)
 
 
-def same_class_share(features, labels, group, mesh):
+def clustered_features(labels, rng):
+  """Features `[n, 64]` around the centers of 1,000 classes."""
+  centers = rng.normal(size=(1000, 64))
+  noise = rng.normal(size=(len(labels), 64))
+  return np.float32(samples.unit(centers[labels] + noise))
+
+
+def same_class_share(features, labels, group, *, strided=False):
   """Share of images whose nearest neighbour in the group has their class."""
+  mesh = make_mesh(dict(data=8))
+  split = functools.partial(
+    dino.group_rows, size=group, mesh=mesh, strided=strided
+  )
 
   @jax.jit
   def nearest(x):
-    x = dino.group_rows(x, group, mesh)
+    x = split(x)
     return dino.nearest_neighbours(x, jnp.ones(x.shape[:2], bool))
 
   index = nearest(jax.device_put(features, NamedSharding(mesh, BATCH_SPEC)))
-  classes = labels.reshape(index.shape[0], -1)
+  classes = np.asarray(split(jnp.asarray(labels)))
   return (np.take_along_axis(classes, np.asarray(index), 1) == classes).mean()
 
 
@@ -272,18 +284,28 @@ def test_koleo_seldom_repels_images_of_one_class_in_groups_of_64():
   """The table of docs/results.md: 1,000 clusters, 8,192 images."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 1000, 8192)
-  centers = rng.normal(size=(1000, 64))
-  noise = rng.normal(size=(8192, 64))
-  features = np.float32(samples.unit(centers[labels] + noise))
-  mesh = make_mesh(dict(data=8))
-  shares = {
-    group: same_class_share(features, labels, group, mesh)
-    for group in (64, 1024, 8192)
-  }
-  print(shares)
-  expected = {64: 0.062, 1024: 0.578, 8192: 0.965}
-  for group, share in shares.items():
-    np.testing.assert_allclose(share, expected[group], atol=0.001)
+  features = clustered_features(labels, rng)
+  for group, expected in {64: 0.062, 1024: 0.578, 8192: 0.965}.items():
+    share = same_class_share(features, labels, group)
+    print(group, share)
+    np.testing.assert_allclose(share, expected, atol=0.001)
+
+
+def test_koleo_in_lanes_seldom_repels_images_of_sorted_shards():
+  """The table of docs/results.md: 1,000 shards of 1,280 records."""
+  ends = np.arange(64, 1_280_001, 64)
+  options = dict(batch_size=16_384, lanes=256, window=1024)
+  order = LaneOrder([ends], weights=[1.0], seeds=[0], **options)
+  rows = np.array([next(order.candidates(i)[1]) for i in range(16_384)])
+  rng = np.random.default_rng(0)
+  shuffled = rng.permutation(1_280_000)[rows]
+  for records, expected in ((rows, (0.982, 0.059)), (shuffled, (0.064, 0.063))):
+    labels = records // 1280
+    features = clustered_features(labels, rng)
+    for strided, share in zip((False, True), expected, strict=True):
+      found = same_class_share(features, labels, 64, strided=strided)
+      print(strided, found)
+      np.testing.assert_allclose(found, share, atol=0.001)
 
 
 def test_koleo_of_a_batch_of_one_raises():
