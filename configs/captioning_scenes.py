@@ -13,7 +13,7 @@ thousands of updates.
 from ml_collections import ConfigDict
 
 from mtv_jax.config.recipes import parse_arg
-from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
+from mtv_jax.data.tokenizers.builtin import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
 # Rows of the embedding table, by tokenizer.

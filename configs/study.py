@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config.recipes import parse_arg
 from mtv_jax.configs.mtv_b16_224 import share_crop
-from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
+from mtv_jax.data.tokenizers.builtin import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
 # First evaluation scene. Probes train on scenes 2,000,000 later.

@@ -29,12 +29,24 @@ def write_jpeg(write_image, path, colour):
 def write_tar(path, records):
   """Members of records, as webdataset's ShardWriter names them."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tarfile.open(path, "w") as tar:
-    for key, members in records.items():
-      for suffix, content in members.items():
-        info = tarfile.TarInfo(f"{key}.{suffix}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+  write_members(
+    path,
+    {
+      f"{key}.{suffix}": content
+      for key, members in records.items()
+      for suffix, content in members.items()
+    },
+  )
+
+
+def write_members(path, members, format=None):
+  """A tar of names and bytes."""
+  with tarfile.open(path, "w", format=format) as tar:
+    for name, data in dict(members).items():
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  return path
 
 
 def image_bytes(colour, kind="webp"):

@@ -1,4 +1,4 @@
-"""A local stand-in of the Hugging Face hub: models in memory, by commit."""
+"""A local stand-in of the Hugging Face hub: repositories, by commit."""
 
 import base64
 import contextlib
@@ -19,11 +19,15 @@ def _digest(data: bytes) -> str:
 
 
 class Hub:
-  """Models as `{repo: {revision: commit}}` and `{commit: {path: bytes}}`."""
+  """Repositories as `{repo: {revision: commit}}` and `{commit: {path: bytes}}`.
+
+  Those of data sets are named `datasets/ORG/NAME`.
+  """
 
   def __init__(self):
     self.revisions: dict[str, dict[str, str]] = {}
     self.commits: dict[str, dict[str, bytes]] = {EMPTY: {}}
+    self.gated: set[str] = set()  # Repositories that need a token.
     self.requests: list[str] = []
 
   def create(self, repo: str) -> None:
@@ -68,11 +72,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.do_GET()
 
   def do_GET(self):
-    path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-    self.hub.requests.append(f"{self.command} {path}")
-    parts = path.strip("/").split("/")
-    if parts[:2] == ["api", "models"]:
+    url = urllib.parse.urlparse(self.path)
+    self.hub.requests.append(f"{self.command} {urllib.parse.unquote(url.path)}")
+    # A quoted slash is part of a name.
+    parts = [urllib.parse.unquote(p) for p in url.path.strip("/").split("/")]
+    if parts[0] == "storage":
+      return self.send_range(self.hub.commits[parts[1]]["/".join(parts[2:])])
+    if parts[0] == "api":
       repo, rest = "/".join(parts[2:4]), parts[4:]
+      if parts[1] == "datasets":
+        repo = f"datasets/{repo}"
       if repo not in self.hub.revisions:
         return self.missing("RepoNotFound")
       revision = rest[1] if len(rest) > 1 else "main"
@@ -81,20 +90,49 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.missing("RevisionNotFound")
       files = self.hub.commits[commit]
       if rest[:1] == ["tree"]:
-        rows = [
-          dict(type="file", path=name, size=len(data), oid=_digest(data))
-          for name, data in files.items()
-        ]
-        return self.reply(200, rows)
+        recursive = "recursive=true" in url.query.lower()
+        return self.send_tree(files, "/".join(rest[2:]), recursive)
       names = [{"rfilename": name} for name in files]
       return self.reply(200, {"id": repo, "sha": commit, "siblings": names})
-    repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+    count = 3 if parts[0] == "datasets" else 2
+    repo, revision = "/".join(parts[:count]), parts[count + 1]
+    name = "/".join(parts[count + 2 :])
+    if repo in self.hub.gated and not self.headers["Authorization"]:
+      return self.reply(401, {"error": "gated"}, X_Error_Code="GatedRepo")
     commit = self.hub.find(repo, revision)
     data = self.hub.commits.get(commit, {}).get(name)
     if data is None:
       return self.missing("EntryNotFound")
+    if count == 3:
+      # Large files are in another store.
+      return self.reply(302, b"", Location=f"/storage/{commit}/{name}")
     etag = f'"{_digest(data)}"'
     return self.reply(200, data, ETag=etag, X_Repo_Commit=commit)
+
+  def send_tree(self, files, folder, recursive):
+    prefix = f"{folder}/" if folder else ""
+    rows = {}
+    for name, data in files.items():
+      inner, *below = name.removeprefix(prefix).split("/")
+      if name.startswith(prefix) and (recursive or not below):
+        oid = _digest(data)
+        rows[name] = dict(type="file", path=name, size=len(data), oid=oid)
+      elif name.startswith(prefix):
+        path = f"{prefix}{inner}"
+        rows[path] = dict(type="directory", path=path, size=0, oid=EMPTY)
+    return (
+      self.reply(200, [*rows.values()])
+      if rows
+      else self.missing("EntryNotFound")
+    )
+
+  def send_range(self, data):
+    if not (span := self.headers["Range"]):
+      return self.reply(200, data)
+    start, end = map(int, span.removeprefix("bytes=").split("-"))
+    part = data[start : end + 1]
+    where = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+    return self.reply(206, part, Content_Range=where)
 
   def do_POST(self):
     body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -4,20 +4,19 @@ python tests/labelling_samples.py KIND BASE OUT DELAY [COORDINATOR PROCESS]
 """
 
 import functools
-import io
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from dataset_samples import write_members
 from emulators import free_port as free_port
 from xla_options import xla_flags
 
@@ -30,7 +29,7 @@ from mtv_jax.experts.base import PreparedInput
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
 from mtv_jax.parallel.mesh import make_mesh
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, path
 
 SHAPES = ((12, 18), (18, 12), (12, 12))
 # Rows of a tar of seven: a source has those without any caption last.
@@ -120,11 +119,7 @@ def make_tars(folder, *, shards=3, records=7, broken=True):
       if row % 2:
         meta = {"tags": [f"tag {row}"], "key": "other"}
         members.append((f"{key}.json", json.dumps(meta).encode()))
-    with tarfile.open(folder / f"{shard:05d}.tar", "w") as opened:
-      for name, data in members:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        opened.addfile(info, io.BytesIO(data))
+    write_members(folder / f"{shard:05d}.tar", members)
   return folder
 
 
@@ -153,8 +148,10 @@ def mesh_of(count):
 
 
 def contents(folder):
-  """Every file of a folder, by name."""
-  return {file.name: file.read_bytes() for file in folder.iterdir()}
+  """Every file of a folder, also of a bucket, by name."""
+  folder = path.as_path(folder)
+  names = path.list_folder(folder)
+  return {name: path.read_bytes(folder / name) for name in names}
 
 
 def launch(kind, base, out, *, delay=0.0, devices=1, join=()):

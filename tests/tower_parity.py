@@ -115,7 +115,7 @@ def run_image(model, images):
   """Output of the image tower of a `ConvertedModel` with all its layers."""
   params = jax.tree.map(jnp.asarray, model.params["image"])
   layers = tuple(range(model.spec.image.depth))
-  apply_fn = _apply_fn(two_tower.image_tower(model.spec), taps=layers)
+  apply_fn = _apply_fn(two_tower.image_tower(model.spec), layers=layers)
   return apply_fn(params, jnp.asarray(images))
 
 
@@ -144,7 +144,7 @@ def image_pairs(out, theirs):
   """Arrays to compare of `ImageOutput` and transformers' output."""
   tokens = np.concatenate([out.prefix, out.patches], axis=1)
   pairs = {"last": (tokens, theirs.last_hidden_state)}
-  for layer, tokens in out.taps.items():
+  for layer, tokens in out.intermediates.items():
     pairs[f"layer {layer}"] = (tokens, theirs.hidden_states[layer + 1])
   if getattr(theirs, "pooler_output", None) is not None:
     pairs["pooled"] = (out.pooled, theirs.pooler_output)

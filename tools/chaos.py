@@ -46,7 +46,7 @@ _COMMITTED = "commit_success.txt"
 
 
 def run(
-  recipe: arguments.Config,
+  recipe: arguments.ConfigFlags,
   *,
   output: str,
   kills: int = 50,

@@ -157,14 +157,17 @@ def run_tests(root, mutation, python, timeout):
     start, end = mutation["start"] + shift, mutation["end"] + shift
     lines[number] = text[:start] + mutation["replacement"] + text[end:]
     target.write_text("".join(lines))
-    package = path.relative_to(root).parts[1]
+    # A line may have moved to another package.
+    packages = {mutation["package"], path.relative_to(root).parts[1]}
+    tests = [f"tests/{p}" for p in sorted(packages)]
     # Checkouts without a marker reject its name.
     marks = [
       m for m in MARKS if f'"{m}:' in (root / "pyproject.toml").read_text()
     ]
     command = [
       python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-      "-m", " and ".join(f"not {m}" for m in marks), f"tests/{package}",
+      "-m", " and ".join(f"not {m}" for m in marks),
+      *(t for t in tests if (clone / t).is_dir()),
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(clone)}
     try:

@@ -29,7 +29,7 @@ _MAX_GROWTH = 50.0  # MB
 
 
 def run(
-  recipe: arguments.Config, *, steps: int = 20_000, output: pathlib.Path
+  recipe: arguments.ConfigFlags, *, steps: int = 20_000, output: pathlib.Path
 ) -> int:
   """Trains OUTPUT/run, writes soak.json and charts; returns the exit status.
 

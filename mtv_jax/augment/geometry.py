@@ -28,7 +28,7 @@ from mtv_jax.config.options import PositiveFloat, PositiveFraction
 
 # Kernels: a triangle, or Keys' cubic convolution (1981) with a = -0.5, as in
 # Pillow. torchvision defaults to bilinear; DINOv2 and MAE crop bicubic.
-Method = Literal["bilinear", "bicubic"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 # Boxes to try, as many as torchvision's RandomResizedCrop.
 CANDIDATES = 10
@@ -55,7 +55,7 @@ class BoxOp(ViewOp):
 class Resize(BoxOp, name="resize"):
   """`resize(S, method)`: the whole canvas, `S` x `S` pixels."""
 
-  method: Method = "bilinear"
+  method: Interpolation = "bilinear"
   uniforms = 0
 
   def box(self, image_size, u) -> Float[Array, "4"]:
@@ -77,7 +77,7 @@ class Crop(BoxOp, name="crop"):
   max_area: PositiveFraction = 1.0
   # Range of width / height, sampled log-uniformly.
   ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-  method: Method = "bilinear"
+  method: Interpolation = "bilinear"
 
   def __post_init__(self):
     check_ascending("areas", self.min_area, self.max_area)

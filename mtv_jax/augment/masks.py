@@ -66,7 +66,7 @@ class MaskOp(ViewOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks(MaskOp, name="blocks"):
+class BlockMasking(MaskOp, name="blocks"):
   """`blocks(min_ratio, max_ratio, p)`: block masks (iBOT, DINOv2).
 
   With probability `p`, exactly `round(r n)` of `n` patches are masked, `r`

@@ -33,29 +33,29 @@ LUMA = (0.2989, 0.587, 0.114)
 # A Gaussian of this sigma, in pixels, is the identity.
 IDENTITY_SIGMA = 1e-3
 
-Image = tuple[Float[Array, "h w"], Float[Array, "h w"], Float[Array, "h w"]]
+Planes = tuple[Float[Array, "h w"], Float[Array, "h w"], Float[Array, "h w"]]
 
 
-def luma(image: Image) -> Float[Array, "h w"]:
+def luma(image: Planes) -> Float[Array, "h w"]:
   """Luma of each pixel."""
   return sum(w * channel for w, channel in zip(LUMA, image, strict=True))
 
 
 def blend(
-  image: Image, other: Float[Array, "#h #w"], factor: Float[Array, ""]
-) -> Image:
+  image: Planes, other: Float[Array, "#h #w"], factor: Float[Array, ""]
+) -> Planes:
   """`factor * image + (1 - factor) * other`, clipped to [0, 1]."""
   other = (1.0 - factor) * other
   return tuple(jnp.clip(factor * x + other, 0.0, 1.0) for x in image)
 
 
-def select(which: Bool[Array, ""], image: Image, other: Image) -> Image:
+def select(which: Bool[Array, ""], image: Planes, other: Planes) -> Planes:
   """`image` if `which`, else `other`."""
   pairs = zip(image, other, strict=True)
   return tuple(jnp.where(which, x, y) for x, y in pairs)
 
 
-def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
+def shift_hue(image: Planes, shift: Float[Array, ""]) -> Planes:
   """Rotates the hue by `shift` of a full circle, as in HSV.
 
   Value and chroma don't change, so a channel is `max - chroma * t`, with `t` a
@@ -79,14 +79,14 @@ def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
 
 
 def jitter_colour(
-  image: Image,
+  image: Planes,
   *,
   brightness: Float[Array, ""],
   contrast: Float[Array, ""],
   saturation: Float[Array, ""],
   hue: Float[Array, ""],
   rank: Int[Array, "4"],
-) -> Image:
+) -> Planes:
   """Applies the four adjustments of torchvision's ColorJitter in sequence.
 
   Brightness, contrast and saturation are factors, hue a shift in turns. `rank`
@@ -108,8 +108,8 @@ def jitter_colour(
 
 
 def gaussian_blur(
-  image: Image, sigma: Float[Array, ""], kernel: int, dtype: Any = jnp.float32
-) -> Image:
+  image: Planes, sigma: Float[Array, ""], kernel: int, dtype: Any = jnp.float32
+) -> Planes:
   """Gaussian blur with `kernel` taps along both axes and mirrored borders.
 
   Two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's matrix
@@ -137,7 +137,7 @@ def gaussian_blur(
   return blurred[0], blurred[1], blurred[2]
 
 
-def solarize(image: Image, threshold: float | int) -> Image:
+def solarize(image: Planes, threshold: float | int) -> Planes:
   """Inverts values of at least `threshold`, given in 0..255."""
   return tuple(jnp.where(x >= threshold / 255.0, 1.0 - x, x) for x in image)
 
@@ -150,8 +150,8 @@ class PhotometricOp(ViewOp):
   p: Fraction = 0.0  # Probability; ops override the default.
 
   def __call__(
-    self, image: Image, u: Float[Array, " uniforms"], dtype: Any
-  ) -> Image:
+    self, image: Planes, u: Float[Array, " uniforms"], dtype: Any
+  ) -> Planes:
     """Augments the image with probability `p`.
 
     The image is float32 in [0, 1]; `dtype` applies to matrix products.
@@ -195,7 +195,7 @@ class Jitter(PhotometricOp, name="jitter"):
       "rank": ranks(u[5:]),
     }
 
-  def __call__(self, image: Image, u: Float[Array, "9"], dtype: Any) -> Image:
+  def __call__(self, image: Planes, u: Float[Array, "9"], dtype: Any) -> Planes:
     del dtype
     return jitter_colour(image, **self.factors(u))
 
@@ -207,7 +207,7 @@ class Grey(PhotometricOp, name="grey"):
   p: Fraction = 0.2
   uniforms = 1
 
-  def __call__(self, image: Image, u: Float[Array, "1"], dtype: Any) -> Image:
+  def __call__(self, image: Planes, u: Float[Array, "1"], dtype: Any) -> Planes:
     del dtype
     return select(bernoulli(u[0], self.p), (luma(image),) * 3, image)
 
@@ -242,7 +242,7 @@ class Blur(PhotometricOp, name="blur"):
 
   uniforms = 2
 
-  def __call__(self, image: Image, u: Float[Array, "2"], dtype: Any) -> Image:
+  def __call__(self, image: Planes, u: Float[Array, "2"], dtype: Any) -> Planes:
     sigma = uniform(u[1], *self.sigma)
     # A Gaussian that is the identity is cheaper than a select between images.
     sigma = jnp.where(bernoulli(u[0], self.p), sigma, IDENTITY_SIGMA)
@@ -260,7 +260,7 @@ class Solarize(PhotometricOp, name="solarize"):
   threshold: Annotated[float, Range(min=0, max=255)] = 128.0
   uniforms = 1
 
-  def __call__(self, image: Image, u: Float[Array, "1"], dtype: Any) -> Image:
+  def __call__(self, image: Planes, u: Float[Array, "1"], dtype: Any) -> Planes:
     del dtype
     inverted = solarize(image, self.threshold)
     return select(bernoulli(u[0], self.p), inverted, image)

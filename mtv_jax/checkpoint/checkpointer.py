@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtv_jax.checkpoint import checksums, reading
-from mtv_jax.checkpoint.partial_restore import CheckpointMismatchError
+from mtv_jax.checkpoint import reading
+from mtv_jax.checkpoint.partial_restore import require_same
 from mtv_jax.checkpoint.reading import DamagedCheckpointError, Path
 from mtv_jax.config import aliases
 from mtv_jax.config.durations import Duration, PositiveDuration
@@ -29,7 +29,6 @@ from mtv_jax.parallel.distributed import (
   name_processes,
 )
 from mtv_jax.utils.errors import StorageError, UserError, printable
-from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -368,7 +367,7 @@ class Checkpointer:
         aliases.find_stored_name(name, saved): leaf
         for name, leaf in _flat(abstract_state).items()
       }
-      _require_same(saved, flat, str(path))
+      require_same(saved, flat, str(path))
       restore_args = {name: _restore_args(x) for name, x in flat.items()}
       arrays = reading.read_arrays(path / "state", flat, restore_args)
       timing = reading.read_timing(path)
@@ -481,26 +480,3 @@ def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
   return ocp.ArrayRestoreArgs(
     sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype
   )
-
-
-def _require_same(
-  saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str
-) -> None:
-  """Raises with a diff of names, shapes and types if the trees differ."""
-  lines = []
-  for name in sorted({*saved, *wanted}):
-    old, new = (
-      checksums.describe(tree[name]) if name in tree else ""
-      for tree in (saved, wanted)
-    )
-    if old != new:
-      lines += [f"- {name}  {old}"] if old else []
-      lines += [f"+ {name}  {new}"] if new else []
-  if lines:
-    raise CheckpointMismatchError(
-      f"{path} is a checkpoint of another shape than this config's state"
-      " (- in the checkpoint, + in this run):\n"
-      f"{first_lines(lines, 20)}\n"
-      "Resume with the config that started the run (its config.json), or load"
-      " what fits into a new run through config.init."
-    )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtv_jax.checkpoint import checksums
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import closest_names, flatten_with_names, select_names
@@ -17,6 +18,29 @@ from mtv_jax.utils.tree import closest_names, flatten_with_names, select_names
 
 class CheckpointMismatchError(InputError):
   """Raised if a checkpoint's names, shapes or types are not as expected."""
+
+
+def require_same(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str
+) -> None:
+  """Raises CheckpointMismatchError with a diff of names, shapes and types."""
+  lines = []
+  for name in sorted({*saved, *wanted}):
+    old, new = (
+      checksums.describe(tree[name]) if name in tree else ""
+      for tree in (saved, wanted)
+    )
+    if old != new:
+      lines += [f"- {name}  {old}"] if old else []
+      lines += [f"+ {name}  {new}"] if new else []
+  if lines:
+    raise CheckpointMismatchError(
+      f"{path} is a checkpoint of another shape than this config's state"
+      " (- in the checkpoint, + in this run):\n"
+      f"{first_lines(lines, 20)}\n"
+      "Resume with the config that started the run (its config.json), or load"
+      " what fits into a new run through config.init."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

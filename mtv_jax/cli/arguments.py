@@ -114,7 +114,7 @@ def _integer(least: int, text: str) -> int:
   )
 
 
-class Config(Flags):
+class ConfigFlags(Flags):
   """A recipe and its overrides, --config.KEY=VALUE or --set=KEY=VALUE.
 
   Args:
@@ -126,12 +126,12 @@ class Config(Flags):
   set: list[str] = ()
 
 
-def read_config(args: Config) -> ConfigDict:
+def read_config(args: ConfigFlags) -> ConfigDict:
   """Reads the config and applies the overrides."""
   return overrides.override(recipes.read_config(args.config), args.set)
 
 
-class Weights(Flags):
+class WeightFlags(Flags):
   """Which weights of a model to load, and the computation dtype.
 
   Args:
@@ -143,7 +143,7 @@ class Weights(Flags):
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class Shards(Flags):
+class ShardFlags(Flags):
   """Image shards.
 
   Args:
@@ -155,7 +155,7 @@ class Shards(Flags):
   index_dir: str | None = None
 
 
-class Distributed(Flags):
+class DistributedFlags(Flags):
   """Multi-host initialization.
 
   Args:
@@ -175,7 +175,7 @@ class Distributed(Flags):
   connect_seconds: int = 300
 
 
-def initialize_distributed(args: Distributed) -> None:
+def initialize_distributed(args: DistributedFlags) -> None:
   """Initializes JAX for several hosts."""
   names = ("distributed", "coordinator", "processes", "process")
   # They import JAX, which takes seconds, and most commands don't need it.

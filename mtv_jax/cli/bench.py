@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
   flags = inspect.signature(args.function).parameters
   values = {name: getattr(args, name) for name in flags}
   if "config" in values:
-    recipe = arguments.Config(config=args.config, set=args.set)
+    recipe = arguments.ConfigFlags(config=args.config, set=args.set)
     values["config"] = arguments.read_config(recipe)
   with contextlib.ExitStack() as stack:
     if args.profile:

@@ -37,7 +37,9 @@ from mtv_jax.utils.text import file_name
 _ENCODERS = "encoders"  # Folder of the stored results.
 
 
-class Flags(evaluate.Evaluations, arguments.Weights, arguments.Distributed):
+class Flags(
+  evaluate.Evaluations, arguments.WeightFlags, arguments.DistributedFlags
+):
   """Flags of `mtv-jax compare`.
 
   Args:

@@ -75,7 +75,7 @@ class Evaluations(DataOptions):
   reference: Literal[*SIZES, "none"] = "base"
 
 
-class Flags(Evaluations, arguments.Weights, arguments.Distributed):
+class Flags(Evaluations, arguments.WeightFlags, arguments.DistributedFlags):
   """Flags of `mtv-jax evaluate`.
 
   Args:

@@ -6,10 +6,12 @@ Reads every tar once, and the footer of every Parquet file. Run it on several
 hosts at once to share the shards, and again after it was stopped or shards were
 added: finished shards are not read again. Then train with
 data.train = [dict(type="webdataset", path="gs://bucket/web/*.tar")]
-and data.shuffle = "lanes".
+and data.shuffle = "lanes". For files that can't be written beside, such as the
+hub's, give --output=FOLDER, and blocks="FOLDER/blocks.npz" in data.train.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 
 from mtv_jax.data.sources import (
@@ -20,6 +22,8 @@ from mtv_jax.data.sources import (
 )
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.parquet import ParquetSource
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.progress import Progress
 from mtv_jax.utils.text import format_bytes
@@ -27,23 +31,36 @@ from mtv_jax.utils.threads import available_cores
 
 _REQUEST = 1 << 24  # Bytes per request.
 _RATE = 1e8  # Assumed bytes per second and process.
+_TFDS_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # Requests per shard, besides its bytes: its size, its part and its lease.
 _OTHERS = 10
 
 
 def run(
-  data: Sequence[str], /, *, records: int = 64, processes: int | None = None
+  data: Sequence[str],
+  /,
+  *,
+  output: str | None = None,
+  records: int = 64,
+  processes: int | None = None,
 ) -> None:
-  """Writes the table next to the shards and prints a summary.
+  """Writes the table and prints a summary.
 
   Args:
     data: .tar, .parquet or .array_record shards of one folder; ranges and globs
       are allowed.
+    output: folder of the table; default: that of the shards.
     records: records per block of a tar, which one request reads; the blocks of
       Parquet are its row groups, those of ArrayRecord whole files.
     processes: processes that read shards (default: one per core).
   """
   files = expand_path(list(data), suffix=".tar")
+  if _TFDS_SHARD.search(files[0].name):
+    raise InputError(
+      f"{files[0]} is a shard of a TFDS data set, whose metadata replace a"
+      " table of blocks. Train with type='tfds', name= and data_dir=."
+    )
+  folder = path_lib.as_path(output) if output else files[0].parent
   scan = functools.partial(tar_blocks.scan, records=records)
   if is_parquet := files[0].suffix == ParquetSource.suffix:
     scan, records = parquet.scan, 0
@@ -67,6 +84,7 @@ def run(
   table = block_table.build(
     files,
     scan,
+    folder=folder,
     per_block=records,
     processes=processes,
     announce=announce,
@@ -75,5 +93,5 @@ def run(
   print(
     f"{int(table.records.sum()):,} records in {len(table):,} blocks of"
     f" {len(files):,} shards; {int(table.captioned.sum()):,} have captions."
-    f" Wrote {files[0].parent / block_table.NAME}."
+    f" Wrote {folder / block_table.NAME}."
   )

@@ -26,7 +26,7 @@ from mtv_jax.report import labels
 from mtv_jax.utils.progress import Progress
 
 
-class Flags(arguments.Shards):
+class Flags(arguments.ShardFlags):
   """Flags of `mtv-jax inspect_labels`.
 
   Args:

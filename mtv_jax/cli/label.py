@@ -66,9 +66,9 @@ class ExpertOptions(arguments.Flags):
 
 
 def run(
-  shards: arguments.Shards,
+  shards: arguments.ShardFlags,
   options: ExpertOptions,
-  hosts: arguments.Distributed,
+  hosts: arguments.DistributedFlags,
   *,
   expert: Literal[KINDS],
   weights: str,

@@ -27,7 +27,7 @@ from mtv_jax.data.labels.label_writer import LabelWriter
 from mtv_jax.utils.progress import Progress
 
 
-class BoxFlags(arguments.Shards):
+class BoxFlags(arguments.ShardFlags):
   """Flags of `mtv-jax make_labels boxes`.
 
   Args:
@@ -41,7 +41,7 @@ class BoxFlags(arguments.Shards):
   output: str
 
 
-class DepthFlags(arguments.Shards):
+class DepthFlags(arguments.ShardFlags):
   """Flags of `mtv-jax make_labels depth`, without --metric and --inverse.
 
   Args:

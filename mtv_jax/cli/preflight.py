@@ -40,7 +40,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.progress import track
 
 
-class Flags(arguments.Config):
+class Flags(arguments.ConfigFlags):
   """Flags of `mtv-jax preflight`.
 
   Args:
@@ -100,8 +100,8 @@ def run(args: Flags) -> int:
 
 
 def _report(args: Flags, topology: Any) -> int:
-  from mtv_jax.perf.preflight import remat as remat_lib
   from mtv_jax.perf.preflight import report
+  from mtv_jax.perf.preflight import search as search_lib
 
   config = arguments.read_config(args)
   remat = str((config.get("model") or {}).get("remat", "none")).strip()
@@ -128,7 +128,7 @@ def _report(args: Flags, topology: Any) -> int:
     atomic.write_text(args.json, result.to_json() + "\n")
   if not result.compiled.fits and args.propose:
     print("\nchanges, compiled:")
-    for proposal in remat_lib.propose(config, topology):
+    for proposal in search_lib.propose(config, topology):
       print(f"  {proposal}", flush=True)
   elif not result.compiled.fits:
     print("\n--propose compiles changes until one fits.")

@@ -25,7 +25,7 @@ from mtv_jax.evals.core import results as results_lib
 from mtv_jax.report import tables
 
 
-class Flags(arguments.Weights, arguments.Distributed):
+class Flags(arguments.WeightFlags, arguments.DistributedFlags):
   """Flags of a probe.
 
   Args:

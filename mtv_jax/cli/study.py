@@ -30,7 +30,7 @@ from mtv_jax.studies import arms, expand, page, runner
 from mtv_jax.utils.errors import UserError
 
 
-class Flags(arguments.Config):
+class Flags(arguments.ConfigFlags):
   """Flags of `mtv-jax study`.
 
   Args:

@@ -32,7 +32,7 @@ from mtv_jax.utils import xla_flags
 log = logging.getLogger(__name__)
 
 
-class Flags(arguments.Config, arguments.Distributed):
+class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   """Flags of `mtv-jax train`.
 
   Args:
@@ -81,7 +81,7 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
   """Replaces `remat='auto'` by 'auto:CHOICE', equal in all processes.
 
   A resumed run reuses the choice recorded in its folder. CPU runs use 'none'.
-  Accelerators compile candidates, see `perf.preflight.remat.find_remat`.
+  Accelerators compile candidates, see `perf.preflight.search.find_remat`.
   """
   agree({"config": {"model": {"remat": config.model.remat}}})
   if config.model.remat.strip() != AUTO:
@@ -94,7 +94,7 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
   source = ", as in the run's config.json" if choice != AUTO else ""
   if choice == AUTO:
     from mtv_jax.perf import topologies
-    from mtv_jax.perf.preflight.remat import find_remat
+    from mtv_jax.perf.preflight.search import find_remat
 
     choice, topology = "none", topologies.describe_local()
     if topology.chip.kind != "cpu":

@@ -213,7 +213,7 @@ def read_layers(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
   if not len(indices) == len(layers) == dpt.STAGES or min(layers) < 0:
     raise ConversionError(
       f"backbone_config.out_indices={list(indices)}: expected {dpt.STAGES} of "
-      f"1..{depth}, such as {[i + 1 for i in dpt.quarter_taps(depth)]}."
+      f"1..{depth}, such as {[i + 1 for i in dpt.quarter_layers(depth)]}."
     )
   return tuple(layers)
 

@@ -20,6 +20,7 @@ from mtv_jax.models.layers import Length, NumLayers, Side, VocabularySize, Width
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import MissingFileError
+from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def open_weights(folder: pathlib.Path) -> TensorFiles:
   for pattern, kind in _OTHERS.items():
     names = sorted(p.name for p in folder.glob(pattern))
     if names:
-      lines.append(f"It has {', '.join(names[:4])}: {kind}.")
+      lines.append(f"It has {list_first(names, 4)}: {kind}.")
   lines.append(
     "Load the model once with transformers and call "
     "save_pretrained(folder, safe_serialization=True)."

@@ -28,12 +28,12 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.text import first_lines, list_first
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 PARAMS = "params.safetensors"
 INFO = "mtv_jax.json"
 _FORMAT = 1
-_MAX_LINES = 20  # Maximum lines of an error.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _Weights = Literal["student", "teacher", "ema"]
 _WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
@@ -209,7 +209,7 @@ def replace_conversion(
   if present and INFO not in present:
     raise ConversionError(
       f"{folder} is not empty and not an earlier conversion (it contains "
-      f"{', '.join(present[:5])}): name an empty or a new folder."
+      f"{list_first(present, 5)}): name an empty or a new folder."
     )
   others = {PARAMS, hf_files.WEIGHTS}.difference(names).intersection(present)
   if others:
@@ -264,16 +264,14 @@ def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
     for name, leaf in leaves.items()
     if not name.startswith("heads/")
   }
-  lines = [f"  {n}: missing" for n in expected if n not in shapes]
+  lines = [f"{n}: missing" for n in expected if n not in shapes]
   for name, shape in shapes.items():
     if name not in expected:
       hint = did_you_mean(name, expected, limit=3)
-      lines.append(f"  {name}: not in the model. {hint}")
+      lines.append(f"{name}: not in the model. {hint}")
     elif shape != expected[name]:
-      lines.append(f"  {name}: {shape}, and the model has {expected[name]}")
+      lines.append(f"{name}: {shape}, and the model has {expected[name]}")
   if lines:
-    more = len(lines) - _MAX_LINES
-    lines = lines[:_MAX_LINES] + [f"  ... and {more} more"] * (more > 0)
     raise ConversionError(
-      "The parameters are not those of the spec:\n" + "\n".join(lines)
+      f"The parameters are not those of the spec:\n{first_lines(lines, 20)}"
     )

@@ -20,7 +20,7 @@ from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.tree import flatten_with_names
 
-Arrays = tuple[np.ndarray, ...]
+Tensors = tuple[np.ndarray, ...]
 # Names in the file by our layer ("image/norm") or leaf ("image/cls_token").
 # `{i}` is the block index, a tuple lists projections that we fuse, and None
 # marks a leaf that the file lacks.
@@ -59,10 +59,10 @@ class Rule:
   leaves: tuple[str, ...]
   tensors: tuple[str, ...]
   shapes: tuple[tuple[int, ...], ...]
-  read: Callable[..., Arrays]
-  write: Callable[..., Arrays]
+  read: Callable[..., Tensors]
+  write: Callable[..., Tensors]
   depth: int = 0
-  default: Arrays | None = None
+  default: Tensors | None = None
 
   def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all tensors, block by block."""
@@ -214,7 +214,7 @@ def fuse(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
   return np.stack(split, axis=-2).reshape(*lead, -1)
 
 
-def unfuse(fused: np.ndarray, n: int, heads: int) -> Arrays:
+def unfuse(fused: np.ndarray, n: int, heads: int) -> Tensors:
   """The inverse of `fuse`: n arrays [..., H*dim]."""
   lead = fused.shape[:-1]
   parts = fused.reshape(*lead, heads, n, -1)
@@ -250,12 +250,12 @@ def stacked_projections(
     rotated = [split(p)[..., channels].reshape(p.shape) for p in parts[:2]]
     return [*rotated, *parts[2:]]
 
-  def read(rows: np.ndarray) -> Arrays:
+  def read(rows: np.ndarray) -> Tensors:
     # Transposing a bias is a no-op.
     parts = iter(permute([p.T for p in np.split(rows, sum(counts))], False))
     return tuple(fuse([next(parts) for _ in range(n)], heads) for n in counts)
 
-  def write(*arrays: np.ndarray) -> Arrays:
+  def write(*arrays: np.ndarray) -> Tensors:
     pairs = zip(arrays, counts, strict=True)
     parts = [part for array, n in pairs for part in unfuse(array, n, heads)]
     return (np.concatenate([part.T for part in permute(parts, True)]),)
@@ -283,10 +283,10 @@ def query_value_bias(spec: ViTSpec, query: str, value: str) -> Rule:
   `query` and `value` are names in the file.
   """
 
-  def read(q: np.ndarray, v: np.ndarray) -> Arrays:
+  def read(q: np.ndarray, v: np.ndarray) -> Tensors:
     return (fuse([q, np.zeros_like(q), v], spec.heads),)
 
-  def write(bias: np.ndarray) -> Arrays:
+  def write(bias: np.ndarray) -> Tensors:
     q, _, v = unfuse(bias, 3, spec.heads)
     return q, v
 
@@ -341,11 +341,11 @@ def folded_positions(
   """
   width, rows = spec.image.width, spec.image.grid**2 + 1
 
-  def read(token: np.ndarray, table: np.ndarray) -> Arrays:
+  def read(token: np.ndarray, table: np.ndarray) -> Tensors:
     table = table.reshape(rows, width)
     return token.reshape(width) + table[0], table[1:]
 
-  def write(token: np.ndarray, table: np.ndarray) -> Arrays:
+  def write(token: np.ndarray, table: np.ndarray) -> Tensors:
     # Our CLS token includes its position embedding.
     table = np.concatenate([np.zeros_like(table[:1]), table])
     return token.reshape(shapes[0]), table.reshape(shapes[1])

@@ -10,9 +10,8 @@ from jaxtyping import Float, Float32
 
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.text import first_lines
 from mtv_jax.utils.tree import unflatten_names
-
-_MAX_LINES = 10  # Maximum lines of an error per kind of difference.
 
 
 @runtime_checkable
@@ -118,11 +117,8 @@ def check_tensors(
     ("of another shape", mismatched),
   ):
     if names:
-      lines.append(f"  {title} ({len(names)}):")
-      lines.extend(f"    {name}" for name in names[:_MAX_LINES])
-      if len(names) > _MAX_LINES:
-        lines.append(f"    ... and {len(names) - _MAX_LINES} more")
-  lines.append("  " + _likely_cause(missing, unexpected, mismatched))
+      lines.append(f"{title} ({len(names)}):\n{first_lines(names, 10)}")
+  lines.append(_likely_cause(missing, unexpected, mismatched))
   raise ConversionError("\n".join(lines))
 
 

@@ -46,7 +46,7 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, UserError
 from mtv_jax.utils.ranges import RangeReader, RangeServer
 from mtv_jax.utils.threads import available_cores
 
@@ -63,6 +63,10 @@ _WINDOWS = 2
 _MAX_BAD_RUN = 256
 # Batches that may be prefetched beyond the step whose counts are requested.
 _MAX_AHEAD = 16
+
+
+class WorkerError(UserError):
+  """A worker process was killed, or crashed."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -219,6 +223,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   step: int  # Step of the next batch.
   examples_per_epoch: int  # Records of all sources.
   max_corrupt: float
+  workers: int = 0
   stats: Stats = dataclasses.field(default_factory=Stats)
   reader: RangeReader | None = None  # Of blocks; closed with the loader.
 
@@ -230,8 +235,21 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     return self._snapshots[step]
 
   def __next__(self) -> Batch:
-    """Returns the next batch; CorruptDataError if too many bad records."""
-    element = next(self.iterator)
+    """Returns the next batch.
+
+    Raises CorruptDataError if there are too many bad records, WorkerError if a
+    worker process was killed.
+    """
+    try:
+      element = next(self.iterator)
+    except RuntimeError as error:
+      if "terminated unexpectedly" not in str(error):
+        raise
+      raise WorkerError(
+        f"One of {self.workers} worker processes was killed or crashed, often"
+        " for lack of memory. Resume by the same command, with fewer"
+        " data.workers or a smaller data.block_memory."
+      ) from error
     rows, bad = element["rows"], element["bad"]
     self.step += 1
     self.stats.read += len(next(iter(rows.values()))) + len(bad)
@@ -263,6 +281,9 @@ class DataConfig:
 
   # Sources: dict(type, weight=1.0, and the arguments of the source).
   train: tuple[Any, ...] = ()
+  # Commits of the hub's data sets, by "datasets/ORG/NAME@REVISION". A run
+  # records those of its first start, and reads them in all later ones.
+  commits: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".
   workers: NonNegativeInt = 0  # Worker processes; 0: threads of this process.
   threads: PositiveInt | None = None  # Per process; None: one per core.
@@ -337,6 +358,7 @@ def make_loader(
     step=start_step,
     examples_per_epoch=sum(len(source) for source in sources),
     max_corrupt=config.max_corrupt,
+    workers=config.workers,
     stats=stats or Stats(),
     reader=reader,
   )

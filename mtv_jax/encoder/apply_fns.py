@@ -45,11 +45,11 @@ def image_function(
     is_native = isinstance(rows, Mapping)
     images = rows["patches"] if is_native else rows
     grids = rows["grids"] if is_native else None
-    out = tower.apply({"params": params}, images, grids=grids, taps=layers)
+    out = tower.apply({"params": params}, images, grids=grids, layers=layers)
     features = {name: getattr(out, name) for name in outputs}
     for layer in layers:
-      features[f"layer{layer}"] = out.taps[layer][:, first:]
-      features[f"prefix{layer}"] = out.taps[layer][:, :first]
+      features[f"layer{layer}"] = out.intermediates[layer][:, first:]
+      features[f"prefix{layer}"] = out.intermediates[layer][:, :first]
     if is_native:
       return {**features, "grids": grids}
     grid = spec.image.grid_of(*images.shape[1:3])
@@ -88,7 +88,7 @@ def head_function(
     inputs = {name: rows[name] for name in head.inputs}
     grid = spec.image.grid_of(*images.shape[1:3])
     variables = {"params": params["heads"][head.params_key]}
-    out = tower.apply({"params": params["image"]}, images, taps=head.taps)
+    out = tower.apply({"params": params["image"]}, images, layers=head.taps)
     apply = functools.partial(module.apply, variables)
     return head.predict(apply, out, grid, **inputs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,37 +31,50 @@ def in_batches(
 
   `prepare` maps an item's index to its row and runs in threads; `blank` is a
   padding row. `function` maps a tree of `[B, ...]` to replicated `[B, ...]`.
-  Every host prepares the rows of its own devices and returns all results. While
-  the devices compute a batch, threads prepare the next one, and the host
-  fetches the previous results.
+  Every host prepares the rows of its own devices and returns all results. On
+  several hosts a row takes consecutive items, batch after batch, so that each
+  host reads one part of the data. While the devices compute a batch, threads
+  prepare the next one, and the host fetches the previous results.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
   indices = sharding.addressable_devices_indices_map((size,)).values()
   rows = sorted({r for i in indices for r in range(*i[0].indices(size))})
-  results = collections.defaultdict(list)
+  steps = -(-count // size)
+  items = np.arange(steps * size).reshape(steps, size)  # Blank from `count` on.
+  if jax.process_count() > 1:
+    ends = -(-np.arange(size + 1) * count // size)
+    items = ends[:-1] + np.arange(steps)[:, None]
+    items[items >= ends[1:]] = count
+  results: dict[str, np.ndarray] = {}
 
-  def collect(out: dict[str, jax.Array], start: int) -> None:
+  def collect(out: dict[str, jax.Array], step: int) -> None:
+    valid = items[step] < count
     for name, value in out.items():
-      results[name].append(np.asarray(value)[: count - start])
+      if name not in results:
+        results[name] = np.empty((count, *value.shape[1:]), value.dtype)
+      results[name][items[step][valid]] = np.asarray(value)[valid]
 
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
 
-    def submit(start: int) -> dict[int, tuple]:
-      items = {row: start + row for row in rows if start + row < count}
-      return {row: (i, pool.submit(prepare, i)) for row, i in items.items()}
+    def submit(step: int) -> dict[int, tuple]:
+      chosen = {row: int(items[step, row]) for row in rows}
+      return {
+        row: (i, pool.submit(prepare, i))
+        for row, i in chosen.items()
+        if i < count
+      }
 
     ready, running = submit(0), None
-    steps = range(0, count, size)
-    for start in tqdm.tqdm(steps, desc="encode", leave=False, disable=None):
+    for step in tqdm.trange(steps, desc="encode", leave=False, disable=None):
       batch = _assemble(ready, blank, size)
-      ready = submit(start + size)
+      ready = submit(step + 1) if step + 1 < steps else {}
       out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))
       if running:
         collect(*running)
-      running = (out, start)
+      running = (out, step)
     collect(*running)
-  return {name: np.concatenate(parts) for name, parts in results.items()}
+  return results
 
 
 def mesh_of(leaf: Any) -> Mesh | None:

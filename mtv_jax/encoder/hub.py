@@ -1,7 +1,4 @@
-"""Hugging Face hub models, through huggingface_hub and its cache.
-
-huggingface_hub reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME`.
-"""
+"""Hugging Face hub models, through huggingface_hub and its cache."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 
 from mtv_jax.convert import card
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.hub import endpoint, import_hub, open_api
 
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
@@ -87,8 +85,7 @@ def upload(
   message: str = "Upload with mtv_jax",
 ) -> str:
   """Uploads a folder to a hub model, created if missing; the commit's URL."""
-  hub = import_hub()
-  api = hub.HfApi(endpoint=endpoint())
+  hub, api = import_hub(), open_api()
   options = {"revision": revision, "commit_message": message}
   try:
     api.create_repo(repo, private=private, exist_ok=True)
@@ -117,21 +114,3 @@ def _errors(hub: Any) -> tuple[type[Exception], ...]:
   The bases of `HfHubHTTPError` depend on the HTTP library.
   """
   return (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
-
-
-def endpoint() -> str | None:
-  """`HF_ENDPOINT`, read now; huggingface_hub reads it only at import."""
-  return os.environ.get("HF_ENDPOINT") or None
-
-
-def import_hub() -> Any:
-  """Imports huggingface_hub, an optional dependency; ImportError without it."""
-  try:
-    import huggingface_hub
-    import huggingface_hub.errors
-  except ImportError as error:
-    raise ImportError(
-      "huggingface_hub is not installed: pip install 'mtv_jax[hub]', or "
-      "download the folder and give its path."
-    ) from error
-  return huggingface_hub

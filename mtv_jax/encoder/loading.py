@@ -30,6 +30,7 @@ from mtv_jax.models.two_tower import (
 )
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
+from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("student", "teacher", "ema")
@@ -203,8 +204,7 @@ def is_run(path: str | os.PathLike) -> bool:
     content = "is a file" if path_lib.exists(folder) else "does not exist"
   else:
     names = path_lib.list_folder(folder)
-    content = "has " + ", ".join(names[:8]) + ", ..." * (len(names) > 8)
-    content = content if names else "is empty"
+    content = f"has {list_first(names, 8)}" if names else "is empty"
   raise MissingFileError(
     f"{folder} {content}. Expected a training run (config.json with a "
     f"'model', and checkpoints/), a native folder ({native.PARAMS}), an export "

@@ -246,10 +246,10 @@ def check_images(images: Any, method: str) -> None:
     isinstance(images, np.ndarray) and images.ndim < 4
   )
   if single or not hasattr(images, "__len__"):
-    got = f"a {type(images).__name__}"
     fix = "[image]" if single else "list(images)"
     raise TypeError(
-      f"Encoder.{method} takes a sequence of images and got {got}: pass {fix}"
+      f"Encoder.{method} takes a sequence of images and got a"
+      f" {type(images).__name__}: pass {fix}"
     )
   if not len(images):
     raise InputError(f"Encoder.{method} got no images")

@@ -1,4 +1,4 @@
-"""Expert protocol, and the depth expert for any model of inverse depth."""
+"""Expert protocol, and the options of experts: checks and plugins."""
 
 import dataclasses
 import functools
@@ -10,14 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import PyTree, UInt8
+from jaxtyping import UInt8
 
 from mtv_jax.config.options import build
-from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
-from mtv_jax.experts import local_mesh
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 Image = UInt8[np.ndarray, "h w 3"]
@@ -29,7 +26,7 @@ class PreparedInput:
   """An expert's input for one record."""
 
   group: Hashable  # A group's records have equal shapes and share batches.
-  arrays: Mapping[str, np.ndarray]  # For `run`, without a batch dimension.
+  arrays: Arrays  # For `run`, without a batch dimension.
   meta: Any = None  # For `finish`.
 
 
@@ -103,53 +100,3 @@ def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
     return build(functools.partial(load, path), options, where=name)
 
   return checked_load
-
-
-class DepthExpert:
-  """Labels images with the inverse depth of a model.
-
-  `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
-  `[n, h, w]`, with an arbitrary scale per image. `preprocess` maps an image to
-  the model's input; inputs of equal shape share a batch. Labels are `side` x
-  `side` pixels of `bits`; `batch_size` is images per device.
-  """
-
-  kind = "depth"
-
-  def __init__(
-    self,
-    function: Callable[[PyTree, PyTree], dict[str, jax.Array]],
-    params: PyTree,
-    preprocess: Callable[[np.ndarray], np.ndarray],
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    side: int,
-    bits: int,
-    settings: Mapping[str, Any],
-  ):
-    self.rows = batch_size * mesh.size
-    self._size = {"side": side, "bits": bits}
-    self.settings = {
-      **settings,
-      "batch_size": batch_size,
-      **label_values.depth_settings(self._size),
-    }
-    self._mesh, self._preprocess = mesh, preprocess
-    self._params = local_mesh.replicate(params, mesh)
-    self._function = local_mesh.jit_per_device(function, mesh)
-
-  def prepare(self, image: Image, record: Record) -> PreparedInput:
-    """Preprocesses an image."""
-    del record
-    pixels = self._preprocess(image)
-    return PreparedInput(pixels.shape[:2], {"images": pixels})
-
-  def run(self, arrays: Arrays) -> dict[str, jax.Array]:
-    """Predicts inverse `depth` `[rows, h, w]`."""
-    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
-
-  def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
-    """The label of one image: its depth map, averaged to the label size."""
-    del meta
-    return label_values.make_depth(outputs["depth"], **self._size)

@@ -1,9 +1,9 @@
-"""Depth Anything V2 (Yang et al. 2024) as an inverse-depth expert."""
+"""Depth expert: Depth Anything V2 (Yang et al. 2024), or a similar model."""
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import cv2
 import jax
@@ -18,10 +18,12 @@ from mtv_jax.convert import depth_anything, processors
 from mtv_jax.convert.depth_anything import DepthSpec
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels.label_values import LabelOutcome
+from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.preprocess import lower_bound_shape, nearest_multiple
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import DepthExpert, check_options
+from mtv_jax.experts.base import Arrays, Image, PreparedInput, check_options
 from mtv_jax.models import layers, vit
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -106,6 +108,56 @@ class DepthPreprocess:
     return min(side, max(most, self.multiple))
 
 
+class DepthExpert:
+  """Labels images with the inverse depth of a model.
+
+  `function` maps `params` and `images` `[n, h, w, 3]` to inverse `depth`
+  `[n, h, w]`, with an arbitrary scale per image. `preprocess` maps an image to
+  the model's input; inputs of equal shape share a batch. Labels are `side` x
+  `side` pixels of `bits`; `batch_size` is images per device.
+  """
+
+  kind = "depth"
+
+  def __init__(
+    self,
+    function: Callable[[PyTree, PyTree], dict[str, jax.Array]],
+    params: PyTree,
+    preprocess: Callable[[np.ndarray], np.ndarray],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    side: int,
+    bits: int,
+    settings: Mapping[str, Any],
+  ):
+    self.rows = batch_size * mesh.size
+    self._size = {"side": side, "bits": bits}
+    self.settings = {
+      **settings,
+      "batch_size": batch_size,
+      **label_values.depth_settings(self._size),
+    }
+    self._mesh, self._preprocess = mesh, preprocess
+    self._params = local_mesh.replicate(params, mesh)
+    self._function = local_mesh.jit_per_device(function, mesh)
+
+  def prepare(self, image: Image, record: Record) -> PreparedInput:
+    """Preprocesses an image."""
+    del record
+    pixels = self._preprocess(image)
+    return PreparedInput(pixels.shape[:2], {"images": pixels})
+
+  def run(self, arrays: Arrays) -> dict[str, jax.Array]:
+    """Predicts inverse `depth` `[rows, h, w]`."""
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+
+  def finish(self, outputs: Arrays, meta: Any) -> LabelOutcome:
+    """The label of one image: its depth map, averaged to the label size."""
+    del meta
+    return label_values.make_depth(outputs["depth"], **self._size)
+
+
 @check_options
 def load_expert(
   path: str | os.PathLike,
@@ -124,15 +176,13 @@ def load_expert(
   Args:
     path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
-    mesh: mesh of this host's devices; default: all devices.
-    batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
     preprocess, size, max_aspect: see `DepthPreprocess`. The default is "square"
       on accelerators, which compiles only one program, else "original".
     side, bits: side of a label in pixels, and bits of a pixel.
   """
   spec, params = depth_anything.read(path)
-  mesh = local_mesh.local_mesh() if mesh is None else mesh
-  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   if preprocess is None:
     preprocess = "square" if local_mesh.is_accelerator(mesh) else "original"
   inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
@@ -174,10 +224,10 @@ def make_function(
     n, *size = images.shape[:3]
     grid = spec.image.grid_of(*size)
     with apply_fns.precision(dtype):
-      out = tower.apply({"params": params["image"]}, images, taps=spec.layers)
+      out = tower.apply({"params": params["image"]}, images, layers=spec.layers)
       normed = [
-        norm.apply({"params": params["image"]["norm"]}, out.taps[tap])
-        for tap in spec.layers
+        norm.apply({"params": params["image"]["norm"]}, out.intermediates[i])
+        for i in spec.layers
       ]
       stages = [x[:, first:].reshape(n, *grid, -1) for x in normed]
       depth = head.apply({"params": params["depth"]}, stages, tuple(size))

@@ -108,9 +108,9 @@ def feature_function(
     keys = jax.random.split(jax.random.key(0), len(batch["image"]))
     view = views["image"](batch["image"], batch["image_size"], keys, dtype)
     with apply_fns.precision(encoder.dtype):
-      out = tower.apply({"params": params}, view.images[:, 0], taps=layers)
+      out = tower.apply({"params": params}, view.images[:, 0], layers=layers)
     features = {
-      f"layer{i}": out.taps[i][:, spec.image.prefix :] for i in layers
+      f"layer{i}": out.intermediates[i][:, spec.image.prefix :] for i in layers
     }
     features = features or {"patches": out.patches}
     features["pooled"] = out.pooled[:, None]
@@ -137,8 +137,7 @@ def load_expert(
 
   Args:
     folder: see `loading.load`.
-    mesh: mesh of this host's devices; default: all devices.
-    batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
     weights, step: weights and checkpoint of a run, see `loading.load`.
     size: input size in pixels; default: the encoder's.
     canvas: size of the run's `canvas` op in pixels; default: `size`.
@@ -146,8 +145,7 @@ def load_expert(
       final patch tokens.
     format: `float8` or `int8`.
   """
-  mesh = local_mesh.local_mesh() if mesh is None else mesh
-  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(
     folder, dtype=dtype, mesh=mesh, weights=weights, step=step
   )

@@ -36,14 +36,16 @@ def is_accelerator(mesh: Mesh) -> bool:
 
 
 def fill_defaults(
-  mesh: Mesh, dtype: str | None, batch_size: int | None
-) -> tuple[str, int]:
-  """Returns `dtype` and `batch_size`, images per device; None is the default.
+  mesh: Mesh | None, dtype: str | None, batch_size: int | None
+) -> tuple[Mesh, str, int]:
+  """Returns `mesh`, `dtype` and `batch_size`, images per device.
 
-  bfloat16 and 16 on accelerators, else float32 and 1.
+  The default, None, is `local_mesh`, with bfloat16 and 16 on accelerators, else
+  with float32 and 1.
   """
+  mesh = local_mesh() if mesh is None else mesh
   default = ("bfloat16", 16) if is_accelerator(mesh) else ("float32", 1)
-  return dtype or default[0], batch_size or default[1]
+  return mesh, dtype or default[0], batch_size or default[1]
 
 
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:

@@ -29,12 +29,12 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import (
   Arrays,
-  DepthExpert,
   Expert,
   Image,
   PreparedInput,
   check_options,
 )
+from mtv_jax.experts.depth_anything import DepthExpert
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
@@ -239,8 +239,7 @@ def load_expert(
     folder: see `loading.load`; a run loads its latest student.
     kind: kind of labels, "depth" or "boxes".
     phrases: queries, for boxes.
-    mesh: mesh of this host's devices; default: all devices.
-    batch_size, dtype: see `local_mesh.fill_defaults`.
+    mesh, batch_size, dtype: see `local_mesh.fill_defaults`.
     side, bits: side of depth labels in pixels, and bits of a pixel.
     threshold: minimum score of a box, exclusive.
     nms, max_boxes, min_side, max_area: see `detections.select`.
@@ -250,8 +249,7 @@ def load_expert(
       "boxes need phrases: give --phrases, such as ngrams or a vocabulary's"
       " file (in Python, phrases=build_phrases(...))."
     )
-  mesh = local_mesh.local_mesh() if mesh is None else mesh
-  dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+  mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
   encoder = loading.load(folder, dtype=dtype, mesh=mesh)
   if kind == "depth":
     sizes = dict(batch_size=batch_size, side=side, bits=bits)

@@ -22,7 +22,7 @@ from mtv_jax.utils.resampling import resize_matrix
 
 # Resampling methods of towers; 'crop': resample bilinearly to a square, then
 # crop its top left part (RADIO).
-Resize = Literal["bicubic", "antialiased", "bilinear_antialiased", "crop"]
+ResizeMethod = Literal["bicubic", "antialiased", "bilinear_antialiased", "crop"]
 
 
 @functools.lru_cache(maxsize=32)

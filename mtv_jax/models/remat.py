@@ -37,7 +37,7 @@ POLICIES: dict[str, Callable | None] = {
 }
 # Suffix of a name that is offloaded to host memory.
 HOST = ":host"
-# Config value: selects what fits the chip, see `perf/preflight/remat.py`. A run
+# Config value: `perf/preflight/search.py` selects what fits the chip. A run
 # records its choice as 'auto:CHOICE'.
 AUTO = "auto"
 
@@ -100,10 +100,9 @@ class Remat:
     for part in rest:
       key, equals, choice = (word.strip() for word in part.partition("="))
       if not equals or (keys is not None and key not in keys):
-        known = f": {', '.join(sorted(keys or ()))}"
         raise ConfigError(
-          f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an "
-          f"encoding that this config trains{known}."
+          f"{where}: {part!r} is not VIEW=CHOICE or TOWER=CHOICE of an encoding"
+          f" that this config trains: {', '.join(sorted(keys or ()))}."
         )
       if key in entries:
         raise ConfigError(f"{where}: two entries of {key!r} in {text!r}.")

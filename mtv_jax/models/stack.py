@@ -1,8 +1,8 @@
 """Stacks of blocks, and the base class of the towers.
 
 The parameters of a stack are one tree whose leaves have a leading `[depth]`,
-scanned or unrolled, with any remat policy and any taps. So checkpoints don't
-depend on these options.
+scanned or unrolled, with any remat policy and any layers returned. So
+checkpoints don't depend on these options.
 """
 
 from __future__ import annotations
@@ -76,22 +76,22 @@ def run_stack(
   x: Float[Array, "b n d"],
   *,
   context: Sequence[Array | None] = (),
-  taps: Sequence[int] = (),
+  layers: Sequence[int] = (),
   remat: str = "none",
   scan: bool = True,
   mesh: Mesh | None = None,
   layer_inputs: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-  """Runs a stack of blocks; returns the output, and {layer: output} for `taps`.
+  """Runs a stack of blocks; returns the output, and {layer: output}.
 
   Args:
     block: the detached module passed to `stacked_init`.
     stack: its stacked parameters.
     x: tokens in the block's compute dtype.
     context: further arguments of every block, such as tokens to attend to.
-    taps: layers whose output to return, from 0. The scan runs over static
-      slices of the stack that end at these layers, so that a tap costs only
-      the array it returns.
+    layers: layers whose output to return, from 0. The scan runs over static
+      slices of the stack that end at these layers, so that each costs only the
+      array that it returns.
     remat: what to save for the backward pass, see `remat.build_policy`.
     scan: False unrolls the blocks, to count FLOPs or to let the compiler
       schedule across them. Values are unchanged.
@@ -101,8 +101,8 @@ def run_stack(
     layer_inputs: arguments of the block by name; leaves `[depth, ...]`.
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
-  if taps:
-    check_taps(taps, depth)
+  if layers:
+    check_layers(layers, depth)
   policy = None if remat == "none" else build_policy(remat)
   has_fsdp = mesh is not None and mesh.shape["fsdp"] > 1
 
@@ -120,20 +120,20 @@ def run_stack(
     # unrolled blocks need a barrier.
     step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
-  layers = (stack, dict(layer_inputs or {}))
-  tapped = {}
+  scanned = (stack, dict(layer_inputs or {}))
+  intermediates = {}
   start = 0
-  for end in sorted({*taps, depth - 1}):
-    piece = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], layers)
+  for end in sorted({*layers, depth - 1}):
+    piece = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], scanned)
     if scan:
       x, _ = jax.lax.scan(step, x, piece)
     else:
       for i in range(end + 1 - start):
         x, _ = step(x, jax.tree.map(lambda p, i=i: p[i], piece))
-    if end in taps:
-      tapped[end] = x
+    if end in layers:
+      intermediates[end] = x
     start = end + 1
-  return x, tapped
+  return x, intermediates
 
 
 def block_options(spec: Any) -> dict[str, Any]:
@@ -166,8 +166,8 @@ class Tower(nn.Module):
   ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
     """Runs the tower's blocks, then its final norm, if any.
 
-    Inputs: `context`, `layer_inputs` and `taps` of `run_stack`. Taps precede
-    the final norm.
+    Inputs: `context`, `layer_inputs` and `layers` of `run_stack`. Outputs of
+    `layers` precede the final norm.
     """
     spec = self.spec
     block = Block(
@@ -181,8 +181,8 @@ class Tower(nn.Module):
     init = stacked_init(block, spec.depth, x.shape[-1], context)
     stack = self.param("blocks", init)
     options = dict(remat=self.remat, scan=self.scan, mesh=self.mesh, **inputs)
-    x, tapped = run_stack(block, stack, x.astype(self.dtype), **options)
-    return final_norm(spec, self.dtype)(x), tapped
+    x, intermediates = run_stack(block, stack, x.astype(self.dtype), **options)
+    return final_norm(spec, self.dtype)(x), intermediates
 
 
 def _save_all_but_gathered(primitive, *_, **__) -> bool:
@@ -190,12 +190,12 @@ def _save_all_but_gathered(primitive, *_, **__) -> bool:
   return primitive.name != "sharding_constraint"
 
 
-def check_taps(taps: Sequence[int], depth: int) -> None:
-  """Raises InputError unless every tap is a layer, 0 .. depth - 1."""
-  bad = [i for i in taps if not 0 <= i < depth]
+def check_layers(layers: Sequence[int], depth: int) -> None:
+  """Raises InputError unless all are layers of a tower, 0 .. depth - 1."""
+  bad = [i for i in layers if not 0 <= i < depth]
   if bad:
     raise InputError(
-      f"taps {bad} are not layers of a tower of depth {depth}: 0 (output of "
+      f"layers {bad} are not in a tower of depth {depth}: expected 0 (after "
       f"the first block) to {depth - 1}."
     )
 

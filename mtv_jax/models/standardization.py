@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float64
 
 from mtv_jax.utils.errors import InputError
 
-Method = Literal["phi_s", "whiten", "standardize", "none"]
+Standardization = Literal["phi_s", "whiten", "standardize", "none"]
 # Floor of an eigenvalue (variance), relative to their mean.
 _FLOOR = 1e-6
 
@@ -94,7 +94,7 @@ def _paley(order: int) -> np.ndarray:
 
 
 def fit_standardization(
-  moments: Moments, method: Method
+  moments: Moments, method: Standardization
 ) -> tuple[Float64[np.ndarray, " d"], Float64[np.ndarray, "d d"]]:
   """Returns the mean and the matrix for `standardize`.
 

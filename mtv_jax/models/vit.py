@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mtv_jax.config.options import PositiveFloat, Range
-from mtv_jax.models import layers
+from mtv_jax.models import layers as layers_lib
 from mtv_jax.models import positions as positions_lib
 from mtv_jax.models import stack as stack_lib
 from mtv_jax.models.layers import NumLayers, Side, Width
@@ -61,16 +61,18 @@ class ViTSpec:
   pre_norm: bool = False  # Norm between embedding and blocks (CLIP).
   patch_norm: bool = False  # Norm before the positions are added (AIMv2).
   final_norm: bool = True  # Norm after the blocks; RADIO has none.
-  norm_kind: layers.NormKind = "layer"  # Or 'rms' (AIMv2).
+  norm_kind: layers_lib.NormKind = "layer"  # Or 'rms' (AIMv2).
   patch_bias: bool = True  # Bias of the patch embedding; CLIP has none.
-  gelu: layers.Gelu = "tanh"
-  mlp: layers.MlpKind = "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
-  qkv_bias: layers.QkvBias = "all"
+  gelu: layers_lib.Gelu = "tanh"
+  mlp: layers_lib.MlpKind = (
+    "plain"  # Or 'swiglu' (DINOv2's giant, DINOv3's S+).
+  )
+  qkv_bias: layers_lib.QkvBias = "all"
   bias: bool = True  # In the blocks' other linear layers; AIMv2 has none.
   norm_eps: PositiveFloat = 1e-6
   projection: Width | None = None  # Output channels of a layer on `pooled`.
   mask_token: bool = False
-  position_resize: positions_lib.Resize = "bicubic"
+  position_resize: positions_lib.ResizeMethod = "bicubic"
 
   def __post_init__(self):
     stack_lib.check_tower(self)
@@ -135,7 +137,7 @@ class ImageOutput:
   patches: Float[Array, "b n d"]  # Normed; by rows, or in the order of `keep`.
   prefix: Float[Array, "b p d"]  # CLS (if any), then registers; also normed.
   pooled: Float[Array, "b e"]  # Image embedding, float32, not normalised.
-  taps: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
+  intermediates: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
 
 
 def check_images(images: Array) -> None:
@@ -170,7 +172,7 @@ class ViT(stack_lib.Tower):
     images: Float[Array, "b h w c"] | Float[Array, "b n f"],
     *,
     grids: Int[Array, "b 2"] | None = None,
-    taps: Sequence[int] = (),
+    layers: Sequence[int] = (),
     mask: Bool[Array, "b n"] | None = None,
     keep: Int[Array, "b k"] | None = None,
     drop_path_keys: Key[Array, " b"] | None = None,
@@ -184,7 +186,7 @@ class ViT(stack_lib.Tower):
       grids: rows and columns of patches per image. Patches beyond them are
         masked; ignore their outputs. Needs rotary positions, or learned ones
         resampled by 'bilinear_antialiased'.
-      taps: layers whose output to return, from 0.
+      layers: layers whose output to return, from 0.
       mask: True where the mask token replaces a patch.
       keep: indices of the patches to encode, in this order; other patches are
         not computed. A `mask` refers to all N patches.
@@ -215,19 +217,19 @@ class ViT(stack_lib.Tower):
       )  # fmt: skip
       scales = constrain_batch(scales, self.mesh)
       layer_inputs["drop_path"] = jnp.swapaxes(scales, 0, 1)  # [depth, B, 2]
-    x, tapped = self.run_blocks(
-      x, taps=taps, layer_inputs=layer_inputs, context=(coordinates, valid)
+    x, intermediates = self.run_blocks(
+      x, layers=layers, layer_inputs=layer_inputs, context=(coordinates, valid)
     )
     return ImageOutput(
       patches=x[:, spec.prefix :],
       prefix=x[:, : spec.prefix],
       pooled=self._pool(x, valid),
-      taps=tapped,
+      intermediates=intermediates,
     )
 
   def _norm(self, name):
     spec = self.spec
-    return layers.norm(spec.norm_eps, self.dtype, name, spec.norm_kind)
+    return layers_lib.norm(spec.norm_eps, self.dtype, name, spec.norm_kind)
 
   def _embed(self, images, mask, grids):
     """Patch embedding, mask token, positions: [B, N, D]."""
@@ -238,7 +240,7 @@ class ViT(stack_lib.Tower):
       x = patchify(images.astype(self.dtype), spec.patch_size)
     else:
       x, grid = images.astype(self.dtype), None
-    x = layers.Dense(
+    x = layers_lib.Dense(
       spec.width,
       use_bias=spec.patch_bias,
       dtype=self.dtype,
@@ -326,11 +328,11 @@ class ViT(stack_lib.Tower):
     first = 0 if spec.pool_prefix else spec.prefix
     if valid is not None:
       valid = valid[:, first:]
-    if spec.pool in layers.ATTENTION_POOLS:
-      pooled = layers.build_pool(spec, self.dtype)(x[:, first:], valid)
+    if spec.pool in layers_lib.ATTENTION_POOLS:
+      pooled = layers_lib.build_pool(spec, self.dtype)(x[:, first:], valid)
     elif spec.pool == "cls":
       pooled = x[:, np.array(spec.pool_tokens)].reshape(x.shape[0], -1)
     else:
       weights = None if valid is None else valid[..., None]
       pooled = x[:, first:].mean(axis=1, dtype=jnp.float32, where=weights)
-    return layers.project(pooled, spec.projection)
+    return layers_lib.project(pooled, spec.projection)

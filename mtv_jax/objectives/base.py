@@ -61,8 +61,7 @@ class Encoding:
 class Needs:
   """What an objective reads."""
 
-  # With the blocks whose outputs are read ("taps"), from 0; `()` reads only the
-  # final output.
+  # With the layers to return, from 0; `()` reads only the final output.
   encodings: Mapping[Encoding, tuple[int, ...]]
   fields: tuple[str, ...] = ()  # Batch fields: labels and masks.
   # Layouts of cached teacher features in label sets, by teacher.

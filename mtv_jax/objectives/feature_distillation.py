@@ -69,8 +69,8 @@ class Target:
   encoding: base.Encoding
   grid: int  # Patches per side for the comparison.
   stored_grid: int  # Patches per side of the teacher.
-  tap: int | None = None  # The block of 'layerI'.
-  prefix: int = 0  # Tokens before the patches in the taps.
+  layer: int | None = None  # The block of 'layerI'.
+  prefix: int = 0  # Tokens before the patches of a layer.
   cached: str | None = None  # Format of the label set, if any.
   is_cropped_or_flipped: bool = False  # Whether the view crops or flips.
 
@@ -86,9 +86,9 @@ class Target:
     output = encodings[self.encoding]
     if self.kind == SUMMARY:
       return output.pooled
-    if self.tap is None:
+    if self.layer is None:
       return self.resize(output.patches)
-    return self.resize(output.taps[self.tap][:, :, self.prefix :])
+    return self.resize(output.intermediates[self.layer][:, :, self.prefix :])
 
   def _read_cached(self, batch: base.Batch) -> Float[Array, "b n *p d"]:
     """Decodes the canvas's features; crops patches like depth maps."""
@@ -162,7 +162,7 @@ class FeatureDistillation(base.Objective):
   cosine_share: options.Fraction = 0.9  # The rest is smooth L1.
   # Standardisation of teacher patches, see `models/standardization.py`; 'none'
   # in AM-RADIO. Without adaptors it also applies to student patches.
-  normalize: standardization.Method = "phi_s"
+  normalize: standardization.Standardization = "phi_s"
   # Training examples that give mean and covariance, before step 0.
   statistics_examples: options.PositiveInt = 2048
   # Set by `resolve`.
@@ -254,7 +254,7 @@ class FeatureDistillation(base.Objective):
       targets.append(Target(kind="patches", **common))
     if self.feature_weight:
       targets += [
-        Target(kind=f"layer{i}", tap=i, prefix=image.prefix, **common)
+        Target(kind=f"layer{i}", layer=i, prefix=image.prefix, **common)
         for i in teacher.layers
       ]
     for target in targets if self.adaptor == "none" else ():
@@ -275,7 +275,7 @@ class FeatureDistillation(base.Objective):
     return self.targets
 
   def needs(self) -> base.Needs:
-    taps: dict[base.Encoding, set[int]] = {self.image: set()}
+    layers: dict[base.Encoding, set[int]] = {self.image: set()}
     layouts: dict[str, FeatureLayout] = {}
     for target in self._resolved():
       if target.cached:
@@ -284,10 +284,10 @@ class FeatureDistillation(base.Objective):
         count = 1 if target.kind == SUMMARY else target.stored_grid**2
         layout.shapes[target.kind] = (count, target.channels)
         continue
-      read = taps.setdefault(target.encoding, set())
-      if target.tap is not None:
-        read.add(target.tap)
-    encodings = {e: tuple(sorted(t)) for e, t in taps.items()}
+      read = layers.setdefault(target.encoding, set())
+      if target.layer is not None:
+        read.add(target.layer)
+    encodings = {e: tuple(sorted(t)) for e, t in layers.items()}
     fields = () if self.sources is None else ("source",)
     return base.Needs(encodings, fields, features=layouts)
 

@@ -1,8 +1,12 @@
 """JAX's distributed runtime: initialisation, gathers and agreement."""
 
+import collections
+import concurrent.futures
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,9 +15,14 @@ from jax.experimental import multihost_utils
 from mtv_jax.config.overrides import list_differences
 from mtv_jax.utils.errors import ConfigError, InputError, printable
 from mtv_jax.utils.text import list_first
+from mtv_jax.utils.threads import available_cores, map_ahead
 
+T = TypeVar("T")
 # Limits of an error: differences, characters per value, ranges of processes.
 _MAX_DIFFERENCES, _MAX_CHARACTERS, _MAX_RANGES = 5, 120, 8
+# Items per exchange between processes, and exchanges computed ahead. Both must
+# be equal in all processes, whatever their number of cores.
+_ROUND, _ROUNDS_AHEAD = 16, 2
 
 
 class ProcessMismatchError(ConfigError):
@@ -74,6 +83,58 @@ def gather_bytes(data: bytes) -> list[bytes]:
   rows = multihost_utils.process_allgather(padded)  # [processes, bytes]
   pairs = zip(rows, sizes, strict=True)
   return [np.asarray(row[:size]).tobytes() for row, size in pairs]
+
+
+def shared_map(
+  function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
+) -> Iterator[Any]:
+  """`map_ahead`, with the items divided among the processes of a pod.
+
+  Each of P processes computes every P-th item and receives all results. All
+  processes must iterate equal items at the same point of the program. An error
+  in one process is raised in all.
+  """
+  processes, process = jax.process_count(), jax.process_index()
+  if processes == 1:
+    yield from map_ahead(function, items, ahead=ahead)
+    return
+  items = iter(items)
+  size = processes * -(-_ROUND // processes)
+  pending: collections.deque = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
+    while True:
+      if batch := list(itertools.islice(items, size)):
+        own = batch[process::processes]
+        pending.append((len(batch), [pool.submit(function, x) for x in own]))
+        if len(pending) <= _ROUNDS_AHEAD:
+          continue
+      if not pending:
+        return
+      count, futures = pending.popleft()
+      parts = gather_results(lambda f=futures: [x.result() for x in f])
+      yield from (parts[i % processes][i // processes] for i in range(count))
+
+
+def gather_results(function: Callable[[], T]) -> list[T]:
+  """Gathers what a function returns in each process.
+
+  Collective: all processes call it. An error in one is raised in all.
+  """
+  if jax.process_count() == 1:
+    return [function()]
+  result, failure = None, None
+  try:
+    result = function()
+  except Exception as error:
+    failure = error
+  own = (result, failure and f"{type(failure).__name__}: {failure}")
+  parts = [pickle.loads(data) for data in gather_bytes(pickle.dumps(own))]
+  if failure:
+    raise failure
+  for process, (_, message) in enumerate(parts):
+    if message:
+      raise InputError(f"process {process} failed: {message}")
+  return [result for result, _ in parts]
 
 
 def agree(facts: Mapping[str, Any]) -> None:

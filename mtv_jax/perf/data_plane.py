@@ -29,17 +29,19 @@ class _RecordingReader(RangeReader):
 
   def __init__(self):
     super().__init__(0)
-    self.spans: list[Range] = []
+    self.spans: dict[Range, bool] = {}
+
+  def prefetch(self, spans: Iterable[Range]) -> None:
+    """Notes ranges of bucket files."""
+    self.spans |= {s: False for s in spans if path_lib.is_remote(s.path)}
 
   def note(self, spans: Iterable[Range]) -> None:
-    """Notes ranges, also those that are copied to the disk."""
-    self.spans += [s for s in spans if path_lib.is_remote(s.path)]
+    """Notes shards that are copied to the disk."""
+    self.spans |= dict.fromkeys(spans, True)
 
-  prefetch = note
-
-  def take(self) -> list[Range]:
-    """Returns the ranges since the last call, each one once."""
-    spans, self.spans = list(dict.fromkeys(self.spans)), []
+  def take(self) -> dict[Range, bool]:
+    """Returns the ranges since the last call, and whether each is copied."""
+    spans, self.spans = self.spans, {}
     return spans
 
 
@@ -51,12 +53,14 @@ class DataPlane:
   examples_per_second: float  # Of all hosts.
   requests_per_example: float
   bytes_per_example: float
-  largest_share: float  # Records of a host in an epoch, over the mean.
-  window_bytes: int  # Blocks of a step's rows, of the largest host.
-  ahead_bytes: int  # With the blocks that are read ahead.
   block_memory: int  # Bytes.
   start_requests: int  # Per host.
   copied_bytes: int  # In the folder for copies of bucket files.
+  # Orders of single records have no windows.
+  shard_bytes: int = 0  # Shards that are copied whole for a window's blocks.
+  largest_share: float = 1.0  # Records of a host in an epoch, over the mean.
+  window_bytes: int = 0  # Blocks of a step's rows, of the largest host.
+  ahead_bytes: int = 0  # With the blocks that are read ahead.
 
   @property
   def requests_per_second(self) -> float:
@@ -110,6 +114,11 @@ class DataPlane:
       f" {self.start_requests * self.hosts:,} in all; local copies"
       f" {format_bytes(self.copied_bytes)} in {path_lib.cache_folder()}",
     ]
+    if self.shard_bytes:
+      lines.append(
+        f"  disk for copied shards {format_bytes(self.shard_bytes)} per host,"
+        " and four more"
+      )
     return "\n".join(lines + [f"  WARNING: {w}" for w in self.warnings])
 
 
@@ -143,7 +152,8 @@ def compute(
     examples_per_second=examples_per_second,
     block_memory=config.block_memory << 20,
     start_requests=start_requests,
-    copied_bytes=sum(f.stat().st_size for f in copies if f.is_file()),
+    # Not the size: lazy copies have no content.
+    copied_bytes=sum(512 * f.stat().st_blocks for f in copies if f.is_file()),
     **figures,
   )
 
@@ -158,7 +168,7 @@ def _measure_windows(
   """Reads the ranges of each host's first windows."""
   rows = batch_size // hosts
   examples = requests = size = 0
-  largest = [0, 0]
+  largest, shards = [0, 0], 0
   for host in range(hosts):
     positions = range(host * rows, (host + 1) * rows)
     for windows in (1, 2):
@@ -168,7 +178,9 @@ def _measure_windows(
         examples += len(window.records) * (windows == 2)
       spans = recorder.take()
       total = sum(span.size for span in spans)
-      largest[windows - 1] = max(largest[windows - 1], total)
+      copied = sum(s.size for s, is_copied in spans.items() if is_copied)
+      largest[windows - 1] = max(largest[windows - 1], total - copied)
+      shards = max(shards, copied)
     requests, size = requests + len(spans), size + total
   rows_of_lanes = sum(lanes.count_rows(0) for lanes in order.sources)
   owned = rows_of_lanes.reshape(hosts, -1).sum(1)
@@ -177,6 +189,7 @@ def _measure_windows(
     bytes_per_example=size / examples,
     window_bytes=largest[0],
     ahead_bytes=largest[1],
+    shard_bytes=shards,
     largest_share=float(owned.max() / owned.mean()),
   )
 
@@ -198,7 +211,4 @@ def _measure_records(
   return dict(
     requests_per_example=requests / _SAMPLES,
     bytes_per_example=size / _SAMPLES,
-    window_bytes=0,
-    ahead_bytes=0,
-    largest_share=1.0,
   )

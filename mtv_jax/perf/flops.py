@@ -335,9 +335,9 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
   reads = count(loss_inputs, encoded, heads, state, batch, views).reads
   leaves, tree = jax.tree.flatten(encoded)
   read = jax.tree.unflatten(tree, reads[: len(leaves)])
-  for encoding, taps in spec.plan.items():
+  for encoding, layers in spec.plan.items():
     keep = jax.tree.leaves(read[encoding])
-    forward = functools.partial(encode, {encoding: taps})
+    forward = functools.partial(encode, {encoding: layers})
     if encoding.weights != base.STUDENT:
       flops = count(forward, *args, keep=keep).flops
     else:

@@ -15,9 +15,7 @@ from scipy import optimize
 
 from mtv_jax.report.style import COLOURS, SVG_STYLE, THEME, escape
 from mtv_jax.utils.plots import shorten, text_width
-from mtv_jax.utils.text import format_short, one_line
-
-Number = int | float
+from mtv_jax.utils.text import Number, format_short, one_line
 
 WIDTH = 340
 TEXT = 12  # Font size.

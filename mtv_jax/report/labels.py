@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mtv_jax.config.options import PositiveInt, Range, check_value
 from mtv_jax.data import registry
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import JOINS, open_labels
-from mtv_jax.data.labels.label_sets import flatten
 from mtv_jax.experts.inspection import cards, findings, statistics
 from mtv_jax.experts.inspection.cards import Card, count_names
 from mtv_jax.report import charts, page
@@ -200,7 +200,7 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
     yield page.Table([("times", "dropped or changed"), *rows]).html()
   rows = [
     (name, format_setting(value, _VALUE))
-    for name, value in flatten(stats["settings"])
+    for name, value in flatten_dict(stats["settings"], sep=".").items()
   ]
   table = page.Table([("setting", ""), *rows])
   yield page.Details("Settings of the label set", [table]).html()

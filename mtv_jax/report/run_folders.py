@@ -31,7 +31,7 @@ _FIELDS = dict(
 # Raised by `json` for invalid or too deeply nested text.
 _JSON_ERRORS = (ValueError, RecursionError)
 # (step, value) pairs by metric.
-Series = dict[str, list[tuple[int, float]]]
+MetricHistory = dict[str, list[tuple[int, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RunRecord:
   seed: int
   folder: pathlib.Path
   config: dict[str, Any]  # resolved
-  series: Series  # see `read_metrics`
+  series: MetricHistory  # see `read_metrics`
   outcome: Outcome  # the last result of each evaluation, with resamples
   files: dict[str, pathlib.Path]  # JSON of the results, by evaluation
   # Sheets of the results, by (evaluation, sheet).
@@ -152,7 +152,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   return aliases.rename_old_keys(config)
 
 
-def read_metrics(folder: pathlib.Path) -> Series:
+def read_metrics(folder: pathlib.Path) -> MetricHistory:
   """The drawable metrics of `metrics.jsonl` by name; empty without the file."""
   series = collections.defaultdict(dict)
   path = folder / "metrics.jsonl"

@@ -238,7 +238,7 @@ class GradNorm(Balance):
   mean_j(G_j) r_i^alpha held constant, updates f_i; the f_i are then rescaled to
   sum to T, the number of objectives. lr and alpha follow the paper's NYUv2 run.
 
-  Our choices: gradients are on the whole image encoder, since objectives tap
+  Our choices: gradients are on the whole image encoder, since objectives read
   several layers. f_i is updated every `every_steps` updates, since a
   measurement takes one backward pass per objective. L_i(0) is from the first
   step in which L_i has labels. Objectives without labels in a batch are left

@@ -65,7 +65,10 @@ class Experiment(TrainStep):
 def build_experiment(
   config: sections.Config | RunConfig, workdir: str | os.PathLike
 ) -> Experiment:
-  """Resolves a config and builds everything except the state."""
+  """Resolves a config and builds everything except the state.
+
+  The evaluations' data are opened by `open_evaluations`.
+  """
   check_workdir(workdir)
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
@@ -108,7 +111,7 @@ def build_experiment(
     tokenizer=tokenizer,
     sources=sources,
     prediction_heads=heads,
-    evaluators=_prepare_evaluators(step, evaluable(model, heads)),
+    evaluators=_choose_evaluators(step, evaluable(model, heads)),
     trackers=trackers,
   )
 
@@ -176,10 +179,10 @@ def evaluable(
   return frozenset(text | {head.objective for head in heads.values()})
 
 
-def _prepare_evaluators(
+def _choose_evaluators(
   step: TrainStep, given: frozenset[str]
 ) -> dict[str, evals_base.Evaluator]:
-  """Builds the evaluators and opens their data, to fail early."""
+  """Builds the evaluators; ConfigError if the run lacks what one needs."""
   config = step.config
   weights = {"config.weights": config.weights}
   for name, entry in config.evals.items():
@@ -198,12 +201,20 @@ def _prepare_evaluators(
         f"config.evals.{name} evaluates {what}, which this run does not train."
         f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
       )
+  return evaluators
+
+
+def open_evaluations(experiment: Experiment) -> None:
+  """Opens the evaluations' data, to fail early.
+
+  Collective: all processes call it, with equal configs.
+  """
+  for name, evaluator in experiment.evaluators.items():
     try:
       evaluator.prepare()
     except UserError as error:
       error.add_note(f"(in config.evals.{name})")
       raise
-  return evaluators
 
 
 def make_loader(

@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment.random import image_keys, row_keys, step_key
 from mtv_jax.objectives import base
+from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
 from mtv_jax.parallel.rules import all_gather_params, constrain_batch
 from mtv_jax.train.spec import StepSpec, TrainState
 from mtv_jax.utils.tree import map_with_names, pytree_dataclass
 
-Batch = Mapping[str, Array]
 # Gathered at use instead: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
 _NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
@@ -221,7 +221,7 @@ def encode(
     apply = functools.partial(tower.apply, {"params": weights})
     with jax.named_scope(str(encoding)):
       if encoding.tower == "image":
-        apply = functools.partial(apply, taps=layers)
+        apply = functools.partial(apply, layers=layers)
         outputs[encoding] = _encode_images(
           spec, encoding, apply, batch, step, mesh
         )

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, PyTree
 from mtv_jax.augment.random import step_key
 from mtv_jax.config import aliases
 from mtv_jax.objectives import base
+from mtv_jax.objectives.base import Batch
 from mtv_jax.train.forward import (
-  Batch,
   Loss,
   add_views,
   bind_heads,

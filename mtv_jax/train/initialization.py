@@ -15,11 +15,11 @@ from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.encoder import hub, loading
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.models.standardization import Moments, batch_moments
-from mtv_jax.objectives.base import TEACHER
+from mtv_jax.objectives.base import TEACHER, Batch
 from mtv_jax.parallel.mesh import replicated_sharding, shard_batch
 from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
-from mtv_jax.train.forward import Batch, add_views, encode, gather_params
+from mtv_jax.train.forward import add_views, encode, gather_params
 from mtv_jax.train.gradients import split_batch
 from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
 from mtv_jax.train.step import Program

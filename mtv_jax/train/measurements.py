@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.config.durations import Duration, PositiveDuration
+from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import replicated_sharding
-from mtv_jax.train.forward import Batch
 from mtv_jax.train.gradients import (
   compute_encoder_grad_norms,
   compute_encoder_gradients,
@@ -266,11 +266,9 @@ class GradientMeasurements:
     """Returns a row of `interference.jsonl`, its metrics, and norms by name."""
     measured = jax.device_get(self.interference(state, batch, active, lr))
     norms = np.linalg.norm(measured["norms"], axis=1)
-    row, scalars = (
-      interference_row(active, measured),
-      interference_scalars(measured),
-    )
-    return row, scalars, dict(zip(active, norms, strict=True))
+    row = interference_row(active, measured)
+    by_name = dict(zip(active, norms, strict=True))
+    return row, interference_scalars(measured), by_name
 
 
 def norm_metrics(norms: Mapping[str, Any]) -> dict[str, float]:

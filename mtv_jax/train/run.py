@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from mtv_jax.augment import views as views_lib
 from mtv_jax.checkpoint.checkpointer import CheckpointConfig
+from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import aliases, sections
 from mtv_jax.config.durations import Duration, PositiveDuration, TotalDuration
 from mtv_jax.config.options import (
@@ -29,9 +30,9 @@ from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
-from mtv_jax.train.numerics import Bound, NonFiniteConfig
 from mtv_jax.train.optim.optimizer import OptimConfig
 from mtv_jax.train.optim.schedules import ScheduleConfig
+from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
 from mtv_jax.train.teachers import (
   FrozenTeacher,
@@ -39,7 +40,10 @@ from mtv_jax.train.teachers import (
   build_teachers,
   read_teacher_models,
 )
+from mtv_jax.train.workdir import read_recorded_config
+from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.path_patterns import pin_all
 
 log = logging.getLogger(__name__)
 
@@ -218,20 +222,37 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   return sections.read(RunConfig, plain, "config")
 
 
+def _pin_data(
+  data: DataConfig, workdir: str | os.PathLike | None
+) -> DataConfig:
+  """Replaces revisions of the hub's data sets by their commits."""
+  commits: dict[str, str] = {}
+  if f"{hub.SCHEME}://" not in str(data.train):
+    return data
+  if workdir is not None and saved_steps(workdir):
+    recorded = read_recorded_config(workdir).get("data") or {}
+    commits |= recorded.get("commits") or {}
+  commits |= data.commits
+  train = tuple(pin_all(entry, commits) for entry in data.train)
+  return dataclasses.replace(data, train=train, commits=commits)
+
+
 def resolve(
   config: Config | RunConfig, workdir: str | os.PathLike | None = None
 ) -> RunConfig:
   """Checks a config and fills in derived values; ConfigError if invalid.
 
-  Derived values are the teachers' architectures, the mask token and the text
-  tower. A resolved config is returned unchanged. The `config.json` of a run in
-  `workdir` records the teachers.
+  Derived values are the teachers' architectures, the mask token, the text tower
+  and the commits of the hub's data sets. A resolved config is returned
+  unchanged. The `config.json` of a run in `workdir` records teachers and
+  commits.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
   teachers = read_teacher_models(run.teachers, workdir)
-  run = dataclasses.replace(run, teachers=teachers)
+  data = _pin_data(run.data, workdir)
+  run = dataclasses.replace(run, teachers=teachers, data=data)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec

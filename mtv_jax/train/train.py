@@ -14,23 +14,24 @@ from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
 from mtv_jax.parallel.distributed import agree
-from mtv_jax.train import numerics
+from mtv_jax.train import rollback
 from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
   log_experiment,
   make_loader,
+  open_evaluations,
   save_config,
 )
 from mtv_jax.train.initialization import fit_statistics, initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
-from mtv_jax.train.numerics import RollbackError, UpdateMonitor
+from mtv_jax.train.rollback import RollbackError, UpdateMonitor
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime import peers, preemption, sessions
 from mtv_jax.train.runtime.prefetch import BackgroundLoader
-from mtv_jax.train.runtime.watchdog import StepProfiler, Watchdog
+from mtv_jax.train.runtime.watchdog import Watchdog
 from mtv_jax.train.spec import TrainState
-from mtv_jax.train.train_loop import Trainer
+from mtv_jax.train.train_loop import StepProfiler, Trainer
 from mtv_jax.train.workdir import (
   CHECKPOINTS,
   open_run_folder,
@@ -93,7 +94,7 @@ def train(
     ConfigError: the config is invalid.
     ProcessMismatchError: processes differ in config, code, data or checkpoints.
     NonFiniteError: too many updates are non-finite.
-    numerics.BoundError: an evaluation is out of bounds.
+    rollback.BoundError: an evaluation is out of bounds.
     data.stats.CorruptDataError: too many records are unusable.
     preemption.Preempted: after a signal, once a checkpoint is saved.
     watchdog.StalledError: a step took too long; saved if possible.
@@ -108,6 +109,7 @@ def train(
     if jax.process_count() > 1:
       options = {"restore": restore, "debug_nans": debug_nans}
       agree(_describe_run(experiment, **options))
+    open_evaluations(experiment)
   log_experiment(experiment)
   chrono = Chrono(
     total_steps=experiment.total_steps,
@@ -285,7 +287,7 @@ def _train_from(
       monitor=UpdateMonitor(
         max_consecutive=config.nonfinite.max_consecutive,
         spike_factor=config.log.spikes,
-        **{k: timing[k] for k in numerics.SAVED if k in timing},
+        **{k: timing[k] for k in rollback.SAVED if k in timing},
       ),
       session=session,
       profiler=profiler,

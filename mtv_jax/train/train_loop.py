@@ -20,7 +20,7 @@ from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.parallel.distributed import any_process
-from mtv_jax.train import numerics
+from mtv_jax.train import rollback
 from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.measurements import (
@@ -29,17 +29,62 @@ from mtv_jax.train.measurements import (
   norm_metrics,
 )
 from mtv_jax.train.metrics import Chrono, MetricWriter
-from mtv_jax.train.numerics import NonFiniteError, RollbackError, UpdateMonitor
+from mtv_jax.train.rollback import NonFiniteError, RollbackError, UpdateMonitor
 from mtv_jax.train.runtime import preemption, sessions
 from mtv_jax.train.runtime.prefetch import (
   BackgroundLoader,
   Interrupted,
   prefetch_to_device,
 )
-from mtv_jax.train.runtime.watchdog import StalledError, StepProfiler, Watchdog
+from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
 from mtv_jax.train.spec import TrainState
+from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
+
+
+class StepProfiler(contextlib.AbstractContextManager):
+  """Traces the steps `first` to `last`, inclusive, to a folder.
+
+  Every process writes its own trace. A run that resumes after `first` writes no
+  trace.
+  """
+
+  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+    self._folder = folder
+    self._first, self._last = steps or (0, 0)
+    self._tracing = False
+
+  def start(self, step: int) -> None:
+    """Starts the trace before its first step."""
+    if step != self._first:
+      return
+    try:
+      jax.profiler.start_trace(str(self._folder))
+    except Exception as error:  # A full disk, or another profiler.
+      log.warning("No profile of step %d: %s", step, error)
+      return
+    self._tracing = True
+
+  def stop(self, step: int, values: Any) -> None:
+    """Stops the trace after its last step, which computes `values`."""
+    if not self._tracing or step < self._last:
+      return
+    jax.block_until_ready(values)
+    self._finish()
+
+  def _finish(self) -> None:
+    self._tracing = False
+    try:
+      jax.profiler.stop_trace()
+    except Exception as error:
+      log.warning("No profile: %s", error)
+    else:
+      log.info("Wrote a profile to %s.", self._folder)
+
+  def __exit__(self, *error: Any) -> None:
+    if self._tracing:
+      self._finish()
 
 
 @dataclasses.dataclass
@@ -168,27 +213,27 @@ class Trainer:
         self.report_skipped(step, values, batch)
       spike = self.monitor.observe(step, bool(skipped), float(norm))
       if spike is not None:
-        norms = self.measure_norms(batch)
+        norms = self.measure_norms(batch).items()
         log.warning(
           f"Step {step}: the gradient's norm is {norm:.3g}, {spike:.0f} times"
           " the median of the steps before. Norms on the encoder: "
-          f"{numerics.format_values(norms) or 'unknown'}."
+          f"{', '.join(f'{n} {v:.3g}' for n, v in norms) or 'unknown'}."
         )
 
   def report_skipped(self, step: int, values: Any, batch: Any) -> None:
     """Logs a skipped update with its non-finite metrics and its rows."""
     values = jax.device_get(values)
-    names = numerics.list_non_finite(values)
+    names = rollback.list_non_finite(values)
     if not any(name.endswith("/loss") for name in names):
       # The losses are finite: find the non-finite gradient.
-      names += numerics.list_non_finite(self.measure_norms(batch))
+      names += rollback.list_non_finite(self.measure_norms(batch))
     try:
       keys = self.batches.loader.batches.read_keys(step - 1)
     except Exception as error:
       keys = [f"unknown: {error}"]
     log.warning(
       f"Step {step}: not finite: {', '.join(names)}. The update is skipped."
-      f" Rows: {numerics.format_names(keys)}."
+      f" Rows: {list_first(keys, 16)}."
     )
     row = {"batch": order.batch_of_step(step - 1, self.skipped)}
     row |= {"metrics": names, "keys": keys}
@@ -199,7 +244,7 @@ class Trainer:
       # Restores the step number, on which random numbers depend.
       state = self.state.replace(step=self.state.step - 1)
       with self.paused("measure"):
-        where = numerics.locate_nan(
+        where = rollback.locate_nan(
           compute_gradients, spec, state, batch, experiment.mesh
         )
       raise NonFiniteError(f"at step {step}: {where}")

@@ -128,8 +128,9 @@ def check_workdir(folder: str | os.PathLike) -> None:
   """Raises ConfigError for buckets other than `gs://`."""
   if path_lib.is_remote(folder) and not str(folder).startswith("gs://"):
     raise ConfigError(
-      f"--workdir={folder}: checkpoints can't be written to s3://. Give a "
-      "folder or gs://, and copy the run to S3 when it is complete."
+      f"--workdir={folder}: checkpoints can't be written to "
+      f"{str(folder).partition('//')[0]}//. Give a folder or gs://, and copy "
+      "the run when it is complete."
     )
 
 

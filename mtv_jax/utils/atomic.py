@@ -133,7 +133,8 @@ def replace_folder(
   try:
     yield temporary
     for file in temporary.rglob("*"):
-      if file.is_file():
+      # Files of the year 1970 are empty, see `path.lazy_copy`.
+      if file.is_file() and file.stat().st_mtime_ns:
         _sync(file)
     if folder.exists():
       _link_others(folder, temporary, replaced)
@@ -142,9 +143,9 @@ def replace_folder(
     except OSError as error:
       if error.errno not in (errno.EBUSY, errno.EXDEV):
         raise
-      why = f"({error.strerror}): it is the folder of a mount"
       raise InputError(
-        f"{folder} can't be replaced {why}. Name a folder in it."
+        f"{folder} can't be replaced ({error.strerror}): it is the folder of a"
+        " mount. Name a folder in it."
       ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Requests to object stores (`gs://`, `s3://`).
+"""Requests to object stores (`gs://`, `s3://`) and to the hub (`hf://`).
 
-Through fsspec: gcsfs and s3fs (extra `buckets`) are imported on first use, and
-failed requests are retried with back-off. Callers use `utils.path`. Through
-tensorstore, which retries by itself: byte ranges (`utils.ranges`), and writes
-that depend on an object's generation.
+Through fsspec: gcsfs and s3fs (extra `buckets`) and huggingface_hub are
+imported on first use, and failed requests are retried with back-off. Callers
+use `utils.path`. Through tensorstore, which retries by itself: byte ranges of
+buckets (`utils.ranges`), and writes that depend on an object's generation.
 """
 
 import functools
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mtv_jax.utils import errors
+from mtv_jax.utils import errors, hub
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,13 @@ T = TypeVar("T")
 AnyPath = str | os.PathLike
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://|^pipe:", re.IGNORECASE)
-_STORES = ("gs", "s3")
+_STORES = ("gs", "s3", hub.SCHEME)
 # Attempts per request, in addition to the retries of gcsfs and s3fs.
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
 _LONGEST_WAIT = 60.0
 # Fields that change when an object is replaced, in order of preference.
-_VERSIONS = ("generation", "VersionId", "etag", "ETag", "mtime", "LastModified")
+_VERSIONS = ("generation", "VersionId", "etag", "ETag", "blob_id", "mtime")
+_VERSIONS += ("LastModified",)
 
 
 _PAGE = 1000  # Objects per request of a listing.
@@ -57,7 +58,8 @@ def is_remote(path: AnyPath) -> bool:
   if match[1] not in _STORES:
     raise InputError(
       f"{os.fspath(path)!r} is neither a file nor in a bucket; expected a path,"
-      " gs://BUCKET/PATH or s3://BUCKET/PATH. Copy the files there."
+      " gs://BUCKET/PATH, s3://BUCKET/PATH or hf://datasets/ORG/NAME/PATH. Copy"
+      " the files there."
     )
   return True
 
@@ -102,11 +104,13 @@ def get_store(path: AnyPath) -> Any:
   import fsspec
 
   try:
+    if hub.is_hub(path):
+      return hub.open_store()
     return fsspec.filesystem(scheme)
   except ImportError as error:
     raise InputError(
-      f"{url}: buckets need a package that is not installed ({error})."
-      " pip install 'mtv_jax[buckets]'"
+      f"{url} needs a package that is not installed ({error})."
+      f" pip install 'mtv_jax[{'hub' if hub.is_hub(path) else 'buckets'}]'"
     ) from error
 
 
@@ -153,15 +157,19 @@ def retry(
   both name the path.
   """
   name, deadline = os.fspath(path), time.monotonic() + patience
+  if verb != "read":
+    _check_writable(path, verb)
   for attempt in itertools.count(1):
     _count(1)
     try:
       return function(*args, **options)
     except errors.UserError:
       raise
-    except FileNotFoundError as error:
-      raise errors.MissingFileError(f"There is no {name}.") from error
     except Exception as error:  # The libraries' errors lack a common base.
+      if hub.is_hub(path) and (reason := hub.explain(error)):
+        raise errors.StorageError(f"{name}: {reason}.") from error
+      if isinstance(error, FileNotFoundError):
+        raise errors.MissingFileError(f"There is no {name}.") from error
       message = f"{name} can't be {verb}: {error!r}"
       over = attempt >= _TRIES and time.monotonic() >= deadline
       if over or _is_final(error):
@@ -171,6 +179,14 @@ def retry(
       log.warning("%s; again in %.1f s.", message, wait)
       time.sleep(wait)
   raise AssertionError
+
+
+def _check_writable(path: AnyPath, verb: str) -> None:
+  if hub.is_hub(path):
+    raise InputError(
+      f"{os.fspath(path)} can't be {verb}: the hub's data sets are only read."
+      " Give a folder, gs:// or s3://."
+    )
 
 
 def _is_final(error: Exception) -> bool:
@@ -186,7 +202,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def open_store(path: AnyPath) -> tuple[Any, str]:
-  """Returns tensorstore's store of a URL's bucket, and the object's key."""
+  """Returns tensorstore's or the hub's store of a URL, and the object's key."""
   scheme, _, rest = os.fspath(path).partition("://")
   bucket, _, key = rest.partition("/")
   return _open_bucket(scheme, bucket), key
@@ -194,6 +210,8 @@ def open_store(path: AnyPath) -> tuple[Any, str]:
 
 @functools.cache
 def _open_bucket(scheme: str, bucket: str) -> Any:
+  if scheme == hub.SCHEME:
+    return hub.RangeStore(bucket)
   import tensorstore as ts  # Takes 0.3 s to import.
 
   if scheme == "gs":
@@ -205,7 +223,11 @@ def _open_bucket(scheme: str, bucket: str) -> Any:
 
 
 def read_with_generation(path: AnyPath) -> tuple[bytes | None, bytes]:
-  """Returns an object, or None if it is missing, and its generation."""
+  """Returns an object, or None if it is missing, and its generation.
+
+  For objects that are to be written.
+  """
+  _check_writable(path, "written")
   store, key = open_store(path)
   read = retry(path, "read", lambda: store.read(key).result())
   return read.value if read.state == "value" else None, read.stamp.generation

@@ -9,6 +9,8 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+from mtv_jax.utils.text import list_first
+
 
 class UserError(Exception):
   """Base class: an unusable option, file or data set."""
@@ -58,11 +60,9 @@ def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
     return "There are none."
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
   question = f"Did you mean {close[0]!r}? " if close else ""
-  more = ""
   if len(names) > limit:
-    more = f", ... ({len(names) - limit} more)"
-    names = difflib.get_close_matches(name, names, n=limit, cutoff=0.0)
-  return f"{question}There are: {', '.join(names)}{more}."
+    names = difflib.get_close_matches(name, names, n=len(names), cutoff=0.0)
+  return f"{question}There are: {list_first(names, limit)}."
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:

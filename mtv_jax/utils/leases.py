@@ -11,19 +11,31 @@ import contextlib
 import dataclasses
 import glob
 import json
+import logging
 import os
 import pathlib
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.atomic import Owner
 
+log = logging.getLogger(__name__)
+
+# Work by name; a job returns False if another process has done it.
+Jobs = Mapping[str, Callable[[], bool]]
+
 _RENEWALS_PER_EXPIRY = 10
+# Seconds between looks at jobs of other processes, doubling, up to this
+# fraction of the time after which a lease expires.
+_MIN_WAIT, _MAX_WAIT = 0.2, 0.05
+# Jobs found to be another process's, and seconds, after which jobs are listed
+# again.
+_MAX_MISSES, _MAX_AGE = 16, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +67,6 @@ def _describe_process(**fields: str) -> bytes:
   return json.dumps(content).encode()
 
 
-class LeaseHandle(abc.ABC):
-  """A lease of this process."""
-
-  @abc.abstractmethod
-  def renew(self) -> None:
-    """Renews it, unless another process has taken it over."""
-
-  @abc.abstractmethod
-  def release(self) -> None:
-    """Removes it, unless another process has taken it over."""
-
-
 class Leases(abc.ABC):
   """This process's leases in a folder, such as a label set."""
 
@@ -83,7 +83,7 @@ class Leases(abc.ABC):
       lease.release()
 
   @abc.abstractmethod
-  def _try_acquire(self, name: str) -> LeaseHandle | None:
+  def _try_acquire(self, name: str) -> "_FileHandle | _ObjectHandle | None":
     """Returns a new lease; None if already leased."""
 
   @abc.abstractmethod
@@ -102,8 +102,44 @@ def open_leases(folder: pathlib.PurePath) -> Leases:
   return FileLeases(pathlib.Path(folder))
 
 
+def run_jobs(leases: Leases, list_jobs: Callable[[], Jobs]) -> None:
+  """Runs jobs that no other process runs, until none is listed.
+
+  Begins at a random job and goes on with the next one, which may share a file
+  with it; after a job of another process, elsewhere.
+  """
+  random, wait = secrets.SystemRandom(), _MIN_WAIT
+  while jobs := list_jobs():
+    names, worked, misses = list(jobs), False, 0
+    at, deadline = random.randrange(len(names)), time.monotonic() + _MAX_AGE
+    while names:
+      at %= len(names)
+      name = names.pop(at)
+      with leases.acquire(name) as acquired:
+        if acquired and jobs[name]():
+          worked = True
+        else:
+          misses, at = misses + 1, random.randrange(len(jobs))
+      is_old = misses >= _MAX_MISSES or time.monotonic() > deadline
+      if worked and is_old:
+        break
+    if worked:
+      wait = _MIN_WAIT
+      continue
+    if wait == _MIN_WAIT:
+      holders = [(name, leases.holder(name)) for name in list(jobs)[:3]]
+      some = [f"{name} ({lease})" for name, lease in holders if lease]
+      more = ", ..." * (len(jobs) > 3)
+      log.info(
+        f"Nothing is left to lease: waiting for {len(jobs)} parts of other"
+        f" hosts: {', '.join(some)}{more}."
+      )
+    time.sleep(wait)
+    wait = min(2 * wait, _MAX_WAIT * atomic.STALE_SECONDS)
+
+
 @contextlib.contextmanager
-def _renewed(lease: LeaseHandle) -> Iterator[None]:
+def _renewed(lease: "_FileHandle | _ObjectHandle") -> Iterator[None]:
   """Renews a lease in a background thread."""
   released = threading.Event()
 
@@ -147,7 +183,7 @@ class FileLeases(Leases):
       if file.suffix[1:].isdigit():
         yield file
 
-  def _try_acquire(self, name: str) -> LeaseHandle | None:
+  def _try_acquire(self, name: str) -> "_FileHandle | None":
     file = self._folder / f".{name}.claim"
     if (handle := _create(file)) is None:
       if (expired := self._expired(name)) is None:
@@ -211,16 +247,18 @@ def _create(file: pathlib.Path) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FileHandle(LeaseHandle):
+class _FileHandle:
   """A lease file, by descriptor, so that no other process's is renewed."""
 
   file: pathlib.Path
   descriptor: int
 
   def renew(self) -> None:
+    """Renews it, unless another process has taken it over."""
     os.utime(self.descriptor)
 
   def release(self) -> None:
+    """Removes it, unless another process has taken it over."""
     try:
       with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(self.descriptor), self.file.stat()):
@@ -245,7 +283,7 @@ class ObjectLeases(Leases):
   def _object(self, name: str) -> pathlib.PurePath:
     return self._folder / f".{name}.claim"
 
-  def _try_acquire(self, name: str) -> LeaseHandle | None:
+  def _try_acquire(self, name: str) -> "_ObjectHandle | None":
     found, generation = buckets.read_with_generation(self._object(name))
     if found is not None and not self._is_stale(name, found, generation):
       return None
@@ -274,7 +312,7 @@ class ObjectLeases(Leases):
         path_lib.remove(self._folder / name)
 
 
-class _ObjectHandle(LeaseHandle):
+class _ObjectHandle:
   """A lease object; `generation` is None once another process has it."""
 
   def __init__(self, path: pathlib.PurePath, generation: bytes | None):

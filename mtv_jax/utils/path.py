@@ -16,7 +16,7 @@ import os
 import shutil
 import stat as stat_lib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -329,31 +329,101 @@ def local_copies(
   return [copy.target for copy in copies]
 
 
+def lazy_copy(
+  path: AnyPath, is_lazy: Callable[[str], bool], *, share: float
+) -> Path:
+  """Returns a local copy like `local_copy`, of which files are copied later.
+
+  Files whose names `is_lazy` accepts have their size, but no content until
+  `fetch` copies them. `share` is the part of their bytes that this machine is
+  expected to copy.
+  """
+  copy = _plan_copy(cache_folder(), path, is_lazy)
+  if not copy.url:
+    return copy.target
+  _lazy_copies[copy.target] = copy.url
+  if not copy.target.exists():
+    sizes = {name: info["size"] for name, info in copy.files.items()}
+    later = sum(sizes[name] for name in copy.lazy)
+    size = sum(sizes.values()) - later + int(share * later)
+    part = f"the needed part of {copy.url} ({format_bytes(sum(sizes.values()))}"
+    check_space(size, f"{part} in all)", cache_folder())
+    _make_copy(copy)
+  return copy.target
+
+
+# URLs of the folders that `lazy_copy` returned.
+_lazy_copies: dict[Path, str] = {}
+
+
+def origin(file: AnyPath) -> PurePath:
+  """Returns the object of a lazy file without content; others as they are."""
+  file = Path(file)
+  parents = () if os.stat(file).st_mtime_ns else (file, *file.parents)
+  root = next((p for p in parents if p in _lazy_copies), None)
+  if root is None:
+    return file
+  name = file.relative_to(root).as_posix()
+  url = _lazy_copies[root]
+  return as_path(url if name == "." else f"{url}/{name}")
+
+
+def fetch(file: AnyPath) -> Path:
+  """Returns a file, whose content is copied first if it has none yet."""
+  file, url = Path(file), origin(file)
+  if is_remote(url):
+    size = os.stat(file).st_size
+    check_space(size, os.fspath(url), file.parent)
+    copy_object(url, file, size)
+  return file
+
+
+def copy_object(
+  url: PurePath, target: Path, size: int, *, patience: float = 0.0
+) -> None:
+  """Copies an object, which must have `size` bytes; see `buckets.retry`."""
+  with atomic.replace_file(target) as temporary:
+    buckets.request(url, "read", "get_file", str(temporary), patience=patience)
+    if (copied := temporary.stat().st_size) != size:
+      raise InputError(
+        f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
+        " Start again."
+      )
+
+
 class _Copy(NamedTuple):
   """A local copy of a bucket file or folder, which may not exist yet."""
 
   url: str
   files: Mapping[str, Mapping[str, Any]]  # The store's metadata by name.
   target: Path
+  lazy: Sequence[str] = ()  # Names of files without content.
 
 
-def _plan_copy(base: Path, path: AnyPath) -> _Copy:
+def _plan_copy(
+  base: Path,
+  path: AnyPath,
+  is_lazy: Callable[[str], bool] = lambda name: False,
+) -> _Copy:
   if not is_remote(path):
     return _Copy("", {}, Path(path))
   url = os.fspath(path).rstrip("/")
   if not (files := buckets.list_tree(url)):
     raise MissingFileError(f"There is nothing at {url}.")
+  lazy = [name for name in files if is_lazy(name or url)]
   lines = [
     f"{n}\0{i['size']}\0{buckets.object_version(i)}"
     for n, i in sorted(files.items())
   ]
+  lines += sorted(lazy)
   digest = hashlib.blake2b("\n".join([url, *lines]).encode(), digest_size=12)
   folder = base / digest.hexdigest()
-  return _Copy(url, files, _resolve_object(folder, url.rsplit("/", 1)[-1], url))
+  target = _resolve_object(folder, url.rsplit("/", 1)[-1], url)
+  return _Copy(url, files, target, lazy)
 
 
 def _make_copy(copy: _Copy) -> None:
-  url, files, target = copy
+  url, files, target, lazy = copy
   if not url:
     return
   folder = target.parent
@@ -361,7 +431,14 @@ def _make_copy(copy: _Copy) -> None:
   with filelock.FileLock(f"{folder}.lock"):
     if not target.exists():
       with atomic.replace_folder(folder) as temporary:
-        _download(url, files, temporary / target.name)
+        present = files.keys() - lazy
+        _download(url, present, temporary / target.name)
+        for name in lazy:
+          file = _resolve_object(temporary / target.name, name, url)
+          file.parent.mkdir(parents=True, exist_ok=True)
+          file.touch()
+          os.truncate(file, files[name]["size"])
+          os.utime(file, (0, 0))  # Marks it as lazy.
 
 
 def check_space(size: int, what: str, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 A pattern is a brace range (`cc3m/{00000..00331}.tar`), a brace list
 (`{train,restval}.tar`), a glob (`cc3m/*.tar`), several of these separated by
-commas, or a list of them; for local files and buckets.
+commas, or a list of them; for local files, buckets and data sets of the hub,
+`hf://datasets/ORG/NAME[@REVISION]/PATH`.
 """
 
 import functools
@@ -11,18 +12,31 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Iterator,
+  Mapping,
+  MutableMapping,
+  Sequence,
+)
 from pathlib import Path, PurePath
+from typing import Any
 
-from mtv_jax.utils import buckets, errors
+from mtv_jax.utils import buckets, errors, hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.buckets import AnyPath
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.text import list_first
 
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 _MAX_FILES = 1_000_000  # Files per path; more are assumed to be a typo.
 _MAX_TEXT = 1 << 20  # Characters of a pattern, braces included.
 _MAX_NAME = 4096  # Characters of one file's path.
+# A revision is a name without a slash, or refs/convert/parquet and the like.
+_HUB = re.compile(
+  r"hf://(datasets/[^/@]+/[^/@]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?(/[^@]+)"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def expand_path(
@@ -31,6 +45,9 @@ def expand_path(
   """Expands `path` to existing files, globs sorted, without duplicates.
 
   `suffix` is the usual file ending, for hints in errors.
+
+  Files of the hub are those of the commit that a revision has when the process
+  first uses it.
 
   Raises MissingFileError if a file is missing or a glob matches nothing;
   InputError if a file appears twice or is a folder, a pipe or a device, or if a
@@ -48,7 +65,7 @@ def expand_path(
       what = f"{_quote(pattern, 80)} has {size:,} characters"
       raise InputError(f"{what}; a file's path has at most {_MAX_NAME:,}.")
     remote = path_lib.is_remote(pattern)
-    pattern = pattern if remote else os.path.expanduser(pattern)
+    pattern = pin(pattern) if remote else os.path.expanduser(pattern)
     if _file_exists(pattern, listing):
       # Tried before globbing, because a file name may contain brackets.
       files.append(path_lib.as_path(pattern))
@@ -62,10 +79,9 @@ def expand_path(
     else:
       missing.append(pattern)
   if missing:
-    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    names = printable(", ".join(missing[:8]), 1000)
+    names = printable(list_first(missing, 8), 1000)
     raise MissingFileError(
-      f"{len(missing)} of {len(patterns)} files are missing: {names}{more}."
+      f"{len(missing)} of {len(patterns)} files are missing: {names}."
       f" {_describe_folder(missing[0], suffix)} Add them, or leave them out of"
       " the path (with a glob)."
     )
@@ -84,6 +100,54 @@ def expand_path(
       raise InputError(f"{file} is in the path twice; {hint}.")
     names.add(name)
   return files
+
+
+def pin(url: str, commits: MutableMapping[str, str] | None = None) -> str:
+  """Replaces the revision of a URL of the hub by its commit; default: `main`.
+
+  Returns other URLs unchanged. `commits` has known commits by the names
+  `datasets/ORG/NAME@REVISION`, and is extended. Raises InputError for a
+  malformed URL, StorageError if the hub refuses or doesn't answer.
+  """
+  if not hub.is_hub(url):
+    return url
+  if (match := _HUB.fullmatch(url)) is None:
+    raise InputError(
+      f"{_quote(url)} names no file of a data set; expected"
+      " hf://datasets/ORG/NAME/PATH or hf://datasets/ORG/NAME@REVISION/PATH,"
+      " such as hf://datasets/ORG/NAME/data/train-*.parquet."
+    )
+  repo, revision, file = match.groups()
+  revision = revision or "main"
+  if not _COMMIT.fullmatch(revision):
+    commits = {} if commits is None else commits
+    name = f"{repo}@{revision}"
+    if name not in commits:
+      commits[name] = _find_commit(repo, revision, hub.endpoint())
+    revision = commits[name]
+  return f"hf://{repo}@{revision}{file}"
+
+
+@functools.cache
+def _find_commit(repo: str, revision: str, endpoint: str | None) -> str:
+  del endpoint  # Part of the key.
+  name = repo.removeprefix("datasets/")
+  url = f"hf://{repo}@{revision}"
+  buckets.get_store(url)  # Fails if a package is missing.
+  find = hub.open_api().dataset_info
+  return buckets.retry(url, "read", find, name, revision=revision).sha
+
+
+def pin_all(value: Any, commits: MutableMapping[str, str]) -> Any:
+  """Pins the URLs of the hub in an entry of `data.train`; see `pin`."""
+  if isinstance(value, Mapping):
+    return {name: pin_all(item, commits) for name, item in value.items()}
+  if isinstance(value, list | tuple):
+    return type(value)(pin_all(item, commits) for item in value)
+  if not isinstance(value, str) or f"{hub.SCHEME}://" not in value:
+    return value
+  urls = [pin(url, commits) for url in split_paths(value)]
+  return urls if len(urls) > 1 else urls[0]
 
 
 def _file_exists(file: str, listing: Callable[[str], Mapping]) -> bool:

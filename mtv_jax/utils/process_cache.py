@@ -56,7 +56,8 @@ class ProcessCache(Generic[T]):
 
   `load` returns the value of entry `i`. The default `limit` uses a third of the
   process's limit of open files, raised as far as possible and at most 65,536,
-  at `descriptors` files per value.
+  at `descriptors` files per value. With `max_bytes`, the values' `nbytes` also
+  have this sum at most, unless one alone is larger.
   """
 
   def __init__(
@@ -65,15 +66,16 @@ class ProcessCache(Generic[T]):
     *,
     limit: int | None = None,
     descriptors: int = 1,
+    max_bytes: int | None = None,
   ):
-    self.__setstate__((load, limit, descriptors))
+    self.__setstate__((load, limit, descriptors, max_bytes))
 
   def _start(self) -> None:
     # A fork may happen while another thread holds the lock.
     self._pid = os.getpid()
     self._lock = threading.Lock()
     self._values = collections.OrderedDict[Hashable, futures.Future[T]]()
-    self._load, limit, descriptors = self._arguments
+    self._load, limit, descriptors, self._max_bytes = self._arguments
     if limit is None:
       files = min(raise_file_limit(), _MAX_FILES)
       limit = max(8, files // 3 // descriptors)
@@ -109,4 +111,20 @@ class ProcessCache(Generic[T]):
           if self._values.get(i) is future:
             del self._values[i]
         future.set_exception(error)
+      if self._max_bytes is not None:
+        self._evict()
     return future.result()
+
+  def _evict(self) -> None:
+    """Evicts the oldest values beyond `max_bytes`."""
+    with self._lock:
+      sizes = {
+        i: future.result().nbytes
+        for i, future in self._values.items()
+        if future.done() and not future.exception()
+      }
+      total = sum(sizes.values())
+      for i in [*sizes][:-1]:
+        if total > self._max_bytes:
+          del self._values[i]
+          total -= sizes[i]

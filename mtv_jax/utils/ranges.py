@@ -1,6 +1,7 @@
 """Byte ranges of files, read ahead and kept in memory.
 
-tensorstore sends the requests to buckets outside Python's interpreter lock.
+tensorstore sends the requests to buckets outside Python's interpreter lock;
+threads send those to the hub.
 """
 
 import collections
@@ -82,8 +83,10 @@ class RangeReader:
       raise
 
   def close(self) -> None:
-    """Forgets everything."""
+    """Forgets everything, and cancels reads ahead."""
     with self._lock:
+      for read in self._reads.values():
+        read.cancel()
       self._reads.clear()
       self._size = 0
 
@@ -108,6 +111,10 @@ class _Read:
       store, key = buckets.open_store(span.path)
       end = span.offset + span.size
       self._future = store.read(key, byte_range=slice(span.offset, end))
+
+  def cancel(self) -> None:
+    if (future := self._future) is not None:
+      future.cancel()
 
   def result(self) -> Any:
     with self._lock:

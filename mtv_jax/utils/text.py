@@ -24,15 +24,16 @@ def truncate(text: str, limit: int) -> str:
 
 
 def list_first(names: Sequence[str], limit: int) -> str:
-  """Joins the first `limit` names, with an ellipsis if more follow."""
-  return ", ".join([*names[:limit], *["..."] * (len(names) > limit)])
+  """The first `limit` names, and the number of further names."""
+  more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more
 
 
 def first_lines(lines: Sequence[str], limit: int) -> str:
   """The first `limit` lines, indented, and the number of further lines."""
   shown = [f"  {line}" for line in lines[:limit]]
   if len(lines) > limit:
-    shown.append(f"  ... and {len(lines) - limit} more")
+    shown.append(f"  ... and {len(lines) - limit:,} more")
   return "\n".join(shown)
 
 

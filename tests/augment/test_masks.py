@@ -33,7 +33,7 @@ def mean_masked_neighbours(mask):
 
 @pytest.mark.parametrize("size, ratio", [(224, 0.5), (96, 0.3), (64, 0.9)])
 def test_a_fixed_ratio_masks_that_share_exactly(size, ratio):
-  op = masks.Blocks(ratio, ratio, p=1.0)
+  op = masks.BlockMasking(ratio, ratio, p=1.0)
   mask = sample(op, size, 256)
   patches = (size // 16) ** 2
   assert mask.shape == (256, patches)
@@ -43,7 +43,7 @@ def test_a_fixed_ratio_masks_that_share_exactly(size, ratio):
 
 
 def test_ratios_are_uniform_and_half_of_the_images_are_unmasked():
-  op = masks.Blocks()
+  op = masks.BlockMasking()
   counts = sample(op, 224, 2000).sum(1)
   assert op.count(224) == 98
   assert abs((counts == 0).mean() - 0.5) < 0.04
@@ -76,7 +76,7 @@ def test_each_image_is_masked_with_its_share_and_rows_are_balanced(shares):
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 def test_masks_are_contiguous_blocks(ratio):
   grid, count = 14, 400
-  mask = sample(masks.Blocks(ratio, ratio, p=1.0), grid * 16, count)
+  mask = sample(masks.BlockMasking(ratio, ratio, p=1.0), grid * 16, count)
   mask = mask.reshape(-1, grid, grid)
   rng = np.random.default_rng(0)
   scattered = rng.permuted(mask.reshape(count, -1), axis=1)
@@ -117,12 +117,12 @@ def test_the_visible_subset_is_unique_sorted_and_uniform():
 @pytest.mark.parametrize(
   "op, size, message",
   [
-    (masks.Blocks(0.5, 1.0), 224, "leaves no patch visible"),
-    (masks.Blocks(0.5, 0.99), 64, "leaves no patch visible"),
-    (masks.Blocks(0.001, 0.5), 224, "masks none.*raise it"),
+    (masks.BlockMasking(0.5, 1.0), 224, "leaves no patch visible"),
+    (masks.BlockMasking(0.5, 0.99), 64, "leaves no patch visible"),
+    (masks.BlockMasking(0.001, 0.5), 224, "masks none.*raise it"),
     (masks.Keep(0.001), 224, "visible"),
     (masks.Keep(0.25, patch=14), 240, "set patch="),
-    (masks.Blocks(patch=14), 240, "make the view 238"),
+    (masks.BlockMasking(patch=14), 240, "make the view 238"),
   ],
 )
 def test_masks_that_do_not_fit_the_view_are_rejected(op, size, message):

@@ -1,13 +1,12 @@
 """Label sets from annotations: COCO's boxes, depth images."""
 
 import functools
-import io
 import json
-import tarfile
 
 import cv2
 import numpy as np
 import pytest
+from dataset_samples import write_members
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.config.options import build
@@ -316,17 +315,14 @@ def test_the_tool_from_shards_to_a_source(tmp_path, format, capsys):
     main([*depth[:-1], "--side=16", "--bits=10"])
   assert "finished label set" in exit.value.code
   assert "settings.side: 32 -> 16" in exit.value.code
-  assert "settings.bits: none -> 10" in exit.value.code
+  assert "settings.bits: absent -> 10" in exit.value.code
 
 
 def test_bare_tars_are_matched_by_key(tmp_path):
-  photos(tmp_path / "photos", ["a.png", "b.png"])
-  with tarfile.open(tmp_path / "x.tar", "w") as tar:
-    for name in ("a", "b"):
-      data = (tmp_path / "photos" / f"{name}.png").read_bytes()
-      info = tarfile.TarInfo(f"{name}.png")
-      info.size = len(data)
-      tar.addfile(info, io.BytesIO(data))
+  names, folder = ["a.png", "b.png"], tmp_path / "photos"
+  photos(folder, names)
+  members = {name: (folder / name).read_bytes() for name in names}
+  write_members(tmp_path / "x.tar", members)
   (tmp_path / "depth").mkdir()
   depth_file(tmp_path / "depth" / "b.png")
   assert not main(

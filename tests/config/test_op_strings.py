@@ -71,4 +71,4 @@ def test_did_you_mean():
   many = [f"name{i}" for i in range(100)]
   message = did_you_mean("nam42", many, limit=3)
   assert "name42" in message
-  assert message.endswith("(97 more).")
+  assert message.endswith(" and 97 more.")

@@ -400,7 +400,7 @@ def timm_difference(model, ours, size):
   tokens = np.concatenate([out.prefix, out.patches], axis=1)
   pairs = {"pooled": (out.pooled, pooled), "last": (tokens, last)}
   for i, layer in enumerate(layers):
-    pairs[f"layer {i}"] = (out.taps[i][:, first:], layer)
+    pairs[f"layer {i}"] = (out.intermediates[i][:, first:], layer)
   return parity.largest_difference(pairs)
 
 

@@ -12,7 +12,7 @@ from mtv_jax.data import ops as ops_lib
 from mtv_jax.data.ops import HostOp, build_ops, phrase_length
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
-from mtv_jax.data.tokenizers.words import ByteTokenizer
+from mtv_jax.data.tokenizers.builtin import ByteTokenizer
 from mtv_jax.utils.errors import ConfigError
 
 

@@ -8,6 +8,9 @@ import importlib
 import itertools
 import json
 import logging
+import multiprocessing
+import os
+import signal
 import threading
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 
 from mtv_jax.data import order
 from mtv_jax.data.order import skip_steps
-from mtv_jax.data.pipeline import DataConfig, make_loader
+from mtv_jax.data.pipeline import DataConfig, WorkerError, make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats
@@ -418,6 +421,10 @@ def test_worker_processes_give_the_same_rows_and_start_no_backend(
       for batch in itertools.islice(batches, 7)
     ]
     corrupt, reasons = batches.stats.corrupt, batches.stats.reasons
+    for child in multiprocessing.active_children():
+      os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="worker processes was killed"):
+      collections.deque(batches, maxlen=0)
   # 1: read by another process, in which JAX has started no backend.
   assert all((batch["image"][..., 2] == 1).all() for batch in workers)
   for batch in workers:

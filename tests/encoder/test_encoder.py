@@ -54,9 +54,9 @@ def build(params, devices=None, spec=SPEC, **kwargs):
   return Encoder(spec, params, PREPROCESS, tokenizer, mesh, **kwargs)
 
 
-def apply_tower(params, pixels, taps):
+def apply_tower(params, pixels, layers):
   tower = models.image_tower(SPEC)
-  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=taps))
+  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, layers=layers))
   return apply(params["image"], jnp.asarray(pixels, jnp.float32))
 
 
@@ -83,13 +83,13 @@ def features(encoder, images):
 
 
 def assert_equal_features(got, out, grid, layers):
-  """Equal to the tower's output; `layers` maps requested blocks to taps."""
+  """Equal to the tower's output; `layers` maps indices to blocks."""
   rows = len(got.patches)
   pairs = [(got.pooled, out.pooled), (got.prefix, out.prefix)]
   pairs.append((got.patches, out.patches.reshape(rows, *grid, 32)))
   assert got.layers.keys() == got.prefix_layers.keys() == layers.keys()
-  for layer, tap in layers.items():
-    tokens = np.asarray(out.taps[tap])
+  for layer, block in layers.items():
+    tokens = np.asarray(out.intermediates[block])
     pairs.append((got.layers[layer], tokens[:, 3:].reshape(rows, *grid, 32)))
     pairs.append((got.prefix_layers[layer], tokens[:, :3]))
   for ours, want in pairs:

@@ -101,8 +101,8 @@ def expected(encoder, heads, params, images):
   def run(params):
     bound = base.BoundHeads(heads, params["heads"])
     tower, variables = models.image_tower(SPEC), {"params": params["image"]}
-    out = tower.apply(variables, batch, taps=(0, 1, 2))
-    stages = [out.taps[i].reshape(3, 4, 4, 32) for i in (0, 1, 1, 2)]
+    out = tower.apply(variables, batch, layers=(0, 1, 2))
+    stages = [out.intermediates[i].reshape(3, 4, 4, 32) for i in (0, 1, 1, 2)]
     return {
       "depth": bound["depth"](stages, (12, 12)),
       "regions": bound["prompter"](out.patches, boxes, 32),

@@ -148,7 +148,7 @@ def test_any_number_of_devices_gives_the_same_bits(
   outputs = []
   for each in (encoder, build(params, devices=2)):
     expert = (
-      mtv_expert.mtv_depth_expert(each, batch_size=1, side=16)
+      mtv_expert.mtv_depth_expert(each, batch_size=1, side=16, bits=16)
       if kind == "depth"
       else box_expert_of(each, batch_size=1)
     )

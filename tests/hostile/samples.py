@@ -5,10 +5,10 @@ import json
 import os
 import pathlib
 import struct
-import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
 
+import dataset_samples
 import numpy as np
 from PIL import Image
 
@@ -16,6 +16,7 @@ from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.tokenizers import build_tokenizer
 
+write_tar = dataset_samples.write_members
 OPS = "decode|canvas(8)|caption(16)"
 END = bytes(1024)  # The end mark of a tar.
 
@@ -80,16 +81,6 @@ def pad(data: bytes) -> bytes:
 def member(name: bytes, data: bytes, **fields) -> bytes:
   """A member of a tar: its header and its data."""
   return header(name, size=len(data), **fields) + pad(data)
-
-
-def write_tar(file: pathlib.Path, members, format=None) -> pathlib.Path:
-  """A well-formed tar of names and bytes."""
-  with tarfile.open(file, "w", format=format) as tar:
-    for name, data in dict(members).items():
-      info = tarfile.TarInfo(name)
-      info.size = len(data)
-      tar.addfile(info, io.BytesIO(data))
-  return file
 
 
 def record(key: str, image=JPEG, text="a dog", **fields) -> dict[str, bytes]:

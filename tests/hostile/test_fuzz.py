@@ -95,8 +95,8 @@ def test_tars(data):
     except TarError as error:
       assert str(file) in str(error)
       return
-    for spans in scan.records.values():
-      for offset, size in spans:
+    for record in scan.records:
+      for offset, size in record.spans:
         assert offset >= 0 and size >= 0 and offset + size <= len(data)
 
 

@@ -224,7 +224,7 @@ SETS.add_table(_open, _flips, expects="skip error used")
 
 def _write_labels(data):
   def write(folder):
-    (size,) = label_blocks.write(folder / _LABELS, [(0, data)] * 4, [4])
+    size = (folder / _LABELS).write_bytes(label_blocks.pack([(0, data)] * 4))
     file = folder / block_table.NAME
     table = block_table.read(file)
     sizes = np.where(np.arange(len(table)) == 0, size, table.size)

@@ -1,4 +1,4 @@
-"""The image tower against NumPy, with scan, remat, taps and meshes."""
+"""The image tower against NumPy, with scan, remat, layers and meshes."""
 
 import dataclasses
 import functools
@@ -12,7 +12,8 @@ from random_trees import fill
 
 from mtv_jax.config import options
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.models import layers, positions
+from mtv_jax.models import layers as layers_lib
+from mtv_jax.models import positions
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT, ViTSpec, patchify
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh
@@ -72,20 +73,20 @@ def params_of():
 
 
 @functools.cache
-def jitted(spec, taps, runtime):
+def jitted(spec, layers, runtime):
   """One jit per way of running, so that tests share compilations."""
 
   @functools.partial(jax.jit, compiler_options=FAST)
   def run(params, images, mask, keep):
     return ViT(spec, **dict(runtime)).apply(
-      {"params": params}, images, taps=taps, mask=mask, keep=keep
+      {"params": params}, images, layers=layers, mask=mask, keep=keep
     )
 
   return run
 
 
-def encode(spec, params, images, *, taps=(), mask=None, keep=None, **runtime):
-  run = jitted(spec, taps, tuple(runtime.items()))
+def encode(spec, params, images, *, layers=(), mask=None, keep=None, **runtime):
+  run = jitted(spec, layers, tuple(runtime.items()))
   return run(params, images, mask, keep)
 
 
@@ -173,7 +174,7 @@ def test_equals_numpy(kind, params_of):
   keep = None
   if kind in ("mean", "mae", "dinov3"):
     keep = jnp.asarray([rng.permutation(16)[:5] for _ in range(BATCH)])
-  out = encode(spec, params, images, taps=(0, 2), mask=mask, keep=keep)
+  out = encode(spec, params, images, layers=(0, 2), mask=mask, keep=keep)
   for i in range(BATCH):
     prefix, patches, pooled, blocks = numpy_vit(
       NumpyTransformer(spec),
@@ -186,42 +187,44 @@ def test_equals_numpy(kind, params_of):
     close(out.prefix[i], prefix)
     close(out.patches[i], patches)
     close(out.pooled[i], pooled)
-    assert set(out.taps) == {0, 2}
-    for layer, tapped in out.taps.items():
-      close(tapped[i], blocks[layer])
+    assert set(out.intermediates) == {0, 2}
+    for layer, intermediates in out.intermediates.items():
+      close(intermediates[i], blocks[layer])
 
 
-def gradients(spec, params, images, *, taps=(), **runtime):
-  """Value, taps and gradient of a loss that every output reaches."""
+def gradients(spec, params, images, *, layers=(), **runtime):
+  """Value, layers and gradient of a loss that every output reaches."""
 
   @functools.partial(jax.jit, compiler_options=FAST)
   @functools.partial(jax.value_and_grad, has_aux=True)
   def run(params, images):
-    out = ViT(spec, **runtime).apply({"params": params}, images, taps=taps)
+    out = ViT(spec, **runtime).apply({"params": params}, images, layers=layers)
     loss = (out.pooled**2).mean() + jnp.sin(out.patches).mean()
-    return loss, out.taps
+    return loss, out.intermediates
 
-  (loss, tapped), grads = run(params, images)
-  return loss, tapped, grads
+  (loss, intermediates), grads = run(params, images)
+  return loss, intermediates, grads
 
 
 @pytest.fixture(scope="module")
 def unrolled(params_of):
-  runtime = dict(scan=False, remat="dots", taps=tuple(range(DINOV2.depth)))
+  runtime = dict(scan=False, remat="dots", layers=tuple(range(DINOV2.depth)))
   return gradients(DINOV2, params_of(DINOV2), images_of(), **runtime)
 
 
 @pytest.mark.parametrize(
-  "remat, taps", [("none", (2, 0)), ("dots_no_batch", (1,))]
+  "remat, layers", [("none", (2, 0)), ("dots_no_batch", (1,))]
 )
-def test_scan_remat_and_taps(remat, taps, params_of, unrolled):
-  loss, tapped, grads = gradients(
-    DINOV2, params_of(DINOV2), images_of(), remat=remat, taps=taps
+def test_scan_remat_and_layers(remat, layers, params_of, unrolled):
+  loss, intermediates, grads = gradients(
+    DINOV2, params_of(DINOV2), images_of(), remat=remat, layers=layers
   )
   np.testing.assert_allclose(loss, unrolled[0], rtol=1e-6)
-  assert set(tapped) == set(taps)
-  for layer in taps:
-    np.testing.assert_allclose(tapped[layer], unrolled[1][layer], atol=5e-6)
+  assert set(intermediates) == set(layers)
+  for layer in layers:
+    np.testing.assert_allclose(
+      intermediates[layer], unrolled[1][layer], atol=5e-6
+    )
   for got, want in zip(
     jax.tree.leaves(grads), jax.tree.leaves(unrolled[2]), strict=True
   ):
@@ -259,12 +262,12 @@ def test_other_sizes_resample_the_positions(params_of):
   )
   flat = patchify(images, 4) @ params["patch_embed"]["kernel"]
   x = flat + params["patch_embed"]["bias"] + grid.reshape(-1, SIGLIP.width)
-  block = layers.Block(SIGLIP.heads, SIGLIP.mlp_dim, parent=None)
+  block = layers_lib.Block(SIGLIP.heads, SIGLIP.mlp_dim, parent=None)
   first = jax.tree.map(lambda p: p[0], params["blocks"])
   apply = jax.jit(block.apply, compiler_options=FAST)
   want = apply({"params": first}, jnp.asarray(x, jnp.float32))
-  out = encode(SIGLIP, params, images, taps=(0,))
-  np.testing.assert_allclose(out.taps[0], want, atol=1e-5)
+  out = encode(SIGLIP, params, images, layers=(0,))
+  np.testing.assert_allclose(out.intermediates[0], want, atol=1e-5)
 
 
 def test_fixed_positions_are_no_parameters(params_of):
@@ -326,7 +329,7 @@ def test_bad_specs(fields, message):
   [
     ((SIZE, SIZE, 1), {}, "Grey images: repeat the channel"),
     ((SIZE, 18, 3), {}, "16x18 pixels.*16x16"),
-    ((SIZE, SIZE, 3), {"taps": (1, 3)}, r"taps \[3\].*0 .*to 2"),
+    ((SIZE, SIZE, 3), {"layers": (1, 3)}, r"layers \[3\].*0 .*to 2"),
     ((SIZE, SIZE, 3), {"remat": "ful"}, "Did you mean 'full'"),
     ((SIZE, SIZE, 3), {"mask": (1, 16)}, "needs a mask token"),
     ((SIZE, SIZE, 3), {"spec": DINOV2, "mask": (1, 9)}, r"\(1, 9\).*\(1, 16\)"),

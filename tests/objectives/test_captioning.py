@@ -95,7 +95,7 @@ def run(objective, params, batch, seed=0):
         patches=patches[:, None],
         prefix=patches[:, None, :0],
         pooled=jnp.zeros((rows, 1, 6)),
-        taps={},
+        intermediates={},
       )
     }
     view = views.ViewBatch(

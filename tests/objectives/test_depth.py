@@ -249,7 +249,7 @@ def _output(rng, rows, count, prefix):
     patches=draw(rows, count, 4, 64),
     prefix=draw(rows, count, prefix, 64),
     pooled=draw(rows, count, 64),
-    taps={i: draw(rows, count, prefix + 4, 64) for i in (0, 1)},
+    intermediates={i: draw(rows, count, prefix + 4, 64) for i in (0, 1)},
   )
 
 
@@ -279,7 +279,7 @@ def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts, prefix):
   )
 
   stages = [
-    output.taps[i][:, :, prefix:].reshape(-1, 2, 2, 64)
+    output.intermediates[i][:, :, prefix:].reshape(-1, 2, 2, 64)
     for i in objective.head.taps
   ]
   heads = base.BoundHeads(objective.heads(), params)

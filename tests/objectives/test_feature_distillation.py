@@ -108,7 +108,7 @@ def random_outputs(objective, rows=3, crops=2):
   """Random encodings, far from unit scale."""
   rng = np.random.default_rng(0)
 
-  def output(spec, size, taps):
+  def output(spec, size, layers):
     image = spec.image
     patches = image.grid_of(size, size)[0] ** 2
 
@@ -120,15 +120,17 @@ def random_outputs(objective, rows=3, crops=2):
       patches=draw(patches, image.width),
       prefix=draw(image.prefix, image.width),
       pooled=draw(image.embed_dim),
-      taps={t: draw(image.prefix + patches, image.width) for t in taps},
+      intermediates={
+        i: draw(image.prefix + patches, image.width) for i in layers
+      },
     )
 
   outputs = {}
-  for encoding, taps in objective.needs().encodings.items():
+  for encoding, layers in objective.needs().encodings.items():
     frozen = TEACHERS.get(encoding.weights)
     spec = STUDENT if frozen is None else frozen.model
     size = encoding.size or VIEWS[encoding.view].size
-    outputs[encoding] = output(spec, size, taps)
+    outputs[encoding] = output(spec, size, layers)
   return outputs
 
 
@@ -194,7 +196,8 @@ def test_loss_equals_numpy(feature_loss, normalize):
 
   # Without the CLS token, on the student's grid of 2 x 2.
   layers = [
-    features(f"fine_layer{i}", fine.taps[i][:, :, 1:], 2) for i in (0, 1)
+    features(f"fine_layer{i}", fine.intermediates[i][:, :, 1:], 2)
+    for i in (0, 1)
   ]
   want = 2 * summary("fine", fine) + 3 * np.mean(layers)
   want += 0.5 * 2 * summary("coarse", coarse)

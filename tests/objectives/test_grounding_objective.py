@@ -75,7 +75,7 @@ def compute_loss_inputs(objective, params, batch):
       patches=batch["patches"][:, None],
       prefix=empty,
       pooled=jnp.zeros((*batch["pooled"].shape[:1], 1, 6)),
-      taps={},
+      intermediates={},
     ),
     PHRASE: text_lib.TextOutput(tokens=empty, pooled=batch["pooled"]),
   }

@@ -157,7 +157,7 @@ def _inputs(seed=0):
     patches=jnp.asarray(rng.normal(size=(3, 2, 4, 64)), jnp.float32),
     prefix=jnp.asarray(rng.normal(size=(3, 2, 2, 64)), jnp.float32),
     pooled=jnp.zeros((3, 2, 64)),
-    taps={},
+    intermediates={},
   )
   return view_batch, output
 

@@ -1,13 +1,13 @@
 """Ring losses against all logits on one device, in value and gradient."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from step_samples import mesh_of
 
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import (
@@ -17,14 +17,9 @@ from mtv_jax.objectives import (
   grounding,
 )
 from mtv_jax.parallel import ring
-from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh
+from mtv_jax.parallel.mesh import BATCH_SPEC
 
 SCALARS = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
-
-
-def mesh_of(shape):
-  sizes = dict(zip(MESH_AXES, shape, strict=True))
-  return make_mesh(sizes, jax.devices()[: math.prod(shape)])
 
 
 def random_loss_inputs(name, rows=16, width=8):

@@ -90,6 +90,23 @@ def test_requests_and_bytes_are_those_of_a_run(train):
   assert not plane.warnings
 
 
+def test_shards_that_are_copied(gs, tmp_path, monkeypatch):
+  monkeypatch.setattr(label_samples, "PER_SHARD", 16)
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  base = label_samples.make_base(tmp_path, count=256, format="array_record")
+  url = path.as_path(f"{gs}/copied")
+  path.upload_folder(base, url)
+  files = f"{url}/*.array_record"
+  plane = compute((dict(type="array_record", path=files),), window=16)
+  # Two windows of a shard, on the disk instead of in memory.
+  largest = sorted(f.stat().st_size for f in base.glob("*.array_record"))
+  lanes = 8 // HOSTS
+  assert 0 < plane.shard_bytes <= sum(largest[-2 * lanes :])
+  assert plane.window_bytes == plane.ahead_bytes == 0
+  assert plane.requests_per_example == 1 / 16
+  assert "disk for copied shards" in str(plane)
+
+
 def test_warnings(train, monkeypatch):
   single = compute(train, shuffle="global")
   # A tar's block, and those of both label sets.

@@ -21,7 +21,7 @@ from mtv_jax.studies.expand import Study, StudyRun
 from mtv_jax.studies.statistics import read_study
 from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError, InputError
-from mtv_jax.utils.leases import Leases
+from mtv_jax.utils.leases import open_leases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -225,7 +225,7 @@ def test_a_leased_run_is_left_to_its_process(
 
   monkeypatch.setattr(runner, "_train", train_both)
   (tmp_path / "runs").mkdir()
-  with Leases(tmp_path / "runs").acquire("a0-s0"):
+  with open_leases(tmp_path / "runs").acquire("a0-s0"):
     status = runner.run_study(tmp_path, study, log_fn=lines.append)
   assert trainings == ["a1-s0", "a2-s0"]
   assert f"process {os.getpid()}" in lines[0]

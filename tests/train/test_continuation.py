@@ -20,7 +20,7 @@ from mtv_jax.evals import run as evals_run
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.experiment import build_experiment
 from mtv_jax.train.initialization import initialize_state
-from mtv_jax.train.numerics import BoundError
+from mtv_jax.train.rollback import BoundError
 from mtv_jax.train.run import resolve
 from mtv_jax.train.train import train
 from mtv_jax.utils import plots

@@ -20,6 +20,7 @@ from mtv_jax.train.experiment import (
   build_experiment,
   log_experiment,
   make_loader,
+  open_evaluations,
   save_config,
 )
 from mtv_jax.train.initialization import initialize_state
@@ -190,7 +191,9 @@ def test_invalid_configs_are_rejected(tmp_path, changes, message):
     *parents, last = key.split(".")
     functools.reduce(dict.__getitem__, parents, config)[last] = value
   with pytest.raises((ValueError, OSError), match=message):
-    make_loader(build_experiment(config, tmp_path), 0)
+    experiment = build_experiment(config, tmp_path)
+    open_evaluations(experiment)
+    make_loader(experiment, 0)
 
 
 def test_s3_as_workdir_is_rejected():

@@ -24,13 +24,13 @@ from mtv_jax.evals.core import results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.retrieval import Retrieval
 from mtv_jax.models import layers
-from mtv_jax.train import gradients, numerics
+from mtv_jax.train import gradients, rollback
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import train as train_lib
 from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.metrics import Chrono
-from mtv_jax.train.numerics import (
+from mtv_jax.train.rollback import (
   Bound,
   BoundError,
   NonFiniteConfig,
@@ -267,7 +267,7 @@ def test_a_run_that_does_not_recover_stops(tmp_path, damage):
 def test_a_spike_is_logged_with_the_norms_of_all_objectives(
   tmp_path, monkeypatch, caplog
 ):
-  monkeypatch.setattr(numerics, "_FEWEST", 2)
+  monkeypatch.setattr(rollback, "_FEWEST", 2)
   config = smallest(total_steps=4, log=dict(spikes=1e-3))
   train(config, tmp_path / "run")
   (text,) = (

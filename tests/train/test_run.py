@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import loading
+from mtv_jax.train import run
 from mtv_jax.train.experiment import check_source_tokenizer
 from mtv_jax.train.run import resolve
+from mtv_jax.utils import path_patterns
 from mtv_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,6 +57,24 @@ def test_a_resolved_config_has_all_defaults_and_opens_again():
   assert written["ema"] is None and written["model"]["text"]["variant"] == "B"
   assert resolve(config) is config
   assert resolve(written) == config
+
+
+def test_a_run_records_the_commits_of_the_hub(monkeypatch, tmp_path):
+  commits = iter(["a" * 40, "b" * 40, "c" * 40])
+  monkeypatch.setattr(path_patterns, "_find_commit", lambda *_: next(commits))
+  url = "hf://datasets/lab/pairs{}/x.parquet"
+  config = small(data__train=[{"type": "parquet", "path": url.format("")}])
+  first = resolve(config, tmp_path)
+  assert first.data.train[0]["path"] == url.format("@" + "a" * 40)
+  (tmp_path / "config.json").write_text(json.dumps(first.to_dict()))
+  # Without a checkpoint, the run starts again.
+  assert resolve(config, tmp_path).data.commits != first.data.commits
+  monkeypatch.setattr(run, "saved_steps", lambda workdir: [5])
+  assert resolve(config, tmp_path).data == first.data
+  assert resolve(first.to_dict()) == first
+  # Another revision is not the recorded one.
+  config["data"]["train"][0]["path"] = url.format("@v2")
+  assert resolve(config, tmp_path).data.train[0]["path"].count("c") == 40
 
 
 def test_given_values_and_units_stay():

@@ -1,6 +1,7 @@
 """Files in buckets, in emulators of both stores."""
 
 import logging
+import os
 import shutil
 
 import pytest
@@ -109,6 +110,38 @@ def test_copies_need_space(tmp_path, monkeypatch, caplog):
   copies = path.local_copies(urls, cache=tmp_path)
   assert all((copy / "c").is_file() for copy in copies)
   assert "Copying gs://b/n (6 B) to" in caplog.text
+
+
+def test_lazy_copies(tmp_path, monkeypatch):
+  store = _HostileStore("sub/a.jpg", "b.txt", "c.jpg")
+  monkeypatch.setattr(buckets, "get_store", lambda path: store)
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path))
+
+  def copy_lazily():
+    return path.lazy_copy("gs://b/m", lambda n: n.endswith(".jpg"), share=0.5)
+
+  usage = shutil.disk_usage(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=3))
+    match = r"needed part of gs://b/m \(6 B in all\) takes 4 B; .* only 3 B"
+    with pytest.raises(InputError, match=match):
+      copy_lazily()
+  folder = copy_lazily()
+  image = folder / "sub/a.jpg"
+  assert (folder / "b.txt").read_bytes() == b"ok"
+  assert image.stat().st_size == 2
+  assert str(path.origin(image)) == "gs://b/m/sub/a.jpg"
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1))
+    with pytest.raises(InputError, match=r"sub/a\.jpg takes 2 B; .* only 1 B"):
+      path.fetch(image)
+  assert path.fetch(image).read_bytes() == b"ok"
+  assert path.origin(image) == image == copy_lazily() / "sub/a.jpg"
+  # Other local files may be from 1970.
+  local = tmp_path / "local"
+  local.touch()
+  os.utime(local, (0, 0))
+  assert path.fetch(local) == local
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -187,38 +186,6 @@ def test_one_of_many_takeovers_wins(tmp_path):
 
   wins = map_threads(contend, range(many))
   assert np.sum(wins, axis=0).tolist() == [1] * rounds
-  assert names(tmp_path) == []
-
-
-_PROCESS = """
-import contextlib, pathlib, sys
-from mtv_jax.utils.leases import Leases
-leases = Leases(pathlib.Path(sys.argv[1]))
-with contextlib.ExitStack() as stack:
-  for line in sys.stdin:
-    taken = stack.enter_context(leases.acquire(line.strip()))
-    print(int(taken), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_one_of_many_processes_takes_over(tmp_path, repo_root):
-  command, pipe = [sys.executable, "-c", _PROCESS, tmp_path], subprocess.PIPE
-  options = dict(cwd=repo_root, stdin=pipe, stdout=pipe, text=True)
-  running = [subprocess.Popen(command, **options) for _ in range(4)]
-  with contextlib.ExitStack() as stack:
-    for process in running:
-      stack.callback(process.kill)
-    for number in range(50):
-      claim(tmp_path, f"{number}", ELSEWHERE, age=1000)
-      for process in running:
-        process.stdin.write(f"{number}\n")
-        process.stdin.flush()
-      won = [int(process.stdout.readline()) for process in running]
-      assert sum(won) == 1, number
-    for process in running:
-      process.communicate(timeout=60)
-      assert process.returncode == 0
   assert names(tmp_path) == []
 
 

@@ -51,7 +51,7 @@ from mtv_jax.utils import text
     (text.one_line("a\x1b[31m\ud800 b"), "a\ufffd[31m\ufffd b"),
     (text.truncate("abcdef", 6), "abcdef"),
     (text.truncate("abcdefg", 6), "abcdef…"),
-    (text.list_first(["a", "b", "c"], 2), "a, b, ..."),
+    (text.list_first(["a", "b", "c"], 2), "a, b and 1 more"),
     (text.list_first(["a", "b"], 2), "a, b"),
     (text.first_lines("abc", 2), "  a\n  b\n  ... and 1 more"),
     (text.first_lines("ab", 2), "  a\n  b"),

@@ -21,8 +21,8 @@ from mtv_jax.config import foreign
 from mtv_jax.config.options import Range, shorten_repr
 from mtv_jax.data.labels import label_sets, label_values, label_writer
 from mtv_jax.data.labels.label_sets import LabelError
-from mtv_jax.data.labels.label_values import LabelOutcome, no_label
-from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
+from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome, no_label
+from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.base import Source
@@ -68,13 +68,11 @@ def write(
   """Writes the labels of all records; `annotate` runs in threads."""
   first = None
 
-  def annotate_item(item: Item) -> tuple[Item, LabelOutcome]:
-    return item, annotate(item)
-
   def make_entries(numbers: range) -> Iterator[Entry]:
     nonlocal first
     items = _items(writer.base, numbers)
-    for item, outcome in map_ahead(annotate_item, items, ahead=_AHEAD):
+    annotated = map_ahead(lambda i: (i, annotate(i)), items, ahead=_AHEAD)
+    for item, outcome in annotated:
       first = first or item
       yield Entry(item.key, outcome)
 

@@ -40,6 +40,7 @@ from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, StorageError, check_choice
 from mtv_jax.utils.path import refuse_remote
+from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import RangeReader
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_threads
@@ -55,6 +56,7 @@ JOINS = ("aligned", "key")
 _REMOVE = "Remove this file; it is written again from the label set."
 # Maximum number of base records checked before a run starts.
 _MAX_CHECKED = 1024
+_MAX_HASHED = 64  # Shards whose key hashes are in memory, 8 bytes a record.
 
 
 class JoinedLabels(abc.ABC):
@@ -212,7 +214,9 @@ class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
   The source may have a subset of the label set's shards, and may drop records
-  at the end of a shard, as tars do with images without captions.
+  of a shard, as tars do with images without captions. The index of a tar orders
+  these last, a table of blocks as the tar does; a label that is not at its
+  record's position is looked up by the hashes of its shard's keys.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
@@ -226,6 +230,7 @@ class AlignedLabels(JoinedLabels):
     counts = np.diff(source.shards, prepend=0)
     self._shards = self._match(counts)
     self._source = source
+    self._hashes = ProcessCache(labels.key_hashes, limit=_MAX_HASHED)
     # Records of a bucket are checked when they are read.
     self._is_remote = labels.blocks and path_lib.is_remote(self._files[0])
     if not self._is_remote:
@@ -272,18 +277,24 @@ class AlignedLabels(JoinedLabels):
       i, file, key, image = sample
       given_key, given_image = label_sets.read_sample(source, i) or (key, image)
       if given_key != key:
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        if all(self._find_by_key(shard, k) for k in (key, given_key)):
+          return  # In another order.
         raise LabelError(
           f"{self.label_set!r} belongs to other shards: record {i} of"
           f" {source!r}, in {file.name}, has key {given_key!r}, expected"
           f" {key!r}. {_ADVICE}"
         )
       if given_image != image:
-        raise LabelError(
-          f"{self.label_set!r} belongs to other images: {key!r} in {file} has"
-          f" the same key but other bytes. {_ADVICE}"
-        )
+        raise self._other_images(key, file)
 
     map_threads(check, chosen)
+
+  def _other_images(self, key: str, file: PurePath) -> LabelError:
+    return LabelError(
+      f"{self.label_set!r} belongs to other images: {key!r} in {file} has the"
+      f" same key but other bytes. {_ADVICE}"
+    )
 
   def use_reader(self, reader: RangeReader) -> None:
     if self.label_set.blocks:
@@ -295,6 +306,15 @@ class AlignedLabels(JoinedLabels):
       _, end = self._source.lane_blocks.locate(first + count - 1)
       blocks.prefetch(self._shards[shard], range(begin.start, end.stop))
 
+  def _find_by_key(self, shard: int, key: str) -> Stored | None:
+    """Returns a record's label, wherever it is in its shard."""
+    wanted = np.uint64(label_sets.hash_key(key))
+    for at in np.flatnonzero(self._hashes.get(self._shards[shard]) == wanted):
+      stored = self.label_set.read(self._shards[shard], int(at))
+      if stored.key == key:
+        return stored
+    return None
+
   def _find(self, i: int, record: Record) -> Label | None:
     """Returns the label of record `i` from its block."""
     blocks = self._source.lane_blocks
@@ -304,16 +324,20 @@ class AlignedLabels(JoinedLabels):
       positions = range(at, at + 1)
     key, labels, file = record["key"], self.label_set, self._files[shard]
     stored = labels.find(self._shards[shard], positions, key)
+    stored = stored or self._find_by_key(shard, key)
     if stored is None:
       problem = f"it has no label of record {key!r} of {file.name}"
       raise LabelError(f"{labels!r} is of other shards: {problem}. {_ADVICE}")
+    self._check_image(shard, record)
+    return stored.label
+
+  def _check_image(self, shard: int, record: Record) -> None:
+    """Compares a record's image with the manifest, if it is listed there."""
+    labels, key, data = self.label_set, record["key"], record.get("image")
     samples = labels.manifest["shards"][self._shards[shard]]["samples"]
-    data = record.get("image")
     for _, sample, image in samples:
       if sample == key and data and image != label_sets.hash_bytes(data):
-        problem = f"{key!r} in {file.name} has the same key but other bytes"
-        raise LabelError(f"{labels!r} is of other images: {problem}. {_ADVICE}")
-    return stored.label
+        raise self._other_images(key, self._files[shard])
 
   def get(self, i: int, record: Record) -> Label | None:
     if self._is_remote:
@@ -322,6 +346,9 @@ class AlignedLabels(JoinedLabels):
     at = i - int(self._starts[shard])
     stored = self.label_set.read(self._shards[shard], at)
     if stored.key != (key := record["key"]):
+      if moved := self._find_by_key(shard, key):
+        self._check_image(shard, record)
+        return moved.label
       file = self._files[shard]
       name = label_sets.shard_name(file)
       raise LabelError(

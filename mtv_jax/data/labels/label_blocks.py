@@ -6,16 +6,12 @@ little-endian: the number of labels and the CRC-32 of the following entries
 of its bytes (u32), then these bytes.
 """
 
-import itertools
-import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.process_cache import ProcessCache
@@ -26,22 +22,8 @@ _HEADER = np.dtype([("count", "<u4"), ("crc", "<u4")])
 _ENTRY = np.dtype([("key", "<u8"), ("end", "<u4"), ("crc", "<u4")])
 
 
-def write(
-  stream: BinaryIO, labels: Iterable[tuple[int, bytes]], counts: Sequence[int]
-) -> list[int]:
-  """Writes (key hash, label) pairs in blocks of `counts`; returns their sizes.
-
-  Stops early if there are fewer labels; further ones are left in the iterator.
-  """
-  labels, sizes = iter(labels), []
-  for count in counts:
-    data = _pack(list(itertools.islice(labels, count)))
-    stream.write(data)
-    sizes.append(len(data))
-  return sizes
-
-
-def _pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
+def pack(pairs: Sequence[tuple[int, bytes]]) -> bytes:
+  """Returns a block of (key hash, label) pairs."""
   entries = np.zeros(len(pairs), _ENTRY)
   entries["key"] = [key for key, _ in pairs]
   labels = [label for _, label in pairs]
@@ -58,9 +40,9 @@ class LabelBlocks:
   def __init__(self, table: BlockTable, reader: RangeReader):
     self.table = table
     self._reader = reader
-    numbers = np.arange(len(table.files) + 1)
-    self._first = np.searchsorted(table.shard, numbers)  # Block of each shard.
     self._ends = np.cumsum(table.records)
+    # First label of each shard.
+    self._starts = np.cumsum([0, *table.count_records()])
     self._maps = ProcessCache(self._map)
 
   def use(self, reader: RangeReader) -> None:
@@ -76,11 +58,12 @@ class LabelBlocks:
 
   def _find(self, shard: int, positions: range) -> range:
     """Returns the blocks at these positions of a shard."""
-    start, end = self._first[shard], self._first[shard + 1]
-    before = int(self._ends[start - 1]) if start else 0
-    at = np.add(before, [positions.start, positions.stop - 1])
-    first, last = np.searchsorted(self._ends, at, side="right")
-    return range(int(first), min(int(last) + 1, int(end)))
+    start, end = self._starts[shard : shard + 2]
+    at = np.add(start, [positions.start, positions.stop - 1])
+    first, last = np.searchsorted(
+      self._ends, np.minimum(at, end - 1), side="right"
+    )
+    return range(int(first), int(last) + 1)
 
   def _open(self, block: int) -> tuple[np.ndarray, memoryview]:
     """Returns the entries of a block, and the labels' bytes."""
@@ -104,11 +87,9 @@ class LabelBlocks:
   def read(self, shard: int, at: int) -> bytes:
     """Returns label `at` of a shard."""
     (block,) = self._find(shard, range(at, at + 1))
-    first = int(self._first[shard])
-    start = int(self._ends[block - 1]) if block else 0
-    before = int(self._ends[first - 1]) if first else 0
+    before = self._ends[block] - self.table.records[block]
     entries, data = self._open(block)
-    return _slice(entries, data, at + before - start)
+    return _slice(entries, data, int(self._starts[shard] + at - before))
 
   def find(self, shard: int, positions: range, key: int) -> Iterator[bytes]:
     """Yields the labels with a key's hash in the blocks at these positions."""
@@ -124,11 +105,3 @@ def _slice(entries: np.ndarray, data: memoryview, at: int) -> bytes:
   if zlib.crc32(label) != entries["crc"][at]:
     raise BadRecord(f"label {at} of a block", "has another checksum")
   return label
-
-
-def open_table(folder: os.PathLike, names: Sequence[str]) -> BlockTable:
-  """Reads the table of a label set's files."""
-  folder = path_lib.as_path(folder)
-  fix = "Copy the label set again, or write it again."
-  table = block_table.read(folder / block_table.NAME, fix=fix)
-  return table.select([folder / f"{name}{SUFFIX}" for name in names])

@@ -16,32 +16,31 @@ stores a few keys and image hashes of the base. Sets of version 1 have
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt64
 
+from mtv_jax.config.overrides import describe_difference
 from mtv_jax.data.labels import label_blocks, label_values
 from mtv_jax.data.labels.label_blocks import LabelBlocks
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.ranges import RangeReader
-from mtv_jax.utils.text import list_first, truncate
+from mtv_jax.utils.text import first_lines, list_first
 from mtv_jax.utils.threads import map_threads
 
 VERSION = 2
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
-# Limits on differences in an error: lines, and characters per value.
-_MAX_LINES, _MAX_CHARACTERS = 12, 60
+_MAX_LINES = 12  # Of an error's differences.
 _MEMORY = 1 << 28  # Bytes of blocks of a bucket, outside of training.
-_ABSENT = object()
 # Parsed JSON takes up to twenty times its bytes; 100,000 shards take 30 MB.
 _MAX_MANIFEST = 1 << 25
 
@@ -98,9 +97,11 @@ class LabelSet:
     self.counts = [shard["records"] for shard in shards]
     self.blocks: LabelBlocks | None = None
     if self.manifest["version"] == VERSION:
-      table = label_blocks.open_table(self.folder, self.names)
-      counts = np.bincount(table.shard, table.records, len(self.names))
-      if counts.tolist() != self.counts:
+      file = self.folder / block_table.NAME
+      fix = "Copy the label set again, or write it again."
+      files = [self.folder / f"{n}{label_blocks.SUFFIX}" for n in self.names]
+      table = block_table.read(file, fix=fix).select(files)
+      if table.count_records() != self.counts:
         raise LabelError(
           f"The table of blocks in {self.folder} doesn't fit its {MANIFEST}:"
           " they belong to different sets. Copy or write the set again."
@@ -298,36 +299,9 @@ def _parse(data: bytes, file: PurePath) -> dict[str, Any]:
 def _require_equal(
   stored: Mapping[str, Any], requested: Mapping[str, Any], prefix: str
 ) -> None:
-  if changed := format_differences(stored, requested):
+  if changed := describe_difference(stored, requested):
     raise FileExistsError(
-      f"{prefix} label set with other settings (stored -> requested):"
-      f"{changed}\nGive another folder, or remove this one to label again."
+      f"{prefix} label set with other settings (stored -> requested):\n"
+      f"{first_lines(changed, _MAX_LINES)}\n"
+      "Give another folder, or remove this one to label again."
     )
-
-
-def format_differences(
-  stored: Mapping[str, Any], requested: Mapping[str, Any]
-) -> str:
-  """Lines such as "settings.threshold: 0.1 -> 0.2", up to a limit."""
-  old, new = dict(flatten(stored)), dict(flatten(requested))
-  rows = ((k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in old | new)
-  lines = [
-    f"{k}: {_format_leaf(a)} -> {_format_leaf(b)}" for k, a, b in rows if a != b
-  ]
-  if (more := len(lines) - _MAX_LINES) > 0:
-    lines[_MAX_LINES:] = [f"... and {more} more"]
-  return "".join(f"\n  {line}" for line in lines)
-
-
-def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-  """Yields (dotted name, value) for each leaf of nested settings."""
-  if not isinstance(value, Mapping) or not value:
-    yield name, value
-    return
-  for key, inner in value.items():
-    yield from flatten(inner, f"{name}.{key}" if name else str(key))
-
-
-def _format_leaf(leaf: Any) -> str:
-  text = "none" if leaf is _ABSENT else json.dumps(leaf, ensure_ascii=False)
-  return truncate(text, _MAX_CHARACTERS)

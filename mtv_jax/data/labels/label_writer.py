@@ -12,26 +12,27 @@ labels give equal bytes.
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from mtv_jax.data.labels import label_blocks, label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
-from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
+from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Source
-from mtv_jax.data.sources.block_table import BlockTable
-from mtv_jax.utils import atomic, leases
+from mtv_jax.utils import leases
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.text import list_first
@@ -42,15 +43,8 @@ log = logging.getLogger(__name__)
 PART_RECORDS = 1000  # At least, except for the last part of a shard.
 _PART = ".part"
 _SHARD_FILES = (label_blocks.SUFFIX, ".keys.npy", "_stats.json")
-_LENGTH = np.dtype("<u8")  # Ends a part: bytes of the JSON before it.
 # Finished shards whose images are compared with the base at a start.
 _MAX_CHECKED = 4
-# Seconds between checks of parts that peers write, doubling, up to this
-# fraction of the time after which a lease expires.
-_MIN_WAIT, _MAX_WAIT = 0.2, 0.05
-# Parts found to be another process's, and seconds, after which the folder is
-# listed again.
-_MAX_MISSES, _MAX_AGE = 16, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,64 +57,14 @@ class Entry:
   image: str | None = None
 
 
-@dataclasses.dataclass
-class LabelCounts:
-  """Counts of records, labels and boxes in a label set or shard."""
-
-  records: int = 0
-  labelled: int = 0
-  boxes: int = 0
-  # Reasons for missing or changed labels.
-  reasons: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-
-  def add(self, outcome: LabelOutcome) -> None:
-    """Adds one record."""
-    self.records += 1
-    self.labelled += outcome.label is not None
-    if isinstance(outcome.label, BoxLabel):
-      self.boxes += len(outcome.label.boxes)
-    self.reasons.update(outcome.counts)
-
-  def merge(self, counts: Mapping[str, Any]) -> None:
-    """Adds the counts of `to_dict`."""
-    self.records += counts["records"]
-    self.labelled += counts["labelled"]
-    self.boxes += counts["boxes"]
-    self.reasons.update(counts["reasons"])
-
-  def to_dict(self) -> dict[str, Any]:
-    """As a JSON object; reasons by descending count, then by name."""
-    order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
-    return dataclasses.asdict(self) | {"reasons": dict(order)}
-
-  def format_summary(self, kind: str, out: str | os.PathLike) -> str:
-    """Formats the counts and reasons as text."""
-    boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
-    count = f"{self.labelled:,} of {self.records:,} records"
-    lines = [f"{count} have a label{boxes}, in {out}."]
-    reasons = self.to_dict()["reasons"].items()
-    lines += [f"  {n:,} times: {reason}" for reason, n in reasons]
-    return "\n".join(lines)
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
   """Records of whole blocks of a shard, which one process labels."""
 
   shard: int
-  name: str  # Of its lease.
+  name: str  # Of its file and its lease.
   numbers: range  # Indices of the base's records.
   blocks: tuple[int, ...]  # Records of each block.
-
-  @property
-  def file_name(self) -> str:
-    return self.name + _PART
-
-
-class _InvalidPart(Exception):
-  """A part that is missing, or that was removed since it is damaged."""
 
 
 class LabelWriter:
@@ -178,24 +122,18 @@ class LabelWriter:
 
   def _cut_parts(self) -> list[list[Part]]:
     """Returns the parts of each shard."""
-    ends, of_block, _ = self.base.lane_blocks
-    bounds = np.searchsorted(of_block, np.arange(len(self.names) + 1))
-    return [
-      self._cut_shard(shard, ends[first:last].tolist())
-      for shard, (first, last) in enumerate(
-        zip(bounds[:-1], bounds[1:], strict=True)
-      )
-    ]
-
-  def _cut_shard(self, shard: int, ends: Sequence[int]) -> list[Part]:
-    parts, blocks = [], []
-    origin = at = start = self._starts[shard]
-    for i, end in enumerate(ends, 1):
+    parts: list[list[Part]] = [[] for _ in self.names]
+    ends, shards, _ = self.base.lane_blocks
+    is_last = np.diff(shards, append=len(self.names)) > 0
+    columns = (ends.tolist(), shards.tolist(), is_last.tolist())
+    start, at, blocks = 0, 0, []
+    for end, shard, shard_ends in zip(*columns, strict=True):
       blocks.append(end - at)
       at = end
-      if at - start >= PART_RECORDS or i == len(ends):
-        name = f"{self.names[shard]}.{start - origin}-{at - origin}"
-        parts.append(Part(shard, name, range(start, at), tuple(blocks)))
+      if shard_ends or at - start >= PART_RECORDS:
+        first = self._starts[shard]
+        name = f"{self.names[shard]}.{start - first}-{at - first}{_PART}"
+        parts[shard].append(Part(shard, name, range(start, at), tuple(blocks)))
         start, blocks = at, []
     return parts
 
@@ -233,7 +171,7 @@ class LabelWriter:
       names = path_lib.list_folder(self.out, prefix=self.names[shard])
       names, shards = set(names), [shard]
     return {
-      shard: [p for p in self._parts[shard] if p.file_name not in names]
+      shard: [p for p in self._parts[shard] if p.name not in names]
       for shard in shards
       if not names.issuperset(file.name for file in self._files(shard))
     }
@@ -244,66 +182,57 @@ class LabelWriter:
 
   def write(self, part: Part, entries: Iterable[Entry]) -> None:
     """Writes the labels of one part: one entry per record, in order."""
-    summary, keys, images = LabelCounts(), [], []
-
-    def encoded() -> Iterator[tuple[int, bytes]]:
-      for entry in entries:
-        summary.add(entry.outcome)
+    counts, keys, images, blocks = LabelCounts(), [], [], []
+    remaining = iter(entries)
+    for count in part.blocks:
+      pairs = []
+      for entry in itertools.islice(remaining, count):
+        counts.add(entry.outcome)
         keys.append(entry.key)
         images.append(entry.image)
         label = label_values.encode(entry.key, entry.outcome.label)
-        yield label_sets.hash_key(entry.key), label
+        pairs.append((label_sets.hash_key(entry.key), label))
+      blocks.append(label_blocks.pack(pairs))
+    given = len(keys) + sum(1 for _ in remaining)
+    if given != len(part.numbers):
+      raise LabelError(
+        f"{given} labels for {len(part.numbers)} records of"
+        f" {self.base.files[part.shard]}: expected one entry per record, in"
+        " order."
+      )
+    content = {
+      "made_by": self._settings_hash,
+      "counts": counts.to_dict(),
+      "keys": keys,
+      "images": images,
+      "blocks": blocks,
+    }
+    # A process that took over the part has removed the temporary file.
+    with contextlib.suppress(FileNotFoundError):
+      path_lib.write_bytes(self.out / part.name, msgpack.packb(content))
 
-    with (
-      path_lib.replace_file(self.out / part.file_name) as temporary,
-      temporary.open("wb") as stream,
-    ):
-      labels = encoded()
-      sizes = label_blocks.write(stream, labels, part.blocks)
-      collections.deque(labels, maxlen=0)  # Counts those beyond the records.
-      if len(keys) != len(part.numbers):
-        raise LabelError(
-          f"{len(keys)} labels for {len(part.numbers)} records of"
-          f" {self.base.files[part.shard]}: expected one entry per record, in"
-          " order."
-        )
-      content = {
-        "made_by": self._settings_hash,
-        "counts": summary.to_dict(),
-        "keys": keys,
-        "images": images,
-        "sizes": sizes,
-      }
-      data = json.dumps(content).encode()
-      stream.write(data + np.array(len(data), _LENGTH).tobytes())
-
-  def _read_part(self, part: Part) -> tuple[memoryview, dict[str, Any]]:
-    """Returns the blocks of a part, and its content's description."""
-    file = self.out / part.file_name
+  def _read_part(self, part: Part) -> dict[str, Any]:
+    """Reads a part; FileNotFoundError, also after removing a damaged one."""
+    file = self.out / part.name
+    data = path_lib.read_bytes(file)
     try:
-      data = memoryview(path_lib.read_bytes(file))
-      end = len(data) - _LENGTH.itemsize
-      start = end - int(np.frombuffer(data[end:], _LENGTH)[0])
-      content = json.loads(bytes(data[start:end]))
+      content = msgpack.unpackb(data)
       if content["made_by"] != self._settings_hash:
         raise ValueError("other settings")
-      if sum(content["sizes"]) != start:
-        raise ValueError("it is truncated")
-    except FileNotFoundError as error:
-      raise _InvalidPart from error
     except (ValueError, LookupError, TypeError) as error:
       log.warning("%s is damaged (%s): it is written again.", file, error)
       path_lib.remove(file)
-      raise _InvalidPart from error
-    return data[:start], content
+      raise FileNotFoundError(str(file)) from error
+    return content
 
-  def join(self, shard: int) -> None:
+  def join(self, shard: int) -> bool:
     """Joins the parts of a shard, if it is unfinished and all are there."""
     if self.todo(shard) == {shard: []}:
-      with contextlib.suppress(_InvalidPart):
+      with contextlib.suppress(FileNotFoundError):
         self._write_shard(shard)
     if not self.todo(shard):
       self._remove_parts(shard)
+    return True
 
   def _write_shard(self, shard: int) -> None:
     labels_file, keys_file, stats_file = self._files(shard)
@@ -315,12 +244,19 @@ class LabelWriter:
       temporary.open("wb") as stream,
     ):
       for part in self._parts[shard]:
-        blocks, content = self._read_part(part)
-        stream.write(blocks)
+        content = self._read_part(part)
+        stream.writelines(content["blocks"])
         summary.merge(content["counts"])
         keys += content["keys"]
         images += content["images"]
-        sizes += content["sizes"]
+        sizes += map(len, content["blocks"])
+    if len({*keys}) < len(keys):
+      # An index and a table of blocks order the records of a tar differently.
+      raise LabelError(
+        f"The parts of {self.names[shard]} in {self.out} repeat a record: its"
+        " table of blocks was written, or removed, between them. Remove the"
+        f" parts ({self.names[shard]}.*{_PART}) and label again."
+      )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
     stream = io.BytesIO()
     np.save(stream, hashes, allow_pickle=False)
@@ -398,22 +334,21 @@ class LabelWriter:
 
   def _write_table(self, blocks: Sequence[Sequence[Sequence[int]]]) -> None:
     """Writes the table of blocks, given (size, records) by shard."""
-    files = [self._files(shard)[0] for shard in range(len(self.names))]
-    rows = [block for of_shard in blocks for block in of_shard]
-    size, records = np.array(rows, np.int64).reshape(-1, 2).T
-    offsets = [np.cumsum([0, *(n for n, _ in b)])[:-1] for b in blocks]
-    table = BlockTable(
-      files=tuple(files),
-      sizes=tuple(sum(n for n, _ in of_shard) for of_shard in blocks),
+    tables = []
+    for shard, rows in enumerate(blocks):
+      size, records = np.array(rows, np.int64).reshape(-1, 2).T
+      columns = dict(
+        offset=np.cumsum(size) - size,
+        size=size,
+        records=records,
+        captioned=records,
+      )
       # Label sets are copied, which changes versions.
-      versions=("",) * len(files),
-      shard=np.repeat(np.arange(len(files)), [len(b) for b in blocks]),
-      offset=np.concatenate([np.zeros(0, np.int64), *offsets]),
-      size=size,
-      records=records,
-      captioned=records,
-    )
-    table.write(self.out / block_table.NAME)
+      state = int(size.sum()), ""
+      tables.append(
+        block_table.of_file(self._files(shard)[0], state, columns, per_block=0)
+      )
+    block_table.join(tables).write(self.out / block_table.NAME)
 
   def _samples(
     self, shard: int, known: Mapping[int, tuple[str, str]]
@@ -462,11 +397,14 @@ def write_all(
   `progress` receives the number of records done by all processes and the total.
   Raises LabelError if all records lack a label.
   """
-  return _Job(writer, make_entries, progress).run()
+  job = _Job(writer, make_entries, progress)
+  leases.run_jobs(job.leases, job.list)
+  job.leases.clear()
+  return job.counts
 
 
 class _Job:
-  """The loop of one process."""
+  """The work of one process."""
 
   def __init__(
     self,
@@ -476,86 +414,41 @@ class _Job:
   ):
     self._writer, self._make_entries = writer, make_entries
     self._progress = progress
-    self._leases = leases.open_leases(writer.out)
+    self.leases = leases.open_leases(writer.out)
     self._done = 0
-    # Processes begin at different shards.
-    owner = str(atomic.current_process()).encode()
-    self._rng = np.random.default_rng(list(owner))
-    self._first = int(self._rng.integers(len(writer.names)))
+    self.counts: LabelCounts | None = None  # Of the finished set.
 
-  def run(self) -> LabelCounts:
-    wait = _MIN_WAIT
-    while True:
-      if todo := self._list():
-        worked = self._work(todo)
-      elif counts := self._finish():
-        self._leases.clear()
-        return counts
-      else:
-        worked = False
-      if worked:
-        wait = _MIN_WAIT
-        continue
-      if wait == _MIN_WAIT:
-        self._log_waiting(todo)
-      time.sleep(wait)
-      wait = min(2 * wait, _MAX_WAIT * atomic.STALE_SECONDS)
-
-  def _list(self) -> dict[int, list[Part]]:
-    todo, total = self._writer.todo(), len(self._writer.base)
+  def list(self) -> leases.Jobs:
+    """Missing parts, shards to join, or the manifest."""
+    if self.counts:
+      return {}
+    writer = self._writer
+    todo, total = writer.todo(), len(writer.base)
     parts = [part for of_shard in todo.values() for part in of_shard]
     self._done = total - sum(len(part.numbers) for part in parts)
     self._progress(self._done, total)
-    return todo
-
-  def _work(self, todo: Mapping[int, Sequence[Part]]) -> bool:
-    """Writes parts that are not leased; whether there were any."""
-    worked, misses, deadline = False, 0, time.monotonic() + _MAX_AGE
-    for shard in sorted(todo, key=lambda shard: (shard < self._first, shard)):
+    jobs = {part.name: functools.partial(self._write, part) for part in parts}
+    for shard in todo:
       if not todo[shard]:
-        worked |= self._join(shard)
-      for part in todo[shard]:
-        if not self._write(part):
-          misses += 1
-          break  # Another process is in this shard.
-        worked = True
-      if misses == _MAX_MISSES or time.monotonic() > deadline:
-        break
-    if worked:
-      return True
-    # Every shard has its process: help with one.
-    parts = [part for of_shard in todo.values() for part in of_shard]
-    return any(self._write(parts[i]) for i in self._rng.permutation(len(parts)))
+        jobs[writer.names[shard]] = functools.partial(writer.join, shard)
+    return jobs or {"manifest": self._finish}
 
   def _write(self, part: Part) -> bool:
-    """Writes a part unless another process has leased or finished it."""
+    """Writes a part unless another process has finished it."""
     writer = self._writer
-    with self._leases.acquire(part.name) as acquired:
-      if not (acquired and writer.is_missing(part)):
-        return False
-      try:
-        with contextlib.closing(self._entries(part.numbers)) as entries:
-          writer.write(part, entries)
-      except FileNotFoundError:
-        # A peer took over the part while this process was suspended.
-        holder = self._leases.holder(part.name)
-        lost = holder is not None and holder.owner != atomic.current_process()
-        if not lost and writer.is_missing(part):
-          raise
-        return False
+    if not writer.is_missing(part):
+      return False
+    with contextlib.closing(self._entries(part.numbers)) as entries:
+      writer.write(part, entries)
     if not writer.todo(part.shard).get(part.shard):
-      self._join(part.shard)
+      with self.leases.acquire(writer.names[part.shard]) as acquired:
+        if acquired:
+          writer.join(part.shard)
     return True
 
-  def _join(self, shard: int) -> bool:
-    with self._leases.acquire(self._writer.names[shard]) as acquired:
-      if acquired:
-        self._writer.join(shard)
-    return acquired
-
-  def _finish(self) -> LabelCounts | None:
-    with self._leases.acquire("manifest") as acquired:
-      return self._writer.finish() if acquired else None
+  def _finish(self) -> bool:
+    self.counts = self._writer.finish()
+    return True
 
   def _entries(self, numbers: range) -> Iterator[Entry]:
     total = len(self._writer.base)
@@ -563,19 +456,6 @@ class _Job:
       self._done += 1
       self._progress(min(self._done, total), total)
       yield entry
-
-  def _log_waiting(self, todo: Mapping[int, Sequence[Part]]) -> None:
-    names = [part.name for parts in todo.values() for part in parts]
-    names = names or [self._writer.names[shard] for shard in todo]
-    names = names or ["manifest"]
-    holders = [(name, self._leases.holder(name)) for name in names[:3]]
-    some = [f"{name} ({lease})" for name, lease in holders if lease]
-    some += ["..."] * (len(names) > 3)
-    log.info(
-      "Nothing is left to lease: waiting for %d parts of other hosts: %s.",
-      len(names),
-      ", ".join(some),
-    )
 
 
 def _base_hash(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:

@@ -23,7 +23,7 @@ _MAX_HIDDEN = 0.4  # Maximum hidden share of an additional object.
 _MAX_AREA = 0.6  # Maximum area of an additional object, relative to the main.
 
 Level = Literal["easy", "medium", "hard"]
-Span = tuple[float, float]
+Interval = tuple[float, float]
 # Caption kinds, in the order of `captions.captions`.
 CAPTIONS = ("full", "main", "relation", "count", "surroundings")
 
@@ -40,20 +40,20 @@ class Difficulty:
   colours: tuple[str, ...] = tuple(world_lib.COLOURS)
   textures: tuple[str, ...] = world_lib.TEXTURES
   sizes: tuple[str, ...] = tuple(world_lib.SIZES)
-  yaw: Span = (0.0, 2 * math.pi)  # Of solids.
+  yaw: Interval = (0.0, 2 * math.pi)  # Of solids.
   board_yaw: float = 0.6  # Maximum turn of a board away from the camera.
-  main_height: Span = (0.36, 0.58)
-  main_column: Span = (0.25, 0.75)
+  main_height: Interval = (0.36, 0.58)
+  main_column: Interval = (0.25, 0.75)
   other_height: float = 0.13  # Minimum, on the ground.
   # Probabilities: the main or an additional object floats; an additional object
   # copies the main one, or stands on an object.
-  floats: Span = (0.25, 0.35)
+  floats: Interval = (0.25, 0.35)
   copies: float = 0.12
   stacks: float = 0.5
   turn: float = 0.35  # Maximum, of the backdrop.
-  distance: Span = (6.0, 11.0)  # To the backdrop.
-  camera_height: Span = (0.65, 1.15)
-  camera_pitch: Span = (0.12, 0.3)
+  distance: Interval = (6.0, 11.0)  # To the backdrop.
+  camera_height: Interval = (0.65, 1.15)
+  camera_pitch: Interval = (0.12, 0.3)
   grounds: tuple[str, ...] = tuple(world_lib.GROUNDS)
   backdrops: tuple[str, ...] = tuple(world_lib.BACKDROPS)
   captions: tuple[str, ...] = CAPTIONS

@@ -52,8 +52,7 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
   ):
     files = expand_path(path, suffix=self.suffix)
     if cache is None and (table := block_table.find(files, blocks)):
-      counts = np.bincount(table.shard, table.records, len(files))
-      super().__init__(files, counts.astype(np.int64).tolist())
+      super().__init__(files, table.count_records())
       copies: Sequence[Path] = ()
       if path_lib.is_remote(files[0]):
         self._cache = ShardCache(files, table.sizes, table.versions)
@@ -64,24 +63,12 @@ class ArrayRecordSource(CachedShardsSource, FileSource):
       super().__init__(files, map_threads(count_records, copies))
     if not len(self):
       raise InputError(f"{self.name} has no record.")
-    self._readers = self._open_readers(copies)
+    counts = np.diff(self.shards, prepend=0)
+    self._open_shards(functools.partial(open_shard, files, counts), copies)
     # Megabytes per shard, and only labelling reads it.
     self._sidecars = ProcessCache(
       functools.partial(_read_sidecar, self.files), limit=8
     )
-
-  def _open_readers(self, copies: Sequence[Path]) -> ProcessCache:
-    if not self._cache:
-      return open_readers(copies)
-    load = functools.partial(_open_cached, self._cache, self.shards)
-    # An open reader keeps the space of a removed copy.
-    return ProcessCache(load, limit=self._cache.limit)
-
-  def keep_blocks(self, count: int) -> None:
-    """As in the base class."""
-    super().keep_blocks(count)
-    if self._cache:
-      self._readers = self._open_readers(())
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; BadRecord if it is corrupt or lacks a caption."""
@@ -132,21 +119,20 @@ def open_readers(files: Sequence[Path], **options: Any) -> ProcessCache:
   return ProcessCache(functools.partial(_open_reader, files), **options)
 
 
-def _open_cached(
-  cache: ShardCache, ends: Int64[np.ndarray, " shards"], shard: int
+def open_shard(
+  files: Sequence[PurePath],
+  counts: Int64[np.ndarray, " shards"],
+  shard: int,
+  path: Path,
+  *,
+  fix: str = "Run `mtv-jax index` again.",
 ) -> Any:
-  """Opens a bucket shard, whose count must be that of its table."""
-  expected = int(np.diff(ends, prepend=0)[shard])
-
-  def open_copy(file: Path) -> Any:
-    if (count := count_records(file)) != expected:
-      raise InputError(
-        f"{cache.span(shard).path} has {count:,} records, its table of blocks"
-        f" {expected:,}. Run `mtv-jax index` again."
-      )
-    return _open_reader([file], 0)
-
-  return cache.open(shard, open_copy)
+  """Opens the local file of a shard; InputError if its count is another."""
+  if (count := count_records(path)) != counts[shard]:
+    raise InputError(
+      f"{files[shard]} has {count:,} records, expected {counts[shard]:,}. {fix}"
+    )
+  return _open_reader([path], 0)
 
 
 def scan(path: PurePath) -> block_table.Columns:

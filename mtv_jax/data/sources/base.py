@@ -227,20 +227,16 @@ class LimitedSource(Source):
 
   @functools.cached_property
   def lane_blocks(self) -> Blocks:
-    """As in the base class."""
     ends, shard, all_ends = self._source.lane_blocks
     return Blocks(self._count_before(ends), shard, all_ends)
 
   def use_reader(self, reader: RangeReader) -> None:
-    """As in the base class."""
     self._source.use_reader(reader)
 
   def keep_blocks(self, count: int) -> None:
-    """As in the base class."""
     self._source.keep_blocks(count)
 
   def prefetch(self, first: int, count: int) -> None:
-    """As in the base class."""
     last = self._index(first + count - 1)
     first = self._index(first)
     self._source.prefetch(first, last - first + 1)
@@ -249,7 +245,6 @@ class LimitedSource(Source):
     self._source.read_in_blocks(window * len(self._source) // self._limit)
 
   def describe(self) -> dict[str, Any]:
-    """As in the base class."""
     return self._source.describe() | {"limit": self._limit}
 
   def _index(self, i: SupportsIndex) -> int:

@@ -1,8 +1,8 @@
 """Table of a data set's blocks, which replaces an index of every record.
 
 A block is a run of a shard's records that one request reads. `mtv-jax index`
-writes the table next to the shards, as `blocks.npz`; a start reads it and
-compares the shards' sizes and versions by one listing.
+writes the table next to the shards or to another folder, as `blocks.npz`; a
+start reads it and compares the shards' sizes and versions by one listing.
 
 While the table is built, the folder `blocks.parts` has the table of each shard
 that was read, and hosts lease the shards that they read: none is read twice, by
@@ -18,11 +18,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from jaxtyping import Int64
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
-from mtv_jax.utils.leases import open_leases
+from mtv_jax.utils.leases import Jobs, open_leases, run_jobs
 from mtv_jax.utils.ranges import Range
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import available_cores, map_threads
@@ -48,7 +47,7 @@ _COLUMNS = {
 }
 Columns = Mapping[str, Int64[np.ndarray, " blocks"]]
 _FIX = "Run `mtv-jax index` again."
-_WAIT = 5.0  # Seconds between two looks at the shards that others read.
+_WAIT = 5.0  # Seconds between two looks at what other hosts read.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +76,12 @@ class BlockTable:
     path = self.files[self.shard[block]]
     return Range(path, int(self.offset[block]), int(self.size[block]))
 
+  def count_records(self, *, captioned: bool = False) -> list[int]:
+    """Returns the number of records, or of captioned ones, of each file."""
+    records = self.captioned if captioned else self.records
+    counts = np.bincount(self.shard, records, len(self.files))
+    return counts.astype(np.int64).tolist()
+
   @property
   def digest(self) -> str:
     """A hash of the table."""
@@ -104,17 +109,19 @@ class BlockTable:
 
     Raises InputError if one is not in the table, or has changed since.
     """
-    known = {file.name: i for i, file in enumerate(self.files)}
-    if missing := [f.name for f in files if f.name not in known]:
+    parts = {part.files[0].name: part for part in self.split()}
+    if missing := [f.name for f in files if f.name not in parts]:
       raise InputError(
         f"{len(missing)} of {len(files)} shards are not in the table of blocks"
         f" of {files[0].parent}: {list_first(missing, 3)}. {self.fix}"
       )
-    numbers = [known[file.name] for file in files]
+    chosen = [parts[file.name] for file in files]
     changed = [
       file.name
-      for file, i, state in zip(files, numbers, read_states(files), strict=True)
-      if state != (self.sizes[i], self.versions[i] or state[1])
+      for file, part, state in zip(
+        files, chosen, read_states(files), strict=True
+      )
+      if state != (part.sizes[0], part.versions[0] or state[1])
     ]
     if changed:
       raise InputError(
@@ -122,20 +129,23 @@ class BlockTable:
         " changed since their table of blocks was written:"
         f" {list_first(changed, 3)}. {self.fix}"
       )
-    # Blocks of a shard are adjacent.
-    starts = np.searchsorted(self.shard, [numbers, np.add(numbers, 1)])
-    runs = [np.arange(a, b) for a, b in starts.T]
-    rows = np.concatenate([np.zeros(0, np.int64), *runs])
-    columns = {n: getattr(self, n)[rows] for n in _COLUMNS}
-    counts = [len(run) for run in runs]
-    columns["shard"] = np.repeat(np.arange(len(files)), counts)
-    return BlockTable(
-      files=tuple(files),
-      sizes=tuple(self.sizes[i] for i in numbers),
-      versions=tuple(self.versions[i] for i in numbers),
-      per_block=self.per_block,
-      **columns,
-    )
+    return dataclasses.replace(join(chosen), files=tuple(files))
+
+  def split(self) -> list["BlockTable"]:
+    """Returns the table of each file."""
+    starts = np.searchsorted(self.shard, np.arange(len(self.files) + 1))
+    rows = map(slice, starts[:-1], starts[1:])
+    return [
+      of_file(
+        file,
+        state,
+        {name: getattr(self, name)[chosen] for name in list(_COLUMNS)[1:]},
+        per_block=self.per_block,
+      )
+      for file, *state, chosen in zip(
+        self.files, self.sizes, self.versions, rows, strict=True
+      )
+    ]
 
 
 def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
@@ -145,7 +155,7 @@ def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
 
 
 def of_file(
-  file: PurePath, state: tuple[int, str], columns: Columns, *, per_block: int
+  file: PurePath, state: Sequence[Any], columns: Columns, *, per_block: int
 ) -> BlockTable:
   """Returns the table of one file, of a size and version."""
   shard = np.zeros(len(columns["offset"]), np.int64)
@@ -162,6 +172,7 @@ def build(
   scan: Callable[[PurePath], Columns],
   *,
   per_block: int,
+  folder: PurePath | None = None,
   processes: int | None = None,
   announce: Callable[[Sequence[int]], None] = lambda sizes: None,
   progress: Callable[[int, int], None] = lambda done, total: None,
@@ -177,118 +188,115 @@ def build(
     scan: returns the columns of a file's blocks, without `shard`; called in
       processes.
     per_block: records per block that `scan` aims at.
+    folder: where to write the table; default: that of the files.
     processes: default: one per core.
     announce: called once, with the sizes of the files to read, in bytes.
     progress: called with the numbers of finished and of all files.
   """
   if len({file.parent for file in files}) > 1:
     raise InputError("The shards are in several folders; index each by itself.")
+  folder = folder or files[0].parent
+  if not path_lib.is_remote(folder):
+    Path(folder).mkdir(parents=True, exist_ok=True)
   states = dict(zip(files, read_states(files), strict=True))
-  tables = _find_parts(states, per_block)
+  joint = _stat(folder / NAME)
+  tables = _find_parts(states, folder, per_block)
   missing = {f: state for f, state in states.items() if f not in tables}
   announce([size for size, _ in missing.values()])
   count = min(processes or available_cores(), len(files))
-  joint = _stat(files[0].parent / NAME)
-  scan_one = functools.partial(
-    _scan, scan=scan, per_block=per_block, joint=joint
-  )
   # Not forked, which is unsafe beside the threads of bucket clients.
   context = multiprocessing.get_context("spawn")
-  with futures.ProcessPoolExecutor(count, mp_context=context) as pool:
+  stopped = context.Event()
+  options = dict(initializer=_start_worker, initargs=(stopped,))
+  with futures.ProcessPoolExecutor(count, context, **options) as pool:
     while missing:
-      submit = functools.partial(pool.submit, scan_one)
-      tables |= _scan_missing(submit, missing, count, len(files), progress)
-      # What other hosts read is verified once, by the one that joins it.
-      with _acquire(files[0].parent / NAME) as acquired:
-        missing = {f: s for f, s in missing.items() if f not in tables}
-        if missing and acquired:
-          tables |= _find_parts(missing, per_block)
+      scans = _Scans(missing, folder, scan, per_block, joint)
+      jobs = {pool.submit(scans.run) for _ in range(count)}
+      try:
+        while jobs:
+          done, jobs = futures.wait(jobs, _WAIT, futures.FIRST_COMPLETED)
+          for job in done:
+            job.result()
+          progress(len(files) - len(scans.list()), len(files))
+      except BaseException:
+        stopped.set()
+        raise
+      # What was read is verified once, by the host that joins it.
+      with open_leases(folder).acquire(NAME) as acquired:
+        if acquired:
+          joint = _stat(folder / NAME)
+          tables |= _find_parts(missing, folder, per_block)
           missing = {f: s for f, s in missing.items() if f not in tables}
-        if not missing:
-          return _write_joint([tables[file] for file in files], states)
+          if not missing:
+            return _write_joint([tables[f] for f in files], states, folder)
       time.sleep(_WAIT)
-  return _write_joint([tables[file] for file in files], states)
+  return _write_joint([tables[f] for f in files], states, folder)
 
 
 def _write_joint(
-  tables: Sequence[BlockTable], states: Mapping[PurePath, tuple[int, str]]
+  tables: Sequence[BlockTable],
+  states: Mapping[PurePath, tuple[int, str]],
+  folder: PurePath,
 ) -> BlockTable:
   """Joins and writes the tables of files, and removes the parts."""
   if read_states(list(states)) != list(states.values()):
     raise InputError("Shards changed while they were read. Run this again.")
   table = join(tables)
-  folder = table.files[0].parent
   table.write(folder / NAME)
   with contextlib.suppress(MissingFileError):
     path_lib.remove_folder(folder / PARTS)
   return table
 
 
-def _scan_missing(
-  submit: Callable[..., futures.Future],
-  missing: Mapping[PurePath, tuple[int, str]],
-  count: int,
-  total: int,
-  progress: Callable[[int, int], None],
-) -> dict[PurePath, BlockTable]:
-  """Reads files, `count` at once, until this or other hosts have read all.
+@dataclasses.dataclass(frozen=True)
+class _Scans:
+  """Shards that processes of any host read, each into a part."""
 
-  Returns the tables of those that this host read.
-  """
-  folder = next(iter(missing)).parent
-  tables: dict[PurePath, BlockTable] = {}
-  pending: dict[futures.Future, PurePath] = {}
-  others: set[PurePath] = set()  # Read by other hosts, now or before.
-  # Hosts start at different shards.
-  todo = random.SystemRandom().sample(list(missing), len(missing))
-  looked = time.monotonic()
-  while todo or pending:
-    if time.monotonic() > looked + _WAIT:
-      names = set(path_lib.list_folder(folder / PARTS))
-      others |= {file for file in missing if _part(file).name in names}
-      looked = time.monotonic()
-    while todo and len(pending) < count:
-      if (file := todo.pop()) not in others:
-        pending[submit(file, missing[file])] = file
-    done, _ = futures.wait(pending, _WAIT, futures.FIRST_COMPLETED)
-    for job in done:
-      file = pending.pop(job)
-      if table := job.result():
-        tables[file] = table
-    progress(total - len(todo) - len(pending), total)
-  return tables
+  missing: Mapping[PurePath, tuple[int, str]]
+  folder: PurePath  # Of the table.
+  scan: Callable[[PurePath], Columns]
+  per_block: int
+  joint: tuple[int, int] | None  # State of the table; changed by who joins it.
+
+  def run(self) -> None:
+    """Reads shards until this or other processes have read all."""
+    run_jobs(open_leases(self.folder), self.list)
+
+  def list(self) -> Jobs:
+    """Returns the shards that no process has read."""
+    names = set(path_lib.list_folder(self.folder / PARTS))
+    joint = _stat(self.folder / NAME)
+    if (_stopped and _stopped.is_set()) or joint != self.joint:
+      return {}
+    files = [f for f in self.missing if self._part(f).name not in names]
+    return {f.name: functools.partial(self._read, f) for f in files}
+
+  def _read(self, file: PurePath) -> bool:
+    if _stopped.is_set():
+      raise futures.CancelledError
+    joint = _stat(self.folder / NAME)
+    if path_lib.exists(self._part(file)) or joint != self.joint:
+      return False
+    state, columns = self.missing[file], self.scan(file)
+    table = of_file(file, state, columns, per_block=self.per_block)
+    table.write(self._part(file))
+    return True
+
+  def _part(self, file: PurePath) -> PurePath:
+    return _part(self.folder, file)
 
 
-def _part(file: PurePath) -> PurePath:
+_stopped: Any = None  # Set once a process of this host has failed.
+
+
+def _start_worker(stopped: Any) -> None:
+  global _stopped
+  _stopped = stopped
+
+
+def _part(folder: PurePath, file: PurePath) -> PurePath:
   """Path of a shard's own table, while the joint table is built."""
-  return file.parent / PARTS / f"{file.name}.npz"
-
-
-def _scan(
-  file: PurePath,
-  state: tuple[int, str],
-  *,
-  scan: Callable[[PurePath], Columns],
-  per_block: int,
-  joint: tuple[int, int] | None,
-) -> BlockTable | None:
-  """Reads a shard and writes its part.
-
-  Returns None if another process reads it, or has replaced the joint table,
-  whose state was `joint`.
-  """
-  part = _part(file)
-  with _acquire(file) as acquired:
-    if not acquired:
-      return None
-    found = _read_parts([part] * path_lib.exists(part), {file: state})
-    if file in found and found[file].per_block == per_block:
-      return found[file]
-    if _stat(file.parent / NAME) != joint:
-      return None
-    table = of_file(file, state, scan(file), per_block=per_block)
-    table.write(part)
-    return table
+  return folder / PARTS / f"{file.name}.npz"
 
 
 def _stat(file: PurePath) -> tuple[int, int] | None:
@@ -298,25 +306,21 @@ def _stat(file: PurePath) -> tuple[int, int] | None:
   return None
 
 
-def _acquire(file: PurePath) -> contextlib.AbstractContextManager[bool]:
-  """Leases a file among hosts; yields False if another one has leased it."""
-  return _open_leases(file.parent).acquire(file.name)
-
-
-# A process that keeps them notices leases that are not renewed.
-_open_leases = functools.cache(open_leases)
-
-
 def _find_parts(
-  states: Mapping[PurePath, tuple[int, str]], per_block: int
+  states: Mapping[PurePath, tuple[int, str]], folder: PurePath, per_block: int
 ) -> dict[PurePath, BlockTable]:
-  """Returns the tables of unchanged files that are in a table or a part."""
-  folder = next(iter(states)).parent
+  """Returns the tables of unchanged files that are in a table or a part.
+
+  Removes other parts: a shard without one is read.
+  """
   names = set(path_lib.list_folder(folder / PARTS))
+  parts = {f: _part(folder, f) for f in states}
+  parts = {f: part for f, part in parts.items() if part.name in names}
   files = [f for f in (folder / NAME,) if path_lib.exists(f)]
-  files += [part for part in map(_part, states) if part.name in names]
-  found = _read_parts(files, states)
-  return {f: t for f, t in found.items() if t.per_block == per_block}
+  found = _read_parts([*files, *parts.values()], states)
+  found = {f: t for f, t in found.items() if t.per_block == per_block}
+  map_threads(path_lib.remove, [p for f, p in parts.items() if f not in found])
+  return found
 
 
 def _read_parts(
@@ -332,15 +336,16 @@ def _read_parts(
   known = {file.name: file for file in states}
   found = {}
   for table in filter(None, map_threads(read_one, tables)):
-    starts = np.searchsorted(table.shard, np.arange(len(table.files) + 1))
-    entries = zip(table.files, table.sizes, table.versions, strict=True)
-    for i, (file, *state) in enumerate(entries):
-      file = known.get(file.name)
-      if file is not None and states[file] == tuple(state):
-        rows = slice(starts[i], starts[i + 1])
-        columns = {n: getattr(table, n)[rows] for n in list(_COLUMNS)[1:]}
-        found[file] = of_file(
-          file, states[file], columns, per_block=table.per_block
+    for part in table.split():
+      file = known.get(part.files[0].name)
+      # Without a version, as `make_shards` writes it, the store's is taken.
+      if file and states[file] == (
+        part.sizes[0],
+        part.versions[0] or states[file][1],
+      ):
+        versions = (states[file][1],)
+        found[file] = dataclasses.replace(
+          part, files=(file,), versions=versions
         )
   return found
 
@@ -362,17 +367,17 @@ def join(tables: Sequence[BlockTable]) -> BlockTable:
 
 
 def read_states(files: Sequence[PurePath]) -> list[tuple[int, str]]:
-  """Returns size and version of each file; one listing of a bucket folder."""
+  """Returns size and version of each file; one listing per bucket folder."""
   if not path_lib.is_remote(files[0]):
     if missing := [file for file in files if not os.path.isfile(file)]:
       raise MissingFileError(f"There is no {missing[0]}.")
     stats = map(os.stat, files)
     return [(stat.st_size, str(stat.st_mtime_ns)) for stat in stats]
-  infos = buckets.list_objects(os.fspath(files[0].parent))
-  if missing := [file for file in files if file.name not in infos]:
-    raise MissingFileError(f"There is no {missing[0]}.")
-  of_files = (infos[file.name] for file in files)
-  return [(info["size"], buckets.object_version(info)) for info in of_files]
+  listing = functools.cache(buckets.list_objects)
+  infos = [listing(os.fspath(f.parent)).get(f.name) for f in files]
+  if None in infos:
+    raise MissingFileError(f"There is no {files[infos.index(None)]}.")
+  return [(info["size"], buckets.object_version(info)) for info in infos]
 
 
 def find(
@@ -389,12 +394,11 @@ def find(
   tables = [folder / NAME for folder in folders]
   if not path_lib.is_remote(files[0]) or not all(map(path_lib.exists, tables)):
     return None
-  return join(
-    [
-      read(table).select([f for f in files if f.parent == folder])
-      for folder, table in zip(folders, tables, strict=True)
-    ]
-  )
+  parts = {}
+  for folder, table in zip(folders, tables, strict=True):
+    chosen = read(table).select([f for f in files if f.parent == folder])
+    parts |= {part.files[0]: part for part in chosen.split()}
+  return join([parts[file] for file in files])
 
 
 def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:

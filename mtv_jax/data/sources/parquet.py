@@ -1,10 +1,12 @@
 """Parquet files with image bytes and captions, as in Hugging Face data sets."""
 
+import contextlib
 import functools
 import io
-import itertools
+import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, SupportsIndex
 
@@ -18,6 +20,7 @@ from mtv_jax.data.records import (
   read_captions,
 )
 from mtv_jax.data.sources import base, block_table
+from mtv_jax.data.sources.block_table import BlockTable
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
@@ -30,6 +33,8 @@ from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import Range, RangeReader
 from mtv_jax.utils.threads import map_threads
 
+log = logging.getLogger(__name__)
+
 # Default columns, used if exactly one of them exists.
 _IMAGE_COLUMNS = ("image", "img", "jpg")
 _CAPTION_COLUMNS = ("caption", "text", "captions")
@@ -37,25 +42,32 @@ _CAPTION_COLUMNS = ("caption", "text", "captions")
 # prefetched rows of the next window.
 _MAX_CACHED_GROUPS = 24
 FOOTER = 1 << 16  # Bytes that pyarrow reads at the end of a file.
-# Row group limits: a group is decoded whole, by several threads at once.
 _MEMORY = 1 << 30  # Bytes of row groups of a bucket, outside of training.
+# Row group limits, also while it is decoded: its sizes are the file's claims.
 _MAX_ROWS, _MAX_BYTES = 1 << 22, 1 << 31
+_MAX_CACHED = 1 << 30  # Bytes of decoded row groups.
+# Beyond these bytes, one thread at a time decodes a group.
+_LARGE_GROUP = 1 << 26
+_large_group = threading.Lock()
+# Rows that are decoded at once, and bytes of rows that are kept together.
+_MAX_BATCH, _PART = 1024, 1 << 23
 
 
 class ParquetSource(base.FileSource):
   """Records of Parquet files, one per row.
 
   Reading a record decodes its whole row group; each process caches the 24 most
-  recent groups. `data.shuffle="block"` reads each group about once per epoch;
-  "global" decodes a whole group for nearly every record.
+  recent groups, of 1 GiB at most. `data.shuffle="block"` reads each group about
+  once per epoch; "global" decodes a whole group for nearly every record.
 
   A record's key is FILE/ROW, FILE without its suffix.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
     blocks: table of blocks, written by `mtv-jax index`; default: blocks.npz
-      next to the files, if they are in a bucket and it exists. With it, a row
-      group is one request, and the other files' footers are read on first use.
+      next to the files, if they are in a bucket and it exists. With it, footers
+      are read on first use; without it, at the start. A row group of a bucket
+      is one request.
     image: column of encoded images, struct {bytes, path} or binary. None: the
       column "image" if it is of this type, else the only such struct or binary
       column named img or jpg.
@@ -91,17 +103,20 @@ class ParquetSource(base.FileSource):
           f"{other} and {file} have the same name, so records would share keys."
           " Give each folder an entry of data.train."
         )
-    self._table = block_table.find(files, blocks)
+    self._remote = path_lib.is_remote(files[0])
+    self._states = block_table.read_states(files)
     self._reader = RangeReader(_MEMORY)
-    if self._table is None:
-      schemas, rows = zip(*map_threads(_read_footer, files), strict=True)
-    else:
-      files = list(self._table.files)
-      self._stems = [file.name.removesuffix(self.suffix) for file in files]
+    if table := block_table.find(files, blocks):
       schemas = [open_parquet(files[0]).schema_arrow]
-      of_shard = np.searchsorted(self._table.shard, np.arange(1, len(files)))
-      rows = np.split(self._table.records, of_shard)
-    super().__init__(files, list(map(sum, rows)), captions=captions)
+    else:
+      schemas, table = self._read_footers(files)
+    # A start of hosts compares what they share.
+    self._digest = table.digest if blocks or self._remote else None
+    self._table = table
+    counts = np.bincount(table.shard, table.records, len(files))
+    super().__init__(files, counts.astype(np.int64).tolist(), captions=captions)
+    if self._remote and (table.size > _MAX_BYTES).any():
+      raise _too_large(files[table.shard[table.size.argmax()]])
     if not len(self):
       raise InputError(f"{self.name} has no row.")
     self._captions = captions
@@ -112,14 +127,33 @@ class ParquetSource(base.FileSource):
       captions == "optional" and {*_CAPTION_COLUMNS} & {*schemas[0].names}
     ):
       self._caption = caption or _default_column(*first, "caption")
-    for file, schema in zip(files, schemas, strict=not self._table):
-      _check_column(file, schema, "image", self._image)
-      if self._caption is not None:
-        _check_column(file, schema, "caption", self._caption)
+    for file, schema in zip(files, schemas, strict=False):
+      self._check_columns(file, schema)
     # First record of each row group, and first group of each file.
-    self._starts = np.cumsum([0, *itertools.chain(*rows)], dtype=np.int64)
-    self._first = np.cumsum([0, *map(len, rows)])
-    self._groups = ProcessCache(self._read_group, limit=_MAX_CACHED_GROUPS)
+    self._starts = np.cumsum([0, *table.records], dtype=np.int64)
+    self._first = np.searchsorted(table.shard, np.arange(len(files) + 1))
+    self._groups = ProcessCache(
+      self._read_group, limit=_MAX_CACHED_GROUPS, max_bytes=_MAX_CACHED
+    )
+
+  def _read_footers(
+    self, files: Sequence[PurePath]
+  ) -> tuple[Sequence[Any], BlockTable]:
+    """Returns each file's schema, and the table of their row groups."""
+    if self._remote:
+      log.info(
+        f"Reads the footers of {len(files):,} files like {files[0]}, a request"
+        " each, on every host. `mtv-jax index` writes them to one table."
+      )
+    schemas, columns = zip(*map_threads(_read_footer, files), strict=True)
+    parts = zip(files, self._states, columns, strict=True)
+    tables = [block_table.of_file(*part, per_block=0) for part in parts]
+    return schemas, block_table.join(tables)
+
+  def _check_columns(self, file: PurePath, schema: Any) -> None:
+    _check_column(file, schema, "image", self._image)
+    if self._caption is not None:
+      _check_column(file, schema, "caption", self._caption)
 
   @property
   def blocks(self) -> Int64[np.ndarray, " groups"]:
@@ -129,13 +163,11 @@ class ParquetSource(base.FileSource):
   @functools.cached_property
   def lane_blocks(self) -> base.Blocks:
     """As in the base class: the row groups."""
-    groups = np.arange(len(self._starts) - 1)
-    shard = np.searchsorted(self._first, groups, side="right") - 1
-    return base.Blocks(self._starts[1:], shard, self._starts[1:])
+    return base.Blocks(self._starts[1:], self._table.shard, self._starts[1:])
 
   def describe(self) -> dict[str, Any]:
-    """As in the base class; depends on the table of blocks, if there is one."""
-    digest = {"digest": self._table.digest} if self._table else {}
+    """As in the base class; depends on a stored or a bucket's table."""
+    digest = {"digest": self._digest} if self._digest else {}
     return super().describe() | digest
 
   def use_reader(self, reader: RangeReader) -> None:
@@ -144,7 +176,7 @@ class ParquetSource(base.FileSource):
 
   def prefetch(self, first: int, count: int) -> None:
     """As in the base class."""
-    if self._table is not None:
+    if self._remote:
       ends = np.searchsorted(self._starts, [first, first + count - 1], "right")
       self._reader.prefetch(map(self._table.range, range(ends[0] - 1, ends[1])))
 
@@ -197,23 +229,57 @@ class ParquetSource(base.FileSource):
 
   def _read_group(self, group: int) -> Any:
     """Reads image and caption columns of a row group as a `pyarrow.Table`."""
-    parquet = import_extra("pyarrow.parquet", "parquet")
-    shard = int(np.searchsorted(self._first, group, side="right")) - 1
+    shard = int(self._table.shard[group])
+    try:
+      return self._decode_group(shard, group)
+    finally:
+      # Its content, or an error, may be another file's.
+      path = self.files[shard]
+      if not self._remote and self._states[shard] != _read_state(path):
+        raise _changed(path)
+
+  def _decode_group(self, shard: int, group: int) -> Any:
+    parquet, path = (
+      import_extra("pyarrow.parquet", "parquet"),
+      self.files[shard],
+    )
     number = group - int(self._first[shard])
     columns = [self._image] + [self._caption] * (self._caption is not None)
-    rows = self._starts[group + 1] - self._starts[group]
     # A ParquetFile is not thread-safe, so open a new one.
-    with parquet.ParquetFile(self._open(shard, group)) as file:
+    with (
+      contextlib.ExitStack() as stack,
+      parquet.ParquetFile(self._open(shard, group)) as file,
+    ):
       groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
+      rows = self._table.records[group]
       if number >= groups or row_group(number).num_rows != rows:
-        name = self.files[shard]
-        raise InputError(f"{name} has changed since it was opened.")
-      return file.read_row_group(number, columns=columns, use_threads=False)
+        raise _changed(path)
+      self._check_columns(path, file.schema_arrow)
+      _check_group(path, row_group(number))
+      # Each value may be the whole dictionary of its column.
+      size = row_group(number).total_byte_size
+      batches = file.iter_batches(
+        min(max(_LARGE_GROUP // max(size, 1), 1), _MAX_BATCH),
+        row_groups=[number],
+        columns=columns,
+        use_threads=False,
+      )
+      parts, part, size, joined = [], [], 0, 0
+      for batch in batches:
+        before, size = size, size + batch.nbytes
+        if size > _MAX_BYTES:
+          raise _too_large(path)
+        if before <= _LARGE_GROUP < size:
+          stack.enter_context(_large_group)
+        part.append(batch)
+        if size - joined > _PART:
+          parts, part, joined = [*parts, _join(part)], [], size
+      return _pyarrow().concat_tables([*parts, _join(part)] if part else parts)
 
   def _open(self, shard: int, group: int) -> Any:
     """Argument for `ParquetFile`, from which a row group is read."""
-    if self._table is None:
-      return _open(self.files[shard])
+    if not self._remote:
+      return self.files[shard]
     last = self._table.range(int(self._first[shard + 1]) - 1)
     size = self._table.sizes[shard]
     start = min(last.offset + last.size, max(size - FOOTER, 0))
@@ -259,25 +325,68 @@ class _Pieces(io.RawIOBase):
 def scan(path: PurePath) -> block_table.Columns:
   """Returns the columns of a file's blocks, its row groups, without `shard`.
 
-  Reads the footer. A group's range contains all of its columns.
+  Reads the footer. A group's range contains all of its columns. Raises
+  InputError if a group is too large.
   """
+  return _read_footer(path)[1]
+
+
+def _read_footer(path: PurePath) -> tuple[Any, block_table.Columns]:
+  """Returns the Arrow schema and the columns of the blocks."""
   rows = []
   with open_parquet(path) as opened:
     for group in map(
       opened.metadata.row_group, range(opened.metadata.num_row_groups)
     ):
+      _check_group(path, group)
       columns = [group.column(i) for i in range(group.num_columns)]
       starts = [
-        min(filter(None, (c.dictionary_page_offset, c.data_page_offset)))
+        min(
+          filter(None, (c.dictionary_page_offset, c.data_page_offset)),
+          default=0,
+        )
         for c in columns
       ]
       ends = [
         start + column.total_compressed_size
         for start, column in zip(starts, columns, strict=True)
       ]
-      begin = min(starts)
-      rows.append((begin, max(ends) - begin, group.num_rows, group.num_rows))
-  return block_table.as_columns(rows)
+      begin = min(starts, default=0)
+      size = max(ends, default=0) - begin
+      rows.append((begin, size, group.num_rows, group.num_rows))
+    return opened.schema_arrow, block_table.as_columns(rows)
+
+
+def _join(batches: Sequence[Any]) -> Any:
+  """Joins batches to a table of one chunk."""
+  return _pyarrow().Table.from_batches(batches).combine_chunks()
+
+
+def _check_group(path: PurePath, group: Any) -> None:
+  """Raises InputError if a row group is too large by its footer."""
+  sizes = (group.num_rows, _MAX_ROWS), (group.total_byte_size, _MAX_BYTES)
+  if not all(0 <= size <= limit for size, limit in sizes):
+    raise _too_large(path)
+
+
+def _too_large(path: PurePath) -> InputError:
+  return InputError(
+    f"{path} has a row group of more than {_MAX_ROWS:,} rows or {_MAX_BYTES:,}"
+    " bytes. Write it with smaller row groups."
+  )
+
+
+def _changed(path: PurePath) -> InputError:
+  return InputError(
+    f"{path} has changed since it was opened. Start again, or restore it."
+  )
+
+
+def _read_state(path: PurePath) -> tuple[int, str] | None:
+  """Size and version of a file; None if it is missing."""
+  with contextlib.suppress(FileNotFoundError):
+    return block_table.read_states([path])[0]
+  return None
 
 
 def _split_image(image: Any) -> tuple[bytes | None, str | None]:
@@ -303,23 +412,6 @@ def open_parquet(file: PurePath) -> Any:
 def _open(file: PurePath) -> Any:
   """Argument for `ParquetFile`: a local path, or an opened bucket file."""
   return path_lib.open_file(file) if path_lib.is_remote(file) else file
-
-
-def _read_footer(file: PurePath) -> tuple[Any, list[int]]:
-  """Returns the Arrow schema and the row count of each row group."""
-  with open_parquet(file) as opened:
-    metadata = opened.metadata
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    if not all(
-      0 <= rows <= _MAX_ROWS and 0 <= size <= _MAX_BYTES for rows, size in sizes
-    ):
-      rows, size = max(sizes)
-      raise InputError(
-        f"{file} has a row group of {rows:,} rows and {size:,} bytes; at most"
-        f" {_MAX_ROWS:,} and {_MAX_BYTES:,}. Write it with smaller row groups."
-      )
-    return opened.schema_arrow, [rows for rows, _ in sizes]
 
 
 def _default_column(file: PurePath, schema: Any, role: str) -> str:

@@ -6,20 +6,19 @@ than lanes: the host whose lane owns it copies it, and removes it later.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from pathlib import Path, PurePath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import filelock
 import numpy as np
 
 from mtv_jax.data.sources.base import Blocks, Source
-from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import Range, RangeReader
 
@@ -81,16 +80,12 @@ class ShardCache:
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
       if not target.exists():
-        url, size = self._files[shard], self._sizes[shard]
-        with atomic.replace_file(target) as temporary:
-          buckets.request(
-            url, "read", "get_file", str(temporary), patience=self.patience
-          )
-          if (copied := temporary.stat().st_size) != size:
-            raise InputError(
-              f"{url} has {copied:,} bytes, expected {size:,}: it was replaced."
-              " Start again."
-            )
+        path_lib.copy_object(
+          self._files[shard],
+          target,
+          self._sizes[shard],
+          patience=self.patience,
+        )
         self._remove_old()
       os.utime(target)
       return function(target)
@@ -137,11 +132,28 @@ def _start_pool(_: int) -> futures.ThreadPoolExecutor:
 class CachedShardsSource(Source):
   """A source whose shards are copied whole from a bucket, one by one.
 
-  Subclasses set `_cache` if their shards are in a bucket.
+  Subclasses set `_cache` if their shards are in a bucket, then call
+  `_open_shards`.
   """
 
   _cache: ShardCache | None = None
   _reader: RangeReader | None = None
+
+  def _open_shards(
+    self, load: Callable[[int, Path], Any], files: Sequence[Path] = ()
+  ) -> None:
+    """Opens shards by `load`, whose arguments are its number and local path.
+
+    `files` are the local shards, if they are not in a bucket.
+    """
+    self._load = load
+    if not self._cache:
+      opener = functools.partial(_open_local, load, files)
+      self._readers = ProcessCache(opener)
+      return
+    opener = functools.partial(_open_copy, load, self._cache)
+    # An open reader keeps the space of a removed copy.
+    self._readers = ProcessCache(opener, limit=self._cache.limit)
 
   @property
   def lane_blocks(self) -> Blocks:
@@ -161,6 +173,7 @@ class CachedShardsSource(Source):
     if self._cache:
       self._cache.limit = min(count, len(self.shards))
       self._cache.check_space()
+      self._open_shards(self._load)
 
   def prefetch(self, first: int, count: int) -> None:
     """As in the base class."""
@@ -173,3 +186,15 @@ class CachedShardsSource(Source):
       note(map(self._cache.span, shards))  # A reader that reads nothing.
     else:
       self._cache.prefetch(shards)
+
+
+def _open_local(
+  load: Callable[[int, Path], T], files: Sequence[Path], shard: int
+) -> T:
+  return load(shard, files[shard])
+
+
+def _open_copy(
+  load: Callable[[int, Path], T], cache: ShardCache, shard: int
+) -> T:
+  return cache.open(shard, functools.partial(load, shard))

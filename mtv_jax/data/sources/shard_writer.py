@@ -88,16 +88,7 @@ def write(
   sizes = {"records_per_shard": records_per_shard, "max_side": max_side}
   for name, size in sizes.items():
     check_value(size, PositiveInt | None, name)
-  refuse_remote(out, "The output", "Write to a folder, and copy it.")
-  out = Path(out).expanduser()
-  if out.exists() and not out.is_dir():
-    raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
-  out.mkdir(parents=True, exist_ok=True)
-  if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
-    raise FileExistsError(
-      f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
-      " remove them, or give another folder."
-    )
+  out = _open_folder(out, suffix)
   report = ShardReport(total=len(examples))
   digits, tables = len(str(records_per_shard - 1)), []
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):
@@ -114,12 +105,13 @@ def write(
     atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
     # A copy in a bucket has another version, so none is compared.
     state = path.stat().st_size, ""
-    columns, per_block = array_record.scan, 0
     if suffix == ".tar":
       per_block = LANE_BLOCK
-      columns = functools.partial(tar_blocks.scan, records=per_block)
+      columns = tar_blocks.scan(path, records=per_block)
+    else:
+      columns, per_block = array_record.scan(path), 0
     tables.append(
-      block_table.of_file(path, state, columns(path), per_block=per_block)
+      block_table.of_file(path, state, columns, per_block=per_block)
     )
     report.shards.append(path)
     progress(report)
@@ -140,6 +132,21 @@ def write(
       f" at {printable(examples[0].path)}. See {listing}."
     )
   return report
+
+
+def _open_folder(out: str | os.PathLike, suffix: str) -> Path:
+  """Creates the folder; FileExistsError if it has shards."""
+  refuse_remote(out, "The output", "Write to a folder, and copy it.")
+  out = Path(out).expanduser()
+  if out.exists() and not out.is_dir():
+    raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
+  out.mkdir(parents=True, exist_ok=True)
+  if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
+    raise FileExistsError(
+      f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
+      " remove them, or give another folder."
+    )
+  return out
 
 
 def _encode_rows(

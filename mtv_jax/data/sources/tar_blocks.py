@@ -1,17 +1,14 @@
 """Blocks of tars: runs of records that one request reads."""
 
 import io
-from collections.abc import Sequence
 from pathlib import PurePath
-from typing import NamedTuple
 
 import numpy as np
 
 from mtv_jax.data.sources import block_table, tar_scan
 from mtv_jax.data.sources.base import Blocks
 from mtv_jax.data.sources.block_table import BlockTable, Columns
-from mtv_jax.data.sources.tar_scan import EXTENSIONS, IMAGE, Span, TarError
-from mtv_jax.utils import path as path_lib
+from mtv_jax.data.sources.tar_scan import Group, TarError
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import RangeReader
 
@@ -22,17 +19,6 @@ _MAX_SIZE = 1 << 30
 _MAX_PARSED = 4096
 
 
-class Member(NamedTuple):
-  """A record of a block: its key, and the spans of image, text and JSON."""
-
-  key: str
-  spans: Sequence[Span]
-
-  @property
-  def is_captioned(self) -> bool:
-    return any(span.offset for span in self.spans[IMAGE + 1 :])
-
-
 def scan(path: PurePath, *, records: int) -> Columns:
   """Returns the columns of a tar's blocks, without `shard`.
 
@@ -40,22 +26,17 @@ def scan(path: PurePath, *, records: int) -> Columns:
   of their first members, and more if members of several records alternate.
   Raises TarError like `tar_scan.scan`.
   """
-  with path_lib.open_file(path, buffering=1 << 13) as file:
-    total = file.seek(0, io.SEEK_END)
-    if not total:
-      raise TarError(f"{path} is empty (0 bytes): fetch it again.")
-    groups, end = _group(file, total, path)
   rows, count, captioned, reach = [], 0, 0, 0
   begin = 0
-  for group in groups.values():
+  for group in tar_scan.scan(path).groups:
     if count >= records and group.start >= reach:
       rows.append((begin, group.start - begin, count, captioned))
       begin, count, captioned = group.start, 0, 0
-    if group.spans[IMAGE].offset:
+    if group.has_image:
       count += 1
-      captioned += any(span.offset for span in group.spans[IMAGE + 1 :])
+      captioned += group.is_captioned
     reach = max(reach, group.end)
-  rows += [(begin, end - begin, count, captioned)] * (count > 0)
+  rows += [(begin, reach - begin, count, captioned)] * (count > 0)
   columns = block_table.as_columns(rows)
   if (columns["size"] > _MAX_SIZE).any():
     raise TarError(
@@ -64,39 +45,6 @@ def scan(path: PurePath, *, records: int) -> Columns:
       " does."
     )
   return columns
-
-
-class _Group:
-  """Members of one key."""
-
-  def __init__(self, start: int):
-    self.start, self.end = start, start
-    self.spans = [Span(0, 0)] * 3
-
-
-def _group(
-  file: io.BufferedIOBase, total: int, path: PurePath
-) -> tuple[dict[str, _Group], int]:
-  """Returns the members by key, in order, and the end of the last one."""
-  groups: dict[str, _Group] = {}
-  end = 0
-  for name, span, start in tar_scan.walk(file, total, path):
-    if name is None:
-      break
-    end = span.offset + span.size
-    key, extension = tar_scan.split_name(name)
-    role = EXTENSIONS.get(extension)
-    if not key or role is None:
-      continue
-    group = groups.setdefault(key, _Group(start))
-    if group.spans[role].offset:
-      raise TarError(
-        f"{path}: key {key!r} has a second {extension}, at offset"
-        f" {span.offset}. Keys must be unique: remove the duplicate, or leave"
-        " the tar out of the path."
-      )
-    group.spans[role], group.end = span, end
-  return groups, end
 
 
 class TarBlocks:
@@ -124,23 +72,19 @@ class TarBlocks:
     begin, end = (self.blocks.find(i) for i in (first, first + count - 1))
     self._reader.prefetch(map(self.table.range, range(begin, end + 1)))
 
-  def _parse(self, block: int) -> list[Member]:
+  def _parse(self, block: int) -> list[Group]:
     span = self.table.range(block)
     data = self._reader.get(span)
+    walked = tar_scan.walk(io.BytesIO(data), len(data), span.path)
     try:
-      groups, _ = _group(io.BytesIO(data), len(data), span.path)
+      records = tar_scan.group_members(walked, span.path).records
     except TarError as error:
       raise self._changed(block) from error
-    members = [
-      Member(key, group.spans)
-      for key, group in groups.items()
-      if group.spans[IMAGE].offset
-    ]
-    captioned = [member for member in members if member.is_captioned]
+    captioned = [record for record in records if record.is_captioned]
     expected = self.table.records[block], self.table.captioned[block]
-    if (len(members), len(captioned)) != expected:
+    if (len(records), len(captioned)) != expected:
       raise self._changed(block)
-    return captioned if self._captioned else members
+    return captioned if self._captioned else records
 
   def _changed(self, block: int) -> TarError:
     span = self.table.range(block)
@@ -153,8 +97,8 @@ class TarBlocks:
     """Returns the key of record `i`, and its image, text and JSON."""
     block = self.blocks.find(i)
     at = i - (int(self.blocks.ends[block - 1]) if block else 0)
-    key, spans = self._parsed.get(block)[at]
+    record = self._parsed.get(block)[at]
     data = memoryview(self._reader.get(self.table.range(block)))
-    return key, [
-      bytes(data[at : at + size]) if at else None for at, size in spans
+    return record.key, [
+      bytes(data[at : at + size]) if at else None for at, size in record.spans
     ]

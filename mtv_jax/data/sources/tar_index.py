@@ -261,36 +261,37 @@ def _load(
 def _serialise(
   scan: Scan, stat: os.stat_result | path_lib.Stat, tar: PurePath
 ) -> bytes:
+  records = scan.records
+  no_image = [group.key for group in scan.groups if not group.has_image]
+  no_caption = [record.key for record in records if not record.is_captioned]
   for problem, keys in (
-    ("no image", scan.no_image),
-    ("neither .txt nor .json", scan.no_caption),
+    ("no image", no_image),
+    ("neither .txt nor .json", no_caption),
   ):
     if keys:
       some = list_first(keys, 5)
       log.warning("%s: %d records have %s: %s.", tar, len(keys), problem, some)
-  uncaptioned = set(scan.no_caption)
   # The stable sort keeps the tar's order within both parts.
-  order = sorted(scan.records, key=uncaptioned.__contains__)
-  names = [key.encode() for key in order]
-  entries = np.zeros(len(order), ENTRY)
-  spans = np.array([scan.records[key] for key in order], np.uint64)
+  records.sort(key=lambda record: not record.is_captioned)
+  names = [record.key.encode() for record in records]
+  entries = np.zeros(len(records), ENTRY)
+  spans = np.array([record.spans for record in records], np.uint64)
   spans = spans.reshape(-1, 3, 2)
   for role, field in enumerate(_ROLES):
     entries[field] = spans[:, role, 0]
     entries[field + "_size"] = spans[:, role, 1]
   entries["key_end"] = np.cumsum([len(name) for name in names], dtype=np.int64)
-  smallest = min(order, default="").encode()
-  largest = max(order, default="").encode()
+  smallest, largest = min(names, default=b""), max(names, default=b"")
   header = Header(
     magic=_MAGIC,
     tar_size=stat.st_size,
     tar_time=stat.st_mtime_ns,
-    count=len(order),
-    captioned=len(order) - len(uncaptioned),
+    count=len(records),
+    captioned=len(records) - len(no_caption),
     keys_size=sum(map(len, names)),
     smallest_size=len(smallest),
     largest_size=len(largest),
-    no_image=len(scan.no_image),
+    no_image=len(no_image),
     others=scan.others,
   )
   parts = [HEADER.pack(*header), entries.tobytes(), *names, smallest, largest]

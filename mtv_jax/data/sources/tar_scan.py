@@ -9,7 +9,7 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -41,14 +41,34 @@ class Span(NamedTuple):
   size: int
 
 
-@dataclasses.dataclass
-class Scan:
-  """One tar's records, in the order of their first members."""
+@dataclasses.dataclass(slots=True)
+class Group:
+  """The members that share a key: a record, if one is an image."""
 
-  records: dict[str, list[Span]]  # Image, text and JSON by key.
-  no_image: list[str]  # Keys with a caption file but no image.
-  no_caption: list[str]  # Keys with an image but neither .txt nor .json.
-  others: int  # Members that don't belong to a record.
+  key: str
+  start: int  # Offset of the first member's header.
+  end: int  # End of the last member.
+  spans: list[Span]  # Image, text and JSON.
+
+  @property
+  def has_image(self) -> bool:
+    return self.spans[IMAGE].offset > 0
+
+  @property
+  def is_captioned(self) -> bool:
+    return any(span.offset for span in self.spans[TEXT:])
+
+
+class Scan(NamedTuple):
+  """A tar's groups, in the order of their first members."""
+
+  groups: list[Group]
+  others: int  # Members that don't belong to a group.
+
+  @property
+  def records(self) -> list[Group]:
+    """The groups with an image."""
+    return [group for group in self.groups if group.has_image]
 
 
 def scan(path: PurePath) -> Scan:
@@ -57,33 +77,36 @@ def scan(path: PurePath) -> Scan:
   A member's key is its name up to the first dot after the last slash, as in
   WebDataset; its role follows from its extension, ignoring case.
   """
-  groups: dict[str, list[Span]] = {}
-  absent = Span(0, 0)
+  return group_members(_walk_file(path), path)
+
+
+def group_members(
+  walked: Iterable[tuple[str, Span, int]], path: PurePath
+) -> Scan:
+  """Groups what `walk` yields; TarError if a key has two images or texts."""
+  groups: dict[str, Group] = {}
   others = 0
-  for name, span in members(path):
+  for name, span, start in walked:
     key, extension = split_name(name)
     role = EXTENSIONS.get(extension)
     if not key or role is None:
       others += 1
       continue
-    spans = groups.setdefault(key, [absent] * 3)
-    if spans[role].offset:
+    if key not in groups:
+      groups[key] = Group(key, start, start, [Span(0, 0)] * 3)
+    group = groups[key]
+    if group.spans[role].offset:
       kind = ("image", ".txt", ".json")[role]
       raise TarError(
         f"{path}: key {key!r} has a second {kind} ({name!r} at offset"
-        f" {span.offset}; the first is at {spans[role].offset}). Keys must be"
-        " unique: remove the duplicate, or leave the tar out of the path."
+        f" {span.offset}; the first is at {group.spans[role].offset}). Keys"
+        " must be unique: remove the duplicate, or leave the tar out of the"
+        " path."
       )
     if span.size >= 1 << 32:
       raise TarError(f"{path}: {name!r} has {span.size} bytes, 4 GiB or more.")
-    spans[role] = span
-  no_image = [k for k, spans in groups.items() if not spans[IMAGE].offset]
-  for key in no_image:
-    del groups[key]
-  no_caption = [
-    k for k, (_, *spans) in groups.items() if not any(s.offset for s in spans)
-  ]
-  return Scan(groups, no_image, no_caption, others)
+    group.spans[role], group.end = span, span.offset + span.size
+  return Scan(list(groups.values()), others)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -95,27 +118,29 @@ def split_name(name: str) -> tuple[str, str]:
 
 def members(path: PurePath) -> Iterator[tuple[str, Span]]:
   """Yields name and span of each regular file in the tar."""
+  for name, span, _ in _walk_file(path):
+    yield name, span
+
+
+def _walk_file(path: PurePath) -> Iterator[tuple[str, Span, int]]:
   # A buffer covers the caption files between two images and the next header.
   with path_lib.open_file(path, buffering=_BUFFER) as file:
     total = file.seek(0, os.SEEK_END)
     if total == 0:
       raise TarError(f"{path} is empty (0 bytes): fetch it again.")
-    for name, span, _ in walk(file, total, path):
-      if name is None:
-        return
-      yield name, span
-    log.warning(
-      f"{path} has no end mark at offset {total}; if its writer was stopped,"
-      " records are missing."
-    )
+    if not (yield from walk(file, total, path)):
+      log.warning(
+        f"{path} has no end mark at offset {total}; if its writer was stopped,"
+        " records are missing."
+      )
 
 
 def walk(
   file: io.BufferedIOBase, total: int, path: PurePath
-) -> Iterator[tuple[str | None, Span, int]]:
+) -> Generator[tuple[str, Span, int], None, bool]:
   """Yields name, span and first header's offset of each regular file.
 
-  Ends after `total` bytes or, after a None for the name, at an end mark.
+  Reads up to an end mark or `total` bytes; returns whether there is a mark.
   """
   offset = first = 0
   # Overrides for the next member, from extended headers.
@@ -127,8 +152,7 @@ def walk(
     if len(header) < _BLOCK:
       raise _truncated(path, offset, _BLOCK, total, "a header")
     if not header.strip(b"\0"):
-      yield None, Span(offset, 0), first
-      return
+      return True
     _check_header(header, path, offset)
     kind = header[156:157]
     length = size
@@ -150,6 +174,7 @@ def walk(
         yield name or _header_name(header), Span(start, length), first
       name, size, first = "", -1, end
     offset = end
+  return False
 
 
 def _check_header(header: bytes, path: PurePath, offset: int) -> None:

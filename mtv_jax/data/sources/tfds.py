@@ -1,36 +1,42 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-`tensorflow_datasets` reads data sets prepared as ArrayRecord with NumPy alone;
-only preparing one needs TensorFlow:
+Only preparing one needs TensorFlow:
 
   tfds build coco_captions --file_format=array_record --data_dir=DIR
 
-A name with a version ("coco_captions:1.1.0") needs only the files; without it,
-TFDS also imports the data set's code.
+Examples are parsed by `tensorflow_datasets` with NumPy alone, from ArrayRecord
+or TFRecord, its default. A name with a version ("coco_captions:1.1.0") needs
+only the files; without it, TFDS also imports the data set's code.
 """
 
+import functools
 import os
+import struct
+import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
 import numpy as np
+from jaxtyping import Int64
 
 from mtv_jax.data.records import Record, read_captions
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources import array_record, block_table
+from mtv_jax.data.sources.shard_cache import CachedShardsSource, ShardCache
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   InputError,
   MissingFileError,
   did_you_mean,
   import_extra,
 )
-from mtv_jax.utils.path import refuse_remote
 from mtv_jax.utils.process_cache import ProcessCache
 
 # Paths of captions in the feature tree; the first existing one is read.
 _CAPTIONS = (("captions", "text"), ("captions",), ("caption",), ("text",))
 
 
-class TFDSSource(Source):
+class TFDSSource(CachedShardsSource):
   """Records of one split, in TFDS order.
 
   The image is its encoded bytes. Captions come from the first existing feature
@@ -40,10 +46,11 @@ class TFDSSource(Source):
   Args:
     name: "coco_captions", with config and version as in TFDS.
     split: a split or a part of one, "train[:90%]".
-    data_dir: folder of prepared data sets; None for TFDS's default.
+    data_dir: folder of prepared data sets, which may be in a bucket; None for
+      TFDS's default.
 
   Raises:
-    MissingFileError: the data set was not prepared as ArrayRecord.
+    MissingFileError: the data set was not prepared as ArrayRecord or TFRecord.
     InputError: the split or an image feature is missing.
   """
 
@@ -57,10 +64,8 @@ class TFDSSource(Source):
     self.name = f"{name}/{split}"
     self._name = name
     self._split = split
-    if data_dir is not None:
-      data_dir = os.path.expanduser(data_dir)
-      refuse_remote(data_dir, "data_dir", "Copy the prepared set to a folder.")
-    self._data_dir = data_dir
+    self._data_dir = data_dir and path_lib.as_path(os.path.expanduser(data_dir))
+    self._local_dir = self._copy_metadata()
     tfds = _tfds()
     info = self._builder(tfds).info
     features = dict(info.features.items())
@@ -71,35 +76,54 @@ class TFDSSource(Source):
     self.fields = frozenset(fields + ["label"] * self._label)
     parts = info.splits[split].file_instructions
     self.shards = np.cumsum([part.take for part in parts], dtype=np.int64)
-    # Cached per process: readers have threads, which a fork doesn't copy.
-    self._opened = ProcessCache(self._open, limit=1)
-    self._opened.get(0)
+    self._skips = [part.skip for part in parts]
+    counts = np.array([part.examples_in_shard for part in parts])
+    files: list[PurePath] = [Path(part.filename) for part in parts]
+    copies = files
+    if path_lib.is_remote(self._data_dir or ""):
+      names = (file.relative_to(self._local_dir) for file in files)
+      files = [self._data_dir / name for name in names]
+      sizes, versions = zip(*block_table.read_states(files), strict=True)
+      self._cache = ShardCache(files, sizes, versions)
+    is_tfrecord = info.file_format is tfds.core.FileFormat.TFRECORD
+    load = _open_tfrecord if is_tfrecord else array_record.open_shard
+    fix = "Copy the prepared set again."
+    load = functools.partial(load, files, counts, fix=fix)
+    self._open_shards(load, copies)
+    # Parses examples; per process, as it can't be pickled.
+    self._parsers = ProcessCache(self._open_parser, limit=1)
 
-  def _open(self, _: int) -> Sequence[Mapping[str, Any]]:
-    tfds = _tfds()
-    builder = self._builder(tfds)
+  def _copy_metadata(self) -> PurePath | None:
+    """The local `data_dir`; of a bucket's, a copy without shards."""
+    if not path_lib.is_remote(self._data_dir or ""):
+      return self._data_dir
+    name = self._name.partition(":")[0].partition("/")[0]
     try:
-      return builder.as_data_source(
-        split=self._split,
-        # Every image feature, masks included.
-        decoders={
-          key: tfds.decode.SkipDecoding()
-          for key, feature in builder.info.features.items()
-          if isinstance(feature, tfds.features.Image)
-        },
-      )
-    except NotImplementedError as error:
-      where = f"{self._name} is prepared in {builder.data_dir}"
-      problem = f"{where}, but not in a format that allows random access."
-      raise self._missing(problem) from error
+      # Bytes are copied by the shard, see `ShardCache`.
+      copy = path_lib.lazy_copy(self._data_dir / name, _is_shard, share=0.0)
+    except MissingFileError as error:
+      raise self._missing(f"{self._data_dir} has no {name!r}.") from error
+    return copy.parent
+
+  def _open_parser(self, _: int) -> Any:
+    tfds = _tfds()
+    features = self._builder(tfds).info.features
+    # Every image feature, masks included.
+    decoders = {
+      key: tfds.decode.SkipDecoding()
+      for key, feature in features.items()
+      if isinstance(feature, tfds.features.Image)
+    }
+    return functools.partial(features.deserialize_example_np, decoders=decoders)
 
   def _builder(self, tfds: Any) -> Any:
     try:
-      builder = tfds.builder(self._name, data_dir=self._data_dir)
+      builder = tfds.builder(self._name, data_dir=self._local_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
       folder = self._data_dir or "its default folder"
       raise self._missing(f"{folder} has no {self._name!r}.") from error
-    splits = builder.info.splits
+    info = builder.info
+    splits = info.splits
     if not splits:
       raise self._missing(f"{self._name} is not in {builder.data_dir}.")
     base = self._split.partition("[")[0]
@@ -107,6 +131,12 @@ class TFDSSource(Source):
       raise InputError(
         f"{self._name} has no split {base!r}. {did_you_mean(base, splits)}"
       )
+    formats = [info.file_format, *info.alternative_file_formats]
+    known = tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD
+    if not (usable := [kind for kind in known if kind in formats]):
+      names = " and ".join(kind.value for kind in formats)
+      raise self._missing(f"{self._name} is prepared as {names}.")
+    info.set_file_format(usable[0], override=True, override_if_initialized=True)
     return builder
 
   def _missing(self, problem: str) -> MissingFileError:
@@ -118,10 +148,11 @@ class TFDSSource(Source):
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`, keyed by its index; TFDS doesn't store keys."""
-    i = i.__index__()
-    self._locate(i)
-    example = self._opened.get(0)[i]
-    key = f"{self.name}/{i:09d}"
+    shard, at = self._locate(i)
+    key = f"{self.name}/{i.__index__():09d}"
+    reader = self._readers.get(shard)
+    data = array_record.read_bytes(reader, self._skips[shard] + at, where=key)
+    example = self._parsers.get(0)(data)
     record: Record = {"key": key, "image": example[self._image]}
     if self._captions:
       captions: Any = example
@@ -163,3 +194,52 @@ def _children(node: Any) -> dict[str, Any]:
 
 def _tfds() -> Any:
   return import_extra("tensorflow_datasets", "tfds")
+
+
+def _is_shard(name: str) -> bool:
+  return not name.endswith((".json", ".txt"))
+
+
+class _TFRecordReader:
+  """Random access to the records of a local file; thread-safe.
+
+  Raises ValueError if the file isn't a sequence of records: uint64 length, its
+  checksum, data, checksum. Checksums are not compared.
+  """
+
+  def __init__(self, file: Path):
+    self._file = os.open(file, os.O_RDONLY)
+    weakref.finalize(self, os.close, self._file)
+    self._spans: list[tuple[int, int]] = []  # Size and offset.
+    at, end = 0, os.stat(file).st_size
+    while at < end:
+      header = os.pread(self._file, 8, at)
+      size = struct.unpack("<Q", header.ljust(8, b"\xff"))[0]
+      self._spans.append((size, at + 12))
+      at += size + 16
+    if at != end:
+      raise ValueError(f"record {len(self) - 1} ends beyond the file")
+
+  def __len__(self) -> int:
+    return len(self._spans)
+
+  def read(self, indices: Sequence[int]) -> list[bytes]:
+    """Returns the data of records."""
+    return [os.pread(self._file, *self._spans[i]) for i in indices]
+
+
+def _open_tfrecord(
+  files: Sequence[PurePath],
+  counts: Int64[np.ndarray, " shards"],
+  shard: int,
+  path: Path,
+  *,
+  fix: str,
+) -> _TFRecordReader:
+  try:
+    reader = _TFRecordReader(path)
+    if len(reader) != counts[shard]:
+      raise ValueError(f"{len(reader):,} records, expected {counts[shard]:,}")
+  except ValueError as error:
+    raise InputError(f"{files[shard]} is damaged ({error}). {fix}") from error
+  return reader

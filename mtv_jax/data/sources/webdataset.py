@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, SupportsIndex
 
-import numpy as np
-
 from mtv_jax.data.image_limits import MAX_BYTES
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import block_table, tar_index
@@ -25,7 +23,7 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, printable
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import RangeReader
+from mtv_jax.utils.ranges import Range, RangeReader
 
 log = logging.getLogger(__name__)
 
@@ -107,16 +105,13 @@ class WebDatasetSource(FileSource):
     captioned = self._captions == "required"
     reader = RangeReader(_MAX_BLOCKS * _BLOCK)
     self._blocks = TarBlocks(table, reader, captioned=captioned)
-    counts = np.diff(self._blocks.blocks.ends, prepend=0)
-    counts = np.bincount(table.shard, counts, minlength=len(table.files))
-    counts = counts.astype(np.int64).tolist()
+    counts = table.count_records(captioned=captioned)
     super().__init__(table.files, counts, captions=self._captions)
     if not len(self):
       raise InputError(f"{self.name} has no record in its table of blocks.")
 
   @property
   def lane_blocks(self) -> Blocks:
-    """As in the base class."""
     return self._blocks.blocks if self._blocks else super().lane_blocks
 
   def describe(self) -> dict[str, Any]:
@@ -125,12 +120,10 @@ class WebDatasetSource(FileSource):
     return super().describe() | digest
 
   def use_reader(self, reader: RangeReader) -> None:
-    """As in the base class."""
     if self._blocks:
       self._blocks.use(reader)
 
   def prefetch(self, first: int, count: int) -> None:
-    """As in the base class."""
     if self._blocks:
       self._blocks.prefetch(first, count)
 
@@ -142,8 +135,8 @@ class WebDatasetSource(FileSource):
     records = sum(t.header.count for t in tars)
     size = sum(t.header.tar_size for t in tars)
     if records and size * window <= records * _MAX_WINDOW:
-      blocks = BlockReader(self._tars)
-      load = functools.partial(_open_tar, self._tars, blocks=blocks)
+      reader = RangeReader(_MAX_BLOCKS * _BLOCK)
+      load = functools.partial(_open_tar, self._tars, reader=reader)
       self._open_tars = ProcessCache(load, descriptors=1)
 
   def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
@@ -262,40 +255,16 @@ def check_sizes(key: str, file: str, *sizes: int) -> None:
       raise BadRecord(key, f"{where}; at most {limit:,} are read")
 
 
-class BlockReader:
-  """Cache of recently read blocks of bucket tars, at most 1 GiB."""
-
-  def __init__(self, tars: Sequence[TarIndex]):
-    self._tars = tars
-    counts = [-(-t.header.tar_size // _BLOCK) for t in tars]
-    self._starts = np.cumsum([0, *counts])
-    self._cache = ProcessCache(self._load, limit=_MAX_BLOCKS)
-
-  def _load(self, block: int) -> bytes:
-    shard = int(np.searchsorted(self._starts, block, side="right")) - 1
-    start = (block - int(self._starts[shard])) * _BLOCK
-    size = min(_BLOCK, self._tars[shard].header.tar_size - start)
-    return path_lib.read_range(self._tars[shard].tar, start, size)
-
-  def read(self, shard: int, offset: int, size: int) -> bytes:
-    """Reads a byte range of a tar."""
-    first, last = offset // _BLOCK, (offset + max(size, 1) - 1) // _BLOCK
-    start = int(self._starts[shard])
-    parts = [self._cache.get(start + n) for n in range(first, last + 1)]
-    offset -= first * _BLOCK
-    return b"".join(parts)[offset : offset + size]
-
-
 def _open_tar(
   tars: Sequence[TarIndex],
   shard: int,
   *,
   cache: str | os.PathLike | None = None,
-  blocks: BlockReader | None = None,
+  reader: RangeReader | None = None,
 ) -> "_OpenTar":
   tar = tars[shard].tar
   if path_lib.is_remote(tar) and cache is None:
-    return _RemoteTar(tars[shard], shard, blocks)
+    return _RemoteTar(tars[shard], reader)
   return _LocalTar(tars[shard], path_lib.local_copy(tar, cache=cache))
 
 
@@ -375,17 +344,23 @@ class _LocalTar(_OpenTar):
 
 
 class _RemoteTar(_OpenTar):
-  """A tar in a bucket, read by ranged requests."""
+  """A tar in a bucket: a request per record or, with `reader`, per block."""
 
-  def __init__(self, index: TarIndex, shard: int, blocks: BlockReader | None):
+  def __init__(self, index: TarIndex, reader: RangeReader | None):
     super().__init__(index)
-    self._shard, self._blocks = shard, blocks
+    self._reader = reader
 
   def _pread(self, offset: int, size: int) -> bytes:
-    if self._blocks is not None:
-      data = self._blocks.read(self._shard, offset, size)
-    else:
+    if self._reader is None:
       data = path_lib.read_range(self.path, offset, size)
+    else:
+      first = offset // _BLOCK * _BLOCK
+      blocks = [
+        Range(self.path, start, min(_BLOCK, self._size - start))
+        for start in range(first, offset + size, _BLOCK)
+      ]
+      data = b"".join(map(self._reader.get, blocks))
+      data = data[offset - first : offset - first + size]
     if len(data) != size:
       raise TarError(
         f"{self.path} ends before its record at offset {offset + size}: it was"

@@ -8,9 +8,9 @@ from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
 from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
 from mtv_jax.data.tokenizers.base import check_vocabulary as check_vocabulary
 from mtv_jax.data.tokenizers.base import export_files as export_files
+from mtv_jax.data.tokenizers.builtin import ByteTokenizer, SceneWordTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from mtv_jax.data.tokenizers.words import ByteTokenizer, SceneWordTokenizer
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   ConfigError,

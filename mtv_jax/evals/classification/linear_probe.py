@@ -78,7 +78,7 @@ class LinearProbe(TrainedProbe):
       is_capped=schedule.is_capped,
     )
     batches = self._batches(encoder, data.train.select(train), augment, size)
-    test = self._table(encoder, data.test)
+    test = self._linear_input(encoder, data.test)
     fitted = train_heads(
       batches,
       columns=test.columns,
@@ -92,7 +92,7 @@ class LinearProbe(TrainedProbe):
     validation, labels = test, data.test.labels
     if held_out is not None:
       subset = data.train.select(held_out)
-      validation, labels = self._table(encoder, subset), subset.labels
+      validation, labels = self._linear_input(encoder, subset), subset.labels
     accuracies = top1(fitted.params, validation, labels)
     name = max(accuracies, key=lambda head: accuracies[head].max())
     rate = int(np.argmax(accuracies[name]))
@@ -126,24 +126,24 @@ class LinearProbe(TrainedProbe):
       in_full=self.published,
     )
 
-  def _table(
+  def _linear_input(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
-  ) -> Table:
+  ) -> LinearInput:
     depth = encoder.spec.image.depth
     blocks = sorted({min(b, depth) for b in self.blocks})
     options = {"batch_size": self.batch_size, "pixels": pixels}
     features = global_features.last_blocks(
       encoder, data.images, blocks=blocks[-1], **options
     )
-    return make_table(features, blocks, self.average)
+    return make_linear_input(features, blocks, self.average)
 
   def _features(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
   ) -> Float32[np.ndarray, "n f"]:
-    return self._table(encoder, data, pixels=pixels).x
+    return self._linear_input(encoder, data, pixels=pixels).x
 
 
-class Table(NamedTuple):
+class LinearInput(NamedTuple):
   """Concatenated features of all heads.
 
   `x` has the mean patch, then the tokens of the last blocks, last block first.
@@ -154,10 +154,10 @@ class Table(NamedTuple):
   columns: dict[str, slice]
 
 
-def make_table(
+def make_linear_input(
   features: LastBlocks, blocks: Sequence[int], average: Sequence[str]
-) -> Table:
-  """Feature table for heads of `blocks` x `average`."""
+) -> LinearInput:
+  """Concatenates features for heads of `blocks` x `average`."""
   widths = [token.shape[1] for token in features.tokens]
   first = features.mean.shape[1]
   columns = {}
@@ -169,7 +169,7 @@ def make_table(
     if "on" in average:
       columns[f"{name} + mean"] = slice(0, stop)
   used = features.tokens[: max(blocks)]
-  return Table(np.concatenate([features.mean, *used], axis=1), columns)
+  return LinearInput(np.concatenate([features.mean, *used], axis=1), columns)
 
 
 def init_heads(
@@ -232,7 +232,7 @@ def train_heads(
 
 
 def top1(
-  params: PyTree, data: Table, labels: Int[np.ndarray, " n"]
+  params: PyTree, data: LinearInput, labels: Int[np.ndarray, " n"]
 ) -> dict[str, Float[np.ndarray, " rates"]]:
   """Top-1 accuracy per learning rate, by choice of features."""
   # Ties go to the lowest class.
@@ -247,7 +247,7 @@ def top1(
 
 
 def scores(
-  params: PyTree, data: Table, *, name: str, rate: int
+  params: PyTree, data: LinearInput, *, name: str, rate: int
 ) -> Float32[np.ndarray, "n c"]:
   """Logits of the head `name` at learning rate index `rate`."""
   # [d, 1, c] and [1, c]: rates are the second to last axis.

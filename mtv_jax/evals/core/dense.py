@@ -8,17 +8,13 @@ stay aligned.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
@@ -27,17 +23,13 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import block_index
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.global_features import final_norm
-from mtv_jax.parallel.distributed import gather_bytes
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.grouping import Grouper
-from mtv_jax.utils.threads import available_cores, map_ahead
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
 # Number of batches' worth of items after which an incomplete batch runs.
 _MAX_WAIT = 8
-# Items per exchange between processes, and exchanges computed ahead. Both must
-# be equal in all processes, whatever their number of cores.
-_ROUND, _ROUNDS_AHEAD = 16, 2
 # The encoder's input, and its per-pixel labels or depth.
 LabelledInput = tuple[np.ndarray, np.ndarray]
 
@@ -175,53 +167,6 @@ def _restoring_matrix(
   matrix = matrix.astype(np.float32)
   matrix.setflags(write=False)  # cached, so shared by all callers
   return matrix
-
-
-def shared_map(
-  function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
-) -> Iterator[Any]:
-  """`map_ahead`, with the items divided among the processes of a pod.
-
-  Each of P processes computes every P-th item and receives all results. All
-  processes must iterate equal items at the same point of the program. An error
-  in one process is raised in all.
-  """
-  processes, process = jax.process_count(), jax.process_index()
-  if processes == 1:
-    yield from map_ahead(function, items, ahead=ahead)
-    return
-  items = iter(items)
-  size = processes * -(-_ROUND // processes)
-  pending: collections.deque = collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-    while True:
-      if batch := list(itertools.islice(items, size)):
-        own = batch[process::processes]
-        pending.append((len(batch), [pool.submit(function, x) for x in own]))
-        if len(pending) <= _ROUNDS_AHEAD:
-          continue
-      if not pending:
-        return
-      count, futures = pending.popleft()
-      parts = _gather_results(futures)
-      yield from (parts[i % processes][i // processes] for i in range(count))
-
-
-def _gather_results(futures: Sequence[concurrent.futures.Future]) -> list:
-  """Gathers each process's results; an error in one is raised in all."""
-  results, failure = [], None
-  try:
-    results = [future.result() for future in futures]
-  except Exception as error:
-    failure = error
-  own = (results, failure and f"{type(failure).__name__}: {failure}")
-  parts = [pickle.loads(data) for data in gather_bytes(pickle.dumps(own))]
-  if failure:
-    raise failure
-  for process, (_, message) in enumerate(parts):
-    if message:
-      raise InputError(f"process {process} failed: {message}")
-  return [results for results, _ in parts]
 
 
 def map_by_group(

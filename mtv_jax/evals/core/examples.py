@@ -19,6 +19,7 @@ from jaxtyping import Float32, Float64, Int, UInt8
 
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.path import fetch
 
 # A path, `scenes`, or a source config as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
@@ -51,8 +52,7 @@ class LazySequence(Sequence):
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
   """Reads an image file."""
-  with open(path, "rb") as file:
-    return canvas.decode(file.read(), key=os.fspath(path))
+  return canvas.decode(fetch(path).read_bytes(), key=os.fspath(path))
 
 
 def open_items(

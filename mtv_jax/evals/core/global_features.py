@@ -33,7 +33,7 @@ from mtv_jax.utils.errors import InputError
 
 ViewName = Literal["center", "squash_center", "squash", "encoder"]
 Feature = Literal["pooled", "cls", "mean"]
-Pixels = Literal["images", "crops"]
+PixelSource = Literal["images", "crops"]
 
 # Resize factor before the crop, and further `Preprocess` fields, by view.
 _CENTER = {"resize": "shortest", "interpolation": "bicubic", "crop": "center"}
@@ -88,7 +88,7 @@ def embed(
   *,
   feature: Feature = "pooled",
   batch_size: int = 64,
-  pixels: Pixels = "images",
+  pixels: PixelSource = "images",
 ) -> Float32[np.ndarray, "n d"]:
   """One vector per image, not normalised.
 
@@ -139,7 +139,7 @@ def last_blocks(
   *,
   blocks: int = 1,
   batch_size: int = 64,
-  pixels: Pixels = "images",
+  pixels: PixelSource = "images",
 ) -> LastBlocks:
   """Tokens of the last blocks, and the mean patch.
 
@@ -243,28 +243,28 @@ def encode_images(
   # A user may change an encoder's preprocessing.
   data_key = (digest, getattr(encoder, "preprocess", None))
   depth = encoder.spec.image.depth if layers else 0
-  taps = {i: block_index(i, depth) for i in layers}
+  blocks = {i: block_index(i, depth) for i in layers}
   store = _stores.setdefault(encoder, _Store())
   arrays = {(name, 0): store.get((*data_key, name, 0)) for name in outputs}
   for field in _LAYER_FIELDS:
-    for tap in taps.values():
-      arrays[field, tap] = store.get((*data_key, field, tap))
+    for block in blocks.values():
+      arrays[field, block] = store.get((*data_key, field, block))
   missing = [key for key, array in arrays.items() if array is None]
   if missing:
-    blocks = {tap for name, tap in missing if name in _LAYER_FIELDS}
+    uncached = {block for name, block in missing if name in _LAYER_FIELDS}
     out = encoder.image(
       images,
-      layers=tuple(sorted(blocks)),
+      layers=tuple(sorted(uncached)),
       outputs=tuple(name for name, _ in missing if name not in _LAYER_FIELDS),
       batch_size=batch_size,
     )
     # Stored last, so that requested arrays don't evict each other.
-    for name, tap in missing:
+    for name, block in missing:
       value = getattr(out, name)
-      array = value[tap] if name in _LAYER_FIELDS else value
+      array = value[block] if name in _LAYER_FIELDS else value
       array.setflags(write=False)
-      arrays[name, tap] = array
-      store.put((*data_key, name, tap), array)
+      arrays[name, block] = array
+      store.put((*data_key, name, block), array)
   for array in arrays.values():
     if len(array) != len(images):
       raise InputError(
@@ -274,7 +274,7 @@ def encode_images(
   return ImageFeatures(
     **{name: arrays.get((name, 0)) for name in OUTPUTS},
     **{
-      field: {i: arrays[field, tap] for i, tap in taps.items()}
+      field: {i: arrays[field, block] for i, block in blocks.items()}
       for field in _LAYER_FIELDS
     },
   )

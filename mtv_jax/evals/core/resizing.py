@@ -80,11 +80,11 @@ def indices(
   return nearest
 
 
-Images = Shaped[Array, "*n h w d"] | Shaped[np.ndarray, "*n h w d"]
-Maps = Shaped[Array, "*n h w"] | Shaped[np.ndarray, "*n h w"]
+_Images = Shaped[Array, "*n h w d"] | Shaped[np.ndarray, "*n h w d"]
+_Maps = Shaped[Array, "*n h w"] | Shaped[np.ndarray, "*n h w"]
 
 
-def resize(x: Images, size: tuple[int, int], *, method: str = "bilinear"):
+def resize(x: _Images, size: tuple[int, int], *, method: str = "bilinear"):
   """Resizes `[*n, h, w, d]`, images or features, on the host or the device.
 
   The result has the dtype of `x`; linear methods turn integers into float32.
@@ -92,7 +92,7 @@ def resize(x: Images, size: tuple[int, int], *, method: str = "bilinear"):
   return _resize(x, size, method=method, axis=x.ndim - 3)
 
 
-def resize_maps(x: Maps, size: tuple[int, int], *, method: str = "bilinear"):
+def resize_maps(x: _Maps, size: tuple[int, int], *, method: str = "bilinear"):
   """Resizes maps without channels (depth, labels); see `resize`."""
   return _resize(x, size, method=method, axis=x.ndim - 2)
 

@@ -26,7 +26,7 @@ from jaxtyping import Float32, Float64
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import bootstrap, dense, examples
+from mtv_jax.evals.core import bootstrap, examples
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.correspondence import matching
@@ -34,6 +34,7 @@ from mtv_jax.evals.correspondence.correspondence_evaluator import (
   CorrespondenceEvaluator,
 )
 from mtv_jax.evals.datasets import posed, registry
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -316,7 +317,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     # The ratio test needs two points.
     valid = (
       (i, views)
-      for i, views in enumerate(dense.shared_map(read_views, pairs))
+      for i, views in enumerate(shared_map(read_views, pairs))
       if all(v is not None and v.valid.sum() >= 2 for v in views)
     )
     while chunk := list(itertools.islice(valid, _CHUNK)):

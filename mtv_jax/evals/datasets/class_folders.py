@@ -39,6 +39,8 @@ from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples, prompts
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files, imagenet
+from mtv_jax.parallel.distributed import shared_map
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 # Folder names of each split, in order of preference.
@@ -226,8 +228,13 @@ class _Record(NamedTuple):
 
 def _read_tars(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
   """Records of a split with both an image and a `suffix` file."""
+  tars = _list_tars(root, split)
+  # Each host reads its share of the tars; their paths may differ.
+  scans = shared_map(lambda tar: list(_scan(tar, suffix)), tars)
   records = [
-    row for tar in _list_tars(root, split) for row in _scan(tar, suffix)
+    _Record(key, tar, image, label)
+    for tar, rows in zip(tars, scans, strict=True)
+    for key, image, label in rows
   ]
   if not records:
     raise InputError(
@@ -256,10 +263,12 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
   return tars
 
 
-def _scan(tar: pathlib.Path, suffix: str) -> Iterator[_Record]:
-  """Records of a tar, in the order of their first members."""
+def _scan(
+  tar: pathlib.Path, suffix: str
+) -> Iterator[tuple[str, tar_scan.Span, str]]:
+  """Key, image and label of a tar's records, in order of first members."""
   groups: dict[str, dict[str, tar_scan.Span]] = {}
-  for name, span in tar_scan.members(tar):
+  for name, span in tar_scan.members(path_lib.fetch(tar)):
     key, extension = tar_scan.split_name(name)
     groups.setdefault(key, {})[extension] = span
   for key, members in groups.items():
@@ -271,4 +280,4 @@ def _scan(tar: pathlib.Path, suffix: str) -> Iterator[_Record]:
         raise InputError(
           f"{tar}: {key}.{suffix} is not UTF-8: {error}"
         ) from None
-      yield _Record(key, tar, members[images[0]], label)
+      yield key, members[images[0]], label

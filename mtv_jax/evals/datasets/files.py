@@ -15,6 +15,7 @@ from mtv_jax.config import foreign
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.text import list_first
 
@@ -128,9 +129,7 @@ def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
 
 def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
   """Reads the bytes of a tar member."""
-  with path.open("rb") as file:
-    file.seek(span.offset)
-    return file.read(span.size)
+  return path_lib.read_range(path_lib.origin(path), *span)
 
 
 def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
@@ -139,7 +138,7 @@ def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   `modes` are the accepted Pillow modes, by default "L" (8 bits) and "I;16" (16
   bits); "P" returns palette indices.
   """
-  modes = modes or ("L", "I;16")
+  modes, path = modes or ("L", "I;16"), path_lib.fetch(path)
   try:
     with PIL.Image.open(path) as image:
       mode, values = image.mode, np.asarray(image)

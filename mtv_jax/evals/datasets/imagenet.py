@@ -33,6 +33,8 @@ from mtv_jax.data import canvas
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
+from mtv_jax.parallel.distributed import shared_map
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 CLASS_COUNT = 1000
@@ -64,12 +66,12 @@ def open_validation(
   source = find_validation(path)
   ids, names, truth = _read_devkit(source)
   if source.is_file():
-    members = tar_scan.members(source)
-    images = {name.rpartition("/")[2]: span for name, span in members}
+    # One host reads the headers.
+    (images,) = shared_map(_find_members, [source])
     read, size = functools.partial(files.read_span, source), lambda s: s.size
   else:
     images = {p.name: p for p in source.iterdir()}
-    read, size = pathlib.Path.read_bytes, lambda p: p.stat().st_size
+    read, size = _read_file, lambda p: p.stat().st_size
   wanted = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
   missing = [name for name in wanted if name not in images]
   if missing:
@@ -89,6 +91,15 @@ def open_validation(
     ids=ids,
     accepted=None if real is None else read_real(real, wanted),
   )
+
+
+def _find_members(tar: pathlib.Path) -> dict[str, tar_scan.Span]:
+  members = tar_scan.members(path_lib.fetch(tar))
+  return {name.rpartition("/")[2]: span for name, span in members}
+
+
+def _read_file(path: pathlib.Path) -> bytes:
+  return path_lib.fetch(path).read_bytes()
 
 
 def _read_devkit(images: pathlib.Path) -> tuple[tuple, tuple, list[int]]:

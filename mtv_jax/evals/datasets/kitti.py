@@ -23,6 +23,7 @@ from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
+from mtv_jax.utils.path import fetch
 
 SUBSETS = ("all", "train", "val")
 _LISTS = (
@@ -128,9 +129,9 @@ def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _read_sweep(image: pathlib.Path, sweep: pathlib.Path) -> np.ndarray:
-  with PIL.Image.open(image) as header:
+  with PIL.Image.open(fetch(image)) as header:
     width, height = header.size
-  values = np.fromfile(sweep, np.float32)
+  values = np.fromfile(fetch(sweep), np.float32)
   if values.size % 4:
     raise InputError(
       f"{sweep} has {values.size} numbers; expected 4 for each point"

@@ -1,4 +1,4 @@
-"""Images and videos with class or object maps: ADE20K and DAVIS 2017.
+"""Data sets of segmentation masks: ADE20K (classes), DAVIS 2017 (objects).
 
 ADE20K scene parsing, in ADEChallengeData2016/:
 

@@ -25,6 +25,7 @@ import numpy as np
 from mtv_jax.config import foreign
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, import_extra
 
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
@@ -224,11 +225,13 @@ def open_tfds(
   Must be prepared as ArrayRecord, which is read without TensorFlow.
   """
   tfds = import_extra("tensorflow_datasets", "tfds")
-  name = config["name"]
+  name, folder = config["name"], config.get("data_dir")
+  fix = "Copy the prepared set to a folder, or use NYUv2's image files."
+  path_lib.refuse_remote(folder or "", "data_dir", fix)
   records = tfds.data_source(
     name,
     split={"train": "train", "test": "validation"}[split],
-    data_dir=config.get("data_dir"),
+    data_dir=folder,
   )
   ids = examples.subsample(range(len(records)), count)
   return _open_arrays(

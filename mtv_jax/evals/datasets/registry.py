@@ -11,7 +11,8 @@
                       folders (`class_folders.py`)
 
 Annotations are read when a data set is opened; images are loaded lazily, in
-their original size. Common arguments:
+their original size, and copied from a bucket by the hosts that read them. All
+hosts of a pod must open equal data. Common arguments:
 
   split   `train` or `test`
   count   number of images, evenly spaced; default: all, or a fixed number of
@@ -34,6 +35,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtv_jax.evals.core import examples
@@ -73,6 +75,9 @@ SPLITS = ("train", "test")
 Count = int | None
 OptionalPath = str | os.PathLike | None
 
+# Files that are read by `path.fetch` or `path.origin`.
+_LAZY = (*examples.SUFFIXES, ".bin", ".tar")
+
 # Default numbers of scenes; see also `scenes`.
 _CLASSIFICATION_SCENES = 1000
 _BOX_SCENES = 128
@@ -93,12 +98,14 @@ def open_classification(
   """
   check_choice("split", split, SPLITS)
   chosen: dict[str, Any] = {"split": split, "count": count}
-  # Checked before sources, as it may be a tar.
-  if split == "test" and _is_imagenet(data):
-    path = path_lib.local_copy(data)
-    return imagenet.open_validation(path, count=count, real=real)
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
-  path = None if config is not None else path_lib.local_copy(data)
+  path = None
+  # Tars in a bucket are a source.
+  if config is None or not (_is_source(data) or path_lib.is_remote(data)):
+    path = _open_path(data)
+    # Checked before sources, as it may be a tar.
+    if split == "test" and imagenet.find_validation(path):
+      return imagenet.open_validation(path, count=count, real=real)
   if real is not None and not (path and path.is_dir()):
     raise InputError(
       f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
@@ -123,12 +130,6 @@ def open_classification(
     "Expected 'scenes', a folder of classes, or tars with labels "
     "(shards/{00000..00009}.tar)",
   )
-
-
-def _is_imagenet(data: Data) -> bool:
-  if _is_source(data) or (path_lib.is_remote(data) and ".tar" in str(data)):
-    return False  # A source of tars in a bucket.
-  return imagenet.find_validation(path_lib.local_copy(data)) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def open_splits(
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   else:
-    shown, path = repr(os.fspath(data)), path_lib.local_copy(data)
+    shown, path = repr(os.fspath(data)), _open_path(data)
     has_both = is_scenes(data)
     if path.is_dir():
       # Checked first, as these layouts may have a training folder too.
@@ -233,11 +234,11 @@ def open_captions(
   if config is not None:
     return source_records.open_captions(config, **options)
   options |= {"split": split}
-  path = path_lib.local_copy(data)
+  path = _open_path(data)
   if path.is_dir() and class_folders.is_retrieval(path):
     return class_folders.open_captioned_tars(path, **options)
   if file := coco.find_captions(path):
-    images = images and path_lib.local_copy(images)
+    images = images and _open_path(images)
     return coco.open_captions(file, images=images, **options)
   raise unknown_layout(
     data,
@@ -258,7 +259,7 @@ def open_images(data: Data, *, count: int) -> examples.ImageSet:
   config = _source_config(data, length=count)
   if config is not None:
     return source_records.open_images(config, count=count)
-  root = path_lib.local_copy(data)
+  root = _open_path(data)
   # JPEGs first: beside JPEGs, PNGs tend to be label maps.
   files = []
   for suffixes in ((".jpg", ".jpeg"), (".png", ".webp")):
@@ -338,7 +339,7 @@ def open_depth(
     return scenes.open_depth(data, size=size, **options)
   if isinstance(data, Mapping):
     return nyu.open_tfds(data, **options)
-  root = path_lib.local_copy(data)
+  root = _open_path(data)
   if kind == "nyu":
     return nyu.open_depth(root, truth=truth, **options)
   return kitti.open_depth(root, subset=subset, **options)
@@ -356,7 +357,7 @@ def open_boxes(
     config = _source_config(data, length=count or _BOX_SCENES)
     boxes = source_records.open_boxes(config, count=count)
   else:
-    images = images and path_lib.local_copy(images)
+    images = images and _open_path(images)
     boxes = _open_layout(
       data,
       "Grounding reads scenes, COCO's folder or its annotations/"
@@ -422,13 +423,22 @@ def open_videos(data: Data, *, count: Count = None) -> examples.VideoSet:
   )
 
 
+def _open_path(data: str | os.PathLike) -> pathlib.Path:
+  """Local path of files; of a bucket's, each host copies images as it reads."""
+
+  def is_lazy(name: str) -> bool:
+    return name.lower().endswith(_LAZY)
+
+  return path_lib.lazy_copy(data, is_lazy, share=1 / jax.process_count())
+
+
 def _open_layout(
   data: str | os.PathLike,
   expected: str,
   *readers: tuple[Callable[..., Any], Callable[..., Any]],
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
-  path = path_lib.local_copy(data)  # Buckets are copied.
+  path = _open_path(data)
   for matches, open_path in readers:
     if matches(path):
       return open_path(path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mtv_jax.data import canvas
@@ -14,6 +16,7 @@ from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes
+from mtv_jax.parallel.distributed import gather_results
 from mtv_jax.utils.threads import map_ahead
 
 
@@ -47,6 +50,7 @@ def _open(
   if config["type"] == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
   source = sources.build_source(config)
+  source.keep_blocks(-(-len(source.shards) // jax.process_count()) + 1)
   missing = sorted({*fields} - {*source.fields})
   if missing:
     raise NotApplicable(
@@ -171,7 +175,10 @@ def _read_rows(
       size = "x".join(map(str, image.shape))
     return _Row(i, record["key"], size, label(record))
 
-  return list(map_ahead(read, indices))
+  # Contiguous shares: of a bucket's shards, a host copies or reads its part.
+  own = np.array_split(indices, jax.process_count())[jax.process_index()]
+  parts = gather_results(lambda: list(map_ahead(read, own.tolist())))
+  return [*itertools.chain(*parts)]
 
 
 def _hash_size(row: _Row) -> tuple[str, str]:

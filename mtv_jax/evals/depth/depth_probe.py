@@ -16,13 +16,14 @@ import numpy as np
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense, examples, probe, probe_heads
+from mtv_jax.evals.core import examples, probe, probe_heads
 from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator
 from mtv_jax.evals.depth.training import PROTOCOLS, ProbeProtocol, Setup
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import InputError
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
@@ -250,7 +251,7 @@ def _mean_depth(data: DepthSet, setup: Setup) -> float:
   """Mean depth of valid pixels of some training images, in metres."""
   total, count = 0.0, 0
   chosen = examples.subsample(range(len(data.maps)), _MEAN_IMAGES)
-  for depth in dense.shared_map(lambda i: setup.example(data, i).depth, chosen):
+  for depth in shared_map(lambda i: setup.example(data, i).depth, chosen):
     valid = metrics.valid_mask(depth, high=setup.max_depth)
     total += float(depth[valid].sum(dtype=np.float64))
     count += int(valid.sum())

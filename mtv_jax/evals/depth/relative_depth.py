@@ -32,6 +32,7 @@ from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
 from mtv_jax.evals.depth.depth_evaluator import DepthEvaluator, Prediction
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import ConfigError
 
 ALIGNMENTS = {
@@ -209,7 +210,7 @@ class RelativeDepth(DepthEvaluator):
     pairs: collections.deque[tuple[np.ndarray, ...]] = collections.deque()
 
     def inputs() -> Iterator[np.ndarray]:
-      for *pair, pixels in dense.shared_map(read, range(len(data.images))):
+      for *pair, pixels in shared_map(read, range(len(data.images))):
         pairs.append(pair)
         yield pixels
 

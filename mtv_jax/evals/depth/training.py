@@ -28,6 +28,7 @@ from mtv_jax.evals.depth import augment
 from mtv_jax.evals.depth.augment import DepthExample
 from mtv_jax.evals.depth.depth_evaluator import Prediction
 from mtv_jax.models.heads import dpt
+from mtv_jax.parallel.distributed import shared_map
 
 BINS = probe_heads.BINS
 Maps = Float[Array, "b h w"]
@@ -76,7 +77,7 @@ class ProbeProtocol:
     if self.layers == "last":
       return (depth - 1,)
     if self.layers == "quarters":
-      return dpt.quarter_taps(depth)
+      return dpt.quarter_layers(depth)
     return tuple(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4))
 
   def optimizer(self) -> optax.GradientTransformation:
@@ -290,7 +291,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
   values = math.prod(view.grid) * setup.channels + math.prod(size)
   if protocol.augment == "none" and 4 * count * values <= _CACHE_BYTES:
-    examples = dense.shared_map(read, range(count))
+    examples = shared_map(read, range(count))
     encoded = dense.encode_batches(
       setup.features, examples, batch_size=4 * protocol.batch_size
     )
@@ -333,7 +334,7 @@ def predict(
     finish=probe_heads.DepthBins(setup.max_depth),
   )
   read = functools.partial(setup.example, data)
-  examples = dense.shared_map(read, range(len(data.images)))
+  examples = shared_map(read, range(len(data.images)))
   while batch := list(itertools.islice(examples, rows)):
     images = [example.image for example in batch]
     if flip:

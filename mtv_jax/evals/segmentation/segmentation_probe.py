@@ -44,6 +44,7 @@ from mtv_jax.evals.segmentation.segmentation_evaluator import (
   SegmentationEvaluator,
 )
 from mtv_jax.models.heads import dpt
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import ConfigError, InputError
 
 _PUBLISHED = (40_000, 16)  # steps, images per step
@@ -273,7 +274,7 @@ class Segmentation(SegmentationEvaluator):
       windows = (sliding_window.cut(x, slide) for x in (pixels, labels))
       return list(zip(*windows, strict=True))
 
-    windows = dense.shared_map(cut_windows, range(len(train.images)))
+    windows = shared_map(cut_windows, range(len(train.images)))
     windows = itertools.chain.from_iterable(windows)
     total = 0
     for batch in dense.encode_batches(
@@ -353,7 +354,7 @@ def out_indices(layers: str, depth: int) -> tuple[int, ...]:
     )
   if layers == "FOUR_LAST":
     return tuple(range(depth - 4, depth))
-  return dpt.quarter_taps(depth)
+  return dpt.quarter_layers(depth)
 
 
 def learning_rate_schedule(

@@ -24,6 +24,7 @@ import PIL.Image
 from jaxtyping import Float32, UInt8
 
 from mtv_jax.evals.core import dense, resizing
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.utils.errors import ConfigError
 
 # Bytes of full-size scores per block and thread.
@@ -271,7 +272,7 @@ def predict(
     return i, image.shape[:2], _cut_views(image, slide)
 
   def windows() -> Iterator[np.ndarray]:
-    for job in dense.shared_map(read, range(len(images))):
+    for job in shared_map(read, range(len(images))):
       jobs.append(job)
       for view in job[-1]:
         yield from view.windows
@@ -294,4 +295,4 @@ def predict(
     parts = [[part[..., head, :] for part in parts] for head in heads]
     return summarize(i, [_class_map(p, views, slide, size) for p in parts])
 
-  return dense.shared_map(resample, score_jobs())
+  return shared_map(resample, score_jobs())

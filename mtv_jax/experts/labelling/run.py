@@ -21,8 +21,8 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_sets, label_writer
-from mtv_jax.data.labels.label_values import LabelOutcome, no_label
-from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
+from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome, no_label
+from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, PreparedInput
@@ -40,7 +40,7 @@ _BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
 # (position, prepared record) pairs of one group.
-Batch = list[tuple[int, PreparedInput]]
+PreparedBatch = list[tuple[int, PreparedInput]]
 
 
 def run(
@@ -75,7 +75,7 @@ def count_threads(threads: int | None) -> int:
   return threads or available_cores()
 
 
-def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
+def stack_arrays(batch: PreparedBatch, rows: int) -> dict[str, np.ndarray]:
   """Stacks a batch's arrays, padded to `rows` by repetition."""
   chosen = [batch[i % len(batch)][1].arrays for i in range(rows)]
   return {name: np.stack([x[name] for x in chosen]) for name in chosen[0]}
@@ -157,7 +157,7 @@ class _Pipeline:
     self._expert = expert
     self._pool = pool
     self._grouper = make_grouper(expert.rows)
-    self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
+    self._running: tuple[PreparedBatch, Mapping[str, jax.Array]] | None = None
     self._finishing: list[futures.Future[LabelOutcome]] = []
     # Items by position; removed in order.
     self._items: dict[int, _Item] = {}
@@ -181,7 +181,7 @@ class _Pipeline:
     futures.wait(self._finishing)
     yield from self._pop_finished()
 
-  def _start(self, batch: Batch) -> None:
+  def _start(self, batch: PreparedBatch) -> None:
     outputs = self._expert.run(stack_arrays(batch, self._expert.rows))
     self._collect()
     self._running = (batch, outputs)

@@ -2,10 +2,10 @@
 
 Images run on the CPU, one per thread: labels do not depend on the number of
 threads, rows or devices. An ONNX file does not define the meaning of its
-outputs; a `Decoder` does:
+outputs; a `DetectionDecoder` does:
 
   fastestdet     FastestDet (Qiu 2022, github.com/dog-qiuqiu/FastestDet)
-  MODULE:NAME    an object with the members of `Decoder`
+  MODULE:NAME    an object with the members of `DetectionDecoder`
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class OnnxDetector:
     mesh: this host's mesh; sets only the batch, the model runs on the CPU.
     batch_size: images per device.
     dtype: unused; the file determines the dtype.
-    decoder: a key of `DECODERS`, or MODULE:NAME of a `Decoder`.
+    decoder: a key of `DECODERS`, or MODULE:NAME of a `DetectionDecoder`.
     size: side or (height, width) of the input, if the file leaves it open.
     threshold: minimum score, exclusive; default: the decoder's.
     nms: see `detections.select`; default: the decoder's.
@@ -227,7 +227,7 @@ def _read_names(file: str | os.PathLike) -> tuple[str, ...]:
 
 
 @runtime_checkable
-class Decoder(Protocol):
+class DetectionDecoder(Protocol):
   """Preprocessing and output format of a kind of detector."""
 
   name: str  # For the manifest; changes when results change.
@@ -340,11 +340,11 @@ class FastestDet:
     )
 
 
-DECODERS: dict[str, Decoder] = {"fastestdet": FastestDet()}
+DECODERS: dict[str, DetectionDecoder] = {"fastestdet": FastestDet()}
 
 
-def get_decoder(name: str) -> Decoder:
-  """Returns a decoder: a key of `DECODERS`, or MODULE:NAME of a `Decoder`."""
+def get_decoder(name: str) -> DetectionDecoder:
+  """Returns a decoder: a key of `DECODERS`, or MODULE:NAME."""
   if name in DECODERS:
     return DECODERS[name]
   if not PLUGIN.fullmatch(name):
@@ -353,9 +353,9 @@ def get_decoder(name: str) -> Decoder:
       "one."
     )
   decoder = import_plugin(name, "decoder")
-  if not isinstance(decoder, Decoder) or isinstance(decoder, type):
+  if not isinstance(decoder, DetectionDecoder) or isinstance(decoder, type):
     raise InputError(
       f"decoder={name!r} is {decoder!r}; expected an object with the members of"
-      " `Decoder` of mtv_jax/experts/onnx/detector.py."
+      " `DetectionDecoder` of mtv_jax/experts/onnx/detector.py."
     )
   return decoder

@@ -29,7 +29,7 @@ from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
-from mtv_jax.experts.owlv2.model import Owlv2, Patches
+from mtv_jax.experts.owlv2.model import Owlv2, Proposals
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
 
@@ -147,9 +147,8 @@ class Owlv2Expert:
   Args:
     folder: has `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, truncated to the text tower's 16 tokens.
-    mesh: mesh of this host's devices; default: all devices.
-    batch_size, dtype: see `local_mesh.fill_defaults`. On accelerators, phrases
-      are padded to the largest number, so that one program is compiled.
+    mesh, batch_size, dtype: see `local_mesh.fill_defaults`. On accelerators,
+      phrases are padded to the largest number, so that one program is compiled.
     size: side in pixels of the padded square input, a multiple of the patch;
       default: the model's.
     threshold: minimum score of a patch's best phrase, exclusive. The authors
@@ -193,8 +192,7 @@ class Owlv2Expert:
     files = owlv2_weights.read(folder)
     size = files.spec.image.image_size if size is None else size
     files.spec.image.grid_of(size, size)
-    mesh = local_mesh.local_mesh() if mesh is None else mesh
-    dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
+    mesh, dtype, batch_size = local_mesh.fill_defaults(mesh, dtype, batch_size)
     self._max_phrases = 1
     if local_mesh.is_accelerator(mesh):
       self._max_phrases = phrases.max_phrases
@@ -294,7 +292,7 @@ class Programs:
   model: Owlv2
   dtype: str
 
-  def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Patches:
+  def detect(self, params: PyTree, rows: Mapping[str, jax.Array]) -> Proposals:
     """Predictions for the patches of `pixels`, without objectness."""
     with apply_fns.precision(self.dtype):
       patches = self.model.apply(

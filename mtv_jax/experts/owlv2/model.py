@@ -23,7 +23,7 @@ _NORM_EPS = 1e-6  # Added to the norm of embeddings.
 
 
 @pytree_dataclass
-class Patches:
+class Proposals:
   """Predictions for the p patches of images, independent of phrases."""
 
   embeddings: Float32[Array, "b p e"]  # Unit length.
@@ -80,7 +80,7 @@ class Owlv2(nn.Module):
 
   def __call__(
     self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b q t"]
-  ) -> tuple[Patches, Float32[Array, "b p q"]]:
+  ) -> tuple[Proposals, Float32[Array, "b p q"]]:
     """Runs both towers; returns patches and their logits.
 
     A query whose first id is 0 is padding, as in `transformers`.
@@ -90,7 +90,7 @@ class Owlv2(nn.Module):
     patches = self.detect(images)
     return patches, patches.logits(queries, tokens[..., 0] > 0)
 
-  def detect(self, images: Float[Array, "b s s 3"]) -> Patches:
+  def detect(self, images: Float[Array, "b s s 3"]) -> Proposals:
     """Predictions for normalised, padded images."""
     out = self.image(images)
     merged = self.merge_norm(out.patches * out.prefix[:, :1])
@@ -100,7 +100,7 @@ class Owlv2(nn.Module):
     sizes, centre = jnp.split(jax.nn.sigmoid(raw)[..., ::-1], 2, axis=-1)
     half = sizes / 2
     embeddings, shift, scale = self.classes(merged)
-    return Patches(
+    return Proposals(
       embeddings=embeddings,
       shift=shift,
       scale=scale,

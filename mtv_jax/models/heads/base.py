@@ -33,7 +33,7 @@ class PredictionHead:
   # Inputs beside the image, by keyword of `Encoder.predict`: channels per row,
   # or strings (`TEXT`, `TOKENS`). An image may have any number of rows.
   inputs: ClassVar[Mapping[str, int | str]] = {}
-  taps: ClassVar[tuple[int, ...]] = ()  # Image-tower blocks it reads, from 0.
+  taps: ClassVar[tuple[int, ...]] = ()  # Image-tower layers it reads, from 0.
 
   def resolve(self, spec: Any) -> PredictionHead:
     """Fills in unset options from a `two_tower.ModelSpec`."""
@@ -60,7 +60,7 @@ class PredictionHead:
   def predict(
     self,
     head: Callable[..., Any],  # The module with its parameters.
-    image: Any,  # `vit.ImageOutput` of B images, with `taps`.
+    image: Any,  # `vit.ImageOutput` of B images, with layers `taps`.
     grid: tuple[int, int],  # Rows and columns of its patches.
     **inputs: Array,  # float32 `[B, m, C]`, by the names in `inputs`.
   ) -> dict[str, Array]:

@@ -243,12 +243,8 @@ class CaptionDecoder(nn.Module):
     return TokenLogits(x.reshape(*rows, length, width), **last_layer)
 
 
-# (tokens, parallel, patches) -> TokenLogits: the module with its parameters.
-Decoder = Callable[..., TokenLogits]
-
-
 def greedy_decode(
-  decoder: Decoder,
+  decoder: Callable[..., TokenLogits],
   patches: Float[Array, "b n e"],
   begin: int,
   prompt: Int[Array, "b s p"],
@@ -260,10 +256,10 @@ def greedy_decode(
 ) -> Int[Array, "b s {count}"]:
   """Greedy decoding of `count` tokens after `[begin, prompt]`.
 
-  Runs the decoder over the whole sequence for each token, without a KV cache:
-  the cost grows quadratically with the length. `ids` are the first allowed id
-  and one past the last. `stop` ends an answer and pads it; decoding stops once
-  all rows have it.
+  `decoder` is a `CaptionDecoder` with its parameters. It runs over the whole
+  sequence for each token, without a KV cache: the cost grows quadratically with
+  the length. `ids` are the first allowed id and one past the last. `stop` ends
+  an answer and pads it; decoding stops once all rows have it.
   """
   low, high = ids
   shape = prompt.shape[:2]

@@ -37,16 +37,16 @@ _SHAPES = {
   1024: (256, (256, 512, 1024, 1024)),
   1536: (384, (1536,) * 4),
 }
-_TAPS = {24: (4, 11, 17, 23)}  # DINOv2's; the rule's first would be 5.
+_LAYERS = {24: (4, 11, 17, 23)}  # DINOv2's; the rule's first would be 5.
 
 
-def quarter_taps(depth: int) -> tuple[int, int, int, int]:
+def quarter_layers(depth: int) -> tuple[int, int, int, int]:
   """The last layer of each quarter of a tower, rounded up, counted from 0.
 
   12 layers: 2, 5, 8, 11; 24: DINOv2's 4, 11, 17, 23.
   """
   quarters = [math.ceil(depth * (i + 1) / STAGES) - 1 for i in range(STAGES)]
-  return _TAPS.get(depth, tuple(quarters))
+  return _LAYERS.get(depth, tuple(quarters))
 
 
 def default_shape(width: int) -> tuple[int, tuple[int, int, int, int]]:
@@ -276,7 +276,7 @@ class DepthHead(base.PredictionHead):
   objective = "depth"
   params_key = "depth"
 
-  # Layers to read, shallow to deep, from 0; None for `quarter_taps`.
+  # Layers to read, shallow to deep, from 0; None for `quarter_layers`.
   taps: tuple[int, int, int, int] | None = None
   features: options.PositiveInt | None = None  # None for `default_shape`.
   channels: tuple[int, int, int, int] | None = None  # As above.
@@ -293,10 +293,10 @@ class DepthHead(base.PredictionHead):
   activation: Literal["none", "relu"] = DPT.activation
 
   def resolve(self, spec: Any) -> DepthHead:
-    """Fills in the model's taps and channels."""
+    """Fills in the model's layers and channels."""
     image = spec.image
-    taps = self.taps or quarter_taps(image.depth)
-    stack_lib.check_taps(taps, image.depth)
+    taps = self.taps or quarter_layers(image.depth)
+    stack_lib.check_layers(taps, image.depth)
     features, channels = default_shape(image.width)
     return dataclasses.replace(
       self,
@@ -324,9 +324,8 @@ class DepthHead(base.PredictionHead):
   def predict(self, head, image, grid) -> dict[str, Array]:
     """Predicts `depth` `[B, H, W]`."""
     shape = (-1, *grid, image.patches.shape[-1])  # [B, h, w, D]
-    stages = [
-      image.taps[i][:, -math.prod(grid) :].reshape(shape) for i in self.taps
-    ]
+    tokens = [image.intermediates[i] for i in self.taps]
+    stages = [x[:, -math.prod(grid) :].reshape(shape) for x in tokens]
     size = tuple(self.size or min(4 * side, MAX_SIDE) for side in grid)
     if self.scale is not None:
       size = tuple(self.scale * side for side in grid)
@@ -403,8 +402,8 @@ class DenseHead(base.PredictionHead):
   def predict(self, head, image, grid) -> dict[str, Array]:
     """Predicts the map, `[B, H, W]` or `[B, H, W, C]`."""
     prefix = image.prefix.shape[1]
-    taps = [image.taps[i] for i in self.taps]
-    stages = [jnp.concatenate([x[:, :1], x[:, prefix:]], axis=1) for x in taps]
+    x = [image.intermediates[i] for i in self.taps]
+    stages = [jnp.concatenate([y[:, :1], y[:, prefix:]], axis=1) for y in x]
     return {self.output: self._finish(head(stages, grid))}
 
   def _finish(self, x: Float[Array, "b h w c"]) -> Array:

@@ -9,9 +9,9 @@ import statistics
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -154,7 +154,7 @@ def run(
   return result
 
 
-def _sample_gil(loader: pipeline.Loader, seconds: int) -> float:
+def _sample_gil(loader: Iterator[Any], seconds: int) -> float:
   """Share of running threads' samples in which a thread holds the GIL.
 
   From two simultaneous recordings of py-spy, while batches are read.

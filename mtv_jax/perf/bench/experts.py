@@ -90,7 +90,7 @@ class DepthAnything:
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=shape["heads"],
-        out_indices=[tap + 1 for tap in dpt.quarter_taps(depth)],
+        out_indices=[i + 1 for i in dpt.quarter_layers(depth)],
         reshape_hidden_states=False,
       ),
       reassemble_hidden_size=width,

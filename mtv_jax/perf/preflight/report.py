@@ -21,7 +21,7 @@ from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight import remat as remat_lib
+from mtv_jax.perf.preflight import search as search_lib
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
@@ -40,7 +40,7 @@ class Report:
   norms: compile_lib.CompileResult | None = None
   mfu: float = 0.4  # Assumed; typical of large ViTs on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
-  trials: tuple[remat_lib.Trial, ...] = ()  # Of `remat` 'auto'.
+  trials: tuple[search_lib.Trial, ...] = ()  # Of `remat` 'auto'.
   step_seconds: float | None = None  # Measured; replaces `mfu`.
   data_plane: data_plane_lib.DataPlane | None = None
 
@@ -345,7 +345,7 @@ def preflight(
   """
   config = resolve(config)
   if config.model.remat.strip() == AUTO:
-    choice = remat_lib.find_remat(
+    choice = search_lib.find_remat(
       config, topology, budget=budget, examples_per_epoch=examples_per_epoch
     )
     plan, options["trials"] = choice.plan, choice.trials

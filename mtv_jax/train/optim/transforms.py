@@ -18,7 +18,7 @@ from mtv_jax.utils.tree import map_with_names
 Transform = optax.GradientTransformation
 MomentDtype = Literal["float32", "bfloat16"]
 # Heads of each stack of blocks, see `StepSpec.attention_heads`.
-Heads = Mapping[str, int]
+HeadCounts = Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AdamW:
   eps: NonNegativeFloat = 1e-8
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Heads) -> Transform:
+  def scale(self, attention_heads: HeadCounts) -> Transform:
     """Maps gradients to updates, before learning rate and weight decay."""
     return optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
@@ -45,7 +45,7 @@ class Lion:
   b2: Fraction = 0.99
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Heads) -> Transform:
+  def scale(self, attention_heads: HeadCounts) -> Transform:
     return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype)
 
 
@@ -64,7 +64,7 @@ class Adafactor:
   # as if their parameters were not stacked.
   clip_rms_by: Literal["parameter", "layer"] = "parameter"
 
-  def scale(self, attention_heads: Heads) -> Transform:
+  def scale(self, attention_heads: HeadCounts) -> Transform:
 
     def decay_rate(step: Any, exponent: Any) -> Any:
       return jnp.minimum(self.b2, 1.0 - (step + 1.0) ** -exponent)
@@ -94,7 +94,7 @@ class SGD:
   momentum: Fraction = 0.0
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Heads) -> Transform:
+  def scale(self, attention_heads: HeadCounts) -> Transform:
     if not self.momentum:
       return optax.identity()
     return optax.trace(self.momentum, accumulator_dtype=self.mu_dtype)
@@ -125,7 +125,7 @@ class Muon:
   eps: NonNegativeFloat = 1e-8
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Heads) -> Transform:
+  def scale(self, attention_heads: HeadCounts) -> Transform:
     muon = optax.chain(
       optax.contrib.scale_by_muon(
         beta=self.momentum,
@@ -184,7 +184,7 @@ def _dimension_numbers(updates: Any) -> Any:
   return map_with_names(numbers, updates)
 
 
-def _split_qkv(inner: Transform, attention_heads: Heads) -> Transform:
+def _split_qkv(inner: Transform, attention_heads: HeadCounts) -> Transform:
   """Runs `inner` on QKV kernels `[depth, D, heads, 3, dim]`.
 
   Its state has the parameters' shapes, so it is sharded and saved like them.

@@ -69,9 +69,8 @@ class Supervisor:
           log.error("Exit code %d: a restart would fail again.", code)
           return code
         step = self._read_step()
-        if self._has_advanced(reached, step, seconds):
-          failures = 0
-        failures += 1
+        is_long = self.workdir is None and seconds >= self.min_seconds
+        failures = 1 if is_long or step > reached else failures + 1
         reached = max(reached, step)
         if failures > self.max_failures:
           log.error(
@@ -95,18 +94,12 @@ class Supervisor:
       if error.errno in (errno.EAGAIN, errno.ENOMEM):
         log.warning("%r can't be started now: %s", self.command[0], error)
         return os.EX_TEMPFAIL
-      text = f"{self.command[0]!r} can't be started: {error}"
-      raise ConfigError(text) from error
+      raise ConfigError(f"can't start {self.command[0]!r}: {error}") from error
     if self._signal is not None:  # Received before the command started.
       self._child.send_signal(self._signal)
     code = self._child.wait()
     self._child = None
     return code if code >= 0 else 128 - code
-
-  def _has_advanced(self, reached: int, step: int, seconds: float) -> bool:
-    if self.workdir is None:
-      return seconds >= self.min_seconds
-    return step > reached
 
   def _read_step(self) -> int:
     """Reads the step from the liveness file; 0 if unknown."""

@@ -1,4 +1,4 @@
-"""Watchers of the steps: a watchdog that ends a run, and a profiler.
+"""The watchdog of a run: ends it if a step does not end.
 
 Unresponsive storage, a collective that waits for a dead host, or a hanging
 device would otherwise occupy the machines until someone notices.
@@ -9,15 +9,12 @@ import contextlib
 import dataclasses
 import faulthandler
 import logging
-import pathlib
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import jax
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveFloat
 from mtv_jax.train.runtime import preemption
@@ -141,47 +138,3 @@ class Watchdog(contextlib.AbstractContextManager):
 
   def __exit__(self, *error: object) -> None:
     self.close()
-
-
-class StepProfiler(contextlib.AbstractContextManager):
-  """Traces the steps `first` to `last`, inclusive, to a folder.
-
-  Every process writes its own trace. A run that resumes after `first` writes no
-  trace.
-  """
-
-  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
-    self._folder = folder
-    self._first, self._last = steps or (0, 0)
-    self._tracing = False
-
-  def start(self, step: int) -> None:
-    """Starts the trace before its first step."""
-    if step != self._first:
-      return
-    try:
-      jax.profiler.start_trace(str(self._folder))
-    except Exception as error:  # A full disk, or another profiler.
-      log.warning("No profile of step %d: %s", step, error)
-      return
-    self._tracing = True
-
-  def stop(self, step: int, values: Any) -> None:
-    """Stops the trace after its last step, which computes `values`."""
-    if not self._tracing or step < self._last:
-      return
-    jax.block_until_ready(values)
-    self._finish()
-
-  def _finish(self) -> None:
-    self._tracing = False
-    try:
-      jax.profiler.stop_trace()
-    except Exception as error:
-      log.warning("No profile: %s", error)
-    else:
-      log.info("Wrote a profile to %s.", self._folder)
-
-  def __exit__(self, *error: Any) -> None:
-    if self._tracing:
-      self._finish()

@@ -1,7 +1,6 @@
 """Label sets: written, and joined to the records of a source."""
 
 import functools
-import io
 import json
 import logging
 import pickle
@@ -9,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from dataset_samples import write_members
 from label_samples import (
   COUNT,
   entry,
@@ -22,10 +22,10 @@ from label_samples import (
 )
 from labelling_samples import contents
 
-from mtv_jax.data.labels import label_sets, label_writer
+from mtv_jax.data.labels import join, label_sets, label_writer
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
-from mtv_jax.data.labels.label_values import no_label
-from mtv_jax.data.labels.label_writer import Entry, LabelCounts, LabelWriter
+from mtv_jax.data.labels.label_values import LabelCounts, no_label
+from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record, block_table, tar_blocks
@@ -97,7 +97,7 @@ def test_what_hosts_compare(labelled, tmp_path):
   table = tmp_path / "blocks.npz"
   files = [labelled / f"base/{name}.tar" for name in names]
   scan = functools.partial(tar_blocks.scan, records=4)
-  block_table.build(files, scan, processes=1).write(table)
+  block_table.build(files, scan, per_block=4, processes=1).write(table)
   digests = [
     described["digest"],
     describe(*names[::-1])["digest"],
@@ -142,19 +142,17 @@ def test_manifest_counts(labelled):
   ]  # fmt: skip
 
 
-def test_records_without_captions_are_dropped(tmp_path):
-  base = make_base(tmp_path)
-  # The third record of the first tar loses its texts.
-  tar = base / "00000.tar"
+def remove_captions(tar):
+  """The third record of the first tar loses its texts."""
   with tarfile.open(tar) as opened:
     members = [(m.name, opened.extractfile(m).read()) for m in opened]
-  with tarfile.open(tar, "w") as opened:
-    for name, data in members:
-      if name.startswith("000002") and not name.endswith("png"):
-        continue
-      info = tarfile.TarInfo(name)
-      info.size = len(data)
-      opened.addfile(info, io.BytesIO(data))
+  dropped = {"000002.json", "000002.txt"}
+  write_members(tar, [m for m in members if m[0] not in dropped])
+
+
+def test_records_without_captions_are_dropped(tmp_path):
+  base = make_base(tmp_path)
+  remove_captions(base / "00000.tar")
   everything = WebDatasetSource(f"{base}/*.tar", captions="ignored")
   keys = [everything[i]["key"] for i in range(len(everything))]
   make_set(tmp_path / "depth", everything, "depth")
@@ -167,6 +165,65 @@ def test_records_without_captions_are_dropped(tmp_path):
       np.testing.assert_array_equal(
         record["depth"], outcome("depth", of).label.values
       )
+
+
+def two_orders(tmp_path, *, records):
+  """Tars by their index and by a table, and the table.
+
+  An index orders records without captions last, a table doesn't.
+  """
+  base = make_base(tmp_path)
+  remove_captions(base / "00000.tar")
+  tables = [
+    block_table.of_file(
+      file,
+      (file.stat().st_size, ""),
+      tar_blocks.scan(file, records=records),
+      per_block=records,
+    )
+    for file in sorted(base.glob("*.tar"))
+  ]
+  table = tmp_path / "blocks.npz"
+  block_table.join(tables).write(table)
+  orders = [
+    WebDatasetSource(f"{base}/*.tar", captions="ignored", blocks=blocks)
+    for blocks in (None, table)
+  ]
+  return orders, table
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_labels_of_records_in_another_order(tmp_path, in_blocks):
+  orders, table = two_orders(tmp_path, records=2)
+  captioned = WebDatasetSource(f"{tmp_path}/base/*.tar", blocks=table)
+  orders_of_keys = [[order[i]["key"] for i in range(COUNT)] for order in orders]
+  assert orders_of_keys[0] != orders_of_keys[1]
+  for n, keys in enumerate(orders_of_keys):
+    out = make_set(tmp_path / str(n), orders[n], "depth")
+    for source in (orders[1 - n], captioned):
+      source = join.join_labels(source, {"depth": str(out)})
+      source._labels[0]._is_remote = in_blocks
+      for i in range(len(source)):
+        record = source[i]
+        if (number := keys.index(record["key"])) == 3:
+          assert "depth" not in record
+        else:
+          expected = outcome("depth", number).label.values
+          np.testing.assert_array_equal(record["depth"], expected)
+
+
+def test_parts_of_two_orders(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources_base, "LANE_BLOCK", 1)
+  monkeypatch.setattr(label_writer, "PART_RECORDS", 1)
+  orders, _ = two_orders(tmp_path, records=1)
+  for base, parts in zip(orders, (slice(3), slice(3, None)), strict=True):
+    writer = LabelWriter(tmp_path / "x", kind="depth", base=base, settings={})
+    for part in writer.todo()[0]:
+      if part.numbers.start in range(4)[parts]:
+        keys = (base[i]["key"] for i in part.numbers)
+        writer.write(part, (Entry(key, no_label("none")) for key in keys))
+  with pytest.raises(LabelError, match="repeat a record: its table of blocks"):
+    writer.join(0)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +435,7 @@ def test_writing_resumes(labelled, tmp_path, monkeypatch):
   monkeypatch.setattr(label_writer, "PART_RECORDS", 2)
   writer = LabelWriter(out, kind="depth", base=base, settings=settings)
   todo = writer.todo()
-  parts = [part.file_name for part in todo[0]]
+  parts = [part.name for part in todo[0]]
   assert parts == ["00000.0-2.part", "00000.2-4.part"]
   assert [len(todo[shard]) for shard in range(3)] == [2, 2, 1]
 
@@ -422,18 +479,6 @@ def test_writing_resumes(labelled, tmp_path, monkeypatch):
   assert contents(out) == contents(whole)
 
 
-def test_a_finished_set_is_not_overwritten(labelled):
-  base, out = open_base(labelled / "base"), labelled / "depth"
-  LabelWriter(out, kind="depth", base=base, settings={"of": "the test"})
-  for kind, settings, message in (
-    ("boxes", "the test", 'kind: "depth" -> "boxes"'),
-    ("depth", "another", 'settings.of: "the test" -> "another"'),
-  ):
-    with pytest.raises(FileExistsError, match="finished label set") as error:
-      LabelWriter(out, kind=kind, base=base, settings={"of": settings})
-    assert str(error.value).splitlines()[1:-1] == [f"  {message}"]
-
-
 @pytest.mark.parametrize("finished", [True, False])
 def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   base = open_base(make_base(tmp_path, count=9))
@@ -455,37 +500,27 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   # Tuples are lists in the file, which does not count as a difference.
   LabelWriter(out, kind="depth", base=base, settings=settings)
   other = {"model": {"name": "b", "layers": [1, 2]}, "nms": 0.5}
-  with pytest.raises(FileExistsError) as error:
-    LabelWriter(out, kind="depth", base=base, settings=other)
+  state = "a finished" if finished else "an unfinished"
+  with pytest.raises(FileExistsError, match=f"{state} label set") as error:
+    LabelWriter(out, kind="boxes", base=base, settings=other)
   assert str(error.value).splitlines()[1:-1] == [
-    '  settings.model.name: "a" -> "b"',
-    "  settings.threshold: 0.1 -> none",
-    "  settings.nms: none -> 0.5",
+    "  kind: 'depth' -> 'boxes'",
+    "  settings.model.name: 'a' -> 'b'",
+    "  settings.threshold: 0.1 -> absent",
+    "  settings.nms: absent -> 0.5",
   ]
   # One shard has an additional record, and one shard is missing.
   more = WebDatasetSource([labelled / f"base/0000{i}.tar" for i in (0, 2)])
   with pytest.raises(FileExistsError) as error:
     LabelWriter(out, kind="depth", base=more, settings=settings)
   assert str(error.value).splitlines()[1:-1] == [
-    "  base.00001.tar: 4 -> none",
+    "  base.00001.tar: 4 -> absent",
     "  base.00002.tar: 1 -> 2",
   ]
   # Equal keys and counts, but different images.
   photos = open_base(make_base(tmp_path / "other", first=100, count=9))
   with pytest.raises(FileExistsError, match="labels of 00000 .* other rec"):
     LabelWriter(out, kind="depth", base=photos, settings=settings)
-
-
-def test_the_first_of_many_differences_are_listed():
-  stored = {"a": {str(i): i for i in range(30)}}
-  requested = {"a": {str(i): -i for i in range(30)}}
-  text = label_sets.format_differences(stored, requested)
-  lines = text.splitlines()
-  assert len(lines) == 14 and lines[:2] == ["", "  a.1: 1 -> -1"]
-  assert lines[-1] == "  ... and 17 more"
-  assert not label_sets.format_differences(stored, stored)
-  text = label_sets.format_differences({"b": "x" * 99}, {"b": "y"})
-  assert text == f'\n  b: "{"x" * 59}… -> "y"'
 
 
 def test_invalid_folders_kinds_and_sources(labelled, tmp_path):
@@ -524,26 +559,17 @@ def test_order_of_reasons():
   )
 
 
-def test_hashes_of_the_base(labelled, tmp_path):
+def test_no_hash_of_a_base_with_an_unread_image(labelled, tmp_path):
   base = open_base(labelled / "base")
-  manifests = []
-  for number, image in enumerate(("x", "y", None)):
-    out = tmp_path / f"{number}"
-    writer = LabelWriter(out, kind="depth", base=base, settings={})
-    images = [image if i == 5 else "" for i in range(COUNT)]
-    label_writer.write_all(
-      writer,
-      lambda numbers, images=images: (
-        Entry(base[i]["key"], outcome("depth", i), images[i]) for i in numbers
-      ),
-    )
-    manifests.append(json.loads((out / "manifest.json").read_text()))
-  first, second, unread = manifests
-  assert first["base_hash"] != second["base_hash"]
-  assert "base_hash" not in unread
-  assert ["base_hash" in s for s in unread["shards"]] == [True, False, True]
-  same = [
-    a["base_hash"] == b["base_hash"]
-    for a, b in zip(first["shards"], second["shards"], strict=True)
-  ]
-  assert same == [True, False, True]
+  writer = LabelWriter(tmp_path, kind="depth", base=base, settings={})
+  label_writer.write_all(
+    writer,
+    lambda numbers: (
+      Entry(base[i]["key"], outcome("depth", i), None if i == 5 else "")
+      for i in numbers
+    ),
+  )
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  assert "base_hash" not in manifest
+  hashed = ["base_hash" in shard for shard in manifest["shards"]]
+  assert hashed == [True, False, True]

@@ -35,26 +35,20 @@ def alone(base, tmp_path_factory):
   return contents(out)
 
 
-def remote_contents(url):
-  folder = path.as_path(url)
-  names = path.list_folder(folder)
-  return {name: path.read_bytes(folder / name) for name in names}
-
-
 def test_writing_resumes(bucket, base, alone):
   out = f"{bucket}/resumed"
   label_hosts.write(base, out)
-  assert remote_contents(out) == alone
+  assert contents(out) == alone
   assert len(LabelSet(out, kind="depth")) == RECORDS
   source = label_samples.open_base(base)
-  with pytest.raises(FileExistsError, match="settings.a: none -> 1"):
+  with pytest.raises(FileExistsError, match="settings.a: absent -> 1"):
     LabelWriter(out, kind="depth", base=source, settings={"a": 1})
   # Without a shard's file, only this shard is written.
   path.remove(path.as_path(f"{out}/00002.blocks"))
   writer = LabelWriter(out, kind="depth", base=source, settings={})
   assert list(writer.todo()) == [2]
   label_hosts.write(base, out)
-  assert remote_contents(out) == alone
+  assert contents(out) == alone
 
 
 @pytest.mark.parametrize(
@@ -84,4 +78,4 @@ def test_a_lost_host_costs_one_part(gs, base, alone, tmp_path, lost):
   assert {number for _, number in labelled} == set(range(RECORDS))
   assert len(labelled) - RECORDS <= label_hosts.PART
   assert len({host for host, _ in labelled}) > HOSTS // 2
-  assert remote_contents(out) == alone
+  assert contents(out) == alone

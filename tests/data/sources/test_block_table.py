@@ -100,6 +100,10 @@ def test_shards_are_written_with_their_table(base, tars):
   shutil.copy(base / block_table.NAME, tars[0].parent / block_table.NAME)
   found = block_table.find(tars, tars[0].parent / block_table.NAME)
   np.testing.assert_array_equal(found.offset, table.offset)
+  # `index` adds the copies' versions, and reads none.
+  found = block_table.build(tars, scan, per_block=64, processes=1)
+  assert reads(tars[0].parent) == [] and all(found.versions)
+  np.testing.assert_array_equal(found.offset, table.offset)
   tars[3].write_bytes(b"\0" * 10)
   with pytest.raises(InputError, match=r"1 of 5 shards .* 00003.tar"):
     block_table.find(tars, tars[0].parent / block_table.NAME)

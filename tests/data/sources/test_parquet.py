@@ -10,6 +10,7 @@ from PIL import Image
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source, open_files
+from mtv_jax.data.sources import parquet
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.utils.errors import InputError
 
@@ -150,7 +151,44 @@ def test_damaged_files(folder):
   with pytest.raises(BadRecord, match="row group can't be decoded"):
     source[10]
   assert source[14]["image"] == png(14)
-  second.write_bytes(first.read_bytes())
-  changed = pickle.loads(pickle.dumps(source))
-  with pytest.raises(InputError, match="has changed since it was opened"):
-    changed[16]
+
+
+@pytest.mark.parametrize("columns", [None, ["image", "text"], ["img", "text"]])
+def test_a_file_replaced_while_it_is_read(folder, columns):
+  source = ParquetSource(f"{folder}/*.parquet")
+  file = source.files[1]
+  assert source[16]["image"] == png(16)
+  if columns:
+    values = [images(range(7)), [str(i) for i in range(7)]]
+    write(file, dict(zip(columns, values, strict=True)))
+  else:
+    file.unlink()
+  copy = pickle.loads(pickle.dumps(source))
+  for _ in range(2):
+    with pytest.raises(InputError, match="has changed since it was opened"):
+      copy[16]
+  assert copy[3]["image"] == png(3)
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch):
+  pa = pytest.importorskip("pyarrow")
+  monkeypatch.setattr(parquet, "_MAX_CACHED", 4 << 20)
+  monkeypatch.setattr(parquet, "_LARGE_GROUP", 3 << 20)
+  monkeypatch.setattr(parquet, "_MAX_BYTES", 8 << 20)
+  zeros = {"image": [bytes(1 << 20)] * 12, "text": ["a"] * 12}
+  groups = write(tmp_path / "a.parquet", zeros, rows=1, image="binary")
+  source = ParquetSource(groups)
+  before = pa.total_allocated_bytes()
+  assert all(len(source[i]["image"]) == 1 << 20 for i in range(12))
+  assert pa.total_allocated_bytes() - before <= 5 << 20
+  # A group of more bytes than its footer says, as a dictionary has them.
+  for rows, file in ((7, tmp_path / "b.parquet"), (12, tmp_path / "c.parquet")):
+    write(file, zeros, rows=rows, image="binary")
+    assert file.stat().st_size < 1 << 17
+  assert len(ParquetSource(tmp_path / "b.parquet")[0]["image"]) == 1 << 20
+  with pytest.raises(InputError, match="more than .* or 8,388,608 bytes"):
+    ParquetSource(tmp_path / "c.parquet")[0]
+  values = [bytes([i]) * (1 << 20) for i in range(12)]
+  write(groups, zeros | {"image": values}, rows=12, image="binary")
+  with pytest.raises(InputError, match="more than .* or 8,388,608 bytes"):
+    ParquetSource(groups)

@@ -34,6 +34,10 @@ def contents(path, spans):
   return result
 
 
+def spans_by_key(scan):
+  return {record.key: record.spans for record in scan.records}
+
+
 @pytest.mark.parametrize(
   "format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]
 )
@@ -52,7 +56,6 @@ def test_scan_agrees_with_tarfile(tmp_path, format):
   if format != tarfile.USTAR_FORMAT:
     members += [("schön/ü.jpg", b"6"), ("schön/ü.txt", b"7")]
   path = write_tar(tmp_path / "a.tar", members, format)
-  result = tar_scan.scan(path)
   expected = {}
   with tarfile.open(path) as tar:
     for member in tar:
@@ -60,9 +63,11 @@ def test_scan_agrees_with_tarfile(tmp_path, format):
       role = {"txt": TEXT, "json": JSON}.get(extension, IMAGE)
       spans = expected.setdefault(stem, [tar_scan.Span(0, 0)] * 3)
       spans[role] = tar_scan.Span(member.offset_data, member.size)
-  assert result.records == expected
-  assert list(result.records) == list(expected)
-  assert not result.no_image and not result.no_caption and not result.others
+  result = tar_scan.scan(path)
+  assert spans_by_key(result) == expected
+  assert [group.key for group in result.groups] == list(expected)
+  assert all(group.is_captioned for group in result.groups)
+  assert not result.others
 
 
 def test_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
@@ -77,8 +82,9 @@ def test_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
     ],
   )
   result = tar_scan.scan(path)
-  assert list(result.records) == ["v1.2/0001"]
-  assert contents(path, result.records["v1.2/0001"]) == [b"i", b"t", None]
+  (record,) = result.groups
+  assert record.key == "v1.2/0001"
+  assert contents(path, record.spans) == [b"i", b"t", None]
   assert result.others == 3
 
 
@@ -87,7 +93,7 @@ def test_members_of_a_record_need_not_be_neighbours(tmp_path):
   members = plain(5)[::2] + plain(5)[1::2]
   path = write_tar(tmp_path / "a.tar", members)
   result = tar_scan.scan(path)
-  assert [contents(path, s)[TEXT] for s in result.records.values()] == [
+  assert [contents(path, r.spans)[TEXT] for r in result.records] == [
     b"caption %d" % i for i in range(5)
   ]
 
@@ -106,7 +112,7 @@ def test_folders_and_links_are_not_records(tmp_path):
     tar.addfile(info, io.BytesIO(b"no"))
   result = tar_scan.scan(tmp_path / "a.tar")
   assert not result.records
-  assert result.no_image == ["d/l"]
+  assert [group.key for group in result.groups] == ["d/l"]
 
 
 def test_gnu_binary_size(tmp_path):
@@ -118,13 +124,13 @@ def test_gnu_binary_size(tmp_path):
   data[148:156] = b"%06o\0 " % sum(header)
   path.write_bytes(data)
   result = tar_scan.scan(path)
-  assert contents(path, result.records["0000"])[IMAGE] == b"image0"
+  assert contents(path, result.records[0].spans)[IMAGE] == b"image0"
 
 
 @pytest.mark.parametrize("what", ["data", "header", "padding", "boundary"])
 def test_truncated(tmp_path, what, caplog):
   path = write_tar(tmp_path / "cut.tar", plain(4))
-  spans = tar_scan.scan(path).records["0002"]
+  spans = tar_scan.scan(path).records[2].spans
   at = {
     "data": spans[IMAGE].offset + 3,
     "header": spans[TEXT].offset - 100,
@@ -137,13 +143,13 @@ def test_truncated(tmp_path, what, caplog):
       tar_scan.scan(path)
   else:
     # All members are complete, but the end mark is truncated.
-    assert list(tar_scan.scan(path).records) == ["0000", "0001", "0002"]
+    assert len(tar_scan.scan(path).records) == 3
     assert "no end mark" in caplog.text
 
 
 def test_damaged_in_the_middle(tmp_path):
   path = write_tar(tmp_path / "x.tar", plain(4))
-  at = tar_scan.scan(path).records["0002"][IMAGE].offset - 512
+  at = tar_scan.scan(path).records[2].spans[IMAGE].offset - 512
   data = bytearray(path.read_bytes())
   data[at + 5] ^= 0xFF
   path.write_bytes(data)
@@ -166,7 +172,7 @@ def test_index_equals_the_scan(tmp_path):
   entries, keys = index.open()
   assert not entries.flags.writeable
   assert bytes(keys) == "".join(index.read_keys()).encode()
-  scanned = tar_scan.scan(path).records
+  scanned = spans_by_key(tar_scan.scan(path))
   for entry, key in zip(entries, index.read_keys(), strict=True):
     image, text, sidecar = scanned[key]
     assert (entry["image"], entry["image_size"]) == image

@@ -1,17 +1,26 @@
 """TFDS: a small set is prepared, then read without TensorFlow."""
 
 import ast
-import importlib.util
+import collections
+import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
+import emulators
+import numpy as np
 import pytest
 
+from mtv_jax.cli import index
+from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import build_source
+from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources import tfds as tfds_lib
 from mtv_jax.data.sources.tfds import TFDSSource
+from mtv_jax.utils import path
+from mtv_jax.utils.errors import InputError
 
 _PREPARE = """
 import io
@@ -83,9 +92,36 @@ def prepared(tmp_path_factory):
   pytest.importorskip("tensorflow_datasets")
   folder = tmp_path_factory.mktemp("tfds")
   run(_PREPARE, str(folder / "array_record"), "array_record")
-  if importlib.util.find_spec("tensorflow"):
-    run(_PREPARE, str(folder / "tfrecord"), "tfrecord")
   return folder
+
+
+def write_tfrecord(file, examples):
+  with open(file, "wb") as stream:
+    for data in examples:
+      stream.write(struct.pack("<QI", len(data), 0) + data + bytes(4))
+
+
+def convert(prepared, folder, kind, *, shards, repeat):
+  """Writes the training split in `shards` files of another format."""
+  old, new = (f / "tiny_captions/1.0.0" for f in (prepared, folder))
+  new.mkdir(parents=True)
+  info = json.loads((old / "dataset_info.json").read_text())
+  split = next(s for s in info["splits"] if s["name"] == "train")
+  (file,) = old.glob("*train.array_record-*")
+  reader = array_record.open_readers([file]).get(0)
+  examples = reader.read(list(range(7))) * repeat
+  parts = np.array_split(np.arange(len(examples)), shards)
+  for i, part in enumerate(parts):
+    write = array_record.write_bytes
+    if kind == "tfrecord":
+      write = write_tfrecord
+    name = f"tiny_captions-train.{kind}-{i:05d}-of-{shards:05d}"
+    write(new / name, [examples[k] for k in part])
+  split["shardLengths"] = [str(len(part)) for part in parts]
+  info |= {"splits": [split], "fileFormat": kind}
+  (new / "dataset_info.json").write_text(json.dumps(info))
+  for name in ("features.json", "label.labels.txt"):
+    (new / name).write_bytes((old / name).read_bytes())
 
 
 @pytest.mark.slow
@@ -147,23 +183,97 @@ def test_parts_of_splits_and_pickling(prepared):
   [
     ({"name": "tiny_captons"}, FileNotFoundError, "tfds build tiny_captons"),
     ({"split": "trian"}, ValueError, "Did you mean 'train'"),
-    (
-      {"data_dir": "tfrecord"},
-      FileNotFoundError,
-      "not in a format that allows",
-    ),
+    ({"data_dir": "parquet"}, FileNotFoundError, "is prepared as parquet"),
     ({"data_dir": "nowhere"}, FileNotFoundError, "--file_format=array_record"),
   ],
 )
 def test_missing_data_sets_splits_and_formats(
   prepared, options, error, message
 ):
-  if options.get("data_dir") == "tfrecord":
-    pytest.importorskip("tensorflow")  # which writes TFRecord files
   config = {"type": "tfds", "name": "tiny_captions"} | options
   config["data_dir"] = str(prepared / config.get("data_dir", "array_record"))
+  if options.get("data_dir") == "parquet":
+    (prepared / "parquet").mkdir()
+    convert(
+      prepared / "array_record",
+      prepared / "parquet",
+      "parquet",
+      shards=1,
+      repeat=1,
+    )
   with pytest.raises(error, match=message):
     build_source(config)
+
+
+def read(source):
+  records = []
+  for i in range(len(source)):
+    try:
+      records.append(source[i])
+    except ValueError as error:
+      records.append(str(error))
+  return records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
+def test_a_bucket(prepared, gs, tmp_path, monkeypatch, kind):
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  convert(
+    prepared / "array_record", tmp_path / "local", kind, shards=14, repeat=8
+  )
+  url = path.as_path(gs) / kind
+  path.upload_folder(tmp_path / "local", url)
+  config = dict(type="tfds", name="tiny_captions", split="train[:90%]")
+  entries = [config | dict(data_dir=f) for f in (tmp_path / "local", str(url))]
+  with emulators.count_requests() as requests:
+    sources = [build_source(entry) for entry in entries]
+    assert sources[0].describe() == sources[1].describe()
+  # No shard at the start.
+  assert not any(f".{kind}" in p and "media" in p for _, p, _ in requests)
+  assert read(sources[0]) == read(pickle.loads(pickle.dumps(sources[1])))
+  with pytest.raises(InputError, match="whose metadata replace a table"):
+    index.run([f"{url}/tiny_captions/1.0.0/*train.{kind}-*"])
+
+  def load(entry, steps, index=0, count=1):
+    data = dict(train=[entry], ops="decode|canvas(8)", shuffle="lanes")
+    data |= dict(lanes=4, window=4, max_corrupt=1.0, prefetch=1)
+    with make_loader(
+      data,
+      batch_size=8,
+      seed=0,
+      start_step=steps[0],
+      process_index=index,
+      process_count=count,
+    ) as loader:
+      return [next(loader)["image"] for _ in steps]
+
+  whole = load(entries[0], range(7))  # An epoch.
+  for first, count in ((0, 2), (5, 1)):
+    with emulators.count_requests() as requests:
+      for index_ in range(count):
+        cache = str(tmp_path / f"cache_{first}_{count}_{index_}")
+        monkeypatch.setenv(path.CACHE_VARIABLE, cache)
+        batches = load(entries[1], range(first, 7), index_, count)
+        rows = slice(index_ * 8 // count, (index_ + 1) * 8 // count)
+        for batch, expected in zip(batches, whole[first:], strict=True):
+          np.testing.assert_array_equal(batch, expected[rows])
+    copies = [p for _, p, _ in requests if f".{kind}-" in p and "media" in p]
+    # Once an epoch, by one host; some are read ahead for the next epoch.
+    assert first or len(set(copies)) == 13
+    assert max(collections.Counter(copies).values()) <= 2
+
+
+@pytest.mark.slow
+def test_damaged_tfrecords(prepared, tmp_path):
+  convert(prepared / "array_record", tmp_path, "tfrecord", shards=1, repeat=1)
+  (file,) = tmp_path.rglob("*.tfrecord-*")
+  data = file.read_bytes()
+  for content in (data[:-1], data[:-20], data + data, b"\xff" * 99):
+    file.write_bytes(content)
+    source = TFDSSource("tiny_captions", data_dir=tmp_path)
+    with pytest.raises(InputError, match="is damaged .* prepared set again"):
+      source[0]
 
 
 class _Dict(dict):

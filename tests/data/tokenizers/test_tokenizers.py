@@ -15,9 +15,9 @@ from mtv_jax.data import tokenizers
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.tokenizers import (
   build_tokenizer,
+  builtin,
   canonicalize,
   export_files,
-  words,
 )
 from mtv_jax.evals.core import prompts
 from mtv_jax.utils.errors import ConfigError
@@ -109,7 +109,7 @@ def test_words_include_those_of_all_scenes():
   texts = [text.replace("{}", "") for text in texts]
   ids = tokenizer.encode(texts, 64)
   assert 2 not in ids
-  assert tokenizer.vocab_size == 3 + len({*words._WORDS}) == 129
+  assert tokenizer.vocab_size == 3 + len({*builtin._WORDS}) == 129
 
 
 def test_texts_that_are_cut(small, words_json):

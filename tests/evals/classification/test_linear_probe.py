@@ -28,7 +28,7 @@ def blobs():
   labels = rng.integers(0, 4, 120).astype(np.int32)
   x = (means[labels] + 0.7 * rng.normal(size=(120, 6))).astype(np.float32)
   blocks = LastBlocks(tokens=(x[:, 2:4], x[:, 4:]), mean=x[:, :2])
-  table = linear_probe.make_table(blocks, (1, 2), ("off", "on"))
+  table = linear_probe.make_linear_input(blocks, (1, 2), ("off", "on"))
   return table, labels
 
 
@@ -235,7 +235,7 @@ def test_thirteen_rates_cost_at_most_twice_one():
 
     rng = np.random.default_rng(0)
     tokens = [rng.normal(size=(1000, 64)).astype("f4") for _ in range(5)]
-    table = linear_probe.make_table(
+    table = linear_probe.make_linear_input(
       LastBlocks(tuple(tokens[1:]), tokens[0]),
       blocks=(1, 4),
       average=("off", "on"),

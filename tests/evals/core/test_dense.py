@@ -18,6 +18,7 @@ from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
 from mtv_jax.evals.datasets import posed
 from mtv_jax.evals.depth.depth_probe import DepthProbe
 from mtv_jax.evals.segmentation.segmentation_probe import Segmentation
+from mtv_jax.parallel.distributed import shared_map
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils.errors import InputError
 
@@ -212,7 +213,7 @@ def write_shared(path):
     return i
 
   with pytest.raises((InputError, ValueError)) as raised:
-    list(dense.shared_map(read, range(40)))
+    list(shared_map(read, range(40)))
   output["error"] = f"{raised.typename}: {raised.value}"
   with open(path, "w") as file:
     json.dump(output, file)

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import grounding_samples as samples
 import label_samples
 import numpy as np
 import pytest
@@ -22,20 +23,13 @@ def labels(boxes, phrases, scores=None):
   )
 
 
-def overlap(a, b):
-  sides = [min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1)]
-  both = max(sides[0], 0) * max(sides[1], 0)
-  areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
-  return both / (sum(areas) - both)
-
-
 def matched(label, truth, iou):
   """The rule, a box at a time."""
   free, pairs = set(range(len(truth.boxes))), {}
   for i in sorted(range(len(label.boxes)), key=lambda i: -label.scores[i]):
     can = [j for j in free if truth.phrases[j] == label.phrases[i]]
-    can.sort(key=lambda j: -overlap(label.boxes[i], truth.boxes[j]))
-    if can and overlap(label.boxes[i], truth.boxes[can[0]]) >= iou:
+    can.sort(key=lambda j: -samples.iou(label.boxes[i], truth.boxes[j])[0])
+    if can and samples.iou(label.boxes[i], truth.boxes[can[0]])[0] >= iou:
       pairs[i] = can[0]
       free.remove(can[0])
   return pairs
@@ -56,7 +50,7 @@ def test_boxes_are_matched_one_to_one_best_first():
     want = matched(label, truth, 0.4)
     assert {i: j for i, j in enumerate(matches) if j >= 0} == want
     for i, j in want.items():
-      expected = overlap(label.boxes[i], truth.boxes[j])
+      expected, _ = samples.iou(label.boxes[i], truth.boxes[j])
       assert abs(ious[i] - expected) < 1e-6
     assert not ious[matches < 0].any()
     total += len(want)

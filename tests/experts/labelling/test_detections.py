@@ -2,17 +2,12 @@
 
 import numpy as np
 import pytest
+from grounding_samples import iou
 
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.detections import Detections
 
 OPTIONS = dict(nms=0.5, max_boxes=30, min_side=0.02, max_area=0.9)
-
-
-def iou(a, b):
-  top, bottom = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
-  shared = np.prod(np.maximum(bottom - top, 0))
-  return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
 
 
 def random_boxes(count, seed=0):
@@ -40,7 +35,7 @@ def test_suppression_is_greedy(threshold):
     best = remaining.pop(0)
     expected.append(best)
     remaining = [
-      i for i in remaining if iou(boxes[best], boxes[i]) <= threshold
+      i for i in remaining if iou(boxes[best], boxes[i])[0] <= threshold
     ]
   assert detections.suppress(boxes, scores, iou=threshold).tolist() == expected
   assert 1 < len(expected) <= 60

@@ -195,7 +195,7 @@ TWO_OUTPUTS = [Port("a", [1, 8, 5, 7]), Port("b", [1, 4])]
     (Session(), {"dtype": "bfloat16"}, "dtype"),
     (Session(), {"threshold": 65.0}, "threshold is 65.0, expected a number"),
     (Session(), {"decoder": "fastestdat"}, "Did you mean 'fastestdet'"),
-    (Session(), {"decoder": f"{__name__}:Corners"}, "Decoder"),
+    (Session(), {"decoder": f"{__name__}:Corners"}, "DetectionDecoder"),
   ],
 )
 def test_files_of_other_models(build, session, changes, message):

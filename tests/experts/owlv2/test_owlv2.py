@@ -158,7 +158,7 @@ def test_queries_do_not_depend_on_earlier_requests():
 
 
 def test_padding_queries_never_win():
-  patches = owlv2_model.Patches(
+  patches = owlv2_model.Proposals(
     embeddings=np.ones((1, 2, 2), np.float32),
     shift=np.full((1, 2), -5, np.float32),
     scale=np.ones((1, 2), np.float32),

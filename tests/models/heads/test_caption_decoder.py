@@ -62,7 +62,10 @@ def full_logits(rows, patches):
 @functools.partial(jax.jit, static_argnums=0)
 def predict(name, **inputs):
   image = vit.ImageOutput(
-    patches=PATCHES, prefix=PATCHES[:, :0], pooled=PATCHES[:, 0], taps={}
+    patches=PATCHES,
+    prefix=PATCHES[:, :0],
+    pooled=PATCHES[:, 0],
+    intermediates={},
   )
   apply = functools.partial(HEADS[name].module().apply, params())
   return HEADS[name].predict(apply, image, (2, 2), **inputs)

@@ -1,4 +1,4 @@
-"""DPT: resampling, taps, and Depth Anything V2's shapes."""
+"""DPT: resampling, layers, and Depth Anything V2's shapes."""
 
 import functools
 
@@ -14,7 +14,7 @@ from mtv_jax.utils.tree import flatten_with_names
 
 
 @pytest.mark.parametrize(
-  ("depth", "taps"),
+  ("depth", "layers"),
   [
     (12, (2, 5, 8, 11)),
     (24, (4, 11, 17, 23)),
@@ -23,8 +23,8 @@ from mtv_jax.utils.tree import flatten_with_names
     (2, (0, 0, 1, 1)),
   ],
 )
-def test_quarter_taps(depth, taps):
-  assert dpt.quarter_taps(depth) == taps
+def test_quarter_layers(depth, layers):
+  assert dpt.quarter_layers(depth) == layers
 
 
 def test_default_channels_equal_depth_anything():

@@ -11,7 +11,7 @@ from mtv_jax.cli.main import run_command
 from mtv_jax.config import recipes
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight import remat, report
+from mtv_jax.perf.preflight import report, search
 from mtv_jax.train.run import resolve
 
 CONFIG = "configs/siglip_b16_224.py:tiny"
@@ -30,7 +30,7 @@ def test_plan_opens_no_data_and_no_tokenizer(repo_root):
 
 def test_candidates_go_from_cheap_to_expensive(repo_root):
   config = recipes.read_config(str(repo_root / CONFIG))
-  tried, factors = zip(*remat.candidates(resolve(config), 4), strict=True)
+  tried, factors = zip(*search.candidates(resolve(config), 4), strict=True)
   assert tried[0] == ("model.remat=full",)
   assert ("model.remat=full", "mesh.fsdp=4") in tried
   assert ("model.remat=full", "mesh.fsdp=8") not in tried
@@ -50,13 +50,13 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(monkeypatch):
     memory = compile_lib.Memory(0, 0, 0, 1, None) if rows <= 4 else None
     return compile_lib.CompileResult(memory, "" if memory else refusal)
 
-  monkeypatch.setattr(remat.compile_lib, "compile_step", compile_step)
+  monkeypatch.setattr(search.compile_lib, "compile_step", compile_step)
   config = recipes.read_config("mae_b16_224:tiny")
   config.batch_size = 64
   config.model.remat = "full"
   chip = topologies.Chip("L4", 16 * 2**30, None)
   monkeypatch.setitem(topologies.GPUS, "L4", chip)
-  tried = list(remat.propose(config, topologies.parse("gpu:1xL4")))
+  tried = list(search.propose(config, topologies.parse("gpu:1xL4")))
   # 64 rows were not compiled: no candidate is known to be too small.
   assert compiled == [32, 16, 8, 4]
   assert tried[-1].fits and tried[-1].changes == ("accumulate=16",)

@@ -10,14 +10,15 @@ from mtv_jax.models.remat import Remat
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight import remat, report
+from mtv_jax.perf.preflight import report
+from mtv_jax.perf.preflight import search as search_lib
 from mtv_jax.train.build_step import build_step_spec
 from mtv_jax.train.run import resolve
 from mtv_jax.utils.errors import ConfigError
 
 MIB = 2**20
 SAVINGS = [
-  remat.Saving(view, name, size * MIB, size * ratio)
+  search_lib.Saving(view, name, size * MIB, size * ratio)
   for view, name, size, ratio in (
     ("local", "mlp_hidden", 400, 8.0), ("image", "mlp_hidden", 300, 8.0),
     ("local", "qkv", 200, 8.0), ("image", "qkv", 150, 8.0),
@@ -38,7 +39,7 @@ def test_savings_follow_from_the_shapes(tiny):
   tiny.accumulate = 2
   tiny.model.remat = "full"
   plan = compile_lib.make_plan(tiny, topologies.parse("cpu:8"))
-  savings = {(s.view, s.name): s for s in remat.list_savings(plan)}
+  savings = {(s.view, s.name): s for s in search_lib.list_savings(plan)}
   spec = ModelSpec.from_config(tiny.model)
   rows = tiny.batch_size // 8 // 2
   for view, tower, count in (
@@ -60,9 +61,9 @@ def test_savings_follow_from_the_shapes(tiny):
 
 def test_encodings_of_one_view_are_saved_together():
   """As with two objectives that encode a text field differently."""
-  twice = remat.merge_savings([*SAVINGS, SAVINGS[2]])
-  choice = remat.format_choice(twice, twice)
-  assert choice == remat.format_choice(SAVINGS, SAVINGS)
+  twice = search_lib.merge_savings([*SAVINGS, SAVINGS[2]])
+  choice = search_lib.format_choice(twice, twice)
+  assert choice == search_lib.format_choice(SAVINGS, SAVINGS)
   assert Remat.parse(choice).choose("image", "local") == "qkv,mlp_hidden"
   sizes = [saving.bytes // MIB for saving in twice]
   assert sizes == [400, 300, 400, 150, 50, 50]
@@ -83,7 +84,7 @@ def search(budget, padding=1.25, free=0):
     saved = sum(s.bytes for s in SAVINGS if is_saved(s, choice))
     return 1000 * MIB + max(int(padding * saved) - free * MIB, 0)
 
-  return list(remat.search(SAVINGS, measure_peak, budget * MIB))
+  return list(search_lib.search_remat(SAVINGS, measure_peak, budget * MIB))
 
 
 def is_saved(saving, choice):
@@ -95,8 +96,8 @@ def is_saved(saving, choice):
 @pytest.mark.parametrize("capacity", range(0, 1200, 100))
 def test_what_is_written_is_what_was_chosen(capacity):
   """Also of a view that is named as its tower."""
-  chosen = remat.choose_savings(SAVINGS, capacity * MIB)
-  choice = remat.format_choice(chosen, SAVINGS)
+  chosen = search_lib.choose_savings(SAVINGS, capacity * MIB)
+  choice = search_lib.format_choice(chosen, SAVINGS)
   assert [s for s in SAVINGS if is_saved(s, choice)] == [
     s for s in SAVINGS if s in chosen
   ]
@@ -107,12 +108,12 @@ def test_what_is_written_is_what_was_chosen(capacity):
 def test_the_search_ends_next_to_the_budget(budget, padding, free):
   trials = search(budget, padding, free)
   assert trials == search(budget, padding, free)
-  assert trials[0].remat == "full" and len(trials) <= remat.COMPILATIONS
+  assert trials[0].remat == "full" and len(trials) <= search_lib.COMPILATIONS
   best = max((t for t in trials if t.fits), key=lambda t: t.flops)
   assert best.peak <= budget * MIB
   # The savings within the budget, by this rule.
   capacity = ((budget - 1000 + free) * MIB) / padding
-  most = sum(s.flops for s in remat.choose_savings(SAVINGS, capacity))
+  most = sum(s.flops for s in search_lib.choose_savings(SAVINGS, capacity))
   assert best.flops >= 0.85 * most
 
 
@@ -125,7 +126,8 @@ def test_everything_or_nothing_fits():
 
 
 def test_a_capacity_takes_the_best_first_and_smaller_ones_after_it():
-  names = [(s.view, s.name) for s in remat.choose_savings(SAVINGS, 520 * MIB)]
+  chosen = search_lib.choose_savings(SAVINGS, 520 * MIB)
+  names = [(s.view, s.name) for s in chosen]
   assert names == [("local", "mlp_hidden"), ("image", "attention_out")] + [
     ("image", "attention")
   ]
@@ -188,19 +190,19 @@ def test_the_gradient_norms_fit_too_where_the_run_may_measure_them(
 
     return compile_program
 
-  monkeypatch.setattr(remat, "list_savings", lambda plan: SAVINGS)
+  monkeypatch.setattr(search_lib, "list_savings", lambda plan: SAVINGS)
   monkeypatch.setattr(compile_lib, "make_plan", make_plan)
   monkeypatch.setattr(compile_lib, "compile_step", make_compile(1000))
   monkeypatch.setattr(compile_lib, "compile_norms", make_compile(norms))
   topology = topologies.parse("gpu:8xH100")
   if norms == 3000:
     with pytest.raises(ConfigError, match="program of gradient norms does not"):
-      remat.find_remat(tiny, topology, budget=2000 * MIB)
+      search_lib.find_remat(tiny, topology, budget=2000 * MIB)
     return
-  choice = remat.find_remat(tiny, topology, budget=2000 * MIB)
+  choice = search_lib.find_remat(tiny, topology, budget=2000 * MIB)
   capacity = (2000 - (norms or 1000)) * MIB
   best = max((t for t in choice.trials if t.fits), key=lambda t: t.flops)
-  chosen = remat.choose_savings(SAVINGS, capacity)
+  chosen = search_lib.choose_savings(SAVINGS, capacity)
   assert best.saved == sum(saving.bytes for saving in chosen)
   assert best.peak == (norms or 1000) * MIB + best.saved
   assert choice.plan.saved == best.saved

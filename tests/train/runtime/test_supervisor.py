@@ -114,7 +114,7 @@ with open({str(file)!r}, "a") as file:
 
 
 def test_a_command_that_cannot_be_started_is_an_error(tmp_path):
-  with pytest.raises(ConfigError, match="'/no/such' can't be started"):
+  with pytest.raises(ConfigError, match="can't start '/no/such'"):
     Supervisor(["/no/such"]).run()
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers without a file: UTF-8 bytes, words of the built-in scenes."""
+"""Built-in tokenizers: UTF-8 bytes, and words of the built-in scenes."""
 
 from collections.abc import Sequence
 

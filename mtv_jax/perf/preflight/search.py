@@ -59,18 +59,18 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
   state = abstract_state(spec, plan.optimizer.tx)
   views = jax.eval_shape(functools.partial(flops_lib.make_views, spec), batch)
   savings = []
-  for encoding, taps in spec.plan.items():
+  for encoding, layers in spec.plan.items():
     if encoding.weights != base.STUDENT:
       continue
 
-    def measure(choice, encoding=encoding, taps=taps):
+    def measure(choice, encoding=encoding, layers=layers):
       """Saved bytes, and FLOPs of the value and its gradient."""
       chosen = dataclasses.replace(spec, remat=Remat(choice))
 
       def forward(params, views, batch):
         params = forward_lib.stop_gradient_frozen(spec, params)
         batch = {**batch, "views": views}
-        plan = {encoding: taps}
+        plan = {encoding: layers}
         outputs = forward_lib.encode(chosen, params, {}, batch, plan=plan)
         return float_leaves(outputs)
 
@@ -149,7 +149,7 @@ class Trial:
     return f"peak {peak}, {verdict}: {self.remat}"
 
 
-def search(
+def search_remat(
   savings: Sequence[Saving],
   measure_peak: Callable[[str], int | None],
   budget: int,
@@ -254,7 +254,8 @@ def find_remat(
     return peak
 
   trials = []
-  for trial in search(list_savings(make_plan("full")), measure_peak, budget):
+  savings = list_savings(make_plan("full"))
+  for trial in search_remat(savings, measure_peak, budget):
     log.info("remat: %s", trial)
     trials.append(trial)
   fitting = [trial for trial in trials if trial.fits]

@@ -1,8 +1,8 @@
-"""Non-finite updates, spikes of the gradient norm, and bounds on metrics.
+"""When a run rolls back: non-finite updates, and metrics out of bounds.
 
 The train step skips an update if the loss or the gradient is non-finite (see
-`step.make_update_fn`). This module counts skipped updates and decides when a
-run rolls back to an earlier checkpoint.
+`step.make_update_fn`); `UpdateMonitor` counts these and spikes of the gradient
+norm.
 """
 
 import collections
@@ -12,7 +12,7 @@ import math
 import pathlib
 import statistics
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -124,17 +124,6 @@ def list_non_finite(values: Mapping[str, Any]) -> list[str]:
   return [name for name, value in values.items() if not math.isfinite(value)]
 
 
-def format_values(values: Mapping[str, float]) -> str:
-  """ "a 1.2, b 0.3"."""
-  return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-
-
-def format_names(names: Sequence[str], limit: int = 16) -> str:
-  """The first `limit` names, and the number of further ones."""
-  more = f" and {len(names) - limit} more" if len(names) > limit else ""
-  return ", ".join(names[:limit]) + more
-
-
 def locate_nan(function: Callable[..., Any], *args: Any) -> str:
   """Locates the first NaN or infinity: the call stack, outermost call first.
 
@@ -194,18 +183,14 @@ class Bound:
       raise BoundError(
         f"{what}: the run starts beyond config.evals.{name}.bound."
       )
-    hint = (
-      "Resume with a lower learning rate, a stronger anchor or lower"
-      " layer_decay, or loosen the bound."
-    )
-    key = f"config.evals.{name}.bound.then"
     raise RollbackError(
       first=last_within + 1,
       last=step,
       what=what,
-      hint=hint,
+      hint="Resume with a lower learning rate, a stronger anchor or lower"
+      " layer_decay, or loosen the bound.",
       then=self.then,
-      then_key=key,
+      then_key=f"config.evals.{name}.bound.then",
       error_type=BoundError,
     )
 

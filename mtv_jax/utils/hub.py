@@ -1,0 +1,94 @@
+"""The Hugging Face hub's client, and its files as `hf://` (extra `hub`).
+
+huggingface_hub reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME`.
+"""
+
+import functools
+import os
+import types
+from concurrent import futures
+from typing import Any
+
+from mtv_jax.utils.threads import IO_THREADS
+
+SCHEME = "hf"
+
+
+def is_hub(path: str | os.PathLike) -> bool:
+  """Whether a path is a file of the hub."""
+  return os.fspath(path).startswith(f"{SCHEME}://")
+
+
+def import_hub() -> Any:
+  """Imports huggingface_hub, an optional dependency; ImportError without it."""
+  try:
+    import huggingface_hub
+    import huggingface_hub.errors
+  except ImportError as error:
+    raise ImportError(
+      "huggingface_hub is not installed: pip install 'mtv_jax[hub]', or "
+      "download the folder and give its path."
+    ) from error
+  return huggingface_hub
+
+
+def endpoint() -> str | None:
+  """`HF_ENDPOINT`, read now; huggingface_hub reads it only at import."""
+  return os.environ.get("HF_ENDPOINT") or None
+
+
+def open_api() -> Any:
+  """Returns the hub's API; ImportError without huggingface_hub."""
+  return import_hub().HfApi(endpoint=endpoint())
+
+
+def open_store() -> Any:
+  """Returns the hub's `fsspec` file system, one for all threads."""
+  return _open_store(endpoint())
+
+
+@functools.cache
+def _open_store(url: str | None) -> Any:
+  store = import_hub().HfFileSystem(endpoint=url, skip_instance_cache=True)
+  # Otherwise a range is read with megabytes after it.
+  store.cat_file = functools.partial(store.cat_file, cache_type="none")
+  return store
+
+
+class RangeStore:
+  """Files below a root, read in threads with the interface of tensorstore."""
+
+  def __init__(self, root: str):
+    self._root = root
+    self._pool = futures.ThreadPoolExecutor(IO_THREADS)
+
+  def read(self, key: str, *, byte_range: slice) -> futures.Future:
+    """Starts to read a range of a file."""
+    return self._pool.submit(self._read, key, byte_range)
+
+  def _read(self, key: str, byte_range: slice) -> types.SimpleNamespace:
+    span = dict(start=byte_range.start, end=byte_range.stop)
+    data = open_store().cat_file(f"{SCHEME}://{self._root}/{key}", **span)
+    # The files of a commit don't change.
+    stamp = types.SimpleNamespace(generation=b"")
+    return types.SimpleNamespace(state="value", value=data, stamp=stamp)
+
+
+def explain(error: BaseException) -> str | None:
+  """Says why the hub refuses a request; None for other errors."""
+  errors = import_hub().errors
+  login = "set HF_TOKEN or run `hf auth login`"
+  reasons = {
+    errors.GatedRepoError: "the repository is gated: accept its terms on the"
+    f" hub, and {login}",
+    errors.RepositoryNotFoundError: "the hub has no such repository, or it is"
+    f" private: check the name, or {login}",
+    errors.RevisionNotFoundError: "the repository has no such revision",
+    errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+  }
+  causes = (error, error.__cause__)
+  for kind, reason in reasons.items():
+    if any(isinstance(cause, kind) for cause in causes):
+      return reason
+  status = getattr(getattr(error, "response", None), "status_code", None)
+  return f"access is denied: {login}" if status in (401, 403) else None
