@@ -53,7 +53,7 @@ SHAPES = dict(
   mixing=(10_000, 10_000),
   start=(1000, 16),
   hosts=(64, 256),
-  speed=(8, 512),
+  speed=(4, 256),
 )
 RECORD = 89_150  # Bytes of a photo of 384 pixels, with its caption.
 SEED = 0
