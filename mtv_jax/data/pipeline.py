@@ -100,6 +100,8 @@ class HostBatches:
   def __getitem__(self, index: int) -> dict[str, Any]:
     positions = self._positions(self.start_step + int(index))
     with self._lock:
+      if self._is_closed:
+        raise concurrent.futures.CancelledError
       if isinstance(self.addresses, LaneOrder):
         self._prefetch(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
