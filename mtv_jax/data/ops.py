@@ -14,9 +14,9 @@ import functools
 import inspect
 import itertools
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -34,6 +34,8 @@ from mtv_jax.data.records import (
 )
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import InputError, did_you_mean
+
+T = TypeVar("T")
 
 # Maximum length of a text: tokenizers can take seconds for a megabyte.
 _MAX_CHARACTERS = 100_000
@@ -60,7 +62,7 @@ class HostOp(abc.ABC):
   # Each must exist in at least one source; else the op would add only zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
 
-  @property
+  @functools.cached_property
   def fields(self) -> dict[str, Field]:
     """The batch fields that the op adds."""
     return {
@@ -96,11 +98,17 @@ class TextOp(HostOp):
     self, text: str, length: int, key: str
   ) -> tuple[Int32[np.ndarray, " length"], bool]:
     """Returns the token ids, and whether the text was truncated."""
+    return self._apply(self.tokenizer.encode_text, text, length, key)
+
+  def _apply(
+    self, encode: Callable[[str, int], T], text: str, length: int, key: str
+  ) -> T:
+    """Calls a function of a text and a length; BadRecord for bad texts."""
     if len(text) > _MAX_CHARACTERS:
       count = f"{len(text):,} characters; at most {_MAX_CHARACTERS:,}"
       raise BadRecord(key, f"a text has {count} are tokenized")
     try:
-      return self.tokenizer.encode_text(text, length)
+      return encode(text, length)
     except UnicodeError as error:
       reason = f"the text {text!r} is not Unicode ({error})"
       raise BadRecord(key, reason) from error
@@ -341,11 +349,6 @@ class RegionsOp(TextOp):
   }
   record_fields = frozenset(["boxes", "phrases"])
 
-  @functools.cached_property
-  def _blank(self) -> Int32[np.ndarray, " phrase_length"]:
-    """Token ids of a text that is empty after cleaning."""
-    return self.tokenizer.encode([""], self.phrase_length)[0]
-
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     seed = int(rng.integers(2**63))
     label = _box_label(record)
@@ -360,14 +363,17 @@ class RegionsOp(TextOp):
       if at == self.count:
         break
       phrase = label.phrases[box]
-      ids, is_cut = self._encode(phrase, self.phrase_length, record["key"])
-      if (ids == self._blank).all():
+      ids, is_cut, number = self._apply(
+        functools.partial(_encode_phrase, self.tokenizer),
+        *(phrase, self.phrase_length, record["key"]),
+      )
+      if ids is None:
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
       cut.append(is_cut)
       row["boxes"][at] = label.boxes[box]
       row["box_phrase"][at] = ids
-      row["box_phrase_id"][at] = label_values.phrase_id(phrase)
+      row["box_phrase_id"][at] = number
       row["box_score"][at] = label.scores[box]
       row["box_valid"][at] = True
       at += 1
@@ -385,7 +391,7 @@ class FeaturesOp(HostOp):
   is_optional = True
   record_fields = frozenset(["features"])
 
-  @property
+  @functools.cached_property
   def fields(self) -> dict[str, Field]:
     return {
       name: Field(shape, np.dtype(dtype))
@@ -421,6 +427,20 @@ OPS: dict[str, type[HostOp]] = {
   "regions": RegionsOp,
   "features": FeaturesOp,
 }
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _encode_phrase(
+  tokenizer: Tokenizer, phrase: str, length: int
+) -> tuple[Int32[np.ndarray, " length"] | None, bool, int]:
+  """Token ids (None if blank), whether they were cut, and the phrase's id.
+
+  Phrases repeat, so that most are neither cleaned nor tokenized again.
+  """
+  ids, is_cut = tokenizer.encode_text(phrase, length)
+  blank, _ = tokenizer.encode_text("", length)
+  ids = None if (ids == blank).all() else ids
+  return ids, is_cut, label_values.phrase_id(phrase)
 
 
 def _add_cut(record: Record, kind: str, cut: Sequence[bool]) -> Record:

@@ -14,6 +14,7 @@ feed the accelerators.
 No module of `mtv_jax.data` imports JAX, and no worker starts a JAX backend.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -91,7 +92,7 @@ class HostBatches:
 
   def __post_init__(self):
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
-    self._lock = threading.Lock()
+    self._lock, self._is_closed = threading.Lock(), False
 
   def __len__(self) -> int:
     return sys.maxsize
@@ -99,6 +100,8 @@ class HostBatches:
   def __getitem__(self, index: int) -> dict[str, Any]:
     positions = self._positions(self.start_step + int(index))
     with self._lock:
+      if self._is_closed:
+        raise concurrent.futures.CancelledError
       if isinstance(self.addresses, LaneOrder):
         self._prefetch(positions)
       # Grain sets up its datasets on first access, which is not thread-safe.
@@ -114,8 +117,28 @@ class HostBatches:
       name: np.empty((self.rows, *field.shape), field.dtype)
       for name, field in self.ops.fields.items()
     }
-    jobs = [batch] * self.rows, positions, candidates
-    lists = zip(*pool.map(self._fill_row, *jobs), strict=True)
+    outcomes: list[Any] = [concurrent.futures.CancelledError()] * self.rows
+    # Each thread takes the next row when it is free: a future for every row
+    # would cost more of the GIL than reading it.
+    jobs = iter(list(zip(range(self.rows), positions, candidates, strict=True)))
+
+    def fill_rows() -> None:
+      for row, *job in jobs:
+        if self._is_closed:
+          return
+        try:
+          outcomes[row] = self._fill_row(batch, *job)
+        except BaseException as error:
+          outcomes[row] = error
+          collections.deque(jobs, maxlen=0)  # Stops the other threads.
+
+    fillers = [pool.submit(fill_rows) for _ in range(self.threads)]
+    for filler in fillers:
+      filler.result()  # CancelledError if closed, unlike `wait`.
+    for outcome in outcomes:
+      if isinstance(outcome, BaseException):
+        raise outcome
+    lists = zip(*outcomes, strict=True)
     bad, dropped, cut = (sum(parts, []) for parts in lists)
     return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
 
@@ -180,6 +203,7 @@ class HostBatches:
   def close(self) -> None:
     """Stops this process's threads after they finish the rows in progress."""
     with self._lock:
+      self._is_closed = True
       if self._pool is not None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 

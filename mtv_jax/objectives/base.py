@@ -167,6 +167,7 @@ class Context:
   total_steps: int  # From the objective's start to the end of the run.
   statistics: Mapping[str, Array]
   mesh: Mesh | None = None  # Shards the batch.
+  in_lanes: bool = False  # Consecutive rows are of a few shards of the data.
 
 
 def check_visible(

@@ -7,6 +7,7 @@ of an image (Caron et al. 2021).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Annotated, Literal
 
 import jax
@@ -19,26 +20,51 @@ from mtv_jax.config import options
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base
 from mtv_jax.objectives.prototypes import PrototypeObjective
-from mtv_jax.parallel.mesh import data_rows, num_batch_shards
+from mtv_jax.parallel.mesh import BATCH_SPEC, data_rows, num_batch_shards
+from mtv_jax.parallel.rules import constrain_batch
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 
 def group_rows(
-  x: Shaped[Array, "n ..."], size: int, mesh: Mesh | None = None
+  x: Shaped[Array, "n ..."],
+  size: int,
+  mesh: Mesh | None = None,
+  *,
+  strided: bool = False,
 ) -> Shaped[Array, "g s ..."]:
-  """Groups `size` consecutive rows of the data; zero-pads the last group.
+  """Groups rows of the data by `size`; zero-pads the last rows.
 
-  Data rows don't depend on the mesh, so groups don't either. No row moves if
-  each device has a multiple of `size` rows.
+  A group has consecutive rows or, if `strided`, every g-th row. Data rows don't
+  depend on the mesh, so groups don't either. No consecutive row moves if each
+  device has a multiple of `size` rows; strided rows move between all devices.
   """
   rows, size = len(x), min(size, len(x))
-  if mesh is not None and rows // num_batch_shards(mesh) % size:
-    order = data_rows(rows, mesh)
-    if (order != np.arange(rows)).any():
-      x = x[np.argsort(order)]
-  x = jnp.pad(x, [(0, -rows % size)] + [(0, 0)] * (x.ndim - 1))
-  return x.reshape(-1, size, *x.shape[1:])
+  groups, shards = -(-rows // size), num_batch_shards(mesh) if mesh else 1
+  if mesh is not None and (strided or rows // shards % size):
+    x = _sort_shards(x, mesh)
+  x = jnp.pad(x, [(0, groups * size - rows)] + [(0, 0)] * (x.ndim - 1))
+  if not strided:
+    return x.reshape(groups, size, *x.shape[1:])
+  # Constrained, as the compiler would gather all rows instead.
+  x = x.reshape(size, groups, *x.shape[1:]).swapaxes(0, 1)
+  return constrain_batch(x, mesh)
+
+
+def _sort_shards(
+  x: Shaped[Array, "n ..."], mesh: Mesh
+) -> Shaped[Array, "n ..."]:
+  """Sends each device's rows to the device at their place in the data."""
+  size = len(x) // num_batch_shards(mesh)
+  places = (data_rows(len(x), mesh)[::size] // size).tolist()
+  if places == sorted(places):
+    return x
+  send = functools.partial(
+    jax.lax.ppermute, axis_name=BATCH_SPEC[0], perm=list(enumerate(places))
+  )
+  return jax.shard_map(
+    send, mesh=mesh, in_specs=BATCH_SPEC, out_specs=BATCH_SPEC
+  )(x)
 
 
 def nearest_neighbours(
@@ -57,21 +83,26 @@ def koleo(
   group: int = 64,
   eps: float = 1e-8,
   mesh: Mesh | None = None,
+  strided: bool = False,
 ) -> base.WeightedMean:
   """KoLeo regularizer (Sablayrolles et al. 2019) in groups of rows.
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
 
-  The neighbour j is among the `group` consecutive rows of i. DINOv2 searches
-  the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much larger set the
-  nearest neighbour is of the image's class, and KoLeo would repel the class.
+  The neighbour j is among the `group` rows that `group_rows` puts together.
+  DINOv2 searches the 12 to 64 images of a GPU, DINOv3 groups of 16: in a much
+  larger set the nearest neighbour is of the image's class, and KoLeo would
+  repel the class. So it would in consecutive rows of a lane, if the shards are
+  sorted by class.
 
   Normalises the vectors, then averages over valid vectors; groups with fewer
   than two are excluded. `eps` bounds value and gradient for equal vectors.
   `mesh` shards the vectors.
   """
-  x = group_rows(unit(vectors), group, mesh)  # [g, s, d]
-  valid = group_rows(valid, group, mesh)  # [g, s]
+  group_fn = functools.partial(
+    group_rows, size=group, mesh=mesh, strided=strided
+  )
+  x, valid = group_fn(unit(vectors)), group_fn(valid)  # [g, s, d], [g, s]
   index = nearest_neighbours(x, valid)
   neighbours = jnp.take_along_axis(x, index[..., None], axis=1)  # [g, s, d]
   # Not sqrt(2 - 2 cos), which cancels for close neighbours.
@@ -181,7 +212,9 @@ class DINO(PrototypeObjective):
           f"dino: koleo_weight={self.koleo_weight} compares images of the "
           f"global batch, which has {rows}: raise batch_size, or set it to 0."
         )
-      options = dict(group=self.koleo_group, mesh=context.mesh)
+      options = dict(
+        group=self.koleo_group, mesh=context.mesh, strided=context.in_lanes
+      )
       every = jnp.ones(rows, bool)
       # Never compares crops of one image.
       koleo_loss = sum(

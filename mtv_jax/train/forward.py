@@ -96,6 +96,7 @@ def compute_losses(
       total_steps=spec.total_steps - start,
       statistics=state.statistics[name],
       mesh=mesh,
+      in_lanes=spec.in_lanes,
     )
     with jax.named_scope(name):
       terms[name] = objective.loss(loss_inputs[name], heads, context)

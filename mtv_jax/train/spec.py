@@ -111,6 +111,7 @@ class StepSpec:
   teacher_ema: str = "all"
   ema_decay: float | None = None  # EMA of all parameters.
   accumulate: int = 1  # Parts of a batch, encoded one at a time.
+  in_lanes: bool = False  # Order of the data, see `data.lanes`.
   # Names of parameters that are neither differentiated nor updated.
   frozen: frozenset[str] = frozenset()
   # The entries of `config.teachers` that an objective reads.

@@ -12,6 +12,7 @@ from mtv_jax.data import ops as ops_lib
 from mtv_jax.data.ops import HostOp, build_ops, phrase_length
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.data.tokenizers.builtin import ByteTokenizer
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -97,6 +98,26 @@ def test_blank_captions_are_skipped():
     row = ops({"key": "k", "captions": ["", " \n", "!?", "dog"]}, rng(seed))
     assert text(row["caption"]) == "dog"
     assert row["caption_valid"]
+
+
+def test_captions_and_phrases_are_tokenized_once():
+  texts = []
+
+  class Counting(ByteTokenizer):
+    def _tokenize(self, text, length):
+      texts.append(text)
+      return super()._tokenize(text, length)
+
+  ops = build_ops("caption(8)|regions(4)", tokenizer=Counting(None, "lower"))
+  labels = {"boxes": np.tile(np.float32([0, 0, 1, 1]), (3, 1))}
+  labels["phrases"] = ["a cat", "a cat", "a hat"]
+  for seed in range(2):
+    row = ops({"key": "k", "captions": ["!", "a dog"]} | labels, rng(seed))
+    assert len(set(row["box_phrase_id"][row["box_valid"]])) == 2
+  captions = [text for text in texts if text in ("!", "a dog")]
+  assert len(captions) == 2  # One of each record.
+  phrases = [text for text in texts if text in labels["phrases"]]
+  assert sorted(phrases) == ["a cat", "a hat"]
 
 
 @pytest.mark.parametrize("record", [{"key": "k"}, {"key": "k", "captions": []}])

@@ -1,6 +1,8 @@
 """Order of rows over hosts, workers and steps; bad records."""
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -9,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -464,6 +467,35 @@ def test_empty_data():
     loader([])
   with pytest.raises(ValueError, match="has no records"):
     loader([Numbers("n", 0)])
+
+
+def test_close_ends_batches_in_progress():
+  started, release = threading.Event(), threading.Event()
+
+  class Waiting(Numbers):
+    def __getitem__(self, i: int) -> dict:
+      started.set()
+      release.wait(10)
+      return super().__getitem__(i)
+
+  batches = loader([Waiting("n", 37)], threads=2).batches
+
+  def read(step: int) -> None:
+    with contextlib.suppress(concurrent.futures.CancelledError, RuntimeError):
+      batches[step]
+
+  readers = [
+    threading.Thread(target=read, args=[n], daemon=True) for n in (0, 1)
+  ]
+  for reader in readers:
+    reader.start()
+  assert started.wait(10)
+  closer = threading.Thread(target=batches.close, daemon=True)
+  closer.start()
+  release.set()
+  for thread in (closer, *readers):
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_closed_loader_raises():

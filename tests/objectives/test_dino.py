@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from step_samples import mesh_of
 
 from mtv_jax.augment import views
+from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, dino
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
@@ -208,20 +209,26 @@ def test_koleo_of_equal_vectors_is_finite(vectors, valid):
     np.testing.assert_allclose(value, -np.log(2e-8), rtol=1e-5)
 
 
-@pytest.mark.parametrize("group", [4, 16], ids=["aligned", "across devices"])
-def test_koleo_on_a_mesh_equals_one_device(group):
+@pytest.mark.parametrize(
+  ("group", "strided", "received"),
+  [(4, False, 16), (16, False, None), (8, True, 2 * 8 * 16), (16, True, None)],
+  ids=["aligned", "across devices", "strided", "few strided groups"],
+)
+def test_koleo_on_a_mesh_equals_one_device(group, strided, received):
   mesh = make_mesh(dict(data=4, fsdp=2))
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(64, 4)).astype(np.float32)
   valid = np.arange(64) % 5 > 0
 
   def loss(x, mesh=None):
-    mean = dino.koleo(x, jnp.asarray(valid), group=group, mesh=mesh)
-    return mean.value()
+    options = dict(group=group, mesh=mesh, strided=strided)
+    return dino.koleo(x, jnp.asarray(valid), **options).value()
 
   expected = jax.jit(jax.value_and_grad(loss))(vectors)
+  rows = np.arange(64).reshape(group, -1).T if strided else np.arange(64)
+  rows = rows.reshape(-1)
   np.testing.assert_allclose(
-    expected[0], grouped_koleo(vectors, valid, group), rtol=1e-5
+    expected[0], grouped_koleo(vectors[rows], valid[rows], group), rtol=1e-5
   )
   sharding = NamedSharding(mesh, BATCH_SPEC)
   sharded = jax.device_put(vectors, sharding)
@@ -232,9 +239,9 @@ def test_koleo_on_a_mesh_equals_one_device(group):
   result = graded(sharded)
   np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
   np.testing.assert_allclose(result[1], expected[1], rtol=1e-5, atol=1e-7)
-  if group == 4:  # Eight rows a device: no vector leaves it.
+  if received:  # Eight rows a device: none or all leave it, and return.
     rows = hlo.collectives(graded.lower(sharded).compile())
-    assert sum(row.bytes for row in rows) <= 16, rows
+    assert sum(row.bytes for row in rows) <= received + 16, rows
 
 
 def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
@@ -244,18 +251,32 @@ def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
   monkeypatch.setattr(dino, "data_rows", lambda rows, mesh: order)
   groups = dino.group_rows(jnp.asarray(order), 8, mesh)
   np.testing.assert_array_equal(groups, np.arange(16).reshape(2, 8))
+  groups = dino.group_rows(jnp.asarray(order), 5, mesh, strided=True)
+  expected = np.pad(np.arange(16), (0, 4)).reshape(5, 4).T
+  np.testing.assert_array_equal(groups, expected)
 
 
-def same_class_share(features, labels, group, mesh):
+def clustered_features(labels, rng):
+  """Features `[n, 64]` around the centers of 1,000 classes."""
+  centers = rng.normal(size=(1000, 64))
+  noise = rng.normal(size=(len(labels), 64))
+  return np.float32(samples.unit(centers[labels] + noise))
+
+
+def same_class_share(features, labels, group, *, strided=False):
   """Share of images whose nearest neighbour in the group has their class."""
+  mesh = make_mesh(dict(data=8))
+  split = functools.partial(
+    dino.group_rows, size=group, mesh=mesh, strided=strided
+  )
 
   @jax.jit
   def nearest(x):
-    x = dino.group_rows(x, group, mesh)
+    x = split(x)
     return dino.nearest_neighbours(x, jnp.ones(x.shape[:2], bool))
 
   index = nearest(jax.device_put(features, NamedSharding(mesh, BATCH_SPEC)))
-  classes = labels.reshape(index.shape[0], -1)
+  classes = np.asarray(split(jnp.asarray(labels)))
   return (np.take_along_axis(classes, np.asarray(index), 1) == classes).mean()
 
 
@@ -263,18 +284,28 @@ def test_koleo_seldom_repels_images_of_one_class_in_groups_of_64():
   """The table of docs/results.md: 1,000 clusters, 8,192 images."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 1000, 8192)
-  centers = rng.normal(size=(1000, 64))
-  noise = rng.normal(size=(8192, 64))
-  features = np.float32(samples.unit(centers[labels] + noise))
-  mesh = make_mesh(dict(data=8))
-  shares = {
-    group: same_class_share(features, labels, group, mesh)
-    for group in (64, 1024, 8192)
-  }
-  print(shares)
-  expected = {64: 0.062, 1024: 0.578, 8192: 0.965}
-  for group, share in shares.items():
-    np.testing.assert_allclose(share, expected[group], atol=0.001)
+  features = clustered_features(labels, rng)
+  for group, expected in {64: 0.062, 1024: 0.578, 8192: 0.965}.items():
+    share = same_class_share(features, labels, group)
+    print(group, share)
+    np.testing.assert_allclose(share, expected, atol=0.001)
+
+
+def test_koleo_in_lanes_seldom_repels_images_of_sorted_shards():
+  """The table of docs/results.md: 1,000 shards of 1,280 records."""
+  ends = np.arange(64, 1_280_001, 64)
+  options = dict(batch_size=16_384, lanes=256, window=1024)
+  order = LaneOrder([ends], weights=[1.0], seeds=[0], **options)
+  rows = np.array([next(order.candidates(i)[1]) for i in range(16_384)])
+  rng = np.random.default_rng(0)
+  shuffled = rng.permutation(1_280_000)[rows]
+  for records, expected in ((rows, (0.982, 0.059)), (shuffled, (0.064, 0.063))):
+    labels = records // 1280
+    features = clustered_features(labels, rng)
+    for strided, share in zip((False, True), expected, strict=True):
+      found = same_class_share(features, labels, 64, strided=strided)
+      print(strided, found)
+      np.testing.assert_allclose(found, share, atol=0.001)
 
 
 def test_koleo_of_a_batch_of_one_raises():

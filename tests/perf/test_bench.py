@@ -1,5 +1,6 @@
 """tools/bench.py: each benchmark prints and writes its measurements."""
 
+import itertools
 import json
 
 import numpy as np
@@ -40,6 +41,28 @@ def test_data_times_the_pipeline_beside_decoding(tmp_path, capsys):
     assert result[name]["cpu_ms"] > 0
   for words in ("images/s", "full pipeline", "decode and resize alone"):
     assert words in printed
+
+
+def test_data_samples_the_gil(tmp_path, monkeypatch):
+  """With a py-spy that finds the GIL in one of four samples."""
+  spy = tmp_path / "py-spy"
+  spy.write_text(
+    "#!/bin/sh\n"
+    "for a in $@; do case $a in --output=*) out=${a#--output=};; esac; done\n"
+    'case "$*" in *--gil*) echo "main;row 1";; *) echo "main;row 4";; esac'
+    ' > "$out"\n'
+  )
+  spy.chmod(0o755)
+  monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+  result = data.run(size=32, batch_size=8, batches=1, rounds=1, spy=1)
+  assert result["gil_share"] == 0.25 and result["main_cpu_ms"] > 0
+  assert "of them under the GIL (25%)" in str(result)
+  spy.write_text("#!/bin/sh\nexit 1\n")
+  with pytest.raises(InputError, match="can't read this process"):
+    data._sample_gil(itertools.repeat({}), 1)
+  monkeypatch.setenv("PATH", "")
+  with pytest.raises(InputError, match="pip install py-spy"):
+    data._sample_gil(itertools.repeat({}), 1)
 
 
 def test_gradient_norms_are_those_of_the_log(tmp_path, capsys):

@@ -14,6 +14,7 @@ A serialized label is a msgpack map with `key`, `valid` and, if valid, `png16`
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import os
 import struct
@@ -314,6 +315,8 @@ def make_boxes(
     raise InputError(
       f"{counts} and {len(scores)} scores: expected equal counts."
     )
+  if _are_usable(boxes, phrases, scores):
+    return LabelOutcome(BoxLabel(boxes, tuple(phrases), scores))
   finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
   raw = np.where(finite[:, None], boxes, 0)
   inside = raw.clip(0, 1)
@@ -341,6 +344,20 @@ def make_boxes(
     scores[usable],
   )
   return LabelOutcome(label, {reason: n for reason, n in counts.items() if n})
+
+
+def _are_usable(
+  boxes: np.ndarray, phrases: Sequence[str], scores: np.ndarray
+) -> bool:
+  """Whether `make_boxes` would change nothing; False for NaN."""
+  return bool(
+    len(boxes)
+    and boxes.min() >= 0
+    and boxes.max() <= 1
+    and (boxes[:, 2:] - boxes[:, :2]).min() > 2 / TOP
+    and np.isfinite(scores).all()
+    and all(map(str.strip, phrases))
+  )
 
 
 def _quantize(boxes: np.ndarray) -> np.ndarray:
@@ -422,8 +439,15 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
   if type(bits) is not int or not 2 <= bits <= 16 or values.max() >= 2**bits:
     raise ValueError(f"bits is {bits}, the largest value {values.max()}")
   if bits < 16:
-    values = _round_values(values, 2**bits - 1, TOP)
+    values = _decoding_table(bits).take(values, mode="clip")
   return DepthLabel(values, low, high, bits)
+
+
+@functools.cache
+def _decoding_table(bits: int) -> UInt16[np.ndarray, " levels"]:
+  """The 16-bit value of each stored one."""
+  levels = np.arange(2**bits, dtype=np.uint16)[None]
+  return _round_values(levels, 2**bits - 1, TOP)[0]
 
 
 def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:

@@ -1,21 +1,24 @@
 """Input pipeline benchmark: shards to batches against decoding alone."""
 
 import dataclasses
+import functools
 import io
 import multiprocessing
 import os
 import statistics
+import subprocess
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from mtv_jax.data import canvas, order, pipeline
+from mtv_jax.data.labels.label_values import SIDE
 from mtv_jax.data.registry import complete_source, open_files, source_type
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.base import Source
@@ -23,6 +26,7 @@ from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.perf import data_plane
 from mtv_jax.perf.bench import harness
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import available_cores, map_threads
 
 
@@ -42,6 +46,7 @@ def run(
   rounds: int = 5,
   threads: int | None = None,
   workers: int = 0,
+  spy: int = 0,
 ) -> harness.BenchResult:
   """Times the input pipeline against OpenCV decoding and resizing.
 
@@ -55,7 +60,7 @@ def run(
     size: side of the canvas, in pixels.
     length: length of the captions, in tokens.
     tokenizer: "bytes" or a file's path.
-    depth: folder of a label set, read at a side of 128 pixels.
+    depth: folder of a label set, read at the default side.
     boxes: folder of a label set, of which four regions are read.
     shuffle: order of the records, as in a config.
     lanes: for `shuffle=lanes`: lanes of a batch.
@@ -65,6 +70,8 @@ def run(
     rounds: timed rounds, after one warm-up round.
     threads: total over all processes; None for one per core.
     workers: number of the pipeline's worker processes.
+    spy: seconds, after the rounds, in which py-spy samples which of this
+      process's running threads hold the GIL; 0 skips it.
   """
   threads = threads or available_cores()
   images = batches * batch_size
@@ -76,7 +83,7 @@ def run(
     ops = f"decode|canvas({size})|caption({length})"
     if labels := {k: v for k, v in (("depth", depth), ("boxes", boxes)) if v}:
       entry["labels"] = labels
-      ops += "|depth(128)" * bool(depth) + "|regions(4)" * bool(boxes)
+      ops += f"|depth({SIDE})" * bool(depth) + "|regions(4)" * bool(boxes)
     config = pipeline.DataConfig(
       train=(entry,),
       ops=ops,
@@ -85,28 +92,33 @@ def run(
       workers=workers,
       threads=max(threads // max(workers, 1), 1),
     )
-    labelled = complete_source(source, entry)
-    tokens = build_tokenizer(tokenizer)
+    open_loader = functools.partial(
+      pipeline.make_loader,
+      config,
+      batch_size=batch_size,
+      seed=0,
+      tokenizer=build_tokenizer(tokenizer),
+      sources=[complete_source(source, entry)],
+    )
+    main_cpu = []
     for number in range(rounds + 1):
       start = number * (batches + 1)
-      with pipeline.make_loader(
-        config,
-        batch_size=batch_size,
-        seed=0,
-        start_step=start,
-        tokenizer=tokens,
-        sources=[labelled],
-      ) as loader:
+      with open_loader(start_step=start) as loader:
         # The first batch fills the queues.
         next(loader)
         before = _workers_cpu()
         with harness.Stopwatch() as watch:
           for _ in range(batches):
             next(loader)
+        main_cpu.append(1e3 * watch.cpu / images)
         watch.cpu += _workers_cpu() - before
       times["pipeline"].append(watch)
       files = _read_images(source, (start + 1) * batch_size, images)
       times["decode"].append(_time_decoding(files, size, threads))
+    share = None
+    if spy:
+      with open_loader() as loader:
+        share = _sample_gil(loader, spy)
   # The first round warms up the caches.
   times = {name: watches[1:] for name, watches in times.items()}
   result = harness.BenchResult(
@@ -123,6 +135,12 @@ def run(
     text = f"{rate:.0f} images/s, {rate / threads:.0f} per thread"
     values = dict(images_per_second=rate, cpu_ms=cpu)
     result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
+  main = statistics.median(main_cpu[1:])
+  text = f"{main:.2f} CPU ms per image in the main process"
+  if share is not None:
+    text += f", {share * main:.2f} of them under the GIL ({share:.0%})"
+    result.add("gil_share", share)
+  result.add("main_cpu_ms", main, "main process", text)
   walls = ([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))
   result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
   if path_lib.is_remote(path):
@@ -134,6 +152,40 @@ def run(
     )
     result.add("data_plane", plane.to_dict(), "data plane", str(plane))
   return result
+
+
+def _sample_gil(loader: Iterator[Any], seconds: int) -> float:
+  """Share of running threads' samples in which a thread holds the GIL.
+
+  From two simultaneous recordings of py-spy, while batches are read.
+  """
+  command = ["py-spy", "record", "--nonblocking", "--rate=50", "--format=raw"]
+  command += [f"--duration={seconds}", f"--pid={os.getpid()}"]
+  counts = []
+  with tempfile.TemporaryDirectory() as folder:
+    files = {Path(folder, "gil"): ["--gil"], Path(folder, "all"): []}
+    try:
+      spies = [
+        subprocess.Popen(
+          [*command, *flags, f"--output={file}"],
+          stdout=subprocess.DEVNULL,
+          stderr=subprocess.DEVNULL,
+        )
+        for file, flags in files.items()
+      ]
+    except FileNotFoundError as error:
+      raise InputError("--spy needs py-spy: pip install py-spy.") from error
+    while any(process.poll() is None for process in spies):
+      next(loader)
+    for file, process in zip(files, spies, strict=True):
+      if process.returncode or not file.exists():
+        raise InputError(
+          "py-spy can't read this process. Run as root, or allow it to trace"
+          " (kernel.yama.ptrace_scope=0)."
+        )
+      lines = file.read_text().splitlines()
+      counts.append(sum(int(line.rpartition(" ")[2]) for line in lines))
+  return counts[0] / max(counts[1], 1)
 
 
 def _workers_cpu() -> float:

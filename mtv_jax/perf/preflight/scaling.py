@@ -55,8 +55,12 @@ def embedding_bytes(plan: CompilePlan) -> int:
     method = getattr(objective, "method", "ring")
     use_ring = ring.should_use_ring(method, plan.mesh)
     if isinstance(objective, dino.DINO):
-      if objective.koleo_weight and rows % objective.koleo_group:
-        others = min(math.ceil(objective.koleo_group / rows), chips - 1)
+      group = min(objective.koleo_group, rows * chips)
+      is_spread = spec.in_lanes or rows % group
+      if objective.koleo_weight and is_spread:
+        others = min(math.ceil(group / rows), chips - 1)
+        if spec.in_lanes:
+          others = chips - 1 if rows * chips // group % chips else 3
         views = spec.views[objective.view_global].count
         total += 2 * others * views * 4 * rows * spec.model.image.embed_dim
       continue

@@ -45,6 +45,11 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
   local = make_plan(repo_root, "objectives.dino.koleo_group=4")
   assert scaling.embedding_bytes(local) == contrast + grounding
+  lanes = make_plan(
+    repo_root, "objectives.dino.koleo_group=4", "data.shuffle=lanes"
+  )
+  exchanged = 2 * 3 * ROWS * 4 * width
+  assert scaling.embedding_bytes(lanes) == contrast + grounding + exchanged
   changes = [
     f"objectives.{n}.method=gathered" for n in ("contrastive", "grounding")
   ]
