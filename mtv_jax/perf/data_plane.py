@@ -15,7 +15,7 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.ranges import ByteRange, RangeReader
 from mtv_jax.utils.text import format_bytes
 
 # Reads per second that a bucket serves before it has scaled up, see
@@ -29,17 +29,17 @@ class _RecordingReader(RangeReader):
 
   def __init__(self):
     super().__init__(0)
-    self.spans: dict[Range, bool] = {}
+    self.spans: dict[ByteRange, bool] = {}
 
-  def prefetch(self, spans: Iterable[Range]) -> None:
+  def prefetch(self, spans: Iterable[ByteRange]) -> None:
     """Notes ranges of bucket files."""
     self.spans |= {s: False for s in spans if path_lib.is_remote(s.path)}
 
-  def note(self, spans: Iterable[Range]) -> None:
+  def note(self, spans: Iterable[ByteRange]) -> None:
     """Notes shards that are copied to the disk."""
     self.spans |= dict.fromkeys(spans, True)
 
-  def take(self) -> dict[Range, bool]:
+  def take(self) -> dict[ByteRange, bool]:
     """Returns the ranges since the last call, and whether each is copied."""
     spans, self.spans = self.spans, {}
     return spans

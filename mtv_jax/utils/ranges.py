@@ -22,7 +22,7 @@ from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import raise_file_limit
 
 
-class Range(NamedTuple):
+class ByteRange(NamedTuple):
   """A byte range of a file."""
 
   path: PurePath
@@ -42,7 +42,7 @@ class RangeReader:
   def __init__(self, limit: int, *, patience: float = 0.0):
     self.limit, self.patience = limit, patience
     self._lock = threading.Lock()
-    self._reads: collections.OrderedDict[Range, _Read] = (
+    self._reads: collections.OrderedDict[ByteRange, _Read] = (
       collections.OrderedDict()
     )
     self._size = 0
@@ -51,7 +51,7 @@ class RangeReader:
   def __reduce__(self) -> tuple:
     return functools.partial(type(self), patience=self.patience), (self.limit,)
 
-  def prefetch(self, spans: Iterable[Range]) -> None:
+  def prefetch(self, spans: Iterable[ByteRange]) -> None:
     """Starts to read bucket ranges, as far as the limit allows."""
     with self._lock:
       for span in spans:
@@ -61,11 +61,11 @@ class RangeReader:
           return
         self._add(span)
 
-  def get(self, span: Range) -> bytes | mmap.mmap:
+  def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """Returns the bytes of a range."""
     return self._get(span)
 
-  def _get(self, span: Range) -> Any:
+  def _get(self, span: ByteRange) -> Any:
     """Returns what is kept of a range."""
     with self._lock:
       read = self._reads.get(span) or self._add(span)
@@ -90,7 +90,7 @@ class RangeReader:
       self._reads.clear()
       self._size = 0
 
-  def _add(self, span: Range) -> "_Read":
+  def _add(self, span: ByteRange) -> "_Read":
     read = self._reads[span] = _Read(span, self)
     self._size += span.size
     return read
@@ -103,7 +103,7 @@ class RangeReader:
 class _Read:
   """The read of one range, in progress or finished."""
 
-  def __init__(self, span: Range, reader: RangeReader):
+  def __init__(self, span: ByteRange, reader: RangeReader):
     self._span, self._reader = span, reader
     self._lock = threading.Lock()
     self._kept = self._future = None
@@ -189,7 +189,7 @@ class RangeServer(RangeReader):
     self._listener.close()
     super().close()
 
-  def get(self, span: Range) -> bytes | mmap.mmap:
+  def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """As in the base class."""
     memory = self._get(span)
     return os.pread(memory.fd, memory.size, 0)
@@ -210,7 +210,7 @@ class RangeServer(RangeReader):
     with client, contextlib.suppress(EOFError, OSError):
       while True:
         spans, only_prefetch = client.recv()
-        spans = [Range(path_lib.as_path(p), *rest) for p, *rest in spans]
+        spans = [ByteRange(path_lib.as_path(p), *rest) for p, *rest in spans]
         if only_prefetch:
           self.prefetch(spans)
           continue
@@ -232,23 +232,23 @@ class RangeClient:
     self._arguments = address, pid
     self._lock = threading.Lock()
     self._client: connection.Connection | None = None
-    self._maps: collections.OrderedDict[Range, mmap.mmap] = (
+    self._maps: collections.OrderedDict[ByteRange, mmap.mmap] = (
       collections.OrderedDict()
     )
-    self._asked: collections.OrderedDict[Range, None] = (
+    self._asked: collections.OrderedDict[ByteRange, None] = (
       collections.OrderedDict()
     )
 
   def __reduce__(self) -> tuple:
     return RangeClient, self._arguments
 
-  def _send(self, spans: Iterable[Range], *, only_prefetch: bool) -> None:
+  def _send(self, spans: Iterable[ByteRange], *, only_prefetch: bool) -> None:
     if self._client is None:
       self._client = connection.Client(self._arguments[0], family="AF_UNIX")
     message = [(os.fspath(path), *rest) for path, *rest in spans]
     self._client.send((message, only_prefetch))
 
-  def prefetch(self, spans: Iterable[Range]) -> None:
+  def prefetch(self, spans: Iterable[ByteRange]) -> None:
     """As in `RangeReader`."""
     with self._lock:
       spans = [span for span in spans if span not in self._asked]
@@ -258,7 +258,7 @@ class RangeClient:
       if spans:
         self._send(spans, only_prefetch=True)
 
-  def get(self, span: Range) -> bytes | mmap.mmap:
+  def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """As in `RangeReader`."""
     with self._lock:
       if span not in self._maps:

@@ -32,7 +32,7 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.buckets import Listing
 from mtv_jax.utils.errors import InputError, MissingFileError, printable
 from mtv_jax.utils.leases import Jobs, open_leases, run_jobs
-from mtv_jax.utils.ranges import Range
+from mtv_jax.utils.ranges import ByteRange
 from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import available_cores, map_threads
 
@@ -72,10 +72,10 @@ class BlockTable:
   def __len__(self) -> int:
     return len(self.shard)
 
-  def range(self, block: int) -> Range:
+  def range(self, block: int) -> ByteRange:
     """Returns the bytes of a block."""
     path = self.files[self.shard[block]]
-    return Range(path, int(self.offset[block]), int(self.size[block]))
+    return ByteRange(path, int(self.offset[block]), int(self.size[block]))
 
   def count_records(self, *, captioned: bool = False) -> list[int]:
     """Returns the number of records, or of captioned ones, of each file."""

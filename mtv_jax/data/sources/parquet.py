@@ -31,7 +31,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.ranges import ByteRange, RangeReader
 from mtv_jax.utils.threads import map_threads
 
 log = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ class ParquetSource(base.FileSource):
     last = self._table.range(int(self._first[shard + 1]) - 1)
     size = self._table.sizes[shard]
     start = min(last.offset + last.size, max(size - FOOTER, 0))
-    footer = Range(self.files[shard], start, size - start)
+    footer = ByteRange(self.files[shard], start, size - start)
     pieces = [self._table.range(group), footer]
     return _Pieces(size, {r.offset: self._reader.get(r) for r in pieces})
 

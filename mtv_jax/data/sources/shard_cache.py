@@ -21,7 +21,7 @@ from mtv_jax.data.sources.base import Blocks, Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.ranges import ByteRange, RangeReader
 
 T = TypeVar("T")
 _THREADS = 4  # Copies at once.
@@ -54,9 +54,9 @@ class ShardCache:
     digest = hashlib.blake2b(repr(list(names)).encode(), digest_size=12)
     self._folder = path_lib.cache_folder() / f"shards-{digest.hexdigest()}"
 
-  def span(self, shard: int) -> Range:
+  def span(self, shard: int) -> ByteRange:
     """Returns the bytes of a shard."""
-    return Range(self._files[shard], 0, self._sizes[shard])
+    return ByteRange(self._files[shard], 0, self._sizes[shard])
 
   def check_space(self) -> None:
     """Announces the size of the copies; InputError if the disk lacks it."""

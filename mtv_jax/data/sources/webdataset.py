@@ -24,7 +24,7 @@ from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, printable
 from mtv_jax.utils.path_patterns import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
-from mtv_jax.utils.ranges import Range, RangeReader
+from mtv_jax.utils.ranges import ByteRange, RangeReader
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ class _RemoteTar(_OpenTar):
     else:
       first = offset // _BLOCK * _BLOCK
       blocks = [
-        Range(self.path, start, min(_BLOCK, self._size - start))
+        ByteRange(self.path, start, min(_BLOCK, self._size - start))
         for start in range(first, offset + size, _BLOCK)
       ]
       data = b"".join(map(self._reader.get, blocks))
