@@ -7,6 +7,7 @@ import pytest
 
 from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as scenes
+from mtv_jax.data.sources.base import Source
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.features import ImageFeatures, normalize
 from mtv_jax.evals.classification.probe_evaluators import rank_accuracies
@@ -169,13 +170,12 @@ def test_flat_wnid_folder(tmp_path, write_image):
   assert list(data.labels) == [0, 1]
 
 
-class Numbers(list):
+class Numbers(Source):
   """A source with labels and no names for them."""
 
+  name = "numbers"
   fields = frozenset({"image", "label"})
-
-  def __len__(self):
-    return 4
+  shards = np.array([4])
 
   def __getitem__(self, i):
     return {
