@@ -137,15 +137,16 @@ class BlockLanes:
       epoch = (row // size * lanes + lane) // blocks
       # Blocks of this lane in earlier epochs: n with n % lanes == lane.
       return epoch, -(-(epoch * blocks - lane) // lanes) * size
-    while self._before[-1][lane] <= row:
-      rows = self.count_rows(len(self._before) - 1)
-      self._before.append(self._before[-1] + rows)
-    lower, upper = 0, len(self._before) - 1
+    while (before := self._before)[-1][lane] <= row:
+      # Replaced and not extended, as threads may do the same.
+      rows = self.count_rows(len(before) - 1)
+      self._before = [*before, before[-1] + rows]
+    lower, upper = 0, len(before) - 1
     while upper - lower > 1:
       middle = (lower + upper) // 2
-      inside = self._before[middle][lane] <= row
+      inside = before[middle][lane] <= row
       lower, upper = (middle, upper) if inside else (lower, middle)
-    return lower, int(self._before[lower][lane])
+    return lower, int(before[lower][lane])
 
   def count_rows(self, epoch: int) -> Int64[np.ndarray, " lanes"]:
     """Returns the number of rows of each lane in an epoch."""

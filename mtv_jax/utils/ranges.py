@@ -10,6 +10,7 @@ import functools
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from multiprocessing import connection
@@ -20,6 +21,9 @@ from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import raise_file_limit
+
+# Seconds without a request after which a range that was read counts as used up.
+_USED_UP = 2.0
 
 
 class ByteRange(NamedTuple):
@@ -52,14 +56,21 @@ class RangeReader:
     return functools.partial(type(self), patience=self.patience), (self.limit,)
 
   def prefetch(self, spans: Iterable[ByteRange]) -> None:
-    """Starts to read bucket ranges, as far as the limit allows."""
+    """Starts to read bucket ranges, as far as the limit allows.
+
+    Only ranges that are used up make space.
+    """
     with self._lock:
       for span in spans:
-        if span in self._reads or not path_lib.is_remote(span.path):
-          continue
-        if self._size + span.size > self.limit:
-          return
-        self._add(span)
+        if span in self._reads:
+          self._touch(span)
+        elif path_lib.is_remote(span.path):
+          while self._size + span.size > self.limit:
+            oldest = next(iter(self._reads.values()), None)
+            if oldest is None or not oldest.is_used_up:
+              return
+            self._evict()
+          self._add(span)
 
   def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """Returns the bytes of a range."""
@@ -69,10 +80,9 @@ class RangeReader:
     """Returns what is kept of a range."""
     with self._lock:
       read = self._reads.get(span) or self._add(span)
-      self._reads.move_to_end(span)
+      self._touch(span)
       while self._size > self.limit and len(self._reads) > 1:
-        old, _ = self._reads.popitem(last=False)
-        self._size -= old.size
+        self._evict()
     try:
       return read.result()
     except BaseException:
@@ -95,6 +105,14 @@ class RangeReader:
     self._size += span.size
     return read
 
+  def _touch(self, span: ByteRange) -> None:
+    self._reads.move_to_end(span)
+    self._reads[span].requested = time.monotonic()
+
+  def _evict(self) -> None:
+    span, _ = self._reads.popitem(last=False)
+    self._size -= span.size
+
   def keep(self, data: bytes) -> Any:
     """Converts the bytes of a range to what is kept of them."""
     return data
@@ -106,11 +124,17 @@ class _Read:
   def __init__(self, span: ByteRange, reader: RangeReader):
     self._span, self._reader = span, reader
     self._lock = threading.Lock()
+    self.requested = time.monotonic()
     self._kept = self._future = None
     if path_lib.is_remote(span.path):
       store, key = buckets.open_store(span.path)
       end = span.offset + span.size
       self._future = store.read(key, byte_range=slice(span.offset, end))
+
+  @property
+  def is_used_up(self) -> bool:
+    age = time.monotonic() - self.requested
+    return self._kept is not None and age > _USED_UP
 
   def cancel(self) -> None:
     if (future := self._future) is not None:
@@ -179,13 +203,19 @@ class RangeServer(RangeReader):
     super().__init__(limit, patience=patience)
     raise_file_limit()  # One descriptor per range.
     self._listener = connection.Listener(family="AF_UNIX")
+    self._address = self._listener.address
+    self._is_closed = False
     threading.Thread(target=self._accept, daemon=True).start()
 
   def __reduce__(self) -> tuple:
-    return RangeClient, (self._listener.address, os.getpid())
+    return RangeClient, (self._address, os.getpid(), self.limit)
 
   def close(self) -> None:
-    """As in the base class; answers no further requests."""
+    """As in the base class; accepts no further clients."""
+    self._is_closed = True
+    with contextlib.suppress(OSError):  # Already closed.
+      # Closing the listener doesn't wake its thread.
+      connection.Client(self._address, family="AF_UNIX").close()
     self._listener.close()
     super().close()
 
@@ -198,7 +228,7 @@ class RangeServer(RangeReader):
     return _Memory(data)
 
   def _accept(self) -> None:
-    while True:
+    while not self._is_closed:
       try:
         client = self._listener.accept()
       except OSError:  # Closed.
@@ -225,17 +255,18 @@ class RangeServer(RangeReader):
 class RangeClient:
   """A worker's access to the `RangeServer` of its host."""
 
-  _MAPS = 512  # Mapped ranges.
-  _ASKED = 1 << 16  # Ranges that are not requested in advance again.
+  _MAPS = 512  # Mapped ranges, of `limit` bytes at most.
+  _ASKED = 1 << 16  # Ranges that were requested in advance, by time.
 
-  def __init__(self, address: str, pid: int):
-    self._arguments = address, pid
+  def __init__(self, address: str, pid: int, limit: int):
+    self._arguments = address, pid, limit
+    self._size = 0
     self._lock = threading.Lock()
     self._client: connection.Connection | None = None
     self._maps: collections.OrderedDict[ByteRange, mmap.mmap] = (
       collections.OrderedDict()
     )
-    self._asked: collections.OrderedDict[ByteRange, None] = (
+    self._asked: collections.OrderedDict[ByteRange, float] = (
       collections.OrderedDict()
     )
 
@@ -251,8 +282,11 @@ class RangeClient:
   def prefetch(self, spans: Iterable[ByteRange]) -> None:
     """As in `RangeReader`."""
     with self._lock:
-      spans = [span for span in spans if span not in self._asked]
-      self._asked |= dict.fromkeys(spans)
+      now = time.monotonic()
+      # Again before they count as used up, but not at every step.
+      oldest = now - _USED_UP / 2
+      spans = [s for s in spans if self._asked.get(s, oldest) <= oldest]
+      self._asked |= dict.fromkeys(spans, now)
       while len(self._asked) > self._ASKED:
         self._asked.popitem(last=False)
       if spans:
@@ -270,7 +304,12 @@ class RangeClient:
         with open(f"/proc/{self._arguments[1]}/fd/{fd}", "rb") as file:
           access = mmap.ACCESS_READ
           self._maps[span] = mmap.mmap(file.fileno(), size, access=access)
-        if len(self._maps) > self._MAPS:
-          self._maps.popitem(last=False)
+        self._size += size
+        limit = self._arguments[2]
+        while len(self._maps) > 1 and (
+          len(self._maps) > self._MAPS or self._size > limit
+        ):
+          old, _ = self._maps.popitem(last=False)
+          self._size -= old.size
       self._maps.move_to_end(span)
       return self._maps[span]

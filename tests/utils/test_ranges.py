@@ -1,0 +1,68 @@
+"""Ranges that are read ahead, and their eviction."""
+
+import pickle
+import threading
+import types
+from concurrent import futures
+
+import pytest
+
+from mtv_jax.utils import buckets, ranges
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.ranges import ByteRange, RangeReader, RangeServer
+
+SPANS = [ByteRange(path_lib.as_path("gs://b/x"), i, 1) for i in range(40)]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+  """Offsets of the requests to a store."""
+  offsets = []
+
+  def read(key, byte_range):
+    offsets.append(byte_range.start)
+    stamp = types.SimpleNamespace(generation=b"1")
+    done = futures.Future()
+    done.set_result(
+      types.SimpleNamespace(state="value", value=b"x", stamp=stamp)
+    )
+    return done
+
+  store = types.SimpleNamespace(read=read)
+  monkeypatch.setattr(buckets, "open_store", lambda path: (store, "x"))
+  return offsets
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_reads_ahead_when_memory_is_full(workers, reads, monkeypatch):
+  monkeypatch.setattr(ranges, "_USED_UP", 0.0)
+  server = RangeServer(8) if workers else RangeReader(8)
+  client = pickle.loads(pickle.dumps(server)) if workers else server
+  for _ in range(2):  # Epochs.
+    for i in range(0, 40, 2):
+      client.prefetch(SPANS[i : i + 4])
+      client.get(SPANS[i])
+      count = len(reads)
+      client.get(SPANS[i + 1])
+      assert len(reads) == count
+  assert len(reads) <= 2 * 40 + 2
+  server.close()
+
+
+def test_ranges_in_use_stay(reads):
+  reader = RangeReader(4)
+  for _ in range(3):
+    reader.prefetch(SPANS[:8])
+    for span in SPANS[:4]:
+      reader.get(span)
+  assert reads == [0, 1, 2, 3]
+
+
+def test_a_closed_server_has_no_thread():
+  before = set(threading.enumerate())
+  server = RangeServer(8)
+  (thread,) = set(threading.enumerate()) - before
+  server.close()
+  server.close()
+  thread.join(10)
+  assert not thread.is_alive()
