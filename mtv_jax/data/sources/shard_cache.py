@@ -94,15 +94,19 @@ class ShardCache:
 
   def prefetch(self, shards: Iterable[int]) -> None:
     """Starts to copy shards."""
-    pool = self._pools.get(0)
+    pool, pending = self._pools.get(0)
     for shard in shards:
-      if not self._target(shard).exists():
-        pool.submit(self._try_copy, shard)
+      if shard not in pending and not self._target(shard).exists():
+        pending.add(shard)
+        pool.submit(self._try_copy, shard, pending)
 
-  def _try_copy(self, shard: int) -> None:
-    # `open` raises the error.
-    with contextlib.suppress(Exception):
-      self.open(shard, lambda path: None)
+  def _try_copy(self, shard: int, pending: set[int]) -> None:
+    try:
+      # `open` raises the error.
+      with contextlib.suppress(Exception):
+        self.open(shard, lambda path: None)
+    finally:
+      pending.discard(shard)
 
   def _target(self, shard: int) -> Path:
     return self._folder / self._files[shard].name
@@ -127,8 +131,9 @@ class ShardCache:
         file.unlink(missing_ok=True)
 
 
-def _start_pool(_: int) -> futures.ThreadPoolExecutor:
-  return futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="copy")
+def _start_pool(_: int) -> tuple[futures.ThreadPoolExecutor, set[int]]:
+  """Returns a pool of copying threads, and the set of its shards."""
+  return futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="copy"), set()
 
 
 class CachedShardsSource(Source):
