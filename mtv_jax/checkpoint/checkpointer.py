@@ -91,9 +91,9 @@ class RetrySchedule:
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
-  Every process must call every method in the same order. The steps of the
-  checkpoints are those that process 0 lists, and the processes agree on the
-  outcome of each restore and save:
+  Every process must call every method in the same order. All use the
+  checkpoints that process 0 lists, and agree on the outcome of each restore and
+  save:
 
     idle     `save` starts a save, which is then pending.
     pending  `poll`, called every step, checks whether the save has completed,
@@ -444,7 +444,7 @@ def _raise_on_all() -> Iterator[None]:
   error = None
   try:
     yield
-  except jax.errors.JaxRuntimeError:  # Of the devices, or a lost process.
+  except jax.errors.JaxRuntimeError:  # A device or a process failed.
     raise
   except Exception as failure:
     error = failure

@@ -49,9 +49,9 @@ def run(
   Args:
     data: .tar, .parquet or .array_record shards of one folder; ranges and globs
       are allowed.
-    output: folder of the table; default: that of the shards.
-    records: records per block of a tar, which one request reads; the blocks of
-      Parquet are its row groups, those of ArrayRecord whole files.
+    output: folder of the table; default: the shards' folder.
+    records: records per block of a tar, which one request reads; a block of
+      Parquet is a row group, of ArrayRecord a whole file.
     processes: processes that read shards (default: one per core).
   """
   files = expand_path(list(data), suffix=".tar")

@@ -113,7 +113,7 @@ class BlockLanes:
   def _deal(self, key: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a lane's blocks of an epoch and the last row of each window."""
     epoch, lane = divmod(key, self._lanes)
-    # The dealing goes on where the last epoch ended.
+    # Dealing continues where the last epoch ended.
     first = (lane - epoch * len(self._starts)) % self._lanes
     blocks = self._epochs.get(epoch)[first :: self._lanes]
     ends = np.cumsum(self._sizes[blocks])
@@ -223,8 +223,8 @@ class LaneOrder:
   def candidates(self, position: int) -> tuple[int, Iterator[int]]:
     """Returns a row's source, and the records for it by preference.
 
-    The first one is the row's. The others replace it if it is unusable: those
-    of its window, which are in memory, then the following records.
+    The first one is the row's. If it is unusable, the other records of its
+    window replace it, which are in memory, then the following records.
     """
     lane, at = self._lane(position)
     before, after = self._rows_before(at), self._rows_before(at + 1)
@@ -233,7 +233,7 @@ class LaneOrder:
     return source, _replacements(window.records, place.row)
 
   def count_blocks(self, source: int, *, hosts: int, windows: int) -> int:
-    """Number of a source's blocks in as many windows of a host."""
+    """Number of a source's blocks in so many windows of all lanes of a host."""
     return self.lanes // hosts * windows * self.sources[source].width
 
   def upcoming(
@@ -241,7 +241,7 @@ class LaneOrder:
   ) -> Iterator[tuple[int, Window]]:
     """Yields (source, window) of rows, then of the following windows.
 
-    `positions` are rows of one step, of whole lanes.
+    `positions` are the rows of whole lanes in one step.
     """
     starts = [self._lane(position) for position in positions[:: self._rows]]
     places = []

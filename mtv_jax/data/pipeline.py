@@ -57,7 +57,7 @@ Batch = dict[str, np.ndarray]
 # Block reads from buckets: every process reads every block, so with more
 # processes than this, single records are read instead.
 _MAX_BLOCK_READERS = 4
-# Windows of blocks in memory: those of a step's rows, and the following ones.
+# Windows of each lane in memory: a step's, and the next one.
 _WINDOWS = 2
 # A longer run of consecutive bad records is not accidental.
 _MAX_BAD_RUN = 256
@@ -150,7 +150,7 @@ class HostBatches:
     return source, range(first, first + len(self.sources[source]))
 
   def _prefetch(self, positions: range) -> None:
-    """Starts to read the blocks of rows, and those that follow."""
+    """Starts to read the blocks of rows, and of the next windows."""
     for source, window in self.addresses.upcoming(positions, windows=_WINDOWS):
       for first, count in zip(window.starts, window.sizes, strict=True):
         self.sources[source].prefetch(int(first), int(count))
@@ -227,7 +227,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   max_corrupt: float
   workers: int = 0
   stats: Stats = dataclasses.field(default_factory=Stats)
-  reader: RangeReader | None = None  # Of blocks; closed with the loader.
+  reader: RangeReader | None = None  # Reads blocks; closed with the loader.
 
   def __post_init__(self):
     self._snapshots = {self.step: self.stats.snapshot()}
@@ -284,7 +284,7 @@ class DataConfig:
   # Sources: dict(type, weight=1.0, and the arguments of the source).
   train: tuple[Any, ...] = ()
   # Commits of the hub's data sets, by "datasets/ORG/NAME@REVISION". A run
-  # records those of its first start, and reads them in all later ones.
+  # records them at its first start, and reads the same ones afterwards.
   commits: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ops: str  # Host ops: "decode|canvas(224)|caption(64)".
   workers: NonNegativeInt = 0  # Worker processes; 0: threads of this process.

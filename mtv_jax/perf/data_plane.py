@@ -1,7 +1,7 @@
 """Requests, bytes and memory of a run's data, computed from tables of blocks.
 
 Opens the sources of a config, so that their tables and manifests are read, but
-no record. The blocks of each host's first windows are those of `data.lanes`.
+no record. `data.lanes` gives the blocks of each host's first windows.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class DataPlane:
   """What the data of a run asks of a bucket, at a number of examples/s."""
 
   hosts: int
-  examples_per_second: float  # Of all hosts.
+  examples_per_second: float  # Over all hosts.
   requests_per_example: float
   bytes_per_example: float
   block_memory: int  # Bytes.

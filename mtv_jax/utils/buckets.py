@@ -31,7 +31,7 @@ _STORES = ("gs", "s3", hub.SCHEME)
 _TRIES, _FIRST_WAIT = 5, 1.0  # Seconds, doubled after each attempt.
 # gcsfs repeats a request for half a minute, so a line is logged every minute.
 _LONGEST_WAIT = 30.0
-# Repetitions by tensorstore, which logs none: `retry` and `ranges` go on.
+# tensorstore's retries, which it doesn't log; then `retry` takes over.
 _SILENT_TRIES = 3
 # Fields that change when an object is replaced, in order of preference.
 _VERSIONS = ("generation", "VersionId", "etag", "ETag", "blob_id", "mtime")
@@ -162,7 +162,7 @@ def retry(
 ) -> T:
   """Calls a function of a store, retrying with back-off.
 
-  After five attempts, goes on for `patience` seconds. Raises
+  After five attempts, continues for `patience` seconds. Raises
   MissingFileError, or StorageError if every attempt failed or access is denied;
   both name the path.
   """

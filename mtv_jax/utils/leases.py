@@ -105,8 +105,8 @@ def open_leases(folder: pathlib.PurePath) -> Leases:
 def run_jobs(leases: Leases, list_jobs: Callable[[], Jobs]) -> None:
   """Runs jobs that no other process runs, until none is listed.
 
-  Begins at a random job and goes on with the next one, which may share a file
-  with it; after a job of another process, elsewhere.
+  Starts at a random job and continues with the next one, which may share a file
+  with it; if another process has a job, continues at a random one.
   """
   random, wait = secrets.SystemRandom(), _MIN_WAIT
   while jobs := list_jobs():

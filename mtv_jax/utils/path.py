@@ -333,7 +333,7 @@ def local_copies(
 def lazy_copy(
   path: AnyPath, is_lazy: Callable[[str], bool], *, share: float
 ) -> Path:
-  """Returns a local copy like `local_copy`, of which files are copied later.
+  """Returns a local copy like `local_copy`, without the content of some files.
 
   Files whose names `is_lazy` accepts have their size, but no content until
   `fetch` copies them. `share` is the part of their bytes that this machine is
@@ -370,7 +370,7 @@ def origin(file: AnyPath) -> PurePath:
 
 
 def fetch(file: AnyPath) -> Path:
-  """Returns a file, whose content is copied first if it has none yet."""
+  """Returns a file, and first copies its content if it is a lazy one."""
   file, url = Path(file), origin(file)
   if is_remote(url):
     size = os.stat(file).st_size

@@ -45,8 +45,8 @@ def expand_path(
   `suffix` is the usual file ending, for hints in errors; `listing` lists bucket
   folders.
 
-  Files of the hub are those of the commit that a revision has when the process
-  first uses it.
+  A revision of the hub is resolved to its commit when the process first uses
+  it.
 
   Raises MissingFileError if a file is missing or a glob matches nothing;
   InputError if a file appears twice or is a folder, a pipe or a device, or if a

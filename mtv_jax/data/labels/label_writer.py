@@ -62,7 +62,7 @@ class Part:
   """Records of whole blocks of a shard, which one process labels."""
 
   shard: int
-  name: str  # Of its file and its lease.
+  name: str  # Names its file and its lease.
   numbers: range  # Indices of the base's records.
   blocks: tuple[int, ...]  # Records of each block.
 
@@ -355,7 +355,7 @@ class LabelWriter:
   ) -> list[list[Any]]:
     """Index, key and image hash of a few readable records.
 
-    Reads those that are not `known` by index.
+    Reads records whose index is not `known`.
     """
     numbers = self.numbers(shard)
     chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
@@ -416,7 +416,7 @@ class _Job:
     self._progress = progress
     self.leases = leases.open_leases(writer.out)
     self._done = 0
-    self.counts: LabelCounts | None = None  # Of the finished set.
+    self.counts: LabelCounts | None = None  # Set once all is written.
 
   def list(self) -> leases.Jobs:
     """Missing parts, shards to join, or the manifest."""

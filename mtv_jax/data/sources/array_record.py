@@ -31,8 +31,8 @@ _OPTIONS = "group_size:1"
 class ArrayRecordSource(CachedShardsSource, FileSource):
   """Records of ArrayRecord files.
 
-  The ArrayRecord reader needs local files, so those of a bucket are copied
-  whole: all at the start or, with a table of blocks, each when it is read.
+  The ArrayRecord reader needs local files, so bucket files are copied whole:
+  all at the start or, with a table of blocks, each when it is read.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.

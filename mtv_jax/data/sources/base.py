@@ -62,8 +62,8 @@ def cut_blocks(
 ) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
   """Cuts runs of records into blocks of at most `size`.
 
-  Runs are given by cumulative counts. Returns those of the blocks, and the run
-  of each block.
+  Runs are given by cumulative counts. Returns the blocks' cumulative counts,
+  and the run of each block.
   """
   ends = np.asarray(ends, np.int64)
   starts = np.concatenate([[0], ends[:-1]])

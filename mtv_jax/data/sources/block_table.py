@@ -181,16 +181,16 @@ def build(
 ) -> BlockTable:
   """Builds and writes the table of files of one folder.
 
-  Several hosts may build a table at once: they share the files. Those that an
-  earlier command read, for blocks of `per_block` records, are not read again,
-  unless they changed.
+  Several hosts may build a table at once: they share the files. Files that an
+  earlier command read, for blocks of `per_block` records, are read again only
+  if they changed.
 
   Args:
     files: shards of one folder.
     scan: returns the columns of a file's blocks, without `shard`; called in
       processes.
     per_block: records per block that `scan` aims at.
-    folder: where to write the table; default: that of the files.
+    folder: where to write the table; default: the files' folder.
     processes: default: one per core.
     announce: called once, with the sizes of the files to read, in bytes.
     progress: called with the numbers of finished and of all files.
@@ -257,7 +257,7 @@ class _Scans:
   """Shards that processes of any host read, each into a part."""
 
   missing: Mapping[PurePath, tuple[int, str]]
-  folder: PurePath  # Of the table.
+  folder: PurePath  # The table's.
   scan: Callable[[PurePath], Columns]
   per_block: int
   joint: tuple[int, int] | None  # State of the table; changed by who joins it.
@@ -330,7 +330,7 @@ def _find_parts(
 def _read_parts(
   tables: Iterable[PurePath], states: Mapping[PurePath, tuple[int, str]]
 ) -> dict[PurePath, BlockTable]:
-  """Reads tables, and returns that of each file in one of these states."""
+  """Reads tables; returns the table of each file that has its state."""
 
   def read_one(file: PurePath) -> BlockTable | None:
     # Another host may have removed it, and a damaged one is replaced.

@@ -291,7 +291,7 @@ class ParquetSource(base.FileSource):
 
 
 class _Pieces(io.RawIOBase):
-  """A file of which only some parts are in memory."""
+  """A file with only some parts in memory."""
 
   def __init__(self, size: int, pieces: Mapping[int, bytes]):
     super().__init__()

@@ -28,7 +28,7 @@ _THREADS = 4  # Copies at once.
 
 
 class ShardCache:
-  """Local copies of bucket shards, at most `limit` of them and those in copy.
+  """Local copies of bucket shards: at most `limit`, and copies in progress.
 
   Processes of a host share the copies. The ones that were opened longest ago
   are removed. Thread-safe; pickled without copies in progress.

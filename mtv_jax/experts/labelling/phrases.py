@@ -72,7 +72,7 @@ class Phrases(abc.ABC):
   """Phrases to look for in a record's image; subclasses are dataclasses."""
 
   source: str  # Name of the source, for the manifest.
-  max_phrases: int = MAX_PHRASES  # Of a record.
+  max_phrases: int = MAX_PHRASES  # Per record.
   # Phrases shared by all records, which are encoded once.
   vocabulary: tuple[str, ...] | None = None
 

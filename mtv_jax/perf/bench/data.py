@@ -61,7 +61,7 @@ def run(
     length: length of the captions, in tokens.
     tokenizer: "bytes" or a file's path.
     depth: folder of a label set, read at the default side.
-    boxes: folder of a label set, of which four regions are read.
+    boxes: folder of a label set; four regions of each record are read.
     shuffle: order of the records, as in a config.
     lanes: for `shuffle=lanes`: lanes of a batch.
     hosts: hosts of the printed requests, which each read a batch.

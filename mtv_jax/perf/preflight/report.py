@@ -40,7 +40,7 @@ class Report:
   norms: compile_lib.CompileResult | None = None
   mfu: float = 0.4  # Assumed; typical of large ViTs on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
-  trials: tuple[search_lib.Trial, ...] = ()  # Of `remat` 'auto'.
+  trials: tuple[search_lib.Trial, ...] = ()  # For `remat` 'auto'.
   step_seconds: float | None = None  # Measured; replaces `mfu`.
   data_plane: data_plane_lib.DataPlane | None = None
 
