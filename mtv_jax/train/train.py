@@ -131,12 +131,12 @@ def train(
         before_save=folder.upload,
       )
     )
-    if checkpoints.steps():
-      check_balance_unchanged(config, workdir)
     notice = enter(preemption.catch_signals())
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())
+    if checkpoints.steps():
+      check_balance_unchanged(config, workdir)
     return _train_with_rollbacks(
       experiment,
       workdir,
