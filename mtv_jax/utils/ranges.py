@@ -261,8 +261,10 @@ class RangeClient:
   def __init__(self, address: str, pid: int, limit: int):
     self._arguments = address, pid, limit
     self._size = 0
-    self._lock = threading.Lock()
-    self._client: connection.Connection | None = None
+    # The second lock is held while a range arrives, which blocks no other use.
+    self._lock, self._arrival = threading.Lock(), threading.Lock()
+    # By whether it only requests ranges in advance.
+    self._clients: dict[bool, connection.Connection] = {}
     self._maps: collections.OrderedDict[ByteRange, mmap.mmap] = (
       collections.OrderedDict()
     )
@@ -273,11 +275,15 @@ class RangeClient:
   def __reduce__(self) -> tuple:
     return RangeClient, self._arguments
 
-  def _send(self, spans: Iterable[ByteRange], *, only_prefetch: bool) -> None:
-    if self._client is None:
-      self._client = connection.Client(self._arguments[0], family="AF_UNIX")
+  def _send(
+    self, spans: Iterable[ByteRange], *, only_prefetch: bool
+  ) -> connection.Connection:
+    if (client := self._clients.get(only_prefetch)) is None:
+      client = connection.Client(self._arguments[0], family="AF_UNIX")
+      self._clients[only_prefetch] = client
     message = [(os.fspath(path), *rest) for path, *rest in spans]
-    self._client.send((message, only_prefetch))
+    client.send((message, only_prefetch))
+    return client
 
   def prefetch(self, spans: Iterable[ByteRange]) -> None:
     """As in `RangeReader`."""
@@ -294,22 +300,35 @@ class RangeClient:
 
   def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """As in `RangeReader`."""
+    if (data := self._find(span)) is not None:
+      return data
+    with self._arrival:
+      if (data := self._find(span)) is not None:
+        return data
+      answer = self._send([span], only_prefetch=False).recv()
+      if isinstance(answer, Exception):
+        raise answer
+      fd, size = answer
+      with open(f"/proc/{self._arguments[1]}/fd/{fd}", "rb") as file:
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+      self._keep(span, data)
+      return data
+
+  def _find(self, span: ByteRange) -> mmap.mmap | None:
+    """Returns a range if it is mapped."""
     with self._lock:
-      if span not in self._maps:
-        self._send([span], only_prefetch=False)
-        answer = self._client.recv()
-        if isinstance(answer, Exception):
-          raise answer
-        fd, size = answer
-        with open(f"/proc/{self._arguments[1]}/fd/{fd}", "rb") as file:
-          access = mmap.ACCESS_READ
-          self._maps[span] = mmap.mmap(file.fileno(), size, access=access)
-        self._size += size
-        limit = self._arguments[2]
-        while len(self._maps) > 1 and (
-          len(self._maps) > self._MAPS or self._size > limit
-        ):
-          old, _ = self._maps.popitem(last=False)
-          self._size -= old.size
-      self._maps.move_to_end(span)
-      return self._maps[span]
+      if span in self._maps:
+        self._maps.move_to_end(span)
+      return self._maps.get(span)
+
+  def _keep(self, span: ByteRange, data: mmap.mmap) -> None:
+    """Keeps a range mapped, instead of the oldest ones."""
+    with self._lock:
+      self._maps[span] = data
+      self._size += span.size
+      limit = self._arguments[2]
+      while len(self._maps) > 1 and (
+        len(self._maps) > self._MAPS or self._size > limit
+      ):
+        old, _ = self._maps.popitem(last=False)
+        self._size -= old.size
