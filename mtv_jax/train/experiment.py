@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -60,6 +61,11 @@ class Experiment(TrainStep):
   prediction_heads: dict[str, PredictionHead]
   evaluators: dict[str, evals_base.Evaluator]
   trackers: dict[str, metrics.Tracker]  # Not opened yet.
+
+  @functools.cached_property
+  def source_descriptions(self) -> list[dict[str, Any]]:
+    """What numbers the records of each source, as JSON."""
+    return [source.describe() for source in self.sources]
 
 
 def build_experiment(

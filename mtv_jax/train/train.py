@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
 from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
@@ -39,6 +41,7 @@ from mtv_jax.train.workdir import (
 )
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +73,32 @@ def _describe_run(experiment: Experiment, **options: Any) -> dict[str, Any]:
     "config": experiment.config.to_dict(),
     "options": options,
     "code": {"digest": sessions.code_digest()} | sessions.package_versions(),
-    "data": [source.describe() for source in experiment.sources],
+    "data": experiment.source_descriptions,
     "checkpoints": saved_steps(experiment.workdir),
   }
+
+
+def _open_experiment(
+  config: RunConfig, workdir: str | os.PathLike, **options: Any
+) -> Experiment:
+  """Builds an experiment, on which all processes agree."""
+  experiment = build_experiment(config, workdir)
+  if jax.process_count() > 1:
+    agree(_describe_run(experiment, **options))
+  open_evaluations(experiment)
+  return experiment
+
+
+def warn_of_changed_data(
+  old: Sequence[Any] | None, new: Sequence[Any], step: int
+) -> None:
+  """Logs how the sources of a checkpoint (None: unknown) differ from now."""
+  lines = describe_difference({"data": old}, {"data": new}) if old else []
+  if lines:
+    log.warning(
+      f"The training data has changed since step {step}, so the next rows are"
+      f" not those of an uninterrupted run: {list_first(lines, 3)}."
+    )
 
 
 def train(
@@ -103,38 +129,36 @@ def train(
   """
   config = resolve(config, workdir)
   seconds = config.watchdog.peer_seconds
-  # A process that fails to open its data ends the others.
-  with peers.watch_peers(seconds), peers.exit_on_lost_peer():
-    experiment = build_experiment(config, workdir)
-    if jax.process_count() > 1:
-      options = {"restore": restore, "debug_nans": debug_nans}
-      agree(_describe_run(experiment, **options))
-    open_evaluations(experiment)
-  log_experiment(experiment)
-  chrono = Chrono(
-    total_steps=experiment.total_steps,
-    batch_size=config.batch_size,
-    devices=experiment.mesh.size,
-  )
   with contextlib.ExitStack() as stack:
     enter, index = stack.enter_context, jax.process_index()
-    folder = enter(open_run_folder(workdir, process_index=index))
-    experiment = dataclasses.replace(experiment, workdir=folder.folder)
-    checkpoints = enter(
-      Checkpointer(
-        path_lib.as_path(workdir) / CHECKPOINTS,
-        every_steps=experiment.length.steps(config.checkpoint.every),
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        retries=config.checkpoint.retries,
-        # So that metrics in the bucket reach up to each checkpoint.
-        before_save=folder.upload,
+    # A process that fails to open its data or the folder ends the others.
+    with peers.watch_peers(seconds), peers.exit_on_lost_peer():
+      experiment = _open_experiment(
+        config, workdir, restore=restore, debug_nans=debug_nans
       )
-    )
+      folder = enter(open_run_folder(workdir, process_index=index))
+      experiment = dataclasses.replace(experiment, workdir=folder.folder)
+      checkpoints = enter(
+        Checkpointer(
+          path_lib.as_path(workdir) / CHECKPOINTS,
+          every_steps=experiment.length.steps(config.checkpoint.every),
+          keep=config.checkpoint.keep,
+          keep_every=config.checkpoint.keep_every,
+          retries=config.checkpoint.retries,
+          # So that metrics in the bucket reach up to each checkpoint.
+          before_save=folder.upload,
+        )
+      )
     notice = enter(preemption.catch_signals())
     enter(peers.watch_peers(seconds, when_alone=checkpoints.abandon))
     # Exits before the contexts above, which would wait for lost processes.
     enter(peers.exit_on_lost_peer())
+    log_experiment(experiment)
+    chrono = Chrono(
+      total_steps=experiment.total_steps,
+      batch_size=config.batch_size,
+      devices=experiment.mesh.size,
+    )
     if checkpoints.steps():
       check_balance_unchanged(config, workdir)
     return _train_with_rollbacks(
@@ -243,6 +267,8 @@ def _train_from(
     chrono.from_dict(timing)
     if is_main:  # Other processes don't report data statistics.
       stats = Stats.from_dict(timing.get("data", {}))
+      descriptions = timing.get("sources"), experiment.source_descriptions
+      warn_of_changed_data(*descriptions, step=first)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     watchdog = enter(Watchdog(config.watchdog))

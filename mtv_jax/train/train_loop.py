@@ -420,6 +420,7 @@ class Trainer:
       timing = self.chrono.to_dict() | self.monitor.to_dict()
       timing["skipped_batches"] = self.skipped
       timing["data"] = self.batches.loader.stats_at(step).to_dict()
+      timing["sources"] = self.experiment.source_descriptions
       self.checkpoints.save(step, self.state, timing=timing)
 
   def save_deletes_rollback_target(self) -> bool:

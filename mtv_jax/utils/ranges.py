@@ -7,6 +7,7 @@ threads send those to the hub.
 import collections
 import contextlib
 import functools
+import logging
 import mmap
 import os
 import threading
@@ -21,6 +22,9 @@ from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.process_cache import raise_file_limit
+from mtv_jax.utils.text import format_bytes
+
+log = logging.getLogger(__name__)
 
 # Seconds without a request after which a range that was read counts as used up.
 _USED_UP = 2.0
@@ -50,6 +54,8 @@ class RangeReader:
       collections.OrderedDict()
     )
     self._size = 0
+    # Removed while in use; None once a second read is logged.
+    self._removed: set[ByteRange] | None = set()
     self.versions: dict[PurePath, Any] = {}
 
   def __reduce__(self) -> tuple:
@@ -81,7 +87,11 @@ class RangeReader:
     with self._lock:
       read = self._reads.get(span) or self._add(span)
       self._touch(span)
+      self._warn_if_removed(span)
       while self._size > self.limit and len(self._reads) > 1:
+        oldest, its_read = next(iter(self._reads.items()))
+        if self._removed is not None and not its_read.is_used_up:
+          self._removed.add(oldest)
         self._evict()
     try:
       return read.result()
@@ -108,6 +118,15 @@ class RangeReader:
   def _touch(self, span: ByteRange) -> None:
     self._reads.move_to_end(span)
     self._reads[span].requested = time.monotonic()
+
+  def _warn_if_removed(self, span: ByteRange) -> None:
+    if self._removed and span in self._removed:
+      log.warning(
+        "Blocks are read again, because those in use take more than the"
+        f" {format_bytes(self.limit)} of data.block_memory: raise it, or lower"
+        " data.window."
+      )
+      self._removed = None
 
   def _evict(self) -> None:
     span, _ = self._reads.popitem(last=False)

@@ -16,6 +16,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.train import run
 from mtv_jax.train.experiment import check_source_tokenizer
 from mtv_jax.train.run import resolve
+from mtv_jax.train.train import warn_of_changed_data
 from mtv_jax.utils import path_patterns
 from mtv_jax.utils.errors import ConfigError
 
@@ -179,6 +180,19 @@ def test_other_tokens_than_the_source(options, is_rejected, monkeypatch):
       check_source_tokenizer(resolve(config), ours)
   else:
     check_source_tokenizer(resolve(config), ours)
+
+
+def test_changed_data_is_logged_at_a_resume(caplog):
+  a, b = [{"digest": "a"}], [{"digest": "b"}]
+  warn_of_changed_data(a, a, step=7)
+  warn_of_changed_data(None, a, step=7)
+  assert not caplog.records
+  warn_of_changed_data(a, b, step=7)
+  (record,) = caplog.records
+  assert record.getMessage() == (
+    "The training data has changed since step 7, so the next rows are not those"
+    " of an uninterrupted run: data[0].digest: 'a' -> 'b'."
+  )
 
 
 @pytest.mark.slow

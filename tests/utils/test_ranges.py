@@ -61,6 +61,19 @@ def test_ranges_in_use_stay(reads):
   assert reads == [0, 1, 2, 3]
 
 
+def test_a_memory_too_small_for_the_ranges_in_use_is_logged_once(reads, caplog):
+  reader = RangeReader(4)
+  for span in SPANS[:8]:
+    reader.get(span)
+  assert not caplog.records
+  for span in SPANS[:8] * 2:
+    reader.get(span)
+  assert [r.getMessage() for r in caplog.records] == [
+    "Blocks are read again, because those in use take more than the 4 B of"
+    " data.block_memory: raise it, or lower data.window."
+  ]
+
+
 def test_a_closed_server_has_no_thread():
   before = set(threading.enumerate())
   server = RangeServer(8)

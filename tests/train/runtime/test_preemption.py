@@ -52,7 +52,9 @@ def sigterm_at(monkeypatch):
 
 
 @pytest.mark.slow
-def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, sigterm_at):
+def test_resume_after_sigterm_is_bit_exact(
+  uninterrupted, tmp_path, sigterm_at, caplog
+):
   workdir = tmp_path / "run"
   sigterm_at(2)
   with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
@@ -60,6 +62,7 @@ def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, sigterm_at):
   assert saved_steps(workdir) == [1, 2]
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   train(smallest(), workdir)
+  assert "training data has changed" not in caplog.text
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
   expected = trainings.params(uninterrupted)
   for name, actual in trainings.params(workdir).items():
