@@ -32,7 +32,7 @@ class Window(NamedTuple):
   records: Int64[np.ndarray, " rows"]
 
 
-class Place(NamedTuple):
+class LanePosition(NamedTuple):
   """Position of a row in a lane of a source."""
 
   epoch: int
@@ -156,24 +156,24 @@ class BlockLanes:
     rows = np.bincount(at, weights=sizes, minlength=self._lanes)
     return rows.astype(np.int64)
 
-  def locate(self, lane: int, row: int) -> Place:
+  def locate(self, lane: int, row: int) -> LanePosition:
     """Returns the place of row `row` of a lane."""
     epoch, before = self._epoch_of(lane, row)
     _, ends = self._dealt.get(epoch * self._lanes + lane)
     window = int(np.searchsorted(ends, row - before, side="right"))
     first = int(ends[window - 1]) if window else 0
-    return Place(epoch, window, row - before - first)
+    return LanePosition(epoch, window, row - before - first)
 
-  def window(self, lane: int, place: Place) -> Window:
+  def window(self, lane: int, place: LanePosition) -> Window:
     """Returns the window of a place."""
     return self._windows.get((lane, place.epoch, place.window))
 
-  def next(self, lane: int, place: Place) -> Place:
+  def next(self, lane: int, place: LanePosition) -> LanePosition:
     """Returns the first row of the window after a place."""
     epoch, window = place.epoch, place.window + 1
     while window >= len(self._dealt.get(epoch * self._lanes + lane)[1]):
       epoch, window = epoch + 1, 0
-    return Place(epoch, window, 0)
+    return LanePosition(epoch, window, 0)
 
 
 class LaneOrder:
@@ -271,8 +271,10 @@ class LaneOrder:
       at, total = others, total - weight
     return counts
 
-  def _window(self, source: int, lane: int, at: int) -> tuple[Place, Window]:
-    """Place and window of a lane's row; `at` counts from the first batch."""
+  def _window(
+    self, source: int, lane: int, at: int
+  ) -> tuple[LanePosition, Window]:
+    """LanePosition and window of a lane's row; `at` counts from the first batch."""
     row = at - self._rows_before(lane * self._rows)[source]
     place = self.sources[source].locate(lane, row)
     return place, self.sources[source].window(lane, place)
