@@ -10,7 +10,7 @@ import pytest
 from mtv_jax.cli.main import run_command
 from mtv_jax.data.pipeline import DataConfig, make_loader
 from mtv_jax.data.tokenizers import build_tokenizer
-from mtv_jax.perf import data_plane
+from mtv_jax.perf import data_plane, topologies
 from mtv_jax.utils import path
 
 pytestmark = pytest.mark.slow
@@ -119,7 +119,9 @@ def test_warnings(train, monkeypatch):
   assert any("exceed data.block_memory" in text for text in large.warnings)
 
 
-def test_preflight_reports_it(train, tmp_path, capsys):
+def test_preflight_reports_it(train, tmp_path, capsys, monkeypatch):
+  # The tests' JAX has eight CPU devices already.
+  monkeypatch.setattr(topologies, "use_cpu", lambda topology: None)
   recipe = tmp_path / "recipe.py"
   recipe.write_text(
     "from mtv_jax.config.recipes import read_config\n"
