@@ -46,7 +46,7 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
-from mtv_jax.utils.errors import InputError, UserError
+from mtv_jax.utils.errors import InputError, WorkerError
 from mtv_jax.utils.ranges import RangeReader, RangeServer
 from mtv_jax.utils.threads import available_cores
 
@@ -63,10 +63,6 @@ _WINDOWS = 2
 _MAX_BAD_RUN = 256
 # Batches that may be prefetched beyond the step whose counts are requested.
 _MAX_AHEAD = 16
-
-
-class WorkerError(UserError):
-  """A worker process was killed, or crashed."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)

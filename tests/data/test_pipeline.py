@@ -18,7 +18,7 @@ import pytest
 
 from mtv_jax.data import order
 from mtv_jax.data.order import skip_steps
-from mtv_jax.data.pipeline import DataConfig, WorkerError, make_loader
+from mtv_jax.data.pipeline import DataConfig, make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats
