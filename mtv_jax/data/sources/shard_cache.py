@@ -53,6 +53,13 @@ class ShardCache:
     names = zip(map(str, files), versions, strict=True)
     digest = hashlib.blake2b(repr(list(names)).encode(), digest_size=12)
     self._folder = path_lib.cache_folder() / f"shards-{digest.hexdigest()}"
+    # Shards of several folders may share a name.
+    folders = {
+      folder: i for i, folder in enumerate({f.parent: 0 for f in files})
+    }
+    self._targets = [
+      self._folder / f"{folders[file.parent]}-{file.name}" for file in files
+    ]
 
   def span(self, shard: int) -> ByteRange:
     """Returns the bytes of a shard."""
@@ -78,7 +85,7 @@ class ShardCache:
     """
     if not self._is_checked:
       self.check_space()
-    target = self._target(shard)
+    target = self._targets[shard]
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
       if not target.exists():
@@ -96,7 +103,7 @@ class ShardCache:
     """Starts to copy shards."""
     pool = self._pools.get(0)
     for shard in shards:
-      if not self._target(shard).exists():
+      if not self._targets[shard].exists():
         pool.submit(self._try_copy, shard)
 
   def _try_copy(self, shard: int) -> None:
@@ -104,12 +111,9 @@ class ShardCache:
     with contextlib.suppress(Exception):
       self.open(shard, lambda path: None)
 
-  def _target(self, shard: int) -> Path:
-    return self._folder / self._files[shard].name
-
   def _copies(self) -> list[Path]:
     """Returns the copies, the one that was opened longest ago first."""
-    names = {file.name for file in self._files}
+    names = {file.name for file in self._targets}
     files = []
     for file in self._folder.glob("*"):
       with contextlib.suppress(FileNotFoundError):
