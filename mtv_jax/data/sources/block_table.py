@@ -118,7 +118,8 @@ class BlockTable:
   ) -> "BlockTable":
     """Returns the table of some of the files, in their order.
 
-    Raises InputError if one is not in the table, or has changed since.
+    Raises InputError if one is not in the table, or has changed since; with a
+    bucket's listing, also if a shard of the table was removed.
     """
     parts = {part.files[0].name: part for part in self.split()}
     if missing := [f.name for f in files if f.name not in parts]:
@@ -139,6 +140,14 @@ class BlockTable:
         " changed since their table of blocks was written:"
         f" {list_first(changed, 3)}. {self.fix}"
       )
+    folder = files[0].parent
+    if listing and path_lib.is_remote(folder):
+      present = listing(os.fspath(folder))
+      if gone := [name for name in parts if name not in present]:
+        raise InputError(
+          f"{len(gone)} of {len(parts)} shards of the table of blocks of"
+          f" {folder} are no longer there: {list_first(gone, 3)}. {self.fix}"
+        )
     return dataclasses.replace(join(chosen), files=tuple(files))
 
   def split(self) -> list["BlockTable"]:
