@@ -23,6 +23,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.utils.errors import WorkerError
 
 OPS = "decode|canvas(2)|caption(8)"
 
