@@ -9,6 +9,7 @@ import contextlib
 import functools
 import mmap
 import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, StorageError
 from mtv_jax.utils.process_cache import raise_file_limit
 
 
@@ -47,6 +48,7 @@ class RangeReader:
     )
     self._size = 0
     self.versions: dict[PurePath, Any] = {}
+    self.is_closed = False
 
   def __reduce__(self) -> tuple:
     return functools.partial(type(self), patience=self.patience), (self.limit,)
@@ -84,6 +86,7 @@ class RangeReader:
 
   def close(self) -> None:
     """Forgets everything, and cancels reads ahead."""
+    self.is_closed = True
     with self._lock:
       for read in self._reads.values():
         read.cancel()
@@ -178,7 +181,14 @@ class RangeServer(RangeReader):
   def __init__(self, limit: int, *, patience: float = 0.0):
     super().__init__(limit, patience=patience)
     raise_file_limit()  # One descriptor per range.
-    self._listener = connection.Listener(family="AF_UNIX")
+    try:
+      self._listener = connection.Listener(family="AF_UNIX")
+    except OSError as error:
+      raise StorageError(
+        "A socket for the worker processes can't be opened in"
+        f" {tempfile.gettempdir()} ({error}). Set TMPDIR to a writable folder"
+        " with a short path, or use data.workers=0."
+      ) from error
     threading.Thread(target=self._accept, daemon=True).start()
 
   def __reduce__(self) -> tuple:
@@ -227,6 +237,7 @@ class RangeClient:
 
   _MAPS = 512  # Mapped ranges.
   _ASKED = 1 << 16  # Ranges that are not requested in advance again.
+  is_closed = False  # A loader's workers end with it.
 
   def __init__(self, address: str, pid: int):
     self._arguments = address, pid

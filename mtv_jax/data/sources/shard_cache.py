@@ -48,6 +48,7 @@ class ShardCache:
     self._files, self._sizes, self._versions = files, sizes, versions
     self.limit, self.patience = len(files), 0.0
     self._is_checked = False
+    self.reader: RangeReader | None = None  # No copies ahead once it is closed.
     # One per process: threads don't survive a fork or pickling.
     self._pools = ProcessCache(_start_pool, limit=1)
     names = zip(map(str, files), versions, strict=True)
@@ -107,6 +108,8 @@ class ShardCache:
         pool.submit(self._try_copy, shard)
 
   def _try_copy(self, shard: int) -> None:
+    if self.reader and self.reader.is_closed:
+      return
     # `open` raises the error.
     with contextlib.suppress(Exception):
       self.open(shard, lambda path: None)
@@ -172,7 +175,7 @@ class CachedShardsSource(Source):
     """As in the base class."""
     self._reader = reader
     if self._cache:
-      self._cache.patience = reader.patience
+      self._cache.patience, self._cache.reader = reader.patience, reader
 
   def keep_blocks(self, count: int) -> None:
     """As in the base class."""
