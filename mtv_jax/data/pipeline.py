@@ -42,7 +42,7 @@ from mtv_jax.data import lanes, order
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.registry import build_source
+from mtv_jax.data.registry import build_source, read_weight
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
@@ -330,7 +330,7 @@ def make_loader(
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
   _check_labels(ops, sources)
-  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
+  weights = [read_weight(entry) for entry in config.train]
   weights = weights or [1.0] * len(sources)
   rows = batch_size // process_count
   threads = max(available_cores() // max(config.workers, 1), 1)

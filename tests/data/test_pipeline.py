@@ -453,6 +453,7 @@ def test_other_errors_name_the_record():
     ({"batch_size": 9, "process_count": 2}, "batch_size=9 .* 2 processes"),
     ({"shuffle": "globe"}, "Did you mean 'global'"),
     ({"weights": [1, 0]}, "weight=0"),
+    ({"weights": [1, "a"]}, r"weight is .a., expected a number"),
     ({"workers": -1}, "data.workers is -1"),
     ({"prefetch": 0}, "data.prefetch is 0"),
     ({"seed": -1}, "seed=-1"),
