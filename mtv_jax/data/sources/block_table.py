@@ -453,7 +453,10 @@ def find(
 
 
 def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
-  """Reads a table; InputError if it is damaged or of another version."""
+  """Reads a table.
+
+  Raises InputError if it is damaged or of another version; MissingFileError.
+  """
   try:
     with np.load(io.BytesIO(path_lib.read_bytes(file))) as arrays:
       header = json.loads(arrays["header"].tobytes())
@@ -465,6 +468,10 @@ def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
     files = tuple(file.with_name(name) for name in names)
     per_block = int(header.get("per_block", 0))
     _check(header, names, sizes, columns)
+  except FileNotFoundError as error:
+    raise MissingFileError(
+      f"There is no table of blocks {file}. {fix}"
+    ) from error
   except OSError:
     raise
   except Exception as error:  # numpy and zipfile raise many types.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.sources import block_table, tar_blocks
-from mtv_jax.utils.errors import InputError, WorkerError
+from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,8 @@ def kill(path):
 def test_a_killed_process_is_explained(tars):
   with pytest.raises(WorkerError, match="killed or crashed"):
     block_table.build(tars, kill, per_block=2, processes=1)
+
+
+def test_a_missing_table_is_named(tmp_path):
+  with pytest.raises(MissingFileError, match=r"no table of blocks .*t\.npz"):
+    block_table.read(tmp_path / "t.npz")
