@@ -42,11 +42,11 @@ from mtv_jax.data import lanes, order
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.ops import SOURCE, Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.registry import build_source
+from mtv_jax.data.registry import build_source, read_weight
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats, describe_bad
 from mtv_jax.data.tokenizers import Tokenizer
-from mtv_jax.utils.errors import InputError, UserError
+from mtv_jax.utils.errors import InputError, WorkerError
 from mtv_jax.utils.ranges import RangeReader, RangeServer
 from mtv_jax.utils.threads import available_cores
 
@@ -63,10 +63,6 @@ _WINDOWS = 2
 _MAX_BAD_RUN = 256
 # Batches that may be prefetched beyond the step whose counts are requested.
 _MAX_AHEAD = 16
-
-
-class WorkerError(UserError):
-  """A worker process was killed, or crashed."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -334,7 +330,7 @@ def make_loader(
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
   _check_labels(ops, sources)
-  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
+  weights = [read_weight(entry) for entry in config.train]
   weights = weights or [1.0] * len(sources)
   rows = batch_size // process_count
   threads = max(available_cores() // max(config.workers, 1), 1)

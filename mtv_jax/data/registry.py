@@ -40,6 +40,16 @@ def build_source(config: Mapping[str, Any]) -> Source:
   return complete_source(source, config)
 
 
+def read_weight(config: Mapping[str, Any]) -> float:
+  """The mixing weight of an entry of `data.train`."""
+
+  def build_weight(weight: float = 1.0) -> float:
+    return float(weight)
+
+  given = {k: v for k, v in config.items() if k == "weight"}
+  return build(build_weight, given, where="data.train")
+
+
 def complete_source(
   source: Source,
   config: Mapping[str, Any],

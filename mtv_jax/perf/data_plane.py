@@ -11,7 +11,7 @@ from typing import Any
 from mtv_jax.data import pipeline
 from mtv_jax.data.lanes import LaneOrder
 from mtv_jax.data.pipeline import DataConfig
-from mtv_jax.data.registry import build_source
+from mtv_jax.data.registry import build_source, read_weight
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
@@ -133,7 +133,7 @@ def compute(
   before = buckets.count_requests()
   sources = [build_source(entry) for entry in config.train]
   start_requests = buckets.count_requests() - before
-  weights = [float(entry.get("weight", 1.0)) for entry in config.train]
+  weights = [read_weight(entry) for entry in config.train]
   order, reader = pipeline.open_order(
     config, sources, weights, batch_size, hosts, seed=0
   )

@@ -36,6 +36,10 @@ class StorageError(UserError, OSError):
   """A file or folder that can't be written, or a bucket that can't be read."""
 
 
+class WorkerError(UserError):
+  """A worker process was killed, or crashed."""
+
+
 class FolderError(UserError, IsADirectoryError):
   """A folder was given, a file is expected."""
 

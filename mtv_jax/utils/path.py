@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import fnmatch
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -269,6 +270,10 @@ def remove_folder(path: PurePath) -> None:
   """Removes a folder and everything below it, if it exists."""
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
+  elif glob.has_magic(os.fspath(path)):
+    # The stores' clients would take the name for a pattern.
+    names = buckets.list_tree(os.fspath(path))
+    map_threads(lambda name: remove(path / name), names)
   elif exists(path):
     buckets.request(path, "removed", "rm", recursive=True)
 

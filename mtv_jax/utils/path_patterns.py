@@ -64,6 +64,10 @@ def expand_path(
       what = f"{_quote(pattern, 80)} has {size:,} characters"
       raise InputError(f"{what}; a file's path has at most {_MAX_NAME:,}.")
     remote = path_lib.is_remote(pattern)
+    key = pattern.partition("://")[2].rstrip("/").partition("/")[2]
+    if remote and not key and not hub.is_hub(pattern):
+      example = f"{pattern.rstrip('/')}/PATH/*{suffix}"
+      raise InputError(f"{pattern} is a bucket; write {example!r}.")
     pattern = pin(pattern) if remote else os.path.expanduser(pattern)
     if _file_exists(pattern, listing):
       # Tried before globbing, because a file name may contain brackets.

@@ -10,6 +10,7 @@ import functools
 import logging
 import mmap
 import os
+import tempfile
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, StorageError
 from mtv_jax.utils.process_cache import raise_file_limit
 from mtv_jax.utils.text import format_bytes
 
@@ -57,6 +58,7 @@ class RangeReader:
     # Removed while in use; None once a second read is logged.
     self._removed: set[ByteRange] | None = set()
     self.versions: dict[PurePath, Any] = {}
+    self.is_closed = False
 
   def __reduce__(self) -> tuple:
     return functools.partial(type(self), patience=self.patience), (self.limit,)
@@ -104,6 +106,7 @@ class RangeReader:
 
   def close(self) -> None:
     """Forgets everything, and cancels reads ahead."""
+    self.is_closed = True
     with self._lock:
       for read in self._reads.values():
         read.cancel()
@@ -221,9 +224,15 @@ class RangeServer(RangeReader):
   def __init__(self, limit: int, *, patience: float = 0.0):
     super().__init__(limit, patience=patience)
     raise_file_limit()  # One descriptor per range.
-    self._listener = connection.Listener(family="AF_UNIX")
+    try:
+      self._listener = connection.Listener(family="AF_UNIX")
+    except OSError as error:
+      raise StorageError(
+        "A socket for the worker processes can't be opened in"
+        f" {tempfile.gettempdir()} ({error}). Set TMPDIR to a writable folder"
+        " with a short path, or use data.workers=0."
+      ) from error
     self._address = self._listener.address
-    self._is_closed = False
     threading.Thread(target=self._accept, daemon=True).start()
 
   def __reduce__(self) -> tuple:
@@ -231,7 +240,7 @@ class RangeServer(RangeReader):
 
   def close(self) -> None:
     """As in the base class; accepts no further clients."""
-    self._is_closed = True
+    self.is_closed = True
     with contextlib.suppress(OSError):  # Already closed.
       # Closing the listener doesn't wake its thread.
       connection.Client(self._address, family="AF_UNIX").close()
@@ -247,7 +256,7 @@ class RangeServer(RangeReader):
     return _Memory(data)
 
   def _accept(self) -> None:
-    while not self._is_closed:
+    while not self.is_closed:
       try:
         client = self._listener.accept()
       except OSError:  # Closed.
@@ -276,6 +285,7 @@ class RangeClient:
 
   _MAPS = 512  # Mapped ranges, of `limit` bytes at most.
   _ASKED = 1 << 16  # Ranges that were requested in advance, by time.
+  is_closed = False  # A loader's workers end with it.
 
   def __init__(self, address: str, pid: int, limit: int):
     self._arguments = address, pid, limit

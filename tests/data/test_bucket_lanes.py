@@ -293,6 +293,12 @@ def test_a_changed_shard(remote, tmp_path):
   path.write_bytes(url / "00002.tar", b"")
   with pytest.raises(InputError, match="1 of 3 shards are not in the table"):
     open_files(f"{url}/*.tar")
+  path.remove(url / "00002.tar")
+  removed = path.read_bytes(url / "00001.tar")
+  path.remove(url / "00001.tar")
+  with pytest.raises(InputError, match="1 of 2 shards .* no longer there"):
+    open_files(f"{url}/*.tar")
+  path.write_bytes(url / "00001.tar", removed)
   # Replaced after the start.
   expected = source[0]
   path.write_bytes(url / "00000.tar", b"\0" * 10_240)

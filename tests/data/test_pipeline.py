@@ -18,11 +18,12 @@ import pytest
 
 from mtv_jax.data import order
 from mtv_jax.data.order import skip_steps
-from mtv_jax.data.pipeline import DataConfig, WorkerError, make_loader
+from mtv_jax.data.pipeline import DataConfig, make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.stats import CorruptDataError, Stats
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.utils.errors import WorkerError
 
 OPS = "decode|canvas(2)|caption(8)"
 
@@ -452,6 +453,7 @@ def test_other_errors_name_the_record():
     ({"batch_size": 9, "process_count": 2}, "batch_size=9 .* 2 processes"),
     ({"shuffle": "globe"}, "Did you mean 'global'"),
     ({"weights": [1, 0]}, "weight=0"),
+    ({"weights": [1, "a"]}, r"weight is .a., expected a number"),
     ({"workers": -1}, "data.workers is -1"),
     ({"prefetch": 0}, "data.prefetch is 0"),
     ({"seed": -1}, "seed=-1"),

@@ -270,3 +270,11 @@ def test_patterns(bucket):
   ):
     with pytest.raises(UserError, match=message):
       expand_path(wrong)
+
+
+def test_a_folder_with_brackets_is_removed_alone(bucket):
+  folders = [path.as_path(f"{bucket}/brackets/{n}") for n in ("x[1]", "x1")]
+  for folder in folders:
+    path.write_bytes(folder / "part", b"")
+  path.remove_folder(folders[0])
+  assert [path.exists(f / "part") for f in folders] == [False, True]

@@ -90,6 +90,7 @@ def test_what_is_wrong_with_a_pattern(
     ("http://b/x.tar", r"expected a path, gs://BUCKET/PATH"),
     ("pipe:cat a.tar", r"expected a path, gs://BUCKET/PATH"),
     ("GS://b", r"expected a path, gs://BUCKET/PATH"),
+    ("gs://b/", r"gs://b/ is a bucket; write 'gs://b/PATH/\*.tar'"),
   ],
 )
 def test_texts_that_are_no_pattern(path, message):

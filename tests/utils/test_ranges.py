@@ -5,11 +5,13 @@ import threading
 import time
 import types
 from concurrent import futures
+from multiprocessing import util
 
 import pytest
 
 from mtv_jax.utils import buckets, ranges
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import StorageError
 from mtv_jax.utils.ranges import ByteRange, RangeReader, RangeServer
 
 SPANS = [ByteRange(path_lib.as_path("gs://b/x"), i, 1) for i in range(40)]
@@ -82,3 +84,9 @@ def test_a_closed_server_has_no_thread():
   server.close()
   thread.join(10)
   assert not thread.is_alive()
+
+
+def test_a_temporary_folder_with_a_long_path(tmp_path, monkeypatch):
+  monkeypatch.setattr(util, "get_temp_dir", lambda: str(tmp_path / ("x" * 99)))
+  with pytest.raises(StorageError, match=r"Set TMPDIR to .* a short path"):
+    RangeServer(0)

@@ -233,6 +233,8 @@ def _check_shards(shards: Any) -> None:
   """Raises ValueError if the manifest's `shards` are malformed."""
   if not isinstance(shards, list):
     raise ValueError(f"'shards' is a {type(shards).__name__}, not a list")
+  if not shards:
+    raise ValueError("it lists no shard")
   names = set()
   for shard in shards:
     base, records = shard["base"], shard["records"]

@@ -219,6 +219,12 @@ class LabelWriter:
       content = msgpack.unpackb(data)
       if content["made_by"] != self._settings_hash:
         raise ValueError("other settings")
+      counts = [content["counts"]["records"]]
+      counts += [len(content[name]) for name in ("keys", "images")]
+      if {*counts} != {len(part.numbers)} or (
+        len(content["blocks"]) != len(part.blocks)
+      ):
+        raise ValueError(f"of {counts} records")
     except (ValueError, LookupError, TypeError) as error:
       log.warning("%s is damaged (%s): it is written again.", file, error)
       path_lib.remove(file)
@@ -288,7 +294,7 @@ class LabelWriter:
     `base_hash`, present if all images were read, hashes keys and images.
     """
     file = self.out / label_sets.MANIFEST
-    if path_lib.exists(file):
+    if path_lib.exists(file) and path_lib.exists(self.out / block_table.NAME):
       counts = LabelCounts()
       counts.merge(json.loads(path_lib.read_bytes(file)))
       return counts

@@ -18,8 +18,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path, PurePath
 from typing import Any
@@ -30,7 +31,12 @@ from jaxtyping import Int64
 from mtv_jax.utils import atomic, buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.buckets import Listing
-from mtv_jax.utils.errors import InputError, MissingFileError, printable
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+  WorkerError,
+  printable,
+)
 from mtv_jax.utils.leases import Jobs, open_leases, run_jobs
 from mtv_jax.utils.ranges import ByteRange
 from mtv_jax.utils.text import list_first
@@ -47,6 +53,8 @@ _COLUMNS = {
   "captioned": "<u4",
 }
 Columns = Mapping[str, Int64[np.ndarray, " blocks"]]
+# A block of more records has a byte for each; Parquet's may have fewer.
+_MAX_ROWS = 1 << 22
 _FIX = "Run `mtv-jax index` again."
 _WAIT = 5.0  # Seconds between two looks at what other hosts read.
 
@@ -110,7 +118,8 @@ class BlockTable:
   ) -> "BlockTable":
     """Returns the table of some of the files, in their order.
 
-    Raises InputError if one is not in the table, or has changed since.
+    Raises InputError if one is not in the table, or has changed since; with a
+    bucket's listing, also if a shard of the table was removed.
     """
     parts = {part.files[0].name: part for part in self.split()}
     if missing := [f.name for f in files if f.name not in parts]:
@@ -131,6 +140,14 @@ class BlockTable:
         " changed since their table of blocks was written:"
         f" {list_first(changed, 3)}. {self.fix}"
       )
+    folder = files[0].parent
+    if listing and path_lib.is_remote(folder):
+      present = listing(os.fspath(folder))
+      if gone := [name for name in parts if name not in present]:
+        raise InputError(
+          f"{len(gone)} of {len(parts)} shards of the table of blocks of"
+          f" {folder} are no longer there: {list_first(gone, 3)}. {self.fix}"
+        )
     return dataclasses.replace(join(chosen), files=tuple(files))
 
   def split(self) -> list["BlockTable"]:
@@ -210,7 +227,10 @@ def build(
   context = multiprocessing.get_context("spawn")
   stopped = context.Event()
   options = dict(initializer=_start_worker, initargs=(stopped,))
-  with futures.ProcessPoolExecutor(count, context, **options) as pool:
+  with (
+    _explain_killed(),
+    futures.ProcessPoolExecutor(count, context, **options) as pool,
+  ):
     while missing:
       scans = _Scans(missing, folder, scan, per_block, joint)
       jobs = {pool.submit(scans.run) for _ in range(count)}
@@ -233,6 +253,19 @@ def build(
             return _write_joint([tables[f] for f in files], states, folder)
       time.sleep(_WAIT)
   return _write_joint([tables[f] for f in files], states, folder)
+
+
+@contextlib.contextmanager
+def _explain_killed() -> Iterator[None]:
+  """Raises WorkerError if a process of the pool was killed."""
+  try:
+    yield
+  except futures.process.BrokenProcessPool as error:
+    raise WorkerError(
+      "A process that read shards was killed or crashed, often for lack of"
+      " memory. Run this again, with fewer processes; finished shards are not"
+      " read again."
+    ) from error
 
 
 def _write_joint(
@@ -296,6 +329,13 @@ _stopped: Any = None  # Set once a process of this host has failed.
 def _start_worker(stopped: Any) -> None:
   global _stopped
   _stopped = stopped
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """Ends this process when its parent was killed; it would wait forever."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 def _part(folder: PurePath, file: PurePath) -> PurePath:
@@ -339,8 +379,9 @@ def _read_parts(
 
   known = {file.name: file for file in states}
   found = {}
-  for table in filter(None, map_threads(read_one, tables)):
-    for part in table.split():
+  for table in map_threads(read_one, tables):
+    # A table without blocks is false, too.
+    for part in () if table is None else table.split():
       file = known.get(part.files[0].name)
       # Without a version, as `make_shards` writes it, the store's is taken.
       if file and states[file] == (
@@ -412,36 +453,57 @@ def find(
 
 
 def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
-  """Reads a table; InputError if it is damaged or of another version."""
+  """Reads a table.
+
+  Raises InputError if it is damaged or of another version; MissingFileError.
+  """
   try:
     with np.load(io.BytesIO(path_lib.read_bytes(file))) as arrays:
       header = json.loads(arrays["header"].tobytes())
-      columns = {n: arrays[n].astype(np.int64) for n in _COLUMNS}
+      # Integers only; what exceeds a column's type would wrap around.
+      columns = {
+        n: arrays[n].astype(np.int64, casting="same_kind") for n in _COLUMNS
+      }
     names, sizes, versions = zip(*header["files"], strict=True)
-    _check(header, names, columns)
+    files = tuple(file.with_name(name) for name in names)
+    per_block = int(header.get("per_block", 0))
+    _check(header, names, sizes, columns)
+  except FileNotFoundError as error:
+    raise MissingFileError(
+      f"There is no table of blocks {file}. {fix}"
+    ) from error
   except OSError:
     raise
   except Exception as error:  # numpy and zipfile raise many types.
     raise InputError(
       f"{file} is not a table of blocks, or damaged ({printable(error)}). {fix}"
     ) from error
-  files = tuple(file.with_name(name) for name in names)
   states = tuple(sizes), tuple(versions)
-  per_block = int(header.get("per_block", 0))
   return BlockTable(files, *states, **columns, per_block=per_block, fix=fix)
 
 
 def _check(
-  header: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, Any]
+  header: Mapping[str, Any],
+  names: Sequence[str],
+  sizes: Sequence[int],
+  columns: Mapping[str, Any],
 ) -> None:
   """Raises ValueError if the content can't be a table."""
   if header["version"] != _VERSION:
     raise ValueError(f"version {header['version']}, expected {_VERSION}")
-  shard = columns["shard"]
-  lengths = {len(column) for column in columns.values()}
-  if len(lengths) != 1 or (np.diff(shard) < 0).any():
+  shard, offset, size, records, captioned = (columns[n] for n in _COLUMNS)
+  shapes = {column.shape for column in columns.values()}
+  if shapes != {(len(shard),)} or (np.diff(shard) < 0).any():
     raise ValueError("its columns don't fit together")
-  if len(shard) and not shard[-1] < len(names):
-    raise ValueError(f"shard {shard[-1]} of {len(names)}")
+  if len(shard) and not 0 <= shard[0] <= shard[-1] < len(names):
+    raise ValueError(f"shards {shard[0]} to {shard[-1]} of {len(names)}")
+  ends = np.array(sizes, np.int64)[shard]
+  least = min(offset.min(initial=0), size.min(initial=0))
+  if least < 0 or (size > ends - offset).any():
+    raise ValueError("a block is outside of its file")
+  if captioned.min(initial=0) < 0 or (captioned > records).any():
+    raise ValueError("a block has more captioned records than records")
+  if (records > np.maximum(size, _MAX_ROWS)).any():
+    raise ValueError("a block has more records than bytes")
   if any("/" in name or "\0" in name for name in names):
     raise ValueError("a file's name is a path")

@@ -48,11 +48,19 @@ class ShardCache:
     self._files, self._sizes, self._versions = files, sizes, versions
     self.limit, self.patience = len(files), 0.0
     self._is_checked = False
+    self.reader: RangeReader | None = None  # No copies ahead once it is closed.
     # One per process: threads don't survive a fork or pickling.
     self._pools = ProcessCache(_start_pool, limit=1)
     names = zip(map(str, files), versions, strict=True)
     digest = hashlib.blake2b(repr(list(names)).encode(), digest_size=12)
     self._folder = path_lib.cache_folder() / f"shards-{digest.hexdigest()}"
+    # Shards of several folders may share a name.
+    folders = {
+      folder: i for i, folder in enumerate({f.parent: 0 for f in files})
+    }
+    self._targets = [
+      self._folder / f"{folders[file.parent]}-{file.name}" for file in files
+    ]
 
   def span(self, shard: int) -> ByteRange:
     """Returns the bytes of a shard."""
@@ -78,7 +86,7 @@ class ShardCache:
     """
     if not self._is_checked:
       self.check_space()
-    target = self._target(shard)
+    target = self._targets[shard]
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
       if not target.exists():
@@ -96,24 +104,23 @@ class ShardCache:
     """Starts to copy shards."""
     pool, pending = self._pools.get(0)
     for shard in shards:
-      if shard not in pending and not self._target(shard).exists():
+      if shard not in pending and not self._targets[shard].exists():
         pending.add(shard)
         pool.submit(self._try_copy, shard, pending)
 
   def _try_copy(self, shard: int, pending: set[int]) -> None:
     try:
+      if self.reader and self.reader.is_closed:
+        return
       # `open` raises the error.
       with contextlib.suppress(Exception):
         self.open(shard, lambda path: None)
     finally:
       pending.discard(shard)
 
-  def _target(self, shard: int) -> Path:
-    return self._folder / self._files[shard].name
-
   def _copies(self) -> list[Path]:
     """Returns the copies, the one that was opened longest ago first."""
-    names = {file.name for file in self._files}
+    names = {file.name for file in self._targets}
     files = []
     for file in self._folder.glob("*"):
       with contextlib.suppress(FileNotFoundError):
@@ -173,7 +180,7 @@ class CachedShardsSource(Source):
     """As in the base class."""
     self._reader = reader
     if self._cache:
-      self._cache.patience = reader.patience
+      self._cache.patience, self._cache.reader = reader.patience, reader
 
   def keep_blocks(self, count: int) -> None:
     """As in the base class."""

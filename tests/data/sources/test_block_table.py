@@ -1,8 +1,11 @@
 """Tables of blocks: hosts share the shards, and none is read twice."""
 
+import dataclasses
 import functools
 import multiprocessing
+import os
 import shutil
+import signal
 import time
 
 import label_samples
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.sources import block_table, tar_blocks
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +110,44 @@ def test_shards_are_written_with_their_table(base, tars):
   tars[3].write_bytes(b"\0" * 10)
   with pytest.raises(InputError, match=r"1 of 5 shards .* 00003.tar"):
     block_table.find(tars, tars[0].parent / block_table.NAME)
+
+
+def test_a_shard_without_records_has_an_empty_table(tmp_path):
+  tar = tmp_path / "0.tar"
+  tar.write_bytes(b"\0" * 10240)
+  table = block_table.build([tar], scan, per_block=2, processes=1)
+  assert len(table) == 0 and reads(tmp_path) == ["0.tar"]
+
+
+@pytest.mark.parametrize(
+  ("column", "value", "problem"),
+  [
+    ("offset", -512, "outside of its file"),
+    ("size", 1 << 62, "outside of its file"),
+    ("records", (1 << 32) - 1, "more records than bytes"),
+    ("captioned", 5, "more captioned records"),
+  ],
+)
+def test_absurd_blocks_are_rejected(base, tmp_path, column, value, problem):
+  table = block_table.read(base / block_table.NAME)
+  values = getattr(table, column).copy()
+  values[0] = value
+  file = tmp_path / block_table.NAME
+  dataclasses.replace(table, **{column: values}).write(file)
+  with pytest.raises(InputError, match=problem):
+    block_table.read(file)
+
+
+def kill(path):
+  del path
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_explained(tars):
+  with pytest.raises(WorkerError, match="killed or crashed"):
+    block_table.build(tars, kill, per_block=2, processes=1)
+
+
+def test_a_missing_table_is_named(tmp_path):
+  with pytest.raises(MissingFileError, match=r"no table of blocks .*t\.npz"):
+    block_table.read(tmp_path / "t.npz")

@@ -1,0 +1,38 @@
+"""Local copies of bucket shards."""
+
+import shutil
+
+import pytest
+
+from mtv_jax.data.sources.shard_cache import ShardCache
+from mtv_jax.utils import path
+from mtv_jax.utils.ranges import RangeReader
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """Of two shards with one name, local files in place of objects."""
+  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
+  monkeypatch.setattr(
+    path, "copy_object", lambda url, to, *_, **__: shutil.copy(url, to)
+  )
+  files = [tmp_path / name / "0.array_record" for name in "ab"]
+  for file in files:
+    file.parent.mkdir()
+    file.write_text(file.parent.name)
+  return ShardCache(files, [1, 1], ["", ""])
+
+
+def test_shards_of_two_folders_may_share_a_name(cache):
+  assert [cache.open(k, lambda f: f.read_text()) for k in (0, 1)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_closed_reader_stops_the_copies_ahead(cache, tmp_path, is_closed):
+  cache.reader = RangeReader(0)
+  if is_closed:
+    cache.reader.close()
+  cache.prefetch([0, 1])
+  cache._pools.get(0).shutdown()
+  copies = list((tmp_path / "cache").rglob("*.array_record"))
+  assert len(copies) == (0 if is_closed else 2)
