@@ -274,7 +274,7 @@ class LaneOrder:
   def _window(
     self, source: int, lane: int, at: int
   ) -> tuple[LanePosition, Window]:
-    """LanePosition and window of a lane's row; `at` counts from the first batch."""
+    """Position and window of a lane's row; `at` counts from the first batch."""
     row = at - self._rows_before(lane * self._rows)[source]
     place = self.sources[source].locate(lane, row)
     return place, self.sources[source].window(lane, place)
