@@ -312,13 +312,9 @@ def steps_logged(output):
 
 
 # SIGTERM, or a kill of runner and run, or of only the runner.
+@pytest.mark.long
 @pytest.mark.parametrize(
-  "kills",
-  [
-    pytest.param(("term",), marks=pytest.mark.slow),
-    pytest.param(("group", "runner", "term"), marks=pytest.mark.long),
-  ],
-  ids=len,
+  "kills", [("term",), ("group", "runner", "term")], ids=len
 )
 def test_a_study_killed_at_random_moments_gives_the_same_report(
   tmp_path, start, kills

@@ -245,8 +245,11 @@ def test_norms_are_measured_as_a_function_of_the_step():
 @pytest.mark.parametrize(
   ("method", "options"),
   [
-    ("grad_norm_mean", dict(every_steps=2, decay=0.5)),
     ("gradnorm", dict(every_steps=1)),
+    pytest.param(
+      *("grad_norm_mean", dict(every_steps=2, decay=0.5)),
+      marks=pytest.mark.long,
+    ),
     pytest.param("uncertainty", {}, marks=pytest.mark.long),
     pytest.param("pcgrad", {}, marks=pytest.mark.long),
   ],

@@ -264,6 +264,7 @@ def test_auto_remat_is_that_of_all_processes_and_of_the_first_session(tmp_path):
 
 # Long enough for a checkpoint to be complete before the run is killed.
 LONGER = "steps=30,save=5"
+OTHER_THREADS = "--config.data.workers=2", "--config.data.threads=3"
 
 
 def kill_when(process, condition, timeout=200):
@@ -287,9 +288,8 @@ def step_of_last_line(workdir):
   return max(trainings.losses(workdir), default=0)
 
 
-@pytest.mark.parametrize(
-  "seed", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 9))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(9))
 def test_resume_after_sigkill_is_bit_exact(smallest_run, tmp_path, seed):
   workdir = tmp_path / "run"
   # MTV_JAX_SEED repeats a failure; by default every run kills elsewhere.
@@ -299,8 +299,7 @@ def test_resume_after_sigkill_is_bit_exact(smallest_run, tmp_path, seed):
   kill_when(process, lambda: step_of_last_line(workdir) >= at)
   killed_at = step_of_last_line(workdir)
   print(f"MTV_JAX_SEED={base}: killed at {killed_at}, asked for {at}")
-  # With other threads and workers.
-  trainings.train(workdir, "--config.data.workers=2", "--config.data.threads=3")
+  trainings.train(workdir, *OTHER_THREADS)
   assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
   assert trainings.losses(workdir) == trainings.losses(smallest_run)
 
@@ -324,7 +323,7 @@ def test_resume_after_sigkill_during_a_save_is_bit_exact(
     process, lambda: (folder / "4").exists() and _quietly(being_written)
   )
   assert not (folder / "12").exists()
-  trainings.train(workdir)
+  trainings.train(workdir, *OTHER_THREADS)
   assert "Resumed" in trainings.log(workdir)
   assert_same_params(trainings.params(workdir), trainings.params(smallest_run))
 
