@@ -11,6 +11,7 @@ import pathlib
 import signal
 import sys
 import time
+from unittest import mock
 
 import label_samples
 
@@ -27,7 +28,14 @@ _DELAY = 0.02  # Seconds per record.
 
 def write(base, out, *, log=os.devnull, host=0, delay=0.0):
   """Writes the set that every host writes a part of."""
-  label_writer.PART_RECORDS, sources_base.LANE_BLOCK = PART, BLOCK
+  with (
+    mock.patch.object(label_writer, "PART_RECORDS", PART),
+    mock.patch.object(sources_base, "LANE_BLOCK", BLOCK),
+  ):
+    _write(base, out, log, host, delay)
+
+
+def _write(base, out, log, host, delay):
   source = label_samples.open_base(pathlib.Path(base))
   writer = LabelWriter(
     out, kind="depth", base=source, settings={}, check=host == 0

@@ -33,6 +33,6 @@ def test_a_closed_reader_stops_the_copies_ahead(cache, tmp_path, is_closed):
   if is_closed:
     cache.reader.close()
   cache.prefetch([0, 1])
-  cache._pools.get(0).shutdown()
+  cache._pools.get(0)[0].shutdown()
   copies = list((tmp_path / "cache").rglob("*.array_record"))
   assert len(copies) == (0 if is_closed else 2)
