@@ -200,11 +200,13 @@ def _check_writable(path: AnyPath, verb: str) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-  """Whether retrying is pointless: credentials, permissions, arguments."""
+  """Whether retrying is pointless: permissions, arguments, an exit."""
   if isinstance(error, PermissionError | TypeError | ValueError | ImportError):
     return True
   text = f"{type(error).__name__} {error}"
-  return any(w in text for w in ("Credentials", "Forbidden", "Unauthorized"))
+  # Executors refuse work while this process exits.
+  words = "Credentials", "Forbidden", "Unauthorized", "futures after"
+  return any(word in text for word in words)
 
 
 # ---------------------------------------------------------------------------
