@@ -109,6 +109,13 @@ def bucket(request):
   return request.getfixturevalue(request.param)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """An empty folder for copies of bucket files."""
+  monkeypatch.setenv("MTV_JAX_CACHE_DIR", str(tmp_path / "cache"))
+  return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def browser():
   """A headless Chromium; skips if it is not installed."""

@@ -14,14 +14,10 @@ import functools
 import re
 from collections.abc import Sequence
 
-from mtv_jax.data.sources import (
-  array_record,
-  block_table,
-  parquet,
-  tar_blocks,
-)
+from mtv_jax.data.sources import array_record, block_table, indexing, parquet
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.parquet import ParquetSource
+from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path_patterns import expand_path
@@ -81,7 +77,7 @@ def run(
       flush=True,
     )
 
-  table = block_table.build(
+  table = indexing.build(
     files,
     scan,
     folder=folder,

@@ -130,13 +130,12 @@ def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
   return io.BufferedReader(_RangedFile(path), _READ_AHEAD)
 
 
-class _RangedFile(io.RawIOBase):
-  """A bucket file; each read is a request, retried on failure."""
+class SeekableFile(io.RawIOBase):
+  """A read-only file of `size` bytes, at position `at`."""
 
-  def __init__(self, path: PurePath):
+  def __init__(self, size: int):
     super().__init__()
-    self._path, self._at = path, 0
-    self._size = stat(path).st_size
+    self.size, self.at = size, 0
 
   def readable(self) -> bool:
     return True
@@ -145,18 +144,26 @@ class _RangedFile(io.RawIOBase):
     return True
 
   def tell(self) -> int:
-    return self._at
+    return self.at
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
-    self._at = base[whence] + offset
-    return self._at
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}
+    self.at = base[whence] + offset
+    return self.at
+
+
+class _RangedFile(SeekableFile):
+  """A bucket file; each read is a request, retried on failure."""
+
+  def __init__(self, path: PurePath):
+    super().__init__(stat(path).st_size)
+    self._path = path
 
   def readinto(self, buffer: Any) -> int:
-    size = max(min(len(buffer), self._size - self._at), 0)
-    data = read_range(self._path, self._at, size) if size else b""
+    size = max(min(len(buffer), self.size - self.at), 0)
+    data = read_range(self._path, self.at, size) if size else b""
     buffer[: len(data)] = data
-    self._at += len(data)
+    self.at += len(data)
     return len(data)
 
 

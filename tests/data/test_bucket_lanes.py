@@ -25,16 +25,10 @@ from mtv_jax.utils import atomic, path
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.ranges import RangeReader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 RECORDS, BATCH, LANES = 2048, 128, 64
 OPS = "decode|canvas(8)|depth(8)|regions(4)|caption(16)"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
-  return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

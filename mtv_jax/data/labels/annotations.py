@@ -20,8 +20,8 @@ from PIL import Image
 from mtv_jax.config import foreign
 from mtv_jax.config.options import Range, shorten_repr
 from mtv_jax.data.labels import label_sets, label_values, label_writer
-from mtv_jax.data.labels.label_sets import LabelError
-from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome, no_label
+from mtv_jax.data.labels.label_sets import LabelCounts, LabelError
+from mtv_jax.data.labels.label_values import LabelOutcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import coco

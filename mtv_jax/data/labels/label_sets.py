@@ -13,6 +13,8 @@ stores a few keys and image hashes of the base. Sets of version 1 have
 `00000.array_record` instead of the blocks, and are read from a local disk.
 """
 
+import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +28,7 @@ from jaxtyping import UInt64
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.data.labels import label_blocks, label_values
 from mtv_jax.data.labels.label_blocks import LabelBlocks
-from mtv_jax.data.labels.label_values import Stored
+from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome, Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.base import Source
@@ -72,6 +74,48 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
   except BadRecord:
     return None
   return record["key"], hash_bytes(record["image"])
+
+
+@dataclasses.dataclass
+class LabelCounts:
+  """Counts of records, labels and boxes in a label set or shard."""
+
+  records: int = 0
+  labelled: int = 0
+  boxes: int = 0
+  # Reasons for missing or changed labels.
+  reasons: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+
+  def add(self, outcome: LabelOutcome) -> None:
+    """Adds one record."""
+    self.records += 1
+    self.labelled += outcome.label is not None
+    if isinstance(outcome.label, BoxLabel):
+      self.boxes += len(outcome.label.boxes)
+    self.reasons.update(outcome.counts)
+
+  def merge(self, counts: Mapping[str, Any]) -> None:
+    """Adds the counts of `to_dict`."""
+    self.records += counts["records"]
+    self.labelled += counts["labelled"]
+    self.boxes += counts["boxes"]
+    self.reasons.update(counts["reasons"])
+
+  def to_dict(self) -> dict[str, Any]:
+    """As a JSON object; reasons by descending count, then by name."""
+    order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+    return dataclasses.asdict(self) | {"reasons": dict(order)}
+
+  def format_summary(self, kind: str, out: str | os.PathLike) -> str:
+    """Formats the counts and reasons as text."""
+    boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
+    count = f"{self.labelled:,} of {self.records:,} records"
+    lines = [f"{count} have a label{boxes}, in {out}."]
+    reasons = self.to_dict()["reasons"].items()
+    lines += [f"  {n:,} times: {reason}" for reason, n in reasons]
+    return "\n".join(lines)
 
 
 class LabelSet:

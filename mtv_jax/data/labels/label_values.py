@@ -12,11 +12,9 @@ A serialized label is a msgpack map with `key`, `valid` and, if valid, `png16`
 `NAME/scale` (float32) and `NAME/width` for features.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -183,48 +181,6 @@ class LabelOutcome:
 def no_label(reason: str) -> LabelOutcome:
   """Outcome for an image without a label."""
   return LabelOutcome(None, {reason: 1})
-
-
-@dataclasses.dataclass
-class LabelCounts:
-  """Counts of records, labels and boxes in a label set or shard."""
-
-  records: int = 0
-  labelled: int = 0
-  boxes: int = 0
-  # Reasons for missing or changed labels.
-  reasons: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-
-  def add(self, outcome: LabelOutcome) -> None:
-    """Adds one record."""
-    self.records += 1
-    self.labelled += outcome.label is not None
-    if isinstance(outcome.label, BoxLabel):
-      self.boxes += len(outcome.label.boxes)
-    self.reasons.update(outcome.counts)
-
-  def merge(self, counts: Mapping[str, Any]) -> None:
-    """Adds the counts of `to_dict`."""
-    self.records += counts["records"]
-    self.labelled += counts["labelled"]
-    self.boxes += counts["boxes"]
-    self.reasons.update(counts["reasons"])
-
-  def to_dict(self) -> dict[str, Any]:
-    """As a JSON object; reasons by descending count, then by name."""
-    order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
-    return dataclasses.asdict(self) | {"reasons": dict(order)}
-
-  def format_summary(self, kind: str, out: str | os.PathLike) -> str:
-    """Formats the counts and reasons as text."""
-    boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
-    count = f"{self.labelled:,} of {self.records:,} records"
-    lines = [f"{count} have a label{boxes}, in {out}."]
-    reasons = self.to_dict()["reasons"].items()
-    lines += [f"  {n:,} times: {reason}" for reason, n in reasons]
-    return "\n".join(lines)
 
 
 def _round_values(

@@ -28,8 +28,13 @@ import msgpack
 import numpy as np
 
 from mtv_jax.data.labels import label_blocks, label_sets, label_values
-from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
-from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome
+from mtv_jax.data.labels.label_sets import (
+  LabelCounts,
+  LabelError,
+  hash_bytes,
+  to_json,
+)
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import leases

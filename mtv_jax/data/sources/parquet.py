@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import logging
 import os
 import threading
@@ -290,37 +289,23 @@ class ParquetSource(base.FileSource):
     return _Pieces(size, {r.offset: self._reader.get(r) for r in pieces})
 
 
-class _Pieces(io.RawIOBase):
+class _Pieces(path_lib.SeekableFile):
   """A file with only some parts in memory."""
 
   def __init__(self, size: int, pieces: Mapping[int, bytes]):
-    super().__init__()
-    self._size, self._pieces, self._at = size, pieces, 0
-
-  def readable(self) -> bool:
-    return True
-
-  def seekable(self) -> bool:
-    return True
-
-  def tell(self) -> int:
-    return self._at
-
-  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
-    self._at = base[whence] + offset
-    return self._at
+    super().__init__(size)
+    self._pieces = pieces
 
   def read(self, size: int = -1) -> bytes:
-    end = self._size if size < 0 else min(self._at + size, self._size)
+    end = self.size if size < 0 else min(self.at + size, self.size)
     for start, data in self._pieces.items():
-      if start <= self._at and end <= start + len(data):
-        part = bytes(memoryview(data)[self._at - start : end - start])
-        self._at = end
+      if start <= self.at and end <= start + len(data):
+        part = bytes(memoryview(data)[self.at - start : end - start])
+        self.at = end
         return part
     raise InputError(
-      f"The bytes {self._at} to {end} are outside of a row group of the table"
-      " of blocks. Run `mtv-jax index` again."
+      f"The bytes {self.at} to {end} are outside of a row group of the table of"
+      " blocks. Run `mtv-jax index` again."
     )
 
 

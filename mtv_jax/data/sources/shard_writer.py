@@ -26,9 +26,10 @@ import cv2
 from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import array_record, block_table, tar_blocks
+from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.base import LANE_BLOCK
 from mtv_jax.data.sources.listings import Example
+from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice, printable
 from mtv_jax.utils.path import read_regular, refuse_remote

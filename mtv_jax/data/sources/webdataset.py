@@ -13,12 +13,13 @@ from typing import Any, SupportsIndex
 
 from mtv_jax.data.image_limits import MAX_BYTES
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.sources import block_table, tar_index
+from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Blocks, CaptionMode, FileSource, Paths
 from mtv_jax.data.sources.block_table import BlockTable
-from mtv_jax.data.sources.tar_blocks import TarBlocks
-from mtv_jax.data.sources.tar_index import TarIndex
-from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.data.sources.tars import index as tar_index
+from mtv_jax.data.sources.tars.blocks import TarBlocks
+from mtv_jax.data.sources.tars.index import TarIndex
+from mtv_jax.data.sources.tars.scan import TarError
 from mtv_jax.utils import buckets
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, printable

@@ -35,7 +35,7 @@ import numpy as np
 
 from mtv_jax.config import foreign
 from mtv_jax.data import canvas
-from mtv_jax.data.sources import tar_scan
+from mtv_jax.data.sources.tars import scan as tar_scan
 from mtv_jax.evals.core import examples, prompts
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files, imagenet

@@ -21,7 +21,8 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_sets, label_writer
-from mtv_jax.data.labels.label_values import LabelCounts, LabelOutcome, no_label
+from mtv_jax.data.labels.label_sets import LabelCounts
+from mtv_jax.data.labels.label_values import LabelOutcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -74,8 +74,6 @@ def run(
       process's running threads hold the GIL; 0 skips it.
   """
   threads = threads or available_cores()
-  images = batches * batch_size
-  times = {"pipeline": [], "decode": []}
   with tempfile.TemporaryDirectory() as folder:
     path = data or _write_scenes_tar(Path(folder), size)
     source = open_files(path)
@@ -100,49 +98,29 @@ def run(
       tokenizer=build_tokenizer(tokenizer),
       sources=[complete_source(source, entry)],
     )
-    main_cpu = []
-    for number in range(rounds + 1):
+
+    def time_round(number: int) -> _Round:
       start = number * (batches + 1)
       with open_loader(start_step=start) as loader:
-        # The first batch fills the queues.
-        next(loader)
-        before = _workers_cpu()
-        with harness.Stopwatch() as watch:
-          for _ in range(batches):
-            next(loader)
-        main_cpu.append(1e3 * watch.cpu / images)
-        watch.cpu += _workers_cpu() - before
-      times["pipeline"].append(watch)
-      files = _read_images(source, (start + 1) * batch_size, images)
-      times["decode"].append(_time_decoding(files, size, threads))
+        watch, main_cpu = _time_batches(loader, batches)
+      first = (start + 1) * batch_size
+      files = _read_images(source, first, batches * batch_size)
+      return _Round(watch, _time_decoding(files, size, threads), main_cpu)
+
+    # The first round warms up the caches.
+    times = [time_round(number) for number in range(rounds + 1)][1:]
     share = None
     if spy:
       with open_loader() as loader:
         share = _sample_gil(loader, spy)
-  # The first round warms up the caches.
-  times = {name: watches[1:] for name, watches in times.items()}
   result = harness.BenchResult(
     source=source.name,
     size=size,
     threads=threads,
     workers=workers,
-    images=images,
+    images=batches * batch_size,
   )
-  labels = {"pipeline": "full pipeline", "decode": "decode and resize alone"}
-  for name, label in labels.items():
-    rate = statistics.median(images / w.wall for w in times[name])
-    cpu = statistics.median(1e3 * w.cpu / images for w in times[name])
-    text = f"{rate:.0f} images/s, {rate / threads:.0f} per thread"
-    values = dict(images_per_second=rate, cpu_ms=cpu)
-    result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
-  main = statistics.median(main_cpu[1:])
-  text = f"{main:.2f} CPU ms per image in the main process"
-  if share is not None:
-    text += f", {share * main:.2f} of them under the GIL ({share:.0%})"
-    result.add("gil_share", share)
-  result.add("main_cpu_ms", main, "main process", text)
-  walls = ([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))
-  result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
+  _add_times(result, times, share)
   if path_lib.is_remote(path):
     plane = data_plane.compute(
       dataclasses.replace(config, lanes=lanes and lanes * hosts),
@@ -152,6 +130,54 @@ def run(
     )
     result.add("data_plane", plane.to_dict(), "data plane", str(plane))
   return result
+
+
+class _Round(NamedTuple):
+  """Times of equally many images."""
+
+  pipeline: harness.Stopwatch  # With worker processes.
+  decode: harness.Stopwatch
+  main_cpu: float  # Seconds of the pipeline's main process.
+
+
+def _time_batches(
+  loader: Iterator[Any], batches: int
+) -> tuple[harness.Stopwatch, float]:
+  """Times batches; also returns the CPU seconds of the main process."""
+  next(loader)  # Fills the queues.
+  before = _workers_cpu()
+  with harness.Stopwatch() as watch:
+    for _ in range(batches):
+      next(loader)
+  main_cpu = watch.cpu
+  watch.cpu += _workers_cpu() - before
+  return watch, main_cpu
+
+
+def _add_times(
+  result: harness.BenchResult, times: Sequence[_Round], share: float | None
+) -> None:
+  """Adds medians of rounds, and the GIL's share of the main process."""
+  images, threads = result["images"], result["threads"]
+  labels = {"pipeline": "full pipeline", "decode": "decode and resize alone"}
+  for name, label in labels.items():
+    watches = [getattr(each, name) for each in times]
+    rate = statistics.median(images / watch.wall for watch in watches)
+    cpu = statistics.median(1e3 * watch.cpu / images for watch in watches)
+    text = f"{rate:.0f} images/s, {rate / threads:.0f} per thread"
+    values = dict(images_per_second=rate, cpu_ms=cpu)
+    result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
+  main = statistics.median(1e3 * each.main_cpu / images for each in times)
+  text = f"{main:.2f} CPU ms per image in the main process"
+  if share is not None:
+    text += f", {share * main:.2f} of them under the GIL ({share:.0%})"
+    result.add("gil_share", share)
+  result.add("main_cpu_ms", main, "main process", text)
+  walls = (
+    [getattr(each, name).wall for each in times]
+    for name in ("decode", "pipeline")
+  )
+  result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
 
 
 def _sample_gil(loader: Iterator[Any], seconds: int) -> float:

@@ -23,13 +23,14 @@ from label_samples import (
 from labelling_samples import contents
 
 from mtv_jax.data.labels import join, label_sets, label_writer
-from mtv_jax.data.labels.label_sets import LabelError, LabelSet
-from mtv_jax.data.labels.label_values import LabelCounts, no_label
+from mtv_jax.data.labels.label_sets import LabelCounts, LabelError, LabelSet
+from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
-from mtv_jax.data.sources import array_record, block_table, tar_blocks
+from mtv_jax.data.sources import array_record, block_table, indexing
 from mtv_jax.data.sources import base as sources_base
+from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
@@ -97,7 +98,7 @@ def test_what_hosts_compare(labelled, tmp_path):
   table = tmp_path / "blocks.npz"
   files = [labelled / f"base/{name}.tar" for name in names]
   scan = functools.partial(tar_blocks.scan, records=4)
-  block_table.build(files, scan, per_block=4, processes=1).write(table)
+  indexing.build(files, scan, per_block=4, processes=1).write(table)
   digests = [
     described["digest"],
     describe(*names[::-1])["digest"],

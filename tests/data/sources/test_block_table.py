@@ -12,7 +12,8 @@ import label_samples
 import numpy as np
 import pytest
 
-from mtv_jax.data.sources import block_table, tar_blocks
+from mtv_jax.data.sources import block_table, indexing
+from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 
 
@@ -39,7 +40,7 @@ def scan(path, *, records=2, wait=0.0):
 
 def build(tars, **options):
   scan_slowly = functools.partial(scan, **options)
-  block_table.build(tars, scan_slowly, per_block=2, processes=2)
+  indexing.build(tars, scan_slowly, per_block=2, processes=2)
 
 
 def reads(folder):
@@ -67,7 +68,7 @@ def test_an_interrupted_build_reads_no_shard_twice(tars):
   assert {*first} & {*second} == {"00002.tar"}
   table = block_table.read(folder / block_table.NAME)
   assert table.records.tolist() == [2, 2] * 4 + [2]
-  assert not (folder / block_table.PARTS).exists()
+  assert not (folder / indexing.PARTS).exists()
   # Only a changed shard and a new one are read.
   build(tars)
   assert not reads(folder)
@@ -93,7 +94,7 @@ def test_hosts_share_the_shards(tars):
   assert [host.exitcode for host in hosts] == [0, 0]
   assert reads(folder) == names(tars)
   assert len(block_table.read(folder / block_table.NAME)) == 9
-  assert not (folder / block_table.PARTS).exists()
+  assert not (folder / indexing.PARTS).exists()
 
 
 def test_shards_are_written_with_their_table(base, tars):
@@ -104,7 +105,7 @@ def test_shards_are_written_with_their_table(base, tars):
   found = block_table.find(tars, tars[0].parent / block_table.NAME)
   np.testing.assert_array_equal(found.offset, table.offset)
   # `index` adds the copies' versions, and reads none.
-  found = block_table.build(tars, scan, per_block=64, processes=1)
+  found = indexing.build(tars, scan, per_block=64, processes=1)
   assert reads(tars[0].parent) == [] and all(found.versions)
   np.testing.assert_array_equal(found.offset, table.offset)
   tars[3].write_bytes(b"\0" * 10)
@@ -115,7 +116,7 @@ def test_shards_are_written_with_their_table(base, tars):
 def test_a_shard_without_records_has_an_empty_table(tmp_path):
   tar = tmp_path / "0.tar"
   tar.write_bytes(b"\0" * 10240)
-  table = block_table.build([tar], scan, per_block=2, processes=1)
+  table = indexing.build([tar], scan, per_block=2, processes=1)
   assert len(table) == 0 and reads(tmp_path) == ["0.tar"]
 
 
@@ -145,7 +146,7 @@ def kill(path):
 
 def test_a_killed_process_is_explained(tars):
   with pytest.raises(WorkerError, match="killed or crashed"):
-    block_table.build(tars, kill, per_block=2, processes=1)
+    indexing.build(tars, kill, per_block=2, processes=1)
 
 
 def test_a_missing_table_is_named(tmp_path):

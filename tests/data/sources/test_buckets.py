@@ -15,18 +15,12 @@ from mtv_jax.data import order
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.registry import build_source, open_files
 from mtv_jax.data.sources import webdataset
-from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.data.sources.tars.scan import TarError
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils import path
 from mtv_jax.utils.errors import InputError
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv(path.CACHE_VARIABLE, str(tmp_path / "cache"))
-  return tmp_path / "cache"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ from pathlib import PurePath
 
 import numpy as np
 
-from mtv_jax.data.sources import block_table, tar_scan
+from mtv_jax.data.sources import block_table
 from mtv_jax.data.sources.base import Blocks
 from mtv_jax.data.sources.block_table import BlockTable, Columns
-from mtv_jax.data.sources.tar_scan import Group, TarError
+from mtv_jax.data.sources.tars import scan as tar_scan
+from mtv_jax.data.sources.tars.scan import Group, TarError
 from mtv_jax.utils.process_cache import ProcessCache
 from mtv_jax.utils.ranges import RangeReader
 

@@ -1,0 +1,244 @@
+"""Building the table of a data set's blocks, on one or several hosts.
+
+Meanwhile the folder `blocks.parts` has the table of each shard that was read,
+and hosts lease the shards that they read: none is read twice, by any host or
+after a kill.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path, PurePath
+from typing import Any
+
+from mtv_jax.data.sources import block_table
+from mtv_jax.data.sources.block_table import (
+  NAME,
+  BlockTable,
+  Columns,
+  of_file,
+  read_states,
+)
+from mtv_jax.utils import atomic
+from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
+from mtv_jax.utils.leases import Jobs, open_leases, run_jobs
+from mtv_jax.utils.threads import available_cores, map_threads
+
+PARTS = "blocks.parts"
+_WAIT = 5.0  # Seconds between two looks at what other hosts read.
+
+
+def build(
+  files: Sequence[PurePath],
+  scan: Callable[[PurePath], Columns],
+  *,
+  per_block: int,
+  folder: PurePath | None = None,
+  processes: int | None = None,
+  announce: Callable[[Sequence[int]], None] = lambda sizes: None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BlockTable:
+  """Builds and writes the table of files of one folder.
+
+  Several hosts may build a table at once: they share the files. Files that an
+  earlier command read, for blocks of `per_block` records, are read again only
+  if they changed.
+
+  Args:
+    files: shards of one folder.
+    scan: returns the columns of a file's blocks, without `shard`; called in
+      processes.
+    per_block: records per block that `scan` aims at.
+    folder: where to write the table; default: the files' folder.
+    processes: default: one per core.
+    announce: called once, with the sizes of the files to read, in bytes.
+    progress: called with the numbers of finished and of all files.
+  """
+  if len({file.parent for file in files}) > 1:
+    raise InputError("The shards are in several folders; index each by itself.")
+  folder = folder or files[0].parent
+  if not path_lib.is_remote(folder):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+  states = dict(zip(files, read_states(files), strict=True))
+  joint = _stat(folder / NAME)
+  tables = _find_parts(states, folder, per_block)
+  missing = {f: state for f, state in states.items() if f not in tables}
+  announce([size for size, _ in missing.values()])
+  count = min(processes or available_cores(), len(files))
+  # Not forked, which is unsafe beside the threads of bucket clients.
+  context = multiprocessing.get_context("spawn")
+  stopped = context.Event()
+  options = dict(initializer=_start_worker, initargs=(stopped,))
+  with (
+    _explain_killed(),
+    futures.ProcessPoolExecutor(count, context, **options) as pool,
+  ):
+    while missing:
+      scans = _Scans(missing, folder, scan, per_block, joint)
+      jobs = {pool.submit(scans.run) for _ in range(count)}
+      try:
+        while jobs:
+          done, jobs = futures.wait(jobs, _WAIT, futures.FIRST_COMPLETED)
+          for job in done:
+            job.result()
+          progress(len(files) - len(scans.list()), len(files))
+      except BaseException:
+        stopped.set()
+        raise
+      # What was read is verified once, by the host that joins it.
+      with open_leases(folder).acquire(NAME) as acquired:
+        if acquired:
+          joint = _stat(folder / NAME)
+          tables |= _find_parts(missing, folder, per_block)
+          missing = {f: s for f, s in missing.items() if f not in tables}
+          if not missing:
+            return _write_joint([tables[f] for f in files], states, folder)
+      time.sleep(_WAIT)
+  return _write_joint([tables[f] for f in files], states, folder)
+
+
+@contextlib.contextmanager
+def _explain_killed() -> Iterator[None]:
+  """Raises WorkerError if a process of the pool was killed."""
+  try:
+    yield
+  except futures.process.BrokenProcessPool as error:
+    raise WorkerError(
+      "A process that read shards was killed or crashed, often for lack of"
+      " memory. Run this again, with fewer processes; finished shards are not"
+      " read again."
+    ) from error
+
+
+def _write_joint(
+  tables: Sequence[BlockTable],
+  states: Mapping[PurePath, tuple[int, str]],
+  folder: PurePath,
+) -> BlockTable:
+  """Joins and writes the tables of files, and removes the parts."""
+  if read_states(list(states)) != list(states.values()):
+    raise InputError("Shards changed while they were read. Run this again.")
+  table = block_table.join(tables)
+  table.write(folder / NAME)
+  if not path_lib.is_remote(folder):
+    atomic.remove_abandoned(Path(folder), name=f"{NAME}.")
+  with contextlib.suppress(MissingFileError):
+    path_lib.remove_folder(folder / PARTS)
+  return table
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scans:
+  """Shards that processes of any host read, each into a part."""
+
+  missing: Mapping[PurePath, tuple[int, str]]
+  folder: PurePath  # The table's.
+  scan: Callable[[PurePath], Columns]
+  per_block: int
+  joint: tuple[int, int] | None  # State of the table; changed by who joins it.
+
+  def run(self) -> None:
+    """Reads shards until this or other processes have read all."""
+    run_jobs(open_leases(self.folder), self.list)
+
+  def list(self) -> Jobs:
+    """Returns the shards that no process has read."""
+    names = set(path_lib.list_folder(self.folder / PARTS))
+    joint = _stat(self.folder / NAME)
+    if (_stopped and _stopped.is_set()) or joint != self.joint:
+      return {}
+    files = [f for f in self.missing if self._part(f).name not in names]
+    return {f.name: functools.partial(self._read, f) for f in files}
+
+  def _read(self, file: PurePath) -> bool:
+    if _stopped.is_set():
+      raise futures.CancelledError
+    joint = _stat(self.folder / NAME)
+    if path_lib.exists(self._part(file)) or joint != self.joint:
+      return False
+    state, columns = self.missing[file], self.scan(file)
+    table = of_file(file, state, columns, per_block=self.per_block)
+    table.write(self._part(file))
+    return True
+
+  def _part(self, file: PurePath) -> PurePath:
+    return _part(self.folder, file)
+
+
+_stopped: Any = None  # Set once a process of this host has failed.
+
+
+def _start_worker(stopped: Any) -> None:
+  global _stopped
+  _stopped = stopped
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """Ends this process when its parent was killed; it would wait forever."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def _part(folder: PurePath, file: PurePath) -> PurePath:
+  """Path of a shard's own table, while the joint table is built."""
+  return folder / PARTS / f"{file.name}.npz"
+
+
+def _stat(file: PurePath) -> tuple[int, int] | None:
+  with contextlib.suppress(FileNotFoundError):
+    stat = path_lib.stat(file)
+    return stat.st_size, stat.st_mtime_ns
+  return None
+
+
+def _find_parts(
+  states: Mapping[PurePath, tuple[int, str]], folder: PurePath, per_block: int
+) -> dict[PurePath, BlockTable]:
+  """Returns the tables of unchanged files that are in a table or a part.
+
+  Removes other parts: a shard without one is read.
+  """
+  names = set(path_lib.list_folder(folder / PARTS))
+  parts = {f: _part(folder, f) for f in states}
+  parts = {f: part for f, part in parts.items() if part.name in names}
+  files = [f for f in (folder / NAME,) if path_lib.exists(f)]
+  found = _read_parts([*files, *parts.values()], states)
+  found = {f: t for f, t in found.items() if t.per_block == per_block}
+  map_threads(path_lib.remove, [p for f, p in parts.items() if f not in found])
+  return found
+
+
+def _read_parts(
+  tables: Iterable[PurePath], states: Mapping[PurePath, tuple[int, str]]
+) -> dict[PurePath, BlockTable]:
+  """Reads tables; returns the table of each file that has its state."""
+
+  def read_one(file: PurePath) -> BlockTable | None:
+    # Another host may have removed it, and a damaged one is replaced.
+    with contextlib.suppress(InputError, FileNotFoundError):
+      return block_table.read(file)
+
+  known = {file.name: file for file in states}
+  found = {}
+  for table in map_threads(read_one, tables):
+    # A table without blocks is false, too.
+    for part in () if table is None else table.split():
+      file = known.get(part.files[0].name)
+      # Without a version, as `make_shards` writes it, the store's is taken.
+      if file and states[file] == (
+        part.sizes[0],
+        part.versions[0] or states[file][1],
+      ):
+        versions = (states[file][1],)
+        found[file] = dataclasses.replace(
+          part, files=(file,), versions=versions
+        )
+  return found
