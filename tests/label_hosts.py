@@ -2,10 +2,11 @@
 
 python tests/label_hosts.py BASE OUT LOG HOSTS LOST
 
-Forks processes that believe to be on different machines, and kills the one that
-labels record number LOST of all. Every labelled record is a line of LOG.
+Forks processes with the identities of different machines, and kills the one
+that labels record number LOST of all. Every labelled record is a line of LOG.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -67,6 +68,9 @@ def main(base, out, log, hosts, lost):
     os._exit(0)
   while len(lines := read_log(log)) <= int(lost):
     if os.waitpid(-1, os.WNOHANG)[0]:
+      for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGKILL)
       return 1  # A host ended before the loss.
     time.sleep(0.001)
   victim = lines[-1][0]

@@ -11,7 +11,7 @@ from mtv_jax.data.sources import shard_writer as shards_lib
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 
-COUNT, PER_SHARD = 10, 4
+COUNT = 10
 
 
 def ramp(height, width):
@@ -24,7 +24,9 @@ def png(seed):
   return cv2.imencode(".png", image)[1].tobytes()
 
 
-def make_base(folder, *, count=COUNT, first=0, format="webdataset"):
+def make_base(
+  folder, *, count=COUNT, per_shard=4, first=0, format="webdataset"
+):
   """Shards of `count` images, the numbers of whose pixels begin at `first`."""
   photos = folder / "photos"
   photos.mkdir(parents=True)
@@ -33,7 +35,7 @@ def make_base(folder, *, count=COUNT, first=0, format="webdataset"):
     photo = photos / f"{i}.png"
     photo.write_bytes(png(first + i))
     examples.append(listings.Example(photo.name, photo, [f"c{i}"]))
-  shards_lib.write(examples, base, format=format, records_per_shard=PER_SHARD)
+  shards_lib.write(examples, base, format=format, records_per_shard=per_shard)
   return base
 
 

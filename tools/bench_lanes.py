@@ -13,6 +13,7 @@ the GIL with py-spy (`pip install py-spy`).
 """
 
 import contextlib
+import functools
 import glob
 import os
 import pathlib
@@ -64,6 +65,7 @@ def run(
   tars: int | None = None,
   records: int | None = None,
   latency: float = 0.03,
+  block_memory: int = 6,
 ) -> None:
   """Prints one kind of figures.
 
@@ -73,13 +75,17 @@ def run(
     tars: number of tars; default: see `SHAPES`.
     records: records per tar.
     latency: seconds of a request, for `start`.
+    block_memory: MiB of blocks in memory, for `hosts`. As in a large data set,
+      the default holds no blocks of earlier windows.
   """
   shape = tars or SHAPES[what][0], records or SHAPES[what][1]
   if what in ("start", "hosts", "speed"):
     if not (photos := sorted(glob.glob(images))):
       raise SystemExit(f"--images={images!r} has no file: name some photos.")
     measures = dict(
-      start=measure_start, hosts=measure_hosts, speed=measure_speed
+      start=measure_start,
+      hosts=functools.partial(measure_hosts, block_memory=block_memory),
+      speed=measure_speed,
     )
     latency = latency if what == "start" else 0.0
     side = 384 if what == "speed" else 64
@@ -336,7 +342,7 @@ def measure_start(
 
 
 def measure_hosts(
-  folder: pathlib.Path, url: str, tars: int, records: int
+  folder: pathlib.Path, url: str, tars: int, records: int, *, block_memory: int
 ) -> None:
   """Requests and bytes a record, of eight of 64 hosts with a lane each."""
   import emulators
@@ -344,9 +350,10 @@ def measure_hosts(
   hosts, batch, epochs = range(0, 64, 8), 1024, 15
   rows = epochs * tars * records // 64
   ops = "caption(16)|depth(32)|regions(4)"
-  # As in a large data set, blocks of earlier windows are not in memory, and a
-  # window is a small part of what a host reads.
-  options = dict(ops=ops, lanes=64, window=LANE_BLOCK, block_memory=6)
+  # As in a large data set, a window is a small part of what a host reads.
+  options = dict(
+    ops=ops, lanes=64, window=LANE_BLOCK, block_memory=block_memory
+  )
   shares = [
     path_lib.as_path(f"{url}/{name}/{block_table.NAME}")
     for name in ("base", "depth", "boxes")

@@ -10,14 +10,11 @@ and data.shuffle = "lanes". For files that can't be written beside, such as the
 hub's, give --output=FOLDER, and blocks="FOLDER/blocks.npz" in data.train.
 """
 
-import functools
 import re
 from collections.abc import Sequence
 
-from mtv_jax.data.sources import array_record, block_table, indexing, parquet
-from mtv_jax.data.sources.array_record import ArrayRecordSource
-from mtv_jax.data.sources.parquet import ParquetSource
-from mtv_jax.data.sources.tars import blocks as tar_blocks
+from mtv_jax.data.registry import source_type
+from mtv_jax.data.sources import block_table, indexing, parquet
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path_patterns import expand_path
@@ -57,21 +54,18 @@ def run(
       " table of blocks. Train with type='tfds', name= and data_dir=."
     )
   folder = path_lib.as_path(output) if output else files[0].parent
-  scan = functools.partial(tar_blocks.scan, records=records)
-  if is_parquet := files[0].suffix == ParquetSource.suffix:
-    scan, records = parquet.scan, 0
-  elif files[0].suffix == ArrayRecordSource.suffix:
-    scan, records = array_record.scan, 0
+  kind = source_type(files)
+  scan, records = indexing.choose_scan(kind, records)
 
   def announce(sizes: Sequence[int]) -> None:
-    print(f"Reading {len(sizes):,} of {len(files):,} shards", end="")
-    if is_parquet:
+    if kind == "parquet":
       sizes = [min(size, parquet.FOOTER) for size in sizes]
     requests = sum(_OTHERS - size // -_REQUEST for size in sizes)
     count = min(processes or available_cores(), max(len(sizes), 1))
     minutes = sum(sizes) / _RATE / count / 60
     print(
-      f": {format_bytes(sum(sizes))}, in a bucket {requests:,} requests; with"
+      f"Reading {len(sizes):,} of {len(files):,} shards:"
+      f" {format_bytes(sum(sizes))}, in a bucket {requests:,} requests; with"
       f" {count} processes at {_RATE / 1e6:.0f} MB/s each {minutes:,.1f}"
       " minutes, less on several hosts.",
       flush=True,

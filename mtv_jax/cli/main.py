@@ -30,7 +30,7 @@ COMMANDS = {
   "inspect_labels": "sheet, page and statistics of label sets",
   "match_boxes": "compare an expert's boxes with annotations",
   "make_shards": "write shards of images and captions",
-  "index": "write the table of blocks of tars in a bucket",
+  "index": "write the table of blocks of shards in a bucket",
   "make_prompts": "write ImageNet's class names and prompts",
   "score_vqa": "score answers to questions about images",
   "convert": "convert to and from Hugging Face and big_vision",
@@ -117,12 +117,12 @@ def run_module(
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:
   """Rejects bucket URLs, which would create a local folder named `gs:`."""
-  if name in ("chaos", "convert", "label", "make_labels"):
+  if name in ("chaos", "convert", "index", "label", "make_labels"):
     return
   for option in ("output", "json", "table", "profile"):
     value = getattr(args, option, None)
     # `Path` collapses the two slashes into one.
-    if re.match("(gs|s3):/", str(value)):
+    if re.match("(gs|s3|hf):/", str(value)):
       raise InputError(
         f"--{option}={value}: this command writes files and folders only. Copy"
         " them to the bucket."

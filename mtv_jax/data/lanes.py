@@ -1,16 +1,16 @@
 """Data order in lanes: a host reads whole blocks, and each block once.
 
 A block is a run of records that one request reads. Every epoch permutes a
-source's blocks and deals them to L lanes, one after the other. A lane shuffles
+source's blocks and assigns them to L lanes round-robin. A lane shuffles
 the rows of each window of W of its blocks. Step t takes rows
 `[t r, (t + 1) r)` of every lane, r = B / L, lane after lane; host h of n owns
 lanes `[h L / n, (h + 1) L / n)`. So a step's batch doesn't depend on the number
 of hosts, and no two hosts read the same block.
 """
 
+import bisect
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ def divide_blocks(
 
 
 class BlockLanes:
-  """A source's endless order: blocks dealt to lanes, rows shuffled in windows.
+  """A source's endless order: blocks by lane, rows shuffled in windows.
 
   Args:
     starts, sizes: first record and number of records of each block.
@@ -102,7 +102,7 @@ class BlockLanes:
     # Rows of every lane before each epoch; computed as far as needed.
     self._before = [np.zeros(lanes, np.int64)]
     self._epochs = ProcessCache(self._permute, limit=4)
-    self._dealt = ProcessCache(self._deal, limit=4 * lanes)
+    self._assigned = ProcessCache(self._assign, limit=4 * lanes)
     self._windows = ProcessCache(self._shuffle, limit=4 * lanes)
 
   def _permute(self, epoch: int) -> Int64[np.ndarray, " blocks"]:
@@ -110,10 +110,10 @@ class BlockLanes:
     rng = np.random.default_rng((self._seed, epoch))
     return rng.permutation(len(self._starts))
 
-  def _deal(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+  def _assign(self, key: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a lane's blocks of an epoch and the last row of each window."""
     epoch, lane = divmod(key, self._lanes)
-    # Dealing continues where the last epoch ended.
+    # Continues with the lane after the last epoch's last one.
     first = (lane - epoch * len(self._starts)) % self._lanes
     blocks = self._epochs.get(epoch)[first :: self._lanes]
     ends = np.cumsum(self._sizes[blocks])
@@ -122,7 +122,7 @@ class BlockLanes:
 
   def _shuffle(self, key: tuple[int, int, int]) -> Window:
     lane, epoch, number = key
-    blocks, _ = self._dealt.get(epoch * self._lanes + lane)
+    blocks, _ = self._assigned.get(epoch * self._lanes + lane)
     blocks = blocks[number * self.width : (number + 1) * self.width]
     starts, sizes = self._starts[blocks], self._sizes[blocks]
     runs = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
@@ -141,11 +141,7 @@ class BlockLanes:
       # Replaced and not extended, as threads may do the same.
       rows = self.count_rows(len(before) - 1)
       self._before = [*before, before[-1] + rows]
-    lower, upper = 0, len(before) - 1
-    while upper - lower > 1:
-      middle = (lower + upper) // 2
-      inside = before[middle][lane] <= row
-      lower, upper = (middle, upper) if inside else (lower, middle)
+    lower = bisect.bisect_right(before, row, key=lambda rows: rows[lane]) - 1
     return lower, int(before[lower][lane])
 
   def count_rows(self, epoch: int) -> Int64[np.ndarray, " lanes"]:
@@ -157,21 +153,21 @@ class BlockLanes:
     return rows.astype(np.int64)
 
   def locate(self, lane: int, row: int) -> LanePosition:
-    """Returns the place of row `row` of a lane."""
+    """Returns the position of row `row` of a lane."""
     epoch, before = self._epoch_of(lane, row)
-    _, ends = self._dealt.get(epoch * self._lanes + lane)
+    _, ends = self._assigned.get(epoch * self._lanes + lane)
     window = int(np.searchsorted(ends, row - before, side="right"))
     first = int(ends[window - 1]) if window else 0
     return LanePosition(epoch, window, row - before - first)
 
-  def window(self, lane: int, place: LanePosition) -> Window:
-    """Returns the window of a place."""
-    return self._windows.get((lane, place.epoch, place.window))
+  def window(self, lane: int, position: LanePosition) -> Window:
+    """Returns the window of a position."""
+    return self._windows.get((lane, position.epoch, position.window))
 
-  def next(self, lane: int, place: LanePosition) -> LanePosition:
-    """Returns the first row of the window after a place."""
-    epoch, window = place.epoch, place.window + 1
-    while window >= len(self._dealt.get(epoch * self._lanes + lane)[1]):
+  def next_window(self, lane: int, position: LanePosition) -> LanePosition:
+    """Returns the first row of the window after a position."""
+    epoch, window = position.epoch, position.window + 1
+    while window >= len(self._assigned.get(epoch * self._lanes + lane)[1]):
       epoch, window = epoch + 1, 0
     return LanePosition(epoch, window, 0)
 
@@ -213,9 +209,6 @@ class LaneOrder:
         BlockLanes(starts, sizes, lanes=lanes, window=width, seed=seed)
       )
 
-  def __len__(self) -> int:
-    return sys.maxsize
-
   def __getitem__(self, position: int) -> tuple[int, int]:
     source, records = self.candidates(position)
     return source, next(records)
@@ -229,8 +222,8 @@ class LaneOrder:
     lane, at = self._lane(position)
     before, after = self._rows_before(at), self._rows_before(at + 1)
     source = next(k for k, n in enumerate(before) if after[k] > n)
-    place, window = self._window(source, lane, before[source])
-    return source, _replacements(window.records, place.row)
+    position, window = self._window(source, lane, before[source])
+    return source, _replacements(window.records, position.row)
 
   def count_blocks(self, source: int, *, hosts: int, windows: int) -> int:
     """Number of a source's blocks in so many windows of all lanes of a host."""
@@ -244,17 +237,17 @@ class LaneOrder:
     `positions` are the rows of whole lanes in one step.
     """
     starts = [self._lane(position) for position in positions[:: self._rows]]
-    places = []
+    nexts = []
     for lane, at in starts:
       for source, row in enumerate(self._rows_before(at)):
-        place, window = self._window(source, lane, row)
-        places.append((source, lane, place))
+        position, window = self._window(source, lane, row)
+        nexts.append((source, lane, position))
         yield source, window
     for _ in range(windows - 1):
-      for i, (source, lane, place) in enumerate(places):
-        place = self.sources[source].next(lane, place)
-        places[i] = source, lane, place
-        yield source, self.sources[source].window(lane, place)
+      for i, (source, lane, position) in enumerate(nexts):
+        position = self.sources[source].next_window(lane, position)
+        nexts[i] = source, lane, position
+        yield source, self.sources[source].window(lane, position)
 
   def _lane(self, position: int) -> tuple[int, int]:
     """Returns a row's lane, and its position in the mixture."""
@@ -276,8 +269,8 @@ class LaneOrder:
   ) -> tuple[LanePosition, Window]:
     """Position and window of a lane's row; `at` counts from the first batch."""
     row = at - self._rows_before(lane * self._rows)[source]
-    place = self.sources[source].locate(lane, row)
-    return place, self.sources[source].window(lane, place)
+    position = self.sources[source].locate(lane, row)
+    return position, self.sources[source].window(lane, position)
 
 
 def _replacements(

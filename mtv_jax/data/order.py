@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import Source, cut_blocks
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.process_cache import ProcessCache
 
@@ -115,12 +115,9 @@ class BlockShuffle:
     block: int = BLOCK,
     window: int = WINDOW,
   ):
-    ends = np.asarray(shards, np.int64)
-    starts = np.concatenate([[0], ends[:-1]])
-    self._starts = np.concatenate(
-      [np.arange(a, b, block) for a, b in zip(starts, ends, strict=True)]
-    )
-    self._sizes = np.diff(np.append(self._starts, ends[-1]))
+    ends, _ = cut_blocks(np.asarray(shards, np.int64), block)
+    self._sizes = np.diff(ends, prepend=0)
+    self._starts = ends - self._sizes
     self._length, self._seed, self._window = int(ends[-1]), seed, window
     self._windows_per_epoch = -(-len(self._starts) // window)
     # Neighbouring positions share both; several batches are read concurrently.

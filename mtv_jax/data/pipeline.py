@@ -293,8 +293,8 @@ class DataConfig:
   lanes: PositiveInt | None = None
   window: PositiveInt = 1024  # Records that a lane shuffles together.
   block_memory: PositiveInt = 4096  # MiB for blocks of buckets, per host.
-  # How long to try a bucket that doesn't answer. A stalled step ends the run
-  # after `watchdog.min_seconds`.
+  # In lanes: how long to try a bucket that doesn't answer. A stalled step ends
+  # the run after `watchdog.min_seconds`.
   storage_seconds: NonNegativeFloat = 240.0
 
 
@@ -334,9 +334,15 @@ def make_loader(
   weights = weights or [1.0] * len(sources)
   rows = batch_size // process_count
   threads = max(available_cores() // max(config.workers, 1), 1)
-  addresses, reader = open_order(
-    config, sources, weights, batch_size, process_count, seed
+  addresses = build_order(
+    config,
+    sources,
+    weights,
+    batch_size=batch_size,
+    hosts=process_count,
+    seed=seed,
   )
+  reader = _open_reader(config, sources, addresses, process_count)
   batches = HostBatches(
     sources,
     addresses,
@@ -378,27 +384,20 @@ def _prefetch(
   return iter(dataset)
 
 
-def open_order(
+def build_order(
   config: DataConfig,
   sources: Sequence[Source],
   weights: Sequence[float],
+  *,
   batch_size: int,
   hosts: int,
   seed: int,
-) -> tuple[grain.MapDataset | LaneOrder, RangeReader | None]:
-  """Returns the order of a batch's rows, and the reader of its blocks."""
+) -> grain.MapDataset | LaneOrder:
+  """Returns the endless sequence of a run's (source index, record index)."""
   if config.shuffle != "lanes":
-    if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
-      for source in sources:
-        source.read_in_blocks(order.BLOCK * order.WINDOW)
-    shuffle = config.shuffle
-    return order.addresses(sources, weights, shuffle=shuffle, seed=seed), None
+    return order.addresses(sources, weights, shuffle=config.shuffle, seed=seed)
   order.check(sources, weights, seed)
-  kind = RangeServer if config.workers else RangeReader
-  reader = kind(config.block_memory << 20, patience=config.storage_seconds)
-  for source in sources:
-    source.use_reader(reader)
-  addresses = LaneOrder(
+  return LaneOrder(
     [source.lane_blocks.ends for source in sources],
     weights=weights,
     batch_size=batch_size,
@@ -406,12 +405,29 @@ def open_order(
     window=config.window,
     seeds=[order.source_seed(seed, k) for k in range(len(sources))],
   )
+
+
+def _open_reader(
+  config: DataConfig,
+  sources: Sequence[Source],
+  addresses: grain.MapDataset | LaneOrder,
+  hosts: int,
+) -> RangeReader | None:
+  """Prepares sources for an order; returns the reader of blocks in lanes."""
+  if not isinstance(addresses, LaneOrder):
+    if config.shuffle != "global" and hosts <= _MAX_BLOCK_READERS:
+      for source in sources:
+        source.read_in_blocks(order.BLOCK * order.WINDOW)
+    return None
+  # Workers may be in different windows.
+  windows = _WINDOWS + (config.workers > 0)
   for k, source in enumerate(sources):
-    # Workers may be in different windows.
-    windows = _WINDOWS + (config.workers > 0)
-    count = addresses.count_blocks(k, hosts=hosts, windows=windows)
-    source.keep_blocks(count)
-  return addresses, reader
+    source.keep_blocks(addresses.count_blocks(k, hosts=hosts, windows=windows))
+  kind = RangeServer if config.workers else RangeReader
+  reader = kind(config.block_memory << 20, patience=config.storage_seconds)
+  for source in sources:
+    source.use_reader(reader)
+  return reader
 
 
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:

@@ -4,6 +4,7 @@ Opens the sources of a config, so that their tables and manifests are read, but
 no record. `data.lanes` gives the blocks of each host's first windows.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -35,9 +36,10 @@ class _RecordingReader(RangeReader):
     """Notes ranges of bucket files."""
     self.spans |= {s: False for s in spans if path_lib.is_remote(s.path)}
 
-  def note(self, spans: Iterable[ByteRange]) -> None:
-    """Notes shards that are copied to the disk."""
+  def allows_copies(self, spans: Sequence[ByteRange]) -> bool:
+    """Notes shards that would be copied to the disk."""
     self.spans |= dict.fromkeys(spans, True)
+    return False
 
   def take(self) -> dict[ByteRange, bool]:
     """Returns the ranges since the last call, and whether each is copied."""
@@ -56,9 +58,10 @@ class DataPlane:
   block_memory: int  # Bytes.
   start_requests: int  # Per host.
   copied_bytes: int  # In the folder for copies of bucket files.
+  is_complete: bool = True  # All bytes are known.
   # Orders of single records have no windows.
   shard_bytes: int = 0  # Shards that are copied whole for a window's blocks.
-  largest_share: float = 1.0  # Records of a host in an epoch, over the mean.
+  largest_share: float = 1.0  # Bytes of the largest host, over the mean.
   window_bytes: int = 0  # Blocks of a step's rows, of the largest host.
   ahead_bytes: int = 0  # With the blocks that are read ahead.
 
@@ -105,8 +108,8 @@ class DataPlane:
       f"  {requests:,.0f} requests/s, {requests / self.hosts:,.1f} per host"
       f" ({self.requests_per_example:.4f} per example)",
       f"  {size / 1e6:,.0f} MB/s, {size / self.hosts / 1e6:,.1f} per host"
-      f" ({self.bytes_per_example / 1e3:,.1f} kB per example); the largest"
-      f" host reads {self.largest_share:.3f} times its share of records",
+      f" ({self.bytes_per_example / 1e3:,.1f} kB per example); in its first"
+      f" windows, a host has at most {self.largest_share:.3f} times its share",
       f"  memory of the windows {format_bytes(self.window_bytes)} per host,"
       f" {format_bytes(self.ahead_bytes)} with the next ones, of"
       f" {format_bytes(self.block_memory)} (data.block_memory)",
@@ -119,6 +122,8 @@ class DataPlane:
         f"  disk for copied shards {format_bytes(self.shard_bytes)} per host,"
         " and four more"
       )
+    if not self.is_complete:
+      lines.append("  bytes of shards without a table of blocks aren't counted")
     return "\n".join(lines + [f"  WARNING: {w}" for w in self.warnings])
 
 
@@ -134,18 +139,16 @@ def compute(
   sources = [build_source(entry) for entry in config.train]
   start_requests = buckets.count_requests() - before
   weights = [read_weight(entry) for entry in config.train]
-  order, reader = pipeline.open_order(
-    config, sources, weights, batch_size, hosts, seed=0
+  order = pipeline.build_order(
+    config, sources, weights, batch_size=batch_size, hosts=hosts, seed=0
   )
-  if reader:
-    reader.close()
   recorder = _RecordingReader()
   for source in sources:
     source.use_reader(recorder)
   if isinstance(order, LaneOrder):
     figures = _measure_windows(order, sources, recorder, batch_size, hosts)
   else:
-    figures = _measure_records(order, sources, recorder)
+    figures = _measure_records(order, sources, recorder, batch_size, hosts)
   copies = path_lib.cache_folder().rglob("*")
   return DataPlane(
     hosts=hosts,
@@ -167,48 +170,64 @@ def _measure_windows(
 ) -> dict[str, float]:
   """Reads the ranges of each host's first windows."""
   rows = batch_size // hosts
-  examples = requests = size = 0
-  largest, shards = [0, 0], 0
+  examples, requests, totals = 0, 0, []
+  current, ahead, shards = 0, 0, 0  # Bytes, of the host with the most.
+
+  def read(host: int, windows: int) -> tuple[int, dict[ByteRange, bool]]:
+    """Returns the records of a host's windows, and their ranges."""
+    positions, records = range(host * rows, (host + 1) * rows), 0
+    for number, window in order.upcoming(positions, windows=windows):
+      records += len(window.records)
+      for first, count in zip(window.starts, window.sizes, strict=True):
+        sources[number].prefetch(int(first), int(count))
+    return records, recorder.take()
+
   for host in range(hosts):
-    positions = range(host * rows, (host + 1) * rows)
-    for windows in (1, 2):
-      for number, window in order.upcoming(positions, windows=windows):
-        for first, count in zip(window.starts, window.sizes, strict=True):
-          sources[number].prefetch(int(first), int(count))
-        examples += len(window.records) * (windows == 2)
-      spans = recorder.take()
-      total = sum(span.size for span in spans)
-      copied = sum(s.size for s, is_copied in spans.items() if is_copied)
-      largest[windows - 1] = max(largest[windows - 1], total - copied)
-      shards = max(shards, copied)
-    requests, size = requests + len(spans), size + total
-  rows_of_lanes = sum(lanes.count_rows(0) for lanes in order.sources)
-  owned = rows_of_lanes.reshape(hosts, -1).sum(1)
+    _, spans = read(host, 1)
+    kept = sum(s.size for s, is_copied in spans.items() if not is_copied)
+    current = max(current, kept)
+    records, spans = read(host, 2)
+    examples, requests = examples + records, requests + len(spans)
+    copied = sum(s.size for s, is_copied in spans.items() if is_copied)
+    totals.append(sum(span.size for span in spans))
+    ahead, shards = max(ahead, totals[-1] - copied), max(shards, copied)
   return dict(
     requests_per_example=requests / examples,
-    bytes_per_example=size / examples,
-    window_bytes=largest[0],
-    ahead_bytes=largest[1],
+    bytes_per_example=sum(totals) / examples,
+    window_bytes=current,
+    ahead_bytes=ahead,
     shard_bytes=shards,
-    largest_share=float(owned.max() / owned.mean()),
+    largest_share=max(totals) * hosts / max(sum(totals), 1),
   )
 
 
 def _measure_records(
-  order: Any, sources: Sequence[Source], recorder: _RecordingReader
+  order: Any,
+  sources: Sequence[Source],
+  recorder: _RecordingReader,
+  batch_size: int,
+  hosts: int,
 ) -> dict[str, float]:
-  """Reads the ranges of some records; one request for each without a table."""
-  requests = size = 0
-  for position in range(_SAMPLES):
-    number, record = order[position]
-    source = sources[number]
-    source.prefetch(record, 1)
-    spans = recorder.take()
-    requests += len(spans)
-    size += sum(span.size for span in spans)
-    # Without a table, a record is one request.
-    requests += not spans and any(map(path_lib.is_remote, source.files[:1]))
+  """Reads the ranges of a host's first records, each range once.
+
+  A record of shards without a table is one request, of unknown bytes.
+  """
+  rows, counts = batch_size // hosts, collections.Counter()
+  for sample in range(_SAMPLES):
+    step, row = divmod(sample, rows)
+    number, record = order[step * batch_size + row]
+    sources[number].prefetch(record, 1)
+    counts[number] += 1
+  spans = recorder.take()
+  read = {span.path for span in spans}
+  single = sum(
+    count
+    for number, count in counts.items()
+    if any(map(path_lib.is_remote, sources[number].files[:1]))
+    and read.isdisjoint(sources[number].files)
+  )
   return dict(
-    requests_per_example=requests / _SAMPLES,
-    bytes_per_example=size / _SAMPLES,
+    requests_per_example=(len(spans) + single) / _SAMPLES,
+    bytes_per_example=sum(span.size for span in spans) / _SAMPLES,
+    is_complete=not single,
   )

@@ -64,7 +64,7 @@ class Experiment(TrainStep):
 
   @functools.cached_property
   def source_descriptions(self) -> list[dict[str, Any]]:
-    """What numbers the records of each source, as JSON."""
+    """Files, record counts and label sets of each source, as JSON."""
     return [source.describe() for source in self.sources]
 
 

@@ -1,4 +1,4 @@
-"""When a run rolls back: non-finite updates, and metrics out of bounds.
+"""Rolling back after non-finite updates and metrics out of bounds.
 
 The train step skips an update if the loss or the gradient is non-finite (see
 `step.make_update_fn`); `UpdateMonitor` counts these and spikes of the gradient

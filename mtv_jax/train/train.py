@@ -68,7 +68,7 @@ def check_balance_unchanged(
 
 
 def _describe_run(experiment: Experiment, **options: Any) -> dict[str, Any]:
-  """What the processes of a run must have in common, as JSON."""
+  """Returns what all processes of a run must agree on, as JSON."""
   return {
     "config": experiment.config.to_dict(),
     "options": options,

@@ -133,8 +133,8 @@ def replace_folder(
   try:
     yield temporary
     for file in temporary.rglob("*"):
-      # Files of the year 1970 are empty, see `path.lazy_copy`.
-      if file.is_file() and file.stat().st_mtime_ns:
+      # A sparse file without blocks has no data to sync.
+      if file.is_file() and file.stat().st_blocks:
         _sync(file)
     if folder.exists():
       _link_others(folder, temporary, replaced)

@@ -127,15 +127,19 @@ def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
   """Opens a file for mostly sequential reads; from buckets in long ranges."""
   if not is_remote(path):
     return open(path, "rb", buffering=buffering)
-  return io.BufferedReader(_RangedFile(path), _READ_AHEAD)
+  return io.BufferedReader(_BucketFile(path), _READ_AHEAD)
 
 
-class SeekableFile(io.RawIOBase):
-  """A read-only file of `size` bytes, at position `at`."""
+class RangedFile(io.RawIOBase):
+  """A read-only file of `size` bytes, which `read_at` reads in ranges."""
 
   def __init__(self, size: int):
     super().__init__()
-    self.size, self.at = size, 0
+    self._size, self._at = size, 0
+
+  def read_at(self, offset: int, size: int) -> bytes:
+    """Returns a range of the file."""
+    raise NotImplementedError
 
   def readable(self) -> bool:
     return True
@@ -144,27 +148,30 @@ class SeekableFile(io.RawIOBase):
     return True
 
   def tell(self) -> int:
-    return self.at
+    return self._at
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}
-    self.at = base[whence] + offset
-    return self.at
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
+    self._at = base[whence] + offset
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    size = max(min(len(buffer), self._size - self._at), 0)
+    data = self.read_at(self._at, size) if size else b""
+    buffer[: len(data)] = data
+    self._at += len(data)
+    return len(data)
 
 
-class _RangedFile(SeekableFile):
+class _BucketFile(RangedFile):
   """A bucket file; each read is a request, retried on failure."""
 
   def __init__(self, path: PurePath):
     super().__init__(stat(path).st_size)
     self._path = path
 
-  def readinto(self, buffer: Any) -> int:
-    size = max(min(len(buffer), self.size - self.at), 0)
-    data = read_range(self._path, self.at, size) if size else b""
-    buffer[: len(data)] = data
-    self.at += len(data)
-    return len(data)
+  def read_at(self, offset: int, size: int) -> bytes:
+    return read_range(self._path, offset, size)
 
 
 def read_bytes(path: PurePath) -> bytes:

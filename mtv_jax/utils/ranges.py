@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing import connection
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -79,6 +79,11 @@ class RangeReader:
               return
             self._evict()
           self._add(span)
+
+  def allows_copies(self, spans: Sequence[ByteRange]) -> bool:
+    """Whether whole files may be copied to the disk in advance."""
+    del spans
+    return not self.is_closed
 
   def get(self, span: ByteRange) -> bytes | mmap.mmap:
     """Returns the bytes of a range."""
@@ -286,6 +291,7 @@ class RangeClient:
   _MAPS = 512  # Mapped ranges, of `limit` bytes at most.
   _ASKED = 1 << 16  # Ranges that were requested in advance, by time.
   is_closed = False  # A loader's workers end with it.
+  allows_copies = RangeReader.allows_copies
 
   def __init__(self, address: str, pid: int, limit: int):
     self._arguments = address, pid, limit

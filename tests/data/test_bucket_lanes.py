@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.parse
 
 import emulators
@@ -37,9 +38,7 @@ def local(tmp_path_factory):
   pyarrow = pytest.importorskip("pyarrow")
   parquet = pytest.importorskip("pyarrow.parquet")
   folder = tmp_path_factory.mktemp("local")
-  label_samples.PER_SHARD, per_shard = 256, label_samples.PER_SHARD
-  tars = label_samples.make_base(folder, count=RECORDS)
-  label_samples.PER_SHARD = per_shard
+  tars = label_samples.make_base(folder, count=RECORDS, per_shard=256)
   base = label_samples.open_base(tars)
   for kind in ("depth", "boxes"):
     label_samples.make_set(folder / kind, base, kind)
@@ -229,8 +228,9 @@ def test_workers_share_a_hosts_blocks(remote):
 def test_array_records_are_copied_shard_by_shard(
   gs, tmp_path, monkeypatch, workers
 ):
-  monkeypatch.setattr(label_samples, "PER_SHARD", 16)
-  local = label_samples.make_base(tmp_path, count=256, format="array_record")
+  local = label_samples.make_base(
+    tmp_path, count=256, per_shard=16, format="array_record"
+  )
   base = label_samples.open_base(local)
   label_samples.make_set(tmp_path / "depth", base, "depth")
   url = path.as_path(f"{gs}/records_{workers}")
@@ -314,8 +314,9 @@ def test_a_killed_index_reads_no_tar_twice(remote):
     process = subprocess.Popen(
       [sys.executable, "-c", program, *command], start_new_session=True
     )
-    while len(parts := path.list_folder(url / "blocks.parts")) < 3:
-      assert process.poll() is None
+    deadline = time.monotonic() + 120
+    while len(path.list_folder(url / "blocks.parts")) < 3:
+      assert process.poll() is None and time.monotonic() < deadline
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     parts = path.list_folder(url / "blocks.parts")

@@ -72,8 +72,8 @@ def test_a_killed_run_in_a_bucket_equals_an_untouched_one(
 def test_four_killed_processes_that_read_a_bucket_in_lanes(
   gs, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(label_samples, "PER_SHARD", 16)
-  base = label_samples.open_base(label_samples.make_base(tmp_path, count=128))
+  tars = label_samples.make_base(tmp_path, count=128, per_shard=16)
+  base = label_samples.open_base(tars)
   label_samples.make_set(tmp_path / "depth", base, "depth")
   for name in ("base", "depth"):
     path.upload_folder(tmp_path / name, path.as_path(f"{gs}/pod/{name}"))

@@ -74,7 +74,8 @@ class JoinedLabels(abc.ABC):
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in `Source`."""
-    del reader
+    if self.label_set.blocks:
+      self.label_set.blocks.use(reader)
 
   def prefetch(self, first: int, count: int) -> None:
     """As in `Source`."""
@@ -296,12 +297,9 @@ class AlignedLabels(JoinedLabels):
       f" same key but other bytes. {_ADVICE}"
     )
 
-  def use_reader(self, reader: RangeReader) -> None:
-    if self.label_set.blocks:
-      self.label_set.blocks.use(reader)
-
   def prefetch(self, first: int, count: int) -> None:
-    if blocks := self.label_set.blocks:
+    blocks = self.label_set.blocks
+    if blocks and path_lib.is_remote(self.label_set.folder):
       shard, begin = self._source.lane_blocks.locate(first)
       _, end = self._source.lane_blocks.locate(first + count - 1)
       blocks.prefetch(self._shards[shard], range(begin.start, end.stop))

@@ -144,7 +144,7 @@ class LabelSet:
       file = self.folder / block_table.NAME
       fix = "Copy the label set again, or write it again."
       files = [self.folder / f"{n}{label_blocks.SUFFIX}" for n in self.names]
-      table = block_table.read(file, fix=fix).select(files)
+      table = block_table.read(file, fix=fix).select(files, fix=fix)
       if table.count_records() != self.counts:
         raise LabelError(
           f"The table of blocks in {self.folder} doesn't fit its {MANIFEST}:"

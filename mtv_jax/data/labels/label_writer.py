@@ -348,11 +348,8 @@ class LabelWriter:
     tables = []
     for shard, rows in enumerate(blocks):
       size, records = np.array(rows, np.int64).reshape(-1, 2).T
-      columns = dict(
-        offset=np.cumsum(size) - size,
-        size=size,
-        records=records,
-        captioned=records,
+      columns = block_table.as_columns(
+        np.stack([np.cumsum(size) - size, size, records, records], 1)
       )
       # Label sets are copied, which changes versions.
       state = int(size.sum()), ""

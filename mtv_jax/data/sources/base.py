@@ -135,7 +135,7 @@ class Source(abc.ABC):
     return [file.name for file in self.files]
 
   def describe(self) -> dict[str, Any]:
-    """What all hosts of a run must have in common, as JSON.
+    """Returns what all hosts of a run must agree on, as JSON.
 
     The digest depends on what numbers the records: files and record counts.
     """

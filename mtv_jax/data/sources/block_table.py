@@ -61,7 +61,6 @@ class BlockTable:
   records: Int64[np.ndarray, " blocks"]
   captioned: Int64[np.ndarray, " blocks"]
   per_block: int = 0  # Records per block, as requested; 0: row groups.
-  fix: str = _FIX  # Closing sentence of errors about changed files.
 
   def __len__(self) -> int:
     return len(self.shard)
@@ -99,8 +98,16 @@ class BlockTable:
     """Writes the table."""
     path_lib.write_bytes(file, self._to_bytes())
 
+  def has_state(self, state: tuple[int, str]) -> bool:
+    """Whether the table of one file is of this size and version."""
+    return state == (self.sizes[0], self.versions[0] or state[1])
+
   def select(
-    self, files: Sequence[PurePath], listing: Listing | None = None
+    self,
+    files: Sequence[PurePath],
+    listing: Listing | None = None,
+    *,
+    fix: str = _FIX,
   ) -> "BlockTable":
     """Returns the table of some of the files, in their order.
 
@@ -111,20 +118,20 @@ class BlockTable:
     if missing := [f.name for f in files if f.name not in parts]:
       raise InputError(
         f"{len(missing)} of {len(files)} shards are not in the table of blocks"
-        f" of {files[0].parent}: {list_first(missing, 3)}. {self.fix}"
+        f" of {files[0].parent}: {list_first(missing, 3)}. {fix}"
       )
     chosen = [parts[file.name] for file in files]
     states = read_states(files, listing)
     changed = [
       file.name
       for file, part, state in zip(files, chosen, states, strict=True)
-      if state != (part.sizes[0], part.versions[0] or state[1])
+      if not part.has_state(state)
     ]
     if changed:
       raise InputError(
         f"{len(changed)} of {len(files)} shards in {files[0].parent} have"
         " changed since their table of blocks was written:"
-        f" {list_first(changed, 3)}. {self.fix}"
+        f" {list_first(changed, 3)}. {fix}"
       )
     folder = files[0].parent
     if listing and path_lib.is_remote(folder):
@@ -132,7 +139,7 @@ class BlockTable:
       if gone := [name for name in parts if name not in present]:
         raise InputError(
           f"{len(gone)} of {len(parts)} shards of the table of blocks of"
-          f" {folder} are no longer there: {list_first(gone, 3)}. {self.fix}"
+          f" {folder} are no longer there: {list_first(gone, 3)}. {fix}"
         )
     return dataclasses.replace(join(chosen), files=tuple(files))
 
@@ -153,7 +160,9 @@ class BlockTable:
     ]
 
 
-def as_columns(rows: Sequence[tuple[int, int, int, int]]) -> Columns:
+def as_columns(
+  rows: Sequence[tuple[int, int, int, int]] | Int64[np.ndarray, "blocks 4"],
+) -> Columns:
   """Returns columns, given (offset, size, records, captioned) of each block."""
   columns = np.array(rows, np.int64).reshape(-1, 4).T
   return dict(zip(list(_COLUMNS)[1:], columns, strict=True))
@@ -256,7 +265,7 @@ def read(file: PurePath, *, fix: str = _FIX) -> BlockTable:
       f"{file} is not a table of blocks, or damaged ({printable(error)}). {fix}"
     ) from error
   states = tuple(sizes), tuple(versions)
-  return BlockTable(files, *states, **columns, per_block=per_block, fix=fix)
+  return BlockTable(files, *states, **columns, per_block=per_block)
 
 
 def _check(

@@ -17,7 +17,7 @@ from concurrent import futures
 from pathlib import Path, PurePath
 from typing import Any
 
-from mtv_jax.data.sources import block_table
+from mtv_jax.data.sources import array_record, block_table, parquet
 from mtv_jax.data.sources.block_table import (
   NAME,
   BlockTable,
@@ -25,19 +25,34 @@ from mtv_jax.data.sources.block_table import (
   of_file,
   read_states,
 )
+from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, WorkerError
 from mtv_jax.utils.leases import Jobs, open_leases, run_jobs
+from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import available_cores, map_threads
 
+# Returns the columns of a file's blocks, without `shard`.
+Scan = Callable[[PurePath], Columns]
 PARTS = "blocks.parts"
 _WAIT = 5.0  # Seconds between two looks at what other hosts read.
 
 
+def choose_scan(kind: str, records: int) -> tuple[Scan, int]:
+  """Returns the scan of a type of source, and the records per block.
+
+  Blocks of tars have `records` records; of Parquet they are row groups, of
+  ArrayRecord whole files, and the number is 0.
+  """
+  if kind == "webdataset":
+    return functools.partial(tar_blocks.scan, records=records), records
+  return {"parquet": parquet.scan, "array_record": array_record.scan}[kind], 0
+
+
 def build(
   files: Sequence[PurePath],
-  scan: Callable[[PurePath], Columns],
+  scan: Scan,
   *,
   per_block: int,
   folder: PurePath | None = None,
@@ -66,6 +81,7 @@ def build(
   folder = folder or files[0].parent
   if not path_lib.is_remote(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
+  _check_complete(files, folder)
   states = dict(zip(files, read_states(files), strict=True))
   joint = _stat(folder / NAME)
   tables = _find_parts(states, folder, per_block)
@@ -76,6 +92,7 @@ def build(
   context = multiprocessing.get_context("spawn")
   stopped = context.Event()
   options = dict(initializer=_start_worker, initargs=(stopped,))
+  table = None
   with (
     _explain_killed(),
     futures.ProcessPoolExecutor(count, context, **options) as pool,
@@ -99,9 +116,29 @@ def build(
           tables |= _find_parts(missing, folder, per_block)
           missing = {f: s for f, s in missing.items() if f not in tables}
           if not missing:
-            return _write_joint([tables[f] for f in files], states, folder)
-      time.sleep(_WAIT)
-  return _write_joint([tables[f] for f in files], states, folder)
+            table = _write_joint([tables[f] for f in files], states, folder)
+      if missing:
+        time.sleep(_WAIT)
+  if table is None:
+    table = _write_joint([tables[f] for f in files], states, folder)
+  open_leases(folder).clear()
+  return table
+
+
+def _check_complete(files: Sequence[PurePath], folder: PurePath) -> None:
+  """Raises InputError if a new table would lack shards of the old one."""
+  try:
+    old = block_table.read(folder / NAME).files
+  except (MissingFileError, InputError):  # None, or a damaged one.
+    return
+  names = {file.name for file in files}
+  present = set(path_lib.list_folder(files[0].parent))
+  if lost := [f.name for f in old if f.name in present - names]:
+    raise InputError(
+      f"The table of blocks in {folder} has {len(lost)} other shards that are"
+      f" still there: {list_first(lost, 3)}. Index all shards of the folder at"
+      " once, or give another --output."
+    )
 
 
 @contextlib.contextmanager
@@ -140,7 +177,7 @@ class _Scans:
 
   missing: Mapping[PurePath, tuple[int, str]]
   folder: PurePath  # The table's.
-  scan: Callable[[PurePath], Columns]
+  scan: Scan
   per_block: int
   joint: tuple[int, int] | None  # State of the table; changed by who joins it.
 
@@ -154,22 +191,21 @@ class _Scans:
     joint = _stat(self.folder / NAME)
     if (_stopped and _stopped.is_set()) or joint != self.joint:
       return {}
-    files = [f for f in self.missing if self._part(f).name not in names]
+    parts = {f: _part(self.folder, f) for f in self.missing}
+    files = [f for f, part in parts.items() if part.name not in names]
     return {f.name: functools.partial(self._read, f) for f in files}
 
   def _read(self, file: PurePath) -> bool:
     if _stopped.is_set():
       raise futures.CancelledError
     joint = _stat(self.folder / NAME)
-    if path_lib.exists(self._part(file)) or joint != self.joint:
+    part = _part(self.folder, file)
+    if path_lib.exists(part) or joint != self.joint:
       return False
     state, columns = self.missing[file], self.scan(file)
     table = of_file(file, state, columns, per_block=self.per_block)
-    table.write(self._part(file))
+    table.write(part)
     return True
-
-  def _part(self, file: PurePath) -> PurePath:
-    return _part(self.folder, file)
 
 
 _stopped: Any = None  # Set once a process of this host has failed.
@@ -233,10 +269,7 @@ def _read_parts(
     for part in () if table is None else table.split():
       file = known.get(part.files[0].name)
       # Without a version, as `make_shards` writes it, the store's is taken.
-      if file and states[file] == (
-        part.sizes[0],
-        part.versions[0] or states[file][1],
-      ):
+      if file and part.has_state(states[file]):
         versions = (states[file][1],)
         found[file] = dataclasses.replace(
           part, files=(file,), versions=versions

@@ -114,8 +114,7 @@ class ParquetSource(base.FileSource):
     # A start of hosts compares what they share.
     self._digest = table.digest if blocks or self._remote else None
     self._table = table
-    counts = np.bincount(table.shard, table.records, len(files))
-    super().__init__(files, counts.astype(np.int64).tolist(), captions=captions)
+    super().__init__(files, table.count_records(), captions=captions)
     if self._remote and (table.size > _MAX_BYTES).any():
       raise _too_large(files[table.shard[table.size.argmax()]])
     if not len(self):
@@ -178,8 +177,8 @@ class ParquetSource(base.FileSource):
   def prefetch(self, first: int, count: int) -> None:
     """As in the base class."""
     if self._remote:
-      ends = np.searchsorted(self._starts, [first, first + count - 1], "right")
-      self._reader.prefetch(map(self._table.range, range(ends[0] - 1, ends[1])))
+      begin, end = map(self.lane_blocks.find, (first, first + count - 1))
+      self._reader.prefetch(map(self._table.range, range(begin, end + 1)))
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Returns record `i`; InputError if the file changed after opening."""
@@ -289,22 +288,20 @@ class ParquetSource(base.FileSource):
     return _Pieces(size, {r.offset: self._reader.get(r) for r in pieces})
 
 
-class _Pieces(path_lib.SeekableFile):
+class _Pieces(path_lib.RangedFile):
   """A file with only some parts in memory."""
 
   def __init__(self, size: int, pieces: Mapping[int, bytes]):
     super().__init__(size)
     self._pieces = pieces
 
-  def read(self, size: int = -1) -> bytes:
-    end = self.size if size < 0 else min(self.at + size, self.size)
+  def read_at(self, offset: int, size: int) -> bytes:
+    end = offset + size
     for start, data in self._pieces.items():
-      if start <= self.at and end <= start + len(data):
-        part = bytes(memoryview(data)[self.at - start : end - start])
-        self.at = end
-        return part
+      if start <= offset and end <= start + len(data):
+        return bytes(memoryview(data)[offset - start : end - start])
     raise InputError(
-      f"The bytes {self.at} to {end} are outside of a row group of the table of"
+      f"The bytes {offset} to {end} are outside of a row group of the table of"
       " blocks. Run `mtv-jax index` again."
     )
 

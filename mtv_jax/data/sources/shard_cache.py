@@ -151,7 +151,6 @@ class CachedShardsSource(Source):
   """
 
   _cache: ShardCache | None = None
-  _reader: RangeReader | None = None
 
   def _open_shards(
     self, load: Callable[[int, Path], Any], files: Sequence[Path] = ()
@@ -178,7 +177,6 @@ class CachedShardsSource(Source):
 
   def use_reader(self, reader: RangeReader) -> None:
     """As in the base class."""
-    self._reader = reader
     if self._cache:
       self._cache.patience, self._cache.reader = reader.patience, reader
 
@@ -193,12 +191,10 @@ class CachedShardsSource(Source):
     """As in the base class."""
     if not self._cache:
       return
-    shards = range(
-      self._locate(first)[0], self._locate(first + count - 1)[0] + 1
-    )
-    if note := getattr(self._reader, "note", None):
-      note(map(self._cache.span, shards))  # A reader that reads nothing.
-    else:
+    begin, end = (self._locate(i)[0] for i in (first, first + count - 1))
+    shards = range(begin, end + 1)
+    spans = [*map(self._cache.span, shards)]
+    if not self._cache.reader or self._cache.reader.allows_copies(spans):
       self._cache.prefetch(shards)
 
 

@@ -2,10 +2,10 @@
 
 For each record, `00000.tar` has `000000000.jpg`, `000000000.json` and
 `000000000.txt`. The key combines shard and row number, so an unusable row
-leaves a gap. `00000_stats.json` has counts, `blocks.npz` the table of the tars'
-blocks. The JSON field `captions` has all
-captions, the .txt only the first. For ArrayRecord, the JSON of all records is
-in `00000_meta.jsonl`. Equal input gives equal bytes.
+leaves a gap. The JSON field `captions` has all captions, the .txt only the
+first. For ArrayRecord, the JSON of all records is in `00000_meta.jsonl`.
+`00000_stats.json` has counts, `blocks.npz` the table of the shards' blocks.
+Equal input gives equal bytes.
 """
 
 import dataclasses
@@ -26,10 +26,9 @@ import cv2
 from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import array_record, block_table
+from mtv_jax.data.sources import array_record, block_table, indexing
 from mtv_jax.data.sources.base import LANE_BLOCK
 from mtv_jax.data.sources.listings import Example
-from mtv_jax.data.sources.tars import blocks as tar_blocks
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice, printable
 from mtv_jax.utils.path import read_regular, refuse_remote
@@ -91,6 +90,7 @@ def write(
     check_value(size, PositiveInt | None, name)
   out = _open_folder(out, suffix)
   report = ShardReport(total=len(examples))
+  scan, per_block = indexing.choose_scan(format, LANE_BLOCK)
   digits, tables = len(str(records_per_shard - 1)), []
   for shard, start in enumerate(range(0, len(examples), records_per_shard)):
     rows = examples[start : start + records_per_shard]
@@ -106,14 +106,8 @@ def write(
     atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
     # A copy in a bucket has another version, so none is compared.
     state = path.stat().st_size, ""
-    if suffix == ".tar":
-      per_block = LANE_BLOCK
-      columns = tar_blocks.scan(path, records=per_block)
-    else:
-      columns, per_block = array_record.scan(path), 0
-    tables.append(
-      block_table.of_file(path, state, columns, per_block=per_block)
-    )
+    table = block_table.of_file(path, state, scan(path), per_block=per_block)
+    tables.append(table)
     report.shards.append(path)
     progress(report)
   if tables:

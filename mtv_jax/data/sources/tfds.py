@@ -20,7 +20,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.data.records import Record, read_captions
+from mtv_jax.data.records import Record, content_errors, read_captions
 from mtv_jax.data.sources import array_record, block_table
 from mtv_jax.data.sources.shard_cache import CachedShardsSource, ShardCache
 from mtv_jax.utils import path as path_lib
@@ -152,7 +152,9 @@ class TFDSSource(CachedShardsSource):
     key = f"{self.name}/{i.__index__():09d}"
     reader = self._readers.get(shard)
     data = array_record.read_bytes(reader, self._skips[shard] + at, where=key)
-    example = self._parsers.get(0)(data)
+    parser = self._parsers.get(0)
+    with content_errors(key, "it can't be parsed"):
+      example = parser(data)
     record: Record = {"key": key, "image": example[self._image]}
     if self._captions:
       captions: Any = example

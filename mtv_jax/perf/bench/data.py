@@ -1,10 +1,12 @@
 """Input pipeline benchmark: shards to batches against decoding alone."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import tarfile
@@ -187,20 +189,21 @@ def _sample_gil(loader: Iterator[Any], seconds: int) -> float:
   """
   command = ["py-spy", "record", "--nonblocking", "--rate=50", "--format=raw"]
   command += [f"--duration={seconds}", f"--pid={os.getpid()}"]
+  if not shutil.which("py-spy"):
+    raise InputError("--spy needs py-spy: pip install py-spy.")
   counts = []
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
     files = {Path(folder, "gil"): ["--gil"], Path(folder, "all"): []}
-    try:
-      spies = [
-        subprocess.Popen(
-          [*command, *flags, f"--output={file}"],
-          stdout=subprocess.DEVNULL,
-          stderr=subprocess.DEVNULL,
-        )
-        for file, flags in files.items()
-      ]
-    except FileNotFoundError as error:
-      raise InputError("--spy needs py-spy: pip install py-spy.") from error
+    spies = []
+    for file, flags in files.items():
+      spy = subprocess.Popen(
+        [*command, *flags, f"--output={file}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+      )
+      stack.callback(spy.wait)
+      stack.callback(spy.kill)  # If reading fails.
+      spies.append(spy)
     while any(process.poll() is None for process in spies):
       next(loader)
     for file, process in zip(files, spies, strict=True):

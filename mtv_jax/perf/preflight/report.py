@@ -344,6 +344,12 @@ def preflight(
   further fields of the report.
   """
   config = resolve(config)
+  if data and not (
+    options.get("step_seconds") or topology.chip.peak_bf16_flops
+  ):
+    raise ConfigError(
+      f"the peak of {topology.chip.kind} is unknown: add --step_seconds"
+    )
   if config.model.remat.strip() == AUTO:
     choice = search_lib.find_remat(
       config, topology, budget=budget, examples_per_epoch=examples_per_epoch
@@ -373,17 +379,13 @@ def preflight(
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)
   if not data:
     return report
-  if (rate := report.examples_per_second) is None:
-    raise ConfigError(
-      f"the peak of {topology.chip.kind} is unknown: add --step_seconds"
-    )
   return dataclasses.replace(
     report,
     data_plane=data_plane_lib.compute(
       config.data,
       batch_size=batch_size,
       hosts=topology.hosts,
-      examples_per_second=rate,
+      examples_per_second=report.examples_per_second,
     ),
   )
 

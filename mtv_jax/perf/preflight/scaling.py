@@ -39,6 +39,9 @@ from mtv_jax.utils.tree import flatten_with_names
 
 # 16, 64 and 256 chips.
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
+# Times its own rows that a chip receives for KoLeo in lanes, if no group
+# spans chips: as XLA compiles the exchange.
+_LANE_EXCHANGES = 3
 _FUSED = {"qkv": 3, "kv": 2}  # Layers of a `models.layers.FusedDense`.
 
 
@@ -60,7 +63,8 @@ def embedding_bytes(plan: CompilePlan) -> int:
       if objective.koleo_weight and is_spread:
         others = min(math.ceil(group / rows), chips - 1)
         if spec.in_lanes:
-          others = chips - 1 if rows * chips // group % chips else 3
+          spans_chips = rows * chips // group % chips
+          others = chips - 1 if spans_chips else _LANE_EXCHANGES
         views = spec.views[objective.view_global].count
         total += 2 * others * views * 4 * rows * spec.model.image.embed_dim
       continue

@@ -95,15 +95,14 @@ def test_what_hosts_compare(labelled, tmp_path):
     k: LabelSet(path, kind=k).digest for k, path in labels.items()
   }
   assert describe(*names, limit=4) == described | {"limit": 4}
-  table = tmp_path / "blocks.npz"
   files = [labelled / f"base/{name}.tar" for name in names]
   scan = functools.partial(tar_blocks.scan, records=4)
-  indexing.build(files, scan, per_block=4, processes=1).write(table)
+  indexing.build(files, scan, per_block=4, folder=tmp_path, processes=1)
   digests = [
     described["digest"],
     describe(*names[::-1])["digest"],
     describe(names[0], "00002")["digest"],
-    describe(*names, blocks=str(table))["digest"],
+    describe(*names, blocks=f"{tmp_path}/blocks.npz")["digest"],
   ]
   assert len(set(digests)) == 4
 

@@ -38,9 +38,9 @@ def scan(path, *, records=2, wait=0.0):
   return tar_blocks.scan(path, records=records)
 
 
-def build(tars, **options):
+def build(tars, *, folder=None, **options):
   scan_slowly = functools.partial(scan, **options)
-  indexing.build(tars, scan_slowly, per_block=2, processes=2)
+  indexing.build(tars, scan_slowly, per_block=2, folder=folder, processes=2)
 
 
 def reads(folder):
@@ -78,6 +78,15 @@ def test_an_interrupted_build_reads_no_shard_twice(tars):
   build([*tars, new])
   assert reads(folder) == ["00001.tar", "x.tar"]
   assert len(block_table.read(folder / block_table.NAME)) == 11
+
+
+def test_a_table_of_some_shards_does_not_replace_one_of_all(tars, tmp_path):
+  build(tars)
+  with pytest.raises(InputError, match="1 other shards .* 00004.tar. Index"):
+    build(tars[:-1])
+  build(tars[:-1], folder=tmp_path / "part")
+  tars[-1].unlink()
+  build(tars[:-1])
 
 
 def test_hosts_share_the_shards(tars):

@@ -15,6 +15,7 @@ import pytest
 
 from mtv_jax.cli import index
 from mtv_jax.data.pipeline import make_loader
+from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources import tfds as tfds_lib
@@ -274,6 +275,10 @@ def test_damaged_tfrecords(prepared, tmp_path):
     source = TFDSSource("tiny_captions", data_dir=tmp_path)
     with pytest.raises(InputError, match="is damaged .* prepared set again"):
       source[0]
+  # An example in a whole record; checksums are not compared.
+  file.write_bytes(data[:12] + b"\xff" * 16 + data[28:])
+  with pytest.raises(BadRecord, match="can't be parsed"):
+    TFDSSource("tiny_captions", data_dir=tmp_path)[0]
 
 
 class _Dict(dict):

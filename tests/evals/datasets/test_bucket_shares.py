@@ -40,7 +40,8 @@ def write_sets(root):
   (root / "tars/test/nshards.txt").write_text("2\n")
   (root / "tars/classnames.txt").write_text("red\nblue\n")
   (root / "tars/zeroshot_classification_templates.txt").write_text("{c}\n")
-  label_samples.make_base(root / "records", count=8, format="array_record")
+  options = dict(per_shard=2, format="array_record")
+  label_samples.make_base(root / "records", count=8, **options)
 
 
 def evaluate(root):
@@ -72,8 +73,7 @@ def write_output(folder, url):
   pathlib.Path(folder, f"{process}.json").write_text(json.dumps(output))
 
 
-def test_two_processes_read_their_shares(gs, tmp_path, monkeypatch):
-  monkeypatch.setattr(label_samples, "PER_SHARD", 2)
+def test_two_processes_read_their_shares(gs, tmp_path):
   write_sets(tmp_path / "local")
   url = f"{gs}/shares"
   path_lib.upload_folder(tmp_path / "local", path_lib.as_path(url))
