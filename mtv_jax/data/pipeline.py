@@ -330,10 +330,8 @@ def make_loader(
   if sources is None:
     sources = [build_source(entry) for entry in config.train]
   _check_labels(ops, sources)
-  weights = [read_weight(entry) for entry in config.train]
-  weights = weights or [1.0] * len(sources)
-  rows = batch_size // process_count
-  threads = max(available_cores() // max(config.workers, 1), 1)
+  weights = [read_weight(e) for e in config.train] or [1.0] * len(sources)
+  rows, cores = batch_size // process_count, available_cores()
   addresses = build_order(
     config,
     sources,
@@ -353,7 +351,7 @@ def make_loader(
     rows=rows,
     start_step=start_step,
     skipped=skipped,
-    threads=config.threads or threads,
+    threads=config.threads or max(cores // max(config.workers, 1), 1),
   )
   return Loader(
     batches,

@@ -260,15 +260,9 @@ def _train_from(
   debug_nans: bool,
 ) -> TrainState:
   """Trains from a checkpoint (None: from step 0) to the last step."""
-  config, is_main = experiment.config, jax.process_index() == 0
+  config = experiment.config
   first, timing = (saved.step, saved.timing) if saved else (0, {})
-  stats = None
-  if saved:
-    chrono.from_dict(timing)
-    if is_main:  # Other processes don't report data statistics.
-      stats = Stats.from_dict(timing.get("data", {}))
-      descriptions = timing.get("sources"), experiment.source_descriptions
-      warn_of_changed_data(*descriptions, step=first)
+  stats = _restore_counts(experiment, saved, chrono) if saved else None
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     watchdog = enter(Watchdog(config.watchdog))
@@ -291,8 +285,8 @@ def _train_from(
         process_index=jax.process_index(),
       )
     )
-    profile = experiment.workdir / "profile", config.log.profile_steps
-    profiler = enter(StepProfiler(*profile))
+    folder = experiment.workdir / "profile"
+    profiler = enter(StepProfiler(folder, config.log.profile_steps))
     # Late, so that a rejected config does not replace the recorded one.
     save_config(experiment, command)
     if saved:
@@ -310,15 +304,34 @@ def _train_from(
       chrono=chrono,
       notice=notice,
       watchdog=watchdog,
-      monitor=UpdateMonitor(
-        max_consecutive=config.nonfinite.max_consecutive,
-        spike_factor=config.log.spikes,
-        **{k: timing[k] for k in rollback.SAVED if k in timing},
-      ),
+      monitor=_restore_monitor(config, timing),
       session=session,
       profiler=profiler,
       debug_nans=debug_nans,
     ).run()
+
+
+def _restore_monitor(
+  config: RunConfig, timing: dict[str, Any]
+) -> UpdateMonitor:
+  return UpdateMonitor(
+    max_consecutive=config.nonfinite.max_consecutive,
+    spike_factor=config.log.spikes,
+    **{k: timing[k] for k in rollback.SAVED if k in timing},
+  )
+
+
+def _restore_counts(
+  experiment: Experiment, saved: Restored, chrono: Chrono
+) -> Stats | None:
+  """Restores the run's times; returns its data statistics on process 0."""
+  timing = saved.timing
+  chrono.from_dict(timing)
+  if jax.process_index():  # Others don't report them.
+    return None
+  descriptions = timing.get("sources"), experiment.source_descriptions
+  warn_of_changed_data(*descriptions, step=saved.step)
+  return Stats.from_dict(timing.get("data", {}))
 
 
 def _open_writer(

@@ -7,6 +7,7 @@ buckets (`utils.ranges`), and writes that depend on an object's generation.
 """
 
 import functools
+import io
 import itertools
 import logging
 import os
@@ -53,6 +54,35 @@ def count_requests() -> int:
 def _count(requests: int) -> None:
   global _requests
   _requests += requests
+
+
+class RangedFile(io.RawIOBase):
+  """A read-only file of `size` bytes, which `read(offset, size)` reads."""
+
+  def __init__(self, size: int, read: Callable[[int, int], bytes]):
+    super().__init__()
+    self._size, self._read, self._at = size, read, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._at
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
+    self._at = base[whence] + offset
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    size = max(min(len(buffer), self._size - self._at), 0)
+    data = self._read(self._at, size) if size else b""
+    buffer[: len(data)] = data
+    self._at += len(data)
+    return len(data)
 
 
 def is_remote(path: AnyPath) -> bool:

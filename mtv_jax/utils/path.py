@@ -127,51 +127,9 @@ def open_file(path: PurePath, *, buffering: int = -1) -> io.BufferedReader:
   """Opens a file for mostly sequential reads; from buckets in long ranges."""
   if not is_remote(path):
     return open(path, "rb", buffering=buffering)
-  return io.BufferedReader(_BucketFile(path), _READ_AHEAD)
-
-
-class RangedFile(io.RawIOBase):
-  """A read-only file of `size` bytes, which `read_at` reads in ranges."""
-
-  def __init__(self, size: int):
-    super().__init__()
-    self._size, self._at = size, 0
-
-  def read_at(self, offset: int, size: int) -> bytes:
-    """Returns a range of the file."""
-    raise NotImplementedError
-
-  def readable(self) -> bool:
-    return True
-
-  def seekable(self) -> bool:
-    return True
-
-  def tell(self) -> int:
-    return self._at
-
-  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
-    self._at = base[whence] + offset
-    return self._at
-
-  def readinto(self, buffer: Any) -> int:
-    size = max(min(len(buffer), self._size - self._at), 0)
-    data = self.read_at(self._at, size) if size else b""
-    buffer[: len(data)] = data
-    self._at += len(data)
-    return len(data)
-
-
-class _BucketFile(RangedFile):
-  """A bucket file; each read is a request, retried on failure."""
-
-  def __init__(self, path: PurePath):
-    super().__init__(stat(path).st_size)
-    self._path = path
-
-  def read_at(self, offset: int, size: int) -> bytes:
-    return read_range(self._path, offset, size)
+  read = functools.partial(read_range, path)
+  file = buckets.RangedFile(stat(path).st_size, read)
+  return io.BufferedReader(file, _READ_AHEAD)
 
 
 def read_bytes(path: PurePath) -> bytes:

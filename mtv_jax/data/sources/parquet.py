@@ -285,25 +285,20 @@ class ParquetSource(base.FileSource):
     start = min(last.offset + last.size, max(size - FOOTER, 0))
     footer = ByteRange(self.files[shard], start, size - start)
     pieces = [self._table.range(group), footer]
-    return _Pieces(size, {r.offset: self._reader.get(r) for r in pieces})
+    read = {r.offset: self._reader.get(r) for r in pieces}
+    return buckets.RangedFile(size, functools.partial(_cut_piece, read))
 
 
-class _Pieces(path_lib.RangedFile):
-  """A file with only some parts in memory."""
-
-  def __init__(self, size: int, pieces: Mapping[int, bytes]):
-    super().__init__(size)
-    self._pieces = pieces
-
-  def read_at(self, offset: int, size: int) -> bytes:
-    end = offset + size
-    for start, data in self._pieces.items():
-      if start <= offset and end <= start + len(data):
-        return bytes(memoryview(data)[offset - start : end - start])
-    raise InputError(
-      f"The bytes {offset} to {end} are outside of a row group of the table of"
-      " blocks. Run `mtv-jax index` again."
-    )
+def _cut_piece(pieces: Mapping[int, bytes], offset: int, size: int) -> bytes:
+  """Returns a range of a file, given pieces of it by their offsets."""
+  end = offset + size
+  for start, data in pieces.items():
+    if start <= offset and end <= start + len(data):
+      return bytes(memoryview(data)[offset - start : end - start])
+  raise InputError(
+    f"The bytes {offset} to {end} are outside of a row group of the table of"
+    " blocks. Run `mtv-jax index` again."
+  )
 
 
 def scan(path: PurePath) -> block_table.Columns:
