@@ -85,5 +85,5 @@ def test_four_killed_processes_that_read_a_bucket_in_lanes(
     f"--set=data.train={[entry]}", "--set=data.shuffle=lanes",
     "--set=data.ops=decode|canvas(32)|caption(16)|depth(8)",
     "--set=objectives.depth=dict(features=8,channels=(8,8,8,8))",
-    "--set=evals.retrieval.every_steps=10", steps=60,
+    "--set=evals.retrieval.every_steps=40", steps=200,
   )  # fmt: skip
