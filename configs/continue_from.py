@@ -116,9 +116,8 @@ def source(arg, path, size, weight):
   images = dict(images=arg.images) if arg.images and path == arg.data else {}
   if path == "scenes":
     return dict(type="scenes", size=size, weight=weight, **images)
-  kind = "webdataset" if ".tar" in path else "folder"
   captions = dict(captions="ignored") if arg.images_only else {}
-  return dict(type=kind, path=path, weight=weight, **captions, **images)
+  return dict(path=path, weight=weight, **captions, **images)
 
 
 def image_text(config, size, contrast):

@@ -39,6 +39,7 @@ reaches 68.0 % with a linear probe and 83.6 % fine-tuned.
 
 from ml_collections import ConfigDict
 
+from mtv_jax.config.data_arguments import benchmarks
 from mtv_jax.config.recipes import parse_arg
 
 
@@ -111,6 +112,10 @@ def get_config(arg=None):
       schedule=dict(warmup_epochs=None, warmup_percent=5),
       log=dict(every_steps=10),
     )
+    return config
+  config.evals = benchmarks(config, "imagenet", "ade20k", "nyu")
+  # The paper's linear probe of 90 epochs.
+  config.evals["mae_probe"] = dict(data="/data/imagenet")
   return config
 
 

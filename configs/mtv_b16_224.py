@@ -4,10 +4,9 @@ Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
 `mtv-jax make_labels`:
 
   python -m mtv_jax.main --workdir=/data/runs/mtv_b16 --distributed \
-    --config=configs/mtv_b16_224.py:tokenizer=/data/c4_en.model \
-    --config.data.train[0].path='/data/web/{00000..09999}.tar' \
-    --config.data.train[0].labels.depth=/data/web_depth \
-    --config.data.train[0].labels.boxes=/data/web_boxes
+    --config=configs/mtv_b16_224.py:tokenizer=/data/c4_en.model,\
+data=/data/web,depth=/data/web_depth,boxes=/data/web_boxes,\
+imagenet=/data/imagenet,coco=/data/coco,nyu=/data/nyu,ade20k=/data/ade20k
 
 Published values: the abstract, the repository Becomebright/MTV at 39af761 and
 its model card; rows marked * come from readers' notes on the paper.
@@ -48,6 +47,7 @@ of every second image: 79 % of the FLOPs (docs/results.md).
 configs/mtv_tiny.py is the recipe for a CPU.
 """
 
+from mtv_jax.config.data_arguments import benchmarks
 from mtv_jax.config.recipes import parse_arg, read_config
 
 
@@ -115,6 +115,8 @@ def get_config(arg=None):
     config.balance = dict(every_steps=100)
     config.total_examples = 1_000_000_000
     config.log.gradients_steps = 2000
+    names = ("imagenet", "coco", "nyu", "ade20k", "navi", "spair", "davis")
+    config.evals = benchmarks(config, *names)
   return config
 
 

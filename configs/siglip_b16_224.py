@@ -3,8 +3,8 @@
 Command, on every host of a TPU pod:
 
   python -m mtv_jax.main --workdir=/data/runs/siglip_b16 --distributed \
-    --config=configs/siglip_b16_224.py:tokenizer=/data/c4_en.model \
-    --config.data.train[0].path='/data/web/{00000..09999}.tar'
+    --config=configs/siglip_b16_224.py:tokenizer=/data/c4_en.model,\
+data=/data/web,imagenet=/data/imagenet,coco=/data/coco
 
 Published values: arXiv 2303.15343v4, by section; for details missing from the
 paper, big_vision at 0127fb6 (bv: trainers and configs of proj/image_text,
@@ -47,6 +47,7 @@ only: it cuts captions to 64 bytes.
 
 from ml_collections import ConfigDict
 
+from mtv_jax.config.data_arguments import benchmarks
 from mtv_jax.config.recipes import parse_arg
 
 
@@ -95,10 +96,7 @@ def get_config(arg=None):
   config.schedule = dict(name="cosine", warmup_examples=20_000 * 32_768)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
 
-  config.evals = dict(
-    zero_shot=dict(type="zero_shot", every_percent=10),
-    retrieval=dict(type="retrieval", every_percent=10),
-  )
+  config.evals = benchmarks(config, "imagenet", "coco")
   config.checkpoint = dict(every_steps=1000, keep=2, keep_every=50_000)
   config.log = dict(every_steps=100)
 
@@ -123,10 +121,7 @@ def get_config(arg=None):
       # A bias of -10 would not recover within so few steps.
       objectives=dict(contrastive=dict(init_bias=-4.0)),
       schedule=dict(warmup_examples=None, warmup_percent=10),
-      evals=dict(
-        zero_shot=dict(count=200, every_percent=None),
-        retrieval=dict(count=200, every_percent=None),
-      ),
       log=dict(every_steps=10),
     )
+    config.evals = dict(zero_shot=dict(count=200), retrieval=dict(count=200))
   return config

@@ -66,6 +66,7 @@ def get_config(arg=None):
   config.data.ops = config.data.ops.replace("|depth(96)|regions(4)", "")
   if not arg.tiny:
     del config.data.train[0]["labels"]
+    del config.evals["relative_depth"], config.evals["grounding"]
     config.model.variant = f"{arg.variant}/{patch}"
     # A multiple of the patch.
     local = config.views.local.ops.replace("crop(96,", f"crop({7 * patch},")

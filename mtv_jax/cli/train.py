@@ -41,12 +41,15 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
       WORKDIR/compiled, or none on CPU.
     restore: checkpoint to resume from; latest_good skips damaged ones.
     debug_nans: stop at the first non-finite update and name the operation.
+    allow_scene_evals: start a run on a TPU or several hosts that is evaluated
+      on rendered scenes alone.
   """
 
   workdir: str
   compile_cache: str = "auto"
   restore: Literal["latest", "latest_good"] = "latest"
   debug_nans: bool = False
+  allow_scene_evals: bool = False
 
 
 def run(args: Flags) -> None:
@@ -72,6 +75,7 @@ def run(args: Flags) -> None:
       command=_format_command(args),
       restore=args.restore,
       debug_nans=args.debug_nans,
+      allow_scene_evals=args.allow_scene_evals,
     )
     if process == 0:
       write_report(args.workdir)

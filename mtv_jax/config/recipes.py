@@ -1,5 +1,6 @@
 """Recipes: config files whose `get_config` takes typed arguments."""
 
+import contextvars
 import pathlib
 import runpy
 from typing import Any
@@ -7,21 +8,31 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mtv_jax import configs
-from mtv_jax.config import overrides
+from mtv_jax.config import data_arguments, overrides
 from mtv_jax.utils.errors import ConfigError, did_you_mean
+
+# Data arguments of the recipe that is read; recipes read others.
+_given: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+  "data arguments", default=None
+)
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """Parses the arguments after the colon in `--config=file.py:tiny,batch=64`.
 
   A bare name sets a bool to True. The defaults give the types; None allows any
-  literal or string. Raises ConfigError for an unknown name or a wrong type.
+  literal or string. `read_config` takes the `data_arguments` that `defaults`
+  lacks. Raises ConfigError for an unknown name or a wrong type.
   """
-  out = dict(defaults)
+  out, given = dict(defaults), _given.get()
+  others = () if given is None else data_arguments.ARGUMENTS
   for part in filter(None, (p.strip() for p in (arg or "").split(","))):
     name, equals, text = part.partition("=")
+    if name in others and name not in defaults:
+      given[name] = text
+      continue
     if name not in defaults:
-      hint = did_you_mean(name, defaults)
+      hint = did_you_mean(name, [*defaults, *others])
       raise ConfigError(f"this config has no argument {name!r}. {hint}")
     default = defaults[name]
     if not equals and not isinstance(default, bool):
@@ -37,8 +48,9 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   """Reads the config of a recipe.
 
   The path is a file or a packaged recipe, with arguments after a colon, such as
-  `FOLDER/NAME.py` or `NAME:tiny,batch=64`. Raises ConfigError if it does not
-  exist or lacks `get_config`.
+  `FOLDER/NAME.py` or `NAME:tiny,batch=64`; every recipe takes the arguments of
+  `data_arguments`. Raises ConfigError if it does not exist or lacks
+  `get_config`.
   """
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
@@ -55,4 +67,12 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
   pairs = [arg, *(f"{key}={value}" for key, value in arguments.items())]
-  return values["get_config"](",".join(filter(None, pairs)) or None)
+  arg = ",".join(filter(None, pairs)) or None
+  if _given.get() is not None:
+    return values["get_config"](arg)
+  token = _given.set(given := {})
+  try:
+    config = values["get_config"](arg)
+  finally:
+    _given.reset(token)
+  return data_arguments.use_data(config, given)

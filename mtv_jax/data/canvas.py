@@ -35,6 +35,9 @@ from mtv_jax.data.records import BadRecord, content_errors
 # warns. 240 MB as RGB, in each reader thread.
 MAX_PIXELS = 80_000_000
 
+# File names of images, in folders and listings, in training and evaluation.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")
+IMAGE_SUFFIXES += (".tiff",)
 # Excludes formats that start programs or are never photos (PostScript, FITS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 

@@ -21,6 +21,7 @@ from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.evals.core import base as evals_base
+from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
@@ -199,8 +200,11 @@ def _choose_evaluators(
     except ConfigError as error:
       raise ConfigError(f"{where}: {error}") from None
   evaluators = build_evaluators(config.evals)
-  for name, evaluator in evaluators.items():
+  for name, evaluator in [*evaluators.items()]:
     if lacking := sorted(evaluator.requires - given):
+      if config.evals[name].optional:
+        del evaluators[name]
+        continue
       what = f"objective {lacking[0]!r}"
       what = "a text tower" if "text" in lacking else what
       raise ConfigError(
@@ -210,17 +214,43 @@ def _choose_evaluators(
   return evaluators
 
 
-def open_evaluations(experiment: Experiment) -> None:
+def open_evaluations(experiment: Experiment) -> Experiment:
   """Opens the evaluations' data, to fail early.
 
-  Collective: all processes call it, with equal configs.
+  Returns the experiment without the optional evaluations whose data lack what
+  they need. Collective: all processes call it, with equal configs.
   """
+  evaluators, left_out = {}, {}
   for name, evaluator in experiment.evaluators.items():
     try:
       evaluator.prepare()
+      evaluators[name] = evaluator
+    except evals_base.NotApplicable as error:
+      if not experiment.config.evals[name].optional:
+        error.add_note(f"(in config.evals.{name})")
+        raise
+      left_out[name] = str(error)
     except UserError as error:
       error.add_note(f"(in config.evals.{name})")
       raise
+  for name, reason in left_out.items():
+    log.info("Leaves out the evaluation %s: %s.", name, reason.rstrip("."))
+  return dataclasses.replace(experiment, evaluators=evaluators)
+
+
+def check_evaluation_data(experiment: Experiment) -> None:
+  """Raises ConfigError if a run on other data is evaluated on scenes alone."""
+  train = experiment.config.data.train
+  data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
+  if not data or not all(map(is_scenes, data)):
+    return
+  if any(entry.get("type") != "scenes" for entry in train):
+    names = ", ".join(experiment.evaluators)
+    raise ConfigError(
+      f"This run would be evaluated on rendered scenes alone ({names}). Name"
+      " held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...), or"
+      " accept that with --allow_scene_evals."
+    )
 
 
 def make_loader(

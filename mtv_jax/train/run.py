@@ -125,6 +125,8 @@ class EvalConfig:
   at_start: bool = sparse(False)
   weights: str | None = sparse(None)  # None: `config.weights`.
   bound: Bound | None = sparse(None)
+  # Left out if the run or the data lack what it needs; otherwise an error.
+  optional: bool = sparse(False)
   options: Mapping[str, Any] = further_options()  # Fields of the evaluator.
 
 
@@ -196,10 +198,10 @@ class RunConfig:
 
   def __post_init__(self):
     for i, source in enumerate(self.data.train):
-      if not isinstance(source, Mapping) or "type" not in source:
+      if not isinstance(source, Mapping) or not {"type", "path"} & {*source}:
         raise ConfigError(
           f"config.data.train[{i}] is {source!r}, expected a dictionary with a"
-          " type."
+          " type or a path."
         )
     if not self.data.train:
       raise ConfigError("config.data.train is empty: no data to train on.")

@@ -20,6 +20,7 @@ from mtv_jax.train import rollback
 from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
+  check_evaluation_data,
   log_experiment,
   make_loader,
   open_evaluations,
@@ -79,14 +80,20 @@ def _describe_run(experiment: Experiment, **options: Any) -> dict[str, Any]:
 
 
 def _open_experiment(
-  config: RunConfig, workdir: str | os.PathLike, **options: Any
+  config: RunConfig,
+  workdir: str | os.PathLike,
+  *,
+  allow_scene_evals: bool,
+  **options: Any,
 ) -> Experiment:
   """Builds an experiment, on which all processes agree."""
   experiment = build_experiment(config, workdir)
+  is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
+  if is_large and not allow_scene_evals and not read_recorded_config(workdir):
+    check_evaluation_data(experiment)
   if jax.process_count() > 1:
     agree(_describe_run(experiment, **options))
-  open_evaluations(experiment)
-  return experiment
+  return open_evaluations(experiment)
 
 
 def warn_of_changed_data(
@@ -108,13 +115,16 @@ def train(
   command: str = "",
   restore: Literal["latest", "latest_good"] = "latest",
   debug_nans: bool = False,
+  allow_scene_evals: bool = False,
 ) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
   All hosts use one `workdir`, which records the `command` for reports.
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
-  first non-finite update, naming the operation. Returns the state after the
-  last step.
+  first non-finite update, naming the operation. Without `allow_scene_evals`, a
+  new run on a TPU or several hosts is refused if it trains on other data than
+  scenes and is evaluated on scenes alone. Returns the state after the last
+  step.
 
   Raises:
     ConfigError: the config is invalid.
@@ -134,7 +144,11 @@ def train(
     # A process that fails to open its data or the folder ends the others.
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       experiment = _open_experiment(
-        config, workdir, restore=restore, debug_nans=debug_nans
+        config,
+        workdir,
+        restore=restore,
+        debug_nans=debug_nans,
+        allow_scene_evals=allow_scene_evals,
       )
       folder = enter(open_run_folder(workdir, process_index=index))
       experiment = dataclasses.replace(experiment, workdir=folder.folder)

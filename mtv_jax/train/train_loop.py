@@ -121,8 +121,8 @@ class Trainer:
     batches = prefetch_to_device(self.batches, self.experiment.mesh)
     if self.first == 0:
       # Includes evaluations with a bound, so a misspelt metric fails early.
-      evals = config.evals.items()
-      self.evaluate(0, [n for n, e in evals if e.at_start or e.bound])
+      evals = {n: config.evals[n] for n in experiment.evaluators}
+      self.evaluate(0, [n for n, e in evals.items() if e.at_start or e.bound])
     else:
       # The previous session may have exited between save and evaluation.
       self.evaluate(self.first, self.missing_evaluations(self.first))
@@ -310,7 +310,9 @@ class Trainer:
     experiment, evals = self.experiment, self.experiment.config.evals
     is_last = step >= experiment.total_steps
     return [
-      n for n in evals if is_last or experiment.is_due(evals[n].every, step)
+      name
+      for name in experiment.evaluators
+      if is_last or experiment.is_due(evals[name].every, step)
     ]
 
   def missing_evaluations(self, step: int) -> list[str]:

@@ -29,7 +29,7 @@ _MAX_TEXT = 1 << 20  # Characters of a pattern, braces included.
 _MAX_NAME = 4096  # Characters of one file's path.
 # A revision is a name without a slash, or refs/convert/parquet and the like.
 _HUB = re.compile(
-  r"hf://(datasets/[^/@]+/[^/@]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?(/[^@]+)"
+  r"hf://(datasets/[^/@]+/[^/@]+)(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?((?:/[^@]*)?)"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -69,6 +69,8 @@ def expand_path(
       example = f"{pattern.rstrip('/')}/PATH/*{suffix}"
       raise InputError(f"{pattern} is a bucket; write {example!r}.")
     pattern = pin(pattern) if remote else os.path.expanduser(pattern)
+    if hub.is_hub(pattern) and not _HUB.fullmatch(pattern)[3].strip("/"):
+      raise _malformed(pattern)
     if _file_exists(pattern, listing):
       # Tried before globbing, because a file name may contain brackets.
       files.append(path_lib.as_path(pattern))
@@ -115,11 +117,7 @@ def pin(url: str, commits: MutableMapping[str, str] | None = None) -> str:
   if not hub.is_hub(url):
     return url
   if (match := _HUB.fullmatch(url)) is None:
-    raise InputError(
-      f"{_quote(url)} names no file of a data set; expected"
-      " hf://datasets/ORG/NAME/PATH or hf://datasets/ORG/NAME@REVISION/PATH,"
-      " such as hf://datasets/ORG/NAME/data/train-*.parquet."
-    )
+    raise _malformed(url)
   repo, revision, file = match.groups()
   revision = revision or "main"
   if not _COMMIT.fullmatch(revision):
@@ -129,6 +127,14 @@ def pin(url: str, commits: MutableMapping[str, str] | None = None) -> str:
       commits[name] = _find_commit(repo, revision, hub.endpoint())
     revision = commits[name]
   return f"hf://{repo}@{revision}{file}"
+
+
+def _malformed(url: str) -> InputError:
+  return InputError(
+    f"{_quote(url)} names no file of a data set; expected"
+    " hf://datasets/ORG/NAME/PATH or hf://datasets/ORG/NAME@REVISION/PATH,"
+    " such as hf://datasets/ORG/NAME/data/train-*.parquet."
+  )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mtv_jax.config import foreign
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
@@ -22,8 +23,6 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.path import check_regular_file, read_regular
 
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_IMAGE_SUFFIXES += (".bmp", ".gif", ".tif", ".tiff")
 _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
 _FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
@@ -96,7 +95,7 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
   for file in _list_files(folder):
-    if file.suffix.lower() in _IMAGE_SUFFIXES:
+    if file.suffix.lower() in IMAGE_SUFFIXES:
       examples.append(Example(str(file.relative_to(folder)), file, []))
   return examples
 
@@ -231,7 +230,7 @@ def _read_folder(folder: Path) -> list[Example]:
   groups: dict[str, dict[str, Path]] = {}
   for file in _list_files(folder):
     kind = file.suffix.lower()
-    kind = "image" if kind in _IMAGE_SUFFIXES else kind
+    kind = "image" if kind in IMAGE_SUFFIXES else kind
     if kind not in ("image", ".txt", ".json"):
       continue
     stem = str(file.relative_to(folder))[: -len(file.suffix)]

@@ -24,8 +24,6 @@ from mtv_jax.utils.path import fetch
 # A path, `scenes`, or a source config as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
 # Label of ignored pixels.
 IGNORE = 255
 

@@ -35,6 +35,7 @@ import numpy as np
 
 from mtv_jax.config import foreign
 from mtv_jax.data import canvas
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.sources.tars import scan as tar_scan
 from mtv_jax.evals.core import examples, prompts
 from mtv_jax.evals.core.base import NotApplicable
@@ -88,7 +89,7 @@ def open_folder(
     content = sorted(p.name for p in root.iterdir())[:5]
     raise NotApplicable(
       f"{root}: expected CLASS/*.jpg, flat wnid_name.JPEG, or train/CLASS/*.jpg"
-      f" and val/CLASS/*.jpg (or another of {examples.SUFFIXES}); got "
+      f" and val/CLASS/*.jpg (or another of {IMAGE_SUFFIXES}); got "
       f"{content or 'an empty folder'}"
     )
   names = {key: name.replace("_", " ") for key, name, _ in rows}
@@ -141,7 +142,7 @@ def _list_images(folder: pathlib.Path) -> list[str]:
     return sorted(
       e.path
       for e in entries
-      if e.name.lower().endswith(examples.SUFFIXES) and e.is_file()
+      if e.name.lower().endswith(IMAGE_SUFFIXES) and e.is_file()
     )
 
 
@@ -272,7 +273,7 @@ def _scan(
     key, extension = tar_scan.split_name(name)
     groups.setdefault(key, {})[extension] = span
   for key, members in groups.items():
-    images = [e for e in members if f".{e}" in examples.SUFFIXES]
+    images = [e for e in members if f".{e}" in IMAGE_SUFFIXES]
     if images and suffix in members:
       try:
         label = files.read_span(tar, members[suffix]).decode("utf-8")

@@ -30,6 +30,7 @@ import numpy as np
 
 from mtv_jax.config import foreign
 from mtv_jax.data import canvas
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.sources.tars import scan as tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
@@ -238,7 +239,7 @@ def open_objectnet(
     (label, image)
     for label, folder in enumerate(folders)
     for image in sorted((root / "images" / folder).glob("*"))
-    if image.name.lower().endswith(examples.SUFFIXES)
+    if image.name.lower().endswith(IMAGE_SUFFIXES)
   ]
   if not rows:
     raise InputError(

@@ -38,6 +38,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Data
@@ -76,7 +77,7 @@ Count = int | None
 OptionalPath = str | os.PathLike | None
 
 # Files that are read by `path.fetch` or `path.origin`.
-_LAZY = (*examples.SUFFIXES, ".bin", ".tar")
+_LAZY = (*IMAGE_SUFFIXES, ".bin", ".tar")
 
 # Default numbers of scenes; see also `scenes`.
 _CLASSIFICATION_SCENES = 1000

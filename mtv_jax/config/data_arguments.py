@@ -1,0 +1,153 @@
+"""Arguments of every recipe that name the data of a run and its evaluations.
+
+`read_config` applies them to the config that a recipe returns, unless the
+recipe has an argument of that name:
+
+  data=PATH      shards, a folder, a listing or hf://datasets/ORG/NAME, see
+                 `data.registry.find_source`; instead of the recipe's data
+  images=PATH    image folder of a listing, if not the listing's
+  depth=, boxes= label sets of the data, or annotations
+  val=PATH       held-out captions, classes or boxes
+  imagenet=, coco=, nyu=, ade20k=, davis=, navi=, spair=
+                 folders of these benchmarks
+
+Given one of them, evaluations on scenes and in the recipes' /data are removed.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config.op_strings import parse_ops
+from mtv_jax.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Evaluations on each benchmark, with their interval in percent of the run: 10,
+# as in DINOv2, and 50 for probes that train long.
+_BENCHMARKS: dict[str, dict[str, int]] = {
+  "imagenet": dict(zero_shot=10, knn=10, linear_probe=50),
+  "coco": dict(retrieval=10, grounding=10),
+  "nyu": dict(depth_probe=50, relative_depth=10),
+  "ade20k": dict(segmentation=50),
+  "davis": dict(video_segmentation=50),
+  "navi": dict(geometric_correspondence=10),
+  "spair": dict(semantic_correspondence=10),
+}
+_VAL = ("zero_shot", "knn", "retrieval", "grounding", "relative_depth")
+# What a run must train for an evaluation: a text tower, or an objective.
+_NEEDS = dict(zero_shot="text", retrieval="text", grounding="grounding")
+_NEEDS |= dict(relative_depth="depth", captioning="captioning")
+# Op that reads the labels of an objective.
+_LABEL_OPS = dict(depth="depth", grounding="regions")
+_LABELS = dict(depth="depth", grounding="boxes")
+_DATA = "/data/"  # Where recipes expect the benchmarks.
+# A run with fewer steps is evaluated at its ends only.
+_SHORT = 1000
+ARGUMENTS = ("data", "images", "depth", "boxes", "val", *_BENCHMARKS)
+
+
+def benchmarks(config: ConfigDict, *names: str) -> dict[str, dict[str, Any]]:
+  """Entries of `config.evals` on benchmarks in /data/NAME.
+
+  Leaves out what the config does not train.
+  """
+  return _evaluate(config, {name: f"{_DATA}{name}" for name in names})
+
+
+def _evaluate(
+  config: ConfigDict, paths: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+  trained = _trained(config)
+  return {
+    name: dict(type=name, data=path) | _interval(config, percent)
+    for benchmark, path in paths.items()
+    for name, percent in _BENCHMARKS[benchmark].items()
+    if _NEEDS.get(name) in (None, *trained)
+  }
+
+
+def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
+  """Applies data arguments to a recipe's config; returns it."""
+  given = {name: path for name, path in given.items() if path}
+  labels = {k: given[k] for k in ("depth", "boxes") if k in given}
+  if "images" in given and "data" not in given:
+    raise ConfigError("images= names the image folder of data=: give both.")
+  if "data" in given:
+    options = {k: given[k] for k in ("images",) if k in given}
+    if config.data.train[0].get("captions"):
+      options["captions"] = config.data.train[0]["captions"]
+    entry = dict(path=given["data"]) | options
+    config.data.train = [entry | (dict(labels=labels) if labels else {})]
+    if given["data"] == "scenes":
+      config.data.train = [dict(type="scenes")]
+    else:
+      _drop_unlabelled(config, labels)
+  elif labels:
+    entry = dict(config.data.train[0])
+    labels = dict(entry.get("labels") or {}) | labels
+    config.data.train = [entry | dict(labels=labels), *config.data.train[1:]]
+  paths = {name: given[name] for name in _BENCHMARKS if name in given}
+  if not (paths or "val" in given or given.get("data", "scenes") != "scenes"):
+    return config
+  old = config.to_dict().get("evals") or {}
+  evals = {name: e for name, e in old.items() if not _is_default(e)}
+  evals |= _evaluate(config, paths)
+  if "val" in given:
+    for name in _VAL:
+      if _NEEDS.get(name) in (None, *_trained(config)):
+        entry = dict(type=name, data=given["val"], optional=True, at_start=True)
+        evals[f"val_{name}"] = entry | _interval(config, 10)
+  if not evals:
+    log.warning(
+      "Nothing is evaluated but the losses. Held-out captions, classes or boxes"
+      " (val=PATH) and benchmarks (imagenet=PATH, coco=PATH, ...) are."
+    )
+  config.evals = evals
+  return config
+
+
+def _is_default(entry: Mapping[str, Any] | None) -> bool:
+  """Whether an evaluation has the data of a recipe."""
+  data = (entry or {}).get("data", "scenes")
+  if isinstance(data, Mapping):
+    return data.get("type") == "scenes"
+  return data == "scenes" or data in {f"{_DATA}{n}" for n in _BENCHMARKS}
+
+
+def _trained(config: ConfigDict) -> set[str]:
+  """Types of the objectives, and `text` for a text tower."""
+  objectives = (config.get("objectives") or {}).items()
+  found = {entry.get("type", name) for name, entry in objectives if entry}
+  return found | ({"text"} if config.model.get("text") else set())
+
+
+def _interval(config: ConfigDict, percent: int) -> dict[str, int]:
+  steps = config.get("total_steps")
+  return {} if steps and steps < _SHORT else dict(every_percent=percent)
+
+
+def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
+  """Removes objectives whose labels the data lack."""
+  unlabelled = [
+    (name, entry.get("type", name))
+    for name, entry in config.objectives.items()
+    if entry and _LABELS.get(entry.get("type", name), "") not in ("", *labels)
+  ]
+  if not unlabelled:
+    return
+  for name, _ in unlabelled:
+    del config.objectives[name]
+  ops = {_LABEL_OPS[kind] for _, kind in unlabelled}
+  if "captioning" in _trained(config):
+    ops.discard("regions")
+  kept = [str(op) for op in parse_ops(config.data.ops) if op.name not in ops]
+  config.data.ops = "|".join(kept)
+  names = " and ".join(name for name, _ in unlabelled)
+  flags = " and ".join(f"{_LABELS[kind]}=LABELS" for _, kind in unlabelled)
+  log.warning(
+    f"The data have no labels for {names}, which is left out: give {flags}"
+    " (`mtv-jax label` makes them)."
+  )
