@@ -113,13 +113,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     prefix = f"{folder}/" if folder else ""
     rows = {}
     for name, data in files.items():
-      inner, *below = name.removeprefix(prefix).split("/")
-      if name.startswith(prefix) and (recursive or not below):
+      if not name.startswith(prefix):
+        continue
+      parts = name.removeprefix(prefix).split("/")
+      for depth in range(1, len(parts) if recursive else 2):
+        if depth < len(parts):
+          path = prefix + "/".join(parts[:depth])
+          rows[path] = dict(type="directory", path=path, size=0, oid=EMPTY)
+      if recursive or len(parts) == 1:
         oid = _digest(data)
         rows[name] = dict(type="file", path=name, size=len(data), oid=oid)
-      elif name.startswith(prefix):
-        path = f"{prefix}{inner}"
-        rows[path] = dict(type="directory", path=path, size=0, oid=EMPTY)
     return (
       self.reply(200, [*rows.values()])
       if rows

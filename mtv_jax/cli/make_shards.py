@@ -4,14 +4,17 @@
       --images train2017 val2017 --output shards
   mtv-jax make_shards pairs.csv --image_column=file --output=shards
   mtv-jax make_shards folder_of_jpg_and_txt --output=shards
+  mtv-jax make_shards hf://datasets/ORG/NAME --output=shards
 
 Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from mtv_jax.data.registry import find_source, open_files
 from mtv_jax.data.sources import listings, shard_writer
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.progress import Progress
@@ -32,8 +35,8 @@ def run(
   """Writes the shards and prints a summary.
 
   Args:
-    inputs: COCO caption .json, .csv, .tsv, .parquet, or folders of images with
-      a .txt or .json beside each.
+    inputs: COCO caption .json, .csv, .tsv, .parquet, folders of images with a
+      .txt or .json beside each, shards, or data sets of the hub.
     output: folder for the shards.
     images: folder of the images, one for all inputs or one per input; default:
       the input's folder.
@@ -53,9 +56,11 @@ def run(
       "give one, or one for each."
     )
   columns = dict(image_column=image_column, caption_column=caption_column)
-  examples = []
-  for path, folder in zip(inputs, folders, strict=True):
-    examples += listings.read(path, images=folder, **columns)
+  parts = [
+    _open_examples(path, folder, columns)
+    for path, folder in zip(inputs, folders, strict=True)
+  ]
+  examples = parts[0] if len(parts) == 1 else [*itertools.chain(*parts)]
   progress = Progress()
   report = shard_writer.write(
     examples,
@@ -76,3 +81,18 @@ def run(
     print(f"  {skipped.name}: {skipped.problem}")
   if report.skipped:
     print(f"{output}/skipped.jsonl lists all skipped inputs.")
+
+
+def _open_examples(
+  path: str, images: str | None, columns: Mapping[str, str]
+) -> Sequence[listings.Example]:
+  """Examples of a listing, or of shards; Parquet may be either."""
+  kind = find_source(path)["type"]
+  if kind == "folder":
+    return listings.read(path, images=images, **columns)
+  try:
+    return shard_writer.SourceExamples(open_files(path))
+  except InputError:
+    if kind != "parquet":
+      raise
+    return listings.read(path, images=images, **columns)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mtv_jax import configs
 from mtv_jax.config import data_arguments, overrides
 from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.path_patterns import split_paths
 
 # Data arguments of the recipe that is read; recipes read others.
 _given: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
@@ -26,7 +27,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """
   out, given = dict(defaults), _given.get()
   others = () if given is None else data_arguments.ARGUMENTS
-  for part in filter(None, (p.strip() for p in (arg or "").split(","))):
+  for part in split_paths(arg or ""):  # Not at commas within braces.
     name, equals, text = part.partition("=")
     if name in others and name not in defaults:
       given[name] = text

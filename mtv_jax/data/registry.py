@@ -20,7 +20,7 @@ from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
-from mtv_jax.utils.path_patterns import expand_path, split_paths
+from mtv_jax.utils.path_patterns import expand_path, pin, split_paths
 
 # Source classes, by `type` in a config.
 SOURCES: dict[str, type[Source]] = {
@@ -47,7 +47,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
   evenly spaced; `weight` is the mixing weight and ignored here.
   """
   if config.get("type") is None and config.get("path") is not None:
-    config = {**config, **find_source(config["path"])}
+    others = {k: v for k, v in config.items() if k != "path"}
+    config = others | find_source(config["path"])
   source = build_entry(
     SOURCES, config, where="data.train", reserved=("labels", "weight", "limit")
   )
@@ -132,7 +133,7 @@ def _list_shards(folder: str, suffix: str) -> list[str]:
   """Shards in a folder or, if it has none, in the folders below."""
   if hub.is_hub(folder):
     try:
-      pattern = f"{folder.rstrip('/')}/**/*{suffix}"
+      pattern = f"{pin(folder).rstrip('/')}/**/*{suffix}"
       return [*map(os.fspath, expand_path(pattern, suffix=suffix))]
     except MissingFileError:
       return []

@@ -387,3 +387,26 @@ def test_tool_reports_errors_in_a_line(tmp_path, capsys):
   assert exit.value.code == f"make_shards: There is no {tmp_path}/x.csv."
   with pytest.raises(SystemExit, match="2 folders for 3 inputs"):
     main(["a", "b", "c", "--images", "d", "e", "--output=f"])
+
+
+def test_shards_of_other_formats(photos, tmp_path, capsys):
+  """Tars, and Parquet with encoded images as on the hub."""
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  tars = tmp_path / "tars"
+  shard_writer.write(examples_of(photos), tars, records_per_shard=3)
+  rows = list(WebDatasetSource(f"{tars}/*.tar"))
+  images = [{"bytes": r["image"], "path": None} for r in rows]
+  images[2]["bytes"] = b"damaged"
+  columns = {"image": images, "text": [r["captions"] for r in rows]}
+  (tmp_path / "hub").mkdir()
+  parquet.write_table(pyarrow.table(columns), tmp_path / "hub" / "0.parquet")
+  for name, count in (("tars", 7), ("hub", 6)):
+    out = tmp_path / f"of_{name}"
+    assert main([str(tmp_path / name), f"--output={out}"]) == 0
+    assert f"{count} records in 1 shards" in capsys.readouterr().out
+    copied = list(WebDatasetSource(f"{out}/*.tar"))
+    kept = [r for i, r in enumerate(rows) if count == 7 or i != 2]
+    for actual, expected in zip(copied, kept, strict=True):
+      assert actual["image"] == expected["image"]
+      assert actual["captions"] == expected["captions"]

@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from mtv_jax.config import foreign
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
-from mtv_jax.data.records import BadRecord
+from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import MAX_TEXT, parse_captions
@@ -39,8 +39,12 @@ class Example:
   captions: list[str]  # Non-blank ones.
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # For JSON.
   problem: str = ""  # Why it is unusable, if known.
+  # Reads an example of a source, instead of `path` and `captions`.
+  read: Callable[[], Record] | None = None
 
   def __post_init__(self):
+    if self.read:
+      return
     self.captions = [s for c in self.captions if (s := c.strip())]
     texts = "".join([self.name, *self.captions])
     if not self.problem and texts != printable(texts, len(texts)):

@@ -27,7 +27,7 @@ from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record, block_table, indexing
-from mtv_jax.data.sources.base import LANE_BLOCK
+from mtv_jax.data.sources.base import LANE_BLOCK, Source
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice, printable
@@ -53,6 +53,23 @@ class ShardReport:
   @property
   def written(self) -> int:
     return self.done - len(self.skipped)
+
+
+class SourceExamples(Sequence[Example]):
+  """The records of a source, each read when it is encoded."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: Any) -> Any:
+    if isinstance(i, slice):
+      return [self[k] for k in range(*i.indices(len(self)))]
+    name = self._source.name
+    read = functools.partial(self._source.__getitem__, i)
+    return Example(f"{name}/{i}", Path(name), [], read=read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +185,14 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
   if example.problem:
     return example.problem
   try:
-    data = read_regular(example.path, limit=image_limits.MAX_BYTES)
+    if example.read:
+      record = example.read()
+      data = _encoded_image(record["image"])
+      example = Example(record["key"], example.path, record.get("captions", []))
+      if example.problem:
+        return example.problem
+    else:
+      data = read_regular(example.path, limit=image_limits.MAX_BYTES)
     image = canvas.decode(data, key=example.name)
   except BadRecord as error:
     return error.reason
@@ -200,6 +224,11 @@ def _extension(data: bytes) -> str | None:
   if data.startswith(b"\x89PNG\r\n\x1a\n"):
     return "png"
   return "webp" if data[8:12] == b"WEBP" else None
+
+
+def _encoded_image(image: Any) -> bytes:
+  """An image file; of rendered pixels, a PNG."""
+  return image if isinstance(image, bytes) else _encode_image(image, ".png", [])
 
 
 def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:

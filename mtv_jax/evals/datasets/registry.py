@@ -4,6 +4,7 @@
 
   scenes              built-in scenes, at indices reserved for evaluation
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
+  *.parquet, hf://    the same, by a path alone
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
   FOLDER              a layout in `LAYOUTS`, ImageNet's validation images or
@@ -241,12 +242,17 @@ def open_captions(
   if file := coco.find_captions(path):
     images = images and _open_path(images)
     return coco.open_captions(file, images=images, **options)
-  raise unknown_layout(
-    data,
-    "Retrieval reads scenes, COCO's folder or captions_*.json, Karpathy's "
-    "dataset_*.json beside val2014/ or flickr30k-images/, Flickr30k's results "
-    "(.token, .csv), tars, or CLIP_benchmark's tars with dataset_type.txt.",
-  )
+  source = source_records.find_captioned(path)
+  if source is None:
+    raise unknown_layout(
+      data,
+      "Retrieval reads scenes, COCO's folder or captions_*.json, Karpathy's "
+      "dataset_*.json beside val2014/ or flickr30k-images/, Flickr30k's "
+      "results (.token, .csv), CLIP_benchmark's tars with dataset_type.txt, "
+      "shards, tables (.csv, .tsv), or a folder of images with captions.",
+    )
+  del options["split"]
+  return source_records.open_captions(source, **options)
 
 
 def open_images(data: Data, *, count: int) -> examples.ImageSet:
@@ -459,8 +465,9 @@ def _source_config(data: Data, *, length: int) -> dict[str, Any] | None:
     raise InputError("data is empty; expected 'scenes', a file or a folder")
   if text == "scenes":
     return {"type": "scenes", "length": length}
-  if ".tar" in text:
-    return {"type": "webdataset", "path": text}
+  suffixes = (".tar", ".parquet", ".array_record")
+  if text.startswith("hf://") or any(s in text for s in suffixes):
+    return {"path": text}
   return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +13,32 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data import registry as sources
+from mtv_jax.data.records import BadRecord
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.parallel.distributed import gather_results
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import map_ahead
+
+log = logging.getLogger(__name__)
+
+
+def find_captioned(path: Path) -> dict[str, Any] | None:
+  """The entry of a folder or table of captioned images; None for others."""
+  if not path.is_dir() and path.suffix != ".tsv":
+    return None
+  entry = sources.find_source(path)
+  below = [] if entry["type"] == "folder" else entry["path"]
+  if any(Path(file).parent != path for file in below):
+    return None  # Shards of splits.
+  try:
+    sources.build_source(entry)
+  except InputError:
+    return None
+  return entry
 
 
 def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
@@ -46,8 +67,8 @@ def _open(
 ) -> tuple[str, Any, list[int]]:
   """Name, source and evenly spaced indices of records with `fields`."""
   config = _split_config(config, split)
-  name = str(config.get("path", config["type"]))
-  if config["type"] == "tfds" and "split" in config:
+  name = str(config.get("path") or config["type"])
+  if config.get("type") == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
   source = sources.build_source(config)
   source.keep_blocks(-(-len(source.shards) // jax.process_count()) + 1)
@@ -167,8 +188,12 @@ def _make_set(
 def _read_rows(
   source: Any, indices: Sequence[int], label: Callable[[Any], Any]
 ) -> list[_Row]:
-  def read(i: int) -> _Row:
-    record = source[i]
+  def read(i: int) -> _Row | None:
+    try:
+      record = source[i]
+    except BadRecord as error:
+      log.warning("Leaves out of the evaluation: %s", error)
+      return None
     image = record["image"]
     size = str(len(image))
     if isinstance(image, np.ndarray):
@@ -178,7 +203,7 @@ def _read_rows(
   # Contiguous shares: of a bucket's shards, a host copies or reads its part.
   own = np.array_split(indices, jax.process_count())[jax.process_index()]
   parts = gather_results(lambda: list(map_ahead(read, own.tolist())))
-  return [*itertools.chain(*parts)]
+  return [row for row in itertools.chain(*parts) if row is not None]
 
 
 def _hash_size(row: _Row) -> tuple[str, str]:

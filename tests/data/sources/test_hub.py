@@ -121,6 +121,14 @@ def test_a_table_elsewhere(hub, tmp_path, whole):
     open_files(other, blocks=f"{tmp_path}/t/blocks.npz")
 
 
+def test_a_data_set_by_its_name(hub, whole):
+  hub.commit(NAME, "v3", hub.commits[hub.first])
+  hub.commit(NAME, "v3", {"data/test-0.parquet": write(0)})
+  for url in (URL, f"{URL}@v3"):
+    named = {"path": path_patterns.pin_all(url, {})}
+    assert_part(read(dict(train=[named]), range(2)), whole[:2], 0, 1)
+
+
 def test_a_resume_reads_the_recorded_commit(hub, whole):
   commits = {}
   first = path_patterns.pin_all(entry(URL), commits)
@@ -149,8 +157,7 @@ def test_revisions(hub):
     ("lab/pairs@v9/a.parquet", StorageError, "has no such revision"),
     ("lab/pairs/a.parquet", MissingFileError, "1 of 1 files are missing"),
     ("lab/pairs/data/*.tar", MissingFileError, "matches no file"),
-    ("lab/pairs/data", InputError, "is a folder; write"),
-    ("lab/pairs", InputError, "names no file of a data set; expected hf://"),
+    ("lab", InputError, "names no file of a data set; expected hf://"),
     ("lab/gated/data/0.parquet", StorageError, "is gated: accept its terms"),
   ],
 )

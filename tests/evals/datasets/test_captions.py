@@ -40,6 +40,16 @@ def check_captions(data):
   assert data.images[2][0, 0].tolist() == [0, 0, 255]
 
 
+def test_images_with_captions_beside_them(tmp_path, write_image, colours):
+  write_images(tmp_path, "{}.tif", write_image)
+  for i, (text, *_) in enumerate(CAPTIONS):
+    (tmp_path / f"{i}.txt").write_text(text)
+  data = registry.open_captions(str(tmp_path))
+  assert data.captions == COLOURS and data.images[2].shape[2] == 3
+  (tmp_path / "0.txt").write_text(" ")
+  assert len(registry.open_captions({"path": tmp_path}).captions) == 2
+
+
 @pytest.mark.parametrize("folder", ["", "annotations"])
 def test_coco_test_karpathy_beside_val2014(
   tmp_path, write_image, colours, folder
