@@ -88,11 +88,11 @@ def _open_experiment(
 ) -> Experiment:
   """Builds an experiment, on which all processes agree."""
   experiment = build_experiment(config, workdir)
+  if jax.process_count() > 1:
+    agree(_describe_run(experiment, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):
     check_evaluation_data(experiment)
-  if jax.process_count() > 1:
-    agree(_describe_run(experiment, **options))
   return open_evaluations(experiment)
 
 

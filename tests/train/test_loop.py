@@ -196,6 +196,20 @@ def test_invalid_configs_are_rejected(tmp_path, changes, message):
     make_loader(experiment, 0)
 
 
+@pytest.mark.slow
+def test_a_run_on_own_files(tmp_path, write_image, caplog):
+  """A folder of captioned images, evaluated on another."""
+  for folder in ("train", "val"):
+    for i, colour in enumerate(("red", "green", "blue") * 4):
+      write_image(tmp_path / folder / f"{i}.tif", colour)
+      (tmp_path / folder / f"{i}.txt").write_text(f"{colour} {i}")
+  data = f"data={tmp_path}/train,val={tmp_path}/val"
+  train(smallest(f"steps=2,batch=8,{data}"), tmp_path / "run")
+  evaluated = sorted(f.name for f in (tmp_path / "run/evals").glob("*.json"))
+  assert evaluated == ["val_retrieval_0.json", "val_retrieval_2.json"]
+  assert "Leaves out the evaluation val_zero_shot: " in caplog.text
+
+
 def test_s3_as_workdir_is_rejected():
   with pytest.raises(ValueError, match="can't be written to s3://"):
     build_experiment(smallest(), "s3://bucket/run")

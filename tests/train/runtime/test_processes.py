@@ -185,6 +185,15 @@ def test_a_process_without_data_ends_the_others(tmp_path):
   assert "Traceback" not in log
 
 
+def test_scenes_as_only_evaluation_of_other_data_are_refused(tmp_path):
+  with start_apart(tmp_path, tars=(1, 1)) as running:
+    codes = [process.wait(timeout=150) for process in running]
+  log = trainings.log(tmp_path / "run")
+  assert codes == [2, 2], log
+  refused = "train: This run would be evaluated on rendered scenes alone (retr"
+  assert log.count(refused) == 2 and "--allow_scene_evals" in log
+
+
 AUTO_REMAT = """
 import dataclasses, json, sys
 from mtv_jax.cli import train
