@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,13 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
+from mtv_jax.data.sources.base import sample_captions
 from mtv_jax.data.stats import Stats
-from mtv_jax.encoder import loading
+from mtv_jax.encoder import loading, tokenizer_files
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.parallel.distributed import gather_results
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train import metrics
@@ -42,6 +45,8 @@ from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
+# Records whose captions a tokenizer is trained on.
+_CAPTION_RECORDS = 100_000
 # Tokenizers that encode these equally are considered equal. They cover case,
 # punctuation, digits, spaces and non-ASCII letters.
 _PROBE_TEXTS = (
@@ -79,21 +84,14 @@ def build_experiment(
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  # Before the data, which may be slow to open.
-  tokenizer = _build_tokenizer(config)
-  if not saved_steps(path_lib.as_path(workdir)):
+  is_new = not saved_steps(path_lib.as_path(workdir))
+  open_sources = functools.cache(functools.partial(_open_sources, config))
+  # Before the data, which may be slow to open, unless it is trained from them.
+  tokenizer = _build_tokenizer(config, workdir, is_new, open_sources)
+  if is_new:
     check_source_tokenizer(config, tokenizer)
-  # Limits come last, because labels are aligned to whole sources.
-  whole = [
-    sources_lib.build_source({**entry, "labels": None, "limit": None})
-    for entry in config.data.train
-  ]
-  entries = [*zip(config.data.train, whole, strict=True)]
-  length = sum(
-    len(sources_lib.complete_source(source, {"limit": entry.get("limit")}))
-    for entry, source in entries
-  )
-  step = build_train_step(config, mesh, length)
+  entries, limited = open_sources()
+  step = build_train_step(config, mesh, sum(map(len, limited)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   for head in heads.values():
@@ -122,8 +120,33 @@ def build_experiment(
   )
 
 
-def _build_tokenizer(config: RunConfig) -> Any:
-  """The tokenizer of a config; None for a model without text."""
+def _open_sources(config: RunConfig) -> tuple[list[Any], list[Any]]:
+  """Pairs of each entry of `data.train` and its source, and limited sources.
+
+  Limits come last, because labels are aligned to whole sources.
+  """
+  whole = [
+    sources_lib.build_source({**entry, "labels": None, "limit": None})
+    for entry in config.data.train
+  ]
+  entries = [*zip(config.data.train, whole, strict=True)]
+  limited = [
+    sources_lib.complete_source(source, {"limit": entry.get("limit")})
+    for entry, source in entries
+  ]
+  return entries, limited
+
+
+def _build_tokenizer(
+  config: RunConfig,
+  workdir: str | os.PathLike,
+  is_new: bool,
+  open_sources: Callable[[], tuple[list[Any], list[Any]]],
+) -> Any:
+  """The tokenizer of a config; None for a model without text.
+
+  A run that isn't new reads its copy of one from the hub or trained.
+  """
   if (text := config.model.text) is None:
     return None
   if not text.tokenizer and config.init:
@@ -136,11 +159,45 @@ def _build_tokenizer(config: RunConfig) -> Any:
           " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
           " Add the file, or set --config.model.text.tokenizer=FILE."
         )
-  tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
+  spec, size = text.tokenizer, tokenizers.trained_size(text.tokenizer)
+  if not is_new and (size or tokenizer_files.is_hub(spec)):
+    spec = tokenizer_files.read_run_tokenizer(
+      path_lib.as_path(workdir), text
+    ).path
+  elif size:
+    spec = _train_tokenizer(size, text.clean, open_sources()[1])
+  spec = tokenizer_files.download(str(spec))
+  tokenizer = tokenizers.build_tokenizer(spec, clean=text.clean)
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
   )
   return tokenizer
+
+
+def _train_tokenizer(
+  size: int, clean: str, sources: Sequence[Any]
+) -> pathlib.Path:
+  """Trains a tokenizer on the captions of sources; returns a cached file.
+
+  Collective: process 0 trains, and the others receive its model.
+  """
+
+  def train() -> bytes:
+    if jax.process_index():
+      return b""
+    log.info(
+      "Training a tokenizer of %d pieces from captions of up to %d records.",
+      *(size, _CAPTION_RECORDS),
+    )
+    texts = sample_captions(sources, _CAPTION_RECORDS)
+    return tokenizers.train_sentencepiece(texts, size, clean)
+
+  data = gather_results(train)[0]
+  digest = hashlib.blake2b(data, digest_size=12).hexdigest()
+  folder = path_lib.cache_folder() / f"tokenizer-{digest}"
+  folder.mkdir(parents=True, exist_ok=True)
+  atomic.write(folder / tokenizers.TRAINED, data)
+  return folder / tokenizers.TRAINED
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -159,7 +216,8 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     return
   source, length = files.build(), config.model.text.length
   for text in _PROBE_TEXTS:
-    theirs, ours = (t.encode([text], length)[0] for t in (source, tokenizer))
+    pair = (source, tokenizer)
+    theirs, ours = (t.encode_text(text, length)[0] for t in pair)
     if list(theirs) != list(ours):
       raise ConfigError(
         f"config.model.text: {init.path} was trained with {source!r}, this run "
@@ -258,10 +316,13 @@ def make_loader(
   return loader
 
 
-def save_config(experiment: Experiment, command: str = "") -> None:
+def save_config(
+  experiment: Experiment, command: str = "", *, is_new: bool = True
+) -> None:
   """Writes resolved config, command and tokenizer file to the run's folder.
 
-  An empty `command` does not replace a recorded one.
+  An empty `command` does not replace a recorded one, and only a run that is new
+  replaces the tokenizer that an earlier start left.
   """
   if jax.process_index() != 0:
     return
@@ -289,11 +350,12 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   if source := getattr(experiment.tokenizer, "path", None):
     folder = experiment.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
-    target = folder / pathlib.Path(source).name
-    if not target.exists():
-      # Atomic, so that a later start does not accept a truncated file.
-      with atomic.replace_file(target) as temporary:
-        shutil.copyfile(source, temporary)
+    for file in tokenizers.list_files(source):
+      target = folder / file.name
+      if is_new or not target.exists():
+        # Atomic, so that a later start does not accept a truncated file.
+        with atomic.replace_file(target) as temporary:
+          shutil.copyfile(file, temporary)
 
 
 def log_experiment(experiment: Experiment) -> None:

@@ -25,6 +25,7 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
+from mtv_jax.encoder import tokenizer_files
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
@@ -222,19 +223,33 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   return sections.read(RunConfig, plain, "config")
 
 
-def _pin_data(
-  data: DataConfig, workdir: str | os.PathLike | None
-) -> DataConfig:
-  """Replaces revisions of the hub's data sets by their commits."""
-  commits: dict[str, str] = {}
-  if f"{hub.SCHEME}://" not in str(data.train):
-    return data
-  if workdir is not None and saved_steps(workdir):
-    recorded = read_recorded_config(workdir).get("data") or {}
-    commits |= recorded.get("commits") or {}
+def _pin_hub(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+  """Replaces revisions of the hub's data and tokenizer by their commits."""
+  data, text = run.data, run.model.text
+  commits = {**((recorded.get("data") or {}).get("commits") or {})}
   commits |= data.commits
+  if text is not None and tokenizer_files.is_hub(text.tokenizer):
+    pinned = tokenizer_files.pin(text.tokenizer, commits)
+    text = dataclasses.replace(text, tokenizer=pinned)
+  elif f"{hub.SCHEME}://" not in str(data.train):
+    return run
   train = tuple(pin_all(entry, commits) for entry in data.train)
-  return dataclasses.replace(data, train=train, commits=commits)
+  data = dataclasses.replace(data, train=train, commits=commits)
+  model = dataclasses.replace(run.model, text=text)
+  return dataclasses.replace(run, data=data, model=model)
+
+
+def _size_vocabulary(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+  """Fills in `model.text.vocab_size`: recorded, or the tokenizer's size."""
+  text = run.model.text
+  if text is None or text.vocab_size is not None:
+    return run
+  size = ((recorded.get("model") or {}).get("text") or {}).get("vocab_size")
+  if size is None:
+    size = tokenizer_files.count_tokens(text.tokenizer, text.clean)
+  text = dataclasses.replace(text, vocab_size=size)
+  model = dataclasses.replace(run.model, text=text)
+  return dataclasses.replace(run, model=model)
 
 
 def resolve(
@@ -243,16 +258,19 @@ def resolve(
   """Checks a config and fills in derived values; ConfigError if invalid.
 
   Derived values are the teachers' architectures, the mask token, the text tower
-  and the commits of the hub's data sets. A resolved config is returned
-  unchanged. The `config.json` of a run in `workdir` records teachers and
-  commits.
+  with the size of its vocabulary, and the commits of the hub's data sets and
+  tokenizer. A resolved config is returned unchanged. The `config.json` of a run
+  in `workdir` records teachers, size and commits.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
   teachers = read_teacher_models(run.teachers, workdir)
-  data = _pin_data(run.data, workdir)
-  run = dataclasses.replace(run, teachers=teachers, data=data)
+  recorded = {}
+  if workdir is not None and saved_steps(workdir):
+    recorded = read_recorded_config(workdir)
+  run = dataclasses.replace(run, teachers=teachers)
+  run = _size_vocabulary(_pin_hub(run, recorded), recorded)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec

@@ -1,6 +1,7 @@
 """Hugging Face fast tokenizer, read from a `tokenizer.json`."""
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class HuggingFaceTokenizer(Tokenizer):
     vocabulary = model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
     check_ids(path, self.vocab_size)
+    self.unk_id = _find_unknown(self._text, vocabulary)
     names = _special_names(Path(path).with_name("tokenizer_config.json"))
     self.eos_id = _find_id(vocabulary, names.get("eos_token"), _EOS_NAMES)
     padding = model.padding or {}
@@ -53,6 +55,8 @@ class HuggingFaceTokenizer(Tokenizer):
         f"{path} names no padding token, and lacks {', '.join(_PAD_NAMES)}. Add"
         " pad_token to tokenizer_config.json beside it."
       )
+    if self.unk_id in (self.eos_id, self.pad_id):  # CLIP's, which has no use.
+      self.unk_id = None
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
   def _truncating_model(self, length: int) -> tokenizers.Tokenizer:
@@ -84,6 +88,13 @@ def _special_names(path: Path) -> dict[str, str]:
       if value is not None:
         names[key] = value
   return names
+
+
+def _find_unknown(text: str, vocabulary: dict[str, int]) -> int | None:
+  """Id of unknown words in the content of a tokenizer.json."""
+  model = json.loads(text)["model"]
+  name = vocabulary.get(model.get("unk_token"))
+  return model.get("unk_id") if name is None else name
 
 
 def _find_id(
