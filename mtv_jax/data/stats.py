@@ -115,20 +115,21 @@ class Stats:
     self.texts_cut.update(kind for kind, is_cut, _ in texts if is_cut)
     self.texts_unknown.update(kind for kind, _, unknown in texts if unknown)
     first = min(_CHECKED_AFTER, epoch)
-    for kind, share in self.unknown_shares.items():
-      if before[kind] < first <= self.texts[kind] and share > _MAX_UNKNOWN:
-        log.warning(
-          "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
-          " share one id. Use another one, such as tokenizer=train:32000.",
-          *(100 * share, self.texts[kind], kind),
-        )
-    for kind, share in self.cut_shares.items():
+    for kind, count in self.texts.items():
       # Warn once, when enough texts have been counted.
-      if before[kind] < first <= self.texts[kind] and share > _MAX_CUT:
+      if not before[kind] < first <= count:
+        continue
+      if (share := self.cut_shares[kind]) > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
           " Raise %s, or use a tokenizer of longer pieces.",
-          *(100 * share, self.texts[kind], kind, ops, _LENGTHENED_BY[kind]),
+          *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
+        )
+      if (share := self.unknown_shares[kind]) > _MAX_UNKNOWN:
+        log.warning(
+          "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
+          " share one id. Use another one, such as tokenizer=train:32000.",
+          *(100 * share, count, kind),
         )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:
