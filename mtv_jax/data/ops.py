@@ -283,8 +283,8 @@ class CaptionOp(TextOp):
       if not self.tokenizer.is_blank(text):
         ids, cut = self._encode(text, self.length, record["key"])
         fields = {"caption": ids, "caption_valid": np.bool_(True)}
-        flaws = [(cut, self.tokenizer.has_unknown(ids))]
-        return _add_texts(record | fields, "captions", flaws)
+        text = ("captions", cut, self.tokenizer.has_unknown(ids))
+        return _add_texts(record | fields, [text])
     if captions:
       reason = f"all of its captions are empty: {captions[:3]!r}"
       raise BadRecord(record["key"], reason)
@@ -359,7 +359,7 @@ class RegionsOp(TextOp):
       # Even if all fit: an objective may read only the first boxes.
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
-    at, flaws = 0, []
+    at, texts = 0, []
     for box in order[label.scores[order] >= self.min_score]:
       if at == self.count:
         break
@@ -371,14 +371,14 @@ class RegionsOp(TextOp):
       if ids is None:
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
-      flaws.append((is_cut, self.tokenizer.has_unknown(ids)))
+      texts.append(("phrases", is_cut, self.tokenizer.has_unknown(ids)))
       row["boxes"][at] = label.boxes[box]
       row["box_phrase"][at] = ids
       row["box_phrase_id"][at] = number
       row["box_score"][at] = label.scores[box]
       row["box_valid"][at] = True
       at += 1
-    return _add_texts(record | row, "phrases", flaws)
+    return _add_texts(record | row, texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,11 +444,8 @@ def _encode_phrase(
   return ids, is_cut, label_values.phrase_id(phrase)
 
 
-def _add_texts(
-  record: Record, kind: str, flaws: Sequence[tuple[bool, bool]]
-) -> Record:
-  """Adds (kind, is_cut, has_unknown) of each text of one kind to `texts`."""
-  texts = [(kind, *flaw) for flaw in flaws]
+def _add_texts(record: Record, texts: Sequence[tuple]) -> Record:
+  """Adds the (kind, is_cut, has_unknown) of texts to `texts`."""
   return record | {"texts": [*record.get("texts", ()), *texts]}
 
 

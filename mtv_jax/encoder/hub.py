@@ -39,15 +39,13 @@ def _split(name: str) -> tuple[str, str | None] | None:
   return repo, revision or None
 
 
-def pin_name(
-  path: str | os.PathLike, files: tuple[str, ...] = MODEL_FILES
-) -> str:
+def pin_name(path: str | os.PathLike) -> str:
   """Pins a hub name to `ORG/NAME@COMMIT`; returns other paths unchanged."""
   text = os.fspath(path)
   if not is_name(text):
     return text
   # Snapshot folders are named by commit.
-  return f"{text.partition('@')[0]}@{download(text, files).name}"
+  return f"{text.partition('@')[0]}@{download(text).name}"
 
 
 @functools.lru_cache

@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 
 from mtv_jax.convert import processors
 from mtv_jax.data import tokenizers
+from mtv_jax.data.tokenizers import training
 from mtv_jax.encoder import hub
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import TextConfig
@@ -26,37 +27,36 @@ _SUFFIXES = (".json", ".model")
 
 def is_hub(spec: str) -> bool:
   """Whether a tokenizer is that of a hub repository, not a file's path."""
-  if tokenizers.trained_size(spec) or pathlib.Path(spec).suffix in _SUFFIXES:
+  if training.trained_size(spec) or pathlib.Path(spec).suffix in _SUFFIXES:
     return False
   return hub.is_name(spec)
 
 
 def pin(name: str, commits: MutableMapping[str, str]) -> str:
-  """Pins a hub tokenizer to `ORG/NAME@COMMIT`, adding it to `commits`."""
+  """Pins a hub tokenizer to `ORG/NAME@COMMIT`, of or added to `commits`.
+
+  Returns other tokenizers unchanged.
+  """
   repo, _, revision = name.partition("@")
-  if re.fullmatch("[0-9a-f]{40}", revision):
+  if re.fullmatch("[0-9a-f]{40}", revision) or not is_hub(name):
     return name
   if name not in commits:
-    pinned = hub.pin_name(name, _FILES)
-    commits[name] = pinned.rpartition("@")[2]
+    commits[name] = hub.download(name, _FILES).name
   return f"{repo}@{commits[name]}"
 
 
 def count_tokens(spec: str, clean: str) -> int:
   """Size of a tokenizer's vocabulary; SigLIP's 32,000 if it can't be read."""
-  if size := tokenizers.trained_size(spec):
+  if size := training.trained_size(spec):
     return size
   try:
     file = download(spec)
     return tokenizers.build_tokenizer(file, clean=clean).vocab_size
-  except (UserError, OSError) as error:
+  except (UserError, OSError, ImportError) as error:
+    size = TextSpec.vocab_size
     if spec:  # Training rejects it.
-      log.warning(
-        "model.text.vocab_size is %d, since the tokenizer's size isn't known: "
-        "%s",
-        *(TextSpec.vocab_size, error),
-      )
-    return TextSpec.vocab_size
+      log.warning("vocab_size=%d, as the tokenizer isn't read: %s", size, error)
+    return size
 
 
 def download(name: str) -> str | pathlib.Path:
@@ -87,7 +87,7 @@ def read_run_tokenizer(
   if spec in processors.BUILT_IN_TOKENIZERS:
     return processors.TokenizerFiles(None, clean, spec)
   of_hub = is_hub(spec)
-  named = tokenizers.TRAINED if tokenizers.trained_size(spec) else spec
+  named = training.TRAINED if training.trained_size(spec) else spec
   names = _FILES[:2] if of_hub else [pathlib.PurePath(named).name]
   files = [folder / "tokenizer" / name for name in names]
   for file in [*files, path_lib.as_path(spec)]:

@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,12 @@ from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.sources.base import sample_captions
 from mtv_jax.data.stats import Stats
+from mtv_jax.data.tokenizers import training
 from mtv_jax.encoder import loading, tokenizer_files
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.parallel.distributed import gather_results
+from mtv_jax.parallel.distributed import agree, gather_results
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train import metrics
@@ -84,13 +85,21 @@ def build_experiment(
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  is_new = not saved_steps(path_lib.as_path(workdir))
-  open_sources = functools.cache(functools.partial(_open_sources, config))
-  # Before the data, which may be slow to open, unless it is trained from them.
-  tokenizer = _build_tokenizer(config, workdir, is_new, open_sources)
-  if is_new:
-    check_source_tokenizer(config, tokenizer)
-  entries, limited = open_sources()
+  # Before the data, which may be slow to open.
+  tokenizer = _build_tokenizer(config, workdir)
+  # Limits come last, because labels are aligned to whole sources.
+  whole = [
+    sources_lib.build_source({**entry, "labels": None, "limit": None})
+    for entry in config.data.train
+  ]
+  entries = [*zip(config.data.train, whole, strict=True)]
+  limited = [
+    sources_lib.complete_source(source, {"limit": entry.get("limit")})
+    for entry, source in entries
+  ]
+  if tokenizer is None and config.model.text is not None:
+    file = _train_tokenizer(config, limited)
+    tokenizer = _open_tokenizer(config, file, is_new=True)
   step = build_train_step(config, mesh, sum(map(len, limited)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
@@ -120,32 +129,10 @@ def build_experiment(
   )
 
 
-def _open_sources(config: RunConfig) -> tuple[list[Any], list[Any]]:
-  """Pairs of each entry of `data.train` and its source, and limited sources.
+def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
+  """The tokenizer of a config; None without text, or if it is to be trained.
 
-  Limits come last, because labels are aligned to whole sources.
-  """
-  whole = [
-    sources_lib.build_source({**entry, "labels": None, "limit": None})
-    for entry in config.data.train
-  ]
-  entries = [*zip(config.data.train, whole, strict=True)]
-  limited = [
-    sources_lib.complete_source(source, {"limit": entry.get("limit")})
-    for entry, source in entries
-  ]
-  return entries, limited
-
-
-def _build_tokenizer(
-  config: RunConfig,
-  workdir: str | os.PathLike,
-  is_new: bool,
-  open_sources: Callable[[], tuple[list[Any], list[Any]]],
-) -> Any:
-  """The tokenizer of a config; None for a model without text.
-
-  A run that isn't new reads its copy of one from the hub or trained.
+  A run with checkpoints reads its copy of a tokenizer of the hub or trained.
   """
   if (text := config.model.text) is None:
     return None
@@ -159,45 +146,50 @@ def _build_tokenizer(
           " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
           " Add the file, or set --config.model.text.tokenizer=FILE."
         )
-  spec, size = text.tokenizer, tokenizers.trained_size(text.tokenizer)
-  if not is_new and (size or tokenizer_files.is_hub(spec)):
-    spec = tokenizer_files.read_run_tokenizer(
-      path_lib.as_path(workdir), text
-    ).path
-  elif size:
-    spec = _train_tokenizer(size, text.clean, open_sources()[1])
-  spec = tokenizer_files.download(str(spec))
-  tokenizer = tokenizers.build_tokenizer(spec, clean=text.clean)
+  spec, folder = text.tokenizer, path_lib.as_path(workdir)
+  is_new = not saved_steps(folder)
+  is_trained = training.trained_size(spec)
+  if is_trained and is_new:
+    return None
+  if is_trained or (tokenizer_files.is_hub(spec) and not is_new):
+    spec = tokenizer_files.read_run_tokenizer(folder, text).path
+  return _open_tokenizer(config, tokenizer_files.download(str(spec)), is_new)
+
+
+def _open_tokenizer(config: RunConfig, file: Any, is_new: bool) -> Any:
+  """Builds a tokenizer; checks the embedding's rows, and a new run's init."""
+  text = config.model.text
+  tokenizer = tokenizers.build_tokenizer(file, clean=text.clean)
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
   )
+  if is_new:
+    check_source_tokenizer(config, tokenizer)
   return tokenizer
 
 
-def _train_tokenizer(
-  size: int, clean: str, sources: Sequence[Any]
-) -> pathlib.Path:
+def _train_tokenizer(config: RunConfig, sources: Sequence[Any]) -> pathlib.Path:
   """Trains a tokenizer on the captions of sources; returns a cached file.
 
   Collective: process 0 trains, and the others receive its model.
   """
+  text, limit = config.model.text, _CAPTION_RECORDS
+  size = training.trained_size(text.tokenizer)
 
   def train() -> bytes:
     if jax.process_index():
       return b""
-    log.info(
-      "Training a tokenizer of %d pieces from captions of up to %d records.",
-      *(size, _CAPTION_RECORDS),
-    )
-    texts = sample_captions(sources, _CAPTION_RECORDS)
-    return tokenizers.train_sentencepiece(texts, size, clean)
+    log.info("Training a tokenizer of %d pieces from the captions.", size)
+    captions = sample_captions(sources, limit)
+    return training.train_sentencepiece(captions, size, text.clean)
 
+  agree({"config": config.to_dict()})  # Whether all processes come here.
   data = gather_results(train)[0]
   digest = hashlib.blake2b(data, digest_size=12).hexdigest()
-  folder = path_lib.cache_folder() / f"tokenizer-{digest}"
-  folder.mkdir(parents=True, exist_ok=True)
-  atomic.write(folder / tokenizers.TRAINED, data)
-  return folder / tokenizers.TRAINED
+  file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
+  file.parent.mkdir(parents=True, exist_ok=True)
+  atomic.write(file, data)
+  return file
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:

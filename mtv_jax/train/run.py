@@ -42,7 +42,6 @@ from mtv_jax.train.teachers import (
   read_teacher_models,
 )
 from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.path_patterns import pin_all
 
@@ -223,33 +222,25 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   return sections.read(RunConfig, plain, "config")
 
 
-def _pin_hub(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
-  """Replaces revisions of the hub's data and tokenizer by their commits."""
-  data, text = run.data, run.model.text
-  commits = {**((recorded.get("data") or {}).get("commits") or {})}
-  commits |= data.commits
-  if text is not None and tokenizer_files.is_hub(text.tokenizer):
-    pinned = tokenizer_files.pin(text.tokenizer, commits)
-    text = dataclasses.replace(text, tokenizer=pinned)
-  elif f"{hub.SCHEME}://" not in str(data.train):
-    return run
-  train = tuple(pin_all(entry, commits) for entry in data.train)
-  data = dataclasses.replace(data, train=train, commits=commits)
+def _resolve_inputs(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+  """Pins data and tokenizer of the hub; sizes the vocabulary.
+
+  A run's `recorded` config gives commits, and the size unless the config does.
+  """
+  commits = dict((recorded.get("data") or {}).get("commits") or {})
+  commits |= run.data.commits
+  train = tuple(pin_all(entry, commits) for entry in run.data.train)
+  text = run.model.text
+  if text is not None:
+    known = (recorded.get("model") or {}).get("text") or {}
+    spec, size = tokenizer_files.pin(text.tokenizer, commits), text.vocab_size
+    size = known.get("vocab_size") if size is None else size
+    if size is None:
+      size = tokenizer_files.count_tokens(spec, text.clean)
+    text = dataclasses.replace(text, tokenizer=spec, vocab_size=size)
+  data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)
   return dataclasses.replace(run, data=data, model=model)
-
-
-def _size_vocabulary(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
-  """Fills in `model.text.vocab_size`: recorded, or the tokenizer's size."""
-  text = run.model.text
-  if text is None or text.vocab_size is not None:
-    return run
-  size = ((recorded.get("model") or {}).get("text") or {}).get("vocab_size")
-  if size is None:
-    size = tokenizer_files.count_tokens(text.tokenizer, text.clean)
-  text = dataclasses.replace(text, vocab_size=size)
-  model = dataclasses.replace(run.model, text=text)
-  return dataclasses.replace(run, model=model)
 
 
 def resolve(
@@ -269,8 +260,7 @@ def resolve(
   recorded = {}
   if workdir is not None and saved_steps(workdir):
     recorded = read_recorded_config(workdir)
-  run = dataclasses.replace(run, teachers=teachers)
-  run = _size_vocabulary(_pin_hub(run, recorded), recorded)
+  run = dataclasses.replace(_resolve_inputs(run, recorded), teachers=teachers)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec

@@ -11,11 +11,6 @@ from mtv_jax.data.tokenizers.base import export_files as export_files
 from mtv_jax.data.tokenizers.builtin import ByteTokenizer, SceneWordTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from mtv_jax.data.tokenizers.training import TRAINED as TRAINED
-from mtv_jax.data.tokenizers.training import (
-  train_sentencepiece as train_sentencepiece,
-)
-from mtv_jax.data.tokenizers.training import trained_size as trained_size
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import (
   ConfigError,

@@ -44,7 +44,6 @@ class HuggingFaceTokenizer(Tokenizer):
     vocabulary = model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
     check_ids(path, self.vocab_size)
-    self.unk_id = _find_unknown(self._text, vocabulary)
     names = _special_names(Path(path).with_name("tokenizer_config.json"))
     self.eos_id = _find_id(vocabulary, names.get("eos_token"), _EOS_NAMES)
     padding = model.padding or {}
@@ -55,8 +54,9 @@ class HuggingFaceTokenizer(Tokenizer):
         f"{path} names no padding token, and lacks {', '.join(_PAD_NAMES)}. Add"
         " pad_token to tokenizer_config.json beside it."
       )
-    if self.unk_id in (self.eos_id, self.pad_id):  # CLIP's, which has no use.
-      self.unk_id = None
+    unknown = _find_unknown(self._text, vocabulary)
+    # CLIP's is the end of text: its pieces cover every byte.
+    self.unk_id = None if unknown in (self.eos_id, self.pad_id) else unknown
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
   def _truncating_model(self, length: int) -> tokenizers.Tokenizer:

@@ -2,17 +2,13 @@
 
 import io
 import itertools
-import logging
 import re
-import time
 from collections.abc import Iterable
 
 import sentencepiece
 
 from mtv_jax.data.tokenizers.builtin import ByteTokenizer
 from mtv_jax.utils.errors import ConfigError, printable
-
-log = logging.getLogger(__name__)
 
 # Name of the file of a trained model.
 TRAINED = "tokenizer.model"
@@ -44,32 +40,26 @@ def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
   Raises ConfigError if the texts give fewer pieces, or need more.
   """
   cleaner = ByteTokenizer(None, clean)  # Any tokenizer.
-  file, start = io.BytesIO(), time.monotonic()
-  texts = (text for text in texts if not cleaner.is_blank(text))
-  if (first := next(texts, None)) is None:
-    raise ConfigError(
-      f"tokenizer=train:{size}: data.train has no captions to train on. Give a"
-      " tokenizer's file, or a source with captions."
-    )
-  cleaned = map(cleaner.clean_text, itertools.chain([first], texts))
+  file, where = io.BytesIO(), f"tokenizer=train:{size}"
+  cleaned = (cleaner.clean_text(t) for t in texts if not cleaner.is_blank(t))
+  if (first := next(cleaned, None)) is None:
+    raise ConfigError(f"{where}: data.train has no captions to train on.")
+  cleaned = itertools.chain([first], cleaned)
   options = dict(vocab_size=size, hard_vocab_limit=False, minloglevel=2, **_IDS)
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=cleaned, model_writer=file, **options
     )
   except RuntimeError as error:
-    least = re.search(r"\d+ vs (\d+)", str(error))
     reason = printable(error)
-    if least:
+    if least := re.search(r"\d+ vs (\d+)", reason):
       reason = f"the characters of the captions take {least[1]} pieces"
-    raise ConfigError(f"tokenizer=train:{size}: {reason}.") from error
+    raise ConfigError(f"{where}: {reason}.") from error
   data = file.getvalue()
   model = sentencepiece.SentencePieceProcessor(model_proto=data)
   if (given := model.vocab_size()) < size:
     raise ConfigError(
-      f"tokenizer=train:{size}: the captions of data.train give only {given}"
-      f" pieces. Set tokenizer=train:{given} or fewer, or add captions."
+      f"{where}: the captions of data.train give only {given} pieces. Set"
+      f" tokenizer=train:{given} or fewer, or add captions."
     )
-  seconds = time.monotonic() - start
-  log.info("Trained a tokenizer of %d pieces in %.0f s.", size, seconds)
   return data
