@@ -14,10 +14,6 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config.recipes import parse_arg
 from mtv_jax.data.tokenizers.builtin import EMBEDDING_ROWS
-from mtv_jax.utils.errors import ConfigError
-
-# Rows of the embedding table, by tokenizer.
-VOCABULARIES = {"bytes": 258, "words": EMBEDDING_ROWS}
 
 
 def get_config(arg=None):
@@ -25,23 +21,18 @@ def get_config(arg=None):
     arg,
     tiny=False,
     tokenizer="words",  # Learns faster than bytes.
-    vocab=0,  # Vocabulary size of a tokenizer file.
+    vocab=0,  # Rows of the embedding; 0: as many as the tokenizer's ids.
     batch=16,
     steps=12_000,
     difficulty="hard",
   )
-
-  vocabulary = arg.vocab or VOCABULARIES.get(arg.tokenizer)
-  if vocabulary is None:
-    raise ConfigError(
-      f"tokenizer={arg.tokenizer}: vocab=N, its number of ids, is missing."
-    )
 
   config = ConfigDict()
   config.seed = 0
   config.batch_size = arg.batch
   config.total_steps = arg.steps
 
+  rows = EMBEDDING_ROWS if arg.tokenizer == "words" else None
   length = 64 if arg.tokenizer == "bytes" else 24
   scenes = dict(type="scenes", difficulty=arg.difficulty)
   config.data = dict(
@@ -61,7 +52,7 @@ def get_config(arg=None):
       length=length,
       tokenizer=arg.tokenizer,
       clean="lower",
-      vocab_size=vocabulary,
+      vocab_size=arg.vocab or rows,
     ),
   )
   # 64 bins suffice for 64 pixels.

@@ -48,7 +48,8 @@ def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
   config = read_config("siglip_b16_224", **arg)
   tokenizer = config.model.text.tokenizer
-  is_bytes = tokenizer == "bytes"
+  # Sized by the data, with the end of text 1.
+  is_other = tokenizer == "bytes" or tokenizer.startswith("train:")
   config.objectives = dict(
     contrastive=dict(weight=1.0, loss_type="softmax", max_scale=100.0)
   )
@@ -68,9 +69,9 @@ def get_config(arg=None):
     length=77,
     tokenizer=tokenizer,
     clean="lower",
-    vocab_size=258 if is_bytes else 49_408,
+    vocab_size=None if is_other else 49_408,
     pool="eos",
-    eos_id=1 if is_bytes else 49_407,
+    eos_id=1 if is_other else 49_407,
     causal=True,
     gelu="quick",
     norm_eps=1e-5,

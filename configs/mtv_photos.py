@@ -61,7 +61,6 @@ def get_config(arg=None):
       length=32,
       tokenizer=tokenizer,
       clean="lower",
-      vocab_size=258 if tokenizer == "bytes" else 32_000,
       **shape,
     ),
   )

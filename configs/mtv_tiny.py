@@ -40,9 +40,7 @@ def get_config(arg=None):
     image_size=64,
     pool="map",
     dtype="float32",
-    text=dict(
-      variant="mu", length=64, tokenizer="bytes", clean="lower", vocab_size=258
-    ),
+    text=dict(variant="mu", length=64, tokenizer="bytes", clean="lower"),
   )
   # For a few hundred steps: few prototypes, which small batches can separate,
   # and a sharp teacher.

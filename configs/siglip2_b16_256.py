@@ -61,7 +61,7 @@ def get_config(arg=None):
   config.data.ops += "|regions(4)"
   text = config.model.text
   text.clean = "lower"
-  if text.tokenizer != "bytes":
+  if text.tokenizer != "bytes" and not text.tokenizer.startswith("train:"):
     text.vocab_size = 256_000
 
   # Self-distillation and masked prediction start after 80 % of the run.

@@ -77,10 +77,9 @@ def get_config(arg=None):
       variant=arg.variant,
       length=64,
       # The published runs use a 32k SentencePiece model of C4 on lower-cased
-      # text without punctuation: tokenizer=PATH.model.
+      # text without punctuation: tokenizer=PATH.model (docs/data.md).
       tokenizer=tokenizer,
       clean="canonicalize",
-      vocab_size=258 if tokenizer == "bytes" else 32_000,
     ),
   )
   # Prior for 32,768 rows: almost all pairs are negative.

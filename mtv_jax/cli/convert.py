@@ -15,7 +15,7 @@ import dataclasses
 from mtv_jax.convert import big_vision, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import BUILT_IN_TOKENIZERS, TokenizerFiles
-from mtv_jax.encoder import loading
+from mtv_jax.encoder import loading, tokenizer_files
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "resample the position embedding for images of this size in pixels"
     add("--image_size", type=int, help=text)
     text = (
-      "SentencePiece model, tokenizer.json, 'bytes' or 'words'; default: the "
-      "source's"
+      "SentencePiece model, tokenizer.json, ORG/NAME of the hub, 'bytes' or "
+      "'words'; default: the source's"
     )
     add("--tokenizer", help=text)
     choices = ("canonicalize", "lower", "none")
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     )
   model = read_source(args)
   if args.tokenizer:
-    files = TokenizerFiles(path_lib.local_copy(args.tokenizer), args.clean)
+    file = path_lib.local_copy(tokenizer_files.download(args.tokenizer))
+    files = TokenizerFiles(file, args.clean)
     if args.tokenizer in BUILT_IN_TOKENIZERS:
       files = TokenizerFiles(None, args.clean, args.tokenizer)
     model = dataclasses.replace(model, tokenizer=files)

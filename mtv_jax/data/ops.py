@@ -5,7 +5,7 @@ op, write a `HostOp` here and register it in `OPS`.
 
 Missing labels give zeros, so that one batch can mix sources with different
 labels. Ops count the label parts they leave out in the record's `dropped`, and
-mark truncated texts in `cut`.
+describe texts in `texts`: whether they were truncated or have unknown words.
 """
 
 import abc
@@ -283,7 +283,8 @@ class CaptionOp(TextOp):
       if not self.tokenizer.is_blank(text):
         ids, cut = self._encode(text, self.length, record["key"])
         fields = {"caption": ids, "caption_valid": np.bool_(True)}
-        return _add_cut(record | fields, "captions", [cut])
+        text = ("captions", cut, self.tokenizer.has_unknown(ids))
+        return _add_texts(record | fields, [text])
     if captions:
       reason = f"all of its captions are empty: {captions[:3]!r}"
       raise BadRecord(record["key"], reason)
@@ -358,7 +359,7 @@ class RegionsOp(TextOp):
       # Even if all fit: an objective may read only the first boxes.
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
-    at, cut = 0, []
+    at, texts = 0, []
     for box in order[label.scores[order] >= self.min_score]:
       if at == self.count:
         break
@@ -370,14 +371,14 @@ class RegionsOp(TextOp):
       if ids is None:
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
-      cut.append(is_cut)
+      texts.append(("phrases", is_cut, self.tokenizer.has_unknown(ids)))
       row["boxes"][at] = label.boxes[box]
       row["box_phrase"][at] = ids
       row["box_phrase_id"][at] = number
       row["box_score"][at] = label.scores[box]
       row["box_valid"][at] = True
       at += 1
-    return _add_cut(record | row, "phrases", cut)
+    return _add_texts(record | row, texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,9 +444,9 @@ def _encode_phrase(
   return ids, is_cut, label_values.phrase_id(phrase)
 
 
-def _add_cut(record: Record, kind: str, cut: Sequence[bool]) -> Record:
-  """Sets `cut` for the texts of one kind."""
-  return record | {"cut": {**record.get("cut", {}), kind: cut}}
+def _add_texts(record: Record, texts: Sequence[tuple]) -> Record:
+  """Adds the (kind, is_cut, has_unknown) of texts to `texts`."""
+  return record | {"texts": [*record.get("texts", ()), *texts]}
 
 
 def _box_label(record: Record) -> label_values.BoxLabel:

@@ -71,7 +71,8 @@ class HostBatches:
 
   An element has `rows` (the batch) and, so that worker processes report them
   too, `bad` (source, key, reason) of each bad record, `dropped` (source,
-  reason, count) of dropped label parts, and `cut` (kind, is_cut) of each text.
+  reason, count) of dropped label parts, and (kind, is_cut, has_unknown) of each
+  of the `texts`.
   """
 
   sources: Sequence[Source]
@@ -135,8 +136,8 @@ class HostBatches:
       if isinstance(outcome, BaseException):
         raise outcome
     lists = zip(*outcomes, strict=True)
-    bad, dropped, cut = (sum(parts, []) for parts in lists)
-    return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
+    bad, dropped, texts = (sum(parts, []) for parts in lists)
+    return {"rows": batch, "bad": bad, "dropped": dropped, "texts": texts}
 
   def _candidates(self, position: int) -> tuple[int, Iterable[int]]:
     """Returns a row's source, and records for it by preference."""
@@ -169,7 +170,7 @@ class HostBatches:
   def _fill_row(
     self, batch: Batch, position: int, candidates: tuple[int, Iterable[int]]
   ) -> tuple[list, list, list]:
-    """Fills the row of `position`; returns `bad`, `dropped` and `cut`."""
+    """Fills the row of `position`; returns `bad`, `dropped` and `texts`."""
     index, numbers = candidates
     source = self.sources[index]
     tries = min(len(source), _MAX_BAD_RUN)
@@ -184,8 +185,7 @@ class HostBatches:
           values[row] = record[name]
         counts = record.get("dropped", {}).items()
         dropped = [(source.name, reason, n) for reason, n in counts]
-        cut = record.get("cut", {}).items()
-        return bad, dropped, [(kind, c) for kind, cs in cut for c in cs]
+        return bad, dropped, record.get("texts", [])
       except BadRecord as error:
         bad.append((source.name, error.key, error.reason))
       except Exception as error:
@@ -256,7 +256,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     for entry in element["dropped"]:
       self.stats.count_dropped(*entry)
     epoch = self.examples_per_epoch
-    self.stats.count_cut(element["cut"], ops=self.batches.ops, epoch=epoch)
+    self.stats.count_texts(element["texts"], ops=self.batches.ops, epoch=epoch)
     self.stats.check_corrupt(self.max_corrupt, epoch=epoch)
     self._snapshots[self.step] = self.stats.snapshot()
     self._snapshots.pop(self.step - _MAX_AHEAD, None)

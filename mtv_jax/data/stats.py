@@ -1,4 +1,4 @@
-"""Counts of records read: bad records, dropped labels, truncated texts."""
+"""Counts of records read: bad records, dropped labels, flawed texts."""
 
 import collections
 import dataclasses
@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 # Records (or one epoch, if shorter) before the shares are checked.
 _CHECKED_AFTER = 1000
-# Warn if a larger share of texts is truncated.
-_MAX_CUT = 0.2
+# Warn if a larger share of texts is truncated, or has unknown words.
+_MAX_CUT, _MAX_UNKNOWN = 0.2, 0.02
 _LENGTHENED_BY = {
   "captions": "the length of `caption` with model.text.length",
   "phrases": "phrase_length of `regions`",
@@ -21,7 +21,7 @@ _LENGTHENED_BY = {
 # Bad records: log the first ones, then one in `_LOG_EVERY`.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
-_COUNTERS = ("dropped", "texts", "texts_cut")
+_COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
 
 
 class CorruptDataError(UserError, RuntimeError):
@@ -40,11 +40,15 @@ class Stats:
   dropped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
-  # Texts in batches by kind (`captions`, `phrases`), and truncated ones.
+  # Texts in batches by kind (`captions`, `phrases`), truncated ones, and ones
+  # with unknown words.
   texts: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
   texts_cut: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  texts_unknown: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
 
@@ -69,6 +73,11 @@ class Stats:
     """Truncated share of the texts of each kind."""
     return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
 
+  @property
+  def unknown_shares(self) -> dict[str, float]:
+    """Share of the texts of each kind that have unknown words."""
+    return {k: self.texts_unknown[k] / n for k, n in self.texts.items()}
+
   def count_bad(self, source: str, key: str, reason: str) -> None:
     """Counts a bad record; logs some of them."""
     self.corrupt += 1
@@ -90,21 +99,37 @@ class Stats:
         "Labels of %s (%d in %d records read)", name, after, self.read
       )
 
-  def count_cut(
-    self, cut: Sequence[tuple[str, bool]], *, ops: object, epoch: int
+  def count_texts(
+    self,
+    texts: Sequence[tuple[str, bool, bool]],
+    *,
+    ops: object,
+    epoch: int,
   ) -> None:
-    """Counts (kind, is_cut) of texts; warns once if many of `ops` are cut."""
+    """Counts (kind, is_cut, has_unknown) of texts of `ops`.
+
+    Warns once if many are cut or have unknown words.
+    """
     before = self.texts.copy()
-    self.texts.update(kind for kind, _ in cut)
-    self.texts_cut.update(kind for kind, is_cut in cut if is_cut)
+    self.texts.update(kind for kind, _, _ in texts)
+    self.texts_cut.update(kind for kind, is_cut, _ in texts if is_cut)
+    self.texts_unknown.update(kind for kind, _, unknown in texts if unknown)
     first = min(_CHECKED_AFTER, epoch)
-    for kind, share in self.cut_shares.items():
+    for kind, count in self.texts.items():
       # Warn once, when enough texts have been counted.
-      if before[kind] < first <= self.texts[kind] and share > _MAX_CUT:
+      if not before[kind] < first <= count:
+        continue
+      if (share := self.cut_shares[kind]) > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
           " Raise %s, or use a tokenizer of longer pieces.",
-          *(100 * share, self.texts[kind], kind, ops, _LENGTHENED_BY[kind]),
+          *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
+        )
+      if (share := self.unknown_shares[kind]) > _MAX_UNKNOWN:
+        log.warning(
+          "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
+          " share one id. Use another one, such as tokenizer=train:32000.",
+          *(100 * share, count, kind),
         )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:

@@ -15,7 +15,7 @@ from mtv_jax.utils.hub import endpoint, import_hub, open_api
 PREFIX = "hf:"
 _REVISION = re.compile(r"[\w./-]+")
 # Files that `convert` reads; skips PyTorch weights.
-_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
 def is_name(path: str | os.PathLike) -> bool:
@@ -49,8 +49,8 @@ def pin_name(path: str | os.PathLike) -> str:
 
 
 @functools.lru_cache
-def download(name: str) -> pathlib.Path:
-  """Downloads a hub model if it is not cached; returns its folder.
+def download(name: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
+  """Downloads a hub model's files if they are not cached; returns its folder.
 
   A name resolves once per process. Offline, it resolves to the revision that
   was downloaded last.
@@ -65,7 +65,7 @@ def download(name: str) -> pathlib.Path:
     hub = import_hub()
   except ImportError as error:
     raise MissingFileError(f"{name} is no local path, and {error}") from error
-  options = {"allow_patterns": list(_FILES), "endpoint": endpoint()}
+  options = {"allow_patterns": list(files), "endpoint": endpoint()}
   try:
     folder = hub.snapshot_download(parts[0], revision=parts[1], **options)
   except _errors(hub) as error:

@@ -20,14 +20,10 @@ from mtv_jax.data import ops
 from mtv_jax.encoder import baselines, hub
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
+from mtv_jax.encoder.tokenizer_files import read_run_tokenizer
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.heads import PredictionHead
-from mtv_jax.models.two_tower import (
-  VARIANTS,
-  ModelConfig,
-  ModelSpec,
-  TextConfig,
-)
+from mtv_jax.models.two_tower import VARIANTS, ModelConfig, ModelSpec
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 from mtv_jax.utils.text import list_first
@@ -279,7 +275,7 @@ def read_run_config(
       raise InputError(
         f"it is not the config that a run writes ({error!r})."
       ) from error
-  tokenizer = _tokenizer(folder, section.text)
+  tokenizer = read_run_tokenizer(folder, section.text)
   model = ConvertedModel(
     section.spec, {}, preprocess, tokenizer, prediction_heads=heads
   )
@@ -374,22 +370,3 @@ def prediction_heads(
   if spec.text is not None and length == spec.text.length:
     length = None  # As in exports before this option.
   return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)
-
-
-def _tokenizer(
-  folder: pathlib.PurePath, text: TextConfig | None
-) -> processors.TokenizerFiles | None:
-  """The run's copy of the tokenizer, else the file named in the config."""
-  if text is None:
-    return None
-  spec, clean = text.tokenizer, text.clean
-  if spec in processors.BUILT_IN_TOKENIZERS:
-    return processors.TokenizerFiles(None, clean, spec)
-  copy = folder / "tokenizer" / pathlib.PurePath(spec).name
-  for file in (copy, path_lib.as_path(spec)):
-    if path_lib.is_file(file):
-      return processors.TokenizerFiles(path_lib.local_copy(file), clean)
-  raise MissingFileError(
-    f"the tokenizer of this run is at neither {copy} nor {spec}; copy it to "
-    "the first"
-  )

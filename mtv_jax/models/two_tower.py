@@ -74,8 +74,10 @@ class TextConfig:
 
   variant: str = "B"
   length: int = 64
-  vocab_size: int = 32_000
-  # 'bytes', or a path: *.model, *.json. Training rejects "".
+  # Rows of the embedding table. None: the tokenizer's size, see `run.resolve`.
+  vocab_size: int | None = None
+  # 'bytes', 'words', a path (*.model, *.json), 'ORG/NAME' of the hub, or
+  # 'train:N' pieces from the run's captions. Training rejects "".
   tokenizer: str = "bytes"
   clean: Literal["lower", "none", "canonicalize"] = "lower"
   options: Mapping[str, Any] = sections.further_options()  # `TextSpec` fields.
@@ -184,6 +186,8 @@ class ModelSpec:
       raise InputError(f"config.model.text is {text!r}, expected its options.")
     text = _expand(text, "model.text", ignored=_TEXT_INPUT, patch=False)
     text.setdefault("projection", image.embed_dim)
+    if text.get("vocab_size") is None:
+      text.pop("vocab_size", None)
     reserved, where = ("variant", *_TEXT_INPUT), "config.model.text"
     text = options.build(TextSpec, text, where=where, reserved=reserved)
     return cls(image=image, text=text)

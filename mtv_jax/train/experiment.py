@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +19,15 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
+from mtv_jax.data.sources.base import sample_captions
 from mtv_jax.data.stats import Stats
-from mtv_jax.encoder import loading
+from mtv_jax.data.tokenizers import training
+from mtv_jax.encoder import loading, tokenizer_files
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.parallel.distributed import agree, gather_results
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train import metrics
@@ -43,6 +47,8 @@ from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
+# Records whose captions a tokenizer is trained on.
+_CAPTION_RECORDS = 100_000
 # Tokenizers that encode these equally are considered equal. They cover case,
 # punctuation, digits, spaces and non-ASCII letters.
 _PROBE_TEXTS = (
@@ -81,20 +87,21 @@ def build_experiment(
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
   # Before the data, which may be slow to open.
-  tokenizer = _build_tokenizer(config)
-  if not saved_steps(path_lib.as_path(workdir)):
-    check_source_tokenizer(config, tokenizer)
+  tokenizer = _build_tokenizer(config, workdir)
   # Limits come last, because labels are aligned to whole sources.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
     for entry in config.data.train
   ]
   entries = [*zip(config.data.train, whole, strict=True)]
-  length = sum(
-    len(sources_lib.complete_source(source, {"limit": entry.get("limit")}))
+  limited = [
+    sources_lib.complete_source(source, {"limit": entry.get("limit")})
     for entry, source in entries
-  )
-  step = build_train_step(config, mesh, length)
+  ]
+  if tokenizer is None and config.model.text is not None:
+    file = _train_tokenizer(config, limited)
+    tokenizer = _open_tokenizer(config, file, is_new=True)
+  step = build_train_step(config, mesh, sum(map(len, limited)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
   for head in heads.values():
@@ -123,8 +130,11 @@ def build_experiment(
   )
 
 
-def _build_tokenizer(config: RunConfig) -> Any:
-  """The tokenizer of a config; None for a model without text."""
+def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
+  """The tokenizer of a config; None without text, or if it is to be trained.
+
+  A run with checkpoints reads its copy of a tokenizer of the hub or trained.
+  """
   if (text := config.model.text) is None:
     return None
   if not text.tokenizer and config.init:
@@ -137,11 +147,50 @@ def _build_tokenizer(config: RunConfig) -> Any:
           " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
           " Add the file, or set --config.model.text.tokenizer=FILE."
         )
-  tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
+  spec, folder = text.tokenizer, path_lib.as_path(workdir)
+  is_new = not saved_steps(folder)
+  is_trained = training.trained_size(spec)
+  if is_trained and is_new:
+    return None
+  if is_trained or (tokenizer_files.is_hub(spec) and not is_new):
+    spec = tokenizer_files.read_run_tokenizer(folder, text).path
+  return _open_tokenizer(config, tokenizer_files.download(str(spec)), is_new)
+
+
+def _open_tokenizer(config: RunConfig, file: Any, is_new: bool) -> Any:
+  """Builds a tokenizer; checks the embedding's rows, and a new run's init."""
+  text = config.model.text
+  tokenizer = tokenizers.build_tokenizer(file, clean=text.clean)
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
   )
+  if is_new:
+    check_source_tokenizer(config, tokenizer)
   return tokenizer
+
+
+def _train_tokenizer(config: RunConfig, sources: Sequence[Any]) -> pathlib.Path:
+  """Trains a tokenizer on the captions of sources; returns a cached file.
+
+  Collective: process 0 trains, and the others receive its model.
+  """
+  text, limit = config.model.text, _CAPTION_RECORDS
+  size = training.trained_size(text.tokenizer)
+
+  def train() -> bytes:
+    if jax.process_index():
+      return b""
+    log.info("Training a tokenizer of %d pieces from the captions.", size)
+    captions = sample_captions(sources, limit)
+    return training.train_sentencepiece(captions, size, text.clean)
+
+  agree({"config": config.to_dict()})  # Whether all processes come here.
+  data = gather_results(train)[0]
+  digest = hashlib.blake2b(data, digest_size=12).hexdigest()
+  file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
+  file.parent.mkdir(parents=True, exist_ok=True)
+  atomic.write(file, data)
+  return file
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -160,7 +209,8 @@ def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     return
   source, length = files.build(), config.model.text.length
   for text in _PROBE_TEXTS:
-    theirs, ours = (t.encode([text], length)[0] for t in (source, tokenizer))
+    pair = (source, tokenizer)
+    theirs, ours = (t.encode_text(text, length)[0] for t in pair)
     if list(theirs) != list(ours):
       raise ConfigError(
         f"config.model.text: {init.path} was trained with {source!r}, this run "
@@ -288,10 +338,13 @@ def make_loader(
   return loader
 
 
-def save_config(experiment: Experiment, command: str = "") -> None:
+def save_config(
+  experiment: Experiment, command: str = "", *, is_new: bool = True
+) -> None:
   """Writes resolved config, command and tokenizer file to the run's folder.
 
-  An empty `command` does not replace a recorded one.
+  An empty `command` does not replace a recorded one, and only a run that is new
+  replaces the tokenizer that an earlier start left.
   """
   if jax.process_index() != 0:
     return
@@ -319,11 +372,12 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   if source := getattr(experiment.tokenizer, "path", None):
     folder = experiment.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
-    target = folder / pathlib.Path(source).name
-    if not target.exists():
-      # Atomic, so that a later start does not accept a truncated file.
-      with atomic.replace_file(target) as temporary:
-        shutil.copyfile(source, temporary)
+    for file in tokenizers.list_files(source):
+      target = folder / file.name
+      if is_new or not target.exists():
+        # Atomic, so that a later start does not accept a truncated file.
+        with atomic.replace_file(target) as temporary:
+          shutil.copyfile(file, temporary)
 
 
 def log_experiment(experiment: Experiment) -> None:

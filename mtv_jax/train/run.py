@@ -25,6 +25,7 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
+from mtv_jax.encoder import tokenizer_files
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
@@ -41,7 +42,6 @@ from mtv_jax.train.teachers import (
   read_teacher_models,
 )
 from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils import hub
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.path_patterns import pin_all
 
@@ -224,19 +224,25 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   return sections.read(RunConfig, plain, "config")
 
 
-def _pin_data(
-  data: DataConfig, workdir: str | os.PathLike | None
-) -> DataConfig:
-  """Replaces revisions of the hub's data sets by their commits."""
-  commits: dict[str, str] = {}
-  if f"{hub.SCHEME}://" not in str(data.train):
-    return data
-  if workdir is not None and saved_steps(workdir):
-    recorded = read_recorded_config(workdir).get("data") or {}
-    commits |= recorded.get("commits") or {}
-  commits |= data.commits
-  train = tuple(pin_all(entry, commits) for entry in data.train)
-  return dataclasses.replace(data, train=train, commits=commits)
+def _resolve_inputs(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+  """Pins data and tokenizer of the hub; sizes the vocabulary.
+
+  A run's `recorded` config gives commits, and the size unless the config does.
+  """
+  commits = dict((recorded.get("data") or {}).get("commits") or {})
+  commits |= run.data.commits
+  train = tuple(pin_all(entry, commits) for entry in run.data.train)
+  text = run.model.text
+  if text is not None:
+    known = (recorded.get("model") or {}).get("text") or {}
+    spec, size = tokenizer_files.pin(text.tokenizer, commits), text.vocab_size
+    size = known.get("vocab_size") if size is None else size
+    if size is None:
+      size = tokenizer_files.count_tokens(spec, text.clean)
+    text = dataclasses.replace(text, tokenizer=spec, vocab_size=size)
+  data = dataclasses.replace(run.data, train=train, commits=commits)
+  model = dataclasses.replace(run.model, text=text)
+  return dataclasses.replace(run, data=data, model=model)
 
 
 def resolve(
@@ -245,16 +251,18 @@ def resolve(
   """Checks a config and fills in derived values; ConfigError if invalid.
 
   Derived values are the teachers' architectures, the mask token, the text tower
-  and the commits of the hub's data sets. A resolved config is returned
-  unchanged. The `config.json` of a run in `workdir` records teachers and
-  commits.
+  with the size of its vocabulary, and the commits of the hub's data sets and
+  tokenizer. A resolved config is returned unchanged. The `config.json` of a run
+  in `workdir` records teachers, size and commits.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
   teachers = read_teacher_models(run.teachers, workdir)
-  data = _pin_data(run.data, workdir)
-  run = dataclasses.replace(run, teachers=teachers, data=data)
+  recorded = {}
+  if workdir is not None and saved_steps(workdir):
+    recorded = read_recorded_config(workdir)
+  run = dataclasses.replace(_resolve_inputs(run, recorded), teachers=teachers)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec

@@ -298,6 +298,7 @@ class Trainer:
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
       **{f"data/{kind}_cut": v for kind, v in stats.cut_shares.items()},
+      **{f"data/{kind}_unknown": v for kind, v in stats.unknown_shares.items()},
       **measured,
     }
     losses = [name for name in values if name.endswith("/loss")]

@@ -12,7 +12,8 @@ def test_counts_survive_a_checkpoint():
   stats = Stats(read=10)
   stats.count_bad("tar", "k", "is cut")
   stats.count_dropped("boxes", "no phrase", 3)
-  stats.count_cut([("captions", True), ("captions", False)], ops="", epoch=9)
+  texts = [("captions", True, False), ("captions", False, False)]
+  stats.count_texts(texts, ops="", epoch=9)
   saved = json.loads(json.dumps(stats.to_dict()))
   assert Stats.from_dict(saved).to_dict() == stats.to_dict() == saved
   assert saved == {
@@ -21,11 +22,13 @@ def test_counts_survive_a_checkpoint():
     "dropped": {"boxes: no phrase": 3},
     "texts": {"captions": 2},
     "texts_cut": {"captions": 1},
+    "texts_unknown": {},
   }
   # Written by an earlier version, without texts.
   old = Stats.from_dict({"read": 4, "corrupt": 1})
   assert (old.read, old.corrupt, old.cut_shares) == (4, 1, {})
   assert stats.cut_shares == {"captions": 0.5}
+  assert stats.unknown_shares == {"captions": 0.0}
 
 
 def test_a_snapshot_does_not_change():
@@ -82,14 +85,16 @@ def test_labels_left_out_are_logged_at_each_power_of_ten(caplog):
 def test_many_cut_texts_are_one_warning(caplog, cut, count, epoch, warned):
   stats = Stats()
   for i in range(count):
-    texts = [("captions", i % 10 < 10 * cut)]
-    stats.count_cut(texts, ops="caption(4)", epoch=epoch)
-  assert len(caplog.messages) == warned
+    texts = [("captions", i % 10 < 10 * cut, i % 50 < 5 * cut)]
+    stats.count_texts(texts, ops="caption(4)", epoch=epoch)
+  assert len(caplog.messages) == 2 * warned
   if warned:
-    stats.count_cut([("captions", True)], ops="caption(4)", epoch=epoch)
-    assert len(caplog.messages) == 1
+    texts = [("captions", True, True)]
+    stats.count_texts(texts, ops="caption(4)", epoch=epoch)
+    assert len(caplog.messages) == 2
     assert f"50 % of {count} captions are longer than" in caplog.text
     assert "model.text.length" in caplog.text
+    assert f"6 % of {count} captions have words that" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import abc
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex
 
@@ -15,6 +16,7 @@ from jaxtyping import Int64
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.ranges import RangeReader
+from mtv_jax.utils.threads import map_ahead
 
 # One or several paths: brace ranges, globs, commas; see `utils.path_patterns`.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -256,3 +258,25 @@ class LimitedSource(Source):
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
     return self._source.read_metadata(self._index(i))
+
+
+def sample_captions(sources: Sequence[Source], limit: int) -> Iterator[str]:
+  """Captions of about `limit` evenly spaced records of sources that have any.
+
+  Leaves out unusable records. Reads with one thread per core.
+  """
+  sources = [source for source in sources if "captions" in source.fields]
+  share = min(1.0, limit / max(sum(map(len, sources)), 1))
+
+  def read(source: Source, i: int) -> list[str]:
+    try:
+      return source[i].get("captions") or []
+    except BadRecord:
+      return []
+
+  for source in sources:
+    part = LimitedSource(source, max(int(share * len(source)), 1))
+    read_part = functools.partial(read, part)
+    yield from itertools.chain.from_iterable(
+      map_ahead(read_part, range(len(part)))
+    )

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
 from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
@@ -24,6 +24,11 @@ BUILT_IN: dict[str, type[Tokenizer]] = {
   "bytes": ByteTokenizer,
   "words": SceneWordTokenizer,
 }
+_CHOICES = (
+  "a SentencePiece file '*.model' or a 'tokenizer.json' (SigLIP's c4_en is"
+  " gs://t5-data/vocabs/cc_en.32000/sentencepiece.model); for training also"
+  " ORG/NAME of the Hugging Face hub, or train:32000, made from the captions"
+)
 # Tokenizers by file suffix.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
 
@@ -45,7 +50,7 @@ def build_tokenizer(
     raise ConfigError(
       "model.text.tokenizer is not set, as a recipe for real data has no"
       " default. Add `:tokenizer=PATH` to --config (after a comma, if it has"
-      " arguments), a SentencePiece file '*.model' or a 'tokenizer.json'."
+      f" arguments): {_CHOICES}."
     )
   if spec in BUILT_IN:
     return BUILT_IN[spec](None, clean)
@@ -53,10 +58,10 @@ def build_tokenizer(
   if suffix not in _TYPES:
     raise InputError(
       f"tokenizer={spec!r}: expected 'bytes', 'words' (of the built-in scenes),"
-      " a SentencePiece file '*.model' or a Hugging Face 'tokenizer.json'."
+      f" or {_CHOICES}."
     )
   if path_lib.is_remote(spec):
-    return _TYPES[suffix](os.fspath(_copy_remote(spec)), clean)
+    return _TYPES[suffix](os.fspath(copy_file(spec)), clean)
   if not Path(spec).is_file():
     folder = Path(spec).absolute().parent
     hint = f"There is no folder {folder}."
@@ -65,16 +70,24 @@ def build_tokenizer(
       hint = did_you_mean(Path(spec).name, names, limit=8)
     raise MissingFileError(
       f"tokenizer={spec!r}: there is no such file. {hint} 'bytes' and 'words'"
-      " need no file."
+      f" need no file; others are {_CHOICES}."
     )
   return _TYPES[suffix](spec, clean)
 
 
-def _copy_remote(url: str) -> Path:
-  """Copies a tokenizer's file and its tokenizer_config.json, if any."""
-  file = path_lib.local_copy(url)
-  if file.suffix == ".json":
-    config = path_lib.as_path(url).with_name("tokenizer_config.json")
-    if path_lib.is_file(config):
-      shutil.copyfile(path_lib.local_copy(config), file.with_name(config.name))
-  return file
+def list_files(path: str | os.PathLike) -> list[PurePath]:
+  """A tokenizer's file, and the tokenizer_config.json of a tokenizer.json."""
+  file = path_lib.as_path(path)
+  config = file.with_name("tokenizer_config.json")
+  has_config = file.suffix == ".json" and path_lib.is_file(config)
+  return [file, config] if has_config else [file]
+
+
+def copy_file(path: str | os.PathLike) -> Path:
+  """A local copy of a tokenizer's files; returns the first."""
+  if not path_lib.is_remote(path):
+    return Path(path)
+  copies = [path_lib.local_copy(file) for file in list_files(path)]
+  for copy in copies[1:]:
+    shutil.copyfile(copy, copies[0].with_name(copy.name))
+  return copies[0]

@@ -7,6 +7,7 @@ pads on the right. The text towers attend to padding, in training too (no mask).
 import abc
 import functools
 import json
+import logging
 import os
 import re
 import string
@@ -19,9 +20,13 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import AddedToken, Regex, normalizers, processors
 
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError, check_choice, printable
+from mtv_jax.utils.text import list_first
+
+log = logging.getLogger(__name__)
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_MAX_WORD = 256  # Tokens of a word that is looked up.
 _SPACES = re.compile(r"\s+")
 # Visible characters: with and without `canonicalize`, which drops punctuation.
 _VISIBLE = {
@@ -77,21 +82,50 @@ class Tokenizer(abc.ABC):
   vocab_size: int  # Largest id plus one.
   pad_id: int
   eos_id: int | None  # None if the file doesn't name one.
+  unk_id: int | None = None  # Id of unknown words; None without one.
 
   def __init__(self, path: str | None, clean: str):
     check_choice("clean", clean, _CLEANERS)
     self.path, self.clean = path, clean
+    self._checked: set[str] = set()  # Words that `encode` has looked up.
 
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Encodes each string, truncated to `length` and padded."""
+    """Encodes each string, truncated to `length` and padded.
+
+    Warns of unknown words, once for each; `encode_text` does not.
+    """
     if isinstance(strings, str) or not all(isinstance(s, str) for s in strings):
       raise TypeError(f"encode() takes a list of strings, got {strings!r}.")
     if length < 1:
       raise InputError(f"length={length}: a text has at least 1 token.")
     rows = [self.encode_text(text, length)[0] for text in strings]
-    return np.array(rows, np.int32).reshape(-1, length)
+    array = np.array(rows, np.int32).reshape(-1, length)
+    if self.has_unknown(array):
+      rows = zip(strings, array, strict=True)
+      self._warn_of_unknown([s for s, row in rows if self.has_unknown(row)])
+    return array
+
+  def has_unknown(self, ids: Int32[np.ndarray, "*n length"]) -> bool:
+    """Whether ids include that of unknown words."""
+    return self.unk_id is not None and bool((ids == self.unk_id).any())
+
+  def _warn_of_unknown(self, texts: Sequence[str]) -> None:
+    words = (w for text in texts for w in self.clean_text(text).split())
+    words = dict.fromkeys(w.strip(string.punctuation) for w in words)
+    words = [w for w in words if w and w not in self._checked]
+    self._checked.update(words)
+    unknown = [
+      w for w in words if self.has_unknown(self.encode_text(w, _MAX_WORD)[0])
+    ]
+    if unknown:
+      names = [printable(repr(word), 40) for word in unknown]
+      log.warning(
+        "%r doesn't know %s. Unknown words share one id: texts that differ only"
+        " in them have equal embeddings.",
+        *(self, list_first(names, 8)),
+      )
 
   def encode_text(
     self, text: str, length: int

@@ -71,14 +71,14 @@ class SceneWordTokenizer(Tokenizer):
 
   kind = "words"
   vocab_size, pad_id, eos_id = len(_SPECIAL) + len(_WORDS), 0, 1
+  unk_id = _SPECIAL.index("<unk>")
   _table = {word: len(_SPECIAL) + i for i, word in enumerate(_WORDS)}
 
   def _tokenize(self, text: str, length: int) -> tuple[Sequence[int], bool]:
     text = self.clean_text(text)
     text.encode()  # Raises UnicodeError, like `ByteTokenizer`.
     words = text.replace(",", " ").replace(":", " ").split()
-    unknown = _SPECIAL.index("<unk>")
-    ids = [self._table.get(word, unknown) for word in words[: length - 1]]
+    ids = [self._table.get(word, self.unk_id) for word in words[: length - 1]]
     return [*ids, self.eos_id], len(words) >= length
 
   def to_hf_tokenizer(self) -> tokenizers.Tokenizer:

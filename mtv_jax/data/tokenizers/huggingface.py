@@ -1,6 +1,7 @@
 """Hugging Face fast tokenizer, read from a `tokenizer.json`."""
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,9 @@ class HuggingFaceTokenizer(Tokenizer):
         f"{path} names no padding token, and lacks {', '.join(_PAD_NAMES)}. Add"
         " pad_token to tokenizer_config.json beside it."
       )
+    unknown = _find_unknown(self._text, vocabulary)
+    # CLIP's is the end of text: its pieces cover every byte.
+    self.unk_id = None if unknown in (self.eos_id, self.pad_id) else unknown
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
   def _truncating_model(self, length: int) -> tokenizers.Tokenizer:
@@ -84,6 +88,13 @@ def _special_names(path: Path) -> dict[str, str]:
       if value is not None:
         names[key] = value
   return names
+
+
+def _find_unknown(text: str, vocabulary: dict[str, int]) -> int | None:
+  """Id of unknown words in the content of a tokenizer.json."""
+  model = json.loads(text)["model"]
+  name = vocabulary.get(model.get("unk_token"))
+  return model.get("unk_id") if name is None else name
 
 
 def _find_id(

@@ -48,6 +48,7 @@ class SentencePieceTokenizer(Tokenizer):
     self.vocab_size = self._model.vocab_size()
     check_ids(path, self.vocab_size)
     self.pad_id = self.eos_id = self._model.eos_id()
+    self.unk_id = self._model.unk_id()
     if not 0 <= self.eos_id < self.vocab_size:
       raise InputError(
         f"{path} has no end of sequence; train it with --eos_id."

@@ -360,3 +360,20 @@ def test_transformers_opens_the_exported_files(
     np.testing.assert_array_equal(
       tokenizer.encode(captions, 64), expected["input_ids"]
     )
+
+
+def test_unknown_words_are_named_once(small, words_json, caplog):
+  texts = ["a dog, a cat", "a red xyzzy", "a \u732b dog."]
+  expected = {
+    "words": ["'dog', 'cat', 'xyzzy', '\u732b'", "'zebra'"],
+    words_json: ["'xyzzy', '\u732b'", "'zebra'"],
+    small: ["'\u732b'"],
+    "bytes": [],
+  }
+  for spec, names in expected.items():
+    caplog.clear()
+    tokenizer = build_tokenizer(spec)
+    for given in (texts, texts, ["a zebra"]):
+      tokenizer.encode(given, 16)
+    for message, words in zip(caplog.messages, names, strict=True):
+      assert f"doesn't know {words}. Unknown words share one id" in message

@@ -1,0 +1,65 @@
+"""SentencePiece models trained from the captions of a run's data."""
+
+import io
+import itertools
+import re
+from collections.abc import Iterable
+
+import sentencepiece
+
+from mtv_jax.data.tokenizers.builtin import ByteTokenizer
+from mtv_jax.utils.errors import ConfigError, printable
+
+# Name of the file of a trained model.
+TRAINED = "tokenizer.model"
+# Ids of T5's vocabularies, which SigLIP's c4_en is one of.
+_IDS = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def trained_size(spec: str) -> int | None:
+  """Pieces N of a tokenizer "train:N"; None for another tokenizer.
+
+  Raises ConfigError if N is not a positive number.
+  """
+  if not spec.startswith("train:"):
+    return None
+  if not re.fullmatch(r"train:0*[1-9]\d{0,6}", spec):
+    raise ConfigError(
+      f"tokenizer={printable(repr(spec))}: expected train:N, a number of pieces"
+      " such as train:32000."
+    )
+  return int(spec.removeprefix("train:"))
+
+
+def train_sentencepiece(texts: Iterable[str], size: int, clean: str) -> bytes:
+  """Trains a unigram model of `size` pieces on cleaned texts.
+
+  Like T5's vocabularies, it pads with id 0, ends texts with 1 and has 2 for
+  unknown characters. Equal texts in equal order give equal models.
+
+  Raises ConfigError if the texts give fewer pieces, or need more.
+  """
+  cleaner = ByteTokenizer(None, clean)  # Any tokenizer.
+  file, where = io.BytesIO(), f"tokenizer=train:{size}"
+  cleaned = (cleaner.clean_text(t) for t in texts if not cleaner.is_blank(t))
+  if (first := next(cleaned, None)) is None:
+    raise ConfigError(f"{where}: data.train has no captions to train on.")
+  cleaned = itertools.chain([first], cleaned)
+  options = dict(vocab_size=size, hard_vocab_limit=False, minloglevel=2, **_IDS)
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=cleaned, model_writer=file, **options
+    )
+  except RuntimeError as error:
+    reason = printable(error)
+    if least := re.search(r"\d+ vs (\d+)", reason):
+      reason = f"the characters of the captions take {least[1]} pieces"
+    raise ConfigError(f"{where}: {reason}.") from error
+  data = file.getvalue()
+  model = sentencepiece.SentencePieceProcessor(model_proto=data)
+  if (given := model.vocab_size()) < size:
+    raise ConfigError(
+      f"{where}: the captions of data.train give only {given} pieces. Set"
+      f" tokenizer=train:{given} or fewer, or add captions."
+    )
+  return data
