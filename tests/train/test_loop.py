@@ -197,7 +197,7 @@ def test_invalid_configs_are_rejected(tmp_path, changes, message):
 
 
 @pytest.mark.slow
-def test_a_run_on_own_files(tmp_path, write_image, caplog):
+def test_a_run_on_own_files(tmp_path, write_image):
   """A folder of captioned images, evaluated on another."""
   for folder in ("train", "val"):
     for i, colour in enumerate(("red", "green", "blue") * 4):
@@ -207,7 +207,6 @@ def test_a_run_on_own_files(tmp_path, write_image, caplog):
   train(smallest(f"steps=2,batch=8,{data}"), tmp_path / "run")
   evaluated = sorted(f.name for f in (tmp_path / "run/evals").glob("*.json"))
   assert evaluated == ["val_retrieval_0.json", "val_retrieval_2.json"]
-  assert "Leaves out the evaluation val_zero_shot: " in caplog.text
 
 
 def test_s3_as_workdir_is_rejected():
