@@ -1,14 +1,16 @@
 """Commands, options, files and links in README and docs/ exist."""
 
-import pathlib
+import importlib
 import re
 
+import doc_commands
 import pytest
+from doc_commands import ROOT
 
-from mtv_jax.cli import bench
+from mtv_jax.cli import arguments, bench, main
 from mtv_jax.cli.main import COMMANDS, run_command
+from mtv_jax.train.run import resolve
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
   *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
   *sorted((ROOT / "docs").glob("*.md")),
@@ -59,6 +61,34 @@ def test_every_option_of_a_command_exists(name, capsys):
     known |= set(_OPTION.findall(capsys.readouterr().out))
   for option, where in commands()[name].items():
     assert option in known, f"{where}: mtv-jax {name} has no --{option}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return doc_commands.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+# Where the pages have models and runs of the reader, a small model is read.
+_MODELS = re.compile(
+  r"/data/siglip\b|runs/start_hf|studies/\w+/runs/(vl|ssl)-s0"
+)
+
+
+@pytest.mark.parametrize("page", doc_commands.PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_accepted(
+  page, model, tmp_path, monkeypatch
+):
+  """Arguments are parsed and configs resolved; nothing runs."""
+  monkeypatch.chdir(tmp_path)
+  for command in doc_commands.read_commands(page, tmp_path):
+    for name, *words in command.ours:
+      words = [_MODELS.sub(str(model), word) for word in words]
+      module, function = main.find_function(name)
+      module = importlib.import_module(module)
+      args = main.parse(name, module, words, function=function)
+      if recipe := getattr(args, "config", None):
+        flags = arguments.ConfigFlags(config=recipe, set=args.set)
+        resolve(arguments.read_config(flags))
 
 
 def test_every_command_is_documented():

@@ -1,0 +1,120 @@
+"""Commands of the shell blocks in README and docs, with their arguments.
+
+Bash reads a page's blocks as they are printed, with variables, functions and
+loops; an external command is not run, its words are recorded.
+"""
+
+import dataclasses
+import pathlib
+import re
+import subprocess
+import textwrap
+
+import jax
+import numpy as np
+
+from mtv_jax.convert import native
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.models import two_tower
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"```(bash|text)\n(.*?)```", re.DOTALL)
+# Bash calls the handler for each name that PATH lacks, in a subshell. `cd` to
+# folders of other machines, and paths of programs, would end a block.
+_PRELUDE = r"""
+PATH=/none
+command_not_found_handle() {
+  printf '%s\x1f' "$BLOCK" "$@" >> "$RECORD"
+  printf '\x1e' >> "$RECORD"
+}
+cd() { :; }
+exec() { "$@"; }
+cat() { while IFS= read -r; do printf '%s\n' "$REPLY"; done; }
+"""
+_ENVIRONMENT = dict(USER="user", SLURM_ARRAY_TASK_ID="1")
+_ENVIRONMENT |= dict(SLURM_ARRAY_TASK_COUNT="2")
+_PROGRAM = re.compile(r"(?<![\w/])[$~][\w/]*/bin/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A command line of a page."""
+
+  page: pathlib.Path
+  block: str
+  words: tuple[str, ...]
+
+  @property
+  def ours(self) -> list[tuple[str, ...]]:
+    """Name and arguments of `mtv-jax`, twice for supervise and its command."""
+    words, found = self.words, []
+    for i, word in enumerate(words):
+      if word == "mtv-jax":
+        found.append(words[i + 1 :])
+      elif words[i : i + 3] == ("python", "-m", "mtv_jax.main"):
+        found.append(("train", *words[i + 3 :]))
+    return found
+
+
+def read_blocks(page: pathlib.Path) -> list[str]:
+  """Shell blocks of a page; of sessions in text, the lines after `$ `."""
+  blocks = []
+  for kind, text in _BLOCK.findall(page.read_text(encoding="utf-8")):
+    if kind == "text":
+      found = re.findall(r"^\$ ((?:.*\\\n)*.*)", text, re.MULTILINE)
+      text = "\n".join(found)
+    blocks.append(text)
+  return [block for block in blocks if block.strip()]
+
+
+def read_commands(page: pathlib.Path, folder: pathlib.Path) -> list[Command]:
+  """Every external command of a page's shell blocks, in order."""
+  blocks = read_blocks(page)
+  return [
+    Command(page, blocks[int(block)], words)
+    for block, words in _expand(enumerate(blocks), folder)
+  ]
+
+
+def _expand(scripts, folder):
+  record = folder / "record"
+  record.unlink(missing_ok=True)
+  source = [_PRELUDE]
+  for number, text in scripts:
+    source.append(f"BLOCK={number}\n{_PROGRAM.sub('', text)}")
+  done = subprocess.run(
+    ["bash"], input="\n".join(source) + "\nwait\n", text=True, cwd=folder,
+    env={**_ENVIRONMENT, "RECORD": str(record), "HOME": str(folder)},
+    capture_output=True, check=False,
+  )  # fmt: skip
+  assert not done.stderr, f"{textwrap.shorten(source[-1], 60)}: {done.stderr}"
+  text = record.read_text(encoding="utf-8") if record.exists() else ""
+  for line in filter(None, text.split("\x1e")):
+    number, *words = line.split("\x1f")[:-1]
+    nested = [
+      word for word in words if re.search(r"(mtv-jax|mtv_jax\.main) -?", word)
+    ]
+    yield number, tuple(words)
+    for word in nested:  # A command for another machine.
+      yield from _expand([(number, word.removeprefix("--command="))], folder)
+
+
+def write_model(folder: pathlib.Path) -> pathlib.Path:
+  """A small two-tower model with random weights, in place of a released one."""
+  tower = dict(width=32, depth=1, heads=2, mlp_dim=64)
+  text = dict(length=16, vocab_size=258, **tower)
+  spec = two_tower.ModelSpec.from_config(
+    dict(image_size=16, patch_size=8, **tower, text=text)
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
+    two_tower.abstract_params(spec),
+  )
+  head = dict(logit_scale=np.float32(1), logit_bias=np.float32(0))
+  params = {**params, "heads": {"contrastive": head}}
+  tokenizer = TokenizerFiles(None, "lower")
+  model = ConvertedModel(spec, params, {"size": 16}, tokenizer)
+  return pathlib.Path(native.write(folder, model))
