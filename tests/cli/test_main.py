@@ -22,6 +22,10 @@ def test_every_command_has_help(name, capsys):
   assert exit.value.code == 0
   text = capsys.readouterr().out
   if name is None:
+    assert "bench" not in text and "  train " in text
+    with pytest.raises(SystemExit):
+      main.main(["--help", "--all"])
+    text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in main.COMMANDS)
   else:
     assert text.startswith(f"usage: mtv-jax {name}") and "--debug" in text
@@ -33,7 +37,7 @@ _TRAIN = "train --config=mtv_tiny:tiny --workdir=x"
 @pytest.mark.parametrize(
   ("command", "message"),
   [
-    ("evalaute", "invalid choice: 'evalaute'. Did you mean 'evaluate'?"),
+    ("trian", "invalid choice: 'trian'. Did you mean 'train'?"),
     (
       "make_prompts --output=a --outptu=b c",
       "unrecognized arguments: --outptu=b c (did you mean --output?)",
