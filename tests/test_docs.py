@@ -7,7 +7,8 @@ import doc_commands
 import pytest
 from doc_commands import ROOT
 
-from mtv_jax.cli import arguments, bench, main
+from mtv_jax.cli import bench, main
+from mtv_jax.cli.arguments import ConfigFlags, read_config
 from mtv_jax.cli.main import COMMANDS, run_command
 from mtv_jax.train.run import resolve
 
@@ -87,8 +88,7 @@ def test_every_command_of_a_page_is_accepted(
       module = importlib.import_module(module)
       args = main.parse(name, module, words, function=function)
       if recipe := getattr(args, "config", None):
-        flags = arguments.ConfigFlags(config=recipe, set=args.set)
-        resolve(arguments.read_config(flags))
+        resolve(read_config(ConfigFlags(config=recipe, set=args.set)))
 
 
 def test_every_command_is_documented():

@@ -11,7 +11,6 @@ from typing import Any
 
 from mtv_jax.utils.text import list_first
 
-
 # Names of other codebases, and keys of other sections, that are not similar.
 _SYNONYMS = {
   "base_lr": ("lr", "optim.lr"),
