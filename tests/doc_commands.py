@@ -5,9 +5,12 @@ loops; an external command is not run, its words are recorded.
 """
 
 import dataclasses
+import json
+import os
 import pathlib
 import re
 import subprocess
+import sys
 import textwrap
 
 import jax
@@ -118,3 +121,36 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
   tokenizer = TokenizerFiles(None, "lower")
   model = ConvertedModel(spec, params, {"size": 16}, tokenizer)
   return pathlib.Path(native.write(folder, model))
+
+
+def write_program(folder: pathlib.Path) -> dict[str, str]:
+  """Puts `mtv-jax` and `python` of this environment on the PATH."""
+  folder.mkdir()
+  code = "from mtv_jax.cli.main import main; import sys; sys.exit(main())"
+  for name, words in (("mtv-jax", f"-c '{code}'"), ("python", "")):
+    file = folder / name
+    file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+    file.chmod(0o755)
+  path = os.pathsep.join([str(folder), os.environ["PATH"]])
+  python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return {**os.environ, "PATH": path, "PYTHONPATH": python_path}
+
+
+def read_notebook(path: pathlib.Path) -> str:
+  """A notebook's code as a program: `!` lines run a shell, `%` lines are left out."""
+  source = [
+    "import subprocess, sys, types",
+    "sys.modules['IPython'] = types.ModuleType('IPython')",
+    "sys.modules['IPython.display'] = types.SimpleNamespace(HTML=print)",
+  ]
+  for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    assert not cell.get("outputs"), "the notebook is stored without outputs"
+    if cell["cell_type"] == "code":
+      text = re.sub(r"(?m)^%.*", "", "".join(cell["source"]))
+      source.append(re.sub(r"(?m)^!((?:.*\\\n)*.*)", _run_shell, text))
+  return "\n\n".join(source)
+
+
+def _run_shell(match):
+  names = re.sub(r"{(\w+)}", r"' + str(\1) + '", repr(match[1]))
+  return f"subprocess.run({names}, shell=True, check=True)"

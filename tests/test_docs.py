@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 
 import doc_commands
 import pytest
@@ -128,3 +130,17 @@ def test_python_in_the_pages_is_python():
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
       compile(block, page.name, "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+  """Its photos are built-in scenes, since the folder has none."""
+  code = doc_commands.read_notebook(ROOT / "notebooks" / "first_run.ipynb")
+  (tmp_path / "notebook.py").write_text(code, encoding="utf-8")
+  done = subprocess.run(
+    [sys.executable, "notebook.py"], cwd=tmp_path, text=True,
+    env=doc_commands.write_program(tmp_path / "bin"), capture_output=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert "<svg" in done.stdout and "0000.jpg -> " in done.stdout
+  assert (tmp_path / "runs/first_hf/model.safetensors").is_file()
