@@ -137,7 +137,7 @@ def write_program(folder: pathlib.Path) -> dict[str, str]:
 
 
 def read_notebook(path: pathlib.Path) -> str:
-  """A notebook's code as a program: `!` lines run a shell, `%` lines are left out."""
+  """A notebook as a program: `!` lines run a shell, `%` lines are left out."""
   source = [
     "import subprocess, sys, types",
     "sys.modules['IPython'] = types.ModuleType('IPython')",
