@@ -15,10 +15,12 @@ import textwrap
 
 import jax
 import numpy as np
+from PIL import Image
 
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.models import two_tower
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -33,6 +35,7 @@ command_not_found_handle() {
   printf '\x1e' >> "$RECORD"
 }
 cd() { :; }
+source() { :; }
 exec() { "$@"; }
 cat() { while IFS= read -r; do printf '%s\n' "$REPLY"; done; }
 """
@@ -123,6 +126,35 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(native.write(folder, model))
 
 
+def write_photos(folder: pathlib.Path) -> None:
+  """Photos with captions, boxes and depth, as docs/first_day.md names them."""
+  images, annotations, names = [], [], []
+  (folder / "depths").mkdir(parents=True)
+  for name, first, count in (("photos", 0, 96), ("photos_val", 1000, 32)):
+    (folder / name).mkdir()
+    scenes = SceneSource(64, length=count, first=first, difficulty="easy")
+    for i in range(count):
+      scene, stem, key = scenes[i], f"{first + i:04}", first + i
+      Image.fromarray(scene["image"]).save(folder / name / f"{stem}.jpg")
+      text = folder / name / f"{stem}.txt"
+      text.write_text(scene["captions"][0], encoding="utf-8")
+      metres = 1000 / np.maximum(scene["depth"], 0.02)  # Millimetres.
+      depth = Image.fromarray(metres.astype(np.uint16))
+      depth.save(folder / "depths" / f"{stem}.png")
+      images.append(dict(id=key, file_name=f"{stem}.jpg", width=64, height=64))
+      for phrase, (y0, x0, y1, x1) in zip(
+        scene["phrases"], 64 * scene["boxes"].astype(float), strict=True
+      ):
+        names += [] if phrase in names else [phrase]
+        box = dict(bbox=[x0, y0, x1 - x0, y1 - y0], image_id=key, iscrowd=0)
+        box |= dict(category_id=names.index(phrase), id=len(annotations))
+        annotations.append(box)
+  categories = [dict(id=i, name=name) for i, name in enumerate(names)]
+  content = dict(images=images, annotations=annotations, categories=categories)
+  text = json.dumps(content)
+  (folder / "instances.json").write_text(text, encoding="utf-8")
+
+
 def write_program(folder: pathlib.Path) -> dict[str, str]:
   """Puts `mtv-jax` and `python` of this environment on the PATH."""
   folder.mkdir()
@@ -133,7 +165,8 @@ def write_program(folder: pathlib.Path) -> dict[str, str]:
     file.chmod(0o755)
   path = os.pathsep.join([str(folder), os.environ["PATH"]])
   python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-  return {**os.environ, "PATH": path, "PYTHONPATH": python_path}
+  env = {**os.environ, "PATH": path, "PYTHONPATH": python_path}
+  return env | {"XLA_FLAGS": ""}  # One device, as a reader's machine has.
 
 
 def read_notebook(path: pathlib.Path) -> str:

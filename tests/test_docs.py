@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -73,7 +74,8 @@ def model(tmp_path_factory):
 
 # Where the pages have models and runs of the reader, a small model is read.
 _MODELS = re.compile(
-  r"/data/siglip\b|runs/start_hf|studies/\w+/runs/(vl|ssl)-s0"
+  r"/data/siglip\b|google/siglip-base-patch16-224|runs/start_hf"
+  r"|studies/\w+/runs/(vl|ssl)-s0|^FOLDER$"
 )
 
 
@@ -144,3 +146,44 @@ def test_the_notebook_runs(tmp_path):
   assert done.returncode == 0, done.stderr[-4000:]
   assert "<svg" in done.stdout and "0000.jpg -> " in done.stdout
   assert (tmp_path / "runs/first_hf/model.safetensors").is_file()
+
+
+# Commands that the next test leaves out, by what they need.
+_LEFT_OUT = re.compile(
+  "|".join(
+    [
+      r"--weights=|preflight|from_big_vision",  # Downloads and extras.
+      r"gs://|hf://|hf:|^push (?!.*--dry_run)",  # Accounts.
+      r"^study |--config=study:steps=1000",  # Many minutes.
+    ]
+  )
+)
+
+
+@pytest.mark.parametrize(
+  "page",
+  [
+    pytest.param("README.md", marks=pytest.mark.slow),
+    pytest.param("docs/first_day.md", marks=pytest.mark.long),
+  ],
+)
+def test_commands_of_a_page_run_as_printed(page, model, tmp_path):
+  doc_commands.write_photos(tmp_path)
+  env = doc_commands.write_program(tmp_path / "bin")
+  for command in doc_commands.read_commands(ROOT / page, tmp_path):
+    for words in command.ours:
+      if _LEFT_OUT.search(" ".join(words)):
+        continue
+      words = [_MODELS.sub(str(model), word) for word in words]
+      if "continue_from" in " ".join(words):
+        words.append("--config.total_steps=4")
+      done = subprocess.run(
+        ["mtv-jax", *words],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+      )
+      assert done.returncode == 0, f"{words}: {done.stderr[-4000:]}"
+      if words[0] == "train" and "runs/a" in " ".join(words):
+        shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")
