@@ -1,17 +1,15 @@
-"""Commands of the shell blocks in README and docs, with their arguments.
+"""Commands of README and docs, and small data to run them.
 
-Bash reads a page's blocks as they are printed, with variables, functions and
-loops; an external command is not run, its words are recorded.
+Bash reads a page's shell blocks as they are printed, with variables, functions
+and loops; an external command is not run, its words are recorded.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import textwrap
 
 import jax
 import numpy as np
@@ -31,8 +29,7 @@ _BLOCK = re.compile(r"```(bash|text)\n(.*?)```", re.DOTALL)
 _PRELUDE = r"""
 PATH=/none
 command_not_found_handle() {
-  printf '%s\x1f' "$BLOCK" "$@" >> "$RECORD"
-  printf '\x1e' >> "$RECORD"
+  { printf '%s\x1f' "$@"; printf '\x1e'; } >> "$RECORD"
 }
 cd() { :; }
 source() { :; }
@@ -44,67 +41,43 @@ _ENVIRONMENT |= dict(SLURM_ARRAY_TASK_COUNT="2")
 _PROGRAM = re.compile(r"(?<![\w/])[$~][\w/]*/bin/")
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-  """A command line of a page."""
+def read_commands(
+  page: pathlib.Path, folder: pathlib.Path
+) -> list[tuple[str, ...]]:
+  """Names and arguments of a page's `mtv-jax` commands, in order.
 
-  page: pathlib.Path
-  block: str
-  words: tuple[str, ...]
-
-  @property
-  def ours(self) -> list[tuple[str, ...]]:
-    """Name and arguments of `mtv-jax`, twice for supervise and its command."""
-    words, found = self.words, []
-    for i, word in enumerate(words):
-      if word == "mtv-jax":
-        found.append(words[i + 1 :])
-      elif words[i : i + 3] == ("python", "-m", "mtv_jax.main"):
-        found.append(("train", *words[i + 3 :]))
-    return found
-
-
-def read_blocks(page: pathlib.Path) -> list[str]:
-  """Shell blocks of a page; of sessions in text, the lines after `$ `."""
+  `folder` gets the files that the blocks write. Of sessions in text, the lines
+  after `$ ` are commands.
+  """
   blocks = []
   for kind, text in _BLOCK.findall(page.read_text(encoding="utf-8")):
     if kind == "text":
       found = re.findall(r"^\$ ((?:.*\\\n)*.*)", text, re.MULTILINE)
       text = "\n".join(found)
     blocks.append(text)
-  return [block for block in blocks if block.strip()]
+  return list(_expand("\n".join(blocks), folder))
 
 
-def read_commands(page: pathlib.Path, folder: pathlib.Path) -> list[Command]:
-  """Every external command of a page's shell blocks, in order."""
-  blocks = read_blocks(page)
-  return [
-    Command(page, blocks[int(block)], words)
-    for block, words in _expand(enumerate(blocks), folder)
-  ]
-
-
-def _expand(scripts, folder):
+def _expand(script, folder):
   record = folder / "record"
-  record.unlink(missing_ok=True)
-  source = [_PRELUDE]
-  for number, text in scripts:
-    source.append(f"BLOCK={number}\n{_PROGRAM.sub('', text)}")
+  record.write_bytes(b"")
+  source = f"{_PRELUDE}\n{_PROGRAM.sub('', script)}\nwait\n"
   done = subprocess.run(
-    ["bash"], input="\n".join(source) + "\nwait\n", text=True, cwd=folder,
+    ["bash"], input=source, text=True, cwd=folder, capture_output=True,
     env={**_ENVIRONMENT, "RECORD": str(record), "HOME": str(folder)},
-    capture_output=True, check=False,
+    check=False,
   )  # fmt: skip
-  assert not done.stderr, f"{textwrap.shorten(source[-1], 60)}: {done.stderr}"
-  text = record.read_text(encoding="utf-8") if record.exists() else ""
-  for line in filter(None, text.split("\x1e")):
-    number, *words = line.split("\x1f")[:-1]
-    nested = [
-      word for word in words if re.search(r"(mtv-jax|mtv_jax\.main) -?", word)
-    ]
-    yield number, tuple(words)
-    for word in nested:  # A command for another machine.
-      yield from _expand([(number, word.removeprefix("--command="))], folder)
+  assert not done.stderr, f"{script}: {done.stderr}"
+  for line in record.read_text(encoding="utf-8").split("\x1e")[:-1]:
+    words = tuple(line.split("\x1f")[:-1])
+    for i, word in enumerate(words):
+      if word == "mtv-jax":  # Twice for supervise and its command.
+        yield words[i + 1 :]
+      elif words[i : i + 3] == ("python", "-m", "mtv_jax.main"):
+        yield "train", *words[i + 3 :]
+      elif re.search(r"(mtv-jax|mtv_jax\.main) -?", word):
+        # A command for another machine.
+        yield from _expand(word.removeprefix("--command="), folder)
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
