@@ -150,29 +150,28 @@ def test_the_notebook_runs(tmp_path):
 
 
 # Commands that the next test leaves out, by what they need.
-_LEFT_OUT = re.compile(
-  "|".join(
-    [
-      r"--weights=|preflight|from_big_vision",  # Downloads and extras.
-      r"gs://|hf://|hf:|^push (?!.*--dry_run)",  # Accounts.
-      r"^study |--config=study:steps=1000",  # Many minutes.
-    ]
-  )
+_LEFT_OUT = "|".join(
+  [
+    r"--weights=|preflight|from_big_vision",  # Downloads and extras.
+    r"gs://|hf://|hf:|^push (?!.*--dry_run)",  # Accounts.
+    r"^study |--config=study:steps=1000|runs/quickstart",  # Many minutes.
+  ]
 )
 
 
 @pytest.mark.parametrize(
-  "page",
+  ("page", "slow"),
   [
-    pytest.param("README.md", marks=pytest.mark.slow),
-    pytest.param("docs/first_day.md", marks=pytest.mark.long),
+    pytest.param("README.md", r"|--evals=all", marks=pytest.mark.slow),
+    pytest.param("README.md", "", marks=pytest.mark.long),
+    pytest.param("docs/first_day.md", "", marks=pytest.mark.long),
   ],
 )
-def test_commands_of_a_page_run_as_printed(page, model, tmp_path):
+def test_commands_of_a_page_run_as_printed(page, slow, model, tmp_path):
   doc_commands.write_photos(tmp_path)
   env = doc_commands.write_program(tmp_path / "bin")
   for words in doc_commands.read_commands(ROOT / page, tmp_path):
-    if _LEFT_OUT.search(" ".join(words)):
+    if re.search(_LEFT_OUT + slow, " ".join(words)):
       continue
     words = [_MODELS.sub(str(model), word) for word in words]
     if "continue_from" in " ".join(words):
