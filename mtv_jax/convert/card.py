@@ -58,6 +58,8 @@ _NATIVE_MEAN = """\
 patches = outputs.last_hidden_state
 valid = inputs["pixel_attention_mask"][..., None]
 embedding = (patches * valid).sum(dim=1) / valid.sum(dim=1)"""
+# Not in the card of a model that the code loads from the hub.
+_HERE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
 _TEMPLATE = """\
 ---
 library_name: transformers
@@ -69,9 +71,7 @@ pipeline_tag: {task}
 ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
 {size} x {size} pixels, pooled by {pooled}; in transformers a `{class_name}`.
 
-Run the code in this folder, beside a `photo.jpg`.
-
-## With transformers
+{here}## With transformers
 
 {usage}
 With torchvision installed, transformers resizes with it, which rounds a few
@@ -157,6 +157,7 @@ def write_card(
   note = "\n`heads.safetensors` has parameters that only mtv_jax reads"
   note += f": the heads of {heads}.\n" if heads else ".\n"
   return _TEMPLATE.format(
+    here=_HERE,
     task=task,
     width=spec.image.width,
     depth=spec.image.depth,
@@ -207,6 +208,7 @@ def complete_card(
       "folder again with `mtv-jax convert to_hf`."
     )
   metadata, body = match.groups()
+  body = body.replace(_HERE, "")
   keys = "license|license_name|license_link|base_model"
   # Includes the lines of a list or an indented value.
   metadata = re.sub(rf"(?m)^({keys}):.*\n([ -].*\n)*", "", metadata)
