@@ -3,7 +3,8 @@
 #   docker build -t $IMAGE --build-arg REVISION=$(git rev-parse HEAD) .
 #
 # On GPUs with --build-arg EXTRA=cuda.
-FROM python:3.11-slim
+# JAX 0.12 needs Python 3.12; pip installs an older JAX on 3.11.
+FROM python:3.13-slim
 
 ARG EXTRA=tpu
 ARG REVISION=

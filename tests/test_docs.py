@@ -1,14 +1,20 @@
 """Commands, options, files and links in README and docs/ exist."""
 
-import pathlib
+import importlib
 import re
+import shutil
+import subprocess
+import sys
 
+import doc_commands
 import pytest
+from doc_commands import ROOT
 
-from mtv_jax.cli import bench
+from mtv_jax.cli import bench, main
+from mtv_jax.cli.arguments import ConfigFlags, read_config
 from mtv_jax.cli.main import COMMANDS, run_command
+from mtv_jax.train.run import resolve
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
   *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
   *sorted((ROOT / "docs").glob("*.md")),
@@ -61,6 +67,35 @@ def test_every_option_of_a_command_exists(name, capsys):
     assert option in known, f"{where}: mtv-jax {name} has no --{option}"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return doc_commands.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+# Where the pages have models and runs of the reader, a small model is read.
+_MODELS = re.compile(
+  r"/data/siglip\b|google/siglip-base-patch16-224|runs/start_hf"
+  r"|studies/\w+/runs/(vl|ssl)-s0|^FOLDER$"
+)
+
+
+@pytest.mark.parametrize("page", doc_commands.PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_accepted(
+  page, model, tmp_path, monkeypatch
+):
+  """Arguments are parsed and configs resolved; nothing runs."""
+  monkeypatch.chdir(tmp_path)
+  for name, *words in doc_commands.read_commands(page, tmp_path):
+    if name == "--help":
+      continue
+    words = [_MODELS.sub(str(model), word) for word in words]
+    module, function = main.find_function(name)
+    module = importlib.import_module(module)
+    args = main.parse(name, module, words, function=function)
+    if recipe := getattr(args, "config", None):
+      resolve(read_config(ConfigFlags(config=recipe, set=args.set)))
+
+
 def test_every_command_is_documented():
   assert set(commands()) == set(COMMANDS)
   for name in set(COMMANDS) - {"train"}:
@@ -98,3 +133,52 @@ def test_python_in_the_pages_is_python():
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
       compile(block, page.name, "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+  """Its photos are built-in scenes, since the folder has none."""
+  code = doc_commands.read_notebook(ROOT / "notebooks" / "first_run.ipynb")
+  (tmp_path / "notebook.py").write_text(code, encoding="utf-8")
+  done = subprocess.run(
+    [sys.executable, "notebook.py"], cwd=tmp_path, text=True,
+    env=doc_commands.write_program(tmp_path / "bin"), capture_output=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert "<svg" in done.stdout and "0000.jpg -> " in done.stdout
+  assert (tmp_path / "runs/first_hf/model.safetensors").is_file()
+
+
+# Commands that the next test leaves out, by what they need.
+_LEFT_OUT = "|".join(
+  [
+    r"--weights=|preflight|from_big_vision",  # Downloads and extras.
+    r"gs://|hf://|hf:|^push (?!.*--dry_run)",  # Accounts.
+    r"^study |--config=study:steps=1000|runs/quickstart",  # Many minutes.
+  ]
+)
+
+
+@pytest.mark.parametrize(
+  ("page", "slow"),
+  [
+    pytest.param("README.md", r"|--evals=all", marks=pytest.mark.slow),
+    pytest.param("README.md", "", marks=pytest.mark.long),
+    pytest.param("docs/first_day.md", "", marks=pytest.mark.long),
+  ],
+)
+def test_commands_of_a_page_run_as_printed(page, slow, model, tmp_path):
+  doc_commands.write_photos(tmp_path)
+  env = doc_commands.write_program(tmp_path / "bin")
+  for words in doc_commands.read_commands(ROOT / page, tmp_path):
+    if re.search(_LEFT_OUT + slow, " ".join(words)):
+      continue
+    words = [_MODELS.sub(str(model), word) for word in words]
+    if "continue_from" in " ".join(words):
+      words.append("--config.total_steps=4")
+    done = subprocess.run(
+      ["mtv-jax", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{words}: {done.stderr[-4000:]}"
+    if "--workdir=runs/a" in words:  # README compares it with another run.
+      shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")

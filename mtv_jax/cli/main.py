@@ -17,29 +17,43 @@ from types import ModuleType
 from mtv_jax.cli import arguments, errors
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-COMMANDS = {
-  "train": "train a config",
-  "evaluate": "evaluate encoders and write a report",
-  "compare": "compare encoders side by side on a page",
-  "supervise": "restart a training command until it is done",
-  "study": "train runs that compare objectives, sizes or balancing",
-  "knn": "k-NN classification",
-  "linear_probe": "linear classification",
-  "label": "label shards with an expert model",
-  "make_labels": "write label sets from annotations",
-  "inspect_labels": "sheet, page and statistics of label sets",
-  "match_boxes": "compare an expert's boxes with annotations",
-  "make_shards": "write shards of images and captions",
-  "index": "write the table of blocks of shards in a bucket",
-  "make_prompts": "write ImageNet's class names and prompts",
-  "score_vqa": "score answers to questions about images",
-  "convert": "convert to and from Hugging Face and big_vision",
-  "push": "upload an export to the Hugging Face hub",
-  "preflight": "compile a config for a topology without one",
-  "bench": "benchmarks against limits of this machine",
-  "report": "put runs on one page",
-  "show_scenes": "draw built-in scenes with their labels",
+GROUPS = {
+  "train": {
+    "train": "train a config",
+    "supervise": "restart a training command until it is done",
+    "study": "train runs that compare objectives, sizes or balancing",
+  },
+  "data": {
+    "make_shards": "write shards of images and captions",
+    "label": "label shards with an expert model",
+    "make_labels": "write label sets from annotations",
+    "inspect_labels": "sheet, page and statistics of label sets",
+    "index": "write the table of blocks of shards in a bucket",
+  },
+  "evaluate": {
+    "evaluate": "evaluate encoders and write a report",
+    "compare": "compare encoders side by side on a page",
+    "report": "put runs on one page",
+  },
+  "share": {
+    "convert": "convert to and from Hugging Face and big_vision",
+    "push": "upload an export to the Hugging Face hub",
+  },
+  "plan": {
+    "preflight": "compile a config for a topology without one",
+  },
+  # Listed by --all alone.
+  "developer": {
+    "bench": "benchmarks against limits of this machine",
+    "knn": "k-NN classification",
+    "linear_probe": "linear classification",
+    "make_prompts": "write ImageNet's class names and prompts",
+    "match_boxes": "compare an expert's boxes with annotations",
+    "score_vqa": "score answers to questions about images",
+    "show_scenes": "draw built-in scenes with their labels",
+  },
 }
+COMMANDS = {name: text for g in GROUPS.values() for name, text in g.items()}
 # {command: "module:function"}, if not "command:run".
 _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
@@ -49,23 +63,43 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   if argv and argv[0] in COMMANDS:
     return run_command(argv[0], argv[1:])
-  names = "\n".join(f"  {name:<15} {text}" for name, text in COMMANDS.items())
   parser = argparse.ArgumentParser(
     prog="mtv-jax",
     description="Multi-task pretraining of vision encoders.",
-    epilog=f"commands:\n{names}\n\n`mtv-jax COMMAND --help` has the options.",
+    epilog=_list_commands(show_all="--all" in argv),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  text = "with --help: also list developer commands"
+  parser.add_argument("--all", action="store_true", help=text)
   parser.add_argument("command", metavar="COMMAND")
-  name = parser.parse_args(argv[:1]).command
+  first = [arg for arg in argv if arg != "--all"][:1]
+  name = parser.parse_args(first).command
   hint = did_you_mean(name, COMMANDS)
   return parser.error(f"invalid choice: {name!r}. {hint}")
 
 
+def _list_commands(*, show_all: bool) -> str:
+  lines = []
+  for group, commands in GROUPS.items():
+    if show_all or group != "developer":
+      lines += [f"{group}:"]
+      lines += [f"  {name:<15} {text}" for name, text in commands.items()]
+  lines += ["", "`mtv-jax COMMAND --help` has the options."]
+  if not show_all:
+    lines += ["`mtv-jax --help --all` also lists the developer commands."]
+  return "\n".join(lines)
+
+
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
   """Runs one of `COMMANDS`, see `run_module`; returns the exit status."""
+  module, function = find_function(name)
+  return run_module(name, module, argv, function=function)
+
+
+def find_function(name: str) -> tuple[str, str]:
+  """Module and function of a command."""
   module, function = _FUNCTIONS.get(name, f"{name}:run").split(":")
-  return run_module(name, f"mtv_jax.cli.{module}", argv, function=function)
+  return f"mtv_jax.cli.{module}", function
 
 
 def run_module(
@@ -77,42 +111,51 @@ def run_module(
 ) -> int:
   """Runs `function` of a command's module; returns the exit status.
 
-  User errors exit with their message. In the arguments, `--config.KEY=VALUE`
-  means `--set=KEY=VALUE`, and hyphens in option names become underscores.
-  Arguments after `--` are not changed.
+  User errors exit with their message.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
-  end = argv.index("--") if "--" in argv else len(argv)
-  argv, rest = argv[:end], argv[end:]
-  debug = "--debug" in argv
-  with errors.readable_errors(name, debug=debug):
+  options = argv[: argv.index("--")] if "--" in argv else argv
+  with errors.readable_errors(name, debug="--debug" in options):
     if isinstance(module, str):
       module = importlib.import_module(module)
-    parser = argparse.ArgumentParser(
-      prog=f"mtv-jax {name}" if name in COMMANDS else None,
-      description=module.__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      epilog=getattr(module, "EPILOG", None),
-    )
-    parser.add_argument(
-      "--debug", action="store_true", help="show the traceback of an error"
-    )
+    args = parse(name, module, argv, function=function)
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")
-    if has_subcommands:
-      module.add_arguments(parser)
-    else:
-      arguments.add_parameters(parser, run)
-    own = _normalize(a for a in argv if a != "--debug")
-    args, unknown = parser.parse_known_args([*own, *rest])
-    if unknown:
-      given = unknown[0].partition("=")[0]
-      options = re.findall(r"--\w+", parser.format_help())
-      close = difflib.get_close_matches(given, options, n=1)
-      hint = f" (did you mean {close[0]}?)" if close else ""
-      parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    _check_outputs(name, args)
     return (run(args) if has_subcommands else arguments.call(run, args)) or 0
+
+
+def parse(
+  name: str, module: ModuleType, argv: Sequence[str], *, function: str = "run"
+) -> argparse.Namespace:
+  """Parses a command's arguments; exits if they are invalid.
+
+  `--config.KEY=VALUE` means `--set=KEY=VALUE`, and hyphens in option names
+  become underscores. Arguments after `--` are not changed.
+  """
+  end = argv.index("--") if "--" in argv else len(argv)
+  parser = argparse.ArgumentParser(
+    prog=f"mtv-jax {name}" if name in COMMANDS else None,
+    description=module.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog=getattr(module, "EPILOG", None),
+  )
+  parser.add_argument(
+    "--debug", action="store_true", help="show the traceback of an error"
+  )
+  if hasattr(module, "add_arguments"):
+    module.add_arguments(parser)
+  else:
+    arguments.add_parameters(parser, getattr(module, function))
+  own = _normalize(a for a in argv[:end] if a != "--debug")
+  args, unknown = parser.parse_known_args([*own, *argv[end:]])
+  if unknown:
+    given = unknown[0].partition("=")[0]
+    options = re.findall(r"--\w+", parser.format_help())
+    close = difflib.get_close_matches(given, options, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+  _check_outputs(name, args)
+  return args
 
 
 def _check_outputs(name: str, args: argparse.Namespace) -> None:

@@ -61,7 +61,10 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
     # Outside a checkout, a file of `configs/` also names the packaged recipe.
     recipe = name.removeprefix("configs/").removesuffix(".py")
     if recipe not in recipes:
-      hint = did_you_mean(name, recipes)
+      # Files beside a misspelled one, with its folder as the user wrote it.
+      files = file.parent.glob("*.py") if file.suffix == ".py" else ()
+      others = [str(path) for path in files if path.stem not in recipes]
+      hint = did_you_mean(name, [*recipes, *others])
       raise ConfigError(f"there is no config {name!r}. {hint}")
     file = folder / f"{recipe}.py"
   values = runpy.run_path(str(file))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 _TWO_TOWERS = """\
 ```python
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(".")
+processor = AutoProcessor.from_pretrained(".")
 inputs = processor(
   images=[Image.open("photo.jpg")],
   text=["a photo of a cat", "a photo of a dog"],
@@ -40,8 +40,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained(folder)
-processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(".")
+processor = AutoImageProcessor.from_pretrained(".")
 inputs = processor(images=[Image.open("photo.jpg")], return_tensors="pt")
 with torch.no_grad():
   outputs = model(**inputs)
@@ -58,6 +58,8 @@ _NATIVE_MEAN = """\
 patches = outputs.last_hidden_state
 valid = inputs["pixel_attention_mask"][..., None]
 embedding = (patches * valid).sum(dim=1) / valid.sum(dim=1)"""
+# Not in the card of a model that the code loads from the hub.
+_HERE = "Run the code in this folder, beside a `photo.jpg`.\n\n"
 _TEMPLATE = """\
 ---
 library_name: transformers
@@ -69,7 +71,7 @@ pipeline_tag: {task}
 ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
 {size} x {size} pixels, pooled by {pooled}; in transformers a `{class_name}`.
 
-## With transformers
+{here}## With transformers
 
 {usage}
 With torchvision installed, transformers resizes with it, which rounds a few
@@ -82,7 +84,7 @@ mtv_jax gives.
 import mtv_jax
 from PIL import Image
 
-encoder = mtv_jax.load(folder)
+encoder = mtv_jax.load(".")
 features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 ```
 {heads}"""
@@ -90,7 +92,27 @@ features = encoder.image([Image.open("photo.jpg")])  # pooled and patches
 # Marks the part that `complete_card` writes, with the model's name.
 _COMPLETED = "<!-- mtv-jax push: {} -->"
 _MARK = re.compile(re.escape(_COMPLETED).replace(r"\{\}", r"(\S+)"))
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+# Identifiers of https://huggingface.co/docs/hub/repositories-licenses.
+_LICENCES = (
+  "apache-2.0", "mit", "openrail", "bigscience-openrail-m",
+  "creativeml-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
+  "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+  "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5",
+  "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
+  "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0",
+  "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+  "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl",
+  "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2",
+  "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1",
+  "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl",
+  "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0",
+  "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib",
+  "pddl", "lgpl-lr", "deepfloyd-if-license",
+  "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1",
+  "llama3.2", "llama3.3", "llama4", "grok2-community", "gemma", "unknown",
+  "other",
+)  # fmt: skip
+_LICENCE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 _POOLED = {
@@ -135,6 +157,7 @@ def write_card(
   note = "\n`heads.safetensors` has parameters that only mtv_jax reads"
   note += f": the heads of {heads}.\n" if heads else ".\n"
   return _TEMPLATE.format(
+    here=_HERE,
     task=task,
     width=spec.image.width,
     depth=spec.image.depth,
@@ -165,12 +188,17 @@ def complete_card(
   and get the licence (a hub identifier, or `other` with a name and a link) and
   the base model. `data` and `results` are Markdown.
   """
-  for name in filter(None, (licence, licence_name)):
-    if not _LICENCE.fullmatch(name):
-      raise InputError(
-        f"The licence {name!r} is not an identifier of the hub, such as"
-        " apache-2.0; others are 'other'."
-      )
+  if licence not in _LICENCES:
+    hint = did_you_mean(licence.lower(), _LICENCES, limit=8)
+    raise InputError(
+      f"The licence {licence!r} is not an identifier of the hub. {hint} For"
+      " another licence, give 'other' with a name and a link."
+    )
+  if licence_name and not _LICENCE_NAME.fullmatch(licence_name):
+    raise InputError(
+      f"The licence's name {licence_name!r} is not an identifier, such as"
+      " lab-1.0."
+    )
   if (licence_name or licence_link) and licence != "other":
     raise InputError(f"A name or link needs licence 'other', not {licence!r}.")
   match = re.match(r"---\n((?:.*\n)*?)---\n((?s:.*))", readme)
@@ -180,6 +208,7 @@ def complete_card(
       "folder again with `mtv-jax convert to_hf`."
     )
   metadata, body = match.groups()
+  body = body.replace(_HERE, "")
   keys = "license|license_name|license_link|base_model"
   # Includes the lines of a list or an indented value.
   metadata = re.sub(rf"(?m)^({keys}):.*\n([ -].*\n)*", "", metadata)
@@ -193,7 +222,7 @@ def complete_card(
   if base_model and is_repo(base_model):
     metadata += f"base_model: {base_model}\n"
   mark = _MARK.search(body)
-  loaded = ["folder"]
+  loaded = [r'"\."', "folder"]  # Earlier versions wrote `folder`.
   if mark:
     body = body[: mark.start()]
     loaded.append(re.escape(f'"{mark[1]}"'))

@@ -95,6 +95,7 @@ class ModelConfig:
   scan: bool = True
   # See `models/attention.py`.
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+  # Experimental: not timed on an accelerator, see `models/linear.py`.
   quantization: Literal["none", "int8", "fp8"] = "none"
   init: str = "big_vision"  # See `models/init.py`.
   image_mean: Channels = 0.5  # For channels in 0..1.

@@ -22,6 +22,10 @@ def test_every_command_has_help(name, capsys):
   assert exit.value.code == 0
   text = capsys.readouterr().out
   if name is None:
+    assert "bench" not in text and "  train " in text
+    with pytest.raises(SystemExit):
+      main.main(["--help", "--all"])
+    text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in main.COMMANDS)
   else:
     assert text.startswith(f"usage: mtv-jax {name}") and "--debug" in text
@@ -33,7 +37,7 @@ _TRAIN = "train --config=mtv_tiny:tiny --workdir=x"
 @pytest.mark.parametrize(
   ("command", "message"),
   [
-    ("evalaute", "invalid choice: 'evalaute'. Did you mean 'evaluate'?"),
+    ("trian", "invalid choice: 'trian'. Did you mean 'train'?"),
     (
       "make_prompts --output=a --outptu=b c",
       "unrecognized arguments: --outptu=b c (did you mean --output?)",
@@ -146,6 +150,7 @@ def test_flags_follow_the_signature_and_docstring():
 
 PACKAGED = (
   "mtv_jax", "configs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE",
+  "MANIFEST.in",
 )  # fmt: skip
 
 
@@ -165,10 +170,22 @@ def test_the_wheel_works_alone(tmp_path, repo_root):
       copy = source / name
       copy.parent.mkdir(parents=True, exist_ok=True)
       shutil.copyfile(repo_root / name, copy, follow_symlinks=False)
+  # From the sdist, as releases are.
+  pip, backend = [sys.executable, "-m", "pip"], tmp_path / "backend"
   subprocess.run(
-    [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
-     f"--wheel-dir={tmp_path}", str(source)], check=True,
+    [*pip, "install", "--quiet", f"--target={backend}", "setuptools>=77"],
+    check=True,
+  )
+  code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+  subprocess.run(
+    [sys.executable, "-c", code], cwd=source, check=True, capture_output=True,
+    env={**os.environ, "PYTHONPATH": str(backend)},
   )  # fmt: skip
+  (sdist,) = tmp_path.glob("*.tar.gz")
+  subprocess.run(
+    [*pip, "wheel", "--quiet", "--no-deps", f"--wheel-dir={tmp_path}", sdist],
+    check=True,
+  )
   (wheel,) = tmp_path.glob("*.whl")
   site = tmp_path / "site"
   zipfile.ZipFile(wheel).extractall(site)

@@ -31,6 +31,16 @@ def test_parse_arg():
       parse(bad, **defaults)
 
 
+def test_misspelled_configs_are_suggested(tmp_path, monkeypatch):
+  with pytest.raises(ConfigError, match="Did you mean 'siglip_b16_224'"):
+    recipes.read_config("configs/sigllip_b16_224.py:tiny")
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mine.py").touch()
+  for folder in ("", f"{tmp_path}/"):
+    with pytest.raises(ConfigError, match=f"Did you mean '{folder}mine.py'"):
+      recipes.read_config(f"{folder}minne.py")
+
+
 def test_recipes_written_for_the_former_module_run():
   assert schema.parse_arg is recipes.parse_arg
   assert schema.read_config is recipes.read_config

@@ -353,7 +353,6 @@ def test_transformers_opens_image_towers(name, images, tmp_path, caplog):
 def test_the_readme_runs(name, images, tmp_path, monkeypatch):
   """Its embedding is the encoder's `pooled`."""
   pytest.importorskip("transformers")
-  monkeypatch.chdir(tmp_path)
   if name == "siglip":
     model = make_model(SIGLIP, tokenizer=TokenizerFiles(None, "lower"))
   else:
@@ -363,11 +362,12 @@ def test_the_readme_runs(name, images, tmp_path, monkeypatch):
       preprocess["max_patches"] = 18  # For 4 x 4 patches, two are padding.
     model = make_model(fields, preprocess)
   folder = huggingface.write(tmp_path / "a", model)
+  monkeypatch.chdir(folder)
   PIL.Image.fromarray(images[2][:64, :64]).save("photo.png")
   readme = (folder / "README.md").read_text()
   blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
   assert len(blocks) == 2
-  scope = {"folder": str(folder)}
+  scope = {}
   for block in blocks:
     exec(block.replace("photo.jpg", "photo.png"), scope)
   assert scope["features"].pooled.shape == (1, 64)

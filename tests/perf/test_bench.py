@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -270,6 +271,12 @@ def test_first_losses_are_equal(what, small):
   assert trained[0] == trained[1]
   assert result["speed"] == pytest.approx(result["torch"] / result["ours"])
   assert "our speed over PyTorch's" in str(result)
+
+
+def test_a_missing_oracle_is_named_with_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "open_clip", None)
+  with pytest.raises(ImportError, match=r"pip install 'mtv_jax\[reference\]'"):
+    against_torch.compare("siglip", batch_size=1, rounds=1, threads=1)
 
 
 def test_unknown_subjects_raise():

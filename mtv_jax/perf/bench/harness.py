@@ -133,7 +133,13 @@ def import_oracle(name: str) -> ModuleType:
     raise InputError(f"The comparison needs a checkout, with tools/{name}.py.")
   spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except ImportError as error:
+    raise ImportError(
+      "The comparison needs PyTorch and its packages: pip install"
+      f" 'mtv_jax[reference]' ({error})."
+    ) from error
   return module
 
 

@@ -376,6 +376,45 @@ class MLflow(Tracker):
 
 
 @dataclasses.dataclass
+class Trackio(Tracker):
+  """Trackio, a local dashboard: `trackio show --project=mtv_jax`.
+
+  Trackio resumes by name, so a run's name ends in random characters. Repeated
+  steps of a resumed run appear twice, with the same values. A thread writes the
+  values every half second. `space_id` sends them to a Hugging Face Space.
+  """
+
+  project: str = "mtv_jax"
+  name: str | None = None  # The folder's name and random characters by default.
+  group: str | None = None
+  space_id: str | None = None
+
+  package = "trackio"
+
+  def open(self, run: TrackedRun) -> None:
+    import trackio
+
+    known = run.read_id("trackio")
+    name = known or self.name or f"{run.name}-{os.urandom(3).hex()}"
+    self._run = trackio.init(
+      project=self.project,
+      name=name,
+      group=self.group,
+      space_id=self.space_id,
+      resume="allow" if known else "never",
+      config=dict(run.config),
+      embed=False,  # In notebooks.
+    )
+    run.write_id("trackio", name)
+
+  def write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    self._run.log(dict(numbers), step=step)
+
+  def close(self, *, failed: bool = False) -> None:
+    self._run.finish()
+
+
+@dataclasses.dataclass
 class Clu(Tracker):
   """`clu.metric_writers`: TensorFlow's event files, in the folder `clu`.
 
@@ -403,6 +442,7 @@ TRACKERS: dict[str, type[Tracker]] = {
   "tensorboard": TensorBoard,
   "wandb": Wandb,
   "mlflow": MLflow,
+  "trackio": Trackio,
   "clu": Clu,
 }
 

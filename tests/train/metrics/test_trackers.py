@@ -1,9 +1,11 @@
 """Trackers: W&B offline and MLflow's file store with the real packages."""
 
+import contextlib
 import glob
 import json
 import logging
 import os
+import sqlite3
 import struct
 
 import pytest
@@ -225,6 +227,24 @@ def test_mlflow_survives_a_server_that_is_away(tmp_path, monkeypatch, caplog):
     write(tmp_path, "mlflow(uri='http://127.0.0.1:9')", [2], start_step=1)
   assert any("mlflow" in m for m in warnings(caplog))
   assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.reference
+def test_trackio_continues_a_run(tmp_path, monkeypatch):
+  monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+  pytest.importorskip("trackio", reason="trackio is not installed")
+  folder = tmp_path / "a_run"
+  write(folder, "trackio(project='mtv')", range(1, 6))
+  first = read_ids(folder)["trackio"]
+  write(folder, "trackio(project='mtv')", range(4, 8), start_step=3)
+  assert read_ids(folder)["trackio"] == first and first.startswith("a_run-")
+  (path,) = (tmp_path / "trackio").glob("mtv*.db")
+  with contextlib.closing(sqlite3.connect(path)) as database:
+    rows = database.execute("SELECT run_name, step, metrics FROM metrics")
+    rows = [(name, step, json.loads(text)) for name, step, text in rows]
+  assert {name for name, *_ in rows} == {first}
+  points = [(step, row["loss"]) for _, step, row in rows if "loss" in row]
+  assert sorted(points) == [(s, 1 / s) for s in (1, 2, 3, 4, 4, 5, 5, 6, 7)]
 
 
 @pytest.mark.reference
