@@ -169,9 +169,8 @@ def test_one_process_trains_the_tokenizer_of_all(tmp_path):
 import os, pathlib
 folder = pathlib.Path({str(tmp_path)!r}) / str(process)
 os.environ["MTV_JAX_CACHE_DIR"] = str(folder)
-from mtv_jax.data import tokenizers
-from mtv_jax.train.experiment import build_experiment
 from mtv_jax.data.tokenizers import training
+from mtv_jax.train.experiment import build_experiment
 from trainings import smallest
 if process == 1:
   training.train_sentencepiece = None
