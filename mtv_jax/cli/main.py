@@ -35,6 +35,7 @@ COMMANDS = {
   "score_vqa": "score answers to questions about images",
   "convert": "convert to and from Hugging Face and big_vision",
   "push": "upload an export to the Hugging Face hub",
+  "config": "print a resolved config, or what differs between two",
   "preflight": "compile a config for a topology without one",
   "bench": "benchmarks against limits of this machine",
   "report": "put runs on one page",

@@ -238,21 +238,29 @@ def _pin_data(
 
 
 def resolve(
-  config: Config | RunConfig, workdir: str | os.PathLike | None = None
+  config: Config | RunConfig,
+  workdir: str | os.PathLike | None = None,
+  *,
+  reads_files: bool = True,
 ) -> RunConfig:
   """Checks a config and fills in derived values; ConfigError if invalid.
 
   Derived values are the teachers' architectures, the mask token, the text tower
   and the commits of the hub's data sets. A resolved config is returned
   unchanged. The `config.json` of a run in `workdir` records teachers and
-  commits.
+  commits. Without `reads_files`, teachers and commits stay as given, and a
+  config whose teachers have a path and no model is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
-  teachers = read_teacher_models(run.teachers, workdir)
-  data = _pin_data(run.data, workdir)
-  run = dataclasses.replace(run, teachers=teachers, data=data)
+  teachers = run.teachers
+  if reads_files:
+    teachers = read_teacher_models(run.teachers, workdir)
+    data = _pin_data(run.data, workdir)
+    run = dataclasses.replace(run, teachers=teachers, data=data)
+  elif any(t.path and t.model is None for t in teachers.values()):
+    return run
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec
