@@ -362,12 +362,7 @@ class Checkpointer:
     path = self.folder / str(step)
     with _raise_on_all(), reading.report_damage(self.folder, step, steps):
       stored = reading.read_checksums(path)
-      saved = reading.read_index(path / "state", stored)
-      flat = {
-        aliases.find_stored_name(name, saved): leaf
-        for name, leaf in _flat(abstract_state).items()
-      }
-      require_same(saved, flat, str(path))
+      flat = _match_names(abstract_state, path, stored)
       restore_args = {name: _restore_args(x) for name, x in flat.items()}
       arrays = reading.read_arrays(path / "state", flat, restore_args)
       timing = reading.read_timing(path)
@@ -432,6 +427,30 @@ class Checkpointer:
       if error is None:
         raise
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
+
+
+def check_restorable(folder: Path, abstract_state: Any, step: int) -> None:
+  """Checks the names, shapes and types of a checkpoint; reads no array.
+
+  Raises like `Checkpointer.restore`, in this process alone.
+  """
+  folder = reading.absolute(folder)
+  with reading.report_damage(folder, step, reading.list_steps(folder)):
+    stored = reading.read_checksums(folder / str(step))
+    _match_names(abstract_state, folder / str(step), stored)
+
+
+def _match_names(
+  abstract_state: Any, path: Any, stored: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """The state's leaves by their names in a checkpoint of the same shapes."""
+  saved = reading.read_index(path / "state", stored)
+  flat = {
+    aliases.find_stored_name(name, saved): leaf
+    for name, leaf in _flat(abstract_state).items()
+  }
+  require_same(saved, flat, str(path))
+  return flat
 
 
 @contextlib.contextmanager

@@ -4,19 +4,24 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 
-from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
-from mtv_jax.checkpoint.reading import saved_steps
+from mtv_jax.checkpoint.checkpointer import (
+  Checkpointer,
+  Restored,
+  check_restorable,
+)
+from mtv_jax.checkpoint.reading import absolute, read_timing, saved_steps
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
+from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree
-from mtv_jax.train import rollback
+from mtv_jax.train import plan, rollback
 from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
@@ -99,6 +104,41 @@ def warn_of_changed_data(
       f"The training data has changed since step {step}, so the next rows are"
       f" not those of an uninterrupted run: {list_first(lines, 3)}."
     )
+
+
+def dry_run(
+  config: Config | RunConfig, workdir: str | os.PathLike, **options: Any
+) -> str:
+  """Opens what `train` opens, reads one batch; says what would happen.
+
+  Checks the last checkpoint's names and shapes, or that the sources of weights
+  exist. Writes nothing into `workdir`, compiles nothing and reads no weights.
+  Returns one line per subject. Raises the errors of `train`; `options` are its
+  arguments. Collective: all processes call it.
+  """
+  config = resolve(config, workdir)
+  experiment = _open_experiment(config, workdir, **options)
+  steps, skipped, notes = saved_steps(workdir), (), []
+  if steps:
+    check_balance_unchanged(config, workdir)
+    folder = absolute(workdir) / CHECKPOINTS
+    check_restorable(folder, experiment.program.abstract, steps[-1])
+    timing = read_timing(folder / str(steps[-1]))
+    skipped = _read_skipped(timing)
+    sources = timing.get("sources"), experiment.source_descriptions
+    warn_of_changed_data(*sources, step=steps[-1])
+    recorded = read_recorded_config(workdir)
+    notes = describe_difference(recorded, config.to_dict())
+  else:
+    paths = [config.init.path] if config.init else []
+    paths += [teacher.path for teacher in config.teachers.values()]
+    for path in filter(None, paths):
+      loading.is_run(path)  # Raises for a missing or unknown folder.
+  first = steps[-1] if steps else 0
+  read = ()
+  if first < experiment.total_steps:
+    read = plan.read_batch(experiment, first, skipped)
+  return plan.describe(experiment, first, *read, changes=notes)
 
 
 def train(
@@ -190,8 +230,7 @@ def _train_with_rollbacks(
   )
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
-  ranges = saved.timing.get("skipped_batches", ()) if saved else ()
-  skipped = tuple((int(first), int(count)) for first, count in ranges)
+  skipped = _read_skipped(saved.timing if saved else {})
   rollbacks = 0
   while True:
     try:
@@ -206,6 +245,11 @@ def _train_with_rollbacks(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+
+
+def _read_skipped(timing: Mapping[str, Any]) -> order.SkippedBatches:
+  ranges = timing.get("skipped_batches", ())
+  return tuple((int(first), int(count)) for first, count in ranges)
 
 
 def _restore_before(

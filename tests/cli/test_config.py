@@ -44,14 +44,11 @@ def test_only_differences_are_printed(capsys, tmp_path):
   """Between a recipe and a run, whose config.json lacks a newer key."""
   recorded = resolve(recipes.read_config(RECIPE)).to_dict()
   del recorded["data"]["storage_seconds"]
-  recorded["evals"]["old"] = {"type": "retrieval"}
+  lr, section = recorded["optim"]["lr"], {"type": "retrieval"}
+  recorded["evals"]["old"] = section
   (tmp_path / "config.json").write_text(json.dumps(recorded))
   change = "--config.optim.lr=0.5"
   text = printed(capsys, RECIPE, f"--against={tmp_path}", change)
-  old = {
-    "optim.lr": recorded["optim"]["lr"],
-    "evals.old": {"type": "retrieval"},
-  }
   assert text.splitlines()[0] == f"# {RECIPE} | {tmp_path}"
   lines = text.splitlines()[1:]
   assert sorted(filter(None, lines)) == [
