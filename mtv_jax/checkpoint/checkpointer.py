@@ -28,7 +28,12 @@ from mtv_jax.parallel.distributed import (
   gather_json,
   name_processes,
 )
-from mtv_jax.utils.errors import StorageError, UserError, printable
+from mtv_jax.utils.errors import (
+  MissingFileError,
+  StorageError,
+  UserError,
+  printable,
+)
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
@@ -429,15 +434,27 @@ class Checkpointer:
       log.warning("%s", failed)  # `error` ended the run: let it propagate.
 
 
-def check_restorable(folder: Path, abstract_state: Any, step: int) -> None:
-  """Checks the names, shapes and types of a checkpoint; reads no array.
+def check_restorable(
+  folder: Path, abstract_state: Any, *, latest_good: bool = False
+) -> tuple[int, dict[str, Any]]:
+  """Checks the last checkpoint's names, shapes and types; reads no array.
 
-  Raises like `Checkpointer.restore`, in this process alone.
+  Returns its step and its clock. Raises like `Checkpointer.restore`, in this
+  process alone; with `latest_good`, skips damaged checkpoints.
   """
   folder = reading.absolute(folder)
-  with reading.report_damage(folder, step, reading.list_steps(folder)):
-    stored = reading.read_checksums(folder / str(step))
-    _match_names(abstract_state, folder / str(step), stored)
+  steps = reading.list_steps(folder)
+  for step in reversed(steps):
+    path = folder / str(step)
+    try:
+      with reading.report_damage(folder, step, steps):
+        _match_names(abstract_state, path, reading.read_checksums(path))
+        return step, reading.read_timing(path)
+    except DamagedCheckpointError as error:
+      if not latest_good or step == steps[0]:
+        raise
+      log.warning("%s", error)
+  raise MissingFileError(f"no complete checkpoint in {folder}.")
 
 
 def _match_names(

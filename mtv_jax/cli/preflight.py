@@ -4,7 +4,8 @@
 
 Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
 compiler. Prints the batch, parameters, sharding, collectives, memory and FLOPs
-per chip, and the required input throughput. Exits with 1 if the step does not
+per chip, the required input throughput, and hours, chip-hours and price of the
+run. Exits with 1 if the step does not
 fit; --propose then compiles changes until one fits. --config.model.remat=auto
 finds the least recomputation that fits. Override config keys with
 --config.KEY=VALUE.
@@ -52,9 +53,10 @@ class Flags(arguments.ConfigFlags):
     norms: also compile the objectives' gradient norms.
     budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
     mfu: assumed model FLOPs utilization.
+    chip_hour: dollars per chip and hour, for the price of the run.
     examples: examples per epoch.
     data: also open the config's data, and report its requests and bytes.
-    step_seconds: a measured time of a step, for --data; default: by --mfu.
+    step_seconds: a measured time of a step, in place of --mfu.
     table: update the table in this page.
     rows: update only rows that contain all these words.
     scaling: compile for 16 to 256 chips.
@@ -68,6 +70,7 @@ class Flags(arguments.ConfigFlags):
   norms: bool = False
   budget: float | None = None
   mfu: float = 0.4
+  chip_hour: float | None = None
   examples: int | None = None
   data: bool = False
   step_seconds: float | None = None
@@ -85,8 +88,10 @@ def run(args: Flags) -> int:
     raise ConfigError("--config and --topology are needed")
   if args.budget is not None and (args.table or args.scaling):
     raise ConfigError("--budget is read with one --config and --topology alone")
-  if args.step_seconds is not None and not 0 < args.step_seconds < math.inf:
-    raise ConfigError(f"--step_seconds is {args.step_seconds:g}: expected > 0")
+  for name in ("step_seconds", "chip_hour"):
+    value = getattr(args, name)
+    if value is not None and not 0 < value < math.inf:
+      raise ConfigError(f"--{name} is {value:g}: expected > 0")
   if not 0 < args.mfu <= 1:
     raise ConfigError(f"--mfu is {args.mfu:g}: expected a share, such as 0.4")
   topology = topologies.parse(args.topology) if args.topology else None
@@ -122,6 +127,7 @@ def _report(args: Flags, topology: Any) -> int:
     budget=args.budget and int(args.budget * 2**30),
     data=args.data,
     step_seconds=args.step_seconds,
+    chip_hour=args.chip_hour,
   )
   print(result)
   if args.json:

@@ -121,7 +121,10 @@ def _describe_batch(
   shares = label_shares(batch).items()
   labels = ", ".join(f"{name} {format_percent(s)}" for name, s in shares)
   where = " of process 0" if jax.process_count() > 1 else ""
-  yield "batch", f"{count:,} rows{where}, read in {seconds:.1f} s from cold"
+  yield (
+    "batch",
+    f"{count:,} rows{where}, read in {seconds:.1f} s (the first one)",
+  )
   yield "", f"rows with labels: {labels or 'none are read'}"
   dropped = sum(stats.dropped.values())
   yield "", f"{stats.corrupt} unusable records, {dropped} dropped labels"
@@ -140,8 +143,8 @@ def _describe_length(experiment: Experiment) -> Iterator[tuple[str, str]]:
   device = mesh.devices.flat[0].device_kind
   yield (
     "devices",
-    f"{mesh.size} {device}, {axes}; {jax.process_count()} processes; the state "
-    f"takes {format_bytes(state)} a device, activations more (preflight)",
+    f"{mesh.size} {device}, {axes}, processes: {jax.process_count()}; the state"
+    f" takes {format_bytes(state)} a device, activations more (preflight)",
   )
 
 

@@ -14,7 +14,7 @@ from mtv_jax.checkpoint.checkpointer import (
   Restored,
   check_restorable,
 )
-from mtv_jax.checkpoint.reading import absolute, read_timing, saved_steps
+from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
@@ -107,7 +107,11 @@ def warn_of_changed_data(
 
 
 def dry_run(
-  config: Config | RunConfig, workdir: str | os.PathLike, **options: Any
+  config: Config | RunConfig,
+  workdir: str | os.PathLike,
+  *,
+  restore: Literal["latest", "latest_good"] = "latest",
+  **options: Any,
 ) -> str:
   """Opens what `train` opens, reads one batch; says what would happen.
 
@@ -117,16 +121,16 @@ def dry_run(
   arguments. Collective: all processes call it.
   """
   config = resolve(config, workdir)
-  experiment = _open_experiment(config, workdir, **options)
-  steps, skipped, notes = saved_steps(workdir), (), []
-  if steps:
+  experiment = _open_experiment(config, workdir, restore=restore, **options)
+  first, skipped, notes = 0, (), []
+  if saved_steps(workdir):
     check_balance_unchanged(config, workdir)
-    folder = absolute(workdir) / CHECKPOINTS
-    check_restorable(folder, experiment.program.abstract, steps[-1])
-    timing = read_timing(folder / str(steps[-1]))
+    state, latest_good = experiment.program.abstract, restore == "latest_good"
+    folder = path_lib.as_path(workdir) / CHECKPOINTS
+    first, timing = check_restorable(folder, state, latest_good=latest_good)
     skipped = _read_skipped(timing)
     sources = timing.get("sources"), experiment.source_descriptions
-    warn_of_changed_data(*sources, step=steps[-1])
+    warn_of_changed_data(*sources, step=first)
     recorded = read_recorded_config(workdir)
     notes = describe_difference(recorded, config.to_dict())
   else:
@@ -134,7 +138,6 @@ def dry_run(
     paths += [teacher.path for teacher in config.teachers.values()]
     for path in filter(None, paths):
       loading.is_run(path)  # Raises for a missing or unknown folder.
-  first = steps[-1] if steps else 0
   read = ()
   if first < experiment.total_steps:
     read = plan.read_batch(experiment, first, skipped)

@@ -21,7 +21,9 @@ from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.perf.preflight import cost as cost_lib
 from mtv_jax.perf.preflight import search as search_lib
+from mtv_jax.train import plan as plan_lib
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
@@ -43,6 +45,7 @@ class Report:
   trials: tuple[search_lib.Trial, ...] = ()  # For `remat` 'auto'.
   step_seconds: float | None = None  # Measured; replaces `mfu`.
   data_plane: data_plane_lib.DataPlane | None = None
+  chip_hour: float | None = None  # Dollars per chip and hour.
 
   @property
   def fits(self) -> bool:
@@ -89,6 +92,30 @@ class Report:
     per_example = self.model_flops / self.plan.config.batch_size
     peak = topology.chip.peak_bf16_flops * topology.chips
     return self.mfu * peak / per_example
+
+  @property
+  def costs(self) -> list[cost_lib.RunCost]:
+    """The run at `mfu` or `step_seconds`, and at the roofline, if known."""
+    batch_size, seconds = self.plan.config.batch_size, {}
+    if rate := self.examples_per_second:
+      basis = f"{100 * self.mfu:g} % MFU"
+      if self.step_seconds is not None:
+        basis = f"{self.step_seconds:g} s a step"
+      seconds[basis] = batch_size / rate
+    if bound := self.roofline:
+      seconds[f"the roofline ({bound.limit})"] = bound.total
+    return [
+      cost_lib.RunCost(
+        basis,
+        value,
+        self.plan.total_steps,
+        batch_size,
+        self.plan.topology,
+        self.chip_hour,
+        self.data_plane,
+      )
+      for basis, value in seconds.items()
+    ]
 
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -153,6 +180,9 @@ class Report:
       "examples_per_second": rate,
       "input_bytes_per_second_per_host": rate and rate * self.row_bytes / hosts,
       "data_plane": self.data_plane and self.data_plane.to_dict(),
+      "total_steps": plan.total_steps,
+      "costs": [cost.to_dict() for cost in self.costs],
+      "evaluations": plan_lib.list_evaluations(plan),
       "compile_seconds": compiled.seconds,
     }
 
@@ -173,6 +203,7 @@ class Report:
       self._input(),
       [str(self.data_plane)] if self.data_plane else [],
       [f"compiled in {self.compiled.seconds:.0f} s"],
+      cost_lib.describe(self.plan, self.costs),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
