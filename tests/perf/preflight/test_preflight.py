@@ -158,7 +158,7 @@ def test_a_report_ends_in_hours_price_and_evaluations(monkeypatch):
   plan = compile_lib.make_plan(config, topologies.parse("gpu:1xL4"))
   compiled = compile_lib.CompileResult(None, flops=1.8e15, hbm_bytes=2.7e13)
   bucket = data_plane.DataPlane(
-    hosts=1, examples_per_second=0, requests_per_example=0.1,
+    hosts=1, examples_per_second=0.0, requests_per_example=0.1,
     bytes_per_example=1e5, block_memory=1, start_requests=1, copied_bytes=0,
   )  # fmt: skip
   result = report.Report(
