@@ -41,6 +41,9 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
       WORKDIR/compiled, or none on CPU.
     restore: checkpoint to resume from; latest_good skips damaged ones.
     debug_nans: stop at the first non-finite update and name the operation.
+    compiled: file of `mtv-jax preflight --save`, a compiled step; a run that it
+      does not fit says why and compiles. Loading it runs code: name only files
+      of your own.
     dry_run: open data, tokenizer, labels and evaluations, read one batch, say
       what would happen, and exit; compiles and writes nothing.
   """
@@ -49,6 +52,7 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   compile_cache: str = "auto"
   restore: Literal["latest", "latest_good"] = "latest"
   debug_nans: bool = False
+  compiled: str | None = None
   dry_run: bool = False
 
 
@@ -86,7 +90,8 @@ def run(args: Flags) -> None:
 
 
 def _options(args: Flags) -> dict[str, Any]:
-  return {"restore": args.restore, "debug_nans": args.debug_nans}
+  names = ("restore", "debug_nans", "compiled")
+  return {name: getattr(args, name) for name in names}
 
 
 def choose_remat(

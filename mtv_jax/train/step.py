@@ -100,6 +100,8 @@ class Program:
   tx: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState  # Shapes and shardings of the state.
+  # A compiled `update` of all objectives, see `train/compiled.py`.
+  loaded: Callable[..., Any] | None = None
 
   @functools.cached_property
   def shardings(self) -> TrainState:
@@ -122,6 +124,18 @@ class Program:
 
     outputs = self.shardings, replicated_sharding(self.mesh)
     return self.jit(update, outputs, static_argnums=2, donate_argnums=0)
+
+  def has_loaded(self, active: tuple[str, ...]) -> bool:
+    """Whether `loaded` updates the active objectives."""
+    return self.loaded is not None and active == tuple(self.spec.objectives)
+
+  def run_update(
+    self, state: TrainState, batch: Any, active: tuple[str, ...]
+  ) -> tuple[TrainState, Metrics]:
+    """Runs `loaded` if it updates the active objectives, else `update`."""
+    if self.has_loaded(active):
+      return self.loaded(state, batch)
+    return self.update(state, batch, active)
 
   def jit(
     self, function: Any, outputs: Any, *inputs: Any, **options: Any

@@ -21,6 +21,7 @@ from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree
+from mtv_jax.train import compiled as compiled_lib
 from mtv_jax.train import plan, rollback
 from mtv_jax.train.experiment import (
   Experiment,
@@ -111,6 +112,7 @@ def dry_run(
   workdir: str | os.PathLike,
   *,
   restore: Literal["latest", "latest_good"] = "latest",
+  compiled: str | os.PathLike | None = None,
   **options: Any,
 ) -> str:
   """Opens what `train` opens, reads one batch; says what would happen.
@@ -138,6 +140,8 @@ def dry_run(
     paths += [teacher.path for teacher in config.teachers.values()]
     for path in filter(None, paths):
       loading.is_run(path)  # Raises for a missing or unknown folder.
+  if compiled:
+    compiled_lib.load_if_equal(compiled, experiment)
   read = ()
   if first < experiment.total_steps:
     read = plan.read_batch(experiment, first, skipped)
@@ -151,13 +155,15 @@ def train(
   command: str = "",
   restore: Literal["latest", "latest_good"] = "latest",
   debug_nans: bool = False,
+  compiled: str | os.PathLike | None = None,
 ) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
   All hosts use one `workdir`, which records the `command` for reports.
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
-  first non-finite update, naming the operation. Returns the state after the
-  last step.
+  first non-finite update, naming the operation. `compiled` is a file of
+  `mtv-jax preflight --save`, used if it is of this step. Returns the state
+  after the last step.
 
   Raises:
     ConfigError: the config is invalid.
@@ -177,8 +183,14 @@ def train(
     # A process that fails to open its data or the folder ends the others.
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       experiment = _open_experiment(
-        config, workdir, restore=restore, debug_nans=debug_nans
+        config,
+        workdir,
+        restore=restore,
+        debug_nans=debug_nans,
+        compiled=compiled and os.fspath(compiled),
       )
+      if compiled:
+        experiment = compiled_lib.load_if_equal(compiled, experiment)
       folder = enter(open_run_folder(workdir, process_index=index))
       experiment = dataclasses.replace(experiment, workdir=folder.folder)
       checkpoints = enter(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import pathlib
+import platform
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +37,17 @@ def _options() -> dict[str, str] | None:
   except jax.errors.JaxRuntimeError:
     return None  # This release lacks the option.
   return options
+
+
+@functools.cache
+def processor_digest() -> str:
+  """Hash of the processor's architecture and features."""
+  text = platform.machine()
+  with contextlib.suppress(OSError):  # Linux only.
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = ("flags", "Features")
+    text += "".join(sorted({s for s in lines if s.startswith(names)}))
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:

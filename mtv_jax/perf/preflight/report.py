@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,7 @@ class Report:
   step_seconds: float | None = None  # Measured; replaces `mfu`.
   data_plane: data_plane_lib.DataPlane | None = None
   chip_hour: float | None = None  # Dollars per chip and hour.
+  saved_as: str = ""  # File of the compiled step.
 
   @property
   def fits(self) -> bool:
@@ -202,7 +204,7 @@ class Report:
       self._collectives(),
       self._input(),
       [str(self.data_plane)] if self.data_plane else [],
-      [f"compiled in {self.compiled.seconds:.0f} s"],
+      [f"compiled in {self.compiled.seconds:.0f} s", *self._saved()],
       cost_lib.describe(self.plan, self.costs),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -342,6 +344,14 @@ class Report:
       lines.append(f"    {format_bytes(g.result)} of {source}")
     return lines
 
+  def _saved(self) -> list[str]:
+    if not self.saved_as:
+      return []
+    if not self.compiled.saved_bytes:
+      return ["not saved, since it does not fit"]
+    size = format_bytes(self.compiled.saved_bytes)
+    return [f"saved: {size}, for mtv-jax train --compiled={self.saved_as}"]
+
   def _input(self) -> list[str]:
     rate = self.examples_per_second
     if rate is None:
@@ -365,6 +375,7 @@ def preflight(
   norms: bool = False,
   budget: int | None = None,
   data: bool = False,
+  save: str | os.PathLike | None = None,
   **options: Any,
 ) -> Report:
   """Compiles a config's train step for a topology; opens no weights.
@@ -395,7 +406,9 @@ def preflight(
   config, batch_size = plan.config, plan.config.batch_size
   jobs = {
     "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size).total,
-    "compile the step": lambda: compiled or compile_lib.compile_step(plan),
+    "compile the step": lambda: (
+      compiled or compile_lib.compile_step(plan, save=save)
+    ),
   }
   if compiled_norms or (norms and plan.measures_norms):
     jobs["compile the gradient norms"] = lambda: (
@@ -407,6 +420,7 @@ def preflight(
       bar.set_description(description)
       results.append(job())
   per_example, compiled, *rest = results
+  options["saved_as"] = str(save or "")
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)
   if not data:
     return report
