@@ -35,6 +35,7 @@ _UNREAD = {
   "data", "evals", "checkpoint", "log", "nonfinite", "watchdog", "interference",
   "weights", "init", "total_steps", "total_epochs", "total_examples",
 }  # fmt: skip
+_JAX_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
 
 
@@ -71,6 +72,8 @@ def describe(step: TrainStep) -> dict[str, Any]:
       "processor": xla_flags.processor_digest() if is_cpu else None,
     },
     "compiler_options": xla_flags.compiler_options(step.mesh),
+    "flags": xla_flags.environment_flags(),
+    "jax": {name: getattr(jax.config, name) for name in _JAX_OPTIONS},
     "code": sessions.code_digest(),
     "versions": {
       name: versions.get(name)

@@ -50,6 +50,14 @@ def processor_digest() -> str:
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def environment_flags() -> list[str]:
+  """Compiler flags of the environment, without the number of CPU devices."""
+  texts = [os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+  devices = "--xla_force_host_platform_device_count"
+  flags = " ".join(texts).split()
+  return sorted(flag for flag in flags if not flag.startswith(devices))
+
+
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
   """Enables the persistent compilation cache, so that resumed runs start fast.
 
