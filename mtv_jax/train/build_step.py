@@ -33,6 +33,7 @@ from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.teachers import select_teachers
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
+from mtv_jax.utils.xla_flags import parse_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,10 @@ def build_train_step(
   )
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)
-  program = make_program(spec, optimizer.tx, mesh, config.sharding)
+  parse_flags(config.xla_flags)  # Raises its errors on CPUs, too.
+  program = make_program(
+    spec, optimizer.tx, mesh, config.sharding, config.xla_flags
+  )
   return TrainStep(config, length, spec, optimizer, program)
 
 

@@ -71,7 +71,9 @@ def describe(step: TrainStep) -> dict[str, Any]:
       # Programs for a CPU may use any instruction of its processor.
       "processor": xla_flags.processor_digest() if is_cpu else None,
     },
-    "compiler_options": xla_flags.compiler_options(step.mesh),
+    "compiler_options": xla_flags.compiler_options(
+      step.mesh, step.program.flags
+    ),
     "flags": xla_flags.environment_flags(),
     "jax": {name: getattr(jax.config, name) for name in _JAX_OPTIONS},
     "code": sessions.code_digest(),

@@ -100,6 +100,7 @@ class Program:
   tx: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState  # Shapes and shardings of the state.
+  flags: str = ""  # Compiler flags on TPUs, see `xla_flags.parse_flags`.
   # A compiled `update` of all objectives, see `train/compiled.py`.
   loaded: Callable[..., Any] | None = None
 
@@ -146,7 +147,7 @@ class Program:
       function,
       in_shardings=(self.shardings, split, *inputs),
       out_shardings=outputs,
-      compiler_options=xla_flags.compiler_options(self.mesh),
+      compiler_options=xla_flags.compiler_options(self.mesh, self.flags),
       **options,
     )
 
@@ -194,10 +195,12 @@ def make_program(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: ShardingRules = (),
+  flags: str = "",
 ) -> Program:
   """Builds the train step for a mesh; does not compile.
 
-  Sharding `rules` of the config precede the built-in ones.
+  Sharding `rules` of the config precede the built-in ones. `flags` are
+  `config.xla_flags`.
   """
   shapes = abstract_state(spec, tx)
   check_param_rules(shapes.params, mesh, rules, keep=EMBEDDING_TABLES)
@@ -206,7 +209,7 @@ def make_program(
     shapes,
     tree_shardings(shapes, mesh, rules),
   )
-  return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract)
+  return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract, flags=flags)
 
 
 def make_state_updates(

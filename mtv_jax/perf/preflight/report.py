@@ -215,6 +215,8 @@ class Report:
     step = f"accumulate {config.accumulate}, remat {config.model.remat}"
     shape = f"mesh {mesh}; batch {config.batch_size:,}, {step}"
     lines = [str(plan.topology), shape]
+    if config.xla_flags:
+      lines.append(f"XLA flags {config.xla_flags}")
     if not plan.topology.is_tpu:
       lines.append(
         "Compiled for a CPU: memory is an estimate; the FLOPs of the "
