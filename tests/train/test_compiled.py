@@ -15,6 +15,7 @@ from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.train import compiled
 from mtv_jax.train.train import train
+from mtv_jax.utils import xla_flags
 
 SHORT = "steps=3,save=3"
 
@@ -107,3 +108,35 @@ def test_the_key_has_devices_code_versions_and_epochs():
   assert key["versions"].keys() == {"jax", "jaxlib", "flax", "optax"}
   assert key["batch"]["image"] == "(64, 32, 32, 3) uint8"
   assert "/web" not in json.dumps(key)
+
+
+def test_flags_are_sets_and_single_flags():
+  text = "dense_vmem | --xla_a=1|xla_tpu_scoped_vmem_limit_kib=65536"
+  expected = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_a": "1"}
+  assert xla_flags.parse_flags(text) == expected
+  assert xla_flags.parse_flags("") == {}
+  config = smallest(SHORT, evals={}, xla_flags="async_all_gater")
+  with pytest.raises(ValueError, match="config.xla_flags.*'async_all_gather'"):
+    compile_lib.make_plan(config, topologies.parse("cpu:1"))
+  with_flags = plan(xla_flags="dense_vmem")
+  assert with_flags.config.to_dict()["xla_flags"] == "dense_vmem"
+  assert "xla_flags" not in plan().config.to_dict()
+  # Other devices than TPUs are compiled for without them.
+  options = compiled.describe(with_flags)["compiler_options"]
+  assert options == compiled.describe(plan())["compiler_options"]
+
+
+@pytest.mark.reference
+def test_flags_reach_the_compiler_of_tpus_and_its_steps_are_saved(tmp_path):
+  config = smallest(SHORT, evals={}, xla_flags="dense_vmem|async_all_gather")
+  topology = topologies.parse("v5e:2x2")
+  step = compile_lib.make_plan(config, topology)
+  result = compile_lib.compile_step(step, save=tmp_path / "step.bin")
+  assert result.saved_bytes > 10_000
+  key = compiled.describe(step)
+  assert key["compiler_options"] == xla_flags.parse_flags(config.xla_flags)
+  assert key["devices"]["kind"].startswith("TPU v5")
+  assert key["versions"]["libtpu"]
+  config.xla_flags = "xla_tpu_nonsense=true"
+  with pytest.raises(jax.errors.JaxRuntimeError, match="xla_tpu_nonsense"):
+    compile_lib.compile_step(compile_lib.make_plan(config, topology))
