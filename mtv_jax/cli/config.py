@@ -20,7 +20,7 @@ from typing import Any
 
 from mtv_jax.config import overrides, recipes
 from mtv_jax.utils import path as path_lib
-from mtv_jax.utils.errors import InputError, MissingFileError
+from mtv_jax.utils.errors import InputError
 
 _WIDTH = 80  # Characters of a line; long values may exceed it.
 
@@ -65,9 +65,8 @@ def _read(name: str) -> Any:
   if path_lib.is_remote(name) or path_lib.as_path(name).is_dir():
     from mtv_jax.train.workdir import read_recorded_config
 
-    if not (recorded := read_recorded_config(name)):
-      raise MissingFileError(f"{name} is not a run's folder: no config.json.")
-    return recorded
+    if recorded := read_recorded_config(name):
+      return recorded
   return recipes.read_config(name)
 
 

@@ -5,15 +5,18 @@ the program, as `jax.experimental.serialize_executable` writes it. Loading a
 program runs code: load only files that you or your cluster have written.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 
 from mtv_jax.config import overrides
@@ -88,10 +91,27 @@ def describe(step: TrainStep) -> dict[str, Any]:
   return json.loads(json.dumps(described))
 
 
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+  """Compiles anew: CPU programs from JAX's cache can't be saved again."""
+  name = "jax_enable_compilation_cache"
+  old = getattr(jax.config, name)
+  try:
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    jax.config.update(name, old)
+    compilation_cache.reset_cache()
+
+
 def save(
   path: str | os.PathLike, step: TrainStep, program: jax.stages.Compiled
 ) -> int:
-  """Writes the compiled update of all objectives; returns its bytes."""
+  """Writes the update of all objectives, compiled `without_cache`.
+
+  Returns the size of the file in bytes.
+  """
   content, _, outputs = serialize_executable.serialize(program)
   _, metrics = outputs.unflatten([0] * outputs.num_leaves)
   header = {

@@ -69,7 +69,7 @@ def test_only_differences_are_printed(capsys, tmp_path):
     ([], "got 0 configs, expected one"),
     ([RECIPE] * 3, "got 3 configs"),
     (["siglip_b16"], "no config 'siglip_b16'. .*siglip_b16_224"),
-    (["/"], "/ is not a run's folder"),
+    (["/"], "no config '/'"),
     ([RECIPE, "--config.optimizer.lr=1"], "config.optimizer is an unknown key"),
   ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -171,8 +172,10 @@ def compile_step(
   With `explain`, a refused step is recompiled with fewer rows to list them. A
   step that fits is saved to the file `save`, see `train/compiled.py`.
   """
-  result, program = _compile(plan.lower, plan)
-  if save is not None and result.fits:
+  context = compiled_lib.without_cache if save else contextlib.nullcontext
+  with context():
+    result, program = _compile(plan.lower, plan)
+  if save and result.fits:
     size = compiled_lib.save(save, plan, program)
     result = dataclasses.replace(result, saved_bytes=size)
   config, is_tpu = plan.config, plan.topology.is_tpu
