@@ -4,7 +4,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -24,8 +24,6 @@ from mtv_jax.utils.text import (
   format_percent,
   format_setting,
 )
-
-_INDENT = 12  # Columns of a line's title.
 
 
 def read_batch(
@@ -87,117 +85,101 @@ def describe(
   `batch`, `seconds` and `stats` are from `read_batch`; `changes` are lines on
   the config of a run that resumes.
   """
-  rows = [
-    *_describe_data(experiment),
-    *(_describe_batch(batch, seconds, stats) if batch else ()),
-    *_describe_length(experiment),
-    *_describe_evaluations(experiment),
-    *_describe_checkpoints(experiment, first),
-    *_describe_start(experiment, first, changes),
+  config, total = experiment.config, experiment.total_steps
+  rows = {"data": _list_sources(experiment)}
+  if experiment.tokenizer is not None:
+    rows["tokenizer"] = [repr(experiment.tokenizer)]
+  if batch:
+    shares = label_shares(batch).items()
+    labels = ", ".join(f"{name} {format_percent(s)}" for name, s in shares)
+    where = " of process 0" if jax.process_count() > 1 else ""
+    rows["batch"] = [
+      f"{len(next(iter(batch.values()))):,} rows{where}, read in {seconds:.1f} "
+      f"s (the first one); with labels: {labels or 'none are read'}",
+      f"{stats.corrupt} unusable records, {stats.dropped.total()} dropped "
+      "labels",
+    ]
+  size, epoch = config.batch_size, experiment.length.examples_per_epoch
+  rows["length"] = [
+    f"{total:,} steps of {size:,} examples: {total * size:,}, "
+    f"{total * size / epoch:.3g} epochs of {epoch:,}"
   ]
-  head = f"Dry run of {experiment.workdir}: nothing is compiled or written."
-  return "\n".join([head, *(f"{name:{_INDENT}}{text}" for name, text in rows)])
+  mesh, state = experiment.mesh, sharding_table(experiment.program.abstract)
+  axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
+  rows["devices"] = [
+    f"{mesh.size} {mesh.devices.flat[0].device_kind}, {axes}, processes: "
+    f"{jax.process_count()}; the state takes "
+    f"{format_bytes(sum(row[3] for row in state))} a device, activations more "
+    "(preflight)"
+  ]
+  evaluations = list_evaluations(experiment)
+  rows["evaluations"] = [
+    f"{name} on {data}{_count(evaluator)}, {schedule}"
+    for name, evaluator in experiment.evaluators.items()
+    for data, schedule in [evaluations[name]]
+  ] or ["none"]
+  rows["checkpoints"] = _describe_checkpoints(experiment, first)
+  rows["start"] = _describe_start(experiment, first, changes)
+  lines = [f"Dry run of {experiment.workdir}: nothing is compiled or written."]
+  for name, texts in rows.items():
+    titles = [name, *[""] * (len(texts) - 1)]
+    pairs = zip(titles, texts, strict=True)
+    lines += [f"{title:12}{text}" for title, text in pairs]
+  return "\n".join(lines)
 
 
-def _describe_data(experiment: Experiment) -> Iterator[tuple[str, str]]:
-  entries, title = experiment.config.data.train, "data"
-  weights = [read_weight(entry) for entry in entries]
+def _describe_start(
+  experiment: Experiment, first: int, changes: Sequence[str]
+) -> list[str]:
+  init, total = experiment.config.init, experiment.total_steps
+  source = f"the weights of {init.path}" if init else "random parameters"
+  start = f"at step 0, from {source}"
+  if first:
+    start = f"resumes at step {first:,} of {total:,}, from its last checkpoint"
+  if first >= total:
+    start = f"complete at step {first:,}: trains no step"
+  text = f"its config.json differs:\n{first_lines(changes, 20)}"
+  return [start, text] if changes else [start]
+
+
+def _list_sources(experiment: Experiment) -> list[str]:
+  weights = [read_weight(entry) for entry in experiment.config.data.train]
+  rows = []
   for source, weight in zip(experiment.sources, weights, strict=True):
     described = source.describe()
     labels = ", ".join(described.get("labels", {})) or "none"
-    text = f"{described['name']}: {len(source):,} records; label sets: {labels}"
-    if len(weights) > 1:
-      text += f"; {format_percent(weight / sum(weights))} of a batch"
-    yield title, text
-    title = ""
-  if experiment.tokenizer is not None:
-    yield "tokenizer", f"{experiment.tokenizer!r}"
+    share = f"; {format_percent(weight / sum(weights))} of a batch"
+    rows.append(
+      f"{described['name']}: {len(source):,} records; label sets: {labels}"
+      f"{share if len(weights) > 1 else ''}"
+    )
+  return rows
 
 
-def _describe_batch(
-  batch: Batch, seconds: float, stats: Stats
-) -> Iterator[tuple[str, str]]:
-  count = len(next(iter(batch.values())))
-  shares = label_shares(batch).items()
-  labels = ", ".join(f"{name} {format_percent(s)}" for name, s in shares)
-  where = " of process 0" if jax.process_count() > 1 else ""
-  yield (
-    "batch",
-    f"{count:,} rows{where}, read in {seconds:.1f} s (the first one)",
-  )
-  yield "", f"rows with labels: {labels or 'none are read'}"
-  dropped = sum(stats.dropped.values())
-  yield "", f"{stats.corrupt} unusable records, {dropped} dropped labels"
+def _count(evaluator: evals_base.Evaluator) -> str:
+  count = evaluator.count_images()
+  return "" if count is None else f" ({count:,} images)"
 
 
-def _describe_length(experiment: Experiment) -> Iterator[tuple[str, str]]:
-  size, mesh = experiment.config.batch_size, experiment.mesh
-  steps, epoch = experiment.total_steps, experiment.length.examples_per_epoch
-  yield (
-    "length",
-    f"{steps:,} steps of {size:,} examples: {steps * size:,}, "
-    f"{steps * size / epoch:.3g} epochs of {epoch:,}",
-  )
-  state = sum(row[3] for row in sharding_table(experiment.program.abstract))
-  axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
-  device = mesh.devices.flat[0].device_kind
-  yield (
-    "devices",
-    f"{mesh.size} {device}, {axes}, processes: {jax.process_count()}; the state"
-    f" takes {format_bytes(state)} a device, activations more (preflight)",
-  )
-
-
-def _describe_evaluations(experiment: Experiment) -> Iterator[tuple[str, str]]:
-  rows, title = list_evaluations(experiment), "evaluations"
-  for name, evaluator in experiment.evaluators.items():
-    data, schedule = rows[name]
-    count = evaluator.count_images()
-    size = f" ({count:,} images)" if count is not None else ""
-    yield title, f"{name} on {data}{size}, {schedule}"
-    title = ""
-  if not experiment.evaluators:
-    yield title, "none"
-
-
-def _describe_checkpoints(
-  experiment: Experiment, first: int
-) -> Iterator[tuple[str, str]]:
+def _describe_checkpoints(experiment: Experiment, first: int) -> list[str]:
   options, total = experiment.config.checkpoint, experiment.total_steps
   every = experiment.length.steps(options.every)
   leaves = jax.tree.leaves(experiment.program.abstract)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   # The last `keep`, one that is being written, and the periodic ones.
   kept = min(options.keep, math.ceil(total / every)) + 1
-  periodic = options.keep_every and total // options.keep_every
+  periodic = total // options.keep_every if options.keep_every else 0
+  needed = size * (kept + periodic)
   forever = f", and every {options.keep_every:,}" if periodic else ""
-  needed = size * (kept + (periodic or 0))
-  yield (
-    "checkpoints",
+  rows = [
     f"every {every:,} steps, the last {options.keep} stay{forever}; "
-    f"{format_bytes(size)} each, at most {format_bytes(needed)}",
-  )
-  if path_lib.is_remote(experiment.workdir):
-    return
-  folder = pathlib.Path(experiment.workdir).absolute()
-  folder = next(p for p in (folder, *folder.parents) if p.exists())
-  free = shutil.disk_usage(folder).free
-  text = f"{format_bytes(free)} are free"
-  if free < needed - size * (first > 0):
-    text = f"WARNING: {text}, which may not suffice"
-  yield "", text
-
-
-def _describe_start(
-  experiment: Experiment, first: int, changes: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-  config, total = experiment.config, experiment.total_steps
-  source = f"the weights of {config.init.path}" if config.init else ""
-  text = f"at step 0, from {source or 'random parameters'}"
-  if first:
-    text = f"resumes at step {first:,} of {total:,}, from its last checkpoint"
-  if first >= total:
-    text = f"complete at step {first:,}: trains no step"
-  yield "start", text
-  if changes:
-    yield "", f"its config.json differs:\n{first_lines(changes, 20)}"
+    f"{format_bytes(size)} each, at most {format_bytes(needed)}"
+  ]
+  if not path_lib.is_remote(experiment.workdir):
+    folder = pathlib.Path(experiment.workdir).absolute()
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    lacks = free < needed - size * (first > 0)
+    warning = "WARNING: this may not suffice: " if lacks else ""
+    rows.append(f"{warning}{format_bytes(free)} are free")
+  return rows

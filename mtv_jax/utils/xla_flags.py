@@ -23,34 +23,24 @@ log = logging.getLogger(__name__)
 # Sets of TPU compiler flags, as MaxText groups and documents them
 # (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`.
 _FUSION = "xla_tpu_enable_async_collective_fusion"
-FLAG_SETS: dict[str, dict[str, str]] = {
+_ASYNC = (
+  f"{_FUSION}=true|{_FUSION}_multiple_steps=true"
+  "|xla_tpu_overlap_compute_collective_tc=true|"
+)
+FLAG_SETS = {
   # Collectives run in steps beside the products that don't wait for them.
-  "async_all_gather": {
-    _FUSION: "true",
-    f"{_FUSION}_fuse_all_gather": "true",
-    f"{_FUSION}_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    "xla_enable_async_all_gather": "true",
-  },
-  "async_all_reduce": {
-    _FUSION: "true",
-    f"{_FUSION}_fuse_all_reduce": "true",
-    f"{_FUSION}_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    "xla_enable_async_all_reduce": "true",
-  },
+  "async_all_gather": _ASYNC
+  + f"{_FUSION}_fuse_all_gather=true|xla_enable_async_all_gather=true",
+  "async_all_reduce": _ASYNC
+  + f"{_FUSION}_fuse_all_reduce=true|xla_enable_async_all_reduce=true",
   # All-reduces that are then sliced become reduce-scatters.
-  "reduce_scatter": {
-    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
-    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
-  },
+  "reduce_scatter": "xla_tpu_use_minor_sharding_for_major_trivial_input=true"
+  "|xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
   # All-reduces of data parallelism between slices.
-  "data_parallel": {
-    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
-    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
-  },
+  "data_parallel": "xla_tpu_enable_data_parallel_all_reduce_opt=true"
+  "|xla_tpu_data_parallel_opt_different_sized_ops=true",
   # On-chip memory for one operation; the rest prefetches for the next ones.
-  "dense_vmem": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+  "dense_vmem": "xla_tpu_scoped_vmem_limit_kib=98304",
 }
 
 
@@ -66,7 +56,7 @@ def parse_flags(text: str) -> dict[str, str]:
     if equals:
       flags[name] = value
     elif name in FLAG_SETS:
-      flags |= FLAG_SETS[name]
+      flags |= parse_flags(FLAG_SETS[name])
     else:
       hint = did_you_mean(name, FLAG_SETS)
       raise ConfigError(

@@ -21,32 +21,17 @@ class RunCost:
   chip_hour: float | None = None  # Dollars; None: unknown.
   data_plane: DataPlane | None = None
 
-  @property
-  def hours(self) -> float:
-    return self.steps * self.step_seconds / 3600
-
-  @property
-  def chip_hours(self) -> float:
-    return self.hours * self.topology.chips
-
-  @property
-  def dollars(self) -> float | None:
-    return self.chip_hour and self.chip_hour * self.chip_hours
-
-  @property
-  def images_per_second(self) -> float:
-    """Images that all hosts deliver together."""
-    return self.batch_size / self.step_seconds
-
   def to_dict(self) -> dict[str, Any]:
     """The figures as plain values; bytes and requests are the bucket's."""
-    rate, plane = self.images_per_second, self.data_plane
+    hours = self.steps * self.step_seconds / 3600
+    chip_hours = hours * self.topology.chips
+    rate, plane = self.batch_size / self.step_seconds, self.data_plane
     return {
       "basis": self.basis,
       "step_seconds": self.step_seconds,
-      "hours": self.hours,
-      "chip_hours": self.chip_hours,
-      "dollars": self.dollars,
+      "hours": hours,
+      "chip_hours": chip_hours,
+      "dollars": self.chip_hour and self.chip_hour * chip_hours,
       "images_per_second": rate,
       "images_per_second_per_host": rate / self.topology.hosts,
       "bucket_bytes_per_second": plane and rate * plane.bytes_per_example,
@@ -54,17 +39,13 @@ class RunCost:
     }
 
   def __str__(self) -> str:
-    values, price = self.to_dict(), self.dollars
-    text = f"at {self.basis} {_format_hours(self.hours)}, "
-    text += f"{_round(self.chip_hours)} chip-hours"
+    _, _, hours, chip_hours, price, *rates = self.to_dict().values()
+    rate, per_host, size, requests = rates
+    text = f"at {self.basis} {_round(hours)} h, {_round(chip_hours)} chip-hours"
     text += "" if price is None else f", ${_round(price)}"
-    text += f"; the hosts deliver {self.images_per_second:,.0f} images/s, "
-    text += f"{values['images_per_second_per_host']:,.0f} each"
+    text += f"; the hosts deliver {rate:,.0f} images/s, {per_host:,.0f} each"
     if self.data_plane:
-      text += (
-        f"; buckets {values['bucket_bytes_per_second'] / 1e6:,.0f} MB/s in "
-        f"{values['bucket_requests_per_second']:,.0f} requests/s"
-      )
+      text += f"; buckets {size / 1e6:,.0f} MB/s in {requests:,.0f} requests/s"
     return text
 
 
@@ -82,10 +63,6 @@ def describe(step: TrainStep, costs: list[RunCost]) -> list[str]:
   lines.append(f"  evaluated on {'; '.join(evaluations) or 'nothing'}")
   lines.append("  not counted: compiling, evaluations, checkpoints, restarts")
   return lines
-
-
-def _format_hours(hours: float) -> str:
-  return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.2g} h"
 
 
 def _round(value: float) -> str:
