@@ -51,7 +51,9 @@ def add_parameters(
       if typing.get_origin(kind) is list:
         options["action"] = "append"
       else:
-        options["nargs"] = "+"
+        # An optional positional argument may be left out.
+        optional = parameter.kind is parameter.POSITIONAL_ONLY and not required
+        options["nargs"] = "*" if optional else "+"
       default = None if required else list(default)
       (kind,) = typing.get_args(kind)
     if kind is int:

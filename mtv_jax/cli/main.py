@@ -40,6 +40,7 @@ GROUPS = {
     "push": "upload an export to the Hugging Face hub",
   },
   "plan": {
+    "config": "print a resolved config, or what differs between two",
     "preflight": "compile a config for a topology without one",
   },
   # Listed by --all alone.

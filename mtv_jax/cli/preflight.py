@@ -4,7 +4,8 @@
 
 Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
 compiler. Prints the batch, parameters, sharding, collectives, memory and FLOPs
-per chip, and the required input throughput. Exits with 1 if the step does not
+per chip, the required input throughput, and hours, chip-hours and price of the
+run. Exits with 1 if the step does not
 fit; --propose then compiles changes until one fits. --config.model.remat=auto
 finds the least recomputation that fits. Override config keys with
 --config.KEY=VALUE.
@@ -13,6 +14,11 @@ finds the least recomputation that fits. Override config keys with
 
 opens the config's data and also reports the requests, bytes and memory that its
 hosts ask for, from the tables of blocks.
+
+  mtv-jax preflight --config=... --topology=v5e:16x16 --save=step.bin
+
+saves the compiled step, which `mtv-jax train --compiled=step.bin` loads if
+config, code, versions and devices are equal. Loading runs code from the file.
 
   mtv-jax preflight --table=docs/pods.md
 
@@ -52,9 +58,12 @@ class Flags(arguments.ConfigFlags):
     norms: also compile the objectives' gradient norms.
     budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
     mfu: assumed model FLOPs utilization.
+    chip_hour: dollars per chip and hour, for the price of the run.
     examples: examples per epoch.
     data: also open the config's data, and report its requests and bytes.
-    step_seconds: a measured time of a step, for --data; default: by --mfu.
+    step_seconds: a measured time of a step, in place of --mfu.
+    save: also write the compiled step to this file, for `mtv-jax train
+      --compiled`.
     table: update the table in this page.
     rows: update only rows that contain all these words.
     scaling: compile for 16 to 256 chips.
@@ -68,9 +77,11 @@ class Flags(arguments.ConfigFlags):
   norms: bool = False
   budget: float | None = None
   mfu: float = 0.4
+  chip_hour: float | None = None
   examples: int | None = None
   data: bool = False
   step_seconds: float | None = None
+  save: str | None = None
   table: pathlib.Path | None = None
   rows: Sequence[str] = ()
   scaling: Literal["loss", "step"] | None = None
@@ -85,8 +96,10 @@ def run(args: Flags) -> int:
     raise ConfigError("--config and --topology are needed")
   if args.budget is not None and (args.table or args.scaling):
     raise ConfigError("--budget is read with one --config and --topology alone")
-  if args.step_seconds is not None and not 0 < args.step_seconds < math.inf:
-    raise ConfigError(f"--step_seconds is {args.step_seconds:g}: expected > 0")
+  for name in ("step_seconds", "chip_hour"):
+    value = getattr(args, name)
+    if value is not None and not 0 < value < math.inf:
+      raise ConfigError(f"--{name} is {value:g}: expected > 0")
   if not 0 < args.mfu <= 1:
     raise ConfigError(f"--mfu is {args.mfu:g}: expected a share, such as 0.4")
   topology = topologies.parse(args.topology) if args.topology else None
@@ -112,9 +125,17 @@ def _report(args: Flags, topology: Any) -> int:
       f"--budget is {args.budget:g}: expected more than 0 GiB, and with "
       f"config.model.remat={AUTO!r}; it is {remat!r}"
     )
+  if args.save and remat == AUTO:
+    raise ConfigError(
+      f"--save with config.model.remat={AUTO!r}: a run would search again. Set"
+      " the value that the search prints."
+    )
+  if args.save and topology.chip.kind != "cpu" and not topology.is_tpu:
+    raise ConfigError(f"--save: the step of {topology.name} is not compiled")
   result = report.preflight(
     config,
     topology,
+    save=args.save,
     mfu=args.mfu,
     tables="all" if args.tables else "short",
     examples_per_epoch=args.examples,
@@ -122,6 +143,7 @@ def _report(args: Flags, topology: Any) -> int:
     budget=args.budget and int(args.budget * 2**30),
     data=args.data,
     step_seconds=args.step_seconds,
+    chip_hour=args.chip_hour,
   )
   print(result)
   if args.json:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -26,7 +26,7 @@ from mtv_jax.train import workdir
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.run import RunConfig, check_config, resolve
 from mtv_jax.train.runtime import peers
-from mtv_jax.train.train import train
+from mtv_jax.train.train import dry_run, train
 from mtv_jax.utils import xla_flags
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,11 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
     debug_nans: stop at the first non-finite update and name the operation.
     allow_scene_evals: start a run on a TPU or several hosts that is evaluated
       on rendered scenes alone.
+    compiled: file of `mtv-jax preflight --save`, a compiled step; a run that it
+      does not fit says why and compiles. Loading it runs code: name only files
+      of your own.
+    dry_run: open data, tokenizer, labels and evaluations, read one batch, say
+      what would happen, and exit; compiles and writes nothing.
   """
 
   workdir: str
@@ -50,6 +55,8 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   restore: Literal["latest", "latest_good"] = "latest"
   debug_nans: bool = False
   allow_scene_evals: bool = False
+  compiled: str | None = None
+  dry_run: bool = False
 
 
 def run(args: Flags) -> None:
@@ -62,6 +69,12 @@ def run(args: Flags) -> None:
   with contextlib.ExitStack() as stack:
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       workdir.check_workdir(args.workdir)
+      if args.dry_run:
+        config = choose_remat(config, args.workdir, search=False)
+        text = dry_run(config, args.workdir, **_options(args))
+        if process == 0:
+          print(text)
+        return
       if process == 0:
         stack.enter_context(workdir.lock_workdir(args.workdir))
       config = resolve(config, args.workdir)
@@ -73,19 +86,25 @@ def run(args: Flags) -> None:
       config,
       args.workdir,
       command=_format_command(args),
-      restore=args.restore,
-      debug_nans=args.debug_nans,
-      allow_scene_evals=args.allow_scene_evals,
+      **_options(args),
     )
     if process == 0:
       write_report(args.workdir)
 
 
-def choose_remat(config: RunConfig, folder: str) -> RunConfig:
+def _options(args: Flags) -> dict[str, Any]:
+  names = ("restore", "debug_nans", "allow_scene_evals", "compiled")
+  return {name: getattr(args, name) for name in names}
+
+
+def choose_remat(
+  config: RunConfig, folder: str, *, search: bool = True
+) -> RunConfig:
   """Replaces `remat='auto'` by 'auto:CHOICE', equal in all processes.
 
-  A resumed run reuses the choice recorded in its folder. CPU runs use 'none'.
-  Accelerators compile candidates, see `perf.preflight.search.find_remat`.
+  A resumed run reuses the choice recorded in its folder. CPU runs use 'none',
+  and so do runs that don't `search`. Accelerators compile candidates, see
+  `perf.preflight.search.find_remat`.
   """
   agree({"config": {"model": {"remat": config.model.remat}}})
   if config.model.remat.strip() != AUTO:
@@ -96,6 +115,8 @@ def choose_remat(config: RunConfig, folder: str) -> RunConfig:
     choice = recorded.get("remat", AUTO).removeprefix(f"{AUTO}:")
   choice = gather_json(choice)[0]
   source = ", as in the run's config.json" if choice != AUTO else ""
+  if choice == AUTO and not search:
+    choice, source = "none", ", until the start compiles choices"
   if choice == AUTO:
     from mtv_jax.perf import topologies
     from mtv_jax.perf.preflight.search import find_remat

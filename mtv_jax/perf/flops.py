@@ -20,14 +20,17 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from mtv_jax.config.sections import Config
-from mtv_jax.data import ops, tokenizers
 from mtv_jax.models import attention
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import forward as forward_lib
-from mtv_jax.train.build_step import build_step_spec
+from mtv_jax.train.build_step import (
+  abstract_batch,
+  batch_fields,
+  build_step_spec,
+)
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import StepSpec, abstract_state
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
@@ -193,29 +196,6 @@ def build_long_step_spec(config: RunConfig) -> StepSpec:
   return build_step_spec(
     config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
-
-
-def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
-  """Shapes and dtypes of a batch's rows; opens neither data nor tokenizer."""
-  # Shapes do not depend on the tokenizer.
-  text = config.model.text
-  tokenizer = tokenizers.build_tokenizer("bytes") if text else None
-  return ops.build_ops(
-    config.data.ops,
-    tokenizer=tokenizer,
-    wanted=spec.fields(),
-    features=spec.feature_layouts,
-  ).fields
-
-
-def abstract_batch(
-  rows: int, fields: Mapping[str, ops.Field], sharding: Any = None
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a batch."""
-  return {
-    name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=sharding)
-    for name, f in fields.items()
-  }
 
 
 def make_views(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from mtv_jax.config.durations import Duration, RunLength
+from mtv_jax.data import ops, tokenizers
 from mtv_jax.models.remat import Remat
 from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import check_batch_size, make_mesh
@@ -31,6 +33,7 @@ from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.teachers import select_teachers
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
+from mtv_jax.utils.xla_flags import parse_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,34 @@ def build_train_step(
   )
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)
-  program = make_program(spec, optimizer.tx, mesh, config.sharding)
+  parse_flags(config.xla_flags)  # Raises its errors on CPUs, too.
+  program = make_program(
+    spec, optimizer.tx, mesh, config.sharding, config.xla_flags
+  )
   return TrainStep(config, length, spec, optimizer, program)
+
+
+def batch_fields(config: RunConfig, spec: StepSpec) -> Mapping[str, ops.Field]:
+  """Shapes and dtypes of a batch's rows; opens neither data nor tokenizer."""
+  # Shapes do not depend on the tokenizer.
+  text = config.model.text
+  tokenizer = tokenizers.build_tokenizer("bytes") if text else None
+  return ops.build_ops(
+    config.data.ops,
+    tokenizer=tokenizer,
+    wanted=spec.fields(),
+    features=spec.feature_layouts,
+  ).fields
+
+
+def abstract_batch(
+  rows: int, fields: Mapping[str, ops.Field], sharding: Any = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch."""
+  return {
+    name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=sharding)
+    for name, f in fields.items()
+  }
 
 
 def build_step_spec(

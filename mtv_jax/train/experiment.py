@@ -39,7 +39,7 @@ from mtv_jax.train.build_step import (
 from mtv_jax.train.optim.optimizer import describe_rules
 from mtv_jax.train.run import EvalConfig, RunConfig, resolve
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
 from mtv_jax.utils.text import first_lines
@@ -391,6 +391,10 @@ def log_experiment(experiment: Experiment) -> None:
   megabytes = sum(row[3] for row in sharding_table(state)) / 1e6
   axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
   log.info(f"The state takes {megabytes:.1f} MB a device on a mesh of {axes}.")
+  if flags := xla_flags.parse_flags(experiment.config.xla_flags):
+    text = ", ".join(f"{name}={value}" for name, value in flags.items())
+    used = mesh.devices.flat[0].platform == "tpu"
+    log.info(f"XLA flags{'' if used else ', unused off TPUs'}: {text}.")
   if state.teacher or state.ema:
     log.info(
       f"Evaluations and exports read the {experiment.config.weights} weights "

@@ -188,6 +188,8 @@ class RunConfig:
   weights: Weights = "student"
   mesh: MeshConfig
   sharding: tuple[Any, ...] = ()  # (regex, axes of the trailing dimensions).
+  # Compiler flags of the step on TPUs, see `xla_flags.parse_flags`.
+  xla_flags: str = sparse("")
   init: InitConfig | None = None
   evals: Mapping[str, EvalConfig]
   checkpoint: CheckpointConfig
@@ -224,21 +226,29 @@ def check_config(config: Config | RunConfig) -> RunConfig:
   return sections.read(RunConfig, plain, "config")
 
 
-def _resolve_inputs(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+def _resolve_inputs(
+  run: RunConfig, recorded: Mapping[str, Any], *, reads_files: bool
+) -> RunConfig:
   """Pins data and tokenizer of the hub; sizes the vocabulary.
 
   A run's `recorded` config gives commits, and the size unless the config does.
   """
   commits = dict((recorded.get("data") or {}).get("commits") or {})
   commits |= run.data.commits
-  train = tuple(pin_all(entry, commits) for entry in run.data.train)
+  train = run.data.train
+  if reads_files:
+    train = tuple(pin_all(entry, commits) for entry in train)
   text = run.model.text
   if text is not None:
     known = (recorded.get("model") or {}).get("text") or {}
-    spec, size = tokenizer_files.pin(text.tokenizer, commits), text.vocab_size
+    spec, size = text.tokenizer, text.vocab_size
+    if reads_files:
+      spec = tokenizer_files.pin(spec, commits)
     size = known.get("vocab_size") if size is None else size
     if size is None:
-      size = tokenizer_files.count_tokens(spec, text.clean)
+      size = tokenizer_files.count_tokens(
+        spec, text.clean, reads_files=reads_files
+      )
     text = dataclasses.replace(text, tokenizer=spec, vocab_size=size)
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)
@@ -246,23 +256,32 @@ def _resolve_inputs(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
 
 
 def resolve(
-  config: Config | RunConfig, workdir: str | os.PathLike | None = None
+  config: Config | RunConfig,
+  workdir: str | os.PathLike | None = None,
+  *,
+  reads_files: bool = True,
 ) -> RunConfig:
   """Checks a config and fills in derived values; ConfigError if invalid.
 
   Derived values are the teachers' architectures, the mask token, the text tower
   with the size of its vocabulary, and the commits of the hub's data sets and
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
-  in `workdir` records teachers, size and commits.
+  in `workdir` records teachers, size and commits. Without `reads_files`,
+  teachers and commits stay as given, only built-in vocabularies are counted,
+  and a config whose teachers have a path and no model is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
-  teachers = read_teacher_models(run.teachers, workdir)
-  recorded = {}
+  recorded, teachers = {}, run.teachers
+  if reads_files:
+    teachers = read_teacher_models(run.teachers, workdir)
+  elif any(t.path and t.model is None for t in teachers.values()):
+    return run
   if workdir is not None and saved_steps(workdir):
     recorded = read_recorded_config(workdir)
-  run = dataclasses.replace(_resolve_inputs(run, recorded), teachers=teachers)
+  run = _resolve_inputs(run, recorded, reads_files=reads_files)
+  run = dataclasses.replace(run, teachers=teachers)
   parts = _build_parts(run)
   run = _apply_needs(run, parts)
   model = run.model.spec

@@ -100,6 +100,9 @@ class Program:
   tx: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState  # Shapes and shardings of the state.
+  flags: str = ""  # Compiler flags on TPUs, see `xla_flags.parse_flags`.
+  # A compiled `update` of all objectives, see `train/compiled.py`.
+  loaded: Callable[..., Any] | None = None
 
   @functools.cached_property
   def shardings(self) -> TrainState:
@@ -123,6 +126,18 @@ class Program:
     outputs = self.shardings, replicated_sharding(self.mesh)
     return self.jit(update, outputs, static_argnums=2, donate_argnums=0)
 
+  def has_loaded(self, active: tuple[str, ...]) -> bool:
+    """Whether `loaded` updates the active objectives."""
+    return self.loaded is not None and active == tuple(self.spec.objectives)
+
+  def run_update(
+    self, state: TrainState, batch: Any, active: tuple[str, ...]
+  ) -> tuple[TrainState, Metrics]:
+    """Runs `loaded` if it updates the active objectives, else `update`."""
+    if self.has_loaded(active):
+      return self.loaded(state, batch)
+    return self.update(state, batch, active)
+
   def jit(
     self, function: Any, outputs: Any, *inputs: Any, **options: Any
   ) -> Any:
@@ -132,7 +147,7 @@ class Program:
       function,
       in_shardings=(self.shardings, split, *inputs),
       out_shardings=outputs,
-      compiler_options=xla_flags.compiler_options(self.mesh),
+      compiler_options=xla_flags.compiler_options(self.mesh, self.flags),
       **options,
     )
 
@@ -180,10 +195,12 @@ def make_program(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: ShardingRules = (),
+  flags: str = "",
 ) -> Program:
   """Builds the train step for a mesh; does not compile.
 
-  Sharding `rules` of the config precede the built-in ones.
+  Sharding `rules` of the config precede the built-in ones. `flags` are
+  `config.xla_flags`.
   """
   shapes = abstract_state(spec, tx)
   check_param_rules(shapes.params, mesh, rules, keep=EMBEDDING_TABLES)
@@ -192,7 +209,7 @@ def make_program(
     shapes,
     tree_shardings(shapes, mesh, rules),
   )
-  return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract)
+  return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract, flags=flags)
 
 
 def make_state_updates(

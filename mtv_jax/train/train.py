@@ -4,19 +4,25 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 
-from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mtv_jax.checkpoint.checkpointer import (
+  Checkpointer,
+  Restored,
+  check_restorable,
+)
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
 from mtv_jax.data.stats import Stats
+from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree
-from mtv_jax.train import rollback
+from mtv_jax.train import compiled as compiled_lib
+from mtv_jax.train import plan, rollback
 from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
@@ -108,6 +114,47 @@ def warn_of_changed_data(
     )
 
 
+def dry_run(
+  config: Config | RunConfig,
+  workdir: str | os.PathLike,
+  *,
+  restore: Literal["latest", "latest_good"] = "latest",
+  compiled: str | os.PathLike | None = None,
+  **options: Any,
+) -> str:
+  """Opens what `train` opens, reads one batch; says what would happen.
+
+  Checks the last checkpoint's names and shapes, or that the sources of weights
+  exist. Writes nothing into `workdir`, compiles nothing and reads no weights.
+  Returns one line per subject. Raises the errors of `train`; `options` are its
+  arguments. Collective: all processes call it.
+  """
+  config = resolve(config, workdir)
+  experiment = _open_experiment(config, workdir, restore=restore, **options)
+  first, skipped, notes = 0, (), []
+  if saved_steps(workdir):
+    check_balance_unchanged(config, workdir)
+    state, latest_good = experiment.program.abstract, restore == "latest_good"
+    folder = path_lib.as_path(workdir) / CHECKPOINTS
+    first, timing = check_restorable(folder, state, latest_good=latest_good)
+    skipped = _read_skipped(timing)
+    sources = timing.get("sources"), experiment.source_descriptions
+    warn_of_changed_data(*sources, step=first)
+    recorded = read_recorded_config(workdir)
+    notes = describe_difference(recorded, config.to_dict())
+  else:
+    paths = [config.init.path] if config.init else []
+    paths += [teacher.path for teacher in config.teachers.values()]
+    for path in filter(None, paths):
+      loading.is_run(path)  # Raises for a missing or unknown folder.
+  if compiled:
+    compiled_lib.load_if_equal(compiled, experiment)
+  read = ()
+  if first < experiment.total_steps:
+    read = plan.read_batch(experiment, first, skipped)
+  return plan.describe(experiment, first, *read, changes=notes)
+
+
 def train(
   config: Config | RunConfig,
   workdir: str | os.PathLike,
@@ -116,6 +163,7 @@ def train(
   restore: Literal["latest", "latest_good"] = "latest",
   debug_nans: bool = False,
   allow_scene_evals: bool = False,
+  compiled: str | os.PathLike | None = None,
 ) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
@@ -123,8 +171,9 @@ def train(
   `restore="latest_good"` skips damaged checkpoints. `debug_nans` raises at the
   first non-finite update, naming the operation. Without `allow_scene_evals`, a
   new run on a TPU or several hosts is refused if it trains on other data than
-  scenes and is evaluated on scenes alone. Returns the state after the last
-  step.
+  scenes and is evaluated on scenes alone. `compiled` is a file of `mtv-jax
+  preflight --save`, used if it is of this step. Returns the state after the
+  last step.
 
   Raises:
     ConfigError: the config is invalid.
@@ -149,7 +198,10 @@ def train(
         restore=restore,
         debug_nans=debug_nans,
         allow_scene_evals=allow_scene_evals,
+        compiled=compiled and os.fspath(compiled),
       )
+      if compiled:
+        experiment = compiled_lib.load_if_equal(compiled, experiment)
       folder = enter(open_run_folder(workdir, process_index=index))
       experiment = dataclasses.replace(experiment, workdir=folder.folder)
       checkpoints = enter(
@@ -204,8 +256,7 @@ def _train_with_rollbacks(
   )
   if saved is not None:
     log.info("Resumed %s at step %d.", workdir, saved.step)
-  ranges = saved.timing.get("skipped_batches", ()) if saved else ()
-  skipped = tuple((int(first), int(count)) for first, count in ranges)
+  skipped = _read_skipped(saved.timing if saved else {})
   rollbacks = 0
   while True:
     try:
@@ -220,6 +271,11 @@ def _train_with_rollbacks(
       experiment, checkpoints, damage, rollbacks, latest_good=latest_good
     )
     skipped = order.skip_steps(damage.first - 1, damage.last - 1, skipped)
+
+
+def _read_skipped(timing: Mapping[str, Any]) -> order.SkippedBatches:
+  ranges = timing.get("skipped_batches", ())
+  return tuple((int(first), int(count)) for first, count in ranges)
 
 
 def _restore_before(

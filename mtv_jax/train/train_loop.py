@@ -191,13 +191,14 @@ class Trainer:
     spec, program = self.experiment.step_spec, self.experiment.program
     if spec.active_objectives(step - 1) != self.active:
       self.active = spec.active_objectives(step - 1)
-      log.info("From step %d: %s. Compiling.", step, ", ".join(self.active))
+      how = "Compiled." if program.has_loaded(self.active) else "Compiling."
+      log.info("From step %d: %s. %s", step, ", ".join(self.active), how)
       self.chrono.expect_compilation()
     if self.chrono.compiling:
       self.watchdog.restart()
     self.state = program.copy_teachers(self.state, step - 1)
     measured = self.measure_gradients(step, batch)
-    self.state, self.values = program.update(self.state, batch, self.active)
+    self.state, self.values = program.run_update(self.state, batch, self.active)
     self.in_flight.append((step, self.values, batch))
     # Two steps in flight keep the devices busy; more only take memory.
     self.observe(0 if self.chrono.compiling or self.debug_nans else 2)

@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import pathlib
+import platform
 
 import jax
 from jax.sharding import Mesh
 
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 
-def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+# Sets of TPU compiler flags, as MaxText groups and documents them
+# (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`.
+_FUSION = "xla_tpu_enable_async_collective_fusion"
+_ASYNC = (
+  f"{_FUSION}=true|{_FUSION}_multiple_steps=true"
+  "|xla_tpu_overlap_compute_collective_tc=true|"
+)
+FLAG_SETS = {
+  # Collectives run in steps beside the products that don't wait for them.
+  "async_all_gather": _ASYNC
+  + f"{_FUSION}_fuse_all_gather=true|xla_enable_async_all_gather=true",
+  "async_all_reduce": _ASYNC
+  + f"{_FUSION}_fuse_all_reduce=true|xla_enable_async_all_reduce=true",
+  # All-reduces that are then sliced become reduce-scatters.
+  "reduce_scatter": "xla_tpu_use_minor_sharding_for_major_trivial_input=true"
+  "|xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
+  # All-reduces of data parallelism between slices.
+  "data_parallel": "xla_tpu_enable_data_parallel_all_reduce_opt=true"
+  "|xla_tpu_data_parallel_opt_different_sized_ops=true",
+  # On-chip memory for one operation; the rest prefetches for the next ones.
+  "dense_vmem": "xla_tpu_scoped_vmem_limit_kib=98304",
+}
+
+
+def parse_flags(text: str) -> dict[str, str]:
+  """TPU compiler options of `config.xla_flags`; ConfigError if invalid.
+
+  The text is names of `FLAG_SETS` and NAME=VALUE flags, separated by '|'; later
+  ones override earlier ones.
+  """
+  flags: dict[str, str] = {}
+  for part in filter(None, map(str.strip, text.split("|"))):
+    name, equals, value = part.removeprefix("--").partition("=")
+    if equals:
+      flags[name] = value
+    elif name in FLAG_SETS:
+      flags |= parse_flags(FLAG_SETS[name])
+    else:
+      hint = did_you_mean(name, FLAG_SETS)
+      raise ConfigError(
+        f"config.xla_flags: {name!r} is no set of flags, and no flag with its"
+        f" value (NAME=VALUE). {hint}"
+      )
+  return flags
+
+
+def compiler_options(
+  mesh: Mesh | None, flags: str = ""
+) -> dict[str, str] | None:
   """Options for `jax.jit` on a mesh (None: the default device), if needed.
 
-  Selects Eigen's matrix products on CPUs. With YNNPACK, the default of newer
-  releases, towers are 1.25 times slower, and several times on shared cores.
+  On TPUs, the `flags` of a config. On CPUs, selects Eigen's matrix products:
+  with YNNPACK, the default of newer releases, towers are 1.25 times slower, and
+  several times on shared cores.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if device.platform == "tpu":
+    return parse_flags(flags) or None
   return _options() if device.platform == "cpu" else None
 
 
@@ -34,6 +89,25 @@ def _options() -> dict[str, str] | None:
   except jax.errors.JaxRuntimeError:
     return None  # This release lacks the option.
   return options
+
+
+@functools.cache
+def processor_digest() -> str:
+  """Hash of the processor's architecture and features."""
+  text = platform.machine()
+  with contextlib.suppress(OSError):  # Linux only.
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = ("flags", "Features")
+    text += "".join(sorted({s for s in lines if s.startswith(names)}))
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def environment_flags() -> list[str]:
+  """Compiler flags of the environment, without the number of CPU devices."""
+  texts = [os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+  devices = "--xla_force_host_platform_device_count"
+  flags = " ".join(texts).split()
+  return sorted(flag for flag in flags if not flag.startswith(devices))
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:

@@ -16,6 +16,7 @@ from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.encoder import loading
 from mtv_jax.perf.bench import step as step_bench
+from mtv_jax.train import plan
 from mtv_jax.train.experiment import (
   build_experiment,
   log_experiment,
@@ -26,7 +27,7 @@ from mtv_jax.train.experiment import (
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.runtime.sessions import read_alive, read_sessions
 from mtv_jax.train.spec import ObjectiveWeight
-from mtv_jax.train.train import train
+from mtv_jax.train.train import dry_run, train
 from mtv_jax.utils import atomic
 
 
@@ -86,12 +87,44 @@ def test_a_finished_run_started_again_changes_nothing(trained):
   assert trainings.rows(workdir) == before
 
 
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
+  text = dry_run(smallest(), tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+  for words in (
+    "scenes: 50 records; label sets: none; 66.7 % of a batch",
+    "scenes: 30 records; label sets: none; 33.3 % of a batch",
+    "16 rows, read in", "; with labels: caption 100.0 %",
+    "12 steps of 16 examples: 192, 2.4 epochs of 80",
+    "retrieval on scenes (24 images), every 12 steps",
+    "every 4 steps, the last 3 stay", "at step 0, from random parameters",
+  ):  # fmt: skip
+    assert words in text, words
+  workdir, _ = trained
+  before = {f: f.stat().st_mtime_ns for f in workdir.rglob("*")}
+  text = dry_run(smallest("steps=20"), workdir)
+  assert "resumes at step 12 of 20, from its last checkpoint" in text
+  assert "  total_steps: 12 -> 20" in text
+  assert {f: f.stat().st_mtime_ns for f in workdir.rglob("*")} == before
+  with pytest.raises(FileNotFoundError, match="/nowhere"):
+    dry_run(smallest(init=dict(path="/nowhere")), tmp_path / "new")
+
+
+def test_label_shares_count_the_rows_with_any_label():
+  valid = np.zeros((4, 3), bool)
+  valid[1:, 0] = True
+  depth = np.zeros((4, 2, 2), np.uint16)
+  depth[0, 1, 1] = 7
+  batch = {"depth": depth, "box_valid": valid, "boxes": np.ones((4, 3, 4))}
+  assert plan.label_shares(batch) == {"depth": 0.25, "box": 0.75}
+
+
 def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
   workdir, _ = trained
   other = smallest()
   other.model.width = 64
-  with pytest.raises(ValueError, match="mlp/fc1/kernel"):
-    train(other, workdir)
+  for start in (train, dry_run):
+    with pytest.raises(ValueError, match="mlp/fc1/kernel"):
+      start(other, workdir)
   # The rejected config left no files.
   recorded = json.loads((workdir / "config.json").read_text())
   assert recorded["model"]["width"] == smallest().model.width

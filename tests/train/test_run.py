@@ -197,16 +197,22 @@ def test_changed_data_is_logged_at_a_resume(caplog):
 
 @pytest.mark.slow
 def test_training_imports_no_instruments(tmp_path):
-  """The search for a remat, and the page at the end, are imported when used."""
+  """The search for a remat, and the page at the end, are imported when used.
+
+  A dry run before leaves no folder.
+  """
   code = f"""
-import sys
+import pathlib, sys
 from mtv_jax.cli import train
 train.write_report = lambda folder: None
 from mtv_jax.cli.main import run_command
-assert run_command("train", [
+command = [
   "--config={ROOT}/tests/configs/smallest.py:steps=3,save=3",
   "--workdir={tmp_path}/run", "--config.evals=None",
-]) == 0
+]
+assert run_command("train", [*command, "--dry_run"]) == 0
+assert not pathlib.Path("{tmp_path}/run").exists()
+assert run_command("train", command) == 0
 instruments = ("mtv_jax.perf", "mtv_jax.studies", "mtv_jax.report")
 sys.exit(str([m for m in sys.modules if m.startswith(instruments)] or 0))
 """
@@ -214,3 +220,4 @@ sys.exit(str([m for m in sys.modules if m.startswith(instruments)] or 0))
     [sys.executable, "-c", code], capture_output=True, text=True, check=False
   )
   assert done.stderr.strip().splitlines()[-1] == "0", done.stderr
+  assert f"Dry run of {tmp_path}/run: nothing is compiled" in done.stdout

@@ -136,6 +136,13 @@ class Evaluator:
     """
     _ = self._set
 
+  def count_images(self) -> int | None:
+    """Number of test images, after `prepare`; None if it isn't known."""
+    opened = getattr(self._set, "test", self._set)
+    parts = opened if isinstance(opened, tuple) else (opened,)
+    counts = [len(part.images) for part in parts if hasattr(part, "images")]
+    return counts[-1] if counts else None
+
   def changed_options(self) -> dict[str, Any]:
     """Non-default options that metrics depend on."""
     is_configured = dataclasses.is_dataclass(self)

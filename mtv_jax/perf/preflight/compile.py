@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +18,12 @@ from mtv_jax.config import overrides
 from mtv_jax.config.sections import Config
 from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
-from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, roofline, topologies
+from mtv_jax.train import compiled as compiled_lib
 from mtv_jax.train.build_step import (
   TrainStep,
+  abstract_batch,
+  batch_fields,
   build_train_step,
   make_config_mesh,
 )
@@ -43,9 +47,7 @@ class CompilePlan(TrainStep):
   ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the sharded global batch, of `rows` or the batch size."""
     split = NamedSharding(self.mesh, BATCH_SPEC)
-    return flops_lib.abstract_batch(
-      rows or self.config.batch_size, self.fields, split
-    )
+    return abstract_batch(rows or self.config.batch_size, self.fields, split)
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of `rows`."""
@@ -91,7 +93,7 @@ def make_plan(
   config = resolve(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
-  fields = flops_lib.batch_fields(config, step.step_spec)
+  fields = batch_fields(config, step.step_spec)
   step.require_fields(fields)
   return CompilePlan(**vars(step), topology=topology, fields=fields)
 
@@ -140,6 +142,7 @@ class CompileResult:
   host_bytes: float = 0.0  # Transferred from and to host memory.
   cycles: float = 0.0  # See `hlo.count_cycles`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
+  saved_bytes: int = 0  # Size of the file with the program, if saved.
   # Batch size of `largest`; below the config's if the step does not fit.
   largest_batch: int = 0
 
@@ -158,12 +161,23 @@ class CompileResult:
     return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
 
 
-def compile_step(plan: CompilePlan, *, explain: bool = True) -> CompileResult:
+def compile_step(
+  plan: CompilePlan,
+  *,
+  explain: bool = True,
+  save: str | os.PathLike | None = None,
+) -> CompileResult:
   """Compiles a plan's train step and lists the largest arrays.
 
-  With `explain`, a refused step is recompiled with fewer rows to list them.
+  With `explain`, a refused step is recompiled with fewer rows to list them. A
+  step that fits is saved to the file `save`, see `train/compiled.py`.
   """
-  result, program = _compile(plan.lower, plan)
+  context = compiled_lib.without_cache if save else contextlib.nullcontext
+  with context():
+    result, program = _compile(plan.lower, plan)
+  if save and result.fits:
+    size = compiled_lib.save(save, plan, program)
+    result = dataclasses.replace(result, saved_bytes=size)
   config, is_tpu = plan.config, plan.topology.is_tpu
   if program is not None:
     module = hlo.parse(program)

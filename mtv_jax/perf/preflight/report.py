@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,9 @@ from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.perf.preflight import cost as cost_lib
 from mtv_jax.perf.preflight import search as search_lib
+from mtv_jax.train import plan as plan_lib
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
@@ -43,6 +46,8 @@ class Report:
   trials: tuple[search_lib.Trial, ...] = ()  # For `remat` 'auto'.
   step_seconds: float | None = None  # Measured; replaces `mfu`.
   data_plane: data_plane_lib.DataPlane | None = None
+  chip_hour: float | None = None  # Dollars per chip and hour.
+  saved_as: str = ""  # File of the compiled step.
 
   @property
   def fits(self) -> bool:
@@ -89,6 +94,30 @@ class Report:
     per_example = self.model_flops / self.plan.config.batch_size
     peak = topology.chip.peak_bf16_flops * topology.chips
     return self.mfu * peak / per_example
+
+  @property
+  def costs(self) -> list[cost_lib.RunCost]:
+    """The run at `mfu` or `step_seconds`, and at the roofline, if known."""
+    batch_size, seconds = self.plan.config.batch_size, {}
+    if rate := self.examples_per_second:
+      basis = f"{100 * self.mfu:g} % MFU"
+      if self.step_seconds is not None:
+        basis = f"{self.step_seconds:g} s a step"
+      seconds[basis] = batch_size / rate
+    if bound := self.roofline:
+      seconds[f"the roofline ({bound.limit})"] = bound.total
+    return [
+      cost_lib.RunCost(
+        basis,
+        value,
+        self.plan.total_steps,
+        batch_size,
+        self.plan.topology,
+        self.chip_hour,
+        self.data_plane,
+      )
+      for basis, value in seconds.items()
+    ]
 
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -153,6 +182,9 @@ class Report:
       "examples_per_second": rate,
       "input_bytes_per_second_per_host": rate and rate * self.row_bytes / hosts,
       "data_plane": self.data_plane and self.data_plane.to_dict(),
+      "total_steps": plan.total_steps,
+      "costs": [cost.to_dict() for cost in self.costs],
+      "evaluations": plan_lib.list_evaluations(plan),
       "compile_seconds": compiled.seconds,
     }
 
@@ -172,7 +204,8 @@ class Report:
       self._collectives(),
       self._input(),
       [str(self.data_plane)] if self.data_plane else [],
-      [f"compiled in {self.compiled.seconds:.0f} s"],
+      [f"compiled in {self.compiled.seconds:.0f} s", *self._saved()],
+      cost_lib.describe(self.plan, self.costs),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -182,6 +215,8 @@ class Report:
     step = f"accumulate {config.accumulate}, remat {config.model.remat}"
     shape = f"mesh {mesh}; batch {config.batch_size:,}, {step}"
     lines = [str(plan.topology), shape]
+    if config.xla_flags:
+      lines.append(f"XLA flags {config.xla_flags}")
     if not plan.topology.is_tpu:
       lines.append(
         "Compiled for a CPU: memory is an estimate; the FLOPs of the "
@@ -311,6 +346,14 @@ class Report:
       lines.append(f"    {format_bytes(g.result)} of {source}")
     return lines
 
+  def _saved(self) -> list[str]:
+    if not self.saved_as:
+      return []
+    if not self.compiled.saved_bytes:
+      return ["not saved, since it does not fit"]
+    size = format_bytes(self.compiled.saved_bytes)
+    return [f"saved: {size}, for mtv-jax train --compiled={self.saved_as}"]
+
   def _input(self) -> list[str]:
     rate = self.examples_per_second
     if rate is None:
@@ -334,6 +377,7 @@ def preflight(
   norms: bool = False,
   budget: int | None = None,
   data: bool = False,
+  save: str | os.PathLike | None = None,
   **options: Any,
 ) -> Report:
   """Compiles a config's train step for a topology; opens no weights.
@@ -364,7 +408,9 @@ def preflight(
   config, batch_size = plan.config, plan.config.batch_size
   jobs = {
     "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size).total,
-    "compile the step": lambda: compiled or compile_lib.compile_step(plan),
+    "compile the step": lambda: (
+      compiled or compile_lib.compile_step(plan, save=save)
+    ),
   }
   if compiled_norms or (norms and plan.measures_norms):
     jobs["compile the gradient norms"] = lambda: (
@@ -376,6 +422,7 @@ def preflight(
       bar.set_description(description)
       results.append(job())
   per_example, compiled, *rest = results
+  options["saved_as"] = str(save or "")
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)
   if not data:
     return report

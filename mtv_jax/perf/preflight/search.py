@@ -23,6 +23,7 @@ from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.train import forward as forward_lib
+from mtv_jax.train.build_step import abstract_batch
 from mtv_jax.train.gradients import float_leaves
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.spec import abstract_state
@@ -55,7 +56,7 @@ def list_savings(plan: compile_lib.CompilePlan) -> list[Saving]:
   """
   spec = plan.step_spec
   parts = num_batch_shards(plan.mesh) * plan.config.accumulate
-  batch = flops_lib.abstract_batch(plan.config.batch_size // parts, plan.fields)
+  batch = abstract_batch(plan.config.batch_size // parts, plan.fields)
   state = abstract_state(spec, plan.optimizer.tx)
   views = jax.eval_shape(functools.partial(flops_lib.make_views, spec), batch)
   savings = []

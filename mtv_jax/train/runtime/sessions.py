@@ -205,10 +205,15 @@ def code_revision() -> str:
 
 
 def code_digest() -> str:
-  """Hash of the package's source files."""
+  """Hash of the package's source files, without recipes.
+
+  An installed package has the recipes inside, a checkout beside it.
+  """
   package, total = pathlib.Path(mtv_jax.__file__).parent, hashlib.blake2b()
   for file in sorted(package.rglob("*.py")):
-    total.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    name = file.relative_to(package)
+    if name.parts[0] != "configs":
+      total.update(f"{name}\n".encode() + file.read_bytes())
   return total.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.config import recipes
-from mtv_jax.perf import topologies
+from mtv_jax.perf import data_plane, topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import report, search
 from mtv_jax.train.run import resolve
@@ -147,6 +147,38 @@ def test_gradient_norms_decide_whether_the_config_fits(repo_root):
     assert "--config.log.gradients_steps=None" in str(result)
 
 
+def test_a_report_ends_in_hours_price_and_evaluations(monkeypatch):
+  """1.8e15 FLOPs of a 1e14 FLOP/s chip are 36 s at 50 %; HBM takes 27 s."""
+  rates = dict(hbm_bandwidth=1e12, link_bandwidth=1e12, host_bandwidth=1e12)
+  chip = topologies.Chip("L4", 2**34, 1e14, **rates, peak_int8_flops=1e14)
+  monkeypatch.setitem(topologies.GPUS, "L4", chip)
+  config = recipes.read_config("siglip_b16_224:tiny")
+  config.update(total_steps=1000, batch_size=3600)
+  config.evals.zero_shot.update(data="/data/imagenet", every_percent=30)
+  plan = compile_lib.make_plan(config, topologies.parse("gpu:1xL4"))
+  compiled = compile_lib.CompileResult(None, flops=1.8e15, hbm_bytes=2.7e13)
+  bucket = data_plane.DataPlane(
+    hosts=1, examples_per_second=0.0, requests_per_example=0.1,
+    bytes_per_example=1e5, block_memory=1, start_requests=1, copied_bytes=0,
+  )  # fmt: skip
+  result = report.Report(
+    plan, compiled, 1.8e15, mfu=0.5, chip_hour=1.2, data_plane=bucket
+  )
+  assert str(result).endswith("""
+the run: 1,000 steps of 3,600 images, 3,600,000
+  at 50 % MFU 10 h, 10 chip-hours, $12; the hosts deliver 100 images/s, 100 \
+each; buckets 10 MB/s in 10 requests/s
+  at the roofline (HBM) 7.5 h, 7.5 chip-hours, $9; the hosts deliver 133 \
+images/s, 133 each; buckets 13 MB/s in 13 requests/s
+  evaluated on retrieval on scenes (after the last step); zero_shot on \
+/data/imagenet (every 300 steps, 4 times)
+  not counted: compiling, evaluations, checkpoints, restarts""")
+  assert result.to_dict()["costs"][1]["dollars"] == pytest.approx(9)
+  timed = report.Report(plan, compiled, 1.8e15, step_seconds=72.0)
+  assert "  at 72 s a step 20 h, 20 chip-hours; the hosts" in str(timed)
+  assert "MFU" not in str(timed) and "$" not in str(timed)
+
+
 @pytest.mark.slow
 def test_gradient_norms_are_compiled_if_the_config_measures_them(repo_root):
   config = recipes.read_config(str(repo_root / CONFIG))
@@ -177,6 +209,7 @@ AUTO = [*LACKS_REMAT, "--config.model.remat=auto"]
     ([*AUTO, "--budget=0"], "--budget is 0: expected"),
     (["--scaling=loss", "--budget=9"], "--budget is read with one --config"),
     ([*TINY, "--mfu=nan"], "--mfu is nan: expected a share"),
+    ([*TINY, "--chip_hour=-1"], "--chip_hour is -1: expected > 0"),
     ([*TINY, "--mfu=40"], "--mfu is 40: expected a share"),
     ([f"--table={PODS}", "--rows", "mtv", "v9"], "no row.*mtv_b16"),
   ],
