@@ -177,8 +177,7 @@ class Table(NamedTuple):
     if isinstance(cell, Link):
       text = f"<a href='#{text}'>{text}</a>"
     elif isinstance(cell, Swatch):
-      colour = f"background:var(--c{cell.colour % COLOURS})"
-      text = f"<i class=swatch style='{colour}'></i>{text}"
+      text = _html_swatch(cell.colour) + text
     elif isinstance(cell, Bold):
       text = f"<b>{text}</b>"
     css = " class=n" if self.numbers is not None and k >= self.numbers else ""
@@ -201,6 +200,55 @@ class Table(NamedTuple):
     texts = width if self.numbers is None else self.numbers
     rule = "|---" * texts + "|---:" * (width - texts) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+class Headline(NamedTuple):
+  """One figure of an evaluation, for one encoder or several."""
+
+  title: str
+  metric: str
+  figures: Sequence[tuple[str, str, int | None]]  # name, value, colour
+  details: str  # size of the test set, and chance
+  verdict: str
+
+
+class Headlines(NamedTuple):
+  """Headlines side by side; a table in Markdown."""
+
+  headlines: Sequence[Headline]
+
+  def html(self) -> str:
+    return f"<div class=headlines>{''.join(map(_html_headline, self[0]))}</div>"
+
+  def markdown(self, files: PageFiles) -> str:
+    rows = [["evaluation", "metric", "value", "test set", "verdict"]]
+    for title, metric, figures, details, verdict in self.headlines:
+      named = [f"{n}: {v}" if k is not None else v for n, v, k in figures]
+      rows.append([title, metric, "\n".join(named), details, verdict])
+    return Table(rows).markdown(files)
+
+
+def _html_headline(headline: Headline) -> str:
+  """A headline as a box; a single figure is large."""
+  lines = []
+  for name, value, colour in headline.figures:
+    number, space, rest = escape(value).partition(" ")
+    text = f"<b>{number}</b>{space}<span class=note>{rest}</span>"
+    if colour is None:
+      lines.append(f"<p class=figure>{text}</p>")
+    else:
+      lines.append(f"<p>{_html_swatch(colour)}{escape(name)} {text}</p>")
+  return (
+    f"<section><h3>{escape(headline.title)}</h3>"
+    f"<p class=note>{escape(headline.metric)}</p>{''.join(lines)}"
+    f"<p class=note>{escape(headline.details)}</p>"
+    f"<p>{escape(headline.verdict)}</p></section>"
+  )
+
+
+def _html_swatch(colour: int) -> str:
+  colour = f"background:var(--c{colour % COLOURS})"
+  return f"<i class=swatch style='{colour}'></i>"
 
 
 class Images(NamedTuple):

@@ -61,6 +61,8 @@ class MetricRow(NamedTuple):
   best: int | None = None  # index of the best value, see `BEST_NOTE`
   # Differences from the baseline, if the baseline has a value.
   differences: tuple[Comparison, ...] = ()
+  # Each value minus chance; None if either is unknown.
+  over_chance: tuple[Contrast | None, ...] = ()
 
   @property
   def label(self) -> str:
@@ -166,13 +168,25 @@ def _add_verdicts(
 ) -> list[MetricRow]:
   """Adds the best value and the differences from the baseline to each row.
 
-  Contrasts each value with the leading value and the baseline's. Main and
-  further metrics are one family each for Holm's correction.
+  Contrasts each value with chance, the leading value and the baseline's. Main
+  and further metrics are one family each for Holm's correction, for chance and
+  for the other contrasts.
   """
   # By (row, arm, reference) indices; the baseline is never an arm.
   compared: dict[tuple[int, int, int], Comparison] = {}
+  over_chance: dict[tuple[int, int], Contrast] = {}
   for main in (True, False):
     family = {}
+    cells = [
+      (k, i)
+      for k, row in enumerate(rows)
+      if row.is_main == main
+      for i in range(len(names))
+    ]
+    above = [contrast_chance(*data[k], str(i)) for k, i in cells]
+    known = {c: x for c, x in zip(cells, above, strict=True) if x is not None}
+    corrected = contrasts.correct_contrasts(known.values())
+    over_chance |= dict(zip(known, corrected, strict=True))
     for k, row in enumerate(rows):
       if row.is_main != main or row.evaluation in DESCRIPTIVE:
         continue
@@ -194,18 +208,26 @@ def _add_verdicts(
       for (_, i, j), c in own.items()
       if best in (i, j)
     )
-    is_best = is_best and _beats_chance(*data[k], str(best))
+    above = tuple(over_chance.get((k, i)) for i in range(len(names)))
+    beats_chance = best is None or above[best] is None
+    beats_chance = beats_chance or above[best].verdict == BETTER
     differences = tuple(c for (_, _, j), c in own.items() if j == baseline)
-    row = row._replace(best=best if is_best else None, differences=differences)
+    row = row._replace(
+      best=best if is_best and beats_chance else None,
+      differences=differences,
+      over_chance=above,
+    )
     judged.append(row)
   return judged
 
 
-def _beats_chance(data: ArmMeasurements, metric: Metric, arm: str) -> bool:
-  if metric.chance is None:
-    return True
-  c = contrasts.estimate_contrast(data, metric, {arm: 1.0}, -metric.chance)
-  return c.verdict == BETTER
+def contrast_chance(
+  data: ArmMeasurements, metric: Metric, arm: str
+) -> Contrast | None:
+  """An arm minus chance, uncorrected; None if either is unknown."""
+  if metric.chance is None or not data.seeds(arm, metric.name):
+    return None
+  return contrasts.estimate_contrast(data, metric, {arm: 1.0}, -metric.chance)
 
 
 def format_value(

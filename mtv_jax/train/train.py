@@ -20,6 +20,7 @@ from mtv_jax.train import rollback
 from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
+  describe_facts,
   log_experiment,
   make_loader,
   open_evaluations,
@@ -283,6 +284,7 @@ def _train_from(
         devices=sessions.describe_devices(),
         command=command,
         process_index=jax.process_index(),
+        facts=describe_facts(experiment),
       )
     )
     folder = experiment.workdir / "profile"
