@@ -87,10 +87,6 @@ class Bold(str):
   """A bold table cell."""
 
 
-class Link(str):
-  """A table cell that links to the heading of equal text."""
-
-
 class Swatch(str):
   """A table cell with a dot in a series' colour."""
 
@@ -174,9 +170,7 @@ class Table(NamedTuple):
     text = escape(cell)
     if "\n" in text:
       text = f"<span class=lines>{text.replace(chr(10), '<br>')}</span>"
-    if isinstance(cell, Link):
-      text = f"<a href='#{text}'>{text}</a>"
-    elif isinstance(cell, Swatch):
+    if isinstance(cell, Swatch):
       text = _html_swatch(cell.colour) + text
     elif isinstance(cell, Bold):
       text = f"<b>{text}</b>"

@@ -332,20 +332,14 @@ def describe_sheets(
 ) -> Iterator[page.PageBlock]:
   """Sheets of evaluations; those of several runs are side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
-  if keys:
-    yield page.Heading("Held-out images")
-  groups = [
-    [_read_sheet(r, *k, output) for r in runs if k in r.sheets] for k in keys
-  ]
-  titles = [summary.describe_sheet(*key) for key in keys]
-  if len(runs) == 1:
-    pairs = zip(groups, titles, strict=True)
-    files = [file._replace(title=title) for (file,), title in pairs]
-    groups, titles = [files] if files else [], [""]
-  for files, title in zip(groups, titles, strict=True):
-    if title:
-      yield page.Heading(title, level=3)
-    yield page.Images(files)
+  yield from summary.arrange_sheets(
+    {
+      summary.describe_sheet(*key): [
+        _read_sheet(run, *key, output) for run in runs if key in run.sheets
+      ]
+      for key in keys
+    }
+  )
 
 
 def _read_sheet(

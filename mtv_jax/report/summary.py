@@ -58,7 +58,7 @@ _SHEETS = {
   "depth": "true and predicted depth; red is near, blue far, black unknown",
   "matches": "matched points; green: correct",
   "pca": "patches in the colours of three principal components",
-  "generated": "the generated and the annotated captions of an image",
+  "generated": "a generated caption; green: the annotated phrases",
 }
 # Numbers of a protocol that give the size of a test set.
 _SIZES = ("images", "captions", "boxes", "pairs", "videos")
@@ -249,6 +249,21 @@ def describe_sheet(evaluation: str, sheet: str) -> str:
   return f"{title}: {_SHEETS.get(sheet, sheet.replace('_', ' '))}"
 
 
+def arrange_sheets(
+  sheets: Mapping[str, Sequence[page.ImageFile]],
+) -> Iterator[page.PageBlock]:
+  """Sheets by title, each of one encoder or of several side by side."""
+  if sheets:
+    yield page.Heading("Held-out images")
+  if all(len(files) == 1 for files in sheets.values()):
+    named = [f._replace(title=t) for t, (f,) in sheets.items()]
+    sheets = {"": named} if named else {}
+  for title, files in sheets.items():
+    if title:
+      yield page.Heading(title, level=3)
+    yield page.Images(files)
+
+
 def measure_sets(outcomes: Iterable[Outcome]) -> dict[str, str]:
   """Sizes of test sets by evaluation: "1,000 images, 5,000 captions"."""
   sizes = {}
@@ -270,10 +285,10 @@ def describe_headlines(
 
   `sizes` are the sizes of the test sets by evaluation.
   """
-  chosen: dict[str, tables.MetricRow] = {}
+  chosen: dict[tuple[str, int], tables.MetricRow] = {}
   for row in rows:
     if row.is_main and any(v is not None for v in row.values):
-      chosen.setdefault(row.evaluation, row)
+      chosen.setdefault((row.evaluation, row.variant), row)
   if not chosen:
     return
   last = {(c.metric.name, c.arm): c.by_step[max(c.by_step)] for c in changes}

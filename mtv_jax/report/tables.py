@@ -20,7 +20,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.page import Bold, Details, Link, Table
+from mtv_jax.report.page import Bold, Details, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
 EMPTY = "–"
@@ -311,7 +311,7 @@ def metrics_table(
       format_value(value, row.unit, error)
       for value, error in zip(row.values, row.errors, strict=True)
     ]
-    line = [Link(row.evaluation), row.label]
+    line = [row.evaluation, row.label]
     line += [Bold(t) if i == row.best else t for i, t in enumerate(texts)]
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])
@@ -328,7 +328,10 @@ def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
     columns.append({**o.protocol, **column, "mtv_jax": o.version})
   keys = dict.fromkeys(["", "encoder", "weights", "mtv_jax"])
   keys |= dict.fromkeys(key for column in columns for key in column)
-  return [[key, *(format_entry(c.get(key)) for c in columns)] for key in keys]
+  return [
+    [key.replace("_", " "), *(format_entry(c.get(key)) for c in columns)]
+    for key in keys
+  ]
 
 
 class Protocols(NamedTuple):
@@ -385,7 +388,9 @@ def format_entry(value: Any) -> str:
   if isinstance(value, list | tuple) and len(value) > 8:
     return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
   if isinstance(value, Mapping):
-    return json.dumps(value, default=str)
+    return ", ".join(f"{k} {format_entry(v)}" for k, v in value.items())
+  if isinstance(value, list | tuple):
+    return " ".join(map(format_entry, value))
   return "-" if value is None else str(value)
 
 

@@ -47,7 +47,7 @@ from mtv_jax.utils.tree import flatten_with_names, select_names
 log = logging.getLogger(__name__)
 
 # Test images or pairs on the sheets of a training's evaluations.
-PICTURES = 4
+PICTURES = 3
 # Training images in a run's folder, and their longer side at most, in pixels.
 NUM_SAMPLES, SAMPLE_SIZE = 6, 256
 

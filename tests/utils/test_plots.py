@@ -64,7 +64,7 @@ def test_depth_is_coloured_between_its_limits():
 def test_image_grid_and_rows():
   grey = np.full((20, 30, 3), 128, np.uint8)
   grid = plots.image_grid([[grey, grey]], titles=("a", "b"), size=60)
-  assert grid.shape == (plots.LINE_HEIGHT + 4 + 60, 2 * 60 + plots.GAP, 3)
+  assert grid.shape == (plots.SHEET_LINE + 5 + 60, 2 * 60 + plots.GAP, 3)
   with pytest.raises(ValueError, match="expected one length"):
     plots.image_grid([[grey], [grey, grey]])
   rows = [plots.hstack([grey, grey]), grey]
