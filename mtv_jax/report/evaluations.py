@@ -134,7 +134,7 @@ def describe_outcomes(
   yield page.Note(_CHARTS_NOTE)
   if quoted:
     yield page.Note(_PUBLISHED_NOTE)
-    yield page.Table(_published_table(quoted))
+    yield _published_table(quoted)
   yield _fold_metrics(columns, rows, matches)
   if missing:
     yield page.Note(
@@ -185,7 +185,8 @@ def _describe_protocols(
     )
   for name in tables.evaluation_names(columns):
     found = tables.compare_protocols(columns, name).tables()
-    yield page.Details(name, [page.Table(table) for table in found])
+    title = summary.name_evaluation(name)
+    yield page.Details(title, [page.Table(table) for table in found])
 
 
 def draw_charts(
@@ -227,7 +228,7 @@ def draw_metric(
   """Chart of one metric: a row per item of `names` (by index), then `more`."""
   metric = row.label.removesuffix(" ↓")
   return charts.interval_plot(
-    title or f"{row.evaluation} {metric}",
+    title or summary.name_row(row),
     [*(interval_row(row, i, name, i) for i, name in names.items()), *more],
     name=file_name("metric", row.evaluation, metric),
     unit=row.unit,

@@ -152,14 +152,22 @@ class Code(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A header, then rows; columns from index `numbers` on are right-aligned."""
+  """A header, then rows; columns from index `numbers` on are right-aligned.
+
+  HTML leaves out an empty header.
+  """
 
   rows: Sequence[Sequence[str]]
   numbers: int | None = None
 
   def html(self) -> str:
     head, *rows = self.rows
-    lines = ["<tr>", *(self._html_cell("th", k, x) for k, x in enumerate(head))]
+    lines = []
+    if any(head):
+      lines = [
+        "<tr>",
+        *(self._html_cell("th", k, x) for k, x in enumerate(head)),
+      ]
     for row in rows:
       lines.append("<tr>")
       lines += (self._html_cell("td", k, x) for k, x in enumerate(row))
@@ -203,7 +211,7 @@ class Headline(NamedTuple):
   metric: str
   figures: Sequence[tuple[str, str, int | None]]  # name, value, colour
   details: str  # size of the test set, and chance
-  verdict: str
+  verdicts: Sequence[str]
 
 
 class Headlines(NamedTuple):
@@ -216,9 +224,10 @@ class Headlines(NamedTuple):
 
   def markdown(self, files: PageFiles) -> str:
     rows = [["evaluation", "metric", "value", "test set", "verdict"]]
-    for title, metric, figures, details, verdict in self.headlines:
+    for title, metric, figures, details, verdicts in self.headlines:
       named = [f"{n}: {v}" if k is not None else v for n, v, k in figures]
-      rows.append([title, metric, "\n".join(named), details, verdict])
+      text = " ".join(verdicts)
+      rows.append([title, metric, "\n".join(named), details, text])
     return Table(rows).markdown(files)
 
 
@@ -236,7 +245,8 @@ def _html_headline(headline: Headline) -> str:
     f"<section><h3>{escape(headline.title)}</h3>"
     f"<p class=note>{escape(headline.metric)}</p>{''.join(lines)}"
     f"<p class=note>{escape(headline.details)}</p>"
-    f"<p>{escape(headline.verdict)}</p></section>"
+    f"{''.join(f'<p>{escape(line)}</p>' for line in headline.verdicts)}"
+    "</section>"
   )
 
 

@@ -110,7 +110,7 @@ a { color: var(--link); text-decoration: none; }
   .stacked tr { padding: .4em 0; border-bottom: 1px solid var(--line); }
   .stacked td { white-space: normal; }
   .stacked td:first-child { font-weight: 600; }
-  .stacked .lines { white-space: normal; }
+  .lines { white-space: normal; }
   .stacked td[data-head]::before { content: attr(data-head) ": ";
     color: var(--muted); }
 }

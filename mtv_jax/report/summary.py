@@ -60,6 +60,16 @@ _SHEETS = {
   "pca": "patches in the colours of three principal components",
   "generated": "a generated caption; green: the annotated phrases",
 }
+# Readable names of evaluations, if not their words.
+_EVALUATIONS = {
+  "zero_shot": "Zero-shot classification",
+  "zero_shot_segmentation": "Zero-shot segmentation",
+  "retrieval": "Image-text retrieval",
+  "knn": "k-NN classification",
+  "few_shot": "Few-shot classification",
+  "mae_probe": "MAE probe",
+  "patch_pca": "Patch PCA",
+}
 # Numbers of a protocol that give the size of a test set.
 _SIZES = ("images", "captions", "boxes", "pairs", "videos")
 
@@ -85,7 +95,7 @@ def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
 def facts_table(runs: Sequence[RunRecord], *, timed: bool = True) -> page.Table:
   """The known facts of runs; where they differ, a line per run."""
   facts = {run.name: read_facts(run, timed=timed) for run in runs}
-  rows = [["", "value" if len(runs) == 1 else "runs"]]
+  rows = [["", ""]]
   for key in next(iter(facts.values())):
     values = {name: known[key] for name, known in facts.items()}
     lines = {v for v in values.values() if v}
@@ -233,14 +243,23 @@ def _draw_sample(
 
 def name_evaluation(name: str) -> str:
   """A readable name of an evaluation: `relative_depth` is "Relative depth"."""
-  return name.replace("_", " ").capitalize().replace("Knn", "k-NN")
+  return _EVALUATIONS.get(name, name.replace("_", " ").capitalize())
 
 
 def name_metric(name: str) -> str:
   """A readable name of a metric: `text_to_image_r1` is with "recall at 1"."""
   name = re.sub(r"(^|_)r(\d+)$", r"\1recall_at_\2", name)
   name = re.sub(r"^top(\d+)", r"top-\1_accuracy", name)
+  name = re.sub(r"_k(\d+)$", r", k = \1", name)
   return name.replace("_", " ").replace("iou", "IoU")
+
+
+def name_row(row: tables.MetricRow) -> str:
+  """A readable name of an evaluation's metric and protocol."""
+  protocol = f" (protocol {row.variant})" if row.variant else ""
+  return (
+    f"{name_evaluation(row.evaluation)}: {name_metric(row.metric)}{protocol}"
+  )
 
 
 def describe_sheet(evaluation: str, sheet: str) -> str:
@@ -325,7 +344,7 @@ def _describe_row(
   figures = [
     (
       names[i],
-      tables.format_value(row.values[i], row.unit, row.errors[i]),
+      tables.format_value(row.values[i], row.unit, row.errors[i], digits=1),
       i if len(names) > 1 else None,
     )
     for i in known
@@ -333,7 +352,8 @@ def _describe_row(
   metric = name_metric(row.metric) + ", lower is better" * row.lower
   details = [size] if size else []
   if row.chance is not None:
-    details.append(f"chance {tables.format_value(row.chance, row.unit)}")
+    chance = tables.format_value(row.chance, row.unit, digits=1)
+    details.append(f"chance {chance}")
   sentences = _compare_with_chance(row, names)
   for arm, c in changes:
     name = f" of {arm}" if len(names) > 1 else ""
@@ -348,7 +368,7 @@ def _describe_row(
     metric,
     figures,
     "; ".join(details),
-    " ".join(sentences),
+    sentences,
   )
 
 

@@ -231,10 +231,14 @@ def contrast_chance(
 
 
 def format_value(
-  value: float | None, unit: str, error: float | None = None
+  value: float | None,
+  unit: str,
+  error: float | None = None,
+  *,
+  digits: int = 2,
 ) -> str:
   """Formats a value with its unit: `50.00 %`, `0.469 ± 0.012 m`."""
-  text = format_metric(value, unit, error)
+  text = format_metric(value, unit, error, digits=digits)
   return text if value is None or not unit else f"{text} {unit}"
 
 
@@ -329,9 +333,13 @@ def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
   keys = dict.fromkeys(["", "encoder", "weights", "mtv_jax"])
   keys |= dict.fromkeys(key for column in columns for key in column)
   return [
-    [key.replace("_", " "), *(format_entry(c.get(key)) for c in columns)]
+    [_name_key(key), *(format_entry(c.get(key)) for c in columns)]
     for key in keys
   ]
+
+
+def _name_key(key: str) -> str:
+  return key if key == "mtv_jax" else key.replace("_", " ")
 
 
 class Protocols(NamedTuple):
@@ -343,10 +351,11 @@ class Protocols(NamedTuple):
 
   def tables(self) -> list[list[list[str]]]:
     """Tables of common and, if any, differing entries, header first."""
-    common = [[key, format_entry(value)] for key, value in self.common.items()]
+    common = [[_name_key(k), format_entry(v)] for k, v in self.common.items()]
     tables = [[["protocol", ""], *common]]
     if self.differing:
-      rows = [[k, *map(format_entry, v)] for k, v in self.differing.items()]
+      differing = self.differing.items()
+      rows = [[_name_key(k), *map(format_entry, v)] for k, v in differing]
       tables.append([["differs", *self.encoders], *rows])
     return tables
 

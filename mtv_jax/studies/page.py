@@ -74,10 +74,10 @@ def _describe_study(
 ) -> Iterator[page.PageBlock]:
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
-  yield page.Table([["", study.kind], *_summarise(results)])
-  if results.runs:
-    first = _first_runs(results)
-    yield summary.facts_table(first, timed=False)
+  first = _first_runs(results)
+  facts = summary.facts_table(first, timed=False).rows if first else [["", ""]]
+  yield page.Table([facts[0], *_summarise(results), *facts[1:]])
+  if first:
     yield from summary.describe_samples(first[0])
   main = select_main(results.metrics)
   if not main:
