@@ -235,8 +235,8 @@ def _html_headline(headline: Headline) -> str:
   """A headline as a box; a single figure is large."""
   lines = []
   for name, value, colour in headline.figures:
-    number, space, rest = escape(value).partition(" ")
-    text = f"<b>{number}</b>{space}<span class=note>{rest}</span>"
+    number, sign, error = escape(value).partition(" ± ")
+    text = f"<b>{number}</b> <span class=note>{sign}{error}</span>"
     if colour is None:
       lines.append(f"<p class=figure>{text}</p>")
     else:
@@ -256,18 +256,20 @@ def _html_swatch(colour: int) -> str:
 
 
 class Images(NamedTuple):
-  """A row of images."""
+  """Images in rows, or in two columns if their heights differ."""
 
   files: Sequence[ImageFile]
+  columns: bool = False
 
   def html(self) -> str:
     several = " several" if len(self.files) > 1 else ""
+    css = "columns" if self.columns else f"figures{several}"
     inner = "".join(
-      f"<figure>{html_image(f.image, f.title)}"
-      f"<figcaption>{escape(f.title)}</figcaption></figure>"
+      f"<figure><figcaption>{escape(f.title)}</figcaption>"
+      f"{html_image(f.image, f.title)}</figure>"
       for f in self.files
     )
-    return f"<div class='figures{several}'>{inner}</div>"
+    return f"<div class='{css}'>{inner}</div>"
 
   def markdown(self, files: PageFiles) -> str:
     return "\n\n".join(

@@ -62,7 +62,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 h3 { font-size: 1em; margin-top: 1.5em; }
 table { border-collapse: collapse; margin: .6em 0; }
 th, td { text-align: left; vertical-align: top; padding: .18em .9em .18em 0;
-  max-width: 32em; overflow-wrap: break-word; }
+  max-width: 48em; overflow-wrap: break-word; }
 th { border-bottom: 2px solid var(--ink); }
 th, td:first-child { white-space: nowrap; }
 .n { text-align: right; padding-left: .5em; white-space: nowrap;
@@ -70,7 +70,9 @@ th, td:first-child { white-space: nowrap; }
 .note { color: var(--muted); max-width: 56em; }
 .wide { overflow-x: auto; } .lines { white-space: nowrap; }
 img { max-width: 100%; height: auto; }
-.figures img { background: #fff; border-radius: 4px; }
+.figures img, .columns img { background: #fff; border-radius: 4px; }
+.columns { columns: 2 400px; column-gap: 1.2em; }
+.columns figure { break-inside: avoid; margin: 0 0 1.2em; }
 figure { margin: .6em 0; max-width: 100%; }
 figcaption { color: var(--muted); }
 .figures { display: flex; flex-wrap: wrap; gap: 1.2em; align-items: start; }

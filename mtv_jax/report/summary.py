@@ -35,7 +35,7 @@ from mtv_jax.report.run_folders import SAMPLES, RunRecord, read_image
 from mtv_jax.utils import plots
 from mtv_jax.utils.text import (
   format_duration,
-  format_percent,
+  format_metric,
   format_short,
   list_first,
 )
@@ -69,6 +69,12 @@ _EVALUATIONS = {
   "few_shot": "Few-shot classification",
   "mae_probe": "MAE probe",
   "patch_pca": "Patch PCA",
+}
+_METRICS = {
+  "abs_rel": "absolute relative error",
+  "rmse": "root mean square error",
+  "avg_recall": "average recall",
+  "miou": "mean IoU",
 }
 # Numbers of a protocol that give the size of a test set.
 _SIZES = ("images", "captions", "boxes", "pairs", "videos")
@@ -124,7 +130,7 @@ def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
 def _describe_coverage(samples: Mapping[str, Any]) -> str:
   """Shares of labelled images in the first batch."""
   shares = [
-    f"{name} {format_percent(samples['labelled'][kind] / samples['rows'])}"
+    f"{name} {100 * samples['labelled'][kind] / samples['rows']:.0f} %"
     for kind, name in _KINDS.items()
     if kind in samples.get("labelled", ())
   ]
@@ -248,6 +254,8 @@ def name_evaluation(name: str) -> str:
 
 def name_metric(name: str) -> str:
   """A readable name of a metric: `text_to_image_r1` is with "recall at 1"."""
+  if name in _METRICS:
+    return _METRICS[name]
   name = re.sub(r"(^|_)r(\d+)$", r"\1recall_at_\2", name)
   name = re.sub(r"^top(\d+)", r"top-\1_accuracy", name)
   name = re.sub(r"_k(\d+)$", r", k = \1", name)
@@ -280,7 +288,7 @@ def arrange_sheets(
   for title, files in sheets.items():
     if title:
       yield page.Heading(title, level=3)
-    yield page.Images(files)
+    yield page.Images(files, columns=not title)
 
 
 def measure_sets(outcomes: Iterable[Outcome]) -> dict[str, str]:
@@ -341,13 +349,9 @@ def _describe_row(
   changes: Sequence[tuple[str, Contrast]],
 ) -> page.Headline:
   known = [i for i, value in enumerate(row.values) if value is not None]
+  several = len(names) > 1
   figures = [
-    (
-      names[i],
-      tables.format_value(row.values[i], row.unit, row.errors[i], digits=1),
-      i if len(names) > 1 else None,
-    )
-    for i in known
+    (names[i], _format_figure(row, i), i if several else None) for i in known
   ]
   metric = name_metric(row.metric) + ", lower is better" * row.lower
   details = [size] if size else []
@@ -370,6 +374,16 @@ def _describe_row(
     "; ".join(details),
     sentences,
   )
+
+
+def _format_figure(row: tables.MetricRow, i: int) -> str:
+  """A value with its unit and standard error, such as "41.2 % ± 1.3"."""
+  value, error = row.values[i], row.errors[i]
+  text = tables.format_value(value, row.unit, digits=1)
+  if error is None:
+    return text
+  number = format_metric(value, row.unit, error, digits=1)
+  return f"{text} ± {number.partition(' ± ')[2]}"
 
 
 def _compare_with_chance(

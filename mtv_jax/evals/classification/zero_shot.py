@@ -132,6 +132,7 @@ class ZeroShot(Evaluator):
         embeddings[chosen] @ classifier.T,
         class_prompts.classes,
         np.asarray(labels)[chosen, None] == ids,
+        top=5,
       )
     return Result.from_estimate(accuracies, protocol, chance, sheets=sheets)
 
