@@ -85,6 +85,7 @@ def read_run(
   order = [*(config.get("evals") or {})]
   files = {n: files[n] for n in dict.fromkeys((*order, *files)) if n in files}
   command, text = folder / "command.txt", ""
+  samples = path_lib.read_json(folder / SAMPLES, tolerant=True)
   if command.is_file():
     text = command.read_text("utf-8", errors="replace")
   return RunRecord(
@@ -104,7 +105,7 @@ def read_run(
     interference=_read_interference(folder / "interference.jsonl"),
     command=text.strip(),
     sessions=read_sessions(folder),
-    samples=path_lib.read_json(folder / SAMPLES, tolerant=True) or {},
+    samples=samples if isinstance(samples, dict) else {},
   )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from mtv_jax.report import charts, page, summary, tables
 from mtv_jax.report.changes import describe_changes, measure_changes
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.contrasts import Metric, list_metrics
-from mtv_jax.report.evaluations import draw_metric, interval_row
+from mtv_jax.report.evaluations import draw_metric
 from mtv_jax.report.run_folders import (
   RunRecord,
   group_by_arm,
@@ -123,8 +122,7 @@ def _describe_metrics(
   if not rows:
     return
   yield page.Heading("Metrics")
-  # Drop the links, as evaluations lack headings here, and the columns of runs
-  # without results.
+  # Drop the columns of runs without results.
   outcomes = [run.outcome for run in runs]
   kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
   table = [
@@ -136,26 +134,14 @@ def _describe_metrics(
   several = [page.Note(f"Bold: {tables.BEST_NOTE}.")] * (len(runs) > 1)
   folded = [page.Table(table, numbers=2), page.Note(_VALUES_NOTE), *several]
   yield page.Details(f"All {len(rows)} metrics", folded)
-  rows = [row for row in rows if row.evaluation not in tables.DESCRIPTIVE]
-  rows = [row for row in rows if any(v is not None for v in row.values)]
-  if len(runs) == 1:
-    groups = collections.defaultdict(list)  # A chart per evaluation and unit.
-    for row in rows:
-      line = interval_row(row, 0, row.metric, 0)
-      groups[row.evaluation, row.unit].append(line)
-    drawn = []
-    for (name, unit), lines in groups.items():
-      file = file_name("metrics", name, unit)
-      drawn.append(charts.interval_plot(name, lines, name=file, unit=unit))
-    yield page.Details("Charts", [page.Charts(drawn)])
-    return
-  drawn = {True: [], False: []}
-  for row in rows:
+  if len(runs) > 1:
     names = {i: run.name for i, run in enumerate(runs)}
-    drawn[row.is_main].append(draw_metric(row, names))
-  yield page.Charts(drawn[True])
-  if drawn[False]:
-    yield page.Details("Further metrics", [page.Charts(drawn[False])])
+    drawn = [
+      draw_metric(row, names)
+      for row in rows
+      if row.is_main and any(v is not None for v in row.values)
+    ]
+    yield page.Charts(drawn)
 
 
 def describe_training(

@@ -115,16 +115,14 @@ def facts_table(runs: Sequence[RunRecord], *, timed: bool = True) -> page.Table:
 
 def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
   """Sources with their numbers of images, and images seen."""
-  sources = [f"{s['records']:,} {s['name']}" for s in session.get("data", ())]
-  records = sum(s["records"] for s in session.get("data", ()))
-  if not sources:
-    train = (run.config.get("data") or {}).get("train") or ()
-    sources = [str(entry.get("path") or entry.get("type")) for entry in train]
   batch, steps = run.config.get("batch_size") or 0, run.step
   seen = f"{steps * batch:,} seen in {steps:,} steps of {batch:,}"
-  seen += f" ({steps * batch / records:.2g} epochs)" if records else ""
-  named = list_first(sources, _MAX_NAMES)
-  return f"images: {named}; {seen}" if named else seen
+  if sources := session.get("data"):
+    records = sum(s["records"] for s in sources)
+    named = [f"{s['records']:,} in {s['name']}" for s in sources]
+    seen += f" ({steps * batch / records:.2g} epochs)"
+    return f"{records:,} images: {list_first(named, _MAX_NAMES)}; {seen}"
+  return seen
 
 
 def _describe_coverage(samples: Mapping[str, Any]) -> str:
@@ -230,15 +228,13 @@ def _draw_sample(
   image = read_image(folder / f"{i}.jpg")
   image = np.asarray(plots.fit_image(image, _SAMPLE_SIZE))
   labels = {}
-  if "boxes" in sample:
+  if sample.get("boxes"):
     boxes = np.array(sample["boxes"], np.float32).reshape(-1, 4)
     ones = np.ones(len(boxes), np.float32)
     labels["boxes"] = BoxLabel(boxes, tuple(sample["phrases"]), ones)
   if (folder / f"{i}_depth.png").exists():
     depth = read_image(folder / f"{i}_depth.png")[..., 0]
     labels["depth"] = DepthLabel(depth * np.uint16(TOP // 255), 0.0, 1.0)
-  elif "depth" in run.samples.get("labelled", ()):
-    labels["depth"] = "no label of depth"
   card = cards.draw_labels(f"sample {i + 1}", image, labels)
   height, width = sample["size"]
   captions = (sample["caption"],) if "caption" in sample else ()
@@ -279,12 +275,12 @@ def describe_sheet(evaluation: str, sheet: str) -> str:
 def arrange_sheets(
   sheets: Mapping[str, Sequence[page.ImageFile]],
 ) -> Iterator[page.PageBlock]:
-  """Sheets by title, each of one encoder or of several side by side."""
+  """Sheets by title, of one encoder or of several side by side."""
   if sheets:
     yield page.Heading("Held-out images")
-  if all(len(files) == 1 for files in sheets.values()):
+  if len({file.title for files in sheets.values() for file in files}) == 1:
     named = [f._replace(title=t) for t, (f,) in sheets.items()]
-    sheets = {"": named} if named else {}
+    sheets = {"": named}
   for title, files in sheets.items():
     if title:
       yield page.Heading(title, level=3)

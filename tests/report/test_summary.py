@@ -32,7 +32,7 @@ def test_facts_of_a_run(run):
   sessions = [SESSION, SESSION | later]
   facts = summary.read_facts(dataclasses.replace(run, sessions=sessions))
   assert facts["training data"] == (
-    "images: 12,800 photos; 25,600 seen in 400 steps of 64 (2 epochs)"
+    "12,800 images: 12,800 in photos; 25,600 seen in 400 steps of 64 (2 epochs)"
   )
   assert "86M parameters (image 85.8M, text 200k)" in facts["model"]
   assert facts["hardware"] == "256 × TPU v5 lite, 64 processes"
