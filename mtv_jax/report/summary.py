@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,13 +21,9 @@ from mtv_jax.report import page, tables
 from mtv_jax.report.changes import Changes
 from mtv_jax.report.contrasts import (
   BETTER,
-  DISTINCT,
   WORSE,
-  ArmMeasurements,
-  Comparison,
   Contrast,
-  Metric,
-  correct_contrasts,
+  correct_by_key,
 )
 from mtv_jax.report.labels import Cards
 from mtv_jax.report.run_folders import SAMPLES, RunRecord, read_image
@@ -306,7 +301,8 @@ def describe_headlines(
 ) -> Iterator[page.PageBlock]:
   """One figure an evaluation with chance and a verdict; empty without rows.
 
-  `sizes` are the sizes of the test sets by evaluation.
+  `sizes` are the sizes of the test sets by evaluation, `changes` those of one
+  run since its start.
   """
   chosen: dict[tuple[str, int], tables.MetricRow] = {}
   for row in rows:
@@ -314,35 +310,24 @@ def describe_headlines(
       chosen.setdefault((row.evaluation, row.variant), row)
   if not chosen:
     return
-  last = {(c.metric.name, c.arm): c.by_step[max(c.by_step)] for c in changes}
-  shown = {f"{r.evaluation}/{r.metric}" for r in chosen.values()}
-  last = {key: c for key, c in last.items() if key[0] in shown}
-  last = dict(zip(last, correct_contrasts(last.values()), strict=True))
+  last = {c.metric.name: c.by_step[max(c.by_step)] for c in changes}
+  shown = [f"{row.evaluation}/{row.metric}" for row in chosen.values()]
+  last = correct_by_key({name: last.get(name) for name in shown})
   yield page.Heading("Results")
   yield page.Headlines(
     [
-      _describe_row(
-        row, names, sizes.get(row.evaluation, ""), [*_select(last, row)]
-      )
-      for row in chosen.values()
+      _describe_row(row, names, sizes.get(row.evaluation, ""), last.get(name))
+      for name, row in zip(shown, chosen.values(), strict=True)
     ]
   )
   yield page.Note(VERDICTS_NOTE)
-
-
-def _select(
-  changes: Mapping[tuple[str, str], Contrast], row: tables.MetricRow
-) -> Iterator[tuple[str, Contrast]]:
-  for (metric, arm), contrast in changes.items():
-    if metric == f"{row.evaluation}/{row.metric}":
-      yield arm, contrast
 
 
 def _describe_row(
   row: tables.MetricRow,
   names: Sequence[str],
   size: str,
-  changes: Sequence[tuple[str, Contrast]],
+  change: Contrast | None,
 ) -> page.Headline:
   known = [i for i, value in enumerate(row.values) if value is not None]
   several = len(names) > 1
@@ -355,21 +340,13 @@ def _describe_row(
     chance = tables.format_value(row.chance, row.unit, digits=1)
     details.append(f"chance {chance}")
   sentences = _compare_with_chance(row, names)
-  for arm, c in changes:
-    name = f" of {arm}" if len(names) > 1 else ""
-    sentences.append(
-      f"Change{name} since the start: {tables.format_difference(c)}, "
-      f"{c.verdict}."
-    )
+  if change is not None:
+    text = tables.format_difference(change)
+    sentences.append(f"Change since the start: {text}, {change.verdict}.")
   sentences += _compare_columns(row, names)
   protocol = f" (protocol {row.variant})" if row.variant else ""
-  return page.Headline(
-    name_evaluation(row.evaluation) + protocol,
-    metric,
-    figures,
-    "; ".join(details),
-    sentences,
-  )
+  title = name_evaluation(row.evaluation) + protocol
+  return page.Headline(title, metric, figures, "; ".join(details), sentences)
 
 
 def _format_figure(row: tables.MetricRow, i: int) -> str:
@@ -390,8 +367,7 @@ def _compare_with_chance(
   for name, c in zip(names, row.over_chance, strict=True):
     if c is None:
       continue
-    than = "than" if c.verdict in DISTINCT else "from"
-    text = f"{c.verdict} {than} chance"
+    text = c.compare_with("chance")
     if c.p is None:
       way = BETTER if c.gain > 0 else WORSE
       text = f"{way} than chance, with unknown error"
@@ -409,52 +385,13 @@ def _compare_with_chance(
 
 def _compare_columns(row: tables.MetricRow, names: Sequence[str]) -> list[str]:
   """Sentences on differences from the baseline, or on the best value."""
-  sentences = []
-  for c in row.differences:
-    if c.difference is not None:
-      than = "than" if c.verdict in DISTINCT else "from"
-      sentences.append(
-        f"{c.arm} is {c.verdict} {than} {c.baseline}: "
-        f"{tables.format_difference(c)}."
-      )
+  sentences = [
+    f"{c.arm} is {c.compare_with(c.baseline)}: {tables.format_difference(c)}."
+    for c in row.differences
+    if c.difference is not None
+  ]
   known = sum(value is not None for value in row.values)
   if not row.differences and known > 1:
     best = f"Best: {names[row.best]}." if row.best is not None else ""
     sentences.append(best or "No value is better than every other.")
   return sentences
-
-
-def rows_of_arms(
-  data: ArmMeasurements,
-  metrics: Sequence[Metric],
-  compared: Sequence[Comparison],
-) -> list[tables.MetricRow]:
-  """Rows of main metrics with the means of arms over their seeds."""
-  cells = [(metric, arm) for metric in metrics for arm in data.values]
-  above = {cell: tables.contrast_chance(data, *cell) for cell in cells}
-  above = {cell: c for cell, c in above.items() if c is not None}
-  above = dict(zip(above, correct_contrasts(above.values()), strict=True))
-  rows = []
-  for metric in metrics:
-    values = []
-    for arm in data.values:
-      known = data.read("values", metric, arm, data.seeds(arm, metric.name))
-      mean = metric.scale * math.fsum(known) / len(known) if known else None
-      values.append(mean)
-    chance = metric.chance and metric.scale * metric.chance
-    evaluation, _, name = metric.name.partition("/")
-    rows.append(
-      tables.MetricRow(
-        evaluation,
-        name,
-        metric.unit,
-        metric.lower,
-        chance,
-        tuple(values),
-        (None,) * len(values),
-        is_main=True,
-        differences=tuple(c for c in compared if c.metric == metric),
-        over_chance=tuple(above.get((metric, arm)) for arm in data.values),
-      )
-    )
-  return rows

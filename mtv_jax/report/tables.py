@@ -151,6 +151,32 @@ def _row(
   return MetricRow(evaluation, name, *fields, is_main)
 
 
+def rows_of_arms(
+  data: ArmMeasurements,
+  metrics: Sequence[Metric],
+  compared: Sequence[Comparison],
+) -> list[MetricRow]:
+  """Rows of main metrics with the means of arms over their seeds."""
+  cells = [(metric, arm) for metric in metrics for arm in data.values]
+  above = {cell: contrast_chance(data, *cell) for cell in cells}
+  above = contrasts.correct_by_key(above)
+  rows = []
+  for metric in metrics:
+    means = {}
+    for i, arm in enumerate(data.values):
+      seeds = data.seeds(arm, metric.name)
+      known = data.read("values", metric, arm, seeds)
+      mean = sum(known) / len(known) if known else None
+      means[str(i)] = {0: {metric.name: mean}}
+    row = _row(metric, ArmMeasurements(means), len(means), is_main=True)
+    row = row._replace(
+      differences=tuple(c for c in compared if c.metric == metric),
+      over_chance=tuple(above.get((metric, arm)) for arm in data.values),
+    )
+    rows.append(row)
+  return rows
+
+
 def _find_leading(row: MetricRow) -> int | None:
   """Index of the best of several values."""
   known = [i for i, value in enumerate(row.values) if value is not None]
@@ -177,16 +203,14 @@ def _add_verdicts(
   over_chance: dict[tuple[int, int], Contrast] = {}
   for main in (True, False):
     family = {}
-    cells = [
-      (k, i)
-      for k, row in enumerate(rows)
-      if row.is_main == main
-      for i in range(len(names))
-    ]
-    above = [contrast_chance(*data[k], str(i)) for k, i in cells]
-    known = {c: x for c, x in zip(cells, above, strict=True) if x is not None}
-    corrected = contrasts.correct_contrasts(known.values())
-    over_chance |= dict(zip(known, corrected, strict=True))
+    over_chance |= contrasts.correct_by_key(
+      {
+        (k, i): contrast_chance(*data[k], str(i))
+        for k, row in enumerate(rows)
+        if row.is_main == main
+        for i in range(len(names))
+      }
+    )
     for k, row in enumerate(rows):
       if row.is_main != main or row.evaluation in DESCRIPTIVE:
         continue
@@ -198,8 +222,7 @@ def _add_verdicts(
             c = contrasts.compare_arms(*data[k], str(i), str(j))
             c = dataclasses.replace(c, arm=names[i], baseline=names[j])
             family[k, i, j] = c
-    corrected = contrasts.correct_contrasts(family.values())
-    compared |= dict(zip(family, corrected, strict=True))
+    compared |= contrasts.correct_by_key(family)
   judged = []
   for k, row in enumerate(rows):
     best, own = leading[k], {p: c for p, c in compared.items() if p[0] == k}

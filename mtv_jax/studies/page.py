@@ -84,7 +84,7 @@ def _describe_study(
     yield page.Note("No run is finished.")
     return
   compared = statistics.compare(data, main, baseline=study.baseline)
-  rows = summary.rows_of_arms(data, main, compared)
+  rows = tables.rows_of_arms(data, main, compared)
   sizes = summary.measure_sets(run.outcome for run in results.runs)
   yield from summary.describe_headlines(rows, [*data.values], sizes)
   yield from runs.describe_sheets(_first_runs(results), output)
@@ -206,10 +206,8 @@ def draw_arms(
   for metric in metrics:
     rows = []
     for colour, arm in enumerate(data.values):
-      compared, note = verdicts.get((metric, arm)), ""
-      if compared:
-        than = "than" if compared.verdict in DISTINCT else "from"
-        note = f"{compared.verdict} {than} {compared.baseline}"
+      compared = verdicts.get((metric, arm))
+      note = compared.compare_with(compared.baseline) if compared else ""
       row = statistics.summarise_arm(data, metric, arm)
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)
