@@ -3,7 +3,7 @@
   python tools/screens.py runs/tiny/report.html docs/report_screen.jpg
 
 Needs Chromium. The image has four panels: both widths, each in both themes;
-the wide ones are at half their size.
+they are scaled to 0.42 and 0.62 of their size.
 """
 
 import pathlib
@@ -18,8 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import chromium  # noqa: E402
 
 # Width of the window, scale of the panel.
-_PANELS = ((1200, 0.5), (390, 0.75))
-_HEIGHT, _GAP, _QUALITY = 1200, 12, 72
+_PANELS = ((1200, 0.42), (390, 0.62))
+_HEIGHT, _GAP, _QUALITY = 940, 12, 58
 
 
 def draw(browser: chromium.Browser, page: pathlib.Path) -> Image.Image:
@@ -32,8 +32,10 @@ def draw(browser: chromium.Browser, page: pathlib.Path) -> Image.Image:
         browser.open(page, width=width, dark=dark)
         browser.screenshot(file)
         with Image.open(file) as image:
-          image = image.convert("RGB").crop((0, 0, width, _HEIGHT / scale))
-        size = round(width * scale), _HEIGHT
+          # Without the scroll bar.
+          box = 0, 0, image.width, round(_HEIGHT / scale)
+          image = image.convert("RGB").crop(box)
+        size = round(image.width * scale), _HEIGHT
         panels.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
         panels.append(np.full((_HEIGHT, _GAP, 3), 128, np.uint8))
   return Image.fromarray(np.concatenate(panels[:-1], axis=1))

@@ -104,8 +104,8 @@ a { color: var(--link); text-decoration: none; }
 @media (max-width: 600px) {
   body { margin: 1em auto; padding: 0 1em; }
   .several figure { max-width: 100%; }
-  td:first-child { white-space: normal; overflow-wrap: anywhere;
-    min-width: 8em; }
+  td { overflow-wrap: anywhere; }
+  td:first-child { white-space: normal; min-width: 8em; }
   .stacked tr:first-child { display: none; }
   .stacked, .stacked tbody, .stacked tr, .stacked td { display: block;
     max-width: none; text-align: left; padding: 0; }

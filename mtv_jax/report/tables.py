@@ -420,7 +420,8 @@ def format_entry(value: Any) -> str:
   if isinstance(value, list | tuple) and len(value) > 8:
     return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
   if isinstance(value, Mapping):
-    return ", ".join(f"{k} {format_entry(v)}" for k, v in value.items())
+    known = {k: v for k, v in value.items() if v is not None}
+    return ", ".join(f"{k} {format_entry(v)}" for k, v in known.items())
   if isinstance(value, list | tuple):
     return " ".join(map(format_entry, value))
   return "-" if value is None else str(value)
