@@ -146,15 +146,14 @@ def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
   # Equal captions share a line of the sheet.
   distinct, index = distinct_texts(data.captions)
   _, first = np.unique(index, return_index=True)
-  correct = np.zeros((len(data.images), len(distinct)), bool)
-  correct[data.owner, index] = True
+  correct = np.zeros((len(chosen), len(distinct)), bool)
+  for row, i in enumerate(chosen):
+    correct[row, index[data.owner == i]] = True
   queries = np.searchsorted(data.owner, chosen)
   images, scores = [data.images[i] for i in chosen], image[chosen] @ text.T
   captions, by_text = [data.captions[j] for j in queries], text[queries]
   return {
-    "captions": ranked_captions(
-      images, scores[:, first], distinct, correct[chosen]
-    ),
+    "captions": ranked_captions(images, scores[:, first], distinct, correct),
     "images": ranked_images(captions, by_text @ image.T, data.images, chosen),
   }
 

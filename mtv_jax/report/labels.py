@@ -221,7 +221,7 @@ class Cards(NamedTuple):
     blocks = []
     for card in self.cards:
       named = [
-        page.ImageFile(f"{kind} of {card.key}", image, f"samples/{name}.png")
+        page.ImageFile(f"{kind} of {card.key}", image, f"sheets/{name}.png")
         for kind, image in card.images.items()
         for name in [file_name(card.key, kind)]
       ]
