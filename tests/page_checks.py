@@ -28,6 +28,16 @@ class Outline(html.parser.HTMLParser):
       self.headings.append(data)
 
 
+# Elements that scroll, and texts of charts outside the window.
+_CUT = """[
+  ...[...document.querySelectorAll('.wide, .charts > div, section')].filter(
+    e => e.scrollWidth > e.clientWidth + 1),
+  ...[...document.querySelectorAll('svg text')].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.left < 0 || box.right > innerWidth; }),
+].map(e => e.textContent.slice(0, 80))"""
+
+
 def check_layout(browser, path, width, *, dark=False):
   """The page logs nothing, fits the window, and draws every chart."""
   browser.open(path, width=width, dark=dark)
@@ -47,3 +57,5 @@ def check_layout(browser, path, width, *, dark=False):
   assert boxes and min(boxes) > 50
   red = int(re.search(r"\d+", colour)[0])
   assert red < 60 if dark else red > 240
+  if width < 600:
+    assert browser.evaluate(_CUT) == []

@@ -45,7 +45,6 @@ from mtv_jax.utils import plots
 
 _CHUNK = 256  # images per call of the encoder
 _FIXED_BOXES = 256
-_IMAGE_SIZE = 320  # pixels per side on the sheet, so that names are legible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,10 +218,12 @@ def _draw_sheet(data, region, text, phrases, *, count: int) -> np.ndarray:
   for i in examples.subsample(range(len(data.images)), count):
     scores = region[starts[i] : starts[i + 1]] @ text.T
     top = [phrases[k] for k in np.argmax(scores, axis=1)]
-    image = np.asarray(plots.fit_image(data.images[i], _IMAGE_SIZE))
-    labels = data.phrases[i], top
-    rows.append([plots.draw_boxes(image, data.boxes[i], x)[0] for x in labels])
-  return plots.image_grid(rows, titles=("annotated", "top 1"), size=_IMAGE_SIZE)
+    image = np.asarray(plots.fit_image(data.images[i], plots.HALF))
+    draw = functools.partial(
+      plots.draw_boxes, image, data.boxes[i], size=plots.SHEET_TEXT - 3
+    )
+    rows.append([draw(labels)[0] for labels in (data.phrases[i], top)])
+  return plots.image_grid(rows, titles=("annotated", "top 1"))
 
 
 def resolve_regions(encoder: Encoder, method: str) -> str:

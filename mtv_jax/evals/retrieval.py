@@ -29,7 +29,8 @@ from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.plots import GAP, INK, LINE_HEIGHT, PAPER
+from mtv_jax.utils.plots import GAP, INK, PAPER
+from mtv_jax.utils.plots import SHEET_LINE as LINE_HEIGHT
 
 AT = (1, 5, 10)
 # Metric prefixes.
@@ -145,15 +146,14 @@ def _draw_sheets(data: CaptionSet, image, text, count: int) -> dict:
   # Equal captions share a line of the sheet.
   distinct, index = distinct_texts(data.captions)
   _, first = np.unique(index, return_index=True)
-  correct = np.zeros((len(data.images), len(distinct)), bool)
-  correct[data.owner, index] = True
+  correct = np.zeros((len(chosen), len(distinct)), bool)
+  for row, i in enumerate(chosen):
+    correct[row, index[data.owner == i]] = True
   queries = np.searchsorted(data.owner, chosen)
   images, scores = [data.images[i] for i in chosen], image[chosen] @ text.T
   captions, by_text = [data.captions[j] for j in queries], text[queries]
   return {
-    "captions": ranked_captions(
-      images, scores[:, first], distinct, correct[chosen]
-    ),
+    "captions": ranked_captions(images, scores[:, first], distinct, correct),
     "images": ranked_images(captions, by_text @ image.T, data.images, chosen),
   }
 
@@ -186,34 +186,49 @@ def ranked_captions(
   captions: Sequence[str],
   correct: Bool[np.ndarray, "n m"],
   *,
-  top: int = 5,
+  top: int = 3,
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Sheet of images, each beside its top captions.
 
   Correct captions are green and marked. If none is in the top, the best-ranked
   correct caption is appended with its rank.
   """
-  size = 144  # side of an image
-  width = size + 4 * GAP + 460
-  height = max(size, (top + 1) * LINE_HEIGHT + GAP) + GAP
-  sheet = Image.new("RGB", (width, height * len(images)), PAPER)
-  draw = ImageDraw.Draw(sheet)
-  x = size + GAP
+  rows = []
   for i, image in enumerate(images):
-    sheet.paste(plots.fit_image(image, size), (0, i * height))
     order = np.argsort(-scores[i], kind="stable")
     ranks = list(range(min(top, len(order))))
     if not correct[i, order[:top]].any() and correct[i].any():
       ranks.append(int(np.argmax(correct[i, order])))
-    for k, rank in enumerate(ranks):
-      j, y = order[rank], i * height + k * LINE_HEIGHT
-      if correct[i, j]:
-        draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
-      text = f"{rank + 1}.  {scores[i, j]:.3f}  {captions[j]}"
-      text = plots.shorten(text, width - x - 2 * GAP)
-      ink = MATCH if correct[i, j] else INK
-      draw.text((x + 10, y), text, ink, plots.font())
-  return np.asarray(sheet)
+    lines = [
+      (f"{rank + 1}. {captions[order[rank]]}", bool(correct[i, order[rank]]))
+      for rank in ranks
+    ]
+    rows.append(image_with_texts(image, lines))
+  return plots.vstack(rows)
+
+
+def image_with_texts(
+  image: UInt8[np.ndarray, "_ _ 3"], texts: Sequence[tuple[str, bool]]
+) -> UInt8[np.ndarray, "h w 3"]:
+  """An image beside texts of at most two lines; correct ones are green."""
+  x = plots.THIRD + GAP
+  width = plots.SHEET_WIDTH - x - 2 * GAP
+  lines = [
+    (line, correct)
+    for text, correct in texts
+    for line in plots.wrap(text, width, lines=2, size=plots.SHEET_TEXT)
+  ]
+  height = max(plots.THIRD, len(lines) * LINE_HEIGHT)
+  row = Image.new("RGB", (plots.SHEET_WIDTH, height), PAPER)
+  row.paste(plots.fit_image(image, plots.THIRD), (0, 0))
+  draw = ImageDraw.Draw(row)
+  for k, (line, correct) in enumerate(lines):
+    y = k * LINE_HEIGHT
+    if correct:
+      draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
+    ink = MATCH if correct else INK
+    draw.text((x + 12, y), line, ink, plots.font(plots.SHEET_TEXT))
+  return np.asarray(row)
 
 
 def ranked_images(
@@ -222,16 +237,16 @@ def ranked_images(
   images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
   owner: Sequence[int],
   *,
-  top: int = 5,
+  top: int = 4,
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Sheet of captions, each above its top images.
 
   The correct image has a green frame, or its rank is beside the caption.
   """
-  size = 120  # side of an image
-  side = size + GAP
+  width = plots.SHEET_WIDTH
+  side = (width + GAP) // top
+  size = side - GAP
   top = min(top, len(images))
-  width = max(top * side - GAP, 520)
   height = LINE_HEIGHT + 4 + side
   sheet = Image.new("RGB", (width, height * len(captions)), PAPER)
   draw = ImageDraw.Draw(sheet)
@@ -239,8 +254,9 @@ def ranked_images(
     order = np.argsort(-scores[i], kind="stable")
     rank = int(np.flatnonzero(order == owner[i])[0])
     suffix = "" if rank < top else f"  (own image: rank {rank + 1})"
-    text = plots.shorten(caption, width - plots.text_width(suffix)) + suffix
-    draw.text((0, i * height), text, INK, plots.font())
+    room = width - plots.text_width(suffix, plots.SHEET_TEXT)
+    text = plots.shorten(caption, room, plots.SHEET_TEXT) + suffix
+    draw.text((0, i * height), text, INK, plots.font(plots.SHEET_TEXT))
     for k, j in enumerate(order[:top]):
       x, y = k * side, i * height + LINE_HEIGHT + 2
       image = plots.fit_image(images[int(j)], size)

@@ -53,7 +53,6 @@ _SIZE, _STEP = 480, 64  # shorter side; divisor of the longer side
 _PATCH = 16  # of the published encoders
 _NEIGHBOURHOOD = 12
 _CHUNK = 32  # frames whose features are in memory
-_SHEET_HEIGHT = 160
 _TITLES = ("last frame", "true objects", "predicted objects")
 
 
@@ -315,7 +314,7 @@ def _draw_row(video: Video, truth: list, predicted: list) -> np.ndarray:
   colours[1 : 1 + video.objects] = plots.palette(video.objects)
   maps = [colours[labels[-1]] for labels in (truth, predicted)]
   frame = video.frames[len(truth)]
-  return plots.image_with_maps(frame, maps, height=_SHEET_HEIGHT)
+  return plots.image_with_maps(frame, maps, height=plots.THIRD)
 
 
 _BOUND = 0.008  # of the diagonal

@@ -19,6 +19,7 @@ from mtv_jax.utils.text import Number, format_short, one_line
 
 WIDTH = 340
 TEXT = 12  # Font size.
+_SCALED = 540  # Width of charts that scale, in pixels.
 TITLE = 24  # Height of the title's line.
 _LARGEST = 1e300
 _GAP = 14  # Between the labels of series.
@@ -138,8 +139,10 @@ def make_chart(
   """Assembles SVG elements into a titled chart."""
   width, height = math.ceil(width), math.ceil(height)
   heading = escape_line(shorten(title, width - 4, 13))
+  # A narrow window scales a chart, unless its text would be too small.
+  scales = "style='max-width:100%;height:auto' " if width <= _SCALED else ""
   svg = (
-    f"<svg class='chart' role='img' aria-label='{escape_line(title)}' "
+    f"<svg class='chart' role='img' aria-label='{escape_line(title)}' {scales}"
     f"width='{width}' height='{height}' viewBox='0 0 {width} {height}'>"
     f"<text x='2' y='15' class='title'>{heading}{add_title(title)}</text>"
     f"{''.join(parts)}</svg>"
@@ -434,7 +437,8 @@ def heat_map(
       bold = marks is not None and marks[i][k]
       parts.append(_draw_cell(left + _CELL * k, y, value, limit, label, bold))
   width = left + _CELL * len(columns) + (longest * 0.77) * slanted
-  width = max(width + 4, text_width(title, 13) + 8)
+  # Bold, and in the browser's font.
+  width = max(width + 4, 1.2 * text_width(title, 13) + 8)
   return make_chart(title, name, width, top + _ROW * len(rows) + 4, parts)
 
 

@@ -123,6 +123,11 @@ class Contrast:
       return NOT_DISTINGUISHABLE
     return BETTER if self.gain > 0 else WORSE
 
+  def compare_with(self, reference: str) -> str:
+    """The verdict as text, such as "better than REFERENCE"."""
+    than = "than" if self.verdict in DISTINCT else "from"
+    return f"{self.verdict} {than} {reference}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison(Contrast):
@@ -185,6 +190,12 @@ def correct_contrasts(rows: Iterable[C]) -> list[C]:
   rows = list(rows)
   pairs = zip(rows, holm([row.p for row in rows]), strict=True)
   return [dataclasses.replace(row, p_holm=p) for row, p in pairs]
+
+
+def correct_by_key(rows: Mapping[Any, C | None]) -> dict[Any, C]:
+  """`correct_contrasts` of the rows that are known."""
+  known = {key: row for key, row in rows.items() if row is not None}
+  return dict(zip(known, correct_contrasts(known.values()), strict=True))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

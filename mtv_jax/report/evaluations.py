@@ -19,7 +19,7 @@ from mtv_jax.evals.published import (
   Figure,
   matching_column,
 )
-from mtv_jax.report import charts, page, tables
+from mtv_jax.report import charts, page, summary, tables
 from mtv_jax.report.charts import Chart, Row
 from mtv_jax.report.tables import MetricRow
 from mtv_jax.utils.errors import ConfigError, did_you_mean
@@ -122,48 +122,71 @@ def describe_outcomes(
     columns = [o for o in columns if o.name not in missing]
     rows = tables.compare(columns, split=split, baseline=index)
   matches = find_matches(columns, rows)
+  yield page.Heading("Encoders")
+  yield page.Table(tables.encoder_table(columns))
+  sizes = summary.measure_sets(columns)
+  names = [column.name for column in columns]
+  yield from summary.describe_headlines(rows, names, sizes)
+  yield from _describe_sheets(outcomes)
   yield page.Heading("Metrics")
+  drawn, quoted = draw_charts(columns, rows, size=size)
+  yield page.Charts(drawn)
+  yield page.Note(_CHARTS_NOTE)
+  if quoted:
+    yield page.Note(_PUBLISHED_NOTE)
+    yield _published_table(quoted)
+  yield _fold_metrics(columns, rows, matches)
+  if missing:
+    yield page.Note(
+      f"Not shown, for lack of the same data: {', '.join(missing)}."
+    )
+  if split and len(outcomes) > 1:
+    yield from _describe_differences(rows, baseline)
+  yield from _describe_matches(columns, matches)
+  yield from _describe_missing(outcomes)
+  yield from _describe_protocols(columns, rows)
+
+
+def _published_table(quoted: Sequence[str]) -> page.Table:
+  """Values of Table 5 in the columns of `COLUMNS`."""
+  head = ["published"]
+  for column in quoted:
+    unit = "m" if column == "nyu" else "%"
+    head.append(f"{COLUMNS[column].label}, {unit}")
+  lines = [[r.name, *(f"{r.figures[n]:g}" for n in quoted)] for r in REFERENCES]
+  return page.Table([head, *lines])
+
+
+def _fold_metrics(
+  columns: Sequence[Outcome],
+  rows: Sequence[MetricRow],
+  matches: Sequence[FigureMatch],
+) -> page.Details:
+  """The table of all metrics, with published figures of the same rows."""
   cells = ["published"]
   for row in rows:
     own = [match for match in matches if match.row == row]
     lines = [f"{columns[m.encoder].name}: {format_figure(m)}" for m in own]
     cells.append("\n".join(lines))
-  cells = cells if matches else None
-  yield page.Table(tables.metrics_table(columns, rows, cells), numbers=2)
-  yield page.Note(_NOTE)
-  variants = dict.fromkeys(row.evaluation for row in rows if row.variant)
-  if variants:
+  table = tables.metrics_table(columns, rows, cells if matches else None)
+  blocks = [page.Table(table, numbers=2), page.Note(_NOTE)]
+  return page.Details(f"All {len(rows)} metrics", blocks)
+
+
+def _describe_protocols(
+  columns: Sequence[Outcome], rows: Sequence[MetricRow]
+) -> Iterator[page.PageBlock]:
+  """How each evaluation was done; first what makes results incomparable."""
+  yield page.Heading("Protocols")
+  if variants := dict.fromkeys(row.evaluation for row in rows if row.variant):
     yield page.Note(_PROTOCOLS_NOTE)
     yield page.Bullets(
       [line for n in variants for line in tables.list_differing(columns, n)]
     )
-  if missing:
-    names = ", ".join(missing)
-    yield page.Note(f"Not shown, for lack of the same data: {names}.")
-  yield page.Note(_CHARTS_NOTE)
-  drawn, quoted = draw_charts(columns, rows, size=size)
-  yield page.Charts(drawn)
-  if quoted:
-    yield page.Note(_PUBLISHED_NOTE)
-    head = ["published"]
-    for column in quoted:
-      unit = "m" if column == "nyu" else "%"
-      head.append(f"{COLUMNS[column].label}, {unit}")
-    lines = [
-      [r.name, *(f"{r.figures[n]:g}" for n in quoted)] for r in REFERENCES
-    ]
-    yield page.Table([head, *lines])
-  if split and len(outcomes) > 1:
-    yield from _describe_differences(rows, baseline)
-  yield from _describe_matches(columns, matches)
-  yield page.Heading("Encoders")
-  yield page.Table(tables.encoder_table(columns))
-  yield from _describe_missing(outcomes)
   for name in tables.evaluation_names(columns):
-    yield page.Heading(name)
-    yield from _list_sheets(outcomes, name)
     found = tables.compare_protocols(columns, name).tables()
-    yield page.Details("Protocol", [page.Table(table) for table in found])
+    title = summary.name_evaluation(name)
+    yield page.Details(title, [page.Table(table) for table in found])
 
 
 def draw_charts(
@@ -205,7 +228,7 @@ def draw_metric(
   """Chart of one metric: a row per item of `names` (by index), then `more`."""
   metric = row.label.removesuffix(" ↓")
   return charts.interval_plot(
-    title or f"{row.evaluation} {metric}",
+    title or summary.name_row(row),
     [*(interval_row(row, i, name, i) for i, name in names.items()), *more],
     name=file_name("metric", row.evaluation, metric),
     unit=row.unit,
@@ -253,20 +276,19 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
       yield page.Bullets(lines)
 
 
-def _list_sheets(
-  outcomes: Sequence[Outcome], evaluation: str
-) -> Iterator[page.Images]:
-  """The sheets of an evaluation; sheets with equal names are side by side."""
+def _describe_sheets(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
+  """Sheets of the evaluations; sheets with equal names are side by side."""
   sheets: dict[str, list[page.ImageFile]] = {}
-  for outcome in outcomes:
-    result = outcome.results.get(evaluation)
-    for name, image in (result.sheets if result else {}).items():
-      parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
-      path = f"sheets/{file_name(*parts)}.png"
-      file = page.ImageFile(f"{name}, {outcome.name}", image, path)
-      sheets.setdefault(name, []).append(file)
-  for files in sheets.values():
-    yield page.Images(files)
+  for evaluation in tables.evaluation_names(outcomes):
+    for outcome in outcomes:
+      result = outcome.results.get(evaluation)
+      for name, image in (result.sheets if result else {}).items():
+        parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
+        path = f"sheets/{file_name(*parts)}.png"
+        title = summary.describe_sheet(evaluation, name)
+        file = page.ImageFile(outcome.name, image, path)
+        sheets.setdefault(title, []).append(file)
+  yield from summary.arrange_sheets(sheets)
 
 
 class FigureMatch(NamedTuple):

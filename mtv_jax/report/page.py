@@ -87,10 +87,6 @@ class Bold(str):
   """A bold table cell."""
 
 
-class Link(str):
-  """A table cell that links to the heading of equal text."""
-
-
 class Swatch(str):
   """A table cell with a dot in a series' colour."""
 
@@ -156,14 +152,22 @@ class Code(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A header, then rows; columns from index `numbers` on are right-aligned."""
+  """A header, then rows; columns from index `numbers` on are right-aligned.
+
+  HTML leaves out an empty header.
+  """
 
   rows: Sequence[Sequence[str]]
   numbers: int | None = None
 
   def html(self) -> str:
     head, *rows = self.rows
-    lines = ["<tr>", *(self._html_cell("th", k, x) for k, x in enumerate(head))]
+    lines = []
+    if any(head):
+      lines = [
+        "<tr>",
+        *(self._html_cell("th", k, x) for k, x in enumerate(head)),
+      ]
     for row in rows:
       lines.append("<tr>")
       lines += (self._html_cell("td", k, x) for k, x in enumerate(row))
@@ -174,11 +178,8 @@ class Table(NamedTuple):
     text = escape(cell)
     if "\n" in text:
       text = f"<span class=lines>{text.replace(chr(10), '<br>')}</span>"
-    if isinstance(cell, Link):
-      text = f"<a href='#{text}'>{text}</a>"
-    elif isinstance(cell, Swatch):
-      colour = f"background:var(--c{cell.colour % COLOURS})"
-      text = f"<i class=swatch style='{colour}'></i>{text}"
+    if isinstance(cell, Swatch):
+      text = _html_swatch(cell.colour) + text
     elif isinstance(cell, Bold):
       text = f"<b>{text}</b>"
     css = " class=n" if self.numbers is not None and k >= self.numbers else ""
@@ -203,19 +204,72 @@ class Table(NamedTuple):
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+class Headline(NamedTuple):
+  """One figure of an evaluation, for one encoder or several."""
+
+  title: str
+  metric: str
+  figures: Sequence[tuple[str, str, int | None]]  # name, value, colour
+  details: str  # size of the test set, and chance
+  verdicts: Sequence[str]
+
+
+class Headlines(NamedTuple):
+  """Headlines side by side; a table in Markdown."""
+
+  headlines: Sequence[Headline]
+
+  def html(self) -> str:
+    return f"<div class=headlines>{''.join(map(_html_headline, self[0]))}</div>"
+
+  def markdown(self, files: PageFiles) -> str:
+    rows = [["evaluation", "metric", "value", "test set", "verdict"]]
+    for title, metric, figures, details, verdicts in self.headlines:
+      named = [f"{n}: {v}" if k is not None else v for n, v, k in figures]
+      text = " ".join(verdicts)
+      rows.append([title, metric, "\n".join(named), details, text])
+    return Table(rows).markdown(files)
+
+
+def _html_headline(headline: Headline) -> str:
+  """A headline as a box; a single figure is large."""
+  lines = []
+  for name, value, colour in headline.figures:
+    number, sign, error = escape(value).partition(" ± ")
+    text = f"<b>{number}</b> <span class=note>{sign}{error}</span>"
+    if colour is None:
+      lines.append(f"<p class=figure>{text}</p>")
+    else:
+      lines.append(f"<p>{_html_swatch(colour)}{escape(name)} {text}</p>")
+  return (
+    f"<section><h3>{escape(headline.title)}</h3>"
+    f"<p class=note>{escape(headline.metric)}</p>{''.join(lines)}"
+    f"<p class=note>{escape(headline.details)}</p>"
+    f"{''.join(f'<p>{escape(line)}</p>' for line in headline.verdicts)}"
+    "</section>"
+  )
+
+
+def _html_swatch(colour: int) -> str:
+  colour = f"background:var(--c{colour % COLOURS})"
+  return f"<i class=swatch style='{colour}'></i>"
+
+
 class Images(NamedTuple):
-  """A row of images."""
+  """Images in rows, or in two columns if their heights differ."""
 
   files: Sequence[ImageFile]
+  columns: bool = False
 
   def html(self) -> str:
     several = " several" if len(self.files) > 1 else ""
+    css = "columns" if self.columns else f"figures{several}"
     inner = "".join(
-      f"<figure>{html_image(f.image, f.title)}"
-      f"<figcaption>{escape(f.title)}</figcaption></figure>"
+      f"<figure><figcaption>{escape(f.title)}</figcaption>"
+      f"{html_image(f.image, f.title)}</figure>"
       for f in self.files
     )
-    return f"<div class='figures{several}'>{inner}</div>"
+    return f"<div class='{css}'>{inner}</div>"
 
   def markdown(self, files: PageFiles) -> str:
     return "\n\n".join(

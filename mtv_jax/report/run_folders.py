@@ -12,14 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mtv_jax.config import aliases
 from mtv_jax.config.options import check_value
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report.charts import is_drawn
+from mtv_jax.train.runtime.sessions import read_sessions
+from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
+SAMPLES = "samples/samples.json"
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
 # Config fields that reports read.
 _FIELDS = dict(
@@ -50,6 +54,8 @@ class RunRecord:
   sheets: dict[tuple[str, str], pathlib.Path]
   interference: list[dict[str, Any]]  # measurements, see docs/training.md
   command: str  # "" if unknown
+  sessions: list[dict[str, Any]]  # of run.json, oldest first
+  samples: dict[str, Any]  # of samples/samples.json; empty if missing
 
   @property
   def step(self) -> int:
@@ -76,7 +82,10 @@ def read_run(
     for evaluation, by_step in list_evaluations(folder).items()
     if step is None or step in by_step
   }
+  order = [*(config.get("evals") or {})]
+  files = {n: files[n] for n in dict.fromkeys((*order, *files)) if n in files}
   command, text = folder / "command.txt", ""
+  samples = path_lib.read_json(folder / SAMPLES, tolerant=True)
   if command.is_file():
     text = command.read_text("utf-8", errors="replace")
   return RunRecord(
@@ -95,6 +104,8 @@ def read_run(
     },
     interference=_read_interference(folder / "interference.jsonl"),
     command=text.strip(),
+    sessions=read_sessions(folder),
+    samples=samples if isinstance(samples, dict) else {},
   )
 
 
@@ -214,6 +225,17 @@ def read_outcomes(path: pathlib.Path) -> list[Outcome]:
     )
     for outcome in results.read(path)
   ]
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+  """Reads a run's image, uint8 [H, W, 3]."""
+  try:
+    with Image.open(path) as file:
+      return np.asarray(file.convert("RGB"))
+  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise InputError(
+      f"{path} is not a whole image ({error}). Remove it."
+    ) from None
 
 
 def _read_outcome(name: str, files: Sequence[pathlib.Path]) -> Outcome:

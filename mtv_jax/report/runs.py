@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import json
 import os
@@ -15,15 +14,16 @@ from PIL import Image
 
 from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.encoder_requests import distinct_names
-from mtv_jax.report import charts, page, tables
-from mtv_jax.report.changes import describe_changes
+from mtv_jax.report import charts, page, summary, tables
+from mtv_jax.report.changes import describe_changes, measure_changes
 from mtv_jax.report.charts import Chart, Series
 from mtv_jax.report.contrasts import Metric, list_metrics
-from mtv_jax.report.evaluations import draw_metric, interval_row
+from mtv_jax.report.evaluations import draw_metric
 from mtv_jax.report.run_folders import (
   RunRecord,
   group_by_arm,
   name_arms,
+  read_image,
   read_run,
 )
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -76,12 +76,14 @@ def write_runs(
   title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(titles)
   if len(read) > _MAX_NAMES:
     title = f"{len(read)} runs"
-  blocks = [page.Table(runs_table(read), numbers=1)]
-  blocks += _describe_metrics(read)
-  blocks += describe_changes(read)
-  blocks += describe_training(read, names=names)
-  blocks += describe_gradients(read)
+  blocks = [*_describe_runs(read)]
+  rows = tables.compare([run.outcome for run in read])
+  blocks += _describe_results(read, rows)
   blocks += describe_sheets(read, pathlib.Path(output))
+  blocks += describe_training(read, names=names)
+  blocks += describe_changes(read)
+  blocks += describe_gradients(read)
+  blocks += _describe_metrics(read, rows)
   blocks += describe_configs(read)
   return page.write_pages(title, blocks, output)[:2]
 
@@ -92,15 +94,36 @@ def format_run(folder: str | os.PathLike) -> str:
   return tables.format_metrics([outcome]) if outcome.results else ""
 
 
-def _describe_metrics(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
-  """Last metrics with errors and chance, and their charts; if any are known."""
-  outcomes = [run.outcome for run in runs]
-  rows = tables.compare(outcomes)
+def _describe_runs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
+  """What was trained on what, and samples of it."""
+  if len(runs) > 1:
+    yield page.Table(runs_table(runs), numbers=1)
+  yield summary.facts_table(runs)
+  first = next((run for run in runs if run.samples), runs[0])
+  yield from summary.describe_samples(first)
+
+
+def _describe_results(
+  runs: Sequence[RunRecord], rows: Sequence[tables.MetricRow]
+) -> Iterator[page.PageBlock]:
+  """A figure an evaluation with its verdicts."""
+  changes = []
+  if len(runs) == 1:
+    changes = measure_changes(runs)
+  sizes = summary.measure_sets(run.outcome for run in runs)
+  names = [run.name for run in runs]
+  yield from summary.describe_headlines(rows, names, sizes, changes)
+
+
+def _describe_metrics(
+  runs: Sequence[RunRecord], rows: Sequence[tables.MetricRow]
+) -> Iterator[page.PageBlock]:
+  """Charts of the last metrics with errors and chance; their table, folded."""
   if not rows:
     return
   yield page.Heading("Metrics")
-  # Drop the links, as evaluations lack headings here, and the columns of runs
-  # without results.
+  # Drop the columns of runs without results.
+  outcomes = [run.outcome for run in runs]
   kept = [i for i, outcome in enumerate(outcomes) if outcome.results]
   table = [
     [str(evaluation), metric, *(cells[i] for i in kept), chance]
@@ -108,29 +131,17 @@ def _describe_metrics(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:
       outcomes, rows
     )
   ]
-  yield page.Table(table, numbers=2)
-  yield page.Note(_VALUES_NOTE)
-  rows = [row for row in rows if row.evaluation not in tables.DESCRIPTIVE]
-  rows = [row for row in rows if any(v is not None for v in row.values)]
-  if len(runs) == 1:
-    groups = collections.defaultdict(list)  # A chart per evaluation and unit.
-    for row in rows:
-      line = interval_row(row, 0, row.metric, 0)
-      groups[row.evaluation, row.unit].append(line)
-    drawn = []
-    for (name, unit), lines in groups.items():
-      file = file_name("metrics", name, unit)
-      drawn.append(charts.interval_plot(name, lines, name=file, unit=unit))
-    yield page.Charts(drawn)
-    return
-  yield page.Note(f"Bold: {tables.BEST_NOTE}.")
-  drawn = {True: [], False: []}
-  for row in rows:
+  several = [page.Note(f"Bold: {tables.BEST_NOTE}.")] * (len(runs) > 1)
+  folded = [page.Table(table, numbers=2), page.Note(_VALUES_NOTE), *several]
+  yield page.Details(f"All {len(rows)} metrics", folded)
+  if len(runs) > 1:
     names = {i: run.name for i, run in enumerate(runs)}
-    drawn[row.is_main].append(draw_metric(row, names))
-  yield page.Charts(drawn[True])
-  if drawn[False]:
-    yield page.Details("Further metrics", [page.Charts(drawn[False])])
+    drawn = [
+      draw_metric(row, names)
+      for row in rows
+      if row.is_main and any(v is not None for v in row.values)
+    ]
+    yield page.Charts(drawn)
 
 
 def describe_training(
@@ -305,28 +316,23 @@ def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
 def describe_sheets(
   runs: Sequence[RunRecord], output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
-  """Sheets of evaluations, with the runs side by side."""
+  """Sheets of evaluations; those of several runs are side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
-  if keys:
-    yield page.Heading("Images")
-  for key in keys:
-    yield page.Heading(": ".join(key), level=3)
-    yield page.Images(
-      [_read_sheet(run, *key, output) for run in runs if key in run.sheets]
-    )
+  yield from summary.arrange_sheets(
+    {
+      summary.describe_sheet(*key): [
+        _read_sheet(run, *key, output) for run in runs if key in run.sheets
+      ]
+      for key in keys
+    }
+  )
 
 
 def _read_sheet(
   run: RunRecord, evaluation: str, name: str, output: pathlib.Path
 ) -> page.ImageFile:
   source = run.sheets[evaluation, name].resolve()
-  try:
-    with Image.open(source) as file:
-      image = file.convert("RGB")
-  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise InputError(
-      f"{source} is not a whole image ({error}). Remove it."
-    ) from None
+  image = Image.fromarray(read_image(source))
   if image.width > _MAX_WIDTH:
     height = max(round(image.height * _MAX_WIDTH / image.width), 1)
     image = image.resize((_MAX_WIDTH, height), Image.Resampling.LANCZOS)
@@ -368,7 +374,7 @@ def runs_table(
     name = page.Swatch(run.name, colours[run.arm])
     rows.append([name, str(run.seed), progress, f"{steps * batch:,}"])
     if timed:
-      for metric, form in (("images_per_second", ".0f"), ("core_hours", ".2f")):
+      for metric, form in (("images_per_second", ".0f"), ("core_hours", ".2g")):
         points = run.series.get(f"speed/{metric}")
         rows[-1].append(format(points[-1][1], form) if points else tables.EMPTY)
   return rows

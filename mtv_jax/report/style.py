@@ -62,7 +62,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 h3 { font-size: 1em; margin-top: 1.5em; }
 table { border-collapse: collapse; margin: .6em 0; }
 th, td { text-align: left; vertical-align: top; padding: .18em .9em .18em 0;
-  max-width: 32em; overflow-wrap: break-word; }
+  max-width: 48em; overflow-wrap: break-word; }
 th { border-bottom: 2px solid var(--ink); }
 th, td:first-child { white-space: nowrap; }
 .n { text-align: right; padding-left: .5em; white-space: nowrap;
@@ -70,6 +70,9 @@ th, td:first-child { white-space: nowrap; }
 .note { color: var(--muted); max-width: 56em; }
 .wide { overflow-x: auto; } .lines { white-space: nowrap; }
 img { max-width: 100%; height: auto; }
+.figures img, .columns img { background: #fff; border-radius: 4px; }
+.columns { columns: 2 400px; column-gap: 1.2em; }
+.columns figure { break-inside: avoid; margin: 0 0 1.2em; }
 figure { margin: .6em 0; max-width: 100%; }
 figcaption { color: var(--muted); }
 .figures { display: flex; flex-wrap: wrap; gap: 1.2em; align-items: start; }
@@ -84,18 +87,32 @@ summary { cursor: pointer; color: var(--link); }
 a { color: var(--link); text-decoration: none; }
 .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .4em;
   border-radius: 50%; }
+.headlines { display: grid; gap: .9em; margin: .8em 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
+.headlines section { border: 1px solid var(--line); border-radius: 6px;
+  padding: .7em .9em; background: var(--raised); }
+.headlines h3, .headlines p { margin: 0 0 .25em; }
+.headlines .figure b { font-size: 1.9em; line-height: 1.2; }
+.cards { display: grid; gap: 1.4em 1.2em; }
+.cards figure { margin: 0; overflow-wrap: anywhere; }
+.images { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
+.images img { flex: 1 1 150px; min-width: 0; height: auto; max-height: 400px;
+  object-fit: contain; object-position: left top; }
+.names { margin: .25em 0; }
+.names i { font-style: normal; background: var(--raised); border-radius: 3px;
+  padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
 @media (max-width: 600px) {
   body { margin: 1em auto; padding: 0 1em; }
   .several figure { max-width: 100%; }
-  td:first-child { white-space: normal; overflow-wrap: anywhere;
-    min-width: 8em; }
+  td { overflow-wrap: anywhere; }
+  td:first-child { white-space: normal; min-width: 8em; }
   .stacked tr:first-child { display: none; }
   .stacked, .stacked tbody, .stacked tr, .stacked td { display: block;
     max-width: none; text-align: left; padding: 0; }
   .stacked tr { padding: .4em 0; border-bottom: 1px solid var(--line); }
   .stacked td { white-space: normal; }
   .stacked td:first-child { font-weight: 600; }
-  .stacked .lines { white-space: normal; }
+  .lines { white-space: normal; }
   .stacked td[data-head]::before { content: attr(data-head) ": ";
     color: var(--muted); }
 }

@@ -20,7 +20,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.page import Bold, Details, Link, Table
+from mtv_jax.report.page import Bold, Details, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
 EMPTY = "–"
@@ -61,6 +61,8 @@ class MetricRow(NamedTuple):
   best: int | None = None  # index of the best value, see `BEST_NOTE`
   # Differences from the baseline, if the baseline has a value.
   differences: tuple[Comparison, ...] = ()
+  # Each value minus chance; None if either is unknown.
+  over_chance: tuple[Contrast | None, ...] = ()
 
   @property
   def label(self) -> str:
@@ -149,6 +151,32 @@ def _row(
   return MetricRow(evaluation, name, *fields, is_main)
 
 
+def rows_of_arms(
+  data: ArmMeasurements,
+  metrics: Sequence[Metric],
+  compared: Sequence[Comparison],
+) -> list[MetricRow]:
+  """Rows of main metrics with the means of arms over their seeds."""
+  cells = [(metric, arm) for metric in metrics for arm in data.values]
+  above = {cell: contrast_chance(data, *cell) for cell in cells}
+  above = contrasts.correct_by_key(above)
+  rows = []
+  for metric in metrics:
+    means = {}
+    for i, arm in enumerate(data.values):
+      seeds = data.seeds(arm, metric.name)
+      known = data.read("values", metric, arm, seeds)
+      mean = sum(known) / len(known) if known else None
+      means[str(i)] = {0: {metric.name: mean}}
+    row = _row(metric, ArmMeasurements(means), len(means), is_main=True)
+    row = row._replace(
+      differences=tuple(c for c in compared if c.metric == metric),
+      over_chance=tuple(above.get((metric, arm)) for arm in data.values),
+    )
+    rows.append(row)
+  return rows
+
+
 def _find_leading(row: MetricRow) -> int | None:
   """Index of the best of several values."""
   known = [i for i, value in enumerate(row.values) if value is not None]
@@ -166,13 +194,23 @@ def _add_verdicts(
 ) -> list[MetricRow]:
   """Adds the best value and the differences from the baseline to each row.
 
-  Contrasts each value with the leading value and the baseline's. Main and
-  further metrics are one family each for Holm's correction.
+  Contrasts each value with chance, the leading value and the baseline's. Main
+  and further metrics are one family each for Holm's correction, for chance and
+  for the other contrasts.
   """
   # By (row, arm, reference) indices; the baseline is never an arm.
   compared: dict[tuple[int, int, int], Comparison] = {}
+  over_chance: dict[tuple[int, int], Contrast] = {}
   for main in (True, False):
     family = {}
+    over_chance |= contrasts.correct_by_key(
+      {
+        (k, i): contrast_chance(*data[k], str(i))
+        for k, row in enumerate(rows)
+        if row.is_main == main
+        for i in range(len(names))
+      }
+    )
     for k, row in enumerate(rows):
       if row.is_main != main or row.evaluation in DESCRIPTIVE:
         continue
@@ -184,8 +222,7 @@ def _add_verdicts(
             c = contrasts.compare_arms(*data[k], str(i), str(j))
             c = dataclasses.replace(c, arm=names[i], baseline=names[j])
             family[k, i, j] = c
-    corrected = contrasts.correct_contrasts(family.values())
-    compared |= dict(zip(family, corrected, strict=True))
+    compared |= contrasts.correct_by_key(family)
   judged = []
   for k, row in enumerate(rows):
     best, own = leading[k], {p: c for p, c in compared.items() if p[0] == k}
@@ -194,25 +231,37 @@ def _add_verdicts(
       for (_, i, j), c in own.items()
       if best in (i, j)
     )
-    is_best = is_best and _beats_chance(*data[k], str(best))
+    above = tuple(over_chance.get((k, i)) for i in range(len(names)))
+    beats_chance = best is None or above[best] is None
+    beats_chance = beats_chance or above[best].verdict == BETTER
     differences = tuple(c for (_, _, j), c in own.items() if j == baseline)
-    row = row._replace(best=best if is_best else None, differences=differences)
+    row = row._replace(
+      best=best if is_best and beats_chance else None,
+      differences=differences,
+      over_chance=above,
+    )
     judged.append(row)
   return judged
 
 
-def _beats_chance(data: ArmMeasurements, metric: Metric, arm: str) -> bool:
-  if metric.chance is None:
-    return True
-  c = contrasts.estimate_contrast(data, metric, {arm: 1.0}, -metric.chance)
-  return c.verdict == BETTER
+def contrast_chance(
+  data: ArmMeasurements, metric: Metric, arm: str
+) -> Contrast | None:
+  """An arm minus chance, uncorrected; None if either is unknown."""
+  if metric.chance is None or not data.seeds(arm, metric.name):
+    return None
+  return contrasts.estimate_contrast(data, metric, {arm: 1.0}, -metric.chance)
 
 
 def format_value(
-  value: float | None, unit: str, error: float | None = None
+  value: float | None,
+  unit: str,
+  error: float | None = None,
+  *,
+  digits: int = 2,
 ) -> str:
   """Formats a value with its unit: `50.00 %`, `0.469 ± 0.012 m`."""
-  text = format_metric(value, unit, error)
+  text = format_metric(value, unit, error, digits=digits)
   return text if value is None or not unit else f"{text} {unit}"
 
 
@@ -289,7 +338,7 @@ def metrics_table(
       format_value(value, row.unit, error)
       for value, error in zip(row.values, row.errors, strict=True)
     ]
-    line = [Link(row.evaluation), row.label]
+    line = [row.evaluation, row.label]
     line += [Bold(t) if i == row.best else t for i, t in enumerate(texts)]
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])
@@ -306,7 +355,14 @@ def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
     columns.append({**o.protocol, **column, "mtv_jax": o.version})
   keys = dict.fromkeys(["", "encoder", "weights", "mtv_jax"])
   keys |= dict.fromkeys(key for column in columns for key in column)
-  return [[key, *(format_entry(c.get(key)) for c in columns)] for key in keys]
+  return [
+    [_name_key(key), *(format_entry(c.get(key)) for c in columns)]
+    for key in keys
+  ]
+
+
+def _name_key(key: str) -> str:
+  return key if key == "mtv_jax" else key.replace("_", " ")
 
 
 class Protocols(NamedTuple):
@@ -318,10 +374,11 @@ class Protocols(NamedTuple):
 
   def tables(self) -> list[list[list[str]]]:
     """Tables of common and, if any, differing entries, header first."""
-    common = [[key, format_entry(value)] for key, value in self.common.items()]
+    common = [[_name_key(k), format_entry(v)] for k, v in self.common.items()]
     tables = [[["protocol", ""], *common]]
     if self.differing:
-      rows = [[k, *map(format_entry, v)] for k, v in self.differing.items()]
+      differing = self.differing.items()
+      rows = [[_name_key(k), *map(format_entry, v)] for k, v in differing]
       tables.append([["differs", *self.encoders], *rows])
     return tables
 
@@ -363,7 +420,10 @@ def format_entry(value: Any) -> str:
   if isinstance(value, list | tuple) and len(value) > 8:
     return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
   if isinstance(value, Mapping):
-    return json.dumps(value, default=str)
+    known = {k: v for k, v in value.items() if v is not None}
+    return ", ".join(f"{k} {format_entry(v)}" for k, v in known.items())
+  if isinstance(value, list | tuple):
+    return " ".join(map(format_entry, value))
   return "-" if value is None else str(value)
 
 

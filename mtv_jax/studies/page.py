@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.perf.flops import build_long_step_spec
-from mtv_jax.report import charts, page, runs, tables
+from mtv_jax.report import charts, page, runs, summary, tables
 from mtv_jax.report.charts import Chart
 from mtv_jax.report.contrasts import (
   DISTINCT,
@@ -21,7 +21,7 @@ from mtv_jax.report.contrasts import (
   Contrast,
   Metric,
 )
-from mtv_jax.report.run_folders import group_by_arm
+from mtv_jax.report.run_folders import RunRecord, group_by_arm
 from mtv_jax.report.tables import EMPTY, differences_table, select_main
 from mtv_jax.studies import scaling, statistics
 from mtv_jax.studies.expand import StudyRun
@@ -65,19 +65,29 @@ def write_study(
   results = statistics.read_study(pathlib.Path(folder))
   output = pathlib.Path(folder if output is None else output)
   title = f"Study: {results.study.kind}"
-  blocks = [*_describe_study(results), *_describe_runs(results, output)]
+  blocks = [*_describe_study(results, output), *_describe_runs(results)]
   return page.write_pages(title, blocks, output)[:2]
 
 
-def _describe_study(results: StudyResults) -> Iterator[page.PageBlock]:
+def _describe_study(
+  results: StudyResults, output: pathlib.Path
+) -> Iterator[page.PageBlock]:
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
-  yield page.Bullets(_summarise(results))
+  first = _first_runs(results)
+  facts = summary.facts_table(first, timed=False).rows if first else [["", ""]]
+  yield page.Table([facts[0], *_summarise(results), *facts[1:]])
+  if first:
+    yield from summary.describe_samples(first[0])
   main = select_main(results.metrics)
   if not main:
     yield page.Note("No run is finished.")
     return
   compared = statistics.compare(data, main, baseline=study.baseline)
+  rows = tables.rows_of_arms(data, main, compared)
+  sizes = summary.measure_sets(run.outcome for run in results.runs)
+  yield from summary.describe_headlines(rows, [*data.values], sizes)
+  yield from runs.describe_sheets(_first_runs(results), output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main), numbers=1)
   yield page.Note(_ARMS_NOTE)
@@ -111,41 +121,44 @@ def _describe_differences(
 
 
 def _describe_runs(
-  results: StudyResults, output: pathlib.Path
+  results: StudyResults,
 ) -> Iterator[page.PageBlock]:
-  """Curves, gradients, sheets and configs of the finished runs."""
+  """Curves, gradients and configs of the finished runs."""
   if not results.runs:
     return
-  first = [members[0] for members in group_by_arm(results.runs).values()]
+  first = _first_runs(results)
   # Without times, so that the report does not depend on interruptions.
   yield from runs.describe_training(results.runs, timed=False)
   yield from runs.describe_gradients(results.runs)
-  yield from runs.describe_sheets(first, output)
   yield page.Heading("Runs")
   yield page.Table(runs.runs_table(results.runs, timed=False), numbers=1)
   yield from runs.describe_configs(first)
 
 
-def _summarise(results: StudyResults) -> list[str]:
+def _first_runs(results: StudyResults) -> list[RunRecord]:
+  """The first run of each arm, named as the arm."""
+  arms = group_by_arm(results.runs).items()
+  return [dataclasses.replace(runs[0], name=arm) for arm, runs in arms]
+
+
+def _summarise(results: StudyResults) -> list[tuple[str, str]]:
   study = results.study
   seeds = collections.Counter(run.arm for run in study.runs)
   counts = ", ".join(f"{arm} {count}" for arm, count in seeds.items())
   flops = {run.arm: run.flops for run in study.runs if run.flops}
   finished = len(study.runs) - len(results.unfinished)
-  lines = [
-    f"Config: {study.config}",
-    f"Runs have in common: {study.match}"
-    + (f", at {study.budget:g} of the config's steps" * (study.budget != 1)),
-    f"Seeds: {counts}",
-    f"Finished: {finished} of {len(study.runs)} runs",
-    f"Settings: {study.fingerprint}",
-  ]
+  common = study.match
+  if study.budget != 1:
+    common += f", at {study.budget:g} of the config's steps"
+  lines = [("config", study.config), ("runs have in common", common)]
   if flops:
     costs = ", ".join(f"{arm} {f / 1e12:.3g}" for arm, f in flops.items())
-    lines.insert(2, f"TFLOP of a run: {costs}")
+    lines.append(("TFLOP of a run", costs))
+  lines.append(("seeds", counts))
+  lines.append(("finished", f"{finished} of {len(study.runs)} runs"))
   if results.unfinished:
-    lines.insert(-1, f"Not finished: {', '.join(results.unfinished)}")
-  return lines
+    lines.append(("not finished", ", ".join(results.unfinished)))
+  return [*lines, ("settings", study.fingerprint)]
 
 
 def _describe_protocols(results: StudyResults) -> list[str]:
@@ -193,10 +206,8 @@ def draw_arms(
   for metric in metrics:
     rows = []
     for colour, arm in enumerate(data.values):
-      compared, note = verdicts.get((metric, arm)), ""
-      if compared:
-        than = "than" if compared.verdict in DISTINCT else "from"
-        note = f"{compared.verdict} {than} {compared.baseline}"
+      compared = verdicts.get((metric, arm))
+      note = compared.compare_with(compared.baseline) if compared else ""
       row = statistics.summarise_arm(data, metric, arm)
       rows.append(row._replace(colour=colour, note=note))
     title, name = metric.name.replace("/", " "), file_name("arms", metric.name)

@@ -27,6 +27,7 @@ from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
   check_evaluation_data,
+  describe_facts,
   log_experiment,
   make_loader,
   open_evaluations,
@@ -353,6 +354,7 @@ def _train_from(
         devices=sessions.describe_devices(),
         command=command,
         process_index=jax.process_index(),
+        facts=describe_facts(experiment),
       )
     )
     folder = experiment.workdir / "profile"

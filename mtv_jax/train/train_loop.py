@@ -21,7 +21,7 @@ from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.train import rollback
-from mtv_jax.train.experiment import Experiment
+from mtv_jax.train.experiment import Experiment, write_samples
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.measurements import (
   GradientMeasurements,
@@ -118,7 +118,7 @@ class Trainer:
   def run(self) -> TrainState:
     experiment, config = self.experiment, self.experiment.config
     last = experiment.total_steps
-    batches = prefetch_to_device(self.batches, self.experiment.mesh)
+    batches = prefetch_to_device(self.sampled_batches(), experiment.mesh)
     if self.first == 0:
       # Includes evaluations with a bound, so a misspelt metric fails early.
       evals = {n: config.evals[n] for n in experiment.evaluators}
@@ -155,6 +155,19 @@ class Trainer:
     with self.paused("save"):
       self.checkpoints.wait()
     return self.state
+
+  def sampled_batches(self) -> Iterator[Any]:
+    """This host's batches; writes samples of a run's first one for reports."""
+    folder = self.experiment.workdir / "samples"
+    is_due = jax.process_index() == 0 and not (folder / "samples.json").exists()
+    for batch in self.batches:
+      if is_due and "image" in batch:
+        try:
+          write_samples(folder, batch, self.experiment.tokenizer)
+        except Exception as error:  # The run is complete without them.
+          log.warning("No samples in %s: %r", folder, error)
+      is_due = False
+      yield batch
 
   def should_stop(self, step: int) -> bool:
     """Whether to save and exit after a step; equal on all processes."""

@@ -24,6 +24,11 @@ INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
 _PLATE_SIZE = 11  # Font size of box labels.
+# Sheets of examples: width of a row, sizes of its text and of its images if it
+# has two or three columns. A window of 390 pixels shows a row at two thirds.
+SHEET_WIDTH, SHEET_TEXT = 552, 19
+SHEET_LINE = SHEET_TEXT + SHEET_TEXT // 4
+HALF, THIRD = 272, 178
 _ELLIPSIS = "…"
 _STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 
@@ -159,15 +164,17 @@ def draw_boxes(
   *,
   colours: UInt8[np.ndarray, "n 3"] | None = None,
   suffixes: Sequence[str] = (),
+  size: int = _PLATE_SIZE,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, ...]]:
   """Draws boxes, each with its name on a label of its colour.
 
   Labels stay inside the image and don't overlap; earlier boxes have priority.
-  Names are truncated to the image's width, `suffixes` (such as scores) are not.
+  Names are truncated to the image's width, `suffixes` (such as scores) are not;
+  `size` is their font size.
   Also returns the indices of the boxes whose label didn't fit.
   """
   height, width = image.shape[:2]
-  canvas, size = Image.fromarray(image), _PLATE_SIZE
+  canvas = Image.fromarray(image)
   draw = ImageDraw.Draw(canvas)
   if colours is None:
     colours = palette(len(names) + 1)[1:]
@@ -278,7 +285,7 @@ def image_grid(
   rows: Sequence[Sequence[np.ndarray]],
   *,
   titles: Sequence[str] = (),
-  size: int = 192,
+  size: int = HALF,
 ) -> UInt8[np.ndarray, "h w 3"]:
   """A grid of images of any size, each fitted into a square of side `size`.
 
@@ -325,7 +332,13 @@ def stack_rows(
   `titles` are the column titles, above the first row.
   """
   width = (rows[0].shape[1] + GAP) // len(titles) - GAP
-  head = hstack([draw_lines([(shorten(t, width), INK)], width) for t in titles])
+  text = dict(size=SHEET_TEXT)
+  head = hstack(
+    [
+      draw_lines([(shorten(title, width, **text), INK)], width, **text)
+      for title in titles
+    ]
+  )
   return vstack([head, vstack(rows)], gap=5)
 
 

@@ -118,7 +118,7 @@ def test_earlier_results_of_another_protocol_have_their_own_row(
   assert first[0].strip("*").startswith(value) and first[1] == "-"
   assert second[0] == "-" and second[1].strip("*").startswith(value)
   assert "and rows of their own:" in text
-  assert "temperature" in text and '"temperature": 9' in text
+  assert "temperature 9" in text
   # Earlier results alone need no data.
   columns = [f"old={earlier}", f"new={earlier}"]
   run(*columns, data=tmp_path / "none", output=output)

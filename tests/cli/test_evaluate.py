@@ -408,7 +408,7 @@ def test_every_evaluation_can_run_in_training():
   for name in base.EVALUATORS:
     options = base.default_options(name)
     assert options["data"] == "scenes", name
-    # Sheets are slow, and training does not draw them.
+    # Without sheets; training sets the number of its own.
     assert options.get("pictures", 0) == 0, name
     entry = ConfigDict({"type": name, "every_steps": 5, "data": "scenes"})
     run.build({"mine": entry})

@@ -6,8 +6,8 @@ from mtv_jax.config import recipes
 from mtv_jax.data import tokenizers
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
 from mtv_jax.studies.arms import GROUPS
-from mtv_jax.train.experiment import build_evaluators
-from mtv_jax.train.run import resolve
+from mtv_jax.train.experiment import PICTURES, build_evaluators
+from mtv_jax.train.run import EvalConfig, resolve
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -22,6 +22,10 @@ def test_every_objective_and_evaluation():
   } - {"captioning", "gram"}
   evaluators = build_evaluators(config.evals)
   assert {"zero_shot", "retrieval", "relative_depth"} < {*evaluators}
+  # Training draws sheets, of as many images as the config says if it does.
+  assert evaluators["retrieval"].pictures == PICTURES
+  entry = EvalConfig(type="retrieval", options={"pictures": 0})
+  assert build_evaluators({"a": entry})["a"].pictures == 0
 
 
 def test_scenes_of_splits_and_training_are_disjoint():

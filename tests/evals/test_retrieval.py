@@ -128,7 +128,7 @@ def test_sheets_of_captions_and_images(coco, colours):
   # All colours match: in both images' blocks the first line is their own.
   half = len(green) // 2
   for block in (green[:half], green[half:]):
-    assert block[: plots.LINE_HEIGHT].any()
+    assert block[: plots.SHEET_LINE].any()
   # Only the images on the sheet are framed, once per caption.
   framed = (result.sheets["images"] == retrieval.MATCH).all(axis=-1)
   half = len(framed) // 2
@@ -236,10 +236,10 @@ def test_sheets_mark_correct_captions_and_images():
   words = ["one", "two " * 80, "three"]
   sheet = retrieval.ranked_captions([grey, grey], scores, words, own, top=2)
   green = (sheet == retrieval.MATCH).all(axis=-1)
-  half = len(sheet) // 2
-  # On the third line of the first image, on the first line of the second.
-  line = plots.LINE_HEIGHT
-  assert not green[: 2 * line].any() and green[2 * line : 3 * line].any()
+  half = (len(sheet) + plots.GAP) // 2
+  # Below two captions of the first image, on the first line of the second.
+  line = plots.SHEET_LINE
+  assert not green[: 2 * line].any() and green[2 * line : 5 * line].any()
   assert green[half : half + line].any() and not green[half + line :].any()
   sheet = retrieval.ranked_images(
     words[:2], scores[:, :2], [grey, grey], [1, 0], top=1

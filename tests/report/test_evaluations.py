@@ -13,7 +13,7 @@ from mtv_jax.evals.core import bootstrap, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import charts, evaluations, tables
-from mtv_jax.report.page import Bullets, Note, Table
+from mtv_jax.report.page import Bullets, Details, Note, Table
 from mtv_jax.utils.errors import ConfigError
 
 SIGLIP = "google/siglip-base-patch16-224"
@@ -133,7 +133,7 @@ def test_report_folder(tmp_path):
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
   assert page.tags.count("img") == 2 and page.tags.count("svg") == 5
   assert "text (a:b): no &lt;tower&gt;" in html
-  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data_hash"):
+  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data hash"):
     assert word in html
   text = (folder / "results.md").read_text(encoding="utf-8")
   for link in ("charts/metric_depth_rmse.svg", "sheets/depth_sheet_a-b.png"):
@@ -149,7 +149,7 @@ def test_earlier_results_are_named_and_numbered():
   note = "Not shown, for lack of the same data: old."
   assert Note(note) in blocks
   table = next(b for b in blocks if isinstance(b, Table))
-  assert table.rows[0][2:-1] == ["a", "a (2)", "a (3)"]
+  assert table.rows[0] == ["", "a", "a (2)", "a (3)"]
 
 
 def make_knn(name, hits, checkpoint=""):
@@ -220,14 +220,16 @@ def test_comparison_and_its_layout(encoders, tmp_path, browser):
   assert all(file.stat().st_size for file in files)
   page = Outline((tmp_path / "report.html").read_text())
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
-  assert page.headings[1:5] == [
-    "Metrics", "Differences from second", "Published figures", "Encoders",
+  assert page.headings[1:] == [
+    "Encoders", "Results", "k-NN classification", "Zero-shot classification",
+    "Held-out images", "k-NN classification: neighbours", "Metrics",
+    "Differences from second", "Published figures", "Protocols",
   ]  # fmt: skip
   assert page.tags.count("img") == 3
   text = (tmp_path / "report.md").read_text()
   assert "first: 76.2 %" in text  # Zero-shot ImageNet.
   for encoder in encoders:
-    assert f"neighbours, {encoder.name}" in text
+    assert f"![{encoder.name}](sheets/knn_neighbours" in text
   for width, dark in ((1280, False), (390, False), (390, True)):
     check_layout(browser, tmp_path / "report.html", width, dark=dark)
 
@@ -253,13 +255,21 @@ def texts(*outcomes):
   return lines
 
 
+def metrics_table(*outcomes):
+  found = blocks(*outcomes)
+  (folded,) = [
+    b for b in found if isinstance(b, Details) and b.summary.startswith("All")
+  ]
+  return folded.blocks[0].rows
+
+
 def test_a_figure_is_beside_the_row_of_its_checkpoint():
   outcomes = [
     imagenet("mine"),
     imagenet("s2", SIGLIP_2, view="encoder", clean="canonicalize"),
     imagenet("clip", "openai/clip-vit-base-patch16", view="encoder"),
   ]
-  table = blocks(*outcomes)[1].rows
+  table = metrics_table(*outcomes)
   assert table[0][-1] == "published"
   assert table[1][1] == "top1"
   assert table[1][-1] == "s2: 78.2 %\nclip: 68.3 %"
@@ -286,7 +296,7 @@ def test_a_figure_is_beside_the_row_of_its_checkpoint():
   ],
 )
 def test_no_figure_without_checkpoint_metric_and_data(outcome):
-  assert "published" not in blocks(outcome)[1].rows[0]
+  assert "published" not in metrics_table(outcome)[0]
   lines = texts(outcome)
   assert not any("78.2" in line for line in lines)
   here = "ImageNet zero-shot, a: here data val, images 500."

@@ -38,9 +38,10 @@ def test_page_of_two_runs(runs, tmp_path):
   assert run_command("report", [*map(str, runs), f"--output={tmp_path}"]) == 0
   page = Outline((tmp_path / "report.html").read_text())
   assert page.headings == [
-    f"Runs first, {HOSTILE}", "Metrics", "Training",
-    "Gradients of objectives", HOSTILE, "Images", "depth_probe: examples",
-    "Configs",
+    f"Runs first, {HOSTILE}", "Results", "Zero-shot classification",
+    "Image-text retrieval", "Depth probe", "Held-out images",
+    "Depth probe: examples", "Training", "Gradients of objectives", HOSTILE,
+    "Metrics", "Configs",
   ]  # fmt: skip
   assert "script" not in page.tags and "b" in page.tags
   assert page.tags.count("img") == 2

@@ -125,6 +125,10 @@ def test_leave_one_out_repeats_in_the_training_command():
   assert objectives["without_vl"] == {"grounding"} | SSL
   # Phrases of boxes still train the text tower.
   assert "zero_shot" in keys_of(study, "evals")["without_vl"]
+  # As earlier versions recorded it, so that their studies resume.
+  evals = study.runs[0].settings["evals"]
+  drawn = {name for name, entry in evals.items() if "pictures" in entry}
+  assert drawn == {*evals} - {"zero_shot"}
 
 
 @pytest.mark.slow

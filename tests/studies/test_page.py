@@ -163,13 +163,15 @@ def test_page_of_a_ladder(tmp_path, browser, width):
   study_page.write_study(tmp_path)
   page = Outline((tmp_path / "report.html").read_text())
   assert page.headings == [
-    "Study: ladder", "Arms", "Differences from vl",
+    "Study: ladder", "Results", "Zero-shot classification",
+    "Image-text retrieval", "Depth probe", "Held-out images",
+    "Depth probe: examples", "Arms", "Differences from vl",
     "Differences from the arm before", "Training", "Gradients of objectives",
-    "ssl", "all", "Images", "depth_probe: examples", "Runs", "Configs",
+    "ssl", "all", "Runs", "Configs",
   ]  # fmt: skip
   assert page.tags.count("img") == 3  # One seed per arm.
   text = (tmp_path / "report.md").read_text()
-  assert "- Seeds: vl 3, ssl 3, all 3" in text
+  assert "| seeds | vl 3, ssl 3, all 3 |" in text
   assert "](runs/vl-s0/evals/depth_probe_400/examples.png)" in text
   for dark in (False, True):
     check_layout(browser, tmp_path / "report.html", width, dark=dark)

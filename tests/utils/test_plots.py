@@ -64,7 +64,7 @@ def test_depth_is_coloured_between_its_limits():
 def test_image_grid_and_rows():
   grey = np.full((20, 30, 3), 128, np.uint8)
   grid = plots.image_grid([[grey, grey]], titles=("a", "b"), size=60)
-  assert grid.shape == (plots.LINE_HEIGHT + 4 + 60, 2 * 60 + plots.GAP, 3)
+  assert grid.shape == (plots.SHEET_LINE + 5 + 60, 2 * 60 + plots.GAP, 3)
   with pytest.raises(ValueError, match="expected one length"):
     plots.image_grid([[grey], [grey, grey]])
   rows = [plots.hstack([grey, grey]), grey]
@@ -72,7 +72,7 @@ def test_image_grid_and_rows():
   pair = plots.image_with_maps(grey, [grey], height=40)
   assert pair.shape == (40, 120 + plots.GAP, 3)
   sheet = plots.stack_rows([pair, pair], ("image", "a long title of a map"))
-  head = plots.draw_lines([("image", plots.INK)], 60)
+  head = plots.draw_lines([("image", plots.INK)], 60, size=plots.SHEET_TEXT)
   assert sheet.shape == (len(head) + 5 + 80 + plots.GAP, 120 + plots.GAP, 3)
   np.testing.assert_array_equal(sheet[: len(head), :60], head)
   # The second title is cut to its image's width, and begins there.

@@ -18,7 +18,7 @@ from mtv_jax.evals.core.dense import PaddedView
 from mtv_jax.evals.core.examples import Data
 from mtv_jax.utils import plots
 
-_TITLES = ("first image", "second image")
+_TITLES = ("first", "second")
 
 
 @dataclasses.dataclass(frozen=True)

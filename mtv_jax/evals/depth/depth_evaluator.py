@@ -103,4 +103,4 @@ def _depth_row(image, truth, predicted, valid) -> np.ndarray:
     plots.colour_depth(inverse, valid=valid, limits=limits),
     plots.colour_depth(1 / predicted, limits=limits),
   ]
-  return plots.image_with_maps(image.astype(np.uint8), maps, height=160)
+  return plots.image_with_maps(image.astype(np.uint8), maps, height=plots.THIRD)

@@ -75,9 +75,6 @@ class PatchPca(Evaluator):
         for i, pixels in enumerate(colours[: self.pictures])
       ]
       titles = ("image", "first 3 components")
-      if len(rows) % 2 == 0:
-        rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
-        titles *= 2
       sheets["pca"] = plots.image_grid(rows, titles=titles)
     protocol = {
       **encoder.protocol(),

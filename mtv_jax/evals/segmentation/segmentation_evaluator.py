@@ -20,8 +20,7 @@ from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.utils import plots
 
-_TEXT_SIZE, _LINE_HEIGHT = 10, 14
-_IMAGE_HEIGHT = 192
+_TEXT_SIZE, _LINE_HEIGHT = 16, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _draw_row(
   colours = np.full((256, 3), 255, np.uint8)
   colours[: len(names)] = plots.palette(len(names))
   strip = plots.image_with_maps(
-    image, [colours[labels] for labels in maps], height=_IMAGE_HEIGHT
+    image, [colours[labels] for labels in maps], height=plots.THIRD
   )
   present = [int(i) for i in np.union1d(*maps) if i != examples.IGNORE]
   return np.concatenate([strip, _legend(present, strip.shape[1], names)])
@@ -139,7 +138,7 @@ def _legend(
   font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
   corners, x, y = [], 0, 2
   for i in present:
-    length = int(font.getlength(names[i])) + 20
+    length = int(font.getlength(names[i])) + 26
     if x and x + length > width:
       x, y = 0, y + _LINE_HEIGHT
     corners.append((i, x, y))
@@ -148,6 +147,6 @@ def _legend(
   draw = ImageDraw.Draw(page)
   for i, x, y in corners:
     colour = tuple(int(c) for c in colours[i])
-    draw.rectangle((x, y + 2, x + 9, y + 11), fill=colour)
-    draw.text((x + 12, y), names[i], plots.INK, font)
+    draw.rectangle((x, y + 4, x + 12, y + 16), fill=colour)
+    draw.text((x + 16, y), names[i], plots.INK, font)
   return np.asarray(page)

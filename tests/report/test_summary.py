@@ -1,0 +1,138 @@
+"""The head of a report: facts, training samples, figures with verdicts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import study_samples
+
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.results import Outcome
+from mtv_jax.report import run_folders, summary, tables
+from mtv_jax.train.experiment import write_samples
+
+SESSION = dict(
+  started="2026-01-01T23:00:00+00:00", ended="2026-01-02T01:00:30+00:00",
+  revision="0123456789abcdef0123456789abcdef01234567-dirty", digest="feed",
+  packages={"mtv_jax": "0.1.0"}, device_kind="TPU v5 lite", devices=256,
+  processes=64, cores=112, parameters={"image": 85_800_000, "text": 200_000},
+  data=[{"name": "photos", "records": 12_800}],
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+  return run_folders.read_run(study_samples.write_run(tmp_path / "run"))
+
+
+def test_facts_of_a_run(run):
+  # The liveness of the second session has not been written.
+  later = {"started": "2026-01-03T00:00:00+00:00", "ended": None}
+  sessions = [SESSION, SESSION | later]
+  facts = summary.read_facts(dataclasses.replace(run, sessions=sessions))
+  assert facts["training data"] == (
+    "12,800 images: 12,800 in photos; 25,600 seen in 400 steps of 64 (2 epochs)"
+  )
+  assert "86M parameters (image 85.8M, text 200k)" in facts["model"]
+  assert facts["hardware"] == "256 × TPU v5 lite, 64 processes"
+  assert facts["time"].startswith("2h00m of wall time, 0.044 chip-hours")
+  assert facts["date"] == "2026-01-01 23:00 to 2026-01-03 00:00 UTC, 2 sessions"
+  assert facts["revision"] == "0123456789ab-dirty, mtv_jax 0.1.0, code feed"
+  cpu = SESSION | dict(device_kind="cpu", devices=8, processes=1, cores=2)
+  facts = summary.read_facts(dataclasses.replace(run, sessions=[cpu]))
+  assert facts["hardware"] == "CPU, 2 cores"
+  # 8 devices share 2 cores.
+  assert "0.011 core-hours" in facts["time"]
+  # Of a run that recorded nothing.
+  facts = summary.read_facts(run)
+  assert facts["hardware"] == facts["date"] == facts["labels"] == ""
+
+
+class Words:
+  def decode(self, rows):
+    return [" ".join(map(str, row)) for row in rows]
+
+
+def test_samples_show_the_labels_of_a_batch(run):
+  depth = np.zeros((8, 4, 4), np.uint16)
+  depth[2:, 0, 1], depth[2:, 0, 2] = 1, 65535
+  batch = dict(
+    image=np.full((8, 32, 32, 3), 200, np.uint8),
+    image_size=np.tile([300, 600], (8, 1)),
+    caption=np.arange(16).reshape(8, 2),
+    caption_valid=np.arange(8) < 4,
+    boxes=np.tile(np.array([0.1, 0.2, 0.5, 0.6], np.float32), (8, 2, 1)),
+    box_phrase=np.arange(32).reshape(8, 2, 2),
+    box_valid=np.tile([True, False], (8, 1)),
+    depth=depth,
+  )
+  write_samples(run.folder / "samples", batch, Words())
+  read = run_folders.read_run(run.folder)
+  coverage = summary.read_facts(read)["labels"]
+  assert (
+    coverage == "captions 50 %, depth 75 %, boxes 100 % of the first 8 images"
+  )
+  first, *_, last = read.samples["samples"]
+  assert first["caption"] == "0 1" and "caption" not in last
+  assert len(first["boxes"]) == 1 and first["phrases"] == ["0 1"]
+  # The longer side is 256, and the aspect ratio is the file's.
+  image = run_folders.read_image(run.folder / "samples" / "0.jpg")
+  assert image.shape == (128, 256, 3)
+  kept = run_folders.read_image(run.folder / "samples" / "5_depth.png")
+  assert kept[0, :3, 0].tolist() == [0, 1, 255]
+  _, cards = summary.describe_samples(read)
+  assert len(cards.cards) == 6 and cards.cards[0].captions == ("0 1",)
+  assert set(cards.cards[-1].images) == {"boxes", "depth"}
+
+
+def make_outcome(name, hits, chance):
+  knn = bootstrap.means({"top1": np.asarray(hits, bool)})
+  result = Result(
+    knn.metrics, {"data_hash": "a", "images": len(hits)}, {"top1": chance},
+    errors=knn.errors, resamples=knn.resamples,
+  )  # fmt: skip
+  return Outcome(name, "", "", {"zero_shot": result})
+
+
+def describe(outcomes, **options):
+  rows = tables.compare(outcomes, **options)
+  names = [outcome.name for outcome in outcomes]
+  sizes = summary.measure_sets(outcomes)
+  _, headlines, _ = summary.describe_headlines(rows, names, sizes)
+  return headlines.headlines[0]
+
+
+@pytest.mark.parametrize(
+  ("rate", "verdict"),
+  [
+    (0.5, "Better than chance."),
+    (0.1, "Worse than chance."),
+    (0.26, "Not distinguishable from chance."),
+  ],
+)
+def test_verdict_on_chance(rate, verdict):
+  hits = np.arange(400) < 400 * rate
+  one = describe([make_outcome("a", hits, 0.25)])
+  assert one.title == "Zero-shot classification"
+  assert one.details == "400 images; chance 25.0 %"
+  error = 100 * np.sqrt(rate * (1 - rate) / 400)
+  ((_, text, _),) = one.figures
+  value, found = text.split(" ± ")
+  assert value == f"{100 * rate:.1f} %"
+  assert float(found) == pytest.approx(error, rel=0.2)
+  assert one.verdicts == [verdict]
+
+
+def test_verdicts_on_several_encoders_are_those_of_the_table():
+  hits = np.arange(400) < 100
+  outcomes = [
+    make_outcome("a", hits, 0.25),
+    make_outcome("b", np.arange(400) < 200, 0.25),
+  ]
+  found = describe(outcomes, baseline=0)
+  assert found.verdicts[:2] == [
+    "Not distinguishable from chance: a.", "Better than chance: b.",
+  ]  # fmt: skip
+  assert found.verdicts[2].startswith("b is better than a: +25.0 [")
+  assert describe(outcomes).verdicts[2:] == ["Best: b."]
