@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mtv_jax.cli import arguments, errors
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 COMMANDS = {
@@ -85,9 +86,16 @@ def run_module(
   end = argv.index("--") if "--" in argv else len(argv)
   argv, rest = argv[:end], argv[end:]
   debug = "--debug" in argv
-  with errors.readable_errors(name, debug=debug):
+  with (
+    errors.readable_errors(name, debug=debug),
+    progress.report_silence(name),
+  ):
     if isinstance(module, str):
-      module = importlib.import_module(module)
+      if module not in sys.modules and not {"-h", "--help"} & {*argv}:
+        # Imports take seconds, on a busy machine a minute.
+        print(f"{name}: starting", file=sys.stderr, flush=True)
+      with progress.doing("importing"):
+        module = importlib.import_module(module)
     parser = argparse.ArgumentParser(
       prog=f"mtv-jax {name}" if name in COMMANDS else None,
       description=module.__doc__,

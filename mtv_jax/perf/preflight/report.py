@@ -23,6 +23,7 @@ from mtv_jax.perf import roofline as roofline_lib
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.perf.preflight import search as search_lib
 from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
 
@@ -374,7 +375,8 @@ def preflight(
   with tqdm.tqdm(jobs.items(), disable=None) as bar:
     for description, job in bar:
       bar.set_description(description)
-      results.append(job())
+      with progress.doing(description):
+        results.append(job())
   per_example, compiled, *rest = results
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)
   if not data:
