@@ -124,14 +124,14 @@ def doing(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def report_silence(program: str, *, seconds: float = SECONDS) -> Iterator[None]:
-  """Writes a line to standard error after each `seconds` without output."""
+def report_silence(program: str) -> Iterator[None]:
+  """Writes a line to standard error after each `SECONDS` without output."""
   exits, start = threading.Event(), time.monotonic()
   mark()
 
   def watch() -> None:
-    while not exits.wait(seconds / 10):
-      if _muted or time.monotonic() - _last_output < seconds:
+    while not exits.wait(SECONDS / 10):
+      if _muted or time.monotonic() - _last_output < SECONDS:
         continue
       what, since = _jobs[-1] if _jobs else (lambda: "running", start)
       elapsed = format_duration(time.monotonic() - since)

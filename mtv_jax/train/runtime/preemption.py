@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # 128 + SIGTERM, as shells report it, so that the run does not look finished.
 EXIT_CODE = 143
 # Time for the main thread to handle a signal.
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 3.0
 
 # Signals, and the handlers that `catch_signals` replaces.
 _HANDLED = {
@@ -137,10 +137,15 @@ def _exit_if_unhandled(
 ) -> None:
   """Reads signal numbers from a pipe; exits if there is nothing to save."""
   with os.fdopen(reader, "rb", buffering=0) as pipe:
-    received = (byte[0] for byte in iter(lambda: pipe.read(1), b""))
-    number = next((n for n in received if n in numbers), None)
-  if number is None or notice.handled.wait(_GRACE_SECONDS):
-    return
+    is_first = True
+    while byte := pipe.read(1):  # To the end: Python reports failed writes.
+      if is_first and byte[0] in numbers:
+        is_first = False
+        if not notice.handled.wait(_GRACE_SECONDS):
+          _answer(notice, byte[0])
+
+
+def _answer(notice: Notice, number: int) -> None:
   name = signal.Signals(number).name
   if notice.has_progress:
     text = "saves a checkpoint and exits once the devices answer."
