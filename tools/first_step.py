@@ -21,9 +21,8 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def main(names: list[str]) -> None:
-  print(
-    "| recipe | cache | first line, s | first step, s | processor, s | lines"
-  )
+  cells = "first line, s", "first step, s", "processor, s", "lines"
+  print("|", " | ".join(("recipe", "cache", *cells)))
   print("|---|---|---|---|---|---")
   for name in names or list_recipes():
     with tempfile.TemporaryDirectory() as folder:
