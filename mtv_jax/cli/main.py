@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mtv_jax.cli import arguments, errors
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 GROUPS = {
@@ -116,9 +117,16 @@ def run_module(
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   options = argv[: argv.index("--")] if "--" in argv else argv
-  with errors.readable_errors(name, debug="--debug" in options):
+  with (
+    errors.readable_errors(name, debug="--debug" in options),
+    progress.report_silence(name),
+  ):
     if isinstance(module, str):
-      module = importlib.import_module(module)
+      if module not in sys.modules and not {"-h", "--help"} & {*options}:
+        # Imports take seconds, on a busy machine a minute.
+        print(f"{name}: starting", file=sys.stderr, flush=True)
+      with progress.doing("importing"):
+        module = importlib.import_module(module)
     args = parse(name, module, argv, function=function)
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")

@@ -27,7 +27,7 @@ from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.run import RunConfig, check_config, resolve
 from mtv_jax.train.runtime import peers
 from mtv_jax.train.train import dry_run, train
-from mtv_jax.utils import xla_flags
+from mtv_jax.utils import progress, xla_flags
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
   Args:
     workdir: folder for config, metrics, checkpoints and evaluations.
     compile_cache: folder of compiled programs, or none; auto (the default) is
-      WORKDIR/compiled, or none on CPU.
+      WORKDIR/compiled, on CPUs a subfolder named by the processor.
     restore: checkpoint to resume from; latest_good skips damaged ones.
     debug_nans: stop at the first non-finite update and name the operation.
     allow_scene_evals: start a run on a TPU or several hosts that is evaluated
@@ -65,6 +65,8 @@ def run(args: Flags) -> None:
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
+  if process:
+    progress.mute()
   seconds = config.watchdog.peer_seconds
   with contextlib.ExitStack() as stack:
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards, put_array
 from mtv_jax.parallel.rules import tree_shardings
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.threads import available_cores
 
@@ -66,7 +66,7 @@ def in_batches(
       }
 
     ready, running = submit(0), None
-    for step in tqdm.trange(steps, desc="encode", leave=False, disable=None):
+    for step in progress.steps(steps, "encode", unit="batches"):
       batch = _assemble(ready, blank, size)
       ready = submit(step + 1) if step + 1 < steps else {}
       out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))

@@ -17,6 +17,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.results import Outcome
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
 # Maximum length of an error message in the results: XLA's can be pages long.
@@ -215,7 +216,7 @@ def attempt(
 
 def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   start = time.perf_counter()
-  with _add_name(name):
+  with _add_name(name), progress.doing(f"evaluation {name}"):
     result = evaluator.run(encoder)
   more = {"options": evaluator.changed_options()}
   more["seconds"] = round(time.perf_counter() - start, 1)

@@ -38,7 +38,7 @@ from mtv_jax.studies.expand import (
 from mtv_jax.train import workdir
 from mtv_jax.train.runtime import preemption
 from mtv_jax.train.runtime.supervisor import launch
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, progress
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,
@@ -223,7 +223,8 @@ def run_study(
         log_fn(f"{where}: {run.steps} steps, log in {log}")
         start = time.monotonic()
         _wait_for_lock(folder / RUNS / run.name, log_fn)
-        reason = _train(folder, study, run, log)
+        with progress.doing(where):
+          reason = _train(folder, study, run, log)
         if reason is None and not is_finished(folder, run):
           last = folder / RUNS / run.name / "checkpoints" / str(run.steps)
           reason = (

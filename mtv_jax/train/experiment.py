@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -51,6 +52,7 @@ from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
 
+PARAMETERS = "parameters.txt"
 # Records whose captions a tokenizer is trained on.
 _CAPTION_RECORDS = 100_000
 # Test images or pairs on the sheets of a training's evaluations.
@@ -448,11 +450,9 @@ def write_samples(
 
 
 def log_experiment(experiment: Experiment) -> None:
-  """Logs parameters with their sharding, rules, encodings and length."""
+  """Logs encodings and length; writes parameters and rules to a file."""
   state, mesh = experiment.program.abstract, experiment.mesh
-  overview = parameter_overview.get_parameter_overview
-  log.info("\n%s", overview(state.params, include_stats="sharding"))
-  log.info("\n%s\n", describe_rules(experiment.optimizer.table))
+  _write_parameters(experiment)
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
   megabytes = sum(row[3] for row in sharding_table(state)) / 1e6
@@ -475,6 +475,26 @@ def log_experiment(experiment: Experiment) -> None:
     f"examples is {epoch / size:.1f} steps."
   )
   _warn_of_repeated_rows(experiment)
+
+
+def _write_parameters(experiment: Experiment) -> None:
+  """Writes the parameters with their sharding and rules to parameters.txt."""
+  params, table = experiment.program.abstract.params, experiment.optimizer.table
+  sizes = {row.name: math.prod(row.shape) for row in table}
+  trained = sum(sizes[row.name] for row in table if not row.frozen)
+  leaves = jax.tree.leaves(params)
+  megabytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e6
+  log.info(
+    f"{sum(sizes.values()):,} parameters ({megabytes:.1f} MB), of which"
+    f" {trained:,} are trained; see {PARAMETERS}."
+  )
+  if jax.process_index() == 0:
+    overview = parameter_overview.get_parameter_overview
+    text = overview(params, include_stats="sharding")
+    experiment.workdir.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(
+      experiment.workdir / PARAMETERS, f"{text}\n{describe_rules(table)}\n"
+    )
 
 
 def _warn_of_repeated_rows(experiment: Experiment) -> None:

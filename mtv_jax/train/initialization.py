@@ -23,6 +23,7 @@ from mtv_jax.train.forward import add_views, encode, gather_params
 from mtv_jax.train.gradients import split_batch
 from mtv_jax.train.spec import StepSpec, TrainState, init_params, teacher_params
 from mtv_jax.train.step import Program
+from mtv_jax.utils import progress, xla_flags
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
@@ -31,9 +32,16 @@ log = logging.getLogger(__name__)
 
 def initialize_state(train_step: TrainStep) -> TrainState:
   """The state at step 0, from `config.init` or random parameters."""
+  log.info("Initialising.")
+  with progress.doing("initialising"):
+    return _initialize_state(train_step)
+
+
+def _initialize_state(train_step: TrainStep) -> TrainState:
   params = jax.jit(
     functools.partial(init_params, train_step.step_spec),
     out_shardings=train_step.program.shardings.params,
+    compiler_options=xla_flags.compiler_options(train_step.mesh, once=True),
   )(jax.random.key(train_step.config.seed))
   config, teacher = train_step.config, None
   if init := config.init:

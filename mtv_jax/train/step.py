@@ -159,7 +159,10 @@ class Program:
   ) -> TrainState:
     """The sharded state at step 0; see `init_state` for the arguments."""
     init = functools.partial(init_state, self.spec, self.tx)
-    jitted = jax.jit(init, out_shardings=self.shardings)
+    options = xla_flags.compiler_options(self.mesh, once=True)
+    jitted = jax.jit(
+      init, out_shardings=self.shardings, compiler_options=options
+    )
     return jitted(params, dict(teachers), teacher)
 
   def copy_teachers(self, state: TrainState, step: int) -> TrainState:

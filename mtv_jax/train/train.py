@@ -48,6 +48,7 @@ from mtv_jax.train.workdir import (
   read_recorded_config,
 )
 from mtv_jax.utils import path as path_lib
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import list_first
 
@@ -192,7 +193,11 @@ def train(
   with contextlib.ExitStack() as stack:
     enter, index = stack.enter_context, jax.process_index()
     # A process that fails to open its data or the folder ends the others.
-    with peers.watch_peers(seconds), peers.exit_on_lost_peer():
+    with (
+      progress.doing("opening the data"),
+      peers.watch_peers(seconds),
+      peers.exit_on_lost_peer(),
+    ):
       experiment = _open_experiment(
         config,
         workdir,
@@ -357,6 +362,7 @@ def _train_from(
         facts=describe_facts(experiment),
       )
     )
+    notice.before_exit = session.close
     folder = experiment.workdir / "profile"
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
     # Late, so that a rejected config does not replace the recorded one.

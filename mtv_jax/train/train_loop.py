@@ -4,9 +4,11 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -38,7 +40,8 @@ from mtv_jax.train.runtime.prefetch import (
 )
 from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
 from mtv_jax.train.spec import TrainState
-from mtv_jax.utils.text import list_first
+from mtv_jax.utils import progress
+from mtv_jax.utils.text import format_duration, list_first
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +116,21 @@ class Trainer:
     # Step, metrics and batch of the updates in flight.
     self.in_flight = collections.deque()
     self.save_postponed = False
+    self.eta = math.nan  # Seconds left at the last line of the log.
     self.measurements = GradientMeasurements(self.experiment.program)
 
   def run(self) -> TrainState:
+    """Runs the remaining steps; returns the last state."""
+    with progress.doing(self.describe_progress):
+      return self._run()
+
+  def describe_progress(self) -> str:
+    """The step and the time left, for lines between those of the log."""
+    text = f"step {self.session.step + 1} of {self.experiment.total_steps}"
+    left = "" if math.isnan(self.eta) else f", {format_duration(self.eta)} left"
+    return text + left
+
+  def _run(self) -> TrainState:
     experiment, config = self.experiment, self.experiment.config
     last = experiment.total_steps
     batches = prefetch_to_device(self.sampled_batches(), experiment.mesh)
@@ -204,17 +219,28 @@ class Trainer:
     spec, program = self.experiment.step_spec, self.experiment.program
     if spec.active_objectives(step - 1) != self.active:
       self.active = spec.active_objectives(step - 1)
-      how = "Compiled." if program.has_loaded(self.active) else "Compiling."
-      log.info("From step %d: %s. %s", step, ", ".join(self.active), how)
+      log.info("From step %d: %s.", step, ", ".join(self.active))
+      if not program.has_loaded(self.active):
+        expected = self.session.expected_compilation
+        hint = f" (expect {format_duration(expected)})" if expected else ""
+        log.info("Compiling the step%s.", hint)
       self.chrono.expect_compilation()
     if self.chrono.compiling:
       self.watchdog.restart()
     self.state = program.copy_teachers(self.state, step - 1)
     measured = self.measure_gradients(step, batch)
-    self.state, self.values = program.run_update(self.state, batch, self.active)
-    self.in_flight.append((step, self.values, batch))
-    # Two steps in flight keep the devices busy; more only take memory.
-    self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
+    start = time.perf_counter()
+    what = "compiling the step" if self.chrono.compiling else None
+    with progress.doing(what or self.describe_progress):
+      self.state, self.values = program.run_update(
+        self.state, batch, self.active
+      )
+      self.in_flight.append((step, self.values, batch))
+      # Two steps in flight keep the devices busy; more only take memory.
+      self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
+    self.notice.has_progress = True
+    if self.chrono.compiling:
+      self.session.record_compilation(time.perf_counter() - start)
     self.chrono.step()
     return measured
 
@@ -318,7 +344,9 @@ class Trainer:
     losses = [name for name in values if name.endswith("/loss")]
     names = ("loss", *losses, "lr", "grad_norm", *values)
     write = self.writer.write_scalars if to_files else self.writer.log_scalars
-    write(step, {name: values[name] for name in names}, self.chrono.rates(step))
+    rates = self.chrono.rates(step)
+    self.eta = rates.eta
+    write(step, {name: values[name] for name in names}, rates)
 
   def due_evaluations(self, step: int) -> list[str]:
     """The evaluations due after a step; all after the last step."""
@@ -454,6 +482,7 @@ class Trainer:
     All processes call it after one step, since they save together.
     """
     self.watchdog.stopping()
+    self.notice.handled.set()
     done = f"saved step {step}" if step else "completed no step"
     done += f" of {self.experiment.total_steps}"
     try:

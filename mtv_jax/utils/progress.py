@@ -1,15 +1,33 @@
-"""Progress of long jobs: a tqdm bar on a terminal, plain lines elsewhere."""
+"""Progress of long jobs: a tqdm bar on a terminal, plain lines elsewhere.
+
+`report_silence` writes a line if a command has written none for 10 s. It names
+the innermost `doing`, such as the compilation of a step.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tqdm
 
+from mtv_jax.utils.text import format_duration
+
 T = TypeVar("T")
+
+SECONDS = 10.0  # Between lines.
+_COUNT = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
+
+
+class _Bar(tqdm.tqdm):
+  def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    mark()
+    super().display(msg, pos)
 
 
 class _Lines(tqdm.tqdm):
@@ -17,6 +35,7 @@ class _Lines(tqdm.tqdm):
 
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
     """Writes the state as one line."""
+    mark()
     # `close` passes pos=0 and ends the line itself.
     self.fp.write(f"{msg or self}" + ("" if pos == 0 else "\n"))
     self.fp.flush()
@@ -29,19 +48,8 @@ class Progress:
   """
 
   def __init__(self, *, unit: str = "images", description: str | None = None):
-    kind, every, meter = tqdm.tqdm, 0.5, "|{bar}| "
-    if not sys.stderr.isatty():
-      kind, every, meter = _Lines, 10.0, ""
-    count = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
     self._bar: Any = None
-    self._make_bar = functools.partial(
-      kind,
-      desc=f"{description}: " if description else "",
-      unit=f" {unit}",
-      file=sys.stderr,
-      mininterval=every,
-      bar_format="{desc}{percentage:3.0f}% " + meter + count,
-    )
+    self._make_bar = _bar_maker(description, unit)
 
   def __call__(self, done: int, total: int) -> None:
     """Updates the bar to `done` items, over all runs and hosts."""
@@ -53,6 +61,20 @@ class Progress:
       self._bar.close()
 
 
+def _bar_maker(description: str | None, unit: str) -> functools.partial[Any]:
+  kind, every, meter = _Bar, 0.5, "|{bar}| "
+  if not sys.stderr.isatty():
+    kind, every, meter = _Lines, SECONDS, ""
+  return functools.partial(
+    kind,
+    desc=f"{description}: " if description else "",
+    unit=f" {unit}",
+    file=sys.stderr,
+    mininterval=every,
+    bar_format="{desc}{percentage:3.0f}% " + meter + _COUNT,
+  )
+
+
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
   """Yields items while showing a progress bar."""
   report = Progress(unit=unit, description=description)
@@ -60,3 +82,67 @@ def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
   for done, item in enumerate(items, 1):
     yield item
     report(done, len(items))
+
+
+def steps(count: int, description: str, *, unit: str) -> Iterator[int]:
+  """Yields 0 to `count - 1` with a bar that short jobs don't show.
+
+  A terminal's bar disappears at the end; a log has lines after 10 s.
+  """
+  make_bar, is_tty = _bar_maker(description, unit), sys.stderr.isatty()
+  delay = 1.0 if is_tty else SECONDS
+  yield from make_bar(range(count), leave=not is_tty, delay=delay)
+
+
+# (what, start) of the jobs in progress, the innermost last.
+_jobs: list[tuple[Callable[[], str], float]] = []
+_last_output = 0.0
+_muted = False
+
+
+def mute() -> None:
+  """Ends the lines of `report_silence`: another process of a run has them."""
+  global _muted
+  _muted = True
+
+
+def mark() -> None:
+  """Tells `report_silence` that a line has been written."""
+  global _last_output
+  _last_output = time.monotonic()
+
+
+@contextlib.contextmanager
+def doing(what: str | Callable[[], str]) -> Iterator[None]:
+  """Names what `report_silence` reports, while inside."""
+  job = (what if callable(what) else lambda: what, time.monotonic())
+  _jobs.append(job)
+  try:
+    yield
+  finally:
+    _jobs.remove(job)
+
+
+@contextlib.contextmanager
+def report_silence(program: str) -> Iterator[None]:
+  """Writes a line to standard error after each `SECONDS` without output."""
+  exits, start = threading.Event(), time.monotonic()
+  mark()
+
+  def watch() -> None:
+    while not exits.wait(SECONDS / 10):
+      if _muted or time.monotonic() - _last_output < SECONDS:
+        continue
+      what, since = _jobs[-1] if _jobs else (lambda: "running", start)
+      elapsed = format_duration(time.monotonic() - since)
+      with contextlib.suppress(OSError, ValueError):  # A closed terminal.
+        print(f"{program}: {what()}, {elapsed}", file=sys.stderr, flush=True)
+      mark()
+
+  thread = threading.Thread(target=watch, name="silence", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    exits.set()
+    thread.join()

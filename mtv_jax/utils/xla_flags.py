@@ -67,18 +67,25 @@ def parse_flags(text: str) -> dict[str, str]:
 
 
 def compiler_options(
-  mesh: Mesh | None, flags: str = ""
+  mesh: Mesh | None, flags: str = "", *, once: bool = False
 ) -> dict[str, str] | None:
   """Options for `jax.jit` on a mesh (None: the default device), if needed.
 
   On TPUs, the `flags` of a config. On CPUs, selects Eigen's matrix products:
   with YNNPACK, the default of newer releases, towers are 1.25 times slower, and
-  several times on shared cores.
+  several times on shared cores. A program that runs `once` is optimized less on
+  CPUs, unless XLA_FLAGS set the level: it compiles twice as fast and computes
+  equal values.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   if device.platform == "tpu":
     return parse_flags(flags) or None
-  return _options() if device.platform == "cpu" else None
+  if device.platform != "cpu":
+    return None
+  name = "xla_backend_optimization_level"
+  if once and name not in os.environ.get("XLA_FLAGS", ""):
+    return {name: "1"}
+  return _options()
 
 
 @functools.cache
@@ -118,22 +125,40 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
   other users can't write to.
 
   The choice is a folder, a URL, "none", or "auto": `JAX_COMPILATION_CACHE_DIR`,
-  else `workdir/compiled`, but no cache on CPUs, which compile fast.
+  else `workdir/compiled`. On CPUs a subfolder is named by the processor, since
+  a program may crash on another one. The key of JAX 0.12's cache includes the
+  processor's features (`jax._src.cache_key._hash_accelerator_config`); older
+  ones may lack them.
   """
   if choice == "none":
     jax.config.update("jax_enable_compilation_cache", False)
     return
   if choice == "auto":
-    given = jax.config.jax_compilation_cache_dir
-    if given or jax.default_backend() == "cpu":
+    if jax.config.jax_compilation_cache_dir:
       return
     choice = os.path.join(workdir, "compiled")
+  if jax.default_backend() == "cpu":
+    choice = os.path.join(choice, _processor())
+    # By default programs that compile in less than 1 s are not stored.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   folder = path_lib.as_path(choice)
   if not path_lib.is_remote(folder):
     folder = pathlib.Path(choice).absolute()
     folder.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))
   log.info("Compilation cache: %s.", folder)
+
+
+def _processor() -> str:
+  """Name of this machine's instruction set, such as `x86_64-1f3a9c0d`."""
+  lines = []
+  with contextlib.suppress(OSError):  # Not on Linux.
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  keys = ("model name", "flags", "Features")
+  features = {line for line in lines if line.startswith(keys)}
+  text = "\n".join(sorted(features)) or platform.processor()
+  digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+  return f"{platform.machine()}-{digest}"
 
 
 # Parameters of glibc's `mallopt` (malloc.h), with their maximum values.

@@ -2,10 +2,14 @@
 
 import functools
 import io
+import os
 import sys
+import time
+import types
 
 import pytest
 
+from mtv_jax.cli.main import run_command, run_module
 from mtv_jax.utils import progress
 from mtv_jax.utils.progress import Progress
 
@@ -43,3 +47,37 @@ def test_track(capsys):
   assert [*progress.track([], "Nothing", unit="batches")] == []
   lines = capsys.readouterr().err.splitlines()
   assert lines[1].startswith("Embedding: 100% 2 of 2 batches")
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_no_command_is_silent_for_long(tty, monkeypatch, tmp_path):
+  """A line per interval, on a terminal and in a file."""
+
+  def run() -> None:
+    for _ in progress.steps(1, "short", unit="steps"):
+      pass
+    with progress.doing("compiling the step"):
+      time.sleep(0.4)
+    for _ in progress.steps(4, "encode", unit="batches"):
+      time.sleep(0.2)
+
+  monkeypatch.setattr(progress, "SECONDS", 0.1)
+  command = types.ModuleType("command")
+  command.run = run
+  reader, writer = os.openpty() if tty else (None, tmp_path / "log")
+  with open(writer, "w") as stream:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert stream.isatty() == tty
+    run_module("study", command, [])
+    text = os.read(reader, 10_000).decode() if tty else ""
+  text = text or writer.read_text()
+  assert "study: compiling the step, 0s" in text
+  assert tty or "of 4 batches" in text
+  assert "short" not in text
+
+
+def test_the_first_line_precedes_slow_imports(capsys, monkeypatch):
+  monkeypatch.delitem(sys.modules, "mtv_jax.cli.score_vqa", raising=False)
+  with pytest.raises(SystemExit):
+    run_command("score_vqa", [])
+  assert capsys.readouterr().err.startswith("score_vqa: starting\n")

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int, PyTree
 
 from mtv_jax.parallel import mesh as mesh_lib
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError
 
 FeatureBatch = Mapping[str, np.ndarray]
@@ -127,7 +127,7 @@ def fit(
   key = jax.random.key(seed)
   losses: list[jax.Array] = []
   snapshots: dict[int, tuple[PyTree, PyTree]] = {}
-  for step in tqdm.trange(steps, desc="probe", leave=False, disable=None):
+  for step in progress.steps(steps, "probe", unit="steps"):
     batch = next(batches, None)
     if batch is None:
       raise InputError(f"probe.fit: batches end after {step} steps")

@@ -26,6 +26,7 @@ from mtv_jax.perf.preflight import cost as cost_lib
 from mtv_jax.perf.preflight import search as search_lib
 from mtv_jax.train import plan as plan_lib
 from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.text import format_bytes
 
@@ -420,7 +421,8 @@ def preflight(
   with tqdm.tqdm(jobs.items(), disable=None) as bar:
     for description, job in bar:
       bar.set_description(description)
-      results.append(job())
+      with progress.doing(description):
+        results.append(job())
   per_example, compiled, *rest = results
   options["saved_as"] = str(save or "")
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)

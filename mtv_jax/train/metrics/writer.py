@@ -18,6 +18,7 @@ import numpy as np
 from mtv_jax.train.metrics import trackers as trackers_lib
 from mtv_jax.train.metrics.chrono import Rates
 from mtv_jax.train.metrics.trackers import JsonlFile, RowPredicate
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, UserError
 from mtv_jax.utils.text import format_duration, format_number
 
@@ -39,6 +40,7 @@ class _Console(logging.Handler):
 
   def emit(self, record: logging.LogRecord) -> None:
     line = self.format(record)
+    progress.mark()
     with contextlib.suppress(OSError):
       try:
         print(line, file=sys.stdout, flush=True)

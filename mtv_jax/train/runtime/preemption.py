@@ -4,6 +4,10 @@ Schedulers and clouds send SIGTERM before preempting a machine, a closed
 terminal sends SIGHUP, Ctrl-C sends SIGINT. `train_loop.py` polls the notice
 after each step and while it waits for data; hosts agree on a step through
 `Checkpointer.preempted`. `cli/errors.py` exits with the error's `exit_code`.
+
+Python runs signal handlers in the main thread only, which may compile for
+minutes. A thread reads the signals from a pipe: if the main thread does not
+handle one and there is nothing to save, the process exits.
 """
 
 import contextlib
@@ -15,7 +19,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import NoReturn
 
 from mtv_jax.utils.errors import UserError
@@ -24,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # 128 + SIGTERM, as shells report it, so that the run does not look finished.
 EXIT_CODE = 143
+# Time for the main thread to handle a signal.
+_GRACE_SECONDS = 3.0
 
 # Signals, and the handlers that `catch_signals` replaces.
 _HANDLED = {
@@ -52,6 +58,12 @@ class Notice:
   """The first signal that asked the run to stop, if any."""
 
   signal_number: int | None = None
+  # Whether this session has completed a step, which a checkpoint would save.
+  has_progress: bool = False
+  # Set once the main thread saves and exits.
+  handled: threading.Event = dataclasses.field(default_factory=threading.Event)
+  # Called with the error before an exit without the main thread.
+  before_exit: Callable[[RunStoppedError], object] = lambda error: None
 
   @property
   def received(self) -> bool:
@@ -96,11 +108,58 @@ def catch_signals() -> Iterator[Notice]:
   numbers = [n for n in handled if signal.getsignal(n) == _HANDLED[n]]
   for number in numbers:
     signal.signal(number, receive)
-  try:
-    yield notice
-  finally:
+  with contextlib.ExitStack() as stack:
     for number in numbers:
-      signal.signal(number, _HANDLED[number])
+      stack.callback(signal.signal, number, _HANDLED[number])
+    if not is_distributed:  # There, no process may exit alone.
+      stack.enter_context(_watch(notice, numbers))
+    yield notice
+
+
+@contextlib.contextmanager
+def _watch(notice: Notice, numbers: Container[int]) -> Iterator[None]:
+  """Exits on signals that the main thread does not handle, in a thread."""
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  args = notice, numbers, reader
+  threading.Thread(target=_exit_if_unhandled, args=args, daemon=True).start()
+  try:
+    yield
+  finally:
+    notice.handled.set()
+    signal.set_wakeup_fd(previous)
+    os.close(writer)  # Ends the thread.
+
+
+def _exit_if_unhandled(
+  notice: Notice, numbers: Container[int], reader: int
+) -> None:
+  """Reads signal numbers from a pipe; exits if there is nothing to save."""
+  with os.fdopen(reader, "rb", buffering=0) as pipe:
+    is_first = True
+    while byte := pipe.read(1):  # To the end: Python reports failed writes.
+      if is_first and byte[0] in numbers:
+        is_first = False
+        if not notice.handled.wait(_GRACE_SECONDS):
+          _answer(notice, byte[0])
+
+
+def _answer(notice: Notice, number: int) -> None:
+  name = signal.Signals(number).name
+  if notice.has_progress:
+    text = "saves a checkpoint and exits once the devices answer."
+    print_error(f"train: received {name}; {text}")
+    return
+  error = Preempted(
+    f"received {name} before the first step of this session: nothing to save."
+    " The same command resumes.",
+    number,
+  )
+  print_error(f"train: {error}")
+  with contextlib.suppress(Exception):
+    notice.before_exit(error)
+  exit_now(error.exit_code)
 
 
 # Reasons to leave threads that don't end: readers of unresponsive storage.

@@ -119,6 +119,18 @@ class Session(contextlib.AbstractContextManager):
       text = json.dumps(content, indent=1) + "\n"
       atomic.write(self.folder / RECORD, text.encode())
 
+  def record_compilation(self, seconds: float) -> None:
+    """Records the time to compile a step, for `expected_compilation`."""
+    if self._active:
+      self._record["compile_seconds"] = round(seconds, 1)
+
+  @property
+  def expected_compilation(self) -> float | None:
+    """Seconds of the last compilation in run.json; None if unknown."""
+    sessions = self._sessions if self._active else []
+    times = (session.get("compile_seconds") for session in reversed(sessions))
+    return next((t for t in times if isinstance(t, float)), None)
+
   @contextlib.contextmanager
   def _tolerate_errors(self):
     try:
@@ -131,6 +143,10 @@ class Session(contextlib.AbstractContextManager):
       self._warned = False
 
   def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+    self.close(error)
+
+  def close(self, error: BaseException | None) -> None:
+    """Writes the session's end and its reason to run.json."""
     if not self._active:
       return
     reason = "finished"

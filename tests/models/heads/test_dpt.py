@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from random_trees import fill
 
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils import xla_flags
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -101,3 +103,17 @@ def test_wrong_stages_and_options(fields, count, error, match):
   init = functools.partial(head.init, size=(8, 8))
   with pytest.raises(error, match=match):
     jax.eval_shape(init, jax.random.key(0), stages)
+
+
+def test_initial_kernels_equal_flax_defaults(monkeypatch):
+  """Drawn as matrices, by programs that XLA optimizes less."""
+  monkeypatch.delenv("XLA_FLAGS")  # The tests' level, already read by XLA.
+  once = xla_flags.compiler_options(None, once=True)
+  default = dict.fromkeys(once, "3")
+  flax_init = nn.initializers.lecun_normal()
+  actual, expected = (
+    jax.jit(lambda key, f=f: f(key, (3, 3, 5, 7)), compiler_options=o)
+    for f, o in ((dpt.kernel_init, once), (flax_init, default))
+  )
+  key = jax.random.key(3)
+  np.testing.assert_array_equal(actual(key), expected(key))

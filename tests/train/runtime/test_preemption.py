@@ -266,3 +266,41 @@ def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
   with pytest.raises(preemption.Preempted, match=message):
     train(config, tmp_path / "run")
   assert saved_steps(tmp_path / "run") == saved
+
+
+_COMPILATION = """
+import hashlib, sys
+from mtv_jax.train.runtime import preemption
+with preemption.catch_signals() as notice:
+  notice.has_progress = sys.argv[1] == "True"
+  notice.before_exit = lambda error: print("recorded", flush=True)
+  print("ready", flush=True)
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("number", "has_progress"),
+  [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
+)
+def test_signals_are_answered_while_the_main_thread_is_in_c_code(
+  number, has_progress
+):
+  """Like XLA's compilation, the call runs no Python handler for minutes."""
+  command = [sys.executable, "-c", _COMPILATION, str(has_progress)]
+  options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  with subprocess.Popen(command, **options) as process:
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    start = time.monotonic()
+    line = process.stderr.readline()
+    assert time.monotonic() - start < 5
+    name = signal.Signals(number).name
+    if has_progress:
+      assert line.startswith(f"train: received {name}; saves a checkpoint")
+      process.kill()
+      return
+    assert line.startswith(f"train: received {name} before the first step")
+    assert process.stdout.readline() == "recorded\n"
+    assert process.wait(timeout=5) == 128 + number
