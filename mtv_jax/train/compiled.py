@@ -72,7 +72,7 @@ def describe(step: TrainStep) -> dict[str, Any]:
       "hosts": len({device.process_index for device in devices}),
       "mesh": dict(step.mesh.shape),
       # Programs for a CPU may use any instruction of its processor.
-      "processor": xla_flags.processor_digest() if is_cpu else None,
+      "processor": xla_flags.processor_name() if is_cpu else None,
     },
     "compiler_options": xla_flags.compiler_options(
       step.mesh, step.program.flags

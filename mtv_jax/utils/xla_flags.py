@@ -99,16 +99,6 @@ def _options() -> dict[str, str] | None:
 
 
 @functools.cache
-def processor_digest() -> str:
-  """Hash of the processor's architecture and features."""
-  text = platform.machine()
-  with contextlib.suppress(OSError):  # Linux only.
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    names = ("flags", "Features")
-    text += "".join(sorted({s for s in lines if s.startswith(names)}))
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def environment_flags() -> list[str]:
   """Compiler flags of the environment, without the number of CPU devices."""
   texts = [os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
@@ -138,7 +128,7 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
       return
     choice = os.path.join(workdir, "compiled")
   if jax.default_backend() == "cpu":
-    choice = os.path.join(choice, _processor())
+    choice = os.path.join(choice, processor_name())
     # By default programs that compile in less than 1 s are not stored.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   folder = path_lib.as_path(choice)
@@ -149,7 +139,7 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
   log.info("Compilation cache: %s.", folder)
 
 
-def _processor() -> str:
+def processor_name() -> str:
   """Name of this machine's instruction set, such as `x86_64-1f3a9c0d`."""
   lines = []
   with contextlib.suppress(OSError):  # Not on Linux.
