@@ -148,6 +148,6 @@ def _drop_unlabelled(config: ConfigDict, labels: Mapping[str, str]) -> None:
   names = " and ".join(name for name, _ in unlabelled)
   flags = " and ".join(f"{_LABELS[kind]}=LABELS" for _, kind in unlabelled)
   log.warning(
-    f"The data have no labels for {names}, which is left out: give {flags}"
+    f"The data have no labels for {names}: left out. Give {flags}"
     " (`mtv-jax label` makes them)."
   )

@@ -19,7 +19,7 @@ def test_a_path_alone_replaces_data_and_labels(caplog):
   assert config.data.ops == "decode|canvas(40)|caption(64)"
   assert [*config.objectives] == ["contrastive", "dino", "ibot"]
   assert "no labels for depth and grounding" in caplog.text
-  assert "give depth=LABELS and boxes=LABELS" in caplog.text
+  assert "Give depth=LABELS and boxes=LABELS" in caplog.text
   assert not config.evals and "Nothing is evaluated" in caplog.text
 
 
