@@ -93,7 +93,8 @@ def test_every_command_of_a_page_is_accepted(
     module = importlib.import_module(module)
     args = main.parse(name, module, words, function=function)
     if recipe := getattr(args, "config", None):
-      resolve(read_config(ConfigFlags(config=recipe, set=args.set)))
+      config = read_config(ConfigFlags(config=recipe, set=args.set))
+      resolve(config, reads_files=False)
 
 
 def test_every_command_is_documented():
