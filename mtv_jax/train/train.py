@@ -91,7 +91,7 @@ def _open_experiment(
   config: RunConfig,
   workdir: str | os.PathLike,
   *,
-  allow_scene_evals: bool,
+  allow_scene_evals: bool = False,
   **options: Any,
 ) -> Experiment:
   """Builds an experiment, on which all processes agree."""

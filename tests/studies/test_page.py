@@ -268,9 +268,9 @@ def test_page_of_an_unfinished_study(tmp_path):
   argv = [str(tmp_path / "one"), f"--output={tmp_path / 'out'}"]
   assert run_command("report", argv) == 0
   text = (tmp_path / "out" / "report.md").read_text()
-  assert "- Finished: 1 of 3 runs" in text
-  assert "- Not finished: ssl-s0, all-s0" in text
-  assert "- TFLOP of a run: vl 2.5\n" in text
+  assert "| finished | 1 of 3 runs |" in text
+  assert "| not finished | ssl-s0, all-s0 |" in text
+  assert "| TFLOP of a run | vl 2.5 |" in text
   assert "missing" in text and "## Gradients" not in text
   study = json.loads((tmp_path / "one" / "study.json").read_text())
   (tmp_path / "none").mkdir()

@@ -358,6 +358,7 @@ def test_a_last_evaluation_beyond_its_bound_is_missing(
   trainer.experiment = types.SimpleNamespace(
     workdir=tmp_path,
     total_steps=9,
+    evaluators={"drift": None},
     config=types.SimpleNamespace(
       evals={"drift": EvalConfig(type="drift", bound=bound)}
     ),

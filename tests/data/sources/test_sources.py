@@ -422,7 +422,6 @@ def test_build_source_in_an_index_dir(tmp_path):
   ("config", "message"),
   [
     ({"type": "webdatset"}, "Did you mean 'webdataset'"),
-    ({"type": ...}, "type is missing. There are: array_record, "),
     ({"paths": "x"}, "no option 'paths'.*'path'"),
     ({"path": ...}, "path is missing; expected"),
     ({"path": 7}, "path is 7, expected a string or"),
