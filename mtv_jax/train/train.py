@@ -39,9 +39,10 @@ from mtv_jax.train.rollback import RollbackError, UpdateMonitor
 from mtv_jax.train.run import RunConfig, resolve
 from mtv_jax.train.runtime import peers, preemption, sessions
 from mtv_jax.train.runtime.prefetch import BackgroundLoader
+from mtv_jax.train.runtime.profiler import StepProfiler
 from mtv_jax.train.runtime.watchdog import Watchdog
 from mtv_jax.train.spec import TrainState
-from mtv_jax.train.train_loop import StepProfiler, Trainer
+from mtv_jax.train.train_loop import Trainer
 from mtv_jax.train.workdir import (
   CHECKPOINTS,
   open_run_folder,

@@ -23,7 +23,7 @@ from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.parallel.distributed import any_process
 from mtv_jax.train import rollback
-from mtv_jax.train.experiment import Experiment, write_samples
+from mtv_jax.train.experiment import Experiment
 from mtv_jax.train.gradients import compute_gradients
 from mtv_jax.train.measurements import (
   GradientMeasurements,
@@ -38,56 +38,14 @@ from mtv_jax.train.runtime.prefetch import (
   Interrupted,
   prefetch_to_device,
 )
+from mtv_jax.train.runtime.profiler import StepProfiler
 from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
+from mtv_jax.train.samples import write_samples
 from mtv_jax.train.spec import TrainState
 from mtv_jax.utils import progress
 from mtv_jax.utils.text import format_duration, list_first
 
 log = logging.getLogger(__name__)
-
-
-class StepProfiler(contextlib.AbstractContextManager):
-  """Traces the steps `first` to `last`, inclusive, to a folder.
-
-  Every process writes its own trace. A run that resumes after `first` writes no
-  trace.
-  """
-
-  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
-    self._folder = folder
-    self._first, self._last = steps or (0, 0)
-    self._tracing = False
-
-  def start(self, step: int) -> None:
-    """Starts the trace before its first step."""
-    if step != self._first:
-      return
-    try:
-      jax.profiler.start_trace(str(self._folder))
-    except Exception as error:  # A full disk, or another profiler.
-      log.warning("No profile of step %d: %s", step, error)
-      return
-    self._tracing = True
-
-  def stop(self, step: int, values: Any) -> None:
-    """Stops the trace after its last step, which computes `values`."""
-    if not self._tracing or step < self._last:
-      return
-    jax.block_until_ready(values)
-    self._finish()
-
-  def _finish(self) -> None:
-    self._tracing = False
-    try:
-      jax.profiler.stop_trace()
-    except Exception as error:
-      log.warning("No profile: %s", error)
-    else:
-      log.info("Wrote a profile to %s.", self._folder)
-
-  def __exit__(self, *error: Any) -> None:
-    if self._tracing:
-      self._finish()
 
 
 @dataclasses.dataclass

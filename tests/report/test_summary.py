@@ -10,7 +10,7 @@ from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import run_folders, summary, tables
-from mtv_jax.train.experiment import write_samples
+from mtv_jax.train.samples import write_samples
 
 SESSION = dict(
   started="2026-01-01T23:00:00+00:00", ended="2026-01-02T01:00:30+00:00",
