@@ -93,16 +93,21 @@ def _open_experiment(
   workdir: str | os.PathLike,
   *,
   allow_scene_evals: bool = False,
+  compiled: str | os.PathLike | None = None,
   **options: Any,
 ) -> Experiment:
   """Builds an experiment, on which all processes agree."""
   experiment = build_experiment(config, workdir)
   if jax.process_count() > 1:
+    options["compiled"] = compiled and os.fspath(compiled)
     agree(_describe_run(experiment, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):
     check_evaluation_data(experiment)
-  return open_evaluations(experiment)
+  experiment = open_evaluations(experiment)
+  if compiled:
+    experiment = compiled_lib.load_if_equal(compiled, experiment)
+  return experiment
 
 
 def warn_of_changed_data(
@@ -122,7 +127,6 @@ def dry_run(
   workdir: str | os.PathLike,
   *,
   restore: Literal["latest", "latest_good"] = "latest",
-  compiled: str | os.PathLike | None = None,
   **options: Any,
 ) -> str:
   """Opens what `train` opens, reads one batch; says what would happen.
@@ -150,8 +154,6 @@ def dry_run(
     paths += [teacher.path for teacher in config.teachers.values()]
     for path in filter(None, paths):
       loading.is_run(path)  # Raises for a missing or unknown folder.
-  if compiled:
-    compiled_lib.load_if_equal(compiled, experiment)
   read = ()
   if first < experiment.total_steps:
     read = plan.read_batch(experiment, first, skipped)
@@ -205,10 +207,8 @@ def train(
         restore=restore,
         debug_nans=debug_nans,
         allow_scene_evals=allow_scene_evals,
-        compiled=compiled and os.fspath(compiled),
+        compiled=compiled,
       )
-      if compiled:
-        experiment = compiled_lib.load_if_equal(compiled, experiment)
       folder = enter(open_run_folder(workdir, process_index=index))
       experiment = dataclasses.replace(experiment, workdir=folder.folder)
       checkpoints = enter(
@@ -353,16 +353,7 @@ def _train_from(
     loader = make_loader(experiment, first, skipped, stats)
     batches = enter(BackgroundLoader(loader, is_interrupted))
     writer = enter(_open_writer(experiment, first, skipped))
-    session = enter(
-      sessions.Session(
-        experiment.workdir,
-        start_step=first,
-        devices=sessions.describe_devices(),
-        command=command,
-        process_index=jax.process_index(),
-        facts=describe_facts(experiment),
-      )
-    )
+    session = enter(_open_session(experiment, first, command))
     notice.before_exit = session.close
     folder = experiment.workdir / "profile"
     profiler = enter(StepProfiler(folder, config.log.profile_steps))
@@ -388,6 +379,19 @@ def _train_from(
       profiler=profiler,
       debug_nans=debug_nans,
     ).run()
+
+
+def _open_session(
+  experiment: Experiment, first: int, command: str
+) -> sessions.Session:
+  return sessions.Session(
+    experiment.workdir,
+    start_step=first,
+    devices=sessions.describe_devices(),
+    command=command,
+    process_index=jax.process_index(),
+    facts=describe_facts(experiment),
+  )
 
 
 def _restore_monitor(
