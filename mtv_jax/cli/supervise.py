@@ -15,6 +15,7 @@ from typing import Annotated
 
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.train.runtime.supervisor import Supervisor
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -39,6 +40,7 @@ def run(
   if not (backoff >= 0 and max_backoff >= 0):  # Rejects NaN too.
     raise ConfigError("--backoff and --max_backoff must be at least 0.")
   setup_logging()
+  progress.mute()  # The command has its own output.
   return Supervisor(
     child,
     max_failures=max_failures,

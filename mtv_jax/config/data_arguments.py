@@ -11,7 +11,8 @@ recipe has an argument of that name:
   imagenet=, coco=, nyu=, ade20k=, davis=, navi=, spair=
                  folders of these benchmarks
 
-Given one of them, evaluations on scenes and in the recipes' /data are removed.
+Given data, val or a benchmark, the recipe's evaluations on scenes, on its own
+training data, and on benchmarks that are not given are removed.
 """
 
 import logging
@@ -71,7 +72,7 @@ def _evaluate(
 
 def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
   """Applies data arguments to a recipe's config; returns it."""
-  given = {name: path for name, path in given.items() if path}
+  sources = {str(entry.get("path")) for entry in config.data.train}
   labels = {k: given[k] for k in ("depth", "boxes") if k in given}
   if "images" in given and "data" not in given:
     raise ConfigError("images= names the image folder of data=: give both.")
@@ -92,29 +93,38 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
   paths = {name: given[name] for name in _BENCHMARKS if name in given}
   if not (paths or "val" in given or given.get("data", "scenes") != "scenes"):
     return config
-  old = config.to_dict().get("evals") or {}
-  evals = {name: e for name, e in old.items() if not _is_default(e)}
+  old, evals = config.to_dict().get("evals") or {}, {}
+  for name, entry in old.items():
+    data = (entry or {}).get("data")
+    if benchmark := _is_benchmark(data):
+      if benchmark in paths:
+        evals[name] = entry | dict(data=paths[benchmark])
+    elif not (_is_scenes(data) or str(data) in sources):
+      evals[name] = entry
   evals |= _evaluate(config, paths)
   if "val" in given:
     for name in _VAL:
       if _NEEDS.get(name) in (None, *_trained(config)):
-        entry = dict(type=name, data=given["val"], optional=True, at_start=True)
+        entry = dict(type=name, data=given["val"], optional=True)
         evals[f"val_{name}"] = entry | _interval(config, 10)
-  if not evals:
+  if removed := sorted({*old} - {*evals}):
     log.warning(
-      "Nothing is evaluated but the losses. Held-out captions, classes or boxes"
-      " (val=PATH) and benchmarks (imagenet=PATH, coco=PATH, ...) are."
+      f"Evaluations without data are removed: {', '.join(removed)}. Name"
+      " held-out data (val=PATH) or benchmarks (imagenet=PATH, coco=PATH, ...)."
     )
   config.evals = evals
   return config
 
 
-def _is_default(entry: Mapping[str, Any] | None) -> bool:
-  """Whether an evaluation has the data of a recipe."""
-  data = (entry or {}).get("data", "scenes")
-  if isinstance(data, Mapping):
-    return data.get("type") == "scenes"
-  return data == "scenes" or data in {f"{_DATA}{n}" for n in _BENCHMARKS}
+def _is_benchmark(data: Any) -> str | None:
+  """The benchmark whose folder in /data an evaluation reads."""
+  name = str(data).removeprefix(_DATA)
+  return name if str(data) == f"{_DATA}{name}" and name in _BENCHMARKS else None
+
+
+def _is_scenes(data: Any) -> bool:
+  kind = data.get("type") if isinstance(data, Mapping) else data
+  return kind in (None, "scenes")
 
 
 def _trained(config: ConfigDict) -> set[str]:

@@ -30,6 +30,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   for part in split_paths(arg or ""):  # Not at commas within braces.
     name, equals, text = part.partition("=")
     if name in others and name not in defaults:
+      if not text:
+        raise ConfigError(f"argument {name!r} needs a value: {name}=PATH")
       given[name] = text
       continue
     if name not in defaults:

@@ -4,11 +4,11 @@ import glob
 import inspect
 import os
 import re
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 from mtv_jax.config.options import PositiveInt, build, build_entry
+from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
@@ -21,6 +21,7 @@ from mtv_jax.utils import hub
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.path_patterns import expand_path, pin, split_paths
+from mtv_jax.utils.text import list_first
 
 # Source classes, by `type` in a config.
 SOURCES: dict[str, type[Source]] = {
@@ -34,8 +35,13 @@ SOURCES: dict[str, type[Source]] = {
 
 # Listings of image files, see `sources.listings`.
 _LISTINGS = (".json", ".csv", ".tsv")
-# In the names of a training split's shards or folder, as on the hub.
-_TRAINING = re.compile(r"(?:^|[-_./])train(?:[-_./]|$)")
+# Types of shards in a folder; img2dataset writes a table beside each tar.
+_BY_PREFERENCE = ("array_record", "webdataset", "parquet")
+# In the names of a split's shards or folder, as on the hub.
+_TRAINING, _HELD_OUT = (
+  re.compile(rf"(?:^|[-_./])(?:{names})(?:[-_./]|$)")
+  for names in ("train", "val|valid|validation|dev|test")
+)
 
 
 def build_source(config: Mapping[str, Any]) -> Source:
@@ -95,23 +101,29 @@ def open_files(paths: Paths, **options: Any) -> Source:
   return build_source(entry | options)
 
 
-def find_source(path: Paths) -> dict[str, Any]:
+def find_source(
+  path: Paths, *, split: Literal["train", "test"] = "train"
+) -> dict[str, Any]:
   """Returns `type` and `path` of the source that a path alone names.
 
   The suffix gives the type of shards (default: tar); .json, .csv and .tsv are
-  listings of image files. A folder, and a data set of the hub
-  (`hf://datasets/ORG/NAME`), stand for their shards, those of the training
-  split if names tell it; a local folder without shards, for its image files.
-  "scenes" are the built-in scenes.
+  listings of image files. "scenes" are the built-in scenes. A folder with
+  images is a folder of image files; another one, and a data set of the hub
+  (`hf://datasets/ORG/NAME`), stand for their shards. If names tell splits,
+  `train` is what is not held out, and `test` is the validation or test split.
+
+  Raises InputError for a bucket's folder without shards, and for `test` if the
+  shards are those of a training split.
   """
   listed = split_paths(path)
   if listed == ["scenes"]:
     return {"type": "scenes"}
   if len(listed) == 1 and _is_folder(folder := listed[0]):
-    for kind, source in SOURCES.items():
-      if source.suffix and (files := _list_shards(folder, source.suffix)):
-        training = [f for f in files if _TRAINING.search(f[len(folder) :])]
-        return {"type": kind, "path": training or files}
+    if not path_lib.is_remote(folder):
+      folder = os.path.expanduser(folder)
+    for kind in _BY_PREFERENCE:
+      if files := _list_shards(folder, SOURCES[kind].suffix):
+        return {"type": kind, "path": _choose_split(files, folder, split)}
     if path_lib.is_remote(folder):
       raise InputError(
         f"There are no shards in {folder} (*.tar, *.parquet or"
@@ -126,11 +138,15 @@ def find_source(path: Paths) -> dict[str, Any]:
 def _is_folder(path: str) -> bool:
   if not path_lib.is_remote(path):
     return os.path.isdir(os.path.expanduser(path))
-  return not (glob.has_magic(path) or "{" in path or Path(path).suffix)
+  suffixes = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
+  return not (glob.has_magic(path) or "{" in path or path.endswith(suffixes))
 
 
 def _list_shards(folder: str, suffix: str) -> list[str]:
-  """Shards in a folder or, if it has none, in the folders below."""
+  """Shards in a folder or, if it has none, in the folders below.
+
+  None if images are beside them: they are then something else.
+  """
   if hub.is_hub(folder):
     try:
       pattern = f"{pin(folder).rstrip('/')}/**/*{suffix}"
@@ -140,9 +156,37 @@ def _list_shards(folder: str, suffix: str) -> list[str]:
   if path_lib.is_remote(folder):
     names = path_lib.list_folder(folder)
     return [f"{folder.rstrip('/')}/{n}" for n in names if n.endswith(suffix)]
-  folder = glob.escape(os.path.expanduser(folder))
-  direct = glob.glob(f"{folder}/*{suffix}")
-  return sorted(direct or glob.glob(f"{folder}/*/*{suffix}"))
+  entries = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+  below = [entry for entry in entries if os.path.isdir(entry)]
+  for folders in ([folder], below):
+    files = [f for part in folders for f in _list_files(part, suffix)]
+    if files or any(map(_has_images, folders)):
+      return [] if any(map(_has_images, folders)) else files
+  return []
+
+
+def _list_files(folder: str, suffix: str) -> list[str]:
+  names = (name for name in os.listdir(folder) if name.endswith(suffix))
+  return sorted(os.path.join(folder, name) for name in names)
+
+
+def _has_images(folder: str) -> bool:
+  return any(n.lower().endswith(IMAGE_SUFFIXES) for n in os.listdir(folder))
+
+
+def _choose_split(files: Sequence[str], folder: str, split: str) -> list[str]:
+  start = 0 if hub.is_hub(folder) else len(folder)
+  names = {file: file[start:].lower() for file in files}
+  held_out = [f for f in files if _HELD_OUT.search(names[f])]
+  if split == "test" and held_out:
+    return held_out
+  training = [f for f in files if _TRAINING.search(names[f])]
+  if split == "test" and len(training) == len(files):
+    raise InputError(
+      f"The shards in {folder} are those of a training split"
+      f" ({list_first(files, 3)}): name held-out ones."
+    )
+  return training or [f for f in files if f not in held_out] or list(files)
 
 
 def source_type(paths: Paths) -> str:

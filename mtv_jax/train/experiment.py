@@ -292,12 +292,17 @@ def open_evaluations(experiment: Experiment) -> Experiment:
       if not experiment.config.evals[name].optional:
         error.add_note(f"(in config.evals.{name})")
         raise
-      left_out[name] = str(error)
+      left_out[name] = str(error).rstrip(".")
     except UserError as error:
       error.add_note(f"(in config.evals.{name})")
       raise
+  optional = [n for n in evaluators if experiment.config.evals[n].optional]
+  if left_out and not optional:
+    reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    raise ConfigError(f"No optional evaluation can be run. {reasons}.")
   for name, reason in left_out.items():
-    log.info("Leaves out the evaluation %s: %s.", name, reason.rstrip("."))
+    log.info("Skipping the evaluation %s: %s.", name, reason)
+  agree({"evaluations": sorted(evaluators)})
   return dataclasses.replace(experiment, evaluators=evaluators)
 
 

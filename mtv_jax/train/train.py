@@ -100,6 +100,7 @@ def _open_experiment(
   experiment = build_experiment(config, workdir)
   if jax.process_count() > 1:
     options["compiled"] = compiled and os.fspath(compiled)
+    options["allow_scene_evals"] = allow_scene_evals
     agree(_describe_run(experiment, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):

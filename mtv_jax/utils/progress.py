@@ -70,6 +70,7 @@ def _bar_maker(description: str | None, unit: str) -> functools.partial[Any]:
     desc=f"{description}: " if description else "",
     unit=f" {unit}",
     file=sys.stderr,
+    disable=_muted,
     mininterval=every,
     bar_format="{desc}{percentage:3.0f}% " + meter + _COUNT,
   )
@@ -101,7 +102,7 @@ _muted = False
 
 
 def mute() -> None:
-  """Ends the lines of `report_silence`: another process of a run has them."""
+  """Ends bars and the lines of `report_silence`: another process has them."""
   global _muted
   _muted = True
 

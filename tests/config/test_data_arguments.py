@@ -20,7 +20,8 @@ def test_a_path_alone_replaces_data_and_labels(caplog):
   assert [*config.objectives] == ["contrastive", "dino", "ibot"]
   assert "no labels for depth and grounding" in caplog.text
   assert "Give depth=LABELS and boxes=LABELS" in caplog.text
-  assert not config.evals and "Nothing is evaluated" in caplog.text
+  assert not config.evals
+  assert "without data are removed: retrieval, zero_shot." in caplog.text
 
 
 def test_labels_and_benchmarks():
@@ -50,11 +51,11 @@ def test_labels_alone_are_those_of_the_recipes_data():
   [
     ("siglip_b16_224:tiny,val=x.json", VAL),
     ("dinov2_l16:data=x,val=y", ["val_knn"]),
-    ("mae_b16_224:imagenet=i", ["knn", "linear_probe"]),
+    ("mae_b16_224:imagenet=i", ["knn", "linear_probe", "mae_probe"]),
     ("mtv_tiny:val=y", ["val_grounding", *VAL[:1], "val_relative_depth"]
      + VAL[1:]),
-    # An evaluation on other data than a recipe's default stays.
-    ("coco_photos:val=y", ["retrieval", *VAL]),
+    # Not the recipe's, which are on its training images.
+    ("coco_photos:val=y", VAL),
     ("mtv_tiny:data=scenes",
      ["grounding", "relative_depth", "retrieval", "zero_shot"]),
   ],
@@ -78,3 +79,6 @@ def test_images_without_captions_stay_so():
 def test_an_unknown_argument_is_compared_with_them():
   with pytest.raises(ConfigError, match=r"argument 'imagnet'.*imagenet"):
     read_config("siglip_b16_224:imagnet=x")
+  for empty in ("data=", "val"):
+    with pytest.raises(ConfigError, match="needs a value: .*=PATH"):
+      read_config(f"siglip_b16_224:{empty}")

@@ -9,16 +9,26 @@ from mtv_jax.utils.errors import InputError
 @pytest.fixture
 def files(tmp_path):
   names = [
-    "web/0.tar", "web/1.tar", "web/0.txt",
+    "web/0.tar", "web/1.tar", "web/0.txt", "web/0.parquet",
     "hub/data/train-0.parquet", "hub/data/test-0.parquet",
     "splits/train/0.array_record", "splits/val/0.array_record",
-    "photos/restrained/a.tif", "photos/a.txt",
+    "photos/restrained/a.tif", "photos/a.txt", "photos/old/0.tar",
   ]  # fmt: skip
   for name in names:
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
   return tmp_path
+
+
+def test_held_out_shards_are_not_those_of_training(files):
+  for name, file in (("hub", "data/test-0.parquet"), ("splits", "val/0.")):
+    (found,) = find_source(files / name, split="test")["path"]
+    assert file in found
+  (files / "hub/data/test-0.parquet").unlink()
+  with pytest.raises(InputError, match="are those of a training split"):
+    find_source(files / "hub", split="test")
+  assert len(find_source(files / "web", split="test")["path"]) == 2
 
 
 @pytest.mark.parametrize(

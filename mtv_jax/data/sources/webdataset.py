@@ -49,8 +49,8 @@ class WebDatasetSource(FileSource):
   From a bucket, each record is one ranged request or, in a block order, part of
   a longer request that reads ahead.
 
-  A record has the members that share a key: an image (`canvas.IMAGE_SUFFIXES`)
-  and its captions. Captions come from the list `captions` in KEY.json,
+  A record has the members that share a key: an image (.jpg, .jpeg, .png or
+  .webp) and its captions. Captions come from the list `captions` in KEY.json,
   else from KEY.txt, else from `caption` in KEY.json. Blank captions are
   dropped; a record with only blank ones is a `BadRecord`.
 
@@ -150,7 +150,7 @@ class WebDatasetSource(FileSource):
       raise InputError(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
-        " Expected KEY.jpg (or .png, .webp, ...) with KEY.txt or KEY.json; KEY"
+        " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"
         " ends at the first dot. For images alone set captions='ignored'."
       )
     if no_caption or no_image:

@@ -165,14 +165,15 @@ def open_splits(
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")
   else:
-    shown, path = repr(os.fspath(data)), _open_path(data)
-    has_both = is_scenes(data)
-    if path.is_dir():
+    shown, has_both = repr(os.fspath(data)), is_scenes(data)
+    is_source = _source_config(data, length=1) is not None
+    path = pathlib.Path() if is_source else _open_path(data)
+    if not is_source and path.is_dir():
       # Checked first, as these layouts may have a training folder too.
       _reject_other_layouts(path)
       has_tars = class_folders.has_tars(path, "train")
       has_both = has_tars or class_folders.has_splits(path)
-    elif not (has_both or ".tar" in os.fspath(data) or path.exists()):
+    elif not (is_source or path.exists()):
       raise MissingFileError(f"data={shown} does not exist")
   if train is None and not has_both:
     raise NotApplicable(
@@ -445,6 +446,8 @@ def _open_layout(
   *readers: tuple[Callable[..., Any], Callable[..., Any]],
 ) -> Any:
   """Opens a path with the first (matches, open) reader that matches."""
+  if _source_config(data, length=1) is not None:  # Not copied to find out.
+    raise NotApplicable(f"data={data!r} names shards. {expected}")
   path = _open_path(data)
   for matches, open_path in readers:
     if matches(path):

@@ -21,6 +21,7 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.parallel.distributed import gather_results
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.text import list_first
 from mtv_jax.utils.threads import map_ahead
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def find_captioned(path: Path) -> dict[str, Any] | None:
   """The entry of a folder or table of captioned images; None for others."""
   if not path.is_dir() and path.suffix != ".tsv":
     return None
-  entry = sources.find_source(path)
+  entry = sources.find_source(path, split="test")
   below = [] if entry["type"] == "folder" else entry["path"]
   if any(Path(file).parent != path for file in below):
     return None  # Shards of splits.
@@ -44,6 +45,10 @@ def find_captioned(path: Path) -> dict[str, Any] | None:
 def _split_config(config: Mapping[str, Any], split: str | None) -> dict:
   """Config of a source's split; unchanged for sources without splits."""
   config = dict(config)
+  if config.get("type") is None:
+    kind = "train" if split == "train" else "test"
+    found = sources.find_source(config.pop("path", ""), split=kind)
+    config |= found
   if config.get("type") == "scenes":
     return scenes.split_config(config, split or "test")
   if config.get("type") == "tfds" and split is not None:
@@ -67,7 +72,7 @@ def _open(
 ) -> tuple[str, Any, list[int]]:
   """Name, source and evenly spaced indices of records with `fields`."""
   config = _split_config(config, split)
-  name = str(config.get("path") or config["type"])
+  name = _name(config)
   if config.get("type") == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
   source = sources.build_source(config)
@@ -79,6 +84,13 @@ def _open(
       f"needs {' and '.join(map(repr, missing))}"
     )
   return name, source, examples.subsample(range(len(source)), count)
+
+
+def _name(config: Mapping[str, Any]) -> str:
+  path = config.get("path") or config["type"]
+  if isinstance(path, list):
+    path = path[0] if len(path) == 1 else f"{path[0]} ({len(path)} files)"
+  return str(path)
 
 
 class _Row(NamedTuple):
@@ -188,22 +200,29 @@ def _make_set(
 def _read_rows(
   source: Any, indices: Sequence[int], label: Callable[[Any], Any]
 ) -> list[_Row]:
-  def read(i: int) -> _Row | None:
+  def read(i: int) -> _Row | str:
     try:
       record = source[i]
+      image, key = record["image"], record["key"]
+      if isinstance(image, np.ndarray):
+        size = "x".join(map(str, image.shape))
+      else:
+        canvas.decode(image, key=key)
+        size = str(len(image))
+      return _Row(i, key, size, label(record))
     except BadRecord as error:
-      log.warning("Leaves out of the evaluation: %s", error)
-      return None
-    image = record["image"]
-    size = str(len(image))
-    if isinstance(image, np.ndarray):
-      size = "x".join(map(str, image.shape))
-    return _Row(i, record["key"], size, label(record))
+      return str(error)
 
   # Contiguous shares: of a bucket's shards, a host copies or reads its part.
   own = np.array_split(indices, jax.process_count())[jax.process_index()]
   parts = gather_results(lambda: list(map_ahead(read, own.tolist())))
-  return [row for row in itertools.chain(*parts) if row is not None]
+  rows = [*itertools.chain(*parts)]
+  if bad := [row for row in rows if isinstance(row, str)]:
+    log.warning(
+      f"{source!r}: {len(bad)} of {len(rows)} records are left out of the"
+      f" evaluation: {list_first(bad, 3)}"
+    )
+  return [row for row in rows if not isinstance(row, str)]
 
 
 def _hash_size(row: _Row) -> tuple[str, str]:

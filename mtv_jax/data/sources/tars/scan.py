@@ -13,14 +13,14 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import PurePath
 from typing import NamedTuple
 
-from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
 IMAGE, TEXT, JSON = range(3)
-EXTENSIONS = dict.fromkeys((s[1:] for s in IMAGE_SUFFIXES), IMAGE)
+# As img2dataset writes them; indices and tables of blocks count these.
+EXTENSIONS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE)
 EXTENSIONS |= {"txt": TEXT, "json": JSON}
 _BLOCK = 512
 _BUFFER = 8192
