@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -181,6 +182,13 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 def log(workdir: pathlib.Path) -> str:
   """All that the processes of a run have printed."""
   return pathlib.Path(f"{workdir}.log").read_text()
+
+
+def problems(workdir: pathlib.Path) -> list[str]:
+  """The errors in the log, without the lines that a run is alive."""
+  alive = re.compile(r"train: (starting|.+, (\d+[hms])+)$")
+  lines = (line for line in log(workdir).splitlines() if line)
+  return [s for s in lines if s.startswith("train: ") and not alive.match(s)]
 
 
 def wait_for_step(

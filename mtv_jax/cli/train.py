@@ -14,6 +14,7 @@ on every host with --distributed.
 import contextlib
 import dataclasses
 import logging
+import os
 import shlex
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
 
 def run(args: Flags) -> None:
   """Trains; resumes if the workdir has a checkpoint."""
+  # Shells don't expand ~ after "=".
+  args = dataclasses.replace(args, workdir=os.path.expanduser(args.workdir))
   config = check_config(arguments.read_config(args))  # Before hosts connect.
   arguments.initialize_distributed(args)
   process = jax.process_index()

@@ -6,8 +6,9 @@ recipe has an argument of that name:
   data=PATH      shards, a folder, a listing or hf://datasets/ORG/NAME, see
                  `data.registry.find_source`; instead of the recipe's data
   images=PATH    image folder of a listing, if not the listing's
-  depth=, boxes= label sets of the data, or annotations
+  depth=, boxes= label sets of the data
   val=PATH       held-out captions, classes or boxes
+  val_images=PATH  image folder of held-out COCO annotations
   imagenet=, coco=, nyu=, ade20k=, davis=, navi=, spair=
                  folders of these benchmarks
 
@@ -16,6 +17,7 @@ training data, and on benchmarks that are not given are removed.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +49,8 @@ _LABELS = dict(depth="depth", grounding="boxes")
 _DATA = "/data/"  # Where recipes expect the benchmarks.
 # A run with fewer steps is evaluated at its ends only.
 _SHORT = 1000
-ARGUMENTS = ("data", "images", "depth", "boxes", "val", *_BENCHMARKS)
+ARGUMENTS = ("data", "images", "depth", "boxes", "val", "val_images")
+ARGUMENTS += tuple(_BENCHMARKS)
 
 
 def benchmarks(config: ConfigDict, *names: str) -> dict[str, dict[str, Any]]:
@@ -73,13 +76,20 @@ def _evaluate(
 def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
   """Applies data arguments to a recipe's config; returns it."""
   sources = {str(entry.get("path")) for entry in config.data.train}
+  given = {name: os.path.expanduser(path) for name, path in given.items()}
   labels = {k: given[k] for k in ("depth", "boxes") if k in given}
-  if "images" in given and "data" not in given:
-    raise ConfigError("images= names the image folder of data=: give both.")
+  for images, name in (("images", "data"), ("val_images", "val")):
+    if images in given and name not in given:
+      raise ConfigError(
+        f"{images}= names the image folder of {name}=: give both."
+      )
+  for name in labels:
+    if not {k for k, v in _LABELS.items() if v == name} & _trained(config):
+      raise ConfigError(f"{name}={given[name]}: no objective reads it.")
   if "data" in given:
     options = {k: given[k] for k in ("images",) if k in given}
-    if config.data.train[0].get("captions"):
-      options["captions"] = config.data.train[0]["captions"]
+    if "text" not in _trained(config):
+      options["captions"] = "ignored"
     entry = dict(path=given["data"]) | options
     config.data.train = [entry | (dict(labels=labels) if labels else {})]
     if given["data"] == "scenes":
@@ -106,6 +116,8 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
     for name in _VAL:
       if _NEEDS.get(name) in (None, *_trained(config)):
         entry = dict(type=name, data=given["val"], optional=True)
+        if "val_images" in given and name in ("retrieval", "grounding"):
+          entry["images"] = given["val_images"]
         evals[f"val_{name}"] = entry | _interval(config, 10)
   if removed := sorted({*old} - {*evals}):
     log.warning(

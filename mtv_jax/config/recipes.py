@@ -32,6 +32,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     if name in others and name not in defaults:
       if not text:
         raise ConfigError(f"argument {name!r} needs a value: {name}=PATH")
+      if given.get(name, text) != text:
+        raise ConfigError(f"argument {name!r} is given twice.")
       given[name] = text
       continue
     if name not in defaults:
@@ -69,6 +71,11 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
       hint = did_you_mean(name, [*recipes, *others])
       raise ConfigError(f"there is no config {name!r}. {hint}")
     file = folder / f"{recipe}.py"
+  if file.suffix != ".py":
+    raise ConfigError(
+      f"{file} is no recipe, a Python file. For a run's config, give the run's"
+      " folder to `mtv-jax config`."
+    )
   values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")

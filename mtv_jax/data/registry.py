@@ -132,6 +132,17 @@ def find_source(
     return {"type": "folder", "path": folder}
   if len(listed) == 1 and listed[0].lower().endswith(_LISTINGS):
     return {"type": "folder", "path": listed[0]}
+  suffixes = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
+  for name in listed:
+    if not (name.endswith(suffixes) or glob.has_magic(name) or "{" in name):
+      exists = path_lib.exists(os.path.expanduser(name))
+      problem = "a file of another kind" if exists else "missing"
+      raise (InputError if exists else MissingFileError)(
+        f"{name} is no data: {problem}. Expected a folder of images, shards"
+        " (*.tar, *.parquet,"
+        " *.array_record) or a folder of them, a listing (.json, .csv, .tsv),"
+        " hf://datasets/ORG/NAME or scenes."
+      )
   return {"type": source_type(listed), "path": listed}
 
 

@@ -26,7 +26,7 @@ from mtv_jax.train.build_step import TrainStep, abstract_batch, batch_fields
 from mtv_jax.train.runtime import sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils import xla_flags
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.text import list_first
 
 log = logging.getLogger(__name__)
@@ -152,6 +152,11 @@ def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytes]:
   """Header and program of a file; does not load the program."""
+  if not path_lib.is_file(path):
+    raise MissingFileError(
+      f"--compiled={path}: there is no such file; `mtv-jax preflight --save`"
+      " writes it."
+    )
   line, _, content = path_lib.read_bytes(path_lib.as_path(path)).partition(
     b"\n"
   )

@@ -154,6 +154,8 @@ def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
         )
   spec, folder = text.tokenizer, path_lib.as_path(workdir)
   is_new = not saved_steps(folder)
+  if not is_new:
+    _check_tokenizer_unchanged(config, folder)
   is_trained = training.trained_size(spec)
   if is_trained and is_new:
     return None
@@ -172,6 +174,22 @@ def _open_tokenizer(config: RunConfig, file: Any, is_new: bool) -> Any:
   if is_new:
     check_source_tokenizer(config, tokenizer)
   return tokenizer
+
+
+def _check_tokenizer_unchanged(
+  config: RunConfig, folder: pathlib.PurePath
+) -> None:
+  """Raises ConfigError if a run with checkpoints had another tokenizer."""
+  recorded = (read_recorded_config(folder).get("model") or {}).get("text") or {}
+  text = config.model.text
+  for name, new in (("tokenizer", text.tokenizer), ("clean", text.clean)):
+    old = recorded.get(name, new)
+    # A file may have moved, with the same content.
+    if pathlib.PurePath(old).name != pathlib.PurePath(new).name:
+      raise ConfigError(
+        f"This run was trained with text.{name}={old!r}; {new!r} gives other"
+        " ids. Leave it as it was, or start a new run."
+      )
 
 
 def _train_tokenizer(config: RunConfig, sources: Sequence[Any]) -> pathlib.Path:

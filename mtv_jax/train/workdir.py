@@ -70,8 +70,6 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
     check_other_hosts(folder)
   else:
     path = pathlib.Path(folder)
-    if path.exists() and not path.is_dir():
-      raise ConfigError(f"--workdir={folder} is a file; a folder is expected.")
   path.mkdir(parents=True, exist_ok=True)
   owner = path / OWNER
   lock = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
@@ -125,8 +123,22 @@ def check_other_hosts(
 
 
 def check_workdir(folder: str | os.PathLike) -> None:
-  """Raises ConfigError for buckets other than `gs://`."""
-  if path_lib.is_remote(folder) and not str(folder).startswith("gs://"):
+  """Raises ConfigError if a run can't be written to a folder.
+
+  Such as a file, a folder without permission, or a bucket other than `gs://`.
+  """
+  if not str(folder):
+    raise ConfigError("--workdir is empty; a folder is expected.")
+  if not path_lib.is_remote(folder):
+    path = pathlib.Path(folder).absolute()
+    candidates = (p for p in (path, *path.parents) if os.path.lexists(p))
+    if not (found := next(candidates)).is_dir():
+      raise ConfigError(
+        f"--workdir={folder}: {found} is a file; a folder is expected."
+      )
+    if not os.access(found, os.W_OK | os.X_OK):
+      raise ConfigError(f"--workdir={folder}: {found} can't be written to.")
+  elif not str(folder).startswith("gs://"):
     raise ConfigError(
       f"--workdir={folder}: checkpoints can't be written to "
       f"{str(folder).partition('//')[0]}//. Give a folder or gs://, and copy "

@@ -72,6 +72,8 @@ def test_images_without_captions_stay_so():
   config = read_config("dinov2_l16:data=x.csv,images=photos")
   entry = dict(path="x.csv", images="photos", captions="ignored")
   assert config.data.train == [entry]
+  tiny = read_config("mae_b16_224:tiny,data=x")
+  assert tiny.data.train == [dict(path="x", captions="ignored")]
   with pytest.raises(ConfigError, match="images= .* of data=: give both"):
     read_config("dinov2_l16:images=photos")
 
@@ -79,6 +81,10 @@ def test_images_without_captions_stay_so():
 def test_an_unknown_argument_is_compared_with_them():
   with pytest.raises(ConfigError, match=r"argument 'imagnet'.*imagenet"):
     read_config("siglip_b16_224:imagnet=x")
+  with pytest.raises(ConfigError, match="depth=d: no objective reads it"):
+    read_config("siglip_b16_224:depth=d")
+  with pytest.raises(ConfigError, match="'val' is given twice"):
+    read_config("siglip_b16_224:val=a,val=b")
   for empty in ("data=", "val"):
     with pytest.raises(ConfigError, match="needs a value: .*=PATH"):
       read_config(f"siglip_b16_224:{empty}")

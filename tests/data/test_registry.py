@@ -3,7 +3,7 @@
 import pytest
 
 from mtv_jax.data.registry import build_source, find_source, open_files
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 
 @pytest.fixture
@@ -60,3 +60,8 @@ def test_it_is_a_source(tmp_path, write_image):
   assert len(build_source({"path": tmp_path, "limit": 2})) == 2
   with pytest.raises(InputError, match="files of one type"):
     find_source("a.tar,b.parquet")
+  (tmp_path / "notes.txt").touch()
+  with pytest.raises(InputError, match="another kind. Expected a folder"):
+    find_source(f"{tmp_path}/notes.txt")
+  with pytest.raises(MissingFileError, match="x is no data: missing"):
+    find_source(f"{tmp_path}/x")

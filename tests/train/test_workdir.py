@@ -322,7 +322,7 @@ def test_a_run_whose_last_upload_fails_exits_with_1_and_is_uploaded_later(
   with refused(gs, "^runs/refused/(?!checkpoints|compiled)"):
     assert launch(tmp_path, url, *args).wait(timeout=400) == 1
   log = trainings.log(tmp_path / "run")
-  (line,) = [s for s in log.splitlines() if s.startswith("train: ")]
+  (line,) = trainings.problems(tmp_path / "run")
   assert f"{url} lacks files of the run: alive, command.txt, " in line
   folder = workdir.local_folder(url)
   assert f"gcloud storage cp --recursive '{folder}/*' {url}/" in line

@@ -163,7 +163,7 @@ def test_processes_that_differ_exit_with_one_sentence(smallest_run, tmp_path):
   log = trainings.log(tmp_path / "run")
   assert codes == [1, 1], log
   assert "Traceback" not in log
-  lines = [line for line in log.splitlines() if line.startswith("train: ")]
+  lines = trainings.problems(tmp_path / "run")
   assert len(lines) == 2 and len(set(lines)) == 1, log
   assert re.sub("'[^']+'", "_", lines[0]) == (
     "train: The processes of this run differ in"
