@@ -103,8 +103,9 @@ def environment_flags() -> list[str]:
   """Compiler flags of the environment, without the number of CPU devices."""
   texts = [os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
   devices = "--xla_force_host_platform_device_count"
-  flags = " ".join(texts).split()
-  return sorted(flag for flag in flags if not flag.startswith(devices))
+  # The last of repeated flags counts.
+  flags = {f.partition("=")[0]: f for f in " ".join(texts).split()}
+  return sorted(flag for name, flag in flags.items() if name != devices)
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:

@@ -168,8 +168,8 @@ def test_anchors_are_zero_at_the_start_and_images_are_kept(
   """Also if patches of the global crops are masked."""
   options = ",images_only,features=1.0,keep=scenes,keep_share=0.25"
   config = read(start, photos, options)
-  kinds = [(s["type"], s["weight"]) for s in config.data.train]
-  assert kinds == [("folder", 0.75), ("scenes", 0.25)]
+  weights = [(s.get("type"), s["weight"]) for s in config.data.train]
+  assert weights == [(None, 0.75), ("scenes", 0.25)]
   config.evals, config.log = {}, dict(every_steps=1)
   train(config, tmp_path)
   losses = {row["step"]: row for row in trainings.rows(tmp_path)}

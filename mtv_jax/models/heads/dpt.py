@@ -112,14 +112,9 @@ def conv(
   features: int, size: int, dtype: Any, name: str, **kwargs: Any
 ) -> nn.Conv:
   """A convolution with PyTorch's symmetric padding at any stride."""
+  kwargs = dict(kernel_init=kernel_init) | kwargs
   return nn.Conv(
-    features,
-    (size, size),
-    padding=size // 2,
-    dtype=dtype,
-    name=name,
-    kernel_init=kernel_init,
-    **kwargs,
+    features, (size, size), padding=size // 2, dtype=dtype, name=name, **kwargs
   )
 
 

@@ -271,8 +271,10 @@ def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
 
 
 _COMPILATION = """
-import hashlib, sys
+import hashlib, signal, sys
 from mtv_jax.train.runtime import preemption
+# Ignored if the tests run in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with preemption.catch_signals() as notice:
   notice.has_progress = sys.argv[1] == "True"
   notice.before_exit = lambda error: print("recorded", flush=True)
