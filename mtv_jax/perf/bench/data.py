@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -79,14 +79,10 @@ def run(
   with tempfile.TemporaryDirectory() as folder:
     path = data or _write_scenes_tar(Path(folder), size)
     source = open_files(path)
-    entry = dict(type=source_type(path), path=path)
-    ops = f"decode|canvas({size})|caption({length})"
-    if labels := {k: v for k, v in (("depth", depth), ("boxes", boxes)) if v}:
-      entry["labels"] = labels
-      ops += f"|depth({SIDE})" * bool(depth) + "|regions(4)" * bool(boxes)
-    config = pipeline.DataConfig(
-      train=(entry,),
-      ops=ops,
+    config = _make_config(
+      path,
+      f"decode|canvas({size})|caption({length})",
+      {"depth": depth, "boxes": boxes},
       shuffle=shuffle,
       lanes=lanes,
       workers=workers,
@@ -98,7 +94,7 @@ def run(
       batch_size=batch_size,
       seed=0,
       tokenizer=build_tokenizer(tokenizer),
-      sources=[complete_source(source, entry)],
+      sources=[complete_source(source, config.train[0])],
     )
 
     def time_round(number: int) -> _Round:
@@ -132,6 +128,20 @@ def run(
     )
     result.add("data_plane", plane.to_dict(), "data plane", str(plane))
   return result
+
+
+def _make_config(
+  path: str, ops: str, labels: Mapping[str, str | None], **options: Any
+) -> pipeline.DataConfig:
+  """Returns the `data` section, whose ops also read the given label sets."""
+  given = {kind: folder for kind, folder in labels.items() if folder}
+  readers = {"depth": f"depth({SIDE})", "boxes": "regions(4)"}
+  entry = dict(type=source_type(path), path=path)
+  return pipeline.DataConfig(
+    train=(entry | ({"labels": given} if given else {}),),
+    ops="|".join([ops, *(readers[kind] for kind in given)]),
+    **options,
+  )
 
 
 class _Round(NamedTuple):

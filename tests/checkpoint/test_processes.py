@@ -1,0 +1,143 @@
+"""Checkpoints of two processes."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trainings
+from checkpoint_samples import open_checkpointer
+
+WORKER = """
+import sys
+import jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mtv_jax.checkpoint import checkpointer as checkpoint, reading
+
+folder = sys.argv[1]
+mesh = jax.make_mesh((4,), ("x",))
+split = NamedSharding(mesh, P("x"))
+value = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+make = lambda v: jax.make_array_from_callback((4, 2), split, lambda i: v[i])
+state = {"w": make(value), "step": jax.device_put(jnp.int32(2),
+  NamedSharding(mesh, P()))}
+with checkpoint.Checkpointer(folder, every_steps=1, keep=2) as ckpt:
+  old = ckpt.restore(state)
+  assert old.step == 1 and old.timing == {"train": 1.0}
+  for shard in old.state["w"].addressable_shards:
+    assert (np.asarray(shard.data) == 2 * value[shard.index]).all()
+  assert ckpt.due(2)
+  ckpt.save(2, state, timing={"train": 2.0})
+  ckpt.wait()
+  assert not ckpt.preempted(2)
+  # One process alone may read, as a tool beside the run would.
+  if process == 1:
+    assert (reading.load_tree(folder, part="w") == value).all()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_continue_what_one_wrote_and_back(tmp_path):
+  value = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+  one = {"w": jnp.asarray(2 * value), "step": jnp.int32(1)}
+  with open_checkpointer(tmp_path) as ckpt:
+    ckpt.save(1, one, timing={"train": 1.0})
+  trainings.run_pair(WORKER, str(tmp_path), devices=2)
+  with open_checkpointer(tmp_path) as ckpt:
+    restored = ckpt.restore(one)
+  assert restored.step == 2 and restored.timing == {"train": 2.0}
+  np.testing.assert_array_equal(restored.state["w"], value)
+
+
+RESTORE = """
+import json, os, sys
+import jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mtv_jax.checkpoint import checkpointer as checkpoint, reading
+from mtv_jax.parallel.distributed import gather_json
+from mtv_jax.utils.errors import UserError
+
+folder = sys.argv[1]
+replicated = NamedSharding(jax.make_mesh((2,), ("x",)), P())
+state = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=replicated)}
+verify, read = reading.verify_arrays, reading.read_arrays
+failing, outcomes = {}, []  # Failures of process 1 that are left, by function.
+
+
+def fail(name, error):
+  if process == 1 and failing.get(name):
+    failing[name] -= 1
+    raise error
+
+
+def verify_arrays(arrays, stored):
+  verify(arrays, stored)
+  if float(arrays["w"][0]) != 10:
+    fail("verify", reading._ChecksumError("the stored checksums differ"))
+
+
+def read_arrays(*args):
+  fail("read", TimeoutError("no answer"))
+  return read(*args)
+
+
+reading.verify_arrays, reading.read_arrays = verify_arrays, read_arrays
+with checkpoint.Checkpointer(folder, every_steps=1, keep=9) as ckpt:
+
+  def restore(failures={}, **options):
+    failing.clear()
+    failing.update(failures)
+    try:
+      restored = ckpt.restore(state, **options)
+      assert (np.asarray(restored.state["w"]) == restored.step).all()
+      outcomes.append(restored.step)
+    except UserError as error:
+      outcomes.append([type(error).__name__, str(error)])
+    outcomes.append(gather_json(sorted(os.listdir(folder)))[0])
+
+  # Process 0 alone lists step 20, as if a killed run committed it late.
+  if process == 0:
+    os.rename(f"{folder}/late", f"{folder}/20")
+    ckpt._manager.reload()
+  assert ckpt.listed_steps() == [10, 20][:2 - process]
+  restore()
+  restore({"verify": 1}, latest_good=True)
+  restore({"read": 2})
+  restore({"verify": 2})
+  restore({"verify": 2}, latest_good=True)
+  # Process 1 alone lists step 20.
+  if process == 1:
+    os.rename(f"{folder}/20.damaged", f"{folder}/20")
+    ckpt._manager.reload()
+    os.rename(f"{folder}/20", f"{folder}/20.damaged")
+  ckpt.save(20, {"w": jax.device_put(np.full(3, 20, np.float32), replicated)})
+  ckpt.wait()
+  restore()
+with open(f"{folder}.{process}.json", "w") as file:
+  json.dump(outcomes, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_they_restore(tmp_path):
+  folder = tmp_path / "checkpoints"
+  with open_checkpointer(folder) as ckpt:
+    for step in (10, 20):
+      ckpt.save(step, {"w": jnp.full(3, step, jnp.float32)})
+  (folder / "20").rename(folder / "late")
+  trainings.run_pair(RESTORE, str(folder), devices=1)
+  first, second = (
+    json.loads((tmp_path / f"checkpoints.{i}.json").read_text())
+    for i in range(2)
+  )
+  assert first == second
+  # The steps of process 0 count, and one bad read is repeated.
+  assert first[:4] == [20, ["10", "20"]] * 2
+  (unread, _, damaged, names), only = first[4:8], "Only process 1 of 2 can't"
+  assert names == ["10", "20"]
+  assert unread[0] == "StorageError" and unread[1].startswith(only)
+  assert "20 can't be read (TimeoutError: no answer)" in unread[1]
+  assert damaged[0] == "DamagedCheckpointError" and damaged[1].startswith(only)
+  assert "20 is damaged: the stored checksums differ" in damaged[1]
+  assert first[8:10] == [10, ["10", "20.damaged"]]
+  assert first[10:] == [20, ["10", "20", "20.damaged"]]
