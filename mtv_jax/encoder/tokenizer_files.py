@@ -45,12 +45,17 @@ def pin(name: str, commits: MutableMapping[str, str]) -> str:
   return f"{repo}@{commits[name]}"
 
 
-def count_tokens(spec: str, clean: str, *, reads_files: bool = True) -> int:
-  """Size of a tokenizer's vocabulary; SigLIP's 32,000 if it isn't read."""
+def count_tokens(
+  spec: str, clean: str, *, reads_files: bool = True
+) -> int | None:
+  """Size of a tokenizer's vocabulary; SigLIP's 32,000 if it can't be read.
+
+  Without `reads_files`, None if it isn't built in.
+  """
   if size := training.trained_size(spec):
     return size
   if not reads_files and spec not in tokenizers.BUILT_IN:
-    return TextSpec.vocab_size
+    return None
   try:
     file = download(spec)
     return tokenizers.build_tokenizer(file, clean=clean).vocab_size

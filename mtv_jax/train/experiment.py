@@ -1,13 +1,11 @@
 """An experiment: a resolved config and everything that is built from it."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -15,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
@@ -30,26 +27,23 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.parallel.distributed import agree, gather_results
-from mtv_jax.parallel.mesh import MESH_AXES, host_rows
-from mtv_jax.parallel.rules import sharding_table
+from mtv_jax.parallel.mesh import host_rows
 from mtv_jax.train import metrics
 from mtv_jax.train.build_step import (
   TrainStep,
   build_train_step,
   make_config_mesh,
 )
-from mtv_jax.train.optim.optimizer import describe_rules
 from mtv_jax.train.run import EvalConfig, RunConfig, resolve
 from mtv_jax.train.workdir import check_workdir, read_recorded_config
-from mtv_jax.utils import atomic, xla_flags
+from mtv_jax.utils import atomic
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
 from mtv_jax.utils.text import first_lines
-from mtv_jax.utils.tree import flatten_with_names, select_names
+from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
-PARAMETERS = "parameters.txt"
 # Records whose captions a tokenizer is trained on.
 _CAPTION_RECORDS = 100_000
 # Test images or pairs on the sheets of a training's evaluations.
@@ -414,75 +408,3 @@ def save_config(
         # Atomic, so that a later start does not accept a truncated file.
         with atomic.replace_file(target) as temporary:
           shutil.copyfile(file, temporary)
-
-
-def describe_facts(experiment: Experiment) -> dict[str, Any]:
-  """Data sources, and number of parameters by tower and head, as JSON."""
-  parameters = collections.Counter()
-  for name, x in flatten_with_names(experiment.program.abstract.params):
-    parameters[name.partition("/")[0]] += x.size
-  return {"data": experiment.source_descriptions, "parameters": parameters}
-
-
-def log_experiment(experiment: Experiment) -> None:
-  """Logs encodings and length; writes parameters and rules to a file."""
-  state, mesh = experiment.program.abstract, experiment.mesh
-  _write_parameters(experiment)
-  if experiment.optimizer.note:
-    log.info(experiment.optimizer.note)
-  megabytes = sum(row[3] for row in sharding_table(state)) / 1e6
-  axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
-  log.info(f"The state takes {megabytes:.1f} MB a device on a mesh of {axes}.")
-  if flags := xla_flags.parse_flags(experiment.config.xla_flags):
-    text = ", ".join(f"{name}={value}" for name, value in flags.items())
-    used = mesh.devices.flat[0].platform == "tpu"
-    log.info(f"XLA flags{'' if used else ', unused off TPUs'}: {text}.")
-  if state.teacher or state.ema:
-    log.info(
-      f"Evaluations and exports read the {experiment.config.weights} weights "
-      "(config.weights), unless they name others."
-    )
-  log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
-  size = experiment.config.batch_size
-  epoch = experiment.length.examples_per_epoch
-  log.info(
-    f"{experiment.total_steps} steps of {size} examples; an epoch of {epoch:,} "
-    f"examples is {epoch / size:.1f} steps."
-  )
-  _warn_of_repeated_rows(experiment)
-
-
-def _write_parameters(experiment: Experiment) -> None:
-  """Writes the parameters with their sharding and rules to parameters.txt."""
-  params, table = experiment.program.abstract.params, experiment.optimizer.table
-  sizes = {row.name: math.prod(row.shape) for row in table}
-  trained = sum(sizes[row.name] for row in table if not row.frozen)
-  leaves = jax.tree.leaves(params)
-  megabytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e6
-  log.info(
-    f"{sum(sizes.values()):,} parameters ({megabytes:.1f} MB), of which"
-    f" {trained:,} are trained; see {PARAMETERS}."
-  )
-  if jax.process_index() == 0:
-    overview = parameter_overview.get_parameter_overview
-    text = overview(params, include_stats="sharding")
-    experiment.workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(
-      experiment.workdir / PARAMETERS, f"{text}\n{describe_rules(table)}\n"
-    )
-
-
-def _warn_of_repeated_rows(experiment: Experiment) -> None:
-  """Warns of sources with fewer records than their rows in a batch."""
-  size = experiment.config.batch_size
-  entries = experiment.config.data.train
-  weights = [entry.get("weight", 1.0) for entry in entries]
-  for source, weight in zip(experiment.sources, weights, strict=True):
-    rows = size * weight / sum(weights)
-    if rows > len(source):
-      log.warning(
-        f"A batch of {size} takes {rows:.0f} rows of {source!r}, which has "
-        f"only {len(source)} records: some are repeated, and contrastive losses"
-        " count their captions as negatives. Reduce batch_size or the source's"
-        " weight, or add data."
-      )

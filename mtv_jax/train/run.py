@@ -31,7 +31,7 @@ from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
-from mtv_jax.train.optim.optimizer import OptimConfig
+from mtv_jax.train.optim.optimizer import OptimConfig, build_optimizer
 from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
@@ -267,12 +267,13 @@ def resolve(
   with the size of its vocabulary, and the commits of the hub's data sets and
   tokenizer. A resolved config is returned unchanged. The `config.json` of a run
   in `workdir` records teachers, size and commits. Without `reads_files`,
-  teachers and commits stay as given, only built-in vocabularies are counted,
-  and a config whose teachers have a path and no model is only checked.
+  teachers and commits stay as given, the size is None if the tokenizer isn't
+  built in, and a config with teachers of a path and no model is only checked.
   """
   run = check_config(config)
   if run.parts is not None:
     return run
+  build_optimizer(run.optim)  # Raises for unknown options.
   recorded, teachers = {}, run.teachers
   if reads_files:
     teachers = read_teacher_models(run.teachers, workdir)
