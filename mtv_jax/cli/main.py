@@ -125,7 +125,7 @@ def run_module(
       if module not in sys.modules and not {"-h", "--help"} & {*options}:
         # Imports take seconds, on a busy machine a minute.
         print(f"{name}: starting", file=sys.stderr, flush=True)
-      with progress.doing("importing"):
+      with progress.activity("importing"):
         module = importlib.import_module(module)
     args = parse(name, module, argv, function=function)
     run = getattr(module, function)

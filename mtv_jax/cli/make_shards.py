@@ -9,7 +9,9 @@
 Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
 """
 
+import functools
 import itertools
+import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -91,8 +93,17 @@ def _open_examples(
   if kind == "folder":
     return listings.read(path, images=images, **columns)
   try:
-    return shard_writer.SourceExamples(open_files(path))
+    source = open_files(path)
   except InputError:
     if kind != "parquet":
       raise
     return listings.read(path, images=images, **columns)
+  return [
+    listings.Example(
+      f"{source.name}/{i}",
+      pathlib.Path(source.name),
+      [],
+      read=functools.partial(source.__getitem__, i),
+    )
+    for i in range(len(source))
+  ]

@@ -73,7 +73,9 @@ def _evaluate(
   }
 
 
-def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
+def apply_data_arguments(
+  config: ConfigDict, given: Mapping[str, str]
+) -> ConfigDict:
   """Applies data arguments to a recipe's config; returns it."""
   sources = {str(entry.get("path")) for entry in config.data.train}
   given = {name: os.path.expanduser(path) for name, path in given.items()}

@@ -1,6 +1,5 @@
 """Recipes: config files whose `get_config` takes typed arguments."""
 
-import contextvars
 import pathlib
 import runpy
 from typing import Any
@@ -12,10 +11,8 @@ from mtv_jax.config import data_arguments, overrides
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.path_patterns import split_paths
 
-# Data arguments of the recipe that is read; recipes read others.
-_given: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
-  "data arguments", default=None
-)
+# The data arguments of the recipe that is read; None outside `read_config`.
+_data_args: dict[str, str] | None = None
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -25,7 +22,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   literal or string. `read_config` takes the `data_arguments` that `defaults`
   lacks. Raises ConfigError for an unknown name or a wrong type.
   """
-  out, given = dict(defaults), _given.get()
+  out, given = dict(defaults), _data_args
   others = () if given is None else data_arguments.ARGUMENTS
   for part in split_paths(arg or ""):  # Not at commas within braces.
     name, equals, text = part.partition("=")
@@ -81,11 +78,12 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
     raise ConfigError(f"{file} defines no get_config(arg).")
   pairs = [arg, *(f"{key}={value}" for key, value in arguments.items())]
   arg = ",".join(filter(None, pairs)) or None
-  if _given.get() is not None:
+  global _data_args
+  if _data_args is not None:  # A recipe reads another one.
     return values["get_config"](arg)
-  token = _given.set(given := {})
+  _data_args = {}
   try:
     config = values["get_config"](arg)
+    return data_arguments.apply_data_arguments(config, _data_args)
   finally:
-    _given.reset(token)
-  return data_arguments.use_data(config, given)
+    _data_args = None

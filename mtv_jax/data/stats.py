@@ -12,8 +12,19 @@ log = logging.getLogger(__name__)
 
 # Records (or one epoch, if shorter) before the shares are checked.
 _CHECKED_AFTER = 1000
-# Warn if a larger share of texts is truncated, or has unknown words.
-_MAX_CUT, _MAX_UNKNOWN = 0.2, 0.02
+# Flaws of texts: warn if a larger share has one.
+_FLAWS = {
+  "cut": (
+    0.2,
+    "are longer than {ops!r} gives them tokens, and were cut. Raise {length},"
+    " or use a tokenizer of longer pieces.",
+  ),
+  "unknown": (
+    0.02,
+    "have words that the tokenizer doesn't know, which share one id. Use"
+    " another one, such as tokenizer=train:32000.",
+  ),
+}
 _LENGTHENED_BY = {
   "captions": "the length of `caption` with model.text.length",
   "phrases": "phrase_length of `regions`",
@@ -21,7 +32,7 @@ _LENGTHENED_BY = {
 # Bad records: log the first ones, then one in `_LOG_EVERY`.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
-_COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
+_COUNTERS = ("dropped", "texts", "flawed")
 
 
 class CorruptDataError(UserError, RuntimeError):
@@ -40,15 +51,12 @@ class Stats:
   dropped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
-  # Texts in batches by kind (`captions`, `phrases`), truncated ones, and ones
-  # with unknown words.
+  # Texts in batches by kind (`captions`, `phrases`), and those with a flaw by
+  # kind and flaw, such as `captions_cut`.
   texts: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
-  texts_cut: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  texts_unknown: collections.Counter[str] = dataclasses.field(
+  flawed: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
 
@@ -66,17 +74,18 @@ class Stats:
   def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
     """The inverse of `to_dict`; missing counts are zero."""
     counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
+    for kind, count in counts.get("texts_cut", {}).items():  # Earlier versions.
+      counters["flawed"][f"{kind}_cut"] = count
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
   @property
-  def cut_shares(self) -> dict[str, float]:
-    """Truncated share of the texts of each kind."""
-    return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
-
-  @property
-  def unknown_shares(self) -> dict[str, float]:
-    """Share of the texts of each kind that have unknown words."""
-    return {k: self.texts_unknown[k] / n for k, n in self.texts.items()}
+  def flawed_shares(self) -> dict[str, float]:
+    """Share of the texts of each kind that have a flaw, by kind and flaw."""
+    return {
+      f"{kind}_{flaw}": self.flawed[f"{kind}_{flaw}"] / count
+      for flaw in _FLAWS
+      for kind, count in self.texts.items()
+    }
 
   def count_bad(self, source: str, key: str, reason: str) -> None:
     """Counts a bad record; logs some of them."""
@@ -112,25 +121,21 @@ class Stats:
     """
     before = self.texts.copy()
     self.texts.update(kind for kind, _, _ in texts)
-    self.texts_cut.update(kind for kind, is_cut, _ in texts if is_cut)
-    self.texts_unknown.update(kind for kind, _, unknown in texts if unknown)
-    first = min(_CHECKED_AFTER, epoch)
+    for kind, *flaws in texts:
+      self.flawed.update(
+        f"{kind}_{flaw}"
+        for flaw, has_flaw in zip(_FLAWS, flaws, strict=True)
+        if has_flaw
+      )
+    first, shares = min(_CHECKED_AFTER, epoch), self.flawed_shares
     for kind, count in self.texts.items():
       # Warn once, when enough texts have been counted.
       if not before[kind] < first <= count:
         continue
-      if (share := self.cut_shares[kind]) > _MAX_CUT:
-        log.warning(
-          "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
-          " Raise %s, or use a tokenizer of longer pieces.",
-          *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
-        )
-      if (share := self.unknown_shares[kind]) > _MAX_UNKNOWN:
-        log.warning(
-          "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
-          " share one id. Use another one, such as tokenizer=train:32000.",
-          *(100 * share, count, kind),
-        )
+      for flaw, (limit, text) in _FLAWS.items():
+        if (share := shares[f"{kind}_{flaw}"]) > limit:
+          text = text.format(ops=ops, length=_LENGTHENED_BY[kind])
+          log.warning("%.0f %% of %d %s %s", 100 * share, count, kind, text)
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:
     """Raises CorruptDataError if the share of bad records is too large."""

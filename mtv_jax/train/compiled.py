@@ -143,9 +143,9 @@ def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
       reason = f"{type(error).__name__}: {str(error)[:200]}"
   reasons = list(filter(None, gather_json(reason)))
   if reasons:
-    log.warning(f"Compiles the step, which {path} does not fit: {reasons[0]}.")
+    log.warning(f"The step in {path} does not match ({reasons[0]}); compiling.")
     return step
-  log.info(f"Took the compiled step of {path}: all it depends on is equal.")
+  log.info(f"Loaded the compiled step from {path}.")
   loaded = dataclasses.replace(step.program, loaded=program)
   return dataclasses.replace(step, program=loaded)
 

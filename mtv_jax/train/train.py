@@ -160,7 +160,7 @@ def train(
   first non-finite update, naming the operation. Without `allow_scene_evals`, a
   new run on a TPU or several hosts is refused if it trains on other data than
   scenes and is evaluated on scenes alone. `compiled` is a file of `mtv-jax
-  preflight --save`, used if it is of this step. Returns the state after the
+  preflight --save`, loaded if it matches this step. Returns the state after the
   last step.
 
   Raises:
@@ -180,7 +180,7 @@ def train(
     enter, index = stack.enter_context, jax.process_index()
     # A process that fails to open its data or the folder ends the others.
     with (
-      progress.doing("opening the data"),
+      progress.activity("opening the data"),
       peers.watch_peers(seconds),
       peers.exit_on_lost_peer(),
     ):

@@ -79,7 +79,7 @@ class Trainer:
 
   def run(self) -> TrainState:
     """Runs the remaining steps; returns the last state."""
-    with progress.doing(self.describe_progress):
+    with progress.activity(self.describe_progress):
       return self._run()
 
   def describe_progress(self) -> str:
@@ -189,7 +189,7 @@ class Trainer:
     measured = self.measure_gradients(step, batch)
     start = time.perf_counter()
     what = "compiling the step" if self.chrono.compiling else None
-    with progress.doing(what or self.describe_progress):
+    with progress.activity(what or self.describe_progress):
       self.state, self.values = program.run_update(
         self.state, batch, self.active
       )
@@ -295,8 +295,7 @@ class Trainer:
       **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
-      **{f"data/{kind}_cut": v for kind, v in stats.cut_shares.items()},
-      **{f"data/{kind}_unknown": v for kind, v in stats.unknown_shares.items()},
+      **{f"data/{name}": v for name, v in stats.flawed_shares.items()},
       **measured,
     }
     losses = [name for name in values if name.endswith("/loss")]

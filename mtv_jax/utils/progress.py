@@ -1,7 +1,7 @@
 """Progress of long jobs: a tqdm bar on a terminal, plain lines elsewhere.
 
 `report_silence` writes a line if a command has written none for 10 s. It names
-the innermost `doing`, such as the compilation of a step.
+the innermost `activity`, such as the compilation of a step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COUNT = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
 
 class _Bar(tqdm.tqdm):
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
-    mark()
+    note_output()
     super().display(msg, pos)
 
 
@@ -35,7 +35,7 @@ class _Lines(tqdm.tqdm):
 
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
     """Writes the state as one line."""
-    mark()
+    note_output()
     # `close` passes pos=0 and ends the line itself.
     self.fp.write(f"{msg or self}" + ("" if pos == 0 else "\n"))
     self.fp.flush()
@@ -77,22 +77,13 @@ def _bar_maker(description: str | None, unit: str) -> functools.partial[Any]:
 
 
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
-  """Yields items while showing a progress bar."""
-  report = Progress(unit=unit, description=description)
-  report(0, max(len(items), 1))
-  for done, item in enumerate(items, 1):
-    yield item
-    report(done, len(items))
-
-
-def steps(count: int, description: str, *, unit: str) -> Iterator[int]:
-  """Yields 0 to `count - 1` with a bar that short jobs don't show.
+  """Yields items while showing a progress bar, unless that takes seconds.
 
   A terminal's bar disappears at the end; a log has lines after 10 s.
   """
   make_bar, is_tty = _bar_maker(description, unit), sys.stderr.isatty()
   delay = 1.0 if is_tty else SECONDS
-  yield from make_bar(range(count), leave=not is_tty, delay=delay)
+  yield from make_bar(items, leave=not is_tty, delay=delay)
 
 
 # (what, start) of the jobs in progress, the innermost last.
@@ -107,14 +98,14 @@ def mute() -> None:
   _muted = True
 
 
-def mark() -> None:
+def note_output() -> None:
   """Tells `report_silence` that a line has been written."""
   global _last_output
   _last_output = time.monotonic()
 
 
 @contextlib.contextmanager
-def doing(what: str | Callable[[], str]) -> Iterator[None]:
+def activity(what: str | Callable[[], str]) -> Iterator[None]:
   """Names what `report_silence` reports, while inside."""
   job = (what if callable(what) else lambda: what, time.monotonic())
   _jobs.append(job)
@@ -128,7 +119,7 @@ def doing(what: str | Callable[[], str]) -> Iterator[None]:
 def report_silence(program: str) -> Iterator[None]:
   """Writes a line to standard error after each `SECONDS` without output."""
   exits, start = threading.Event(), time.monotonic()
-  mark()
+  note_output()
 
   def watch() -> None:
     while not exits.wait(SECONDS / 10):
@@ -138,7 +129,7 @@ def report_silence(program: str) -> Iterator[None]:
       elapsed = format_duration(time.monotonic() - since)
       with contextlib.suppress(OSError, ValueError):  # A closed terminal.
         print(f"{program}: {what()}, {elapsed}", file=sys.stderr, flush=True)
-      mark()
+      note_output()
 
   thread = threading.Thread(target=watch, name="silence", daemon=True)
   thread.start()

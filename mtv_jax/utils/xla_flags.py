@@ -60,20 +60,20 @@ def parse_flags(text: str) -> dict[str, str]:
     else:
       hint = did_you_mean(name, FLAG_SETS)
       raise ConfigError(
-        f"config.xla_flags: {name!r} is no set of flags, and no flag with its"
-        f" value (NAME=VALUE). {hint}"
+        f"config.xla_flags: {name!r} is neither a flag set nor NAME=VALUE."
+        f" {hint}"
       )
   return flags
 
 
 def compiler_options(
-  mesh: Mesh | None, flags: str = "", *, once: bool = False
+  mesh: Mesh | None, flags: str = "", *, runs_once: bool = False
 ) -> dict[str, str] | None:
   """Options for `jax.jit` on a mesh (None: the default device), if needed.
 
   On TPUs, the `flags` of a config. On CPUs, selects Eigen's matrix products:
   with YNNPACK, the default of newer releases, towers are 1.25 times slower, and
-  several times on shared cores. A program that runs `once` is optimized less on
+  several times on shared cores. A program that `runs_once` is optimized less on
   CPUs, unless XLA_FLAGS set the level: it compiles twice as fast and computes
   equal values.
   """
@@ -83,7 +83,7 @@ def compiler_options(
   if device.platform != "cpu":
     return None
   name = "xla_backend_optimization_level"
-  if once and name not in os.environ.get("XLA_FLAGS", ""):
+  if runs_once and name not in os.environ.get("XLA_FLAGS", ""):
     return {name: "1"}
   return _options()
 

@@ -27,7 +27,7 @@ from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record, block_table, indexing
-from mtv_jax.data.sources.base import LANE_BLOCK, Source
+from mtv_jax.data.sources.base import LANE_BLOCK
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice, printable
@@ -53,23 +53,6 @@ class ShardReport:
   @property
   def written(self) -> int:
     return self.done - len(self.skipped)
-
-
-class SourceExamples(Sequence[Example]):
-  """The records of a source, each read when it is encoded."""
-
-  def __init__(self, source: Source):
-    self._source = source
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, i: Any) -> Any:
-    if isinstance(i, slice):
-      return [self[k] for k in range(*i.indices(len(self)))]
-    name = self._source.name
-    read = functools.partial(self._source.__getitem__, i)
-    return Example(f"{name}/{i}", Path(name), [], read=read)
 
 
 @dataclasses.dataclass(frozen=True)

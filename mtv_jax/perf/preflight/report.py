@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
@@ -392,11 +391,9 @@ def preflight(
       compiled_norms or compile_lib.compile_norms(plan)
     )
   results = []
-  with tqdm.tqdm(jobs.items(), disable=None) as bar:
-    for description, job in bar:
-      bar.set_description(description)
-      with progress.doing(description):
-        results.append(job())
+  for description, job in jobs.items():
+    with progress.activity(description):
+      results.append(job())
   per_example, compiled, *rest = results
   options["saved_as"] = str(save or "")
   report = Report(plan, compiled, per_example * batch_size, *rest, **options)
