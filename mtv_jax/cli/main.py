@@ -10,12 +10,11 @@ import argparse
 import difflib
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from mtv_jax.cli import arguments, errors
-from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 GROUPS = {
@@ -62,6 +61,9 @@ _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs `mtv-jax COMMAND ...`; returns the exit status."""
+  # Ctrl-C shows no traceback of the imports; the command then catches it.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   argv = list(sys.argv[1:] if argv is None else argv)
   if argv and argv[0] in COMMANDS:
     return run_command(argv[0], argv[1:])
@@ -115,10 +117,15 @@ def run_module(
 
   User errors exit with their message.
   """
+  from mtv_jax.cli import arguments, errors
+  from mtv_jax.train.runtime import preemption
+  from mtv_jax.utils import progress
+
   argv = list(sys.argv[1:] if argv is None else argv)
   options = argv[: argv.index("--")] if "--" in argv else argv
   with (
     errors.readable_errors(name, debug="--debug" in options),
+    preemption.exit_on_interrupt(name),
     progress.report_silence(name),
   ):
     if isinstance(module, str):
@@ -141,6 +148,8 @@ def parse(
   `--config.KEY=VALUE` means `--set=KEY=VALUE`, and hyphens in option names
   become underscores. Arguments after `--` are not changed.
   """
+  from mtv_jax.cli import arguments
+
   end = argv.index("--") if "--" in argv else len(argv)
   parser = argparse.ArgumentParser(
     prog=f"mtv-jax {name}" if name in COMMANDS else None,

@@ -45,8 +45,8 @@ class Flags(arguments.ConfigFlags, arguments.DistributedFlags):
     allow_scene_evals: start a run on a TPU or several hosts that is evaluated
       on rendered scenes alone.
     compiled: file of `mtv-jax preflight --save`, a compiled step; if it does
-      not match the run, says why and compiles. Loading it runs code: name only files
-      of your own.
+      not match the run, says why and compiles. Loading it runs code: name only
+      files of your own.
     dry_run: open data, tokenizer, labels and evaluations, read one batch, say
       what would happen, and exit; compiles and writes nothing.
   """
