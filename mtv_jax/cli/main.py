@@ -61,7 +61,7 @@ _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs `mtv-jax COMMAND ...`; returns the exit status."""
-  # Ctrl-C shows no traceback of the imports; the command then catches it.
+  # Ctrl-C during imports ends the process; libraries would print tracebacks.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   argv = list(sys.argv[1:] if argv is None else argv)
@@ -125,7 +125,6 @@ def run_module(
   options = argv[: argv.index("--")] if "--" in argv else argv
   with (
     errors.readable_errors(name, debug="--debug" in options),
-    preemption.exit_on_interrupt(name),
     progress.report_silence(name),
   ):
     if isinstance(module, str):
@@ -137,7 +136,8 @@ def run_module(
     args = parse(name, module, argv, function=function)
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")
-    return (run(args) if has_subcommands else arguments.call(run, args)) or 0
+    with preemption.exit_on_interrupt(name):
+      return (run(args) if has_subcommands else arguments.call(run, args)) or 0
 
 
 def parse(

@@ -180,7 +180,7 @@ class Trainer:
       self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s.", step, ", ".join(self.active))
       if not program.has_loaded(self.active):
-        expected = self.session.expected_compilation
+        expected = self.session.expect_compilation(self.active)
         hint = f" (expect {format_duration(expected)})" if expected else ""
         log.info("Compiling the step%s.", hint)
       self.chrono.expect_compilation()
@@ -199,7 +199,8 @@ class Trainer:
       self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
     self.notice.consequence = "saves a checkpoint and exits."
     if self.chrono.compiling:
-      self.session.record_compilation(time.perf_counter() - start)
+      seconds = time.perf_counter() - start
+      self.session.record_compilation(self.active, seconds)
     self.chrono.step()
     return measured
 
