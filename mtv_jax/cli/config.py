@@ -29,6 +29,7 @@ def run(
   /,
   *,
   against: str | None = None,
+  topology: str = "",
   set: list[str] = (),
   json: bool = False,
 ) -> None:
@@ -38,12 +39,13 @@ def run(
     recipe: recipe file or name, with its arguments after a colon, or a run's
       folder or config.json.
     against: another recipe or run; prints only what differs from it.
+    topology: the recipe's settings for a topology, such as v5e:16x16.
     set: override a key of the first, KEY=VALUE; same as --config.KEY=VALUE.
     json: print JSON; one config prints as in a run's config.json.
   """
   # Read before the imports of the model's code, which take seconds.
-  config = overrides.override(_read(recipe), set)
-  other = None if against is None else _read(against)
+  config = overrides.override(_read(recipe, topology), set)
+  other = None if against is None else _read(against, topology)
   if not json:
     print(f"# {recipe}{'' if other is None else f' -> {against}'}", flush=True)
   config = _resolve(recipe, config)
@@ -58,12 +60,12 @@ def run(
   )
 
 
-def _read(name: str) -> Any:
+def _read(name: str, topology: str) -> Any:
   """The config of a recipe, or of a run, not yet checked."""
   path = path_lib.as_path(name)
   path = path if path.name == "config.json" else path / "config.json"
   if not path_lib.is_file(path):
-    return recipes.read_config(name)
+    return recipes.read_config(name, topology=topology)
   from mtv_jax.train.workdir import read_recorded_config
 
   if not (recorded := read_recorded_config(path.parent)):

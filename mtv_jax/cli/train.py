@@ -74,6 +74,7 @@ def run(args: Flags) -> None:
   with contextlib.ExitStack() as stack:
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       workdir.check_workdir(args.workdir)
+      config = choose_settings(config, args)
       if args.dry_run:
         config = choose_remat(config, args.workdir, search=False)
         text = dry_run(config, args.workdir, **_options(args))
@@ -100,6 +101,24 @@ def run(args: Flags) -> None:
 def _options(args: Flags) -> dict[str, Any]:
   names = ("restore", "debug_nans", "allow_scene_evals", "compiled")
   return {name: getattr(args, name) for name in names}
+
+
+def choose_settings(config: RunConfig, args: Flags) -> RunConfig:
+  """The recipe's config for this run's TPUs, unless an earlier session differs.
+
+  A resumed run reads the settings that its config.json has.
+  """
+  if jax.default_backend() != "tpu":
+    return config
+  from mtv_jax.perf import topologies
+
+  name = topologies.name_devices(jax.devices())
+  chosen = check_config(arguments.read_config(args, name))
+  recorded = workdir.read_recorded_config(args.workdir).get("model", {})
+  if chosen == config or recorded.get("remat") == config.model.remat:
+    return config
+  log.info("Settings of the recipe for %s: remat %s.", name, chosen.model.remat)
+  return chosen
 
 
 def choose_remat(

@@ -46,13 +46,16 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   return ConfigDict(out)
 
 
-def read_config(path: str, **arguments: Any) -> ConfigDict:
+def read_config(
+  path: str, *, topology: str = "", **arguments: Any
+) -> ConfigDict:
   """Reads the config of a recipe.
 
   The path is a file or a packaged recipe, with arguments after a colon, such as
   `FOLDER/NAME.py` or `NAME:tiny,batch=64`; every recipe takes the arguments of
-  `data_arguments`. Raises ConfigError if it does not exist or lacks
-  `get_config`.
+  `data_arguments`. `config.topologies` of a recipe has overrides by the name of
+  a topology, which are applied and removed. Raises ConfigError if the recipe
+  does not exist or lacks `get_config`.
   """
   name, _, arg = path.partition(":")
   file = pathlib.Path(name)
@@ -84,6 +87,11 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   _data_args = {}
   try:
     config = values["get_config"](arg)
-    return data_arguments.apply_data_arguments(config, _data_args)
+    config = data_arguments.apply_data_arguments(config, _data_args)
   finally:
     _data_args = None
+  if "topologies" not in config:
+    return config
+  settings = config.topologies.get(topology, ())
+  del config.topologies
+  return overrides.override(config, settings)

@@ -1,8 +1,9 @@
 """Counts of records read: bad records, dropped labels, flawed texts."""
 
-import collections
 import dataclasses
+import functools
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _LENGTHENED_BY = {
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
 _COUNTERS = ("dropped", "texts", "flawed")
+_counter = functools.partial(dataclasses.field, default_factory=Counter)
 
 
 class CorruptDataError(UserError, RuntimeError):
@@ -48,17 +50,11 @@ class Stats:
   # Reasons by "source/key", for the first thousand bad records.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
   # Dropped labels or parts of labels, by "source: reason".
-  dropped: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
+  dropped: Counter[str] = _counter()
   # Texts in batches by kind (`captions`, `phrases`), and those with a flaw by
   # kind and flaw, such as `captions_cut`.
-  texts: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  flawed: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
+  texts: Counter[str] = _counter()
+  flawed: Counter[str] = _counter()
 
   def snapshot(self) -> "Stats":
     """A copy, without the reasons."""
@@ -73,7 +69,7 @@ class Stats:
   @classmethod
   def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
     """The inverse of `to_dict`; missing counts are zero."""
-    counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
+    counters = {k: Counter(counts.get(k, {})) for k in _COUNTERS}
     for kind, count in counts.get("texts_cut", {}).items():  # Earlier versions.
       counters["flawed"][f"{kind}_cut"] = count
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)

@@ -17,12 +17,10 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import NamedSharding
 
 from mtv_jax.config import overrides
 from mtv_jax.parallel.distributed import gather_json
-from mtv_jax.parallel.mesh import BATCH_SPEC
-from mtv_jax.train.build_step import TrainStep, abstract_batch, batch_fields
+from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.runtime import sessions
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils import xla_flags
@@ -42,12 +40,6 @@ _JAX_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
 
 
-def _abstract_batch(step: TrainStep) -> dict[str, jax.ShapeDtypeStruct]:
-  fields = batch_fields(step.config, step.step_spec)
-  split = NamedSharding(step.mesh, BATCH_SPEC)
-  return abstract_batch(step.config.batch_size, fields, split)
-
-
 def describe(step: TrainStep) -> dict[str, Any]:
   """What the compiled step depends on, as JSON."""
   config = step.config.to_dict()
@@ -64,7 +56,7 @@ def describe(step: TrainStep) -> dict[str, Any]:
     "in_lanes": step.step_spec.in_lanes,
     "batch": {
       name: f"{leaf.shape} {leaf.dtype}"
-      for name, leaf in _abstract_batch(step).items()
+      for name, leaf in step.abstract_batch().items()
     },
     "devices": {
       "kind": devices[0].device_kind,
@@ -181,7 +173,7 @@ def _load(
   content: bytes, metrics: list[str], step: TrainStep
 ) -> jax.stages.Compiled:
   state, devices = step.program.abstract, step.mesh.devices.ravel()
-  inputs = jax.tree.structure(((state, _abstract_batch(step)), {}))
+  inputs = jax.tree.structure(((state, step.abstract_batch()), {}))
   outputs = jax.tree.structure((state, dict.fromkeys(metrics, 0)))
   return serialize_executable.deserialize_and_load(
     content,

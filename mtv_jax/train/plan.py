@@ -129,7 +129,6 @@ def log_experiment(experiment: Experiment) -> None:
   """Logs the description; writes parameters and rules to a file."""
   for line in describe(experiment):
     log.info(line)
-  warn_of_repeated_rows(experiment)
   if jax.process_index() == 0:
     overview = parameter_overview.get_parameter_overview
     params = experiment.program.abstract.params
@@ -139,11 +138,17 @@ def log_experiment(experiment: Experiment) -> None:
     atomic.write_text(experiment.workdir / PARAMETERS, f"{text}\n{rules}\n")
 
 
-def warn_of_repeated_rows(experiment: Experiment) -> None:
-  """Warns of sources with fewer records than their rows in a batch."""
-  size = experiment.config.batch_size
-  shares = _shares(experiment)
-  for source, share in zip(experiment.sources, shares, strict=True):
+def _list_sources(experiment: Experiment) -> list[str]:
+  """Lines on the sources; warns of those smaller than their rows of a batch."""
+  weights = [read_weight(entry) for entry in experiment.config.data.train]
+  size, lines = experiment.config.batch_size, []
+  for source, weight in zip(experiment.sources, weights, strict=True):
+    described, share = source.describe(), weight / sum(weights)
+    labels = ", ".join(described.get("labels", {})) or "none"
+    lines.append(
+      f"Data: {described['name']}, {len(source):,} records; label sets:"
+      f" {labels}; {format_percent(share)} of a batch."
+    )
     if (rows := size * share) > len(source):
       log.warning(
         f"A batch of {size} takes {rows:.0f} rows of {source!r}, which has "
@@ -151,24 +156,6 @@ def warn_of_repeated_rows(experiment: Experiment) -> None:
         " count their captions as negatives. Reduce batch_size or the source's"
         " weight, or add data."
       )
-
-
-def _shares(experiment: Experiment) -> list[float]:
-  """Each source's share of a batch."""
-  weights = [read_weight(entry) for entry in experiment.config.data.train]
-  return [weight / sum(weights) for weight in weights]
-
-
-def _list_sources(experiment: Experiment) -> list[str]:
-  lines = []
-  shares = _shares(experiment)
-  for source, share in zip(experiment.sources, shares, strict=True):
-    described = source.describe()
-    labels = ", ".join(described.get("labels", {})) or "none"
-    lines.append(
-      f"Data: {described['name']}, {len(source):,} records; label sets:"
-      f" {labels}; {format_percent(share)} of a batch."
-    )
   return lines
 
 

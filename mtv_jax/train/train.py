@@ -133,7 +133,6 @@ def dry_run(
     check_balance_unchanged(config, workdir)
   elif config.init:
     loading.is_run(config.init.path)  # Raises if there is nothing to load.
-  plan.warn_of_repeated_rows(experiment)
   return "\n".join(
     [
       f"Dry run of {workdir}: nothing is compiled or written.",
