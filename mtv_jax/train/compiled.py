@@ -40,7 +40,7 @@ _JAX_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
 
 
-def describe(step: TrainStep) -> dict[str, Any]:
+def list_dependencies(step: TrainStep) -> dict[str, Any]:
   """What the compiled step depends on, as JSON."""
   config = step.config.to_dict()
   config = {k: v for k, v in config.items() if k not in _UNREAD}
@@ -108,7 +108,7 @@ def save(
   _, metrics = outputs.unflatten([0] * outputs.num_leaves)
   header = {
     "format": _FORMAT,
-    "depends_on": describe(step),
+    "depends_on": list_dependencies(step),
     "metrics": sorted(metrics),
     "digest": hashlib.blake2b(content).hexdigest(),
   }
@@ -125,7 +125,9 @@ def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   another format, and MissingFileError.
   """
   header, content = _read(path)
-  lines = overrides.describe_difference(header["depends_on"], describe(step))
+  lines = overrides.describe_difference(
+    header["depends_on"], list_dependencies(step)
+  )
   reason = list_first(lines, 3)
   program = None
   if not reason:

@@ -73,7 +73,10 @@ def describe(experiment: Experiment) -> list[str]:
   if flags := xla_flags.parse_flags(config.xla_flags):
     text = ", ".join(f"{name}={value}" for name, value in flags.items())
     used = mesh.devices.flat[0].platform == "tpu"
-    lines.append(f"XLA flags{'' if used else ', unused off TPUs'}: {text}.")
+    lines.append(
+      f"XLA flags {config.xla_flags}{'' if used else ' (unused off TPUs)'}:"
+      f" {text}."
+    )
   if state.teacher or state.ema:
     lines.append(
       f"Evaluations and exports read the {config.weights} weights "

@@ -25,17 +25,14 @@ _COUNT = "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left"
 
 
 class _Bar(tqdm.tqdm):
-  def display(self, msg: str | None = None, pos: int | None = None) -> None:
-    note_output()
-    super().display(msg, pos)
-
-
-class _Lines(tqdm.tqdm):
-  """A progress bar that writes new lines instead of overwriting one."""
+  """A progress bar; off a terminal, it writes lines instead."""
 
   def display(self, msg: str | None = None, pos: int | None = None) -> None:
-    """Writes the state as one line."""
+    """Shows the state."""
     note_output()
+    if sys.stderr.isatty():
+      super().display(msg, pos)
+      return
     # `close` passes pos=0 and ends the line itself.
     self.fp.write(f"{msg or self}" + ("" if pos == 0 else "\n"))
     self.fp.flush()
@@ -47,9 +44,9 @@ class Progress:
   Items completed before the first call don't count towards the rate.
   """
 
-  def __init__(self, *, unit: str = "images", description: str | None = None):
+  def __init__(self, *, unit: str = "images"):
     self._bar: Any = None
-    self._make_bar = _bar_maker(description, unit)
+    self._make_bar = _bar_maker("", unit)
 
   def __call__(self, done: int, total: int) -> None:
     """Updates the bar to `done` items, over all runs and hosts."""
@@ -61,23 +58,21 @@ class Progress:
       self._bar.close()
 
 
-def _bar_maker(description: str | None, unit: str) -> functools.partial[Any]:
-  kind, every, meter = _Bar, 0.5, "|{bar}| "
-  if not sys.stderr.isatty():
-    kind, every, meter = _Lines, SECONDS, ""
+def _bar_maker(description: str, unit: str) -> functools.partial[Any]:
+  is_tty = sys.stderr.isatty()
   return functools.partial(
-    kind,
+    _Bar,
     desc=f"{description}: " if description else "",
     unit=f" {unit}",
     file=sys.stderr,
     disable=_muted,
-    mininterval=every,
-    bar_format="{desc}{percentage:3.0f}% " + meter + _COUNT,
+    mininterval=0.5 if is_tty else SECONDS,
+    bar_format="{desc}{percentage:3.0f}% " + "|{bar}| " * is_tty + _COUNT,
   )
 
 
 def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
-  """Yields items while showing a progress bar, unless that takes seconds.
+  """Yields items while showing a progress bar, which short jobs don't show.
 
   A terminal's bar disappears at the end; a log has lines after 10 s.
   """

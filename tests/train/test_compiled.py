@@ -102,9 +102,9 @@ def test_the_key_has_devices_code_versions_and_epochs():
   config.schedule = dict(name="cosine", warmup_epochs=1)
   topology = topologies.parse("cpu:8")
   step = compile_lib.make_plan(config, topology, examples_per_epoch=640)
-  key = compiled.describe(step)
+  key = compiled.list_dependencies(step)
   assert key["examples_per_epoch"] == 640
-  assert "examples_per_epoch" not in compiled.describe(plan())
+  assert "examples_per_epoch" not in compiled.list_dependencies(plan())
   assert key["devices"]["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
   assert key["devices"]["order"] == [*range(8)] and key["code"]
   assert key["versions"].keys() == {"jax", "jaxlib", "flax", "optax"}
@@ -124,8 +124,8 @@ def test_flags_are_sets_and_single_flags():
   assert with_flags.config.to_dict()["xla_flags"] == "dense_vmem"
   assert "xla_flags" not in plan().config.to_dict()
   # Other devices than TPUs are compiled for without them.
-  options = compiled.describe(with_flags)["compiler_options"]
-  assert options == compiled.describe(plan())["compiler_options"]
+  options = compiled.list_dependencies(with_flags)["compiler_options"]
+  assert options == compiled.list_dependencies(plan())["compiler_options"]
 
 
 @pytest.mark.reference
@@ -135,7 +135,7 @@ def test_flags_reach_the_compiler_of_tpus_and_its_steps_are_saved(tmp_path):
   step = compile_lib.make_plan(config, topology)
   result = compile_lib.compile_step(step, save=tmp_path / "step.bin")
   assert result.saved_bytes > 10_000
-  key = compiled.describe(step)
+  key = compiled.list_dependencies(step)
   assert key["compiler_options"] == xla_flags.parse_flags(config.xla_flags)
   assert key["devices"]["kind"].startswith("TPU v5")
   assert key["versions"]["libtpu"]

@@ -7,7 +7,7 @@ from mtv_jax.perf.preflight.compile import CompilePlan
 from mtv_jax.train.plan import list_evaluations
 
 
-def compute(
+def compute_costs(
   plan: CompilePlan, step_seconds: Mapping[str, float], chip_hour: float | None
 ) -> list[dict[str, Any]]:
   """Figures of all steps, without anything between them.
@@ -32,7 +32,7 @@ def compute(
   return costs
 
 
-def describe(
+def format_run(
   plan: CompilePlan, costs: Sequence[Mapping[str, Any]], row_bytes: int
 ) -> list[str]:
   """Lines on a whole run: its length, costs and evaluations."""

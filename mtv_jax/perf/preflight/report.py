@@ -105,8 +105,8 @@ class Report:
         basis = f"{self.step_seconds:g} s a step"
       seconds[basis] = self.plan.config.batch_size / rate
     if bound := self.roofline:
-      seconds[f"the roofline ({bound.limit})"] = bound.total
-    return cost_lib.compute(self.plan, seconds, self.chip_hour)
+      seconds["the roofline"] = bound.total
+    return cost_lib.compute_costs(self.plan, seconds, self.chip_hour)
 
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -193,7 +193,7 @@ class Report:
       self._collectives(),
       [str(self.data_plane)] if self.data_plane else [],
       [f"compiled in {self.compiled.seconds:.0f} s", *self._saved()],
-      cost_lib.describe(self.plan, self.costs, self.row_bytes),
+      cost_lib.format_run(self.plan, self.costs, self.row_bytes),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 

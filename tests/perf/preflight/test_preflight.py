@@ -162,7 +162,7 @@ def test_a_report_ends_in_hours_price_and_evaluations(monkeypatch):
 the run: 1,000 steps of 3,600 images, 3,600,000
   at 50 % MFU 10 h, 10 chip-hours, $12; the hosts deliver 100 images/s, 100 \
 each (0 MB/s of rows)
-  at the roofline (HBM) 7.5 h, 7.5 chip-hours, $9; the hosts deliver 133 \
+  at the roofline 7.5 h, 7.5 chip-hours, $9; the hosts deliver 133 \
 images/s, 133 each (0 MB/s of rows)
   evaluated on retrieval on scenes (after the last step); zero_shot on \
 /data/imagenet (every 300 steps)
