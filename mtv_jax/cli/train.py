@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 
 from mtv_jax.cli import arguments
+from mtv_jax.config import overrides
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import workdir
@@ -104,9 +105,9 @@ def _options(args: Flags) -> dict[str, Any]:
 
 
 def choose_settings(config: RunConfig, args: Flags) -> RunConfig:
-  """The recipe's config for this run's TPUs, unless an earlier session differs.
+  """Applies the recipe's settings for this run's TPUs.
 
-  A resumed run reads the settings that its config.json has.
+  A run that exists keeps what is closer to its config.json.
   """
   if jax.default_backend() != "tpu":
     return config
@@ -114,10 +115,14 @@ def choose_settings(config: RunConfig, args: Flags) -> RunConfig:
 
   name = topologies.name_devices(jax.devices())
   chosen = check_config(arguments.read_config(args, name))
-  recorded = workdir.read_recorded_config(args.workdir).get("model", {})
-  if chosen == config or recorded.get("remat") == config.model.remat:
-    return config
-  log.info("Settings of the recipe for %s: remat %s.", name, chosen.model.remat)
+  if recorded := workdir.read_recorded_config(args.workdir):
+
+    def count_changes(config: RunConfig) -> int:
+      return len(overrides.list_differences([recorded, config.to_dict()]))
+
+    return min(config, chosen, key=count_changes)
+  for line in overrides.describe_difference(config.to_dict(), chosen.to_dict()):
+    log.info("Setting of the recipe for %s: %s", name, line)
   return chosen
 
 

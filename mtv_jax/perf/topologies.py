@@ -107,6 +107,12 @@ class Topology:
     """Whether the chips are TPUs, so that programs compile for them exactly."""
     return self.chip.axes > 0
 
+  @property
+  def canonical_name(self) -> str:
+    """A TPU topology's name with its shape, such as '2xv5e:16x16'."""
+    slices = f"{self.slices}x" if self.slices > 1 else ""
+    return f"{slices}{self.chip.kind}:{self.shape}"
+
   def __str__(self) -> str:
     counts = [(self.chips, "chip"), (self.hosts, "host")]
     if self.slices > 1:
@@ -198,7 +204,7 @@ def name_devices(devices: Sequence[jax.Device]) -> str:
   sides = np.max([device.coords for device in devices], axis=0) + 1
   shape = "x".join(map(str, sides[: TPUS[kind].axes]))
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  return f"{f'{slices}x' if slices > 1 else ''}{kind}:{shape}"
+  return Topology("", TPUS[kind], 0, 0, shape, slices).canonical_name
 
 
 def describe_local() -> Topology:
