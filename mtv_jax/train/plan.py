@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
+from mtv_jax.data.pipeline import Batch
 from mtv_jax.data.registry import read_weight
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.parallel.mesh import MESH_AXES
@@ -16,7 +17,6 @@ from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.optim.optimizer import describe_rules
-from mtv_jax.train.samples import count_labelled
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils.text import format_bytes, format_percent, format_setting
 from mtv_jax.utils.tree import flatten_with_names
@@ -48,7 +48,7 @@ def list_evaluations(step: TrainStep) -> dict[str, tuple[str, str]]:
   return rows
 
 
-def describe(experiment: Experiment) -> list[str]:
+def describe_run(experiment: Experiment) -> list[str]:
   """Sentences on data, model, devices, length and evaluations of a run."""
   config, length = experiment.config, experiment.length
   mesh, state = experiment.mesh, experiment.program.abstract
@@ -100,6 +100,16 @@ def describe(experiment: Experiment) -> list[str]:
   return lines
 
 
+def label_shares(batch: Batch) -> dict[str, float]:
+  """Share of a batch's rows that have each kind of label."""
+  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
+  return {
+    kind: float((batch[name] > 0).reshape(len(batch[name]), -1).any(1).mean())
+    for kind, name in fields.items()
+    if name in batch
+  }
+
+
 def describe_start(experiment: Experiment, first: int) -> list[str]:
   """Reads the batch after `first` updates; sentences on it and the start.
 
@@ -113,9 +123,9 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
     batch = next(loader)
   seconds = time.perf_counter() - begin
   rows = len(next(iter(batch.values())))
+  shares = label_shares(batch).items()
   labels = ", ".join(
-    f"{name} {format_percent(count / rows)}"
-    for name, count in count_labelled(batch).items()
+    f"{name} {format_percent(share)}" for name, share in shares
   )
   source = f"the weights of {init.path}" if init else "random parameters"
   where = f"at step 0, from {source}"
@@ -130,7 +140,7 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
 
 def log_experiment(experiment: Experiment) -> None:
   """Logs the description; writes parameters and rules to a file."""
-  for line in describe(experiment):
+  for line in describe_run(experiment):
     log.info(line)
   if jax.process_index() == 0:
     overview = parameter_overview.get_parameter_overview

@@ -26,7 +26,10 @@ def write_samples(
   """
   folder.mkdir(exist_ok=True)
   rows = len(batch["image"])
-  has, depth = _find_labels(batch), batch.get("depth")
+  valid = {name: batch.get(f"{name}_valid") for name in ("caption", "box")}
+  if (depth := batch.get("depth")) is not None:
+    valid["depth"] = depth > 0
+  has = {k: v.reshape(rows, -1) for k, v in valid.items() if v is not None}
   samples = []
   for i, row in enumerate(subsample(range(rows), NUM_SAMPLES)):
     image = batch["image"][row]
@@ -48,21 +51,7 @@ def write_samples(
       pixels = (depth[row] / 257.0).clip(depth[row] > 0).astype(np.uint8)
       PIL.Image.fromarray(pixels).save(folder / f"{i}_depth.png")
     samples.append(sample)
-  content = {"rows": rows, "labelled": count_labelled(batch)}
-  content["samples"] = samples
+  labelled = {name: int(x.any(axis=1).sum()) for name, x in has.items()}
+  content = {"rows": rows, "labelled": labelled, "samples": samples}
   # Last: it marks the images as complete.
   atomic.write_text(folder / "samples.json", json.dumps(content, indent=1))
-
-
-def count_labelled(batch: pipeline.Batch) -> dict[str, int]:
-  """Number of a batch's rows that have each kind of label."""
-  found = _find_labels(batch).items()
-  return {name: int(has.any(axis=1).sum()) for name, has in found}
-
-
-def _find_labels(batch: pipeline.Batch) -> dict[str, np.ndarray]:
-  """Which captions, boxes and depth pixels of a batch's rows are labels."""
-  valid = {name: batch.get(f"{name}_valid") for name in ("caption", "box")}
-  if "depth" in batch:
-    valid["depth"] = batch["depth"] > 0
-  return {k: v.reshape(len(v), -1) for k, v in valid.items() if v is not None}

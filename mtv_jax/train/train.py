@@ -71,7 +71,9 @@ def check_balance_unchanged(
     )
 
 
-def _describe_run(experiment: Experiment, **options: Any) -> dict[str, Any]:
+def _collect_agreed_values(
+  experiment: Experiment, **options: Any
+) -> dict[str, Any]:
   """Returns what all processes of a run must agree on, as JSON."""
   return {
     "config": experiment.config.to_dict(),
@@ -95,7 +97,7 @@ def _open_experiment(
   if jax.process_count() > 1:
     options["compiled"] = compiled and os.fspath(compiled)
     options["allow_scene_evals"] = allow_scene_evals
-    agree(_describe_run(experiment, **options))
+    agree(_collect_agreed_values(experiment, **options))
   is_large = jax.process_count() > 1 or jax.default_backend() == "tpu"
   if is_large and not allow_scene_evals and not read_recorded_config(workdir):
     check_evaluation_data(experiment)
@@ -136,7 +138,7 @@ def dry_run(
   return "\n".join(
     [
       f"Dry run of {workdir}: nothing is compiled or written.",
-      *plan.describe(experiment),
+      *plan.describe_run(experiment),
       *plan.describe_start(experiment, first),
     ]
   )

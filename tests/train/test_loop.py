@@ -16,7 +16,7 @@ from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.encoder import loading
 from mtv_jax.perf.bench import step as step_bench
-from mtv_jax.train import plan, samples
+from mtv_jax.train import plan
 from mtv_jax.train.experiment import (
   build_experiment,
   make_loader,
@@ -92,7 +92,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
   for words in (
     "scenes, 50 records; label sets: none; 66.7 % of a batch",
     "scenes, 30 records; label sets: none; 33.3 % of a batch",
-    "16 rows, the first one in", "with labels: caption 100.0 %",
+    "16 rows, the first one in", "with labels: captions 100.0 %",
     "12 steps of 16 examples: 2.4 epochs of 80",
     "retrieval on scenes (24 images), every 12 steps",
     "at step 0, from random parameters",
@@ -107,13 +107,13 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
     dry_run(smallest(init=dict(path="/nowhere")), tmp_path / "new")
 
 
-def test_labelled_rows_are_counted():
+def test_label_shares_count_the_rows_with_any_label():
   valid = np.zeros((4, 3), bool)
   valid[1:, 0] = True
   depth = np.zeros((4, 2, 2), np.uint16)
   depth[0, 1, 1] = 7
   batch = {"depth": depth, "box_valid": valid, "boxes": np.ones((4, 3, 4))}
-  assert samples.count_labelled(batch) == {"depth": 1, "box": 3}
+  assert plan.label_shares(batch) == {"depth": 0.25, "boxes": 0.75}
 
 
 def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
