@@ -133,7 +133,7 @@ def test_report_folder(tmp_path):
   assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
   assert page.tags.count("img") == 2 and page.tags.count("svg") == 5
   assert "text (a:b): no &lt;tower&gt;" in html
-  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data hash"):
+  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data_hash"):
     assert word in html
   text = (folder / "results.md").read_text(encoding="utf-8")
   for link in ("charts/metric_depth_rmse.svg", "sheets/depth_sheet_a-b.png"):

@@ -10,7 +10,7 @@ from mtv_jax.evals.core import bootstrap, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.report import tables
-from mtv_jax.report.page import PageFiles, Table
+from mtv_jax.report.page import PageFiles
 
 
 def cells(line):
@@ -18,8 +18,8 @@ def cells(line):
 
 
 def markdown_metrics(outcomes):
-  table = tables.metrics_table(outcomes)
-  return Table(table, numbers=2).markdown(PageFiles())
+  table, _ = tables.fold_metrics(outcomes, tables.compare(outcomes)).blocks
+  return table.markdown(PageFiles())
 
 
 def test_units_and_direction():
