@@ -219,22 +219,19 @@ def draw_metric(
   more: Sequence[Row] = (),
 ) -> Chart:
   """Chart of one metric: a row per item of `names` (by index), then `more`."""
-  metric = row.label.removesuffix(" ↓")
+  metric, rows = row.label.removesuffix(" ↓"), []
+  for i, name in names.items():
+    value, error, ends = row.values[i], row.errors[i], (None, None)
+    if value is not None and error is not None:
+      ends = (value - Z_95 * error, value + Z_95 * error)
+    rows.append(Row(name, value, *ends, chance=row.chance, colour=i))
   return charts.interval_plot(
     title or summary.name_row(row),
-    [*(interval_row(row, i, name, i) for i, name in names.items()), *more],
+    [*rows, *more],
     name=file_name("metric", row.evaluation, metric),
     unit=row.unit,
     lower=row.lower,
   )
-
-
-def interval_row(row: MetricRow, i: int, name: str, colour: int) -> Row:
-  """The i-th value of a row, with chance and its 95 % interval."""
-  value, error, ends = row.values[i], row.errors[i], (None, None)
-  if value is not None and error is not None:
-    ends = (value - Z_95 * error, value + Z_95 * error)
-  return Row(name, value, *ends, chance=row.chance, colour=colour)
 
 
 def _describe_differences(

@@ -143,14 +143,13 @@ def _describe_model(
 
 
 def _describe_hardware(session: Mapping[str, Any]) -> str:
-  if "device_kind" not in session:
+  if not (kind := session.get("device_kind")):
     return ""
-  processes, kind = session["processes"], session["device_kind"]
-  hosts = f", {processes} processes" if processes > 1 else ""
-  if kind.lower() != "cpu":
-    return f"{session['devices']:,} × {kind}{hosts}"
-  cores = session.get("cores")
-  return f"CPU, {cores} cores{hosts}" if cores else f"CPU{hosts}"
+  name = f"{session['devices']:,} × {kind}"
+  if kind.lower() == "cpu":
+    name = f"CPU, {session.get('cores', session['devices'])} cores"
+  processes = session["processes"]
+  return name + f", {processes} processes" * (processes > 1)
 
 
 def _describe_time(run: RunRecord, session: Mapping[str, Any]) -> str:
@@ -179,10 +178,8 @@ def _describe_dates(sessions: Sequence[Mapping[str, Any]]) -> str:
   times = sorted(
     t[:16].replace("T", " ") for t in times if t and t != "unknown"
   )
-  if not times:
-    return ""
   count = f", {len(sessions)} sessions" * (len(sessions) > 1)
-  return f"{times[0]} to {times[-1]} UTC{count}"
+  return f"{times[0]} to {times[-1]} UTC{count}" if times else ""
 
 
 def _describe_revision(session: Mapping[str, Any]) -> str:
@@ -214,10 +211,10 @@ def describe_samples(
   run: RunRecord, output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
   """Training images with the captions, boxes and depth that the model reads."""
-  folder, name = (run.folder / SAMPLES).parent, "sample"
   samples = [
-    load_image(caption, folder / f"{i}.png", output, run.name, name, str(i))
+    load_image(caption, file, output, run.name, "sample", str(i))
     for i, caption in enumerate(run.samples.get("captions", ()))
+    if (file := (run.folder / SAMPLES).with_name(f"{i}.png")).exists()
   ]
   if samples:
     yield page.Heading("Training samples")
