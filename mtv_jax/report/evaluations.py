@@ -119,8 +119,8 @@ def describe_outcomes(
   matches = find_matches(columns, rows)
   yield page.Heading("Encoders")
   yield page.Table(tables.encoder_table(columns))
-  names = [column.name for column in columns]
-  yield from summary.describe_headlines(rows, names, columns)
+  by_name = {column.name: column for column in columns}
+  yield from summary.describe_headlines(rows, by_name)
   yield from summary.describe_sheets(_list_sheets(outcomes))
   yield page.Heading("Metrics")
   drawn, quoted = draw_charts(columns, rows, size=size)

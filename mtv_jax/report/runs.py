@@ -75,9 +75,8 @@ def write_runs(
   first = next((run for run in read if run.samples), read[0])
   blocks += summary.describe_samples(first, output)
   changes = measure_changes(read) if len(read) == 1 else []
-  blocks += summary.describe_headlines(
-    rows, [run.name for run in read], [run.outcome for run in read], changes
-  )
+  outcomes = {run.name: run.outcome for run in read}
+  blocks += summary.describe_headlines(rows, outcomes, changes)
   blocks += describe_sheets(read, output)
   blocks += describe_training(read, names=names)
   blocks += describe_changes(read)

@@ -256,27 +256,31 @@ def describe_sheets(
   """
   groups = collections.defaultdict(list)
   for evaluation, name, file in sheets:
-    what = _SHEETS.get(name, name.replace("_", " "))
-    groups[f"{name_evaluation(evaluation)}: {what}"].append(file)
-  if groups:
-    yield page.Heading("Held-out images")
-  if len({file.title for files in groups.values() for file in files}) == 1:
-    yield page.Images([f._replace(title=t) for t, (f,) in groups.items()])
+    groups[evaluation, name].append(file)
+  if not groups:
     return
-  for title, files in groups.items():
+  yield page.Heading("Held-out images")
+  titles = [
+    f"{name_evaluation(evaluation)}: {_SHEETS.get(sheet, sheet)}"
+    for evaluation, sheet in groups
+  ]
+  named = [*zip(titles, groups.values(), strict=True)]
+  if len({file.title for _, files in named for file in files}) == 1:
+    yield page.Images([file._replace(title=title) for title, (file,) in named])
+    return
+  for title, files in named:
     yield page.Heading(title, level=3)
     yield page.Images(files)
 
 
 def describe_headlines(
   rows: Sequence[MetricRow],
-  names: Sequence[str],
-  outcomes: Iterable[Outcome],
+  outcomes: Mapping[str, Outcome | None],
   changes: Sequence[Changes] = (),
 ) -> Iterator[page.PageBlock]:
   """One figure an evaluation with chance and a verdict.
 
-  `names` are the columns of `rows`. `outcomes` have the sizes of the test sets;
+  `outcomes` are by the name of a column of `rows`, None without results;
   `changes` are those of one run since its start.
   """
   yield page.Heading("Results")
@@ -287,13 +291,12 @@ def describe_headlines(
   if not chosen:
     yield page.Note("No evaluation has a result yet.")
     return
-  protocols = {k: r.protocol for o in outcomes for k, r in o.results.items()}
   last = {c.metric.name: c.by_step[max(c.by_step)] for c in changes}
   shown = [f"{row.evaluation}/{row.metric}" for row in chosen.values()]
   last = correct_by_key({name: last.get(name) for name in shown})
   yield page.Headlines(
     [
-      _describe_row(row, names, protocols[row.evaluation], last.get(name))
+      _describe_row(row, outcomes, last.get(name))
       for name, row in zip(shown, chosen.values(), strict=True)
     ]
   )
@@ -302,20 +305,18 @@ def describe_headlines(
 
 def _describe_row(
   row: MetricRow,
-  names: Sequence[str],
-  protocol: Mapping[str, Any],
+  outcomes: Mapping[str, Outcome | None],
   change: Contrast | None,
 ) -> page.Headline:
+  names = [*outcomes]
+  known = [i for i, value in enumerate(row.values) if value is not None]
+  protocol = outcomes[names[known[0]]].results[row.evaluation].protocol
   figures = [
     tables.format_value(value, row.unit, error, digits=1)
     for value, error in zip(row.values, row.errors, strict=True)
   ]
   if len(names) > 1:
-    figures = [
-      page.Swatch(f"{names[i]}: {figure}", i)
-      for i, figure in enumerate(figures)
-      if row.values[i] is not None
-    ]
+    figures = [page.Swatch(f"{names[i]}: {figures[i]}", i) for i in known]
   counts = {k: v for k in _SIZES if isinstance(v := protocol.get(k), int)}
   details = [", ".join(f"{count:,} {k}" for k, count in counts.items())]
   if row.chance is not None:
@@ -351,7 +352,9 @@ def _compare_with_chance(row: MetricRow, names: Sequence[str]) -> Iterator[str]:
       continue
     text = c.compare_with("chance")
     if c.p is None:  # The error is 0 or unknown.
-      text = f"{BETTER if c.gain > 0 else WORSE} than chance, by unknown error"
+      text = (
+        f"{BETTER if c.gain > 0 else WORSE} than chance, without an interval"
+      )
       text = text if c.gain else "equal to chance"
     groups[text.capitalize()].append(name)
   for text, members in groups.items():

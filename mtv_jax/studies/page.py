@@ -85,8 +85,9 @@ def _describe_study(
     return
   compared = statistics.compare(data, main, baseline=study.baseline)
   rows = tables.list_arm_rows(data, main, compared)
-  outcomes = [run.outcome for run in results.runs]
-  yield from summary.describe_headlines(rows, [*data.values], outcomes)
+  outcomes = {run.name: run.outcome for run in first}
+  outcomes = dict.fromkeys(data.values) | outcomes
+  yield from summary.describe_headlines(rows, outcomes)
   yield from runs.describe_sheets(first, output)
   yield page.Heading("Arms")
   yield page.Table(values_table(data, main), numbers=1)

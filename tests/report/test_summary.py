@@ -101,8 +101,8 @@ def make_outcome(name, hits, chance):
 
 def describe(outcomes, **options):
   rows = tables.compare(outcomes, **options)
-  names = [outcome.name for outcome in outcomes]
-  _, headlines, _ = summary.describe_headlines(rows, names, outcomes)
+  by_name = {outcome.name: outcome for outcome in outcomes}
+  _, headlines, _ = summary.describe_headlines(rows, by_name)
   return headlines.headlines[0]
 
 
@@ -145,7 +145,7 @@ def test_small_sets_and_unknown_errors():
   # Every item is right: the resamples' error is 0.
   few = describe([make_outcome("a", [True] * 9, 0.25)])
   assert few.verdicts == [
-    "Better than chance, by unknown error.",
+    "Better than chance, without an interval.",
     "The test set is too small for a reliable verdict.",
   ]
   equal = describe([make_outcome("a", [True] * 30, 1.0)])
