@@ -44,6 +44,9 @@ _SHEETS = {
   "images": "the best images for a caption; green frame: its own",
   "regions": "boxes with their phrase, and with the best phrase of all",
   "depth": "true and predicted depth; red is near, blue far, black unknown",
+  "segmentation": "true and predicted classes",
+  "zero_shot_segmentation": "true and predicted classes",
+  "video_segmentation": "true and predicted objects",
   "matches": "matched points; green: correct",
   "pca": "patches in the colours of three principal components",
 }
@@ -260,11 +263,10 @@ def describe_sheets(
   if not groups:
     return
   yield page.Heading("Held-out images")
-  titles = [
-    f"{name_evaluation(evaluation)}: {_SHEETS.get(sheet, sheet)}"
-    for evaluation, sheet in groups
-  ]
-  named = [*zip(titles, groups.values(), strict=True)]
+  named = []
+  for (evaluation, sheet), files in groups.items():
+    what = _SHEETS.get(sheet, sheet.replace("_", " "))
+    named.append((f"{name_evaluation(evaluation)}: {what}", files))
   if len({file.title for _, files in named for file in files}) == 1:
     yield page.Images([file._replace(title=title) for title, (file,) in named])
     return
