@@ -219,7 +219,8 @@ class Headline(NamedTuple):
         number, sign, error = text.partition(" ± ")
         text = f"<b>{number}</b> <span class=note>{sign}{error}</span>"
       lines.append(f"<p>{text}</p>")
-    lines.append(f"<p class=note>{escape(self.details)}</p>")
+    details = escape(self.details).replace(" %", "&nbsp;%")
+    lines.append(f"<p class=note>{details}</p>")
     lines += [f"<p>{escape(line)}</p>" for line in self.verdicts]
     return (
       f"<section><h3>{escape(self.title)}</h3>"

@@ -35,6 +35,10 @@ _VERDICTS_NOTE = (
   "the 95 % interval of the difference excludes 0 and p, corrected for the "
   "main metrics of the page (Holm 1979), is below 0.05."
 )
+_SAMPLES_NOTE = (
+  "Rows of the first batch, as the model reads them. Depth: red is near, blue "
+  "far, striped unlabelled."
+)
 _MAX_NAMES = 3  # Names in a sentence.
 _MAX_WIDTH = 1200  # Width of an image on the page, in pixels.
 _FEW = 30  # Fewer test items have a warning.
@@ -67,7 +71,7 @@ _METRICS = {
   "miou": "mean IoU",
 }
 # Numbers of a protocol that give the size of a test set.
-_SIZES = ("images", "captions", "boxes", "pairs", "videos")
+_SIZES = ("images", "captions", "boxes", "pairs", "points", "videos")
 
 
 def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
@@ -222,6 +226,7 @@ def describe_samples(
   if samples:
     yield page.Heading("Training samples")
     yield page.Images(samples)
+    yield page.Note(_SAMPLES_NOTE)
 
 
 def name_evaluation(name: str) -> str:
