@@ -118,7 +118,8 @@ def describe_outcomes(
     rows = tables.compare(columns, split=split, baseline=index)
   matches = find_matches(columns, rows)
   yield page.Heading("Encoders")
-  yield page.Table(tables.encoder_table(columns))
+  facts = {column.name: tables.encoder_facts(column) for column in columns}
+  yield page.Table(tables.merge_facts(facts))
   by_name = {column.name: column for column in columns}
   yield from summary.describe_headlines(rows, by_name)
   yield from summary.describe_sheets(_list_sheets(outcomes))

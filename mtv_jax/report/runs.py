@@ -71,7 +71,8 @@ def write_runs(
   output = pathlib.Path(output)
   rows = tables.compare([run.outcome for run in read])
   blocks = [page.Table(runs_table(read), numbers=1)] * (len(read) > 1)
-  blocks.append(page.Table(summary.list_facts(read)))
+  facts = {run.name: summary.read_facts(run) for run in read}
+  blocks.append(page.Table(tables.merge_facts(facts)))
   first = next((run for run in read if run.samples), read[0])
   blocks += summary.describe_samples(first, output)
   changes = measure_changes(read) if len(read) == 1 else []

@@ -92,26 +92,6 @@ def read_facts(run: RunRecord, *, timed: bool = True) -> dict[str, str]:
   return {**facts, "seed": str(run.seed)}
 
 
-def list_facts(
-  runs: Sequence[RunRecord], *, timed: bool = True
-) -> list[list[str]]:
-  """The known facts of runs, a row each, after a header.
-
-  Where runs differ, a cell has a line per run.
-  """
-  facts = {run.name: read_facts(run, timed=timed) for run in runs}
-  rows = [["fact", "value"]]
-  for key in next(iter(facts.values()), ()):
-    values = {name: known[key] for name, known in facts.items()}
-    texts = {v for v in values.values() if v}
-    if len(texts) > 1:
-      texts = [
-        "\n".join(f"{n}: {v or tables.EMPTY}" for n, v in values.items())
-      ]
-    rows += [[key, text] for text in texts]
-  return rows
-
-
 def _describe_data(run: RunRecord, session: Mapping[str, Any]) -> str:
   """Sources with their numbers of images, and images seen."""
   batch, steps = run.config.get("batch_size") or 0, run.step

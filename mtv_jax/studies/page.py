@@ -75,7 +75,8 @@ def _describe_study(
   """The results of a study's finished runs."""
   study, data = results.study, results.measurements
   first = _first_runs(results)
-  facts = summary.list_facts(first, timed=False)
+  facts = {run.name: summary.read_facts(run, timed=False) for run in first}
+  facts = tables.merge_facts(facts)
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
   if first:
     yield from summary.describe_samples(first[0], output)
