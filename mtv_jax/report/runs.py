@@ -73,8 +73,7 @@ def write_runs(
   blocks = [page.Table(runs_table(read), numbers=1)] * (len(read) > 1)
   facts = {run.name: summary.read_facts(run) for run in read}
   blocks.append(page.Table(tables.merge_facts(facts)))
-  first = next((run for run in read if run.samples), read[0])
-  blocks += summary.describe_samples(first, output)
+  blocks += summary.describe_samples(read, output)
   changes = measure_changes(read) if len(read) == 1 else []
   outcomes = {run.name: run.outcome for run in read}
   blocks += summary.describe_headlines(rows, outcomes, changes)

@@ -30,8 +30,8 @@ from mtv_jax.utils.text import (
 )
 
 _VERDICTS_NOTE = (
-  "One figure an evaluation, with its standard error over the test set. Chance "
-  "is what random embeddings or guesses would give. Better and worse mean that "
+  "One figure an evaluation. ±: standard error over the test set. Chance is "
+  "what random embeddings or guesses would give. Better and worse mean that "
   "the 95 % interval of the difference excludes 0 and p, corrected for the "
   "main metrics of the page (Holm 1979), is below 0.05."
 )
@@ -195,9 +195,13 @@ def load_image(
 
 
 def describe_samples(
-  run: RunRecord, output: pathlib.Path
+  runs: Sequence[RunRecord], output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
-  """Training images with the captions, boxes and depth that the model reads."""
+  """Training images with the captions, boxes and depth that the model reads.
+
+  They are of the run with most kinds of labels.
+  """
+  run = max(runs, key=lambda r: len(r.samples.get("labelled", ())))
   samples = [
     load_image(caption, file, output, run.name, "sample", str(i))
     for i, caption in enumerate(run.samples.get("captions", ()))

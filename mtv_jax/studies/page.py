@@ -79,7 +79,7 @@ def _describe_study(
   facts = tables.merge_facts(facts)
   yield page.Table([facts[0], *_summarise(results), *facts[1:]])
   if first:
-    yield from summary.describe_samples(first[0], output)
+    yield from summary.describe_samples(first, output)
   main = select_main(results.metrics)
   if not main:
     yield page.Note("No run is finished.")

@@ -74,7 +74,7 @@ def test_samples_show_the_labels_of_a_batch(run):
   assert (
     coverage == "captions 50 %, boxes 100 %, depth 75 % of the first 8 images"
   )
-  heading, images, _ = summary.describe_samples(read, run.folder)
+  heading, images, _ = summary.describe_samples([read], run.folder)
   assert heading.text == "Training samples" and len(images.files) == 6
   first, *_, last = images.files
   assert first.title == "0 1" and last.title == ""
