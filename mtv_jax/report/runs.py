@@ -313,7 +313,7 @@ def runs_table(
   """Summary of the runs: a header, then a row per run."""
   colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
   rows = [["run", "seed", "steps", "images"]]
-  rows[0] += ["images/s", "core hours"] if timed else []
+  rows[0] += ["images/s"] if timed else []
   for run in runs:
     batch, steps = run.config.get("batch_size") or 0, run.step
     total = run.config.get("total_steps")
@@ -322,9 +322,8 @@ def runs_table(
     name = page.Swatch(run.name, colours[run.arm])
     rows.append([name, str(run.seed), progress, f"{steps * batch:,}"])
     if timed:
-      for metric, form in (("images_per_second", ".0f"), ("core_hours", ".2g")):
-        points = run.series.get(f"speed/{metric}")
-        rows[-1].append(format(points[-1][1], form) if points else tables.EMPTY)
+      points = run.series.get("speed/images_per_second")
+      rows[-1].append(f"{points[-1][1]:.0f}" if points else tables.EMPTY)
   return rows
 
 

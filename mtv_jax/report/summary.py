@@ -322,9 +322,8 @@ def _describe_row(
       text = tables.format_difference(c, unit=True)
       sentences.append(f"{c.arm} is {c.compare_with(c.baseline)}: {text}.")
   if not row.differences and len(figures) > 1:
-    best = "no value is better than every other"
-    best = best if row.best is None else names[row.best]
-    sentences.append(f"Best: {best}.")
+    best = "No value is better than every other."
+    sentences.append(best if row.best is None else f"Best: {names[row.best]}.")
   if counts and min(counts.values()) < _FEW:
     sentences.append("The test set is too small for a reliable verdict.")
   title = name_evaluation(row.evaluation)
