@@ -21,10 +21,11 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config import overrides, sections
 from mtv_jax.data import ops, order, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
-from mtv_jax.data.sources.base import sample_captions
+from mtv_jax.data.sources.base import Source, sample_captions
 from mtv_jax.data.stats import Stats
 from mtv_jax.data.tokenizers import training
-from mtv_jax.encoder import loading, tokenizer_files
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead
@@ -91,8 +92,6 @@ def build_experiment(
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
-  # Before the data, which may be slow to open.
-  tokenizer = _build_tokenizer(config, workdir)
   # Limits come last, because labels are aligned to whole sources.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
@@ -103,9 +102,7 @@ def build_experiment(
     sources_lib.complete_source(source, {"limit": entry.get("limit")})
     for entry, source in entries
   ]
-  if tokenizer is None and config.model.text is not None:
-    file = _train_tokenizer(config, limited)
-    tokenizer = _open_tokenizer(config, file, is_new=True)
+  tokenizer = _build_tokenizer(config, workdir, limited)
   step = build_train_step(config, mesh, sum(map(len, limited)))
   model = step.step_spec.model
   heads = loading.prediction_heads(config.to_dict(), model)
@@ -135,10 +132,13 @@ def build_experiment(
   )
 
 
-def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
-  """The tokenizer of a config; None without text, or if it is to be trained.
+def _build_tokenizer(
+  config: RunConfig, workdir: str | os.PathLike, sources: Sequence[Source]
+) -> tokenizers.Tokenizer | None:
+  """The tokenizer of a config; None for a model without text.
 
-  A run with checkpoints reads its copy of a tokenizer of the hub or trained.
+  A run with checkpoints reads the copy in its folder; a new one may train a
+  tokenizer from the captions of its sources.
   """
   if (text := config.model.text) is None:
     return None
@@ -152,22 +152,15 @@ def _build_tokenizer(config: RunConfig, workdir: str | os.PathLike) -> Any:
           " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
           " Add the file, or set --config.model.text.tokenizer=FILE."
         )
-  spec, folder = text.tokenizer, path_lib.as_path(workdir)
+  source = TokenizerSource(text.tokenizer, text.clean)
+  folder = path_lib.as_path(workdir)
   is_new = not saved_steps(folder)
   if not is_new:
     _check_tokenizer_unchanged(config, folder)
-  is_trained = training.trained_size(spec)
-  if is_trained and is_new:
-    return None
-  if is_trained or (tokenizer_files.is_hub(spec) and not is_new):
-    spec = tokenizer_files.read_run_tokenizer(folder, text).path
-  return _open_tokenizer(config, tokenizer_files.download(str(spec)), is_new)
-
-
-def _open_tokenizer(config: RunConfig, file: Any, is_new: bool) -> Any:
-  """Builds a tokenizer; checks the embedding's rows, and a new run's init."""
-  text = config.model.text
-  tokenizer = tokenizers.build_tokenizer(file, clean=text.clean)
+  if source.trained_size and is_new:
+    file = _train_tokenizer(config, sources)
+    source = dataclasses.replace(source, spec=str(file))
+  tokenizer = source.find_files(None if is_new else folder).build()
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
   )
@@ -192,7 +185,9 @@ def _check_tokenizer_unchanged(
       )
 
 
-def _train_tokenizer(config: RunConfig, sources: Sequence[Any]) -> pathlib.Path:
+def _train_tokenizer(
+  config: RunConfig, sources: Sequence[Source]
+) -> pathlib.Path:
   """Trains a tokenizer on the captions of sources; returns a cached file.
 
   Collective: process 0 trains, and the others receive its model.
