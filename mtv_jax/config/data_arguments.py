@@ -9,6 +9,7 @@ recipe has an argument of that name:
   depth=, boxes= label sets of the data
   val=PATH       held-out captions, classes or boxes
   val_images=PATH  image folder of held-out COCO annotations
+  val_boxes=PATH label set of held-out shards
   imagenet=, coco=, nyu=, ade20k=, davis=, navi=, spair=
                  folders of these benchmarks
 
@@ -49,7 +50,15 @@ _LABELS = dict(depth="depth", grounding="boxes")
 _DATA = "/data/"  # Where recipes expect the benchmarks.
 # A run with fewer steps is evaluated at its ends only.
 _SHORT = 1000
-ARGUMENTS = ("data", "images", "depth", "boxes", "val", "val_images")
+ARGUMENTS = (
+  "data",
+  "images",
+  "depth",
+  "boxes",
+  "val",
+  "val_images",
+  "val_boxes",
+)
 ARGUMENTS += tuple(_BENCHMARKS)
 
 
@@ -78,13 +87,12 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
   sources = {str(entry.get("path")) for entry in config.data.train}
   given = {name: os.path.expanduser(path) for name, path in given.items()}
   labels = {k: given[k] for k in ("depth", "boxes") if k in given}
-  for images, name in (("images", "data"), ("val_images", "val")):
-    if images in given and name not in given:
-      raise ConfigError(
-        f"{images}= names the image folder of {name}=: give both."
-      )
-  for name in labels:
-    if not {k for k, v in _LABELS.items() if v == name} & _trained(config):
+  parts = dict(images="data", val_images="val", val_boxes="val")
+  for part, name in parts.items():
+    if part in given and name not in given:
+      raise ConfigError(f"{part}= belongs to {name}=: give both.")
+  for kind, name in [*_LABELS.items(), ("grounding", "val_boxes")]:
+    if name in given and kind not in _trained(config):
       raise ConfigError(f"{name}={given[name]}: no objective reads it.")
   if "data" in given:
     options = {k: given[k] for k in ("images",) if k in given}
@@ -116,6 +124,9 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
     for name in _VAL:
       if _NEEDS.get(name) in (None, *_trained(config)):
         entry = dict(type=name, data=given["val"], optional=True)
+        if "val_boxes" in given and name == "grounding":
+          labels = dict(boxes=given["val_boxes"])
+          entry["data"] = dict(path=given["val"], labels=labels)
         if "val_images" in given and name in ("retrieval", "grounding"):
           entry["images"] = given["val_images"]
         evals[f"val_{name}"] = entry | _interval(config, 10)
@@ -135,7 +146,7 @@ def _is_benchmark(data: Any) -> str | None:
 
 
 def _is_scenes(data: Any) -> bool:
-  kind = data.get("type") if isinstance(data, Mapping) else data
+  kind = data.get("type", "") if isinstance(data, Mapping) else data
   return kind in (None, "scenes")
 
 

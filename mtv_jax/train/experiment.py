@@ -45,7 +45,7 @@ from mtv_jax.train.workdir import check_workdir, read_recorded_config
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import ConfigError, MissingFileError, UserError
-from mtv_jax.utils.text import first_lines
+from mtv_jax.utils.text import first_lines, list_first
 from mtv_jax.utils.tree import flatten_with_names, select_names
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ PARAMETERS = "parameters.txt"
 _CAPTION_RECORDS = 100_000
 # Test images or pairs on the sheets of a training's evaluations.
 PICTURES = 3
+_NAME_DATA = (
+  "Name held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...)."
+)
 # Tokenizers that encode these equally are considered equal. They cover case,
 # punctuation, digits, spaces and non-ASCII letters.
 _PROBE_TEXTS = (
@@ -121,6 +124,7 @@ def build_experiment(
     )
     for entry, source in entries
   ]
+  _warn_of_repeated_rows(config, sources)
   return Experiment(
     **vars(step),
     workdir=path_lib.as_path(workdir),
@@ -316,21 +320,41 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   for name, reason in left_out.items():
     log.info("Skipping the evaluation %s: %s.", name, reason)
   agree({"evaluations": sorted(evaluators)})
+  _warn_of_shared_data(experiment)
   return dataclasses.replace(experiment, evaluators=evaluators)
 
 
+def _warn_of_shared_data(experiment: Experiment) -> None:
+  """Warns of data of optional evaluations that the run trains on."""
+  config, shared = experiment.config, set()
+  for entry in config.evals.values():
+    data = entry.options.get("data", "")
+    data = data.get("path") if isinstance(data, Mapping) else data
+    if entry.optional and data:
+      shared |= {*sources_lib.list_shared(config.data.train, data)}
+  if shared:
+    log.warning(
+      "The run trains on data that evaluate it: %s. Name held-out data.",
+      list_first(sorted(shared), 3),
+    )
+
+
 def check_evaluation_data(experiment: Experiment) -> None:
-  """Raises ConfigError if a run on other data is evaluated on scenes alone."""
+  """Raises ConfigError if a run on other data is evaluated on scenes alone.
+
+  Warns of a run without evaluations.
+  """
   train = experiment.config.data.train
   data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
+  if not data:
+    log.warning("Nothing evaluates this run. %s", _NAME_DATA)
   if not data or not all(map(is_scenes, data)):
     return
   if any(entry.get("type") != "scenes" for entry in train):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
-      f"This run would be evaluated on rendered scenes alone ({names}). Name"
-      " held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...), or"
-      " accept that with --allow_scene_evals."
+      f"This run would be evaluated on rendered scenes alone ({names})."
+      f" {_NAME_DATA} Or accept that with --allow_scene_evals."
     )
 
 
@@ -444,7 +468,6 @@ def log_experiment(experiment: Experiment) -> None:
     f"{experiment.total_steps} steps of {size} examples; an epoch of {epoch:,} "
     f"examples is {epoch / size:.1f} steps."
   )
-  _warn_of_repeated_rows(experiment)
 
 
 def _write_parameters(experiment: Experiment) -> None:
@@ -467,12 +490,13 @@ def _write_parameters(experiment: Experiment) -> None:
     )
 
 
-def _warn_of_repeated_rows(experiment: Experiment) -> None:
+def _warn_of_repeated_rows(
+  config: RunConfig, sources: Sequence[Source]
+) -> None:
   """Warns of sources with fewer records than their rows in a batch."""
-  size = experiment.config.batch_size
-  entries = experiment.config.data.train
-  weights = [entry.get("weight", 1.0) for entry in entries]
-  for source, weight in zip(experiment.sources, weights, strict=True):
+  size = config.batch_size
+  weights = [entry.get("weight", 1.0) for entry in config.data.train]
+  for source, weight in zip(sources, weights, strict=True):
     rows = size * weight / sum(weights)
     if rows > len(source):
       log.warning(

@@ -19,7 +19,7 @@ from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train import plan
 from mtv_jax.train.experiment import (
   build_experiment,
-  log_experiment,
+  check_evaluation_data,
   make_loader,
   open_evaluations,
   save_config,
@@ -242,6 +242,17 @@ def test_a_run_on_own_files(tmp_path, write_image):
   assert evaluated == ["val_retrieval_0.json", "val_retrieval_2.json"]
 
 
+def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
+  for name in ("a", "b/c"):
+    write_image(tmp_path / f"{name}.png", "red")
+    (tmp_path / f"{name}.txt").write_text(name)
+  data = f"batch=8,data={tmp_path},val={tmp_path}/b"
+  open_evaluations(build_experiment(smallest(data), tmp_path / "run"))
+  assert f"trains on data that evaluate it: {tmp_path}/b. Name" in caplog.text
+  check_evaluation_data(build_experiment(smallest(evals={}), tmp_path / "run"))
+  assert "Nothing evaluates this run. Name held-out data" in caplog.text
+
+
 def test_s3_as_workdir_is_rejected():
   with pytest.raises(ValueError, match="can't be written to s3://"):
     build_experiment(smallest(), "s3://bucket/run")
@@ -254,7 +265,7 @@ def test_sources_smaller_than_their_share_of_a_batch_warn(
   tmp_path, caplog, size, warned
 ):
   # The sources have 50 and 30 records and weights 1 and 0.5.
-  log_experiment(build_experiment(smallest(batch_size=size), tmp_path))
+  build_experiment(smallest(batch_size=size), tmp_path)
   actual = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
   assert len(actual) == len(warned)
   for message, part in zip(actual, warned, strict=True):

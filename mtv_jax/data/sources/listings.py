@@ -4,12 +4,12 @@ import csv
 import dataclasses
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from mtv_jax.config import foreign
-from mtv_jax.data.canvas import IMAGE_SUFFIXES
+from mtv_jax.data.canvas import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
@@ -27,7 +27,8 @@ _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
 _FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 _FILE_ERRORS += (errno.EPERM,)
-NO_CAPTION = "no caption"  # `Example.problem` of an image without captions.
+# Values of `Example.problem`: an image without captions, captions without one.
+NO_CAPTION, NO_IMAGE = "no caption", "no image beside it"
 
 
 @dataclasses.dataclass
@@ -94,14 +95,22 @@ def read(
 
 
 def list_images(folder: str | os.PathLike) -> list[Example]:
-  """Lists the images of a folder and its subfolders; all are `NO_CAPTION`."""
+  """Lists the images of a folder and its subfolders, without captions."""
   if not os.path.isdir(folder):
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
   for file in _list_files(folder):
-    if file.suffix.lower() in IMAGE_SUFFIXES:
-      examples.append(Example(str(file.relative_to(folder)), file, []))
+    if file.suffix.lower() in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES):
+      name = str(file.relative_to(folder))
+      examples.append(Example(name, file, [], problem=_unread(file)))
   return examples
+
+
+def _unread(file: Path) -> str:
+  """The problem of an image in a format that isn't read, else ""."""
+  kind = file.suffix.lower()
+  is_unread = kind in UNREAD_SUFFIXES
+  return f"{kind} isn't read, convert it to JPEG" if is_unread else ""
 
 
 def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
@@ -167,6 +176,11 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
   delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+  # Spreadsheets write semicolons where the comma is decimal.
+  with path.open("rb") as file:
+    header = file.readline(_MAX_LINE).decode(errors="replace")
+  choices = (d for d in (delimiter, ";", "\t", ",") if d in header)
+  delimiter = next(choices, delimiter)
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(_read_lines(path, file), delimiter=delimiter)
     try:
@@ -232,31 +246,38 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
 def _read_folder(folder: Path) -> list[Example]:
   """Pairs images with the .txt or .json next to them, in subfolders too."""
   groups: dict[str, dict[str, Path]] = {}
+  doubles: list[tuple[str, str, Path]] = []
   for file in _list_files(folder):
     kind = file.suffix.lower()
     kind = "image" if kind in IMAGE_SUFFIXES else kind
-    if kind not in ("image", ".txt", ".json"):
+    kind = "unread" if kind in UNREAD_SUFFIXES else kind
+    if kind not in ("image", "unread", ".txt", ".json"):
       continue
     stem = str(file.relative_to(folder))[: -len(file.suffix)]
-    other = groups.setdefault(stem, {}).setdefault(kind, file)
-    if other is not file:
-      names = f"{printable(other)} and {printable(file)}"
+    if groups.setdefault(stem, {}).setdefault(kind, file) is not file:
+      doubles.append((stem, kind, file))
+  for stem, kind, file in doubles:
+    if len(groups[stem]) > 1:  # Else they are images without captions.
+      names = f"{printable(groups[stem][kind])} and {printable(file)}"
       raise InputError(f"{names} are two files for one example: rename one.")
-  examples = []
-  for stem, files in groups.items():
-    main = files.get("image") or files.get(".txt") or files[".json"]
-    example = Example(str(main.relative_to(folder)), main, [])
-    examples.append(example)
-    if "image" not in files:
-      example.problem = "no image beside it"
-    elif len(files) > 1:
-      try:
-        texts = [_read_beside(stem, files.get(k)) for k in (".txt", ".json")]
-        captions = parse_captions(stem, *texts)
-        example = examples[-1] = Example(example.name, main, captions)
-      except BadRecord as error:
-        example.problem = error.reason
-  return examples
+    groups[str(file)] = {kind: file}
+  return [_pair_files(folder, stem, files) for stem, files in groups.items()]
+
+
+def _pair_files(folder: Path, stem: str, files: Mapping[str, Path]) -> Example:
+  kinds = [k for k in ("image", "unread", ".txt", ".json") if k in files]
+  main, problem = files[kinds[0]], NO_IMAGE
+  captions: list[str] = []
+  if kinds[0] in ("image", "unread"):
+    problem = _unread(main)
+  if kinds[0] == "image" and {".txt", ".json"} & {*kinds}:
+    try:
+      texts = [_read_beside(stem, files.get(k)) for k in (".txt", ".json")]
+      captions = parse_captions(stem, *texts)
+    except BadRecord as error:
+      problem = error.reason
+  name = str(main.relative_to(folder))
+  return Example(name, main, captions, problem=problem)
 
 
 def _read_beside(stem: str, file: Path | None) -> bytes | None:
