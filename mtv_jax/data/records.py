@@ -54,8 +54,8 @@ class BadRecord(InputError):
     return type(self), (self.key, self.reason)
 
 
-class NoCaptionsError(InputError):
-  """Data whose images have no captions, though they are required."""
+class NoRecordsError(InputError):
+  """A path without images or shards, or without captions that are required."""
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mtv_jax.config.options import PositiveInt, build, build_entry
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.labels.join import join_labels
+from mtv_jax.data.records import NoRecordsError
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import LimitedSource, Paths, Source
@@ -42,6 +43,7 @@ SOURCES: dict[str, type[Source]] = {
 _LISTINGS = (".json", ".csv", ".tsv")
 # Types of shards in a folder; img2dataset writes a table beside each tar.
 _BY_PREFERENCE = ("array_record", "webdataset", "parquet")
+_SUFFIXES = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
 # In the names of a split's shards or folder, as on the hub.
 _SPLITS = [
   re.compile(rf"(?:^|[-_./])(?:{names})(?:[-_./]|$)")
@@ -67,9 +69,8 @@ def build_source(config: Mapping[str, Any]) -> Source:
     known = inspect.signature(SOURCES[found["type"]]).parameters
     if config.get("images") is not None and "images" not in known:
       raise InputError(
-        f"images={config['images']}: shards such as {config['path']} have"
-        " their images in them, only a listing (.json, .csv, .tsv) has an image"
-        " folder. Leave out images."
+        f"images={config['images']}: the shards {config['path']} contain their"
+        " images. Leave out images."
       )
     unread = {"path", "captions", "images"} - {*known}
     config = {k: v for k, v in config.items() if k not in unread} | found
@@ -131,8 +132,8 @@ def find_source(
   names of shards or of a folder's subfolders tell splits, `train` is what is
   not held out, and `test` the validation split, else the test split.
 
-  Raises InputError for a bucket's folder without shards, and for `test` if all
-  that the folder has is a training split.
+  Raises NoRecordsError for a bucket's folder without shards, InputError for
+  `test` if the shards are those of a training split.
   """
   listed = split_paths(path)
   if listed == ["scenes"]:
@@ -144,7 +145,7 @@ def find_source(
       if files := _list_shards(folder, SOURCES[kind].suffix):
         return {"type": kind, "path": _choose_split(files, folder, split)}
     if is_remote:
-      raise InputError(
+      raise NoRecordsError(
         f"There are no shards in {folder} (*.tar, *.parquet or"
         " *.array_record); image files of a bucket are not read one by one."
       )
@@ -157,36 +158,34 @@ def find_source(
 
 
 def list_shared(
-  train: Iterable[Mapping[str, Any]], held_out: Paths
+  train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-  """Files and folders of held-out data that entries of `data.train` read.
+  """Files and folders of held-out entries that those of `data.train` read.
 
-  Compares paths, not images. Other files than data's share nothing.
+  Compares paths, not images.
   """
-  trained: set[str] = set()
-  for entry in train:
-    if entry.get("path") and entry.get("type") in (None, *SOURCES):
-      found = entry if entry.get("type") else find_source(entry["path"])
-      trained |= _list_inputs(found)
-  try:
-    held = _list_inputs(find_source(held_out, split="test"))
-  except UserError:
-    return []
+  trained, held = (
+    {path for entry in entries for path in _list_inputs(entry, split)}
+    for entries, split in ((train, "train"), (held_out, "test"))
+  )
   return sorted(
-    file
-    for file in held
-    if any(file == t or file.startswith(f"{t}{os.sep}") for t in trained)
+    path
+    for path in held
+    if any(path == t or path.startswith(f"{t}{os.sep}") for t in trained)
   )
 
 
-def _list_inputs(found: Mapping[str, Any]) -> set[str]:
+def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
   """The shards of a source, or its folder or listing."""
-  paths = found.get("path", [])
-  paths = [paths] if found["type"] == "folder" else expand_path(paths)
-  return {
-    str(p) if path_lib.is_remote(p) else os.path.realpath(os.path.expanduser(p))
-    for p in paths
-  }
+  try:
+    if (paths := entry.get("path")) and entry.get("type") is None:
+      entry = find_source(paths, split=split)
+    paths, kind = entry.get("path", []), entry.get("type")
+    paths = [paths] if kind == "folder" else expand_path(paths)
+  except UserError:  # Its source or evaluation says why, or reads it itself.
+    return []
+  paths = [os.path.expanduser(path) for path in paths]
+  return [p if path_lib.is_remote(p) else os.path.realpath(p) for p in paths]
 
 
 def _is_listing(path: str) -> bool:
@@ -199,30 +198,27 @@ def _is_listing(path: str) -> bool:
 
 def _check_shards(name: str) -> None:
   """Raises an error unless a path may name shards."""
-  suffixes = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
-  is_pattern = glob.has_magic(name) or "{" in name
-  if name.endswith(suffixes) or (
-    is_pattern and not name.lower().endswith(IMAGE_SUFFIXES)
-  ):
+  if name.endswith(_SUFFIXES):
     return
-  path = os.path.expanduser(name)
-  if is_pattern:
-    raise InputError(f"{name} is a pattern of images: name their folder.")
+  if _is_pattern(name):
+    if name.lower().endswith(IMAGE_SUFFIXES):
+      raise InputError(f"{name} is a pattern of images: name their folder.")
+    return
+  path = path_lib.as_path(os.path.expanduser(name))
   if path_lib.exists(path):
     raise InputError(f"{name} is a file of another kind. {_EXPECTED}")
-  folder, _, end = path.rstrip("/").rpartition("/")
-  names = (
-    [] if path_lib.is_remote(path) else path_lib.list_folder(folder or ".")
-  )
-  hint = did_you_mean(end, names, limit=8) if names else ""
+  hint = did_you_mean(path.name, path_lib.list_folder(path.parent), limit=8)
   raise MissingFileError(f"{name} is missing. {hint} {_EXPECTED}")
+
+
+def _is_pattern(path: str) -> bool:
+  return glob.has_magic(path) or "{" in path
 
 
 def _is_folder(path: str) -> bool:
   if not path_lib.is_remote(path):
     return os.path.isdir(os.path.expanduser(path))
-  suffixes = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
-  return not (glob.has_magic(path) or "{" in path or path.endswith(suffixes))
+  return not (_is_pattern(path) or path.endswith(_SUFFIXES))
 
 
 def _list_shards(folder: str, suffix: str) -> list[str]:

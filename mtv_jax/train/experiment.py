@@ -320,23 +320,13 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   for name, reason in left_out.items():
     log.info("Skipping the evaluation %s: %s.", name, reason)
   agree({"evaluations": sorted(evaluators)})
-  _warn_of_shared_data(experiment)
+  config = experiment.config
+  data = [e.options.get("data") for e in config.evals.values() if e.optional]
+  data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
+  if shared := sources_lib.list_shared(config.data.train, data):
+    names = list_first(shared, 3)
+    log.warning(f"The run trains on data that evaluate it: {names}.")
   return dataclasses.replace(experiment, evaluators=evaluators)
-
-
-def _warn_of_shared_data(experiment: Experiment) -> None:
-  """Warns of data of optional evaluations that the run trains on."""
-  config, shared = experiment.config, set()
-  for entry in config.evals.values():
-    data = entry.options.get("data", "")
-    data = data.get("path") if isinstance(data, Mapping) else data
-    if entry.optional and data:
-      shared |= {*sources_lib.list_shared(config.data.train, data)}
-  if shared:
-    log.warning(
-      "The run trains on data that evaluate it: %s. Name held-out data.",
-      list_first(sorted(shared), 3),
-    )
 
 
 def check_evaluation_data(experiment: Experiment) -> None:

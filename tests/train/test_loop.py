@@ -248,7 +248,7 @@ def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
   open_evaluations(build_experiment(smallest(data), tmp_path / "run"))
-  assert f"trains on data that evaluate it: {tmp_path}/b. Name" in caplog.text
+  assert f"trains on data that evaluate it: {tmp_path}/b." in caplog.text
   check_evaluation_data(build_experiment(smallest(evals={}), tmp_path / "run"))
   assert "Nothing evaluates this run. Name held-out data" in caplog.text
 

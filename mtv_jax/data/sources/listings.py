@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path import check_regular_file, read_regular
 
+_IMAGES = (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES)
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
@@ -100,7 +101,7 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
   for file in _list_files(folder):
-    if file.suffix.lower() in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES):
+    if file.suffix.lower() in _IMAGES:
       name = str(file.relative_to(folder))
       examples.append(Example(name, file, [], problem=_unread(file)))
   return examples
@@ -245,39 +246,31 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
 
 def _read_folder(folder: Path) -> list[Example]:
   """Pairs images with the .txt or .json next to them, in subfolders too."""
-  groups: dict[str, dict[str, Path]] = {}
-  doubles: list[tuple[str, str, Path]] = []
+  groups: dict[str, list[Path]] = {}
   for file in _list_files(folder):
-    kind = file.suffix.lower()
-    kind = "image" if kind in IMAGE_SUFFIXES else kind
-    kind = "unread" if kind in UNREAD_SUFFIXES else kind
-    if kind not in ("image", "unread", ".txt", ".json"):
-      continue
-    stem = str(file.relative_to(folder))[: -len(file.suffix)]
-    if groups.setdefault(stem, {}).setdefault(kind, file) is not file:
-      doubles.append((stem, kind, file))
-  for stem, kind, file in doubles:
-    if len(groups[stem]) > 1:  # Else they are images without captions.
-      names = f"{printable(groups[stem][kind])} and {printable(file)}"
+    if file.suffix.lower() in (*_IMAGES, ".txt", ".json"):
+      stem = str(file.relative_to(folder))[: -len(file.suffix)]
+      groups.setdefault(stem, []).append(file)
+  examples = []
+  for stem, files in groups.items():
+    texts = {f.suffix.lower(): f for f in files}
+    texts = {k: texts[k] for k in (".txt", ".json") if k in texts}
+    images = [f for f in files if f.suffix.lower() in _IMAGES]
+    images = [f for f in images if not _unread(f)] or images
+    if texts and len(images) > 1:
+      names = " and ".join(map(printable, images[:2]))
       raise InputError(f"{names} are two files for one example: rename one.")
-    groups[str(file)] = {kind: file}
-  return [_pair_files(folder, stem, files) for stem, files in groups.items()]
-
-
-def _pair_files(folder: Path, stem: str, files: Mapping[str, Path]) -> Example:
-  kinds = [k for k in ("image", "unread", ".txt", ".json") if k in files]
-  main, problem = files[kinds[0]], NO_IMAGE
-  captions: list[str] = []
-  if kinds[0] in ("image", "unread"):
-    problem = _unread(main)
-  if kinds[0] == "image" and {".txt", ".json"} & {*kinds}:
-    try:
-      texts = [_read_beside(stem, files.get(k)) for k in (".txt", ".json")]
-      captions = parse_captions(stem, *texts)
-    except BadRecord as error:
-      problem = error.reason
-  name = str(main.relative_to(folder))
-  return Example(name, main, captions, problem=problem)
+    for main in images or files[:1]:
+      captions, problem = [], _unread(main) if images else NO_IMAGE
+      if texts and not problem:
+        try:
+          beside = [_read_beside(stem, texts.get(k)) for k in (".txt", ".json")]
+          captions = parse_captions(stem, *beside)
+        except BadRecord as error:
+          problem = error.reason
+      name = str(main.relative_to(folder))
+      examples.append(Example(name, main, captions, problem=problem))
+  return examples
 
 
 def _read_beside(stem: str, file: Path | None) -> bytes | None:

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from mtv_jax.data.records import (
   IMAGES_ALONE,
   BadRecord,
-  NoCaptionsError,
+  NoRecordsError,
   Record,
   content_errors,
   read_captions,
@@ -422,7 +422,7 @@ def _default_column(file: PurePath, schema: Any, role: str) -> str:
     hint = IMAGES_ALONE if lacks_captions else ""
     if role == "image" and not any(_is_image(f.type) for f in schema):
       hint = _PATHS
-    raise (NoCaptionsError if lacks_captions else InputError)(
+    raise (NoRecordsError if lacks_captions else InputError)(
       f"{file} has {' and '.join(columns) or 'no column'} of {role}s by name"
       f" and type; the columns are {', '.join(names)}. Set {role}=COLUMN in"
       f" data.train. {hint}".rstrip()

@@ -15,7 +15,7 @@ from mtv_jax.data.image_limits import MAX_BYTES
 from mtv_jax.data.records import (
   IMAGES_ALONE,
   BadRecord,
-  NoCaptionsError,
+  NoRecordsError,
   Record,
 )
 from mtv_jax.data.sources import block_table
@@ -152,7 +152,7 @@ class WebDatasetSource(FileSource):
     no_caption = sum(t.header.count for t in tars) - len(self)
     if not len(self):
       others = sum(t.header.others for t in tars)
-      raise (NoCaptionsError if no_caption else InputError)(
+      raise (NoRecordsError if no_caption else InputError)(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
         " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"

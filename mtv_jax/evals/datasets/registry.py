@@ -246,8 +246,10 @@ def open_captions(
   reason = ""
   if path.is_dir() or path.suffix == ".tsv":
     del options["split"]
+    # Shards in a bucket are read there, not from the copy.
+    source = {"path": data if path_lib.is_remote(data) else str(path)}
     try:
-      return source_records.open_captions({"path": str(path)}, **options)
+      return source_records.open_captions(source, **options)
     except NotApplicable as error:
       reason = f"{error} "
   raise unknown_layout(

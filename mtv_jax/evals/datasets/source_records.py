@@ -12,7 +12,7 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data import registry as sources
-from mtv_jax.data.records import BadRecord, NoCaptionsError
+from mtv_jax.data.records import BadRecord, NoRecordsError
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
@@ -54,14 +54,14 @@ def _open(
   *fields: str,
 ) -> tuple[str, Any, list[int]]:
   """Name, source and evenly spaced indices of records with `fields`."""
-  config = _split_config(config, split)
+  try:
+    config = _split_config(config, split)
+    source = sources.build_source(config)
+  except NoRecordsError as error:
+    raise NotApplicable(str(error)) from error
   name = _name(config)
   if config.get("type") == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
-  try:
-    source = sources.build_source(config)
-  except NoCaptionsError as error:
-    raise NotApplicable(str(error)) from error
   source.keep_blocks(-(-len(source.shards) // jax.process_count()) + 1)
   missing = sorted({*fields} - {*source.fields})
   if missing:
