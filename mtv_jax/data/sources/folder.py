@@ -37,7 +37,7 @@ class FolderSource(Source):
 
   Raises:
     MissingFileError: the path or a listed file is missing.
-    InputError: no usable image is listed; NoRecordsError if captions lack.
+    NoRecordsError: no usable image is listed.
   """
 
   def __init__(
@@ -73,8 +73,7 @@ class FolderSource(Source):
     counts = collections.Counter(e.problem for e in examples)
     reasons = "; ".join(f"{n} {why}" for why, n in counts.most_common(3))
     if not self._examples:
-      lacks_captions = {*counts} <= {listings.NO_CAPTION, listings.NO_IMAGE}
-      raise (NoRecordsError if lacks_captions else InputError)(
+      raise NoRecordsError(
         f"{self.name} has no usable image ({reasons or 'no file'}). Expected"
         " images with a .txt or .json of the same name, or a listing."
         f" {IMAGES_ALONE}"

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from mtv_jax.config import foreign
 from mtv_jax.data.canvas import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import BadRecord, NoRecordsError, Record
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import MAX_TEXT, parse_captions
@@ -28,8 +28,7 @@ _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
 _FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 _FILE_ERRORS += (errno.EPERM,)
-# Values of `Example.problem`: an image without captions, captions without one.
-NO_CAPTION, NO_IMAGE = "no caption", "no image beside it"
+NO_CAPTION = "no caption"  # `Example.problem` of an image without captions.
 
 
 @dataclasses.dataclass
@@ -91,7 +90,7 @@ def read(
     kinds = ".json, .csv, .tsv or .parquet"
     raise InputError(f"{path}: a listing is a folder or ends in {kinds}.")
   if not examples:
-    raise InputError(f"{printable(path)} lists no image.")
+    raise NoRecordsError(f"{printable(path)} lists no image.")
   return examples
 
 
@@ -261,7 +260,9 @@ def _read_folder(folder: Path) -> list[Example]:
       names = " and ".join(map(printable, images[:2]))
       raise InputError(f"{names} are two files for one example: rename one.")
     for main in images or files[:1]:
-      captions, problem = [], _unread(main) if images else NO_IMAGE
+      captions, problem = [], _unread(main)
+      if not images:
+        problem = "no image beside it"
       if texts and not problem:
         try:
           beside = [_read_beside(stem, texts.get(k)) for k in (".txt", ".json")]
