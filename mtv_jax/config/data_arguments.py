@@ -130,10 +130,15 @@ def use_data(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
         if "val_images" in given and name in ("retrieval", "grounding"):
           entry["images"] = given["val_images"]
         evals[f"val_{name}"] = entry | _interval(config, 10)
-  if removed := sorted({*old} - {*evals}):
+  removed = {*old} - {*evals}
+  fix = "Name held-out data (val=PATH) or benchmarks"
+  if "val" in given:  # Its evaluations replace those on scenes.
+    removed = {name for name in removed if _is_benchmark(old[name].get("data"))}
+    fix = "Name benchmarks"
+  if removed:
     log.warning(
-      f"Evaluations without data are removed: {', '.join(removed)}. Name"
-      " held-out data (val=PATH) or benchmarks (imagenet=PATH, coco=PATH, ...)."
+      f"Evaluations without data are removed: {', '.join(sorted(removed))}."
+      f" {fix} (imagenet=PATH, coco=PATH, ...)."
     )
   config.evals = evals
   return config

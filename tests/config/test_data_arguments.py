@@ -68,11 +68,15 @@ def test_evaluations_for_what_a_recipe_trains(recipe, expected):
       assert entry.optional and entry.type == name.removeprefix("val_")
 
 
-def test_labels_of_held_out_shards():
+def test_labels_of_held_out_shards(caplog):
   config = read_config("mtv_b16_224:data=x,boxes=b,val=v,val_boxes=w")
   held_out = dict(path="v", labels=dict(boxes="w"))
   assert evaluated(config)["val_grounding"].to_dict() == held_out
   assert evaluated(config)["val_retrieval"] == "v"
+  assert "zero_shot. Name benchmarks (imagenet=PATH" in caplog.text
+  caplog.clear()
+  read_config("siglip_b16_224:tiny,val=v")  # Instead of scenes.
+  assert not caplog.messages
 
 
 def test_images_without_captions_stay_so():

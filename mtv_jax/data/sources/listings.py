@@ -108,9 +108,9 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
 
 def _unread(file: Path) -> str:
   """The problem of an image in a format that isn't read, else ""."""
-  kind = file.suffix.lower()
-  is_unread = kind in UNREAD_SUFFIXES
-  return f"{kind} isn't read, convert it to JPEG" if is_unread else ""
+  if (kind := file.suffix.lower()) not in UNREAD_SUFFIXES:
+    return ""
+  return f"in a format that isn't read ({kind}): convert to JPEG"
 
 
 def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
