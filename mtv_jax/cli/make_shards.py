@@ -56,13 +56,7 @@ def run(
       f"--images names {len(folders)} folders for {len(inputs)} inputs; "
       "give one, or one for each."
     )
-  target = Path(output).expanduser().resolve()
-  for path in map(Path, inputs):
-    if path.is_dir() and target.is_relative_to(path.resolve()):
-      raise InputError(
-        f"The output {output} is in the input {path}, which would have both"
-        " images and shards: name a folder elsewhere."
-      )
+  _check_output(output, inputs)
   columns = dict(image_column=image_column, caption_column=caption_column)
   parts = [
     _open_examples(path, folder, columns)
@@ -89,6 +83,16 @@ def run(
     print(f"  {skipped.name}: {skipped.problem}")
   if report.skipped:
     print(f"{output}/skipped.jsonl lists all skipped inputs.")
+
+
+def _check_output(output: str, inputs: Sequence[str]) -> None:
+  """Raises InputError for an output in an input, which would have shards."""
+  target = Path(output).expanduser().resolve()
+  for path in map(Path, inputs):
+    if path.is_dir() and target.is_relative_to(path.resolve()):
+      raise InputError(
+        f"The output {output} is in the input {path}: name a folder elsewhere."
+      )
 
 
 def _open_examples(

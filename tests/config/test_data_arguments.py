@@ -96,6 +96,8 @@ def test_an_unknown_argument_is_compared_with_them():
     read_config("siglip_b16_224:depth=d")
   with pytest.raises(ConfigError, match="'val' is given twice"):
     read_config("siglip_b16_224:val=a,val=b")
+  with pytest.raises(ConfigError, match="coco=c: it evaluates nothing"):
+    read_config("mae_b16_224:coco=c")
   with pytest.raises(ConfigError, match="val_boxes=b: no objective reads it"):
     read_config("siglip_b16_224:val=v,val_boxes=b")
   with pytest.raises(ConfigError, match="'2024'.*path with a comma can't be"):
