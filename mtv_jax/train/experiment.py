@@ -141,8 +141,8 @@ def _build_tokenizer(
 ) -> tokenizers.Tokenizer | None:
   """The tokenizer of a config; None for a model without text.
 
-  A run with checkpoints reads the copy in its folder; a new one may train a
-  tokenizer from the captions of its sources.
+  A run with checkpoints reads the copy in its folder, unless a file is named;
+  a new one may train a tokenizer from the captions of its sources.
   """
   if (text := config.model.text) is None:
     return None
@@ -164,7 +164,9 @@ def _build_tokenizer(
   if source.trained_size and is_new:
     file = _train_tokenizer(config, sources)
     source = dataclasses.replace(source, spec=str(file))
-  tokenizer = source.find_files(None if is_new else folder).build()
+  is_named = path_lib.is_file(source.spec)
+  run = None if is_new or is_named else folder
+  tokenizer = source.find_files(run).build()
   tokenizers.check_vocabulary(
     tokenizer, text.vocab_size, where="config.model.text.vocab_size"
   )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import trainings
+from dataset_samples import image_bytes, write_tar
 from trainings import smallest
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
@@ -105,6 +106,13 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
   assert "resumes at step 12 of 20, from its last checkpoint" in text
   assert "  total_steps: 12 -> 20" in text
   assert {f: f.stat().st_mtime_ns for f in workdir.rglob("*")} == before
+  # Nor an index beside tars.
+  tar = tmp_path / "data" / "0.tar"
+  write_tar(tar, {"a": {"jpg": image_bytes("red"), "txt": b"a"}})
+  assert "0.tar: 1 records" in dry_run(
+    smallest(f"batch=8,data={tar}"), tmp_path / "new"
+  )
+  assert [*tar.parent.iterdir()] == [tar]
   with pytest.raises(FileNotFoundError, match="/nowhere"):
     dry_run(smallest(init=dict(path="/nowhere")), tmp_path / "new")
 
@@ -247,9 +255,10 @@ def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
     write_image(tmp_path / f"{name}.png", "red")
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
-  open_evaluations(build_experiment(smallest(data), tmp_path / "run"))
+  experiment = build_experiment(smallest(data), tmp_path / "run")
+  open_evaluations(experiment)
   assert f"trains on data that evaluate it: {tmp_path}/b." in caplog.text
-  check_evaluation_data(build_experiment(smallest(evals={}), tmp_path / "run"))
+  check_evaluation_data(dataclasses.replace(experiment, evaluators={}))
   assert "Nothing evaluates this run. Name held-out data" in caplog.text
 
 
