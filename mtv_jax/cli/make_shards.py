@@ -10,6 +10,7 @@ Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
 """
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def run(
 def _check_output(output: str, inputs: Sequence[str]) -> None:
   """Raises InputError for an output in an input, which would have shards."""
   target = Path(output).expanduser().resolve()
-  for path in map(Path, inputs):
+  for path in (Path(path).expanduser() for path in inputs):
     if path.is_dir() and target.is_relative_to(path.resolve()):
       raise InputError(
         f"The output {output} is in the input {path}: name a folder elsewhere."
@@ -99,6 +100,7 @@ def _open_examples(
   path: str, images: str | None, columns: Mapping[str, str]
 ) -> Sequence[listings.Example]:
   """Examples of a listing or of shards; says which of several splits."""
+  path = os.path.expanduser(path)
   found = find_source(path)
   if found["type"] == "folder":
     if found["path"] != path:

@@ -30,7 +30,7 @@ from mtv_jax.utils.errors import InputError, UserError, printable
 Record = dict[str, Any]
 
 _MAGIC = b"MTV1"
-# Ends errors about captions that lack.
+# Ends errors about missing captions.
 IMAGES_ALONE = (
   "Images alone train recipes without text, such as mae_b16_224, or a source of"
   " data.train with captions='ignored'."

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, Literal
 
 from mtv_jax.config.options import PositiveInt, build, build_entry
@@ -164,15 +165,12 @@ def list_shared(
 
   Compares paths, not images.
   """
-  trained, held = (
-    {path for entry in entries for path in _list_inputs(entry, split)}
-    for entries, split in ((train, "train"), (held_out, "test"))
-  )
-  return sorted(
-    path
-    for path in held
-    if any(path == t or path.startswith(f"{t}{os.sep}") for t in trained)
-  )
+  held = {path for entry in held_out for path in _list_inputs(entry, "test")}
+  shared = set()
+  for entry in train if held else ():
+    trained = {*_list_inputs(entry, "train")}
+    shared |= {p for p in held if trained & {p, *map(str, PurePath(p).parents)}}
+  return sorted(shared)
 
 
 def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:

@@ -438,15 +438,13 @@ def _check_column(file: PurePath, schema: Any, role: str, name: str) -> None:
       f" {did_you_mean(name, schema.names)}"
     )
   if not accepts(kind := schema.field(name).type):
-    expected = "a string or a list of strings"
+    expected, hint = "a string or a list of strings", ""
     if role == "image":
       expected = "binary or struct<bytes: binary, path: string>"
       if _is_string(kind):
-        expected += f". {_PATHS}"
+        hint = f" {_PATHS}"
     problem = f"{file}: column {name!r} is {kind}"
-    raise InputError(
-      f"{problem}; the {role} must be {expected}".rstrip(".") + "."
-    )
+    raise InputError(f"{problem}; the {role} must be {expected}.{hint}")
 
 
 def _is_struct(kind: Any) -> bool:

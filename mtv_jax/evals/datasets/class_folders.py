@@ -120,15 +120,15 @@ def open_folder(
 def _check_classes(
   root: pathlib.Path, rows: Sequence[tuple[str, str, str]]
 ) -> None:
-  """Raises NotApplicable for folders that are splits or have captions."""
+  """Raises NotApplicable for folders of splits or of captioned images."""
   splits = {name for names in SPLITS.values() for name in names}
   if {key for key, _, _ in rows} <= splits:
     raise NotApplicable(f"{root}: its folders are splits, not classes")
-  image = pathlib.Path(rows[0][2])
-  if any(image.with_suffix(kind).is_file() for kind in (".txt", ".json")):
+  caption = pathlib.Path(rows[0][2]).with_suffix(".txt")
+  if caption.is_file():
     raise NotApplicable(
-      f"{root}: its images have captions beside them ({image.stem}.txt), so"
-      " its folders are not taken as classes"
+      f"{root}: its images have captions beside them ({caption.name}), so its"
+      " folders are not taken as classes"
     )
 
 
