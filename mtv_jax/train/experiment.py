@@ -95,6 +95,7 @@ def build_experiment(
   config = resolve(config, workdir)
   trackers = metrics.build_trackers(config.log.trackers)
   mesh = make_config_mesh(config)
+  _require_tokenizer(config)  # Before the data, which may be slow to open.
   # Limits come last, because labels are aligned to whole sources.
   whole = [
     sources_lib.build_source({**entry, "labels": None, "limit": None})
@@ -136,6 +137,23 @@ def build_experiment(
   )
 
 
+def _require_tokenizer(config: RunConfig) -> None:
+  """Raises ConfigError if a text tower names no tokenizer."""
+  if config.model.text is None or config.model.text.tokenizer:
+    return
+  if config.init:
+    path = config.init.path
+    # If the folder is missing, the error is about the recipe's own tokenizer.
+    with contextlib.suppress(MissingFileError):
+      if loading.read_model_info(path).tokenizer is None:
+        raise ConfigError(
+          f"config.model.text.tokenizer is not set, and {path} has no tokenizer"
+          " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
+          " Add the file, or set --config.model.text.tokenizer=FILE."
+        )
+  tokenizers.find_file("")
+
+
 def _build_tokenizer(
   config: RunConfig, workdir: str | os.PathLike, sources: Sequence[Source]
 ) -> tokenizers.Tokenizer | None:
@@ -146,31 +164,17 @@ def _build_tokenizer(
   """
   if (text := config.model.text) is None:
     return None
-  if not text.tokenizer and config.init:
-    path = config.init.path
-    # If the folder is missing, the error is about the recipe's own tokenizer.
-    with contextlib.suppress(MissingFileError):
-      if loading.read_model_info(path).tokenizer is None:
-        raise ConfigError(
-          f"config.model.text.tokenizer is not set, and {path} has no tokenizer"
-          " that can be read (tokenizer.json, spiece.model or tokenizer.model)."
-          " Add the file, or set --config.model.text.tokenizer=FILE."
-        )
   source = TokenizerSource(text.tokenizer, text.clean)
-  folder = path_lib.as_path(workdir)
-  is_new = not saved_steps(folder)
-  if not is_new:
-    _check_tokenizer_unchanged(config, folder)
-  if source.trained_size and is_new:
-    file = _train_tokenizer(config, sources)
-    source = dataclasses.replace(source, spec=str(file))
+  run = path_lib.as_path(workdir) if saved_steps(workdir) else None
+  if run is not None:
+    _check_tokenizer_unchanged(config, run)
+  elif source.trained_size:
+    source = _train_tokenizer(config, source, sources)
   is_named = path_lib.is_file(source.spec)
-  run = None if is_new or is_named else folder
-  tokenizer = source.find_files(run).build()
-  tokenizers.check_vocabulary(
-    tokenizer, text.vocab_size, where="config.model.text.vocab_size"
-  )
-  if is_new:
+  tokenizer = source.find_files(None if is_named else run).build()
+  where = "config.model.text.vocab_size"
+  tokenizers.check_vocabulary(tokenizer, text.vocab_size, where=where)
+  if run is None:
     check_source_tokenizer(config, tokenizer)
   return tokenizer
 
@@ -192,21 +196,20 @@ def _check_tokenizer_unchanged(
 
 
 def _train_tokenizer(
-  config: RunConfig, sources: Sequence[Source]
-) -> pathlib.Path:
+  config: RunConfig, wanted: TokenizerSource, sources: Sequence[Source]
+) -> TokenizerSource:
   """Trains a tokenizer on the captions of sources; returns a cached file.
 
   Collective: process 0 trains, and the others receive its model.
   """
-  text, limit = config.model.text, _CAPTION_RECORDS
-  size = training.trained_size(text.tokenizer)
+  size = wanted.trained_size
 
   def train() -> bytes:
     if jax.process_index():
       return b""
     log.info("Training a tokenizer of %d pieces from the captions.", size)
-    captions = sample_captions(sources, limit)
-    return training.train_sentencepiece(captions, size, text.clean)
+    captions = sample_captions(sources, _CAPTION_RECORDS)
+    return training.train_sentencepiece(captions, size, wanted.clean)
 
   agree({"config": config.to_dict()})  # Whether all processes come here.
   data = gather_results(train)[0]
@@ -214,7 +217,7 @@ def _train_tokenizer(
   file = path_lib.cache_folder() / f"tokenizer-{digest}" / training.TRAINED
   file.parent.mkdir(parents=True, exist_ok=True)
   atomic.write(file, data)
-  return file
+  return dataclasses.replace(wanted, spec=str(file))
 
 
 def check_source_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -336,13 +339,11 @@ def check_evaluation_data(experiment: Experiment) -> None:
 
   Warns of a run without evaluations.
   """
-  train = experiment.config.data.train
   data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
+  is_own = any(e.get("type") != "scenes" for e in experiment.config.data.train)
   if not data:
     log.warning("Nothing evaluates this run. %s", _NAME_DATA)
-  if not data or not all(map(is_scenes, data)):
-    return
-  if any(entry.get("type") != "scenes" for entry in train):
+  elif is_own and all(map(is_scenes, data)):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
       f"This run would be evaluated on rendered scenes alone ({names})."
