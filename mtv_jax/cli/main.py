@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mtv_jax.cli import arguments, errors
+from mtv_jax.config import data_arguments
 from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, did_you_mean
 
@@ -160,6 +161,9 @@ def parse(
   if unknown:
     given = unknown[0].partition("=")[0]
     options = re.findall(r"--\w+", parser.format_help())
+    if given[2:] in data_arguments.ARGUMENTS and "--config" in options:
+      recipe = f"--config=RECIPE:{unknown[0][2:]}"
+      parser.error(f"{unknown[0]} is an argument of the recipe: {recipe}")
     close = difflib.get_close_matches(given, options, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
