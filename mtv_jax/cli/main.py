@@ -149,6 +149,7 @@ def parse(
   become underscores. Arguments after `--` are not changed.
   """
   from mtv_jax.cli import arguments
+  from mtv_jax.config import data_arguments
 
   end = argv.index("--") if "--" in argv else len(argv)
   parser = argparse.ArgumentParser(
@@ -169,6 +170,9 @@ def parse(
   if unknown:
     given = unknown[0].partition("=")[0]
     options = re.findall(r"--\w+", parser.format_help())
+    if given[2:] in data_arguments.ARGUMENTS and "--config" in options:
+      recipe = f"--config=RECIPE:{unknown[0][2:]}"
+      parser.error(f"{unknown[0]} is an argument of the recipe: {recipe}")
     close = difflib.get_close_matches(given, options, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

@@ -35,6 +35,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       continue
     if name not in defaults:
       hint = did_you_mean(name, [*defaults, *others])
+      if given and not equals:
+        hint += " A path with a comma can't be an argument: rename or link it."
       raise ConfigError(f"this config has no argument {name!r}. {hint}")
     default = defaults[name]
     if not equals and not isinstance(default, bool):
@@ -69,6 +71,9 @@ def read_config(
       files = file.parent.glob("*.py") if file.suffix == ".py" else ()
       others = [str(path) for path in files if path.stem not in recipes]
       hint = did_you_mean(name, [*recipes, *others])
+      start, _, rest = name.partition(",")
+      if start.removeprefix("configs/").removesuffix(".py") in recipes:
+        hint = f"Arguments follow a colon: --config={start}:{rest}"
       raise ConfigError(f"there is no config {name!r}. {hint}")
     file = folder / f"{recipe}.py"
   if file.suffix != ".py":

@@ -1,11 +1,11 @@
 """Counts of records read: bad records, dropped labels, flawed texts."""
 
+import collections
 import dataclasses
 import functools
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mtv_jax.utils.errors import UserError, printable
 
@@ -13,19 +13,8 @@ log = logging.getLogger(__name__)
 
 # Records (or one epoch, if shorter) before the shares are checked.
 _CHECKED_AFTER = 1000
-# Flaws of texts: warn if a larger share has one.
-_FLAWS = {
-  "cut": (
-    0.2,
-    "are longer than {ops!r} gives them tokens, and were cut. Raise {length},"
-    " or use a tokenizer of longer pieces.",
-  ),
-  "unknown": (
-    0.02,
-    "have words that the tokenizer doesn't know, which share one id. Use"
-    " another one, such as tokenizer=train:32000.",
-  ),
-}
+# Warn if a larger share of texts is truncated, or has unknown words.
+_MAX_CUT, _MAX_UNKNOWN = 0.2, 0.02
 _LENGTHENED_BY = {
   "captions": "the length of `caption` with model.text.length",
   "phrases": "phrase_length of `regions`",
@@ -33,8 +22,10 @@ _LENGTHENED_BY = {
 # Bad records: log the first ones, then one in `_LOG_EVERY`.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 # Fields of `Stats`.
-_COUNTERS = ("dropped", "texts", "flawed")
-_counter = functools.partial(dataclasses.field, default_factory=Counter)
+_counter = functools.partial(
+  dataclasses.field, default_factory=collections.Counter
+)
+_COUNTERS = ("dropped", "texts", "texts_cut", "texts_unknown")
 
 
 class CorruptDataError(UserError, RuntimeError):
@@ -50,11 +41,12 @@ class Stats:
   # Reasons by "source/key", for the first thousand bad records.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
   # Dropped labels or parts of labels, by "source: reason".
-  dropped: Counter[str] = _counter()
-  # Texts in batches by kind (`captions`, `phrases`), and those with a flaw by
-  # kind and flaw, such as `captions_cut`.
-  texts: Counter[str] = _counter()
-  flawed: Counter[str] = _counter()
+  dropped: collections.Counter[str] = _counter()
+  # Texts in batches by kind (`captions`, `phrases`), truncated ones, and ones
+  # with unknown words.
+  texts: collections.Counter[str] = _counter()
+  texts_cut: collections.Counter[str] = _counter()
+  texts_unknown: collections.Counter[str] = _counter()
 
   def snapshot(self) -> "Stats":
     """A copy, without the reasons."""
@@ -69,19 +61,13 @@ class Stats:
   @classmethod
   def from_dict(cls, counts: Mapping[str, Any]) -> "Stats":
     """The inverse of `to_dict`; missing counts are zero."""
-    counters = {k: Counter(counts.get(k, {})) for k in _COUNTERS}
-    for kind, count in counts.get("texts_cut", {}).items():  # Earlier versions.
-      counters["flawed"][f"{kind}_cut"] = count
+    counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
-  @property
-  def flawed_shares(self) -> dict[str, float]:
-    """Share of the texts of each kind that have a flaw, by kind and flaw."""
-    return {
-      f"{kind}_{flaw}": self.flawed[f"{kind}_{flaw}"] / count
-      for flaw in _FLAWS
-      for kind, count in self.texts.items()
-    }
+  def shares(self, flaw: Literal["cut", "unknown"]) -> dict[str, float]:
+    """Share of the texts of each kind that were cut, or have unknown words."""
+    flawed = getattr(self, f"texts_{flaw}")
+    return {kind: flawed[kind] / count for kind, count in self.texts.items()}
 
   def count_bad(self, source: str, key: str, reason: str) -> None:
     """Counts a bad record; logs some of them."""
@@ -105,11 +91,7 @@ class Stats:
       )
 
   def count_texts(
-    self,
-    texts: Sequence[tuple[str, bool, bool]],
-    *,
-    ops: object,
-    epoch: int,
+    self, texts: Sequence[tuple[str, bool, bool]], *, ops: object, epoch: int
   ) -> None:
     """Counts (kind, is_cut, has_unknown) of texts of `ops`.
 
@@ -117,21 +99,25 @@ class Stats:
     """
     before = self.texts.copy()
     self.texts.update(kind for kind, _, _ in texts)
-    for kind, *flaws in texts:
-      self.flawed.update(
-        f"{kind}_{flaw}"
-        for flaw, has_flaw in zip(_FLAWS, flaws, strict=True)
-        if has_flaw
-      )
-    first, shares = min(_CHECKED_AFTER, epoch), self.flawed_shares
+    self.texts_cut.update(kind for kind, is_cut, _ in texts if is_cut)
+    self.texts_unknown.update(kind for kind, _, unknown in texts if unknown)
+    first = min(_CHECKED_AFTER, epoch)
     for kind, count in self.texts.items():
       # Warn once, when enough texts have been counted.
       if not before[kind] < first <= count:
         continue
-      for flaw, (limit, text) in _FLAWS.items():
-        if (share := shares[f"{kind}_{flaw}"]) > limit:
-          text = text.format(ops=ops, length=_LENGTHENED_BY[kind])
-          log.warning("%.0f %% of %d %s %s", 100 * share, count, kind, text)
+      if (share := self.shares("cut")[kind]) > _MAX_CUT:
+        log.warning(
+          "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
+          " Raise %s, or use a tokenizer of longer pieces.",
+          *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
+        )
+      if (share := self.shares("unknown")[kind]) > _MAX_UNKNOWN:
+        log.warning(
+          "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
+          " share one id. Use another one, such as tokenizer=train:32000.",
+          *(100 * share, count, kind),
+        )
 
   def check_corrupt(self, max_corrupt: float, *, epoch: int) -> None:
     """Raises CorruptDataError if the share of bad records is too large."""

@@ -152,9 +152,8 @@ def log_experiment(experiment: Experiment) -> None:
 
 
 def _list_sources(experiment: Experiment) -> list[str]:
-  """Lines on the sources; warns of those smaller than their rows of a batch."""
   weights = [read_weight(entry) for entry in experiment.config.data.train]
-  size, lines = experiment.config.batch_size, []
+  lines = []
   for source, weight in zip(experiment.sources, weights, strict=True):
     described, share = source.describe(), weight / sum(weights)
     labels = ", ".join(described.get("labels", {})) or "none"
@@ -162,13 +161,6 @@ def _list_sources(experiment: Experiment) -> list[str]:
       f"Data: {described['name']}, {len(source):,} records; label sets:"
       f" {labels}; {format_percent(share)} of a batch."
     )
-    if (rows := size * share) > len(source):
-      log.warning(
-        f"A batch of {size} takes {rows:.0f} rows of {source!r}, which has "
-        f"only {len(source)} records: some are repeated, and contrastive losses"
-        " count their captions as negatives. Reduce batch_size or the source's"
-        " weight, or add data."
-      )
   return lines
 
 

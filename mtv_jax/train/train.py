@@ -14,6 +14,7 @@ from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.config.sections import Config
 from mtv_jax.data import order
+from mtv_jax.data.sources.tars.index import temporary_indices
 from mtv_jax.data.stats import Stats
 from mtv_jax.encoder import loading
 from mtv_jax.parallel.distributed import agree
@@ -119,6 +120,7 @@ def warn_of_changed_data(
     )
 
 
+@temporary_indices()
 def dry_run(
   config: Config | RunConfig, workdir: str | os.PathLike, **options: Any
 ) -> str:

@@ -339,16 +339,16 @@ def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
     for _ in range(10):
       next(batches)
     stats = batches.stats
-    counts = stats.texts["captions"], stats.flawed["captions_cut"]
-    assert counts == (72, 24) and stats.flawed_shares["captions_cut"] == 1 / 3
-  (message,) = [m for m in caplog.messages if "cut" in m]
+    counts = stats.texts["captions"], stats.texts_cut["captions"]
+    assert counts == (72, 24) and stats.shares("cut") == {"captions": 1 / 3}
+  (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   # After as many captions as there are records.
   assert message.startswith("33 % of 42 captions") and "caption(6)" in message
   caplog.clear()
   with loader(source, ops="decode|canvas(2)|caption(10)") as batches:
     for _ in range(10):
       next(batches)
-    assert batches.stats.flawed_shares["captions_cut"] == 0
+    assert batches.stats.shares("cut") == {"captions": 0}
   assert not caplog.records
 
 
@@ -369,9 +369,8 @@ def test_cut_phrases_are_counted_beside_captions(caplog):
     for _ in range(5):
       next(batches)
     assert batches.stats.texts == {"captions": 40, "phrases": 80}
-    shares = batches.stats.flawed_shares
-    assert (shares["captions_cut"], shares["phrases_cut"]) == (0, 0.5)
-  (message,) = [m for m in caplog.messages if "cut" in m]
+    assert batches.stats.shares("cut") == {"captions": 0, "phrases": 0.5}
+  (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   assert message.startswith("50 % of 48 phrases")
   assert "phrase_length of `regions`" in message
 

@@ -27,7 +27,7 @@ from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas, image_limits
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record, block_table, indexing
-from mtv_jax.data.sources.base import LANE_BLOCK
+from mtv_jax.data.sources.base import LANE_BLOCK, Source
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice, printable
@@ -53,6 +53,23 @@ class ShardReport:
   @property
   def written(self) -> int:
     return self.done - len(self.skipped)
+
+
+class SourceExamples(Sequence[Example]):
+  """The records of a source, each read when it is encoded."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: Any) -> Any:
+    if isinstance(i, slice):
+      return [self[k] for k in range(*i.indices(len(self)))]
+    name = self._source.name
+    read = functools.partial(self._source.__getitem__, i)
+    return Example(f"{name}/{i}", Path(name), [], read=read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +98,7 @@ def write(
   not JPEG, PNG or WebP (then PNG). A shard covers `records_per_shard` listed
   rows, including skipped ones. `out` must not contain shards yet. Skipped
   examples are listed in `out/skipped.jsonl` and the report. Raises InputError
-  if no example is usable.
+  if no example is usable, and removes the empty shards.
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]
@@ -120,6 +137,7 @@ def write(
   if lines := [json.dumps(e, ensure_ascii=False) + "\n" for e in entries]:
     atomic.write(listing, "".join(lines).encode())
   if not report.written:
+    _remove_shards(out, report.shards)
     reasons = Counter(e.problem for e in report.skipped).most_common(3)
     counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
@@ -127,6 +145,13 @@ def write(
       f" at {printable(examples[0].path)}. See {listing}."
     )
   return report
+
+
+def _remove_shards(out: Path, shards: Sequence[Path]) -> None:
+  for path in shards:
+    for end in (path.suffix, "_stats.json", "_meta.jsonl"):
+      path.with_name(path.stem + end).unlink(missing_ok=True)
+  (out / block_table.NAME).unlink(missing_ok=True)
 
 
 def _open_folder(out: str | os.PathLike, suffix: str) -> Path:
