@@ -38,7 +38,7 @@ def write_samples(
     plots.save_image(image, folder / f"{i}.png")
     captions.append("")
     if "captions" in has and has["captions"][row].any():
-      (captions[-1],) = tokenizer.decode([batch["caption"][row]])
+      (captions[-1],) = tokenizer.decode(batch["caption"][[row]].tolist())
   labelled = {name: int(x.any(axis=1).sum()) for name, x in has.items()}
   content = {"rows": rows, "labelled": labelled, "captions": captions}
   # Last: it marks the images as complete.
@@ -56,7 +56,7 @@ def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:
   image = np.asarray(PIL.Image.fromarray(image).resize(shape))
   if "boxes" in row:
     kept = np.flatnonzero(row["box_valid"])
-    phrases = tokenizer.decode(row["box_phrase"][kept])
+    phrases = tokenizer.decode(row["box_phrase"][kept].tolist())
     image, _ = plots.draw_boxes(image, row["boxes"][kept], phrases)
   if (depth := row.get("depth")) is None or not depth.any():
     return image
