@@ -19,7 +19,7 @@ COMMANDS = {
   "knn": "--encoder=run",
   "study": f"scaling {CONFIG} --config.total_steps=4 --images 64 128"
   " --output=study",
-  "preflight": "--config=mtv_b16_224:tiny --topology=cpu:1",
+  "preflight": f"{CONFIG} --topology=cpu:1",
 }
 
 
