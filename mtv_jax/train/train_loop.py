@@ -42,7 +42,7 @@ from mtv_jax.train.runtime.profiler import StepProfiler
 from mtv_jax.train.runtime.watchdog import StalledError, Watchdog
 from mtv_jax.train.samples import write_samples
 from mtv_jax.train.spec import TrainState
-from mtv_jax.utils import progress
+from mtv_jax.utils import progress, xla_flags
 from mtv_jax.utils.text import format_duration, list_first
 
 log = logging.getLogger(__name__)
@@ -189,8 +189,11 @@ class Trainer:
     self.state = program.copy_teachers(self.state, step - 1)
     measured = self.measure_gradients(step, batch)
     start = time.perf_counter()
-    what = "compiling the step" if self.chrono.compiling else None
-    with progress.activity(what or self.describe_progress):
+    is_quiet, what = contextlib.nullcontext(), self.describe_progress
+    if self.chrono.compiling:
+      is_quiet = xla_flags.silence_slow_compile_alarm()
+      what = "compiling the step"
+    with is_quiet, progress.activity(what):
       self.state, self.values = program.run_update(
         self.state, batch, self.active
       )

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
@@ -106,6 +107,27 @@ def environment_flags() -> list[str]:
   # The last of repeated flags counts.
   flags = {f.partition("=")[0]: f for f in " ".join(texts).split()}
   return sorted(flag for name, flag in flags.items() if name != devices)
+
+
+@contextlib.contextmanager
+def silence_slow_compile_alarm() -> Iterator[None]:
+  """Hides XLA's alarm of a compilation of more than two minutes.
+
+  The alarm asks for a bug report, while `progress` reports the time. Silences
+  JAX's loggers too, unless JAX_LOG_COMPILES or JAX_LOGGING_LEVEL is set.
+  """
+  name = "jax_logging_level"
+  old = getattr(jax.config, name)
+  if old not in (None, "NOTSET") or jax.config.jax_log_compiles:
+    yield
+    return
+  jax.config.update(name, "CRITICAL")
+  try:
+    yield
+  finally:
+    # The old level, "not set", would leave that of the C++ logger.
+    jax.config.update(name, "WARNING")
+    jax.config.update(name, old)
 
 
 def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:

@@ -128,6 +128,13 @@ def test_flags_are_sets_and_single_flags():
   assert options == compiled.list_dependencies(plan())["compiler_options"]
 
 
+def test_the_alarm_of_slow_compilations_is_silent_during_them():
+  logger = logging.getLogger("jax")
+  with xla_flags.silence_slow_compile_alarm():
+    assert not logger.isEnabledFor(logging.ERROR)
+  assert logger.isEnabledFor(logging.WARNING)
+
+
 @pytest.mark.reference
 def test_flags_reach_the_compiler_of_tpus_and_its_steps_are_saved(tmp_path):
   config = smallest(SHORT, evals={}, xla_flags="dense_vmem|async_all_gather")
