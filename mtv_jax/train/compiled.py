@@ -117,7 +117,7 @@ def save(
   return len(data)
 
 
-def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
+def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   """Loads the program of a file into a step, if it was compiled for it.
 
   Otherwise, or if JAX can't load it, logs why and returns the step unchanged.

@@ -324,20 +324,18 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
   if shared := sources_lib.list_shared(config.data.train, data):
     names = list_first(shared, 3)
-    log.warning(f"The run trains on data that evaluate it: {names}.")
+    log.warning(f"Training data overlaps evaluation data: {names}.")
+  if not evaluators:
+    log.warning("This run has no evaluations. %s", _NAME_DATA)
   return dataclasses.replace(experiment, evaluators=evaluators)
 
 
 def check_evaluation_data(experiment: Experiment) -> None:
-  """Raises ConfigError if a run on other data is evaluated on scenes alone.
-
-  Warns of a run without evaluations.
-  """
+  """Raises ConfigError if a run on other data is evaluated on scenes alone."""
   data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
-  is_own = any(e.get("type") != "scenes" for e in experiment.config.data.train)
-  if not data:
-    log.warning("Nothing evaluates this run. %s", _NAME_DATA)
-  elif is_own and all(map(is_scenes, data)):
+  train = experiment.config.data.train
+  has_user_data = any(entry.get("type") != "scenes" for entry in train)
+  if data and has_user_data and all(map(is_scenes, data)):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
       f"This run would be evaluated on rendered scenes alone ({names})."

@@ -113,11 +113,11 @@ def label_shares(batch: Batch) -> dict[str, float]:
 def describe_start(experiment: Experiment, first: int) -> list[str]:
   """Reads the batch after `first` updates; sentences on it and the start.
 
-  A batch that a rollback skipped is not left out.
+  Ignores batches skipped by rollbacks.
   """
   total, init = experiment.total_steps, experiment.config.init
   if first >= total:
-    return [f"Complete at step {first:,}: trains no step."]
+    return [f"Complete at step {first:,}: nothing left to train."]
   begin = time.perf_counter()
   with make_loader(experiment, first) as loader:
     batch = next(loader)
@@ -132,8 +132,8 @@ def describe_start(experiment: Experiment, first: int) -> list[str]:
   if first:
     where = f"at step {first:,} of {total:,}, from the last checkpoint"
   return [
-    f"A batch of this process: {rows:,} rows, the first one in {seconds:.1f} s;"
-    f" with labels: {labels or 'none are read'}.",
+    f"Read a batch of {rows:,} rows in {seconds:.1f} s (process"
+    f" {jax.process_index()}). With labels: {labels or 'none are read'}.",
     f"Starts {where}.",
   ]
 

@@ -6,6 +6,7 @@ in derived values. `RunConfig.to_dict` returns the content of `config.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -44,10 +45,12 @@ from mtv_jax.train.teachers import (
 from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.path_patterns import pin_all
+from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
 Weights = Literal["student", "teacher", "ema"]
+_EMBEDDING = ["text/token_embedding"]
 _FROZEN_TEXT = ["^text/", {"lr": 0.0}]
 
 
@@ -231,8 +234,8 @@ def _resolve_inputs(
 ) -> RunConfig:
   """Pins data and tokenizer of the hub; sizes the vocabulary.
 
-  A run in `workdir` gives commits, and the size unless the config does; its
-  tokenizer must be readable.
+  A run in `workdir` gives commits. Unless the config gives the size, that run
+  does, or the one of `config.init`. The tokenizer of `workdir` must be readable.
   """
   recorded = {}
   if workdir is not None and saved_steps(workdir):
@@ -249,6 +252,8 @@ def _resolve_inputs(
     if reads_files:
       source = source.pin(commits)
     size = known.get("vocab_size") if size is None else size
+    if size is None and reads_files:
+      size = _read_init_rows(run.init)
     if size is None:
       required = workdir is not None
       size = source.count_ids(reads_files=reads_files, is_required=required)
@@ -256,6 +261,17 @@ def _resolve_inputs(
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)
   return dataclasses.replace(run, data=data, model=model)
+
+
+def _read_init_rows(init: InitConfig | None) -> int | None:
+  """Rows of the token embedding that a run of `config.init` gives, if any."""
+  loads_text = init and select_names(_EMBEDDING, init.include or ("",))
+  if not loads_text or init.new_tokenizer:
+    return None
+  with contextlib.suppress(ConfigError):  # An export, not a run.
+    text = read_recorded_config(init.path).get("model", {}).get("text") or {}
+    return text.get("vocab_size")
+  return None
 
 
 def resolve(

@@ -255,9 +255,9 @@ def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
   experiment = build_experiment(smallest(data), tmp_path / "run")
   open_evaluations(experiment)
-  assert f"trains on data that evaluate it: {tmp_path}/b." in caplog.text
-  check_evaluation_data(dataclasses.replace(experiment, evaluators={}))
-  assert "Nothing evaluates this run. Name held-out data" in caplog.text
+  assert f"overlaps evaluation data: {tmp_path}/b." in caplog.text
+  open_evaluations(dataclasses.replace(experiment, evaluators={}))
+  assert "This run has no evaluations. Name held-out data" in caplog.text
 
 
 def test_s3_as_workdir_is_rejected():
