@@ -234,8 +234,8 @@ def _resolve_inputs(
 ) -> RunConfig:
   """Pins data and tokenizer of the hub; sizes the vocabulary.
 
-  A run in `workdir` gives commits. Unless the config gives the size, that run
-  does, or the one of `config.init`. The tokenizer of `workdir` must be readable.
+  A run in `workdir` gives commits, and its tokenizer must be readable. Unless
+  the config gives the size, that run does, or the one of `config.init`.
   """
   recorded = {}
   if workdir is not None and saved_steps(workdir):

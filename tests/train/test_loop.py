@@ -20,7 +20,6 @@ from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train import plan
 from mtv_jax.train.experiment import (
   build_experiment,
-  check_evaluation_data,
   make_loader,
   open_evaluations,
   save_config,

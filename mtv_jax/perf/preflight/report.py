@@ -358,8 +358,8 @@ def preflight(
 
   With `data`, opens the config's data, and reports what it asks for.
   `norms` also compiles the objectives' gradient norms if the config measures
-  them; None: if its balance does. `remat='auto'` compiles choices for a `budget` in bytes. `options` are
-  further fields of the report.
+  them; None: if its balance does. `remat='auto'` compiles choices for a
+  `budget` in bytes. `options` are further fields of the report.
   """
   config = resolve(config)
   if data and not (

@@ -146,7 +146,8 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
   """Exits after SIGINT while the main thread compiles, which ignores it.
 
   Only in a `progress.activity` with `can_exit`; elsewhere the signal waits, so
-  that files and leases are cleaned up. Does nothing outside the main thread, or if SIGINT is handled otherwise.
+  that files and leases are cleaned up. Does nothing outside the main thread, or
+  if SIGINT is handled otherwise.
   """
   previous = signal.getsignal(signal.SIGINT)
   if (
