@@ -5,10 +5,10 @@
 Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
 compiler. Prints the batch, parameters, sharding, collectives, memory and FLOPs
 per chip, the required input throughput, and hours, chip-hours and price of the
-run. Exits with 1 if the step does not
-fit; --propose then compiles changes until one fits. --config.model.remat=auto
-finds the least recomputation that fits. Override config keys with
---config.KEY=VALUE.
+run. Exits with 1 if the step, or the program of gradient norms that its balance
+needs, does not fit; --propose then compiles changes until the step fits.
+--config.model.remat=auto finds the least recomputation that fits. Override
+config keys with --config.KEY=VALUE.
 
   mtv-jax preflight --config=mtv_b16_224 --topology=v5e:16x16 --data
 
@@ -55,8 +55,8 @@ class Flags(arguments.ConfigFlags):
     json: also write the result to this file.
     tables: print all parameters.
     propose: compile changes until one fits.
-    norms: also compile the objectives' gradient norms if config.log or
-      config.interference measures them; done anyway for a balance that does.
+    norms: also compile the objectives' gradient norms if only config.log or
+      config.interference measures them, not the balance.
     budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
     mfu: assumed model FLOPs utilization.
     chip_hour: dollars per chip and hour, for the price of the run.

@@ -1,8 +1,7 @@
 """A compiled train step in a file: preflight saves it, a run loads it.
 
 A file is a line of JSON, which says what the program depends on, followed by
-the program, as `jax.experimental.serialize_executable` writes it. Loading a
-program runs code: load only files that you or your cluster have written.
+the program, as `jax.experimental.serialize_executable` writes it.
 """
 
 import contextlib

@@ -26,6 +26,7 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
+from mtv_jax.encoder import hub
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
@@ -266,7 +267,7 @@ def _resolve_inputs(
 def _read_init_rows(init: InitConfig | None) -> int | None:
   """Rows of the token embedding that a run of `config.init` gives, if any."""
   loads_text = init and select_names(_EMBEDDING, init.include or ("",))
-  if not loads_text or init.new_tokenizer:
+  if not loads_text or init.new_tokenizer or hub.is_name(init.path):
     return None
   with contextlib.suppress(ConfigError):  # An export, not a run.
     text = read_recorded_config(init.path).get("model", {}).get("text") or {}

@@ -22,25 +22,22 @@ log = logging.getLogger(__name__)
 
 
 # Sets of TPU compiler flags, as MaxText groups and documents them
-# (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`.
+# (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`, and
+# docs/pods.md says what they are for.
 _FUSION = "xla_tpu_enable_async_collective_fusion"
 _ASYNC = (
   f"{_FUSION}=true|{_FUSION}_multiple_steps=true"
   "|xla_tpu_overlap_compute_collective_tc=true|"
 )
 FLAG_SETS = {
-  # Collectives run in steps beside the products that don't wait for them.
   "async_all_gather": _ASYNC
   + f"{_FUSION}_fuse_all_gather=true|xla_enable_async_all_gather=true",
   "async_all_reduce": _ASYNC
   + f"{_FUSION}_fuse_all_reduce=true|xla_enable_async_all_reduce=true",
-  # All-reduces that are then sliced become reduce-scatters.
   "reduce_scatter": "xla_tpu_use_minor_sharding_for_major_trivial_input=true"
   "|xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
-  # All-reduces of data parallelism between slices.
   "data_parallel": "xla_tpu_enable_data_parallel_all_reduce_opt=true"
   "|xla_tpu_data_parallel_opt_different_sized_ops=true",
-  # On-chip memory for one operation; the rest prefetches for the next ones.
   "dense_vmem": "xla_tpu_scoped_vmem_limit_kib=98304",
 }
 
