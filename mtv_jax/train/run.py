@@ -44,7 +44,7 @@ from mtv_jax.train.teachers import (
   read_teacher_models,
 )
 from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.path_patterns import pin_all
 from mtv_jax.utils.tree import select_names
 
@@ -269,7 +269,8 @@ def _read_init_rows(init: InitConfig | None) -> int | None:
   loads_text = init and select_names(_EMBEDDING, init.include or ("",))
   if not loads_text or init.new_tokenizer or hub.is_name(init.path):
     return None
-  with contextlib.suppress(ConfigError):  # An export, not a run.
+  # An export has no recorded config; loading raises for what can't be read.
+  with contextlib.suppress(UserError, OSError, ImportError):
     text = read_recorded_config(init.path).get("model", {}).get("text") or {}
     return text.get("vocab_size")
   return None
