@@ -93,7 +93,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
   for words in (
     "scenes, 50 records; label sets: none; 66.7 % of a batch",
     "scenes, 30 records; label sets: none; 33.3 % of a batch",
-    "16 rows, the first one in", "with labels: captions 100.0 %",
+    "Read a batch of 16 rows in", "With labels: captions 100.0 %",
     "12 steps of 16 examples: 2.4 epochs of 80",
     "retrieval on scenes (24 images), every 12 steps",
     "at step 0, from random parameters",
