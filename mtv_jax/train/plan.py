@@ -70,13 +70,12 @@ def describe_run(experiment: Experiment) -> list[str]:
     f" ({mesh.size} {mesh.devices.flat[0].device_kind}, processes:"
     f" {jax.process_count()})."
   )
-  if flags := xla_flags.parse_flags(config.xla_flags):
+  if config.xla_flags:
+    platform = mesh.devices.flat[0].platform
+    flags = xla_flags.select_flags(config.xla_flags, platform)
     text = ", ".join(f"{name}={value}" for name, value in flags.items())
-    used = mesh.devices.flat[0].platform == "tpu"
-    lines.append(
-      f"XLA flags {config.xla_flags}{'' if used else ' (unused off TPUs)'}:"
-      f" {text}."
-    )
+    text = text or f"unused on {platform.upper()}s"
+    lines.append(f"XLA flags {config.xla_flags}: {text}.")
   if state.teacher or state.ema:
     lines.append(
       f"Evaluations and exports read the {config.weights} weights "
