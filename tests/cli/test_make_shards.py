@@ -150,7 +150,7 @@ def test_folder(photos):
   (photos / "x.txt").write_text("x")
   (photos / "3.png").touch()  # Without captions, another image.
   problems = {e.name: e.problem for e in listings.read(photos)}
-  assert "isn't read (.heic): convert to JPEG" in problems["x.heic"]
+  assert "unsupported format (.heic): convert to JPEG" in problems["x.heic"]
   assert problems["3.png"] == problems["3.jpg"] == "no caption"
   unread = {
     e.name for e in listings.list_images(photos) if ".heic" in e.problem

@@ -249,12 +249,14 @@ def test_a_run_on_own_files(tmp_path, write_image):
 
 
 def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
-  for name in ("a", "b/c"):
+  for name in ("a", "b/c/d"):
     write_image(tmp_path / f"{name}.png", "red")
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
   experiment = build_experiment(smallest(data), tmp_path / "run")
-  open_evaluations(experiment)
+  evaluators = open_evaluations(experiment).evaluators
+  assert [*evaluators] == ["val_retrieval"]
+  assert "captions beside them (d.txt)" in caplog.text
   assert f"trains on data that evaluate it: {tmp_path}/b." in caplog.text
   check_evaluation_data(dataclasses.replace(experiment, evaluators={}))
   assert "Nothing evaluates this run. Name held-out data" in caplog.text
