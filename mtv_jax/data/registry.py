@@ -1,5 +1,6 @@
 """Source registry: opens the sources that configs and command lines name."""
 
+import functools
 import glob
 import inspect
 import logging
@@ -312,12 +313,17 @@ def _choose_folder(folder: str, split: str) -> str:
   is_whole = len(chosen) != 1 or top.has_images
   if not (is_whole or any(map(listings.find_image, others))):
     return chosen[0]
-  names = list_first([*map(os.path.basename, splits)], 5)
+  _warn_of_splits(folder, list_first([*map(os.path.basename, splits)], 5))
+  return folder
+
+
+@functools.cache
+def _warn_of_splits(folder: str, names: str) -> None:
+  """Warns once, as a run finds a source several times."""
   log.warning(
     f"{folder}: reading all its images, also those in {names}, which are named"
     " as splits. To read one split, name its folder."
   )
-  return folder
 
 
 def source_type(paths: Paths) -> str:
