@@ -287,8 +287,8 @@ def describe_sheets(
   sheets = []
   for run in runs:
     for (evaluation, name), file in run.sheets.items():
-      result = run.outcome.results.get(evaluation)
-      title = summary.name_evaluation(evaluation, result.type if result else "")
+      kind = getattr(run.outcome.results.get(evaluation), "type", "")
+      title = summary.name_evaluation(evaluation, kind)
       names = (run.name, evaluation, name)
       image = summary.load_image(run.name, file, output, *names)
       sheets.append((title, name, image))
