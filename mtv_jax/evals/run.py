@@ -220,7 +220,9 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
     result = evaluator.run(encoder)
   more = {"options": evaluator.changed_options()}
   more["seconds"] = round(time.perf_counter() - start, 1)
-  return dataclasses.replace(result, protocol={**result.protocol, **more})
+  protocol = {**result.protocol, **more}
+  kind = base.evaluator_type(evaluator)
+  return dataclasses.replace(result, protocol=protocol, type=kind)
 
 
 @contextlib.contextmanager

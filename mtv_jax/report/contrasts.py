@@ -41,6 +41,8 @@ class Metric:
   unit: str = "%"  # "%" for fractions, else the metric's unit ("m", or "")
   lower: bool = False  # whether lower is better
   chance: float | None = None  # expected value of a random encoder
+  # Type of the evaluation; empty if the result doesn't record it.
+  type: str = ""
 
   @property
   def scale(self) -> float:
@@ -149,7 +151,7 @@ def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
     for metric in result.metrics:
       name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
       chance, lower = result.chance.get(metric), metric in result.lower
-      metrics.setdefault(name, Metric(name, unit, lower, chance))
+      metrics.setdefault(name, Metric(name, unit, lower, chance, result.type))
   return [*metrics.values()]
 
 

@@ -62,6 +62,7 @@ class MetricRow(NamedTuple):
   values: tuple[float | None, ...]  # None if missing or on different data
   errors: tuple[float | None, ...]  # standard errors; None if unknown
   is_main: bool
+  kind: str  # the type of the evaluation
   # Number of the protocol, from 1, if the evaluation has several; else 0.
   variant: int = 0
   best: int | None = None  # index of the best value, see `BEST_NOTE`
@@ -71,19 +72,16 @@ class MetricRow(NamedTuple):
   over_chance: tuple[Contrast | None, ...] = ()
 
   @property
-  def kind(self) -> str:
-    """The type of the evaluation."""
-    return evaluation_type(self.evaluation)
-
-  @property
   def label(self) -> str:
     """Metric, protocol number and direction."""
     protocol = f" (protocol {self.variant})" if self.variant else ""
     return f"{self.metric}{protocol}{' ↓' if self.lower else ''}"
 
 
-def evaluation_type(name: str) -> str:
-  """The type in an evaluation's name: `retrieval` for `val_retrieval`."""
+def evaluation_type(name: str, recorded: str = "") -> str:
+  """The recorded type, else that in the name: `knn` for `val_knn`."""
+  if recorded:
+    return recorded
   return max((t for t in EVALUATORS if t in name), key=len, default=name)
 
 
@@ -93,7 +91,7 @@ def select_main(metrics: Iterable[Metric]) -> list[Metric]:
   for metric in metrics:
     evaluation, _, name = metric.name.partition("/")
     first.setdefault(evaluation, name)
-    kind = evaluation_type(evaluation)
+    kind = evaluation_type(evaluation, metric.type)
     if name in _MAIN.get(kind, (first[evaluation],)):
       main.append(metric)
   return main
@@ -167,7 +165,9 @@ def _row(metric: Metric, data: ArmMeasurements, *, is_main: bool) -> MetricRow:
     errors.append(scaled(known[0] if len(known) == 1 else None))
   evaluation, _, name = metric.name.partition("/")
   fields = metric.unit, metric.lower, scaled(metric.chance)
-  return MetricRow(evaluation, name, *fields, (*values,), (*errors,), is_main)
+  kind = evaluation_type(evaluation, metric.type)
+  values, errors = tuple(values), tuple(errors)
+  return MetricRow(evaluation, name, *fields, values, errors, is_main, kind)
 
 
 def list_arm_rows(

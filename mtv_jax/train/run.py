@@ -192,7 +192,7 @@ class RunConfig:
   weights: Weights = "student"
   mesh: MeshConfig
   sharding: tuple[Any, ...] = ()  # (regex, axes of the trailing dimensions).
-  # Compiler flags of the step on TPUs, see `xla_flags.parse_flags`.
+  # Compiler flags of the step, see `xla_flags.parse_flags`.
   xla_flags: str = sparse("")
   init: InitConfig | None = None
   evals: Mapping[str, EvalConfig]

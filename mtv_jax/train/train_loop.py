@@ -300,8 +300,8 @@ class Trainer:
       **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
-      **{f"data/{kind}_cut": v for kind, v in stats.shares("cut").items()},
-      **{f"data/{k}_unknown": v for k, v in stats.shares("unknown").items()},
+      **{f"data/{kind}_cut": v for kind, v in stats.fraction("cut").items()},
+      **{f"data/{k}_unknown": v for k, v in stats.fraction("unknown").items()},
       **measured,
     }
     losses = [name for name in values if name.endswith("/loss")]

@@ -79,7 +79,8 @@ class Result:
   resamples: dict[str, np.ndarray] = dataclasses.field(
     default_factory=dict, compare=False
   )
-  # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
+  type: str = ""  # a key of `EVALUATORS`; empty in results of older versions
+  # uint8 `[H, W, 3]` image grids of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @classmethod
@@ -179,6 +180,13 @@ def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
 def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
   """Looks up a name in `EVALUATORS`."""
   return options_lib.look_up(EVALUATORS, kind, where=where)
+
+
+def evaluator_type(evaluator: Evaluator) -> str:
+  """An evaluator's key in `EVALUATORS`; empty if it has none."""
+  cls = type(evaluator)
+  path = f"{cls.__module__}:{cls.__name__}"
+  return next((kind for kind, p in EVALUATORS.items() if p == path), "")
 
 
 def default_options(kind: str) -> dict[str, Any]:
