@@ -120,7 +120,7 @@ def get_config(arg=None):
   config.schedule = dict(name="cosine", warmup_percent=warmup, end_lr=1e-6)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.checkpoint = dict(every_steps=1000, keep=2, keep_every=25_000)
-  config.log = dict(every_steps=100)
+  config.log = dict(every_steps=10 if arg.tiny else 100)
 
   if arg.tiny:
     # With batches of 16, centering would not converge within the run.
@@ -134,7 +134,6 @@ def get_config(arg=None):
       views=views(32, local=16, patch=8),
       model=dict(dtype="float32", remat="none", **model),
       objectives=dict(dino=head, ibot=head),
-      log=dict(every_steps=10),
     )
     return config
   config.evals = benchmarks(config, "imagenet", "ade20k", "nyu", "davis")

@@ -29,13 +29,11 @@ its model card; rows marked * come from readers' notes on the paper.
                       and the sigmoid loss*
   weights*            constant                     equal shares of the encoder's
                                                    gradient (config.balance)
-  optimizer, batch    not stated                   SigLIP's, 16,384
-  examples seen       not stated                   1B
+  optimizer, batch    not stated                   SigLIP's, 16,384; 1B images
 
-Hardware and time: batch 16,384 fits 256 chips of v5e, 64 images per chip
-(margins in docs/pods.md; set `accumulate` on fewer chips). On the topologies in
-`TOPOLOGIES`, blocks save most of their arrays, otherwise none. Not trained to
-completion here; time unknown.
+Hardware and time: batch 16,384 fits 256 chips of v5e (margins in docs/pods.md;
+set `accumulate` on fewer). On the topologies in `TOPOLOGIES`, blocks save most
+of their arrays, otherwise none. Not trained to completion here; time unknown.
 
 Expected: the released MTV B/16, trained on 100 million images (epochs are not
 published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
@@ -51,8 +49,7 @@ configs/mtv_tiny.py is the recipe for a CPU.
 from mtv_jax.config.data_arguments import benchmarks
 from mtv_jax.config.recipes import parse_arg, read_config
 
-# Least recomputation that fits: 94 % of the products are useful, with "full"
-# 82 %.
+# 94 % of the products are useful, 82 % with "full".
 _REMAT = "model.remat=full|image=qkv,attention_out,mlp_hidden"
 _REMAT += "|local=attention_out,mlp_hidden|text=qkv,attention_out,mlp_hidden"
 # Overrides of this recipe by topology, see `recipes.read_settings`.
@@ -64,10 +61,8 @@ TOPOLOGIES = {
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, batch=0, res=224, variant="B", tokenizer="",
-    shared_crop=False,
-  )  # fmt: skip
+  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="",
+                  shared_crop=False)  # fmt: skip
   # Towers, optimizer, evaluations and mesh of SigLIP. The released model also
   # uses SigLIP's 32k SentencePiece model: tokenizer=PATH.model.
   siglip = {k: v for k, v in arg.items() if k != "shared_crop"}
@@ -80,6 +75,7 @@ def get_config(arg=None):
   )
   config.views = views(arg.res, local=96, patch=16)
 
+  head = dict(weight=1.0, prototypes=65_536)
   # Constant weights, as in MTV; equal values are our choice. The balance below
   # equalizes the objectives' gradients on the encoder.
   config.objectives = dict(
@@ -87,17 +83,14 @@ def get_config(arg=None):
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
     # The student's global crop is masked, so it differs from the teacher's
     # input. KoLeo, from DINOv2, is our choice.
-    dino=dict(
-      weight=1.0, koleo_weight=0.1, same_crop="include", prototypes=65_536
-    ),
-    ibot=dict(weight=1.0, prototypes=65_536),
+    dino=dict(koleo_weight=0.1, same_crop="include", **head),
+    ibot=head,
     depth=dict(weight=1.0),
     grounding=dict(weight=1.0, regions=4, init_bias=-10.0),
   )
   if arg.shared_crop:
     share_crop(config, f"resize({arg.res})", patch=16)
-  # Constant: with a momentum annealed to 1, the teacher would not learn from
-  # the text (SILC).
+  # Constant, so that the teacher learns from the text to the end (SILC).
   config.teacher = dict(momentum=0.994)
   # 5,000 steps of the whole recipe.
   config.schedule = dict(name="cosine", warmup_percent=10 if arg.tiny else 8)
@@ -105,6 +98,7 @@ def get_config(arg=None):
 
   if arg.tiny:
     head = dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
+    bias = dict(init_bias=-4.0)
     config.update(
       total_steps=40,
       data=dict(
@@ -112,12 +106,7 @@ def get_config(arg=None):
         ops=ops.replace("canvas(384)", "canvas(40)"),
       ),
       views=views(32, local=16, patch=8),
-      objectives=dict(
-        contrastive=dict(init_bias=-4.0),
-        dino=head,
-        ibot=head,
-        grounding=dict(init_bias=-4.0),
-      ),
+      objectives=dict(contrastive=bias, dino=head, ibot=head, grounding=bias),
       evals=dict(zero_shot=dict(count=100), retrieval=dict(count=100)),
     )
     if arg.shared_crop:
@@ -149,9 +138,8 @@ def share_crop(config, ops, patch):
 def views(size, local, patch):
   """The whole image for text and dense labels, crops for self-supervision.
 
-  One global and eight local crops, as in SigLIP 2, with the colour augmentation
-  of DINOv2's local crops. The student sees the global crop with half of its
-  patches masked (SigLIP 2); DINO and iBOT share this encoding.
+  One global crop, of which the student sees half of the patches, and eight
+  local ones, as in SigLIP 2, with the colours of DINOv2's local crops.
   """
   colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
   blocks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"

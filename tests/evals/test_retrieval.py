@@ -201,9 +201,7 @@ def test_tar_shards(tmp_path, write_image, colours):
 
 def test_data_without_captions_are_rejected(tmp_path, coco, write_image):
   write_image(tmp_path / "set" / "red" / "0.png", "red")
-  with pytest.raises(
-    ValueError, match="the folder contains red/. Retrieval reads"
-  ):
+  with pytest.raises(ValueError, match="contains red/. .* no usable image"):
     registry.open_captions(tmp_path / "set")
   with pytest.raises(ValueError, match="captions and no classes"):
     registry.open_classification(coco)

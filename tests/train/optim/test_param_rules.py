@@ -27,7 +27,7 @@ def rule(pattern, **values):
     (rule("image/pos_embedding", lr=0), "names are: image/position_embedding"),
     (
       rule(".", wd=0),
-      "wd is an unknown key. Did you mean 'weight_decay'.*: layer_decay, lr",
+      "wd is an unknown key. There are: layer_decay, lr, start",
     ),
     (rule(".", lr=-1), "lr is -1, expected a number >= 0"),
     ({"rules": [None]}, "a rule is .* got None"),

@@ -319,7 +319,7 @@ def start(code, *arguments):
 
 
 _COMMAND = """
-import hashlib, signal, sys, types
+import hashlib, signal, sys, threading, types
 from mtv_jax.cli.main import run_module
 from mtv_jax.train.runtime import preemption
 from mtv_jax.utils import progress
@@ -329,8 +329,10 @@ can_exit = sys.argv[1] == "compiling"
 def run():
   try:
     with progress.activity(sys.argv[1], can_exit=can_exit):
-      print("ready", flush=True)
-      hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1 if can_exit else 2**20)
+      # Printed while the main thread is in a call that ignores signals.
+      options = dict(args=["ready"], kwargs=dict(flush=True))
+      threading.Timer(0.3, print, **options).start()
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1 if can_exit else 2**22)
   finally:
     print("cleaned up")
 command = types.ModuleType("command")
