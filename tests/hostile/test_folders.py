@@ -118,8 +118,8 @@ _add(NAMES, {"a name that is not Unicode": _named("h\udcff.jpg")}, MODES)
 
 
 def _twice(folder):
-  for name in ("h\udcff.jpg", "h\udcff.png"):
-    _write(folder / name)
+  for suffix in (".jpg", ".png", ".txt"):
+    _write(folder / f"h\udcff{suffix}")
 
 
 _add(NAMES, {"two images of a name, no Unicode": _twice}, MODES[:2], "error")
