@@ -281,7 +281,7 @@ with preemption.catch_signals() as notice:
   notice.exit_message = sys.argv[1]
   notice.before_exit = lambda error: print("recorded", flush=True)
   print("ready", flush=True)
-  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**27)
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**29)
 """
 
 
@@ -332,7 +332,7 @@ def run():
       # Printed while the main thread is in a call that ignores signals.
       options = dict(args=["ready"], kwargs=dict(flush=True))
       threading.Timer(0.3, print, **options).start()
-      hashlib.pbkdf2_hmac("sha256", b"", b"", 2**27 if can_exit else 2**22)
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 2**29 if can_exit else 2**22)
   finally:
     print("cleaned up")
 command = types.ModuleType("command")
@@ -360,7 +360,7 @@ index, port = map(int, sys.argv[1:])
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 with preemption.catch_signals() as notice:
   print("ready", flush=True)
-  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**27)
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**29)
 """
 
 
