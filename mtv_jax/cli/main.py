@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mtv_jax.cli import arguments, errors
+from mtv_jax.config.options import import_module
 from mtv_jax.utils import progress
 from mtv_jax.utils.errors import InputError, did_you_mean
 
@@ -56,6 +57,7 @@ GROUPS = {
   },
 }
 COMMANDS = {name: text for g in GROUPS.values() for name, text in g.items()}
+_PLUGIN = re.compile("--plugin=")
 # {command: "module:function"}, if not "command:run".
 _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
@@ -128,6 +130,8 @@ def run_module(
       with progress.doing("importing"):
         module = importlib.import_module(module)
     args = parse(name, module, argv, function=function)
+    for plugin in filter(_PLUGIN.match, options):
+      import_module(plugin.partition("=")[2], plugin)
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")
     return (run(args) if has_subcommands else arguments.call(run, args)) or 0
@@ -151,11 +155,14 @@ def parse(
   parser.add_argument(
     "--debug", action="store_true", help="show the traceback of an error"
   )
+  text = "import a module with plug-ins that a run or an export names"
+  parser.add_argument("--plugin", metavar="MODULE", help=f"{text} (=MODULE)")
   if hasattr(module, "add_arguments"):
     module.add_arguments(parser)
   else:
     arguments.add_parameters(parser, getattr(module, function))
-  own = _normalize(a for a in argv[:end] if a != "--debug")
+  own = [a for a in argv[:end] if a != "--debug" and not _PLUGIN.match(a)]
+  own = _normalize(own)
   args, unknown = parser.parse_known_args([*own, *argv[end:]])
   if unknown:
     given = unknown[0].partition("=")[0]

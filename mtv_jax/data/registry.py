@@ -47,7 +47,8 @@ _TRAINING, _HELD_OUT = (
 def build_source(config: Mapping[str, Any]) -> Source:
   """Builds the source of an entry of `data.train`, with its label sets.
 
-  The entry has `type` (a key of `SOURCES`) and the arguments of that class.
+  The entry has `type` (a key of `SOURCES`, or `MODULE:NAME` for a user's class)
+  and the arguments of that class.
   Without `type`, `find_source` finds it from `path`.
   `labels` (see `labels.join`) adds label sets; `limit` takes that many records,
   evenly spaced; `weight` is the mixing weight and ignored here.
@@ -55,8 +56,9 @@ def build_source(config: Mapping[str, Any]) -> Source:
   if config.get("type") is None and config.get("path") is not None:
     others = {k: v for k, v in config.items() if k != "path"}
     config = others | find_source(config["path"])
+  reserved = "labels", "weight", "limit"
   source = build_entry(
-    SOURCES, config, where="data.train", reserved=("labels", "weight", "limit")
+    SOURCES, config, where="data.train", reserved=reserved, base=Source
   )
   return complete_source(source, config)
 

@@ -113,6 +113,8 @@ class LossInputs:
 class Contrastive(base.Objective):
   """Contrastive loss between images and captions."""
 
+  group = "vl"
+
   loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
   view: str = "image"
   # The first crop of an image, or the mean loss over all crops, each against

@@ -151,6 +151,8 @@ class DINO(PrototypeObjective):
   crop, only local crops are compared with it, as in SigLIP 2.
   """
 
+  group = "ssl"
+
   view_global: str = "global"
   view_local: str | None = "local"
   # Weight of KoLeo on the student's pooled vectors, summed over global crops;

@@ -186,15 +186,11 @@ class Grounding(base.Objective):
     fields = "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid"
     return base.Needs({self.image: (), self.phrase: ()}, fields)
 
-  @property
-  def _locator(self) -> prompter.LocatorHead:
-    return prompter.LocatorHead(**dataclasses.asdict(self.head))
-
   def heads(self) -> dict[str, base.Head]:
     temperature = pairwise.Temperature(self.init_scale, self.init_bias)
     heads = {"grounding": base.Head(temperature), **base.Head.of(self.head)}
     if self.regression:
-      heads |= base.Head.of(self._locator)
+      heads |= base.Head.of(self.head.locator)
     return heads
 
   def loss_inputs(self, encodings, heads, batch) -> LossInputs:
@@ -217,7 +213,7 @@ class Grounding(base.Objective):
     region = self.head.predict(head, image, grid, boxes=boxes)
     located = None
     if self.regression:
-      located = heads[self._locator.params_key](image.patches, text)
+      located = heads[self.head.locator.params_key](image.patches, text)
     return LossInputs(
       region=region["embeddings"],
       text=text,

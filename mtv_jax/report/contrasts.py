@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from scipy import special
 
-from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.base import Result, registered_class
 
 # Nested by arm, seed and metric.
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -41,6 +41,8 @@ class Metric:
   unit: str = "%"  # "%" for fractions, else the metric's unit ("m", or "")
   lower: bool = False  # whether lower is better
   chance: float | None = None  # expected value of a random encoder
+  # Whether reports chart it; None: if it is the first of its evaluation.
+  is_main: bool | None = dataclasses.field(default=None, compare=False)
 
   @property
   def scale(self) -> float:
@@ -146,10 +148,14 @@ def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
   """The distinct metrics of evaluations, in order."""
   metrics: dict[str, Metric] = {}
   for evaluation, result in results:
+    main = result.main
+    if main is None:  # Also results of versions that did not write it.
+      main = registered_class(evaluation).main
     for metric in result.metrics:
       name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
       chance, lower = result.chance.get(metric), metric in result.lower
-      metrics.setdefault(name, Metric(name, unit, lower, chance))
+      is_main = None if main is None else metric in main
+      metrics.setdefault(name, Metric(name, unit, lower, chance, is_main))
   return [*metrics.values()]
 
 

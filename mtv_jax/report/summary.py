@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
+from mtv_jax.evals.core.base import registered_class
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.experts.inspection import cards
 from mtv_jax.report import page, tables
@@ -54,16 +55,6 @@ _SHEETS = {
   "matches": "matched points; green: correct",
   "pca": "patches in the colours of three principal components",
   "generated": "a generated caption; green: the annotated phrases",
-}
-# Readable names of evaluations, if not their words.
-_EVALUATIONS = {
-  "zero_shot": "Zero-shot classification",
-  "zero_shot_segmentation": "Zero-shot segmentation",
-  "retrieval": "Image-text retrieval",
-  "knn": "k-NN classification",
-  "few_shot": "Few-shot classification",
-  "mae_probe": "MAE probe",
-  "patch_pca": "Patch PCA",
 }
 _METRICS = {
   "abs_rel": "absolute relative error",
@@ -240,7 +231,7 @@ def _draw_sample(
 
 def name_evaluation(name: str) -> str:
   """A readable name of an evaluation: `relative_depth` is "Relative depth"."""
-  return _EVALUATIONS.get(name, name.replace("_", " ").capitalize())
+  return registered_class(name).title or name.replace("_", " ").capitalize()
 
 
 def name_metric(name: str) -> str:

@@ -24,14 +24,6 @@ from mtv_jax.report.page import Bold, Details, Table
 from mtv_jax.utils.text import align_columns, format_metric
 
 EMPTY = "–"
-# Evaluations whose metrics lack a better direction.
-DESCRIPTIVE = ("patch_pca",)
-# Main metrics, which have charts; by default an evaluation's first metric.
-_MAIN = {
-  "geometric_correspondence": ("avg_recall",),
-  "retrieval": ("text_to_image_r1", "image_to_text_r1"),
-  **dict.fromkeys(DESCRIPTIVE, ()),
-}
 # Protocol keys that must be equal for `MetricRow.best`, besides the data.
 _COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 _ABSENT = "(absent)"
@@ -75,9 +67,9 @@ def select_main(metrics: Iterable[Metric]) -> list[Metric]:
   """The metrics that reports chart: one or two per evaluation."""
   first, main = {}, []
   for metric in metrics:
-    evaluation, _, name = metric.name.partition("/")
-    first.setdefault(evaluation, name)
-    if name in _MAIN.get(evaluation, (first[evaluation],)):
+    evaluation = metric.name.partition("/")[0]
+    is_first = first.setdefault(evaluation, metric) is metric
+    if is_first if metric.is_main is None else metric.is_main:
       main.append(metric)
   return main
 
@@ -113,7 +105,8 @@ def compare(
         variant = number if split and len(groups) > 1 else 0
         rows.append(row._replace(variant=variant))
         data.append((measured, metric))
-        is_comparable = len(protocols) == 1 and name not in DESCRIPTIVE
+        # Without a main metric, no direction is better.
+        is_comparable = len(protocols) == 1 and bool(main)
         leading.append(_find_leading(row) if is_comparable else None)
   names = [outcome.name for outcome in outcomes]
   return _add_verdicts(rows, data, leading, names, baseline)
@@ -201,6 +194,8 @@ def _add_verdicts(
   # By (row, arm, reference) indices; the baseline is never an arm.
   compared: dict[tuple[int, int, int], Comparison] = {}
   over_chance: dict[tuple[int, int], Contrast] = {}
+  # Evaluations with a better direction.
+  directed = {row.evaluation for row in rows if row.is_main}
   for main in (True, False):
     family = {}
     over_chance |= contrasts.correct_by_key(
@@ -212,7 +207,7 @@ def _add_verdicts(
       }
     )
     for k, row in enumerate(rows):
-      if row.is_main != main or row.evaluation in DESCRIPTIVE:
+      if row.is_main != main or row.evaluation not in directed:
         continue
       for j in dict.fromkeys((baseline, leading[k])):
         if j is None or row.values[j] is None:

@@ -31,7 +31,7 @@ from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import MeshConfig
 from mtv_jax.train.balance import BalanceConfig
 from mtv_jax.train.measurements import InterferenceConfig
-from mtv_jax.train.optim.optimizer import OptimConfig
+from mtv_jax.train.optim.optimizer import OptimConfig, build_update_rule
 from mtv_jax.train.optim.schedules import ScheduleConfig
 from mtv_jax.train.rollback import Bound, NonFiniteConfig
 from mtv_jax.train.runtime.watchdog import WatchdogConfig
@@ -280,6 +280,7 @@ def resolve(
     return run
   if workdir is not None and saved_steps(workdir):
     recorded = read_recorded_config(workdir)
+  run = _use_averaged_weights(run)
   run = _resolve_inputs(run, recorded, reads_files=reads_files)
   run = dataclasses.replace(run, teachers=teachers)
   parts = _build_parts(run)
@@ -294,6 +295,19 @@ def resolve(
   built = {**parts.teachers, **shared}
   parts = dataclasses.replace(parts, model=model, teachers=built)
   return dataclasses.replace(run, parts=parts)
+
+
+def _use_averaged_weights(run: RunConfig) -> RunConfig:
+  """Evaluates the weights that an optimizer names, unless a teacher's."""
+  if build_update_rule(run.optim).eval_params is None:
+    return run
+  if run.ema is not None:
+    raise ConfigError(
+      f"config.optim.name={run.optim.name!r} averages the parameters itself, as"
+      " the weights 'ema': leave config.ema out (--config.ema=None)."
+    )
+  weights = "ema" if run.weights == "student" else run.weights
+  return dataclasses.replace(run, weights=weights)
 
 
 def _build_parts(run: RunConfig) -> StepParts:

@@ -257,7 +257,6 @@ class MeanColour(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ColourHead(PredictionHead):
-  objective = "colour"
   params_key = "colour"
 
   channels: int = 3

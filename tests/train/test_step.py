@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optim_samples
 import pytest
 import step_samples
 import tiny_mtv
@@ -279,7 +280,9 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
 def test_parameters_of_inactive_objectives_are_unchanged():
   spec = two_objectives()
   params = init_params(spec, jax.random.key(0))
-  program, state, batch = begin(spec, optax.adamw(0.1), params)
+  config = dict(lr=0.1, weight_decay=0.1, rules=[("", dict(weight_decay=1.0))])
+  tx = optim_samples.build(config, params=params).tx
+  program, state, batch = begin(spec, tx, params)
   state, _ = program.update(state, batch, ("pull",))
   for name in ("text", "heads"):
     jax.tree.map(

@@ -2,8 +2,9 @@
 
 An evaluator is a frozen dataclass: its fields are the options of a config or a
 command line, and `run(encoder)` returns metrics with the protocol that they
-depend on. To add one, write its file and a line in `EVALUATORS`; predictions of
-a trained head come from `encoder.predict`. If the encoder lacks a text tower or
+depend on. To add one, write its file and a line in `EVALUATORS`; configs and
+command lines also take a user's, `MODULE:NAME`. Predictions of a trained head
+come from `encoder.predict`. If the encoder lacks a text tower or
 a head, or the data lack captions or depth, `prepare` or `run` raises
 `NotApplicable`: `all` skips the evaluation with that reason; an evaluation
 requested by name fails.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -81,6 +82,8 @@ class Result:
   )
   # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  # The evaluator's, set by `evals.run`; not in the JSON if None.
+  main: tuple[str, ...] | None = None
 
   @classmethod
   def from_estimate(
@@ -105,6 +108,8 @@ class Result:
     small = dataclasses.replace(self, sheets={}, resamples={})
     fields = dataclasses.asdict(small)
     del fields["sheets"], fields["resamples"]
+    if self.main is None:
+      del fields["main"]
     return {**fields, "lower": list(self.lower)}
 
 
@@ -116,8 +121,13 @@ class Evaluator:
   JSON), `batch_size` (images per encoder batch), `pictures` (items per sheet).
   """
 
-  # What the encoder needs: "text", or objective types whose heads predict.
+  # What the encoder needs: "text", a name for `Encoder.predict`, or the type of
+  # a head (`heads.HEADS`).
   requires = frozenset()
+  title = ""  # In reports; "": the words of the entry's name.
+  # Metrics that reports chart, none if there is no better direction; None: the
+  # first metric.
+  main: ClassVar[tuple[str, ...] | None] = None
   # The opened data; most subclasses define it as a `cached_property`.
   _set = None
   # Options that don't change metrics, or that change the hash of the data.
@@ -177,8 +187,16 @@ def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
 
 
 def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
-  """Looks up a name in `EVALUATORS`."""
-  return options_lib.look_up(EVALUATORS, kind, where=where)
+  """Looks up a name in `EVALUATORS`, or imports a user's `MODULE:NAME`."""
+  return options_lib.look_up(EVALUATORS, kind, where=where, base=Evaluator)
+
+
+def registered_class(name: str) -> type[Evaluator]:
+  """The class of a registered name, for its facts; the base class of others.
+
+  Reports name evaluations of plug-ins too, and import none.
+  """
+  return evaluator_class(name) if name in EVALUATORS else Evaluator
 
 
 def default_options(kind: str) -> dict[str, Any]:
