@@ -95,9 +95,9 @@ def test_the_averaged_weights_are_evaluated(run):
   config = json.loads((run / "config.json").read_text())
   assert config["weights"] == mtv_jax.load(run).weights == "ema"
   stored = leaves(run, "params", "ema", "opt_state")
-  z = {n.partition("/z/")[2]: x for n, x in stored.items() if "/z/" in n}
+  iterates = {n.partition("/z/")[2]: z for n, z in stored.items() if "/z/" in n}
   moved = 0
-  for name, z in z.items():
+  for name, z in iterates.items():
     y, x = stored[f"params/{name}"], stored[f"ema/{name}"]
     np.testing.assert_allclose(x, (y - 0.2 * z) / 0.8, atol=1e-6)
     moved += not np.allclose(x, y, atol=1e-4)
@@ -217,7 +217,7 @@ def read_recipe(plugins, **changes):
 
 
 def test_an_optimizer_that_averages_excludes_an_ema(plugins, unload):
-  with pytest.raises(ConfigError, match=r"Leave config\.ema out"):
+  with pytest.raises(ConfigError, match=r"leave config\.ema out"):
     resolve(read_recipe(plugins, ema=dict(decay=0.9)))
   run = resolve(read_recipe(plugins, weights="student"))
   assert run.weights == "ema" and resolve(run.to_dict()) == run

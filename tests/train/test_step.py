@@ -18,6 +18,7 @@ import trainings
 from step_samples import dino, make_batch, make_spec, mesh_of
 from trainings import smallest
 
+from mtv_jax.augment.random import step_key
 from mtv_jax.augment.views import build_views
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import BATCH_SPEC, shard_batch
@@ -275,6 +276,41 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
   )
   _, metrics = program.update(state, batch, spec.active_objectives(2))
   assert metrics["pull/loss"] > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw(base.Objective):
+  """A random number of each step."""
+
+  view: str = "image"
+
+  def needs(self):
+    return base.Needs({self.image: ()})
+
+  def loss_inputs(self, encodings, heads, batch):
+    return batch["views"][self.view].images[:, 0]
+
+  def loss(self, loss_inputs, heads, context):
+    drawn = jax.random.uniform(context.key)
+    return base.Terms(base.WeightedMean(drawn, jnp.float32(1)))
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (8, 2)])
+def test_a_loss_draws_equally_on_all_devices(devices, accumulate):
+  """By seed, step and name."""
+  spec = make_spec(
+    objectives={"draw": Draw()},
+    weights={"draw": ObjectiveWeight(1.0)},
+    seed=5,
+    accumulate=accumulate,
+  )
+  shape = (devices, 1, 1)
+  program, state, batch = begin(spec, optax.sgd(0.1), params_of(), shape)
+  for step in range(2):
+    state, metrics = program.update(state, batch)
+    key = step_key(jax.random.key(5), "loss/draw", step)
+    want = jax.random.uniform(key)
+    np.testing.assert_array_equal(metrics["draw/loss"], want)
 
 
 def test_parameters_of_inactive_objectives_are_unchanged():
