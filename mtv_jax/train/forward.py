@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.augment.random import image_keys, row_keys, step_key
-from mtv_jax.config import aliases
 from mtv_jax.objectives import base
 from mtv_jax.objectives.base import Batch
 from mtv_jax.parallel.mesh import data_rows, num_batch_shards
@@ -92,14 +91,13 @@ def compute_losses(
     total = spec.balance.penalty(configured, state.balance)
   for name, objective in spec.objectives.items():
     start = spec.weights[name].start
-    folded = f"loss/{aliases.name_in_key(name)}"
     context = base.Context(
       step=state.step - start,
       total_steps=spec.total_steps - start,
       statistics=state.statistics[name],
       mesh=mesh,
       in_lanes=spec.in_lanes,
-      key=step_key(jax.random.key(spec.seed), folded, state.step),
+      key=step_key(jax.random.key(spec.seed), f"loss/{name}", state.step),
     )
     with jax.named_scope(name):
       terms[name] = objective.loss(loss_inputs[name], heads, context)

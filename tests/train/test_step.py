@@ -305,7 +305,8 @@ def test_a_loss_draws_equally_on_all_devices(devices, accumulate):
     accumulate=accumulate,
   )
   shape = (devices, 1, 1)
-  program, state, batch = begin(spec, optax.sgd(0.1), params_of(), shape)
+  params = step_samples.params_of(spec)
+  program, state, batch = begin(spec, optax.sgd(0.1), params, shape)
   for step in range(2):
     state, metrics = program.update(state, batch)
     key = step_key(jax.random.key(5), "loss/draw", step)
