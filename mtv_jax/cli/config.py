@@ -14,11 +14,15 @@ teachers, which a run reads from their folders, and the commits of data sets of
 the hub are not filled in.
 """
 
+import contextlib
 import json as json_lib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from mtv_jax.config import overrides, recipes
+from mtv_jax.config.options import refuse_imports
 from mtv_jax.utils import path as path_lib
 from mtv_jax.utils.errors import InputError
 
@@ -53,10 +57,11 @@ def run(
     )
   # Printed before the imports of the model's code, which take seconds.
   sources = [_read(name) for name in names]
+  stored = [not isinstance(source, ConfigDict) for source in sources]
   sources[0] = overrides.override(sources[0], set)
   if not json:
     print(f"# {' | '.join(names)}", flush=True)
-  configs = [_resolve(source) for source in sources]
+  configs = [*map(_resolve, sources, stored)]
   print(_to_json(configs) if json else _to_text(configs))
 
 
@@ -70,10 +75,11 @@ def _read(name: str) -> Any:
   return recipes.read_config(name)
 
 
-def _resolve(config: Any) -> dict[str, Any]:
+def _resolve(config: Any, is_stored: bool) -> dict[str, Any]:
   from mtv_jax.train.run import resolve
 
-  return resolve(config, reads_files=False).to_dict()
+  with refuse_imports() if is_stored else contextlib.nullcontext():
+    return resolve(config, reads_files=False).to_dict()
 
 
 def _to_json(configs: Sequence[dict[str, Any]]) -> str:

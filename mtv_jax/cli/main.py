@@ -57,7 +57,6 @@ GROUPS = {
   },
 }
 COMMANDS = {name: text for g in GROUPS.values() for name, text in g.items()}
-_PLUGIN = re.compile("--plugin=")
 # {command: "module:function"}, if not "command:run".
 _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
@@ -130,8 +129,8 @@ def run_module(
       with progress.doing("importing"):
         module = importlib.import_module(module)
     args = parse(name, module, argv, function=function)
-    for plugin in filter(_PLUGIN.match, options):
-      import_module(plugin.partition("=")[2], plugin)
+    for plugin in args.plugin:
+      import_module(plugin, f"--plugin={plugin}")
     run = getattr(module, function)
     has_subcommands = hasattr(module, "add_arguments")
     return (run(args) if has_subcommands else arguments.call(run, args)) or 0
@@ -156,13 +155,16 @@ def parse(
     "--debug", action="store_true", help="show the traceback of an error"
   )
   text = "import a module with plug-ins that a run or an export names"
-  parser.add_argument("--plugin", metavar="MODULE", help=f"{text} (=MODULE)")
+  parser.add_argument(
+    "--plugin", metavar="MODULE", action="append", default=[], help=text
+  )
   if hasattr(module, "add_arguments"):
     module.add_arguments(parser)
   else:
     arguments.add_parameters(parser, getattr(module, function))
-  own = [a for a in argv[:end] if a != "--debug" and not _PLUGIN.match(a)]
-  own = _normalize(own)
+  own = _normalize(a for a in argv[:end] if a != "--debug")
+  # The parser of a subcommand does not know this option.
+  own.sort(key=lambda arg: not arg.startswith("--plugin="))
   args, unknown = parser.parse_known_args([*own, *argv[end:]])
   if unknown:
     given = unknown[0].partition("=")[0]

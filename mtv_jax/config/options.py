@@ -17,6 +17,8 @@ module (a plug-in).
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
@@ -30,7 +32,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from mtv_jax.utils import errors
@@ -40,6 +42,7 @@ T = TypeVar("T")
 UNIONS = (typing.Union, types.UnionType)
 _SEQUENCES = (tuple, list, set, frozenset, Sequence)
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_refuses = contextvars.ContextVar("refuse_imports", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +138,28 @@ def import_module(name: str, option: str) -> Any:
     ) from error
 
 
+@contextlib.contextmanager
+def refuse_imports() -> Iterator[None]:
+  """Refuses plug-ins that are not imported, for configs read from files."""
+  token = _refuses.set(True)
+  try:
+    yield
+  finally:
+    _refuses.reset(token)
+
+
 def import_plugin(name: str, option: str, base: type | None = None) -> Any:
   """Imports the object `MODULE:NAME` that an option names.
 
-  Raises ConfigError if it does not exist, or is not a subclass of `base`.
+  Raises ConfigError if it does not exist, is not a subclass of `base`, or may
+  not be imported (`refuse_imports`).
   """
   path, _, attribute = name.partition(":")
   option = f"{option}={name!r}"
+  if _refuses.get() and not is_imported(name):
+    raise ConfigError(
+      f"{option}: {path} is imported only on request: add --plugin={path}."
+    )
   module = import_module(path, option)
   if not hasattr(module, attribute):
     public = [key for key in vars(module) if not key.startswith("_")]

@@ -166,6 +166,17 @@ def test_a_command_imports_a_plugin(unload):
   assert "colour" in sys.modules
 
 
+def test_a_stored_config_imports_nothing_unasked(plugins, unload, tmp_path):
+  run = resolve(read_recipe(plugins))
+  (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
+  unload()
+  with pytest.raises(SystemExit, match="add --plugin=colour"):
+    run_command("config", [str(tmp_path)])
+  assert "colour" not in sys.modules
+  names = [f"--plugin={name}" for name in ("colour", "flat", "schedule_free")]
+  run_command("config", [str(tmp_path), *names])
+
+
 def test_schedule_free_equals_optax(unload):
   """Of all parameters but frozen ones, with weight decay and a warm-up."""
   rules = [("^text/", dict(lr=0.0)), ("", dict(weight_decay=1.0))]
