@@ -91,7 +91,7 @@ def leaves(run, *parts):
 
 
 @pytest.mark.slow
-def test_the_averaged_weights_are_evaluated(run):
+def test_the_averaged_weights_are_evaluated(run, unload):
   config = json.loads((run / "config.json").read_text())
   assert config["weights"] == mtv_jax.load(run).weights == "ema"
   stored = leaves(run, "params", "ema", "opt_state")
@@ -99,7 +99,7 @@ def test_the_averaged_weights_are_evaluated(run):
   moved = 0
   for name, z in iterates.items():
     y, x = stored[f"params/{name}"], stored[f"ema/{name}"]
-    np.testing.assert_allclose(x, (y - 0.2 * z) / 0.8, atol=1e-6)
+    np.testing.assert_allclose(x, (y - 0.2 * z) / 0.8, rtol=1e-5, atol=1e-6)
     moved += not np.allclose(x, y, atol=1e-4)
   assert moved > 10
   (file,) = (run / "evals").glob("*.json")
@@ -179,7 +179,7 @@ def test_a_stored_config_imports_nothing_unasked(plugins, unload, tmp_path):
 
 def test_schedule_free_equals_optax(unload):
   """Of all parameters but frozen ones, with weight decay and a warm-up."""
-  rules = [("^text/", dict(lr=0.0)), ("", dict(weight_decay=1.0))]
+  rules = [("^text/", dict(lr=0.0)), (".", dict(weight_decay=1.0))]
   options = dict(weight_decay=0.1, b2=0.95, rules=rules)
   optimizer = optim_samples.build(
     SCHEDULE_FREE | options, dict(name="constant", warmup_steps=3)
@@ -210,7 +210,7 @@ def test_schedule_free_equals_optax(unload):
 
 def test_inactive_modules_keep_the_iterates_of_a_wrapper(unload):
   """Their weights would decay within the wrapped transformation."""
-  rules = [("", dict(weight_decay=1.0))]
+  rules = [(".", dict(weight_decay=1.0))]
   options = SCHEDULE_FREE | dict(weight_decay=0.5, rules=rules)
   params, tx = optim_samples.PARAMS, optim_samples.build(options).tx
   _, state = tx.update(
@@ -218,7 +218,9 @@ def test_inactive_modules_keep_the_iterates_of_a_wrapper(unload):
   )
   old, new = params["text"]["token_embedding"], state.z["text"]
   np.testing.assert_array_equal(new["token_embedding"], old)
-  assert np.abs(state.z["image"]["position_embedding"]).max() > 0
+  old, new = params["image"], state.z["image"]
+  moved = new["position_embedding"] - old["position_embedding"]
+  assert np.abs(moved).max() > 1e-3
 
 
 def read_recipe(plugins, **changes):

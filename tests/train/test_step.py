@@ -317,7 +317,7 @@ def test_a_loss_draws_equally_on_all_devices(devices, accumulate):
 def test_parameters_of_inactive_objectives_are_unchanged():
   spec = two_objectives()
   params = init_params(spec, jax.random.key(0))
-  config = dict(lr=0.1, weight_decay=0.1, rules=[("", dict(weight_decay=1.0))])
+  config = dict(lr=0.1, weight_decay=0.1, rules=[(".", dict(weight_decay=1.0))])
   tx = optim_samples.build(config, params=params).tx
   program, state, batch = begin(spec, tx, params)
   state, _ = program.update(state, batch, ("pull",))

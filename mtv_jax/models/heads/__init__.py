@@ -127,7 +127,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
   known = {**RELEASED, **HEADS}
   heads: dict[str, PredictionHead] = {}
   for name, fields in described.items():
-    where, kind = f"the heads' description {name!r}", known.get(name)
+    where, kind = "the heads' description", known.get(name)
     if options.is_plugin(name):
       if not options.is_imported(name):
         heads |= _unloaded(name, fields)
@@ -137,7 +137,8 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
       raise InputError(
         f"The heads' description has {name!r}. {did_you_mean(name, known)}"
       )
-    heads |= options.build(kind, fields, where=where).predictions()
+    head = options.build(kind, fields, where=f"{where} {name!r}")
+    heads |= head.predictions()
   return heads
 
 
