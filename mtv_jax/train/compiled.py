@@ -79,7 +79,7 @@ def describe(step: TrainStep) -> dict[str, Any]:
     ),
     "flags": xla_flags.environment_flags(),
     "jax": {name: getattr(jax.config, name) for name in _JAX_OPTIONS},
-    "code": sessions.code_digest(),
+    "code": sessions.code_digest(config),
     "versions": {
       name: versions.get(name)
       for name in _PACKAGES

@@ -25,6 +25,7 @@ from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.models.heads import UnloadedHead, described_heads, heads_of_config
 from mtv_jax.objectives import build_objective
 from mtv_jax.train.run import resolve
+from mtv_jax.train.runtime.sessions import code_digest
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -175,6 +176,24 @@ def test_a_stored_config_imports_nothing_unasked(plugins, unload, tmp_path):
   assert "colour" not in sys.modules
   names = [f"--plugin={name}" for name in ("colour", "flat", "schedule_free")]
   run_command("config", [str(tmp_path), *names])
+
+
+def test_the_digest_of_the_code_covers_plugins(tmp_path, monkeypatch):
+  """Hosts agree on it, and a compiled step is not loaded for other code."""
+  file, config = (
+    tmp_path / "digested.py",
+    {"objectives": [{"type": "digested:A"}]},
+  )
+  file.write_text("A = 1")
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "digested", raising=False)
+  package = code_digest(config)
+  assert package == code_digest()
+  importlib.import_module("digested")
+  first = code_digest(config)
+  file.write_text("A = 2")
+  assert len({package, first, code_digest(config)}) == 3
+  sys.modules.pop("digested")
 
 
 def test_schedule_free_equals_optax(unload):
