@@ -191,12 +191,19 @@ def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
   return options_lib.look_up(EVALUATORS, kind, where=where, base=Evaluator)
 
 
-def registered_class(name: str) -> type[Evaluator]:
-  """The class of a registered name, for its facts; the base class of others.
+def evaluation_type(name: str) -> str:
+  """The type in an evaluation's name: `retrieval` for `val_retrieval`."""
+  found = () if options_lib.is_plugin(name) else EVALUATORS
+  return max((t for t in found if t in name), key=len, default=name)
 
-  Reports name evaluations of plug-ins too, and import none.
+
+def registered_class(name: str) -> type[Evaluator]:
+  """The class of an evaluation's name, for its facts in reports.
+
+  The base class for plug-ins, which reports don't import.
   """
-  return evaluator_class(name) if name in EVALUATORS else Evaluator
+  kind = evaluation_type(name)
+  return evaluator_class(kind) if kind in EVALUATORS else Evaluator
 
 
 def default_options(kind: str) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def make_optimizer(
   schedule = make_schedule(
     schedule_config, lr=config.scale_lr(length.batch_size), length=length
   )
-  rule = build_update_rule(config)
+  rule = build_optimizer(config)
   rows = {row.name: row for row in table}
   trained = [row for row in table if not row.frozen]
   if not trained:
@@ -347,7 +347,7 @@ def _eval_trained(
   return jax.tree.map(lambda p, x: p if isinstance(x, node) else x, params, new)
 
 
-def build_update_rule(config: OptimConfig) -> UpdateRule:
+def build_optimizer(config: OptimConfig) -> UpdateRule:
   """Instantiates the optimizer's class with the config's options.
 
   Ignores common options that the class lacks, so that changing a recipe's
