@@ -181,7 +181,7 @@ def test_a_stored_config_imports_nothing_unasked(plugins, unload, tmp_path):
   run = resolve(read_recipe(plugins))
   (tmp_path / "config.json").write_text(json.dumps(run.to_dict()))
   unload()
-  with pytest.raises(SystemExit, match="add --plugin=colour"):
+  with pytest.raises(SystemExit, match="add --plugin=schedule_free"):
     run_command("config", [str(tmp_path)])
   assert "colour" not in sys.modules
   names = [f"--plugin={name}" for name in ("colour", "flat", "schedule_free")]
