@@ -70,5 +70,6 @@ def get_config(arg=None):
 
   if arg.tiny:
     config.update(total_steps=30, batch_size=16, log=dict(every_steps=10))
+    config.xla_flags = "quick"
     config.evals.captioning.count = 8
   return config

@@ -69,6 +69,7 @@ def get_config(arg=None):
     config.update(
       batch_size=32,
       total_steps=20,
+      xla_flags="quick",
       data=dict(
         train=[dict(type="scenes", size=32, length=64)],
         ops="decode|canvas(32)|caption(32, pick='first')",

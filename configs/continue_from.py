@@ -43,6 +43,7 @@ def get_config(arg=None):
   config = ConfigDict(dict(seed=0))
   config.batch_size = arg.batch or (16 if arg.tiny else 256)
   config.total_steps = arg.steps or (20 if arg.tiny else 10_000)
+  config.xla_flags = "quick" if arg.tiny else ""
   config.model, contrast, weights = read_model(arg)
   size = config.model.preprocess["size"]
   # A crop of 32 % of this canvas has about the encoder's resolution.

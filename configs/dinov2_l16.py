@@ -129,6 +129,7 @@ def get_config(arg=None):
     model = dict(variant="mu/8", mlp_dim=256, image_size=32)
     config.update(
       total_steps=40,
+      xla_flags="quick",
       data=dict(train=[dict(type="scenes", size=40)], ops="decode|canvas(40)"),
       views=views(32, local=16, patch=8),
       model=dict(dtype="float32", remat="none", **model),

@@ -103,6 +103,7 @@ def get_config(arg=None):
     config.update(
       total_epochs=None,
       total_steps=100,
+      xla_flags="quick",
       data=dict(train=[dict(type="scenes", size=40)], ops="decode|canvas(40)"),
       views=dict(mae=dict(ops=ops(32, 8))),
       model=dict(variant="mu/8", image_size=32, dtype="float32"),

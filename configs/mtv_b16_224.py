@@ -34,7 +34,7 @@ its model card; rows marked * come from readers' notes on the paper.
 
 Hardware and time: batch 16,384 fits 256 chips of v5e, 64 images per chip
 (margins in docs/pods.md; set `accumulate` on fewer chips). On the topologies in
-`_SETTINGS`, blocks save most of their arrays, otherwise none. Not trained to
+`TOPOLOGIES`, blocks save most of their arrays, otherwise none. Not trained to
 completion here; time unknown.
 
 Expected: the released MTV B/16, trained on 100 million images (epochs are not
@@ -55,7 +55,8 @@ from mtv_jax.config.recipes import parse_arg, read_config
 # 82 %.
 _REMAT = "model.remat=full|image=qkv,attention_out,mlp_hidden"
 _REMAT += "|local=attention_out,mlp_hidden|text=qkv,attention_out,mlp_hidden"
-_SETTINGS = {
+# Overrides of this recipe by topology, see `recipes.read_settings`.
+TOPOLOGIES = {
   "v5e:16x16": ("mesh.fsdp=8", _REMAT),
   "v6e:16x16": (_REMAT,),
   "v5p:4x4x8": (_REMAT,),
@@ -128,9 +129,6 @@ def get_config(arg=None):
     config.log.gradients_steps = 2000
     names = ("imagenet", "coco", "nyu", "ade20k", "navi", "spair", "davis")
     config.evals = benchmarks(config, *names)
-    is_published = arg.variant == "B" and arg.res == 224
-    if is_published and not arg.shared_crop and not arg.batch:
-      config.topologies = _SETTINGS
   return config
 
 

@@ -86,6 +86,7 @@ def get_config(arg=None):
     config.update(
       batch_size=16,
       total_steps=30,
+      xla_flags="quick",
       data=dict(
         train=[dict(type="scenes", size=40, length=64)],
         ops=config.data.ops.replace("canvas(160)", "canvas(40)"),

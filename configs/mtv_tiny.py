@@ -19,6 +19,7 @@ def get_config(arg=None):
   config.seed = 0
   config.batch_size = 32 if arg.tiny else arg.batch
   config.total_steps = 30 if arg.tiny else arg.steps
+  config.xla_flags = "quick" if arg.tiny else ""
 
   config.data = dict(
     train=[dict(type="scenes", size=64, length=20_000)],

@@ -104,6 +104,7 @@ def get_config(arg=None):
       batch_size=arg.batch or 64,
       total_examples=None,
       total_steps=60,
+      xla_flags="quick",
       data=dict(
         train=[dict(type="scenes", size=32)],
         ops="decode|canvas(32)|caption(64)",

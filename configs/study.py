@@ -52,6 +52,7 @@ def get_config(arg=None):
   config.seed = 0
   config.batch_size = arg.batch
   config.total_steps = arg.steps
+  config.xla_flags = "quick" if arg.tiny else ""
 
   scenes = dict(type="scenes", size=arg.size, difficulty=arg.difficulty)
   train = dict(scenes, length=arg.images)

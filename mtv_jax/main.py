@@ -2,7 +2,8 @@
 
 import sys
 
-from mtv_jax.cli.main import main
+from mtv_jax.cli.main import end_at_interrupt, main
 
 if __name__ == "__main__":
-  sys.exit(main(["train", *sys.argv[1:]]))
+  with end_at_interrupt():
+    sys.exit(main(["train", *sys.argv[1:]]))

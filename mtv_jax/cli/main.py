@@ -7,12 +7,14 @@ status, or None for 0. A command with subcommands defines
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from mtv_jax.utils.errors import InputError, did_you_mean
@@ -60,11 +62,14 @@ _FUNCTIONS = {"knn": "probe:run_knn", "linear_probe": "probe:run_linear_probe"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs `mtv-jax COMMAND ...`; returns the exit status."""
-  # Ctrl-C during imports ends the process; libraries would print tracebacks.
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-  argv = list(sys.argv[1:] if argv is None else argv)
+  """Runs `mtv-jax COMMAND ...`; returns the exit status.
+
+  Without `argv`, runs the console's command.
+  """
+  if argv is None:
+    with end_at_interrupt():
+      return main(sys.argv[1:])
+  argv = list(argv)
   if argv and argv[0] in COMMANDS:
     return run_command(argv[0], argv[1:])
   parser = argparse.ArgumentParser(
@@ -80,6 +85,25 @@ def main(argv: Sequence[str] | None = None) -> int:
   name = parser.parse_args(first).command
   hint = did_you_mean(name, COMMANDS)
   return parser.error(f"invalid choice: {name!r}. {hint}")
+
+
+@contextlib.contextmanager
+def end_at_interrupt() -> Iterator[None]:
+  """Lets Ctrl-C end the process while libraries are imported.
+
+  Some would print tracebacks. Does nothing outside the main thread, or if
+  SIGINT is handled otherwise.
+  """
+  previous = signal.getsignal(signal.SIGINT)
+  is_main = threading.current_thread() is threading.main_thread()
+  if not is_main or previous is not signal.default_int_handler:
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
 
 
 def _list_commands(*, show_all: bool) -> str:

@@ -104,7 +104,7 @@ def _open_examples(
   found = find_source(path)
   if found["type"] == "folder":
     if found["path"] != path:
-      print(f"{path}: takes every split; for one, give {found['path']}.")
+      print(f"{path}: using all splits; for one split, pass {found['path']}.")
     return listings.read(path, images=images, **columns)
   source = build_source({"path": path, "images": images})
   print(f"{path}: takes {source!r}.")

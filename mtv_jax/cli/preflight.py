@@ -5,10 +5,10 @@
 Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
 compiler. Prints the batch, parameters, sharding, collectives, memory and FLOPs
 per chip, the required input throughput, and hours, chip-hours and price of the
-run. Exits with 1 if the step does not
-fit; --propose then compiles changes until one fits. --config.model.remat=auto
-finds the least recomputation that fits. Override config keys with
---config.KEY=VALUE.
+run. Exits with 1 if the step, or the program of gradient norms that its balance
+needs, does not fit; --propose then compiles changes until the step fits.
+--config.model.remat=auto finds the least recomputation that fits. Override
+config keys with --config.KEY=VALUE.
 
   mtv-jax preflight --config=mtv_b16_224 --topology=v5e:16x16 --data
 
@@ -55,7 +55,8 @@ class Flags(arguments.ConfigFlags):
     json: also write the result to this file.
     tables: print all parameters.
     propose: compile changes until one fits.
-    norms: also compile the objectives' gradient norms.
+    norms: also compile the objectives' gradient norms if only config.log or
+      config.interference measures them, not the balance.
     budget: GiB per chip for --config.model.remat=auto; default: 95 % of memory.
     mfu: assumed model FLOPs utilization.
     chip_hour: dollars per chip and hour, for the price of the run.
@@ -139,7 +140,7 @@ def _report(args: Flags, topology: Any) -> int:
     mfu=args.mfu,
     tables="all" if args.tables else "short",
     examples_per_epoch=args.examples,
-    norms=args.norms,
+    norms=args.norms or None,
     budget=args.budget and int(args.budget * 2**30),
     data=args.data,
     step_seconds=args.step_seconds,
@@ -173,7 +174,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     topology = topologies.parse(name)
     chosen = recipes.read_config(config, topology=topology.canonical_name)
     changed = overrides.override(chosen, changes)
-    result = report.preflight(changed, topology)
+    result = report.preflight(changed, topology, norms=False)
     row = report.table_row(config, result, *changes)
     text = report.update_table(page.read_text(encoding="utf-8"), row)
     atomic.write_text(page, text)

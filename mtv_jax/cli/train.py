@@ -21,7 +21,8 @@ from typing import Any, Literal
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import overrides
+from mtv_jax.config import overrides, recipes
+from mtv_jax.config.sections import Config
 from mtv_jax.models.remat import AUTO
 from mtv_jax.parallel.distributed import agree, gather_json
 from mtv_jax.train import workdir
@@ -65,7 +66,8 @@ def run(args: Flags) -> None:
   """Trains; resumes if the workdir has a checkpoint."""
   # Shells don't expand ~ after "=".
   args = dataclasses.replace(args, workdir=os.path.expanduser(args.workdir))
-  config = check_config(arguments.read_config(args))  # Before hosts connect.
+  recipe = arguments.read_config(args)
+  config = check_config(recipe)  # Before hosts connect.
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
@@ -75,7 +77,7 @@ def run(args: Flags) -> None:
   with contextlib.ExitStack() as stack:
     with peers.watch_peers(seconds), peers.exit_on_lost_peer():
       workdir.check_workdir(args.workdir)
-      config = choose_settings(config, args)
+      config = choose_settings(recipe, args)
       if args.dry_run:
         config = choose_remat(config, args.workdir, search=False)
         text = dry_run(config, args.workdir, **_options(args))
@@ -104,17 +106,21 @@ def _options(args: Flags) -> dict[str, Any]:
   return {name: getattr(args, name) for name in names}
 
 
-def choose_settings(config: RunConfig, args: Flags) -> RunConfig:
-  """Applies the recipe's settings for this run's TPUs.
+def choose_settings(recipe: Config, args: Flags) -> RunConfig:
+  """Applies the recipe's settings for this run's TPUs; checks the config.
 
-  A run that exists keeps what is closer to its config.json.
+  An existing run keeps what is closer to its config.json.
   """
+  config = check_config(recipe)
   if jax.default_backend() != "tpu":
     return config
   from mtv_jax.perf import topologies
 
   name = topologies.name_devices(jax.devices())
-  chosen = check_config(arguments.read_config(args, name))
+  if not (settings := recipes.read_settings(args.config, name)):
+    return config
+  # The command's overrides take precedence.
+  chosen = check_config(overrides.override(recipe, [*settings, *args.set]))
   if recorded := workdir.read_recorded_config(args.workdir):
 
     def count_changes(config: RunConfig) -> int:

@@ -1,17 +1,7 @@
 """Arguments of every recipe that name the data of a run and its evaluations.
 
 `read_config` applies them to the config that a recipe returns, unless the
-recipe has an argument of that name:
-
-  data=PATH      shards, a folder, a listing or hf://datasets/ORG/NAME, see
-                 `data.registry.find_source`; instead of the recipe's data
-  images=PATH    image folder of a listing, if not the listing's
-  depth=, boxes= label sets of the data
-  val=PATH       held-out captions, classes or boxes
-  val_images=PATH  image folder of held-out COCO annotations
-  val_boxes=PATH label set of held-out shards
-  imagenet=, coco=, nyu=, ade20k=, davis=, navi=, spair=
-                 folders of these benchmarks
+recipe has an argument of that name. docs/data.md describes each.
 
 Given data, val or a benchmark, the recipe's evaluations on scenes, on its own
 training data, and on benchmarks that are not given are removed.
@@ -100,7 +90,7 @@ def _check_arguments(config: ConfigDict, given: Mapping[str, str]) -> None:
   for name in _BENCHMARKS:
     if name in given and not _evaluate(config, {name: given[name]}):
       raise ConfigError(
-        f"{name}={given[name]}: it evaluates nothing that this recipe trains."
+        f"{name}={given[name]}: no evaluation on {name} applies to this recipe."
       )
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import runpy
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -36,7 +37,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     if name not in defaults:
       hint = did_you_mean(name, [*defaults, *others])
       if given and not equals:
-        hint += " A path with a comma can't be an argument: rename or link it."
+        hint += (
+          " A path with a comma can't be an argument: rename it or use a"
+          " symlink."
+        )
       raise ConfigError(f"this config has no argument {name!r}. {hint}")
     default = defaults[name]
     if not equals and not isinstance(default, bool):
@@ -51,15 +55,45 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 def read_config(
   path: str, *, topology: str = "", **arguments: Any
 ) -> ConfigDict:
-  """Reads the config of a recipe.
+  """Reads the config of a recipe, with its `read_settings` for a topology.
 
   The path is a file or a packaged recipe, with arguments after a colon, such as
   `FOLDER/NAME.py` or `NAME:tiny,batch=64`; every recipe takes the arguments of
-  `data_arguments`. `config.topologies` of a recipe has overrides by the name of
-  a topology, which are applied and removed. Raises ConfigError if the recipe
-  does not exist or lacks `get_config`.
+  `data_arguments`. Raises ConfigError if the recipe does not exist or lacks
+  `get_config`.
   """
   name, _, arg = path.partition(":")
+  values = _run_file(name)
+  pairs = [arg, *(f"{key}={value}" for key, value in arguments.items())]
+  arg = ",".join(filter(None, pairs)) or None
+  global _data_args
+  if _data_args is not None:  # A recipe reads another one.
+    return values["get_config"](arg)
+  _data_args = {}
+  try:
+    config = values["get_config"](arg)
+    config = data_arguments.apply_data_arguments(config, _data_args)
+  finally:
+    _data_args = None
+  settings = read_settings(f"{name}:{arg or ''}", topology)
+  return overrides.override(config, settings) if settings else config
+
+
+def read_settings(path: str, topology: str) -> Sequence[str]:
+  """Overrides of a recipe for a topology, from its constant `TOPOLOGIES`.
+
+  They are for the recipe as it is: empty if it has arguments other than its
+  tokenizer and `data_arguments`. Recipes that read it have their own.
+  """
+  name, _, arg = path.partition(":")
+  given = {part.partition("=")[0].strip() for part in split_paths(arg)}
+  if not topology or given - {"", "tokenizer", *data_arguments.ARGUMENTS}:
+    return ()
+  return _run_file(name).get("TOPOLOGIES", {}).get(topology, ())
+
+
+def _run_file(name: str) -> dict[str, Any]:
+  """The globals of a recipe's file; does not call `get_config`."""
   file = pathlib.Path(name)
   if not file.is_file():
     folder = pathlib.Path(configs.__path__[0])
@@ -84,19 +118,4 @@ def read_config(
   values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
-  pairs = [arg, *(f"{key}={value}" for key, value in arguments.items())]
-  arg = ",".join(filter(None, pairs)) or None
-  global _data_args
-  if _data_args is not None:  # A recipe reads another one.
-    return values["get_config"](arg)
-  _data_args = {}
-  try:
-    config = values["get_config"](arg)
-    config = data_arguments.apply_data_arguments(config, _data_args)
-  finally:
-    _data_args = None
-  if "topologies" not in config:
-    return config
-  settings = config.topologies.get(topology, ())
-  del config.topologies
-  return overrides.override(config, settings)
+  return values

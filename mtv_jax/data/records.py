@@ -31,7 +31,7 @@ Record = dict[str, Any]
 
 _MAGIC = b"MTV1"
 # Ends errors about missing captions.
-IMAGES_ALONE = (
+NO_CAPTIONS_HINT = (
   "Images alone train recipes without text, such as mae_b16_224, or a source of"
   " data.train with captions='ignored'."
 )

@@ -1,18 +1,21 @@
 """Source registry: opens the sources that configs and command lines name."""
 
+import functools
 import glob
 import inspect
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mtv_jax.config.options import PositiveInt, build, build_entry
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
 from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.records import NoRecordsError
 from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import LimitedSource, Paths, Source
 from mtv_jax.data.sources.folder import FolderSource
@@ -30,6 +33,8 @@ from mtv_jax.utils.errors import (
 from mtv_jax.utils.path_patterns import expand_path, pin, split_paths
 from mtv_jax.utils.text import list_first
 
+log = logging.getLogger(__name__)
+
 # Source classes, by `type` in a config.
 SOURCES: dict[str, type[Source]] = {
   "array_record": ArrayRecordSource,
@@ -45,11 +50,8 @@ _LISTINGS = (".json", ".csv", ".tsv")
 # Types of shards in a folder; img2dataset writes a table beside each tar.
 _BY_PREFERENCE = ("array_record", "webdataset", "parquet")
 _SUFFIXES = tuple(SOURCES[kind].suffix for kind in _BY_PREFERENCE)
-# In the names of a split's shards or folder, as on the hub.
-_SPLITS = [
-  re.compile(rf"(?:^|[-_./])(?:{names})(?:[-_./]|$)")
-  for names in ("train|training", "val|valid|validation|dev", "test")
-]
+# Names of splits: in those of shards, as on the hub, or of a folder of images.
+_SPLITS = ("train|training", "val|valid|validation|dev", "test")
 _EXPECTED = (
   "Expected a folder of images, shards (*.tar, *.parquet, *.array_record) or a"
   " folder of them, a listing (.json, .csv, .tsv), hf://datasets/ORG/NAME or"
@@ -132,11 +134,12 @@ def find_source(
   .parquet without images are listings of image files. "scenes" are the built-in
   scenes. A folder with images is a folder of image files; another one, and a
   data set of the hub (`hf://datasets/ORG/NAME`), stand for their shards. If the
-  names of shards or of a folder's subfolders tell splits, `train` is what is
-  not held out, and `test` the validation split, else the test split.
+  names of shards contain those of splits, or all subfolders with images are
+  named as splits, `train` is what is not held out, and `test` the validation
+  split, else the test split.
 
-  Raises NoRecordsError for a bucket's folder without shards, InputError for
-  `test` if the shards are those of a training split.
+  Raises NoRecordsError for a bucket's folder without shards, InputError for an
+  unreadable folder, and for `test` if all shards are of a training split.
   """
   listed = split_paths(path)
   if listed == ["scenes"]:
@@ -144,8 +147,13 @@ def find_source(
   if len(listed) == 1 and _is_folder(folder := listed[0]):
     is_remote = path_lib.is_remote(folder)
     folder = pin(folder) if is_remote else os.path.expanduser(folder)
+    shards = [] if is_remote else _list_shards(folder)
     for kind in _BY_PREFERENCE:
-      if files := _list_shards(folder, SOURCES[kind].suffix):
+      suffix = SOURCES[kind].suffix
+      files = [path for path in shards if path.endswith(suffix)]
+      if is_remote:
+        files = _list_remote(folder, suffix)
+      if files:
         return {"type": kind, "path": _choose_split(files, folder, split)}
     if is_remote:
       raise NoRecordsError(
@@ -163,11 +171,12 @@ def find_source(
 def list_shared(
   train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-  """Files and folders of held-out entries that those of `data.train` read.
+  """Files and folders of held-out entries also read by `data.train`.
 
-  Compares paths, not images.
+  Compares paths, not images; ignores paths that can't be read.
   """
-  held = {path for entry in held_out for path in _list_inputs(entry, "test")}
+  entries = {str(entry.get("path")): entry for entry in held_out}.values()
+  held = {path for entry in entries for path in _list_inputs(entry, "test")}
   shared = set()
   for entry in train if held else ():
     trained = {*_list_inputs(entry, "train")}
@@ -182,7 +191,8 @@ def _list_inputs(entry: Mapping[str, Any], split: str) -> list[str]:
       entry = find_source(paths, split=split)
     paths, kind = entry.get("path", []), entry.get("type")
     paths = [paths] if kind == "folder" else expand_path(paths)
-  except UserError:  # Its source or evaluation says why, or reads it itself.
+  # Its source or evaluation says why, or reads it itself.
+  except (UserError, OSError):
     return []
   paths = [os.path.expanduser(path) for path in paths]
   return [p if path_lib.is_remote(p) else os.path.realpath(p) for p in paths]
@@ -221,51 +231,61 @@ def _is_folder(path: str) -> bool:
   return not (_is_pattern(path) or path.endswith(_SUFFIXES))
 
 
-def _list_shards(folder: str, suffix: str) -> list[str]:
-  """Shards in a folder or, if it has none, in the folders below.
-
-  None if images are beside them: they are then something else.
-  """
+def _list_remote(folder: str, suffix: str) -> list[str]:
+  """Shards in a folder of a bucket, or anywhere in a data set of the hub."""
   if hub.is_hub(folder):
     try:
       pattern = f"{folder.rstrip('/')}/**/*{suffix}"
       return [*map(os.fspath, expand_path(pattern, suffix=suffix))]
     except MissingFileError:
       return []
-  if path_lib.is_remote(folder):
-    names = path_lib.list_folder(folder)
-    return [f"{folder.rstrip('/')}/{n}" for n in names if n.endswith(suffix)]
-  for folders in ([folder], _list_folders(folder)):
-    files = [f for part in folders for f in _list_files(part, suffix)]
-    if files or any(map(_has_images, folders)):
-      return [] if any(map(_has_images, folders)) else files
-  return []
+  names = path_lib.list_folder(folder)
+  return [f"{folder.rstrip('/')}/{n}" for n in names if n.endswith(suffix)]
 
 
-def _list_files(folder: str, suffix: str) -> list[str]:
-  names = (name for name in os.listdir(folder) if name.endswith(suffix))
-  return sorted(os.path.join(folder, name) for name in names)
+class _Folder(NamedTuple):
+  folders: list[str]  # without hidden ones and lost+found
+  shards: list[str]
+  has_images: bool
 
 
-def _list_folders(folder: str) -> list[str]:
-  with os.scandir(folder) as entries:
-    return sorted(entry.path for entry in entries if entry.is_dir())
+def _list_shards(folder: str) -> list[str]:
+  """Shards in a folder or, if it has neither these nor images, in those below.
+
+  Empty if images are beside them: they are then something else.
+  """
+  parts = [_scan(folder)]
+  if not (parts[0].shards or parts[0].has_images):
+    parts = map(_scan, parts[0].folders)
+  shards = []
+  for part in parts:
+    if part.has_images:
+      return []
+    shards += part.shards
+  return sorted(shards)
 
 
-def _has_images(folder: str) -> bool:
-  return any(n.lower().endswith(IMAGE_SUFFIXES) for n in os.listdir(folder))
-
-
-def _find_splits(paths: Iterable[str], folder: str) -> list[list[str]]:
-  """Paths below a folder that are named as training, validation and test."""
-  return [
-    [path for path in paths if pattern.search(path[len(folder) :].lower())]
-    for pattern in _SPLITS
-  ]
+def _scan(folder: str) -> _Folder:
+  folders, shards, has_images = [], [], False
+  try:
+    with os.scandir(folder) as entries:
+      for entry in entries:
+        if entry.name.endswith(_SUFFIXES):
+          shards.append(entry.path)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+          has_images = True
+        elif entry.is_dir() and not re.match(r"\.|lost\+found$", entry.name):
+          folders.append(entry.path)
+  except OSError as error:
+    raise InputError(f"{folder} can't be read: {error.strerror}.") from error
+  return _Folder(sorted(folders), shards, has_images)
 
 
 def _choose_split(files: Sequence[str], folder: str, split: str) -> list[str]:
-  training, validation, test = _find_splits(files, folder)
+  training, validation, test = (
+    [f for f in files if re.search(pattern, f[len(folder) :].lower())]
+    for pattern in (rf"(?:^|[-_./])(?:{s})(?:[-_./]|$)" for s in _SPLITS)
+  )
   if split == "test" and (validation or test):
     return validation or test
   if split == "test" and len(training) == len(files):
@@ -278,16 +298,34 @@ def _choose_split(files: Sequence[str], folder: str, split: str) -> list[str]:
 
 
 def _choose_folder(folder: str, split: str) -> str:
-  """The subfolder of a split, if a folder's images are all in splits.
+  """The subfolder of a split, if all subfolders with images are splits.
 
-  Beside images, or other folders of images, `train` may be a class.
+  Else the whole folder, with a warning if some are: `train` may be a class.
   """
-  below = _list_folders(folder)
-  training, validation, test = _find_splits(below, folder)
-  others = {folder, *below} - {*training, *validation, *test}
+  top = _scan(folder)
+  training, validation, test = (
+    [f for f in top.folders if re.fullmatch(s, os.path.basename(f).lower())]
+    for s in _SPLITS
+  )
+  splits = [*training, *validation, *test]
+  if not splits:
+    return folder
+  others = {*top.folders} - {*splits}
   chosen = training if split == "train" else validation or test
-  is_whole = len(chosen) != 1 or any(map(_has_images, others))
-  return folder if is_whole else chosen[0]
+  is_whole = len(chosen) != 1 or top.has_images
+  if not (is_whole or any(map(listings.find_image, others))):
+    return chosen[0]
+  _warn_of_splits(folder, list_first([*map(os.path.basename, splits)], 5))
+  return folder
+
+
+@functools.cache
+def _warn_of_splits(folder: str, names: str) -> None:
+  """Warns once, as a run finds a source several times."""
+  log.warning(
+    f"{folder}: reading all its images, also those in {names}, which are named"
+    " as splits. To read one split, name its folder."
+  )
 
 
 def source_type(paths: Paths) -> str:

@@ -64,10 +64,10 @@ class Stats:
     counters = {k: collections.Counter(counts.get(k, {})) for k in _COUNTERS}
     return cls(counts.get("read", 0), counts.get("corrupt", 0), **counters)
 
-  def shares(self, flaw: Literal["cut", "unknown"]) -> dict[str, float]:
-    """Share of the texts of each kind that were cut, or have unknown words."""
-    flawed = getattr(self, f"texts_{flaw}")
-    return {kind: flawed[kind] / count for kind, count in self.texts.items()}
+  def fraction(self, kind: Literal["cut", "unknown"]) -> dict[str, float]:
+    """Fraction of texts cut, or with unknown words, by kind of text."""
+    counts = getattr(self, f"texts_{kind}")
+    return {name: counts[name] / total for name, total in self.texts.items()}
 
   def count_bad(self, source: str, key: str, reason: str) -> None:
     """Counts a bad record; logs some of them."""
@@ -106,13 +106,13 @@ class Stats:
       # Warn once, when enough texts have been counted.
       if not before[kind] < first <= count:
         continue
-      if (share := self.shares("cut")[kind]) > _MAX_CUT:
+      if (share := self.fraction("cut")[kind]) > _MAX_CUT:
         log.warning(
           "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
           " Raise %s, or use a tokenizer of longer pieces.",
           *(100 * share, count, kind, ops, _LENGTHENED_BY[kind]),
         )
-      if (share := self.shares("unknown")[kind]) > _MAX_UNKNOWN:
+      if (share := self.fraction("unknown")[kind]) > _MAX_UNKNOWN:
         log.warning(
           "%.0f %% of %d %s have words that the tokenizer doesn't know, which"
           " share one id. Use another one, such as tokenizer=train:32000.",

@@ -38,7 +38,7 @@ class TokenizerSource:
 
   @property
   def trained_size(self) -> int | None:
-    """Pieces N of "train:N", else None; ConfigError if N is no number."""
+    """Pieces N of "train:N", else None; ConfigError if N is not a number."""
     return training.trained_size(self.spec)
 
   @property
@@ -84,8 +84,8 @@ class TokenizerSource:
   def find_files(self, run: pathlib.PurePath | None = None) -> TokenizerFiles:
     """The copy in the folder of a run, else the file that is named.
 
-    Of a hub's repository, prefers a SentencePiece model, from which SigLIP's
-    and T5's other files are derived. Raises MissingFileError without a file,
+    Prefers the SentencePiece model of a hub repository, from which SigLIP's and
+    T5's other files are derived. Raises MissingFileError without a file,
     and as `tokenizers.find_file`.
     """
     if self.spec in tokenizers.BUILT_IN:

@@ -229,7 +229,8 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   more = {"options": evaluator.changed_options()}
   more["seconds"] = round(time.perf_counter() - start, 1)
   protocol = {**result.protocol, **more}
-  return dataclasses.replace(result, protocol=protocol, main=evaluator.main)
+  facts = dict(type=base.evaluator_type(evaluator), main=evaluator.main)
+  return dataclasses.replace(result, protocol=protocol, **facts)
 
 
 @contextlib.contextmanager

@@ -201,7 +201,8 @@ def name_devices(devices: Sequence[jax.Device]) -> str:
   kind = _DEVICE_KINDS.get(devices[0].device_kind)
   if kind is None:
     return ""
-  sides = np.max([device.coords for device in devices], axis=0) + 1
+  coords = [device.coords for device in devices]
+  sides = np.ptp(coords, axis=0) + 1
   shape = "x".join(map(str, sides[: TPUS[kind].axes]))
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   return Topology("", TPUS[kind], 0, 0, shape, slices).canonical_name

@@ -41,6 +41,8 @@ class Metric:
   unit: str = "%"  # "%" for fractions, else the metric's unit ("m", or "")
   lower: bool = False  # whether lower is better
   chance: float | None = None  # expected value of a random encoder
+  # Type of the evaluation; empty if the result doesn't record it.
+  type: str = ""
   # Whether reports chart it; None: if it is the first of its evaluation.
   is_main: bool | None = dataclasses.field(default=None, compare=False)
 
@@ -150,12 +152,13 @@ def list_metrics(results: Iterable[tuple[str, Result]]) -> list[Metric]:
   for evaluation, result in results:
     main = result.main
     if main is None:  # Also results of versions that did not write it.
-      main = registered_class(evaluation).main
+      main = registered_class(evaluation, result.type).main
     for metric in result.metrics:
       name, unit = f"{evaluation}/{metric}", result.units.get(metric, "%")
       chance, lower = result.chance.get(metric), metric in result.lower
       is_main = None if main is None else metric in main
-      metrics.setdefault(name, Metric(name, unit, lower, chance, is_main))
+      found = Metric(name, unit, lower, chance, result.type, is_main)
+      metrics.setdefault(name, found)
   return [*metrics.values()]
 
 

@@ -179,7 +179,8 @@ def _describe_protocols(
     )
   for name in tables.evaluation_names(columns):
     found = tables.compare_protocols(columns, name).tables()
-    title = summary.name_evaluation(name)
+    kinds = [o.results[name].type for o in columns if name in o.results]
+    title = summary.name_evaluation(name, kinds[0])
     yield page.Details(title, [page.Table(table) for table in found])
 
 
@@ -270,13 +271,14 @@ def _describe_missing(outcomes: Sequence[Outcome]) -> Iterator[page.PageBlock]:
 def _list_sheets(
   outcomes: Sequence[Outcome],
 ) -> Iterator[tuple[str, str, page.ImageFile]]:
-  """Sheets with the names of their evaluation and of the sheet."""
+  """Readable name of the evaluation, name of the grid, image."""
   for outcome in outcomes:
     for evaluation, result in outcome.results.items():
       for name, image in result.sheets.items():
         parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
         path = f"sheets/{file_name(*parts)}.png"
-        yield evaluation, name, page.ImageFile(outcome.name, image, path)
+        title = summary.name_evaluation(evaluation, result.type)
+        yield title, name, page.ImageFile(outcome.name, image, path)
 
 
 class FigureMatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Reads run folders: config, metrics, evaluations, sheets, gradients."""
+"""Reads run folders: config, metrics, evaluations, image grids, gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports of runs: curves, metrics, gradients, sheets, configs."""
+"""Reports of runs: curves, metrics, gradients, image grids, configs."""
 
 from __future__ import annotations
 
@@ -283,12 +283,16 @@ def _draw_conflicts(runs: Sequence[RunRecord]) -> list[Chart]:
 def describe_sheets(
   runs: Sequence[RunRecord], output: pathlib.Path
 ) -> Iterator[page.PageBlock]:
-  """Sheets of evaluations; those of several runs are side by side."""
-  return summary.describe_sheets(
-    (*names, summary.load_image(run.name, file, output, run.name, *names))
-    for run in runs
-    for names, file in run.sheets.items()
-  )
+  """Image grids of evaluations; those of several runs are side by side."""
+  sheets = []
+  for run in runs:
+    for (evaluation, name), file in run.sheets.items():
+      kind = getattr(run.outcome.results.get(evaluation), "type", "")
+      title = summary.name_evaluation(evaluation, kind)
+      names = (run.name, evaluation, name)
+      image = summary.load_image(run.name, file, output, *names)
+      sheets.append((title, name, image))
+  return summary.describe_sheets(sheets)
 
 
 def describe_configs(runs: Sequence[RunRecord]) -> Iterator[page.PageBlock]:

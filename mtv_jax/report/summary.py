@@ -43,8 +43,8 @@ _SAMPLES_NOTE = (
 _MAX_NAMES = 3  # Names in a sentence.
 _MAX_WIDTH = 1200  # Width of an image on the page, in pixels.
 _FEW = 30  # Fewer test items have a warning.
-# What the sheets of evaluations show, by name.
-_SHEETS = {
+# What the image grids of evaluations show, by name.
+_IMAGE_GRIDS = {
   "captions": "the best captions of an image; green: its own",
   "images": "the best images for a caption; green frame: its own",
   "regions": "boxes with their phrase, and with the best phrase of all",
@@ -204,9 +204,13 @@ def describe_samples(
     yield page.Note(_SAMPLES_NOTE)
 
 
-def name_evaluation(name: str) -> str:
-  """A readable name: `val_retrieval` is "Image-text retrieval (val)"."""
-  kind, title = evaluation_type(name), registered_class(name).title
+def name_evaluation(name: str, recorded: str = "") -> str:
+  """A readable name: `val_retrieval` is "Image-text retrieval (val)".
+
+  `recorded` is the type of the evaluation, if its result records it.
+  """
+  kind = evaluation_type(name, recorded)
+  title = registered_class(name, recorded).title
   rest = name.replace(kind, "").strip("_").replace("_", " ")
   title = title or kind.replace("_", " ").capitalize()
   return f"{title} ({rest})" if rest else title
@@ -225,17 +229,17 @@ def name_metric(name: str) -> str:
 def name_row(row: tables.MetricRow) -> str:
   """A readable name of an evaluation's metric and protocol."""
   protocol = f" (protocol {row.variant})" if row.variant else ""
-  return (
-    f"{name_evaluation(row.evaluation)}: {name_metric(row.metric)}{protocol}"
-  )
+  title = name_evaluation(row.evaluation, row.kind)
+  return f"{title}: {name_metric(row.metric)}{protocol}"
 
 
 def describe_sheets(
   sheets: Iterable[tuple[str, str, page.ImageFile]],
 ) -> Iterator[page.PageBlock]:
-  """Sheets by evaluation and name, of one encoder or of several.
+  """Image grids of one encoder or of several.
 
-  A sheet's title is the encoder's name.
+  `sheets` have the readable name of the evaluation, the name of the grid, and
+  the image, whose title is the encoder's name.
   """
   groups = collections.defaultdict(list)
   for evaluation, name, file in sheets:
@@ -245,8 +249,8 @@ def describe_sheets(
   yield page.Heading("Held-out images")
   named = []
   for (evaluation, sheet), files in groups.items():
-    what = _SHEETS.get(sheet, sheet.replace("_", " "))
-    named.append((f"{name_evaluation(evaluation)}: {what}", files))
+    what = _IMAGE_GRIDS.get(sheet, sheet.replace("_", " "))
+    named.append((f"{evaluation}: {what}", files))
   if len({file.title for _, files in named for file in files}) == 1:
     yield page.Images([file._replace(title=title) for title, (file,) in named])
     return
@@ -317,7 +321,7 @@ def _describe_row(
     sentences.append(best if row.best is None else f"Best: {names[row.best]}.")
   if counts and min(counts.values()) < _FEW:
     sentences.append("The test set is too small for a reliable verdict.")
-  title = name_evaluation(row.evaluation)
+  title = name_evaluation(row.evaluation, row.kind)
   title += f" (protocol {row.variant})" if row.variant else ""
   metric = name_metric(row.metric) + ", lower is better" * row.lower
   return page.Headline(

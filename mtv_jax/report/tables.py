@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.base import Result, evaluation_type
 from mtv_jax.evals.core.results import Outcome, jsonable
 from mtv_jax.report import contrasts
 from mtv_jax.report.contrasts import (
@@ -54,6 +54,7 @@ class MetricRow(NamedTuple):
   values: tuple[float | None, ...]  # None if missing or on different data
   errors: tuple[float | None, ...]  # standard errors; None if unknown
   is_main: bool
+  kind: str  # the type of the evaluation
   # Number of the protocol, from 1, if the evaluation has several; else 0.
   variant: int = 0
   best: int | None = None  # index of the best value, see `BEST_NOTE`
@@ -149,7 +150,9 @@ def _row(metric: Metric, data: ArmMeasurements, *, is_main: bool) -> MetricRow:
     errors.append(scaled(known[0] if len(known) == 1 else None))
   evaluation, _, name = metric.name.partition("/")
   fields = metric.unit, metric.lower, scaled(metric.chance)
-  return MetricRow(evaluation, name, *fields, (*values,), (*errors,), is_main)
+  kind = evaluation_type(evaluation, metric.type)
+  values, errors = tuple(values), tuple(errors)
+  return MetricRow(evaluation, name, *fields, values, errors, is_main, kind)
 
 
 def list_arm_rows(

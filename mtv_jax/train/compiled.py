@@ -1,8 +1,7 @@
 """A compiled train step in a file: preflight saves it, a run loads it.
 
 A file is a line of JSON, which says what the program depends on, followed by
-the program, as `jax.experimental.serialize_executable` writes it. Loading a
-program runs code: load only files that you or your cluster have written.
+the program, as `jax.experimental.serialize_executable` writes it.
 """
 
 import contextlib
@@ -117,7 +116,7 @@ def save(
   return len(data)
 
 
-def load_if_equal(path: str | os.PathLike, step: TrainStep) -> TrainStep:
+def load_if_compatible(path: str | os.PathLike, step: TrainStep) -> TrainStep:
   """Loads the program of a file into a step, if it was compiled for it.
 
   Otherwise, or if JAX can't load it, logs why and returns the step unchanged.

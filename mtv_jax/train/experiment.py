@@ -24,6 +24,7 @@ from mtv_jax.data.tokenizers import training
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.evals.core import base as evals_base
+from mtv_jax.evals.datasets import class_folders
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.models.heads import PredictionHead, head_type
 from mtv_jax.models.two_tower import ModelSpec
@@ -47,8 +48,10 @@ log = logging.getLogger(__name__)
 
 # Records whose captions a tokenizer is trained on.
 _CAPTION_RECORDS = 100_000
-# Test images or pairs on the sheets of a training's evaluations.
+# Test images or pairs on the image grids of a training's evaluations.
 PICTURES = 3
+# Entries of `val=` that would take a folder's subfolders as classes.
+_CLASSIFICATIONS = ("zero_shot", "knn")
 _NAME_DATA = (
   "Name held-out data in --config (val=PATH, imagenet=PATH, coco=PATH, ...)."
 )
@@ -301,11 +304,14 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   """
   evaluators, left_out = {}, {}
   for name, evaluator in experiment.evaluators.items():
+    entry = experiment.config.evals[name]
     try:
+      if entry.optional and entry.type in _CLASSIFICATIONS:
+        class_folders.reject_captioned(entry.options.get("data"))
       evaluator.prepare()
       evaluators[name] = evaluator
     except evals_base.NotApplicable as error:
-      if not experiment.config.evals[name].optional:
+      if not entry.optional:
         error.add_note(f"(in config.evals.{name})")
         raise
       left_out[name] = str(error).rstrip(".")
@@ -322,22 +328,21 @@ def open_evaluations(experiment: Experiment) -> Experiment:
   config = experiment.config
   data = [e.options.get("data") for e in config.evals.values() if e.optional]
   data = [d if isinstance(d, Mapping) else {"path": d} for d in data]
+  data = data if jax.process_index() == 0 else []
   if shared := sources_lib.list_shared(config.data.train, data):
     names = list_first(shared, 3)
-    log.warning(f"The run trains on data that evaluate it: {names}.")
+    log.warning(f"Training data overlaps evaluation data: {names}.")
+  if not evaluators:
+    log.warning("This run has no evaluations. %s", _NAME_DATA)
   return dataclasses.replace(experiment, evaluators=evaluators)
 
 
 def check_evaluation_data(experiment: Experiment) -> None:
-  """Raises ConfigError if a run on other data is evaluated on scenes alone.
-
-  Warns of a run without evaluations.
-  """
+  """Raises ConfigError if a run on other data is evaluated on scenes alone."""
   data = [getattr(e, "data", None) for e in experiment.evaluators.values()]
-  is_own = any(e.get("type") != "scenes" for e in experiment.config.data.train)
-  if not data:
-    log.warning("Nothing evaluates this run. %s", _NAME_DATA)
-  elif is_own and all(map(is_scenes, data)):
+  train = experiment.config.data.train
+  has_user_data = any(entry.get("type") != "scenes" for entry in train)
+  if data and has_user_data and all(map(is_scenes, data)):
     names = ", ".join(experiment.evaluators)
     raise ConfigError(
       f"This run would be evaluated on rendered scenes alone ({names})."

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
-from mtv_jax.data.pipeline import Batch
 from mtv_jax.data.registry import read_weight
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.parallel.mesh import MESH_AXES
@@ -17,6 +16,7 @@ from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.build_step import TrainStep
 from mtv_jax.train.experiment import Experiment, make_loader
 from mtv_jax.train.optim.optimizer import describe_rules
+from mtv_jax.train.samples import find_labelled
 from mtv_jax.utils import atomic, xla_flags
 from mtv_jax.utils.text import format_bytes, format_percent, format_setting
 from mtv_jax.utils.tree import flatten_with_names
@@ -70,13 +70,12 @@ def describe_run(experiment: Experiment) -> list[str]:
     f" ({mesh.size} {mesh.devices.flat[0].device_kind}, processes:"
     f" {jax.process_count()})."
   )
-  if flags := xla_flags.parse_flags(config.xla_flags):
+  if config.xla_flags:
+    platform = mesh.devices.flat[0].platform
+    flags = xla_flags.select_flags(config.xla_flags, platform)
     text = ", ".join(f"{name}={value}" for name, value in flags.items())
-    used = mesh.devices.flat[0].platform == "tpu"
-    lines.append(
-      f"XLA flags {config.xla_flags}{'' if used else ' (unused off TPUs)'}:"
-      f" {text}."
-    )
+    text = text or f"unused on {platform.upper()}s"
+    lines.append(f"XLA flags {config.xla_flags}: {text}.")
   if state.teacher or state.ema:
     lines.append(
       f"Evaluations and exports read the {config.weights} weights "
@@ -100,40 +99,30 @@ def describe_run(experiment: Experiment) -> list[str]:
   return lines
 
 
-def label_shares(batch: Batch) -> dict[str, float]:
-  """Share of a batch's rows that have each kind of label."""
-  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
-  return {
-    kind: float((batch[name] > 0).reshape(len(batch[name]), -1).any(1).mean())
-    for kind, name in fields.items()
-    if name in batch
-  }
-
-
 def describe_start(experiment: Experiment, first: int) -> list[str]:
   """Reads the batch after `first` updates; sentences on it and the start.
 
-  A batch that a rollback skipped is not left out.
+  Ignores batches skipped by rollbacks.
   """
   total, init = experiment.total_steps, experiment.config.init
   if first >= total:
-    return [f"Complete at step {first:,}: trains no step."]
+    return [f"Complete at step {first:,}: nothing left to train."]
   begin = time.perf_counter()
   with make_loader(experiment, first) as loader:
     batch = next(loader)
   seconds = time.perf_counter() - begin
   rows = len(next(iter(batch.values())))
-  shares = label_shares(batch).items()
   labels = ", ".join(
-    f"{name} {format_percent(share)}" for name, share in shares
+    f"{kind} {format_percent(float(has.mean()))}"
+    for kind, has in find_labelled(batch).items()
   )
   source = f"the weights of {init.path}" if init else "random parameters"
   where = f"at step 0, from {source}"
   if first:
     where = f"at step {first:,} of {total:,}, from the last checkpoint"
   return [
-    f"A batch of this process: {rows:,} rows, the first one in {seconds:.1f} s;"
-    f" with labels: {labels or 'none are read'}.",
+    f"Read a batch of {rows:,} rows in {seconds:.1f} s (process"
+    f" {jax.process_index()}). With labels: {labels or 'none are read'}.",
     f"Starts {where}.",
   ]
 
@@ -156,11 +145,11 @@ def _list_sources(experiment: Experiment) -> list[str]:
   lines = []
   for source, weight in zip(experiment.sources, weights, strict=True):
     described, share = source.describe(), weight / sum(weights)
-    labels = ", ".join(described.get("labels", {})) or "none"
-    lines.append(
-      f"Data: {described['name']}, {len(source):,} records; label sets:"
-      f" {labels}; {format_percent(share)} of a batch."
-    )
+    parts = [f"Data: {described['name']}, {len(source):,} records"]
+    if labels := described.get("labels"):
+      parts.append(f"label sets: {', '.join(labels)}")
+    parts.append(f"{format_percent(share)} of a batch.")
+    lines.append("; ".join(parts))
   return lines
 
 

@@ -6,6 +6,7 @@ in derived values. `RunConfig.to_dict` returns the content of `config.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -25,6 +26,7 @@ from mtv_jax.config.options import (
 )
 from mtv_jax.config.sections import Config, further_options, sparse
 from mtv_jax.data.pipeline import DataConfig
+from mtv_jax.encoder import hub
 from mtv_jax.encoder.tokenizer_source import TokenizerSource
 from mtv_jax.models.two_tower import ModelConfig, ModelSpec
 from mtv_jax.objectives import base, build_objective
@@ -42,12 +44,14 @@ from mtv_jax.train.teachers import (
   read_teacher_models,
 )
 from mtv_jax.train.workdir import read_recorded_config
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, UserError
 from mtv_jax.utils.path_patterns import pin_all
+from mtv_jax.utils.tree import select_names
 
 log = logging.getLogger(__name__)
 
 Weights = Literal["student", "teacher", "ema"]
+_EMBEDDING = ["text/token_embedding"]
 _FROZEN_TEXT = ["^text/", {"lr": 0.0}]
 
 
@@ -188,7 +192,7 @@ class RunConfig:
   weights: Weights = "student"
   mesh: MeshConfig
   sharding: tuple[Any, ...] = ()  # (regex, axes of the trailing dimensions).
-  # Compiler flags of the step on TPUs, see `xla_flags.parse_flags`.
+  # Compiler flags of the step, see `xla_flags.parse_flags`.
   xla_flags: str = sparse("")
   init: InitConfig | None = None
   evals: Mapping[str, EvalConfig]
@@ -231,8 +235,8 @@ def _resolve_inputs(
 ) -> RunConfig:
   """Pins data and tokenizer of the hub; sizes the vocabulary.
 
-  A run in `workdir` gives commits, and the size unless the config does; its
-  tokenizer must be readable.
+  A run in `workdir` gives commits, and its tokenizer must be readable. Unless
+  the config gives the size, that run does, or the one of `config.init`.
   """
   recorded = {}
   if workdir is not None and saved_steps(workdir):
@@ -249,6 +253,8 @@ def _resolve_inputs(
     if reads_files:
       source = source.pin(commits)
     size = known.get("vocab_size") if size is None else size
+    if size is None and reads_files:
+      size = _read_init_rows(run.init)
     if size is None:
       required = workdir is not None
       size = source.count_ids(reads_files=reads_files, is_required=required)
@@ -256,6 +262,18 @@ def _resolve_inputs(
   data = dataclasses.replace(run.data, train=train, commits=commits)
   model = dataclasses.replace(run.model, text=text)
   return dataclasses.replace(run, data=data, model=model)
+
+
+def _read_init_rows(init: InitConfig | None) -> int | None:
+  """Rows of the token embedding that a run of `config.init` gives, if any."""
+  loads_text = init and select_names(_EMBEDDING, init.include or ("",))
+  if not loads_text or init.new_tokenizer or hub.is_name(init.path):
+    return None
+  # An export has no recorded config; loading raises for what can't be read.
+  with contextlib.suppress(UserError, OSError, ImportError):
+    text = read_recorded_config(init.path).get("model", {}).get("text") or {}
+    return text.get("vocab_size")
+  return None
 
 
 def resolve(

@@ -26,23 +26,28 @@ def write_samples(
   """
   folder.mkdir(exist_ok=True)
   rows = len(batch["image"])
-  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
-  has = {
-    kind: (batch[field] > 0).reshape(rows, -1)
-    for kind, field in fields.items()
-    if field in batch
-  }
+  labelled = find_labelled(batch)
   captions = []
   for i, row in enumerate(subsample(range(rows), NUM_SAMPLES)):
     image = _draw_sample({k: v[row] for k, v in batch.items()}, tokenizer)
     plots.save_image(image, folder / f"{i}.png")
     captions.append("")
-    if "captions" in has and has["captions"][row].any():
+    if "captions" in labelled and labelled["captions"][row]:
       (captions[-1],) = tokenizer.decode(batch["caption"][[row]].tolist())
-  labelled = {name: int(x.any(axis=1).sum()) for name, x in has.items()}
-  content = {"rows": rows, "labelled": labelled, "captions": captions}
+  counts = {kind: int(has.sum()) for kind, has in labelled.items()}
+  content = {"rows": rows, "labelled": counts, "captions": captions}
   # Last: it marks the images as complete.
   atomic.write_text(folder / "samples.json", json.dumps(content, indent=1))
+
+
+def find_labelled(batch: pipeline.Batch) -> dict[str, np.ndarray]:
+  """bool [B] by kind of label: which rows of a batch have such a label."""
+  fields = dict(captions="caption_valid", boxes="box_valid", depth="depth")
+  return {
+    kind: (batch[field] > 0).reshape(len(batch[field]), -1).any(axis=1)
+    for kind, field in fields.items()
+    if field in batch
+  }
 
 
 def _draw_sample(row: pipeline.Batch, tokenizer: Any) -> np.ndarray:

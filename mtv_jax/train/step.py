@@ -101,7 +101,7 @@ class Program:
   tx: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState  # Shapes and shardings of the state.
-  flags: str = ""  # Compiler flags on TPUs, see `xla_flags.parse_flags`.
+  flags: str = ""  # Compiler flags, see `xla_flags.parse_flags`.
   # A compiled `update` of all objectives, see `train/compiled.py`.
   loaded: Callable[..., Any] | None = None
 

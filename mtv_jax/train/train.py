@@ -106,7 +106,7 @@ def _open_experiment(
     check_evaluation_data(experiment)
   experiment = open_evaluations(experiment)
   if compiled:
-    experiment = compiled_lib.load_if_equal(compiled, experiment)
+    experiment = compiled_lib.load_if_compatible(compiled, experiment)
   return experiment
 
 

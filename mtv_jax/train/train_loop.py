@@ -118,7 +118,7 @@ class Trainer:
         self.save_and_exit(step)
       if step == last:
         self.watchdog.close()  # The last save may take long.
-        self.notice.consequence = "completes the last evaluations, then exits."
+        self.notice.exit_message = "completes the last evaluations, then exits."
         self.save(step)
       self.evaluate(step, self.due_evaluations(step))
       if step < last:  # After the last step, `wait` raises save errors.
@@ -200,7 +200,7 @@ class Trainer:
       self.in_flight.append((step, self.values, batch))
       # Two steps in flight keep the devices busy; more only take memory.
       self.observe(0 if self.chrono.compiling or self.debug_nans else 2)
-    self.notice.consequence = "saves a checkpoint and exits."
+    self.notice.exit_message = "saves a checkpoint and exits."
     if self.chrono.compiling:
       seconds = time.perf_counter() - start
       self.session.record_compilation(self.active, seconds)
@@ -300,8 +300,8 @@ class Trainer:
       **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
-      **{f"data/{kind}_cut": v for kind, v in stats.shares("cut").items()},
-      **{f"data/{k}_unknown": v for k, v in stats.shares("unknown").items()},
+      **{f"data/{kind}_cut": v for kind, v in stats.fraction("cut").items()},
+      **{f"data/{k}_unknown": v for k, v in stats.fraction("unknown").items()},
       **measured,
     }
     losses = [name for name in values if name.endswith("/loss")]

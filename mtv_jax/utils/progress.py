@@ -81,8 +81,8 @@ def track(items: Sequence[T], description: str, *, unit: str) -> Iterator[T]:
   yield from make_bar(items, leave=not is_tty, delay=delay)
 
 
-# (what, start) of the jobs in progress, the innermost last.
-_jobs: list[tuple[Callable[[], str], float]] = []
+# (what, start, can_exit) of the jobs in progress, the innermost last.
+_jobs: list[tuple[Callable[[], str], float, bool]] = []
 _last_output = 0.0
 _muted = False
 
@@ -100,14 +100,26 @@ def note_output() -> None:
 
 
 @contextlib.contextmanager
-def activity(what: str | Callable[[], str]) -> Iterator[None]:
-  """Names what `report_silence` reports, while inside."""
-  job = (what if callable(what) else lambda: what, time.monotonic())
+def activity(
+  what: str | Callable[[], str], *, can_exit: bool = False
+) -> Iterator[None]:
+  """Names what `report_silence` reports, while inside.
+
+  `can_exit`: the process may exit inside without cleaning up, such as while it
+  compiles.
+  """
+  name = what if callable(what) else lambda: what
+  job = (name, time.monotonic(), can_exit)
   _jobs.append(job)
   try:
     yield
   finally:
     _jobs.remove(job)
+
+
+def can_exit() -> bool:
+  """Whether the innermost activity allows an exit without cleaning up."""
+  return bool(_jobs) and _jobs[-1][2]
 
 
 @contextlib.contextmanager
@@ -120,7 +132,7 @@ def report_silence(program: str) -> Iterator[None]:
     while not exits.wait(SECONDS / 10):
       if _muted or time.monotonic() - _last_output < SECONDS:
         continue
-      what, since = _jobs[-1] if _jobs else (lambda: "running", start)
+      what, since, _ = _jobs[-1] if _jobs else (lambda: "running", start, 0)
       elapsed = format_duration(time.monotonic() - since)
       with contextlib.suppress(OSError, ValueError):  # A closed terminal.
         print(f"{program}: {what()}, {elapsed}", file=sys.stderr, flush=True)

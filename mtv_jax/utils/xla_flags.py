@@ -21,32 +21,34 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 log = logging.getLogger(__name__)
 
 
-# Sets of TPU compiler flags, as MaxText groups and documents them
-# (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`.
+# Sets of compiler flags; TPUs', as MaxText groups and documents them
+# (benchmarks/xla_flags_library.py); a config names them, see `parse_flags`, and
+# docs/pods.md says what they are for.
 _FUSION = "xla_tpu_enable_async_collective_fusion"
 _ASYNC = (
   f"{_FUSION}=true|{_FUSION}_multiple_steps=true"
   "|xla_tpu_overlap_compute_collective_tc=true|"
 )
 FLAG_SETS = {
-  # Collectives run in steps beside the products that don't wait for them.
   "async_all_gather": _ASYNC
   + f"{_FUSION}_fuse_all_gather=true|xla_enable_async_all_gather=true",
   "async_all_reduce": _ASYNC
   + f"{_FUSION}_fuse_all_reduce=true|xla_enable_async_all_reduce=true",
-  # All-reduces that are then sliced become reduce-scatters.
   "reduce_scatter": "xla_tpu_use_minor_sharding_for_major_trivial_input=true"
   "|xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
-  # All-reduces of data parallelism between slices.
   "data_parallel": "xla_tpu_enable_data_parallel_all_reduce_opt=true"
   "|xla_tpu_data_parallel_opt_different_sized_ops=true",
-  # On-chip memory for one operation; the rest prefetches for the next ones.
   "dense_vmem": "xla_tpu_scoped_vmem_limit_kib=98304",
+  # Compiles in 0.6 of the time, for runs of a few steps on a CPU.
+  "quick": "xla_backend_optimization_level=0",
 }
+
+_LEVEL = "xla_backend_optimization_level"
+_CPU_FLAGS = (_LEVEL, "xla_cpu_")
 
 
 def parse_flags(text: str) -> dict[str, str]:
-  """TPU compiler options of `config.xla_flags`; ConfigError if invalid.
+  """Compiler options of `config.xla_flags`; ConfigError if invalid.
 
   The text is names of `FLAG_SETS` and NAME=VALUE flags, separated by '|'; later
   ones override earlier ones.
@@ -67,26 +69,33 @@ def parse_flags(text: str) -> dict[str, str]:
   return flags
 
 
+def select_flags(text: str, platform: str) -> dict[str, str]:
+  """The options of `config.xla_flags` for a platform; GPUs take none."""
+  return {
+    name: value
+    for name, value in parse_flags(text).items()
+    if platform == ("cpu" if name.startswith(_CPU_FLAGS) else "tpu")
+  }
+
+
 def compiler_options(
   mesh: Mesh | None, flags: str = "", *, runs_once: bool = False
 ) -> dict[str, str] | None:
   """Options for `jax.jit` on a mesh (None: the default device), if needed.
 
-  On TPUs, the `flags` of a config. On CPUs, selects Eigen's matrix products:
-  with YNNPACK, the default of newer releases, towers are 1.25 times slower, and
-  several times on shared cores. A program that `runs_once` is optimized less on
-  CPUs, unless XLA_FLAGS set the level: it compiles twice as fast and computes
-  equal values.
+  `flags` are a config's. On CPUs, selects Eigen's matrix products: with
+  YNNPACK, the default of newer releases, towers are 1.25 times slower, and
+  several times on shared cores. A program that
+  `runs_once` is optimized less on CPUs, unless XLA_FLAGS set the level: it
+  compiles twice as fast and computes equal values.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  if device.platform == "tpu":
-    return parse_flags(flags) or None
+  given = select_flags(flags, device.platform)
   if device.platform != "cpu":
-    return None
-  name = "xla_backend_optimization_level"
-  if runs_once and name not in os.environ.get("XLA_FLAGS", ""):
-    return {name: "1"}
-  return _options()
+    return given or None
+  if runs_once and _LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    return {_LEVEL: "1"}
+  return (_options() or {}) | given or None
 
 
 @functools.cache

@@ -4,10 +4,12 @@ import argparse
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from concurrent import futures
 from typing import Annotated, Literal
 
 import pytest
@@ -29,6 +31,25 @@ def test_every_command_has_help(name, capsys):
     assert all(f"  {name} " in text for name in main.COMMANDS)
   else:
     assert text.startswith(f"usage: mtv-jax {name}") and "--debug" in text
+
+
+def test_a_caller_keeps_its_handler_of_interrupts(monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["mtv-jax", "--help"])
+
+  def call():
+    for argv in (None, ["--help"]):
+      with pytest.raises(SystemExit, match="0"):
+        main.main(argv)
+
+  default = signal.default_int_handler
+  previous = signal.signal(signal.SIGINT, default)
+  try:
+    call()
+    assert signal.getsignal(signal.SIGINT) is default
+    with futures.ThreadPoolExecutor() as pool:
+      pool.submit(call).result()
+  finally:
+    signal.signal(signal.SIGINT, previous)
 
 
 _TRAIN = "train --config=mtv_tiny:tiny --workdir=x"

@@ -65,8 +65,9 @@ def test_tsv_names_its_columns_and_paths_are_relative_to_it(photos):
   )
   (actual,) = listings.read(path, image_column="file", caption_column="text")
   assert actual.path.read_bytes() == encoded(2)
-  path = table(photos / "x.csv", [("2.jpg", "a, b")], delimiter=";")
-  assert listings.read(path)[0].captions == ["a, b"]
+  path = table(photos / "x.csv", [("2.jpg", "a, b")], ("image", "a, b"), ";")
+  (row,) = listings.read(path, caption_column="a, b")
+  assert row.captions == ["a, b"]
   assert actual.captions == ["zwei\nZeilen"]
 
 
@@ -150,7 +151,7 @@ def test_folder(photos):
   (photos / "x.txt").write_text("x")
   (photos / "3.png").touch()  # Without captions, another image.
   problems = {e.name: e.problem for e in listings.read(photos)}
-  assert "isn't read (.heic): convert to JPEG" in problems["x.heic"]
+  assert "unsupported format (.heic): convert to JPEG" in problems["x.heic"]
   assert problems["3.png"] == problems["3.jpg"] == "no caption"
   unread = {
     e.name for e in listings.list_images(photos) if ".heic" in e.problem
@@ -414,7 +415,7 @@ def test_splits_that_are_taken(photos, tmp_path, capsys):
   out = tmp_path / "out"
   assert not main([f"{tmp_path}/all", f"--output={out}"])
   text = capsys.readouterr().out
-  assert f"takes every split; for one, give {tmp_path}/all/train." in text
+  assert f"using all splits; for one split, pass {tmp_path}/all/train." in text
   assert "4 records in 1 shards" in text
   (out / "00000.tar").rename(out / "train.tar")
   (out / "val.tar").touch()

@@ -96,7 +96,9 @@ def test_an_unknown_argument_is_compared_with_them():
     read_config("siglip_b16_224:depth=d")
   with pytest.raises(ConfigError, match="'val' is given twice"):
     read_config("siglip_b16_224:val=a,val=b")
-  with pytest.raises(ConfigError, match="coco=c: it evaluates nothing"):
+  with pytest.raises(
+    ConfigError, match="coco=c: no evaluation on coco applies"
+  ):
     read_config("mae_b16_224:coco=c")
   with pytest.raises(ConfigError, match="val_boxes=b: no objective reads it"):
     read_config("siglip_b16_224:val=v,val_boxes=b")

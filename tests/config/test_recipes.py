@@ -1,8 +1,12 @@
 """Typed arguments of recipes."""
 
+import runpy
+
 import pytest
 
+from mtv_jax import configs
 from mtv_jax.config import recipes, schema
+from mtv_jax.train.run import check_config
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -46,13 +50,27 @@ def test_recipes_written_for_the_former_module_run():
   assert schema.read_config is recipes.read_config
 
 
-def test_settings_of_a_topology_precede_overrides():
-  name = "mtv_b16_224"
-  plain = recipes.read_config(name)
-  tuned = recipes.read_config(name, topology="v5e:16x16")
-  assert (plain.mesh.fsdp, tuned.mesh.fsdp) == (1, 8)
-  assert (plain.model.remat, tuned.model.remat[:11]) == ("full", "full|image=")
-  for config in (plain, tuned):
-    assert "topologies" not in config
-  other = recipes.read_config(f"{name}:batch=64", topology="v5e:16x16")
-  assert other.model.remat == "full"
+def test_settings_of_a_topology_are_for_its_recipe_alone(tmp_path):
+  (tmp_path / "base.py").write_text("""
+from mtv_jax.config.recipes import parse_arg, read_config
+TOPOLOGIES = {"v5e:2x2": ("mesh.fsdp=2",)}
+def get_config(arg=None):
+  arg = parse_arg(arg, tokenizer="", batch=4)
+  return read_config("siglip_b16_224", **arg)
+""")
+  (tmp_path / "own.py").write_text(f"""
+from mtv_jax.config.recipes import parse_arg, read_config
+def get_config(arg=None):
+  return read_config("{tmp_path}/base.py")
+""")
+
+  def fsdp(recipe, topology="v5e:2x2"):
+    config = recipes.read_config(f"{tmp_path}/{recipe}", topology=topology)
+    return config.mesh.fsdp
+
+  assert fsdp("base.py") == fsdp("base.py:tokenizer=a,data=b") == 2
+  others = [fsdp("base.py:batch=8"), fsdp("own.py"), fsdp("base.py", "v5e:4x4")]
+  assert others == [1, 1, 1]
+  # Called by its own users, `get_config` returns a valid config.
+  values = runpy.run_path(f"{configs.__path__[0]}/mtv_b16_224.py")
+  check_config(values["get_config"]())

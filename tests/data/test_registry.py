@@ -21,14 +21,15 @@ def files(tmp_path):
     "splits/train/0.array_record", "splits/val/0.array_record",
     "photos/restrained/a.tif", "photos/a.txt", "photos/old/0.tar",
     "halves/train/a.jpg", "halves/val/b/c.jpg", "halves/test/d.jpg",
-    "halves/docs/notes.txt", "classes/train/a.jpg", "classes/val/b.jpg",
-    "classes/car/c.jpg", "tests/train.tar", "tests/test.tar", "tests/val.tar",
+    "halves/docs/notes.txt", "halves/lost+found/", "classes/train/a/b.jpg",
+    "classes/val/b.jpg", "classes/car/c/d.jpg", "trips/train-a/a.jpg",
+    "trips/val/b.jpg", "tests/train.tar", "tests/test.tar", "tests/val.tar",
     "a, b/0.tar", "a, b/1.tar",
   ]  # fmt: skip
   for name in names:
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
+    file.mkdir(0) if name.endswith("/") else file.touch()
   return tmp_path
 
 
@@ -60,15 +61,21 @@ def test_held_out_shards_are_not_those_of_training(files):
     ("photos", "folder", "photos"),
     ("halves", "folder", "halves/train"),
     ("classes", "folder", "classes"),  # One of them is called train.
+    ("trips", "folder", "trips"),
     ("a, b", "webdataset", ["a, b/0.tar", "a, b/1.tar"]),
     ("captions.JSON", "folder", "captions.JSON"),
     ("pairs.tsv", "folder", "pairs.tsv"),
     ("gs://bucket/*.parquet", "parquet", ["gs://bucket/*.parquet"]),
   ],
 )
-def test_a_path_gives_type_and_files(files, monkeypatch, path, kind, expected):
+def test_a_path_gives_type_and_files(
+  files, monkeypatch, caplog, path, kind, expected
+):
   monkeypatch.chdir(files)
   assert find_source(path) == {"type": kind, "path": expected}
+  names = dict(classes=["in train, val,"], trips=["in val,"]).get(path, [])
+  assert [name for name in names if name in caplog.text] == names
+  assert len(caplog.records) == len(names)
 
 
 def test_data_in_training_and_evaluation(files):

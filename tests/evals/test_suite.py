@@ -79,6 +79,7 @@ def test_a_failed_evaluation_runs_again(
   assert list(outcome.results) == names
   # A page of stored results is as the first one.
   assert [*outcome.results["first"].sheets] == ["b: 1", "a"]
+  assert outcome.results["first"].type == "first"
   reused = [line for line in lines if "reuses the stored result of" in line]
   assert len(reused) == len(done)
 

@@ -72,6 +72,13 @@ def test_libtpu_has_as_many_chips_and_hosts(name):
 
 
 @pytest.mark.reference
+def test_coordinates_of_a_slice_may_start_anywhere():
+  devices = topologies.devices(topologies.parse("v5e:4x4"))
+  corner = [device for device in devices if min(device.coords[:2]) >= 2]
+  assert topologies.name_devices(corner) == "v5e:2x2"
+
+
+@pytest.mark.reference
 @pytest.mark.parametrize("name", ["v5e:16x16", "v6e:16x16", "v5p:4x4x8"])
 @pytest.mark.parametrize("fsdp", [1, 2, 8, 32])
 def test_a_mesh_may_split_an_axis_of_the_network(name, fsdp):

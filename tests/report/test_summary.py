@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import outcome_samples
 import pytest
 import study_samples
 
@@ -153,13 +154,21 @@ def test_small_sets_and_unknown_errors():
 
 
 @pytest.mark.parametrize(
-  ("name", "title"),
+  ("name", "kind", "title"),
   [
-    ("retrieval", "Image-text retrieval"),
-    ("val_retrieval", "Image-text retrieval (val)"),
-    ("coco_zero_shot_segmentation", "Zero-shot segmentation (coco)"),
-    ("my_own", "My own"),
+    ("retrieval", "", "Image-text retrieval"),
+    ("val_retrieval", "", "Image-text retrieval (val)"),
+    ("coco_zero_shot_segmentation", "", "Zero-shot segmentation (coco)"),
+    ("my_own", "", "My own"),
+    ("box_retrieval", "grounding", "Grounding (box retrieval)"),
   ],
 )
-def test_titles_of_evaluations(name, title):
-  assert summary.name_evaluation(name) == title
+def test_titles_of_evaluations(name, kind, title):
+  assert summary.name_evaluation(name, kind) == title
+  outcome = outcome_samples.make_outcome("a")
+  result = dataclasses.replace(outcome.results["shot"], type=kind)
+  outcome = dataclasses.replace(outcome, results={name: result})
+  (row,) = tables.compare([outcome])
+  assert summary.name_row(row) == f"{title}: top-1 accuracy"
+  # Metrics of retrieval are the main ones of no other type.
+  assert row.is_main == ("Image-text" not in title)

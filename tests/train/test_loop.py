@@ -17,10 +17,9 @@ from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.reading import saved_steps
 from mtv_jax.encoder import loading
 from mtv_jax.perf.bench import step as step_bench
-from mtv_jax.train import plan
+from mtv_jax.train import samples
 from mtv_jax.train.experiment import (
   build_experiment,
-  check_evaluation_data,
   make_loader,
   open_evaluations,
   save_config,
@@ -92,9 +91,9 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
   text = dry_run(smallest(), tmp_path / "new")
   assert not (tmp_path / "new").exists()
   for words in (
-    "scenes, 50 records; label sets: none; 66.7 % of a batch",
-    "scenes, 30 records; label sets: none; 33.3 % of a batch",
-    "16 rows, the first one in", "with labels: captions 100.0 %",
+    "scenes, 50 records; 66.7 % of a batch",
+    "scenes, 30 records; 33.3 % of a batch",
+    "Read a batch of 16 rows in", "With labels: captions 100.0 %",
     "12 steps of 16 examples: 2.4 epochs of 80",
     "retrieval on scenes (24 images), every 12 steps",
     "at step 0, from random parameters",
@@ -116,13 +115,16 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(trained, tmp_path):
     dry_run(smallest(init=dict(path="/nowhere")), tmp_path / "new")
 
 
-def test_label_shares_count_the_rows_with_any_label():
+def test_rows_with_any_label():
   valid = np.zeros((4, 3), bool)
   valid[1:, 0] = True
   depth = np.zeros((4, 2, 2), np.uint16)
   depth[0, 1, 1] = 7
   batch = {"depth": depth, "box_valid": valid, "boxes": np.ones((4, 3, 4))}
-  assert plan.label_shares(batch) == {"depth": 0.25, "boxes": 0.75}
+  labelled = samples.find_labelled(batch)
+  assert {k: v.mean() for k, v in labelled.items()} == dict(
+    depth=0.25, boxes=0.75
+  )
 
 
 def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
@@ -249,15 +251,17 @@ def test_a_run_on_own_files(tmp_path, write_image):
 
 
 def test_held_out_data_that_are_trained_on_warn(tmp_path, write_image, caplog):
-  for name in ("a", "b/c"):
+  for name in ("a", "b/c/d"):
     write_image(tmp_path / f"{name}.png", "red")
     (tmp_path / f"{name}.txt").write_text(name)
   data = f"batch=8,data={tmp_path},val={tmp_path}/b"
   experiment = build_experiment(smallest(data), tmp_path / "run")
-  open_evaluations(experiment)
-  assert f"trains on data that evaluate it: {tmp_path}/b." in caplog.text
-  check_evaluation_data(dataclasses.replace(experiment, evaluators={}))
-  assert "Nothing evaluates this run. Name held-out data" in caplog.text
+  assert "val_zero_shot" in experiment.evaluators
+  # Captioned images are not classes.
+  assert [*open_evaluations(experiment).evaluators] == ["val_retrieval"]
+  assert f"overlaps evaluation data: {tmp_path}/b." in caplog.text
+  open_evaluations(dataclasses.replace(experiment, evaluators={}))
+  assert "This run has no evaluations. Name held-out data" in caplog.text
 
 
 def test_s3_as_workdir_is_rejected():

@@ -201,16 +201,17 @@ def test_changed_data_is_logged_at_a_resume(caplog):
 def test_a_run_that_exists_keeps_its_settings(monkeypatch, tmp_path):
   """A new one takes the recipe's settings for its TPUs, before overrides."""
   monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "tpu")
-  monkeypatch.setattr(topologies, "name_devices", lambda _: "v5e:16x16")
+  monkeypatch.setattr(topologies, "name_devices", lambda _: "v5p:4x4x8")
   args = cli_train.Flags(
     config="mtv_b16_224", workdir=str(tmp_path), set=["mesh.fsdp=4"]
   )
-  plain = run.check_config(arguments.read_config(args))
-  chosen = cli_train.choose_settings(plain, args)
+  recipe = arguments.read_config(args)
+  plain = run.check_config(recipe)
+  chosen = cli_train.choose_settings(recipe, args)
   assert (chosen.model.remat[:11], chosen.mesh.fsdp) == ("full|image=", 4)
   for config in (plain, chosen):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert cli_train.choose_settings(plain, args) == config
+    assert cli_train.choose_settings(recipe, args) == config
 
 
 @pytest.mark.slow

@@ -117,6 +117,12 @@ def test_rows_follow_the_tokenizer_unless_given_or_recorded(
   assert resolve(config, tmp_path).model.text.vocab_size == 258
   resumed = restart(monkeypatch, tmp_path, config)
   assert resumed.model.text.vocab_size == 300
+  # So does a second stage that starts from it.
+  second = config_of("bytes")
+  second.init = dict(path=str(tmp_path))
+  assert resolve(second).model.text.vocab_size == 300
+  second.init.new_tokenizer = True
+  assert resolve(second).model.text.vocab_size == 258
   absent = str(tmp_path / "absent.model")
   assert resolve(config_of(absent)).model.text.vocab_size == 32_000
   assert (

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from mtv_jax.data.image_limits import MAX_BYTES
-from mtv_jax.data.records import IMAGES_ALONE, NoRecordsError, Record
+from mtv_jax.data.records import NO_CAPTIONS_HINT, NoRecordsError, Record
 from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.base import CaptionMode, Source
 from mtv_jax.utils.errors import InputError, printable
@@ -76,7 +76,7 @@ class FolderSource(Source):
       raise NoRecordsError(
         f"{self.name} has no usable image ({reasons or 'no file'}). Expected"
         " images with a .txt or .json of the same name, or a listing."
-        f" {IMAGES_ALONE}"
+        f" {NO_CAPTIONS_HINT}"
       )
     if examples:
       log.warning(

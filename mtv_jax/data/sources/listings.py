@@ -1,5 +1,6 @@
 """Listings of images and captions: COCO JSON, tables or folders."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mtv_jax.config import foreign
-from mtv_jax.data.canvas import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from mtv_jax.data.canvas import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES
 from mtv_jax.data.records import BadRecord, NoRecordsError, Record
 from mtv_jax.data.sources import coco
 from mtv_jax.data.sources.parquet import open_parquet
@@ -22,7 +23,7 @@ from mtv_jax.utils.errors import (
 )
 from mtv_jax.utils.path import check_regular_file, read_regular
 
-_IMAGES = (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES)
+_IMAGES = (*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES)
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 _MAX_LINE = 1 << 22  # Characters per line of a table.
 # Errors of one file, not of the storage: missing, circular link, permissions.
@@ -99,18 +100,26 @@ def list_images(folder: str | os.PathLike) -> list[Example]:
   if not os.path.isdir(folder):
     raise MissingFileError(f"There is no folder {printable(folder)}.")
   examples = []
-  for file in _list_files(folder):
-    if file.suffix.lower() in _IMAGES:
-      name = str(file.relative_to(folder))
-      examples.append(Example(name, file, [], problem=_unread(file)))
+  for file in _list_images(folder):
+    name = str(file.relative_to(folder))
+    examples.append(Example(name, file, [], problem=_unsupported(file)))
   return examples
 
 
-def _unread(file: Path) -> str:
-  """The problem of an image in a format that isn't read, else ""."""
-  if (kind := file.suffix.lower()) not in UNREAD_SUFFIXES:
+def find_image(folder: str | os.PathLike) -> Path | None:
+  """The first image in a folder or below, by name."""
+  return next(_list_images(folder), None)
+
+
+def _list_images(folder: str | os.PathLike) -> Iterator[Path]:
+  return (f for f in _list_files(folder) if f.suffix.lower() in _IMAGES)
+
+
+def _unsupported(file: Path) -> str:
+  """The problem of an image in an unsupported format, else ""."""
+  if (kind := file.suffix.lower()) not in UNSUPPORTED_SUFFIXES:
     return ""
-  return f"in a format that isn't read ({kind}): convert to JPEG"
+  return f"in an unsupported format ({kind}): convert to JPEG"
 
 
 def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
@@ -132,7 +141,7 @@ def _list_files(folder: str | os.PathLike) -> Iterator[Path]:
     for entry in entries:
       if not os.path.isdir(entry):
         yield Path(entry)
-      elif not entry.is_symlink():
+      elif not entry.is_symlink() and entry.name != "lost+found":
         folders.append(entry.path)
     left += reversed(folders)
 
@@ -175,12 +184,7 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
-  delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-  # Spreadsheets write semicolons where the comma is decimal.
-  with path.open("rb") as file:
-    header = file.readline(_MAX_LINE).decode(errors="replace")
-  choices = (d for d in (delimiter, ";", "\t", ",") if d in header)
-  delimiter = next(choices, delimiter)
+  delimiter = _find_delimiter(path, columns[0])
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(_read_lines(path, file), delimiter=delimiter)
     try:
@@ -199,6 +203,20 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
     except csv.Error as error:
       at = f"{path}, near line {reader.line_num + 1}: {error}"
       raise InputError(f"{at}. Is a quotation mark not closed?") from error
+
+
+def _find_delimiter(path: Path, column: str) -> str:
+  """The first delimiter that gives a header with `column`, or occurs in it."""
+  default = "\t" if path.suffix.lower() == ".tsv" else ","
+  with path.open("rb") as file:
+    header = file.readline(_MAX_LINE).decode("utf-8-sig", errors="replace")
+  # Spreadsheets write semicolons where the comma is decimal.
+  choices = [d for d in (default, ";", "\t", ",") if d in header]
+  for choice in choices:
+    with contextlib.suppress(csv.Error):
+      if column in next(csv.reader([header], delimiter=choice)):
+        return choice
+  return choices[0] if choices else default
 
 
 def _read_lines(path: Path, file: TextIO) -> Iterator[str]:
@@ -255,12 +273,12 @@ def _read_folder(folder: Path) -> list[Example]:
     texts = {f.suffix.lower(): f for f in files}
     texts = {k: texts[k] for k in (".txt", ".json") if k in texts}
     images = [f for f in files if f.suffix.lower() in _IMAGES]
-    images = [f for f in images if not _unread(f)] or images
+    images = [f for f in images if not _unsupported(f)] or images
     if texts and len(images) > 1:
       names = " and ".join(map(printable, images[:2]))
       raise InputError(f"{names} are two files for one example: rename one.")
     for main in images or files[:1]:
-      captions, problem = [], _unread(main)
+      captions, problem = [], _unsupported(main)
       if not images:
         problem = "no image beside it"
       if texts and not problem:

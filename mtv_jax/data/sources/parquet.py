@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import (
-  IMAGES_ALONE,
+  NO_CAPTIONS_HINT,
   BadRecord,
   NoRecordsError,
   Record,
@@ -419,7 +419,7 @@ def _default_column(file: PurePath, schema: Any, role: str) -> str:
   if len(columns) != 1:
     names = (f"{field.name} ({field.type})" for field in schema)
     lacks_captions = role == "caption" and not columns
-    hint = IMAGES_ALONE if lacks_captions else ""
+    hint = NO_CAPTIONS_HINT if lacks_captions else ""
     if role == "image" and not any(_is_image(f.type) for f in schema):
       hint = _PATHS
     raise (NoRecordsError if lacks_captions else InputError)(

@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 
 from mtv_jax.data.image_limits import MAX_BYTES
 from mtv_jax.data.records import (
-  IMAGES_ALONE,
+  NO_CAPTIONS_HINT,
   BadRecord,
   NoRecordsError,
   Record,
@@ -156,7 +156,7 @@ class WebDatasetSource(FileSource):
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
         " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json; KEY"
-        f" ends at the first dot. {IMAGES_ALONE}"
+        f" ends at the first dot. {NO_CAPTIONS_HINT}"
       )
     if no_caption or no_image:
       log.warning(

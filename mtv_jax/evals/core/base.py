@@ -80,7 +80,8 @@ class Result:
   resamples: dict[str, np.ndarray] = dataclasses.field(
     default_factory=dict, compare=False
   )
-  # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
+  type: str = ""  # a key of `EVALUATORS`; empty in results of older versions
+  # uint8 `[H, W, 3]` image grids of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   # The evaluator's, set by `evals.run`; not in the JSON if None.
   main: tuple[str, ...] | None = None
@@ -191,19 +192,28 @@ def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
   return options_lib.look_up(EVALUATORS, kind, where=where, base=Evaluator)
 
 
-def evaluation_type(name: str) -> str:
-  """The type in an evaluation's name: `retrieval` for `val_retrieval`."""
+def evaluation_type(name: str, recorded: str = "") -> str:
+  """The recorded type, else that in the name: `knn` for `val_knn`."""
+  if recorded:
+    return recorded
   found = () if options_lib.is_plugin(name) else EVALUATORS
   return max((t for t in found if t in name), key=len, default=name)
 
 
-def registered_class(name: str) -> type[Evaluator]:
+def registered_class(name: str, recorded: str = "") -> type[Evaluator]:
   """The class of an evaluation's name, for its facts in reports.
 
   The base class for plug-ins, which reports don't import.
   """
-  kind = evaluation_type(name)
+  kind = evaluation_type(name, recorded)
   return evaluator_class(kind) if kind in EVALUATORS else Evaluator
+
+
+def evaluator_type(evaluator: Evaluator) -> str:
+  """An evaluator's key in `EVALUATORS`; empty if it has none."""
+  cls = type(evaluator)
+  path = f"{cls.__module__}:{cls.__name__}"
+  return next((kind for kind, p in EVALUATORS.items() if p == path), "")
 
 
 def default_options(kind: str) -> dict[str, Any]:

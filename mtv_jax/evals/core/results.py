@@ -188,6 +188,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
     units=fields.get("units", {}),
     lower=tuple(fields.get("lower", ())),
     errors=read_values("errors"),
+    type=str(fields.get("type", "")),
     main=tuple(fields["main"]) if "main" in fields else None,
   )
 

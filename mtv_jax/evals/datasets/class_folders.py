@@ -29,13 +29,14 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtv_jax.config import foreign
 from mtv_jax.data import canvas
 from mtv_jax.data.canvas import IMAGE_SUFFIXES
+from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.tars import scan as tar_scan
 from mtv_jax.evals.core import examples, prompts
 from mtv_jax.evals.core.base import NotApplicable
@@ -92,7 +93,8 @@ def open_folder(
       f" and val/CLASS/*.jpg (or another of {IMAGE_SUFFIXES}); got "
       f"{content or 'an empty folder'}"
     )
-  _check_classes(root, rows)
+  if {key for key, _, _ in rows} <= {n for ns in SPLITS.values() for n in ns}:
+    raise NotApplicable(f"{root}: its folders are splits, not classes")
   names = {key: name.replace("_", " ") for key, name, _ in rows}
   ids = tuple(sorted(names, key=int if are_numbers([*names]) else None))
   index = {key: i for i, key in enumerate(ids)}
@@ -117,17 +119,13 @@ def open_folder(
   )
 
 
-def _check_classes(
-  root: pathlib.Path, rows: Sequence[tuple[str, str, str]]
-) -> None:
-  """Raises NotApplicable for folders of splits or of captioned images."""
-  splits = {name for names in SPLITS.values() for name in names}
-  if {key for key, _, _ in rows} <= splits:
-    raise NotApplicable(f"{root}: its folders are splits, not classes")
-  caption = pathlib.Path(rows[0][2]).with_suffix(".txt")
-  if caption.is_file():
+def reject_captioned(data: Any) -> None:
+  """Raises NotApplicable if a folder's first image has a `.txt` beside it."""
+  is_folder = isinstance(data, str | os.PathLike) and os.path.isdir(data)
+  image = listings.find_image(data) if is_folder else None
+  if image and (caption := image.with_suffix(".txt")).is_file():
     raise NotApplicable(
-      f"{root}: its images have captions beside them ({caption.name}), so its"
+      f"{data}: its images have captions beside them ({caption.name}), so its"
       " folders are not taken as classes"
     )
 

@@ -124,7 +124,7 @@ def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
   paths = [
     (root / folder / name).with_suffix(suffix)
     for folder in ("raw_data", "")
-    for suffix in (".png", *IMAGE_SUFFIXES)
+    for suffix in dict.fromkeys((".png", *IMAGE_SUFFIXES))
   ]
   return next((p for p in paths if p.is_file()), paths[0])
 

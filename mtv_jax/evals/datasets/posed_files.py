@@ -246,7 +246,8 @@ def open_rgbd(root: pathlib.Path) -> PosedFrames:
 
 def _rgbd_files(path: pathlib.Path, names: set[str]) -> files.LabelledFile:
   stem = path.name.removesuffix("pose.txt")
-  colors = [f"{stem}color{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
+  suffixes = dict.fromkeys((".png", *IMAGE_SUFFIXES))
+  colors = [f"{stem}color{suffix}" for suffix in suffixes]
   colors = [name for name in colors if name in names]
   depth = f"{stem}depth.png"
   if not colors or depth not in names:

@@ -27,10 +27,12 @@ from mtv_jax.train.build_step import (
 )
 from mtv_jax.train.measurements import GradientMeasurements
 from mtv_jax.train.run import RunConfig, resolve
+from mtv_jax.utils import progress
 
 # Default number of examples per epoch; does not affect the results.
 EPOCH = 1_000_000
 _LARGEST = 8  # Arrays in a report.
+_STEP = "compiling the step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def compile_step(
   """
   context = compiled_lib.without_cache if save else contextlib.nullcontext
   with context():
-    result, program = _compile(plan.lower, plan)
+    result, program = _compile(plan.lower, plan, _STEP)
   if save and result.fits:
     size = compiled_lib.save(save, plan, program)
     result = dataclasses.replace(result, saved_bytes=size)
@@ -189,7 +191,8 @@ def compile_step(
     # Lowers the plan with fewer rows, not the config with a smaller batch_size:
     # durations in examples would overflow int32 steps in long runs.
     batch = max(config.batch_size // divisor // least, 1) * least
-    _, program = _compile(functools.partial(plan.lower, batch), plan)
+    lower = functools.partial(plan.lower, batch)
+    _, program = _compile(lower, plan, f"{_STEP} with {batch:,} rows")
     if program is not None:
       arrays = hlo.largest_temporaries(program, limit=_LARGEST)
       return dataclasses.replace(result, largest=arrays, largest_batch=batch)
@@ -198,16 +201,17 @@ def compile_step(
 
 def compile_norms(plan: CompilePlan) -> CompileResult:
   """Compiles the gradient-norm program, see `CompilePlan.lower_norms`."""
-  return _compile(plan.lower_norms, plan)[0]
+  return _compile(plan.lower_norms, plan, "compiling the gradient norms")[0]
 
 
 def _compile(
-  lower: Callable[[], jax.stages.Lowered], plan: CompilePlan
+  lower: Callable[[], jax.stages.Lowered], plan: CompilePlan, what: str
 ) -> tuple[CompileResult, jax.stages.Compiled | None]:
   begin = time.perf_counter()
   lowered = lower()
   try:
-    program, refusal = lowered.compile(), ""
+    with progress.activity(what, can_exit=True):
+      program, refusal = lowered.compile(), ""
     memory = Memory.of(program, plan.topology.chip.hbm_bytes)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):

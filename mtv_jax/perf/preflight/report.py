@@ -348,7 +348,7 @@ def preflight(
   topology: topologies.Topology,
   *,
   examples_per_epoch: int | None = None,
-  norms: bool = False,
+  norms: bool | None = None,
   budget: int | None = None,
   data: bool = False,
   save: str | os.PathLike | None = None,
@@ -358,8 +358,8 @@ def preflight(
 
   With `data`, opens the config's data, and reports what it asks for.
   `norms` also compiles the objectives' gradient norms if the config measures
-  them. `remat='auto'` compiles choices for a `budget` in bytes. `options` are
-  further fields of the report.
+  them; None: if its balance does. `remat='auto'` compiles choices for a
+  `budget` in bytes. `options` are further fields of the report.
   """
   config = resolve(config)
   if data and not (
@@ -381,13 +381,17 @@ def preflight(
     )
   config, batch_size = plan.config, plan.config.batch_size
   jobs = {
-    "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size).total,
-    "compile the step": lambda: (
+    "counting FLOPs": lambda: (
+      flops_lib.run(config, batch_size=batch_size).total
+    ),
+    "compiling the step": lambda: (
       compiled or compile_lib.compile_step(plan, save=save)
     ),
   }
+  if norms is None:
+    norms = bool(plan.step_spec.balance.every_steps)
   if compiled_norms or (norms and plan.measures_norms):
-    jobs["compile the gradient norms"] = lambda: (
+    jobs["compiling the gradient norms"] = lambda: (
       compiled_norms or compile_lib.compile_norms(plan)
     )
   results = []

@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Container, Iterator
 from typing import Any, NoReturn
 
+from mtv_jax.utils import progress
 from mtv_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Notice:
   signal_number: int | None = None
   # What follows once the devices answer. Empty before the session's first step:
   # there is nothing to save, and the process exits.
-  consequence: str = ""
+  exit_message: str = ""
   # Set once the main thread saves and exits.
   handled: threading.Event = dataclasses.field(default_factory=threading.Event)
   # Called with the error before an exit without the main thread.
@@ -119,7 +120,7 @@ def catch_signals() -> Iterator[Notice]:
   with contextlib.ExitStack() as stack:
     for number in numbers:
       stack.callback(signal.signal, number, previous[number])
-    answer = functools.partial(_answer, notice)
+    answer = functools.partial(_exit_or_report, notice)
     if is_distributed:
       _watch_preemption(notice)
       answer = _send_sigterm
@@ -142,9 +143,11 @@ def _interrupt(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def exit_on_interrupt(program: str) -> Iterator[None]:
-  """Exits after SIGINT if the main thread, such as in a compiler, ignores it.
+  """Exits after SIGINT while the main thread compiles, which ignores it.
 
-  Does nothing outside the main thread, or if SIGINT is handled otherwise.
+  Only in a `progress.activity` with `can_exit`; elsewhere the signal waits, so
+  that files and leases are cleaned up. Does nothing outside the main thread, or
+  if SIGINT is handled otherwise.
   """
   previous = signal.getsignal(signal.SIGINT)
   if (
@@ -155,7 +158,7 @@ def exit_on_interrupt(program: str) -> Iterator[None]:
     return
 
   def answer(number: int) -> None:
-    if signal.getsignal(number) is _interrupt:
+    if progress.can_exit() and signal.getsignal(number) is _interrupt:
       print_error(f"{program}: interrupted.")
       exit_now(128 + number)
 
@@ -208,7 +211,7 @@ def _watch_preemption(notice: Notice) -> None:
   state = distributed.global_state
 
   def watch() -> None:
-    while not notice.handled.wait(1.0) and not notice.consequence:
+    while not notice.handled.wait(1.0) and not notice.exit_message:
       try:
         state.client.key_value_try_get(_PREEMPTION_KEY)
       except Exception:  # The key is missing.
@@ -216,16 +219,16 @@ def _watch_preemption(notice: Notice) -> None:
       # Process 0, which runs the service, outlives the others.
       delay = 2.0 if state.process_id == 0 else 0.0
       if not notice.handled.wait(_GRACE_SECONDS + delay):
-        _answer(notice, signal.SIGTERM)
+        _exit_or_report(notice, signal.SIGTERM)
       return
 
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _answer(notice: Notice, number: int) -> None:
+def _exit_or_report(notice: Notice, number: int) -> None:
   name = signal.Signals(number).name
-  if notice.consequence:
-    print_error(f"train: received {name}; {notice.consequence}")
+  if notice.exit_message:
+    print_error(f"train: received {name}; {notice.exit_message}")
     return
   error = Preempted(
     f"received {name} before the first step of this session: nothing to save."

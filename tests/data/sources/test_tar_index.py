@@ -203,7 +203,7 @@ def test_valid_index_is_not_rebuilt(tmp_path, monkeypatch):
   assert tar_index.build_indices([path]) == before
 
 
-def test_temporary_indices_leave_no_file(tmp_path, monkeypatch):
+def test_temporary_indices_leave_no_file(tmp_path, monkeypatch, caplog):
   """Beside the tars, where a dry run must not write."""
   paths = [write_tar(tmp_path / f"{i}.tar", plain(3)) for i in range(2)]
   (first,) = tar_index.build_indices(paths[:1])
@@ -215,6 +215,8 @@ def test_temporary_indices_leave_no_file(tmp_path, monkeypatch):
   names = {file.name for file in tmp_path.iterdir()}
   assert names == {"0.tar", "0.tar.index", "1.tar"}
   assert not indices[1].file.exists()
+  assert "Indexed 1 of 2 tars." in caplog.text
+  assert caplog.messages[-1].endswith("the run builds these again.")
 
 
 @pytest.mark.parametrize(

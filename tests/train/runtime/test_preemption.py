@@ -278,7 +278,7 @@ from mtv_jax.train.runtime import preemption
 # Ignored if the tests run in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with preemption.catch_signals() as notice:
-  notice.consequence = sys.argv[1]
+  notice.exit_message = sys.argv[1]
   notice.before_exit = lambda error: print("recorded", flush=True)
   print("ready", flush=True)
   hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -287,20 +287,20 @@ with preemption.catch_signals() as notice:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("number", "consequence"),
+  ("number", "exit_message"),
   [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGTERM, "saves.")],
 )
 def test_signals_are_answered_while_the_main_thread_is_in_c_code(
-  number, consequence
+  number, exit_message
 ):
   """Like XLA's compilation, the call runs no Python handler for minutes."""
-  with start(_COMPILATION, consequence) as process:
+  with start(_COMPILATION, exit_message) as process:
     process.send_signal(number)
     begin = time.monotonic()
     line = process.stderr.readline()
     assert time.monotonic() - begin < 5
     name = signal.Signals(number).name
-    if consequence:
+    if exit_message:
       assert line == f"train: received {name}; saves.\n"
       process.kill()
       return
@@ -319,23 +319,35 @@ def start(code, *arguments):
 
 
 _COMMAND = """
-import hashlib, signal, types
+import hashlib, signal, sys, types
 from mtv_jax.cli.main import run_module
+from mtv_jax.train.runtime import preemption
+from mtv_jax.utils import progress
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # As in `main`.
+preemption._GRACE_SECONDS = 0.1
+can_exit = sys.argv[1] == "compiling"
 def run():
-  print("ready", flush=True)
-  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+  try:
+    with progress.activity(sys.argv[1], can_exit=can_exit):
+      print("ready", flush=True)
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1 if can_exit else 2**20)
+  finally:
+    print("cleaned up")
 command = types.ModuleType("command")
 command.run = run
 run_module("preflight", command, [])
 """
 
 
-def test_every_command_ends_while_it_compiles():
-  with start(_COMMAND) as process:
+@pytest.mark.parametrize("activity", ["compiling", "labelling"])
+def test_a_command_ends_at_once_only_while_it_compiles(activity):
+  """Elsewhere it cleans up, once the main thread runs Python."""
+  with start(_COMMAND, activity) as process:
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
-    assert process.stderr.read() == "preflight: interrupted.\n"
+    assert process.wait(timeout=10) == 130
+    cleaned = "" if activity == "compiling" else "cleaned up\n"
+    assert process.stdout.read() == cleaned
+    assert process.stderr.read().endswith("preflight: interrupted.\n")
 
 
 _PROCESS = """

@@ -178,6 +178,8 @@ def _build(
         log.info("Indexing tars: %d of %d.", done, len(tars))
   if built:
     log.info("Indexed %d of %d tars.", built, len(tars))
+    if _temporary.get():
+      log.info("A dry run keeps no index: the run builds these again.")
   return indices, errors
 
 
